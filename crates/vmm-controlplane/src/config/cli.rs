@@ -1,0 +1,184 @@
+//! The command line, built from the table of settings.
+//!
+//! A flag has no default here: one that was not typed is absent, so it can never override a variable or the
+//! file. The environment is not read here either; each flag's help names its variable and its default.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+
+use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
+
+use super::settings::{CONFIG_KEY, Fallback, PREFIX, Setting, variable};
+
+const CHECK_CONFIG: &str = "check-config";
+const MIGRATE_ENV: &str = "migrate-env";
+const SERVE: &str = "serve";
+
+const AFTER_HELP: &str = "\
+Each setting is taken from the command line, else from its UNKEY_VMCP_ variable, else from the same variable \
+without UNKEY_, else from the configuration file, else from its default. An empty variable counts as unset.
+
+Examples:
+  vmm-controlplane --port 9000
+  vmm-controlplane check-config --config /etc/vmm-controlplane.toml
+  eval \"$(vmm-controlplane migrate-env)\"";
+
+/// What the program was asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Command {
+    /// Serve the API: also what happens without a subcommand.
+    #[default]
+    Serve,
+    /// Check the configuration, print it, and end.
+    CheckConfig,
+    /// Print the exports that take the place of the retired variables, and end.
+    MigrateEnv,
+}
+
+/// The parsed command line; use [`clap::Parser::parse`] or [`clap::Parser::try_parse_from`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Cli {
+    /// What to do.
+    pub command: Command,
+    /// The configuration file that `--config` names.
+    pub config: Option<OsString>,
+    /// The settings that were typed, as they were typed.
+    pub settings: BTreeMap<Setting, OsString>,
+}
+
+impl clap::Parser for Cli {}
+
+impl CommandFactory for Cli {
+    fn command() -> clap::Command {
+        let file = Arg::new(CONFIG_KEY)
+            .long(CONFIG_KEY)
+            .value_name("FILE")
+            .help(format!("Configuration file (TOML). [env: {}]", variable(PREFIX, CONFIG_KEY)))
+            .value_parser(clap::value_parser!(OsString))
+            .action(ArgAction::Set)
+            .global(true);
+        clap::Command::new("vmm-controlplane")
+            .version(env!("CARGO_PKG_VERSION"))
+            .about("One API over Cloud Hypervisor, Firecracker and QEMU virtual machines")
+            .after_help(AFTER_HELP)
+            .arg(file)
+            .args(Setting::ALL.iter().map(|setting| flag(*setting)))
+            .subcommands([
+                clap::Command::new(SERVE).about("Serves the API (the default)"),
+                clap::Command::new(CHECK_CONFIG).about(
+                    "Checks the configuration and prints each setting with where it came from; exit code 1 with \
+                     every error if it is not usable",
+                ),
+                clap::Command::new(MIGRATE_ENV)
+                    .about("Prints shell exports that take the place of the CHCP_ variables, which are no longer read"),
+            ])
+    }
+
+    fn command_for_update() -> clap::Command {
+        Self::command()
+    }
+}
+
+impl FromArgMatches for Cli {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        // Global flags typed after the subcommand reach both matches; the inner ones were typed last.
+        let (name, matches) = matches.subcommand().unwrap_or((SERVE, matches));
+        let command = match name {
+            CHECK_CONFIG => Command::CheckConfig,
+            MIGRATE_ENV => Command::MigrateEnv,
+            _ => Command::Serve,
+        };
+        let typed = |name: &str| matches.get_one::<OsString>(name).cloned();
+        let settings = Setting::ALL
+            .iter()
+            .filter_map(|setting| typed(setting.key()).map(|value| (*setting, value)))
+            .collect();
+        Ok(Self { command, config: typed(CONFIG_KEY), settings })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        let newer = Self::from_arg_matches(matches)?;
+        self.command = newer.command;
+        self.config = newer.config.or_else(|| self.config.take());
+        self.settings.extend(newer.settings);
+        Ok(())
+    }
+}
+
+/// Builds a setting's flag. It takes the raw text: the loader reads all sources with one parser.
+fn flag(setting: Setting) -> Arg {
+    let spec = setting.spec();
+    let default = match spec.default {
+        Fallback::Unset | Fallback::Text("") => String::new(),
+        Fallback::Text(text) | Fallback::Directory(text) => format!(" [default: {text}]"),
+    };
+    Arg::new(spec.key)
+        .long(setting.long_flag())
+        .value_name(spec.value_name)
+        .help(format!("{} [env: {}]{default}", spec.help.trim(), setting.variable()))
+        .help_heading(spec.heading)
+        .value_parser(clap::value_parser!(OsString))
+        // Kernel arguments and the like may begin with a dash.
+        .allow_hyphen_values(setting == Setting::DefaultKernelArgs)
+        .action(ArgAction::Set)
+        .global(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn parse(args: &[&str]) -> Cli {
+        Cli::try_parse_from([&["vmm-controlplane"], args].concat()).unwrap()
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn nothing_typed_means_serve_and_no_settings() {
+        assert_eq!(parse(&[]), Cli::default());
+        assert_eq!(parse(&["serve"]), Cli::default());
+    }
+
+    #[test]
+    fn flags_stand_before_or_after_the_subcommand() {
+        for args in
+            [&["--port", "1", "check-config", "--config=f"], &["check-config", "--config", "f", "--port=1"]]
+        {
+            let cli = parse(args);
+            assert_eq!(cli.command, Command::CheckConfig);
+            assert_eq!(cli.config, Some("f".into()));
+            assert_eq!(cli.settings, BTreeMap::from([(Setting::Port, "1".into())]));
+        }
+        assert_eq!(parse(&["migrate-env"]).command, Command::MigrateEnv);
+        assert_eq!(parse(&["--port", "1", "serve", "--port", "2"]).settings[&Setting::Port], "2");
+    }
+
+    #[test]
+    fn every_setting_has_a_flag_whose_help_names_its_variable() {
+        let help = Cli::command().render_long_help().to_string();
+        for setting in Setting::ALL {
+            let cli = parse(&[&setting.flag(), "x"]);
+            assert_eq!(cli.settings, BTreeMap::from([(*setting, "x".into())]));
+            assert!(help.contains(&format!("[env: {}]", setting.variable())), "{setting:?}");
+        }
+        assert!(help.contains("[env: UNKEY_VMCP_CONFIG]"));
+    }
+
+    #[test]
+    fn unknown_flags_and_subcommands_are_refused() {
+        for args in [["vmm-controlplane", "--prot=1"], ["vmm-controlplane", "server"]] {
+            assert!(Cli::try_parse_from(args).is_err(), "{args:?}");
+        }
+    }
+
+    #[test]
+    fn the_version_is_the_programs() {
+        let version = Cli::try_parse_from(["vmm-controlplane", "--version"]).unwrap_err().to_string();
+        assert_eq!(version, concat!("vmm-controlplane ", env!("CARGO_PKG_VERSION"), "\n"));
+    }
+}

@@ -1,0 +1,254 @@
+//! From given texts to a [`Config`]: every setting is parsed, whatever became of the others.
+
+use std::path::PathBuf;
+
+use super::error::{ConfigError, ConfigErrors, Origin};
+use super::notices::{Demands, not_served};
+use super::settings::{Fallback, Setting};
+use super::sources::{self, Environment, Given, Host, set};
+use super::values::{self, BackendName, Endpoint, Fault, Listen};
+use super::{BootDefaults, Cli, Config, Effective, Hypervisor, Loaded, Otel, notices, retired};
+use std::time::Duration;
+
+/// The name of the program's folder in directories that it shares.
+const FOLDER: &str = "vmm-controlplane";
+/// Longest time between two samples: a day.
+const METRICS_INTERVAL_MAX: Duration = Duration::from_secs(86_400);
+/// Longest time that events are kept: ten years.
+const EVENT_RETENTION_MAX: Duration = Duration::from_secs(3_650 * 86_400);
+
+impl Config {
+    /// Loads the configuration from the command line, the environment, the file that they name, and the defaults.
+    ///
+    /// A configuration that asks for what this version does not do yet loads, so that it can be shown; call
+    /// [`Loaded::require_served`] before serving.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong, at once. Where something is, what this version does not do yet is listed too.
+    pub fn load(cli: &Cli, env: &Environment, host: &dyn Host) -> Result<Loaded, ConfigErrors> {
+        let mut errors = Vec::new();
+        let given = sources::collect(cli, env, host, &mut errors);
+        errors.splice(0..0, retired::check(env, &given));
+        let mut loader =
+            Loader { given: &given, env, host, effective: Vec::new(), warnings: Vec::new(), errors };
+        match loader.config() {
+            Some(config) if loader.errors.is_empty() => {
+                let mut warnings = notices::warnings(&config, &given, env, host);
+                warnings.append(&mut loader.warnings);
+                Ok(Loaded { config, effective: loader.effective, warnings })
+            }
+            _ => Err(ConfigErrors(loader.errors)),
+        }
+    }
+}
+
+struct Loader<'a> {
+    given: &'a Given,
+    env: &'a Environment,
+    host: &'a dyn Host,
+    effective: Vec<Effective>,
+    warnings: Vec<String>,
+    errors: Vec<ConfigError>,
+}
+
+impl Loader<'_> {
+    /// Parses every setting in the table's order; `None` if one is bad, and then there is an error about it.
+    fn config(&mut self) -> Option<Config> {
+        use Setting as S;
+        let host = self.text(S::Address, values::address);
+        let port = self.text(S::Port, values::port);
+        let allowed_hosts = self.text(S::AllowedHosts, values::allowed_hosts);
+        let cors_origins = self.text(S::CorsOrigins, values::cors_origins);
+        let default_backend = self.text(S::Backend, values::backend);
+        let ch_endpoint = self.endpoint(S::ChEndpoint, BackendName::CloudHypervisor);
+        let fc_endpoint = self.endpoint(S::FcEndpoint, BackendName::Firecracker);
+        let qemu_endpoint = self.endpoint(S::QemuEndpoint, BackendName::Qemu);
+        let ch_binary = self.text(S::ChBinary, values::binary);
+        let fc_binary = self.text(S::FcBinary, values::binary);
+        let qemu_binary = self.text(S::QemuBinary, values::binary);
+        let qemu_kvm = self.text(S::QemuKvm, values::kvm);
+        let qemu_import = self.text(S::QemuImport, values::boolean);
+        let kernel = self.optional(S::DefaultKernel, values::absolute_path);
+        let initrd = self.optional(S::DefaultInitrd, values::absolute_path);
+        let kernel_args = self.optional(S::DefaultKernelArgs, values::line);
+        let metrics_interval =
+            self.text(S::MetricsInterval, |text| values::duration(text, METRICS_INTERVAL_MAX));
+        let event_retention =
+            self.text(S::EventRetention, |text| values::duration(text, EVENT_RETENTION_MAX));
+        let state_dir = self.state_dir();
+        let runtime_dir = self.runtime_dir(state_dir.as_ref());
+        let otel_enabled = self.text(S::OtelEnabled, values::boolean);
+        let demands = Demands {
+            endpoints: [ch_endpoint.as_ref(), fc_endpoint.as_ref(), qemu_endpoint.as_ref()],
+            cors_origins: cors_origins.as_deref(),
+            qemu_import,
+            otel_enabled,
+        };
+        let unserved = demands.unserved();
+        let otel = self.otel(otel_enabled);
+        if !self.errors.is_empty() {
+            let given = self.given;
+            let origin = |setting| given.get(&setting).map(|(_, origin)| origin.clone());
+            self.errors.extend(unserved.into_iter().map(|setting| not_served(setting, origin(setting))));
+        }
+        Some(Config {
+            listen: Listen { host: host?, port: port? },
+            allowed_hosts: allowed_hosts?,
+            cors_origins: cors_origins?,
+            default_backend: default_backend?,
+            ch: Hypervisor { endpoint: ch_endpoint?, binary: ch_binary? },
+            fc: Hypervisor { endpoint: fc_endpoint?, binary: fc_binary? },
+            qemu: Hypervisor { endpoint: qemu_endpoint?, binary: qemu_binary? },
+            qemu_kvm: qemu_kvm?,
+            qemu_import: qemu_import?,
+            defaults: BootDefaults { kernel: kernel?, initrd: initrd?, kernel_args: kernel_args? },
+            metrics_interval: metrics_interval?,
+            event_retention: event_retention?,
+            state_dir: state_dir?,
+            runtime_dir: runtime_dir?,
+            otel: otel?,
+        })
+    }
+
+    fn otel(&mut self, enabled: Option<bool>) -> Option<Otel> {
+        use Setting as S;
+        let service_name = self.text(S::OtelServiceName, values::line);
+        let service_version = self.text(S::OtelServiceVersion, values::line);
+        let sampling_rate = self.text(S::OtelSamplingRate, values::sampling_rate);
+        let endpoint = self.text(S::OtelEndpoint, values::otel_endpoint);
+        let prometheus_enabled = self.text(S::OtelPrometheusEnabled, values::boolean);
+        let prometheus_port = self.text(S::OtelPrometheusPort, values::port);
+        Some(Otel {
+            enabled: enabled?,
+            service_name: service_name?,
+            service_version: service_version?,
+            sampling_rate: sampling_rate?,
+            endpoint: endpoint?,
+            prometheus_enabled: prometheus_enabled?,
+            prometheus_port: prometheus_port?,
+        })
+    }
+
+    /// Parses a setting that always has a value.
+    fn text<T>(&mut self, setting: Setting, parse: impl Fn(&str) -> Result<T, Fault>) -> Option<T> {
+        let default = match setting.spec().default {
+            Fallback::Text(text) | Fallback::Directory(text) => text,
+            Fallback::Unset => "",
+        };
+        let (text, origin) = self.given(setting).unwrap_or((default.to_owned(), Origin::Default));
+        self.parse(setting, text, origin, parse)
+    }
+
+    /// Parses a setting that may be unset. An empty flag or key unsets what a weaker source says.
+    fn optional<T>(
+        &mut self,
+        setting: Setting,
+        parse: impl Fn(&str) -> Result<T, Fault>,
+    ) -> Option<Option<T>> {
+        match self.given(setting) {
+            Some((text, origin)) if !text.is_empty() => self.parse(setting, text, origin, parse).map(Some),
+            other => {
+                self.record(setting, None, other.map_or(Origin::Default, |(_, origin)| origin));
+                Some(None)
+            }
+        }
+    }
+
+    fn endpoint(&mut self, setting: Setting, backend: BackendName) -> Option<Endpoint> {
+        let Some((text, origin)) = self.given(setting) else {
+            self.record(setting, None, Origin::Default);
+            return Some(Endpoint::Managed);
+        };
+        self.parse(setting, text, origin, |text| values::endpoint(backend, text))
+    }
+
+    fn state_dir(&mut self) -> Option<PathBuf> {
+        let setting = Setting::StateDir;
+        if self.host.uid() == 0 || self.given.contains_key(&setting) {
+            return self.text(setting, values::absolute_path);
+        }
+        let home = || self.folder("HOME").map(|home| home.join(".local/state"));
+        let Some(base) = self.folder("XDG_STATE_HOME").or_else(home) else {
+            let advice = format!("set {} to an absolute path, or set HOME", setting.variable());
+            self.errors.push(ConfigError::new("state_dir: this user has no home directory", None, advice));
+            return None;
+        };
+        self.default_dir(setting, base.join(FOLDER), values::absolute_path)
+    }
+
+    fn runtime_dir(&mut self, state_dir: Option<&PathBuf>) -> Option<PathBuf> {
+        let setting = Setting::RuntimeDir;
+        if self.host.uid() == 0 || self.given.contains_key(&setting) {
+            return self.text(setting, values::runtime_dir);
+        }
+        let session = PathBuf::from(format!("/run/user/{}", self.host.uid()));
+        let session = || self.host.exists(&session).then_some(session);
+        if let Some(base) = self.folder("XDG_RUNTIME_DIR").or_else(session) {
+            return self.default_dir(setting, base.join(FOLDER), values::runtime_dir);
+        }
+        // A shared directory such as /tmp would let another user get there first.
+        let fallback = state_dir?.join("run");
+        self.warnings.push(format!(
+            "XDG_RUNTIME_DIR is not set: sockets go below {}; set {} to choose another place",
+            fallback.display(),
+            setting.variable(),
+        ));
+        self.default_dir(setting, fallback, values::runtime_dir)
+    }
+
+    fn default_dir(
+        &mut self,
+        setting: Setting,
+        path: PathBuf,
+        parse: fn(&str) -> Result<PathBuf, Fault>,
+    ) -> Option<PathBuf> {
+        match path.into_os_string().into_string() {
+            Ok(text) => self.parse(setting, text, Origin::Default, parse),
+            Err(_) => {
+                let message = format!("{}: this user's default directory is not UTF-8", setting.key());
+                let advice = format!("set {} to an absolute path", setting.variable());
+                self.errors.push(ConfigError::new(message, None, advice));
+                None
+            }
+        }
+    }
+
+    /// Returns a directory that a variable of the user's session names; a relative one must be ignored.
+    fn folder(&self, variable: &str) -> Option<PathBuf> {
+        set(self.env, variable).map(PathBuf::from).filter(|path| path.is_absolute())
+    }
+
+    fn given(&self, setting: Setting) -> Option<(String, Origin)> {
+        self.given.get(&setting).cloned()
+    }
+
+    fn parse<T>(
+        &mut self,
+        setting: Setting,
+        text: String,
+        origin: Origin,
+        parse: impl Fn(&str) -> Result<T, Fault>,
+    ) -> Option<T> {
+        match parse(&text) {
+            Ok(value) => {
+                self.record(setting, Some(text), origin);
+                Some(value)
+            }
+            Err(fault) => {
+                let message = if fault.verbatim {
+                    fault.message
+                } else {
+                    format!("{}: {}", setting.key(), fault.message)
+                };
+                let advice = format!("set {} to {}", setting.variable(), fault.want);
+                self.errors.push(ConfigError::new(message, origin, advice));
+                None
+            }
+        }
+    }
+
+    fn record(&mut self, setting: Setting, value: Option<String>, origin: Origin) {
+        self.effective.push(Effective { setting, value, origin });
+    }
+}

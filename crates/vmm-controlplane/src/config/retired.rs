@@ -1,0 +1,148 @@
+//! The variables of the program's predecessor, `CHCP_*`: no longer read, never dropped in silence.
+//!
+//! A retired variable has the same name as its successor but for the prefix. Where one is set and its successor
+//! is not, the daemon does not start; `migrate-env` prints what to set instead.
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+
+use super::error::{ConfigError, Origin, printable};
+use super::settings::{PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting};
+use super::sources::{Environment, Given, set};
+
+/// Returns the retired variables that are set, with their successors where they have one.
+fn retired(env: &Environment) -> impl Iterator<Item = (&str, &OsStr, Option<Setting>)> {
+    env.iter().filter(|(_, value)| !value.is_empty()).filter_map(|(name, value)| {
+        let name = name.to_str()?;
+        let suffix = name.strip_prefix(RETIRED_PREFIX)?;
+        Some((name, value.as_os_str(), Setting::from_suffix(suffix)))
+    })
+}
+
+/// Complains of each retired variable whose successor nobody gave.
+pub(super) fn check(env: &Environment, given: &Given) -> Vec<ConfigError> {
+    let orphans = retired(env).filter_map(|(name, _, successor)| Some((name, successor?)));
+    orphans
+        .filter(|(_, successor)| !given.contains_key(successor))
+        .map(|(name, successor)| {
+            let successor = successor.variable();
+            let advice = format!(
+                "set {successor} instead; `vmm-controlplane migrate-env` prints the exports for all of them"
+            );
+            let message = format!("{successor}: not set, while {name}, which is no longer read, is");
+            ConfigError {
+                retired: true,
+                ..ConfigError::new(message, Origin::Variable(name.to_owned()), advice)
+            }
+        })
+        .collect()
+}
+
+/// Warns of retired variables that never had a successor.
+pub(super) fn warnings(env: &Environment) -> Vec<String> {
+    let strangers = retired(env).filter(|(_, _, successor)| successor.is_none());
+    strangers
+        .map(|(name, ..)| format!("{} is no longer read and has no successor; unset it", printable(name)))
+        .collect()
+}
+
+/// Returns the shell text that `migrate-env` prints: exports to be evaluated, and explanations as comments.
+///
+/// A successor that is already set is left alone. The backend is fixed to Cloud Hypervisor, the only one that the
+/// predecessor knew, unless one is chosen.
+pub fn migrate_env(env: &Environment) -> String {
+    let mut exports = String::new();
+    let mut notes = String::new();
+    let taken = |setting: Setting| {
+        [PREFIX, SHORT_PREFIX]
+            .map(|prefix| setting.variable_with(prefix))
+            .into_iter()
+            .find(|name| set(env, name).is_some())
+    };
+    for (name, value, successor) in retired(env) {
+        // Writing to a String cannot fail.
+        let _ = match (successor, value.to_str()) {
+            // The name is foreign and this is a comment that a shell evaluates: nothing may break out of the line.
+            (None, _) => writeln!(notes, "# {} has no successor: it is ignored.", printable(name)),
+            (Some(setting), _) if let Some(by) = taken(setting) => {
+                writeln!(notes, "# {name}: nothing to do, {by} is already set.")
+            }
+            (Some(setting), None) => {
+                writeln!(notes, "# {name} is not UTF-8: set {} by hand.", setting.variable())
+            }
+            (Some(setting), Some(text)) => writeln!(exports, "export {}={}", setting.variable(), quote(text)),
+        };
+    }
+    if exports.is_empty() {
+        if notes.is_empty() {
+            return format!(
+                "# Nothing to migrate: no {RETIRED_PREFIX} variable is set in this environment.\n\
+                 # Run this where they are set, for instance after sourcing the old environment file.\n"
+            );
+        }
+        return notes;
+    }
+    let backend = Setting::Backend;
+    if taken(backend).is_none() && !exports.contains(&format!("export {}=", backend.variable())) {
+        let _ = writeln!(exports, "export {}=cloudhypervisor", backend.variable());
+    }
+    notes + &exports
+}
+
+/// Quotes a text for a POSIX shell; plain words stay as they are.
+fn quote(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=@%+".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        return text.to_owned();
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStringExt as _;
+
+    fn env(pairs: &[(&str, &str)]) -> Environment {
+        pairs.iter().map(|(name, value)| (name.into(), value.into())).collect()
+    }
+
+    #[test]
+    fn exports_are_quoted_and_choose_the_only_backend_there_was() {
+        let text = migrate_env(&env(&[("CHCP_PORT", "9000"), ("CHCP_ADDRESS", "it's $(here)")]));
+        assert_eq!(
+            text,
+            "export UNKEY_VMCP_ADDRESS='it'\\''s $(here)'\nexport UNKEY_VMCP_PORT=9000\n\
+             export UNKEY_VMCP_BACKEND=cloudhypervisor\n"
+        );
+    }
+
+    #[test]
+    fn what_is_set_is_left_alone() {
+        let backends = [("UNKEY_VMCP_BACKEND", "qemu"), ("VMCP_BACKEND", "qemu"), ("CHCP_BACKEND", "qemu")];
+        for (name, value) in backends {
+            let text = migrate_env(&env(&[("CHCP_PORT", "1"), (name, value)]));
+            assert!(!text.contains("=cloudhypervisor"), "{text}");
+        }
+        let text = migrate_env(&env(&[("CHCP_PORT", "1"), ("VMCP_PORT", "2")]));
+        assert_eq!(text, "# CHCP_PORT: nothing to do, VMCP_PORT is already set.\n");
+    }
+
+    #[test]
+    fn nothing_to_migrate_is_explained_in_comments() {
+        for variables in [env(&[]), env(&[("CHCP_PORT", "")]), env(&[("UNKEY_VMCP_PORT", "1")])] {
+            let text = migrate_env(&variables);
+            assert!(text.starts_with("# Nothing to migrate"), "{text}");
+            assert!(text.lines().all(|line| line.starts_with("# ")), "{text}");
+        }
+    }
+
+    #[test]
+    fn foreign_names_and_bytes_never_become_commands() {
+        let mut variables = env(&[("CHCP_X\nrm -rf", "1")]);
+        variables.insert("CHCP_PORT".into(), std::ffi::OsString::from_vec(vec![0xff]));
+        let text = migrate_env(&variables);
+        assert!(text.lines().all(|line| line.starts_with("# ")), "{text}");
+        assert!(text.contains("set UNKEY_VMCP_PORT by hand"), "{text}");
+    }
+}

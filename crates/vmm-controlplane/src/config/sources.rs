@@ -1,0 +1,124 @@
+//! Where settings come from: for each one, the first source that has it.
+//!
+//! ```text
+//!   flag  >  UNKEY_VMCP_X  >  VMCP_X  >  file  >  default
+//! ```
+//!
+//! Nothing here touches the process: the environment is a map, and files, the user and the existence of old
+//! sockets are asked of a [`Host`].
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::cli::Cli;
+use super::error::{ConfigError, Origin, printable};
+use super::file;
+use super::settings::{CONFIG_KEY, PREFIX, SHORT_PREFIX, Setting, nearest, variable};
+
+/// The environment variables, by name.
+pub type Environment = BTreeMap<OsString, OsString>;
+
+/// What the loader asks of the machine; tests answer in its place.
+pub trait Host {
+    /// Returns the effective user id.
+    fn uid(&self) -> u32;
+    /// Reads a file whole.
+    fn read_file(&self, path: &Path) -> io::Result<Vec<u8>>;
+    /// Tells whether a path exists.
+    fn exists(&self, path: &Path) -> bool;
+}
+
+/// The machine that the program runs on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ThisHost;
+
+impl Host for ThisHost {
+    fn uid(&self) -> u32 {
+        rustix::process::geteuid().as_raw()
+    }
+
+    fn read_file(&self, path: &Path) -> io::Result<Vec<u8>> {
+        std::fs::read(path)
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        path.exists()
+    }
+}
+
+/// The text that was given for each setting, and by whom; a setting that nobody gave is absent.
+pub(super) type Given = BTreeMap<Setting, (String, Origin)>;
+
+/// Collects what was given; whatever cannot be read is added to `errors`.
+pub(super) fn collect(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<ConfigError>) -> Given {
+    let mut given = read_file(cli, env, host, errors);
+    for setting in Setting::ALL.iter().copied() {
+        // From the weakest to the strongest: each replaces what stands there.
+        for prefix in [SHORT_PREFIX, PREFIX] {
+            let name = setting.variable_with(prefix);
+            if let Some(value) = set(env, &name) {
+                take(&mut given, setting, value, Origin::Variable(name), errors);
+            }
+        }
+        if let Some(value) = cli.settings.get(&setting) {
+            take(&mut given, setting, value, Origin::Flag(setting.flag()), errors);
+        }
+    }
+    given
+}
+
+/// Returns a variable's value, unless it is unset or empty, which is the same.
+pub(super) fn set<'a>(env: &'a Environment, name: &str) -> Option<&'a OsStr> {
+    env.get(OsStr::new(name)).map(OsString::as_os_str).filter(|value| !value.is_empty())
+}
+
+fn take(given: &mut Given, setting: Setting, value: &OsStr, origin: Origin, errors: &mut Vec<ConfigError>) {
+    match value.to_str() {
+        Some(text) => {
+            given.insert(setting, (text.to_owned(), origin));
+        }
+        None => {
+            let advice = format!("set {} to a text in UTF-8", setting.variable());
+            errors.push(ConfigError::new(format!("the value of {origin} is not UTF-8"), origin, advice));
+        }
+    }
+}
+
+fn read_file(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<ConfigError>) -> Given {
+    let by_variable = || {
+        let names = [PREFIX, SHORT_PREFIX].map(|prefix| variable(prefix, CONFIG_KEY));
+        names.into_iter().find_map(|name| set(env, &name).map(|path| (path, Origin::Variable(name))))
+    };
+    let by_flag = || cli.config.as_deref().map(|path| (path, Origin::Flag(format!("--{CONFIG_KEY}"))));
+    let Some((path, origin)) = by_flag().or_else(by_variable) else {
+        return Given::new();
+    };
+    let path = PathBuf::from(path);
+    let fault = match host.read_file(&path).map(String::from_utf8) {
+        Ok(Ok(text)) => return file::read(&path, &text, errors),
+        Ok(Err(_)) => "it is not UTF-8".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let message =
+        format!("cannot read the configuration file {}: {fault}", printable(&path.to_string_lossy()));
+    let advice = format!("set {} to a TOML file that this user can read", variable(PREFIX, CONFIG_KEY));
+    errors.push(ConfigError::new(message, origin, advice));
+    Given::new()
+}
+
+/// Names the variables that look like settings and are none, each with the one that was probably meant.
+pub(super) fn unknown_variables(env: &Environment) -> Vec<String> {
+    let known = |suffix: &str| suffix == variable("", CONFIG_KEY) || Setting::from_suffix(suffix).is_some();
+    let names = env.keys().filter_map(|name| name.to_str());
+    let unknown = names.filter(|name| name.strip_prefix(PREFIX).is_some_and(|suffix| !known(suffix)));
+    unknown
+        .map(|name| {
+            let suffix = name.trim_start_matches(PREFIX).to_ascii_lowercase();
+            let meant = nearest(&suffix, Setting::ALL.iter().map(|setting| setting.key()));
+            let hint = meant.map(|key| format!("; did you mean {}?", variable(PREFIX, key)));
+            format!("{} is not a setting and has no effect{}", printable(name), hint.unwrap_or_default())
+        })
+        .collect()
+}

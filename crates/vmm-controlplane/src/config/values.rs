@@ -1,0 +1,393 @@
+//! The types of the settings, and the pure parsers that read them from text.
+//!
+//! A parser answers a [`Fault`]: what is wrong with the text, and what to set instead. Which setting it was,
+//! and where the text came from, is the loader's to add.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::error::printable;
+
+/// Longest path of a Unix socket that Linux takes, in bytes.
+pub(super) const SOCKET_PATH_MAX: usize = 107;
+/// Bytes kept for the names that the program makes below its runtime directory.
+pub(super) const SOCKET_NAMES_MAX: usize = 48;
+
+/// Why a text is not a value of its setting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Fault {
+    /// What is wrong.
+    pub(super) message: String,
+    /// What the setting takes; it ends the sentence "set UNKEY_VMCP_X to …".
+    pub(super) want: String,
+    /// Whether the message is whole, a text that users know; else the setting's key is put before it.
+    pub(super) verbatim: bool,
+}
+
+impl Fault {
+    /// Says that `text` is not what the setting takes.
+    fn not(text: &str, what: &str, want: impl Into<String>) -> Self {
+        Self::of(format!("\"{}\" {what}", printable(text)), want)
+    }
+
+    pub(super) fn of(message: impl Into<String>, want: impl Into<String>) -> Self {
+        Self { message: message.into(), want: want.into(), verbatim: false }
+    }
+
+    fn known(message: impl Into<String>, want: impl Into<String>) -> Self {
+        Self { verbatim: true, ..Self::of(message, want) }
+    }
+}
+
+/// The hypervisors that the program drives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum BackendName {
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// Firecracker.
+    Firecracker,
+    /// QEMU.
+    Qemu,
+}
+
+impl BackendName {
+    /// Every backend, the default one first.
+    pub const ALL: [BackendName; 3] = [Self::CloudHypervisor, Self::Firecracker, Self::Qemu];
+
+    /// Returns the name on the wire and in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::CloudHypervisor => "cloudhypervisor",
+            Self::Firecracker => "firecracker",
+            Self::Qemu => "qemu",
+        }
+    }
+
+    /// The name in the errors about this backend's endpoint.
+    const fn in_errors(self) -> &'static str {
+        match self {
+            Self::CloudHypervisor => "cloud hypervisor",
+            Self::Firecracker => "firecracker",
+            Self::Qemu => "qemu",
+        }
+    }
+}
+
+impl fmt::Display for BackendName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A name that no backend bears.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnsupportedBackend(pub String);
+
+impl fmt::Display for UnsupportedBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "unsupported backend type: {}", printable(&self.0))
+    }
+}
+
+impl std::error::Error for UnsupportedBackend {}
+
+impl FromStr for BackendName {
+    type Err = UnsupportedBackend;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let named = Self::ALL.into_iter().find(|backend| backend.as_str() == text);
+        named.ok_or_else(|| UnsupportedBackend(text.to_owned()))
+    }
+}
+
+/// How a hypervisor is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// The daemon starts a process for each VM.
+    Managed,
+    /// Somebody else's VMMs listen on these sockets; each serves one VM. Never empty.
+    Unix(Vec<PathBuf>),
+    /// libvirt, by its connection URI; QEMU only.
+    Libvirt(String),
+}
+
+/// Whether QEMU uses KVM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kvm {
+    /// Where /dev/kvm opens and the CPU shows vmx or svm.
+    Auto,
+    /// Always.
+    On,
+    /// Never: software emulation.
+    Off,
+}
+
+/// Where the daemon listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// An IP address without brackets, or a host name, to be resolved at bind.
+    pub host: String,
+    /// The TCP port; 0 lets the system choose.
+    pub port: u16,
+}
+
+impl Listen {
+    /// Returns the address where it is an IP address and so needs no resolving.
+    pub fn socket_addr(&self) -> Option<SocketAddr> {
+        self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
+    }
+
+    /// Tells whether only this machine can reach the address. A name counts as loopback only if it is localhost.
+    pub fn is_loopback(&self) -> bool {
+        match self.host.parse::<IpAddr>() {
+            Ok(ip) => ip.to_canonical().is_loopback(),
+            Err(_) => self.host == "localhost",
+        }
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.socket_addr() {
+            Some(address) => address.fmt(f),
+            None => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+pub(super) fn backend(text: &str) -> Result<BackendName, Fault> {
+    text.parse().map_err(|error: UnsupportedBackend| {
+        Fault::known(error.to_string(), "cloudhypervisor, firecracker or qemu")
+    })
+}
+
+pub(super) fn endpoint(backend: BackendName, text: &str) -> Result<Endpoint, Fault> {
+    let fault = |why: &str| {
+        let also = match backend {
+            BackendName::Qemu => ", qemu:///system, qemu:///session or qemu+unix:///system",
+            BackendName::CloudHypervisor | BackendName::Firecracker => " (or several, comma-separated)",
+        };
+        Fault::known(
+            format!("{} endpoint is required: {why}", backend.in_errors()),
+            format!("unix:///absolute/path{also}, or leave it unset to have processes started"),
+        )
+    };
+    if backend == BackendName::Qemu && is_libvirt(text) {
+        return Ok(Endpoint::Libvirt(text.to_owned()));
+    }
+    let mut sockets = Vec::new();
+    for piece in text.split(',').map(str::trim) {
+        let shown = printable(piece);
+        let path = match piece.strip_prefix("unix://") {
+            _ if piece.is_empty() => return Err(fault("it is empty, or has an empty piece")),
+            None => return Err(fault(&format!("\"{shown}\" is no such endpoint"))),
+            Some("") => return Err(fault(&format!("\"{shown}\" has no path"))),
+            Some(path) => PathBuf::from(path),
+        };
+        if !path.is_absolute() || path.file_name().is_none() || piece.contains(char::is_control) {
+            return Err(fault(&format!("\"{shown}\" has no absolute path of a socket")));
+        }
+        if path.as_os_str().len() > SOCKET_PATH_MAX {
+            return Err(fault(&format!("the path in \"{shown}\" is longer than {SOCKET_PATH_MAX} bytes")));
+        }
+        if sockets.contains(&path) {
+            return Err(fault(&format!("\"{shown}\" is listed twice")));
+        }
+        sockets.push(path);
+    }
+    Ok(Endpoint::Unix(sockets))
+}
+
+/// Tells whether this is one of the libvirt URIs that are reached without leaving the machine.
+fn is_libvirt(text: &str) -> bool {
+    let (address, _query) = text.split_once('?').unwrap_or((text, ""));
+    let local = address.strip_prefix("qemu://").or_else(|| address.strip_prefix("qemu+unix://"));
+    matches!(local, Some("/system" | "/session")) && !text.contains(char::is_control)
+}
+
+pub(super) fn port(text: &str) -> Result<u16, Fault> {
+    text.parse().map_err(|_| Fault::not(text, "is not a port", "a number from 0 to 65535"))
+}
+
+pub(super) fn address(text: &str) -> Result<String, Fault> {
+    let bare = text.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(text);
+    if bare.parse::<IpAddr>().is_ok() {
+        return Ok(bare.to_owned());
+    }
+    if text.parse::<SocketAddr>().is_ok() || text.rsplit_once(':').is_some_and(|(name, _)| is_host_name(name))
+    {
+        return Err(Fault::not(
+            text,
+            "names a port too",
+            "the address alone, and UNKEY_VMCP_PORT to the port",
+        ));
+    }
+    host_name(text)
+        .ok_or_else(|| Fault::not(text, "is neither an IP address nor a host name", "one, such as 127.0.0.1"))
+}
+
+/// Returns the name in lower case and without its final dot; `None` if it is not one.
+fn host_name(text: &str) -> Option<String> {
+    let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    is_host_name(&name).then_some(name)
+}
+
+fn is_host_name(name: &str) -> bool {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    // A name that ends in a number is an IP address gone wrong, such as 127.0.0.256.
+    let numeric = name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
+    name.len() <= 253 && name.split('.').all(label) && !numeric
+}
+
+pub(super) fn allowed_hosts(text: &str) -> Result<Vec<String>, Fault> {
+    pieces(text, |piece| {
+        let ip =
+            piece.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().map(|ip| ip.to_string());
+        ip.ok().or_else(|| host_name(piece)).ok_or_else(|| {
+            Fault::not(piece, "is not a host name", "names without scheme and port, comma-separated")
+        })
+    })
+}
+
+pub(super) fn cors_origins(text: &str) -> Result<Vec<String>, Fault> {
+    pieces(text, |piece| {
+        let fault = || {
+            let want = "origins such as https://vms.example.com, comma-separated; each must be named, as * would let \
+                        any web page control the VMs";
+            Fault::not(piece, "is not the origin of a web page", want)
+        };
+        let (scheme, authority) = piece.split_once("://").ok_or_else(fault)?;
+        let authority = authority.parse::<http::uri::Authority>().map_err(|_| fault())?;
+        if !matches!(scheme, "http" | "https") || !is_plain(&authority) {
+            return Err(fault());
+        }
+        // Browsers send the Origin header in lower case.
+        Ok(piece.to_ascii_lowercase())
+    })
+}
+
+/// Reads a comma-separated list; an empty text is an empty list, and repeated pieces count once.
+fn pieces(text: &str, read: impl Fn(&str) -> Result<String, Fault>) -> Result<Vec<String>, Fault> {
+    let mut list = Vec::new();
+    for piece in text.split(',').map(str::trim).filter(|piece| !piece.is_empty()) {
+        let item = read(piece)?;
+        if !list.contains(&item) {
+            list.push(item);
+        }
+    }
+    Ok(list)
+}
+
+/// Tells whether an authority is a host and at most a port: credentials in a URL end up in logs.
+fn is_plain(authority: &http::uri::Authority) -> bool {
+    let rest = authority.as_str().strip_prefix(authority.host()).unwrap_or(":");
+    let port_is_sound = rest.is_empty() || authority.port_u16().is_some_and(|port| port > 0);
+    !authority.host().is_empty() && port_is_sound && !authority.as_str().contains('@')
+}
+
+pub(super) fn otel_endpoint(text: &str) -> Result<String, Fault> {
+    let fault =
+        |why: &str| Fault::not(text, why, "HOST:PORT, or an http:// or https:// URL without credentials");
+    match text.split_once("://") {
+        None => {
+            let authority = text.parse::<http::uri::Authority>().ok().filter(is_plain);
+            let authority = authority.filter(|authority| authority.port_u16().is_some());
+            authority.ok_or_else(|| fault("is not HOST:PORT"))?;
+        }
+        Some(("http" | "https", _)) => {
+            let uri = text.parse::<http::Uri>().ok();
+            let authority =
+                uri.as_ref().and_then(http::Uri::authority).filter(|authority| is_plain(authority));
+            authority.ok_or_else(|| fault("is not a URL that telemetry can be sent to"))?;
+        }
+        Some(_) => return Err(fault("has a scheme that OTLP over HTTP does not know")),
+    }
+    Ok(text.to_owned())
+}
+
+pub(super) fn sampling_rate(text: &str) -> Result<f64, Fault> {
+    let rate = text.parse::<f64>().ok().filter(|rate| (0.0..=1.0).contains(rate));
+    rate.ok_or_else(|| Fault::not(text, "is not a share", "a number from 0.0 to 1.0"))
+}
+
+pub(super) fn boolean(text: &str) -> Result<bool, Fault> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
+        _ => Err(Fault::not(text, "is neither true nor false", "true or false")),
+    }
+}
+
+pub(super) fn kvm(text: &str) -> Result<Kvm, Fault> {
+    if text.eq_ignore_ascii_case("auto") {
+        return Ok(Kvm::Auto);
+    }
+    let choice = boolean(text).map(|on| if on { Kvm::On } else { Kvm::Off });
+    choice.map_err(|_| Fault::not(text, "is none of auto, true and false", "auto, true or false"))
+}
+
+/// Reads a whole number with an optional unit (s, m, h, d); no less than a second, no more than `most`.
+pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
+    let want = || {
+        let days = most.as_secs() / 86_400;
+        format!("a whole number of seconds, or one with a unit (30s, 10m, 12h, 7d), from 1s to {days}d")
+    };
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => return Err(Fault::not(text, "has an unknown unit", want())),
+    };
+    let number = digits.parse::<u64>().map_err(|_| Fault::not(text, "is not a duration", want()))?;
+    let duration = number.checked_mul(unit).map(Duration::from_secs);
+    let in_range = duration.filter(|duration| (Duration::from_secs(1)..=most).contains(duration));
+    in_range.ok_or_else(|| Fault::not(text, "is out of range", want()))
+}
+
+pub(super) fn absolute_path(text: &str) -> Result<PathBuf, Fault> {
+    let path = Path::new(text);
+    if path.is_absolute() && !text.contains('\0') {
+        return Ok(path.to_owned());
+    }
+    Err(Fault::not(text, "is not an absolute path", "one, beginning with /"))
+}
+
+pub(super) fn runtime_dir(text: &str) -> Result<PathBuf, Fault> {
+    let path = absolute_path(text)?;
+    let most = SOCKET_PATH_MAX - SOCKET_NAMES_MAX;
+    match path.as_os_str().len() {
+        length if length <= most => Ok(path),
+        length => Err(Fault::not(
+            text,
+            &format!("is {length} bytes long, which leaves no room for the names of sockets"),
+            format!("a path of {most} bytes at most"),
+        )),
+    }
+}
+
+pub(super) fn binary(text: &str) -> Result<PathBuf, Fault> {
+    let path = Path::new(text);
+    let sound = path.file_name().is_some() && !text.contains('\0') && !text.ends_with('/');
+    if sound && (path.is_absolute() || !text.contains('/')) {
+        return Ok(path.to_owned());
+    }
+    Err(Fault::not(text, "is not a program", "a name to look up on PATH, or an absolute path"))
+}
+
+/// Reads a text that must fit on one line and say something.
+pub(super) fn line(text: &str) -> Result<String, Fault> {
+    if text.trim().is_empty() || text.contains(char::is_control) {
+        return Err(Fault::not(text, "is empty or has control characters", "a text on one line"));
+    }
+    Ok(text.to_owned())
+}

@@ -1,0 +1,3 @@
+//! vmm-controlplane
+
+pub mod config;

@@ -1,0 +1,87 @@
+//! What happened to VMs: one log that is both the watch stream and the audit trail.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{VmId, VmUid};
+use crate::state::{EndedBy, Status, VmState};
+
+/// Position of an event in the log; later events have larger ones. The first is 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct EventSeq(pub u64);
+
+/// What kind of thing happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// A VM was recorded.
+    Created,
+    /// An operation was admitted and its intent recorded.
+    OperationStarted,
+    /// The state, or the status beside it, changed.
+    StateChanged,
+    /// An operation failed; the state is what it says.
+    OperationFailed,
+    /// The guest reset itself and goes on.
+    GuestReset,
+    /// The VMM went away by itself.
+    VmmExited,
+    /// The VMM does not answer.
+    Unreachable,
+    /// The VMM answers again.
+    Reachable,
+    /// A restarted daemon found the VM's VMM and carries on.
+    Adopted,
+    /// A VM was removed.
+    Deleted,
+}
+
+impl EventKind {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::OperationStarted => "operation-started",
+            Self::StateChanged => "state-changed",
+            Self::OperationFailed => "operation-failed",
+            Self::GuestReset => "guest-reset",
+            Self::VmmExited => "vmm-exited",
+            Self::Unreachable => "unreachable",
+            Self::Reachable => "reachable",
+            Self::Adopted => "adopted",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
+/// An event that has not been given its place in the log yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewEvent {
+    /// When, in Unix milliseconds.
+    pub time_ms: i64,
+    /// The VM's name.
+    pub vm_id: VmId,
+    /// The VM's creation.
+    pub uid: VmUid,
+    /// What happened.
+    pub kind: EventKind,
+    /// The state afterwards.
+    pub state: VmState,
+    /// The status afterwards.
+    pub status: Status,
+    /// What brought it about: a method's name, or what was observed (kebab-case).
+    pub cause: String,
+    /// Who asked: a caller, or `system`.
+    pub actor: String,
+    /// What ended the run, where this event is an end.
+    pub ended_by: Option<EndedBy>,
+}
+
+/// An event in its place in the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmEvent {
+    /// The place.
+    pub seq: EventSeq,
+    /// What happened.
+    pub event: NewEvent,
+}

@@ -1,0 +1,204 @@
+//! Names: of VMs as users know them, of each creation, of this installation, and of what the program makes on the host.
+//!
+//! Every name that the program gives on the host is a pure function of the [`VmUid`], so that after a crash whatever was left
+//! behind can be found again, and told from what belongs to a namesake.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The name of a VM, chosen by the client or generated: `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VmId(String);
+
+/// Says why a text is not a [`VmId`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "must be 1 to 63 characters, begin with a letter or digit, and go on with letters, digits, '.', '_' or '-'"
+)]
+pub struct InvalidVmId;
+
+impl VmId {
+    /// The longest name, in bytes.
+    pub const MAX_LEN: usize = 63;
+
+    /// Derives the name of a VM whose client gave none: `vm-` and the time-ordered uid.
+    pub fn generated(uid: VmUid) -> Self {
+        Self(format!("vm-{}", uid.0.simple()))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for VmId {
+    type Err = InvalidVmId;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if is_name(text) { Ok(Self(text.to_owned())) } else { Err(InvalidVmId) }
+    }
+}
+
+impl TryFrom<String> for VmId {
+    type Error = InvalidVmId;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<VmId> for String {
+    fn from(id: VmId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Says whether `text` has the form shared by VM names and device ids.
+pub fn is_name(text: &str) -> bool {
+    let mut bytes = text.bytes();
+    text.len() <= VmId::MAX_LEN
+        && bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
+        && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+/// The identity of one creation of a VM: new each time, even where the name is used again.
+///
+/// A version 7 UUID, so that sorting by uid is sorting by age.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct VmUid(Uuid);
+
+impl VmUid {
+    /// Wraps a UUID; the caller makes it time-ordered ([`Uuid::now_v7`]).
+    pub const fn new(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
+
+    /// The UUID itself.
+    pub const fn as_uuid(&self) -> &Uuid {
+        &self.0
+    }
+
+    /// The folder of this VM below the runtime folder: sockets, log and console.
+    ///
+    /// Kept short, because a unix socket's path ends at 107 bytes.
+    pub fn run_dir(&self, runtime_dir: &Path) -> PathBuf {
+        runtime_dir.join("vms").join(self.0.simple().to_string())
+    }
+
+    /// The name of the TAP for network interface `index` where the client names none: 15 bytes at most.
+    pub fn tap_name(&self, index: usize) -> String {
+        let tail = self.random_tail();
+        format!("vmt{:010x}{:02x}", tail & 0xff_ffff_ffff, index & 0xff)
+    }
+
+    /// A locally administered unicast MAC for network interface `index`.
+    pub fn mac(&self, index: usize) -> [u8; 6] {
+        let tail = self.random_tail().wrapping_add(index as u64).to_be_bytes();
+        [0x02, tail[3], tail[4], tail[5], tail[6], tail[7]]
+    }
+
+    fn random_tail(&self) -> u64 {
+        self.0.as_u64_pair().1
+    }
+}
+
+impl fmt::Display for VmUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for VmUid {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Uuid::parse_str(text).map(Self)
+    }
+}
+
+/// The identity of one state directory, made with it: tells our leftovers from another daemon's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct InstanceId(Uuid);
+
+impl InstanceId {
+    /// Wraps a UUID.
+    pub const fn new(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
+}
+
+impl fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for InstanceId {
+    type Err = uuid::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Uuid::parse_str(text).map(Self)
+    }
+}
+
+/// The name of a hypervisor backend, such as `qemu`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BackendName(String);
+
+impl BackendName {
+    /// Wraps a name; which names exist is decided where the backends are put together.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self(name.into())
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for BackendName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_pattern() {
+        for good in ["a", "0", "vm-1", "A.b_c-d", &"x".repeat(63)] {
+            assert!(good.parse::<VmId>().is_ok(), "{good}");
+        }
+        for bad in ["", "-a", ".a", "_a", "a/b", "../x", "a b", "ä", "a\n", &"x".repeat(64)] {
+            assert!(bad.parse::<VmId>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn derived_names_fit_the_host() {
+        let uid = VmUid::new(Uuid::now_v7());
+        assert!(uid.tap_name(255).len() <= 15);
+        assert_ne!(uid.tap_name(0), uid.tap_name(1));
+        assert_eq!(uid.mac(0)[0] & 0b11, 0b10, "locally administered, unicast");
+        assert_ne!(uid.mac(0), uid.mac(1));
+        assert!(VmId::generated(uid).as_str().parse::<VmId>().is_ok());
+    }
+}

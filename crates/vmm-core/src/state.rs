@@ -1,0 +1,407 @@
+//! The states of a VM, and the two pure functions that move it between them.
+//!
+//! ```text
+//!              BootVm                 PauseVm
+//!  CREATED ──────────────► RUNNING ◄───────────► PAUSED
+//!     │                    │  ▲  ▲    ResumeVm     │
+//!     │      ShutdownVm,   │  │  └─ RebootVm       │ ShutdownVm,
+//!     │      guest ends,   │  │                    │ VMM dies
+//!     │      VMM dies      ▼  │ BootVm             │
+//!     │                  SHUTDOWN ◄────────────────┘
+//!     │ DeleteVm           │ DeleteVm        (DeleteVm with force: from everywhere)
+//!     ▼                    ▼
+//!   gone                 gone
+//! ```
+//!
+//! [`admit`] answers requests and [`observe`] follows what happened by itself. Neither has a `_` arm: a new state or request
+//! does not compile until each has been thought of. What a VM is doing meanwhile, and why it is where it is, is its [`Status`].
+
+use serde::{Deserialize, Serialize};
+
+/// The four states that clients see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// Recorded, never started.
+    Created,
+    /// A VMM runs it.
+    Running,
+    /// A VMM holds it, its CPUs stand still.
+    Paused,
+    /// It ran, and no VMM holds it any more.
+    Shutdown,
+}
+
+impl VmState {
+    /// Every state, in the order of the wire.
+    pub const ALL: [Self; 4] = [Self::Created, Self::Running, Self::Paused, Self::Shutdown];
+
+    /// The name without the wire's prefix, as messages use it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Created => "CREATED",
+            Self::Running => "RUNNING",
+            Self::Paused => "PAUSED",
+            Self::Shutdown => "SHUTDOWN",
+        }
+    }
+
+    /// Says whether a VMM holds the VM in this state.
+    pub const fn is_live(self) -> bool {
+        match self {
+            Self::Running | Self::Paused => true,
+            Self::Created | Self::Shutdown => false,
+        }
+    }
+}
+
+/// What a client may ask of an existing VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// BootVm.
+    Boot,
+    /// ShutdownVm.
+    Shutdown,
+    /// PauseVm.
+    Pause,
+    /// ResumeVm.
+    Resume,
+    /// RebootVm.
+    Reboot,
+    /// DeleteVm without force.
+    Delete,
+    /// DeleteVm with force.
+    ForceDelete,
+}
+
+impl Request {
+    /// Every request, in the order that messages list them.
+    pub const ALL: [Self; 7] = [
+        Self::Boot,
+        Self::Shutdown,
+        Self::Pause,
+        Self::Resume,
+        Self::Reboot,
+        Self::Delete,
+        Self::ForceDelete,
+    ];
+
+    /// The method's name, as messages use it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Boot => "BootVm",
+            Self::Shutdown => "ShutdownVm",
+            Self::Pause => "PauseVm",
+            Self::Resume => "ResumeVm",
+            Self::Reboot => "RebootVm",
+            Self::Delete => "DeleteVm",
+            Self::ForceDelete => "DeleteVm with force",
+        }
+    }
+}
+
+/// What to do with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Carry it out.
+    Do,
+    /// Nothing to do: the VM is already there.
+    AlreadyDone,
+    /// Not legal from this state.
+    Denied,
+}
+
+/// Decides whether `request` is legal for a VM in `state`.
+pub const fn admit(state: VmState, request: Request) -> Admission {
+    use Admission::{AlreadyDone, Denied, Do};
+    match (state, request) {
+        (VmState::Created | VmState::Shutdown, Request::Boot) => Do,
+        (VmState::Running, Request::Boot) => AlreadyDone,
+        (VmState::Paused, Request::Boot) => Denied,
+
+        (VmState::Running | VmState::Paused, Request::Shutdown) => Do,
+        (VmState::Shutdown, Request::Shutdown) => AlreadyDone,
+        (VmState::Created, Request::Shutdown) => Denied,
+
+        (VmState::Running, Request::Pause) => Do,
+        (VmState::Paused, Request::Pause) => AlreadyDone,
+        (VmState::Created | VmState::Shutdown, Request::Pause) => Denied,
+
+        (VmState::Paused, Request::Resume) => Do,
+        (VmState::Running, Request::Resume) => AlreadyDone,
+        (VmState::Created | VmState::Shutdown, Request::Resume) => Denied,
+
+        (VmState::Running, Request::Reboot) => Do,
+        (VmState::Created | VmState::Paused | VmState::Shutdown, Request::Reboot) => Denied,
+
+        (VmState::Created | VmState::Shutdown, Request::Delete) => Do,
+        (VmState::Running | VmState::Paused, Request::Delete) => Denied,
+        (VmState::Created | VmState::Running | VmState::Paused | VmState::Shutdown, Request::ForceDelete) => {
+            Do
+        }
+    }
+}
+
+/// Lists the requests that `state` admits, for the message of a refusal.
+pub fn legal_requests(state: VmState) -> impl Iterator<Item = Request> {
+    Request::ALL.into_iter().filter(move |request| !matches!(admit(state, *request), Admission::Denied))
+}
+
+/// What a VM, or its VMM, did by itself or because it was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Observation {
+    /// Its VMM holds it and its CPUs run.
+    Runs,
+    /// Its VMM holds it and its CPUs stand still.
+    StandsStill,
+    /// The guest reset itself and goes on in the same VMM.
+    ResetInPlace,
+    /// Its VMM is proven gone, whatever ended it.
+    VmmGone,
+}
+
+/// Follows an observation. A VM that never ran is not moved by one: no VMM of its can exist.
+pub const fn observe(state: VmState, observation: Observation) -> VmState {
+    match (state, observation) {
+        (VmState::Created, Observation::ResetInPlace | Observation::VmmGone) => VmState::Created,
+        (VmState::Shutdown, Observation::ResetInPlace | Observation::VmmGone) => VmState::Shutdown,
+        (VmState::Running | VmState::Paused, Observation::VmmGone) => VmState::Shutdown,
+        (VmState::Running | VmState::Paused, Observation::ResetInPlace) => state,
+        (VmState::Created | VmState::Running | VmState::Paused | VmState::Shutdown, Observation::Runs) => {
+            VmState::Running
+        }
+        (
+            VmState::Created | VmState::Running | VmState::Paused | VmState::Shutdown,
+            Observation::StandsStill,
+        ) => VmState::Paused,
+    }
+}
+
+/// The finer truth beside the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Created and waiting for BootVm.
+    Created,
+    /// A VMM is being started.
+    Starting,
+    /// Up.
+    Running,
+    /// Being paused.
+    Pausing,
+    /// Standing still.
+    Paused,
+    /// Being resumed.
+    Resuming,
+    /// Being shut down.
+    Stopping,
+    /// Being shut down and booted again.
+    Rebooting,
+    /// Ended as asked, or by the guest itself.
+    Stopped,
+    /// Waiting for its next start by policy.
+    Restarting,
+    /// Ended, or could not start, because something went wrong.
+    Failed,
+    /// A VMM may hold it, but does not answer.
+    Unreachable,
+    /// Being deleted.
+    Deleting,
+}
+
+impl Phase {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
+            Self::Stopping => "stopping",
+            Self::Rebooting => "rebooting",
+            Self::Stopped => "stopped",
+            Self::Restarting => "restarting",
+            Self::Failed => "failed",
+            Self::Unreachable => "unreachable",
+            Self::Deleting => "deleting",
+        }
+    }
+
+    /// The phase of a VM in `state` with nothing under way.
+    pub const fn at_rest(state: VmState) -> Self {
+        match state {
+            VmState::Created => Self::Created,
+            VmState::Running => Self::Running,
+            VmState::Paused => Self::Paused,
+            VmState::Shutdown => Self::Stopped,
+        }
+    }
+}
+
+/// Why a VM is where it is, and how fresh that knowledge is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// What it is doing.
+    pub phase: Phase,
+    /// Machine-readable cause in kebab-case; empty where there is nothing to say.
+    pub reason: String,
+    /// The same for people.
+    pub message: String,
+    /// When this was last observed to be true, in Unix milliseconds.
+    pub observed_at_ms: i64,
+    /// Restarts by policy, in place or not, without a quiet minute between.
+    pub restarts: u32,
+}
+
+impl Status {
+    /// A status without a cause, observed at `now_ms` (Unix milliseconds).
+    pub fn plain(phase: Phase, now_ms: i64) -> Self {
+        Self { phase, reason: String::new(), message: String::new(), observed_at_ms: now_ms, restarts: 0 }
+    }
+
+    /// The same status with a machine-readable `reason` and a `message` for people.
+    pub fn because(mut self, reason: impl Into<String>, message: impl Into<String>) -> Self {
+        self.reason = reason.into();
+        self.message = message.into();
+        self
+    }
+}
+
+/// The rung of the shutdown ladder that ended a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndedBy {
+    /// It had ended before.
+    AlreadyStopped,
+    /// The guest ended by itself while nobody had asked it to.
+    Guest,
+    /// The guest obeyed its ACPI power button.
+    Acpi,
+    /// The guest obeyed Ctrl+Alt+Del.
+    CtrlAltDel,
+    /// The VMM powered the VM off when told to.
+    Vmm,
+    /// The VMM obeyed SIGTERM.
+    Sigterm,
+    /// The VMM was killed.
+    Sigkill,
+}
+
+impl EndedBy {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::AlreadyStopped => "already-stopped",
+            Self::Guest => "guest",
+            Self::Acpi => "acpi",
+            Self::CtrlAltDel => "ctrl-alt-del",
+            Self::Vmm => "vmm",
+            Self::Sigterm => "sigterm",
+            Self::Sigkill => "sigkill",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_state() -> impl Strategy<Value = VmState> {
+        proptest::sample::select(VmState::ALL.to_vec())
+    }
+
+    fn any_request() -> impl Strategy<Value = Request> {
+        proptest::sample::select(Request::ALL.to_vec())
+    }
+
+    fn any_observation() -> impl Strategy<Value = Observation> {
+        proptest::sample::select(vec![
+            Observation::Runs,
+            Observation::StandsStill,
+            Observation::ResetInPlace,
+            Observation::VmmGone,
+        ])
+    }
+
+    /// The state that a request leads to when it succeeds; `None` means that the VM is gone.
+    fn target(state: VmState, request: Request) -> Option<VmState> {
+        match request {
+            Request::Boot | Request::Resume | Request::Reboot => Some(VmState::Running),
+            Request::Shutdown => Some(observe(state, Observation::VmmGone)),
+            Request::Pause => Some(VmState::Paused),
+            Request::Delete | Request::ForceDelete => None,
+        }
+    }
+
+    #[test]
+    fn the_table_of_the_contract() {
+        use Admission::{AlreadyDone as Same, Denied as No, Do as Yes};
+        use Request as R;
+        let table = [
+            (R::Boot, [Yes, Same, No, Yes]),
+            (R::Shutdown, [No, Yes, Yes, Same]),
+            (R::Pause, [No, Yes, Same, No]),
+            (R::Resume, [No, Same, Yes, No]),
+            (R::Reboot, [No, Yes, No, No]),
+            (R::Delete, [Yes, No, No, Yes]),
+            (R::ForceDelete, [Yes, Yes, Yes, Yes]),
+        ];
+        for (request, row) in table {
+            for (state, expected) in VmState::ALL.into_iter().zip(row) {
+                assert_eq!(admit(state, request), expected, "{} in {}", request.name(), state.name());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_force_delete_is_legal(
+            start in any_state(),
+            steps in proptest::collection::vec((any_request(), any_observation()), 0..40),
+        ) {
+            let mut state = start;
+            for (request, observation) in steps {
+                if admit(state, request) == Admission::Do {
+                    match target(state, request) {
+                        Some(next) => state = next,
+                        None => return Ok(()),
+                    }
+                }
+                if state.is_live() {
+                    state = observe(state, observation);
+                }
+                prop_assert_eq!(admit(state, Request::ForceDelete), Admission::Do);
+                prop_assert!(legal_requests(state).count() >= 2, "every state has a way out");
+            }
+        }
+
+        #[test]
+        fn doing_a_thing_twice_is_nothing_or_denied(state in any_state(), request in any_request()) {
+            if admit(state, request) == Admission::Do
+                && let Some(next) = target(state, request)
+                && request != Request::Reboot
+            {
+                prop_assert_eq!(admit(next, request), Admission::AlreadyDone);
+            }
+        }
+
+        #[test]
+        fn a_vmm_that_is_gone_leaves_nothing_live(state in any_state(), observation in any_observation()) {
+            let after = observe(observe(state, observation), Observation::VmmGone);
+            prop_assert!(!after.is_live());
+            prop_assert_eq!(observe(after, Observation::VmmGone), after);
+        }
+
+        #[test]
+        fn already_done_means_that_the_state_is_the_target(state in any_state(), request in any_request()) {
+            if admit(state, request) == Admission::AlreadyDone {
+                prop_assert_eq!(target(state, request), Some(state));
+            }
+        }
+    }
+}

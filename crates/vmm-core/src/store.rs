@@ -1,0 +1,208 @@
+//! The port to durable state: what is kept of a VM, and what a store must promise.
+
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::config::VmConfig;
+use crate::event::{EventSeq, NewEvent, VmEvent};
+use crate::id::{BackendName, InstanceId, VmId, VmUid};
+use crate::state::{EndedBy, Request, Status, VmState};
+
+/// Everything that is kept of one VM. Written only by the VM's own actor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// This creation.
+    pub uid: VmUid,
+    /// The name; at most one living record bears it.
+    pub vm_id: VmId,
+    /// Which hypervisor runs it.
+    pub backend: BackendName,
+    /// What CreateVm was sent, to recognise a repeated call.
+    pub requested: Requested,
+    /// The configuration in force: as sent, with ids, MACs and the default kernel filled in.
+    pub config: VmConfig,
+    /// Where it is.
+    pub state: VmState,
+    /// Why it is there.
+    pub status: Status,
+    /// Counts every change of this record, from 1.
+    pub generation: u64,
+    /// When it was created, in Unix milliseconds.
+    pub created_ms: i64,
+    /// When it last changed, in Unix milliseconds.
+    pub modified_ms: i64,
+    /// The operation under way: committed before anything is touched, cleared with its outcome.
+    pub intent: Option<Intent>,
+    /// The VMM that holds it.
+    pub run: Option<RunRecord>,
+    /// Whether this VM has made, or was about to make, the file that `console.output` names.
+    pub owns_console_output: bool,
+    /// What ended the last run.
+    pub ended_by: Option<EndedBy>,
+}
+
+/// What CreateVm was sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Requested {
+    /// The backend as sent; empty means the default.
+    pub backend: String,
+    /// The configuration as sent.
+    pub config: VmConfig,
+}
+
+/// An operation that was admitted and has not ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// What was asked.
+    pub request: Request,
+    /// Who asked.
+    pub actor: String,
+    /// When, in Unix milliseconds.
+    pub since_ms: i64,
+}
+
+/// Proof of identity of a process: a pid alone may be somebody else's by now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessIdentity {
+    /// The process id.
+    pub pid: u32,
+    /// Start time in clock ticks since the host booted, as in `/proc/PID/stat`.
+    pub start_ticks: u64,
+    /// The host's boot, as in `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+/// The VMM of one run: who it is, how to reach it, and what it holds of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// The process.
+    pub process: ProcessIdentity,
+    /// Its control socket.
+    pub socket: PathBuf,
+    /// The hypervisor's version, as it says itself.
+    pub version: String,
+    /// `kvm`, `tcg` or what else runs the guest's CPUs.
+    pub accelerator: String,
+    /// The machine model, where the hypervisor has several.
+    pub machine: String,
+    /// When the run began, in Unix milliseconds.
+    pub started_ms: i64,
+    /// What no other running VM may use.
+    pub claims: Vec<HostClaim>,
+}
+
+/// Something on the host that serves one running VM at a time.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostClaim {
+    /// A disk, known by where it really is rather than by its path.
+    Disk {
+        /// Device number of the file system that holds the image, or of the block device itself.
+        device: u64,
+        /// Inode of the image; 0 for a block device.
+        inode: u64,
+        /// Whether this VM may write.
+        writable: bool,
+        /// The path it was named by, for messages.
+        path: PathBuf,
+    },
+    /// A TAP interface, by name.
+    Tap {
+        /// The interface.
+        name: String,
+    },
+}
+
+/// One atomic change: a record and the event that tells of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Commit {
+    /// What happens to the record.
+    pub change: Change,
+    /// The event, committed in the same transaction.
+    pub event: Option<NewEvent>,
+}
+
+/// What happens to a record.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A new VM. Fails with [`StoreErrorKind::NameTaken`] if a living record bears the name.
+    Insert(Box<VmRecord>),
+    /// A changed VM. Fails with [`StoreErrorKind::Conflict`] unless the stored generation is one less.
+    Update(Box<VmRecord>),
+    /// A VM that is gone; its events stay. Removing twice is harmless.
+    Remove(VmUid),
+}
+
+/// What a store holds when it is opened.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The identity of this state directory, made when it was first opened.
+    pub instance: InstanceId,
+    /// Every VM, oldest first.
+    pub vms: Vec<VmRecord>,
+    /// The last event in the log; 0 if there is none.
+    pub last_event: EventSeq,
+}
+
+/// Which events to read.
+#[derive(Clone, Debug, Default)]
+pub struct EventQuery {
+    /// Only events after this one.
+    pub after: EventSeq,
+    /// Only events of this name.
+    pub vm_id: Option<VmId>,
+    /// At most so many.
+    pub limit: usize,
+}
+
+/// Durable state. Whatever has been acknowledged survives the death of the process and of the host.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Reads everything. Called once, at start.
+    async fn load(&self) -> Result<Snapshot, StoreError>;
+
+    /// Commits one change durably and answers with the place of its event, if it had one.
+    async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError>;
+
+    /// Reads events, oldest first.
+    async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError>;
+
+    /// Removes events older than `before_ms` (Unix milliseconds) and answers how many went.
+    async fn expire_events(&self, before_ms: i64) -> Result<u64, StoreError>;
+}
+
+/// Why a store could not do as asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct StoreError {
+    /// The kind, to decide by.
+    pub kind: StoreErrorKind,
+    /// What happened and what to do, for people.
+    pub message: String,
+    /// Whether the change was written.
+    pub effect: crate::backend::Effect,
+    /// The cause.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// Kinds of [`StoreError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreErrorKind {
+    /// A living record bears the name.
+    NameTaken,
+    /// Somebody else changed the record.
+    Conflict,
+    /// No room is left, or the database is read-only.
+    Full,
+    /// The database is damaged.
+    Corrupt,
+    /// The database was written by a newer program.
+    Newer,
+    /// Reading or writing failed otherwise.
+    Io,
+    /// The store has been closed.
+    Closed,
+}
