@@ -1,3 +1,4 @@
 //! vmm-controlplane
 
 pub mod config;
+pub mod rpc;

@@ -16,6 +16,8 @@
 //! [`admit`] answers requests and [`observe`] follows what happened by itself. Neither has a `_` arm: a new state or request
 //! does not compile until each has been thought of. What a VM is doing meanwhile, and why it is where it is, is its [`Status`].
 
+#![warn(clippy::wildcard_enum_match_arm)] // a new state must not compile until every match has thought of it
+
 use serde::{Deserialize, Serialize};
 
 /// The four states that clients see.

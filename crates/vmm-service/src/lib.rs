@@ -1,1 +1,32 @@
-//! vmm-service
+//! The use cases: what the nine methods mean, whatever hypervisor runs a VM.
+//!
+//! ```text
+//!   api ──► VmService ──► inbox ──► Actor (one per VM, the only writer of its record) ──► Backend / Vmm
+//!              │                      │  intent ► effect ► outcome
+//!              │ reads                ▼
+//!              └────────► Index ◄── Store
+//! ```
+//!
+//! Reads come from the [`index`] and never pass an actor or a VMM. Changes go through the VM's [`actor`], one at a time; only
+//! `force` has a channel of its own and pre-empts what is under way. [`check`] looks at the host before anything is touched,
+//! and [`claims`] keeps two running VMs off one disk or TAP.
+
+mod actor;
+mod backends;
+mod check;
+mod claims;
+mod clock;
+mod create;
+mod error;
+mod index;
+mod listing;
+mod metrics;
+mod service;
+
+pub use backends::{BackendStatus, Backends};
+pub use create::{CreateRequest, Created};
+pub use error::ServiceError;
+pub use index::VmView;
+pub use listing::{ListQuery, Page};
+pub use metrics::Metrics;
+pub use service::{DefaultBoot, Outcome, Settings, ShutdownOptions, VmService};

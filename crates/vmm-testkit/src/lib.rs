@@ -1,1 +1,4 @@
 //! vmm-testkit
+
+pub mod guests;
+pub mod store_suite;

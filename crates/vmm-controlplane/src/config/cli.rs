@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn every_setting_has_a_flag_whose_help_names_its_variable() {
-        let help = Cli::command().render_long_help().to_string();
+        let help = Cli::command().term_width(0).render_long_help().to_string();
         for setting in Setting::ALL {
             let cli = parse(&[&setting.flag(), "x"]);
             assert_eq!(cli.settings, BTreeMap::from([(*setting, "x".into())]));

@@ -49,9 +49,9 @@ impl Reader<'_> {
             } else {
                 format!("{prefix}.{}", name.get_ref())
             };
-            match value.get_ref() {
-                DeValue::Table(inner) if is_section(&path) => self.table(&path, inner),
-                other => self.value(&path, name.span(), other),
+            match value.get_ref().as_table() {
+                Some(inner) if is_section(&path) => self.table(&path, inner),
+                _ => self.value(&path, name.span(), value.get_ref()),
             }
         }
     }
@@ -61,21 +61,16 @@ impl Reader<'_> {
         let Some(setting) = Setting::from_key(&path.replace('.', "_")) else {
             return self.unknown(path, origin);
         };
-        let text = match value {
-            DeValue::Array(_) if !setting.spec().list => {
-                return self.refuse(
-                    path,
-                    origin,
-                    "is a list, and the setting takes one value",
-                    "one value",
-                    setting,
-                );
+        let text = match value.as_array() {
+            Some(_) if !setting.is_list() => {
+                let what = "is a list, and the setting takes one value";
+                return self.refuse(path, origin, what, "one value", setting);
             }
-            DeValue::Array(items) => {
+            Some(items) => {
                 let items: Option<Vec<_>> = items.iter().map(|item| scalar(item.get_ref())).collect();
                 items.map(|items| items.join(","))
             }
-            other => scalar(other),
+            None => scalar(value),
         };
         let Some(text) = text else {
             return self.refuse(

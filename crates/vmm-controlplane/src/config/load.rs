@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::error::{ConfigError, ConfigErrors, Origin};
-use super::notices::{Demands, not_served};
+use super::notices::Demands;
 use super::settings::{Fallback, Setting};
 use super::sources::{self, Environment, Given, Host, set};
 use super::values::{self, BackendName, Endpoint, Fault, Listen};
@@ -69,9 +69,7 @@ impl Loader<'_> {
         let qemu_binary = self.text(S::QemuBinary, values::binary);
         let qemu_kvm = self.text(S::QemuKvm, values::kvm);
         let qemu_import = self.text(S::QemuImport, values::boolean);
-        let kernel = self.optional(S::DefaultKernel, values::absolute_path);
-        let initrd = self.optional(S::DefaultInitrd, values::absolute_path);
-        let kernel_args = self.optional(S::DefaultKernelArgs, values::line);
+        let defaults = self.boot_defaults();
         let metrics_interval =
             self.text(S::MetricsInterval, |text| values::duration(text, METRICS_INTERVAL_MAX));
         let event_retention =
@@ -88,9 +86,9 @@ impl Loader<'_> {
         let unserved = demands.unserved();
         let otel = self.otel(otel_enabled);
         if !self.errors.is_empty() {
-            let given = self.given;
-            let origin = |setting| given.get(&setting).map(|(_, origin)| origin.clone());
-            self.errors.extend(unserved.into_iter().map(|setting| not_served(setting, origin(setting))));
+            let origin = |setting| self.given(setting).map(|(_, origin)| origin);
+            let unserved: Vec<_> = unserved.into_iter().map(|it| it.error(origin(it.setting))).collect();
+            self.errors.extend(unserved);
         }
         Some(Config {
             listen: Listen { host: host?, port: port? },
@@ -102,13 +100,20 @@ impl Loader<'_> {
             qemu: Hypervisor { endpoint: qemu_endpoint?, binary: qemu_binary? },
             qemu_kvm: qemu_kvm?,
             qemu_import: qemu_import?,
-            defaults: BootDefaults { kernel: kernel?, initrd: initrd?, kernel_args: kernel_args? },
+            defaults: defaults?,
             metrics_interval: metrics_interval?,
             event_retention: event_retention?,
             state_dir: state_dir?,
             runtime_dir: runtime_dir?,
             otel: otel?,
         })
+    }
+
+    fn boot_defaults(&mut self) -> Option<BootDefaults> {
+        let kernel = self.optional(Setting::DefaultKernel, values::absolute_path);
+        let initrd = self.optional(Setting::DefaultInitrd, values::absolute_path);
+        let kernel_args = self.optional(Setting::DefaultKernelArgs, values::line);
+        Some(BootDefaults { kernel: kernel?, initrd: initrd?, kernel_args: kernel_args? })
     }
 
     fn otel(&mut self, enabled: Option<bool>) -> Option<Otel> {
@@ -241,7 +246,14 @@ impl Loader<'_> {
                 } else {
                     format!("{}: {}", setting.key(), fault.message)
                 };
-                let advice = format!("set {} to {}", setting.variable(), fault.want);
+                let variable = setting.variable();
+                let advice = match origin {
+                    // A flag hides the variable, so setting the variable alone would change nothing.
+                    Origin::Flag(_) => format!("set it, or {variable} in its stead, to {}", fault.want),
+                    Origin::Variable(_) | Origin::File { .. } | Origin::Default => {
+                        format!("set {variable} to {}", fault.want)
+                    }
+                };
                 self.errors.push(ConfigError::new(message, origin, advice));
                 None
             }

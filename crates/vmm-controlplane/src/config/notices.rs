@@ -15,48 +15,69 @@ pub(super) struct Demands<'a> {
     pub(super) otel_enabled: Option<bool>,
 }
 
-impl Demands<'_> {
-    /// Returns the settings that ask for what this version does not do. A feature that arrives leaves this list.
-    pub(super) fn unserved(&self) -> Vec<Setting> {
-        let attached =
-            |endpoint: Option<&Endpoint>| endpoint.is_some_and(|endpoint| *endpoint != Endpoint::Managed);
-        let [ch, fc, qemu] = self.endpoints;
-        let asked = [
-            (Setting::CorsOrigins, self.cors_origins.is_some_and(|origins| !origins.is_empty())),
-            (Setting::ChEndpoint, attached(ch)),
-            (Setting::FcEndpoint, attached(fc)),
-            (Setting::QemuEndpoint, attached(qemu)),
-            (Setting::QemuImport, self.qemu_import == Some(true)),
-            (Setting::OtelEnabled, self.otel_enabled == Some(true)),
-        ];
-        asked.into_iter().filter(|(_, asked)| *asked).map(|(setting, _)| setting).collect()
+/// A setting that asks for what this version does not do.
+pub(super) struct Unserved {
+    pub(super) setting: Setting,
+    /// What it asks for; ends the sentence "this version cannot yet …".
+    what: &'static str,
+    /// What happens where the setting is unset.
+    without: &'static str,
+}
+
+impl Unserved {
+    /// Says so, and how to do without.
+    pub(super) fn error(&self, origin: Option<Origin>) -> ConfigError {
+        let variable = self.setting.variable();
+        let message = format!("{variable}: this version cannot yet {}", self.what);
+        let advice = match &origin {
+            Some(Origin::Flag(name)) => format!("leave {name} out"),
+            Some(Origin::Variable(name)) => format!("unset {name}"),
+            Some(Origin::File { .. }) => "remove that line".to_owned(),
+            Some(Origin::Default) | None => format!("unset {variable}"),
+        };
+        ConfigError::new(message, origin, format!("{advice}: {}", self.without))
     }
 }
 
-/// Says that this version does not serve a setting, and how to do without.
-pub(super) fn not_served(setting: Setting, origin: Option<Origin>) -> ConfigError {
-    let (what, without) = match setting {
-        Setting::ChEndpoint | Setting::FcEndpoint => {
-            ("attach to a VMM that somebody else started", "one process is then started per VM")
-        }
-        Setting::QemuEndpoint => {
-            ("attach to a running QEMU or to libvirt", "one process is then started per VM")
-        }
-        Setting::QemuImport => ("import libvirt domains", "only its own VMs are then listed"),
-        Setting::OtelEnabled => ("send telemetry over OTLP", "the log on standard error stays"),
-        Setting::CorsOrigins => {
-            ("serve web pages of other origins", "clients other than browsers are not affected")
-        }
-        // The list above has no other; a setting added there without a text of its own still reads well.
-        _ => ("serve this setting", "the default then applies"),
-    };
-    let message = format!("{}: this version cannot {what} yet", setting.key());
-    ConfigError::new(message, origin, format!("unset {}: {without}", setting.variable()))
+impl Demands<'_> {
+    /// Returns the settings that ask for what this version does not do. A feature that arrives leaves this list.
+    pub(super) fn unserved(&self) -> Vec<Unserved> {
+        let attached = |endpoint: Option<&Endpoint>| endpoint.is_some_and(|it| *it != Endpoint::Managed);
+        let [ch, fc, qemu] = self.endpoints;
+        let cors = self.cors_origins.is_some_and(|origins| !origins.is_empty());
+        let attach = "attach to a VMM that somebody else started";
+        let start = "one process is then started per VM";
+        let asked = [
+            (cors, Setting::CorsOrigins, "serve web pages of other origins", "only browsers are affected"),
+            (attached(ch), Setting::ChEndpoint, attach, start),
+            (attached(fc), Setting::FcEndpoint, attach, start),
+            (attached(qemu), Setting::QemuEndpoint, "attach to a running QEMU or to libvirt", start),
+            (
+                self.qemu_import == Some(true),
+                Setting::QemuImport,
+                "import libvirt domains",
+                "only its own VMs are then listed",
+            ),
+            (
+                self.otel_enabled == Some(true),
+                Setting::OtelEnabled,
+                "send telemetry over OTLP",
+                "nothing is then sent",
+            ),
+        ];
+        let asked = asked.into_iter().filter(|(asked, ..)| *asked);
+        asked.map(|(_, setting, what, without)| Unserved { setting, what, without }).collect()
+    }
 }
 
 impl Config {
-    /// Returns the settings that ask for what this version does not do; the daemon must not start while there are any.
+    /// Returns the settings that ask for what this version does not do; the daemon must not start while there are
+    /// any. [`Loaded::require_served`] says so to a person.
     pub fn unserved(&self) -> Vec<Setting> {
+        self.demands().into_iter().map(|unserved| unserved.setting).collect()
+    }
+
+    fn demands(&self) -> Vec<Unserved> {
         let endpoints = BackendName::ALL.map(|backend| Some(&self.hypervisor(backend).endpoint));
         Demands {
             endpoints,
@@ -78,9 +99,8 @@ impl Loaded {
         let origin = |setting| {
             self.effective.iter().find(|entry| entry.setting == setting).map(|entry| entry.origin.clone())
         };
-        let unserved = self.config.unserved();
-        let errors: Vec<_> =
-            unserved.into_iter().map(|setting| not_served(setting, origin(setting))).collect();
+        let unserved = self.config.demands();
+        let errors: Vec<_> = unserved.iter().map(|it| it.error(origin(it.setting))).collect();
         if errors.is_empty() { Ok(()) } else { Err(ConfigErrors(errors)) }
     }
 }
@@ -108,7 +128,6 @@ pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: 
             }
         }
     }
-    let prometheus_off = !config.otel.prometheus_enabled;
     warnings.extend(without_effect(
         given,
         "telemetry is not sent by this version yet",
@@ -119,7 +138,7 @@ pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: 
             Setting::OtelEndpoint,
         ],
     ));
-    if !prometheus_off {
+    if config.otel.prometheus_enabled {
         let settings = [Setting::OtelPrometheusEnabled, Setting::OtelPrometheusPort];
         warnings.extend(without_effect(
             given,

@@ -43,8 +43,6 @@ pub struct Spec {
     pub value_name: &'static str,
     /// The value when none is given.
     pub default: Fallback,
-    /// Whether the file may give a list, the other sources a comma-separated text.
-    pub list: bool,
     /// What the setting does, in one or two sentences.
     pub help: &'static str,
 }
@@ -52,7 +50,7 @@ pub struct Spec {
 macro_rules! settings {
     ($(
         $heading:literal {
-            $( $(#[doc = $doc:literal])+ $name:ident = $key:literal <$value:literal> $default:expr $(, $list:ident)?; )+
+            $( $(#[doc = $doc:literal])+ $name:ident = $key:literal <$value:literal> $default:expr; )+
         }
     )+) => {
         /// A setting of the daemon, in the order of the help text and of the documentation.
@@ -73,7 +71,6 @@ macro_rules! settings {
                         heading: $heading,
                         value_name: $value,
                         default: $default,
-                        list: false $(|| stringify!($list).len() > 0)?,
                         help: concat!($($doc),+),
                     },)+)+
                 }
@@ -91,19 +88,19 @@ settings! {
         /// TCP port to listen on; 0 lets the system choose a free one.
         Port = "port" <"PORT"> Text("8080");
         /// Names besides localhost and IP addresses that clients may use in the Host header, comma-separated.
-        AllowedHosts = "allowed_hosts" <"NAME,..."> Text(""), list;
-        /// Origins whose web pages may call the API, comma-separated, such as https://vms.example.com.
-        CorsOrigins = "cors_origins" <"ORIGIN,..."> Text(""), list;
+        AllowedHosts = "allowed_hosts" <"NAME,..."> Text("");
+        /// Origins whose web pages may call the API, comma-separated, such as `https://vms.example.com`.
+        CorsOrigins = "cors_origins" <"ORIGIN,..."> Text("");
     }
     "Backends" {
         /// Backend of a VM that names none: cloudhypervisor, firecracker or qemu.
         Backend = "backend" <"BACKEND"> Text("cloudhypervisor");
         /// Cloud Hypervisor sockets to attach to, comma-separated unix:///path; unset: one process is started per VM.
-        ChEndpoint = "ch_endpoint" <"ENDPOINT"> Unset, list;
+        ChEndpoint = "ch_endpoint" <"ENDPOINT"> Unset;
         /// Firecracker sockets to attach to, comma-separated unix:///path; unset: one process is started per VM.
-        FcEndpoint = "fc_endpoint" <"ENDPOINT"> Unset, list;
+        FcEndpoint = "fc_endpoint" <"ENDPOINT"> Unset;
         /// QMP socket of a running QEMU (unix:///path), or libvirt (qemu:///system, qemu:///session, qemu+unix://...); unset: one process is started per VM.
-        QemuEndpoint = "qemu_endpoint" <"ENDPOINT"> Unset, list;
+        QemuEndpoint = "qemu_endpoint" <"ENDPOINT"> Unset;
         /// Cloud Hypervisor executable: a name looked up on PATH, or an absolute path.
         ChBinary = "ch_binary" <"PROGRAM"> Text("cloud-hypervisor");
         /// Firecracker executable: a name looked up on PATH, or an absolute path.
@@ -175,6 +172,14 @@ impl Setting {
     /// Returns the flag without its dashes, such as `ch-endpoint`.
     pub(super) fn long_flag(self) -> String {
         self.key().replace('_', "-")
+    }
+
+    /// Tells whether the setting takes several values: an array in the file, a comma-separated text elsewhere.
+    pub const fn is_list(self) -> bool {
+        matches!(
+            self,
+            Self::AllowedHosts | Self::CorsOrigins | Self::ChEndpoint | Self::FcEndpoint | Self::QemuEndpoint
+        )
     }
 
     /// Returns the setting with this key in the configuration file.

@@ -356,7 +356,7 @@ pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
 
 pub(super) fn absolute_path(text: &str) -> Result<PathBuf, Fault> {
     let path = Path::new(text);
-    if path.is_absolute() && !text.contains('\0') {
+    if path.is_absolute() && !text.contains(char::is_control) {
         return Ok(path.to_owned());
     }
     Err(Fault::not(text, "is not an absolute path", "one, beginning with /"))
@@ -377,7 +377,7 @@ pub(super) fn runtime_dir(text: &str) -> Result<PathBuf, Fault> {
 
 pub(super) fn binary(text: &str) -> Result<PathBuf, Fault> {
     let path = Path::new(text);
-    let sound = path.file_name().is_some() && !text.contains('\0') && !text.ends_with('/');
+    let sound = path.file_name().is_some() && !text.contains(char::is_control) && !text.ends_with('/');
     if sound && (path.is_absolute() || !text.contains('/')) {
         return Ok(path.to_owned());
     }
@@ -391,3 +391,6 @@ pub(super) fn line(text: &str) -> Result<String, Fault> {
     }
     Ok(text.to_owned())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,250 @@
+//! QEMU's commands, typed: only those that are used, and of their answers only what is needed.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, StorageCounters};
+
+use super::qmp::{Closed, Qmp, QmpError, QemuVersion};
+
+/// What QEMU does when its guest resets, and when it is told to reset its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RebootAction {
+    /// The guest starts again in the same process.
+    Reset,
+    /// The process ends.
+    Shutdown,
+}
+
+impl RebootAction {
+    /// QEMU's word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Reset => "reset",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// What QEMU's guest is doing, in QEMU's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// Stopped by a debugger.
+    Debug,
+    /// Waits for an incoming migration.
+    Inmigrate,
+    /// The accelerator failed; the guest cannot go on.
+    InternalError,
+    /// A disk failed where that stops the guest.
+    IoError,
+    /// Stopped by a command.
+    Paused,
+    /// Stopped after a migration.
+    Postmigrate,
+    /// Not started yet.
+    Prelaunch,
+    /// Stopped to end a migration.
+    FinishMigrate,
+    /// Stopped to restore a snapshot.
+    RestoreVm,
+    /// Its CPUs run.
+    Running,
+    /// Stopped to save a snapshot.
+    SaveVm,
+    /// It has powered off.
+    Shutdown,
+    /// It sleeps.
+    Suspended,
+    /// Its watchdog stopped it.
+    Watchdog,
+    /// It panicked.
+    GuestPanicked,
+    /// Stopped to replicate.
+    Colo,
+}
+
+impl RunState {
+    /// The same in the domain's terms.
+    pub const fn guest_state(self) -> GuestState {
+        match self {
+            // A sleeping guest is woken by its own devices: for the host it runs.
+            Self::Running | Self::Suspended => GuestState::Running,
+            Self::Debug
+            | Self::Inmigrate
+            | Self::Paused
+            | Self::Postmigrate
+            | Self::Prelaunch
+            | Self::FinishMigrate
+            | Self::RestoreVm
+            | Self::SaveVm
+            | Self::Colo => GuestState::Paused,
+            Self::InternalError | Self::IoError | Self::Shutdown | Self::Watchdog | Self::GuestPanicked => {
+                GuestState::Ended
+            }
+        }
+    }
+
+    /// Why a guest in this state cannot go on; `None` where it can, or has ended in order.
+    pub const fn failure(self) -> Option<&'static str> {
+        match self {
+            Self::InternalError => Some("the accelerator could not go on with the guest (internal-error)"),
+            Self::IoError => Some("a disk of the guest failed (io-error)"),
+            Self::Watchdog => Some("the guest's watchdog fired (watchdog)"),
+            Self::GuestPanicked => Some("the guest panicked (guest-panicked)"),
+            Self::Running
+            | Self::Suspended
+            | Self::Debug
+            | Self::Inmigrate
+            | Self::Paused
+            | Self::Postmigrate
+            | Self::Prelaunch
+            | Self::FinishMigrate
+            | Self::RestoreVm
+            | Self::SaveVm
+            | Self::Colo
+            | Self::Shutdown => None,
+        }
+    }
+}
+
+/// The empty object that a command without an answer returns.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[derive(Debug, Deserialize)]
+struct Status {
+    status: RunState,
+}
+
+#[derive(Debug, Deserialize)]
+struct Version {
+    qemu: QemuVersion,
+}
+
+#[derive(Debug, Deserialize)]
+struct BlockStats {
+    stats: BlockCounters,
+}
+
+#[derive(Debug, Deserialize)]
+struct BlockCounters {
+    rd_bytes: u64,
+    wr_bytes: u64,
+    rd_operations: u64,
+    wr_operations: u64,
+}
+
+impl Qmp {
+    async fn order(&self, command: &'static str, arguments: Value) -> Result<(), QmpError> {
+        let Nothing {} = self.execute(command, arguments).await?;
+        Ok(())
+    }
+
+    /// Lets the guest's CPUs run.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`]; so for all commands here.
+    pub async fn cont(&self) -> Result<(), QmpError> {
+        self.order("cont", Value::Null).await
+    }
+
+    /// Stops the guest's CPUs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn stop(&self) -> Result<(), QmpError> {
+        self.order("stop", Value::Null).await
+    }
+
+    /// Asks what the guest is doing.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn query_status(&self) -> Result<RunState, QmpError> {
+        Ok(self.execute::<Status>("query-status", Value::Null).await?.status)
+    }
+
+    /// Presses the guest's power button. Answers at once; the guest may ignore it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn system_powerdown(&self) -> Result<(), QmpError> {
+        self.order("system_powerdown", Value::Null).await
+    }
+
+    /// Presses the guest's reset button.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn system_reset(&self) -> Result<(), QmpError> {
+        self.order("system_reset", Value::Null).await
+    }
+
+    /// Sets what a reset does from now on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn set_reboot_action(&self, action: RebootAction) -> Result<(), QmpError> {
+        self.order("set-action", json!({ "reboot": action.as_str() })).await
+    }
+
+    /// Ends QEMU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn quit(&self) -> Result<(), QmpError> {
+        self.order("quit", Value::Null).await
+    }
+
+    /// Reads QEMU's version again; the cheapest question there is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn query_version(&self) -> Result<QemuVersion, QmpError> {
+        Ok(self.execute::<Version>("query-version", Value::Null).await?.qemu)
+    }
+
+    /// Reads the block counters, summed over all disks.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qmp::execute`].
+    pub async fn query_blockstats(&self) -> Result<StorageCounters, QmpError> {
+        let disks: Vec<BlockStats> = self.execute("query-blockstats", Value::Null).await?;
+        Ok(disks.iter().fold(StorageCounters::default(), |sum, disk| StorageCounters {
+            bytes_read: sum.bytes_read.saturating_add(disk.stats.rd_bytes),
+            bytes_written: sum.bytes_written.saturating_add(disk.stats.wr_bytes),
+            read_operations: sum.read_operations.saturating_add(disk.stats.rd_operations),
+            write_operations: sum.write_operations.saturating_add(disk.stats.wr_operations),
+        }))
+    }
+}
+
+impl From<QmpError> for BackendError {
+    fn from(error: QmpError) -> Self {
+        let unless_sent = |sent: bool| if sent { Effect::Unknown } else { Effect::NotApplied };
+        let (kind, effect) = match &error {
+            QmpError::Connect(_) => (BackendErrorKind::Unreachable, Effect::NotApplied),
+            QmpError::NoGreeting(_) => (BackendErrorKind::Timeout, Effect::NotApplied),
+            QmpError::Timeout { sent, .. } => (BackendErrorKind::Timeout, unless_sent(*sent)),
+            QmpError::Refused { .. } => (BackendErrorKind::Rejected, Effect::NotApplied),
+            QmpError::Closed { reason: Closed::Eof | Closed::Io(_), sent } => {
+                (BackendErrorKind::Unreachable, unless_sent(*sent))
+            }
+            QmpError::Closed { reason: Closed::LineTooLong | Closed::Garbage(_), sent } => {
+                (BackendErrorKind::Protocol, unless_sent(*sent))
+            }
+            QmpError::Malformed { .. } => (BackendErrorKind::Protocol, Effect::Unknown),
+        };
+        Self::new(kind, effect, error.to_string()).caused_by(error)
+    }
+}

@@ -1,0 +1,446 @@
+//! The QEMU Machine Protocol: one JSON object a line over a unix socket.
+//!
+//! ```text
+//!   execute() ──► pending[id] ──► queue ──► writer ──►┐
+//!      ▲                                              │ unix socket
+//!      └── answer by id ◄── pending[id] ◄── reader ◄──┤
+//!                               events ◄──────┘       ▼ QEMU
+//! ```
+//!
+//! Commands carry an id, so any number may be under way at once. What comes in is not trusted, because a VMM hosts the
+//! guest: a line has a longest length, anything that is not an answer or an event ends the connection with the reason, and
+//! every wait has a deadline. QEMU serves one client at a time; a second one is accepted by the kernel and never greeted.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use tracing::{Instrument, debug, warn};
+
+/// How long a command may take where the caller does not say.
+pub const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The longest line that is read, in bytes. The longest honest one, block statistics of 64 disks, is about a third of it.
+pub const MAX_LINE: usize = 1 << 20;
+
+/// Commands that wait to be written; more wait in their callers.
+const QUEUE: usize = 16;
+
+/// One connection to one QEMU. Dropping it ends the connection.
+#[derive(Debug)]
+pub struct Qmp {
+    version: QemuVersion,
+    peer_pid: Option<i32>,
+    queue: mpsc::Sender<Vec<u8>>,
+    shared: Arc<Shared>,
+    tasks: [AbortHandle; 2],
+}
+
+/// QEMU's version, as its greeting says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
+pub struct QemuVersion {
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+    /// Patch number.
+    pub micro: u32,
+}
+
+impl std::fmt::Display for QemuVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// Something that QEMU told without being asked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QmpEvent {
+    /// Its name, such as `SHUTDOWN`.
+    pub name: String,
+    /// When it happened by the host's clock, as a time since the Unix epoch.
+    pub at: Duration,
+    /// What belongs to it; `Null` where nothing does.
+    pub data: Value,
+}
+
+/// Why a command, or the connection, failed.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The socket could not be connected to.
+    #[error("cannot connect to QEMU's socket")]
+    Connect(#[source] io::Error),
+    /// Nobody greeted in time: QEMU stands still, or serves another client.
+    #[error("QEMU did not greet within {0:?}: it stands still, or another client holds its QMP socket")]
+    NoGreeting(Duration),
+    /// The command was not answered in time.
+    #[error("QEMU did not answer {command} within {after:?}")]
+    Timeout {
+        /// The command.
+        command: &'static str,
+        /// How long was waited.
+        after: Duration,
+        /// Whether QEMU may have read it.
+        sent: bool,
+    },
+    /// QEMU refused the command.
+    #[error("QEMU refused {command}: {desc}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// QEMU's words.
+        desc: String,
+    },
+    /// The connection has ended.
+    #[error("the connection to QEMU has ended: {reason}")]
+    Closed {
+        /// Why.
+        reason: Closed,
+        /// Whether QEMU may have read the command.
+        sent: bool,
+    },
+    /// The answer is not what the command answers.
+    #[error("QEMU's answer to {command} makes no sense")]
+    Malformed {
+        /// The command.
+        command: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// Why a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Closed {
+    /// QEMU closed it.
+    #[error("QEMU closed it")]
+    Eof,
+    /// Reading or writing failed.
+    #[error("{0}")]
+    Io(String),
+    /// A line was longer than [`MAX_LINE`].
+    #[error("QEMU sent a line of more than {MAX_LINE} bytes")]
+    LineTooLong,
+    /// A line was not QMP.
+    #[error("QEMU sent what is not QMP: {0}")]
+    Garbage(String),
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    closed: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+enum State {
+    Open { pending: HashMap<u64, oneshot::Sender<Answer>>, last_id: u64 },
+    Closed(Closed),
+}
+
+#[derive(Debug)]
+enum Answer {
+    Return(Value),
+    Error(String),
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // The state stays legal at every point where a holder could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self, reason: Closed) {
+        let mut state = self.state();
+        if let State::Open { .. } = *state {
+            *state = State::Closed(reason);
+        }
+        drop(state);
+        self.closed.send_replace(true);
+    }
+
+    fn closed_as(&self, sent: bool) -> QmpError {
+        let reason = match &*self.state() {
+            State::Closed(reason) => reason.clone(),
+            State::Open { .. } => Closed::Eof,
+        };
+        QmpError::Closed { reason, sent }
+    }
+}
+
+impl Qmp {
+    /// Connects to the socket at `path`, waits for the greeting and enters command mode, all within `deadline`.
+    ///
+    /// Events go to `events`; one that finds no room there is dropped, with a warning in the log.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError::Connect`], [`QmpError::NoGreeting`], or what the connection died of.
+    pub async fn connect(
+        path: &Path,
+        deadline: Duration,
+        events: mpsc::Sender<QmpEvent>,
+    ) -> Result<Self, QmpError> {
+        let connecting = async {
+            let stream = UnixStream::connect(path).await.map_err(QmpError::Connect)?;
+            let qmp = Self::handshake(stream, events).await?;
+            qmp.execute_within("qmp_capabilities", Value::Null, deadline).await?;
+            Ok(qmp)
+        };
+        timeout(deadline, connecting).await.unwrap_or(Err(QmpError::NoGreeting(deadline)))
+    }
+
+    async fn handshake(stream: UnixStream, events: mpsc::Sender<QmpEvent>) -> Result<Self, QmpError> {
+        let peer_pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+        let (read, write) = stream.into_split();
+        let mut lines = Lines::new(read);
+        let greeting = lines.next().await.map_err(|reason| QmpError::Closed { reason, sent: false })?;
+        let version = parse_greeting(&greeting).map_err(|reason| QmpError::Closed { reason, sent: false })?;
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State::Open { pending: HashMap::new(), last_id: 0 }),
+            closed: watch::Sender::new(false),
+        });
+        let (queue, queued) = mpsc::channel(QUEUE);
+        let span = tracing::debug_span!("qmp", pid = peer_pid);
+        let writer = tokio::spawn(write_lines(write, queued, Arc::clone(&shared)).instrument(span.clone()));
+        let reader = tokio::spawn(read_lines(lines, events, Arc::clone(&shared)).instrument(span));
+        let tasks = [writer.abort_handle(), reader.abort_handle()];
+        Ok(Self { version, peer_pid, queue, shared, tasks })
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> QemuVersion {
+        self.version
+    }
+
+    /// The process that listens on the other side, where the kernel says.
+    pub fn peer_pid(&self) -> Option<i32> {
+        self.peer_pid
+    }
+
+    /// Waits until the connection has ended and everything that came before its end has been handed out.
+    pub async fn closed(&self) {
+        let mut closed = self.shared.closed.subscribe();
+        // The sender lives in `self.shared`, so this cannot fail before it is true.
+        let _ = closed.wait_for(|closed| *closed).await;
+    }
+
+    /// Executes `command` with `arguments` (`Null` for none) and reads its answer as `T`.
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError::Timeout`] after [`COMMAND_DEADLINE`], [`QmpError::Refused`], [`QmpError::Closed`] or [`QmpError::Malformed`].
+    pub async fn execute<T: DeserializeOwned>(
+        &self,
+        command: &'static str,
+        arguments: Value,
+    ) -> Result<T, QmpError> {
+        let answer = self.execute_within(command, arguments, COMMAND_DEADLINE).await?;
+        serde_json::from_value(answer).map_err(|source| QmpError::Malformed { command, source })
+    }
+
+    async fn execute_within(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        after: Duration,
+    ) -> Result<Value, QmpError> {
+        let (id, answer) = self.register()?;
+        // Forgets the command when its caller gives up, so that silence costs no memory.
+        let _forget = Forget { shared: &self.shared, id };
+        let mut line = match arguments {
+            Value::Null => json!({ "execute": command, "id": id }),
+            arguments => json!({ "execute": command, "arguments": arguments, "id": id }),
+        }
+        .to_string();
+        line.push('\n');
+        let mut sent = false;
+        let round_trip = async {
+            self.queue.send(line.into_bytes()).await.map_err(|_| self.shared.closed_as(false))?;
+            sent = true;
+            match answer.await {
+                Ok(Answer::Return(value)) => Ok(value),
+                Ok(Answer::Error(desc)) => Err(QmpError::Refused { command, desc }),
+                Err(_) => Err(self.shared.closed_as(true)),
+            }
+        };
+        let answered = timeout(after, round_trip).await;
+        answered.unwrap_or(Err(QmpError::Timeout { command, after, sent }))
+    }
+
+    fn register(&self) -> Result<(u64, oneshot::Receiver<Answer>), QmpError> {
+        match &mut *self.shared.state() {
+            State::Open { pending, last_id } => {
+                *last_id += 1;
+                let (sender, receiver) = oneshot::channel();
+                pending.insert(*last_id, sender);
+                Ok((*last_id, receiver))
+            }
+            State::Closed(reason) => Err(QmpError::Closed { reason: reason.clone(), sent: false }),
+        }
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+struct Forget<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        if let State::Open { pending, .. } = &mut *self.shared.state() {
+            pending.remove(&self.id);
+        }
+    }
+}
+
+async fn write_lines(mut socket: OwnedWriteHalf, mut queued: mpsc::Receiver<Vec<u8>>, shared: Arc<Shared>) {
+    while let Some(line) = queued.recv().await {
+        if let Err(error) = socket.write_all(&line).await {
+            // The reader may still find answers and events that were sent before the end; it closes the connection.
+            debug!(%error, "writing to QEMU failed");
+            break;
+        }
+    }
+    let mut closed = shared.closed.subscribe();
+    // Keeps this half open: closing it would make QEMU drop what it has not sent yet.
+    let _ = closed.wait_for(|closed| *closed).await;
+}
+
+async fn read_lines(mut lines: Lines, events: mpsc::Sender<QmpEvent>, shared: Arc<Shared>) {
+    let reason = loop {
+        let handled = match lines.next().await {
+            Ok(line) => handle_line(&line, &events, &shared),
+            Err(reason) => Err(reason),
+        };
+        if let Err(reason) = handled {
+            break reason;
+        }
+    };
+    debug!(%reason, "the connection to QEMU has ended");
+    shared.close(reason);
+}
+
+fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) -> Result<(), Closed> {
+    let Value::Object(mut message) = parse(line)? else { return Err(garbage("not an object")) };
+    if message.contains_key("event") {
+        let event = parse_event(Value::Object(message))?;
+        let name = event.name.clone();
+        if let Err(mpsc::error::TrySendError::Full(_)) = events.try_send(event) {
+            warn!(event = name, "an event of QEMU was dropped: too many wait");
+        }
+        return Ok(());
+    }
+    let answer = match (message.remove("return"), message.remove("error")) {
+        (Some(value), None) => Answer::Return(value),
+        (None, Some(error)) => match error.get("desc").and_then(Value::as_str) {
+            Some(desc) => Answer::Error(desc.to_owned()),
+            None => return Err(garbage("an error without a description")),
+        },
+        (Some(_), Some(_)) | (None, None) => return Err(garbage("neither an answer nor an event")),
+    };
+    let Some(id) = message.get("id").and_then(Value::as_u64) else {
+        return Err(garbage("an answer without an id"));
+    };
+    match &mut *shared.state() {
+        State::Open { last_id, .. } if id == 0 || id > *last_id => Err(garbage("an answer nobody asked for")),
+        State::Open { pending, .. } => {
+            // No entry: whoever asked has given up. A refused send is the same a moment later.
+            if let Some(waiting) = pending.remove(&id) {
+                let _ = waiting.send(answer);
+            }
+            Ok(())
+        }
+        State::Closed(reason) => Err(reason.clone()),
+    }
+}
+
+fn parse_greeting(line: &[u8]) -> Result<QemuVersion, Closed> {
+    let greeting = parse(line)?;
+    let version = greeting.pointer("/QMP/version/qemu").cloned().ok_or_else(|| garbage("no greeting"))?;
+    serde_json::from_value(version).map_err(|_| garbage("a greeting without a version"))
+}
+
+fn parse_event(message: Value) -> Result<QmpEvent, Closed> {
+    #[derive(serde::Deserialize)]
+    struct Wire {
+        event: String,
+        timestamp: Timestamp,
+        #[serde(default)]
+        data: Value,
+    }
+    #[derive(serde::Deserialize)]
+    struct Timestamp {
+        seconds: i64,
+        microseconds: i64,
+    }
+    let wire: Wire = serde_json::from_value(message).map_err(|_| garbage("a malformed event"))?;
+    // QEMU writes -1 where the host has no clock.
+    let at = Duration::from_secs(u64::try_from(wire.timestamp.seconds).unwrap_or(0))
+        .saturating_add(Duration::from_micros(u64::try_from(wire.timestamp.microseconds).unwrap_or(0)));
+    Ok(QmpEvent { name: wire.event, at, data: wire.data })
+}
+
+fn parse(line: &[u8]) -> Result<Value, Closed> {
+    serde_json::from_slice(line).map_err(|error| {
+        let shown = String::from_utf8_lossy(&line[..line.len().min(80)]);
+        Closed::Garbage(format!("{error} in {shown:?}"))
+    })
+}
+
+fn garbage(what: &str) -> Closed {
+    Closed::Garbage(what.to_owned())
+}
+
+/// Reads lines of at most [`MAX_LINE`] bytes.
+struct Lines {
+    socket: BufReader<OwnedReadHalf>,
+}
+
+impl Lines {
+    fn new(socket: OwnedReadHalf) -> Self {
+        Self { socket: BufReader::new(socket) }
+    }
+
+    async fn next(&mut self) -> Result<Vec<u8>, Closed> {
+        let mut line = Vec::new();
+        loop {
+            let chunk = match self.socket.fill_buf().await {
+                Ok([]) => return Err(Closed::Eof),
+                Ok(chunk) => chunk,
+                // What QEMU had not read when it ended: an end like any other.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Closed::Eof),
+                Err(error) => return Err(Closed::Io(error.to_string())),
+            };
+            let end = chunk.iter().position(|byte| *byte == b'\n');
+            let taken = end.map_or(chunk.len(), |end| end + 1);
+            if line.len() + taken > MAX_LINE {
+                return Err(Closed::LineTooLong);
+            }
+            line.extend_from_slice(&chunk[..taken]);
+            self.socket.consume(taken);
+            if end.is_some() {
+                return Ok(line);
+            }
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! What holds for every call, whatever its protocol: interceptors, so that each client gets the error in its own framing.
+
+use std::any::Any;
+use std::future::Future as _;
+use std::panic::AssertUnwindSafe;
+use std::task::Poll;
+
+use axum::body::Body;
+use axum::response::Response;
+use connectrpc::interceptor::{StreamRequest, StreamResponse, UnaryRequest, UnaryResponse};
+use connectrpc::{
+    ConnectError, IdempotencyLevel, Interceptor, Next, NextStream, PayloadStream, RequestContext, async_trait,
+};
+use futures::{FutureExt as _, StreamExt as _, stream};
+use http::{HeaderMap, HeaderName};
+use tokio::sync::watch;
+use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
+
+use super::RequestId;
+
+/// Turns a handler's panic into INTERNAL: the other calls go on.
+pub(super) struct CatchPanics;
+
+#[async_trait]
+impl Interceptor for CatchPanics {
+    async fn intercept_unary(
+        &self,
+        req: UnaryRequest,
+        next: Next<'_>,
+    ) -> Result<UnaryResponse, ConnectError> {
+        let id = request_id(&req.ctx);
+        // The state that a panic may leave half changed is the handler's own, dropped with it.
+        match AssertUnwindSafe(next.run(req)).catch_unwind().await {
+            Ok(result) => result,
+            Err(panic) => Err(panicked(&*panic, &id)),
+        }
+    }
+
+    async fn intercept_streaming(
+        &self,
+        req: StreamRequest,
+        inbound: PayloadStream,
+        next: NextStream<'_>,
+    ) -> Result<StreamResponse, ConnectError> {
+        let id = request_id(&req.ctx);
+        match AssertUnwindSafe(next.run(req, inbound)).catch_unwind().await {
+            Ok(result) => result.map(|response| {
+                response.map_body(|items| -> PayloadStream {
+                    let items = AssertUnwindSafe(items).catch_unwind();
+                    Box::pin(items.map(move |item| item.unwrap_or_else(|panic| Err(panicked(&*panic, &id)))))
+                })
+            }),
+            Err(panic) => Err(panicked(&*panic, &id)),
+        }
+    }
+}
+
+fn request_id(ctx: &RequestContext) -> String {
+    ctx.extensions().get::<RequestId>().map(|id| id.as_str().to_owned()).unwrap_or_default()
+}
+
+fn panicked(panic: &(dyn Any + Send), request_id: &str) -> ConnectError {
+    tracing::error!(panic = panic_text(panic), request_id, "a handler panicked: a defect of this program");
+    ConnectError::internal(format!(
+        "a defect in the daemon ended this call; its log says more under request id {request_id}"
+    ))
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+/// Answers for a page (not a call) that panicked.
+pub(super) fn page_panicked(panic: Box<dyn Any + Send>) -> Response {
+    tracing::error!(panic = panic_text(&*panic), "a page panicked: a defect of this program");
+    ConnectError::internal("a defect in the daemon ended this request; its log says more")
+        .into_http_response(&HeaderMap::new())
+        .map(Body::new)
+}
+
+/// Ends every stream with UNAVAILABLE when the server begins to drain: a watch would outlast any deadline.
+pub(super) struct EndStreams {
+    draining: watch::Receiver<bool>,
+}
+
+impl EndStreams {
+    pub(super) fn new(draining: watch::Receiver<bool>) -> Self {
+        Self { draining }
+    }
+}
+
+#[async_trait]
+impl Interceptor for EndStreams {
+    async fn intercept_streaming(
+        &self,
+        req: StreamRequest,
+        inbound: PayloadStream,
+        next: NextStream<'_>,
+    ) -> Result<StreamResponse, ConnectError> {
+        let draining = self.draining.clone();
+        let response = next.run(req, inbound).await?;
+        Ok(response.map_body(|items| until_drain(items, draining)))
+    }
+}
+
+fn until_drain(mut items: PayloadStream, mut draining: watch::Receiver<bool>) -> PayloadStream {
+    // The sender lives as long as the server; should it go first, that is a shutdown too.
+    let mut drain = Box::pin(async move { draining.wait_for(|draining| *draining).await.is_ok() });
+    let mut over = false;
+    Box::pin(stream::poll_fn(move |cx| {
+        if over {
+            return Poll::Ready(None);
+        }
+        if drain.as_mut().poll(cx).is_ready() {
+            over = true;
+            return Poll::Ready(Some(Err(ConnectError::unavailable(
+                "the daemon is shutting down: reconnect, and resume where this stream ended",
+            ))));
+        }
+        items.poll_next_unpin(cx)
+    }))
+}
+
+/// Refuses `Idempotency-Key` on methods that change something: a key that is ignored would promise what is not kept.
+pub(super) struct RefuseIdempotencyKey;
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// Unary methods that change nothing though they are not marked as free of side effects.
+const READS: [&str; 2] = ["ValidateVm", "WaitVm"];
+
+#[async_trait]
+impl Interceptor for RefuseIdempotencyKey {
+    async fn intercept_unary(
+        &self,
+        req: UnaryRequest,
+        next: Next<'_>,
+    ) -> Result<UnaryResponse, ConnectError> {
+        if req.ctx.header(IDEMPOTENCY_KEY).is_some() && changes_something(&req.ctx) {
+            return Err(ConnectError::unimplemented(
+                "the Idempotency-Key header is not served yet: send the request without it (CreateVm with the same \
+                 vm_id and configuration, and every other method, may be repeated)",
+            ));
+        }
+        next.run(req).await
+    }
+}
+
+fn changes_something(ctx: &RequestContext) -> bool {
+    ctx.spec().is_some_and(|spec| {
+        spec.service() == VM_SERVICE_SERVICE_NAME
+            && spec.idempotency_level != IdempotencyLevel::NoSideEffects
+            && !READS.contains(&spec.method())
+    })
+}

@@ -1,0 +1,142 @@
+//! The Host check: keeps web pages from reaching a daemon without authentication.
+//!
+//! A page from anywhere may point its own name at 127.0.0.1 (DNS rebinding) and then talk to the daemon as its own
+//! origin, which no CORS rule stops. Its requests carry the page's name as Host, so only names that can't be
+//! somebody else's are served: IP addresses, loopback names, and what the operator configured.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use connectrpc::ConnectError;
+use http::Version;
+use http::header::HOST;
+use http::uri::Authority;
+
+use super::body;
+
+/// Which names the server answers to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostPolicy {
+    /// Every name: for where each request is authenticated.
+    Any,
+    /// IP addresses, `localhost`, names that end in `.localhost`, and these names; ports do not matter.
+    Known(Vec<String>),
+}
+
+impl Default for HostPolicy {
+    fn default() -> Self {
+        Self::Known(Vec::new())
+    }
+}
+
+impl HostPolicy {
+    /// Tells whether a request for `host` is served. `host` has no port; IPv6 addresses stand in brackets.
+    fn allows(&self, host: &str) -> bool {
+        let Self::Known(names) = self else { return true };
+        let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
+        if let Some(v6) = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            return v6.parse::<Ipv6Addr>().is_ok();
+        }
+        host.parse::<IpAddr>().is_ok()
+            || host == "localhost"
+            || host.ends_with(".localhost")
+            || names.iter().any(|name| name.trim_end_matches('.').eq_ignore_ascii_case(&host))
+    }
+
+    /// Says why a request is refused, or nothing.
+    fn objection(&self, request: &Request) -> Option<String> {
+        if *self == Self::Any {
+            return None;
+        }
+        // HTTP/2 puts the name into :authority, which hyper shows in the URI, and may send Host as well.
+        let in_uri = request.uri().authority().map(|authority| authority.as_str());
+        let in_headers = request.headers().get_all(HOST).iter().map(|value| value.to_str().unwrap_or(""));
+        let named: Vec<&str> = in_uri.into_iter().chain(in_headers).collect();
+        if named.is_empty() {
+            // HTTP/1.0 has no Host and no browser speaks it.
+            let required = request.version() > Version::HTTP_10;
+            return required.then(|| "the request names no Host".to_owned());
+        }
+        named.iter().find(|name| !self.allows_authority(name)).map(|name| {
+            format!(
+                "this daemon does not answer to the name {name:?}: use its IP address or localhost, or add the \
+                 name to the daemon's configuration"
+            )
+        })
+    }
+
+    fn allows_authority(&self, name: &str) -> bool {
+        !name.contains('@') && name.parse::<Authority>().is_ok_and(|authority| self.allows(authority.host()))
+    }
+}
+
+/// Answers PERMISSION_DENIED, HTTP 403, to a request whose Host is not served.
+pub(super) async fn check(State(policy): State<Arc<HostPolicy>>, request: Request, next: Next) -> Response {
+    let Some(objection) = policy.objection(&request) else { return next.run(request).await };
+    tracing::warn!(%objection, "refused a request");
+    let headers = body::finish(request).await;
+    ConnectError::permission_denied(objection).into_http_response(&headers).map(Body::new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serves_what_cannot_be_rebound_and_what_is_configured() {
+        let policy = HostPolicy::Known(vec!["vmm.example.org".into()]);
+        for good in [
+            "localhost",
+            "LOCALHOST:8080",
+            "localhost.",
+            "a.localhost",
+            "127.0.0.1:8080",
+            "10.1.2.3",
+            "[::1]:8080",
+            "[fe80::1]",
+            "vmm.example.org:8080",
+            "VMM.example.org.",
+        ] {
+            assert!(policy.allows_authority(good), "{good}");
+        }
+        for bad in [
+            "evil.example",
+            "localhost.evil.example",
+            "notlocalhost",
+            "127.0.0.1.evil.example",
+            "localhost@evil.example",
+            "evil.example@localhost",
+            "sub.vmm.example.org",
+            "",
+            "[::1",
+        ] {
+            assert!(!policy.allows_authority(bad), "{bad}");
+        }
+    }
+
+    fn request(version: Version, hosts: &[&str]) -> Request {
+        let mut request = Request::new(Body::empty());
+        *request.version_mut() = version;
+        for host in hosts {
+            request.headers_mut().append(HOST, host.parse().unwrap());
+        }
+        request
+    }
+
+    #[test]
+    fn every_name_in_the_request_counts() {
+        let policy = HostPolicy::default();
+        assert!(policy.objection(&request(Version::HTTP_11, &["localhost"])).is_none());
+        assert!(policy.objection(&request(Version::HTTP_11, &["localhost", "evil.example"])).is_some());
+        assert!(policy.objection(&request(Version::HTTP_11, &[])).is_some());
+        assert!(policy.objection(&request(Version::HTTP_10, &[])).is_none());
+        let mut absolute = request(Version::HTTP_11, &["localhost"]);
+        *absolute.uri_mut() = "http://evil.example/".parse().unwrap();
+        assert!(policy.objection(&absolute).is_some());
+        assert!(HostPolicy::Any.objection(&absolute).is_none());
+    }
+}

@@ -1,0 +1,119 @@
+//! The HTTP server in front of the API: everything about the wire, nothing about virtual machines.
+//!
+//! One port answers Connect (JSON and binary, GET for reads), gRPC and gRPC-Web, over HTTP/1.1 and cleartext
+//! HTTP/2; the standard gRPC health and reflection services; and the plain pages the caller brings. The caller
+//! registers its services on a [`connectrpc::Router`] and hands it to [`serve`].
+//!
+//! ```text
+//!   socket ── connection.rs   slots, header timeouts, keep-alive pings, drain at shutdown
+//!      │
+//!      ├───── body.rs         idle timeout; an oversized body is read to its end so that the answer arrives
+//!      ├───── request_id.rs   X-Request-Id in and out, one tracing span per request
+//!      ├───── host.rs         the Host check against DNS rebinding
+//!      ▼
+//!   paths.rs ── /_/health …  ─────────────► the caller's pages
+//!      │    └── /cloudhypervisor.v1.… , unknown path, wrong verb, wrong Content-Type ──► an error that says so
+//!      ▼
+//!   connectrpc ── guard.rs    panics → INTERNAL, Idempotency-Key refused, streams end at shutdown
+//!      │
+//!      │    strict_json.rs   unknown JSON fields refused, all at once and by path
+//!      ├── builtin.rs         grpc.health.v1.Health, grpc.reflection.v1 and v1alpha
+//!      └── vmm.v1.VmService   the caller's handlers
+//! ```
+//!
+//! No answer carries CORS headers, so a browser keeps pages of other origins away from the API.
+
+mod body;
+mod builtin;
+mod connection;
+pub mod error;
+mod guard;
+mod host;
+mod options;
+mod paths;
+mod request_id;
+mod strict_json;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use connectrpc::{ConnectRpcService, DeadlinePolicy, Limits};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use connectrpc_health::{StaticChecker, Status};
+pub use host::HostPolicy;
+pub use options::ServeOptions;
+pub use request_id::{RequestId, record_vm_id};
+
+/// Why the server could not begin to serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The compiled-in description of the API is of no use to the reflection service: a defect of the build.
+    #[error("the API's built-in description can't be served; this build is broken, install another")]
+    Reflection(#[from] connectrpc_reflection::ReflectionError),
+    /// The compiled-in description of the API can't be read: a defect of the build.
+    #[error("the API's built-in description can't be read; this build is broken, install another")]
+    Description(#[from] buffa_descriptor::PoolError),
+}
+
+/// Serves `router` and the pages of `http` on `listener` until `shutdown` resolves, then drains.
+///
+/// At shutdown the health service turns to NOT_SERVING, no new connection is taken, streams end with
+/// UNAVAILABLE, and calls under way have `options.drain_timeout` to finish before their connections are cut. An
+/// operation that a handler started in a task of its own is not affected.
+///
+/// A fallback set on `http` is replaced: unknown paths are answered here.
+///
+/// # Errors
+///
+/// Only before the first connection is taken. Errors of single connections are logged.
+pub async fn serve(
+    listener: TcpListener,
+    router: connectrpc::Router,
+    http: axum::Router,
+    options: ServeOptions,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), ServeError> {
+    let (drain, draining) = watch::channel(false);
+    let router = builtin::install(router, Arc::clone(&options.health))?;
+    let rpc = rpc_service(router, &options, draining.clone())?;
+    let app = http
+        .fallback_service(paths::Dispatch::new(rpc))
+        .layer(axum::middleware::from_fn_with_state(Arc::new(options.host_policy.clone()), host::check))
+        .layer(CatchPanicLayer::custom(guard::page_panicked))
+        .layer(axum::middleware::from_fn(request_id::attach));
+
+    let health = Arc::clone(&options.health);
+    let shutdown = async move {
+        shutdown.await;
+        health.shutdown();
+        drain.send_replace(true);
+    };
+    connection::run(listener, app, &options, draining, shutdown).await;
+    Ok(())
+}
+
+/// Wraps the services in the limits and guards that hold for every call.
+fn rpc_service(
+    router: connectrpc::Router,
+    options: &ServeOptions,
+    draining: watch::Receiver<bool>,
+) -> Result<ConnectRpcService, ServeError> {
+    let strict_json = strict_json::StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET)?;
+    let limits = Limits::default()
+        .with_max_message_size(options.max_message_bytes)
+        .with_max_request_body_size(options.max_body_bytes());
+    // A call without a deadline gets the longest one: nothing holds a connection for ever. Streams are bounded
+    // only until their first message, for a watch is meant to last.
+    let deadlines =
+        DeadlinePolicy::new().with_max(options.max_deadline).with_default_timeout(options.max_deadline);
+    Ok(ConnectRpcService::new(router)
+        .with_limits(limits)
+        .with_deadline_policy(deadlines)
+        .with_interceptor(guard::CatchPanics)
+        .with_interceptor(guard::EndStreams::new(draining))
+        .with_interceptor(guard::RefuseIdempotencyKey)
+        .with_interceptor(strict_json))
+}

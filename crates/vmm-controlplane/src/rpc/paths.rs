@@ -1,0 +1,148 @@
+//! Where a request goes, and what those are told that lead nowhere.
+
+use std::convert::Infallible;
+use std::task::{Context, Poll};
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use connectrpc::{ConnectError, ConnectRpcService, Dispatcher as _, MethodKind, Protocol};
+use futures::future::BoxFuture;
+use http::header::{ALLOW, CONTENT_TYPE};
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use tower::Service;
+use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
+
+use super::body;
+
+/// The service of the Cloud Hypervisor-only predecessor. Its methods have the same names in ours.
+const PREDECESSOR: &str = "cloudhypervisor.v1.VmService";
+
+const ACCEPT_POST: HeaderName = HeaderName::from_static("accept-post");
+
+/// Hands calls to the RPC services, and answers everything else with an error that says what to do.
+#[derive(Clone)]
+pub(super) struct Dispatch {
+    rpc: ConnectRpcService,
+}
+
+impl Dispatch {
+    pub(super) fn new(rpc: ConnectRpcService) -> Self {
+        Self { rpc }
+    }
+
+    /// Finds what is wrong with a request before any of its body is read.
+    fn objection(&self, request: &Request) -> Option<Refusal> {
+        let path = request.uri().path().trim_start_matches('/');
+        let Some(method) = self.rpc.dispatcher().lookup(path) else {
+            return Some(self.nowhere(path));
+        };
+        let unary = method.kind == MethodKind::Unary;
+        let readable = unary && method.idempotent;
+        match *request.method() {
+            Method::GET if readable => None,
+            Method::POST => wrong_content_type(request, path, unary),
+            ref verb => Some(wrong_verb(verb, path, readable)),
+        }
+    }
+
+    /// Says what is at fault in a path that leads nowhere: the predecessor's name, the method, or all of it.
+    fn nowhere(&self, path: &str) -> Refusal {
+        let (service, method) = path.split_once('/').unwrap_or((path, ""));
+        let mut methods: Vec<&str> = self
+            .rpc
+            .dispatcher()
+            .methods()
+            .filter_map(|known| known.strip_prefix(service)?.strip_prefix('/'))
+            .collect();
+        methods.sort_unstable();
+        let message = if service == PREDECESSOR {
+            format!("/{path} has moved: use /{VM_SERVICE_SERVICE_NAME}/{method}")
+        } else if !methods.is_empty() {
+            format!("{service} has no method {method:?}; it has {}", methods.join(", "))
+        } else {
+            format!(
+                "there is nothing at /{path}; the API is at /{VM_SERVICE_SERVICE_NAME}/<Method>, the health page at \
+                 /_/health"
+            )
+        };
+        ConnectError::unimplemented(message).with_http_status(StatusCode::NOT_FOUND).into()
+    }
+}
+
+fn wrong_verb(verb: &Method, path: &str, readable: bool) -> Refusal {
+    let allowed = if readable { "GET, POST" } else { "POST" };
+    let error =
+        ConnectError::method_not_allowed(format!("/{path} is called with {allowed}, not with {verb}"));
+    Refusal { error, header: Some((ALLOW, HeaderValue::from_static(allowed))) }
+}
+
+/// Objects to a Content-Type that no protocol has, or that does not fit the kind of method.
+fn wrong_content_type(request: &Request, path: &str, unary: bool) -> Option<Refusal> {
+    let given = request.headers().get(CONTENT_TYPE).map(HeaderValue::to_str);
+    let given = match given {
+        None => "",
+        // gRPC clients are told in gRPC's own terms, by the library.
+        Some(Ok(grpc)) if grpc.starts_with("application/grpc") => return None,
+        Some(text) => text.unwrap_or("?"),
+    };
+    let fits = Protocol::detect(request.headers()).is_some_and(|detected| detected.is_streaming != unary);
+    if fits {
+        return None;
+    }
+    let expected = if unary {
+        "application/json, application/proto"
+    } else {
+        "application/connect+json, application/connect+proto"
+    };
+    let what = if unary { "takes one message" } else { "answers with a stream" };
+    let error = ConnectError::unsupported_media_type(format!(
+        "/{path} {what}: its Content-Type is one of {expected} (or gRPC's), not {given:?}"
+    ));
+    Some(Refusal { error, header: Some((ACCEPT_POST, HeaderValue::from_static(expected))) })
+}
+
+/// An answer that is ready before the call is made.
+struct Refusal {
+    error: ConnectError,
+    header: Option<(HeaderName, HeaderValue)>,
+}
+
+impl From<ConnectError> for Refusal {
+    fn from(error: ConnectError) -> Self {
+        Self { error, header: None }
+    }
+}
+
+impl Refusal {
+    async fn answer(self, request: Request) -> Response {
+        let mut headers = body::finish(request).await;
+        if self.error.http_status() == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+            // The type is what is wrong, so the answer is not framed by it.
+            headers.remove(CONTENT_TYPE);
+        }
+        let mut response = self.error.into_http_response(&headers).map(Body::new);
+        if let Some((name, value)) = self.header {
+            response.headers_mut().insert(name, value);
+        }
+        response
+    }
+}
+
+impl Service<Request> for Dispatch {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response, Infallible>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        if let Some(refusal) = self.objection(&request) {
+            return Box::pin(async move { Ok(refusal.answer(request).await) });
+        }
+        let call = self.rpc.call(request);
+        Box::pin(async move { Ok(call.await?.map(Body::new)) })
+    }
+}

@@ -1,0 +1,107 @@
+//! One id and one tracing span for each request.
+
+use std::sync::Arc;
+
+use axum::extract::Request;
+use axum::middleware::Next;
+use axum::response::Response;
+use connectrpc::RequestContext;
+use http::{HeaderName, HeaderValue};
+use tracing::{Instrument as _, Span, field};
+use uuid::Uuid;
+
+const HEADER: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The longest id that is taken from a client.
+const MAX_LEN: usize = 128;
+
+/// The id of a request: the client's own `X-Request-Id`, or a new time-ordered one.
+///
+/// Handlers find it in the extensions of their [`RequestContext`]; it is in the answer and in the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestId(Arc<str>);
+
+impl RequestId {
+    /// Takes the client's id if it is sane, else makes one.
+    fn of(request: &Request) -> Self {
+        let given = request.headers().get(HEADER).and_then(|value| value.to_str().ok());
+        match given.filter(|id| is_sane(id)) {
+            Some(id) => Self(id.into()),
+            None => Self(Uuid::now_v7().to_string().into()),
+        }
+    }
+
+    /// Returns the id as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// What may stand in logs, headers and shell commands without being escaped.
+fn is_sane(id: &str) -> bool {
+    (1..=MAX_LEN).contains(&id.len())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/+=@".contains(&b))
+}
+
+/// The span of the request, kept where a handler finds it whatever spans were opened in between.
+#[derive(Clone)]
+struct RequestSpan(Span);
+
+/// Puts the VM's id into the log span of the request that `ctx` belongs to.
+pub fn record_vm_id(ctx: &RequestContext, vm_id: &str) {
+    if let Some(RequestSpan(span)) = ctx.extensions().get() {
+        span.record("vm_id", vm_id);
+    }
+}
+
+/// Gives a request its id and span, and the answer the id.
+pub(super) async fn attach(mut request: Request, next: Next) -> Response {
+    let id = RequestId::of(&request);
+    let span = tracing::info_span!(
+        "request",
+        request_id = id.as_str(),
+        method = request.uri().path(),
+        vm_id = field::Empty,
+    );
+    request.extensions_mut().insert(id.clone());
+    request.extensions_mut().insert(RequestSpan(span.clone()));
+    let mut response = next.run(request).instrument(span).await;
+    // Always valid: a client's id arrived as a header, and a UUID is plain ASCII.
+    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
+        response.headers_mut().insert(HEADER, value);
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id_for(given: Option<&str>) -> RequestId {
+        let mut request = Request::new(axum::body::Body::empty());
+        if let Some(given) = given {
+            request.headers_mut().insert(HEADER, HeaderValue::from_str(given).unwrap());
+        }
+        RequestId::of(&request)
+    }
+
+    #[test]
+    fn keeps_a_sane_id() {
+        assert_eq!(id_for(Some("build-17/step:3")).as_str(), "build-17/step:3");
+    }
+
+    #[test]
+    fn replaces_an_id_that_could_harm_a_log() {
+        for bad in ["", "a b", "a\"b", &"x".repeat(129)] {
+            let id = id_for(Some(bad));
+            assert_ne!(id.as_str(), bad);
+            assert!(Uuid::parse_str(id.as_str()).is_ok());
+        }
+    }
+
+    #[test]
+    fn makes_distinct_ids() {
+        assert_ne!(id_for(None), id_for(None));
+    }
+}

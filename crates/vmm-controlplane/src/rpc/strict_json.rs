@@ -1,0 +1,314 @@
+//! Checks the shape of JSON requests against the `.proto`, before they are decoded.
+//!
+//! The generated decoder refuses an unknown field too, but it stops at the first, gives a line and a column where a
+//! caller needs a path, and takes a JSON array for a message. Here every unknown field is reported at once, with
+//! its path and with the names that would have been right. Values are left to the decoder.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use buffa_descriptor::{DescriptorPool, FieldKind, MessageDescriptor, PoolError, SingularKind};
+use connectrpc::interceptor::{StreamRequest, StreamResponse, UnaryRequest, UnaryResponse};
+use connectrpc::{
+    CodecFormat, ConnectError, Interceptor, Next, NextStream, Payload, PayloadStream, async_trait,
+};
+use futures::{StreamExt as _, future};
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+use super::error::invalid_argument;
+
+/// How many violations are remembered: far more than an answer has room for.
+const MAX_VIOLATIONS: usize = 1000;
+
+/// Refuses JSON requests whose shape is not that of the method's request message.
+pub(super) struct StrictJson {
+    pool: DescriptorPool,
+    /// Request messages by procedure, `/vmm.v1.VmService/CreateVm`.
+    requests: HashMap<String, String>,
+}
+
+impl StrictJson {
+    /// Reads the shapes from a wire-format `FileDescriptorSet`.
+    pub(super) fn new(descriptor_set: &[u8]) -> Result<Self, PoolError> {
+        let pool = DescriptorPool::decode(descriptor_set)?;
+        let requests = pool
+            .services()
+            .iter()
+            .flat_map(|service| service.methods().iter().map(move |method| (service, method)))
+            .map(|(service, method)| {
+                let procedure = format!("/{}/{}", service.full_name(), method.name());
+                (procedure, pool.message(method.input()).full_name().to_owned())
+            })
+            .collect();
+        Ok(Self { pool, requests })
+    }
+
+    fn check(&self, procedure: Option<&str>, payload: &Payload) -> Result<(), ConnectError> {
+        let message = procedure
+            .and_then(|procedure| self.requests.get(procedure))
+            .and_then(|name| self.pool.message_by_name(name));
+        match (payload.format(), message) {
+            (CodecFormat::Json, Some(message)) => check_json(&self.pool, message, payload.bytes()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn check_json(pool: &DescriptorPool, message: &MessageDescriptor, json: &[u8]) -> Result<(), ConnectError> {
+    let mut report = Report { path: String::new(), violations: Vec::new() };
+    let shape = Shape { pool, expected: Expected::Message(message), report: &mut report };
+    // What is not JSON at all is the decoder's to report; what was found until there counts.
+    let _syntax = shape.deserialize(&mut serde_json::Deserializer::from_slice(json));
+    if report.violations.is_empty() { Ok(()) } else { Err(invalid_argument(report.violations)) }
+}
+
+#[async_trait]
+impl Interceptor for StrictJson {
+    async fn intercept_unary(
+        &self,
+        req: UnaryRequest,
+        next: Next<'_>,
+    ) -> Result<UnaryResponse, ConnectError> {
+        self.check(req.ctx.path(), &req.payload)?;
+        next.run(req).await
+    }
+
+    async fn intercept_streaming(
+        &self,
+        req: StreamRequest,
+        mut inbound: PayloadStream,
+        next: NextStream<'_>,
+    ) -> Result<StreamResponse, ConnectError> {
+        if !req.ctx.path().is_some_and(|procedure| self.requests.contains_key(procedure)) {
+            return next.run(req, inbound).await;
+        }
+        // None of our methods takes a stream of messages, so looking at the first looks at all.
+        let Some(first) = inbound.next().await else { return next.run(req, inbound).await };
+        let first = first?;
+        self.check(req.ctx.path(), &first)?;
+        next.run(req, Box::pin(futures::stream::once(future::ready(Ok(first))).chain(inbound))).await
+    }
+}
+
+/// Where the walk is, and what it found.
+struct Report {
+    path: String,
+    violations: Vec<(String, String)>,
+}
+
+impl Report {
+    fn add(&mut self, violation: String) {
+        if self.violations.len() < MAX_VIOLATIONS {
+            let field = if self.path.is_empty() { "request" } else { &self.path };
+            self.violations.push((field.to_owned(), violation));
+        }
+    }
+
+    /// Runs `step` with `segment` at the end of the path.
+    fn within<T>(&mut self, segment: &str, step: impl FnOnce(&mut Self) -> T) -> T {
+        let length = self.path.len();
+        if !self.path.is_empty() && !segment.starts_with('[') {
+            self.path.push('.');
+        }
+        self.path.push_str(segment);
+        let result = step(self);
+        self.path.truncate(length);
+        result
+    }
+}
+
+/// What the `.proto` says should stand at a place.
+#[derive(Clone, Copy)]
+enum Expected<'a> {
+    Message(&'a MessageDescriptor),
+    List(SingularKind),
+    Map(SingularKind),
+    Value,
+}
+
+impl<'a> Expected<'a> {
+    fn one(pool: &'a DescriptorPool, kind: SingularKind) -> Self {
+        match kind {
+            SingularKind::Message(index) => Self::Message(pool.message(index)),
+            SingularKind::Scalar(_) | SingularKind::Enum(_) => Self::Value,
+        }
+    }
+
+    fn field(pool: &'a DescriptorPool, kind: FieldKind) -> Self {
+        match kind {
+            FieldKind::Singular(kind) => Self::one(pool, kind),
+            FieldKind::List(kind) => Self::List(kind),
+            FieldKind::Map { value, .. } => Self::Map(value),
+        }
+    }
+}
+
+/// One step of the walk: a place in the JSON and what should stand there.
+struct Shape<'a, 'r> {
+    pool: &'a DescriptorPool,
+    expected: Expected<'a>,
+    report: &'r mut Report,
+}
+
+impl<'de> DeserializeSeed<'de> for Shape<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+        json.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Shape<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        if matches!(self.expected, Expected::List(_)) {
+            self.report.add("is an object where a list is expected: write [ … ]".to_owned());
+        }
+        while let Some(key) = map.next_key::<String>()? {
+            self.member(&key, &mut map)?;
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        let Expected::List(kind) = self.expected else {
+            if matches!(self.expected, Expected::Message(_) | Expected::Map(_)) {
+                self.report.add("is a list where an object is expected: write { … }".to_owned());
+            }
+            while list.next_element::<IgnoredAny>()?.is_some() {}
+            return Ok(());
+        };
+        let expected = Expected::one(self.pool, kind);
+        let Self { pool, report, .. } = self;
+        for index in 0_usize.. {
+            let seen = report.within(&format!("[{index}]"), |report| {
+                list.next_element_seed(Shape { pool, expected, report })
+            })?;
+            if seen.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    // A plain value is right or wrong by its type, which the decoder knows.
+    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_str<E: de::Error>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+}
+
+impl Shape<'_, '_> {
+    /// Looks at one member of an object.
+    fn member<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        let Self { pool, expected, report } = self;
+        let expected = match *expected {
+            Expected::Map(kind) => Expected::one(pool, kind),
+            Expected::Message(message) => match message.field_by_name(key) {
+                Some(field) => {
+                    let expected = Expected::field(pool, field.kind());
+                    return report.within(field.name(), |report| {
+                        map.next_value_seed(Shape { pool, expected, report })
+                    });
+                }
+                None => {
+                    report.within(key, |report| report.add(unknown_field(key, message)));
+                    Expected::Value
+                }
+            },
+            Expected::List(_) | Expected::Value => Expected::Value,
+        };
+        if matches!(expected, Expected::Value) {
+            return map.next_value::<IgnoredAny>().map(|_| ());
+        }
+        report.within(key, |report| map.next_value_seed(Shape { pool, expected, report }))
+    }
+}
+
+fn unknown_field(key: &str, message: &MessageDescriptor) -> String {
+    let names: Vec<&str> = message.fields().iter().map(|field| field.name()).collect();
+    let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    format!("unknown field {key:?}; known here: {known}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn violations(json: &str) -> Option<String> {
+        let strict = StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let payload = Payload::new(json.to_owned().into(), CodecFormat::Json);
+        strict.check(Some("/vmm.v1.VmService/CreateVm"), &payload).err().and_then(|error| error.message)
+    }
+
+    #[test]
+    fn accepts_what_the_decoder_may_accept() {
+        for json in [
+            "{}",
+            "null",
+            r#"{"vm_id":"a","config":{"cpu":null,"storage":[{"path":"/d","isRootDevice":true,"options":{"any":"v"}}]}}"#,
+            r#"{"config":{"metadata":{"anything goes":"x"},"restartPolicy":{"mode":4}}}"#,
+            // Not ours to report.
+            r#"{"config":"#,
+            r#"{"config":{"cpu":{"vcpu_count":"many"}}}"#,
+        ] {
+            assert_eq!(violations(json), None, "{json}");
+        }
+    }
+
+    #[test]
+    fn reports_every_unknown_field_by_path() {
+        let message = violations(
+            r#"{"confg":1,"config":{"cpu":{"vcpus":{"deep":[1]}},"storage":[{"path":"/d"},{"readonly":true}]}}"#,
+        )
+        .unwrap();
+        let lines: Vec<&str> = message.split("; ").filter(|part| part.contains("unknown field")).collect();
+        assert_eq!(
+            lines,
+            [
+                "confg: unknown field \"confg\"",
+                "config.cpu.vcpus: unknown field \"vcpus\"",
+                "config.storage[1].readonly: unknown field \"readonly\"",
+            ]
+        );
+        assert!(message.contains("known here: vcpu_count, max_vcpu_count, topology, features"), "{message}");
+    }
+
+    #[test]
+    fn reports_lists_and_objects_in_each_others_place() {
+        assert!(violations("[]").unwrap().starts_with("request: is a list"));
+        assert!(violations(r#"{"config":{"boot":["/k"]}}"#).unwrap().starts_with("config.boot: is a list"));
+        assert!(
+            violations(r#"{"config":{"metadata":[]}}"#).unwrap().starts_with("config.metadata: is a list")
+        );
+        assert!(violations(r#"{"config":{"storage":{"path":"/d"}}}"#).unwrap().contains("is an object"));
+    }
+
+    #[test]
+    fn leaves_other_codecs_and_methods_alone() {
+        let strict = StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let binary = Payload::new("[]".into(), CodecFormat::Proto);
+        assert!(strict.check(Some("/vmm.v1.VmService/CreateVm"), &binary).is_ok());
+        let json = Payload::new("[]".into(), CodecFormat::Json);
+        assert!(strict.check(Some("/other.Service/Method"), &json).is_ok());
+    }
+}

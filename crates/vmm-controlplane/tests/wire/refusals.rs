@@ -1,0 +1,165 @@
+//! Requests that lead nowhere get an answer that says what to do, in the protocol they came in.
+
+use bytes::Bytes;
+use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
+use connectrpc::{ErrorCode, Protocol};
+use http::Request;
+use http_body_util::Full;
+use vmm_controlplane::rpc::{HostPolicy, ServeOptions};
+use vmm_proto::v1 as pb;
+use vmm_proto::v1::VmServiceClient;
+
+use crate::http_client::{Reply, envelope, get, json_call, post, send, send_h2};
+use crate::server::TestServer;
+
+fn with_header(mut request: Request<Full<Bytes>>, name: &'static str, value: &str) -> Request<Full<Bytes>> {
+    request.headers_mut().insert(name, value.parse().unwrap());
+    request
+}
+
+fn assert_refused(reply: &Reply, status: u16, code: &str, hint: &str) {
+    let (found, message) = reply.error();
+    assert_eq!((reply.status.as_u16(), found.as_str()), (status, code), "{message}");
+    assert!(message.contains(hint), "{message}");
+    assert_eq!(reply.header("content-type"), "application/json");
+}
+
+#[tokio::test]
+async fn the_predecessors_path_names_the_new_one() {
+    let server = TestServer::start().await;
+    let old = "/cloudhypervisor.v1.VmService/CreateVm";
+    let reply = send(server.addr, post(old, "application/json", b"{}")).await;
+    assert_refused(&reply, 404, "unimplemented", "/vmm.v1.VmService/CreateVm");
+    let reply = send(server.addr, get(old)).await;
+    assert_refused(&reply, 404, "unimplemented", "/vmm.v1.VmService/CreateVm");
+    let uri = format!("http://{}{old}", server.addr);
+    let reply = send_h2(server.addr, post(&uri, "application/grpc", &envelope(b""))).await;
+    assert_eq!(reply.headers.get("grpc-status").or(reply.trailers.get("grpc-status")).unwrap(), "12");
+}
+
+#[tokio::test]
+async fn unknown_paths_and_methods_are_404_with_advice() {
+    let server = TestServer::start().await;
+    let reply = send(server.addr, json_call("StartVm", "{}")).await;
+    assert_refused(&reply, 404, "unimplemented", "BootVm, ");
+    for path in ["/", "/nothing", "/vmm.v1", "/other.v1.Service/Method"] {
+        assert_refused(
+            &send(server.addr, get(path)).await,
+            404,
+            "unimplemented",
+            "/vmm.v1.VmService/<Method>",
+        );
+    }
+    assert_eq!(send(server.addr, get("/_/health")).await.status, 200);
+}
+
+#[tokio::test]
+async fn only_reads_answer_get() {
+    let server = TestServer::start().await;
+    for method in ["CreateVm", "DeleteVm", "ValidateVm", "WatchVms"] {
+        let uri = format!("/vmm.v1.VmService/{method}?connect=v1&encoding=json&message=%7B%7D");
+        let reply = send(server.addr, get(&uri)).await;
+        assert_refused(&reply, 405, "unknown", "POST");
+        assert_eq!(reply.header("allow"), "POST");
+    }
+    let options = Request::options("/vmm.v1.VmService/ListVms").body(Full::default()).unwrap();
+    let reply = send(server.addr, with_header(options, "origin", "https://page.example")).await;
+    assert_refused(&reply, 405, "unknown", "GET, POST");
+    assert_eq!(reply.header("allow"), "GET, POST");
+    assert!(!reply.headers.keys().any(|name| name.as_str().starts_with("access-control-")));
+}
+
+#[tokio::test]
+async fn a_wrong_content_type_is_415_and_told_which_are_right() {
+    let server = TestServer::start().await;
+    let create = "/vmm.v1.VmService/CreateVm";
+    for wrong in ["text/plain", "application/x-www-form-urlencoded", "application/connect+json"] {
+        let reply = send(server.addr, post(create, wrong, b"{}")).await;
+        assert_refused(&reply, 415, "unknown", "application/json");
+        assert!(reply.header("accept-post").contains("application/json"));
+    }
+    let bare = Request::post(create).body(Full::from("{}")).unwrap();
+    assert_refused(&send(server.addr, bare).await, 415, "unknown", "application/json");
+    let reply = send(server.addr, json_call("WatchVms", "{}")).await;
+    assert_refused(&reply, 415, "unknown", "application/connect+json");
+    let reply = send(server.addr, post(create, "application/json; charset=utf-8", b"{}")).await;
+    assert_eq!(reply.status, 200);
+}
+
+#[tokio::test]
+async fn only_hosts_that_cannot_be_rebound_are_served() {
+    let known = HostPolicy::Known(vec!["vmm.example.org".into()]);
+    let server = TestServer::with(ServeOptions { host_policy: known, ..Default::default() }).await;
+    let call = |host: &str| with_header(json_call("ListVms", "{}"), "host", host);
+    for good in ["localhost:1", "127.0.0.1", "[::1]:8080", "vmm.example.org"] {
+        assert_eq!(send(server.addr, call(good)).await.status, 200, "{good}");
+    }
+    let reply = send(server.addr, call("evil.example:8080")).await;
+    assert_refused(&reply, 403, "permission_denied", "evil.example:8080");
+    let page = with_header(get("/_/health"), "host", "evil.example");
+    assert_eq!(send(server.addr, page).await.status, 403);
+    // HTTP/2 has the name in :authority.
+    let uri = "http://evil.example/vmm.v1.VmService/ListVms";
+    let reply = send_h2(server.addr, post(uri, "application/grpc", &envelope(b""))).await;
+    assert_eq!(reply.headers.get("grpc-status").or(reply.trailers.get("grpc-status")).unwrap(), "7");
+
+    let any = TestServer::with(ServeOptions { host_policy: HostPolicy::Any, ..Default::default() }).await;
+    assert_eq!(send(any.addr, call("evil.example")).await.status, 200);
+}
+
+#[tokio::test]
+async fn an_idempotency_key_is_refused_where_it_would_matter() {
+    let server = TestServer::start().await;
+    let keyed = |method: &str| with_header(json_call(method, "{}"), "idempotency-key", "k");
+    for method in
+        ["CreateVm", "DeleteVm", "BootVm", "ShutdownVm", "PauseVm", "ResumeVm", "RebootVm", "WriteConsole"]
+    {
+        let reply = send(server.addr, keyed(method)).await;
+        assert_refused(&reply, 501, "unimplemented", "Idempotency-Key");
+    }
+    for method in ["ListVms", "GetVmInfo", "ValidateVm", "ListBackends", "WaitVm"] {
+        assert_eq!(send(server.addr, keyed(method)).await.status, 200, "{method}");
+    }
+    for protocol in [Protocol::Grpc, Protocol::GrpcWeb] {
+        let config = ClientConfig::new(server.uri()).with_protocol(protocol);
+        let client = VmServiceClient::new(HttpClient::plaintext_http2_only(), config);
+        let options = CallOptions::default().with_header("idempotency-key", "k");
+        let error = client.delete_vm_with_options(pb::DeleteVmRequest::default(), options).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::Unimplemented, "{protocol}");
+        assert!(error.message.unwrap().contains("Idempotency-Key"), "{protocol}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_id_is_kept_or_made_and_returned() {
+    let server = TestServer::start().await;
+    let reply = send(server.addr, with_header(json_call("CreateVm", "{}"), "x-request-id", "mine-1")).await;
+    assert_eq!(reply.header("x-request-id"), "mine-1");
+    assert_eq!(reply.json()["uid"], "mine-1", "the handler sees the same id");
+    let reply = send(server.addr, with_header(get("/nothing"), "x-request-id", "a b")).await;
+    assert_eq!(reply.header("x-request-id").len(), 36, "an unfit id is replaced");
+}
+
+#[tokio::test]
+async fn a_panic_is_an_internal_error_and_nothing_more() {
+    let server = TestServer::start().await;
+    let reply = send(server.addr, json_call("CreateVm", r#"{"vm_id":"panic"}"#)).await;
+    assert_refused(&reply, 500, "internal", reply.header("x-request-id"));
+    assert!(!reply.error().1.contains("as the test wants it"), "a panic's text is for the log alone");
+    assert_refused(&send(server.addr, get("/panic")).await, 500, "internal", "its log says more");
+
+    for protocol in [Protocol::Connect, Protocol::Grpc, Protocol::GrpcWeb] {
+        let config = ClientConfig::new(server.uri()).with_protocol(protocol);
+        let client = VmServiceClient::new(HttpClient::plaintext_http2_only(), config);
+        let request = pb::CreateVmRequest { vm_id: "panic".into(), ..Default::default() };
+        assert_eq!(client.create_vm(request).await.unwrap_err().code, ErrorCode::Internal, "{protocol}");
+
+        let request = pb::WatchVmsRequest { vm_id: "panic".into(), ..Default::default() };
+        let mut stream = client.watch_vms(request).await.unwrap();
+        assert!(stream.message::<pb::VmEvent>().await.unwrap().is_some(), "{protocol}");
+        let error = stream.message::<pb::VmEvent>().await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::Internal, "{protocol}");
+        // The connection that carried it still works.
+        assert!(client.list_vms(pb::ListVmsRequest::default()).await.is_ok(), "{protocol}");
+    }
+}

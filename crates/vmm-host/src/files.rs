@@ -1,0 +1,247 @@
+//! Files that a client names: what they are, whether they can be used, and how they begin.
+//!
+//! A client may name anything: a FIFO that holds whoever opens it, a watchdog that reboots the host once it was opened, a
+//! disk on a server that does not answer. So a path is looked at before it is opened, opened with `O_NONBLOCK`, and all of
+//! this belongs into `spawn_blocking`.
+
+use std::fmt;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use vmm_core::store::HostClaim;
+
+/// How a file is going to be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only read.
+    Read,
+    /// Read and written.
+    ReadWrite,
+}
+
+/// What kind of file can hold a kernel or a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    Block,
+}
+
+/// What a usable file is, wherever its path led.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileFacts {
+    /// The device number of the file system that holds it; of a block device, its own.
+    pub device: u64,
+    /// Its inode; 0 for a block device, which is the same one under every path.
+    pub inode: u64,
+    /// Its kind.
+    pub kind: FileKind,
+    /// Its size in bytes.
+    pub size: u64,
+    /// The device number of a block device; 0 for a regular file.
+    pub rdev: u64,
+}
+
+impl FileFacts {
+    /// The claim on this disk of the VM that uses it.
+    pub fn claim(&self, path: &Path, access: Access) -> HostClaim {
+        HostClaim::Disk {
+            device: self.device,
+            inode: self.inode,
+            writable: access == Access::ReadWrite,
+            path: path.to_path_buf(),
+        }
+    }
+}
+
+/// Why a file cannot be used, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum FileProblem {
+    /// There is nothing at the path.
+    #[error("{} does not exist on this host; create it or correct the path", .0.display())]
+    Missing(PathBuf),
+    /// What is there cannot hold a kernel or a disk.
+    #[error("{} is {what}; name a regular file or a block device", .path.display())]
+    WrongKind {
+        /// The path.
+        path: PathBuf,
+        /// What it is, with its article.
+        what: &'static str,
+    },
+    /// The daemon may not use it so.
+    #[error("{} may not be {access} by the daemon's user; change its owner or mode{}", .path.display(), or_read_only(*.access))]
+    Denied {
+        /// The path.
+        path: PathBuf,
+        /// What was needed.
+        access: Access,
+    },
+    /// It cannot be written where it is.
+    #[error("{} cannot be written, because its file system or device is read-only; set read_only or move it", .0.display())]
+    ReadOnly(PathBuf),
+    /// It is in use in a way that forbids this one.
+    #[error("{} is busy; end what uses it, and try again", .0.display())]
+    Busy(PathBuf),
+    /// The host failed otherwise.
+    #[error("{} cannot be used: {source}; check the path and the device that holds it", .path.display())]
+    Io {
+        /// The path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::ReadWrite => "read and written",
+        })
+    }
+}
+
+fn or_read_only(access: Access) -> &'static str {
+    match access {
+        Access::Read => "",
+        Access::ReadWrite => ", or set read_only",
+    }
+}
+
+/// Looks whether `path` is a regular file or a block device that can be opened as needed, and which one it is. Changes nothing.
+///
+/// # Errors
+/// [`FileProblem`], whose text names the path and says what to do.
+pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
+    let problem = |error| problem(path, access, error);
+    // Looked at first: to open some devices is to use them.
+    kind(path, &std::fs::metadata(path).map_err(problem)?)?;
+    let mut file = open(path, access).map_err(problem)?;
+    let metadata = file.metadata().map_err(problem)?;
+    // What was opened counts; the path may mean something else by now.
+    Ok(match kind(path, &metadata)? {
+        FileKind::Regular => FileFacts {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            kind: FileKind::Regular,
+            size: metadata.len(),
+            rdev: 0,
+        },
+        FileKind::Block => FileFacts {
+            device: metadata.rdev(),
+            inode: 0,
+            kind: FileKind::Block,
+            size: file.seek(SeekFrom::End(0)).map_err(problem)?,
+            rdev: metadata.rdev(),
+        },
+    })
+}
+
+/// Reads the first `n` bytes of a regular file or block device; fewer where it is shorter.
+///
+/// # Errors
+/// What the kernel says; `InvalidInput` for any other kind of file.
+pub fn head(path: &Path, n: usize) -> io::Result<Vec<u8>> {
+    let mut start = Vec::with_capacity(n.min(1 << 20));
+    open_regular_or_block(path)?.take(n as u64).read_to_end(&mut start)?;
+    Ok(start)
+}
+
+/// Reads the last lines of a log, at most `max_bytes` and `max_lines` of them, fit to be shown: what is no text is replaced,
+/// and control characters are left out. Empty where the file cannot be read, because a log only decorates another error.
+pub fn tail_lines(path: &Path, max_bytes: usize, max_lines: usize) -> String {
+    let read = || -> io::Result<(Vec<u8>, bool)> {
+        let mut file = open_regular_or_block(path)?;
+        let size = file.seek(SeekFrom::End(0))?;
+        let from = size.saturating_sub(max_bytes as u64);
+        file.seek(SeekFrom::Start(from))?;
+        let mut end = Vec::new();
+        file.take(max_bytes as u64).read_to_end(&mut end)?;
+        Ok((end, from > 0))
+    };
+    let Ok((mut end, cut)) = read() else { return String::new() };
+    // The first line is only the end of one, unless there is no other.
+    if cut
+        && let Some(newline) = end.iter().position(|&byte| byte == b'\n')
+        && newline + 1 < end.len()
+    {
+        end.drain(..=newline);
+    }
+    let text = String::from_utf8_lossy(&end);
+    let lines: Vec<String> = text.lines().map(printable).filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(max_lines)..].join("\n")
+}
+
+/// Takes control characters out of a line, and with them the sequences that colour a terminal.
+fn printable(line: &str) -> String {
+    let mut shown = String::with_capacity(line.len());
+    let mut chars = line.chars().peekable();
+    while let Some(char) = chars.next() {
+        match char {
+            '\t' => shown.push(' '),
+            '\u{1b}' => {
+                // ESC [ … letter; any other escape is two characters long.
+                if chars.next() == Some('[') {
+                    while chars.next().is_some_and(|next| !('@'..='~').contains(&next)) {}
+                }
+            }
+            control if control.is_control() => {}
+            other => shown.push(other),
+        }
+    }
+    shown
+}
+
+fn open(path: &Path, access: Access) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(access == Access::ReadWrite)
+        .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed())
+        .open(path)
+}
+
+fn open_regular_or_block(path: &Path) -> io::Result<File> {
+    let wrong = |problem: FileProblem| io::Error::new(io::ErrorKind::InvalidInput, problem.to_string());
+    kind(path, &std::fs::metadata(path)?).map_err(wrong)?;
+    let file = open(path, Access::Read)?;
+    kind(path, &file.metadata()?).map_err(wrong)?;
+    Ok(file)
+}
+
+fn kind(path: &Path, metadata: &Metadata) -> Result<FileKind, FileProblem> {
+    let file_type = metadata.file_type();
+    let what = if file_type.is_file() {
+        return Ok(FileKind::Regular);
+    } else if file_type.is_block_device() {
+        return Ok(FileKind::Block);
+    } else if file_type.is_dir() {
+        "a directory"
+    } else if file_type.is_fifo() {
+        "a FIFO"
+    } else if file_type.is_socket() {
+        "a socket"
+    } else if file_type.is_char_device() {
+        "a character device"
+    } else {
+        "no file that can be opened"
+    };
+    Err(FileProblem::WrongKind { path: path.to_path_buf(), what })
+}
+
+fn problem(path: &Path, access: Access, source: io::Error) -> FileProblem {
+    let path = path.to_path_buf();
+    match source.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOENT | Errno::NOTDIR) => FileProblem::Missing(path),
+        Some(Errno::ACCESS | Errno::PERM) => FileProblem::Denied { path, access },
+        Some(Errno::ROFS) => FileProblem::ReadOnly(path),
+        Some(Errno::BUSY | Errno::TXTBSY) => FileProblem::Busy(path),
+        _ => FileProblem::Io { path, source },
+    }
+}
+
+pub use crate::kernel::{HEAD_BYTES, KernelKind, is_qcow2, kernel_kind};

@@ -1,0 +1,62 @@
+//! Whether the host can run guests on its own CPUs.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::path::Path;
+
+/// Says whether `/dev/kvm` can be opened for reading and writing, and if not, why and what to do.
+///
+/// # Errors
+/// The text for people.
+pub fn kvm_usable() -> Result<(), String> {
+    usable(Path::new("/dev/kvm"))
+}
+
+fn usable(device: &Path) -> Result<(), String> {
+    let Err(error) = OpenOptions::new().read(true).write(true).open(device) else { return Ok(()) };
+    let device = device.display();
+    Err(match error.kind() {
+        io::ErrorKind::NotFound => {
+            format!("{device} does not exist; load kvm_intel or kvm_amd, or enable virtualisation in the firmware")
+        }
+        io::ErrorKind::PermissionDenied => {
+            format!("{device} may not be opened by the daemon's user; add that user to the group kvm")
+        }
+        _ => format!("{device} cannot be opened: {error}"),
+    })
+}
+
+/// Says whether the CPUs show hardware virtualisation (`vmx` or `svm`).
+///
+/// `/dev/kvm` without it is a KVM in software, which runs an unmodified kernel far too slowly.
+pub fn hardware_virtualisation() -> bool {
+    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|cpuinfo| shows_virtualisation(&cpuinfo))
+}
+
+fn shows_virtualisation(cpuinfo: &str) -> bool {
+    cpuinfo
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .filter(|(key, _)| key.trim() == "flags")
+        .any(|(_, flags)| flags.split_ascii_whitespace().any(|flag| matches!(flag, "vmx" | "svm")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn virtualisation_is_a_flag_of_its_own() {
+        assert!(shows_virtualisation("processor\t: 0\nflags\t\t: fpu vmx sse\n"));
+        assert!(shows_virtualisation("flags\t\t: svm\n"));
+        assert!(!shows_virtualisation("flags\t\t: fpu svm_lock\nvmx flags\t: vnmi vmx\n"));
+        assert!(!shows_virtualisation(""));
+    }
+
+    #[test]
+    fn a_missing_device_is_explained() {
+        let text = usable(Path::new("/nowhere/kvm")).unwrap_err();
+        assert!(text.contains("/nowhere/kvm does not exist; "), "{text}");
+        assert_eq!(usable(Path::new("/dev/null")), Ok(()));
+    }
+}

@@ -1,0 +1,101 @@
+//! How a process ended, in words that people read.
+
+use std::fmt;
+use std::os::unix::process::ExitStatusExt;
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessExit {
+    /// Its status. `None` where the kernel told it to another parent.
+    pub status: Option<ExitStatus>,
+}
+
+/// What a process left to its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// It exited by itself with this code.
+    Code(i32),
+    /// This signal ended it.
+    Signal(i32),
+}
+
+impl ProcessExit {
+    /// The end of a process that is not our child.
+    pub const UNKNOWN: Self = Self { status: None };
+
+    /// Says whether the process exited with 0.
+    pub fn is_success(&self) -> bool {
+        self.status == Some(ExitStatus::Code(0))
+    }
+}
+
+impl From<std::process::ExitStatus> for ProcessExit {
+    fn from(status: std::process::ExitStatus) -> Self {
+        let status = match (status.code(), status.signal()) {
+            (Some(code), _) => Some(ExitStatus::Code(code)),
+            (None, Some(signal)) => Some(ExitStatus::Signal(signal)),
+            (None, None) => None,
+        };
+        Self { status }
+    }
+}
+
+impl fmt::Display for ProcessExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.status {
+            Some(ExitStatus::Code(code)) => write!(f, "exit status {code}"),
+            Some(ExitStatus::Signal(signal)) => match signal_name(signal) {
+                Some(name) => write!(f, "killed by {name} ({signal})"),
+                None => write!(f, "killed by signal {signal}"),
+            },
+            None => f.write_str("exit status unknown: an earlier run of the daemon was its parent"),
+        }
+    }
+}
+
+/// The names of the signals that end a VMM in practice, by their numbers on Linux for x86-64 and aarch64.
+fn signal_name(signal: i32) -> Option<&'static str> {
+    Some(match signal {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        3 => "SIGQUIT",
+        4 => "SIGILL",
+        5 => "SIGTRAP",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        8 => "SIGFPE",
+        9 => "SIGKILL",
+        10 => "SIGUSR1",
+        11 => "SIGSEGV",
+        12 => "SIGUSR2",
+        13 => "SIGPIPE",
+        14 => "SIGALRM",
+        15 => "SIGTERM",
+        24 => "SIGXCPU",
+        25 => "SIGXFSZ",
+        31 => "SIGSYS",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_reads_like_a_sentence() {
+        let text = |status| ProcessExit { status }.to_string();
+        assert_eq!(text(Some(ExitStatus::Code(1))), "exit status 1");
+        assert_eq!(text(Some(ExitStatus::Signal(11))), "killed by SIGSEGV (11)");
+        assert_eq!(text(Some(ExitStatus::Signal(40))), "killed by signal 40");
+        assert!(text(None).starts_with("exit status unknown: "));
+    }
+
+    #[test]
+    fn a_wait_status_is_told_apart() {
+        let exit = |raw| ProcessExit::from(std::process::ExitStatus::from_raw(raw)).status;
+        assert_eq!(exit(0x0300), Some(ExitStatus::Code(3)));
+        assert_eq!(exit(0x0009), Some(ExitStatus::Signal(9)));
+        assert_eq!(exit(0x008b), Some(ExitStatus::Signal(11)), "with a core dump");
+    }
+}

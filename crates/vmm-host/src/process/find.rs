@@ -1,0 +1,119 @@
+//! Finding processes by the run folder that their arguments name.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use vmm_core::store::ProcessIdentity;
+
+use super::{boot_id, procfs};
+
+/// A process whose arguments name the folder that was looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Which process; [`super::adopt`] makes a handle of it.
+    pub identity: ProcessIdentity,
+    /// The program it runs. `None` where the kernel does not tell us, as of another user's process.
+    pub exe: Option<PathBuf>,
+    /// Its arguments, the program's name first.
+    pub args: Vec<OsString>,
+}
+
+impl Found {
+    /// The file name of the program: the real one, or where that is hidden, what the process calls itself.
+    pub fn program_name(&self) -> Option<&OsStr> {
+        match &self.exe {
+            Some(exe) => exe.file_name(),
+            None => self.args.first().and_then(|name| Path::new(name).file_name()),
+        }
+    }
+}
+
+/// Finds every process, this one excepted, that has an argument with `needle` as a whole path or as the beginning of one:
+/// `/run/x` is in `--api-sock=/run/x/s` and in `path=/run/x,server=on`, not in `/run/xy` and not in `/mnt/run/x`.
+///
+/// # Errors
+/// What listing `/proc` says. Processes that end meanwhile, or are hidden from us, are passed over.
+pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
+    let needle = needle.as_os_str().as_bytes();
+    if !needle.starts_with(b"/") || needle.len() < 2 {
+        let message = "processes can only be looked for by an absolute path";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    let boot_id = boot_id()?;
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        if pid != std::process::id()
+            && let Some(process) = examine(pid, needle, &boot_id)
+        {
+            found.push(process);
+        }
+    }
+    Ok(found)
+}
+
+fn examine(pid: u32, needle: &[u8], boot_id: &str) -> Option<Found> {
+    // Arguments first: of hundreds of processes only a few need more.
+    let mentions = |args: &[OsString]| args.iter().any(|arg| mentions(arg.as_bytes(), needle));
+    if !mentions(&procfs::arguments(pid).ok()?) {
+        return None;
+    }
+    // Two equal start times around what is read say that all of it is about one process.
+    let start_ticks = procfs::stat(pid).ok()?.start_ticks;
+    let args = procfs::arguments(pid).ok()?;
+    let exe = procfs::exe_of(pid).ok();
+    if !mentions(&args) || procfs::stat(pid).ok()?.start_ticks != start_ticks {
+        return None;
+    }
+    let identity = ProcessIdentity { pid, start_ticks, boot_id: boot_id.to_owned() };
+    Some(Found { identity, exe, args })
+}
+
+/// Says whether `text` names the path `needle` or something below it.
+fn mentions(text: &[u8], needle: &[u8]) -> bool {
+    let needle = needle.strip_suffix(b"/").unwrap_or(needle);
+    let mut windows = text.windows(needle.len()).enumerate();
+    windows.any(|(at, window)| {
+        window == needle
+            && at.checked_sub(1).is_none_or(|before| !is_path_byte(text[before]))
+            && text.get(at + needle.len()).is_none_or(|&after| after == b'/' || !is_path_byte(after))
+    })
+}
+
+/// Says whether a byte goes on with a path; what does not, such as `=`, `:`, `,` or a quote, separates it from its neighbours.
+fn is_path_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || !byte.is_ascii() || matches!(byte, b'/' | b'.' | b'_' | b'-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_paths_are_mentioned() {
+        let needle = b"/run/vmm/vms/0a";
+        for yes in [
+            "/run/vmm/vms/0a",
+            "/run/vmm/vms/0a/api.sock",
+            "--api-socket=/run/vmm/vms/0a/api.sock",
+            "unix:/run/vmm/vms/0a/qmp,server=on",
+            "socket,path=/run/vmm/vms/0a,x",
+            r#"{"path":"/run/vmm/vms/0a"}"#,
+            "file=/other,path=/run/vmm/vms/0ab,log=/run/vmm/vms/0a/log",
+        ] {
+            assert!(mentions(yes.as_bytes(), needle), "{yes}");
+        }
+        for no in ["", "/run/vmm/vms/0", "/run/vmm/vms/0ab", "/run/vmm/vms/0a.old", "/mnt/run/vmm/vms/0a", "run/vmm/vms/0a"] {
+            assert!(!mentions(no.as_bytes(), needle), "{no}");
+        }
+    }
+
+    #[test]
+    fn a_relative_or_empty_path_is_refused() {
+        assert!(find_by_argument(Path::new("x")).is_err());
+        assert!(find_by_argument(Path::new("/")).is_err());
+    }
+}

@@ -1,0 +1,166 @@
+//! What `/proc` tells of a process.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// What a process has used of the host, all its threads together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// CPU time in user and kernel mode since it began, in steps of a clock tick (usually 10 ms).
+    pub cpu_time: Duration,
+    /// Memory in use now, in bytes.
+    pub resident_bytes: u64,
+}
+
+/// The fields of `/proc/PID/stat` that matter here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    /// User and kernel time, in clock ticks.
+    pub(super) cpu_ticks: u64,
+    /// Start time in clock ticks since the host booted.
+    pub(super) start_ticks: u64,
+    /// Resident pages.
+    pub(super) resident_pages: u64,
+}
+
+/// Reads `/proc/PID/stat`.
+pub(super) fn stat(pid: u32) -> io::Result<Stat> {
+    let text = read(pid, "stat")?;
+    parse_stat(&text).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat has an unknown form"))
+    })
+}
+
+/// The second field is the program's name in parentheses and may hold anything, spaces and parentheses too: what can be
+/// counted begins after the last closing one.
+fn parse_stat(text: &[u8]) -> Option<Stat> {
+    let after_name = text.iter().rposition(|&byte| byte == b')')? + 1;
+    let rest = std::str::from_utf8(text.get(after_name..)?).ok()?;
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    // proc(5) counts from 1 and from the pid; `rest` begins with field 3.
+    let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+    Some(Stat {
+        cpu_ticks: number(14)?.saturating_add(number(15)?),
+        start_ticks: number(22)?,
+        resident_pages: number(24)?,
+    })
+}
+
+/// Reads the arguments of a process. Empty for a zombie and for a thread of the kernel.
+pub(super) fn arguments(pid: u32) -> io::Result<Vec<std::ffi::OsString>> {
+    let text = read(pid, "cmdline")?;
+    let text = text.strip_suffix(b"\0").unwrap_or(&text);
+    if text.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(text.split(|&byte| byte == 0).map(|part| std::ffi::OsString::from_vec(part.to_vec())).collect())
+}
+
+/// The id of the process that `task` is a thread of.
+pub(super) fn thread_group(task: u32) -> io::Result<Option<u32>> {
+    let text = read(task, "status")?;
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok()))
+}
+
+/// A process that ends while it is read answers ESRCH; for the caller that is the same as a file that is not there.
+fn read(pid: u32, file: &str) -> io::Result<Vec<u8>> {
+    fs::read(format!("/proc/{pid}/{file}")).map_err(gone_is_not_found)
+}
+
+fn gone_is_not_found(error: io::Error) -> io::Error {
+    if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) {
+        return io::Error::new(io::ErrorKind::NotFound, error);
+    }
+    error
+}
+
+/// Reads what the process has used of the host.
+///
+/// # Errors
+/// What the kernel says; `NotFound` where there is no such process.
+pub fn usage(pid: u32) -> io::Result<Usage> {
+    let stat = stat(pid)?;
+    let hertz = rustix::param::clock_ticks_per_second().max(1);
+    let whole = Duration::from_secs(stat.cpu_ticks / hertz);
+    let part = Duration::from_nanos((stat.cpu_ticks % hertz).saturating_mul(1_000_000_000) / hertz);
+    let page_size = rustix::param::page_size() as u64;
+    Ok(Usage { cpu_time: whole + part, resident_bytes: stat.resident_pages.saturating_mul(page_size) })
+}
+
+/// The program that a process runs, by its real path. A program that was replaced since keeps the path it had.
+///
+/// # Errors
+/// What the kernel says: `NotFound` where there is no such process, `PermissionDenied` where it is another user's.
+pub fn exe_of(pid: u32) -> io::Result<PathBuf> {
+    let link = fs::read_link(format!("/proc/{pid}/exe")).map_err(gone_is_not_found)?;
+    Ok(without_deleted(&link))
+}
+
+/// The kernel marks the path of a program whose file was removed, as an upgrade does.
+fn without_deleted(link: &Path) -> PathBuf {
+    let bytes = link.as_os_str().as_bytes();
+    let bytes = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
+    PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
+}
+
+/// The id of the host's present boot. Read once.
+///
+/// # Errors
+/// What reading `/proc/sys/kernel/random/boot_id` says.
+pub fn boot_id() -> io::Result<String> {
+    static BOOT_ID: OnceLock<String> = OnceLock::new();
+    if let Some(known) = BOOT_ID.get() {
+        return Ok(known.clone());
+    }
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(BOOT_ID.get_or_init(|| text.trim().to_owned()).clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_may_hold_spaces_and_parentheses() {
+        let text = b"42 (a) S 1 (x) Z 9) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 0 0 20 0 1 0 123456 4096000 250 1844 1 1\n";
+        let stat = parse_stat(text).unwrap();
+        assert_eq!(stat, Stat { cpu_ticks: 12, start_ticks: 123_456, resident_pages: 250 });
+    }
+
+    #[test]
+    fn what_is_cut_short_is_refused() {
+        for text in [&b""[..], b"42 (a", b"42 (a) S 1 2", b"42 (a) S 1 42 42 0 -1 4 100 0 0 0 x 5 0 0 20 0 1 0 1 2 3"] {
+            assert_eq!(parse_stat(text), None, "{:?}", String::from_utf8_lossy(text));
+        }
+    }
+
+    #[test]
+    fn this_process_can_be_read() {
+        let pid = std::process::id();
+        assert!(usage(pid).unwrap().resident_bytes > 0);
+        assert_eq!(exe_of(pid).unwrap(), std::env::current_exe().unwrap());
+        assert_eq!(arguments(pid).unwrap(), std::env::args_os().collect::<Vec<_>>());
+        assert_eq!(thread_group(pid).unwrap(), Some(pid));
+        assert_eq!(boot_id().unwrap().len(), 36);
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_found() {
+        // Above the highest pid that a kernel can give (2^22).
+        let nobody = 4_194_305;
+        assert_eq!(stat(nobody).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(usage(nobody).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(exe_of(nobody).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_removed_program_keeps_its_name() {
+        assert_eq!(without_deleted(Path::new("/usr/bin/qemu (deleted)")), Path::new("/usr/bin/qemu"));
+        assert_eq!(without_deleted(Path::new("/usr/bin/qemu")), Path::new("/usr/bin/qemu"));
+    }
+}

@@ -1,0 +1,18 @@
+//! Descriptors that the runtime waits for.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Registers a descriptor with the runtime, to wait until it can be read. Must be called inside a runtime with I/O.
+#[expect(
+    deprecated,
+    reason = "the successor is unsafe, because any AsRawFd may close its descriptor or name another; an OwnedFd behind an \
+              Arc does neither, and this workspace forbids unsafe code"
+)]
+pub(crate) fn readable(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
+}

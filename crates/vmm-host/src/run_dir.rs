@@ -1,0 +1,211 @@
+//! The folder of one VM below the runtime folder: sockets, log and console.
+//!
+//! ```text
+//!   <runtime>/           0700, the daemon's own
+//!     vms/               0700
+//!       <uid>/           0700; named by the VM's creation, so a namesake never finds it
+//! ```
+//!
+//! Every step goes through an open folder and follows no symbolic link, so that nobody who can write nearby leads the daemon
+//! elsewhere.
+
+use std::ffi::CString;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+use vmm_core::id::VmUid;
+
+/// The longest path that a unix socket can have, in bytes.
+pub const MAX_SOCKET_PATH: usize = 107;
+
+/// How deep a run folder may nest. Nothing of ours nests deeper than two.
+const MAX_DEPTH: usize = 16;
+
+/// Makes the run folder of `uid` below `runtime_dir`, with what is missing above it, and answers its path. One that is there
+/// already is used as it is.
+///
+/// # Errors
+/// What the kernel says; `InvalidInput` where a symbolic link or a file is in the way, `PermissionDenied` where a folder
+/// belongs to another user. The text names the path.
+pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
+    let dir = uid.run_dir(runtime_dir);
+    DirBuilder::new().recursive(true).mode(0o700).create(runtime_dir).map_err(|error| named(runtime_dir, &error))?;
+    let mut path = runtime_dir.to_path_buf();
+    let mut folder = open_ours(rustix::fs::CWD, runtime_dir, &path)?;
+    for name in below(&dir, runtime_dir) {
+        path.push(name);
+        match rustix::fs::mkdirat(&folder, name, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(named(&path, &error.into())),
+        }
+        folder = open_ours(&folder, Path::new(name), &path)?;
+        rustix::fs::fchmod(&folder, Mode::RWXU).map_err(|error| named(&path, &error.into()))?;
+    }
+    Ok(dir)
+}
+
+/// Removes the sockets of a run that has ended, and the `.lock` files beside them. Nothing else, and nothing below.
+/// A folder that is not there is no error.
+///
+/// # Errors
+/// What the kernel says, with the path.
+pub fn remove_sockets(dir: &Path) -> io::Result<()> {
+    let folder = match open_ours(rustix::fs::CWD, dir, dir) {
+        Ok(folder) => folder,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for name in names(&folder).map_err(|error| named(dir, &error))? {
+        let Some(stat) = stat(&folder, &name).map_err(|error| named(dir, &error))? else { continue };
+        let stale = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Socket => true,
+            FileType::RegularFile => name.as_bytes().ends_with(b".lock"),
+            _ => false,
+        };
+        if stale {
+            unlink(&folder, &name, AtFlags::empty()).map_err(|error| named(&dir.join(text(&name)), &error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a run folder with everything in it. One that is not there is no error.
+///
+/// Only what [`create`] could have made is removed: `…/vms/<uid>`, owned by the daemon's user. A symbolic link inside is
+/// removed, never followed; another file system mounted inside stops the removal.
+///
+/// # Errors
+/// What the kernel says, with the path; `InvalidInput` where `dir` is not a run folder.
+pub fn remove(dir: &Path) -> io::Result<()> {
+    let Some((parent, name)) = run_folder_name(dir) else {
+        let error = io::Error::new(io::ErrorKind::InvalidInput, "not a run folder, so it is left alone");
+        return Err(named(dir, &error));
+    };
+    let vms = match open_ours(rustix::fs::CWD, parent, parent) {
+        Ok(vms) => vms,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let folder = match open_ours(&vms, Path::new(name), dir) {
+        Ok(folder) => folder,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let device = rustix::fs::fstat(&folder)?.st_dev;
+    empty(&folder, device, dir, MAX_DEPTH)?;
+    let name = CString::new(name)?;
+    unlink(&vms, &name, AtFlags::REMOVEDIR).map_err(|error| named(dir, &error))
+}
+
+/// Says whether a socket can be bound at `path`, and if not, what to do.
+///
+/// # Errors
+/// The text for people.
+pub fn socket_path_fits(path: &Path) -> Result<(), String> {
+    let length = path.as_os_str().len();
+    if length <= MAX_SOCKET_PATH {
+        return Ok(());
+    }
+    Err(format!(
+        "the socket path {} has {length} bytes, and {MAX_SOCKET_PATH} is the most that a unix socket can have; \
+         set UNKEY_VMCP_RUNTIME_DIR to a path that is {} bytes shorter",
+        path.display(),
+        length - MAX_SOCKET_PATH,
+    ))
+}
+
+/// The components of `dir` after `base`.
+fn below<'a>(dir: &'a Path, base: &Path) -> impl Iterator<Item = &'a std::ffi::OsStr> {
+    dir.strip_prefix(base).unwrap_or(dir).iter()
+}
+
+/// Takes `…/vms/<32 hexadecimal digits>` apart.
+fn run_folder_name(dir: &Path) -> Option<(&Path, &str)> {
+    let parent = dir.parent()?;
+    let name = dir.file_name()?.to_str()?;
+    let is_uid = name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    (dir.is_absolute() && is_uid && parent.file_name()? == "vms").then_some((parent, name))
+}
+
+/// Opens a folder that is really one, and the daemon's own.
+fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+    let folder = match rustix::fs::openat(at, name, flags, Mode::empty()) {
+        Ok(folder) => folder,
+        Err(Errno::NOTDIR | Errno::LOOP) => {
+            let message = "a symbolic link or a file is where a folder of the daemon belongs; remove it";
+            return Err(named(path, &io::Error::new(io::ErrorKind::InvalidInput, message)));
+        }
+        Err(error) => return Err(named(path, &error.into())),
+    };
+    let owner = rustix::fs::fstat(&folder)?.st_uid;
+    let ours = rustix::process::geteuid().as_raw();
+    if owner != ours {
+        let message = format!("belongs to user {owner}, not to the daemon's user {ours}; remove it or change its owner");
+        return Err(named(path, &io::Error::new(io::ErrorKind::PermissionDenied, message)));
+    }
+    Ok(folder)
+}
+
+fn empty(folder: &OwnedFd, device: u64, path: &Path, depth: usize) -> io::Result<()> {
+    for name in names(folder).map_err(|error| named(path, &error))? {
+        let inner = path.join(text(&name));
+        let Some(stat) = stat(folder, &name).map_err(|error| named(&inner, &error))? else { continue };
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            unlink(folder, &name, AtFlags::empty()).map_err(|error| named(&inner, &error))?;
+            continue;
+        }
+        if stat.st_dev != device || depth == 0 {
+            let message = "another file system is mounted here, or the folders nest too deep; remove it by hand";
+            return Err(named(&inner, &io::Error::new(io::ErrorKind::InvalidInput, message)));
+        }
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+        let child = rustix::fs::openat(folder, &name, flags, Mode::empty());
+        let child = child.map_err(|error| named(&inner, &error.into()))?;
+        empty(&child, device, &inner, depth - 1)?;
+        unlink(folder, &name, AtFlags::REMOVEDIR).map_err(|error| named(&inner, &error))?;
+    }
+    Ok(())
+}
+
+/// All names are read before the first is removed: what a removal does to a listing under way is the file system's choice.
+fn names(folder: &OwnedFd) -> io::Result<Vec<CString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let name = entry?.file_name().to_owned();
+        if !matches!(name.as_bytes(), b"." | b"..") {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+fn stat(folder: &OwnedFd, name: &CString) -> io::Result<Option<Stat>> {
+    match rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A VMM that ends removes its own socket, so what has gone meanwhile is as good as removed.
+fn unlink(folder: &OwnedFd, name: &CString, flags: AtFlags) -> io::Result<()> {
+    match rustix::fs::unlinkat(folder, name, flags) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn text(name: &CString) -> &std::ffi::OsStr {
+    std::ffi::OsStr::from_bytes(name.as_bytes())
+}
+
+fn named(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}

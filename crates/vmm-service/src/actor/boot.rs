@@ -1,0 +1,196 @@
+//! Starting a VMM: the one path for first boot, boot after shutdown, reboot and restart by policy.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched};
+use vmm_core::event::EventKind;
+use vmm_core::id::VmUid;
+use vmm_core::spec::Console;
+use vmm_core::state::{Observation, Phase, Request, VmState, observe};
+use vmm_core::store::HostClaim;
+
+use super::persist::Why;
+use super::{Actor, Broken};
+use crate::check;
+use crate::clock::now_ms;
+use crate::error::ServiceError;
+use crate::service::Outcome;
+
+/// No start may take longer.
+const LAUNCH_DEADLINE: Duration = Duration::from_secs(28);
+/// The console's file in the run folder, where the client names none.
+const KEPT_CONSOLE: &str = "console.log";
+
+impl Actor {
+    /// BootVm: a start that a client asked for ends any count of restarts, and any wait for one.
+    pub(super) async fn boot_as_asked(&mut self, actor: &str) -> Result<Outcome, ServiceError> {
+        self.restart_at = None;
+        self.record.status.restarts = 0;
+        self.start(Request::Boot, actor).await?;
+        Ok(self.outcome(None))
+    }
+
+    /// Starts the VMM and its guest. A reboot has recorded its intent already.
+    pub(super) async fn start(&mut self, request: Request, actor: &str) -> Result<(), ServiceError> {
+        let claims = match self.reserve().await {
+            Ok(claims) => claims,
+            Err(error) if request == Request::Reboot => {
+                return Err(self.not_started(request, actor, error).await);
+            }
+            Err(error) => return Err(error),
+        };
+        if request == Request::Boot
+            && let Err(error) = self.intend(request, Phase::Starting, actor).await
+        {
+            self.shared.claims.release(self.record.uid);
+            return Err(error);
+        }
+        self.stray = true;
+        match self.launch().await {
+            Ok(launched) => self.started(request, actor, launched, claims).await,
+            Err(broken) => {
+                let error = match broken {
+                    Broken::Preempted => ServiceError::Aborted(format!(
+                        "{} of VM \"{}\" was pre-empted by a forced operation",
+                        request.name(),
+                        self.record.vm_id
+                    )),
+                    Broken::Backend(error) => ServiceError::from_backend("boot", &self.record.vm_id, &error),
+                };
+                Err(self.not_started(request, actor, error).await)
+            }
+        }
+    }
+
+    /// Looks at the host once more and takes what the VM needs for itself.
+    async fn reserve(&self) -> Result<Vec<HostClaim>, ServiceError> {
+        let formats = self.backend.capabilities().kernel_formats;
+        let facts = check::look(self.spec.clone(), formats, self.record.owns_console_output).await;
+        if !facts.report.is_ok() {
+            let problems = ServiceError::Invalid(facts.report.violations);
+            return Err(ServiceError::Precondition(format!(
+                "VM \"{}\" cannot boot as the host is now: {problems}",
+                self.record.vm_id
+            )));
+        }
+        self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &facts.claims).map_err(|taken| {
+            ServiceError::Precondition(format!("VM \"{}\" cannot boot: {taken}", self.record.vm_id))
+        })?;
+        Ok(facts.claims)
+    }
+
+    async fn launch(&mut self) -> Result<Launched, Broken> {
+        let dir = self.dir();
+        let console = match &self.spec.console {
+            Console::Off => None,
+            Console::Kept => Some(dir.join(KEPT_CONSOLE)),
+            Console::File(path) => Some(path.clone()),
+        };
+        let request = LaunchRequest {
+            instance: self.shared.instance,
+            uid: self.record.uid,
+            vm_id: self.record.vm_id.clone(),
+            taps: self
+                .spec
+                .nics
+                .iter()
+                .enumerate()
+                .map(|(index, nic)| nic.tap.clone().unwrap_or_else(|| self.record.uid.tap_name(index)))
+                .collect(),
+            spec: self.spec.clone(),
+            dir,
+            console: console.clone(),
+        };
+        let backend = Arc::clone(&self.backend);
+        let (runtime_dir, uid) = (self.shared.settings.runtime_dir.clone(), self.record.uid);
+        self.interruptible(LAUNCH_DEADLINE, async move {
+            prepare(runtime_dir, uid, console).await?;
+            backend.launch(request).await
+        })
+        .await
+    }
+
+    async fn started(
+        &mut self,
+        request: Request,
+        actor: &str,
+        launched: Launched,
+        claims: Vec<HostClaim>,
+    ) -> Result<(), ServiceError> {
+        let mut run = launched.vmm.run().clone();
+        run.claims = claims;
+        run.started_ms = now_ms();
+        let was = self.record.state;
+        self.hold(launched, run);
+        self.record.state = observe(self.record.state, Observation::Runs);
+        self.record.status = self.plain(Phase::Running);
+        self.record.ended_by = None;
+        if let Err(error) = self.conclude(EventKind::StateChanged, Why::asked(request, actor)).await {
+            // A VM that is not on record must not run: nobody would find it after a crash.
+            self.record.state = was;
+            return Err(self.not_started(request, actor, error.into()).await);
+        }
+        Ok(())
+    }
+
+    /// Takes back everything that a start had done, and records why there is no VMM.
+    async fn not_started(&mut self, request: Request, actor: &str, error: ServiceError) -> ServiceError {
+        if let Some(vmm) = self.vmm()
+            && let Err(error) = vmm.kill().await
+        {
+            tracing::error!(%error, "a VMM whose start is taken back could not be killed");
+        }
+        self.let_go();
+        if self.stray
+            && let Err(Broken::Backend(error)) = self.sweep().await
+        {
+            tracing::error!(%error, "what a broken start left could not be ended; it is tried again at the next operation");
+        }
+        let aborted = matches!(error, ServiceError::Aborted(_));
+        if aborted && self.record.state == VmState::Created {
+            // A VMM was started and ended by force: the VM has run, however briefly.
+            self.record.state = VmState::Shutdown;
+        }
+        let (phase, reason) = if aborted {
+            (Phase::at_rest(self.record.state), "aborted")
+        } else {
+            (Phase::Failed, "boot-failed")
+        };
+        self.record.status = self.plain(phase).because(reason, error.to_string());
+        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+        error
+    }
+}
+
+/// Makes the run folder and the console's file.
+async fn prepare(runtime_dir: PathBuf, uid: VmUid, console: Option<PathBuf>) -> Result<(), BackendError> {
+    let made = tokio::task::spawn_blocking(move || {
+        vmm_host::run_dir::create(&runtime_dir, uid).map_err(|error| (runtime_dir, error))?;
+        match console {
+            Some(console) => touch(&console).map_err(|error| (console, error)),
+            None => Ok(()),
+        }
+    })
+    .await;
+    let failed = |text: String| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, text);
+    match made {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err((path, error))) => Err(failed(format!("{} could not be made: {error}", path.display()))),
+        Err(error) => Err(failed(format!("the run folder could not be made: {error}"))),
+    }
+}
+
+/// Makes a file that only the owner reads, or leaves the one that is there.
+fn touch(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+        .open(path)
+        .map(|_| ())
+}

@@ -1,0 +1,384 @@
+//! One actor per VM: the only writer of its record.
+//!
+//! ```text
+//!             ┌──────────────── one step at a time ────────────────┐
+//!  force  ───►│ 1. forced operations                               │
+//!  VMM    ───►│ 2. what the VMM did by itself, lost contact        │──► commit ──► publish ──► answer
+//!  timer  ───►│ 3. a restart that is due                           │
+//!  inbox  ───►│ 4. operations, in the order they came              │
+//!             └────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Every operation is intent → effect → outcome. Only the effect can be interrupted, by a forced operation or by its deadline;
+//! commits are never cut short, so memory and store cannot part. `force` has a channel of its own: it does not wait behind a
+//! stuck call, it ends it.
+
+mod boot;
+mod delete;
+mod observe;
+mod operations;
+mod persist;
+mod recover;
+mod restart;
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tracing::Instrument as _;
+use vmm_core::backend::{Backend, BackendError, BackendErrorKind, Effect, Launched, Vmm, VmmEvent};
+use vmm_core::spec::VmSpec;
+use vmm_core::state::Request;
+use vmm_core::store::{RunRecord, VmRecord};
+
+use crate::error::ServiceError;
+use crate::metrics::{Contact, MetricsCell, Sampler};
+use crate::service::{Outcome, Shared, UnderWay};
+
+/// Operations that may wait for one VM.
+const INBOX: usize = 32;
+/// Forced operations that may wait for one VM.
+const FORCE_INBOX: usize = 16;
+
+/// An operation on one VM.
+#[derive(Clone, Debug)]
+pub(crate) struct Operation {
+    /// What to do.
+    pub(crate) request: Request,
+    /// How long the guest has to obey a shutdown or reboot; `None` means that it is not asked.
+    pub(crate) ask_guest_for: Option<Duration>,
+    /// Who asks.
+    pub(crate) actor: String,
+}
+
+struct Message {
+    operation: Operation,
+    reply: oneshot::Sender<Result<Outcome, ServiceError>>,
+    span: tracing::Span,
+    /// Held until the operation has ended, whether or not the client waits.
+    under_way: UnderWay,
+}
+
+/// The way to one VM's actor.
+#[derive(Clone)]
+pub(crate) struct ActorHandle {
+    inbox: mpsc::Sender<Message>,
+    force: mpsc::Sender<Message>,
+}
+
+impl ActorHandle {
+    /// Queues an operation and waits for its outcome. `None` means that the actor ended first.
+    pub(crate) async fn ask(
+        &self,
+        shared: &Shared,
+        operation: Operation,
+    ) -> Option<Result<Outcome, ServiceError>> {
+        let (message, answer) = Message::new(shared, operation);
+        match self.inbox.try_send(message) {
+            Ok(()) => answer.await.ok(),
+            Err(mpsc::error::TrySendError::Full(_)) => Some(Err(ServiceError::Unavailable(format!(
+                "{INBOX} operations already wait for this VM; try again when some have ended, or use force"
+            )))),
+            Err(mpsc::error::TrySendError::Closed(_)) => None,
+        }
+    }
+
+    /// Pre-empts what is under way. `None` means that the actor ended first.
+    pub(crate) async fn force(
+        &self,
+        shared: &Shared,
+        operation: Operation,
+    ) -> Option<Result<Outcome, ServiceError>> {
+        let (message, answer) = Message::new(shared, operation);
+        self.force.send(message).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+impl Message {
+    fn new(
+        shared: &Shared,
+        operation: Operation,
+    ) -> (Self, oneshot::Receiver<Result<Outcome, ServiceError>>) {
+        let (reply, answer) = oneshot::channel();
+        let under_way = UnderWay::new(shared);
+        (Self { operation, reply, span: tracing::Span::current(), under_way }, answer)
+    }
+}
+
+/// Starts the actor of a VM that was just created.
+pub(crate) fn spawn(
+    shared: Arc<Shared>,
+    record: VmRecord,
+    spec: VmSpec,
+    backend: Arc<dyn Backend>,
+    metrics: MetricsCell,
+) -> ActorHandle {
+    let (actor, handle) = Actor::new(shared, record, spec, backend, metrics);
+    let span = actor.span();
+    tokio::spawn(actor.run().instrument(span));
+    handle
+}
+
+/// Starts the actor of a VM that a daemon before this one knew. The receiver hears when the VM's fate is known.
+pub(crate) fn recover(
+    shared: Arc<Shared>,
+    record: VmRecord,
+    spec: VmSpec,
+    backend: Arc<dyn Backend>,
+    metrics: MetricsCell,
+) -> (ActorHandle, oneshot::Receiver<()>) {
+    let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics);
+    let (known, fate) = oneshot::channel();
+    let span = actor.span();
+    let task = async move {
+        let flow = actor.recover().await;
+        let _ = known.send(());
+        match flow {
+            Flow::GoOn => actor.run().await,
+            Flow::End => {}
+        }
+    };
+    tokio::spawn(task.instrument(span));
+    (handle, fate)
+}
+
+/// Whether the actor goes on after a step.
+enum Flow {
+    GoOn,
+    /// The VM has been deleted.
+    End,
+}
+
+/// Why an effect was not carried through.
+enum Broken {
+    /// A forced operation came.
+    Preempted,
+    /// The backend failed, or its deadline passed.
+    Backend(BackendError),
+}
+
+/// The VMM of a VM that runs, and what comes from it.
+struct Live {
+    vmm: Arc<dyn Vmm>,
+    events: mpsc::Receiver<VmmEvent>,
+    sampler: Sampler,
+}
+
+struct Actor {
+    shared: Arc<Shared>,
+    record: VmRecord,
+    spec: VmSpec,
+    backend: Arc<dyn Backend>,
+    metrics: MetricsCell,
+    live: Option<Live>,
+    inbox: mpsc::Receiver<Message>,
+    force: mpsc::Receiver<Message>,
+    /// Forced operations that have pre-empted one and wait for it to wind up.
+    preempting: VecDeque<Message>,
+    /// Whether a forced operation is under way; nothing pre-empts it.
+    forcing: bool,
+    /// Whether a process may exist that no handle holds, as after a launch that was cut short.
+    stray: bool,
+    /// Whether a commit failed in a way that may have been written all the same.
+    uncertain: bool,
+    /// When a restart by policy is due.
+    restart_at: Option<Instant>,
+    /// When the guest last reset itself in place.
+    last_reset: Option<Instant>,
+}
+
+/// One thing that an actor does next.
+enum Step {
+    Forced(Message),
+    Sign(Sign),
+    Restart,
+    Asked(Message),
+    /// Nobody can reach this actor any more.
+    Orphaned,
+}
+
+/// What came from a VMM.
+enum Sign {
+    Event(VmmEvent),
+    Contact(Contact),
+}
+
+impl Actor {
+    fn new(
+        shared: Arc<Shared>,
+        record: VmRecord,
+        spec: VmSpec,
+        backend: Arc<dyn Backend>,
+        metrics: MetricsCell,
+    ) -> (Self, ActorHandle) {
+        let (inbox_sender, inbox) = mpsc::channel(INBOX);
+        let (force_sender, force) = mpsc::channel(FORCE_INBOX);
+        let actor = Self {
+            shared,
+            record,
+            spec,
+            backend,
+            metrics,
+            live: None,
+            inbox,
+            force,
+            preempting: VecDeque::new(),
+            forcing: false,
+            stray: false,
+            uncertain: false,
+            restart_at: None,
+            last_reset: None,
+        };
+        (actor, ActorHandle { inbox: inbox_sender, force: force_sender })
+    }
+
+    fn span(&self) -> tracing::Span {
+        tracing::info_span!("vm", vm_id = %self.record.vm_id, uid = %self.record.uid)
+    }
+
+    async fn run(mut self) {
+        loop {
+            let flow = match self.next().await {
+                Step::Forced(message) => {
+                    self.forcing = true;
+                    let flow = self.operate(message).await;
+                    self.forcing = false;
+                    flow
+                }
+                Step::Asked(message) => self.operate(message).await,
+                Step::Sign(Sign::Event(event)) => {
+                    self.on_event(event).await;
+                    Flow::GoOn
+                }
+                Step::Sign(Sign::Contact(contact)) => {
+                    self.on_contact(contact).await;
+                    Flow::GoOn
+                }
+                Step::Restart => {
+                    self.restart_by_policy().await;
+                    Flow::GoOn
+                }
+                Step::Orphaned => Flow::End,
+            };
+            match flow {
+                Flow::GoOn => {}
+                Flow::End => return,
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Step {
+        if let Some(message) = self.preempting.pop_front() {
+            return Step::Forced(message);
+        }
+        tokio::select! {
+            biased;
+            Some(message) = self.force.recv() => Step::Forced(message),
+            sign = next_sign(&mut self.live) => Step::Sign(sign),
+            () = due(self.restart_at) => Step::Restart,
+            message = self.inbox.recv() => message.map_or(Step::Orphaned, Step::Asked),
+        }
+    }
+
+    async fn operate(&mut self, message: Message) -> Flow {
+        let Message { operation, reply, span, under_way } = message;
+        let outcome = self.carry_out(&operation).instrument(span.clone()).await;
+        span.in_scope(|| match &outcome {
+            Ok(outcome) => tracing::info!(
+                operation = operation.request.name(),
+                state = outcome.record.state.name(),
+                ended_by = outcome.ended_by.map(|rung| rung.as_str()),
+                "operation done"
+            ),
+            Err(error) => {
+                tracing::info!(operation = operation.request.name(), %error, "operation refused or failed")
+            }
+        });
+        let deleted = outcome.is_ok() && matches!(operation.request, Request::Delete | Request::ForceDelete);
+        // The client may have left; the operation has been carried out all the same.
+        let _ = reply.send(outcome);
+        drop(under_way);
+        if deleted { Flow::End } else { Flow::GoOn }
+    }
+
+    /// Carries an effect through, unless a forced operation comes or `deadline` passes.
+    async fn interruptible<T>(
+        &mut self,
+        deadline: Duration,
+        effect: impl Future<Output = Result<T, BackendError>>,
+    ) -> Result<T, Broken> {
+        let effect = tokio::time::timeout(deadline, effect);
+        let result = if self.forcing {
+            effect.await
+        } else {
+            tokio::select! {
+                biased;
+                Some(message) = self.force.recv() => {
+                    self.preempting.push_back(message);
+                    return Err(Broken::Preempted);
+                }
+                result = effect => result,
+            }
+        };
+        match result {
+            Ok(result) => result.map_err(Broken::Backend),
+            Err(_) => Err(Broken::Backend(BackendError::new(
+                BackendErrorKind::Timeout,
+                Effect::Unknown,
+                format!("it took longer than {} s", deadline.as_secs()),
+            ))),
+        }
+    }
+
+    /// The folder of sockets, log and console.
+    fn dir(&self) -> PathBuf {
+        self.record.uid.run_dir(&self.shared.settings.runtime_dir)
+    }
+
+    /// Takes charge of a VMM. `run` is what the record is to know of it.
+    fn hold(&mut self, launched: Launched, run: RunRecord) {
+        let Launched { vmm, events } = launched;
+        let interval = self.shared.settings.metrics_interval;
+        let sampler = Sampler::start(Arc::clone(&vmm), self.spec.cpu.count, interval, self.metrics.clone());
+        self.live = Some(Live { vmm, events, sampler });
+        self.record.run = Some(run);
+        self.stray = false;
+    }
+
+    /// Lets go of a VMM that has gone, and of what it held.
+    fn let_go(&mut self) {
+        self.live = None;
+        self.record.run = None;
+        self.last_reset = None;
+        self.shared.claims.release(self.record.uid);
+    }
+
+    /// The handle of the VMM, if one is held.
+    fn vmm(&self) -> Option<Arc<dyn Vmm>> {
+        self.live.as_ref().map(|live| Arc::clone(&live.vmm))
+    }
+}
+
+async fn next_sign(live: &mut Option<Live>) -> Sign {
+    match live {
+        None => pending().await,
+        Some(live) => tokio::select! {
+            biased;
+            // A backend promises that `Gone` is its last word; a channel that ends without it says nothing more.
+            Some(event) = live.events.recv() => Sign::Event(event),
+            contact = live.sampler.contact() => Sign::Contact(contact),
+        },
+    }
+}
+
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => pending().await,
+    }
+}

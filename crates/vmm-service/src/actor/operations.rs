@@ -1,0 +1,244 @@
+//! What each request does.
+
+use std::time::Duration;
+
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, SweepRequest};
+use vmm_core::event::EventKind;
+use vmm_core::state::{Admission, EndedBy, Observation, Phase, Request, admit, observe};
+
+use super::persist::Why;
+use super::{Actor, Broken, Operation};
+use crate::error::ServiceError;
+use crate::service::Outcome;
+
+/// No VMM may take longer over one operation; a shutdown has its guest's time on top.
+const OPERATION_DEADLINE: Duration = Duration::from_secs(20);
+/// A forced operation answers within 5 s, commits included.
+const FORCE_DEADLINE: Duration = Duration::from_millis(4500);
+/// How long a VMM may take to say how its guest is, after something went wrong.
+const PROBE_DEADLINE: Duration = Duration::from_secs(3);
+/// How long the last word of a VMM that has gone may take.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+impl Actor {
+    pub(super) async fn carry_out(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
+        let request = operation.request;
+        if self.record.status.phase == Phase::Unreachable && !self.forcing {
+            return Err(self.unreachable());
+        }
+        match admit(self.record.state, request) {
+            Admission::AlreadyDone => self.already_done(operation).await,
+            Admission::Denied => Err(ServiceError::IllegalState {
+                vm_id: self.record.vm_id.clone(),
+                state: self.record.state,
+                request,
+            }),
+            Admission::Do => match request {
+                Request::Boot => self.boot_as_asked(&operation.actor).await,
+                Request::Pause => self.pause(&operation.actor).await,
+                Request::Resume => self.resume(&operation.actor).await,
+                Request::Shutdown => self.shutdown(operation).await,
+                Request::Reboot => self.reboot(operation).await,
+                Request::Delete | Request::ForceDelete => self.delete(operation).await,
+            },
+        }
+    }
+
+    fn unreachable(&self) -> ServiceError {
+        ServiceError::Unavailable(format!(
+            "VM \"{}\" is unreachable ({}): its VMM may still run it. Try again, or use force to end it",
+            self.record.vm_id, self.record.status.message
+        ))
+    }
+
+    async fn already_done(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
+        let stopped = operation.request == Request::Shutdown;
+        if stopped && self.restart_at.take().is_some() {
+            self.record.status = self.plain(Phase::Stopped).because("shutdown", "its restart was called off");
+            self.conclude(EventKind::StateChanged, Why::asked(operation.request, &operation.actor)).await?;
+        }
+        Ok(self.outcome(stopped.then_some(EndedBy::AlreadyStopped)))
+    }
+
+    async fn pause(&mut self, actor: &str) -> Result<Outcome, ServiceError> {
+        let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
+        self.intend(Request::Pause, Phase::Pausing, actor).await?;
+        let result = self.interruptible(OPERATION_DEADLINE, async move { vmm.pause().await }).await;
+        self.settle(Request::Pause, actor, Observation::StandsStill, result).await
+    }
+
+    async fn resume(&mut self, actor: &str) -> Result<Outcome, ServiceError> {
+        let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
+        self.intend(Request::Resume, Phase::Resuming, actor).await?;
+        let result = self.interruptible(OPERATION_DEADLINE, async move { vmm.resume().await }).await;
+        self.settle(Request::Resume, actor, Observation::Runs, result).await
+    }
+
+    /// Records what came of an effect that leaves the VMM in place.
+    async fn settle(
+        &mut self,
+        request: Request,
+        actor: &str,
+        achieved: Observation,
+        result: Result<(), Broken>,
+    ) -> Result<Outcome, ServiceError> {
+        match result {
+            Ok(()) => {
+                self.record.state = observe(self.record.state, achieved);
+                self.record.status = self.plain(Phase::at_rest(self.record.state));
+                self.conclude(EventKind::StateChanged, Why::asked(request, actor)).await?;
+                Ok(self.outcome(None))
+            }
+            Err(broken) => Err(self.give_up(request, actor, broken).await),
+        }
+    }
+
+    async fn shutdown(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
+        self.intend(Request::Shutdown, Phase::Stopping, &operation.actor).await?;
+        match self.end_run(operation.ask_guest_for).await {
+            Ok(ended_by) => {
+                self.let_go();
+                self.record.state = observe(self.record.state, Observation::VmmGone);
+                self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
+                self.record.status.restarts = 0;
+                self.record.ended_by = Some(ended_by);
+                let why = Why::asked(Request::Shutdown, &operation.actor).ended_by(Some(ended_by));
+                self.conclude(EventKind::StateChanged, why).await?;
+                Ok(self.outcome(Some(ended_by)))
+            }
+            Err(broken) => Err(self.give_up(Request::Shutdown, &operation.actor, broken).await),
+        }
+    }
+
+    async fn reboot(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
+        let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
+        self.intend(Request::Reboot, Phase::Rebooting, &operation.actor).await?;
+        if operation.ask_guest_for.is_none() {
+            match self.interruptible(OPERATION_DEADLINE, async move { vmm.reset().await }).await {
+                Ok(Reset::InPlace) => {
+                    return self.settle(Request::Reboot, &operation.actor, Observation::Runs, Ok(())).await;
+                }
+                Ok(Reset::NeedsRelaunch) => {}
+                Err(broken) => return Err(self.give_up(Request::Reboot, &operation.actor, broken).await),
+            }
+        }
+        let ended_by = match self.end_run(operation.ask_guest_for).await {
+            Ok(ended_by) => ended_by,
+            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.actor, broken).await),
+        };
+        self.let_go();
+        self.record.state = observe(self.record.state, Observation::VmmGone);
+        self.record.ended_by = Some(ended_by);
+        self.start(Request::Reboot, &operation.actor).await.map_err(|error| match error {
+            ServiceError::Aborted(_) => error,
+            other => ServiceError::Precondition(format!(
+                "VM \"{}\" was shut down but could not be booted again, and is SHUTDOWN now: {other}",
+                self.record.vm_id
+            )),
+        })?;
+        Ok(self.outcome(Some(ended_by)))
+    }
+
+    /// Ends the run by the ladder, or by the run folder where no handle is held. Answers once the VMM has really gone.
+    async fn end_run(&mut self, ask_guest_for: Option<Duration>) -> Result<EndedBy, Broken> {
+        let Some(vmm) = self.vmm() else {
+            return self.sweep().await.map(|()| EndedBy::Sigkill);
+        };
+        let resume_first = self.record.state == vmm_core::state::VmState::Paused && ask_guest_for.is_some();
+        let deadline = ask_guest_for.map_or(FORCE_DEADLINE, |ask| ask + OPERATION_DEADLINE);
+        let ladder = Ladder { ask_guest_for };
+        self.interruptible(deadline, async move {
+            if resume_first && let Err(error) = vmm.resume().await {
+                // A guest that stands still cannot obey; the ladder goes on without it.
+                tracing::warn!(%error, "could not resume the VM before asking it to shut down");
+            }
+            vmm.shutdown(ladder).await
+        })
+        .await
+    }
+
+    /// Ends whatever process belongs to the run folder.
+    pub(super) async fn sweep(&mut self) -> Result<(), Broken> {
+        let backend = std::sync::Arc::clone(&self.backend);
+        let request = SweepRequest { uid: self.record.uid, dir: self.dir() };
+        let swept = tokio::time::timeout(FORCE_DEADLINE, backend.sweep(request)).await;
+        let swept = swept.unwrap_or_else(|_| {
+            Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, "its VMM did not end in time"))
+        });
+        self.stray = swept.is_err();
+        swept.map_err(Broken::Backend)
+    }
+
+    /// Finds out where the VM is after an effect did not come off, records it, and answers what the client is told.
+    pub(super) async fn give_up(&mut self, request: Request, actor: &str, broken: Broken) -> ServiceError {
+        let what = match request {
+            Request::Boot => "boot",
+            Request::Shutdown => "shut down",
+            Request::Pause => "pause",
+            Request::Resume => "resume",
+            Request::Reboot => "reboot",
+            Request::Delete | Request::ForceDelete => "delete",
+        };
+        let error = match broken {
+            Broken::Preempted => {
+                self.record.status = self
+                    .plain(Phase::at_rest(self.record.state))
+                    .because("aborted", format!("{} was pre-empted by a forced operation", request.name()));
+                let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+                return ServiceError::Aborted(format!(
+                    "{} of VM \"{}\" was pre-empted by a forced operation",
+                    request.name(),
+                    self.record.vm_id
+                ));
+            }
+            Broken::Backend(error) => error,
+        };
+        if error.kind == BackendErrorKind::Gone {
+            self.hear_last_word(request, actor).await;
+            return ServiceError::Precondition(format!(
+                "could not {what} VM \"{}\": it ended meanwhile and is {} now ({})",
+                self.record.vm_id,
+                self.record.state.name(),
+                self.record.status.reason
+            ));
+        }
+        self.look_again(error.effect).await;
+        if self.record.status.phase != Phase::Unreachable {
+            self.record.status = self
+                .plain(Phase::at_rest(self.record.state))
+                .because("operation-failed", format!("could not {what}: {error}"));
+        }
+        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+        ServiceError::from_backend(what, &self.record.vm_id, &error)
+    }
+
+    /// After a failure whose effect is not known, asks the VMM where its guest is. Never guesses.
+    async fn look_again(&mut self, effect: Effect) {
+        if effect == Effect::NotApplied {
+            return;
+        }
+        let Some(vmm) = self.vmm() else { return };
+        let observation = match self.interruptible(PROBE_DEADLINE, async move { vmm.probe().await }).await {
+            Ok(GuestState::Running) => Observation::Runs,
+            Ok(GuestState::Paused) => Observation::StandsStill,
+            // Its end arrives as an event.
+            Ok(GuestState::Ended) | Err(Broken::Preempted) => return,
+            Err(Broken::Backend(error)) => {
+                self.record.status =
+                    self.plain(Phase::Unreachable).because("vmm-does-not-answer", error.to_string());
+                return;
+            }
+        };
+        self.record.state = observe(self.record.state, observation);
+    }
+
+    /// Waits for the event that tells how a VMM ended, and records the end.
+    async fn hear_last_word(&mut self, request: Request, actor: &str) {
+        let gone = match &mut self.live {
+            Some(live) => super::observe::last_word(&mut live.events, LAST_WORD).await,
+            None => super::observe::no_word(),
+        };
+        self.record.intent = None;
+        self.run_ended(gone, Why::asked(request, actor)).await;
+    }
+}

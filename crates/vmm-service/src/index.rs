@@ -1,0 +1,90 @@
+//! What is known of every VM, in memory: the only thing that reads touch.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use vmm_core::id::{VmId, VmUid};
+use vmm_core::store::VmRecord;
+
+use crate::actor::ActorHandle;
+use crate::metrics::{Metrics, MetricsCell};
+
+/// One VM at one moment.
+#[derive(Clone, Debug)]
+pub struct VmView {
+    /// Its record, as last committed.
+    pub record: Arc<VmRecord>,
+    /// Its last sample, while it runs.
+    pub metrics: Option<Metrics>,
+}
+
+/// Every VM by name and, oldest first, by uid.
+#[derive(Default)]
+pub(crate) struct Index {
+    inner: RwLock<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    by_name: HashMap<VmId, VmUid>,
+    by_age: BTreeMap<VmUid, Entry>,
+}
+
+struct Entry {
+    record: Arc<VmRecord>,
+    metrics: MetricsCell,
+    actor: ActorHandle,
+}
+
+impl Entry {
+    fn view(&self) -> VmView {
+        VmView { record: Arc::clone(&self.record), metrics: self.metrics.get() }
+    }
+}
+
+impl Index {
+    /// Adds a VM with the actor that writes it.
+    pub(crate) fn insert(&self, record: Arc<VmRecord>, metrics: MetricsCell, actor: ActorHandle) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        inner.by_name.insert(record.vm_id.clone(), record.uid);
+        inner.by_age.insert(record.uid, Entry { record, metrics, actor });
+    }
+
+    /// Replaces a VM's record. Called by its actor alone, after the commit and before the answer.
+    pub(crate) fn publish(&self, record: Arc<VmRecord>) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = inner.by_age.get_mut(&record.uid) {
+            entry.record = record;
+        }
+    }
+
+    /// Forgets a VM; its name is free.
+    pub(crate) fn remove(&self, uid: VmUid) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = inner.by_age.remove(&uid)
+            && inner.by_name.get(&entry.record.vm_id) == Some(&uid)
+        {
+            inner.by_name.remove(&entry.record.vm_id);
+        }
+    }
+
+    /// Finds a VM by name.
+    pub(crate) fn get(&self, vm_id: &VmId) -> Option<VmView> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.by_name.get(vm_id).and_then(|uid| inner.by_age.get(uid)).map(Entry::view)
+    }
+
+    /// Finds the actor of a VM by name.
+    pub(crate) fn actor(&self, vm_id: &VmId) -> Option<ActorHandle> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.by_name.get(vm_id).and_then(|uid| inner.by_age.get(uid)).map(|entry| entry.actor.clone())
+    }
+
+    /// Walks over every VM, oldest first, under a lock that holds up writers: `visit` must be quick.
+    pub(crate) fn for_each(&self, mut visit: impl FnMut(&Arc<VmRecord>)) {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        for entry in inner.by_age.values() {
+            visit(&entry.record);
+        }
+    }
+}

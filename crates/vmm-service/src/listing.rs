@@ -1,0 +1,122 @@
+//! ListVms: filters, and pages whose tokens stay valid across restarts.
+//!
+//! A token names the last VM of its page and the filter it belongs to. VMs are ordered by uid, which is by age, so a token means
+//! the same place whatever was created or deleted since.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vmm_core::id::{BackendName, VmUid};
+use vmm_core::state::VmState;
+use vmm_core::store::VmRecord;
+
+use crate::error::ServiceError;
+use crate::index::Index;
+
+/// Page size where the client gives none.
+const DEFAULT_PAGE: usize = 100;
+/// Largest page.
+const MAX_PAGE: usize = 1000;
+
+/// What to list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ListQuery {
+    /// Only these states; empty means all.
+    pub states: Vec<VmState>,
+    /// Only VMs that bear all of these labels.
+    pub metadata: BTreeMap<String, String>,
+    /// Only VMs of this backend; empty means all.
+    pub backend: String,
+    /// At most so many; 0 means 100, more than 1,000 means 1,000.
+    pub page_size: i32,
+    /// Where to go on; empty means at the start.
+    pub page_token: String,
+}
+
+/// One page.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The VMs, oldest first.
+    pub vms: Vec<Arc<VmRecord>>,
+    /// The next page's token; empty at the end.
+    pub next_page_token: String,
+    /// How many VMs match on all pages.
+    pub total_count: usize,
+}
+
+/// Lists what `query` matches.
+pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceError> {
+    let size = match usize::try_from(query.page_size) {
+        Ok(0) => DEFAULT_PAGE,
+        Ok(size) => size.min(MAX_PAGE),
+        Err(_) => return Err(ServiceError::invalid("page_size", "must be 0 (the default, 100) or more")),
+    };
+    let after = match query.page_token.as_str() {
+        "" => None,
+        token => Some(read_token(token, fingerprint(query))?),
+    };
+    let backend = BackendName::new(query.backend.as_str());
+    let mut page = Page { vms: Vec::new(), next_page_token: String::new(), total_count: 0 };
+    let mut more = false;
+    index.for_each(|record| {
+        if !matches(query, &backend, record) {
+            return;
+        }
+        page.total_count += 1;
+        if after.is_none_or(|after| record.uid > after) {
+            if page.vms.len() < size {
+                page.vms.push(Arc::clone(record));
+            } else {
+                more = true;
+            }
+        }
+    });
+    if let (true, Some(last)) = (more, page.vms.last()) {
+        page.next_page_token = format!("{:016x}{}", fingerprint(query), last.uid.as_uuid().simple());
+    }
+    Ok(page)
+}
+
+fn matches(query: &ListQuery, backend: &BackendName, record: &VmRecord) -> bool {
+    (query.states.is_empty() || query.states.contains(&record.state))
+        && (backend.as_str().is_empty() || record.backend == *backend)
+        && query.metadata.iter().all(|(key, value)| record.config.metadata.get(key) == Some(value))
+}
+
+fn read_token(token: &str, expected: u64) -> Result<VmUid, ServiceError> {
+    let bad = |why: &str| {
+        ServiceError::invalid(
+            "page_token",
+            format!("{why}; use next_page_token of the page before, or none to start over"),
+        )
+    };
+    let (filter, uid) = token.split_at_checked(16).ok_or_else(|| bad("is not a token of this service"))?;
+    let filter = u64::from_str_radix(filter, 16).map_err(|_| bad("is not a token of this service"))?;
+    if uid.len() != 32 {
+        return Err(bad("is not a token of this service"));
+    }
+    let uid = uid.parse::<VmUid>().map_err(|_| bad("is not a token of this service"))?;
+    if filter != expected {
+        return Err(bad("belongs to a listing with another filter"));
+    }
+    Ok(uid)
+}
+
+/// Identifies a filter. FNV-1a, because a token must mean the same in the next release, which std's hashers do not promise.
+fn fingerprint(query: &ListQuery) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut feed = |text: &str| {
+        for byte in text.bytes().chain([0xff]) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    for state in VmState::ALL.into_iter().filter(|state| query.states.contains(state)) {
+        feed(state.name());
+    }
+    feed(&query.backend);
+    for (key, value) in &query.metadata {
+        feed(key);
+        feed(value);
+    }
+    hash
+}

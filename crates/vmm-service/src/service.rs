@@ -1,0 +1,357 @@
+//! The use cases, one method each.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use uuid::Uuid;
+use vmm_core::id::{InstanceId, VmId, VmUid};
+use vmm_core::report::{FieldReport, Report};
+use vmm_core::spec::VmSpec;
+use vmm_core::state::{EndedBy, Request};
+use vmm_core::store::{Requested, Snapshot, Store, VmRecord};
+
+use crate::actor::{self, Operation};
+use crate::backends::{BackendStatus, Backends};
+use crate::claims::Claims;
+use crate::create::{self, CreateRequest, Created, NameLocks};
+use crate::error::ServiceError;
+use crate::index::{Index, VmView};
+use crate::listing::{self, ListQuery, Page};
+use crate::metrics::MetricsCell;
+
+/// How long a guest has to obey ShutdownVm where the client does not say.
+const DEFAULT_SHUTDOWN: Duration = Duration::from_secs(30);
+/// The longest a client may let a guest take.
+const MAX_SHUTDOWN_SECONDS: i32 = 3600;
+/// How often backends are asked how they are.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+
+/// What the service is told at start.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Folder of sockets, logs and consoles.
+    pub runtime_dir: PathBuf,
+    /// The kernel of VMs that name none.
+    pub default_boot: DefaultBoot,
+    /// Time between two samples of a running VM.
+    pub metrics_interval: Duration,
+}
+
+/// The kernel of VMs that name none. An empty `kernel` means that there is no default.
+#[derive(Clone, Debug, Default)]
+pub struct DefaultBoot {
+    /// Kernel image on the host.
+    pub kernel: String,
+    /// Initial RAM disk on the host, or empty.
+    pub initrd: String,
+    /// Kernel command line, or empty.
+    pub kernel_args: String,
+}
+
+/// What a change answers with.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The VM as it is now, or as it was last where it is gone.
+    pub record: Arc<VmRecord>,
+    /// The rung that ended the VM, where one did.
+    pub ended_by: Option<EndedBy>,
+    /// What could not be freed on the host.
+    pub left_behind: Vec<FieldReport>,
+}
+
+/// How to shut down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShutdownOptions {
+    /// Start at the last rung, and pre-empt what is under way.
+    pub force: bool,
+    /// Seconds that the guest has to obey; 0 means 30.
+    pub timeout_seconds: i32,
+}
+
+impl ShutdownOptions {
+    /// How long the guest is asked for; `None` means not at all.
+    fn ask_guest_for(self) -> Result<Option<Duration>, ServiceError> {
+        let seconds = match self.timeout_seconds {
+            0 => DEFAULT_SHUTDOWN,
+            seconds @ 1..=MAX_SHUTDOWN_SECONDS => Duration::from_secs(u64::from(seconds.unsigned_abs())),
+            other => {
+                return Err(ServiceError::invalid(
+                    "timeout_seconds",
+                    format!("must be from 0 (the default, 30) to {MAX_SHUTDOWN_SECONDS}, not {other}"),
+                ));
+            }
+        };
+        Ok((!self.force).then_some(seconds))
+    }
+}
+
+/// What every actor and use case shares.
+pub(crate) struct Shared {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) backends: Backends,
+    pub(crate) settings: Settings,
+    pub(crate) instance: InstanceId,
+    pub(crate) index: Index,
+    pub(crate) claims: Claims,
+    pub(crate) names: NameLocks,
+    /// Operations under way, so that the end of the daemon can wait for them.
+    pub(crate) under_way: watch::Sender<usize>,
+}
+
+/// The service. Cheap to clone.
+#[derive(Clone)]
+pub struct VmService {
+    shared: Arc<Shared>,
+}
+
+impl VmService {
+    /// Takes up every VM of `store`: finds the VMMs that outlived the last daemon, and says of each VM what is true. Answers
+    /// when that is known, which is bounded by the backends' own deadlines.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    pub async fn start(
+        store: Arc<dyn Store>,
+        backends: Backends,
+        settings: Settings,
+    ) -> Result<Self, ServiceError> {
+        let Snapshot { instance, vms, .. } = store.load().await?;
+        let shared = Arc::new(Shared {
+            store,
+            backends,
+            settings,
+            instance,
+            index: Index::default(),
+            claims: Claims::default(),
+            names: NameLocks::default(),
+            under_way: watch::Sender::new(0),
+        });
+        shared.backends.refresh().await;
+        let pings = shared.backends.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(PING_INTERVAL).await;
+                pings.refresh().await;
+            }
+        });
+        let recoveries = vms.into_iter().filter_map(|record| take_up(&shared, record));
+        futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
+        Ok(Self { shared })
+    }
+
+    /// Creates a VM. Runs to its end even if the caller goes away.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Invalid`] with every violation, [`ServiceError::AlreadyExists`], or the store's failure.
+    pub async fn create(&self, request: CreateRequest) -> Result<Created, ServiceError> {
+        let shared = Arc::clone(&self.shared);
+        let _counted = UnderWay::new(&shared);
+        let task = tokio::spawn(async move {
+            let _counted = UnderWay::new(&shared);
+            create::create(&shared, request).await
+        });
+        task.await
+            .map_err(|error| ServiceError::Internal(format!("creating the VM ended abnormally: {error}")))?
+    }
+
+    /// Runs CreateVm's checks and touches nothing.
+    pub async fn validate(&self, requested: &Requested) -> Report {
+        create::check_config(&self.shared, VmUid::new(Uuid::now_v7()), requested).await.report
+    }
+
+    /// Starts a VM.
+    ///
+    /// # Errors
+    ///
+    /// The state forbids it, something it needs is taken or gone, or its backend failed.
+    pub async fn boot(&self, vm_id: &str, actor: String) -> Result<Outcome, ServiceError> {
+        self.ask(vm_id, Request::Boot, None, actor).await
+    }
+
+    /// Shuts a VM down; success means that its VMM has gone.
+    ///
+    /// # Errors
+    ///
+    /// The state forbids it, or the VMM does not end.
+    pub async fn shutdown(
+        &self,
+        vm_id: &str,
+        options: ShutdownOptions,
+        actor: String,
+    ) -> Result<Outcome, ServiceError> {
+        let ask_guest_for = options.ask_guest_for()?;
+        if options.force {
+            return self.force(vm_id, Request::Shutdown, actor).await;
+        }
+        self.ask(vm_id, Request::Shutdown, ask_guest_for, actor).await
+    }
+
+    /// Stops a VM's CPUs.
+    ///
+    /// # Errors
+    ///
+    /// The state forbids it, or its VMM failed.
+    pub async fn pause(&self, vm_id: &str, actor: String) -> Result<Outcome, ServiceError> {
+        self.ask(vm_id, Request::Pause, None, actor).await
+    }
+
+    /// Lets a VM's CPUs go on.
+    ///
+    /// # Errors
+    ///
+    /// The state forbids it, or its VMM failed.
+    pub async fn resume(&self, vm_id: &str, actor: String) -> Result<Outcome, ServiceError> {
+        self.ask(vm_id, Request::Resume, None, actor).await
+    }
+
+    /// Shuts a VM down and boots it; with `force` resets it at once.
+    ///
+    /// # Errors
+    ///
+    /// The state forbids it, or its VMM failed. If the second half failed the VM is shut down, and the error says so.
+    pub async fn reboot(
+        &self,
+        vm_id: &str,
+        options: ShutdownOptions,
+        actor: String,
+    ) -> Result<Outcome, ServiceError> {
+        let ask_guest_for = options.ask_guest_for()?;
+        self.ask(vm_id, Request::Reboot, ask_guest_for, actor).await
+    }
+
+    /// Removes a VM and everything that the program made for it.
+    ///
+    /// # Errors
+    ///
+    /// Without `force`: the state forbids it. With it, only an unknown name or a store that fails.
+    pub async fn delete(&self, vm_id: &str, force: bool, actor: String) -> Result<Outcome, ServiceError> {
+        if force {
+            return self.force(vm_id, Request::ForceDelete, actor).await;
+        }
+        self.ask(vm_id, Request::Delete, None, actor).await
+    }
+
+    /// Finds a VM. Never waits for a VMM.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::NotFound`].
+    pub fn get(&self, vm_id: &str) -> Result<VmView, ServiceError> {
+        vm_id
+            .parse::<VmId>()
+            .ok()
+            .and_then(|id| self.shared.index.get(&id))
+            .ok_or_else(|| ServiceError::NotFound(vm_id.to_owned()))
+    }
+
+    /// Lists VMs, oldest first. Never waits for a VMM.
+    ///
+    /// # Errors
+    ///
+    /// The page token or size is not valid.
+    pub fn list(&self, query: &ListQuery) -> Result<Page, ServiceError> {
+        listing::list(&self.shared.index, query)
+    }
+
+    /// Every backend, and how it is.
+    pub fn backends(&self) -> &Backends {
+        &self.shared.backends
+    }
+
+    /// How the default backend is; `None` if this program has no such backend.
+    pub fn default_backend(&self) -> Option<BackendStatus> {
+        self.shared.backends.status(self.shared.backends.default_name())
+    }
+
+    /// Waits until no operation is under way, at most until `deadline`. Answers how many were left.
+    pub async fn drain(&self, deadline: Duration) -> usize {
+        let mut under_way = self.shared.under_way.subscribe();
+        let _ = tokio::time::timeout(deadline, under_way.wait_for(|count| *count == 0)).await;
+        *self.shared.under_way.borrow()
+    }
+
+    async fn ask(
+        &self,
+        vm_id: &str,
+        request: Request,
+        ask_guest_for: Option<Duration>,
+        actor: String,
+    ) -> Result<Outcome, ServiceError> {
+        let message = Operation { request, ask_guest_for, actor };
+        let answer = self.handle(vm_id)?.ask(&self.shared, message).await;
+        self.answer(vm_id, answer)
+    }
+
+    async fn force(&self, vm_id: &str, request: Request, actor: String) -> Result<Outcome, ServiceError> {
+        let message = Operation { request, ask_guest_for: None, actor };
+        let answer = self.handle(vm_id)?.force(&self.shared, message).await;
+        self.answer(vm_id, answer)
+    }
+
+    /// An actor that ends without answering has deleted its VM, unless the VM is still there.
+    fn answer(
+        &self,
+        vm_id: &str,
+        answer: Option<Result<Outcome, ServiceError>>,
+    ) -> Result<Outcome, ServiceError> {
+        answer.unwrap_or_else(|| match self.get(vm_id) {
+            Err(not_found) => Err(not_found),
+            Ok(_) => Err(ServiceError::Internal(format!(
+                "the operation on VM \"{vm_id}\" ended abnormally; restart the daemon, which loses nothing"
+            ))),
+        })
+    }
+
+    fn handle(&self, vm_id: &str) -> Result<actor::ActorHandle, ServiceError> {
+        vm_id
+            .parse::<VmId>()
+            .ok()
+            .and_then(|id| self.shared.index.actor(&id))
+            .ok_or_else(|| ServiceError::NotFound(vm_id.to_owned()))
+    }
+}
+
+/// Puts a stored VM into the index and starts its actor; the future ends when its VMM's fate is known.
+fn take_up(shared: &Arc<Shared>, record: VmRecord) -> Option<impl Future<Output = ()> + use<>> {
+    let spec = VmSpec::parse(&record.config);
+    let backend = shared.backends.get(record.backend.as_str());
+    let (spec, backend) = match (spec, backend) {
+        (Ok(spec), Ok(backend)) => (spec, backend),
+        (spec, backend) => {
+            let why = match (spec, backend) {
+                (Err(report), _) => ServiceError::Invalid(report.violations).to_string(),
+                (_, Err(problem)) => problem,
+                (Ok(_), Ok(_)) => return None,
+            };
+            tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be taken up by this program; it is left as it is");
+            return None;
+        }
+    };
+    let metrics = MetricsCell::default();
+    let shown = Arc::new(record.clone());
+    let (handle, recovered) = actor::recover(Arc::clone(shared), record, spec, backend, metrics.clone());
+    shared.index.insert(shown, metrics, handle);
+    Some(async move {
+        let _ = recovered.await;
+    })
+}
+
+/// Counts an operation as under way for as long as it lives.
+pub(crate) struct UnderWay(watch::Sender<usize>);
+
+impl UnderWay {
+    pub(crate) fn new(shared: &Shared) -> Self {
+        shared.under_way.send_modify(|count| *count += 1);
+        Self(shared.under_way.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}

@@ -1,0 +1,142 @@
+//! One commit inside a transaction: the change of the record, then its event.
+
+use rusqlite::{Connection, OptionalExtension, params};
+use vmm_core::backend::Effect;
+use vmm_core::event::EventSeq;
+use vmm_core::store::{StoreError, StoreErrorKind};
+
+use crate::codec::{EncodedChange, EncodedCommit, EncodedEvent, EncodedRecord, FORMAT};
+use crate::error::store_error;
+
+/// Why a commit was not applied.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// It is not legal. Its neighbours are not concerned.
+    Refused(StoreError),
+    /// The database failed.
+    Sqlite(rusqlite::Error),
+}
+
+impl From<rusqlite::Error> for Failure {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+/// Applies `commit`, and answers with the place of its event. The caller undoes a half-applied commit.
+pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<EventSeq>, Failure> {
+    match &commit.change {
+        EncodedChange::Insert(record) => insert(conn, record)?,
+        EncodedChange::Update(record) => update(conn, record)?,
+        EncodedChange::Remove { uid } => {
+            conn.prepare_cached("DELETE FROM vms WHERE uid = ?1")?.execute([uid])?;
+        }
+    }
+    Ok(commit.event.as_ref().map(|event| append(conn, event)).transpose()?)
+}
+
+fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
+    if let Some(holder) = uid_of_name(conn, &record.vm_id)? {
+        return Err(name_taken(&record.vm_id, &holder));
+    }
+    if generation_of(conn, &record.uid)?.is_some() {
+        return Err(conflict(format!(
+            "VM {} (uid {}) is recorded already. Make a new uid for each creation",
+            record.vm_id, record.uid
+        )));
+    }
+    conn.prepare_cached("INSERT INTO vms (uid, vm_id, generation, format, record) VALUES (?1, ?2, ?3, ?4, ?5)")?
+        .execute(params![record.uid, record.vm_id, record.generation, FORMAT, record.json])?;
+    Ok(())
+}
+
+fn update(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
+    let previous = record.generation.saturating_sub(1);
+    match generation_of(conn, &record.uid)? {
+        Some(stored) if stored == previous => {}
+        Some(stored) => {
+            return Err(conflict(format!(
+                "VM {} (uid {}) is at generation {stored}, so it cannot become generation {}. Read it again",
+                record.vm_id, record.uid, record.generation
+            )));
+        }
+        None => {
+            return Err(conflict(format!(
+                "VM {} (uid {}) is not recorded: it was removed, or never created",
+                record.vm_id, record.uid
+            )));
+        }
+    }
+    if let Some(holder) = uid_of_name(conn, &record.vm_id)?
+        && holder != record.uid
+    {
+        return Err(name_taken(&record.vm_id, &holder));
+    }
+    conn.prepare_cached(
+        "UPDATE vms SET vm_id = ?2, generation = ?3, format = ?4, record = ?5 WHERE uid = ?1",
+    )?
+    .execute(params![record.uid, record.vm_id, record.generation, FORMAT, record.json])?;
+    Ok(())
+}
+
+fn append(conn: &Connection, event: &EncodedEvent) -> rusqlite::Result<EventSeq> {
+    conn.prepare_cached("INSERT INTO events (time_ms, vm_id, format, event) VALUES (?1, ?2, ?3, ?4)")?
+        .execute(params![event.time_ms, event.vm_id, FORMAT, event.json])?;
+    // AUTOINCREMENT gives positive places only.
+    Ok(EventSeq(conn.last_insert_rowid().unsigned_abs()))
+}
+
+fn uid_of_name(conn: &Connection, vm_id: &str) -> rusqlite::Result<Option<String>> {
+    conn.prepare_cached("SELECT uid FROM vms WHERE vm_id = ?1")?.query_row([vm_id], |row| row.get(0)).optional()
+}
+
+fn generation_of(conn: &Connection, uid: &str) -> rusqlite::Result<Option<i64>> {
+    conn.prepare_cached("SELECT generation FROM vms WHERE uid = ?1")?
+        .query_row([uid], |row| row.get(0))
+        .optional()
+}
+
+fn name_taken(vm_id: &str, holder: &str) -> Failure {
+    let message = format!("the name {vm_id} is taken by the VM with uid {holder}. Delete that VM or choose another name");
+    Failure::Refused(store_error(StoreErrorKind::NameTaken, Effect::NotApplied, message))
+}
+
+fn conflict(message: String) -> Failure {
+    Failure::Refused(store_error(StoreErrorKind::Conflict, Effect::NotApplied, message))
+}
+
+/// What tells an applied commit from one that was rolled back.
+#[derive(Debug)]
+pub(crate) enum Proof {
+    /// This event is in the log.
+    Event(EventSeq),
+    /// The VM is recorded with this generation.
+    Generation(String, i64),
+    /// The VM is not recorded.
+    Gone(String),
+}
+
+impl Proof {
+    /// The proof of `commit`, whose event got `seq`.
+    pub(crate) fn of(commit: &EncodedCommit, seq: Option<EventSeq>) -> Self {
+        match (&commit.change, seq) {
+            (_, Some(seq)) => Self::Event(seq),
+            (EncodedChange::Insert(record) | EncodedChange::Update(record), None) => {
+                Self::Generation(record.uid.clone(), record.generation)
+            }
+            (EncodedChange::Remove { uid }, None) => Self::Gone(uid.clone()),
+        }
+    }
+
+    /// Looks whether the commit was applied. Only the writer may ask, and only before it writes again.
+    pub(crate) fn holds(&self, conn: &Connection) -> rusqlite::Result<bool> {
+        match self {
+            Self::Event(seq) => {
+                let seq = i64::try_from(seq.0).unwrap_or(i64::MAX);
+                conn.prepare_cached("SELECT 1 FROM events WHERE seq = ?1")?.exists([seq])
+            }
+            Self::Generation(uid, generation) => Ok(generation_of(conn, uid)? == Some(*generation)),
+            Self::Gone(uid) => Ok(generation_of(conn, uid)?.is_none()),
+        }
+    }
+}

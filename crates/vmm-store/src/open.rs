@@ -1,0 +1,229 @@
+//! Opening: what must hold before a single VM is read.
+//!
+//! ```text
+//!   lock the state directory ──► is the database there?
+//!                                 │ no, and no log either          │ yes
+//!                                 ▼                                ▼
+//!                      make it under another name,      ours? ─► version known? ─► whole?
+//!                      whole, then rename it                       │ yes to all
+//!                                 └──────────────► WAL, upgrade ◄──┘
+//! ```
+//!
+//! A database is made whole under another name, so one that is empty or cut short was damaged by somebody, and is refused:
+//! to begin anew in silence would orphan every running VM. Nothing is written before all questions are answered.
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use uuid::Uuid;
+use vmm_core::backend::Effect;
+use vmm_core::id::InstanceId;
+use vmm_core::store::{StoreError, StoreErrorKind};
+
+use crate::error::{CausedBy, corrupt, from_sqlite, store_error};
+use crate::schema::{self, APPLICATION_ID, Migration};
+
+/// The name of the database in the state directory.
+pub const DATABASE_FILE: &str = "vmm-controlplane.db";
+
+/// How long a statement waits for another program (a backup, say) that holds the database locked.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An opened database.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) path: PathBuf,
+    pub(crate) instance: InstanceId,
+    /// Held as long as anything may write.
+    pub(crate) lock: File,
+    pub(crate) writer: Connection,
+    pub(crate) reader: Connection,
+    pub(crate) checkpointer: Connection,
+}
+
+/// Opens the database in `state_dir`, making both if they do not exist.
+pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened, StoreError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(state_dir)
+        .map_err(|error| io_error("making the state directory", state_dir, error))?;
+    let lock = lock(state_dir)?;
+    let path = state_dir.join(DATABASE_FILE);
+    match std::fs::metadata(&path) {
+        Ok(file) if file.len() == 0 => return Err(corrupt(&path, "the file is empty")),
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => create(&path, migrations)?,
+        Err(error) => return Err(io_error("looking at", &path, error)),
+    }
+
+    let mut writer = connect(&path).map_err(|error| unusable(&path, error))?;
+    check(&writer, &path, migrations)?;
+    configure(&writer, &path)?;
+    schema::migrate(&mut writer, &path, migrations)?;
+    let instance = instance(&writer, &path)?;
+
+    let reader = connect(&path).map_err(|error| unusable(&path, error))?;
+    configure(&reader, &path)?;
+    reader.pragma_update(None, "query_only", true).map_err(|error| unusable(&path, error))?;
+    let checkpointer = connect(&path).map_err(|error| unusable(&path, error))?;
+    configure(&checkpointer, &path)?;
+    Ok(Opened { path, instance, lock, writer, reader, checkpointer })
+}
+
+/// Keeps a second daemon out: two of them would each take the VMs for their own.
+fn lock(state_dir: &Path) -> Result<File, StoreError> {
+    // A file of its own: closing any handle of the database would drop SQLite's locks on it.
+    let path = state_dir.join(format!("{DATABASE_FILE}.lock"));
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|error| io_error("opening", &path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(store_error(
+            StoreErrorKind::Io,
+            Effect::NotApplied,
+            format!(
+                "the state directory {} is in use by another vmm-controlplane. Stop that one, or give this one a state \
+                 directory of its own",
+                state_dir.display()
+            ),
+        )),
+        Err(TryLockError::Error(error)) => Err(io_error("locking", &path, error)),
+    }
+}
+
+/// Makes the database. It gets its name when it is whole and on the disk.
+fn create(path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
+    let log = with_suffix(path, "-wal");
+    if std::fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
+        return Err(corrupt(
+            path,
+            format_args!("it has gone, but its log {} is still there and holds what it did last", log.display()),
+        ));
+    }
+    let draft = with_suffix(path, ".new");
+    for leftover in [draft.clone(), with_suffix(&draft, "-journal")] {
+        match std::fs::remove_file(&leftover) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(io_error("removing the unfinished", &leftover, error));
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&draft)
+        .map_err(|error| io_error("making", &draft, error))?;
+    fill(&draft, migrations)?;
+    std::fs::rename(&draft, path).map_err(|error| io_error("naming", path, error))?;
+    // The name, and that of the directory if it is new, must survive the host as well.
+    for dir in path.ancestors().skip(1).take(2).filter(|dir| !dir.as_os_str().is_empty()) {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| io_error("writing", dir, error))?;
+    }
+    tracing::info!(database = %path.display(), "a new database was made");
+    Ok(())
+}
+
+fn fill(draft: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
+    let failed = |error| from_sqlite(draft, "making", Effect::NotApplied, error);
+    let mut conn = connect(draft).map_err(failed)?;
+    conn.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+    conn.pragma_update(None, "application_id", APPLICATION_ID).map_err(failed)?;
+    schema::migrate(&mut conn, draft, migrations)?;
+    let instance = Uuid::now_v7().to_string();
+    conn.execute("INSERT INTO meta (key, value) VALUES ('instance', ?1)", [instance]).map_err(failed)?;
+    conn.close().map_err(|(_, error)| failed(error))
+}
+
+/// A connection that makes nothing and waits for others.
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    // Each connection stays on one thread, so SQLite need not lock it.
+    let conn = Connection::open_with_flags(
+        path,
+        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+    )?;
+    conn.busy_timeout(BUSY_TIMEOUT)?;
+    // A damaged file is hostile input: its pages are checked, and its schema may call nothing.
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+    conn.pragma_update(None, "cell_size_check", true)?;
+    Ok(conn)
+}
+
+/// Refuses what is not ours, too new, or damaged. Reads only.
+fn check(conn: &Connection, path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
+    let mark: i32 = conn
+        .pragma_query_value(None, "application_id", |row| row.get(0))
+        .map_err(|error| unusable(path, error))?;
+    if mark != APPLICATION_ID {
+        return Err(corrupt(path, "it is an SQLite database, but bears another program's mark"));
+    }
+    schema::refuse_newer(conn, path, migrations)?;
+    let finding: String =
+        conn.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(|error| unusable(path, error))?;
+    if finding == "ok" { Ok(()) } else { Err(corrupt(path, finding.trim().replace('\n', "; "))) }
+}
+
+fn configure(conn: &Connection, path: &Path) -> Result<(), StoreError> {
+    let failed = |error| from_sqlite(path, "opening", Effect::NotApplied, error);
+    let mode: String =
+        conn.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0)).map_err(failed)?;
+    if !mode.eq_ignore_ascii_case("wal") {
+        return Err(store_error(
+            StoreErrorKind::Io,
+            Effect::NotApplied,
+            format!(
+                "the database {} cannot have a write-ahead log where it is. Put the state directory on a local file system",
+                path.display()
+            ),
+        ));
+    }
+    conn.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+    conn.pragma_update(None, "foreign_keys", true).map_err(failed)?;
+    conn.pragma_update(None, "temp_store", "MEMORY").map_err(failed)?;
+    // Checkpoints have a thread of their own, away from the commits.
+    conn.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(())).map_err(failed)
+}
+
+fn instance(conn: &Connection, path: &Path) -> Result<InstanceId, StoreError> {
+    let text: Option<String> = conn
+        .query_row("SELECT value FROM meta WHERE key = 'instance'", [], |row| row.get(0))
+        .optional()
+        .map_err(|error| unusable(path, error))?;
+    let text = text.ok_or_else(|| corrupt(path, "the identity of the state directory is missing"))?;
+    text.parse()
+        .map_err(|error| corrupt(path, "the identity of the state directory is unreadable").caused_by(error))
+}
+
+fn unusable(path: &Path, error: rusqlite::Error) -> StoreError {
+    from_sqlite(path, "opening", Effect::NotApplied, error)
+}
+
+fn io_error(doing: &str, path: &Path, error: std::io::Error) -> StoreError {
+    let (kind, remedy) = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => (StoreErrorKind::Full, "Free some room there"),
+        ErrorKind::ReadOnlyFilesystem => (StoreErrorKind::Full, "It is on a read-only file system"),
+        _ => (StoreErrorKind::Io, "Check that this user may write there, or name another state directory"),
+    };
+    let message = format!("{doing} {} failed. {remedy}", path.display());
+    store_error(kind, Effect::NotApplied, message).caused_by(error)
+}
+
+/// The path of a file beside `path`.
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}

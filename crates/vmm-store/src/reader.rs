@@ -1,0 +1,114 @@
+//! The thread that reads, on a connection of its own, so that no read waits for a write. In write-ahead mode it sees every
+//! commit that was answered before it began.
+
+use std::path::PathBuf;
+
+use rusqlite::{Connection, OptionalExtension, Row};
+use tokio::sync::{mpsc, oneshot};
+use vmm_core::backend::Effect;
+use vmm_core::event::{EventSeq, VmEvent};
+use vmm_core::id::InstanceId;
+use vmm_core::store::{EventQuery, Snapshot, StoreError};
+
+use crate::codec::{EncodedEvent, EncodedRecord, decode_event, decode_record};
+use crate::error::{CausedBy, corrupt, from_sqlite};
+
+/// The most events that one query answers with, whatever it asks for.
+pub const MAX_EVENTS: usize = 10_000;
+
+/// What a reader can be asked.
+#[derive(Debug)]
+pub(crate) enum Job {
+    Load { reply: oneshot::Sender<Result<Snapshot, StoreError>> },
+    Events { query: EventQuery, reply: oneshot::Sender<Result<Vec<VmEvent>, StoreError>> },
+}
+
+/// The reading thread's own.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    conn: Connection,
+    path: PathBuf,
+    instance: InstanceId,
+}
+
+impl Reader {
+    pub(crate) fn new(conn: Connection, path: PathBuf, instance: InstanceId) -> Self {
+        Self { conn, path, instance }
+    }
+
+    /// Answers until nobody can ask any more.
+    pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        // An answer that cannot be sent belongs to a caller that has gone.
+        while let Some(job) = jobs.blocking_recv() {
+            match job {
+                Job::Load { reply } => drop(reply.send(self.load())),
+                Job::Events { query, reply } if !reply.is_closed() => drop(reply.send(self.events(&query))),
+                Job::Events { .. } => {}
+            }
+        }
+    }
+
+    fn load(&mut self) -> Result<Snapshot, StoreError> {
+        let failed = |error| from_sqlite(&self.path, "reading", Effect::NotApplied, error);
+        // One transaction: the VMs and the end of the log belong to the same moment.
+        let transaction = self.conn.transaction().map_err(failed)?;
+        let rows = {
+            let mut statement = transaction
+                .prepare_cached("SELECT uid, vm_id, generation, record, format FROM vms ORDER BY uid")
+                .map_err(failed)?;
+            let rows = statement.query_map([], vm_row).map_err(failed)?;
+            rows.collect::<Result<Vec<_>, _>>().map_err(failed)?
+        };
+        let last: Option<i64> = transaction
+            .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [], |row| row.get(0))
+            .optional()
+            .map_err(failed)?;
+        let last_event = u64::try_from(last.unwrap_or(0))
+            .map_err(|error| corrupt(&self.path, "the end of the event log is negative").caused_by(error))?;
+        let vms = rows
+            .iter()
+            .map(|(row, format)| decode_record(&self.path, row, *format))
+            .collect::<Result<_, _>>()?;
+        Ok(Snapshot { instance: self.instance, vms, last_event: EventSeq(last_event) })
+    }
+
+    fn events(&self, query: &EventQuery) -> Result<Vec<VmEvent>, StoreError> {
+        let rows = self
+            .event_rows(query)
+            .map_err(|error| from_sqlite(&self.path, "reading", Effect::NotApplied, error))?;
+        rows.iter().map(|(seq, row, format)| decode_event(&self.path, *seq, row, *format)).collect()
+    }
+
+    fn event_rows(&self, query: &EventQuery) -> rusqlite::Result<Vec<(i64, EncodedEvent, i64)>> {
+        let after = i64::try_from(query.after.0).unwrap_or(i64::MAX);
+        let limit = i64::try_from(query.limit.min(MAX_EVENTS)).unwrap_or(i64::MAX);
+        match &query.vm_id {
+            None => self
+                .conn
+                .prepare_cached(
+                    "SELECT seq, time_ms, vm_id, event, format FROM events WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+                )?
+                .query_map((after, limit), event_row)?
+                .collect(),
+            Some(vm_id) => self
+                .conn
+                .prepare_cached(
+                    "SELECT seq, time_ms, vm_id, event, format FROM events \
+                     WHERE vm_id = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3",
+                )?
+                .query_map((vm_id.as_str(), after, limit), event_row)?
+                .collect(),
+        }
+    }
+}
+
+fn vm_row(row: &Row<'_>) -> rusqlite::Result<(EncodedRecord, i64)> {
+    let record =
+        EncodedRecord { uid: row.get(0)?, vm_id: row.get(1)?, generation: row.get(2)?, json: row.get(3)? };
+    Ok((record, row.get(4)?))
+}
+
+fn event_row(row: &Row<'_>) -> rusqlite::Result<(i64, EncodedEvent, i64)> {
+    let event = EncodedEvent { time_ms: row.get(1)?, vm_id: row.get(2)?, json: row.get(3)? };
+    Ok((row.get(0)?, event, row.get(4)?))
+}

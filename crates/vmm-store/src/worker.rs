@@ -1,0 +1,40 @@
+//! A named thread that can be waited for with a deadline, which [`std::thread::JoinHandle`] cannot.
+
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
+
+/// A thread of the store.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    name: &'static str,
+    thread: JoinHandle<()>,
+    ended: Receiver<()>,
+}
+
+impl Worker {
+    /// Starts `body` on a thread called `name`.
+    pub(crate) fn spawn(name: &'static str, body: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
+        let (alive, ended) = mpsc::channel::<()>();
+        let thread = Builder::new().name(name.to_owned()).spawn(move || {
+            // Dropped when the thread ends, also by a panic; nothing is ever sent.
+            let _alive = alive;
+            tracing::info_span!("store", thread = name).in_scope(body);
+        })?;
+        Ok(Self { name, thread, ended })
+    }
+
+    /// Waits until the thread has ended or `deadline` has passed, and says which. A thread that is late is left alone.
+    pub(crate) fn join_until(self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match self.ended.recv_timeout(left) {
+            Err(RecvTimeoutError::Timeout) => false,
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => {
+                if self.thread.join().is_err() {
+                    tracing::error!(thread = self.name, "a thread of the store has panicked");
+                }
+                true
+            }
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! The one thread that writes, with group commit.
+//!
+//! ```text
+//!   wait for a job ─► take all that wait ─► BEGIN ─► each in a SAVEPOINT ─► COMMIT ─► answer each
+//!         ▲                                   │           refused: undone,     │
+//!         │                                   │           the others go on     ├─ no room: nothing applied;
+//!         └── one step of expiry, if asked ◄──┴─ failed: each once more, ◄─────┘  each once more, alone
+//!                                                alone                         └─ disk failed: settle
+//! ```
+//!
+//! **Settling.** When the disk fails during a COMMIT, SQLite rolls back, but the end of the transaction may have reached the
+//! log, and whoever reads the log after a crash would take it for committed. So the writer looks whether the changes are there
+//! and writes one more transaction, which takes the place of the failed one in the log. If that succeeds, the outcome is
+//! certain. If it fails too, the answer is [`Effect::Unknown`], until any later commit succeeds.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+
+use rusqlite::{Connection, TransactionBehavior};
+use tokio::sync::{mpsc, oneshot};
+use vmm_core::backend::Effect;
+use vmm_core::event::EventSeq;
+use vmm_core::store::StoreError;
+
+use crate::apply::{Failure, Proof, apply};
+use crate::checkpoint::{self, Log};
+use crate::codec::EncodedCommit;
+use crate::error::{from_sqlite, proves_not_committed};
+
+/// The most commits in one transaction.
+const MAX_GROUP: usize = 256;
+/// Events that one step of an expiry removes; commits go in between.
+const EXPIRY_STEP: u64 = 500;
+
+type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
+type Outcome = Result<Option<EventSeq>, StoreError>;
+
+/// What a writer can be asked.
+#[derive(Debug)]
+pub(crate) enum Job {
+    Commit { commit: EncodedCommit, reply: Answer<Option<EventSeq>> },
+    Expire { before_ms: i64, reply: Answer<u64> },
+}
+
+/// A commit and who waits for it.
+#[derive(Debug)]
+struct Waiting {
+    commit: EncodedCommit,
+    reply: Answer<Option<EventSeq>>,
+}
+
+/// An expiry under way.
+#[derive(Debug)]
+struct Expiry {
+    before_ms: i64,
+    removed: u64,
+    reply: Answer<u64>,
+}
+
+/// How a transaction failed.
+#[derive(Debug)]
+enum Broken {
+    /// Nothing of it was applied.
+    NotApplied(rusqlite::Error),
+    /// Its COMMIT failed half-way.
+    InDoubt { error: rusqlite::Error, outcomes: Vec<Outcome>, proof: Option<Proof> },
+}
+
+/// The writing thread's own.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    conn: Connection,
+    path: PathBuf,
+    log: Log,
+    expiries: VecDeque<Expiry>,
+}
+
+impl Writer {
+    pub(crate) fn new(mut conn: Connection, path: PathBuf, log: Log) -> Result<Self, StoreError> {
+        let hook = {
+            let log = log.clone();
+            move |_: &mut rusqlite::hooks::Wal, pages| {
+                log.committed(pages);
+                Ok(())
+            }
+        };
+        conn.wal_hook(Some(hook))
+            .map_err(|error| from_sqlite(&path, "opening", Effect::NotApplied, error))?;
+        Ok(Self { conn, path, log, expiries: VecDeque::new() })
+    }
+
+    /// Works until nobody can ask any more and everything that was accepted is done.
+    pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        while let Some(group) = self.next_group(&mut jobs) {
+            if !group.is_empty() {
+                self.commit_group(group);
+            }
+            if let Some(expiry) = self.expiries.pop_front() {
+                self.expire_step(expiry);
+            }
+            if self.log.must_stop_writing() {
+                checkpoint::passive(&self.conn);
+            }
+        }
+    }
+
+    /// Takes all commits that wait, and waits for a job if nothing else is to be done. `None` is the end.
+    fn next_group(&mut self, jobs: &mut mpsc::Receiver<Job>) -> Option<Vec<Waiting>> {
+        let mut group = Vec::new();
+        let mut next = if self.expiries.is_empty() { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
+        while let Some(job) = next {
+            match job {
+                Job::Commit { commit, reply } => group.push(Waiting { commit, reply }),
+                Job::Expire { before_ms, reply } => {
+                    self.expiries.push_back(Expiry { before_ms, removed: 0, reply });
+                }
+            }
+            next = if group.len() < MAX_GROUP { jobs.try_recv().ok() } else { None };
+        }
+        Some(group)
+    }
+
+    fn commit_group(&mut self, group: Vec<Waiting>) {
+        match self.try_group(&group) {
+            Ok(outcomes) => answer(group, outcomes),
+            // One of them may be the reason (too big for what room is left, say), and the others may fit.
+            Err(Broken::NotApplied(_)) if group.len() > 1 => {
+                for waiting in group {
+                    self.commit_group(vec![waiting]);
+                }
+            }
+            Err(Broken::NotApplied(error)) => {
+                let error = from_sqlite(&self.path, "writing to", Effect::NotApplied, error);
+                tracing::error!(error = &error as &dyn std::error::Error, "a commit failed");
+                answer(group, vec![Err(error)]);
+            }
+            Err(Broken::InDoubt { error, outcomes, proof }) => {
+                let outcomes = self.resolve(&error, outcomes, proof);
+                answer(group, outcomes);
+            }
+        }
+    }
+
+    fn try_group(&mut self, group: &[Waiting]) -> Result<Vec<Outcome>, Broken> {
+        let mut transaction =
+            self.conn.transaction_with_behavior(TransactionBehavior::Immediate).map_err(Broken::NotApplied)?;
+        let mut outcomes = Vec::with_capacity(group.len());
+        let mut proof = None;
+        for Waiting { commit, .. } in group {
+            let savepoint = transaction.savepoint().map_err(Broken::NotApplied)?;
+            match apply(&savepoint, commit) {
+                Ok(seq) => {
+                    savepoint.commit().map_err(Broken::NotApplied)?;
+                    proof.get_or_insert_with(|| Proof::of(commit, seq));
+                    outcomes.push(Ok(seq));
+                }
+                Err(Failure::Refused(error)) => {
+                    savepoint.finish().map_err(Broken::NotApplied)?;
+                    outcomes.push(Err(error));
+                }
+                // Dropping the transaction rolls it back, if SQLite has not done so by itself.
+                Err(Failure::Sqlite(error)) => return Err(Broken::NotApplied(error)),
+            }
+        }
+        match transaction.commit() {
+            Ok(()) => Ok(outcomes),
+            Err(error) if proves_not_committed(&error) => Err(Broken::NotApplied(error)),
+            Err(error) => Err(Broken::InDoubt { error, outcomes, proof }),
+        }
+    }
+
+    /// Finds out what became of a COMMIT that failed half-way.
+    fn resolve(
+        &mut self,
+        error: &rusqlite::Error,
+        outcomes: Vec<Outcome>,
+        proof: Option<Proof>,
+    ) -> Vec<Outcome> {
+        let effect = match self.settle(proof.as_ref()) {
+            Ok(true) => return outcomes,
+            Ok(false) => Effect::NotApplied,
+            Err(_) => Effect::Unknown,
+        };
+        tracing::error!(%error, ?effect, commits = outcomes.len(), "a transaction failed on its way to the disk");
+        let code = error.sqlite_error().copied();
+        let failure = |effect| {
+            // The cause is shared by all, and SQLite's error is not: each gets one with the same code.
+            let cause = code.map_or(rusqlite::Error::InvalidQuery, |code| {
+                rusqlite::Error::SqliteFailure(code, Some(error.to_string()))
+            });
+            from_sqlite(&self.path, "writing to", effect, cause)
+        };
+        // A refusal may have been due to a neighbour that is gone with the transaction, so it says nothing any more.
+        outcomes.into_iter().map(|o| Err(failure(o.map_or(Effect::NotApplied, |_| effect)))).collect()
+    }
+
+    /// Says whether the transaction that `proof` is of was applied, and makes the answer final.
+    fn settle(&mut self, proof: Option<&Proof>) -> rusqlite::Result<bool> {
+        let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let applied = proof.map_or(Ok(false), |proof| proof.holds(&transaction))?;
+        transaction.execute("UPDATE meta SET value = value + 1 WHERE key = 'settled'", [])?;
+        transaction.commit()?;
+        Ok(applied)
+    }
+
+    /// Removes a few events, then answers or lines up again.
+    fn expire_step(&mut self, mut expiry: Expiry) {
+        match self.remove_events(expiry.before_ms) {
+            Ok(removed) => {
+                expiry.removed += removed;
+                if removed == EXPIRY_STEP {
+                    self.expiries.push_back(expiry);
+                } else {
+                    let _ = expiry.reply.send(Ok(expiry.removed));
+                }
+            }
+            Err(error) => {
+                // What earlier steps removed stays removed. Asking again is harmless.
+                let error = from_sqlite(&self.path, "removing old events from", Effect::Unknown, error);
+                let _ = expiry.reply.send(Err(error));
+            }
+        }
+    }
+
+    fn remove_events(&mut self, before_ms: i64) -> rusqlite::Result<u64> {
+        let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let removed = transaction
+            .prepare_cached(
+                "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE time_ms < ?1 ORDER BY time_ms LIMIT ?2)",
+            )?
+            .execute((before_ms, EXPIRY_STEP.cast_signed()))?;
+        transaction.commit()?;
+        Ok(removed as u64)
+    }
+}
+
+/// Answers each of `group`. Who has gone away gets none: the commit stands all the same.
+fn answer(group: Vec<Waiting>, outcomes: Vec<Outcome>) {
+    for (waiting, outcome) in group.into_iter().zip(outcomes) {
+        let _ = waiting.reply.send(outcome);
+    }
+}

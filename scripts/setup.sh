@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Prepares a machine for building, testing and trying the project: `make setup`.
+#
+#   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/guest/{vmlinuz,initramfs.cpio.gz}
+#
+# May be run again at any time; where all is in place it takes a fraction of a second and changes nothing. Nothing is
+# installed on the host but packages of the distribution; the guest's kernel is unpacked into .cache and never installed.
+#
+# Environment:
+#   VMCP_GUEST_DEB   a linux-image-*-cloud-amd64 .deb to take the guest's kernel from, instead of downloading one
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+# A command that must be there, and the Debian package that has it.
+NEEDED="qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils curl:curl jq:jq ip:iproute2 python3:python3 cc:build-essential make:make shellcheck:shellcheck"
+KERNEL_PACKAGE=linux-image-cloud-amd64
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo > /dev/null; then
+        sudo "$@"
+    else
+        die "root is needed to run: $*" "run 'make setup' as root, or install sudo"
+    fi
+}
+
+missing_packages() {
+    local pair
+    for pair in $NEEDED; do
+        command -v "${pair%%:*}" > /dev/null || echo "${pair#*:}"
+    done
+    busybox_is_static || echo busybox-static
+}
+
+# Debian's other busybox package is linked dynamically, and would not start in a guest that has no libraries.
+busybox_is_static() {
+    command -v busybox > /dev/null && ! ldd "$(command -v busybox)" > /dev/null 2>&1
+}
+
+install_packages() {
+    local missing
+    missing=$(missing_packages | tr '\n' ' ')
+    [ -n "${missing// /}" ] || return 0
+    command -v apt-get > /dev/null ||
+        die "these are missing: $missing" "this script knows apt only; install them with your package manager and run it again"
+    step "installing packages (some minutes): $missing"
+    as_root apt-get update -q
+    # shellcheck disable=SC2086  # a list of words on purpose
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing
+}
+
+check_rust() {
+    local wanted found
+    wanted=$(sed -n 's/^rust-version *= *"\(.*\)".*/\1/p' "$ROOT/Cargo.toml")
+    command -v cargo > /dev/null || die "Rust is not installed; the project needs $wanted or newer" \
+        "install it with rustup, as https://rustup.rs describes, open a new shell, and run 'make setup' again"
+    found=$(rustc --version | cut -d' ' -f2)
+    [ "$(printf '%s\n%s\n' "$wanted" "$found" | sort -V | head -n 1)" = "$wanted" ] ||
+        die "Rust $found is too old; the project needs $wanted or newer" "run 'rustup update stable'"
+}
+
+# Prints the package that the unversioned kernel package stands for at present.
+resolve_kernel() {
+    apt-cache depends "$KERNEL_PACKAGE" 2> /dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1
+}
+
+# Leaves one kernel .deb in the folder $1.
+download_kernel() {
+    local package options=()
+    command -v apt-get > /dev/null || die "the guest's kernel comes from Debian's archive, and apt-get is not here" \
+        "fetch a linux-image-*-cloud-amd64 .deb yourself and set VMCP_GUEST_DEB to its path"
+    # Root may read a folder that apt's own user may not.
+    [ "$(id -u)" != 0 ] || options=(-o APT::Sandbox::User=root)
+    package=$(resolve_kernel)
+    if [ -n "$package" ]; then
+        step "downloading the guest's kernel, $package (27 MB)"
+        (cd "$1" && apt-get "${options[@]}" download -q "$package" >&2) && return
+    fi
+    # Either the package lists are empty, or they are so old that the archive has moved on.
+    step "refreshing the package lists"
+    as_root apt-get update -q >&2
+    package=$(resolve_kernel)
+    [ -n "$package" ] || die "the package archive has no $KERNEL_PACKAGE (it is Debian's)" \
+        "fetch a linux-image-*-cloud-amd64 .deb yourself and set VMCP_GUEST_DEB to its path"
+    step "downloading the guest's kernel, $package (27 MB)"
+    (cd "$1" && apt-get "${options[@]}" download -q "$package" >&2)
+}
+
+# Unpacks the kernel's image and modules; installing the package would make it a kernel of the host.
+prepare_kernel() {
+    local deb=${VMCP_GUEST_DEB:-}
+    [ ! -e "$GUEST_DIR/vmlinuz" ] || [ ! -d "$GUEST_DIR/modules" ] || [ -n "$deb" ] || return 0
+    if [ -z "$deb" ]; then
+        mkdir "$TEMP/deb"
+        download_kernel "$TEMP/deb"
+        deb=$(echo "$TEMP"/deb/*.deb)
+    fi
+    step "unpacking $(basename "$deb")"
+    mkdir "$TEMP/kernel"
+    dpkg-deb -x "$deb" "$TEMP/kernel"
+    rm -rf "$GUEST_DIR/modules" "$GUEST_DIR/vmlinuz" "$GUEST_DIR/stamp"
+    # /lib is a link to /usr/lib in newer packages.
+    mv "$(find "$TEMP/kernel" -type d -path '*lib/modules/*' -prune | head -n 1)" "$GUEST_DIR/modules"
+    mv "$TEMP"/kernel/boot/vmlinuz-* "$GUEST_DIR/vmlinuz"
+}
+
+# The stamp holds what the initramfs was made from, so that a changed init is a new initramfs.
+prepare_initramfs() {
+    local stamp
+    stamp=$(cat "$ROOT/guests/linux/init" "$ROOT/guests/linux/build.py" "$(command -v busybox)" | sha256sum)
+    [ ! -e "$GUEST_DIR/initramfs.cpio.gz" ] || [ "$(cat "$GUEST_DIR/stamp" 2> /dev/null)" != "$stamp" ] || return 0
+    step "building the guest's initramfs"
+    python3 "$ROOT/guests/linux/build.py" --modules "$GUEST_DIR/modules" --busybox "$(command -v busybox)" \
+        --init "$ROOT/guests/linux/init" --output "$GUEST_DIR/initramfs.cpio.gz" >&2
+    echo "$stamp" > "$GUEST_DIR/stamp"
+}
+
+[ "$(uname -sm)" = "Linux x86_64" ] || die "this is $(uname -sm); the project runs on Linux x86_64 only"
+install_packages
+check_rust
+mkdir -p "$GUEST_DIR"
+# Inside .cache, so that the moves below stay on one file system.
+TEMP=$(mktemp -d "$ROOT/.cache/setup.XXXXXX")
+trap 'rm -rf "$TEMP"' EXIT
+prepare_kernel
+prepare_initramfs
+step "setup is complete: guest kernel and initramfs are in .cache/guest"

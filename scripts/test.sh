@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Runs every check and every test: `make test`. All of them run even where one fails; the last line printed is
+#
+#   N passed, N failed, N skipped
+#
+# and the exit status is 0 only if nothing failed. A check counts as one; `cargo test` counts by test. A test that cannot
+# run on this machine appends `SKIPPED: <test>: <why>` to the file named by VMCP_SKIP_LOG and returns; it then counts as
+# skipped, not as passed.
+set -uo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+cd "$ROOT" || exit 1
+
+WORK=$(mktemp -d "${TMPDIR:-/tmp}/vmcp-test.XXXXXX")
+trap 'rm -rf "$WORK"' EXIT
+export VMCP_SKIP_LOG=$WORK/skipped CARGO_TERM_COLOR=never
+: > "$VMCP_SKIP_LOG"
+PASSED=0 FAILED=0 SKIPPED=0
+FAILURES=()
+
+passed() { PASSED=$((PASSED + 1)); }
+failed() { FAILED=$((FAILED + 1)) && FAILURES+=("$1"); }
+skipped() { SKIPPED=$((SKIPPED + 1)) && echo "SKIPPED: $1: $2"; }
+
+# check NAME COMMAND...: one check, passed if the command succeeds. Exit status 77 means skipped.
+check() {
+    local name=$1 status=0
+    shift
+    step "$name"
+    "$@" || status=$?
+    case $status in
+        0) passed ;;
+        77) skipped "$name" "said so itself, above" ;;
+        *) failed "$name" ;;
+    esac
+}
+
+# check_with TOOL NAME COMMAND...: a check that is skipped where its tool is not installed.
+check_with() {
+    local tool=$1
+    shift
+    if command -v "$tool" > /dev/null; then check "$@"; else skipped "$1" "$tool is not installed"; fi
+}
+
+# Runs all Rust tests and adds up what their programs report. Tests that were skipped at run time were counted as passed.
+rust_tests() {
+    local log=$WORK/cargo-test status=0 ok bad ignored at_run_time
+    step "cargo test --workspace (builds first; some minutes)"
+    cargo test --workspace --no-fail-fast 2>&1 | tee "$log" || status=$?
+    ok=$(sum_of passed "$log")
+    bad=$(sum_of failed "$log")
+    ignored=$(sum_of ignored "$log")
+    at_run_time=$(sort -u "$VMCP_SKIP_LOG" | grep -c '^SKIPPED: ')
+    sort -u "$VMCP_SKIP_LOG"
+    PASSED=$((PASSED + ok - at_run_time))
+    SKIPPED=$((SKIPPED + ignored + at_run_time))
+    FAILED=$((FAILED + bad))
+    [ "$bad" = 0 ] || FAILURES+=("cargo test: $bad, see 'failures:' above")
+    # It did not build, or a test program died before it could count.
+    if [ "$status" != 0 ] && [ "$bad" = 0 ]; then failed "cargo test: exit status $status"; fi
+}
+
+# sum_of WORD LOG: adds up the numbers before WORD in the `test result:` lines.
+sum_of() {
+    sed -n "s/^test result: .* \([0-9]*\) $1;.*/\1/p" "$2" | awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+# Clients in other languages: each folder under clients/ that has an executable test.sh.
+client_tests() {
+    local script
+    for script in clients/*/test.sh; do
+        [ ! -x "$script" ] || check "$script" "$script"
+    done
+}
+
+check "cargo fmt" cargo fmt --all --check
+check "cargo clippy" cargo clippy --workspace --all-targets --quiet -- -D warnings
+check "direction of imports" scripts/check-imports.sh
+check_with shellcheck "shell scripts" shellcheck -x .ci/run scripts/*.sh
+check_with cargo-deny "licences, bans and sources" cargo deny check licenses bans sources
+rust_tests
+client_tests
+
+if [ "$FAILED" != 0 ]; then
+    echo
+    echo "failed:"
+    printf '  %s\n' "${FAILURES[@]}"
+fi
+echo "$PASSED passed, $FAILED failed, $SKIPPED skipped"
+[ "$FAILED" = 0 ]
