@@ -91,11 +91,12 @@ VM_ID=$(jq -r .vm_id <<< "$CREATED")
 step "booting $VM_ID (about 5 to 20 seconds where the CPU is emulated); its console:"
 BOOTED=$(api BootVm "{\"vm_id\": \"$VM_ID\"}") || die "BootVm failed: $BOOTED"
 VMM_PID=$(vmm_pid "$VM_ID")
-tail -n +1 -F "$CONSOLE" 2> /dev/null > >(sed -u 's/^/    | /') &
+# Asked for often: without inotify, tail looks once a second only.
+tail -s 0.2 -n +1 -F "$CONSOLE" 2> /dev/null > >(sed -u 's/^/    | /') &
 TAIL_PID=$!
 wait_for 120 guest_is_up_or_over || die "the guest did not come up within two minutes; its console is above"
 guest_is_up || die "the guest ended before it was up ($(vm_state)); its console is above"
-sleep 0.3
+sleep 0.6
 STATE=$(vm_state)
 [ "$STATE" = VM_STATE_RUNNING ] || die "the guest came up, yet the API says $STATE"
 step "the guest is up: $(grep -a '^vmcp-guest: up' "$CONSOLE" | tr -d '\r')"

@@ -26,11 +26,13 @@ const ASKING: Duration = Duration::from_secs(2);
 const ORDERING: Duration = Duration::from_secs(1);
 /// How long a process may take to end after each of the lower rungs.
 const ENDING: Duration = Duration::from_secs(1);
+/// How long the kernel may take to report an end that a broken connection has shown already.
+const REPORTING: Duration = Duration::from_millis(100);
 
 /// Climbs down the ladder until `process` has gone, and answers with the rung that it obeyed.
 ///
 /// `ask` is how the guest is asked, with the name of that rung; it is left out where `ladder` does not ask. `power_off` is the
-/// order to the VMM itself. [`EndedBy::Guest`] says that the process had ended before anything was asked of it.
+/// order to the VMM itself. [`EndedBy::Guest`] says that the process ended before anything reached it.
 ///
 /// # Errors
 /// [`BackendErrorKind::Timeout`] with [`Effect::Unknown`] where the process outlives SIGKILL, as it does while it waits for a
@@ -41,75 +43,68 @@ pub async fn climb(
     ask: Option<(EndedBy, Call<'_>)>,
     power_off: Option<Call<'_>>,
 ) -> Result<EndedBy, BackendError> {
-    if process.exit().is_some() {
-        return Ok(EndedBy::Guest);
+    // The last rung that reached the process: whatever ends it before the next one does is this rung's work.
+    let mut reached = EndedBy::Guest;
+    if process.has_ended() {
+        return gone(process, reached).await;
     }
     if let Some(patience) = ladder.ask_guest_for
         && let Some((rung, call)) = ask
-        && let Some(ended_by) = ask_guest(process, patience, rung, call).await
     {
-        return Ok(ended_by);
+        let wait = call_vmm(process, ASKING, patience, call, "ask the guest to shut down").await;
+        reached = if wait.is_some() { rung } else { reached };
+        if ends_within(process, wait.unwrap_or(REPORTING)).await {
+            return Ok(reached);
+        }
     }
-    if let Some(call) = power_off
-        && order(process, call).await
-    {
-        return Ok(EndedBy::Vmm);
+    if let Some(call) = power_off {
+        let wait = call_vmm(process, ORDERING, ENDING, call, "power the VM off").await;
+        reached = if wait.is_some() { EndedBy::Vmm } else { reached };
+        if ends_within(process, wait.unwrap_or(REPORTING)).await {
+            return Ok(reached);
+        }
     }
     for (signal, rung) in [(Signal::TERM, EndedBy::Sigterm), (Signal::KILL, EndedBy::Sigkill)] {
-        if let Err(error) = process.signal(signal) {
-            tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM could not be signalled");
-        } else if process.wait_for(ENDING).await.is_some() {
-            return Ok(rung);
+        if process.has_ended() {
+            return gone(process, reached).await;
+        }
+        match process.signal(signal) {
+            Ok(()) => reached = rung,
+            Err(error) => tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled"),
+        }
+        if reached == rung && ends_within(process, ENDING).await {
+            return Ok(reached);
         }
     }
-    Err(BackendError::new(
-        BackendErrorKind::Timeout,
-        Effect::Unknown,
-        format!(
-            "the VMM's process {} is still there after SIGKILL; it probably waits for a device of the host: \
-             look at /proc/{}/stack, and try again",
-            process.pid(),
-            process.pid()
-        ),
-    ))
+    Err(still_there(process))
 }
 
-/// Asks the guest and gives it its time. `None` means that the next rung is due.
-async fn ask_guest(process: &Process, patience: Duration, rung: EndedBy, call: Call<'_>) -> Option<EndedBy> {
-    match until_gone(process, ASKING, call).await {
-        Called::Gone => Some(rung),
-        Called::Answered(Ok(())) => process.wait_for(patience).await.map(|_| rung),
-        Called::Answered(Err(error)) => {
-            // A VMM that has ended refuses every call: then nobody was asked.
-            if process.exit().is_some() {
-                return Some(EndedBy::Guest);
-            }
-            tracing::warn!(pid = process.pid(), %error, "the guest could not be asked to shut down");
-            None
-        }
+/// Makes a call to the VMM, for at most `limit`. Answers how long to wait for the end of the process now: `patience` where the
+/// call reached the VMM or may have, `None` where it did not.
+async fn call_vmm(
+    process: &Process,
+    limit: Duration,
+    patience: Duration,
+    call: Call<'_>,
+    what: &str,
+) -> Option<Duration> {
+    match until_gone(process, limit, call).await {
+        Called::Gone | Called::Answered(Ok(())) => Some(patience),
         Called::TimedOut => {
-            tracing::warn!(pid = process.pid(), "the VMM did not pass the request to shut down on to its guest");
-            None
+            tracing::warn!(pid = process.pid(), "the VMM does not answer the call to {what}");
+            // It has had its time; a VMM that hangs will not pass anything on to a guest.
+            Some(Duration::ZERO)
         }
-    }
-}
-
-/// Orders the VMM to power off. Answers whether it has gone.
-async fn order(process: &Process, call: Call<'_>) -> bool {
-    match until_gone(process, ORDERING, call).await {
-        Called::Gone => return true,
-        Called::Answered(Ok(())) | Called::TimedOut => {}
         Called::Answered(Err(error)) => {
-            tracing::warn!(pid = process.pid(), %error, "the VMM refused to power off");
-            // An order whose answer was lost, because the VMM obeyed too fast, may still work; one that was not taken will not.
-            if error.effect == Effect::NotApplied {
-                return process.exit().is_some();
+            tracing::warn!(pid = process.pid(), %error, "the VMM could not be told to {what}");
+            match error.effect {
+                // It did as told and broke the connection over it.
+                Effect::Applied => Some(patience),
+                Effect::Unknown | Effect::NotApplied => None,
             }
         }
     }
-    process.wait_for(ENDING).await.is_some()
 }
-
 /// What came first of a call.
 enum Called {
     Answered(Result<(), BackendError>),
@@ -125,4 +120,22 @@ async fn until_gone(process: &Process, limit: Duration, call: Call<'_>) -> Calle
         _ = process.wait() => Called::Gone,
         () = tokio::time::sleep(limit) => Called::TimedOut,
     }
+}
+
+async fn ends_within(process: &Process, limit: Duration) -> bool {
+    process.wait_for(limit).await.is_some()
+}
+
+/// The pidfd has shown the end; what remains is that the exit is published.
+async fn gone(process: &Process, reached: EndedBy) -> Result<EndedBy, BackendError> {
+    if ends_within(process, ENDING).await { Ok(reached) } else { Err(still_there(process)) }
+}
+
+fn still_there(process: &Process) -> BackendError {
+    let pid = process.pid();
+    let message = format!(
+        "the VMM's process {pid} is still there after SIGKILL; it probably waits for a device of the host: \
+         look at /proc/{pid}/stack, and try again"
+    );
+    BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message)
 }

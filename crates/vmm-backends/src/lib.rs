@@ -3,6 +3,9 @@
 //!
 //! What they share is beside them: the [`ladder`] that ends a VM, and the [`launch`] of a VMM's process.
 
+pub mod cloud_hypervisor;
+pub mod firecracker;
 pub mod ladder;
 pub mod launch;
 pub mod qemu;
+pub mod rest;

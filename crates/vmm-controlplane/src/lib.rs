@@ -1,4 +1,14 @@
-//! vmm-controlplane
+//! The daemon: what of the program is about this process and this wire, and not about VMs.
+//!
+//! `main.rs` reads the command line, [`config`] settles what it means, [`daemon`] puts the parts together, [`rpc`] is the
+//! HTTP server, [`api`] the handlers, [`health`] the health pages and [`telemetry`] the log.
 
+pub mod api;
 pub mod config;
+pub mod daemon;
+pub mod health;
 pub mod rpc;
+pub mod telemetry;
+
+/// The version of this program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

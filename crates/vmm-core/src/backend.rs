@@ -70,10 +70,11 @@ pub trait Vmm: Send + Sync + 'static {
     /// Lets the guest's CPUs go on.
     async fn resume(&self) -> Result<(), BackendError>;
 
-    /// Climbs the shutdown ladder and answers with the rung that ended the VM, once its process has really gone.
+    /// Climbs the shutdown ladder and answers with the rung that ended the VM, once its process has really gone. A guest that
+    /// stands still cannot obey: the caller resumes it first.
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError>;
 
-    /// Resets the guest at once, without asking it.
+    /// Resets the guest at once, without asking it. Not an event: nobody is told twice.
     async fn reset(&self) -> Result<Reset, BackendError>;
 
     /// Reads the counters of this run.
@@ -210,7 +211,8 @@ pub enum VmmEvent {
     Resumed,
     /// The guest cannot go on, though the VMM lives; the text says why.
     GuestFailed(String),
-    /// The process has gone. Nothing follows.
+    /// The process has gone. Nothing follows. After [`Vmm::shutdown`] or [`Vmm::kill`] the cause is
+    /// [`ExitCause::Requested`], and what those answer says more.
     Gone(Exit),
 }
 

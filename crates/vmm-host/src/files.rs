@@ -14,6 +14,8 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use vmm_core::store::HostClaim;
 
+pub use crate::kernel::{HEAD_BYTES, KernelKind, is_qcow2, kernel_kind};
+
 /// How a file is going to be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -191,6 +193,8 @@ fn printable(line: &str) -> String {
                 }
             }
             control if control.is_control() => {}
+            // These reverse the direction of what follows, which hides a path in a message.
+            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {}
             other => shown.push(other),
         }
     }
@@ -244,4 +248,125 @@ fn problem(path: &Path, access: Access, source: io::Error) -> FileProblem {
     }
 }
 
-pub use crate::kernel::{HEAD_BYTES, KernelKind, is_qcow2, kernel_kind};
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{CWD, Mode};
+
+    use super::*;
+
+    fn written(content: &[u8]) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), content).unwrap();
+        file
+    }
+
+    #[test]
+    fn one_file_is_the_same_under_every_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, hard, soft) = (dir.path().join("disk"), dir.path().join("hard"), dir.path().join("soft"));
+        std::fs::write(&disk, [0; 4096]).unwrap();
+        std::fs::hard_link(&disk, &hard).unwrap();
+        std::os::unix::fs::symlink(&disk, &soft).unwrap();
+        let facts = inspect(&disk, Access::ReadWrite).unwrap();
+        assert_eq!((facts.kind, facts.size, facts.rdev), (FileKind::Regular, 4096, 0));
+        assert_ne!(facts.inode, 0);
+        assert_eq!(inspect(&hard, Access::Read).unwrap(), facts);
+        assert_eq!(inspect(&soft, Access::Read).unwrap(), facts);
+        let expected =
+            HostClaim::Disk { device: facts.device, inode: facts.inode, writable: true, path: soft.clone() };
+        assert_eq!(facts.claim(&soft, Access::ReadWrite), expected);
+    }
+
+    #[test]
+    fn what_is_no_file_is_named_and_never_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let (fifo, socket) = (dir.path().join("fifo"), dir.path().join("socket"));
+        rustix::fs::mkfifoat(CWD, &fifo, Mode::RWXU).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let wrong = [
+            (fifo.as_path(), "a FIFO"),
+            (&socket, "a socket"),
+            (dir.path(), "a directory"),
+            (Path::new("/dev/null"), "a character device"),
+        ];
+        for (path, what) in wrong {
+            for access in [Access::Read, Access::ReadWrite] {
+                let problem = inspect(path, access).unwrap_err().to_string();
+                assert_eq!(
+                    problem,
+                    format!("{} is {what}; name a regular file or a block device", path.display())
+                );
+            }
+            assert_eq!(head(path, 4).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(tail_lines(path, 100, 10), "");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_said_so() {
+        let file = written(b"");
+        for path in [Path::new("/nowhere/disk"), &file.path().join("below-a-file")] {
+            let problem = inspect(path, Access::Read).unwrap_err();
+            assert!(matches!(problem, FileProblem::Missing(_)), "{problem}");
+            assert!(problem.to_string().contains("does not exist on this host"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn each_refusal_says_what_to_do() {
+        let text = |errno: Errno, access| problem(Path::new("/d"), access, errno.into()).to_string();
+        assert!(
+            text(Errno::ACCESS, Access::ReadWrite).ends_with("change its owner or mode, or set read_only")
+        );
+        assert!(text(Errno::ACCESS, Access::Read).ends_with("change its owner or mode"));
+        assert!(text(Errno::ROFS, Access::ReadWrite).contains("set read_only"));
+        assert!(text(Errno::TXTBSY, Access::ReadWrite).contains("is busy"));
+        assert!(text(Errno::IO, Access::Read).contains("check the path"));
+    }
+
+    #[test]
+    fn a_mode_that_forbids_is_denied() {
+        if rustix::process::geteuid().is_root() {
+            return; // Root may open everything.
+        }
+        let file = written(b"x");
+        let forbid = std::os::unix::fs::PermissionsExt::from_mode(0o400);
+        std::fs::set_permissions(file.path(), forbid).unwrap();
+        assert!(inspect(file.path(), Access::Read).is_ok());
+        assert!(matches!(inspect(file.path(), Access::ReadWrite), Err(FileProblem::Denied { .. })));
+    }
+
+    #[test]
+    fn a_block_device_is_known_by_its_number() {
+        let devices = std::fs::read_dir("/sys/class/block").into_iter().flatten().flatten();
+        for name in devices.map(|entry| entry.file_name()) {
+            let node = Path::new("/dev").join(name);
+            let Ok(facts) = inspect(&node, Access::Read) else { continue };
+            assert_eq!(
+                (facts.kind, facts.inode, facts.device),
+                (FileKind::Block, 0, facts.rdev),
+                "{}",
+                node.display()
+            );
+        }
+    }
+
+    #[test]
+    fn a_head_ends_with_its_file() {
+        let file = written(b"QFI\xfb and more");
+        assert_eq!(head(file.path(), 4).unwrap(), b"QFI\xfb");
+        assert_eq!(head(file.path(), 4096).unwrap().len(), 13);
+    }
+
+    #[test]
+    fn a_tail_is_bounded_and_printable() {
+        let log = written(b"one\ntwo\n\x1b[31mred\x1b[0m\x07 \xff\n\n  \nlast\r\n");
+        assert_eq!(tail_lines(log.path(), 1000, 2), "red \u{fffd}\nlast");
+        assert_eq!(tail_lines(log.path(), 1000, 100).lines().count(), 4);
+        let long = written("x".repeat(10_000).as_bytes());
+        assert_eq!(tail_lines(long.path(), 100, 5), "x".repeat(100));
+        let two = written(b"the first line\nthe second line\n");
+        assert_eq!(tail_lines(two.path(), 20, 5), "the second line", "no half lines");
+        assert_eq!(tail_lines(Path::new("/nowhere"), 10, 10), "");
+    }
+}

@@ -17,7 +17,9 @@ fn usable(device: &Path) -> Result<(), String> {
     let device = device.display();
     Err(match error.kind() {
         io::ErrorKind::NotFound => {
-            format!("{device} does not exist; load kvm_intel or kvm_amd, or enable virtualisation in the firmware")
+            format!(
+                "{device} does not exist; load kvm_intel or kvm_amd, or enable virtualisation in the firmware"
+            )
         }
         io::ErrorKind::PermissionDenied => {
             format!("{device} may not be opened by the daemon's user; add that user to the group kvm")

@@ -16,7 +16,7 @@ const FILE_NAME: &str = "lock";
 /// The right to be the only daemon of a state directory. Ends when it is dropped or the daemon dies; children don't get it.
 #[derive(Debug)]
 pub struct StateLock {
-    _file: File,
+    file: File,
 }
 
 /// Why a state directory could not be locked.
@@ -76,7 +76,16 @@ impl StateLock {
             Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
         }
         write_pid(&mut file).map_err(failed(&path))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+}
+
+impl Drop for StateLock {
+    fn drop(&mut self) {
+        // To close is not enough: a child that is just being started shares the open file until it has exec'ed.
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(%error, "the state directory could not be unlocked before the end of the daemon");
+        }
     }
 }
 
@@ -91,4 +100,79 @@ fn read_pid(file: &mut File) -> Option<u32> {
     let mut text = String::new();
     file.take(32).read_to_string(&mut text).ok()?;
     text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    /// A child that ends with the test.
+    struct Killed(Child);
+
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_second_daemon_is_told_who_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let state_dir = dir.path().join("state");
+        let lock = StateLock::acquire(&state_dir).unwrap();
+        assert_eq!(std::fs::metadata(&state_dir).unwrap().mode() & 0o777, 0o700);
+        let text = StateLock::acquire(&state_dir).unwrap_err().to_string();
+        assert!(text.contains(&format!("process id {}", std::process::id())), "{text}");
+        assert!(text.contains("UNKEY_VMCP_STATE_DIR"), "{text}");
+        drop(lock);
+        StateLock::acquire(&state_dir).unwrap();
+    }
+
+    #[test]
+    fn another_process_is_kept_out_and_keeps_us_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let lock = StateLock::acquire(dir.path()).unwrap();
+        let tried = Command::new("flock").arg("-n").arg(&path).arg("true").status().unwrap();
+        assert_eq!(tried.code(), Some(1), "held by this process");
+        drop(lock);
+
+        std::fs::write(&path, "4242\n").unwrap();
+        let holder = Command::new("flock")
+            .arg("--no-fork")
+            .arg(&path)
+            .args(["sh", "-c", "echo held; exec sleep 600"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut holder = Killed(holder);
+        let mut held = [0; 5];
+        holder.0.stdout.take().unwrap().read_exact(&mut held).unwrap();
+        let refused = StateLock::acquire(dir.path()).unwrap_err();
+        assert!(matches!(refused, LockError::Held { pid: Some(4242), .. }), "{refused}");
+        drop(holder);
+        StateLock::acquire(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn children_do_not_hold_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = StateLock::acquire(dir.path()).unwrap();
+        let flags = rustix::io::fcntl_getfd(&lock.file).unwrap();
+        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = StateLock::acquire(file.path()).unwrap_err().to_string();
+        assert!(text.contains(&file.path().display().to_string()), "{text}");
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/nowhere/else", dir.path().join(FILE_NAME)).unwrap();
+        assert!(matches!(StateLock::acquire(dir.path()), Err(LockError::Io { .. })));
+    }
 }

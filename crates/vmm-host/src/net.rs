@@ -56,7 +56,11 @@ fn counters_below(class: &Path, name: &str) -> io::Result<NetworkCounters> {
 
 /// The folder of an interface. A name that could lead elsewhere is no name.
 fn folder(class: &Path, name: &str) -> io::Result<PathBuf> {
-    if name.is_empty() || name.len() > MAX_INTERFACE_NAME || matches!(name, "." | "..") || name.contains(['/', '\0']) {
+    if name.is_empty()
+        || name.len() > MAX_INTERFACE_NAME
+        || matches!(name, "." | "..")
+        || name.contains(['/', '\0'])
+    {
         return Err(io::Error::new(io::ErrorKind::NotFound, format!("{name:?} is no interface name")));
     }
     Ok(class.join(name))
@@ -72,7 +76,9 @@ mod tests {
         let statistics = class.path().join("tap0/statistics");
         fs::create_dir_all(&statistics).unwrap();
         fs::write(class.path().join("tap0/tun_flags"), flags).unwrap();
-        for (counter, value) in [("tx_bytes", "10"), ("rx_bytes", "20"), ("tx_packets", "1"), ("rx_packets", "2")] {
+        for (counter, value) in
+            [("tx_bytes", "10"), ("rx_bytes", "20"), ("tx_packets", "1"), ("rx_packets", "2")]
+        {
             fs::write(statistics.join(counter), format!("{value}\n")).unwrap();
         }
         class

@@ -34,8 +34,13 @@ const MAX_DEPTH: usize = 16;
 /// What the kernel says; `InvalidInput` where a symbolic link or a file is in the way, `PermissionDenied` where a folder
 /// belongs to another user. The text names the path.
 pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
+    let runtime_dir = &tidy(runtime_dir);
     let dir = uid.run_dir(runtime_dir);
-    DirBuilder::new().recursive(true).mode(0o700).create(runtime_dir).map_err(|error| named(runtime_dir, &error))?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(runtime_dir)
+        .map_err(|error| named(runtime_dir, &error))?;
     let mut path = runtime_dir.to_path_buf();
     let mut folder = open_ours(rustix::fs::CWD, runtime_dir, &path)?;
     for name in below(&dir, runtime_dir) {
@@ -56,6 +61,7 @@ pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
 /// # Errors
 /// What the kernel says, with the path.
 pub fn remove_sockets(dir: &Path) -> io::Result<()> {
+    let dir = &tidy(dir);
     let folder = match open_ours(rustix::fs::CWD, dir, dir) {
         Ok(folder) => folder,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -69,7 +75,8 @@ pub fn remove_sockets(dir: &Path) -> io::Result<()> {
             _ => false,
         };
         if stale {
-            unlink(&folder, &name, AtFlags::empty()).map_err(|error| named(&dir.join(text(&name)), &error))?;
+            unlink(&folder, &name, AtFlags::empty())
+                .map_err(|error| named(&dir.join(text(&name)), &error))?;
         }
     }
     Ok(())
@@ -83,6 +90,7 @@ pub fn remove_sockets(dir: &Path) -> io::Result<()> {
 /// # Errors
 /// What the kernel says, with the path; `InvalidInput` where `dir` is not a run folder.
 pub fn remove(dir: &Path) -> io::Result<()> {
+    let dir = &tidy(dir);
     let Some((parent, name)) = run_folder_name(dir) else {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "not a run folder, so it is left alone");
         return Err(named(dir, &error));
@@ -125,6 +133,11 @@ fn below<'a>(dir: &'a Path, base: &Path) -> impl Iterator<Item = &'a std::ffi::O
     dir.strip_prefix(base).unwrap_or(dir).iter()
 }
 
+/// Takes slashes off the end: with one, even O_NOFOLLOW follows a link.
+fn tidy(path: &Path) -> PathBuf {
+    path.components().collect()
+}
+
 /// Takes `…/vms/<32 hexadecimal digits>` apart.
 fn run_folder_name(dir: &Path) -> Option<(&Path, &str)> {
     let parent = dir.parent()?;
@@ -147,7 +160,9 @@ fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) -> io::Result
     let owner = rustix::fs::fstat(&folder)?.st_uid;
     let ours = rustix::process::geteuid().as_raw();
     if owner != ours {
-        let message = format!("belongs to user {owner}, not to the daemon's user {ours}; remove it or change its owner");
+        let message = format!(
+            "belongs to user {owner}, not to the daemon's user {ours}; remove it or change its owner"
+        );
         return Err(named(path, &io::Error::new(io::ErrorKind::PermissionDenied, message)));
     }
     Ok(folder)
@@ -162,7 +177,8 @@ fn empty(folder: &OwnedFd, device: u64, path: &Path, depth: usize) -> io::Result
             continue;
         }
         if stat.st_dev != device || depth == 0 {
-            let message = "another file system is mounted here, or the folders nest too deep; remove it by hand";
+            let message =
+                "another file system is mounted here, or the folders nest too deep; remove it by hand";
             return Err(named(&inner, &io::Error::new(io::ErrorKind::InvalidInput, message)));
         }
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
@@ -208,4 +224,128 @@ fn text(name: &CString) -> &std::ffi::OsStr {
 
 fn named(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    const UID: &str = "01920000-0000-7000-8000-00000000000a";
+
+    fn uid() -> VmUid {
+        UID.parse().unwrap()
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::symlink_metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn what_is_made_is_ours_alone() {
+        let base = tempfile::tempdir().unwrap();
+        let runtime_dir = base.path().join("a/b");
+        let dir = create(&runtime_dir, uid()).unwrap();
+        assert_eq!(dir, runtime_dir.join("vms").join(UID.replace('-', "")));
+        for folder in [&base.path().join("a"), &runtime_dir, &runtime_dir.join("vms"), &dir] {
+            assert_eq!(mode(folder), 0o700, "{}", folder.display());
+        }
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(create(&runtime_dir.join(""), uid()).unwrap(), dir, "again");
+        assert_eq!(mode(&dir), 0o700);
+    }
+
+    #[test]
+    fn links_are_refused_everywhere() {
+        let base = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let refused = |runtime_dir: &Path| {
+            let error = create(runtime_dir, uid()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+            assert!(error.to_string().contains("symbolic link"), "{error}");
+        };
+        let link = base.path().join("runtime");
+        symlink(elsewhere.path(), &link).unwrap();
+        refused(&link);
+        refused(&link.join(""));
+        let runtime_dir = base.path().join("real");
+        fs::create_dir(&runtime_dir).unwrap();
+        symlink(elsewhere.path(), runtime_dir.join("vms")).unwrap();
+        refused(&runtime_dir);
+        fs::remove_file(runtime_dir.join("vms")).unwrap();
+        let dir = create(&runtime_dir, uid()).unwrap();
+        fs::remove_dir(&dir).unwrap();
+        symlink(elsewhere.path(), &dir).unwrap();
+        refused(&runtime_dir);
+        fs::write(elsewhere.path().join("precious"), "x").unwrap();
+        assert!(remove(&dir).is_err());
+        assert!(remove(&dir.join("")).is_err());
+        assert!(elsewhere.path().join("precious").exists());
+    }
+
+    #[test]
+    fn only_sockets_and_their_locks_go_first() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = create(base.path(), uid()).unwrap();
+        let _listener = UnixListener::bind(dir.join("api.sock")).unwrap();
+        for name in ["api.sock.lock", "log", "console"] {
+            fs::write(dir.join(name), name).unwrap();
+        }
+        fs::create_dir(dir.join("odd.lock")).unwrap();
+        remove_sockets(&dir).unwrap();
+        remove_sockets(&dir).unwrap();
+        let mut left: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["console", "log", "odd.lock"]);
+        remove_sockets(&base.path().join("none")).unwrap();
+    }
+
+    #[test]
+    fn a_folder_goes_with_its_content_and_nothing_beyond() {
+        let base = tempfile::tempdir().unwrap();
+        let precious = base.path().join("precious");
+        fs::create_dir(&precious).unwrap();
+        fs::write(precious.join("disk"), "x").unwrap();
+        let dir = create(base.path(), uid()).unwrap();
+        fs::create_dir_all(dir.join("a/b")).unwrap();
+        fs::write(dir.join("a/b/file"), "x").unwrap();
+        symlink(&precious, dir.join("a/link")).unwrap();
+        symlink(precious.join("disk"), dir.join("disk")).unwrap();
+        let _listener = UnixListener::bind(dir.join("s")).unwrap();
+        remove(&dir).unwrap();
+        assert!(!dir.exists());
+        assert!(precious.join("disk").exists());
+        remove(&dir).unwrap();
+        remove(&base.path().join("none/vms").join(UID.replace('-', ""))).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_run_folder_is_left_alone() {
+        let base = tempfile::tempdir().unwrap();
+        let hex = UID.replace('-', "");
+        let close =
+            [base.path().to_path_buf(), base.path().join("vms/short"), base.path().join("other").join(&hex)];
+        for dir in close {
+            fs::create_dir_all(&dir).unwrap();
+            assert_eq!(remove(&dir).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{}", dir.display());
+            assert!(dir.exists());
+        }
+        assert!(remove(&Path::new("vms").join(&hex)).is_err(), "relative");
+        assert!(remove(&base.path().join("vms/x/..").join(&hex)).is_err());
+    }
+
+    #[test]
+    fn a_socket_path_ends_at_107_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |length: usize| dir.path().join("x".repeat(length - dir.path().as_os_str().len() - 1));
+        let (longest, too_long) = (path(MAX_SOCKET_PATH), path(MAX_SOCKET_PATH + 1));
+        assert_eq!(socket_path_fits(&longest), Ok(()));
+        UnixListener::bind(&longest).unwrap();
+        let text = socket_path_fits(&too_long).unwrap_err();
+        assert!(text.contains("UNKEY_VMCP_RUNTIME_DIR to a path that is 1 bytes shorter"), "{text}");
+        UnixListener::bind(&too_long).unwrap_err();
+    }
 }

@@ -56,7 +56,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let watch = DirWatch::new(dir.path()).unwrap();
         let path = dir.path().join("s");
-        let (told, _listener) = tokio::join!(watch.changed(), async { tokio::net::UnixListener::bind(&path).unwrap() });
+        let (told, _listener) =
+            tokio::join!(watch.changed(), async { tokio::net::UnixListener::bind(&path).unwrap() });
         told.unwrap();
     }
 

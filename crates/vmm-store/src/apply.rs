@@ -45,8 +45,10 @@ fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
             record.vm_id, record.uid
         )));
     }
-    conn.prepare_cached("INSERT INTO vms (uid, vm_id, generation, format, record) VALUES (?1, ?2, ?3, ?4, ?5)")?
-        .execute(params![record.uid, record.vm_id, record.generation, FORMAT, record.json])?;
+    conn.prepare_cached(
+        "INSERT INTO vms (uid, vm_id, generation, format, record) VALUES (?1, ?2, ?3, ?4, ?5)",
+    )?
+    .execute(params![record.uid, record.vm_id, record.generation, FORMAT, record.json])?;
     Ok(())
 }
 
@@ -87,7 +89,9 @@ fn append(conn: &Connection, event: &EncodedEvent) -> rusqlite::Result<EventSeq>
 }
 
 fn uid_of_name(conn: &Connection, vm_id: &str) -> rusqlite::Result<Option<String>> {
-    conn.prepare_cached("SELECT uid FROM vms WHERE vm_id = ?1")?.query_row([vm_id], |row| row.get(0)).optional()
+    conn.prepare_cached("SELECT uid FROM vms WHERE vm_id = ?1")?
+        .query_row([vm_id], |row| row.get(0))
+        .optional()
 }
 
 fn generation_of(conn: &Connection, uid: &str) -> rusqlite::Result<Option<i64>> {
@@ -97,7 +101,9 @@ fn generation_of(conn: &Connection, uid: &str) -> rusqlite::Result<Option<i64>> 
 }
 
 fn name_taken(vm_id: &str, holder: &str) -> Failure {
-    let message = format!("the name {vm_id} is taken by the VM with uid {holder}. Delete that VM or choose another name");
+    let message = format!(
+        "the name {vm_id} is taken by the VM with uid {holder}. Delete that VM or choose another name"
+    );
     Failure::Refused(store_error(StoreErrorKind::NameTaken, Effect::NotApplied, message))
 }
 

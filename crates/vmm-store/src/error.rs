@@ -25,7 +25,8 @@ impl CausedBy for StoreError {
 }
 
 /// What to do about a damaged database: the end of every such message.
-pub(crate) const REMEDY: &str = "Nothing was changed. Stop the daemon and put back a backup of the whole state directory; or, to \
+pub(crate) const REMEDY: &str = "Nothing was changed. \
+     Stop the daemon and put back a backup of the whole state directory; or, to \
      begin with no VMs at all, move the database and the files that begin with its name elsewhere";
 
 /// A [`StoreErrorKind::Corrupt`] that tells of `finding` in the database at `path`.

@@ -15,9 +15,9 @@
 //! ```
 //!
 //! A commit is answered after SQLite has forced it to the disk (`synchronous=FULL`). Commits that wait while the disk works
-//! share the next transaction ([`writer`]), each behind a savepoint of its own, so that one that is refused takes nobody along.
-//! What is refused at opening, and why nothing is ever repaired or recreated in silence, is told in [`open`]; the tables in
-//! [`schema`]; how a record becomes a row in [`codec`].
+//! share the next transaction (`writer.rs`), each behind a savepoint of its own, so that one that is refused takes nobody
+//! along. What is refused at opening, and why nothing is ever repaired or recreated in silence, is told in `open.rs`; the
+//! tables in `schema.rs`; how a record becomes a row in `codec.rs`.
 
 mod apply;
 mod checkpoint;
@@ -203,7 +203,9 @@ impl Drop for SqliteStore {
 fn join(workers: &Mutex<Vec<Worker>>) -> bool {
     let deadline = Instant::now() + CLOSE_WITHIN;
     let workers = std::mem::take(&mut *workers.lock().unwrap_or_else(PoisonError::into_inner));
-    workers.into_iter().fold(true, |ended, worker| worker.join_until(deadline) && ended)
+    // All of them, also after one that is late: the others may still have something to say.
+    let late = workers.into_iter().filter_map(|worker| (!worker.join_until(deadline)).then_some(())).count();
+    late == 0
 }
 
 fn closed(effect: Effect) -> StoreError {

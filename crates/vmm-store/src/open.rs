@@ -108,7 +108,10 @@ fn create(path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
     if std::fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
         return Err(corrupt(
             path,
-            format_args!("it has gone, but its log {} is still there and holds what it did last", log.display()),
+            format_args!(
+                "it has gone, but its log {} is still there and holds what it did last",
+                log.display()
+            ),
         ));
     }
     let draft = with_suffix(path, ".new");
@@ -171,8 +174,9 @@ fn check(conn: &Connection, path: &Path, migrations: &[Migration]) -> Result<(),
         return Err(corrupt(path, "it is an SQLite database, but bears another program's mark"));
     }
     schema::refuse_newer(conn, path, migrations)?;
-    let finding: String =
-        conn.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(|error| unusable(path, error))?;
+    let finding: String = conn
+        .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
+        .map_err(|error| unusable(path, error))?;
     if finding == "ok" { Ok(()) } else { Err(corrupt(path, finding.trim().replace('\n', "; "))) }
 }
 
@@ -226,4 +230,41 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_connection_forces_its_commits_to_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let opened = open(dir.path(), schema::MIGRATIONS).unwrap();
+        for conn in [&opened.writer, &opened.reader, &opened.checkpointer] {
+            let number = |name| conn.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).unwrap();
+            assert_eq!(number("synchronous"), 2, "FULL");
+            assert_eq!(number("foreign_keys"), 1);
+            assert_eq!(number("wal_autocheckpoint"), 0);
+            assert_eq!(number("busy_timeout"), 5_000);
+            assert_eq!(number("application_id"), i64::from(APPLICATION_ID));
+            let mode: String = conn.pragma_query_value(None, "journal_mode", |row| row.get(0)).unwrap();
+            assert_eq!(mode, "wal");
+        }
+        opened.reader.execute("DELETE FROM events", []).unwrap_err();
+    }
+
+    #[test]
+    fn an_older_database_is_upgraded_when_it_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let instance = open(dir.path(), schema::MIGRATIONS).unwrap().instance;
+        let last = schema::MIGRATIONS.last().unwrap().to;
+        let mut steps = schema::MIGRATIONS.to_vec();
+        steps.push(Migration { to: last + 1, what: "a test", sql: "CREATE TABLE later (x TEXT) STRICT;" });
+        let opened = open(dir.path(), &steps).unwrap();
+        assert_eq!(opened.instance, instance);
+        opened.writer.execute("INSERT INTO later VALUES ('x')", []).unwrap();
+        drop(opened);
+        let error = open(dir.path(), schema::MIGRATIONS).unwrap_err();
+        assert_eq!(error.kind, StoreErrorKind::Newer);
+    }
 }

@@ -32,7 +32,11 @@ pub(crate) const MIGRATIONS: &[Migration] =
     &[Migration { to: 1, what: "the first tables", sql: include_str!("schema/v1.sql") }];
 
 /// Refuses a database of a version that `migrations` do not know. Reads only.
-pub(crate) fn refuse_newer(conn: &Connection, path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
+pub(crate) fn refuse_newer(
+    conn: &Connection,
+    path: &Path,
+    migrations: &[Migration],
+) -> Result<(), StoreError> {
     let found = version(conn, path)?;
     let known = migrations.last().map_or(0, |step| step.to);
     if (0..=known).contains(&found) {
@@ -83,7 +87,11 @@ mod tests {
 
     const PATH: &str = "test.db";
     const STEPS: &[Migration] = &[
-        Migration { to: 1, what: "one", sql: "CREATE TABLE a (x TEXT) STRICT; INSERT INTO a VALUES ('kept');" },
+        Migration {
+            to: 1,
+            what: "one",
+            sql: "CREATE TABLE a (x TEXT) STRICT; INSERT INTO a VALUES ('kept');",
+        },
         Migration { to: 2, what: "two", sql: "ALTER TABLE a ADD COLUMN y INTEGER NOT NULL DEFAULT 7;" },
         Migration { to: 5, what: "three", sql: "CREATE INDEX a_y ON a (y); UPDATE a SET y = y + 1;" },
     ];

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   wait for a job ─► take all that wait ─► BEGIN ─► each in a SAVEPOINT ─► COMMIT ─► answer each
-//!         ▲                                   │           refused: undone,     │
-//!         │                                   │           the others go on     ├─ no room: nothing applied;
-//!         └── one step of expiry, if asked ◄──┴─ failed: each once more, ◄─────┘  each once more, alone
-//!                                                alone                         └─ disk failed: settle
+//!         ▲                                          │ refused: undone,     │
+//!         │                                          │ the others go on     ├─ no room: nothing was applied,
+//!         │                                          │                      │  so each once more, alone
+//!         └── a step of expiry, if asked             └─ failed: each once   └─ the disk failed: settle
+//!                                                       more, alone
 //! ```
 //!
 //! **Settling.** When the disk fails during a COMMIT, SQLite rolls back, but the end of the transaction may have reached the
@@ -107,7 +108,8 @@ impl Writer {
     /// Takes all commits that wait, and waits for a job if nothing else is to be done. `None` is the end.
     fn next_group(&mut self, jobs: &mut mpsc::Receiver<Job>) -> Option<Vec<Waiting>> {
         let mut group = Vec::new();
-        let mut next = if self.expiries.is_empty() { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
+        let mut next =
+            if self.expiries.is_empty() { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
         while let Some(job) = next {
             match job {
                 Job::Commit { commit, reply } => group.push(Waiting { commit, reply }),
@@ -142,8 +144,10 @@ impl Writer {
     }
 
     fn try_group(&mut self, group: &[Waiting]) -> Result<Vec<Outcome>, Broken> {
-        let mut transaction =
-            self.conn.transaction_with_behavior(TransactionBehavior::Immediate).map_err(Broken::NotApplied)?;
+        let mut transaction = self
+            .conn
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .map_err(Broken::NotApplied)?;
         let mut outcomes = Vec::with_capacity(group.len());
         let mut proof = None;
         for Waiting { commit, .. } in group {
@@ -238,5 +242,69 @@ impl Writer {
 fn answer(group: Vec<Waiting>, outcomes: Vec<Outcome>) {
     for (waiting, outcome) in group.into_iter().zip(outcomes) {
         let _ = waiting.reply.send(outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{codec, open, schema};
+    use vmm_core::store::StoreErrorKind;
+    use vmm_testkit::store_suite::{insert, next, record, remove, update};
+
+    fn waiting(commit: vmm_core::store::Commit) -> Waiting {
+        let (reply, _) = oneshot::channel();
+        Waiting { commit: codec::encode(commit).unwrap(), reply }
+    }
+
+    fn writer(dir: &std::path::Path) -> Writer {
+        let opened = open::open(dir, schema::MIGRATIONS).unwrap();
+        Writer::new(opened.writer, opened.path, checkpoint::channel().0).unwrap()
+    }
+
+    #[test]
+    fn one_that_is_refused_takes_nobody_of_its_group_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = writer(dir.path());
+        let (a, rival, b) = (record("a"), record("a"), record("b"));
+        let group = [
+            insert(&a),
+            insert(&rival),
+            insert(&b),
+            update(&next(&next(&b))),
+            update(&next(&b)),
+            remove(&a),
+            insert(&rival),
+        ];
+        let outcomes = writer.try_group(&group.map(waiting)).unwrap();
+        let told: Vec<_> =
+            outcomes.iter().map(|o| o.as_ref().map(|s| s.unwrap().0).map_err(|e| e.kind)).collect();
+        let (taken, conflict) = (Err(StoreErrorKind::NameTaken), Err(StoreErrorKind::Conflict));
+        assert_eq!(told, [Ok(1), taken, Ok(2), conflict, Ok(3), Ok(4), Ok(5)]);
+    }
+
+    #[test]
+    fn settling_tells_what_was_applied_from_what_was_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = writer(dir.path());
+        let (vm, other) = (record("vm"), record("other"));
+        writer.try_group(&[waiting(insert(&vm))]).unwrap();
+        let uid = |vm: &vmm_core::store::VmRecord| vm.uid.to_string();
+        let proofs = [
+            (Proof::Event(EventSeq(1)), true),
+            (Proof::Event(EventSeq(2)), false),
+            (Proof::Generation(uid(&vm), 1), true),
+            (Proof::Generation(uid(&vm), 2), false),
+            (Proof::Gone(uid(&other)), true),
+            (Proof::Gone(uid(&vm)), false),
+        ];
+        for (proof, applied) in &proofs {
+            assert_eq!(writer.settle(Some(proof)).unwrap(), *applied, "{proof:?}");
+        }
+        let settled: String = writer
+            .conn
+            .query_row("SELECT value FROM meta WHERE key = 'settled'", [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(settled, proofs.len().to_string());
     }
 }

@@ -213,8 +213,10 @@ pub async fn everything_survives_reopening(place: &impl Place) {
     assert_eq!(after.vms, [changed, b.clone()]);
     assert_eq!(after.instance, before.instance);
     assert_eq!(after.last_event, EventSeq(2));
-    let expected =
-        [VmEvent { seq: EventSeq(1), event: event(&b, 0) }, VmEvent { seq: EventSeq(2), event: event(&a, 0) }];
+    let expected = [
+        VmEvent { seq: EventSeq(1), event: event(&b, 0) },
+        VmEvent { seq: EventSeq(2), event: event(&a, 0) },
+    ];
     assert_eq!(all_events(&*store).await, expected);
 }
 
@@ -241,7 +243,7 @@ pub async fn a_name_belongs_to_one_living_vm(place: &impl Place) {
     commit(&*store, insert(&first)).await;
     assert_refused(store.commit(insert(&second)).await, StoreErrorKind::NameTaken);
     assert_refused(store.commit(insert(&first)).await, StoreErrorKind::NameTaken);
-    assert_eq!(load(&*store).await.vms, [first.clone()]);
+    assert_eq!(load(&*store).await.vms, std::slice::from_ref(&first));
     assert_eq!(places(&*store).await, [1], "a refused commit leaves no event");
     commit(&*store, insert(&other)).await;
     commit(&*store, remove(&first)).await;
@@ -280,7 +282,7 @@ pub async fn an_update_needs_the_generation_before(place: &impl Place) {
     assert_refused(store.commit(update(&third)).await, StoreErrorKind::Conflict);
     commit(&*store, update(&second)).await;
     assert_refused(store.commit(update(&second)).await, StoreErrorKind::Conflict);
-    assert_eq!(load(&*store).await.vms, [second.clone()]);
+    assert_eq!(load(&*store).await.vms, std::slice::from_ref(&second));
     commit(&*store, remove(&second)).await;
     assert_refused(store.commit(update(&third)).await, StoreErrorKind::Conflict);
     assert!(load(&*store).await.vms.is_empty());
@@ -292,10 +294,10 @@ pub async fn of_many_updates_to_a_generation_one_wins(place: &impl Place) {
     let store = place.open().await;
     let vm = record("vm");
     commit(&*store, insert(&vm)).await;
-    let rivals: Vec<VmRecord> =
-        (0..16).map(|at| VmRecord { modified_ms: 1_000 + at, ..next(&vm) }).collect();
+    let rivals: Vec<VmRecord> = (0..16).map(|at| VmRecord { modified_ms: 1_000 + at, ..next(&vm) }).collect();
     let results = race(&store, rivals.iter().map(update).collect()).await;
-    let won: Vec<&VmRecord> = rivals.iter().zip(&results).filter(|(_, r)| r.is_ok()).map(|(v, _)| v).collect();
+    let won: Vec<&VmRecord> =
+        rivals.iter().zip(&results).filter(|(_, r)| r.is_ok()).map(|(v, _)| v).collect();
     assert_eq!(load(&*store).await.vms.iter().collect::<Vec<_>>(), won);
     for result in results.into_iter().filter(Result::is_err) {
         assert_refused(result, StoreErrorKind::Conflict);

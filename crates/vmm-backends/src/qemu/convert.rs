@@ -25,6 +25,8 @@ use super::client::RebootAction;
 pub const QMP_SOCKET: &str = "qmp.sock";
 /// The console socket's name in the run folder.
 pub const CONSOLE_SOCKET: &str = "console.sock";
+/// The process id file's name in the run folder.
+const PID_FILE: &str = "qemu.pid";
 /// The key of `boot_options` that picks the machine.
 pub const MACHINE_KEY: &str = "qemu.machine";
 /// The key of `cpu.features` that picks the CPU model.
@@ -380,6 +382,8 @@ fn console(line: &mut Line, inputs: &Inputs<'_>) {
 fn control(line: &mut Line, inputs: &Inputs<'_>) {
     line.option("-chardev", chardev_socket("qmp", &inputs.dir.join(QMP_SOCKET)));
     line.option("-mon", "chardev=qmp,mode=control");
+    // Names the run folder as it is, with single commas: by that the process is found when its record was lost.
+    line.option("-pidfile", inputs.dir.join(PID_FILE));
     let reboot = reboot_action(inputs.spec).as_str();
     line.option("-action", format!("reboot={reboot},shutdown=poweroff,panic=shutdown"));
 }

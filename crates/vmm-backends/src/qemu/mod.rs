@@ -1,1 +1,173 @@
-//! Being written.
+//! QEMU: one process per VM, spoken to over QMP.
+//!
+//! ```text
+//!   QemuBackend ── check ──► Report                                convert, check: pure
+//!      │ launch: start, connect, cont          adopt: prove, connect
+//!      ▼                                         ▼
+//!   QemuVmm ── Link ── Qmp ──► qmp.sock ──► qemu-system-x86_64 ──► console.sock + console log
+//!   Watch ◄── events ──┘                            │
+//!      └──────────────── pidfd ◄────────────────────┘
+//! ```
+//!
+//! QEMU is started with its guest stopped and is told `cont` once its events are listened to, so that nothing a guest does goes
+//! unseen. A guest's reset and power-off are told apart by QEMU's own words, not by an exit status.
+
+mod adopt;
+mod binary;
+mod check;
+pub mod client;
+pub mod convert;
+mod images;
+mod link;
+pub mod qmp;
+mod resets;
+mod start;
+mod vmm;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
+    LaunchRequest, Launched, SweepRequest,
+};
+use vmm_core::id::BackendName;
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+
+use binary::Binary;
+use convert::Accelerator;
+
+/// The name by which clients pick this backend.
+pub const NAME: &str = "qemu";
+
+/// Whether guests run on the host's own CPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvmMode {
+    /// Where `/dev/kvm` can be opened and the CPU shows `vmx` or `svm`; a KVM in software is slower than emulation.
+    #[default]
+    Auto,
+    /// Always: without it the backend cannot serve.
+    On,
+    /// Never.
+    Off,
+}
+
+/// How QEMU is used.
+#[derive(Clone, Debug)]
+pub struct QemuOptions {
+    /// The program: a name, looked up on PATH, or a path.
+    pub binary: PathBuf,
+    /// Whether KVM is used.
+    pub kvm: KvmMode,
+}
+
+impl Default for QemuOptions {
+    fn default() -> Self {
+        Self { binary: PathBuf::from("qemu-system-x86_64"), kvm: KvmMode::Auto }
+    }
+}
+
+/// The QEMU backend.
+#[derive(Debug)]
+pub struct QemuBackend {
+    binary: Binary,
+    kvm: KvmMode,
+    accelerator: Accelerator,
+    capabilities: Capabilities,
+}
+
+impl QemuBackend {
+    /// Makes the backend. What [`KvmMode::Auto`] means is decided here, once.
+    pub fn new(options: QemuOptions) -> Self {
+        let accelerator = match options.kvm {
+            KvmMode::On => Accelerator::Kvm,
+            KvmMode::Off => Accelerator::Tcg,
+            KvmMode::Auto => {
+                let hardware = vmm_host::kvm::hardware_virtualisation();
+                if hardware && vmm_host::kvm::kvm_usable().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg }
+            }
+        };
+        Self {
+            binary: Binary::new(options.binary),
+            kvm: options.kvm,
+            accelerator,
+            capabilities: capabilities(accelerator),
+        }
+    }
+
+    fn kvm_as_ordered(&self) -> Result<(), String> {
+        match self.kvm {
+            KvmMode::On => vmm_host::kvm::kvm_usable()
+                .map_err(|problem| format!("UNKEY_VMCP_QEMU_KVM is true, but {problem}")),
+            KvmMode::Auto | KvmMode::Off => Ok(()),
+        }
+    }
+}
+
+fn capabilities(accelerator: Accelerator) -> Capabilities {
+    let facts = [
+        ("accelerator", accelerator.as_str()),
+        ("console", "serial, with input"),
+        ("disk-formats", "raw, qcow2"),
+        ("disk-rate-limits", "yes"),
+        ("guest-power-off", "ends the run"),
+        ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
+        ("machines", "q35, microvm"),
+        ("network-rate-limits", "no"),
+        ("reboot", "in place; a new process on q35 where restart_policy is NEVER"),
+        ("shutdown", "ACPI power button"),
+    ];
+    let limits = [
+        ("max-disks", check::MAX_Q35_DEVICES as i64),
+        ("max-microvm-devices", check::MAX_MICROVM_DEVICES as i64),
+        ("max-network-interfaces", check::MAX_Q35_DEVICES as i64),
+        ("max-vcpus", i64::from(check::MAX_VCPUS)),
+    ];
+    Capabilities {
+        name: BackendName::new(NAME),
+        endpoint_mode: "managed",
+        default_restart_mode: convert::DEFAULT_RESTART,
+        facts: facts.into_iter().map(|(name, fact)| (name, fact.to_owned())).collect(),
+        limits: BTreeMap::from(limits),
+    }
+}
+
+#[async_trait]
+impl Backend for QemuBackend {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        check::check(spec, self.accelerator)
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        let refused = |kind, message| BackendError::new(kind, Effect::NotApplied, message);
+        let (program, _) =
+            self.binary.usable().await.map_err(|why| refused(BackendErrorKind::NotInstalled, why))?;
+        self.kvm_as_ordered().map_err(|why| refused(BackendErrorKind::Host, why))?;
+        start::launch(program, self.accelerator, request).await
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        Ok(adopt::adopt(request, self.binary.names(), self.accelerator).await)
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        let names = self.binary.names();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        crate::launch::sweep(&request.dir, &names).await
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        let version = match self.binary.usable().await {
+            Ok((_, version)) => self.kvm_as_ordered().map(|()| version.to_string()),
+            Err(why) => Err(why),
+        };
+        BackendHealth { version }
+    }
+}

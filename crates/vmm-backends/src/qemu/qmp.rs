@@ -180,7 +180,7 @@ impl Shared {
 }
 
 impl Qmp {
-    /// Connects to the socket at `path`, waits for the greeting and enters command mode, all within `deadline`.
+    /// Connects to the socket at `path`, waits for the greeting and enters command mode, each within `deadline`.
     ///
     /// Events go to `events`; one that finds no room there is dropped, with a warning in the log.
     ///
@@ -192,16 +192,33 @@ impl Qmp {
         deadline: Duration,
         events: mpsc::Sender<QmpEvent>,
     ) -> Result<Self, QmpError> {
-        let connecting = async {
-            let stream = UnixStream::connect(path).await.map_err(QmpError::Connect)?;
-            let qmp = Self::handshake(stream, events).await?;
+        let connecting = UnixStream::connect(path);
+        match timeout(deadline, connecting).await {
+            Ok(Ok(stream)) => Self::over(stream, deadline, events).await,
+            Ok(Err(error)) => Err(QmpError::Connect(error)),
+            Err(_) => Err(QmpError::NoGreeting(deadline)),
+        }
+    }
+
+    /// Waits for the greeting on a fresh connection and enters command mode, within `deadline`. Events as in [`Qmp::connect`].
+    ///
+    /// # Errors
+    ///
+    /// [`QmpError::NoGreeting`], or what the connection died of.
+    pub async fn over(
+        stream: UnixStream,
+        deadline: Duration,
+        events: mpsc::Sender<QmpEvent>,
+    ) -> Result<Self, QmpError> {
+        let entering = async {
+            let qmp = Self::greeted(stream, events).await?;
             qmp.execute_within("qmp_capabilities", Value::Null, deadline).await?;
             Ok(qmp)
         };
-        timeout(deadline, connecting).await.unwrap_or(Err(QmpError::NoGreeting(deadline)))
+        timeout(deadline, entering).await.unwrap_or(Err(QmpError::NoGreeting(deadline)))
     }
 
-    async fn handshake(stream: UnixStream, events: mpsc::Sender<QmpEvent>) -> Result<Self, QmpError> {
+    async fn greeted(stream: UnixStream, events: mpsc::Sender<QmpEvent>) -> Result<Self, QmpError> {
         let peer_pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let (read, write) = stream.into_split();
         let mut lines = Lines::new(read);

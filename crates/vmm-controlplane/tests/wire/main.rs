@@ -1,6 +1,10 @@
 //! The wire, from outside: a server on a loopback port, spoken to in raw HTTP and with the generated clients.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, which clippy does not take for tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests, which clippy does not take for tests"
+)]
 
 mod connections;
 mod http_client;

@@ -1,6 +1,6 @@
 //! The other protocols on the same port: gRPC, gRPC-Web, Connect over HTTP/2, health and reflection.
 
-use connectrpc::client::{ClientConfig, HttpClient, SharedHttp2Connection};
+use connectrpc::client::{ClientConfig, Http2Connection, HttpClient};
 use connectrpc::{CodecFormat, ConnectError, ErrorCode, Protocol};
 use connectrpc_health::HealthClient;
 use connectrpc_health::wire::{HealthCheckRequest, ServingStatus};
@@ -112,9 +112,7 @@ async fn an_oversized_message_is_resource_exhausted_on_every_protocol() {
 #[tokio::test]
 async fn the_health_service_says_what_it_is_told() {
     let server = TestServer::start().await;
-    let connection = SharedHttp2Connection::from(
-        connectrpc::client::Http2Connection::lazy_plaintext(server.uri()).shared(8),
-    );
+    let connection = Http2Connection::lazy_plaintext(server.uri()).shared(8);
     let client = HealthClient::new(connection, ClientConfig::new(server.uri()).with_protocol(Protocol::Grpc));
     let ask = |service: &str| HealthCheckRequest { service: service.into(), ..Default::default() };
     for service in ["", VM_SERVICE_SERVICE_NAME, "grpc.health.v1.Health"] {

@@ -53,9 +53,7 @@ pub fn adopt(identity: &ProcessIdentity) -> Lookup {
     }
     match watch_exit(pidfd, identity) {
         Ok(process) => Lookup::Alive(process),
-        Err(error) => {
-            Lookup::Unprovable(format!("process {} cannot be watched: {error}", identity.pid))
-        }
+        Err(error) => Lookup::Unprovable(format!("process {} cannot be watched: {error}", identity.pid)),
     }
 }
 
@@ -66,7 +64,11 @@ fn prove(identity: &ProcessIdentity, pidfd: &OwnedFd) -> io::Result<bool> {
         Ok(_) => Ok(!has_ended(pidfd)?),
         // Reaped in between, or hidden from us by a /proc mounted with hidepid: only the pidfd knows which.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            if has_ended(pidfd)? { Ok(false) } else { Err(error) }
+            if has_ended(pidfd)? {
+                Ok(false)
+            } else {
+                Err(error)
+            }
         }
         Err(error) => Err(error),
     }

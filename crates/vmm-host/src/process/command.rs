@@ -17,6 +17,7 @@ use tracing::Instrument;
 use vmm_core::store::ProcessIdentity;
 
 use super::{Process, ProcessExit, Signal, boot_id, procfs};
+use crate::ready;
 
 /// What a child may know of the daemon's environment. Everything else, secrets included, stays here.
 const ENVIRONMENT: [&str; 7] = ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"];
@@ -181,16 +182,26 @@ fn identify(child: &Child, boot_id: String) -> io::Result<(ProcessIdentity, Owne
 fn reap(mut child: Child, identity: ProcessIdentity, pidfd: OwnedFd) -> Process {
     let (ended, exit) = watch::channel(None);
     let pid = identity.pid;
+    let pidfd = Arc::new(pidfd);
+    let watched = Arc::clone(&pidfd);
     let task = async move {
-        match child.wait().await {
-            Ok(status) => {
-                ended.send_replace(Some(ProcessExit::from(status)));
+        let exit = match child.wait().await {
+            Ok(status) => ProcessExit::from(status),
+            // Somebody else reaped it, or will: a daemon that was started with SIGCHLD ignored has its children reaped by
+            // the kernel. The pidfd still tells when.
+            Err(error) => {
+                tracing::warn!(%error, "the exit status of a process cannot be read");
+                if let Err(error) = ready::wait_readable(watched).await {
+                    tracing::error!(%error, "a process can no longer be watched");
+                    return;
+                }
+                ProcessExit::UNKNOWN
             }
-            Err(error) => tracing::error!(%error, "the process can no longer be waited for"),
-        }
+        };
+        ended.send_replace(Some(exit));
     };
     tokio::spawn(task.instrument(tracing::debug_span!("child process", pid)));
-    Process::new(identity, Arc::new(pidfd), exit)
+    Process::new(identity, pidfd, exit)
 }
 
 /// Opens a regular file to append to. Appending keeps offsets true where the file is cut or punched meanwhile.

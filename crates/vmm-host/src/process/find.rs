@@ -106,7 +106,14 @@ mod tests {
         ] {
             assert!(mentions(yes.as_bytes(), needle), "{yes}");
         }
-        for no in ["", "/run/vmm/vms/0", "/run/vmm/vms/0ab", "/run/vmm/vms/0a.old", "/mnt/run/vmm/vms/0a", "run/vmm/vms/0a"] {
+        for no in [
+            "",
+            "/run/vmm/vms/0",
+            "/run/vmm/vms/0ab",
+            "/run/vmm/vms/0a.old",
+            "/mnt/run/vmm/vms/0a",
+            "run/vmm/vms/0a",
+        ] {
             assert!(!mentions(no.as_bytes(), needle), "{no}");
         }
     }

@@ -19,6 +19,8 @@ mod command;
 mod exit;
 mod find;
 mod procfs;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -58,7 +60,9 @@ pub enum KillError {
         source: io::Error,
     },
     /// It was killed, and is still there.
-    #[error("process {pid} was killed but is still there after {after:?}; it probably waits for a device of the host")]
+    #[error(
+        "process {pid} was killed but is still there after {after:?}; it probably waits for a device of the host"
+    )]
     StillThere {
         /// The process.
         pid: u32,
@@ -90,6 +94,12 @@ impl Process {
     /// The exit, if the process has ended.
     pub fn exit(&self) -> Option<ProcessExit> {
         *self.exit.borrow()
+    }
+
+    /// Says whether the process has ended by now, be it that its exit is not known yet.
+    pub fn has_ended(&self) -> bool {
+        // A pidfd that cannot be asked proves nothing.
+        self.exit().is_some() || has_ended(&*self.pidfd).unwrap_or(false)
     }
 
     /// Waits until the process has ended. May be cancelled, and called by many at once.

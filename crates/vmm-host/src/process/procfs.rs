@@ -134,7 +134,9 @@ mod tests {
 
     #[test]
     fn what_is_cut_short_is_refused() {
-        for text in [&b""[..], b"42 (a", b"42 (a) S 1 2", b"42 (a) S 1 42 42 0 -1 4 100 0 0 0 x 5 0 0 20 0 1 0 1 2 3"] {
+        for text in
+            [&b""[..], b"42 (a", b"42 (a) S 1 2", b"42 (a) S 1 42 42 0 -1 4 100 0 0 0 x 5 0 0 20 0 1 0 1 2 3"]
+        {
             assert_eq!(parse_stat(text), None, "{:?}", String::from_utf8_lossy(text));
         }
     }

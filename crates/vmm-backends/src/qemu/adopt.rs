@@ -1,0 +1,122 @@
+//! Finding the QEMU of an earlier run again.
+
+use std::path::PathBuf;
+
+use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause};
+use vmm_core::store::{ProcessIdentity, RunRecord};
+use vmm_host::process::{self, Found, Lookup, Process};
+
+use super::binary::is_named;
+use super::convert::{Accelerator, Machine, QMP_SOCKET, reboot_action};
+use super::start::{Parts, now_ms};
+
+/// Looks for the QEMU that `request` means, among programs called one of `names`. Kills nothing.
+pub(super) async fn adopt(
+    request: AdoptRequest,
+    names: Vec<String>,
+    accelerator: Accelerator,
+) -> Adoption {
+    let (identity, run) = match &request.run {
+        Some(run) => (run.process.clone(), run.clone()),
+        None => match find(&request, names).await {
+            Ok(Some(found)) => (found.identity.clone(), reconstructed(&request, &found, accelerator)),
+            Ok(None) => return gone("no QEMU uses the run folder"),
+            Err((reason, message)) => return Adoption::Unreachable { reason, message, launched: None },
+        },
+    };
+    match process::adopt(&identity) {
+        Lookup::Gone => gone(&gone_because(&identity)),
+        Lookup::Unprovable(message) => {
+            Adoption::Unreachable { reason: "identity-unproven", message, launched: None }
+        }
+        Lookup::Alive(process) => take_over(request, process, run).await,
+    }
+}
+
+fn gone(message: &str) -> Adoption {
+    Adoption::Gone { exit: Exit { cause: ExitCause::Unknown, message: message.to_owned() } }
+}
+
+fn gone_because(identity: &ProcessIdentity) -> String {
+    match process::boot_id() {
+        Ok(boot) if boot != identity.boot_id => "the host has been booted since".to_owned(),
+        Ok(_) | Err(_) => format!("QEMU (process {}) ended while nobody watched", identity.pid),
+    }
+}
+
+/// Connects to a QEMU that is proven the right one.
+async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) -> Adoption {
+    let spec = &request.spec;
+    let machine = if run.machine == Machine::Microvm.as_str() { Machine::Microvm } else { Machine::Q35 };
+    let taps = spec.nics.iter().enumerate().map(|(index, nic)| {
+        nic.tap.clone().unwrap_or_else(|| request.uid.tap_name(index))
+    });
+    let parts = Parts::of_running(process.clone(), &request.dir, machine, taps.collect());
+    let asked = async {
+        let qmp = parts.link.connect().await?;
+        // A daemon that died in the middle of a reset may have left the other action.
+        qmp.set_reboot_action(reboot_action(spec)).await?;
+        Ok::<_, vmm_core::backend::BackendError>((qmp.version(), qmp.query_status().await?.guest_state()))
+    };
+    match asked.await {
+        Ok((version, guest)) => {
+            run.version = version.to_string();
+            let runs = guest == vmm_core::backend::GuestState::Running;
+            Adoption::Alive { launched: parts.assemble(request.uid, run, spec, runs), guest }
+        }
+        Err(error) => match process.exit() {
+            Some(_) => gone(&gone_because(process.identity())),
+            None => Adoption::Unreachable {
+                reason: "vmm-does-not-answer",
+                message: error.message,
+                launched: Some(parts.assemble(request.uid, run, spec, true)),
+            },
+        },
+    }
+}
+
+/// Finds the QEMU that uses the run folder.
+async fn find(request: &AdoptRequest, names: Vec<String>) -> Result<Option<Found>, (&'static str, String)> {
+    let dir = request.dir.clone();
+    let users = tokio::task::spawn_blocking(move || process::find_by_argument(&dir)).await;
+    let users = match users {
+        Ok(Ok(users)) => users,
+        Ok(Err(error)) => return Err(("processes-hidden", format!("the host's processes cannot be listed: {error}"))),
+        Err(error) => return Err(("processes-hidden", error.to_string())),
+    };
+    let mut ours = users.into_iter().filter(|user| is_named(&names, user.program_name()));
+    let Some(found) = ours.next() else { return Ok(None) };
+    if let Some(other) = ours.next() {
+        return Err((
+            "several-vmms",
+            format!("processes {} and {} both use the run folder", found.identity.pid, other.identity.pid),
+        ));
+    }
+    if found.exe.is_none() {
+        return Err((
+            "identity-unproven",
+            format!("process {} uses the run folder, but its program is hidden from the daemon's user", found.identity.pid),
+        ));
+    }
+    Ok(Some(found))
+}
+
+/// The record of a run whose launch was interrupted before it was recorded.
+fn reconstructed(request: &AdoptRequest, found: &Found, configured: Accelerator) -> RunRecord {
+    let after = |flag: &str| {
+        let mut args = found.args.iter().skip_while(|arg| arg.as_os_str() != flag);
+        args.nth(1).map(|value| value.to_string_lossy().into_owned())
+    };
+    let machine = Machine::of(&request.spec).unwrap_or(Machine::Q35);
+    let socket: PathBuf = request.dir.join(QMP_SOCKET);
+    RunRecord {
+        process: found.identity.clone(),
+        socket,
+        version: String::new(),
+        accelerator: after("-accel").unwrap_or_else(|| configured.as_str().to_owned()),
+        machine: machine.as_str().to_owned(),
+        // Nobody wrote down when it began; the launch was under way when the daemon ended.
+        started_ms: now_ms(),
+        claims: Vec::new(),
+    }
+}

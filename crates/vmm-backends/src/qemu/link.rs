@@ -1,0 +1,111 @@
+//! The connection of one VM's handle to its QEMU, made again when it is lost.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tracing::{debug, info};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+
+use super::qmp::{Qmp, QmpError, QmpEvent};
+
+/// How long a connection may take, the greeting included.
+pub(super) const CONNECTING: Duration = Duration::from_secs(2);
+/// The first and the longest pause between attempts to connect again.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// The place of the connection: there is one, or there is none for now.
+#[derive(Debug)]
+pub(super) struct Link {
+    socket: PathBuf,
+    /// The process that must listen there.
+    pid: u32,
+    events: mpsc::Sender<QmpEvent>,
+    current: Mutex<Option<Arc<Qmp>>>,
+}
+
+impl Link {
+    pub(super) fn new(socket: PathBuf, pid: u32, events: mpsc::Sender<QmpEvent>) -> Self {
+        Self { socket, pid, events, current: Mutex::new(None) }
+    }
+
+    /// Takes a connection into use.
+    pub(super) fn set(&self, qmp: Qmp) -> Result<Arc<Qmp>, BackendError> {
+        // A pid of 0 is one of another namespace, which proves nothing.
+        let listener = qmp.peer_pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+        if let Some(listener) = listener
+            && listener != self.pid
+        {
+            return Err(BackendError::new(
+                BackendErrorKind::Unreachable,
+                Effect::NotApplied,
+                format!(
+                    "process {listener} listens on {}, not the VM's QEMU ({}); nothing was sent to it",
+                    self.socket.display(),
+                    self.pid
+                ),
+            ));
+        }
+        let qmp = Arc::new(qmp);
+        *self.slot() = Some(Arc::clone(&qmp));
+        Ok(qmp)
+    }
+
+    /// The connection.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendErrorKind::Unreachable`] while there is none.
+    pub(super) fn get(&self) -> Result<Arc<Qmp>, BackendError> {
+        self.slot().clone().ok_or_else(|| {
+            BackendError::new(
+                BackendErrorKind::Unreachable,
+                Effect::NotApplied,
+                format!(
+                    "QEMU's socket {} is not connected; it is tried again every few seconds",
+                    self.socket.display()
+                ),
+            )
+        })
+    }
+
+    /// Connects once, within [`CONNECTING`].
+    pub(super) async fn connect(&self) -> Result<Arc<Qmp>, BackendError> {
+        let qmp = Qmp::connect(&self.socket, CONNECTING, self.events.clone()).await;
+        self.set(qmp.map_err(|error: QmpError| BackendError::from(error))?)
+    }
+
+    /// Waits until the connection is lost, and then until there is one again. May be cancelled.
+    pub(super) async fn restored(&self) -> Arc<Qmp> {
+        let current = self.slot().clone();
+        if let Some(qmp) = current {
+            qmp.closed().await;
+            *self.slot() = None;
+        }
+        let mut pause = PAUSES.0;
+        loop {
+            tokio::time::sleep(pause).await;
+            match self.connect().await {
+                Ok(qmp) => {
+                    info!(pid = self.pid, "connected to QEMU again");
+                    return qmp;
+                }
+                Err(error) => debug!(pid = self.pid, %error, "QEMU cannot be connected to"),
+            }
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
+    /// Waits until the present connection, if there is one, has ended and all its events have been handed out.
+    pub(super) async fn drained(&self) {
+        let current = self.slot().clone();
+        if let Some(qmp) = current {
+            qmp.closed().await;
+        }
+    }
+
+    fn slot(&self) -> std::sync::MutexGuard<'_, Option<Arc<Qmp>>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,203 @@
+//! The handle of one run in QEMU.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::{Mutex, MutexGuard};
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, NetworkCounters, Reset, Sample, Vmm,
+};
+use vmm_core::state::EndedBy;
+use vmm_core::store::RunRecord;
+use vmm_host::process::Process;
+
+use super::client::{RebootAction, RunState};
+use super::convert::Machine;
+use super::link::Link;
+use super::qmp::{Qmp, QmpError};
+use crate::ladder;
+
+/// How long a killed QEMU may take to go.
+pub(super) const KILLING: Duration = Duration::from_secs(2);
+
+/// The handle.
+#[derive(Debug)]
+pub(super) struct QemuVmm {
+    pub(super) run: RunRecord,
+    pub(super) process: Process,
+    pub(super) link: Arc<Link>,
+    pub(super) guest: Arc<Guest>,
+    pub(super) machine: Machine,
+    pub(super) reboot: RebootAction,
+    pub(super) taps: Vec<String>,
+}
+
+/// Whether the guest's CPUs run, as far as is known: what differs from it was done by somebody else.
+#[derive(Debug)]
+pub(super) struct Guest {
+    runs: AtomicBool,
+    /// Held while a command changes it, so that its echo among the events is not taken for somebody else's doing.
+    changing: Mutex<()>,
+}
+
+impl Guest {
+    pub(super) fn new(runs: bool) -> Self {
+        Self { runs: AtomicBool::new(runs), changing: Mutex::new(()) }
+    }
+
+    pub(super) async fn change(&self) -> Change<'_> {
+        Change { _turn: self.changing.lock().await, runs: &self.runs }
+    }
+}
+
+/// The right to change what is known of the guest's CPUs.
+pub(super) struct Change<'a> {
+    _turn: MutexGuard<'a, ()>,
+    runs: &'a AtomicBool,
+}
+
+impl Change<'_> {
+    pub(super) fn runs(&self) -> bool {
+        self.runs.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_runs(&self, runs: bool) {
+        self.runs.store(runs, Ordering::Relaxed);
+    }
+}
+
+#[async_trait]
+impl Vmm for QemuVmm {
+    fn run(&self) -> &RunRecord {
+        &self.run
+    }
+
+    async fn pause(&self) -> Result<(), BackendError> {
+        let change = self.guest.change().await;
+        self.qmp()?.stop().await.map_err(|error| self.explain(error))?;
+        change.set_runs(false);
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), BackendError> {
+        let change = self.guest.change().await;
+        self.qmp()?.cont().await.map_err(|error| self.explain(error))?;
+        change.set_runs(true);
+        Ok(())
+    }
+
+    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        let ask = Box::pin(self.press_power_button());
+        let power_off = Box::pin(async { Ok(self.qmp()?.quit().await?) });
+        ladder::climb(&self.process, ladder, Some((EndedBy::Acpi, ask)), Some(power_off)).await
+    }
+
+    async fn reset(&self) -> Result<Reset, BackendError> {
+        match (self.reboot, self.machine) {
+            (RebootAction::Reset, Machine::Q35 | Machine::Microvm) => {
+                self.qmp()?.system_reset().await.map_err(|error| self.explain(error))?;
+                Ok(Reset::InPlace)
+            }
+            // The firmware of q35 answers a reset with one of its own (see `resets`), which would end QEMU here.
+            (RebootAction::Shutdown, Machine::Q35) => Ok(Reset::NeedsRelaunch),
+            (RebootAction::Shutdown, Machine::Microvm) => self.reset_despite_shutdown().await,
+        }
+    }
+
+    async fn sample(&self) -> Result<Sample, BackendError> {
+        let storage = self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))?;
+        let (process, taps) = (self.process.clone(), self.taps.clone());
+        let host = tokio::task::spawn_blocking(move || {
+            let usage = process.usage()?;
+            let mut network = NetworkCounters::default();
+            for tap in &taps {
+                let counters = vmm_host::net::counters(tap)?;
+                network.bytes_received += counters.bytes_received;
+                network.bytes_transmitted += counters.bytes_transmitted;
+                network.packets_received += counters.packets_received;
+                network.packets_transmitted += counters.packets_transmitted;
+            }
+            Ok::<_, std::io::Error>((usage, network))
+        });
+        let (usage, network) = match host.await {
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => return Err(self.host_error(&error.to_string())),
+            Err(error) => return Err(self.host_error(&error.to_string())),
+        };
+        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
+        Ok(self.status().await?.guest_state())
+    }
+
+    async fn kill(&self) -> Result<(), BackendError> {
+        match self.process.kill_and_wait(KILLING).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string())
+                    .caused_by(error))
+            }
+        }
+    }
+}
+
+impl QemuVmm {
+    fn qmp(&self) -> Result<Arc<Qmp>, BackendError> {
+        if self.process.exit().is_some() {
+            return Err(self.gone(Effect::NotApplied));
+        }
+        self.link.get()
+    }
+
+    async fn status(&self) -> Result<RunState, BackendError> {
+        self.qmp()?.query_status().await.map_err(|error| self.explain(error))
+    }
+
+    /// Asks the guest to power off. One that stands still could not hear it, so it goes on first.
+    async fn press_power_button(&self) -> Result<(), BackendError> {
+        if self.status().await?.guest_state() == GuestState::Paused {
+            self.resume().await?;
+        }
+        Ok(self.qmp()?.system_powerdown().await?)
+    }
+
+    /// Resets a guest whose own resets end QEMU.
+    async fn reset_despite_shutdown(&self) -> Result<Reset, BackendError> {
+        let qmp = self.qmp()?;
+        qmp.set_reboot_action(RebootAction::Reset).await.map_err(|error| self.explain(error))?;
+        let reset = qmp.system_reset().await;
+        // QEMU has decided by now: the action counts when the reset is asked for.
+        let restored = qmp.set_reboot_action(RebootAction::Shutdown).await;
+        reset.map_err(|error| self.explain(error))?;
+        restored.map_err(|error| BackendError { effect: Effect::Applied, ..self.explain(error) })?;
+        Ok(Reset::InPlace)
+    }
+
+    /// Says what a failed command means: of a QEMU that has gone, that it has.
+    fn explain(&self, error: QmpError) -> BackendError {
+        let error = BackendError::from(error);
+        match self.process.exit() {
+            Some(_) => self.gone(error.effect).caused_by(error),
+            None => error,
+        }
+    }
+
+    fn gone(&self, effect: Effect) -> BackendError {
+        let exit = self.process.exit().map_or_else(String::new, |exit| format!(": {exit}"));
+        BackendError::new(BackendErrorKind::Gone, effect, format!("QEMU has ended{exit}"))
+    }
+
+    fn host_error(&self, problem: &str) -> BackendError {
+        match self.process.exit() {
+            Some(_) => self.gone(Effect::NotApplied),
+            None => BackendError::new(
+                BackendErrorKind::Host,
+                Effect::NotApplied,
+                format!("the counters of QEMU's process or TAPs cannot be read: {problem}"),
+            ),
+        }
+    }
+}

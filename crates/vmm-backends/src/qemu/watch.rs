@@ -1,0 +1,259 @@
+//! Watching one QEMU: from its events, its connection and its process to [`VmmEvent`]s.
+//!
+//! ```text
+//!   QMP events ──────► SHUTDOWN: remembers why ──────────────┐
+//!                      RESET:    GuestReset, echoes aside    │
+//!                      STOP, RESUME: asks, compares, tells   │
+//!   connection lost ─► connects again, asks, compares        │
+//!   process gone ────► reads what is left of the events ─────┴──► Gone(why), the end
+//! ```
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
+use vmm_host::process::{ExitStatus, Process, ProcessExit};
+
+use super::client::{RebootAction, RunState};
+use super::link::Link;
+use super::qmp::{Qmp, QmpEvent};
+use super::resets::ResetFilter;
+use super::vmm::Guest;
+use crate::launch::last_words;
+
+/// How long the end of a connection may take after the end of its process: as good as none, for the kernel closes it.
+const DRAINING: Duration = Duration::from_secs(1);
+
+/// The task's state.
+pub(super) struct Watch {
+    pub(super) process: Process,
+    pub(super) link: Arc<Link>,
+    pub(super) guest: Arc<Guest>,
+    pub(super) qmp_events: mpsc::Receiver<QmpEvent>,
+    pub(super) events: mpsc::Sender<VmmEvent>,
+    pub(super) resets: ResetFilter,
+    pub(super) reboot: RebootAction,
+    pub(super) log: PathBuf,
+    pub(super) shutdown: Option<ShutdownReason>,
+}
+
+/// Why QEMU ends, in its own words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ShutdownReason {
+    /// The guest powered off.
+    GuestShutdown,
+    /// The guest reset itself.
+    GuestReset,
+    /// The guest panicked.
+    GuestPanic,
+    /// `quit`.
+    HostQmpQuit,
+    /// `system_reset`.
+    HostQmpSystemReset,
+    /// SIGTERM, SIGINT or SIGHUP.
+    HostSignal,
+    /// A window that nobody opens here.
+    HostUi,
+    /// QEMU cannot go on.
+    HostError,
+    /// None of the others applies.
+    #[serde(other)]
+    Other,
+}
+
+impl ShutdownReason {
+    const fn cause(self) -> ExitCause {
+        match self {
+            Self::GuestShutdown => ExitCause::GuestPowerOff,
+            Self::GuestReset => ExitCause::GuestReset,
+            Self::GuestPanic => ExitCause::GuestCrash,
+            Self::HostQmpQuit | Self::HostQmpSystemReset | Self::HostUi => ExitCause::Requested,
+            Self::HostSignal | Self::HostError => ExitCause::VmmFailed,
+            Self::Other => ExitCause::Unknown,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Shutdown {
+    reason: ShutdownReason,
+}
+
+#[derive(Deserialize)]
+struct Reset {
+    guest: bool,
+}
+
+impl Watch {
+    /// Watches until the process has gone and that has been told.
+    pub(super) async fn run(mut self) {
+        let (process, link) = (self.process.clone(), Arc::clone(&self.link));
+        loop {
+            tokio::select! {
+                biased;
+                event = self.qmp_events.recv() => match event {
+                    Some(event) => self.handle(event).await,
+                    // Cannot be: the link holds a sender.
+                    None => break,
+                },
+                _ = process.wait() => break,
+                qmp = link.restored() => self.catch_up(&qmp).await,
+            }
+        }
+        let exit = process.wait().await;
+        if tokio::time::timeout(DRAINING, link.drained()).await.is_err() {
+            debug!("QEMU has gone, but its connection has not ended; going on without");
+        }
+        while let Ok(event) = self.qmp_events.try_recv() {
+            if let Some(reason) = shutdown_reason(&event) {
+                self.shutdown = Some(reason);
+            }
+        }
+        let gone = VmmEvent::Gone(self.describe(exit).await);
+        // A receiver that was dropped wants to know nothing.
+        let _ = self.events.send(gone).await;
+    }
+
+    async fn handle(&mut self, event: QmpEvent) {
+        if let Some(reason) = shutdown_reason(&event) {
+            self.shutdown = Some(reason);
+            return;
+        }
+        match event.name.as_str() {
+            "RESET" => match Reset::deserialize(&event.data) {
+                Ok(reset) if self.resets.is_guest_reset(reset.guest, event.at) => {
+                    self.tell(VmmEvent::GuestReset);
+                }
+                Ok(_) => {}
+                Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
+            },
+            "STOP" | "RESUME" => {
+                if let Ok(qmp) = self.link.get() {
+                    self.compare(&qmp).await;
+                }
+            }
+            name => debug!(name, "event of QEMU without meaning here"),
+        }
+    }
+
+    /// After a gap in the events: sets what a broken call may have left, and looks what has changed.
+    async fn catch_up(&mut self, qmp: &Qmp) {
+        if let Err(error) = qmp.set_reboot_action(self.reboot).await {
+            warn!(%error, "QEMU's reboot action could not be set again");
+        }
+        self.compare(qmp).await;
+    }
+
+    /// Asks what the guest is doing, and tells where that is not what was ordered.
+    async fn compare(&mut self, qmp: &Qmp) {
+        let event = {
+            let change = self.guest.change().await;
+            let status = match qmp.query_status().await {
+                Ok(status) => status,
+                // Its end, if that is what this is, shows otherwise.
+                Err(error) => return debug!(%error, "QEMU does not say what its guest is doing"),
+            };
+            let event = difference(status, change.runs());
+            match event {
+                Some(VmmEvent::Resumed) => change.set_runs(true),
+                Some(_) => change.set_runs(false),
+                None => {}
+            }
+            event
+        };
+        if let Some(event) = event {
+            self.tell(event);
+        }
+    }
+
+    /// Tells without waiting: whoever falls that far behind learns the rest by asking, but never misses the end.
+    fn tell(&self, event: VmmEvent) {
+        if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
+            warn!(?event, "an event of the VMM was dropped: too many wait");
+        }
+    }
+
+    async fn describe(&self, exit: ProcessExit) -> Exit {
+        let cause = exit_cause(self.shutdown, exit);
+        let mut message = exit.to_string();
+        let said = last_words(&self.log).await;
+        if !said.is_empty() {
+            message = format!("{message}; QEMU's last words: {said}");
+        }
+        Exit { cause, message }
+    }
+}
+
+fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
+    let known = (event.name == "SHUTDOWN").then(|| Shutdown::deserialize(&event.data))?;
+    Some(known.map_or(ShutdownReason::Other, |shutdown| shutdown.reason))
+}
+
+/// What to tell of a guest that is in `status` while it was thought to run, or not to.
+fn difference(status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
+    if let Some(why) = status.failure() {
+        return thought_to_run.then(|| VmmEvent::GuestFailed(why.to_owned()));
+    }
+    match (status.guest_state(), thought_to_run) {
+        (GuestState::Paused, true) => Some(VmmEvent::Paused),
+        (GuestState::Running, false) => Some(VmmEvent::Resumed),
+        (GuestState::Running, true) | (GuestState::Paused, false) | (GuestState::Ended, _) => None,
+    }
+}
+
+/// Why a QEMU ended that left this reason, if any, and this status.
+fn exit_cause(told: Option<ShutdownReason>, exit: ProcessExit) -> ExitCause {
+    match (told, exit.status) {
+        (Some(reason), _) => reason.cause(),
+        (None, Some(ExitStatus::Signal(_))) => ExitCause::VmmFailed,
+        (None, Some(ExitStatus::Code(code))) if code != 0 => ExitCause::VmmFailed,
+        // In order, but nobody heard why.
+        (None, Some(ExitStatus::Code(_)) | None) => ExitCause::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(name: &str, data: serde_json::Value) -> QmpEvent {
+        QmpEvent { name: name.to_owned(), at: Duration::ZERO, data }
+    }
+
+    #[test]
+    fn shutdown_reasons_are_read_and_an_unknown_one_is_no_fault() {
+        let read = |reason: &str| shutdown_reason(&event("SHUTDOWN", serde_json::json!({ "guest": true, "reason": reason })));
+        assert_eq!(read("guest-shutdown"), Some(ShutdownReason::GuestShutdown));
+        assert_eq!(read("host-qmp-quit"), Some(ShutdownReason::HostQmpQuit));
+        assert_eq!(read("made-up"), Some(ShutdownReason::Other));
+        assert_eq!(shutdown_reason(&event("SHUTDOWN", serde_json::Value::Null)), Some(ShutdownReason::Other));
+        assert_eq!(shutdown_reason(&event("STOP", serde_json::Value::Null)), None);
+    }
+
+    #[test]
+    fn what_qemu_said_outweighs_its_status() {
+        let exit = |status| ProcessExit { status };
+        let killed = exit(Some(ExitStatus::Signal(9)));
+        assert_eq!(exit_cause(Some(ShutdownReason::GuestShutdown), killed), ExitCause::GuestPowerOff);
+        assert_eq!(exit_cause(None, killed), ExitCause::VmmFailed);
+        assert_eq!(exit_cause(None, exit(Some(ExitStatus::Code(1)))), ExitCause::VmmFailed);
+        assert_eq!(exit_cause(None, exit(Some(ExitStatus::Code(0)))), ExitCause::Unknown);
+        assert_eq!(exit_cause(None, ProcessExit::UNKNOWN), ExitCause::Unknown);
+    }
+
+    #[test]
+    fn only_what_was_not_ordered_is_told() {
+        assert_eq!(difference(RunState::Running, true), None);
+        assert_eq!(difference(RunState::Paused, false), None);
+        assert_eq!(difference(RunState::Paused, true), Some(VmmEvent::Paused));
+        assert_eq!(difference(RunState::Running, false), Some(VmmEvent::Resumed));
+        assert_eq!(difference(RunState::Shutdown, true), None, "its end follows");
+        assert!(matches!(difference(RunState::InternalError, true), Some(VmmEvent::GuestFailed(_))));
+        assert_eq!(difference(RunState::InternalError, false), None, "told already");
+    }
+}

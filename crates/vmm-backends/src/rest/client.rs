@@ -1,0 +1,300 @@
+//! An HTTP/1.1 client for the API socket of one VMM.
+//!
+//! ```text
+//!   call ──► the kept connection, or a new one ──► request ──► answer, whole and in time ──► connection kept
+//!                                                     │
+//!                                                     └── late, broken, too long, or nobody waits: connection closed
+//! ```
+//!
+//! A VMM hosts a guest that may have taken it over, so nothing it says is trusted: an answer has a deadline that covers its
+//! last byte, a limit in bytes, and a strict form. A connection whose answer was not read to its end is never used again,
+//! because the next answer on it would belong to the call before.
+
+use std::error::Error as StdError;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::header::{ACCEPT, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+use tracing::Instrument;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+
+/// How long a call may take, its answer included.
+pub const CALL: Duration = Duration::from_secs(5);
+/// How long the start of a guest may take: the VMM loads the kernel and the initial RAM disk meanwhile.
+pub const BOOT: Duration = Duration::from_secs(20);
+
+/// The longest good answer, in bytes.
+const MAX_ANSWER: usize = 1 << 20;
+/// The longest error, in bytes.
+const MAX_ERROR: usize = 64 << 10;
+/// The longest request that the server of both VMMs takes, in bytes.
+const MAX_REQUEST: usize = 51_200;
+/// How much of an error is passed on, in bytes.
+const MAX_SHOWN: usize = 2048;
+/// The longest head of an answer, in bytes; hyper's own minimum.
+const MAX_HEAD: usize = 8192;
+
+/// What a VMM's error body says, in words.
+pub type Explain = fn(&[u8]) -> Option<String>;
+
+/// The API of one VMM.
+#[derive(Debug)]
+pub struct RestClient {
+    socket: PathBuf,
+    explain: Explain,
+    kept: Mutex<Option<SendRequest<Full<Bytes>>>>,
+}
+
+/// What is asked, for messages and the deadline.
+#[derive(Debug)]
+struct Call {
+    method: Method,
+    path: String,
+    body: Option<Bytes>,
+    limit: Duration,
+}
+
+impl RestClient {
+    /// The API at `socket`, connected to at the first call. `explain` reads the VMM's errors.
+    pub fn new(socket: &Path, explain: Explain) -> Self {
+        Self { socket: socket.to_path_buf(), explain, kept: Mutex::new(None) }
+    }
+
+    /// The API at `socket`, to which `stream` is connected already.
+    ///
+    /// # Errors
+    /// [`BackendErrorKind::Unreachable`] where the connection broke at once.
+    pub async fn over(socket: &Path, stream: UnixStream, explain: Explain) -> Result<Self, BackendError> {
+        let client = Self::new(socket, explain);
+        let sender = client.handshake(stream).await?;
+        *client.kept.lock().await = Some(sender);
+        Ok(client)
+    }
+
+    /// Reads `path`.
+    ///
+    /// # Errors
+    /// As [`Self::put`]; [`BackendErrorKind::Protocol`] where the answer has another form.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, BackendError> {
+        let call = Call { method: Method::GET, path: path.to_owned(), body: None, limit: CALL };
+        let answer = self.call(&call).await?;
+        serde_json::from_slice(&answer).map_err(|error| {
+            let message = format!("the VMM's answer to {} makes no sense: {error}", call.name());
+            BackendError::new(BackendErrorKind::Protocol, Effect::NotApplied, message).caused_by(error)
+        })
+    }
+
+    /// Puts `body`, if there is one, to `path`, within `limit`.
+    ///
+    /// # Errors
+    /// [`BackendErrorKind::Rejected`] with the VMM's own words; [`BackendErrorKind::Timeout`];
+    /// [`BackendErrorKind::Unreachable`]; [`BackendErrorKind::Protocol`].
+    pub async fn put<T: Serialize + Sync>(
+        &self,
+        path: &str,
+        body: Option<&T>,
+        limit: Duration,
+    ) -> Result<(), BackendError> {
+        self.send(Method::PUT, path, body, limit).await
+    }
+
+    /// Patches `path` with `body`.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub async fn patch<T: Serialize + Sync>(&self, path: &str, body: &T) -> Result<(), BackendError> {
+        self.send(Method::PATCH, path, Some(body), CALL).await
+    }
+
+    async fn send<T: Serialize + Sync>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&T>,
+        limit: Duration,
+    ) -> Result<(), BackendError> {
+        let body = body.map(serde_json::to_vec).transpose().map_err(|error| {
+            let message = format!("the request to {path} cannot be written as JSON: {error}");
+            BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message).caused_by(error)
+        })?;
+        if let Some(body) = &body
+            && body.len() > MAX_REQUEST
+        {
+            let message = format!(
+                "the configuration takes {} bytes and the VMM reads {MAX_REQUEST}: shorten paths and kernel_args, or name fewer devices",
+                body.len()
+            );
+            return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));
+        }
+        let call = Call { method, path: path.to_owned(), body: body.map(Bytes::from), limit };
+        self.call(&call).await.map(drop)
+    }
+
+    async fn call(&self, call: &Call) -> Result<Bytes, BackendError> {
+        let deadline = Instant::now() + call.limit;
+        let connected = tokio::time::timeout_at(deadline, async {
+            // A call that waits for the one before it spends its own time.
+            let mut kept = self.kept.lock().await;
+            let sender = match kept.take() {
+                Some(sender) if !sender.is_closed() => sender,
+                Some(_) | None => self.connect().await?,
+            };
+            Ok::<_, BackendError>((kept, sender))
+        });
+        let (mut kept, mut sender) = match connected.await {
+            Ok(connected) => connected?,
+            Err(_) => return Err(self.too_late(call, Effect::NotApplied)),
+        };
+        match tokio::time::timeout_at(deadline, self.exchange(&mut sender, call)).await {
+            Ok(Ok((status, answer))) => {
+                *kept = Some(sender);
+                self.judge(call, status, answer)
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(self.too_late(call, call.effect())),
+        }
+    }
+
+    async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, BackendError> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
+            let message = format!("the VMM's socket {} cannot be reached: {error}", self.socket.display());
+            BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message).caused_by(error)
+        })?;
+        self.handshake(stream).await
+    }
+
+    async fn handshake(&self, stream: UnixStream) -> Result<SendRequest<Full<Bytes>>, BackendError> {
+        let mut builder = http1::Builder::new();
+        builder.max_buf_size(MAX_HEAD);
+        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(|error| {
+            let message = format!("the connection to {} broke: {error}", self.socket.display());
+            BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message).caused_by(error)
+        })?;
+        let span = tracing::debug_span!("vmm-connection", socket = %self.socket.display());
+        // Ends when the sender is dropped or the VMM hangs up; what went wrong is told to the call that it befell.
+        tokio::spawn(
+            async move {
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "the connection to a VMM ended");
+                }
+            }
+            .instrument(span),
+        );
+        Ok(sender)
+    }
+
+    /// Sends the request and reads the whole answer.
+    async fn exchange(
+        &self,
+        sender: &mut SendRequest<Full<Bytes>>,
+        call: &Call,
+    ) -> Result<(StatusCode, Bytes), BackendError> {
+        sender.ready().await.map_err(|error| self.broken(call, Effect::NotApplied, error))?;
+        let request = call.request()?;
+        let answer = sender.send_request(request).await.map_err(|error| {
+            // A server that closes an idle connection does it before it has read anything of ours.
+            let effect = if error.is_canceled() { Effect::NotApplied } else { call.effect() };
+            self.broken(call, effect, error)
+        })?;
+        let status = answer.status();
+        let limit = if status.is_success() { MAX_ANSWER } else { MAX_ERROR };
+        match Limited::new(answer.into_body(), limit).collect().await {
+            Ok(body) => Ok((status, body.to_bytes())),
+            Err(error) if error.is::<LengthLimitError>() => {
+                let message = format!("the VMM's answer to {} is longer than {limit} bytes", call.name());
+                Err(BackendError::new(BackendErrorKind::Protocol, call.effect(), message))
+            }
+            Err(error) => Err(self.broken(call, call.effect(), error)),
+        }
+    }
+
+    fn judge(&self, call: &Call, status: StatusCode, answer: Bytes) -> Result<Bytes, BackendError> {
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let said = (self.explain)(&answer).unwrap_or_else(|| format!("{status}, without a reason"));
+        let message = format!("the VMM refused {}: {}", call.name(), shown(&said));
+        // What the client did wrong was not done; a server that failed may have begun.
+        let effect = if status.is_client_error() { Effect::NotApplied } else { call.effect() };
+        let kind = if status.is_client_error() || status.is_server_error() {
+            BackendErrorKind::Rejected
+        } else {
+            BackendErrorKind::Protocol
+        };
+        Err(BackendError::new(kind, effect, message))
+    }
+
+    fn too_late(&self, call: &Call, effect: Effect) -> BackendError {
+        let message = format!(
+            "the VMM did not answer {} on {} within {} s; it may be busy, stopped or stuck",
+            call.name(),
+            self.socket.display(),
+            call.limit.as_secs()
+        );
+        BackendError::new(BackendErrorKind::Timeout, effect, message)
+    }
+
+    fn broken(
+        &self,
+        call: &Call,
+        effect: Effect,
+        error: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> BackendError {
+        let error = error.into();
+        let parse = error.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_parse() || error.is_parse_too_large());
+        let (kind, what) = if parse {
+            (BackendErrorKind::Protocol, "is not HTTP")
+        } else {
+            (BackendErrorKind::Unreachable, "broke off")
+        };
+        let message =
+            format!("the VMM's answer to {} on {} {what}: {error}", call.name(), self.socket.display());
+        BackendError::new(kind, effect, message).caused_by(error)
+    }
+}
+
+impl Call {
+    fn name(&self) -> String {
+        format!("{} {}", self.method, self.path)
+    }
+
+    /// What is known of the effect of a call that was sent and not answered.
+    fn effect(&self) -> Effect {
+        if self.method == Method::GET { Effect::NotApplied } else { Effect::Unknown }
+    }
+
+    fn request(&self) -> Result<Request<Full<Bytes>>, BackendError> {
+        let mut request = Request::builder()
+            .method(&self.method)
+            .uri(&self.path)
+            .header(HOST, HeaderValue::from_static("localhost"))
+            .header(ACCEPT, HeaderValue::from_static("application/json"));
+        if self.body.is_some() {
+            request = request.header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        }
+        request.body(Full::new(self.body.clone().unwrap_or_default())).map_err(|error| {
+            let message = format!("{} is no legal request: {error}", self.name());
+            BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message).caused_by(error)
+        })
+    }
+}
+
+/// The text as it may be shown: bounded, on one line, without control characters.
+fn shown(text: &str) -> String {
+    let mut clean: String =
+        text.chars().take(MAX_SHOWN).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
+    if text.chars().nth(MAX_SHOWN).is_some() {
+        clean.push('…');
+    }
+    clean
+}

@@ -1,0 +1,111 @@
+//! The way back to a VMM that an earlier daemon started, and the last words of one that has gone.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
+use vmm_core::store::RunRecord;
+use vmm_host::process::{Found, KillError, Lookup, Process, ProcessExit, adopt, find_by_argument};
+
+use crate::launch;
+
+/// How long a killed VMM may take to go.
+const KILLING: Duration = Duration::from_secs(2);
+/// The socket's name in the run folder; short, because a socket's path ends at 107 bytes.
+pub const SOCKET: &str = "api.sock";
+/// The log's name in the run folder.
+pub const LOG: &str = "vmm.log";
+
+/// What was found of an earlier run.
+#[derive(Debug)]
+pub enum Trace {
+    /// Its process, proven.
+    Alive(Process, RunRecord),
+    /// It has provably gone.
+    Gone,
+    /// Nothing can be proven; the text says why.
+    Unprovable(String),
+}
+
+/// Looks for the VMM of `request`: by its recorded identity, or by its run folder where a launch was interrupted.
+pub async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
+    if let Some(run) = &request.run {
+        return match adopt(&run.process) {
+            Lookup::Alive(process) => Trace::Alive(process, run.clone()),
+            Lookup::Gone => Trace::Gone,
+            Lookup::Unprovable(why) => Trace::Unprovable(why),
+        };
+    }
+    let dir = request.dir.clone();
+    let users = match tokio::task::spawn_blocking(move || find_by_argument(&dir)).await {
+        Ok(Ok(users)) => users,
+        Ok(Err(error)) => return Trace::Unprovable(format!("/proc cannot be searched: {error}")),
+        Err(error) => return Trace::Unprovable(format!("the search of /proc was broken off: {error}")),
+    };
+    let ours = |user: &Found| {
+        user.program_name().and_then(|name| name.to_str()).is_some_and(|name| names.iter().any(|known| known == name))
+    };
+    let Some(user) = users.into_iter().find(ours) else { return Trace::Gone };
+    match adopt(&user.identity) {
+        Lookup::Alive(process) => {
+            let run = new_run(process.identity().clone(), request.dir.join(SOCKET), String::new());
+            Trace::Alive(process, run)
+        }
+        Lookup::Gone => Trace::Gone,
+        Lookup::Unprovable(why) => Trace::Unprovable(why),
+    }
+}
+
+/// The record of a run that begins now. Its claims are the caller's to fill in.
+pub fn new_run(
+    process: vmm_core::store::ProcessIdentity,
+    socket: PathBuf,
+    version: String,
+) -> RunRecord {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    RunRecord {
+        process,
+        socket,
+        version,
+        accelerator: "kvm".to_owned(),
+        machine: String::new(),
+        started_ms: i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX),
+        claims: Vec::new(),
+    }
+}
+
+/// Kills a VMM and waits until it has gone.
+///
+/// # Errors
+/// [`BackendErrorKind::Host`] where the signal is refused, [`BackendErrorKind::Timeout`] where the process outlives it.
+pub async fn kill(process: &Process) -> Result<(), BackendError> {
+    match process.kill_and_wait(KILLING).await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let kind = match error {
+                KillError::Refused { .. } => BackendErrorKind::Host,
+                KillError::StillThere { .. } => BackendErrorKind::Timeout,
+            };
+            Err(BackendError::new(kind, Effect::Unknown, error.to_string()).caused_by(error))
+        }
+    }
+}
+
+/// What is said of an end: the exit status, and the last lines of the VMM's log.
+pub async fn exit_message(exit: ProcessExit, log: &Path) -> String {
+    match launch::last_words(log).await {
+        said if said.is_empty() => exit.to_string(),
+        said => format!("{exit}; last words: {said}"),
+    }
+}
+
+/// Says of an error which a call to a VMM had, that the VMM has gone, if it has.
+pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
+    match process.exit() {
+        Some(exit) => {
+            let message = format!("the VMM has gone ({exit}): {error}");
+            BackendError::new(BackendErrorKind::Gone, error.effect, message).caused_by(error)
+        }
+        None => error,
+    }
+}

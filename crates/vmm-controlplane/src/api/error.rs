@@ -1,0 +1,25 @@
+//! Which code a failed use case has on the wire.
+
+use connectrpc::ConnectError;
+use vmm_service::ServiceError;
+
+use crate::rpc::error::invalid_argument;
+
+/// The error that a client sees.
+pub(super) fn to_connect(error: ServiceError) -> ConnectError {
+    let text = error.to_string();
+    match error {
+        ServiceError::Invalid(violations) => {
+            invalid_argument(violations.into_iter().map(|violation| (violation.field, violation.message)))
+        }
+        ServiceError::NotFound(_) => ConnectError::not_found(text),
+        ServiceError::AlreadyExists(_) => ConnectError::already_exists(text),
+        ServiceError::IllegalState { .. } | ServiceError::Precondition(_) => ConnectError::failed_precondition(text),
+        ServiceError::Unavailable(_) => ConnectError::unavailable(text),
+        ServiceError::Unsupported(_) => ConnectError::unimplemented(text),
+        ServiceError::Deadline(_) => ConnectError::deadline_exceeded(text),
+        ServiceError::Aborted(_) => ConnectError::aborted(text),
+        ServiceError::Exhausted(_) => ConnectError::resource_exhausted(text),
+        ServiceError::Internal(_) => ConnectError::internal(text),
+    }
+}

@@ -1,0 +1,262 @@
+//! `vmm.v1.VmService`: one method per call.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use vmm_core::store::Requested;
+use vmm_proto::v1 as pb;
+use vmm_service::{CreateRequest, ListQuery, ShutdownOptions, VmService};
+
+use super::convert::{
+    backend_to_pb, config_from_pb, info_to_pb, reports_to_pb, state_from_pb, state_to_pb, summary_to_pb,
+};
+use super::error::to_connect;
+use crate::rpc::error::invalid_argument;
+use crate::rpc::record_vm_id;
+
+/// The API on top of the use cases.
+pub struct Api {
+    service: VmService,
+}
+
+impl Api {
+    /// Serves `service`.
+    pub fn new(service: VmService) -> Self {
+        Self { service }
+    }
+}
+
+/// Who asks, for the audit trail: as long as there is no authentication, the peer's address.
+fn actor(ctx: &RequestContext) -> String {
+    ctx.peer_addr().map_or_else(|| "unknown".to_owned(), |peer| format!("anonymous@{}", peer.ip()))
+}
+
+/// A method whose time has not come says so instead of pretending.
+fn not_yet(method: &str) -> ConnectError {
+    ConnectError::unimplemented(format!("{method} is not served by this version; a later one will serve it"))
+}
+
+fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[allow(refining_impl_trait, reason = "the handlers name the messages they answer with")]
+impl pb::VmService for Api {
+    async fn create_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::CreateVmRequest>,
+    ) -> ServiceResult<pb::CreateVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let request = request.to_owned_message();
+        let config = config_from_pb(request.config.into_option().unwrap_or_default());
+        let requested = Requested { backend: request.backend, config };
+        let create = CreateRequest { vm_id: request.vm_id, requested, actor: actor(&ctx) };
+        let created = self.service.create(create).await.map_err(to_connect)?;
+        record_vm_id(&ctx, created.record.vm_id.as_str());
+        Response::ok(pb::CreateVmResponse {
+            vm_id: created.record.vm_id.to_string(),
+            state: state_to_pb(created.record.state).into(),
+            warnings: reports_to_pb(created.warnings),
+            uid: created.record.uid.to_string(),
+            ..Default::default()
+        })
+    }
+
+    async fn delete_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::DeleteVmRequest>,
+    ) -> ServiceResult<pb::DeleteVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let outcome =
+            self.service.delete(request.vm_id, request.force, actor(&ctx)).await.map_err(to_connect)?;
+        Response::ok(pb::DeleteVmResponse {
+            success: true,
+            left_behind: reports_to_pb(outcome.left_behind),
+            ..Default::default()
+        })
+    }
+
+    async fn boot_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::BootVmRequest>,
+    ) -> ServiceResult<pb::BootVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let outcome = self.service.boot(request.vm_id, actor(&ctx)).await.map_err(to_connect)?;
+        Response::ok(pb::BootVmResponse {
+            success: true,
+            state: state_to_pb(outcome.record.state).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::ShutdownVmRequest>,
+    ) -> ServiceResult<pb::ShutdownVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
+        let outcome =
+            self.service.shutdown(request.vm_id, options, actor(&ctx)).await.map_err(to_connect)?;
+        Response::ok(pb::ShutdownVmResponse {
+            success: true,
+            state: state_to_pb(outcome.record.state).into(),
+            ended_by: outcome.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+            ..Default::default()
+        })
+    }
+
+    async fn pause_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::PauseVmRequest>,
+    ) -> ServiceResult<pb::PauseVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let outcome = self.service.pause(request.vm_id, actor(&ctx)).await.map_err(to_connect)?;
+        Response::ok(pb::PauseVmResponse {
+            success: true,
+            state: state_to_pb(outcome.record.state).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn resume_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::ResumeVmRequest>,
+    ) -> ServiceResult<pb::ResumeVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let outcome = self.service.resume(request.vm_id, actor(&ctx)).await.map_err(to_connect)?;
+        Response::ok(pb::ResumeVmResponse {
+            success: true,
+            state: state_to_pb(outcome.record.state).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn reboot_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::RebootVmRequest>,
+    ) -> ServiceResult<pb::RebootVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
+        let outcome = self.service.reboot(request.vm_id, options, actor(&ctx)).await.map_err(to_connect)?;
+        Response::ok(pb::RebootVmResponse {
+            success: true,
+            state: state_to_pb(outcome.record.state).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn get_vm_info(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::GetVmInfoRequest>,
+    ) -> ServiceResult<pb::GetVmInfoResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let view = self.service.get(request.vm_id).map_err(to_connect)?;
+        Response::ok(info_to_pb(&view, now_ms()))
+    }
+
+    async fn list_vms(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, pb::ListVmsRequest>,
+    ) -> ServiceResult<pb::ListVmsResponse> {
+        let request = request.to_owned_message();
+        let mut states = Vec::new();
+        for (place, state) in request.state_filter.iter().enumerate() {
+            let state = state.as_known().and_then(state_from_pb).ok_or_else(|| {
+                invalid_argument([(
+                    format!("state_filter[{place}]"),
+                    "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN".to_owned(),
+                )])
+            })?;
+            states.push(state);
+        }
+        let query = ListQuery {
+            states,
+            metadata: request.metadata_filter,
+            backend: request.backend,
+            page_size: request.page_size,
+            page_token: request.page_token,
+        };
+        let page = self.service.list(&query).map_err(to_connect)?;
+        Response::ok(pb::ListVmsResponse {
+            vms: page.vms.iter().map(|record| summary_to_pb(record)).collect(),
+            next_page_token: page.next_page_token,
+            total_count: i32::try_from(page.total_count).unwrap_or(i32::MAX),
+            ..Default::default()
+        })
+    }
+
+    async fn validate_vm(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, pb::ValidateVmRequest>,
+    ) -> ServiceResult<pb::ValidateVmResponse> {
+        let request = request.to_owned_message();
+        let config = config_from_pb(request.config.into_option().unwrap_or_default());
+        let report = self.service.validate(&Requested { backend: request.backend, config }).await;
+        Response::ok(pb::ValidateVmResponse {
+            ok: report.is_ok(),
+            violations: reports_to_pb(report.violations),
+            warnings: reports_to_pb(report.warnings),
+            ..Default::default()
+        })
+    }
+
+    async fn list_backends(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::ListBackendsRequest>,
+    ) -> ServiceResult<pb::ListBackendsResponse> {
+        let backends = self.service.backends().statuses().into_iter().map(backend_to_pb).collect();
+        Response::ok(pb::ListBackendsResponse { backends, ..Default::default() })
+    }
+
+    async fn wait_vm(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::WaitVmRequest>,
+    ) -> ServiceResult<pb::WaitVmResponse> {
+        Err(not_yet("WaitVm"))
+    }
+
+    async fn watch_vms(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::WatchVmsRequest>,
+    ) -> ServiceResult<ServiceStream<pb::VmEvent>> {
+        Err(not_yet("WatchVms"))
+    }
+
+    async fn list_vm_events(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::ListVmEventsRequest>,
+    ) -> ServiceResult<pb::ListVmEventsResponse> {
+        Err(not_yet("ListVmEvents"))
+    }
+
+    async fn stream_console(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::StreamConsoleRequest>,
+    ) -> ServiceResult<ServiceStream<pb::StreamConsoleResponse>> {
+        Err(not_yet("StreamConsole"))
+    }
+
+    async fn write_console(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::WriteConsoleRequest>,
+    ) -> ServiceResult<pb::WriteConsoleResponse> {
+        Err(not_yet("WriteConsole"))
+    }
+}

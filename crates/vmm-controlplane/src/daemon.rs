@@ -1,0 +1,114 @@
+//! The daemon, from its configuration to its end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use vmm_backends::qemu::{QemuBackend, QemuOptions};
+use vmm_core::backend::Backend;
+use vmm_core::id::BackendName;
+use vmm_host::lock::StateLock;
+use vmm_proto::v1::VmServiceExt as _;
+use vmm_service::{Backends, DefaultBoot, Settings, VmService};
+use vmm_store::SqliteStore;
+
+use crate::api::Api;
+use crate::config::{Config, Kvm, Loaded};
+use crate::health;
+use crate::rpc::{self, HostPolicy, ServeOptions};
+
+/// Operations whose clients have left may take so long to end after the signal.
+const DRAIN: Duration = Duration::from_secs(30);
+
+/// Serves until SIGTERM or SIGINT. VMs go on running.
+///
+/// # Errors
+///
+/// The state directory is taken or unusable, or the address cannot be bound.
+pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
+    let Loaded { config, warnings, .. } = loaded;
+    for warning in &warnings {
+        tracing::warn!("{warning}");
+    }
+    let stop = stop_signal()?;
+    let _lock = StateLock::acquire(&config.state_dir)?;
+    let listener = bind(&config).await?;
+    let store = SqliteStore::open(&config.state_dir)
+        .with_context(|| format!("the state in {} cannot be opened", config.state_dir.display()))?;
+    let service = VmService::start(Arc::new(store), backends(&config), settings(&config)).await?;
+
+    let address = listener.local_addr()?;
+    tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
+    let router = Arc::new(Api::new(service.clone())).register(connectrpc::Router::new());
+    let pages = health::pages(service.clone(), exposure(address).into_iter().collect());
+    let options =
+        ServeOptions { host_policy: HostPolicy::Known(config.allowed_hosts.clone()), ..ServeOptions::default() };
+    rpc::serve(listener, router, pages, options, stop).await?;
+
+    match service.drain(DRAIN).await {
+        0 => tracing::info!("stopped; the VMs go on running"),
+        left => tracing::warn!(left, "stopped with operations under way; the next start settles them"),
+    }
+    Ok(())
+}
+
+/// The backends of this program.
+fn backends(config: &Config) -> Backends {
+    let qemu = QemuBackend::new(QemuOptions {
+        binary: config.qemu.binary.clone(),
+        kvm: match config.qemu_kvm {
+            Kvm::Auto => vmm_backends::qemu::Kvm::Auto,
+            Kvm::On => vmm_backends::qemu::Kvm::On,
+            Kvm::Off => vmm_backends::qemu::Kvm::Off,
+        },
+    });
+    let all: [Arc<dyn Backend>; 1] = [Arc::new(qemu)];
+    Backends::new(BackendName::new(config.default_backend.as_str()), all)
+}
+
+fn settings(config: &Config) -> Settings {
+    let path = |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+    Settings {
+        runtime_dir: config.runtime_dir.clone(),
+        default_boot: DefaultBoot {
+            kernel: path(&config.defaults.kernel),
+            initrd: path(&config.defaults.initrd),
+            kernel_args: config.defaults.kernel_args.clone().unwrap_or_default(),
+        },
+        metrics_interval: config.metrics_interval,
+    }
+}
+
+async fn bind(config: &Config) -> anyhow::Result<TcpListener> {
+    let listen = &config.listen;
+    TcpListener::bind((listen.host.as_str(), listen.port)).await.with_context(|| {
+        format!("cannot listen on {listen}; set UNKEY_VMCP_ADDRESS and UNKEY_VMCP_PORT to an address of this host and a free port")
+    })
+}
+
+/// What the health page says for as long as anybody on the network can do anything.
+fn exposure(address: SocketAddr) -> Option<String> {
+    (!address.ip().is_loopback())
+        .then(|| format!("{address} is reachable from other hosts, and nothing authenticates who calls"))
+}
+
+/// A future that ends at the first SIGTERM or SIGINT. A second one ends the process at once.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;
+    Ok(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        tracing::info!(signal = name, "stopping: no new calls are taken, those under way may end");
+        tokio::spawn(async move {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            tracing::warn!("a second signal: stopping at once");
+            std::process::exit(130);
+        });
+    })
+}

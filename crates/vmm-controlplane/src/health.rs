@@ -1,0 +1,103 @@
+//! The health pages: `/_/health` in full, `/health` in short.
+//!
+//! Healthy means that the default backend can serve. The answer comes from what is known, and asks no VMM.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde::Serialize;
+use vmm_service::VmService;
+
+struct Health {
+    service: VmService,
+    started: Instant,
+    warnings: Vec<String>,
+}
+
+/// The first four keys are the contract; the others may grow.
+#[derive(Serialize)]
+struct Page {
+    status: &'static str,
+    backend: String,
+    uptime_seconds: u64,
+    version: &'static str,
+    /// Why the default backend cannot serve.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    backends: Vec<BackendLine>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct BackendLine {
+    name: String,
+    available: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+/// The pages. `warnings` are said for as long as the daemon runs.
+pub fn pages(service: VmService, warnings: Vec<String>) -> Router {
+    let health = Arc::new(Health { service, started: Instant::now(), warnings });
+    Router::new().route("/_/health", get(full)).route("/health", get(short)).with_state(health)
+}
+
+async fn full(State(health): State<Arc<Health>>) -> Response {
+    let reason = health.problem();
+    let backends = health.service.backends().statuses().into_iter().map(|status| {
+        let (version, reason) = match status.health.version {
+            Ok(version) => (Some(version), None),
+            Err(reason) => (None, Some(reason)),
+        };
+        BackendLine {
+            name: status.capabilities.name.to_string(),
+            available: version.is_some(),
+            version,
+            reason,
+        }
+    });
+    let page = Page {
+        status: word(reason.as_ref()),
+        backend: health.service.backends().default_name().to_string(),
+        uptime_seconds: health.started.elapsed().as_secs(),
+        version: crate::VERSION,
+        backends: backends.collect(),
+        warnings: health.warnings.clone(),
+        reason,
+    };
+    (code(page.reason.as_ref()), Json(page)).into_response()
+}
+
+async fn short(State(health): State<Arc<Health>>) -> Response {
+    let reason = health.problem();
+    (code(reason.as_ref()), Json(serde_json::json!({ "status": word(reason.as_ref()) }))).into_response()
+}
+
+impl Health {
+    /// Why the default backend cannot serve, if it cannot.
+    fn problem(&self) -> Option<String> {
+        match self.service.default_backend() {
+            Some(status) => status.health.version.err(),
+            None => Some(format!(
+                "this version does not serve {}; set UNKEY_VMCP_BACKEND to one of those listed",
+                self.service.backends().default_name()
+            )),
+        }
+    }
+}
+
+fn word(problem: Option<&String>) -> &'static str {
+    if problem.is_some() { "unhealthy" } else { "healthy" }
+}
+
+fn code(problem: Option<&String>) -> StatusCode {
+    if problem.is_some() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }
+}

@@ -1,0 +1,49 @@
+//! `vmm-controlplane`: the command line of the daemon.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use vmm_controlplane::config::{Cli, Command, Config, ConfigErrors, Environment, Loaded, ThisHost, migrate_env};
+use vmm_controlplane::{daemon, telemetry};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let environment: Environment = std::env::vars_os().collect();
+    let outcome = match cli.command {
+        Command::MigrateEnv => Ok(say(&migrate_env(&environment))),
+        Command::CheckConfig => load(&cli, &environment).map(|loaded| say(&loaded.report())).map_err(Into::into),
+        Command::Serve => load(&cli, &environment).map_err(Into::into).and_then(serve),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(cli: &Cli, environment: &Environment) -> Result<Loaded, ConfigErrors> {
+    let loaded = Config::load(cli, environment, &ThisHost)?;
+    loaded.require_served()?;
+    Ok(loaded)
+}
+
+fn serve(loaded: Loaded) -> anyhow::Result<()> {
+    telemetry::start();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(daemon::run(loaded));
+    // What still runs holds nothing that a restart would miss.
+    runtime.shutdown_background();
+    result
+}
+
+#[expect(clippy::print_stdout, reason = "the answer of a subcommand")]
+fn say(text: &str) {
+    println!("{}", text.trim_end());
+}
+
+#[expect(clippy::print_stderr, reason = "the reason of a failed start, which may come before there is a log")]
+fn complain(error: &anyhow::Error) {
+    eprintln!("vmm-controlplane: {error:#}");
+}

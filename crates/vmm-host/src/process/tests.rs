@@ -1,0 +1,268 @@
+//! Real processes: started, signalled, adopted, mistaken for each other, found.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use rustix::process::Pid;
+
+use super::*;
+
+/// Ends a process that is not our child, whatever becomes of the test.
+struct Killed(Process);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::KILL);
+    }
+}
+
+/// A shell script whose output goes to `log` in a folder of its own.
+struct Script {
+    dir: tempfile::TempDir,
+    guard: Guarded,
+}
+
+impl Script {
+    async fn start(script: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let guard = spawn_guarded(sh(dir.path(), script)).await.unwrap();
+        Self { dir, guard }
+    }
+
+    fn output(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    /// Waits for the first line of output; every script prints one at once.
+    async fn first_line(&self) -> String {
+        loop {
+            if let Some((line, _)) = self.output().split_once('\n') {
+                return line.to_owned();
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+fn sh(dir: &Path, script: &str) -> Command {
+    Command::new("/bin/sh", ["-c", script], dir.join("log"))
+}
+
+fn identity_of(pid: u32) -> ProcessIdentity {
+    let start_ticks = procfs::stat(pid).unwrap().start_ticks;
+    ProcessIdentity { pid, start_ticks, boot_id: boot_id().unwrap() }
+}
+
+#[tokio::test]
+async fn an_exit_is_published_to_everyone() {
+    let script = Script::start("exit 3").await;
+    let process = script.guard.process();
+    let expected = ProcessExit { status: Some(ExitStatus::Code(3)) };
+    let (one, two) = tokio::join!(process.wait(), process.wait());
+    assert_eq!((one, two), (expected, expected));
+    assert_eq!(process.exit(), Some(expected));
+    assert!(process.has_ended());
+    process.signal(Signal::TERM).unwrap();
+    assert!(matches!(adopt(process.identity()), Lookup::Gone));
+    assert_eq!(process.usage().unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn a_wait_may_be_cancelled() {
+    let script = Script::start("exec sleep 600").await;
+    assert_eq!(script.guard.wait_for(Duration::from_millis(1)).await, None);
+    assert_eq!((script.guard.exit(), script.guard.has_ended()), (None, false));
+    let exit = script.guard.kill_and_wait(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(exit.status, Some(ExitStatus::Signal(9)));
+}
+
+#[tokio::test]
+async fn a_stopped_process_can_be_killed() {
+    let script = Script::start("exec sleep 600").await;
+    script.guard.signal(Signal::STOP).unwrap();
+    script.guard.kill_and_wait(Duration::from_secs(60)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guard_that_is_dropped_kills() {
+    let Script { dir: _dir, guard } = Script::start("exec sleep 600").await;
+    let process = guard.process().clone();
+    drop(guard);
+    assert_eq!(process.wait().await.status, Some(ExitStatus::Signal(9)));
+}
+
+#[tokio::test]
+async fn a_child_shares_nothing_with_us() {
+    let script = Script::start("ls /proc/$$/fd; exec /usr/bin/env").await;
+    let pid = Pid::from_raw(i32::try_from(script.guard.pid()).unwrap());
+    // Its own group, so that a Ctrl+C for the daemon is not one for the VMs. Fails with ESRCH only if it was reaped.
+    if let Ok(group) = rustix::process::getpgid(pid) {
+        assert_eq!(Some(group), pid);
+    }
+    assert!(script.guard.wait().await.is_success());
+    let output = script.output();
+    let (descriptors, variables): (Vec<&str>, Vec<&str>) =
+        output.lines().partition(|line| line.parse::<u32>().is_ok());
+    assert!(descriptors.len() >= 3, "{output}");
+    for descriptor in descriptors {
+        let ours = std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).unwrap_or_default();
+        let flags = ours
+            .lines()
+            .find_map(|line| line.strip_prefix("flags:"))
+            .map_or(0, |flags| u32::from_str_radix(flags.trim(), 8).unwrap());
+        // What the test's own parent left open without O_CLOEXEC is not ours to close.
+        let inherited_by_all = !ours.is_empty() && flags & 0o2_000_000 == 0;
+        assert!(matches!(descriptor, "0" | "1" | "2") || inherited_by_all, "descriptor {descriptor}");
+    }
+    for variable in variables {
+        let name = variable.split('=').next().unwrap();
+        // PWD, OLDPWD, SHLVL and _ are the shell's own.
+        let shell = ["PWD", "OLDPWD", "SHLVL", "_"];
+        let known = ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"];
+        assert!(shell.contains(&name) || known.contains(&name), "{variable}");
+    }
+}
+
+#[tokio::test]
+async fn output_goes_where_it_is_told_and_is_private() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("in"), "typed\n").unwrap();
+    let console = dir.path().join("console");
+    std::fs::write(&console, "before\n").unwrap();
+    let mut command = sh(dir.path(), "read line; echo \"$line\"; echo oops >&2; pwd >&2");
+    command.stdin = Stdin::File(std::fs::File::open(dir.path().join("in")).unwrap().into());
+    command.stdout = Some(console.clone());
+    assert!(spawn(command).await.unwrap().wait().await.is_success());
+    assert_eq!(std::fs::read_to_string(&console).unwrap(), "before\ntyped\n");
+    let log = dir.path().join("log");
+    let real = dir.path().canonicalize().unwrap();
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), format!("oops\n{}\n", real.display()));
+    assert_eq!(std::fs::metadata(&log).unwrap().mode() & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn what_cannot_be_started_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = |program: &str, log: &Path| {
+        let command = Command::new(program, [""; 0], log);
+        async move { spawn(command).await.unwrap_err() }
+    };
+    let log = dir.path().join("log");
+    assert_eq!(error("/nowhere/vmm", &log).await.kind(), io::ErrorKind::NotFound);
+    assert_eq!(error("sh", &log).await.kind(), io::ErrorKind::InvalidInput, "never looked up by the child");
+    let fifo = dir.path().join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+    let text = error("/bin/true", &fifo).await.to_string();
+    assert!(text.contains("fifo"), "a FIFO must neither hold us nor be used: {text}");
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), &link).unwrap();
+    error("/bin/true", &link).await;
+    assert!(!dir.path().join("elsewhere").exists());
+}
+
+#[tokio::test]
+async fn a_strangers_child_can_be_adopted() {
+    let script = Script::start("sleep 600 & echo $!; wait").await;
+    let identity = identity_of(script.first_line().await.parse().unwrap());
+    let Lookup::Alive(process) = adopt(&identity) else { panic!("it is there") };
+    let process = Killed(process);
+    assert_eq!(process.0.kill_and_wait(Duration::from_secs(60)).await.unwrap(), ProcessExit::UNKNOWN);
+    assert!(matches!(adopt(&identity), Lookup::Gone));
+    script.guard.wait().await;
+}
+
+#[tokio::test]
+async fn an_adopted_process_is_the_one_that_was_recorded() {
+    let script = Script::start("exec sleep 600").await;
+    let identity = script.guard.identity().clone();
+    let Lookup::Alive(again) = adopt(&identity) else { panic!("it is there") };
+    assert_eq!(again.identity(), &identity);
+    assert!(again.usage().unwrap().resident_bytes > 0);
+
+    let recycled = ProcessIdentity { start_ticks: identity.start_ticks - 1, ..identity.clone() };
+    assert!(matches!(adopt(&recycled), Lookup::Gone), "the pid is another's");
+    let rebooted = ProcessIdentity { boot_id: "another boot".to_owned(), ..identity.clone() };
+    assert!(matches!(adopt(&rebooted), Lookup::Gone), "the host was rebooted");
+    let nobody = ProcessIdentity { pid: 4_194_305, ..identity.clone() };
+    assert!(matches!(adopt(&nobody), Lookup::Gone), "no such pid");
+    for pid in [0, 1, u32::MAX] {
+        let wrong = ProcessIdentity { pid, ..identity.clone() };
+        assert!(matches!(adopt(&wrong), Lookup::Unprovable(_)), "{pid}");
+    }
+
+    script.guard.kill_and_wait(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(again.wait().await, ProcessExit::UNKNOWN, "told to its parent, not to who adopted it");
+}
+
+#[tokio::test]
+async fn a_pid_that_became_a_thread_is_gone() {
+    let (told, thread) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let worker = std::thread::spawn(move || {
+        told.send(rustix::thread::gettid()).unwrap();
+        let _ = ended.recv();
+    });
+    let thread = u32::try_from(thread.recv().unwrap().as_raw_nonzero().get()).unwrap();
+    let lookup = adopt(&identity_of(thread));
+    drop(end);
+    worker.join().unwrap();
+    assert!(matches!(lookup, Lookup::Gone), "{lookup:?}");
+}
+
+#[tokio::test]
+async fn a_zombie_is_gone() {
+    // The parent becomes a sleep, which never reaps.
+    let script = Script::start("true & echo $!; exec sleep 600").await;
+    let pid = script.first_line().await.parse().unwrap();
+    let identity = identity_of(pid);
+    while !std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") Z ") {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert!(matches!(adopt(&identity), Lookup::Gone));
+}
+
+#[test]
+fn a_process_outlives_the_runtime_that_started_it() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let first = runtime();
+    let process = first.block_on(spawn(sh(dir.path(), "exec sleep 600"))).unwrap();
+    let kept = Killed(process.clone());
+    drop(first);
+    assert!(!process.has_ended());
+    runtime().block_on(async {
+        let Lookup::Alive(adopted) = adopt(process.identity()) else { panic!("it is there") };
+        adopted.kill_and_wait(Duration::from_secs(60)).await.unwrap();
+    });
+    drop(kept);
+}
+
+#[tokio::test]
+async fn a_process_is_found_by_its_run_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("vms/0a");
+    std::fs::create_dir_all(&folder).unwrap();
+    let log = folder.join("log");
+    let tail = find_tail();
+    let arguments = |path: &Path| vec!["-f".into(), path.as_os_str().to_owned()];
+    let user = spawn_guarded(Command::new(&tail, arguments(&log), &log)).await.unwrap();
+    let other = dir.path().join("vms/0ab");
+    let bystander = spawn_guarded(Command::new(&tail, arguments(&other), &log)).await.unwrap();
+
+    let found = find_by_argument(&folder).unwrap();
+    let pids: BTreeSet<u32> = found.iter().map(|found| found.identity.pid).collect();
+    assert!(pids.contains(&user.pid()) && !pids.contains(&bystander.pid()), "{found:?}");
+    let found = found.iter().find(|found| found.identity.pid == user.pid()).unwrap();
+    assert_eq!(&found.identity, user.identity());
+    assert_eq!(found.exe, Some(user.executable().unwrap()));
+    assert_eq!(found.args[1..], ["-f".into(), log.clone().into_os_string()]);
+    assert!(found.program_name().is_some());
+
+    user.kill_and_wait(Duration::from_secs(60)).await.unwrap();
+    assert!(find_by_argument(&folder).unwrap().is_empty());
+}
+
+fn find_tail() -> PathBuf {
+    crate::path::find_program("tail", Some(std::ffi::OsStr::new("/usr/bin:/bin"))).unwrap()
+}

@@ -1,0 +1,216 @@
+//! What is acknowledged survives: a killed process, a full disk, a disk that fails. Each is a real one, in a child process.
+
+#![allow(clippy::unwrap_used, reason = "helpers of a test fail it, like the test itself")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use common::{Player, Random, block_on, given_dir, open, seed, tell};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use vmm_core::backend::Effect;
+use vmm_core::event::EventSeq;
+use vmm_core::store::{Store, StoreError, StoreErrorKind, VmRecord};
+use vmm_store::{DATABASE_FILE, SqliteStore};
+use vmm_testkit::store_suite::{all_events, insert, next, record, update};
+
+/// Commits for ever with several VMs at once, and tells of each commit that was answered.
+#[test]
+#[ignore = "a part that another test starts in a child process"]
+fn part_commit_for_ever() {
+    let Some(dir) = given_dir() else { return };
+    let store = Arc::new(open(&dir));
+    block_on(async {
+        let known = store.load().await.unwrap().vms;
+        let vms = (0..8).map(|number| {
+            let name = format!("vm-{number}");
+            known.iter().find(|vm| vm.vm_id.as_str() == name).cloned().ok_or_else(|| record(&name))
+        });
+        let tasks = vms.map(|vm| {
+            let store = Arc::clone(&store);
+            tokio::spawn(async move {
+                let (mut vm, mut commit) = match vm {
+                    Ok(known) => (next(&known), update(&next(&known))),
+                    Err(new) => (new.clone(), insert(&new)),
+                };
+                loop {
+                    let seq = store.commit(commit).await.unwrap().unwrap();
+                    tell(format_args!("ACK {} {} {}", vm.vm_id, vm.generation, seq.0));
+                    vm = next(&vm);
+                    commit = update(&vm);
+                }
+            })
+        });
+        for task in tasks.collect::<Vec<_>>() {
+            task.await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_killed_process_loses_nothing_acknowledged() {
+    let mut random = Random(seed("a_killed_process"));
+    let dir = tempfile::tempdir().unwrap();
+    let mut generations: BTreeMap<String, u64> = BTreeMap::new();
+    let mut acknowledged: BTreeMap<u64, String> = BTreeMap::new();
+    for round in 0..6 {
+        let enough = 1 + random.below(400);
+        let mut child = Player::start(&[], "part_commit_for_ever", dir.path()).unwrap();
+        let mut seen = 0;
+        for line in child.lines() {
+            let mut words = line.split(' ').skip_while(|word| *word != "ACK").skip(1);
+            let (Some(name), Some(generation), Some(seq)) = (words.next(), words.next(), words.next()) else {
+                continue;
+            };
+            generations.insert(name.to_owned(), generation.parse().unwrap());
+            acknowledged.insert(seq.parse().unwrap(), name.to_owned());
+            seen += 1;
+            if seen == enough {
+                child.kill();
+            }
+        }
+        assert!(seen >= enough, "round {round}: the child ended by itself after {seen} of {enough}");
+        drop(child);
+
+        let store = open(dir.path());
+        let (snapshot, log) = block_on(async { (store.load().await.unwrap(), all_events(&store).await) });
+        for (name, generation) in &mut generations {
+            let stored = snapshot.vms.iter().find(|vm| vm.vm_id.as_str() == name).unwrap().generation;
+            let ahead = stored.checked_sub(*generation);
+            assert!(ahead.is_some_and(|n| n <= 1), "{name}: told {generation}, stored {stored}");
+            *generation = stored;
+        }
+        let places: Vec<u64> = log.iter().map(|event| event.seq.0).collect();
+        assert_eq!(places, (1..=snapshot.last_event.0).collect::<Vec<_>>(), "round {round}: no gap");
+        for (seq, name) in &acknowledged {
+            assert_eq!(log[*seq as usize - 1].event.vm_id.as_str(), name, "round {round}: event {seq}");
+        }
+    }
+}
+
+/// Commits bigger and bigger VMs until one is refused, and gives those that were acknowledged and the refused one.
+async fn fill(store: &SqliteStore) -> (Vec<VmRecord>, VmRecord, StoreError) {
+    let mut vms = Vec::new();
+    loop {
+        let mut vm = record(&format!("vm-{}", vms.len()));
+        vm.config.metadata.insert("ballast".to_owned(), "x".repeat(10_000));
+        match store.commit(insert(&vm)).await {
+            Ok(_) => vms.push(vm),
+            Err(error) => return (vms, vm, error),
+        }
+    }
+}
+
+#[test]
+#[ignore = "a part that another test starts in a child process"]
+fn part_full_disk() {
+    let Some(dir) = given_dir() else { return };
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"]).arg(&dir).status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        return tell(format_args!("UNABLE"));
+    }
+    std::fs::write(dir.join("ballast"), vec![0; 400_000]).unwrap();
+    let store = Arc::new(open(&dir));
+    block_on(async {
+        let (vms, refused, error) = fill(&store).await;
+        assert_eq!((error.kind, error.effect), (StoreErrorKind::Full, Effect::NotApplied), "{error:?}");
+        assert!(error.message.contains("no room"), "{error}");
+        assert!(vms.len() > 10);
+        assert_eq!(store.load().await.unwrap().vms, vms);
+
+        // A group of which no part fits fails as one, and each of it hears so.
+        let group = (0..8).map(|number| {
+            let store = Arc::clone(&store);
+            let mut vm = record(&format!("group-{number}"));
+            vm.config.metadata.insert("ballast".to_owned(), "x".repeat(500_000));
+            tokio::spawn(async move { store.commit(insert(&vm)).await })
+        });
+        for task in group.collect::<Vec<_>>() {
+            let error = task.await.unwrap().unwrap_err();
+            assert_eq!((error.kind, error.effect), (StoreErrorKind::Full, Effect::NotApplied), "{error:?}");
+        }
+        assert_eq!(all_events(&*store).await.len(), vms.len(), "no event of a refused commit");
+
+        std::fs::remove_file(dir.join("ballast")).unwrap();
+        let seq = store.commit(insert(&refused)).await.unwrap();
+        assert_eq!(seq, Some(EventSeq(vms.len() as u64 + 1)), "a refused commit took no place");
+        store.close().await.unwrap();
+        assert_eq!(open(&dir).load().await.unwrap().vms, [vms, vec![refused]].concat());
+    });
+    tell(format_args!("DONE"));
+}
+
+#[test]
+fn a_full_disk_refuses_and_keeps_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    // The mount is in a namespace of the child's own, so it goes with the child.
+    let wrapper = ["unshare", "--mount", "--map-root-user"];
+    expect_done(Player::start(&wrapper, "part_full_disk", dir.path()), "a_full_disk");
+}
+
+/// Lets files of this process grow to `size` bytes at most. SIGXFSZ is ignored, so a write past it fails with EFBIG.
+fn limit_files(size: Option<u64>) {
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    setrlimit(Resource::Fsize, Rlimit { current: size.or(maximum), maximum }).unwrap();
+}
+
+fn size(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().len()
+}
+
+#[test]
+#[ignore = "a part that another test starts in a child process"]
+fn part_failing_disk() {
+    let Some(dir) = given_dir() else { return };
+    let log = dir.join(format!("{DATABASE_FILE}-wal"));
+    let store = Arc::new(open(&dir));
+    block_on(async {
+        let mut vm = record("vm");
+        store.commit(insert(&vm)).await.unwrap();
+        let mut effects = Vec::new();
+        // Room for nothing at all, for the settling only (one page or two), and for a part of the commit.
+        for room in [0, 2 * 4120, 3 * 4120] {
+            let mut changed = next(&vm);
+            changed.config.metadata.insert("ballast".to_owned(), "x".repeat(40_000 + effects.len()));
+            limit_files(Some(size(&log) + room));
+            let error = store.commit(update(&changed)).await.unwrap_err();
+            assert_eq!(error.kind, StoreErrorKind::Io, "{error:?}");
+            effects.push(error.effect);
+            assert_eq!(store.load().await.unwrap().vms, std::slice::from_ref(&vm));
+            limit_files(None);
+            store.commit(update(&changed)).await.unwrap();
+            vm = changed;
+            assert_eq!(store.load().await.unwrap().vms, std::slice::from_ref(&vm));
+        }
+        assert_eq!(effects, [Effect::Unknown, Effect::NotApplied, Effect::NotApplied]);
+        let last = store.load().await.unwrap().last_event;
+        assert_eq!(last, EventSeq(4), "a failed commit took no place");
+        store.close().await.unwrap();
+        assert_eq!(open(&dir).load().await.unwrap().vms, [vm]);
+    });
+    tell(format_args!("DONE"));
+}
+
+#[test]
+fn a_failing_disk_is_told_and_got_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let wrapper = ["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"];
+    expect_done(Player::start(&wrapper, "part_failing_disk", dir.path()), "a_failing_disk");
+}
+
+/// Waits for a child that says DONE when all went well, or UNABLE where this machine cannot show it.
+fn expect_done(child: std::io::Result<Player>, name: &str) {
+    let mut child = match child {
+        Ok(child) => child,
+        Err(error) => return tell(format_args!("SKIPPED: {name}: the wrapper cannot be started: {error}")),
+    };
+    let lines: Vec<String> = child.lines().collect();
+    if lines.iter().any(|line| line.ends_with("UNABLE")) || lines.is_empty() {
+        return tell(format_args!("SKIPPED: {name}: this machine does not let the child set it up"));
+    }
+    assert!(lines.iter().any(|line| line.ends_with("DONE")), "the child failed: {lines:#?}");
+    assert!(child.succeeded());
+}
