@@ -6,8 +6,8 @@
 //!                     └─ forced: begins here, 4 s at most ─┘
 //! ```
 //!
-//! A rung that fails leads to the next at once. Whatever a rung answers, only the end of the process counts: success says that
-//! it has provably gone, and which rung it obeyed.
+//! A rung that fails leads to the next one. Whatever a rung answers, only the end of the process counts: success says that it
+//! has provably gone, and names the last rung that had reached it by then.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -51,14 +51,24 @@ pub async fn climb(
     if let Some(patience) = ladder.ask_guest_for
         && let Some((rung, call)) = ask
     {
-        let wait = call_vmm(process, ASKING, patience, call, "ask the guest to shut down").await;
+        let wait = match call_vmm(process, ASKING, call, "ask the guest to shut down").await {
+            Called::Taken => Some(patience),
+            // It had its time to answer; who hangs passes nothing on to a guest.
+            Called::Silent => Some(Duration::ZERO),
+            Called::Lost | Called::Refused => None,
+        };
         reached = if wait.is_some() { rung } else { reached };
         if ends_within(process, wait.unwrap_or(REPORTING)).await {
             return Ok(reached);
         }
     }
     if let Some(call) = power_off {
-        let wait = call_vmm(process, ORDERING, ENDING, call, "power the VM off").await;
+        let wait = match call_vmm(process, ORDERING, call, "power the VM off").await {
+            // A VMM that obeys at once may not come to answering.
+            Called::Taken | Called::Lost => Some(ENDING),
+            Called::Silent => Some(Duration::ZERO),
+            Called::Refused => None,
+        };
         reached = if wait.is_some() { EndedBy::Vmm } else { reached };
         if ends_within(process, wait.unwrap_or(REPORTING)).await {
             return Ok(reached);
@@ -79,46 +89,35 @@ pub async fn climb(
     Err(still_there(process))
 }
 
-/// Makes a call to the VMM, for at most `limit`. Answers how long to wait for the end of the process now: `patience` where the
-/// call reached the VMM or may have, `None` where it did not.
-async fn call_vmm(
-    process: &Process,
-    limit: Duration,
-    patience: Duration,
-    call: Call<'_>,
-    what: &str,
-) -> Option<Duration> {
-    match until_gone(process, limit, call).await {
-        Called::Gone | Called::Answered(Ok(())) => Some(patience),
-        Called::TimedOut => {
-            tracing::warn!(pid = process.pid(), "the VMM does not answer the call to {what}");
-            // It has had its time; a VMM that hangs will not pass anything on to a guest.
-            Some(Duration::ZERO)
-        }
-        Called::Answered(Err(error)) => {
-            tracing::warn!(pid = process.pid(), %error, "the VMM could not be told to {what}");
-            match error.effect {
-                // It did as told and broke the connection over it.
-                Effect::Applied => Some(patience),
-                Effect::Unknown | Effect::NotApplied => None,
-            }
-        }
-    }
-}
-/// What came first of a call.
+/// What became of a call.
 enum Called {
-    Answered(Result<(), BackendError>),
-    Gone,
-    TimedOut,
+    /// The VMM said yes, or ended over it.
+    Taken,
+    /// It broke off without an answer.
+    Lost,
+    /// It said nothing in time.
+    Silent,
+    /// It said no, or was not reached.
+    Refused,
 }
 
-/// Makes a call, for at most `limit`, and not beyond the end of the process: a dead VMM's socket may stay silent for ever.
-async fn until_gone(process: &Process, limit: Duration, call: Call<'_>) -> Called {
-    tokio::select! {
+/// Makes a call to the VMM, for at most `limit`, and not beyond the end of its process: a dead VMM's socket may stay silent.
+async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
+    let answer = tokio::select! {
         biased;
-        answer = call => Called::Answered(answer),
-        _ = process.wait() => Called::Gone,
-        () = tokio::time::sleep(limit) => Called::TimedOut,
+        answer = call => answer,
+        _ = process.wait() => return Called::Taken,
+        () = tokio::time::sleep(limit) => {
+            tracing::warn!(pid = process.pid(), "the VMM does not answer the call to {what}");
+            return Called::Silent;
+        }
+    };
+    let Err(error) = answer else { return Called::Taken };
+    tracing::warn!(pid = process.pid(), %error, "the VMM could not be told to {what}");
+    match error.effect {
+        Effect::Applied => Called::Taken,
+        Effect::Unknown => Called::Lost,
+        Effect::NotApplied => Called::Refused,
     }
 }
 
@@ -138,4 +137,171 @@ fn still_there(process: &Process) -> BackendError {
          look at /proc/{pid}/stack, and try again"
     );
     BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_host::process::{Command, Guarded, spawn_guarded};
+
+    use super::*;
+
+    const PATIENT: Ladder = Ladder { ask_guest_for: Some(Duration::from_secs(60)) };
+    const HASTY: Ladder = Ladder { ask_guest_for: Some(Duration::from_millis(1)) };
+    const FORCED: Ladder = Ladder { ask_guest_for: None };
+
+    /// A stand-in for a VMM: obeys SIGUSR1 as a guest obeys its power button, SIGUSR2 as a VMM obeys its order.
+    struct FakeVmm {
+        guard: Guarded,
+        _dir: tempfile::TempDir,
+    }
+
+    impl FakeVmm {
+        /// Starts it once `traps` are set.
+        async fn start(traps: &str) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let log = dir.path().join("log");
+            let script = format!("{traps}; echo ready; exec tail -f /dev/null");
+            let guard = spawn_guarded(Command::new("/bin/sh", ["-c", &script], &log)).await.unwrap();
+            while !std::fs::read_to_string(&log).unwrap().contains("ready") {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            Self { guard, _dir: dir }
+        }
+
+        fn button(&self) -> Option<(EndedBy, Call<'_>)> {
+            Some((EndedBy::Acpi, self.signal(Signal::USR1)))
+        }
+
+        fn order(&self) -> Option<Call<'_>> {
+            Some(self.signal(Signal::USR2))
+        }
+
+        fn signal(&self, signal: Signal) -> Call<'_> {
+            Box::pin(async move {
+                self.guard.signal(signal).unwrap();
+                Ok(())
+            })
+        }
+
+        /// Climbs, and checks that the process has gone whenever the answer says so.
+        async fn climb(
+            &self,
+            ladder: Ladder,
+            ask: Option<(EndedBy, Call<'_>)>,
+            power_off: Option<Call<'_>>,
+        ) -> EndedBy {
+            let ended_by = climb(&self.guard, ladder, ask, power_off).await.unwrap();
+            assert!(self.guard.exit().is_some(), "the answer came before the end");
+            ended_by
+        }
+    }
+
+    fn failing<'a>(effect: Effect) -> Call<'a> {
+        Box::pin(async move { Err(BackendError::new(BackendErrorKind::Rejected, effect, "no")) })
+    }
+
+    fn forbidden<'a>() -> Call<'a> {
+        Box::pin(async { panic!("the guest was asked") })
+    }
+
+    fn never<'a>() -> Call<'a> {
+        Box::pin(std::future::pending())
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_obeys_is_named() {
+        let vmm = FakeVmm::start(":").await;
+        assert_eq!(vmm.climb(PATIENT, vmm.button(), vmm.order()).await, EndedBy::Acpi);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_does_not_is_powered_off() {
+        let vmm = FakeVmm::start("trap '' USR1").await;
+        assert_eq!(vmm.climb(HASTY, vmm.button(), vmm.order()).await, EndedBy::Vmm);
+    }
+
+    #[tokio::test]
+    async fn a_question_that_fails_leads_on_at_once() {
+        for effect in [Effect::NotApplied, Effect::Unknown] {
+            let vmm = FakeVmm::start(":").await;
+            let ask = Some((EndedBy::Acpi, failing(effect)));
+            // With a minute's patience: only an asked guest is waited for.
+            assert_eq!(vmm.climb(PATIENT, ask, vmm.order()).await, EndedBy::Vmm);
+        }
+    }
+
+    #[tokio::test]
+    async fn without_force_there_may_be_nothing_to_ask() {
+        let vmm = FakeVmm::start(":").await;
+        assert_eq!(vmm.climb(PATIENT, None, None).await, EndedBy::Sigterm);
+    }
+
+    #[tokio::test]
+    async fn force_does_not_ask() {
+        let vmm = FakeVmm::start(":").await;
+        let ask = Some((EndedBy::Acpi, forbidden()));
+        assert_eq!(vmm.climb(FORCED, ask, vmm.order()).await, EndedBy::Vmm);
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_refuses_gets_sigterm() {
+        let vmm = FakeVmm::start(":").await;
+        assert_eq!(vmm.climb(FORCED, None, Some(failing(Effect::NotApplied))).await, EndedBy::Sigterm);
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_obeys_without_an_answer_is_named() {
+        let vmm = FakeVmm::start(":").await;
+        let order: Call<'_> = Box::pin(async {
+            vmm.guard.signal(Signal::USR2).unwrap();
+            failing(Effect::Unknown).await
+        });
+        assert_eq!(vmm.climb(FORCED, None, Some(order)).await, EndedBy::Vmm);
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_ignores_sigterm_is_killed() {
+        let vmm = FakeVmm::start("trap '' USR2 TERM").await;
+        assert_eq!(vmm.climb(FORCED, None, vmm.order()).await, EndedBy::Sigkill);
+    }
+
+    #[tokio::test]
+    async fn a_stopped_vmm_that_answers_nothing_is_killed() {
+        let vmm = FakeVmm::start(":").await;
+        vmm.guard.signal(Signal::STOP).unwrap();
+        let ask = Some((EndedBy::Acpi, never()));
+        assert_eq!(vmm.climb(HASTY, ask, Some(never())).await, EndedBy::Sigkill);
+    }
+
+    #[tokio::test]
+    async fn what_had_ended_was_the_guest() {
+        let vmm = FakeVmm::start(":").await;
+        vmm.guard.signal(Signal::KILL).unwrap();
+        vmm.guard.wait().await;
+        for ladder in [PATIENT, FORCED] {
+            let ask = Some((EndedBy::Acpi, forbidden()));
+            assert_eq!(vmm.climb(ladder, ask, None).await, EndedBy::Guest);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_ends_before_the_question_arrives_was_the_guest() {
+        let vmm = FakeVmm::start(":").await;
+        // As a connection breaks: the process has ended, and nobody has reaped it yet.
+        let ask: Call<'_> = Box::pin(async {
+            vmm.guard.signal(Signal::KILL).unwrap();
+            failing(Effect::NotApplied).await
+        });
+        assert_eq!(vmm.climb(PATIENT, Some((EndedBy::Acpi, ask)), None).await, EndedBy::Guest);
+    }
+
+    #[tokio::test]
+    async fn an_adopted_vmm_climbs_down_as_well() {
+        let vmm = FakeVmm::start("trap '' TERM").await;
+        let vmm_host::process::Lookup::Alive(adopted) = vmm_host::process::adopt(vmm.guard.identity()) else {
+            panic!("it is there")
+        };
+        assert_eq!(climb(&adopted, FORCED, None, None).await.unwrap(), EndedBy::Sigkill);
+        vmm.guard.wait().await;
+    }
 }

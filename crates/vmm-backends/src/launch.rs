@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
-use vmm_host::process::{Command, Found, Lookup, Process, adopt, find_by_argument};
+use vmm_host::process::{Command, Found, KillError, Lookup, Process, adopt, find_by_argument};
 use vmm_host::socket::DirWatch;
 use vmm_host::{files, run_dir};
 
@@ -24,6 +24,8 @@ pub use vmm_host::process::Guarded;
 const KILLING: Duration = Duration::from_secs(1);
 /// How long a VMM that broke its connection may take to be reaped, so that its exit status can be told.
 const REAPING: Duration = Duration::from_secs(1);
+/// How many processes a sweep ends before it takes them for the work of somebody who starts new ones.
+const SWEPT_AT_MOST: usize = 16;
 /// How much of a VMM's log a message carries.
 const LOG_BYTES: usize = 2048;
 /// How many lines of a VMM's log a message carries.
@@ -36,11 +38,12 @@ const LOG_LINES: usize = 8;
 pub async fn start_vmm(command: Command) -> Result<Guarded, BackendError> {
     let program = command.program.clone();
     vmm_host::process::spawn_guarded(command).await.map_err(|error| {
-        let missing = !program.is_file();
-        let (kind, advice) = if missing {
-            (BackendErrorKind::NotInstalled, "install it, or correct the configured path")
+        let (kind, advice) = if program.is_file() {
+            let advice = "check that the daemon's user may run it and write the runtime folder, and the host's limits of \
+                          processes and open files";
+            (BackendErrorKind::Host, advice)
         } else {
-            (BackendErrorKind::Host, "check the runtime folder, and the host's limits of processes and open files")
+            (BackendErrorKind::NotInstalled, "install it, or correct the configured path")
         };
         let message = format!("{} could not be started: {error}; {advice}", program.display());
         BackendError::new(kind, Effect::NotApplied, message).caused_by(error)
@@ -75,7 +78,11 @@ pub async fn last_words(log: &Path) -> String {
 /// # Errors
 /// [`BackendErrorKind::Gone`] as soon as the process has ended, for [`died_early`] to explain; [`BackendErrorKind::Timeout`] after
 /// `within`; [`BackendErrorKind::Host`] where the socket may not be used.
-pub async fn wait_for_socket(process: &Process, path: &Path, within: Duration) -> Result<UnixStream, BackendError> {
+pub async fn wait_for_socket(
+    process: &Process,
+    path: &Path,
+    within: Duration,
+) -> Result<UnixStream, BackendError> {
     let deadline = Instant::now() + within;
     tokio::select! {
         biased;
@@ -132,27 +139,47 @@ async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
 /// [`BackendErrorKind::Timeout`] where a process outlives SIGKILL, [`BackendErrorKind::Host`] where one is there that cannot be
 /// proven or killed. The sockets stay then.
 pub async fn sweep(dir: &Path, executable_names: &[&str]) -> Result<(), BackendError> {
+    let mut swept = 0;
     while let Some(found) = first_user_of(dir, executable_names).await? {
-        match adopt(&found.identity) {
-            Lookup::Gone => {}
-            Lookup::Unprovable(why) => return Err(host_error(format!("{why}; end it by hand and try again"))),
-            Lookup::Alive(process) => {
-                if found.exe.is_none() {
-                    return Err(host_error(format!(
-                        "process {} uses {}, but its program is hidden from the daemon's user; end it by hand and try again",
-                        process.pid(),
-                        dir.display()
-                    )));
-                }
-                tracing::info!(pid = process.pid(), dir = %dir.display(), "ending a VMM that nobody owns");
-                process.kill_and_wait(KILLING).await.map_err(|error| {
-                    BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string()).caused_by(error)
-                })?;
-            }
+        if swept == SWEPT_AT_MOST {
+            let message = format!(
+                "new processes that use {} are started all the time; end who starts them",
+                dir.display()
+            );
+            return Err(host_error(message));
         }
+        swept += 1;
+        end(&found, dir).await?;
     }
     let owned = dir.to_path_buf();
     blocking(move || run_dir::remove_sockets(&owned)).await
+}
+
+/// Ends one user of a run folder, if it is proven to be the one that was found.
+async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
+    let process = match adopt(&found.identity) {
+        Lookup::Alive(process) => process,
+        Lookup::Gone => return Ok(()),
+        Lookup::Unprovable(why) => return Err(host_error(format!("{why}; end it by hand and try again"))),
+    };
+    if found.exe.is_none() {
+        return Err(host_error(format!(
+            "process {} uses {}, but its program is hidden from the daemon's user; end it by hand and try again",
+            process.pid(),
+            dir.display()
+        )));
+    }
+    tracing::info!(pid = process.pid(), dir = %dir.display(), "ending a VMM that nobody owns");
+    match process.kill_and_wait(KILLING).await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let kind = match error {
+                KillError::Refused { .. } => BackendErrorKind::Host,
+                KillError::StillThere { .. } => BackendErrorKind::Timeout,
+            };
+            Err(BackendError::new(kind, Effect::Unknown, error.to_string()).caused_by(error))
+        }
+    }
 }
 
 /// Looks again after each process that was ended, for one of them may have just started another.
@@ -160,7 +187,9 @@ async fn first_user_of(dir: &Path, executable_names: &[&str]) -> Result<Option<F
     let dir = dir.to_path_buf();
     let users = blocking(move || find_by_argument(&dir)).await?;
     Ok(users.into_iter().find(|user| {
-        user.program_name().and_then(|name| name.to_str()).is_some_and(|name| executable_names.contains(&name))
+        user.program_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| executable_names.contains(&name))
     }))
 }
 
@@ -169,11 +198,157 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, BackendError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(host_error(format!("the run folder's users cannot be cleared: {error}")).caused_by(error)),
+        Ok(Err(error)) => {
+            Err(host_error(format!("the run folder's users cannot be cleared: {error}")).caused_by(error))
+        }
         Err(error) => Err(host_error("the clearing of a run folder was broken off").caused_by(error)),
     }
 }
 
 fn host_error(message: impl Into<String>) -> BackendError {
     BackendError::new(BackendErrorKind::Host, Effect::Unknown, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+    use std::path::PathBuf;
+
+    use tokio::net::UnixListener;
+    use vmm_host::process::ExitStatus;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn sh(dir: &Path, script: &str) -> Command {
+        Command::new("/bin/sh", ["-c", script], dir.join("log"))
+    }
+
+    /// A process that has `argument` among its arguments for as long as it lives.
+    async fn tail(dir: &Path, argument: &Path) -> Guarded {
+        let args: [OsString; 2] = ["-f".into(), argument.into()];
+        start_vmm(Command::new(tail_program(), args, dir.join("tail.log"))).await.unwrap()
+    }
+
+    fn tail_program() -> PathBuf {
+        vmm_host::path::find_program("tail", Some("/usr/bin:/bin".as_ref())).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_is_not_kept_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let guard = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        let process = guard.process().clone();
+        drop(guard);
+        assert_eq!(process.wait().await.status, Some(ExitStatus::Signal(9)));
+
+        let kept = start_vmm(sh(dir.path(), "read never; exit 7")).await.unwrap().keep();
+        assert_eq!(kept.wait().await.status, Some(ExitStatus::Code(7)));
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_missing_is_told_from_one_that_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let start = |program: &str, log: &str| start_vmm(Command::new(program, ["x"], dir.path().join(log)));
+        let missing = start("/nowhere/vmm", "log").await.unwrap_err();
+        assert_eq!((missing.kind, missing.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
+        let no_log = start("/bin/sh", "no/folder/log").await.unwrap_err();
+        assert_eq!((no_log.kind, no_log.effect), (BackendErrorKind::Host, Effect::NotApplied));
+        assert!(no_log.message.contains("no/folder/log"), "{no_log}");
+    }
+
+    #[tokio::test]
+    async fn an_early_death_is_explained() {
+        let dir = tempfile::tempdir().unwrap();
+        let process = start_vmm(sh(dir.path(), "echo no such disk >&2; exit 2")).await.unwrap().keep();
+        let error = died_early(&process, &dir.path().join("log"), "while it started").await;
+        assert_eq!(error.kind, BackendErrorKind::Rejected);
+        assert_eq!(
+            error.message,
+            "the VMM ended while it started (exit status 2); its last words: no such disk"
+        );
+        let silent = died_early(&process, &dir.path().join("none"), "while it started").await;
+        assert!(silent.message.ends_with("left nothing in its log"), "{silent}");
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_used_as_soon_as_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let vmm = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        // The first poll of the wait finds nothing; then the socket comes.
+        let (connected, _listener) = tokio::join!(wait_for_socket(&vmm, &path, LONG), async {
+            std::fs::write(dir.path().join("another"), "").unwrap();
+            tokio::task::yield_now().await;
+            UnixListener::bind(&path).unwrap()
+        });
+        connected.unwrap();
+        wait_for_socket(&vmm, &path, LONG).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_does_not_listen_yet_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let vmm = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        // A socket that nobody listens on any more looks like one that nobody listens on yet.
+        drop(UnixListener::bind(&path).unwrap());
+        let (connected, _listener) = tokio::join!(wait_for_socket(&vmm, &path, LONG), async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            std::fs::remove_file(&path).unwrap();
+            UnixListener::bind(&path).unwrap()
+        });
+        connected.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_process_ends_the_wait() {
+        let dir = tempfile::tempdir().unwrap();
+        let vmm = start_vmm(sh(dir.path(), "exit 1")).await.unwrap();
+        let error = wait_for_socket(&vmm, &dir.path().join("s"), LONG).await.unwrap_err();
+        assert_eq!((error.kind, error.effect), (BackendErrorKind::Gone, Effect::NotApplied));
+        assert!(error.message.ends_with("exit status 1"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_wait_has_an_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let vmm = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        let error =
+            wait_for_socket(&vmm, &dir.path().join("s"), Duration::from_millis(20)).await.unwrap_err();
+        assert_eq!(error.kind, BackendErrorKind::Timeout);
+    }
+
+    #[tokio::test]
+    async fn a_sweep_ends_our_vmms_and_no_others() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = base.path().join("0a");
+        std::fs::create_dir(&dir).unwrap();
+        let (socket, log, console) = (dir.join("api.sock"), dir.join("log"), dir.join("console"));
+        let neighbour = base.path().join("0ab");
+        drop(UnixListener::bind(&socket).unwrap());
+        std::fs::write(dir.join("api.sock.lock"), "").unwrap();
+        for file in [&log, &console, &neighbour] {
+            std::fs::write(file, "").unwrap();
+        }
+        let (one, two) = (tail(base.path(), &log).await, tail(base.path(), &console).await);
+        let neighbour = tail(base.path(), &neighbour).await;
+
+        sweep(&dir, &["some-other-program"]).await.unwrap();
+        assert!(!one.has_ended() && !two.has_ended(), "an operator may look at the log with any program");
+        assert!(!socket.exists() && !dir.join("api.sock.lock").exists());
+
+        drop(UnixListener::bind(&socket).unwrap());
+        let name = vmm_host::path::real_name(&tail_program()).unwrap();
+        sweep(&dir, &["some-other-program", &name]).await.unwrap();
+        assert!(one.has_ended() && two.has_ended());
+        assert!(!neighbour.has_ended());
+        assert!(!socket.exists() && log.exists());
+
+        sweep(&dir, &[&name]).await.unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        sweep(&dir, &[&name]).await.unwrap();
+        assert!(!neighbour.has_ended());
+    }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use vmm_backends::qemu::{QemuBackend, QemuOptions};
+use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::id::BackendName;
 use vmm_host::lock::StateLock;
@@ -60,9 +60,9 @@ fn backends(config: &Config) -> Backends {
     let qemu = QemuBackend::new(QemuOptions {
         binary: config.qemu.binary.clone(),
         kvm: match config.qemu_kvm {
-            Kvm::Auto => vmm_backends::qemu::Kvm::Auto,
-            Kvm::On => vmm_backends::qemu::Kvm::On,
-            Kvm::Off => vmm_backends::qemu::Kvm::Off,
+            Kvm::Auto => KvmMode::Auto,
+            Kvm::On => KvmMode::On,
+            Kvm::Off => KvmMode::Off,
         },
     });
     let all: [Arc<dyn Backend>; 1] = [Arc::new(qemu)];

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use uuid::Uuid;
-use vmm_core::backend::Backend;
+use vmm_core::backend::{Backend, Effect};
 use vmm_core::config::{BootConfig, VmConfig};
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{VmId, VmUid};
@@ -107,10 +107,17 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         actor: request.actor,
         ended_by: None,
     };
-    shared
-        .store
-        .commit(Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event) })
-        .await?;
+    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event) };
+    if let Err(error) = shared.store.commit(insert).await {
+        if error.effect != Effect::NotApplied {
+            // The name of a VM whose creation failed is free.
+            let removal = Commit { change: Change::Remove(uid), event: None };
+            if let Err(error) = shared.store.commit(removal).await {
+                tracing::error!(%uid, %error, "a VM whose creation failed may be on record all the same");
+            }
+        }
+        return Err(error.into());
+    }
     let shown = Arc::new(record.clone());
     let metrics = MetricsCell::default();
     let handle = actor::spawn(Arc::clone(shared), record, spec, backend, metrics.clone());

@@ -282,24 +282,28 @@ impl VmService {
         actor: String,
     ) -> Result<Outcome, ServiceError> {
         let message = Operation { request, ask_guest_for, actor };
-        let answer = self.handle(vm_id)?.ask(&self.shared, message).await;
-        self.answer(vm_id, answer)
+        let handle = self.handle(vm_id)?;
+        let answer = handle.ask(&self.shared, message).await;
+        self.answer(vm_id, handle.uid, answer)
     }
 
     async fn force(&self, vm_id: &str, request: Request, actor: String) -> Result<Outcome, ServiceError> {
         let message = Operation { request, ask_guest_for: None, actor };
-        let answer = self.handle(vm_id)?.force(&self.shared, message).await;
-        self.answer(vm_id, answer)
+        let handle = self.handle(vm_id)?;
+        let answer = handle.force(&self.shared, message).await;
+        self.answer(vm_id, handle.uid, answer)
     }
 
-    /// An actor that ends without answering has deleted its VM, unless the VM is still there.
+    /// An actor that ends without answering has deleted its VM, unless the same creation of it is still there.
     fn answer(
         &self,
         vm_id: &str,
+        uid: VmUid,
         answer: Option<Result<Outcome, ServiceError>>,
     ) -> Result<Outcome, ServiceError> {
         answer.unwrap_or_else(|| match self.get(vm_id) {
             Err(not_found) => Err(not_found),
+            Ok(view) if view.record.uid != uid => Err(ServiceError::NotFound(vm_id.to_owned())),
             Ok(_) => Err(ServiceError::Internal(format!(
                 "the operation on VM \"{vm_id}\" ended abnormally; restart the daemon, which loses nothing"
             ))),
@@ -331,10 +335,7 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord) -> Option<impl Future<Output 
             return None;
         }
     };
-    let metrics = MetricsCell::default();
-    let shown = Arc::new(record.clone());
-    let (handle, recovered) = actor::recover(Arc::clone(shared), record, spec, backend, metrics.clone());
-    shared.index.insert(shown, metrics, handle);
+    let recovered = actor::recover(Arc::clone(shared), record, spec, backend, MetricsCell::default());
     Some(async move {
         let _ = recovered.await;
     })

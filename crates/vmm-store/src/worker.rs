@@ -38,3 +38,22 @@ impl Worker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_is_late_is_not_waited_for() {
+        let (let_go, held) = mpsc::channel::<()>();
+        let worker = Worker::spawn("late", move || drop(held.recv())).unwrap();
+        assert!(!worker.join_until(Instant::now()));
+        drop(let_go);
+    }
+
+    #[test]
+    fn a_thread_that_panics_has_ended() {
+        let worker = Worker::spawn("panics", || panic!("on purpose")).unwrap();
+        assert!(worker.join_until(Instant::now() + std::time::Duration::from_secs(60)));
+    }
+}

@@ -25,16 +25,17 @@ fn part_commit_for_ever() {
     let store = Arc::new(open(&dir));
     block_on(async {
         let known = store.load().await.unwrap().vms;
-        let vms = (0..8).map(|number| {
+        let tasks = (0..8).map(|number| {
             let name = format!("vm-{number}");
-            known.iter().find(|vm| vm.vm_id.as_str() == name).cloned().ok_or_else(|| record(&name))
-        });
-        let tasks = vms.map(|vm| {
+            let known = known.iter().find(|vm| vm.vm_id.as_str() == name).map(next);
             let store = Arc::clone(&store);
             tokio::spawn(async move {
-                let (mut vm, mut commit) = match vm {
-                    Ok(known) => (next(&known), update(&next(&known))),
-                    Err(new) => (new.clone(), insert(&new)),
+                let (mut vm, mut commit) = match known {
+                    Some(known) => (known.clone(), update(&known)),
+                    None => {
+                        let new = record(&name);
+                        (new.clone(), insert(&new))
+                    }
                 };
                 loop {
                     let seq = store.commit(commit).await.unwrap().unwrap();
@@ -44,7 +45,9 @@ fn part_commit_for_ever() {
                 }
             })
         });
-        for task in tasks.collect::<Vec<_>>() {
+        // None of them ends by itself; a panic in one ends the part.
+        let tasks: Vec<tokio::task::JoinHandle<()>> = tasks.collect();
+        for task in tasks {
             task.await.unwrap();
         }
     });

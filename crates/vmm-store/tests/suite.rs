@@ -4,7 +4,6 @@
 
 mod common;
 
-use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};

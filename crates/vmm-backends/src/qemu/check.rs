@@ -7,14 +7,14 @@ use vmm_core::spec::{OptionScope, VmSpec, scope_of};
 use super::convert::{Accelerator, MACHINE_KEY, MODEL_KEY, Machine};
 
 /// The most vCPUs. QEMU's machines say 288, but more than 255 need an interrupt controller in KVM with x2APIC.
-pub const MAX_VCPUS: u32 = 255;
+pub(super) const MAX_VCPUS: u32 = 255;
 /// The most disks, and the most network interfaces, on q35.
-pub const MAX_Q35_DEVICES: usize = 64;
+pub(super) const MAX_Q35_DEVICES: usize = 64;
 /// The most disks and network interfaces together on microvm: its virtio-mmio transports.
-pub const MAX_MICROVM_DEVICES: usize = 24;
+pub(super) const MAX_MICROVM_DEVICES: usize = 24;
 
 /// Finds what QEMU rejects and ignores of `spec` on `accelerator`.
-pub fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
+pub(super) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
     let mut report = Report::default();
     check_keys(&mut report, spec);
     check_cpu(&mut report, spec, accelerator);

@@ -31,7 +31,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    LaunchRequest, Launched, SweepRequest,
+    KernelFormat, LaunchRequest, Launched, SweepRequest,
 };
 use vmm_core::id::BackendName;
 use vmm_core::report::Report;
@@ -130,6 +130,7 @@ fn capabilities(accelerator: Accelerator) -> Capabilities {
         name: BackendName::new(NAME),
         endpoint_mode: "managed",
         default_restart_mode: convert::DEFAULT_RESTART,
+        kernel_formats: &[KernelFormat::BzImage, KernelFormat::PvhElf],
         facts: facts.into_iter().map(|(name, fact)| (name, fact.to_owned())).collect(),
         limits: BTreeMap::from(limits),
     }

@@ -87,8 +87,9 @@ mod tests {
 
     #[test]
     fn the_firmware_of_q35_is_not_the_guest() {
-        assert_eq!(counted(Machine::Q35, &[(HOST, 0), (GUEST, 48), (GUEST, 49)]), []);
-        assert_eq!(counted(Machine::Q35, &[(HOST, 0), (GUEST, 64)]), []);
+        let none: [u64; 0] = [];
+        assert_eq!(counted(Machine::Q35, &[(HOST, 0), (GUEST, 48), (GUEST, 49)]), none);
+        assert_eq!(counted(Machine::Q35, &[(HOST, 0), (GUEST, 64)]), none);
         assert_eq!(counted(Machine::Q35, &[(GUEST, 0), (GUEST, 48), (GUEST, 49)]), [0]);
     }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched};
 use vmm_core::id::VmUid;
@@ -96,6 +96,7 @@ impl Parts {
         let (sender, events) = mpsc::channel(EVENTS);
         let guest = Arc::new(Guest::new(runs));
         let reboot = reboot_action(spec);
+        let (wanted, handle) = oneshot::channel();
         let watch = Watch {
             process: self.process.clone(),
             link: Arc::clone(&self.link),
@@ -106,6 +107,7 @@ impl Parts {
             reboot,
             log: self.log,
             shutdown: None,
+            handle,
         };
         let span = tracing::info_span!("qemu", %uid, pid = self.process.pid());
         tokio::spawn(watch.run().instrument(span));
@@ -117,6 +119,7 @@ impl Parts {
             machine: self.machine,
             reboot,
             taps: self.taps,
+            _wanted: wanted,
         };
         Launched { vmm: Arc::new(vmm), events }
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, oneshot};
 use vmm_core::backend::{
     BackendError, BackendErrorKind, Effect, GuestState, Ladder, NetworkCounters, Reset, Sample, Vmm,
 };
@@ -13,7 +13,7 @@ use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::Process;
 
-use super::client::{RebootAction, RunState};
+use super::client::RebootAction;
 use super::convert::Machine;
 use super::link::Link;
 use super::qmp::{Qmp, QmpError};
@@ -32,19 +32,35 @@ pub(super) struct QemuVmm {
     pub(super) machine: Machine,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
+    /// Tells the watch, by being dropped, that this handle has been.
+    pub(super) _wanted: oneshot::Sender<()>,
 }
 
-/// Whether the guest's CPUs run, as far as is known: what differs from it was done by somebody else.
+/// What was ordered, and so is no news: what differs from it was done by somebody else.
 #[derive(Debug)]
 pub(super) struct Guest {
     runs: AtomicBool,
+    is_to_end: AtomicBool,
     /// Held while a command changes it, so that its echo among the events is not taken for somebody else's doing.
     changing: Mutex<()>,
 }
 
 impl Guest {
     pub(super) fn new(runs: bool) -> Self {
-        Self { runs: AtomicBool::new(runs), changing: Mutex::new(()) }
+        Self {
+            runs: AtomicBool::new(runs),
+            is_to_end: AtomicBool::new(false),
+            changing: Mutex::new(()),
+        }
+    }
+
+    /// Says whether the run was ordered to end.
+    pub(super) fn is_to_end(&self) -> bool {
+        self.is_to_end.load(Ordering::Relaxed)
+    }
+
+    fn order_end(&self) {
+        self.is_to_end.store(true, Ordering::Relaxed);
     }
 
     pub(super) async fn change(&self) -> Change<'_> {
@@ -89,7 +105,8 @@ impl Vmm for QemuVmm {
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        let ask = Box::pin(self.press_power_button());
+        self.guest.order_end();
+        let ask = Box::pin(async { Ok(self.qmp()?.system_powerdown().await?) });
         let power_off = Box::pin(async { Ok(self.qmp()?.quit().await?) });
         ladder::climb(&self.process, ladder, Some((EndedBy::Acpi, ask)), Some(power_off)).await
     }
@@ -130,10 +147,12 @@ impl Vmm for QemuVmm {
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
-        Ok(self.status().await?.guest_state())
+        let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
+        Ok(status.guest_state())
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
+        self.guest.order_end();
         match self.process.kill_and_wait(KILLING).await {
             Ok(_) => Ok(()),
             Err(error) => {
@@ -150,18 +169,6 @@ impl QemuVmm {
             return Err(self.gone(Effect::NotApplied));
         }
         self.link.get()
-    }
-
-    async fn status(&self) -> Result<RunState, BackendError> {
-        self.qmp()?.query_status().await.map_err(|error| self.explain(error))
-    }
-
-    /// Asks the guest to power off. One that stands still could not hear it, so it goes on first.
-    async fn press_power_button(&self) -> Result<(), BackendError> {
-        if self.status().await?.guest_state() == GuestState::Paused {
-            self.resume().await?;
-        }
-        Ok(self.qmp()?.system_powerdown().await?)
     }
 
     /// Resets a guest whose own resets end QEMU.

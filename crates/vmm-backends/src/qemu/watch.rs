@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, warn};
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_host::process::{ExitStatus, Process, ProcessExit};
@@ -39,6 +39,8 @@ pub(super) struct Watch {
     pub(super) reboot: RebootAction,
     pub(super) log: PathBuf,
     pub(super) shutdown: Option<ShutdownReason>,
+    /// Ends when the VM's handle is dropped.
+    pub(super) handle: oneshot::Receiver<()>,
 }
 
 /// Why QEMU ends, in its own words.
@@ -90,18 +92,19 @@ struct Reset {
 }
 
 impl Watch {
-    /// Watches until the process has gone and that has been told.
+    /// Watches until the process has gone and that has been told, or nobody is there to be told.
     pub(super) async fn run(mut self) {
         let (process, link) = (self.process.clone(), Arc::clone(&self.link));
         loop {
             tokio::select! {
                 biased;
                 event = self.qmp_events.recv() => match event {
-                    Some(event) => self.handle(event).await,
+                    Some(event) => self.take(event).await,
                     // Cannot be: the link holds a sender.
                     None => break,
                 },
                 _ = process.wait() => break,
+                () = unwanted(&self.events, &mut self.handle) => return,
                 qmp = link.restored() => self.catch_up(&qmp).await,
             }
         }
@@ -119,7 +122,7 @@ impl Watch {
         let _ = self.events.send(gone).await;
     }
 
-    async fn handle(&mut self, event: QmpEvent) {
+    async fn take(&mut self, event: QmpEvent) {
         if let Some(reason) = shutdown_reason(&event) {
             self.shutdown = Some(reason);
             return;
@@ -179,7 +182,8 @@ impl Watch {
     }
 
     async fn describe(&self, exit: ProcessExit) -> Exit {
-        let cause = exit_cause(self.shutdown, exit);
+        let cause =
+            if self.guest.is_to_end() { ExitCause::Requested } else { exit_cause(self.shutdown, exit) };
         let mut message = exit.to_string();
         let said = last_words(&self.log).await;
         if !said.is_empty() {
@@ -187,6 +191,14 @@ impl Watch {
         }
         Exit { cause, message }
     }
+}
+
+/// Waits until nobody wants the VM any more, neither its events nor its handle. Then the connection is given back, for QEMU
+/// serves one client at a time.
+async fn unwanted(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
+    events.closed().await;
+    // Nothing is ever sent: an error is what dropping looks like.
+    let _ = handle.await;
 }
 
 fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {

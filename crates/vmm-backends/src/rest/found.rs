@@ -5,12 +5,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
 use vmm_core::store::RunRecord;
-use vmm_host::process::{Found, KillError, Lookup, Process, ProcessExit, adopt, find_by_argument};
+use vmm_host::process::{Found, KillError, Lookup, Process, ProcessExit, Usage, adopt, find_by_argument};
 
-use crate::launch;
+use crate::launch::{self, Guarded};
 
 /// How long a killed VMM may take to go.
 const KILLING: Duration = Duration::from_secs(2);
+/// How long a VMM that broke its connection may take to be reaped.
+const REAPING: Duration = Duration::from_secs(1);
 /// The socket's name in the run folder; short, because a socket's path ends at 107 bytes.
 pub const SOCKET: &str = "api.sock";
 /// The log's name in the run folder.
@@ -107,5 +109,41 @@ pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
             BackendError::new(BackendErrorKind::Gone, error.effect, message).caused_by(error)
         }
         None => error,
+    }
+}
+
+/// What a VMM's process has used of the host.
+///
+/// # Errors
+/// [`BackendErrorKind::Gone`] where it has ended, [`BackendErrorKind::Host`] otherwise.
+pub async fn usage(process: &Process) -> Result<Usage, BackendError> {
+    let owned = process.clone();
+    let read = tokio::task::spawn_blocking(move || owned.usage()).await;
+    let error = match read {
+        Ok(Ok(usage)) => return Ok(usage),
+        Ok(Err(error)) => error,
+        Err(error) => std::io::Error::other(error),
+    };
+    let kind = match error.kind() {
+        std::io::ErrorKind::NotFound => BackendErrorKind::Gone,
+        _ => BackendErrorKind::Host,
+    };
+    let message = format!("what process {} uses cannot be read: {error}", process.pid());
+    Err(BackendError::new(kind, Effect::NotApplied, message).caused_by(error))
+}
+
+/// Ends a launch that failed, so that nothing of it runs on, and says why it failed: in the VMM's last words where it died
+/// by itself.
+pub async fn failed(guard: Guarded, error: BackendError, log: &Path) -> BackendError {
+    let lost = matches!(error.kind, BackendErrorKind::Gone | BackendErrorKind::Unreachable);
+    if guard.exit().is_some() || (lost && guard.wait_for(REAPING).await.is_some()) {
+        return launch::died_early(guard.process(), log, "while it started").await;
+    }
+    match kill(guard.process()).await {
+        Ok(()) => BackendError { effect: Effect::NotApplied, ..error },
+        Err(kept) => {
+            let message = format!("{error}; and what was started is still there: {kept}");
+            BackendError::new(error.kind, Effect::Unknown, message).caused_by(error)
+        }
     }
 }

@@ -97,15 +97,14 @@ impl Program {
     }
 
     /// The names under which the running program shows in `/proc`.
-    pub fn running_names(&self) -> Vec<String> {
-        let mut names = vec![self.name.to_owned()];
-        let found = path::find_program(&self.wanted, std::env::var_os("PATH").as_deref());
-        if let Some(real) = found.ok().and_then(|program| path::real_name(&program))
-            && real != self.name
-        {
-            names.push(real);
-        }
-        names
+    pub async fn running_names(&self) -> Vec<String> {
+        let wanted = self.wanted.clone();
+        let real = tokio::task::spawn_blocking(move || {
+            let found = path::find_program(&wanted, std::env::var_os("PATH").as_deref()).ok()?;
+            path::real_name(&found)
+        });
+        let real = real.await.ok().flatten().filter(|real| real != self.name);
+        std::iter::once(self.name.to_owned()).chain(real).collect()
     }
 
     fn remembered(&self) -> Option<(Stamp, Version)> {

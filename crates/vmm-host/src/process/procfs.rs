@@ -23,8 +23,6 @@ pub(super) struct Stat {
     pub(super) cpu_ticks: u64,
     /// Start time in clock ticks since the host booted.
     pub(super) start_ticks: u64,
-    /// Resident pages.
-    pub(super) resident_pages: u64,
 }
 
 /// Reads `/proc/PID/stat`.
@@ -43,10 +41,17 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     // proc(5) counts from 1 and from the pid; `rest` begins with field 3.
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
-    Some(Stat {
-        cpu_ticks: number(14)?.saturating_add(number(15)?),
-        start_ticks: number(22)?,
-        resident_pages: number(24)?,
+    Some(Stat { cpu_ticks: number(14)?.saturating_add(number(15)?), start_ticks: number(22)? })
+}
+
+/// Reads the resident pages of a process. `statm` and not `stat`: there the kernel leaves out what each CPU has yet to add up,
+/// which can be all that a small process has.
+fn resident_pages(pid: u32) -> io::Result<u64> {
+    let text = read(pid, "statm")?;
+    let pages =
+        std::str::from_utf8(&text).ok().and_then(|text| text.split_ascii_whitespace().nth(1)?.parse().ok());
+    pages.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/statm has an unknown form"))
     })
 }
 
@@ -89,7 +94,7 @@ pub fn usage(pid: u32) -> io::Result<Usage> {
     let whole = Duration::from_secs(stat.cpu_ticks / hertz);
     let part = Duration::from_nanos((stat.cpu_ticks % hertz).saturating_mul(1_000_000_000) / hertz);
     let page_size = rustix::param::page_size() as u64;
-    Ok(Usage { cpu_time: whole + part, resident_bytes: stat.resident_pages.saturating_mul(page_size) })
+    Ok(Usage { cpu_time: whole + part, resident_bytes: resident_pages(pid)?.saturating_mul(page_size) })
 }
 
 /// The program that a process runs, by its real path. A program that was replaced since keeps the path it had.
@@ -129,14 +134,18 @@ mod tests {
     fn a_name_may_hold_spaces_and_parentheses() {
         let text = b"42 (a) S 1 (x) Z 9) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 0 0 20 0 1 0 123456 4096000 250 1844 1 1\n";
         let stat = parse_stat(text).unwrap();
-        assert_eq!(stat, Stat { cpu_ticks: 12, start_ticks: 123_456, resident_pages: 250 });
+        assert_eq!(stat, Stat { cpu_ticks: 12, start_ticks: 123_456 });
     }
 
     #[test]
     fn what_is_cut_short_is_refused() {
-        for text in
-            [&b""[..], b"42 (a", b"42 (a) S 1 2", b"42 (a) S 1 42 42 0 -1 4 100 0 0 0 x 5 0 0 20 0 1 0 1 2 3"]
-        {
+        for text in [
+            &b""[..],
+            b"42 (a",
+            b"42 (a) S 1 2",
+            b"42 (a) S 1 42 42 0 -1 4 100 0 0 0 x 5 0 0 20 0 1 0 1 2 3",
+            b"42 (a) S 1 42 42 0 -1 4 100 0 0 0 7 5 0 0 20 0 1 0",
+        ] {
             assert_eq!(parse_stat(text), None, "{:?}", String::from_utf8_lossy(text));
         }
     }

@@ -212,10 +212,18 @@ async fn a_pid_that_became_a_thread_is_gone() {
 
 #[tokio::test]
 async fn a_zombie_is_gone() {
-    // The parent becomes a sleep, which never reaps.
-    let script = Script::start("true & echo $!; exec sleep 600").await;
+    let dir = tempfile::tempdir().unwrap();
+    let gate = dir.path().join("gate");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &gate, rustix::fs::Mode::RWXU).unwrap();
+    let gate_text = gate.display();
+    // The parent becomes a sleep, which never reaps; only then may the child end.
+    let script = Script::start(&format!("(read go < {gate_text}) & echo $!; exec sleep 600")).await;
     let pid = script.first_line().await.parse().unwrap();
     let identity = identity_of(pid);
+    while procfs::arguments(script.guard.pid()).unwrap().len() != 2 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    std::fs::write(&gate, "go\n").unwrap();
     while !std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") Z ") {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
@@ -248,9 +256,11 @@ async fn a_process_is_found_by_its_run_folder() {
     let arguments = |path: &Path| vec!["-f".into(), path.as_os_str().to_owned()];
     let user = spawn_guarded(Command::new(&tail, arguments(&log), &log)).await.unwrap();
     let other = dir.path().join("vms/0ab");
+    std::fs::write(&other, "").unwrap();
     let bystander = spawn_guarded(Command::new(&tail, arguments(&other), &log)).await.unwrap();
 
     let found = find_by_argument(&folder).unwrap();
+    assert!(!user.has_ended() && !bystander.has_ended());
     let pids: BTreeSet<u32> = found.iter().map(|found| found.identity.pid).collect();
     assert!(pids.contains(&user.pid()) && !pids.contains(&bystander.pid()), "{found:?}");
     let found = found.iter().find(|found| found.identity.pid == user.pid()).unwrap();

@@ -27,9 +27,14 @@ const KEPT_CONSOLE: &str = "console.log";
 impl Actor {
     /// BootVm: a start that a client asked for ends any count of restarts, and any wait for one.
     pub(super) async fn boot_as_asked(&mut self, actor: &str) -> Result<Outcome, ServiceError> {
-        self.restart_at = None;
-        self.record.status.restarts = 0;
-        self.start(Request::Boot, actor).await?;
+        let waiting = (self.restart_at.take(), std::mem::take(&mut self.record.status.restarts));
+        if let Err(error) = self.start(Request::Boot, actor).await {
+            if self.record.status.phase == Phase::Restarting {
+                // Nothing was begun, so the policy's own start is still to come.
+                (self.restart_at, self.record.status.restarts) = waiting;
+            }
+            return Err(error);
+        }
         Ok(self.outcome(None))
     }
 
@@ -139,16 +144,17 @@ impl Actor {
     /// Takes back everything that a start had done, and records why there is no VMM.
     async fn not_started(&mut self, request: Request, actor: &str, error: ServiceError) -> ServiceError {
         if let Some(vmm) = self.vmm()
-            && let Err(error) = vmm.kill().await
+            && let Err(error) = Self::kill(&*vmm).await
         {
             tracing::error!(%error, "a VMM whose start is taken back could not be killed");
+            self.stray = true;
+        }
+        if self.stray
+            && let Err(Broken::Backend(left)) = self.sweep().await
+        {
+            return self.start_left_something(request, actor, error, &left).await;
         }
         self.let_go();
-        if self.stray
-            && let Err(Broken::Backend(error)) = self.sweep().await
-        {
-            tracing::error!(%error, "what a broken start left could not be ended; it is tried again at the next operation");
-        }
         let aborted = matches!(error, ServiceError::Aborted(_));
         if aborted && self.record.state == VmState::Created {
             // A VMM was started and ended by force: the VM has run, however briefly.
@@ -160,6 +166,23 @@ impl Actor {
             (Phase::Failed, "boot-failed")
         };
         self.record.status = self.plain(phase).because(reason, error.to_string());
+        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+        error
+    }
+
+    /// A start did not come about, and whether its process has gone cannot be proven: what it may hold stays claimed.
+    async fn start_left_something(
+        &mut self,
+        request: Request,
+        actor: &str,
+        error: ServiceError,
+        left: &BackendError,
+    ) -> ServiceError {
+        tracing::error!(error = %left, "what a broken start left could not be ended; it is looked for again");
+        self.live = None;
+        self.record.run = None;
+        self.record.status = self.plain(Phase::Unreachable).because("vmm-does-not-end", left.to_string());
+        self.look_for_it_later();
         let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
         error
     }

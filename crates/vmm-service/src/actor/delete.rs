@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use vmm_core::backend::Effect;
 use vmm_core::event::EventKind;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{Observation, Phase, Request, observe};
@@ -16,11 +17,11 @@ use crate::service::Outcome;
 impl Actor {
     /// Removes the VM. With `force`, what cannot be freed is named in the answer and stops nothing.
     pub(super) async fn delete(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
-        self.restart_at = None;
         self.intend(operation.request, Phase::Deleting, &operation.actor).await?;
+        self.restart_at = None;
         let mut left_behind = Vec::new();
         if let Some(vmm) = self.vmm() {
-            match vmm.kill().await {
+            match Self::kill(&*vmm).await {
                 Ok(()) => self.let_go(),
                 Err(error) => {
                     tracing::warn!(%error, "the VMM could not be killed by its handle");
@@ -62,11 +63,18 @@ impl Actor {
         self.record.status = self.plain(Phase::Deleting);
         let event = self.event(EventKind::Deleted, Why::asked(operation.request, &operation.actor), now_ms());
         let commit = Commit { change: Change::Remove(self.record.uid), event: Some(event) };
-        if let Err(error) = Arc::clone(&self.shared.store).commit(commit).await {
-            self.record.intent = None;
+        let store = Arc::clone(&self.shared.store);
+        let mut removed = store.commit(commit.clone()).await;
+        if removed.as_ref().is_err_and(|error| error.effect == Effect::Unknown) {
+            // Removing twice is harmless, and the only way to know.
+            removed = store.commit(commit).await;
+        }
+        if let Err(error) = removed {
             self.record.status =
                 self.plain(Phase::at_rest(self.record.state)).because("delete-failed", error.to_string());
-            self.publish();
+            let _ = self
+                .conclude(EventKind::OperationFailed, Why::asked(operation.request, &operation.actor))
+                .await;
             return Err(error.into());
         }
         self.shared.index.remove(self.record.uid);

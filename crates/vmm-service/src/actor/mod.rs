@@ -4,7 +4,7 @@
 //!             ┌──────────────── one step at a time ────────────────┐
 //!  force  ───►│ 1. forced operations                               │
 //!  VMM    ───►│ 2. what the VMM did by itself, lost contact        │──► commit ──► publish ──► answer
-//!  timer  ───►│ 3. a restart that is due                           │
+//!  timer  ───►│ 3. a restart that is due, a search for a lost VMM  │
 //!  inbox  ───►│ 4. operations, in the order they came              │
 //!             └────────────────────────────────────────────────────┘
 //! ```
@@ -31,6 +31,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use vmm_core::backend::{Backend, BackendError, BackendErrorKind, Effect, Launched, Vmm, VmmEvent};
+use vmm_core::id::VmUid;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::Request;
 use vmm_core::store::{RunRecord, VmRecord};
@@ -43,6 +44,9 @@ use crate::service::{Outcome, Shared, UnderWay};
 const INBOX: usize = 32;
 /// Forced operations that may wait for one VM.
 const FORCE_INBOX: usize = 16;
+
+/// How long a killed VMM may take to go. With a sweep after it, this leaves a forced operation within its 5 s.
+const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// An operation on one VM.
 #[derive(Clone, Debug)]
@@ -66,6 +70,8 @@ struct Message {
 /// The way to one VM's actor.
 #[derive(Clone)]
 pub(crate) struct ActorHandle {
+    /// The creation that this actor writes; its name may belong to a later one by the time it answers.
+    pub(crate) uid: VmUid,
     inbox: mpsc::Sender<Message>,
     force: mpsc::Sender<Message>,
 }
@@ -124,15 +130,20 @@ pub(crate) fn spawn(
     handle
 }
 
-/// Starts the actor of a VM that a daemon before this one knew. The receiver hears when the VM's fate is known.
+/// Puts a VM that a daemon before this one knew into the index, and starts its actor. The receiver hears when the VM's fate is
+/// known.
 pub(crate) fn recover(
     shared: Arc<Shared>,
     record: VmRecord,
     spec: VmSpec,
     backend: Arc<dyn Backend>,
     metrics: MetricsCell,
-) -> (ActorHandle, oneshot::Receiver<()>) {
-    let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics);
+) -> oneshot::Receiver<()> {
+    let index_of = Arc::clone(&shared);
+    let shown = Arc::new(record.clone());
+    let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics.clone());
+    // Before the actor runs: what it publishes or removes must find its entry.
+    index_of.index.insert(shown, metrics, handle);
     let (known, fate) = oneshot::channel();
     let span = actor.span();
     let task = async move {
@@ -144,7 +155,7 @@ pub(crate) fn recover(
         }
     };
     tokio::spawn(task.instrument(span));
-    (handle, fate)
+    fate
 }
 
 /// Whether the actor goes on after a step.
@@ -188,6 +199,8 @@ struct Actor {
     uncertain: bool,
     /// When a restart by policy is due.
     restart_at: Option<Instant>,
+    /// When to look again for a VMM that may live and of which no handle is held.
+    look_at: Option<Instant>,
     /// When the guest last reset itself in place.
     last_reset: Option<Instant>,
 }
@@ -197,6 +210,8 @@ enum Step {
     Forced(Message),
     Sign(Sign),
     Restart,
+    /// A VMM that was lost is looked for.
+    Look,
     Asked(Message),
     /// Nobody can reach this actor any more.
     Orphaned,
@@ -218,6 +233,7 @@ impl Actor {
     ) -> (Self, ActorHandle) {
         let (inbox_sender, inbox) = mpsc::channel(INBOX);
         let (force_sender, force) = mpsc::channel(FORCE_INBOX);
+        let uid = record.uid;
         let actor = Self {
             shared,
             record,
@@ -232,9 +248,10 @@ impl Actor {
             stray: false,
             uncertain: false,
             restart_at: None,
+            look_at: None,
             last_reset: None,
         };
-        (actor, ActorHandle { inbox: inbox_sender, force: force_sender })
+        (actor, ActorHandle { uid, inbox: inbox_sender, force: force_sender })
     }
 
     fn span(&self) -> tracing::Span {
@@ -263,6 +280,10 @@ impl Actor {
                     self.restart_by_policy().await;
                     Flow::GoOn
                 }
+                Step::Look => {
+                    self.look_for_it().await;
+                    Flow::GoOn
+                }
                 Step::Orphaned => Flow::End,
             };
             match flow {
@@ -281,6 +302,7 @@ impl Actor {
             Some(message) = self.force.recv() => Step::Forced(message),
             sign = next_sign(&mut self.live) => Step::Sign(sign),
             () = due(self.restart_at) => Step::Restart,
+            () = due(self.look_at) => Step::Look,
             message = self.inbox.recv() => message.map_or(Step::Orphaned, Step::Asked),
         }
     }
@@ -348,14 +370,27 @@ impl Actor {
         self.live = Some(Live { vmm, events, sampler });
         self.record.run = Some(run);
         self.stray = false;
+        self.look_at = None;
     }
 
     /// Lets go of a VMM that has gone, and of what it held.
     fn let_go(&mut self) {
         self.live = None;
         self.record.run = None;
+        self.look_at = None;
         self.last_reset = None;
         self.shared.claims.release(self.record.uid);
+    }
+
+    /// Kills a VMM. A backend promises to answer in time; nobody waits for one that breaks its promise.
+    async fn kill(vmm: &dyn Vmm) -> Result<(), BackendError> {
+        tokio::time::timeout(KILL_DEADLINE, vmm.kill()).await.unwrap_or_else(|_| {
+            Err(BackendError::new(
+                BackendErrorKind::Timeout,
+                Effect::Unknown,
+                format!("its VMM did not end within {} s of being killed", KILL_DEADLINE.as_secs()),
+            ))
+        })
     }
 
     /// The handle of the VMM, if one is held.

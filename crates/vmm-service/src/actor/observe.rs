@@ -9,6 +9,7 @@ use vmm_core::spec::RestartMode;
 use vmm_core::state::{EndedBy, Observation, Phase, observe};
 
 use super::persist::Why;
+use super::restart::Decision;
 use super::{Actor, Broken};
 use crate::clock::now_ms;
 use crate::metrics::Contact;
@@ -55,15 +56,17 @@ impl Actor {
                 Exit { cause: ExitCause::GuestReset, message: "the guest reset itself again".to_owned() };
             return self.end_failed_run(exit, "restart-loop").await;
         }
-        self.record.status =
-            self.plain(Phase::Running).because("guest-reset", "the guest reset itself and runs again");
+        self.record.state = observe(self.record.state, Observation::ResetInPlace);
+        self.record.status = self
+            .plain(Phase::at_rest(self.record.state))
+            .because("guest-reset", "the guest reset itself and runs again");
         let _ = self.conclude(EventKind::GuestReset, Why::by_itself("guest-reset")).await;
     }
 
     /// Kills a VMM whose guest is to run no longer, and records the end.
     async fn end_failed_run(&mut self, exit: Exit, cause: &str) {
         if let Some(vmm) = self.vmm()
-            && let Err(error) = vmm.kill().await
+            && let Err(error) = Self::kill(&*vmm).await
         {
             tracing::error!(%error, "a VMM that is to end could not be killed");
             self.record.status =
@@ -77,6 +80,11 @@ impl Actor {
     /// The VMM has provably gone: the VM is down, until policy starts it again.
     pub(super) async fn run_ended(&mut self, exit: Exit, why: Why<'_>) {
         let decision = self.decide_restart(&exit);
+        self.end_of_run(&exit, decision, why).await;
+    }
+
+    /// Records the end of a run and what is to follow it.
+    pub(super) async fn end_of_run(&mut self, exit: &Exit, decision: Decision, why: Why<'_>) {
         self.let_go();
         let by_guest = matches!(exit.cause, ExitCause::GuestPowerOff | ExitCause::GuestReset);
         let ended_by = by_guest.then_some(EndedBy::Guest);

@@ -15,6 +15,8 @@ use crate::service::Outcome;
 const OPERATION_DEADLINE: Duration = Duration::from_secs(20);
 /// A forced operation answers within 5 s, commits included.
 const FORCE_DEADLINE: Duration = Duration::from_millis(4500);
+/// How long a sweep may take. A start that was pre-empted and the deletion that did it take one each.
+const SWEEP_DEADLINE: Duration = Duration::from_secs(2);
 /// How long a VMM may take to say how its guest is, after something went wrong.
 const PROBE_DEADLINE: Duration = Duration::from_secs(3);
 /// How long the last word of a VMM that has gone may take.
@@ -25,6 +27,13 @@ impl Actor {
         let request = operation.request;
         if self.record.status.phase == Phase::Unreachable && !self.forcing {
             return Err(self.unreachable());
+        }
+        if self.stray && self.live.is_none() && request == Request::Shutdown {
+            // A start left a process of which only this is known: that it could not be ended.
+            if let Err(Broken::Backend(error)) = self.sweep().await {
+                return Err(ServiceError::from_backend("shut down", &self.record.vm_id, &error));
+            }
+            self.let_go();
         }
         match admit(self.record.state, request) {
             Admission::AlreadyDone => self.already_done(operation).await,
@@ -53,8 +62,9 @@ impl Actor {
 
     async fn already_done(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
         let stopped = operation.request == Request::Shutdown;
-        if stopped && self.restart_at.take().is_some() {
-            self.record.status = self.plain(Phase::Stopped).because("shutdown", "its restart was called off");
+        let waits = self.restart_at.take().is_some() || self.record.status.phase == Phase::Unreachable;
+        if stopped && waits {
+            self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
             self.conclude(EventKind::StateChanged, Why::asked(operation.request, &operation.actor)).await?;
         }
         Ok(self.outcome(stopped.then_some(EndedBy::AlreadyStopped)))
@@ -147,21 +157,25 @@ impl Actor {
         let resume_first = self.record.state == vmm_core::state::VmState::Paused && ask_guest_for.is_some();
         let deadline = ask_guest_for.map_or(FORCE_DEADLINE, |ask| ask + OPERATION_DEADLINE);
         let ladder = Ladder { ask_guest_for };
-        self.interruptible(deadline, async move {
+        let ended = self.interruptible(deadline, async move {
             if resume_first && let Err(error) = vmm.resume().await {
                 // A guest that stands still cannot obey; the ladder goes on without it.
                 tracing::warn!(%error, "could not resume the VM before asking it to shut down");
             }
             vmm.shutdown(ladder).await
-        })
-        .await
+        });
+        match ended.await {
+            // It was faster than its ladder, which is what was asked for.
+            Err(Broken::Backend(error)) if error.kind == BackendErrorKind::Gone => Ok(EndedBy::Guest),
+            ended => ended,
+        }
     }
 
     /// Ends whatever process belongs to the run folder.
     pub(super) async fn sweep(&mut self) -> Result<(), Broken> {
         let backend = std::sync::Arc::clone(&self.backend);
         let request = SweepRequest { uid: self.record.uid, dir: self.dir() };
-        let swept = tokio::time::timeout(FORCE_DEADLINE, backend.sweep(request)).await;
+        let swept = tokio::time::timeout(SWEEP_DEADLINE, backend.sweep(request)).await;
         let swept = swept.unwrap_or_else(|_| {
             Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, "its VMM did not end in time"))
         });
@@ -217,7 +231,15 @@ impl Actor {
         if effect == Effect::NotApplied {
             return;
         }
-        let Some(vmm) = self.vmm() else { return };
+        let Some(vmm) = self.vmm() else {
+            if self.record.state.is_live() {
+                self.record.status = self
+                    .plain(Phase::Unreachable)
+                    .because("vmm-does-not-answer", "nothing proves what became of its VMM");
+                self.look_for_it_later();
+            }
+            return;
+        };
         let observation = match self.interruptible(PROBE_DEADLINE, async move { vmm.probe().await }).await {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,

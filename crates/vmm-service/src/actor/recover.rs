@@ -11,6 +11,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched};
 use vmm_core::event::EventKind;
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
@@ -22,12 +23,15 @@ use crate::check;
 
 /// How long a VMM may take to prove that it is alive.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
+/// Time between two looks for a VMM that could not be reached when the daemon started.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Actor {
     /// Finds out what is true of the VM.
     pub(super) async fn recover(&mut self) -> Flow {
         let intent = self.record.intent.clone();
-        if intent.is_none() && self.record.run.is_none() {
+        let lost = self.record.status.phase == Phase::Unreachable;
+        if intent.is_none() && self.record.run.is_none() && !lost {
             if self.record.status.phase == Phase::Restarting {
                 self.resume_restart();
             }
@@ -49,6 +53,12 @@ impl Actor {
             self.ended_unwatched(exit, intent.as_ref(), Some("host-reboot")).await;
             return Flow::GoOn;
         }
+        self.find(intent).await;
+        Flow::GoOn
+    }
+
+    /// Looks for the VMM, and says of the VM what follows.
+    async fn find(&mut self, intent: Option<Intent>) {
         match self.adopt().await {
             Ok(Adoption::Alive { launched, guest }) => self.found_alive(launched, guest, intent).await,
             Ok(Adoption::Gone { exit }) => {
@@ -66,7 +76,17 @@ impl Actor {
             // The forced operation that came settles it.
             Err(Broken::Preempted) => {}
         }
-        Flow::GoOn
+    }
+
+    /// Has a VMM that may live, and of which no handle is held, looked for in a while.
+    pub(super) fn look_for_it_later(&mut self) {
+        self.look_at = Some(Instant::now() + LOOK_INTERVAL);
+    }
+
+    /// Looks for a lost VMM once more.
+    pub(super) async fn look_for_it(&mut self) {
+        self.look_at = None;
+        self.find(None).await;
     }
 
     fn host_rebooted(&self) -> bool {
@@ -94,7 +114,7 @@ impl Actor {
         let started_here = recorded.is_none();
         if guest == GuestState::Ended || (started_here && guest != GuestState::Running) {
             // A guest that has ended, or a start that was cut short before the guest ran.
-            if let Err(error) = launched.vmm.kill().await {
+            if let Err(error) = Self::kill(&*launched.vmm).await {
                 return self.found_unreachable("vmm-does-not-end", error.to_string(), Some(launched)).await;
             }
             let _ = self.sweep().await;
@@ -131,7 +151,7 @@ impl Actor {
     /// The run ended while no daemon watched, or never came about.
     async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, reason: Option<&str>) {
         let interrupted = intent.map(|intent| intent.request);
-        if self.record.run.is_none() && matches!(interrupted, Some(Request::Boot | Request::Reboot)) {
+        if self.record.run.is_none() && !self.record.state.is_live() {
             self.let_go();
             self.record.status = self.plain(Phase::at_rest(self.record.state)).because(
                 "boot-interrupted",
@@ -149,23 +169,34 @@ impl Actor {
             let _ = self.conclude(EventKind::StateChanged, Why::by_itself("daemon-started")).await;
             return;
         }
-        self.run_ended(exit, Why::by_itself(reason.unwrap_or("vmm-gone-at-start"))).await;
+        let mut decision = self.decide_restart(&exit);
         if let Some(reason) = reason {
-            self.record.status.reason = reason.to_owned();
-            self.publish();
+            reason.clone_into(&mut decision.status.reason);
         }
+        self.end_of_run(&exit, decision, Why::by_itself(reason.unwrap_or("vmm-gone-at-start"))).await;
     }
 
     async fn found_unreachable(&mut self, reason: &str, message: String, launched: Option<Launched>) {
         tracing::warn!(reason, message, "the VM's VMM cannot be reached; the VM is left alone");
-        if let Some(launched) = launched {
-            let run = self.record.run.clone().unwrap_or_else(|| launched.vmm.run().clone());
-            self.hold(launched, run);
+        match launched {
+            Some(launched) => {
+                let run = self.record.run.clone().unwrap_or_else(|| launched.vmm.run().clone());
+                self.hold(launched, run);
+            }
+            None => self.look_for_it_later(),
         }
         if self.record.state == VmState::Created && self.record.run.is_some() {
             self.record.state = observe(self.record.state, Observation::Runs);
         }
+        let known = self.record.intent.is_none()
+            && self.record.status.phase == Phase::Unreachable
+            && self.record.status.reason == reason;
         self.record.status = self.plain(Phase::Unreachable).because(reason, message);
+        if known {
+            // Looked for again and found as before: shown, not recorded.
+            self.publish();
+            return;
+        }
         let _ = self.conclude(EventKind::Unreachable, Why::by_itself("daemon-started")).await;
     }
 

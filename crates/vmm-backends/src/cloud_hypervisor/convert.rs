@@ -1,0 +1,176 @@
+//! From a [`VmSpec`] to Cloud Hypervisor's own configuration. Pure: the same request gives the same bytes.
+//!
+//! Devices are named by their place (`disk0`, `net0`), because Cloud Hypervisor wants names that no two devices of any kind
+//! share; what the client calls a disk is its serial number, which the guest can see.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use serde::Serialize;
+use vmm_core::spec::{Console, Disk, DiskFormat, Nic, VmSpec, option_is_true, rate_limit};
+
+use crate::rest::options::RateLimiter;
+
+/// Bytes of a virtio disk's serial number; a longer id is cut.
+const SERIAL_LEN: usize = 20;
+
+/// The body of `vm.create`.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Config {
+    cpus: Cpus,
+    memory: Memory,
+    payload: Payload,
+    disks: Vec<DiskConfig>,
+    net: Vec<NetConfig>,
+    serial: Port,
+    console: Port,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Cpus {
+    boot_vcpus: u32,
+    max_vcpus: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    topology: Option<CpuTopology>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct CpuTopology {
+    threads_per_core: u32,
+    cores_per_die: u32,
+    dies_per_package: u32,
+    packages: u32,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Memory {
+    size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hotplug_size: Option<u64>,
+    shared: bool,
+    hugepages: bool,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Payload {
+    kernel: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initramfs: Option<String>,
+    cmdline: String,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct DiskConfig {
+    id: String,
+    serial: String,
+    path: String,
+    readonly: bool,
+    direct: bool,
+    /// Always stated, so that the image is never probed: its first bytes are the guest's to write.
+    image_type: &'static str,
+    backing_files: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_limiter_config: Option<RateLimiter>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct NetConfig {
+    id: String,
+    tap: String,
+    mac: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_limiter_config: Option<RateLimiter>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Port {
+    mode: &'static str,
+}
+
+impl Config {
+    /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
+    pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
+        let backed_by = |key| option_is_true(&spec.memory.backing, key).unwrap_or(false);
+        let topology = spec.cpu.topology.map(|topology| CpuTopology {
+            threads_per_core: topology.threads,
+            cores_per_die: topology.cores,
+            dies_per_package: 1,
+            packages: topology.sockets,
+        });
+        // "Tty" is the VMM's stdout, which is the console's file; see the module's drawing.
+        let serial = match spec.console {
+            Console::Off => "Off",
+            Console::Kept | Console::File(_) => "Tty",
+        };
+        Self {
+            cpus: Cpus { boot_vcpus: spec.cpu.count, max_vcpus: spec.cpu.max, topology },
+            memory: Memory {
+                size: spec.memory.size_bytes,
+                hotplug_size: spec
+                    .memory
+                    .hotplug_max_bytes
+                    .map(|ceiling| ceiling.saturating_sub(spec.memory.size_bytes))
+                    .filter(|room| *room > 0),
+                shared: backed_by("shared"),
+                hugepages: backed_by("hugepages"),
+            },
+            payload: Payload {
+                kernel: text(&spec.boot.kernel),
+                initramfs: spec.boot.initrd.as_deref().map(text),
+                cmdline: spec.kernel_args(),
+            },
+            disks: spec.disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
+            net: spec
+                .nics
+                .iter()
+                .zip(taps)
+                .enumerate()
+                .map(|(place, (nic, tap))| interface(place, nic, tap))
+                .collect(),
+            serial: Port { mode: serial },
+            console: Port { mode: "Off" },
+        }
+    }
+}
+
+/// Cloud Hypervisor's arguments. Its log is its stderr; its stdout is the serial console.
+pub fn arguments(socket: &Path, events: &Path) -> Vec<OsString> {
+    let assign = |path: &Path| {
+        let mut argument = OsString::from("path=");
+        argument.push(path);
+        argument
+    };
+    vec!["--api-socket".into(), assign(socket), "--event-monitor".into(), assign(events)]
+}
+
+fn drive(place: usize, disk: &Disk) -> DiskConfig {
+    let limit = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
+    DiskConfig {
+        id: format!("disk{place}"),
+        serial: disk.id.chars().take(SERIAL_LEN).collect(),
+        path: text(&disk.path),
+        readonly: disk.read_only,
+        direct: option_is_true(&disk.options, "direct_io").unwrap_or(false),
+        image_type: match disk.format {
+            DiskFormat::Raw => "Raw",
+            DiskFormat::Qcow2 => "Qcow2",
+        },
+        backing_files: disk.backing_files,
+        rate_limiter_config: RateLimiter::of(limit),
+    }
+}
+
+fn interface(place: usize, nic: &Nic, tap: &str) -> NetConfig {
+    let limit = rate_limit(&nic.options, "rate_limit.packets_per_second").unwrap_or_default();
+    NetConfig {
+        id: format!("net{place}"),
+        tap: tap.to_owned(),
+        mac: nic.mac.to_string(),
+        rate_limiter_config: RateLimiter::of(limit),
+    }
+}
+
+/// Paths come from a configuration that is text, so nothing is lost.
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}

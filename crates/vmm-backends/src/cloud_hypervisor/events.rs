@@ -1,0 +1,203 @@
+//! What Cloud Hypervisor tells of itself, in a file of its own: JSON objects, one after the other.
+//!
+//! The file survives the daemon, so that the next one can read what happened meanwhile. What was read is given back to the
+//! host by punching a hole, which keeps offsets true; such a hole reads as zero bytes, which no event contains.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, OFlags};
+use serde::Deserialize;
+
+/// The file's name in the run folder.
+pub const EVENTS: &str = "events";
+/// The longest event, in bytes.
+const MAX_EVENT: usize = 64 << 10;
+/// How much of the file's end a daemon that takes over looks at, in bytes.
+const TAIL: u64 = 256 << 10;
+
+/// What happened to a VM or its VMM, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChEvent {
+    /// The guest's machine is being reset.
+    Rebooting,
+    /// The guest's CPUs were stopped.
+    Paused,
+    /// The guest's CPUs were let go on.
+    Resumed,
+    /// The guest has powered off, or the VM was shut down.
+    Shutdown,
+    /// The guest says that it panicked.
+    Panicked,
+    /// Something else.
+    Other,
+}
+
+#[derive(Deserialize)]
+struct Written {
+    source: String,
+    event: String,
+}
+
+impl Written {
+    fn kind(&self) -> ChEvent {
+        match (self.source.as_str(), self.event.as_str()) {
+            ("vm", "rebooting") => ChEvent::Rebooting,
+            ("vm", "paused") => ChEvent::Paused,
+            ("vm", "resumed") => ChEvent::Resumed,
+            ("vm", "shutdown") => ChEvent::Shutdown,
+            ("guest", "panic") => ChEvent::Panicked,
+            _ => ChEvent::Other,
+        }
+    }
+}
+
+/// Reads the file of one run, each event once.
+#[derive(Debug)]
+pub struct EventFile {
+    path: PathBuf,
+    offset: u64,
+}
+
+impl EventFile {
+    /// Begins at the first event of the run in `dir`.
+    pub fn from_start(dir: &Path) -> Self {
+        Self { path: dir.join(EVENTS), offset: 0 }
+    }
+
+    /// Begins near the end of what is there. Blocks.
+    pub fn near_end(dir: &Path) -> Self {
+        let path = dir.join(EVENTS);
+        let len = std::fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
+        Self { path, offset: len.saturating_sub(TAIL) }
+    }
+
+    /// Removes what an earlier run left. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn begin(dir: &Path) -> io::Result<()> {
+        match std::fs::remove_file(dir.join(EVENTS)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Reads at most `most` events that were written since the last time. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says; `InvalidData` where the file is nonsense, which is skipped.
+    pub fn read(&mut self, most: usize) -> io::Result<Vec<ChEvent>> {
+        let file = match open(&self.path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut buffer = vec![0; MAX_EVENT];
+        let read = file.read_at(&mut buffer, self.offset)?;
+        let (events, used) = parse(&buffer[..read], most);
+        if used == 0 && read == MAX_EVENT {
+            self.offset = file.metadata()?.len();
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "an event is too long; what is there is skipped"));
+        }
+        if used > 0 {
+            self.offset += used as u64;
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            if let Err(error) = rustix::fs::fallocate(&file, punch, 0, self.offset) {
+                tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
+            }
+        }
+        Ok(events)
+    }
+}
+
+/// The whole events in `bytes`, at most `most`, and how many bytes they take with what stands before them.
+fn parse(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
+    let mut events = Vec::new();
+    let mut used = 0;
+    while events.len() < most {
+        // Past a hole, the blank between two events, or the second half of one whose first was not read.
+        let Some(begin) = bytes[used..].windows(2).position(|pair| pair == b"{\n") else {
+            let kept = usize::from(bytes.last() == Some(&b'{'));
+            let rest = bytes[used..].iter().all(|byte| byte.is_ascii_whitespace() || *byte == 0);
+            return (events, if rest { bytes.len() } else { bytes.len().saturating_sub(kept).max(used) });
+        };
+        let from = used + begin;
+        let mut stream = serde_json::Deserializer::from_slice(&bytes[from..]).into_iter::<Written>();
+        match stream.next() {
+            Some(Ok(event)) => {
+                used = from + stream.byte_offset();
+                events.push(event.kind());
+            }
+            // The rest of it is still being written.
+            Some(Err(error)) if error.is_eof() => return (events, from),
+            // An inner object, or nonsense: try behind it.
+            Some(Err(_)) | None => used = from + 1,
+        }
+    }
+    (events, used)
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    // Punching a hole needs the right to write.
+    OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Cloud Hypervisor 53 writes it.
+    fn event(source: &str, event: &str) -> String {
+        format!(
+            "{{\n  \"timestamp\": {{\n    \"secs\": 0,\n    \"nanos\": 7\n  }},\n  \"source\": \"{source}\",\n  \"event\": \"{event}\",\n  \"properties\": null\n}}\n\n"
+        )
+    }
+
+    #[test]
+    fn events_are_read_whole_wherever_they_are_cut() {
+        let text = format!("{}{}{}", event("vm", "rebooting"), event("vmm", "starting"), event("vm", "paused"));
+        for cut in 0..text.len() {
+            let (mut events, used) = parse(&text.as_bytes()[..cut], 100);
+            let (rest, _) = parse(&text.as_bytes()[used..], 100);
+            events.extend(rest);
+            assert_eq!(events, [ChEvent::Rebooting, ChEvent::Other, ChEvent::Paused], "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn holes_and_nonsense_are_passed_over() {
+        let text = format!("\0\0\0\"nanos\": 7\n  }},\n}}\n\n{}garbage{}", event("vm", "paused"), event("vm", "resumed"));
+        assert_eq!(parse(text.as_bytes(), 100).0, [ChEvent::Paused, ChEvent::Resumed]);
+        assert_eq!(parse(text.as_bytes(), 1).0, [ChEvent::Paused]);
+        assert_eq!(parse(&[0; 5000], 100), (vec![], 5000));
+        assert_eq!(parse(b"", 100), (vec![], 0));
+    }
+
+    #[test]
+    fn a_file_is_read_once_and_its_room_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = EventFile::from_start(dir.path());
+        assert!(file.read(10).unwrap().is_empty(), "not there yet");
+        std::fs::write(dir.path().join(EVENTS), event("vm", "paused").repeat(500)).unwrap();
+        let mut events = Vec::new();
+        for _ in 0..10 {
+            events.extend(file.read(100).unwrap());
+        }
+        assert_eq!(events.len(), 500);
+        let mut taken_over = EventFile::near_end(dir.path());
+        assert!(taken_over.read(10).unwrap().is_empty(), "what was read is a hole by now");
+    }
+
+    #[test]
+    fn an_endless_event_is_skipped() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(EVENTS), format!("{{\n\"source\": \"{}", "x".repeat(MAX_EVENT))).unwrap();
+        let mut file = EventFile::from_start(dir.path());
+        assert!(file.read(10).is_err());
+        assert!(file.read(10).unwrap().is_empty());
+    }
+}

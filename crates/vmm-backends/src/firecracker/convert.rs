@@ -1,0 +1,191 @@
+//! From a [`VmSpec`] to Firecracker's own configuration. Pure: the same request gives the same bytes.
+//!
+//! Firecracker's API is a sequence of PUTs, one for each thing; [`Config`] holds their bodies. Devices are named by their place
+//! (`disk0`, `net0`), because Firecracker takes letters, digits and underscores only, where the client may write more.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use serde::Serialize;
+use vmm_core::id::VmUid;
+use vmm_core::spec::{Disk, Nic, VmSpec, option_is_true, rate_limit};
+
+use crate::rest::options::RateLimiter;
+
+/// Kinds of kernel image that Firecracker loads, in the words of messages.
+pub const ACCEPTED_KERNELS: &[&str] = &["ELF (vmlinux)"];
+
+/// What makes Linux end a run by the one reset that Firecracker sees: the keyboard controller's.
+const REBOOT: &str = "reboot=k";
+
+/// The bodies of the requests that configure a VM.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Config {
+    /// `PUT /machine-config`.
+    pub machine: Machine,
+    /// `PUT /boot-source`.
+    pub boot: BootSource,
+    /// `PUT /drives/{drive_id}`, in the order the guest sees them.
+    pub drives: Vec<Drive>,
+    /// `PUT /network-interfaces/{iface_id}`, in the order the guest sees them.
+    pub interfaces: Vec<Interface>,
+}
+
+/// CPUs and memory.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Machine {
+    /// CPUs.
+    pub vcpu_count: u32,
+    /// Memory in MiB.
+    pub mem_size_mib: u64,
+    /// Whether two CPUs share a core.
+    pub smt: bool,
+    /// `2M` for huge pages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<&'static str>,
+}
+
+/// Kernel and arguments.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct BootSource {
+    /// The kernel on the host.
+    pub kernel_image_path: String,
+    /// The initial RAM disk on the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd_path: Option<String>,
+    /// The whole command line; Firecracker has a default only where this is left out.
+    pub boot_args: String,
+}
+
+/// A disk.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Drive {
+    /// Its name at Firecracker.
+    pub drive_id: String,
+    /// The image on the host.
+    pub path_on_host: String,
+    /// Always false: true would add a `root=` that overrides the client's own.
+    pub is_root_device: bool,
+    /// Whether the guest may only read.
+    pub is_read_only: bool,
+    /// `Writeback` obeys the guest's flushes, `Unsafe` does not.
+    pub cache_type: &'static str,
+    /// Ceilings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// A network interface.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Interface {
+    /// Its name at Firecracker.
+    pub iface_id: String,
+    /// The TAP on the host.
+    pub host_dev_name: String,
+    /// The guest's hardware address.
+    pub guest_mac: String,
+    /// Ceilings for what the guest receives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// Ceilings for what the guest sends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+impl Config {
+    /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
+    pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
+        let huge = option_is_true(&spec.memory.backing, "hugepages").unwrap_or(false);
+        Self {
+            machine: Machine {
+                vcpu_count: spec.cpu.count,
+                mem_size_mib: spec.memory.size_mib(),
+                smt: wants_smt(spec),
+                huge_pages: huge.then_some("2M"),
+            },
+            boot: BootSource {
+                kernel_image_path: text(&spec.boot.kernel),
+                initrd_path: spec.boot.initrd.as_deref().map(text),
+                boot_args: kernel_args(spec),
+            },
+            drives: spec.disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
+            interfaces: spec
+                .nics
+                .iter()
+                .zip(taps)
+                .enumerate()
+                .map(|(place, (nic, tap))| interface(place, nic, tap))
+                .collect(),
+        }
+    }
+}
+
+/// Firecracker's arguments. `--log-path` keeps its log off its stdout, which is the serial console.
+pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<OsString> {
+    vec![
+        "--id".into(),
+        uid.to_string().into(),
+        "--api-sock".into(),
+        socket.into(),
+        "--log-path".into(),
+        log.into(),
+        // Every call is logged at level Info, for ever.
+        "--level".into(),
+        "Warning".into(),
+        "--metrics-path".into(),
+        metrics.into(),
+    ]
+}
+
+/// Says whether the guest's CPUs share cores in pairs.
+pub fn wants_smt(spec: &VmSpec) -> bool {
+    spec.cpu.topology.is_some_and(|topology| topology.threads == 2)
+}
+
+/// Says whether `reboot=k` has to be added for a guest's reboot to be seen.
+pub fn needs_reboot_argument(spec: &VmSpec) -> bool {
+    cfg!(target_arch = "x86_64")
+        && !spec.boot.args.split_ascii_whitespace().any(|word| word.starts_with("reboot="))
+}
+
+/// The command line in force.
+pub fn kernel_args(spec: &VmSpec) -> String {
+    let args = spec.kernel_args();
+    // What follows a lone "--" is not the kernel's but its first program's.
+    if !needs_reboot_argument(spec) {
+        args
+    } else if args.is_empty() {
+        REBOOT.to_owned()
+    } else {
+        format!("{REBOOT} {args}")
+    }
+}
+
+fn drive(place: usize, disk: &Disk) -> Drive {
+    let unsafe_cache = disk.options.get("cache").is_some_and(|cache| cache == "unsafe");
+    let limit = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
+    Drive {
+        drive_id: format!("disk{place}"),
+        path_on_host: text(&disk.path),
+        is_root_device: false,
+        is_read_only: disk.read_only,
+        cache_type: if unsafe_cache { "Unsafe" } else { "Writeback" },
+        rate_limiter: RateLimiter::of(limit),
+    }
+}
+
+fn interface(place: usize, nic: &Nic, tap: &str) -> Interface {
+    let limit = rate_limit(&nic.options, "rate_limit.packets_per_second").unwrap_or_default();
+    Interface {
+        iface_id: format!("net{place}"),
+        host_dev_name: tap.to_owned(),
+        guest_mac: nic.mac.to_string(),
+        rx_rate_limiter: RateLimiter::of(limit),
+        tx_rate_limiter: RateLimiter::of(limit),
+    }
+}
+
+/// Paths come from a configuration that is text, so nothing is lost.
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}

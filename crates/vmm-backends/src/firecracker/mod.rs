@@ -1,0 +1,211 @@
+//! Firecracker: one process per run, driven by REST on a unix socket.
+//!
+//! ```text
+//!   launch: console.in (FIFO) ──► stdin ┌─────────────┐ stdout ──► the console's file, appended to
+//!                                       │ firecracker │ stderr, --log-path ──► vmm.log
+//!           api.sock ◄──────────────────└─────────────┘ --metrics-path ──► metrics
+//! ```
+//!
+//! Its serial console is its stdin and stdout. stdout is the console's file itself, opened for appending, so that no daemon is
+//! needed for a byte to be kept. stdin is a FIFO that Firecracker holds open at both ends: whoever wants to type opens
+//! `console.in` in the run folder for writing, whether this daemon or the next, and when he goes the guest sees no end of input.
+
+mod check;
+mod client;
+pub mod convert;
+mod metrics;
+mod vmm;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rustix::fs::{FileType, Mode, OFlags};
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
+    LaunchRequest, Launched, SweepRequest,
+};
+use vmm_core::id::BackendName;
+use vmm_core::report::Report;
+use vmm_core::spec::{RestartMode, VmSpec};
+use vmm_host::process::{Command, Process, ProcessExit, Stdin};
+use vmm_host::run_dir;
+
+use self::client::Client;
+use self::convert::Config;
+use self::metrics::{METRICS, Metrics};
+use crate::launch;
+use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run};
+use crate::rest::program::{Program, Version};
+
+/// The backend's name.
+pub const NAME: &str = "firecracker";
+/// The FIFO in the run folder that takes what is typed at the console.
+pub const CONSOLE_INPUT: &str = "console.in";
+
+/// The oldest Firecracker with everything that is used; `huge_pages` came last.
+const OLDEST: Version = Version(1, 7, 0);
+/// How long it may take to listen on its socket.
+const STARTING: Duration = Duration::from_secs(5);
+
+/// The Firecracker backend.
+#[derive(Debug)]
+pub struct Firecracker {
+    program: Program,
+    capabilities: Capabilities,
+}
+
+impl Firecracker {
+    /// A backend that starts `program`: a name on the PATH, or a path.
+    pub fn new(program: impl Into<OsString>) -> Self {
+        Self { program: Program::new(program, NAME, OLDEST), capabilities: capabilities() }
+    }
+
+    async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
+        let (program, _) = self.program.find().await?;
+        let socket = request.dir.join(SOCKET);
+        run_dir::socket_path_fits(&socket)
+            .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
+        if tokio::fs::try_exists(&socket).await.unwrap_or(true) {
+            self.sweep(SweepRequest { uid: request.uid, dir: request.dir.clone() }).await?;
+        }
+        let log = request.dir.join(LOG);
+        let arguments = convert::arguments(request.uid, &socket, &log, &request.dir.join(METRICS));
+        let mut command = Command::new(program, arguments, &log);
+        command.stdin = Stdin::File(prepare(&request.dir).await?);
+        // Firecracker has a serial port even where nobody wants it.
+        command.stdout = Some(request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null")));
+        let guard = launch::start_vmm(command).await?;
+        match configure(guard.process(), &socket, request).await {
+            Ok((client, version)) => {
+                let process = guard.keep();
+                let run = new_run(process.identity().clone(), socket, version);
+                Ok(vmm::attend(run, process, client, &request.dir))
+            }
+            Err(error) => Err(failed(guard, error, &log).await),
+        }
+    }
+}
+
+/// From the first byte on the socket to a guest that runs.
+async fn configure(
+    process: &Process,
+    socket: &Path,
+    request: &LaunchRequest,
+) -> Result<(Client, String), BackendError> {
+    let stream = launch::wait_for_socket(process, socket, STARTING).await?;
+    let client = Client::over(socket, stream).await?;
+    let (_, version) = client.instance().await?;
+    client.configure(&Config::of(&request.spec, &request.taps)).await?;
+    client.start().await?;
+    Ok((client, version))
+}
+
+/// Makes what Firecracker needs in its run folder, and opens its input.
+async fn prepare(dir: &Path) -> Result<OwnedFd, BackendError> {
+    let dir = dir.to_path_buf();
+    let made = tokio::task::spawn_blocking(move || {
+        Metrics::begin(&dir)?;
+        console_input(&dir.join(CONSOLE_INPUT))
+    });
+    let error = match made.await {
+        Ok(Ok(input)) => return Ok(input),
+        Ok(Err(error)) => error,
+        Err(error) => std::io::Error::other(error),
+    };
+    let message = format!("the run folder cannot be prepared: {error}; look at its room and rights");
+    Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
+}
+
+fn console_input(path: &Path) -> std::io::Result<OwnedFd> {
+    match rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // For reading and writing, so that there is always somebody who may write, and Firecracker never reads an end.
+    // Non-blocking, because it reads on the thread that serves its API.
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+#[async_trait]
+impl Backend for Firecracker {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        check::check(spec)
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        self.start(&request).await
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        let (process, mut run) = match look(&request, self.program.running_names().await).await {
+            Trace::Alive(process, run) => (process, run),
+            Trace::Gone => {
+                let metrics = Metrics::new(&request.dir);
+                let exit = vmm::explain(ProcessExit::UNKNOWN, false, &metrics, &request.dir.join(LOG)).await;
+                return Ok(Adoption::Gone { exit });
+            }
+            Trace::Unprovable(message) => {
+                return Ok(Adoption::Unreachable { reason: "identity-unproven", message, launched: None });
+            }
+        };
+        let client = Client::new(&run.socket);
+        let answer = client.instance().await;
+        if let Ok((_, version)) = &answer {
+            run.version.clone_from(version);
+        }
+        let launched = vmm::attend(run, process, client, &request.dir);
+        Ok(match answer {
+            Ok((guest, _)) => Adoption::Alive { launched, guest },
+            Err(error) => Adoption::Unreachable {
+                reason: "vmm-silent",
+                message: error.message,
+                launched: Some(launched),
+            },
+        })
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        let names = self.program.running_names().await;
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        launch::sweep(&request.dir, &names).await
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        self.program.health().await
+    }
+}
+
+fn capabilities() -> Capabilities {
+    let facts = [
+        ("accelerator", "kvm"),
+        ("console", "serial, with input"),
+        ("cpu-time", "of the VMM's process"),
+        ("disk-formats", "raw"),
+        ("disk-rate-limits", "yes"),
+        ("guest-power-off", "not seen on x86: the VM stays RUNNING; let guests end by a reset"),
+        ("guest-reset", "ends the run"),
+        ("guest-triple-fault", "ends the run, as a failure"),
+        ("kernel-formats", "ELF"),
+        ("network-rate-limits", "yes"),
+        ("reboot", "a new process"),
+        ("shutdown", "Ctrl+Alt+Del, on x86 only"),
+    ];
+    let limits = [("max-devices", check::MAX_DEVICES as i64), ("max-vcpus", i64::from(check::MAX_VCPUS))];
+    Capabilities {
+        name: BackendName::new(NAME),
+        endpoint_mode: "managed",
+        default_restart_mode: RestartMode::Never,
+        kernel_formats: &[vmm_core::backend::KernelFormat::Elf],
+        facts: facts.map(|(name, fact)| (name, fact.to_owned())).into_iter().collect::<BTreeMap<_, _>>(),
+        limits: limits.into_iter().collect(),
+    }
+}

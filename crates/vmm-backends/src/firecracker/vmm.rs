@@ -1,0 +1,193 @@
+//! One running Firecracker: its handle, and the task that tells of its end.
+//!
+//! ```text
+//!   Handle ── client ──► API socket          one connection, kept
+//!      │
+//!      └───── process ─► pidfd ◄── monitor ──► VmmEvent::Gone(cause)
+//!                                     └─ exit status, or the last line of the counters
+//! ```
+//!
+//! Firecracker sends no events, so the only one there is here is the end. Its exit status says why: 0 after a reset of the
+//! guest, 1 after a triple fault, other numbers and signals when it failed itself. A power-off of the guest is not seen at all on x86.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use tracing::Instrument;
+use vmm_core::backend::{
+    BackendError, Exit, ExitCause, GuestState, Ladder, Launched, Reset, Sample, Vmm, VmmEvent,
+};
+use vmm_core::state::EndedBy;
+use vmm_core::store::RunRecord;
+use vmm_host::process::{ExitStatus, Process, ProcessExit};
+
+use super::client::Client;
+use super::metrics::{Metrics, Sums};
+use crate::ladder::{self, Call};
+use crate::rest::found::{LOG, exit_message, kill, or_gone};
+
+/// A run has one event.
+const EVENTS: usize = 4;
+
+/// The handle of one Firecracker.
+#[derive(Debug)]
+struct Handle {
+    run: RunRecord,
+    process: Process,
+    client: Client,
+    metrics: Metrics,
+    /// Whether this daemon has told it to end.
+    ending: Arc<AtomicBool>,
+}
+
+/// Makes the handle of a Firecracker that runs, and watches over it.
+pub(super) fn attend(run: RunRecord, process: Process, client: Client, dir: &Path) -> Launched {
+    let (sender, events) = mpsc::channel(EVENTS);
+    let ending = Arc::new(AtomicBool::new(false));
+    let metrics = Metrics::new(dir);
+    let span = tracing::info_span!("firecracker", pid = process.pid());
+    let monitor = Monitor {
+        process: process.clone(),
+        metrics: metrics.clone(),
+        ending: Arc::clone(&ending),
+        log: dir.join(LOG),
+    };
+    tokio::spawn(monitor.watch(sender).instrument(span));
+    Launched { vmm: Arc::new(Handle { run, process, client, metrics, ending }), events }
+}
+
+struct Monitor {
+    process: Process,
+    metrics: Metrics,
+    ending: Arc<AtomicBool>,
+    log: PathBuf,
+}
+
+impl Monitor {
+    async fn watch(self, events: mpsc::Sender<VmmEvent>) {
+        let exit = self.process.wait().await;
+        let asked = self.ending.load(Ordering::Acquire);
+        let exit = explain(exit, asked, &self.metrics, &self.log).await;
+        // Nobody may listen any more; the end is recorded by whoever looks next.
+        let _ = events.send(VmmEvent::Gone(exit)).await;
+    }
+}
+
+/// Says how a run ended, from its exit status and what it left in its folder.
+pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, log: &Path) -> Exit {
+    let sums = match metrics.sums().await {
+        Ok(sums) => Some(sums),
+        Err(error) => {
+            tracing::debug!(%error, "the last counters are lost");
+            None
+        }
+    };
+    Exit { cause: cause(exit, asked, sums), message: exit_message(exit, log).await }
+}
+
+fn cause(exit: ProcessExit, asked: bool, sums: Option<Sums>) -> ExitCause {
+    let reset = sums.is_some_and(|sums| sums.guest_reset());
+    let crashed = sums.is_some_and(|sums| sums.cpu_failed());
+    if asked {
+        return ExitCause::Requested;
+    }
+    match exit.status {
+        Some(ExitStatus::Code(0)) => ExitCause::GuestReset,
+        Some(ExitStatus::Code(1)) if crashed => ExitCause::GuestCrash,
+        Some(ExitStatus::Code(_) | ExitStatus::Signal(_)) => ExitCause::VmmFailed,
+        None if crashed => ExitCause::GuestCrash,
+        None if reset => ExitCause::GuestReset,
+        None => ExitCause::Unknown,
+    }
+}
+
+#[async_trait]
+impl Vmm for Handle {
+    fn run(&self) -> &RunRecord {
+        &self.run
+    }
+
+    async fn pause(&self) -> Result<(), BackendError> {
+        self.client.pause().await.map_err(|error| or_gone(&self.process, error))
+    }
+
+    async fn resume(&self) -> Result<(), BackendError> {
+        self.client.resume().await.map_err(|error| or_gone(&self.process, error))
+    }
+
+    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        if self.process.exit().is_none() {
+            self.ending.store(true, Ordering::Release);
+        }
+        // On other processors Firecracker has no keyboard.
+        let ask = cfg!(target_arch = "x86_64").then(|| {
+            let call: Call<'_> = Box::pin(async {
+                // A guest that stands still hears nothing.
+                self.client.resume().await?;
+                self.client.ctrl_alt_del().await
+            });
+            (EndedBy::CtrlAltDel, call)
+        });
+        ladder::climb(&self.process, ladder, ask, None).await
+    }
+
+    async fn reset(&self) -> Result<Reset, BackendError> {
+        Ok(Reset::NeedsRelaunch)
+    }
+
+    async fn sample(&self) -> Result<Sample, BackendError> {
+        self.client.flush_metrics().await.map_err(|error| or_gone(&self.process, error))?;
+        let sums = self.metrics.sums().await?;
+        let usage = crate::rest::found::usage(&self.process).await?;
+        Ok(Sample {
+            cpu_time: usage.cpu_time,
+            memory_bytes: usage.resident_bytes,
+            network: sums.network(),
+            storage: sums.storage(),
+        })
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
+        match self.client.instance().await {
+            Ok((state, _)) => Ok(state),
+            Err(error) => Err(or_gone(&self.process, error)),
+        }
+    }
+
+    async fn kill(&self) -> Result<(), BackendError> {
+        if self.process.exit().is_none() {
+            self.ending.store(true, Ordering::Release);
+        }
+        kill(&self.process).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_status_comes_before_the_counters() {
+        let code = |code| ProcessExit { status: Some(ExitStatus::Code(code)) };
+        let sums = |resets: u64, failures: u64| {
+            let text = format!(
+                r#"{{"offset":0,"read_bytes":0,"write_bytes":0,"read_operations":0,"write_operations":0,"rx_bytes":0,"tx_bytes":0,"rx_packets":0,"tx_packets":0,"resets":{resets},"failures":{failures}}}"#
+            );
+            Some(serde_json::from_str(&text).unwrap())
+        };
+        let killed = ProcessExit { status: Some(ExitStatus::Signal(9)) };
+        assert_eq!(cause(code(0), false, None), ExitCause::GuestReset);
+        assert_eq!(cause(code(0), true, sums(1, 0)), ExitCause::Requested);
+        assert_eq!(cause(code(1), false, sums(0, 1)), ExitCause::GuestCrash);
+        assert_eq!(cause(code(1), false, sums(0, 0)), ExitCause::VmmFailed);
+        assert_eq!(cause(code(148), false, sums(0, 0)), ExitCause::VmmFailed);
+        assert_eq!(cause(killed, false, sums(0, 0)), ExitCause::VmmFailed);
+        assert_eq!(cause(ProcessExit::UNKNOWN, false, sums(1, 0)), ExitCause::GuestReset);
+        assert_eq!(cause(ProcessExit::UNKNOWN, false, sums(0, 1)), ExitCause::GuestCrash);
+        assert_eq!(cause(ProcessExit::UNKNOWN, false, sums(0, 0)), ExitCause::Unknown);
+        assert_eq!(cause(ProcessExit::UNKNOWN, false, None), ExitCause::Unknown);
+    }
+}

@@ -1,0 +1,477 @@
+//! The QEMU backend against a real QEMU, which emulates.
+
+mod qemu_support;
+
+use std::time::{Duration, Instant};
+
+use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, linux, qemu};
+use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
+use vmm_core::backend::{
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, Reset, VmmEvent,
+};
+use vmm_core::config::StorageDevice;
+use vmm_core::state::EndedBy;
+use vmm_host::process::Signal;
+use vmm_testkit::guests::Guest;
+
+const MACHINES: [&str; 2] = ["q35", "microvm"];
+const FORCE: Ladder = Ladder { ask_guest_for: None };
+
+fn ask_for(seconds: u64) -> Ladder {
+    Ladder { ask_guest_for: Some(Duration::from_secs(seconds)) }
+}
+
+/// A bench per machine; none where QEMU is missing, after saying that `test` is skipped.
+async fn benches(test: &str, guest: Guest, restart: i32) -> Vec<Bench> {
+    let mut benches = Vec::new();
+    for machine in MACHINES {
+        let Some(backend) = qemu(test).await else { break };
+        benches.push(Bench::new(backend, machine, guest, restart));
+    }
+    benches
+}
+
+#[tokio::test]
+async fn a_guest_runs_pauses_goes_on_and_is_killed() {
+    for bench in benches("a_guest_runs_pauses_goes_on_and_is_killed", Guest::Idle, GUEST_REBOOT).await {
+        let mut run = bench.launch().await;
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        assert!(bench.console().starts_with(&Guest::Idle.banner()), "no firmware before the guest");
+        run.vmm.pause().await.unwrap();
+        run.vmm.pause().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
+        run.vmm.resume().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+        let record = run.vmm.run().clone();
+        assert_eq!((record.accelerator.as_str(), record.claims.len()), ("tcg", 0));
+        assert!(record.version.starts_with(|c: char| c.is_ascii_digit()), "{record:?}");
+        assert!(run.vmm.sample().await.unwrap().memory_bytes > 1 << 20);
+        run.no_event();
+        run.vmm.kill().await.unwrap();
+        run.vmm.kill().await.unwrap();
+        assert_eq!(run.gone().await.cause, ExitCause::Requested);
+        assert_eq!(bench.processes(), 0);
+        assert_eq!(run.vmm.pause().await.unwrap_err().kind, BackendErrorKind::Gone);
+        assert_eq!(run.vmm.sample().await.unwrap_err().kind, BackendErrorKind::Gone);
+    }
+}
+
+#[tokio::test]
+async fn a_second_run_in_the_same_folder_appends_to_the_console() {
+    for bench in benches("a_second_run_in_the_same_folder_appends_to_the_console", Guest::PowerOff, NEVER).await {
+        for times in 1..=2 {
+            let mut run = bench.launch().await;
+            assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
+            bench.console_shows(&Guest::PowerOff.banner(), times).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reset_is_done_in_place_and_is_no_event() {
+    for bench in benches("a_reset_is_done_in_place_and_is_no_event", Guest::Idle, GUEST_REBOOT).await {
+        let mut run = bench.launch().await;
+        for boots in 2..=4 {
+            bench.console_shows(&Guest::Idle.banner(), boots - 1).await;
+            assert_eq!(run.vmm.reset().await.unwrap(), Reset::InPlace);
+            bench.console_shows(&Guest::Idle.banner(), boots).await;
+        }
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+        run.no_event();
+        run.vmm.kill().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_reset_works_though_the_guest_may_not_reset_itself() {
+    let test = "a_reset_works_though_the_guest_may_not_reset_itself";
+    for bench in benches(test, Guest::Obey, NEVER).await {
+        let mut run = bench.launch().await;
+        bench.console_shows(&Guest::Obey.banner(), 1).await;
+        match run.vmm.reset().await.unwrap() {
+            Reset::InPlace => {
+                bench.console_shows(&Guest::Obey.banner(), 2).await;
+                assert_eq!(run.vmm.run().machine, "microvm");
+                // The guest's own reset still ends the run.
+                type_at_console(&bench, b"R").await;
+                assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
+            }
+            Reset::NeedsRelaunch => {
+                assert_eq!(run.vmm.run().machine, "q35");
+                assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running, "nothing was touched");
+                run.vmm.kill().await.unwrap();
+            }
+        }
+    }
+}
+
+async fn type_at_console(bench: &Bench, bytes: &[u8]) {
+    use tokio::io::AsyncWriteExt;
+    let mut console = tokio::net::UnixStream::connect(bench.dir().join("console.sock")).await.unwrap();
+    console.write_all(bytes).await.unwrap();
+    // Held open until QEMU has read it: it drops what it has not read of a connection that is closed.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_ignores_its_power_button_is_powered_off() {
+    let test = "a_guest_that_ignores_its_power_button_is_powered_off";
+    for bench in benches(test, Guest::Idle, GUEST_REBOOT).await {
+        for ladder in [ask_for(1), FORCE] {
+            let mut run = bench.launch().await;
+            assert_eq!(run.vmm.shutdown(ladder).await.unwrap(), EndedBy::Vmm);
+            assert_eq!(run.gone().await.cause, ExitCause::Requested);
+            assert_eq!(bench.processes(), 0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_obeys_its_power_button_ends_by_it() {
+    let test = "a_guest_that_obeys_its_power_button_ends_by_it";
+    let Some(backend) = qemu(test).await else { return };
+    let bench = Bench::new(backend, "q35", Guest::Button, GUEST_REBOOT);
+    let mut run = bench.launch().await;
+    bench.console_shows(&Guest::Button.banner(), 1).await;
+    assert_eq!(run.vmm.shutdown(ask_for(30)).await.unwrap(), EndedBy::Acpi);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_guest_that_ends_by_itself_says_how() {
+    let test = "a_guest_that_ends_by_itself_says_how";
+    let ends = [
+        (Guest::PowerOff, ExitCause::GuestPowerOff),
+        (Guest::Reset, ExitCause::GuestReset),
+        (Guest::TripleFault, ExitCause::GuestReset),
+    ];
+    for (guest, cause) in ends {
+        for bench in benches(test, guest, NEVER).await {
+            let mut run = bench.launch().await;
+            let exit = run.gone().await;
+            assert_eq!(exit.cause, cause, "{guest:?} {}: {exit:?}", run.vmm.run().machine);
+            assert!(exit.message.starts_with("exit status 0"), "{exit:?}");
+            bench.console_shows(&guest.banner(), 1).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_may_reset_itself_starts_again_in_place() {
+    for guest in [Guest::Reset, Guest::TripleFault] {
+        for bench in benches("a_guest_that_may_reset_itself_starts_again_in_place", guest, GUEST_REBOOT).await {
+            let mut run = bench.launch().await;
+            assert_eq!(run.event().await, VmmEvent::GuestReset);
+            bench.console_shows(&guest.banner(), 3).await;
+            run.vmm.kill().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn one_reset_of_a_guest_is_one_event() {
+    for bench in benches("one_reset_of_a_guest_is_one_event", Guest::Obey, GUEST_REBOOT).await {
+        let mut run = bench.launch().await;
+        for boots in 1..=3 {
+            bench.console_shows(&Guest::Obey.banner(), boots).await;
+            type_at_console(&bench, b"R").await;
+            assert_eq!(run.event().await, VmmEvent::GuestReset);
+        }
+        bench.console_shows(&Guest::Obey.banner(), 4).await;
+        // Answered after every event that was sent before.
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+        run.no_event();
+        type_at_console(&bench, b"P").await;
+        assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
+    }
+}
+
+#[tokio::test]
+async fn a_killed_vmm_is_gone_with_its_signal() {
+    for bench in benches("a_killed_vmm_is_gone_with_its_signal", Guest::Idle, GUEST_REBOOT).await {
+        let mut run = bench.launch().await;
+        run.signal(Signal::KILL);
+        let exit = run.gone().await;
+        assert_eq!(exit.cause, ExitCause::VmmFailed);
+        assert!(exit.message.contains("SIGKILL"), "{exit:?}");
+        let mut run = bench.launch().await;
+        run.signal(Signal::TERM);
+        let exit = run.gone().await;
+        assert_eq!(exit.cause, ExitCause::VmmFailed);
+        assert!(exit.message.contains("terminating on signal 15"), "{exit:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_that_stands_still_is_told_from_a_dead_one() {
+    let test = "a_vmm_that_stands_still_is_told_from_a_dead_one";
+    let Some(backend) = qemu(test).await else { return };
+    let bench = Bench::new(backend, "microvm", Guest::Idle, GUEST_REBOOT);
+    let run = bench.launch().await;
+    run.signal(Signal::STOP);
+    let error = run.vmm.probe().await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
+    let record = run.vmm.run().clone();
+    drop(run);
+    match bench.backend.adopt(bench.adoption(Some(record))).await.unwrap() {
+        Adoption::Unreachable { reason, launched: Some(launched), .. } => {
+            assert_eq!(reason, "vmm-does-not-answer");
+            let mut run = Run::from(launched);
+            let error = run.vmm.pause().await.unwrap_err();
+            assert_eq!((error.kind, error.effect), (BackendErrorKind::Unreachable, Effect::NotApplied));
+            run.vmm.kill().await.unwrap();
+            assert_eq!(run.gone().await.cause, ExitCause::Requested);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time() {
+    let test = "a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time";
+    let Some(backend) = qemu(test).await else { return };
+    let bench = Bench::new(backend, "microvm", Guest::Idle, GUEST_REBOOT);
+    let mut run = bench.launch().await;
+    run.signal(Signal::STOP);
+    let forced = tokio::time::timeout(Duration::from_secs(5), run.vmm.shutdown(FORCE)).await;
+    assert_eq!(forced.expect("within what the contract allows").unwrap(), EndedBy::Sigkill);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_vmm_outlives_its_handle_and_is_adopted() {
+    for bench in benches("a_vmm_outlives_its_handle_and_is_adopted", Guest::Obey, NEVER).await {
+        let first = bench.launch().await;
+        bench.console_shows(&Guest::Obey.banner(), 1).await;
+        first.vmm.pause().await.unwrap();
+        let record = first.vmm.run().clone();
+        drop(first);
+        for (known, state) in [(Some(record.clone()), GuestState::Paused), (None, GuestState::Running)] {
+            let (mut run, guest) = match bench.backend.adopt(bench.adoption(known)).await.unwrap() {
+                Adoption::Alive { launched, guest } => (Run::from(launched), guest),
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(guest, state);
+            let adopted = run.vmm.run();
+            assert_eq!((&adopted.process, &adopted.version), (&record.process, &record.version));
+            assert_eq!((&adopted.accelerator, &adopted.machine), (&record.accelerator, &record.machine));
+            run.vmm.resume().await.unwrap();
+            assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+            run.no_event();
+        }
+        let last = bench.backend.adopt(bench.adoption(Some(record))).await.unwrap();
+        let Adoption::Alive { launched, .. } = last else { panic!("{last:?}") };
+        let mut run = Run::from(launched);
+        type_at_console(&bench, b"R").await;
+        assert_eq!(run.gone().await.cause, ExitCause::GuestReset, "told by an event, for the status is unknown");
+    }
+}
+
+#[tokio::test]
+async fn a_missing_program_and_a_dead_start_are_explained() {
+    let missing = QemuBackend::new(QemuOptions { binary: "/nowhere/qemu".into(), kvm: KvmMode::Off });
+    let why = missing.ping().await.version.unwrap_err();
+    assert!(why.contains("/nowhere/qemu") && why.contains("qemu-system-x86"), "{why}");
+    let not_qemu = QemuBackend::new(QemuOptions { binary: "/bin/true".into(), kvm: KvmMode::Off });
+    let why = not_qemu.ping().await.version.unwrap_err();
+    assert!(why.contains("does not look like QEMU"), "{why}");
+
+    for mut bench in benches("a_missing_program_and_a_dead_start_are_explained", Guest::Idle, NEVER).await {
+        let error = missing.launch(bench.request()).await.unwrap_err();
+        assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
+        let features = &mut bench.config.cpu.as_mut().unwrap().features;
+        features.insert("qemu.model".to_owned(), "NoSuchModel".to_owned());
+        let error = bench.try_launch().await.err().unwrap();
+        assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+        assert!(error.message.contains("NoSuchModel"), "QEMU's own words: {}", error.message);
+        assert_eq!(bench.processes(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found() {
+    let test = "a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found";
+    for bench in benches(test, Guest::Idle, NEVER).await {
+        let found = bench.backend.adopt(bench.adoption(None)).await.unwrap();
+        assert!(matches!(found, Adoption::Gone { .. }), "{found:?}");
+        let mut run = bench.launch().await;
+        let record = run.vmm.run().clone();
+        bench.sweep().await;
+        bench.sweep().await;
+        assert_eq!(run.gone().await.cause, ExitCause::VmmFailed);
+        assert!(!record.socket.exists());
+        let found = bench.backend.adopt(bench.adoption(Some(record))).await.unwrap();
+        assert!(matches!(found, Adoption::Gone { .. }), "{found:?}");
+    }
+}
+
+#[tokio::test]
+async fn linux_sees_its_disks_and_the_counters_see_linux() {
+    let test = "linux_sees_its_disks_and_the_counters_see_linux";
+    let Some(files) = linux(test) else { return };
+    let Some(backend) = qemu(test).await else { return };
+    let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
+        .with_linux(&files, "vmcp.do=writedisk,readdisk,idle");
+    for (name, size, format, read_only, root) in
+        [("data,1", 8, "raw", true, false), ("root", 16, "qcow2", false, true), ("more", 24, "raw", false, false)]
+    {
+        let path = bench.dir().join(name);
+        make_image(&path, format, size << 20);
+        let mut options = vmm_core::config::Options::from([("format".to_owned(), format.to_owned())]);
+        if name == "more" {
+            options.insert("rate_limit.bytes_per_second".to_owned(), "10000000".to_owned());
+            options.insert("cache".to_owned(), "unsafe".to_owned());
+        }
+        bench.add_disk(StorageDevice {
+            id: format!("id-{}", &name[..4]),
+            path: path.to_str().unwrap().to_owned(),
+            read_only,
+            is_root_device: root,
+            options,
+            ..StorageDevice::default()
+        });
+    }
+    let mut run = bench.launch().await;
+    bench.console_shows("vmcp-guest: ready", 1).await;
+    for line in [
+        "vmcp-guest: disk vda 16777216 ro=0 root=1",
+        "vmcp-guest: disk vdb 8388608 ro=1 root=0",
+        "vmcp-guest: disk vdc 25165824 ro=0 root=0",
+    ] {
+        bench.console_shows(line, 1).await;
+    }
+    bench.console_shows("vmcp-guest: wrote vda", 1).await;
+    bench.console_shows("vmcp-guest: read vda", 1).await;
+    let sample = run.vmm.sample().await.unwrap();
+    assert!(sample.storage.bytes_read >= 4096 && sample.storage.read_operations > 0, "{sample:?}");
+    assert!(sample.storage.bytes_written > 0 && sample.storage.write_operations > 0, "{sample:?}");
+    assert!(sample.cpu_time > Duration::ZERO);
+    assert_eq!(run.vmm.shutdown(ask_for(60)).await.unwrap(), EndedBy::Acpi);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn linux_obeys_the_power_button_of_microvm() {
+    let test = "linux_obeys_the_power_button_of_microvm";
+    let Some(files) = linux(test) else { return };
+    let Some(backend) = qemu(test).await else { return };
+    let mhz = std::fs::read_to_string("/proc/cpuinfo")
+        .unwrap()
+        .lines()
+        .find_map(|line| line.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok())
+        .unwrap();
+    let mut bench = Bench::new(backend, "microvm", Guest::Idle, GUEST_REBOOT)
+        .with_linux(&files, &format!("tsc_early_khz={:.0}", mhz * 1000.0));
+    for (name, size) in [("a", 8), ("b", 16)] {
+        let path = bench.dir().join(name);
+        make_image(&path, "raw", size << 20);
+        bench.add_disk(StorageDevice {
+            id: name.to_owned(),
+            path: path.to_str().unwrap().to_owned(),
+            ..StorageDevice::default()
+        });
+    }
+    let mut run = bench.launch().await;
+    bench.console_shows("vmcp-guest: disk vda 8388608", 1).await;
+    bench.console_shows("vmcp-guest: disk vdb 16777216", 1).await;
+    bench.console_shows("vmcp-guest: ready", 1).await;
+    assert_eq!(run.vmm.shutdown(ask_for(60)).await.unwrap(), EndedBy::Acpi);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_qcow2_that_opens_other_files_is_refused() {
+    let test = "a_qcow2_that_opens_other_files_is_refused";
+    for mut bench in benches(test, Guest::Idle, NEVER).await {
+        let (base, top) = (bench.dir().join("base"), bench.dir().join("top"));
+        make_image(&base, "raw", 1 << 20);
+        let made = std::process::Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+            .args([&base, &top])
+            .status();
+        if !made.is_ok_and(|status| status.success()) {
+            return qemu_support::skip(test, "qemu-img is not installed (Debian: qemu-utils)");
+        }
+        bench.add_disk(StorageDevice {
+            id: "top".to_owned(),
+            path: top.to_str().unwrap().to_owned(),
+            options: [("format".to_owned(), "qcow2".to_owned())].into(),
+            ..StorageDevice::default()
+        });
+        let error = bench.try_launch().await.err().unwrap();
+        assert!(error.message.contains("backing_files"), "{}", error.message);
+        bench.config.storage[0].options.insert("backing_files".to_owned(), "true".to_owned());
+        let run = bench.launch().await;
+        run.vmm.kill().await.unwrap();
+    }
+}
+
+fn make_image(path: &std::path::Path, format: &str, size: u64) {
+    if format == "raw" {
+        std::fs::File::create(path).unwrap().set_len(size).unwrap();
+        return;
+    }
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", format])
+        .arg(path)
+        .arg(size.to_string())
+        .status()
+        .unwrap();
+    assert!(made.success());
+}
+
+/// Prints how long a launch takes beside a start by hand in the same run. A measurement, not a test: nothing can fail here.
+#[tokio::test]
+#[ignore = "a measurement: run it alone with --ignored --nocapture"]
+async fn measure_launch() {
+    for bench in benches("measure_launch", Guest::Idle, NEVER).await {
+        let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
+        for _ in 0..15 {
+            let begin = Instant::now();
+            let mut run = bench.launch().await;
+            ours.push(begin.elapsed());
+            run.vmm.kill().await.unwrap();
+            run.gone().await;
+            by_hand.push(start_by_hand(&bench).await);
+        }
+        ours.sort();
+        by_hand.sort();
+        let machine = &bench.config.boot.as_ref().unwrap().boot_options["qemu.machine"];
+        println!("{machine}: launch() {:?}, by hand {:?} (medians of 15)", ours[7], by_hand[7]);
+    }
+}
+
+/// Starts QEMU as a person would, with the guest running at once, and asks until it says so.
+async fn start_by_hand(bench: &Bench) -> Duration {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    let socket = bench.dir().join("hand.sock");
+    let _ = std::fs::remove_file(&socket);
+    let machine = &bench.config.boot.as_ref().unwrap().boot_options["qemu.machine"];
+    let begin = Instant::now();
+    let mut child = tokio::process::Command::new("qemu-system-x86_64")
+        .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-cpu", "max", "-m", "64", "-serial", "null"])
+        .args(["-machine", machine, "-kernel", &bench.config.boot.as_ref().unwrap().kernel_path])
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let stream = loop {
+        match tokio::net::UnixStream::connect(&socket).await {
+            Ok(stream) => break stream,
+            Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+        }
+    };
+    let mut lines = BufReader::new(stream);
+    let mut line = String::new();
+    lines.read_line(&mut line).await.unwrap();
+    lines.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-status\"}").await.unwrap();
+    while !line.contains("\"running\": true") {
+        line.clear();
+        lines.read_line(&mut line).await.unwrap();
+    }
+    let taken = begin.elapsed();
+    child.kill().await.unwrap();
+    taken
+}

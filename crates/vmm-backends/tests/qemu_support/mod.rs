@@ -1,0 +1,224 @@
+//! What the tests against a real QEMU share: a bench that starts guests and leaves nothing behind, failed or not.
+
+#![allow(dead_code, reason = "every test program uses its own part of this")]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
+use vmm_core::backend::{AdoptRequest, Backend, BackendError, Exit, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent};
+use vmm_core::config::{
+    BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig,
+};
+use vmm_core::id::{InstanceId, VmUid};
+use vmm_core::spec::VmSpec;
+use vmm_core::store::RunRecord;
+use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
+use vmm_testkit::guests::Guest;
+
+/// Longer than anything honest takes on a busy host.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub const NEVER: i32 = 1;
+pub const GUEST_REBOOT: i32 = 2;
+
+/// Says that a test was skipped, where people and scripts see it.
+pub fn skip(test: &str, why: &str) {
+    let line = format!("SKIPPED: {test}: {why}");
+    println!("{line}");
+    if let Some(log) = std::env::var_os("VMCP_SKIP_LOG") {
+        let mut log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
+        writeln!(log, "{line}").unwrap();
+    }
+}
+
+/// QEMU, or `None` after saying that `test` is skipped.
+pub async fn qemu(test: &str) -> Option<QemuBackend> {
+    let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
+    match backend.ping().await.version {
+        Ok(_) => Some(backend),
+        Err(why) => {
+            skip(test, &why);
+            None
+        }
+    }
+}
+
+/// The project's Linux guest, or `None` after saying that `test` is skipped.
+pub fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest").canonicalize().ok();
+    let files = folder.map(|folder| (folder.join("vmlinuz"), folder.join("initramfs.cpio.gz")));
+    match files {
+        Some((kernel, initrd)) if kernel.exists() && initrd.exists() => Some((kernel, initrd)),
+        Some(_) | None => {
+            skip(test, "the Linux guest is not there; make it with `make setup`");
+            None
+        }
+    }
+}
+
+/// One VM's run folder and configuration, and whatever runs there.
+pub struct Bench {
+    pub backend: QemuBackend,
+    pub uid: VmUid,
+    pub config: VmConfig,
+    dir: TempDir,
+}
+
+impl Bench {
+    /// A bench for a tiny guest.
+    pub fn new(backend: QemuBackend, machine: &str, guest: Guest, restart: i32) -> Self {
+        let dir = tempfile::Builder::new().prefix("vmcp-qemu-").tempdir().unwrap();
+        let kernel = guest.write_to(dir.path()).unwrap();
+        let config = VmConfig {
+            cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
+            memory: Some(MemoryConfig { size_bytes: 64 << 20, ..MemoryConfig::default() }),
+            boot: Some(BootConfig {
+                kernel_path: kernel.to_str().unwrap().to_owned(),
+                boot_options: [("qemu.machine".to_owned(), machine.to_owned())].into(),
+                ..BootConfig::default()
+            }),
+            restart_policy: Some(RestartPolicyConfig { mode: restart, max_restarts: 0 }),
+            ..VmConfig::default()
+        };
+        Self { backend, uid: VmUid::new(Uuid::now_v7()), config, dir }
+    }
+
+    /// Runs Linux instead.
+    pub fn with_linux(mut self, (kernel, initrd): &(PathBuf, PathBuf), args: &str) -> Self {
+        self.config.memory = Some(MemoryConfig { size_bytes: 256 << 20, ..MemoryConfig::default() });
+        let boot = self.config.boot.as_mut().unwrap();
+        boot.kernel_path = kernel.to_str().unwrap().to_owned();
+        boot.initrd_path = initrd.to_str().unwrap().to_owned();
+        boot.kernel_args = format!("console=ttyS0 cryptomgr.notests {args}");
+        self
+    }
+
+    pub fn add_disk(&mut self, device: StorageDevice) {
+        self.config.storage.push(device);
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn spec(&self) -> VmSpec {
+        VmSpec::parse(&self.config).unwrap()
+    }
+
+    pub fn request(&self) -> LaunchRequest {
+        LaunchRequest {
+            instance: InstanceId::new(Uuid::nil()),
+            uid: self.uid,
+            vm_id: "bench".parse().unwrap(),
+            spec: self.spec(),
+            dir: self.dir().to_path_buf(),
+            console: Some(self.console_file()),
+            taps: Vec::new(),
+        }
+    }
+
+    pub fn adoption(&self, run: Option<RunRecord>) -> AdoptRequest {
+        AdoptRequest {
+            instance: InstanceId::new(Uuid::nil()),
+            uid: self.uid,
+            vm_id: "bench".parse().unwrap(),
+            spec: self.spec(),
+            dir: self.dir().to_path_buf(),
+            run,
+        }
+    }
+
+    pub async fn try_launch(&self) -> Result<Run, BackendError> {
+        self.backend.launch(self.request()).await.map(Run::from)
+    }
+
+    pub async fn launch(&self) -> Run {
+        self.try_launch().await.unwrap()
+    }
+
+    pub async fn sweep(&self) {
+        self.backend.sweep(SweepRequest { uid: self.uid, dir: self.dir().to_path_buf() }).await.unwrap();
+    }
+
+    pub fn console_file(&self) -> PathBuf {
+        self.dir().join("console,log")
+    }
+
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.console_file()).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until the console shows `text` for the `times`th time.
+    pub async fn console_shows(&self, text: &str, times: usize) {
+        let shown = async {
+            while self.console().matches(text).count() < times {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, shown).await.is_err() {
+            panic!("the console does not show {text:?} {times} times: {}", self.console());
+        }
+    }
+
+    /// The processes that use the run folder.
+    pub fn processes(&self) -> usize {
+        find_by_argument(self.dir()).unwrap().len()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for found in find_by_argument(self.dir.path()).unwrap_or_default() {
+            if let Lookup::Alive(process) = adopt(&found.identity) {
+                let _ = process.signal(Signal::KILL);
+            }
+        }
+    }
+}
+
+/// A running VM.
+pub struct Run {
+    pub vmm: Arc<dyn Vmm>,
+    pub events: mpsc::Receiver<VmmEvent>,
+}
+
+impl From<Launched> for Run {
+    fn from(launched: Launched) -> Self {
+        Self { vmm: launched.vmm, events: launched.events }
+    }
+}
+
+impl Run {
+    pub async fn event(&mut self) -> VmmEvent {
+        tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("an event").expect("not the end")
+    }
+
+    /// The end, which must be the next event and the last.
+    pub async fn gone(&mut self) -> Exit {
+        match self.event().await {
+            VmmEvent::Gone(exit) => {
+                assert_eq!(self.events.recv().await, None, "nothing follows the end");
+                exit
+            }
+            other => panic!("{other:?} instead of the end"),
+        }
+    }
+
+    /// Fails if there is news.
+    pub fn no_event(&mut self) {
+        assert_eq!(self.events.try_recv(), Err(mpsc::error::TryRecvError::Empty));
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        match adopt(&self.vmm.run().process) {
+            Lookup::Alive(process) => process.signal(signal).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+}

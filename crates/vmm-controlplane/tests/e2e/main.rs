@@ -1,0 +1,13 @@
+//! The real daemon with real QEMU and real guests, driven over HTTP as a user would.
+//!
+//! Every test has a daemon, folders and guests of its own, on loopback, and takes them all down again, whether it passes or
+//! fails. Where something is missing on the machine a test says `SKIPPED` and why.
+
+mod bad_input;
+mod cli;
+mod devices;
+mod guest_ends;
+mod harness;
+mod lifecycle;
+mod recovery;
+mod trouble;

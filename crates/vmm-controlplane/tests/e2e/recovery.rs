@@ -1,0 +1,105 @@
+//! The daemon dies; the VMs do not, and what the next daemon says of them is true.
+
+use rustix::process::Signal;
+use serde_json::json;
+use vmm_testkit::guests::Guest;
+
+use crate::harness::{World, is_alive, signal, vmm_pid};
+use crate::needs_qemu;
+
+#[test]
+fn vms_outlive_the_daemon_however_it_ends() {
+    needs_qemu!();
+    for how in [Signal::KILL, Signal::TERM, Signal::INT] {
+        let mut world = World::started(&[]);
+        for name in ["created", "running", "paused", "shutdown"] {
+            world.create(name, &world.tiny(Guest::Idle));
+        }
+        for name in ["running", "paused", "shutdown"] {
+            world.boot(name);
+        }
+        world.call("PauseVm", &json!({"vm_id": "paused"})).ok();
+        world.call("ShutdownVm", &json!({"vm_id": "shutdown", "force": true})).ok();
+        let before = vmm_pid(&world.info("running"));
+        let uid = world.info("running")["uid"].clone();
+
+        let (code, _) = world.stop(how);
+        assert_eq!(code, (how != Signal::KILL).then_some(0), "{how:?}");
+        assert!(is_alive(before), "the VM goes on without its daemon");
+        world.start();
+
+        for (name, state) in [
+            ("created", "VM_STATE_CREATED"),
+            ("running", "VM_STATE_RUNNING"),
+            ("paused", "VM_STATE_PAUSED"),
+            ("shutdown", "VM_STATE_SHUTDOWN"),
+        ] {
+            assert_eq!(world.info(name)["state"], state, "{name} after {how:?}");
+        }
+        let info = world.info("running");
+        assert_eq!((vmm_pid(&info), &info["uid"]), (before, &uid));
+        assert_eq!(world.call("ListVms", &json!({})).ok()["total_count"], 4);
+        // And all of it still works.
+        world.call("PauseVm", &json!({"vm_id": "running"})).ok();
+        world.call("ResumeVm", &json!({"vm_id": "paused"})).ok();
+        for name in ["created", "running", "paused", "shutdown"] {
+            world.call("DeleteVm", &json!({"vm_id": name, "force": true})).ok();
+        }
+        world.assert_nothing_left();
+    }
+}
+
+#[test]
+fn what_died_meanwhile_is_shut_down() {
+    needs_qemu!();
+    let mut world = World::started(&[]);
+    world.create("vm", &world.tiny(Guest::Idle));
+    world.boot("vm");
+    let pid = vmm_pid(&world.info("vm"));
+    world.stop(Signal::KILL);
+    signal(pid, Signal::KILL);
+    crate::harness::eventually("the VMM is gone", || !is_alive(pid));
+    world.start();
+    let info = world.info("vm");
+    assert_eq!(info["state"], "VM_STATE_SHUTDOWN");
+    assert!(!info["status"]["reason"].as_str().unwrap_or_default().is_empty(), "{info:#}");
+    world.boot("vm");
+    world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+}
+
+#[test]
+fn a_guest_that_ends_under_an_adopting_daemon_is_noticed() {
+    needs_qemu!();
+    let mut world = World::started(&[]);
+    world.create("vm", &world.tiny(Guest::Idle));
+    world.boot("vm");
+    let pid = vmm_pid(&world.info("vm"));
+    world.stop(Signal::KILL);
+    world.start();
+    signal(pid, Signal::KILL);
+    world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
+}
+
+#[test]
+fn a_second_daemon_on_the_same_state_is_refused() {
+    let world = World::started(&[]);
+    world.create("vm", &world.tiny(Guest::Idle));
+    let second = world.command().output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&second.stderr);
+    assert!(message.contains(&world.pid().to_string()), "the holder is named: {message}");
+    assert_eq!(world.info("vm")["state"], "VM_STATE_CREATED", "the first one goes on");
+}
+
+#[test]
+fn a_namesake_is_another_vm() {
+    needs_qemu!();
+    let mut world = World::started(&[]);
+    let config = world.tiny(Guest::Idle);
+    let first = world.create("vm", &config);
+    world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+    world.stop(Signal::KILL);
+    world.start();
+    world.call("GetVmInfo", &json!({"vm_id": "vm"})).error("not_found");
+    assert_ne!(world.create("vm", &config)["uid"], first["uid"]);
+}

@@ -1,0 +1,340 @@
+//! The state table, cell by cell, and what CreateVm refuses.
+
+mod common;
+
+use common::*;
+use vmm_core::backend::GuestState;
+use vmm_core::event::EventKind;
+use vmm_core::state::{Admission, EndedBy, Request, VmState, admit, legal_requests};
+use vmm_service::{Outcome, ServiceError, ShutdownOptions};
+use vmm_testkit::fake::{Act, Method};
+
+async fn ask(vms: &Vms, vm_id: &str, request: Request) -> Result<Outcome, ServiceError> {
+    match request {
+        Request::Boot => vms.boot(vm_id).await,
+        Request::Shutdown => vms.shutdown(vm_id).await,
+        Request::Pause => vms.pause(vm_id).await,
+        Request::Resume => vms.resume(vm_id).await,
+        Request::Reboot => vms.reboot(vm_id).await,
+        Request::Delete => vms.delete(vm_id).await,
+        Request::ForceDelete => vms.force_delete(vm_id).await,
+    }
+}
+
+/// Where a request leads that is carried out; `None` means that the VM is gone.
+fn target(request: Request) -> Option<VmState> {
+    match request {
+        Request::Boot | Request::Resume | Request::Reboot => Some(VmState::Running),
+        Request::Shutdown => Some(VmState::Shutdown),
+        Request::Pause => Some(VmState::Paused),
+        Request::Delete | Request::ForceDelete => None,
+    }
+}
+
+async fn every_cell(single_use: bool) {
+    let mut bed = Bed::new();
+    bed.single_use = single_use;
+    let vms = bed.start().await;
+    for state in VmState::ALL {
+        for request in Request::ALL {
+            let vm_id = format!("{}-{request:?}", state.name());
+            vms.bring_to(&vm_id, bed.config(), state).await;
+            let before = vms.record(&vm_id);
+            let answer = ask(&vms, &vm_id, request).await;
+            let cell = format!("{} in {}", request.name(), state.name());
+            match admit(state, request) {
+                Admission::Do => {
+                    let record = answer.expect(&cell).record;
+                    match target(request) {
+                        Some(next) => {
+                            assert_eq!((record.state, vms.state(&vm_id)), (next, next), "{cell}");
+                            assert!(record.generation > before.generation, "{cell}");
+                        }
+                        None => drop(refused(vms.service.get(&vm_id).map(drop), "not-found")),
+                    }
+                }
+                Admission::AlreadyDone => {
+                    assert_eq!(*answer.expect(&cell).record, *before, "{cell}");
+                    assert_eq!(vms.record(&vm_id), before, "{cell}");
+                }
+                Admission::Denied => {
+                    let text = refused(answer, "illegal-state");
+                    assert!(text.contains(&format!("in state {}", state.name())), "{text}");
+                    for legal in legal_requests(state) {
+                        assert!(text.contains(legal.name()), "{text} names {}", legal.name());
+                    }
+                    assert_eq!(vms.record(&vm_id), before, "{cell}");
+                }
+            }
+            let lives = vms.world.machine(&vm_id);
+            let expected = vms.service.get(&vm_id).ok().filter(|view| view.record.state.is_live());
+            assert_eq!(
+                lives.is_some(),
+                expected.is_some(),
+                "{cell}: a machine lives exactly where one is shown"
+            );
+            if let (Some(machine), Some(view)) = (lives, expected) {
+                let guest = if view.record.state == VmState::Paused {
+                    GuestState::Paused
+                } else {
+                    GuestState::Running
+                };
+                assert_eq!(machine.guest(), Some(guest), "{cell}");
+                assert_eq!(view.record.run.as_ref().unwrap().process.pid, machine.pid(), "{cell}");
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_cell_of_the_table() {
+    every_cell(false).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_cell_of_the_table_where_a_process_can_be_used_once() {
+    every_cell(true).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_knows_an_unknown_vm() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for vm_id in ["nobody", "", "../etc/passwd", &"x".repeat(5000)] {
+        for request in Request::ALL {
+            refused(ask(&vms, vm_id, request).await, "not-found");
+        }
+        refused(vms.force_shutdown(vm_id).await, "not-found");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_says_which_rung_ended_the_vm() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for (vm_id, expected) in
+        [("obeys", EndedBy::Acpi), ("ignores", EndedBy::Vmm), ("silent", EndedBy::Sigkill)]
+    {
+        let machine = vms.run(vm_id, bed.config()).await;
+        match expected {
+            EndedBy::Vmm => machine.ignore_shutdown(),
+            EndedBy::Sigkill => machine.stop(),
+            _ => {}
+        }
+        let outcome = vms.shutdown(vm_id).await.unwrap();
+        assert_eq!(outcome.ended_by, Some(expected), "{vm_id}");
+        assert_eq!(vms.record(vm_id).ended_by, Some(expected), "{vm_id}");
+        assert!(!machine.lives());
+        let again = vms.shutdown(vm_id).await.unwrap();
+        assert_eq!(again.ended_by, Some(EndedBy::AlreadyStopped));
+    }
+    let machine = vms.run("forced", bed.config()).await;
+    assert_eq!(vms.force_shutdown("forced").await.unwrap().ended_by, Some(EndedBy::Vmm));
+    assert!(!machine.lives());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paused_guest_is_resumed_before_it_is_asked() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    vms.pause("a").await.unwrap();
+    assert_eq!(vms.shutdown("a").await.unwrap().ended_by, Some(EndedBy::Acpi));
+    assert_eq!(vms.world.calls(Method::Resume), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_gets_the_time_that_the_client_gives_it() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await.ignore_shutdown();
+    let began = tokio::time::Instant::now();
+    let options = ShutdownOptions { force: false, timeout_seconds: 120 };
+    vms.service.shutdown("a", options, ME.into()).await.unwrap();
+    assert!(began.elapsed().as_secs() >= 120, "on the paused clock");
+    for seconds in [-1, 3601] {
+        let options = ShutdownOptions { force: false, timeout_seconds: seconds };
+        let found = violations(vms.service.shutdown("a", options, ME.into()).await);
+        assert_eq!(found[0].0, "timeout_seconds");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reboot_resets_in_place_or_starts_a_new_process() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    vms.force_reboot("a").await.unwrap();
+    assert_eq!((machine.resets(), machine.lives()), (1, true), "force resets at once");
+    let outcome = vms.reboot("a").await.unwrap();
+    assert_eq!(outcome.ended_by, Some(EndedBy::Acpi), "without force the guest is asked");
+    assert!(!machine.lives());
+    assert_eq!(vms.state("a"), VmState::Running);
+
+    let mut bed = Bed::new();
+    bed.single_use = true;
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    vms.force_reboot("a").await.unwrap();
+    assert!(!machine.lives());
+    assert_eq!((vms.state("a"), vms.world.living()), (VmState::Running, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reboot_whose_second_half_fails_leaves_the_vm_shut_down() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_disk("d")).await;
+    std::fs::remove_file(bed.path("d")).unwrap();
+    let text = refused(vms.reboot("a").await, "precondition");
+    assert!(text.contains("SHUTDOWN"), "{text}");
+    assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0));
+    assert_eq!(vms.reason("a"), "boot-failed");
+    bed.disk("d");
+    vms.boot("a").await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_boot_leaves_a_created_vm_created() {
+    use vmm_core::backend::{BackendErrorKind as Kind, Effect};
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.with_disk("d")).await;
+    let acts = [
+        (Act::Fail(Kind::Rejected, Effect::NotApplied), "precondition"),
+        (Act::Fail(Kind::NotInstalled, Effect::NotApplied), "precondition"),
+        (Act::DoThenFail(Kind::Protocol, Effect::Unknown), "unavailable"),
+        (Act::Fail(Kind::Unsupported("a thing"), Effect::NotApplied), "unsupported"),
+        (Act::do_then_hang(), "unavailable"),
+        (Act::hang(), "unavailable"),
+    ];
+    for (act, expected) in acts {
+        vms.world.next(Method::Launch, act);
+        refused(vms.boot("a").await, expected);
+        assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Created, "boot-failed"));
+        assert_eq!(vms.world.living(), 0, "nothing of a failed start stays");
+        assert_eq!(bed.stored("a"), *vms.record("a"));
+    }
+    vms.boot("a").await.expect("the VM is none the worse");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_pause_shows_what_the_vmm_says() {
+    use vmm_core::backend::{BackendErrorKind as Kind, Effect};
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    vms.world.next(Method::Pause, Act::Fail(Kind::Rejected, Effect::NotApplied));
+    refused(vms.pause("a").await, "precondition");
+    assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Running, "operation-failed"));
+    // The answer was lost, and the effect was not: the VMM is asked.
+    vms.world.next(Method::Pause, Act::DoThenFail(Kind::Protocol, Effect::Unknown));
+    refused(vms.pause("a").await, "unavailable");
+    assert_eq!(vms.state("a"), VmState::Paused);
+    assert_eq!(vms.machine("a").guest(), Some(GuestState::Paused));
+    vms.world.next(Method::Resume, Act::do_then_hang());
+    refused(vms.resume("a").await, "unavailable");
+    assert_eq!(vms.state("a"), VmState::Running);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vmm_that_ends_under_a_pause_ends_the_vm() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    let gate = vmm_testkit::fake::Gate::default();
+    vms.world.next(Method::Pause, Act::Wait(gate.clone()));
+    let paused = vms
+        .begin({
+            let vms = vms.clone();
+            async move { vms.pause("a").await }
+        })
+        .await;
+    eventually("the pause", || vms.world.calls(Method::Pause) == 1).await;
+    machine.end(vmm_core::backend::ExitCause::VmmFailed);
+    gate.open();
+    let text = refused(paused.await.unwrap(), "precondition");
+    assert!(text.contains("SHUTDOWN"), "{text}");
+    assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Shutdown, "vmm-failed"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_that_finds_the_vmm_gone_has_done_its_work() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;
+    let gate = vmm_testkit::fake::Gate::default();
+    vms.world.next(Method::Shutdown, Act::Wait(gate.clone()));
+    let task = vms
+        .begin({
+            let vms = vms.clone();
+            async move { vms.shutdown("a").await }
+        })
+        .await;
+    eventually("the shutdown", || vms.world.calls(Method::Shutdown) == 1).await;
+    machine.end(vmm_core::backend::ExitCause::VmmFailed);
+    gate.open();
+    assert_eq!(task.await.unwrap().unwrap().ended_by, Some(EndedBy::Guest));
+    tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+    assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0), "a shutdown is never undone");
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_operation_is_intent_then_outcome_in_the_log() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    vms.pause("a").await.unwrap();
+    vms.shutdown("a").await.unwrap();
+    vms.delete("a").await.unwrap();
+    let log: Vec<_> = bed
+        .store
+        .log()
+        .into_iter()
+        .map(|event| (event.event.kind, event.event.cause, event.event.state, event.event.actor))
+        .collect();
+    use EventKind::{Created, Deleted, OperationStarted as Started, StateChanged as Changed};
+    let expected = [
+        (Created, "CreateVm", VmState::Created),
+        (Started, "BootVm", VmState::Created),
+        (Changed, "BootVm", VmState::Running),
+        (Started, "PauseVm", VmState::Running),
+        (Changed, "PauseVm", VmState::Paused),
+        (Started, "ShutdownVm", VmState::Paused),
+        (Changed, "ShutdownVm", VmState::Shutdown),
+        (Started, "DeleteVm", VmState::Shutdown),
+        (Deleted, "DeleteVm", VmState::Shutdown),
+    ];
+    assert_eq!(log, expected.map(|(kind, cause, state)| (kind, cause.to_owned(), state, ME.to_owned())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn deletion_removes_what_the_program_made_and_nothing_else() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let mut config = bed.with_disk("d");
+    config.console = Some(vmm_core::config::ConsoleConfig {
+        enabled: true,
+        output: bed.path("console.txt"),
+        ..Default::default()
+    });
+    vms.run("a", config).await;
+    let folder = bed.run_dir(&vms.record("a"));
+    assert!(folder.is_dir());
+    vms.force_delete("a").await.unwrap();
+    assert!(!folder.exists());
+    for kept in ["d", "console.txt", "vmlinux"] {
+        assert!(std::fs::exists(bed.path(kept)).unwrap(), "{kept} was named by the client");
+    }
+    assert_eq!((vms.world.living(), bed.store.vms().len()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_is_free_again_and_a_new_creation_has_a_new_uid() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let first = vms.create("a", bed.config()).await;
+    vms.delete("a").await.unwrap();
+    let second = vms.create("a", bed.with_disk("d")).await;
+    assert!(second.uid > first.uid);
+}

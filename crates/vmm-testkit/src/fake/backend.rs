@@ -1,0 +1,180 @@
+//! The factory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
+    Exit, ExitCause, KernelFormat, LaunchRequest, Launched, SweepRequest, VmmEvent,
+};
+use vmm_core::id::BackendName;
+use vmm_core::report::Report;
+use vmm_core::spec::{RestartMode, VmSpec};
+use vmm_core::store::RunRecord;
+
+use super::script::Method;
+use super::vmm::FakeVmm;
+use super::world::World;
+
+/// More vCPUs than the fake hypervisor serves are a violation.
+const MAX_VCPUS: u32 = 32;
+
+/// The fake hypervisor.
+#[derive(Debug)]
+pub struct FakeBackend {
+    world: World,
+    capabilities: Capabilities,
+    single_use: bool,
+}
+
+impl FakeBackend {
+    /// Makes a hypervisor called `name` in a world of its own.
+    pub fn new(name: &str) -> Self {
+        Self::in_world(name, &World::new())
+    }
+
+    /// Makes a hypervisor called `name` that finds what others left in `world`.
+    pub fn in_world(name: &str, world: &World) -> Self {
+        let capabilities = Capabilities {
+            name: BackendName::new(name),
+            endpoint_mode: "managed",
+            default_restart_mode: RestartMode::GuestReboot,
+            kernel_formats: &[KernelFormat::Elf, KernelFormat::PvhElf],
+            facts: BTreeMap::from([("reset", "in-place".to_owned())]),
+            limits: BTreeMap::from([("max-vcpus", i64::from(MAX_VCPUS))]),
+        };
+        Self { world: world.clone(), capabilities, single_use: false }
+    }
+
+    /// The same, but its processes can be used once: a reset needs another one.
+    pub fn single_use(mut self) -> Self {
+        self.single_use = true;
+        self.capabilities.facts.insert("reset", "relaunch".to_owned());
+        self
+    }
+
+    /// The same, with another meaning of an unset restart policy.
+    pub fn default_restart_mode(mut self, mode: RestartMode) -> Self {
+        self.capabilities.default_restart_mode = mode;
+        self
+    }
+
+    /// What the test drives it by.
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
+    fn handle(&self, run: RunRecord, events: mpsc::Receiver<VmmEvent>) -> Launched {
+        Launched { vmm: Arc::new(FakeVmm::new(self.world.clone(), run, self.single_use)), events }
+    }
+
+    fn look_for(&self, request: &AdoptRequest) -> Adoption {
+        let inner = self.world.lock();
+        let found = match &request.run {
+            Some(run) => {
+                inner.machines.get(&run.process.pid).filter(|found| found.run.process == run.process)
+            }
+            None => inner.machines.values().rev().find(|found| found.uid == request.uid),
+        };
+        let Some(machine) = found else {
+            let known = request.run.as_ref().and_then(|run| inner.ended.get(&run.process.pid)).cloned();
+            let unknown =
+                || Exit { cause: ExitCause::Unknown, message: "it is not there any more".to_owned() };
+            return Adoption::Gone { exit: known.unwrap_or_else(unknown) };
+        };
+        let (run, guest) = (machine.run.clone(), machine.guest);
+        let (silent, unprovable) = (machine.silent, machine.unprovable);
+        drop(inner);
+        if unprovable {
+            return Adoption::Unreachable {
+                reason: "identity-not-proven",
+                message: "the process cannot be proven ours".to_owned(),
+                launched: None,
+            };
+        }
+        let launched = self.handle(run.clone(), self.world.listen(run.process.pid));
+        if silent {
+            return Adoption::Unreachable {
+                reason: "vmm-does-not-answer",
+                message: "the process lives and does not answer".to_owned(),
+                launched: Some(launched),
+            };
+        }
+        Adoption::Alive { launched, guest }
+    }
+}
+
+#[async_trait]
+impl Backend for FakeBackend {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        let mut report = Report::default();
+        if spec.cpu.count > MAX_VCPUS {
+            report.reject(
+                "config.cpu.vcpu_count",
+                format!("must be at most {MAX_VCPUS} here, not {}", spec.cpu.count),
+            );
+        }
+        if spec.cpu.max > spec.cpu.count {
+            report.warn("config.cpu.max_vcpu_count", "is ignored: this hypervisor adds no vCPUs");
+        }
+        report
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        let act = self.world.lock().scripts.call(Method::Launch);
+        act.before().await?;
+        let (run, events) = self.world.start(&request);
+        act.after().await?;
+        Ok(self.handle(run, events))
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        let act = self.world.lock().scripts.call(Method::Adopt);
+        act.before().await?;
+        let adoption = self.look_for(&request);
+        act.after().await?;
+        Ok(adoption)
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        let act = self.world.lock().scripts.call(Method::Sweep);
+        act.before().await?;
+        let unkillable = {
+            let mut inner = self.world.lock();
+            let users: Vec<(u32, bool)> = inner
+                .machines
+                .iter()
+                .filter(|(_, machine)| machine.uid == request.uid)
+                .map(|(pid, machine)| (*pid, machine.unkillable))
+                .collect();
+            for (pid, _) in users.iter().filter(|(_, unkillable)| !unkillable) {
+                inner.end(*pid, Exit { cause: ExitCause::VmmFailed, message: "swept".to_owned() });
+            }
+            users.iter().find(|(_, unkillable)| *unkillable).map(|(pid, _)| *pid)
+        };
+        act.after().await?;
+        match unkillable {
+            None => Ok(()),
+            Some(pid) => Err(BackendError::new(
+                BackendErrorKind::Timeout,
+                Effect::Unknown,
+                format!("process {pid} outlives SIGKILL"),
+            )),
+        }
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        let act = self.world.lock().scripts.call(Method::Ping);
+        let version = match act.before().await {
+            Ok(()) => act.after().await.map(|()| "1.0".to_owned()),
+            Err(error) => Err(error),
+        };
+        BackendHealth { version: version.map_err(|error| error.to_string()) }
+    }
+}

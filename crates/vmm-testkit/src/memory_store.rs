@@ -1,0 +1,173 @@
+//! A [`Store`] in memory that keeps every promise but durability, and fails when a test tells it to.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use uuid::Uuid;
+use vmm_core::backend::Effect;
+use vmm_core::event::{EventSeq, VmEvent};
+use vmm_core::id::{InstanceId, VmUid};
+use vmm_core::store::{Change, Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind, VmRecord};
+
+/// The store. What it holds lives as long as it does, so a second service on the same store finds it again.
+#[derive(Debug)]
+pub struct MemoryStore {
+    instance: InstanceId,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    vms: BTreeMap<VmUid, VmRecord>,
+    events: Vec<VmEvent>,
+    last_event: EventSeq,
+    next: VecDeque<Verdict>,
+    always: Option<Verdict>,
+}
+
+/// What becomes of a commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is judged by the rules.
+    Pass,
+    /// It is refused, and nothing is written.
+    Refuse(StoreErrorKind),
+    /// It is not written, and nobody can tell.
+    Lose(StoreErrorKind),
+    /// It is written if the rules allow it, and nobody can tell.
+    WriteAndFail(StoreErrorKind),
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self { instance: InstanceId::new(Uuid::now_v7()), inner: Mutex::default() }
+    }
+}
+
+impl MemoryStore {
+    /// Makes an empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says what becomes of the next commits, in their order.
+    pub fn next(&self, verdicts: impl IntoIterator<Item = Verdict>) {
+        self.lock().next.extend(verdicts);
+    }
+
+    /// Says what becomes of every commit that [`MemoryStore::next`] says nothing about.
+    pub fn always(&self, verdict: Verdict) {
+        self.lock().always = Some(verdict);
+    }
+
+    /// Judges every commit by the rules again.
+    pub fn behave(&self) {
+        let mut inner = self.lock();
+        inner.next.clear();
+        inner.always = None;
+    }
+
+    /// Every VM, oldest first.
+    pub fn vms(&self) -> Vec<VmRecord> {
+        self.lock().vms.values().cloned().collect()
+    }
+
+    /// The VM that bears this name.
+    pub fn vm(&self, vm_id: &str) -> Option<VmRecord> {
+        self.lock().vms.values().find(|vm| vm.vm_id.as_str() == vm_id).cloned()
+    }
+
+    /// Every event, oldest first.
+    pub fn log(&self) -> Vec<VmEvent> {
+        self.lock().events.clone()
+    }
+
+    /// Puts a record into the store, past all rules, as a daemon that died may have left it.
+    pub fn put(&self, record: VmRecord) {
+        self.lock().vms.insert(record.uid, record);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn load(&self) -> Result<Snapshot, StoreError> {
+        let inner = self.lock();
+        Ok(Snapshot {
+            instance: self.instance,
+            vms: inner.vms.values().cloned().collect(),
+            last_event: inner.last_event,
+        })
+    }
+
+    async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+        // A store that takes time lets others in between; so does this one.
+        tokio::task::yield_now().await;
+        let mut inner = self.lock();
+        let verdict = inner.next.pop_front().or(inner.always).unwrap_or(Verdict::Pass);
+        match verdict {
+            Verdict::Pass => inner.apply(commit),
+            Verdict::Refuse(kind) => Err(error(kind, Effect::NotApplied, "the script refuses it")),
+            Verdict::Lose(kind) => Err(error(kind, Effect::Unknown, "the script loses it")),
+            Verdict::WriteAndFail(kind) => {
+                inner.apply(commit)?;
+                Err(error(kind, Effect::Unknown, "the script loses the answer"))
+            }
+        }
+    }
+
+    async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {
+        let inner = self.lock();
+        let wanted = |event: &&VmEvent| {
+            event.seq > query.after && query.vm_id.as_ref().is_none_or(|vm_id| event.event.vm_id == *vm_id)
+        };
+        Ok(inner.events.iter().filter(wanted).take(query.limit).cloned().collect())
+    }
+
+    async fn expire_events(&self, before_ms: i64) -> Result<u64, StoreError> {
+        let mut inner = self.lock();
+        let before = inner.events.len();
+        inner.events.retain(|event| event.event.time_ms >= before_ms);
+        Ok(before.abs_diff(inner.events.len()).try_into().unwrap_or(u64::MAX))
+    }
+}
+
+impl Inner {
+    fn apply(&mut self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+        match commit.change {
+            Change::Insert(new) => {
+                if self.vms.values().any(|vm| vm.vm_id == new.vm_id || vm.uid == new.uid) {
+                    return Err(error(StoreErrorKind::NameTaken, Effect::NotApplied, "the name is taken"));
+                }
+                self.vms.insert(new.uid, *new);
+            }
+            Change::Update(new) => {
+                let follows = self.vms.get(&new.uid).is_some_and(|vm| vm.generation + 1 == new.generation);
+                if !follows {
+                    return Err(error(
+                        StoreErrorKind::Conflict,
+                        Effect::NotApplied,
+                        "the record has changed",
+                    ));
+                }
+                self.vms.insert(new.uid, *new);
+            }
+            Change::Remove(uid) => {
+                self.vms.remove(&uid);
+            }
+        }
+        Ok(commit.event.map(|event| {
+            self.last_event.0 += 1;
+            self.events.push(VmEvent { seq: self.last_event, event });
+            self.last_event
+        }))
+    }
+}
+
+fn error(kind: StoreErrorKind, effect: Effect, message: &str) -> StoreError {
+    StoreError { kind, message: message.to_owned(), effect, source: None }
+}
