@@ -46,7 +46,7 @@ pub async fn start_vmm(command: Command) -> Result<Guarded, BackendError> {
             (BackendErrorKind::NotInstalled, "install it, or correct the configured path")
         };
         let message = format!("{} could not be started: {error}; {advice}", program.display());
-        BackendError::new(kind, Effect::NotApplied, message).caused_by(error)
+        BackendError::new(kind, Effect::NotApplied, message)
     })
 }
 
@@ -88,7 +88,7 @@ pub async fn wait_for_socket(
         biased;
         connected = connect_when_there(path) => connected.map_err(|error| {
             let message = format!("the VMM's socket {} cannot be used: {error}", path.display());
-            BackendError::new(BackendErrorKind::Host, Effect::Unknown, message).caused_by(error)
+            BackendError::new(BackendErrorKind::Host, Effect::Unknown, message)
         }),
         exit = process.wait() => {
             let message = format!("the VMM ended before its socket {} was there: {exit}", path.display());
@@ -198,9 +198,7 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, BackendError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => {
-            Err(host_error(format!("the run folder's users cannot be cleared: {error}")).caused_by(error))
-        }
+        Ok(Err(error)) => Err(host_error(format!("the run folder's users cannot be cleared: {error}"))),
         Err(error) => Err(host_error("the clearing of a run folder was broken off").caused_by(error)),
     }
 }

@@ -59,7 +59,9 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
 
 #[tokio::test]
 async fn a_second_run_in_the_same_folder_appends_to_the_console() {
-    for bench in benches("a_second_run_in_the_same_folder_appends_to_the_console", Guest::PowerOff, NEVER).await {
+    for bench in
+        benches("a_second_run_in_the_same_folder_appends_to_the_console", Guest::PowerOff, NEVER).await
+    {
         for times in 1..=2 {
             let mut run = bench.launch().await;
             assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
@@ -160,7 +162,8 @@ async fn a_guest_that_ends_by_itself_says_how() {
 #[tokio::test]
 async fn a_guest_that_may_reset_itself_starts_again_in_place() {
     for guest in [Guest::Reset, Guest::TripleFault] {
-        for bench in benches("a_guest_that_may_reset_itself_starts_again_in_place", guest, GUEST_REBOOT).await {
+        for bench in benches("a_guest_that_may_reset_itself_starts_again_in_place", guest, GUEST_REBOOT).await
+        {
             let mut run = bench.launch().await;
             assert_eq!(run.event().await, VmmEvent::GuestReset);
             bench.console_shows(&guest.banner(), 3).await;
@@ -200,6 +203,22 @@ async fn a_killed_vmm_is_gone_with_its_signal() {
         let exit = run.gone().await;
         assert_eq!(exit.cause, ExitCause::VmmFailed);
         assert!(exit.message.contains("terminating on signal 15"), "{exit:?}");
+    }
+}
+
+/// QEMU 7.2 hangs in its end where it was just answering; enough tries find that.
+#[tokio::test]
+async fn an_end_in_the_middle_of_a_question_is_an_end() {
+    for bench in benches("an_end_in_the_middle_of_a_question_is_an_end", Guest::Idle, GUEST_REBOOT).await {
+        for _ in 0..10 {
+            let mut run = bench.launch().await;
+            let vmm = run.vmm.clone();
+            let asking = tokio::spawn(async move { while vmm.probe().await.is_ok() {} });
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            run.signal(Signal::TERM);
+            assert_eq!(run.gone().await.cause, ExitCause::VmmFailed);
+            asking.await.unwrap();
+        }
     }
 }
 
@@ -264,7 +283,11 @@ async fn a_vmm_outlives_its_handle_and_is_adopted() {
         let Adoption::Alive { launched, .. } = last else { panic!("{last:?}") };
         let mut run = Run::from(launched);
         type_at_console(&bench, b"R").await;
-        assert_eq!(run.gone().await.cause, ExitCause::GuestReset, "told by an event, for the status is unknown");
+        assert_eq!(
+            run.gone().await.cause,
+            ExitCause::GuestReset,
+            "told by an event, for the status is unknown"
+        );
     }
 }
 
@@ -313,9 +336,11 @@ async fn linux_sees_its_disks_and_the_counters_see_linux() {
     let Some(backend) = qemu(test).await else { return };
     let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
         .with_linux(&files, "vmcp.do=writedisk,readdisk,idle");
-    for (name, size, format, read_only, root) in
-        [("data,1", 8, "raw", true, false), ("root", 16, "qcow2", false, true), ("more", 24, "raw", false, false)]
-    {
+    for (name, size, format, read_only, root) in [
+        ("data,1", 8, "raw", true, false),
+        ("root", 16, "qcow2", false, true),
+        ("more", 24, "raw", false, false),
+    ] {
         let path = bench.dir().join(name);
         make_image(&path, format, size << 20);
         let mut options = vmm_core::config::Options::from([("format".to_owned(), format.to_owned())]);
@@ -450,7 +475,19 @@ async fn start_by_hand(bench: &Bench) -> Duration {
     let machine = &bench.config.boot.as_ref().unwrap().boot_options["qemu.machine"];
     let begin = Instant::now();
     let mut child = tokio::process::Command::new("qemu-system-x86_64")
-        .args(["-nodefaults", "-display", "none", "-accel", "tcg", "-cpu", "max", "-m", "64", "-serial", "null"])
+        .args([
+            "-nodefaults",
+            "-display",
+            "none",
+            "-accel",
+            "tcg",
+            "-cpu",
+            "max",
+            "-m",
+            "64",
+            "-serial",
+            "null",
+        ])
         .args(["-machine", machine, "-kernel", &bench.config.boot.as_ref().unwrap().kernel_path])
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", socket.display()))

@@ -10,7 +10,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vmm_backends::qemu::client::RunState;
-use vmm_backends::qemu::qmp::{Closed, MAX_LINE, Qmp, QmpError, QmpEvent, QemuVersion};
+use vmm_backends::qemu::qmp::{Closed, MAX_LINE, QemuVersion, Qmp, QmpError, QmpEvent};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, StorageCounters};
 
 const GREETING: &str = concat!(
@@ -90,19 +90,26 @@ async fn an_honest_conversation() {
         peer.greet().await;
         let (command, arguments, id) = peer.hear().await;
         assert_eq!((command.as_str(), arguments), ("stop", Value::Null));
-        peer.say("{\"timestamp\": {\"seconds\": 5, \"microseconds\": 250000}, \"event\": \"STOP\"}\r\n").await;
+        peer.say("{\"timestamp\": {\"seconds\": 5, \"microseconds\": 250000}, \"event\": \"STOP\"}\r\n")
+            .await;
         peer.answer(json!({}), id).await;
         let (command, _, id) = peer.hear().await;
         assert_eq!(command, "query-status");
         peer.answer(json!({ "status": "paused", "singlestep": false, "running": false }), id).await;
         let (command, _, id) = peer.hear().await;
         assert_eq!(command, "query-blockstats");
-        let disk = |bytes: u64| json!({ "device": "", "stats": {
-            "rd_bytes": bytes, "wr_bytes": 2 * bytes, "rd_operations": 3, "wr_operations": 4, "other": 9 } });
+        let disk = |bytes: u64| {
+            json!({ "device": "", "stats": {
+            "rd_bytes": bytes, "wr_bytes": 2 * bytes, "rd_operations": 3, "wr_operations": 4, "other": 9 } })
+        };
         peer.answer(json!([disk(10), disk(u64::MAX / 2)]), id).await;
         let (command, _, id) = peer.hear().await;
         assert_eq!(command, "system_reset");
-        peer.say(&format!("{}\n", json!({ "error": { "class": "GenericError", "desc": "not now" }, "id": id }))).await;
+        peer.say(&format!(
+            "{}\n",
+            json!({ "error": { "class": "GenericError", "desc": "not now" }, "id": id })
+        ))
+        .await;
         peer.hold().await;
     });
     let (qmp, mut events) = stage.connect(LONG).await.unwrap();
@@ -110,7 +117,10 @@ async fn an_honest_conversation() {
     assert_eq!(qmp.peer_pid().and_then(|pid| u32::try_from(pid).ok()), Some(std::process::id()));
     qmp.stop().await.unwrap();
     let event = events.recv().await.unwrap();
-    assert_eq!((event.name.as_str(), event.at, event.data), ("STOP", Duration::from_millis(5250), Value::Null));
+    assert_eq!(
+        (event.name.as_str(), event.at, event.data),
+        ("STOP", Duration::from_millis(5250), Value::Null)
+    );
     assert_eq!(qmp.query_status().await.unwrap(), RunState::Paused);
     let counted = qmp.query_blockstats().await.unwrap();
     let expected = StorageCounters {
@@ -183,7 +193,7 @@ async fn nobody_who_is_silent_holds_a_caller() {
     assert!(matches!(error, QmpError::NoGreeting(_)), "{error:?}");
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_command_without_an_answer_times_out_and_a_late_answer_harms_nothing() {
     let (told, tell) = tokio::sync::oneshot::channel::<()>();
     let stage = stage(|mut peer| async move {
@@ -228,7 +238,10 @@ async fn what_is_not_qmp_ends_the_connection_with_the_reason() {
         });
         let (qmp, _events) = stage.connect(LONG).await.unwrap();
         let error = qmp.stop().await.unwrap_err();
-        assert!(matches!(error, QmpError::Closed { reason: Closed::Garbage(_), sent: true }), "{line:?}: {error:?}");
+        assert!(
+            matches!(error, QmpError::Closed { reason: Closed::Garbage(_), sent: true }),
+            "{line:?}: {error:?}"
+        );
         let error = BackendError::from(error);
         assert_eq!((error.kind, error.effect), (BackendErrorKind::Protocol, Effect::Unknown));
         qmp.closed().await;
@@ -245,7 +258,10 @@ async fn a_greeting_that_is_none_is_refused() {
             peer.hold().await;
         });
         let error = stage.connect(LONG).await.unwrap_err();
-        assert!(matches!(error, QmpError::Closed { reason: Closed::Garbage(_), .. }), "{greeting:?}: {error:?}");
+        assert!(
+            matches!(error, QmpError::Closed { reason: Closed::Garbage(_), .. }),
+            "{greeting:?}: {error:?}"
+        );
     }
 }
 

@@ -90,12 +90,12 @@ pub enum FileProblem {
     #[error("{} is busy; end what uses it, and try again", .0.display())]
     Busy(PathBuf),
     /// The host failed otherwise.
-    #[error("{} cannot be used: {source}; check the path and the device that holds it", .path.display())]
+    #[error("{} cannot be used: {cause}; check the path and the device that holds it", .path.display())]
     Io {
         /// The path.
         path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
+        /// What the kernel said. Part of the text, which is all that a client sees.
+        cause: io::Error,
     },
 }
 
@@ -237,14 +237,14 @@ fn kind(path: &Path, metadata: &Metadata) -> Result<FileKind, FileProblem> {
     Err(FileProblem::WrongKind { path: path.to_path_buf(), what })
 }
 
-fn problem(path: &Path, access: Access, source: io::Error) -> FileProblem {
+fn problem(path: &Path, access: Access, cause: io::Error) -> FileProblem {
     let path = path.to_path_buf();
-    match source.raw_os_error().map(Errno::from_raw_os_error) {
+    match cause.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::NOENT | Errno::NOTDIR) => FileProblem::Missing(path),
         Some(Errno::ACCESS | Errno::PERM) => FileProblem::Denied { path, access },
         Some(Errno::ROFS) => FileProblem::ReadOnly(path),
         Some(Errno::BUSY | Errno::TXTBSY) => FileProblem::Busy(path),
-        _ => FileProblem::Io { path, source },
+        _ => FileProblem::Io { path, cause },
     }
 }
 

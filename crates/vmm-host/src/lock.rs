@@ -34,7 +34,7 @@ pub enum LockError {
         pid: Option<u32>,
     },
     /// The directory or the file in it cannot be used.
-    #[error("the state directory cannot be locked by {}: {source}; check that the daemon's user may write there", .path.display())]
+    #[error("the state directory cannot be locked by {}; check that the daemon's user may write there", .path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,

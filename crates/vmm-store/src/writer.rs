@@ -166,7 +166,7 @@ impl Writer {
                 Err(Failure::Sqlite(error)) => return Err(Broken::NotApplied(error)),
             }
         }
-        match transaction.rollback() {
+        match transaction.commit() {
             Ok(()) => Ok(outcomes),
             Err(error) if proves_not_committed(&error) => Err(Broken::NotApplied(error)),
             Err(error) => Err(Broken::InDoubt { error, outcomes, proof }),

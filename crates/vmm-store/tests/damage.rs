@@ -136,6 +136,20 @@ fn a_page_overwritten_is_found_or_held_nothing() {
 }
 
 #[test]
+fn a_page_overwritten_is_found_when_opening() {
+    let (dir, path, ..) = filled();
+    let whole = fs::read(&path).unwrap();
+    for page in 0..whole.len() / PAGE {
+        let mut damaged = whole.clone();
+        damaged[page * PAGE..(page + 1) * PAGE].fill(0xff);
+        fs::write(&path, &damaged).unwrap();
+        let error = SqliteStore::open(dir.path()).err();
+        assert_damaged(&error.unwrap_or_else(|| panic!("page {page} was not missed")), &path);
+        assert_eq!(fs::read(&path).unwrap(), damaged, "left as it was");
+    }
+}
+
+#[test]
 fn a_log_without_its_database_is_refused() {
     let (dir, path, ..) = filled();
     let log = dir.path().join(format!("{DATABASE_FILE}-wal"));

@@ -98,6 +98,7 @@ fn a_killed_process_loses_nothing_acknowledged() {
 async fn fill(store: &SqliteStore) -> (Vec<VmRecord>, VmRecord, StoreError) {
     let mut vms = Vec::new();
     loop {
+        assert!(vms.len() < 1_000, "the file system ends long before");
         let mut vm = record(&format!("vm-{}", vms.len()));
         vm.config.metadata.insert("ballast".to_owned(), "x".repeat(10_000));
         match store.commit(insert(&vm)).await {

@@ -51,7 +51,7 @@ impl MemoryStore {
         Self::default()
     }
 
-    /// Says what becomes of the next commits, in their order.
+    /// Says what becomes of the next commits that the rules allow, in their order.
     pub fn next(&self, verdicts: impl IntoIterator<Item = Verdict>) {
         self.lock().next.extend(verdicts);
     }
@@ -108,13 +108,14 @@ impl Store for MemoryStore {
         // A store that takes time lets others in between; so does this one.
         tokio::task::yield_now().await;
         let mut inner = self.lock();
+        inner.judge(&commit.change)?;
         let verdict = inner.next.pop_front().or(inner.always).unwrap_or(Verdict::Pass);
         match verdict {
-            Verdict::Pass => inner.apply(commit),
+            Verdict::Pass => Ok(inner.apply(commit)),
             Verdict::Refuse(kind) => Err(error(kind, Effect::NotApplied, "the script refuses it")),
             Verdict::Lose(kind) => Err(error(kind, Effect::Unknown, "the script loses it")),
             Verdict::WriteAndFail(kind) => {
-                inner.apply(commit)?;
+                inner.apply(commit);
                 Err(error(kind, Effect::Unknown, "the script loses the answer"))
             }
         }
@@ -137,34 +138,38 @@ impl Store for MemoryStore {
 }
 
 impl Inner {
-    fn apply(&mut self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+    /// Says whether the rules of the port allow a change.
+    fn judge(&self, change: &Change) -> Result<(), StoreError> {
+        let (allowed, kind, message) = match change {
+            Change::Insert(new) => (
+                self.vms.values().all(|vm| vm.vm_id != new.vm_id && vm.uid != new.uid),
+                StoreErrorKind::NameTaken,
+                "the name is taken",
+            ),
+            Change::Update(new) => (
+                self.vms.get(&new.uid).is_some_and(|vm| vm.generation + 1 == new.generation),
+                StoreErrorKind::Conflict,
+                "the record has changed",
+            ),
+            Change::Remove(_) => return Ok(()),
+        };
+        if allowed { Ok(()) } else { Err(error(kind, Effect::NotApplied, message)) }
+    }
+
+    fn apply(&mut self, commit: Commit) -> Option<EventSeq> {
         match commit.change {
-            Change::Insert(new) => {
-                if self.vms.values().any(|vm| vm.vm_id == new.vm_id || vm.uid == new.uid) {
-                    return Err(error(StoreErrorKind::NameTaken, Effect::NotApplied, "the name is taken"));
-                }
-                self.vms.insert(new.uid, *new);
-            }
-            Change::Update(new) => {
-                let follows = self.vms.get(&new.uid).is_some_and(|vm| vm.generation + 1 == new.generation);
-                if !follows {
-                    return Err(error(
-                        StoreErrorKind::Conflict,
-                        Effect::NotApplied,
-                        "the record has changed",
-                    ));
-                }
+            Change::Insert(new) | Change::Update(new) => {
                 self.vms.insert(new.uid, *new);
             }
             Change::Remove(uid) => {
                 self.vms.remove(&uid);
             }
         }
-        Ok(commit.event.map(|event| {
+        commit.event.map(|event| {
             self.last_event.0 += 1;
             self.events.push(VmEvent { seq: self.last_event, event });
             self.last_event
-        }))
+        })
     }
 }
 

@@ -12,7 +12,7 @@ use crate::rest::client::{BOOT, CALL, RestClient};
 
 /// The API of one Cloud Hypervisor.
 #[derive(Debug)]
-pub struct Client(RestClient);
+pub(super) struct Client(RestClient);
 
 /// What a request without a body carries.
 type Nothing = ();
@@ -39,11 +39,11 @@ enum State {
 
 /// Counters by device, and by name.
 #[derive(Debug, Deserialize)]
-pub struct Counters(BTreeMap<String, BTreeMap<String, u64>>);
+pub(super) struct Counters(BTreeMap<String, BTreeMap<String, u64>>);
 
 impl Counters {
     /// Disk counters over all disks.
-    pub fn storage(&self) -> StorageCounters {
+    pub(super) fn storage(&self) -> StorageCounters {
         StorageCounters {
             bytes_read: self.sum("disk", "read_bytes"),
             bytes_written: self.sum("disk", "write_bytes"),
@@ -53,7 +53,7 @@ impl Counters {
     }
 
     /// Network counters over all interfaces.
-    pub fn network(&self) -> NetworkCounters {
+    pub(super) fn network(&self) -> NetworkCounters {
         NetworkCounters {
             bytes_received: self.sum("net", "rx_bytes"),
             bytes_transmitted: self.sum("net", "tx_bytes"),
@@ -65,13 +65,15 @@ impl Counters {
     /// Devices bear the names that the conversion gave them.
     fn sum(&self, kind: &str, counter: &str) -> u64 {
         let devices = self.0.iter().filter(|(device, _)| device.starts_with(kind));
-        devices.filter_map(|(_, counters)| counters.get(counter)).fold(0, |sum, more| sum.saturating_add(*more))
+        devices
+            .filter_map(|(_, counters)| counters.get(counter))
+            .fold(0, |sum, more| sum.saturating_add(*more))
     }
 }
 
 impl Client {
     /// The API at `socket`, connected to at the first call.
-    pub fn new(socket: &Path) -> Self {
+    pub(super) fn new(socket: &Path) -> Self {
         Self(RestClient::new(socket, explain))
     }
 
@@ -79,7 +81,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`RestClient::over`].
-    pub async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
+    pub(super) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
         RestClient::over(socket, stream, explain).await.map(Self)
     }
 
@@ -87,47 +89,47 @@ impl Client {
     ///
     /// # Errors
     /// As [`RestClient::get`] and [`RestClient::put`], which holds for all that follow.
-    pub async fn version(&self) -> Result<String, BackendError> {
+    pub(super) async fn version(&self) -> Result<String, BackendError> {
         self.0.get::<Ping>("/api/v1/vmm.ping").await.map(|ping| ping.version)
     }
 
     /// Makes the VM, without running it.
-    pub async fn create(&self, config: &Config) -> Result<(), BackendError> {
+    pub(super) async fn create(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.create", Some(config), CALL).await
     }
 
     /// Starts the guest; its CPUs run when this answers.
-    pub async fn boot(&self) -> Result<(), BackendError> {
+    pub(super) async fn boot(&self) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.boot", None::<&Nothing>, BOOT).await
     }
 
     /// Stops the guest's CPUs; an error where they stand still.
-    pub async fn pause(&self) -> Result<(), BackendError> {
+    pub(super) async fn pause(&self) -> Result<(), BackendError> {
         self.order("vm.pause").await
     }
 
     /// Lets the guest's CPUs go on; an error where they run.
-    pub async fn resume(&self) -> Result<(), BackendError> {
+    pub(super) async fn resume(&self) -> Result<(), BackendError> {
         self.order("vm.resume").await
     }
 
     /// Resets the guest in place.
-    pub async fn reboot(&self) -> Result<(), BackendError> {
+    pub(super) async fn reboot(&self) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.reboot", None::<&Nothing>, BOOT).await
     }
 
     /// Presses the ACPI power button. Says nothing about what the guest makes of it.
-    pub async fn power_button(&self) -> Result<(), BackendError> {
+    pub(super) async fn power_button(&self) -> Result<(), BackendError> {
         self.order("vm.power-button").await
     }
 
     /// Powers the VM off and ends the process.
-    pub async fn end(&self) -> Result<(), BackendError> {
+    pub(super) async fn end(&self) -> Result<(), BackendError> {
         self.order("vmm.shutdown").await
     }
 
     /// Asks what the guest is doing. One that was made and does not run counts as ended.
-    pub async fn state(&self) -> Result<GuestState, BackendError> {
+    pub(super) async fn state(&self) -> Result<GuestState, BackendError> {
         let info: Info = self.0.get("/api/v1/vm.info").await?;
         Ok(match info.state {
             State::Running => GuestState::Running,
@@ -137,7 +139,7 @@ impl Client {
     }
 
     /// Reads the counters of all devices since the guest last started.
-    pub async fn counters(&self) -> Result<Counters, BackendError> {
+    pub(super) async fn counters(&self) -> Result<Counters, BackendError> {
         self.0.get("/api/v1/vm.counters").await
     }
 

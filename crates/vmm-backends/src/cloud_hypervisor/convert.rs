@@ -174,3 +174,104 @@ fn interface(place: usize, nic: &Nic, tap: &str) -> NetConfig {
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use vmm_core::config::{
+        BootConfig, ConsoleConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface,
+        RestartPolicyConfig, StorageDevice, VmConfig,
+    };
+
+    use super::*;
+
+    fn spec(config: &VmConfig) -> VmSpec {
+        VmSpec::parse(config).unwrap()
+    }
+
+    fn small() -> VmConfig {
+        VmConfig {
+            cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
+            memory: Some(MemoryConfig { size_bytes: 128 << 20, ..MemoryConfig::default() }),
+            boot: Some(BootConfig { kernel_path: "/images/vmlinux".to_owned(), ..BootConfig::default() }),
+            ..VmConfig::default()
+        }
+    }
+
+    fn options(pairs: &[(&str, &str)]) -> vmm_core::config::Options {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn large() -> VmConfig {
+        let disk = |id: &str, path: &str| StorageDevice {
+            id: id.to_owned(),
+            path: path.to_owned(),
+            ..StorageDevice::default()
+        };
+        VmConfig {
+            cpu: Some(CpuConfig {
+                vcpu_count: 4,
+                topology: Some(CpuTopology { sockets: 1, cores_per_socket: 2, threads_per_core: 2 }),
+                ..CpuConfig::default()
+            }),
+            memory: Some(MemoryConfig {
+                size_bytes: 512 << 20,
+                backing: options(&[("hugepages", "true"), ("shared", "true")]),
+                hotplug_enabled: true,
+                max_size_bytes: 1 << 30,
+                ..MemoryConfig::default()
+            }),
+            boot: Some(BootConfig {
+                kernel_path: "/images/vmlinux".to_owned(),
+                initrd_path: "/images/initrd".to_owned(),
+                kernel_args: "console=ttyS0 quiet".to_owned(),
+                ..BootConfig::default()
+            }),
+            storage: vec![
+                StorageDevice {
+                    read_only: true,
+                    options: options(&[
+                        ("rate_limit.bytes_per_second", "1000000"),
+                        ("format", "qcow2"),
+                        ("backing_files", "true"),
+                        ("direct_io", "true"),
+                    ]),
+                    ..disk("data", "/images/da ta,x=\"y\".raw")
+                },
+                StorageDevice {
+                    is_root_device: true,
+                    ..disk("a-very-long-name-of-the-root-disk", "/images/root.raw")
+                },
+            ],
+            network: vec![NetworkInterface {
+                id: "data".to_owned(),
+                mac_address: "02:00:00:00:00:01".to_owned(),
+                options: options(&[("rate_limit.packets_per_second", "500")]),
+                ..NetworkInterface::default()
+            }],
+            console: Some(ConsoleConfig { enabled: false, ..ConsoleConfig::default() }),
+            restart_policy: Some(RestartPolicyConfig { mode: 1, max_restarts: 0 }),
+            ..VmConfig::default()
+        }
+    }
+
+    fn written(config: &VmConfig) -> String {
+        serde_json::to_string_pretty(&Config::of(&spec(config), &["vmt0".to_owned()])).unwrap()
+    }
+
+    #[test]
+    fn a_small_vm() {
+        insta::assert_snapshot!(written(&small()));
+    }
+
+    #[test]
+    fn a_large_vm() {
+        insta::assert_snapshot!(written(&large()));
+    }
+
+    #[test]
+    fn the_arguments() {
+        let arguments = arguments(Path::new("/r/api.sock"), Path::new("/r/events"));
+        let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
+        insta::assert_snapshot!(words.join(" "));
+    }
+}

@@ -12,7 +12,7 @@ use rustix::fs::{FallocateFlags, OFlags};
 use serde::Deserialize;
 
 /// The file's name in the run folder.
-pub const EVENTS: &str = "events";
+pub(super) const EVENTS: &str = "events";
 /// The longest event, in bytes.
 const MAX_EVENT: usize = 64 << 10;
 /// How much of the file's end a daemon that takes over looks at, in bytes.
@@ -20,7 +20,7 @@ const TAIL: u64 = 256 << 10;
 
 /// What happened to a VM or its VMM, as far as it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ChEvent {
+pub(super) enum ChEvent {
     /// The guest's machine is being reset.
     Rebooting,
     /// The guest's CPUs were stopped.
@@ -29,8 +29,6 @@ pub enum ChEvent {
     Resumed,
     /// The guest has powered off, or the VM was shut down.
     Shutdown,
-    /// The guest says that it panicked.
-    Panicked,
     /// Something else.
     Other,
 }
@@ -48,27 +46,26 @@ impl Written {
             ("vm", "paused") => ChEvent::Paused,
             ("vm", "resumed") => ChEvent::Resumed,
             ("vm", "shutdown") => ChEvent::Shutdown,
-            ("guest", "panic") => ChEvent::Panicked,
             _ => ChEvent::Other,
         }
     }
 }
 
 /// Reads the file of one run, each event once.
-#[derive(Debug)]
-pub struct EventFile {
+#[derive(Clone, Debug)]
+pub(super) struct EventFile {
     path: PathBuf,
     offset: u64,
 }
 
 impl EventFile {
     /// Begins at the first event of the run in `dir`.
-    pub fn from_start(dir: &Path) -> Self {
+    pub(super) fn from_start(dir: &Path) -> Self {
         Self { path: dir.join(EVENTS), offset: 0 }
     }
 
     /// Begins near the end of what is there. Blocks.
-    pub fn near_end(dir: &Path) -> Self {
+    pub(super) fn near_end(dir: &Path) -> Self {
         let path = dir.join(EVENTS);
         let len = std::fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
         Self { path, offset: len.saturating_sub(TAIL) }
@@ -78,7 +75,7 @@ impl EventFile {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn begin(dir: &Path) -> io::Result<()> {
+    pub(super) fn begin(dir: &Path) -> io::Result<()> {
         match std::fs::remove_file(dir.join(EVENTS)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             Ok(()) | Err(_) => Ok(()),
@@ -89,21 +86,30 @@ impl EventFile {
     ///
     /// # Errors
     /// What the kernel says; `InvalidData` where the file is nonsense, which is skipped.
-    pub fn read(&mut self, most: usize) -> io::Result<Vec<ChEvent>> {
+    pub(super) fn read(&mut self, most: usize) -> io::Result<Vec<ChEvent>> {
         let file = match open(&self.path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error),
         };
+        let begin = self.offset;
+        let mut events = Vec::new();
         let mut buffer = vec![0; MAX_EVENT];
-        let read = file.read_at(&mut buffer, self.offset)?;
-        let (events, used) = parse(&buffer[..read], most);
-        if used == 0 && read == MAX_EVENT {
-            self.offset = file.metadata()?.len();
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "an event is too long; what is there is skipped"));
-        }
-        if used > 0 {
+        while events.len() < most {
+            let read = file.read_at(&mut buffer, self.offset)?;
+            let (some, used) = parse(&buffer[..read], most - events.len());
+            events.extend(some);
             self.offset += used as u64;
+            if used == 0 && read == MAX_EVENT {
+                self.offset = file.metadata()?.len();
+                let message = "an event is too long; what is there is skipped";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+            }
+            if used == 0 || read < MAX_EVENT {
+                break;
+            }
+        }
+        if self.offset > begin {
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             if let Err(error) = rustix::fs::fallocate(&file, punch, 0, self.offset) {
                 tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
@@ -159,7 +165,8 @@ mod tests {
 
     #[test]
     fn events_are_read_whole_wherever_they_are_cut() {
-        let text = format!("{}{}{}", event("vm", "rebooting"), event("vmm", "starting"), event("vm", "paused"));
+        let text =
+            format!("{}{}{}", event("vm", "rebooting"), event("vmm", "starting"), event("vm", "paused"));
         for cut in 0..text.len() {
             let (mut events, used) = parse(&text.as_bytes()[..cut], 100);
             let (rest, _) = parse(&text.as_bytes()[used..], 100);
@@ -170,7 +177,11 @@ mod tests {
 
     #[test]
     fn holes_and_nonsense_are_passed_over() {
-        let text = format!("\0\0\0\"nanos\": 7\n  }},\n}}\n\n{}garbage{}", event("vm", "paused"), event("vm", "resumed"));
+        let text = format!(
+            "\0\0\0\"nanos\": 7\n  }},\n}}\n\n{}garbage{}",
+            event("vm", "paused"),
+            event("vm", "resumed")
+        );
         assert_eq!(parse(text.as_bytes(), 100).0, [ChEvent::Paused, ChEvent::Resumed]);
         assert_eq!(parse(text.as_bytes(), 1).0, [ChEvent::Paused]);
         assert_eq!(parse(&[0; 5000], 100), (vec![], 5000));
@@ -195,7 +206,8 @@ mod tests {
     #[test]
     fn an_endless_event_is_skipped() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(EVENTS), format!("{{\n\"source\": \"{}", "x".repeat(MAX_EVENT))).unwrap();
+        std::fs::write(dir.path().join(EVENTS), format!("{{\n\"source\": \"{}", "x".repeat(MAX_EVENT)))
+            .unwrap();
         let mut file = EventFile::from_start(dir.path());
         assert!(file.read(10).is_err());
         assert!(file.read(10).unwrap().is_empty());

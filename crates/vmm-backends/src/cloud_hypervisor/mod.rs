@@ -1,1 +1,220 @@
-//! Being written.
+//! Cloud Hypervisor: one process per run, driven by REST on a unix socket.
+//!
+//! ```text
+//!                       ┌──────────────────┐ stdout ──► the console's file, appended to
+//!   api.sock, .lock ◄───│ cloud-hypervisor │ stderr ──► vmm.log
+//!                       └──────────────────┘ --event-monitor ──► events
+//! ```
+//!
+//! **Console.** Of the ways in which version 53 offers the serial port, only `Tty` keeps everything by itself: it writes to the
+//! VMM's own stdout, which is the console's file, opened for appending. So the first message of the boot is there, resets in
+//! place and later runs are appended, and no daemon is needed for a byte to be kept. `File` truncates at every boot; `Pty` and
+//! `Socket` keep 1 MiB while nobody reads, and lose it where the VMM ends meanwhile. `Tty` takes no input.
+//!
+//! **Events** go to a file for the same reason.
+
+mod check;
+mod client;
+pub mod convert;
+mod events;
+mod vmm;
+mod watch;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
+    KernelFormat, LaunchRequest, Launched, SweepRequest,
+};
+use vmm_core::id::BackendName;
+use vmm_core::report::Report;
+use vmm_core::spec::{RestartMode, VmSpec};
+use vmm_host::process::{Command, Process};
+use vmm_host::run_dir;
+
+use self::client::Client;
+use self::convert::Config;
+use self::events::{EVENTS, EventFile};
+use self::vmm::{Parts, attend, explain_past};
+use self::watch::Watcher;
+use crate::launch;
+use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run};
+use crate::rest::program::{Program, Version};
+
+/// The backend's name.
+pub const NAME: &str = "cloudhypervisor";
+/// The program's own name.
+const PROGRAM: &str = "cloud-hypervisor";
+/// The oldest Cloud Hypervisor that lets images' formats be stated, and forbids backing files unless they are asked for.
+const OLDEST: Version = Version(51, 0, 0);
+/// How long it may take to listen on its socket.
+const STARTING: Duration = Duration::from_secs(5);
+
+/// The Cloud Hypervisor backend.
+#[derive(Debug)]
+pub struct CloudHypervisor {
+    program: Program,
+    capabilities: Capabilities,
+    watcher: Watcher,
+}
+
+impl CloudHypervisor {
+    /// A backend that starts `program`: a name on the PATH, or a path.
+    pub fn new(program: impl Into<OsString>) -> Self {
+        Self {
+            program: Program::new(program, PROGRAM, OLDEST),
+            capabilities: capabilities(),
+            watcher: Watcher::default(),
+        }
+    }
+
+    async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
+        let (program, _) = self.program.find().await?;
+        let dir = request.dir.as_path();
+        let socket = dir.join(SOCKET);
+        run_dir::socket_path_fits(&socket)
+            .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
+        if tokio::fs::try_exists(&socket).await.unwrap_or(true) {
+            self.sweep(SweepRequest { uid: request.uid, dir: dir.to_path_buf() }).await?;
+        }
+        prepare(dir).await?;
+        let log = dir.join(LOG);
+        let mut command = Command::new(program, convert::arguments(&socket, &dir.join(EVENTS)), &log);
+        command.stdout = Some(request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null")));
+        let guard = launch::start_vmm(command).await?;
+        match configure(guard.process(), &socket, request).await {
+            Ok((client, version)) => {
+                let process = guard.keep();
+                let run = new_run(process.identity().clone(), socket, version);
+                let events = EventFile::from_start(dir);
+                let parts =
+                    Parts { run, process, client, events, dir, reset_ends: reset_ends(&request.spec) };
+                Ok(attend(parts, &self.watcher))
+            }
+            Err(error) => Err(failed(guard, error, &log).await),
+        }
+    }
+
+    async fn take_over(&self, process: Process, request: &AdoptRequest, mut parts: Parts<'_>) -> Adoption {
+        let answer = async {
+            let state = parts.client.state().await?;
+            Ok::<_, BackendError>((state, parts.client.version().await?))
+        };
+        let answer = answer.await;
+        if let Ok((_, version)) = &answer {
+            parts.run.version.clone_from(version);
+        }
+        if process.exit().is_some() {
+            return Adoption::Gone { exit: explain_past(&request.dir, reset_ends(&request.spec)).await };
+        }
+        let launched = attend(parts, &self.watcher);
+        match answer {
+            Ok((guest, _)) => Adoption::Alive { launched, guest },
+            Err(error) => Adoption::Unreachable {
+                reason: "vmm-silent",
+                message: error.message,
+                launched: Some(launched),
+            },
+        }
+    }
+}
+
+/// From the first byte on the socket to a guest that runs.
+async fn configure(
+    process: &Process,
+    socket: &Path,
+    request: &LaunchRequest,
+) -> Result<(Client, String), BackendError> {
+    let stream = launch::wait_for_socket(process, socket, STARTING).await?;
+    let client = Client::over(socket, stream).await?;
+    let version = client.version().await?;
+    client.create(&Config::of(&request.spec, &request.taps)).await?;
+    client.boot().await?;
+    Ok((client, version))
+}
+
+async fn prepare(dir: &Path) -> Result<(), BackendError> {
+    let owned = dir.to_path_buf();
+    let error = match tokio::task::spawn_blocking(move || EventFile::begin(&owned)).await {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(error) => std::io::Error::other(error),
+    };
+    let message = format!("the run folder cannot be prepared: {error}; look at its room and rights");
+    Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
+}
+
+/// Says whether a reset of the guest ends its run.
+fn reset_ends(spec: &VmSpec) -> bool {
+    spec.restart.mode == Some(RestartMode::Never)
+}
+
+#[async_trait]
+impl Backend for CloudHypervisor {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        check::check(spec)
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        self.start(&request).await
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        let reset_ends = reset_ends(&request.spec);
+        match look(&request, self.program.running_names().await).await {
+            Trace::Alive(process, run) => {
+                let dir = request.dir.as_path();
+                let client = Client::new(&run.socket);
+                let events = EventFile::near_end(dir);
+                let parts = Parts { run, process: process.clone(), client, events, dir, reset_ends };
+                Ok(self.take_over(process, &request, parts).await)
+            }
+            Trace::Gone => Ok(Adoption::Gone { exit: explain_past(&request.dir, reset_ends).await }),
+            Trace::Unprovable(message) => {
+                Ok(Adoption::Unreachable { reason: "identity-unproven", message, launched: None })
+            }
+        }
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        let names = self.program.running_names().await;
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        launch::sweep(&request.dir, &names).await
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        self.program.health().await
+    }
+}
+
+fn capabilities() -> Capabilities {
+    let facts = [
+        ("accelerator", "kvm"),
+        ("console", "serial, without input"),
+        ("cpu-time", "of the VMM's process"),
+        ("disk-formats", "raw, qcow2"),
+        ("disk-rate-limits", "yes"),
+        ("guest-power-off", "ends the run"),
+        ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
+        ("guest-triple-fault", "as a reset"),
+        ("network-rate-limits", "yes"),
+        ("reboot", "in place"),
+        ("shutdown", "ACPI power button"),
+    ];
+    let limits = [("max-devices", check::MAX_DEVICES as i64), ("max-vcpus", i64::from(check::MAX_VCPUS))];
+    Capabilities {
+        name: BackendName::new(NAME),
+        endpoint_mode: "managed",
+        default_restart_mode: RestartMode::GuestReboot,
+        kernel_formats: &[KernelFormat::BzImage, KernelFormat::PvhElf],
+        facts: facts.map(|(name, fact)| (name, fact.to_owned())).into_iter().collect(),
+        limits: limits.into_iter().collect(),
+    }
+}

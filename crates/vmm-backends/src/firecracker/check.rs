@@ -7,12 +7,12 @@ use super::convert::{needs_reboot_argument, wants_smt};
 use crate::rest::options::check_keys;
 
 /// The most vCPUs.
-pub const MAX_VCPUS: u32 = 32;
+pub(super) const MAX_VCPUS: u32 = 32;
 /// The most disks and network interfaces together: the interrupt lines of its machine, less those of its own devices.
-pub const MAX_DEVICES: usize = 16;
+pub(super) const MAX_DEVICES: usize = 16;
 
 /// Finds what Firecracker rejects, ignores and changes of `spec`.
-pub fn check(spec: &VmSpec) -> Report {
+pub(super) fn check(spec: &VmSpec) -> Report {
     let mut report = Report::default();
     check_keys(&mut report, spec, "fc.");
     check_cpu(&mut report, spec);
@@ -107,5 +107,89 @@ fn check_disks(report: &mut Report, spec: &VmSpec) {
                 "Firecracker cannot pass by the host's page cache: leave it out, or use another backend",
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_core::config::{BootConfig, CpuConfig, CpuTopology, MemoryConfig, StorageDevice, VmConfig};
+
+    use super::*;
+
+    fn findings(change: impl FnOnce(&mut VmConfig)) -> (Vec<String>, Vec<String>) {
+        let mut config = VmConfig {
+            cpu: Some(CpuConfig { vcpu_count: 2, ..CpuConfig::default() }),
+            memory: Some(MemoryConfig { size_bytes: 128 << 20, ..MemoryConfig::default() }),
+            boot: Some(BootConfig { kernel_path: "/k".to_owned(), ..BootConfig::default() }),
+            ..VmConfig::default()
+        };
+        change(&mut config);
+        let report = check(&VmSpec::parse(&config).unwrap());
+        let fields =
+            |list: Vec<vmm_core::report::FieldReport>| list.into_iter().map(|found| found.field).collect();
+        (fields(report.violations), fields(report.warnings))
+    }
+
+    fn option(key: &str, value: &str) -> vmm_core::config::Options {
+        [(key.to_owned(), value.to_owned())].into()
+    }
+
+    fn disk(key: &str, value: &str) -> StorageDevice {
+        StorageDevice {
+            id: "a".to_owned(),
+            path: "/d".to_owned(),
+            options: option(key, value),
+            ..StorageDevice::default()
+        }
+    }
+
+    #[test]
+    fn what_the_guest_would_notice_is_refused() {
+        let cpu = |count: i32, sockets, cores, threads| {
+            move |config: &mut VmConfig| {
+                let topology =
+                    Some(CpuTopology { sockets, cores_per_socket: cores, threads_per_core: threads });
+                config.cpu = Some(CpuConfig { vcpu_count: count, topology, ..CpuConfig::default() });
+            }
+        };
+        assert_eq!(findings(cpu(2, 1, 1, 2)).0, [""; 0]);
+        assert_eq!(findings(cpu(4, 2, 2, 1)).0, ["config.cpu.topology.sockets"]);
+        assert_eq!(findings(cpu(4, 1, 1, 4)).0, ["config.cpu.topology.threads_per_core"]);
+        assert_eq!(
+            findings(|config| config.cpu.as_mut().unwrap().vcpu_count = 33).0,
+            ["config.cpu.vcpu_count"]
+        );
+        let backing = |key: &'static str| {
+            move |config: &mut VmConfig| config.memory.as_mut().unwrap().backing = option(key, "true")
+        };
+        assert_eq!(findings(backing("shared")).0, ["config.memory.backing[\"shared\"]"]);
+        assert_eq!(findings(backing("hugepages")).0, [""; 0]);
+        assert_eq!(findings(backing("fc.x")).0, ["config.memory.backing[\"fc.x\"]"]);
+        for (key, value) in [("format", "qcow2"), ("direct_io", "true")] {
+            let (violations, _) = findings(|config| config.storage.push(disk(key, value)));
+            assert_eq!(violations, [format!("config.storage[0].options[\"{key}\"]")]);
+        }
+    }
+
+    #[test]
+    fn ceilings_and_hints_are_warnings() {
+        let (violations, warnings) = findings(|config| {
+            config.cpu.as_mut().unwrap().max_vcpu_count = 4;
+            let memory = config.memory.as_mut().unwrap();
+            memory.hotplug_enabled = true;
+            memory.max_size_bytes = 256 << 20;
+            memory.backing = option("ch.x", "y");
+        });
+        assert_eq!(violations, [""; 0]);
+        assert_eq!(
+            warnings,
+            [
+                "config.memory.backing[\"ch.x\"]",
+                "config.cpu.max_vcpu_count",
+                "config.memory.hotplug_enabled",
+                "config.boot.kernel_args",
+                "config.restart_policy.mode",
+            ]
+        );
     }
 }

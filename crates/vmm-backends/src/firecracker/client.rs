@@ -11,7 +11,7 @@ use crate::rest::client::{BOOT, CALL, RestClient};
 
 /// The API of one Firecracker.
 #[derive(Debug)]
-pub struct Client(RestClient);
+pub(super) struct Client(RestClient);
 
 /// What Firecracker says of itself.
 #[derive(Debug, Deserialize)]
@@ -46,7 +46,7 @@ struct Fault {
 
 impl Client {
     /// The API at `socket`, connected to at the first call.
-    pub fn new(socket: &Path) -> Self {
+    pub(super) fn new(socket: &Path) -> Self {
         Self(RestClient::new(socket, explain))
     }
 
@@ -54,7 +54,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`RestClient::over`].
-    pub async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
+    pub(super) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
         RestClient::over(socket, stream, explain).await.map(Self)
     }
 
@@ -62,7 +62,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`RestClient::put`], which holds for all that follow.
-    pub async fn configure(&self, config: &Config) -> Result<(), BackendError> {
+    pub(super) async fn configure(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/machine-config", Some(&config.machine), CALL).await?;
         self.0.put("/boot-source", Some(&config.boot), CALL).await?;
         for drive in &config.drives {
@@ -76,32 +76,32 @@ impl Client {
     }
 
     /// Starts the guest; its CPUs run when this answers.
-    pub async fn start(&self) -> Result<(), BackendError> {
+    pub(super) async fn start(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "InstanceStart" }), BOOT).await
     }
 
     /// Stops the guest's CPUs. Harmless where they stand still.
-    pub async fn pause(&self) -> Result<(), BackendError> {
+    pub(super) async fn pause(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Paused" }).await
     }
 
     /// Lets the guest's CPUs go on. Harmless where they run.
-    pub async fn resume(&self) -> Result<(), BackendError> {
+    pub(super) async fn resume(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Resumed" }).await
     }
 
     /// Presses Ctrl+Alt+Del. Says nothing about what the guest makes of it.
-    pub async fn ctrl_alt_del(&self) -> Result<(), BackendError> {
+    pub(super) async fn ctrl_alt_del(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "SendCtrlAltDel" }), CALL).await
     }
 
     /// Writes the counters to the metrics file.
-    pub async fn flush_metrics(&self) -> Result<(), BackendError> {
+    pub(super) async fn flush_metrics(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "FlushMetrics" }), CALL).await
     }
 
     /// Asks what the guest is doing, and which version this is. A guest that was never started counts as ended.
-    pub async fn instance(&self) -> Result<(GuestState, String), BackendError> {
+    pub(super) async fn instance(&self) -> Result<(GuestState, String), BackendError> {
         let instance: Instance = self.0.get("/").await?;
         let state = match instance.state {
             InstanceState::NotStarted => GuestState::Ended,

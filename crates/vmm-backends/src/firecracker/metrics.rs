@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, NetworkCounters, StorageCounters};
 
 /// The file's name in the run folder.
-pub const METRICS: &str = "metrics";
+pub(super) const METRICS: &str = "metrics";
 /// The sums' name in the run folder.
 const SUMS: &str = "metrics.sum";
 /// The longest line, in bytes. One has about 6,000, and some for each device.
@@ -69,7 +69,7 @@ struct Vcpu {
 /// Sums over a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Sums {
+pub(super) struct Sums {
     /// Where the first line begins that is not in the sums, in bytes.
     offset: u64,
     read_bytes: u64,
@@ -86,17 +86,17 @@ pub struct Sums {
 
 impl Sums {
     /// Says whether the guest has reset itself.
-    pub fn guest_reset(&self) -> bool {
+    pub(super) fn guest_reset(&self) -> bool {
         self.resets > 0
     }
 
     /// Says whether a virtual CPU has failed, as it does on a triple fault.
-    pub fn cpu_failed(&self) -> bool {
+    pub(super) fn cpu_failed(&self) -> bool {
         self.failures > 0
     }
 
     /// Network counters, seen from the guest.
-    pub fn network(&self) -> NetworkCounters {
+    pub(super) fn network(&self) -> NetworkCounters {
         NetworkCounters {
             bytes_received: self.rx_bytes,
             bytes_transmitted: self.tx_bytes,
@@ -106,7 +106,7 @@ impl Sums {
     }
 
     /// Disk counters.
-    pub fn storage(&self) -> StorageCounters {
+    pub(super) fn storage(&self) -> StorageCounters {
         StorageCounters {
             bytes_read: self.read_bytes,
             bytes_written: self.write_bytes,
@@ -136,7 +136,7 @@ impl Sums {
 
 /// The counters of one run.
 #[derive(Clone, Debug)]
-pub struct Metrics {
+pub(super) struct Metrics {
     dir: Arc<Path>,
     /// One reader at a time, or lines would be counted twice.
     turn: Arc<Mutex<()>>,
@@ -144,7 +144,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// The counters of the run in `dir`.
-    pub fn new(dir: &Path) -> Self {
+    pub(super) fn new(dir: &Path) -> Self {
         Self { dir: dir.into(), turn: Arc::default() }
     }
 
@@ -152,7 +152,7 @@ impl Metrics {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn begin(dir: &Path) -> io::Result<()> {
+    pub(super) fn begin(dir: &Path) -> io::Result<()> {
         for name in [METRICS, SUMS] {
             match std::fs::remove_file(dir.join(name)) {
                 Ok(()) => {}
@@ -167,7 +167,7 @@ impl Metrics {
     ///
     /// # Errors
     /// [`BackendErrorKind::Protocol`] where the file makes no sense, [`BackendErrorKind::Host`] where it cannot be read.
-    pub async fn sums(&self) -> Result<Sums, BackendError> {
+    pub(super) async fn sums(&self) -> Result<Sums, BackendError> {
         let metrics = self.clone();
         let summed = tokio::task::spawn_blocking(move || {
             let _turn = metrics.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -235,8 +235,7 @@ fn load(path: &Path) -> io::Result<Sums> {
 
 fn save(dir: &Path, sums: &Sums) -> io::Result<()> {
     let fresh: PathBuf = dir.join("metrics.new");
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     file.write_all(&serde_json::to_vec(sums)?)?;
     std::fs::rename(fresh, dir.join(SUMS))
 }

@@ -16,7 +16,6 @@ pub mod convert;
 mod metrics;
 mod vmm;
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -26,7 +25,7 @@ use async_trait::async_trait;
 use rustix::fs::{FileType, Mode, OFlags};
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    LaunchRequest, Launched, SweepRequest,
+    KernelFormat, LaunchRequest, Launched, SweepRequest,
 };
 use vmm_core::id::BackendName;
 use vmm_core::report::Report;
@@ -194,7 +193,6 @@ fn capabilities() -> Capabilities {
         ("guest-power-off", "not seen on x86: the VM stays RUNNING; let guests end by a reset"),
         ("guest-reset", "ends the run"),
         ("guest-triple-fault", "ends the run, as a failure"),
-        ("kernel-formats", "ELF"),
         ("network-rate-limits", "yes"),
         ("reboot", "a new process"),
         ("shutdown", "Ctrl+Alt+Del, on x86 only"),
@@ -204,8 +202,8 @@ fn capabilities() -> Capabilities {
         name: BackendName::new(NAME),
         endpoint_mode: "managed",
         default_restart_mode: RestartMode::Never,
-        kernel_formats: &[vmm_core::backend::KernelFormat::Elf],
-        facts: facts.map(|(name, fact)| (name, fact.to_owned())).into_iter().collect::<BTreeMap<_, _>>(),
+        kernel_formats: &[KernelFormat::Elf, KernelFormat::PvhElf],
+        facts: facts.map(|(name, fact)| (name, fact.to_owned())).into_iter().collect(),
         limits: limits.into_iter().collect(),
     }
 }

@@ -11,11 +11,7 @@ use super::convert::{Accelerator, Machine, QMP_SOCKET, reboot_action};
 use super::start::{Parts, now_ms};
 
 /// Looks for the QEMU that `request` means, among programs called one of `names`. Kills nothing.
-pub(super) async fn adopt(
-    request: AdoptRequest,
-    names: Vec<String>,
-    accelerator: Accelerator,
-) -> Adoption {
+pub(super) async fn adopt(request: AdoptRequest, names: Vec<String>, accelerator: Accelerator) -> Adoption {
     let (identity, run) = match &request.run {
         Some(run) => (run.process.clone(), run.clone()),
         None => match find(&request, names).await {
@@ -48,9 +44,11 @@ fn gone_because(identity: &ProcessIdentity) -> String {
 async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) -> Adoption {
     let spec = &request.spec;
     let machine = if run.machine == Machine::Microvm.as_str() { Machine::Microvm } else { Machine::Q35 };
-    let taps = spec.nics.iter().enumerate().map(|(index, nic)| {
-        nic.tap.clone().unwrap_or_else(|| request.uid.tap_name(index))
-    });
+    let taps = spec
+        .nics
+        .iter()
+        .enumerate()
+        .map(|(index, nic)| nic.tap.clone().unwrap_or_else(|| request.uid.tap_name(index)));
     let parts = Parts::of_running(process.clone(), &request.dir, machine, taps.collect());
     let asked = async {
         let qmp = parts.link.connect().await?;
@@ -81,7 +79,9 @@ async fn find(request: &AdoptRequest, names: Vec<String>) -> Result<Option<Found
     let users = tokio::task::spawn_blocking(move || process::find_by_argument(&dir)).await;
     let users = match users {
         Ok(Ok(users)) => users,
-        Ok(Err(error)) => return Err(("processes-hidden", format!("the host's processes cannot be listed: {error}"))),
+        Ok(Err(error)) => {
+            return Err(("processes-hidden", format!("the host's processes cannot be listed: {error}")));
+        }
         Err(error) => return Err(("processes-hidden", error.to_string())),
     };
     let mut ours = users.into_iter().filter(|user| is_named(&names, user.program_name()));
@@ -95,7 +95,10 @@ async fn find(request: &AdoptRequest, names: Vec<String>) -> Result<Option<Found
     if found.exe.is_none() {
         return Err((
             "identity-unproven",
-            format!("process {} uses the run folder, but its program is hidden from the daemon's user", found.identity.pid),
+            format!(
+                "process {} uses the run folder, but its program is hidden from the daemon's user",
+                found.identity.pid
+            ),
         ));
     }
     Ok(Some(found))

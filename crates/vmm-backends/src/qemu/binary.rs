@@ -41,8 +41,11 @@ impl Binary {
 
     /// The program's path and version, or why it cannot be used and what to do.
     pub(super) async fn usable(&self) -> Result<(PathBuf, QemuVersion), String> {
-        let program = find_program(&self.wanted, std::env::var_os("PATH").as_deref())
-            .map_err(|problem| format!("{problem} (Debian and Ubuntu: the package qemu-system-x86), or set UNKEY_VMCP_QEMU_BINARY"))?;
+        let program = find_program(&self.wanted, std::env::var_os("PATH").as_deref()).map_err(|problem| {
+            format!(
+                "{problem} (Debian and Ubuntu: the package qemu-system-x86), or set UNKEY_VMCP_QEMU_BINARY"
+            )
+        })?;
         let facts = std::fs::metadata(&program)
             .map_err(|error| format!("{} cannot be examined: {error}", program.display()))?;
         let print =
@@ -125,7 +128,10 @@ mod tests {
     #[test]
     fn versions_are_read_as_qemu_prints_them() {
         let version = |major, minor, micro| Some(QemuVersion { major, minor, micro });
-        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"), version(7, 2, 22));
+        assert_eq!(
+            parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"),
+            version(7, 2, 22)
+        );
         assert_eq!(parse_version("QEMU emulator version 10.1.0\n"), version(10, 1, 0));
         assert_eq!(parse_version("QEMU emulator version 9.0.50 (v9.0.0-rc1)"), version(9, 0, 50));
         assert_eq!(parse_version("bash 5.2"), None);

@@ -121,7 +121,8 @@ fn check_microvm(report: &mut Report, spec: &VmSpec, accelerator: Accelerator) {
     if spec.memory.hotplug_max_bytes.is_some() {
         report.warn("config.memory.hotplug_enabled", "has no effect: microvm has no memory hot-plug");
     }
-    let has_frequency = spec.boot.args.split_ascii_whitespace().any(|word| word.starts_with("tsc_early_khz="));
+    let has_frequency =
+        spec.boot.args.split_ascii_whitespace().any(|word| word.starts_with("tsc_early_khz="));
     if accelerator == Accelerator::Tcg && !has_frequency {
         report.warn(
             format!("config.boot.boot_options[\"{MACHINE_KEY}\"]"),

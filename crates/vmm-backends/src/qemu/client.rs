@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, StorageCounters};
 
-use super::qmp::{Closed, Qmp, QmpError, QemuVersion};
+use super::qmp::{Closed, QemuVersion, Qmp, QmpError};
 
 /// What QEMU does when its guest resets, and when it is told to reset its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

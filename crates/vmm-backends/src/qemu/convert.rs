@@ -291,11 +291,9 @@ fn add_disk(
         ImageKind::File => "file",
         ImageKind::BlockDevice => "host_device",
     };
-    let file_node =
-        json!({ "driver": driver, "node-name": file, "filename": filename, "locking": "auto" });
+    let file_node = json!({ "driver": driver, "node-name": file, "filename": filename, "locking": "auto" });
     line.json("-blockdev", &merged(file_node, &common));
-    let mut format_node =
-        json!({ "driver": disk.format.as_str(), "node-name": format, "file": file });
+    let mut format_node = json!({ "driver": disk.format.as_str(), "node-name": format, "file": file });
     if disk.format == DiskFormat::Qcow2 && !disk.backing_files {
         // Whatever the image's header says, no other file is opened.
         format_node["backing"] = Value::Null;

@@ -87,7 +87,11 @@ impl QemuBackend {
             KvmMode::Off => Accelerator::Tcg,
             KvmMode::Auto => {
                 let hardware = vmm_host::kvm::hardware_virtualisation();
-                if hardware && vmm_host::kvm::kvm_usable().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg }
+                if hardware && vmm_host::kvm::kvm_usable().is_ok() {
+                    Accelerator::Kvm
+                } else {
+                    Accelerator::Tcg
+                }
             }
         };
         Self {

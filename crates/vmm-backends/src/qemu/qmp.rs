@@ -212,7 +212,8 @@ impl Qmp {
     ) -> Result<Self, QmpError> {
         let entering = async {
             let qmp = Self::greeted(stream, events).await?;
-            qmp.execute_within("qmp_capabilities", Value::Null, deadline).await?;
+            // The deadline around both ends first.
+            qmp.execute_within("qmp_capabilities", Value::Null, 2 * deadline).await?;
             Ok(qmp)
         };
         timeout(deadline, entering).await.unwrap_or(Err(QmpError::NoGreeting(deadline)))

@@ -95,14 +95,19 @@ mod tests {
 
     #[test]
     fn every_reset_of_a_looping_guest_counts_once() {
-        let events = [(GUEST, 0), (GUEST, 50), (GUEST, 51), (GUEST, 400), (GUEST, 450), (GUEST, 800), (GUEST, 850)];
+        let events =
+            [(GUEST, 0), (GUEST, 50), (GUEST, 51), (GUEST, 400), (GUEST, 450), (GUEST, 800), (GUEST, 850)];
         assert_eq!(counted(Machine::Q35, &events), [0, 400, 800]);
     }
 
     #[test]
     fn a_reset_long_after_another_counts_though_the_firmware_made_none() {
         assert_eq!(counted(Machine::Q35, &[(HOST, 0), (GUEST, 5_000), (GUEST, 5_050)]), [5_000]);
-        assert_eq!(counted(Machine::Q35, &[(GUEST, 9_000), (GUEST, 1_000)]), [9_000, 1_000], "clock set back");
+        assert_eq!(
+            counted(Machine::Q35, &[(GUEST, 9_000), (GUEST, 1_000)]),
+            [9_000, 1_000],
+            "clock set back"
+        );
     }
 
     #[test]

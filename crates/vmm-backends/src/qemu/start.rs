@@ -16,7 +16,7 @@ use vmm_host::run_dir;
 use super::convert::{self, Accelerator, Inputs, Machine, QMP_SOCKET, reboot_action};
 use super::images;
 use super::link::Link;
-use super::qmp::{Qmp, QmpEvent, QemuVersion};
+use super::qmp::{QemuVersion, Qmp, QmpEvent};
 use super::resets::ResetFilter;
 use super::vmm::{Guest, KILLING, QemuVmm};
 use super::watch::Watch;

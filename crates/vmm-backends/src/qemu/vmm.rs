@@ -47,11 +47,7 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) fn new(runs: bool) -> Self {
-        Self {
-            runs: AtomicBool::new(runs),
-            is_to_end: AtomicBool::new(false),
-            changing: Mutex::new(()),
-        }
+        Self { runs: AtomicBool::new(runs), is_to_end: AtomicBool::new(false), changing: Mutex::new(()) }
     }
 
     /// Says whether the run was ordered to end.

@@ -1,7 +1,7 @@
 //! Watching one QEMU: from its events, its connection and its process to [`VmmEvent`]s.
 //!
 //! ```text
-//!   QMP events ──────► SHUTDOWN: remembers why ──────────────┐
+//!   QMP events ──────► SHUTDOWN: remembers why, nudges ──────┐
 //!                      RESET:    GuestReset, echoes aside    │
 //!                      STOP, RESUME: asks, compares, tells   │
 //!   connection lost ─► connects again, asks, compares        │
@@ -14,9 +14,10 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tracing::{debug, warn};
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
-use vmm_host::process::{ExitStatus, Process, ProcessExit};
+use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
 
 use super::client::{RebootAction, RunState};
 use super::link::Link;
@@ -27,6 +28,12 @@ use crate::launch::last_words;
 
 /// How long the end of a connection may take after the end of its process: as good as none, for the kernel closes it.
 const DRAINING: Duration = Duration::from_secs(1);
+
+/// How long QEMU may take to end after it said so, until it is nudged, and how often it is then.
+///
+/// QEMU 7.2 hangs in its own end where it was just answering a command, as when a guest powers off while its counters are
+/// read. A signal wakes it; by then one only sets a flag, so this neither kills it nor disturbs what it still writes.
+const NUDGES: (Duration, Duration) = (Duration::from_millis(300), Duration::from_secs(1));
 
 /// The task's state.
 pub(super) struct Watch {
@@ -95,7 +102,11 @@ impl Watch {
     /// Watches until the process has gone and that has been told, or nobody is there to be told.
     pub(super) async fn run(mut self) {
         let (process, link) = (self.process.clone(), Arc::clone(&self.link));
+        let mut nudge: Option<Instant> = None;
         loop {
+            if self.shutdown.is_some() && nudge.is_none() {
+                nudge = Some(Instant::now() + NUDGES.0);
+            }
             tokio::select! {
                 biased;
                 event = self.qmp_events.recv() => match event {
@@ -105,6 +116,13 @@ impl Watch {
                 },
                 _ = process.wait() => break,
                 () = unwanted(&self.events, &mut self.handle) => return,
+                () = tokio::time::sleep_until(nudge.unwrap_or_else(Instant::now)), if nudge.is_some() => {
+                    debug!("QEMU has not ended though it said so; waking it");
+                    if let Err(error) = process.signal(Signal::TERM) {
+                        warn!(%error, "QEMU could not be signalled");
+                    }
+                    nudge = Some(Instant::now() + NUDGES.1);
+                }
                 qmp = link.restored() => self.catch_up(&qmp).await,
             }
         }
@@ -113,9 +131,7 @@ impl Watch {
             debug!("QEMU has gone, but its connection has not ended; going on without");
         }
         while let Ok(event) = self.qmp_events.try_recv() {
-            if let Some(reason) = shutdown_reason(&event) {
-                self.shutdown = Some(reason);
-            }
+            self.note_shutdown(&event);
         }
         let gone = VmmEvent::Gone(self.describe(exit).await);
         // A receiver that was dropped wants to know nothing.
@@ -123,10 +139,7 @@ impl Watch {
     }
 
     async fn take(&mut self, event: QmpEvent) {
-        if let Some(reason) = shutdown_reason(&event) {
-            self.shutdown = Some(reason);
-            return;
-        }
+        self.note_shutdown(&event);
         match event.name.as_str() {
             "RESET" => match Reset::deserialize(&event.data) {
                 Ok(reset) if self.resets.is_guest_reset(reset.guest, event.at) => {
@@ -141,6 +154,13 @@ impl Watch {
                 }
             }
             name => debug!(name, "event of QEMU without meaning here"),
+        }
+    }
+
+    /// Remembers why QEMU ends. The first reason counts.
+    fn note_shutdown(&mut self, event: &QmpEvent) {
+        if self.shutdown.is_none() {
+            self.shutdown = shutdown_reason(event);
         }
     }
 
@@ -239,7 +259,9 @@ mod tests {
 
     #[test]
     fn shutdown_reasons_are_read_and_an_unknown_one_is_no_fault() {
-        let read = |reason: &str| shutdown_reason(&event("SHUTDOWN", serde_json::json!({ "guest": true, "reason": reason })));
+        let read = |reason: &str| {
+            shutdown_reason(&event("SHUTDOWN", serde_json::json!({ "guest": true, "reason": reason })))
+        };
         assert_eq!(read("guest-shutdown"), Some(ShutdownReason::GuestShutdown));
         assert_eq!(read("host-qmp-quit"), Some(ShutdownReason::HostQmpQuit));
         assert_eq!(read("made-up"), Some(ShutdownReason::Other));

@@ -251,7 +251,9 @@ impl RestClient {
         error: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> BackendError {
         let error = error.into();
-        let parse = error.downcast_ref::<hyper::Error>().is_some_and(|error| error.is_parse() || error.is_parse_too_large());
+        let parse = error
+            .downcast_ref::<hyper::Error>()
+            .is_some_and(|error| error.is_parse() || error.is_parse_too_large());
         let (kind, what) = if parse {
             (BackendErrorKind::Protocol, "is not HTTP")
         } else {
@@ -298,3 +300,6 @@ fn shown(text: &str) -> String {
     }
     clean
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,7 +45,9 @@ pub async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
         Err(error) => return Trace::Unprovable(format!("the search of /proc was broken off: {error}")),
     };
     let ours = |user: &Found| {
-        user.program_name().and_then(|name| name.to_str()).is_some_and(|name| names.iter().any(|known| known == name))
+        user.program_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| names.iter().any(|known| known == name))
     };
     let Some(user) = users.into_iter().find(ours) else { return Trace::Gone };
     match adopt(&user.identity) {
@@ -59,11 +61,7 @@ pub async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
 }
 
 /// The record of a run that begins now. Its claims are the caller's to fill in.
-pub fn new_run(
-    process: vmm_core::store::ProcessIdentity,
-    socket: PathBuf,
-    version: String,
-) -> RunRecord {
+pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, version: String) -> RunRecord {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     RunRecord {
         process,

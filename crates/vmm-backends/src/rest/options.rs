@@ -22,7 +22,10 @@ fn check_map(report: &mut Report, field: &str, options: &Options, own: &str) {
         match scope_of(key) {
             OptionScope::Plain => {}
             OptionScope::Backend(prefix, _) if prefix == own => {
-                report.reject(format!("{field}[\"{key}\"]"), "unknown key: this backend has no keys of its own");
+                report.reject(
+                    format!("{field}[\"{key}\"]"),
+                    "unknown key: this backend has no keys of its own",
+                );
             }
             OptionScope::Backend(..) => {
                 report.warn(format!("{field}[\"{key}\"]"), "is not used: it concerns another backend");

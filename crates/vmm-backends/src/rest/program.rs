@@ -31,7 +31,8 @@ impl Version {
     pub fn find(text: &str) -> Option<Self> {
         text.split_whitespace().find_map(|word| {
             let digits = word.strip_prefix('v')?;
-            let end = digits.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(digits.len());
+            let end =
+                digits.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(digits.len());
             let mut numbers = digits[..end].split('.').map(str::parse::<u32>);
             let major = numbers.next()?.ok()?;
             let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
@@ -78,7 +79,8 @@ impl Program {
         let wanted = self.wanted.clone();
         let found = tokio::task::spawn_blocking(move || {
             let program = path::find_program(&wanted, std::env::var_os("PATH").as_deref())?;
-            let facts = std::fs::metadata(&program).map_err(|error| format!("{}: {error}", program.display()))?;
+            let facts =
+                std::fs::metadata(&program).map_err(|error| format!("{}: {error}", program.display()))?;
             Ok::<Stamp, String>((program, facts.dev(), facts.ino(), facts.modified().ok()))
         });
         let stamp = match found.await {
@@ -92,7 +94,8 @@ impl Program {
             return Ok((stamp.0, version));
         }
         let version = self.ask(&stamp.0).await?;
-        *self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((stamp.clone(), version));
+        *self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+            Some((stamp.clone(), version));
         Ok((stamp.0, version))
     }
 
@@ -118,7 +121,9 @@ impl Program {
             Ok(Err(error)) => return Err(self.unusable(&format!("{} --version: {error}", program.display()))),
             Err(_) => {
                 let seconds = SAYING.as_secs();
-                return Err(self.unusable(&format!("{} --version took more than {seconds} s", program.display())));
+                return Err(
+                    self.unusable(&format!("{} --version took more than {seconds} s", program.display()))
+                );
             }
         };
         match Version::find(&said) {

@@ -11,10 +11,10 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
-use vmm_core::backend::{AdoptRequest, Backend, BackendError, Exit, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent};
-use vmm_core::config::{
-    BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig,
+use vmm_core::backend::{
+    AdoptRequest, Backend, BackendError, Exit, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
 };
+use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;

@@ -70,23 +70,21 @@ impl Command {
 
 /// A process that is killed when this is dropped, unless it was kept.
 #[derive(Debug)]
-pub struct Guarded(Option<Process>);
+pub struct Guarded {
+    process: Process,
+    armed: bool,
+}
 
 impl Guarded {
     /// The process.
     pub fn process(&self) -> &Process {
-        match &self.0 {
-            Some(process) => process,
-            None => unreachable!("only keep() empties the guard, and it consumes it"),
-        }
+        &self.process
     }
 
     /// Lets the process outlive the guard.
     pub fn keep(mut self) -> Process {
-        match self.0.take() {
-            Some(process) => process,
-            None => unreachable!("only keep() empties the guard, and it consumes it"),
-        }
+        self.armed = false;
+        self.process.clone()
     }
 }
 
@@ -94,16 +92,17 @@ impl std::ops::Deref for Guarded {
     type Target = Process;
 
     fn deref(&self) -> &Process {
-        self.process()
+        &self.process
     }
 }
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        let Some(process) = self.0.take() else { return };
         // The task that was started with it reaps it.
-        if let Err(error) = process.signal(Signal::KILL) {
-            tracing::error!(pid = process.pid(), %error, "a process that nobody wants could not be killed");
+        if self.armed
+            && let Err(error) = self.process.signal(Signal::KILL)
+        {
+            tracing::error!(pid = self.process.pid(), %error, "a process that nobody wants could not be killed");
         }
     }
 }
@@ -156,7 +155,7 @@ fn start(command: Command) -> io::Result<Guarded> {
         .kill_on_drop(false)
         .spawn()?;
     match identify(&child, boot_id) {
-        Ok((identity, pidfd)) => Ok(Guarded(Some(reap(child, identity, pidfd)))),
+        Ok((identity, pidfd)) => Ok(Guarded { process: reap(child, identity, pidfd), armed: true }),
         Err(error) => {
             // Not reaped yet, so the pid still means this child.
             if let Err(error) = child.start_kill() {

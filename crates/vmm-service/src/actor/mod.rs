@@ -195,8 +195,8 @@ struct Actor {
     forcing: bool,
     /// Whether a process may exist that no handle holds, as after a launch that was cut short.
     stray: bool,
-    /// Whether a commit failed in a way that may have been written all the same.
-    uncertain: bool,
+    /// How many commits that failed may have been written all the same, since the last one that did not fail.
+    uncertain: u64,
     /// When a restart by policy is due.
     restart_at: Option<Instant>,
     /// When to look again for a VMM that may live and of which no handle is held.
@@ -246,7 +246,7 @@ impl Actor {
             preempting: VecDeque::new(),
             forcing: false,
             stray: false,
-            uncertain: false,
+            uncertain: 0,
             restart_at: None,
             look_at: None,
             last_reset: None,

@@ -83,22 +83,28 @@ impl Actor {
         let event = self.event(kind, why, now);
         let mut next = self.record.clone();
         next.modified_ms = now;
-        next.generation += 1;
-        let mut result = self.write(&next, &event).await;
-        if self.uncertain && result.as_ref().is_err_and(|error| error.kind == StoreErrorKind::Conflict) {
-            // The commit before this one failed, yet was written.
-            next.generation += 1;
-            result = self.write(&next, &event).await;
-        }
+        let mut unseen = 0;
+        let result = loop {
+            next.generation = self.record.generation + 1 + unseen;
+            let result = self.write(&next, &event).await;
+            let conflicts = result.as_ref().is_err_and(|error| error.kind == StoreErrorKind::Conflict);
+            if !conflicts || unseen == self.uncertain {
+                break result;
+            }
+            // A commit before this one failed, yet was written.
+            unseen += 1;
+        };
         match result {
             Ok(()) => {
-                self.uncertain = false;
+                self.uncertain = 0;
                 self.record = next;
                 self.publish();
                 Ok(())
             }
             Err(error) => {
-                self.uncertain |= error.effect == Effect::Unknown;
+                if error.effect == Effect::Unknown {
+                    self.uncertain = self.uncertain.max(unseen + 1);
+                }
                 Err(error)
             }
         }

@@ -1,8 +1,5 @@
 //! What every test of the service starts from: a host folder, a world of fake machines, a store, and short names for the calls.
 
-// Each test file is a program of its own and uses a part of this.
-#![allow(dead_code)]
-
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,27 +20,27 @@ use vmm_testkit::fake::{FakeBackend, MachineControl, World};
 use vmm_testkit::memory_store::MemoryStore;
 
 /// Who asks in these tests.
-pub const ME: &str = "tester";
+pub(crate) const ME: &str = "tester";
 /// The metrics interval in these tests.
-pub const INTERVAL: Duration = Duration::from_secs(10);
+pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
 
 /// The wire's numbers of the restart modes.
-pub const NEVER: i32 = 1;
-pub const GUEST_REBOOT: i32 = 2;
-pub const ON_FAILURE: i32 = 3;
-pub const ALWAYS: i32 = 4;
+pub(crate) const NEVER: i32 = 1;
+pub(crate) const GUEST_REBOOT: i32 = 2;
+pub(crate) const ON_FAILURE: i32 = 3;
+pub(crate) const ALWAYS: i32 = 4;
 
 /// A host with a store; services come and go on it.
-pub struct Bed {
-    pub dir: tempfile::TempDir,
-    pub world: World,
-    pub store: Arc<MemoryStore>,
-    pub default_boot: DefaultBoot,
-    pub single_use: bool,
+pub(crate) struct Bed {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) world: World,
+    pub(crate) store: Arc<MemoryStore>,
+    pub(crate) default_boot: DefaultBoot,
+    pub(crate) single_use: bool,
 }
 
 impl Bed {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut kernel = vec![0; 64];
         kernel[..6].copy_from_slice(b"\x7fELF\x02\x01");
@@ -58,16 +55,16 @@ impl Bed {
         }
     }
 
-    pub fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.dir.path().join(name).to_str().unwrap().to_owned()
     }
 
-    pub fn runtime_dir(&self) -> PathBuf {
+    pub(crate) fn runtime_dir(&self) -> PathBuf {
         self.dir.path().join("run")
     }
 
     /// A new raw image of 4 KiB.
-    pub fn disk(&self, name: &str) -> StorageDevice {
+    pub(crate) fn disk(&self, name: &str) -> StorageDevice {
         let path = self.path(name);
         if !std::fs::exists(&path).unwrap() {
             std::fs::write(&path, vec![0; 4096]).unwrap();
@@ -76,7 +73,7 @@ impl Bed {
     }
 
     /// The least that a VM needs.
-    pub fn config(&self) -> VmConfig {
+    pub(crate) fn config(&self) -> VmConfig {
         VmConfig {
             cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
             memory: Some(MemoryConfig { size_bytes: 128 << 20, ..MemoryConfig::default() }),
@@ -85,25 +82,25 @@ impl Bed {
         }
     }
 
-    pub fn with_disk(&self, name: &str) -> VmConfig {
+    pub(crate) fn with_disk(&self, name: &str) -> VmConfig {
         VmConfig { storage: vec![self.disk(name)], ..self.config() }
     }
 
-    pub fn with_tap(&self, name: &str) -> VmConfig {
+    pub(crate) fn with_tap(&self, name: &str) -> VmConfig {
         let nic = NetworkInterface { tap_device: name.to_owned(), ..NetworkInterface::default() };
         VmConfig { network: vec![nic], ..self.config() }
     }
 
-    pub fn with_policy(&self, mode: i32, max_restarts: i32) -> VmConfig {
+    pub(crate) fn with_policy(&self, mode: i32, max_restarts: i32) -> VmConfig {
         VmConfig { restart_policy: Some(RestartPolicyConfig { mode, max_restarts }), ..self.config() }
     }
 
     /// Starts a service on this host, as a daemon does.
-    pub async fn start(&self) -> Vms {
+    pub(crate) async fn start(&self) -> Vms {
         self.try_start().await.expect("the service starts")
     }
 
-    pub async fn try_start(&self) -> Result<Vms, ServiceError> {
+    pub(crate) async fn try_start(&self) -> Result<Vms, ServiceError> {
         let fake = FakeBackend::in_world("fake", &self.world);
         let fake = if self.single_use { fake.single_use() } else { fake };
         let other = FakeBackend::in_world("other", &self.world);
@@ -119,19 +116,19 @@ impl Bed {
     }
 
     /// Runs one life of a daemon: a runtime of its own on a paused clock, whose tasks all die with it.
-    pub fn life<T>(&self, life: impl AsyncFnOnce(Vms) -> T) -> T {
+    pub(crate) fn life<T>(&self, life: impl AsyncFnOnce(Vms) -> T) -> T {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async { life(self.start().await).await })
     }
 
     /// The name's record as it is in the store.
-    pub fn stored(&self, vm_id: &str) -> VmRecord {
+    pub(crate) fn stored(&self, vm_id: &str) -> VmRecord {
         self.store.vm(vm_id).expect("the VM is on record")
     }
 
     /// The folder of sockets, log and console of a VM.
-    pub fn run_dir(&self, record: &VmRecord) -> PathBuf {
+    pub(crate) fn run_dir(&self, record: &VmRecord) -> PathBuf {
         record.uid.run_dir(&self.runtime_dir())
     }
 }
@@ -146,17 +143,17 @@ impl Drop for Bed {
 
 /// A service under test.
 #[derive(Clone)]
-pub struct Vms {
-    pub service: VmService,
-    pub world: World,
+pub(crate) struct Vms {
+    pub(crate) service: VmService,
+    pub(crate) world: World,
 }
 
 impl Vms {
-    pub async fn try_create(&self, vm_id: &str, config: VmConfig) -> Result<Created, ServiceError> {
+    pub(crate) async fn try_create(&self, vm_id: &str, config: VmConfig) -> Result<Created, ServiceError> {
         self.try_create_on("", vm_id, config).await
     }
 
-    pub async fn try_create_on(
+    pub(crate) async fn try_create_on(
         &self,
         backend: &str,
         vm_id: &str,
@@ -167,19 +164,19 @@ impl Vms {
         self.service.create(request).await
     }
 
-    pub async fn create(&self, vm_id: &str, config: VmConfig) -> Arc<VmRecord> {
+    pub(crate) async fn create(&self, vm_id: &str, config: VmConfig) -> Arc<VmRecord> {
         self.try_create(vm_id, config).await.expect("CreateVm succeeds").record
     }
 
     /// Creates and boots.
-    pub async fn run(&self, vm_id: &str, config: VmConfig) -> MachineControl {
+    pub(crate) async fn run(&self, vm_id: &str, config: VmConfig) -> MachineControl {
         self.create(vm_id, config).await;
         self.boot(vm_id).await.expect("BootVm succeeds");
         self.machine(vm_id)
     }
 
     /// Brings a new VM into `state`.
-    pub async fn bring_to(&self, vm_id: &str, config: VmConfig, state: VmState) {
+    pub(crate) async fn bring_to(&self, vm_id: &str, config: VmConfig, state: VmState) {
         self.create(vm_id, config).await;
         if state == VmState::Created {
             return;
@@ -192,67 +189,67 @@ impl Vms {
         }
     }
 
-    pub async fn boot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn boot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         self.service.boot(vm_id, ME.to_owned()).await
     }
 
-    pub async fn pause(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn pause(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         self.service.pause(vm_id, ME.to_owned()).await
     }
 
-    pub async fn resume(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn resume(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         self.service.resume(vm_id, ME.to_owned()).await
     }
 
-    pub async fn shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         self.service.shutdown(vm_id, ShutdownOptions::default(), ME.to_owned()).await
     }
 
-    pub async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
         self.service.shutdown(vm_id, options, ME.to_owned()).await
     }
 
-    pub async fn reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         self.service.reboot(vm_id, ShutdownOptions::default(), ME.to_owned()).await
     }
 
-    pub async fn force_reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn force_reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
         self.service.reboot(vm_id, options, ME.to_owned()).await
     }
 
-    pub async fn delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         self.service.delete(vm_id, false, ME.to_owned()).await
     }
 
-    pub async fn force_delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn force_delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         self.service.delete(vm_id, true, ME.to_owned()).await
     }
 
     /// The record as readers see it.
-    pub fn record(&self, vm_id: &str) -> Arc<VmRecord> {
+    pub(crate) fn record(&self, vm_id: &str) -> Arc<VmRecord> {
         self.service.get(vm_id).expect("the VM exists").record
     }
 
-    pub fn state(&self, vm_id: &str) -> VmState {
+    pub(crate) fn state(&self, vm_id: &str) -> VmState {
         self.record(vm_id).state
     }
 
-    pub fn phase(&self, vm_id: &str) -> Phase {
+    pub(crate) fn phase(&self, vm_id: &str) -> Phase {
         self.record(vm_id).status.phase
     }
 
-    pub fn reason(&self, vm_id: &str) -> String {
+    pub(crate) fn reason(&self, vm_id: &str) -> String {
         self.record(vm_id).status.reason.clone()
     }
 
-    pub fn machine(&self, vm_id: &str) -> MachineControl {
+    pub(crate) fn machine(&self, vm_id: &str) -> MachineControl {
         self.world.machine(vm_id).expect("a machine lives")
     }
 
     /// Starts an operation and lets it come as far as it can by itself.
-    pub async fn begin<T: Send + 'static>(
+    pub(crate) async fn begin<T: Send + 'static>(
         &self,
         operation: impl Future<Output = T> + Send + 'static,
     ) -> tokio::task::JoinHandle<T> {
@@ -262,7 +259,7 @@ impl Vms {
     }
 
     /// Waits until the record that readers see is as wanted. A minute of silence on a paused clock ends it.
-    pub async fn until(&self, vm_id: &str, wanted: impl Fn(&VmRecord) -> bool) -> Arc<VmRecord> {
+    pub(crate) async fn until(&self, vm_id: &str, wanted: impl Fn(&VmRecord) -> bool) -> Arc<VmRecord> {
         for _ in 0..6000 {
             let record = self.record(vm_id);
             if wanted(&record) {
@@ -273,13 +270,13 @@ impl Vms {
         panic!("VM {vm_id} never came to be as wanted; it is {:?}", self.record(vm_id));
     }
 
-    pub async fn until_phase(&self, vm_id: &str, phase: Phase) -> Arc<VmRecord> {
+    pub(crate) async fn until_phase(&self, vm_id: &str, phase: Phase) -> Arc<VmRecord> {
         self.until(vm_id, |record| record.status.phase == phase).await
     }
 }
 
 /// Waits until `done`.
-pub async fn eventually(what: &str, done: impl Fn() -> bool) {
+pub(crate) async fn eventually(what: &str, done: impl Fn() -> bool) {
     for _ in 0..6000 {
         if done() {
             return;
@@ -290,7 +287,7 @@ pub async fn eventually(what: &str, done: impl Fn() -> bool) {
 }
 
 /// The variant of an error, for comparison.
-pub fn kind(error: &ServiceError) -> &'static str {
+pub(crate) fn kind(error: &ServiceError) -> &'static str {
     match error {
         ServiceError::Invalid(_) => "invalid",
         ServiceError::NotFound(_) => "not-found",
@@ -308,7 +305,7 @@ pub fn kind(error: &ServiceError) -> &'static str {
 
 /// Expects a failure of the given kind and answers its text.
 #[track_caller]
-pub fn refused<T: std::fmt::Debug>(result: Result<T, ServiceError>, expected: &str) -> String {
+pub(crate) fn refused<T: std::fmt::Debug>(result: Result<T, ServiceError>, expected: &str) -> String {
     let error = result.expect_err("it is refused");
     assert_eq!(kind(&error), expected, "{error}");
     error.to_string()
@@ -316,7 +313,7 @@ pub fn refused<T: std::fmt::Debug>(result: Result<T, ServiceError>, expected: &s
 
 /// The violations of a refusal, by field.
 #[track_caller]
-pub fn violations<T: std::fmt::Debug>(result: Result<T, ServiceError>) -> Vec<(String, String)> {
+pub(crate) fn violations<T: std::fmt::Debug>(result: Result<T, ServiceError>) -> Vec<(String, String)> {
     match result {
         Err(ServiceError::Invalid(found)) => found.into_iter().map(|v| (v.field, v.message)).collect(),
         other => panic!("expected violations, got {other:?}"),

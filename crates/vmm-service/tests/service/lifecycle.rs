@@ -1,8 +1,6 @@
 //! The state table, cell by cell, and what CreateVm refuses.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use vmm_core::backend::GuestState;
 use vmm_core::event::EventKind;
 use vmm_core::state::{Admission, EndedBy, Request, VmState, admit, legal_requests};

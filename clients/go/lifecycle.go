@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"connectrpc.com/connect"
+	vmmv1 "vmm-controlplane/gen/vmm/v1"
+	"vmm-controlplane/gen/vmm/v1/vmmv1connect"
+)
+
+const memory = 128 << 20
+
+// life takes one VM from its creation to its deletion.
+type life struct {
+	client vmmv1connect.VmServiceClient
+	id     string
+	kernel string
+}
+
+// answer is what the answers of all operations that change a state have in common.
+type answer interface {
+	GetSuccess() bool
+	GetState() vmmv1.VmState
+}
+
+// expect checks the answer of one step.
+func expect[T any, P interface {
+	*T
+	answer
+}](step string, state vmmv1.VmState, response *connect.Response[T], err error) error {
+	if err != nil {
+		return fmt.Errorf("%s: %w", step, err)
+	}
+	if message := P(response.Msg); !message.GetSuccess() || message.GetState() != state {
+		return fmt.Errorf("%s: success %t, state %s; %s was expected", step, message.GetSuccess(), message.GetState(), state)
+	}
+	return nil
+}
+
+// refused checks that a step failed with this code, and with a message.
+func refused(step string, code connect.Code, err error) error {
+	if failure := new(connect.Error); !errors.As(err, &failure) || failure.Code() != code || failure.Message() == "" {
+		return fmt.Errorf("%s: %v; a failure with code %s was expected", step, err, code)
+	}
+	return nil
+}
+
+func (l life) create(ctx context.Context) error {
+	response, err := l.client.CreateVm(ctx, connect.NewRequest(&vmmv1.CreateVmRequest{VmId: l.id, Config: &vmmv1.VmConfig{
+		Cpu:      &vmmv1.CpuConfig{VcpuCount: 1},
+		Memory:   &vmmv1.MemoryConfig{SizeBytes: memory},
+		Boot:     &vmmv1.BootConfig{KernelPath: l.kernel},
+		Metadata: map[string]string{"made_by": l.id},
+	}}))
+	if err != nil {
+		return fmt.Errorf("CreateVm: %w", err)
+	}
+	if response.Msg.VmId != l.id || response.Msg.State != vmmv1.VmState_VM_STATE_CREATED {
+		return fmt.Errorf("CreateVm: %v", response.Msg)
+	}
+	return nil
+}
+
+// look reads the VM in both ways.
+func (l life) look(ctx context.Context, state vmmv1.VmState) error {
+	info, err := l.client.GetVmInfo(ctx, connect.NewRequest(&vmmv1.GetVmInfoRequest{VmId: l.id}))
+	if err != nil {
+		return fmt.Errorf("GetVmInfo: %w", err)
+	}
+	config := info.Msg.Config
+	if info.Msg.State != state || config.GetMemory().GetSizeBytes() != memory || config.GetBoot().GetKernelPath() != l.kernel {
+		return fmt.Errorf("GetVmInfo: %v", info.Msg)
+	}
+	list, err := l.client.ListVms(ctx, connect.NewRequest(&vmmv1.ListVmsRequest{
+		StateFilter:    []vmmv1.VmState{state},
+		MetadataFilter: map[string]string{"made_by": l.id},
+	}))
+	if err != nil {
+		return fmt.Errorf("ListVms: %w", err)
+	}
+	if len(list.Msg.Vms) != 1 || list.Msg.TotalCount != 1 || list.Msg.Vms[0].VmId != l.id || list.Msg.Vms[0].State != state {
+		return fmt.Errorf("ListVms: %v", list.Msg)
+	}
+	return nil
+}
+
+// run makes every step, and stops at the first that is wrong.
+func (l life) run(ctx context.Context) error {
+	const running, shutdown = vmmv1.VmState_VM_STATE_RUNNING, vmmv1.VmState_VM_STATE_SHUTDOWN
+	boot := func() error {
+		response, err := l.client.BootVm(ctx, connect.NewRequest(&vmmv1.BootVmRequest{VmId: l.id}))
+		return expect("BootVm", running, response, err)
+	}
+	pause := func() (*connect.Response[vmmv1.PauseVmResponse], error) {
+		return l.client.PauseVm(ctx, connect.NewRequest(&vmmv1.PauseVmRequest{VmId: l.id}))
+	}
+	steps := []func() error{
+		func() error { return l.create(ctx) },
+		func() error { return l.look(ctx, vmmv1.VmState_VM_STATE_CREATED) },
+		func() error {
+			_, err := pause()
+			return refused("PauseVm before the boot", connect.CodeFailedPrecondition, err)
+		},
+		boot,
+		boot,
+		func() error { return l.look(ctx, running) },
+		func() error {
+			response, err := pause()
+			return expect("PauseVm", vmmv1.VmState_VM_STATE_PAUSED, response, err)
+		},
+		func() error {
+			response, err := l.client.ResumeVm(ctx, connect.NewRequest(&vmmv1.ResumeVmRequest{VmId: l.id}))
+			return expect("ResumeVm", running, response, err)
+		},
+		func() error {
+			response, err := l.client.RebootVm(ctx, connect.NewRequest(&vmmv1.RebootVmRequest{VmId: l.id, Force: true}))
+			return expect("RebootVm", running, response, err)
+		},
+		func() error {
+			response, err := l.client.ShutdownVm(ctx, connect.NewRequest(&vmmv1.ShutdownVmRequest{VmId: l.id, Force: true}))
+			return expect("ShutdownVm", shutdown, response, err)
+		},
+		func() error { return l.look(ctx, shutdown) },
+		boot,
+		func() error {
+			_, err := l.client.DeleteVm(ctx, connect.NewRequest(&vmmv1.DeleteVmRequest{VmId: l.id}))
+			return refused("DeleteVm while it runs", connect.CodeFailedPrecondition, err)
+		},
+		func() error { return l.delete(ctx) },
+		func() error {
+			_, err := l.client.GetVmInfo(ctx, connect.NewRequest(&vmmv1.GetVmInfoRequest{VmId: l.id}))
+			return refused("GetVmInfo after DeleteVm", connect.CodeNotFound, err)
+		},
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l life) delete(ctx context.Context) error {
+	response, err := l.client.DeleteVm(ctx, connect.NewRequest(&vmmv1.DeleteVmRequest{VmId: l.id, Force: true}))
+	if err != nil {
+		return fmt.Errorf("DeleteVm: %w", err)
+	}
+	if !response.Msg.Success {
+		return errors.New("DeleteVm: no success")
+	}
+	return nil
+}

@@ -1,0 +1,174 @@
+// The API as a Go program sees it, over every protocol that connect-go speaks.
+//
+// It is told by the environment where the daemon is (VMCP_TEST_URL) and which kernel is its default (VMCP_TEST_KERNEL),
+// prints "ok NAME", "skip NAME: WHY" or "FAIL NAME: WHY", and ends with status 1 if something failed.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	vmmv1 "vmm-controlplane/gen/vmm/v1"
+)
+
+// errNotServed marks a method that this version of the daemon says it does not serve yet.
+var errNotServed = errors.New("the daemon does not serve it yet")
+
+func main() {
+	address, kernel := os.Getenv("VMCP_TEST_URL"), os.Getenv("VMCP_TEST_KERNEL")
+	if address == "" || kernel == "" {
+		fmt.Fprintln(os.Stderr, "VMCP_TEST_URL and VMCP_TEST_KERNEL are not set; run clients/go/test.sh")
+		os.Exit(2)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+
+	failed := false
+	report := func(name string, err error) {
+		switch {
+		case err == nil:
+			fmt.Println("ok", name)
+		case errors.Is(err, errNotServed):
+			fmt.Printf("skip %s: %v\n", name, err)
+		default:
+			failed = true
+			fmt.Printf("FAIL %s: %v\n", name, err)
+		}
+	}
+	// The name that the guide uses.
+	report("guide: createVM", guide(ctx, strings.Replace(address, "127.0.0.1", "localhost", 1), kernel))
+	for i, dialect := range dialects() {
+		client, recorder := dialect.connectTo(address)
+		report("lifecycle over "+dialect.name, life{client, fmt.Sprintf("go-%d", i), kernel}.run(ctx))
+		report("violations over "+dialect.name, violations(ctx, dialect, address))
+		report("a stream over "+dialect.name, stream(ctx, dialect, address))
+		report("it was "+dialect.name, dialect.proveSpoken(recorder))
+	}
+	for _, dialect := range dialects()[:3] {
+		report("reads by GET over "+dialect.name, readsByGet(ctx, dialect, address))
+	}
+	if failed {
+		os.Exit(1)
+	}
+}
+
+// guide runs the migration guide's example and looks at what it made.
+func guide(ctx context.Context, address, kernel string) error {
+	response, err := createVM(address)
+	if err != nil {
+		return err
+	}
+	client, _ := dialects()[0].connectTo(address)
+	created := life{client: client, id: response.Msg.VmId}
+	defer func() { _ = created.delete(ctx) }()
+	if !strings.HasPrefix(created.id, "vm-") || response.Msg.State != vmmv1.VmState_VM_STATE_CREATED {
+		return fmt.Errorf("unexpected answer: %v", response.Msg)
+	}
+	info, err := client.GetVmInfo(ctx, connect.NewRequest(&vmmv1.GetVmInfoRequest{VmId: created.id}))
+	if err != nil {
+		return err
+	}
+	config := info.Msg.Config
+	if config.Cpu.VcpuCount != 2 || config.Memory.SizeBytes != 2<<30 || config.Boot.KernelPath != kernel {
+		return fmt.Errorf("unexpected configuration: %v", config)
+	}
+	return created.delete(ctx)
+}
+
+// violations sends two mistakes at once and reads them back from the error's google.rpc.BadRequest.
+func violations(ctx context.Context, dialect dialect, address string) error {
+	client, _ := dialect.connectTo(address)
+	_, err := client.CreateVm(ctx, connect.NewRequest(&vmmv1.CreateVmRequest{Config: &vmmv1.VmConfig{
+		Cpu:    &vmmv1.CpuConfig{VcpuCount: -1},
+		Memory: &vmmv1.MemoryConfig{SizeBytes: 1000},
+	}}))
+	if err := refused("CreateVm with mistakes", connect.CodeInvalidArgument, err); err != nil {
+		return err
+	}
+	failure := new(connect.Error)
+	errors.As(err, &failure)
+	var fields []string
+	for _, detail := range failure.Details() {
+		value, err := detail.Value()
+		if err != nil {
+			return fmt.Errorf("a detail does not decode: %w", err)
+		}
+		if request, ok := value.(*errdetails.BadRequest); ok {
+			for _, violation := range request.FieldViolations {
+				fields = append(fields, violation.Field)
+			}
+		}
+	}
+	for _, wanted := range []string{"config.cpu.vcpu_count", "config.memory.size_bytes"} {
+		if !slices.Contains(fields, wanted) || !strings.Contains(failure.Message(), wanted) {
+			return fmt.Errorf("%s is not named in the details %v and the message %q", wanted, fields, failure.Message())
+		}
+	}
+	return nil
+}
+
+// stream reads a watch up to the event that ends the present states.
+func stream(ctx context.Context, dialect dialect, address string) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	client, _ := dialect.connectTo(address)
+	events, err := client.WatchVms(ctx, connect.NewRequest(&vmmv1.WatchVmsRequest{}))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = events.Close() }()
+	for events.Receive() {
+		if events.Msg().Type == "synced" {
+			return nil
+		}
+	}
+	if connect.CodeOf(events.Err()) == connect.CodeUnimplemented {
+		return errNotServed
+	}
+	return fmt.Errorf("the stream ended before it was synced: %w", events.Err())
+}
+
+// readsByGet makes both reads, and fails unless they went as GET.
+func readsByGet(ctx context.Context, dialect dialect, address string) error {
+	plain, _ := dialect.connectTo(address)
+	created, err := plain.CreateVm(ctx, connect.NewRequest(&vmmv1.CreateVmRequest{Config: &vmmv1.VmConfig{
+		Cpu: &vmmv1.CpuConfig{VcpuCount: 1}, Memory: &vmmv1.MemoryConfig{SizeBytes: memory},
+	}}))
+	if err != nil {
+		return err
+	}
+	made := life{client: plain, id: created.Msg.VmId}
+	defer func() { _ = made.delete(ctx) }()
+
+	client, recorder := dialect.connectTo(address, connect.WithHTTPGet())
+	info, err := client.GetVmInfo(ctx, connect.NewRequest(&vmmv1.GetVmInfoRequest{VmId: made.id}))
+	if err != nil {
+		return err
+	}
+	list, err := client.ListVms(ctx, connect.NewRequest(&vmmv1.ListVmsRequest{
+		StateFilter: []vmmv1.VmState{vmmv1.VmState_VM_STATE_CREATED},
+	}))
+	if err != nil {
+		return err
+	}
+	if info.Msg.VmId != made.id || list.Msg.TotalCount < 1 {
+		return fmt.Errorf("unexpected answers: %v; %v", info.Msg, list.Msg)
+	}
+	gets := 0
+	for call, times := range recorder.seen {
+		if strings.HasPrefix(call, "GET ") {
+			gets += times
+		}
+	}
+	if gets != 2 {
+		return fmt.Errorf("2 calls by GET were expected: %v", recorder.seen)
+	}
+	return made.delete(ctx)
+}

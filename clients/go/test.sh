@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The API over connect-go, with code generated from the .proto file by Go modules alone.
+# shellcheck source=clients/lib.sh
+. "$(dirname "$0")/../lib.sh"
+
+need go
+cd "$CLIENTS/go"
+go env GOVERSION > "$WORK/go" 2>&1 || skip "this Go is too old: $(tail -n 1 "$WORK/go")"
+use_daemon
+
+step "generating Go from vm.proto (fetches 5 modules at the first run)"
+rm -rf gen
+bounded 300 go run ./internal/generate "$ROOT/proto" vmm/v1/vm.proto || die "no code could be generated; the reason is above"
+step "building the Go client"
+bounded 300 go build -o "$WORK/go-client" . || die "the client does not build; the reason is above"
+# The client's code, but not the generated code, has to be clean.
+bounded 120 go vet . ./internal/... || fail "go vet" "see above"
+[ -z "$(gofmt -l ./*.go internal)" ] || fail gofmt "run gofmt -w clients/go"
+
+launch UNKEY_VMCP_DEFAULT_KERNEL="$KERNEL"
+bounded 240 "$WORK/go-client" || fail "clients/go" "exit status $?, see above"
+finish

@@ -1,0 +1,79 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"sync"
+
+	"connectrpc.com/connect"
+	"vmm-controlplane/gen/vmm/v1/vmmv1connect"
+)
+
+// dialect is one way to speak to the daemon.
+type dialect struct {
+	name string
+	// http2 says whether the daemon is spoken to in cleartext HTTP/2 with prior knowledge, else HTTP/1.1.
+	http2   bool
+	options []connect.ClientOption
+	// contentType is what unary calls must have sent and got, so that no dialect is tested under another's name.
+	contentType string
+}
+
+func dialects() []dialect {
+	json, grpc, web := connect.WithProtoJSON(), connect.WithGRPC(), connect.WithGRPCWeb()
+	return []dialect{
+		{"connect binary, HTTP/1.1", false, nil, "application/proto"},
+		{"connect JSON, HTTP/1.1", false, []connect.ClientOption{json}, "application/json"},
+		{"connect binary, h2c", true, nil, "application/proto"},
+		{"gRPC, h2c", true, []connect.ClientOption{grpc}, "application/grpc"},
+		{"gRPC JSON, h2c", true, []connect.ClientOption{grpc, json}, "application/grpc+json"},
+		{"gRPC-Web, HTTP/1.1", false, []connect.ClientOption{web}, "application/grpc-web+proto"},
+	}
+}
+
+// recorder is an HTTP client that remembers what its calls looked like.
+type recorder struct {
+	client *http.Client
+	mutex  sync.Mutex
+	// seen counts calls by "VERB HTTP/version request's content type → answer's content type".
+	seen map[string]int
+}
+
+func newRecorder(http2 bool) *recorder {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(!http2)
+	protocols.SetUnencryptedHTTP2(http2)
+	return &recorder{client: &http.Client{Transport: &http.Transport{Protocols: protocols}}, seen: map[string]int{}}
+}
+
+func (r *recorder) Do(request *http.Request) (*http.Response, error) {
+	response, err := r.client.Do(request)
+	if err == nil {
+		key := fmt.Sprintf("%s HTTP/%d %s → %s", request.Method, response.ProtoMajor,
+			request.Header.Get("Content-Type"), response.Header.Get("Content-Type"))
+		r.mutex.Lock()
+		r.seen[key]++
+		r.mutex.Unlock()
+	}
+	return response, err
+}
+
+// connectTo makes a client that speaks this dialect.
+func (d dialect) connectTo(address string, more ...connect.ClientOption) (vmmv1connect.VmServiceClient, *recorder) {
+	recorder := newRecorder(d.http2)
+	options := append(append([]connect.ClientOption{}, d.options...), more...)
+	return vmmv1connect.NewVmServiceClient(recorder, address, options...), recorder
+}
+
+// proveSpoken fails unless a call was really made in this dialect.
+func (d dialect) proveSpoken(recorder *recorder) error {
+	version := 1
+	if d.http2 {
+		version = 2
+	}
+	key := fmt.Sprintf("POST HTTP/%d %s → %s", version, d.contentType, d.contentType)
+	if recorder.seen[key] == 0 {
+		return fmt.Errorf("no call was %q, but: %v", key, recorder.seen)
+	}
+	return nil
+}

@@ -1,0 +1,111 @@
+# shellcheck shell=bash
+# What the client tests share: a daemon of their own with a guest that boots in milliseconds, and its end. Sourced, never run.
+#
+#   need TOOL… ──► use_daemon ──► launch ──► the clients, at $BASE_URL ──► cleanup (however the script ends)
+
+set -euo pipefail
+CLIENTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+CHOSEN_DAEMON=${VMCP_DAEMON:-}
+
+# The developer's own settings must not reach the daemon under test.
+while read -r name; do unset "$name"; done < <(compgen -e | grep -E '^(UNKEY_VMCP_|VMCP_|CHCP_)' | grep -v '^VMCP_SKIP_LOG$')
+# shellcheck source=scripts/lib.sh
+. "$CLIENTS/../scripts/lib.sh"
+
+# Packages may come through a proxy; the daemon is on loopback.
+export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
+export NO_PROXY=$no_proxy
+
+DAEMON_PID=
+# Kept short: the daemon makes Unix sockets below it, and their paths end at 107 bytes.
+WORK=$(mktemp -d "${TMPDIR:-/tmp}/vmcp-cl.XXXXXX")
+FAILURES=0
+
+cleanup() {
+    local status=$? pid
+    trap - EXIT
+    trap '' INT TERM
+    end_daemon || true
+    for pid in $(left_behind); do kill_leftover_vmm "$pid"; done
+    rm -rf "$WORK"
+    exit "$status"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# The VMMs that outlived the daemon: processes that name a file of $WORK, which this shell does not.
+left_behind() { grep -lsF -- "$WORK/" /proc/[0-9]*/cmdline | sed -n 's,^/proc/\([0-9]*\)/cmdline$,\1,p' || true; }
+
+# Deletes the VMs that a failed test left, then stops the daemon.
+end_daemon() {
+    [ -n "$DAEMON_PID" ] || return 0
+    local id
+    for id in $(API_TIMEOUT=10 api ListVms '{"page_size": 1000}' 2> /dev/null | jq -r '.vms // [] | .[].vm_id' 2> /dev/null); do
+        API_TIMEOUT=10 api DeleteVm "{\"vm_id\": \"$id\", \"force\": true}" > /dev/null 2>&1 || true
+    done
+    stop_daemon
+}
+
+# Ends the script as skipped: skip WHY.
+skip() {
+    echo "SKIPPED: ${0#"$ROOT"/}: $*"
+    exit 77
+}
+
+# Skips where a tool is not installed.
+need() {
+    local tool
+    for tool in "$@"; do
+        command -v "$tool" > /dev/null || skip "$tool is not installed"
+    done
+}
+
+# Runs a command for at most $1 seconds. In the foreground, so that Ctrl-C reaches it.
+bounded() { timeout --foreground -k 10 "$@"; }
+
+# Finds the daemon and makes the guest. An old binary would test yesterday's program, so without VMCP_DAEMON it is built.
+use_daemon() {
+    local built=${CARGO_TARGET_DIR:-$ROOT/target}/debug
+    need qemu-system-x86_64 curl jq setsid timeout
+    if [ -n "$CHOSEN_DAEMON" ]; then
+        DAEMON=$CHOSEN_DAEMON
+    else
+        need cargo
+        step "building the daemon (quick where it is up to date)"
+        (cd "$ROOT" && cargo build -q -p vmm-controlplane) || die "the daemon does not build; the reason is above"
+        DAEMON=$built/vmm-controlplane
+    fi
+    need_daemon
+    if [ -n "${VMCP_TINY_GUESTS:-}" ]; then cp "$VMCP_TINY_GUESTS"/tiny-idle.elf "$WORK/"; else
+        need cargo
+        (cd "$ROOT" && cargo run -q -p vmm-testkit --bin tiny-guests -- "$WORK") > /dev/null
+    fi
+    KERNEL=$WORK/tiny-idle.elf
+}
+
+# Starts the daemon on a port that nobody has: launch [NAME=VALUE…] adds to its environment.
+launch() {
+    local port
+    until port=$((20000 + RANDOM % 10000)) && ! port_taken "$port"; do :; done
+    # shellcheck disable=SC2163  # the arguments are assignments
+    export UNKEY_VMCP_QEMU_KVM=false "$@"
+    start_daemon qemu "$port"
+    export VMCP_TEST_URL=$BASE_URL VMCP_TEST_KERNEL=$KERNEL
+}
+
+ok() { printf 'ok %s\n' "$1"; }
+
+# fail NAME WHY
+fail() {
+    printf 'FAIL %s: %s\n' "$1" "$2"
+    FAILURES=$((FAILURES + 1))
+}
+
+# The last line of a test: the log of the daemon belongs to a failure.
+finish() {
+    [ "$FAILURES" = 0 ] && return 0
+    echo "the end of the daemon's log:" >&2
+    tail -n 20 "$WORK/daemon.log" >&2
+    exit 1
+}

@@ -1,0 +1,391 @@
+//! One running Cloud Hypervisor: its handle, and the task that tells what it does by itself.
+//!
+//! ```text
+//!   Handle ── client ──► API socket            one connection, kept
+//!      │
+//!      ├───── expected ──────────────┐         what this daemon has ordered is no news
+//!      │                             ▼
+//!      │        events file ──► Monitor ──► GuestReset, Paused, Resumed
+//!      └───── process ─► pidfd ──►  │  └──► Gone(cause), the end
+//!                          ▲        │
+//!                          └─ kill ─┘          a reset of the guest, where the restart policy is NEVER
+//! ```
+//!
+//! Cloud Hypervisor cannot be told that a guest's reset ends the run: it resets in place. So the monitor ends the run as soon
+//! as it reads of the reset; the guest may get some milliseconds into its next boot. A guest's power-off ends the process by
+//! itself, with exit status 0, as SIGTERM does; which of the two it was is not told.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use tracing::Instrument;
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, Ladder, Launched, NetworkCounters,
+    Reset, Sample, StorageCounters, Vmm, VmmEvent,
+};
+use vmm_core::state::EndedBy;
+use vmm_core::store::RunRecord;
+use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
+
+use super::client::Client;
+use super::events::{ChEvent, EVENTS, EventFile};
+use super::watch::{Watched, Watcher};
+use crate::ladder::{self, Call};
+use crate::rest::found::{LOG, exit_message, kill, or_gone, usage};
+
+/// Events that wait for the VM's owner.
+const QUEUE: usize = 64;
+/// Events that are read at once.
+const BATCH: usize = 64;
+
+/// What this daemon has ordered and the VMM has not told of yet.
+#[derive(Debug, Default)]
+struct Expected {
+    ending: AtomicBool,
+    resets: AtomicU32,
+    pauses: AtomicU32,
+    resumes: AtomicU32,
+}
+
+/// Takes one from `count`, if there is one.
+fn take(count: &AtomicU32) -> bool {
+    count.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| count.checked_sub(1)).is_ok()
+}
+
+/// The handle of one Cloud Hypervisor.
+#[derive(Debug)]
+struct Handle {
+    run: RunRecord,
+    process: Process,
+    client: Client,
+    expected: Arc<Expected>,
+    totals: Mutex<Totals>,
+}
+
+/// Counters begin anew when the guest is reset in place; these do not.
+#[derive(Debug, Default)]
+struct Totals {
+    before: [u64; 8],
+    last: [u64; 8],
+}
+
+impl Totals {
+    /// Takes the counters as they are now, and answers with those of the whole run.
+    fn update(&mut self, now: [u64; 8]) -> [u64; 8] {
+        if now.iter().zip(self.last).any(|(now, last)| *now < last) {
+            for (before, last) in self.before.iter_mut().zip(self.last) {
+                *before = before.saturating_add(last);
+            }
+        }
+        self.last = now;
+        let mut sums = now;
+        for (sum, before) in sums.iter_mut().zip(self.before) {
+            *sum = sum.saturating_add(before);
+        }
+        sums
+    }
+}
+
+/// What a handle is made of.
+pub(super) struct Parts<'a> {
+    pub(super) run: RunRecord,
+    pub(super) process: Process,
+    pub(super) client: Client,
+    pub(super) events: EventFile,
+    pub(super) dir: &'a Path,
+    pub(super) reset_ends: bool,
+}
+
+/// Makes the handle of a Cloud Hypervisor that runs, and watches over it.
+pub(super) fn attend(parts: Parts<'_>, watcher: &Watcher) -> Launched {
+    let (sender, events) = mpsc::channel(QUEUE);
+    let expected = Arc::new(Expected::default());
+    let span = tracing::info_span!("cloud-hypervisor", pid = parts.process.pid());
+    let monitor = Monitor {
+        process: parts.process.clone(),
+        file: parts.events,
+        watched: watcher.watch(&parts.dir.join(EVENTS)),
+        expected: Arc::clone(&expected),
+        log: parts.dir.join(LOG),
+        reset_ends: parts.reset_ends,
+        seen: Seen::default(),
+        sender,
+    };
+    tokio::spawn(monitor.run().instrument(span));
+    let handle = Handle {
+        run: parts.run,
+        process: parts.process,
+        client: parts.client,
+        expected,
+        totals: Mutex::default(),
+    };
+    Launched { vmm: Arc::new(handle), events }
+}
+
+/// What was read of a run's events that says how it ended.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    shutdown: bool,
+    ending_reset: bool,
+}
+
+struct Monitor {
+    process: Process,
+    file: EventFile,
+    watched: Watched,
+    expected: Arc<Expected>,
+    log: PathBuf,
+    reset_ends: bool,
+    seen: Seen,
+    sender: mpsc::Sender<VmmEvent>,
+}
+
+impl Monitor {
+    async fn run(mut self) {
+        let exit = loop {
+            // First what is there: the watch began after the first events.
+            self.read_events().await;
+            tokio::select! {
+                biased;
+                () = self.watched.grown() => {}
+                exit = self.process.wait() => break exit,
+            }
+        };
+        self.read_events().await;
+        let asked = self.expected.ending.load(Ordering::Acquire);
+        let cause = cause(exit, asked, self.seen);
+        let message = exit_message(exit, &self.log).await;
+        self.tell(VmmEvent::Gone(Exit { cause, message })).await;
+    }
+
+    async fn read_events(&mut self) {
+        loop {
+            let (events, file) = read(self.file.clone()).await;
+            self.file = file;
+            let all = events.len() < BATCH;
+            for event in events {
+                self.take(event).await;
+            }
+            if all {
+                return;
+            }
+        }
+    }
+
+    async fn take(&mut self, event: ChEvent) {
+        match event {
+            ChEvent::Rebooting if take(&self.expected.resets) => {}
+            ChEvent::Rebooting if self.reset_ends => {
+                self.seen.ending_reset = true;
+                if let Err(error) = self.process.signal(Signal::KILL) {
+                    tracing::error!(%error, "the guest reset itself, and its run cannot be ended");
+                    self.tell(VmmEvent::GuestReset).await;
+                }
+            }
+            ChEvent::Rebooting => self.tell(VmmEvent::GuestReset).await,
+            ChEvent::Paused => {
+                if !take(&self.expected.pauses) {
+                    self.tell(VmmEvent::Paused).await;
+                }
+            }
+            ChEvent::Resumed => {
+                if !take(&self.expected.resumes) {
+                    self.tell(VmmEvent::Resumed).await;
+                }
+            }
+            ChEvent::Shutdown => self.seen.shutdown = true,
+            ChEvent::Other => {}
+        }
+    }
+
+    /// Nobody may listen any more; what happened is found out by whoever looks next.
+    async fn tell(&self, event: VmmEvent) {
+        let _ = self.sender.send(event).await;
+    }
+}
+
+async fn read(mut file: EventFile) -> (Vec<ChEvent>, EventFile) {
+    let spare = file.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        let events = file.read(BATCH).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the VMM's events cannot be read");
+            Vec::new()
+        });
+        (events, file)
+    });
+    read.await.unwrap_or((Vec::new(), spare))
+}
+
+/// Says how a run ended that nobody watched, from what it left in its folder.
+pub(super) async fn explain_past(dir: &Path, reset_ends: bool) -> Exit {
+    let owned = dir.to_path_buf();
+    let read = tokio::task::spawn_blocking(move || EventFile::near_end(&owned).read(usize::MAX)).await;
+    let events = read.unwrap_or_else(|_| Ok(Vec::new())).unwrap_or_default();
+    let seen = Seen {
+        shutdown: events.contains(&ChEvent::Shutdown),
+        ending_reset: reset_ends && events.contains(&ChEvent::Rebooting),
+    };
+    let message = exit_message(ProcessExit::UNKNOWN, &dir.join(LOG)).await;
+    Exit { cause: cause(ProcessExit::UNKNOWN, false, seen), message }
+}
+
+fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
+    if seen.ending_reset {
+        return ExitCause::GuestReset;
+    }
+    if asked {
+        return ExitCause::Requested;
+    }
+    match exit.status {
+        Some(ExitStatus::Code(0)) | None if seen.shutdown => ExitCause::GuestPowerOff,
+        Some(ExitStatus::Code(_) | ExitStatus::Signal(_)) => ExitCause::VmmFailed,
+        None => ExitCause::Unknown,
+    }
+}
+
+impl Handle {
+    /// Orders what the VMM will tell of as `count`, and calls it done where the guest is `wanted` already.
+    async fn order(&self, count: &AtomicU32, call: Call<'_>, wanted: GuestState) -> Result<(), BackendError> {
+        count.fetch_add(1, Ordering::AcqRel);
+        let Err(error) = call.await else { return Ok(()) };
+        if error.kind != BackendErrorKind::Rejected {
+            if error.effect == Effect::NotApplied {
+                take(count);
+            }
+            return Err(or_gone(&self.process, error));
+        }
+        take(count);
+        // To stop what stands still is an error there, and none here.
+        match self.client.state().await {
+            Ok(state) if state == wanted => Ok(()),
+            Ok(_) | Err(_) => Err(or_gone(&self.process, error)),
+        }
+    }
+
+    async fn wake(&self) -> Result<(), BackendError> {
+        self.order(&self.expected.resumes, Box::pin(self.client.resume()), GuestState::Running).await
+    }
+
+    fn will_end(&self) {
+        if self.process.exit().is_none() {
+            self.expected.ending.store(true, Ordering::Release);
+        }
+    }
+}
+
+#[async_trait]
+impl Vmm for Handle {
+    fn run(&self) -> &RunRecord {
+        &self.run
+    }
+
+    async fn pause(&self) -> Result<(), BackendError> {
+        self.order(&self.expected.pauses, Box::pin(self.client.pause()), GuestState::Paused).await
+    }
+
+    async fn resume(&self) -> Result<(), BackendError> {
+        self.wake().await
+    }
+
+    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        self.will_end();
+        let ask: Call<'_> = Box::pin(async {
+            // A guest that stands still hears nothing.
+            if self.client.state().await? == GuestState::Paused {
+                self.wake().await?;
+            }
+            self.client.power_button().await
+        });
+        let power_off: Call<'_> = Box::pin(self.client.end());
+        ladder::climb(&self.process, ladder, Some((EndedBy::Acpi, ask)), Some(power_off)).await
+    }
+
+    async fn reset(&self) -> Result<Reset, BackendError> {
+        self.expected.resets.fetch_add(1, Ordering::AcqRel);
+        match self.client.reboot().await {
+            Ok(()) => Ok(Reset::InPlace),
+            Err(error) => {
+                if error.effect == Effect::NotApplied {
+                    take(&self.expected.resets);
+                }
+                Err(or_gone(&self.process, error))
+            }
+        }
+    }
+
+    async fn sample(&self) -> Result<Sample, BackendError> {
+        let counters = self.client.counters().await.map_err(|error| or_gone(&self.process, error))?;
+        let usage = usage(&self.process).await?;
+        let (net, disk) = (counters.network(), counters.storage());
+        let now = [
+            net.bytes_received,
+            net.bytes_transmitted,
+            net.packets_received,
+            net.packets_transmitted,
+            disk.bytes_read,
+            disk.bytes_written,
+            disk.read_operations,
+            disk.write_operations,
+        ];
+        let [rx, tx, rx_packets, tx_packets, read, written, reads, writes] =
+            self.totals.lock().unwrap_or_else(PoisonError::into_inner).update(now);
+        Ok(Sample {
+            cpu_time: usage.cpu_time,
+            memory_bytes: usage.resident_bytes,
+            network: NetworkCounters {
+                bytes_received: rx,
+                bytes_transmitted: tx,
+                packets_received: rx_packets,
+                packets_transmitted: tx_packets,
+            },
+            storage: StorageCounters {
+                bytes_read: read,
+                bytes_written: written,
+                read_operations: reads,
+                write_operations: writes,
+            },
+        })
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
+        self.client.state().await.map_err(|error| or_gone(&self.process, error))
+    }
+
+    async fn kill(&self) -> Result<(), BackendError> {
+        self.will_end();
+        kill(&self.process).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_outlive_a_reset() {
+        let mut totals = Totals::default();
+        assert_eq!(totals.update([10; 8]), [10; 8]);
+        assert_eq!(totals.update([15; 8]), [15; 8]);
+        assert_eq!(totals.update([2; 8]), [17; 8]);
+        assert_eq!(totals.update([u64::MAX; 8]), [u64::MAX; 8]);
+    }
+
+    #[test]
+    fn the_cause_of_an_end() {
+        let code = |code| ProcessExit { status: Some(ExitStatus::Code(code)) };
+        let killed = ProcessExit { status: Some(ExitStatus::Signal(9)) };
+        let off = Seen { shutdown: true, ending_reset: false };
+        let reset = Seen { shutdown: false, ending_reset: true };
+        let none = Seen::default();
+        assert_eq!(cause(code(0), false, off), ExitCause::GuestPowerOff);
+        assert_eq!(cause(ProcessExit::UNKNOWN, false, off), ExitCause::GuestPowerOff);
+        assert_eq!(cause(code(0), true, off), ExitCause::Requested);
+        assert_eq!(cause(killed, false, reset), ExitCause::GuestReset);
+        assert_eq!(cause(killed, false, none), ExitCause::VmmFailed);
+        assert_eq!(cause(code(1), false, off), ExitCause::VmmFailed);
+        assert_eq!(cause(ProcessExit::UNKNOWN, false, none), ExitCause::Unknown);
+    }
+}

@@ -1,0 +1,163 @@
+//! Waiting for files to grow: one inotify instance for all VMs, because the kernel allows a user about 128 of them.
+
+use std::collections::HashMap;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::fs::inotify;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+use tracing::Instrument;
+
+/// How often to look where the kernel gives no word.
+const LOOKING: Duration = Duration::from_secs(1);
+/// Room for words of the kernel, in bytes.
+const ROOM: usize = 4096;
+
+/// Watches files. Clones share one instance.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
+
+#[derive(Debug)]
+struct Instance {
+    fd: AsyncFd<OwnedFd>,
+    waiting: Mutex<HashMap<i32, Arc<Notify>>>,
+}
+
+/// The watch on one file; ends when dropped.
+#[derive(Debug)]
+pub(super) struct Watched {
+    kept: Option<(Arc<Instance>, i32)>,
+    grown: Arc<Notify>,
+}
+
+impl Watcher {
+    /// Begins to watch the file at `path`, which is there. Where that fails, it is looked at once a second instead.
+    pub(super) fn watch(&self, path: &Path) -> Watched {
+        let grown = Arc::new(Notify::new());
+        let kept = match self.begin(path, &grown) {
+            Ok(kept) => Some(kept),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "the file cannot be watched; looking at it once a second");
+                None
+            }
+        };
+        Watched { kept, grown }
+    }
+
+    fn begin(&self, path: &Path, grown: &Arc<Notify>) -> io::Result<(Arc<Instance>, i32)> {
+        let instance = self.instance()?;
+        let mut waiting = instance.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = inotify::add_watch(instance.fd.get_ref(), path, inotify::WatchFlags::MODIFY)?;
+        waiting.insert(id, Arc::clone(grown));
+        drop(waiting);
+        Ok((instance, id))
+    }
+
+    fn instance(&self) -> io::Result<Arc<Instance>> {
+        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(instance) = &*shared {
+            return Ok(Arc::clone(instance));
+        }
+        let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        #[expect(
+            deprecated,
+            reason = "the successor is unsafe, because any AsRawFd may close its descriptor or name another; an OwnedFd \
+                      that is only borrowed does neither, and this workspace forbids unsafe code"
+        )]
+        let fd = AsyncFd::with_interest(fd, Interest::READABLE)?;
+        let instance = Arc::new(Instance { fd, waiting: Mutex::default() });
+        let served = Arc::clone(&instance);
+        tokio::spawn(async move { served.serve().await }.instrument(tracing::info_span!("file-watcher")));
+        Ok(Arc::clone(shared.insert(instance)))
+    }
+}
+
+impl Instance {
+    async fn serve(&self) {
+        let mut room = [MaybeUninit::uninit(); ROOM];
+        loop {
+            let Ok(mut ready) = self.fd.readable().await else { return };
+            let mut reader = inotify::Reader::new(self.fd.get_ref(), &mut room);
+            let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            loop {
+                match reader.next() {
+                    Ok(event) if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) => {
+                        // Nobody knows whom the lost words concerned.
+                        waiting.values().for_each(|grown| grown.notify_one());
+                    }
+                    Ok(event) => {
+                        if let Some(grown) = waiting.get(&event.wd()) {
+                            grown.notify_one();
+                        }
+                    }
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => {
+                        if error != rustix::io::Errno::AGAIN {
+                            tracing::warn!(%error, "the file watcher cannot read");
+                        }
+                        ready.clear_ready();
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Watched {
+    /// Waits until the file may have grown since the last call. May be cancelled.
+    pub(super) async fn grown(&self) {
+        if self.kept.is_some() {
+            self.grown.notified().await;
+        } else {
+            tokio::time::sleep(LOOKING).await;
+        }
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let Some((instance, id)) = self.kept.take() else { return };
+        instance.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        // A file that is gone has taken its watch along.
+        if let Err(error) = inotify::remove_watch(instance.fd.get_ref(), id) {
+            tracing::debug!(%error, "the watch had ended already");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn each_file_tells_its_own_watch() {
+        let dir = tempfile::tempdir().unwrap();
+        let watcher = Watcher::default();
+        let mut files = Vec::new();
+        for index in 0..200 {
+            let path = dir.path().join(index.to_string());
+            let file = std::fs::File::create(&path).unwrap();
+            files.push((file, watcher.watch(&path)));
+        }
+        assert!(
+            files.iter().all(|(_, watched)| watched.kept.is_some()),
+            "more than there could be instances"
+        );
+        for (file, watched) in &mut files {
+            file.write_all(b"x").unwrap();
+            watched.grown().await;
+        }
+        files.truncate(1);
+        files[0].0.write_all(b"y").unwrap();
+        files[0].1.grown().await;
+    }
+}

@@ -1,0 +1,233 @@
+//! The client against servers that lie, stall and babble.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+
+use super::{CALL, RestClient};
+
+const SOON: Duration = Duration::from_millis(300);
+
+/// Answers each request of each connection with the next of `answers`; the last one is repeated for ever, byte by byte, if
+/// `endless`. Counts the connections.
+struct Fake {
+    dir: tempfile::TempDir,
+    server: tokio::task::JoinHandle<()>,
+    connections: std::sync::Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Fake {
+    fn new(answers: Vec<Vec<u8>>, endless: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        let connections = std::sync::Arc::<std::sync::atomic::AtomicUsize>::default();
+        let counted = connections.clone();
+        let server = tokio::spawn(async move {
+            let mut answers = answers.into_iter();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                serve(stream, &mut answers, endless).await;
+            }
+        });
+        Self { dir, server, connections }
+    }
+
+    fn client(&self) -> RestClient {
+        RestClient::new(&self.dir.path().join("s"), |body| Some(String::from_utf8_lossy(body).into_owned()))
+    }
+
+    fn connections(&self) -> usize {
+        self.connections.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+/// Answers until the client hangs up. Without an answer left it keeps silent.
+async fn serve(mut stream: UnixStream, answers: &mut impl Iterator<Item = Vec<u8>>, endless: bool) {
+    let mut request = Vec::new();
+    loop {
+        let mut some = [0; 4096];
+        match stream.read(&mut some).await {
+            Ok(0) | Err(_) => return,
+            Ok(read) => request.extend_from_slice(&some[..read]),
+        }
+        let text = String::from_utf8_lossy(&request).to_lowercase();
+        let Some(head) = text.find("\r\n\r\n") else { continue };
+        let length = text.split("content-length: ").nth(1).and_then(|rest| rest.split("\r\n").next());
+        let length: usize = length.map_or(0, |length| length.parse().unwrap());
+        if request.len() < head + 4 + length {
+            continue;
+        }
+        request.clear();
+        let Some(answer) = answers.next() else { continue };
+        if answer.is_empty() {
+            return;
+        }
+        if stream.write_all(&answer).await.is_err() {
+            return;
+        }
+        while endless {
+            if stream.write_all(&[b'x'; 4096]).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn answer(status: &str, body: &str) -> Vec<u8> {
+    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).into_bytes()
+}
+
+async fn get(client: &RestClient) -> Result<Value, BackendError> {
+    client.get("/x").await
+}
+
+async fn put(client: &RestClient) -> Result<(), BackendError> {
+    client.put("/x", Some(&"body"), SOON).await
+}
+
+#[tokio::test]
+async fn one_connection_is_kept() {
+    let fake = Fake::new(
+        vec![
+            answer("200 OK", "1"),
+            answer("400 Bad Request", "no"),
+            b"HTTP/1.1 204 \r\n\r\n".to_vec(),
+            answer("200 OK", "2"),
+        ],
+        false,
+    );
+    let client = fake.client();
+    assert_eq!(get(&client).await.unwrap(), 1);
+    let error = put(&client).await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+    assert!(error.message.ends_with("no"), "{}", error.message);
+    put(&client).await.unwrap();
+    assert_eq!(get(&client).await.unwrap(), 2);
+    assert_eq!(fake.connections(), 1);
+}
+
+#[tokio::test]
+async fn silence_has_an_end_and_its_connection_is_not_used_again() {
+    let fake = Fake::new(vec![], false);
+    let client = fake.client();
+    for connections in 1..=2 {
+        let error = put(&client).await.unwrap_err();
+        assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
+        assert_eq!(fake.connections(), connections);
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_another_spends_its_own_time() {
+    let fake = Fake::new(vec![], false);
+    let client = fake.client();
+    let slow = async {
+        client.put("/slow", None::<&()>, CALL).await.unwrap_err();
+    };
+    let quick = async {
+        tokio::task::yield_now().await;
+        let error = put(&client).await.unwrap_err();
+        assert_eq!(
+            (error.kind, error.effect),
+            (BackendErrorKind::Timeout, Effect::NotApplied),
+            "it was never sent"
+        );
+    };
+    tokio::select! {
+        () = slow => panic!("the slow one cannot be first"),
+        () = quick => {}
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_is_dropped_leaves_no_answer_to_the_next() {
+    let fake = Fake::new(vec![answer("200 OK", "\"first\""), answer("200 OK", "\"second\"")], false);
+    let client = fake.client();
+    let dropped = tokio::time::timeout(Duration::ZERO, get(&client)).await;
+    assert!(dropped.is_err());
+    let value = get(&client).await.unwrap();
+    assert!(
+        value == "first" && fake.connections() == 1 || value == "second" && fake.connections() == 2,
+        "{value}"
+    );
+}
+
+#[tokio::test]
+async fn garbage_is_a_protocol_error() {
+    for garbage in [
+        b"garbage\r\n\r\n".to_vec(),
+        answer("200 OK", "not json"),
+        answer("200 OK", "{\"a\":1} trailing"),
+        answer("302 Found", "elsewhere"),
+        [b"HTTP/1.1 200 OK\r\nX: ".to_vec(), vec![b'x'; 100_000], b"\r\n\r\n".to_vec()].concat(),
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n".to_vec(),
+    ] {
+        let fake = Fake::new(vec![garbage.clone()], false);
+        let error = get(&fake.client()).await.unwrap_err();
+        let start = String::from_utf8_lossy(&garbage[..garbage.len().min(60)]).into_owned();
+        assert_eq!(error.kind, BackendErrorKind::Protocol, "{start}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn long_answers_are_cut_off_whether_announced_or_endless() {
+    let huge = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n".to_vec();
+    let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n".to_vec();
+    let closed = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n".to_vec();
+    let error = b"HTTP/1.1 500 Oops\r\nConnection: close\r\n\r\n".to_vec();
+    for start in [huge, chunked, closed, error] {
+        let fake = Fake::new(vec![start.clone()], true);
+        let error = get(&fake.client()).await.unwrap_err();
+        assert_eq!(error.kind, BackendErrorKind::Protocol, "{}: {error}", String::from_utf8_lossy(&start));
+        assert!(error.message.contains("longer than"), "{}", error.message);
+    }
+}
+
+#[tokio::test]
+async fn a_broken_connection_may_have_had_an_effect() {
+    let fake = Fake::new(vec![vec![]], false);
+    let error = put(&fake.client()).await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Unreachable, Effect::Unknown));
+}
+
+#[tokio::test]
+async fn half_an_answer_is_a_broken_connection_or_late() {
+    let fake = Fake::new(vec![b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf".to_vec()], false);
+    let error = put(&fake.client()).await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
+}
+
+#[tokio::test]
+async fn nobody_there_is_told_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = RestClient::new(&dir.path().join("s"), |_| None);
+    let error = put(&client).await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Unreachable, Effect::NotApplied));
+}
+
+#[tokio::test]
+async fn what_is_too_long_to_be_read_is_not_sent() {
+    let fake = Fake::new(vec![], false);
+    let error = fake.client().put("/x", Some(&"x".repeat(60_000)), SOON).await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+    assert_eq!(fake.connections(), 0);
+}
+
+#[tokio::test]
+async fn the_words_of_a_vmm_are_cut_and_cleaned() {
+    let fake =
+        Fake::new(vec![answer("500 Oops", &format!("\u{1b}[31mred\r\n{}", "x".repeat(60_000)))], false);
+    let error = put(&fake.client()).await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::Unknown));
+    assert!(!error.message.contains('\u{1b}') && error.message.len() < 4096, "{}", error.message.len());
+}

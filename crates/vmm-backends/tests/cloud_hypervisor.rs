@@ -1,0 +1,280 @@
+//! The Cloud Hypervisor backend against a real Cloud Hypervisor.
+
+mod rest_support;
+
+use std::time::{Duration, Instant};
+
+use rest_support::{Bench, FORCE, GUEST_REBOOT, NEVER, PATIENCE, UNSET, ask_for, usable};
+use vmm_backends::cloud_hypervisor::CloudHypervisor;
+use vmm_core::backend::{
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Reset, VmmEvent,
+};
+use vmm_core::state::EndedBy;
+use vmm_host::process::Signal;
+use vmm_testkit::guests::Guest;
+
+/// A bench for a guest, or the end of a test that is skipped.
+macro_rules! bench {
+    ($test:literal, $guest:expr, $restart:expr) => {
+        match usable($test, CloudHypervisor::new("cloud-hypervisor")).await {
+            Some(backend) => Bench::new(backend, $guest, $restart),
+            None => return,
+        }
+    };
+}
+
+#[tokio::test]
+async fn a_guest_runs_pauses_goes_on_and_is_killed() {
+    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", Guest::Idle, UNSET);
+    let mut run = bench.launch().await;
+    assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    for _ in 0..2 {
+        run.vmm.pause().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
+    }
+    for _ in 0..2 {
+        run.vmm.resume().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+    }
+    assert_eq!(bench.console(), format!("{}\r\n", Guest::Idle.banner()), "the guest's words and no others");
+    assert_eq!(run.vmm.run().accelerator, "kvm");
+    assert!(run.vmm.run().version.starts_with(|c: char| c.is_ascii_digit()), "{}", run.vmm.run().version);
+    run.no_event();
+    run.vmm.kill().await.unwrap();
+    run.vmm.kill().await.unwrap();
+    assert_eq!(run.gone().await.cause, ExitCause::Requested, "and no word of what was ordered");
+    assert_eq!(bench.processes(), 0);
+    assert_eq!(run.vmm.pause().await.unwrap_err().kind, BackendErrorKind::Gone);
+    assert_eq!(run.vmm.sample().await.unwrap_err().kind, BackendErrorKind::Gone);
+    assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Guest, "it had ended before");
+}
+
+#[tokio::test]
+async fn a_power_off_ends_the_run_and_the_next_appends_to_the_console() {
+    let bench =
+        bench!("a_power_off_ends_the_run_and_the_next_appends_to_the_console", Guest::PowerOff, UNSET);
+    for times in 1..=2 {
+        let mut run = bench.launch().await;
+        assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
+        bench.console_shows(&Guest::PowerOff.banner(), times).await;
+        let adoption = bench.backend.adopt(bench.adoption(Some(run.vmm.run().clone()))).await.unwrap();
+        assert!(matches!(adoption, Adoption::Gone { .. }));
+    }
+}
+
+#[tokio::test]
+async fn a_power_off_that_nobody_watched_is_told_by_the_events() {
+    let bench = bench!("a_power_off_that_nobody_watched_is_told_by_the_events", Guest::PowerOff, UNSET);
+    let run = bench.launch().await;
+    let record = run.vmm.run().clone();
+    // As a daemon that ended would leave them: unread.
+    let events = bench.dir().join("events");
+    let deadline = Instant::now() + PATIENCE;
+    while bench.processes() > 0 {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    std::fs::write(&events, "{\n  \"source\": \"vm\",\n  \"event\": \"shutdown\"\n}\n\n").unwrap();
+    let adoption = bench.backend.adopt(bench.adoption(Some(record))).await.unwrap();
+    assert!(
+        matches!(&adoption, Adoption::Gone { exit } if exit.cause == ExitCause::GuestPowerOff),
+        "{adoption:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_reset_is_done_in_place_and_is_no_event() {
+    let bench = bench!("a_reset_is_done_in_place_and_is_no_event", Guest::Idle, NEVER);
+    let mut run = bench.launch().await;
+    for boots in 2..=4 {
+        bench.console_shows(&Guest::Idle.banner(), boots - 1).await;
+        assert_eq!(run.vmm.reset().await.unwrap(), Reset::InPlace);
+        bench.console_shows(&Guest::Idle.banner(), boots).await;
+    }
+    assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+    assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Vmm);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_guest_that_resets_itself_goes_on() {
+    for guest in [Guest::Reset, Guest::TripleFault] {
+        let bench = bench!("a_guest_that_resets_itself_goes_on", guest, GUEST_REBOOT);
+        let mut run = bench.launch().await;
+        for _ in 0..3 {
+            assert_eq!(run.event().await, VmmEvent::GuestReset);
+        }
+        bench.console_shows(&guest.banner(), 3).await;
+        run.vmm.kill().await.unwrap();
+        assert_eq!(bench.processes(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_resets_itself_ends_where_the_policy_says_so() {
+    for guest in [Guest::Reset, Guest::TripleFault] {
+        let bench = bench!("a_guest_that_resets_itself_ends_where_the_policy_says_so", guest, NEVER);
+        let mut run = bench.launch().await;
+        assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
+        assert_eq!(bench.processes(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_ignores_the_power_button_is_powered_off() {
+    let bench = bench!("a_guest_that_ignores_the_power_button_is_powered_off", Guest::Idle, UNSET);
+    let mut run = bench.launch().await;
+    run.vmm.pause().await.unwrap();
+    assert_eq!(run.vmm.shutdown(ask_for(Duration::from_millis(100))).await.unwrap(), EndedBy::Vmm);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_paused_guest_is_powered_off() {
+    let bench = bench!("a_paused_guest_is_powered_off", Guest::Idle, UNSET);
+    let mut run = bench.launch().await;
+    run.vmm.pause().await.unwrap();
+    assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Vmm);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn what_somebody_else_orders_is_told() {
+    let bench = bench!("what_somebody_else_orders_is_told", Guest::Idle, UNSET);
+    let mut run = bench.launch().await;
+    let adoption = bench.backend.adopt(bench.adoption(Some(run.vmm.run().clone()))).await.unwrap();
+    let Adoption::Alive { launched: other, .. } = adoption else { panic!("{adoption:?}") };
+    other.vmm.pause().await.unwrap();
+    assert_eq!(run.event().await, VmmEvent::Paused);
+    other.vmm.resume().await.unwrap();
+    assert_eq!(run.event().await, VmmEvent::Resumed);
+    run.vmm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn counters_cover_all_disks() {
+    let mut bench = bench!("counters_cover_all_disks", Guest::Idle, UNSET);
+    bench.add_disk("root");
+    bench.add_disk("data");
+    let run = bench.launch().await;
+    let sample = run.vmm.sample().await.unwrap();
+    assert!(sample.memory_bytes > 1 << 20);
+    run.vmm.reset().await.unwrap();
+    run.vmm.sample().await.unwrap();
+    run.vmm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stopped_vmm_times_out_and_is_still_killed() {
+    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", Guest::Idle, UNSET);
+    let mut run = bench.launch().await;
+    run.signal(Signal::STOP);
+    let error = run.vmm.pause().await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
+    let error = run.vmm.probe().await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::NotApplied));
+    run.no_event();
+    assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Sigkill);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way() {
+    let bench = bench!("a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way", Guest::Idle, UNSET);
+    let mut run = bench.launch().await;
+    run.signal(Signal::KILL);
+    let exit = run.gone().await;
+    assert_eq!(exit.cause, ExitCause::VmmFailed);
+    assert!(exit.message.contains("SIGKILL"), "{}", exit.message);
+    bench.launch().await.vmm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_running_vmm_is_adopted() {
+    let bench = bench!("a_running_vmm_is_adopted", Guest::Idle, UNSET);
+    let first = bench.launch().await;
+    first.vmm.pause().await.unwrap();
+    let record = first.vmm.run().clone();
+    for run in [Some(record.clone()), None] {
+        let adoption = bench.backend.adopt(bench.adoption(run)).await.unwrap();
+        let Adoption::Alive { launched, guest } = adoption else { panic!("{adoption:?}") };
+        assert_eq!(guest, GuestState::Paused);
+        assert_eq!(
+            (&launched.vmm.run().process, &launched.vmm.run().version),
+            (&record.process, &record.version)
+        );
+        launched.vmm.sample().await.unwrap();
+    }
+    first.signal(Signal::STOP);
+    let adoption = bench.backend.adopt(bench.adoption(Some(record.clone()))).await.unwrap();
+    let Adoption::Unreachable { launched: Some(launched), .. } = adoption else { panic!("{adoption:?}") };
+    launched.vmm.kill().await.unwrap();
+    let adoption = bench.backend.adopt(bench.adoption(Some(record))).await.unwrap();
+    assert!(matches!(&adoption, Adoption::Gone { exit } if exit.cause == ExitCause::Unknown), "{adoption:?}");
+}
+
+#[tokio::test]
+async fn a_launch_that_fails_says_why_and_leaves_nothing() {
+    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", Guest::Idle, UNSET);
+    let kernel = bench.dir().join("not-a-kernel");
+    std::fs::write(&kernel, "not a kernel").unwrap();
+    bench.config.boot.as_mut().unwrap().kernel_path = kernel.to_str().unwrap().to_owned();
+    let error = bench.try_launch().await.err().unwrap();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+    assert!(error.message.to_lowercase().contains("kernel"), "{}", error.message);
+    assert_eq!(bench.processes(), 0);
+    bench.sweep().await;
+    bench.sweep().await;
+}
+
+#[tokio::test]
+async fn a_launch_that_is_dropped_is_swept() {
+    let bench = bench!("a_launch_that_is_dropped_is_swept", Guest::Idle, UNSET);
+    for millis in [0, 1, 3, 10, 30] {
+        let _ = tokio::time::timeout(Duration::from_millis(millis), bench.try_launch()).await;
+        bench.sweep().await;
+        let deadline = Instant::now() + PATIENCE;
+        while bench.processes() > 0 {
+            assert!(Instant::now() < deadline, "still there after {millis} ms");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_missing_program_is_no_surprise() {
+    let bench = Bench::new(CloudHypervisor::new("/nowhere/cloud-hypervisor"), Guest::Idle, UNSET);
+    let error = bench.try_launch().await.err().unwrap();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
+    assert!(bench.backend.ping().await.version.unwrap_err().contains("/nowhere/cloud-hypervisor"));
+}
+
+#[tokio::test]
+async fn as_many_devices_as_are_allowed_are_served() {
+    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", Guest::Idle, UNSET);
+    for index in 0..bench.backend.capabilities().limits["max-devices"] {
+        bench.add_disk(&format!("d{index}"));
+    }
+    assert!(bench.backend.check(&bench.spec()).is_ok());
+    bench.launch().await.vmm.kill().await.unwrap();
+    bench.add_disk("more");
+    assert!(!bench.backend.check(&bench.spec()).is_ok());
+}
+
+#[tokio::test]
+async fn memory_growth_and_topology_are_taken() {
+    let mut bench = bench!("memory_growth_and_topology_are_taken", Guest::Idle, UNSET);
+    let memory = bench.config.memory.as_mut().unwrap();
+    memory.size_bytes = 128 << 20;
+    memory.hotplug_enabled = true;
+    memory.max_size_bytes = 256 << 20;
+    memory.backing.insert("shared".to_owned(), "true".to_owned());
+    let cpu = bench.config.cpu.as_mut().unwrap();
+    cpu.max_vcpu_count = 4;
+    cpu.topology =
+        Some(vmm_core::config::CpuTopology { sockets: 1, cores_per_socket: 2, threads_per_core: 2 });
+    let run = bench.launch().await;
+    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    run.vmm.kill().await.unwrap();
+}

@@ -1,0 +1,258 @@
+//! The Firecracker backend against a real Firecracker.
+
+mod rest_support;
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use rest_support::{Bench, FORCE, PATIENCE, UNSET, ask_for, usable};
+use vmm_backends::firecracker::{CONSOLE_INPUT, Firecracker};
+use vmm_core::backend::{
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, KernelFormat, Reset,
+};
+use vmm_core::state::EndedBy;
+use vmm_host::process::Signal;
+use vmm_testkit::guests::Guest;
+
+/// A bench for a guest, or the end of a test that is skipped.
+macro_rules! bench {
+    ($test:literal, $guest:expr) => {
+        match usable($test, Firecracker::new("firecracker")).await {
+            Some(backend) => Bench::new(backend, $guest, UNSET),
+            None => return,
+        }
+    };
+}
+
+#[tokio::test]
+async fn a_guest_runs_pauses_goes_on_and_is_killed() {
+    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", Guest::Idle);
+    let mut run = bench.launch().await;
+    assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    for _ in 0..2 {
+        run.vmm.pause().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
+    }
+    for _ in 0..2 {
+        run.vmm.resume().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+    }
+    assert_eq!(bench.console(), format!("{}\r\n", Guest::Idle.banner()), "the guest's words and no others");
+    assert_eq!(run.vmm.run().accelerator, "kvm");
+    assert!(run.vmm.run().version.starts_with("1."), "{}", run.vmm.run().version);
+    assert_eq!(run.vmm.reset().await.unwrap(), Reset::NeedsRelaunch);
+    run.no_event();
+    run.vmm.kill().await.unwrap();
+    run.vmm.kill().await.unwrap();
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+    assert_eq!(bench.processes(), 0);
+    assert_eq!(run.vmm.pause().await.unwrap_err().kind, BackendErrorKind::Gone);
+    assert_eq!(run.vmm.sample().await.unwrap_err().kind, BackendErrorKind::Gone);
+    assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Guest, "it had ended before");
+}
+
+#[tokio::test]
+async fn a_reset_of_the_guest_ends_the_run_and_the_next_appends_to_the_console() {
+    let bench = bench!("a_reset_of_the_guest_ends_the_run_and_the_next_appends_to_the_console", Guest::Reset);
+    for times in 1..=2 {
+        let mut run = bench.launch().await;
+        assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
+        bench.console_shows(&Guest::Reset.banner(), times).await;
+    }
+}
+
+#[tokio::test]
+async fn a_triple_fault_ends_the_run() {
+    let bench = bench!("a_triple_fault_ends_the_run", Guest::TripleFault);
+    let exit = bench.launch().await.gone().await;
+    // A KVM in software makes a reset of some triple faults.
+    assert!(matches!(exit.cause, ExitCause::GuestCrash | ExitCause::GuestReset), "{exit:?}");
+}
+
+#[tokio::test]
+async fn a_power_off_is_not_seen() {
+    let bench = bench!("a_power_off_is_not_seen", Guest::PowerOff);
+    let mut run = bench.launch().await;
+    bench.console_shows(&Guest::PowerOff.banner(), 1).await;
+    assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+    run.no_event();
+    assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Sigterm);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused() {
+    let bench = bench!("a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused", Guest::Obey);
+    let mut run = bench.launch().await;
+    bench.console_shows(&Guest::Obey.banner(), 1).await;
+    run.vmm.pause().await.unwrap();
+    assert_eq!(run.vmm.shutdown(ask_for(PATIENCE)).await.unwrap(), EndedBy::CtrlAltDel);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+    assert_eq!(bench.processes(), 0);
+}
+
+#[tokio::test]
+async fn a_guest_that_ignores_the_request_is_ended() {
+    let bench = bench!("a_guest_that_ignores_the_request_is_ended", Guest::Idle);
+    let mut run = bench.launch().await;
+    assert_eq!(run.vmm.shutdown(ask_for(Duration::from_millis(100))).await.unwrap(), EndedBy::Sigterm);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn the_console_takes_input_and_its_writer_may_go_and_come() {
+    let bench = bench!("the_console_takes_input_and_its_writer_may_go_and_come", Guest::Echo);
+    let mut run = bench.launch().await;
+    bench.console_shows(&Guest::Echo.banner(), 1).await;
+    for word in ["hello", "again"] {
+        let mut input =
+            std::fs::OpenOptions::new().write(true).open(bench.dir().join(CONSOLE_INPUT)).unwrap();
+        input.write_all(word.as_bytes()).unwrap();
+        drop(input);
+        bench.console_shows(word, 1).await;
+    }
+    run.vmm.kill().await.unwrap();
+    run.gone().await;
+}
+
+#[tokio::test]
+async fn counters_are_sums_and_cost_no_room() {
+    let mut bench = bench!("counters_are_sums_and_cost_no_room", Guest::Idle);
+    bench.add_disk("root");
+    bench.config.storage[0].is_root_device = true;
+    let run = bench.launch().await;
+    let mut before = Duration::ZERO;
+    for _ in 0..5 {
+        let sample = run.vmm.sample().await.unwrap();
+        assert!(sample.memory_bytes > 1 << 20);
+        assert!(sample.cpu_time >= before);
+        before = sample.cpu_time;
+    }
+    run.vmm.pause().await.unwrap();
+    run.vmm.sample().await.unwrap();
+    run.vmm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stopped_vmm_times_out_and_is_still_killed() {
+    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", Guest::Idle);
+    let mut run = bench.launch().await;
+    run.signal(Signal::STOP);
+    let error = run.vmm.pause().await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
+    let error = run.vmm.probe().await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::NotApplied));
+    run.no_event();
+    assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Sigkill);
+    assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+#[tokio::test]
+async fn a_vmm_that_was_stopped_for_a_while_answers_again() {
+    let bench = bench!("a_vmm_that_was_stopped_for_a_while_answers_again", Guest::Idle);
+    let run = bench.launch().await;
+    run.signal(Signal::STOP);
+    assert_eq!(run.vmm.probe().await.unwrap_err().kind, BackendErrorKind::Timeout);
+    run.signal(Signal::CONT);
+    assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+    run.vmm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_killed_vmm_is_a_failure() {
+    let bench = bench!("a_killed_vmm_is_a_failure", Guest::Idle);
+    let mut run = bench.launch().await;
+    run.signal(Signal::KILL);
+    let exit = run.gone().await;
+    assert_eq!(exit.cause, ExitCause::VmmFailed);
+    assert!(exit.message.contains("SIGKILL"), "{}", exit.message);
+    // The socket that it left is in nobody's way.
+    bench.launch().await.vmm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_running_vmm_is_adopted() {
+    let bench = bench!("a_running_vmm_is_adopted", Guest::Idle);
+    let first = bench.launch().await;
+    first.vmm.pause().await.unwrap();
+    let record = first.vmm.run().clone();
+    for run in [Some(record.clone()), None] {
+        let adoption = bench.backend.adopt(bench.adoption(run)).await.unwrap();
+        let Adoption::Alive { launched, guest } = adoption else { panic!("{adoption:?}") };
+        assert_eq!(guest, GuestState::Paused);
+        assert_eq!(
+            (&launched.vmm.run().process, &launched.vmm.run().version),
+            (&record.process, &record.version)
+        );
+        launched.vmm.sample().await.unwrap();
+    }
+    first.signal(Signal::STOP);
+    let adoption = bench.backend.adopt(bench.adoption(Some(record.clone()))).await.unwrap();
+    let Adoption::Unreachable { launched: Some(launched), .. } = adoption else { panic!("{adoption:?}") };
+    launched.vmm.kill().await.unwrap();
+    let adoption = bench.backend.adopt(bench.adoption(Some(record))).await.unwrap();
+    assert!(matches!(adoption, Adoption::Gone { exit } if exit.cause == ExitCause::Unknown));
+}
+
+#[tokio::test]
+async fn a_reset_that_nobody_watched_is_told_by_the_counters() {
+    let bench = bench!("a_reset_that_nobody_watched_is_told_by_the_counters", Guest::Reset);
+    let mut run = bench.launch().await;
+    let record = run.vmm.run().clone();
+    run.gone().await;
+    let adoption = bench.backend.adopt(bench.adoption(Some(record))).await.unwrap();
+    assert!(
+        matches!(&adoption, Adoption::Gone { exit } if exit.cause == ExitCause::GuestReset),
+        "{adoption:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_launch_that_fails_says_why_and_leaves_nothing() {
+    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", Guest::Idle);
+    let kernel = bench.dir().join("not-a-kernel");
+    std::fs::write(&kernel, "not a kernel").unwrap();
+    bench.config.boot.as_mut().unwrap().kernel_path = kernel.to_str().unwrap().to_owned();
+    let error = bench.try_launch().await.err().unwrap();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+    assert!(error.message.to_lowercase().contains("elf"), "{}", error.message);
+    assert_eq!(bench.processes(), 0);
+    bench.sweep().await;
+    bench.sweep().await;
+}
+
+#[tokio::test]
+async fn a_launch_that_is_dropped_is_swept() {
+    let bench = bench!("a_launch_that_is_dropped_is_swept", Guest::Idle);
+    for millis in [0, 1, 3, 10, 30] {
+        let _ = tokio::time::timeout(Duration::from_millis(millis), bench.try_launch()).await;
+        bench.sweep().await;
+        let deadline = Instant::now() + PATIENCE;
+        while bench.processes() > 0 {
+            assert!(Instant::now() < deadline, "still there after {millis} ms");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_missing_program_is_no_surprise() {
+    let bench = Bench::new(Firecracker::new("/nowhere/firecracker"), Guest::Idle, UNSET);
+    let error = bench.try_launch().await.err().unwrap();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
+    assert!(bench.backend.ping().await.version.unwrap_err().contains("/nowhere/firecracker"));
+    assert!(bench.backend.capabilities().kernel_formats.contains(&KernelFormat::Elf));
+}
+
+#[tokio::test]
+async fn as_many_devices_as_are_allowed_are_served() {
+    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", Guest::Idle);
+    for index in 0..bench.backend.capabilities().limits["max-devices"] {
+        bench.add_disk(&format!("d{index}"));
+    }
+    assert!(bench.backend.check(&bench.spec()).is_ok());
+    bench.launch().await.vmm.kill().await.unwrap();
+    bench.add_disk("more");
+    assert!(!bench.backend.check(&bench.spec()).is_ok());
+}

@@ -1,0 +1,205 @@
+//! What the tests against a real Firecracker and a real Cloud Hypervisor share: a bench that starts guests and leaves nothing
+//! behind, failed or not.
+
+#![allow(dead_code, reason = "every test program uses its own part of this")]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+use vmm_core::backend::{
+    AdoptRequest, Backend, BackendError, Exit, Ladder, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
+};
+use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig};
+use vmm_core::id::{InstanceId, VmUid};
+use vmm_core::spec::VmSpec;
+use vmm_core::store::RunRecord;
+use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
+use vmm_testkit::guests::Guest;
+
+/// Longer than anything honest takes on a busy host.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Does not ask the guest.
+pub const FORCE: Ladder = Ladder { ask_guest_for: None };
+
+pub const UNSET: i32 = 0;
+pub const NEVER: i32 = 1;
+pub const GUEST_REBOOT: i32 = 2;
+
+/// Asks the guest, and waits for it.
+pub fn ask_for(time: Duration) -> Ladder {
+    Ladder { ask_guest_for: Some(time) }
+}
+
+/// The backend, or `None` after saying that `test` is skipped, where people and scripts see it.
+pub async fn usable<B: Backend>(test: &str, backend: B) -> Option<B> {
+    let Err(why) = backend.ping().await.version else { return Some(backend) };
+    let line = format!("SKIPPED: {test}: {why}");
+    println!("{line}");
+    if let Some(log) = std::env::var_os("VMCP_SKIP_LOG") {
+        let mut log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
+        writeln!(log, "{line}").unwrap();
+    }
+    None
+}
+
+/// One VM's run folder and configuration, and whatever runs there.
+pub struct Bench<B> {
+    pub backend: B,
+    pub uid: VmUid,
+    pub config: VmConfig,
+    dir: TempDir,
+}
+
+impl<B: Backend> Bench<B> {
+    /// A bench for a tiny guest.
+    pub fn new(backend: B, guest: Guest, restart: i32) -> Self {
+        let dir = tempfile::Builder::new().prefix("vmcp-rest-").tempdir().unwrap();
+        let kernel = guest.write_to(dir.path()).unwrap();
+        let config = VmConfig {
+            cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
+            memory: Some(MemoryConfig { size_bytes: 64 << 20, ..MemoryConfig::default() }),
+            boot: Some(BootConfig {
+                kernel_path: kernel.to_str().unwrap().to_owned(),
+                ..BootConfig::default()
+            }),
+            restart_policy: Some(RestartPolicyConfig { mode: restart, max_restarts: 0 }),
+            ..VmConfig::default()
+        };
+        Self { backend, uid: VmUid::new(Uuid::now_v7()), config, dir }
+    }
+
+    /// Adds a raw disk of 1 MiB.
+    pub fn add_disk(&mut self, id: &str) {
+        let path = self.dir().join(format!("{id}.raw"));
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        self.config.storage.push(StorageDevice {
+            id: id.to_owned(),
+            path: path.to_str().unwrap().to_owned(),
+            ..StorageDevice::default()
+        });
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn spec(&self) -> VmSpec {
+        VmSpec::parse(&self.config).unwrap()
+    }
+
+    pub fn request(&self) -> LaunchRequest {
+        LaunchRequest {
+            instance: InstanceId::new(Uuid::nil()),
+            uid: self.uid,
+            vm_id: "bench".parse().unwrap(),
+            spec: self.spec(),
+            dir: self.dir().to_path_buf(),
+            console: Some(self.console_file()),
+            taps: Vec::new(),
+        }
+    }
+
+    pub fn adoption(&self, run: Option<RunRecord>) -> AdoptRequest {
+        AdoptRequest {
+            instance: InstanceId::new(Uuid::nil()),
+            uid: self.uid,
+            vm_id: "bench".parse().unwrap(),
+            spec: self.spec(),
+            dir: self.dir().to_path_buf(),
+            run,
+        }
+    }
+
+    pub async fn try_launch(&self) -> Result<Run, BackendError> {
+        self.backend.launch(self.request()).await.map(Run::from)
+    }
+
+    pub async fn launch(&self) -> Run {
+        self.try_launch().await.unwrap()
+    }
+
+    pub async fn sweep(&self) {
+        self.backend.sweep(SweepRequest { uid: self.uid, dir: self.dir().to_path_buf() }).await.unwrap();
+    }
+
+    pub fn console_file(&self) -> PathBuf {
+        self.dir().join("console,log")
+    }
+
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.console_file()).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until the console shows `text` for the `times`th time.
+    pub async fn console_shows(&self, text: &str, times: usize) {
+        let shown = async {
+            while self.console().matches(text).count() < times {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, shown).await.is_err() {
+            panic!("the console does not show {text:?} {times} times: {}", self.console());
+        }
+    }
+
+    /// The processes that use the run folder.
+    pub fn processes(&self) -> usize {
+        find_by_argument(self.dir()).unwrap().len()
+    }
+}
+
+impl<B> Drop for Bench<B> {
+    fn drop(&mut self) {
+        for found in find_by_argument(self.dir.path()).unwrap_or_default() {
+            if let Lookup::Alive(process) = adopt(&found.identity) {
+                let _ = process.signal(Signal::KILL);
+            }
+        }
+    }
+}
+
+/// A running VM.
+pub struct Run {
+    pub vmm: Arc<dyn Vmm>,
+    pub events: mpsc::Receiver<VmmEvent>,
+}
+
+impl From<Launched> for Run {
+    fn from(launched: Launched) -> Self {
+        Self { vmm: launched.vmm, events: launched.events }
+    }
+}
+
+impl Run {
+    pub async fn event(&mut self) -> VmmEvent {
+        tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("an event").expect("not the end")
+    }
+
+    /// The end, which must be the next event and the last.
+    pub async fn gone(&mut self) -> Exit {
+        match self.event().await {
+            VmmEvent::Gone(exit) => {
+                assert_eq!(self.events.recv().await, None, "nothing follows the end");
+                exit
+            }
+            other => panic!("{other:?} instead of the end"),
+        }
+    }
+
+    /// Fails if there is news.
+    pub fn no_event(&mut self) {
+        assert_eq!(self.events.try_recv(), Err(mpsc::error::TryRecvError::Empty));
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        match adopt(&self.vmm.run().process) {
+            Lookup::Alive(process) => process.signal(signal).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! A writable disk or a TAP serves one running VM.
+
+use vmm_core::backend::ExitCause;
+use vmm_core::config::VmConfig;
+use vmm_core::state::VmState;
+use vmm_testkit::fake::{Act, Method};
+
+use crate::common::*;
+
+/// VM `b` cannot boot while `a` holds what both want.
+async fn b_is_refused(vms: &Vms, what: &str) {
+    let before = vms.world.calls(Method::Launch);
+    let text = refused(vms.boot("b").await, "precondition");
+    assert!(text.contains("VM \"a\"") && text.contains(what), "{text} names {what} and its holder");
+    assert_eq!((vms.state("b"), vms.world.calls(Method::Launch)), (VmState::Created, before));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_one_vm_holds_another_cannot_have() {
+    let bed = Bed::new();
+    for (config, what) in [(bed.with_disk("d"), bed.path("d")), (bed.with_tap("tap-x"), "tap-x".to_owned())] {
+        let vms = bed.start().await;
+        vms.create("b", config.clone()).await;
+        vms.run("a", config).await;
+        b_is_refused(&vms, &what).await;
+        vms.pause("a").await.unwrap();
+        b_is_refused(&vms, &what).await;
+        vms.resume("a").await.unwrap();
+        vms.reboot("a").await.unwrap();
+        b_is_refused(&vms, &what).await;
+        vms.shutdown("a").await.unwrap();
+        vms.boot("b").await.expect("it is free");
+        refused(vms.boot("a").await, "precondition");
+        for vm_id in ["a", "b"] {
+            vms.force_delete(vm_id).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_end_frees_what_was_held() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("b", bed.with_disk("d")).await;
+    for end in 0..5 {
+        let machine = vms.run("a", bed.with_disk("d")).await;
+        b_is_refused(&vms, "d").await;
+        match end {
+            0 => machine.power_off(),
+            1 => machine.end(ExitCause::VmmFailed),
+            2 => machine.fail_guest("cannot go on"),
+            3 => drop(vms.force_shutdown("a").await.unwrap()),
+            _ => drop(vms.force_delete("a").await.unwrap()),
+        }
+        if end < 4 {
+            vms.until("a", |record| record.state == VmState::Shutdown).await;
+            vms.force_delete("a").await.unwrap();
+        }
+        vms.boot("b").await.expect("it is free");
+        vms.force_delete("b").await.unwrap();
+        vms.create("b", bed.with_disk("d")).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_start_holds_nothing() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for vm_id in ["a", "b"] {
+        vms.create(vm_id, bed.with_disk("d")).await;
+    }
+    vms.world.next(Method::Launch, Act::do_then_hang());
+    refused(vms.boot("a").await, "unavailable");
+    vms.boot("b").await.expect("it is free");
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_share_and_another_path_is_no_other_disk() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let read_only = || {
+        let mut config = bed.with_disk("d");
+        config.storage[0].read_only = true;
+        config
+    };
+    vms.run("a", read_only()).await;
+    vms.run("r", read_only()).await;
+    std::fs::hard_link(bed.path("d"), bed.path("alias")).unwrap();
+    vms.create("b", bed.with_disk("alias")).await;
+    let text = refused(vms.boot("b").await, "precondition");
+    assert!(text.contains("in use by VM"), "{text}");
+    for vm_id in ["a", "r"] {
+        vms.shutdown(vm_id).await.unwrap();
+    }
+    vms.boot("b").await.unwrap();
+    refused(vms.boot("r").await, "precondition");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tap_that_the_program_names_is_the_vms_own() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let config = || VmConfig { network: vec![Default::default()], ..bed.config() };
+    vms.run("a", config()).await;
+    vms.run("b", config()).await;
+}
+
+#[test]
+fn what_a_running_vm_holds_it_holds_across_restarts() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.create("b", bed.with_disk("d")).await;
+        vms.run("a", bed.with_disk("d")).await;
+    });
+    bed.life(async |vms| {
+        b_is_refused(&vms, "d").await;
+        vms.machine("a").stop();
+    });
+    bed.life(async |vms| {
+        b_is_refused(&vms, "d").await;
+        vms.force_shutdown("a").await.unwrap();
+        vms.boot("b").await.unwrap();
+    });
+}

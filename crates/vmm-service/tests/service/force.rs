@@ -1,0 +1,235 @@
+//! Force: it waits for nobody, and ends what can be ended.
+
+use std::time::Duration;
+
+use vmm_core::backend::{BackendErrorKind, Effect};
+use vmm_core::state::{EndedBy, Phase, VmState};
+use vmm_service::{ListQuery, Outcome, ServiceError};
+use vmm_testkit::fake::{Act, Method};
+
+use crate::common::*;
+
+/// What a forced operation may take, on the paused clock.
+const FORCE_LIMIT: Duration = Duration::from_secs(5);
+
+/// An operation that hangs, on a VM called `a`; answers its task once it hangs.
+async fn hang(
+    bed: &Bed,
+    vms: &Vms,
+    method: Method,
+    act: Act,
+) -> tokio::task::JoinHandle<Result<Outcome, ServiceError>> {
+    let start = match method {
+        Method::Launch => VmState::Created,
+        Method::Resume => VmState::Paused,
+        _ => VmState::Running,
+    };
+    vms.bring_to("a", bed.config(), start).await;
+    let before = vms.world.calls(method);
+    vms.world.next(method, act);
+    let task = tokio::spawn({
+        let vms = vms.clone();
+        async move {
+            match method {
+                Method::Launch => vms.boot("a").await,
+                Method::Pause => vms.pause("a").await,
+                Method::Resume => vms.resume("a").await,
+                Method::Reset => vms.force_reboot("a").await,
+                _ => vms.shutdown("a").await,
+            }
+        }
+    });
+    eventually("the call that hangs", || vms.world.calls(method) > before).await;
+    task
+}
+
+const HANGING: [Method; 5] = [Method::Launch, Method::Pause, Method::Resume, Method::Reset, Method::Shutdown];
+
+#[tokio::test(start_paused = true)]
+async fn a_forced_deletion_ends_what_hangs() {
+    for method in HANGING {
+        for act in [Act::hang(), Act::do_then_hang()] {
+            let bed = Bed::new();
+            let vms = bed.start().await;
+            let task = hang(&bed, &vms, method, act).await;
+            let began = tokio::time::Instant::now();
+            let outcome = vms.force_delete("a").await.expect("force succeeds");
+            assert!(began.elapsed() < FORCE_LIMIT, "{method:?}");
+            assert!(outcome.left_behind.is_empty(), "{method:?}: {:?}", outcome.left_behind);
+            let text = refused(task.await.unwrap(), "aborted");
+            assert!(text.contains("pre-empted"), "{text}");
+            assert_eq!((vms.world.living(), bed.store.vms().len()), (0, 0), "{method:?}");
+            vms.create("a", bed.config()).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forced_shutdown_ends_what_hangs() {
+    for method in HANGING {
+        for act in [Act::hang(), Act::do_then_hang()] {
+            let bed = Bed::new();
+            let vms = bed.start().await;
+            let task = hang(&bed, &vms, method, act).await;
+            let began = tokio::time::Instant::now();
+            let outcome = vms.force_shutdown("a").await.expect("force succeeds");
+            assert!(began.elapsed() < FORCE_LIMIT, "{method:?}");
+            refused(task.await.unwrap(), "aborted");
+            assert_eq!(outcome.record.state, VmState::Shutdown, "{method:?}");
+            assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0), "{method:?}");
+            assert_eq!(bed.stored("a"), *vms.record("a"));
+            vms.boot("a").await.expect("the VM is none the worse");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_behind_a_deleted_vm_is_told_that_it_is_gone() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let task = hang(&bed, &vms, Method::Pause, Act::hang()).await;
+    let waiting: Vec<_> = (0..3)
+        .map(|_| {
+            let vms = vms.clone();
+            tokio::spawn(async move { vms.resume("a").await })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    vms.force_delete("a").await.unwrap();
+    // Even where the name lives on as another VM.
+    vms.create("a", bed.config()).await;
+    for waiting in waiting {
+        refused(waiting.await.unwrap(), "not-found");
+    }
+    refused(task.await.unwrap(), "aborted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_vmm_is_ended_by_force() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for vm_id in ["shut-down", "deleted"] {
+        let machine = vms.run(vm_id, bed.config()).await;
+        machine.stop();
+        vms.until_phase(vm_id, Phase::Unreachable).await;
+        refused(vms.shutdown(vm_id).await, "unavailable");
+        let began = tokio::time::Instant::now();
+        if vm_id == "deleted" {
+            assert!(vms.force_delete(vm_id).await.unwrap().left_behind.is_empty());
+        } else {
+            let outcome = vms.force_shutdown(vm_id).await.unwrap();
+            assert_eq!((outcome.ended_by, vms.state(vm_id)), (Some(EndedBy::Sigkill), VmState::Shutdown));
+        }
+        assert!(began.elapsed() < FORCE_LIMIT);
+        assert!(!machine.lives());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_killed_is_left_behind_and_said_so() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    machine.set_unkillable(true);
+    // A shutdown that does not end it says so, and the VM is shown as it is.
+    refused(vms.force_shutdown("a").await, "unavailable");
+    assert_eq!(vms.state("a"), VmState::Running);
+    let began = tokio::time::Instant::now();
+    let outcome = vms.force_delete("a").await.expect("a forced deletion succeeds");
+    assert!(began.elapsed() < FORCE_LIMIT);
+    assert_eq!(outcome.left_behind.len(), 1);
+    assert_eq!(outcome.left_behind[0].field, "process");
+    assert!(outcome.left_behind[0].message.contains(&machine.pid().to_string()));
+    assert!(machine.lives());
+    vms.create("a", bed.config()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_that_hangs_holds_up_a_forced_deletion() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    vms.world.always(Method::Kill, Act::hang());
+    vms.world.always(Method::Sweep, Act::hang());
+    let began = tokio::time::Instant::now();
+    let outcome = vms.force_delete("a").await.unwrap();
+    assert!(began.elapsed() < FORCE_LIMIT);
+    assert_eq!(outcome.left_behind.len(), 1, "{:?}", outcome.left_behind);
+    refused(vms.service.get("a").map(drop), "not-found");
+    machine.end(vmm_core::backend::ExitCause::Unknown);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_whose_process_cannot_be_ended_is_not_called_ended() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.with_disk("d")).await;
+    vms.create("b", bed.with_disk("d")).await;
+    vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
+    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    refused(vms.boot("a").await, "unavailable");
+    assert_eq!((vms.world.living(), vms.phase("a")), (1, Phase::Unreachable));
+    refused(vms.boot("a").await, "unavailable");
+    let text = refused(vms.boot("b").await, "precondition");
+    assert!(text.contains("VM \"a\""), "its disk stays claimed: {text}");
+    // It is looked for again, and found to be the VM's own.
+    vms.until_phase("a", Phase::Running).await;
+    assert_eq!(vms.state("a"), VmState::Running);
+    vms.shutdown("a").await.unwrap();
+    vms.boot("b").await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_inbox_is_told_and_holds_up_no_reader() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let task = hang(&bed, &vms, Method::Pause, Act::hang()).await;
+    let mut waiting = Vec::new();
+    for _ in 0..40 {
+        let vms = vms.clone();
+        waiting.push(tokio::spawn(async move { vms.resume("a").await }));
+        tokio::task::yield_now().await;
+    }
+    let began = tokio::time::Instant::now();
+    refused(vms.resume("a").await, "unavailable");
+    assert_eq!(vms.service.list(&ListQuery::default()).unwrap().total_count, 1);
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Pausing));
+    vms.run("b", bed.config()).await;
+    assert!(began.elapsed() < Duration::from_secs(1), "on the paused clock");
+    vms.force_shutdown("a").await.expect("force has a way of its own");
+    refused(task.await.unwrap(), "aborted");
+    let mut refusals = std::collections::BTreeMap::<_, usize>::new();
+    for waiting in waiting {
+        *refusals.entry(kind(&waiting.await.unwrap().unwrap_err())).or_default() += 1;
+    }
+    assert_eq!(refusals["illegal-state"], 32, "those that waited were answered: {refusals:?}");
+    assert_eq!(refusals["unavailable"], 8);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_whose_client_leaves_runs_to_its_end() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let gate = vmm_testkit::fake::Gate::default();
+    let task = hang(&bed, &vms, Method::Launch, Act::Wait(gate.clone())).await;
+    task.abort();
+    assert!(task.await.unwrap_err().is_cancelled());
+    assert_eq!(vms.service.drain(Duration::from_millis(10)).await, 1, "it still counts as under way");
+    gate.open();
+    assert_eq!(vms.service.drain(Duration::from_secs(5)).await, 0);
+    assert_eq!(vms.state("a"), VmState::Running);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_whose_vmm_hangs_fails_in_time() {
+    let limit = Duration::from_secs(30);
+    for method in [Method::Launch, Method::Pause, Method::Resume, Method::Reset] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.world.always(Method::Probe, Act::hang());
+        let began = tokio::time::Instant::now();
+        let task = hang(&bed, &vms, method, Act::hang()).await;
+        refused(task.await.unwrap(), "unavailable");
+        assert!(began.elapsed() <= limit, "{method:?} took {:?}", began.elapsed());
+    }
+}

@@ -1,0 +1,13 @@
+//! The service on a scripted hypervisor and a scripted store, on a clock that jumps wherever nothing else is left to do.
+
+mod claims;
+mod common;
+mod concurrency;
+mod creation;
+mod force;
+mod lifecycle;
+mod listing;
+mod observe;
+mod recover;
+mod restart;
+mod storage;

@@ -1,0 +1,228 @@
+//! What VMs do by themselves, and what is shown of it.
+
+use std::time::Duration;
+
+use vmm_core::backend::{BackendErrorKind, Effect, ExitCause, GuestState};
+use vmm_core::event::EventKind;
+use vmm_core::state::{EndedBy, Phase, VmState};
+use vmm_testkit::fake::{Act, Method};
+
+use crate::common::*;
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_powers_off_ends_its_run() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await.power_off();
+    let record = vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Stopped, "guest-power-off"));
+    assert_eq!((record.ended_by, &record.run), (Some(EndedBy::Guest), &None));
+    assert_eq!(bed.stored("a"), *record);
+    assert!(vms.service.get("a").unwrap().metrics.is_none());
+    let last = bed.store.log().pop().unwrap().event;
+    assert_eq!((last.kind, last.ended_by), (EventKind::VmmExited, Some(EndedBy::Guest)));
+    vms.boot("a").await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_in_place_is_counted_and_the_vm_runs_on() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    for count in 1..=3 {
+        machine.reset();
+        let record = vms.until("a", |record| record.status.restarts == count).await;
+        assert_eq!((record.state, record.status.reason.as_str()), (VmState::Running, "guest-reset"));
+    }
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    machine.reset();
+    vms.until("a", |record| record.status.restarts == 1).await;
+    assert!(machine.lives(), "a quiet minute begins the count anew");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_of_a_paused_guest_leaves_it_paused() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    vms.pause("a").await.unwrap();
+    machine.reset();
+    let record = vms.until("a", |record| record.status.restarts == 1).await;
+    assert_eq!((record.state, record.status.phase), (VmState::Paused, Phase::Paused));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_resets_itself_for_ever_is_ended() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.with_policy(GUEST_REBOOT, 2)).await;
+    for _ in 0..3 {
+        machine.reset();
+    }
+    let record = vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Failed, "restart-loop"));
+    assert!(!machine.lives());
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(vms.state("a"), VmState::Shutdown);
+    vms.boot("a").await.expect("a client may start it again");
+    assert_eq!(vms.record("a").status.restarts, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_ends_the_run_where_the_policy_says_never() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.with_policy(NEVER, 0)).await;
+    machine.reset();
+    let record = vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Stopped, "guest-reset"));
+    assert!(!machine.lives());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_others_do_to_a_vm_is_followed() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    machine.pause();
+    let record = vms.until("a", |record| record.state == VmState::Paused).await;
+    assert_eq!(record.status.reason, "paused-from-outside");
+    machine.resume();
+    vms.until("a", |record| record.state == VmState::Running).await;
+    let generation = vms.record("a").generation;
+    machine.resume();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(vms.record("a").generation, generation, "what is known already is no change");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_cannot_go_on_is_ended() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    machine.fail_guest("internal error");
+    let record = vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Failed, "guest-crash"));
+    assert!(record.status.message.contains("internal error"));
+    assert!(!machine.lives());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_cannot_go_on_and_a_vmm_that_does_not_end_is_unreachable() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    machine.set_unkillable(true);
+    machine.fail_guest("internal error");
+    let record = vms.until_phase("a", Phase::Unreachable).await;
+    assert_eq!((record.state, record.status.reason.as_str()), (VmState::Running, "vmm-does-not-end"));
+    machine.set_unkillable(false);
+    vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert!(!machine.lives(), "it is tried again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_vmm_keeps_its_state_and_refuses_all_but_force() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for state in [VmState::Running, VmState::Paused] {
+        let vm_id = state.name();
+        vms.bring_to(vm_id, bed.config(), state).await;
+        let machine = vms.machine(vm_id);
+        machine.stop();
+        let record = vms.until_phase(vm_id, Phase::Unreachable).await;
+        assert_eq!((record.state, record.status.reason.as_str()), (state, "vmm-does-not-answer"));
+        for answer in [
+            vms.boot(vm_id).await,
+            vms.pause(vm_id).await,
+            vms.resume(vm_id).await,
+            vms.shutdown(vm_id).await,
+            vms.reboot(vm_id).await,
+            vms.delete(vm_id).await,
+        ] {
+            let text = refused(answer, "unavailable");
+            assert!(text.contains("unreachable") && text.contains("force"), "{text}");
+        }
+        assert!(machine.lives());
+        machine.go_on();
+        let record = vms.until(vm_id, |record| record.status.phase == Phase::at_rest(state)).await;
+        assert_eq!((record.state, record.status.reason.as_str()), (state, "reachable-again"));
+    }
+    let kinds: Vec<_> = bed.store.log().into_iter().map(|event| event.event.kind).collect();
+    for kind in [EventKind::Unreachable, EventKind::Reachable] {
+        assert_eq!(kinds.iter().filter(|found| **found == kind).count(), 2, "{kind:?} once per VM");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vmm_that_answers_again_is_asked_where_its_guest_is() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for (vm_id, guest, expected) in
+        [("paused", GuestState::Paused, VmState::Paused), ("ended", GuestState::Ended, VmState::Shutdown)]
+    {
+        let machine = vms.run(vm_id, bed.config()).await;
+        machine.stop();
+        vms.until_phase(vm_id, Phase::Unreachable).await;
+        machine.set_guest(guest);
+        machine.go_on();
+        vms.until(vm_id, |record| record.state == expected).await;
+        assert_eq!(machine.lives(), expected.is_live(), "{vm_id}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_vmm_that_ends_is_down() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    machine.stop();
+    vms.until_phase("a", Phase::Unreachable).await;
+    machine.end(ExitCause::VmmFailed);
+    let record = vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert_eq!(record.status.phase, Phase::Failed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_that_gets_no_answer_leaves_the_vm_unreachable() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await.stop();
+    refused(vms.pause("a").await, "unavailable");
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Unreachable));
+}
+
+#[tokio::test(start_paused = true)]
+async fn metrics_are_sampled_and_go_with_the_run() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.config()).await;
+    let metrics = || vms.service.get("a").unwrap().metrics;
+    assert!(metrics().is_none());
+    vms.boot("a").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let first = metrics().expect("the first sample comes soon");
+    tokio::time::sleep(INTERVAL).await;
+    let second = metrics().unwrap();
+    assert!(second.network.bytes_received > first.network.bytes_received);
+    assert!((0.0..=100.0).contains(&second.cpu_usage_percent));
+    vms.shutdown("a").await.unwrap();
+    assert!(metrics().is_none());
+    vms.boot("a").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(metrics().unwrap().network, first.network, "a new run counts from its own beginning");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vmm_that_hangs_delays_no_reader_and_no_other_vm() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    vms.world.next(Method::Sample, Act::hang());
+    let record = vms.until_phase("a", Phase::Unreachable).await;
+    assert!(record.status.message.contains("did not answer"), "{}", record.status.message);
+    vms.until_phase("a", Phase::Running).await;
+    vms.world.next(Method::Sample, Act::Fail(BackendErrorKind::Protocol, Effect::NotApplied));
+    vms.until_phase("a", Phase::Unreachable).await;
+    vms.until_phase("a", Phase::Running).await;
+}

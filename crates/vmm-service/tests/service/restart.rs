@@ -1,0 +1,184 @@
+//! The restart policy: which ends are undone, how soon, how often, and who calls it off.
+
+use std::time::Duration;
+
+use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
+use vmm_core::state::{Phase, VmState};
+use vmm_core::store::StoreErrorKind;
+use vmm_testkit::fake::{Act, Method};
+use vmm_testkit::memory_store::Verdict;
+
+use crate::common::*;
+
+#[tokio::test(start_paused = true)]
+async fn each_mode_undoes_its_own_ends() {
+    use ExitCause::{GuestCrash, GuestPowerOff, GuestReset, Requested, Unknown, VmmFailed};
+    // The least mode that undoes each end; 0 is unset, which is GUEST_REBOOT on this hypervisor.
+    let least = [
+        (GuestReset, GUEST_REBOOT),
+        (GuestCrash, ON_FAILURE),
+        (VmmFailed, ON_FAILURE),
+        (Unknown, ON_FAILURE),
+        (GuestPowerOff, ALWAYS),
+        (Requested, ALWAYS),
+    ];
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for mode in [0, NEVER, GUEST_REBOOT, ON_FAILURE, ALWAYS] {
+        for (cause, least) in least {
+            let vm_id = format!("{mode}-{}", cause.reason());
+            let machine = vms.run(&vm_id, bed.with_policy(mode, 0)).await;
+            machine.end(cause);
+            let record = vms.until(&vm_id, |record| record.state == VmState::Shutdown).await;
+            assert_eq!(record.status.reason, cause.reason());
+            let in_force = if mode == 0 { GUEST_REBOOT } else { mode };
+            if in_force >= least {
+                assert_eq!((record.status.phase, record.status.restarts), (Phase::Restarting, 1), "{vm_id}");
+                vms.until_phase(&vm_id, Phase::Running).await;
+                assert_eq!(vms.record(&vm_id).status.restarts, 1);
+            } else {
+                let expected = if cause.is_failure() { Phase::Failed } else { Phase::Stopped };
+                assert_eq!(record.status.phase, expected, "{vm_id}");
+                tokio::time::sleep(Duration::from_secs(120)).await;
+                assert_eq!(vms.state(&vm_id), VmState::Shutdown, "{vm_id}");
+            }
+            vms.force_delete(&vm_id).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn restarts_wait_longer_each_time_and_end_in_a_loop() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(ON_FAILURE, 4)).await;
+    let mut waits = Vec::new();
+    for _ in 1..=4 {
+        vms.machine("a").end(ExitCause::VmmFailed);
+        vms.until_phase("a", Phase::Restarting).await;
+        let began = tokio::time::Instant::now();
+        vms.until_phase("a", Phase::Running).await;
+        waits.push(began.elapsed());
+    }
+    for pair in waits.windows(2) {
+        assert!(pair[1] > pair[0], "{waits:?}");
+    }
+    vms.machine("a").end(ExitCause::VmmFailed);
+    let record = vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Failed, "restart-loop"));
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_fails_is_tried_again_and_counts() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(ON_FAILURE, 3)).await;
+    for _ in 0..2 {
+        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+    }
+    vms.machine("a").end(ExitCause::VmmFailed);
+    let record =
+        vms.until("a", |record| record.status.restarts == 3 && record.state == VmState::Running).await;
+    assert_eq!(record.status.phase, Phase::Running);
+    vms.world.always(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+    vms.machine("a").end(ExitCause::VmmFailed);
+    vms.until("a", |record| record.status.phase == Phase::Failed && record.status.reason == "restart-loop")
+        .await;
+    assert_eq!(bed.stored("a"), *vms.record("a"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_reboot_that_cannot_be_served_fails() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(GUEST_REBOOT, 0)).await;
+    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+    vms.machine("a").end(ExitCause::GuestReset);
+    let record = vms.until_phase("a", Phase::Failed).await;
+    assert_eq!((record.state, record.status.reason.as_str()), (VmState::Shutdown, "boot-failed"));
+}
+
+/// A VM that waits for its restart.
+async fn waiting(bed: &Bed, vms: &Vms) {
+    vms.run("a", bed.with_policy(ALWAYS, 0)).await.power_off();
+    let record = vms.until_phase("a", Phase::Restarting).await;
+    assert_eq!(record.state, VmState::Shutdown);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_starts_it_at_once() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    waiting(&bed, &vms).await;
+    let outcome = vms.boot("a").await.unwrap();
+    assert_eq!((outcome.record.state, outcome.record.status.restarts), (VmState::Running, 0));
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (2, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_calls_it_off() {
+    for force in [false, true] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        waiting(&bed, &vms).await;
+        let outcome = if force { vms.force_shutdown("a").await } else { vms.shutdown("a").await };
+        assert_eq!(outcome.unwrap().record.status.phase, Phase::Stopped);
+        assert_eq!(bed.stored("a").status.phase, Phase::Stopped);
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0));
+
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        waiting(&bed, &vms).await;
+        let deleted = if force { vms.force_delete("a").await } else { vms.delete("a").await };
+        deleted.unwrap();
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        assert_eq!((vms.world.living(), bed.store.vms().len()), (0, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_call_does_not_call_it_off() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    // Neither a start that the host forbids …
+    waiting(&bed, &vms).await;
+    std::fs::rename(bed.path("vmlinux"), bed.path("away")).unwrap();
+    refused(vms.boot("a").await, "precondition");
+    assert_eq!(vms.phase("a"), Phase::Restarting);
+    std::fs::rename(bed.path("away"), bed.path("vmlinux")).unwrap();
+    vms.until_phase("a", Phase::Running).await;
+    // … nor one or a deletion that cannot be recorded.
+    for deletes in [false, true] {
+        vms.machine("a").power_off();
+        vms.until_phase("a", Phase::Restarting).await;
+        bed.store.next([Verdict::Refuse(StoreErrorKind::Full)]);
+        let answer = if deletes { vms.delete("a").await } else { vms.boot("a").await };
+        refused(answer, "exhausted");
+        assert_eq!(vms.phase("a"), Phase::Restarting);
+        vms.until_phase("a", Phase::Running).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_is_never_undone() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(ALWAYS, 0)).await;
+    vms.shutdown("a").await.unwrap();
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!(vms.state("a"), VmState::Shutdown);
+}
+
+#[test]
+fn a_restart_that_was_due_is_due_after_a_restart_of_the_daemon() {
+    let bed = Bed::new();
+    bed.life(async |vms| waiting(&bed, &vms).await);
+    bed.life(async |vms| {
+        vms.until_phase("a", Phase::Running).await;
+        assert_eq!(vms.record("a").status.restarts, 1);
+    });
+}

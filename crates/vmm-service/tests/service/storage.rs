@@ -1,0 +1,124 @@
+//! A store that fails: nothing runs that is not on record, and what is shown is true.
+
+use vmm_core::state::{Phase, VmState};
+use vmm_core::store::StoreErrorKind::{Full, Io};
+use vmm_testkit::fake::Method;
+use vmm_testkit::memory_store::Verdict::{self, Lose, Pass, Refuse, WriteAndFail};
+
+use crate::common::*;
+
+const FAILURES: [Verdict; 3] = [Refuse(Full), Lose(Io), WriteAndFail(Io)];
+
+fn code(verdict: Verdict) -> &'static str {
+    if verdict == Refuse(Full) { "exhausted" } else { "unavailable" }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_intent_nothing_is_touched() {
+    for verdict in FAILURES {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.create("a", bed.config()).await;
+        bed.store.next([verdict]);
+        refused(vms.boot("a").await, code(verdict));
+        assert_eq!((vms.world.calls(Method::Launch), vms.state("a")), (0, VmState::Created));
+        assert_eq!(vms.phase("a"), Phase::Created);
+        vms.boot("a").await.expect("whether the last commit was written or not");
+        bed.store.next([verdict]);
+        refused(vms.pause("a").await, code(verdict));
+        bed.store.next([verdict]);
+        refused(vms.shutdown("a").await, code(verdict));
+        assert_eq!((vms.world.calls(Method::Pause), vms.world.calls(Method::Shutdown)), (0, 0));
+        assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Running));
+        vms.pause("a").await.expect("however many commits in a row nobody knows of");
+        assert_eq!(bed.stored("a"), *vms.record("a"));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_whose_start_cannot_be_recorded_does_not_run() {
+    for verdict in FAILURES {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.create("a", bed.with_disk("d")).await;
+        bed.store.next([Pass, verdict]);
+        refused(vms.boot("a").await, code(verdict));
+        assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (1, 0), "{verdict:?}");
+        assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Created, "boot-failed"));
+        assert_eq!(bed.stored("a"), *vms.record("a"), "{verdict:?}");
+        vms.boot("a").await.expect("the disk was given back");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outcome_that_cannot_be_recorded_is_shown_all_the_same() {
+    for verdict in FAILURES {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.run("a", bed.config()).await;
+        bed.store.next([Pass, verdict]);
+        refused(vms.pause("a").await, code(verdict));
+        assert_eq!(vms.state("a"), VmState::Paused, "{verdict:?}");
+        bed.store.next([Pass, verdict]);
+        refused(vms.shutdown("a").await, code(verdict));
+        assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0), "{verdict:?}");
+        vms.boot("a").await.unwrap();
+        assert_eq!(bed.stored("a"), *vms.record("a"), "the next commit catches up");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_end_that_cannot_be_recorded_is_found_again() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    bed.store.always(Refuse(Full));
+    machine.power_off();
+    vms.until("a", |record| record.state == VmState::Shutdown).await;
+    assert_eq!(bed.stored("a").state, VmState::Running);
+    refused(vms.boot("a").await, "exhausted");
+    bed.store.behave();
+    let vms = bed.start().await;
+    assert_eq!((vms.state("a"), bed.stored("a").state), (VmState::Shutdown, VmState::Shutdown));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_that_cannot_be_recorded_leaves_the_vm_and_can_be_repeated() {
+    for verdict in [Refuse(Full), Lose(Io)] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.run("a", bed.config()).await;
+        bed.store.next([Pass, verdict, verdict]);
+        refused(vms.force_delete("a").await, code(verdict));
+        assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Shutdown, "delete-failed"));
+        assert_eq!(vms.world.living(), 0);
+        vms.boot("a").await.expect("the VM is whole");
+        vms.force_delete("a").await.unwrap();
+        assert!(bed.store.vms().is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_whose_answer_is_lost_is_made_sure_of() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.config()).await;
+    bed.store.next([Pass, WriteAndFail(Io)]);
+    vms.delete("a").await.unwrap();
+    refused(vms.service.get("a").map(drop), "not-found");
+    vms.create("a", bed.config()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_record_of_its_intent_not_even_force_touches_anything() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    bed.store.always(Refuse(Full));
+    // Without a record of the intent nothing may be touched; that is an answer, not a hang.
+    refused(vms.force_delete("a").await, "exhausted");
+    assert!(machine.lives());
+    assert_eq!(vms.state("a"), VmState::Running);
+    bed.store.behave();
+    vms.force_delete("a").await.unwrap();
+}
