@@ -34,7 +34,7 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The VMMs that outlived the daemon: processes that name a file of $WORK, which this shell does not.
+# The VMMs that outlived the daemon: the processes that name a file of $WORK. This grep does too, and has ended by then.
 left_behind() { grep -lsF -- "$WORK/" /proc/[0-9]*/cmdline | sed -n 's,^/proc/\([0-9]*\)/cmdline$,\1,p' || true; }
 
 # Deletes the VMs that a failed test left, then stops the daemon.
@@ -67,20 +67,16 @@ bounded() { timeout --foreground -k 10 "$@"; }
 # Finds the daemon and makes the guest. An old binary would test yesterday's program, so without VMCP_DAEMON it is built.
 use_daemon() {
     local built=${CARGO_TARGET_DIR:-$ROOT/target}/debug
-    need qemu-system-x86_64 curl jq setsid timeout
+    need cargo qemu-system-x86_64 curl jq setsid timeout
     if [ -n "$CHOSEN_DAEMON" ]; then
         DAEMON=$CHOSEN_DAEMON
     else
-        need cargo
         step "building the daemon (quick where it is up to date)"
         (cd "$ROOT" && cargo build -q -p vmm-controlplane) || die "the daemon does not build; the reason is above"
         DAEMON=$built/vmm-controlplane
     fi
     need_daemon
-    if [ -n "${VMCP_TINY_GUESTS:-}" ]; then cp "$VMCP_TINY_GUESTS"/tiny-idle.elf "$WORK/"; else
-        need cargo
-        (cd "$ROOT" && cargo run -q -p vmm-testkit --bin tiny-guests -- "$WORK") > /dev/null
-    fi
+    (cd "$ROOT" && cargo run -q -p vmm-testkit --bin tiny-guests -- "$WORK") > /dev/null || die "the tiny guests could not be made"
     KERNEL=$WORK/tiny-idle.elf
 }
 
@@ -106,6 +102,6 @@ fail() {
 finish() {
     [ "$FAILURES" = 0 ] && return 0
     echo "the end of the daemon's log:" >&2
-    tail -n 20 "$WORK/daemon.log" >&2
+    tail -n 5 "$WORK/daemon.log" >&2
     exit 1
 }

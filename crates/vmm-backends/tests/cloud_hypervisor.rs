@@ -4,7 +4,9 @@ mod rest_support;
 
 use std::time::{Duration, Instant};
 
-use rest_support::{Bench, FORCE, GUEST_REBOOT, NEVER, PATIENCE, UNSET, ask_for, usable};
+use rest_support::{Bench, FORCE, GUEST_REBOOT, NEVER, PATIENCE, Tap, UNSET, ask_for, usable};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 use vmm_backends::cloud_hypervisor::CloudHypervisor;
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Reset, VmmEvent,
@@ -143,13 +145,21 @@ async fn a_paused_guest_is_powered_off() {
 async fn what_somebody_else_orders_is_told() {
     let bench = bench!("what_somebody_else_orders_is_told", Guest::Idle, UNSET);
     let mut run = bench.launch().await;
-    let adoption = bench.backend.adopt(bench.adoption(Some(run.vmm.run().clone()))).await.unwrap();
-    let Adoption::Alive { launched: other, .. } = adoption else { panic!("{adoption:?}") };
-    other.vmm.pause().await.unwrap();
+    let socket = run.vmm.run().socket.clone();
+    let order = async |name: &str| {
+        let mut stream = UnixStream::connect(&socket).await.unwrap();
+        let request = format!("PUT /api/v1/{name} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        assert!(stream.read(&mut [0; 64]).await.unwrap() > 0);
+    };
+    order("vm.pause").await;
     assert_eq!(run.event().await, VmmEvent::Paused);
-    other.vmm.resume().await.unwrap();
+    order("vm.resume").await;
     assert_eq!(run.event().await, VmmEvent::Resumed);
-    run.vmm.kill().await.unwrap();
+    order("vm.reboot").await;
+    assert_eq!(run.event().await, VmmEvent::GuestReset);
+    order("vmm.shutdown").await;
+    assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff, "which is what it looks like");
 }
 
 #[tokio::test]
@@ -169,7 +179,7 @@ async fn counters_cover_all_disks() {
 async fn a_stopped_vmm_times_out_and_is_still_killed() {
     let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", Guest::Idle, UNSET);
     let mut run = bench.launch().await;
-    run.signal(Signal::STOP);
+    run.stop().await;
     let error = run.vmm.pause().await.unwrap_err();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
     let error = run.vmm.probe().await.unwrap_err();
@@ -206,7 +216,7 @@ async fn a_running_vmm_is_adopted() {
         );
         launched.vmm.sample().await.unwrap();
     }
-    first.signal(Signal::STOP);
+    first.stop().await;
     let adoption = bench.backend.adopt(bench.adoption(Some(record.clone()))).await.unwrap();
     let Adoption::Unreachable { launched: Some(launched), .. } = adoption else { panic!("{adoption:?}") };
     launched.vmm.kill().await.unwrap();
@@ -277,4 +287,23 @@ async fn memory_growth_and_topology_are_taken() {
     let run = bench.launch().await;
     bench.console_shows(&Guest::Idle.banner(), 1).await;
     run.vmm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_network_interface_is_served_by_its_tap() {
+    let mut bench = bench!("a_network_interface_is_served_by_its_tap", Guest::Idle, UNSET);
+    let Some(tap) = Tap::new("a_network_interface_is_served_by_its_tap", "vmcpch") else { return };
+    bench.add_nic(&tap);
+    bench.add_disk("net");
+    for _ in 0..2 {
+        let run = bench.launch().await;
+        assert_eq!(run.vmm.sample().await.unwrap().network.bytes_transmitted, 0);
+        run.vmm.kill().await.unwrap();
+    }
+    bench.taps = vec!["vmcp-nowhere".to_owned()];
+    if let Ok(run) = bench.try_launch().await {
+        // Cloud Hypervisor makes the TAP that is missing, as it may where it runs as root.
+        run.vmm.kill().await.unwrap();
+    }
+    assert_eq!(bench.processes(), 0);
 }

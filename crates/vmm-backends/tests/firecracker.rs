@@ -5,7 +5,7 @@ mod rest_support;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use rest_support::{Bench, FORCE, PATIENCE, UNSET, ask_for, usable};
+use rest_support::{Bench, FORCE, PATIENCE, Tap, UNSET, ask_for, usable};
 use vmm_backends::firecracker::{CONSOLE_INPUT, Firecracker};
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, KernelFormat, Reset,
@@ -138,7 +138,7 @@ async fn counters_are_sums_and_cost_no_room() {
 async fn a_stopped_vmm_times_out_and_is_still_killed() {
     let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", Guest::Idle);
     let mut run = bench.launch().await;
-    run.signal(Signal::STOP);
+    run.stop().await;
     let error = run.vmm.pause().await.unwrap_err();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
     let error = run.vmm.probe().await.unwrap_err();
@@ -152,7 +152,7 @@ async fn a_stopped_vmm_times_out_and_is_still_killed() {
 async fn a_vmm_that_was_stopped_for_a_while_answers_again() {
     let bench = bench!("a_vmm_that_was_stopped_for_a_while_answers_again", Guest::Idle);
     let run = bench.launch().await;
-    run.signal(Signal::STOP);
+    run.stop().await;
     assert_eq!(run.vmm.probe().await.unwrap_err().kind, BackendErrorKind::Timeout);
     run.signal(Signal::CONT);
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
@@ -187,7 +187,7 @@ async fn a_running_vmm_is_adopted() {
         );
         launched.vmm.sample().await.unwrap();
     }
-    first.signal(Signal::STOP);
+    first.stop().await;
     let adoption = bench.backend.adopt(bench.adoption(Some(record.clone()))).await.unwrap();
     let Adoption::Unreachable { launched: Some(launched), .. } = adoption else { panic!("{adoption:?}") };
     launched.vmm.kill().await.unwrap();
@@ -255,4 +255,23 @@ async fn as_many_devices_as_are_allowed_are_served() {
     bench.launch().await.vmm.kill().await.unwrap();
     bench.add_disk("more");
     assert!(!bench.backend.check(&bench.spec()).is_ok());
+}
+
+#[tokio::test]
+async fn a_network_interface_is_served_by_its_tap() {
+    let mut bench = bench!("a_network_interface_is_served_by_its_tap", Guest::Idle);
+    let Some(tap) = Tap::new("a_network_interface_is_served_by_its_tap", "vmcpfc") else { return };
+    bench.add_nic(&tap);
+    bench.add_disk("net");
+    for _ in 0..2 {
+        let run = bench.launch().await;
+        assert_eq!(run.vmm.sample().await.unwrap().network.bytes_transmitted, 0);
+        run.vmm.kill().await.unwrap();
+    }
+    bench.taps = vec!["vmcp-nowhere".to_owned()];
+    if let Ok(run) = bench.try_launch().await {
+        // Cloud Hypervisor makes the TAP that is missing, as it may where it runs as root.
+        run.vmm.kill().await.unwrap();
+    }
+    assert_eq!(bench.processes(), 0);
 }

@@ -1,5 +1,12 @@
 //! The QMP client against scripted peers: honest ones, and those that a broken or hostile VMM could be.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "clippy takes only the test functions for tests, not their helpers"
+)]
+
 use std::path::PathBuf;
 use std::time::Duration;
 

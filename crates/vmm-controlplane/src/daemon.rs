@@ -7,6 +7,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use vmm_backends::cloud_hypervisor::CloudHypervisor;
+use vmm_backends::firecracker::Firecracker;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::id::BackendName;
@@ -44,8 +46,10 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
     let router = Arc::new(Api::new(service.clone())).register(connectrpc::Router::new());
     let pages = health::pages(service.clone(), exposure(address).into_iter().collect());
-    let options =
-        ServeOptions { host_policy: HostPolicy::Known(config.allowed_hosts.clone()), ..ServeOptions::default() };
+    let options = ServeOptions {
+        host_policy: HostPolicy::Known(config.allowed_hosts.clone()),
+        ..ServeOptions::default()
+    };
     rpc::serve(listener, router, pages, options, stop).await?;
 
     match service.drain(DRAIN).await {
@@ -65,12 +69,16 @@ fn backends(config: &Config) -> Backends {
             Kvm::Off => KvmMode::Off,
         },
     });
-    let all: [Arc<dyn Backend>; 1] = [Arc::new(qemu)];
+    let cloud_hypervisor = CloudHypervisor::new(&config.ch.binary);
+    let firecracker = Firecracker::new(&config.fc.binary);
+    let all: [Arc<dyn Backend>; 3] = [Arc::new(cloud_hypervisor), Arc::new(firecracker), Arc::new(qemu)];
     Backends::new(BackendName::new(config.default_backend.as_str()), all)
 }
 
 fn settings(config: &Config) -> Settings {
-    let path = |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+    let path = |path: &Option<std::path::PathBuf>| {
+        path.as_ref().map(|path| path.display().to_string()).unwrap_or_default()
+    };
     Settings {
         runtime_dir: config.runtime_dir.clone(),
         default_boot: DefaultBoot {

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use vmm_controlplane::config::{Cli, Command, Config, ConfigErrors, Environment, Loaded, ThisHost, migrate_env};
+use vmm_controlplane::config::{
+    Cli, Command, Config, ConfigErrors, Environment, Loaded, ThisHost, migrate_env,
+};
 use vmm_controlplane::{daemon, telemetry};
 
 fn main() -> ExitCode {
@@ -11,7 +13,9 @@ fn main() -> ExitCode {
     let environment: Environment = std::env::vars_os().collect();
     let outcome = match cli.command {
         Command::MigrateEnv => Ok(say(&migrate_env(&environment))),
-        Command::CheckConfig => load(&cli, &environment).map(|loaded| say(&loaded.report())).map_err(Into::into),
+        Command::CheckConfig => {
+            load(&cli, &environment).map(|loaded| say(&loaded.report())).map_err(Into::into)
+        }
         Command::Serve => load(&cli, &environment).map_err(Into::into).and_then(serve),
     };
     match outcome {
@@ -31,6 +35,8 @@ fn load(cli: &Cli, environment: &Environment) -> Result<Loaded, ConfigErrors> {
 
 fn serve(loaded: Loaded) -> anyhow::Result<()> {
     telemetry::start();
+    // VMMs live where the daemon lives, and must not keep a file system from being unmounted.
+    std::env::set_current_dir("/")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(daemon::run(loaded));
     // What still runs holds nothing that a restart would miss.

@@ -16,9 +16,3 @@ use tokio::io::unix::AsyncFd;
 pub(crate) fn readable(fd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     AsyncFd::with_interest(fd, Interest::READABLE)
 }
-
-/// Waits until a descriptor can be read.
-pub(crate) async fn wait_readable(fd: Arc<OwnedFd>) -> io::Result<()> {
-    readable(fd)?.readable().await?.retain_ready();
-    Ok(())
-}

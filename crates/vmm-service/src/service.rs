@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm_core::id::{InstanceId, VmId, VmUid};
 use vmm_core::report::{FieldReport, Report};
@@ -149,11 +150,12 @@ impl VmService {
     /// [`ServiceError::Invalid`] with every violation, [`ServiceError::AlreadyExists`], or the store's failure.
     pub async fn create(&self, request: CreateRequest) -> Result<Created, ServiceError> {
         let shared = Arc::clone(&self.shared);
-        let _counted = UnderWay::new(&shared);
-        let task = tokio::spawn(async move {
-            let _counted = UnderWay::new(&shared);
+        let counted = UnderWay::new(&shared);
+        let creating = async move {
+            let _counted = counted;
             create::create(&shared, request).await
-        });
+        };
+        let task = tokio::spawn(creating.in_current_span());
         task.await
             .map_err(|error| ServiceError::Internal(format!("creating the VM ended abnormally: {error}")))?
     }

@@ -218,7 +218,6 @@ mod tests {
                 backing: options(&[("hugepages", "true"), ("shared", "true")]),
                 hotplug_enabled: true,
                 max_size_bytes: 1 << 30,
-                ..MemoryConfig::default()
             }),
             boot: Some(BootConfig {
                 kernel_path: "/images/vmlinux".to_owned(),

@@ -41,7 +41,8 @@ use self::events::{EVENTS, EventFile};
 use self::vmm::{Parts, attend, explain_past};
 use self::watch::Watcher;
 use crate::launch;
-use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run};
+use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run, set_aside};
+use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
 
 /// The backend's name.
@@ -72,6 +73,7 @@ impl CloudHypervisor {
     }
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
+        check_taps(&request.spec, &request.taps)?;
         let (program, _) = self.program.find().await?;
         let dir = request.dir.as_path();
         let socket = dir.join(SOCKET);
@@ -138,7 +140,11 @@ async fn configure(
 
 async fn prepare(dir: &Path) -> Result<(), BackendError> {
     let owned = dir.to_path_buf();
-    let error = match tokio::task::spawn_blocking(move || EventFile::begin(&owned)).await {
+    let prepared = tokio::task::spawn_blocking(move || {
+        set_aside(&owned, LOG)?;
+        EventFile::begin(&owned)
+    });
+    let error = match prepared.await {
         Ok(Ok(())) => return Ok(()),
         Ok(Err(error)) => error,
         Err(error) => std::io::Error::other(error),

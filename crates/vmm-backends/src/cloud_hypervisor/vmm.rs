@@ -151,13 +151,15 @@ impl Monitor {
             tokio::select! {
                 biased;
                 () = self.watched.grown() => {}
+                // Whoever adopts the VMM again reads on where this one stops.
+                () = self.sender.closed() => return,
                 exit = self.process.wait() => break exit,
             }
         };
         self.read_events().await;
         let asked = self.expected.ending.load(Ordering::Acquire);
         let cause = cause(exit, asked, self.seen);
-        let message = exit_message(exit, &self.log).await;
+        let message = exit_message(exit, &[&self.log]).await;
         self.tell(VmmEvent::Gone(Exit { cause, message })).await;
     }
 
@@ -228,7 +230,7 @@ pub(super) async fn explain_past(dir: &Path, reset_ends: bool) -> Exit {
         shutdown: events.contains(&ChEvent::Shutdown),
         ending_reset: reset_ends && events.contains(&ChEvent::Rebooting),
     };
-    let message = exit_message(ProcessExit::UNKNOWN, &dir.join(LOG)).await;
+    let message = exit_message(ProcessExit::UNKNOWN, &[&dir.join(LOG)]).await;
     Exit { cause: cause(ProcessExit::UNKNOWN, false, seen), message }
 }
 

@@ -26,7 +26,7 @@ pub(super) struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
 #[derive(Debug)]
 struct Instance {
     fd: AsyncFd<OwnedFd>,
-    waiting: Mutex<HashMap<i32, Arc<Notify>>>,
+    waiting: Mutex<HashMap<i32, Vec<Arc<Notify>>>>,
 }
 
 /// The watch on one file; ends when dropped.
@@ -54,7 +54,8 @@ impl Watcher {
         let instance = self.instance()?;
         let mut waiting = instance.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let id = inotify::add_watch(instance.fd.get_ref(), path, inotify::WatchFlags::MODIFY)?;
-        waiting.insert(id, Arc::clone(grown));
+        // The kernel has one watch for each file, however often it is asked.
+        waiting.entry(id).or_default().push(Arc::clone(grown));
         drop(waiting);
         Ok((instance, id))
     }
@@ -89,12 +90,10 @@ impl Instance {
                 match reader.next() {
                     Ok(event) if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) => {
                         // Nobody knows whom the lost words concerned.
-                        waiting.values().for_each(|grown| grown.notify_one());
+                        waiting.values().flatten().for_each(|grown| grown.notify_one());
                     }
                     Ok(event) => {
-                        if let Some(grown) = waiting.get(&event.wd()) {
-                            grown.notify_one();
-                        }
+                        waiting.get(&event.wd()).into_iter().flatten().for_each(|grown| grown.notify_one());
                     }
                     Err(rustix::io::Errno::INTR) => {}
                     Err(error) => {
@@ -124,10 +123,15 @@ impl Watched {
 impl Drop for Watched {
     fn drop(&mut self) {
         let Some((instance, id)) = self.kept.take() else { return };
-        instance.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        // A file that is gone has taken its watch along.
-        if let Err(error) = inotify::remove_watch(instance.fd.get_ref(), id) {
-            tracing::debug!(%error, "the watch had ended already");
+        let mut waiting = instance.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(others) = waiting.get_mut(&id) else { return };
+        others.retain(|grown| !Arc::ptr_eq(grown, &self.grown));
+        if others.is_empty() {
+            waiting.remove(&id);
+            // A file that is gone has taken its watch along.
+            if let Err(error) = inotify::remove_watch(instance.fd.get_ref(), id) {
+                tracing::debug!(%error, "the watch had ended already");
+            }
         }
     }
 }
@@ -157,7 +161,10 @@ mod tests {
             watched.grown().await;
         }
         files.truncate(1);
+        let second = watcher.watch(&dir.path().join("0"));
+        drop(watcher.watch(&dir.path().join("0")));
         files[0].0.write_all(b"y").unwrap();
         files[0].1.grown().await;
+        second.grown().await;
     }
 }

@@ -126,9 +126,9 @@ pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<O
         socket.into(),
         "--log-path".into(),
         log.into(),
-        // Every call is logged at level Info, for ever.
+        // Below this level every call is logged, for ever, and whatever odd port a guest writes to.
         "--level".into(),
-        "Warning".into(),
+        "Error".into(),
         "--metrics-path".into(),
         metrics.into(),
     ]

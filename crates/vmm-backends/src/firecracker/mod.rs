@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   launch: console.in (FIFO) ──► stdin ┌─────────────┐ stdout ──► the console's file, appended to
-//!                                       │ firecracker │ stderr, --log-path ──► vmm.log
+//!                                       │ firecracker │ stderr ──► vmm.log, --log-path ──► firecracker.log
 //!           api.sock ◄──────────────────└─────────────┘ --metrics-path ──► metrics
 //! ```
 //!
@@ -37,7 +37,8 @@ use self::client::Client;
 use self::convert::Config;
 use self::metrics::{METRICS, Metrics};
 use crate::launch;
-use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run};
+use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run, set_aside};
+use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
 
 /// The backend's name.
@@ -45,6 +46,8 @@ pub const NAME: &str = "firecracker";
 /// The FIFO in the run folder that takes what is typed at the console.
 pub const CONSOLE_INPUT: &str = "console.in";
 
+/// Firecracker's own log in the run folder. Not its stderr's file, because Firecracker does not append.
+const OWN_LOG: &str = "firecracker.log";
 /// The oldest Firecracker with everything that is used; `huge_pages` came last.
 const OLDEST: Version = Version(1, 7, 0);
 /// How long it may take to listen on its socket.
@@ -64,6 +67,7 @@ impl Firecracker {
     }
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
+        check_taps(&request.spec, &request.taps)?;
         let (program, _) = self.program.find().await?;
         let socket = request.dir.join(SOCKET);
         run_dir::socket_path_fits(&socket)
@@ -72,7 +76,8 @@ impl Firecracker {
             self.sweep(SweepRequest { uid: request.uid, dir: request.dir.clone() }).await?;
         }
         let log = request.dir.join(LOG);
-        let arguments = convert::arguments(request.uid, &socket, &log, &request.dir.join(METRICS));
+        let own_log = request.dir.join(OWN_LOG);
+        let arguments = convert::arguments(request.uid, &socket, &own_log, &request.dir.join(METRICS));
         let mut command = Command::new(program, arguments, &log);
         command.stdin = Stdin::File(prepare(&request.dir).await?);
         // Firecracker has a serial port even where nobody wants it.
@@ -107,6 +112,8 @@ async fn configure(
 async fn prepare(dir: &Path) -> Result<OwnedFd, BackendError> {
     let dir = dir.to_path_buf();
     let made = tokio::task::spawn_blocking(move || {
+        set_aside(&dir, LOG)?;
+        set_aside(&dir, OWN_LOG)?;
         Metrics::begin(&dir)?;
         console_input(&dir.join(CONSOLE_INPUT))
     });
@@ -149,7 +156,7 @@ impl Backend for Firecracker {
             Trace::Alive(process, run) => (process, run),
             Trace::Gone => {
                 let metrics = Metrics::new(&request.dir);
-                let exit = vmm::explain(ProcessExit::UNKNOWN, false, &metrics, &request.dir.join(LOG)).await;
+                let exit = vmm::explain(ProcessExit::UNKNOWN, false, &metrics, &request.dir).await;
                 return Ok(Adoption::Gone { exit });
             }
             Trace::Unprovable(message) => {

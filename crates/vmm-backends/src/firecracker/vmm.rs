@@ -24,6 +24,7 @@ use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{ExitStatus, Process, ProcessExit};
 
+use super::OWN_LOG;
 use super::client::Client;
 use super::metrics::{Metrics, Sums};
 use crate::ladder::{self, Call};
@@ -53,7 +54,7 @@ pub(super) fn attend(run: RunRecord, process: Process, client: Client, dir: &Pat
         process: process.clone(),
         metrics: metrics.clone(),
         ending: Arc::clone(&ending),
-        log: dir.join(LOG),
+        dir: dir.to_path_buf(),
     };
     tokio::spawn(monitor.watch(sender).instrument(span));
     Launched { vmm: Arc::new(Handle { run, process, client, metrics, ending }), events }
@@ -63,21 +64,25 @@ struct Monitor {
     process: Process,
     metrics: Metrics,
     ending: Arc<AtomicBool>,
-    log: PathBuf,
+    dir: PathBuf,
 }
 
 impl Monitor {
     async fn watch(self, events: mpsc::Sender<VmmEvent>) {
-        let exit = self.process.wait().await;
+        let exit = tokio::select! {
+            biased;
+            exit = self.process.wait() => exit,
+            // Nobody listens any more; the end is found out by whoever adopts the VMM again.
+            () = events.closed() => return,
+        };
         let asked = self.ending.load(Ordering::Acquire);
-        let exit = explain(exit, asked, &self.metrics, &self.log).await;
-        // Nobody may listen any more; the end is recorded by whoever looks next.
+        let exit = explain(exit, asked, &self.metrics, &self.dir).await;
         let _ = events.send(VmmEvent::Gone(exit)).await;
     }
 }
 
 /// Says how a run ended, from its exit status and what it left in its folder.
-pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, log: &Path) -> Exit {
+pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, dir: &Path) -> Exit {
     let sums = match metrics.sums().await {
         Ok(sums) => Some(sums),
         Err(error) => {
@@ -85,7 +90,9 @@ pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, l
             None
         }
     };
-    Exit { cause: cause(exit, asked, sums), message: exit_message(exit, log).await }
+    let logs = [dir.join(OWN_LOG), dir.join(LOG)];
+    let message = exit_message(exit, &[&logs[0], &logs[1]]).await;
+    Exit { cause: cause(exit, asked, sums), message }
 }
 
 fn cause(exit: ProcessExit, asked: bool, sums: Option<Sums>) -> ExitCause {

@@ -43,13 +43,12 @@ fn gone_because(identity: &ProcessIdentity) -> String {
 /// Connects to a QEMU that is proven the right one.
 async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) -> Adoption {
     let spec = &request.spec;
-    let machine = if run.machine == Machine::Microvm.as_str() { Machine::Microvm } else { Machine::Q35 };
     let taps = spec
         .nics
         .iter()
         .enumerate()
         .map(|(index, nic)| nic.tap.clone().unwrap_or_else(|| request.uid.tap_name(index)));
-    let parts = Parts::of_running(process.clone(), &request.dir, machine, taps.collect());
+    let parts = Parts::of_running(process.clone(), &request.dir, taps.collect());
     let asked = async {
         let qmp = parts.link.connect().await?;
         // A daemon that died in the middle of a reset may have left the other action.

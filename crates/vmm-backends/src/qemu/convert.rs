@@ -23,7 +23,10 @@ use super::client::RebootAction;
 
 /// The QMP socket's name in the run folder.
 pub const QMP_SOCKET: &str = "qmp.sock";
-/// The console socket's name in the run folder.
+/// The console socket's name in the run folder: what is written there the guest reads from its serial port.
+///
+/// QEMU also sends the guest's output there, while somebody is connected, and the guest waits once some 270 bytes lie unread.
+/// Whoever connects reads all the time, or is quick.
 pub const CONSOLE_SOCKET: &str = "console.sock";
 /// The process id file's name in the run folder.
 const PID_FILE: &str = "qemu.pid";
@@ -94,6 +97,17 @@ impl Machine {
         match self {
             Self::Q35 => "pci",
             Self::Microvm => "device",
+        }
+    }
+
+    /// The firmware, where it is not the machine's own.
+    const fn firmware(self) -> Option<&'static str> {
+        match self {
+            // The usual one, SeaBIOS, answers each reset of a q35 with one or two of its own, because q35 leaves the firmware's
+            // writable copy mapped. They cannot be told from the guest's, and end QEMU where a guest may not reset itself.
+            // qboot, which QEMU brings along for microvm, boots kernels only, sooner, and does no such thing.
+            Self::Q35 => Some("qboot.rom"),
+            Self::Microvm => None,
         }
     }
 
@@ -221,6 +235,9 @@ fn machine(line: &mut Line, inputs: &Inputs<'_>) {
         machine.push_str(",memory-backend=ram");
     }
     line.option("-machine", machine);
+    if let Some(firmware) = inputs.machine.firmware() {
+        line.option("-bios", firmware);
+    }
     line.option("-accel", inputs.accelerator.as_str());
     let model = spec.cpu.features.get(MODEL_KEY).map(String::as_str);
     line.option("-cpu", model.unwrap_or(default_model(inputs.accelerator)));

@@ -20,7 +20,6 @@ pub mod convert;
 mod images;
 mod link;
 pub mod qmp;
-mod resets;
 mod start;
 mod vmm;
 mod watch;
@@ -39,6 +38,7 @@ use vmm_core::spec::VmSpec;
 
 use binary::Binary;
 use convert::Accelerator;
+pub use convert::CONSOLE_SOCKET;
 
 /// The name by which clients pick this backend.
 pub const NAME: &str = "qemu";
@@ -121,7 +121,7 @@ fn capabilities(accelerator: Accelerator) -> Capabilities {
         ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
         ("machines", "q35, microvm"),
         ("network-rate-limits", "no"),
-        ("reboot", "in place; a new process on q35 where restart_policy is NEVER"),
+        ("reboot", "in place"),
         ("shutdown", "ACPI power button"),
     ];
     let limits = [

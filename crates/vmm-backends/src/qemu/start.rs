@@ -17,7 +17,6 @@ use super::convert::{self, Accelerator, Inputs, Machine, QMP_SOCKET, reboot_acti
 use super::images;
 use super::link::Link;
 use super::qmp::{QemuVersion, Qmp, QmpEvent};
-use super::resets::ResetFilter;
 use super::vmm::{Guest, KILLING, QemuVmm};
 use super::watch::Watch;
 use crate::launch::{died_early, start_vmm, wait_for_socket};
@@ -69,7 +68,7 @@ pub(super) async fn launch(
         started_ms: now_ms(),
         claims: Vec::new(),
     };
-    let parts = Parts { process, link, qmp_events, machine, taps: request.taps, log };
+    let parts = Parts { process, link, qmp_events, taps: request.taps, log };
     Ok(parts.assemble(request.uid, run, &request.spec, true))
 }
 
@@ -78,17 +77,16 @@ pub(super) struct Parts {
     process: Process,
     pub(super) link: Arc<Link>,
     qmp_events: mpsc::Receiver<QmpEvent>,
-    machine: Machine,
     taps: Vec<String>,
     log: PathBuf,
 }
 
 impl Parts {
     /// For a QEMU that runs already, not connected yet.
-    pub(super) fn of_running(process: Process, dir: &Path, machine: Machine, taps: Vec<String>) -> Self {
+    pub(super) fn of_running(process: Process, dir: &Path, taps: Vec<String>) -> Self {
         let (qmp_sender, qmp_events) = mpsc::channel(QMP_EVENTS);
         let link = Arc::new(Link::new(dir.join(QMP_SOCKET), process.pid(), qmp_sender));
-        Self { process, link, qmp_events, machine, taps, log: dir.join(LOG) }
+        Self { process, link, qmp_events, taps, log: dir.join(LOG) }
     }
 
     /// Puts them together and begins to watch.
@@ -103,7 +101,6 @@ impl Parts {
             guest: Arc::clone(&guest),
             qmp_events: self.qmp_events,
             events: sender,
-            resets: ResetFilter::new(self.machine),
             reboot,
             log: self.log,
             shutdown: None,
@@ -116,7 +113,6 @@ impl Parts {
             process: self.process,
             link: self.link,
             guest,
-            machine: self.machine,
             reboot,
             taps: self.taps,
             _wanted: wanted,

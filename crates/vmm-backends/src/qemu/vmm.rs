@@ -14,7 +14,6 @@ use vmm_core::store::RunRecord;
 use vmm_host::process::Process;
 
 use super::client::RebootAction;
-use super::convert::Machine;
 use super::link::Link;
 use super::qmp::{Qmp, QmpError};
 use crate::ladder;
@@ -29,7 +28,6 @@ pub(super) struct QemuVmm {
     pub(super) process: Process,
     pub(super) link: Arc<Link>,
     pub(super) guest: Arc<Guest>,
-    pub(super) machine: Machine,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
     /// Tells the watch, by being dropped, that this handle has been.
@@ -108,15 +106,13 @@ impl Vmm for QemuVmm {
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
-        match (self.reboot, self.machine) {
-            (RebootAction::Reset, Machine::Q35 | Machine::Microvm) => {
+        match self.reboot {
+            RebootAction::Reset => {
                 self.qmp()?.system_reset().await.map_err(|error| self.explain(error))?;
-                Ok(Reset::InPlace)
             }
-            // The firmware of q35 answers a reset with one of its own (see `resets`), which would end QEMU here.
-            (RebootAction::Shutdown, Machine::Q35) => Ok(Reset::NeedsRelaunch),
-            (RebootAction::Shutdown, Machine::Microvm) => self.reset_despite_shutdown().await,
+            RebootAction::Shutdown => self.reset_despite_shutdown().await?,
         }
+        Ok(Reset::InPlace)
     }
 
     async fn sample(&self) -> Result<Sample, BackendError> {
@@ -168,15 +164,14 @@ impl QemuVmm {
     }
 
     /// Resets a guest whose own resets end QEMU.
-    async fn reset_despite_shutdown(&self) -> Result<Reset, BackendError> {
+    async fn reset_despite_shutdown(&self) -> Result<(), BackendError> {
         let qmp = self.qmp()?;
         qmp.set_reboot_action(RebootAction::Reset).await.map_err(|error| self.explain(error))?;
         let reset = qmp.system_reset().await;
         // QEMU has decided by now: the action counts when the reset is asked for.
         let restored = qmp.set_reboot_action(RebootAction::Shutdown).await;
         reset.map_err(|error| self.explain(error))?;
-        restored.map_err(|error| BackendError { effect: Effect::Applied, ..self.explain(error) })?;
-        Ok(Reset::InPlace)
+        restored.map_err(|error| BackendError { effect: Effect::Applied, ..self.explain(error) })
     }
 
     /// Says what a failed command means: of a QEMU that has gone, that it has.

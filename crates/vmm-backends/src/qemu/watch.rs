@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   QMP events ──────► SHUTDOWN: remembers why, nudges ──────┐
-//!                      RESET:    GuestReset, echoes aside    │
+//!                      RESET:    GuestReset, if the guest's  │
 //!                      STOP, RESUME: asks, compares, tells   │
 //!   connection lost ─► connects again, asks, compares        │
 //!   process gone ────► reads what is left of the events ─────┴──► Gone(why), the end
@@ -22,7 +22,6 @@ use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
 use super::client::{RebootAction, RunState};
 use super::link::Link;
 use super::qmp::{Qmp, QmpEvent};
-use super::resets::ResetFilter;
 use super::vmm::Guest;
 use crate::launch::last_words;
 
@@ -42,7 +41,6 @@ pub(super) struct Watch {
     pub(super) guest: Arc<Guest>,
     pub(super) qmp_events: mpsc::Receiver<QmpEvent>,
     pub(super) events: mpsc::Sender<VmmEvent>,
-    pub(super) resets: ResetFilter,
     pub(super) reboot: RebootAction,
     pub(super) log: PathBuf,
     pub(super) shutdown: Option<ShutdownReason>,
@@ -142,9 +140,7 @@ impl Watch {
         self.note_shutdown(&event);
         match event.name.as_str() {
             "RESET" => match Reset::deserialize(&event.data) {
-                Ok(reset) if self.resets.is_guest_reset(reset.guest, event.at) => {
-                    self.tell(VmmEvent::GuestReset);
-                }
+                Ok(reset) if reset.guest => self.tell(VmmEvent::GuestReset),
                 Ok(_) => {}
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
             },

@@ -1,5 +1,6 @@
 //! The way back to a VMM that an earlier daemon started, and the last words of one that has gone.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -15,7 +16,7 @@ const KILLING: Duration = Duration::from_secs(2);
 const REAPING: Duration = Duration::from_secs(1);
 /// The socket's name in the run folder; short, because a socket's path ends at 107 bytes.
 pub const SOCKET: &str = "api.sock";
-/// The log's name in the run folder.
+/// The name in the run folder of what the VMM writes to its stderr.
 pub const LOG: &str = "vmm.log";
 
 /// What was found of an earlier run.
@@ -91,11 +92,28 @@ pub async fn kill(process: &Process) -> Result<(), BackendError> {
     }
 }
 
-/// What is said of an end: the exit status, and the last lines of the VMM's log.
-pub async fn exit_message(exit: ProcessExit, log: &Path) -> String {
-    match launch::last_words(log).await {
-        said if said.is_empty() => exit.to_string(),
-        said => format!("{exit}; last words: {said}"),
+/// What is said of an end: the exit status, and the last lines of the VMM's logs.
+pub async fn exit_message(exit: ProcessExit, logs: &[&Path]) -> String {
+    let mut message = exit.to_string();
+    for log in logs {
+        let said = launch::last_words(log).await;
+        if !said.is_empty() {
+            message.push_str("; last words: ");
+            message.push_str(&said);
+        }
+    }
+    message
+}
+
+/// Sets a log aside as `<name>.1`, where an earlier run left one, so that its words are not taken for those of the next.
+/// Blocks.
+///
+/// # Errors
+/// What the kernel says.
+pub fn set_aside(dir: &Path, name: &str) -> io::Result<()> {
+    match std::fs::rename(dir.join(name), dir.join(format!("{name}.1"))) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 
@@ -120,10 +138,10 @@ pub async fn usage(process: &Process) -> Result<Usage, BackendError> {
     let error = match read {
         Ok(Ok(usage)) => return Ok(usage),
         Ok(Err(error)) => error,
-        Err(error) => std::io::Error::other(error),
+        Err(error) => io::Error::other(error),
     };
     let kind = match error.kind() {
-        std::io::ErrorKind::NotFound => BackendErrorKind::Gone,
+        io::ErrorKind::NotFound => BackendErrorKind::Gone,
         _ => BackendErrorKind::Host,
     };
     let message = format!("what process {} uses cannot be read: {error}", process.pid());

@@ -1,5 +1,6 @@
 //! What is asked of every backend's `check` alike: keys of the free maps.
 
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_core::config::Options;
 use vmm_core::report::Report;
 use vmm_core::spec::{OptionScope, RateLimit, VmSpec, scope_of};
@@ -32,6 +33,18 @@ fn check_map(report: &mut Report, field: &str, options: &Options, own: &str) {
             }
         }
     }
+}
+
+/// Makes sure that every network interface has its TAP, lest a guest start without one.
+///
+/// # Errors
+/// [`BackendErrorKind::Host`], before anything was started.
+pub fn check_taps(spec: &VmSpec, taps: &[String]) -> Result<(), BackendError> {
+    if spec.nics.len() == taps.len() {
+        return Ok(());
+    }
+    let message = format!("the VM has {} network interfaces and {} TAPs", spec.nics.len(), taps.len());
+    Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message))
 }
 
 /// A limiter in the form that both VMMs share: what may pass in a second, refilled each second.

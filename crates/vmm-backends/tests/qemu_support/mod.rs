@@ -22,13 +22,13 @@ use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
 use vmm_testkit::guests::Guest;
 
 /// Longer than anything honest takes on a busy host.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-pub const NEVER: i32 = 1;
-pub const GUEST_REBOOT: i32 = 2;
+pub(crate) const NEVER: i32 = 1;
+pub(crate) const GUEST_REBOOT: i32 = 2;
 
 /// Says that a test was skipped, where people and scripts see it.
-pub fn skip(test: &str, why: &str) {
+pub(crate) fn skip(test: &str, why: &str) {
     let line = format!("SKIPPED: {test}: {why}");
     println!("{line}");
     if let Some(log) = std::env::var_os("VMCP_SKIP_LOG") {
@@ -38,7 +38,7 @@ pub fn skip(test: &str, why: &str) {
 }
 
 /// QEMU, or `None` after saying that `test` is skipped.
-pub async fn qemu(test: &str) -> Option<QemuBackend> {
+pub(crate) async fn qemu(test: &str) -> Option<QemuBackend> {
     let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
     match backend.ping().await.version {
         Ok(_) => Some(backend),
@@ -50,7 +50,7 @@ pub async fn qemu(test: &str) -> Option<QemuBackend> {
 }
 
 /// The project's Linux guest, or `None` after saying that `test` is skipped.
-pub fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
+pub(crate) fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest").canonicalize().ok();
     let files = folder.map(|folder| (folder.join("vmlinuz"), folder.join("initramfs.cpio.gz")));
     match files {
@@ -63,16 +63,16 @@ pub fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
 }
 
 /// One VM's run folder and configuration, and whatever runs there.
-pub struct Bench {
-    pub backend: QemuBackend,
-    pub uid: VmUid,
-    pub config: VmConfig,
+pub(crate) struct Bench {
+    pub(crate) backend: QemuBackend,
+    pub(crate) uid: VmUid,
+    pub(crate) config: VmConfig,
     dir: TempDir,
 }
 
 impl Bench {
     /// A bench for a tiny guest.
-    pub fn new(backend: QemuBackend, machine: &str, guest: Guest, restart: i32) -> Self {
+    pub(crate) fn new(backend: QemuBackend, machine: &str, guest: Guest, restart: i32) -> Self {
         let dir = tempfile::Builder::new().prefix("vmcp-qemu-").tempdir().unwrap();
         let kernel = guest.write_to(dir.path()).unwrap();
         let config = VmConfig {
@@ -90,7 +90,7 @@ impl Bench {
     }
 
     /// Runs Linux instead.
-    pub fn with_linux(mut self, (kernel, initrd): &(PathBuf, PathBuf), args: &str) -> Self {
+    pub(crate) fn with_linux(mut self, (kernel, initrd): &(PathBuf, PathBuf), args: &str) -> Self {
         self.config.memory = Some(MemoryConfig { size_bytes: 256 << 20, ..MemoryConfig::default() });
         let boot = self.config.boot.as_mut().unwrap();
         boot.kernel_path = kernel.to_str().unwrap().to_owned();
@@ -99,19 +99,19 @@ impl Bench {
         self
     }
 
-    pub fn add_disk(&mut self, device: StorageDevice) {
+    pub(crate) fn add_disk(&mut self, device: StorageDevice) {
         self.config.storage.push(device);
     }
 
-    pub fn dir(&self) -> &Path {
+    pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    pub fn spec(&self) -> VmSpec {
+    pub(crate) fn spec(&self) -> VmSpec {
         VmSpec::parse(&self.config).unwrap()
     }
 
-    pub fn request(&self) -> LaunchRequest {
+    pub(crate) fn request(&self) -> LaunchRequest {
         LaunchRequest {
             instance: InstanceId::new(Uuid::nil()),
             uid: self.uid,
@@ -123,7 +123,7 @@ impl Bench {
         }
     }
 
-    pub fn adoption(&self, run: Option<RunRecord>) -> AdoptRequest {
+    pub(crate) fn adoption(&self, run: Option<RunRecord>) -> AdoptRequest {
         AdoptRequest {
             instance: InstanceId::new(Uuid::nil()),
             uid: self.uid,
@@ -134,28 +134,28 @@ impl Bench {
         }
     }
 
-    pub async fn try_launch(&self) -> Result<Run, BackendError> {
+    pub(crate) async fn try_launch(&self) -> Result<Run, BackendError> {
         self.backend.launch(self.request()).await.map(Run::from)
     }
 
-    pub async fn launch(&self) -> Run {
+    pub(crate) async fn launch(&self) -> Run {
         self.try_launch().await.unwrap()
     }
 
-    pub async fn sweep(&self) {
+    pub(crate) async fn sweep(&self) {
         self.backend.sweep(SweepRequest { uid: self.uid, dir: self.dir().to_path_buf() }).await.unwrap();
     }
 
-    pub fn console_file(&self) -> PathBuf {
+    pub(crate) fn console_file(&self) -> PathBuf {
         self.dir().join("console,log")
     }
 
-    pub fn console(&self) -> String {
+    pub(crate) fn console(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(self.console_file()).unwrap_or_default()).into_owned()
     }
 
     /// Waits until the console shows `text` for the `times`th time.
-    pub async fn console_shows(&self, text: &str, times: usize) {
+    pub(crate) async fn console_shows(&self, text: &str, times: usize) {
         let shown = async {
             while self.console().matches(text).count() < times {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -167,7 +167,7 @@ impl Bench {
     }
 
     /// The processes that use the run folder.
-    pub fn processes(&self) -> usize {
+    pub(crate) fn processes(&self) -> usize {
         find_by_argument(self.dir()).unwrap().len()
     }
 }
@@ -183,9 +183,9 @@ impl Drop for Bench {
 }
 
 /// A running VM.
-pub struct Run {
-    pub vmm: Arc<dyn Vmm>,
-    pub events: mpsc::Receiver<VmmEvent>,
+pub(crate) struct Run {
+    pub(crate) vmm: Arc<dyn Vmm>,
+    pub(crate) events: mpsc::Receiver<VmmEvent>,
 }
 
 impl From<Launched> for Run {
@@ -195,12 +195,12 @@ impl From<Launched> for Run {
 }
 
 impl Run {
-    pub async fn event(&mut self) -> VmmEvent {
+    pub(crate) async fn event(&mut self) -> VmmEvent {
         tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("an event").expect("not the end")
     }
 
     /// The end, which must be the next event and the last.
-    pub async fn gone(&mut self) -> Exit {
+    pub(crate) async fn gone(&mut self) -> Exit {
         match self.event().await {
             VmmEvent::Gone(exit) => {
                 assert_eq!(self.events.recv().await, None, "nothing follows the end");
@@ -211,11 +211,11 @@ impl Run {
     }
 
     /// Fails if there is news.
-    pub fn no_event(&mut self) {
+    pub(crate) fn no_event(&mut self) {
         assert_eq!(self.events.try_recv(), Err(mpsc::error::TryRecvError::Empty));
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         match adopt(&self.vmm.run().process) {
             Lookup::Alive(process) => process.signal(signal).unwrap(),
             other => panic!("{other:?}"),

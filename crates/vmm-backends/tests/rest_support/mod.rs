@@ -1,7 +1,13 @@
 //! What the tests against a real Firecracker and a real Cloud Hypervisor share: a bench that starts guests and leaves nothing
 //! behind, failed or not.
 
-#![allow(dead_code, reason = "every test program uses its own part of this")]
+#![allow(dead_code, unreachable_pub, reason = "every test program uses its own part of this")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "clippy takes this for no test, because it is shared"
+)]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -14,7 +20,9 @@ use uuid::Uuid;
 use vmm_core::backend::{
     AdoptRequest, Backend, BackendError, Exit, Ladder, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
 };
-use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig};
+use vmm_core::config::{
+    BootConfig, CpuConfig, MemoryConfig, NetworkInterface, RestartPolicyConfig, StorageDevice, VmConfig,
+};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
@@ -38,13 +46,18 @@ pub fn ask_for(time: Duration) -> Ladder {
 /// The backend, or `None` after saying that `test` is skipped, where people and scripts see it.
 pub async fn usable<B: Backend>(test: &str, backend: B) -> Option<B> {
     let Err(why) = backend.ping().await.version else { return Some(backend) };
+    skip(test, &why);
+    None
+}
+
+/// Says that `test` is skipped.
+pub fn skip(test: &str, why: &str) {
     let line = format!("SKIPPED: {test}: {why}");
     println!("{line}");
     if let Some(log) = std::env::var_os("VMCP_SKIP_LOG") {
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
         writeln!(log, "{line}").unwrap();
     }
-    None
 }
 
 /// One VM's run folder and configuration, and whatever runs there.
@@ -52,7 +65,36 @@ pub struct Bench<B> {
     pub backend: B,
     pub uid: VmUid,
     pub config: VmConfig,
+    pub taps: Vec<String>,
     dir: TempDir,
+}
+
+/// A TAP that goes with its test.
+pub struct Tap(pub String);
+
+impl Tap {
+    /// A TAP, or `None` after saying that `test` is skipped.
+    pub fn new(test: &str, name: &str) -> Option<Self> {
+        let tap = Self(format!("{name}{}", std::process::id() % 100_000));
+        match ip(&["tuntap", "add", "dev", &tap.0, "mode", "tap"]) {
+            Ok(()) => Some(tap),
+            Err(why) => {
+                skip(test, &format!("no TAP can be made here: {why}"));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = ip(&["link", "del", &self.0]);
+    }
+}
+
+fn ip(args: &[&str]) -> Result<(), String> {
+    let output = std::process::Command::new("ip").args(args).output().map_err(|error| error.to_string())?;
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
 impl<B: Backend> Bench<B> {
@@ -70,7 +112,7 @@ impl<B: Backend> Bench<B> {
             restart_policy: Some(RestartPolicyConfig { mode: restart, max_restarts: 0 }),
             ..VmConfig::default()
         };
-        Self { backend, uid: VmUid::new(Uuid::now_v7()), config, dir }
+        Self { backend, uid: VmUid::new(Uuid::now_v7()), config, taps: Vec::new(), dir }
     }
 
     /// Adds a raw disk of 1 MiB.
@@ -82,6 +124,17 @@ impl<B: Backend> Bench<B> {
             path: path.to_str().unwrap().to_owned(),
             ..StorageDevice::default()
         });
+    }
+
+    /// Adds a network interface on `tap`.
+    pub fn add_nic(&mut self, tap: &Tap) {
+        self.config.network.push(NetworkInterface {
+            id: "net".to_owned(),
+            mac_address: "02:00:00:00:00:07".to_owned(),
+            options: [("rate_limit.bytes_per_second".to_owned(), "1000000".to_owned())].into(),
+            ..NetworkInterface::default()
+        });
+        self.taps.push(tap.0.clone());
     }
 
     pub fn dir(&self) -> &Path {
@@ -100,7 +153,7 @@ impl<B: Backend> Bench<B> {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             console: Some(self.console_file()),
-            taps: Vec::new(),
+            taps: self.taps.clone(),
         }
     }
 
@@ -194,6 +247,19 @@ impl Run {
     /// Fails if there is news.
     pub fn no_event(&mut self) {
         assert_eq!(self.events.try_recv(), Err(mpsc::error::TryRecvError::Empty));
+    }
+
+    /// Stops the VMM, and waits until each of its threads stands still.
+    pub async fn stop(&self) {
+        self.signal(Signal::STOP);
+        let threads = format!("/proc/{}/task", self.vmm.run().process.pid);
+        let stopped = |thread: &Path| {
+            let stat = std::fs::read_to_string(thread.join("stat")).unwrap();
+            stat.rsplit(") ").next().unwrap().starts_with('T')
+        };
+        while !std::fs::read_dir(&threads).unwrap().all(|thread| stopped(&thread.unwrap().path())) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -288,7 +288,10 @@ fn backend_info(record: &VmRecord) -> std::collections::BTreeMap<String, String>
     if let Some(ended_by) = record.ended_by {
         info.push(("ended_by", ended_by.as_str().to_owned()));
     }
-    info.into_iter().filter(|(_, value)| !value.is_empty()).map(|(key, value)| (key.to_owned(), value)).collect()
+    info.into_iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect()
 }
 
 pub(super) fn backend_to_pb(status: BackendStatus) -> pb::Backend {

@@ -14,7 +14,9 @@ pub(super) fn to_connect(error: ServiceError) -> ConnectError {
         }
         ServiceError::NotFound(_) => ConnectError::not_found(text),
         ServiceError::AlreadyExists(_) => ConnectError::already_exists(text),
-        ServiceError::IllegalState { .. } | ServiceError::Precondition(_) => ConnectError::failed_precondition(text),
+        ServiceError::IllegalState { .. } | ServiceError::Precondition(_) => {
+            ConnectError::failed_precondition(text)
+        }
         ServiceError::Unavailable(_) => ConnectError::unavailable(text),
         ServiceError::Unsupported(_) => ConnectError::unimplemented(text),
         ServiceError::Deadline(_) => ConnectError::deadline_exceeded(text),

@@ -100,8 +100,7 @@ impl pb::VmService for Api {
     ) -> ServiceResult<pb::ShutdownVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
-        let outcome =
-            self.service.shutdown(request.vm_id, options, actor(&ctx)).await.map_err(to_connect)?;
+        let outcome = self.service.shutdown(request.vm_id, options, actor(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::ShutdownVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -174,7 +173,8 @@ impl pb::VmService for Api {
             let state = state.as_known().and_then(state_from_pb).ok_or_else(|| {
                 invalid_argument([(
                     format!("state_filter[{place}]"),
-                    "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN".to_owned(),
+                    "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN"
+                        .to_owned(),
                 )])
             })?;
             states.push(state);

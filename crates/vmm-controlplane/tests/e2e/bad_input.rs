@@ -41,7 +41,8 @@ fn each_wrong_value_is_named_by_its_path() {
     let qcow2 = dir.join("qcow2");
     fs::write(&qcow2, [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 600]].concat()).unwrap();
     let backed = dir.join("backed");
-    fs::write(&backed, [b"QFI\xfb\0\0\0\x03".as_slice(), &[0, 0, 0, 0, 0, 0, 1, 0], &[0; 600]].concat()).unwrap();
+    fs::write(&backed, [b"QFI\xfb\0\0\0\x03".as_slice(), &[0, 0, 0, 0, 0, 0, 1, 0], &[0; 600]].concat())
+        .unwrap();
     let raw = dir.join("raw");
     fs::write(&raw, [0; 4096]).unwrap();
     let link = dir.join("link");
@@ -54,8 +55,16 @@ fn each_wrong_value_is_named_by_its_path() {
         ("/cpu/vcpu_count", json!(-1), "config.cpu.vcpu_count"),
         ("/cpu/vcpu_count", json!(100_000), "config.cpu.vcpu_count"),
         ("/cpu", json!({"vcpu_count": 4, "max_vcpu_count": 2}), "config.cpu.max_vcpu_count"),
-        ("/cpu/topology", json!({"sockets": 2, "cores_per_socket": 2, "threads_per_core": 1}), "config.cpu.topology"),
-        ("/cpu/topology", json!({"sockets": 0, "cores_per_socket": 1, "threads_per_core": 1}), "config.cpu.topology"),
+        (
+            "/cpu/topology",
+            json!({"sockets": 2, "cores_per_socket": 2, "threads_per_core": 1}),
+            "config.cpu.topology",
+        ),
+        (
+            "/cpu/topology",
+            json!({"sockets": 0, "cores_per_socket": 1, "threads_per_core": 1}),
+            "config.cpu.topology",
+        ),
         ("/cpu/features", json!({"warp": "9"}), "config.cpu.features[\"warp\"]"),
         ("/memory", Value::Null, "config.memory"),
         ("/memory/size_bytes", json!(0), "config.memory.size_bytes"),
@@ -83,8 +92,16 @@ fn each_wrong_value_is_named_by_its_path() {
         ("/storage/0", json!({}), "config.storage[0].path"),
         ("/storage/0", disk(&fifo), "config.storage[0].path"),
         ("/storage/0", disk(&qcow2), "config.storage[0].options[\"format\"]"),
-        ("/storage/0", json!({"path": raw, "options": {"format": "qcow2"}}), "config.storage[0].options[\"format\"]"),
-        ("/storage/0", json!({"path": raw, "options": {"format": "vmdk"}}), "config.storage[0].options[\"format\"]"),
+        (
+            "/storage/0",
+            json!({"path": raw, "options": {"format": "qcow2"}}),
+            "config.storage[0].options[\"format\"]",
+        ),
+        (
+            "/storage/0",
+            json!({"path": raw, "options": {"format": "vmdk"}}),
+            "config.storage[0].options[\"format\"]",
+        ),
         (
             "/storage/0",
             json!({"path": backed, "options": {"format": "qcow2"}}),
@@ -116,7 +133,11 @@ fn each_wrong_value_is_named_by_its_path() {
         ("/network/0", json!({"interface_type": "e1000"}), "config.network[0].interface_type"),
         ("/console", json!({"enabled": true, "output": "relative"}), "config.console.output"),
         ("/console", json!({"enabled": true, "output": raw}), "config.console.output"),
-        ("/console", json!({"enabled": true, "output": "/nonexistent/folder/console"}), "config.console.output"),
+        (
+            "/console",
+            json!({"enabled": true, "output": "/nonexistent/folder/console"}),
+            "config.console.output",
+        ),
         ("/console", json!({"enabled": true, "console_type": "virtio"}), "config.console.console_type"),
         ("/console", json!({"enabled": true, "input": "/dev/tty"}), "config.console.input"),
         ("/metadata", json!({"big": "x".repeat(70_000)}), "config.metadata"),
@@ -142,7 +163,8 @@ fn names_that_are_no_names() {
     let world = World::started(&[]);
     let good = world.tiny(Guest::Idle);
     for name in ["../x", "a/b", "-a", ".a", "a b", &"x".repeat(64), "ä"] {
-        let message = world.call("CreateVm", &json!({"vm_id": name, "config": good})).error("invalid_argument");
+        let message =
+            world.call("CreateVm", &json!({"vm_id": name, "config": good})).error("invalid_argument");
         assert!(message.contains("vm_id: "), "{name}: {message}");
         world.call("GetVmInfo", &json!({"vm_id": name})).error("not_found");
         world.call("DeleteVm", &json!({"vm_id": name, "force": true})).error("not_found");

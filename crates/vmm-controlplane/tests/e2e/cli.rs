@@ -13,7 +13,10 @@ fn a_bad_configuration_is_told_whole_and_starts_nothing() {
         let output = world.command().arg(subcommand).output().unwrap();
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
-        assert!(message.contains("unsupported backend type: xen") && message.contains("UNKEY_VMCP_PORT"), "{message}");
+        assert!(
+            message.contains("unsupported backend type: xen") && message.contains("UNKEY_VMCP_PORT"),
+            "{message}"
+        );
     }
     assert!(!world.dir.path().join("state").exists());
 }
@@ -40,7 +43,13 @@ fn the_old_variables_are_named_with_their_successors() {
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(message.contains("failed to load config: missing required environment variables"), "{message}");
     assert!(message.contains("UNKEY_VMCP_PORT"), "{message}");
-    let exports = world.command().arg("migrate-env").env("CHCP_PORT", "8080").output().unwrap();
+    let exports = world
+        .command()
+        .arg("migrate-env")
+        .env_remove("UNKEY_VMCP_PORT")
+        .env("CHCP_PORT", "8080")
+        .output()
+        .unwrap();
     assert!(String::from_utf8_lossy(&exports.stdout).contains("export UNKEY_VMCP_PORT="));
 }
 
@@ -63,13 +72,15 @@ fn every_line_of_a_request_bears_its_id_and_the_vm() {
     world.create("logged", &world.tiny(Guest::Idle));
     world.call("PauseVm", &json!({"vm_id": "logged"})).error("failed_precondition");
     let (_, log) = world.stop(Signal::TERM);
-    let lines: Vec<Value> = log.iter().map(|line| serde_json::from_str(line).expect("JSON on every line")).collect();
+    let lines: Vec<Value> =
+        log.iter().map(|line| serde_json::from_str(line).expect("JSON on every line")).collect();
     for request in ["test-CreateVm", "test-PauseVm"] {
         let of_request: Vec<_> = lines.iter().filter(|line| line.to_string().contains(request)).collect();
         assert!(!of_request.is_empty(), "{request} left no line:\n{}", log.join("\n"));
         for line in of_request {
             let spans = line["spans"].as_array().unwrap();
-            let has_both = spans.iter().any(|span| span["request_id"] == request && span["vm_id"] == "logged");
+            let has_both =
+                spans.iter().any(|span| span["request_id"] == request && span["vm_id"] == "logged");
             assert!(has_both, "{line:#}");
         }
     }
@@ -79,7 +90,8 @@ fn every_line_of_a_request_bears_its_id_and_the_vm() {
 fn health_has_the_keys_of_the_contract() {
     let world = World::started(&[]);
     let health = world.get("/_/health");
-    let expected = if crate::harness::on_path("qemu-system-x86_64") { (200, "healthy") } else { (503, "unhealthy") };
+    let expected =
+        if crate::harness::on_path("qemu-system-x86_64") { (200, "healthy") } else { (503, "unhealthy") };
     assert_eq!((health.status, health.body["status"].as_str().unwrap()), expected);
     assert_eq!(health.body["backend"], "qemu");
     assert!(health.body["uptime_seconds"].is_u64());

@@ -32,12 +32,20 @@ fn disks_arrive_in_order_and_are_counted() {
         return skipped("disks_arrive_in_order_and_are_counted", "no guest kernel; `make setup` makes it");
     };
     if !on_path("qemu-img") {
-        return skipped("disks_arrive_in_order_and_are_counted", "qemu-img is not on PATH; `make setup` installs it");
+        return skipped(
+            "disks_arrive_in_order_and_are_counted",
+            "qemu-img is not on PATH; `make setup` installs it",
+        );
     }
     let world = World::started(&[]);
     let data = raw_disk(world.dir.path(), "data, with a comma.img", 8);
     let qcow2 = world.dir.path().join("disk.qcow2");
-    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&qcow2).arg("24M").status().unwrap();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&qcow2)
+        .arg("24M")
+        .status()
+        .unwrap();
     assert!(made.success());
     let root = raw_disk(world.dir.path(), "root.img", 16);
     config["storage"] = json!([
@@ -48,20 +56,28 @@ fn disks_arrive_in_order_and_are_counted() {
     world.create("vm", &config);
     world.boot("vm");
     let console = world.wait_for_console("vm", "vmcp-guest: wrote vda", 1);
-    assert!(console.contains("vmcp-guest: disk vda 16777216 ro=0 root=1"), "the root device is first: {console}");
+    assert!(
+        console.contains("vmcp-guest: disk vda 16777216 ro=0 root=1"),
+        "the root device is first: {console}"
+    );
     assert!(console.contains("vmcp-guest: disk vdb 8388608 ro=1 root=0"), "{console}");
     assert!(console.contains("vmcp-guest: disk vdc 25165824 ro=0 root=0"), "{console}");
     assert!(console.contains("root=/dev/vda rw"), "{console}");
     world.wait_for("vm", "seen writing", |info| {
         let stats = &info["metrics"]["storage_stats"];
-        stats["bytes_written"].is_string() && stats["write_operations"].is_string() && stats["bytes_read"].is_string()
+        stats["bytes_written"].is_string()
+            && stats["write_operations"].is_string()
+            && stats["bytes_read"].is_string()
     });
     world.call("ShutdownVm", &json!({"vm_id": "vm"})).ok();
     let written = fs::read(&root).unwrap();
     assert!(written.windows(10).any(|bytes| bytes == b"vmcp-guest"), "what the guest wrote is on the disk");
     assert!(fs::read(&data).unwrap().iter().all(|byte| *byte == 0));
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
-    assert!(root.exists() && data.exists() && qcow2.exists(), "DeleteVm removes no file that the client named");
+    assert!(
+        root.exists() && data.exists() && qcow2.exists(),
+        "DeleteVm removes no file that the client named"
+    );
     world.assert_nothing_left();
 }
 
@@ -101,7 +117,11 @@ fn a_console_goes_to_the_file_that_is_named_and_stays() {
         world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
     }
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
-    assert_eq!(text().matches(&Guest::Idle.banner()).count(), 2, "DeleteVm removes no file that the client named");
+    assert_eq!(
+        text().matches(&Guest::Idle.banner()).count(),
+        2,
+        "DeleteVm removes no file that the client named"
+    );
     world.call("CreateVm", &json!({"vm_id": "vm", "config": config})).error("invalid_argument");
 }
 
@@ -111,7 +131,8 @@ struct Tap(String);
 impl Tap {
     fn new() -> Option<Self> {
         let name = format!("vmct{:x}", std::process::id());
-        let made = Command::new("ip").args(["tuntap", "add", &name, "mode", "tap"]).output().ok()?.status.success();
+        let made =
+            Command::new("ip").args(["tuntap", "add", &name, "mode", "tap"]).output().ok()?.status.success();
         let tap = made.then(|| Self(name))?;
         Command::new("ip").args(["link", "set", &tap.0, "up"]).status().ok()?;
         Command::new("ip").args(["addr", "add", "10.213.77.1/24", "dev", &tap.0]).status().ok()?;
@@ -130,10 +151,16 @@ fn a_tap_that_exists_carries_the_guests_packets() {
     needs_qemu!();
     let args = "vmcp.ip=10.213.77.2/24 vmcp.peer=10.213.77.1 vmcp.do=ping,idle";
     let Some(mut config) = linux_config(args) else {
-        return skipped("a_tap_that_exists_carries_the_guests_packets", "no guest kernel; `make setup` makes it");
+        return skipped(
+            "a_tap_that_exists_carries_the_guests_packets",
+            "no guest kernel; `make setup` makes it",
+        );
     };
     let Some(tap) = Tap::new() else {
-        return skipped("a_tap_that_exists_carries_the_guests_packets", "no TAP can be made here; it takes root and ip");
+        return skipped(
+            "a_tap_that_exists_carries_the_guests_packets",
+            "no TAP can be made here; it takes root and ip",
+        );
     };
     let world = World::started(&[]);
     config["network"] = json!([{"tap_device": tap.0, "mac_address": "02:00:00:00:00:77"}]);

@@ -19,7 +19,10 @@ fn a_power_off_ends_the_run() {
     world.create("vm", &world.tiny(Guest::PowerOff));
     world.boot("vm");
     let info = world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
-    assert_eq!((&info["status"]["phase"], &info["status"]["reason"]), (&json!("stopped"), &json!("guest-power-off")));
+    assert_eq!(
+        (&info["status"]["phase"], &info["status"]["reason"]),
+        (&json!("stopped"), &json!("guest-power-off"))
+    );
     assert_eq!(info["backend_info"]["ended_by"], "guest");
     assert!(world.vmms().is_empty());
     assert_eq!(world.boot("vm")["success"], true, "it can be booted again");
@@ -52,7 +55,10 @@ fn resets_without_end_are_ended() {
     world.create("vm", &config);
     world.boot("vm");
     let info = world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
-    assert_eq!((&info["status"]["phase"], &info["status"]["reason"]), (&json!("failed"), &json!("restart-loop")));
+    assert_eq!(
+        (&info["status"]["phase"], &info["status"]["reason"]),
+        (&json!("failed"), &json!("restart-loop"))
+    );
     assert!(world.console("vm").matches(&Guest::Reset.banner()).count() >= 4, "first boot and three resets");
     assert!(world.vmms().is_empty());
 }
@@ -66,7 +72,10 @@ fn a_killed_vmm_is_noticed_and_named() {
         world.boot("vm");
         signal(vmm_pid(&world.info("vm")), number);
         let info = world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
-        assert_eq!((&info["status"]["phase"], &info["status"]["reason"]), (&json!("failed"), &json!("vmm-failed")));
+        assert_eq!(
+            (&info["status"]["phase"], &info["status"]["reason"]),
+            (&json!("failed"), &json!("vmm-failed"))
+        );
         assert!(info["status"]["message"].as_str().unwrap().contains(name), "{info:#}");
     }
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
@@ -81,10 +90,11 @@ fn a_killed_vmm_is_started_again_where_the_policy_says_so() {
     config["restart_policy"] = policy("ON_FAILURE", 0);
     world.create("vm", &config);
     world.boot("vm");
+    world.wait_for_console("vm", &Guest::Idle.banner(), 1);
     let first = vmm_pid(&world.info("vm"));
     signal(first, Signal::KILL);
     let info = world.wait_for("vm", "running in a new process", |info| {
-        info["state"] == "VM_STATE_RUNNING" && info["backend_info"]["pid"] != first.to_string()
+        info["state"] == "VM_STATE_RUNNING" && vmm_pid(info) != first
     });
     assert_eq!(info["status"]["restarts"], 1);
     world.wait_for_console("vm", &Guest::Idle.banner(), 2);

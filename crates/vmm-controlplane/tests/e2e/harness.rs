@@ -14,10 +14,10 @@ use tempfile::TempDir;
 use vmm_testkit::guests::Guest;
 
 /// Longer than anything here takes on a busy machine; only a hang reaches it.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Says that a test was not run, where the last line of the run counts it.
-pub fn skipped(test: &str, why: &str) {
+pub(crate) fn skipped(test: &str, why: &str) {
     let line = format!("SKIPPED: {test}: {why}");
     println!("{line}");
     if let Some(log) = std::env::var_os("VMCP_SKIP_LOG")
@@ -28,8 +28,9 @@ pub fn skipped(test: &str, why: &str) {
 }
 
 /// Whether a program is on PATH.
-pub fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+pub(crate) fn on_path(program: &str) -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }
 
 /// Leaves the test where QEMU is missing.
@@ -46,7 +47,7 @@ macro_rules! needs_qemu {
 }
 
 /// A Linux kernel and initramfs, where `make setup` has made them.
-pub fn linux() -> Option<(PathBuf, PathBuf)> {
+pub(crate) fn linux() -> Option<(PathBuf, PathBuf)> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest");
     let kernel = dir.join("vmlinuz").canonicalize().ok()?;
     let initrd = dir.join("initramfs.cpio.gz").canonicalize().ok()?;
@@ -54,8 +55,8 @@ pub fn linux() -> Option<(PathBuf, PathBuf)> {
 }
 
 /// Folders that live as long as a test, with a daemon in them that can be ended and started again.
-pub struct World {
-    pub dir: TempDir,
+pub(crate) struct World {
+    pub(crate) dir: TempDir,
     env: BTreeMap<String, String>,
     daemon: Option<Daemon>,
 }
@@ -69,22 +70,22 @@ struct Daemon {
 
 /// What the API answered.
 #[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    pub body: Value,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) body: Value,
 }
 
 impl Answer {
     /// The body of a success.
     #[track_caller]
-    pub fn ok(self) -> Value {
+    pub(crate) fn ok(self) -> Value {
         assert_eq!(self.status, 200, "{}", self.body);
         self.body
     }
 
     /// The message of a failure with this Connect code.
     #[track_caller]
-    pub fn error(self, code: &str) -> String {
+    pub(crate) fn error(self, code: &str) -> String {
         assert_eq!(self.body["code"], code, "HTTP {}: {}", self.status, self.body);
         self.body["message"].as_str().unwrap_or_default().to_owned()
     }
@@ -92,7 +93,7 @@ impl Answer {
 
 impl World {
     /// Folders with QEMU as the backend and software emulation; `env` comes on top.
-    pub fn new(env: &[(&str, &str)]) -> Self {
+    pub(crate) fn new(env: &[(&str, &str)]) -> Self {
         let dir = tempfile::Builder::new().prefix("vmcp").tempdir().unwrap();
         let mut all = BTreeMap::from([
             ("UNKEY_VMCP_ADDRESS".to_owned(), "127.0.0.1".to_owned()),
@@ -108,17 +109,20 @@ impl World {
     }
 
     /// The same, with the daemon started.
-    pub fn started(env: &[(&str, &str)]) -> Self {
+    pub(crate) fn started(env: &[(&str, &str)]) -> Self {
         let mut world = Self::new(env);
         world.start();
         world
     }
 
     /// The daemon's command line, with nothing of the test's own environment that concerns it.
-    pub fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmm-controlplane"));
         for (key, _) in std::env::vars_os() {
-            if ["UNKEY_VMCP_", "VMCP_", "CHCP_"].iter().any(|prefix| key.to_string_lossy().starts_with(prefix)) {
+            if ["UNKEY_VMCP_", "VMCP_", "CHCP_"]
+                .iter()
+                .any(|prefix| key.to_string_lossy().starts_with(prefix))
+            {
                 command.env_remove(key);
             }
         }
@@ -127,7 +131,7 @@ impl World {
     }
 
     /// Starts the daemon and waits until it serves.
-    pub fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         assert!(self.daemon.is_none(), "one daemon at a time");
         let mut child = self.command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = child.stderr.take().unwrap();
@@ -156,7 +160,7 @@ impl World {
     }
 
     /// Ends the daemon with a signal, waits for it, and answers its exit code and its log.
-    pub fn stop(&mut self, signal: Signal) -> (Option<i32>, Vec<String>) {
+    pub(crate) fn stop(&mut self, signal: Signal) -> (Option<i32>, Vec<String>) {
         let mut daemon = self.daemon.take().expect("a daemon runs");
         kill_process(pid_of(&daemon.child), signal).unwrap();
         let status = daemon.child.wait().unwrap();
@@ -164,17 +168,17 @@ impl World {
     }
 
     /// The daemon's process id.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.daemon.as_ref().expect("a daemon runs").child.id()
     }
 
     /// Where the daemon serves.
-    pub fn url(&self) -> &str {
+    pub(crate) fn url(&self) -> &str {
         &self.daemon.as_ref().expect("a daemon runs").url
     }
 
     /// Calls a method with a JSON body.
-    pub fn call(&self, method: &str, body: &Value) -> Answer {
+    pub(crate) fn call(&self, method: &str, body: &Value) -> Answer {
         let url = format!("{}/vmm.v1.VmService/{method}", self.url());
         let response = agent()
             .post(&url)
@@ -185,25 +189,25 @@ impl World {
     }
 
     /// Gets a page.
-    pub fn get(&self, path: &str) -> Answer {
+    pub(crate) fn get(&self, path: &str) -> Answer {
         answer(agent().get(format!("{}{path}", self.url())).call())
     }
 
-    pub fn create(&self, vm_id: &str, config: &Value) -> Value {
+    pub(crate) fn create(&self, vm_id: &str, config: &Value) -> Value {
         self.call("CreateVm", &json!({"vm_id": vm_id, "config": config})).ok()
     }
 
-    pub fn boot(&self, vm_id: &str) -> Value {
+    pub(crate) fn boot(&self, vm_id: &str) -> Value {
         self.call("BootVm", &json!({"vm_id": vm_id})).ok()
     }
 
-    pub fn info(&self, vm_id: &str) -> Value {
+    pub(crate) fn info(&self, vm_id: &str) -> Value {
         self.call("GetVmInfo", &json!({"vm_id": vm_id})).ok()
     }
 
     /// Waits until GetVmInfo satisfies `wanted`.
     #[track_caller]
-    pub fn wait_for(&self, vm_id: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) fn wait_for(&self, vm_id: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let info = self.info(vm_id);
@@ -216,12 +220,12 @@ impl World {
     }
 
     #[track_caller]
-    pub fn wait_for_state(&self, vm_id: &str, state: &str) -> Value {
+    pub(crate) fn wait_for_state(&self, vm_id: &str, state: &str) -> Value {
         self.wait_for(vm_id, state, |info| info["state"] == state)
     }
 
     /// The configuration of a VM with a tiny guest, small enough to start many.
-    pub fn tiny(&self, guest: Guest) -> Value {
+    pub(crate) fn tiny(&self, guest: Guest) -> Value {
         let kernel = guest.write_to(self.dir.path()).unwrap();
         json!({
             "cpu": {"vcpu_count": 1},
@@ -231,7 +235,7 @@ impl World {
     }
 
     /// The kept console of a VM so far.
-    pub fn console(&self, vm_id: &str) -> String {
+    pub(crate) fn console(&self, vm_id: &str) -> String {
         let uid = self.info(vm_id)["uid"].as_str().unwrap().replace('-', "");
         let path = self.dir.path().join("run/vms").join(uid).join("console.log");
         String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
@@ -239,7 +243,7 @@ impl World {
 
     /// Waits until the kept console has `text` `times` times.
     #[track_caller]
-    pub fn wait_for_console(&self, vm_id: &str, text: &str, times: usize) -> String {
+    pub(crate) fn wait_for_console(&self, vm_id: &str, text: &str, times: usize) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let console = self.console(vm_id);
@@ -252,11 +256,13 @@ impl World {
     }
 
     /// The process ids of all VMMs that belong to this world's run folder.
-    pub fn vmms(&self) -> Vec<u32> {
+    pub(crate) fn vmms(&self) -> Vec<u32> {
         let needle = self.dir.path().join("run").display().to_string();
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
             let Ok(arguments) = fs::read(entry.path().join("cmdline")) else { continue };
             let of_this_world = String::from_utf8_lossy(&arguments).contains(&needle);
             let is_daemon = self.daemon.as_ref().is_some_and(|daemon| daemon.child.id() == pid);
@@ -268,7 +274,7 @@ impl World {
     }
 
     /// The folders of VMs.
-    pub fn run_folders(&self) -> Vec<PathBuf> {
+    pub(crate) fn run_folders(&self) -> Vec<PathBuf> {
         fs::read_dir(self.dir.path().join("run/vms"))
             .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
             .unwrap_or_default()
@@ -276,7 +282,7 @@ impl World {
 
     /// Fails unless nothing of any VM is left on the host.
     #[track_caller]
-    pub fn assert_nothing_left(&self) {
+    pub(crate) fn assert_nothing_left(&self) {
         assert_eq!(self.vmms(), Vec::<u32>::new(), "processes left");
         assert_eq!(self.run_folders(), Vec::<PathBuf>::new(), "folders left");
     }
@@ -300,14 +306,14 @@ impl Drop for World {
 }
 
 /// Signals a process that the test, or its daemon, started.
-pub fn signal(pid: u32, signal: Signal) {
+pub(crate) fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
     }
 }
 
 /// Whether a process is there and not a zombie.
-pub fn is_alive(pid: u32) -> bool {
+pub(crate) fn is_alive(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
         .ok()
         .and_then(|stat| stat.rsplit_once(')').map(|(_, rest)| rest.trim_start().to_owned()))
@@ -316,7 +322,7 @@ pub fn is_alive(pid: u32) -> bool {
 
 /// Waits until `wanted` holds.
 #[track_caller]
-pub fn eventually(what: &str, wanted: impl Fn() -> bool) {
+pub(crate) fn eventually(what: &str, wanted: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !wanted() {
         assert!(Instant::now() < deadline, "never: {what}");
@@ -326,8 +332,11 @@ pub fn eventually(what: &str, wanted: impl Fn() -> bool) {
 
 /// The pid of the VMM, as GetVmInfo tells it.
 #[track_caller]
-pub fn vmm_pid(info: &Value) -> u32 {
-    info["backend_info"]["pid"].as_str().and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no pid in {info:#}"))
+pub(crate) fn vmm_pid(info: &Value) -> u32 {
+    info["backend_info"]["pid"]
+        .as_str()
+        .and_then(|pid| pid.parse().ok())
+        .unwrap_or_else(|| panic!("no pid in {info:#}"))
 }
 
 #[expect(clippy::disallowed_methods, reason = "a test's own thread waits for other processes")]
@@ -340,11 +349,7 @@ fn pid_of(child: &Child) -> Pid {
 }
 
 fn agent() -> ureq::Agent {
-    ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_global(Some(PATIENCE))
-        .build()
-        .into()
+    ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE)).build().into()
 }
 
 fn answer(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Answer {

@@ -79,6 +79,7 @@ fn every_cell_of_the_state_table() {
         denied(method, "CREATED");
     }
     reaches("BootVm", "VM_STATE_RUNNING");
+    world.wait_for_console("vm", &Guest::Idle.banner(), 1);
     reaches("BootVm", "VM_STATE_RUNNING");
     reaches("ResumeVm", "VM_STATE_RUNNING");
     denied("DeleteVm", "RUNNING");
@@ -96,8 +97,12 @@ fn every_cell_of_the_state_table() {
         denied(method, "SHUTDOWN");
     }
     reaches("BootVm", "VM_STATE_RUNNING");
+    world.wait_for_console("vm", &Guest::Idle.banner(), 2);
     let pid = vmm_pid(&world.info("vm"));
-    assert_eq!(world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok()["state"], "VM_STATE_RUNNING");
+    assert_eq!(
+        world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok()["state"],
+        "VM_STATE_RUNNING"
+    );
     assert_eq!(vmm_pid(&world.info("vm")), pid, "QEMU resets in place");
     world.wait_for_console("vm", &Guest::Idle.banner(), 3);
     assert_eq!(world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok()["success"], true);
@@ -168,11 +173,17 @@ fn the_answers_of_a_vm_carry_what_was_filled_in() {
     let world = World::new(&[]);
     let kernel = Guest::Idle.write_to(world.dir.path()).unwrap();
     let kernel = kernel.to_str().unwrap();
-    let mut world = World::new(&[("UNKEY_VMCP_DEFAULT_KERNEL", kernel), ("UNKEY_VMCP_DEFAULT_KERNEL_ARGS", "console=ttyS0")]);
+    let mut world = World::new(&[
+        ("UNKEY_VMCP_DEFAULT_KERNEL", kernel),
+        ("UNKEY_VMCP_DEFAULT_KERNEL_ARGS", "console=ttyS0"),
+    ]);
     world.start();
     // The guide's Python example, which names no kernel.
     let created = world
-        .call("CreateVm", &json!({"config": {"cpu": {"vcpu_count": 2}, "memory": {"size_bytes": 2147483648_i64}}}))
+        .call(
+            "CreateVm",
+            &json!({"config": {"cpu": {"vcpu_count": 2}, "memory": {"size_bytes": 2147483648_i64}}}),
+        )
         .ok();
     let info = world.info(created["vm_id"].as_str().unwrap());
     assert_eq!(info["config"]["boot"]["kernel_path"], kernel);

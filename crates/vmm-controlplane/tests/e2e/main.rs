@@ -3,6 +3,14 @@
 //! Every test has a daemon, folders and guests of its own, on loopback, and takes them all down again, whether it passes or
 //! fails. Where something is missing on the machine a test says `SKIPPED` and why.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the helpers of a test give up as loudly as the test itself"
+)]
+
 mod bad_input;
 mod cli;
 mod devices;

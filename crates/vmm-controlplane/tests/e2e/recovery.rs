@@ -55,6 +55,7 @@ fn what_died_meanwhile_is_shut_down() {
     let mut world = World::started(&[]);
     world.create("vm", &world.tiny(Guest::Idle));
     world.boot("vm");
+    world.wait_for_console("vm", &Guest::Idle.banner(), 1);
     let pid = vmm_pid(&world.info("vm"));
     world.stop(Signal::KILL);
     signal(pid, Signal::KILL);

@@ -84,7 +84,10 @@ fn one_hung_vm_hangs_nobody_and_force_ends_it() {
     let message = world.call("PauseVm", &json!({"vm_id": "hung"})).error("unavailable");
     assert!(message.contains("hung"), "{message}");
     let info = world.info("hung");
-    assert_eq!((&info["state"], &info["status"]["phase"]), (&json!("VM_STATE_RUNNING"), &json!("unreachable")));
+    assert_eq!(
+        (&info["state"], &info["status"]["phase"]),
+        (&json!("VM_STATE_RUNNING"), &json!("unreachable"))
+    );
     for method in ["PauseVm", "ShutdownVm", "RebootVm"] {
         world.call(method, &json!({"vm_id": "hung"})).error("unavailable");
     }
@@ -111,10 +114,17 @@ fn a_daemon_starts_beside_a_hung_vm() {
     world.stop(Signal::KILL);
     world.start();
     let info = world.info("hung");
-    assert_eq!((&info["state"], &info["status"]["phase"]), (&json!("VM_STATE_RUNNING"), &json!("unreachable")));
+    assert_eq!(
+        (&info["state"], &info["status"]["phase"]),
+        (&json!("VM_STATE_RUNNING"), &json!("unreachable")),
+        "{info:#}"
+    );
     signal(pid, Signal::CONT);
     world.wait_for("hung", "reachable again", |info| info["status"]["phase"] == "running");
     signal(pid, Signal::STOP);
-    assert_eq!(world.call("ShutdownVm", &json!({"vm_id": "hung", "force": true})).ok()["ended_by"], "sigkill");
+    assert_eq!(
+        world.call("ShutdownVm", &json!({"vm_id": "hung", "force": true})).ok()["ended_by"],
+        "sigkill"
+    );
     eventually("the VMM is gone", || !is_alive(pid));
 }

@@ -211,15 +211,59 @@ pub const DEFAULT_MAX_RESTARTS: u32 = 5;
 
 impl VmSpec {
     /// The kernel command line in force: as given, and `root=/dev/vda ro|rw` where a root device is named and the line has
-    /// no `root=` of its own. Alike on every backend.
+    /// no `root=` of its own. Alike on every backend. What follows a lone `--` is init's, so it stays last.
     pub fn kernel_args(&self) -> String {
-        let has_root = self.boot.args.split_ascii_whitespace().any(|word| word.starts_with("root="));
-        match self.disks.first() {
-            Some(disk) if disk.is_root && !has_root => {
-                let mode = if disk.read_only { "ro" } else { "rw" };
-                format!("{} root=/dev/vda {mode}", self.boot.args).trim_start().to_owned()
-            }
-            Some(_) | None => self.boot.args.clone(),
-        }
+        let args = self.boot.args.as_str();
+        let (for_kernel, for_init) = match args.find(" -- ") {
+            Some(end) => (&args[..end], &args[end + 1..]),
+            None => (args, ""),
+        };
+        let has_root = for_kernel.split_ascii_whitespace().any(|word| word.starts_with("root="));
+        let Some(disk) = self.disks.first().filter(|disk| disk.is_root && !has_root) else {
+            return args.to_owned();
+        };
+        let root = if disk.read_only { "root=/dev/vda ro" } else { "root=/dev/vda rw" };
+        let parts = [for_kernel.trim_end(), root, for_init];
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
+
+    fn args(given: &str, disk: Option<(bool, bool)>) -> String {
+        let storage = disk.map(|(is_root_device, read_only)| StorageDevice {
+            path: "/disk".to_owned(),
+            is_root_device,
+            read_only,
+            ..StorageDevice::default()
+        });
+        let config = VmConfig {
+            cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
+            memory: Some(MemoryConfig { size_bytes: 1 << 20, ..MemoryConfig::default() }),
+            boot: Some(BootConfig {
+                kernel_path: "/kernel".to_owned(),
+                kernel_args: given.to_owned(),
+                ..BootConfig::default()
+            }),
+            storage: storage.into_iter().collect(),
+            ..VmConfig::default()
+        };
+        VmSpec::parse(&config).unwrap().kernel_args()
+    }
+
+    #[test]
+    fn a_root_device_is_named_unless_the_line_names_one() {
+        assert_eq!(args("console=ttyS0", Some((true, false))), "console=ttyS0 root=/dev/vda rw");
+        assert_eq!(args("", Some((true, true))), "root=/dev/vda ro");
+        assert_eq!(
+            args("quiet -- single root=x", Some((true, false))),
+            "quiet root=/dev/vda rw -- single root=x"
+        );
+        assert_eq!(args("root=/dev/vda1 quiet", Some((true, false))), "root=/dev/vda1 quiet");
+        assert_eq!(args("quiet", Some((false, false))), "quiet");
+        assert_eq!(args("quiet", None), "quiet");
     }
 }

@@ -1,17 +1,18 @@
 //! Starting a process that outlives the daemon.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
 
+use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags};
+use nix::sys::signal::SigSet;
 use rustix::fs::OFlags;
-use rustix::process::{Pid, PidfdFlags};
-use tokio::process::Child;
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions};
 use tokio::sync::watch;
 use tracing::Instrument;
 use vmm_core::store::ProcessIdentity;
@@ -35,8 +36,6 @@ pub struct Command {
     pub stdin: Stdin,
     /// Another file for stdout, treated as `log` is.
     pub stdout: Option<PathBuf>,
-    /// Where the process lives.
-    pub working_dir: PathBuf,
 }
 
 /// Where a process's input comes from.
@@ -49,21 +48,18 @@ pub enum Stdin {
 }
 
 impl Command {
-    /// A process without input that lives in the folder of its log.
+    /// A process without input.
     pub fn new(
         program: impl Into<PathBuf>,
         args: impl IntoIterator<Item = impl Into<OsString>>,
         log: impl Into<PathBuf>,
     ) -> Self {
-        let log = log.into();
-        let working_dir = log.parent().unwrap_or(Path::new("/")).to_path_buf();
         Self {
             program: program.into(),
             args: args.into_iter().map(Into::into).collect(),
-            log,
+            log: log.into(),
             stdin: Stdin::Null,
             stdout: None,
-            working_dir,
         }
     }
 }
@@ -107,7 +103,7 @@ impl Drop for Guarded {
     }
 }
 
-/// Starts a process that outlives the daemon: own process group, nothing inherited, its exit published when it comes.
+/// Starts a process that outlives the daemon: own session, nothing inherited, its exit published when it comes.
 ///
 /// # Errors
 /// What opening the log or starting the program says. Nothing runs then.
@@ -139,68 +135,96 @@ fn start(command: Command) -> io::Result<Guarded> {
         None => log.try_clone()?,
     };
     let stdin = match command.stdin {
-        Stdin::Null => Stdio::null(),
-        Stdin::File(fd) => Stdio::from(fd),
+        Stdin::Null => OwnedFd::from(File::open("/dev/null")?),
+        Stdin::File(fd) => fd,
     };
-    // Absolute program, own process group and no closure: std takes posix_spawn, which does not copy the daemon's memory.
-    let mut child = tokio::process::Command::new(&command.program)
-        .args(&command.args)
-        .current_dir(&command.working_dir)
-        .env_clear()
-        .envs(ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
-        .stdin(stdin)
-        .stdout(Stdio::from(stdout))
-        .stderr(Stdio::from(log))
-        .process_group(0)
-        .kill_on_drop(false)
-        .spawn()?;
-    match identify(&child, boot_id) {
-        Ok((identity, pidfd)) => Ok(Guarded { process: reap(child, identity, pidfd), armed: true }),
+    let child = posix_spawn(&command.program, &command.args, [&stdin, &stdout.into(), &log.into()])?;
+    // Nobody has waited for the child yet, so its pid cannot be another's, be it a zombie by now.
+    let identified = rustix::process::pidfd_open(child, PidfdFlags::empty())
+        .map_err(io::Error::from)
+        .and_then(|pidfd| identify(child, boot_id).map(|identity| (identity, pidfd)));
+    match identified {
+        Ok((identity, pidfd)) => Ok(Guarded { process: reap(identity, pidfd)?, armed: true }),
         Err(error) => {
-            // Not reaped yet, so the pid still means this child.
-            if let Err(error) = child.start_kill() {
-                tracing::error!(%error, "a process that could not be identified could not be killed either");
+            let ended = rustix::process::kill_process(child, Signal::KILL)
+                .and_then(|()| rustix::process::waitpid(Some(child), WaitOptions::empty()));
+            if let Err(error) = ended {
+                tracing::error!(%error, "a process that could not be identified could not be ended either");
             }
-            tokio::spawn(async move { child.wait().await });
             Err(error)
         }
     }
 }
 
-/// Nobody has waited for the child yet, so its pid cannot be another's, be it a zombie by now.
-fn identify(child: &Child, boot_id: String) -> io::Result<(ProcessIdentity, OwnedFd)> {
-    let pid = child.id().ok_or_else(|| io::Error::other("the process was reaped by somebody else"))?;
-    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let raw = raw.ok_or_else(|| io::Error::other("the process id is out of range"))?;
-    let pidfd = rustix::process::pidfd_open(raw, PidfdFlags::empty())?;
-    let start_ticks = procfs::stat(pid)?.start_ticks;
-    Ok((ProcessIdentity { pid, start_ticks, boot_id }, pidfd))
+/// Starts `program` in a session of its own, without copying the daemon's memory as fork() would.
+///
+/// The session is what lets a VM outlive the daemon: where parent and child share one, the death of the parent makes the kernel
+/// send SIGHUP to a child that is stopped just then.
+fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::Result<Pid> {
+    let mut files = PosixSpawnFileActions::init()?;
+    for (fd, target) in stdio.into_iter().zip(0..) {
+        files.add_dup2(fd.as_raw_fd(), target)?;
+    }
+    let mut attributes = PosixSpawnAttr::init()?;
+    // What the daemon ignores or blocks is its own affair.
+    attributes.set_sigdefault(&SigSet::all())?;
+    attributes.set_sigmask(&SigSet::empty())?;
+    let own_session = PosixSpawnFlags::from_bits_retain(nix::libc::POSIX_SPAWN_SETSID.into());
+    attributes.set_flags(
+        PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | own_session,
+    )?;
+    let args = std::iter::once(program.as_os_str())
+        .chain(args.iter().map(OsString::as_os_str))
+        .map(c_string)
+        .collect::<io::Result<Vec<_>>>()?;
+    let environment = ENVIRONMENT
+        .iter()
+        .filter_map(|name| {
+            let value = std::env::var_os(name)?;
+            let mut entry = OsString::from(format!("{name}="));
+            entry.push(value);
+            Some(c_string(&entry))
+        })
+        .collect::<io::Result<Vec<_>>>()?;
+    let pid = nix::spawn::posix_spawn(program, &files, &attributes, &args, &environment)
+        .map_err(|error| named(program, &error.into()))?;
+    Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("the kernel gave no process id"))
+}
+
+fn c_string(text: &OsStr) -> io::Result<CString> {
+    CString::new(text.as_bytes()).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
+}
+
+fn identify(child: Pid, boot_id: String) -> io::Result<ProcessIdentity> {
+    let pid = child.as_raw_nonzero().get().unsigned_abs();
+    Ok(ProcessIdentity { pid, start_ticks: procfs::stat(pid)?.start_ticks, boot_id })
 }
 
 /// Starts the task that reaps the child and publishes its exit.
-fn reap(mut child: Child, identity: ProcessIdentity, pidfd: OwnedFd) -> Process {
+fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
     let (ended, exit) = watch::channel(None);
     let pid = identity.pid;
     let pidfd = Arc::new(pidfd);
-    let watched = Arc::clone(&pidfd);
+    let watched = ready::readable(Arc::clone(&pidfd))?;
     let task = async move {
-        let exit = match child.wait().await {
-            Ok(status) => ProcessExit::from(status),
-            // Somebody else reaped it, or will: a daemon that was started with SIGCHLD ignored has its children reaped by
-            // the kernel. The pidfd still tells when.
+        if let Err(error) = watched.readable().await {
+            tracing::error!(%error, "a process can no longer be watched");
+            return;
+        }
+        let waited = rustix::process::waitid(WaitId::PidFd(watched.get_ref().as_fd()), WaitIdOptions::EXITED);
+        let exit = match waited {
+            Ok(Some(status)) => ProcessExit::from(status),
+            Ok(None) => ProcessExit::UNKNOWN,
+            // A daemon that was started with SIGCHLD ignored has its children reaped by the kernel.
             Err(error) => {
                 tracing::warn!(%error, "the exit status of a process cannot be read");
-                if let Err(error) = ready::wait_readable(watched).await {
-                    tracing::error!(%error, "a process can no longer be watched");
-                    return;
-                }
                 ProcessExit::UNKNOWN
             }
         };
         ended.send_replace(Some(exit));
     };
     tokio::spawn(task.instrument(tracing::debug_span!("child process", pid)));
-    Process::new(identity, pidfd, exit)
+    Ok(Process::new(identity, pidfd, exit))
 }
 
 /// Opens a regular file to append to. Appending keeps offsets true where the file is cut or punched meanwhile.

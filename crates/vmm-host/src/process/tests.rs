@@ -130,14 +130,13 @@ async fn output_goes_where_it_is_told_and_is_private() {
     std::fs::write(dir.path().join("in"), "typed\n").unwrap();
     let console = dir.path().join("console");
     std::fs::write(&console, "before\n").unwrap();
-    let mut command = sh(dir.path(), "read line; echo \"$line\"; echo oops >&2; pwd >&2");
+    let mut command = sh(dir.path(), "read line; echo \"$line\"; echo oops >&2");
     command.stdin = Stdin::File(std::fs::File::open(dir.path().join("in")).unwrap().into());
     command.stdout = Some(console.clone());
     assert!(spawn(command).await.unwrap().wait().await.is_success());
     assert_eq!(std::fs::read_to_string(&console).unwrap(), "before\ntyped\n");
     let log = dir.path().join("log");
-    let real = dir.path().canonicalize().unwrap();
-    assert_eq!(std::fs::read_to_string(&log).unwrap(), format!("oops\n{}\n", real.display()));
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "oops\n");
     assert_eq!(std::fs::metadata(&log).unwrap().mode() & 0o777, 0o600);
 }
 

@@ -19,8 +19,10 @@ use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::service::Outcome;
 
-/// No start may take longer.
-const LAUNCH_DEADLINE: Duration = Duration::from_secs(28);
+/// No start may take longer. With the look before it and the sweep after it, a boot fails within 30 s.
+const LAUNCH_DEADLINE: Duration = Duration::from_secs(25);
+/// No look at the host's files may take longer, before a start may begin.
+const LOOK_DEADLINE: Duration = Duration::from_secs(3);
 /// The console's file in the run folder, where the client names none.
 const KEPT_CONSOLE: &str = "console.log";
 
@@ -40,7 +42,7 @@ impl Actor {
 
     /// Starts the VMM and its guest. A reboot has recorded its intent already.
     pub(super) async fn start(&mut self, request: Request, actor: &str) -> Result<(), ServiceError> {
-        let claims = match self.reserve().await {
+        let claims = match self.reserve(request).await {
             Ok(claims) => claims,
             Err(error) if request == Request::Reboot => {
                 return Err(self.not_started(request, actor, error).await);
@@ -57,23 +59,33 @@ impl Actor {
         match self.launch().await {
             Ok(launched) => self.started(request, actor, launched, claims).await,
             Err(broken) => {
-                let error = match broken {
-                    Broken::Preempted => ServiceError::Aborted(format!(
-                        "{} of VM \"{}\" was pre-empted by a forced operation",
-                        request.name(),
-                        self.record.vm_id
-                    )),
-                    Broken::Backend(error) => ServiceError::from_backend("boot", &self.record.vm_id, &error),
-                };
+                let error = self.boot_error(request, broken);
                 Err(self.not_started(request, actor, error).await)
             }
         }
     }
 
+    fn boot_error(&self, request: Request, broken: Broken) -> ServiceError {
+        match broken {
+            Broken::Preempted => ServiceError::Aborted(format!(
+                "{} of VM \"{}\" was pre-empted by a forced operation",
+                request.name(),
+                self.record.vm_id
+            )),
+            Broken::Backend(error) => ServiceError::from_backend("boot", &self.record.vm_id, &error),
+        }
+    }
+
     /// Looks at the host once more and takes what the VM needs for itself.
-    async fn reserve(&self) -> Result<Vec<HostClaim>, ServiceError> {
+    ///
+    /// The look can be interrupted: a file may be on a server that does not answer.
+    async fn reserve(&mut self, request: Request) -> Result<Vec<HostClaim>, ServiceError> {
         let formats = self.backend.capabilities().kernel_formats;
-        let facts = check::look(self.spec.clone(), formats, self.record.owns_console_output).await;
+        let look = check::look(self.spec.clone(), formats, self.record.owns_console_output);
+        let facts = match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
+            Ok(facts) => facts,
+            Err(broken) => return Err(self.boot_error(request, broken)),
+        };
         if !facts.report.is_ok() {
             let problems = ServiceError::Invalid(facts.report.violations);
             return Err(ServiceError::Precondition(format!(
@@ -213,7 +225,8 @@ fn touch(path: &Path) -> std::io::Result<()> {
         .append(true)
         .create(true)
         .mode(0o600)
-        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+        // A FIFO that took the file's place must not hold whoever opens it.
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(path)
         .map(|_| ())
 }

@@ -13,8 +13,10 @@ use crate::service::Outcome;
 
 /// No VMM may take longer over one operation; a shutdown has its guest's time on top.
 const OPERATION_DEADLINE: Duration = Duration::from_secs(20);
-/// A forced operation answers within 5 s, commits included.
-const FORCE_DEADLINE: Duration = Duration::from_millis(4500);
+/// A forced operation answers within 5 s, commits and one more look included.
+const FORCE_DEADLINE: Duration = Duration::from_millis(4300);
+/// How long a VMM that outlived force may take to say how its guest is.
+const FORCED_PROBE_DEADLINE: Duration = Duration::from_millis(400);
 /// How long a sweep may take. A start that was pre-empted and the deletion that did it take one each.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(2);
 /// How long a VMM may take to say how its guest is, after something went wrong.
@@ -28,12 +30,8 @@ impl Actor {
         if self.record.status.phase == Phase::Unreachable && !self.forcing {
             return Err(self.unreachable());
         }
-        if self.stray && self.live.is_none() && request == Request::Shutdown {
-            // A start left a process of which only this is known: that it could not be ended.
-            if let Err(Broken::Backend(error)) = self.sweep().await {
-                return Err(ServiceError::from_backend("shut down", &self.record.vm_id, &error));
-            }
-            self.let_go();
+        if self.stray && request == Request::Shutdown && !self.record.state.is_live() {
+            self.end_stray(operation).await?;
         }
         match admit(self.record.state, request) {
             Admission::AlreadyDone => self.already_done(operation).await,
@@ -53,6 +51,19 @@ impl Actor {
         }
     }
 
+    /// Ends a process that a start has left, of a VM that counts as not running. Only force comes here.
+    async fn end_stray(&mut self, operation: &Operation) -> Result<(), ServiceError> {
+        if let Err(Broken::Backend(error)) = self.sweep().await {
+            return Err(ServiceError::from_backend("shut down", &self.record.vm_id, &error));
+        }
+        self.let_go();
+        self.record.status = self
+            .plain(Phase::at_rest(self.record.state))
+            .because("shutdown", "what an earlier start had left was ended by force");
+        let why = Why::asked(operation.request, &operation.actor);
+        Ok(self.conclude(EventKind::StateChanged, why).await?)
+    }
+
     fn unreachable(&self) -> ServiceError {
         ServiceError::Unavailable(format!(
             "VM \"{}\" is unreachable ({}): its VMM may still run it. Try again, or use force to end it",
@@ -62,7 +73,7 @@ impl Actor {
 
     async fn already_done(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
         let stopped = operation.request == Request::Shutdown;
-        let waits = self.restart_at.take().is_some() || self.record.status.phase == Phase::Unreachable;
+        let waits = self.restart_at.take().is_some() || matches!(self.record.status.phase, Phase::Restarting);
         if stopped && waits {
             self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
             self.conclude(EventKind::StateChanged, Why::asked(operation.request, &operation.actor)).await?;
@@ -240,7 +251,8 @@ impl Actor {
             }
             return;
         };
-        let observation = match self.interruptible(PROBE_DEADLINE, async move { vmm.probe().await }).await {
+        let deadline = if self.forcing { FORCED_PROBE_DEADLINE } else { PROBE_DEADLINE };
+        let observation = match self.interruptible(deadline, async move { vmm.probe().await }).await {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,
             // Its end arrives as an event.

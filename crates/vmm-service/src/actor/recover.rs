@@ -183,7 +183,10 @@ impl Actor {
                 let run = self.record.run.clone().unwrap_or_else(|| launched.vmm.run().clone());
                 self.hold(launched, run);
             }
-            None => self.look_for_it_later(),
+            None => {
+                self.stray = true;
+                self.look_for_it_later();
+            }
         }
         if self.record.state == VmState::Created && self.record.run.is_some() {
             self.record.state = observe(self.record.state, Observation::Runs);

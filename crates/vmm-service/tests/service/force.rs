@@ -88,19 +88,13 @@ async fn what_waits_behind_a_deleted_vm_is_told_that_it_is_gone() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let task = hang(&bed, &vms, Method::Pause, Act::hang()).await;
-    let waiting: Vec<_> = (0..3)
-        .map(|_| {
-            let vms = vms.clone();
-            tokio::spawn(async move { vms.resume("a").await })
-        })
-        .collect();
-    tokio::task::yield_now().await;
+    // Queued, and not looked at again until the name lives on as another VM.
+    let waiting = vms.resume("a");
+    tokio::pin!(waiting);
+    assert!(futures::poll!(&mut waiting).is_pending());
     vms.force_delete("a").await.unwrap();
-    // Even where the name lives on as another VM.
     vms.create("a", bed.config()).await;
-    for waiting in waiting {
-        refused(waiting.await.unwrap(), "not-found");
-    }
+    refused(waiting.await, "not-found");
     refused(task.await.unwrap(), "aborted");
 }
 
@@ -160,6 +154,20 @@ async fn nothing_that_hangs_holds_up_a_forced_deletion() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_forced_shutdown_that_hangs_says_so_in_time() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    vms.world.next(Method::Shutdown, Act::hang());
+    vms.world.next(Method::Probe, Act::hang());
+    let began = tokio::time::Instant::now();
+    refused(vms.force_shutdown("a").await, "unavailable");
+    assert!(began.elapsed() < FORCE_LIMIT);
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Unreachable));
+    vms.force_shutdown("a").await.expect("it can be tried again");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_start_whose_process_cannot_be_ended_is_not_called_ended() {
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -177,6 +185,28 @@ async fn a_start_whose_process_cannot_be_ended_is_not_called_ended() {
     assert_eq!(vms.state("a"), VmState::Running);
     vms.shutdown("a").await.unwrap();
     vms.boot("b").await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn force_ends_what_a_start_has_left() {
+    for deletes in [false, true] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.bring_to("a", bed.with_disk("d"), VmState::Shutdown).await;
+        vms.create("b", bed.with_disk("d")).await;
+        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
+        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        refused(vms.boot("a").await, "unavailable");
+        assert_eq!((vms.phase("a"), vms.world.living()), (Phase::Unreachable, 1));
+        if deletes {
+            vms.force_delete("a").await.unwrap();
+        } else {
+            let record = vms.force_shutdown("a").await.unwrap().record;
+            assert_eq!((record.state, record.status.phase), (VmState::Shutdown, Phase::Stopped));
+        }
+        assert_eq!(vms.world.living(), 0);
+        vms.boot("b").await.expect("its disk is given back");
+    }
 }
 
 #[tokio::test(start_paused = true)]

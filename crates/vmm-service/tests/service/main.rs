@@ -1,5 +1,11 @@
 //! The service on a scripted hypervisor and a scripted store, on a clock that jumps wherever nothing else is left to do.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests, which clippy does not take for tests"
+)]
+
 mod claims;
 mod common;
 mod concurrency;

@@ -243,6 +243,27 @@ fn an_interrupted_boot_whose_vmm_is_silent_is_not_forgotten() {
 }
 
 #[test]
+fn force_ends_what_an_interrupted_boot_has_left() {
+    for deletes in [false, true] {
+        let bed = Bed::new();
+        boot_dies_after_launch(&bed);
+        bed.world.machine("a").unwrap().set_unprovable(true);
+        bed.life(async |vms| {
+            if deletes {
+                assert!(vms.force_delete("a").await.unwrap().left_behind.is_empty());
+            } else {
+                // A VM that never ran cannot be shut down; what its start has left is ended all the same.
+                refused(vms.force_shutdown("a").await, "illegal-state");
+                assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Created, Phase::Created));
+                assert_eq!(bed.stored("a"), *vms.record("a"));
+            }
+            assert_eq!(vms.world.living(), 0);
+            vms.boot("b").await.expect("nothing is held");
+        });
+    }
+}
+
+#[test]
 fn an_interrupted_operation_leaves_the_vm_as_its_vmm_says() {
     let cases = [
         (VmState::Running, Request::Pause, Phase::Pausing),
@@ -411,6 +432,8 @@ fn force_that_fails_leaves_it_unreachable() {
     bed.life(async |vms| {
         refused(vms.force_shutdown("a").await, "unavailable");
         assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Unreachable));
+        machine.set_unprovable(false);
+        vms.until_phase("a", Phase::Running).await;
         assert_eq!(vms.force_delete("a").await.unwrap().left_behind.len(), 1);
     });
 }

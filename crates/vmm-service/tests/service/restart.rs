@@ -167,8 +167,10 @@ async fn a_refused_call_does_not_call_it_off() {
 async fn a_shutdown_is_never_undone() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    vms.run("a", bed.with_policy(ALWAYS, 0)).await;
+    vms.run("a", bed.with_policy(ALWAYS, 0)).await.power_off();
+    vms.until("a", |record| record.state == VmState::Running && record.status.restarts == 1).await;
     vms.shutdown("a").await.unwrap();
+    assert_eq!(vms.record("a").status.restarts, 0, "it ends the count");
     tokio::time::sleep(Duration::from_secs(120)).await;
     assert_eq!(vms.state("a"), VmState::Shutdown);
 }

@@ -1,8 +1,9 @@
 //! A store that fails: nothing runs that is not on record, and what is shown is true.
 
+use vmm_core::backend::{BackendErrorKind, Effect};
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::StoreErrorKind::{Full, Io};
-use vmm_testkit::fake::Method;
+use vmm_testkit::fake::{Act, Method};
 use vmm_testkit::memory_store::Verdict::{self, Lose, Pass, Refuse, WriteAndFail};
 
 use crate::common::*;
@@ -48,6 +49,29 @@ async fn a_vm_whose_start_cannot_be_recorded_does_not_run() {
         assert_eq!(bed.stored("a"), *vms.record("a"), "{verdict:?}");
         vms.boot("a").await.expect("the disk was given back");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_whose_start_cannot_be_recorded_is_swept_where_it_cannot_be_killed() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.config()).await;
+    bed.store.next([Pass, Refuse(Full)]);
+    vms.world.next(Method::Kill, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    refused(vms.boot("a").await, "exhausted");
+    assert_eq!((vms.state("a"), vms.world.living()), (VmState::Created, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_that_cannot_be_recorded_calls_a_restart_off_all_the_same() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(ALWAYS, 0)).await.power_off();
+    vms.until_phase("a", Phase::Restarting).await;
+    bed.store.next([Pass, Refuse(Full)]);
+    refused(vms.delete("a").await, "exhausted");
+    tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+    assert_eq!((vms.phase("a"), vms.world.living()), (Phase::Stopped, 0));
 }
 
 #[tokio::test(start_paused = true)]

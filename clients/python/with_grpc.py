@@ -1,0 +1,121 @@
+"""The API over gRPC, with generated stubs, and what every gRPC server is expected to have: health and reflection."""
+
+from urllib.parse import urlsplit
+
+import grpc
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.rpc.error_details_pb2 import BadRequest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
+from vmm.v1 import vm_pb2 as pb
+from vmm.v1 import vm_pb2_grpc
+
+from checks import KERNEL, MEMORY, URL, NotServed, equal
+
+channel = grpc.insecure_channel(urlsplit(URL).netloc)
+vms = vm_pb2_grpc.VmServiceStub(channel)
+TIMEOUT = 60  # seconds
+
+
+def refused(code: grpc.StatusCode, method: grpc.UnaryUnaryMultiCallable, request: object) -> grpc.RpcError:
+    """Calls a method that must fail, and returns the error."""
+    try:
+        answer = method(request, timeout=TIMEOUT)
+    except grpc.RpcError as error:
+        equal((error.code(), bool(error.details())), (code, True))
+        return error
+    raise AssertionError(f"it was accepted: {answer}; {code} was expected")
+
+
+def expect(method: grpc.UnaryUnaryMultiCallable, request: object, state: int) -> None:
+    """Calls a method that changes the state, and checks its answer and what is read afterwards."""
+    answer = method(request, timeout=TIMEOUT)
+    equal((answer.success, answer.state), (True, state))
+    equal(vms.GetVmInfo(pb.GetVmInfoRequest(vm_id=request.vm_id), timeout=TIMEOUT).state, state)
+
+
+def lifecycle() -> None:
+    """Takes one VM from its creation to its deletion."""
+    vm = {"vm_id": "python-grpc"}
+    config = pb.VmConfig(
+        cpu=pb.CpuConfig(vcpu_count=1),
+        memory=pb.MemoryConfig(size_bytes=MEMORY),
+        boot=pb.BootConfig(kernel_path=KERNEL),
+        metadata={"made_by": "python-grpc"},
+    )
+    created = vms.CreateVm(pb.CreateVmRequest(**vm, config=config), timeout=TIMEOUT)
+    equal((created.vm_id, created.state), ("python-grpc", pb.VM_STATE_CREATED))
+    refused(grpc.StatusCode.FAILED_PRECONDITION, vms.PauseVm, pb.PauseVmRequest(**vm))
+    expect(vms.BootVm, pb.BootVmRequest(**vm), pb.VM_STATE_RUNNING)
+    expect(vms.PauseVm, pb.PauseVmRequest(**vm), pb.VM_STATE_PAUSED)
+    expect(vms.ResumeVm, pb.ResumeVmRequest(**vm), pb.VM_STATE_RUNNING)
+    expect(vms.RebootVm, pb.RebootVmRequest(**vm, force=True), pb.VM_STATE_RUNNING)
+    info = vms.GetVmInfo(pb.GetVmInfoRequest(**vm), timeout=TIMEOUT)
+    equal((info.config.memory.size_bytes, info.config.boot.kernel_path), (MEMORY, KERNEL))
+    request = pb.ListVmsRequest(state_filter=[pb.VM_STATE_RUNNING], metadata_filter={"made_by": "python-grpc"})
+    found = vms.ListVms(request, timeout=TIMEOUT)
+    equal((found.total_count, [vm.vm_id for vm in found.vms]), (1, ["python-grpc"]))
+    expect(vms.ShutdownVm, pb.ShutdownVmRequest(**vm, force=True), pb.VM_STATE_SHUTDOWN)
+    expect(vms.BootVm, pb.BootVmRequest(**vm), pb.VM_STATE_RUNNING)
+    refused(grpc.StatusCode.FAILED_PRECONDITION, vms.DeleteVm, pb.DeleteVmRequest(**vm))
+    equal(vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT).success, True)
+    refused(grpc.StatusCode.NOT_FOUND, vms.GetVmInfo, pb.GetVmInfoRequest(**vm))
+
+
+def violations() -> None:
+    """Sends two mistakes at once and reads them back from the status's google.rpc.BadRequest."""
+    config = pb.VmConfig(cpu=pb.CpuConfig(vcpu_count=-1), memory=pb.MemoryConfig(size_bytes=1000))
+    error = refused(grpc.StatusCode.INVALID_ARGUMENT, vms.CreateVm, pb.CreateVmRequest(config=config))
+    status = rpc_status.from_call(error)
+    equal(status.message, error.details())
+    fields = []
+    for detail in status.details:
+        request = BadRequest()
+        equal(detail.Unpack(request), True)
+        fields += [violation.field for violation in request.field_violations]
+    for field in ("config.cpu.vcpu_count", "config.memory.size_bytes"):
+        equal((field, field in fields, field in error.details()), (field, True, True))
+
+
+def stream() -> None:
+    """Reads a watch up to the event that ends the present states."""
+    try:
+        for event in vms.WatchVms(pb.WatchVmsRequest(), timeout=20):
+            if event.type == "synced":
+                return
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+            raise NotServed from error
+        raise
+    raise AssertionError("the stream ended before it was synced")
+
+
+def health() -> None:
+    """The whole daemon and the service are both said to serve, and an unknown service is not found."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    for service in ("", "vmm.v1.VmService"):
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT)
+        equal((service, answer.status), (service, health_pb2.HealthCheckResponse.SERVING))
+    unknown = health_pb2.HealthCheckRequest(service="none.v1.Such")
+    refused(grpc.StatusCode.NOT_FOUND, stub.Check, unknown)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service=""), timeout=TIMEOUT)
+    equal(next(watch).status, health_pb2.HealthCheckResponse.SERVING)
+    watch.cancel()
+
+
+def reflection() -> None:
+    """Reflection (v1alpha) describes the API as the .proto file does."""
+    database = ProtoReflectionDescriptorDatabase(channel)
+    listed = set(database.get_services())
+    equal({"vmm.v1.VmService", "grpc.health.v1.Health"} - listed, set())
+    described = DescriptorPool(database).FindServiceByName("vmm.v1.VmService")
+    generated = pb.DESCRIPTOR.services_by_name["VmService"]
+
+    def shape(service: object) -> list[tuple[str, list[tuple[str, int]], list[tuple[str, int]]]]:
+        def fields(message: object) -> list[tuple[str, int]]:
+            return [(field.name, field.number) for field in message.fields]
+
+        return [(method.name, fields(method.input_type), fields(method.output_type)) for method in service.methods]
+
+    equal(shape(described), shape(generated))

@@ -1,0 +1,240 @@
+//! What becomes of a configuration on QEMU's command line, and which configurations are refused. Nothing is started.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "clippy takes only the test functions for tests, not their helpers"
+)]
+
+use std::path::Path;
+
+use vmm_backends::qemu::convert::{Accelerator, ImageKind, Inputs, Machine, arguments};
+use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
+use vmm_core::backend::Backend;
+use vmm_core::config::{
+    BootConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, Options, RestartPolicyConfig,
+    StorageDevice, VmConfig,
+};
+use vmm_core::spec::VmSpec;
+
+const UID: &str = "01890000-0000-7000-8000-0000000000aa";
+
+fn options(pairs: &[(&str, &str)]) -> Options {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn config(machine: Option<&str>) -> VmConfig {
+    VmConfig {
+        cpu: Some(CpuConfig { vcpu_count: 2, ..CpuConfig::default() }),
+        memory: Some(MemoryConfig { size_bytes: 512 << 20, ..MemoryConfig::default() }),
+        boot: Some(BootConfig {
+            kernel_path: "/boot/vmlinux".to_owned(),
+            kernel_args: "console=ttyS0".to_owned(),
+            boot_options: machine.map(|machine| options(&[("qemu.machine", machine)])).unwrap_or_default(),
+            ..BootConfig::default()
+        }),
+        ..VmConfig::default()
+    }
+}
+
+fn disk(id: &str, path: &str, pairs: &[(&str, &str)]) -> StorageDevice {
+    StorageDevice {
+        id: id.to_owned(),
+        path: path.to_owned(),
+        options: options(pairs),
+        ..StorageDevice::default()
+    }
+}
+
+fn nic(id: &str, mac: &str) -> NetworkInterface {
+    NetworkInterface { id: id.to_owned(), mac_address: mac.to_owned(), ..NetworkInterface::default() }
+}
+
+/// Everything that a configuration can say, with paths that would be misread if they were parsed.
+fn full(machine: Option<&str>) -> VmConfig {
+    let mut config = config(machine);
+    config.cpu = Some(CpuConfig {
+        vcpu_count: 2,
+        max_vcpu_count: 8,
+        topology: Some(CpuTopology { sockets: 2, cores_per_socket: 2, threads_per_core: 2 }),
+        features: options(&[("qemu.model", "Skylake-Server,-avx512f")]),
+    });
+    config.memory = Some(MemoryConfig {
+        size_bytes: 1 << 30,
+        hotplug_enabled: true,
+        max_size_bytes: 4 << 30,
+        backing: options(&[("hugepages", "true"), ("shared", "true")]),
+    });
+    config.boot.as_mut().unwrap().initrd_path = "/boot/initrd, with a comma".to_owned();
+    let mut root = disk("root", "/images/ro,ot\"=.qcow2", &[("format", "qcow2"), ("direct_io", "true")]);
+    root.is_root_device = true;
+    let mut data = disk("data-with-a-name-that-is-too-long", "/dev/sdz", &[("cache", "unsafe")]);
+    data.read_only = true;
+    let limited = [("rate_limit.bytes_per_second", "1000"), ("rate_limit.operations_per_second", "10")];
+    let chained = [("format", "qcow2"), ("backing_files", "true")];
+    config.storage =
+        vec![data, root, disk("limited", "/images/l", &limited), disk("chained", "/images/c", &chained)];
+    config.network = vec![nic("a", "02:00:00:00:00:01"), nic("b", "02:00:00:00:00:02")];
+    config.restart_policy = Some(RestartPolicyConfig { mode: 1, max_restarts: 0 });
+    config
+}
+
+/// The command line, an option to a line.
+fn line(config: &VmConfig, accelerator: Accelerator, console: Option<&str>) -> String {
+    let spec = VmSpec::parse(config).unwrap();
+    let images: Vec<ImageKind> = spec
+        .disks
+        .iter()
+        .map(|disk| if disk.path.starts_with("/dev") { ImageKind::BlockDevice } else { ImageKind::File })
+        .collect();
+    let taps: Vec<String> = (0..spec.nics.len()).map(|index| format!("vmt{index}")).collect();
+    let words = arguments(&Inputs {
+        uid: UID.parse().unwrap(),
+        vm_id: &"web-1".parse().unwrap(),
+        spec: &spec,
+        machine: Machine::of(&spec).unwrap(),
+        accelerator,
+        dir: Path::new("/run/v,m/0a"),
+        console: console.map(Path::new),
+        taps: &taps,
+        images: &images,
+    })
+    .unwrap();
+    let mut text = String::new();
+    for word in words {
+        let word = word.into_string().unwrap();
+        let begins_option = word.starts_with('-') && !text.ends_with("-append");
+        text.push_str(if begins_option { "\n" } else { " " });
+        text.push_str(&word);
+    }
+    text
+}
+
+#[test]
+fn the_least_on_q35() {
+    insta::assert_snapshot!(line(&config(None), Accelerator::Kvm, Some("/run/v,m/0a/console.log")));
+}
+
+#[test]
+fn the_least_on_microvm() {
+    insta::assert_snapshot!(line(&config(Some("microvm")), Accelerator::Tcg, None));
+}
+
+#[test]
+fn everything_on_q35() {
+    insta::assert_snapshot!(line(&full(Some("q35")), Accelerator::Tcg, Some("/var/log/c,1")));
+}
+
+#[test]
+fn everything_on_microvm() {
+    insta::assert_snapshot!(line(&full(Some("microvm")), Accelerator::Kvm, Some("/var/log/c,1")));
+}
+
+#[test]
+fn devices_keep_their_places() {
+    let mut many = config(None);
+    for index in 0..64 {
+        many.storage.push(disk(&format!("d{index}"), &format!("/images/{index}"), &[]));
+    }
+    many.network = vec![nic("a", "02:00:00:00:00:01")];
+    let text = line(&many, Accelerator::Tcg, None);
+    for place in
+        [r#""addr":"2.0""#, r#""addr":"2.7""#, r#""addr":"3.0""#, r#""addr":"9.7""#, r#""addr":"10.0""#]
+    {
+        assert_eq!(text.matches(place).count(), 1, "{place}");
+    }
+    many.storage.truncate(1);
+    assert!(line(&many, Accelerator::Tcg, None).contains(r#""addr":"10.0""#), "the interface has not moved");
+}
+
+/// The findings of the check, without KVM.
+fn findings(config: &VmConfig) -> (Vec<String>, Vec<String>) {
+    let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
+    let report = backend.check(&VmSpec::parse(config).unwrap());
+    let fields =
+        |findings: &[vmm_core::report::FieldReport]| findings.iter().map(|f| f.field.clone()).collect();
+    (fields(&report.violations), fields(&report.warnings))
+}
+
+const NONE: [String; 0] = [];
+
+#[test]
+fn what_qemu_serves_has_no_findings() {
+    assert_eq!(findings(&config(None)), (NONE.to_vec(), NONE.to_vec()));
+    assert_eq!(findings(&full(Some("q35"))), (NONE.to_vec(), NONE.to_vec()));
+}
+
+#[test]
+fn keys_are_known_foreign_or_wrong() {
+    let mut config = config(Some("pc"));
+    config.cpu.as_mut().unwrap().features = options(&[("qemu.modle", "max"), ("ch.x", "1")]);
+    config.memory.as_mut().unwrap().backing = options(&[("fc.y", "1")]);
+    config.storage = vec![disk("d", "/d", &[("qemu.aio", "native")])];
+    let mut nic = nic("n", "02:00:00:00:00:01");
+    nic.options = options(&[("rate_limit.bytes_per_second", "1"), ("qemu.vhost", "on")]);
+    config.network = vec![nic];
+    let (violations, warnings) = findings(&config);
+    let expected = [
+        "config.cpu.features[\"qemu.modle\"]",
+        "config.storage[0].options[\"qemu.aio\"]",
+        "config.network[0].options[\"qemu.vhost\"]",
+        "config.boot.boot_options[\"qemu.machine\"]",
+    ];
+    assert_eq!(violations, expected);
+    let expected = [
+        "config.cpu.features[\"ch.x\"]",
+        "config.memory.backing[\"fc.y\"]",
+        "config.network[0].options[\"rate_limit.bytes_per_second\"]",
+    ];
+    assert_eq!(warnings, expected);
+}
+
+#[test]
+fn limits_are_those_of_the_machine() {
+    let mut many = config(None);
+    many.cpu.as_mut().unwrap().vcpu_count = 255;
+    assert_eq!(findings(&many).0, NONE);
+    many.cpu.as_mut().unwrap().vcpu_count = 256;
+    assert_eq!(findings(&many).0, ["config.cpu.vcpu_count"]);
+    many.cpu = Some(CpuConfig { vcpu_count: 1, max_vcpu_count: 288, ..CpuConfig::default() });
+    assert_eq!(findings(&many).0, ["config.cpu.max_vcpu_count"]);
+
+    let mut small = config(Some("microvm"));
+    small.boot.as_mut().unwrap().kernel_args = "tsc_early_khz=2000000".to_owned();
+    small.storage = (0..24).map(|index| disk(&format!("d{index}"), "/d", &[])).collect();
+    assert_eq!(findings(&small), (NONE.to_vec(), NONE.to_vec()));
+    small.network = vec![nic("n", "02:00:00:00:00:01")];
+    assert_eq!(findings(&small).0, ["config.storage"]);
+}
+
+#[test]
+fn microvm_says_what_it_ignores() {
+    let (violations, warnings) = findings(&full(Some("microvm")));
+    assert_eq!(violations, NONE);
+    let expected = [
+        "config.cpu.max_vcpu_count",
+        "config.memory.hotplug_enabled",
+        "config.boot.boot_options[\"qemu.machine\"]",
+    ];
+    assert_eq!(warnings, expected, "no hot-plug; and Linux may not find its clock where QEMU emulates");
+}
+
+#[test]
+fn a_cpu_model_is_a_name_and_features() {
+    for (model, good) in [
+        ("max", true),
+        ("Skylake-Server-v4,-avx512f,+pcid,kvm=off", true),
+        ("host", false),
+        ("host,-avx", false),
+        ("help", false),
+        ("", false),
+        ("-S", false),
+        ("a b", false),
+        ("x;y", false),
+    ] {
+        let mut config = config(None);
+        config.cpu.as_mut().unwrap().features = options(&[("qemu.model", model)]);
+        assert_eq!(findings(&config).0.is_empty(), good, "{model:?}");
+    }
+}
