@@ -76,7 +76,7 @@ client_tests() {
 check "cargo fmt" cargo fmt --all --check
 check "cargo clippy" cargo clippy --workspace --all-targets --quiet -- -D warnings
 check "direction of imports" scripts/check-imports.sh
-check_with shellcheck "shell scripts" shellcheck -x .ci/run scripts/*.sh
+check_with shellcheck "shell scripts" shellcheck -x .ci/run scripts/*.sh clients/lib.sh clients/*/test.sh
 check_with cargo-deny "licences, bans and sources" cargo deny check licenses bans sources
 rust_tests
 client_tests
