@@ -1,7 +1,7 @@
 # What a newcomer types. Each target does all that it needs, and is quick when that is done already.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test
+.PHONY: help setup build demo test bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -20,3 +20,6 @@ demo: setup build ## boot a guest through the API and watch its console; ONCE=1 
 
 test: setup ## run every check and test; the last line counts them
 	@scripts/test.sh
+
+bench: setup ## CreateVm + BootVm against driving each VMM by hand: prints the ratios
+	@cargo bench -p vmm-controlplane --bench boot

@@ -1,0 +1,247 @@
+//! CreateVm + BootVm through the API, against driving the same VMM by hand with the fewest calls.
+//!
+//! Both start the same tiny guest, in turn, in one run, because machines are noisy and a ratio inside one run is the only
+//! number that means anything. `make bench` builds and runs it; `VMCP_BENCH_ROUNDS` (50) says how often.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "a program that prints what it measured")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vmm_testkit::guests::Guest;
+
+/// Memory of every guest.
+const MIB: u64 = 64;
+
+struct Vmm {
+    backend: &'static str,
+    program: &'static str,
+    options: Value,
+    by_hand: fn(&Path, &Path) -> Child,
+}
+
+fn main() {
+    let rounds: usize = std::env::var("VMCP_BENCH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50);
+    let vmms = [
+        Vmm { backend: "firecracker", program: "firecracker", options: json!({}), by_hand: firecracker },
+        Vmm { backend: "cloudhypervisor", program: "cloud-hypervisor", options: json!({}), by_hand: cloud_hypervisor },
+        Vmm { backend: "qemu", program: "qemu-system-x86_64", options: json!({"qemu.machine": "microvm"}), by_hand: qemu_microvm },
+        Vmm { backend: "qemu", program: "qemu-system-x86_64", options: json!({"qemu.machine": "q35"}), by_hand: qemu_q35 },
+    ];
+    println!("{rounds} rounds each, API and by hand in turn; milliseconds\n");
+    println!("| VMM | API p50 | by hand p50 | ratio of p50 | API p95 | by hand p95 |");
+    println!("|---|---|---|---|---|---|");
+    for vmm in vmms {
+        let machine = vmm.options["qemu.machine"].as_str().map(|name| format!(" {name}")).unwrap_or_default();
+        if !on_path(vmm.program) {
+            println!("| {}{machine} | SKIPPED: {} is not on PATH | | | | |", vmm.backend, vmm.program);
+            continue;
+        }
+        let (api, hand) = measure(&vmm, rounds);
+        let ratio = percentile(&api, 50).as_secs_f64() / percentile(&hand, 50).as_secs_f64();
+        println!(
+            "| {}{machine} | {:.2} | {:.2} | {ratio:.2} | {:.2} | {:.2} |",
+            vmm.backend,
+            ms(percentile(&api, 50)),
+            ms(percentile(&hand, 50)),
+            ms(percentile(&api, 95)),
+            ms(percentile(&hand, 95)),
+        );
+    }
+}
+
+/// Measures both ways in turn, and answers the times of each, sorted.
+fn measure(vmm: &Vmm, rounds: usize) -> (Vec<Duration>, Vec<Duration>) {
+    let dir = tempfile::Builder::new().prefix("vmcpb").tempdir().unwrap();
+    let kernel = Guest::Idle.write_to(dir.path()).unwrap();
+    let daemon = Daemon::start(dir.path(), vmm.backend);
+    let config = json!({
+        "cpu": {"vcpu_count": 1},
+        "memory": {"size_bytes": MIB << 20},
+        "boot": {"kernel_path": kernel, "boot_options": vmm.options},
+    });
+    let (mut api, mut hand) = (Vec::new(), Vec::new());
+    // The first round warms caches and is not counted.
+    for round in 0..=rounds {
+        let vm_id = format!("bench{round}");
+        let start = Instant::now();
+        daemon.call("CreateVm", &json!({"vm_id": vm_id, "config": config}));
+        daemon.call("BootVm", &json!({"vm_id": vm_id}));
+        let by_api = start.elapsed();
+        daemon.call("DeleteVm", &json!({"vm_id": vm_id, "force": true}));
+
+        let folder = dir.path().join(format!("hand{round}"));
+        std::fs::create_dir(&folder).unwrap();
+        let start = Instant::now();
+        let mut child = (vmm.by_hand)(&folder, &kernel);
+        let by_hand = start.elapsed();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if round > 0 {
+            api.push(by_api);
+            hand.push(by_hand);
+        }
+    }
+    api.sort_unstable();
+    hand.sort_unstable();
+    (api, hand)
+}
+
+/// The daemon, ended when dropped.
+struct Daemon {
+    child: Child,
+    url: String,
+    agent: ureq::Agent,
+}
+
+impl Daemon {
+    fn start(dir: &Path, backend: &str) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vmm-controlplane"))
+            .env("UNKEY_VMCP_PORT", "0")
+            .env("UNKEY_VMCP_BACKEND", backend)
+            .env("UNKEY_VMCP_QEMU_KVM", "false")
+            .env("UNKEY_VMCP_STATE_DIR", dir.join("state"))
+            .env("UNKEY_VMCP_RUNTIME_DIR", dir.join("run"))
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let address = loop {
+            let line: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap_or_default();
+            if let Some(address) = line["fields"]["address"].as_str() {
+                break address.to_owned();
+            }
+        };
+        std::thread::spawn(move || for _ in lines.by_ref() {});
+        Self { child, url: format!("http://{address}/vmm.v1.VmService"), agent: ureq::Agent::new_with_defaults() }
+    }
+
+    fn call(&self, method: &str, body: &Value) {
+        let request = self.agent.post(format!("{}/{method}", self.url)).header("content-type", "application/json");
+        request.send(body.to_string()).unwrap().body_mut().read_to_string().unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn firecracker(dir: &Path, kernel: &Path) -> Child {
+    let socket = dir.join("fc.sock");
+    let child = start("firecracker", &["--api-sock", socket.to_str().unwrap(), "--log-path", log(dir).to_str().unwrap()], dir);
+    let mut api = connect(&socket);
+    rest(&mut api, "PUT", "/boot-source", &json!({"kernel_image_path": kernel, "boot_args": "reboot=k"}));
+    rest(&mut api, "PUT", "/machine-config", &json!({"vcpu_count": 1, "mem_size_mib": MIB}));
+    rest(&mut api, "PUT", "/actions", &json!({"action_type": "InstanceStart"}));
+    child
+}
+
+fn cloud_hypervisor(dir: &Path, kernel: &Path) -> Child {
+    let socket = dir.join("ch.sock");
+    let child = start("cloud-hypervisor", &["--api-socket", socket.to_str().unwrap()], dir);
+    let mut api = connect(&socket);
+    let config = json!({
+        "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
+        "memory": {"size": MIB << 20},
+        "payload": {"kernel": kernel},
+        "serial": {"mode": "Tty"},
+        "console": {"mode": "Off"},
+    });
+    rest(&mut api, "PUT", "/api/v1/vm.create", &config);
+    rest(&mut api, "PUT", "/api/v1/vm.boot", &Value::Null);
+    child
+}
+
+fn qemu_microvm(dir: &Path, kernel: &Path) -> Child {
+    qemu("microvm,acpi=on", dir, kernel)
+}
+
+fn qemu_q35(dir: &Path, kernel: &Path) -> Child {
+    qemu("q35", dir, kernel)
+}
+
+/// QEMU needs no call at all: its guest runs once its main loop does, which is when it greets.
+fn qemu(machine: &str, dir: &Path, kernel: &Path) -> Child {
+    let socket = dir.join("qmp.sock");
+    let qmp = format!("unix:{},server=on,wait=off", socket.display());
+    let serial = format!("file:{}", dir.join("console").display());
+    let memory = MIB.to_string();
+    #[rustfmt::skip]
+    let arguments = [
+        "-nodefaults", "-no-user-config", "-display", "none", "-machine", machine, "-accel", "tcg", "-m", &memory,
+        "-kernel", kernel.to_str().unwrap(), "-serial", &serial, "-qmp", &qmp,
+    ];
+    let child = start("qemu-system-x86_64", &arguments, dir);
+    let mut greeting = String::new();
+    BufReader::new(connect(&socket)).read_line(&mut greeting).unwrap();
+    assert!(greeting.contains("QMP"), "{greeting}");
+    child
+}
+
+fn log(dir: &Path) -> PathBuf {
+    let path = dir.join("log");
+    std::fs::File::create(&path).unwrap();
+    path
+}
+
+fn start(program: &str, arguments: &[&str], dir: &Path) -> Child {
+    let output = std::fs::File::create(dir.join("output")).unwrap();
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().unwrap())
+        .stderr(output)
+        .process_group(0)
+        .spawn()
+        .unwrap()
+}
+
+/// Connects as soon as the socket is there; a person's loop would be slower.
+fn connect(socket: &Path) -> UnixStream {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(Instant::now() < deadline, "{}: {error}", socket.display()),
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// One REST call on a connection that is kept.
+fn rest(stream: &mut UnixStream, method: &str, path: &str, body: &Value) {
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let length = body.len();
+    write!(stream, "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}")
+        .unwrap();
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    while !answer.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+        let read = stream.read(&mut buffer).unwrap();
+        assert!(read > 0, "{path}: the VMM closed its connection");
+        answer.extend_from_slice(&buffer[..read]);
+    }
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 20"), "{path}: {answer}");
+}
+
+fn on_path(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+}
+
+fn percentile(sorted: &[Duration], percent: usize) -> Duration {
+    sorted[(sorted.len() - 1) * percent / 100]
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
