@@ -131,6 +131,10 @@ lifecycle() {
         ShutdownVm '{"vm_id": "snake", "timeout_seconds": 1}'
     method "DeleteVm" 200 '. == {success: true}' DeleteVm "$id"
     method "GetVmInfo after it" 404 '.code == "not_found"' GetVmInfo "$id"
+    method "ListVmEvents tells of a VM that is gone" 200 '[.events[].type] | first == "created" and last == "deleted"' \
+        ListVmEvents "$id"
+    method "WaitVm answers at once" 200 '.vm_id == "camel" and .state == "VM_STATE_CREATED"' WaitVm \
+        '{"vm_id": "camel", "states": ["VM_STATE_CREATED"], "timeout_seconds": 60}'
 }
 
 use_daemon

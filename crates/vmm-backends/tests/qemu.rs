@@ -11,22 +11,18 @@ mod qemu_support;
 
 use std::time::{Duration, Instant};
 
-use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, linux, qemu};
+use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, ask_for, qemu};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, Reset, VmmEvent,
 };
-use vmm_core::config::{NetworkInterface, StorageDevice};
+use vmm_core::config::StorageDevice;
 use vmm_core::state::EndedBy;
 use vmm_host::process::Signal;
 use vmm_testkit::guests::Guest;
 
 const MACHINES: [&str; 2] = ["q35", "microvm"];
 const FORCE: Ladder = Ladder { ask_guest_for: None };
-
-fn ask_for(seconds: u64) -> Ladder {
-    Ladder { ask_guest_for: Some(Duration::from_secs(seconds)) }
-}
 
 /// A bench per machine; none where QEMU is missing, after saying that `test` is skipped.
 async fn benches(test: &str, guest: Guest, restart: i32) -> Vec<Bench> {
@@ -332,87 +328,11 @@ async fn a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found() {
 }
 
 #[tokio::test]
-async fn linux_sees_its_disks_and_the_counters_see_linux() {
-    let test = "linux_sees_its_disks_and_the_counters_see_linux";
-    let Some(files) = linux(test) else { return };
-    let Some(backend) = qemu(test).await else { return };
-    let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
-        .with_linux(&files, "vmcp.do=writedisk,readdisk,idle");
-    for (name, size, format, read_only, root) in [
-        ("data,1", 8, "raw", true, false),
-        ("root", 16, "qcow2", false, true),
-        ("more", 24, "raw", false, false),
-    ] {
-        let path = bench.dir().join(name);
-        make_image(&path, format, size << 20);
-        let mut options = vmm_core::config::Options::from([("format".to_owned(), format.to_owned())]);
-        if name == "more" {
-            options.insert("rate_limit.bytes_per_second".to_owned(), "10000000".to_owned());
-            options.insert("cache".to_owned(), "unsafe".to_owned());
-        }
-        bench.add_disk(StorageDevice {
-            id: format!("id-{}", &name[..4]),
-            path: path.to_str().unwrap().to_owned(),
-            read_only,
-            is_root_device: root,
-            options,
-            ..StorageDevice::default()
-        });
-    }
-    let mut run = bench.launch().await;
-    bench.console_shows("vmcp-guest: ready", 1).await;
-    for line in [
-        "vmcp-guest: disk vda 16777216 ro=0 root=1",
-        "vmcp-guest: disk vdb 8388608 ro=1 root=0",
-        "vmcp-guest: disk vdc 25165824 ro=0 root=0",
-    ] {
-        bench.console_shows(line, 1).await;
-    }
-    bench.console_shows("vmcp-guest: wrote vda", 1).await;
-    bench.console_shows("vmcp-guest: read vda", 1).await;
-    let sample = run.vmm.sample().await.unwrap();
-    assert!(sample.storage.bytes_read >= 4096 && sample.storage.read_operations > 0, "{sample:?}");
-    assert!(sample.storage.bytes_written > 0 && sample.storage.write_operations > 0, "{sample:?}");
-    assert!(sample.cpu_time > Duration::ZERO);
-    assert_eq!(run.vmm.shutdown(ask_for(60)).await.unwrap(), EndedBy::Acpi);
-    assert_eq!(run.gone().await.cause, ExitCause::Requested);
-}
-
-#[tokio::test]
-async fn linux_obeys_the_power_button_of_microvm() {
-    let test = "linux_obeys_the_power_button_of_microvm";
-    let Some(files) = linux(test) else { return };
-    let Some(backend) = qemu(test).await else { return };
-    let mhz = std::fs::read_to_string("/proc/cpuinfo")
-        .unwrap()
-        .lines()
-        .find_map(|line| line.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok())
-        .unwrap();
-    let mut bench = Bench::new(backend, "microvm", Guest::Idle, GUEST_REBOOT)
-        .with_linux(&files, &format!("tsc_early_khz={:.0}", mhz * 1000.0));
-    for (name, size) in [("a", 8), ("b", 16)] {
-        let path = bench.dir().join(name);
-        make_image(&path, "raw", size << 20);
-        bench.add_disk(StorageDevice {
-            id: name.to_owned(),
-            path: path.to_str().unwrap().to_owned(),
-            ..StorageDevice::default()
-        });
-    }
-    let mut run = bench.launch().await;
-    bench.console_shows("vmcp-guest: disk vda 8388608", 1).await;
-    bench.console_shows("vmcp-guest: disk vdb 16777216", 1).await;
-    bench.console_shows("vmcp-guest: ready", 1).await;
-    assert_eq!(run.vmm.shutdown(ask_for(60)).await.unwrap(), EndedBy::Acpi);
-    assert_eq!(run.gone().await.cause, ExitCause::Requested);
-}
-
-#[tokio::test]
 async fn a_qcow2_that_opens_other_files_is_refused() {
     let test = "a_qcow2_that_opens_other_files_is_refused";
     for mut bench in benches(test, Guest::Idle, NEVER).await {
         let (base, top) = (bench.dir().join("base"), bench.dir().join("top"));
-        make_image(&base, "raw", 1 << 20);
+        qemu_support::make_image(&base, "raw", 1 << 20);
         let made = std::process::Command::new("qemu-img")
             .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
             .args([&base, &top])
@@ -437,9 +357,9 @@ async fn a_qcow2_that_opens_other_files_is_refused() {
 #[tokio::test]
 async fn every_place_for_a_device_exists() {
     for mut bench in benches("every_place_for_a_device_exists", Guest::Idle, NEVER).await {
-        let count = if bench.spec().boot.options["qemu.machine"] == "q35" { 64 } else { 24 };
+        let count = if bench.spec().boot.options["qemu.machine"] == "q35" { 64 } else { 23 };
         let path = bench.dir().join("disk");
-        make_image(&path, "raw", 1 << 20);
+        qemu_support::make_image(&path, "raw", 1 << 20);
         for index in 0..count {
             bench.add_disk(StorageDevice {
                 id: format!("d{index}"),
@@ -452,47 +372,6 @@ async fn every_place_for_a_device_exists() {
         bench.console_shows(&Guest::Idle.banner(), 1).await;
         run.vmm.sample().await.unwrap();
         run.vmm.kill().await.unwrap();
-    }
-}
-
-#[tokio::test]
-async fn network_counters_are_the_guests() {
-    let test = "network_counters_are_the_guests";
-    let Some(files) = linux(test) else { return };
-    let Some(backend) = qemu(test).await else { return };
-    let tap = Tap(format!("vmtest{}", std::process::id() % 1_000_000));
-    if !tap.ip(&["tuntap", "add", "mode", "tap", "dev", &tap.0]) || !tap.ip(&["link", "set", &tap.0, "up"]) {
-        return qemu_support::skip(test, "no TAP can be made here (needs CAP_NET_ADMIN and the program ip)");
-    }
-    let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
-        .with_linux(&files, "vmcp.ip=192.0.2.2/24 vmcp.peer=192.0.2.1 vmcp.do=ping,idle");
-    bench.config.network.push(NetworkInterface {
-        id: "n".to_owned(),
-        mac_address: "02:00:00:00:12:34".to_owned(),
-        ..NetworkInterface::default()
-    });
-    let mut request = bench.request();
-    request.taps = vec![tap.0.clone()];
-    let run = Run::from(bench.backend.launch(request).await.unwrap());
-    bench.console_shows("vmcp-guest: net eth0 mac=02:00:00:00:12:34 ip=192.0.2.2/24", 1).await;
-    bench.console_shows("vmcp-guest: ping 192.0.2.1", 1).await;
-    let network = run.vmm.sample().await.unwrap().network;
-    assert!(network.packets_transmitted > 0 && network.bytes_transmitted > 0, "{network:?}");
-    run.vmm.kill().await.unwrap();
-}
-
-/// A TAP that is removed with its test.
-struct Tap(String);
-
-impl Tap {
-    fn ip(&self, args: &[&str]) -> bool {
-        std::process::Command::new("ip").args(args).status().is_ok_and(|status| status.success())
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        self.ip(&["link", "delete", &self.0]);
     }
 }
 
@@ -515,20 +394,6 @@ async fn kvm_is_used_where_it_is_ordered() {
         bench.console_shows(&Guest::Idle.banner(), 1).await;
         run.vmm.kill().await.unwrap();
     }
-}
-
-fn make_image(path: &std::path::Path, format: &str, size: u64) {
-    if format == "raw" {
-        std::fs::File::create(path).unwrap().set_len(size).unwrap();
-        return;
-    }
-    let made = std::process::Command::new("qemu-img")
-        .args(["create", "-q", "-f", format])
-        .arg(path)
-        .arg(size.to_string())
-        .status()
-        .unwrap();
-    assert!(made.success());
 }
 
 /// Prints how long a launch takes beside a start by hand in the same run. A measurement, not a test: nothing can fail here.

@@ -3,7 +3,12 @@
 //! Both start the same tiny guest, in turn, in one run, because machines are noisy and a ratio inside one run is the only
 //! number that means anything. `make bench` builds and runs it; `VMCP_BENCH_ROUNDS` (50) says how often.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "a program that prints what it measured")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a program that prints what it measured"
+)]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -26,12 +31,28 @@ struct Vmm {
 }
 
 fn main() {
-    let rounds: usize = std::env::var("VMCP_BENCH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50);
+    let rounds: usize =
+        std::env::var("VMCP_BENCH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50);
     let vmms = [
         Vmm { backend: "firecracker", program: "firecracker", options: json!({}), by_hand: firecracker },
-        Vmm { backend: "cloudhypervisor", program: "cloud-hypervisor", options: json!({}), by_hand: cloud_hypervisor },
-        Vmm { backend: "qemu", program: "qemu-system-x86_64", options: json!({"qemu.machine": "microvm"}), by_hand: qemu_microvm },
-        Vmm { backend: "qemu", program: "qemu-system-x86_64", options: json!({"qemu.machine": "q35"}), by_hand: qemu_q35 },
+        Vmm {
+            backend: "cloudhypervisor",
+            program: "cloud-hypervisor",
+            options: json!({}),
+            by_hand: cloud_hypervisor,
+        },
+        Vmm {
+            backend: "qemu",
+            program: "qemu-system-x86_64",
+            options: json!({"qemu.machine": "microvm"}),
+            by_hand: qemu_microvm,
+        },
+        Vmm {
+            backend: "qemu",
+            program: "qemu-system-x86_64",
+            options: json!({"qemu.machine": "q35"}),
+            by_hand: qemu_q35,
+        },
     ];
     println!("{rounds} rounds each, API and by hand in turn; milliseconds\n");
     println!("| VMM | API p50 | by hand p50 | ratio of p50 | API p95 | by hand p95 |");
@@ -119,11 +140,16 @@ impl Daemon {
             }
         };
         std::thread::spawn(move || for _ in lines.by_ref() {});
-        Self { child, url: format!("http://{address}/vmm.v1.VmService"), agent: ureq::Agent::new_with_defaults() }
+        Self {
+            child,
+            url: format!("http://{address}/vmm.v1.VmService"),
+            agent: ureq::Agent::new_with_defaults(),
+        }
     }
 
     fn call(&self, method: &str, body: &Value) {
-        let request = self.agent.post(format!("{}/{method}", self.url)).header("content-type", "application/json");
+        let request =
+            self.agent.post(format!("{}/{method}", self.url)).header("content-type", "application/json");
         request.send(body.to_string()).unwrap().body_mut().read_to_string().unwrap();
     }
 }
@@ -137,7 +163,11 @@ impl Drop for Daemon {
 
 fn firecracker(dir: &Path, kernel: &Path) -> Child {
     let socket = dir.join("fc.sock");
-    let child = start("firecracker", &["--api-sock", socket.to_str().unwrap(), "--log-path", log(dir).to_str().unwrap()], dir);
+    let child = start(
+        "firecracker",
+        &["--api-sock", socket.to_str().unwrap(), "--log-path", log(dir).to_str().unwrap()],
+        dir,
+    );
     let mut api = connect(&socket);
     rest(&mut api, "PUT", "/boot-source", &json!({"kernel_image_path": kernel, "boot_args": "reboot=k"}));
     rest(&mut api, "PUT", "/machine-config", &json!({"vcpu_count": 1, "mem_size_mib": MIB}));
@@ -235,7 +265,8 @@ fn rest(stream: &mut UnixStream, method: &str, path: &str, body: &Value) {
 }
 
 fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }
 
 fn percentile(sorted: &[Duration], percent: usize) -> Duration {

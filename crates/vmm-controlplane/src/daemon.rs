@@ -7,11 +7,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::Instrument as _;
 use vmm_backends::cloud_hypervisor::CloudHypervisor;
 use vmm_backends::firecracker::Firecracker;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
-use vmm_core::id::BackendName;
+use vmm_core::id::{BackendName, InstanceId};
+use vmm_host::ledger::{self, Served};
 use vmm_host::lock::StateLock;
 use vmm_proto::v1::VmServiceExt as _;
 use vmm_service::{Backends, DefaultBoot, Settings, VmService};
@@ -20,6 +22,7 @@ use vmm_store::SqliteStore;
 use crate::api::Api;
 use crate::config::{Config, Kvm, Loaded};
 use crate::health;
+use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
 
 /// Operations whose clients have left may take so long to end after the signal.
@@ -40,12 +43,14 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     let listener = bind(&config).await?;
     let store = SqliteStore::open(&config.state_dir)
         .with_context(|| format!("the state in {} cannot be opened", config.state_dir.display()))?;
+    sign(&config, store.instance());
     let service = VmService::start(Arc::new(store), backends(&config), settings(&config)).await?;
 
     let address = listener.local_addr()?;
     tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
     let router = Arc::new(Api::new(service.clone())).register(connectrpc::Router::new());
     let pages = health::pages(service.clone(), exposure(address).into_iter().collect());
+    tokio::spawn(operator::report_leftovers(config.clone()).instrument(tracing::info_span!("leftovers")));
     let options = ServeOptions {
         host_policy: HostPolicy::Known(config.allowed_hosts.clone()),
         ..ServeOptions::default()
@@ -59,8 +64,24 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Notes whose the run folders are that will be made; without the note `reconcile` removes none of them.
+fn sign(config: &Config, instance: InstanceId) {
+    let dir = config.runtime_dir.display();
+    match ledger::sign(&config.runtime_dir, instance) {
+        Ok(Served::Many) => tracing::warn!(
+            runtime_dir = %dir,
+            "more than one state directory has used this runtime directory, so nothing there is ever proven a leftover; give \
+             each daemon its own with UNKEY_VMCP_RUNTIME_DIR"
+        ),
+        Ok(Served::One(_) | Served::Nobody) => {}
+        Err(error) => {
+            tracing::warn!(%error, runtime_dir = %dir, "the runtime directory cannot be used; VMs will not boot")
+        }
+    }
+}
+
 /// The backends of this program.
-fn backends(config: &Config) -> Backends {
+pub(crate) fn backends(config: &Config) -> Backends {
     let qemu = QemuBackend::new(QemuOptions {
         binary: config.qemu.binary.clone(),
         kvm: match config.qemu_kvm {
@@ -87,6 +108,7 @@ fn settings(config: &Config) -> Settings {
             kernel_args: config.defaults.kernel_args.clone().unwrap_or_default(),
         },
         metrics_interval: config.metrics_interval,
+        event_retention: config.event_retention,
     }
 }
 

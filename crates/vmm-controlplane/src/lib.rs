@@ -1,12 +1,14 @@
 //! The daemon: what of the program is about this process and this wire, and not about VMs.
 //!
 //! `main.rs` reads the command line, [`config`] settles what it means, [`daemon`] puts the parts together, [`rpc`] is the
-//! HTTP server, [`api`] the handlers, [`health`] the health pages and [`telemetry`] the log.
+//! HTTP server, [`api`] the handlers, [`health`] the health pages, [`operator`] the subcommands of a person on the host and
+//! [`telemetry`] the log.
 
 pub mod api;
 pub mod config;
 pub mod daemon;
 pub mod health;
+pub mod operator;
 pub mod rpc;
 pub mod telemetry;
 

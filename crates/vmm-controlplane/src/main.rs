@@ -6,20 +6,27 @@ use clap::Parser as _;
 use vmm_controlplane::config::{
     Cli, Command, Config, ConfigErrors, Environment, Loaded, ThisHost, migrate_env,
 };
-use vmm_controlplane::{daemon, telemetry};
+use vmm_controlplane::{daemon, operator, telemetry};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let environment: Environment = std::env::vars_os().collect();
-    let outcome = match cli.command {
-        Command::MigrateEnv => Ok(say(&migrate_env(&environment))),
+    let done = |()| ExitCode::SUCCESS;
+    let outcome = match &cli.command {
+        Command::MigrateEnv => Ok(done(say(&migrate_env(&environment)))),
         Command::CheckConfig => {
-            load(&cli, &environment).map(|loaded| say(&loaded.report())).map_err(Into::into)
+            load(&cli, &environment).map(|loaded| done(say(&loaded.report()))).map_err(Into::into)
         }
-        Command::Serve => load(&cli, &environment).map_err(Into::into).and_then(serve),
+        Command::Serve => load(&cli, &environment).map_err(Into::into).and_then(serve).map(done),
+        command @ (Command::Doctor { .. }
+        | Command::Reconcile(_)
+        | Command::Backup { .. }
+        | Command::Restore { .. }) => {
+            load(&cli, &environment).map_err(Into::into).and_then(|loaded| operate(command, &loaded))
+        }
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             complain(&error);
             ExitCode::FAILURE
@@ -31,6 +38,12 @@ fn load(cli: &Cli, environment: &Environment) -> Result<Loaded, ConfigErrors> {
     let loaded = Config::load(cli, environment, &ThisHost)?;
     loaded.require_served()?;
     Ok(loaded)
+}
+
+fn operate(command: &Command, loaded: &Loaded) -> anyhow::Result<ExitCode> {
+    let answer = operator::run(command, loaded)?;
+    say(&answer.text);
+    Ok(ExitCode::from(answer.code))
 }
 
 fn serve(loaded: Loaded) -> anyhow::Result<()> {

@@ -1,11 +1,13 @@
 //! What happened to VMs: one log that is both the watch stream and the audit trail.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{VmId, VmUid};
 use crate::state::{EndedBy, Status, VmState};
 
-/// Position of an event in the log; later events have larger ones. The first is 1.
+/// Position of an event in the log; later events have larger ones, without gaps. The first is 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct EventSeq(pub u64);
@@ -75,6 +77,9 @@ pub struct NewEvent {
     pub actor: String,
     /// What ended the run, where this event is an end.
     pub ended_by: Option<EndedBy>,
+    /// The VM's metadata, so that a filter finds the events of a VM that is gone.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// An event in its place in the log.

@@ -1,13 +1,15 @@
 //! What a Linux host gives to run VMs on.
 //!
 //! Each module is one thing of the host: a [`process`] and the proof of which one it is, the [`run_dir`] of a VM, the
-//! [`lock`] of a state directory, [`files`] that a client names, [`net`] interfaces, [`kvm`], programs on the [`path`] and
-//! the birth of a [`socket`]. None of them knows a hypervisor. What touches files or `/proc` blocks for as long as the kernel
-//! takes: functions that are not `async` belong into `spawn_blocking` wherever a client chose the path.
+//! [`lock`] of a state directory, the [`ledger`] of what bears the program's mark, [`files`] that a client names, [`net`]
+//! interfaces, [`kvm`], programs on the [`path`] and the birth of a [`socket`]. None of them knows a hypervisor. What touches
+//! files or `/proc` blocks for as long as the kernel takes: functions that are not `async` belong into `spawn_blocking`
+//! wherever a client chose the path.
 
 pub mod files;
 pub mod kernel;
 pub mod kvm;
+pub mod ledger;
 pub mod lock;
 pub mod net;
 pub mod path;

@@ -25,7 +25,7 @@ pub enum LockError {
     /// Another daemon has it.
     #[error(
         "the state directory {} is in use by {}; stop that daemon, or give this one another directory with UNKEY_VMCP_STATE_DIR",
-        .state_dir.display(), holder(*.pid)
+        .state_dir.display(), holder_name(*.pid)
     )]
     Held {
         /// The directory.
@@ -43,7 +43,7 @@ pub enum LockError {
     },
 }
 
-fn holder(pid: Option<u32>) -> String {
+fn holder_name(pid: Option<u32>) -> String {
     pid.map_or_else(|| "another daemon".to_owned(), |pid| format!("the daemon with process id {pid}"))
 }
 
@@ -78,6 +78,36 @@ impl StateLock {
         write_pid(&mut file).map_err(failed(&path))?;
         Ok(Self { file })
     }
+}
+
+/// Says whether a daemon holds the lock of `state_dir`, and with which process id as far as it has said so. Makes nothing.
+///
+/// The lock is tried for a moment, and shared, so that many may ask at once.
+///
+/// # Errors
+/// What the kernel says, as where this user may not read the lock's file.
+pub fn holder(state_dir: &Path) -> io::Result<Option<Holder>> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
+        .open(state_dir.join(FILE_NAME));
+    let mut file = match opened {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    match file.try_lock_shared() {
+        Ok(()) => file.unlock().map(|()| None),
+        Err(TryLockError::WouldBlock) => Ok(Some(Holder { pid: read_pid(&mut file) })),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// The daemon that holds a state directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its process id; `None` where it has not written it yet.
+    pub pid: Option<u32>,
 }
 
 impl Drop for StateLock {
@@ -128,7 +158,11 @@ mod tests {
         let text = StateLock::acquire(&state_dir).unwrap_err().to_string();
         assert!(text.contains(&format!("process id {}", std::process::id())), "{text}");
         assert!(text.contains("UNKEY_VMCP_STATE_DIR"), "{text}");
+        assert_eq!(holder(&state_dir).unwrap(), Some(Holder { pid: Some(std::process::id()) }));
         drop(lock);
+        assert_eq!(holder(&state_dir).unwrap(), None);
+        assert_eq!(holder(&dir.path().join("none")).unwrap(), None);
+        assert!(!dir.path().join("none").exists());
         StateLock::acquire(&state_dir).unwrap();
     }
 

@@ -1,4 +1,7 @@
-//! Network interfaces, as `/sys/class/net` shows them.
+//! Network interfaces, as `/sys/class/net` shows them; [`tap`] makes and removes the program's own.
+
+mod netlink;
+pub mod tap;
 
 use std::fs;
 use std::io;
@@ -11,6 +14,8 @@ pub const MAX_INTERFACE_NAME: usize = 15;
 
 /// The bit of a tun device's flags that makes it a TAP, which carries Ethernet frames.
 const IFF_TAP: u32 = 0x0002;
+/// The bit of a tun device that takes several queues, and nobody who asks for one.
+const IFF_MULTI_QUEUE: u32 = 0x0100;
 
 /// Says whether there is an interface of this name.
 pub fn interface_exists(name: &str) -> bool {
@@ -20,6 +25,11 @@ pub fn interface_exists(name: &str) -> bool {
 /// Says whether the interface of this name is a TAP.
 pub fn is_tap(name: &str) -> bool {
     is_tap_below(Path::new(CLASS_NET), name)
+}
+
+/// Says whether the interface of this name is a tun device with several queues.
+fn is_multi_queue(name: &str) -> bool {
+    tun_flags(Path::new(CLASS_NET), name).is_some_and(|flags| flags & IFF_MULTI_QUEUE != 0)
 }
 
 /// Reads the counters of a TAP, seen from the guest at its other end: what the host sends, the guest receives.
@@ -33,11 +43,13 @@ pub fn counters(name: &str) -> io::Result<NetworkCounters> {
 const CLASS_NET: &str = "/sys/class/net";
 
 fn is_tap_below(class: &Path, name: &str) -> bool {
-    let flags = folder(class, name).and_then(|folder| fs::read_to_string(folder.join("tun_flags")));
-    flags
-        .ok()
-        .and_then(|flags| u32::from_str_radix(flags.trim().strip_prefix("0x")?, 16).ok())
-        .is_some_and(|flags| flags & IFF_TAP != 0)
+    tun_flags(class, name).is_some_and(|flags| flags & IFF_TAP != 0)
+}
+
+/// The flags of a tun device; `None` for every other kind of interface.
+fn tun_flags(class: &Path, name: &str) -> Option<u32> {
+    let flags = fs::read_to_string(folder(class, name).ok()?.join("tun_flags")).ok()?;
+    u32::from_str_radix(flags.trim().strip_prefix("0x")?, 16).ok()
 }
 
 fn counters_below(class: &Path, name: &str) -> io::Result<NetworkCounters> {

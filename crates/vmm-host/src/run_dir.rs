@@ -26,6 +26,8 @@ pub const MAX_SOCKET_PATH: usize = 107;
 
 /// How deep a run folder may nest. Nothing of ours nests deeper than two.
 const MAX_DEPTH: usize = 16;
+/// How often a folder is emptied that fills while it is removed.
+const MAX_REMOVALS: u32 = 8;
 
 /// Makes the run folder of `uid` below `runtime_dir`, with what is missing above it, and answers its path. One that is there
 /// already is used as it is.
@@ -106,9 +108,17 @@ pub fn remove(dir: &Path) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     let device = rustix::fs::fstat(&folder)?.st_dev;
-    empty(&folder, device, dir, MAX_DEPTH)?;
     let name = CString::new(name)?;
-    unlink(&vms, &name, AtFlags::REMOVEDIR).map_err(|error| named(dir, &error))
+    let mut attempts = MAX_REMOVALS;
+    loop {
+        empty(&folder, device, dir, MAX_DEPTH)?;
+        attempts -= 1;
+        match unlink(&vms, &name, AtFlags::REMOVEDIR) {
+            // Somebody who had begun before the VM ended has put a last file there, such as its counters.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && attempts > 0 => {}
+            removed => return removed.map_err(|error| named(dir, &error)),
+        }
+    }
 }
 
 /// Says whether a socket can be bound at `path`, and if not, what to do.
@@ -147,7 +157,7 @@ fn run_folder_name(dir: &Path) -> Option<(&Path, &str)> {
 }
 
 /// Opens a folder that is really one, and the daemon's own.
-fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
     let folder = match rustix::fs::openat(at, name, flags, Mode::empty()) {
         Ok(folder) => folder,

@@ -12,7 +12,10 @@ use crate::ready;
 
 /// Tells when something appears in a folder.
 #[derive(Debug)]
-pub struct DirWatch(AsyncFd<Arc<OwnedFd>>);
+pub struct DirWatch {
+    /// There until the watch is dropped.
+    fd: Option<AsyncFd<Arc<OwnedFd>>>,
+}
 
 impl DirWatch {
     /// Begins to watch `dir`. What is there already is not told of, so look once after this.
@@ -26,7 +29,7 @@ impl DirWatch {
             | inotify::WatchFlags::ATTRIB
             | inotify::WatchFlags::ONLYDIR;
         inotify::add_watch(&fd, dir, events)?;
-        Ok(Self(ready::readable(Arc::new(fd))?))
+        Ok(Self { fd: Some(ready::readable(Arc::new(fd))?) })
     }
 
     /// Waits until something has appeared since the last call. May say so once too often. May be cancelled.
@@ -34,8 +37,9 @@ impl DirWatch {
     /// # Errors
     /// What the kernel says.
     pub async fn changed(&self) -> io::Result<()> {
+        let Some(fd) = &self.fd else { return Ok(()) };
         loop {
-            let mut ready = self.0.readable().await?;
+            let mut ready = fd.readable().await?;
             // Which file it was does not matter: whoever waits looks for his own.
             let mut events = [0; 4096];
             match ready.try_io(|fd| Ok(rustix::io::read(fd, &mut events)?)) {
@@ -43,6 +47,17 @@ impl DirWatch {
                 Ok(Err(error)) => return Err(error),
                 Err(_would_block) => {}
             }
+        }
+    }
+}
+
+impl Drop for DirWatch {
+    /// Closes the watch on a thread of its own: the kernel takes 10 to 20 ms for it, and a VM is waiting to be started.
+    fn drop(&mut self) {
+        let Some(fd) = self.fd.take() else { return };
+        let fd = fd.into_inner();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || drop(fd));
         }
     }
 }

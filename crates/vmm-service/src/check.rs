@@ -19,7 +19,7 @@ const QCOW2_HEADER: usize = 16;
 pub(crate) struct HostFacts {
     /// What is wrong.
     pub(crate) report: Report,
-    /// What the VM would hold while it runs, TAPs that the client does not name apart.
+    /// The disks that the VM would hold while it runs.
     pub(crate) claims: Vec<HostClaim>,
 }
 
@@ -49,7 +49,6 @@ fn look_blocking(spec: &VmSpec, kernels: &[KernelFormat], owns_output: bool) -> 
             claims.push(claim);
         }
     }
-    claims.extend(spec.nics.iter().filter_map(|nic| nic.tap.clone()).map(|name| HostClaim::Tap { name }));
     if let Console::File(path) = &spec.console {
         look_at_output(&mut report, path, owns_output);
     }

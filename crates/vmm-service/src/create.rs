@@ -106,24 +106,39 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         cause: "CreateVm".to_owned(),
         actor: request.actor,
         ended_by: None,
+        metadata: record.config.metadata.clone(),
     };
-    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event) };
-    if let Err(error) = shared.store.commit(insert).await {
-        if error.effect != Effect::NotApplied {
-            // The name of a VM whose creation failed is free.
-            let removal = Commit { change: Change::Remove(uid), event: None };
-            if let Err(error) = shared.store.commit(removal).await {
-                tracing::error!(%uid, %error, "a VM whose creation failed may be on record all the same");
+    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event.clone()) };
+    let committed = match shared.events.commit(insert).await {
+        Ok(committed) => committed,
+        Err(error) => {
+            if error.effect != Effect::NotApplied {
+                take_back(shared, &record, event).await;
             }
+            return Err(error.into());
         }
-        return Err(error.into());
-    }
+    };
     let shown = Arc::new(record.clone());
     let metrics = MetricsCell::default();
     let handle = actor::spawn(Arc::clone(shared), record, spec, backend, metrics.clone());
-    shared.index.insert(Arc::clone(&shown), metrics, handle);
+    shared.index.insert(Arc::clone(&shown), committed.seq, metrics, handle);
+    drop(committed);
     tracing::info!(vm_id = %shown.vm_id, uid = %shown.uid, backend = %shown.backend, "VM created");
     Ok(Created { record: shown, warnings: checked.report.warnings })
+}
+
+/// Removes a VM that may have been recorded though its creation failed, so that its name is free. The log may tell of its
+/// creation, so it tells of its end too.
+async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
+    let event = NewEvent {
+        kind: EventKind::Deleted,
+        status: created.status.clone().because("create-failed", "the creation could not be recorded"),
+        ..created
+    };
+    let removal = Commit { change: Change::Remove(record.uid), event: Some(event) };
+    if let Err(error) = shared.events.commit(removal).await {
+        tracing::error!(uid = %record.uid, %error, "a VM whose creation failed may be on record all the same");
+    }
 }
 
 /// A feature that no backend serves yet is UNIMPLEMENTED only where nothing else is wrong.

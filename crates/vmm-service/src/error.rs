@@ -48,6 +48,9 @@ pub enum ServiceError {
     /// No room is left.
     #[error("{0}")]
     Exhausted(String),
+    /// What was asked for is no longer kept.
+    #[error("{0}")]
+    OutOfRange(String),
     /// A fault of this program.
     #[error("{0}")]
     Internal(String),

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use tokio::sync::watch;
+use vmm_core::event::EventSeq;
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::store::VmRecord;
 
@@ -31,40 +33,56 @@ struct Inner {
 }
 
 struct Entry {
-    record: Arc<VmRecord>,
+    /// The record. Whoever waits for the VM is told of each change, and of its end when the entry is dropped.
+    record: watch::Sender<Arc<VmRecord>>,
+    /// The last event that the record shows.
+    seq: EventSeq,
     metrics: MetricsCell,
     actor: ActorHandle,
 }
 
 impl Entry {
     fn view(&self) -> VmView {
-        VmView { record: Arc::clone(&self.record), metrics: self.metrics.get() }
+        VmView { record: Arc::clone(&self.record.borrow()), metrics: self.metrics.get() }
     }
 }
 
 impl Index {
-    /// Adds a VM with the actor that writes it.
-    pub(crate) fn insert(&self, record: Arc<VmRecord>, metrics: MetricsCell, actor: ActorHandle) {
+    /// Adds a VM, as it is after the event `seq`, with the actor that writes it.
+    pub(crate) fn insert(
+        &self,
+        record: Arc<VmRecord>,
+        seq: EventSeq,
+        metrics: MetricsCell,
+        actor: ActorHandle,
+    ) {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         inner.by_name.insert(record.vm_id.clone(), record.uid);
-        inner.by_age.insert(record.uid, Entry { record, metrics, actor });
+        let uid = record.uid;
+        inner.by_age.insert(uid, Entry { record: watch::Sender::new(record), seq, metrics, actor });
     }
 
-    /// Replaces a VM's record. Called by its actor alone, after the commit and before the answer.
+    /// Replaces a VM's record by one that no event tells of. Called by its actor alone.
     pub(crate) fn publish(&self, record: Arc<VmRecord>) {
+        self.publish_at(record, EventSeq::default());
+    }
+
+    /// Replaces a VM's record by that of the event `seq`. Called by its actor alone, after the commit and before the answer.
+    pub(crate) fn publish_at(&self, record: Arc<VmRecord>, seq: EventSeq) {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(entry) = inner.by_age.get_mut(&record.uid) {
-            entry.record = record;
+            entry.seq = entry.seq.max(seq);
+            entry.record.send_replace(record);
         }
     }
 
     /// Forgets a VM; its name is free.
     pub(crate) fn remove(&self, uid: VmUid) {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entry) = inner.by_age.remove(&uid)
-            && inner.by_name.get(&entry.record.vm_id) == Some(&uid)
-        {
-            inner.by_name.remove(&entry.record.vm_id);
+        let Some(entry) = inner.by_age.remove(&uid) else { return };
+        let vm_id = &entry.record.borrow().vm_id;
+        if inner.by_name.get(vm_id) == Some(&uid) {
+            inner.by_name.remove(vm_id);
         }
     }
 
@@ -72,6 +90,12 @@ impl Index {
     pub(crate) fn get(&self, vm_id: &VmId) -> Option<VmView> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         inner.by_name.get(vm_id).and_then(|uid| inner.by_age.get(uid)).map(Entry::view)
+    }
+
+    /// Follows a VM, found by name: its record, each that takes its place, and the end of the VM.
+    pub(crate) fn follow(&self, vm_id: &VmId) -> Option<watch::Receiver<Arc<VmRecord>>> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.by_name.get(vm_id).and_then(|uid| inner.by_age.get(uid)).map(|entry| entry.record.subscribe())
     }
 
     /// Finds the actor of a VM by name.
@@ -82,9 +106,14 @@ impl Index {
 
     /// Walks over every VM, oldest first, under a lock that holds up writers: `visit` must be quick.
     pub(crate) fn for_each(&self, mut visit: impl FnMut(&Arc<VmRecord>)) {
+        self.for_each_at(|record, _| visit(record));
+    }
+
+    /// The same, with the last event that each record shows.
+    pub(crate) fn for_each_at(&self, mut visit: impl FnMut(&Arc<VmRecord>, EventSeq)) {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         for entry in inner.by_age.values() {
-            visit(&entry.record);
+            visit(&entry.record.borrow(), entry.seq);
         }
     }
 }

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Reads come from the [`index`] and never pass an actor or a VMM. Changes go through the VM's [`actor`], one at a time; only
-//! `force` has a channel of its own and pre-empts what is under way. [`check`] looks at the host before anything is touched,
+//! `force` has a channel of its own and pre-empts what is under way. Every commit goes through [`events`], which tells watchers
+//! of it in the order of the log. [`check`] looks at the host before anything is touched,
 //! and [`claims`] keeps two running VMs off one disk or TAP.
 
 mod actor;
@@ -18,14 +19,17 @@ mod claims;
 mod clock;
 mod create;
 mod error;
+mod events;
 mod index;
 mod listing;
 mod metrics;
 mod service;
+mod wait;
 
 pub use backends::{BackendStatus, Backends};
 pub use create::{CreateRequest, Created};
 pub use error::ServiceError;
+pub use events::{EventsPage, EventsQuery, Notice, Present, Recorded, Watch, WatchQuery};
 pub use index::VmView;
 pub use listing::{ListQuery, Page};
 pub use metrics::Metrics;

@@ -10,17 +10,20 @@ use uuid::Uuid;
 use vmm_core::id::{InstanceId, VmId, VmUid};
 use vmm_core::report::{FieldReport, Report};
 use vmm_core::spec::VmSpec;
-use vmm_core::state::{EndedBy, Request};
+use vmm_core::state::{EndedBy, Request, VmState};
 use vmm_core::store::{Requested, Snapshot, Store, VmRecord};
+use vmm_host::net::tap::{HostTaps, Taps};
 
 use crate::actor::{self, Operation};
 use crate::backends::{BackendStatus, Backends};
 use crate::claims::Claims;
 use crate::create::{self, CreateRequest, Created, NameLocks};
 use crate::error::ServiceError;
+use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
 use crate::index::{Index, VmView};
 use crate::listing::{self, ListQuery, Page};
 use crate::metrics::MetricsCell;
+use crate::wait;
 
 /// How long a guest has to obey ShutdownVm where the client does not say.
 const DEFAULT_SHUTDOWN: Duration = Duration::from_secs(30);
@@ -38,6 +41,8 @@ pub struct Settings {
     pub default_boot: DefaultBoot,
     /// Time between two samples of a running VM.
     pub metrics_interval: Duration,
+    /// How long events are kept.
+    pub event_retention: Duration,
 }
 
 /// The kernel of VMs that name none. An empty `kernel` means that there is no default.
@@ -90,9 +95,10 @@ impl ShutdownOptions {
 
 /// What every actor and use case shares.
 pub(crate) struct Shared {
-    pub(crate) store: Arc<dyn Store>,
+    pub(crate) events: Arc<Events>,
     pub(crate) backends: Backends,
     pub(crate) settings: Settings,
+    pub(crate) taps: Arc<dyn Taps>,
     pub(crate) instance: InstanceId,
     pub(crate) index: Index,
     pub(crate) claims: Claims,
@@ -119,11 +125,30 @@ impl VmService {
         backends: Backends,
         settings: Settings,
     ) -> Result<Self, ServiceError> {
-        let Snapshot { instance, vms, .. } = store.load().await?;
+        Self::start_with_taps(store, backends, settings, Arc::new(HostTaps)).await
+    }
+
+    /// The same with other TAPs than the host's, which take privileges.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    pub async fn start_with_taps(
+        store: Arc<dyn Store>,
+        backends: Backends,
+        settings: Settings,
+        taps: Arc<dyn Taps>,
+    ) -> Result<Self, ServiceError> {
+        let Snapshot { instance, vms, last_event } = store.load().await?;
+        let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
+        tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
+        let known = vms.iter().map(|record| record.uid).collect();
+        actor::remove_orphans(&*taps, instance, &known).await;
         let shared = Arc::new(Shared {
-            store,
+            events,
             backends,
             settings,
+            taps,
             instance,
             index: Index::default(),
             claims: Claims::default(),
@@ -257,6 +282,38 @@ impl VmService {
     /// The page token or size is not valid.
     pub fn list(&self, query: &ListQuery) -> Result<Page, ServiceError> {
         listing::list(&self.shared.index, query)
+    }
+
+    /// Watches what happens to VMs.
+    ///
+    /// # Errors
+    ///
+    /// The token is not one ([`ServiceError::Invalid`]) or too old ([`ServiceError::OutOfRange`]), or the store fails.
+    pub async fn watch(&self, query: WatchQuery) -> Result<Watch, ServiceError> {
+        Watch::start(Arc::clone(&self.shared.events), &self.shared.index, query).await
+    }
+
+    /// Lists what has happened to VMs, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// The page token or size is not valid, or the store fails.
+    pub async fn list_events(&self, query: &EventsQuery) -> Result<EventsPage, ServiceError> {
+        self.shared.events.list(query).await
+    }
+
+    /// Waits until a VM is in one of `states`.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Deadline`] with the state that it is in, [`ServiceError::NotFound`] also if it is deleted meanwhile.
+    pub async fn wait(
+        &self,
+        vm_id: &str,
+        states: &[VmState],
+        deadline: Duration,
+    ) -> Result<Arc<VmRecord>, ServiceError> {
+        wait::wait(&self.shared.index, vm_id, states, deadline).await
     }
 
     /// Every backend, and how it is.

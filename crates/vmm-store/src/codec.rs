@@ -60,7 +60,8 @@ pub(crate) fn encode(commit: Commit) -> Result<EncodedCommit, StoreError> {
     Ok(EncodedCommit { change, event: commit.event.as_ref().map(encode_event).transpose()? })
 }
 
-fn encode_record(record: &VmRecord) -> Result<EncodedRecord, StoreError> {
+/// Turns a record into a row.
+pub(crate) fn encode_record(record: &VmRecord) -> Result<EncodedRecord, StoreError> {
     let unfit = || {
         store_error(
             StoreErrorKind::Io,

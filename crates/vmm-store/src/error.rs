@@ -26,7 +26,7 @@ impl CausedBy for StoreError {
 
 /// What to do about a damaged database: the end of every such message.
 pub(crate) const REMEDY: &str = "Nothing was changed. \
-     Stop the daemon and put back a backup of the whole state directory; or, to \
+     Stop the daemon and put back a backup with `vmm-controlplane restore FILE`; or, to \
      begin with no VMs at all, move the database and the files that begin with its name elsewhere (VMs \
      that still run must then be ended by hand)";
 

@@ -20,6 +20,7 @@
 //! tables in `schema.rs`; how a record becomes a row in `codec.rs`.
 
 mod apply;
+mod backup;
 mod checkpoint;
 mod codec;
 mod error;
@@ -37,11 +38,13 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
+use vmm_core::id::InstanceId;
 use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind};
 
 use crate::error::{CausedBy, store_error};
 use crate::worker::Worker;
 
+pub use crate::backup::{Amend, Copied, Restored, backup, peek, restore};
 pub use crate::open::DATABASE_FILE;
 pub use crate::reader::MAX_EVENTS;
 
@@ -58,6 +61,7 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct SqliteStore {
     path: PathBuf,
+    instance: InstanceId,
     doors: Mutex<Option<Doors>>,
     workers: Arc<Mutex<Vec<Worker>>>,
 }
@@ -106,12 +110,17 @@ impl SqliteStore {
             .map_err(failed)?,
         ];
         let doors = Doors { writer: writer_door, reader: reader_door };
-        Ok(Self { path, doors: Mutex::new(Some(doors)), workers: Arc::new(Mutex::new(workers)) })
+        Ok(Self { path, instance, doors: Mutex::new(Some(doors)), workers: Arc::new(Mutex::new(workers)) })
     }
 
     /// Where the database is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The identity of the state directory.
+    pub fn instance(&self) -> InstanceId {
+        self.instance
     }
 
     /// Does what was accepted, moves the log into the database and closes it. Later calls fail with

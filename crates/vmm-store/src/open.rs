@@ -77,7 +77,7 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
 }
 
 /// Keeps a second daemon out: two of them would each take the VMs for their own.
-fn lock(state_dir: &Path) -> Result<File, StoreError> {
+pub(crate) fn lock(state_dir: &Path) -> Result<File, StoreError> {
     // A file of its own: closing any handle of the database would drop SQLite's locks on it.
     let path = state_dir.join(format!("{DATABASE_FILE}.lock"));
     let file = OpenOptions::new()
@@ -151,12 +151,18 @@ fn fill(draft: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
 }
 
 /// A connection that makes nothing and waits for others.
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
+pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    connect_as(path, OpenFlags::SQLITE_OPEN_READ_WRITE)
+}
+
+/// A connection that can only read, for whoever looks at the database beside a daemon.
+pub(crate) fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
+    connect_as(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
+}
+
+fn connect_as(path: &Path, access: OpenFlags) -> rusqlite::Result<Connection> {
     // Each connection stays on one thread, so SQLite need not lock it.
-    let conn = Connection::open_with_flags(
-        path,
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-    )?;
+    let conn = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     conn.busy_timeout(BUSY_TIMEOUT)?;
     // A damaged file is hostile input: its pages are checked, and its schema may call nothing.
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
@@ -166,7 +172,7 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
 }
 
 /// Refuses what is not ours, too new, or damaged. Reads only.
-fn check(conn: &Connection, path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
+pub(crate) fn check(conn: &Connection, path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
     let mark: i32 = conn
         .pragma_query_value(None, "application_id", |row| row.get(0))
         .map_err(|error| unusable(path, error))?;
@@ -201,7 +207,7 @@ fn configure(conn: &Connection, path: &Path) -> Result<(), StoreError> {
     conn.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(())).map_err(failed)
 }
 
-fn instance(conn: &Connection, path: &Path) -> Result<InstanceId, StoreError> {
+pub(crate) fn instance(conn: &Connection, path: &Path) -> Result<InstanceId, StoreError> {
     let text: Option<String> = conn
         .query_row("SELECT value FROM meta WHERE key = 'instance'", [], |row| row.get(0))
         .optional()
@@ -211,11 +217,11 @@ fn instance(conn: &Connection, path: &Path) -> Result<InstanceId, StoreError> {
         .map_err(|error| corrupt(path, "the identity of the state directory is unreadable").caused_by(error))
 }
 
-fn unusable(path: &Path, error: rusqlite::Error) -> StoreError {
+pub(crate) fn unusable(path: &Path, error: rusqlite::Error) -> StoreError {
     from_sqlite(path, "opening", Effect::NotApplied, error)
 }
 
-fn io_error(doing: &str, path: &Path, error: std::io::Error) -> StoreError {
+pub(crate) fn io_error(doing: &str, path: &Path, error: std::io::Error) -> StoreError {
     let (kind, remedy) = match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => (StoreErrorKind::Full, "Free some room there"),
         ErrorKind::ReadOnlyFilesystem => (StoreErrorKind::Full, "It is on a read-only file system"),
@@ -226,7 +232,7 @@ fn io_error(doing: &str, path: &Path, error: std::io::Error) -> StoreError {
 }
 
 /// The path of a file beside `path`.
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)

@@ -1,7 +1,7 @@
 //! The thread that reads, on a connection of its own, so that no read waits for a write. In write-ahead mode it sees every
 //! commit that was answered before it began.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OptionalExtension, Row};
 use tokio::sync::{mpsc, oneshot};
@@ -41,35 +41,11 @@ impl Reader {
         // An answer that cannot be sent belongs to a caller that has gone.
         while let Some(job) = jobs.blocking_recv() {
             match job {
-                Job::Load { reply } => drop(reply.send(self.load())),
+                Job::Load { reply } => drop(reply.send(load(&mut self.conn, &self.path, self.instance))),
                 Job::Events { query, reply } if !reply.is_closed() => drop(reply.send(self.events(&query))),
                 Job::Events { .. } => {}
             }
         }
-    }
-
-    fn load(&mut self) -> Result<Snapshot, StoreError> {
-        let failed = |error| from_sqlite(&self.path, "reading", Effect::NotApplied, error);
-        // One transaction: the VMs and the end of the log belong to the same moment.
-        let transaction = self.conn.transaction().map_err(failed)?;
-        let rows = {
-            let mut statement = transaction
-                .prepare_cached("SELECT uid, vm_id, generation, record, format FROM vms ORDER BY uid")
-                .map_err(failed)?;
-            let rows = statement.query_map([], vm_row).map_err(failed)?;
-            rows.collect::<Result<Vec<_>, _>>().map_err(failed)?
-        };
-        let last: Option<i64> = transaction
-            .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [], |row| row.get(0))
-            .optional()
-            .map_err(failed)?;
-        let last_event = u64::try_from(last.unwrap_or(0))
-            .map_err(|error| corrupt(&self.path, "the end of the event log is negative").caused_by(error))?;
-        let vms = rows
-            .iter()
-            .map(|(row, format)| decode_record(&self.path, row, *format))
-            .collect::<Result<_, _>>()?;
-        Ok(Snapshot { instance: self.instance, vms, last_event: EventSeq(last_event) })
     }
 
     fn events(&self, query: &EventQuery) -> Result<Vec<VmEvent>, StoreError> {
@@ -100,6 +76,28 @@ impl Reader {
                 .collect(),
         }
     }
+}
+
+/// Reads every VM and the end of the event log from a database of the present version.
+pub(crate) fn load(conn: &mut Connection, path: &Path, instance: InstanceId) -> Result<Snapshot, StoreError> {
+    let failed = |error| from_sqlite(path, "reading", Effect::NotApplied, error);
+    // One transaction: the VMs and the end of the log belong to the same moment.
+    let transaction = conn.transaction().map_err(failed)?;
+    let rows = {
+        let mut statement = transaction
+            .prepare_cached("SELECT uid, vm_id, generation, record, format FROM vms ORDER BY uid")
+            .map_err(failed)?;
+        let rows = statement.query_map([], vm_row).map_err(failed)?;
+        rows.collect::<Result<Vec<_>, _>>().map_err(failed)?
+    };
+    let last: Option<i64> = transaction
+        .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [], |row| row.get(0))
+        .optional()
+        .map_err(failed)?;
+    let last_event = u64::try_from(last.unwrap_or(0))
+        .map_err(|error| corrupt(path, "the end of the event log is negative").caused_by(error))?;
+    let vms = rows.iter().map(|(row, format)| decode_record(path, row, *format)).collect::<Result<_, _>>()?;
+    Ok(Snapshot { instance, vms, last_event: EventSeq(last_event) })
 }
 
 fn vm_row(row: &Row<'_>) -> rusqlite::Result<(EncodedRecord, i64)> {

@@ -76,7 +76,8 @@ fn take(conn: &mut Connection, step: &Migration) -> rusqlite::Result<()> {
     transaction.commit()
 }
 
-fn version(conn: &Connection, path: &Path) -> Result<i32, StoreError> {
+/// The version of the database's schema.
+pub(crate) fn version(conn: &Connection, path: &Path) -> Result<i32, StoreError> {
     conn.pragma_query_value(None, "user_version", |row| row.get(0))
         .map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))
 }

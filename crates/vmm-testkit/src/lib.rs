@@ -1,5 +1,6 @@
 //! vmm-testkit
 
+pub mod backend_suite;
 pub mod fake;
 pub mod guests;
 pub mod memory_store;

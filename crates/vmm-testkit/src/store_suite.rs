@@ -114,6 +114,7 @@ pub fn event(record: &VmRecord, time_ms: i64) -> NewEvent {
         cause: format!("generation-{}", record.generation),
         actor: "suite".to_owned(),
         ended_by: record.ended_by,
+        metadata: record.config.metadata.clone(),
     }
 }
 

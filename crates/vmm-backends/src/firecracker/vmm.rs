@@ -83,12 +83,11 @@ impl Monitor {
 
 /// Says how a run ended, from its exit status and what it left in its folder.
 pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, dir: &Path) -> Exit {
-    let sums = match metrics.sums().await {
-        Ok(sums) => Some(sums),
-        Err(error) => {
-            tracing::debug!(%error, "the last counters are lost");
-            None
-        }
+    let sums = if asked {
+        // Nothing is left to find out, and reading them writes to a folder that may be about to go.
+        None
+    } else {
+        metrics.sums().await.inspect_err(|error| tracing::debug!(%error, "the last counters are lost")).ok()
     };
     let logs = [dir.join(OWN_LOG), dir.join(LOG)];
     let message = exit_message(exit, &[&logs[0], &logs[1]]).await;

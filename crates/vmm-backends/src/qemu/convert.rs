@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Devices have fixed places, so that a disk added to a configuration renames no network interface in its guest: on q35,
-//! disks are the functions of PCI slots 2 to 9 and interfaces those of slots 16 to 23; on microvm, which has 24 virtio-mmio
-//! transports, disks come first and interfaces follow.
+//! disks are the functions of PCI slots 2 to 9 and interfaces those of slots 16 to 23; on microvm, which has 23 virtio-mmio
+//! transports that work, disks come first and interfaces follow.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -43,6 +43,10 @@ const DISK_SLOT: usize = 0x02;
 const NIC_SLOT: usize = 0x10;
 /// Bytes of a virtio disk's serial number; a longer id is cut.
 const SERIAL_LEN: usize = 20;
+/// The virtio-mmio transport of microvm's first device. QEMU lists them to the guest from the last to the first, so devices go
+/// downwards, and stop before 0: its interrupts get lost, because they arrive at pin 0 of the second interrupt controller, and
+/// QEMU (7.2) takes any pin 0 for the timer's and raises pin 2.
+const FIRST_TRANSPORT: usize = 23;
 /// Modules of memory that may be plugged.
 const MEMORY_SLOTS: u32 = 16;
 
@@ -375,7 +379,9 @@ fn address(machine: Machine, first_slot: usize, place: usize, transport: usize) 
             }
             address
         }
-        Machine::Microvm => json!({ "bus": format!("virtio-mmio-bus.{transport}") }),
+        Machine::Microvm => {
+            json!({ "bus": format!("virtio-mmio-bus.{}", FIRST_TRANSPORT.saturating_sub(transport)) })
+        }
     }
 }
 
@@ -397,8 +403,11 @@ fn console(line: &mut Line, inputs: &Inputs<'_>) {
 fn control(line: &mut Line, inputs: &Inputs<'_>) {
     line.option("-chardev", chardev_socket("qmp", &inputs.dir.join(QMP_SOCKET)));
     line.option("-mon", "chardev=qmp,mode=control");
-    // Names the run folder as it is, with single commas: by that the process is found when its record was lost.
-    line.option("-pidfile", inputs.dir.join(PID_FILE));
+    if inputs.dir.as_os_str().as_bytes().contains(&b',') {
+        // Names the run folder as it is, with single commas: by that the process is found when its record was lost. Elsewhere
+        // the sockets' paths do, and save QEMU the file.
+        line.option("-pidfile", inputs.dir.join(PID_FILE));
+    }
     let reboot = reboot_action(inputs.spec).as_str();
     line.option("-action", format!("reboot={reboot},shutdown=poweroff,panic=shutdown"));
 }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
-    AdoptRequest, Backend, BackendError, Exit, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
+    AdoptRequest, Backend, BackendError, Exit, Ladder, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
 };
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig};
 use vmm_core::id::{InstanceId, VmUid};
@@ -62,6 +62,25 @@ pub(crate) fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
     }
 }
 
+pub(crate) fn ask_for(seconds: u64) -> Ladder {
+    Ladder { ask_guest_for: Some(Duration::from_secs(seconds)) }
+}
+
+/// Makes a disk image of `size` bytes.
+pub(crate) fn make_image(path: &std::path::Path, format: &str, size: u64) {
+    if format == "raw" {
+        std::fs::File::create(path).unwrap().set_len(size).unwrap();
+        return;
+    }
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", format])
+        .arg(path)
+        .arg(size.to_string())
+        .status()
+        .unwrap();
+    assert!(made.success());
+}
+
 /// One VM's run folder and configuration, and whatever runs there.
 pub(crate) struct Bench {
     pub(crate) backend: QemuBackend,
@@ -73,7 +92,9 @@ pub(crate) struct Bench {
 impl Bench {
     /// A bench for a tiny guest.
     pub(crate) fn new(backend: QemuBackend, machine: &str, guest: Guest, restart: i32) -> Self {
-        let dir = tempfile::Builder::new().prefix("vmcp-qemu-").tempdir().unwrap();
+        // One of the folders has a name that QEMU would split if it could.
+        let prefix = if machine == "q35" { "vmcp,qemu-" } else { "vmcp-qemu-" };
+        let dir = tempfile::Builder::new().prefix(prefix).tempdir().unwrap();
         let kernel = guest.write_to(dir.path()).unwrap();
         let config = VmConfig {
             cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),

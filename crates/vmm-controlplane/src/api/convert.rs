@@ -1,5 +1,6 @@
 //! Between messages and the domain. Configurations go both ways field by field; everything else goes out only.
 
+use connectrpc::ConnectError;
 use vmm_core::backend::BackendHealth;
 use vmm_core::config::{
     BootConfig, ConsoleConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, RestartPolicyConfig,
@@ -10,6 +11,8 @@ use vmm_core::state::{Status, VmState};
 use vmm_core::store::VmRecord;
 use vmm_proto::v1 as pb;
 use vmm_service::{BackendStatus, Metrics, VmView};
+
+use crate::rpc::error::invalid_argument;
 
 /// Unix milliseconds as Unix seconds.
 fn seconds(ms: i64) -> i64 {
@@ -31,7 +34,7 @@ pub(super) fn state_to_pb(state: VmState) -> pb::VmState {
 }
 
 /// The domain's state; `None` for UNSPECIFIED.
-pub(super) fn state_from_pb(state: pb::VmState) -> Option<VmState> {
+fn state_from_pb(state: pb::VmState) -> Option<VmState> {
     match state {
         pb::VmState::Unspecified => None,
         pb::VmState::Created => Some(VmState::Created),
@@ -39,6 +42,20 @@ pub(super) fn state_from_pb(state: pb::VmState) -> Option<VmState> {
         pb::VmState::Paused => Some(VmState::Paused),
         pb::VmState::Shutdown => Some(VmState::Shutdown),
     }
+}
+
+/// The states that a request names in `field`.
+pub(super) fn states_from_pb(
+    field: &str,
+    states: impl Iterator<Item = Option<pb::VmState>>,
+) -> Result<Vec<VmState>, ConnectError> {
+    let known = |(place, state): (usize, Option<pb::VmState>)| {
+        state.and_then(state_from_pb).ok_or_else(|| {
+            let states = "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN";
+            invalid_argument([(format!("{field}[{place}]"), states)])
+        })
+    };
+    states.enumerate().map(known).collect()
 }
 
 pub(super) fn config_from_pb(config: pb::VmConfig) -> VmConfig {
@@ -196,7 +213,7 @@ pub(super) fn reports_to_pb(reports: Vec<FieldReport>) -> Vec<pb::FieldReport> {
         .collect()
 }
 
-fn status_to_pb(status: &Status) -> pb::VmStatus {
+pub(super) fn status_to_pb(status: &Status) -> pb::VmStatus {
     pb::VmStatus {
         phase: status.phase.as_str().to_owned(),
         reason: status.reason.clone(),

@@ -22,6 +22,7 @@ pub(super) fn to_connect(error: ServiceError) -> ConnectError {
         ServiceError::Deadline(_) => ConnectError::deadline_exceeded(text),
         ServiceError::Aborted(_) => ConnectError::aborted(text),
         ServiceError::Exhausted(_) => ConnectError::resource_exhausted(text),
+        ServiceError::OutOfRange(_) => ConnectError::out_of_range(text),
         ServiceError::Internal(_) => ConnectError::internal(text),
     }
 }

@@ -1,10 +1,11 @@
 //! The API's handlers: from protobuf to the domain and back, and nothing else.
 //!
-//! [`vm`] has one method per call, [`convert`] turns configurations and records into messages and back, [`error`] turns
+//! [`vm`] has one method per call, those about events in [`events`], [`convert`] turns configurations and records into messages and back, [`error`] turns
 //! failures into codes.
 
 mod convert;
 mod error;
+mod events;
 mod vm;
 
 pub use vm::Api;

@@ -8,10 +8,10 @@ use vmm_proto::v1 as pb;
 use vmm_service::{CreateRequest, ListQuery, ShutdownOptions, VmService};
 
 use super::convert::{
-    backend_to_pb, config_from_pb, info_to_pb, reports_to_pb, state_from_pb, state_to_pb, summary_to_pb,
+    backend_to_pb, config_from_pb, info_to_pb, reports_to_pb, state_to_pb, states_from_pb, summary_to_pb,
 };
 use super::error::to_connect;
-use crate::rpc::error::invalid_argument;
+use super::events;
 use crate::rpc::record_vm_id;
 
 /// The API on top of the use cases.
@@ -168,19 +168,9 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::ListVmsRequest>,
     ) -> ServiceResult<pb::ListVmsResponse> {
         let request = request.to_owned_message();
-        let mut states = Vec::new();
-        for (place, state) in request.state_filter.iter().enumerate() {
-            let state = state.as_known().and_then(state_from_pb).ok_or_else(|| {
-                invalid_argument([(
-                    format!("state_filter[{place}]"),
-                    "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN"
-                        .to_owned(),
-                )])
-            })?;
-            states.push(state);
-        }
+        let states = request.state_filter.iter().map(|state| state.as_known());
         let query = ListQuery {
-            states,
+            states: states_from_pb("state_filter", states)?,
             metadata: request.metadata_filter,
             backend: request.backend,
             page_size: request.page_size,
@@ -222,26 +212,29 @@ impl pb::VmService for Api {
 
     async fn wait_vm(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::WaitVmRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::WaitVmRequest>,
     ) -> ServiceResult<pb::WaitVmResponse> {
-        Err(not_yet("WaitVm"))
+        record_vm_id(&ctx, request.vm_id);
+        Response::ok(events::wait(&self.service, &ctx, request.to_owned_message()).await?)
     }
 
     async fn watch_vms(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::WatchVmsRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::WatchVmsRequest>,
     ) -> ServiceResult<ServiceStream<pb::VmEvent>> {
-        Err(not_yet("WatchVms"))
+        record_vm_id(&ctx, request.vm_id);
+        Response::stream_ok(events::watch(&self.service, request.to_owned_message()).await?)
     }
 
     async fn list_vm_events(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::ListVmEventsRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::ListVmEventsRequest>,
     ) -> ServiceResult<pb::ListVmEventsResponse> {
-        Err(not_yet("ListVmEvents"))
+        record_vm_id(&ctx, request.vm_id);
+        Response::ok(events::list(&self.service, request.to_owned_message()).await?)
     }
 
     async fn stream_console(

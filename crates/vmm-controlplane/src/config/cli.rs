@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 
@@ -13,6 +14,15 @@ use super::settings::{CONFIG_KEY, Fallback, PREFIX, Setting, variable};
 const CHECK_CONFIG: &str = "check-config";
 const MIGRATE_ENV: &str = "migrate-env";
 const SERVE: &str = "serve";
+const DOCTOR: &str = "doctor";
+const RECONCILE: &str = "reconcile";
+const BACKUP: &str = "backup";
+const RESTORE: &str = "restore";
+/// The names of the subcommands' own arguments; no setting has them.
+const DRY_RUN: &str = "dry-run";
+const JSON: &str = "json";
+const KILL_ORPHANS: &str = "kill-orphans";
+const FILE: &str = "FILE";
 
 const AFTER_HELP: &str = "\
 Each setting is taken from the command line, else from its UNKEY_VMCP_ variable, else from the same variable \
@@ -21,10 +31,12 @@ without UNKEY_, else from the configuration file, else from its default. An empt
 Examples:
   vmm-controlplane --port 9000
   vmm-controlplane check-config --config /etc/vmm-controlplane.toml
+  vmm-controlplane doctor
+  vmm-controlplane reconcile --dry-run
   eval \"$(vmm-controlplane migrate-env)\"";
 
 /// What the program was asked to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Command {
     /// Serve the API: also what happens without a subcommand.
     #[default]
@@ -33,6 +45,34 @@ pub enum Command {
     CheckConfig,
     /// Print the exports that take the place of the retired variables, and end.
     MigrateEnv,
+    /// Say what this host can do.
+    Doctor {
+        /// Print JSON.
+        json: bool,
+    },
+    /// List, and remove, what bears our mark and is nobody's.
+    Reconcile(Reconcile),
+    /// Copy the database.
+    Backup {
+        /// The new file.
+        file: PathBuf,
+    },
+    /// Put a copy of the database back.
+    Restore {
+        /// The copy.
+        file: PathBuf,
+    },
+}
+
+/// How `reconcile` goes about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reconcile {
+    /// List, and touch nothing.
+    pub dry_run: bool,
+    /// Print JSON.
+    pub json: bool,
+    /// End VMMs that are proven ours, live, and have no owner.
+    pub kill_orphans: bool,
 }
 
 /// The parsed command line; use [`clap::Parser::parse`] or [`clap::Parser::try_parse_from`].
@@ -72,6 +112,7 @@ impl CommandFactory for Cli {
                 clap::Command::new(MIGRATE_ENV)
                     .about("Prints shell exports that take the place of the CHCP_ variables, which are no longer read"),
             ])
+            .subcommands(operator())
     }
 
     fn command_for_update() -> clap::Command {
@@ -86,6 +127,14 @@ impl FromArgMatches for Cli {
         let command = match name {
             CHECK_CONFIG => Command::CheckConfig,
             MIGRATE_ENV => Command::MigrateEnv,
+            DOCTOR => Command::Doctor { json: matches.get_flag(JSON) },
+            RECONCILE => Command::Reconcile(Reconcile {
+                dry_run: matches.get_flag(DRY_RUN),
+                json: matches.get_flag(JSON),
+                kill_orphans: matches.get_flag(KILL_ORPHANS),
+            }),
+            BACKUP => Command::Backup { file: file_of(matches) },
+            RESTORE => Command::Restore { file: file_of(matches) },
             _ => Command::Serve,
         };
         let typed = |name: &str| matches.get_one::<OsString>(name).cloned();
@@ -103,6 +152,46 @@ impl FromArgMatches for Cli {
         self.settings.extend(newer.settings);
         Ok(())
     }
+}
+
+/// Builds the subcommands of the operator, who works beside the daemon.
+fn operator() -> [clap::Command; 4] {
+    let flag = |name: &'static str, help: &'static str| {
+        Arg::new(name).long(name).help(help).action(ArgAction::SetTrue)
+    };
+    let json = || flag(JSON, "Print JSON");
+    let file = |help: &'static str| {
+        Arg::new(FILE).help(help).required(true).value_parser(clap::value_parser!(PathBuf))
+    };
+    [
+        clap::Command::new(DOCTOR)
+            .about(
+                "Says what this host can do, with the remedy for what it cannot; exit code 1 if the default backend cannot \
+                 serve",
+            )
+            .arg(json()),
+        clap::Command::new(RECONCILE)
+            .about(
+                "Lists every process, TAP, socket and folder that bears our mark, with its owner, decision and reason, and \
+                 removes what is proven ours, dead and nobody's; exit code 3 if something is left to look at",
+            )
+            .args([
+                flag(DRY_RUN, "Touch nothing; may run beside the daemon"),
+                flag(KILL_ORPHANS, "Also end VMMs that are proven ours and that no VM on record owns"),
+                json(),
+            ]),
+        clap::Command::new(BACKUP)
+            .about("Copies the database to a new file; may run beside the daemon")
+            .arg(file("The new file; one that is there is refused")),
+        clap::Command::new(RESTORE)
+            .about("Puts a backup in the place of the database, which is kept beside it; the daemon must be stopped")
+            .arg(file("The backup")),
+    ]
+}
+
+fn file_of(matches: &ArgMatches) -> PathBuf {
+    // Required, so clap has refused a command line without it.
+    matches.get_one::<PathBuf>(FILE).cloned().unwrap_or_default()
 }
 
 /// Builds a setting's flag. It takes the raw text: the loader reads all sources with one parser.
@@ -156,6 +245,24 @@ mod tests {
         }
         assert_eq!(parse(&["migrate-env"]).command, Command::MigrateEnv);
         assert_eq!(parse(&["--port", "1", "serve", "--port", "2"]).settings[&Setting::Port], "2");
+    }
+
+    #[test]
+    fn the_operators_subcommands_take_their_own_arguments() {
+        assert_eq!(parse(&["doctor", "--json"]).command, Command::Doctor { json: true });
+        let dry = Reconcile { dry_run: true, ..Reconcile::default() };
+        let cli = parse(&["reconcile", "--dry-run", "--state-dir", "/s"]);
+        assert_eq!(cli.command, Command::Reconcile(dry));
+        assert_eq!(cli.settings[&Setting::StateDir], "/s");
+        assert_eq!(parse(&["backup", "f"]).command, Command::Backup { file: "f".into() });
+        assert_eq!(parse(&["restore", "f"]).command, Command::Restore { file: "f".into() });
+        for args in [
+            ["vmm-controlplane", "backup"],
+            ["vmm-controlplane", "restore"],
+            ["vmm-controlplane", "--dry-run"],
+        ] {
+            assert!(Cli::try_parse_from(args).is_err(), "{args:?}");
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ mod values;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use cli::{Cli, Command};
+pub use cli::{Cli, Command, Reconcile};
 pub use error::{ConfigError, ConfigErrors, Origin};
 pub use retired::migrate_env;
 pub use settings::{Fallback, PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting, Spec};

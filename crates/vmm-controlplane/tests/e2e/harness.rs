@@ -179,13 +179,7 @@ impl World {
 
     /// Calls a method with a JSON body.
     pub(crate) fn call(&self, method: &str, body: &Value) -> Answer {
-        let url = format!("{}/vmm.v1.VmService/{method}", self.url());
-        let response = agent()
-            .post(&url)
-            .header("content-type", "application/json")
-            .header("x-request-id", format!("test-{method}"))
-            .send(body.to_string());
-        answer(response)
+        call(self.url(), method, body)
     }
 
     /// Gets a page.
@@ -303,6 +297,16 @@ impl Drop for World {
             signal(pid, Signal::KILL);
         }
     }
+}
+
+/// Calls a method of the daemon at `url` with a JSON body; from any thread.
+pub(crate) fn call(url: &str, method: &str, body: &Value) -> Answer {
+    let response = agent()
+        .post(format!("{url}/vmm.v1.VmService/{method}"))
+        .header("content-type", "application/json")
+        .header("x-request-id", format!("test-{method}"))
+        .send(body.to_string());
+    answer(response)
 }
 
 /// Signals a process that the test, or its daemon, started.

@@ -14,8 +14,11 @@
 mod bad_input;
 mod cli;
 mod devices;
+mod events;
 mod guest_ends;
 mod harness;
 mod lifecycle;
+mod operator;
 mod recovery;
+mod taps;
 mod trouble;

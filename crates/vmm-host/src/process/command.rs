@@ -23,6 +23,9 @@ use crate::ready;
 /// What a child may know of the daemon's environment. Everything else, secrets included, stays here.
 const ENVIRONMENT: [&str; 7] = ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"];
 
+/// Where input is empty and output is lost.
+const NOWHERE: &str = "/dev/null";
+
 /// What to start, and where its output goes.
 #[derive(Debug)]
 pub struct Command {
@@ -34,7 +37,7 @@ pub struct Command {
     pub log: PathBuf,
     /// Where input comes from.
     pub stdin: Stdin,
-    /// Another file for stdout, treated as `log` is.
+    /// Another file for stdout, treated as `log` is; `/dev/null` throws it away.
     pub stdout: Option<PathBuf>,
 }
 
@@ -131,11 +134,13 @@ fn start(command: Command) -> io::Result<Guarded> {
     let boot_id = boot_id()?;
     let log = append_to(&command.log)?;
     let stdout = match &command.stdout {
+        // The one device that may stand where a file does.
+        Some(path) if path == Path::new(NOWHERE) => OpenOptions::new().write(true).open(NOWHERE)?,
         Some(path) => append_to(path)?,
         None => log.try_clone()?,
     };
     let stdin = match command.stdin {
-        Stdin::Null => OwnedFd::from(File::open("/dev/null")?),
+        Stdin::Null => OwnedFd::from(File::open(NOWHERE)?),
         Stdin::File(fd) => fd,
     };
     let child = posix_spawn(&command.program, &command.args, [&stdin, &stdout.into(), &log.into()])?;

@@ -1,5 +1,6 @@
 //! Finding processes by the run folder that their arguments name.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -28,6 +29,23 @@ impl Found {
             None => self.args.first().and_then(|name| Path::new(name).file_name()),
         }
     }
+
+    /// The paths below `dir` that the arguments name, relative to it: `0a/s` of `/run/x` for `path=/run/x/0a/s,server=on`.
+    pub fn paths_below(&self, dir: &Path) -> BTreeSet<PathBuf> {
+        let dir = dir.as_os_str().as_bytes();
+        self.args.iter().flat_map(|arg| paths_below(arg.as_bytes(), dir)).collect()
+    }
+}
+
+fn paths_below<'a>(text: &'a [u8], dir: &'a [u8]) -> impl Iterator<Item = PathBuf> + 'a {
+    let dir = dir.strip_suffix(b"/").unwrap_or(dir);
+    let windows = text.windows(dir.len().max(1)).enumerate();
+    windows.filter_map(move |(at, window)| {
+        let starts = at.checked_sub(1).is_none_or(|before| !is_path_byte(text[before]));
+        let rest = text.get(at + dir.len()..)?.strip_prefix(b"/")?;
+        let end = rest.iter().position(|&byte| !is_path_byte(byte)).unwrap_or(rest.len());
+        (window == dir && starts && end > 0).then(|| PathBuf::from(OsStr::from_bytes(&rest[..end])))
+    })
 }
 
 /// Finds every process, this one excepted, that has an argument with `needle` as a whole path or as the beginning of one:
@@ -115,6 +133,19 @@ mod tests {
             "run/vmm/vms/0a",
         ] {
             assert!(!mentions(no.as_bytes(), needle), "{no}");
+        }
+    }
+
+    #[test]
+    fn what_is_named_below_a_folder_ends_with_the_path() {
+        let below = |text: &str| paths_below(text.as_bytes(), b"/run/vmm/vms").collect::<Vec<_>>();
+        assert_eq!(below("socket,path=/run/vmm/vms/0a/qmp.sock,server=on"), [PathBuf::from("0a/qmp.sock")]);
+        assert_eq!(
+            below(r#"{"a":"/run/vmm/vms/0a","b":"/run/vmm/vms/0b/x"}"#),
+            ["0a", "0b/x"].map(PathBuf::from)
+        );
+        for none in ["/run/vmm/vms", "/run/vmm/vms/", "/mnt/run/vmm/vms/0a", "/run/vmm/vmsx/0a", ""] {
+            assert_eq!(below(none), Vec::<PathBuf>::new(), "{none}");
         }
     }
 

@@ -55,7 +55,6 @@ impl Actor {
             self.shared.claims.release(self.record.uid);
             return Err(error);
         }
-        self.stray = true;
         match self.launch().await {
             Ok(launched) => self.started(request, actor, launched, claims).await,
             Err(broken) => {
@@ -82,7 +81,7 @@ impl Actor {
     async fn reserve(&mut self, request: Request) -> Result<Vec<HostClaim>, ServiceError> {
         let formats = self.backend.capabilities().kernel_formats;
         let look = check::look(self.spec.clone(), formats, self.record.owns_console_output);
-        let facts = match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
+        let mut facts = match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
             Ok(facts) => facts,
             Err(broken) => return Err(self.boot_error(request, broken)),
         };
@@ -93,6 +92,7 @@ impl Actor {
                 self.record.vm_id
             )));
         }
+        facts.claims.extend(self.tap_claims());
         self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &facts.claims).map_err(|taken| {
             ServiceError::Precondition(format!("VM \"{}\" cannot boot: {taken}", self.record.vm_id))
         })?;
@@ -100,6 +100,8 @@ impl Actor {
     }
 
     async fn launch(&mut self) -> Result<Launched, Broken> {
+        self.provide_taps().await.map_err(Broken::Backend)?;
+        self.stray = true;
         let dir = self.dir();
         let console = match &self.spec.console {
             Console::Off => None,
@@ -110,13 +112,7 @@ impl Actor {
             instance: self.shared.instance,
             uid: self.record.uid,
             vm_id: self.record.vm_id.clone(),
-            taps: self
-                .spec
-                .nics
-                .iter()
-                .enumerate()
-                .map(|(index, nic)| nic.tap.clone().unwrap_or_else(|| self.record.uid.tap_name(index)))
-                .collect(),
+            taps: self.taps().into_iter().map(|(name, _)| name).collect(),
             spec: self.spec.clone(),
             dir,
             console: console.clone(),
@@ -150,6 +146,7 @@ impl Actor {
             self.record.state = was;
             return Err(self.not_started(request, actor, error.into()).await);
         }
+        self.made_taps.clear();
         Ok(())
     }
 
@@ -166,6 +163,7 @@ impl Actor {
         {
             return self.start_left_something(request, actor, error, &left).await;
         }
+        self.take_back_taps().await;
         self.let_go();
         let aborted = matches!(error, ServiceError::Aborted(_));
         if aborted && self.record.state == VmState::Created {
@@ -192,6 +190,7 @@ impl Actor {
     ) -> ServiceError {
         tracing::error!(error = %left, "what a broken start left could not be ended; it is looked for again");
         self.live = None;
+        self.made_taps.clear();
         self.record.run = None;
         self.record.status = self.plain(Phase::Unreachable).because("vmm-does-not-end", left.to_string());
         self.look_for_it_later();

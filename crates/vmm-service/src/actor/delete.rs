@@ -42,6 +42,7 @@ impl Actor {
             }
         }
         self.record.state = observe(self.record.state, Observation::VmmGone);
+        left_behind.extend(self.free_taps().await);
         if let Err(error) = self.remove_dir().await {
             left_behind.push(FieldReport::new(format!("folder {}", self.dir().display()), error));
         }
@@ -63,21 +64,24 @@ impl Actor {
         self.record.status = self.plain(Phase::Deleting);
         let event = self.event(EventKind::Deleted, Why::asked(operation.request, &operation.actor), now_ms());
         let commit = Commit { change: Change::Remove(self.record.uid), event: Some(event) };
-        let store = Arc::clone(&self.shared.store);
-        let mut removed = store.commit(commit.clone()).await;
+        let events = Arc::clone(&self.shared.events);
+        let mut removed = events.commit(commit.clone()).await;
         if removed.as_ref().is_err_and(|error| error.effect == Effect::Unknown) {
             // Removing twice is harmless, and the only way to know.
-            removed = store.commit(commit).await;
+            removed = events.commit(commit).await;
         }
-        if let Err(error) = removed {
-            self.record.status =
-                self.plain(Phase::at_rest(self.record.state)).because("delete-failed", error.to_string());
-            let _ = self
-                .conclude(EventKind::OperationFailed, Why::asked(operation.request, &operation.actor))
-                .await;
-            return Err(error.into());
-        }
+        let committed = match removed {
+            Ok(committed) => committed,
+            Err(error) => {
+                self.record.status =
+                    self.plain(Phase::at_rest(self.record.state)).because("delete-failed", error.to_string());
+                let why = Why::asked(operation.request, &operation.actor);
+                let _ = self.conclude(EventKind::OperationFailed, why).await;
+                return Err(error.into());
+            }
+        };
         self.shared.index.remove(self.record.uid);
+        drop(committed);
         self.shared.claims.release(self.record.uid);
         Ok(())
     }

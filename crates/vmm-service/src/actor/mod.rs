@@ -20,6 +20,7 @@ mod operations;
 mod persist;
 mod recover;
 mod restart;
+mod taps;
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -31,6 +32,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use vmm_core::backend::{Backend, BackendError, BackendErrorKind, Effect, Launched, Vmm, VmmEvent};
+use vmm_core::event::EventSeq;
 use vmm_core::id::VmUid;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::Request;
@@ -39,6 +41,8 @@ use vmm_core::store::{RunRecord, VmRecord};
 use crate::error::ServiceError;
 use crate::metrics::{Contact, MetricsCell, Sampler};
 use crate::service::{Outcome, Shared, UnderWay};
+
+pub(crate) use taps::remove_orphans;
 
 /// Operations that may wait for one VM.
 const INBOX: usize = 32;
@@ -143,7 +147,7 @@ pub(crate) fn recover(
     let shown = Arc::new(record.clone());
     let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics.clone());
     // Before the actor runs: what it publishes or removes must find its entry.
-    index_of.index.insert(shown, metrics, handle);
+    index_of.index.insert(shown, EventSeq::default(), metrics, handle);
     let (known, fate) = oneshot::channel();
     let span = actor.span();
     let task = async move {
@@ -197,6 +201,8 @@ struct Actor {
     stray: bool,
     /// How many commits that failed may have been written all the same, since the last one that did not fail.
     uncertain: u64,
+    /// What the start under way has made of TAPs.
+    made_taps: Vec<String>,
     /// When a restart by policy is due.
     restart_at: Option<Instant>,
     /// When to look again for a VMM that may live and of which no handle is held.
@@ -247,6 +253,7 @@ impl Actor {
             forcing: false,
             stray: false,
             uncertain: 0,
+            made_taps: Vec::new(),
             restart_at: None,
             look_at: None,
             last_reset: None,

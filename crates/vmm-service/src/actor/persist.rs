@@ -10,6 +10,7 @@ use vmm_core::store::{Change, Commit, Intent, StoreError, StoreErrorKind, VmReco
 use super::Actor;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
+use crate::events::Committed;
 use crate::service::Outcome;
 
 /// Why a change comes about, for the audit trail.
@@ -95,10 +96,10 @@ impl Actor {
             unseen += 1;
         };
         match result {
-            Ok(()) => {
+            Ok(committed) => {
                 self.uncertain = 0;
                 self.record = next;
-                self.publish();
+                self.shared.index.publish_at(Arc::new(self.record.clone()), committed.seq);
                 Ok(())
             }
             Err(error) => {
@@ -110,9 +111,9 @@ impl Actor {
         }
     }
 
-    async fn write(&self, record: &VmRecord, event: &NewEvent) -> Result<(), StoreError> {
+    async fn write(&self, record: &VmRecord, event: &NewEvent) -> Result<Committed, StoreError> {
         let change = Change::Update(Box::new(record.clone()));
-        self.shared.store.commit(Commit { change, event: Some(event.clone()) }).await.map(|_| ())
+        self.shared.events.commit(Commit { change, event: Some(event.clone()) }).await
     }
 
     /// An event about the record as it is.
@@ -127,6 +128,7 @@ impl Actor {
             cause: why.cause.to_owned(),
             actor: why.actor.to_owned(),
             ended_by: why.ended_by,
+            metadata: self.record.config.metadata.clone(),
         }
     }
 

@@ -126,6 +126,7 @@ impl Actor {
         if started_here {
             let formats = self.backend.capabilities().kernel_formats;
             run.claims = check::look(self.spec.clone(), formats, true).await.claims;
+            run.claims.extend(self.tap_claims());
             if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
                 tracing::error!(taken, "a VM found running holds what another one holds");
             }
@@ -152,6 +153,9 @@ impl Actor {
     async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, reason: Option<&str>) {
         let interrupted = intent.map(|intent| intent.request);
         if self.record.run.is_none() && !self.record.state.is_live() {
+            for left in self.free_taps().await {
+                tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
+            }
             self.let_go();
             self.record.status = self.plain(Phase::at_rest(self.record.state)).because(
                 "boot-interrupted",

@@ -19,10 +19,14 @@ use vmm_service::{
 use vmm_testkit::fake::{FakeBackend, MachineControl, World};
 use vmm_testkit::memory_store::MemoryStore;
 
+use crate::fake_taps::FakeTaps;
+
 /// Who asks in these tests.
 pub(crate) const ME: &str = "tester";
 /// The metrics interval in these tests.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
+/// How long events are kept in these tests.
+pub(crate) const RETENTION: Duration = Duration::from_secs(7 * 86_400);
 
 /// The wire's numbers of the restart modes.
 pub(crate) const NEVER: i32 = 1;
@@ -35,6 +39,7 @@ pub(crate) struct Bed {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) world: World,
     pub(crate) store: Arc<MemoryStore>,
+    pub(crate) taps: FakeTaps,
     pub(crate) default_boot: DefaultBoot,
     pub(crate) single_use: bool,
 }
@@ -50,6 +55,7 @@ impl Bed {
             dir,
             world: World::new(),
             store: Arc::new(MemoryStore::new()),
+            taps: FakeTaps::default(),
             default_boot: DefaultBoot::default(),
             single_use: false,
         }
@@ -109,9 +115,11 @@ impl Bed {
             runtime_dir: self.runtime_dir(),
             default_boot: self.default_boot.clone(),
             metrics_interval: INTERVAL,
+            event_retention: RETENTION,
         };
         let backends = Backends::new(BackendName::new("fake"), all);
-        let service = VmService::start(Arc::clone(&self.store) as _, backends, settings).await?;
+        let (store, taps) = (Arc::clone(&self.store), Arc::new(self.taps.clone()));
+        let service = VmService::start_with_taps(store, backends, settings, taps).await?;
         Ok(Vms { service, world: self.world.clone() })
     }
 
@@ -299,6 +307,7 @@ pub(crate) fn kind(error: &ServiceError) -> &'static str {
         ServiceError::Deadline(_) => "deadline",
         ServiceError::Aborted(_) => "aborted",
         ServiceError::Exhausted(_) => "exhausted",
+        ServiceError::OutOfRange(_) => "out-of-range",
         ServiceError::Internal(_) => "internal",
     }
 }

@@ -42,7 +42,14 @@ impl FakeBackend {
             endpoint_mode: "managed",
             default_restart_mode: RestartMode::GuestReboot,
             kernel_formats: &[KernelFormat::Elf, KernelFormat::PvhElf],
-            facts: BTreeMap::from([("reset", "in-place".to_owned())]),
+            facts: [
+                ("guest-power-off", "ends the run"),
+                ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
+                ("reboot", "in place"),
+                ("shutdown", "ACPI power button"),
+            ]
+            .map(|(name, fact)| (name, fact.to_owned()))
+            .into(),
             limits: BTreeMap::from([("max-vcpus", i64::from(MAX_VCPUS))]),
         };
         Self { world: world.clone(), capabilities, single_use: false }
@@ -51,7 +58,7 @@ impl FakeBackend {
     /// The same, but its processes can be used once: a reset needs another one.
     pub fn single_use(mut self) -> Self {
         self.single_use = true;
-        self.capabilities.facts.insert("reset", "relaunch".to_owned());
+        self.capabilities.facts.insert("reboot", "a new process".to_owned());
         self
     }
 

@@ -1,0 +1,149 @@
+//! WatchVms, ListVmEvents and WaitVm.
+
+use std::time::Duration;
+
+use connectrpc::{ConnectError, RequestContext};
+use futures::{Stream, stream};
+use vmm_core::store::VmRecord;
+use vmm_proto::v1 as pb;
+use vmm_service::{EventsPage, EventsQuery, Notice, Present, Recorded, ServiceError, VmService, WatchQuery};
+
+use super::convert::{state_to_pb, states_from_pb, status_to_pb};
+use super::error::to_connect;
+
+/// The longest wait that a client may ask for.
+const MAX_WAIT_SECONDS: i32 = 3600;
+/// So long before the call's deadline a wait gives up, if it can: the answer then says in which state the VM is.
+const MARGIN: Duration = Duration::from_millis(250);
+
+pub(super) async fn watch(
+    service: &VmService,
+    request: pb::WatchVmsRequest,
+) -> Result<impl Stream<Item = Result<pb::VmEvent, ConnectError>> + Send + use<>, ConnectError> {
+    let query = WatchQuery {
+        resume_token: request.resume_token,
+        vm_id: request.vm_id,
+        metadata: request.metadata_filter,
+    };
+    let watch = service.watch(query).await.map_err(to_connect)?;
+    // The first error is the last item.
+    Ok(stream::unfold(Some(watch), |watch| async {
+        let mut watch = watch?;
+        match watch.next().await {
+            Ok(notice) => Some((Ok(notice_to_pb(notice)), Some(watch))),
+            Err(error) => Some((Err(to_connect(error)), None)),
+        }
+    }))
+}
+
+pub(super) async fn list(
+    service: &VmService,
+    request: pb::ListVmEventsRequest,
+) -> Result<pb::ListVmEventsResponse, ConnectError> {
+    let query =
+        EventsQuery { vm_id: request.vm_id, page_size: request.page_size, page_token: request.page_token };
+    let EventsPage { events, next_page_token } = service.list_events(&query).await.map_err(to_connect)?;
+    Ok(pb::ListVmEventsResponse {
+        events: events.into_iter().map(recorded_to_pb).collect(),
+        next_page_token,
+        ..Default::default()
+    })
+}
+
+pub(super) async fn wait(
+    service: &VmService,
+    ctx: &RequestContext,
+    request: pb::WaitVmRequest,
+) -> Result<pb::WaitVmResponse, ConnectError> {
+    let states = states_from_pb("states", request.states.iter().map(|state| state.as_known()))?;
+    let deadline = wait_deadline(request.timeout_seconds, ctx.time_remaining()).map_err(to_connect)?;
+    let record = service.wait(&request.vm_id, &states, deadline).await.map_err(to_connect)?;
+    Ok(reached_to_pb(&record))
+}
+
+/// How long to wait: as long as asked for, but not past the call's own deadline.
+fn wait_deadline(seconds: i32, remaining: Option<Duration>) -> Result<Duration, ServiceError> {
+    let longest = Duration::from_secs(u64::from(MAX_WAIT_SECONDS.unsigned_abs()));
+    let asked = match seconds {
+        0 => longest,
+        seconds @ 1..=MAX_WAIT_SECONDS => Duration::from_secs(u64::from(seconds.unsigned_abs())),
+        other => {
+            return Err(ServiceError::invalid(
+                "timeout_seconds",
+                format!("must be from 0 (until the call's own deadline) to {MAX_WAIT_SECONDS}, not {other}"),
+            ));
+        }
+    };
+    let remaining = remaining.unwrap_or(longest);
+    Ok(asked.min(remaining - MARGIN.min(remaining / 10)))
+}
+
+fn reached_to_pb(record: &VmRecord) -> pb::WaitVmResponse {
+    pb::WaitVmResponse {
+        vm_id: record.vm_id.to_string(),
+        state: state_to_pb(record.state).into(),
+        status: status_to_pb(&record.status).into(),
+        ..Default::default()
+    }
+}
+
+fn notice_to_pb(notice: Notice) -> pb::VmEvent {
+    match notice {
+        Notice::Present(present) => present_to_pb(present),
+        Notice::Synced { token, time_ms } => {
+            pb::VmEvent { token, time: time_ms, r#type: "synced".to_owned(), ..Default::default() }
+        }
+        Notice::Change(recorded) => recorded_to_pb(recorded),
+    }
+}
+
+/// A present state has no token: whoever is cut off before "synced" has not heard of every VM, and must begin again.
+fn present_to_pb(present: Present) -> pb::VmEvent {
+    let Present { vm_id, uid, time_ms, state, status, ended_by } = present;
+    pb::VmEvent {
+        time: time_ms,
+        vm_id: vm_id.to_string(),
+        uid: uid.to_string(),
+        r#type: "present".to_owned(),
+        state: state_to_pb(state).into(),
+        status: status_to_pb(&status).into(),
+        ended_by: ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+fn recorded_to_pb(recorded: Recorded) -> pb::VmEvent {
+    let Recorded { token, event } = recorded;
+    let event = &event.event;
+    pb::VmEvent {
+        token,
+        time: event.time_ms,
+        vm_id: event.vm_id.to_string(),
+        uid: event.uid.to_string(),
+        r#type: event.kind.as_str().to_owned(),
+        state: state_to_pb(event.state).into(),
+        status: status_to_pb(&event.status).into(),
+        cause: event.cause.clone(),
+        actor: event.actor.clone(),
+        ended_by: event.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_ends_in_time_to_say_how_it_ended() {
+        let seconds = Duration::from_secs;
+        assert_eq!(wait_deadline(0, None).unwrap(), seconds(3600) - MARGIN);
+        assert_eq!(wait_deadline(5, Some(seconds(60))).unwrap(), seconds(5));
+        assert_eq!(wait_deadline(60, Some(seconds(5))).unwrap(), seconds(5) - MARGIN);
+        assert_eq!(wait_deadline(0, Some(Duration::from_millis(100))).unwrap(), Duration::from_millis(90));
+        assert_eq!(wait_deadline(0, Some(Duration::ZERO)).unwrap(), Duration::ZERO);
+        for bad in [-1, MAX_WAIT_SECONDS + 1, i32::MIN] {
+            assert!(wait_deadline(bad, None).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Doing what was decided. Everything is proven once more at the moment it is removed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use vmm_core::store::ProcessIdentity;
+use vmm_host::ledger;
+use vmm_host::net::tap::{HostTaps, Taps as _};
+use vmm_host::process::{Lookup, adopt};
+use vmm_host::run_dir;
+
+use super::decide::{Decision, Item, Kind, Target};
+
+/// How long a killed VMM may take to go.
+const KILLING: Duration = Duration::from_secs(5);
+/// What an outcome says of success.
+pub(super) const REMOVED: &str = "removed";
+
+/// Removes every item that is to be, processes first, and notes what came of it.
+pub(super) async fn carry_out(items: &mut [Item], runtime_dir: &Path, programs: &BTreeSet<String>) {
+    for kind in [Kind::Process, Kind::Tap, Kind::Folder] {
+        let chosen = items.iter_mut().filter(|item| item.kind == kind && item.decision == Decision::Remove);
+        for item in chosen {
+            let done = match &item.target {
+                Target::Process(identity) => end(identity, programs).await,
+                Target::Tap(owner) => match HostTaps.remove(&item.name, *owner).await {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error.to_string()),
+                },
+                Target::Folder(path) => remove_folder(path, runtime_dir).await,
+                Target::Within(_) => continue,
+            };
+            item.outcome = Some(match done {
+                Ok(()) => REMOVED.to_owned(),
+                Err(why) => format!("failed: {why}"),
+            });
+        }
+    }
+    sockets_follow(items);
+}
+
+/// A socket goes with its folder, or stays with it.
+fn sockets_follow(items: &mut [Item]) {
+    let folders: BTreeMap<PathBuf, Option<String>> = items
+        .iter()
+        .filter_map(|item| match &item.target {
+            Target::Folder(path) => Some((path.clone(), item.outcome.clone())),
+            Target::Process(_) | Target::Tap(_) | Target::Within(_) => None,
+        })
+        .collect();
+    for item in items {
+        if let Target::Within(folder) = &item.target {
+            item.outcome = folders.get(folder).cloned().flatten();
+        }
+    }
+}
+
+async fn end(identity: &ProcessIdentity, programs: &BTreeSet<String>) -> Result<(), String> {
+    let process = match adopt(identity) {
+        Lookup::Alive(process) => process,
+        Lookup::Gone => return Ok(()),
+        Lookup::Unprovable(why) => return Err(why),
+    };
+    let runs = process.executable().map_err(|error| format!("its program cannot be told: {error}"))?;
+    let name = runs.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    if !programs.contains(&name) {
+        return Err(format!("it runs {name} now, which is no hypervisor"));
+    }
+    process.kill_and_wait(KILLING).await.map(|_| ()).map_err(|error| error.to_string())
+}
+
+async fn remove_folder(path: &Path, runtime_dir: &Path) -> Result<(), String> {
+    let (path, runtime_dir) = (path.to_path_buf(), runtime_dir.to_path_buf());
+    let removing = move || {
+        let now = ledger::survey(&runtime_dir).map_err(|error| error.to_string())?;
+        let Some(folder) = now.folders.iter().find(|folder| folder.path == path) else { return Ok(()) };
+        if let Some(user) =
+            now.users.iter().find(|user| folder.uid.is_some_and(|uid| user.uids().contains(&uid)))
+        {
+            return Err(format!("process {} uses it", user.found.identity.pid));
+        }
+        if folder.sockets.iter().any(|socket| socket.held) {
+            return Err("a process holds a socket in it".to_owned());
+        }
+        run_dir::remove(&path).map_err(|error| error.to_string())
+    };
+    tokio::task::spawn_blocking(removing).await.map_err(|error| error.to_string())?
+}

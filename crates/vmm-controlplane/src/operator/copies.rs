@@ -1,0 +1,116 @@
+//! `backup` and `restore`: the database, copied beside a running daemon and put back where none runs.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::bail;
+use vmm_core::id::VmUid;
+use vmm_core::store::{ProcessIdentity, VmRecord};
+use vmm_host::ledger;
+use vmm_host::lock::{LockError, StateLock};
+use vmm_store::{Copied, Restored};
+
+use super::decide::{Decision, commands, decide};
+use super::facts::{gather, programs, running_names};
+use super::{Answer, refuse_another_user};
+use crate::config::Config;
+
+/// Copies the database to a new file.
+///
+/// # Errors
+///
+/// The file is there already or cannot be written, or there is no sound database.
+pub(super) fn backup(config: &Config, file: &Path) -> anyhow::Result<Answer> {
+    let Copied { instance, vms, bytes } = vmm_store::backup(&config.state_dir, file)?;
+    Ok(Answer::fine(format!(
+        "{} holds {vms} VMs of {} (instance {instance}), {bytes} bytes; read back and whole",
+        file.display(),
+        config.state_dir.display()
+    )))
+}
+
+/// Puts a backup in the place of the database.
+///
+/// # Errors
+///
+/// A daemon runs, the backup is not fit, or a VMM runs that it would disown. Nothing was changed.
+pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answer> {
+    refuse_another_user(&config.state_dir)?;
+    let _lock = match StateLock::acquire(&config.state_dir) {
+        Ok(lock) => lock,
+        Err(error @ LockError::Held { .. }) => {
+            bail!("{error}. Nothing was changed; once it is stopped, its VMs go on running")
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let running = running(config)?;
+    let mut relinked = Vec::new();
+    let mut amend = |record: &mut VmRecord| {
+        let found = running.get(&record.uid).map_or(&[][..], Vec::as_slice);
+        let changed = relink(record, found)?;
+        if changed {
+            relinked.push(record.vm_id.to_string());
+        }
+        Ok(changed)
+    };
+    let Restored { copied, replaced } = vmm_store::restore(file, &config.state_dir, &mut amend)?;
+
+    let mut text = format!("{} VMs are on record again, as in {}\n", copied.vms, file.display());
+    if let Some(replaced) = replaced {
+        text.push_str(&format!("the database that was there is kept as {}\n", replaced.display()));
+    }
+    for vm in relinked {
+        text.push_str(&format!(
+            "VM {vm} has been started again since the backup; its record names its VMM of now\n"
+        ));
+    }
+    let facts = gather(config).await?;
+    let open = decide(&facts, false).into_iter().filter(|item| item.decision != Decision::Keep).count();
+    if open > 0 {
+        text.push_str(&format!(
+            "{open} things on this host have no owner in it, as of VMs created since; they were left alone, and \
+             `vmm-controlplane reconcile --dry-run` lists them\n"
+        ));
+    }
+    text.push_str("start the daemon: it finds out what is true of every VM\n");
+    Ok(Answer::fine(text))
+}
+
+/// The VMMs that run, by VM.
+fn running(config: &Config) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessIdentity>>> {
+    let names = running_names(&programs(config));
+    let mut running: BTreeMap<VmUid, Vec<ProcessIdentity>> = BTreeMap::new();
+    for user in ledger::survey(&config.runtime_dir)?.users {
+        let known = user.found.program_name().and_then(|name| name.to_str());
+        if known.is_some_and(|name| names.contains(name)) {
+            for uid in user.uids().into_iter().filter(|uid| commands(&user, *uid)) {
+                running.entry(uid).or_default().push(user.found.identity.clone());
+            }
+        }
+    }
+    Ok(running)
+}
+
+/// Makes the record of a VM agree with the VMM that runs for it: the daemon would take one that is not on record for the
+/// remains of a broken start, and end it.
+fn relink(record: &mut VmRecord, found: &[ProcessIdentity]) -> Result<bool, String> {
+    let vm = record.vm_id.clone();
+    let refused = |what: &str| {
+        let pids: Vec<String> = found.iter().map(|process| process.pid.to_string()).collect();
+        Err(format!(
+            "VM {} runs (process {}), and {what}; shut it down first, by the daemon or by ending that process",
+            vm,
+            pids.join(", ")
+        ))
+    };
+    match (&mut record.run, found) {
+        (_, []) => Ok(false),
+        (Some(run), found) if found.contains(&run.process) => Ok(false),
+        (Some(run), [process]) => {
+            run.process = process.clone();
+            Ok(true)
+        }
+        (Some(_), _) => refused("by more than one VMM"),
+        (None, _) => refused("the backup is from a time when it did not"),
+    }
+}

@@ -1,0 +1,217 @@
+//! `doctor`: what this host can do for VMs, and the remedy for what it cannot.
+
+use serde::Serialize;
+use vmm_core::id::BackendName;
+use vmm_host::lock;
+use vmm_host::path::find_program;
+
+use super::{Answer, host};
+use crate::config::{self, Config, Kvm, Loaded};
+use crate::daemon;
+
+/// How it stands with one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Something cannot be done, and the default backend can serve all the same.
+    Warn,
+    /// The daemon cannot start, or its default backend cannot serve.
+    Fail,
+}
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: String,
+    /// How it stands.
+    pub verdict: Verdict,
+    /// What was found.
+    pub finding: String,
+    /// What to do; null where there is nothing to do.
+    pub remedy: Option<String>,
+}
+
+impl Check {
+    pub(super) fn ok(name: impl Into<String>, finding: impl Into<String>) -> Self {
+        Self { name: name.into(), verdict: Verdict::Ok, finding: finding.into(), remedy: None }
+    }
+
+    pub(super) fn warn(
+        name: impl Into<String>,
+        finding: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { verdict: Verdict::Warn, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
+    }
+
+    pub(super) fn fail(
+        name: impl Into<String>,
+        finding: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { verdict: Verdict::Fail, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
+    }
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Diagnosis<'a> {
+    version: &'a str,
+    default_backend: &'a str,
+    /// Whether the default backend can serve.
+    can_serve: bool,
+    checks: &'a [Check],
+}
+
+/// Looks at everything; exit code 1 where the default backend cannot serve.
+///
+/// # Errors
+///
+/// None today but a program's own fault: what is wrong with the host is the answer.
+pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
+    let config = loaded.config.clone();
+    let (backends, formats) = backends(&config).await;
+    let warnings = loaded.warnings.clone();
+    let (for_host, known) = (config.clone(), formats);
+    let mut checks = tokio::task::spawn_blocking(move || {
+        let mut checks = vec![daemon_line(&for_host), database(&for_host)];
+        checks.extend(warnings.into_iter().map(|warning| {
+            Check::warn("configuration", warning, "`vmm-controlplane check-config` shows who set what")
+        }));
+        checks.extend(host::kvm(needs_kvm(&for_host)));
+        checks.extend(host::network());
+        checks.push(host::cgroups());
+        checks.extend(host::directory("state directory", "UNKEY_VMCP_STATE_DIR", &for_host.state_dir));
+        checks.extend(host::directory("runtime directory", "UNKEY_VMCP_RUNTIME_DIR", &for_host.runtime_dir));
+        checks.push(host::socket_names(&for_host.runtime_dir));
+        let defaults = &for_host.defaults;
+        checks.extend(host::default_boot(defaults.kernel.as_ref(), defaults.initrd.as_ref(), &known));
+        checks
+    })
+    .await?;
+    checks.extend(backends);
+    let can_serve = checks.iter().all(|check| check.verdict != Verdict::Fail);
+    let default_backend = config.default_backend.as_str();
+    let diagnosis = Diagnosis { version: crate::VERSION, default_backend, can_serve, checks: &checks };
+    let text = if json { serde_json::to_string_pretty(&diagnosis)? } else { table(&diagnosis) };
+    Ok(Answer { text, code: u8::from(!can_serve) })
+}
+
+fn needs_kvm(config: &Config) -> bool {
+    match config.default_backend {
+        config::BackendName::CloudHypervisor | config::BackendName::Firecracker => true,
+        config::BackendName::Qemu => config.qemu_kvm == Kvm::On,
+    }
+}
+
+fn daemon_line(config: &Config) -> Check {
+    match lock::holder(&config.state_dir) {
+        Ok(Some(holder)) => {
+            let pid = holder.pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+            Check::ok("daemon", format!("runs on this state directory, process id {pid}"))
+        }
+        Ok(None) => Check::ok("daemon", "does not run on this state directory"),
+        Err(error) => Check::warn(
+            "daemon",
+            format!("whether one runs cannot be told: {error}"),
+            "run doctor as the daemon's user",
+        ),
+    }
+}
+
+fn database(config: &Config) -> Check {
+    match vmm_store::peek(&config.state_dir) {
+        Ok(Some(snapshot)) => Check::ok(
+            "database",
+            format!("whole, with {} VMs on record (instance {})", snapshot.vms.len(), snapshot.instance),
+        ),
+        Ok(None) => Check::ok("database", "none yet; the first start makes it"),
+        Err(error) => Check::fail(
+            "database",
+            error.to_string(),
+            "`vmm-controlplane restore FILE` puts a backup back, with the daemon stopped",
+        ),
+    }
+}
+
+/// A line for each hypervisor, and what the default one boots.
+async fn backends(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::KernelFormat>) {
+    let backends = daemon::backends(config);
+    backends.refresh().await;
+    let default = backends.default_name().clone();
+    let mut checks: Vec<Check> =
+        backends.statuses().iter().map(|status| backend_line(config, &default, status)).collect();
+    match backends.status(&default) {
+        Some(status) => (checks, status.capabilities.kernel_formats.to_vec()),
+        None => {
+            let finding = "this version does not serve it";
+            checks.push(Check::fail(
+                default.to_string(),
+                finding,
+                "set UNKEY_VMCP_BACKEND to one of those listed",
+            ));
+            (checks, Vec::new())
+        }
+    }
+}
+
+fn backend_line(config: &Config, default: &BackendName, status: &vmm_service::BackendStatus) -> Check {
+    let name = &status.capabilities.name;
+    let is_default = name == default;
+    let shown = format!("backend {name}");
+    let binary = hypervisor(config, name).map(|hypervisor| &hypervisor.binary);
+    let path = std::env::var_os("PATH");
+    let program = binary.and_then(|binary| find_program(binary, path.as_deref()).ok());
+    match &status.health.version {
+        Ok(version) => {
+            let at = program.map(|program| format!(" at {}", program.display())).unwrap_or_default();
+            Check::ok(shown, format!("version {version}{at}"))
+        }
+        Err(why) => {
+            let remedy = if program.is_none() {
+                install(name)
+            } else {
+                "do as the finding says, or see /dev/kvm above"
+            };
+            let check = if is_default { Check::fail } else { Check::warn };
+            check(shown, why.as_str(), remedy)
+        }
+    }
+}
+
+fn hypervisor<'a>(config: &'a Config, name: &BackendName) -> Option<&'a config::Hypervisor> {
+    let name: config::BackendName = name.as_str().parse().ok()?;
+    Some(config.hypervisor(name))
+}
+
+fn install(name: &BackendName) -> &'static str {
+    match name.as_str() {
+        "qemu" => {
+            "install it (Debian and Ubuntu: the package qemu-system-x86), or set UNKEY_VMCP_QEMU_BINARY to where it is"
+        }
+        "firecracker" => "install its release for this CPU, or set UNKEY_VMCP_FC_BINARY to where it is",
+        _ => "install its release for this CPU, or set UNKEY_VMCP_CH_BINARY to where it is",
+    }
+}
+
+fn table(diagnosis: &Diagnosis<'_>) -> String {
+    let width = diagnosis.checks.iter().map(|check| check.name.chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for check in diagnosis.checks {
+        let word = match check.verdict {
+            Verdict::Ok => "ok  ",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "FAIL",
+        };
+        text.push_str(&format!("{word}  {:width$}  {}\n", check.name, check.finding));
+        if let Some(remedy) = &check.remedy {
+            text.push_str(&format!("      {:width$}  remedy: {remedy}\n", ""));
+        }
+    }
+    let can = if diagnosis.can_serve { "can serve" } else { "CANNOT serve" };
+    text.push_str(&format!("\nThe default backend, {}, {can} on this host.\n", diagnosis.default_backend));
+    text
+}

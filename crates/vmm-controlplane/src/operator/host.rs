@@ -1,0 +1,268 @@
+//! What `doctor` asks of the host. Each function makes one or a few lines, and changes nothing.
+
+use std::fs::{File, OpenOptions};
+use std::io::Read as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, AtFlags, CWD, OFlags, accessat, statvfs};
+use rustix::process::geteuid;
+use vmm_core::backend::KernelFormat;
+use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
+use vmm_host::{kvm, run_dir};
+
+use super::doctor::Check;
+
+/// The bit of CAP_NET_ADMIN in a set of capabilities.
+const CAP_NET_ADMIN: u32 = 12;
+/// Below this the store may soon be full, in bytes.
+const LITTLE_ROOM: u64 = 256 << 20;
+/// Below this the store does not even hold its log, in bytes.
+const NO_ROOM: u64 = 16 << 20;
+
+/// `/dev/kvm`, and what is behind it. `needed` where the default backend runs nothing without.
+pub(super) fn kvm(needed: bool) -> Vec<Check> {
+    let device = match kvm::kvm_usable() {
+        Ok(()) => Check::ok("/dev/kvm", "can be opened"),
+        Err(why) => {
+            let (finding, remedy) = why.split_once("; ").unwrap_or((&why, "see the finding"));
+            let check = if needed { Check::fail } else { Check::warn };
+            check("/dev/kvm", finding, remedy)
+        }
+    };
+    let hardware = if kvm::hardware_virtualisation() {
+        Check::ok("virtualisation", "the CPUs show vmx or svm")
+    } else {
+        Check::warn(
+            "virtualisation",
+            "the CPUs show neither vmx nor svm: a KVM here is one in software, which runs a common Linux kernel far too slowly",
+            "enable virtualisation in the firmware, or nested virtualisation where this is a VM; else use qemu with \
+             UNKEY_VMCP_QEMU_KVM=auto, which emulates",
+        )
+    };
+    vec![device, hardware]
+}
+
+/// Whether TAPs can be made.
+pub(super) fn network() -> Vec<Check> {
+    let tun = match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => Check::ok("/dev/net/tun", "can be opened"),
+        Err(error) => Check::warn(
+            "/dev/net/tun",
+            format!("cannot be opened ({error}): VMs with a network cannot boot"),
+            "load the driver (`modprobe tun`), and let the daemon's user read and write the device",
+        ),
+    };
+    let capability = if has_capability(CAP_NET_ADMIN) {
+        Check::ok("CAP_NET_ADMIN", "is there: TAPs can be made")
+    } else {
+        Check::warn(
+            "CAP_NET_ADMIN",
+            "is missing: only TAPs that exist and belong to the daemon's user can be used",
+            "give it to the daemon (systemd: AmbientCapabilities=CAP_NET_ADMIN), or make TAPs beforehand and name them in \
+             tap_device (`ip tuntap add dev NAME mode tap user USER`)",
+        )
+    };
+    vec![tun, capability]
+}
+
+fn has_capability(number: u32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> number & 1 == 1)
+}
+
+/// Which control groups there are. Nothing of this version fails without them.
+pub(super) fn cgroups() -> Check {
+    let root = Path::new("/sys/fs/cgroup");
+    let needless = "this version puts no VMM into a group";
+    if !root.join("cgroup.controllers").exists() {
+        let version =
+            if root.join("unified").exists() { "version 1 with 2 beside it" } else { "version 1, or none" };
+        return Check::ok("cgroups", format!("{version}; {needless}"));
+    }
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let group = root.join(own);
+    let writable = accessat(CWD, &group, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
+    let may = if writable { "may" } else { "may not" };
+    Check::ok("cgroups", format!("version 2; this user {may} make groups in {}; {needless}", group.display()))
+}
+
+/// A directory of the daemon's: whether it can be used, by whom, and how much room it has.
+pub(super) fn directory(name: &'static str, variable: &str, dir: &Path) -> Vec<Check> {
+    let advice = format!("give it to the daemon's user, or name another with {variable}");
+    let Some(there) = dir.ancestors().find(|path| path.exists()) else {
+        return vec![Check::fail(name, format!("{} cannot be reached", dir.display()), advice)];
+    };
+    let missing = if there == dir { "" } else { " does not exist yet" };
+    let shown = format!("{}{missing}", dir.display());
+    if accessat(CWD, there, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS).is_err() {
+        let finding = format!("{shown}: user {} may not write into {}", geteuid().as_raw(), there.display());
+        return vec![Check::fail(name, finding, advice)];
+    }
+    let mut checks = Vec::new();
+    if there == dir
+        && let Ok(facts) = std::fs::metadata(dir)
+    {
+        checks.extend(ownership(name, dir, &facts, &advice));
+    }
+    checks.push(room(name, &shown, there));
+    checks
+}
+
+fn ownership(name: &'static str, dir: &Path, facts: &std::fs::Metadata, advice: &str) -> Option<Check> {
+    let (owner, this) = (facts.uid(), geteuid().as_raw());
+    let shown = dir.display();
+    if !facts.is_dir() {
+        return Some(Check::fail(name, format!("{shown} is not a directory"), advice.to_owned()));
+    }
+    if owner != this {
+        let finding = format!("{shown} belongs to user {owner}, and this is user {this}");
+        return Some(Check::warn(
+            name,
+            finding,
+            "run doctor as the daemon's user: what it may is what counts",
+        ));
+    }
+    let open = facts.mode() & 0o077 != 0;
+    let finding = || format!("{shown} is open to other users (mode {:04o})", facts.mode() & 0o7777);
+    open.then(|| Check::warn(name, finding(), format!("`chmod 700 {shown}`")))
+}
+
+fn room(name: &'static str, shown: &str, there: &Path) -> Check {
+    let free = match statvfs(there) {
+        Ok(facts) => facts.f_bavail.saturating_mul(facts.f_frsize),
+        Err(error) => {
+            return Check::warn(
+                name,
+                format!("{shown}: its room cannot be told ({error})"),
+                "look at its mount",
+            );
+        }
+    };
+    let finding = format!("{shown}: {} MiB free", free >> 20);
+    let remedy = "free some room there: a full disk fails every operation on a VM";
+    match free {
+        ..NO_ROOM => Check::fail(name, finding, remedy),
+        NO_ROOM..LITTLE_ROOM => Check::warn(name, finding, remedy),
+        LITTLE_ROOM.. => Check::ok(name, finding),
+    }
+}
+
+/// Whether the sockets of a VM get names that the kernel takes.
+pub(super) fn socket_names(runtime_dir: &Path) -> Check {
+    // The longest name of a socket in a run folder, and of any VM's folder.
+    let longest = runtime_dir.join("vms").join("0".repeat(32)).join(vmm_backends::qemu::CONSOLE_SOCKET);
+    let length = longest.as_os_str().len();
+    match run_dir::socket_path_fits(&longest) {
+        Ok(()) => Check::ok("socket paths", format!("{length} of {} bytes", run_dir::MAX_SOCKET_PATH)),
+        Err(why) => Check::fail("socket paths", why, "set UNKEY_VMCP_RUNTIME_DIR to a shorter path"),
+    }
+}
+
+/// The kernel and the initial RAM disk of VMs that name none.
+pub(super) fn default_boot(
+    kernel: Option<&PathBuf>,
+    initrd: Option<&PathBuf>,
+    formats: &[KernelFormat],
+) -> Vec<Check> {
+    let Some(kernel) = kernel else {
+        return vec![Check::ok(
+            "default kernel",
+            "none: each VM names its kernel (UNKEY_VMCP_DEFAULT_KERNEL sets one)",
+        )];
+    };
+    let remedy = "correct UNKEY_VMCP_DEFAULT_KERNEL, or let the daemon's user read the file";
+    let mut checks = vec![match head(kernel) {
+        Ok(head) if boots(kernel_kind(&head), formats) => {
+            Check::ok("default kernel", format!("{} can be read", kernel.display()))
+        }
+        Ok(_) => {
+            let wanted = formats.iter().map(|format| format.as_str()).collect::<Vec<_>>().join(" or ");
+            let finding = format!("{} is not what the default backend boots: {wanted}", kernel.display());
+            Check::warn(
+                "default kernel",
+                finding,
+                "set UNKEY_VMCP_DEFAULT_KERNEL to one, or choose another backend",
+            )
+        }
+        Err(error) => Check::warn("default kernel", format!("{}: {error}", kernel.display()), remedy),
+    }];
+    if let Some(initrd) = initrd {
+        checks.push(match head(initrd) {
+            Ok(_) => Check::ok("default initrd", format!("{} can be read", initrd.display())),
+            Err(error) => Check::warn(
+                "default initrd",
+                format!("{}: {error}", initrd.display()),
+                "correct UNKEY_VMCP_DEFAULT_INITRD, or let the daemon's user read the file",
+            ),
+        });
+    }
+    checks
+}
+
+/// The first bytes of a regular file.
+fn head(path: &Path) -> std::io::Result<Vec<u8>> {
+    let file: File =
+        OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("not a file"));
+    }
+    let mut head = Vec::new();
+    file.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
+    Ok(head)
+}
+
+fn boots(kind: KernelKind, formats: &[KernelFormat]) -> bool {
+    let has = |format| formats.contains(&format);
+    match kind {
+        KernelKind::BzImage => has(KernelFormat::BzImage),
+        KernelKind::ElfX86_64 { pvh } => {
+            has(KernelFormat::Elf) || (pvh != Some(false) && has(KernelFormat::PvhElf))
+        }
+        KernelKind::Other => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::doctor::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_directory_that_cannot_be_used_fails_with_the_variable() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let checks = directory("state", "UNKEY_VMCP_STATE_DIR", file.path());
+        let bad = checks.iter().find(|check| check.verdict == Verdict::Fail).unwrap();
+        assert!(bad.remedy.as_deref().unwrap().contains("UNKEY_VMCP_STATE_DIR"), "{bad:?}");
+    }
+
+    #[test]
+    fn a_directory_that_is_open_is_warned_of() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let warned = |dir: &Path| {
+            directory("state", "X", dir).iter().any(|check| check.finding.contains("open to other users"))
+        };
+        assert!(warned(dir.path()));
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        assert!(!warned(dir.path()));
+        assert!(!warned(&dir.path().join("not/yet")));
+    }
+
+    #[test]
+    fn a_kernel_must_be_one_that_the_backend_boots() {
+        let kernel = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(kernel.path(), "not a kernel").unwrap();
+        let path = kernel.path().to_path_buf();
+        let checks = default_boot(Some(&path), None, &[KernelFormat::BzImage]);
+        assert!(checks[0].finding.contains("a bzImage"), "{checks:?}");
+        let missing = PathBuf::from("/nowhere/vmlinuz");
+        let checks = default_boot(Some(&missing), Some(&missing), &[]);
+        assert_eq!(checks.iter().filter(|check| check.verdict == Verdict::Warn).count(), 2);
+        assert_eq!(default_boot(None, None, &[])[0].verdict, Verdict::Ok);
+    }
+}

@@ -1,0 +1,147 @@
+//! `reconcile`: the ledger of everything that bears our mark, and the end of what is proven nobody's.
+
+use anyhow::bail;
+use serde::Serialize;
+use vmm_host::lock::{self, LockError, StateLock};
+
+use super::act::{REMOVED, carry_out};
+use super::decide::{Decision, Item, decide};
+use super::facts::{Facts, gather};
+use super::{ATTENTION, Answer, refuse_another_user};
+use crate::config::{Config, Reconcile};
+
+/// At most so many things are named in the log of a start.
+const LOGGED: usize = 20;
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Ledger<'a> {
+    dry_run: bool,
+    state_dir: String,
+    runtime_dir: String,
+    /// The identity of the state directory; null where there is no database.
+    instance: Option<String>,
+    /// The daemon that runs meanwhile.
+    daemon_pid: Option<u32>,
+    items: &'a [Item],
+    notes: &'a [String],
+}
+
+/// Lists, and without `dry_run` removes.
+///
+/// # Errors
+///
+/// A daemon runs and this is no dry run, the database cannot be read, or the host cannot be looked at. Nothing was touched.
+pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answer> {
+    // Held to the end: a daemon that started meanwhile would make and adopt what is being judged.
+    let _lock = if how.dry_run { None } else { take_lock(config)? };
+    let facts = gather(config).await?;
+    let mut items = decide(&facts, how.kill_orphans);
+    if !how.dry_run {
+        carry_out(&mut items, &config.runtime_dir, &facts.programs).await;
+    }
+    let settled = |item: &&Item| match item.decision {
+        Decision::Keep => true,
+        Decision::Remove => item.outcome.as_deref() == Some(REMOVED),
+        Decision::Report => false,
+    };
+    let open = items.iter().filter(|item| !settled(item)).count();
+    let code = if open == 0 { 0 } else { ATTENTION };
+    let daemon = if how.dry_run { lock::holder(&config.state_dir).ok().flatten() } else { None };
+    let ledger = Ledger {
+        dry_run: how.dry_run,
+        state_dir: config.state_dir.display().to_string(),
+        runtime_dir: config.runtime_dir.display().to_string(),
+        instance: facts.instance.map(|instance| instance.to_string()),
+        daemon_pid: daemon.and_then(|holder| holder.pid),
+        items: &items,
+        notes: &facts.notes,
+    };
+    let text = if how.json { serde_json::to_string_pretty(&ledger)? } else { table(&ledger) };
+    Ok(Answer { text, code })
+}
+
+/// Keeps a daemon from starting, where there is a state directory to start on.
+fn take_lock(config: &Config) -> anyhow::Result<Option<StateLock>> {
+    if !config.state_dir.exists() {
+        return Ok(None);
+    }
+    refuse_another_user(&config.state_dir)?;
+    match StateLock::acquire(&config.state_dir) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(LockError::Held { pid, .. }) => bail!(
+            "the daemon {} runs on {}, and what it is about to make would look like a leftover; nothing was touched. Look with \
+             `reconcile --dry-run`, which may run beside it; to remove, stop the daemon first: its VMs go on running",
+            pid.map_or_else(|| "of another process".to_owned(), |pid| format!("with process id {pid}")),
+            config.state_dir.display()
+        ),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn table(ledger: &Ledger<'_>) -> String {
+    let mut rows = vec![["DECISION", "KIND", "VM", "WHAT", "REASON"].map(str::to_owned)];
+    rows.extend(ledger.items.iter().map(|item| {
+        let decision = match (&item.decision, &item.outcome) {
+            (Decision::Remove, Some(outcome)) if outcome == REMOVED => "removed",
+            (Decision::Remove, Some(_)) => "failed",
+            (Decision::Remove, None) => "remove",
+            (Decision::Keep, _) => "keep",
+            (Decision::Report, _) => "report",
+        };
+        let failure = item.outcome.as_ref().filter(|outcome| *outcome != REMOVED);
+        let reason = failure.map_or_else(|| item.reason.clone(), |why| format!("{}; {why}", item.reason));
+        let kind = format!("{:?}", item.kind).to_ascii_lowercase();
+        let vm = item.vm_id.clone().unwrap_or_else(|| "-".to_owned());
+        [decision.to_owned(), kind, vm, item.name.clone(), reason]
+    }));
+    let count = |decision| ledger.items.iter().filter(|item| item.decision == decision).count();
+    let (keep, remove, report) = (count(Decision::Keep), count(Decision::Remove), count(Decision::Report));
+    let mut text = if ledger.items.is_empty() { String::new() } else { columns(&rows) + "\n" };
+    for note in ledger.notes {
+        text.push_str(&format!("note: {note}\n"));
+    }
+    let done = if ledger.dry_run { "to remove" } else { "removed, or tried to" };
+    text.push_str(&format!("{keep} kept, {remove} {done}, {report} to look at\n"));
+    text
+}
+
+/// Puts rows under each other; the last column is as long as it is.
+pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N.saturating_sub(1)).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        for (column, cell) in row.iter().enumerate() {
+            match widths.get(column) {
+                Some(width) => text.push_str(&format!("{cell:width$}  ")),
+                None => text.push_str(cell),
+            }
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// Says in the log what bears our mark and has no owner, as at the start of the daemon. Touches nothing.
+pub async fn report_leftovers(config: Config) {
+    let facts: Facts = match gather(&config).await {
+        Ok(facts) => facts,
+        Err(error) => {
+            tracing::warn!(error = format!("{error:#}"), "what bears our mark could not be listed");
+            return;
+        }
+    };
+    let items = decide(&facts, false);
+    let open: Vec<&Item> = items.iter().filter(|item| item.decision != Decision::Keep).collect();
+    if open.is_empty() {
+        return;
+    }
+    for item in open.iter().take(LOGGED) {
+        tracing::warn!(kind = ?item.kind, what = item.name, reason = item.reason, "nobody's, and left alone");
+    }
+    tracing::warn!(
+        count = open.len(),
+        "things on this host bear our mark and have no owner; `vmm-controlplane reconcile --dry-run` lists them"
+    );
+}

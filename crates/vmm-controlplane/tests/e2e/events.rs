@@ -1,0 +1,260 @@
+//! WatchVms, ListVmEvents and WaitVm over the wire: what a client sees of a guest's life, and across the daemon's death.
+
+use std::collections::HashSet;
+use std::io::Read as _;
+use std::sync::mpsc::{Receiver, channel};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use vmm_testkit::guests::Guest;
+
+use crate::harness::{PATIENCE, World, call, vmm_pid};
+use crate::needs_qemu;
+
+/// A stream of the Connect protocol, read by a thread of its own.
+struct Stream {
+    messages: Receiver<Value>,
+}
+
+impl Stream {
+    /// Calls WatchVms.
+    fn watch(world: &World, request: &Value) -> Self {
+        let body = request.to_string().into_bytes();
+        let mut framed = vec![0];
+        framed.extend(u32::try_from(body.len()).unwrap().to_be_bytes());
+        framed.extend(body);
+        let url = format!("{}/vmm.v1.VmService/WatchVms", world.url());
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(PATIENCE))
+            .build()
+            .into();
+        let response =
+            agent.post(&url).header("content-type", "application/connect+json").send(&framed[..]).unwrap();
+        let mut reader = response.into_body().into_reader();
+        let (tell, messages) = channel();
+        std::thread::spawn(move || {
+            let mut head = [0; 5];
+            // The end of the connection, expected or not, is the end of the channel.
+            while reader.read_exact(&mut head).is_ok() {
+                let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
+                let mut message = vec![0; usize::try_from(length).unwrap()];
+                if reader.read_exact(&mut message).is_err() {
+                    return;
+                }
+                let mut message: Value = serde_json::from_slice(&message).unwrap();
+                if head[0] & 2 != 0 {
+                    message = json!({"end": message});
+                }
+                if tell.send(message).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { messages }
+    }
+
+    /// The next message; `{"end": …}` is the last.
+    #[track_caller]
+    fn next(&self) -> Value {
+        self.messages.recv_timeout(PATIENCE).expect("a message comes")
+    }
+
+    /// All messages up to one that is `wanted`, which is the last of them.
+    #[track_caller]
+    fn until(&self, wanted: impl Fn(&Value) -> bool) -> Vec<Value> {
+        let mut seen = Vec::new();
+        loop {
+            let message = self.next();
+            assert!(message.get("end").is_none(), "{message} after {seen:#?}");
+            let done = wanted(&message);
+            seen.push(message);
+            if done {
+                return seen;
+            }
+        }
+    }
+
+    /// The error that the stream ends with.
+    #[track_caller]
+    fn error(&self) -> Value {
+        let last = self.messages.iter().last().expect("the stream ends with a message");
+        last["end"]["error"].clone()
+    }
+}
+
+fn is(message: &Value, kind: &str) -> bool {
+    message["type"] == kind
+}
+
+/// Every event, page by page.
+fn listed(world: &World, vm_id: &str) -> Vec<Value> {
+    let mut all = Vec::new();
+    let mut token = String::new();
+    loop {
+        let request = json!({"vm_id": vm_id, "page_size": 3, "page_token": token});
+        let page = world.call("ListVmEvents", &request).ok();
+        all.extend(page["events"].as_array().cloned().unwrap_or_default());
+        token = page["next_page_token"].as_str().unwrap_or_default().to_owned();
+        if token.is_empty() {
+            return all;
+        }
+    }
+}
+
+#[test]
+fn a_watch_sees_a_guest_come_and_go() {
+    needs_qemu!();
+    let world = World::started(&[]);
+    world.create("old", &world.tiny(Guest::Idle));
+    let stream = Stream::watch(&world, &json!({}));
+    let beginning = stream.until(|message| is(message, "synced"));
+    let [present, synced] = beginning.as_slice() else { panic!("{beginning:#?}") };
+    assert_eq!((&present["type"], &present["vm_id"]), (&json!("present"), &json!("old")));
+    assert_eq!(present["state"], "VM_STATE_CREATED");
+    assert!(synced.get("vm_id").is_none() && synced["token"].is_string(), "{synced}");
+
+    let created = world.create("vm", &world.tiny(Guest::PowerOff));
+    world.boot("vm");
+    let seen = stream.until(|message| is(message, "vmm-exited"));
+    let kinds: Vec<_> = seen.iter().map(|it| it["type"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["created", "operation-started", "state-changed", "vmm-exited"]);
+    let end = &seen[3];
+    assert_eq!((&end["state"], &end["ended_by"]), (&json!("VM_STATE_SHUTDOWN"), &json!("guest")));
+    assert_eq!(end["status"]["reason"], "guest-power-off");
+    assert_eq!(end["actor"], "system");
+    for event in &seen[..3] {
+        assert_eq!(event["actor"], "anonymous@127.0.0.1");
+        assert_eq!(event["uid"], created["uid"]);
+        assert_ne!(event["token"], synced["token"]);
+    }
+    assert_eq!((&seen[0]["cause"], &seen[2]["cause"]), (&json!("CreateVm"), &json!("BootVm")));
+    assert_eq!(world.info("vm")["state"], "VM_STATE_SHUTDOWN", "a read knows what an event told");
+
+    world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+    let rest = stream.until(|message| is(message, "deleted"));
+    let trail = listed(&world, "vm");
+    assert_eq!(trail, [seen, rest].concat(), "the trail of a VM that is gone is what the watch told");
+    world.call("ListVmEvents", &json!({"page_size": -1})).error("invalid_argument");
+    world.call("ListVmEvents", &json!({"page_token": "nonsense"})).error("invalid_argument");
+}
+
+#[test]
+fn a_watch_resumes_where_a_killed_daemon_left_it() {
+    needs_qemu!();
+    let mut world = World::started(&[]);
+    let stream = Stream::watch(&world, &json!({}));
+    let synced = stream.next();
+    assert!(is(&synced, "synced"), "{synced}");
+    world.create("vm", &world.tiny(Guest::Idle));
+    world.boot("vm");
+    let mut seen = stream.until(|message| message["state"] == "VM_STATE_RUNNING");
+    let last = seen.last().unwrap()["token"].clone();
+    world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
+    world.stop(Signal::KILL);
+    world.start();
+    world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
+
+    let resumed = Stream::watch(&world, &json!({"resume_token": last}));
+    seen.extend(resumed.until(|message| is(message, "state-changed") && message["cause"] == "ResumeVm"));
+    assert_eq!(seen, listed(&world, ""), "nothing lost, nothing twice, and no marker");
+    let from_marker = Stream::watch(&world, &json!({"resume_token": synced["token"]}));
+    let again = from_marker.until(|message| is(message, "state-changed") && message["cause"] == "ResumeVm");
+    assert_eq!(again, seen);
+
+    let (code, _) = world.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+    assert_eq!(resumed.error()["code"], "unavailable");
+    world.start();
+    for (token, code) in [("nonsense", "invalid_argument"), (&format!("e{}", "0".repeat(40)), "out_of_range")]
+    {
+        let refused = Stream::watch(&world, &json!({"resume_token": token})).error();
+        assert_eq!(refused["code"], code, "{refused}");
+        assert!(!refused["message"].as_str().unwrap_or_default().is_empty());
+    }
+}
+
+#[test]
+fn many_clients_at_once_are_told_in_one_order() {
+    let world = World::started(&[]);
+    let label = |config: &Value| {
+        let mut config = config.clone();
+        config["metadata"] = json!({"team": "even"});
+        config
+    };
+    let plain = world.tiny(Guest::Idle);
+    let labelled = label(&plain);
+    let all = Stream::watch(&world, &json!({}));
+    let even = Stream::watch(&world, &json!({"metadata_filter": {"team": "even"}}));
+    assert!(is(&all.next(), "synced") && is(&even.next(), "synced"));
+    std::thread::scope(|scope| {
+        for number in 0..20 {
+            let config = if number % 2 == 0 { &labelled } else { &plain };
+            let url = world.url();
+            scope.spawn(move || {
+                let vm_id = format!("vm-{number}");
+                call(url, "CreateVm", &json!({"vm_id": vm_id, "config": config})).ok();
+                call(url, "DeleteVm", &json!({"vm_id": vm_id})).ok();
+            });
+        }
+    });
+    // A VM that neither filter has heard of ends both streams.
+    world.create("last", &labelled);
+    let told = all.until(|message| message["vm_id"] == "last");
+    assert_eq!(told, listed(&world, ""));
+    assert_eq!(told.len(), 20 * 3 + 1);
+    let tokens: HashSet<_> = told.iter().map(|it| it["token"].as_str().unwrap()).collect();
+    assert_eq!(tokens.len(), told.len());
+    let told_even = even.until(|message| message["vm_id"] == "last");
+    assert_eq!(told_even.len(), 10 * 3 + 1);
+    assert!(told_even.iter().all(|it| told.contains(it)));
+}
+
+#[test]
+fn events_are_kept_as_long_as_configured() {
+    let mut world = World::started(&[("UNKEY_VMCP_EVENT_RETENTION", "1s")]);
+    world.create("vm", &world.tiny(Guest::Idle));
+    let token = listed(&world, "")[0]["token"].clone();
+    world.create("vm2", &world.tiny(Guest::Idle));
+    crate::harness::eventually("the events expire", || listed(&world, "").is_empty());
+    let message = Stream::watch(&world, &json!({"resume_token": token})).error();
+    assert_eq!(message["code"], "out_of_range", "{message}");
+    world.stop(Signal::KILL);
+    world.start();
+    let message = Stream::watch(&world, &json!({"resume_token": token})).error();
+    assert_eq!(message["code"], "out_of_range", "{message}");
+    let beginning = Stream::watch(&world, &json!({"vm_id": "vm"})).until(|message| is(message, "synced"));
+    assert_eq!(beginning.len(), 2, "the VM is there all the same: {beginning:#?}");
+}
+
+#[test]
+fn a_wait_ends_with_the_guest() {
+    needs_qemu!();
+    let world = World::started(&[]);
+    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("off", &world.tiny(Guest::PowerOff));
+    world.boot("vm");
+    world.boot("off");
+    let url = world.url();
+    let wait = |vm_id: &str, states: &[&str], seconds: i32| {
+        let request = json!({"vm_id": vm_id, "states": states, "timeout_seconds": seconds});
+        call(url, "WaitVm", &request)
+    };
+    let reached = wait("off", &["VM_STATE_SHUTDOWN", "VM_STATE_PAUSED"], 60).ok();
+    assert_eq!((&reached["vm_id"], &reached["state"]), (&json!("off"), &json!("VM_STATE_SHUTDOWN")));
+    assert_eq!(reached["status"]["reason"], "guest-power-off");
+    let message = wait("vm", &["VM_STATE_SHUTDOWN"], 1).error("deadline_exceeded");
+    assert!(message.contains("RUNNING"), "{message}");
+    wait("unknown", &["VM_STATE_SHUTDOWN"], 1).error("not_found");
+    wait("vm", &[], 1).error("invalid_argument");
+    wait("vm", &["VM_STATE_UNSPECIFIED"], 1).error("invalid_argument");
+    wait("vm", &["VM_STATE_SHUTDOWN"], -1).error("invalid_argument");
+    wait("vm", &["VM_STATE_SHUTDOWN"], 100_000).error("invalid_argument");
+
+    let pid = vmm_pid(&world.info("vm"));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| wait("vm", &["VM_STATE_SHUTDOWN"], 60).ok());
+        crate::harness::signal(pid, Signal::KILL);
+        assert_eq!(waiting.join().unwrap()["state"], "VM_STATE_SHUTDOWN");
+    });
+}

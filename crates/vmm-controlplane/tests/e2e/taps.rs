@@ -1,0 +1,283 @@
+//! TAPs that the program makes, on every hypervisor that is here: attached while the VM runs, gone when it is deleted, and never
+//! anybody else's.
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use vmm_core::id::VmUid;
+use vmm_testkit::guests::Guest;
+
+use crate::harness::{World, eventually, on_path, skipped};
+
+/// The hypervisors that can run here; what is missing is told.
+fn backends(test: &str) -> Vec<&'static str> {
+    let all = [
+        ("qemu", "qemu-system-x86_64", true),
+        ("cloudhypervisor", "cloud-hypervisor", Path::new("/dev/kvm").exists()),
+        ("firecracker", "firecracker", Path::new("/dev/kvm").exists()),
+    ];
+    let mut here = Vec::new();
+    for (backend, program, can_run) in all {
+        if on_path(program) && can_run {
+            here.push(backend);
+        } else {
+            skipped(&format!("{test} on {backend}"), &format!("{program} or /dev/kvm is missing"));
+        }
+    }
+    here
+}
+
+/// Interfaces that a test may leave behind, gone at its end. Declared before the world, so that VMMs have ended by then.
+#[derive(Default)]
+struct Interfaces(RefCell<Vec<String>>);
+
+impl Interfaces {
+    /// `None`, and a word about it, where no TAP can be made.
+    fn new(test: &str) -> Option<Self> {
+        let interfaces = Self::default();
+        let probe = interfaces.unused("p");
+        if ip(&["tuntap", "add", &probe, "mode", "tap"]) {
+            return Some(interfaces);
+        }
+        skipped(test, "no TAP can be made here; it takes root, /dev/net/tun and ip");
+        None
+    }
+
+    /// A name that nobody else uses.
+    fn unused(&self, suffix: &str) -> String {
+        let uid = VmUid::new(uuid::Uuid::now_v7());
+        self.watch(uid.tap_name(0).replacen("vmt", "vmx", 1)[..13].to_owned() + suffix)
+    }
+
+    fn watch(&self, name: String) -> String {
+        self.0.borrow_mut().push(name.clone());
+        name
+    }
+
+    /// The TAP that the program makes for a VM's first interface.
+    fn of(&self, created: &Value) -> String {
+        let uid: VmUid = created["uid"].as_str().unwrap().parse().unwrap();
+        self.watch(uid.tap_name(0))
+    }
+}
+
+impl Drop for Interfaces {
+    fn drop(&mut self) {
+        for name in self.0.borrow().iter().filter(|name| exists(name)) {
+            ip(&["link", "delete", name]);
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> bool {
+    Command::new("ip").args(arguments).output().is_ok_and(|done| done.status.success())
+}
+
+fn class(name: &str) -> PathBuf {
+    Path::new("/sys/class/net").join(name)
+}
+
+fn exists(name: &str) -> bool {
+    class(name).exists()
+}
+
+fn alias(name: &str) -> String {
+    fs::read_to_string(class(name).join("ifalias")).unwrap_or_default().trim().to_owned()
+}
+
+/// Whether a VMM holds the other end.
+fn attached(name: &str) -> bool {
+    fs::read_to_string(class(name).join("carrier")).is_ok_and(|carrier| carrier.trim() == "1")
+}
+
+/// Creates a VM with one interface; an empty `tap` is named by the program.
+fn create(world: &World, backend: &str, vm_id: &str, tap: &str) -> Value {
+    let mut config = world.tiny(Guest::Idle);
+    config["network"] = json!([{"tap_device": tap}]);
+    world.call("CreateVm", &json!({"vm_id": vm_id, "backend": backend, "config": config})).ok()
+}
+
+fn delete(world: &World, vm_id: &str) {
+    let answer = world.call("DeleteVm", &json!({"vm_id": vm_id, "force": true})).ok();
+    assert!(answer["left_behind"].as_array().is_none_or(Vec::is_empty), "{answer}");
+}
+
+#[test]
+fn a_tap_that_the_program_names_goes_with_the_vm() {
+    const TEST: &str = "a_tap_that_the_program_names_goes_with_the_vm";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let world = World::started(&[]);
+    for backend in backends(TEST) {
+        let created = create(&world, backend, backend, "");
+        let name = interfaces.of(&created);
+        assert!(!exists(&name), "CreateVm makes nothing");
+        for boot in 1..=2 {
+            world.boot(backend);
+            assert!(exists(&name), "{backend}, boot {boot}");
+            eventually("the VMM holds the TAP", || attached(&name));
+            assert!(alias(&name).contains(created["uid"].as_str().unwrap()), "{}", alias(&name));
+            world.wait_for_console(backend, &Guest::Idle.banner(), boot);
+            world.call("ShutdownVm", &json!({"vm_id": backend, "force": true})).ok();
+            assert!(exists(&name) && !attached(&name), "{backend}: kept for the next boot");
+        }
+        delete(&world, backend);
+        assert!(!exists(&name), "{backend}");
+    }
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_tap_that_the_client_names_is_made_and_serves_one_running_vm() {
+    const TEST: &str = "a_tap_that_the_client_names_is_made_and_serves_one_running_vm";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let world = World::started(&[]);
+    let backends = backends(TEST);
+    let name = interfaces.unused("n");
+    for backend in &backends {
+        create(&world, backend, backend, &name);
+    }
+    for backend in &backends {
+        world.boot(backend);
+        eventually("the VMM holds the TAP", || attached(&name));
+        for other in backends.iter().filter(|other| *other != backend) {
+            let message = world.call("BootVm", &json!({"vm_id": other})).error("failed_precondition");
+            assert!(message.contains(&format!("\"{backend}\"")) && message.contains(&name), "{message}");
+        }
+        world.call("ShutdownVm", &json!({"vm_id": backend, "force": true})).ok();
+    }
+    // It goes with the VM that ran on it last.
+    for backend in &backends {
+        assert!(exists(&name), "{backend}");
+        delete(&world, backend);
+    }
+    assert!(!exists(&name));
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_tap_that_exists_is_used_and_stays() {
+    const TEST: &str = "a_tap_that_exists_is_used_and_stays";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let world = World::started(&[]);
+    let name = interfaces.unused("e");
+    assert!(ip(&["tuntap", "add", &name, "mode", "tap"]) && ip(&["link", "set", &name, "up"]));
+    for backend in backends(TEST) {
+        create(&world, backend, backend, &name);
+        world.boot(backend);
+        eventually("the VMM holds the TAP", || attached(&name));
+        delete(&world, backend);
+        assert!(exists(&name), "{backend}");
+        assert_eq!(alias(&name), "", "{backend}: it is labelled as nobody's");
+    }
+    world.assert_nothing_left();
+}
+
+#[test]
+fn what_is_no_tap_is_refused_before_anything_starts() {
+    const TEST: &str = "what_is_no_tap_is_refused_before_anything_starts";
+    let world = World::started(&[]);
+    for backend in backends(TEST) {
+        create(&world, backend, backend, "lo");
+        let message = world.call("BootVm", &json!({"vm_id": backend})).error("failed_precondition");
+        assert!(message.contains("config.network[0].tap_device"), "{message}");
+        assert!(message.contains("lo exists and is not a TAP"), "{message}");
+        assert_eq!(world.info(backend)["state"], "VM_STATE_CREATED");
+        assert_eq!(world.vmms(), Vec::<u32>::new());
+    }
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_tap() {
+    const TEST: &str = "a_start_that_fails_leaves_no_tap";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let world = World::started(&[]);
+    // Held by somebody who is no VM of ours, and not to be shared: the VMM cannot open it.
+    let held = interfaces.unused("h");
+    let holder = tappers::linux::Tap::create_named(tappers::Interface::new(&held).unwrap()).unwrap();
+    for backend in backends(TEST) {
+        let mut config = world.tiny(Guest::Idle);
+        config["network"] = json!([{}, {"tap_device": held}]);
+        let created =
+            world.call("CreateVm", &json!({"vm_id": backend, "backend": backend, "config": config})).ok();
+        let name = interfaces.of(&created);
+        let answer = world.call("BootVm", &json!({"vm_id": backend}));
+        assert_ne!(answer.status, 200, "{backend}: {}", answer.body);
+        assert!(!exists(&name), "{backend}: what this start made is taken back");
+        assert_eq!(world.vmms(), Vec::<u32>::new(), "{backend}");
+        delete(&world, backend);
+    }
+    assert!(exists(&held));
+    drop(holder);
+}
+
+#[test]
+fn taps_are_found_and_removed_after_the_daemon_was_killed() {
+    const TEST: &str = "taps_are_found_and_removed_after_the_daemon_was_killed";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let mut world = World::started(&[]);
+    let backends = backends(TEST);
+    let mut names = Vec::new();
+    for backend in &backends {
+        names.push(interfaces.of(&create(&world, backend, backend, "")));
+        let named = interfaces.unused("k");
+        let other = format!("{backend}-named");
+        create(&world, backend, &other, &named);
+        names.push(named);
+        world.boot(backend);
+        world.boot(&other);
+    }
+    assert!(names.iter().all(|name| exists(name)), "{names:?}");
+    world.stop(Signal::KILL);
+    world.start();
+    assert!(names.iter().all(|name| attached(name)), "the VMs go on: {names:?}");
+    for backend in &backends {
+        delete(&world, backend);
+        delete(&world, &format!("{backend}-named"));
+    }
+    let left: Vec<_> = names.iter().filter(|name| exists(name)).collect();
+    assert_eq!(left, Vec::<&String>::new());
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_daemon_killed_in_the_middle_of_a_boot_leaves_no_tap() {
+    const TEST: &str = "a_daemon_killed_in_the_middle_of_a_boot_leaves_no_tap";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let mut world = World::started(&[]);
+    for backend in backends(TEST) {
+        for round in 0..3 {
+            let name = interfaces.of(&create(&world, backend, backend, ""));
+            let url = format!("{}/vmm.v1.VmService/BootVm", world.url());
+            let body = json!({"vm_id": backend}).to_string();
+            // Nobody answers: the daemon dies as soon as the TAP is there.
+            let boot = std::thread::spawn(move || {
+                ureq::post(&url).header("content-type", "application/json").send(body).is_ok()
+            });
+            let patience = std::time::Instant::now() + crate::harness::PATIENCE;
+            while !exists(&name) && std::time::Instant::now() < patience {
+                std::thread::yield_now();
+            }
+            world.stop(Signal::KILL);
+            let _ = boot.join();
+            world.start();
+            let info = world.info(backend);
+            let (state, phase) = (&info["state"], &info["status"]["phase"]);
+            // A VMM that was cut short before it had a guest may count as unreachable, which claims nothing.
+            if phase != "unreachable" {
+                assert_eq!(
+                    state == "VM_STATE_RUNNING",
+                    attached(&name),
+                    "{backend}, round {round}: {info:#}"
+                );
+                assert_eq!(state == "VM_STATE_RUNNING", exists(&name), "{backend}, round {round}: {info:#}");
+            }
+            delete(&world, backend);
+            assert!(!exists(&name), "{backend}, round {round}, left {state}");
+        }
+    }
+    world.assert_nothing_left();
+}

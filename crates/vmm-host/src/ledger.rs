@@ -1,0 +1,314 @@
+//! What on the host bears the program's mark: the run folders, the sockets in them, and the processes that name them.
+//!
+//! ```text
+//!   <runtime>/
+//!     served           which state directories have used this folder, one identity a line; only ever added to
+//!     vms/<uid>/ ────► Survey.folders, with their sockets and whether anybody holds those
+//!          ▲
+//!          └── named by the arguments of a process ──► Survey.users
+//! ```
+//!
+//! A run folder bears only the uid of its VM. Whose it is follows from the place: where one state directory alone has used a
+//! runtime folder, whatever lies there was made for it. Where two have, or nobody can tell, nothing there is proven anybody's.
+//! Everything here looks and touches nothing, [`sign`] excepted. (TAPs bear their owner themselves: [`crate::net::tap`].)
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use vmm_core::id::{InstanceId, VmUid};
+
+use crate::process::{Found, find_by_argument};
+use crate::run_dir;
+
+/// The list of state directories, in the runtime folder.
+const SERVED: &str = "served";
+/// Stands in that list for whoever used the folder before there was a list.
+const UNKNOWN: &str = "unknown";
+/// No list is longer in good faith, in bytes.
+const MAX_SERVED: u64 = 64 * 1024;
+
+/// Everything that was found of VMs, at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    /// What lies in the folder of run folders, by name.
+    pub folders: Vec<RunFolder>,
+    /// Processes with an argument that names something there.
+    pub users: Vec<User>,
+}
+
+/// Something that lies where run folders do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunFolder {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The VM whose name it has; `None` where it is not called as run folders are.
+    pub uid: Option<VmUid>,
+    /// Whether it is a folder, and the present user's. What is not was not made by this daemon.
+    pub own: bool,
+    /// The sockets in it.
+    pub sockets: Vec<RunSocket>,
+}
+
+/// A socket in a run folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunSocket {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether a process of this network namespace holds it. A socket that nobody holds is left over.
+    pub held: bool,
+}
+
+/// A process that names a run folder.
+#[derive(Clone, Debug)]
+pub struct User {
+    /// The process.
+    pub found: Found,
+    /// What it names, relative to the folder of run folders.
+    pub paths: BTreeSet<PathBuf>,
+}
+
+impl User {
+    /// The VMs whose run folders it names.
+    pub fn uids(&self) -> BTreeSet<VmUid> {
+        self.paths.iter().filter_map(|path| folder_uid(path.iter().next()?)).collect()
+    }
+
+    /// Says whether it names the file `name` in the run folder of `uid`.
+    pub fn names(&self, uid: VmUid, name: &str) -> bool {
+        self.paths.iter().any(|path| {
+            let mut parts = path.iter();
+            parts.next().and_then(folder_uid) == Some(uid) && parts.next().is_some_and(|part| part == name)
+        })
+    }
+}
+
+impl Survey {
+    /// What both surveys saw, as the later one saw it: what came or went in between is on its way, and no leftover.
+    #[must_use]
+    pub fn lasting(self, later: Self) -> Self {
+        let known = |folder: &RunFolder| self.folders.iter().any(|earlier| earlier.path == folder.path);
+        let same =
+            |user: &User| self.users.iter().any(|earlier| earlier.found.identity == user.found.identity);
+        Self {
+            folders: later.folders.into_iter().filter(known).collect(),
+            users: later.users.into_iter().filter(same).collect(),
+        }
+    }
+}
+
+/// Looks at everything of VMs below `runtime_dir`. A folder that is not there holds nothing. Blocks.
+///
+/// # Errors
+/// What the kernel says, with the path.
+pub fn survey(runtime_dir: &Path) -> io::Result<Survey> {
+    let vms = vms_dir(runtime_dir);
+    let held = held_sockets(&fs::read("/proc/net/unix")?);
+    let mut folders = Vec::new();
+    let entries = match fs::read_dir(&vms) {
+        Ok(entries) => Some(entries),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(named(&vms, &error)),
+    };
+    for entry in entries.into_iter().flatten() {
+        let entry = entry.map_err(|error| named(&vms, &error))?;
+        if let Some(folder) = look(&entry.path(), &held)? {
+            folders.push(folder);
+        }
+    }
+    folders.sort_by(|one, other| one.path.cmp(&other.path));
+    let users = find_by_argument(&vms)?.into_iter();
+    let users = users.map(|found| User { paths: found.paths_below(&vms), found }).collect();
+    Ok(Survey { folders, users })
+}
+
+/// The folder that run folders lie in.
+fn vms_dir(runtime_dir: &Path) -> PathBuf {
+    // Without slashes at the end, as in the arguments of VMMs.
+    runtime_dir.components().collect::<PathBuf>().join("vms")
+}
+
+fn look(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>> {
+    let facts = match fs::symlink_metadata(path) {
+        Ok(facts) => facts,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(named(path, &error)),
+    };
+    let own = facts.is_dir() && facts.uid() == rustix::process::geteuid().as_raw();
+    let mut sockets = Vec::new();
+    // Another user's folder may be closed to us. That is said by `own`.
+    for entry in own.then(|| fs::read_dir(path).ok()).flatten().into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+            let path = entry.path();
+            sockets.push(RunSocket { held: held.contains(path.as_os_str()), path });
+        }
+    }
+    sockets.sort_by(|one, other| one.path.cmp(&other.path));
+    Ok(Some(RunFolder { path: path.to_path_buf(), uid: path.file_name().and_then(folder_uid), own, sockets }))
+}
+
+/// The VM of a run folder's name: 32 hexadecimal digits in lower case, and nothing else that a UUID may be written as.
+fn folder_uid(name: &std::ffi::OsStr) -> Option<VmUid> {
+    let name = name.to_str()?;
+    let plain = name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    if plain { name.parse().ok() } else { None }
+}
+
+/// The paths in `/proc/net/unix`: seven fields, then the path, which may hold spaces.
+fn held_sockets(table: &[u8]) -> BTreeSet<OsString> {
+    let path = |line: &[u8]| {
+        let at = line.windows(2).position(|pair| pair == b" /")? + 1;
+        Some(std::ffi::OsStr::from_bytes(&line[at..]).to_owned())
+    };
+    table.split(|&byte| byte == b'\n').filter_map(path).collect()
+}
+
+/// Whose the run folders below a runtime folder are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// Nobody has signed: nothing of this program was ever made there, or its list was removed.
+    Nobody,
+    /// One state directory alone has used it.
+    One(InstanceId),
+    /// Several have, or somebody unknown.
+    Many,
+}
+
+/// Reads whose the run folders below `runtime_dir` are.
+///
+/// # Errors
+/// What the kernel says, with the path.
+pub fn served(runtime_dir: &Path) -> io::Result<Served> {
+    let path = runtime_dir.join(SERVED);
+    let opened = options().read(true).open(&path);
+    let text = match opened.and_then(|file| {
+        let mut text = String::new();
+        file.take(MAX_SERVED).read_to_string(&mut text).map(|_| text)
+    }) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Served::Nobody),
+        Err(error) => return Err(named(&path, &error)),
+    };
+    let lines: BTreeSet<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut lines = lines.into_iter();
+    Ok(match (lines.next().map(str::parse), lines.next()) {
+        (None, _) => Served::Nobody,
+        (Some(Ok(instance)), None) => Served::One(instance),
+        (Some(_), _) => Served::Many,
+    })
+}
+
+/// Notes that the state directory `instance` makes run folders below `runtime_dir`, which is made if it is missing. Called
+/// before the first is made. Harmless when repeated.
+///
+/// # Errors
+/// What the kernel says, with the path.
+pub fn sign(runtime_dir: &Path, instance: InstanceId) -> io::Result<Served> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(runtime_dir)
+        .map_err(|error| named(runtime_dir, &error))?;
+    drop(run_dir::open_ours(rustix::fs::CWD, runtime_dir, runtime_dir)?);
+    let before = served(runtime_dir)?;
+    let vms = vms_dir(runtime_dir);
+    let line = match before {
+        Served::One(there) if there == instance => return Ok(before),
+        Served::Nobody if fs::read_dir(&vms).is_ok_and(|mut entries| entries.next().is_some()) => {
+            format!("{UNKNOWN}\n{instance}\n")
+        }
+        Served::Nobody | Served::One(_) => format!("{instance}\n"),
+        // Proves nothing any more, whoever else signs.
+        Served::Many => return Ok(before),
+    };
+    let path = runtime_dir.join(SERVED);
+    let mut file = options().append(true).create(true).mode(0o600).open(&path);
+    // One write, at the end: a daemon that signs at the same moment loses nothing.
+    file.as_mut()
+        .map_err(|error| io::Error::new(error.kind(), error.to_string()))
+        .and_then(|file| file.write_all(line.as_bytes()))
+        .map_err(|error| named(&path, &error))?;
+    served(runtime_dir)
+}
+
+fn options() -> fs::OpenOptions {
+    let mut options = fs::OpenOptions::new();
+    options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
+    options
+}
+
+fn named(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn instance() -> InstanceId {
+        InstanceId::new(Uuid::now_v7())
+    }
+
+    #[test]
+    fn a_folder_is_one_state_directorys_until_another_signs() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = dir.path().join("run");
+        let (one, other) = (instance(), instance());
+        assert_eq!(served(&runtime).unwrap(), Served::Nobody);
+        assert_eq!(sign(&runtime, one).unwrap(), Served::One(one));
+        assert_eq!(sign(&runtime, one).unwrap(), Served::One(one), "again");
+        assert_eq!(sign(&runtime, other).unwrap(), Served::Many);
+        assert_eq!(sign(&runtime, one).unwrap(), Served::Many, "for ever");
+    }
+
+    #[test]
+    fn what_was_there_before_the_list_is_nobodys() {
+        let dir = tempfile::tempdir().unwrap();
+        run_dir::create(dir.path(), VmUid::new(Uuid::now_v7())).unwrap();
+        assert_eq!(sign(dir.path(), instance()).unwrap(), Served::Many);
+    }
+
+    #[test]
+    fn a_list_that_leads_elsewhere_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/nowhere/else", dir.path().join(SERVED)).unwrap();
+        assert!(sign(dir.path(), instance()).is_err());
+    }
+
+    #[test]
+    fn a_survey_tells_held_sockets_and_strange_things() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(survey(dir.path()).unwrap().folders.is_empty());
+        let uid = VmUid::new(Uuid::now_v7());
+        let folder = run_dir::create(dir.path(), uid).unwrap();
+        let _held = UnixListener::bind(folder.join("a held.sock")).unwrap();
+        drop(UnixListener::bind(folder.join("left.sock")).unwrap());
+        fs::write(dir.path().join("vms/strange"), "").unwrap();
+        let survey = survey(&dir.path().join("")).unwrap();
+        assert_eq!(survey.folders.len(), 2);
+        let ours = survey.folders.iter().find(|folder| folder.uid == Some(uid)).unwrap();
+        assert!(ours.own);
+        let held: Vec<bool> = ours.sockets.iter().map(|socket| socket.held).collect();
+        assert_eq!(held, [true, false], "{:?}", ours.sockets);
+        let strange = survey.folders.iter().find(|folder| folder.uid.is_none()).unwrap();
+        assert!(!strange.own);
+    }
+
+    #[test]
+    fn a_uid_is_written_in_one_way() {
+        let uid = "0192000000007000800000000000000a";
+        assert!(folder_uid(uid.as_ref()).is_some());
+        for no in ["01920000-0000-7000-8000-00000000000a", "01920000000070008000000000000g0a", "x", ""] {
+            assert_eq!(folder_uid(no.as_ref()), None, "{no}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+use std::path::Path;
+use std::process::Command;
+
+use rustix::thread::CapabilitySet;
+use uuid::Uuid;
+
+use super::*;
+
+fn owner() -> TapOwner {
+    TapOwner { instance: InstanceId::new(Uuid::now_v7()), uid: VmUid::new(Uuid::now_v7()) }
+}
+
+/// An interface name of a test's own; whatever bears it at the end goes.
+struct Name(String);
+
+impl Name {
+    /// `None`, and a word about it, where this process may not make interfaces.
+    fn new() -> Option<Self> {
+        let random = Uuid::now_v7().as_u64_pair().1;
+        let name = Self(format!("vmh{:x}", random & 0xfff_ffff_ffff));
+        if ip(&["tuntap", "add", &name.0, "mode", "tap"]) && ip(&["link", "delete", &name.0]) {
+            return Some(name);
+        }
+        println!("SKIPPED: TAPs of the host: making them takes CAP_NET_ADMIN, /dev/net/tun and ip");
+        None
+    }
+
+    fn exists(&self) -> bool {
+        Path::new("/sys/class/net").join(&self.0).exists()
+    }
+
+    fn read(&self, file: &str) -> String {
+        std::fs::read_to_string(Path::new("/sys/class/net").join(&self.0).join(file)).unwrap()
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        if self.exists() {
+            ip(&["link", "delete", &self.0]);
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> bool {
+    Command::new("ip").args(arguments).output().is_ok_and(|done| done.status.success())
+}
+
+#[test]
+fn a_label_reads_back_and_others_do_not() {
+    let owner = owner();
+    let label = owner.to_string();
+    assert!(label.len() < 256, "the kernel takes no longer alias");
+    assert_eq!(label.parse(), Ok(owner));
+    for foreign in ["", "uplink", LABEL, &label[1..], &format!("{label} "), &label.replace("vm ", "vm x")] {
+        assert_eq!(foreign.parse::<TapOwner>(), Err(ForeignLabel), "{foreign:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_tap_is_made_labelled_set_up_and_removed() {
+    let Some(name) = Name::new() else { return };
+    let owner = owner();
+    assert_eq!(HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap(), Provided::Made);
+    assert!(is_tap(&name.0) && !is_multi_queue(&name.0));
+    assert_eq!(name.read("ifalias").trim(), owner.to_string());
+    let flags = u32::from_str_radix(name.read("flags").trim().trim_start_matches("0x"), 16).unwrap();
+    assert_eq!(flags & 1, 1, "it is up");
+    assert_eq!(
+        HostTaps.of_instance(owner.instance).await.unwrap(),
+        [OwnedTap { name: name.0.clone(), owner, attached: false }]
+    );
+    assert_eq!(HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap(), Provided::Found);
+
+    assert!(HostTaps.remove(&name.0, owner).await.unwrap());
+    assert!(!name.exists());
+    assert!(!HostTaps.remove(&name.0, owner).await.unwrap(), "harmless when repeated");
+    assert_eq!(HostTaps.of_instance(owner.instance).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn what_a_crash_leaves_is_nothing_or_labelled() {
+    let Some(name) = Name::new() else { return };
+    let tap = Tap::create_named(Interface::new(&name.0).unwrap()).unwrap();
+    assert!(name.exists());
+    drop(tap);
+    assert!(!name.exists(), "a TAP that was not kept goes with its maker");
+}
+
+#[tokio::test]
+async fn what_was_there_is_used_and_stays() {
+    let Some(name) = Name::new() else { return };
+    assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
+    for alias in ["", "uplink of the database", &owner().to_string()] {
+        assert!(ip(&["link", "set", &name.0, "alias", alias]));
+        let owner = owner();
+        assert_eq!(HostTaps.provide(&name.0, NamedBy::Client, owner).await.unwrap(), Provided::Found);
+        assert_eq!(name.read("ifalias").trim(), alias, "nobody else's label is touched");
+        assert!(!HostTaps.remove(&name.0, owner).await.unwrap());
+        assert!(name.exists());
+        let error = HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap_err();
+        assert!(matches!(error, TapError::NotOurs(_)), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_tap_goes_with_the_vm_that_ran_on_it_last() {
+    let Some(name) = Name::new() else { return };
+    let first = owner();
+    let second = TapOwner { uid: VmUid::new(Uuid::now_v7()), ..first };
+    HostTaps.provide(&name.0, NamedBy::Client, first).await.unwrap();
+    assert_eq!(HostTaps.provide(&name.0, NamedBy::Client, second).await.unwrap(), Provided::Found);
+    assert!(!HostTaps.remove(&name.0, first).await.unwrap());
+    assert!(name.exists());
+    assert!(HostTaps.remove(&name.0, second).await.unwrap());
+}
+
+#[tokio::test]
+async fn what_no_vmm_could_open_is_refused() {
+    let Some(name) = Name::new() else { return };
+    let refusal = async |name: &str| {
+        let error = HostTaps.provide(name, NamedBy::Client, owner()).await.unwrap_err();
+        error.to_string()
+    };
+    assert!(refusal("lo").await.contains("lo exists and is not a TAP"));
+    assert!(ip(&["tuntap", "add", &name.0, "mode", "tun"]));
+    assert!(refusal(&name.0).await.contains("is not a TAP"));
+    assert!(ip(&["link", "delete", &name.0]));
+    assert!(ip(&["tuntap", "add", &name.0, "mode", "tap", "multi_queue"]));
+    assert!(refusal(&name.0).await.contains("several queues"));
+    assert!(name.exists());
+    for bad in ["vmh%d", "..", "a/b", ""] {
+        assert!(refusal(bad).await.contains("not a name"), "{bad}");
+    }
+}
+
+#[test]
+fn a_refusal_says_what_to_do() {
+    let denied = |code| not_made("tap0")(io::Error::from_raw_os_error(code)).to_string();
+    for code in [nix::libc::EPERM, nix::libc::EACCES] {
+        assert!(denied(code).contains("CAP_NET_ADMIN") && denied(code).contains("beforehand"));
+    }
+    assert!(denied(nix::libc::ENOENT).contains("modprobe tun"));
+    assert!(denied(nix::libc::EINVAL).contains("could not be made"));
+}
+
+/// Runs `work` on a thread that may not touch the network, as all threads that it starts.
+fn without_net_admin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let thread = std::thread::spawn(move || {
+        let mut mine = rustix::thread::capabilities(None).unwrap();
+        for set in [&mut mine.effective, &mut mine.permitted, &mut mine.inheritable] {
+            set.remove(CapabilitySet::NET_ADMIN);
+        }
+        rustix::thread::set_capabilities(None, mine).unwrap();
+        work()
+    });
+    thread.join().unwrap()
+}
+
+#[test]
+fn without_the_right_existing_taps_still_serve() {
+    let Some(name) = Name::new() else { return };
+    let wanted = name.0.clone();
+    let provide = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(HostTaps.provide(&wanted, NamedBy::Client, owner()))
+    };
+    let error = without_net_admin(provide.clone()).unwrap_err();
+    assert!(matches!(error, TapError::Denied(_)), "{error}");
+    assert!(!name.exists());
+    assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
+    assert_eq!(without_net_admin(provide).unwrap(), Provided::Found);
+}

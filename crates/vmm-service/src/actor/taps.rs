@@ -1,0 +1,145 @@
+//! The TAPs of a VM: there before its VMM starts, gone when the VM is deleted.
+//!
+//! ```text
+//!   BootVm ── claim ── intent ── provide ── launch ──► runs          the VM keeps its TAPs through shutdown, reboot and
+//!                                   └── fails ──► what this start    restart: addresses, bridges and rules that somebody
+//!                                                 made goes again    put on them stay
+//!   DeleteVm ── VMM ends ── remove what bears this VM's label
+//! ```
+//!
+//! Which TAPs a VM may have made follows from its record, and which of them it did make from their labels
+//! ([`vmm_host::net::tap`]), so a start or a deletion that a crash cut short needs no list of its own. Every TAP is touched
+//! under its claim, so that no other VM boots on one that is about to go.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use futures::future::join_all;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+use vmm_core::id::{InstanceId, VmUid};
+use vmm_core::report::FieldReport;
+use vmm_core::store::HostClaim;
+use vmm_host::net::tap::{NamedBy, Provided, TapError, TapOwner, Taps};
+
+use super::Actor;
+
+/// Making a TAP takes a tenth of a millisecond. Not interrupted, so this delays force.
+const PROVIDE_DEADLINE: Duration = Duration::from_secs(2);
+/// Removing one takes some 16 ms, of which many run side by side.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
+/// The same within the 5 s of a forced operation.
+const FORCED_REMOVE_DEADLINE: Duration = Duration::from_millis(700);
+
+impl Actor {
+    /// The TAP of each network interface, in their order, and who named it.
+    pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
+        let named = |(index, tap): (usize, Option<&String>)| match tap {
+            Some(name) => (name.clone(), NamedBy::Client),
+            None => (self.record.uid.tap_name(index), NamedBy::Program),
+        };
+        self.spec.nics.iter().map(|nic| nic.tap.as_ref()).enumerate().map(named).collect()
+    }
+
+    /// What keeps other running VMs off this VM's TAPs.
+    pub(super) fn tap_claims(&self) -> impl Iterator<Item = HostClaim> {
+        self.taps().into_iter().map(|(name, _)| HostClaim::Tap { name })
+    }
+
+    /// Makes sure that every TAP exists: a VMM that runs as root would make a missing one itself, and nobody would remove it.
+    /// The claims are held.
+    pub(super) async fn provide_taps(&mut self) -> Result<(), BackendError> {
+        let owner = self.tap_owner();
+        for (index, (name, by)) in self.taps().into_iter().enumerate() {
+            let providing = self.shared.taps.provide(&name, by, owner);
+            match tokio::time::timeout(PROVIDE_DEADLINE, providing).await {
+                Ok(Ok(Provided::Made)) => self.made_taps.push(name),
+                Ok(Ok(Provided::Found)) => {}
+                Ok(Err(error)) => return Err(refused(index, &error)),
+                Err(_) => {
+                    // It may be there in a moment all the same.
+                    self.made_taps.push(name.clone());
+                    return Err(too_late(&name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what a start that failed has made. The claims are held, and no VMM is left.
+    pub(super) async fn take_back_taps(&mut self) {
+        let made = std::mem::take(&mut self.made_taps);
+        for left in self.remove_taps(made).await {
+            tracing::warn!(%left, "a TAP of a start that failed stays until the VM is deleted");
+        }
+    }
+
+    /// Removes every TAP that was made for this VM, and answers what could not be. No VMM of it is left, and afterwards no
+    /// claim.
+    pub(super) async fn free_taps(&mut self) -> Vec<FieldReport> {
+        self.made_taps.clear();
+        let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
+        let mut free = Vec::new();
+        for (name, _) in self.taps() {
+            let claim = HostClaim::Tap { name: name.clone() };
+            // What another VM runs on has passed to it.
+            if self.shared.claims.acquire(uid, vm_id, &[claim]).is_ok() {
+                free.push(name);
+            }
+        }
+        let left = self.remove_taps(free).await;
+        self.shared.claims.release(uid);
+        left
+    }
+
+    async fn remove_taps(&self, names: Vec<String>) -> Vec<FieldReport> {
+        let owner = self.tap_owner();
+        let deadline = if self.forcing { FORCED_REMOVE_DEADLINE } else { REMOVE_DEADLINE };
+        let removals = names.into_iter().map(async |name| {
+            let removal = self.shared.taps.remove(&name, owner);
+            let problem = match tokio::time::timeout(deadline, removal).await {
+                Ok(Ok(_)) => return None,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("the kernel did not remove it within {} ms", deadline.as_millis()),
+            };
+            Some(FieldReport::new(format!("tap {name}"), problem))
+        });
+        join_all(removals).await.into_iter().flatten().collect()
+    }
+
+    fn tap_owner(&self) -> TapOwner {
+        TapOwner { instance: self.shared.instance, uid: self.record.uid }
+    }
+}
+
+fn refused(index: usize, error: &TapError) -> BackendError {
+    let message = format!("config.network[{index}].tap_device: {error}");
+    BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
+}
+
+fn too_late(name: &str) -> BackendError {
+    let message = format!("TAP {name} was not there within {} s", PROVIDE_DEADLINE.as_secs());
+    BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message)
+}
+
+/// Removes the TAPs of this installation whose VM is on record no more, as after a deletion that could not remove them.
+pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known: &HashSet<VmUid>) {
+    let labelled = match tokio::time::timeout(REMOVE_DEADLINE, taps.of_instance(instance)).await {
+        Ok(Ok(labelled)) => labelled,
+        Ok(Err(error)) => return tracing::warn!(%error, "the host's TAPs could not be listed"),
+        Err(_) => return tracing::warn!("the host's TAPs were not listed in time"),
+    };
+    let orphans = labelled.into_iter().filter(|tap| !known.contains(&tap.owner.uid));
+    let removals = orphans.map(async |tap| {
+        let (name, uid) = (&tap.name, tap.owner.uid);
+        if tap.attached {
+            tracing::warn!(tap = name, %uid, "a TAP of a VM that is gone is still held by a process; it is left alone");
+            return;
+        }
+        match tokio::time::timeout(REMOVE_DEADLINE, taps.remove(name, tap.owner)).await {
+            Ok(Ok(_)) => tracing::info!(tap = name, %uid, "removed the TAP of a VM that is gone"),
+            Ok(Err(error)) => tracing::warn!(tap = name, %uid, %error, "the TAP of a VM that is gone stays"),
+            Err(_) => tracing::warn!(tap = name, %uid, "the TAP of a VM that is gone was not removed in time"),
+        }
+    });
+    join_all(removals).await;
+}

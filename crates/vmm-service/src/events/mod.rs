@@ -1,0 +1,179 @@
+//! What happened, told to those who watch and to those who ask later.
+//!
+//! ```text
+//!   actors ── commit ──► store: the log, in one order, without gaps
+//!      │                   ▲            │ read after a cursor
+//!      │ shown to readers  │            ▼
+//!      └──────► settled ───┼──► recent: its end, in memory ──► Watch (a cursor and a filter each)
+//!               "up to 8"  │                                     ▲
+//!                          └──── older pages ────────────────────┘
+//! ```
+//!
+//! The log in the store is the only source: a watcher is a cursor into it, so nothing is lost, nothing comes twice, and the
+//! order is that of the places, whoever is answered first. What goes from writers to watchers is a single number, how far the
+//! log is [`settled`]. A commit that failed, or whose outcome nobody knows, therefore blocks nobody: the log says what became of
+//! it. Watchers pull, and nothing is kept for one that does not; one that has fallen too far behind is told so and ends.
+//!
+//! [`watch`] is WatchVms, [`present`] its beginning, [`audit`] ListVmEvents, [`retention`] removes what is old.
+
+mod audit;
+mod present;
+mod recent;
+mod retention;
+mod settled;
+mod token;
+mod watch;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_core::event::{EventSeq, VmEvent};
+use vmm_core::id::{InstanceId, VmId};
+use vmm_core::store::{Commit, EventQuery, Store, StoreError, StoreErrorKind};
+
+use crate::error::ServiceError;
+use recent::Recent;
+use settled::{Open, Settled};
+use token::{Kind, Token};
+
+pub use audit::{EventsPage, EventsQuery};
+pub use present::Present;
+pub use watch::{Notice, Watch, WatchQuery};
+
+pub(crate) use retention::expire_for_ever;
+
+/// Events that are read at once.
+const BATCH: usize = 256;
+/// Events that are kept in memory, and so many that a watch may fall behind once it has caught up.
+const RECENT: u16 = 4096;
+
+/// An event with its token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// Resumes a watch after this event.
+    pub token: String,
+    /// The event.
+    pub event: Arc<VmEvent>,
+}
+
+/// The log of one state directory.
+pub(crate) struct Events {
+    store: Arc<dyn Store>,
+    /// Marks tokens as this log's.
+    instance: u64,
+    retention: Duration,
+    settled: Arc<Settled>,
+    /// Locked while the store is read, so that of many watchers one reads for all.
+    recent: tokio::sync::Mutex<Recent>,
+}
+
+/// A change that was committed and is not shown to readers yet. Drop it when it is.
+#[must_use = "watchers wait for it to be dropped"]
+#[derive(Debug)]
+pub(crate) struct Committed {
+    /// The place of its event.
+    pub(crate) seq: EventSeq,
+    _open: Open,
+}
+
+impl Events {
+    /// Takes up the log of `store`, which ends with `last`.
+    pub(crate) fn new(
+        store: Arc<dyn Store>,
+        instance: InstanceId,
+        last: EventSeq,
+        retention: Duration,
+    ) -> Self {
+        Self {
+            store,
+            instance: token::fingerprint(instance),
+            retention,
+            settled: Arc::new(Settled::new(last)),
+            recent: tokio::sync::Mutex::new(Recent::new(last, usize::from(RECENT))),
+        }
+    }
+
+    /// Commits a change. Watchers hear of it when the answer is dropped, which is to be when readers see the change.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(crate) async fn commit(&self, commit: Commit) -> Result<Committed, StoreError> {
+        let open = self.settled.open();
+        let seq = self.store.commit(commit).await?.unwrap_or_default();
+        open.answered(seq);
+        Ok(Committed { seq, _open: open })
+    }
+
+    /// Reads what follows `after`, at least one event, of a log that is settled up to `until`, a later place.
+    async fn read(&self, after: EventSeq, until: EventSeq) -> Result<Vec<Arc<VmEvent>>, ServiceError> {
+        let mut recent = self.recent.lock().await;
+        match recent.after(after, BATCH) {
+            Some(known) if !known.is_empty() => return Ok(known),
+            // Before the stretch in memory: the watcher reads for itself.
+            None if after < recent.head() => drop(recent),
+            Some(_) | None => {
+                let page = self.read_store(after, until).await?;
+                recent.append(after, &page);
+                return Ok(page);
+            }
+        }
+        self.read_store(after, until).await
+    }
+
+    async fn read_store(&self, after: EventSeq, until: EventSeq) -> Result<Vec<Arc<VmEvent>>, ServiceError> {
+        let query = EventQuery { after, vm_id: None, limit: BATCH };
+        let found = self.store.events(query).await.map_err(unreadable)?;
+        let without_gap = (after.0 + 1..).zip(found).take_while(|(place, event)| event.seq.0 == *place);
+        let page: Vec<_> =
+            without_gap.map(|(_, event)| Arc::new(event)).take_while(|event| event.seq <= until).collect();
+        // Places have no gaps, so what is missing has expired.
+        if page.is_empty() { Err(self.too_old()) } else { Ok(page) }
+    }
+
+    /// The event at a place, if it is still kept.
+    async fn event_at(&self, seq: EventSeq) -> Result<Option<VmEvent>, ServiceError> {
+        let Some(before) = seq.0.checked_sub(1) else { return Ok(None) };
+        let query = EventQuery { after: EventSeq(before), vm_id: None, limit: 1 };
+        let found = self.store.events(query).await.map_err(unreadable)?;
+        Ok(found.into_iter().next().filter(|event| event.seq == seq))
+    }
+
+    fn recorded(&self, event: Arc<VmEvent>) -> Recorded {
+        let check = token::check_of(&event);
+        Recorded { token: self.token(Kind::Event, event.seq, check), event }
+    }
+
+    fn token(&self, kind: Kind, seq: EventSeq, check: u32) -> String {
+        Token { kind, instance: self.instance, seq, check }.to_string()
+    }
+
+    fn too_old(&self) -> ServiceError {
+        ServiceError::OutOfRange(format!(
+            "events since that token are no longer kept (they are for {} s): begin again without a resume_token, which tells \
+             the present state of every VM first",
+            self.retention.as_secs()
+        ))
+    }
+}
+
+/// The name to filter by; `None` for all.
+fn parse_vm_id(text: &str) -> Result<Option<VmId>, ServiceError> {
+    match text {
+        "" => Ok(None),
+        name => name.parse().map(Some).map_err(|invalid: vmm_core::id::InvalidVmId| {
+            ServiceError::invalid("vm_id", invalid.to_string())
+        }),
+    }
+}
+
+fn unreadable(error: StoreError) -> ServiceError {
+    let text = format!("the events could not be read: {error}");
+    match error.kind {
+        StoreErrorKind::Full | StoreErrorKind::Io | StoreErrorKind::Closed => ServiceError::Unavailable(text),
+        StoreErrorKind::NameTaken
+        | StoreErrorKind::Conflict
+        | StoreErrorKind::Corrupt
+        | StoreErrorKind::Newer => ServiceError::Internal(text),
+    }
+}

@@ -1,0 +1,156 @@
+//! How far the log is settled: up to where every event is committed, and every read shows what it tells of.
+//!
+//! Commits of different VMs are answered in any order, and between its commit and its answer a change is not yet shown to
+//! readers. A watcher that ran ahead would tell of what GetVmInfo does not know. So each commit is open from before it is sent
+//! until the index shows it, and remembers the last place that had been answered when it began, its floor: its own event comes
+//! after that. The log is settled up to the lowest floor of what is open, and up to the last answer if nothing is.
+//!
+//! ```text
+//!   log:   … 6   7   8   9  10  11
+//!                    ▲       ▲
+//!                    │       └ last answer
+//!                    └ settled: a commit that began when 8 was the last answer is still open
+//! ```
+//!
+//! Nothing waits for a place to be filled. A commit that fails closes like any other, and what the log then holds is read from
+//! the log.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::watch;
+use vmm_core::event::EventSeq;
+
+/// Keeps account of the commits under way.
+#[derive(Debug)]
+pub(super) struct Settled {
+    ledger: Mutex<Ledger>,
+    place: watch::Sender<EventSeq>,
+}
+
+#[derive(Debug)]
+struct Ledger {
+    /// The last place that a commit was answered with.
+    answered: EventSeq,
+    /// The floors of what is open, in the order in which they began; so the first is the lowest.
+    open: BTreeMap<u64, EventSeq>,
+    next: u64,
+}
+
+impl Settled {
+    /// Begins with a log that is settled up to `last`.
+    pub(super) fn new(last: EventSeq) -> Self {
+        let ledger = Ledger { answered: last, open: BTreeMap::new(), next: 0 };
+        Self { ledger: Mutex::new(ledger), place: watch::Sender::new(last) }
+    }
+
+    /// Opens a commit that is about to be sent.
+    pub(super) fn open(self: &Arc<Self>) -> Open {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = ledger.next;
+        ledger.next += 1;
+        let floor = ledger.answered;
+        ledger.open.insert(number, floor);
+        Open { settled: Arc::clone(self), number }
+    }
+
+    /// The last place that a commit was answered with; it may not be settled yet.
+    pub(super) fn answered(&self) -> EventSeq {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner).answered
+    }
+
+    /// Tells how far the log is settled, now and whenever that moves.
+    pub(super) fn subscribe(&self) -> watch::Receiver<EventSeq> {
+        self.place.subscribe()
+    }
+
+    fn close(&self, number: u64) {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        ledger.open.remove(&number);
+        let place = ledger.open.values().next().copied().unwrap_or(ledger.answered);
+        self.place.send_if_modified(|settled| {
+            let moved = place > *settled;
+            *settled = place.max(*settled);
+            moved
+        });
+    }
+}
+
+/// A commit under way. It closes when it is dropped.
+#[derive(Debug)]
+pub(super) struct Open {
+    settled: Arc<Settled>,
+    number: u64,
+}
+
+impl Open {
+    /// Takes note of the place that the commit's event got.
+    pub(super) fn answered(&self, seq: EventSeq) {
+        let mut ledger = self.settled.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        ledger.answered = ledger.answered.max(seq);
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.settled.close(self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn place(settled: &Settled) -> u64 {
+        settled.place.borrow().0
+    }
+
+    #[test]
+    fn what_is_open_holds_back_only_what_came_after_it_began() {
+        let settled = Arc::new(Settled::new(EventSeq(5)));
+        let (a, b) = (settled.open(), settled.open());
+        b.answered(EventSeq(7));
+        drop(b);
+        assert_eq!((place(&settled), settled.answered()), (5, EventSeq(7)), "6 may be a's");
+        let c = settled.open();
+        a.answered(EventSeq(6));
+        drop(a);
+        assert_eq!(place(&settled), 7, "c began when 7 had been answered");
+        drop(c);
+        assert_eq!(place(&settled), 7, "c failed, and nothing waits for it");
+    }
+
+    proptest! {
+        /// Commits begin, are written, answered and shown in any order the rules allow; some fail, some are written unheard.
+        #[test]
+        fn whatever_is_settled_is_shown(steps in prop::collection::vec((0..4_u8, 0..8_usize), 0..200)) {
+            let settled = Arc::new(Settled::new(EventSeq(0)));
+            let mut log = 0;
+            let mut open: Vec<(Open, Option<u64>, bool)> = Vec::new();
+            let mut unheard = Vec::new();
+            let mut shown = Vec::new();
+            for (step, which) in steps {
+                let which = which % open.len().max(1);
+                match (step, open.get_mut(which)) {
+                    (0, _) | (_, None) => open.push((settled.open(), None, false)),
+                    (1, Some((_, seq @ None, _))) => { log += 1; *seq = Some(log); }
+                    (2, Some((ticket, Some(seq), answered))) => { ticket.answered(EventSeq(*seq)); *answered = true; }
+                    (3, Some(_)) => match open.remove(which) {
+                        (_ticket, Some(seq), true) => shown.push(seq),
+                        (_ticket, Some(seq), false) => unheard.push(seq),
+                        (_ticket, None, _) => {}
+                    },
+                    _ => {}
+                }
+                for seq in 1..=place(&settled) {
+                    prop_assert!(shown.contains(&seq) || unheard.contains(&seq), "{} is settled, and not shown", seq);
+                }
+            }
+            let last = open.iter().filter(|o| o.2).filter_map(|o| o.1).chain(shown.iter().copied()).max();
+            open.clear();
+            prop_assert_eq!(place(&settled), last.unwrap_or(0), "nothing is held back for ever");
+        }
+    }
+}

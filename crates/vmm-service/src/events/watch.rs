@@ -1,0 +1,176 @@
+//! WatchVms: one watcher, a cursor into the log with a filter.
+//!
+//! ```text
+//!   without a token ──► present states, "synced" ──┐
+//!                                                  ├──► catching up ──► caught up ◄──► waiting
+//!   with one ── still valid? ──────────────────────┘    (any pace)         │
+//!                  │ no                                                    │ fell too far behind
+//!                  ▼                                                       ▼
+//!             OUT_OF_RANGE                                         RESOURCE_EXHAUSTED
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use vmm_core::event::{EventSeq, VmEvent};
+use vmm_core::id::VmId;
+
+use super::present::{self, Present};
+use super::token::{self, Kind, Token};
+use super::{Events, RECENT, Recorded, parse_vm_id};
+use crate::clock::now_ms;
+use crate::error::ServiceError;
+use crate::index::Index;
+
+/// What to watch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WatchQuery {
+    /// Token of the last event seen; empty begins with the present state.
+    pub resume_token: String,
+    /// Only this VM, which need not exist; empty means all.
+    pub vm_id: String,
+    /// Only VMs that bear all of these labels.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// What a watcher is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The present state of one VM, at the beginning of a watch without a token.
+    Present(Present),
+    /// Every present state has been told.
+    Synced {
+        /// Resumes a watch from here.
+        token: String,
+        /// When, in Unix milliseconds.
+        time_ms: i64,
+    },
+    /// Something happened.
+    Change(Recorded),
+}
+
+/// Which VMs a watcher wants to hear of.
+#[derive(Clone, Debug)]
+pub(super) struct Filter {
+    vm_id: Option<VmId>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Filter {
+    pub(super) fn matches(&self, vm_id: &VmId, metadata: &BTreeMap<String, String>) -> bool {
+        self.vm_id.as_ref().is_none_or(|wanted| wanted == vm_id)
+            && self.metadata.iter().all(|(key, value)| metadata.get(key) == Some(value))
+    }
+
+    pub(super) fn matches_event(&self, event: &VmEvent) -> bool {
+        self.matches(&event.event.vm_id, &event.event.metadata)
+    }
+}
+
+/// A watch. Nothing is kept for it but its place in the log: who does not ask takes no room.
+pub struct Watch {
+    events: Arc<Events>,
+    filter: Filter,
+    settled: watch::Receiver<EventSeq>,
+    /// Everything up to here is told, or lies in `ready`.
+    cursor: EventSeq,
+    /// Whether it has been at the end of the log. Before that it may be as far behind as its token is old.
+    caught_up: bool,
+    ready: VecDeque<Notice>,
+}
+
+impl Watch {
+    /// Begins to watch.
+    pub(crate) async fn start(
+        events: Arc<Events>,
+        index: &Index,
+        query: WatchQuery,
+    ) -> Result<Self, ServiceError> {
+        let filter = Filter { vm_id: parse_vm_id(&query.vm_id)?, metadata: query.metadata };
+        let settled = events.settled.subscribe();
+        let (cursor, ready) = if query.resume_token.is_empty() {
+            let (present, cursor) = present::states(&events, index, &filter).await?;
+            let check = events.event_at(cursor).await?.as_ref().map_or(0, token::check_of);
+            let token = events.token(Kind::Synced, cursor, check);
+            let synced = Notice::Synced { token, time_ms: now_ms() };
+            (cursor, present.into_iter().map(Notice::Present).chain([synced]).collect())
+        } else {
+            (events.resume(&query.resume_token).await?, VecDeque::new())
+        };
+        Ok(Self { events, filter, settled, cursor, caught_up: false, ready })
+    }
+
+    /// Waits for the next notice. Nothing is lost if the wait is given up.
+    ///
+    /// # Errors
+    ///
+    /// The watch is over: [`ServiceError::Exhausted`] if it fell behind, [`ServiceError::OutOfRange`] if what it was to tell
+    /// next has expired, or the store's failure. It can be resumed from the last token.
+    pub async fn next(&mut self) -> Result<Notice, ServiceError> {
+        loop {
+            if let Some(notice) = self.ready.pop_front() {
+                return Ok(notice);
+            }
+            let settled = *self.settled.borrow_and_update();
+            if self.cursor >= settled {
+                self.caught_up = true;
+                self.settled.changed().await.map_err(|_| {
+                    ServiceError::Unavailable("the daemon is stopping: resume with the last token".to_owned())
+                })?;
+                continue;
+            }
+            if self.caught_up && settled.0 - self.cursor.0 > u64::from(RECENT) {
+                return Err(ServiceError::Exhausted(format!(
+                    "this watch fell more than {RECENT} events behind and was cut off: read faster or filter more, and resume \
+                     with the token of the last event received, which loses nothing"
+                )));
+            }
+            for event in self.events.read(self.cursor, settled).await? {
+                self.cursor = event.seq;
+                if self.filter.matches_event(&event) {
+                    self.ready.push_back(Notice::Change(self.events.recorded(event)));
+                }
+            }
+        }
+    }
+}
+
+impl Events {
+    /// The place that a token names, if everything after it is still kept.
+    async fn resume(&self, text: &str) -> Result<EventSeq, ServiceError> {
+        let malformed = |why: &str| {
+            let what_to_do =
+                "use the token of the last event received, or none to begin with the present state";
+            ServiceError::invalid("resume_token", format!("{why}; {what_to_do}"))
+        };
+        let Token { kind, instance, seq, check } =
+            text.parse().map_err(|_| malformed("is not a token of this service"))?;
+        if kind == Kind::Page {
+            return Err(malformed("is a page_token of ListVmEvents"));
+        }
+        if instance != self.instance {
+            return Err(self.unknown_log("is of another daemon, or of another state directory"));
+        }
+        let answered = self.settled.answered();
+        match self.event_at(seq).await? {
+            Some(event) if check != 0 && check != token::check_of(&event) => {
+                Err(self.unknown_log("is of a log that is no longer in place, as after a restored backup"))
+            }
+            Some(_) => Ok(seq),
+            None if seq > answered => {
+                Err(self.unknown_log("is ahead of the log, as after a restored backup"))
+            }
+            // Its own event has expired; the one after it must not have.
+            None if seq < answered => self.read_store(seq, answered).await.map(|_| seq),
+            None => Ok(seq),
+        }
+    }
+
+    fn unknown_log(&self, why: &str) -> ServiceError {
+        ServiceError::OutOfRange(format!(
+            "resume_token: {why}, so what happened since cannot be told: begin again without a resume_token, which tells the \
+             present state of every VM first"
+        ))
+    }
+}

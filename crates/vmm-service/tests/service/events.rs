@@ -1,0 +1,460 @@
+//! WatchVms, ListVmEvents and the log behind them.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use vmm_core::config::VmConfig;
+use vmm_core::event::{EventKind, VmEvent};
+use vmm_core::id::{VmId, VmUid};
+use vmm_core::state::{Phase, VmState};
+use vmm_core::store::{Change, Commit, Store as _, StoreErrorKind};
+use vmm_service::{EventsQuery, Notice, Present, Recorded, ServiceError, Watch, WatchQuery};
+use vmm_testkit::memory_store::Verdict;
+
+use crate::common::*;
+
+fn from(token: &str) -> WatchQuery {
+    WatchQuery { resume_token: token.to_owned(), ..WatchQuery::default() }
+}
+
+async fn watch(vms: &Vms, query: WatchQuery) -> Watch {
+    vms.service.watch(query).await.expect("the watch begins")
+}
+
+/// What a new watch is told before its marker, and the marker's token.
+async fn presents(watch: &mut Watch) -> (Vec<Present>, String) {
+    let mut told = Vec::new();
+    loop {
+        match watch.next().await.unwrap() {
+            Notice::Present(present) => told.push(present),
+            Notice::Synced { token, .. } => return (told, token),
+            Notice::Change(recorded) => panic!("a change before the marker: {recorded:?}"),
+        }
+    }
+}
+
+async fn change(watch: &mut Watch) -> Recorded {
+    match watch.next().await.unwrap() {
+        Notice::Change(recorded) => recorded,
+        other => panic!("not a change: {other:?}"),
+    }
+}
+
+/// Everything that can be told now. Unconstrained, or tokio would have the test pause in the middle of a long log.
+fn changes(watch: &mut Watch) -> Vec<Recorded> {
+    std::iter::from_fn(|| match tokio::task::unconstrained(watch.next()).now_or_never()?.unwrap() {
+        Notice::Change(recorded) => Some(recorded),
+        other => panic!("not a change: {other:?}"),
+    })
+    .collect()
+}
+
+fn events(recorded: &[Recorded]) -> Vec<VmEvent> {
+    recorded.iter().map(|it| (*it.event).clone()).collect()
+}
+
+/// Every event, page by page.
+async fn listed(vms: &Vms, vm_id: &str, page_size: i32) -> Vec<Recorded> {
+    let mut query = EventsQuery { vm_id: vm_id.to_owned(), page_size, ..EventsQuery::default() };
+    let mut all = Vec::new();
+    loop {
+        let page = vms.service.list_events(&query).await.unwrap();
+        assert!(page.events.len() <= usize::try_from(page_size).unwrap());
+        all.extend(page.events);
+        if page.next_page_token.is_empty() {
+            return all;
+        }
+        query.page_token = page.next_page_token;
+    }
+}
+
+/// The VMs as the log tells of them.
+fn replay(log: &[VmEvent]) -> BTreeMap<VmUid, (VmId, VmState, Phase)> {
+    let mut vms = BTreeMap::new();
+    for VmEvent { event, .. } in log {
+        if event.kind == EventKind::Deleted {
+            vms.remove(&event.uid);
+        } else {
+            vms.insert(event.uid, (event.vm_id.clone(), event.state, event.status.phase));
+        }
+    }
+    vms
+}
+
+/// One life of a VM, in eleven events.
+async fn life_of(vms: &Vms, vm_id: &str, config: VmConfig) {
+    vms.create(vm_id, config).await;
+    vms.boot(vm_id).await.unwrap();
+    vms.pause(vm_id).await.unwrap();
+    vms.resume(vm_id).await.unwrap();
+    vms.force_shutdown(vm_id).await.unwrap();
+    vms.delete(vm_id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn fifty_vms_at_once_are_told_of_in_the_order_of_the_log() {
+    const VMS: usize = 50;
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let mut first = watch(&vms, WatchQuery::default()).await;
+    assert_eq!(presents(&mut first).await.0, []);
+    let workers: Vec<_> = (0..VMS)
+        .map(|number| {
+            let (vms, config) = (vms.clone(), bed.config());
+            tokio::spawn(async move { life_of(&vms, &format!("vm-{number}"), config).await })
+        })
+        .collect();
+    let mut told = Vec::new();
+    let mut deleted = 0;
+    while deleted < VMS {
+        let recorded = change(&mut first).await;
+        let event = &recorded.event.event;
+        match vms.service.get(event.vm_id.as_str()) {
+            Ok(view) => {
+                assert!(view.record.modified_ms >= event.time_ms, "a read is older than {event:?}");
+                assert_ne!(event.kind, EventKind::Deleted);
+            }
+            Err(_) => assert!(
+                bed.store
+                    .log()
+                    .iter()
+                    .any(|it| { it.event.uid == event.uid && it.event.kind == EventKind::Deleted })
+            ),
+        }
+        deleted += usize::from(event.kind == EventKind::Deleted);
+        told.push(recorded);
+    }
+    for worker in workers {
+        worker.await.unwrap();
+    }
+    assert_eq!(events(&told), bed.store.log(), "all of it, in order, once");
+    let tokens: HashSet<_> = told.iter().map(|it| &it.token).collect();
+    assert_eq!(tokens.len(), told.len());
+    assert_eq!(listed(&vms, "", 7).await, told, "the audit trail has the same events with the same tokens");
+}
+
+#[test]
+fn every_token_resumes_after_a_restart_with_nothing_lost_and_nothing_twice() {
+    let bed = Bed::new();
+    let marker = bed.life(async |vms| {
+        vms.create("kept", bed.config()).await;
+        let mut watch = watch(&vms, WatchQuery::default()).await;
+        let (present, marker) = presents(&mut watch).await;
+        assert_eq!(present.iter().map(|vm| vm.vm_id.as_str()).collect::<Vec<_>>(), ["kept"]);
+        life_of(&vms, "gone", bed.config()).await;
+        assert_eq!(changes(&mut watch).len(), 11);
+        vms.boot("kept").await.unwrap();
+        marker
+    });
+    bed.life(async |vms| {
+        life_of(&vms, "later", bed.config()).await;
+        let all = listed(&vms, "", 1000).await;
+        assert_eq!(events(&all), bed.store.log());
+        assert!(all.iter().any(|it| it.event.event.kind == EventKind::Adopted), "the second life adopted it");
+        for (place, recorded) in all.iter().enumerate() {
+            let mut resumed = watch(&vms, from(&recorded.token)).await;
+            assert_eq!(changes(&mut resumed), all[place + 1..], "after {}", place + 1);
+        }
+        let mut resumed = watch(&vms, from(&marker)).await;
+        assert_eq!(changes(&mut resumed), all[1..], "after the marker, and without another one");
+        assert!(all.iter().all(|it| it.token != marker), "no event bears the marker's token");
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_watch_is_cut_off_and_resumes_while_a_fast_one_goes_on() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let _machine = vms.run("vm", bed.config()).await;
+    let mut slow = watch(&vms, WatchQuery::default()).await;
+    let mut fast = watch(&vms, WatchQuery::default()).await;
+    presents(&mut slow).await;
+    presents(&mut fast).await;
+    let mut seen_by_slow = Vec::new();
+    let mut seen_by_fast = Vec::new();
+    vms.pause("vm").await.unwrap();
+    vms.resume("vm").await.unwrap();
+    seen_by_slow.extend(changes(&mut slow));
+    let mut rounds = 0;
+    while rounds < 1100 {
+        vms.pause("vm").await.unwrap();
+        vms.resume("vm").await.unwrap();
+        seen_by_fast.extend(changes(&mut fast));
+        rounds += 1;
+    }
+    let log = bed.store.log();
+    assert_eq!(events(&seen_by_fast), log[3..], "the fast one has it all");
+    let text = refused(slow.next().await, "exhausted");
+    assert!(text.contains("resume with the token"), "{text}");
+    let mut again = watch(&vms, from(&seen_by_slow.last().unwrap().token)).await;
+    seen_by_slow.extend(changes(&mut again));
+    assert_eq!(seen_by_slow, seen_by_fast, "and being cut off has cost nothing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_new_watch_is_told_the_truth_of_one_moment_under_churn() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let churn: Vec<_> = (0..12)
+        .map(|number| {
+            let (vms, config) = (vms.clone(), bed.config());
+            tokio::spawn(async move {
+                for _ in 0..25 {
+                    life_of(&vms, &format!("vm-{number}"), config.clone()).await;
+                }
+            })
+        })
+        .collect();
+    let mut begun = Vec::new();
+    while churn.iter().any(|worker| !worker.is_finished()) && begun.len() < 300 {
+        let mut watch = watch(&vms, WatchQuery::default()).await;
+        let (present, marker) = presents(&mut watch).await;
+        begun.push((present, marker));
+        tokio::task::yield_now().await;
+    }
+    for worker in churn {
+        worker.await.unwrap();
+    }
+    let log = bed.store.log();
+    let mut busy = 0;
+    for (present, marker) in begun {
+        let mut resumed = watch(&vms, from(&marker)).await;
+        let after = changes(&mut resumed).len();
+        let told: BTreeMap<_, _> =
+            present.into_iter().map(|vm| (vm.uid, (vm.vm_id, vm.state, vm.status.phase))).collect();
+        assert_eq!(told, replay(&log[..log.len() - after]), "with {after} changes to come");
+        busy += usize::from(after > 0 && after < log.len());
+    }
+    assert!(busy > 0, "no watch began in the middle");
+}
+
+#[tokio::test(start_paused = true)]
+async fn commits_that_fail_hold_nobody_up() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("vm", bed.config()).await;
+    vms.create("other", bed.config()).await;
+    let mut watch = watch(&vms, WatchQuery::default()).await;
+    presents(&mut watch).await;
+    let before = bed.store.log().len();
+    for verdict in [
+        Verdict::Refuse(StoreErrorKind::Io),
+        Verdict::Lose(StoreErrorKind::Io),
+        Verdict::WriteAndFail(StoreErrorKind::Io),
+    ] {
+        bed.store.next([verdict]);
+        vms.boot("vm").await.unwrap_err();
+        bed.store.next([verdict]);
+        vms.try_create("new", bed.config()).await.unwrap_err();
+        vms.boot("other").await.unwrap();
+        vms.force_shutdown("other").await.unwrap();
+    }
+    assert_eq!(events(&changes(&mut watch)), bed.store.log()[before..]);
+    assert!(!replay(&bed.store.log()).values().any(|(vm_id, ..)| vm_id.as_str() == "new"), "taken back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_expired_cannot_be_resumed() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    life_of(&vms, "a", bed.config()).await;
+    let mut new = watch(&vms, WatchQuery::default()).await;
+    let (_, marker) = presents(&mut new).await;
+    let all = listed(&vms, "", 1000).await;
+    let mut under_way = watch(&vms, from(&all[2].token)).await;
+    bed.store.expire_events(i64::MAX).await.unwrap();
+    for old in [&all[0], &all[all.len() - 2]] {
+        let text = refused(vms.service.watch(from(&old.token)).await.map(|_| ()), "out-of-range");
+        assert!(text.contains("without a resume_token"), "{text}");
+    }
+    refused(under_way.next().await, "out-of-range");
+    for current in [&all[all.len() - 1].token, &marker] {
+        let mut resumed = watch(&vms, from(current)).await;
+        assert_eq!(changes(&mut resumed), [], "nothing has happened since, so nothing is lost");
+    }
+    vms.create("b", bed.config()).await;
+    let mut resumed = watch(&vms, from(&marker)).await;
+    assert_eq!(changes(&mut resumed).len(), 1);
+    assert_eq!(listed(&vms, "", 10).await.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn old_events_are_removed_by_themselves() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("vm", bed.config()).await;
+    let told = bed.store.log().pop().unwrap().event;
+    let age = i64::try_from(RETENTION.as_millis()).unwrap();
+    for older in [1000, -60_000] {
+        let event = Some(vmm_core::event::NewEvent { time_ms: told.time_ms - age - older, ..told.clone() });
+        bed.store.commit(Commit { change: Change::Remove(other_uid()), event }).await.unwrap();
+    }
+    assert_eq!(bed.store.log().len(), 3);
+    // The clock on the wall does not move meanwhile, so the others stay young.
+    tokio::time::sleep(RETENTION).await;
+    let kept: Vec<_> = bed.store.log().iter().map(|it| it.seq.0).collect();
+    assert_eq!(kept, [1, 3]);
+}
+
+fn other_uid() -> VmUid {
+    "00000000-0000-7000-8000-000000000001".parse().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_is_none_is_told_from_one_of_another_log() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    life_of(&vms, "vm", bed.config()).await;
+    let first = EventsQuery { page_size: 1, ..EventsQuery::default() };
+    let page = vms.service.list_events(&first).await.unwrap();
+    let (token, page_token) = (page.events[0].token.clone(), page.next_page_token);
+    let try_watch = async |token: &str| vms.service.watch(from(token)).await.map(|_| ());
+
+    let long = "e".repeat(100_000);
+    for bad in ["x", &token[1..], &format!("{token}0"), &token.to_uppercase(), &long, "ä\0", &page_token] {
+        assert_eq!(violations(try_watch(bad).await)[0].0, "resume_token", "{bad:.50}");
+        if bad != page_token {
+            let query = EventsQuery { page_token: bad.to_owned(), ..EventsQuery::default() };
+            assert_eq!(violations(vms.service.list_events(&query).await)[0].0, "page_token", "{bad:.50}");
+        }
+    }
+    let as_page = EventsQuery { page_token: token.clone(), ..EventsQuery::default() };
+    assert!(violations(vms.service.list_events(&as_page).await)[0].1.contains("resume_token"));
+    let other_filter = EventsQuery { page_token, vm_id: "vm".to_owned(), ..EventsQuery::default() };
+    assert!(violations(vms.service.list_events(&other_filter).await)[0].1.contains("another vm_id"));
+
+    let stranger = Bed::new();
+    let strangers = stranger.start().await;
+    life_of(&strangers, "vm", stranger.config()).await;
+    let text = refused(strangers.service.watch(from(&token)).await.map(|_| ()), "out-of-range");
+    assert!(text.contains("another"), "{text}");
+    // A restored backup: the same places, other events; or places that are not there yet.
+    let (head, check) = token.split_at(33);
+    let other_event = format!("{head}{:08x}", u32::from_str_radix(check, 16).unwrap() ^ 2);
+    let ahead = format!("{}{:016x}{check}", &token[..17], 1_000_000);
+    for restored in [other_event, ahead] {
+        let text = refused(try_watch(&restored).await, "out-of-range");
+        assert!(text.contains("restored backup"), "{text}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn filters_choose_by_name_and_by_what_a_vm_bore() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let labels = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    };
+    let with = |pairs: &[(&str, &str)]| VmConfig { metadata: labels(pairs), ..bed.config() };
+    let start = {
+        vms.create("zero", with(&[("team", "x")])).await;
+        let mut watch = watch(&vms, WatchQuery::default()).await;
+        presents(&mut watch).await.1
+    };
+    life_of(&vms, "a", with(&[("team", "x"), ("env", "prod")])).await;
+    life_of(&vms, "b", with(&[("team", "x")])).await;
+    vms.create("c", with(&[("team", "y")])).await;
+    let told = async |vm_id: &str, pairs: &[(&str, &str)]| {
+        let query =
+            WatchQuery { resume_token: start.clone(), vm_id: vm_id.to_owned(), metadata: labels(pairs) };
+        let mut names: Vec<_> = changes(&mut watch(&vms, query).await)
+            .iter()
+            .map(|it| it.event.event.vm_id.as_str().to_owned())
+            .collect();
+        names.dedup();
+        names
+    };
+    assert_eq!(told("", &[]).await, ["a", "b", "c"]);
+    assert_eq!(told("", &[("team", "x")]).await, ["a", "b"], "the dead bear what they bore");
+    assert_eq!(told("", &[("team", "x"), ("env", "prod")]).await, ["a"]);
+    assert_eq!(told("b", &[("team", "x")]).await, ["b"]);
+    assert_eq!(told("b", &[("team", "y")]).await, [""; 0]);
+    assert_eq!(told("unknown", &[]).await, [""; 0]);
+    let query = WatchQuery { metadata: labels(&[("team", "x")]), ..WatchQuery::default() };
+    let present = presents(&mut watch(&vms, query).await).await.0;
+    assert_eq!(present.iter().map(|vm| vm.vm_id.as_str()).collect::<Vec<_>>(), ["zero"]);
+    let bad = WatchQuery { vm_id: "not/a name".to_owned(), ..WatchQuery::default() };
+    assert_eq!(violations(vms.service.watch(bad).await.map(|_| ()))[0].0, "vm_id");
+    assert_eq!(listed(&vms, "b", 3).await.len(), 11);
+    assert!(listed(&vms, "unknown", 3).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_trail_says_who_did_what_and_how_it_ended() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    life_of(&vms, "vm", bed.config()).await;
+    let trail: Vec<_> = listed(&vms, "vm", 100)
+        .await
+        .into_iter()
+        .map(|it| {
+            let event = it.event.event.clone();
+            assert_eq!(event.actor, ME);
+            (event.kind.as_str(), event.cause, event.state.name(), event.ended_by.map(|rung| rung.as_str()))
+        })
+        .collect();
+    let started = |cause: &str, state| ("operation-started", cause.to_owned(), state, None);
+    let changed = |cause: &str, state| ("state-changed", cause.to_owned(), state, None);
+    let ended = trail[8].3;
+    assert!(ended.is_some(), "the rung that ended it is told");
+    assert_eq!(
+        trail,
+        [
+            ("created", "CreateVm".to_owned(), "CREATED", None),
+            started("BootVm", "CREATED"),
+            changed("BootVm", "RUNNING"),
+            started("PauseVm", "RUNNING"),
+            changed("PauseVm", "PAUSED"),
+            started("ResumeVm", "PAUSED"),
+            changed("ResumeVm", "RUNNING"),
+            started("ShutdownVm", "RUNNING"),
+            ("state-changed", "ShutdownVm".to_owned(), "SHUTDOWN", ended),
+            started("DeleteVm", "SHUTDOWN"),
+            ("deleted", "DeleteVm".to_owned(), "SHUTDOWN", None),
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_answers_when_the_state_is_reached_and_says_so_when_it_is_not() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("vm", bed.config()).await;
+    let wait = |vms: Vms, vm_id: &'static str, states: &'static [VmState]| async move {
+        vms.service.wait(vm_id, states, Duration::from_secs(60)).await.map(|record| record.state)
+    };
+    assert_eq!(wait(vms.clone(), "vm", &[VmState::Created]).await.unwrap(), VmState::Created, "at once");
+    let waiting = vms.begin(wait(vms.clone(), "vm", &[VmState::Paused, VmState::Running])).await;
+    vms.boot("vm").await.unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap(), VmState::Running);
+    let text = refused(wait(vms.clone(), "vm", &[VmState::Shutdown]).await, "deadline");
+    assert!(text.contains("RUNNING") && text.contains("SHUTDOWN"), "{text}");
+    let waiting = vms.begin(wait(vms.clone(), "vm", &[VmState::Paused])).await;
+    vms.force_delete("vm").await.unwrap();
+    vms.create("vm", bed.config()).await;
+    refused(waiting.await.unwrap(), "not-found");
+    refused(wait(vms.clone(), "unknown", &[VmState::Created]).await, "not-found");
+    refused(wait(vms.clone(), "not/a name", &[VmState::Created]).await, "not-found");
+    assert_eq!(violations(wait(vms.clone(), "vm", &[]).await)[0].0, "states");
+    let guest_end = vms.begin(wait(vms.clone(), "vm", &[VmState::Shutdown])).await;
+    vms.boot("vm").await.unwrap();
+    vms.machine("vm").power_off();
+    assert_eq!(guest_end.await.unwrap().unwrap(), VmState::Shutdown, "what nobody asked for is noticed too");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_for_an_event_can_be_given_up() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let outcome: Result<Watch, ServiceError> = vms.service.watch(WatchQuery::default()).await;
+    let mut watch = outcome.unwrap();
+    assert_eq!(presents(&mut watch).await.0, []);
+    assert!(watch.next().now_or_never().is_none(), "nothing happens, and nothing is told");
+    vms.create("vm", bed.config()).await;
+    assert_eq!(
+        change(&mut watch).await.event.event.kind,
+        EventKind::Created,
+        "a wait given up loses nothing"
+    );
+}

@@ -1,0 +1,235 @@
+//! TAPs that the program makes: there while the VM runs, gone when it is deleted, and never anybody else's.
+
+use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
+use vmm_core::config::VmConfig;
+use vmm_core::state::{Phase, Request, VmState};
+use vmm_core::store::{Intent, VmRecord};
+use vmm_testkit::fake::{Act, Method};
+
+use crate::common::*;
+
+/// One interface that the client names, and one that the program names.
+fn with_two_taps(bed: &Bed) -> VmConfig {
+    let mut config = bed.with_tap("tap-x");
+    config.network.push(Default::default());
+    config
+}
+
+/// What a VM of [`with_two_taps`] has while it exists.
+fn both(bed: &Bed, vm_id: &str) -> Vec<String> {
+    vec!["tap-x".to_owned(), bed.stored(vm_id).uid.tap_name(1)]
+}
+
+#[tokio::test(start_paused = true)]
+async fn taps_are_made_at_boot_and_go_with_the_vm() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", with_two_taps(&bed)).await;
+    assert_eq!(bed.taps.names(), Vec::<String>::new(), "CreateVm makes nothing");
+    vms.boot("a").await.unwrap();
+    let uid = vms.record("a").uid;
+    assert_eq!(bed.taps.names(), both(&bed, "a"));
+    for name in both(&bed, "a") {
+        assert_eq!(bed.taps.owner(&name).unwrap().uid, uid);
+    }
+    vms.reboot("a").await.unwrap();
+    vms.shutdown("a").await.unwrap();
+    assert_eq!(bed.taps.names(), both(&bed, "a"), "what was put on them stays until the VM goes");
+    vms.boot("a").await.unwrap();
+    assert_eq!(vms.force_delete("a").await.unwrap().left_behind, []);
+    assert_eq!(bed.taps.names(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_way_to_end_lets_another_have_the_tap_and_delete_remove_it() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for end in 0..4 {
+        let machine = vms.run("a", bed.with_tap("tap-x")).await;
+        vms.create("b", bed.with_tap("tap-x")).await;
+        let text = refused(vms.boot("b").await, "precondition");
+        assert!(text.contains("VM \"a\"") && text.contains("tap-x"), "{text}");
+        match end {
+            0 => machine.power_off(),
+            1 => machine.end(ExitCause::VmmFailed),
+            2 => machine.fail_guest("cannot go on"),
+            _ => drop(vms.force_shutdown("a").await.unwrap()),
+        }
+        vms.until("a", |record| record.state == VmState::Shutdown).await;
+        // It passes to the one that runs on it: the first one's deletion must not take it away.
+        vms.boot("b").await.expect("it is free");
+        vms.delete("a").await.unwrap();
+        assert_eq!(bed.taps.names(), ["tap-x"]);
+        vms.force_delete("b").await.unwrap();
+        assert_eq!(bed.taps.names(), Vec::<String>::new(), "end {end}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_there_is_used_and_stays() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    bed.taps.put("tap-x", true);
+    vms.run("a", bed.with_tap("tap-x")).await;
+    assert_eq!(bed.taps.owner("tap-x"), None);
+    vms.force_delete("a").await.unwrap();
+    assert_eq!(bed.taps.names(), ["tap-x"]);
+    // Nor does a start that fails remove it.
+    vms.create("b", bed.with_tap("tap-x")).await;
+    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    refused(vms.boot("b").await, "precondition");
+    assert_eq!(bed.taps.names(), ["tap-x"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_fails_takes_back_what_it_made() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", with_two_taps(&bed)).await;
+    for act in [
+        Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied),
+        Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+        Act::hang(),
+    ] {
+        vms.world.next(Method::Launch, act);
+        vms.boot("a").await.expect_err("the script says so");
+        assert_eq!(bed.taps.names(), Vec::<String>::new());
+    }
+    // But not what an earlier run had: its addresses may matter to somebody.
+    vms.boot("a").await.unwrap();
+    vms.shutdown("a").await.unwrap();
+    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    refused(vms.boot("a").await, "precondition");
+    assert_eq!(bed.taps.names(), both(&bed, "a"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_tap_nothing_is_launched() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    bed.taps.put("eth7", false);
+    vms.create("a", bed.with_tap("eth7")).await;
+    let text = refused(vms.boot("a").await, "precondition");
+    assert!(text.contains("network[0].tap_device") && text.contains("not a TAP"), "{text}");
+    bed.taps.deny();
+    vms.create("b", with_two_taps(&bed)).await;
+    let text = refused(vms.boot("b").await, "precondition");
+    assert!(text.contains("CAP_NET_ADMIN") && text.contains("beforehand"), "{text}");
+    assert_eq!((vms.state("a"), vms.state("b")), (VmState::Created, VmState::Created));
+    assert_eq!((vms.world.calls(Method::Launch), bed.taps.names()), (0, vec!["eth7".to_owned()]));
+    // The second interface of two fails: the first one goes.
+    let name = vms.record("b").uid.tap_name(1);
+    bed.taps.put("tap-x", true);
+    bed.taps.put(&name, true);
+    let text = refused(vms.boot("b").await, "precondition");
+    assert!(text.contains("network[1].tap_device") && text.contains("nothing proves"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_tap_of_a_running_vm_cannot_be_named_by_another() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", VmConfig { network: vec![Default::default()], ..bed.config() }).await;
+    let name = vms.record("a").uid.tap_name(0);
+    vms.create("b", bed.with_tap(&name)).await;
+    let text = refused(vms.boot("b").await, "precondition");
+    assert!(text.contains("VM \"a\"") && text.contains(&name), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_removed_is_named_and_goes_later() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_tap("tap-x")).await;
+    bed.taps.stick(true);
+    let left = vms.force_delete("a").await.unwrap().left_behind;
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0].field, "tap tap-x");
+    assert!(left[0].message.contains("stuck"), "{left:?}");
+    bed.taps.stick(false);
+    bed.taps.attach("tap-x", true);
+    bed.start().await;
+    assert_eq!(bed.taps.names(), ["tap-x"], "somebody still holds it");
+    bed.taps.attach("tap-x", false);
+    bed.start().await;
+    assert_eq!(bed.taps.names(), Vec::<String>::new());
+}
+
+#[test]
+fn a_start_that_a_crash_cut_short_leaves_no_tap() {
+    // Dead between two TAPs, before the VMM was started, and with a VMM that nobody recorded.
+    for (hang_once_made, act) in [(true, Act::hang()), (false, Act::hang()), (false, Act::do_then_hang())] {
+        let bed = Bed::new();
+        bed.life(async |vms| {
+            vms.create("a", with_two_taps(&bed)).await;
+            bed.taps.hang_once_made(hang_once_made);
+            vms.world.next(Method::Launch, act);
+            let boot = {
+                let vms = vms.clone();
+                async move { vms.boot("a").await }
+            };
+            let _task = vms.begin(boot).await;
+            let made = if hang_once_made { 1 } else { 2 };
+            eventually("the TAPs", || {
+                bed.taps.names().len() == made && (hang_once_made || vms.world.calls(Method::Launch) == 1)
+            })
+            .await;
+        });
+        bed.taps.hang_once_made(false);
+        let runs = bed.world.living() == 1;
+        bed.life(async |vms| {
+            if runs {
+                assert_eq!((vms.state("a"), bed.taps.names()), (VmState::Running, both(&bed, "a")));
+                vms.create("b", bed.with_tap("tap-x")).await;
+                assert!(refused(vms.boot("b").await, "precondition").contains("VM \"a\""));
+                vms.force_delete("a").await.unwrap();
+            } else {
+                assert_eq!(
+                    (vms.state("a"), vms.reason("a").as_str()),
+                    (VmState::Created, "boot-interrupted")
+                );
+            }
+            assert_eq!(bed.taps.names(), Vec::<String>::new());
+        });
+    }
+}
+
+#[test]
+fn taps_are_found_again_by_the_next_daemon() {
+    let bed = Bed::new();
+    bed.life(async |vms| drop(vms.run("a", with_two_taps(&bed)).await));
+    bed.life(async |vms| {
+        assert_eq!((vms.phase("a"), bed.taps.names()), (Phase::Running, both(&bed, "a")));
+        vms.force_delete("a").await.unwrap();
+        assert_eq!(bed.taps.names(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_deletion_that_a_crash_cut_short_removes_the_taps() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.run("a", with_two_taps(&bed)).await;
+        vms.shutdown("a").await.unwrap();
+    });
+    let before = bed.stored("a");
+    bed.store.put(VmRecord {
+        intent: Some(Intent { request: Request::Delete, actor: ME.into(), since_ms: 1 }),
+        generation: before.generation + 1,
+        ..before
+    });
+    bed.life(async |_| assert_eq!(bed.taps.names(), Vec::<String>::new()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tap_that_takes_too_long_fails_the_start_and_does_not_stay() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", with_two_taps(&bed)).await;
+    bed.taps.hang_once_made(true);
+    let text = refused(vms.boot("a").await, "unavailable");
+    assert!(text.contains("tap-x"), "{text}");
+    assert_eq!((vms.world.calls(Method::Launch), bed.taps.names()), (0, vec![]));
+    bed.taps.hang_once_made(false);
+    vms.boot("a").await.unwrap();
+}

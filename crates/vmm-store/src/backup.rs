@@ -1,0 +1,380 @@
+//! Copies of the database: taken while a daemon writes, and put back when none does.
+//!
+//! ```text
+//!   backup ── read-only ──► copy beside FILE ──► whole? ours? readable? ──► on the disk ──► named FILE
+//!
+//!   restore ── lock ──► copy beside the database ──► whole? ours? known version? same state directory?
+//!                                                         │ yes to all
+//!         the present one gets a second name ◄────────────┘
+//!                  └──► the copy takes its name
+//! ```
+//!
+//! SQLite's backup interface reads the source in one transaction, so the copy is of one moment and neither waits for the
+//! daemon's writer nor makes it wait. A copy is one file without a log beside it, and gets its name only when it has been
+//! read back. Where anything fails, nothing has changed.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rusqlite::Connection;
+use rusqlite::backup::{Backup, StepResult};
+use tempfile::TempPath;
+use vmm_core::backend::Effect;
+use vmm_core::id::InstanceId;
+use vmm_core::store::{Snapshot, StoreError, StoreErrorKind, VmRecord};
+
+use crate::codec::{FORMAT, encode_record};
+use crate::error::{CausedBy, REMEDY, corrupt, from_sqlite, store_error};
+use crate::open::{self, DATABASE_FILE, connect, connect_to_read, io_error, with_suffix};
+use crate::reader;
+use crate::schema::{self, MIGRATIONS};
+
+/// How far the event log's next place is moved on where nobody can tell how many were given since the backup.
+const UNKNOWN_EVENTS: u64 = 1 << 32;
+
+/// What a copy holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Copied {
+    /// The state directory that it belongs to.
+    pub instance: InstanceId,
+    /// VMs on record.
+    pub vms: usize,
+    /// Its size in bytes.
+    pub bytes: u64,
+}
+
+/// What a restore did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// What is in force now.
+    pub copied: Copied,
+    /// Where the database that was there before is now.
+    pub replaced: Option<PathBuf>,
+}
+
+/// Looks at each VM of a backup before it is put back, and may correct its record by what the host shows: `Ok(true)` where it
+/// did. An error, for people, stops the restore.
+pub type Amend<'a> = dyn FnMut(&mut VmRecord) -> Result<bool, String> + 'a;
+
+/// Reads what the database in `state_dir` holds, beside a daemon that may be using it, and changes nothing. `None` where there
+/// is no database.
+///
+/// # Errors
+///
+/// As [`crate::SqliteStore::open`]; [`StoreErrorKind::Io`] where an older program wrote it.
+pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
+    let path = state_dir.join(DATABASE_FILE);
+    if !is_there(&path)? {
+        return Ok(None);
+    }
+    let mut conn = connect_to_read(&path).map_err(|error| open::unusable(&path, error))?;
+    open::check(&conn, &path, MIGRATIONS)?;
+    let newest = MIGRATIONS.last().map_or(0, |step| step.to);
+    if schema::version(&conn, &path)? < newest {
+        return Err(store_error(
+            StoreErrorKind::Io,
+            Effect::NotApplied,
+            format!(
+                "the database {} was written by an older program; start the daemon once, which upgrades it",
+                path.display()
+            ),
+        ));
+    }
+    let instance = open::instance(&conn, &path)?;
+    reader::load(&mut conn, &path, instance).map(Some)
+}
+
+/// Writes a copy of the database in `state_dir`, as it is at one moment, to the new file `target`, which only its owner may
+/// read. A daemon may use the database meanwhile.
+///
+/// # Errors
+///
+/// [`StoreErrorKind::Conflict`] if `target` is there already, [`StoreErrorKind::Corrupt`] if the database is damaged or
+/// missing, and what the disk says. There is no `target` then.
+pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
+    let path = state_dir.join(DATABASE_FILE);
+    if target.symlink_metadata().is_ok() {
+        return Err(taken(target));
+    }
+    if !is_there(&path)? {
+        let message = format!("there is no database in {}; check UNKEY_VMCP_STATE_DIR", state_dir.display());
+        return Err(store_error(StoreErrorKind::Io, Effect::NotApplied, message));
+    }
+    let folder = match target.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        Some(_) | None => Path::new("."),
+    };
+    let draft = draft_in(folder)?;
+    copy(&path, &draft)?;
+    let conn = connect(&draft).map_err(|error| open::unusable(&draft, error))?;
+    let (instance, vms) = verify(&conn, &path)?;
+    seal(conn, &draft)?;
+    let bytes = size(&draft)?;
+    match draft.persist_noclobber(target) {
+        Ok(()) => {}
+        Err(refused) if refused.error.kind() == ErrorKind::AlreadyExists => return Err(taken(target)),
+        Err(refused) => return Err(io_error("naming", target, refused.error)),
+    }
+    force(folder)?;
+    Ok(Copied { instance, vms, bytes })
+}
+
+/// Puts the backup `file` in the place of the database in `state_dir`, where no daemon uses it. The database that was there
+/// stays beside it under a name with the date.
+///
+/// # Errors
+///
+/// [`StoreErrorKind::Io`] if a daemon holds the state directory, [`StoreErrorKind::Corrupt`] or [`StoreErrorKind::Newer`] if the
+/// backup is damaged, not ours or from the future, [`StoreErrorKind::Conflict`] if it belongs to another state directory or
+/// `amend` refuses it. The database is as it was then.
+pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<Restored, StoreError> {
+    let _lock = open::lock(state_dir)?;
+    let path = state_dir.join(DATABASE_FILE);
+    refuse_itself(file, &path)?;
+    let present = Present::of(&path);
+
+    let draft = draft_in(state_dir)?;
+    copy(file, &draft).map_err(|error| unfit(file, error))?;
+    let mut conn = connect(&draft).map_err(|error| open::unusable(&draft, error))?;
+    let (instance, _) = verify(&conn, file).map_err(|error| unfit(file, error))?;
+    if let Present::Readable(there) = &present
+        && there.instance != instance
+    {
+        return Err(of_another(file, state_dir));
+    }
+    // A copy can be upgraded only where it needs no log of its own.
+    without_log(&conn, &draft)?;
+    schema::migrate(&mut conn, &draft, MIGRATIONS)?;
+    let snapshot = reader::load(&mut conn, file, instance).map_err(|error| unfit(file, error))?;
+    let vms = snapshot.vms.len();
+    skip_places(&conn, &draft, &snapshot, &present)?;
+    correct(&conn, file, &draft, snapshot, amend)?;
+    let date = date(&conn, &draft)?;
+    seal(conn, &draft)?;
+    let bytes = size(&draft)?;
+
+    let replaced = present.set_aside(&path, &date)?;
+    draft.persist(&path).map_err(|refused| io_error("naming", &path, refused.error))?;
+    force(state_dir)?;
+    Ok(Restored { copied: Copied { instance, vms, bytes }, replaced })
+}
+
+/// The database that a restore replaces.
+enum Present {
+    None,
+    Readable(Box<Snapshot>),
+    /// Damaged, or from the future: kept as it is, byte for byte.
+    Unreadable,
+}
+
+impl Present {
+    fn of(path: &Path) -> Self {
+        let there = path.symlink_metadata().is_ok() || with_suffix(path, "-wal").symlink_metadata().is_ok();
+        if !there {
+            return Self::None;
+        }
+        match path.parent().map(peek) {
+            Some(Ok(Some(snapshot))) => Self::Readable(Box::new(snapshot)),
+            Some(Ok(None) | Err(_)) | None => Self::Unreadable,
+        }
+    }
+
+    /// Gives the database a second name, and takes its log out of the way: beside another database it would be replayed
+    /// into that. The first name stays, so that at no moment a daemon finds nothing and begins anew.
+    fn set_aside(&self, path: &Path, date: &str) -> Result<Option<PathBuf>, StoreError> {
+        if matches!(self, Self::None) {
+            return Ok(None);
+        }
+        if matches!(self, Self::Readable(_)) {
+            // Its log goes into it, and then it is one file.
+            let conn = connect(path).map_err(|error| open::unusable(path, error))?;
+            without_log(&conn, path)?;
+            conn.close().map_err(|(_, error)| open::unusable(path, error))?;
+        }
+        let kept = with_suffix(path, &format!(".replaced-{date}"));
+        let absent = |error: &std::io::Error| error.kind() == ErrorKind::NotFound;
+        match std::fs::hard_link(path, &kept) {
+            Err(error) if !absent(&error) => return Err(io_error("keeping", path, error)),
+            Ok(()) | Err(_) => {}
+        }
+        let log = with_suffix(path, "-wal");
+        match std::fs::rename(&log, with_suffix(&kept, "-wal")) {
+            Err(error) if !absent(&error) => return Err(io_error("keeping", &log, error)),
+            Ok(()) | Err(_) => {}
+        }
+        // Only an index of the log, made anew from it.
+        let index = with_suffix(path, "-shm");
+        match std::fs::remove_file(&index) {
+            Err(error) if !absent(&error) => return Err(io_error("removing", &index, error)),
+            Ok(()) | Err(_) => {}
+        }
+        Ok(Some(kept))
+    }
+}
+
+/// Says whether there is a database. One that has gone and left its log is damage.
+fn is_there(path: &Path) -> Result<bool, StoreError> {
+    match std::fs::metadata(path) {
+        Ok(file) if file.len() == 0 => Err(corrupt(path, "the file is empty")),
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let left = std::fs::metadata(with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0);
+            if left { Err(corrupt(path, "it has gone, but its log is still there")) } else { Ok(false) }
+        }
+        Err(error) => Err(io_error("looking at", path, error)),
+    }
+}
+
+/// An empty file in `folder` that only its owner may read, and that goes again unless it is named.
+fn draft_in(folder: &Path) -> Result<TempPath, StoreError> {
+    let draft = tempfile::Builder::new().prefix(".vmm-controlplane-copy-").tempfile_in(folder);
+    // Closed before SQLite opens it: to close it later would drop SQLite's locks on it.
+    draft
+        .map(tempfile::NamedTempFile::into_temp_path)
+        .map_err(|error| io_error("writing into", folder, error))
+}
+
+/// Copies a database whole, as it is at one moment.
+fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
+    let reading = |error| from_sqlite(from, "copying", Effect::NotApplied, error);
+    let source = connect_to_read(from).map_err(reading)?;
+    let mut target = connect(to).map_err(|error| from_sqlite(to, "making", Effect::NotApplied, error))?;
+    let copying = Backup::new(&source, &mut target).map_err(reading)?;
+    match copying.step(-1).map_err(reading)? {
+        StepResult::Done => Ok(()),
+        _ => Err(store_error(
+            StoreErrorKind::Io,
+            Effect::NotApplied,
+            format!("the database {} was locked by another program all the time; try again", from.display()),
+        )),
+    }
+}
+
+/// Reads a copy through, and answers whose it is and how many VMs it has. Errors name `shown`, where it came from.
+fn verify(conn: &Connection, shown: &Path) -> Result<(InstanceId, usize), StoreError> {
+    open::check(conn, shown, MIGRATIONS)?;
+    let failed = |error| from_sqlite(shown, "reading", Effect::NotApplied, error);
+    let finding: String =
+        conn.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(failed)?;
+    if finding != "ok" {
+        return Err(corrupt(shown, finding.trim().replace('\n', "; ")));
+    }
+    let instance = open::instance(conn, shown)?;
+    let vms: u32 = conn.query_row("SELECT count(*) FROM vms", [], |row| row.get(0)).map_err(failed)?;
+    Ok((instance, usize::try_from(vms).unwrap_or(usize::MAX)))
+}
+
+/// A token of the event log means one event for ever, so those that were given since the backup are not given again.
+fn skip_places(conn: &Connection, path: &Path, copy: &Snapshot, present: &Present) -> Result<(), StoreError> {
+    let next = match present {
+        Present::Readable(there) => there.last_event.0.max(copy.last_event.0),
+        Present::None | Present::Unreadable => copy.last_event.0.saturating_add(UNKNOWN_EVENTS),
+    };
+    let next = i64::try_from(next).unwrap_or(i64::MAX);
+    let failed = |error| from_sqlite(path, "writing", Effect::NotApplied, error);
+    conn.execute("DELETE FROM sqlite_sequence WHERE name = 'events'", []).map_err(failed)?;
+    conn.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('events', ?1)", [next]).map_err(failed)?;
+    Ok(())
+}
+
+/// Lets `amend` look at every VM, and writes what it corrected.
+fn correct(
+    conn: &Connection,
+    shown: &Path,
+    path: &Path,
+    snapshot: Snapshot,
+    amend: &mut Amend<'_>,
+) -> Result<(), StoreError> {
+    let mut refused = Vec::new();
+    for mut record in snapshot.vms {
+        match amend(&mut record) {
+            Ok(false) => {}
+            Ok(true) => {
+                let row = encode_record(&record)?;
+                conn.execute(
+                    "UPDATE vms SET record = ?1, format = ?2 WHERE uid = ?3",
+                    (&row.json, FORMAT, &row.uid),
+                )
+                .map_err(|error| from_sqlite(path, "writing", Effect::NotApplied, error))?;
+            }
+            Err(why) => refused.push(why),
+        }
+    }
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let message =
+        format!("{} is not put back, and nothing was changed: {}", shown.display(), refused.join("; "));
+    Err(store_error(StoreErrorKind::Conflict, Effect::NotApplied, message))
+}
+
+/// Makes the copy one file that is on the disk.
+fn seal(conn: Connection, path: &Path) -> Result<(), StoreError> {
+    without_log(&conn, path)?;
+    conn.close().map_err(|(_, error)| from_sqlite(path, "closing", Effect::NotApplied, error))?;
+    force(path)
+}
+
+/// Moves the log into the database, and has none any more.
+fn without_log(conn: &Connection, path: &Path) -> Result<(), StoreError> {
+    conn.pragma_update_and_check(None, "journal_mode", "DELETE", |row| row.get::<_, String>(0))
+        .map(|_| ())
+        .map_err(|error| from_sqlite(path, "closing the log of", Effect::NotApplied, error))
+}
+
+/// Waits until a file or a folder is on the disk.
+fn force(path: &Path) -> Result<(), StoreError> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|error| io_error("writing", path, error))
+}
+
+fn size(path: &Path) -> Result<u64, StoreError> {
+    std::fs::metadata(path).map(|facts| facts.len()).map_err(|error| io_error("looking at", path, error))
+}
+
+/// The present time, in UTC and to the millisecond, in a form that suits a file's name.
+fn date(conn: &Connection, path: &Path) -> Result<String, StoreError> {
+    conn.query_row("SELECT strftime('%Y%m%dT%H%M%fZ', 'now')", [], |row| row.get(0))
+        .map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))
+}
+
+fn taken(target: &Path) -> StoreError {
+    let message = format!("{} is there already and was not touched; name a new file", target.display());
+    store_error(StoreErrorKind::Conflict, Effect::NotApplied, message)
+}
+
+fn of_another(file: &Path, state_dir: &Path) -> StoreError {
+    let message = format!(
+        "{} is a backup of another state directory than {}, and nothing was changed. Name that directory with \
+         UNKEY_VMCP_STATE_DIR; or, to begin here with the backup, move the database and the files that begin with its name \
+         elsewhere first",
+        file.display(),
+        state_dir.display()
+    );
+    store_error(StoreErrorKind::Conflict, Effect::NotApplied, message)
+}
+
+/// Says of what is wrong with a backup that it is the backup's.
+fn unfit(file: &Path, error: StoreError) -> StoreError {
+    let why = error.message.trim_end_matches(REMEDY).trim_end();
+    let message = format!("{} cannot be put back, and nothing was changed: {why}", file.display());
+    let unfit = store_error(error.kind, Effect::NotApplied, message);
+    match error.source {
+        Some(source) => unfit.caused_by(source),
+        None => unfit,
+    }
+}
+
+/// Refuses a backup that is no file, or is the database itself.
+fn refuse_itself(file: &Path, path: &Path) -> Result<(), StoreError> {
+    let facts = std::fs::metadata(file).map_err(|error| io_error("looking at", file, error))?;
+    let same =
+        std::fs::metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (facts.dev(), facts.ino()));
+    if facts.is_file() && !same {
+        return Ok(());
+    }
+    let what = if same { "is the database itself" } else { "is not a file" };
+    let message = format!("{} {what}; name a backup", file.display());
+    Err(store_error(StoreErrorKind::Conflict, Effect::NotApplied, message))
+}

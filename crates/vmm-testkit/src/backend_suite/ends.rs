@@ -1,0 +1,179 @@
+//! How runs end: the shutdown ladder, and what a guest does by itself.
+
+use vmm_core::state::{EndedBy, Phase, VmState};
+use vmm_core::store::VmRecord;
+
+use super::column::Obeying;
+use super::results::Verdict;
+use super::rig::{VM, Vms, pid_of};
+use crate::guests::Guest;
+
+/// Numbers of RestartMode on the wire.
+pub(super) const NEVER: i32 = 1;
+pub(super) const GUEST_REBOOT: i32 = 2;
+pub(super) const ON_FAILURE: i32 = 3;
+pub(super) const ALWAYS: i32 = 4;
+
+/// Starts the guest that ends when it is asked to; `Err` where this host cannot run one.
+async fn run_obeying(vms: &Vms) -> Result<(), String> {
+    match vms.column().obeying() {
+        Obeying::Tiny(guest) => drop(vms.run_tiny(guest).await),
+        Obeying::Linux => {
+            let linux = vms.column().linux()?;
+            vms.run(VM, vms.linux_config(&linux, "")).await;
+            vms.console_shows(VM, "vmcp-guest: ready", 1).await;
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn guest_obeys_shutdown(vms: Vms) -> Verdict {
+    if let Err(why) = run_obeying(&vms).await {
+        return Verdict::NotRun(why);
+    }
+    let down = vms.shutdown(VM, 60).await.expect("ShutdownVm succeeds");
+    assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.asked)));
+    assert_eq!(down.record.status.phase, Phase::Stopped);
+    let again = vms.shutdown(VM, 60).await.expect("ShutdownVm succeeds");
+    assert_eq!(again.ended_by, Some(EndedBy::AlreadyStopped));
+    Verdict::Served
+}
+
+/// A guest that stands still is resumed first, or it could not obey.
+pub(super) async fn paused_guest_obeys_shutdown(vms: Vms) -> Verdict {
+    if let Err(why) = run_obeying(&vms).await {
+        return Verdict::NotRun(why);
+    }
+    vms.pause(VM).await.expect("PauseVm succeeds");
+    let down = vms.shutdown(VM, 60).await.expect("ShutdownVm succeeds");
+    assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.asked)));
+    Verdict::Served
+}
+
+pub(super) async fn guest_ignores_shutdown(vms: Vms) -> Verdict {
+    vms.run_tiny(Guest::Idle).await;
+    let down = vms.shutdown(VM, 1).await.expect("ShutdownVm succeeds");
+    assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.ordered)));
+    Verdict::Served
+}
+
+pub(super) async fn forced_shutdown(vms: Vms) -> Verdict {
+    vms.run_tiny(Guest::Idle).await;
+    for paused in [false, true] {
+        if paused {
+            vms.boot(VM).await.expect("BootVm succeeds");
+            vms.pause(VM).await.expect("PauseVm succeeds");
+        }
+        let down = vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
+        assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.ordered)));
+        assert!(vms.column().processes(&vms.rig.runtime_dir()).is_empty(), "its process has really gone");
+    }
+    Verdict::Served
+}
+
+pub(super) async fn guest_powers_off(vms: Vms) -> Verdict {
+    vms.run(VM, vms.config(Guest::PowerOff)).await;
+    vms.console_shows(VM, &Guest::PowerOff.banner(), 1).await;
+    if !vms.facts.power_off_seen {
+        // The run goes on, and the VM can be worked with.
+        vms.pause(VM).await.expect("PauseVm succeeds");
+        assert_eq!(vms.resume(VM).await.expect("ResumeVm succeeds").record.state, VmState::Running);
+        return Verdict::NotApplicable(vms.facts.power_off.clone());
+    }
+    let down = vms.until_down(VM).await;
+    assert_end(&down, Phase::Stopped, "guest-power-off", Some(EndedBy::Guest));
+    vms.boot(VM).await.expect("it can be booted again");
+    vms.console_shows(VM, &Guest::PowerOff.banner(), 2).await;
+    Verdict::Served
+}
+
+pub(super) async fn power_off_under_always(vms: Vms) -> Verdict {
+    if !vms.facts.power_off_seen {
+        return Verdict::NotApplicable(vms.facts.power_off.clone());
+    }
+    vms.run(VM, vms.config_with_policy(Guest::PowerOff, ALWAYS, 1)).await;
+    let down = vms.until_down(VM).await;
+    assert_eq!(
+        (down.status.phase, down.status.reason.as_str()),
+        (Phase::Failed, "restart-loop"),
+        "{down:#?}"
+    );
+    let console = vms.console_shows(VM, &Guest::PowerOff.banner(), 2).await;
+    assert_eq!(console.matches(&Guest::PowerOff.banner()).count(), 2, "once, and once more by policy");
+    Verdict::Served
+}
+
+pub(super) async fn reset_under_never(vms: Vms) -> Verdict {
+    vms.run(VM, vms.config_with_policy(Guest::Reset, NEVER, 0)).await;
+    let down = vms.until_down(VM).await;
+    assert_end(&down, Phase::Stopped, "guest-reset", Some(EndedBy::Guest));
+    Verdict::Served
+}
+
+pub(super) async fn reset_under_guest_reboot(vms: Vms) -> Verdict {
+    let first = vms.run(VM, vms.config_with_policy(Guest::Reset, GUEST_REBOOT, 2)).await;
+    assert_eq!(first.state, VmState::Running);
+    assert_restart_loop(&vms, Guest::Reset, 3).await;
+    restarted(&vms)
+}
+
+pub(super) async fn triple_fault_under_never(vms: Vms) -> Verdict {
+    vms.run(VM, vms.config_with_policy(Guest::TripleFault, NEVER, 0)).await;
+    let down = vms.until_down(VM).await;
+    if vms.facts.triple_fault_fails {
+        // A KVM in software makes a reset of some triple faults.
+        assert!(matches!(down.status.reason.as_str(), "guest-crash" | "guest-reset"), "{down:#?}");
+        return Verdict::Served;
+    }
+    assert_end(&down, Phase::Stopped, "guest-reset", Some(EndedBy::Guest));
+    Verdict::Served
+}
+
+pub(super) async fn triple_fault_under_guest_reboot(vms: Vms) -> Verdict {
+    vms.run(VM, vms.config_with_policy(Guest::TripleFault, GUEST_REBOOT, 2)).await;
+    if vms.facts.triple_fault_fails {
+        let down = vms.until_down(VM).await;
+        assert_eq!(down.status.phase, Phase::Failed);
+        assert!(matches!(down.status.reason.as_str(), "guest-crash" | "restart-loop"), "{down:#?}");
+        return Verdict::NotApplicable("a triple fault ends the run as a failure".to_owned());
+    }
+    assert_restart_loop(&vms, Guest::TripleFault, 3).await;
+    restarted(&vms)
+}
+
+/// A killed VMM is a failure, which ON_FAILURE answers with a new process.
+pub(super) async fn on_failure_starts_again(vms: Vms) -> Verdict {
+    let first = vms.run(VM, vms.config_with_policy(Guest::Idle, ON_FAILURE, 0)).await;
+    vms.console_shows(VM, &Guest::Idle.banner(), 1).await;
+    vms.column().signal(&first, vmm_host::process::Signal::KILL);
+    let again = |record: &VmRecord| {
+        record.state == VmState::Running
+            && record.run.as_ref().is_some_and(|run| run.process.pid != pid_of(&first))
+    };
+    let second = vms.until(VM, "running in a new process", again).await;
+    assert_eq!(second.status.restarts, 1);
+    vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
+    Verdict::Served
+}
+
+fn restarted(vms: &Vms) -> Verdict {
+    if vms.facts.reset_in_place {
+        return Verdict::Served;
+    }
+    Verdict::Emulated("its process ends with a reset: a new one is started".to_owned())
+}
+
+async fn assert_restart_loop(vms: &Vms, guest: Guest, boots: usize) {
+    let down = vms.until_down(VM).await;
+    assert_eq!(
+        (down.status.phase, down.status.reason.as_str()),
+        (Phase::Failed, "restart-loop"),
+        "{down:#?}"
+    );
+    vms.console_shows(VM, &guest.banner(), boots).await;
+}
+
+fn assert_end(record: &VmRecord, phase: Phase, reason: &str, ended_by: Option<EndedBy>) {
+    let found = (record.status.phase, record.status.reason.as_str(), record.ended_by);
+    assert_eq!(found, (phase, reason, ended_by), "{record:#?}");
+}

@@ -1,0 +1,252 @@
+//! The documented fields of a configuration: each as served, ignored with a warning, emulated, or refused.
+//!
+//! What to expect is asked of the backend's own `check`; that CreateVm and ValidateVm answer the same, and that what is
+//! accepted really boots and arrives at the VMM, is found out here.
+
+use std::path::PathBuf;
+
+use vmm_core::config::{BootConfig, CpuConfig, CpuTopology, MemoryConfig, VmConfig};
+use vmm_core::report::{FieldReport, Report};
+use vmm_core::spec::VmSpec;
+use vmm_core::store::Requested;
+use vmm_service::{ListQuery, ServiceError};
+
+use super::results::Verdict;
+use super::rig::{VM, Vms};
+use crate::guests::Guest;
+
+/// Whether a configuration is accepted, and with which verdict.
+pub(super) enum Judgement {
+    /// CreateVm has created the VM.
+    Accepted(Verdict),
+    /// CreateVm refuses.
+    Refused(Verdict),
+}
+
+/// Creates a VM with `config` and compares what is answered with what the backend's `check` says. `path` is the field that the
+/// verdict is about.
+pub(super) async fn judge(vms: &Vms, config: &VmConfig, path: &str) -> Judgement {
+    let expected = match VmSpec::parse(config) {
+        Ok(spec) => vms.backend.check(&spec),
+        Err(report) => report,
+    };
+    let requested = Requested { backend: String::new(), config: config.clone() };
+    let validated = vms.service.validate(&requested).await;
+    match vms.try_create(VM, config.clone()).await {
+        Ok(created) => {
+            assert_eq!(expected.violations, [], "accepted, though the backend refuses");
+            assert_covers(&created.warnings, &expected.warnings);
+            let report = Report { violations: Vec::new(), warnings: created.warnings };
+            assert_eq!(validated, report, "ValidateVm and CreateVm answer alike");
+            Judgement::Accepted(verdict_of(&report.warnings, path))
+        }
+        Err(ServiceError::Invalid(violations)) => {
+            assert_covers(&violations, &expected.violations);
+            assert_eq!(validated.violations, violations, "ValidateVm and CreateVm answer alike");
+            let about = violations.iter().find(|found| found.field.starts_with(path));
+            let about = about.unwrap_or_else(|| panic!("nothing about {path}: {violations:?}"));
+            assert!(matches!(vms.service.get(VM), Err(ServiceError::NotFound(_))), "the name is free");
+            Judgement::Refused(Verdict::Rejected(about.to_string()))
+        }
+        Err(other) => panic!("CreateVm fails: {other:?}"),
+    }
+}
+
+fn assert_covers(found: &[FieldReport], expected: &[FieldReport]) {
+    for one in expected {
+        assert!(found.contains(one), "{one} is missing in {found:?}");
+    }
+}
+
+fn verdict_of(warnings: &[FieldReport], path: &str) -> Verdict {
+    const NOT_DONE: [&str; 5] =
+        ["has no effect", "is not applied", "is ignored", "is not used", "is not served"];
+    match warnings.iter().find(|found| found.field.starts_with(path)) {
+        None => Verdict::Served,
+        Some(warning) if NOT_DONE.iter().any(|words| warning.message.starts_with(words)) => {
+            Verdict::Ignored(warning.to_string())
+        }
+        Some(warning) => Verdict::Emulated(warning.to_string()),
+    }
+}
+
+/// The case of one field: whatever is accepted is booted, and what is served is looked for at the VMM.
+async fn field(vms: &Vms, path: &str, change: impl FnOnce(&mut VmConfig)) -> Verdict {
+    let mut config = vms.config(Guest::Idle);
+    change(&mut config);
+    field_of(vms, path, config).await
+}
+
+pub(super) async fn field_of(vms: &Vms, path: &str, config: VmConfig) -> Verdict {
+    match judge(vms, &config, path).await {
+        Judgement::Refused(verdict) => verdict,
+        Judgement::Accepted(verdict) => {
+            vms.boot(VM).await.expect("what is accepted boots");
+            vms.console_shows(VM, &Guest::Idle.banner(), 1).await;
+            if !matches!(verdict, Verdict::Ignored(_)) {
+                assert_evidence(vms).await;
+            }
+            verdict
+        }
+    }
+}
+
+/// Looks for what was asked in what the VMM says of itself.
+pub(super) async fn assert_evidence(vms: &Vms) {
+    let view = vms.view(VM).await;
+    for wanted in vms.column().evidence(vms.rig.case) {
+        let wanted = wanted.replace("{dir}", &vms.rig.dir().display().to_string());
+        let mut rest = Some(view.as_str());
+        for part in wanted.split('…') {
+            rest = rest.and_then(|rest| rest.split_once(part)).map(|(_, rest)| rest);
+        }
+        assert!(rest.is_some(), "{wanted} is not in {view}");
+    }
+}
+
+fn cpu(config: &mut VmConfig) -> &mut CpuConfig {
+    config.cpu.get_or_insert_default()
+}
+
+fn memory(config: &mut VmConfig) -> &mut MemoryConfig {
+    config.memory.get_or_insert_default()
+}
+
+fn boot(config: &mut VmConfig) -> &mut BootConfig {
+    config.boot.get_or_insert_default()
+}
+
+fn write(vms: &Vms, name: &str, content: &[u8]) -> PathBuf {
+    let path = vms.rig.dir().join(name);
+    std::fs::write(&path, content).expect("the file can be written");
+    path
+}
+
+pub(super) async fn vcpu_count(vms: Vms) -> Verdict {
+    field(&vms, "config.cpu.vcpu_count", |config| cpu(config).vcpu_count = 2).await
+}
+
+pub(super) async fn max_vcpu_count(vms: Vms) -> Verdict {
+    field(&vms, "config.cpu.max_vcpu_count", |config| cpu(config).max_vcpu_count = 2).await
+}
+
+pub(super) async fn topology_threads(vms: Vms) -> Verdict {
+    topology(&vms, 1, 2).await
+}
+
+pub(super) async fn topology_sockets(vms: Vms) -> Verdict {
+    topology(&vms, 2, 1).await
+}
+
+async fn topology(vms: &Vms, sockets: i32, threads_per_core: i32) -> Verdict {
+    let change = |config: &mut VmConfig| {
+        cpu(config).vcpu_count = 2;
+        cpu(config).topology = Some(CpuTopology { sockets, cores_per_socket: 1, threads_per_core });
+    };
+    field(vms, "config.cpu.topology", change).await
+}
+
+pub(super) async fn memory_size(vms: Vms) -> Verdict {
+    field(&vms, "config.memory.size_bytes", |config| memory(config).size_bytes = 96 << 20).await
+}
+
+pub(super) async fn memory_hotplug(vms: Vms) -> Verdict {
+    let change = |config: &mut VmConfig| {
+        memory(config).hotplug_enabled = true;
+        memory(config).max_size_bytes = (64 + 128) << 20;
+    };
+    field(&vms, "config.memory.hotplug_enabled", change).await
+}
+
+pub(super) async fn memory_shared(vms: Vms) -> Verdict {
+    let change = |config: &mut VmConfig| {
+        memory(config).backing.insert("shared".to_owned(), "true".to_owned());
+    };
+    field(&vms, "config.memory.backing", change).await
+}
+
+pub(super) async fn memory_hugepages(vms: Vms) -> Verdict {
+    let mut config = vms.config(Guest::Idle);
+    memory(&mut config).backing.insert("hugepages".to_owned(), "true".to_owned());
+    let enough = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+        .ok()
+        .and_then(|free| free.trim().parse::<u64>().ok())
+        .is_some_and(|free| free >= 64);
+    if enough || !vms.column().is_real() {
+        return field_of(&vms, "config.memory.backing", config).await;
+    }
+    match judge(&vms, &config, "config.memory.backing").await {
+        Judgement::Refused(verdict) => verdict,
+        Judgement::Accepted(_) => {
+            let error = vms.boot(VM).await.expect_err("there are no huge pages");
+            assert!(matches!(error, ServiceError::Precondition(_)), "{error:?}");
+            assert!(vms.column().processes(&vms.rig.runtime_dir()).is_empty(), "nothing is left");
+            Verdict::NotRun("this host has no 64 free huge pages of 2 MiB".to_owned())
+        }
+    }
+}
+
+pub(super) async fn initrd(vms: Vms) -> Verdict {
+    let initrd = write(&vms, "initrd.img", &[7; 8192]);
+    let change = |config: &mut VmConfig| boot(config).initrd_path = initrd.display().to_string();
+    field(&vms, "config.boot.initrd_path", change).await
+}
+
+pub(super) async fn kernel_args(vms: Vms) -> Verdict {
+    field(&vms, "config.boot.kernel_args", |config| {
+        boot(config).kernel_args = "console=ttyS0 reboot=k note=\"a,b\" -- one".to_owned();
+    })
+    .await
+}
+
+/// A kernel as distributions ship it is booted or refused before anything is started; here only its first bytes are there.
+pub(super) async fn bzimage_kernel(vms: Vms) -> Verdict {
+    let mut head = vec![0; 4096];
+    head[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    head[0x202..0x206].copy_from_slice(b"HdrS");
+    head[0x206..0x208].copy_from_slice(&0x020f_u16.to_le_bytes());
+    let kernel = write(&vms, "vmlinuz", &head);
+    let mut config = vms.config(Guest::Idle);
+    boot(&mut config).kernel_path = kernel.display().to_string();
+    match judge(&vms, &config, "config.boot.kernel_path").await {
+        Judgement::Refused(verdict) | Judgement::Accepted(verdict) => verdict.without(vms.rig.dir()),
+    }
+}
+
+pub(super) async fn unknown_key(vms: Vms) -> Verdict {
+    let change = |config: &mut VmConfig| {
+        memory(config).backing.insert("hugepage".to_owned(), "true".to_owned());
+    };
+    let verdict = field(&vms, "config.memory.backing", change).await;
+    assert!(matches!(verdict, Verdict::Rejected(_)), "a typo must never be dropped in silence: {verdict:?}");
+    verdict
+}
+
+pub(super) async fn key_of_another_backend(vms: Vms) -> Verdict {
+    let name = vms.backend.capabilities().name.clone();
+    let key = if name.as_str() == "qemu" { "ch.example" } else { "qemu.model" };
+    let change = |config: &mut VmConfig| {
+        cpu(config).features.insert(key.to_owned(), "max".to_owned());
+    };
+    field(&vms, "config.cpu.features", change).await
+}
+
+/// Labels are kept, returned, and found by.
+pub(super) async fn metadata(vms: Vms) -> Verdict {
+    let labels = [("team".to_owned(), "ü,=\"".to_owned())];
+    let verdict = field(&vms, "config.metadata", |config| config.metadata = labels.clone().into()).await;
+    let find = |value: &str| {
+        let metadata = [("team".to_owned(), value.to_owned())].into();
+        vms.service
+            .list(&ListQuery { metadata, ..ListQuery::default() })
+            .expect("ListVms answers")
+            .total_count
+    };
+    assert_eq!((find("ü,=\""), find("other")), (1, 0));
+    assert_eq!(vms.record(VM).config.metadata, labels.into());
+    verdict
+}
+
+pub(super) async fn restart_policy_unset(vms: Vms) -> Verdict {
+    field(&vms, "config.restart_policy", |_| {}).await
+}

@@ -1,0 +1,222 @@
+//! The documented fields of disks, network interfaces and the console.
+
+use std::path::Path;
+use std::process::Command;
+
+use vmm_core::config::{ConsoleConfig, NetworkInterface, StorageDevice, VmConfig};
+use vmm_service::ServiceError;
+
+use super::fields::{assert_evidence, field_of};
+use super::results::Verdict;
+use super::rig::{VM, Vms, file_shows};
+use super::tap::Tap;
+use crate::guests::Guest;
+
+fn disk(vms: &Vms, name: &str) -> StorageDevice {
+    let path = vms.rig.dir().join(name);
+    std::fs::write(&path, vec![0; 1 << 20]).expect("the disk can be written");
+    StorageDevice { id: name.replace('.', "-"), path: path.display().to_string(), ..StorageDevice::default() }
+}
+
+fn with_options(mut disk: StorageDevice, options: &[(&str, &str)]) -> StorageDevice {
+    disk.options = options.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    disk
+}
+
+async fn storage(vms: &Vms, path: &str, storage: Vec<StorageDevice>) -> Verdict {
+    let config = VmConfig { storage, ..vms.config(Guest::Idle) };
+    field_of(vms, path, config).await.without(vms.rig.dir())
+}
+
+pub(super) async fn several_disks(vms: Vms) -> Verdict {
+    let disks = vec![disk(&vms, "a.raw"), disk(&vms, "b.raw"), disk(&vms, "c.raw")];
+    storage(&vms, "config.storage", disks).await
+}
+
+/// The root device comes first, and the kernel is told so.
+pub(super) async fn root_device(vms: Vms) -> Verdict {
+    let root = StorageDevice { is_root_device: true, ..disk(&vms, "root.raw") };
+    storage(&vms, "config.storage", vec![disk(&vms, "data.raw"), root]).await
+}
+
+pub(super) async fn qcow2_disk(vms: Vms) -> Verdict {
+    let path = vms.rig.dir().join("a.qcow2");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M").status();
+    if !made.is_ok_and(|status| status.success()) {
+        return Verdict::NotRun("qemu-img is not there to make an image".to_owned());
+    }
+    let plain =
+        StorageDevice { id: "a".to_owned(), path: path.display().to_string(), ..StorageDevice::default() };
+    // Never probed: an image that is not said to be qcow2 is refused, everywhere.
+    let unsaid = VmConfig { storage: vec![plain.clone()], ..vms.config(Guest::Idle) };
+    let refused = vms.try_create(VM, unsaid).await.expect_err("raw would hand the guest the header");
+    assert!(matches!(refused, ServiceError::Invalid(_)), "{refused:?}");
+    storage(&vms, "config.storage", vec![with_options(plain, &[("format", "qcow2")])]).await
+}
+
+pub(super) async fn read_only_disk(vms: Vms) -> Verdict {
+    let disks = vec![StorageDevice { read_only: true, ..disk(&vms, "a.raw") }, disk(&vms, "b.raw")];
+    storage(&vms, "config.storage[0]", disks).await
+}
+
+pub(super) async fn disk_rate_limits(vms: Vms) -> Verdict {
+    let limits = [("rate_limit.bytes_per_second", "1000000"), ("rate_limit.operations_per_second", "200")];
+    storage(&vms, "config.storage[0].options", vec![with_options(disk(&vms, "a.raw"), &limits)]).await
+}
+
+pub(super) async fn cache_unsafe(vms: Vms) -> Verdict {
+    let disks = vec![with_options(disk(&vms, "a.raw"), &[("cache", "unsafe")])];
+    storage(&vms, "config.storage[0].options", disks).await
+}
+
+pub(super) async fn direct_io(vms: Vms) -> Verdict {
+    let disks = vec![with_options(disk(&vms, "a.raw"), &[("direct_io", "true")])];
+    storage(&vms, "config.storage[0].options", disks).await
+}
+
+fn nic(id: &str, tap: &str, mac: &str) -> NetworkInterface {
+    NetworkInterface {
+        id: id.to_owned(),
+        tap_device: tap.to_owned(),
+        mac_address: mac.to_owned(),
+        ..NetworkInterface::default()
+    }
+}
+
+/// Two TAPs that exist are used, and stay.
+pub(super) async fn nics_on_taps(vms: Vms) -> Verdict {
+    let (first, second) = match (Tap::new(), Tap::new()) {
+        (Ok(first), Ok(second)) => (first, second),
+        (Err(why), _) | (_, Err(why)) => return Verdict::NotRun(why),
+    };
+    let network =
+        vec![nic("a", first.name(), "02:00:00:00:05:01"), nic("b", second.name(), "02:00:00:00:05:02")];
+    let verdict = field_of(&vms, "config.network", VmConfig { network, ..vms.config(Guest::Idle) }).await;
+    vms.delete(VM, true).await.expect("DeleteVm succeeds");
+    assert!(Tap::exists(first.name()) && Tap::exists(second.name()), "what was there before stays");
+    verdict
+}
+
+pub(super) async fn nic_rate_limits(vms: Vms) -> Verdict {
+    let tap = match Tap::new() {
+        Ok(tap) => tap,
+        Err(why) => return Verdict::NotRun(why),
+    };
+    let mut limited = nic("a", tap.name(), "02:00:00:00:05:03");
+    for (key, value) in [("rate_limit.bytes_per_second", "1000000"), ("rate_limit.packets_per_second", "200")]
+    {
+        limited.options.insert(key.to_owned(), value.to_owned());
+    }
+    let config = VmConfig { network: vec![limited], ..vms.config(Guest::Idle) };
+    field_of(&vms, "config.network[0].options", config).await
+}
+
+/// A TAP that does not exist is made, named as asked, and goes with the VM.
+pub(super) async fn tap_made_by_name(vms: Vms) -> Verdict {
+    made_tap(&vms, &Tap::free_name()).await
+}
+
+/// The same where the program chooses the name.
+pub(super) async fn tap_named_by_the_program(vms: Vms) -> Verdict {
+    made_tap(&vms, "").await
+}
+
+async fn made_tap(vms: &Vms, asked: &str) -> Verdict {
+    if let Err(why) = Tap::new() {
+        return Verdict::NotRun(why);
+    }
+    let network = vec![nic("a", asked, "02:00:00:00:05:04")];
+    let verdict = field_of(vms, "config.network", VmConfig { network, ..vms.config(Guest::Idle) }).await;
+    let chosen = vms.record(VM).uid.tap_name(0);
+    let name = if asked.is_empty() { chosen.as_str() } else { asked };
+    if !vms.column().is_real() {
+        // The fake has no network.
+        return verdict;
+    }
+    assert!(Tap::exists(name), "{name} is there while the VM runs");
+    assert!(vms.view(VM).await.contains(name));
+    vms.delete(VM, true).await.expect("DeleteVm succeeds");
+    assert!(!Tap::exists(name), "{name} goes with the VM");
+    verdict
+}
+
+/// A TAP serves one running VM; the second is told who holds it.
+pub(super) async fn one_tap_one_vm(vms: Vms) -> Verdict {
+    let tap = match Tap::new() {
+        Ok(tap) => tap,
+        Err(why) => return Verdict::NotRun(why),
+    };
+    let on = |mac| VmConfig { network: vec![nic("a", tap.name(), mac)], ..vms.config(Guest::Idle) };
+    refused_while_held(&vms, on("02:00:00:00:05:05"), on("02:00:00:00:05:06")).await
+}
+
+/// So does a writable disk.
+pub(super) async fn one_disk_one_vm(vms: Vms) -> Verdict {
+    let held = disk(&vms, "held.raw");
+    let link = vms.rig.dir().join("link.raw");
+    std::fs::hard_link(&held.path, &link).expect("the disk can be linked");
+    let other = StorageDevice { path: link.display().to_string(), ..held.clone() };
+    let with = |disk| VmConfig { storage: vec![disk], ..vms.config(Guest::Idle) };
+    refused_while_held(&vms, with(held), with(other)).await
+}
+
+async fn refused_while_held(vms: &Vms, first: VmConfig, second: VmConfig) -> Verdict {
+    vms.run("holder", first).await;
+    vms.create("rival", second).await;
+    let error = vms.boot("rival").await.expect_err("it is held");
+    assert!(matches!(error, ServiceError::Precondition(_)), "{error:?}");
+    assert!(error.to_string().contains("\"holder\""), "it names the holder: {error}");
+    vms.force_shutdown("holder").await.expect("ShutdownVm succeeds");
+    vms.boot("rival").await.expect("it is free now");
+    Verdict::Served
+}
+
+/// The console is kept, first message included, and appended to over boots and reboots.
+pub(super) async fn console_kept(vms: Vms) -> Verdict {
+    vms.run_tiny(Guest::Idle).await;
+    vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
+    vms.boot(VM).await.expect("BootVm succeeds");
+    vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
+    vms.reboot(VM, false).await.expect("RebootVm succeeds");
+    let console = vms.console_shows(VM, &Guest::Idle.banner(), 3).await;
+    let lines: Vec<&str> = console.lines().filter(|line| !line.trim().is_empty()).collect();
+    assert_eq!(lines, vec![Guest::Idle.banner(); 3], "the guest's words and no others");
+    Verdict::Served
+}
+
+/// The console goes to the file that is named, which stays.
+pub(super) async fn console_to_a_file(vms: Vms) -> Verdict {
+    let output = vms.rig.dir().join("my console, with a comma.log");
+    let console = Some(ConsoleConfig {
+        enabled: true,
+        output: output.display().to_string(),
+        ..ConsoleConfig::default()
+    });
+    vms.run(VM, VmConfig { console, ..vms.config(Guest::Idle) }).await;
+    file_shows(&output, &Guest::Idle.banner(), 1).await;
+    vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
+    vms.boot(VM).await.expect("BootVm succeeds");
+    file_shows(&output, &Guest::Idle.banner(), 2).await;
+    assert!(!vms.console_file(VM).exists(), "nothing is kept beside it");
+    vms.delete(VM, true).await.expect("DeleteVm succeeds");
+    assert!(output.exists(), "DeleteVm removes no file that the client named");
+    Verdict::Served
+}
+
+pub(super) async fn console_off(vms: Vms) -> Verdict {
+    let console = Some(ConsoleConfig::default());
+    let record = vms.run(VM, VmConfig { console, ..vms.config(Guest::Idle) }).await;
+    assert_evidence(&vms).await;
+    vms.pause(VM).await.expect("PauseVm succeeds");
+    let dir = record.uid.run_dir(&vms.rig.runtime_dir());
+    assert!(!holds(&dir, &Guest::Idle.banner()), "what the guest prints is not kept");
+    Verdict::Served
+}
+
+/// Says whether a file of `dir` holds `text`.
+fn holds(dir: &Path, text: &str) -> bool {
+    let files = std::fs::read_dir(dir).expect("the run folder is there").flatten();
+    files.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())).any(|entry| {
+        std::fs::read(entry.path()).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text))
+    })
+}

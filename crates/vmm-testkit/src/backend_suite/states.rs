@@ -1,0 +1,173 @@
+//! The state table of the contract, row by row, and what hangs on it.
+
+use vmm_core::state::VmState;
+use vmm_core::store::VmRecord;
+use vmm_service::{Outcome, ServiceError};
+
+use super::results::Verdict;
+use super::rig::{VM, Vms, pid_of};
+use crate::guests::Guest;
+
+/// An operation.
+#[derive(Clone, Copy)]
+enum Op {
+    Boot,
+    Shutdown,
+    Pause,
+    Resume,
+    Reboot,
+    Delete,
+    ForceDelete,
+}
+
+/// A cell of the table, written down here and not taken from the code: this is what clients were promised.
+#[derive(Clone, Copy)]
+enum Cell {
+    /// It leads to this state.
+    To(VmState),
+    /// There is nothing to do.
+    Same,
+    /// The state forbids it.
+    No,
+    /// The VM is gone.
+    Gone,
+}
+
+use Cell::{Gone, No, Same, To};
+
+const RUNNING: Cell = To(VmState::Running);
+const PAUSED: Cell = To(VmState::Paused);
+const SHUTDOWN: Cell = To(VmState::Shutdown);
+
+pub(super) async fn boot_in_every_state(vms: Vms) -> Verdict {
+    row(&vms, Op::Boot, [RUNNING, Same, No, RUNNING]).await
+}
+
+pub(super) async fn shutdown_in_every_state(vms: Vms) -> Verdict {
+    row(&vms, Op::Shutdown, [No, SHUTDOWN, SHUTDOWN, Same]).await
+}
+
+pub(super) async fn pause_in_every_state(vms: Vms) -> Verdict {
+    row(&vms, Op::Pause, [No, PAUSED, Same, No]).await
+}
+
+pub(super) async fn resume_in_every_state(vms: Vms) -> Verdict {
+    row(&vms, Op::Resume, [No, Same, RUNNING, No]).await
+}
+
+pub(super) async fn reboot_in_every_state(vms: Vms) -> Verdict {
+    row(&vms, Op::Reboot, [No, RUNNING, No, No]).await
+}
+
+pub(super) async fn delete_in_every_state(vms: Vms) -> Verdict {
+    row(&vms, Op::Delete, [Gone, No, No, Gone]).await
+}
+
+pub(super) async fn force_delete_in_every_state(vms: Vms) -> Verdict {
+    row(&vms, Op::ForceDelete, [Gone, Gone, Gone, Gone]).await
+}
+
+async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
+    for (state, cell) in VmState::ALL.into_iter().zip(cells) {
+        let vm_id = state.name().to_lowercase();
+        bring_to(vms, &vm_id, state).await;
+        let before = vms.record(&vm_id);
+        let answer = carry_out(vms, &vm_id, op).await;
+        let said = format!("from {}: {answer:?}", state.name());
+        match cell {
+            To(wanted) => {
+                assert_eq!(answer.expect(&said).record.state, wanted, "{said}");
+                let now = vms.record(&vm_id);
+                assert_eq!(now.state, wanted, "a read reflects the answer");
+                assert!(now.generation > before.generation && now.intent.is_none(), "{now:#?}");
+            }
+            Same => {
+                assert_eq!(answer.expect(&said).record.state, state, "{said}");
+                assert_eq!(essence(&vms.record(&vm_id)), essence(&before), "nothing was touched");
+            }
+            No => {
+                let Err(error @ ServiceError::IllegalState { .. }) = answer else { panic!("{said}") };
+                assert!(error.to_string().contains(state.name()), "it names the state: {error}");
+                assert!(error.to_string().contains("DeleteVm"), "it names what is legal: {error}");
+                assert_eq!(essence(&vms.record(&vm_id)), essence(&before), "nothing was touched");
+            }
+            Gone => {
+                answer.expect(&said);
+                assert!(matches!(vms.service.get(&vm_id), Err(ServiceError::NotFound(_))));
+                let dir = before.uid.run_dir(&vms.rig.runtime_dir());
+                assert!(!dir.exists(), "its folder is gone");
+            }
+        }
+    }
+    Verdict::Served
+}
+
+async fn bring_to(vms: &Vms, vm_id: &str, state: VmState) {
+    vms.create(vm_id, vms.config(Guest::Idle)).await;
+    if state == VmState::Created {
+        return;
+    }
+    vms.boot(vm_id).await.expect("BootVm succeeds");
+    vms.console_shows(vm_id, &Guest::Idle.banner(), 1).await;
+    match state {
+        VmState::Created | VmState::Running => {}
+        VmState::Paused => drop(vms.pause(vm_id).await.expect("PauseVm succeeds")),
+        VmState::Shutdown => drop(vms.force_shutdown(vm_id).await.expect("ShutdownVm succeeds")),
+    }
+}
+
+/// What no operation may have touched. The time of the last observation is not of it: samples freshen it.
+fn essence(record: &VmRecord) -> (u64, VmState, Option<u32>) {
+    (record.generation, record.state, record.run.as_ref().map(|run| run.process.pid))
+}
+
+async fn carry_out(vms: &Vms, vm_id: &str, op: Op) -> Result<Outcome, ServiceError> {
+    match op {
+        Op::Boot => vms.boot(vm_id).await,
+        Op::Shutdown => vms.shutdown(vm_id, 1).await,
+        Op::Pause => vms.pause(vm_id).await,
+        Op::Resume => vms.resume(vm_id).await,
+        Op::Reboot => vms.reboot(vm_id, false).await,
+        Op::Delete => vms.delete(vm_id, false).await,
+        Op::ForceDelete => vms.delete(vm_id, true).await,
+    }
+}
+
+/// RebootVm with force: at once, in the same process where the hypervisor can.
+pub(super) async fn force_reboot(vms: Vms) -> Verdict {
+    let before = vms.run_tiny(Guest::Idle).await;
+    let after = vms.reboot(VM, true).await.expect("RebootVm succeeds").record;
+    assert_eq!(after.state, VmState::Running);
+    let boots = if vms.column().is_real() { 2 } else { 1 };
+    vms.console_shows(VM, &Guest::Idle.banner(), boots).await;
+    assert_eq!(pid_of(&before) == pid_of(&after), vms.facts.reboot_in_place, "as its capabilities say");
+    if vms.facts.reboot_in_place {
+        return Verdict::Served;
+    }
+    Verdict::Emulated("its process can be used once: a new one is started".to_owned())
+}
+
+/// Boot after shutdown starts a new process from the stored configuration, again and again.
+pub(super) async fn boot_after_shutdown(vms: Vms) -> Verdict {
+    let mut pids = vec![pid_of(&*vms.run_tiny(Guest::Idle).await)];
+    for boot in 2..=3 {
+        let down = vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
+        assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.ordered)));
+        pids.push(pid_of(&vms.boot(VM).await.expect("BootVm succeeds").record));
+        vms.console_shows(VM, &Guest::Idle.banner(), boot).await;
+    }
+    pids.sort_unstable();
+    pids.dedup();
+    assert_eq!(pids.len(), 3, "each boot has a process of its own");
+    Verdict::Served
+}
+
+/// PauseVm stops the guest's CPUs, and ResumeVm lets them go on.
+pub(super) async fn a_paused_guest_stands_still(vms: Vms) -> Verdict {
+    let busy = vms.run_tiny(Guest::Echo).await;
+    vms.pause(VM).await.expect("PauseVm succeeds");
+    vms.until_still(&busy, true).await;
+    vms.resume(VM).await.expect("ResumeVm succeeds");
+    vms.until_still(&busy, false).await;
+    Verdict::Served
+}

@@ -1,0 +1,52 @@
+//! TAPs that a case needs.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A TAP that goes with its owner.
+#[derive(Debug)]
+pub struct Tap(String);
+
+impl Tap {
+    /// Makes a TAP with a name of its own.
+    ///
+    /// # Errors
+    /// Why none can be made here, for people.
+    pub fn new() -> Result<Self, String> {
+        let tap = Self(Self::free_name());
+        let made = Command::new("ip")
+            .args(["tuntap", "add", "dev", &tap.0, "mode", "tap"])
+            .output()
+            .map_err(|error| format!("no TAP can be made here: ip cannot be run: {error}"))?;
+        if made.status.success() {
+            return Ok(tap);
+        }
+        Err(format!("no TAP can be made here: {}", String::from_utf8_lossy(&made.stderr).trim()))
+    }
+
+    /// A name that no interface of this host has, other tests' included.
+    #[must_use]
+    pub fn free_name() -> String {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        format!("vs{:x}x{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether there is an interface of this name.
+    #[must_use]
+    pub fn exists(name: &str) -> bool {
+        Path::new("/sys/class/net").join(name).exists()
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.0]).output();
+    }
+}

@@ -1,0 +1,134 @@
+//! What happens to the VMM itself: it dies, it hangs, it gets a kernel that is none.
+
+use std::time::Duration;
+
+use vmm_core::state::{EndedBy, Phase, VmState};
+use vmm_core::store::VmRecord;
+use vmm_host::process::Signal;
+use vmm_service::{ListQuery, ServiceError};
+
+use super::results::Verdict;
+use super::rig::{VM, Vms, pid_of};
+use crate::guests::Guest;
+
+pub(super) async fn vmm_killed_while_running(vms: Vms) -> Verdict {
+    dies(&vms, Signal::KILL, false).await
+}
+
+pub(super) async fn vmm_killed_while_paused(vms: Vms) -> Verdict {
+    dies(&vms, Signal::KILL, true).await
+}
+
+pub(super) async fn vmm_crashes_while_running(vms: Vms) -> Verdict {
+    dies(&vms, Signal::SEGV, false).await
+}
+
+pub(super) async fn vmm_crashes_while_paused(vms: Vms) -> Verdict {
+    dies(&vms, Signal::SEGV, true).await
+}
+
+async fn dies(vms: &Vms, signal: Signal, paused: bool) -> Verdict {
+    vms.run_tiny(Guest::Idle).await;
+    if paused {
+        vms.pause(VM).await.expect("PauseVm succeeds");
+    }
+    let running = vms.record(VM);
+    while vms.record(VM).state.is_live() {
+        // Again and again: a program in Rust takes the first SIGSEGV that comes from outside for a stray one.
+        vms.column().signal(&running, signal);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let down = vms.until_down(VM).await;
+    let found = (down.status.phase, down.status.reason.as_str(), down.ended_by);
+    assert_eq!(found, (Phase::Failed, "vmm-failed", None), "{down:#?}");
+    assert_ne!(down.status.message, "", "it says what is known of the end");
+    // What the dead one left is in nobody's way.
+    assert_eq!(vms.boot(VM).await.expect("BootVm succeeds").record.state, VmState::Running);
+    vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
+    Verdict::Served
+}
+
+/// A VMM that dies while its guest is being waited for has ended, which is what was asked.
+pub(super) async fn vmm_killed_while_stopping(vms: Vms) -> Verdict {
+    let running = vms.run_tiny(Guest::Idle).await;
+    let asking = tokio::spawn({
+        let vms = vms.clone();
+        async move { vms.shutdown(VM, 60).await }
+    });
+    vms.until(VM, "being shut down", |record| record.status.phase == Phase::Stopping).await;
+    vms.column().signal(&running, Signal::KILL);
+    let down = asking.await.expect("the call ends").expect("ShutdownVm succeeds");
+    assert_eq!(down.record.state, VmState::Shutdown);
+    let rungs = [Some(EndedBy::Guest), Some(vms.facts.asked)];
+    assert!(rungs.contains(&down.ended_by), "{:?}", down.ended_by);
+    Verdict::Served
+}
+
+/// Reads go on, operations say UNAVAILABLE, force works.
+pub(super) async fn vmm_hangs(vms: Vms) -> Verdict {
+    let running = vms.run_tiny(Guest::Idle).await;
+    vms.create("other", vms.config(Guest::Idle)).await;
+    vms.column().signal(&running, Signal::STOP);
+    let error = vms.pause(VM).await.expect_err("a VMM that hangs pauses nothing");
+    assert!(matches!(error, ServiceError::Unavailable(_)), "{error:?}");
+    assert_eq!(vms.service.list(&ListQuery::default()).expect("ListVms answers").total_count, 2);
+    let shown = vms.record(VM);
+    assert_eq!(
+        (shown.state, shown.status.phase),
+        (VmState::Running, Phase::Unreachable),
+        "the last proven state"
+    );
+    for answer in [vms.resume(VM).await, vms.shutdown(VM, 1).await, vms.reboot(VM, false).await] {
+        let error = answer.expect_err("every operation but force is refused");
+        assert!(matches!(error, ServiceError::Unavailable(_)), "{error:?}");
+    }
+    vms.boot("other").await.expect("another VM is not concerned");
+    let down = vms.force_shutdown(VM).await.expect("ShutdownVm with force succeeds");
+    assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(EndedBy::Sigkill)));
+    vms.boot(VM).await.expect("BootVm succeeds");
+    Verdict::Served
+}
+
+pub(super) async fn hanging_vmm_is_deleted(vms: Vms) -> Verdict {
+    let running = vms.run_tiny(Guest::Idle).await;
+    vms.column().signal(&running, Signal::STOP);
+    vms.delete(VM, true).await.expect("DeleteVm with force succeeds");
+    assert!(matches!(vms.service.get(VM), Err(ServiceError::NotFound(_))));
+    assert!(vms.column().processes(&vms.rig.runtime_dir()).is_empty());
+    Verdict::Served
+}
+
+/// A VMM that was silent for a while is marked so, and taken up again when it answers.
+pub(super) async fn vmm_comes_back(vms: Vms) -> Verdict {
+    let running = vms.run_tiny(Guest::Idle).await;
+    vms.column().signal(&running, Signal::STOP);
+    vms.until(VM, "unreachable", |record| record.status.phase == Phase::Unreachable).await;
+    vms.column().signal(&running, Signal::CONT);
+    let back = |record: &VmRecord| record.status.phase == Phase::Running;
+    let back = vms.until(VM, "reachable again", back).await;
+    assert_eq!((back.state, pid_of(&back)), (VmState::Running, pid_of(&running)));
+    vms.pause(VM).await.expect("PauseVm succeeds");
+    Verdict::Served
+}
+
+/// A kernel that looks right and cannot be loaded: told, undone, and the VM can be deleted.
+pub(super) async fn broken_kernel_leaves_nothing(vms: Vms) -> Verdict {
+    let mut config = vms.config(Guest::Idle);
+    let whole = Guest::Idle.elf();
+    let broken = vms.rig.dir().join("broken.elf");
+    // The ELF header alone: its program headers lie behind the end of the file.
+    std::fs::write(&broken, &whole[..64]).expect("the file can be written");
+    if let Some(boot) = &mut config.boot {
+        boot.kernel_path = broken.display().to_string();
+    }
+    if let Err(error) = vms.try_create(VM, config).await {
+        assert!(matches!(error, ServiceError::Invalid(_)), "{error:?}");
+        return Verdict::Served;
+    }
+    let error = vms.boot(VM).await.expect_err("there is no code to run");
+    assert!(matches!(error, ServiceError::Precondition(_)), "{error:?}");
+    let record = vms.record(VM);
+    assert_eq!((record.state, record.status.phase), (VmState::Created, Phase::Failed), "{record:#?}");
+    assert!(vms.column().processes(&vms.rig.runtime_dir()).is_empty(), "nothing runs");
+    Verdict::Served
+}
