@@ -420,8 +420,8 @@ async fn measure_launch() {
 /// Starts QEMU as a person would, with the guest running at once, and asks until it says so.
 async fn start_by_hand(bench: &Bench) -> Duration {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-    let socket = bench.dir().join("hand.sock");
-    let _ = std::fs::remove_file(&socket);
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("hand.sock");
     let machine = &bench.config.boot.as_ref().unwrap().boot_options["qemu.machine"];
     let begin = Instant::now();
     let mut child = tokio::process::Command::new("qemu-system-x86_64")

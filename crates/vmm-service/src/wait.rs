@@ -31,7 +31,7 @@ pub(crate) async fn wait(
     let record = Arc::clone(&vm.borrow());
     let wanted: Vec<_> = states.iter().map(|state| state.name()).collect();
     Err(ServiceError::Deadline(format!(
-        "VM \"{vm_id}\" is in state {} ({}), and did not come to {} within {} s; wait again, or see what keeps it with GetVmInfo",
+        "VM \"{vm_id}\" is in state {} ({}), and did not come to {} within {:.1} s; wait again, or see what keeps it with GetVmInfo",
         record.state.name(),
         record.status.phase.as_str(),
         wanted.join(" or "),

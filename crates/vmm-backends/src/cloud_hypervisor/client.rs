@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 use tokio::net::UnixStream;
-use vmm_core::backend::{BackendError, GuestState, NetworkCounters, StorageCounters};
+use vmm_core::backend::{BackendError, BackendErrorKind, GuestState, NetworkCounters, StorageCounters};
 
 use super::convert::Config;
 use crate::rest::client::{BOOT, CALL, RestClient};
@@ -128,9 +128,14 @@ impl Client {
         self.order("vmm.shutdown").await
     }
 
-    /// Asks what the guest is doing. One that was made and does not run counts as ended.
+    /// Asks what the guest is doing. One that was made and does not run, or was never made, counts as ended.
     pub(super) async fn state(&self) -> Result<GuestState, BackendError> {
-        let info: Info = self.0.get("/api/v1/vm.info").await?;
+        let info: Info = match self.0.get("/api/v1/vm.info").await {
+            Err(error) if error.kind == BackendErrorKind::Rejected && error.message.contains(NO_VM) => {
+                return Ok(GuestState::Ended);
+            }
+            answer => answer?,
+        };
         Ok(match info.state {
             State::Running => GuestState::Running,
             State::Paused | State::BreakPoint => GuestState::Paused,
@@ -147,6 +152,9 @@ impl Client {
         self.0.put(&format!("/api/v1/{name}"), None::<&Nothing>, CALL).await
     }
 }
+
+/// What a VMM says that was started and given nothing to run, as after a launch that was cut short.
+const NO_VM: &str = "VM is not created";
 
 /// An error is a list of sentences, from the general to the particular.
 fn explain(body: &[u8]) -> Option<String> {

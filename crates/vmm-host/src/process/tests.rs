@@ -141,6 +141,19 @@ async fn output_goes_where_it_is_told_and_is_private() {
 }
 
 #[tokio::test]
+async fn output_may_be_thrown_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = sh(dir.path(), "echo out; echo err >&2");
+    command.stdout = Some("/dev/null".into());
+    assert!(spawn(command).await.unwrap().wait().await.is_success());
+    assert_eq!(std::fs::read_to_string(dir.path().join("log")).unwrap(), "err\n");
+    // Other devices are not files: a terminal, for one, would be the child's to read and to change.
+    let mut command = sh(dir.path(), "true");
+    command.stdout = Some("/dev/zero".into());
+    assert_eq!(spawn(command).await.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+}
+
+#[tokio::test]
 async fn what_cannot_be_started_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let error = |program: &str, log: &Path| {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched};
 use vmm_core::event::EventKind;
-use vmm_core::state::{Observation, Phase, Request, VmState, observe};
+use vmm_core::state::{Observation, Phase, Request, observe};
 use vmm_core::store::Intent;
 
 use super::persist::Why;
@@ -67,6 +67,10 @@ impl Actor {
                 }
                 self.ended_unwatched(exit, intent.as_ref(), None).await;
             }
+            // A start that was cut short before its VMM could answer: proven ours, and acknowledged to nobody.
+            Ok(Adoption::Unreachable { launched: Some(launched), .. }) if self.never_ran() => {
+                self.found_alive(launched, GuestState::Ended, intent).await;
+            }
             Ok(Adoption::Unreachable { reason, message, launched }) => {
                 self.found_unreachable(reason, message, launched).await;
             }
@@ -94,6 +98,11 @@ impl Actor {
             (Some(run), Ok(now)) => run.process.boot_id != now,
             (Some(_) | None, _) => false,
         }
+    }
+
+    /// Whether no run of the VM was ever recorded as begun, or none since the last one ended.
+    fn never_ran(&self) -> bool {
+        self.record.run.is_none() && !self.record.state.is_live()
     }
 
     async fn adopt(&mut self) -> Result<Adoption, Broken> {
@@ -152,7 +161,7 @@ impl Actor {
     /// The run ended while no daemon watched, or never came about.
     async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, reason: Option<&str>) {
         let interrupted = intent.map(|intent| intent.request);
-        if self.record.run.is_none() && !self.record.state.is_live() {
+        if self.never_ran() {
             for left in self.free_taps().await {
                 tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
             }
@@ -191,9 +200,6 @@ impl Actor {
                 self.stray = true;
                 self.look_for_it_later();
             }
-        }
-        if self.record.state == VmState::Created && self.record.run.is_some() {
-            self.record.state = observe(self.record.state, Observation::Runs);
         }
         let known = self.record.intent.is_none()
             && self.record.status.phase == Phase::Unreachable

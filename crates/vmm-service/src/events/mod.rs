@@ -46,6 +46,8 @@ pub(crate) use retention::expire_for_ever;
 const BATCH: usize = 256;
 /// Events that are kept in memory, and so many that a watch may fall behind once it has caught up.
 const RECENT: u16 = 4096;
+/// Bytes of text that they may have together.
+const RECENT_BYTES: usize = 16 << 20;
 
 /// An event with its token.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +91,7 @@ impl Events {
             instance: token::fingerprint(instance),
             retention,
             settled: Arc::new(Settled::new(last)),
-            recent: tokio::sync::Mutex::new(Recent::new(last, usize::from(RECENT))),
+            recent: tokio::sync::Mutex::new(Recent::new(last, usize::from(RECENT), RECENT_BYTES)),
         }
     }
 
@@ -175,5 +177,77 @@ fn unreadable(error: StoreError) -> ServiceError {
         | StoreErrorKind::Conflict
         | StoreErrorKind::Corrupt
         | StoreErrorKind::Newer => ServiceError::Internal(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use async_trait::async_trait;
+    use futures::FutureExt as _;
+    use vmm_core::store::{Change, Snapshot};
+    use vmm_testkit::memory_store::MemoryStore;
+    use vmm_testkit::store_suite::{event, record};
+
+    use super::*;
+    use crate::index::Index;
+
+    /// Counts how often the log is read.
+    #[derive(Default)]
+    struct Counting {
+        inner: MemoryStore,
+        reads: AtomicUsize,
+    }
+
+    #[async_trait]
+    impl Store for Counting {
+        async fn load(&self) -> Result<Snapshot, StoreError> {
+            self.inner.load().await
+        }
+
+        async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+            self.inner.commit(commit).await
+        }
+
+        async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            self.inner.events(query).await
+        }
+
+        async fn expire_events(&self, before_ms: i64) -> Result<u64, StoreError> {
+            self.inner.expire_events(before_ms).await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_thousand_watches_cost_one_read() {
+        const CHANGES: usize = 20;
+        let store = Arc::new(Counting::default());
+        let Snapshot { instance, last_event, .. } = store.load().await.unwrap();
+        let retention = Duration::from_secs(3600);
+        let events = Arc::new(Events::new(Arc::clone(&store) as _, instance, last_event, retention));
+        let mut watches = Vec::new();
+        for _ in 0..1000 {
+            let query = WatchQuery::default();
+            let mut watch = Watch::start(Arc::clone(&events), &Index::default(), query).await.unwrap();
+            assert!(matches!(watch.next().await.unwrap(), Notice::Synced { .. }));
+            watches.push(watch);
+        }
+        let vm = record("vm");
+        for number in 1..=CHANGES {
+            let commit = Commit { change: Change::Remove(vm.uid), event: Some(event(&vm, 0)) };
+            let committed = events.commit(commit).await.unwrap();
+            for watch in &mut watches {
+                let next = tokio::task::unconstrained(watch.next()).now_or_never();
+                assert!(next.is_none(), "not before readers see it");
+            }
+            drop(committed);
+            for watch in &mut watches {
+                let next = tokio::task::unconstrained(watch.next()).now_or_never().unwrap().unwrap();
+                assert!(matches!(next, Notice::Change(it) if it.event.seq.0 == number as u64));
+            }
+        }
+        assert_eq!(store.reads.load(Ordering::Relaxed), CHANGES);
     }
 }

@@ -10,13 +10,17 @@ use vmm_core::event::{EventSeq, VmEvent};
 pub(super) struct Recent {
     base: EventSeq,
     events: VecDeque<Arc<VmEvent>>,
+    /// The most events.
     capacity: usize,
+    /// The most bytes of text in them.
+    room: usize,
+    used: usize,
 }
 
 impl Recent {
     /// Begins, empty, at the end of the log.
-    pub(super) fn new(end: EventSeq, capacity: usize) -> Self {
-        Self { base: end, events: VecDeque::new(), capacity }
+    pub(super) fn new(end: EventSeq, capacity: usize, room: usize) -> Self {
+        Self { base: end, events: VecDeque::new(), capacity, room, used: 0 }
     }
 
     /// The last place that it reaches to.
@@ -35,13 +39,73 @@ impl Recent {
     pub(super) fn append(&mut self, after: EventSeq, page: &[Arc<VmEvent>]) {
         if after != self.head() {
             self.events.clear();
+            self.used = 0;
             self.base = after;
         }
+        self.used += page.iter().map(|event| text_of(event)).sum::<usize>();
         self.events.extend(page.iter().map(Arc::clone));
-        while self.events.len() > self.capacity {
-            if let Some(oldest) = self.events.pop_front() {
-                self.base = oldest.seq;
-            }
+        while self.events.len() > self.capacity || self.used > self.room {
+            let Some(oldest) = self.events.pop_front() else { return };
+            self.used -= text_of(&oldest);
+            self.base = oldest.seq;
         }
+    }
+}
+
+/// The bytes of an event whose number is up to clients and VMMs.
+fn text_of(event: &VmEvent) -> usize {
+    let metadata = event.event.metadata.iter().map(|(key, value)| key.len() + value.len());
+    event.event.status.message.len() + metadata.sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_core::event::{EventKind, NewEvent};
+    use vmm_core::state::{Phase, Status, VmState};
+
+    use super::*;
+
+    fn event(seq: u64, text: usize) -> Arc<VmEvent> {
+        let event = NewEvent {
+            time_ms: 0,
+            vm_id: "vm".parse().unwrap(),
+            uid: "00000000-0000-7000-8000-000000000001".parse().unwrap(),
+            kind: EventKind::StateChanged,
+            state: VmState::Running,
+            status: Status::plain(Phase::Running, 0).because("", "x".repeat(text)),
+            cause: String::new(),
+            actor: String::new(),
+            ended_by: None,
+            metadata: [].into(),
+        };
+        Arc::new(VmEvent { seq: EventSeq(seq), event })
+    }
+
+    fn places(recent: &Recent, after: u64) -> Option<Vec<u64>> {
+        let found = recent.after(EventSeq(after), 100)?;
+        Some(found.iter().map(|event| event.seq.0).collect())
+    }
+
+    #[test]
+    fn it_keeps_the_last_and_answers_only_where_it_has_no_gap() {
+        let mut recent = Recent::new(EventSeq(5), 3, 1000);
+        assert_eq!((places(&recent, 4), places(&recent, 5), places(&recent, 6)), (None, Some(vec![]), None));
+        recent.append(EventSeq(5), &[event(6, 0), event(7, 0)]);
+        assert_eq!((places(&recent, 5), places(&recent, 6)), (Some(vec![6, 7]), Some(vec![7])));
+        recent.append(EventSeq(7), &[event(8, 0), event(9, 0)]);
+        assert_eq!((places(&recent, 5), places(&recent, 6)), (None, Some(vec![7, 8, 9])));
+        recent.append(EventSeq(20), &[event(21, 0)]);
+        assert_eq!((places(&recent, 9), places(&recent, 20)), (None, Some(vec![21])));
+    }
+
+    #[test]
+    fn long_texts_take_no_more_room_than_there_is() {
+        let mut recent = Recent::new(EventSeq(0), 100, 1000);
+        recent.append(EventSeq(0), &[event(1, 400), event(2, 400), event(3, 400)]);
+        assert_eq!((places(&recent, 0), places(&recent, 1)), (None, Some(vec![2, 3])));
+        recent.append(EventSeq(3), &[event(4, 5000)]);
+        assert_eq!((places(&recent, 3), places(&recent, 4)), (None, Some(vec![])));
+        recent.append(EventSeq(4), &[event(5, 1000)]);
+        assert_eq!(places(&recent, 4), Some(vec![5]));
     }
 }

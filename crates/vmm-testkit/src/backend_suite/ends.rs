@@ -1,9 +1,11 @@
 //! How runs end: the shutdown ladder, and what a guest does by itself.
 
+use vmm_core::spec::RestartMode;
 use vmm_core::state::{EndedBy, Phase, VmState};
 use vmm_core::store::VmRecord;
 
 use super::column::Obeying;
+use super::fields::{Judgement, judge};
 use super::results::Verdict;
 use super::rig::{VM, Vms, pid_of};
 use crate::guests::Guest;
@@ -154,6 +156,28 @@ pub(super) async fn on_failure_starts_again(vms: Vms) -> Verdict {
     assert_eq!(second.status.restarts, 1);
     vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
     Verdict::Served
+}
+
+/// What a policy that is left out means is the backend's to say, with a warning where it is not what the others do.
+pub(super) async fn restart_policy_unset(vms: Vms) -> Verdict {
+    let Judgement::Accepted(verdict) = judge(&vms, &vms.config(Guest::Reset), "config.restart_policy").await
+    else {
+        panic!("nothing is wrong with leaving it out")
+    };
+    vms.boot(VM).await.expect("BootVm succeeds");
+    match vms.backend.capabilities().default_restart_mode {
+        RestartMode::Never => {
+            let down = vms.until_down(VM).await;
+            assert_end(&down, Phase::Stopped, "guest-reset", Some(EndedBy::Guest));
+            assert!(matches!(verdict, Verdict::Emulated(_)), "it differs, and says so: {verdict:?}");
+        }
+        RestartMode::GuestReboot => {
+            let boots = 1 + vmm_core::spec::DEFAULT_MAX_RESTARTS as usize;
+            assert_restart_loop(&vms, Guest::Reset, boots).await;
+        }
+        other @ (RestartMode::OnFailure | RestartMode::Always) => panic!("{other:?} is nobody's default"),
+    }
+    verdict
 }
 
 fn restarted(vms: &Vms) -> Verdict {

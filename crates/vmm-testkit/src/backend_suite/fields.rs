@@ -126,6 +126,15 @@ pub(super) async fn vcpu_count(vms: Vms) -> Verdict {
     field(&vms, "config.cpu.vcpu_count", |config| cpu(config).vcpu_count = 2).await
 }
 
+/// More than the backend says that it serves.
+pub(super) async fn too_many_vcpus(vms: Vms) -> Verdict {
+    let limit = vms.backend.capabilities().limits.get("max-vcpus").copied().expect("it names its limit");
+    let count = i32::try_from(limit + 1).expect("the limit is a number of vCPUs");
+    let verdict = field(&vms, "config.cpu.vcpu_count", |config| cpu(config).vcpu_count = count).await;
+    assert!(matches!(verdict, Verdict::Rejected(_)), "it is beyond its own limit: {verdict:?}");
+    verdict
+}
+
 pub(super) async fn max_vcpu_count(vms: Vms) -> Verdict {
     field(&vms, "config.cpu.max_vcpu_count", |config| cpu(config).max_vcpu_count = 2).await
 }
@@ -228,7 +237,9 @@ pub(super) async fn key_of_another_backend(vms: Vms) -> Verdict {
     let change = |config: &mut VmConfig| {
         cpu(config).features.insert(key.to_owned(), "max".to_owned());
     };
-    field(&vms, "config.cpu.features", change).await
+    let verdict = field(&vms, "config.cpu.features", change).await;
+    assert!(matches!(verdict, Verdict::Ignored(_)), "a warning, and no more: {verdict:?}");
+    verdict
 }
 
 /// Labels are kept, returned, and found by.
@@ -245,8 +256,4 @@ pub(super) async fn metadata(vms: Vms) -> Verdict {
     assert_eq!((find("ü,=\""), find("other")), (1, 0));
     assert_eq!(vms.record(VM).config.metadata, labels.into());
     verdict
-}
-
-pub(super) async fn restart_policy_unset(vms: Vms) -> Verdict {
-    field(&vms, "config.restart_policy", |_| {}).await
 }

@@ -59,6 +59,7 @@ macro_rules! backend_suite {
             boot_after_shutdown
             a_paused_guest_stands_still
             vcpu_count
+            too_many_vcpus
             max_vcpu_count
             topology_threads
             topology_sockets
@@ -88,7 +89,6 @@ macro_rules! backend_suite {
             console_to_a_file
             console_off
             metadata
-            restart_policy_unset
             guest_obeys_shutdown
             paused_guest_obeys_shutdown
             guest_ignores_shutdown
@@ -99,6 +99,7 @@ macro_rules! backend_suite {
             reset_under_guest_reboot
             triple_fault_under_never
             triple_fault_under_guest_reboot
+            restart_policy_unset
             vmm_killed_while_running
             vmm_killed_while_paused
             vmm_crashes_while_running
