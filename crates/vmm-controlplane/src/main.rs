@@ -11,13 +11,12 @@ use vmm_controlplane::{daemon, operator, telemetry};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let environment: Environment = std::env::vars_os().collect();
-    let done = |()| ExitCode::SUCCESS;
     let outcome = match &cli.command {
-        Command::MigrateEnv => Ok(done(say(&migrate_env(&environment)))),
+        Command::MigrateEnv => Ok(answer(&migrate_env(&environment))),
         Command::CheckConfig => {
-            load(&cli, &environment).map(|loaded| done(say(&loaded.report()))).map_err(Into::into)
+            load(&cli, &environment).map(|loaded| answer(&loaded.report())).map_err(Into::into)
         }
-        Command::Serve => load(&cli, &environment).map_err(Into::into).and_then(serve).map(done),
+        Command::Serve => load(&cli, &environment).map_err(Into::into).and_then(serve),
         command @ (Command::Doctor { .. }
         | Command::Reconcile(_)
         | Command::Backup { .. }
@@ -46,7 +45,7 @@ fn operate(command: &Command, loaded: &Loaded) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(answer.code))
 }
 
-fn serve(loaded: Loaded) -> anyhow::Result<()> {
+fn serve(loaded: Loaded) -> anyhow::Result<ExitCode> {
     telemetry::start();
     // VMMs live where the daemon lives, and must not keep a file system from being unmounted.
     std::env::set_current_dir("/")?;
@@ -54,7 +53,12 @@ fn serve(loaded: Loaded) -> anyhow::Result<()> {
     let result = runtime.block_on(daemon::run(loaded));
     // What still runs holds nothing that a restart would miss.
     runtime.shutdown_background();
-    result
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+fn answer(text: &str) -> ExitCode {
+    say(text);
+    ExitCode::SUCCESS
 }
 
 #[expect(clippy::print_stdout, reason = "the answer of a subcommand")]

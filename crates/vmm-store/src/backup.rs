@@ -130,6 +130,7 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
 /// backup is damaged, not ours or from the future, [`StoreErrorKind::Conflict`] if it belongs to another state directory or
 /// `amend` refuses it. The database is as it was then.
 pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<Restored, StoreError> {
+    open::make_dir(state_dir)?;
     let _lock = open::lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     refuse_itself(file, &path)?;

@@ -48,11 +48,7 @@ pub(crate) struct Opened {
 
 /// Opens the database in `state_dir`, making both if they do not exist.
 pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened, StoreError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)
-        .map_err(|error| io_error("making the state directory", state_dir, error))?;
+    make_dir(state_dir)?;
     let lock = lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     match std::fs::metadata(&path) {
@@ -74,6 +70,15 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
     let checkpointer = connect(&path).map_err(|error| unusable(&path, error))?;
     configure(&checkpointer, &path)?;
     Ok(Opened { path, instance, lock, writer, reader, checkpointer })
+}
+
+/// Makes the state directory if it is missing.
+pub(crate) fn make_dir(state_dir: &Path) -> Result<(), StoreError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(state_dir)
+        .map_err(|error| io_error("making the state directory", state_dir, error))
 }
 
 /// Keeps a second daemon out: two of them would each take the VMs for their own.

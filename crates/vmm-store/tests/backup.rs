@@ -48,6 +48,14 @@ fn content(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     files
 }
 
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_copy_is_of_one_moment_though_somebody_writes() {
     let dir = tempfile::tempdir().unwrap();
@@ -56,6 +64,8 @@ fn a_copy_is_of_one_moment_though_somebody_writes() {
     block_on(store.commit(insert(&vm))).unwrap();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        // Ends the writer also where an assertion ends the test.
+        let stopping = Stop(&stop);
         let writer = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 vm = next(&vm);
@@ -74,7 +84,7 @@ fn a_copy_is_of_one_moment_though_somebody_writes() {
                 block_on(async { (restored.load().await.unwrap(), all_events(&restored).await) });
             assert_eq!(events.len() as u64, snapshot.vms[0].generation);
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stopping);
         writer.join().unwrap();
     });
 }

@@ -5,9 +5,10 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use vmm_core::id::VmUid;
 use vmm_testkit::guests::Guest;
 
-use crate::harness::{World, eventually, is_alive, signal, vmm_pid};
+use crate::harness::{World, eventually, is_alive, on_path, signal, skipped, vmm_pid};
 use crate::needs_qemu;
 
 /// What a subcommand did.
@@ -262,4 +263,72 @@ fn two_daemons_ledgers_do_not_mix() {
     let (code, ledger) = reconcile(&one, &["--kill-orphans"]);
     assert_eq!(code, 0, "what has an owner stays: {ledger:#}");
     assert!(is_alive(pid));
+}
+
+/// An interface that goes with the test. Declared before the world, so that its VMM has ended by then.
+#[derive(Default)]
+struct Tap(std::cell::RefCell<String>);
+
+impl Tap {
+    fn exists(&self) -> bool {
+        let name = self.0.borrow();
+        !name.is_empty() && Path::new("/sys/class/net").join(&*name).exists()
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        if self.exists() {
+            let _ = Command::new("ip").args(["link", "delete", &self.0.borrow()]).status();
+        }
+    }
+}
+
+#[test]
+fn an_orphan_of_any_hypervisor_ends_with_all_that_it_held() {
+    const TEST: &str = "an_orphan_of_any_hypervisor_ends_with_all_that_it_held";
+    let kvm = Path::new("/dev/kvm").exists();
+    let all = [
+        ("qemu", "qemu-system-x86_64", true),
+        ("cloudhypervisor", "cloud-hypervisor", kvm),
+        ("firecracker", "firecracker", kvm),
+    ];
+    for (backend, program, can_run) in all {
+        if !on_path(program) || !can_run {
+            skipped(&format!("{TEST} on {backend}"), &format!("{program} or /dev/kvm is missing"));
+            continue;
+        }
+        let tap = Tap::default();
+        let mut world = World::started(&[]);
+        let copy = world.dir.path().join("copy").display().to_string();
+        assert_eq!(run(&world, &["backup", &copy]).code, 0);
+        let mut config = world.tiny(Guest::Idle);
+        config["network"] = json!([{}]);
+        let created =
+            world.call("CreateVm", &json!({"vm_id": "vm", "backend": backend, "config": config})).ok();
+        let uid: VmUid = created["uid"].as_str().unwrap().parse().unwrap();
+        tap.0.replace(uid.tap_name(0));
+        if world.call("BootVm", &json!({"vm_id": "vm"})).status != 200 {
+            // Without the right to make TAPs, all but the TAP can still be proven.
+            skipped(&format!("{TEST}: the TAP on {backend}"), "no TAP can be made here");
+            world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+            config["network"] = json!([]);
+            world.call("CreateVm", &json!({"vm_id": "vm", "backend": backend, "config": config})).ok();
+            world.boot("vm");
+        }
+        let pid = vmm_pid(&world.info("vm"));
+        let with_tap = tap.exists();
+        world.stop(Signal::TERM);
+        assert_eq!(run(&world, &["restore", &copy]).code, 0);
+
+        let (code, ledger) = reconcile(&world, &[]);
+        assert_eq!(code, 3, "{backend}: {ledger:#}");
+        assert!(is_alive(pid) && tap.exists() == with_tap, "{backend}: what lives is left alone");
+        assert_eq!(items(&ledger, "tap", "").len(), usize::from(with_tap), "{backend}: {ledger:#}");
+        let (code, ledger) = reconcile(&world, &["--kill-orphans"]);
+        assert_eq!(code, 0, "{backend}: {ledger:#}");
+        assert!(!is_alive(pid) && !tap.exists(), "{backend}: {ledger:#}");
+        world.assert_nothing_left();
+        assert_eq!(reconcile(&world, &[]).1["items"], json!([]), "{backend}");
+    }
 }

@@ -1,11 +1,10 @@
 //! WatchVms, ListVmEvents and the log behind them.
 
 use std::collections::{BTreeMap, HashSet};
-use std::time::Duration;
 
 use futures::FutureExt as _;
 use vmm_core::config::VmConfig;
-use vmm_core::event::{EventKind, VmEvent};
+use vmm_core::event::{EventKind, NewEvent, VmEvent};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::{Change, Commit, Store as _, StoreErrorKind};
@@ -194,39 +193,46 @@ async fn a_slow_watch_is_cut_off_and_resumes_while_a_fast_one_goes_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_new_watch_is_told_the_truth_of_one_moment_under_churn() {
+    const VMS: usize = 12;
+    const LIVES: usize = 20;
     let bed = Bed::new();
     let vms = bed.start().await;
-    let churn: Vec<_> = (0..12)
+    let mut pace = watch(&vms, WatchQuery::default()).await;
+    presents(&mut pace).await;
+    let churn: Vec<_> = (0..VMS)
         .map(|number| {
             let (vms, config) = (vms.clone(), bed.config());
             tokio::spawn(async move {
-                for _ in 0..25 {
+                for _ in 0..LIVES {
                     life_of(&vms, &format!("vm-{number}"), config.clone()).await;
                 }
             })
         })
         .collect();
+    // Watches begin all along, one for every few events.
     let mut begun = Vec::new();
-    while churn.iter().any(|worker| !worker.is_finished()) && begun.len() < 300 {
-        let mut watch = watch(&vms, WatchQuery::default()).await;
-        let (present, marker) = presents(&mut watch).await;
-        begun.push((present, marker));
-        tokio::task::yield_now().await;
+    let mut deleted = 0;
+    for number in 1.. {
+        deleted += usize::from(change(&mut pace).await.event.event.kind == EventKind::Deleted);
+        if deleted == VMS * LIVES {
+            break;
+        }
+        if number % 13 == 0 {
+            let mut watch = watch(&vms, WatchQuery::default()).await;
+            begun.push(presents(&mut watch).await);
+        }
     }
     for worker in churn {
         worker.await.unwrap();
     }
     let log = bed.store.log();
-    let mut busy = 0;
     for (present, marker) in begun {
         let mut resumed = watch(&vms, from(&marker)).await;
         let after = changes(&mut resumed).len();
         let told: BTreeMap<_, _> =
             present.into_iter().map(|vm| (vm.uid, (vm.vm_id, vm.state, vm.status.phase))).collect();
         assert_eq!(told, replay(&log[..log.len() - after]), "with {after} changes to come");
-        busy += usize::from(after > 0 && after < log.len());
     }
-    assert!(busy > 0, "no watch began in the middle");
 }
 
 #[tokio::test(start_paused = true)]
@@ -280,6 +286,52 @@ async fn what_has_expired_cannot_be_resumed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_gap_is_never_passed_over() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("vm", bed.config()).await;
+    let told = bed.store.log().pop().unwrap().event;
+    // Five more, of the last seconds; the clock on the wall was put back between the third and the fourth.
+    for ago in [5000, 4000, 1000, 3000, 500] {
+        let event = Some(NewEvent { time_ms: told.time_ms - ago, ..told.clone() });
+        bed.store.commit(Commit { change: Change::Remove(other_uid()), event }).await.unwrap();
+    }
+    vms.create("other", bed.config()).await;
+    let all = listed(&vms, "", 10).await;
+    let mut under_way = watch(&vms, from(&all[0].token)).await;
+    bed.store.expire_events(told.time_ms - 2000).await.unwrap();
+    let kept: Vec<_> = bed.store.log().iter().map(|it| it.seq.0).collect();
+    assert_eq!(kept, [1, 4, 6, 7]);
+    assert_eq!(change_or_refusal(&mut under_way).await, Err("out-of-range"), "2 and 3 are lost to it");
+    for (place, expected) in [(1, "out-of-range"), (2, "out-of-range"), (4, "out-of-range")] {
+        let mut resumed = match vms.service.watch(from(&all[place - 1].token)).await {
+            Ok(resumed) => resumed,
+            Err(error) => {
+                assert_eq!(kind(&error), expected);
+                continue;
+            }
+        };
+        assert_eq!(change_or_refusal(&mut resumed).await, Err(expected), "after {place}");
+    }
+    for place in [5, 6] {
+        let mut resumed = watch(&vms, from(&all[place - 1].token)).await;
+        assert_eq!(changes(&mut resumed), all[place..], "after {place} nothing is lost");
+    }
+    // 3 has expired itself, and what follows it is kept up to the gap.
+    let mut resumed = watch(&vms, from(&all[2].token)).await;
+    assert_eq!(change_or_refusal(&mut resumed).await, Ok(4));
+    assert_eq!(change_or_refusal(&mut resumed).await, Err("out-of-range"));
+}
+
+async fn change_or_refusal(watch: &mut Watch) -> Result<u64, &'static str> {
+    match watch.next().await {
+        Ok(Notice::Change(recorded)) => Ok(recorded.event.seq.0),
+        Ok(other) => panic!("not a change: {other:?}"),
+        Err(error) => Err(kind(&error)),
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn old_events_are_removed_by_themselves() {
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -287,7 +339,7 @@ async fn old_events_are_removed_by_themselves() {
     let told = bed.store.log().pop().unwrap().event;
     let age = i64::try_from(RETENTION.as_millis()).unwrap();
     for older in [1000, -60_000] {
-        let event = Some(vmm_core::event::NewEvent { time_ms: told.time_ms - age - older, ..told.clone() });
+        let event = Some(NewEvent { time_ms: told.time_ms - age - older, ..told.clone() });
         bed.store.commit(Commit { change: Change::Remove(other_uid()), event }).await.unwrap();
     }
     assert_eq!(bed.store.log().len(), 3);
@@ -414,33 +466,6 @@ async fn the_trail_says_who_did_what_and_how_it_ended() {
             ("deleted", "DeleteVm".to_owned(), "SHUTDOWN", None),
         ]
     );
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_wait_answers_when_the_state_is_reached_and_says_so_when_it_is_not() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    vms.create("vm", bed.config()).await;
-    let wait = |vms: Vms, vm_id: &'static str, states: &'static [VmState]| async move {
-        vms.service.wait(vm_id, states, Duration::from_secs(60)).await.map(|record| record.state)
-    };
-    assert_eq!(wait(vms.clone(), "vm", &[VmState::Created]).await.unwrap(), VmState::Created, "at once");
-    let waiting = vms.begin(wait(vms.clone(), "vm", &[VmState::Paused, VmState::Running])).await;
-    vms.boot("vm").await.unwrap();
-    assert_eq!(waiting.await.unwrap().unwrap(), VmState::Running);
-    let text = refused(wait(vms.clone(), "vm", &[VmState::Shutdown]).await, "deadline");
-    assert!(text.contains("RUNNING") && text.contains("SHUTDOWN"), "{text}");
-    let waiting = vms.begin(wait(vms.clone(), "vm", &[VmState::Paused])).await;
-    vms.force_delete("vm").await.unwrap();
-    vms.create("vm", bed.config()).await;
-    refused(waiting.await.unwrap(), "not-found");
-    refused(wait(vms.clone(), "unknown", &[VmState::Created]).await, "not-found");
-    refused(wait(vms.clone(), "not/a name", &[VmState::Created]).await, "not-found");
-    assert_eq!(violations(wait(vms.clone(), "vm", &[]).await)[0].0, "states");
-    let guest_end = vms.begin(wait(vms.clone(), "vm", &[VmState::Shutdown])).await;
-    vms.boot("vm").await.unwrap();
-    vms.machine("vm").power_off();
-    assert_eq!(guest_end.await.unwrap().unwrap(), VmState::Shutdown, "what nobody asked for is noticed too");
 }
 
 #[tokio::test(start_paused = true)]

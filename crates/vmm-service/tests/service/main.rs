@@ -20,3 +20,4 @@ mod recover;
 mod restart;
 mod storage;
 mod taps;
+mod wait;
