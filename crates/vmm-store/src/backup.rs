@@ -58,8 +58,9 @@ pub struct Restored {
 /// did. An error, for people, stops the restore.
 pub type Amend<'a> = dyn FnMut(&mut VmRecord) -> Result<bool, String> + 'a;
 
-/// Reads what the database in `state_dir` holds, beside a daemon that may be using it, and changes nothing. `None` where there
-/// is no database.
+/// Reads what the database in `state_dir` holds, beside a daemon that may be using it, and changes nothing in it. `None` where
+/// there is no database. Where nobody uses it, SQLite leaves an empty log and an index beside it, which whoever opens it next
+/// takes up.
 ///
 /// # Errors
 ///

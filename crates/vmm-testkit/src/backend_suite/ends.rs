@@ -29,27 +29,50 @@ async fn run_obeying(vms: &Vms) -> Result<(), String> {
     Ok(())
 }
 
-pub(super) async fn guest_obeys_shutdown(vms: Vms) -> Verdict {
-    if let Err(why) = run_obeying(&vms).await {
-        return Verdict::NotRun(why);
+/// Shuts the obeying guest down, and answers whether it was the guest that ended the run.
+async fn obeys(vms: &Vms) -> bool {
+    let down = vms.shutdown(VM, 30).await.expect("ShutdownVm succeeds");
+    assert_eq!((down.record.state, down.record.status.phase), (VmState::Shutdown, Phase::Stopped));
+    assert!([vms.facts.asked, vms.facts.ordered].map(Some).contains(&down.ended_by), "{:?}", down.ended_by);
+    down.ended_by == Some(vms.facts.asked)
+}
+
+/// How often a guest may be asked in a boot of its own until it obeys.
+///
+/// On an emulated microvm, one boot of Linux in some forty has a power button that does nothing, also where QEMU is driven by
+/// hand, while the guest runs on and answers at its console. The tiny guests obey always.
+fn attempts(vms: &Vms) -> usize {
+    match vms.column().obeying() {
+        Obeying::Tiny(_) => 1,
+        Obeying::Linux => 4,
     }
-    let down = vms.shutdown(VM, 60).await.expect("ShutdownVm succeeds");
-    assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.asked)));
-    assert_eq!(down.record.status.phase, Phase::Stopped);
-    let again = vms.shutdown(VM, 60).await.expect("ShutdownVm succeeds");
-    assert_eq!(again.ended_by, Some(EndedBy::AlreadyStopped));
-    Verdict::Served
+}
+
+pub(super) async fn guest_obeys_shutdown(vms: Vms) -> Verdict {
+    asked_to_end(&vms, false).await
 }
 
 /// A guest that stands still is resumed first, or it could not obey.
 pub(super) async fn paused_guest_obeys_shutdown(vms: Vms) -> Verdict {
-    if let Err(why) = run_obeying(&vms).await {
-        return Verdict::NotRun(why);
+    asked_to_end(&vms, true).await
+}
+
+async fn asked_to_end(vms: &Vms, paused: bool) -> Verdict {
+    for _ in 0..attempts(vms) {
+        if let Err(why) = run_obeying(vms).await {
+            return Verdict::NotRun(why);
+        }
+        if paused {
+            vms.pause(VM).await.expect("PauseVm succeeds");
+        }
+        if obeys(vms).await {
+            let again = vms.shutdown(VM, 30).await.expect("ShutdownVm succeeds");
+            assert_eq!(again.ended_by, Some(EndedBy::AlreadyStopped));
+            return Verdict::Served;
+        }
+        vms.delete(VM, false).await.expect("DeleteVm succeeds");
     }
-    vms.pause(VM).await.expect("PauseVm succeeds");
-    let down = vms.shutdown(VM, 60).await.expect("ShutdownVm succeeds");
-    assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.asked)));
-    Verdict::Served
+    panic!("the guest never obeyed")
 }
 
 pub(super) async fn guest_ignores_shutdown(vms: Vms) -> Verdict {
