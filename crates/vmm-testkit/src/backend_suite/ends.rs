@@ -39,8 +39,8 @@ async fn obeys(vms: &Vms) -> bool {
 
 /// How often a guest may be asked in a boot of its own until it obeys.
 ///
-/// On an emulated microvm, one boot of Linux in some forty has a power button that does nothing, also where QEMU is driven by
-/// hand, while the guest runs on and answers at its console. The tiny guests obey always.
+/// On an emulated microvm, in one boot of Linux of some thirty a press of the power button does nothing, also where QEMU is
+/// driven by hand, while the guest runs on and answers at its console. The tiny guests obey always.
 fn attempts(vms: &Vms) -> usize {
     match vms.column().obeying() {
         Obeying::Tiny(_) => 1,
