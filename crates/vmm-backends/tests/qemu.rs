@@ -9,7 +9,7 @@
 
 mod qemu_support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, ask_for, qemu};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
@@ -394,71 +394,4 @@ async fn kvm_is_used_where_it_is_ordered() {
         bench.console_shows(&Guest::Idle.banner(), 1).await;
         run.vmm.kill().await.unwrap();
     }
-}
-
-/// Prints how long a launch takes beside a start by hand in the same run. A measurement, not a test: nothing can fail here.
-#[tokio::test]
-#[ignore = "a measurement: run it alone with --ignored --nocapture"]
-async fn measure_launch() {
-    for bench in benches("measure_launch", Guest::Idle, NEVER).await {
-        let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
-        for _ in 0..15 {
-            let begin = Instant::now();
-            let mut run = bench.launch().await;
-            ours.push(begin.elapsed());
-            run.vmm.kill().await.unwrap();
-            run.gone().await;
-            by_hand.push(start_by_hand(&bench).await);
-        }
-        ours.sort();
-        by_hand.sort();
-        let machine = &bench.config.boot.as_ref().unwrap().boot_options["qemu.machine"];
-        println!("{machine}: launch() {:?}, by hand {:?} (medians of 15)", ours[7], by_hand[7]);
-    }
-}
-
-/// Starts QEMU as a person would, with the guest running at once, and asks until it says so.
-async fn start_by_hand(bench: &Bench) -> Duration {
-    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("hand.sock");
-    let machine = &bench.config.boot.as_ref().unwrap().boot_options["qemu.machine"];
-    let begin = Instant::now();
-    let mut child = tokio::process::Command::new("qemu-system-x86_64")
-        .args([
-            "-nodefaults",
-            "-display",
-            "none",
-            "-accel",
-            "tcg",
-            "-cpu",
-            "max",
-            "-m",
-            "64",
-            "-serial",
-            "null",
-        ])
-        .args(["-machine", machine, "-kernel", &bench.config.boot.as_ref().unwrap().kernel_path])
-        .arg("-qmp")
-        .arg(format!("unix:{},server=on,wait=off", socket.display()))
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let stream = loop {
-        match tokio::net::UnixStream::connect(&socket).await {
-            Ok(stream) => break stream,
-            Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
-        }
-    };
-    let mut lines = BufReader::new(stream);
-    let mut line = String::new();
-    lines.read_line(&mut line).await.unwrap();
-    lines.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-status\"}").await.unwrap();
-    while !line.contains("\"running\": true") {
-        line.clear();
-        lines.read_line(&mut line).await.unwrap();
-    }
-    let taken = begin.elapsed();
-    child.kill().await.unwrap();
-    taken
 }

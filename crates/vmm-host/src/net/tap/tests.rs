@@ -68,7 +68,9 @@ async fn a_tap_is_made_labelled_set_up_and_removed() {
     assert_eq!(flags & 1, 1, "it is up");
     // The kernel says some time after our descriptor is closed that nobody is attached any more.
     for _ in 0..1000 {
-        let [tap] = &HostTaps.of_instance(owner.instance).await.unwrap()[..] else { panic!("one TAP is ours") };
+        let [tap] = &HostTaps.of_instance(owner.instance).await.unwrap()[..] else {
+            panic!("one TAP is ours")
+        };
         assert_eq!((&tap.name, tap.owner), (&name.0, owner));
         if !tap.attached {
             break;
