@@ -199,7 +199,7 @@ fn qemu_q35(dir: &Path, kernel: &Path) -> Child {
     qemu("q35", dir, kernel)
 }
 
-/// QEMU needs no call at all: its guest runs once its main loop does, which is when it greets.
+/// QEMU greets before its machine is built; its first answer comes from the main loop, and then the guest runs.
 fn qemu(machine: &str, dir: &Path, kernel: &Path) -> Child {
     let socket = dir.join("qmp.sock");
     let qmp = format!("unix:{},server=on,wait=off", socket.display());
@@ -211,9 +211,15 @@ fn qemu(machine: &str, dir: &Path, kernel: &Path) -> Child {
         "-kernel", kernel.to_str().unwrap(), "-serial", &serial, "-qmp", &qmp,
     ];
     let child = start("qemu-system-x86_64", &arguments, dir);
-    let mut greeting = String::new();
-    BufReader::new(connect(&socket)).read_line(&mut greeting).unwrap();
-    assert!(greeting.contains("QMP"), "{greeting}");
+    let mut qmp = BufReader::new(connect(&socket));
+    let mut line = String::new();
+    qmp.read_line(&mut line).unwrap();
+    assert!(line.contains("QMP"), "{line}");
+    qmp.get_mut().write_all(b"{\"execute\":\"qmp_capabilities\"}\n").unwrap();
+    while !line.contains("return") {
+        line.clear();
+        assert!(qmp.read_line(&mut line).unwrap() > 0, "QEMU closed its connection");
+    }
     child
 }
 
