@@ -138,7 +138,7 @@ async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
 /// # Errors
 /// [`BackendErrorKind::Timeout`] where a process outlives SIGKILL, [`BackendErrorKind::Host`] where one is there that cannot be
 /// proven or killed. The sockets stay then.
-pub async fn sweep(dir: &Path, executable_names: &[&str]) -> Result<(), BackendError> {
+pub async fn sweep(dir: &Path, executable_names: &[impl AsRef<str> + Sync]) -> Result<(), BackendError> {
     let mut swept = 0;
     while let Some(found) = first_user_of(dir, executable_names).await? {
         if swept == SWEPT_AT_MOST {
@@ -170,7 +170,15 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
         )));
     }
     tracing::info!(pid = process.pid(), dir = %dir.display(), "ending a VMM that nobody owns");
-    match process.kill_and_wait(KILLING).await {
+    kill(&process, KILLING).await
+}
+
+/// Kills a VMM and waits until it has gone, at most for `limit`.
+///
+/// # Errors
+/// [`BackendErrorKind::Host`] where the signal is refused, [`BackendErrorKind::Timeout`] where the process outlives it.
+pub(crate) async fn kill(process: &Process, limit: Duration) -> Result<(), BackendError> {
+    match process.kill_and_wait(limit).await {
         Ok(_) => Ok(()),
         Err(error) => {
             let kind = match error {
@@ -183,13 +191,16 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
 }
 
 /// Looks again after each process that was ended, for one of them may have just started another.
-async fn first_user_of(dir: &Path, executable_names: &[&str]) -> Result<Option<Found>, BackendError> {
+async fn first_user_of(
+    dir: &Path,
+    executable_names: &[impl AsRef<str>],
+) -> Result<Option<Found>, BackendError> {
     let dir = dir.to_path_buf();
     let users = blocking(move || find_by_argument(&dir)).await?;
     Ok(users.into_iter().find(|user| {
         user.program_name()
             .and_then(|name| name.to_str())
-            .is_some_and(|name| executable_names.contains(&name))
+            .is_some_and(|name| executable_names.iter().any(|known| known.as_ref() == name))
     }))
 }
 

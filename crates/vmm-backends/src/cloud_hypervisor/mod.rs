@@ -190,9 +190,7 @@ impl Backend for CloudHypervisor {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        let names = self.program.running_names().await;
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        launch::sweep(&request.dir, &names).await
+        launch::sweep(&request.dir, &self.program.running_names().await).await
     }
 
     async fn ping(&self) -> BackendHealth {

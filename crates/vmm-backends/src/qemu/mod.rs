@@ -163,9 +163,7 @@ impl Backend for QemuBackend {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        let names = self.binary.names();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        crate::launch::sweep(&request.dir, &names).await
+        crate::launch::sweep(&request.dir, &self.binary.names()).await
     }
 
     async fn ping(&self) -> BackendHealth {

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
 use vmm_core::store::RunRecord;
-use vmm_host::process::{Found, KillError, Lookup, Process, ProcessExit, Usage, adopt, find_by_argument};
+use vmm_host::process::{Found, Lookup, Process, ProcessExit, Usage, adopt, find_by_argument};
 
 use crate::launch::{self, Guarded};
 
@@ -80,16 +80,7 @@ pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, versi
 /// # Errors
 /// [`BackendErrorKind::Host`] where the signal is refused, [`BackendErrorKind::Timeout`] where the process outlives it.
 pub async fn kill(process: &Process) -> Result<(), BackendError> {
-    match process.kill_and_wait(KILLING).await {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            let kind = match error {
-                KillError::Refused { .. } => BackendErrorKind::Host,
-                KillError::StillThere { .. } => BackendErrorKind::Timeout,
-            };
-            Err(BackendError::new(kind, Effect::Unknown, error.to_string()).caused_by(error))
-        }
-    }
+    crate::launch::kill(process, KILLING).await
 }
 
 /// What is said of an end: the exit status, and the last lines of the VMM's logs.
