@@ -29,7 +29,11 @@ pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<
         EncodedChange::Insert(record) => insert(conn, record)?,
         EncodedChange::Update(record) => update(conn, record)?,
         EncodedChange::Remove { uid } => {
-            conn.prepare_cached("DELETE FROM vms WHERE uid = ?1")?.execute([uid])?;
+            let removed = conn.prepare_cached("DELETE FROM vms WHERE uid = ?1")?.execute([uid])?;
+            if removed == 0 {
+                // Its end is in the log already, or it never began.
+                return Ok(None);
+            }
         }
     }
     Ok(commit.event.as_ref().map(|event| append(conn, event)).transpose()?)

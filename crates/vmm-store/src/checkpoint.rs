@@ -11,6 +11,10 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
+use crate::reserve::Reserve;
+
+/// How often the reserve is looked at while no commit comes.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// How long no commit may come before the log is moved.
 const QUIET: Duration = Duration::from_millis(500);
 /// Pages of 4 KiB in the log that are moved without waiting for a pause.
@@ -54,9 +58,17 @@ impl Log {
     }
 }
 
-/// Runs checkpoints until the writer has gone, then empties the log for good.
-pub(crate) fn run(conn: &Connection, quiet: &Quiet) {
-    while quiet.bell.recv().is_ok() {
+/// Runs checkpoints, and makes the reserve again where it was used, until the writer has gone; then empties the log for good.
+pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
+    loop {
+        match quiet.bell.recv_timeout(LOOK_AGAIN) {
+            Ok(()) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                reserve.keep();
+                continue;
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
         while quiet.pages.load(Ordering::Relaxed) < PRESSURE_PAGES {
             match quiet.bell.recv_timeout(QUIET) {
                 Ok(()) => {}
@@ -64,6 +76,7 @@ pub(crate) fn run(conn: &Connection, quiet: &Quiet) {
             }
         }
         passive(conn);
+        reserve.keep();
     }
     if let Err(error) = conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0)) {
         tracing::warn!(%error, "the log could not be moved into the database; the next start will do it");

@@ -16,7 +16,7 @@
 //!
 //! A commit is answered after SQLite has forced it to the disk (`synchronous=FULL`). Commits that wait while the disk works
 //! share the next transaction (`writer.rs`), each behind a savepoint of its own, so that one that is refused takes nobody
-//! along. What is refused at opening, and why nothing is ever repaired or recreated in silence, is told in `open.rs`; the
+//! along. For what a client forces there is room on a full disk too (`reserve.rs`). What is refused at opening, and why nothing is ever repaired or recreated in silence, is told in `open.rs`; the
 //! tables in `schema.rs`; how a record becomes a row in `codec.rs`.
 
 mod apply;
@@ -26,6 +26,7 @@ mod codec;
 mod error;
 mod open;
 mod reader;
+mod reserve;
 mod schema;
 mod worker;
 mod writer;
@@ -82,7 +83,7 @@ impl SqliteStore {
     /// [`StoreErrorKind::Io`] if it cannot be reached or another process has it open, [`StoreErrorKind::Full`] if there is no
     /// room to make it. Nothing is changed then.
     pub fn open(state_dir: &Path) -> Result<Self, StoreError> {
-        let open::Opened { path, instance, lock, writer, reader, checkpointer } =
+        let open::Opened { path, instance, lock, writer, reader, checkpointer, reserve } =
             open::open(state_dir, schema::MIGRATIONS)?;
         let failed = |error: std::io::Error| {
             store_error(
@@ -96,13 +97,14 @@ impl SqliteStore {
         let (log, quiet) = checkpoint::channel();
         let (writer_door, jobs) = mpsc::channel(QUEUED_COMMITS);
         let (reader_door, reads) = mpsc::channel(QUEUED_READS);
-        let writer = writer::Writer::new(writer, path.clone(), log)?;
+        reserve.keep();
+        let writer = writer::Writer::new(writer, path.clone(), log, reserve.clone())?;
         let reader = reader::Reader::new(reader, path.clone(), instance);
         let workers = vec![
             Worker::spawn("store-reader", move || reader.run(reads)).map_err(failed)?,
             Worker::spawn("store-writer", move || writer.run(jobs)).map_err(failed)?,
             Worker::spawn("store-checkpointer", move || {
-                checkpoint::run(&checkpointer, &quiet);
+                checkpoint::run(&checkpointer, &quiet, &reserve);
                 // The last connection goes before the lock does: a successor finds an empty log.
                 drop(checkpointer);
                 drop(lock);
@@ -184,7 +186,12 @@ impl Store for SqliteStore {
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
         let commit = codec::encode(commit)?;
-        self.write(|reply| writer::Job::Commit { commit, reply }).await
+        self.write(|reply| writer::Job::Commit { commit, forced: false, reply }).await
+    }
+
+    async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+        let commit = codec::encode(commit)?;
+        self.write(|reply| writer::Job::Commit { commit, forced: true, reply }).await
     }
 
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {

@@ -26,6 +26,7 @@ use vmm_core::id::InstanceId;
 use vmm_core::store::{StoreError, StoreErrorKind};
 
 use crate::error::{CausedBy, corrupt, from_sqlite, store_error};
+use crate::reserve::Reserve;
 use crate::schema::{self, APPLICATION_ID, Migration};
 
 /// The name of the database in the state directory.
@@ -44,6 +45,7 @@ pub(crate) struct Opened {
     pub(crate) writer: Connection,
     pub(crate) reader: Connection,
     pub(crate) checkpointer: Connection,
+    pub(crate) reserve: Reserve,
 }
 
 /// Opens the database in `state_dir`, making both if they do not exist.
@@ -51,25 +53,41 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
     make_dir(state_dir)?;
     let lock = lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
-    match std::fs::metadata(&path) {
-        Ok(file) if file.len() == 0 => return Err(corrupt(&path, "the file is empty")),
+    let reserve = Reserve::of(&path);
+    let opened = match open_locked(&path, migrations) {
+        // SQLite needs some room for the index of its log, and a daemon must be able to start on a full disk.
+        Err(error)
+            if matches!(error.kind, StoreErrorKind::Full | StoreErrorKind::Io) && reserve.may_help() =>
+        {
+            reserve.spend_on_opening(|| open_locked(&path, migrations)).unwrap_or(Err(error))
+        }
+        opened => opened,
+    };
+    let (instance, [writer, reader, checkpointer]) = opened?;
+    Ok(Opened { path, instance, lock, writer, reader, checkpointer, reserve })
+}
+
+/// The identity of the state directory, and connections to write, to read and to move the log.
+fn open_locked(path: &Path, migrations: &[Migration]) -> Result<(InstanceId, [Connection; 3]), StoreError> {
+    match std::fs::metadata(path) {
+        Ok(file) if file.len() == 0 => return Err(corrupt(path, "the file is empty")),
         Ok(_) => {}
-        Err(error) if error.kind() == ErrorKind::NotFound => create(&path, migrations)?,
-        Err(error) => return Err(io_error("looking at", &path, error)),
+        Err(error) if error.kind() == ErrorKind::NotFound => create(path, migrations)?,
+        Err(error) => return Err(io_error("looking at", path, error)),
     }
 
-    let mut writer = connect(&path).map_err(|error| unusable(&path, error))?;
-    check(&writer, &path, migrations)?;
-    configure(&writer, &path)?;
-    schema::migrate(&mut writer, &path, migrations)?;
-    let instance = instance(&writer, &path)?;
+    let mut writer = connect(path).map_err(|error| unusable(path, error))?;
+    check(&writer, path, migrations)?;
+    configure(&writer, path)?;
+    schema::migrate(&mut writer, path, migrations)?;
+    let instance = instance(&writer, path)?;
 
-    let reader = connect(&path).map_err(|error| unusable(&path, error))?;
-    configure(&reader, &path)?;
-    reader.pragma_update(None, "query_only", true).map_err(|error| unusable(&path, error))?;
-    let checkpointer = connect(&path).map_err(|error| unusable(&path, error))?;
-    configure(&checkpointer, &path)?;
-    Ok(Opened { path, instance, lock, writer, reader, checkpointer })
+    let reader = connect(path).map_err(|error| unusable(path, error))?;
+    configure(&reader, path)?;
+    reader.pragma_update(None, "query_only", true).map_err(|error| unusable(path, error))?;
+    let checkpointer = connect(path).map_err(|error| unusable(path, error))?;
+    configure(&checkpointer, path)?;
+    Ok((instance, [writer, reader, checkpointer]))
 }
 
 /// Makes the state directory if it is missing.

@@ -4,7 +4,8 @@
 //!   wait for a job ─► take all that wait ─► BEGIN ─► each in a SAVEPOINT ─► COMMIT ─► answer each
 //!         ▲                                          │ refused: undone,     │
 //!         │                                          │ the others go on     ├─ no room: nothing was applied,
-//!         │                                          │                      │  so each once more, alone
+//!         │                                          │                      │  so each once more, alone; what
+//!         │                                          │                      │  is forced, in the room kept for it
 //!         └── a step of expiry, if asked             └─ failed: each once   └─ the disk failed: settle
 //!                                                       more, alone
 //! ```
@@ -21,12 +22,13 @@ use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 use vmm_core::backend::Effect;
 use vmm_core::event::EventSeq;
-use vmm_core::store::StoreError;
+use vmm_core::store::{StoreError, StoreErrorKind};
 
 use crate::apply::{Failure, Proof, apply};
 use crate::checkpoint::{self, Log};
 use crate::codec::EncodedCommit;
-use crate::error::{from_sqlite, proves_not_committed};
+use crate::error::{from_sqlite, kind_of, proves_not_committed};
+use crate::reserve::Reserve;
 
 /// The most commits in one transaction.
 const MAX_GROUP: usize = 256;
@@ -39,14 +41,23 @@ type Outcome = Result<Option<EventSeq>, StoreError>;
 /// What a writer can be asked.
 #[derive(Debug)]
 pub(crate) enum Job {
-    Commit { commit: EncodedCommit, reply: Answer<Option<EventSeq>> },
-    Expire { before_ms: i64, reply: Answer<u64> },
+    /// `forced`: may use the room that is kept for it.
+    Commit {
+        commit: EncodedCommit,
+        forced: bool,
+        reply: Answer<Option<EventSeq>>,
+    },
+    Expire {
+        before_ms: i64,
+        reply: Answer<u64>,
+    },
 }
 
 /// A commit and who waits for it.
 #[derive(Debug)]
 struct Waiting {
     commit: EncodedCommit,
+    forced: bool,
     reply: Answer<Option<EventSeq>>,
 }
 
@@ -73,11 +84,17 @@ pub(crate) struct Writer {
     conn: Connection,
     path: PathBuf,
     log: Log,
+    reserve: Reserve,
     expiries: VecDeque<Expiry>,
 }
 
 impl Writer {
-    pub(crate) fn new(mut conn: Connection, path: PathBuf, log: Log) -> Result<Self, StoreError> {
+    pub(crate) fn new(
+        mut conn: Connection,
+        path: PathBuf,
+        log: Log,
+        reserve: Reserve,
+    ) -> Result<Self, StoreError> {
         let hook = {
             let log = log.clone();
             move |_: &mut rusqlite::hooks::Wal, pages| {
@@ -87,7 +104,7 @@ impl Writer {
         };
         conn.wal_hook(Some(hook))
             .map_err(|error| from_sqlite(&path, "opening", Effect::NotApplied, error))?;
-        Ok(Self { conn, path, log, expiries: VecDeque::new() })
+        Ok(Self { conn, path, log, reserve, expiries: VecDeque::new() })
     }
 
     /// Works until nobody can ask any more and everything that was accepted is done.
@@ -112,7 +129,7 @@ impl Writer {
             if self.expiries.is_empty() { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
         while let Some(job) = next {
             match job {
-                Job::Commit { commit, reply } => group.push(Waiting { commit, reply }),
+                Job::Commit { commit, forced, reply } => group.push(Waiting { commit, forced, reply }),
                 Job::Expire { before_ms, reply } => {
                     self.expiries.push_back(Expiry { before_ms, removed: 0, reply });
                 }
@@ -123,7 +140,15 @@ impl Writer {
     }
 
     fn commit_group(&mut self, group: Vec<Waiting>) {
-        match self.try_group(&group) {
+        let mut result = self.try_group(&group);
+        let reserve = self.reserve.clone();
+        while let ([Waiting { forced: true, .. }], Err(Broken::NotApplied(error))) = (&group[..], &result)
+            && kind_of(error) == StoreErrorKind::Full
+            && let Some(again) = reserve.spend(|| self.try_group(&group))
+        {
+            result = again;
+        }
+        match result {
             Ok(outcomes) => answer(group, outcomes),
             // One of them may be the reason (too big for what room is left, say), and the others may fit.
             Err(Broken::NotApplied(_)) if group.len() > 1 => {
@@ -249,17 +274,16 @@ fn answer(group: Vec<Waiting>, outcomes: Vec<Outcome>) {
 mod tests {
     use super::*;
     use crate::{codec, open, schema};
-    use vmm_core::store::StoreErrorKind;
     use vmm_testkit::store_suite::{insert, next, record, remove, update};
 
     fn waiting(commit: vmm_core::store::Commit) -> Waiting {
         let (reply, _) = oneshot::channel();
-        Waiting { commit: codec::encode(commit).unwrap(), reply }
+        Waiting { commit: codec::encode(commit).unwrap(), forced: false, reply }
     }
 
     fn writer(dir: &std::path::Path) -> Writer {
         let opened = open::open(dir, schema::MIGRATIONS).unwrap();
-        Writer::new(opened.writer, opened.path, checkpoint::channel().0).unwrap()
+        Writer::new(opened.writer, opened.path, checkpoint::channel().0, opened.reserve).unwrap()
     }
 
     #[test]

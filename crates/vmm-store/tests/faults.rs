@@ -15,7 +15,7 @@ use vmm_core::backend::Effect;
 use vmm_core::event::EventSeq;
 use vmm_core::store::{Store, StoreError, StoreErrorKind, VmRecord};
 use vmm_store::{DATABASE_FILE, SqliteStore};
-use vmm_testkit::store_suite::{all_events, insert, next, record, update};
+use vmm_testkit::store_suite::{all_events, insert, next, record, remove, update};
 
 /// Commits for ever with several VMs at once, and tells of each commit that was answered.
 #[test]
@@ -153,6 +153,73 @@ fn a_full_disk_refuses_and_keeps_the_rest() {
     // The mount is in a namespace of the child's own, so it goes with the child.
     let wrapper = ["unshare", "--mount", "--map-root-user"];
     expect_done(Player::start(&wrapper, "part_full_disk", dir.path()), "a_full_disk");
+}
+
+#[test]
+#[ignore = "a part that another test starts in a child process"]
+fn part_forced_on_a_full_disk() {
+    let Some(dir) = given_dir() else { return };
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"]).arg(&dir).status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        return tell(format_args!("UNABLE"));
+    }
+    let (hog, reserve) = (dir.join("hog"), dir.join(format!("{DATABASE_FILE}-reserve")));
+    // Takes all the room that is left, as other programs do.
+    let fill_up = || {
+        let mut file = std::fs::File::options().append(true).create(true).open(&hog).unwrap();
+        while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    };
+    let store = open(&dir);
+    assert_eq!(size(&reserve), 4 << 20);
+    block_on(async {
+        let mut vms: Vec<VmRecord> = (0..100).map(|number| record(&format!("old-{number}"))).collect();
+        for vm in &vms {
+            store.commit(insert(vm)).await.unwrap();
+        }
+        fill_up();
+        let refused = fill(&store).await.2;
+        assert_eq!(refused.kind, StoreErrorKind::Full);
+        assert_eq!(size(&reserve), 4 << 20, "an ordinary commit does not get that room");
+
+        // Everything that is there can be ended and removed, and nothing else is recorded.
+        let others = vms.split_off(50);
+        for vm in &mut vms {
+            *vm = next(vm);
+            store.commit_forced(update(vm)).await.unwrap();
+            store.commit_forced(remove(vm)).await.unwrap();
+        }
+        assert!(size(&reserve) < 4 << 20);
+        fill_up();
+        let log = all_events(&store).await;
+        store.close().await.unwrap();
+        fill_up();
+
+        // A daemon that starts on the full disk finds all of it, and can go on with it.
+        let store = open(&dir);
+        let left = store.load().await.unwrap().vms;
+        assert!(others.iter().all(|vm| left.contains(vm)));
+        assert!(vms.iter().all(|gone| left.iter().all(|vm| vm.uid != gone.uid)));
+        assert_eq!(all_events(&store).await, log);
+
+        // With room again, the reserve is made again when all is quiet.
+        std::fs::remove_file(&hog).unwrap();
+        store.commit(insert(&record("late"))).await.unwrap();
+        for _ in 0..1_000 {
+            if size(&reserve) == 4 << 20 {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert_eq!(size(&reserve), 4 << 20);
+    });
+    tell(format_args!("DONE"));
+}
+
+#[test]
+fn what_is_forced_is_recorded_on_a_full_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let wrapper = ["unshare", "--mount", "--map-root-user"];
+    expect_done(Player::start(&wrapper, "part_forced_on_a_full_disk", dir.path()), "forced_on_a_full_disk");
 }
 
 /// Lets files of this process grow to `size` bytes at most. SIGXFSZ is ignored, so a write past it fails with EFBIG.

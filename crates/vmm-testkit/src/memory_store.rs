@@ -105,20 +105,11 @@ impl Store for MemoryStore {
     }
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
-        // A store that takes time lets others in between; so does this one.
-        tokio::task::yield_now().await;
-        let mut inner = self.lock();
-        inner.judge(&commit.change)?;
-        let verdict = inner.next.pop_front().or(inner.always).unwrap_or(Verdict::Pass);
-        match verdict {
-            Verdict::Pass => Ok(inner.apply(commit)),
-            Verdict::Refuse(kind) => Err(error(kind, Effect::NotApplied, "the script refuses it")),
-            Verdict::Lose(kind) => Err(error(kind, Effect::Unknown, "the script loses it")),
-            Verdict::WriteAndFail(kind) => {
-                inner.apply(commit);
-                Err(error(kind, Effect::Unknown, "the script loses the answer"))
-            }
-        }
+        self.decide(commit, false).await
+    }
+
+    async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+        self.decide(commit, true).await
     }
 
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {
@@ -134,6 +125,27 @@ impl Store for MemoryStore {
         let before = inner.events.len();
         inner.events.retain(|event| event.event.time_ms >= before_ms);
         Ok(before.abs_diff(inner.events.len()).try_into().unwrap_or(u64::MAX))
+    }
+}
+
+impl MemoryStore {
+    /// What becomes of a commit. There is always room for what is forced.
+    async fn decide(&self, commit: Commit, forced: bool) -> Result<Option<EventSeq>, StoreError> {
+        // A store that takes time lets others in between; so does this one.
+        tokio::task::yield_now().await;
+        let mut inner = self.lock();
+        inner.judge(&commit.change)?;
+        let verdict = inner.next.pop_front().or(inner.always).unwrap_or(Verdict::Pass);
+        match verdict {
+            Verdict::Pass => Ok(inner.apply(commit)),
+            Verdict::Refuse(StoreErrorKind::Full) if forced => Ok(inner.apply(commit)),
+            Verdict::Refuse(kind) => Err(error(kind, Effect::NotApplied, "the script refuses it")),
+            Verdict::Lose(kind) => Err(error(kind, Effect::Unknown, "the script loses it")),
+            Verdict::WriteAndFail(kind) => {
+                inner.apply(commit);
+                Err(error(kind, Effect::Unknown, "the script loses the answer"))
+            }
+        }
     }
 }
 
@@ -162,7 +174,7 @@ impl Inner {
                 self.vms.insert(new.uid, *new);
             }
             Change::Remove(uid) => {
-                self.vms.remove(&uid);
+                self.vms.remove(&uid)?;
             }
         }
         commit.event.map(|event| {

@@ -41,6 +41,7 @@ macro_rules! store_suite {
             events_are_paged
             expiry_takes_the_old_and_no_place_is_given_twice
             a_caller_that_goes_away_leaves_all_or_nothing
+            what_is_forced_follows_the_same_rules
         );
     };
     (@each $make:path: $($case:ident)*) => {
@@ -79,7 +80,12 @@ pub fn record(name: &str) -> VmRecord {
         generation: 1,
         created_ms: 1_700_000_000_000,
         modified_ms: 1_700_000_000_000,
-        intent: Some(Intent { request: Request::Boot, actor: "somebody".to_owned(), since_ms: -1 }),
+        intent: Some(Intent {
+            request: Request::Boot,
+            actor: "somebody".to_owned(),
+            since_ms: -1,
+            patience_ms: Some(1),
+        }),
         run: Some(RunRecord {
             process: ProcessIdentity { pid: 4711, start_ticks: u64::MAX, boot_id: "b-1".to_owned() },
             socket: "/run/x.sock".into(),
@@ -94,6 +100,9 @@ pub fn record(name: &str) -> VmRecord {
         }),
         owns_console_output: true,
         ended_by: Some(EndedBy::CtrlAltDel),
+        place: Some("/run/ch.sock".to_owned()),
+        imported: true,
+        untold: vec!["a vsock device".to_owned()],
     }
 }
 
@@ -306,22 +315,21 @@ pub async fn of_many_updates_to_a_generation_one_wins(place: &impl Place) {
     assert_eq!(places(&*store).await, [1, 2]);
 }
 
-/// Removing a VM again, or one that never was, succeeds; the events of removed VMs stay.
+/// Removing a VM again, or one that never was, succeeds and logs nothing; the events of removed VMs stay.
 pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl Place) {
     let store = place.open().await;
     let (vm, other) = (record("vm"), record("other"));
     commit(&*store, insert(&vm)).await;
     commit(&*store, insert(&other)).await;
-    for _ in 0..2 {
-        commit(&*store, remove(&vm)).await;
+    commit(&*store, remove(&vm)).await;
+    for nothing in [remove(&vm), remove(&record("never"))] {
+        assert_eq!(store.commit(nothing).await.expect("removing nothing is legal"), None);
     }
-    let silent = Commit { change: Change::Remove(record("never").uid), event: None };
-    assert_eq!(store.commit(silent).await.expect("removing nothing is legal"), None);
     drop(store);
     let store = place.open().await;
     assert_eq!(load(&*store).await.vms, [other]);
     let of_vm = events(&*store, EventSeq(0), Some(vm.vm_id.clone()), 10).await;
-    assert_eq!(of_vm.iter().map(|e| e.seq.0).collect::<Vec<_>>(), [1, 3, 4]);
+    assert_eq!(of_vm.iter().map(|e| e.seq.0).collect::<Vec<_>>(), [1, 3]);
 }
 
 /// Winners and losers race; the winners' events fill the log without a gap, each in the place that was answered.
@@ -420,4 +428,20 @@ pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl Place) {
     let log = all_events(&*store).await;
     assert_eq!(log.iter().map(|e| e.event.uid).collect::<BTreeSet<_>>(), recorded);
     assert_eq!(log.len(), recorded.len(), "one event each");
+}
+
+/// A forced commit is one like any other where there is room.
+pub async fn what_is_forced_follows_the_same_rules(place: &impl Place) {
+    let store = place.open().await;
+    let vm = record("vm");
+    assert_refused(store.commit_forced(update(&next(&vm))).await, StoreErrorKind::Conflict);
+    commit(&*store, insert(&vm)).await;
+    let changed = next(&vm);
+    assert_eq!(store.commit_forced(update(&changed)).await.expect("it is legal"), Some(EventSeq(2)));
+    assert_eq!(load(&*store).await.vms, [changed]);
+    assert_eq!(store.commit_forced(remove(&vm)).await.expect("it is legal"), Some(EventSeq(3)));
+    drop(store);
+    let store = place.open().await;
+    assert!(load(&*store).await.vms.is_empty());
+    assert_eq!(places(&*store).await, [1, 2, 3]);
 }
