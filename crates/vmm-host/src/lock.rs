@@ -1,17 +1,24 @@
 //! One daemon per state directory.
 //!
-//! The kernel holds the lock for as long as the daemon lives and no longer, so there is nothing to clean up after a crash.
-//! The file stays: its content only tells people who holds it.
+//! The kernel holds the lock for as long as the daemon lives, so there is nothing to clean up after a crash. A daemon that is
+//! killed while it starts a VMM leaves it to that child for a moment, until the child has exec'ed; who comes next waits for that.
+//! The file stays: its content tells who holds the lock.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
 /// The lock's file in the state directory.
 const FILE_NAME: &str = "lock";
+/// How long the lock of a daemon that is dead may still be held by a child that it was starting, or by somebody who asks
+/// whether it is held. An exec takes milliseconds, on a busy machine more.
+const AFTER_DEATH: Duration = Duration::from_secs(2);
+/// Time between two tries meanwhile.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// The right to be the only daemon of a state directory. Ends when it is dropped or the daemon dies; children don't get it.
 #[derive(Debug)]
@@ -48,7 +55,8 @@ fn holder_name(pid: Option<u32>) -> String {
 }
 
 impl StateLock {
-    /// Takes the lock of `state_dir`, which is made with mode 0700 if it is missing. Never waits.
+    /// Takes the lock of `state_dir`, which is made with mode 0700 if it is missing. Blocks, for two seconds at most, only
+    /// where a daemon that is dead left the lock to a child.
     ///
     /// # Errors
     /// [`LockError::Held`] where another process has it.
@@ -68,12 +76,18 @@ impl StateLock {
             .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
             .open(&path)
             .map_err(failed(&path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(LockError::Held { state_dir: state_dir.to_path_buf(), pid: read_pid(&mut file) });
+        let deadline = Instant::now() + AFTER_DEATH;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
             }
-            Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
+            let pid = read_pid(&mut file);
+            if Instant::now() >= deadline || !pid.is_some_and(has_ended) {
+                return Err(LockError::Held { state_dir: state_dir.to_path_buf(), pid });
+            }
+            pause();
         }
         write_pid(&mut file).map_err(failed(&path))?;
         Ok(Self { file })
@@ -119,6 +133,22 @@ impl Drop for StateLock {
     }
 }
 
+/// Whether no process bears the id any more, or only a zombie that nobody has waited for.
+fn has_ended(pid: u32) -> bool {
+    match std::fs::read(format!("/proc/{pid}/cmdline")) {
+        Ok(arguments) => arguments.is_empty(),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the daemon serves nobody yet, and the subcommands do one thing"
+)]
+fn pause() {
+    std::thread::sleep(RETRY);
+}
+
 fn write_pid(file: &mut File) -> io::Result<()> {
     file.set_len(0)?;
     file.rewind()?;
@@ -128,6 +158,7 @@ fn write_pid(file: &mut File) -> io::Result<()> {
 /// What the holder wrote. It may be about to write, so nothing is no surprise.
 fn read_pid(file: &mut File) -> Option<u32> {
     let mut text = String::new();
+    file.rewind().ok()?;
     file.take(32).read_to_string(&mut text).ok()?;
     text.trim().parse().ok()
 }
@@ -190,6 +221,23 @@ mod tests {
         assert!(matches!(refused, LockError::Held { pid: Some(4242), .. }), "{refused}");
         drop(holder);
         StateLock::acquire(dir.path()).unwrap();
+    }
+
+    /// What a daemon that is killed while it starts a VMM leaves for a moment.
+    #[test]
+    fn the_lock_of_a_dead_daemon_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = StateLock::acquire(dir.path()).unwrap();
+        let mut dead = Command::new("true").spawn().unwrap();
+        dead.wait().unwrap();
+        std::fs::write(dir.path().join(FILE_NAME), format!("{}\n", dead.id())).unwrap();
+        let asked = std::thread::scope(|scope| {
+            let next = scope.spawn(|| StateLock::acquire(dir.path()).map(drop));
+            pause();
+            drop(lock);
+            next.join().unwrap()
+        });
+        asked.unwrap();
     }
 
     #[test]

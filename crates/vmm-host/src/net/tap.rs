@@ -23,6 +23,7 @@ use vmm_core::id::{InstanceId, VmUid};
 
 use super::netlink::{Link, Netlink};
 use super::{is_multi_queue, is_tap};
+use crate::process::close_for_good;
 
 /// What the label of every TAP of this program begins with.
 const LABEL: &str = "vmm-controlplane";
@@ -237,9 +238,10 @@ async fn make(netlink: &Netlink, name: &str, owner: TapOwner) -> Result<(), TapE
         Ok(None) => Err(io::Error::other("it vanished as soon as it was made")),
         Err(error) => Err(error),
     };
-    // Closing removes what is not persistent, and that takes the kernel a while.
-    let kept = blocking(move || labelled.and_then(|()| tap.set_persistent(true))).await;
-    kept.map_err(not_made(name))
+    // Closing removes what is not persistent, and that takes the kernel a while. What is kept takes one user at a time: a copy
+    // of the descriptor in a VMM that is just being started would make it look taken to the one that it is for.
+    let keep = move || labelled.and_then(|()| tap.set_persistent(true));
+    blocking(move || close_for_good(keep)).await.map_err(not_made(name))
 }
 
 fn not_made(name: &str) -> impl FnOnce(io::Error) -> TapError {

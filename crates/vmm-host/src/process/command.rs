@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags};
 use nix::sys::signal::SigSet;
@@ -25,6 +25,22 @@ const ENVIRONMENT: [&str; 7] = ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "T
 
 /// Where input is empty and output is lost.
 const NOWHERE: &str = "/dev/null";
+
+/// Held by whoever starts a process. Until it has exec'ed a child has a copy of every descriptor of the daemon, so that what the
+/// daemon closes meanwhile stays open for a moment.
+static STARTING: RwLock<()> = RwLock::new(());
+
+/// Says that a process is about to be started by other means than [`spawn`]; to be kept until it has been.
+pub fn starting() -> RwLockReadGuard<'static, ()> {
+    STARTING.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does what ends with the close of a descriptor, at a moment at which no child has a copy of it. Blocks for as long as
+/// processes that are being started take to exec, some milliseconds.
+pub(crate) fn close_for_good<T>(close: impl FnOnce() -> T) -> T {
+    let _nobody_starts = STARTING.write().unwrap_or_else(PoisonError::into_inner);
+    close()
+}
 
 /// What to start, and where its output goes.
 #[derive(Debug)]
@@ -191,8 +207,11 @@ fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::R
             Some(c_string(&entry))
         })
         .collect::<io::Result<Vec<_>>>()?;
-    let pid = nix::spawn::posix_spawn(program, &files, &attributes, &args, &environment)
-        .map_err(|error| named(program, &error.into()))?;
+    let spawned = {
+        let _starting = starting();
+        nix::spawn::posix_spawn(program, &files, &attributes, &args, &environment)
+    };
+    let pid = spawned.map_err(|error| named(program, &error.into()))?;
     Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("the kernel gave no process id"))
 }
 

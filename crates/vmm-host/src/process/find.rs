@@ -59,13 +59,25 @@ pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
         let message = "processes can only be looked for by an absolute path";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
+    find(|args| args.iter().any(|arg| mentions(arg.as_bytes(), needle)))
+}
+
+/// Finds every process, this one excepted, that has the argument `option` and right after it `value`, as in `-uuid UUID`.
+///
+/// # Errors
+/// As [`find_by_argument`].
+pub fn find_by_option(option: &str, value: &str) -> io::Result<Vec<Found>> {
+    find(|args| args.windows(2).any(|pair| pair[0] == option && pair[1] == value))
+}
+
+fn find(is_wanted: impl Fn(&[OsString]) -> bool) -> io::Result<Vec<Found>> {
     let boot_id = boot_id()?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         if pid != std::process::id()
-            && let Some(process) = examine(pid, needle, &boot_id)
+            && let Some(process) = examine(pid, &is_wanted, &boot_id)
         {
             found.push(process);
         }
@@ -73,17 +85,16 @@ pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
-fn examine(pid: u32, needle: &[u8], boot_id: &str) -> Option<Found> {
+fn examine(pid: u32, is_wanted: &impl Fn(&[OsString]) -> bool, boot_id: &str) -> Option<Found> {
     // Arguments first: of hundreds of processes only a few need more.
-    let mentions = |args: &[OsString]| args.iter().any(|arg| mentions(arg.as_bytes(), needle));
-    if !mentions(&procfs::arguments(pid).ok()?) {
+    if !is_wanted(&procfs::arguments(pid).ok()?) {
         return None;
     }
     // Two equal start times around what is read say that all of it is about one process.
     let start_ticks = procfs::stat(pid).ok()?.start_ticks;
     let args = procfs::arguments(pid).ok()?;
     let exe = procfs::exe_of(pid).ok();
-    if !mentions(&args) || procfs::stat(pid).ok()?.start_ticks != start_ticks {
+    if !is_wanted(&args) || procfs::stat(pid).ok()?.start_ticks != start_ticks {
         return None;
     }
     let identity = ProcessIdentity { pid, start_ticks, boot_id: boot_id.to_owned() };
@@ -147,6 +158,24 @@ mod tests {
         for none in ["/run/vmm/vms", "/run/vmm/vms/", "/mnt/run/vmm/vms/0a", "/run/vmm/vmsx/0a", ""] {
             assert_eq!(below(none), Vec::<PathBuf>::new(), "{none}");
         }
+    }
+
+    #[test]
+    fn an_option_is_found_with_its_value_behind_it() {
+        let mut child =
+            std::process::Command::new("tail").args(["-f", "/dev/null", "-s", "86399"]).spawn().unwrap();
+        let pids = |option, value| {
+            let found = find_by_option(option, value).unwrap();
+            found.into_iter().map(|found| found.identity.pid).collect::<Vec<_>>()
+        };
+        // Between fork and exec it still has this program's arguments.
+        while !pids("-s", "86399").contains(&child.id()) {
+            assert!(child.try_wait().unwrap().is_none());
+        }
+        assert!(!pids("86399", "-s").contains(&child.id()));
+        assert!(!pids("-s", "8639").contains(&child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -35,10 +35,11 @@ use tokio::sync::watch;
 use vmm_core::store::ProcessIdentity;
 
 pub use adopt::{Lookup, adopt};
-pub use command::{Command, Guarded, Stdin, spawn, spawn_guarded};
+pub(crate) use command::close_for_good;
+pub use command::{Command, Guarded, Stdin, spawn, spawn_guarded, starting};
 pub use exit::{ExitStatus, ProcessExit};
-pub use find::{Found, find_by_argument};
-pub use procfs::{Usage, boot_id, exe_of, usage};
+pub use find::{Found, find_by_argument, find_by_option};
+pub use procfs::{Usage, age, arguments_of, boot_id, exe_of, identify, usage};
 
 /// A handle of one process. Clones are handles of the same one; dropping them all leaves it running.
 #[derive(Clone, Debug)]

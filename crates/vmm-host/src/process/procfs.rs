@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use vmm_core::store::ProcessIdentity;
+
 /// What a process has used of the host, all its threads together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -65,6 +67,16 @@ pub(super) fn arguments(pid: u32) -> io::Result<Vec<std::ffi::OsString>> {
     Ok(text.split(|&byte| byte == 0).map(|part| std::ffi::OsString::from_vec(part.to_vec())).collect())
 }
 
+/// The arguments that a process was started with, its own name first.
+///
+/// # Errors
+/// What the kernel says; `NotFound` where the process has ended.
+pub fn arguments_of(process: &super::Process) -> io::Result<Vec<std::ffi::OsString>> {
+    let arguments = arguments(process.pid())?;
+    process.still_the_same()?;
+    Ok(arguments)
+}
+
 /// The id of the process that `task` is a thread of.
 pub(super) fn thread_group(task: u32) -> io::Result<Option<u32>> {
     let text = read(task, "status")?;
@@ -97,6 +109,20 @@ pub fn usage(pid: u32) -> io::Result<Usage> {
     Ok(Usage { cpu_time: whole + part, resident_bytes: resident_pages(pid)?.saturating_mul(page_size) })
 }
 
+/// How long ago a process was started, on the clock that counts from the host's boot and that nobody sets. `None` where that
+/// was before the present boot.
+pub fn age(identity: &ProcessIdentity) -> Option<Duration> {
+    if boot_id().ok()? != identity.boot_id {
+        return None;
+    }
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let now = Duration::new(now.tv_sec.try_into().ok()?, now.tv_nsec.try_into().ok()?);
+    let hertz = rustix::param::clock_ticks_per_second().max(1);
+    let ticks = identity.start_ticks;
+    let part = Duration::from_nanos((ticks % hertz).saturating_mul(1_000_000_000) / hertz);
+    Some(now.saturating_sub(Duration::from_secs(ticks / hertz) + part))
+}
+
 /// The program that a process runs, by its real path. A program that was replaced since keeps the path it had.
 ///
 /// # Errors
@@ -111,6 +137,15 @@ fn without_deleted(link: &Path) -> PathBuf {
     let bytes = link.as_os_str().as_bytes();
     let bytes = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
     PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
+}
+
+/// Which process has `pid` now. Proves nothing by itself: [`super::adopt`] makes a handle of it, if it is still there.
+///
+/// # Errors
+/// What the kernel says; `NotFound` where there is no such process, or it is hidden from us.
+pub fn identify(pid: u32) -> io::Result<vmm_core::store::ProcessIdentity> {
+    let start_ticks = stat(pid)?.start_ticks;
+    Ok(vmm_core::store::ProcessIdentity { pid, start_ticks, boot_id: boot_id()? })
 }
 
 /// The id of the host's present boot. Read once.
@@ -158,6 +193,14 @@ mod tests {
         assert_eq!(arguments(pid).unwrap(), std::env::args_os().collect::<Vec<_>>());
         assert_eq!(thread_group(pid).unwrap(), Some(pid));
         assert_eq!(boot_id().unwrap().len(), 36);
+        let start_ticks = stat(pid).unwrap().start_ticks;
+        let identity = ProcessIdentity { pid, start_ticks, boot_id: boot_id().unwrap() };
+        let first = ProcessIdentity { start_ticks: 0, ..identity.clone() };
+        assert!(age(&identity).unwrap() <= age(&first).unwrap(), "it is no older than the host");
+        // The kernel rounds this up.
+        let up = Duration::from_secs(rustix::system::sysinfo().uptime.cast_unsigned().saturating_sub(1));
+        assert!(age(&first).unwrap() >= up, "who was there from the beginning is as old as the host");
+        assert_eq!(age(&ProcessIdentity { boot_id: "another".to_owned(), ..identity }), None);
     }
 
     #[test]

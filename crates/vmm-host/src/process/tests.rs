@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Pid;
 
@@ -288,3 +289,15 @@ async fn a_process_is_found_by_its_run_folder() {
 fn find_tail() -> PathBuf {
     crate::path::find_program("tail", Some(std::ffi::OsStr::new("/usr/bin:/bin"))).unwrap()
 }
+
+#[test]
+fn what_must_be_closed_for_good_waits_until_no_child_is_being_started() {
+    let started = starting();
+    let closing = std::thread::spawn(|| command::close_for_good(|| STARTED.load(Ordering::SeqCst)));
+    STARTED.store(true, Ordering::SeqCst);
+    drop(started);
+    assert!(closing.join().unwrap(), "it did not wait");
+}
+
+/// Whether the start that the test above plays has come to its end.
+static STARTED: AtomicBool = AtomicBool::new(false);

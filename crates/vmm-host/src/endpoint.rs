@@ -1,0 +1,205 @@
+//! A socket that somebody else made: whether it may be used, and which process listens on it.
+//!
+//! ```text
+//!   examine ── a link, no socket, anybody's to replace ──► refused
+//!      │
+//!   connect ──► who listened? (SO_PEERCRED) ──► pidfd ──► connect once more: the same ──► proven
+//! ```
+//!
+//! A pid alone may be somebody else's by the time it is looked up. A listening socket ends with its last holder, so a second
+//! connection that shows the same pid, made after the pidfd was opened, says that the pidfd means the listener.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+
+use crate::process::{self, Lookup, Process};
+
+/// How long the kernel may take to connect; a listener whose queue is full answers nothing.
+const CONNECTING: Duration = Duration::from_secs(2);
+
+/// A connection to a process that is proven to listen there.
+#[derive(Debug)]
+pub struct Visit {
+    /// The connection.
+    pub stream: UnixStream,
+    /// The listener.
+    pub process: Process,
+}
+
+/// Why a socket cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VisitError {
+    /// Nobody listens there: no socket, or one that was left behind.
+    #[error("nobody listens on {0}")]
+    Nobody(String),
+    /// It must not be used; the text says why and what to do.
+    #[error("{0}")]
+    Refused(String),
+    /// It cannot be used now; the text says why.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Looks at the file at `path`, and refuses what anybody could have put there.
+///
+/// # Errors
+/// [`VisitError`], as its variants say.
+pub fn examine(path: &Path) -> Result<(), VisitError> {
+    let shown = path.display();
+    let facts = match std::fs::symlink_metadata(path) {
+        Ok(facts) => facts,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(VisitError::Nobody(shown.to_string()));
+        }
+        Err(error) => return Err(VisitError::Failed(format!("{shown} cannot be looked at: {error}"))),
+    };
+    if facts.file_type().is_symlink() {
+        return Err(VisitError::Refused(format!(
+            "{shown} is a symbolic link, which whoever owns it can turn to another socket: name the socket itself"
+        )));
+    }
+    if !facts.file_type().is_socket() {
+        return Err(VisitError::Refused(format!(
+            "{shown} is not a socket: name the one that the VMM listens on"
+        )));
+    }
+    let everybody = facts.mode() & 0o002 != 0;
+    if everybody && facts.uid() != rustix::process::geteuid().as_raw() {
+        return Err(VisitError::Refused(format!(
+            "{shown} is writable by everybody and belongs to another user (uid {}): take the right away (chmod o-w), or have the \
+             VMM started by the daemon's user",
+            facts.uid()
+        )));
+    }
+    Ok(())
+}
+
+/// Connects to the socket at `path` and proves which process listens there.
+///
+/// # Errors
+/// [`VisitError`], as its variants say.
+pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
+    let owned = path.to_path_buf();
+    let examined = tokio::task::spawn_blocking(move || examine(&owned)).await;
+    examined.map_err(|error| VisitError::Failed(error.to_string()))??;
+    let first = listener(&connect(path).await?, path)?;
+    let identified = tokio::task::spawn_blocking(move || process::identify(first)).await;
+    let identity = match identified {
+        Ok(Ok(identity)) => identity,
+        Ok(Err(error)) => return Err(hidden(path, first, &error.to_string())),
+        Err(error) => return Err(VisitError::Failed(error.to_string())),
+    };
+    let process = match process::adopt(&identity) {
+        Lookup::Alive(process) => process,
+        Lookup::Gone => return Err(VisitError::Nobody(path.display().to_string())),
+        Lookup::Unprovable(why) => return Err(hidden(path, first, &why)),
+    };
+    let stream = connect(path).await?;
+    if listener(&stream, path)? != first {
+        return Err(VisitError::Failed(format!(
+            "another process has begun to listen on {} just now; it is looked at again",
+            path.display()
+        )));
+    }
+    Ok(Visit { stream, process })
+}
+
+async fn connect(path: &Path) -> Result<UnixStream, VisitError> {
+    let shown = path.display();
+    match tokio::time::timeout(CONNECTING, UnixStream::connect(path)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => match error.kind() {
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
+                Err(VisitError::Nobody(shown.to_string()))
+            }
+            io::ErrorKind::PermissionDenied => Err(VisitError::Refused(format!(
+                "{shown} may not be connected to by the daemon's user: give it the right to write there"
+            ))),
+            io::ErrorKind::WouldBlock => Err(VisitError::Failed(format!(
+                "{shown} takes no connection: its queue is full, so its VMM is stuck, or has more clients than it serves"
+            ))),
+            _ => Err(VisitError::Failed(format!("{shown} cannot be connected to: {error}"))),
+        },
+        Err(_) => Err(VisitError::Failed(format!("{shown} was not connected within {CONNECTING:?}"))),
+    }
+}
+
+/// The process that listens at the other end of `stream`.
+///
+/// # Errors
+/// [`VisitError::Refused`] where the kernel shows none that could be a VMM's.
+pub fn listener(stream: &UnixStream, path: &Path) -> Result<u32, VisitError> {
+    let shown = path.display();
+    let credentials = stream.peer_cred().map_err(|error| {
+        VisitError::Failed(format!("the kernel does not say who listens on {shown}: {error}"))
+    })?;
+    match credentials.pid().and_then(|pid| u32::try_from(pid).ok()) {
+        Some(pid) if pid > 1 => Ok(pid),
+        Some(1) => Err(VisitError::Refused(format!(
+            "{shown} was opened by process 1, not by a VMM: let the VMM make its socket itself"
+        ))),
+        Some(_) | None => Err(VisitError::Refused(format!(
+            "who listens on {shown} is in another PID namespace, so nothing can be proven of it: run the daemon where it sees \
+             the VMM's process"
+        ))),
+    }
+}
+
+fn hidden(path: &Path, pid: u32, why: &str) -> VisitError {
+    VisitError::Refused(format!(
+        "process {pid}, which listens on {}, cannot be identified: {why}; run the daemon as a user that may see it",
+        path.display()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    fn refusal(path: &Path) -> String {
+        match examine(path) {
+            Err(VisitError::Refused(why)) => why,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_listener_is_proven() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        assert_eq!(visit(&path).await.unwrap_err(), VisitError::Nobody(path.display().to_string()));
+        let listening = UnixListener::bind(&path).unwrap();
+        let visit_to_it = visit(&path).await.unwrap();
+        assert_eq!(visit_to_it.process.pid(), std::process::id());
+        drop(listening);
+        assert_eq!(visit(&path).await.unwrap_err(), VisitError::Nobody(path.display().to_string()));
+    }
+
+    #[tokio::test]
+    async fn what_anybody_could_have_put_there_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link, file) = (dir.path().join("s"), dir.path().join("l"), dir.path().join("f"));
+        let _listening = UnixListener::bind(&path).unwrap();
+        symlink(&path, &link).unwrap();
+        std::fs::write(&file, "").unwrap();
+        assert!(refusal(&link).contains("symbolic link"));
+        assert!(refusal(&file).contains("not a socket"));
+        // Our own may be as open as we like.
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).unwrap();
+        examine(&path).unwrap();
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(12_345), None).unwrap();
+            assert!(refusal(&path).contains("uid 12345"));
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            examine(&path).unwrap();
+        }
+    }
+}
