@@ -25,7 +25,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
+use crate::gate::Gate;
 use crate::id::{BackendName, InstanceId, VmId, VmUid};
+use crate::place::{Discovery, Places};
 use crate::report::Report;
 use crate::spec::{RestartMode, VmSpec};
 use crate::state::EndedBy;
@@ -42,6 +44,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Starts a VMM and its guest. The guest's CPUs run when this answers.
     ///
+    /// The VMM's process may start at once; what it is to run is told to it behind [`LaunchRequest::gate`].
+    ///
     /// A failed launch leaves nothing running. A launch that is dropped half-way may leave a process, which
     /// [`Backend::sweep`] finds.
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError>;
@@ -54,6 +58,28 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Says whether this hypervisor can serve now. Cheap, because it is asked again and again.
     async fn ping(&self) -> BackendHealth;
+
+    /// Where the VMs that are created from now on live, the best place first. Which places there are is constant.
+    fn places(&self) -> Places {
+        Places::Made
+    }
+
+    /// Says whether a VM that has `place` can live here. What is on record in another place is touched by nobody.
+    fn serves(&self, place: &str) -> bool {
+        self.places().contains(place)
+    }
+
+    /// Says whether something of a VM stays at the hypervisor when its run has ended, as a domain that is defined does. Then
+    /// each deletion sweeps.
+    fn outlives_runs(&self) -> bool {
+        false
+    }
+
+    /// Looks for VMs that somebody else made or started, and goes on looking; `None` where there can be none. Asked once,
+    /// after every VM on record was adopted: what a handle is held of is never found.
+    async fn discover(&self) -> Option<Discovery> {
+        None
+    }
 }
 
 /// The handle of one run of one VM.
@@ -77,6 +103,15 @@ pub trait Vmm: Send + Sync + 'static {
     /// Resets the guest at once, without asking it. Not an event: nobody is told twice.
     async fn reset(&self) -> Result<Reset, BackendError>;
 
+    /// Starts the guest again. A guest that is to be asked first is shut down and launched again
+    /// ([`Reset::NeedsRelaunch`]), unless the hypervisor has a way of its own.
+    async fn reboot(&self, ladder: Ladder) -> Result<Reset, BackendError> {
+        match ladder.ask_guest_for {
+            None => self.reset().await,
+            Some(_) => Ok(Reset::NeedsRelaunch),
+        }
+    }
+
     /// Reads the counters of this run.
     async fn sample(&self) -> Result<Sample, BackendError>;
 
@@ -84,6 +119,8 @@ pub trait Vmm: Send + Sync + 'static {
     async fn probe(&self) -> Result<GuestState, BackendError>;
 
     /// Kills the VMM and waits until it has gone. Does not need the VMM to answer.
+    ///
+    /// A VMM that somebody else started is told to end its VM, and never killed by this: [`Backend::sweep`] may be, by force.
     async fn kill(&self) -> Result<(), BackendError>;
 }
 
@@ -102,8 +139,16 @@ pub struct LaunchRequest {
     pub dir: PathBuf,
     /// Where console output goes; `None` means no console.
     pub console: Option<PathBuf>,
+    /// What has to be passed before the guest may run, or anything but a process of this VM is touched.
+    pub gate: Gate,
     /// The TAP of each network interface, by the interface's order. They exist.
     pub taps: Vec<String>,
+    /// Where the VM lives, if it has a place.
+    pub place: Option<String>,
+    /// Whether somebody else made the VM: where it is still there it is started as it is, not as `spec` says.
+    pub imported: bool,
+    /// Why `spec` does not suffice to make the VM anew, where it does not; for people.
+    pub incomplete: Option<String>,
 }
 
 /// A VMM that was just started.
@@ -136,6 +181,10 @@ pub struct AdoptRequest {
     /// The run as it was recorded. `None` where a launch was interrupted before its outcome was: the VMM, if there is one,
     /// is then found by its run folder.
     pub run: Option<RunRecord>,
+    /// Where the VM lives, if it has a place.
+    pub place: Option<String>,
+    /// Whether somebody else made the VM.
+    pub imported: bool,
 }
 
 /// What became of an earlier run.
@@ -171,6 +220,54 @@ pub struct SweepRequest {
     pub uid: VmUid,
     /// The run folder whose users are to end.
     pub dir: PathBuf,
+    /// The run as it was recorded, if it was.
+    pub run: Option<RunRecord>,
+    /// Where the VM lives, if it has a place.
+    pub place: Option<String>,
+    /// What the VM is, where the caller knows: tells it from another that has come to its place.
+    pub spec: Option<VmSpec>,
+    /// Whether somebody else made the VM.
+    pub imported: bool,
+    /// Why: what may be done to what this program did not start depends on it.
+    pub purpose: Sweep,
+}
+
+impl SweepRequest {
+    /// What a VM without a place has left in its run folder.
+    pub fn of_folder(uid: VmUid, dir: impl Into<PathBuf>) -> Self {
+        Self {
+            uid,
+            dir: dir.into(),
+            run: None,
+            place: None,
+            spec: None,
+            imported: false,
+            purpose: Sweep::Clear,
+        }
+    }
+}
+
+/// Why what is left of a VM is swept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sweep {
+    /// A start broke, or a run has ended: what that start has made goes.
+    Clear,
+    /// The VM is to end by force, and stays on record.
+    End,
+    /// The VM is being deleted, and does not run: it must not be found again.
+    Delete,
+    /// The same by force, whatever it is doing.
+    ForceDelete,
+}
+
+impl Sweep {
+    /// Says whether a VMM that somebody else started may be killed, if it is proven the right one.
+    pub const fn is_forced(self) -> bool {
+        match self {
+            Self::Clear | Self::Delete => false,
+            Self::End | Self::ForceDelete => true,
+        }
+    }
 }
 
 /// How far a shutdown may go.
@@ -308,6 +405,14 @@ pub struct StorageCounters {
 pub struct BackendHealth {
     /// `Ok` with the version, or why not.
     pub version: Result<String, String>,
+    /// What of it cannot serve, and why, where the rest can; as one of several sockets.
+    pub problems: Vec<String>,
+}
+
+impl From<Result<String, String>> for BackendHealth {
+    fn from(version: Result<String, String>) -> Self {
+        Self { version, problems: Vec::new() }
+    }
 }
 
 /// What a hypervisor can do, told to clients word for word.
@@ -394,6 +499,8 @@ pub enum BackendErrorKind {
     Protocol,
     /// The VMM has gone.
     Gone,
+    /// The VM did not end by all that may be done to it without force.
+    StillRuns,
 }
 
 impl BackendError {

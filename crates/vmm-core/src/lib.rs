@@ -7,7 +7,9 @@
 pub mod backend;
 pub mod config;
 pub mod event;
+pub mod gate;
 pub mod id;
+pub mod place;
 pub mod report;
 pub mod spec;
 pub mod state;

@@ -41,6 +41,15 @@ pub struct VmRecord {
     pub owns_console_output: bool,
     /// What ended the last run.
     pub ended_by: Option<EndedBy>,
+    /// Where it lives, if it lives where somebody else says (see [`crate::place`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<String>,
+    /// Whether somebody else made it: its configuration is what its VMM told, and may not tell all.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub imported: bool,
+    /// What it has beside its configuration, of a VM that was imported; see [`crate::place::Found::untold`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub untold: Vec<String>,
 }
 
 /// What CreateVm was sent.
@@ -61,6 +70,10 @@ pub struct Intent {
     pub actor: String,
     /// When, in Unix milliseconds.
     pub since_ms: i64,
+    /// How long the guest has to obey a shutdown or a reboot, in milliseconds: 0 where it is not asked, `None` for the default
+    /// and where nobody is asked at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience_ms: Option<u64>,
 }
 
 /// Proof of identity of a process: a pid alone may be somebody else's by now.
@@ -131,7 +144,7 @@ pub enum Change {
     Insert(Box<VmRecord>),
     /// A changed VM. Fails with [`StoreErrorKind::Conflict`] unless the stored generation is one less.
     Update(Box<VmRecord>),
-    /// A VM that is gone; its events stay. Removing twice is harmless.
+    /// A VM that is gone; its events stay. Removing what is not there is harmless and logs nothing.
     Remove(VmUid),
 }
 
@@ -165,6 +178,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// Commits one change durably and answers with the place of its event, if it had one.
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError>;
+
+    /// Commits like [`Store::commit`] what a client forces: a store that keeps room for that uses it where none is left.
+    async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+        self.commit(commit).await
+    }
 
     /// Reads events, oldest first.
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError>;

@@ -3,12 +3,15 @@
 //! [`VmSpec::parse`] is the only way to make one. It reads nothing but its argument; what must be looked up on the host (does
 //! the kernel exist? is the TAP taken?) is checked by the service, and what one hypervisor adds by its backend.
 
+mod imported;
+mod kernel_line;
 mod options;
 mod parse;
 
 use std::fmt;
 use std::path::PathBuf;
 
+pub use kernel_line::{kernel_words, kernels_part};
 pub use options::{
     BACKING_KEYS, BOOT_KEYS, CPU_KEYS, DISK_KEYS, NIC_KEYS, OptionScope, RateLimit, option_is_true,
     rate_limit, scope_of,
@@ -214,11 +217,8 @@ impl VmSpec {
     /// no `root=` of its own. Alike on every backend. What follows a lone `--` is init's, so it stays last.
     pub fn kernel_args(&self) -> String {
         let args = self.boot.args.as_str();
-        let (for_kernel, for_init) = match args.find(" -- ") {
-            Some(end) => (&args[..end], &args[end + 1..]),
-            None => (args, ""),
-        };
-        let has_root = for_kernel.split_ascii_whitespace().any(|word| word.starts_with("root="));
+        let (for_kernel, for_init) = args.split_at(kernels_part(args).len());
+        let has_root = kernel_words(args).any(|word| word.starts_with("root="));
         let Some(disk) = self.disks.first().filter(|disk| disk.is_root && !has_root) else {
             return args.to_owned();
         };
@@ -255,12 +255,32 @@ mod tests {
     }
 
     #[test]
+    fn an_open_quote_is_refused_because_it_would_swallow_what_is_added() {
+        let boot =
+            |kernel_args: &str| BootConfig { kernel_args: kernel_args.to_owned(), ..BootConfig::default() };
+        let faults = |kernel_args| {
+            let boot = BootConfig { kernel_path: "/kernel".to_owned(), ..boot(kernel_args) };
+            let report = VmSpec::parse(&VmConfig { boot: Some(boot), ..VmConfig::default() }).unwrap_err();
+            report.violations.iter().filter(|it| it.field == "config.boot.kernel_args").count()
+        };
+        assert_eq!(faults("a=\"b c"), 1);
+        assert_eq!(faults("a=\"b c\""), 0);
+        assert_eq!(faults("a -- it\"s"), 0, "init's");
+    }
+
+    #[test]
     fn a_root_device_is_named_unless_the_line_names_one() {
         assert_eq!(args("console=ttyS0", Some((true, false))), "console=ttyS0 root=/dev/vda rw");
         assert_eq!(args("", Some((true, true))), "root=/dev/vda ro");
         assert_eq!(
             args("quiet -- single root=x", Some((true, false))),
             "quiet root=/dev/vda rw -- single root=x"
+        );
+        assert_eq!(args("-- single", Some((true, false))), "root=/dev/vda rw -- single");
+        assert_eq!(args("quiet --", Some((true, false))), "quiet root=/dev/vda rw --");
+        assert_eq!(
+            args("note=\"a -- root=x\" quiet", Some((true, false))),
+            "note=\"a -- root=x\" quiet root=/dev/vda rw"
         );
         assert_eq!(args("root=/dev/vda1 quiet", Some((true, false))), "root=/dev/vda1 quiet");
         assert_eq!(args("quiet", Some((false, false))), "quiet");

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use super::kernel_line::kernels_part;
 use super::options::{
     BACKING_KEYS, BOOT_KEYS, CPU_KEYS, DISK_KEYS, NIC_KEYS, check_plain_keys, option_is_true, rate_limit,
 };
@@ -169,6 +170,10 @@ fn parse_boot(report: &mut Report, boot: Option<&BootConfig>) -> Option<Boot> {
     if boot.kernel_args.bytes().any(|byte| byte < 0x20 || byte == 0x7f) {
         report.reject("config.boot.kernel_args", "must not contain control characters such as a line break");
     }
+    // It would swallow whatever is added.
+    if kernels_part(&boot.kernel_args).matches('"').count() % 2 == 1 {
+        report.reject("config.boot.kernel_args", "has a quote (\") that is never closed");
+    }
     let kernel = parse_path(report, "config.boot.kernel_path", &boot.kernel_path)?;
     let initrd = match boot.initrd_path.as_str() {
         "" => None,
@@ -198,7 +203,7 @@ fn parse_disks(report: &mut Report, storage: &[StorageDevice]) -> Vec<Disk> {
     disks
 }
 
-fn parse_disk(report: &mut Report, index: usize, device: &StorageDevice) -> Option<Disk> {
+pub(super) fn parse_disk(report: &mut Report, index: usize, device: &StorageDevice) -> Option<Disk> {
     let field = format!("config.storage[{index}]");
     check_device_id(report, &field, &device.id);
     if !matches!(device.interface_type.as_str(), "" | "virtio" | "virtio-blk") {
@@ -278,7 +283,7 @@ fn parse_nics(report: &mut Report, network: &[NetworkInterface]) -> Vec<Nic> {
     nics.into_iter().map(|(_, nic)| nic).collect()
 }
 
-fn parse_nic(report: &mut Report, index: usize, nic: &NetworkInterface) -> Option<Nic> {
+pub(super) fn parse_nic(report: &mut Report, index: usize, nic: &NetworkInterface) -> Option<Nic> {
     let field = format!("config.network[{index}]");
     check_device_id(report, &field, &nic.id);
     if !matches!(nic.interface_type.as_str(), "" | "tap" | "virtio" | "virtio-net") {

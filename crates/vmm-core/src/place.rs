@@ -1,0 +1,103 @@
+//! VMs that live where somebody else says: in a VMM that this program did not start, or in another program's domain.
+//!
+//! ```text
+//!                    ┌─ places: Made      a VMM is made for each VM, and no VM has a place
+//!   Backend ─ says ──┼─ places: Fixed     so many VMs and no more, each in a VMM that waits there
+//!                    └─ places: Imported  VMs come from elsewhere only
+//!
+//!   somebody starts a VM ──► discover ──► Found ──┬─ no record holds the place ──► imported, with a record of its own
+//!                                                 └─ one does ──► its actor: the VM is there again
+//! ```
+//!
+//! A place is a text that the backend makes and reads: the path of a socket, or the UUID of a libvirt domain. What holds a
+//! place is the VM's record, so a place is taken as long as there is one, whether or not anything runs there.
+
+use std::fmt;
+
+use tokio::sync::mpsc;
+
+use crate::backend::Launched;
+use crate::config::VmConfig;
+use crate::id::{VmId, VmUid};
+use crate::state::VmState;
+
+/// Where the VMs of a hypervisor live.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Places {
+    /// A VMM is made for each VM: CreateVm needs no place.
+    Made,
+    /// One VM in each of these. CreateVm takes the first that no record holds.
+    Fixed(Vec<String>),
+    /// One VM in each of these, made by somebody else: CreateVm is refused.
+    Imported {
+        /// The places.
+        places: Vec<String>,
+        /// Why none can be created, and what to do; for people.
+        why: String,
+    },
+}
+
+impl Places {
+    /// Says whether `place` is one of these.
+    pub fn contains(&self, place: &str) -> bool {
+        match self {
+            Self::Made => false,
+            Self::Fixed(places) | Self::Imported { places, .. } => places.iter().any(|known| known == place),
+        }
+    }
+}
+
+/// What a hypervisor holds that somebody else made or started, and the way in which it tells of more.
+#[derive(Debug)]
+pub struct Discovery {
+    /// What is there now.
+    pub present: Vec<Found>,
+    /// What comes, goes or comes back from now on. Ends with the backend.
+    pub later: mpsc::Receiver<Finding>,
+}
+
+/// Something that a hypervisor has found out by itself.
+#[derive(Debug)]
+pub enum Finding {
+    /// A VM is there, or there again.
+    Found(Box<Found>),
+    /// The VM that lived in this place is there no more, not even as something that could be started. What was imported from
+    /// there leaves the record; what this program made stays.
+    Lost {
+        /// The place.
+        place: String,
+    },
+    /// Whether the hypervisor can serve has changed: [`crate::backend::Backend::ping`] is worth asking.
+    Health,
+}
+
+/// A VM that somebody else made or started.
+pub struct Found {
+    /// Where it lives; of a VM that is on record without a place, empty.
+    pub place: String,
+    /// The creation that it bears, where it bears one: a VM that this program made and somebody else started.
+    pub uid: Option<VmUid>,
+    /// What to call it where it is not on record: the first of these that is free. There is at least one, and the last should
+    /// be one that nobody else chooses.
+    pub names: Vec<VmId>,
+    /// Its configuration, as far as the VMM tells.
+    pub config: VmConfig,
+    /// What it has beside, that a configuration cannot say; for people. While this is not empty, the VM can be started as it
+    /// is, but not made anew.
+    pub untold: Vec<String>,
+    /// Where it is.
+    pub state: VmState,
+    /// Its handle and events; there is one exactly where `state` is live.
+    pub launched: Option<Launched>,
+}
+
+impl fmt::Debug for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Found")
+            .field("place", &self.place)
+            .field("uid", &self.uid)
+            .field("names", &self.names)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,77 @@
+//! A [`VmSpec`] of a VM that somebody else made: what its VMM told of it, legal or not.
+//!
+//! Such a VM is there, so nothing about it can be refused. What does not parse is left out, and what this program does not
+//! keep for it (its console, its restart policy) is switched off. To make it anew takes [`VmSpec::parse`] as for every other.
+
+use std::path::PathBuf;
+
+use super::parse::{parse_disk, parse_nic};
+use super::{Boot, Console, Cpu, MIB, Memory, RestartPolicy, VmSpec};
+use crate::config::VmConfig;
+use crate::report::Report;
+
+impl VmSpec {
+    /// The specification of an imported VM, as far as `config` tells.
+    pub fn imported(config: &VmConfig) -> Self {
+        let cpu = config.cpu.clone().unwrap_or_default();
+        let count = u32::try_from(cpu.vcpu_count).unwrap_or(1).max(1);
+        let memory = config.memory.clone().unwrap_or_default();
+        let boot = config.boot.clone().unwrap_or_default();
+        let mut ignored = Report::default();
+        let devices = config.storage.iter().enumerate();
+        let disks = devices.filter_map(|(index, device)| parse_disk(&mut ignored, index, device)).collect();
+        let nics = config.network.iter().enumerate();
+        let nics = nics.filter_map(|(index, nic)| parse_nic(&mut ignored, index, nic)).collect();
+        Self {
+            cpu: Cpu {
+                count,
+                max: u32::try_from(cpu.max_vcpu_count).unwrap_or(count).max(count),
+                topology: None,
+                features: cpu.features,
+            },
+            memory: Memory {
+                size_bytes: u64::try_from(memory.size_bytes).unwrap_or(MIB).max(MIB),
+                hotplug_max_bytes: None,
+                backing: memory.backing,
+            },
+            boot: Boot {
+                kernel: PathBuf::from(boot.kernel_path),
+                initrd: (!boot.initrd_path.is_empty()).then(|| PathBuf::from(boot.initrd_path)),
+                args: boot.kernel_args,
+                options: boot.boot_options,
+            },
+            disks,
+            nics,
+            console: Console::Off,
+            // Nobody set a policy, so nothing that its guest does ends it.
+            restart: RestartPolicy { mode: None, max_restarts: u32::MAX },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{CpuConfig, MemoryConfig, NetworkInterface, StorageDevice};
+
+    #[test]
+    fn whatever_a_vmm_tells_is_taken() {
+        let nothing = VmSpec::imported(&VmConfig::default());
+        assert_eq!((nothing.cpu.count, nothing.memory.size_bytes), (1, MIB));
+        let odd = VmConfig {
+            cpu: Some(CpuConfig { vcpu_count: 4, max_vcpu_count: -1, ..CpuConfig::default() }),
+            memory: Some(MemoryConfig { size_bytes: 5, ..MemoryConfig::default() }),
+            storage: vec![
+                StorageDevice { path: "relative".to_owned(), ..StorageDevice::default() },
+                StorageDevice { path: "/disk".to_owned(), ..StorageDevice::default() },
+            ],
+            network: vec![NetworkInterface { mac_address: "none".to_owned(), ..NetworkInterface::default() }],
+            ..VmConfig::default()
+        };
+        let spec = VmSpec::imported(&odd);
+        assert_eq!((spec.cpu.count, spec.cpu.max), (4, 4));
+        assert_eq!(spec.disks.iter().map(|disk| disk.index).collect::<Vec<_>>(), [1]);
+        assert_eq!(spec.nics, []);
+        assert_eq!((spec.console, spec.restart.mode), (Console::Off, None));
+    }
+}

@@ -1,0 +1,48 @@
+//! The kernel's command line, taken apart as Linux takes it: blanks part words, quotes hold them together, and what follows a
+//! lone `--` is init's.
+
+/// The part of `line` that is the kernel's own, without what follows a lone `--`.
+pub fn kernels_part(line: &str) -> &str {
+    match pieces(line).find(|(_, piece)| *piece == "--") {
+        Some((begin, _)) => &line[..begin],
+        None => line,
+    }
+}
+
+/// The kernel's own words of `line`. A word that is quoted as a whole comes without its first quote.
+pub fn kernel_words(line: &str) -> impl Iterator<Item = &str> {
+    pieces(kernels_part(line)).map(|(_, piece)| piece.strip_prefix('"').unwrap_or(piece))
+}
+
+/// The pieces between blanks, each with its place.
+fn pieces(line: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut quoted = false;
+    let mut begin = 0;
+    let blanks = line.char_indices().filter(move |(_, letter)| {
+        quoted ^= *letter == '"';
+        !quoted && letter.is_ascii_whitespace()
+    });
+    let ends = blanks.map(|(place, _)| place).chain([line.len()]);
+    ends.map(move |end| (std::mem::replace(&mut begin, end + 1), end))
+        .map(|(begin, end)| (begin, &line[begin..end]))
+        .filter(|(_, piece)| !piece.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_taken_apart_as_linux_does() {
+        let words = |line| kernel_words(line).collect::<Vec<_>>();
+        assert_eq!(words("  quiet\tro  -- root=x"), ["quiet", "ro"]);
+        assert_eq!(words("a=\"b -- c\" d -- e"), ["a=\"b -- c\"", "d"]);
+        assert_eq!(words("\"root=/dev/vda\" --x"), ["root=/dev/vda\"", "--x"]);
+        assert_eq!(words("a=\"b c -- d"), ["a=\"b c -- d"], "a quote that is never closed");
+        assert_eq!(words(""), [""; 0]);
+        assert_eq!(kernels_part("ä -- b"), "ä ");
+        assert_eq!(kernels_part("-- b"), "");
+        assert_eq!(kernels_part("b --"), "b ");
+        assert_eq!(kernels_part("b"), "b");
+    }
+}
