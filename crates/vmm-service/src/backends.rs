@@ -35,7 +35,7 @@ impl Backends {
     /// Puts the backends together. `default` serves VMs that name none; it need not be among `backends`, and then such VMs
     /// are refused.
     pub fn new(default: BackendName, backends: impl IntoIterator<Item = Arc<dyn Backend>>) -> Self {
-        let unknown = BackendHealth { version: Err("it has not been asked yet".to_owned()) };
+        let unknown = BackendHealth::from(Err("it has not been asked yet".to_owned()));
         let entries = backends
             .into_iter()
             .map(|backend| {
@@ -66,16 +66,19 @@ impl Backends {
 
     /// Asks every backend how it is, all at once.
     pub async fn refresh(&self) {
-        let pings = self.entries.values().map(|entry| async {
-            let health =
-                tokio::time::timeout(PING_DEADLINE, entry.backend.ping()).await.unwrap_or_else(|_| {
-                    BackendHealth {
-                        version: Err(format!("it did not answer within {} s", PING_DEADLINE.as_secs())),
-                    }
-                });
-            *entry.health.lock().unwrap_or_else(PoisonError::into_inner) = health;
-        });
-        futures::future::join_all(pings).await;
+        futures::future::join_all(self.entries.values().map(Entry::refresh)).await;
+    }
+
+    /// Asks one backend how it is.
+    pub(crate) async fn refresh_one(&self, name: &BackendName) {
+        if let Some(entry) = self.entries.get(name) {
+            entry.refresh().await;
+        }
+    }
+
+    /// Every backend.
+    pub(crate) fn all(&self) -> Vec<Arc<dyn Backend>> {
+        self.entries.values().map(|entry| Arc::clone(&entry.backend)).collect()
     }
 
     /// What is known of every backend, by name.
@@ -90,6 +93,13 @@ impl Backends {
 }
 
 impl Entry {
+    async fn refresh(&self) {
+        let health = tokio::time::timeout(PING_DEADLINE, self.backend.ping()).await.unwrap_or_else(|_| {
+            BackendHealth::from(Err(format!("it did not answer within {} s", PING_DEADLINE.as_secs())))
+        });
+        *self.health.lock().unwrap_or_else(PoisonError::into_inner) = health;
+    }
+
     fn status(&self) -> BackendStatus {
         BackendStatus {
             capabilities: self.backend.capabilities().clone(),

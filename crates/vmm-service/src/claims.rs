@@ -1,7 +1,7 @@
 //! What serves one running VM at a time: writable disks, by device and inode, and TAPs, by name.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::store::HostClaim;
@@ -9,8 +9,10 @@ use vmm_core::store::HostClaim;
 /// Who holds what. Read-only users share a disk; a writer has it alone.
 #[derive(Default)]
 pub(crate) struct Claims {
-    holders: Mutex<HashMap<Key, Vec<Holder>>>,
+    holders: Mutex<Holders>,
 }
+
+type Holders = HashMap<Key, Vec<Holder>>;
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Key {
@@ -25,43 +27,72 @@ struct Holder {
 }
 
 impl Claims {
-    /// Takes all of `claims` for one VM, or none of them.
+    /// Takes all of `claims` for one VM beside what it holds, or none of them.
     ///
     /// # Errors
     ///
     /// Text that names what is taken and the VM that holds it.
     pub(crate) fn acquire(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) -> Result<(), String> {
-        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        for claim in claims {
-            let (key, exclusive) = key_of(claim);
-            let other = holders
-                .get(&key)
-                .into_iter()
-                .flatten()
-                .find(|holder| holder.uid != uid && (exclusive || holder.exclusive));
-            if let Some(other) = other {
-                return Err(format!(
-                    "{} is in use by VM \"{}\", which runs; shut that VM down first, or use another",
-                    name_of(claim),
-                    other.vm_id
-                ));
-            }
-        }
-        for claim in claims {
-            let (key, exclusive) = key_of(claim);
-            holders.entry(key).or_default().push(Holder { uid, vm_id: vm_id.clone(), exclusive });
-        }
+        let mut holders = self.lock();
+        check(&holders, uid, claims)?;
+        insert(&mut holders, uid, vm_id, claims);
+        Ok(())
+    }
+
+    /// Takes all of `claims` for one VM in place of what it holds; or nothing changes.
+    ///
+    /// # Errors
+    ///
+    /// Text that names what is taken and the VM that holds it.
+    pub(crate) fn exchange(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) -> Result<(), String> {
+        let mut holders = self.lock();
+        check(&holders, uid, claims)?;
+        remove(&mut holders, uid);
+        insert(&mut holders, uid, vm_id, claims);
         Ok(())
     }
 
     /// Gives back everything that one VM holds. Harmless when repeated.
     pub(crate) fn release(&self, uid: VmUid) {
-        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        holders.retain(|_, list| {
-            list.retain(|holder| holder.uid != uid);
-            !list.is_empty()
-        });
+        remove(&mut self.lock(), uid);
     }
+
+    fn lock(&self) -> MutexGuard<'_, Holders> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), String> {
+    for claim in claims {
+        let (key, exclusive) = key_of(claim);
+        let other = holders
+            .get(&key)
+            .into_iter()
+            .flatten()
+            .find(|holder| holder.uid != uid && (exclusive || holder.exclusive));
+        if let Some(other) = other {
+            return Err(format!(
+                "{} is in use by VM \"{}\", which runs; shut that VM down first, or use another",
+                name_of(claim),
+                other.vm_id
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn insert(holders: &mut Holders, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) {
+    for claim in claims {
+        let (key, exclusive) = key_of(claim);
+        holders.entry(key).or_default().push(Holder { uid, vm_id: vm_id.clone(), exclusive });
+    }
+}
+
+fn remove(holders: &mut Holders, uid: VmUid) {
+    holders.retain(|_, list| {
+        list.retain(|holder| holder.uid != uid);
+        !list.is_empty()
+    });
 }
 
 fn key_of(claim: &HostClaim) -> (Key, bool) {
@@ -102,6 +133,20 @@ mod tests {
         claims.release(b);
         claims.acquire(c, &id, &[disk(1, true)]).unwrap();
         assert!(claims.acquire(a, &id, &[disk(1, false)]).is_err());
+    }
+
+    #[test]
+    fn an_exchange_gives_up_what_was_held_or_changes_nothing() {
+        let claims = Claims::default();
+        let [a, b] = [(); 2].map(|()| VmUid::new(uuid::Uuid::now_v7()));
+        let id: VmId = "a".parse().unwrap();
+        claims.acquire(a, &id, &[disk(1, true)]).unwrap();
+        claims.acquire(b, &id, &[disk(2, true)]).unwrap();
+        claims.exchange(a, &id, &[disk(2, true)]).unwrap_err();
+        claims.acquire(b, &id, &[disk(1, true)]).expect_err("it still holds what it held");
+        claims.exchange(a, &id, &[disk(1, true), disk(3, true)]).expect("its own is in nobody's way");
+        claims.exchange(a, &id, &[disk(3, true)]).unwrap();
+        claims.acquire(b, &id, &[disk(1, true)]).expect("what it holds no more is free");
     }
 
     #[test]

@@ -12,12 +12,14 @@ use vmm_core::report::{FieldReport, Report};
 use vmm_core::spec::{MacAddr, VmSpec};
 use vmm_core::state::{Phase, Request, Status, VmState};
 use vmm_core::store::{Change, Commit, Requested, VmRecord};
+use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor;
 use crate::check;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::metrics::MetricsCell;
+use crate::places;
 use crate::service::{DefaultBoot, Shared};
 
 /// What CreateVm is asked for.
@@ -47,7 +49,7 @@ pub(crate) struct NameLocks {
 }
 
 impl NameLocks {
-    fn of(&self, vm_id: &VmId) -> Arc<tokio::sync::Mutex<()>> {
+    pub(crate) fn of(&self, vm_id: &VmId) -> Arc<tokio::sync::Mutex<()>> {
         let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
         locks.retain(|_, lock| Arc::strong_count(lock) > 1);
         Arc::clone(locks.entry(vm_id.clone()).or_default())
@@ -75,10 +77,15 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     if let Some(existing) = shared.index.get(&vm_id) {
         return repeat(shared, existing.record, &request.requested);
     }
+    if let Ok(backend) = shared.backends.get(&request.requested.backend) {
+        // Where none can be created, what else is wrong does not matter.
+        places::refuse_import_only(&*backend)?;
+    }
     let checked = check_config(shared, uid, &request.requested).await;
     let Some((spec, backend)) = checked.accepted.filter(|_| checked.report.is_ok()) else {
         return Err(refusal(checked.report));
     };
+    let claim = places::claim(shared, &*backend).await?;
     let now = now_ms();
     let record = VmRecord {
         uid,
@@ -95,6 +102,9 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         run: None,
         owns_console_output: false,
         ended_by: None,
+        place: claim.as_ref().map(|claim| claim.place.clone()),
+        imported: false,
+        untold: Vec::new(),
     };
     let event = NewEvent {
         time_ms: now,
@@ -108,6 +118,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         ended_by: None,
         metadata: record.config.metadata.clone(),
     };
+    point(FaultPoint::CreateChecked);
     let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event.clone()) };
     let committed = match shared.events.commit(insert).await {
         Ok(committed) => committed,
@@ -118,11 +129,13 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
             return Err(error.into());
         }
     };
+    point(FaultPoint::CreateCommitted);
     let shown = Arc::new(record.clone());
     let metrics = MetricsCell::default();
     let handle = actor::spawn(Arc::clone(shared), record, spec, backend, metrics.clone());
     shared.index.insert(Arc::clone(&shown), committed.seq, metrics, handle);
     drop(committed);
+    point(FaultPoint::CreateShown);
     tracing::info!(vm_id = %shown.vm_id, uid = %shown.uid, backend = %shown.backend, "VM created");
     Ok(Created { record: shown, warnings: checked.report.warnings })
 }
@@ -199,6 +212,9 @@ pub(crate) async fn check_config(shared: &Shared, uid: VmUid, requested: &Reques
     let Some((spec, backend)) = spec.zip(backend) else {
         return Checked { config, report, accepted: None };
     };
+    if let Err(error) = places::refuse_import_only(&*backend) {
+        report.reject("backend", error.to_string());
+    }
     report.merge(backend.check(&spec));
     let capabilities = backend.capabilities();
     report.merge(check::look(spec.clone(), capabilities.kernel_formats, false).await.report);

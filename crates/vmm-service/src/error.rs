@@ -62,6 +62,16 @@ impl ServiceError {
         Self::Invalid(vec![FieldReport::new(field, message)])
     }
 
+    /// The same failure, where more came of it than the store knows.
+    pub(crate) fn but(self, more: &str) -> Self {
+        match self {
+            Self::Exhausted(text) => Self::Exhausted(format!("{text}. {more}")),
+            Self::Unavailable(text) => Self::Unavailable(format!("{text}. {more}")),
+            Self::Internal(text) => Self::Internal(format!("{text}. {more}")),
+            other => other,
+        }
+    }
+
     /// What a client is told of a backend's failure to `what` the VM.
     pub(crate) fn from_backend(what: &str, vm_id: &VmId, error: &BackendError) -> Self {
         let text = format!("could not {what} VM \"{vm_id}\": {error}");
@@ -74,6 +84,7 @@ impl ServiceError {
             BackendErrorKind::Timeout | BackendErrorKind::Unreachable | BackendErrorKind::Protocol => {
                 Self::Unavailable(text)
             }
+            BackendErrorKind::StillRuns => Self::Deadline(text),
         }
     }
 }

@@ -92,6 +92,12 @@ impl Index {
         inner.by_name.get(vm_id).and_then(|uid| inner.by_age.get(uid)).map(Entry::view)
     }
 
+    /// Finds the record of one creation.
+    pub(crate) fn record(&self, uid: VmUid) -> Option<Arc<VmRecord>> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.by_age.get(&uid).map(|entry| Arc::clone(&entry.record.borrow()))
+    }
+
     /// Follows a VM, found by name: its record, each that takes its place, and the end of the VM.
     pub(crate) fn follow(&self, vm_id: &VmId) -> Option<watch::Receiver<Arc<VmRecord>>> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);

@@ -20,9 +20,14 @@ mod clock;
 mod create;
 mod error;
 mod events;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod index;
 mod listing;
 mod metrics;
+mod places;
+mod run_folders;
 mod service;
 mod wait;
 

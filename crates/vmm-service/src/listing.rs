@@ -72,7 +72,7 @@ pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceErro
         }
     });
     if let (true, Some(last)) = (more, page.vms.last()) {
-        page.next_page_token = format!("{:016x}{}", fingerprint(query), last.uid.as_uuid().simple());
+        page.next_page_token = page_token(fingerprint(query), last.uid);
     }
     Ok(page)
 }
@@ -83,19 +83,25 @@ fn matches(query: &ListQuery, backend: &BackendName, record: &VmRecord) -> bool 
         && query.metadata.iter().all(|(key, value)| record.config.metadata.get(key) == Some(value))
 }
 
-fn read_token(token: &str, expected: u64) -> Result<VmUid, ServiceError> {
+/// The token of a page that ends with `last`, of a listing with this filter.
+pub(crate) fn page_token(filter: u64, last: VmUid) -> String {
+    format!("{filter:016x}{}", last.as_uuid().simple())
+}
+
+/// The last VM of the page before. A token has one spelling: that of [`page_token`].
+pub(crate) fn read_token(token: &str, expected: u64) -> Result<VmUid, ServiceError> {
     let bad = |why: &str| {
         ServiceError::invalid(
             "page_token",
             format!("{why}; use next_page_token of the page before, or none to start over"),
         )
     };
-    let (filter, uid) = token.split_at_checked(16).ok_or_else(|| bad("is not a token of this service"))?;
-    let filter = u64::from_str_radix(filter, 16).map_err(|_| bad("is not a token of this service"))?;
-    if uid.len() != 32 {
-        return Err(bad("is not a token of this service"));
-    }
-    let uid = uid.parse::<VmUid>().map_err(|_| bad("is not a token of this service"))?;
+    let stranger = || bad("is not a token of this service");
+    // Parsing numbers alone would let signs and capitals through.
+    let plain = token.len() == 48 && token.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let (filter, uid) = token.split_at_checked(16).filter(|_| plain).ok_or_else(stranger)?;
+    let filter = u64::from_str_radix(filter, 16).map_err(|_| stranger())?;
+    let uid = uid.parse::<VmUid>().map_err(|_| stranger())?;
     if filter != expected {
         return Err(bad("belongs to a listing with another filter"));
     }
@@ -103,7 +109,7 @@ fn read_token(token: &str, expected: u64) -> Result<VmUid, ServiceError> {
 }
 
 /// Identifies a filter. FNV-1a, because a token must mean the same in the next release, which std's hashers do not promise.
-fn fingerprint(query: &ListQuery) -> u64 {
+pub(crate) fn fingerprint(query: &ListQuery) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut feed = |text: &str| {
         for byte in text.bytes().chain([0xff]) {
@@ -119,4 +125,20 @@ fn fingerprint(query: &ListQuery) -> u64 {
         feed(value);
     }
     hash
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_has_one_spelling() {
+        let uid = "0192f3a4-b5c6-7d8e-9fa0-b1c2d3e4f5a6".parse::<VmUid>().unwrap();
+        let token = page_token(0xab, uid);
+        assert_eq!(read_token(&token, 0xab).unwrap(), uid);
+        let signed = format!("+{}", &token[1..]);
+        for odd in [signed.as_str(), &token.to_uppercase(), &token[1..], &format!("{token}0"), "ä"] {
+            assert!(read_token(odd, 0xab).is_err(), "{odd}");
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm_core::id::{InstanceId, VmId, VmUid};
@@ -22,11 +22,12 @@ use crate::error::ServiceError;
 use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
 use crate::index::{Index, VmView};
 use crate::listing::{self, ListQuery, Page};
-use crate::metrics::MetricsCell;
+use crate::places;
+use crate::run_folders::RunFolders;
 use crate::wait;
 
 /// How long a guest has to obey ShutdownVm where the client does not say.
-const DEFAULT_SHUTDOWN: Duration = Duration::from_secs(30);
+pub(crate) const DEFAULT_SHUTDOWN: Duration = Duration::from_secs(30);
 /// The longest a client may let a guest take.
 const MAX_SHUTDOWN_SECONDS: i32 = 3600;
 /// How often backends are asked how they are.
@@ -103,6 +104,8 @@ pub(crate) struct Shared {
     pub(crate) index: Index,
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
+    /// Held from the choice of a place to the record that holds it.
+    pub(crate) places: tokio::sync::Mutex<()>,
     /// Operations under way, so that the end of the daemon can wait for them.
     pub(crate) under_way: watch::Sender<usize>,
 }
@@ -142,8 +145,9 @@ impl VmService {
         let Snapshot { instance, vms, last_event } = store.load().await?;
         let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
         tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
-        let known = vms.iter().map(|record| record.uid).collect();
-        actor::remove_orphans(&*taps, instance, &known).await;
+        // A VM that never ran and is not being started owns no TAP: what bears its label was made by a start that died.
+        let owners = vms.iter().filter(|vm| vm.state != VmState::Created || vm.intent.is_some());
+        actor::remove_orphans(&*taps, instance, &owners.map(|vm| vm.uid).collect()).await;
         let shared = Arc::new(Shared {
             events,
             backends,
@@ -153,6 +157,7 @@ impl VmService {
             index: Index::default(),
             claims: Claims::default(),
             names: NameLocks::default(),
+            places: tokio::sync::Mutex::default(),
             under_way: watch::Sender::new(0),
         });
         shared.backends.refresh().await;
@@ -163,8 +168,10 @@ impl VmService {
                 pings.refresh().await;
             }
         });
-        let recoveries = vms.into_iter().filter_map(|record| take_up(&shared, record));
+        let in_use = RunFolders::in_use(&shared.settings.runtime_dir).await;
+        let recoveries = vms.into_iter().map(|record| take_up(&shared, record, &in_use));
         futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
+        places::discover_all(&shared).await;
         Ok(Self { shared })
     }
 
@@ -379,25 +386,28 @@ impl VmService {
 }
 
 /// Puts a stored VM into the index and starts its actor; the future ends when its VMM's fate is known.
-fn take_up(shared: &Arc<Shared>, record: VmRecord) -> Option<impl Future<Output = ()> + use<>> {
-    let spec = VmSpec::parse(&record.config);
+fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl Future<Output = ()> + use<> {
+    let spec =
+        if record.imported { Ok(VmSpec::imported(&record.config)) } else { VmSpec::parse(&record.config) };
     let backend = shared.backends.get(record.backend.as_str());
-    let (spec, backend) = match (spec, backend) {
-        (Ok(spec), Ok(backend)) => (spec, backend),
-        (spec, backend) => {
-            let why = match (spec, backend) {
-                (Err(report), _) => ServiceError::Invalid(report.violations).to_string(),
-                (_, Err(problem)) => problem,
-                (Ok(_), Ok(_)) => return None,
-            };
-            tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be taken up by this program; it is left as it is");
-            return None;
+    let (known, why) = match (spec, backend) {
+        (Ok(spec), Ok(backend)) => {
+            let in_use = in_use.contains(record.uid);
+            let recovered = actor::recover(Arc::clone(shared), record, spec, backend, in_use);
+            return settled(recovered);
         }
+        (Err(report), Ok(backend)) => {
+            let violations = ServiceError::Invalid(report.violations);
+            (Some(backend), format!("its configuration is not understood: {violations}"))
+        }
+        (Ok(_) | Err(_), Err(problem)) => (None, problem),
     };
-    let recovered = actor::recover(Arc::clone(shared), record, spec, backend, MetricsCell::default());
-    Some(async move {
-        let _ = recovered.await;
-    })
+    tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be taken up by this program; it is left as it is");
+    settled(actor::show_untaken(Arc::clone(shared), record, known, why))
+}
+
+async fn settled(fate: oneshot::Receiver<()>) {
+    let _ = fate.await;
 }
 
 /// Counts an operation as under way for as long as it lives.

@@ -1,16 +1,20 @@
 //! Starting a VMM: the one path for first boot, boot after shutdown, reboot and restart by policy.
 
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{BoxFuture, Either, ready, select};
 use rustix::fs::OFlags;
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Sweep};
 use vmm_core::event::EventKind;
+use vmm_core::gate::Gate;
 use vmm_core::id::VmUid;
-use vmm_core::spec::Console;
+use vmm_core::spec::{Console, VmSpec};
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
 use vmm_core::store::HostClaim;
+use vmm_host::fault::{FaultPoint, point};
 
 use super::persist::Why;
 use super::{Actor, Broken};
@@ -22,7 +26,7 @@ use crate::service::Outcome;
 /// No start may take longer. With the look before it and the sweep after it, a boot fails within 30 s.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(25);
 /// No look at the host's files may take longer, before a start may begin.
-const LOOK_DEADLINE: Duration = Duration::from_secs(3);
+pub(super) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
 /// The console's file in the run folder, where the client names none.
 const KEPT_CONSOLE: &str = "console.log";
 
@@ -42,6 +46,12 @@ impl Actor {
 
     /// Starts the VMM and its guest. A reboot has recorded its intent already.
     pub(super) async fn start(&mut self, request: Request, actor: &str) -> Result<(), ServiceError> {
+        if let Err(nowhere) = self.place_is_served() {
+            return Err(ServiceError::Precondition(format!(
+                "VM \"{}\" cannot boot: {nowhere}",
+                self.record.vm_id
+            )));
+        }
         let claims = match self.reserve(request).await {
             Ok(claims) => claims,
             Err(error) if request == Request::Reboot => {
@@ -49,13 +59,33 @@ impl Actor {
             }
             Err(error) => return Err(error),
         };
-        if request == Request::Boot
-            && let Err(error) = self.intend(request, Phase::Starting, actor).await
-        {
-            self.shared.claims.release(self.record.uid);
-            return Err(error);
+        point(FaultPoint::StartReserved);
+        let (keeper, gate) = Gate::shut();
+        let mut launching = self.begin_launch(gate).await;
+        let mut failed = None;
+        if request == Request::Boot {
+            let intended = {
+                let intending = pin!(self.intend(request, Phase::Starting, actor));
+                match select(intending, &mut launching).await {
+                    Either::Left((intended, _)) => intended,
+                    // Before the gate is open a launch can only fail; that is told when its intent is on record.
+                    Either::Right((early, intending)) => {
+                        failed = Some(early);
+                        intending.await
+                    }
+                }
+            };
+            if let Err(error) = intended {
+                drop(launching);
+                return Err(self.not_begun(error).await);
+            }
         }
-        match self.launch().await {
+        keeper.open();
+        let launched = match failed {
+            Some(failed) => failed.map_err(Broken::Backend),
+            None => self.interruptible(LAUNCH_DEADLINE, launching).await,
+        };
+        match launched {
             Ok(launched) => self.started(request, actor, launched, claims).await,
             Err(broken) => {
                 let error = self.boot_error(request, broken);
@@ -85,7 +115,8 @@ impl Actor {
             Ok(facts) => facts,
             Err(broken) => return Err(self.boot_error(request, broken)),
         };
-        if !facts.report.is_ok() {
+        // Of what somebody else made, its VMM knows the files: they may not be where this program sees them.
+        if !facts.report.is_ok() && !self.record.imported {
             let problems = ServiceError::Invalid(facts.report.violations);
             return Err(ServiceError::Precondition(format!(
                 "VM \"{}\" cannot boot as the host is now: {problems}",
@@ -93,37 +124,77 @@ impl Actor {
             )));
         }
         facts.claims.extend(self.tap_claims());
-        self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &facts.claims).map_err(|taken| {
+        self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &facts.claims).map_err(|taken| {
             ServiceError::Precondition(format!("VM \"{}\" cannot boot: {taken}", self.record.vm_id))
         })?;
         Ok(facts.claims)
     }
 
-    async fn launch(&mut self) -> Result<Launched, Broken> {
-        self.provide_taps().await.map_err(Broken::Backend)?;
+    /// What to start, and why that does not suffice to make the VM anew, where it does not.
+    fn what_to_start(&self) -> (VmSpec, Option<String>) {
+        if !self.record.imported {
+            return (self.spec.clone(), None);
+        }
+        match VmSpec::parse(&self.record.config) {
+            Err(report) => (self.spec.clone(), Some(ServiceError::Invalid(report.violations).to_string())),
+            Ok(spec) if self.record.untold.is_empty() => (spec, None),
+            Ok(spec) => (spec, Some(format!("it also had {}", self.record.untold.join(", ")))),
+        }
+    }
+
+    /// Begins a start: the TAPs, then a VMM whose guest waits behind `gate`. Everything that is made before that bears the VM's
+    /// uid, which is on record since its creation, so the recovery finds it with or without an intent.
+    async fn begin_launch(&mut self, gate: Gate) -> BoxFuture<'static, Result<Launched, BackendError>> {
+        if let Err(error) = self.provide_taps().await {
+            return Box::pin(ready(Err(error)));
+        }
+        point(FaultPoint::StartTapsProvided);
         self.stray = true;
         let dir = self.dir();
-        let console = match &self.spec.console {
+        let (spec, incomplete) = self.what_to_start();
+        let console = match &spec.console {
             Console::Off => None,
             Console::Kept => Some(dir.join(KEPT_CONSOLE)),
             Console::File(path) => Some(path.clone()),
         };
+        // A file of the client's own is this VM's from the moment that the intent says so.
+        let waits = matches!(spec.console, Console::File(_)) && !self.record.owns_console_output;
         let request = LaunchRequest {
             instance: self.shared.instance,
             uid: self.record.uid,
             vm_id: self.record.vm_id.clone(),
             taps: self.taps().into_iter().map(|(name, _)| name).collect(),
-            spec: self.spec.clone(),
+            spec,
             dir,
             console: console.clone(),
+            gate: gate.clone(),
+            place: self.record.place.clone(),
+            imported: self.record.imported,
+            incomplete,
         };
         let backend = Arc::clone(&self.backend);
         let (runtime_dir, uid) = (self.shared.settings.runtime_dir.clone(), self.record.uid);
-        self.interruptible(LAUNCH_DEADLINE, async move {
+        Box::pin(async move {
+            if waits {
+                gate.passed().await?;
+            }
             prepare(runtime_dir, uid, console).await?;
+            point(FaultPoint::StartFolderMade);
             backend.launch(request).await
         })
-        .await
+    }
+
+    /// The intent could not be recorded: what was begun meanwhile goes again.
+    async fn not_begun(&mut self, error: ServiceError) -> ServiceError {
+        if self.stray
+            && let Err(Broken::Backend(left)) = self.sweep(Sweep::Clear).await
+        {
+            tracing::error!(error = %left, "what a start left that could not be recorded could not be ended; the next operation tries again");
+            return error;
+        }
+        self.take_back_taps().await;
+        self.shared.claims.release(self.record.uid);
+        error
     }
 
     async fn started(
@@ -133,11 +204,13 @@ impl Actor {
         launched: Launched,
         claims: Vec<HostClaim>,
     ) -> Result<(), ServiceError> {
+        point(FaultPoint::StartLaunched);
         let mut run = launched.vmm.run().clone();
         run.claims = claims;
         run.started_ms = now_ms();
         let was = self.record.state;
         self.hold(launched, run);
+        self.quiet_since = Some(tokio::time::Instant::now());
         self.record.state = observe(self.record.state, Observation::Runs);
         self.record.status = self.plain(Phase::Running);
         self.record.ended_by = None;
@@ -146,6 +219,7 @@ impl Actor {
             self.record.state = was;
             return Err(self.not_started(request, actor, error.into()).await);
         }
+        point(FaultPoint::outcome_committed(request));
         self.made_taps.clear();
         Ok(())
     }
@@ -153,13 +227,13 @@ impl Actor {
     /// Takes back everything that a start had done, and records why there is no VMM.
     async fn not_started(&mut self, request: Request, actor: &str, error: ServiceError) -> ServiceError {
         if let Some(vmm) = self.vmm()
-            && let Err(error) = Self::kill(&*vmm).await
+            && let Err(error) = self.kill(&*vmm).await
         {
             tracing::error!(%error, "a VMM whose start is taken back could not be killed");
             self.stray = true;
         }
         if self.stray
-            && let Err(Broken::Backend(left)) = self.sweep().await
+            && let Err(Broken::Backend(left)) = self.sweep(Sweep::Clear).await
         {
             return self.start_left_something(request, actor, error, &left).await;
         }

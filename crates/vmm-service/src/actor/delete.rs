@@ -1,12 +1,13 @@
 //! DeleteVm: ends what runs, removes what the program made, and frees the name.
 
-use std::sync::Arc;
+use std::time::Duration;
 
-use vmm_core::backend::Effect;
+use vmm_core::backend::{BackendError, Effect, Ladder, Sweep, Vmm};
 use vmm_core::event::EventKind;
 use vmm_core::report::FieldReport;
-use vmm_core::state::{Observation, Phase, Request, observe};
+use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
 use vmm_core::store::{Change, Commit};
+use vmm_host::fault::{FaultPoint, point};
 
 use super::persist::Why;
 use super::{Actor, Broken, Operation};
@@ -14,14 +15,45 @@ use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::service::Outcome;
 
+/// How long a VM may take to end whose VMM somebody else started: that has its time to power it off before it is killed. With a
+/// sweep after it, this leaves a forced deletion within its 5 s.
+const FOREIGN_END: Duration = Duration::from_secs(3);
+
 impl Actor {
     /// Removes the VM. With `force`, what cannot be freed is named in the answer and stops nothing.
     pub(super) async fn delete(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
-        self.intend(operation.request, Phase::Deleting, &operation.actor).await?;
+        if let Err(error) = self.intend(operation.request, Phase::Deleting, &operation.actor).await {
+            return Err(self.end_unrecorded(operation, error).await);
+        }
         self.restart_at = None;
         let mut left_behind = Vec::new();
+        let forced = operation.request == Request::ForceDelete;
+        match self.end_what_runs(if forced { Sweep::ForceDelete } else { Sweep::Delete }).await {
+            Ok(()) => {}
+            Err(Broken::Backend(error)) if forced => {
+                left_behind.push(FieldReport::new("process", error.to_string()));
+                self.let_go();
+            }
+            Err(broken) => return Err(self.give_up(operation.request, &operation.actor, broken).await),
+        }
+        point(FaultPoint::DeleteVmmEnded);
+        self.record.state = observe(self.record.state, Observation::VmmGone);
+        left_behind.extend(self.free_taps().await);
+        point(FaultPoint::DeleteTapsFreed);
+        if let Err(error) = self.remove_dir().await {
+            left_behind.push(FieldReport::new(format!("folder {}", self.dir().display()), error));
+        }
+        point(FaultPoint::DeleteFolderRemoved);
+        self.remove_record(operation).await?;
+        let mut outcome = self.outcome(None);
+        outcome.left_behind = left_behind;
+        Ok(outcome)
+    }
+
+    /// Ends what runs by its handle, and by its run folder what no handle ends.
+    async fn end_what_runs(&mut self, purpose: Sweep) -> Result<(), Broken> {
         if let Some(vmm) = self.vmm() {
-            match Self::kill(&*vmm).await {
+            match self.end_by_force(&*vmm).await {
                 Ok(()) => self.let_go(),
                 Err(error) => {
                     tracing::warn!(%error, "the VMM could not be killed by its handle");
@@ -31,25 +63,47 @@ impl Actor {
         } else if self.record.run.is_some() {
             self.stray = true;
         }
-        if self.stray {
-            match self.sweep().await {
-                Ok(()) => self.let_go(),
-                Err(Broken::Backend(error)) if operation.request == Request::ForceDelete => {
-                    left_behind.push(FieldReport::new("process", error.to_string()));
-                    self.let_go();
-                }
-                Err(broken) => return Err(self.give_up(operation.request, &operation.actor, broken).await),
+        let leaves = matches!(purpose, Sweep::Delete | Sweep::ForceDelete) && self.backend.outlives_runs();
+        if self.stray || leaves {
+            self.sweep(purpose).await?;
+            self.let_go();
+        }
+        Ok(())
+    }
+
+    /// The store cannot record what is forced, not even in the room that it keeps for that. What runs is ended all the same:
+    /// who uses force wants that above all, and a VM that is on record as running while nothing runs is found out at the next
+    /// start. Nothing else is touched.
+    pub(super) async fn end_unrecorded(
+        &mut self,
+        operation: &Operation,
+        error: ServiceError,
+    ) -> ServiceError {
+        if !self.forcing() || !(self.stray || self.record.run.is_some()) {
+            return error;
+        }
+        self.restart_at = None;
+        match self.end_what_runs(Sweep::End).await {
+            Ok(()) => {
+                self.record.state = observe(self.record.state, Observation::VmmGone);
+                self.record.status = self
+                    .plain(Phase::at_rest(self.record.state))
+                    .because("shutdown", "ended by force, which could not be recorded");
+                let why = Why::asked(operation.request, &operation.actor).ended_by(Some(EndedBy::Sigkill));
+                let _ = self.conclude(EventKind::StateChanged, why).await;
+                error.but("Its VMM was ended all the same; call again when the store can be written to")
             }
+            Err(Broken::Backend(left)) => error.but(&format!("Its VMM could not be ended either: {left}")),
+            Err(Broken::Preempted) => error,
         }
-        self.record.state = observe(self.record.state, Observation::VmmGone);
-        left_behind.extend(self.free_taps().await);
-        if let Err(error) = self.remove_dir().await {
-            left_behind.push(FieldReport::new(format!("folder {}", self.dir().display()), error));
+    }
+
+    /// Kills the VMM; of one that this program did not start, as much as force allows.
+    async fn end_by_force(&self, vmm: &dyn Vmm) -> Result<(), BackendError> {
+        if self.record.place.is_none() {
+            return self.kill(vmm).await;
         }
-        self.remove_record(operation).await?;
-        let mut outcome = self.outcome(None);
-        outcome.left_behind = left_behind;
-        Ok(outcome)
+        self.in_time(FOREIGN_END, vmm.shutdown(Ladder { ask_guest_for: None })).await.map(drop)
     }
 
     async fn remove_dir(&self) -> Result<(), String> {
@@ -64,11 +118,10 @@ impl Actor {
         self.record.status = self.plain(Phase::Deleting);
         let event = self.event(EventKind::Deleted, Why::asked(operation.request, &operation.actor), now_ms());
         let commit = Commit { change: Change::Remove(self.record.uid), event: Some(event) };
-        let events = Arc::clone(&self.shared.events);
-        let mut removed = events.commit(commit.clone()).await;
+        let mut removed = self.send(commit.clone()).await;
         if removed.as_ref().is_err_and(|error| error.effect == Effect::Unknown) {
             // Removing twice is harmless, and the only way to know.
-            removed = events.commit(commit).await;
+            removed = self.send(commit).await;
         }
         let committed = match removed {
             Ok(committed) => committed,
@@ -80,6 +133,7 @@ impl Actor {
                 return Err(error.into());
             }
         };
+        point(FaultPoint::DeleteOutcomeCommitted);
         self.shared.index.remove(self.record.uid);
         drop(committed);
         self.shared.claims.release(self.record.uid);

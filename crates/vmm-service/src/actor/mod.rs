@@ -14,13 +14,17 @@
 //! stuck call, it ends it.
 
 mod boot;
+mod deadlines;
 mod delete;
+mod found;
 mod observe;
 mod operations;
 mod persist;
 mod recover;
 mod restart;
 mod taps;
+mod unfinished;
+mod untaken;
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -31,26 +35,27 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::Instrument as _;
-use vmm_core::backend::{Backend, BackendError, BackendErrorKind, Effect, Launched, Vmm, VmmEvent};
+use vmm_core::backend::{Backend, BackendError, Launched, Vmm, VmmEvent};
 use vmm_core::event::EventSeq;
 use vmm_core::id::VmUid;
+use vmm_core::place::Found;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::Request;
-use vmm_core::store::{RunRecord, VmRecord};
+use vmm_core::store::{ProcessIdentity, RunRecord, VmRecord};
 
 use crate::error::ServiceError;
 use crate::metrics::{Contact, MetricsCell, Sampler};
 use crate::service::{Outcome, Shared, UnderWay};
 
+use deadlines::FORCE_LIMIT;
+
 pub(crate) use taps::remove_orphans;
+pub(crate) use untaken::show as show_untaken;
 
 /// Operations that may wait for one VM.
 const INBOX: usize = 32;
 /// Forced operations that may wait for one VM.
 const FORCE_INBOX: usize = 16;
-
-/// How long a killed VMM may take to go. With a sweep after it, this leaves a forced operation within its 5 s.
-const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// An operation on one VM.
 #[derive(Clone, Debug)]
@@ -67,6 +72,8 @@ struct Message {
     operation: Operation,
     reply: oneshot::Sender<Result<Outcome, ServiceError>>,
     span: tracing::Span,
+    /// When it was asked: what is forced may have waited behind another.
+    asked: Instant,
     /// Held until the operation has ended, whether or not the client waits.
     under_way: UnderWay,
 }
@@ -78,9 +85,16 @@ pub(crate) struct ActorHandle {
     pub(crate) uid: VmUid,
     inbox: mpsc::Sender<Message>,
     force: mpsc::Sender<Message>,
+    found: mpsc::Sender<Found>,
 }
 
 impl ActorHandle {
+    /// Tells of the VM that was found at its place. An actor that is busy, or has ended, misses it: what still is there is
+    /// found again.
+    pub(crate) fn found(&self, found: Found) {
+        let _ = self.found.try_send(found);
+    }
+
     /// Queues an operation and waits for its outcome. `None` means that the actor ended first.
     pub(crate) async fn ask(
         &self,
@@ -116,7 +130,8 @@ impl Message {
     ) -> (Self, oneshot::Receiver<Result<Outcome, ServiceError>>) {
         let (reply, answer) = oneshot::channel();
         let under_way = UnderWay::new(shared);
-        (Self { operation, reply, span: tracing::Span::current(), under_way }, answer)
+        let asked = Instant::now();
+        (Self { operation, reply, span: tracing::Span::current(), asked, under_way }, answer)
     }
 }
 
@@ -135,17 +150,19 @@ pub(crate) fn spawn(
 }
 
 /// Puts a VM that a daemon before this one knew into the index, and starts its actor. The receiver hears when the VM's fate is
-/// known.
+/// known. `in_use` says that a process may use its run folder.
 pub(crate) fn recover(
     shared: Arc<Shared>,
     record: VmRecord,
     spec: VmSpec,
     backend: Arc<dyn Backend>,
-    metrics: MetricsCell,
+    in_use: bool,
 ) -> oneshot::Receiver<()> {
+    let metrics = MetricsCell::default();
     let index_of = Arc::clone(&shared);
     let shown = Arc::new(record.clone());
     let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics.clone());
+    actor.stray = in_use;
     // Before the actor runs: what it publishes or removes must find its entry.
     index_of.index.insert(shown, EventSeq::default(), metrics, handle);
     let (known, fate) = oneshot::channel();
@@ -160,6 +177,28 @@ pub(crate) fn recover(
     };
     tokio::spawn(task.instrument(span));
     fate
+}
+
+/// Starts the actor of a VM that somebody else made, with the handle of its VMM if it runs.
+pub(crate) fn import(
+    shared: Arc<Shared>,
+    record: VmRecord,
+    spec: VmSpec,
+    backend: Arc<dyn Backend>,
+    committed: EventSeq,
+    launched: Option<Launched>,
+) {
+    let index_of = Arc::clone(&shared);
+    let shown = Arc::new(record.clone());
+    let metrics = MetricsCell::default();
+    let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics.clone());
+    // Before the actor runs: what it publishes or removes must find its entry.
+    index_of.index.insert(shown, committed, metrics, handle);
+    if let Some((launched, run)) = launched.zip(actor.record.run.clone()) {
+        actor.hold(launched, run);
+    }
+    let span = actor.span();
+    tokio::spawn(actor.run().instrument(span));
 }
 
 /// Whether the actor goes on after a step.
@@ -193,31 +232,41 @@ struct Actor {
     live: Option<Live>,
     inbox: mpsc::Receiver<Message>,
     force: mpsc::Receiver<Message>,
+    found: mpsc::Receiver<Found>,
     /// Forced operations that have pre-empted one and wait for it to wind up.
     preempting: VecDeque<Message>,
-    /// Whether a forced operation is under way; nothing pre-empts it.
-    forcing: bool,
+    /// Until when the forced operation under way, or about to begin, is to end; `None` where there is none. Nothing pre-empts
+    /// one.
+    force_until: Option<Instant>,
     /// Whether a process may exist that no handle holds, as after a launch that was cut short.
     stray: bool,
     /// How many commits that failed may have been written all the same, since the last one that did not fail.
     uncertain: u64,
+    /// Why the VM cannot be taken up by this program, where it cannot.
+    untaken: Option<String>,
     /// What the start under way has made of TAPs.
     made_taps: Vec<String>,
     /// When a restart by policy is due.
     restart_at: Option<Instant>,
+    /// What a daemon before this one had begun, and is to be carried to its end.
+    unfinished: Option<Operation>,
     /// When to look again for a VMM that may live and of which no handle is held.
     look_at: Option<Instant>,
-    /// When the guest last reset itself in place.
-    last_reset: Option<Instant>,
+    /// Since when the VMM has run without a reset of its guest in place.
+    quiet_since: Option<Instant>,
 }
 
 /// One thing that an actor does next.
 enum Step {
     Forced(Message),
     Sign(Sign),
+    /// Something that was cut short.
+    Unfinished(Operation),
     Restart,
     /// A VMM that was lost is looked for.
     Look,
+    /// It was found at its place.
+    Found(Box<Found>),
     Asked(Message),
     /// Nobody can reach this actor any more.
     Orphaned,
@@ -239,6 +288,7 @@ impl Actor {
     ) -> (Self, ActorHandle) {
         let (inbox_sender, inbox) = mpsc::channel(INBOX);
         let (force_sender, force) = mpsc::channel(FORCE_INBOX);
+        let (found_sender, found) = mpsc::channel(1);
         let uid = record.uid;
         let actor = Self {
             shared,
@@ -249,16 +299,19 @@ impl Actor {
             live: None,
             inbox,
             force,
+            found,
             preempting: VecDeque::new(),
-            forcing: false,
+            force_until: None,
             stray: false,
             uncertain: 0,
+            untaken: None,
             made_taps: Vec::new(),
             restart_at: None,
+            unfinished: None,
             look_at: None,
-            last_reset: None,
+            quiet_since: None,
         };
-        (actor, ActorHandle { uid, inbox: inbox_sender, force: force_sender })
+        (actor, ActorHandle { uid, inbox: inbox_sender, force: force_sender, found: found_sender })
     }
 
     fn span(&self) -> tracing::Span {
@@ -269,9 +322,9 @@ impl Actor {
         loop {
             let flow = match self.next().await {
                 Step::Forced(message) => {
-                    self.forcing = true;
+                    self.force_until = Some(message.asked + FORCE_LIMIT);
                     let flow = self.operate(message).await;
-                    self.forcing = false;
+                    self.force_until = None;
                     flow
                 }
                 Step::Asked(message) => self.operate(message).await,
@@ -283,12 +336,20 @@ impl Actor {
                     self.on_contact(contact).await;
                     Flow::GoOn
                 }
+                Step::Unfinished(operation) => {
+                    self.finish(operation).await;
+                    Flow::GoOn
+                }
                 Step::Restart => {
                     self.restart_by_policy().await;
                     Flow::GoOn
                 }
                 Step::Look => {
                     self.look_for_it().await;
+                    Flow::GoOn
+                }
+                Step::Found(found) => {
+                    self.found(*found).await;
                     Flow::GoOn
                 }
                 Step::Orphaned => Flow::End,
@@ -304,18 +365,22 @@ impl Actor {
         if let Some(message) = self.preempting.pop_front() {
             return Step::Forced(message);
         }
+        if let Some(operation) = self.unfinished.take() {
+            return Step::Unfinished(operation);
+        }
         tokio::select! {
             biased;
             Some(message) = self.force.recv() => Step::Forced(message),
             sign = next_sign(&mut self.live) => Step::Sign(sign),
             () = due(self.restart_at) => Step::Restart,
             () = due(self.look_at) => Step::Look,
+            Some(found) = self.found.recv() => Step::Found(Box::new(found)),
             message = self.inbox.recv() => message.map_or(Step::Orphaned, Step::Asked),
         }
     }
 
     async fn operate(&mut self, message: Message) -> Flow {
-        let Message { operation, reply, span, under_way } = message;
+        let Message { operation, reply, span, under_way, .. } = message;
         let outcome = self.carry_out(&operation).instrument(span.clone()).await;
         span.in_scope(|| match &outcome {
             Ok(outcome) => tracing::info!(
@@ -335,35 +400,6 @@ impl Actor {
         if deleted { Flow::End } else { Flow::GoOn }
     }
 
-    /// Carries an effect through, unless a forced operation comes or `deadline` passes.
-    async fn interruptible<T>(
-        &mut self,
-        deadline: Duration,
-        effect: impl Future<Output = Result<T, BackendError>>,
-    ) -> Result<T, Broken> {
-        let effect = tokio::time::timeout(deadline, effect);
-        let result = if self.forcing {
-            effect.await
-        } else {
-            tokio::select! {
-                biased;
-                Some(message) = self.force.recv() => {
-                    self.preempting.push_back(message);
-                    return Err(Broken::Preempted);
-                }
-                result = effect => result,
-            }
-        };
-        match result {
-            Ok(result) => result.map_err(Broken::Backend),
-            Err(_) => Err(Broken::Backend(BackendError::new(
-                BackendErrorKind::Timeout,
-                Effect::Unknown,
-                format!("it took longer than {} s", deadline.as_secs()),
-            ))),
-        }
-    }
-
     /// The folder of sockets, log and console.
     fn dir(&self) -> PathBuf {
         self.record.uid.run_dir(&self.shared.settings.runtime_dir)
@@ -375,6 +411,7 @@ impl Actor {
         let interval = self.shared.settings.metrics_interval;
         let sampler = Sampler::start(Arc::clone(&vmm), self.spec.cpu.count, interval, self.metrics.clone());
         self.live = Some(Live { vmm, events, sampler });
+        self.quiet_since = Some(begun(&run.process));
         self.record.run = Some(run);
         self.stray = false;
         self.look_at = None;
@@ -382,28 +419,29 @@ impl Actor {
 
     /// Lets go of a VMM that has gone, and of what it held.
     fn let_go(&mut self) {
-        self.live = None;
-        self.record.run = None;
-        self.look_at = None;
-        self.last_reset = None;
+        self.forget_run();
         self.shared.claims.release(self.record.uid);
     }
 
-    /// Kills a VMM. A backend promises to answer in time; nobody waits for one that breaks its promise.
-    async fn kill(vmm: &dyn Vmm) -> Result<(), BackendError> {
-        tokio::time::timeout(KILL_DEADLINE, vmm.kill()).await.unwrap_or_else(|_| {
-            Err(BackendError::new(
-                BackendErrorKind::Timeout,
-                Effect::Unknown,
-                format!("its VMM did not end within {} s of being killed", KILL_DEADLINE.as_secs()),
-            ))
-        })
+    /// Lets go of a VMM that has gone. What it held stays claimed, for the next one.
+    fn forget_run(&mut self) {
+        self.live = None;
+        self.record.run = None;
+        self.look_at = None;
+        self.quiet_since = None;
     }
 
     /// The handle of the VMM, if one is held.
     fn vmm(&self) -> Option<Arc<dyn Vmm>> {
         self.live.as_ref().map(|live| Arc::clone(&live.vmm))
     }
+}
+
+/// When a process began, as far back as it matters.
+fn begun(process: &ProcessIdentity) -> Instant {
+    let age = vmm_host::process::age(process).unwrap_or_default().min(restart::QUIET);
+    let now = Instant::now();
+    now.checked_sub(age).unwrap_or(now)
 }
 
 async fn next_sign(live: &mut Option<Live>) -> Sign {

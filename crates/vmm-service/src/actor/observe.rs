@@ -49,7 +49,7 @@ impl Actor {
             return self.end_failed_run(exit, "guest-reset").await;
         }
         let restarts = self.count_restart();
-        self.last_reset = Some(tokio::time::Instant::now());
+        self.quiet_since = Some(tokio::time::Instant::now());
         self.record.status.restarts = restarts;
         if restarts > self.spec.restart.max_restarts {
             let exit =
@@ -66,7 +66,7 @@ impl Actor {
     /// Kills a VMM whose guest is to run no longer, and records the end.
     async fn end_failed_run(&mut self, exit: Exit, cause: &str) {
         if let Some(vmm) = self.vmm()
-            && let Err(error) = Self::kill(&*vmm).await
+            && let Err(error) = self.kill(&*vmm).await
         {
             tracing::error!(%error, "a VMM that is to end could not be killed");
             self.record.status =

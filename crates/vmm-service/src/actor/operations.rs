@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, SweepRequest};
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sweep, SweepRequest,
+};
 use vmm_core::event::EventKind;
 use vmm_core::state::{Admission, EndedBy, Observation, Phase, Request, admit, observe};
+use vmm_host::fault::{FaultPoint, point};
 
 use super::persist::Why;
 use super::{Actor, Broken, Operation};
@@ -27,7 +30,8 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 impl Actor {
     pub(super) async fn carry_out(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
         let request = operation.request;
-        if self.record.status.phase == Phase::Unreachable && !self.forcing {
+        self.refuse_untaken()?;
+        if self.record.status.phase == Phase::Unreachable && !self.forcing() {
             return Err(self.unreachable());
         }
         if self.stray && request == Request::Shutdown && !self.record.state.is_live() {
@@ -53,7 +57,7 @@ impl Actor {
 
     /// Ends a process that a start has left, of a VM that counts as not running. Only force comes here.
     async fn end_stray(&mut self, operation: &Operation) -> Result<(), ServiceError> {
-        if let Err(Broken::Backend(error)) = self.sweep().await {
+        if let Err(Broken::Backend(error)) = self.sweep(Sweep::End).await {
             return Err(ServiceError::from_backend("shut down", &self.record.vm_id, &error));
         }
         self.let_go();
@@ -105,9 +109,11 @@ impl Actor {
     ) -> Result<Outcome, ServiceError> {
         match result {
             Ok(()) => {
+                point(FaultPoint::applied(request));
                 self.record.state = observe(self.record.state, achieved);
                 self.record.status = self.plain(Phase::at_rest(self.record.state));
                 self.conclude(EventKind::StateChanged, Why::asked(request, actor)).await?;
+                point(FaultPoint::outcome_committed(request));
                 Ok(self.outcome(None))
             }
             Err(broken) => Err(self.give_up(request, actor, broken).await),
@@ -115,9 +121,12 @@ impl Actor {
     }
 
     async fn shutdown(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
-        self.intend(Request::Shutdown, Phase::Stopping, &operation.actor).await?;
+        if let Err(error) = self.intend_asking(operation, Phase::Stopping).await {
+            return Err(self.end_unrecorded(operation, error).await);
+        }
         match self.end_run(operation.ask_guest_for).await {
             Ok(ended_by) => {
+                point(FaultPoint::ShutdownApplied);
                 self.let_go();
                 self.record.state = observe(self.record.state, Observation::VmmGone);
                 self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
@@ -125,6 +134,7 @@ impl Actor {
                 self.record.ended_by = Some(ended_by);
                 let why = Why::asked(Request::Shutdown, &operation.actor).ended_by(Some(ended_by));
                 self.conclude(EventKind::StateChanged, why).await?;
+                point(FaultPoint::ShutdownOutcomeCommitted);
                 Ok(self.outcome(Some(ended_by)))
             }
             Err(broken) => Err(self.give_up(Request::Shutdown, &operation.actor, broken).await),
@@ -133,21 +143,23 @@ impl Actor {
 
     async fn reboot(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
         let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
-        self.intend(Request::Reboot, Phase::Rebooting, &operation.actor).await?;
-        if operation.ask_guest_for.is_none() {
-            match self.interruptible(OPERATION_DEADLINE, async move { vmm.reset().await }).await {
-                Ok(Reset::InPlace) => {
-                    return self.settle(Request::Reboot, &operation.actor, Observation::Runs, Ok(())).await;
-                }
-                Ok(Reset::NeedsRelaunch) => {}
-                Err(broken) => return Err(self.give_up(Request::Reboot, &operation.actor, broken).await),
+        self.intend_asking(operation, Phase::Rebooting).await?;
+        let ladder = Ladder { ask_guest_for: operation.ask_guest_for };
+        let deadline = OPERATION_DEADLINE + operation.ask_guest_for.unwrap_or_default();
+        match self.interruptible(deadline, async move { vmm.reboot(ladder).await }).await {
+            Ok(Reset::InPlace) => {
+                return self.settle(Request::Reboot, &operation.actor, Observation::Runs, Ok(())).await;
             }
+            Ok(Reset::NeedsRelaunch) => {}
+            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.actor, broken).await),
         }
         let ended_by = match self.end_run(operation.ask_guest_for).await {
             Ok(ended_by) => ended_by,
             Err(broken) => return Err(self.give_up(Request::Reboot, &operation.actor, broken).await),
         };
-        self.let_go();
+        point(FaultPoint::RebootApplied);
+        // Nobody may take its disks and TAPs between the halves.
+        self.forget_run();
         self.record.state = observe(self.record.state, Observation::VmmGone);
         self.record.ended_by = Some(ended_by);
         self.start(Request::Reboot, &operation.actor).await.map_err(|error| match error {
@@ -163,7 +175,8 @@ impl Actor {
     /// Ends the run by the ladder, or by the run folder where no handle is held. Answers once the VMM has really gone.
     async fn end_run(&mut self, ask_guest_for: Option<Duration>) -> Result<EndedBy, Broken> {
         let Some(vmm) = self.vmm() else {
-            return self.sweep().await.map(|()| EndedBy::Sigkill);
+            let purpose = if self.forcing() { Sweep::End } else { Sweep::Clear };
+            return self.sweep(purpose).await.map(|()| EndedBy::Sigkill);
         };
         let resume_first = self.record.state == vmm_core::state::VmState::Paused && ask_guest_for.is_some();
         let deadline = ask_guest_for.map_or(FORCE_DEADLINE, |ask| ask + OPERATION_DEADLINE);
@@ -172,6 +185,9 @@ impl Actor {
             if resume_first && let Err(error) = vmm.resume().await {
                 // A guest that stands still cannot obey; the ladder goes on without it.
                 tracing::warn!(%error, "could not resume the VM before asking it to shut down");
+            }
+            if resume_first {
+                point(FaultPoint::LadderResumed);
             }
             vmm.shutdown(ladder).await
         });
@@ -182,11 +198,37 @@ impl Actor {
         }
     }
 
-    /// Ends whatever process belongs to the run folder.
-    pub(super) async fn sweep(&mut self) -> Result<(), Broken> {
+    /// Makes sure that the VM's place, if it has one, is still one of its backend's.
+    pub(super) fn place_is_served(&self) -> Result<(), String> {
+        match &self.record.place {
+            Some(place) if !self.backend.serves(place) => Err(format!(
+                "it lives at {place}, which the endpoints of {} do not name any more: name it there again, and restart the \
+                 daemon",
+                self.record.backend
+            )),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Ends whatever process belongs to the run folder, or what `purpose` allows of the VM at its place.
+    pub(super) async fn sweep(&mut self, purpose: Sweep) -> Result<(), Broken> {
+        if let Err(nowhere) = self.place_is_served() {
+            // Nothing is known to run, or nothing may be touched.
+            let harmless = matches!(purpose, Sweep::Clear | Sweep::Delete);
+            let refused = BackendError::new(BackendErrorKind::Host, Effect::NotApplied, nowhere);
+            return if harmless { Ok(()) } else { Err(Broken::Backend(refused)) };
+        }
         let backend = std::sync::Arc::clone(&self.backend);
-        let request = SweepRequest { uid: self.record.uid, dir: self.dir() };
-        let swept = tokio::time::timeout(SWEEP_DEADLINE, backend.sweep(request)).await;
+        let request = SweepRequest {
+            uid: self.record.uid,
+            dir: self.dir(),
+            run: self.record.run.clone(),
+            place: self.record.place.clone(),
+            spec: Some(self.spec.clone()),
+            imported: self.record.imported,
+            purpose,
+        };
+        let swept = tokio::time::timeout(self.within(SWEEP_DEADLINE), backend.sweep(request)).await;
         let swept = swept.unwrap_or_else(|_| {
             Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, "its VMM did not end in time"))
         });
@@ -251,7 +293,7 @@ impl Actor {
             }
             return;
         };
-        let deadline = if self.forcing { FORCED_PROBE_DEADLINE } else { PROBE_DEADLINE };
+        let deadline = if self.forcing() { FORCED_PROBE_DEADLINE } else { PROBE_DEADLINE };
         let observation = match self.interruptible(deadline, async move { vmm.probe().await }).await {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,

@@ -6,8 +6,9 @@ use vmm_core::backend::Effect;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::state::{EndedBy, Phase, Request, Status};
 use vmm_core::store::{Change, Commit, Intent, StoreError, StoreErrorKind, VmRecord};
+use vmm_host::fault::{FaultPoint, point};
 
-use super::Actor;
+use super::{Actor, Operation};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::events::Committed;
@@ -50,9 +51,30 @@ impl Actor {
         phase: Phase,
         actor: &str,
     ) -> Result<(), ServiceError> {
+        self.intend_with(request, phase, actor, None).await
+    }
+
+    /// The same for an operation that gives the guest time to obey; whoever finishes it must know how much.
+    pub(super) async fn intend_asking(
+        &mut self,
+        operation: &Operation,
+        phase: Phase,
+    ) -> Result<(), ServiceError> {
+        let patience = operation.ask_guest_for.unwrap_or_default();
+        let patience_ms = u64::try_from(patience.as_millis()).ok();
+        self.intend_with(operation.request, phase, &operation.actor, patience_ms).await
+    }
+
+    async fn intend_with(
+        &mut self,
+        request: Request,
+        phase: Phase,
+        actor: &str,
+        patience_ms: Option<u64>,
+    ) -> Result<(), ServiceError> {
         let before = self.record.clone();
         let now = now_ms();
-        self.record.intent = Some(Intent { request, actor: actor.to_owned(), since_ms: now });
+        self.record.intent = Some(Intent { request, actor: actor.to_owned(), since_ms: now, patience_ms });
         self.record.status = Status { restarts: before.status.restarts, ..Status::plain(phase, now) };
         if matches!(request, Request::Boot | Request::Reboot) {
             self.record.owns_console_output = true;
@@ -63,6 +85,7 @@ impl Actor {
             self.publish();
             return Err(error.into());
         }
+        point(FaultPoint::intent_committed(request));
         Ok(())
     }
 
@@ -79,7 +102,7 @@ impl Actor {
     }
 
     /// Writes the record and an event in one transaction, then shows it to readers.
-    async fn commit(&mut self, kind: EventKind, why: Why<'_>) -> Result<(), StoreError> {
+    pub(super) async fn commit(&mut self, kind: EventKind, why: Why<'_>) -> Result<(), StoreError> {
         let now = now_ms();
         let event = self.event(kind, why, now);
         let mut next = self.record.clone();
@@ -113,7 +136,16 @@ impl Actor {
 
     async fn write(&self, record: &VmRecord, event: &NewEvent) -> Result<Committed, StoreError> {
         let change = Change::Update(Box::new(record.clone()));
-        self.shared.events.commit(Commit { change, event: Some(event.clone()) }).await
+        self.send(Commit { change, event: Some(event.clone()) }).await
+    }
+
+    /// Hands a commit to the store, which keeps room for what is forced.
+    pub(super) async fn send(&self, commit: Commit) -> Result<Committed, StoreError> {
+        if self.forcing() {
+            self.shared.events.commit_forced(commit).await
+        } else {
+            self.shared.events.commit(commit).await
+        }
     }
 
     /// An event about the record as it is.

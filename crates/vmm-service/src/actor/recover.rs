@@ -1,23 +1,27 @@
 //! After a restart of the daemon: what became of the VM, and of what was being done to it.
 //!
 //! ```text
-//!   nothing recorded as running, nothing under way ──► as it was
+//!   nothing recorded as running, nothing under way, no process that uses its folder ──► as it was
 //!   otherwise ask the backend:
-//!     alive       ──► carry on; an interrupted delete goes on, an interrupted boot stands if the guest runs
-//!     gone        ──► SHUTDOWN with the reason; a first boot that never came about: CREATED
+//!     alive       ──► carry on; an interrupted boot stands if the guest runs, a shutdown and a reboot go on (unfinished)
+//!     gone        ──► SHUTDOWN with the reason; a first boot that never came about: CREATED; a reboot boots
 //!     unreachable ──► the last proven state, marked so, touched by nobody but force
+//!   an interrupted delete is finished, whatever there is
 //! ```
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched};
+use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched, Sweep};
 use vmm_core::event::EventKind;
-use vmm_core::state::{Observation, Phase, Request, observe};
-use vmm_core::store::Intent;
+use vmm_core::state::{Observation, Phase, Request, VmState, observe};
+use vmm_core::store::{Intent, RunRecord};
 
+use super::boot::LOOK_DEADLINE;
+use super::deadlines::FORCE_LIMIT;
 use super::persist::Why;
+use super::unfinished::is_to_be_finished;
 use super::{Actor, Broken, Flow, Operation};
 use crate::check;
 
@@ -32,6 +36,9 @@ impl Actor {
         let intent = self.record.intent.clone();
         let lost = self.record.status.phase == Phase::Unreachable;
         if intent.is_none() && self.record.run.is_none() && !lost {
+            if self.stray {
+                self.clear_unrecorded_start().await;
+            }
             if self.record.status.phase == Phase::Restarting {
                 self.resume_restart();
             }
@@ -57,12 +64,29 @@ impl Actor {
         Flow::GoOn
     }
 
+    /// Ends a VMM that was started while the intent was on its way to the disk, and never got there. It was told nothing of the
+    /// VM yet, so the VM is as it was.
+    async fn clear_unrecorded_start(&mut self) {
+        if self.record.place.is_some() || self.backend.outlives_runs() {
+            // There a launch touches nothing before its intent is on record.
+            self.stray = false;
+            return;
+        }
+        if let Err(Broken::Backend(error)) = self.sweep(Sweep::Clear).await {
+            self.found_unreachable("vmm-does-not-end", error.to_string(), None).await;
+        }
+    }
+
     /// Looks for the VMM, and says of the VM what follows.
     async fn find(&mut self, intent: Option<Intent>) {
-        match self.adopt().await {
+        let mut adopted = self.adopt().await;
+        if matches!(adopted, Ok(Adoption::Gone { .. })) && self.first_half_is_done(intent.as_ref()) {
+            adopted = self.adopt().await;
+        }
+        match adopted {
             Ok(Adoption::Alive { launched, guest }) => self.found_alive(launched, guest, intent).await,
             Ok(Adoption::Gone { exit }) => {
-                if let Err(Broken::Backend(error)) = self.sweep().await {
+                if let Err(Broken::Backend(error)) = self.sweep(Sweep::Clear).await {
                     tracing::warn!(%error, "what the last run left could not be cleared");
                 }
                 self.ended_unwatched(exit, intent.as_ref(), None).await;
@@ -106,6 +130,9 @@ impl Actor {
     }
 
     async fn adopt(&mut self) -> Result<Adoption, Broken> {
+        if let Err(message) = self.place_is_served() {
+            return Ok(Adoption::Unreachable { reason: "endpoint-not-configured", message, launched: None });
+        }
         let backend = Arc::clone(&self.backend);
         let request = AdoptRequest {
             instance: self.shared.instance,
@@ -114,6 +141,8 @@ impl Actor {
             spec: self.spec.clone(),
             dir: self.dir(),
             run: self.record.run.clone(),
+            place: self.record.place.clone(),
+            imported: self.record.imported,
         };
         self.interruptible(ADOPT_DEADLINE, async move { backend.adopt(request).await }).await
     }
@@ -123,18 +152,26 @@ impl Actor {
         let started_here = recorded.is_none();
         if guest == GuestState::Ended || (started_here && guest != GuestState::Running) {
             // A guest that has ended, or a start that was cut short before the guest ran.
-            if let Err(error) = Self::kill(&*launched.vmm).await {
+            if let Err(error) = self.kill(&*launched.vmm).await {
                 return self.found_unreachable("vmm-does-not-end", error.to_string(), Some(launched)).await;
             }
-            let _ = self.sweep().await;
+            let _ = self.sweep(Sweep::Clear).await;
             let exit =
                 Exit { cause: ExitCause::Unknown, message: "its guest was not running any more".to_owned() };
             return self.ended_unwatched(exit, intent.as_ref(), None).await;
         }
-        let mut run = recorded.unwrap_or_else(|| launched.vmm.run().clone());
+        let mut run = run_of(recorded, &launched);
         if started_here {
             let formats = self.backend.capabilities().kernel_formats;
-            run.claims = check::look(self.spec.clone(), formats, true).await.claims;
+            let look = check::look(self.spec.clone(), formats, true);
+            match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
+                Ok(facts) => run.claims = facts.claims,
+                Err(_) => {
+                    // Without its claims another VM might write its disks, so it counts as not found; and force finds it.
+                    let message = "it runs, but the files that it uses do not answer, so nothing can keep others off them";
+                    return self.found_unreachable("files-do-not-answer", message.to_owned(), None).await;
+                }
+            }
             run.claims.extend(self.tap_claims());
             if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
                 tracing::error!(taken, "a VM found running holds what another one holds");
@@ -146,6 +183,9 @@ impl Actor {
             GuestState::Paused => Observation::StandsStill,
         };
         self.record.state = observe(self.record.state, observation);
+        if !started_here && let Some(intent) = intent.as_ref().filter(|intent| is_to_be_finished(intent)) {
+            return self.take_up_unfinished(intent).await;
+        }
         let phase = Phase::at_rest(self.record.state);
         self.record.status = match &intent {
             Some(intent) => self.plain(phase).because(
@@ -161,9 +201,15 @@ impl Actor {
     /// The run ended while no daemon watched, or never came about.
     async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, reason: Option<&str>) {
         let interrupted = intent.map(|intent| intent.request);
+        if reason.is_none() && self.starts_after_all(intent).await {
+            return;
+        }
         if self.never_ran() {
-            for left in self.free_taps().await {
-                tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
+            // One that has run before keeps its TAPs, and what others have put on them.
+            if self.record.state == VmState::Created {
+                for left in self.free_taps().await {
+                    tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
+                }
             }
             self.let_go();
             self.record.status = self.plain(Phase::at_rest(self.record.state)).because(
@@ -193,7 +239,7 @@ impl Actor {
         tracing::warn!(reason, message, "the VM's VMM cannot be reached; the VM is left alone");
         match launched {
             Some(launched) => {
-                let run = self.record.run.clone().unwrap_or_else(|| launched.vmm.run().clone());
+                let run = run_of(self.record.run.clone(), &launched);
                 self.hold(launched, run);
             }
             None => {
@@ -214,12 +260,12 @@ impl Actor {
     }
 
     /// A delete that was under way is finished: its name must not stay taken.
-    async fn go_on_deleting(&mut self, intent: Intent) -> Flow {
+    pub(super) async fn go_on_deleting(&mut self, intent: Intent) -> Flow {
         self.stray = true;
-        self.forcing = true;
+        self.force_until = Some(Instant::now() + FORCE_LIMIT);
         let operation = Operation { request: Request::ForceDelete, ask_guest_for: None, actor: intent.actor };
         let deleted = self.delete(&operation).await;
-        self.forcing = false;
+        self.force_until = None;
         match deleted {
             Ok(_) => Flow::End,
             Err(error) => {
@@ -227,5 +273,15 @@ impl Actor {
                 Flow::GoOn
             }
         }
+    }
+}
+
+/// The run that was found: as it was recorded, unless somebody has started the VM anew since. It holds what it held.
+fn run_of(recorded: Option<RunRecord>, launched: &Launched) -> RunRecord {
+    let found = launched.vmm.run();
+    match recorded {
+        Some(recorded) if recorded.process == found.process => recorded,
+        Some(recorded) => RunRecord { claims: recorded.claims, ..found.clone() },
+        None => found.clone(),
     }
 }

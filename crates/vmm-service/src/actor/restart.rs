@@ -20,11 +20,11 @@ use vmm_core::state::{Phase, Request, Status};
 
 use super::Actor;
 use super::persist::Why;
-use crate::clock::now_ms;
+use super::unfinished::SYSTEM;
 use crate::error::ServiceError;
 
 /// After so long without a restart, the count begins anew.
-const QUIET: Duration = Duration::from_secs(60);
+pub(super) const QUIET: Duration = Duration::from_secs(60);
 /// The wait before the first restart.
 const FIRST_DELAY: Duration = Duration::from_millis(200);
 /// The longest wait.
@@ -46,11 +46,8 @@ impl Actor {
 
     /// The number of this restart, counting those without a quiet minute between.
     pub(super) fn count_restart(&self) -> u32 {
-        let since_reset = self.last_reset.map(|at| at.elapsed());
-        let since_start = self.record.run.as_ref().map(|run| {
-            Duration::from_millis(now_ms().saturating_sub(run.started_ms).try_into().unwrap_or_default())
-        });
-        let quiet = since_reset.or(since_start).is_some_and(|since| since >= QUIET);
+        let begun = || self.record.run.as_ref().map(|run| super::begun(&run.process));
+        let quiet = self.quiet_since.or_else(begun).is_some_and(|since| since.elapsed() >= QUIET);
         if quiet { 1 } else { self.record.status.restarts.saturating_add(1) }
     }
 
@@ -92,7 +89,7 @@ impl Actor {
     pub(super) async fn restart_by_policy(&mut self) {
         self.restart_at = None;
         let restarts = self.record.status.restarts;
-        match self.start(Request::Boot, "system").await {
+        match self.start(Request::Boot, SYSTEM).await {
             Ok(()) => tracing::info!(restarts, "started again by its restart policy"),
             Err(ServiceError::Aborted(_)) => {}
             Err(error) if self.restart_mode() >= RestartMode::OnFailure => {

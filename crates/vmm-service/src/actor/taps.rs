@@ -1,7 +1,7 @@
 //! The TAPs of a VM: there before its VMM starts, gone when the VM is deleted.
 //!
 //! ```text
-//!   BootVm ── claim ── intent ── provide ── launch ──► runs          the VM keeps its TAPs through shutdown, reboot and
+//!   BootVm ── claim ── provide ── intent, launch ──► runs            the VM keeps its TAPs through shutdown, reboot and
 //!                                   └── fails ──► what this start    restart: addresses, bridges and rules that somebody
 //!                                                 made goes again    put on them stay
 //!   DeleteVm ── VMM ends ── remove what bears this VM's label
@@ -79,7 +79,7 @@ impl Actor {
         self.made_taps.clear();
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
         let mut free = Vec::new();
-        for (name, _) in self.taps() {
+        for name in self.taps_to_free().await {
             let claim = HostClaim::Tap { name: name.clone() };
             // What another VM runs on has passed to it.
             if self.shared.claims.acquire(uid, vm_id, &[claim]).is_ok() {
@@ -91,9 +91,25 @@ impl Actor {
         left
     }
 
+    /// The TAPs that may be this VM's: by its configuration, or where that is not understood, by their labels.
+    async fn taps_to_free(&self) -> Vec<String> {
+        if self.untaken.is_none() {
+            return self.taps().into_iter().map(|(name, _)| name).collect();
+        }
+        let listing = self.shared.taps.of_instance(self.shared.instance);
+        match tokio::time::timeout(FORCED_REMOVE_DEADLINE, listing).await {
+            Ok(Ok(labelled)) => {
+                let ours = labelled.into_iter().filter(|tap| tap.owner.uid == self.record.uid);
+                ours.map(|tap| tap.name).collect()
+            }
+            // The next start of the daemon removes them: they are orphans then.
+            Ok(Err(_)) | Err(_) => Vec::new(),
+        }
+    }
+
     async fn remove_taps(&self, names: Vec<String>) -> Vec<FieldReport> {
         let owner = self.tap_owner();
-        let deadline = if self.forcing { FORCED_REMOVE_DEADLINE } else { REMOVE_DEADLINE };
+        let deadline = if self.forcing() { self.within(FORCED_REMOVE_DEADLINE) } else { REMOVE_DEADLINE };
         let removals = names.into_iter().map(async |name| {
             let removal = self.shared.taps.remove(&name, owner);
             let problem = match tokio::time::timeout(deadline, removal).await {
@@ -121,7 +137,8 @@ fn too_late(name: &str) -> BackendError {
     BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message)
 }
 
-/// Removes the TAPs of this installation whose VM is on record no more, as after a deletion that could not remove them.
+/// Removes the TAPs of this installation whose VM is not among `known`: it is on record no more, as after a deletion that could
+/// not remove them, or was never started.
 pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known: &HashSet<VmUid>) {
     let labelled = match tokio::time::timeout(REMOVE_DEADLINE, taps.of_instance(instance)).await {
         Ok(Ok(labelled)) => labelled,

@@ -78,6 +78,14 @@ pub(crate) struct Committed {
     _open: Open,
 }
 
+impl Committed {
+    fn at(seq: Option<EventSeq>, open: Open) -> Self {
+        let seq = seq.unwrap_or_default();
+        open.answered(seq);
+        Self { seq, _open: open }
+    }
+}
+
 impl Events {
     /// Takes up the log of `store`, which ends with `last`.
     pub(crate) fn new(
@@ -102,9 +110,19 @@ impl Events {
     /// The store's.
     pub(crate) async fn commit(&self, commit: Commit) -> Result<Committed, StoreError> {
         let open = self.settled.open();
-        let seq = self.store.commit(commit).await?.unwrap_or_default();
-        open.answered(seq);
-        Ok(Committed { seq, _open: open })
+        let seq = self.store.commit(commit).await?;
+        Ok(Committed::at(seq, open))
+    }
+
+    /// The same for what a client forces, for which the store keeps room.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub(crate) async fn commit_forced(&self, commit: Commit) -> Result<Committed, StoreError> {
+        let open = self.settled.open();
+        let seq = self.store.commit_forced(commit).await?;
+        Ok(Committed::at(seq, open))
     }
 
     /// Reads what follows `after`, at least one event, of a log that is settled up to `until`, a later place.
@@ -186,9 +204,9 @@ mod tests {
 
     use async_trait::async_trait;
     use futures::FutureExt as _;
-    use vmm_core::store::{Change, Snapshot};
+    use vmm_core::store::Snapshot;
     use vmm_testkit::memory_store::MemoryStore;
-    use vmm_testkit::store_suite::{event, record};
+    use vmm_testkit::store_suite::{insert, next, record, update};
 
     use super::*;
     use crate::index::Index;
@@ -234,9 +252,10 @@ mod tests {
             assert!(matches!(watch.next().await.unwrap(), Notice::Synced { .. }));
             watches.push(watch);
         }
-        let vm = record("vm");
+        let mut vm = record("vm");
         for number in 1..=CHANGES {
-            let commit = Commit { change: Change::Remove(vm.uid), event: Some(event(&vm, 0)) };
+            let commit = if number == 1 { insert(&vm) } else { update(&vm) };
+            vm = next(&vm);
             let committed = events.commit(commit).await.unwrap();
             for watch in &mut watches {
                 let next = tokio::task::unconstrained(watch.next()).now_or_never();

@@ -1,6 +1,6 @@
 //! A writable disk or a TAP serves one running VM.
 
-use vmm_core::backend::ExitCause;
+use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::config::VmConfig;
 use vmm_core::state::VmState;
 use vmm_testkit::fake::{Act, Method};
@@ -35,6 +35,38 @@ async fn what_one_vm_holds_another_cannot_have() {
             vms.force_delete(vm_id).await.unwrap();
         }
     }
+}
+
+#[tokio::test]
+async fn nobody_gets_in_between_the_halves_of_a_reboot() {
+    let mut bed = Bed::new();
+    bed.single_use = true;
+    let vms = bed.start().await;
+    vms.create("b", bed.with_disk("d")).await;
+    vms.run("a", bed.with_disk("d")).await;
+    let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let tries = tokio::spawn({
+        let (vms, done) = (vms.clone(), done.clone());
+        async move {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                b_is_told_of(&vms).await;
+            }
+        }
+    });
+    for _ in 0..20 {
+        vms.force_reboot("a").await.expect("its disk is still its own");
+    }
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    tries.await.unwrap();
+    // A second half that fails gives back what the first half held.
+    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    refused(vms.force_reboot("a").await, "precondition");
+    vms.boot("b").await.expect("it is free");
+}
+
+async fn b_is_told_of(vms: &Vms) {
+    let text = refused(vms.boot("b").await, "precondition");
+    assert!(text.contains("VM \"a\""), "{text}");
 }
 
 #[tokio::test(start_paused = true)]

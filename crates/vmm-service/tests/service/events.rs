@@ -7,7 +7,7 @@ use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent, VmEvent};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::state::{Phase, VmState};
-use vmm_core::store::{Change, Commit, Store as _, StoreErrorKind};
+use vmm_core::store::{Change, Commit, Store as _, StoreErrorKind, VmRecord};
 use vmm_service::{EventsQuery, Notice, Present, Recorded, ServiceError, Watch, WatchQuery};
 use vmm_testkit::memory_store::Verdict;
 
@@ -293,8 +293,8 @@ async fn a_gap_is_never_passed_over() {
     let told = bed.store.log().pop().unwrap().event;
     // Five more, of the last seconds; the clock on the wall was put back between the third and the fourth.
     for ago in [5000, 4000, 1000, 3000, 500] {
-        let event = Some(NewEvent { time_ms: told.time_ms - ago, ..told.clone() });
-        bed.store.commit(Commit { change: Change::Remove(other_uid()), event }).await.unwrap();
+        let event = NewEvent { time_ms: told.time_ms - ago, ..told.clone() };
+        log(&bed, event).await;
     }
     vms.create("other", bed.config()).await;
     let all = listed(&vms, "", 10).await;
@@ -339,14 +339,21 @@ async fn old_events_are_removed_by_themselves() {
     let told = bed.store.log().pop().unwrap().event;
     let age = i64::try_from(RETENTION.as_millis()).unwrap();
     for older in [1000, -60_000] {
-        let event = Some(NewEvent { time_ms: told.time_ms - age - older, ..told.clone() });
-        bed.store.commit(Commit { change: Change::Remove(other_uid()), event }).await.unwrap();
+        let event = NewEvent { time_ms: told.time_ms - age - older, ..told.clone() };
+        log(&bed, event).await;
     }
     assert_eq!(bed.store.log().len(), 3);
     // The clock on the wall does not move meanwhile, so the others stay young.
     tokio::time::sleep(RETENTION).await;
     let kept: Vec<_> = bed.store.log().iter().map(|it| it.seq.0).collect();
     assert_eq!(kept, [1, 3]);
+}
+
+/// Puts an event into the log, as one of a VM that is gone.
+async fn log(bed: &Bed, event: NewEvent) {
+    let uid = other_uid();
+    bed.store.put(VmRecord { uid, vm_id: VmId::generated(uid), ..bed.stored("vm") });
+    bed.store.commit(Commit { change: Change::Remove(uid), event: Some(event) }).await.unwrap();
 }
 
 fn other_uid() -> VmUid {

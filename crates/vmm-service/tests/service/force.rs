@@ -168,6 +168,47 @@ async fn a_forced_shutdown_that_hangs_says_so_in_time() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn force_behind_force_that_hangs_answers_in_time_too() {
+    for last_deletes in [false, true] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        let machine = vms.run("a", bed.config()).await;
+        for method in [Method::Shutdown, Method::Probe, Method::Kill, Method::Sweep] {
+            vms.world.always(method, Act::hang());
+        }
+        let began = tokio::time::Instant::now();
+        let mut tasks = Vec::new();
+        for _ in 0..4 {
+            let vms = vms.clone();
+            tasks.push(tokio::spawn(async move { vms.force_shutdown("a").await }));
+            tokio::task::yield_now().await;
+        }
+        if last_deletes {
+            assert_eq!(vms.force_delete("a").await.unwrap().left_behind.len(), 1);
+        } else {
+            refused(vms.force_shutdown("a").await, "unavailable");
+        }
+        assert!(began.elapsed() <= FORCE_LIMIT + Duration::from_millis(500), "{:?}", began.elapsed());
+        for task in tasks {
+            refused(task.await.unwrap(), "unavailable");
+        }
+        machine.end(vmm_core::backend::ExitCause::Unknown);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn force_is_in_time_where_what_it_pre_empts_cannot_be_wound_up() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let _task = hang(&bed, &vms, Method::Launch, Act::do_then_hang()).await;
+    vms.world.always(Method::Sweep, Act::hang());
+    let began = tokio::time::Instant::now();
+    assert_eq!(vms.force_delete("a").await.unwrap().left_behind.len(), 1);
+    assert!(began.elapsed() < FORCE_LIMIT, "{:?}", began.elapsed());
+    vms.machine("a").end(vmm_core::backend::ExitCause::Unknown);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_start_whose_process_cannot_be_ended_is_not_called_ended() {
     let bed = Bed::new();
     let vms = bed.start().await;

@@ -11,7 +11,7 @@ use crate::common::*;
 fn interrupt(bed: &Bed, request: Request, phase: Phase) {
     let before = bed.stored("a");
     bed.store.put(VmRecord {
-        intent: Some(Intent { request, actor: ME.into(), since_ms: 1 }),
+        intent: Some(Intent { request, actor: ME.into(), since_ms: 1, patience_ms: None }),
         status: Status::plain(phase, 1),
         generation: before.generation + 1,
         ..before
@@ -268,8 +268,6 @@ fn an_interrupted_operation_leaves_the_vm_as_its_vmm_says() {
     let cases = [
         (VmState::Running, Request::Pause, Phase::Pausing),
         (VmState::Paused, Request::Resume, Phase::Resuming),
-        (VmState::Running, Request::Shutdown, Phase::Stopping),
-        (VmState::Running, Request::Reboot, Phase::Rebooting),
     ];
     for (state, request, phase) in cases {
         for guest in [GuestState::Running, GuestState::Paused] {
@@ -287,6 +285,75 @@ fn an_interrupted_operation_leaves_the_vm_as_its_vmm_says() {
             });
         }
     }
+}
+
+#[test]
+fn an_interrupted_shutdown_is_carried_through() {
+    for guest in [GuestState::Running, GuestState::Paused] {
+        let bed = Bed::new();
+        bed.life(async |vms| drop(vms.run("a", bed.with_policy(ALWAYS, 0)).await));
+        bed.world.machine("a").unwrap().set_guest(guest);
+        interrupt(&bed, Request::Shutdown, Phase::Stopping);
+        bed.life(async |vms| {
+            let record = vms.until_phase("a", Phase::Stopped).await;
+            assert_eq!((record.state, record.status.reason.as_str()), (VmState::Shutdown, "shutdown"));
+            assert_eq!((vms.world.living(), &record.intent), (0, &None));
+        });
+    }
+}
+
+#[test]
+fn an_interrupted_reboot_is_carried_through() {
+    let bed = Bed::new();
+    left_in(&bed, VmState::Running);
+    interrupt(&bed, Request::Reboot, Phase::Rebooting);
+    let before = bed.stored("a").run;
+    bed.life(async |vms| {
+        let record = vms.until_phase("a", Phase::Running).await;
+        assert_eq!((record.state, vms.world.living(), &record.intent), (VmState::Running, 1, &None));
+        assert_ne!(record.run, before, "asked to end, and booted again");
+    });
+}
+
+#[test]
+fn an_interrupted_reboot_of_a_vm_that_stands_still_by_now_is_given_up() {
+    let bed = Bed::new();
+    left_in(&bed, VmState::Running);
+    interrupt(&bed, Request::Reboot, Phase::Rebooting);
+    bed.world.machine("a").unwrap().set_guest(GuestState::Paused);
+    bed.life(async |vms| {
+        let record = vms.until_phase("a", Phase::Paused).await;
+        assert_eq!((record.status.reason.as_str(), &record.intent), ("operation-failed", &None));
+        assert_eq!(bed.stored("a"), *record, "and not tried for ever");
+    });
+}
+
+#[test]
+fn force_comes_before_what_is_carried_through() {
+    let bed = Bed::new();
+    left_in(&bed, VmState::Running);
+    bed.world.machine("a").unwrap().ignore_shutdown();
+    interrupt(&bed, Request::Shutdown, Phase::Stopping);
+    bed.life(async |vms| {
+        vms.force_delete("a").await.unwrap();
+        assert_eq!(vms.world.living(), 0);
+    });
+}
+
+#[test]
+fn an_interrupted_start_by_policy_is_made_again() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.run("a", bed.with_policy(ON_FAILURE, 0)).await;
+        vms.world.next(Method::Launch, Act::hang());
+        let before = vms.world.calls(Method::Launch);
+        vms.machine("a").end(ExitCause::VmmFailed);
+        eventually("the launch", || vms.world.calls(Method::Launch) > before).await;
+    });
+    bed.life(async |vms| {
+        let record = vms.until_phase("a", Phase::Running).await;
+        assert_eq!((record.state, record.status.restarts), (VmState::Running, 1), "and it counts");
+    });
 }
 
 #[test]
@@ -310,7 +377,7 @@ fn an_interrupted_shutdown_that_came_about_is_never_undone() {
 }
 
 #[test]
-fn an_interrupted_reboot_leaves_one_machine_at_most() {
+fn an_interrupted_reboot_goes_on_where_it_was() {
     // Dead after the first half; or after the second, whose machine is not the one on record.
     for second_half in [false, true] {
         let bed = Bed::new();
@@ -327,10 +394,11 @@ fn an_interrupted_reboot_leaves_one_machine_at_most() {
             eventually("the launch", || vms.world.calls(Method::Launch) > before).await;
         });
         assert_eq!(bed.world.living(), usize::from(second_half));
+        let started = bed.world.machine("a").map(|machine| machine.pid());
         bed.life(async |vms| {
-            let record = vms.record("a");
-            assert_eq!(vms.world.living(), usize::from(record.state.is_live()), "what is shown is true");
-            assert_eq!(record.intent, None);
+            let record = vms.until_phase("a", Phase::Running).await;
+            assert_eq!((record.state, vms.world.living(), &record.intent), (VmState::Running, 1, &None));
+            assert!(started.is_none_or(|pid| vms.machine("a").pid() == pid), "the second half stands");
             vms.force_shutdown("a").await.unwrap();
             vms.boot("a").await.unwrap();
         });

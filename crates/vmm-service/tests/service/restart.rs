@@ -71,6 +71,28 @@ async fn restarts_wait_longer_each_time_and_end_in_a_loop() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_quiet_minute_begins_the_count_anew() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(ON_FAILURE, 2)).await;
+    for (quiet, expected) in [(1, 1), (59, 2), (61, 1), (61, 1), (5, 2)] {
+        tokio::time::sleep(Duration::from_secs(quiet)).await;
+        vms.machine("a").end(ExitCause::VmmFailed);
+        let record = vms.until_phase("a", Phase::Restarting).await;
+        assert_eq!(record.status.restarts, expected, "after {quiet} s");
+        vms.until_phase("a", Phase::Running).await;
+    }
+    // A reset in place ends a quiet minute like a restart.
+    for (quiet, expected) in [(61, 1), (50, 2), (61, 1)] {
+        tokio::time::sleep(Duration::from_secs(quiet)).await;
+        let before = vms.record("a").generation;
+        vms.machine("a").reset();
+        let record = vms.until("a", |record| record.generation > before).await;
+        assert_eq!(record.status.restarts, expected, "after {quiet} s");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_start_that_fails_is_tried_again_and_counts() {
     let bed = Bed::new();
     let vms = bed.start().await;

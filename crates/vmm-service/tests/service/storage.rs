@@ -108,7 +108,7 @@ async fn an_end_that_cannot_be_recorded_is_found_again() {
 
 #[tokio::test(start_paused = true)]
 async fn a_deletion_that_cannot_be_recorded_leaves_the_vm_and_can_be_repeated() {
-    for verdict in [Refuse(Full), Lose(Io)] {
+    for verdict in [Refuse(Io), Lose(Io)] {
         let bed = Bed::new();
         let vms = bed.start().await;
         vms.run("a", bed.config()).await;
@@ -134,15 +134,78 @@ async fn a_deletion_whose_answer_is_lost_is_made_sure_of() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_record_of_its_intent_not_even_force_touches_anything() {
+async fn on_a_full_disk_force_works_and_nothing_else() {
+    for deletes in [false, true] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        let machine = vms.run("a", bed.config()).await;
+        bed.store.always(Refuse(Full));
+        refused(vms.try_create("b", bed.config()).await, "exhausted");
+        refused(vms.pause("a").await, "exhausted");
+        refused(vms.shutdown("a").await, "exhausted");
+        assert!(machine.lives());
+        if deletes {
+            assert!(vms.force_delete("a").await.unwrap().left_behind.is_empty());
+            assert!(bed.store.vms().is_empty());
+        } else {
+            vms.force_shutdown("a").await.unwrap();
+            assert_eq!((bed.stored("a").state, vms.state("a")), (VmState::Shutdown, VmState::Shutdown));
+            refused(vms.boot("a").await, "exhausted");
+            refused(vms.delete("a").await, "exhausted");
+            vms.force_delete("a").await.unwrap();
+        }
+        assert!(!machine.lives());
+        // It is durable: another daemon knows of it.
+        drop(vms);
+        let vms = bed.start().await;
+        refused(vms.service.get("a").map(drop), "not-found");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_force_ends_without_a_record_is_said_and_can_be_repeated() {
+    for verdict in [Refuse(Io), Lose(Io), WriteAndFail(Io)] {
+        for deletes in [false, true] {
+            let bed = Bed::new();
+            let vms = bed.start().await;
+            let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;
+            bed.store.always(verdict);
+            let text = if deletes {
+                refused(vms.force_delete("a").await, "unavailable")
+            } else {
+                refused(vms.force_shutdown("a").await, "unavailable")
+            };
+            assert!(text.contains("was ended all the same"), "{text}");
+            assert!(!machine.lives(), "{verdict:?}");
+            assert_eq!(vms.state("a"), VmState::Shutdown, "what is shown is true");
+            bed.store.behave();
+            tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+            assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0), "no policy undoes it");
+            vms.boot("a").await.expect("the VM is whole");
+            vms.force_delete("a").await.unwrap();
+            assert_eq!((bed.store.vms().len(), vms.world.living()), (0, 0));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn force_ends_nothing_of_a_vm_that_does_not_run_where_it_cannot_be_recorded() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    let machine = vms.run("a", bed.config()).await;
-    bed.store.always(Refuse(Full));
-    // Without a record of the intent nothing may be touched; that is an answer, not a hang.
-    refused(vms.force_delete("a").await, "exhausted");
-    assert!(machine.lives());
-    assert_eq!(vms.state("a"), VmState::Running);
-    bed.store.behave();
-    vms.force_delete("a").await.unwrap();
+    vms.create("a", bed.config()).await;
+    bed.store.always(Refuse(Io));
+    let text = refused(vms.force_delete("a").await, "unavailable");
+    assert!(!text.contains("ended"), "{text}");
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Created, Phase::Created));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_whose_answer_is_lost_is_told_once() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.config()).await;
+    bed.store.next([Pass, WriteAndFail(Io)]);
+    vms.delete("a").await.unwrap();
+    let kinds: Vec<_> = bed.store.log().iter().map(|it| it.event.kind.as_str()).collect();
+    assert_eq!(kinds, ["created", "operation-started", "deleted"]);
 }

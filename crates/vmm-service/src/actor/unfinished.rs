@@ -1,0 +1,115 @@
+//! Operations that the death of a daemon cut short and that the next one carries to their end.
+//!
+//! ```text
+//!   ShutdownVm, RebootVm ── its VMM lives ──► carried out once more, with the time that the guest was given
+//!   RebootVm ── the old VMM has gone ──┬─ a new one runs ──► it stands
+//!                                      └─ none does ───────► SHUTDOWN, restarting: booted as soon as VMs are served
+//!   a start by policy that did not come about ─────────────► restarting, as before
+//! ```
+//!
+//! What was admitted is carried out, whoever goes away meanwhile: a guest that was asked to power off does so in the end, and
+//! what follows must be what the client wanted, not what the restart policy makes of it. The other operations need nothing:
+//! a BootVm that did not come about leaves the VM where it was, and a PauseVm has stopped the guest or has not.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use vmm_core::event::EventKind;
+use vmm_core::state::{Observation, Phase, Request, observe};
+use vmm_core::store::Intent;
+
+use super::persist::Why;
+use super::{Actor, Operation};
+use crate::service::DEFAULT_SHUTDOWN;
+
+/// Who starts a VM again by its restart policy.
+pub(super) const SYSTEM: &str = "system";
+
+/// Whether an operation whose VMM lives is carried out once more.
+pub(super) fn is_to_be_finished(intent: &Intent) -> bool {
+    match intent.request {
+        Request::Shutdown | Request::Reboot => true,
+        Request::Boot | Request::Pause | Request::Resume | Request::Delete | Request::ForceDelete => false,
+    }
+}
+
+impl Actor {
+    /// Records that the VM is held again, and what is still to be done. The intent stays on record until then.
+    pub(super) async fn take_up_unfinished(&mut self, intent: &Intent) {
+        let phase = if intent.request == Request::Reboot { Phase::Rebooting } else { Phase::Stopping };
+        let method = intent.request.name();
+        self.record.status = self.plain(phase).because(
+            "operation-interrupted",
+            format!("the daemon ended during {method}, which is carried on now"),
+        );
+        self.unfinished = Some(operation(intent));
+        tracing::info!(operation = method, "found the VM's VMM, and carry on with what was under way");
+        if let Err(error) = self.commit(EventKind::Adopted, Why::by_itself("daemon-started")).await {
+            tracing::error!(%error, "what was found could not be recorded");
+            self.publish();
+        }
+    }
+
+    /// Carries an operation to its end for a client who has gone.
+    pub(super) async fn finish(&mut self, operation: Operation) {
+        let method = operation.request.name();
+        let error = match self.carry_out(&operation).await {
+            Ok(_) => return tracing::info!(operation = method, "an operation that was cut short is done"),
+            Err(error) => error,
+        };
+        tracing::warn!(operation = method, %error, "an operation that was cut short failed");
+        if self.record.intent.is_some() {
+            // Refused before it began, as of a VM that stands still by now: it is not tried for ever.
+            self.record.status = self
+                .plain(Phase::at_rest(self.record.state))
+                .because("operation-failed", format!("{method} could not be carried on: {error}"));
+            let why = Why::asked(operation.request, &operation.actor);
+            let _ = self.conclude(EventKind::OperationFailed, why).await;
+        }
+    }
+
+    /// Whether a reboot was under way whose old VMM, on record as running, has gone. From then on a new one is looked for.
+    pub(super) fn first_half_is_done(&mut self, intent: Option<&Intent>) -> bool {
+        let rebooting = intent.is_some_and(|intent| intent.request == Request::Reboot);
+        if !rebooting || self.record.run.is_none() {
+            return false;
+        }
+        self.forget_run();
+        self.record.state = observe(self.record.state, Observation::VmmGone);
+        true
+    }
+
+    /// Has a start that was cut short made once more, where more than a waiting client relies on it. Answers whether it has.
+    pub(super) async fn starts_after_all(&mut self, intent: Option<&Intent>) -> bool {
+        let Some(intent) = intent else { return false };
+        let reason = match intent.request {
+            Request::Reboot => "reboot-interrupted",
+            Request::Boot if intent.actor == SYSTEM => "boot-interrupted",
+            Request::Boot
+            | Request::Shutdown
+            | Request::Pause
+            | Request::Resume
+            | Request::Delete
+            | Request::ForceDelete => return false,
+        };
+        self.let_go();
+        self.record.state = observe(self.record.state, Observation::VmmGone);
+        self.record.status = self
+            .plain(Phase::Restarting)
+            .because(reason, "the daemon ended while the VM was being started again, which is done now");
+        self.restart_at = Some(Instant::now());
+        // What cannot be recorded is logged, and done all the same.
+        let _ = self.conclude(EventKind::StateChanged, Why::by_itself("daemon-started")).await;
+        true
+    }
+}
+
+/// The operation that was meant.
+fn operation(intent: &Intent) -> Operation {
+    let ask_guest_for = match intent.patience_ms {
+        None => Some(DEFAULT_SHUTDOWN),
+        Some(0) => None,
+        Some(patience) => Some(Duration::from_millis(patience)),
+    };
+    Operation { request: intent.request, ask_guest_for, actor: intent.actor.clone() }
+}

@@ -1,0 +1,195 @@
+//! The fuzz target for tokens: whatever a client brings back is a place in the log or the list, or is refused by name.
+//!
+//! Its input is two lines: a token, and what the listing filters by. Run by `make fuzz`, and over the kept corpus by the tests.
+
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::FutureExt as _;
+use uuid::Uuid;
+use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
+use vmm_core::id::{InstanceId, VmId, VmUid};
+use vmm_core::state::{Phase, Status, VmState};
+use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError};
+
+use crate::error::ServiceError;
+use crate::events::{Events, EventsQuery, Notice, Watch, WatchQuery};
+use crate::index::Index;
+use crate::listing::{ListQuery, fingerprint, list, page_token, read_token};
+
+/// Which events the log still holds; those before have expired.
+const KEPT: std::ops::RangeInclusive<u64> = 5..=12;
+/// Whose log it is. Fixed, so that tokens in the corpus stay valid.
+const INSTANCE: u128 = 0x5eed;
+
+/// A log that never changes.
+struct Log(Vec<VmEvent>);
+
+#[async_trait]
+impl Store for Log {
+    async fn load(&self) -> Result<Snapshot, StoreError> {
+        Ok(Snapshot { instance: instance(), vms: Vec::new(), last_event: EventSeq(*KEPT.end()) })
+    }
+
+    async fn commit(&self, _: Commit) -> Result<Option<EventSeq>, StoreError> {
+        Ok(None)
+    }
+
+    async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {
+        let wanted = |event: &&VmEvent| {
+            event.seq > query.after && query.vm_id.as_ref().is_none_or(|name| event.event.vm_id == *name)
+        };
+        Ok(self.0.iter().filter(wanted).take(query.limit).cloned().collect())
+    }
+
+    async fn expire_events(&self, _: i64) -> Result<u64, StoreError> {
+        Ok(0)
+    }
+}
+
+static EVENTS: LazyLock<Arc<Events>> = LazyLock::new(|| {
+    let log = Arc::new(Log(KEPT.map(event).collect()));
+    let retention = Duration::from_secs(3600);
+    Arc::new(Events::new(log, instance(), EventSeq(*KEPT.end()), retention))
+});
+
+fn instance() -> InstanceId {
+    InstanceId::new(Uuid::from_u128(INSTANCE))
+}
+
+fn event(seq: u64) -> VmEvent {
+    let uid = VmUid::new(Uuid::from_u128(7));
+    let event = NewEvent {
+        time_ms: 1_700_000_000_000,
+        vm_id: VmId::generated(uid),
+        uid,
+        kind: EventKind::StateChanged,
+        state: VmState::Running,
+        status: Status::plain(Phase::Running, 1_700_000_000_000),
+        cause: "BootVm".to_owned(),
+        actor: "somebody".to_owned(),
+        ended_by: None,
+        metadata: [].into(),
+    };
+    VmEvent { seq: EventSeq(seq), event }
+}
+
+/// Takes one input.
+///
+/// # Panics
+///
+/// When a promise is broken: that is the finding.
+pub fn tokens(input: &[u8]) {
+    let Ok(input) = std::str::from_utf8(input) else { return };
+    let (token, filter) = input.split_once('\n').unwrap_or((input, ""));
+    listing(token, filter);
+    audit_trail(token, filter);
+    resumption(token);
+    issued(input.len());
+}
+
+fn listing(token: &str, filter: &str) {
+    let states = VmState::ALL.into_iter().filter(|state| filter.contains(state.name())).collect();
+    let (backend, label) = filter.split_once(':').unwrap_or(("", filter));
+    let metadata = [(label.to_owned(), filter.to_owned())].into();
+    let query = ListQuery {
+        states,
+        metadata,
+        backend: backend.to_owned(),
+        page_size: 1,
+        page_token: token.to_owned(),
+    };
+    let filter = fingerprint(&query);
+    let read = list(&Index::default(), &query).map(|page| assert!(page.next_page_token.is_empty()));
+    check_refusal("page_token", read.as_ref().err());
+    match read_token(token, filter) {
+        Ok(uid) => assert_eq!(page_token(filter, uid), token, "a token has one spelling"),
+        Err(error) => assert!(token.is_empty() || read.is_err(), "{error}"),
+    }
+    let mut uid = [0; 16];
+    uid.iter_mut().zip(token.bytes()).for_each(|(place, byte)| *place = byte);
+    let uid = VmUid::new(Uuid::from_bytes(uid));
+    let issued = page_token(filter, uid);
+    assert_eq!(read_token(&issued, filter).ok(), Some(uid));
+    assert!(read_token(&issued, !filter).is_err(), "it belongs to another filter");
+}
+
+fn audit_trail(token: &str, filter: &str) {
+    let vm_id = filter.parse::<VmId>().map(String::from).unwrap_or_default();
+    let query = EventsQuery { vm_id, page_size: 3, page_token: token.to_owned() };
+    let page = now(EVENTS.list(&query));
+    check_refusal("page_token", page.as_ref().err());
+    let Ok(page) = page else { return };
+    assert!(page.events.len() <= 3);
+    if !page.next_page_token.is_empty() {
+        let last = page.events.last().map_or(EventSeq(0), |last| last.event.seq);
+        let next = now(EVENTS.list(&EventsQuery { page_token: page.next_page_token, ..query }));
+        let first = next.ok().and_then(|page| page.events.first().map(|first| first.event.seq));
+        assert_eq!(first, Some(EventSeq(last.0 + 1)), "pages meet");
+    }
+}
+
+fn resumption(token: &str) {
+    let query = WatchQuery { resume_token: token.to_owned(), ..WatchQuery::default() };
+    match now(Watch::start(Arc::clone(&EVENTS), &Index::default(), query)) {
+        Ok(mut watch) => {
+            let told = std::iter::from_fn(|| watch.next().now_or_never());
+            let changes: Vec<_> = told
+                .take(16)
+                .filter_map(|told| match told {
+                    Ok(Notice::Change(change)) => Some(change.event.seq.0),
+                    Ok(Notice::Synced { .. } | Notice::Present(_)) => None,
+                    Err(error) => unreachable!("a token that was taken holds: {error}"),
+                })
+                .collect();
+            let begin = changes.first().copied().unwrap_or(KEPT.end() + 1);
+            assert!(KEPT.contains(&begin) || begin == KEPT.end() + 1);
+            assert_eq!(changes, (begin..=*KEPT.end()).collect::<Vec<_>>(), "none lost, none twice");
+        }
+        Err(ServiceError::OutOfRange(_)) => {}
+        Err(error) => check_refusal("resume_token", Some(&error)),
+    }
+}
+
+/// Whatever token was issued resumes right behind its event.
+fn issued(which: usize) {
+    let page = now(EVENTS.list(&EventsQuery::default()));
+    let events = page.map(|page| page.events).unwrap_or_default();
+    assert_eq!(events.len() as u64, KEPT.end() - KEPT.start() + 1);
+    let chosen = &events[which % events.len()];
+    let query = WatchQuery { resume_token: chosen.token.clone(), ..WatchQuery::default() };
+    let watch = now(Watch::start(Arc::clone(&EVENTS), &Index::default(), query));
+    let next = watch.ok().and_then(|mut watch| watch.next().now_or_never());
+    let next = next.and_then(Result::ok).map(|notice| match notice {
+        Notice::Change(change) => change.event.seq.0,
+        Notice::Present(_) | Notice::Synced { .. } => 0,
+    });
+    assert_eq!(next, Some(chosen.event.seq.0 + 1).filter(|seq| KEPT.contains(seq)));
+}
+
+fn check_refusal(field: &str, error: Option<&ServiceError>) {
+    match error {
+        None => {}
+        Some(ServiceError::Invalid(violations)) => {
+            assert!(matches!(violations.as_slice(), [only] if only.field == field), "{violations:?}");
+        }
+        Some(other) => unreachable!("a token is refused by name, not so: {other}"),
+    }
+}
+
+/// Nothing here waits, as the log is in memory.
+fn now<T>(work: impl Future<Output = T>) -> T {
+    work.now_or_never().expect("a log in memory answers at once")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kept_inputs_hold() {
+        let replayed = vmm_testkit::corpus::replay("tokens", tokens);
+        assert!(replayed > 0);
+    }
+}

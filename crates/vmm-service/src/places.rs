@@ -1,0 +1,221 @@
+//! VMs that live where somebody else says: who has which place, and what is found at a place by itself.
+//!
+//! ```text
+//!   CreateVm ── claims the first free place ──┐
+//!                                             ├──► one lock, so that a place has one record
+//!   Backend ── Found ──┬─ nobody's place ─────┘    (import: a record, an event, an actor)
+//!                      └─ a record's ─────────► its actor decides (actor/found.rs)
+//! ```
+
+use std::sync::Arc;
+
+use tokio::sync::MutexGuard;
+use uuid::Uuid;
+use vmm_core::backend::Backend;
+use vmm_core::event::{EventKind, NewEvent};
+use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::place::{Discovery, Finding, Found, Places};
+use vmm_core::spec::VmSpec;
+use vmm_core::state::{Phase, Request, Status};
+use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, VmRecord};
+
+use crate::actor::{self, ActorHandle, Operation};
+use crate::check;
+use crate::clock::now_ms;
+use crate::error::ServiceError;
+use crate::service::Shared;
+
+/// Why a change came about that a look at the host has brought.
+const CAUSE: &str = "imported";
+
+/// Refuses to create a VM where VMs come from elsewhere only.
+pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceError> {
+    match backend.places() {
+        Places::Imported { why, .. } => Err(ServiceError::Unsupported(why)),
+        Places::Made | Places::Fixed(_) => Ok(()),
+    }
+}
+
+/// A place for a new VM. Nobody else gets one while this is held, which is until the VM's record is in the index.
+pub(crate) struct Claim<'a> {
+    pub(crate) place: String,
+    _alone: MutexGuard<'a, ()>,
+}
+
+/// Finds a place for a new VM of `backend`; `None` where it needs none.
+pub(crate) async fn claim<'a>(
+    shared: &'a Shared,
+    backend: &dyn Backend,
+) -> Result<Option<Claim<'a>>, ServiceError> {
+    let places = match backend.places() {
+        Places::Made => return Ok(None),
+        Places::Imported { why, .. } => return Err(ServiceError::Unsupported(why)),
+        Places::Fixed(places) => places,
+    };
+    let name = &backend.capabilities().name;
+    let alone = shared.places.lock().await;
+    match places.iter().find(|place| holder(shared, name, place).is_none()) {
+        Some(place) => Ok(Some(Claim { place: place.clone(), _alone: alone })),
+        None => Err(ServiceError::Exhausted(format!(
+            "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in the \
+             endpoint setting of {name}",
+            places.join(", ")
+        ))),
+    }
+}
+
+/// The VM that holds a place.
+fn holder(shared: &Shared, backend: &BackendName, place: &str) -> Option<Arc<VmRecord>> {
+    let mut holder = None;
+    shared.index.for_each(|record| {
+        if record.place.as_deref() == Some(place) && record.backend == *backend {
+            holder = Some(Arc::clone(record));
+        }
+    });
+    holder
+}
+
+/// Takes up what every backend has found so far, and goes on listening. Every VM on record has been adopted.
+pub(crate) async fn discover_all(shared: &Arc<Shared>) {
+    let discoveries = shared.backends.all().into_iter().map(async |backend| {
+        let Some(Discovery { present, mut later }) = backend.discover().await else { return };
+        for found in present {
+            take_up(shared, &backend, found).await;
+        }
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            while let Some(finding) = later.recv().await {
+                heed(&shared, &backend, finding).await;
+            }
+        });
+    });
+    futures::future::join_all(discoveries).await;
+}
+
+async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding) {
+    match finding {
+        Finding::Found(found) => take_up(shared, backend, *found).await,
+        Finding::Lost { place } => forget(shared, &backend.capabilities().name, &place).await,
+        Finding::Health => shared.backends.refresh_one(&backend.capabilities().name).await,
+    }
+}
+
+/// Gives what was found to whom it belongs, or a record of its own.
+async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) {
+    let _one_at_a_time = shared.places.lock().await;
+    if let Some(handle) = owner(shared, backend, &found) {
+        handle.found(found);
+        return;
+    }
+    if found.place.is_empty() {
+        tracing::warn!(
+            ?found,
+            "a VM was found that bears the mark of one that is not on record; it is left alone"
+        );
+        return;
+    }
+    let place = found.place.clone();
+    if let Err(error) = import(shared, backend, found).await {
+        tracing::error!(place, %error, "a VM that somebody else made could not be imported");
+    }
+}
+
+fn owner(shared: &Shared, backend: &Arc<dyn Backend>, found: &Found) -> Option<ActorHandle> {
+    let holder = match found.uid {
+        Some(uid) => shared.index.record(uid),
+        None => holder(shared, &backend.capabilities().name, &found.place),
+    };
+    holder.and_then(|record| shared.index.actor(&record.vm_id))
+}
+
+/// Puts a VM on record that somebody else made.
+async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) -> Result<(), ServiceError> {
+    let uid = VmUid::new(Uuid::now_v7());
+    let spec = VmSpec::imported(&found.config);
+    let run = match &found.launched {
+        Some(launched) => Some(claimed(&spec, backend, launched.vmm.run().clone()).await),
+        None => None,
+    };
+    let Some((vm_id, _creating)) = free_name(shared, &found.names).await else {
+        return Err(ServiceError::Precondition(format!("every name for it is taken: {:?}", found.names)));
+    };
+    let name = backend.capabilities().name.clone();
+    let now = now_ms();
+    let record = VmRecord {
+        uid,
+        vm_id: vm_id.clone(),
+        backend: name.clone(),
+        requested: Requested { backend: name.to_string(), config: found.config.clone() },
+        config: found.config,
+        state: found.state,
+        status: Status::plain(Phase::at_rest(found.state), now)
+            .because(CAUSE, format!("it was found at {} as it is, made by somebody else", found.place)),
+        generation: 1,
+        created_ms: now,
+        modified_ms: now,
+        intent: None,
+        run,
+        owns_console_output: false,
+        ended_by: None,
+        place: Some(found.place),
+        imported: true,
+        untold: found.untold,
+    };
+    if let Some(run) = &record.run
+        && let Err(taken) = shared.claims.acquire(uid, &vm_id, &run.claims)
+    {
+        tracing::error!(taken, "a VM that was found holds what another one holds");
+    }
+    let event = NewEvent {
+        time_ms: now,
+        vm_id: record.vm_id.clone(),
+        uid,
+        kind: EventKind::Created,
+        state: record.state,
+        status: record.status.clone(),
+        cause: CAUSE.to_owned(),
+        actor: "system".to_owned(),
+        ended_by: None,
+        metadata: record.config.metadata.clone(),
+    };
+    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event) };
+    let committed = match shared.events.commit(insert).await {
+        Ok(committed) => committed,
+        Err(error) => {
+            shared.claims.release(uid);
+            return Err(error.into());
+        }
+    };
+    tracing::info!(%vm_id, %uid, backend = %name, place = record.place, state = record.state.name(), "imported a VM");
+    let shared = Arc::clone(shared);
+    actor::import(shared, record, spec, Arc::clone(backend), committed.seq, found.launched);
+    Ok(())
+}
+
+/// The run with what it holds of the host, as far as the host shows it.
+pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: RunRecord) -> RunRecord {
+    run.claims = check::look(spec.clone(), backend.capabilities().kernel_formats, true).await.claims;
+    run.claims.extend(spec.nics.iter().filter_map(|nic| nic.tap.clone()).map(|name| HostClaim::Tap { name }));
+    run
+}
+
+/// The first of `names` that no VM has, with the lock that keeps it free.
+async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync::OwnedMutexGuard<()>)> {
+    for name in names {
+        let guard = shared.names.of(name).lock_owned().await;
+        if shared.index.get(name).is_none() {
+            return Some((name.clone(), guard));
+        }
+    }
+    None
+}
+
+/// Removes the record of what was imported from a place that is no more.
+async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &str) {
+    let Some(record) = holder(shared, backend, place).filter(|record| record.imported) else { return };
+    let Some(handle) = shared.index.actor(&record.vm_id) else { return };
+    let operation = Operation { request: Request::Delete, ask_guest_for: None, actor: "system".to_owned() };
+    if let Some(Err(error)) = handle.ask(shared, operation).await {
+        tracing::warn!(vm_id = %record.vm_id, %error, "a VM that is no more could not be taken off the record");
+    }
+}

@@ -1,0 +1,49 @@
+//! Which run folders processes use, when the daemon starts.
+//!
+//! A start begins its VMM while its intent is on its way to the disk. If the daemon dies there, a VMM is left that no record
+//! tells of; but its arguments name the run folder, and so the VM.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::Path;
+
+use uuid::Uuid;
+use vmm_core::id::VmUid;
+use vmm_host::process::find_by_argument;
+
+/// The names of the run folders that are in use; `None` where that cannot be told.
+pub(crate) struct RunFolders(Option<BTreeSet<OsString>>);
+
+impl RunFolders {
+    /// Looks through the processes of this host, once for all VMs.
+    pub(crate) async fn in_use(runtime_dir: &Path) -> Self {
+        // Every run folder has the same parent.
+        let Some(folders) = VmUid::new(Uuid::nil()).run_dir(runtime_dir).parent().map(Path::to_path_buf)
+        else {
+            return Self(None);
+        };
+        let names = tokio::task::spawn_blocking(move || {
+            let users = find_by_argument(&folders)?;
+            let below = users.iter().flat_map(|user| user.paths_below(&folders));
+            let first = below.filter_map(|path| path.iter().next().map(OsString::from));
+            Ok::<_, std::io::Error>(first.collect())
+        });
+        match names.await {
+            Ok(Ok(names)) => Self(Some(names)),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the processes of this host could not be listed; every VM is looked for");
+                Self(None)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the listing of this host's processes broke off; every VM is looked for");
+                Self(None)
+            }
+        }
+    }
+
+    /// Says whether a process may use the run folder of `uid`.
+    pub(crate) fn contains(&self, uid: VmUid) -> bool {
+        let Some(names) = &self.0 else { return true };
+        uid.run_dir(Path::new("/")).file_name().is_some_and(|name| names.contains(name))
+    }
+}

@@ -1,0 +1,302 @@
+//! VMs that live where somebody else says: places are given out once, and what is found at one is told truly.
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
+    SweepRequest,
+};
+use vmm_core::config::VmConfig;
+use vmm_core::gate::Gate;
+use vmm_core::id::{BackendName, InstanceId, VmUid};
+use vmm_core::place::{Discovery, Finding, Found, Places};
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+use vmm_core::state::{Phase, VmState};
+use vmm_service::{Backends, DefaultBoot, Settings, VmService};
+use vmm_testkit::fake::FakeBackend;
+
+use crate::common::*;
+
+/// The fake hypervisor, whose VMs have places, and which finds what a test tells it.
+struct Landlord {
+    fake: FakeBackend,
+    places: Places,
+    present: Mutex<Vec<Found>>,
+    later: Mutex<Option<mpsc::Receiver<Finding>>>,
+}
+
+#[async_trait]
+impl Backend for Landlord {
+    fn capabilities(&self) -> &Capabilities {
+        self.fake.capabilities()
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        self.fake.check(spec)
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        self.fake.launch(request).await
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        self.fake.adopt(request).await
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        self.fake.sweep(request).await
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        self.fake.ping().await
+    }
+
+    fn places(&self) -> Places {
+        self.places.clone()
+    }
+
+    fn outlives_runs(&self) -> bool {
+        true
+    }
+
+    async fn discover(&self) -> Option<Discovery> {
+        let later = self.later.lock().unwrap().take()?;
+        Some(Discovery { present: std::mem::take(&mut *self.present.lock().unwrap()), later })
+    }
+}
+
+/// A service whose only backend is a [`Landlord`], and the way to tell it of findings.
+async fn start(bed: &Bed, places: Places, present: Vec<Found>) -> (Vms, mpsc::Sender<Finding>) {
+    let (tell, later) = mpsc::channel(8);
+    let landlord = Landlord {
+        fake: FakeBackend::in_world("fake", &bed.world),
+        places,
+        present: Mutex::new(present),
+        later: Mutex::new(Some(later)),
+    };
+    let all: [Arc<dyn Backend>; 1] = [Arc::new(landlord)];
+    let settings = Settings {
+        runtime_dir: bed.runtime_dir(),
+        default_boot: DefaultBoot::default(),
+        metrics_interval: INTERVAL,
+        event_retention: RETENTION,
+    };
+    let backends = Backends::new(BackendName::new("fake"), all);
+    let (store, taps) = (Arc::clone(&bed.store), Arc::new(bed.taps.clone()));
+    let service = VmService::start_with_taps(store, backends, settings, taps).await.unwrap();
+    (Vms { service, world: bed.world.clone() }, tell)
+}
+
+fn fixed(places: &[&str]) -> Places {
+    Places::Fixed(places.iter().map(|place| (*place).to_owned()).collect())
+}
+
+/// A VM that somebody else has made at `place`; it runs, unless it is `CREATED`.
+async fn found(bed: &Bed, place: &str, names: &[&str], state: VmState) -> Found {
+    let config = bed.config();
+    let launched = match state {
+        VmState::Created | VmState::Shutdown => None,
+        VmState::Running | VmState::Paused => Some(foreign(bed, &config).await),
+    };
+    Found {
+        place: place.to_owned(),
+        uid: None,
+        names: names.iter().map(|name| name.parse().unwrap()).collect(),
+        config,
+        untold: Vec::new(),
+        state,
+        launched,
+    }
+}
+
+async fn foreign(bed: &Bed, config: &VmConfig) -> Launched {
+    let request = LaunchRequest {
+        instance: InstanceId::new(Uuid::nil()),
+        uid: VmUid::new(Uuid::now_v7()),
+        vm_id: "foreign".parse().unwrap(),
+        spec: VmSpec::parse(config).unwrap(),
+        dir: bed.path("foreign").into(),
+        console: None,
+        gate: Gate::open(),
+        taps: Vec::new(),
+        place: None,
+        imported: false,
+        incomplete: None,
+    };
+    FakeBackend::in_world("fake", &bed.world).launch(request).await.unwrap()
+}
+
+/// Runs one life of a daemon on a paused clock.
+fn life<T>(life: impl Future<Output = T>) -> T {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(life)
+}
+
+#[test]
+fn each_place_is_given_out_once() {
+    let bed = Bed::new();
+    life(async {
+        let (vms, _tell) = start(&bed, fixed(&["/a", "/b"]), Vec::new()).await;
+        let creations = (0..6).map(|number| {
+            let (vms, config) = (vms.clone(), bed.config());
+            tokio::spawn(async move { vms.try_create(&format!("vm{number}"), config).await })
+        });
+        let mut places = Vec::new();
+        let mut full = 0;
+        for creation in creations.collect::<Vec<_>>() {
+            match creation.await.unwrap() {
+                Ok(created) => places.push(created.record.place.clone().unwrap()),
+                refusal => {
+                    assert!(refused(refusal, "exhausted").contains("/a, /b"));
+                    full += 1;
+                }
+            }
+        }
+        places.sort();
+        assert_eq!((places, full), (vec!["/a".to_owned(), "/b".to_owned()], 4));
+        let first = vms.service.list(&Default::default()).unwrap().vms[0].vm_id.to_string();
+        vms.delete(&first).await.unwrap();
+        let again = vms.create("again", bed.config()).await;
+        assert!(again.place.is_some());
+    });
+}
+
+#[test]
+fn where_vms_are_only_imported_none_is_created() {
+    let bed = Bed::new();
+    life(async {
+        let why = "start it yourself".to_owned();
+        let places = Places::Imported { places: vec!["/a".to_owned()], why };
+        let present = vec![found(&bed, "/a", &["found"], VmState::Running).await];
+        let (vms, _tell) = start(&bed, places, present).await;
+        assert_eq!(refused(vms.try_create("mine", bed.config()).await, "unsupported"), "start it yourself");
+        let requested =
+            vmm_core::store::Requested { backend: String::new(), config: bed.config() };
+        let judged = vms.service.validate(&requested).await;
+        assert_eq!(judged.violations[0].field, "backend");
+        assert_eq!(vms.state("found"), VmState::Running);
+    });
+}
+
+#[test]
+fn what_is_found_is_imported_as_it_is() {
+    let bed = Bed::new();
+    life(async {
+        let present = vec![found(&bed, "/a", &["found"], VmState::Paused).await];
+        let (vms, tell) = start(&bed, fixed(&["/a", "/b", "/c"]), present).await;
+        assert_eq!(vms.state("found"), VmState::Paused);
+        let record = vms.record("found");
+        assert!(record.imported && record.run.is_some());
+        assert_eq!((record.place.as_deref(), record.status.reason.as_str()), (Some("/a"), "imported"));
+        vms.resume("found").await.unwrap();
+        // A name that is taken leads to the next one.
+        let second = found(&bed, "/b", &["found", "found-2"], VmState::Created).await;
+        tell.send(Finding::Found(Box::new(second))).await.unwrap();
+        eventually("the second is imported", || vms.service.get("found-2").is_ok()).await;
+        assert_eq!(vms.state("found-2"), VmState::Created);
+        vms.boot("found-2").await.unwrap();
+        // And what is found twice is there once.
+        let twice = found(&bed, "/a", &["other"], VmState::Created).await;
+        tell.send(Finding::Found(Box::new(twice))).await.unwrap();
+        vms.create("mine", bed.config()).await;
+        assert_eq!(vms.record("mine").place.as_deref(), Some("/c"));
+        assert_eq!(vms.service.list(&Default::default()).unwrap().total_count, 3);
+    });
+}
+
+#[test]
+fn a_vm_that_somebody_else_starts_again_runs_again() {
+    let bed = Bed::new();
+    life(async {
+        let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
+        vms.bring_to("vm", bed.config(), VmState::Shutdown).await;
+        let back = found(&bed, "/a", &["ignored"], VmState::Running).await;
+        tell.send(Finding::Found(Box::new(back))).await.unwrap();
+        let record = vms.until("vm", |record| record.state == VmState::Running).await;
+        assert_eq!(record.status.reason, "started-from-outside");
+        assert!(!record.imported, "it is the machine that it was");
+        vms.pause("vm").await.unwrap();
+        vms.force_delete("vm").await.unwrap();
+    });
+}
+
+#[test]
+fn another_machine_in_its_place_is_shown_as_what_it_is() {
+    let bed = Bed::new();
+    life(async {
+        let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
+        vms.bring_to("vm", bed.config(), VmState::Shutdown).await;
+        let mut other = found(&bed, "/a", &["ignored"], VmState::Running).await;
+        other.config.cpu.as_mut().unwrap().vcpu_count = 3;
+        other.untold = vec!["a vsock device".to_owned()];
+        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        let record = vms.until("vm", |record| record.state == VmState::Running).await;
+        assert!(record.imported);
+        assert_eq!(record.config.cpu.as_ref().unwrap().vcpu_count, 3);
+        assert_eq!(record.untold, ["a vsock device"]);
+    });
+}
+
+#[test]
+fn a_vm_that_never_ran_is_not_taken_for_what_runs_in_its_place() {
+    let bed = Bed::new();
+    life(async {
+        let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
+        vms.create("mine", bed.config()).await;
+        let other = found(&bed, "/a", &["other"], VmState::Running).await;
+        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        let record = vms.until("mine", |record| record.status.reason == "place-taken").await;
+        assert_eq!((record.state, record.status.phase), (VmState::Created, Phase::Created));
+        vms.delete("mine").await.unwrap();
+        let other = found(&bed, "/a", &["other"], VmState::Running).await;
+        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        eventually("it is imported then", || vms.service.get("other").is_ok()).await;
+    });
+}
+
+#[test]
+fn a_place_that_is_no_more_takes_its_import_along() {
+    let bed = Bed::new();
+    life(async {
+        let present = vec![found(&bed, "/a", &["found"], VmState::Created).await];
+        let (vms, tell) = start(&bed, fixed(&["/a", "/b"]), present).await;
+        vms.create("mine", bed.config()).await;
+        for place in ["/a", "/b"] {
+            tell.send(Finding::Lost { place: place.to_owned() }).await.unwrap();
+        }
+        eventually("the import has left", || vms.service.get("found").is_err()).await;
+        assert_eq!(vms.state("mine"), VmState::Created, "what this program made stays");
+    });
+}
+
+#[test]
+fn a_vm_in_a_place_that_is_not_served_is_left_alone() {
+    for state in [VmState::Shutdown, VmState::Running] {
+        let bed = Bed::new();
+        life(async {
+            let (vms, _tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
+            vms.bring_to("vm", bed.config(), state).await;
+        });
+        let living = bed.world.living();
+        life(async {
+            let (vms, _tell) = start(&bed, fixed(&["/b"]), Vec::new()).await;
+            assert_eq!(vms.state("vm"), state);
+            if state == VmState::Running {
+                assert_eq!(vms.reason("vm"), "endpoint-not-configured");
+                refused(vms.pause("vm").await, "unavailable");
+                assert!(refused(vms.force_shutdown("vm").await, "precondition").contains("/a"));
+                let deleted = vms.force_delete("vm").await.unwrap();
+                assert!(deleted.left_behind[0].message.contains("/a"), "{:?}", deleted.left_behind);
+            } else {
+                assert!(refused(vms.boot("vm").await, "precondition").contains("/a"));
+                vms.delete("vm").await.unwrap();
+            }
+            assert_eq!(bed.world.living(), living, "nothing was touched");
+        });
+    }
+}
