@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder};
 use vmm_core::state::EndedBy;
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Process, Signal};
 
 /// A call to a VMM that has yet to be made.
@@ -58,6 +59,7 @@ pub async fn climb(
             Called::Lost | Called::Refused => None,
         };
         reached = if wait.is_some() { rung } else { reached };
+        point(FaultPoint::LadderAsked);
         if ends_within(process, wait.unwrap_or(REPORTING)).await {
             return Ok(reached);
         }
@@ -70,6 +72,7 @@ pub async fn climb(
             Called::Refused => None,
         };
         reached = if wait.is_some() { EndedBy::Vmm } else { reached };
+        point(FaultPoint::LadderOrdered);
         if ends_within(process, wait.unwrap_or(REPORTING)).await {
             return Ok(reached);
         }
@@ -82,6 +85,7 @@ pub async fn climb(
             Ok(()) => reached = rung,
             Err(error) => tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled"),
         }
+        point(FaultPoint::LadderSignalled);
         if reached == rung && ends_within(process, ENDING).await {
             return Ok(reached);
         }

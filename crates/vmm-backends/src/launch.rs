@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Found, KillError, Lookup, Process, adopt, find_by_argument};
 use vmm_host::socket::DirWatch;
 use vmm_host::{files, run_dir};
@@ -37,7 +38,7 @@ const LOG_LINES: usize = 8;
 /// [`BackendErrorKind::NotInstalled`] where the program cannot be run, [`BackendErrorKind::Host`] otherwise. Nothing runs then.
 pub async fn start_vmm(command: Command) -> Result<Guarded, BackendError> {
     let program = command.program.clone();
-    vmm_host::process::spawn_guarded(command).await.map_err(|error| {
+    let started = vmm_host::process::spawn_guarded(command).await.map_err(|error| {
         let (kind, advice) = if program.is_file() {
             let advice = "check that the daemon's user may run it and write the runtime folder, and the host's limits of \
                           processes and open files";
@@ -47,7 +48,9 @@ pub async fn start_vmm(command: Command) -> Result<Guarded, BackendError> {
         };
         let message = format!("{} could not be started: {error}; {advice}", program.display());
         BackendError::new(kind, Effect::NotApplied, message)
-    })
+    })?;
+    point(FaultPoint::LaunchSpawned);
+    Ok(started)
 }
 
 /// Explains the end of a VMM that should have gone on: its exit status and the last lines of its log. `what` is what it was
@@ -86,7 +89,7 @@ pub async fn wait_for_socket(
     let deadline = Instant::now() + within;
     tokio::select! {
         biased;
-        connected = connect_when_there(path) => connected.map_err(|error| {
+        connected = connect_when_there(path) => connected.inspect(|_| point(FaultPoint::LaunchConnected)).map_err(|error| {
             let message = format!("the VMM's socket {} cannot be used: {error}", path.display());
             BackendError::new(BackendErrorKind::Host, Effect::Unknown, message)
         }),

@@ -26,6 +26,12 @@ macro_rules! bench {
 }
 
 #[tokio::test]
+async fn nothing_is_told_to_a_vmm_before_the_gate_is_open() {
+    let bench = bench!("nothing_is_told_to_a_vmm_before_the_gate_is_open", Guest::Idle, UNSET);
+    bench.keeps_the_gate().await;
+}
+
+#[tokio::test]
 async fn a_guest_runs_pauses_goes_on_and_is_killed() {
     let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", Guest::Idle, UNSET);
     let mut run = bench.launch().await;

@@ -14,9 +14,11 @@ use std::time::Duration;
 use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, ask_for, qemu};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
-    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, Reset, VmmEvent,
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, LaunchRequest, Reset,
+    VmmEvent,
 };
 use vmm_core::config::StorageDevice;
+use vmm_core::gate::Gate;
 use vmm_core::state::EndedBy;
 use vmm_host::process::Signal;
 use vmm_testkit::guests::Guest;
@@ -57,6 +59,31 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
         assert_eq!(bench.processes(), 0);
         assert_eq!(run.vmm.pause().await.unwrap_err().kind, BackendErrorKind::Gone);
         assert_eq!(run.vmm.sample().await.unwrap_err().kind, BackendErrorKind::Gone);
+    }
+}
+
+#[tokio::test]
+async fn no_guest_runs_before_the_gate_is_open() {
+    for bench in benches("no_guest_runs_before_the_gate_is_open", Guest::Idle, GUEST_REBOOT).await {
+        let (keeper, gate) = Gate::shut();
+        let launching = bench.backend.launch(LaunchRequest { gate, ..bench.request() });
+        let opening = async {
+            while !bench.dir().join("qmp.sock").exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            // Much longer than a guest that ran would take to say its first word.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert_eq!((bench.processes(), bench.console().as_str()), (1, ""));
+            keeper.open();
+        };
+        let (launched, ()) = tokio::join!(launching, opening);
+        let run = launched.unwrap();
+        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        run.vmm.kill().await.unwrap();
+
+        let (_, gate) = Gate::shut();
+        let called_off = bench.backend.launch(LaunchRequest { gate, ..bench.request() }).await.unwrap_err();
+        assert_eq!((called_off.effect, bench.processes()), (Effect::NotApplied, 0), "{called_off}");
     }
 }
 

@@ -258,6 +258,22 @@ async fn what_is_not_qmp_ends_the_connection_with_the_reason() {
 }
 
 #[tokio::test]
+async fn the_words_of_a_refusal_are_cut_and_cleaned() {
+    let stage = stage(|mut peer| async move {
+        peer.greet().await;
+        let (_, _, id) = peer.hear().await;
+        let desc = format!("\u{1b}[31mred\n{}", "x".repeat(100_000));
+        peer.say(&format!("{}\r\n", json!({ "error": { "class": "GenericError", "desc": desc }, "id": id })))
+            .await;
+        peer.hold().await;
+    });
+    let (qmp, _events) = stage.connect(LONG).await.unwrap();
+    let error = BackendError::from(qmp.stop().await.unwrap_err());
+    assert_eq!(error.kind, BackendErrorKind::Rejected);
+    assert!(!error.message.contains('\u{1b}') && error.message.len() < 4096, "{}", error.message.len());
+}
+
+#[tokio::test]
 async fn a_greeting_that_is_none_is_refused() {
     for greeting in ["{}\n", "SSH-2.0-x\n", "{\"QMP\": {\"version\": {\"qemu\": {\"major\": \"7\"}}}}\n"] {
         let stage = stage(move |mut peer| async move {

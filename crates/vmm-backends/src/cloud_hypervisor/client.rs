@@ -9,10 +9,11 @@ use vmm_core::backend::{BackendError, BackendErrorKind, GuestState, NetworkCount
 
 use super::convert::Config;
 use crate::rest::client::{BOOT, CALL, RestClient};
+use crate::rest::program::told_version;
 
 /// The API of one Cloud Hypervisor.
 #[derive(Debug)]
-pub(super) struct Client(RestClient);
+pub(crate) struct Client(RestClient);
 
 /// What a request without a body carries.
 type Nothing = ();
@@ -37,43 +38,70 @@ enum State {
     BreakPoint,
 }
 
+/// Where a VM is that the VMM holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum VmPhase {
+    /// Made, or shut down.
+    AtRest,
+    /// Its CPUs run.
+    Running,
+    /// Its CPUs stand still.
+    Paused,
+}
+
+impl State {
+    fn phase(self) -> VmPhase {
+        match self {
+            Self::Running => VmPhase::Running,
+            Self::Paused | Self::BreakPoint => VmPhase::Paused,
+            Self::Created | Self::Shutdown => VmPhase::AtRest,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct Description {
+    state: State,
+    config: serde_json::Value,
+}
+
 /// Counters by device, and by name.
 #[derive(Debug, Deserialize)]
-pub(super) struct Counters(BTreeMap<String, BTreeMap<String, u64>>);
+pub(crate) struct Counters(BTreeMap<String, BTreeMap<String, u64>>);
 
 impl Counters {
     /// Disk counters over all disks.
-    pub(super) fn storage(&self) -> StorageCounters {
+    pub(crate) fn storage(&self) -> StorageCounters {
         StorageCounters {
-            bytes_read: self.sum("disk", "read_bytes"),
-            bytes_written: self.sum("disk", "write_bytes"),
-            read_operations: self.sum("disk", "read_ops"),
-            write_operations: self.sum("disk", "write_ops"),
+            bytes_read: self.sum("read_bytes"),
+            bytes_written: self.sum("write_bytes"),
+            read_operations: self.sum("read_ops"),
+            write_operations: self.sum("write_ops"),
         }
     }
 
     /// Network counters over all interfaces.
-    pub(super) fn network(&self) -> NetworkCounters {
+    pub(crate) fn network(&self) -> NetworkCounters {
         NetworkCounters {
-            bytes_received: self.sum("net", "rx_bytes"),
-            bytes_transmitted: self.sum("net", "tx_bytes"),
-            packets_received: self.sum("net", "rx_frames"),
-            packets_transmitted: self.sum("net", "tx_frames"),
+            bytes_received: self.sum("rx_bytes"),
+            bytes_transmitted: self.sum("tx_bytes"),
+            packets_received: self.sum("rx_frames"),
+            packets_transmitted: self.sum("tx_frames"),
         }
     }
 
-    /// Devices bear the names that the conversion gave them.
-    fn sum(&self, kind: &str, counter: &str) -> u64 {
-        let devices = self.0.iter().filter(|(device, _)| device.starts_with(kind));
-        devices
-            .filter_map(|(_, counters)| counters.get(counter))
+    /// Each kind of device has counters of its own names; what the devices are called somebody else may have decided.
+    fn sum(&self, counter: &str) -> u64 {
+        self.0
+            .values()
+            .filter_map(|counters| counters.get(counter))
             .fold(0, |sum, more| sum.saturating_add(*more))
     }
 }
 
 impl Client {
     /// The API at `socket`, connected to at the first call.
-    pub(super) fn new(socket: &Path) -> Self {
+    pub(crate) fn new(socket: &Path) -> Self {
         Self(RestClient::new(socket, explain))
     }
 
@@ -81,70 +109,92 @@ impl Client {
     ///
     /// # Errors
     /// As [`RestClient::over`].
-    pub(super) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
+    pub(crate) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
         RestClient::over(socket, stream, explain).await.map(Self)
+    }
+
+    /// The same, of which nothing is sent to another process than `pid`.
+    pub(crate) fn of_process(self, pid: u32) -> Self {
+        Self(self.0.of_process(pid))
     }
 
     /// Asks for the version.
     ///
     /// # Errors
     /// As [`RestClient::get`] and [`RestClient::put`], which holds for all that follow.
-    pub(super) async fn version(&self) -> Result<String, BackendError> {
-        self.0.get::<Ping>("/api/v1/vmm.ping").await.map(|ping| ping.version)
+    pub(crate) async fn version(&self) -> Result<String, BackendError> {
+        self.0.get::<Ping>("/api/v1/vmm.ping").await.map(|ping| told_version(&ping.version))
     }
 
     /// Makes the VM, without running it.
-    pub(super) async fn create(&self, config: &Config) -> Result<(), BackendError> {
+    pub(crate) async fn create(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.create", Some(config), CALL).await
     }
 
     /// Starts the guest; its CPUs run when this answers.
-    pub(super) async fn boot(&self) -> Result<(), BackendError> {
+    pub(crate) async fn boot(&self) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.boot", None::<&Nothing>, BOOT).await
     }
 
     /// Stops the guest's CPUs; an error where they stand still.
-    pub(super) async fn pause(&self) -> Result<(), BackendError> {
+    pub(crate) async fn pause(&self) -> Result<(), BackendError> {
         self.order("vm.pause").await
     }
 
     /// Lets the guest's CPUs go on; an error where they run.
-    pub(super) async fn resume(&self) -> Result<(), BackendError> {
+    pub(crate) async fn resume(&self) -> Result<(), BackendError> {
         self.order("vm.resume").await
     }
 
     /// Resets the guest in place.
-    pub(super) async fn reboot(&self) -> Result<(), BackendError> {
+    pub(crate) async fn reboot(&self) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.reboot", None::<&Nothing>, BOOT).await
     }
 
     /// Presses the ACPI power button. Says nothing about what the guest makes of it.
-    pub(super) async fn power_button(&self) -> Result<(), BackendError> {
+    pub(crate) async fn power_button(&self) -> Result<(), BackendError> {
         self.order("vm.power-button").await
     }
 
+    /// Powers the VM off. The VMM holds it on, ready to be booted again.
+    pub(crate) async fn shutdown(&self) -> Result<(), BackendError> {
+        self.order("vm.shutdown").await
+    }
+
+    /// Makes the VMM forget the VM.
+    pub(crate) async fn delete(&self) -> Result<(), BackendError> {
+        self.order("vm.delete").await
+    }
+
+    /// Asks what the VMM holds, with its configuration in the VMM's own words; `None` where it holds nothing.
+    pub(crate) async fn describe(&self) -> Result<Option<(VmPhase, serde_json::Value)>, BackendError> {
+        match self.0.get::<Description>("/api/v1/vm.info").await {
+            Ok(told) => Ok(Some((told.state.phase(), told.config))),
+            Err(error) if is_no_vm(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Powers the VM off and ends the process.
-    pub(super) async fn end(&self) -> Result<(), BackendError> {
+    pub(crate) async fn end(&self) -> Result<(), BackendError> {
         self.order("vmm.shutdown").await
     }
 
     /// Asks what the guest is doing. One that was made and does not run, or was never made, counts as ended.
-    pub(super) async fn state(&self) -> Result<GuestState, BackendError> {
+    pub(crate) async fn state(&self) -> Result<GuestState, BackendError> {
         let info: Info = match self.0.get("/api/v1/vm.info").await {
-            Err(error) if error.kind == BackendErrorKind::Rejected && error.message.contains(NO_VM) => {
-                return Ok(GuestState::Ended);
-            }
+            Err(error) if is_no_vm(&error) => return Ok(GuestState::Ended),
             answer => answer?,
         };
-        Ok(match info.state {
-            State::Running => GuestState::Running,
-            State::Paused | State::BreakPoint => GuestState::Paused,
-            State::Created | State::Shutdown => GuestState::Ended,
+        Ok(match info.state.phase() {
+            VmPhase::Running => GuestState::Running,
+            VmPhase::Paused => GuestState::Paused,
+            VmPhase::AtRest => GuestState::Ended,
         })
     }
 
     /// Reads the counters of all devices since the guest last started.
-    pub(super) async fn counters(&self) -> Result<Counters, BackendError> {
+    pub(crate) async fn counters(&self) -> Result<Counters, BackendError> {
         self.0.get("/api/v1/vm.counters").await
     }
 
@@ -155,6 +205,10 @@ impl Client {
 
 /// What a VMM says that was started and given nothing to run, as after a launch that was cut short.
 const NO_VM: &str = "VM is not created";
+
+fn is_no_vm(error: &BackendError) -> bool {
+    error.kind == BackendErrorKind::Rejected && error.message.contains(NO_VM)
+}
 
 /// An error is a list of sentences, from the general to the particular.
 fn explain(body: &[u8]) -> Option<String> {

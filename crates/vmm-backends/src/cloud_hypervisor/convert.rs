@@ -85,6 +85,8 @@ struct NetConfig {
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Port {
     mode: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
 }
 
 impl Config {
@@ -127,9 +129,16 @@ impl Config {
                 .enumerate()
                 .map(|(place, (nic, tap))| interface(place, nic, tap))
                 .collect(),
-            serial: Port { mode: serial },
-            console: Port { mode: "Off" },
+            serial: Port { mode: serial, file: None },
+            console: Port { mode: "Off", file: None },
         }
+    }
+
+    /// The same with the serial port's output in `file`, which begins anew at each boot: the stdout of a VMM that somebody else
+    /// started is his.
+    pub fn with_console_in(mut self, file: &Path) -> Self {
+        self.serial = Port { mode: "File", file: Some(text(file)) };
+        self
     }
 }
 

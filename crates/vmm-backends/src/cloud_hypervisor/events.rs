@@ -120,7 +120,7 @@ impl EventFile {
 }
 
 /// The whole events in `bytes`, at most `most`, and how many bytes they take with what stands before them.
-fn parse(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
+pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
     let mut events = Vec::new();
     let mut used = 0;
     while events.len() < most {

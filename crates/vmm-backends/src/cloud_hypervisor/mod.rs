@@ -14,11 +14,13 @@
 //! **Events** go to a file for the same reason.
 
 mod check;
-mod client;
+pub(crate) mod client;
 pub mod convert;
 mod events;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod vmm;
-mod watch;
+pub(crate) mod watch;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -32,6 +34,7 @@ use vmm_core::backend::{
 use vmm_core::id::BackendName;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Process};
 use vmm_host::run_dir;
 
@@ -50,7 +53,7 @@ pub const NAME: &str = "cloudhypervisor";
 /// The program's own name.
 const PROGRAM: &str = "cloud-hypervisor";
 /// The oldest Cloud Hypervisor that lets images' formats be stated, and forbids backing files unless they are asked for.
-const OLDEST: Version = Version(51, 0, 0);
+pub(crate) const OLDEST: Version = Version(51, 0, 0);
 /// How long it may take to listen on its socket.
 const STARTING: Duration = Duration::from_secs(5);
 
@@ -74,13 +77,13 @@ impl CloudHypervisor {
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
-        let (program, _) = self.program.find().await?;
+        let (program, version) = self.program.find().await?;
         let dir = request.dir.as_path();
         let socket = dir.join(SOCKET);
         run_dir::socket_path_fits(&socket)
             .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
         if tokio::fs::try_exists(&socket).await.unwrap_or(true) {
-            self.sweep(SweepRequest { uid: request.uid, dir: dir.to_path_buf() }).await?;
+            self.sweep(SweepRequest::of_folder(request.uid, dir)).await?;
         }
         prepare(dir).await?;
         let log = dir.join(LOG);
@@ -88,9 +91,9 @@ impl CloudHypervisor {
         command.stdout = Some(request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null")));
         let guard = launch::start_vmm(command).await?;
         match configure(guard.process(), &socket, request).await {
-            Ok((client, version)) => {
+            Ok(client) => {
                 let process = guard.keep();
-                let run = new_run(process.identity().clone(), socket, version);
+                let run = new_run(process.identity().clone(), socket, version.to_string());
                 let events = EventFile::from_start(dir);
                 let parts =
                     Parts { run, process, client, events, dir, reset_ends: reset_ends(&request.spec) };
@@ -129,13 +132,15 @@ async fn configure(
     process: &Process,
     socket: &Path,
     request: &LaunchRequest,
-) -> Result<(Client, String), BackendError> {
+) -> Result<Client, BackendError> {
     let stream = launch::wait_for_socket(process, socket, STARTING).await?;
     let client = Client::over(socket, stream).await?;
-    let version = client.version().await?;
+    request.gate.passed().await?;
     client.create(&Config::of(&request.spec, &request.taps)).await?;
+    point(FaultPoint::LaunchConfigured);
     client.boot().await?;
-    Ok((client, version))
+    point(FaultPoint::LaunchStarted);
+    Ok(client)
 }
 
 async fn prepare(dir: &Path) -> Result<(), BackendError> {
@@ -198,7 +203,7 @@ impl Backend for CloudHypervisor {
     }
 }
 
-fn capabilities() -> Capabilities {
+pub(crate) fn capabilities() -> Capabilities {
     let facts = [
         ("accelerator", "kvm"),
         ("console", "serial, without input"),

@@ -21,7 +21,7 @@ const ROOM: usize = 4096;
 
 /// Watches files. Clones share one instance.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
+pub(crate) struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
 
 #[derive(Debug)]
 struct Instance {
@@ -31,14 +31,14 @@ struct Instance {
 
 /// The watch on one file; ends when dropped.
 #[derive(Debug)]
-pub(super) struct Watched {
+pub(crate) struct Watched {
     kept: Option<(Arc<Instance>, i32)>,
     grown: Arc<Notify>,
 }
 
 impl Watcher {
     /// Begins to watch the file at `path`, which is there. Where that fails, it is looked at once a second instead.
-    pub(super) fn watch(&self, path: &Path) -> Watched {
+    pub(crate) fn watch(&self, path: &Path) -> Watched {
         let grown = Arc::new(Notify::new());
         let kept = match self.begin(path, &grown) {
             Ok(kept) => Some(kept),
@@ -111,7 +111,7 @@ impl Instance {
 
 impl Watched {
     /// Waits until the file may have grown since the last call. May be cancelled.
-    pub(super) async fn grown(&self) {
+    pub(crate) async fn grown(&self) {
         if self.kept.is_some() {
             self.grown.notified().await;
         } else {

@@ -8,10 +8,11 @@ use vmm_core::backend::{BackendError, GuestState};
 
 use super::convert::Config;
 use crate::rest::client::{BOOT, CALL, RestClient};
+use crate::rest::program::told_version;
 
 /// The API of one Firecracker.
 #[derive(Debug)]
-pub(super) struct Client(RestClient);
+pub(crate) struct Client(RestClient);
 
 /// What Firecracker says of itself.
 #[derive(Debug, Deserialize)]
@@ -34,6 +35,16 @@ struct Action {
 }
 
 #[derive(Serialize)]
+struct Serial<'a> {
+    serial_out_path: &'a Path,
+}
+
+#[derive(Serialize)]
+struct MetricsFile<'a> {
+    metrics_path: &'a Path,
+}
+
+#[derive(Serialize)]
 struct State {
     state: &'static str,
 }
@@ -46,15 +57,20 @@ struct Fault {
 
 impl Client {
     /// The API at `socket`, connected to at the first call.
-    pub(super) fn new(socket: &Path) -> Self {
+    pub(crate) fn new(socket: &Path) -> Self {
         Self(RestClient::new(socket, explain))
+    }
+
+    /// The same, of which nothing is sent to another process than `pid`.
+    pub(crate) fn of_process(self, pid: u32) -> Self {
+        Self(self.0.of_process(pid))
     }
 
     /// The API at `socket`, to which `stream` is connected.
     ///
     /// # Errors
     /// As [`RestClient::over`].
-    pub(super) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
+    pub(crate) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
         RestClient::over(socket, stream, explain).await.map(Self)
     }
 
@@ -62,7 +78,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`RestClient::put`], which holds for all that follow.
-    pub(super) async fn configure(&self, config: &Config) -> Result<(), BackendError> {
+    pub(crate) async fn configure(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/machine-config", Some(&config.machine), CALL).await?;
         self.0.put("/boot-source", Some(&config.boot), CALL).await?;
         for drive in &config.drives {
@@ -75,40 +91,55 @@ impl Client {
         Ok(())
     }
 
+    /// Tells Firecracker where the serial port's output goes. It writes from the beginning of the file.
+    pub(crate) async fn write_console_to(&self, file: &Path) -> Result<(), BackendError> {
+        self.0.put("/serial", Some(&Serial { serial_out_path: file }), CALL).await
+    }
+
+    /// Tells Firecracker where its counters go.
+    pub(crate) async fn write_metrics_to(&self, file: &Path) -> Result<(), BackendError> {
+        self.0.put("/metrics", Some(&MetricsFile { metrics_path: file }), CALL).await
+    }
+
+    /// Asks what it was told to run, in its own words.
+    pub(crate) async fn describe(&self) -> Result<serde_json::Value, BackendError> {
+        self.0.get("/vm/config").await
+    }
+
     /// Starts the guest; its CPUs run when this answers.
-    pub(super) async fn start(&self) -> Result<(), BackendError> {
+    pub(crate) async fn start(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "InstanceStart" }), BOOT).await
     }
 
     /// Stops the guest's CPUs. Harmless where they stand still.
-    pub(super) async fn pause(&self) -> Result<(), BackendError> {
+    pub(crate) async fn pause(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Paused" }).await
     }
 
     /// Lets the guest's CPUs go on. Harmless where they run.
-    pub(super) async fn resume(&self) -> Result<(), BackendError> {
+    pub(crate) async fn resume(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Resumed" }).await
     }
 
     /// Presses Ctrl+Alt+Del. Says nothing about what the guest makes of it.
-    pub(super) async fn ctrl_alt_del(&self) -> Result<(), BackendError> {
+    pub(crate) async fn ctrl_alt_del(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "SendCtrlAltDel" }), CALL).await
     }
 
     /// Writes the counters to the metrics file.
-    pub(super) async fn flush_metrics(&self) -> Result<(), BackendError> {
+    pub(crate) async fn flush_metrics(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "FlushMetrics" }), CALL).await
     }
 
     /// Asks what the guest is doing, and which version this is. A guest that was never started counts as ended.
-    pub(super) async fn instance(&self) -> Result<(GuestState, String), BackendError> {
+    pub(crate) async fn instance(&self) -> Result<(GuestState, String), BackendError> {
         let instance: Instance = self.0.get("/").await?;
         let state = match instance.state {
             InstanceState::NotStarted => GuestState::Ended,
             InstanceState::Running => GuestState::Running,
             InstanceState::Paused => GuestState::Paused,
         };
-        Ok((state, instance.vmm_version))
+        Ok((state, told_version(&instance.vmm_version)))
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::Serialize;
 use vmm_core::id::VmUid;
-use vmm_core::spec::{Disk, Nic, VmSpec, option_is_true, rate_limit};
+use vmm_core::spec::{Disk, Nic, VmSpec, kernel_words, option_is_true, rate_limit};
 
 use crate::rest::options::RateLimiter;
 
@@ -141,8 +141,7 @@ pub fn wants_smt(spec: &VmSpec) -> bool {
 
 /// Says whether `reboot=k` has to be added for a guest's reboot to be seen.
 pub fn needs_reboot_argument(spec: &VmSpec) -> bool {
-    cfg!(target_arch = "x86_64")
-        && !spec.boot.args.split_ascii_whitespace().any(|word| word.starts_with("reboot="))
+    cfg!(target_arch = "x86_64") && !kernel_words(&spec.boot.args).any(|word| word.starts_with("reboot="))
 }
 
 /// The command line in force.
@@ -278,6 +277,8 @@ mod tests {
         let mut config = small();
         config.boot.as_mut().unwrap().kernel_args = "reboot=t quiet -- reboot".to_owned();
         assert_eq!(kernel_args(&spec(&config)), "reboot=t quiet -- reboot");
+        config.boot.as_mut().unwrap().kernel_args = "quiet -- reboot=t".to_owned();
+        assert_eq!(kernel_args(&spec(&config)), "reboot=k quiet -- reboot=t", "init's is not the kernel's");
         config.boot.as_mut().unwrap().kernel_args = "quiet -- x".to_owned();
         assert_eq!(kernel_args(&spec(&config)), "reboot=k quiet -- x");
     }

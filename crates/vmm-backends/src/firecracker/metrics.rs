@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, NetworkCounters, StorageCounters};
 
 /// The file's name in the run folder.
-pub(super) const METRICS: &str = "metrics";
+pub(crate) const METRICS: &str = "metrics";
 /// The sums' name in the run folder.
 const SUMS: &str = "metrics.sum";
 /// The longest line, in bytes. One has about 6,000, and some for each device.
@@ -69,7 +69,7 @@ struct Vcpu {
 /// Sums over a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Sums {
+pub(crate) struct Sums {
     /// Where the first line begins that is not in the sums, in bytes.
     offset: u64,
     read_bytes: u64,
@@ -86,17 +86,17 @@ pub(super) struct Sums {
 
 impl Sums {
     /// Says whether the guest has reset itself.
-    pub(super) fn guest_reset(&self) -> bool {
+    pub(crate) fn guest_reset(&self) -> bool {
         self.resets > 0
     }
 
     /// Says whether a virtual CPU has failed, as it does on a triple fault.
-    pub(super) fn cpu_failed(&self) -> bool {
+    pub(crate) fn cpu_failed(&self) -> bool {
         self.failures > 0
     }
 
     /// Network counters, seen from the guest.
-    pub(super) fn network(&self) -> NetworkCounters {
+    pub(crate) fn network(&self) -> NetworkCounters {
         NetworkCounters {
             bytes_received: self.rx_bytes,
             bytes_transmitted: self.tx_bytes,
@@ -106,7 +106,7 @@ impl Sums {
     }
 
     /// Disk counters.
-    pub(super) fn storage(&self) -> StorageCounters {
+    pub(crate) fn storage(&self) -> StorageCounters {
         StorageCounters {
             bytes_read: self.read_bytes,
             bytes_written: self.write_bytes,
@@ -136,7 +136,7 @@ impl Sums {
 
 /// The counters of one run.
 #[derive(Clone, Debug)]
-pub(super) struct Metrics {
+pub(crate) struct Metrics {
     dir: Arc<Path>,
     /// One reader at a time, or lines would be counted twice.
     turn: Arc<Mutex<()>>,
@@ -144,7 +144,7 @@ pub(super) struct Metrics {
 
 impl Metrics {
     /// The counters of the run in `dir`.
-    pub(super) fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path) -> Self {
         Self { dir: dir.into(), turn: Arc::default() }
     }
 
@@ -152,7 +152,7 @@ impl Metrics {
     ///
     /// # Errors
     /// What the kernel says.
-    pub(super) fn begin(dir: &Path) -> io::Result<()> {
+    pub(crate) fn begin(dir: &Path) -> io::Result<()> {
         for name in [METRICS, SUMS] {
             match std::fs::remove_file(dir.join(name)) {
                 Ok(()) => {}
@@ -167,7 +167,7 @@ impl Metrics {
     ///
     /// # Errors
     /// [`BackendErrorKind::Protocol`] where the file makes no sense, [`BackendErrorKind::Host`] where it cannot be read.
-    pub(super) async fn sums(&self) -> Result<Sums, BackendError> {
+    pub(crate) async fn sums(&self) -> Result<Sums, BackendError> {
         let metrics = self.clone();
         let summed = tokio::task::spawn_blocking(move || {
             let _turn = metrics.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +187,7 @@ impl Metrics {
     }
 }
 
-fn fold(dir: &Path) -> io::Result<Sums> {
+pub(crate) fn fold(dir: &Path) -> io::Result<Sums> {
     let path = dir.join(METRICS);
     let mut sums = load(&dir.join(SUMS))?;
     let file = open(&path)?;

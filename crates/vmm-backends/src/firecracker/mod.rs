@@ -11,9 +11,11 @@
 //! `console.in` in the run folder for writing, whether this daemon or the next, and when he goes the guest sees no end of input.
 
 mod check;
-mod client;
+pub(crate) mod client;
 pub mod convert;
-mod metrics;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+pub(crate) mod metrics;
 mod vmm;
 
 use std::ffi::OsString;
@@ -30,6 +32,7 @@ use vmm_core::backend::{
 use vmm_core::id::BackendName;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Process, ProcessExit, Stdin};
 use vmm_host::run_dir;
 
@@ -49,7 +52,7 @@ pub const CONSOLE_INPUT: &str = "console.in";
 /// Firecracker's own log in the run folder. Not its stderr's file, because Firecracker does not append.
 const OWN_LOG: &str = "firecracker.log";
 /// The oldest Firecracker with everything that is used; `huge_pages` came last.
-const OLDEST: Version = Version(1, 7, 0);
+pub(crate) const OLDEST: Version = Version(1, 7, 0);
 /// How long it may take to listen on its socket.
 const STARTING: Duration = Duration::from_secs(5);
 
@@ -68,12 +71,12 @@ impl Firecracker {
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
-        let (program, _) = self.program.find().await?;
+        let (program, version) = self.program.find().await?;
         let socket = request.dir.join(SOCKET);
         run_dir::socket_path_fits(&socket)
             .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
         if tokio::fs::try_exists(&socket).await.unwrap_or(true) {
-            self.sweep(SweepRequest { uid: request.uid, dir: request.dir.clone() }).await?;
+            self.sweep(SweepRequest::of_folder(request.uid, &request.dir)).await?;
         }
         let log = request.dir.join(LOG);
         let own_log = request.dir.join(OWN_LOG);
@@ -84,9 +87,9 @@ impl Firecracker {
         command.stdout = Some(request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null")));
         let guard = launch::start_vmm(command).await?;
         match configure(guard.process(), &socket, request).await {
-            Ok((client, version)) => {
+            Ok(client) => {
                 let process = guard.keep();
-                let run = new_run(process.identity().clone(), socket, version);
+                let run = new_run(process.identity().clone(), socket, version.to_string());
                 Ok(vmm::attend(run, process, client, &request.dir))
             }
             Err(error) => Err(failed(guard, error, &log).await),
@@ -99,13 +102,15 @@ async fn configure(
     process: &Process,
     socket: &Path,
     request: &LaunchRequest,
-) -> Result<(Client, String), BackendError> {
+) -> Result<Client, BackendError> {
     let stream = launch::wait_for_socket(process, socket, STARTING).await?;
     let client = Client::over(socket, stream).await?;
-    let (_, version) = client.instance().await?;
+    request.gate.passed().await?;
     client.configure(&Config::of(&request.spec, &request.taps)).await?;
+    point(FaultPoint::LaunchConfigured);
     client.start().await?;
-    Ok((client, version))
+    point(FaultPoint::LaunchStarted);
+    Ok(client)
 }
 
 /// Makes what Firecracker needs in its run folder, and opens its input.
@@ -188,7 +193,7 @@ impl Backend for Firecracker {
     }
 }
 
-fn capabilities() -> Capabilities {
+pub(crate) fn capabilities() -> Capabilities {
     let facts = [
         ("accelerator", "kvm"),
         ("console", "serial, with input"),

@@ -88,11 +88,15 @@ impl Binary {
 
 async fn ask_version(program: &Path) -> Result<QemuVersion, String> {
     let shown = program.display();
-    let asked = tokio::process::Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
+    let asked = {
+        let _starting = vmm_host::process::starting();
+        // Starts at once; the future only waits.
+        tokio::process::Command::new(program)
+            .arg("--version")
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+    };
     let output = match tokio::time::timeout(ASKING, asked).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) => return Err(format!("{shown} cannot be run: {error}")),

@@ -2,20 +2,20 @@
 
 use vmm_core::config::Options;
 use vmm_core::report::Report;
-use vmm_core::spec::{OptionScope, VmSpec, scope_of};
+use vmm_core::spec::{OptionScope, VmSpec, kernel_words, scope_of};
 
 use super::convert::{Accelerator, MACHINE_KEY, MODEL_KEY, Machine};
 
 /// The most vCPUs. QEMU's machines say 288, but more than 255 need an interrupt controller in KVM with x2APIC.
-pub(super) const MAX_VCPUS: u32 = 255;
+pub(crate) const MAX_VCPUS: u32 = 255;
 /// The most disks, and the most network interfaces, on q35.
-pub(super) const MAX_Q35_DEVICES: usize = 64;
+pub(crate) const MAX_Q35_DEVICES: usize = 64;
 /// The most disks and network interfaces together on microvm: its 24 virtio-mmio transports, one of
 /// which does not work.
 pub(super) const MAX_MICROVM_DEVICES: usize = 23;
 
 /// Finds what QEMU rejects and ignores of `spec` on `accelerator`.
-pub(super) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
+pub(crate) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
     let mut report = Report::default();
     check_keys(&mut report, spec);
     check_cpu(&mut report, spec, accelerator);
@@ -122,8 +122,7 @@ fn check_microvm(report: &mut Report, spec: &VmSpec, accelerator: Accelerator) {
     if spec.memory.hotplug_max_bytes.is_some() {
         report.warn("config.memory.hotplug_enabled", "has no effect: microvm has no memory hot-plug");
     }
-    let has_frequency =
-        spec.boot.args.split_ascii_whitespace().any(|word| word.starts_with("tsc_early_khz="));
+    let has_frequency = kernel_words(&spec.boot.args).any(|word| word.starts_with("tsc_early_khz="));
     if accelerator == Accelerator::Tcg && !has_frequency {
         report.warn(
             format!("config.boot.boot_options[\"{MACHINE_KEY}\"]"),

@@ -84,6 +84,14 @@ impl RunState {
         }
     }
 
+    /// The same of a QEMU that somebody else started: what has failed there stands still, for its owner to look at.
+    pub const fn guest_state_of_another(self) -> GuestState {
+        match self.failure() {
+            Some(_) => GuestState::Paused,
+            None => self.guest_state(),
+        }
+    }
+
     /// Why a guest in this state cannot go on; `None` where it can, or has ended in order.
     pub const fn failure(self) -> Option<&'static str> {
         match self {

@@ -21,7 +21,7 @@ const EXTERNAL_DATA: u64 = 1 << 2;
 /// # Errors
 ///
 /// What cannot be used and why, for people.
-pub(super) fn inspect(spec: &VmSpec) -> Result<Vec<ImageKind>, String> {
+pub(crate) fn inspect(spec: &VmSpec) -> Result<Vec<ImageKind>, String> {
     spec.disks
         .iter()
         .map(|disk| inspect_one(disk).map_err(|problem| format!("{}.path: {problem}", disk.field())))

@@ -11,13 +11,13 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use super::qmp::{Qmp, QmpError, QmpEvent};
 
 /// How long a connection may take, the greeting included.
-pub(super) const CONNECTING: Duration = Duration::from_secs(2);
+pub(crate) const CONNECTING: Duration = Duration::from_secs(2);
 /// The first and the longest pause between attempts to connect again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 /// The place of the connection: there is one, or there is none for now.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(crate) struct Link {
     socket: PathBuf,
     /// The process that must listen there.
     pid: u32,
@@ -26,12 +26,12 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(socket: PathBuf, pid: u32, events: mpsc::Sender<QmpEvent>) -> Self {
+    pub(crate) fn new(socket: PathBuf, pid: u32, events: mpsc::Sender<QmpEvent>) -> Self {
         Self { socket, pid, events, current: Mutex::new(None) }
     }
 
     /// Takes a connection into use.
-    pub(super) fn set(&self, qmp: Qmp) -> Result<Arc<Qmp>, BackendError> {
+    pub(crate) fn set(&self, qmp: Qmp) -> Result<Arc<Qmp>, BackendError> {
         // A pid of 0 is one of another namespace, which proves nothing.
         let listener = qmp.peer_pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
         if let Some(listener) = listener
@@ -57,7 +57,7 @@ impl Link {
     /// # Errors
     ///
     /// [`BackendErrorKind::Unreachable`] while there is none.
-    pub(super) fn get(&self) -> Result<Arc<Qmp>, BackendError> {
+    pub(crate) fn get(&self) -> Result<Arc<Qmp>, BackendError> {
         self.slot().clone().ok_or_else(|| {
             BackendError::new(
                 BackendErrorKind::Unreachable,
@@ -71,13 +71,13 @@ impl Link {
     }
 
     /// Connects once, within [`CONNECTING`].
-    pub(super) async fn connect(&self) -> Result<Arc<Qmp>, BackendError> {
+    pub(crate) async fn connect(&self) -> Result<Arc<Qmp>, BackendError> {
         let qmp = Qmp::connect(&self.socket, CONNECTING, self.events.clone()).await;
         self.set(qmp.map_err(|error: QmpError| BackendError::from(error))?)
     }
 
     /// Waits until the connection is lost, and then until there is one again. May be cancelled.
-    pub(super) async fn restored(&self) -> Arc<Qmp> {
+    pub(crate) async fn restored(&self) -> Arc<Qmp> {
         let current = self.slot().clone();
         if let Some(qmp) = current {
             qmp.closed().await;
@@ -98,7 +98,7 @@ impl Link {
     }
 
     /// Waits until the present connection, if there is one, has ended and all its events have been handed out.
-    pub(super) async fn drained(&self) {
+    pub(crate) async fn drained(&self) {
         let current = self.slot().clone();
         if let Some(qmp) = current {
             qmp.closed().await;

@@ -14,15 +14,17 @@
 
 mod adopt;
 mod binary;
-mod check;
+pub(crate) mod check;
 pub mod client;
 pub mod convert;
-mod images;
-mod link;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+pub(crate) mod images;
+pub(crate) mod link;
 pub mod qmp;
 mod start;
-mod vmm;
-mod watch;
+pub(crate) mod vmm;
+pub(crate) mod watch;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -82,18 +84,7 @@ pub struct QemuBackend {
 impl QemuBackend {
     /// Makes the backend. What [`KvmMode::Auto`] means is decided here, once.
     pub fn new(options: QemuOptions) -> Self {
-        let accelerator = match options.kvm {
-            KvmMode::On => Accelerator::Kvm,
-            KvmMode::Off => Accelerator::Tcg,
-            KvmMode::Auto => {
-                let hardware = vmm_host::kvm::hardware_virtualisation();
-                if hardware && vmm_host::kvm::kvm_usable().is_ok() {
-                    Accelerator::Kvm
-                } else {
-                    Accelerator::Tcg
-                }
-            }
-        };
+        let accelerator = accelerator(options.kvm);
         Self {
             binary: Binary::new(options.binary),
             kvm: options.kvm,
@@ -111,7 +102,19 @@ impl QemuBackend {
     }
 }
 
-fn capabilities(accelerator: Accelerator) -> Capabilities {
+/// What runs guests' CPUs under `kvm`, on this host and now.
+pub(crate) fn accelerator(kvm: KvmMode) -> Accelerator {
+    match kvm {
+        KvmMode::On => Accelerator::Kvm,
+        KvmMode::Off => Accelerator::Tcg,
+        KvmMode::Auto => {
+            let hardware = vmm_host::kvm::hardware_virtualisation();
+            if hardware && vmm_host::kvm::kvm_usable().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg }
+        }
+    }
+}
+
+pub(crate) fn capabilities(accelerator: Accelerator) -> Capabilities {
     let facts = [
         ("accelerator", accelerator.as_str()),
         ("console", "serial, with input"),
@@ -171,6 +174,6 @@ impl Backend for QemuBackend {
             Ok((_, version)) => self.kvm_as_ordered().map(|()| version.to_string()),
             Err(why) => Err(why),
         };
-        BackendHealth { version }
+        BackendHealth::from(version)
     }
 }

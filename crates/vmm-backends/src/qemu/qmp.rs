@@ -27,6 +27,8 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tracing::{Instrument, debug, warn};
 
+use crate::words;
+
 /// How long a command may take where the caller does not say.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -371,7 +373,7 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
     let answer = match (message.remove("return"), message.remove("error")) {
         (Some(value), None) => Answer::Return(value),
         (None, Some(error)) => match error.get("desc").and_then(Value::as_str) {
-            Some(desc) => Answer::Error(desc.to_owned()),
+            Some(desc) => Answer::Error(words::sentence(desc)),
             None => return Err(garbage("an error without a description")),
         },
         (Some(_), Some(_)) | (None, None) => return Err(garbage("neither an answer nor an event")),

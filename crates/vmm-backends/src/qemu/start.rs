@@ -7,9 +7,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched};
+use vmm_core::gate::Gate;
 use vmm_core::id::VmUid;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Guarded, Process};
 use vmm_host::run_dir;
 
@@ -18,7 +20,7 @@ use super::images;
 use super::link::Link;
 use super::qmp::{QemuVersion, Qmp, QmpEvent};
 use super::vmm::{Guest, KILLING, QemuVmm};
-use super::watch::Watch;
+use super::watch::{Owner, Watch};
 use crate::launch::{died_early, start_vmm, wait_for_socket};
 
 /// The log's name in the run folder.
@@ -48,7 +50,7 @@ pub(super) async fn launch(
     let log = request.dir.join(LOG);
     let guarded = start_vmm(Command::new(program, args, &log)).await?;
     let (qmp_sender, qmp_events) = mpsc::channel(QMP_EVENTS);
-    let connecting = connect(&guarded, &socket, &log, qmp_sender);
+    let connecting = connect(&guarded, &socket, &log, qmp_sender, &request.gate);
     let (link, version) = match tokio::time::timeout(STARTING, connecting).await {
         Ok(Ok(connected)) => connected,
         Ok(Err(error)) => return Err(end(guarded, error).await),
@@ -105,6 +107,7 @@ impl Parts {
             log: self.log,
             shutdown: None,
             handle,
+            owner: Owner::Us,
         };
         let span = tracing::info_span!("qemu", %uid, pid = self.process.pid());
         tokio::spawn(watch.run().instrument(span));
@@ -168,12 +171,16 @@ async fn connect(
     socket: &Path,
     log: &Path,
     events: mpsc::Sender<QmpEvent>,
+    gate: &Gate,
 ) -> Result<(Arc<Link>, QemuVersion), BackendError> {
     let link = Arc::new(Link::new(socket.to_path_buf(), process.pid(), events.clone()));
     let connected = async {
         let stream = wait_for_socket(process, socket, LISTENING).await?;
         let qmp = link.set(Qmp::over(stream, LISTENING, events).await?)?;
+        point(FaultPoint::LaunchConfigured);
+        gate.passed().await?;
         qmp.cont().await?;
+        point(FaultPoint::LaunchStarted);
         Ok::<_, BackendError>(qmp.version())
     };
     match connected.await {

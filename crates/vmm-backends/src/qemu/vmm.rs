@@ -36,7 +36,7 @@ pub(super) struct QemuVmm {
 
 /// What was ordered, and so is no news: what differs from it was done by somebody else.
 #[derive(Debug)]
-pub(super) struct Guest {
+pub(crate) struct Guest {
     runs: AtomicBool,
     is_to_end: AtomicBool,
     /// Held while a command changes it, so that its echo among the events is not taken for somebody else's doing.
@@ -44,7 +44,7 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(runs: bool) -> Self {
+    pub(crate) fn new(runs: bool) -> Self {
         Self { runs: AtomicBool::new(runs), is_to_end: AtomicBool::new(false), changing: Mutex::new(()) }
     }
 
@@ -53,27 +53,28 @@ impl Guest {
         self.is_to_end.load(Ordering::Relaxed)
     }
 
-    fn order_end(&self) {
-        self.is_to_end.store(true, Ordering::Relaxed);
+    /// Remembers whether the run was ordered to end.
+    pub(crate) fn order_end(&self, ordered: bool) {
+        self.is_to_end.store(ordered, Ordering::Relaxed);
     }
 
-    pub(super) async fn change(&self) -> Change<'_> {
+    pub(crate) async fn change(&self) -> Change<'_> {
         Change { _turn: self.changing.lock().await, runs: &self.runs }
     }
 }
 
 /// The right to change what is known of the guest's CPUs.
-pub(super) struct Change<'a> {
+pub(crate) struct Change<'a> {
     _turn: MutexGuard<'a, ()>,
     runs: &'a AtomicBool,
 }
 
 impl Change<'_> {
-    pub(super) fn runs(&self) -> bool {
+    pub(crate) fn runs(&self) -> bool {
         self.runs.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_runs(&self, runs: bool) {
+    pub(crate) fn set_runs(&self, runs: bool) {
         self.runs.store(runs, Ordering::Relaxed);
     }
 }
@@ -99,7 +100,7 @@ impl Vmm for QemuVmm {
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        self.guest.order_end();
+        self.guest.order_end(true);
         let ask = Box::pin(async { Ok(self.qmp()?.system_powerdown().await?) });
         let power_off = Box::pin(async { Ok(self.qmp()?.quit().await?) });
         ladder::climb(&self.process, ladder, Some((EndedBy::Acpi, ask)), Some(power_off)).await
@@ -144,7 +145,7 @@ impl Vmm for QemuVmm {
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        self.guest.order_end();
+        self.guest.order_end(true);
         match self.process.kill_and_wait(KILLING).await {
             Ok(_) => Ok(()),
             Err(error) => {

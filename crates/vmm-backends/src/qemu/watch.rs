@@ -35,23 +35,34 @@ const DRAINING: Duration = Duration::from_secs(1);
 const NUDGES: (Duration, Duration) = (Duration::from_millis(300), Duration::from_secs(1));
 
 /// The task's state.
-pub(super) struct Watch {
-    pub(super) process: Process,
-    pub(super) link: Arc<Link>,
-    pub(super) guest: Arc<Guest>,
-    pub(super) qmp_events: mpsc::Receiver<QmpEvent>,
-    pub(super) events: mpsc::Sender<VmmEvent>,
-    pub(super) reboot: RebootAction,
-    pub(super) log: PathBuf,
-    pub(super) shutdown: Option<ShutdownReason>,
+pub(crate) struct Watch {
+    pub(crate) process: Process,
+    pub(crate) link: Arc<Link>,
+    pub(crate) guest: Arc<Guest>,
+    pub(crate) qmp_events: mpsc::Receiver<QmpEvent>,
+    pub(crate) events: mpsc::Sender<VmmEvent>,
+    pub(crate) reboot: RebootAction,
+    pub(crate) log: PathBuf,
+    pub(crate) shutdown: Option<ShutdownReason>,
     /// Ends when the VM's handle is dropped.
-    pub(super) handle: oneshot::Receiver<()>,
+    pub(crate) handle: oneshot::Receiver<()>,
+    /// Whose QEMU it is.
+    pub(crate) owner: Owner,
+}
+
+/// Whose QEMU is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// This program's.
+    Us,
+    /// Somebody else's: it is neither signalled nor told how to behave, and may live on when its guest has ended.
+    Another,
 }
 
 /// Why QEMU ends, in its own words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum ShutdownReason {
+pub(crate) enum ShutdownReason {
     /// The guest powered off.
     GuestShutdown,
     /// The guest reset itself.
@@ -74,7 +85,7 @@ pub(super) enum ShutdownReason {
 }
 
 impl ShutdownReason {
-    const fn cause(self) -> ExitCause {
+    pub(crate) const fn cause(self) -> ExitCause {
         match self {
             Self::GuestShutdown => ExitCause::GuestPowerOff,
             Self::GuestReset => ExitCause::GuestReset,
@@ -92,17 +103,17 @@ struct Shutdown {
 }
 
 #[derive(Deserialize)]
-struct Reset {
-    guest: bool,
+pub(super) struct Reset {
+    pub(super) guest: bool,
 }
 
 impl Watch {
     /// Watches until the process has gone and that has been told, or nobody is there to be told.
-    pub(super) async fn run(mut self) {
+    pub(crate) async fn run(mut self) {
         let (process, link) = (self.process.clone(), Arc::clone(&self.link));
         let mut nudge: Option<Instant> = None;
         loop {
-            if self.shutdown.is_some() && nudge.is_none() {
+            if self.shutdown.is_some() && nudge.is_none() && self.owner == Owner::Us {
                 nudge = Some(Instant::now() + NUDGES.0);
             }
             tokio::select! {
@@ -162,7 +173,9 @@ impl Watch {
 
     /// After a gap in the events: sets what a broken call may have left, and looks what has changed.
     async fn catch_up(&mut self, qmp: &Qmp) {
-        if let Err(error) = qmp.set_reboot_action(self.reboot).await {
+        if self.owner == Owner::Us
+            && let Err(error) = qmp.set_reboot_action(self.reboot).await
+        {
             warn!(%error, "QEMU's reboot action could not be set again");
         }
         self.compare(qmp).await;
@@ -177,7 +190,10 @@ impl Watch {
                 // Its end, if that is what this is, shows otherwise.
                 Err(error) => return debug!(%error, "QEMU does not say what its guest is doing"),
             };
-            let event = difference(status, change.runs());
+            let event = match self.owner {
+                Owner::Us => difference(status, change.runs()),
+                Owner::Another => self.difference_of_another(status, change.runs()),
+            };
             match event {
                 Some(VmmEvent::Resumed) => change.set_runs(true),
                 Some(_) => change.set_runs(false),
@@ -187,6 +203,20 @@ impl Watch {
         };
         if let Some(event) = event {
             self.tell(event);
+        }
+    }
+
+    /// The same of a QEMU that somebody else started: it may hold on to a guest that has ended.
+    fn difference_of_another(&self, status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
+        match (status.guest_state_of_another(), thought_to_run) {
+            (GuestState::Ended, _) if self.guest.is_to_end() => None,
+            (GuestState::Ended, _) => Some(VmmEvent::Gone(Exit {
+                cause: self.shutdown.map_or(ExitCause::Unknown, ShutdownReason::cause),
+                message: "its guest has ended, and its QEMU was started to live on".to_owned(),
+            })),
+            (GuestState::Paused, true) => Some(VmmEvent::Paused),
+            (GuestState::Running, false) => Some(VmmEvent::Resumed),
+            (GuestState::Running, true) | (GuestState::Paused, false) => None,
         }
     }
 
@@ -217,7 +247,7 @@ async fn unwanted(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receive
     let _ = handle.await;
 }
 
-fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
+pub(super) fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
     let known = (event.name == "SHUTDOWN").then(|| Shutdown::deserialize(&event.data))?;
     Some(known.map_or(ShutdownReason::Other, |shutdown| shutdown.reason))
 }

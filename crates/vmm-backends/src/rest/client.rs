@@ -28,6 +28,8 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 
+use crate::words;
+
 /// How long a call may take, its answer included.
 pub const CALL: Duration = Duration::from_secs(5);
 /// How long the start of a guest may take: the VMM loads the kernel and the initial RAM disk meanwhile.
@@ -39,8 +41,6 @@ const MAX_ANSWER: usize = 1 << 20;
 const MAX_ERROR: usize = 64 << 10;
 /// The longest request that the server of both VMMs takes, in bytes.
 const MAX_REQUEST: usize = 51_200;
-/// How much of an error is passed on, in bytes.
-const MAX_SHOWN: usize = 2048;
 /// The longest head of an answer, in bytes; hyper's own minimum.
 const MAX_HEAD: usize = 8192;
 
@@ -52,6 +52,8 @@ pub type Explain = fn(&[u8]) -> Option<String>;
 pub struct RestClient {
     socket: PathBuf,
     explain: Explain,
+    /// The process that must listen there, where that is known.
+    listener: Option<u32>,
     kept: Mutex<Option<SendRequest<Full<Bytes>>>>,
 }
 
@@ -67,7 +69,13 @@ struct Call {
 impl RestClient {
     /// The API at `socket`, connected to at the first call. `explain` reads the VMM's errors.
     pub fn new(socket: &Path, explain: Explain) -> Self {
-        Self { socket: socket.to_path_buf(), explain, kept: Mutex::new(None) }
+        Self { socket: socket.to_path_buf(), explain, listener: None, kept: Mutex::new(None) }
+    }
+
+    /// The same, of which nothing is sent to another process than `pid`, should one come to listen at the socket.
+    pub fn of_process(mut self, pid: u32) -> Self {
+        self.listener = Some(pid);
+        self
     }
 
     /// The API at `socket`, to which `stream` is connected already.
@@ -89,7 +97,9 @@ impl RestClient {
         let call = Call { method: Method::GET, path: path.to_owned(), body: None, limit: CALL };
         let answer = self.call(&call).await?;
         serde_json::from_slice(&answer).map_err(|error| {
-            let message = format!("the VMM's answer to {} makes no sense: {error}", call.name());
+            // It quotes the answer.
+            let why = words::sentence(&error.to_string());
+            let message = format!("the VMM's answer to {} makes no sense: {why}", call.name());
             BackendError::new(BackendErrorKind::Protocol, Effect::NotApplied, message).caused_by(error)
         })
     }
@@ -170,7 +180,27 @@ impl RestClient {
             let message = format!("the VMM's socket {} cannot be reached: {error}", self.socket.display());
             BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message).caused_by(error)
         })?;
+        self.right_listener(&stream)?;
         self.handshake(stream).await
+    }
+
+    fn right_listener(&self, stream: &UnixStream) -> Result<(), BackendError> {
+        let Some(expected) = self.listener else { return Ok(()) };
+        match vmm_host::endpoint::listener(stream, &self.socket) {
+            Ok(pid) if pid == expected => Ok(()),
+            Ok(pid) => {
+                let message = format!(
+                    "process {pid} listens on {} now, not the VM's VMM ({expected}); nothing was sent to it",
+                    self.socket.display()
+                );
+                Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
+            }
+            Err(error) => {
+                let message = error.to_string();
+                Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message)
+                    .caused_by(error))
+            }
+        }
     }
 
     async fn handshake(&self, stream: UnixStream) -> Result<SendRequest<Full<Bytes>>, BackendError> {
@@ -223,7 +253,7 @@ impl RestClient {
             return Ok(answer);
         }
         let said = (self.explain)(&answer).unwrap_or_else(|| format!("{status}, without a reason"));
-        let message = format!("the VMM refused {}: {}", call.name(), shown(&said));
+        let message = format!("the VMM refused {}: {}", call.name(), words::sentence(&said));
         // What the client did wrong was not done; a server that failed may have begun.
         let effect = if status.is_client_error() { Effect::NotApplied } else { call.effect() };
         let kind = if status.is_client_error() || status.is_server_error() {
@@ -289,16 +319,6 @@ impl Call {
             BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message).caused_by(error)
         })
     }
-}
-
-/// The text as it may be shown: bounded, on one line, without control characters.
-fn shown(text: &str) -> String {
-    let mut clean: String =
-        text.chars().take(MAX_SHOWN).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
-    if text.chars().nth(MAX_SHOWN).is_some() {
-        clean.push('…');
-    }
-    clean
 }
 
 #[cfg(test)]

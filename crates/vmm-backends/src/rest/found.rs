@@ -63,16 +63,21 @@ pub async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
 
 /// The record of a run that begins now. Its claims are the caller's to fill in.
 pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, version: String) -> RunRecord {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     RunRecord {
         process,
         socket,
         version,
         accelerator: "kvm".to_owned(),
         machine: String::new(),
-        started_ms: i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX),
+        started_ms: now_ms(),
         claims: Vec::new(),
     }
+}
+
+/// The present, in Unix milliseconds.
+pub fn now_ms() -> i64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// Kills a VMM and waits until it has gone.

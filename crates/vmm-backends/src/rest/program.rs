@@ -11,6 +11,8 @@ use tokio::io::AsyncReadExt;
 use vmm_core::backend::{BackendError, BackendErrorKind, BackendHealth, Effect};
 use vmm_host::{kvm, path};
 
+use crate::words;
+
 /// How long a program may take to say its version.
 const SAYING: Duration = Duration::from_secs(5);
 /// How much of what it says is read, in bytes.
@@ -41,6 +43,12 @@ impl Version {
     }
 }
 
+/// The version that a VMM tells of itself, in the form of [`Version`]; what has another is made fit to be shown.
+pub fn told_version(text: &str) -> String {
+    let marked = format!("v{}", text.trim_start_matches('v'));
+    Version::find(&marked).map_or_else(|| words::version(text), |version| version.to_string())
+}
+
 /// Tells a program from the one that replaced it at the same path.
 type Stamp = (PathBuf, u64, u64, Option<SystemTime>);
 
@@ -68,7 +76,7 @@ impl Program {
             },
             Err(error) => Err(error.message),
         };
-        BackendHealth { version }
+        BackendHealth::from(version)
     }
 
     /// Finds the program and its version, which is asked for once per file.
@@ -144,15 +152,19 @@ impl Program {
 }
 
 async fn said_by(program: &Path) -> std::io::Result<String> {
-    let mut child = tokio::process::Command::new(program)
+    let mut command = tokio::process::Command::new(program);
+    command
         .arg("--version")
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .process_group(0)
-        .kill_on_drop(true)
-        .spawn()?;
+        .kill_on_drop(true);
+    let mut child = {
+        let _starting = vmm_host::process::starting();
+        command.spawn()?
+    };
     let mut said = Vec::new();
     if let Some(stdout) = child.stdout.take() {
         stdout.take(MAX_SAID).read_to_end(&mut said).await?;
@@ -174,6 +186,10 @@ mod tests {
         assert_eq!(Version::find("very well"), None);
         assert_eq!(Version::find("v99999999999"), None);
         assert_eq!(Version::find(""), None);
+        assert_eq!(
+            [told_version("53.0"), told_version("v1.16.1"), told_version("odd\n")],
+            ["53.0.0", "1.16.1", "odd "]
+        );
     }
 
     fn script(dir: &Path, text: &str) -> PathBuf {

@@ -15,6 +15,7 @@ use vmm_core::backend::{
     AdoptRequest, Backend, BackendError, Exit, Ladder, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
 };
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig};
+use vmm_core::gate::Gate;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
@@ -140,7 +141,11 @@ impl Bench {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             console: Some(self.console_file()),
+            gate: Gate::open(),
             taps: Vec::new(),
+            place: None,
+            imported: false,
+            incomplete: None,
         }
     }
 
@@ -152,6 +157,8 @@ impl Bench {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             run,
+            place: None,
+            imported: false,
         }
     }
 
@@ -164,7 +171,7 @@ impl Bench {
     }
 
     pub(crate) async fn sweep(&self) {
-        self.backend.sweep(SweepRequest { uid: self.uid, dir: self.dir().to_path_buf() }).await.unwrap();
+        self.backend.sweep(SweepRequest::of_folder(self.uid, self.dir())).await.unwrap();
     }
 
     pub(crate) fn console_file(&self) -> PathBuf {

@@ -18,11 +18,13 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm_core::backend::{
-    AdoptRequest, Backend, BackendError, Exit, Ladder, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
+    AdoptRequest, Adoption, Backend, BackendError, Effect, Exit, GuestState, Ladder, LaunchRequest, Launched,
+    SweepRequest, Vmm, VmmEvent,
 };
 use vmm_core::config::{
     BootConfig, CpuConfig, MemoryConfig, NetworkInterface, RestartPolicyConfig, StorageDevice, VmConfig,
 };
+use vmm_core::gate::Gate;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
@@ -153,7 +155,11 @@ impl<B: Backend> Bench<B> {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             console: Some(self.console_file()),
+            gate: Gate::open(),
             taps: self.taps.clone(),
+            place: None,
+            imported: false,
+            incomplete: None,
         }
     }
 
@@ -165,6 +171,8 @@ impl<B: Backend> Bench<B> {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             run,
+            place: None,
+            imported: false,
         }
     }
 
@@ -176,8 +184,29 @@ impl<B: Backend> Bench<B> {
         self.try_launch().await.unwrap()
     }
 
+    /// Checks that a VMM is told nothing before the gate is open, and ends where that can never be.
+    pub async fn keeps_the_gate(&self) {
+        let (keeper, gate) = Gate::shut();
+        let launching = self.backend.launch(LaunchRequest { gate, ..self.request() });
+        let calling_off = async {
+            let socket = self.dir().join("api.sock");
+            while tokio::net::UnixStream::connect(&socket).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            let adopted = self.backend.adopt(self.adoption(None)).await.unwrap();
+            assert!(matches!(adopted, Adoption::Alive { guest: GuestState::Ended, .. }), "{adopted:?}");
+            assert_eq!(self.processes(), 1);
+            drop(keeper);
+        };
+        let (launched, ()) = tokio::join!(launching, calling_off);
+        let error = launched.unwrap_err();
+        assert_eq!(error.effect, Effect::NotApplied);
+        assert!(error.message.contains("called off"), "{error}");
+        assert_eq!((self.processes(), self.console().as_str()), (0, ""));
+    }
+
     pub async fn sweep(&self) {
-        self.backend.sweep(SweepRequest { uid: self.uid, dir: self.dir().to_path_buf() }).await.unwrap();
+        self.backend.sweep(SweepRequest::of_folder(self.uid, self.dir())).await.unwrap();
     }
 
     pub fn console_file(&self) -> PathBuf {

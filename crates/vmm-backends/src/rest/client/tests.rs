@@ -250,3 +250,12 @@ async fn the_words_of_a_vmm_are_cut_and_cleaned() {
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::Unknown));
     assert!(!error.message.contains('\u{1b}') && error.message.len() < 4096, "{}", error.message.len());
 }
+
+#[tokio::test]
+async fn an_answer_that_makes_no_sense_is_quoted_cut_and_cleaned() {
+    let text = serde_json::to_string(&format!("\u{1b}[31m{}", "x".repeat(60_000))).unwrap();
+    let fake = Fake::new(vec![answer("200 OK", &text)], false);
+    let error = fake.client().get::<bool>("/x").await.unwrap_err();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Protocol, Effect::NotApplied));
+    assert!(!error.message.contains('\u{1b}') && error.message.len() < 4096, "{}", error.message.len());
+}

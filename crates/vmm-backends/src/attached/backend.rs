@@ -1,0 +1,435 @@
+//! The backend of VMMs that somebody else started.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
+    Exit, ExitCause, GuestState, LaunchRequest, Launched, Sweep, SweepRequest,
+};
+use vmm_core::id::VmUid;
+use vmm_core::place::{Discovery, Places};
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+use vmm_core::store::RunRecord;
+use vmm_host::endpoint::{self, VisitError};
+use vmm_host::process::{Lookup, Process, adopt};
+
+use super::console::{self, Mirror};
+use super::seat::{self, Memory, Seat, View};
+use super::{Guest, Holding, Hypervisor, Met, Parts, force, patrol};
+use crate::cloud_hypervisor::watch::Watcher;
+use crate::rest::found::now_ms;
+
+/// How long a forced end waits for the VMM to power its VM off, before its process is ended.
+const FORCED_CALL: Duration = Duration::from_millis(700);
+/// How long a forced deletion waits for its turn to make the VMM forget the VM.
+const FORCED_TURN: Duration = Duration::from_millis(500);
+
+/// The VMMs of one hypervisor that somebody else started, and beside them, for VMs that were created before, those that this
+/// program starts.
+#[derive(Debug)]
+pub(crate) struct Attached<H> {
+    pub(super) kind: Arc<H>,
+    pub(super) seats: Vec<Arc<Seat>>,
+    managed: Arc<dyn ManagedSibling>,
+    interval: Duration,
+    watcher: Watcher,
+}
+
+/// The backend that starts processes, for VMs that have no place.
+pub(crate) trait ManagedSibling: Backend + std::fmt::Debug {}
+
+impl<B: Backend + std::fmt::Debug> ManagedSibling for B {}
+
+impl<H: Hypervisor> Attached<H> {
+    /// The VMMs behind `sockets`, of which each is looked at every `interval`. `managed` takes care of VMs without a place.
+    pub(crate) fn new(
+        kind: H,
+        sockets: impl IntoIterator<Item = PathBuf>,
+        managed: impl ManagedSibling,
+        interval: Duration,
+    ) -> Self {
+        let seats = sockets.into_iter().map(|socket| Arc::new(Seat::new(socket))).collect();
+        Self {
+            kind: Arc::new(kind),
+            seats,
+            managed: Arc::new(managed),
+            interval,
+            watcher: Watcher::default(),
+        }
+    }
+
+    fn seat(&self, place: &str) -> Result<&Arc<Seat>, BackendError> {
+        seat::find(&self.seats, place).ok_or_else(|| {
+            let message = format!("{place} is not among this daemon's endpoints");
+            BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
+        })
+    }
+
+    fn is_ours(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, dir: &Path) -> bool {
+        self.kind.is_made_of(holds, uid, spec, console::file(dir, spec).as_deref())
+    }
+
+    async fn start(&self, seat: &Arc<Seat>, request: &LaunchRequest) -> Result<Launched, BackendError> {
+        let mut memory = seat.turn.lock().await;
+        let met = self.meet(seat).await.map_err(|error| self.unavailable(seat, &error))?;
+        let make = self.may_start(seat, &met, request)?;
+        // One that somebody else made says by itself where its console goes.
+        let console = if make || !request.imported { begin_console(request).await? } else { None };
+        memory.started = Some((request.uid, met.process.identity().clone()));
+        self.kind.start(&met, request, console.as_deref(), make).await?;
+        let run = new_run(seat, &met, now_ms());
+        Ok(self.kind.attend(met, self.parts(seat, run, Guest::Running, &request.dir)))
+    }
+
+    /// What the handle of a VM on record is made of, beside the connection.
+    fn parts(&self, seat: &Arc<Seat>, run: RunRecord, guest: Guest, dir: &Path) -> Parts {
+        let console = Mirror::start(dir, &self.watcher);
+        Parts { run, guest, dir: Some(dir.to_path_buf()), held: seat.hold(), console }
+    }
+
+    /// Decides whether a VM is to be made, or the one that is there started.
+    fn may_start(
+        &self,
+        seat: &Arc<Seat>,
+        met: &Met<H::Client>,
+        request: &LaunchRequest,
+    ) -> Result<bool, BackendError> {
+        let refused = |kind, message| Err(BackendError::new(kind, Effect::NotApplied, message));
+        match &met.holds {
+            Some(holds) if holds.guest.is_live() => refused(
+                BackendErrorKind::Rejected,
+                format!("somebody else runs a VM in the VMM at {}: end that one first", seat.endpoint()),
+            ),
+            Some(holds)
+                if request.imported || self.is_ours(holds, request.uid, &request.spec, &request.dir) =>
+            {
+                Ok(false)
+            }
+            Some(_) => refused(
+                BackendErrorKind::Rejected,
+                format!(
+                    "the VMM at {} holds a VM that somebody else made, or a part of one, and that is not this VM: take it away, \
+                     or start another VMM there ({})",
+                    seat.endpoint(),
+                    self.kind.how_to_start(&seat.socket)
+                ),
+            ),
+            None => match &request.incomplete {
+                None => Ok(true),
+                Some(why) => refused(
+                    BackendErrorKind::Rejected,
+                    format!(
+                        "its VMM has gone, and what that told does not suffice to make the VM anew in the one at {} ({why}): \
+                         delete this VM, and create one with the configuration that is meant",
+                        seat.endpoint()
+                    ),
+                ),
+            },
+        }
+    }
+
+    pub(super) async fn meet(&self, seat: &Arc<Seat>) -> Result<Met<H::Client>, VisitError> {
+        patrol::meet(&*self.kind, seat).await.0
+    }
+
+    fn unavailable(&self, seat: &Arc<Seat>, error: &VisitError) -> BackendError {
+        let message = seat.failure(&*self.kind, error);
+        let kind = match error {
+            VisitError::Nobody(_) | VisitError::Failed(_) => BackendErrorKind::Unreachable,
+            VisitError::Refused(_) => BackendErrorKind::Host,
+        };
+        BackendError::new(kind, Effect::NotApplied, message)
+    }
+
+    /// Looks for a run that was recorded.
+    async fn adopt_run(&self, seat: &Arc<Seat>, run: RunRecord, request: &AdoptRequest) -> Adoption {
+        let process = match adopt(&run.process) {
+            Lookup::Alive(process) => process,
+            Lookup::Gone => return gone("its VMM ended while nobody watched; why is not known"),
+            Lookup::Unprovable(message) => return unreachable("identity-unproven", message, None),
+        };
+        let error = match self.meet(seat).await {
+            Ok(met) if met.process.identity() == process.identity() => {
+                return self.adopt_met(seat, run, request, met);
+            }
+            Ok(met) => {
+                let message = format!(
+                    "process {} listens on {} now, and the VM's own VMM ({}) lives on without a socket",
+                    met.process.pid(),
+                    seat.endpoint(),
+                    process.pid()
+                );
+                return unreachable("socket-taken", message, None);
+            }
+            Err(error) => error,
+        };
+        if process.has_ended() {
+            return gone("its VMM has just ended");
+        }
+        let message = seat.failure(&*self.kind, &error);
+        let met = self.kind.silent(&seat.socket, &process);
+        let parts = self.parts(seat, run, Guest::Running, &request.dir);
+        unreachable("vmm-silent", message, Some(self.kind.attend(met, parts)))
+    }
+
+    fn adopt_met(
+        &self,
+        seat: &Arc<Seat>,
+        mut run: RunRecord,
+        request: &AdoptRequest,
+        met: Met<H::Client>,
+    ) -> Adoption {
+        let guest = match met.holds.as_ref().map(|holds| holds.guest) {
+            Some(Guest::Running) => GuestState::Running,
+            Some(Guest::Paused) => GuestState::Paused,
+            Some(Guest::AtRest) | None => {
+                let message = "somebody else ended it at its VMM, which lives on".to_owned();
+                return Adoption::Gone { exit: Exit { cause: ExitCause::Requested, message } };
+            }
+        };
+        run.version.clone_from(&met.version);
+        let seen = if guest == GuestState::Paused { Guest::Paused } else { Guest::Running };
+        let parts = self.parts(seat, run, seen, &request.dir);
+        Adoption::Alive { launched: self.kind.attend(met, parts), guest }
+    }
+
+    /// Looks for a run whose start was cut short.
+    async fn adopt_start(&self, seat: &Arc<Seat>, request: &AdoptRequest) -> Adoption {
+        let met = match self.meet(seat).await {
+            Ok(met) => met,
+            Err(VisitError::Nobody(_)) => return gone("no VMM listens at its place"),
+            Err(error) => {
+                let message = seat.failure(&*self.kind, &error);
+                return unreachable("vmm-silent", message, None);
+            }
+        };
+        let ours = |holds: &Holding| {
+            holds.guest == Guest::Running
+                && (request.imported || self.is_ours(holds, request.uid, &request.spec, &request.dir))
+        };
+        if met.holds.as_ref().is_some_and(ours) {
+            let run = new_run(seat, &met, now_ms());
+            return self.adopt_met(seat, run, request, met);
+        }
+        gone("what runs at its place, if anything does, is not this VM")
+    }
+
+    /// Takes back what a start has made.
+    async fn clear(
+        &self,
+        seat: &Arc<Seat>,
+        memory: &mut Memory,
+        request: &SweepRequest,
+    ) -> Result<(), BackendError> {
+        let Some((uid, process)) = memory.started.clone() else { return Ok(()) };
+        if uid != request.uid || matches!(adopt(&process), Lookup::Gone) {
+            return Ok(());
+        }
+        let met = self.meet(seat).await.map_err(|error| self.unavailable(seat, &error))?;
+        if *met.process.identity() != process {
+            return Ok(());
+        }
+        let runs = met.holds.as_ref().is_some_and(|holds| holds.guest.is_live());
+        if runs && !self.kind.power_off(&met.client).await? {
+            let message = format!(
+                "the start could not be taken back: what it has started runs on in the VMM at {}, which was started by somebody \
+                 else; use force to end it",
+                seat.endpoint()
+            );
+            return Err(BackendError::new(BackendErrorKind::StillRuns, Effect::Unknown, message));
+        }
+        if !request.imported && met.holds.is_some() {
+            self.kind.forget(&met.client, request).await?;
+        }
+        memory.started = None;
+        Ok(())
+    }
+
+    /// Ends the run on record by force, by the VMM's API or else by its process.
+    async fn end(&self, seat: &Arc<Seat>, request: &SweepRequest) -> Result<(), BackendError> {
+        let Some(run) = &request.run else { return Ok(()) };
+        let process = match adopt(&run.process) {
+            Lookup::Alive(process) => process,
+            Lookup::Gone => return Ok(()),
+            Lookup::Unprovable(why) => {
+                let message = format!("{why}; it is left alone, end it by hand");
+                return Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message));
+            }
+        };
+        if self.power_off(seat, &process).await {
+            return Ok(());
+        }
+        force::kill(&process, &seat.socket, self.kind.program()).await.map(drop)
+    }
+
+    async fn power_off(&self, seat: &Arc<Seat>, process: &Process) -> bool {
+        let asked = async {
+            let visit = endpoint::visit(&seat.socket).await.ok()?;
+            if visit.process.identity() != process.identity() {
+                return None;
+            }
+            let met = self.kind.silent(&seat.socket, process);
+            self.kind.power_off(&met.client).await.ok()
+        };
+        let asked = tokio::time::timeout(FORCED_CALL, asked).await;
+        matches!(asked, Ok(Some(true))) || process.has_ended()
+    }
+
+    /// Makes the VMM forget a VM that is deleted, if it holds that one.
+    async fn forget(
+        &self,
+        seat: &Arc<Seat>,
+        memory: &mut Memory,
+        request: &SweepRequest,
+    ) -> Result<(), BackendError> {
+        let Ok(met) = self.meet(seat).await else { return Ok(()) };
+        let process = met.process.identity().clone();
+        let Some(holds) = &met.holds else { return Ok(()) };
+        let is_it = request.imported
+            || request.spec.as_ref().is_some_and(|spec| self.is_ours(holds, request.uid, spec, &request.dir));
+        if !is_it {
+            // Somebody else's VM had the place meanwhile, and is to be told of now.
+            memory.told = None;
+            return Ok(());
+        }
+        if holds.guest.is_live() {
+            let message = format!(
+                "it runs again: somebody else has started it in the VMM at {}; shut it down first, or use force",
+                seat.endpoint()
+            );
+            return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));
+        }
+        if !self.kind.forget(&met.client, request).await? {
+            memory.told = Some(process);
+        }
+        Ok(())
+    }
+}
+
+/// Makes the file that the VMM writes the console to; `None` where the VM has none.
+async fn begin_console(request: &LaunchRequest) -> Result<Option<PathBuf>, BackendError> {
+    let Some(to) = request.console.clone() else { return Ok(None) };
+    let dir = request.dir.clone();
+    let error = match tokio::task::spawn_blocking(move || console::begin(&dir, &to)).await {
+        Ok(Ok(path)) => return Ok(Some(path)),
+        Ok(Err(error)) => error,
+        Err(error) => std::io::Error::other(error),
+    };
+    let message = format!("the console cannot be prepared: {error}; look at the room and rights of its file");
+    Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
+}
+
+/// The record of a run that began, as far as is known, at `started_ms`.
+pub(super) fn new_run<C>(seat: &Arc<Seat>, met: &Met<C>, started_ms: i64) -> RunRecord {
+    RunRecord {
+        process: met.process.identity().clone(),
+        socket: seat.socket.clone(),
+        version: met.version.clone(),
+        accelerator: met.accelerator.clone(),
+        machine: met.machine.clone(),
+        started_ms,
+        claims: Vec::new(),
+    }
+}
+
+fn gone(message: &str) -> Adoption {
+    Adoption::Gone { exit: Exit { cause: ExitCause::Unknown, message: message.to_owned() } }
+}
+
+fn unreachable(reason: &'static str, message: String, launched: Option<Launched>) -> Adoption {
+    Adoption::Unreachable { reason, message, launched }
+}
+
+#[async_trait]
+impl<H: Hypervisor> Backend for Attached<H> {
+    fn capabilities(&self) -> &Capabilities {
+        self.kind.capabilities()
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        let mut report = self.managed.check(spec);
+        self.kind.check(spec, &mut report);
+        report
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        match &request.place {
+            None => self.managed.launch(request).await,
+            Some(place) => {
+                // What is there already may be no process of ours.
+                request.gate.passed().await?;
+                self.start(self.seat(place)?, &request).await
+            }
+        }
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        let Some(place) = &request.place else { return self.managed.adopt(request).await };
+        let seat = self.seat(place)?;
+        let _turn = seat.turn.lock().await;
+        Ok(match request.run.clone() {
+            Some(run) => self.adopt_run(seat, run, &request).await,
+            None => self.adopt_start(seat, &request).await,
+        })
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        let Some(place) = &request.place else { return self.managed.sweep(request).await };
+        let seat = self.seat(place)?;
+        // Force waits for nobody: what has the turn may be stuck with the VMM.
+        if request.purpose.is_forced() {
+            self.end(seat, &request).await?;
+        }
+        let turn = match request.purpose {
+            Sweep::End => return Ok(()),
+            Sweep::ForceDelete => tokio::time::timeout(FORCED_TURN, seat.turn.lock()).await.ok(),
+            Sweep::Clear | Sweep::Delete => Some(seat.turn.lock().await),
+        };
+        let Some(mut memory) = turn else { return Ok(()) };
+        match request.purpose {
+            Sweep::Clear => self.clear(seat, &mut memory, &request).await,
+            Sweep::End | Sweep::Delete | Sweep::ForceDelete => self.forget(seat, &mut memory, &request).await,
+        }
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        let views = self.seats.iter().map(async |seat| match seat.view() {
+            Some(view) => view,
+            None => {
+                let _turn = seat.turn.lock().await;
+                patrol::meet(&*self.kind, seat).await.1
+            }
+        });
+        let mut serving = None;
+        let mut problems = Vec::new();
+        for view in futures::future::join_all(views).await {
+            match view {
+                View::Serves(version) => serving = serving.or(Some(version)),
+                View::Fails(why) => problems.push(why),
+            }
+        }
+        match serving {
+            Some(version) => BackendHealth { version: Ok(version), problems },
+            None => BackendHealth::from(Err(problems.join("; "))),
+        }
+    }
+
+    fn places(&self) -> Places {
+        // A new VM goes where a VMM waits, if one does.
+        let mut seats: Vec<_> = self.seats.iter().collect();
+        seats.sort_by_key(|seat| !matches!(seat.view(), Some(View::Serves(_))));
+        self.kind.places(seats.into_iter().map(|seat| seat.place.clone()).collect())
+    }
+
+    fn outlives_runs(&self) -> bool {
+        true
+    }
+
+    async fn discover(&self) -> Option<Discovery> {
+        Some(patrol::begin(&self.kind, &self.seats, self.interval).await)
+    }
+}

@@ -1,0 +1,306 @@
+//! The console of a VM whose VMM writes it to a file that is not made to be kept.
+//!
+//! ```text
+//!   the VMM ──► console.boot   Cloud Hypervisor empties it at each boot and reset, Firecracker writes from its beginning
+//!                    │ copied as it grows, then given back to the host by a hole
+//!                    ▼
+//!               the console's file, appended to: all boots, one after the other
+//!
+//!   console.at    { to: the console's file, base: how long that was when this console.boot began }
+//! ```
+//!
+//! How far the copy has come follows from the length of the console's file, so nothing is written twice or lost when the daemon
+//! ends in between, and the next one goes on. Where what was copied is no hole any more, the VMM has begun anew.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{FallocateFlags, OFlags};
+use serde::{Deserialize, Serialize};
+use tokio::task::AbortHandle;
+use tracing::Instrument;
+use vmm_core::spec::{Console, VmSpec};
+
+use crate::cloud_hypervisor::watch::Watcher;
+
+/// The file in the run folder that the VMM writes to.
+const BOOT: &str = "console.boot";
+/// The file in the run folder that says where the copy goes.
+const AT: &str = "console.at";
+/// Bytes that are copied at once.
+const CHUNK: usize = 64 << 10;
+
+/// What a copy needs to know over restarts of the daemon.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct At {
+    /// The console's file.
+    to: PathBuf,
+    /// Its length when the present `console.boot` began, in bytes.
+    base: u64,
+}
+
+/// Copies one VM's console until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Mirror {
+    copier: Arc<Copier>,
+    task: AbortHandle,
+}
+
+#[derive(Debug)]
+struct Copier {
+    dir: PathBuf,
+    /// Whether what was copied before is known to be a hole.
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Another daemon may have copied, and ended before it gave back what it had.
+    New,
+    /// What was copied reads as zeros.
+    Punched,
+    /// The file system takes no holes.
+    NoHoles,
+}
+
+/// Makes a fresh `console.boot` for a VMM that is about to start, with what the one before still held saved to `to`. Answers with
+/// its path. Blocks.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn begin(dir: &Path, to: &Path) -> io::Result<PathBuf> {
+    Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) }.catch_up()?;
+    let boot = dir.join(BOOT);
+    match std::fs::remove_file(&boot) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let base = std::fs::metadata(to)?.len();
+    save(dir, &At { to: to.to_path_buf(), base })?;
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(&boot)?;
+    Ok(boot)
+}
+
+/// Where the VMM of a VM whose run folder is `dir` writes the console that `spec` asks for.
+pub(super) fn file(dir: &Path, spec: &VmSpec) -> Option<PathBuf> {
+    match &spec.console {
+        Console::Off => None,
+        Console::Kept | Console::File(_) => Some(dir.join(BOOT)),
+    }
+}
+
+impl Mirror {
+    /// Begins to copy the console of the VM whose run folder is `dir`; `None` where it has none that is copied.
+    pub(super) fn start(dir: &Path, watcher: &Watcher) -> Option<Self> {
+        let boot = dir.join(BOOT);
+        if !boot.exists() {
+            return None;
+        }
+        let watched = watcher.watch(&boot);
+        let copier = Arc::new(Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) });
+        let working = Arc::clone(&copier);
+        let work = async move {
+            loop {
+                catch_up(&working).await;
+                watched.grown().await;
+            }
+        };
+        let task = tokio::spawn(work.instrument(tracing::debug_span!("console"))).abort_handle();
+        Some(Self { copier, task })
+    }
+
+    /// Copies what is there now.
+    pub(super) async fn catch_up(&self) {
+        catch_up(&self.copier).await;
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn catch_up(copier: &Arc<Copier>) {
+    let copier = Arc::clone(copier);
+    let copied = tokio::task::spawn_blocking(move || copier.catch_up());
+    match copied.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "a console cannot be copied"),
+        // The runtime ends.
+        Err(_) => {}
+    }
+}
+
+impl Copier {
+    fn catch_up(&self) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Some(mut at), Some(boot)) = (load(&self.dir)?, open(&self.dir.join(BOOT))?) else {
+            return Ok(());
+        };
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        let mut log = OpenOptions::new().read(true).append(true).custom_flags(flags).open(&at.to)?;
+        let copied = log.metadata()?.len().saturating_sub(at.base);
+        let mut from = copied;
+        if copied > 0 && has_begun_anew(&boot, &log, &at, copied, *state)? {
+            at.base = log.metadata()?.len();
+            save(&self.dir, &at)?;
+            from = 0;
+        }
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            let read = boot.read_at(&mut buffer, from)?;
+            if read == 0 {
+                break;
+            }
+            log.write_all(&buffer[..read])?;
+            from += read as u64;
+        }
+        if from > 0 {
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            *state = match rustix::fs::fallocate(&boot, punch, 0, from) {
+                Ok(()) => State::Punched,
+                Err(_) => State::NoHoles,
+            };
+        }
+        Ok(())
+    }
+}
+
+/// Says whether the VMM has emptied its file, of which `copied` bytes were copied, and begun to write it again.
+fn has_begun_anew(boot: &File, log: &File, at: &At, copied: u64, state: State) -> io::Result<bool> {
+    if boot.metadata()?.len() < copied {
+        return Ok(true);
+    }
+    let mut first = [0; 256];
+    let count = usize::try_from(copied).unwrap_or(usize::MAX).min(first.len());
+    let read = boot.read_at(&mut first[..count], 0)?;
+    let is_hole = first[..read].iter().all(|byte| *byte == 0);
+    match state {
+        _ if is_hole => Ok(false),
+        State::Punched => Ok(true),
+        State::NoHoles => Ok(false),
+        State::New => {
+            // Copied and not given back, or written anew: what was copied tells.
+            let mut before = [0; 256];
+            let known = log.read_at(&mut before[..read], at.base)?;
+            Ok(before[..known] != first[..read])
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<Option<File>> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    // Punching a hole needs the right to write.
+    match OpenOptions::new().read(true).write(true).custom_flags(flags).open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn load(dir: &Path) -> io::Result<Option<At>> {
+    match std::fs::read(dir.join(AT)) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn save(dir: &Path, at: &At) -> io::Result<()> {
+    let fresh = dir.join("console.at.new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+    file.write_all(&serde_json::to_vec(at)?)?;
+    std::fs::rename(fresh, dir.join(AT))
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use super::*;
+
+    struct Bench {
+        dir: tempfile::TempDir,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("console.log"), "earlier\n").unwrap();
+            Self { dir }
+        }
+
+        fn begin(&self) -> PathBuf {
+            begin(self.dir.path(), &self.dir.path().join("console.log")).unwrap()
+        }
+
+        /// A copier as the next daemon has it.
+        fn copier(&self) -> Copier {
+            Copier { dir: self.dir.path().to_path_buf(), state: Mutex::new(State::New) }
+        }
+
+        fn log(&self) -> String {
+            std::fs::read_to_string(self.dir.path().join("console.log")).unwrap()
+        }
+    }
+
+    fn append(path: &Path, text: &str) {
+        OpenOptions::new().append(true).open(path).unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn what_grows_is_copied_once() {
+        let bench = Bench::new();
+        let boot = bench.begin();
+        let copier = bench.copier();
+        for text in ["one\n", "", "two\n"] {
+            append(&boot, text);
+            copier.catch_up().unwrap();
+            copier.catch_up().unwrap();
+        }
+        assert_eq!(bench.log(), "earlier\none\ntwo\n");
+        // The next daemon goes on.
+        append(&boot, "three\n");
+        bench.copier().catch_up().unwrap();
+        assert_eq!(bench.log(), "earlier\none\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn a_file_that_begins_anew_is_told_by_its_first_bytes() {
+        let bench = Bench::new();
+        let boot = bench.begin();
+        let copier = bench.copier();
+        std::fs::write(&boot, "same length\n").unwrap();
+        copier.catch_up().unwrap();
+        // As Cloud Hypervisor does at a reset: emptied, and as long as before when anybody looks.
+        std::fs::write(&boot, "same length\n").unwrap();
+        copier.catch_up().unwrap();
+        std::fs::write(&boot, "x").unwrap();
+        copier.catch_up().unwrap();
+        assert_eq!(bench.log(), "earlier\nsame length\nsame length\nx");
+    }
+
+    #[test]
+    fn a_copy_that_was_not_given_back_is_not_made_again() {
+        let bench = Bench::new();
+        let boot = bench.begin();
+        append(&boot, "one\n");
+        // A daemon that died between the copy and the hole.
+        append(&bench.dir.path().join("console.log"), "one\n");
+        append(&boot, "two\n");
+        bench.copier().catch_up().unwrap();
+        assert_eq!(bench.log(), "earlier\none\ntwo\n");
+    }
+
+    #[test]
+    fn the_end_of_one_boot_is_saved_before_the_next() {
+        let bench = Bench::new();
+        append(&bench.begin(), "first boot\n");
+        append(&bench.begin(), "second boot\n");
+        bench.copier().catch_up().unwrap();
+        assert_eq!(bench.log(), "earlier\nfirst boot\nsecond boot\n");
+    }
+}

@@ -1,0 +1,477 @@
+//! Firecrackers that somebody else started.
+//!
+//! One that waits is configured and started, once: its process ends with its guest, and whatever starts the guest again needs
+//! another on the same socket. A configuration that was begun cannot be taken back either, so a VMM that holds parts of another
+//! VM is refused. Its console is a file that is copied ([`super::console`]); nothing of its own stdin, stdout and log is ours.
+//! Its last counters tell why it ended.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Capabilities, Effect, ExitCause, GuestState, LaunchRequest, Launched,
+    NetworkCounters, StorageCounters, SweepRequest,
+};
+use vmm_core::config::{
+    BootConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, Options, StorageDevice, VmConfig,
+};
+use vmm_core::id::{VmUid, is_name};
+use vmm_core::place::Places;
+use vmm_core::report::Report;
+use vmm_core::spec::{MIB, RestartMode, VmSpec};
+use vmm_core::state::EndedBy;
+use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::process::Process;
+
+use super::handle::{self, Api};
+use super::tell::{count, flag, is_in, list, number, others, text};
+use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use crate::firecracker::client::Client;
+use crate::firecracker::convert::Config;
+use crate::firecracker::metrics::{METRICS, Metrics};
+use crate::firecracker::{OLDEST, capabilities};
+use crate::ladder::Call;
+use crate::rest::options::check_taps;
+use crate::rest::program::Version;
+
+/// Firecracker, as attached.
+#[derive(Debug)]
+pub(crate) struct Firecracker {
+    capabilities: Capabilities,
+}
+
+impl Firecracker {
+    /// Makes it.
+    pub(crate) fn new() -> Self {
+        let mut capabilities = capabilities();
+        capabilities.endpoint_mode = "attached";
+        for (name, fact) in [
+            ("console", "serial, without input; of an imported VM none"),
+            ("guest-reset", "ends the run, and the VMM"),
+            ("guest-triple-fault", "ends the run, and the VMM, as a failure"),
+            ("reboot", "no: it needs another VMM on the same socket"),
+            ("state", "asked for at the metrics interval"),
+            ("vmm-failure", "ends the run; another VMM on the same socket can boot the VM again"),
+        ] {
+            capabilities.facts.insert(name, fact.to_owned());
+        }
+        Self { capabilities }
+    }
+}
+
+/// The command that starts one on `socket`.
+fn command(socket: &Path) -> String {
+    format!("firecracker --api-sock {}", socket.display())
+}
+
+#[async_trait]
+impl Hypervisor for Firecracker {
+    type Client = Client;
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn title(&self) -> &'static str {
+        "Firecracker"
+    }
+
+    fn program(&self) -> &'static str {
+        "firecracker"
+    }
+
+    fn how_to_start(&self, socket: &Path) -> String {
+        command(socket)
+    }
+
+    fn places(&self, sockets: Vec<String>) -> Places {
+        Places::Fixed(sockets)
+    }
+
+    fn check(&self, spec: &VmSpec, report: &mut Report) {
+        match spec.restart.mode {
+            None | Some(RestartMode::Never) => {}
+            Some(RestartMode::GuestReboot | RestartMode::OnFailure | RestartMode::Always) => report.reject(
+                "config.restart_policy.mode",
+                "must be unset or RESTART_MODE_NEVER where Firecracker was started by somebody else: every new start needs a \
+                 VMM that this program may not start",
+            ),
+        }
+        for warning in
+            report.warnings.iter_mut().filter(|warning| warning.field == "config.restart_policy.mode")
+        {
+            // What can be set instead where Firecrackers are started cannot be set here.
+            "is RESTART_MODE_NEVER on firecracker, where a reset is how a guest ends"
+                .clone_into(&mut warning.message);
+        }
+    }
+
+    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<Client>, VisitError> {
+        let pid = visit.process.pid();
+        let failed = |error: BackendError| VisitError::Failed(error.message);
+        let client = Client::over(socket, visit.stream).await.map_err(failed)?.of_process(pid);
+        let (state, version) = match client.instance().await {
+            Ok(told) => told,
+            Err(error) => return Err(not_one(socket, error).await),
+        };
+        if let Some(found) = Version::find(&format!("v{version}"))
+            && found < OLDEST
+        {
+            return Err(VisitError::Refused(format!(
+                "Firecracker {version} listens there, and {OLDEST} is the oldest that can be used: start a newer one"
+            )));
+        }
+        let native = client.describe().await.map_err(failed)?;
+        let guest = match state {
+            GuestState::Running => Guest::Running,
+            GuestState::Paused => Guest::Paused,
+            GuestState::Ended => Guest::AtRest,
+        };
+        Ok(Met {
+            client: Arc::new(client),
+            process: visit.process,
+            version,
+            accelerator: "kvm".to_owned(),
+            machine: String::new(),
+            holds: holding(guest, native),
+        })
+    }
+
+    /// What was begun of our own may be a part of it, for it is configured piece by piece.
+    fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, _console: Option<&Path>) -> bool {
+        let taps = spec.nics.iter().enumerate();
+        let taps: Vec<_> =
+            taps.map(|(at, nic)| nic.tap.clone().unwrap_or_else(|| uid.tap_name(at))).collect();
+        let config = Config::of(spec, &taps);
+        let (Ok(drives), Ok(interfaces)) = (to_list(&config.drives), to_list(&config.interfaces)) else {
+            return false;
+        };
+        let known = |ours: &[Value], field: &str, id: &str| {
+            list(&holds.native, field)
+                .all(|theirs| ours.iter().any(|ours| ours.get(id) == theirs.get(id) && is_in(ours, theirs)))
+        };
+        let kernel = holds.native.get("boot-source").map(|boot| text(boot, "kernel_image_path"));
+        let same_kernel =
+            kernel.is_none_or(|kernel| kernel.is_empty() || kernel == config.boot.kernel_image_path);
+        let all = holds.guest == Guest::AtRest
+            || (list(&holds.native, "drives").count() == drives.len()
+                && list(&holds.native, "network-interfaces").count() == interfaces.len());
+        all && same_kernel
+            && holds.untold.is_empty()
+            && known(&drives, "drives", "drive_id")
+            && known(&interfaces, "network-interfaces", "iface_id")
+    }
+
+    async fn start(
+        &self,
+        met: &Met<Client>,
+        request: &LaunchRequest,
+        console: Option<&Path>,
+        _make: bool,
+    ) -> Result<(), BackendError> {
+        if !request.imported || met.holds.is_none() {
+            check_taps(&request.spec, &request.taps)?;
+            let metrics = prepare(request).await?;
+            if let Some(console) = console {
+                met.client.write_console_to(console).await?;
+            }
+            if let Err(error) = met.client.write_metrics_to(&metrics).await {
+                // Somebody else has a use of them, or it may not write there.
+                tracing::warn!(%error, "Firecracker does not count for us what the VM's devices move");
+            }
+            met.client.configure(&Config::of(&request.spec, &request.taps)).await?;
+        }
+        met.client.start().await
+    }
+
+    fn attend(&self, met: Met<Client>, parts: Parts) -> Launched {
+        handle::attend(met.client, met.process, self.program(), parts)
+    }
+
+    fn silent(&self, socket: &Path, process: &Process) -> Met<Client> {
+        Met {
+            client: Arc::new(Client::new(socket).of_process(process.pid())),
+            process: process.clone(),
+            version: String::new(),
+            accelerator: "kvm".to_owned(),
+            machine: String::new(),
+            holds: None,
+        }
+    }
+
+    async fn power_off(&self, client: &Client) -> Result<bool, BackendError> {
+        Ok(client.instance().await?.0 == GuestState::Ended)
+    }
+
+    async fn forget(&self, _client: &Client, _request: &SweepRequest) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+}
+
+async fn not_one(socket: &Path, error: BackendError) -> VisitError {
+    match stranger::who(socket).await {
+        Some(other) if !other.starts_with("Firecracker") => {
+            VisitError::Refused(format!("what listens there is not Firecracker: it is {other}"))
+        }
+        Some(_) | None => VisitError::Failed(error.message),
+    }
+}
+
+fn to_list<T: serde::Serialize>(items: &[T]) -> serde_json::Result<Vec<Value>> {
+    items.iter().map(serde_json::to_value).collect()
+}
+
+/// Makes room for the counters, and answers with their path.
+async fn prepare(request: &LaunchRequest) -> Result<PathBuf, BackendError> {
+    let dir = request.dir.clone();
+    let prepared = tokio::task::spawn_blocking(move || {
+        Metrics::begin(&dir)?;
+        Ok::<_, std::io::Error>(dir.join(METRICS))
+    });
+    let error = match prepared.await {
+        Ok(Ok(path)) => return Ok(path),
+        Ok(Err(error)) => error,
+        Err(error) => std::io::Error::other(error),
+    };
+    let message = format!("the run folder cannot be prepared: {error}; look at its room and rights");
+    Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
+}
+
+#[async_trait]
+impl Api for Client {
+    async fn state(&self) -> Result<GuestState, BackendError> {
+        Ok(self.instance().await?.0)
+    }
+
+    async fn pause(&self) -> Result<(), BackendError> {
+        Client::pause(self).await
+    }
+
+    async fn resume(&self) -> Result<(), BackendError> {
+        Client::resume(self).await
+    }
+
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        // On other processors Firecracker has no keyboard.
+        let call = || -> Call<'_> { Box::pin(self.ctrl_alt_del()) };
+        cfg!(target_arch = "x86_64").then(|| (EndedBy::CtrlAltDel, call()))
+    }
+
+    fn power_off(&self) -> Option<Call<'_>> {
+        None
+    }
+
+    async fn reset(&self, socket: &Path) -> Result<(), BackendError> {
+        let message = format!(
+            "Firecracker starts a guest once, and the one on unix://{} was started by somebody else: shut the VM down, start \
+             another VMM there ({}), and boot the VM",
+            socket.display(),
+            command(socket)
+        );
+        Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
+    }
+
+    async fn explain(&self, dir: &Path) -> Option<ExitCause> {
+        let sums = Metrics::new(dir).sums().await.ok()?;
+        if sums.cpu_failed() {
+            return Some(ExitCause::GuestCrash);
+        }
+        sums.guest_reset().then_some(ExitCause::GuestReset)
+    }
+
+    async fn counters(&self, dir: Option<&Path>) -> Result<(NetworkCounters, StorageCounters), BackendError> {
+        let nothing = || Ok(Default::default());
+        let Some(dir) = dir else { return nothing() };
+        if !tokio::fs::try_exists(dir.join(METRICS)).await.unwrap_or(false) {
+            return nothing();
+        }
+        self.flush_metrics().await?;
+        let sums = Metrics::new(dir).sums().await?;
+        Ok((sums.network(), sums.storage()))
+    }
+}
+
+/// What a VMM holds; `None` where nothing of a VM was said to it yet.
+fn holding(guest: Guest, native: Value) -> Option<Holding> {
+    let (config, untold) = configuration(&native);
+    let startable = config.boot.as_ref().is_some_and(|boot| !boot.kernel_path.is_empty());
+    let begun = startable || !config.storage.is_empty() || !config.network.is_empty() || !untold.is_empty();
+    (begun || guest.is_live()).then_some(Holding { guest, config, untold, startable, native })
+}
+
+/// What `/vm/config` tells of a VM, and what of that a configuration cannot say.
+pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
+    let mut untold = Vec::new();
+    let nothing = Value::Null;
+    let part = |name: &str| native.get(name).unwrap_or(&nothing);
+    let (cpu, memory) = machine(part("machine-config"), &mut untold);
+    let boot = part("boot-source");
+    let config = VmConfig {
+        cpu: Some(cpu),
+        memory: Some(memory),
+        boot: Some(BootConfig {
+            kernel_path: text(boot, "kernel_image_path"),
+            initrd_path: text(boot, "initrd_path"),
+            kernel_args: text(boot, "boot_args"),
+            boot_options: Options::new(),
+        }),
+        storage: list(native, "drives")
+            .enumerate()
+            .map(|(at, drive)| storage(at, drive, &mut untold))
+            .collect(),
+        network: list(native, "network-interfaces")
+            .enumerate()
+            .map(|(at, net)| interface(at, net, &mut untold))
+            .collect(),
+        ..VmConfig::default()
+    };
+    // The log and the counters are the VMM's, not the VM's.
+    let known = ["machine-config", "boot-source", "drives", "network-interfaces", "logger", "metrics"];
+    others(native, &known, &[], &mut untold, "");
+    (config, untold)
+}
+
+fn machine(told: &Value, untold: &mut Vec<String>) -> (CpuConfig, MemoryConfig) {
+    let vcpu_count = count(told, "vcpu_count");
+    let pairs = flag(told, "smt") && vcpu_count > 1;
+    let topology =
+        pairs.then(|| CpuTopology { sockets: 1, cores_per_socket: vcpu_count / 2, threads_per_core: 2 });
+    let mut backing = Options::new();
+    if text(told, "huge_pages") == "2M" {
+        backing.insert("hugepages".to_owned(), "true".to_owned());
+    }
+    let known = ["vcpu_count", "mem_size_mib", "smt", "huge_pages"];
+    others(told, &known, &[("cpu_template", json!("None"))], untold, "machine");
+    let cpu = CpuConfig { vcpu_count, topology, ..CpuConfig::default() };
+    let size_bytes = number(told, "mem_size_mib").saturating_mul(i64::try_from(MIB).unwrap_or(i64::MAX));
+    (cpu, MemoryConfig { size_bytes, backing, ..MemoryConfig::default() })
+}
+
+fn storage(at: usize, told: &Value, untold: &mut Vec<String>) -> StorageDevice {
+    let mut options = Options::new();
+    if text(told, "cache_type") == "Unsafe" {
+        options.insert("cache".to_owned(), "unsafe".to_owned());
+    }
+    let known = ["drive_id", "path_on_host", "is_root_device", "is_read_only", "cache_type", "rate_limiter"];
+    others(told, &known, &[("io_engine", json!("Sync"))], untold, "drive");
+    limits(told, "rate_limiter", "rate_limit.operations_per_second", &mut options, untold);
+    let id = text(told, "drive_id");
+    StorageDevice {
+        id: if is_name(&id) { id } else { format!("disk{at}") },
+        path: text(told, "path_on_host"),
+        read_only: flag(told, "is_read_only"),
+        is_root_device: flag(told, "is_root_device"),
+        interface_type: String::new(),
+        options,
+    }
+}
+
+fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterface {
+    let mut options = Options::new();
+    let known = ["iface_id", "host_dev_name", "guest_mac", "rx_rate_limiter", "tx_rate_limiter"];
+    others(told, &known, &[], untold, "network interface");
+    limits(told, "rx_rate_limiter", "rate_limit.packets_per_second", &mut options, untold);
+    if told.get("rx_rate_limiter") != told.get("tx_rate_limiter") {
+        untold.push("different limits for what is sent and received".to_owned());
+    }
+    let id = text(told, "iface_id");
+    NetworkInterface {
+        id: if is_name(&id) { id } else { format!("net{at}") },
+        mac_address: text(told, "guest_mac"),
+        tap_device: text(told, "host_dev_name"),
+        interface_type: String::new(),
+        options,
+    }
+}
+
+/// A limiter as options, where it is one that fills once a second and allows no burst.
+fn limits(told: &Value, field: &str, per_second: &str, options: &mut Options, untold: &mut Vec<String>) {
+    let Some(limiter) = told.get(field).filter(|limiter| !limiter.is_null()) else { return };
+    for (bucket, key) in [("bandwidth", "rate_limit.bytes_per_second"), ("ops", per_second)] {
+        let Some(bucket) = limiter.get(bucket).filter(|bucket| !bucket.is_null()) else { continue };
+        if number(bucket, "refill_time") == 1000 && number(bucket, "one_time_burst") == 0 {
+            options.insert(key.to_owned(), number(bucket, "size").to_string());
+        } else {
+            untold.push(format!("a {field} of another kind"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        let config = serde_json::from_str(
+            r#"{"cpu": {"vcpu_count": 2, "topology": {"sockets": 1, "cores_per_socket": 1, "threads_per_core": 2}},
+                "memory": {"size_bytes": 134217728},
+                "boot": {"kernel_path": "/k", "kernel_args": "quiet reboot=k"},
+                "storage": [{"id": "a", "path": "/a"}, {"id": "b", "path": "/b", "read_only": true}],
+                "network": [{"id": "n", "mac_address": "02:00:00:00:00:01", "tap_device": "tap0",
+                             "options": {"rate_limit.bytes_per_second": "1000000"}}]}"#,
+        );
+        VmSpec::parse(&config.unwrap()).unwrap()
+    }
+
+    /// As `/vm/config` shows what it was told.
+    fn native(spec: &VmSpec) -> Value {
+        let config = Config::of(spec, &["tap0".to_owned()]);
+        json!({
+            "machine-config": config.machine, "boot-source": config.boot, "drives": config.drives,
+            "network-interfaces": config.interfaces, "vsock": null, "balloon": null, "pmem": [],
+            "logger": {"level": "Error"}, "metrics": null,
+        })
+    }
+
+    fn uid() -> VmUid {
+        "0190a000-0000-7000-8000-000000000001".parse().unwrap()
+    }
+
+    #[test]
+    fn what_was_made_is_told_again() {
+        let (spec, (told, untold)) = (spec(), configuration(&native(&spec())));
+        assert_eq!(untold, [""; 0]);
+        let back = VmSpec::parse(&told).unwrap();
+        assert_eq!((&back.cpu, &back.memory, &back.boot), (&spec.cpu, &spec.memory, &spec.boot));
+        let disks = |spec: &VmSpec| -> Vec<_> {
+            spec.disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect()
+        };
+        assert_eq!(disks(&back), disks(&spec));
+        assert_eq!((back.nics[0].mac, &back.nics[0].options), (spec.nics[0].mac, &spec.nics[0].options));
+    }
+
+    #[test]
+    fn nothing_said_is_nothing_held() {
+        let empty = json!({"boot-source": {"kernel_image_path": ""}, "drives": [], "machine-config": {"vcpu_count": 1}});
+        assert!(holding(Guest::AtRest, empty.clone()).is_none());
+        assert!(holding(Guest::Running, empty).is_some());
+        let begun = json!({"boot-source": {"kernel_image_path": ""}, "drives": [{"drive_id": "x", "path_on_host": "/x"}]});
+        assert!(!holding(Guest::AtRest, begun).unwrap().startable);
+    }
+
+    #[test]
+    fn a_part_of_ours_is_ours_and_a_part_of_anothers_is_not() {
+        let kind = Firecracker::new();
+        let is_ours = |native: Value, guest| {
+            holding(guest, native).is_some_and(|holds| kind.is_made_of(&holds, uid(), &spec(), None))
+        };
+        let whole = native(&spec());
+        assert!(is_ours(whole.clone(), Guest::AtRest) && is_ours(whole.clone(), Guest::Running));
+        let mut part = whole.clone();
+        part["drives"].as_array_mut().unwrap().pop();
+        assert!(is_ours(part.clone(), Guest::AtRest), "it was broken off and can go on");
+        assert!(!is_ours(part, Guest::Running), "what runs must be all of it");
+        for (pointer, other) in [
+            ("/drives/0/path_on_host", json!("/other")),
+            ("/boot-source/kernel_image_path", json!("/other")),
+            ("/network-interfaces/0/host_dev_name", json!("tap1")),
+            ("/vsock", json!({"guest_cid": 3})),
+        ] {
+            let mut changed = whole.clone();
+            *changed.pointer_mut(pointer).unwrap() = other;
+            assert!(!is_ours(changed, Guest::AtRest), "{pointer}");
+        }
+    }
+}

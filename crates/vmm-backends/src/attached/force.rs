@@ -1,0 +1,222 @@
+//! The ladder that ends a VM whose VMM somebody else started.
+//!
+//! ```text
+//!   ask the guest ──► power the VM off, by the VMM's API ──► without force: error, it still runs
+//!                                                            with force: SIGTERM ──► SIGKILL, if proven
+//! ```
+//!
+//! What counts is that the VM has gone: its process has, or its VMM says that nothing runs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder};
+use vmm_core::state::EndedBy;
+use vmm_host::endpoint::{self, VisitError};
+use vmm_host::process::{Process, Signal};
+
+use crate::ladder::Call;
+
+/// How long a VMM may take to pass a request on to its guest.
+const ASKING: Duration = Duration::from_secs(2);
+/// How long a VMM may take to power its VM off, where there is time.
+const ORDERING: Duration = Duration::from_secs(5);
+/// The same by force.
+const FORCED_ORDERING: Duration = Duration::from_millis(1200);
+/// How long a VM may take to end after its VMM has taken the order.
+const ENDING: Duration = Duration::from_secs(1);
+/// How long a process may take to end after SIGTERM, and after SIGKILL. The whole of force stays within 4 s.
+const SIGNALLED: (Duration, Duration) = (Duration::from_millis(600), Duration::from_millis(2200));
+/// How long the end of a process may take whose connection has broken.
+const LOST: Duration = Duration::from_millis(500);
+/// How often a VMM is asked whether its guest has ended.
+const ASKED_AGAIN: Duration = Duration::from_millis(200);
+
+/// What a VMM offers to end its VM by.
+#[async_trait::async_trait]
+pub(super) trait Means: Send + Sync {
+    /// How the guest is asked, if it can be.
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
+    /// The order to power the VM off, if there is one. Where it ends the VMM as well, that is for force alone.
+    fn power_off(&self, forced: bool) -> Option<Call<'_>>;
+    /// Says whether the VM has ended though its VMM lives.
+    async fn has_ended(&self) -> Result<bool, BackendError>;
+}
+
+/// Climbs down the ladder until the VM has gone, and answers with the rung that it obeyed. `program` is what the executable of
+/// a VMM begins with that force may kill.
+pub(super) async fn climb(
+    process: &Process,
+    socket: &Path,
+    program: &str,
+    ladder: Ladder,
+    means: &dyn Means,
+) -> Result<EndedBy, BackendError> {
+    let forced = ladder.ask_guest_for.is_none();
+    // The last rung that reached the VM: whatever ends it before the next one does is this rung's work.
+    let mut reached = EndedBy::Guest;
+    if process.has_ended() {
+        return Ok(reached);
+    }
+    if let Some(patience) = ladder.ask_guest_for
+        && let Some((rung, call)) = means.ask()
+    {
+        let called = call_vmm(process, ASKING, call, "ask the guest to shut down").await;
+        reached = if called == Called::Taken { rung } else { reached };
+        if ends_within(process, means, called.patience(patience)).await {
+            return Ok(reached);
+        }
+    }
+    if let Some(call) = means.power_off(forced) {
+        let limit = if forced { FORCED_ORDERING } else { ORDERING };
+        let called = call_vmm(process, limit, call, "power the VM off").await;
+        reached = if called == Called::Taken { EndedBy::Vmm } else { reached };
+        if ends_within(process, means, called.patience(ENDING)).await {
+            return Ok(reached);
+        }
+    }
+    if process.has_ended() {
+        return Ok(reached);
+    }
+    if !forced {
+        return Err(still_runs(process, socket));
+    }
+    kill(process, socket, program).await
+}
+
+/// Ends the process that is proven to be the VMM at `socket`, and to run `program`.
+///
+/// # Errors
+/// [`BackendErrorKind::Host`] where that is not proven: nothing was touched. [`BackendErrorKind::Timeout`] where it outlives SIGKILL.
+pub(super) async fn kill(process: &Process, socket: &Path, program: &str) -> Result<EndedBy, BackendError> {
+    if let Err(unproven) = prove(process, socket, program).await {
+        // One that is on its way out shows neither its program nor its socket.
+        return process.wait_for(SIGNALLED.1).await.map(|_| EndedBy::Sigkill).ok_or(unproven);
+    }
+    let rungs =
+        [(Signal::TERM, SIGNALLED.0, EndedBy::Sigterm), (Signal::KILL, SIGNALLED.1, EndedBy::Sigkill)];
+    for (signal, limit, rung) in rungs {
+        if let Err(error) = process.signal(signal) {
+            tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled");
+            continue;
+        }
+        tracing::info!(pid = process.pid(), ?signal, "force: signalled a VMM that somebody else started");
+        if process.wait_for(limit).await.is_some() {
+            return Ok(rung);
+        }
+    }
+    let pid = process.pid();
+    let message =
+        format!("process {pid} is still there after SIGKILL, or may not be signalled: end it by hand");
+    Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
+}
+
+/// Proves that `process`, which a pidfd holds, listens on `socket` and runs a program that is called `program`.
+async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), BackendError> {
+    let unproven = |why: String| {
+        let message = format!(
+            "process {} was not killed: {why}; it was started by somebody else, so it is ended only where it is proven to be \
+             the VM's VMM. End it by hand",
+            process.pid()
+        );
+        BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
+    };
+    if process.pid() <= 1 {
+        return Err(unproven("that is no VMM's process id".to_owned()));
+    }
+    let runs =
+        executable(process).await.map_err(|error| unproven(format!("its program is not shown ({error})")))?;
+    if !runs.starts_with(program) {
+        return Err(unproven(format!("it runs {runs}, not {program}")));
+    }
+    match endpoint::visit(socket).await {
+        Ok(visit) if visit.process.identity() == process.identity() => Ok(()),
+        Ok(visit) => {
+            Err(unproven(format!("process {} listens on {}", visit.process.pid(), socket.display())))
+        }
+        Err(VisitError::Nobody(place)) => Err(unproven(format!("nobody listens on {place} any more"))),
+        Err(VisitError::Refused(why)) => Err(unproven(why)),
+        // A QEMU that stands still has no room for one more connection. That this process listens there was proven when it was
+        // met, and a pidfd has meant it since.
+        Err(VisitError::Failed(_)) => Ok(()),
+    }
+}
+
+async fn executable(process: &Process) -> std::io::Result<String> {
+    let process = process.clone();
+    let path =
+        tokio::task::spawn_blocking(move || process.executable()).await.map_err(std::io::Error::other)??;
+    Ok(path.file_name().unwrap_or_default().to_string_lossy().into_owned())
+}
+
+fn still_runs(process: &Process, socket: &Path) -> BackendError {
+    let message = format!(
+        "it still runs: neither its guest nor its VMM did as told, and process {} behind {} is not ours to kill. Try again, or \
+         use force, which ends the VMM's process",
+        process.pid(),
+        socket.display()
+    );
+    BackendError::new(BackendErrorKind::StillRuns, Effect::Unknown, message)
+}
+
+/// What became of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Called {
+    /// The VMM said yes.
+    Taken,
+    /// It broke off, or refused: it may be ending.
+    Lost,
+    /// It said nothing in time.
+    Silent,
+}
+
+impl Called {
+    /// How long the end is waited for, where a VMM that obeys is given `limit`.
+    fn patience(self, limit: Duration) -> Duration {
+        match self {
+            Self::Taken => limit,
+            Self::Lost => LOST,
+            Self::Silent => Duration::ZERO,
+        }
+    }
+}
+
+/// Makes a call to the VMM, for at most `limit`, and not beyond the end of its process.
+async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
+    let answer = tokio::select! {
+        biased;
+        answer = call => answer,
+        _ = process.wait() => return Called::Lost,
+        () = tokio::time::sleep(limit) => {
+            tracing::warn!(pid = process.pid(), "the VMM does not answer the call to {what}");
+            return Called::Silent;
+        }
+    };
+    match answer {
+        Ok(()) => Called::Taken,
+        Err(error) => {
+            tracing::warn!(pid = process.pid(), %error, "the VMM could not be told to {what}");
+            if error.effect == Effect::Applied { Called::Taken } else { Called::Lost }
+        }
+    }
+}
+
+async fn ends_within(process: &Process, means: &dyn Means, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    let ended = async {
+        loop {
+            // The process may end in the middle of the question.
+            if matches!(means.has_ended().await, Ok(true)) {
+                return;
+            }
+            tokio::time::sleep(ASKED_AGAIN).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        _ = process.wait() => true,
+        () = ended => true,
+        () = tokio::time::sleep_until(deadline) => process.has_ended(),
+    }
+}

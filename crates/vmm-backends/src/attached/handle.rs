@@ -1,0 +1,273 @@
+//! The handle of a VM that runs in a VMM with a REST API which somebody else started.
+//!
+//! ```text
+//!   Handle ── Api ──► the VMM's socket          asked at each sample: what does the guest do?
+//!      │                     │
+//!      │                     └─ not what was ordered ──► Paused, Resumed, Gone(told to end)
+//!      └───── process ─► pidfd ──► Monitor ────────────► Gone(unknown)
+//! ```
+//!
+//! Neither hypervisor sends us events here, so what others do to the VM shows at the next sample. The end of the process shows
+//! at once, by its pidfd; why it ended nobody can tell, for it is not our child and its log is not ours.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+use tokio::sync::{Mutex, mpsc};
+use tracing::Instrument;
+use vmm_core::backend::{
+    BackendError, Exit, ExitCause, GuestState, Ladder, Launched, NetworkCounters, Reset, Sample,
+    StorageCounters, Vmm, VmmEvent,
+};
+use vmm_core::state::EndedBy;
+use vmm_core::store::RunRecord;
+use vmm_host::process::Process;
+
+use super::console::Mirror;
+use super::force::{self, Means};
+use super::seat::Held;
+use super::{Guest, Parts};
+use crate::ladder::Call;
+use crate::rest::found::{or_gone, usage};
+
+/// Events that wait for the VM's owner.
+const QUEUE: usize = 16;
+
+/// What a handle asks of a VMM.
+#[async_trait]
+pub(super) trait Api: std::fmt::Debug + Send + Sync + 'static {
+    /// What the guest is doing.
+    async fn state(&self) -> Result<GuestState, BackendError>;
+    /// Stops the guest's CPUs; harmless where they stand still.
+    async fn pause(&self) -> Result<(), BackendError>;
+    /// Lets the guest's CPUs go on; harmless where they run.
+    async fn resume(&self) -> Result<(), BackendError>;
+    /// Asks the guest to shut down; the rung's name comes with it. `None` where it cannot be asked.
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
+    /// Powers the VM off, where the VMM can.
+    fn power_off(&self) -> Option<Call<'_>>;
+    /// Starts the guest again in the same VMM.
+    async fn reset(&self, socket: &Path) -> Result<(), BackendError>;
+    /// Why the process has ended, where what it left in the run folder tells.
+    async fn explain(&self, _dir: &Path) -> Option<ExitCause> {
+        None
+    }
+    /// What the guest's devices have moved, as far as the VMM tells. `dir` is the run folder of a VM that this program started.
+    async fn counters(&self, dir: Option<&Path>) -> Result<(NetworkCounters, StorageCounters), BackendError>;
+}
+
+/// The handle.
+#[derive(Debug)]
+struct Handle<A> {
+    run: RunRecord,
+    process: Process,
+    api: Arc<A>,
+    program: &'static str,
+    dir: Option<PathBuf>,
+    /// What the guest was ordered to do, or was last seen doing. Held while the VMM is asked or told, so that an order and a
+    /// sample do not cross.
+    known: Mutex<Guest>,
+    events: mpsc::Sender<VmmEvent>,
+    ending: Arc<AtomicBool>,
+    console: Option<Arc<Mirror>>,
+    held: Held,
+}
+
+/// Makes the handle of a VM that runs in `process`, and watches over it.
+pub(super) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static str, parts: Parts) -> Launched {
+    let (sender, events) = mpsc::channel(QUEUE);
+    let ending = Arc::new(AtomicBool::new(false));
+    let span = tracing::info_span!("attached", pid = process.pid());
+    let console = parts.console.map(Arc::new);
+    let monitor = Monitor {
+        process: process.clone(),
+        api: Arc::clone(&api),
+        dir: parts.dir.clone(),
+        console: console.clone(),
+        ending: Arc::clone(&ending),
+        sender: sender.clone(),
+    };
+    tokio::spawn(monitor.run().instrument(span));
+    let handle = Handle {
+        run: parts.run,
+        process,
+        api,
+        program,
+        dir: parts.dir,
+        known: Mutex::new(parts.guest),
+        events: sender,
+        ending,
+        console,
+        held: parts.held,
+    };
+    Launched { vmm: Arc::new(handle), events }
+}
+
+struct Monitor<A> {
+    process: Process,
+    api: Arc<A>,
+    dir: Option<PathBuf>,
+    console: Option<Arc<Mirror>>,
+    ending: Arc<AtomicBool>,
+    sender: mpsc::Sender<VmmEvent>,
+}
+
+impl<A: Api> Monitor<A> {
+    async fn run(self) {
+        tokio::select! {
+            biased;
+            _ = self.process.wait() => {}
+            // Nobody listens any more; the end is found out by whoever looks next.
+            () = self.sender.closed() => return,
+        }
+        if let Some(console) = &self.console {
+            console.catch_up().await;
+        }
+        let told = match &self.dir {
+            Some(dir) => self.api.explain(dir).await,
+            None => None,
+        };
+        let asked = self.ending.load(Ordering::Acquire);
+        let cause = if asked { ExitCause::Requested } else { told.unwrap_or(ExitCause::Unknown) };
+        let message = format!(
+            "its VMM, process {}, has ended; its exit status is not told of a process that somebody else started",
+            self.process.pid()
+        );
+        let _ = self.sender.send(VmmEvent::Gone(Exit { cause, message })).await;
+    }
+}
+
+impl<A: Api> Handle<A> {
+    /// Asks what the guest does, and tells where that is not what was ordered.
+    async fn look(&self) -> Result<GuestState, BackendError> {
+        let mut known = self.known.lock().await;
+        let state = self.api.state().await.map_err(|error| or_gone(&self.process, error))?;
+        let seen = match state {
+            GuestState::Running => Guest::Running,
+            GuestState::Paused => Guest::Paused,
+            GuestState::Ended => Guest::AtRest,
+        };
+        if seen == *known || self.ending.load(Ordering::Acquire) {
+            return Ok(state);
+        }
+        *known = seen;
+        let event = match seen {
+            Guest::Running => VmmEvent::Resumed,
+            Guest::Paused => VmmEvent::Paused,
+            Guest::AtRest => VmmEvent::Gone(Exit {
+                cause: ExitCause::Requested,
+                message: "somebody else ended it at its VMM, which lives on".to_owned(),
+            }),
+        };
+        // Whoever has fallen that far behind learns it by asking.
+        if let Err(error) = self.events.try_send(event) {
+            tracing::warn!(%error, "a change of the VM could not be told");
+        }
+        Ok(state)
+    }
+
+    async fn order(&self, wanted: Guest) -> Result<(), BackendError> {
+        let mut known = self.known.lock().await;
+        let done = match wanted {
+            Guest::Paused => self.api.pause().await,
+            Guest::Running | Guest::AtRest => self.api.resume().await,
+        };
+        done.map_err(|error| or_gone(&self.process, error))?;
+        *known = wanted;
+        Ok(())
+    }
+
+    async fn end(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        self.ending.store(true, Ordering::Release);
+        let ended = force::climb(&self.process, &self.run.socket, self.program, ladder, self).await;
+        if ended.is_err() {
+            self.ending.store(false, Ordering::Release);
+        }
+        self.save_console().await;
+        ended
+    }
+
+    /// Copies what the VMM may be about to overwrite.
+    async fn save_console(&self) {
+        if let Some(console) = &self.console {
+            console.catch_up().await;
+        }
+    }
+}
+
+#[async_trait]
+impl<A: Api> Means for Handle<A> {
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        let (rung, ask) = self.api.ask()?;
+        let call: Call<'_> = Box::pin(async {
+            // A guest that stands still hears nothing.
+            if self.api.state().await? == GuestState::Paused {
+                self.api.resume().await?;
+            }
+            ask.await
+        });
+        Some((rung, call))
+    }
+
+    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+        self.api.power_off()
+    }
+
+    async fn has_ended(&self) -> Result<bool, BackendError> {
+        Ok(self.api.state().await? == GuestState::Ended)
+    }
+}
+
+#[async_trait]
+impl<A: Api> Vmm for Handle<A> {
+    fn run(&self) -> &RunRecord {
+        &self.run
+    }
+
+    async fn pause(&self) -> Result<(), BackendError> {
+        self.order(Guest::Paused).await
+    }
+
+    async fn resume(&self) -> Result<(), BackendError> {
+        self.order(Guest::Running).await
+    }
+
+    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        self.end(ladder).await
+    }
+
+    async fn reset(&self) -> Result<Reset, BackendError> {
+        self.save_console().await;
+        self.api.reset(&self.run.socket).await.map_err(|error| or_gone(&self.process, error))?;
+        Ok(Reset::InPlace)
+    }
+
+    async fn reboot(&self, _ladder: Ladder) -> Result<Reset, BackendError> {
+        // A guest that obeys its power button takes its VMM along, and this program may not start another.
+        self.reset().await
+    }
+
+    async fn sample(&self) -> Result<Sample, BackendError> {
+        let looked = self.look().await;
+        self.held.answered(&self.run.version, &looked);
+        looked?;
+        let usage = usage(&self.process).await?;
+        let counted = self.api.counters(self.dir.as_deref()).await;
+        let (network, storage) = counted.unwrap_or_else(|error| {
+            tracing::debug!(%error, "the VMM does not tell what its devices have moved");
+            Default::default()
+        });
+        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
+        self.look().await
+    }
+
+    async fn kill(&self) -> Result<(), BackendError> {
+        let only_the_api = Ladder { ask_guest_for: Some(std::time::Duration::ZERO) };
+        self.end(only_the_api).await.map(drop)
+    }
+}

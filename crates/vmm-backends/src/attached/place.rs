@@ -1,0 +1,64 @@
+//! The names that a socket gives to the VM behind it.
+
+use std::path::Path;
+
+use vmm_core::id::VmId;
+
+/// What to call a VM that is found at `socket`: its path with dashes for slashes, `tmp-ch.sock` for `/tmp/ch.sock`; and where
+/// that says too little, or is taken, the same with a number that the whole path decides.
+pub(super) fn names(socket: &Path) -> Vec<VmId> {
+    let path = socket.to_string_lossy();
+    let plain = path.trim_start_matches('/').replace('/', "-");
+    // A dash in the path itself, and what a name cannot hold, would make two paths one name.
+    let is_told = path.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'.' | b'_'));
+    let numbered = numbered(&plain, path.as_bytes());
+    is_told.then(|| plain.parse().ok()).flatten().into_iter().chain(numbered).collect()
+}
+
+fn numbered(plain: &str, path: &[u8]) -> Option<VmId> {
+    let legal = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '-');
+    let suffix = format!("-{:08x}", fnv1a(path));
+    let room = VmId::MAX_LEN - suffix.len() - 2;
+    // The end of a path says more than its beginning.
+    let kept: Vec<char> = plain.chars().map(|letter| if legal(letter) { letter } else { '_' }).collect();
+    let tail: String = kept[kept.len().saturating_sub(room)..].iter().collect();
+    format!(
+        "vm{}{suffix}",
+        if tail.is_empty() { String::new() } else { format!("-{}", tail.trim_start_matches('-')) }
+    )
+    .chars()
+    .take(VmId::MAX_LEN)
+    .collect::<String>()
+    .parse()
+    .ok()
+}
+
+/// FNV-1a, 32 bits: the same in every version of this program and of its compiler, which `std`'s hashes are not.
+fn fnv1a(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use super::*;
+
+    fn texts(path: &str) -> Vec<String> {
+        names(Path::new(path)).into_iter().map(|name| name.to_string()).collect()
+    }
+
+    #[test]
+    fn a_plain_path_is_its_own_name() {
+        let names = texts("/tmp/ch.sock");
+        assert_eq!(names[0], "tmp-ch.sock");
+        assert_eq!(names.len(), 2);
+        assert!(names[1].starts_with("vm-tmp-ch.sock-"), "{names:?}");
+    }
+
+    #[test]
+    fn every_path_has_a_name_of_its_own() {
+        let long = format!("/{}", "x/".repeat(50));
+        let paths = ["/tmp/a-b", "/tmp/a/b", "/tmp/ä", "/tmp/ö", "/.hidden", "/_x", long.as_str(), "/a b"];
+        let firsts: std::collections::BTreeSet<_> = paths.iter().map(|path| texts(path)[0].clone()).collect();
+        assert_eq!(firsts.len(), paths.len(), "{firsts:?}");
+    }
+}

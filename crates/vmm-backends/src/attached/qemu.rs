@@ -1,0 +1,226 @@
+//! A QEMU that somebody else started, reached by its QMP socket: import only.
+//!
+//! ```text
+//!   Vmm ── Link ── QMP ──► the QEMU of somebody else        one client: while the daemon holds it, nobody else is served
+//!    ▲                          │
+//!    └──── Watch ◄── events ────┘  RESET, STOP, RESUME, SHUTDOWN
+//! ```
+//!
+//! QEMU tells of everything that its guest does, so nothing is polled. What ends its process (`quit`, a signal) is for force
+//! alone, and a reset is refused where QEMU was started in a way that makes one end it.
+
+mod describe;
+mod handle;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Capabilities, Effect, GuestState, LaunchRequest, Launched, SweepRequest,
+};
+use vmm_core::id::VmUid;
+use vmm_core::place::Places;
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::process::Process;
+
+use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use crate::qemu::client::RunState;
+use crate::qemu::convert::Accelerator;
+use crate::qemu::link::{CONNECTING, Link};
+use crate::qemu::qmp::{QemuVersion, Qmp, QmpError, QmpEvent};
+use crate::qemu::{NAME, capabilities};
+
+/// The oldest QEMU whose events say why it ends.
+const OLDEST: QemuVersion = QemuVersion { major: 4, minor: 2, micro: 0 };
+/// Events of QEMU that wait to be read.
+const QMP_EVENTS: usize = 256;
+
+/// QEMU, as attached.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    capabilities: Capabilities,
+}
+
+/// The connection to one QEMU.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(super) link: Arc<Link>,
+    events: Mutex<Option<mpsc::Receiver<QmpEvent>>>,
+}
+
+impl Connection {
+    fn new(socket: &Path, process: &Process) -> (Self, mpsc::Sender<QmpEvent>) {
+        let (sender, events) = mpsc::channel(QMP_EVENTS);
+        let link = Link::new(socket.to_path_buf(), process.pid(), sender.clone());
+        (Self { link: Arc::new(link), events: Mutex::new(Some(events)) }, sender)
+    }
+
+    fn take_events(&self) -> mpsc::Receiver<QmpEvent> {
+        let taken = self.events.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // Without them there is nothing to hear, as of a channel that nobody sends to.
+        taken.unwrap_or_else(|| mpsc::channel(1).1)
+    }
+}
+
+impl Qemu {
+    /// Makes it.
+    pub(crate) fn new() -> Self {
+        let mut capabilities = capabilities(Accelerator::Tcg);
+        capabilities.endpoint_mode = "attached";
+        for (name, fact) in [
+            ("accelerator", "as it was started"),
+            ("console", "none: it is where QEMU was told to put it"),
+            ("create", "no: a running QEMU is imported"),
+            ("guest-reset", "in place, or as QEMU was told"),
+            ("reboot", "in place, at once"),
+        ] {
+            capabilities.facts.insert(name, fact.to_owned());
+        }
+        for made_by_us in ["machines", "disk-formats", "disk-rate-limits", "network-rate-limits"] {
+            capabilities.facts.remove(made_by_us);
+        }
+        Self { capabilities }
+    }
+}
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    type Client = Connection;
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn title(&self) -> &'static str {
+        "QEMU"
+    }
+
+    fn program(&self) -> &'static str {
+        "qemu-"
+    }
+
+    fn how_to_start(&self, socket: &Path) -> String {
+        format!("qemu-system-x86_64 … -qmp unix:{},server=on,wait=off", socket.display())
+    }
+
+    fn places(&self, sockets: Vec<String>) -> Places {
+        Places::Imported {
+            places: sockets,
+            why: format!(
+                "{NAME} is attached to QEMUs that somebody else started, and a running QEMU is imported, not created: start one \
+                 with the socket that UNKEY_VMCP_QEMU_ENDPOINT names, or unset that to have QEMUs started"
+            ),
+        }
+    }
+
+    fn check(&self, _spec: &VmSpec, _report: &mut Report) {}
+
+    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<Connection>, VisitError> {
+        let (connection, sender) = Connection::new(socket, &visit.process);
+        let qmp = match Qmp::over(visit.stream, CONNECTING, sender).await {
+            Ok(qmp) => qmp,
+            Err(error) => return Err(not_one(socket, &error).await),
+        };
+        let failed = |error: BackendError| VisitError::Failed(error.message);
+        let qmp = connection.link.set(qmp).map_err(failed)?;
+        let version = qmp.version();
+        if version < OLDEST {
+            return Err(VisitError::Refused(format!(
+                "QEMU {version} listens there, and {OLDEST} is the oldest that can be used: start a newer one"
+            )));
+        }
+        let status = qmp.query_status().await.map_err(|error| VisitError::Failed(error.to_string()))?;
+        let told = describe::describe(&qmp).await;
+        Ok(Met {
+            client: Arc::new(connection),
+            process: visit.process,
+            version: version.to_string(),
+            accelerator: told.accelerator,
+            machine: told.machine,
+            holds: holding(status).map(|guest| Holding {
+                guest,
+                config: told.config,
+                untold: vec!["whatever QEMU's command line says".to_owned()],
+                startable: false,
+                native: serde_json::Value::Null,
+            }),
+        })
+    }
+
+    fn is_made_of(&self, _holds: &Holding, _uid: VmUid, _spec: &VmSpec, _console: Option<&Path>) -> bool {
+        false
+    }
+
+    async fn start(
+        &self,
+        _met: &Met<Connection>,
+        _request: &LaunchRequest,
+        _console: Option<&Path>,
+        _make: bool,
+    ) -> Result<(), BackendError> {
+        let message =
+            "a QEMU that somebody else started runs its guest once: start another on the same socket";
+        Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
+    }
+
+    fn attend(&self, met: Met<Connection>, parts: Parts) -> Launched {
+        let events = met.client.take_events();
+        handle::attend(Arc::clone(&met.client.link), events, met.process, self.program(), parts)
+    }
+
+    fn silent(&self, socket: &Path, process: &Process) -> Met<Connection> {
+        let (connection, _) = Connection::new(socket, process);
+        Met {
+            client: Arc::new(connection),
+            process: process.clone(),
+            version: String::new(),
+            accelerator: String::new(),
+            machine: String::new(),
+            holds: None,
+        }
+    }
+
+    /// Only force comes here, or the end of a start, which there is none of.
+    async fn power_off(&self, client: &Connection) -> Result<bool, BackendError> {
+        let qmp = match client.link.get() {
+            Ok(qmp) => qmp,
+            Err(_) => client.link.connect().await?,
+        };
+        qmp.quit().await?;
+        Ok(tokio::time::timeout(Duration::from_millis(500), qmp.closed()).await.is_ok())
+    }
+
+    async fn forget(&self, _client: &Connection, _request: &SweepRequest) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+}
+
+/// What a QEMU in this state holds; one whose guest has ended holds nothing that could be used.
+fn holding(status: RunState) -> Option<Guest> {
+    match status.guest_state_of_another() {
+        GuestState::Running => Some(Guest::Running),
+        GuestState::Paused => Some(Guest::Paused),
+        GuestState::Ended => None,
+    }
+}
+
+async fn not_one(socket: &Path, error: &QmpError) -> VisitError {
+    match stranger::who(socket).await {
+        Some(other) if !other.starts_with("QEMU") => {
+            VisitError::Refused(format!("what listens there is not QEMU: it is {other}"))
+        }
+        Some(_) | None => match error {
+            QmpError::NoGreeting(_) => VisitError::Failed(
+                "QEMU does not greet: QMP serves one client at a time, and another program holds it, or QEMU stands still. End \
+                 that client, or start QEMU with a second -qmp socket for this daemon"
+                    .to_owned(),
+            ),
+            other => VisitError::Failed(other.to_string()),
+        },
+    }
+}

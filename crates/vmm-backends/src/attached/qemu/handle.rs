@@ -1,0 +1,190 @@
+//! The handle of a VM in a QEMU that somebody else started.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, oneshot};
+use tracing::Instrument;
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Launched, NetworkCounters, Reset, Sample,
+    StorageCounters, Vmm,
+};
+use vmm_core::state::EndedBy;
+use vmm_core::store::RunRecord;
+use vmm_host::process::{Process, arguments_of};
+
+use super::super::force::{self, Means};
+use super::super::seat::Held;
+use super::super::{Guest, Parts};
+use crate::ladder::Call;
+use crate::qemu::client::RebootAction;
+use crate::qemu::link::Link;
+use crate::qemu::qmp::{Qmp, QmpEvent};
+use crate::qemu::vmm::Guest as Ordered;
+use crate::qemu::watch::{Owner, Watch};
+use crate::rest::found::{or_gone, usage};
+
+/// Events that wait for the VM's owner.
+const EVENTS: usize = 64;
+
+/// The handle.
+#[derive(Debug)]
+struct Handle {
+    run: RunRecord,
+    process: Process,
+    program: &'static str,
+    link: Arc<Link>,
+    guest: Arc<Ordered>,
+    held: Held,
+    /// Tells the watch, by being dropped, that this handle has been.
+    _wanted: oneshot::Sender<()>,
+}
+
+/// Makes the handle, and begins to watch.
+pub(super) fn attend(
+    link: Arc<Link>,
+    qmp_events: mpsc::Receiver<QmpEvent>,
+    process: Process,
+    program: &'static str,
+    parts: Parts,
+) -> Launched {
+    let (sender, events) = mpsc::channel(EVENTS);
+    let guest = Arc::new(Ordered::new(parts.guest == Guest::Running));
+    let (wanted, handle) = oneshot::channel();
+    let span = tracing::info_span!("attached-qemu", pid = process.pid());
+    let watch = Watch {
+        process: process.clone(),
+        link: Arc::clone(&link),
+        guest: Arc::clone(&guest),
+        qmp_events,
+        events: sender,
+        reboot: RebootAction::Reset,
+        log: PathBuf::new(),
+        shutdown: None,
+        handle,
+        owner: Owner::Another,
+    };
+    tokio::spawn(watch.run().instrument(span));
+    let handle = Handle { run: parts.run, process, program, link, guest, held: parts.held, _wanted: wanted };
+    Launched { vmm: Arc::new(handle), events }
+}
+
+impl Handle {
+    fn qmp(&self) -> Result<Arc<Qmp>, BackendError> {
+        self.link.get().map_err(|error| or_gone(&self.process, error))
+    }
+
+    fn explain(&self, error: crate::qemu::qmp::QmpError) -> BackendError {
+        or_gone(&self.process, error.into())
+    }
+
+    async fn blockstats(&self) -> Result<StorageCounters, BackendError> {
+        self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))
+    }
+
+    async fn end(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        self.guest.order_end(true);
+        let ended = force::climb(&self.process, &self.run.socket, self.program, ladder, self).await;
+        if ended.is_err() {
+            self.guest.order_end(false);
+        }
+        ended
+    }
+
+    /// Refuses a reset that would end QEMU, as far as its command line tells.
+    fn reset_is_harmless(&self) -> Result<(), BackendError> {
+        let started_so = arguments_of(&self.process).unwrap_or_default();
+        let ends = |word: &str| {
+            matches!(word, "-no-reboot" | "--no-reboot")
+                || word.split(',').any(|part| part == "reboot=shutdown")
+        };
+        let Some(word) = started_so.iter().filter_map(|word| word.to_str()).find(|word| ends(word)) else {
+            return Ok(());
+        };
+        let message = format!(
+            "QEMU was started with {word}, so a reset would end it, and this program may not start another: shut the VM down, \
+             start QEMU again, and it is imported"
+        );
+        Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
+    }
+}
+
+#[async_trait]
+impl Means for Handle {
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        let call: Call<'_> = Box::pin(async {
+            let qmp = self.qmp()?;
+            // A guest that stands still hears nothing.
+            if qmp.query_status().await?.guest_state() == GuestState::Paused {
+                qmp.cont().await?;
+            }
+            Ok(qmp.system_powerdown().await?)
+        });
+        Some((EndedBy::Acpi, call))
+    }
+
+    fn power_off(&self, forced: bool) -> Option<Call<'_>> {
+        // It ends QEMU's process, which is not ours.
+        forced.then(|| -> Call<'_> { Box::pin(async { Ok(self.qmp()?.quit().await?) }) })
+    }
+
+    async fn has_ended(&self) -> Result<bool, BackendError> {
+        Ok(self.qmp()?.query_status().await?.guest_state_of_another() == GuestState::Ended)
+    }
+}
+
+#[async_trait]
+impl Vmm for Handle {
+    fn run(&self) -> &RunRecord {
+        &self.run
+    }
+
+    async fn pause(&self) -> Result<(), BackendError> {
+        let change = self.guest.change().await;
+        self.qmp()?.stop().await.map_err(|error| self.explain(error))?;
+        change.set_runs(false);
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), BackendError> {
+        let change = self.guest.change().await;
+        self.qmp()?.cont().await.map_err(|error| self.explain(error))?;
+        change.set_runs(true);
+        Ok(())
+    }
+
+    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        self.end(ladder).await
+    }
+
+    async fn reset(&self) -> Result<Reset, BackendError> {
+        self.reset_is_harmless()?;
+        self.qmp()?.system_reset().await.map_err(|error| self.explain(error))?;
+        Ok(Reset::InPlace)
+    }
+
+    async fn reboot(&self, _ladder: Ladder) -> Result<Reset, BackendError> {
+        // A guest that obeys its power button takes QEMU along.
+        self.reset().await
+    }
+
+    async fn sample(&self) -> Result<Sample, BackendError> {
+        let counted = self.blockstats().await;
+        self.held.answered(&self.run.version, &counted);
+        let storage = counted?;
+        let usage = usage(&self.process).await?;
+        let network = NetworkCounters::default();
+        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
+        let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
+        Ok(status.guest_state_of_another())
+    }
+
+    async fn kill(&self) -> Result<(), BackendError> {
+        let only_ask = Ladder { ask_guest_for: Some(std::time::Duration::ZERO) };
+        self.end(only_ask).await.map(drop)
+    }
+}

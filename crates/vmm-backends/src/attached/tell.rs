@@ -1,0 +1,110 @@
+//! What VMMs tell of their VMs, read without trust: bounded, cleaned, and compared.
+
+use serde_json::{Map, Value};
+
+use crate::words;
+
+/// More devices of one kind than are taken up.
+pub(super) const MAX_DEVICES: usize = 64;
+
+/// The text of a field; empty where there is none.
+pub(super) fn text(of: &Value, field: &str) -> String {
+    of.get(field).and_then(Value::as_str).map(words::value).unwrap_or_default()
+}
+
+/// The number of a field, as far as it fits.
+pub(super) fn number(of: &Value, field: &str) -> i64 {
+    of.get(field).and_then(Value::as_u64).map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX))
+}
+
+/// The same for counts.
+pub(super) fn count(of: &Value, field: &str) -> i32 {
+    i32::try_from(number(of, field)).unwrap_or(i32::MAX)
+}
+
+/// Whether a field is true.
+pub(super) fn flag(of: &Value, field: &str) -> bool {
+    of.get(field).and_then(Value::as_bool).unwrap_or(false)
+}
+
+/// The elements of a list, as many as are taken up.
+pub(super) fn list<'a>(of: &'a Value, field: &str) -> impl Iterator<Item = &'a Value> {
+    of.get(field).and_then(Value::as_array).into_iter().flatten().take(MAX_DEVICES)
+}
+
+/// Names what an object has set beside what `known` names and beside `defaults`.
+pub(super) fn others(
+    of: &Value,
+    known: &[&str],
+    defaults: &[(&str, Value)],
+    untold: &mut Vec<String>,
+    what: &str,
+) {
+    let Some(fields) = of.as_object() else { return };
+    for (name, value) in fields.iter().take(MAX_DEVICES) {
+        let is_default = defaults.iter().any(|(field, default)| field == name && default == value);
+        if known.contains(&name.as_str()) || is_default || is_nothing(value) {
+            continue;
+        }
+        untold.push(words::version(&if what.is_empty() { name.clone() } else { format!("{what} {name}") }));
+    }
+}
+
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(fields) => fields.values().all(is_nothing),
+        Value::String(text) => text.is_empty(),
+        Value::Bool(true) | Value::Number(_) => false,
+    }
+}
+
+/// Says whether all that `ours` says is so in `theirs`, which may say more.
+pub(super) fn is_in(ours: &Value, theirs: &Value) -> bool {
+    match (ours, theirs) {
+        (Value::Object(ours), Value::Object(theirs)) => fields_in(ours, theirs),
+        (Value::Array(ours), Value::Array(theirs)) => {
+            ours.len() == theirs.len() && ours.iter().zip(theirs).all(|(ours, theirs)| is_in(ours, theirs))
+        }
+        _ => ours == theirs,
+    }
+}
+
+fn fields_in(ours: &Map<String, Value>, theirs: &Map<String, Value>) -> bool {
+    ours.iter().all(|(name, ours)| match theirs.get(name) {
+        Some(theirs) => is_in(ours, theirs),
+        None => is_nothing(ours),
+    })
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn more_may_be_said_but_nothing_else() {
+        let ours = json!({"a": 1, "list": [{"id": "x"}], "none": [], "off": false});
+        assert!(is_in(&ours, &json!({"a": 1, "b": 2, "list": [{"id": "x", "more": true}]})));
+        for other in [
+            json!({"a": 2, "list": [{"id": "x"}]}),
+            json!({"a": 1, "list": []}),
+            json!({"a": 1, "list": [{"id": "x"}, {"id": "y"}]}),
+            json!({"a": 1, "list": [{"id": "x"}], "none": [1]}),
+            json!({"a": 1, "list": [{"id": "x"}], "off": true}),
+            json!([]),
+        ] {
+            assert!(!is_in(&ours, &other), "{other}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_set_is_named() {
+        let mut untold = Vec::new();
+        let told = json!({"a": 1, "b": null, "c": [], "d": {"e": false}, "f": 2, "g": {"h": 1}});
+        others(&told, &["a"], &[("f", json!(2))], &mut untold, "");
+        assert_eq!(untold, ["g"]);
+    }
+}

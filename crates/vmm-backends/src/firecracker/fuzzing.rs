@@ -1,0 +1,83 @@
+//! Firecracker's words. The input is an answer (see [`Says::of`]), and what stands in the metrics' file. What it tells of a VM
+//! that somebody else made becomes a configuration of ours.
+
+use std::io;
+use std::path::Path;
+
+use vmm_core::backend::BackendError;
+
+use super::client::Client;
+use super::metrics::{METRICS, Sums, fold};
+use crate::attached::firecracker::configuration;
+use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
+
+/// How many of the calls of [`ask`] change nothing.
+const QUESTIONS: usize = 2;
+
+/// Takes one input.
+///
+/// # Panics
+///
+/// When a promise is broken: that is the finding.
+pub fn firecracker(input: &[u8]) {
+    let all: Vec<usize> = (0..=QUESTIONS).collect();
+    for says in Says::of(input) {
+        match says {
+            Says::Always(_) => run(calls(says, &all)),
+            // Each on a connection of its own, and once more on what the answer has left of that.
+            Says::Once(_) => all.iter().for_each(|call| run(calls(says.clone(), &[*call, *call]))),
+        }
+    }
+    metrics(input);
+}
+
+async fn calls(says: Says, calls: &[usize]) {
+    let talk = async |stream| {
+        let client = Client::over(Path::new("/nobody"), stream).await.expect("it is connected");
+        for call in calls {
+            if let Err(error) = ask(&client, *call).await {
+                check_error(&error, *call < QUESTIONS);
+            }
+        }
+    };
+    with_vmm(says, talk).await;
+}
+
+async fn ask(client: &Client, call: usize) -> Result<(), BackendError> {
+    match call {
+        0 => client.instance().await.map(|(_, version)| check_words(&version, 300)),
+        1 => client.describe().await.map(|native| {
+            let (config, untold) = configuration(&native);
+            check_description(&config, &untold);
+        }),
+        _ => client.pause().await,
+    }
+}
+
+/// Whatever stands in the file is summed up once, and alike wherever a reading stops.
+fn metrics(input: &[u8]) {
+    let whole = summed(&[input]);
+    let (begin, end) = input.split_at(input.len() / 2);
+    let pieces = summed(&[begin, end]);
+    match (whole, pieces) {
+        (Ok(whole), Ok(pieces)) => assert_eq!(whole, pieces),
+        (Err(error), Err(_)) => assert_eq!(error.kind(), io::ErrorKind::InvalidData),
+        (whole, pieces) => unreachable!("{whole:?} at once, {pieces:?} in two pieces"),
+    }
+}
+
+/// Writes the pieces one after the other, and reads after each, as if by another daemon.
+fn summed(pieces: &[&[u8]]) -> io::Result<Sums> {
+    let dir = tempfile::tempdir()?;
+    let mut written = Vec::new();
+    let mut sums = Ok(Sums::default());
+    for piece in pieces {
+        written.extend_from_slice(piece);
+        std::fs::write(dir.path().join(METRICS), &written)?;
+        sums = fold(dir.path());
+    }
+    if let Ok(sums) = &sums {
+        assert_eq!(fold(dir.path()).ok().as_ref(), Some(sums), "read again, nothing is counted twice");
+    }
+    sums
+}

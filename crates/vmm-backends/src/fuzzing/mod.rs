@@ -1,0 +1,146 @@
+//! The fuzz targets for what VMMs say: they host guests, so nothing they say is trusted. Run by `make fuzz`, and over the kept
+//! corpora by the tests.
+//!
+//! Each drives the real client over a socket pair, under a clock that stands still while anything is left to do: a wait for a
+//! VMM that says no more ends at once.
+
+use std::cell::RefCell;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::runtime::{Builder, Runtime};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+use vmm_core::config::VmConfig;
+use vmm_core::spec::VmSpec;
+
+pub use crate::cloud_hypervisor::fuzzing::cloud_hypervisor;
+pub use crate::firecracker::fuzzing::firecracker;
+pub use crate::qemu::fuzzing::qemu;
+
+/// The longest message of an error, in bytes.
+const MAX_MESSAGE: usize = 12 << 10;
+
+thread_local! {
+    static RUNTIME: RefCell<Runtime> = RefCell::new(
+        Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime can be made"),
+    );
+}
+
+/// Runs `work` to its end.
+pub(crate) fn run<T>(work: impl Future<Output = T>) -> T {
+    RUNTIME.with_borrow(|runtime| runtime.block_on(work))
+}
+
+/// What a VMM sends on one connection.
+#[derive(Clone)]
+pub(crate) enum Says {
+    /// This after the first request, then nothing more.
+    Once(Vec<u8>),
+    /// This after each request.
+    Always(Vec<u8>),
+}
+
+impl Says {
+    /// What the input means to a REST client: an answer as it is on the wire, or else bodies of answers of three kinds.
+    pub(crate) fn of(input: &[u8]) -> Vec<Self> {
+        if input.starts_with(b"HTTP/") {
+            return vec![Self::Once(input.to_vec())];
+        }
+        ["200 OK", "400 Bad Request", "500 Internal Server Error"]
+            .map(|status| {
+                let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n", input.len());
+                Self::Always([head.as_bytes(), input].concat())
+            })
+            .into()
+    }
+}
+
+/// Calls a VMM that says this. `calls` must drop its stream.
+pub(crate) async fn with_vmm(says: Says, calls: impl AsyncFnOnce(UnixStream)) {
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair can be made");
+    tokio::join!(calls(ours), serve(theirs, says));
+}
+
+async fn serve(mut stream: UnixStream, says: Says) {
+    let mut request = Vec::new();
+    let mut some = [0; 4096];
+    let mut first = true;
+    while let Ok(read @ 1..) = stream.read(&mut some).await {
+        request.extend_from_slice(&some[..read]);
+        if !is_whole(&request) {
+            continue;
+        }
+        request.clear();
+        // A client that has heard enough hangs up: then this fails, and so does the next reading.
+        let _ = match &says {
+            Says::Always(answer) => stream.write_all(answer).await,
+            Says::Once(answer) if first => match stream.write_all(answer).await {
+                Ok(()) => stream.shutdown().await,
+                Err(error) => Err(error),
+            },
+            Says::Once(_) => Ok(()),
+        };
+        first = false;
+    }
+}
+
+fn is_whole(request: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(request).to_lowercase();
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
+    let length = head.split("content-length: ").nth(1).and_then(|rest| rest.lines().next());
+    body.len() >= length.and_then(|length| length.parse().ok()).unwrap_or(0)
+}
+
+/// What went wrong is one of the kinds that a VMM can bring about, and is told in words that can be shown.
+pub(crate) fn check_error(error: &BackendError, only_asks: bool) {
+    let kinds = [
+        BackendErrorKind::Rejected,
+        BackendErrorKind::Protocol,
+        BackendErrorKind::Unreachable,
+        BackendErrorKind::Timeout,
+    ];
+    assert!(kinds.contains(&error.kind), "{error:?}");
+    assert!(!only_asks || error.effect == Effect::NotApplied, "a question changes nothing: {error:?}");
+    check_words(&error.message, MAX_MESSAGE);
+}
+
+/// A VM that a VMM tells of is written down as one that a client sent, whatever the VMM may have made up.
+pub(crate) fn check_description(config: &VmConfig, untold: &[String]) {
+    untold.iter().for_each(|what| check_words(what, MAX_MESSAGE));
+    for text in config.boot.iter().flat_map(|boot| [&boot.kernel_path, &boot.initrd_path, &boot.kernel_args])
+    {
+        check_words(text, 5 * 4096);
+    }
+    let negative = |number: i64| number < 0;
+    assert!(
+        !config.memory.iter().any(|it| negative(it.size_bytes) || negative(it.max_size_bytes)),
+        "{config:?}"
+    );
+    assert!(!config.cpu.iter().any(|it| it.vcpu_count < 0 || it.max_vcpu_count < 0), "{config:?}");
+    // It need not be one that could be started here, but it has to be judged.
+    if let Err(report) = VmSpec::parse(config) {
+        assert!(!report.is_ok());
+    }
+}
+
+/// A text of a VMM's that is shown or stored is bounded and harmless.
+pub(crate) fn check_words(text: &str, most: usize) {
+    assert!(text.len() <= most, "{} bytes", text.len());
+    assert!(!text.chars().any(char::is_control), "{text:?}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kept_inputs_hold() {
+        for (name, target) in [
+            ("cloud_hypervisor", cloud_hypervisor as fn(&[u8])),
+            ("firecracker", firecracker),
+            ("qemu", qemu),
+        ] {
+            assert!(vmm_testkit::corpus::replay(name, target) > 0, "{name}");
+        }
+    }
+}
