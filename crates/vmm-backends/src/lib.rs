@@ -1,11 +1,17 @@
 //! The hypervisors, one folder each: `mod.rs` holds the trait's implementation and nothing else, `convert.rs` turns a
 //! [`vmm_core::spec::VmSpec`] into the hypervisor's own configuration, `client.rs` speaks the hypervisor's own API.
 //!
-//! What they share is beside them: the [`ladder`] that ends a VM, and the [`launch`] of a VMM's process.
+//! [`attached`] is the same for VMMs that somebody else started. What they share is beside them: the [`ladder`] that ends a VM, and the [`launch`] of a VMM's process.
 
+pub mod attached;
 pub mod cloud_hypervisor;
 pub mod firecracker;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod ladder;
 pub mod launch;
+pub mod libvirt;
 pub mod qemu;
 pub mod rest;
+mod words;

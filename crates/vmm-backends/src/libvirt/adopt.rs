@@ -1,0 +1,153 @@
+//! Finding the domain of an earlier run again.
+
+use std::time::Duration;
+
+use vmm_core::backend::{
+    AdoptRequest, Adoption, BackendError, BackendErrorKind, Exit, ExitCause, GuestState, Vmm as _,
+};
+use vmm_host::process::{self, Lookup, Process};
+use vmm_libvirt_wire::{Call, Domain};
+
+use super::convert::restarts;
+use super::domain::{Owner, find_qemu, guest_state, is_active, owner};
+use super::run::{Facts, assemble};
+use super::{LibvirtBackend, place_of};
+
+/// How long libvirt may take to be connected to, and to answer; the service waits five seconds for all of it.
+const CONNECTING: Duration = Duration::from_secs(2);
+const LOOKING: Duration = Duration::from_millis(1500);
+/// How long a QEMU may take to go of which libvirt says that it has.
+const GOING: Duration = Duration::from_millis(500);
+
+/// Looks for the domain that `request` means. Kills nothing.
+pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Adoption {
+    let domain = place_of(request.place.as_deref(), request.uid);
+    let watched = backend.link.watch(domain);
+    let process = match find_qemu(domain, &backend.options.emulator).await {
+        Ok(process) => process,
+        Err(why) => return unreachable("identity-unproven", why),
+    };
+    let connected = backend.link.ready(CONNECTING).await;
+    let version = match (&connected, &request.run) {
+        (Ok(up), _) => up.hypervisor.clone(),
+        (Err(_), Some(run)) => run.version.clone(),
+        (Err(_), None) => String::new(),
+    };
+    let taps = request.spec.nics.iter().enumerate();
+    let taps = taps.map(|(index, nic)| nic.tap.clone().unwrap_or_else(|| request.uid.tap_name(index)));
+    let facts = Facts {
+        domain,
+        socket: backend.socket.clone(),
+        version,
+        accelerator: backend.accelerator.as_str().to_owned(),
+        machine: "q35".to_owned(),
+        restarts: restarts(&request.spec),
+        imported: request.imported,
+        taps: taps.collect(),
+    };
+    let known = match connected {
+        Ok(_) => backend.link.look(domain, LOOKING).await.map_err(BackendError::from),
+        Err(down) => Err(down.into()),
+    };
+    let found = Found { backend, request: &request, facts, watched };
+    match (known, process) {
+        (Ok(known), Some(process)) => found.with_process(known, process).await,
+        (Ok(Some(known)), None) if is_active(known.state) => unreachable(
+            "identity-unproven",
+            "libvirt says that the domain runs, but no such process is to be seen here",
+        ),
+        (Ok(_), None) => gone("libvirt says that the domain does not run"),
+        (Err(error), Some(process)) => found.silent("libvirt-unreachable", error, process),
+        (Err(error), None) => without_libvirt(&request, &error),
+    }
+}
+
+/// What a QEMU was found for.
+struct Found<'a> {
+    backend: &'a LibvirtBackend,
+    request: &'a AdoptRequest,
+    facts: Facts,
+    watched: super::link::Watched,
+}
+
+impl Found<'_> {
+    /// There is a QEMU, and libvirt has said what it knows.
+    async fn with_process(self, known: Option<Domain>, process: Process) -> Adoption {
+        let Some(known) = known.filter(|known| is_active(known.state)) else {
+            // It is about to go, or libvirt has lost it.
+            if process.wait_for(GOING).await.is_some() {
+                return gone("libvirt says that the domain does not run");
+            }
+            let lost = "its QEMU runs, but libvirt says that it does not; restarting libvirtd may help";
+            let error =
+                BackendError::new(BackendErrorKind::Unreachable, vmm_core::backend::Effect::NotApplied, lost);
+            return self.silent("libvirt-lost-it", error, process);
+        };
+        let ours = owner(&known) == Owner::Instance(self.request.instance);
+        if !ours && !self.request.imported {
+            return unreachable(
+                "domain-not-ours",
+                "the domain bears this VM's UUID, but not this program's mark",
+            );
+        }
+        let guest = guest_state(known.state);
+        let (backend, restarts, uuid) = (self.backend, self.facts.restarts, self.facts.domain);
+        let run = self.run(&process);
+        let facts = self.facts;
+        let (vmm, launched) =
+            assemble(&backend.link, self.watched, process, facts, run, guest == GuestState::Running);
+        let asked = async {
+            // Not only libvirt: QEMU must answer too.
+            let guest = vmm.probe().await?;
+            if ours {
+                // A daemon that died in the middle of a reset may have left the other action.
+                backend.link.order(Call::OnReboot { uuid, restart: restarts }, LOOKING).await?;
+            }
+            Ok::<_, BackendError>(guest)
+        };
+        match asked.await {
+            Ok(guest) => Adoption::Alive { launched, guest },
+            Err(error) if error.kind == BackendErrorKind::Gone => gone("the domain ended just now"),
+            Err(error) => Adoption::Unreachable {
+                reason: "vmm-does-not-answer",
+                message: error.message,
+                launched: Some(launched),
+            },
+        }
+    }
+
+    /// There is a QEMU of which libvirt says nothing: the handle can end it, if need be.
+    fn silent(self, reason: &'static str, error: BackendError, process: Process) -> Adoption {
+        let run = self.run(&process);
+        let (_, launched) = assemble(&self.backend.link, self.watched, process, self.facts, run, true);
+        Adoption::Unreachable { reason, message: error.message, launched: Some(launched) }
+    }
+
+    /// The record of the run: the recorded one, unless somebody has started the domain anew since.
+    fn run(&self, process: &Process) -> vmm_core::store::RunRecord {
+        let recorded = self.request.run.clone();
+        match recorded.filter(|run| run.process == *process.identity()) {
+            Some(run) => run,
+            None => self.facts.record(process),
+        }
+    }
+}
+
+/// Nobody can be asked, and no QEMU bears the domain's UUID.
+fn without_libvirt(request: &AdoptRequest, error: &BackendError) -> Adoption {
+    match request.run.as_ref().map(|run| process::adopt(&run.process)) {
+        None | Some(Lookup::Gone) => gone("no QEMU of the domain runs"),
+        Some(Lookup::Alive(_)) => {
+            unreachable("identity-unproven", "its process does not look like a QEMU of libvirt's any more")
+        }
+        Some(Lookup::Unprovable(why)) => unreachable("identity-unproven", format!("{why}; and {error}")),
+    }
+}
+
+fn gone(message: &str) -> Adoption {
+    Adoption::Gone { exit: Exit { cause: ExitCause::Unknown, message: message.to_owned() } }
+}
+
+fn unreachable(reason: &'static str, message: impl Into<String>) -> Adoption {
+    Adoption::Unreachable { reason, message: message.into(), launched: None }
+}

@@ -1,0 +1,352 @@
+//! From a [`VmSpec`] to a libvirt domain. Pure: the same request gives the same XML.
+//!
+//! The machine is the one that QEMU gets from this program where it starts it itself ([`crate::qemu::convert`]): the same
+//! firmware, devices in the same places, images whose format is stated and never probed. What differs is libvirt's:
+//!
+//! ```text
+//!   <domain>  name = vm_id, uuid = uid, <metadata> = our mark
+//!     <os>       q35 with qboot, kernel, initrd, cmdline
+//!     <devices>  disks in slots 2 to 9, NICs in slots 16 to 23, one serial port with a log file
+//!     <seclabel> QEMU runs as the daemon's own user, as a QEMU that the daemon starts does
+//! ```
+//!
+//! libvirt knows no microvm: its machines have PCI.
+
+use std::path::{Path, PathBuf};
+
+use vmm_core::id::{InstanceId, VmId, VmUid};
+use vmm_core::spec::{Disk, DiskFormat, MIB, Nic, RestartMode, VmSpec, option_is_true, rate_limit};
+use vmm_libvirt_wire::MARK_NAMESPACE;
+
+use super::cpu::CpuModel;
+use super::xml::{Xml, can_carry};
+use crate::qemu::convert::{Accelerator, DEFAULT_RESTART, ImageKind, MODEL_KEY};
+
+/// The console socket's name in the run folder: what is written there the guest reads from its serial port.
+pub const CONSOLE_SOCKET: &str = crate::qemu::convert::CONSOLE_SOCKET;
+
+/// Functions of one PCI slot.
+const FUNCTIONS: usize = 8;
+/// The first PCI slot of the disks.
+const DISK_SLOT: usize = 0x02;
+/// The first PCI slot of the network interfaces.
+const NIC_SLOT: usize = 0x10;
+/// Bytes of a virtio disk's serial number; a longer id is cut.
+const SERIAL_LEN: usize = 20;
+/// Modules of memory that may be plugged.
+const MEMORY_SLOTS: &str = "16";
+
+/// The user that QEMU runs as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label {
+    /// The user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
+/// Everything the domain depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// This installation.
+    pub instance: InstanceId,
+    /// The VM's creation, which is the domain's UUID.
+    pub uid: VmUid,
+    /// The VM's name, which is the domain's.
+    pub vm_id: &'a VmId,
+    /// What to run.
+    pub spec: &'a VmSpec,
+    /// What runs its CPUs.
+    pub accelerator: Accelerator,
+    /// The QEMU to use, where it is not libvirt's own choice.
+    pub emulator: Option<&'a Path>,
+    /// Where qboot is.
+    pub firmware: &'a Path,
+    /// The user that QEMU runs as, where libvirt lets one choose.
+    pub label: Option<Label>,
+    /// The run folder.
+    pub dir: &'a Path,
+    /// Where console output goes.
+    pub console: Option<&'a Path>,
+    /// The TAP of each network interface.
+    pub taps: &'a [String],
+    /// What lies at each disk's path.
+    pub images: &'a [ImageKind],
+}
+
+/// A path that XML cannot carry.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("libvirt cannot be given the path {0:?}: it is not UTF-8, or has control characters; rename it")]
+pub struct UnfitPath(pub PathBuf);
+
+/// Writes the domain.
+///
+/// # Errors
+/// [`UnfitPath`] for any of the paths.
+pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
+    let paths = Paths::of(inputs)?;
+    let kind = match inputs.accelerator {
+        Accelerator::Kvm => "kvm",
+        Accelerator::Tcg => "qemu",
+    };
+    let mut xml = Xml::default();
+    xml.element("domain", &[("type", kind)], |xml| {
+        xml.text("name", &[], inputs.vm_id.as_str());
+        xml.text("uuid", &[], &inputs.uid.to_string());
+        xml.element("metadata", &[], |xml| mark(xml, inputs.instance));
+        memory(xml, inputs.spec);
+        boot(xml, inputs.spec, &paths);
+        xml.element("features", &[], |xml| {
+            xml.empty("acpi", &[]);
+            xml.empty("vmport", &[("state", "off")]);
+            xml.empty("smm", &[("state", "off")]);
+        });
+        cpu(xml, inputs);
+        xml.text("on_poweroff", &[], "destroy");
+        xml.text("on_reboot", &[], if restarts(inputs.spec) { "restart" } else { "destroy" });
+        xml.text("on_crash", &[], "destroy");
+        xml.element("devices", &[], |xml| devices(xml, inputs, &paths));
+        if let Some(label) = inputs.label {
+            // Root reaches every file as it is; of any other user's QEMU libvirt has to give it what it may use.
+            let relabel = if label.uid == 0 { "no" } else { "yes" };
+            xml.element("seclabel", &[("type", "static"), ("model", "dac"), ("relabel", relabel)], |xml| {
+                xml.text("label", &[], &format!("+{}:+{}", label.uid, label.gid));
+            });
+        }
+    });
+    Ok(xml.finish())
+}
+
+/// Says whether a guest that resets itself starts again.
+pub(super) fn restarts(spec: &VmSpec) -> bool {
+    match spec.restart.mode.unwrap_or(DEFAULT_RESTART) {
+        RestartMode::Never => false,
+        RestartMode::GuestReboot | RestartMode::OnFailure | RestartMode::Always => true,
+    }
+}
+
+/// Our mark: whose domain it is.
+fn mark(xml: &mut Xml, instance: InstanceId) {
+    xml.empty("vmcp:vm", &[("xmlns:vmcp", MARK_NAMESPACE), ("instance", &instance.to_string())]);
+}
+
+/// The paths as text.
+struct Paths<'a> {
+    kernel: &'a str,
+    initrd: Option<&'a str>,
+    firmware: &'a str,
+    emulator: Option<&'a str>,
+    disks: Vec<&'a str>,
+    socket: Option<String>,
+    log: Option<&'a str>,
+}
+
+impl<'a> Paths<'a> {
+    fn of(inputs: &Inputs<'a>) -> Result<Self, UnfitPath> {
+        let spec = inputs.spec;
+        let socket = inputs.dir.join(CONSOLE_SOCKET);
+        Ok(Self {
+            kernel: fit(&spec.boot.kernel)?,
+            initrd: spec.boot.initrd.as_deref().map(fit).transpose()?,
+            firmware: fit(inputs.firmware)?,
+            emulator: inputs.emulator.map(fit).transpose()?,
+            disks: spec.disks.iter().map(|disk| fit(&disk.path)).collect::<Result<_, _>>()?,
+            socket: inputs.console.map(|_| fit(&socket).map(str::to_owned)).transpose()?,
+            log: inputs.console.map(fit).transpose()?,
+        })
+    }
+}
+
+fn fit(path: &Path) -> Result<&str, UnfitPath> {
+    path.to_str().filter(|text| can_carry(text)).ok_or_else(|| UnfitPath(path.to_path_buf()))
+}
+
+fn memory(xml: &mut Xml, spec: &VmSpec) {
+    let memory = &spec.memory;
+    if let Some(ceiling) = ceiling_mib(spec) {
+        xml.text("maxMemory", &[("slots", MEMORY_SLOTS), ("unit", "MiB")], &ceiling.to_string());
+    }
+    xml.text("memory", &[("unit", "MiB")], &memory.size_mib().to_string());
+    // Values other than true and false were refused when the spec was parsed.
+    let backed = |key| option_is_true(&memory.backing, key).unwrap_or(false);
+    let (huge, shared) = (backed("hugepages"), backed("shared"));
+    if huge || shared {
+        xml.element("memoryBacking", &[], |xml| {
+            if huge {
+                xml.empty("hugepages", &[]);
+            }
+            xml.empty("source", &[("type", "memfd")]);
+            xml.empty("access", &[("mode", if shared { "shared" } else { "private" })]);
+        });
+    }
+}
+
+/// What the memory may grow to, where that is more than there is.
+fn ceiling_mib(spec: &VmSpec) -> Option<u64> {
+    spec.memory
+        .hotplug_max_bytes
+        .filter(|ceiling| *ceiling > spec.memory.size_bytes)
+        .map(|ceiling| ceiling / MIB)
+}
+
+fn boot(xml: &mut Xml, spec: &VmSpec, paths: &Paths<'_>) {
+    xml.element("os", &[], |xml| {
+        xml.text("type", &[("arch", "x86_64"), ("machine", "q35")], "hvm");
+        // Not SeaBIOS, for the reason that `qemu::convert` gives.
+        xml.text("loader", &[("type", "rom")], paths.firmware);
+        xml.text("kernel", &[], paths.kernel);
+        if let Some(initrd) = paths.initrd {
+            xml.text("initrd", &[], initrd);
+        }
+        let args = spec.kernel_args();
+        if !args.is_empty() {
+            xml.text("cmdline", &[], &args);
+        }
+    });
+}
+
+fn cpu(xml: &mut Xml, inputs: &Inputs<'_>) {
+    let spec = inputs.spec;
+    let (count, max) = (spec.cpu.count.to_string(), spec.cpu.max.to_string());
+    xml.text("vcpu", &[("current", &count)], &max);
+    let model = spec.cpu.features.get(MODEL_KEY).and_then(|text| CpuModel::parse(text).ok());
+    let model = model.unwrap_or_else(|| CpuModel::of(inputs.accelerator));
+    model.write(xml, |xml| {
+        let (sockets, cores, threads) = match spec.cpu.topology {
+            Some(topology) => (topology.sockets, topology.cores, topology.threads),
+            None => (1, spec.cpu.max, 1),
+        };
+        let [sockets, cores, threads] = [sockets, cores, threads].map(|count| count.to_string());
+        let topology = [("sockets", &*sockets), ("dies", "1"), ("cores", &*cores), ("threads", &*threads)];
+        xml.empty("topology", &topology);
+        if ceiling_mib(spec).is_some() {
+            // libvirt plugs memory into NUMA nodes only: one that holds everything.
+            let (cpus, size) = (format!("0-{}", spec.cpu.max - 1), spec.memory.size_mib().to_string());
+            xml.element("numa", &[], |xml| {
+                xml.empty("cell", &[("id", "0"), ("cpus", &cpus), ("memory", &size), ("unit", "MiB")]);
+            });
+        }
+    });
+}
+
+fn devices(xml: &mut Xml, inputs: &Inputs<'_>, paths: &Paths<'_>) {
+    if let Some(emulator) = paths.emulator {
+        xml.text("emulator", &[], emulator);
+    }
+    xml.empty("controller", &[("type", "usb"), ("model", "none")]);
+    let disks = inputs.spec.disks.iter().zip(&paths.disks).zip(inputs.images);
+    for (place, ((disk, path), image)) in disks.enumerate() {
+        add_disk(xml, place, disk, path, *image);
+    }
+    for (place, (nic, tap)) in inputs.spec.nics.iter().zip(inputs.taps).enumerate() {
+        add_nic(xml, place, nic, tap);
+    }
+    if let (Some(socket), Some(log)) = (&paths.socket, paths.log) {
+        xml.element("serial", &[("type", "unix")], |xml| {
+            xml.empty("source", &[("mode", "bind"), ("path", socket)]);
+            xml.empty("log", &[("file", log), ("append", "on")]);
+            xml.empty("target", &[("type", "isa-serial"), ("port", "0")]);
+        });
+    }
+    xml.empty("memballoon", &[("model", "none")]);
+}
+
+fn add_disk(xml: &mut Xml, place: usize, disk: &Disk, path: &str, image: ImageKind) {
+    let (kind, source) = match image {
+        ImageKind::File => ("file", "file"),
+        ImageKind::BlockDevice => ("block", "dev"),
+    };
+    let direct = option_is_true(&disk.options, "direct_io").unwrap_or(false);
+    let unsafe_cache = disk.options.get("cache").is_some_and(|cache| cache == "unsafe");
+    let cache = match (unsafe_cache, direct) {
+        (true, _) => "unsafe",
+        (false, true) => "none",
+        (false, false) => "writeback",
+    };
+    let discard = if disk.read_only { "ignore" } else { "unmap" };
+    xml.element("disk", &[("type", kind), ("device", "disk")], |xml| {
+        // A fault of the disk is the guest's to handle, as on the other backends.
+        let driver =
+            [("name", "qemu"), ("type", disk.format.as_str()), ("cache", cache), ("discard", discard)];
+        let faults = [("error_policy", "report"), ("rerror_policy", "report")];
+        xml.empty("driver", &[&driver[..], &faults[..]].concat());
+        xml.empty("source", &[(source, path)]);
+        if disk.format == DiskFormat::Qcow2 && !disk.backing_files {
+            // Whatever the image's header says, no other file is opened.
+            xml.empty("backingStore", &[]);
+        }
+        xml.empty("target", &[("dev", &disk_name(place)), ("bus", "virtio")]);
+        throttle(xml, disk);
+        if disk.read_only {
+            xml.empty("readonly", &[]);
+        }
+        let serial: String = disk.id.chars().take(SERIAL_LEN).collect();
+        xml.text("serial", &[], &serial);
+        address(xml, DISK_SLOT, place);
+    });
+}
+
+fn throttle(xml: &mut Xml, disk: &Disk) {
+    let limits = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
+    if limits.bytes_per_second.is_none() && limits.operations_per_second.is_none() {
+        return;
+    }
+    xml.element("iotune", &[], |xml| {
+        if let Some(bytes) = limits.bytes_per_second {
+            xml.text("total_bytes_sec", &[], &bytes.to_string());
+        }
+        if let Some(operations) = limits.operations_per_second {
+            xml.text("total_iops_sec", &[], &operations.to_string());
+        }
+    });
+}
+
+/// What libvirt calls a disk: vda to vdz, then vdaa and so on, as Linux does.
+fn disk_name(place: usize) -> String {
+    const LETTERS: usize = 26;
+    let letter = |at: usize| char::from(b'a' + u8::try_from(at % LETTERS).unwrap_or(0));
+    match place.checked_sub(LETTERS) {
+        None => format!("vd{}", letter(place)),
+        Some(rest) => format!("vd{}{}", letter(rest / LETTERS), letter(rest)),
+    }
+}
+
+fn add_nic(xml: &mut Xml, place: usize, nic: &Nic, tap: &str) {
+    xml.element("interface", &[("type", "ethernet")], |xml| {
+        xml.empty("mac", &[("address", &nic.mac.to_string())]);
+        // The TAP exists, and is not libvirt's to make or remove.
+        xml.empty("target", &[("dev", tap), ("managed", "no")]);
+        xml.empty("model", &[("type", "virtio")]);
+        // No boot from the network, so no ROM for it.
+        xml.empty("rom", &[("enabled", "no")]);
+        address(xml, NIC_SLOT, place);
+    });
+}
+
+/// Where a device sits, so that a disk added to a configuration renames no network interface in its guest.
+fn address(xml: &mut Xml, first_slot: usize, place: usize) {
+    let (slot, function) = (first_slot + place / FUNCTIONS, place % FUNCTIONS);
+    let (slot, function) = (format!("0x{slot:02x}"), format!("0x{function:x}"));
+    let mut attributes = vec![
+        ("type", "pci"),
+        ("domain", "0x0000"),
+        ("bus", "0x00"),
+        ("slot", &*slot),
+        ("function", &*function),
+    ];
+    if function == "0x0" {
+        attributes.push(("multifunction", "on"));
+    }
+    xml.empty("address", &attributes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_named_as_linux_does() {
+        let names: Vec<_> = [0, 25, 26, 51, 52, 63].map(disk_name).into();
+        assert_eq!(names, ["vda", "vdz", "vdaa", "vdaz", "vdba", "vdbl"]);
+    }
+}

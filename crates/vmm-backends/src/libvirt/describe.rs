@@ -1,0 +1,300 @@
+//! From libvirt's XML of a domain to a configuration, as far as a configuration can say it. Pure.
+//!
+//! What it cannot say is listed by name, so that nobody takes the rest for the whole.
+
+use roxmltree::{Document, Node};
+use vmm_core::config::{
+    BootConfig, ConsoleConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, StorageDevice,
+    VmConfig,
+};
+
+/// The most devices of a kind that are read.
+const DEVICES: usize = 256;
+/// Devices that every VM here has, or that do nothing.
+const PLAIN_DEVICES: [&str; 10] = [
+    "emulator",
+    "controller",
+    "disk",
+    "interface",
+    "serial",
+    "console",
+    "memballoon",
+    "input",
+    "audio",
+    "rng",
+];
+
+/// What libvirt tells of a domain.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Described {
+    pub(super) config: VmConfig,
+    /// What the configuration does not say.
+    pub(super) untold: Vec<String>,
+    /// The TAPs of a running domain.
+    pub(super) taps: Vec<String>,
+    /// Whether a guest that resets itself starts again.
+    pub(super) restarts: bool,
+    pub(super) accelerator: String,
+    pub(super) machine: String,
+}
+
+/// Reads a domain.
+///
+/// # Errors
+/// What is wrong with the XML.
+pub(super) fn describe(xml: &str) -> Result<Described, String> {
+    let document = Document::parse(xml).map_err(|error| error.to_string())?;
+    let domain = document.root_element();
+    if domain.tag_name().name() != "domain" {
+        return Err("it is no domain".to_owned());
+    }
+    let mut untold = Vec::new();
+    let devices = child(domain, "devices");
+    let (storage, network, taps) = match devices {
+        Some(devices) => {
+            note_devices(devices, &mut untold);
+            let (network, taps) = network(devices, &mut untold);
+            (storage(devices, &mut untold), network, taps)
+        }
+        None => Default::default(),
+    };
+    let os = child(domain, "os");
+    let machine =
+        os.and_then(|os| child(os, "type")).and_then(|kind| kind.attribute("machine")).unwrap_or_default();
+    let config = VmConfig {
+        cpu: Some(cpu(domain)),
+        memory: Some(memory(domain)),
+        boot: Some(boot(os, &mut untold)),
+        storage,
+        network,
+        console: Some(ConsoleConfig {
+            enabled: devices.is_some_and(|devices| child(devices, "serial").is_some()),
+            ..ConsoleConfig::default()
+        }),
+        ..VmConfig::default()
+    };
+    let kind = domain.attribute("type").unwrap_or_default();
+    Ok(Described {
+        config,
+        untold,
+        taps,
+        restarts: text(domain, "on_reboot") != "destroy",
+        accelerator: if kind == "qemu" { "tcg".to_owned() } else { kind.to_owned() },
+        machine: machine.to_owned(),
+    })
+}
+
+fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+    node.children().find(|child| child.tag_name().name() == name)
+}
+
+fn children<'a, 'input>(
+    node: Node<'a, 'input>,
+    name: &'static str,
+) -> impl Iterator<Item = Node<'a, 'input>> {
+    node.children().filter(move |child| child.tag_name().name() == name).take(DEVICES)
+}
+
+/// The text of a child element; empty where there is none.
+fn text<'a>(node: Node<'a, '_>, name: &str) -> &'a str {
+    child(node, name).and_then(|child| child.text()).unwrap_or_default().trim()
+}
+
+fn attribute<'a>(node: Node<'a, '_>, element: &str, name: &str) -> &'a str {
+    child(node, element).and_then(|child| child.attribute(name)).unwrap_or_default()
+}
+
+fn cpu(domain: Node<'_, '_>) -> CpuConfig {
+    let max = text(domain, "vcpu").parse().unwrap_or(1);
+    let topology = child(domain, "cpu").and_then(|cpu| child(cpu, "topology"));
+    CpuConfig {
+        vcpu_count: attribute(domain, "vcpu", "current").parse().unwrap_or(max),
+        max_vcpu_count: max,
+        topology: topology.map(|topology| {
+            let count = |name| topology.attribute(name).and_then(|text| text.parse().ok()).unwrap_or(1);
+            CpuTopology {
+                sockets: count("sockets"),
+                cores_per_socket: count("cores"),
+                threads_per_core: count("threads"),
+            }
+        }),
+        ..CpuConfig::default()
+    }
+}
+
+fn memory(domain: Node<'_, '_>) -> MemoryConfig {
+    let ceiling = bytes(domain, "maxMemory");
+    let size = bytes(domain, "memory").unwrap_or(0);
+    let ceiling = ceiling.filter(|ceiling| *ceiling > size);
+    MemoryConfig {
+        size_bytes: size,
+        hotplug_enabled: ceiling.is_some(),
+        max_size_bytes: ceiling.unwrap_or(0),
+        ..MemoryConfig::default()
+    }
+}
+
+/// A size with its unit; libvirt itself always says KiB.
+fn bytes(domain: Node<'_, '_>, name: &str) -> Option<i64> {
+    let element = child(domain, name)?;
+    let number: i64 = element.text()?.trim().parse().ok()?;
+    let factor = match element.attribute("unit").unwrap_or("KiB") {
+        "b" | "bytes" => 1,
+        "KB" => 1000,
+        "k" | "KiB" => 1 << 10,
+        "MB" => 1_000_000,
+        "M" | "MiB" => 1 << 20,
+        "GB" => 1_000_000_000,
+        "G" | "GiB" => 1 << 30,
+        "T" | "TiB" => 1 << 40,
+        _ => return None,
+    };
+    number.checked_mul(factor)
+}
+
+fn boot(os: Option<Node<'_, '_>>, untold: &mut Vec<String>) -> BootConfig {
+    let Some(os) = os else { return BootConfig::default() };
+    let kernel = text(os, "kernel");
+    if kernel.is_empty() {
+        untold.push("it boots by its firmware, from a disk or the network".to_owned());
+    }
+    BootConfig {
+        kernel_path: kernel.to_owned(),
+        initrd_path: text(os, "initrd").to_owned(),
+        // Blanks at its ends are the kernel's.
+        kernel_args: child(os, "cmdline").and_then(|line| line.text()).unwrap_or_default().to_owned(),
+        ..BootConfig::default()
+    }
+}
+
+fn storage(devices: Node<'_, '_>, untold: &mut Vec<String>) -> Vec<StorageDevice> {
+    let mut storage = Vec::new();
+    for disk in children(devices, "disk") {
+        let name = attribute(disk, "target", "dev");
+        let source = child(disk, "source");
+        let path = source.and_then(|source| source.attribute("file").or_else(|| source.attribute("dev")));
+        let kind = disk.attribute("device").unwrap_or("disk");
+        let (Some(path), "disk") = (path, kind) else {
+            untold.push(format!("{kind} {name}"));
+            continue;
+        };
+        if attribute(disk, "target", "bus") != "virtio" {
+            untold.push(format!("the bus of disk {name}"));
+        }
+        let format = match attribute(disk, "driver", "type") {
+            "" => "raw",
+            known @ ("raw" | "qcow2") => known,
+            other => {
+                untold.push(format!("the format {other} of disk {name}"));
+                continue;
+            }
+        };
+        let mut device = StorageDevice {
+            id: name.to_owned(),
+            path: path.to_owned(),
+            read_only: child(disk, "readonly").is_some(),
+            ..StorageDevice::default()
+        };
+        device.options.insert("format".to_owned(), format.to_owned());
+        storage.push(device);
+    }
+    storage
+}
+
+/// The network interfaces, and the TAPs that they have now.
+fn network(devices: Node<'_, '_>, untold: &mut Vec<String>) -> (Vec<NetworkInterface>, Vec<String>) {
+    let (mut network, mut taps) = (Vec::new(), Vec::new());
+    for (place, interface) in children(devices, "interface").enumerate() {
+        let kind = interface.attribute("type").unwrap_or_default();
+        // The others have no TAP: a process, a card, another program's socket.
+        let has_tap = matches!(kind, "ethernet" | "bridge" | "network");
+        let tap = if has_tap { attribute(interface, "target", "dev") } else { "" };
+        if kind != "ethernet" {
+            untold.push(format!("network interface {place} is of libvirt's kind {kind}"));
+        }
+        if !tap.is_empty() {
+            taps.push(tap.to_owned());
+        }
+        network.push(NetworkInterface {
+            id: format!("net{place}"),
+            mac_address: attribute(interface, "mac", "address").to_owned(),
+            tap_device: tap.to_owned(),
+            ..NetworkInterface::default()
+        });
+    }
+    (network, taps)
+}
+
+/// Names the devices for which a configuration has no place.
+fn note_devices(devices: Node<'_, '_>, untold: &mut Vec<String>) {
+    let mut seen = Vec::new();
+    for device in devices.children().filter(Node::is_element) {
+        let name = device.tag_name().name();
+        if !PLAIN_DEVICES.contains(&name) && !seen.contains(&name) && seen.len() < DEVICES {
+            seen.push(name);
+            untold.push(format!("the device {name}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STRANGER: &str = r#"<domain type='kvm' id='3'>
+      <name>web</name>
+      <uuid>0193f0de-0000-7000-8000-000000000001</uuid>
+      <memory unit='KiB'>2097152</memory>
+      <currentMemory unit='KiB'>1048576</currentMemory>
+      <vcpu placement='static' current='2'>4</vcpu>
+      <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type><boot dev='hd'/></os>
+      <cpu mode='host-model'><topology sockets='1' dies='1' cores='4' threads='1'/></cpu>
+      <on_reboot>restart</on_reboot>
+      <devices>
+        <emulator>/usr/bin/qemu-system-x86_64</emulator>
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/images/web.qcow2'/>
+          <target dev='vda' bus='virtio'/></disk>
+        <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/sdx'/>
+          <target dev='sda' bus='scsi'/><readonly/></disk>
+        <disk type='file' device='cdrom'><target dev='sdb' bus='sata'/></disk>
+        <interface type='network'><mac address='52:54:00:00:00:01'/><source network='default'/>
+          <target dev='vnet0'/><model type='virtio'/></interface>
+        <interface type='ethernet'><mac address='52:54:00:00:00:02'/><target dev='tap7' managed='no'/></interface>
+        <serial type='pty'><target port='0'/></serial>
+        <graphics type='vnc'/><graphics type='spice'/><video/>
+      </devices></domain>"#;
+
+    #[test]
+    fn a_strangers_domain_is_told_as_far_as_it_goes() {
+        let told = describe(STRANGER).unwrap();
+        let config = &told.config;
+        let cpu = config.cpu.as_ref().unwrap();
+        assert_eq!((cpu.vcpu_count, cpu.max_vcpu_count), (2, 4));
+        assert_eq!(config.memory.as_ref().unwrap().size_bytes, 2 << 30);
+        assert_eq!(config.boot.as_ref().unwrap().kernel_path, "");
+        let disks: Vec<_> = config
+            .storage
+            .iter()
+            .map(|disk| (&*disk.id, &*disk.path, disk.read_only, &*disk.options["format"]))
+            .collect();
+        assert_eq!(disks, [("vda", "/images/web.qcow2", false, "qcow2"), ("sda", "/dev/sdx", true, "raw")]);
+        assert_eq!(told.taps, ["vnet0", "tap7"]);
+        assert_eq!((told.restarts, &*told.accelerator, &*told.machine), (true, "kvm", "pc-q35-7.2"));
+        let untold = told.untold.join("; ");
+        for what in
+            ["firmware", "bus of disk sda", "cdrom sdb", "kind network", "device graphics", "device video"]
+        {
+            assert!(untold.contains(what), "{what} is not in {untold}");
+        }
+        assert_eq!(untold.matches("graphics").count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_domain_is_refused() {
+        for text in ["", "<network/>", "<domain>", "<!DOCTYPE d [<!ENTITY a '&a;&a;'>]><domain>&a;</domain>"]
+        {
+            assert!(describe(text).is_err(), "{text}");
+        }
+        assert_eq!(describe("<domain/>").unwrap().config.storage, []);
+    }
+}

@@ -1,0 +1,211 @@
+//! Domains that somebody else made, or started again.
+//!
+//! ```text
+//!   at first, and after each gap: the list ──┐
+//!   an event of a domain that nobody watches ┴─► look ──┬─ ours, and runs ──► found, by the uid that it bears
+//!                                                       ├─ a stranger's ────► found, where strangers are imported
+//!                                                       └─ none any more ───► lost, where it was one of those
+//! ```
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tracing::{Instrument as _, debug, warn};
+use uuid::Uuid;
+use vmm_core::backend::{Backend as _, GuestState};
+use vmm_core::id::{VmId, VmUid};
+use vmm_core::place::{Discovery, Finding, Found};
+use vmm_core::state::VmState;
+use vmm_libvirt_wire::{Call, Domain, Got};
+
+use super::LibvirtBackend;
+use super::describe::{Described, describe};
+use super::domain::{LOOKING, Owner, find_qemu, guest_state, is_active, owner};
+use super::link::Stray;
+use super::run::{Facts, assemble};
+
+/// Findings that wait to be taken up.
+const FINDINGS: usize = 64;
+
+/// Looks at what is there, and goes on looking.
+pub(super) async fn discover(backend: LibvirtBackend) -> Discovery {
+    // Before the first look, so that nothing falls between.
+    let strays = backend.link.strays();
+    let mut seen = Seen { backend, strangers: BTreeSet::new() };
+    let present = seen.everything().await.unwrap_or_default();
+    let (sender, later) = mpsc::channel(FINDINGS);
+    tokio::spawn(seen.go_on(strays, sender).instrument(tracing::info_span!("libvirt-discovery")));
+    Discovery { present, later }
+}
+
+/// What has been seen so far.
+struct Seen {
+    backend: LibvirtBackend,
+    /// Domains of others that were told of.
+    strangers: BTreeSet<Uuid>,
+}
+
+impl Seen {
+    async fn go_on(mut self, mut strays: mpsc::UnboundedReceiver<Stray>, sender: mpsc::Sender<Finding>) {
+        loop {
+            let stray = tokio::select! {
+                stray = strays.recv() => stray,
+                () = sender.closed() => return,
+            };
+            let findings = match stray {
+                Some(Stray::Changed(uuid) | Stray::Undefined(uuid)) => self.one(uuid).await,
+                Some(Stray::Connected) => self.all_again().await,
+                Some(Stray::Lost) => vec![Finding::Health],
+                None => return,
+            };
+            for finding in findings {
+                if sender.send(finding).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// After a gap: health, what is there, and what is not any more.
+    async fn all_again(&mut self) -> Vec<Finding> {
+        let before = self.strangers.clone();
+        let mut findings = vec![Finding::Health];
+        let Some(found) = self.everything().await else { return findings };
+        let lost = before.difference(&self.strangers).map(|uuid| Finding::Lost { place: uuid.to_string() });
+        findings.extend(lost);
+        findings.extend(found.into_iter().map(|found| Finding::Found(Box::new(found))));
+        findings
+    }
+
+    /// Everything that is there now; `None` where libvirt does not say.
+    async fn everything(&mut self) -> Option<Vec<Found>> {
+        let domains = match self.backend.link.call(Call::List, LOOKING).await {
+            Ok(Got::Domains { domains }) => domains,
+            Ok(other) => {
+                warn!(?other, "libvirt's list of domains is none");
+                return None;
+            }
+            Err(error) => {
+                debug!(%error, "libvirt does not list its domains now");
+                return None;
+            }
+        };
+        self.strangers.clear();
+        let mut found = Vec::new();
+        for domain in domains {
+            found.extend(self.judge(domain).await);
+        }
+        Some(found)
+    }
+
+    /// What became of one domain.
+    async fn one(&mut self, uuid: Uuid) -> Vec<Finding> {
+        match self.backend.link.look(uuid, LOOKING).await {
+            Ok(Some(domain)) => {
+                self.judge(domain).await.into_iter().map(|found| Finding::Found(Box::new(found))).collect()
+            }
+            Ok(None) if self.strangers.remove(&uuid) => vec![Finding::Lost { place: uuid.to_string() }],
+            Ok(None) => Vec::new(),
+            Err(error) => {
+                debug!(%error, %uuid, "a domain that has changed cannot be looked at");
+                Vec::new()
+            }
+        }
+    }
+
+    /// Says whether a domain is worth telling of, and what there is to tell.
+    async fn judge(&mut self, domain: Domain) -> Option<Found> {
+        let uuid = domain.uuid;
+        let ours = match owner(&domain) {
+            Owner::Instance(_) => true,
+            Owner::Stranger if self.backend.options.import => {
+                self.strangers.insert(uuid);
+                false
+            }
+            Owner::Stranger => return None,
+        };
+        let live = is_active(domain.state);
+        if self.backend.link.is_watched(uuid) || ours && !live {
+            return None;
+        }
+        match self.examine(&domain, ours).await {
+            Ok(found) => Some(found),
+            Err(why) => {
+                warn!(%uuid, name = domain.name, why, "a domain of libvirt cannot be taken up");
+                None
+            }
+        }
+    }
+
+    async fn examine(&self, domain: &Domain, ours: bool) -> Result<Found, String> {
+        let uuid = domain.uuid;
+        let got =
+            self.backend.link.call(Call::Xml { uuid }, LOOKING).await.map_err(|error| error.to_string())?;
+        let Got::Xml { xml } = got else { return Err("libvirt's answer is none".to_owned()) };
+        let told = describe(&xml)?;
+        let guest = guest_state(domain.state);
+        let state = match guest {
+            GuestState::Running => VmState::Running,
+            GuestState::Paused => VmState::Paused,
+            GuestState::Ended => VmState::Shutdown,
+        };
+        let launched = match state {
+            VmState::Running | VmState::Paused => Some(self.hold(uuid, &told, ours, guest).await?),
+            VmState::Created | VmState::Shutdown => None,
+        };
+        Ok(Found {
+            place: if ours { String::new() } else { uuid.to_string() },
+            uid: ours.then(|| VmUid::new(uuid)),
+            names: names(domain),
+            config: told.config,
+            untold: told.untold,
+            state,
+            launched,
+        })
+    }
+
+    async fn hold(
+        &self,
+        uuid: Uuid,
+        told: &Described,
+        ours: bool,
+        guest: GuestState,
+    ) -> Result<vmm_core::backend::Launched, String> {
+        let backend = &self.backend;
+        let watched = backend.link.watch(uuid);
+        let process = find_qemu(uuid, &backend.options.emulator).await?;
+        let process = process.ok_or("it runs, but no such process is to be seen here")?;
+        let facts = Facts {
+            domain: uuid,
+            socket: backend.socket.clone(),
+            version: backend.hypervisor(),
+            accelerator: told.accelerator.clone(),
+            machine: told.machine.clone(),
+            restarts: told.restarts,
+            imported: !ours,
+            taps: told.taps.clone(),
+        };
+        let run = facts.record(&process);
+        let (_, launched) =
+            assemble(&backend.link, watched, process, facts, run, guest == GuestState::Running);
+        Ok(launched)
+    }
+}
+
+/// What to call a stranger's domain: its name, if VMs may have such names, or its UUID.
+fn names(domain: &Domain) -> Vec<VmId> {
+    let fallback = format!("libvirt-{}", domain.uuid);
+    [domain.name.clone(), fallback].into_iter().filter_map(|name| name.parse().ok()).collect()
+}
+
+/// The link is shared, and so is all that is cloned here.
+impl LibvirtBackend {
+    pub(super) async fn begin_discovery(&self) -> Option<Discovery> {
+        let shared = Self { link: Arc::clone(&self.link), ..self.clone() };
+        // What there is to find may take longer than a start of the daemon may wait.
+        let _ = shared.link.ready(super::CONNECTING).await;
+        debug!(backend = %self.capabilities().name, "looking for domains");
+        Some(discover(shared).await)
+    }
+}

@@ -1,0 +1,176 @@
+//! Domains as libvirt tells of them: whose they are, what they do, and which process is theirs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use uuid::Uuid;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState};
+use vmm_core::id::InstanceId;
+use vmm_host::path::real_name;
+use vmm_host::process::{self, Lookup, Process, find_by_option};
+use vmm_libvirt_wire::{Call, Domain, DomainState, Got, MARK_NAMESPACE};
+
+use super::link::{CallError, Link};
+
+/// How long libvirt may take over what needs no QEMU.
+pub(super) const LOOKING: Duration = Duration::from_secs(5);
+
+/// Whose a domain is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// A VM of this program bears the domain's UUID; it was made by this installation.
+    Instance(InstanceId),
+    /// Somebody else's.
+    Stranger,
+}
+
+/// Reads our mark.
+pub(super) fn owner(domain: &Domain) -> Owner {
+    let Some(mark) = &domain.mark else { return Owner::Stranger };
+    let Ok(document) = roxmltree::Document::parse(mark) else { return Owner::Stranger };
+    let root = document.root_element();
+    // libvirt may hand it out without its namespace, which was what it was found by.
+    let is_ours = root.tag_name().namespace().is_none_or(|namespace| namespace == MARK_NAMESPACE);
+    let instance = root.attribute("instance").and_then(|text| text.parse().ok());
+    match instance {
+        Some(instance) if is_ours && root.tag_name().name() == "vm" => Owner::Instance(instance),
+        Some(_) | None => Owner::Stranger,
+    }
+}
+
+/// Says whether a domain has a QEMU.
+pub(super) const fn is_active(state: DomainState) -> bool {
+    !matches!(state, DomainState::Off)
+}
+
+/// What a domain's guest is doing.
+pub(super) const fn guest_state(state: DomainState) -> GuestState {
+    match state {
+        DomainState::Running => GuestState::Running,
+        DomainState::Paused | DomainState::Busy => GuestState::Paused,
+        DomainState::IoError
+        | DomainState::Watchdog
+        | DomainState::Crashed
+        | DomainState::ShuttingDown
+        | DomainState::Off => GuestState::Ended,
+    }
+}
+
+/// Why a guest in this state cannot go on; `None` where it can, or has ended in order.
+pub(super) const fn failure(state: DomainState) -> Option<&'static str> {
+    match state {
+        DomainState::IoError => Some("a disk of the guest failed, and libvirt stopped it"),
+        DomainState::Watchdog => Some("the guest's watchdog fired, and libvirt stopped it"),
+        DomainState::Crashed => Some("the guest crashed"),
+        DomainState::Running
+        | DomainState::Paused
+        | DomainState::Busy
+        | DomainState::ShuttingDown
+        | DomainState::Off => None,
+    }
+}
+
+impl Link {
+    /// Looks at one domain; `None` where there is none.
+    pub(super) async fn look(&self, uuid: Uuid, within: Duration) -> Result<Option<Domain>, CallError> {
+        one(self.call(Call::Look { uuid }, within).await?)
+    }
+
+    /// Looks at the domain of a name.
+    pub(super) async fn look_by_name(&self, name: &str) -> Result<Option<Domain>, CallError> {
+        one(self.call(Call::LookByName { name: name.to_owned() }, LOOKING).await?)
+    }
+
+    /// Makes a call that has no result but success.
+    pub(super) async fn order(&self, call: Call, within: Duration) -> Result<(), CallError> {
+        match self.call(call, within).await? {
+            Got::Done => Ok(()),
+            other => Err(senseless(&other)),
+        }
+    }
+}
+
+fn one(got: Got) -> Result<Option<Domain>, CallError> {
+    match got {
+        Got::Domains { mut domains } if domains.len() <= 1 => Ok(domains.pop()),
+        other => Err(senseless(&other)),
+    }
+}
+
+/// An answer to another question.
+pub(super) fn senseless(got: &Got) -> CallError {
+    CallError::Senseless(format!("an answer to another question: {got:?}").chars().take(200).collect())
+}
+
+/// Finds the QEMU of a domain, whose UUID libvirt puts in its arguments; `None` where there is none.
+///
+/// # Errors
+/// Where nothing proves which process it is. Whatever runs is to be left alone then.
+pub(super) async fn find_qemu(uuid: Uuid, emulator: &Path) -> Result<Option<Process>, String> {
+    let own = real_name(emulator);
+    let found = tokio::task::spawn_blocking(move || find_by_option("-uuid", &uuid.to_string())).await;
+    let found = match found {
+        Ok(Ok(found)) => found,
+        Ok(Err(error)) => return Err(format!("the host's processes cannot be listed: {error}")),
+        Err(error) => return Err(error.to_string()),
+    };
+    let is_qemu = |name: &str| {
+        name.starts_with("qemu-system-") || matches!(name, "qemu-kvm" | "kvm") || own.as_deref() == Some(name)
+    };
+    let mut ours = found
+        .into_iter()
+        .filter(|found| found.program_name().and_then(|name| name.to_str()).is_some_and(is_qemu));
+    let Some(qemu) = ours.next() else { return Ok(None) };
+    if let Some(other) = ours.next() {
+        return Err(format!(
+            "processes {} and {} both claim to be the domain {uuid}",
+            qemu.identity.pid, other.identity.pid
+        ));
+    }
+    match process::adopt(&qemu.identity) {
+        Lookup::Alive(process) => Ok(Some(process)),
+        Lookup::Gone => Ok(None),
+        Lookup::Unprovable(why) => Err(why),
+    }
+}
+
+/// A process that is there while nothing proves whose it is.
+pub(super) fn unproven(why: String) -> BackendError {
+    BackendError::new(
+        BackendErrorKind::Host,
+        Effect::NotApplied,
+        format!("{why}; end it by hand and try again"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn marked(mark: Option<&str>) -> Owner {
+        owner(&Domain {
+            uuid: Uuid::nil(),
+            name: "a".to_owned(),
+            mark: mark.map(str::to_owned),
+            state: DomainState::Off,
+            persistent: true,
+        })
+    }
+
+    #[test]
+    fn only_a_whole_mark_is_ours() {
+        let id = "0193f0de-0000-7000-8000-000000000001";
+        let ours = Owner::Instance(id.parse().unwrap());
+        assert_eq!(marked(Some(&format!("<vm instance='{id}'/>"))), ours);
+        let spelled = format!("<v:vm xmlns:v='{MARK_NAMESPACE}' instance='{id}'/>");
+        assert_eq!(marked(Some(&spelled)), ours);
+        for other in
+            ["", "<vm/>", "<vm instance='x'/>", "vm", "<!DOCTYPE vm [<!ENTITY a 'b'>]><vm instance='&a;'/>"]
+        {
+            assert_eq!(marked(Some(other)), Owner::Stranger, "{other}");
+        }
+        let foreign = format!("<v:vm xmlns:v='urn:x' instance='{id}'/>");
+        assert_eq!(marked(Some(&foreign)), Owner::Stranger);
+        assert_eq!(marked(None), Owner::Stranger);
+    }
+}

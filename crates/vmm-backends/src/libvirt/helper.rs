@@ -1,0 +1,158 @@
+//! The helper's program: where it is, and what its failures mean.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use vmm_core::backend::BackendErrorKind;
+use vmm_host::path::find_program;
+use vmm_libvirt_wire::{Failure, FailureKind};
+
+use super::link::Down;
+use crate::words;
+
+/// The program's name.
+pub const PROGRAM: &str = "vmm-libvirt-helper";
+/// Where packages put it, seen from the daemon's folder.
+const LIBEXEC: &str = "../libexec/vmm-controlplane";
+
+/// Finds the helper: beside the daemon, where packages put it, on PATH, or where `wanted` says.
+pub(super) fn find(wanted: &Path) -> Result<PathBuf, Down> {
+    let path = std::env::var_os("PATH");
+    let found = if wanted.is_absolute() {
+        find_program(wanted, None)
+    } else {
+        let own = std::env::current_exe().ok();
+        let own = own.as_deref().and_then(Path::parent);
+        beside(wanted, own).map_or_else(|| find_program(wanted, path.as_deref()), Ok)
+    };
+    found.map_err(|problem| Down {
+        kind: BackendErrorKind::NotInstalled,
+        message: format!(
+            "libvirt is spoken to by a program of its own, and that is missing: {problem}. It belongs beside vmm-controlplane; \
+             `make libvirt-helper` builds it, with the Debian packages libvirt-dev and pkg-config"
+        ),
+    })
+}
+
+fn beside(wanted: &Path, own: Option<&Path>) -> Option<PathBuf> {
+    let own = own?;
+    [own.to_path_buf(), own.join(LIBEXEC)]
+        .iter()
+        .find_map(|folder| find_program(folder.join(wanted), None).ok())
+}
+
+/// What it means that the helper ended without a word on its stdout: `exit` is how, `said` its last words on stderr.
+pub(super) fn ended(exit: &str, said: &str) -> Down {
+    let said = words::sentence(said.trim());
+    if said.contains("libvirt") && said.contains("shared librar") {
+        return Down {
+            kind: BackendErrorKind::NotInstalled,
+            message: format!(
+                "the library libvirt is missing: install it (Debian and Ubuntu: the package libvirt0); {PROGRAM} says: {said}"
+            ),
+        };
+    }
+    let said = if said.is_empty() { String::new() } else { format!("; it says: {said}") };
+    Down { kind: BackendErrorKind::Unreachable, message: format!("{PROGRAM} ended ({exit}){said}") }
+}
+
+/// What it means that libvirt cannot be reached at `uri`.
+pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
+    let said = words::sentence(&failure.message);
+    let lower = said.to_lowercase();
+    let (kind, advice) = if failure.kind == FailureKind::Denied || lower.contains("permission denied") {
+        (
+            BackendErrorKind::Host,
+            "let the daemon's user use libvirt: add it to the group libvirt (usermod -aG libvirt USER), and start the daemon again",
+        )
+    } else if lower.contains("no connection driver") {
+        (
+            BackendErrorKind::NotInstalled,
+            "install libvirt's QEMU driver (Debian and Ubuntu: the package libvirt-daemon-driver-qemu) and restart libvirtd",
+        )
+    } else if lower.contains("no such file") || lower.contains("refused") || lower.contains("unable to fork")
+    {
+        (
+            BackendErrorKind::Unreachable,
+            "is libvirtd installed (Debian and Ubuntu: the package libvirt-daemon-system) and running (systemctl start libvirtd), \
+             and does UNKEY_VMCP_QEMU_ENDPOINT name its socket?",
+        )
+    } else if lower.contains("emulator") || lower.contains("qemu-system") {
+        (BackendErrorKind::NotInstalled, "install QEMU (Debian and Ubuntu: the package qemu-system-x86)")
+    } else {
+        (BackendErrorKind::Unreachable, "look at libvirtd's log, and at UNKEY_VMCP_QEMU_ENDPOINT")
+    };
+    Down { kind, message: format!("libvirt cannot be used at {uri}: {said}; {advice}") }
+}
+
+/// The socket behind a URI, for people; libvirt finds it by itself.
+pub(super) fn socket_of(uri: &str, runtime_dir: Option<&OsStr>) -> PathBuf {
+    let query = uri.split_once('?').map(|(_, query)| query).unwrap_or_default();
+    let named = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
+    if let Some(named) = named {
+        return PathBuf::from(named);
+    }
+    match (is_session(uri), runtime_dir) {
+        (true, Some(dir)) => Path::new(dir).join("libvirt/libvirt-sock"),
+        (true, None) => PathBuf::from("libvirt/libvirt-sock"),
+        (false, _) => PathBuf::from("/run/libvirt/libvirt-sock"),
+    }
+}
+
+/// Says whether a URI means the user's own libvirtd, whose QEMUs run as that user whatever is asked for.
+pub(super) fn is_session(uri: &str) -> bool {
+    uri.split('?').next().is_some_and(|address| address.ends_with("/session"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named_with_its_package() {
+        let refused = |kind, message: &str| {
+            let failure = Failure { kind, message: message.to_owned() };
+            unreachable("qemu:///system", &failure).message
+        };
+        let absent = "Failed to connect socket to '/var/run/libvirt/libvirt-sock': No such file or directory";
+        let table = [
+            (FailureKind::NoConnection, absent, "libvirt-daemon-system"),
+            (
+                FailureKind::NoConnection,
+                "no connection driver available for qemu:///system",
+                "libvirt-daemon-driver-qemu",
+            ),
+            (
+                FailureKind::NoConnection,
+                "Failed to connect socket to '/x': Permission denied",
+                "group libvirt",
+            ),
+            (FailureKind::Denied, "authentication unavailable: no polkit agent", "group libvirt"),
+            (FailureKind::Other, "could not find any emulator", "qemu-system-x86"),
+        ];
+        for (kind, message, advice) in table {
+            let told = refused(kind, message);
+            assert!(told.contains(advice) && told.contains(message), "{told}");
+        }
+        let loader = "error while loading shared libraries: libvirt.so.0: cannot open shared object file";
+        let told = ended("exit status 127", loader);
+        assert!(told.message.contains("libvirt0"), "{}", told.message);
+        assert_eq!(told.kind, BackendErrorKind::NotInstalled);
+        assert!(ended("exit status 1", "").message.ends_with("(exit status 1)"));
+        let told = find(Path::new("vmm-no-such-helper")).unwrap_err();
+        assert!(told.message.contains("make libvirt-helper"), "{}", told.message);
+        assert_eq!(told.kind, BackendErrorKind::NotInstalled);
+    }
+
+    #[test]
+    fn sockets_follow_from_uris() {
+        let runtime = Some(OsStr::new("/run/user/7"));
+        let socket = |uri| socket_of(uri, runtime).display().to_string();
+        assert_eq!(socket("qemu:///system"), "/run/libvirt/libvirt-sock");
+        assert_eq!(socket("qemu:///session"), "/run/user/7/libvirt/libvirt-sock");
+        assert_eq!(socket("qemu+unix:///system?socket=/x/y"), "/x/y");
+        assert_eq!(socket("qemu+unix:///session?a=b&socket=/x"), "/x");
+        assert!(is_session("qemu:///session") && is_session("qemu+unix:///session?socket=/system"));
+        assert!(!is_session("qemu+unix:///system?socket=/session"));
+    }
+}

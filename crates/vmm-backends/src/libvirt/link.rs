@@ -1,0 +1,437 @@
+//! The helper and its connection: one of each for all VMs, started again when they end.
+//!
+//! ```text
+//!   Starting ── ready ──► Up ── closed, or the helper died ──► Down ── a pause, or somebody asks ──► Starting …
+//!       └── unreachable, no helper ──────────────────────────►
+//!
+//!   call ──► stdin of the helper ──► … ──► its answer, by id
+//!   events ──► the watch of their domain ── or, where it has none, discovery
+//! ```
+//!
+//! How long connecting takes is libvirt's to say: at its first use it looks at QEMU, which takes half a minute where the host's
+//! KVM is one in software. Who needs the connection waits for as long as it can, and is told so.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::AbortHandle;
+use tracing::{Instrument as _, info, warn};
+use uuid::Uuid;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Lifecycle, MAX_LINE, Request, to_line};
+
+use super::domain::LOOKING;
+use super::keeper::keep;
+use crate::words;
+
+/// Events that wait for one VM's watch.
+const EVENTS: usize = 256;
+
+/// The state of the connection.
+#[derive(Clone, Debug)]
+pub(super) enum State {
+    /// A helper is connecting.
+    Starting,
+    /// libvirt answers.
+    Up(Up),
+    /// There is no connection; the attempt counts from 1.
+    Down(u64, Down),
+}
+
+/// What libvirt said of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Up {
+    pub(super) libvirt: String,
+    pub(super) hypervisor: String,
+}
+
+/// Why there is no connection, and what to do.
+#[derive(Clone, Debug)]
+pub(super) struct Down {
+    pub(super) kind: BackendErrorKind,
+    pub(super) message: String,
+}
+
+impl From<Down> for BackendError {
+    fn from(down: Down) -> Self {
+        Self::new(down.kind, Effect::NotApplied, down.message)
+    }
+}
+
+/// What a VM's watch hears.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// libvirt's own.
+    Lifecycle(Lifecycle),
+    /// QEMU's own: its name and data.
+    Monitor(String, String),
+    /// There is a connection again: what came in between is lost.
+    Connected,
+}
+
+/// What discovery hears.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stray {
+    /// Something happened to a domain that nobody watches.
+    Changed(Uuid),
+    /// A domain was undefined.
+    Undefined(Uuid),
+    /// There is a connection again.
+    Connected,
+    /// There is none any more.
+    Lost,
+}
+
+/// The connection of one backend.
+#[derive(Debug)]
+pub(super) struct Link {
+    inner: Arc<Inner>,
+    task: OnceLock<AbortHandle>,
+}
+
+/// The parts that the task shares which keeps the helper.
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) uri: String,
+    pub(super) program: PathBuf,
+    pub(super) state: watch::Sender<State>,
+    /// Somebody waits for a connection.
+    pub(super) retry: Notify,
+    next: AtomicU64,
+    pending: Mutex<HashMap<u64, oneshot::Sender<Result<Got, Failure>>>>,
+    outgoing: Mutex<Option<mpsc::Sender<Vec<u8>>>>,
+    watches: Mutex<HashMap<Uuid, mpsc::Sender<Event>>>,
+    strays: Mutex<Option<mpsc::UnboundedSender<Stray>>>,
+    /// A read has not come back: whoever hangs, the helper or libvirtd, a new helper finds it out.
+    pub(super) hangs: AtomicBool,
+    hung: Notify,
+    /// Whether that is being found out.
+    suspected: AtomicBool,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.get() {
+            task.abort();
+        }
+    }
+}
+
+impl Link {
+    pub(super) fn new(uri: String, program: PathBuf) -> Self {
+        let inner = Inner {
+            uri,
+            program,
+            state: watch::Sender::new(State::Starting),
+            retry: Notify::new(),
+            next: AtomicU64::new(1),
+            pending: Mutex::default(),
+            outgoing: Mutex::default(),
+            watches: Mutex::default(),
+            strays: Mutex::default(),
+            hangs: AtomicBool::new(false),
+            hung: Notify::new(),
+            suspected: AtomicBool::new(false),
+        };
+        Self { inner: Arc::new(inner), task: OnceLock::new() }
+    }
+
+    /// Starts the task that keeps a helper; the first use does, because only then there is surely a runtime.
+    fn start(&self) {
+        self.task.get_or_init(|| {
+            let task = keep(Arc::clone(&self.inner));
+            tokio::spawn(task.instrument(tracing::info_span!("libvirt", uri = self.inner.uri))).abort_handle()
+        });
+    }
+
+    /// The connection's state now.
+    pub(super) fn state(&self) -> State {
+        self.start();
+        self.inner.state.borrow().clone()
+    }
+
+    /// Waits for a connection; one that was lost is tried again at once.
+    pub(super) async fn ready(&self, within: Duration) -> Result<Up, Down> {
+        self.start();
+        let mut states = self.inner.state.subscribe();
+        let known = match &*states.borrow_and_update() {
+            State::Up(up) => return Ok(up.clone()),
+            State::Down(attempt, _) => *attempt,
+            State::Starting => 0,
+        };
+        self.inner.retry.notify_one();
+        let settled = states.wait_for(|state| match state {
+            State::Up(_) => true,
+            State::Down(attempt, _) => *attempt > known,
+            State::Starting => false,
+        });
+        match tokio::time::timeout(within, settled).await {
+            Ok(Ok(state)) => match &*state {
+                State::Up(up) => Ok(up.clone()),
+                State::Down(_, down) => Err(down.clone()),
+                State::Starting => Err(self.inner.still_connecting()),
+            },
+            Ok(Err(_)) | Err(_) => Err(self.inner.still_connecting()),
+        }
+    }
+
+    /// Makes one call over the connection that there is.
+    pub(super) async fn call(&self, call: Call, within: Duration) -> Result<Got, CallError> {
+        self.start();
+        self.inner.call(call, within).await
+    }
+
+    /// Has the events of one domain sent to the receiver, until it is dropped.
+    pub(super) fn watch(&self, domain: Uuid) -> Watched {
+        let (sender, events) = mpsc::channel(EVENTS);
+        lock(&self.inner.watches).insert(domain, sender);
+        Watched { inner: Arc::clone(&self.inner), domain, events }
+    }
+
+    /// Says whether somebody watches a domain.
+    pub(super) fn is_watched(&self, domain: Uuid) -> bool {
+        lock(&self.inner.watches).get(&domain).is_some_and(|watch| !watch.is_closed())
+    }
+
+    /// Has the rest of the events sent to the receiver. There is one; a second one takes over.
+    pub(super) fn strays(&self) -> mpsc::UnboundedReceiver<Stray> {
+        self.start();
+        let (sender, strays) = mpsc::unbounded_channel();
+        *lock(&self.inner.strays) = Some(sender);
+        strays
+    }
+}
+
+/// Why a call has no result.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CallError {
+    /// There is no connection.
+    #[error("{}", .0.message)]
+    Down(Down),
+    /// The connection was lost before the answer came.
+    #[error("the connection to libvirt was lost during {name}; it is made again")]
+    Lost { name: &'static str, only_reads: bool },
+    /// The answer has not come in time.
+    #[error("libvirt has not answered {name} within {within:?}")]
+    Silent { name: &'static str, only_reads: bool, within: Duration },
+    /// libvirt said no.
+    #[error("libvirt says: {}", words::sentence(&.0.message))]
+    Failed(Failure),
+    /// The helper's answer, or our question, is none.
+    #[error("the libvirt helper and the daemon do not understand each other: {0}")]
+    Senseless(String),
+}
+
+impl CallError {
+    /// The kind of libvirt's own refusal, if it was one.
+    pub(super) fn refusal(&self) -> Option<FailureKind> {
+        match self {
+            Self::Failed(failure) => Some(failure.kind),
+            Self::Down(_) | Self::Lost { .. } | Self::Silent { .. } | Self::Senseless(_) => None,
+        }
+    }
+}
+
+impl From<CallError> for BackendError {
+    fn from(error: CallError) -> Self {
+        let sent = |only_reads: &bool| if *only_reads { Effect::NotApplied } else { Effect::Unknown };
+        let (kind, effect) = match &error {
+            CallError::Down(down) => (down.kind, Effect::NotApplied),
+            CallError::Lost { only_reads, .. } => (BackendErrorKind::Unreachable, sent(only_reads)),
+            CallError::Silent { only_reads, .. } => (BackendErrorKind::Timeout, sent(only_reads)),
+            CallError::Failed(failure) => match failure.kind {
+                FailureKind::NoDomain => (BackendErrorKind::Gone, Effect::NotApplied),
+                FailureKind::WrongState | FailureKind::Other => {
+                    (BackendErrorKind::Rejected, Effect::NotApplied)
+                }
+                FailureKind::Busy => (BackendErrorKind::Timeout, Effect::NotApplied),
+                FailureKind::NoConnection => (BackendErrorKind::Unreachable, Effect::Unknown),
+                FailureKind::Denied => (BackendErrorKind::Host, Effect::NotApplied),
+                FailureKind::Unsupported => (BackendErrorKind::Rejected, Effect::NotApplied),
+            },
+            CallError::Senseless(_) => (BackendErrorKind::Protocol, Effect::Unknown),
+        };
+        Self::new(kind, effect, error.to_string()).caused_by(error)
+    }
+}
+
+/// The place of an answer that is waited for, given up when dropped.
+struct Pending<'a> {
+    inner: &'a Inner,
+    id: u64,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        lock(&self.inner.pending).remove(&self.id);
+    }
+}
+
+/// The events of one domain.
+#[derive(Debug)]
+pub(super) struct Watched {
+    inner: Arc<Inner>,
+    domain: Uuid,
+    pub(super) events: mpsc::Receiver<Event>,
+}
+
+impl Watched {
+    /// The domain.
+    pub(super) fn domain(&self) -> Uuid {
+        self.domain
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        {
+            let mut watches = lock(&self.inner.watches);
+            self.events.close();
+            // Another run of the same domain may have begun to watch.
+            if watches.get(&self.domain).is_some_and(mpsc::Sender::is_closed) {
+                watches.remove(&self.domain);
+            }
+        }
+        // What nobody read may be the start of the next run.
+        while let Ok(event) = self.events.try_recv() {
+            if event == Event::Lifecycle(Lifecycle::Started) {
+                self.inner.stray(Stray::Changed(self.domain));
+            }
+        }
+    }
+}
+
+impl Inner {
+    async fn call(self: &Arc<Self>, call: Call, within: Duration) -> Result<Got, CallError> {
+        let (name, only_reads) = (call.name(), call.only_reads());
+        let needs_qemu = !matches!(call, Call::List | Call::Look { .. } | Call::LookByName { .. });
+        let outgoing = lock(&self.outgoing).clone();
+        let Some(outgoing) = outgoing else { return Err(CallError::Down(self.why_down())) };
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let line = to_line(&Request { id, call }).map_err(|error| CallError::Senseless(error.to_string()))?;
+        if line.len() > MAX_LINE {
+            return Err(CallError::Senseless("the request is too long".to_owned()));
+        }
+        let (reply, answer) = oneshot::channel();
+        lock(&self.pending).insert(id, reply);
+        let _pending = Pending { inner: self, id };
+        if outgoing.try_send(line).is_err() {
+            return Err(CallError::Down(self.why_down()));
+        }
+        match tokio::time::timeout(within, answer).await {
+            Ok(Ok(Ok(got))) => Ok(got),
+            Ok(Ok(Err(failure))) => Err(CallError::Failed(failure)),
+            Ok(Err(_)) => Err(CallError::Lost { name, only_reads }),
+            Err(_) => {
+                if needs_qemu {
+                    self.suspect();
+                } else {
+                    self.hangs.store(true, Ordering::Relaxed);
+                    self.hung.notify_one();
+                }
+                Err(CallError::Silent { name, only_reads, within })
+            }
+        }
+    }
+
+    /// Finds out who hangs: one QEMU, or everything before it.
+    fn suspect(self: &Arc<Self>) {
+        if self.suspected.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            // No domain has this UUID. That the answer comes is what counts.
+            let _ = Box::pin(inner.call(Call::Look { uuid: Uuid::nil() }, LOOKING)).await;
+            inner.suspected.store(false, Ordering::Relaxed);
+        });
+    }
+
+    fn why_down(&self) -> Down {
+        match &*self.state.borrow() {
+            State::Down(_, down) => down.clone(),
+            State::Starting | State::Up(_) => self.still_connecting(),
+        }
+    }
+
+    fn still_connecting(&self) -> Down {
+        Down {
+            kind: BackendErrorKind::Unreachable,
+            message: format!(
+                "libvirt at {} has not answered yet; at its first use it looks at QEMU, which may take half a minute: try again",
+                self.uri
+            ),
+        }
+    }
+
+    /// The helper has gone, and with it every call that is under way.
+    pub(super) fn disconnected(&self) {
+        *lock(&self.outgoing) = None;
+        lock(&self.pending).clear();
+    }
+
+    /// libvirt is there: calls go to `sender` from now on.
+    pub(super) fn connected(&self, libvirt: String, hypervisor: String, sender: mpsc::Sender<Vec<u8>>) {
+        info!(libvirt, hypervisor, "connected to libvirt");
+        *lock(&self.outgoing) = Some(sender);
+        self.state.send_replace(State::Up(Up { libvirt, hypervisor }));
+        for watch in lock(&self.watches).values() {
+            // Whoever is that far behind looks anyway.
+            let _ = watch.try_send(Event::Connected);
+        }
+        self.stray(Stray::Connected);
+    }
+
+    /// Hands an answer to who waits for it.
+    pub(super) fn answered(&self, id: u64, ok: Option<Got>, failed: Option<Failure>) {
+        let waiting = lock(&self.pending).remove(&id);
+        // Nobody waits for an answer that came too late.
+        let Some(waiting) = waiting else { return };
+        let answer = match (ok, failed) {
+            (Some(got), None) => Ok(got),
+            (_, Some(failure)) => Err(failure),
+            (None, None) => Err(Failure {
+                kind: FailureKind::Other,
+                message: "the helper's answer says neither yes nor no".to_owned(),
+            }),
+        };
+        let _ = waiting.send(answer);
+    }
+
+    /// Hands an event to its domain's watch, or to discovery.
+    pub(super) fn happened(&self, domain: Uuid, event: Event) {
+        if event == Event::Lifecycle(Lifecycle::Undefined) {
+            self.stray(Stray::Undefined(domain));
+        }
+        let watch = lock(&self.watches).get(&domain).cloned();
+        match watch.map(|watch| watch.try_send(event)) {
+            Some(Ok(())) => {}
+            Some(Err(mpsc::error::TrySendError::Full(event))) => {
+                warn!(%domain, ?event, "an event of libvirt was dropped: too many wait");
+            }
+            Some(Err(mpsc::error::TrySendError::Closed(_))) | None => self.stray(Stray::Changed(domain)),
+        }
+    }
+
+    /// Tells discovery.
+    pub(super) fn stray(&self, stray: Stray) {
+        if let Some(strays) = &*lock(&self.strays) {
+            let _ = strays.send(stray);
+        }
+    }
+
+    /// Waits until somebody has found out that nothing answers.
+    pub(super) async fn hung_up(&self) {
+        while !self.hangs.load(Ordering::Relaxed) {
+            self.hung.notified().await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

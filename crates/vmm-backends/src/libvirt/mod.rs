@@ -1,0 +1,221 @@
+//! QEMU through libvirt: one domain per VM, made, started and ended by libvirtd.
+//!
+//! ```text
+//!   LibvirtBackend ── check ──► Report                                     check, convert, cpu: pure
+//!      │ launch: define, start, resume     adopt: look, prove      discover: list, events
+//!      ▼                                     ▼                       ▼
+//!   LibvirtVmm, Watch ──► Link ──► vmm-libvirt-helper ──► libvirtd ──► qemu-system-x86_64
+//!      └───────────── pidfd ───────────────────────────────────────────────┘
+//! ```
+//!
+//! The daemon does not link libvirt: [`helper`] is a program of its own that does, and that is missing where libvirt is. A
+//! domain bears its VM's uid as UUID, its vm_id as name, and a mark of this installation in its metadata; it stays defined until
+//! the VM is deleted, so that others can start it, and that is seen. What bears no such mark is left alone.
+
+mod adopt;
+mod check;
+pub mod convert;
+mod cpu;
+mod describe;
+mod discover;
+mod domain;
+mod guest;
+pub mod helper;
+mod keeper;
+mod link;
+mod run;
+mod start;
+mod vmm;
+mod watch;
+mod xml;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use uuid::Uuid;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
+    Sweep, SweepRequest,
+};
+use vmm_core::id::VmUid;
+use vmm_core::place::{Discovery, Places};
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+use vmm_libvirt_wire::{Call, FailureKind};
+
+use crate::qemu::convert::Accelerator;
+use crate::qemu::{self, KvmMode};
+use convert::Label;
+use link::{Link, State};
+
+pub use crate::qemu::NAME;
+
+/// How long a look at libvirt's health may wait for a connection.
+const CONNECTING: Duration = Duration::from_secs(3);
+/// How long libvirt may take over all of a sweep; the service waits two seconds.
+const SWEEPING: Duration = Duration::from_millis(1800);
+/// How long of that it may take to end a domain, before its QEMU is killed.
+const DESTROYING: Duration = Duration::from_millis(500);
+
+/// How libvirt is used.
+#[derive(Clone, Debug)]
+pub struct LibvirtOptions {
+    /// The connection's URI: `qemu:///system`, `qemu:///session` or `qemu+unix://…`.
+    pub uri: String,
+    /// The helper: a name, looked for beside the daemon and on PATH, or a path.
+    pub helper: PathBuf,
+    /// The QEMU: an absolute path, or a name, which leaves the choice to libvirt.
+    pub emulator: PathBuf,
+    /// Whether KVM is used.
+    pub kvm: KvmMode,
+    /// Whether domains that somebody else made are shown.
+    pub import: bool,
+}
+
+impl LibvirtOptions {
+    /// The usual options for a URI.
+    pub fn new(uri: impl Into<String>) -> Self {
+        Self {
+            uri: uri.into(),
+            helper: PathBuf::from(helper::PROGRAM),
+            emulator: PathBuf::from("qemu-system-x86_64"),
+            kvm: KvmMode::Auto,
+            import: false,
+        }
+    }
+}
+
+/// The QEMU backend that goes through libvirt.
+#[derive(Clone, Debug)]
+pub struct LibvirtBackend {
+    options: LibvirtOptions,
+    accelerator: Accelerator,
+    /// The user that QEMU is to run as.
+    label: Option<Label>,
+    /// Where libvirtd listens.
+    socket: PathBuf,
+    link: Arc<Link>,
+    capabilities: Capabilities,
+}
+
+impl LibvirtBackend {
+    /// Makes the backend. Nothing is connected before it is first used.
+    pub fn new(options: LibvirtOptions) -> Self {
+        let accelerator = qemu::accelerator(options.kvm);
+        // A libvirtd of one user has no other to give.
+        let label = (!helper::is_session(&options.uri)).then(|| Label {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+        });
+        Self {
+            accelerator,
+            label,
+            socket: helper::socket_of(&options.uri, std::env::var_os("XDG_RUNTIME_DIR").as_deref()),
+            link: Arc::new(Link::new(options.uri.clone(), options.helper.clone())),
+            capabilities: capabilities(accelerator),
+            options,
+        }
+    }
+
+    /// The version of QEMU, if libvirt has said it.
+    fn hypervisor(&self) -> String {
+        match self.link.state() {
+            State::Up(up) => up.hypervisor,
+            State::Starting | State::Down(..) => String::new(),
+        }
+    }
+
+    fn is_up(&self) -> bool {
+        matches!(self.link.state(), State::Up(_))
+    }
+
+    /// Forgets the definition of a domain. One that is not there is forgotten already.
+    async fn undefine(&self, uuid: Uuid, everything: bool, within: Duration) -> Result<(), BackendError> {
+        match self.link.order(Call::Undefine { uuid, everything }, within).await {
+            Err(error) if error.refusal() == Some(FailureKind::NoDomain) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+}
+
+fn capabilities(accelerator: Accelerator) -> Capabilities {
+    let mut capabilities = qemu::capabilities(accelerator);
+    capabilities.endpoint_mode = "libvirt";
+    capabilities.facts.insert("machines", "q35".to_owned());
+    capabilities.limits.remove("max-microvm-devices");
+    capabilities
+}
+
+/// The domain of a VM: where it lives, or what bears its uid.
+fn place_of(place: Option<&str>, uid: VmUid) -> Uuid {
+    place.and_then(|place| place.parse().ok()).unwrap_or(*uid.as_uuid())
+}
+
+#[async_trait]
+impl Backend for LibvirtBackend {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        check::check(spec, self.accelerator)
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        start::launch(self, request).await
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        Ok(adopt::adopt(self, request).await)
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        let uuid = place_of(request.place.as_deref(), request.uid);
+        if request.imported && !request.purpose.is_forced() {
+            return match request.purpose {
+                // What somebody else has made or started since goes on.
+                Sweep::Clear | Sweep::End => Ok(()),
+                Sweep::Delete | Sweep::ForceDelete => self.undefine(uuid, false, SWEEPING).await,
+            };
+        }
+        let deletes = matches!(request.purpose, Sweep::Delete | Sweep::ForceDelete);
+        let was_defined = request.imported || self.is_up() || start::was_defined(&request.dir);
+        let undefines = deletes && was_defined;
+        let runs = !matches!(domain::find_qemu(uuid, &self.options.emulator).await, Ok(None));
+        // First, so that nobody can start it in between; one that runs is forgotten when it ends.
+        let patience = if runs { SWEEPING / 2 } else { SWEEPING };
+        let undefined =
+            if undefines { self.undefine(uuid, !request.imported, patience).await } else { Ok(()) };
+        if runs {
+            self.end(uuid, DESTROYING).await?;
+        }
+        start::clear(&request.dir).await?;
+        undefined
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        let version = match self.link.ready(CONNECTING).await {
+            Ok(up) => Ok(format!("{} (libvirt {})", up.hypervisor, up.libvirt)),
+            Err(down) => Err(down.message),
+        };
+        BackendHealth::from(version)
+    }
+
+    fn places(&self) -> Places {
+        Places::Made
+    }
+
+    fn serves(&self, place: &str) -> bool {
+        place.parse::<Uuid>().is_ok()
+    }
+
+    fn outlives_runs(&self) -> bool {
+        true
+    }
+
+    async fn discover(&self) -> Option<Discovery> {
+        self.begin_discovery().await
+    }
+}

@@ -1,0 +1,292 @@
+//! Starting a domain: define, start with its CPUs standing still, find its process, let it go on.
+//!
+//! ```text
+//!   by uuid ── running ─────────────────► taken over: somebody has started it already
+//!      │ off, or none
+//!   by name ── somebody else's ─────────► refused, naming it
+//!      │ free
+//!   define ─► start ─► find its QEMU ─► resume      any failure: destroyed again
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Vmm as _};
+use vmm_host::fault::{FaultPoint, point};
+use vmm_host::process::Process;
+use vmm_host::run_dir;
+use vmm_libvirt_wire::{Call, Domain, DomainState};
+
+use super::convert::{self, Inputs};
+use super::domain::{LOOKING, Owner, find_qemu, is_active, owner};
+use super::link::{Link, Watched};
+use super::run::{Facts, assemble};
+use super::{LibvirtBackend, place_of};
+use crate::qemu::images;
+
+/// How long libvirt may take to be connected to; with the rest of a start it stays below what the service allows.
+const CONNECTING: Duration = Duration::from_secs(15);
+/// How long libvirt may take to define or start a domain. It looks at a QEMU anew that was replaced meanwhile.
+const STARTING: Duration = Duration::from_secs(18);
+/// How long libvirt may take to notice that the QEMU before has gone.
+const NOTICING: Duration = Duration::from_secs(5);
+/// The file in the run folder that holds what was defined.
+const DEFINITION: &str = "domain.xml";
+/// How long between two looks for that.
+const PAUSE: Duration = Duration::from_millis(20);
+/// Where QEMU's packages put qboot.
+const FIRMWARE: [&str; 3] =
+    ["/usr/share/qemu/qboot.rom", "/usr/share/qemu-kvm/qboot.rom", "/usr/local/share/qemu/qboot.rom"];
+
+/// Starts the domain of `request`. Nothing of it runs after an error, as far as the error does not say otherwise.
+pub(super) async fn launch(
+    backend: &LibvirtBackend,
+    request: LaunchRequest,
+) -> Result<Launched, BackendError> {
+    request.gate.passed().await?;
+    let up = backend.link.ready(CONNECTING).await?;
+    let facts = backend.facts(&request, up.hypervisor);
+    let watched = backend.link.watch(facts.domain);
+    clear(&request.dir).await?;
+    let known = settled(&backend.link, facts.domain).await?;
+    if let Some(domain) = &known
+        && is_active(domain.state)
+    {
+        return take_over(backend, watched, facts, domain.state).await;
+    }
+    if request.imported {
+        if known.is_none() {
+            let message = format!(
+                "libvirt has no domain {} any more; delete this VM, or define the domain again",
+                facts.domain
+            );
+            return Err(rejected(message));
+        }
+    } else {
+        define(backend, &request, known).await?;
+    }
+    point(FaultPoint::LaunchConfigured);
+    start(backend, watched, facts).await
+}
+
+/// Starts a domain that is defined, up to its handle.
+async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Result<Launched, BackendError> {
+    let uuid = facts.domain;
+    let begun = async {
+        backend.link.order(Call::Start { uuid }, STARTING).await?;
+        point(FaultPoint::LaunchSpawned);
+        qemu_of(backend, uuid).await
+    };
+    let process = match begun.await {
+        Ok(process) => process,
+        Err(error) => return Err(undo(backend, uuid, error).await),
+    };
+    let run = facts.record(&process);
+    let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, false);
+    if let Err(error) = vmm.resume().await {
+        return Err(undo(backend, uuid, error).await);
+    }
+    point(FaultPoint::LaunchStarted);
+    Ok(launched)
+}
+
+/// Takes a domain into hand that somebody else has started meanwhile: it runs, which is what was asked for.
+async fn take_over(
+    backend: &LibvirtBackend,
+    watched: Watched,
+    facts: Facts,
+    state: DomainState,
+) -> Result<Launched, BackendError> {
+    let process = qemu_of(backend, facts.domain).await?;
+    tracing::info!(domain = %facts.domain, "the domain runs already; taking it over");
+    let run = facts.record(&process);
+    let (vmm, launched) =
+        assemble(&backend.link, watched, process, facts, run, state == DomainState::Running);
+    vmm.resume().await?;
+    Ok(launched)
+}
+
+async fn qemu_of(backend: &LibvirtBackend, uuid: Uuid) -> Result<Process, BackendError> {
+    let host = |message: String| BackendError::new(BackendErrorKind::Host, Effect::Applied, message);
+    match find_qemu(uuid, &backend.options.emulator).await {
+        Ok(Some(process)) => Ok(process),
+        Ok(None) => Err(host(
+            "libvirt has started the domain, but no such process is to be seen here: libvirtd and the daemon must share the \
+             host's processes"
+                .to_owned(),
+        )),
+        Err(why) => Err(host(format!("libvirt has started the domain, but {why}"))),
+    }
+}
+
+/// Ends what a start that broke has left.
+async fn undo(backend: &LibvirtBackend, uuid: Uuid, mut error: BackendError) -> BackendError {
+    error.effect = match backend.end(uuid, Duration::from_secs(2)).await {
+        Ok(()) => Effect::NotApplied,
+        Err(stuck) => {
+            error.message = format!("{}; and what it left could not be ended: {stuck}", error.message);
+            Effect::Unknown
+        }
+    };
+    error
+}
+
+/// What libvirt knows of the domain, once it has noticed the end of a QEMU that has gone.
+async fn settled(link: &Link, uuid: Uuid) -> Result<Option<Domain>, BackendError> {
+    let deadline = Instant::now() + NOTICING;
+    loop {
+        let known = link.look(uuid, LOOKING).await?;
+        let Some(domain) = &known else { return Ok(None) };
+        let is_ending = is_active(domain.state)
+            && (domain.state == DomainState::ShuttingDown
+                || matches!(find_qemu(uuid, Path::new("")).await, Ok(None)));
+        if !is_ending || Instant::now() > deadline {
+            return Ok(known);
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// Defines the domain as `request` wants it. What has its name and is not ours stays.
+async fn define(
+    backend: &LibvirtBackend,
+    request: &LaunchRequest,
+    known: Option<Domain>,
+) -> Result<(), BackendError> {
+    let uuid = *request.uid.as_uuid();
+    let name = request.vm_id.as_str();
+    if let Some(domain) = &known
+        && domain.name != name
+    {
+        // Somebody has renamed it. libvirt gives a domain no other name by defining it.
+        backend.link.order(Call::Undefine { uuid, everything: true }, LOOKING).await?;
+    }
+    let namesake = backend.link.look_by_name(name).await?.filter(|domain| domain.uuid != uuid);
+    if let Some(namesake) = namesake {
+        let ours = owner(&namesake) == Owner::Instance(request.instance);
+        if !ours || is_active(namesake.state) {
+            let whose = if ours {
+                "which this program made for a VM that is gone"
+            } else {
+                "which is not this program's"
+            };
+            return Err(rejected(format!(
+                "libvirt has a domain of the name {name} ({}), {whose}: rename it (virsh domrename), undefine it (virsh \
+                 undefine), or create the VM under another vm_id",
+                namesake.uuid
+            )));
+        }
+        // A deletion that libvirt did not hear of.
+        backend.link.order(Call::Undefine { uuid: namesake.uuid, everything: true }, LOOKING).await?;
+    }
+    let xml = xml_of(backend, request).await?;
+    note_definition(&request.dir, &xml).await?;
+    Ok(backend.link.order(Call::Define { xml }, STARTING).await?)
+}
+
+/// Notes what is about to be defined: for people, and for a deletion that libvirt cannot be asked about.
+async fn note_definition(dir: &Path, xml: &str) -> Result<(), BackendError> {
+    let (file, xml) = (dir.join(DEFINITION), xml.to_owned());
+    match tokio::task::spawn_blocking(move || std::fs::write(file, xml)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => {
+            Err(host_error(format!("{DEFINITION} cannot be written to the run folder: {error}")))
+        }
+        Err(error) => Err(host_error(error.to_string())),
+    }
+}
+
+/// Says whether a domain may ever have been defined for the run folder.
+pub(super) fn was_defined(dir: &Path) -> bool {
+    dir.join(DEFINITION).exists()
+}
+
+async fn xml_of(backend: &LibvirtBackend, request: &LaunchRequest) -> Result<String, BackendError> {
+    let (spec, socket) = (request.spec.clone(), request.dir.join(convert::CONSOLE_SOCKET));
+    run_dir::socket_path_fits(&socket).map_err(host_error)?;
+    let looked = tokio::task::spawn_blocking(move || Ok((images::inspect(&spec)?, firmware()?)));
+    let (images, firmware) = match looked.await {
+        Ok(looked) => looked.map_err(|error: String| host_error(error))?,
+        Err(error) => return Err(host_error(error.to_string())),
+    };
+    let emulator = &backend.options.emulator;
+    let inputs = Inputs {
+        instance: request.instance,
+        uid: request.uid,
+        vm_id: &request.vm_id,
+        spec: &request.spec,
+        accelerator: backend.accelerator,
+        // A bare name is libvirt's to find: its own choice may be the only one that it may start.
+        emulator: emulator.is_absolute().then_some(emulator),
+        firmware: &firmware,
+        label: backend.label,
+        dir: &request.dir,
+        console: request.console.as_deref(),
+        taps: &request.taps,
+        images: &images,
+    };
+    convert::domain(&inputs).map_err(|error| rejected(error.to_string()))
+}
+
+fn firmware() -> Result<PathBuf, String> {
+    let known = FIRMWARE.iter().map(PathBuf::from).find(|path| path.is_file());
+    known.ok_or_else(|| {
+        format!(
+            "qboot.rom is in none of {}; install QEMU's data (Debian: qemu-system-data)",
+            FIRMWARE.join(", ")
+        )
+    })
+}
+
+/// Removes the sockets that an earlier run in this folder left.
+pub(super) async fn clear(dir: &Path) -> Result<(), BackendError> {
+    let dir = dir.to_path_buf();
+    match tokio::task::spawn_blocking(move || run_dir::remove_sockets(&dir)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(host_error(format!("the run folder cannot be cleared: {error}"))),
+        Err(error) => Err(host_error(error.to_string())),
+    }
+}
+
+fn rejected(message: impl Into<String>) -> BackendError {
+    BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message)
+}
+
+fn host_error(message: impl Into<String>) -> BackendError {
+    BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
+}
+
+impl LibvirtBackend {
+    fn facts(&self, request: &LaunchRequest, version: String) -> Facts {
+        Facts {
+            domain: place_of(request.place.as_deref(), request.uid),
+            socket: self.socket.clone(),
+            version,
+            accelerator: self.accelerator.as_str().to_owned(),
+            machine: "q35".to_owned(),
+            restarts: convert::restarts(&request.spec),
+            imported: request.imported,
+            taps: request.taps.clone(),
+        }
+    }
+
+    /// Ends a domain by libvirt, or what runs of it by its proven process. Answers once nothing runs.
+    pub(super) async fn end(&self, uuid: Uuid, patience: Duration) -> Result<(), BackendError> {
+        let ended = self.link.order(Call::Destroy { uuid }, patience).await;
+        if let Err(error) = &ended {
+            tracing::debug!(%error, domain = %uuid, "libvirt did not end the domain");
+        }
+        match find_qemu(uuid, &self.options.emulator).await {
+            Ok(None) => Ok(()),
+            Ok(Some(process)) => {
+                process.kill_and_wait(Duration::from_secs(1)).await.map(|_| ()).map_err(|error| {
+                    BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string())
+                        .caused_by(error)
+                })
+            }
+            Err(why) => Err(super::domain::unproven(why)),
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The handle of one run of a domain.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+use uuid::Uuid;
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, NetworkCounters, Reset, Sample,
+    StorageCounters, Vmm,
+};
+use vmm_core::state::EndedBy;
+use vmm_core::store::RunRecord;
+use vmm_host::fault::{FaultPoint, point};
+use vmm_host::process::Process;
+use vmm_libvirt_wire::{Call, FailureKind, Got};
+
+use super::domain::{LOOKING, guest_state, senseless};
+use super::guest::Guest;
+use super::link::{CallError, Link};
+
+/// How long libvirt may take over what needs QEMU. QEMU answers in milliseconds, libvirtd on a busy host in a second or two.
+const ORDERING: Duration = Duration::from_secs(10);
+/// How long the question may take by which it is found out whether QEMU answers at all.
+pub(super) const ASKING: Duration = Duration::from_millis(2500);
+/// How long libvirt may take to end a domain, before that is taken into our own hands.
+const DESTROYING: Duration = Duration::from_secs(2);
+/// How long libvirt may take where all of it must be over within two seconds.
+const DESTROYING_AT_ONCE: Duration = Duration::from_millis(900);
+/// How long libvirt may take to clear up behind a QEMU that has gone.
+const SETTLING: Duration = Duration::from_millis(800);
+/// How long the kernel may take to report an end that a broken connection has shown already.
+const REPORTING: Duration = Duration::from_millis(200);
+/// How long a killed QEMU may take to go.
+const KILLING: Duration = Duration::from_secs(1);
+
+/// The handle.
+#[derive(Debug)]
+pub(super) struct LibvirtVmm {
+    pub(super) domain: Uuid,
+    pub(super) run: RunRecord,
+    pub(super) process: Process,
+    pub(super) link: Arc<Link>,
+    pub(super) guest: Arc<Guest>,
+    /// Whether a guest that resets itself starts again.
+    pub(super) restarts: bool,
+    /// Whether somebody else made the domain: then libvirt ends it or nobody does, unless force is used.
+    pub(super) imported: bool,
+    pub(super) taps: Vec<String>,
+    /// Tells the watch, by being dropped, that this handle has been.
+    pub(super) _wanted: oneshot::Sender<()>,
+}
+
+#[async_trait]
+impl Vmm for LibvirtVmm {
+    fn run(&self) -> &RunRecord {
+        &self.run
+    }
+
+    async fn pause(&self) -> Result<(), BackendError> {
+        let change = self.guest.change().await;
+        self.order(Call::Suspend { uuid: self.domain }).await?;
+        change.set_runs(false);
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), BackendError> {
+        let change = self.guest.change().await;
+        self.order(Call::Resume { uuid: self.domain }).await?;
+        change.set_runs(true);
+        Ok(())
+    }
+
+    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        if let Some(ended) = self.ends_by_itself(ladder).await? {
+            return Ok(ended);
+        }
+        if self.imported && ladder.ask_guest_for.is_some() {
+            self.guest.order_no_end();
+            let message = "the guest has not shut down, and somebody else made the domain: use force to have libvirt end it";
+            return Err(BackendError::new(BackendErrorKind::StillRuns, Effect::NotApplied, message));
+        }
+        self.end(DESTROYING).await
+    }
+
+    async fn reset(&self) -> Result<Reset, BackendError> {
+        let uuid = self.domain;
+        if self.restarts {
+            self.order(Call::Reset { uuid }).await?;
+            return Ok(Reset::InPlace);
+        }
+        self.order(Call::OnReboot { uuid, restart: true }).await?;
+        let reset = self.order(Call::Reset { uuid }).await;
+        // QEMU has decided by now: what counts is the action at the time of the reset.
+        let restored = self.order(Call::OnReboot { uuid, restart: false }).await;
+        reset?;
+        restored.map_err(|error| BackendError { effect: Effect::Applied, ..error })?;
+        Ok(Reset::InPlace)
+    }
+
+    async fn sample(&self) -> Result<Sample, BackendError> {
+        let storage = self.block_stats().await?;
+        let (process, taps) = (self.process.clone(), self.taps.clone());
+        let host = tokio::task::spawn_blocking(move || {
+            let usage = process.usage()?;
+            let mut network = NetworkCounters::default();
+            for tap in &taps {
+                let counters = vmm_host::net::counters(tap)?;
+                network.bytes_received += counters.bytes_received;
+                network.bytes_transmitted += counters.bytes_transmitted;
+                network.packets_received += counters.packets_received;
+                network.packets_transmitted += counters.packets_transmitted;
+            }
+            Ok::<_, std::io::Error>((usage, network))
+        });
+        let (usage, network) = match host.await {
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => return Err(self.host_error(&error.to_string())),
+            Err(error) => return Err(self.host_error(&error.to_string())),
+        };
+        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
+        // libvirt remembers what a domain was doing. Whether its QEMU answers shows only a question that reaches it.
+        self.block_stats().await?;
+        match self.link.look(self.domain, LOOKING).await {
+            Ok(Some(domain)) => Ok(guest_state(domain.state)),
+            Ok(None) => Ok(GuestState::Ended),
+            Err(error) => Err(self.explain(error)),
+        }
+    }
+
+    async fn kill(&self) -> Result<(), BackendError> {
+        self.end(DESTROYING_AT_ONCE).await.map(drop)
+    }
+}
+
+impl LibvirtVmm {
+    /// Asks the guest to end, where `ladder` does, and waits. `None` means that it is to be ended.
+    async fn ends_by_itself(&self, ladder: Ladder) -> Result<Option<EndedBy>, BackendError> {
+        if self.process.has_ended() {
+            return self.gone_by(EndedBy::Guest).await.map(Some);
+        }
+        self.guest.order_end();
+        let Some(patience) = ladder.ask_guest_for else { return Ok(None) };
+        let asked = tokio::select! {
+            biased;
+            asked = self.link.order(Call::Shutdown { uuid: self.domain }, DESTROYING) => asked,
+            _ = self.process.wait() => return Ok(Some(EndedBy::Guest)),
+        };
+        point(FaultPoint::LadderAsked);
+        match asked {
+            Ok(()) => {}
+            Err(error) => {
+                tracing::warn!(%error, "the guest could not be asked to shut down");
+                // A connection to QEMU ends a moment before the kernel reports its end.
+                return Ok(self.process.wait_for(REPORTING).await.map(|_| EndedBy::Guest));
+            }
+        }
+        Ok(self.process.wait_for(patience).await.map(|_| EndedBy::Acpi))
+    }
+
+    /// Has libvirt end the domain within `patience`, and else ends its QEMU. Answers once it has gone.
+    async fn end(&self, patience: Duration) -> Result<EndedBy, BackendError> {
+        if self.process.has_ended() {
+            return self.gone_by(EndedBy::Guest).await;
+        }
+        self.guest.order_end();
+        let mut ordered =
+            std::pin::pin!(self.link.order(Call::Destroy { uuid: self.domain }, patience + SETTLING));
+        let answered = tokio::select! {
+            biased;
+            answer = &mut ordered => Some(answer),
+            _ = self.process.wait() => {
+                // libvirt clears up behind it. What is asked of it next would wait for that.
+                let _ = tokio::time::timeout(SETTLING, ordered).await;
+                return Ok(EndedBy::Vmm);
+            }
+            () = tokio::time::sleep(patience) => None,
+        };
+        match answered {
+            // What remains is that the kernel says the same.
+            Some(Ok(())) if self.process.wait_for(KILLING).await.is_some() => return Ok(EndedBy::Vmm),
+            Some(Err(error)) => tracing::warn!(%error, "libvirt did not end the domain"),
+            Some(Ok(())) | None => tracing::warn!("libvirt has not ended the domain in time"),
+        }
+        point(FaultPoint::LadderOrdered);
+        // The process is proven by libvirt's own mark in its arguments, and held by its pidfd.
+        self.process.kill_and_wait(KILLING).await.map(|_| EndedBy::Sigkill).map_err(|error| {
+            BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string()).caused_by(error)
+        })
+    }
+
+    /// The pidfd has shown the end; what remains is that it is published.
+    async fn gone_by(&self, rung: EndedBy) -> Result<EndedBy, BackendError> {
+        self.process.wait_for(KILLING).await.map(|_| rung).ok_or_else(|| {
+            BackendError::new(
+                BackendErrorKind::Timeout,
+                Effect::Unknown,
+                "QEMU's end is not reported by the kernel",
+            )
+        })
+    }
+
+    async fn block_stats(&self) -> Result<StorageCounters, BackendError> {
+        match self.link.call(Call::BlockStats { uuid: self.domain }, ASKING).await {
+            Ok(Got::Block { read_bytes, written_bytes, reads, writes }) => Ok(StorageCounters {
+                bytes_read: read_bytes,
+                bytes_written: written_bytes,
+                read_operations: reads,
+                write_operations: writes,
+            }),
+            Ok(other) => Err(self.explain(senseless(&other))),
+            Err(error) => Err(self.explain(error)),
+        }
+    }
+
+    async fn order(&self, call: Call) -> Result<(), BackendError> {
+        if self.process.exit().is_some() {
+            return Err(self.gone(Effect::NotApplied));
+        }
+        self.link.order(call, ORDERING).await.map_err(|error| self.explain(error))
+    }
+
+    /// Says what a failed call means: of a QEMU that has gone, that it has.
+    fn explain(&self, error: CallError) -> BackendError {
+        let refusal = error.refusal();
+        let error = BackendError::from(error);
+        if self.process.has_ended() {
+            return self.gone(error.effect).caused_by(error);
+        }
+        match refusal {
+            // It has ended for libvirt, and is about to for the kernel.
+            Some(FailureKind::NoDomain) => self.gone(error.effect).caused_by(error),
+            Some(_) | None => error,
+        }
+    }
+
+    fn gone(&self, effect: Effect) -> BackendError {
+        BackendError::new(BackendErrorKind::Gone, effect, "the domain has ended")
+    }
+
+    fn host_error(&self, problem: &str) -> BackendError {
+        if self.process.has_ended() {
+            return self.gone(Effect::NotApplied);
+        }
+        BackendError::new(
+            BackendErrorKind::Host,
+            Effect::NotApplied,
+            format!("the counters of QEMU's process or TAPs cannot be read: {problem}"),
+        )
+    }
+}

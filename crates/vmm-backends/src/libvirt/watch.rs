@@ -1,0 +1,239 @@
+//! Watching one run of a domain: from libvirt's events and QEMU's process to [`VmmEvent`]s.
+//!
+//! ```text
+//!   monitor   RESET, SHUTDOWN ─► GuestReset, if the guest's; remembers why
+//!   lifecycle suspended, resumed ─► asks, compares, tells
+//!             ended ─► remembers how; the process follows
+//!   connected again ─► asks, compares, tells
+//!   process gone ─► waits a moment for libvirt's word ─► Gone(why), the end
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, info, warn};
+use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
+use vmm_host::process::Process;
+use vmm_libvirt_wire::{DomainState, Lifecycle};
+
+use super::domain::{LOOKING, failure, guest_state};
+use super::guest::Guest;
+use super::link::{Event, Link, State, Watched};
+use crate::qemu::watch::ShutdownReason;
+
+/// How long libvirt may take to say how a domain ended whose QEMU has gone, where it is connected.
+const LAST_WORD: Duration = Duration::from_secs(3);
+
+/// The task's state.
+pub(super) struct Watch {
+    pub(super) watched: Watched,
+    pub(super) process: Process,
+    pub(super) link: Arc<Link>,
+    pub(super) guest: Arc<Guest>,
+    pub(super) events: mpsc::Sender<VmmEvent>,
+    /// Why QEMU ends, in its own words.
+    pub(super) reason: Option<ShutdownReason>,
+    /// How the domain ended, in libvirt's.
+    pub(super) ended: Option<Lifecycle>,
+    /// Ends when the VM's handle is dropped.
+    pub(super) handle: oneshot::Receiver<()>,
+}
+
+/// The data of QEMU's SHUTDOWN.
+#[derive(Deserialize)]
+struct ShutdownData {
+    reason: ShutdownReason,
+}
+
+/// The data of QEMU's RESET.
+#[derive(Deserialize)]
+struct ResetData {
+    guest: bool,
+}
+
+impl Watch {
+    /// Watches until the process has gone and that has been told, or nobody is there to be told.
+    pub(super) async fn run(mut self) {
+        let process = self.process.clone();
+        loop {
+            tokio::select! {
+                biased;
+                event = self.watched.events.recv() => match event {
+                    Some(event) => self.take(event).await,
+                    // Another watch of the same domain has taken over.
+                    None => return,
+                },
+                _ = process.wait() => break,
+                () = unwanted(&self.events, &mut self.handle) => return,
+            }
+        }
+        self.hear_last_word().await;
+        let gone = VmmEvent::Gone(self.describe());
+        // A receiver that was dropped wants to know nothing.
+        let _ = self.events.send(gone).await;
+    }
+
+    async fn take(&mut self, event: Event) {
+        self.note_end(&event);
+        match event {
+            Event::Monitor(name, data) if name == "RESET" => match serde_json::from_str::<ResetData>(&data) {
+                Ok(reset) if reset.guest => self.tell(VmmEvent::GuestReset),
+                Ok(_) => info!("the guest was reset from outside"),
+                Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
+            },
+            Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected => {
+                self.compare().await
+            }
+            Event::Lifecycle(Lifecycle::Undefined) => {
+                info!(
+                    "the domain was undefined from outside; it goes on, and the next start defines it again"
+                );
+            }
+            Event::Lifecycle(_) | Event::Monitor(..) => {}
+        }
+    }
+
+    /// Remembers why the domain ends. The first reason counts.
+    fn note_end(&mut self, event: &Event) {
+        match event {
+            Event::Monitor(name, data) if name == "SHUTDOWN" => {
+                let read = serde_json::from_str::<ShutdownData>(data);
+                self.reason = self.reason.or(Some(read.map_or(ShutdownReason::Other, |data| data.reason)));
+            }
+            Event::Lifecycle(
+                how @ (Lifecycle::Stopped
+                | Lifecycle::Destroyed
+                | Lifecycle::Failed
+                | Lifecycle::Moved
+                | Lifecycle::Crashed),
+            ) => self.ended = self.ended.or(Some(*how)),
+            Event::Lifecycle(_) | Event::Monitor(..) | Event::Connected => {}
+        }
+    }
+
+    /// Asks what the guest is doing, and tells where that is not what was ordered.
+    async fn compare(&mut self) {
+        let event = {
+            let change = self.guest.change().await;
+            let state = match self.link.look(self.watched.domain(), LOOKING).await {
+                Ok(Some(domain)) => domain.state,
+                // Its end shows otherwise.
+                Ok(None) => return,
+                Err(error) => return debug!(%error, "libvirt does not say what the guest is doing"),
+            };
+            let event = difference(state, change.runs());
+            match event {
+                Some(VmmEvent::Resumed) => change.set_runs(true),
+                Some(_) => change.set_runs(false),
+                None => {}
+            }
+            event
+        };
+        if let Some(event) = event {
+            self.tell(event);
+        }
+    }
+
+    /// Tells without waiting: whoever falls that far behind learns the rest by asking, but never misses the end.
+    fn tell(&self, event: VmmEvent) {
+        if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
+            warn!(?event, "an event of the VMM was dropped: too many wait");
+        }
+    }
+
+    /// QEMU has gone: waits until libvirt says how, where it can.
+    async fn hear_last_word(&mut self) {
+        if !matches!(self.link.state(), State::Up(_)) {
+            return;
+        }
+        let heard = tokio::time::timeout(LAST_WORD, async {
+            while self.ended.is_none() {
+                let Some(event) = self.watched.events.recv().await else { return };
+                self.note_end(&event);
+            }
+        });
+        if heard.await.is_err() && self.reason.is_none() {
+            // A QEMU that ends by itself says so first, and libvirt passes that on at once.
+            debug!("libvirt has not said how the domain ended, and QEMU neither");
+            self.ended = Some(Lifecycle::Failed);
+        }
+    }
+
+    fn describe(&self) -> Exit {
+        let cause =
+            if self.guest.is_to_end() { ExitCause::Requested } else { exit_cause(self.reason, self.ended) };
+        let message = match (cause, self.ended) {
+            (ExitCause::VmmFailed, _) => {
+                "QEMU failed or was killed; its last words are in libvirt's log of the domain (by default below \
+                 /var/log/libvirt/qemu)"
+            }
+            (_, Some(Lifecycle::Destroyed)) => "the domain was destroyed through libvirt",
+            (_, Some(Lifecycle::Moved)) => "the domain was saved or moved through libvirt",
+            (ExitCause::Unknown, _) => "the domain ended, and libvirt has not said why",
+            (_, _) => "the domain ended",
+        };
+        Exit { cause, message: message.to_owned() }
+    }
+}
+
+/// Waits until nobody wants the VM any more, neither its events nor its handle.
+async fn unwanted(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
+    events.closed().await;
+    // Nothing is ever sent: an error is what dropping looks like.
+    let _ = handle.await;
+}
+
+/// What to tell of a guest in `state` while it was thought to run, or not to.
+fn difference(state: DomainState, thought_to_run: bool) -> Option<VmmEvent> {
+    if let Some(why) = failure(state) {
+        return thought_to_run.then(|| VmmEvent::GuestFailed(why.to_owned()));
+    }
+    match (guest_state(state), thought_to_run) {
+        (GuestState::Paused, true) if state == DomainState::Paused => Some(VmmEvent::Paused),
+        (GuestState::Running, false) => Some(VmmEvent::Resumed),
+        (GuestState::Running, true) | (GuestState::Paused, _) | (GuestState::Ended, _) => None,
+    }
+}
+
+/// Why a domain ended that left these words.
+fn exit_cause(reason: Option<ShutdownReason>, ended: Option<Lifecycle>) -> ExitCause {
+    match (ended, reason) {
+        // libvirt ends a QEMU by a signal, which QEMU reports as somebody's.
+        (Some(Lifecycle::Destroyed | Lifecycle::Moved), _) => ExitCause::Requested,
+        (_, Some(reason)) => reason.cause(),
+        (Some(Lifecycle::Crashed), None) => ExitCause::GuestCrash,
+        (Some(Lifecycle::Failed), None) => ExitCause::VmmFailed,
+        (Some(_) | None, None) => ExitCause::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_qemu_said_counts_unless_libvirt_ended_it() {
+        let cause = |reason, ended| exit_cause(reason, ended);
+        let signal = Some(ShutdownReason::HostSignal);
+        assert_eq!(cause(signal, Some(Lifecycle::Destroyed)), ExitCause::Requested);
+        assert_eq!(cause(signal, Some(Lifecycle::Stopped)), ExitCause::VmmFailed);
+        assert_eq!(cause(Some(ShutdownReason::GuestReset), Some(Lifecycle::Stopped)), ExitCause::GuestReset);
+        assert_eq!(cause(Some(ShutdownReason::GuestShutdown), None), ExitCause::GuestPowerOff);
+        assert_eq!(cause(None, Some(Lifecycle::Failed)), ExitCause::VmmFailed);
+        assert_eq!(cause(None, None), ExitCause::Unknown);
+    }
+
+    #[test]
+    fn only_what_was_not_ordered_is_told() {
+        assert_eq!(difference(DomainState::Running, true), None);
+        assert_eq!(difference(DomainState::Paused, false), None);
+        assert_eq!(difference(DomainState::Paused, true), Some(VmmEvent::Paused));
+        assert_eq!(difference(DomainState::Busy, true), None, "libvirt's own doing passes");
+        assert_eq!(difference(DomainState::Running, false), Some(VmmEvent::Resumed));
+        assert_eq!(difference(DomainState::ShuttingDown, true), None, "its end follows");
+        assert!(matches!(difference(DomainState::IoError, true), Some(VmmEvent::GuestFailed(_))));
+        assert_eq!(difference(DomainState::IoError, false), None, "told already");
+    }
+}

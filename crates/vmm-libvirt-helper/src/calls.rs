@@ -1,0 +1,196 @@
+//! What each call is in libvirt's terms.
+
+use uuid::Uuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::Error;
+use virt::sys;
+use vmm_libvirt_wire::{Call, Domain as Facts, DomainState, Failure, FailureKind, Got, MARK_NAMESPACE};
+
+use crate::ffi;
+use crate::say::cut;
+
+/// The longest message that is passed on, in bytes.
+const MESSAGE: usize = 4096;
+/// The longest mark; ours are much shorter.
+const MARK: usize = 1024;
+/// The longest configuration: what libvirt itself takes is not much longer.
+const XML: usize = 1 << 20;
+
+/// Makes one call.
+pub(crate) fn run(connect: &Connect, call: &Call) -> Result<Got, Error> {
+    match call {
+        Call::List => {
+            let all = connect.list_all_domains(0)?;
+            // One that has gone since is no fault.
+            let domains = all.iter().filter_map(|domain| facts(domain).ok()).collect();
+            Ok(Got::Domains { domains })
+        }
+        Call::Look { uuid } => one(find(connect, *uuid)),
+        Call::LookByName { name } => one(Domain::lookup_by_name(connect, name)),
+        Call::Xml { uuid } => {
+            let domain = find(connect, *uuid)?;
+            Ok(Got::Xml { xml: cut(domain.get_xml_desc(0)?, XML) })
+        }
+        Call::Define { xml } => Domain::define_xml(connect, xml).map(|_| Got::Done),
+        Call::Start { uuid } => done(find(connect, *uuid)?.create_with_flags(sys::VIR_DOMAIN_START_PAUSED)),
+        Call::Suspend { uuid } => done(find(connect, *uuid)?.suspend()),
+        Call::Resume { uuid } => resume(&find(connect, *uuid)?),
+        Call::Shutdown { uuid } => {
+            done(find(connect, *uuid)?.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN))
+        }
+        Call::Reset { uuid } => done(find(connect, *uuid)?.reset()),
+        Call::OnReboot { uuid, restart } => {
+            ffi::set_reboot_action(&find(connect, *uuid)?, *restart).map(|()| Got::Done)
+        }
+        Call::Destroy { uuid } => destroy(&find(connect, *uuid)?),
+        Call::Undefine { uuid, everything } => undefine(&find(connect, *uuid)?, *everything),
+        Call::BlockStats { uuid } => block_stats(&find(connect, *uuid)?),
+    }
+}
+
+fn find(connect: &Connect, uuid: Uuid) -> Result<Domain, Error> {
+    Domain::lookup_by_uuid(connect, uuid)
+}
+
+fn done(result: Result<u32, Error>) -> Result<Got, Error> {
+    result.map(|_| Got::Done)
+}
+
+fn one(found: Result<Domain, Error>) -> Result<Got, Error> {
+    match found.and_then(|domain| facts(&domain)) {
+        Ok(facts) => Ok(Got::Domains { domains: vec![facts] }),
+        Err(error) if kind_of(&error) == FailureKind::NoDomain => Ok(Got::Domains { domains: Vec::new() }),
+        Err(error) => Err(error),
+    }
+}
+
+fn facts(domain: &Domain) -> Result<Facts, Error> {
+    let mark = domain.get_metadata(sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed(), Some(MARK_NAMESPACE), 0);
+    let (state, reason) = domain.get_state()?;
+    Ok(Facts {
+        uuid: domain.get_uuid()?,
+        name: cut(domain.get_name()?, MESSAGE),
+        mark: mark.ok().filter(|mark| mark.len() <= MARK),
+        state: state_of(state, reason),
+        persistent: domain.is_persistent()?,
+    })
+}
+
+fn state_of(state: sys::virDomainState, reason: i32) -> DomainState {
+    match state {
+        sys::VIR_DOMAIN_PAUSED => match reason.cast_unsigned() {
+            sys::VIR_DOMAIN_PAUSED_IOERROR => DomainState::IoError,
+            sys::VIR_DOMAIN_PAUSED_WATCHDOG => DomainState::Watchdog,
+            sys::VIR_DOMAIN_PAUSED_CRASHED => DomainState::Crashed,
+            sys::VIR_DOMAIN_PAUSED_SHUTTING_DOWN => DomainState::ShuttingDown,
+            sys::VIR_DOMAIN_PAUSED_STARTING_UP
+            | sys::VIR_DOMAIN_PAUSED_SAVE
+            | sys::VIR_DOMAIN_PAUSED_DUMP
+            | sys::VIR_DOMAIN_PAUSED_SNAPSHOT
+            | sys::VIR_DOMAIN_PAUSED_MIGRATION => DomainState::Busy,
+            _ => DomainState::Paused,
+        },
+        // A guest that sleeps is woken by its own devices: for the host it runs.
+        sys::VIR_DOMAIN_RUNNING | sys::VIR_DOMAIN_BLOCKED | sys::VIR_DOMAIN_PMSUSPENDED => {
+            DomainState::Running
+        }
+        sys::VIR_DOMAIN_SHUTDOWN => DomainState::ShuttingDown,
+        sys::VIR_DOMAIN_CRASHED => DomainState::Crashed,
+        _ => DomainState::Off,
+    }
+}
+
+/// Lets the guest go on; one that runs already is as it should be.
+fn resume(domain: &Domain) -> Result<Got, Error> {
+    match domain.resume() {
+        Err(error) if kind_of(&error) == FailureKind::WrongState => match domain.get_state() {
+            Ok((sys::VIR_DOMAIN_RUNNING, _)) => Ok(Got::Done),
+            Ok(_) | Err(_) => Err(error),
+        },
+        result => done(result),
+    }
+}
+
+/// Ends a domain; one that does not run is as it should be.
+fn destroy(domain: &Domain) -> Result<Got, Error> {
+    match domain.destroy_flags(sys::VIR_DOMAIN_DESTROY_DEFAULT) {
+        Err(error) if kind_of(&error) == FailureKind::WrongState && !domain.is_active().unwrap_or(true) => {
+            Ok(Got::Done)
+        }
+        result => done(result),
+    }
+}
+
+/// Forgets a domain. One that was never defined is forgotten already.
+fn undefine(domain: &Domain, everything: bool) -> Result<Got, Error> {
+    if !domain.is_persistent()? {
+        return Ok(Got::Done);
+    }
+    let flags = if everything {
+        sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+            | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+            | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+            | sys::VIR_DOMAIN_UNDEFINE_NVRAM
+    } else {
+        // Then libvirt refuses where there is a saved memory or a snapshot.
+        sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+    };
+    domain.undefine_flags(flags).map(|()| Got::Done)
+}
+
+fn block_stats(domain: &Domain) -> Result<Got, Error> {
+    // No name means all disks together.
+    let all = domain.get_block_stats("")?;
+    // What QEMU does not count is negative.
+    let count = |number: i64| u64::try_from(number).unwrap_or(0);
+    Ok(Got::Block {
+        read_bytes: count(all.rd_bytes),
+        written_bytes: count(all.wr_bytes),
+        reads: count(all.rd_req),
+        writes: count(all.wr_req),
+    })
+}
+
+/// libvirt's error, for the daemon.
+pub(crate) fn failure(error: &Error) -> Failure {
+    Failure { kind: kind_of(error), message: cut(error.message().to_owned(), MESSAGE) }
+}
+
+fn kind_of(error: &Error) -> FailureKind {
+    match error.code().to_raw() {
+        sys::VIR_ERR_NO_DOMAIN => FailureKind::NoDomain,
+        sys::VIR_ERR_OPERATION_INVALID => FailureKind::WrongState,
+        sys::VIR_ERR_OPERATION_TIMEOUT => FailureKind::Busy,
+        sys::VIR_ERR_NO_CONNECT
+        | sys::VIR_ERR_INVALID_CONN
+        | sys::VIR_ERR_RPC
+        | sys::VIR_ERR_SYSTEM_ERROR
+        | sys::VIR_ERR_NO_SERVER => FailureKind::NoConnection,
+        sys::VIR_ERR_AUTH_FAILED
+        | sys::VIR_ERR_AUTH_CANCELLED
+        | sys::VIR_ERR_AUTH_UNAVAILABLE
+        | sys::VIR_ERR_ACCESS_DENIED
+        | sys::VIR_ERR_OPERATION_DENIED => FailureKind::Denied,
+        sys::VIR_ERR_NO_SUPPORT
+        | sys::VIR_ERR_OPERATION_UNSUPPORTED
+        | sys::VIR_ERR_ARGUMENT_UNSUPPORTED
+        | sys::VIR_ERR_CONFIG_UNSUPPORTED => FailureKind::Unsupported,
+        _ => FailureKind::Other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_are_told_apart() {
+        assert_eq!(state_of(sys::VIR_DOMAIN_RUNNING, 1), DomainState::Running);
+        assert_eq!(state_of(sys::VIR_DOMAIN_PAUSED, 1), DomainState::Paused);
+        assert_eq!(state_of(sys::VIR_DOMAIN_PAUSED, 5), DomainState::IoError);
+        assert_eq!(state_of(sys::VIR_DOMAIN_PAUSED, 11), DomainState::Busy);
+        assert_eq!(state_of(sys::VIR_DOMAIN_SHUTOFF, 1), DomainState::Off);
+        assert_eq!(state_of(99, 0), DomainState::Off);
+    }
+}

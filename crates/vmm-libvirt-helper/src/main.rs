@@ -1,0 +1,85 @@
+//! `vmm-libvirt-helper URI`: libvirt for a daemon that does not link it.
+//!
+//! ```text
+//!   stdin ──► requests ──┬─► quick ones: the main connection ──────────┐
+//!                        └─► those that wait for a QEMU: lanes of four ─┤──► libvirtd
+//!   stdout ◄── answers, in any order ◄── one thread a call ◄────────────┘
+//!          ◄── events ◄── the event loop's thread ◄── the main connection
+//! ```
+//!
+//! One helper is one connection to libvirt. When that is lost it says so and ends, and the daemon starts another one: nothing of
+//! libvirt's state in this process has to be mended. It ends as well when its stdin does, and so never outlives the daemon.
+//! The lines are those of [`vmm_libvirt_wire`]; stderr is for people.
+
+mod calls;
+mod ffi;
+mod lanes;
+mod say;
+
+use std::io::{self, BufReader};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use virt::connect::Connect;
+use virt::error::Error;
+use vmm_libvirt_wire::{Message, Request};
+
+use lanes::Lanes;
+
+/// Requests that wait while libvirt is being connected to.
+const WAITING: usize = 64;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let (Some(uri), None) = (args.next(), args.next()) else {
+        eprintln!("usage: vmm-libvirt-helper URI; vmm-controlplane starts it, see UNKEY_VMCP_QEMU_ENDPOINT");
+        return ExitCode::from(2);
+    };
+    // libvirt would print each error to stdout.
+    virt::error::clear_error_callback();
+    match serve(&uri) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say::say(&Message::Unreachable { failure: calls::failure(&error) });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(uri: &str) -> Result<(), Error> {
+    // A thread of its own: libvirt may let itself be waited for without end, and the daemon must be able to leave.
+    let (requests, inbox) = sync_channel(WAITING);
+    std::thread::spawn(move || match read_requests(&requests) {
+        Ok(()) => std::process::exit(0),
+        Err(error) => {
+            eprintln!("vmm-libvirt-helper: a request cannot be read: {error}");
+            std::process::exit(2);
+        }
+    });
+    ffi::start_event_loop()?;
+    let main = Connect::open(Some(uri))?;
+    lanes::keep_alive(&main)?;
+    ffi::watch(&main)?;
+    let hypervisor = lanes::version(main.get_hyp_version()?);
+    // libvirt looks at a QEMU when it is first asked about it, which can take half a minute: now, and not in the first start.
+    main.get_domain_capabilities(None, None, None, None, 0)?;
+    say::say(&Message::Ready { libvirt: lanes::version(main.get_lib_version()?), hypervisor });
+    let lanes = Arc::new(Lanes::new(uri.to_owned(), main));
+    for request in inbox {
+        lanes::take(&lanes, request);
+    }
+    Ok(())
+}
+
+fn read_requests(requests: &SyncSender<Request>) -> io::Result<()> {
+    let mut stdin = BufReader::new(io::stdin());
+    let mut line = Vec::new();
+    while vmm_libvirt_wire::read_line(&mut stdin, &mut line)?.is_some() {
+        let request = serde_json::from_slice(&line)?;
+        if requests.send(request).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
