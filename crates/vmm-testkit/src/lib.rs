@@ -1,7 +1,10 @@
 //! vmm-testkit
 
 pub mod backend_suite;
+pub mod by_hand;
+pub mod corpus;
 pub mod fake;
 pub mod guests;
+pub mod libvirtd;
 pub mod memory_store;
 pub mod store_suite;

@@ -62,6 +62,35 @@ pub trait Column: Send + Sync + 'static {
     fn kill_all(&self, runtime_dir: &Path) {
         real::kill_all(runtime_dir);
     }
+
+    /// The version, or why the column cannot serve here, where its backend cannot tell before a case has begun.
+    fn known_version(&self) -> Option<Result<String, String>> {
+        None
+    }
+
+    /// Starts another VMM on `socket`, as somebody does whose VMM has ended. Only where VMMs are somebody else's.
+    fn another(&self, _socket: &Path) {}
+
+    /// Where the VMs are made by somebody else: makes one called `vm_id` that runs the kernel of `config`, and answers with the
+    /// name that it will be imported under. `None` where CreateVm makes them.
+    fn make(&self, _vm_id: &str, _config: &VmConfig) -> Option<String> {
+        None
+    }
+
+    /// The name under which a VM was imported that [`Column::make`] has made.
+    fn imported(&self, _vm_id: &str) -> Option<String> {
+        None
+    }
+
+    /// The file of a VM's kept console, where that is not in the run folder.
+    fn console(&self, _vm_id: &str) -> Option<PathBuf> {
+        None
+    }
+
+    /// Whether VMs are imported only.
+    fn imports(&self) -> bool {
+        false
+    }
 }
 
 /// A guest that ends when it is asked to.
@@ -86,6 +115,9 @@ pub struct Linux {
 
 /// Asks the column's backend for its version.
 pub(super) fn version(column: &dyn Column) -> Result<String, String> {
+    if let Some(known) = column.known_version() {
+        return known;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -110,6 +142,16 @@ pub(super) struct Facts {
     pub(super) asked: EndedBy,
     /// The rung that ends a guest that does not.
     pub(super) ordered: EndedBy,
+    /// Whether somebody else starts the VMMs.
+    pub(super) attached: bool,
+    /// Whether a VM can be powered off, where its VMM is somebody else's, without ending that.
+    pub(super) powers_off: bool,
+    /// Whether RebootVm is served at all.
+    pub(super) reboots: bool,
+    /// Whether a guest's reset is seen.
+    pub(super) reset_seen: bool,
+    /// The backend's own words about that.
+    pub(super) reset: String,
 }
 
 impl Facts {
@@ -121,7 +163,13 @@ impl Facts {
         } else {
             (EndedBy::Acpi, EndedBy::Vmm)
         };
+        let attached = capabilities.endpoint_mode == "attached";
         Self {
+            attached,
+            powers_off: !attached || capabilities.name.as_str() == "cloudhypervisor",
+            reboots: !fact("reboot").starts_with("no"),
+            reset_seen: !fact("guest-reset").contains("not seen"),
+            reset: fact("guest-reset"),
             power_off_seen: fact("guest-power-off").starts_with("ends the run"),
             power_off: fact("guest-power-off"),
             reset_in_place: fact("guest-reset").starts_with("in place"),

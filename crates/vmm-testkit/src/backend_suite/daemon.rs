@@ -48,7 +48,7 @@ async fn carry_on(vms: &Vms) -> Verdict {
     vms.column().signal(&adopted, Signal::KILL);
     let down = vms.until_down(VM).await;
     assert_eq!(down.status.phase, Phase::Failed, "{down:#?}");
-    let again = vms.boot(VM).await.expect("BootVm succeeds").record;
+    let again = vms.boot_again(VM).await.expect("BootVm succeeds").record;
     assert_ne!(pid_of(&again), pid_of(&adopted));
     vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
     Verdict::Served
@@ -66,7 +66,7 @@ pub(super) async fn find_dead(vms: Vms) -> Verdict {
     let down = vms.until_down(VM).await;
     assert_eq!((down.state, down.status.phase), (VmState::Shutdown, Phase::Failed), "{down:#?}");
     assert_ne!(down.status.reason, "", "it says why, or that it is unknown");
-    vms.boot(VM).await.expect("BootVm succeeds");
+    vms.boot_again(VM).await.expect("BootVm succeeds");
     vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
     Verdict::Served
 }
@@ -85,6 +85,6 @@ pub(super) async fn find_hanging(vms: Vms) -> Verdict {
     assert_eq!(vms.column().processes(&vms.rig.runtime_dir()).len(), 1, "nobody touched it");
     let down = vms.force_shutdown(VM).await.expect("ShutdownVm with force succeeds");
     assert_eq!(down.record.state, VmState::Shutdown);
-    vms.boot(VM).await.expect("BootVm succeeds");
+    vms.boot_again(VM).await.expect("BootVm succeeds");
     Verdict::Served
 }

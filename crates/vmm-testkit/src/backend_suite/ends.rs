@@ -1,8 +1,11 @@
 //! How runs end: the shutdown ladder, and what a guest does by itself.
 
+use std::sync::Arc;
+
 use vmm_core::spec::RestartMode;
 use vmm_core::state::{EndedBy, Phase, VmState};
 use vmm_core::store::VmRecord;
+use vmm_service::ServiceError;
 
 use super::column::Obeying;
 use super::fields::{Judgement, judge};
@@ -77,6 +80,13 @@ async fn asked_to_end(vms: &Vms, paused: bool) -> Verdict {
 
 pub(super) async fn guest_ignores_shutdown(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Idle).await;
+    if !vms.facts.powers_off {
+        let refused = vms.shutdown(VM, 1).await;
+        assert!(matches!(refused, Err(ServiceError::Deadline(_))), "{refused:?}");
+        assert_eq!(vms.record(VM).state, VmState::Running, "it runs on");
+        let text = "DEADLINE_EXCEEDED: a process of somebody else's is ended by `force` alone";
+        return Verdict::Rejected(text.to_owned());
+    }
     let down = vms.shutdown(VM, 1).await.expect("ShutdownVm succeeds");
     assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.ordered)));
     Verdict::Served
@@ -86,7 +96,7 @@ pub(super) async fn forced_shutdown(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Idle).await;
     for paused in [false, true] {
         if paused {
-            vms.boot(VM).await.expect("BootVm succeeds");
+            vms.boot_again(VM).await.expect("BootVm succeeds");
             vms.pause(VM).await.expect("PauseVm succeeds");
         }
         let down = vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
@@ -106,17 +116,24 @@ pub(super) async fn guest_powers_off(vms: Vms) -> Verdict {
         return Verdict::NotApplicable(vms.facts.power_off.clone());
     }
     let down = vms.until_down(VM).await;
-    assert_end(&down, Phase::Stopped, "guest-power-off", Some(EndedBy::Guest));
-    vms.boot(VM).await.expect("it can be booted again");
+    let told = !vms.facts.power_off.contains("not told");
+    if told {
+        assert_end(&down, Phase::Stopped, "guest-power-off", Some(EndedBy::Guest));
+    } else {
+        assert_end(&down, Phase::Failed, "unknown", None);
+    }
+    vms.boot_again(VM).await.expect("it can be booted again");
     vms.console_shows(VM, &Guest::PowerOff.banner(), 2).await;
-    Verdict::Served
+    if told { Verdict::Served } else { Verdict::Emulated(vms.facts.power_off.clone()) }
 }
 
 pub(super) async fn power_off_under_always(vms: Vms) -> Verdict {
     if !vms.facts.power_off_seen {
         return Verdict::NotApplicable(vms.facts.power_off.clone());
     }
-    vms.run(VM, vms.config_with_policy(Guest::PowerOff, ALWAYS, 1)).await;
+    if let Err(refused) = run_with_policy(&vms, Guest::PowerOff, ALWAYS, 1).await {
+        return refused;
+    }
     let down = vms.until_down(VM).await;
     assert_eq!(
         (down.status.phase, down.status.reason.as_str()),
@@ -129,21 +146,30 @@ pub(super) async fn power_off_under_always(vms: Vms) -> Verdict {
 }
 
 pub(super) async fn reset_under_never(vms: Vms) -> Verdict {
-    vms.run(VM, vms.config_with_policy(Guest::Reset, NEVER, 0)).await;
+    if let Err(refused) = run_with_policy(&vms, Guest::Reset, NEVER, 0).await {
+        return refused;
+    }
     let down = vms.until_down(VM).await;
     assert_end(&down, Phase::Stopped, "guest-reset", Some(EndedBy::Guest));
     Verdict::Served
 }
 
 pub(super) async fn reset_under_guest_reboot(vms: Vms) -> Verdict {
-    let first = vms.run(VM, vms.config_with_policy(Guest::Reset, GUEST_REBOOT, 2)).await;
-    assert_eq!(first.state, VmState::Running);
+    match run_with_policy(&vms, Guest::Reset, GUEST_REBOOT, 2).await {
+        Ok(first) => assert_eq!(first.state, VmState::Running),
+        Err(refused) => return refused,
+    }
+    if !vms.facts.reset_seen {
+        return resets_unseen(&vms, Guest::Reset).await;
+    }
     assert_restart_loop(&vms, Guest::Reset, 3).await;
     restarted(&vms)
 }
 
 pub(super) async fn triple_fault_under_never(vms: Vms) -> Verdict {
-    vms.run(VM, vms.config_with_policy(Guest::TripleFault, NEVER, 0)).await;
+    if let Err(refused) = run_with_policy(&vms, Guest::TripleFault, NEVER, 0).await {
+        return refused;
+    }
     let down = vms.until_down(VM).await;
     if vms.facts.triple_fault_fails {
         // A KVM in software makes a reset of some triple faults.
@@ -155,7 +181,12 @@ pub(super) async fn triple_fault_under_never(vms: Vms) -> Verdict {
 }
 
 pub(super) async fn triple_fault_under_guest_reboot(vms: Vms) -> Verdict {
-    vms.run(VM, vms.config_with_policy(Guest::TripleFault, GUEST_REBOOT, 2)).await;
+    if let Err(refused) = run_with_policy(&vms, Guest::TripleFault, GUEST_REBOOT, 2).await {
+        return refused;
+    }
+    if !vms.facts.reset_seen {
+        return resets_unseen(&vms, Guest::TripleFault).await;
+    }
     if vms.facts.triple_fault_fails {
         let down = vms.until_down(VM).await;
         assert_eq!(down.status.phase, Phase::Failed);
@@ -168,7 +199,10 @@ pub(super) async fn triple_fault_under_guest_reboot(vms: Vms) -> Verdict {
 
 /// A killed VMM is a failure, which ON_FAILURE answers with a new process.
 pub(super) async fn on_failure_starts_again(vms: Vms) -> Verdict {
-    let first = vms.run(VM, vms.config_with_policy(Guest::Idle, ON_FAILURE, 0)).await;
+    let first = match run_with_policy(&vms, Guest::Idle, ON_FAILURE, 0).await {
+        Ok(first) => first,
+        Err(refused) => return refused,
+    };
     vms.console_shows(VM, &Guest::Idle.banner(), 1).await;
     vms.column().signal(&first, vmm_host::process::Signal::KILL);
     let again = |record: &VmRecord| {
@@ -194,6 +228,7 @@ pub(super) async fn restart_policy_unset(vms: Vms) -> Verdict {
             assert_end(&down, Phase::Stopped, "guest-reset", Some(EndedBy::Guest));
             assert!(matches!(verdict, Verdict::Emulated(_)), "it differs, and says so: {verdict:?}");
         }
+        RestartMode::GuestReboot if !vms.facts.reset_seen => return resets_unseen(&vms, Guest::Reset).await,
         RestartMode::GuestReboot => {
             let boots = 1 + vmm_core::spec::DEFAULT_MAX_RESTARTS as usize;
             assert_restart_loop(&vms, Guest::Reset, boots).await;
@@ -201,6 +236,31 @@ pub(super) async fn restart_policy_unset(vms: Vms) -> Verdict {
         other @ (RestartMode::OnFailure | RestartMode::Always) => panic!("{other:?} is nobody's default"),
     }
     verdict
+}
+
+/// Creates and boots a VM with a restart policy, unless that is refused, as it is where nobody can start it again.
+async fn run_with_policy(
+    vms: &Vms,
+    guest: Guest,
+    mode: i32,
+    max_restarts: i32,
+) -> Result<Arc<VmRecord>, Verdict> {
+    let config = vms.config_with_policy(guest, mode, max_restarts);
+    match judge(vms, &config, "config.restart_policy").await {
+        Judgement::Accepted(_) => Ok(vms.boot(VM).await.expect("BootVm succeeds").record),
+        Judgement::Refused(verdict) => {
+            assert!(vms.facts.attached, "only somebody else's VMMs cannot be started again: {verdict:?}");
+            Err(verdict)
+        }
+    }
+}
+
+/// Resets in place that nobody tells of: the guest starts again and again, and the VM runs.
+async fn resets_unseen(vms: &Vms, guest: Guest) -> Verdict {
+    vms.console_shows(VM, &guest.banner(), 4).await;
+    let record = vms.record(VM);
+    assert_eq!((record.state, record.status.restarts), (VmState::Running, 0), "{record:#?}");
+    Verdict::NotApplicable(vms.facts.reset.clone())
 }
 
 fn restarted(vms: &Vms) -> Verdict {

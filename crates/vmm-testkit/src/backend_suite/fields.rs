@@ -45,7 +45,7 @@ pub(super) async fn judge(vms: &Vms, config: &VmConfig, path: &str) -> Judgement
             assert_eq!(validated.violations, violations, "ValidateVm and CreateVm answer alike");
             let about = violations.iter().find(|found| found.field.starts_with(path));
             let about = about.unwrap_or_else(|| panic!("nothing about {path}: {violations:?}"));
-            assert!(matches!(vms.service.get(VM), Err(ServiceError::NotFound(_))), "the name is free");
+            assert!(matches!(vms.get(VM), Err(ServiceError::NotFound(_))), "the name is free");
             Judgement::Refused(Verdict::Rejected(about.to_string()))
         }
         Err(other) => panic!("CreateVm fails: {other:?}"),

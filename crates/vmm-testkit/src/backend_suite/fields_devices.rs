@@ -175,9 +175,14 @@ async fn refused_while_held(vms: &Vms, first: VmConfig, second: VmConfig) -> Ver
 pub(super) async fn console_kept(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Idle).await;
     vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
-    vms.boot(VM).await.expect("BootVm succeeds");
+    vms.boot_again(VM).await.expect("BootVm succeeds");
     vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
-    vms.reboot(VM, false).await.expect("RebootVm succeeds");
+    if vms.facts.reboots {
+        vms.reboot(VM, false).await.expect("RebootVm succeeds");
+    } else {
+        vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
+        vms.boot_again(VM).await.expect("BootVm succeeds");
+    }
     let console = vms.console_shows(VM, &Guest::Idle.banner(), 3).await;
     let lines: Vec<&str> = console.lines().filter(|line| !line.trim().is_empty()).collect();
     assert_eq!(lines, vec![Guest::Idle.banner(); 3], "the guest's words and no others");
@@ -195,7 +200,7 @@ pub(super) async fn console_to_a_file(vms: Vms) -> Verdict {
     vms.run(VM, VmConfig { console, ..vms.config(Guest::Idle) }).await;
     file_shows(&output, &Guest::Idle.banner(), 1).await;
     vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
-    vms.boot(VM).await.expect("BootVm succeeds");
+    vms.boot_again(VM).await.expect("BootVm succeeds");
     file_shows(&output, &Guest::Idle.banner(), 2).await;
     assert!(!vms.console_file(VM).exists(), "nothing is kept beside it");
     vms.delete(VM, true).await.expect("DeleteVm succeeds");

@@ -10,7 +10,7 @@ use crate::guests::Guest;
 /// Samples follow one another, within their bounds, and end with the run.
 pub(super) async fn metrics_move(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Echo).await;
-    let sample = || vms.service.get(VM).expect("the VM exists").metrics;
+    let sample = || vms.get(VM).expect("the VM exists").metrics;
     let what = || format!("a busy guest uses CPU and memory: {:?}", sample());
     let busy =
         || sample().is_some_and(|sample| sample.cpu_usage_percent > 0.0 && sample.memory_bytes > 1 << 20);
@@ -52,7 +52,7 @@ pub(super) async fn linux_sees_its_machine(vms: Vms) -> Verdict {
     ] {
         assert!(console.contains(line), "{line} is not in {console}");
     }
-    let counters = || vms.service.get(VM).expect("the VM exists").metrics.map(|sample| sample.storage);
+    let counters = || vms.get(VM).expect("the VM exists").metrics.map(|sample| sample.storage);
     let moved = || {
         counters().is_some_and(|disk| {
             disk.bytes_read > 0

@@ -8,11 +8,15 @@ use super::cases::{CASES, Case, Group};
 use super::results::{self, ColumnResults, Verdict};
 
 /// The columns in their order: name and heading.
-pub const COLUMNS: [(&str, &str); 5] = [
+pub const COLUMNS: [(&str, &str); 9] = [
     ("qemu-q35", "QEMU q35"),
     ("qemu-microvm", "QEMU microvm"),
+    ("libvirt-qemu", "QEMU through libvirt"),
     ("cloudhypervisor", "Cloud Hypervisor"),
     ("firecracker", "Firecracker"),
+    ("attached-cloudhypervisor", "Cloud Hypervisor, attached"),
+    ("attached-firecracker", "Firecracker, attached"),
+    ("attached-qemu", "QEMU, attached"),
     ("fake", "scripted fake"),
 ];
 /// The line after which the matrix begins.

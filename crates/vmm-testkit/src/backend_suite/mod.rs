@@ -24,6 +24,7 @@ mod ends;
 mod fake_column;
 mod fields;
 mod fields_devices;
+mod imported;
 mod life;
 pub mod matrix;
 pub mod results;

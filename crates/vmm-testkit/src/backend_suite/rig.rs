@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -12,10 +13,12 @@ use vmm_core::state::{Phase, VmState};
 use vmm_core::store::{Requested, VmRecord};
 use vmm_service::{
     Backends, CreateRequest, Created, ListQuery, Outcome, ServiceError, Settings, ShutdownOptions, VmService,
+    VmView,
 };
 
 use super::cases::{Case, Step};
 use super::column::{Column, Facts, Linux};
+use super::imported;
 use super::results::Verdict;
 use crate::guests::Guest;
 use crate::memory_store::MemoryStore;
@@ -26,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const ME: &str = "suite";
 /// Time between two samples.
 const INTERVAL: Duration = Duration::from_millis(300);
+/// What is said of a case that took another VMM.
+const ANOTHER: &str = "a VMM that has ended is somebody else's to start again: UNAVAILABLE until there is another on the socket";
 /// The name of the VM in cases that need one.
 pub(super) const VM: &str = "vm";
 
@@ -35,13 +40,15 @@ pub(super) struct Rig {
     pub(super) case: &'static str,
     store: Arc<MemoryStore>,
     dir: TempDir,
+    /// Whether somebody else had to start another VMM.
+    another: AtomicBool,
 }
 
 impl Rig {
     pub(super) fn new(column: Arc<dyn Column>, case: &'static str) -> Self {
         // Short, because sockets lie below it.
         let dir = tempfile::Builder::new().prefix("vs").tempdir().expect("a folder can be made");
-        Self { column, case, store: Arc::new(MemoryStore::new()), dir }
+        Self { column, case, store: Arc::new(MemoryStore::new()), dir, another: AtomicBool::new(false) }
     }
 
     /// The case's folder.
@@ -56,14 +63,18 @@ impl Rig {
 
     /// The VM as it is on record.
     pub(super) fn stored(&self) -> VmRecord {
-        self.store.vm(VM).expect("the VM is on record")
+        let name = self.column.imported(VM);
+        self.store.vm(name.as_deref().unwrap_or(VM)).expect("the VM is on record")
     }
 
     /// Plays every step of `case`, each in a runtime of its own that dies with all its tasks, as a daemon does.
     pub(super) fn play(self: &Arc<Self>, case: &Case) -> Verdict {
         let mut verdict = Verdict::Served;
-        for (index, step) in case.steps.iter().enumerate() {
-            let is_last = index + 1 == case.steps.len();
+        let refused = [imported::REFUSED];
+        let steps =
+            if self.column.imports() && !imported::CASES.contains(&case.id) { &refused } else { case.steps };
+        for (index, step) in steps.iter().enumerate() {
+            let is_last = index + 1 == steps.len();
             let runtime = runtime();
             runtime.block_on(async {
                 match step {
@@ -81,6 +92,9 @@ impl Rig {
             runtime.shutdown_background();
         }
         self.assert_nothing_left();
+        if verdict == Verdict::Served && self.another.load(Ordering::Relaxed) {
+            return Verdict::Emulated(ANOTHER.to_owned());
+        }
         verdict
     }
 
@@ -172,7 +186,21 @@ impl Vms {
     }
 
     pub(super) async fn create(&self, vm_id: &str, config: VmConfig) {
+        if self.column().make(vm_id, &config).is_some() {
+            let what = || format!("{vm_id} is imported");
+            return eventually(what, || self.get(vm_id).is_ok()).await;
+        }
         self.try_create(vm_id, config).await.expect("CreateVm succeeds");
+    }
+
+    /// The name that a VM bears: its own, or the one that it was imported under.
+    fn name(&self, vm_id: &str) -> String {
+        self.column().imported(vm_id).unwrap_or_else(|| vm_id.to_owned())
+    }
+
+    /// A VM as readers see it.
+    pub(super) fn get(&self, vm_id: &str) -> Result<VmView, ServiceError> {
+        self.service.get(&self.name(vm_id))
     }
 
     /// Creates and boots.
@@ -189,35 +217,59 @@ impl Vms {
     }
 
     pub(super) async fn boot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.boot(vm_id, ME.to_owned()).await
+        self.service.boot(&self.name(vm_id), ME.to_owned()).await
+    }
+
+    /// Boots a VM whose VMM may have ended. Where that was somebody else's, BootVm says what to start and where, and once it
+    /// was started succeeds.
+    pub(super) async fn boot_again(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+        if !self.facts.attached {
+            return self.boot(vm_id).await;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.boot(vm_id).await {
+                Err(ServiceError::Unavailable(why)) if why.contains("start one there") => {
+                    let place = self.record(vm_id).place.clone().expect("it has a place");
+                    assert!(why.contains(&place), "it names the socket: {why}");
+                    self.rig.another.store(true, Ordering::Relaxed);
+                    self.column().another(Path::new(&place));
+                }
+                // One that is just ending, or just starting.
+                Err(ServiceError::Unavailable(_) | ServiceError::Precondition(_))
+                    if Instant::now() < deadline => {}
+                answer => return answer,
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     pub(super) async fn pause(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.pause(vm_id, ME.to_owned()).await
+        self.service.pause(&self.name(vm_id), ME.to_owned()).await
     }
 
     pub(super) async fn resume(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.resume(vm_id, ME.to_owned()).await
+        self.service.resume(&self.name(vm_id), ME.to_owned()).await
     }
 
     /// Shuts down, with so many seconds for the guest to obey.
     pub(super) async fn shutdown(&self, vm_id: &str, seconds: i32) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: false, timeout_seconds: seconds };
-        self.service.shutdown(vm_id, options, ME.to_owned()).await
+        self.service.shutdown(&self.name(vm_id), options, ME.to_owned()).await
     }
 
     pub(super) async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
-        self.service.shutdown(vm_id, options, ME.to_owned()).await
+        self.service.shutdown(&self.name(vm_id), options, ME.to_owned()).await
     }
 
     pub(super) async fn reboot(&self, vm_id: &str, force: bool) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force, timeout_seconds: 1 };
-        self.service.reboot(vm_id, options, ME.to_owned()).await
+        self.service.reboot(&self.name(vm_id), options, ME.to_owned()).await
     }
 
     pub(super) async fn delete(&self, vm_id: &str, force: bool) -> Result<Outcome, ServiceError> {
-        self.service.delete(vm_id, force, ME.to_owned()).await
+        self.service.delete(&self.name(vm_id), force, ME.to_owned()).await
     }
 
     /// Deletes every VM, and fails where something could not be freed.
@@ -230,7 +282,7 @@ impl Vms {
 
     /// The record as readers see it.
     pub(super) fn record(&self, vm_id: &str) -> Arc<VmRecord> {
-        self.service.get(vm_id).expect("the VM exists").record
+        self.get(vm_id).expect("the VM exists").record
     }
 
     /// Waits until the record that readers see is as wanted.
@@ -257,7 +309,8 @@ impl Vms {
 
     /// The file of the VM's kept console.
     pub(super) fn console_file(&self, vm_id: &str) -> PathBuf {
-        self.record(vm_id).uid.run_dir(&self.rig.runtime_dir()).join("console.log")
+        let in_run_folder = || self.record(vm_id).uid.run_dir(&self.rig.runtime_dir()).join("console.log");
+        self.column().console(vm_id).unwrap_or_else(in_run_folder)
     }
 
     /// Waits until the kept console shows `text` for the `times`th time.

@@ -144,6 +144,7 @@ impl Backend for FakeBackend {
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        request.gate.passed().await?;
         let act = self.world.lock().scripts.call(Method::Launch);
         act.before().await?;
         let (run, events) = self.world.start(&request);
@@ -192,6 +193,6 @@ impl Backend for FakeBackend {
             Ok(()) => act.after().await.map(|()| "1.0".to_owned()),
             Err(error) => Err(error),
         };
-        BackendHealth { version: version.map_err(|error| error.to_string()) }
+        BackendHealth::from(version.map_err(|error| error.to_string()))
     }
 }

@@ -12,9 +12,12 @@
 //! happen: two machines of one VM, or two writers of one disk ([`World::faults`]). Each method of the ports can be told by an
 //! [`Act`] to fail, to wait or to lose its answer; a [`MachineControl`] makes one machine reset, crash or fall silent. All
 //! waiting is on tokio's clock, which tests can pause.
+//!
+//! [`qemu`] is another kind: a process of its own, for tests that kill the daemon.
 
 mod backend;
 mod control;
+pub mod qemu;
 mod script;
 mod vmm;
 mod world;

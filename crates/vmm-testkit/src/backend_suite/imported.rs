@@ -1,0 +1,58 @@
+//! Where VMs are imported only: the cases that concern VMs which somebody else has made, and the refusal of all others.
+
+use vmm_core::store::Requested;
+use vmm_service::ServiceError;
+
+use super::cases::Step;
+use super::results::Verdict;
+use super::rig::{VM, Vms};
+use crate::guests::Guest;
+
+/// The cases that an imported VM can go through.
+pub(super) const CASES: &[&str] = &[
+    "boot_in_every_state",
+    "shutdown_in_every_state",
+    "pause_in_every_state",
+    "resume_in_every_state",
+    "reboot_in_every_state",
+    "delete_in_every_state",
+    "force_delete_in_every_state",
+    "force_reboot",
+    "a_paused_guest_stands_still",
+    "guest_obeys_shutdown",
+    "paused_guest_obeys_shutdown",
+    "guest_ignores_shutdown",
+    "forced_shutdown",
+    "guest_powers_off",
+    "vmm_killed_while_running",
+    "vmm_killed_while_paused",
+    "vmm_crashes_while_running",
+    "vmm_crashes_while_paused",
+    "vmm_killed_while_stopping",
+    "vmm_hangs",
+    "hanging_vmm_is_deleted",
+    "vmm_comes_back",
+    "metrics_move",
+    "daemon_restart_while_running",
+    "daemon_restart_while_paused",
+    "vmm_dies_while_no_daemon_runs",
+    "hanging_vmm_at_daemon_start",
+];
+
+/// What is played in the place of all others.
+pub(super) const REFUSED: Step = Step::Life(|vms| Box::pin(refused(vms)));
+
+/// CreateVm cannot, and says so before it looks at anything else; ValidateVm tells the same.
+async fn refused(vms: Vms) -> Verdict {
+    let config = vms.config(Guest::Idle);
+    let requested = Requested { backend: String::new(), config: config.clone() };
+    let judged = vms.service.validate(&requested).await;
+    assert!(judged.violations.iter().any(|found| found.field == "backend"), "{judged:?}");
+    match vms.try_create(VM, config).await {
+        Err(ServiceError::Unsupported(why)) => {
+            assert!(why.contains("imported"), "{why}");
+            Verdict::Rejected("CreateVm is UNIMPLEMENTED: a running QEMU is imported, not created".to_owned())
+        }
+        other => panic!("it must not be created: {other:?}"),
+    }
+}

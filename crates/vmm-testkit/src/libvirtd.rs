@@ -1,0 +1,311 @@
+//! A libvirtd of a test's own: Debian's program, with folders, sockets and domains that no other one sees.
+//!
+//! ```text
+//!   reaper ─ unshare --mount ── /run/libvirt, /var/lib/libvirt, /etc/libvirt, /var/log/libvirt ──► the test's folder
+//!                 │             /var/cache/libvirt ──► shared by all tests: what libvirt knows of QEMU
+//!                 │             /dev/kvm ──► hidden, or libvirt would examine a KVM in software for half a minute
+//!                 ├─ virtlogd
+//!                 └─ libvirtd ── a socket in the test's folder, which everybody sees
+//! ```
+//!
+//! libvirtd takes a QEMU for gone when its process id is free, so somebody must reap it at once. The first process of a container
+//! may take its time, so a reaper of the test's own stands between.
+//!
+//! Its QEMUs are known by their mount namespace, which is libvirtd's. All of it ends when the value is dropped, also where a
+//! test fails.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use tempfile::TempDir;
+
+/// Longer than libvirtd takes on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Starts its arguments, and reaps what they and their descendants leave (36 is PR_SET_CHILD_SUBREAPER).
+const REAPER: &str = r#"
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+subprocess.Popen(sys.argv[1:])
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
+"#;
+
+/// What runs in the new mount namespace. The folder of the test is `$1`, the shared cache `$2`.
+const SCRIPT: &str = r#"
+set -e
+mkdir -p /run/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /etc/libvirt
+mount --bind "$1/run" /run/libvirt
+mount --bind "$1/lib" /var/lib/libvirt
+mount --bind "$1/log" /var/log/libvirt
+mount --bind "$1/etc" /etc/libvirt
+mount --bind "$2" /var/cache/libvirt
+if [ -e /dev/kvm ]; then mount --bind "$1/no-kvm" /dev/kvm; fi
+[ -S /run/libvirt/virtlogd-sock ] || /usr/sbin/virtlogd -f "$1/virtlogd.conf" -p "$1/virtlogd.pid" &
+exec /usr/sbin/libvirtd -f "$1/libvirtd.conf" -p "$1/libvirtd.pid"
+"#;
+
+/// A libvirtd.
+#[derive(Debug)]
+pub struct Libvirtd {
+    dir: TempDir,
+    /// The present libvirtd; `None` while it is stopped.
+    pid: Mutex<Option<Pid>>,
+    /// The mount namespaces of all libvirtds so far.
+    namespaces: Mutex<Vec<u64>>,
+    /// The reapers of all of them. Each leads a process group with its libvirtd and virtlogd.
+    reapers: Mutex<Vec<Child>>,
+}
+
+impl Libvirtd {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// Why there can be none here; for a test to skip itself.
+    pub fn start() -> Result<Self, String> {
+        for program in ["/usr/sbin/libvirtd", "/usr/sbin/virtlogd", "/usr/bin/virsh", "/usr/bin/unshare"] {
+            if !Path::new(program).exists() {
+                return Err(format!("{program} is not installed; `make setup` installs it"));
+            }
+        }
+        if !rustix::process::geteuid().is_root() {
+            return Err("only root can give libvirtd folders of its own".to_owned());
+        }
+        let dir = tempfile::Builder::new().prefix("lv").tempdir().map_err(|error| error.to_string())?;
+        configure(dir.path()).map_err(|error| error.to_string())?;
+        let libvirtd =
+            Self { dir, pid: Mutex::new(None), namespaces: Mutex::default(), reapers: Mutex::default() };
+        let cache = warm_cache()?;
+        libvirtd.run(cache.path())?;
+        Ok(libvirtd)
+    }
+
+    /// Starts libvirtd again after [`Libvirtd::stop`].
+    ///
+    /// # Panics
+    /// Where it does not come up.
+    pub fn start_again(&self) {
+        self.run(&cache_dir()).expect("libvirtd starts again");
+    }
+
+    fn run(&self, cache: &Path) -> Result<(), String> {
+        let mut reaper = Command::new("python3")
+            .args(["-c", REAPER, "/usr/bin/unshare", "--mount", "--propagation", "private"])
+            .args(["/bin/sh", "-c", SCRIPT, "sh"])
+            .args([self.dir.path(), cache])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(self.dir.path().join("stderr")).map_err(|error| error.to_string())?)
+            .process_group(0)
+            .spawn()
+            .map_err(|error| error.to_string())?;
+        let deadline = Instant::now() + PATIENCE;
+        let came_up = loop {
+            if self.answers() {
+                break Ok(());
+            }
+            match reaper.try_wait() {
+                Ok(None) if Instant::now() < deadline => pause(),
+                ended => break Err(format!("libvirtd does not come up ({ended:?}): {}", self.said())),
+            }
+        };
+        lock(&self.reapers).push(reaper);
+        came_up?;
+        let pid =
+            fs::read_to_string(self.dir.path().join("libvirtd.pid")).map_err(|error| error.to_string())?;
+        let pid = pid.trim().parse().ok().and_then(Pid::from_raw).ok_or("libvirtd has left no process id")?;
+        lock(&self.namespaces).extend(namespace_of(pid.as_raw_nonzero().get().cast_unsigned()));
+        *lock(&self.pid) = Some(pid);
+        Ok(())
+    }
+
+    fn answers(&self) -> bool {
+        let asked = self.command(&["version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        self.socket().exists() && asked.is_ok_and(|status| status.success())
+    }
+
+    /// What libvirtd has said on its stderr and to its log.
+    pub fn said(&self) -> String {
+        let read = |name: &str| fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
+        format!("{}{}", read("stderr"), read("libvirtd.log"))
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("libvirt-sock")
+    }
+
+    /// The URI by which it is reached.
+    pub fn uri(&self) -> String {
+        format!("qemu+unix:///system?socket={}", self.socket().display())
+    }
+
+    /// Runs virsh and answers what it prints.
+    ///
+    /// # Panics
+    /// Where virsh fails.
+    pub fn virsh(&self, args: &[&str]) -> String {
+        self.try_virsh(args).unwrap_or_else(|said| unreachable!("virsh {args:?}: {said}; {}", self.said()))
+    }
+
+    /// The same where virsh may fail.
+    ///
+    /// # Errors
+    /// What virsh says then.
+    pub fn try_virsh(&self, args: &[&str]) -> Result<String, String> {
+        let output = self.command(args).output().map_err(|error| error.to_string())?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
+        if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("/usr/bin/virsh");
+        command
+            .args(["--quiet", "--connect", &self.uri()])
+            .args(args)
+            .stdin(Stdio::null())
+            .env("LC_ALL", "C");
+        command
+    }
+
+    /// The names of all domains, running or not.
+    pub fn domains(&self) -> Vec<String> {
+        self.virsh(&["list", "--all", "--name"]).split_whitespace().map(str::to_owned).collect()
+    }
+
+    /// The process ids of its QEMUs.
+    pub fn qemus(&self) -> Vec<u32> {
+        let namespaces = lock(&self.namespaces).clone();
+        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        pids.filter(|pid| {
+            let name = fs::read_link(format!("/proc/{pid}/exe")).ok();
+            let is_qemu =
+                name.and_then(|exe| exe.file_name().map(|name| name.to_string_lossy().into_owned()));
+            is_qemu.is_some_and(|name| name.starts_with("qemu-system"))
+                && namespace_of(*pid).is_some_and(|namespace| namespaces.contains(&namespace))
+        })
+        .collect()
+    }
+
+    /// Kills libvirtd; its domains go on.
+    pub fn stop(&self) {
+        let Some(pid) = lock(&self.pid).take() else { return };
+        // Its reaper holds the process id until it has reaped it.
+        let _ = kill_process(pid, Signal::KILL);
+        while Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists() {
+            pause();
+        }
+    }
+
+    /// Has libvirtd stand still, or go on.
+    pub fn freeze(&self, still: bool) {
+        if let Some(pid) = *lock(&self.pid) {
+            let _ = kill_process(pid, if still { Signal::STOP } else { Signal::CONT });
+        }
+    }
+
+    /// Kills every QEMU.
+    pub fn kill_qemus(&self) {
+        for pid in self.qemus().into_iter().filter_map(|pid| Pid::from_raw(pid.cast_signed())) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+impl Drop for Libvirtd {
+    fn drop(&mut self) {
+        self.kill_qemus();
+        for mut reaper in lock(&self.reapers).drain(..) {
+            // The reaper itself leads the group, and is not reaped before the wait below.
+            if let Some(group) = Pid::from_raw(reaper.id().cast_signed()) {
+                let _ = kill_process_group(group, Signal::KILL);
+            }
+            let _ = reaper.wait();
+        }
+    }
+}
+
+fn configure(dir: &Path) -> std::io::Result<()> {
+    for folder in ["run", "lib", "log", "etc"] {
+        fs::create_dir(dir.join(folder))?;
+    }
+    let shown = dir.display();
+    fs::write(
+        dir.join("libvirtd.conf"),
+        format!(
+            "unix_sock_dir = \"{shown}\"\nauth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\nlog_outputs = \"3:file:{shown}/libvirtd.log\"\n"
+        ),
+    )?;
+    fs::write(dir.join("virtlogd.conf"), "")?;
+    // Nobody may open it. Were it only something else, libvirt would look at QEMU again and again to see whether KVM works now.
+    fs::write(dir.join("no-kvm"), "")?;
+    fs::set_permissions(dir.join("no-kvm"), fs::Permissions::from_mode(0o000))?;
+    // QEMUs in libvirtd's own namespace can be told from others by it.
+    fs::write(dir.join("etc/qemu.conf"), "namespaces = []\n")
+}
+
+/// Where what libvirt knows of QEMU is kept between tests.
+fn cache_dir() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| OsString::from("target"));
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(target).join("libvirt-cache")
+}
+
+/// The cache, and the right to use it: the first test fills it alone.
+struct Cache {
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl Cache {
+    fn path(&self) -> &Path {
+        &self.dir
+    }
+}
+
+fn warm_cache() -> Result<Cache, String> {
+    let dir = cache_dir();
+    fs::create_dir_all(&dir).map_err(|error| error.to_string())?;
+    let lock = File::create(dir.with_extension("lock")).map_err(|error| error.to_string())?;
+    // Whoever comes first holds it until its libvirtd has answered; the rest find the cache filled.
+    lock.lock().map_err(|error| error.to_string())?;
+    if dir.join("qemu/capabilities").is_dir() {
+        lock.unlock().map_err(|error| error.to_string())?;
+    }
+    Ok(Cache { dir, _lock: lock })
+}
+
+/// Waits a moment: what is waited for here announces itself to nobody.
+#[expect(clippy::disallowed_methods, reason = "in a thread of a test, with no runtime")]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(10));
+}
+
+fn namespace_of(pid: u32) -> Option<u64> {
+    fs::metadata(format!("/proc/{pid}/ns/mnt")).ok().map(|namespace| namespace.ino())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The helper that `make libvirt-helper` or scripts/test.sh has built.
+///
+/// # Errors
+/// Why there is none; for a test to skip itself.
+pub fn helper() -> Result<PathBuf, String> {
+    let target = cache_dir().with_file_name("libvirt-helper");
+    let built = ["debug", "release"].map(|profile| target.join(profile).join("vmm-libvirt-helper"));
+    let found = built.into_iter().find_map(|path| path.canonicalize().ok());
+    found.ok_or_else(|| "vmm-libvirt-helper is not built; `make libvirt-helper` builds it".to_owned())
+}
