@@ -45,7 +45,7 @@ fn state_from_pb(state: pb::VmState) -> Option<VmState> {
 }
 
 /// The states that a request names in `field`.
-pub(super) fn states_from_pb(
+pub(crate) fn states_from_pb(
     field: &str,
     states: impl Iterator<Item = Option<pb::VmState>>,
 ) -> Result<Vec<VmState>, ConnectError> {
@@ -58,7 +58,7 @@ pub(super) fn states_from_pb(
     states.enumerate().map(known).collect()
 }
 
-pub(super) fn config_from_pb(config: pb::VmConfig) -> VmConfig {
+pub(crate) fn config_from_pb(config: pb::VmConfig) -> VmConfig {
     VmConfig {
         cpu: config.cpu.into_option().map(|cpu| CpuConfig {
             vcpu_count: cpu.vcpu_count,
@@ -119,7 +119,7 @@ fn nic_from_pb(nic: pb::NetworkInterface) -> NetworkInterface {
     }
 }
 
-pub(super) fn config_to_pb(config: &VmConfig) -> pb::VmConfig {
+pub(crate) fn config_to_pb(config: &VmConfig) -> pb::VmConfig {
     pb::VmConfig {
         cpu: config.cpu.as_ref().map(cpu_to_pb).into(),
         memory: config.memory.as_ref().map(memory_to_pb).into(),
@@ -312,9 +312,9 @@ fn backend_info(record: &VmRecord) -> std::collections::BTreeMap<String, String>
 }
 
 pub(super) fn backend_to_pb(status: BackendStatus) -> pb::Backend {
-    let BackendStatus { capabilities, health: BackendHealth { version } } = status;
+    let BackendStatus { capabilities, health: BackendHealth { version, problems } } = status;
     let (available, version, reason) = match version {
-        Ok(version) => (true, version, String::new()),
+        Ok(version) => (true, version, problems.join("; ")),
         Err(reason) => (false, String::new(), reason),
     };
     pb::Backend {

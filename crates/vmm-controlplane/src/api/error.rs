@@ -3,11 +3,12 @@
 use connectrpc::ConnectError;
 use vmm_service::ServiceError;
 
-use crate::rpc::error::invalid_argument;
+use crate::rpc::error::{TEXT_BUDGET, invalid_argument, shown};
 
 /// The error that a client sees.
 pub(super) fn to_connect(error: ServiceError) -> ConnectError {
-    let text = error.to_string();
+    // It may quote the request, or a VMM.
+    let text = shown(error.to_string(), TEXT_BUDGET);
     match error {
         ServiceError::Invalid(violations) => {
             invalid_argument(violations.into_iter().map(|violation| (violation.field, violation.message)))

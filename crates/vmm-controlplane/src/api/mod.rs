@@ -3,7 +3,7 @@
 //! [`vm`] has one method per call, those about events in [`events`], [`convert`] turns configurations and records into messages and back, [`error`] turns
 //! failures into codes.
 
-mod convert;
+pub(crate) mod convert;
 mod error;
 mod events;
 mod vm;

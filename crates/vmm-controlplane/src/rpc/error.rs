@@ -11,13 +11,13 @@ const BAD_REQUEST: &str = "google.rpc.BadRequest";
 ///
 /// gRPC carries the message and the details in trailers, and its clients refuse trailers of more than 16 KiB:
 /// encoded twice, this much text stays below that.
-const TEXT_BUDGET: usize = 4096;
+pub(crate) const TEXT_BUDGET: usize = 4096;
 
 /// Builds an INVALID_ARGUMENT from `(field path, what is wrong and what to do)` pairs.
 ///
 /// The message names every violation, since curl users see nothing else; the same violations go along as
 /// `google.rpc.BadRequest` details, encoded as each protocol wants them. Of very many violations the first are
-/// given, and the number of the others.
+/// given, and the number of the others; a very long one is cut.
 pub fn invalid_argument<F, D>(violations: impl IntoIterator<Item = (F, D)>) -> ConnectError
 where
     F: Into<String>,
@@ -28,7 +28,8 @@ where
     let mut left = TEXT_BUDGET;
     let mut unnamed = 0_usize;
     for (field, description) in violations {
-        let (field, description) = (field.into(), description.into());
+        let (field, description) =
+            (shown(field.into(), TEXT_BUDGET / 2), shown(description.into(), TEXT_BUDGET));
         let line = format!("{field}: {description}");
         if unnamed > 0 || (line.len() > left && !lines.is_empty()) {
             unnamed += 1;
@@ -43,6 +44,23 @@ where
         return error;
     }
     error.with_detail(ErrorDetail::from_message(BAD_REQUEST, &detail))
+}
+
+/// A text that may quote the request, fit to be sent back: cut after `most` bytes, and without control characters.
+pub(crate) fn shown(text: String, most: usize) -> String {
+    if text.len() <= most && !text.contains(char::is_control) {
+        return text;
+    }
+    let mut shown = String::with_capacity(text.len().min(most));
+    for letter in text.chars() {
+        let letter = if letter.is_control() { '\u{fffd}' } else { letter };
+        if shown.len() + letter.len_utf8() > most {
+            shown.push('…');
+            break;
+        }
+        shown.push(letter);
+    }
+    shown
 }
 
 fn summary(lines: &[String], unnamed: usize) -> String {
@@ -86,9 +104,18 @@ mod tests {
     }
 
     #[test]
-    fn one_long_violation_is_given_whole() {
-        let error = invalid_argument([("config", "x".repeat(2 * TEXT_BUDGET))]);
-        assert!(error.message.unwrap().len() > 2 * TEXT_BUDGET);
+    fn one_long_violation_is_cut() {
+        let long = || "ä".repeat(TEXT_BUDGET);
+        let error = invalid_argument([(long(), long())]);
+        let message = error.message.unwrap();
+        assert!((TEXT_BUDGET..2 * TEXT_BUDGET).contains(&message.len()), "{} bytes", message.len());
+        assert!(error.details[0].value.as_ref().unwrap().len() < 3 * TEXT_BUDGET);
+    }
+
+    #[test]
+    fn what_is_quoted_carries_no_control_characters() {
+        let error = invalid_argument([("config.\n", "not \u{1b}[2J")]);
+        assert_eq!(error.message.as_deref(), Some("config.\u{fffd}: not \u{fffd}[2J"));
     }
 
     #[test]

@@ -32,7 +32,7 @@ mod host;
 mod options;
 mod paths;
 mod request_id;
-mod strict_json;
+pub(crate) mod strict_json;
 
 use std::future::Future;
 use std::sync::Arc;

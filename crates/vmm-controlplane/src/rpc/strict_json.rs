@@ -21,7 +21,7 @@ use super::error::invalid_argument;
 const MAX_VIOLATIONS: usize = 1000;
 
 /// Refuses JSON requests whose shape is not that of the method's request message.
-pub(super) struct StrictJson {
+pub(crate) struct StrictJson {
     pool: DescriptorPool,
     /// Request messages by procedure, `/vmm.v1.VmService/CreateVm`.
     requests: HashMap<String, String>,
@@ -29,7 +29,7 @@ pub(super) struct StrictJson {
 
 impl StrictJson {
     /// Reads the shapes from a wire-format `FileDescriptorSet`.
-    pub(super) fn new(descriptor_set: &[u8]) -> Result<Self, PoolError> {
+    pub(crate) fn new(descriptor_set: &[u8]) -> Result<Self, PoolError> {
         let pool = DescriptorPool::decode(descriptor_set)?;
         let requests = pool
             .services()
@@ -43,7 +43,7 @@ impl StrictJson {
         Ok(Self { pool, requests })
     }
 
-    fn check(&self, procedure: Option<&str>, payload: &Payload) -> Result<(), ConnectError> {
+    pub(crate) fn check(&self, procedure: Option<&str>, payload: &Payload) -> Result<(), ConnectError> {
         let message = procedure
             .and_then(|procedure| self.requests.get(procedure))
             .and_then(|name| self.pool.message_by_name(name));

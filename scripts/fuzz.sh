@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Looks for inputs that break a promise: `make fuzz`. Runs every fuzz target, one after the other, from its seeds and the
+# inputs kept so far; a finding ends the run. fuzz/README.md says what to do then.
+#
+# Environment:
+#   FUZZ_SECONDS   how long to run each target (600)
+#   FUZZ_TARGETS   which ones, by name (all)
+#   FUZZ_MINIMISE  1: afterwards put the best of the inputs found into fuzz/corpus, 8 KiB a target (0)
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+SECONDS_EACH=${FUZZ_SECONDS:-600}
+FUZZ=$ROOT/fuzz
+# An input is small, needs little memory and is dealt with at once; what is not is a finding.
+LIMITS=(-max_len=16384 -rss_limit_mb=1024 -timeout=10)
+
+# cargo-fuzz passes the compiler options that only nightly takes, or a stable one that is told to.
+export RUSTC_BOOTSTRAP=1
+# What a target writes goes to memory, where there is a file system for it.
+[ ! -w /dev/shm ] || export TMPDIR=/dev/shm
+
+# Rust's own checks are enough here, and the sanitizers' need nightly's standard library.
+cargo_fuzz() { (cd "$FUZZ" && nice -n 19 cargo fuzz "$1" --sanitizer none "${@:2}"); }
+
+install_cargo_fuzz() {
+    command -v cargo > /dev/null || die "Rust is not installed" "run 'make setup', which says how to install it"
+    command -v c++ > /dev/null || die "a C++ compiler is needed for libFuzzer" "install g++ (Debian: build-essential)"
+    cargo fuzz --version > /dev/null 2>&1 || {
+        step "installing cargo-fuzz (two minutes)"
+        cargo install --locked cargo-fuzz
+    }
+}
+
+targets() { sed -n 's/^name = "\([a-z_]*\)"$/\1/p' "$FUZZ/Cargo.toml"; }
+
+# Inputs that are found go to a copy of the kept ones: those in the repository change only when they are minimised.
+run() {
+    local name=$1 found=$FUZZ/target/corpus/$1 log=$FUZZ/target/$1.log kept=()
+    mkdir -p "$found" "$FUZZ/corpus/$name"
+    for folder in "$FUZZ/seeds/$name" "$FUZZ/corpus/$name"; do [ ! -d "$folder" ] || kept+=("$folder"); done
+    step "$name: $SECONDS_EACH s (log: ${log#"$ROOT/"})"
+    cargo_fuzz run "$name" "$found" "${kept[@]}" -- "${LIMITS[@]}" -max_total_time="$SECONDS_EACH" \
+        -print_final_stats=1 > "$log" 2>&1 || {
+        tail -n 40 "$log" >&2
+        die "$name: a finding; its input is named above" "fuzz/README.md says what to do with it"
+    }
+    sed -n 's/^stat::number_of_executed_units: *//p' "$log" | sed "s/^/==> $name: inputs tried: /" >&2
+    [ "${FUZZ_MINIMISE:-0}" = 0 ] || minimise "$name" "$found"
+}
+
+# Weighs the inputs found and keeps few of them; see fuzz/keep.py.
+minimise() {
+    local name=$1 found=$2 control=$FUZZ/target/$1.merge merged
+    merged=$(mktemp -d "$FUZZ/target/$name.XXXXXX")
+    rm -f "$control"
+    cargo_fuzz run "$name" "$merged" "$FUZZ/seeds/$name" "$FUZZ/corpus/$name" "$found" -- -merge=1 -set_cover_merge=1 \
+        -use_counters=0 -max_len=2048 -merge_control_file="$control" > "$FUZZ/target/$name.merge.log" 2>&1
+    rm -rf "$merged"
+    # The kept ones are among those that were weighed, so they are replaced only now.
+    merged=$(mktemp -d "$FUZZ/target/$name.XXXXXX")
+    python3 "$FUZZ/keep.py" "$control" "$merged" 8192
+    rm -rf "${FUZZ:?}/corpus/$name"
+    mv "$merged" "$FUZZ/corpus/$name"
+    chmod 755 "$FUZZ/corpus/$name"
+    step "$name: $(find "$FUZZ/corpus/$name" -type f | wc -l) inputs are kept"
+}
+
+install_cargo_fuzz
+for name in ${FUZZ_TARGETS:-$(targets)}; do
+    grep -qx "$name" < <(targets) || die "there is no fuzz target $name" "the targets are: $(targets | tr '\n' ' ')"
+    run "$name"
+done
