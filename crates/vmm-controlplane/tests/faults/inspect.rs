@@ -1,0 +1,187 @@
+//! What must be true of the world, whatever was interrupted.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Answer, World, try_call, vmm_pid};
+use crate::hypervisor::Backend;
+use crate::scenario::{PAUSED, Place, RUNNING};
+use crate::trial::{Case, VM, WITNESS};
+
+/// Longer than anything that was interrupted takes to settle on a busy machine.
+const SETTLING: Duration = Duration::from_secs(30);
+/// The phases of a VM with nothing under way.
+const AT_REST: [&str; 5] = ["created", "running", "paused", "stopped", "failed"];
+
+/// Waits until nothing is under way any more, and the VM is in one of the `allowed` places, as the host shows it too.
+#[track_caller]
+pub(crate) fn settled(case: &Case, allowed: &[Place]) -> Place {
+    let deadline = Instant::now() + SETTLING;
+    loop {
+        let doubt = match look_for(case, allowed) {
+            Ok(place) => return place,
+            Err(doubt) => doubt,
+        };
+        if Instant::now() > deadline {
+            panic!(
+                "{doubt}\n{:#}\n{:#}",
+                case.world.call("GetVmInfo", &json!({"vm_id": VM})).body,
+                log(case)
+            );
+        }
+        pause();
+    }
+}
+
+/// Where the VM is, if it has settled in one of the `allowed` places; or why that cannot be said.
+pub(crate) fn look_for(case: &Case, allowed: &[Place]) -> Result<Place, String> {
+    let answer = try_call(case.world.url(), "GetVmInfo", &json!({"vm_id": VM}));
+    match look(case, answer.map_err(|error| error.to_string())?) {
+        (place, None) if allowed.contains(&place) => Ok(place),
+        (place, None) => Err(format!("{place:?} is not among {allowed:?}")),
+        (_, Some(doubt)) => Err(doubt),
+    }
+}
+
+/// Where the API says that the VM is, and what on the host says otherwise.
+fn look(case: &Case, answer: Answer) -> (Place, Option<String>) {
+    if answer.status != 200 {
+        assert_eq!(answer.body["code"], "not_found", "{}", answer.body);
+        let strays = case.acknowledged.iter().find(|(uid, _)| folder(&case.world, uid).exists());
+        return (Place::Nowhere, strays.map(|(uid, _)| format!("the folder of {uid} is left")));
+    }
+    let info = answer.body;
+    let place = match info["state"].as_str() {
+        Some("VM_STATE_CREATED") => crate::scenario::CREATED,
+        Some("VM_STATE_RUNNING") => RUNNING,
+        Some("VM_STATE_PAUSED") => PAUSED,
+        Some("VM_STATE_SHUTDOWN") => crate::scenario::SHUT_DOWN,
+        other => panic!("{other:?} is no state"),
+    };
+    (place, doubt(case, &info, place))
+}
+
+fn doubt(case: &Case, info: &Value, place: Place) -> Option<String> {
+    let phase = info["status"]["phase"].as_str().unwrap_or_default();
+    if !AT_REST.contains(&phase) {
+        return Some(format!("it is still {phase}"));
+    }
+    let folder = folder(&case.world, info["uid"].as_str()?);
+    let users = users_of(&folder);
+    if ![RUNNING, PAUSED].contains(&place) {
+        return (!users.is_empty()).then(|| format!("{place:?}, and processes {users:?} are its VMM"));
+    }
+    if users != [vmm_pid(info)] {
+        return Some(format!("its VMM is {}, and processes {users:?} use its folder", vmm_pid(info)));
+    }
+    if case.hypervisor == Backend::Fake {
+        let guest = fs::read_to_string(folder.join(vmm_testkit::fake::qemu::STATE)).unwrap_or_default();
+        let expected = if place == RUNNING { "running" } else { "paused" };
+        return (guest != expected).then(|| format!("{place:?}, and its guest is {guest}"));
+    }
+    None
+}
+
+/// Nothing that was acknowledged is lost, and no operation has a beginning without an end.
+#[track_caller]
+pub(crate) fn acknowledged(case: &Case) {
+    let log = log(case);
+    for (uid, method) in &case.acknowledged {
+        let found = log.as_array().unwrap().iter().any(|event| {
+            let done = ["created", "state-changed"].iter().any(|kind| event["type"] == *kind);
+            event["uid"] == **uid && event["cause"] == *method && done
+        });
+        assert!(found, "{method} was acknowledged and is not in the log: {log:#}");
+    }
+    let listed = case.world.call("ListVms", &json!({})).ok();
+    let names: Vec<_> = listed["vms"].as_array().unwrap().iter().map(|vm| &vm["vm_id"]).collect();
+    assert!(names.contains(&&json!(WITNESS)), "{listed:#}");
+    events(case);
+}
+
+/// The log of each creation: it begins with the creation, every operation that began has ended, and the last word is the truth.
+#[track_caller]
+pub(crate) fn events(case: &Case) {
+    let log = log(case);
+    let all = log.as_array().unwrap();
+    let mut uids: Vec<_> = all.iter().map(|event| event["uid"].as_str().unwrap()).collect();
+    uids.dedup();
+    for uid in uids {
+        let own: Vec<_> = all.iter().filter(|event| event["uid"] == uid).collect();
+        assert_eq!(own[0]["type"], "created", "{log:#}");
+        for pair in own.windows(2) {
+            // A deletion that was cut short is begun again by the next daemon.
+            let goes_on = pair.iter().all(|event| event["cause"].as_str().unwrap().starts_with("DeleteVm"));
+            let both_begin = pair.iter().all(|event| event["type"] == "operation-started");
+            assert!(!both_begin || goes_on, "an operation has no end: {log:#}");
+        }
+        let last = own.last().unwrap();
+        assert_ne!(last["type"], "operation-started", "an operation has no end: {log:#}");
+        let info = case.world.call("GetVmInfo", &json!({"vm_id": VM}));
+        if info.status == 200 && info.body["uid"] == uid {
+            assert_eq!(last["state"], info.body["state"], "{log:#}\n{:#}", info.body);
+        } else {
+            assert_eq!(last["type"], "deleted", "{log:#}");
+        }
+    }
+}
+
+fn log(case: &Case) -> Value {
+    let listed = case.world.call("ListVmEvents", &json!({"vm_id": VM, "page_size": 1000})).ok();
+    listed.get("events").cloned().unwrap_or_else(|| json!([]))
+}
+
+/// The program's own ledger finds nothing on the host without an owner. It knows no hypervisors, so the fake stands for all.
+#[track_caller]
+pub(crate) fn ledger(case: &Case) {
+    if case.hypervisor != Backend::Fake {
+        return;
+    }
+    let done = case.world.command().args(["reconcile", "--dry-run", "--json"]).output().unwrap();
+    let ledger: Value = serde_json::from_slice(&done.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&done.stderr)));
+    for item in ledger["items"].as_array().unwrap() {
+        assert!(item["decision"] == "keep" && item["vm_id"].is_string(), "without an owner: {item:#}");
+    }
+}
+
+/// The VM's disk serves it while it runs, and is free otherwise.
+#[track_caller]
+pub(crate) fn claims(case: &mut Case, place: Place) {
+    const RIVAL: &str = "rival";
+    if case.hypervisor != Backend::Fake {
+        return;
+    }
+    let mut config = case.hypervisor.config(&case.world, RIVAL, "");
+    config["storage"][0]["path"] = json!(case.world.dir.path().join(format!("{VM}.img")));
+    let _ =
+        fs::File::options().append(true).create(true).open(case.world.dir.path().join(format!("{VM}.img")));
+    case.create_as(RIVAL, &config);
+    let booted = case.world.call("BootVm", &json!({"vm_id": RIVAL}));
+    if [RUNNING, PAUSED].contains(&place) {
+        let message = booted.error("failed_precondition");
+        assert!(message.contains(&format!("\"{VM}\"")), "{message}");
+    } else {
+        booted.ok();
+    }
+    case.delete(RIVAL);
+}
+
+/// The run folder of a creation.
+fn folder(world: &World, uid: &str) -> PathBuf {
+    world.dir.path().join("run/vms").join(uid.replace('-', ""))
+}
+
+/// The processes that name a run folder.
+fn users_of(folder: &std::path::Path) -> Vec<u32> {
+    let found = vmm_host::process::find_by_argument(folder).unwrap();
+    found.into_iter().map(|user| user.identity.pid).collect()
+}
+
+#[expect(clippy::disallowed_methods, reason = "a test's own thread waits for other processes")]
+pub(crate) fn pause() {
+    std::thread::sleep(Duration::from_millis(10));
+}
