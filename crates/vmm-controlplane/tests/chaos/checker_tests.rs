@@ -1,0 +1,225 @@
+//! The checker finds what it is there to find, and nothing else.
+
+use super::super::history::Said;
+use super::*;
+
+/// A history on one VM, call by call.
+#[derive(Default)]
+struct Story(Vec<Call>);
+
+impl Story {
+    /// A call from `begin` to `end`.
+    fn call(mut self, op: Op, begin: Micros, end: Micros, answer: Answer) -> Self {
+        self.0.push(Call { client: 0, vm: 0, op, begin, end, settled: end, answer });
+        self
+    }
+
+    /// A call whose answer was lost, and which may have an effect until `settled`.
+    fn lost(mut self, op: Op, begin: Micros, settled: Micros) -> Self {
+        self.0.push(Call { client: 1, vm: 0, op, begin, end: begin + 1, settled, answer: Answer::Lost });
+        self
+    }
+
+    /// A VM that was created and booted by time 20.
+    fn running() -> Self {
+        Self::default().call(CREATE, 1, 10, said(State::Created, "a")).call(
+            Op::Boot,
+            11,
+            20,
+            state(State::Running),
+        )
+    }
+
+    fn read(self, at: Micros, answer: Answer) -> Self {
+        self.call(Op::Read, at, at + 1, answer)
+    }
+
+    #[track_caller]
+    fn is_fine(&self) {
+        assert_eq!(check(&self.0, false), []);
+    }
+
+    /// Fails unless exactly this call is a contradiction.
+    #[track_caller]
+    fn fails_at(&self, call: usize) {
+        let found: Vec<usize> = check(&self.0, false).into_iter().map(|found| found.call).collect();
+        assert_eq!(found, [call]);
+    }
+}
+
+const CREATE: Op = Op::Create { config: 0 };
+const DELETE: Op = Op::Delete { force: true };
+
+fn state(state: State) -> Answer {
+    Answer::Done(Said { state: Some(state), ..Said::default() })
+}
+
+fn said(state: State, uid: &str) -> Answer {
+    Answer::Done(Said { state: Some(state), uid: Some(uid.to_owned()), ..Said::default() })
+}
+
+fn gone() -> Answer {
+    Answer::Done(Said::default())
+}
+
+fn failed(code: &str) -> Answer {
+    Answer::Failed { code: code.to_owned(), message: String::new() }
+}
+
+#[test]
+fn a_plain_life_is_fine() {
+    Story::running()
+        .call(Op::Pause, 21, 30, state(State::Paused))
+        .call(Op::Boot, 31, 32, Answer::Denied(State::Paused))
+        .call(Op::Shutdown { force: false }, 33, 40, state(State::Shutdown))
+        .call(Op::Delete { force: false }, 41, 50, gone())
+        .read(51, Answer::Absent)
+        .call(CREATE, 52, 53, said(State::Created, "b"))
+        .is_fine();
+}
+
+#[test]
+fn a_lost_acknowledged_create_is_found() {
+    Story::default().call(CREATE, 1, 2, said(State::Created, "a")).read(3, Answer::Absent).fails_at(1);
+}
+
+#[test]
+fn a_delete_whose_answer_was_lost_explains_an_absence_until_it_is_settled() {
+    let story = || Story::default().call(CREATE, 1, 2, said(State::Created, "a")).lost(DELETE, 3, 100);
+    story().read(10, said(State::Created, "a")).read(20, Answer::Absent).is_fine();
+    story().read(10, Answer::Absent).read(20, said(State::Created, "a")).fails_at(3);
+    story().read(110, said(State::Created, "a")).read(120, Answer::Absent).fails_at(3);
+}
+
+#[test]
+fn a_deleted_vm_that_comes_back_is_found() {
+    Story::running().call(DELETE, 21, 30, gone()).read(31, said(State::Running, "a")).fails_at(3);
+    // Even where a creation would explain that some VM is there.
+    Story::running()
+        .call(DELETE, 21, 30, gone())
+        .call(CREATE, 31, 40, said(State::Created, "b"))
+        .read(41, said(State::Created, "a"))
+        .fails_at(4);
+}
+
+#[test]
+fn a_lost_creation_may_have_been_one() {
+    Story::default().lost(CREATE, 1, 50).read(2, Answer::Absent).read(3, said(State::Created, "a")).is_fine();
+    Story::default()
+        .lost(CREATE, 1, 50)
+        .read(3, said(State::Created, "a"))
+        .call(CREATE, 4, 5, said(State::Created, "a"))
+        .call(Op::Create { config: 1 }, 6, 7, Answer::Exists)
+        .is_fine();
+}
+
+#[test]
+fn a_state_that_nothing_explains_is_found() {
+    Story::running().read(30, state(State::Shutdown)).fails_at(2);
+    Story::running().lost(Op::KillVmm, 25, 100).read(30, state(State::Shutdown)).is_fine();
+    Story::running().lost(Op::Pause, 25, 100).read(30, state(State::Paused)).is_fine();
+    Story::running().lost(Op::Pause, 25, 100).read(30, state(State::Shutdown)).fails_at(3);
+}
+
+#[test]
+fn one_kill_explains_one_end_only() {
+    Story::running()
+        .lost(Op::KillVmm, 25, 1000)
+        .read(30, state(State::Shutdown))
+        .call(Op::Boot, 32, 40, state(State::Running))
+        .read(50, state(State::Shutdown))
+        .fails_at(5);
+}
+
+#[test]
+fn a_change_that_was_acknowledged_may_not_be_undone() {
+    Story::running()
+        .call(Op::Shutdown { force: true }, 21, 30, state(State::Shutdown))
+        .read(40, state(State::Running))
+        .fails_at(3);
+}
+
+#[test]
+fn calls_side_by_side_may_come_in_either_order() {
+    Story::running()
+        .call(Op::Pause, 30, 40, state(State::Paused))
+        .call(Op::Resume, 30, 41, state(State::Running))
+        .read(50, state(State::Paused))
+        .is_fine();
+    Story::running()
+        .call(DELETE, 30, 40, gone())
+        .call(Op::Pause, 31, 41, Answer::Absent)
+        .call(Op::Read, 30, 42, state(State::Running))
+        .is_fine();
+}
+
+#[test]
+fn a_read_that_goes_back_in_time_is_found() {
+    Story::running()
+        .call(Op::Pause, 30, 60, state(State::Paused))
+        .read(40, state(State::Paused))
+        .read(50, state(State::Running))
+        .fails_at(4);
+}
+
+#[test]
+fn a_refusal_must_fit_the_state() {
+    Story::running().call(Op::Resume, 30, 31, Answer::Denied(State::Created)).fails_at(2);
+    Story::running().call(Op::Create { config: 1 }, 30, 31, Answer::Exists).is_fine();
+    Story::running().call(CREATE, 30, 31, Answer::Exists).fails_at(2);
+    Story::default().call(Op::Boot, 30, 31, state(State::Running)).fails_at(0);
+}
+
+#[test]
+fn what_was_pre_empted_may_have_gone_any_way() {
+    for then in [State::Shutdown, State::Running] {
+        Story::default()
+            .call(CREATE, 1, 10, said(State::Created, "a"))
+            .call(Op::Boot, 11, 30, failed("aborted"))
+            .call(Op::Shutdown { force: true }, 12, 31, state(State::Shutdown))
+            .call(Op::Boot, 32, 40, state(State::Running))
+            .call(Op::Shutdown { force: true }, 41, 45, state(State::Shutdown))
+            .lost(Op::Boot, 50, 60)
+            .read(70, state(then))
+            .is_fine();
+    }
+}
+
+#[test]
+fn one_fault_does_not_hide_the_next() {
+    let story = Story::running()
+        .read(30, Answer::Absent)
+        .read(40, Answer::Absent)
+        .call(CREATE, 50, 51, said(State::Created, "b"))
+        .read(60, state(State::Paused));
+    let found: Vec<usize> = check(&story.0, false).into_iter().map(|found| found.call).collect();
+    assert_eq!(found, [2, 5]);
+}
+
+#[test]
+fn many_lost_calls_do_not_drown_the_search() {
+    let mut story = Story::running();
+    for at in 0..40 {
+        let op = [Op::Pause, Op::Resume, Op::Boot, Op::Reboot { force: true }][at as usize % 4];
+        story = story.lost(op, 100 + at, 10_000);
+    }
+    story
+        .read(300, state(State::Paused))
+        .read(310, state(State::Running))
+        .read(320, state(State::Shutdown))
+        .read(330, Answer::Absent)
+        .fails_at(45);
+}
+
+#[test]
+fn a_policy_brings_a_vm_back_and_a_shutdown_is_never_undone() {
+    let restarting = Answer::Done(Said {
+        state: Some(State::Shutdown),
+        phase: Some("restarting".to_owned()),
+        ..Said::default()
+    });
+    let killed = || Story::running().lost(Op::KillVmm, 25, 30).read(40, restarting.clone());
+    assert_eq!(check(&killed().read(50, state(State::Running)).0, true), []);
+    let shut = killed().call(Op::Shutdown { force: false }, 45, 46, state(State::Shutdown));
+    assert_eq!(check(&shut.read(50, state(State::Running)).0, true).len(), 1);
+}
