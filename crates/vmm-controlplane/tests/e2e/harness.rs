@@ -46,6 +46,24 @@ macro_rules! needs_qemu {
     };
 }
 
+/// The hypervisors that can run here, as `backend`; of each other one the test says that it is skipped.
+pub(crate) fn hypervisors(test: &str) -> Vec<&'static str> {
+    let kvm = Path::new("/dev/kvm").exists();
+    let all = [
+        ("qemu", "qemu-system-x86_64", true),
+        ("cloudhypervisor", "cloud-hypervisor", kvm),
+        ("firecracker", "firecracker", kvm),
+    ];
+    let can_run = |(backend, program, can_run): (&'static str, &str, bool)| {
+        if can_run && on_path(program) {
+            return Some(backend);
+        }
+        skipped(&format!("{test} on {backend}"), &format!("{program} or /dev/kvm is missing"));
+        None
+    };
+    all.into_iter().filter_map(can_run).collect()
+}
+
 /// A Linux kernel and initramfs, where `make setup` has made them.
 pub(crate) fn linux() -> Option<(PathBuf, PathBuf)> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest");
@@ -58,6 +76,8 @@ pub(crate) fn linux() -> Option<(PathBuf, PathBuf)> {
 pub(crate) struct World {
     pub(crate) dir: TempDir,
     env: BTreeMap<String, String>,
+    /// What the daemon is started by, if not by the test itself: a program and its arguments.
+    pub(crate) wrapper: Vec<String>,
     daemon: Option<Daemon>,
 }
 
@@ -105,7 +125,7 @@ impl World {
             ("UNKEY_VMCP_RUNTIME_DIR".to_owned(), dir.path().join("run").display().to_string()),
         ]);
         all.extend(env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-        Self { dir, env: all, daemon: None }
+        Self { dir, env: all, wrapper: Vec::new(), daemon: None }
     }
 
     /// The same, with the daemon started.
@@ -117,7 +137,15 @@ impl World {
 
     /// The daemon's command line, with nothing of the test's own environment that concerns it.
     pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm-controlplane"));
+        let daemon = env!("CARGO_BIN_EXE_vmm-controlplane");
+        let mut command = match &self.wrapper[..] {
+            [] => Command::new(daemon),
+            [wrapper, arguments @ ..] => {
+                let mut command = Command::new(wrapper);
+                command.args(arguments).arg(daemon);
+                command
+            }
+        };
         for (key, _) in std::env::vars_os() {
             if ["UNKEY_VMCP_", "VMCP_", "CHCP_"]
                 .iter()
@@ -132,6 +160,13 @@ impl World {
 
     /// Starts the daemon and waits until it serves.
     pub(crate) fn start(&mut self) {
+        if let Err(log) = self.try_start() {
+            panic!("the daemon did not come up:\n{}", log.join("\n"));
+        }
+    }
+
+    /// As [`World::start`], but the daemon may end before it serves: then this answers its log.
+    pub(crate) fn try_start(&mut self) -> Result<(), Vec<String>> {
         assert!(self.daemon.is_none(), "one daemon at a time");
         let mut child = self.command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = child.stderr.take().unwrap();
@@ -148,7 +183,7 @@ impl World {
             let Ok(line) = log.recv_timeout(left) else {
                 let _ = child.kill();
                 let _ = child.wait();
-                panic!("the daemon did not come up:\n{}", seen.join("\n"));
+                return Err(seen);
             };
             let parsed: Value = serde_json::from_str(&line).unwrap_or_default();
             if parsed["fields"]["message"] == "serving" {
@@ -157,6 +192,40 @@ impl World {
             seen.push(line);
         };
         self.daemon = Some(Daemon { child, url: format!("http://{address}"), log });
+        Ok(())
+    }
+
+    /// Sets a variable of the next daemon's environment, or with `None` takes it away.
+    #[allow(dead_code, reason = "not every program that shares this harness has use for it")]
+    pub(crate) fn set_env(&mut self, key: &str, value: Option<&str>) {
+        match value {
+            Some(value) => self.env.insert(key.to_owned(), value.to_owned()),
+            None => self.env.remove(key),
+        };
+    }
+
+    /// Waits until the daemon has ended by itself, and answers the signal that ended it, and its log.
+    #[allow(dead_code, reason = "as above")]
+    pub(crate) fn await_end(&mut self) -> (Option<i32>, Vec<String>) {
+        let mut daemon = self.daemon.take().expect("a daemon runs");
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = daemon.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                let _ = daemon.child.kill();
+                panic!("the daemon did not end:\n{}", daemon.log.try_iter().collect::<Vec<_>>().join("\n"));
+            }
+            pause();
+        };
+        (std::os::unix::process::ExitStatusExt::signal(&status), daemon.log.iter().collect())
+    }
+
+    /// Whether the daemon has ended by itself.
+    #[allow(dead_code, reason = "as above")]
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.daemon.as_mut().is_some_and(|daemon| daemon.child.try_wait().unwrap().is_some())
     }
 
     /// Ends the daemon with a signal, waits for it, and answers its exit code and its log.
@@ -184,11 +253,17 @@ impl World {
 
     /// Gets a page.
     pub(crate) fn get(&self, path: &str) -> Answer {
-        answer(agent().get(format!("{}{path}", self.url())).call())
+        answer(agent().get(format!("{}{path}", self.url())).call().unwrap())
     }
 
     pub(crate) fn create(&self, vm_id: &str, config: &Value) -> Value {
         self.call("CreateVm", &json!({"vm_id": vm_id, "config": config})).ok()
+    }
+
+    /// Creates a VM with a tiny guest on one of several backends.
+    pub(crate) fn create_on(&self, backend: &str, vm_id: &str, guest: Guest) -> Value {
+        let config = self.tiny(guest);
+        self.call("CreateVm", &json!({"vm_id": vm_id, "backend": backend, "config": config})).ok()
     }
 
     pub(crate) fn boot(&self, vm_id: &str) -> Value {
@@ -301,12 +376,23 @@ impl Drop for World {
 
 /// Calls a method of the daemon at `url` with a JSON body; from any thread.
 pub(crate) fn call(url: &str, method: &str, body: &Value) -> Answer {
+    try_call(url, method, body).unwrap_or_else(|error| panic!("no answer: {error}"))
+}
+
+/// As [`call`], but the daemon may go away over it.
+pub(crate) fn try_call(url: &str, method: &str, body: &Value) -> Result<Answer, ureq::Error> {
     let response = agent()
         .post(format!("{url}/vmm.v1.VmService/{method}"))
         .header("content-type", "application/json")
         .header("x-request-id", format!("test-{method}"))
         .send(body.to_string());
-    answer(response)
+    response.map(answer)
+}
+
+/// Posts JSON to any page.
+pub(crate) fn post(url: &str, body: &Value) -> Answer {
+    let sent = agent().post(url).header("content-type", "application/json").send(body.to_string());
+    answer(sent.unwrap_or_else(|error| panic!("no answer: {error}")))
 }
 
 /// Signals a process that the test, or its daemon, started.
@@ -356,8 +442,7 @@ fn agent() -> ureq::Agent {
     ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE)).build().into()
 }
 
-fn answer(response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Answer {
-    let mut response = response.unwrap_or_else(|error| panic!("no answer: {error}"));
+fn answer(mut response: ureq::http::Response<ureq::Body>) -> Answer {
     let status = response.status().as_u16();
     let text = response.body_mut().read_to_string().unwrap();
     let body = serde_json::from_str(&text).unwrap_or(Value::String(text));

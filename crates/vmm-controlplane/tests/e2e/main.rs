@@ -1,4 +1,4 @@
-//! The real daemon with real QEMU and real guests, driven over HTTP as a user would.
+//! The real daemon with real hypervisors and real guests, driven over HTTP as a user would.
 //!
 //! Every test has a daemon, folders and guests of its own, on loopback, and takes them all down again, whether it passes or
 //! fails. Where something is missing on the machine a test says `SKIPPED` and why.
@@ -11,14 +11,20 @@
     reason = "the helpers of a test give up as loudly as the test itself"
 )]
 
+mod adoption;
 mod bad_input;
+mod busy;
 mod cli;
+mod damage;
 mod devices;
 mod events;
+mod full_disk;
 mod guest_ends;
 mod harness;
+mod libvirt;
 mod lifecycle;
 mod operator;
 mod recovery;
+mod signals;
 mod taps;
 mod trouble;

@@ -1,0 +1,339 @@
+//! QEMU through libvirt: what virsh does is seen, what we do virsh sees, and what is not ours is left alone.
+//!
+//! Each test has a libvirtd of its own, see [`vmm_testkit::libvirtd`].
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use vmm_testkit::guests::Guest;
+use vmm_testkit::libvirtd::{self, Libvirtd};
+
+use crate::harness::{World, eventually, is_alive, signal, skipped, vmm_pid};
+
+/// A libvirtd and a helper, or the test says that it is skipped.
+macro_rules! libvirtd_or_skip {
+    () => {
+        match libvirtd::helper().and_then(|helper| Ok((helper, Libvirtd::start()?))) {
+            Ok(both) => both,
+            Err(why) => return skipped(concat!(module_path!(), ":", line!()), &why),
+        }
+    };
+}
+
+fn world(helper: &Path, uri: &str, more: &[(&str, &str)]) -> World {
+    let path = with_helper(helper);
+    let mut env = vec![("UNKEY_VMCP_QEMU_ENDPOINT", uri), ("PATH", &*path)];
+    env.extend_from_slice(more);
+    World::new(&env)
+}
+
+fn started(helper: &Path, libvirtd: &Libvirtd, more: &[(&str, &str)]) -> World {
+    let mut world = world(helper, &libvirtd.uri(), more);
+    world.start();
+    world
+}
+
+/// The helper's folder in front of PATH.
+fn with_helper(helper: &Path) -> String {
+    let folder = helper.parent().unwrap().display();
+    format!("{folder}:{}", std::env::var("PATH").unwrap_or_default())
+}
+
+fn run(world: &World, vm_id: &str, guest: Guest) -> Value {
+    world.create(vm_id, &world.tiny(guest));
+    world.boot(vm_id);
+    world.wait_for_console(vm_id, &guest.banner(), 1);
+    world.info(vm_id)
+}
+
+fn reason(info: &Value) -> &str {
+    info["status"]["reason"].as_str().unwrap_or_default()
+}
+
+fn phase_is(phase: &str) -> impl Fn(&Value) -> bool {
+    move |info| info["status"]["phase"] == phase
+}
+
+#[test]
+fn virsh_is_seen_and_sees() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    let info = run(&world, "vm", Guest::Button);
+    assert_eq!(libvirtd.virsh(&["domuuid", "vm"]), info["uid"].as_str().unwrap());
+    assert_eq!(libvirtd.virsh(&["domstate", "vm"]), "running");
+
+    libvirtd.virsh(&["suspend", "vm"]);
+    assert_eq!(reason(&world.wait_for_state("vm", "VM_STATE_PAUSED")), "paused-from-outside");
+    libvirtd.virsh(&["resume", "vm"]);
+    assert_eq!(reason(&world.wait_for_state("vm", "VM_STATE_RUNNING")), "resumed-from-outside");
+    world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
+    assert_eq!(libvirtd.virsh(&["domstate", "vm"]), "paused");
+    world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
+    assert_eq!(libvirtd.virsh(&["domstate", "vm"]), "running");
+
+    libvirtd.virsh(&["reset", "vm"]);
+    world.wait_for_console("vm", &Guest::Button.banner(), 2);
+    assert_eq!(world.info("vm")["state"], "VM_STATE_RUNNING");
+    libvirtd.virsh(&["destroy", "vm"]);
+    assert_eq!(reason(&world.wait_for_state("vm", "VM_STATE_SHUTDOWN")), "vmm-told-to-end");
+    libvirtd.virsh(&["start", "vm"]);
+    let again = world.wait_for_state("vm", "VM_STATE_RUNNING");
+    assert_eq!((reason(&again), &again["uid"]), ("started-from-outside", &info["uid"]));
+    assert_ne!(vmm_pid(&again), vmm_pid(&info));
+    world.wait_for_console("vm", &Guest::Button.banner(), 3);
+    libvirtd.virsh(&["shutdown", "vm"]);
+    assert_eq!(reason(&world.wait_for_state("vm", "VM_STATE_SHUTDOWN")), "guest-power-off");
+
+    // Undefined while it is down or while it runs: the VM is ours, and comes back.
+    libvirtd.virsh(&["undefine", "vm"]);
+    world.boot("vm");
+    libvirtd.virsh(&["undefine", "vm"]);
+    world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
+    world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
+    world.boot("vm");
+    assert_eq!(libvirtd.virsh(&["domstate", "vm"]), "running");
+    let gone = world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+    assert_eq!(gone["left_behind"], Value::Null, "{gone}");
+    eventually("the domain is gone", || libvirtd.domains().is_empty() && libvirtd.qemus().is_empty());
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_restart_of_libvirtd_loses_nothing() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    let before = run(&world, "vm", Guest::Idle);
+    run(&world, "other", Guest::Idle);
+
+    libvirtd.stop();
+    world.wait_for("vm", "unreachable", phase_is("unreachable"));
+    assert_eq!(world.info("vm")["state"], "VM_STATE_RUNNING", "the last proven state");
+    let refused = world.call("PauseVm", &json!({"vm_id": "vm"})).error("unavailable");
+    assert!(refused.contains("unreachable"), "{refused}");
+    assert_eq!(world.get("/_/health").status, 503);
+    // Force needs no libvirtd, and an end is seen without it.
+    let other = vmm_pid(&world.info("other"));
+    world.call("ShutdownVm", &json!({"vm_id": "other", "force": true})).ok();
+    assert!(!is_alive(other));
+
+    libvirtd.start_again();
+    let after = world.wait_for("vm", "reachable", phase_is("running"));
+    assert_eq!((vmm_pid(&after), &after["uid"]), (vmm_pid(&before), &before["uid"]));
+    world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
+    world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
+    eventually("healthy again", || world.get("/_/health").status == 200);
+    world.boot("other");
+
+    // While nobody can tell, one is stopped and one killed: both are told afterwards.
+    libvirtd.stop();
+    signal(vmm_pid(&world.info("vm")), Signal::KILL);
+    world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
+    libvirtd.start_again();
+    libvirtd.virsh(&["suspend", "other"]);
+    world.wait_for_state("other", "VM_STATE_PAUSED");
+    for name in ["vm", "other"] {
+        world.call("DeleteVm", &json!({"vm_id": name, "force": true})).ok();
+    }
+}
+
+#[test]
+fn a_libvirtd_that_hangs_stops_no_force() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    let pid = vmm_pid(&run(&world, "vm", Guest::Idle));
+    libvirtd.freeze(true);
+    world.wait_for("vm", "unreachable", phase_is("unreachable"));
+    world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
+    assert!(!is_alive(pid), "its process has really gone");
+    libvirtd.freeze(false);
+    eventually("healthy again", || world.get("/_/health").status == 200);
+    world.boot("vm");
+    world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+    world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+}
+
+#[test]
+fn a_killed_daemon_finds_its_domains() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let mut world = started(&helper, &libvirtd, &[]);
+    for name in ["running", "paused", "destroyed", "restarted", "resumed"] {
+        run(&world, name, Guest::Idle);
+    }
+    for name in ["paused", "resumed"] {
+        world.call("PauseVm", &json!({"vm_id": name})).ok();
+    }
+    let before = vmm_pid(&world.info("running"));
+    let restarted = vmm_pid(&world.info("restarted"));
+    world.stop(Signal::KILL);
+    assert!(is_alive(before));
+    libvirtd.virsh(&["destroy", "destroyed"]);
+    libvirtd.virsh(&["destroy", "restarted"]);
+    libvirtd.virsh(&["start", "restarted"]);
+    libvirtd.virsh(&["resume", "resumed"]);
+    world.start();
+
+    assert_eq!(vmm_pid(&world.wait_for_state("running", "VM_STATE_RUNNING")), before);
+    world.wait_for_state("paused", "VM_STATE_PAUSED");
+    world.wait_for_state("destroyed", "VM_STATE_SHUTDOWN");
+    world.wait_for_state("resumed", "VM_STATE_RUNNING");
+    let found = world.wait_for_state("restarted", "VM_STATE_RUNNING");
+    assert_ne!(vmm_pid(&found), restarted, "it is shown with the process that it has now");
+    for name in ["running", "restarted", "resumed"] {
+        world.call("PauseVm", &json!({"vm_id": name})).ok();
+    }
+    for name in ["running", "paused", "destroyed", "restarted", "resumed"] {
+        world.call("DeleteVm", &json!({"vm_id": name, "force": true})).ok();
+    }
+    eventually("nothing is left", || libvirtd.domains().is_empty() && libvirtd.qemus().is_empty());
+}
+
+/// A domain that somebody else has made, and runs.
+fn stranger(world: &World, libvirtd: &Libvirtd) -> String {
+    let kernel = Guest::Idle.write_to(world.dir.path()).unwrap();
+    let xml = format!(
+        "<domain type='qemu'><name>stranger</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
+         <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel></os>\
+         <devices><controller type='usb' model='none'/><memballoon model='none'/></devices>\
+         <seclabel type='static' model='dac' relabel='no'><label>+0:+0</label></seclabel></domain>",
+        kernel.display()
+    );
+    let file = world.dir.path().join("stranger.xml");
+    std::fs::write(&file, xml).unwrap();
+    libvirtd.virsh(&["define", file.to_str().unwrap()]);
+    libvirtd.virsh(&["start", "stranger"]);
+    libvirtd.virsh(&["domuuid", "stranger"])
+}
+
+#[test]
+fn what_is_not_ours_is_left_alone() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    let uuid = stranger(&world, &libvirtd);
+    let before = libvirtd.virsh(&["dumpxml", "stranger"]);
+
+    // A namesake of it can be created, for nothing is asked of libvirt then, and not booted.
+    world.create("stranger", &world.tiny(Guest::Idle));
+    for _ in 0..2 {
+        let refused = world.call("BootVm", &json!({"vm_id": "stranger"})).error("failed_precondition");
+        assert!(refused.contains("not this program's") && refused.contains(&uuid), "{refused}");
+    }
+    assert_eq!(world.call("ListVms", &json!({})).ok()["total_count"], 1);
+    world.call("ShutdownVm", &json!({"vm_id": "stranger", "force": true})).error("failed_precondition");
+    world.call("DeleteVm", &json!({"vm_id": "stranger", "force": true})).ok();
+    libvirtd.virsh(&["suspend", "stranger"]);
+    libvirtd.virsh(&["resume", "stranger"]);
+    assert_eq!(world.call("ListVms", &json!({})).ok()["total_count"].as_i64().unwrap_or(0), 0);
+    assert_eq!(libvirtd.virsh(&["domstate", "stranger"]), "running");
+    assert_eq!(libvirtd.virsh(&["dumpxml", "stranger"]), before);
+}
+
+#[test]
+fn what_is_not_ours_is_imported_where_that_is_asked_for() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let mut world = world(&helper, &libvirtd.uri(), &[("UNKEY_VMCP_QEMU_IMPORT", "true")]);
+    let uuid = stranger(&world, &libvirtd);
+    world.start();
+    let info = world.wait_for_state("stranger", "VM_STATE_RUNNING");
+    assert_eq!(info["config"]["memory"]["size_bytes"], "67108864", "{info:#}");
+    assert_ne!(info["uid"], uuid.as_str(), "the uid is ours, the domain's UUID its place");
+
+    world.call("PauseVm", &json!({"vm_id": "stranger"})).ok();
+    assert_eq!(libvirtd.virsh(&["domstate", "stranger"]), "paused");
+    libvirtd.virsh(&["resume", "stranger"]);
+    world.wait_for_state("stranger", "VM_STATE_RUNNING");
+    // Its guest does not obey, and nobody ends what is not ours without force.
+    let pid = vmm_pid(&world.info("stranger"));
+    let refused = world.call("ShutdownVm", &json!({"vm_id": "stranger", "timeout_seconds": 1}));
+    assert!(refused.error("deadline_exceeded").contains("use force"));
+    assert!(is_alive(pid));
+
+    // The next daemon knows it still, and what became of it meanwhile.
+    world.stop(Signal::KILL);
+    libvirtd.virsh(&["destroy", "stranger"]);
+    world.start();
+    world.wait_for_state("stranger", "VM_STATE_SHUTDOWN");
+    world.boot("stranger");
+    assert_eq!(libvirtd.virsh(&["domstate", "stranger"]), "running");
+    world.call("ShutdownVm", &json!({"vm_id": "stranger", "force": true})).ok();
+    assert_eq!(libvirtd.virsh(&["domstate", "stranger"]), "shut off");
+    libvirtd.virsh(&["undefine", "stranger"]);
+    eventually("it is off the record", || {
+        world.call("GetVmInfo", &json!({"vm_id": "stranger"})).status == 404
+    });
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let missing = |env: &[(&str, &str)], words: &[&str]| {
+        let world = World::started(env);
+        let health = world.get("/_/health");
+        assert_eq!(health.status, 503);
+        let backends = world.call("ListBackends", &json!({})).ok();
+        let qemu = backends["backends"].as_array().unwrap().iter().find(|backend| backend["name"] == "qemu");
+        let told = qemu.unwrap()["reason"].as_str().unwrap().to_owned();
+        // A VM can be created, fails to boot for the same reason, and can be deleted.
+        world.create("vm", &world.tiny(Guest::Idle));
+        let refused = world.call("BootVm", &json!({"vm_id": "vm"}));
+        assert_ne!(refused.status, 200);
+        let refused = refused.body["message"].as_str().unwrap().to_owned();
+        for word in words {
+            for said in [&health.body.to_string(), &told, &refused] {
+                assert!(said.contains(word), "{word} is not in {said}");
+            }
+        }
+        world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+        world.assert_nothing_left();
+    };
+    let uri = "qemu+unix:///system?socket=/nowhere/libvirt-sock";
+    let nobody = ("UNKEY_VMCP_QEMU_ENDPOINT", uri);
+    let plain = std::env::var("PATH").unwrap_or_default();
+    missing(&[nobody, ("PATH", &plain)], &["vmm-libvirt-helper", "libvirt-dev"]);
+
+    // A helper whose library is not there says what the dynamic loader says.
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("vmm-libvirt-helper");
+    let said = "error while loading shared libraries: libvirt.so.0: cannot open shared object file";
+    std::fs::write(&broken, format!("#!/bin/sh\necho '{said}' >&2\nexit 127\n")).unwrap();
+    std::fs::set_permissions(&broken, std::fs::Permissions::from_mode(0o755)).unwrap();
+    missing(&[nobody, ("PATH", &with_helper(&broken))], &["libvirt0"]);
+
+    match libvirtd::helper() {
+        Ok(helper) => {
+            missing(&[nobody, ("PATH", &with_helper(&helper))], &["libvirt-daemon-system", "/nowhere/libvirt-sock"]);
+        }
+        Err(why) => skipped(concat!(module_path!(), ":", line!()), &why),
+    }
+}
+
+#[test]
+fn a_helper_that_dies_is_started_again() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    let before = vmm_pid(&run(&world, "vm", Guest::Idle));
+    let helpers = || {
+        let task = format!("/proc/{}/task", world.pid());
+        let children = std::fs::read_dir(task).unwrap().flatten();
+        let children = children.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+        let pids: Vec<u32> =
+            children.flat_map(|pids| pids.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>()).collect();
+        let is_helper = |pid: &u32| {
+            std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("vmm-libvirt-helper"))
+        };
+        pids.into_iter().filter(is_helper).collect::<Vec<_>>()
+    };
+    for how in [Signal::KILL, Signal::STOP] {
+        let old = helpers();
+        assert_eq!(old.len(), 1);
+        signal(old[0], how);
+        eventually("there is another helper", || helpers().iter().any(|pid| !old.contains(pid)));
+        world.wait_for("vm", "reachable", phase_is("running"));
+        eventually("it serves", || {
+            world.call("PauseVm", &json!({"vm_id": "vm"})).status == 200
+                && world.call("ResumeVm", &json!({"vm_id": "vm"})).status == 200
+        });
+        assert_eq!(vmm_pid(&world.info("vm")), before);
+    }
+    world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+}
