@@ -1,0 +1,119 @@
+//! `docs/guarantees.md` names tests; this looks whether they exist, as tests that run.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "the helpers are tests too; clippy.toml only sees #[test] functions"
+)]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+const PAGE: &str = "docs/guarantees.md";
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(repository().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The tests that the page names, as file and name.
+fn named(page: &str) -> Vec<(&str, &str)> {
+    page.split('`')
+        .skip(1)
+        .step_by(2)
+        .filter_map(|code| code.split_once(".rs::").map(|_| code))
+        .map(split)
+        .collect()
+}
+
+fn split(code: &str) -> (&str, &str) {
+    let at = code.find("::").unwrap();
+    (&code[..at], &code[at + 2..])
+}
+
+/// Why `name` is no test of `file`, if it is none.
+fn problem(file: &str, name: &str) -> Option<String> {
+    let path = format!("crates/{file}");
+    if !repository().join(&path).is_file() {
+        return Some(format!("there is no {path}"));
+    }
+    let code = read(&path);
+    let found = if file.ends_with("tests/faults/scenario.rs") {
+        code.contains(&format!("Self::new(\"{name}\","))
+    } else if file == "vmm-testkit/src/backend_suite/cases.rs" {
+        // The suite itself holds its list of names against its list of cases.
+        listed("crates/vmm-testkit/src/backend_suite/mod.rs", "backend_suite", name)
+    } else if file == "vmm-testkit/src/store_suite.rs" {
+        defines(&code, name) && listed("crates/vmm-testkit/src/store_suite.rs", "store_suite", name)
+    } else {
+        is_test(&code, name)
+    };
+    (!found).then(|| format!("{file} has no test {name}"))
+}
+
+fn defines(code: &str, name: &str) -> bool {
+    code.contains(&format!(" fn {name}("))
+}
+
+/// Whether a suite's macro makes a test of the case.
+fn listed(path: &str, suite: &str, name: &str) -> bool {
+    let code = read(path);
+    let list = code.split_once(&format!("macro_rules! {suite}")).unwrap().1;
+    let list = list.split_once("@each $make:").unwrap().1.split(");").next().unwrap();
+    list.split_whitespace().any(|case| case == name)
+}
+
+/// Whether a function of that name is marked as a test, and not as one that is left out.
+fn is_test(code: &str, name: &str) -> bool {
+    let Some(at) = code.find(&format!("fn {name}(")) else { return false };
+    let above = code[..at].rsplit_once('\n').map_or("", |(above, _)| above);
+    let marks: Vec<_> = above
+        .lines()
+        .rev()
+        .map(str::trim_start)
+        .take_while(|line| line.starts_with("#[") || line.starts_with("///"))
+        .collect();
+    marks.iter().any(|mark| mark.starts_with("#[test]") || mark.starts_with("#[tokio::test"))
+        && !marks.iter().any(|mark| mark.starts_with("#[ignore"))
+}
+
+#[test]
+fn every_test_that_a_guarantee_names_exists() {
+    let page = read(PAGE);
+    let tests = named(&page);
+    assert!(tests.len() > 80, "only {} names were found: the search has gone blind", tests.len());
+    let missing: Vec<_> = tests.iter().filter_map(|(file, name)| problem(file, name)).collect();
+    assert!(missing.is_empty(), "{PAGE}: {missing:#?}");
+    let mut seen = BTreeSet::new();
+    let twice: Vec<_> = tests.iter().filter(|test| !seen.insert(**test)).collect();
+    assert!(twice.is_empty(), "{PAGE} names these twice: {twice:?}");
+}
+
+#[test]
+fn every_promise_has_its_tests() {
+    let page = read(PAGE);
+    for chapter in
+        page.split("\n## ").skip(1).filter(|chapter| chapter.starts_with(|c: char| c.is_ascii_digit()))
+    {
+        let title = chapter.lines().next().unwrap();
+        assert!(!named(chapter).is_empty(), "{PAGE}: {title} names no test");
+        let anchor: String = title
+            .to_lowercase()
+            .chars()
+            .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-'))
+            .map(|c| if c == ' ' { '-' } else { c })
+            .collect();
+        assert!(page.contains(&format!("](#{anchor})")), "{PAGE}: the table does not lead to {title}");
+    }
+}
+
+#[test]
+fn what_is_no_test_is_found_out() {
+    let code = "#[test]\nfn runs() {}\n\nfn helper() {}\n\n#[test]\n#[ignore = \"x\"]\nfn left_out() {}\n\n#[tokio::test(start_paused = true)]\nasync fn waits() {}\n";
+    let found = |name| is_test(code, name);
+    assert!(found("runs") && found("waits"));
+    assert!(!found("helper") && !found("left_out") && !found("missing"));
+}
