@@ -5,12 +5,15 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::disallowed_methods,
     clippy::panic,
     clippy::print_stdout,
-    reason = "a program that prints what it measured"
+    reason = "a program without an executor that prints what it measured"
 )]
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -18,6 +21,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use uuid::Uuid;
+use vmm_backends::qemu::convert::{self, Accelerator, Inputs, Machine, QMP_SOCKET};
+use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, VmConfig};
+use vmm_core::id::VmUid;
+use vmm_core::spec::VmSpec;
 use vmm_testkit::guests::Guest;
 
 /// Memory of every guest.
@@ -80,7 +88,7 @@ fn main() {
 fn measure(vmm: &Vmm, rounds: usize) -> (Vec<Duration>, Vec<Duration>) {
     let dir = tempfile::Builder::new().prefix("vmcpb").tempdir().unwrap();
     let kernel = Guest::Idle.write_to(dir.path()).unwrap();
-    let daemon = Daemon::start(dir.path(), vmm.backend);
+    let mut daemon = Daemon::start(dir.path(), vmm.backend);
     let config = json!({
         "cpu": {"vcpu_count": 1},
         "memory": {"size_bytes": MIB << 20},
@@ -116,41 +124,30 @@ fn measure(vmm: &Vmm, rounds: usize) -> (Vec<Duration>, Vec<Duration>) {
 /// The daemon, ended when dropped.
 struct Daemon {
     child: Child,
-    url: String,
-    agent: ureq::Agent,
+    api: TcpStream,
 }
 
 impl Daemon {
     fn start(dir: &Path, backend: &str) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vmm-controlplane"))
+        let log = dir.join("daemon.log");
+        let child = Command::new(env!("CARGO_BIN_EXE_vmm-controlplane"))
             .env("UNKEY_VMCP_PORT", "0")
             .env("UNKEY_VMCP_BACKEND", backend)
             .env("UNKEY_VMCP_QEMU_KVM", "false")
             .env("UNKEY_VMCP_STATE_DIR", dir.join("state"))
             .env("UNKEY_VMCP_RUNTIME_DIR", dir.join("run"))
             .stdin(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(std::fs::File::create(&log).unwrap())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let address = loop {
-            let line: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap_or_default();
-            if let Some(address) = line["fields"]["address"].as_str() {
-                break address.to_owned();
-            }
-        };
-        std::thread::spawn(move || for _ in lines.by_ref() {});
-        Self {
-            child,
-            url: format!("http://{address}/vmm.v1.VmService"),
-            agent: ureq::Agent::new_with_defaults(),
-        }
+        let address = address_in(&log);
+        let api = TcpStream::connect(address).unwrap();
+        api.set_nodelay(true).unwrap();
+        Self { child, api }
     }
 
-    fn call(&self, method: &str, body: &Value) {
-        let request =
-            self.agent.post(format!("{}/{method}", self.url)).header("content-type", "application/json");
-        request.send(body.to_string()).unwrap().body_mut().read_to_string().unwrap();
+    fn call(&mut self, method: &str, body: &Value) {
+        rest(&mut self.api, "POST", &format!("/vmm.v1.VmService/{method}"), body);
     }
 }
 
@@ -161,11 +158,27 @@ impl Drop for Daemon {
     }
 }
 
+/// The address that the daemon says it serves on.
+fn address_in(log: &Path) -> String {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
+        let said = std::fs::read_to_string(log).unwrap();
+        let lines = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        if let Some(address) =
+            lines.filter_map(|line| Some(line["fields"]["address"].as_str()?.to_owned())).next()
+        {
+            return address;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("the daemon does not serve; see {}", log.display());
+}
+
 fn firecracker(dir: &Path, kernel: &Path) -> Child {
     let socket = dir.join("fc.sock");
     let child = start(
         "firecracker",
-        &["--api-sock", socket.to_str().unwrap(), "--log-path", log(dir).to_str().unwrap()],
+        ["--api-sock", socket.to_str().unwrap(), "--log-path", log(dir).to_str().unwrap()],
         dir,
     );
     let mut api = connect(&socket);
@@ -177,7 +190,7 @@ fn firecracker(dir: &Path, kernel: &Path) -> Child {
 
 fn cloud_hypervisor(dir: &Path, kernel: &Path) -> Child {
     let socket = dir.join("ch.sock");
-    let child = start("cloud-hypervisor", &["--api-socket", socket.to_str().unwrap()], dir);
+    let child = start("cloud-hypervisor", ["--api-socket", socket.to_str().unwrap()], dir);
     let mut api = connect(&socket);
     let config = json!({
         "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
@@ -192,26 +205,38 @@ fn cloud_hypervisor(dir: &Path, kernel: &Path) -> Child {
 }
 
 fn qemu_microvm(dir: &Path, kernel: &Path) -> Child {
-    qemu("microvm,acpi=on", dir, kernel)
+    qemu(Machine::Microvm, dir, kernel)
 }
 
 fn qemu_q35(dir: &Path, kernel: &Path) -> Child {
-    qemu("q35", dir, kernel)
+    qemu(Machine::Q35, dir, kernel)
 }
 
-/// QEMU greets before its machine is built; its first answer comes from the main loop, and then the guest runs.
-fn qemu(machine: &str, dir: &Path, kernel: &Path) -> Child {
-    let socket = dir.join("qmp.sock");
-    let qmp = format!("unix:{},server=on,wait=off", socket.display());
-    let serial = format!("file:{}", dir.join("console").display());
-    let memory = MIB.to_string();
-    #[rustfmt::skip]
-    let arguments = [
-        "-nodefaults", "-no-user-config", "-display", "none", "-machine", machine, "-accel", "tcg", "-m", &memory,
-        "-kernel", kernel.to_str().unwrap(), "-serial", &serial, "-qmp", &qmp,
-    ];
-    let child = start("qemu-system-x86_64", &arguments, dir);
-    let mut qmp = BufReader::new(connect(&socket));
+/// The very machine that the API's VM gets, its CPUs running from the start. QEMU greets before its machine is built; its
+/// first answer comes from the main loop, and then the guest runs.
+fn qemu(machine: Machine, dir: &Path, kernel: &Path) -> Child {
+    let boot = BootConfig { kernel_path: kernel.display().to_string(), ..BootConfig::default() };
+    let config = VmConfig {
+        cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
+        memory: Some(MemoryConfig { size_bytes: (MIB << 20).cast_signed(), ..MemoryConfig::default() }),
+        boot: Some(boot),
+        ..VmConfig::default()
+    };
+    let inputs = Inputs {
+        uid: VmUid::new(Uuid::now_v7()),
+        vm_id: &"hand".parse().unwrap(),
+        spec: &VmSpec::parse(&config).unwrap(),
+        machine,
+        accelerator: Accelerator::Tcg,
+        dir,
+        console: Some(&dir.join("console")),
+        taps: &[],
+        images: &[],
+    };
+    let mut arguments = convert::arguments(&inputs).unwrap();
+    arguments.retain(|argument| argument != "-S");
+    let child = start("qemu-system-x86_64", arguments, dir);
+    let mut qmp = BufReader::new(connect(&dir.join(QMP_SOCKET)));
     let mut line = String::new();
     qmp.read_line(&mut line).unwrap();
     assert!(line.contains("QMP"), "{line}");
@@ -229,7 +254,7 @@ fn log(dir: &Path) -> PathBuf {
     path
 }
 
-fn start(program: &str, arguments: &[&str], dir: &Path) -> Child {
+fn start(program: &str, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>, dir: &Path) -> Child {
     let output = std::fs::File::create(dir.join("output")).unwrap();
     Command::new(program)
         .args(arguments)
@@ -254,20 +279,31 @@ fn connect(socket: &Path) -> UnixStream {
 }
 
 /// One REST call on a connection that is kept.
-fn rest(stream: &mut UnixStream, method: &str, path: &str, body: &Value) {
+fn rest(stream: &mut (impl Read + Write), method: &str, path: &str, body: &Value) {
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let length = body.len();
-    write!(stream, "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}")
-        .unwrap();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
-    while !answer.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+    while !is_whole(&answer) {
         let read = stream.read(&mut buffer).unwrap();
         assert!(read > 0, "{path}: the VMM closed its connection");
         answer.extend_from_slice(&buffer[..read]);
     }
     let answer = String::from_utf8_lossy(&answer);
     assert!(answer.starts_with("HTTP/1.1 20"), "{path}: {answer}");
+}
+
+/// Says whether an answer has come to its end: its head, and as much as the head promises.
+fn is_whole(answer: &[u8]) -> bool {
+    let Some(head) = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n") else { return false };
+    let text = String::from_utf8_lossy(&answer[..head]).to_ascii_lowercase();
+    let length =
+        text.lines().find_map(|line| line.strip_prefix("content-length:")?.trim().parse::<usize>().ok());
+    answer.len() >= head + 4 + length.unwrap_or(0)
 }
 
 fn on_path(program: &str) -> bool {
