@@ -1,10 +1,10 @@
 # What a newcomer types. Each target does all that it needs, and is quick when that is done already.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench
+.PHONY: help setup build libvirt-helper demo test bench fuzz chaos
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 setup: ## install what is missing and prepare the guest that demo and tests boot
 	@scripts/setup.sh
@@ -14,6 +14,14 @@ build: ## build the daemon, ./vmm-controlplane
 	@# A rename, because a running daemon's file cannot be written to.
 	@cp "$${CARGO_TARGET_DIR:-target}/release/vmm-controlplane" vmm-controlplane.new
 	@mv -f vmm-controlplane.new vmm-controlplane
+	@# The daemon neither needs nor links libvirt; where it is there, so is the helper.
+	@if pkg-config --exists libvirt libvirt-qemu 2> /dev/null; then $(MAKE) --no-print-directory libvirt-helper; fi
+
+libvirt-helper: ## build ./vmm-libvirt-helper, which links libvirt (package libvirt-dev)
+	cargo build --release --manifest-path crates/vmm-libvirt-helper/Cargo.toml \
+		--target-dir "$${CARGO_TARGET_DIR:-target}/libvirt-helper"
+	@cp "$${CARGO_TARGET_DIR:-target}/libvirt-helper/release/vmm-libvirt-helper" vmm-libvirt-helper.new
+	@mv -f vmm-libvirt-helper.new vmm-libvirt-helper
 
 demo: setup build ## boot a guest through the API and watch its console; ONCE=1 ends by itself
 	@scripts/demo.sh
@@ -23,3 +31,10 @@ test: setup ## run every check and test; the last line counts them
 
 bench: setup ## CreateVm + BootVm against driving each VMM by hand: prints the ratios
 	@cargo bench -p vmm-controlplane --bench boot
+
+fuzz: ## look for input that breaks a promise, ten minutes for each kind; FUZZ_SECONDS=60 for less
+	@scripts/fuzz.sh
+
+chaos: setup ## kill the daemon 200 times under load, and 1,000 VMs come and go on each hypervisor (10 minutes)
+	@VMCP_CHAOS_KILLS=$${VMCP_CHAOS_KILLS:-200} VMCP_CHAOS_CYCLES=$${VMCP_CHAOS_CYCLES:-1000} \
+		cargo test -p vmm-controlplane --test chaos -- --nocapture --test-threads=1 randomised cycles

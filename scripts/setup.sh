@@ -32,6 +32,19 @@ missing_packages() {
         command -v "${pair%%:*}" > /dev/null || echo "${pair#*:}"
     done
     busybox_is_static || echo busybox-static
+    missing_libvirt
+}
+
+# What the libvirt helper is built with, and what its tests start. libvirtd lies where other users' PATH does not reach, and its
+# user comes with libvirt-daemon-system.
+missing_libvirt() {
+    command -v pkg-config > /dev/null || echo pkg-config
+    pkg-config --exists libvirt libvirt-qemu 2> /dev/null || echo libvirt-dev
+    command -v virsh > /dev/null || echo libvirt-clients
+    [ -x /usr/sbin/libvirtd ] && [ -x /usr/sbin/virtlogd ] || echo libvirt-daemon
+    getent passwd libvirt-qemu > /dev/null || echo libvirt-daemon-system
+    # shellcheck disable=SC2144  # one driver, below one folder for each architecture
+    [ -e /usr/lib/*/libvirt/connection-driver/libvirt_driver_qemu.so ] || echo libvirt-daemon-driver-qemu
 }
 
 # Debian's other busybox package is linked dynamically, and would not start in a guest that has no libraries.

@@ -42,6 +42,21 @@ check_with() {
     if command -v "$tool" > /dev/null; then check "$@"; else skipped "$1" "$tool is not installed"; fi
 }
 
+# The libvirt helper is no member of the workspace, and needs libvirt-dev; the tests of the daemon use what is built here.
+libvirt_helper() {
+    local manifest=crates/vmm-libvirt-helper/Cargo.toml name="libvirt helper"
+    if ! pkg-config --exists libvirt libvirt-qemu 2> /dev/null; then
+        skipped "$name" "libvirt-dev or pkg-config is not installed; 'make setup' installs them"
+        return
+    fi
+    local where=(--manifest-path "$manifest" --target-dir "${CARGO_TARGET_DIR:-target}/libvirt-helper")
+    check "$name: cargo fmt" cargo fmt --manifest-path "$manifest" --check
+    check "$name: cargo clippy" cargo clippy "${where[@]}" --all-targets --quiet -- -D warnings
+    check "$name: build" cargo build "${where[@]}" --quiet
+    check "$name: tests" cargo test "${where[@]}" --quiet
+    check_with cargo-deny "$name: licences, bans and sources" cargo deny --manifest-path "$manifest" check licenses bans sources
+}
+
 # Runs all Rust tests and adds up what their programs report. Tests that were skipped at run time were counted as passed.
 rust_tests() {
     local log=$WORK/cargo-test status=0 ok bad ignored at_run_time
@@ -78,6 +93,7 @@ check "cargo clippy" cargo clippy --workspace --all-targets --quiet -- -D warnin
 check "direction of imports" scripts/check-imports.sh
 check_with shellcheck "shell scripts" shellcheck -x .ci/run scripts/*.sh clients/lib.sh clients/*/test.sh
 check_with cargo-deny "licences, bans and sources" cargo deny check licenses bans sources
+libvirt_helper
 rust_tests
 client_tests
 

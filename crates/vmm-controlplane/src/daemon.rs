@@ -8,8 +8,10 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Instrument as _;
+use vmm_backends::attached;
 use vmm_backends::cloud_hypervisor::CloudHypervisor;
 use vmm_backends::firecracker::Firecracker;
+use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::id::{BackendName, InstanceId};
@@ -20,7 +22,7 @@ use vmm_service::{Backends, DefaultBoot, Settings, VmService};
 use vmm_store::SqliteStore;
 
 use crate::api::Api;
-use crate::config::{Config, Kvm, Loaded};
+use crate::config::{Config, Endpoint, Kvm, Loaded};
 use crate::health;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
@@ -80,20 +82,52 @@ fn sign(config: &Config, instance: InstanceId) {
     }
 }
 
-/// The backends of this program.
+/// The backends of this program: each starts its VMMs, or uses those that its endpoint names.
 pub(crate) fn backends(config: &Config) -> Backends {
-    let qemu = QemuBackend::new(QemuOptions {
-        binary: config.qemu.binary.clone(),
-        kvm: match config.qemu_kvm {
-            Kvm::Auto => KvmMode::Auto,
-            Kvm::On => KvmMode::On,
-            Kvm::Off => KvmMode::Off,
-        },
-    });
-    let cloud_hypervisor = CloudHypervisor::new(&config.ch.binary);
-    let firecracker = Firecracker::new(&config.fc.binary);
-    let all: [Arc<dyn Backend>; 3] = [Arc::new(cloud_hypervisor), Arc::new(firecracker), Arc::new(qemu)];
+    let all = [cloud_hypervisor(config), firecracker(config), qemu(config)];
     Backends::new(BackendName::new(config.default_backend.as_str()), all)
+}
+
+fn cloud_hypervisor(config: &Config) -> Arc<dyn Backend> {
+    let managed = CloudHypervisor::new(&config.ch.binary);
+    match &config.ch.endpoint {
+        Endpoint::Unix(sockets) => {
+            Arc::new(attached::cloud_hypervisor(sockets.clone(), managed, config.metrics_interval))
+        }
+        Endpoint::Managed | Endpoint::Libvirt(_) => Arc::new(managed),
+    }
+}
+
+fn firecracker(config: &Config) -> Arc<dyn Backend> {
+    let managed = Firecracker::new(&config.fc.binary);
+    match &config.fc.endpoint {
+        Endpoint::Unix(sockets) => {
+            Arc::new(attached::firecracker(sockets.clone(), managed, config.metrics_interval))
+        }
+        Endpoint::Managed | Endpoint::Libvirt(_) => Arc::new(managed),
+    }
+}
+
+fn qemu(config: &Config) -> Arc<dyn Backend> {
+    let kvm = match config.qemu_kvm {
+        Kvm::Auto => KvmMode::Auto,
+        Kvm::On => KvmMode::On,
+        Kvm::Off => KvmMode::Off,
+    };
+    let binary = config.qemu.binary.clone();
+    match &config.qemu.endpoint {
+        Endpoint::Libvirt(uri) => Arc::new(LibvirtBackend::new(LibvirtOptions {
+            emulator: binary,
+            kvm,
+            import: config.qemu_import,
+            ..LibvirtOptions::new(uri)
+        })),
+        Endpoint::Unix(sockets) => {
+            let managed = QemuBackend::new(QemuOptions { binary, kvm });
+            Arc::new(attached::qemu(sockets.clone(), managed, config.metrics_interval))
+        }
+        Endpoint::Managed => Arc::new(QemuBackend::new(QemuOptions { binary, kvm })),
+    }
 }
 
 fn settings(config: &Config) -> Settings {

@@ -7,6 +7,9 @@
 pub mod api;
 pub mod config;
 pub mod daemon;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod health;
 pub mod operator;
 pub mod rpc;

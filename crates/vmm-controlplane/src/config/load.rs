@@ -7,7 +7,7 @@ use super::notices::Demands;
 use super::settings::{Fallback, Setting};
 use super::sources::{self, Environment, Given, Host, set};
 use super::values::{self, BackendName, Endpoint, Fault, Listen};
-use super::{BootDefaults, Cli, Config, Effective, Hypervisor, Loaded, Otel, notices, retired};
+use super::{BootDefaults, Cli, Config, Effective, Hypervisor, Loaded, Otel, notices, retired, sockets};
 use std::time::Duration;
 
 /// The name of the program's folder in directories that it shares.
@@ -64,6 +64,13 @@ impl Loader<'_> {
         let ch_endpoint = self.endpoint(S::ChEndpoint, BackendName::CloudHypervisor);
         let fc_endpoint = self.endpoint(S::FcEndpoint, BackendName::Firecracker);
         let qemu_endpoint = self.endpoint(S::QemuEndpoint, BackendName::Qemu);
+        let named = [
+            (S::ChEndpoint, ch_endpoint.as_ref()),
+            (S::FcEndpoint, fc_endpoint.as_ref()),
+            (S::QemuEndpoint, qemu_endpoint.as_ref()),
+        ]
+        .map(|(setting, endpoint)| (setting, endpoint, self.given(setting).map(|(_, origin)| origin)));
+        self.errors.extend(sockets::named_twice(&named, self.host));
         let ch_binary = self.text(S::ChBinary, values::binary);
         let fc_binary = self.text(S::FcBinary, values::binary);
         let qemu_binary = self.text(S::QemuBinary, values::binary);
@@ -77,12 +84,7 @@ impl Loader<'_> {
         let state_dir = self.state_dir();
         let runtime_dir = self.runtime_dir(state_dir.as_ref());
         let otel_enabled = self.text(S::OtelEnabled, values::boolean);
-        let demands = Demands {
-            endpoints: [ch_endpoint.as_ref(), fc_endpoint.as_ref(), qemu_endpoint.as_ref()],
-            cors_origins: cors_origins.as_deref(),
-            qemu_import,
-            otel_enabled,
-        };
+        let demands = Demands { cors_origins: cors_origins.as_deref(), otel_enabled };
         let unserved = demands.unserved();
         let otel = self.otel(otel_enabled);
         if !self.errors.is_empty() {

@@ -19,6 +19,7 @@ mod notices;
 mod report;
 mod retired;
 mod settings;
+mod sockets;
 mod sources;
 #[cfg(test)]
 mod tests;

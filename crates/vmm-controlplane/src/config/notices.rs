@@ -9,9 +9,7 @@ use std::path::Path;
 
 /// The values on which it depends whether this version can serve a configuration; `None` did not parse.
 pub(super) struct Demands<'a> {
-    pub(super) endpoints: [Option<&'a Endpoint>; 3],
     pub(super) cors_origins: Option<&'a [String]>,
-    pub(super) qemu_import: Option<bool>,
     pub(super) otel_enabled: Option<bool>,
 }
 
@@ -42,22 +40,9 @@ impl Unserved {
 impl Demands<'_> {
     /// Returns the settings that ask for what this version does not do. A feature that arrives leaves this list.
     pub(super) fn unserved(&self) -> Vec<Unserved> {
-        let attached = |endpoint: Option<&Endpoint>| endpoint.is_some_and(|it| *it != Endpoint::Managed);
-        let [ch, fc, qemu] = self.endpoints;
         let cors = self.cors_origins.is_some_and(|origins| !origins.is_empty());
-        let attach = "attach to a VMM that somebody else started";
-        let start = "one process is then started per VM";
         let asked = [
             (cors, Setting::CorsOrigins, "serve web pages of other origins", "only browsers are affected"),
-            (attached(ch), Setting::ChEndpoint, attach, start),
-            (attached(fc), Setting::FcEndpoint, attach, start),
-            (attached(qemu), Setting::QemuEndpoint, "attach to a running QEMU or to libvirt", start),
-            (
-                self.qemu_import == Some(true),
-                Setting::QemuImport,
-                "import libvirt domains",
-                "only its own VMs are then listed",
-            ),
             (
                 self.otel_enabled == Some(true),
                 Setting::OtelEnabled,
@@ -78,14 +63,7 @@ impl Config {
     }
 
     fn demands(&self) -> Vec<Unserved> {
-        let endpoints = BackendName::ALL.map(|backend| Some(&self.hypervisor(backend).endpoint));
-        Demands {
-            endpoints,
-            cors_origins: Some(&self.cors_origins),
-            qemu_import: Some(self.qemu_import),
-            otel_enabled: Some(self.otel.enabled),
-        }
-        .unserved()
+        Demands { cors_origins: Some(&self.cors_origins), otel_enabled: Some(self.otel.enabled) }.unserved()
     }
 }
 
@@ -117,6 +95,13 @@ pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: 
         ));
     }
     warnings.extend(old_socket(config, host));
+    if config.qemu_import && !matches!(config.qemu.endpoint, Endpoint::Libvirt(_)) {
+        warnings.push(format!(
+            "{} has no effect where {} does not name libvirt, such as qemu:///system",
+            Setting::QemuImport.variable(),
+            Setting::QemuEndpoint.variable(),
+        ));
+    }
     if config.defaults.kernel.is_none() {
         for setting in [Setting::DefaultInitrd, Setting::DefaultKernelArgs] {
             if given.get(&setting).is_some_and(|(text, _)| !text.is_empty()) {

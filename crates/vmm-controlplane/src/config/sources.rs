@@ -16,6 +16,7 @@ use super::cli::Cli;
 use super::error::{ConfigError, Origin, printable};
 use super::file;
 use super::settings::{CONFIG_KEY, PREFIX, SHORT_PREFIX, Setting, nearest, variable};
+use super::sockets;
 
 /// The environment variables, by name.
 pub type Environment = BTreeMap<OsString, OsString>;
@@ -28,6 +29,10 @@ pub trait Host {
     fn read_file(&self, path: &Path) -> io::Result<Vec<u8>>;
     /// Tells whether a path exists.
     fn exists(&self, path: &Path) -> bool;
+    /// Returns what a path leads to: two paths with the same answer are one file.
+    fn identity(&self, path: &Path) -> String {
+        path.to_string_lossy().into_owned()
+    }
 }
 
 /// The machine that the program runs on.
@@ -45,6 +50,10 @@ impl Host for ThisHost {
 
     fn exists(&self, path: &Path) -> bool {
         path.exists()
+    }
+
+    fn identity(&self, path: &Path) -> String {
+        sockets::identity(path)
     }
 }
 

@@ -269,15 +269,7 @@ fn retired_variables_stop_the_start_unless_their_successor_is_given() {
 
 #[test]
 fn what_is_not_served_yet_stops_the_start() {
-    for (setting, value) in [
-        (Setting::ChEndpoint, "unix:///a"),
-        (Setting::FcEndpoint, "unix:///a"),
-        (Setting::QemuEndpoint, "unix:///a"),
-        (Setting::QemuEndpoint, "qemu:///system"),
-        (Setting::QemuImport, "true"),
-        (Setting::OtelEnabled, "true"),
-        (Setting::CorsOrigins, "https://a.example"),
-    ] {
+    for (setting, value) in [(Setting::OtelEnabled, "true"), (Setting::CorsOrigins, "https://a.example")] {
         let name = setting.variable();
         let loaded = good(&[], &[(&name, value)]);
         assert_eq!(loaded.config.unserved(), [setting]);

@@ -1,19 +1,21 @@
 //! The columns of real hypervisors, and how each tells what it was configured with.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use vmm_backends::cloud_hypervisor::CloudHypervisor;
 use vmm_backends::firecracker::Firecracker;
+use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::config::VmConfig;
 use vmm_core::store::VmRecord;
 use vmm_testkit::backend_suite::{Column, FakeColumn, Linux, Obeying};
 use vmm_testkit::guests::Guest;
+use vmm_testkit::libvirtd::{self, Libvirtd};
 
 pub(crate) fn fake() -> Arc<dyn Column> {
     Arc::new(FakeColumn::new())
@@ -33,6 +35,10 @@ pub(crate) fn cloud_hypervisor() -> Arc<dyn Column> {
 
 pub(crate) fn firecracker() -> Arc<dyn Column> {
     Arc::new(FirecrackerColumn)
+}
+
+pub(crate) fn libvirt_qemu() -> Arc<dyn Column> {
+    Arc::new(LibvirtColumn { libvirtd: OnceLock::new() })
 }
 
 /// QEMU in software emulation, which every machine has.
@@ -194,6 +200,97 @@ impl Column for FirecrackerColumn {
                 &["\"rx_rate_limiter\":{\"bandwidth\":{\"size\":1000000", "\"ops\":{\"size\":200"]
             }
             _ => &[],
+        }
+    }
+}
+
+/// The same QEMU through a libvirtd of the case's own.
+struct LibvirtColumn {
+    libvirtd: OnceLock<Result<Libvirtd, String>>,
+}
+
+impl LibvirtColumn {
+    fn libvirtd(&self) -> Option<&Libvirtd> {
+        self.libvirtd.get().and_then(|started| started.as_ref().ok())
+    }
+}
+
+#[async_trait]
+impl Column for LibvirtColumn {
+    fn name(&self) -> &'static str {
+        "libvirt-qemu"
+    }
+
+    fn backend(&self) -> Arc<dyn Backend> {
+        let helper = libvirtd::helper();
+        let started = self.libvirtd.get_or_init(|| match &helper {
+            Ok(_) => Libvirtd::start(),
+            Err(why) => Err(why.clone()),
+        });
+        let uri = match started {
+            Ok(libvirtd) => libvirtd.uri(),
+            // Which its `ping` will tell.
+            Err(why) => format!("qemu+unix:///system?socket=/nowhere/{why}"),
+        };
+        Arc::new(LibvirtBackend::new(LibvirtOptions {
+            helper: helper.unwrap_or_else(|_| "vmm-libvirt-helper".into()),
+            kvm: KvmMode::Off,
+            ..LibvirtOptions::new(uri)
+        }))
+    }
+
+    fn obeying(&self) -> Obeying {
+        Obeying::Tiny(Guest::Button)
+    }
+
+    fn linux(&self) -> Result<Linux, String> {
+        linux("")
+    }
+
+    async fn view(&self, record: &VmRecord) -> String {
+        let pid = record.run.as_ref().map_or(0, |run| run.process.pid);
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        let libvirtd = self.libvirtd().expect("libvirtd runs");
+        // Limits are set after the start, and TAPs handed over: only libvirt tells of them.
+        format!("{line} {}", libvirtd.virsh(&["dumpxml", &record.uid.to_string()]))
+    }
+
+    fn evidence(&self, case: &str) -> &'static [&'static str] {
+        match case {
+            "vcpu_count" => &["-smp 2,"],
+            "max_vcpu_count" => &["-smp 1,maxcpus=2"],
+            "topology_threads" => &["sockets=1,dies=1,cores=1,threads=2"],
+            "topology_sockets" => &["sockets=2,dies=1,cores=1,threads=1"],
+            "memory_size" => &["\"size\":100663296"],
+            "memory_hotplug" => &["maxmem=196608k"],
+            "memory_shared" => &["\"share\":true"],
+            "memory_hugepages" => &["\"hugetlb\":true"],
+            "initrd" => &["-initrd {dir}/initrd.img"],
+            "kernel_args" => &["-append console=ttyS0 reboot=k note=\"a,b\" -- one"],
+            "several_disks" => &["{dir}/a.raw", "{dir}/b.raw", "{dir}/c.raw"],
+            "root_device" => &["root=/dev/vda rw", "{dir}/root.raw…{dir}/data.raw"],
+            "qcow2_disk" => &["\"driver\":\"qcow2\""],
+            "read_only_disk" => &["\"read-only\":true", "\"read-only\":false"],
+            "disk_rate_limits" => {
+                &["<total_bytes_sec>1000000</total_bytes_sec>", "<total_iops_sec>200</total_iops_sec>"]
+            }
+            "cache_unsafe" => &["\"no-flush\":true"],
+            "direct_io" => &["\"direct\":true"],
+            "nics_on_taps" => &["\"mac\":\"02:00:00:00:05:01\"", "\"mac\":\"02:00:00:00:05:02\""],
+            _ => &[],
+        }
+    }
+
+    /// libvirt's QEMUs name no folder of the daemon's.
+    fn processes(&self, _runtime_dir: &Path) -> Vec<String> {
+        let qemus = self.libvirtd().map(Libvirtd::qemus).unwrap_or_default();
+        qemus.iter().map(|pid| format!("{pid} qemu")).collect()
+    }
+
+    fn kill_all(&self, _runtime_dir: &Path) {
+        if let Some(libvirtd) = self.libvirtd() {
+            libvirtd.kill_qemus();
         }
     }
 }

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "the helpers of a test give up as loudly as the test itself")]
 
+mod attached;
 mod columns;
 
 mod fake {
@@ -25,4 +26,20 @@ mod cloudhypervisor {
 
 mod firecracker {
     vmm_testkit::backend_suite!(crate::columns::firecracker);
+}
+
+mod attached_cloudhypervisor {
+    vmm_testkit::backend_suite!(crate::attached::cloud_hypervisor);
+}
+
+mod attached_firecracker {
+    vmm_testkit::backend_suite!(crate::attached::firecracker);
+}
+
+mod attached_qemu {
+    vmm_testkit::backend_suite!(crate::attached::qemu);
+}
+
+mod libvirt_qemu {
+    vmm_testkit::backend_suite!(crate::columns::libvirt_qemu);
 }

@@ -169,7 +169,8 @@ fn a_second_vmm_of_a_known_vm_is_reported_unless_the_daemon_is_about_to_settle_i
         assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, Decision::Report)]);
     }
     let record = facts.records.get_mut(&uid).unwrap();
-    record.intent = Some(Intent { request: Request::Boot, actor: String::new(), since_ms: 0 });
+    record.intent =
+        Some(Intent { request: Request::Boot, actor: String::new(), since_ms: 0, patience_ms: None });
     assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, Decision::Keep)]);
 }
 

@@ -1,0 +1,85 @@
+//! One socket serves one VM of one backend: endpoints that lead to the same one are an error, however they are spelled.
+
+use std::path::{Path, PathBuf};
+
+use super::error::{ConfigError, Origin, printable};
+use super::settings::Setting;
+use super::sources::Host;
+use super::values::Endpoint;
+
+/// An endpoint setting, what it says, and who said so.
+pub(super) type Named<'a> = (Setting, Option<&'a Endpoint>, Option<Origin>);
+
+/// Finds the sockets that are named twice, be it by another path.
+pub(super) fn named_twice(endpoints: &[Named<'_>], host: &dyn Host) -> Vec<ConfigError> {
+    let mut seen: Vec<(String, Setting, &Path)> = Vec::new();
+    let mut errors = Vec::new();
+    for (setting, endpoint, origin) in endpoints {
+        let Some(Endpoint::Unix(sockets)) = endpoint else { continue };
+        for socket in sockets {
+            let identity = host.identity(socket);
+            let earlier = seen.iter().find(|(known, ..)| *known == identity);
+            if let Some((_, first, path)) = earlier {
+                errors.push(same(*setting, socket, *first, path, origin.clone()));
+            } else {
+                seen.push((identity, *setting, socket));
+            }
+        }
+    }
+    errors
+}
+
+fn same(setting: Setting, socket: &Path, first: Setting, path: &Path, origin: Option<Origin>) -> ConfigError {
+    let shown = |path: &Path| printable(&path.to_string_lossy());
+    let message = format!(
+        "{}: unix://{} is the same socket as unix://{} of {}, and one socket serves one VM of one backend",
+        setting.key(),
+        shown(socket),
+        shown(path),
+        first.key()
+    );
+    ConfigError::new(message, origin, format!("leave it out of {}", setting.variable()))
+}
+
+/// What `path` leads to, links followed: two paths with the same answer are one file, be it there or not.
+pub(super) fn identity(path: &Path) -> String {
+    use std::os::unix::fs::MetadataExt;
+    if let Ok(facts) = std::fs::metadata(path) {
+        return format!("{}:{}", facts.dev(), facts.ino());
+    }
+    let folder = path.parent().and_then(|folder| std::fs::canonicalize(folder).ok());
+    let plain = || path.components().collect::<PathBuf>();
+    let found = folder.zip(path.file_name()).map_or_else(plain, |(folder, name)| folder.join(name));
+    found.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use super::super::sources::ThisHost;
+    use super::*;
+
+    #[test]
+    fn a_socket_is_known_by_any_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+        std::fs::create_dir(&real).unwrap();
+        symlink(&real, &link).unwrap();
+        let _listening = UnixListener::bind(real.join("s")).unwrap();
+        std::fs::hard_link(real.join("s"), dir.path().join("hard")).unwrap();
+        let unix = |paths: &[PathBuf]| Endpoint::Unix(paths.to_vec());
+        let twice = |one: &[PathBuf], other: &[PathBuf]| {
+            let (one, other) = (unix(one), unix(other));
+            let named = [(Setting::ChEndpoint, Some(&one), None), (Setting::FcEndpoint, Some(&other), None)];
+            named_twice(&named, &ThisHost).len()
+        };
+        assert_eq!(twice(&[real.join("s")], &[link.join("s")]), 1);
+        assert_eq!(twice(&[real.join("s"), dir.path().join("hard")], &[]), 1);
+        // Of sockets that are not there yet the folders tell.
+        assert_eq!(twice(&[real.join("t")], &[link.join("t")]), 1);
+        assert_eq!(twice(&[real.join("t")], &[real.join("u")]), 0);
+        assert_eq!(twice(&[PathBuf::from("/nowhere//x")], &[PathBuf::from("/nowhere/x")]), 1);
+    }
+}

@@ -1,0 +1,152 @@
+//! What others do to a VM is seen, and told truly.
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use vmm_testkit::by_hand::Kind;
+use vmm_testkit::guests::Guest;
+
+use crate::bench::{Bench, WAITING, able};
+use crate::harness::eventually;
+
+#[test]
+fn a_pause_by_hand_is_seen() {
+    for kind in able("a_pause_by_hand_is_seen", &WAITING) {
+        let mut bench = Bench::new(kind);
+        let vmm = bench.runs(Guest::Idle);
+        bench.world.start();
+        let vm = bench.the_vm();
+        let seen_at = |info: &Value| info["status"]["observed_at"].as_str().unwrap().parse::<i64>().unwrap();
+        let first = seen_at(&bench.world.info(&vm));
+        bench.world.wait_for(&vm, "looked at again", |info| seen_at(info) > first);
+        vmm.pause();
+        let info = bench.world.wait_for_state(&vm, "VM_STATE_PAUSED");
+        assert_eq!(info["status"]["reason"], "paused-from-outside");
+        vmm.resume();
+        bench.world.wait_for_state(&vm, "VM_STATE_RUNNING");
+        // And paused by us, it is not taken for somebody else's doing.
+        bench.op("PauseVm", &vm).ok();
+        assert_ne!(bench.world.info(&vm)["status"]["reason"], "paused-from-outside");
+    }
+}
+
+#[test]
+fn a_vm_ended_and_booted_by_hand_is_followed() {
+    for kind in able("a_vm_ended_and_booted_by_hand", &[Kind::CloudHypervisor]) {
+        let mut bench = Bench::new(kind);
+        let vmm = bench.runs(Guest::Idle);
+        bench.world.start();
+        let vm = bench.the_vm();
+        vmm.put("/api/v1/vm.shutdown", &json!(null));
+        let info = bench.world.wait_for_state(&vm, "VM_STATE_SHUTDOWN");
+        assert_eq!(info["status"]["phase"], "stopped", "{info:#}");
+        vmm.boot();
+        let info = bench.world.wait_for_state(&vm, "VM_STATE_RUNNING");
+        assert_eq!(info["status"]["reason"], "started-from-outside");
+        bench.op("PauseVm", &vm).ok();
+    }
+}
+
+#[test]
+fn a_vmm_that_dies_and_comes_back_on_its_socket_is_picked_up() {
+    for kind in able("a_vmm_that_dies_and_comes_back", &Kind::ALL) {
+        let mut bench = Bench::new(kind);
+        let mut vmm = bench.runs(Guest::Idle);
+        bench.world.start();
+        let vm = bench.the_vm();
+        let uid = bench.world.info(&vm)["uid"].clone();
+        vmm.end();
+        let info = bench.world.wait_for_state(&vm, "VM_STATE_SHUTDOWN");
+        assert_ne!(info["status"]["reason"], "", "{info:#}");
+        assert!(bench.op("BootVm", &vm).error("unavailable").contains("start one there"));
+        let vmm = bench.runs(Guest::Idle);
+        let info = bench.world.wait_for_state(&vm, "VM_STATE_RUNNING");
+        assert_eq!((crate::harness::vmm_pid(&info), &info["uid"]), (vmm.pid(), &uid), "the same VM");
+        bench.op("PauseVm", &vm).ok();
+    }
+}
+
+#[test]
+fn a_daemon_that_is_killed_finds_everything_again() {
+    for kind in able("a_daemon_that_is_killed", &Kind::ALL) {
+        let mut bench = Bench::new(kind);
+        let mut vmm = bench.runs(Guest::Idle);
+        bench.world.start();
+        let vm = bench.the_vm();
+        let uid = bench.world.info(&vm)["uid"].clone();
+        bench.world.stop(Signal::KILL);
+        bench.world.start();
+        let info = bench.world.info(&vm);
+        assert_eq!((&info["state"], &info["uid"]), (&json!("VM_STATE_RUNNING"), &uid));
+        bench.op("PauseVm", &vm).ok();
+        bench.world.stop(Signal::KILL);
+        bench.world.start();
+        assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_PAUSED");
+        bench.op("ResumeVm", &vm).ok();
+        // What happens while no daemon watches is found out too.
+        bench.world.stop(Signal::KILL);
+        vmm.end();
+        bench.world.start();
+        assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_SHUTDOWN");
+        bench.world.stop(Signal::KILL);
+        let _vmm = bench.runs(Guest::Idle);
+        bench.world.start();
+        bench.world.wait_for_state(&vm, "VM_STATE_RUNNING");
+        assert_eq!(bench.vms().len(), 1, "and nothing is there twice");
+    }
+}
+
+#[test]
+fn our_own_vm_is_adopted_with_its_console() {
+    for kind in able("our_own_vm_is_adopted", &WAITING) {
+        let mut bench = Bench::new(kind);
+        let _vmm = bench.waits();
+        bench.world.start();
+        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        bench.world.boot("vm");
+        bench.world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+        bench.world.stop(Signal::KILL);
+        bench.world.start();
+        assert_eq!(bench.world.info("vm")["state"], "VM_STATE_RUNNING");
+        if kind == Kind::CloudHypervisor {
+            bench.op("RebootVm", "vm").ok();
+            let console = bench.world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+            assert_eq!(console.matches(&Guest::Idle.banner()).count(), 2, "nothing twice: {console}");
+        }
+    }
+}
+
+#[test]
+fn a_vmm_that_stands_still_is_unreachable_until_it_goes_on() {
+    for kind in able("a_vmm_that_stands_still", &Kind::ALL) {
+        let mut bench = Bench::new(kind);
+        let vmm = bench.runs(Guest::Idle);
+        bench.world.start();
+        let vm = bench.the_vm();
+        vmm.signal(Signal::STOP);
+        bench.world.wait_for(&vm, "unreachable", |info| info["status"]["phase"] == "unreachable");
+        assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_RUNNING", "the last proven state");
+        bench.op("PauseVm", &vm).error("unavailable");
+        vmm.signal(Signal::CONT);
+        bench.world.wait_for(&vm, "reachable again", |info| info["status"]["phase"] == "running");
+        bench.op("PauseVm", &vm).ok();
+    }
+}
+
+#[test]
+fn a_place_that_somebody_else_has_taken_is_said() {
+    for kind in able("a_place_that_somebody_else_has_taken", &WAITING) {
+        let mut bench = Bench::new(kind);
+        bench.world.start();
+        bench.world.create("mine", &bench.world.tiny(Guest::Echo));
+        let mut vmm = bench.runs(Guest::Idle);
+        bench.world.wait_for("mine", "told", |info| info["status"]["reason"] == "place-taken");
+        assert_eq!(bench.world.info("mine")["state"], "VM_STATE_CREATED");
+        bench.op("BootVm", "mine").error("failed_precondition");
+        // Without it, the other one is imported.
+        bench.op("DeleteVm", "mine").ok();
+        eventually("the other one is listed", || {
+            bench.vms().iter().any(|vm| vm["state"] == "VM_STATE_RUNNING")
+        });
+        assert!(vmm.is_alive());
+    }
+}

@@ -1,0 +1,127 @@
+//! A running QEMU: imported, and told by its events.
+
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::net::UnixStream;
+
+use serde_json::json;
+use vmm_testkit::by_hand::{ByHand, Kind};
+use vmm_testkit::guests::Guest;
+
+use crate::bench::{Bench, able};
+use crate::harness::eventually;
+
+#[test]
+fn nothing_is_created_there() {
+    for kind in able("nothing_is_created_there", &[Kind::Qemu]) {
+        let mut bench = Bench::new(kind);
+        bench.world.start();
+        let config = bench.world.tiny(Guest::Idle);
+        let refused = bench.world.call("CreateVm", &json!({"config": config})).error("unimplemented");
+        assert!(refused.contains("UNKEY_VMCP_QEMU_ENDPOINT"), "{refused}");
+        let judged = bench.world.call("ValidateVm", &json!({"config": config})).ok();
+        assert_eq!(judged["violations"][0]["field"], "backend", "{judged}");
+    }
+}
+
+#[test]
+fn a_guest_that_obeys_is_shut_down() {
+    for kind in able("a_guest_that_obeys_is_shut_down", &[Kind::Qemu]) {
+        let mut bench = Bench::new(kind);
+        let vmm = bench.runs(Guest::Button);
+        bench.world.start();
+        let vm = bench.the_vm();
+        eventually("it is up", || bench.serial().contains(&Guest::Button.banner()));
+        bench.op("RebootVm", &vm).ok();
+        eventually("it is up again", || bench.serial().matches(&Guest::Button.banner()).count() >= 2);
+        bench.op("PauseVm", &vm).ok();
+        let down = bench.shutdown(&vm, 60).ok();
+        assert_eq!((&down["state"], &down["ended_by"]), (&json!("VM_STATE_SHUTDOWN"), &json!("acpi")));
+        assert!(bench.op("BootVm", &vm).error("unavailable").contains("vmm.sock"));
+        drop(vmm);
+        bench.op("DeleteVm", &vm).ok();
+        assert!(bench.vms().is_empty());
+    }
+}
+
+#[test]
+fn what_the_guest_does_is_told_with_its_reason() {
+    for kind in able("what_the_guest_does_is_told", &[Kind::Qemu]) {
+        let mut bench = Bench::new(kind);
+        bench.world.start();
+        let vmm = ByHand::holds(kind, &bench.socket, &bench.guest(Guest::PowerOff));
+        let vm = bench.the_vm();
+        bench.op("ResumeVm", &vm).ok();
+        let info = bench.world.wait_for_state(&vm, "VM_STATE_SHUTDOWN");
+        assert_eq!(info["status"]["reason"], "guest-power-off", "{info:#}");
+        bench.op("DeleteVm", &vm).ok();
+        drop(vmm);
+        // A guest that resets itself goes on, and each reset is an event.
+        let vmm = ByHand::holds(kind, &bench.socket, &bench.guest(Guest::Reset));
+        let vm = bench.the_vm();
+        bench.op("ResumeVm", &vm).ok();
+        eventually("its resets are told", || {
+            let events = bench.world.call("ListVmEvents", &json!({"vm_id": vm, "page_size": 1000})).ok();
+            let all = events["events"].as_array().cloned().unwrap_or_default();
+            all.iter().filter(|event| event["type"] == "guest-reset").count() >= 8
+        });
+        let info = bench.world.info(&vm);
+        assert_eq!(info["state"], "VM_STATE_RUNNING", "nobody set a policy that would end it: {info:#}");
+        drop(vmm);
+    }
+}
+
+#[test]
+fn a_qemu_that_lives_on_after_its_guest_is_shut_down_all_the_same() {
+    for kind in able("a_qemu_that_lives_on", &[Kind::Qemu]) {
+        let mut bench = Bench::new(kind);
+        bench.world.start();
+        let mut guest = bench.guest(Guest::PowerOff);
+        guest.more = vec!["-no-shutdown".to_owned()];
+        let mut vmm = ByHand::holds(kind, &bench.socket, &guest);
+        let vm = bench.the_vm();
+        bench.op("ResumeVm", &vm).ok();
+        let info = bench.world.wait_for_state(&vm, "VM_STATE_SHUTDOWN");
+        assert_eq!(info["status"]["reason"], "guest-power-off", "{info:#}");
+        assert!(vmm.is_alive());
+        bench.op("DeleteVm", &vm).ok();
+        assert!(vmm.is_alive());
+    }
+}
+
+#[test]
+fn a_reset_that_would_end_qemu_is_refused() {
+    for kind in able("a_reset_that_would_end_qemu", &[Kind::Qemu]) {
+        for words in [&["-no-reboot"][..], &["-action", "reboot=shutdown"]] {
+            let mut bench = Bench::new(kind);
+            let mut guest = bench.guest(Guest::Idle);
+            guest.more = words.iter().map(|word| (*word).to_owned()).collect();
+            let mut vmm = ByHand::runs(kind, &bench.socket, &guest);
+            bench.world.start();
+            let vm = bench.the_vm();
+            let refused = bench.op("RebootVm", &vm).error("unavailable");
+            assert!(refused.contains("would end it"), "{refused}");
+            assert!(vmm.is_alive());
+        }
+    }
+}
+
+#[test]
+fn a_qmp_socket_that_another_client_holds_is_told() {
+    for kind in able("a_qmp_socket_that_another_client_holds", &[Kind::Qemu]) {
+        let mut bench = Bench::new(kind);
+        let mut vmm = bench.runs(Guest::Idle);
+        let mut greeting = String::new();
+        let client = UnixStream::connect(&bench.socket).unwrap();
+        BufReader::new(&client).read_line(&mut greeting).unwrap();
+        assert!(greeting.contains("QMP"), "{greeting}");
+        bench.world.start();
+        let shown = bench.until_available(false);
+        let reason = shown["reason"].as_str().unwrap();
+        assert!(reason.contains("one client at a time") || reason.contains("more clients"), "{reason}");
+        assert!(bench.vms().is_empty());
+        drop(client);
+        let vm = bench.the_vm();
+        bench.op("PauseVm", &vm).ok();
+        assert!(vmm.is_alive());
+    }
+}

@@ -1,0 +1,166 @@
+//! Endpoints that must not, or cannot, be used: each says why, and none stops the daemon.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+use std::os::unix::net::UnixListener;
+
+use vmm_testkit::by_hand::{ByHand, Kind};
+use vmm_testkit::guests::Guest;
+
+use crate::bench::{Bench, able, endpoint};
+use crate::harness::skipped;
+
+/// Why the backend cannot serve, with the daemon running all the same.
+fn reason(bench: &mut Bench) -> String {
+    bench.world.start();
+    let shown = bench.until_available(false);
+    assert!(bench.vms().is_empty(), "nothing is imported");
+    assert_eq!(bench.world.get("/_/health").status, 503);
+    shown["reason"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn another_hypervisors_socket_is_told_by_name() {
+    let kinds = able("another_hypervisors_socket", &Kind::ALL);
+    for there in &kinds {
+        for expected in kinds.iter().filter(|kind| *kind != there) {
+            let mut bench = Bench::new(*expected);
+            let mut vmm = ByHand::runs(*there, &bench.socket, &bench.guest(Guest::Idle));
+            let reason = reason(&mut bench);
+            let (name, variable) = match there {
+                Kind::CloudHypervisor => ("Cloud Hypervisor", "UNKEY_VMCP_CH_ENDPOINT"),
+                Kind::Firecracker => ("Firecracker", "UNKEY_VMCP_FC_ENDPOINT"),
+                Kind::Qemu => ("QEMU", "UNKEY_VMCP_QEMU_ENDPOINT"),
+            };
+            assert!(reason.contains(&format!("it is {name}")) && reason.contains(variable), "{reason}");
+            assert!(vmm.is_alive());
+        }
+    }
+}
+
+#[test]
+fn a_link_is_refused() {
+    for kind in able("a_link_is_refused", &[Kind::Firecracker]) {
+        let mut bench = Bench::new(kind);
+        let real = bench.world.dir.path().join("real.sock");
+        let _vmm = ByHand::waits(kind, &real);
+        symlink(&real, &bench.socket).unwrap();
+        let reason = reason(&mut bench);
+        assert!(reason.contains("symbolic link"), "{reason}");
+        // CreateVm reserves; BootVm says why not.
+        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        assert!(bench.op("BootVm", "vm").error("failed_precondition").contains("symbolic link"));
+    }
+}
+
+#[test]
+fn what_everybody_may_write_and_another_user_owns_is_refused() {
+    if !rustix::process::geteuid().is_root() {
+        return skipped("what_everybody_may_write", "only root can give a file to another user");
+    }
+    for kind in able("what_everybody_may_write", &[Kind::CloudHypervisor]) {
+        let mut bench = Bench::new(kind);
+        let vmm = bench.runs(Guest::Idle);
+        chown(&bench.socket, Some(12_345), None).unwrap();
+        std::fs::set_permissions(&bench.socket, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let reason = reason(&mut bench);
+        assert!(reason.contains("uid 12345") && reason.contains("chmod o-w"), "{reason}");
+        // What the message advises helps, without a restart.
+        std::fs::set_permissions(&bench.socket, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let vm = bench.the_vm();
+        bench.op("PauseVm", &vm).ok();
+        drop(vmm);
+    }
+}
+
+/// Answers every request with `body`, as an old VMM would the first one.
+fn answers_with(socket: &std::path::Path, body: &'static str) {
+    let listener = UnixListener::bind(socket).unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let mut request = [0; 4096];
+                while stream.read(&mut request).is_ok_and(|count| count > 0) {
+                    let answer = format!("HTTP/1.1 200 \r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                    if stream.write_all(answer.as_bytes()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_vmm_that_is_too_old_is_told_which_version_it_takes() {
+    for (kind, body, needed) in [
+        (Kind::CloudHypervisor, r#"{"version":"40.0.0","build_version":"v40.0","pid":1}"#, "51.0.0"),
+        (
+            Kind::Firecracker,
+            r#"{"id":"x","state":"Not started","vmm_version":"1.2.0","app_name":"Firecracker"}"#,
+            "1.7.0",
+        ),
+    ] {
+        let mut bench = Bench::new(kind);
+        answers_with(&bench.socket, body);
+        let reason = reason(&mut bench);
+        assert!(reason.contains(needed) && reason.contains("oldest that can be used"), "{reason}");
+    }
+}
+
+#[test]
+fn what_is_no_socket_and_what_is_not_there_is_said() {
+    let mut bench = Bench::new(Kind::CloudHypervisor);
+    std::fs::write(&bench.socket, "").unwrap();
+    assert!(reason(&mut bench).contains("is not a socket"));
+    let mut bench = Bench::new(Kind::CloudHypervisor);
+    let said = reason(&mut bench);
+    assert!(said.contains(&format!("no Cloud Hypervisor listens on {}", endpoint(&bench.socket))), "{said}");
+    assert!(said.contains("cloud-hypervisor --api-socket path="), "{said}");
+}
+
+#[test]
+fn endpoints_that_name_one_socket_stop_the_start() {
+    for same_kind in [true, false] {
+        let mut bench = Bench::new(Kind::CloudHypervisor);
+        let folder = bench.world.dir.path().join("folder");
+        symlink(bench.world.dir.path(), &folder).unwrap();
+        let other = endpoint(&folder.join("vmm.sock"));
+        if same_kind {
+            let both = format!("{},{other}", endpoint(&bench.socket));
+            bench.world.set_env(Kind::CloudHypervisor.variable(), Some(&both));
+        } else {
+            bench.world.set_env(Kind::Firecracker.variable(), Some(&other));
+        }
+        let log = bench.world.try_start().expect_err("one socket serves one VM").join("\n");
+        assert!(log.contains("is the same socket as"), "{log}");
+    }
+}
+
+#[test]
+fn a_malformed_endpoint_has_the_documents_text() {
+    for (kind, text, words) in [
+        (Kind::CloudHypervisor, "tcp://127.0.0.1:1", "cloud hypervisor endpoint is required"),
+        (Kind::Firecracker, "unix://relative", "firecracker endpoint is required"),
+        (Kind::Qemu, "unix://", "qemu endpoint is required"),
+    ] {
+        let mut bench = Bench::new(kind);
+        bench.world.set_env(kind.variable(), Some(text));
+        let log = bench.world.try_start().expect_err("it is malformed").join("\n");
+        assert!(log.contains(words) && log.contains(kind.variable()), "{log}");
+    }
+}
+
+#[test]
+fn one_endpoint_of_two_that_fails_is_told_beside_the_other() {
+    for kind in able("one_endpoint_of_two", &[Kind::Firecracker]) {
+        let mut bench = Bench::new(kind);
+        let both = format!("{},unix:///nowhere/vmm.sock", endpoint(&bench.socket));
+        bench.world.set_env(kind.variable(), Some(&both));
+        let _vmm = bench.waits();
+        bench.world.start();
+        let shown = bench.backend();
+        assert_eq!(shown["available"], true, "{shown}");
+        assert!(shown["reason"].as_str().unwrap().contains("unix:///nowhere/vmm.sock"), "{shown}");
+    }
+}
