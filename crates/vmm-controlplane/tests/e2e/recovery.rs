@@ -4,7 +4,7 @@ use rustix::process::Signal;
 use serde_json::json;
 use vmm_testkit::guests::Guest;
 
-use crate::harness::{World, is_alive, signal, vmm_pid};
+use crate::harness::{World, eventually, hypervisors, is_alive, signal, try_call, vmm_pid};
 use crate::needs_qemu;
 
 #[test]
@@ -59,13 +59,38 @@ fn what_died_meanwhile_is_shut_down() {
     let pid = vmm_pid(&world.info("vm"));
     world.stop(Signal::KILL);
     signal(pid, Signal::KILL);
-    crate::harness::eventually("the VMM is gone", || !is_alive(pid));
+    eventually("the VMM is gone", || !is_alive(pid));
     world.start();
     let info = world.info("vm");
     assert_eq!(info["state"], "VM_STATE_SHUTDOWN");
     assert!(!info["status"]["reason"].as_str().unwrap_or_default().is_empty(), "{info:#}");
     world.boot("vm");
     world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+}
+
+#[test]
+fn a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was() {
+    for backend in hypervisors("a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was") {
+        let mut world = World::started(&[]);
+        world.create_on(backend, "vm", Guest::Idle);
+        let database =
+            rusqlite::Connection::open(world.dir.path().join("state/vmm-controlplane.db")).unwrap();
+        database.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let url = world.url().to_owned();
+        let booting = std::thread::spawn(move || try_call(&url, "BootVm", &json!({"vm_id": "vm"})).is_err());
+        eventually("the VMM is started while its intent waits", || !world.vmms().is_empty());
+        world.stop(Signal::KILL);
+        assert!(booting.join().unwrap(), "no answer came");
+        drop(database);
+        assert_eq!(world.vmms().len(), 1, "{backend}: it goes on without its daemon");
+        world.start();
+        assert!(world.vmms().is_empty(), "{backend}: {:?}", world.vmms());
+        assert_eq!(world.info("vm")["state"], "VM_STATE_CREATED", "{backend}");
+        world.boot("vm");
+        world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+        world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+        world.assert_nothing_left();
+    }
 }
 
 #[test]
