@@ -167,9 +167,11 @@ fn check_spec(config: &VmConfig, spec: &VmSpec) {
     if let Some(topology) = spec.cpu.topology {
         assert_eq!(topology.sockets * topology.cores * topology.threads, spec.cpu.max);
     }
-    assert!(spec.memory.size_bytes > 0 && spec.memory.size_bytes % MIB == 0);
+    assert!(spec.memory.size_bytes > 0 && spec.memory.size_bytes.is_multiple_of(MIB));
     assert!(
-        spec.memory.hotplug_max_bytes.is_none_or(|most| most >= spec.memory.size_bytes && most % MIB == 0)
+        spec.memory
+            .hotplug_max_bytes
+            .is_none_or(|most| most >= spec.memory.size_bytes && most.is_multiple_of(MIB))
     );
     assert!(spec.boot.kernel.is_absolute() && spec.disks.iter().all(|disk| disk.path.is_absolute()));
     assert!(spec.disks.iter().skip(1).all(|disk| !disk.is_root), "the root device comes first");
