@@ -75,6 +75,10 @@ start_daemon() {
         tail -n 20 "$WORK/daemon.log" >&2
         die "the daemon did not come up on $BASE_URL; the end of its log is above"
     fi
+    # libvirtd looks at QEMU at its first use, which can take half a minute.
+    case ${UNKEY_VMCP_QEMU_ENDPOINT:-${VMCP_QEMU_ENDPOINT:-}} in
+        qemu*) wait_for 90 daemon_is_healthy || true ;;
+    esac
     if ! daemon_is_healthy; then
         curl -s --max-time 2 "$BASE_URL/_/health" >&2
         die "the daemon runs, but its backend $backend cannot serve; the reason is above" \

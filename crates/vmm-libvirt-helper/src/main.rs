@@ -61,9 +61,8 @@ fn serve(uri: &str) -> Result<(), Error> {
     let main = Connect::open(Some(uri))?;
     lanes::keep_alive(&main)?;
     ffi::watch(&main)?;
+    // libvirt looks at its QEMU when it is first asked about it, which can take half a minute: now, and not in the first start.
     let hypervisor = lanes::version(main.get_hyp_version()?);
-    // libvirt looks at a QEMU when it is first asked about it, which can take half a minute: now, and not in the first start.
-    main.get_domain_capabilities(None, None, None, None, 0)?;
     say::say(&Message::Ready { libvirt: lanes::version(main.get_lib_version()?), hypervisor });
     let lanes = Arc::new(Lanes::new(uri.to_owned(), main));
     for request in inbox {

@@ -21,7 +21,7 @@ use vmm_libvirt_wire::{Call, Domain, DomainState};
 
 use super::convert::{self, Inputs};
 use super::domain::{LOOKING, Owner, find_qemu, is_active, owner};
-use super::link::{Link, Watched};
+use super::link::{CallError, Link, Watched};
 use super::run::{Facts, assemble};
 use super::{LibvirtBackend, place_of};
 use crate::qemu::images;
@@ -52,6 +52,16 @@ pub(super) async fn launch(
     clear(&request.dir).await?;
     let known = settled(&backend.link, facts.domain).await?;
     if let Some(domain) = &known
+        && !request.imported
+        && owner(domain) != Owner::Instance(request.instance)
+    {
+        return Err(rejected(format!(
+            "libvirt has a domain with this VM's UUID ({}) and without this daemon's mark in its <metadata>, so it is left alone: \
+             undefine it (virsh undefine {}), and try again",
+            domain.uuid, domain.name
+        )));
+    }
+    if let Some(domain) = &known
         && is_active(domain.state)
     {
         return take_over(backend, watched, facts, domain.state).await;
@@ -75,7 +85,7 @@ pub(super) async fn launch(
 async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Result<Launched, BackendError> {
     let uuid = facts.domain;
     let begun = async {
-        backend.link.order(Call::Start { uuid }, STARTING).await?;
+        backend.link.order(Call::Start { uuid }, STARTING).await.map_err(slow)?;
         point(FaultPoint::LaunchSpawned);
         qemu_of(backend, uuid).await
     };
@@ -183,7 +193,20 @@ async fn define(
     }
     let xml = xml_of(backend, request).await?;
     note_definition(&request.dir, &xml).await?;
-    Ok(backend.link.order(Call::Define { xml }, STARTING).await?)
+    backend.link.order(Call::Define { xml }, STARTING).await.map_err(slow)
+}
+
+/// Explains why libvirt may take so long over what it does in milliseconds elsewhere.
+fn slow(error: CallError) -> BackendError {
+    let is_silent = matches!(error, CallError::Silent { .. });
+    let mut error = BackendError::from(error);
+    if is_silent {
+        error.message.push_str(
+            "; where libvirtd may open /dev/kvm and QEMU's user (libvirt-qemu) may not, it examines QEMU at every call: let \
+             that user open it too",
+        );
+    }
+    error
 }
 
 /// Notes what is about to be defined: for people, and for a deletion that libvirt cannot be asked about.

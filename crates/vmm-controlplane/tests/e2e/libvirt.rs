@@ -301,7 +301,10 @@ fn what_is_missing_is_named() {
 
     match libvirtd::helper() {
         Ok(helper) => {
-            missing(&[nobody, ("PATH", &with_helper(&helper))], &["libvirt-daemon-system", "/nowhere/libvirt-sock"]);
+            missing(
+                &[nobody, ("PATH", &with_helper(&helper))],
+                &["libvirt-daemon-system", "/nowhere/libvirt-sock"],
+            );
         }
         Err(why) => skipped(concat!(module_path!(), ":", line!()), &why),
     }
@@ -315,11 +318,14 @@ fn a_helper_that_dies_is_started_again() {
     let helpers = || {
         let task = format!("/proc/{}/task", world.pid());
         let children = std::fs::read_dir(task).unwrap().flatten();
-        let children = children.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
-        let pids: Vec<u32> =
-            children.flat_map(|pids| pids.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>()).collect();
+        let children =
+            children.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+        let pids: Vec<u32> = children
+            .flat_map(|pids| pids.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
+            .collect();
         let is_helper = |pid: &u32| {
-            std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("vmm-libvirt-helper"))
+            std::fs::read_link(format!("/proc/{pid}/exe"))
+                .is_ok_and(|exe| exe.ends_with("vmm-libvirt-helper"))
         };
         pids.into_iter().filter(is_helper).collect::<Vec<_>>()
     };
