@@ -14,3 +14,4 @@ pub mod report;
 pub mod spec;
 pub mod state;
 pub mod store;
+mod sweep;

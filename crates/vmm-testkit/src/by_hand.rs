@@ -181,6 +181,7 @@ impl ByHand {
         vmm
     }
 
+    #[expect(clippy::disallowed_methods, reason = "a test's own thread waits for another process")]
     fn wait_for_socket(&mut self) {
         let deadline = Instant::now() + LISTENING;
         loop {

@@ -18,6 +18,7 @@ use vmm_host::endpoint::{self, VisitError};
 use vmm_host::process::{Lookup, Process, adopt};
 
 use super::console::{self, Mirror};
+use super::force::Manner;
 use super::seat::{self, Memory, Seat, View};
 use super::{Guest, Holding, Hypervisor, Met, Parts, force, patrol};
 use crate::cloud_hypervisor::watch::Watcher;
@@ -78,7 +79,8 @@ impl<H: Hypervisor> Attached<H> {
         let met = self.meet(seat).await.map_err(|error| self.unavailable(seat, &error))?;
         let make = self.may_start(seat, &met, request)?;
         // One that somebody else made says by itself where its console goes.
-        let console = if make || !request.imported { begin_console(request).await? } else { None };
+        let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
+        let console = if make || !request.imported { begin_console(request, anew).await? } else { None };
         memory.started = Some((request.uid, met.process.identity().clone()));
         self.kind.start(&met, request, console.as_deref(), make).await?;
         let run = new_run(seat, &met, now_ms());
@@ -263,7 +265,7 @@ impl<H: Hypervisor> Attached<H> {
         if self.power_off(seat, &process).await {
             return Ok(());
         }
-        force::kill(&process, &seat.socket, self.kind.program()).await.map(drop)
+        force::kill(&process, &seat.socket, self.kind.program(), Manner::AtOnce).await.map(drop)
     }
 
     async fn power_off(&self, seat: &Arc<Seat>, process: &Process) -> bool {
@@ -311,10 +313,10 @@ impl<H: Hypervisor> Attached<H> {
 }
 
 /// Makes the file that the VMM writes the console to; `None` where the VM has none.
-async fn begin_console(request: &LaunchRequest) -> Result<Option<PathBuf>, BackendError> {
+async fn begin_console(request: &LaunchRequest, anew: bool) -> Result<Option<PathBuf>, BackendError> {
     let Some(to) = request.console.clone() else { return Ok(None) };
     let dir = request.dir.clone();
-    let error = match tokio::task::spawn_blocking(move || console::begin(&dir, &to)).await {
+    let error = match tokio::task::spawn_blocking(move || console::begin(&dir, &to, anew)).await {
         Ok(Ok(path)) => return Ok(Some(path)),
         Ok(Err(error)) => error,
         Err(error) => std::io::Error::other(error),

@@ -23,6 +23,7 @@ use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
 use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
 
 use super::handle::{self, Api};
@@ -149,8 +150,12 @@ impl Hypervisor for CloudHypervisor {
                 None => config,
             };
             met.client.create(&config).await?;
+            point(FaultPoint::LaunchConfigured);
         }
-        let Err(error) = met.client.boot().await else { return Ok(()) };
+        let Err(error) = met.client.boot().await else {
+            point(FaultPoint::LaunchStarted);
+            return Ok(());
+        };
         if make && let Err(left) = met.client.delete().await {
             tracing::warn!(error = %left, "what a start that failed has made is still in the VMM");
             return Err(BackendError { effect: Effect::Unknown, ..error });

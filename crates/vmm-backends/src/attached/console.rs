@@ -17,6 +17,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, OFlags};
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,8 @@ use crate::cloud_hypervisor::watch::Watcher;
 const BOOT: &str = "console.boot";
 /// The file in the run folder that says where the copy goes.
 const AT: &str = "console.at";
+/// How long more is waited for before it is copied.
+const COALESCING: Duration = Duration::from_millis(10);
 /// Bytes that are copied at once.
 const CHUNK: usize = 64 << 10;
 
@@ -68,21 +71,31 @@ enum State {
 }
 
 /// Makes a fresh `console.boot` for a VMM that is about to start, with what the one before still held saved to `to`. Answers with
-/// its path. Blocks.
+/// its path. Not `anew` where the VMM may hold it open, and empties it itself. Blocks.
 ///
 /// # Errors
 /// What the kernel says.
-pub(super) fn begin(dir: &Path, to: &Path) -> io::Result<PathBuf> {
+pub(super) fn begin(dir: &Path, to: &Path, anew: bool) -> io::Result<PathBuf> {
     Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) }.catch_up()?;
     let boot = dir.join(BOOT);
-    match std::fs::remove_file(&boot) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
+    if anew {
+        match std::fs::remove_file(&boot) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
     }
     let base = std::fs::metadata(to)?.len();
     save(dir, &At { to: to.to_path_buf(), base })?;
+    if !anew {
+        return Ok(boot);
+    }
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(&boot)?;
     Ok(boot)
+}
+
+/// Says whether there is a `console.boot` that a VMM may hold open, which [`begin`] would take from it.
+pub(super) fn has_begun(dir: &Path) -> bool {
+    dir.join(BOOT).exists() && dir.join(AT).exists()
 }
 
 /// Where the VMM of a VM whose run folder is `dir` writes the console that `spec` asks for.
@@ -107,6 +120,8 @@ impl Mirror {
             loop {
                 catch_up(&working).await;
                 watched.grown().await;
+                // A serial port grows byte by byte.
+                tokio::time::sleep(COALESCING).await;
             }
         };
         let task = tokio::spawn(work.instrument(tracing::debug_span!("console"))).abort_handle();
@@ -234,7 +249,7 @@ mod unit_tests {
         }
 
         fn begin(&self) -> PathBuf {
-            begin(self.dir.path(), &self.dir.path().join("console.log")).unwrap()
+            begin(self.dir.path(), &self.dir.path().join("console.log"), true).unwrap()
         }
 
         /// A copier as the next daemon has it.

@@ -23,6 +23,7 @@ use vmm_core::report::Report;
 use vmm_core::spec::{MIB, RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
 use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
 
 use super::handle::{self, Api};
@@ -182,8 +183,15 @@ impl Hypervisor for Firecracker {
                 tracing::warn!(%error, "Firecracker does not count for us what the VM's devices move");
             }
             met.client.configure(&Config::of(&request.spec, &request.taps)).await?;
+            point(FaultPoint::LaunchConfigured);
         }
-        met.client.start().await
+        met.client.start().await?;
+        point(FaultPoint::LaunchStarted);
+        Ok(())
+    }
+
+    fn names_console_at_start(&self) -> bool {
+        true
     }
 
     fn attend(&self, met: Met<Client>, parts: Parts) -> Launched {
@@ -337,7 +345,7 @@ fn machine(told: &Value, untold: &mut Vec<String>) -> (CpuConfig, MemoryConfig) 
     let vcpu_count = count(told, "vcpu_count");
     let pairs = flag(told, "smt") && vcpu_count > 1;
     let topology =
-        pairs.then(|| CpuTopology { sockets: 1, cores_per_socket: vcpu_count / 2, threads_per_core: 2 });
+        pairs.then_some(CpuTopology { sockets: 1, cores_per_socket: vcpu_count / 2, threads_per_core: 2 });
     let mut backing = Options::new();
     if text(told, "huge_pages") == "2M" {
         backing.insert("hugepages".to_owned(), "true".to_owned());

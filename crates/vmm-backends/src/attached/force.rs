@@ -27,7 +27,7 @@ const FORCED_ORDERING: Duration = Duration::from_millis(1200);
 /// How long a VM may take to end after its VMM has taken the order.
 const ENDING: Duration = Duration::from_secs(1);
 /// How long a process may take to end after SIGTERM, and after SIGKILL. The whole of force stays within 4 s.
-const SIGNALLED: (Duration, Duration) = (Duration::from_millis(600), Duration::from_millis(2200));
+const SIGNALLED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// How long the end of a process may take whose connection has broken.
 const LOST: Duration = Duration::from_millis(500);
 /// How often a VMM is asked whether its guest has ended.
@@ -82,21 +82,35 @@ pub(super) async fn climb(
     if !forced {
         return Err(still_runs(process, socket));
     }
-    kill(process, socket, program).await
+    kill(process, socket, program, Manner::Gently).await
+}
+
+/// How a process is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// By SIGTERM first.
+    Gently,
+    /// At once: what is gentler was tried, or the VMM does not answer.
+    AtOnce,
 }
 
 /// Ends the process that is proven to be the VMM at `socket`, and to run `program`.
 ///
 /// # Errors
 /// [`BackendErrorKind::Host`] where that is not proven: nothing was touched. [`BackendErrorKind::Timeout`] where it outlives SIGKILL.
-pub(super) async fn kill(process: &Process, socket: &Path, program: &str) -> Result<EndedBy, BackendError> {
-    if let Err(unproven) = prove(process, socket, program).await {
-        // One that is on its way out shows neither its program nor its socket.
-        return process.wait_for(SIGNALLED.1).await.map(|_| EndedBy::Sigkill).ok_or(unproven);
+pub(super) async fn kill(
+    process: &Process,
+    socket: &Path,
+    program: &str,
+    manner: Manner,
+) -> Result<EndedBy, BackendError> {
+    if let Err(Unproven { error, leaving }) = prove(process, socket, program).await {
+        return process.wait_for(leaving).await.map(|_| EndedBy::Sigkill).ok_or(error);
     }
     let rungs =
         [(Signal::TERM, SIGNALLED.0, EndedBy::Sigterm), (Signal::KILL, SIGNALLED.1, EndedBy::Sigkill)];
-    for (signal, limit, rung) in rungs {
+    let skipped = if manner == Manner::AtOnce { 1 } else { 0 };
+    for (signal, limit, rung) in rungs.into_iter().skip(skipped) {
         if let Err(error) = process.signal(signal) {
             tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled");
             continue;
@@ -112,21 +126,33 @@ pub(super) async fn kill(process: &Process, socket: &Path, program: &str) -> Res
     Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
 }
 
+/// What could not be proven.
+struct Unproven {
+    error: BackendError,
+    /// How long its end may take, if it is on its way out: such a one shows neither its program nor its socket.
+    leaving: Duration,
+}
+
 /// Proves that `process`, which a pidfd holds, listens on `socket` and runs a program that is called `program`.
-async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), BackendError> {
-    let unproven = |why: String| {
+async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Unproven> {
+    let unproven_for = |leaving: Duration, why: String| {
         let message = format!(
             "process {} was not killed: {why}; it was started by somebody else, so it is ended only where it is proven to be \
              the VM's VMM. End it by hand",
             process.pid()
         );
-        BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
+        let error = BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message);
+        Unproven { error, leaving }
     };
+    let unproven = |why: String| unproven_for(Duration::ZERO, why);
     if process.pid() <= 1 {
         return Err(unproven("that is no VMM's process id".to_owned()));
     }
-    let runs =
-        executable(process).await.map_err(|error| unproven(format!("its program is not shown ({error})")))?;
+    let runs = executable(process).await.map_err(|error| {
+        let is_leaving = error.kind() == std::io::ErrorKind::NotFound;
+        let leaving = if is_leaving { SIGNALLED.1 } else { Duration::ZERO };
+        unproven_for(leaving, format!("its program is not shown ({error})"))
+    })?;
     if !runs.starts_with(program) {
         return Err(unproven(format!("it runs {runs}, not {program}")));
     }
@@ -135,7 +161,9 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Ba
         Ok(visit) => {
             Err(unproven(format!("process {} listens on {}", visit.process.pid(), socket.display())))
         }
-        Err(VisitError::Nobody(place)) => Err(unproven(format!("nobody listens on {place} any more"))),
+        Err(VisitError::Nobody(place)) => {
+            Err(unproven_for(LOST, format!("nobody listens on {place} any more")))
+        }
         Err(VisitError::Refused(why)) => Err(unproven(why)),
         // A QEMU that stands still has no room for one more connection. That this process listens there was proven when it was
         // met, and a pidfd has meant it since.

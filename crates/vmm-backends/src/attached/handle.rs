@@ -72,7 +72,7 @@ struct Handle<A> {
     events: mpsc::Sender<VmmEvent>,
     ending: Arc<AtomicBool>,
     console: Option<Arc<Mirror>>,
-    held: Held,
+    held: Arc<Held>,
 }
 
 /// Makes the handle of a VM that runs in `process`, and watches over it.
@@ -81,11 +81,13 @@ pub(super) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static st
     let ending = Arc::new(AtomicBool::new(false));
     let span = tracing::info_span!("attached", pid = process.pid());
     let console = parts.console.map(Arc::new);
+    let held = Arc::new(parts.held);
     let monitor = Monitor {
         process: process.clone(),
         api: Arc::clone(&api),
         dir: parts.dir.clone(),
         console: console.clone(),
+        held: Arc::clone(&held),
         ending: Arc::clone(&ending),
         sender: sender.clone(),
     };
@@ -100,7 +102,7 @@ pub(super) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static st
         events: sender,
         ending,
         console,
-        held: parts.held,
+        held,
     };
     Launched { vmm: Arc::new(handle), events }
 }
@@ -110,6 +112,7 @@ struct Monitor<A> {
     api: Arc<A>,
     dir: Option<PathBuf>,
     console: Option<Arc<Mirror>>,
+    held: Arc<Held>,
     ending: Arc<AtomicBool>,
     sender: mpsc::Sender<VmmEvent>,
 }
@@ -122,6 +125,7 @@ impl<A: Api> Monitor<A> {
             // Nobody listens any more; the end is found out by whoever looks next.
             () = self.sender.closed() => return,
         }
+        self.held.ended();
         if let Some(console) = &self.console {
             console.catch_up().await;
         }
@@ -184,6 +188,9 @@ impl<A: Api> Handle<A> {
         let ended = force::climb(&self.process, &self.run.socket, self.program, ladder, self).await;
         if ended.is_err() {
             self.ending.store(false, Ordering::Release);
+        }
+        if self.process.has_ended() {
+            self.held.ended();
         }
         self.save_console().await;
         ended

@@ -115,6 +115,11 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
         make: bool,
     ) -> Result<(), BackendError>;
 
+    /// Says whether a VM that is held already is told anew where its console goes when it is started.
+    fn names_console_at_start(&self) -> bool {
+        false
+    }
+
     /// Makes the handle of a VM that runs, and begins to watch it.
     fn attend(&self, met: Met<Self::Client>, parts: Parts) -> Launched;
 

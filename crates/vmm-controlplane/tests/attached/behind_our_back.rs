@@ -150,3 +150,29 @@ fn a_place_that_somebody_else_has_taken_is_said() {
         assert!(vmm.is_alive());
     }
 }
+
+#[test]
+fn a_start_that_the_daemon_did_not_live_to_finish_is_told_truly() {
+    for kind in able("a_start_that_the_daemon_did_not_live_to_finish", &WAITING) {
+        for (point, runs) in [("launch.configured", false), ("launch.started", true)] {
+            let mut bench = Bench::new(kind);
+            let mut vmm = bench.waits();
+            bench.world.set_env("FAILPOINTS", Some(&format!("{point}=return")));
+            bench.world.start();
+            bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+            let url = bench.world.url().to_owned();
+            let _ = crate::harness::try_call(&url, "BootVm", &json!({"vm_id": "vm"}));
+            bench.world.await_end();
+            assert_eq!(vmm.runs_a_guest(), Some(runs), "{point} on {}", kind.backend());
+            bench.world.set_env("FAILPOINTS", None);
+            bench.world.start();
+            let state = if runs { "VM_STATE_RUNNING" } else { "VM_STATE_CREATED" };
+            bench.world.wait_for_state("vm", state);
+            assert_eq!(bench.vms().len(), 1, "it is there once");
+            bench.world.boot("vm");
+            bench.world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+            bench.op("PauseVm", "vm").ok();
+            assert!(vmm.is_alive());
+        }
+    }
+}

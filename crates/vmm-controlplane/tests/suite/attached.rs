@@ -75,13 +75,14 @@ impl AttachedColumn {
         socket.with_extension("kernel")
     }
 
-    fn start_qemu(&self, socket: &Path) {
+    /// Starts the QEMU of a VM, whose guest waits or runs.
+    fn start_qemu(&self, socket: &Path, start: fn(Kind, &Path, &HandGuest) -> ByHand) {
         let kernel = std::fs::read_to_string(self.guest_file(socket)).expect("it was made before");
         let name = socket.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let guest = HandGuest { kernel: kernel.into(), serial: self.serial(&name), more: Vec::new() };
         let mut vmms = self.vmms();
         vmms.remove(socket);
-        vmms.insert(socket.to_path_buf(), ByHand::runs(Kind::Qemu, socket, &guest));
+        vmms.insert(socket.to_path_buf(), start(Kind::Qemu, socket, &guest));
     }
 }
 
@@ -160,7 +161,7 @@ impl Column for AttachedColumn {
 
     fn another(&self, socket: &Path) {
         if self.kind == Kind::Qemu {
-            return self.start_qemu(socket);
+            return self.start_qemu(socket, ByHand::runs);
         }
         let mut vmms = self.vmms();
         // Before its successor takes the socket.
@@ -174,7 +175,7 @@ impl Column for AttachedColumn {
         let kernel = config.boot.as_ref().map(|boot| boot.kernel_path.clone()).unwrap_or_default();
         std::fs::write(self.guest_file(&socket), kernel).expect("a file can be written");
         let _ = std::fs::remove_file(self.serial(vm_id));
-        self.start_qemu(&socket);
+        self.start_qemu(&socket, ByHand::holds);
         Some(name)
     }
 

@@ -175,8 +175,7 @@ fn where_vms_are_only_imported_none_is_created() {
         let present = vec![found(&bed, "/a", &["found"], VmState::Running).await];
         let (vms, _tell) = start(&bed, places, present).await;
         assert_eq!(refused(vms.try_create("mine", bed.config()).await, "unsupported"), "start it yourself");
-        let requested =
-            vmm_core::store::Requested { backend: String::new(), config: bed.config() };
+        let requested = vmm_core::store::Requested { backend: String::new(), config: bed.config() };
         let judged = vms.service.validate(&requested).await;
         assert_eq!(judged.violations[0].field, "backend");
         assert_eq!(vms.state("found"), VmState::Running);

@@ -188,7 +188,9 @@ impl Vms {
     pub(super) async fn create(&self, vm_id: &str, config: VmConfig) {
         if self.column().make(vm_id, &config).is_some() {
             let what = || format!("{vm_id} is imported");
-            return eventually(what, || self.get(vm_id).is_ok()).await;
+            eventually(what, || self.get(vm_id).is_ok()).await;
+            // It was made to wait, so that nothing of its run is missed.
+            return drop(self.resume(vm_id).await.expect("ResumeVm succeeds"));
         }
         self.try_create(vm_id, config).await.expect("CreateVm succeeds");
     }
@@ -256,6 +258,23 @@ impl Vms {
     pub(super) async fn shutdown(&self, vm_id: &str, seconds: i32) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: false, timeout_seconds: seconds };
         self.service.shutdown(&self.name(vm_id), options, ME.to_owned()).await
+    }
+
+    /// Shuts a VM down whose guest obeys. A press of the button that comes too early in a boot is lost, and where the VMM is
+    /// somebody else's there is nothing after it: then it is pressed again.
+    pub(super) async fn shutdown_obeying(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+        let mut answer = self.shutdown(vm_id, 30).await;
+        for _ in 0..3 {
+            match answer {
+                Err(ServiceError::Deadline(_) | ServiceError::Unavailable(_)) if self.facts.attached => {
+                    // A VMM whose guest is busy may be slow to say that it is there.
+                    self.until(vm_id, "reachable", |record| record.status.phase == Phase::Running).await;
+                    answer = self.shutdown(vm_id, 30).await;
+                }
+                _ => break,
+            }
+        }
+        answer
     }
 
     pub(super) async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {

@@ -151,7 +151,8 @@ fn essence(record: &VmRecord) -> (u64, VmState, Option<u32>) {
 async fn carry_out(vms: &Vms, vm_id: &str, op: Op) -> Result<Outcome, ServiceError> {
     match op {
         Op::Boot => vms.boot_again(vm_id).await,
-        Op::Shutdown => vms.shutdown(vm_id, if vms.facts.powers_off { 1 } else { 30 }).await,
+        Op::Shutdown if !vms.facts.powers_off => vms.shutdown_obeying(vm_id).await,
+        Op::Shutdown => vms.shutdown(vm_id, 1).await,
         Op::Pause => vms.pause(vm_id).await,
         Op::Resume => vms.resume(vm_id).await,
         Op::Reboot => vms.reboot(vm_id, false).await,

@@ -89,6 +89,9 @@ impl Handle {
         if ended.is_err() {
             self.guest.order_end(false);
         }
+        if self.process.has_ended() {
+            self.held.ended();
+        }
         ended
     }
 
