@@ -44,7 +44,7 @@ use self::events::{EVENTS, EventFile};
 use self::vmm::{Parts, attend, explain_past};
 use self::watch::Watcher;
 use crate::launch;
-use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run, set_aside};
+use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
 use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
 
@@ -112,7 +112,7 @@ impl CloudHypervisor {
         if let Ok((_, version)) = &answer {
             parts.run.version.clone_from(version);
         }
-        if process.exit().is_some() {
+        if has_ended(&process, &answer).await {
             return Adoption::Gone { exit: explain_past(&request.dir, reset_ends(&request.spec)).await };
         }
         let launched = attend(parts, &self.watcher);

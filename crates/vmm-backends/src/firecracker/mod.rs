@@ -40,7 +40,7 @@ use self::client::Client;
 use self::convert::Config;
 use self::metrics::{METRICS, Metrics};
 use crate::launch;
-use crate::rest::found::{LOG, SOCKET, Trace, failed, look, new_run, set_aside};
+use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
 use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
 
@@ -159,17 +159,16 @@ impl Backend for Firecracker {
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
         let (process, mut run) = match look(&request, self.program.running_names().await).await {
             Trace::Alive(process, run) => (process, run),
-            Trace::Gone => {
-                let metrics = Metrics::new(&request.dir);
-                let exit = vmm::explain(ProcessExit::UNKNOWN, false, &metrics, &request.dir).await;
-                return Ok(Adoption::Gone { exit });
-            }
+            Trace::Gone => return Ok(gone(&request.dir).await),
             Trace::Unprovable(message) => {
                 return Ok(Adoption::Unreachable { reason: "identity-unproven", message, launched: None });
             }
         };
         let client = Client::new(&run.socket);
         let answer = client.instance().await;
+        if has_ended(&process, &answer).await {
+            return Ok(gone(&request.dir).await);
+        }
         if let Ok((_, version)) = &answer {
             run.version.clone_from(version);
         }
@@ -191,6 +190,12 @@ impl Backend for Firecracker {
     async fn ping(&self) -> BackendHealth {
         self.program.health().await
     }
+}
+
+/// What is known of a run that has ended unwatched.
+async fn gone(dir: &Path) -> Adoption {
+    let exit = vmm::explain(ProcessExit::UNKNOWN, false, &Metrics::new(dir), dir).await;
+    Adoption::Gone { exit }
 }
 
 pub(crate) fn capabilities() -> Capabilities {

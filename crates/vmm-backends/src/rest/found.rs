@@ -124,6 +124,13 @@ pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
     }
 }
 
+/// Says whether a process that gave this `answer` has ended by now. One that shows no socket any more may be on its way out, and
+/// is given a moment.
+pub async fn has_ended<T>(process: &Process, answer: &Result<T, BackendError>) -> bool {
+    let lost = matches!(answer, Err(error) if error.kind == BackendErrorKind::Unreachable);
+    process.exit().is_some() || (lost && process.wait_for(REAPING).await.is_some())
+}
+
 /// What a VMM's process has used of the host.
 ///
 /// # Errors

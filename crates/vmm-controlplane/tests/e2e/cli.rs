@@ -23,16 +23,11 @@ fn a_bad_configuration_is_told_whole_and_starts_nothing() {
 
 #[test]
 fn settings_that_are_not_served_yet_stop_the_start() {
-    for (variable, value) in [
-        ("UNKEY_VMCP_CH_ENDPOINT", "unix:///tmp/ch.sock"),
-        ("UNKEY_VMCP_FC_ENDPOINT", "unix:///tmp/firecracker.sock"),
-        ("UNKEY_VMCP_QEMU_ENDPOINT", "qemu:///system"),
-        ("UNKEY_VMCP_OTEL_ENABLED", "true"),
-        ("UNKEY_VMCP_CORS_ORIGINS", "https://example.org"),
-    ] {
-        let output = World::new(&[(variable, value)]).command().output().unwrap();
-        let message = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && message.contains(variable), "{variable}: {message}");
+    for (variable, value) in
+        [("UNKEY_VMCP_OTEL_ENABLED", "true"), ("UNKEY_VMCP_CORS_ORIGINS", "https://example.org")]
+    {
+        let said = World::new(&[(variable, value)]).try_start().expect_err(variable);
+        assert!(said.iter().any(|line| line.contains(variable)), "{variable}: {said:?}");
     }
 }
 
