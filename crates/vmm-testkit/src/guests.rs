@@ -289,7 +289,10 @@ impl Code {
         self.emit(&[0x66, 0xef]); //           out dx, ax
         self.port(0x600); //                   mov dx, 0x600        PM1 status
         let wait = self.here();
-        self.emit(&[0x66, 0xed]); //     wait: in ax, dx
+        // Each port is read under QEMU's one lock: a guest that did nothing else would keep QMP from it for seconds.
+        self.emit(&[0xb9, 0x00, 0x80, 0x00, 0x00]); // wait: mov ecx, 0x8000
+        self.emit(&[0xe2, 0xfe]); //           loop $
+        self.emit(&[0x66, 0xed]); //           in ax, dx
         self.emit(&[0xf6, 0xc4, 0x01]); //     test ah, 1
         self.back(JZ, wait); //                jz wait
         self.power_off();

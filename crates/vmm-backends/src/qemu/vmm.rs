@@ -39,13 +39,19 @@ pub(super) struct QemuVmm {
 pub(crate) struct Guest {
     runs: AtomicBool,
     is_to_end: AtomicBool,
+    has_shut_down: AtomicBool,
     /// Held while a command changes it, so that its echo among the events is not taken for somebody else's doing.
     changing: Mutex<()>,
 }
 
 impl Guest {
     pub(crate) fn new(runs: bool) -> Self {
-        Self { runs: AtomicBool::new(runs), is_to_end: AtomicBool::new(false), changing: Mutex::new(()) }
+        Self {
+            runs: AtomicBool::new(runs),
+            is_to_end: AtomicBool::new(false),
+            has_shut_down: AtomicBool::new(false),
+            changing: Mutex::new(()),
+        }
     }
 
     /// Says whether the run was ordered to end.
@@ -56,6 +62,16 @@ impl Guest {
     /// Remembers whether the run was ordered to end.
     pub(crate) fn order_end(&self, ordered: bool) {
         self.is_to_end.store(ordered, Ordering::Relaxed);
+    }
+
+    /// Says whether QEMU has told that its guest is shut down, and not that it runs again.
+    pub(crate) fn has_shut_down(&self) -> bool {
+        self.has_shut_down.load(Ordering::Relaxed)
+    }
+
+    /// Remembers what QEMU tells of that.
+    pub(super) fn note_shut_down(&self, shut_down: bool) {
+        self.has_shut_down.store(shut_down, Ordering::Relaxed);
     }
 
     pub(crate) async fn change(&self) -> Change<'_> {

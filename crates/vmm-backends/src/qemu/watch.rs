@@ -166,6 +166,11 @@ impl Watch {
 
     /// Remembers why QEMU ends. The first reason counts.
     fn note_shutdown(&mut self, event: &QmpEvent) {
+        match event.name.as_str() {
+            "SHUTDOWN" => self.guest.note_shut_down(true),
+            "RESUME" => self.guest.note_shut_down(false),
+            _ => {}
+        }
         if self.shutdown.is_none() {
             self.shutdown = shutdown_reason(event);
         }

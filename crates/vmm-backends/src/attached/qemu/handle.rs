@@ -25,6 +25,8 @@ use crate::qemu::vmm::Guest as Ordered;
 use crate::qemu::watch::{Owner, Watch};
 use crate::rest::found::{or_gone, usage};
 
+/// How long a QEMU that ends with its guest may take to do so.
+const ENDING: std::time::Duration = std::time::Duration::from_millis(500);
 /// Events that wait for the VM's owner.
 const EVENTS: usize = 64;
 
@@ -133,6 +135,10 @@ impl Means for Handle {
     }
 
     async fn has_ended(&self) -> Result<bool, BackendError> {
+        // QEMU tells. It is not asked: a command that is under way while QEMU ends makes it (7.2) hang in its own clean-up.
+        if !self.guest.has_shut_down() || self.process.wait_for(ENDING).await.is_some() {
+            return Ok(self.process.has_ended());
+        }
         Ok(self.qmp()?.query_status().await?.guest_state_of_another() == GuestState::Ended)
     }
 }
