@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use serde_json::Value;
 use vmm_core::id::VmUid;
@@ -76,11 +77,15 @@ fn taps() -> Vec<(String, TapOwner)> {
 
 /// Whether TAPs can be made here.
 pub(crate) fn can_make_taps() -> bool {
-    let name = format!("vmcpq{}", std::process::id() % 1_000_000);
-    let ip = |arguments: &[&str]| {
-        Command::new("ip").args(arguments).output().is_ok_and(|done| done.status.success())
-    };
-    ip(&["tuntap", "add", &name, "mode", "tap"]) && ip(&["link", "delete", &name])
+    // Tried once for all tests of this program: two that try at the same time are in each other's way.
+    static CAN: OnceLock<bool> = OnceLock::new();
+    *CAN.get_or_init(|| {
+        let name = format!("vmcpq{}", std::process::id() % 1_000_000);
+        let ip = |arguments: &[&str]| {
+            Command::new("ip").args(arguments).output().is_ok_and(|done| done.status.success())
+        };
+        ip(&["tuntap", "add", &name, "mode", "tap"]) && ip(&["link", "delete", &name])
+    })
 }
 
 /// What a DeleteVm says it left behind for good. The kernel removes a TAP when it gets round to it, on a busy machine after the
