@@ -12,7 +12,7 @@ use vmm_testkit::guests::Guest;
 use super::host::{Found, Held, TapGuard, can_make_taps, ledger, left_for_good};
 use super::load::rest;
 use super::plan::{self, Vm};
-use crate::harness::{World, call, eventually, hypervisors, skipped};
+use crate::harness::{World, call, eventually, hypervisors};
 
 /// Cycles of a plain `cargo test`, on each backend.
 const SHORT: u64 = 30;
@@ -31,10 +31,7 @@ fn vms_come_and_go_and_nothing_stays() {
     if backends.is_empty() {
         return;
     }
-    let taps = can_make_taps();
-    if !taps {
-        skipped(&format!("{TEST}: TAPs"), "no TAP can be made here; it takes root, /dev/net/tun and ip");
-    }
+    let taps = can_make_taps(TEST);
     let cycles = plan::number("VMCP_CHAOS_CYCLES").unwrap_or(SHORT);
     let mut guard = TapGuard(None);
     let world = World::started(&[]);

@@ -11,7 +11,7 @@ use serde_json::Value;
 use vmm_core::id::VmUid;
 use vmm_host::net::tap::TapOwner;
 
-use crate::harness::{World, eventually};
+use crate::harness::{World, eventually, skipped};
 
 /// Everything of a run's VMs, by their uids.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -75,17 +75,21 @@ fn taps() -> Vec<(String, TapOwner)> {
     owned.collect()
 }
 
-/// Whether TAPs can be made here.
-pub(crate) fn can_make_taps() -> bool {
+/// Whether TAPs can be made here; where not, says that `test` runs without.
+pub(crate) fn can_make_taps(test: &str) -> bool {
     // Tried once for all tests of this program: two that try at the same time are in each other's way.
     static CAN: OnceLock<bool> = OnceLock::new();
-    *CAN.get_or_init(|| {
+    let can = *CAN.get_or_init(|| {
         let name = format!("vmcpq{}", std::process::id() % 1_000_000);
         let ip = |arguments: &[&str]| {
             Command::new("ip").args(arguments).output().is_ok_and(|done| done.status.success())
         };
         ip(&["tuntap", "add", &name, "mode", "tap"]) && ip(&["link", "delete", &name])
-    })
+    });
+    if !can {
+        skipped(&format!("{test}: TAPs"), "no TAP can be made here; it takes root, /dev/net/tun and ip");
+    }
+    can
 }
 
 /// What a DeleteVm says it left behind for good. The kernel removes a TAP when it gets round to it, on a busy machine after the

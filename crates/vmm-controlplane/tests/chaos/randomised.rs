@@ -16,7 +16,7 @@ use super::load::{Addresses, Caller, Clock, Notes, Shared, rest};
 use super::plan;
 use super::report::{Figures, Report};
 use super::verdict::{self, Evidence, Present};
-use crate::harness::{PATIENCE, World, hypervisors, skipped};
+use crate::harness::{PATIENCE, World, hypervisors};
 
 /// Kills of a plain `cargo test`.
 const SHORT: u64 = 15;
@@ -28,10 +28,7 @@ fn history_and_world_agree_however_often_the_daemon_is_killed() {
     if backends.is_empty() {
         return;
     }
-    let taps = can_make_taps();
-    if !taps {
-        skipped(&format!("{TEST}: TAPs"), "no TAP can be made here; it takes root, /dev/net/tun and ip");
-    }
+    let taps = can_make_taps(TEST);
     let seed = plan::seed();
     let kills = plan::number("VMCP_CHAOS_KILLS").unwrap_or(SHORT);
     println!("VMCP_CHAOS_SEED={seed} VMCP_CHAOS_KILLS={kills}");
