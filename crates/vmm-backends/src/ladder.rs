@@ -52,28 +52,19 @@ pub async fn climb(
     if let Some(patience) = ladder.ask_guest_for
         && let Some((rung, call)) = ask
     {
-        let wait = match call_vmm(process, ASKING, call, "ask the guest to shut down").await {
-            Called::Taken => Some(patience),
-            // It had its time to answer; who hangs passes nothing on to a guest.
-            Called::Silent => Some(Duration::ZERO),
-            Called::Lost | Called::Refused => None,
-        };
-        reached = if wait.is_some() { rung } else { reached };
+        let called = call_vmm(process, ASKING, call, "ask the guest to shut down").await;
+        reached = if called == Called::Refused { reached } else { rung };
         point(FaultPoint::LadderAsked);
-        if ends_within(process, wait.unwrap_or(REPORTING)).await {
+        if ends_within(process, called.patience(patience, REPORTING)).await {
             return Ok(reached);
         }
     }
     if let Some(call) = power_off {
-        let wait = match call_vmm(process, ORDERING, call, "power the VM off").await {
-            // A VMM that obeys at once may not come to answering.
-            Called::Taken | Called::Lost => Some(ENDING),
-            Called::Silent => Some(Duration::ZERO),
-            Called::Refused => None,
-        };
-        reached = if wait.is_some() { EndedBy::Vmm } else { reached };
+        let called = call_vmm(process, ORDERING, call, "power the VM off").await;
+        reached = if called == Called::Refused { reached } else { EndedBy::Vmm };
         point(FaultPoint::LadderOrdered);
-        if ends_within(process, wait.unwrap_or(REPORTING)).await {
+        let broken = if called == Called::Lost { ENDING } else { REPORTING };
+        if ends_within(process, called.patience(ENDING, broken)).await {
             return Ok(reached);
         }
     }
@@ -93,8 +84,10 @@ pub async fn climb(
     Err(still_there(process))
 }
 
-/// What became of a call.
-enum Called {
+/// What became of a call. All but the last may have reached the VM: one that obeys at once takes its VMM along before that has
+/// answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Called {
     /// The VMM said yes, or ended over it.
     Taken,
     /// It broke off without an answer.
@@ -105,8 +98,20 @@ enum Called {
     Refused,
 }
 
+impl Called {
+    /// How long the end is waited for: `limit` where the VMM obeys, `broken` where no more is known than that it does not answer.
+    pub(crate) fn patience(self, limit: Duration, broken: Duration) -> Duration {
+        match self {
+            Self::Taken => limit,
+            Self::Lost | Self::Refused => broken,
+            // It had its time to answer; who hangs passes nothing on to a guest.
+            Self::Silent => Duration::ZERO,
+        }
+    }
+}
+
 /// Makes a call to the VMM, for at most `limit`, and not beyond the end of its process: a dead VMM's socket may stay silent.
-async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
+pub(crate) async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
     let answer = tokio::select! {
         biased;
         answer = call => answer,
@@ -232,6 +237,16 @@ mod tests {
             // With a minute's patience: only an asked guest is waited for.
             assert_eq!(vmm.climb(PATIENT, ask, vmm.order()).await, EndedBy::Vmm);
         }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_obeys_before_its_vmm_answers_is_named() {
+        let vmm = FakeVmm::start(":").await;
+        let ask: Call<'_> = Box::pin(async {
+            vmm.guard.signal(Signal::KILL).unwrap();
+            failing(Effect::Unknown).await
+        });
+        assert_eq!(vmm.climb(PATIENT, Some((EndedBy::Acpi, ask)), None).await, EndedBy::Acpi);
     }
 
     #[tokio::test]

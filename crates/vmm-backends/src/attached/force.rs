@@ -16,7 +16,7 @@ use vmm_core::state::EndedBy;
 use vmm_host::endpoint::{self, VisitError};
 use vmm_host::process::{Process, Signal};
 
-use crate::ladder::Call;
+use crate::ladder::{Call, Called, call_vmm};
 
 /// How long a VMM may take to pass a request on to its guest.
 const ASKING: Duration = Duration::from_secs(2);
@@ -63,16 +63,16 @@ pub(super) async fn climb(
         && let Some((rung, call)) = means.ask()
     {
         let called = call_vmm(process, ASKING, call, "ask the guest to shut down").await;
-        reached = if called == Called::Taken { rung } else { reached };
-        if ends_within(process, means, called.patience(patience)).await {
+        reached = if called == Called::Refused { reached } else { rung };
+        if ends_within(process, means, called.patience(patience, LOST)).await {
             return Ok(reached);
         }
     }
     if let Some(call) = means.power_off(forced) {
         let limit = if forced { FORCED_ORDERING } else { ORDERING };
         let called = call_vmm(process, limit, call, "power the VM off").await;
-        reached = if called == Called::Taken { EndedBy::Vmm } else { reached };
-        if ends_within(process, means, called.patience(ENDING)).await {
+        reached = if called == Called::Refused { reached } else { EndedBy::Vmm };
+        if ends_within(process, means, called.patience(ENDING, LOST)).await {
             return Ok(reached);
         }
     }
@@ -186,48 +186,6 @@ fn still_runs(process: &Process, socket: &Path) -> BackendError {
         socket.display()
     );
     BackendError::new(BackendErrorKind::StillRuns, Effect::Unknown, message)
-}
-
-/// What became of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Called {
-    /// The VMM said yes.
-    Taken,
-    /// It broke off, or refused: it may be ending.
-    Lost,
-    /// It said nothing in time.
-    Silent,
-}
-
-impl Called {
-    /// How long the end is waited for, where a VMM that obeys is given `limit`.
-    fn patience(self, limit: Duration) -> Duration {
-        match self {
-            Self::Taken => limit,
-            Self::Lost => LOST,
-            Self::Silent => Duration::ZERO,
-        }
-    }
-}
-
-/// Makes a call to the VMM, for at most `limit`, and not beyond the end of its process.
-async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
-    let answer = tokio::select! {
-        biased;
-        answer = call => answer,
-        _ = process.wait() => return Called::Lost,
-        () = tokio::time::sleep(limit) => {
-            tracing::warn!(pid = process.pid(), "the VMM does not answer the call to {what}");
-            return Called::Silent;
-        }
-    };
-    match answer {
-        Ok(()) => Called::Taken,
-        Err(error) => {
-            tracing::warn!(pid = process.pid(), %error, "the VMM could not be told to {what}");
-            if error.effect == Effect::Applied { Called::Taken } else { Called::Lost }
-        }
-    }
 }
 
 async fn ends_within(process: &Process, means: &dyn Means, limit: Duration) -> bool {
