@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+use vmm_core::gate::Gate;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Found, KillError, Lookup, Process, adopt, find_by_argument};
 use vmm_host::socket::DirWatch;
@@ -32,13 +33,30 @@ const LOG_BYTES: usize = 2048;
 /// How many lines of a VMM's log a message carries.
 const LOG_LINES: usize = 8;
 
-/// Starts a VMM. It is killed if the answer is dropped before [`Guarded::keep`].
+/// Starts a VMM by the command that `prepare` makes, which may block. It is killed if the answer is dropped before
+/// [`Guarded::keep`].
 ///
 /// # Errors
-/// [`BackendErrorKind::NotInstalled`] where the program cannot be run, [`BackendErrorKind::Host`] otherwise. Nothing runs then.
-pub async fn start_vmm(command: Command) -> Result<Guarded, BackendError> {
+/// What `prepare` fails with; [`BackendErrorKind::NotInstalled`] where the program cannot be run, [`BackendErrorKind::Host`]
+/// otherwise. Nothing runs then.
+pub async fn start_vmm<P>(prepare: P) -> Result<Guarded, BackendError>
+where
+    P: FnOnce() -> Result<Command, BackendError> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(move || start_blocking(prepare()?)).await {
+        Ok(guard) => guard.map(started),
+        Err(error) => Err(BackendError::new(
+            BackendErrorKind::Host,
+            Effect::NotApplied,
+            format!("the start of the VMM was broken off: {error}"),
+        )),
+    }
+}
+
+/// The same on a thread for blocking work.
+pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> {
     let program = command.program.clone();
-    let started = vmm_host::process::spawn_guarded(command).await.map_err(|error| {
+    vmm_host::process::start_guarded(command).map_err(|error| {
         let (kind, advice) = if program.is_file() {
             let advice = "check that the daemon's user may run it and write the runtime folder, and the host's limits of \
                           processes and open files";
@@ -48,9 +66,13 @@ pub async fn start_vmm(command: Command) -> Result<Guarded, BackendError> {
         };
         let message = format!("{} could not be started: {error}; {advice}", program.display());
         BackendError::new(kind, Effect::NotApplied, message)
-    })?;
+    })
+}
+
+/// Passes the point behind the start of every VMM.
+pub(crate) fn started(guard: Guarded) -> Guarded {
     point(FaultPoint::LaunchSpawned);
-    Ok(started)
+    guard
 }
 
 /// Explains the end of a VMM that should have gone on: its exit status and the last lines of its log. `what` is what it was
@@ -100,6 +122,21 @@ pub async fn wait_for_socket(
         () = tokio::time::sleep_until(deadline) => {
             let message = format!("the VMM did not listen on {} within {within:?}", path.display());
             Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
+        }
+    }
+}
+
+/// Waits until `gate` is open, but not beyond the end of `process`: a VMM may wait there for a while.
+///
+/// # Errors
+/// What [`Gate::passed`] fails with; [`BackendErrorKind::Gone`] where the process has ended, for [`died_early`] to explain.
+pub async fn pass(gate: &Gate, process: &Process) -> Result<(), BackendError> {
+    tokio::select! {
+        biased;
+        passed = gate.passed() => passed,
+        exit = process.wait() => {
+            let message = format!("the VMM ended before it was told what to run: {exit}");
+            Err(BackendError::new(BackendErrorKind::Gone, Effect::NotApplied, message))
         }
     }
 }
@@ -237,10 +274,14 @@ mod tests {
         Command::new("/bin/sh", ["-c", script], dir.join("log"))
     }
 
+    async fn start(command: Command) -> Result<Guarded, BackendError> {
+        start_vmm(move || Ok(command)).await
+    }
+
     /// A process that has `argument` among its arguments for as long as it lives.
     async fn tail(dir: &Path, argument: &Path) -> Guarded {
         let args: [OsString; 2] = ["-f".into(), argument.into()];
-        start_vmm(Command::new(tail_program(), args, dir.join("tail.log"))).await.unwrap()
+        start(Command::new(tail_program(), args, dir.join("tail.log"))).await.unwrap()
     }
 
     fn tail_program() -> PathBuf {
@@ -250,19 +291,19 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_kept_is_killed() {
         let dir = tempfile::tempdir().unwrap();
-        let guard = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        let guard = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
         let process = guard.process().clone();
         drop(guard);
         assert_eq!(process.wait().await.status, Some(ExitStatus::Signal(9)));
 
-        let kept = start_vmm(sh(dir.path(), "read never; exit 7")).await.unwrap().keep();
+        let kept = start(sh(dir.path(), "read never; exit 7")).await.unwrap().keep();
         assert_eq!(kept.wait().await.status, Some(ExitStatus::Code(7)));
     }
 
     #[tokio::test]
     async fn a_program_that_is_missing_is_told_from_one_that_fails() {
         let dir = tempfile::tempdir().unwrap();
-        let start = |program: &str, log: &str| start_vmm(Command::new(program, ["x"], dir.path().join(log)));
+        let start = |program: &str, log: &str| start(Command::new(program, ["x"], dir.path().join(log)));
         let missing = start("/nowhere/vmm", "log").await.unwrap_err();
         assert_eq!((missing.kind, missing.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
         let no_log = start("/bin/sh", "no/folder/log").await.unwrap_err();
@@ -273,7 +314,7 @@ mod tests {
     #[tokio::test]
     async fn an_early_death_is_explained() {
         let dir = tempfile::tempdir().unwrap();
-        let process = start_vmm(sh(dir.path(), "echo no such disk >&2; exit 2")).await.unwrap().keep();
+        let process = start(sh(dir.path(), "echo no such disk >&2; exit 2")).await.unwrap().keep();
         let error = died_early(&process, &dir.path().join("log"), "while it started").await;
         assert_eq!(error.kind, BackendErrorKind::Rejected);
         assert_eq!(
@@ -288,7 +329,7 @@ mod tests {
     async fn a_socket_is_used_as_soon_as_it_is_there() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let vmm = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
         // The first poll of the wait finds nothing; then the socket comes.
         let (connected, _listener) = tokio::join!(wait_for_socket(&vmm, &path, LONG), async {
             std::fs::write(dir.path().join("another"), "").unwrap();
@@ -303,7 +344,7 @@ mod tests {
     async fn a_socket_that_does_not_listen_yet_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let vmm = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
         // A socket that nobody listens on any more looks like one that nobody listens on yet.
         drop(UnixListener::bind(&path).unwrap());
         let (connected, _listener) = tokio::join!(wait_for_socket(&vmm, &path, LONG), async {
@@ -317,7 +358,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_the_process_ends_the_wait() {
         let dir = tempfile::tempdir().unwrap();
-        let vmm = start_vmm(sh(dir.path(), "exit 1")).await.unwrap();
+        let vmm = start(sh(dir.path(), "exit 1")).await.unwrap();
         let error = wait_for_socket(&vmm, &dir.path().join("s"), LONG).await.unwrap_err();
         assert_eq!((error.kind, error.effect), (BackendErrorKind::Gone, Effect::NotApplied));
         assert!(error.message.ends_with("exit status 1"), "{error}");
@@ -326,7 +367,7 @@ mod tests {
     #[tokio::test]
     async fn a_wait_has_an_end() {
         let dir = tempfile::tempdir().unwrap();
-        let vmm = start_vmm(sh(dir.path(), "exec sleep 600")).await.unwrap();
+        let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
         let error =
             wait_for_socket(&vmm, &dir.path().join("s"), Duration::from_millis(20)).await.unwrap_err();
         assert_eq!(error.kind, BackendErrorKind::Timeout);

@@ -1,7 +1,8 @@
 //! CreateVm + BootVm through the API, against driving the same VMM by hand with the fewest calls.
 //!
 //! Both start the same tiny guest, in turn, in one run, because machines are noisy and a ratio inside one run is the only
-//! number that means anything. `make bench` builds and runs it; `VMCP_BENCH_ROUNDS` (50) says how often.
+//! number that means anything. `make bench` builds and runs it; `VMCP_BENCH_ROUNDS` (50) says how often, and
+//! `VMCP_BENCH_ONLY=firecracker` for which backend alone.
 
 #![allow(
     clippy::unwrap_used,
@@ -30,6 +31,8 @@ use vmm_testkit::guests::Guest;
 
 /// Memory of every guest.
 const MIB: u64 = 64;
+/// What the end of one side leaves to be cleared away is not to slow down the other.
+const QUIET: Duration = Duration::from_millis(20);
 
 struct Vmm {
     backend: &'static str,
@@ -62,10 +65,11 @@ fn main() {
             by_hand: qemu_q35,
         },
     ];
+    let only = std::env::var("VMCP_BENCH_ONLY").ok();
     println!("{rounds} rounds each, API and by hand in turn; milliseconds\n");
     println!("| VMM | API p50 | by hand p50 | ratio of p50 | API p95 | by hand p95 |");
     println!("|---|---|---|---|---|---|");
-    for vmm in vmms {
+    for vmm in vmms.into_iter().filter(|vmm| only.as_deref().is_none_or(|only| only == vmm.backend)) {
         let machine = vmm.options["qemu.machine"].as_str().map(|name| format!(" {name}")).unwrap_or_default();
         if !on_path(vmm.program) {
             println!("| {}{machine} | SKIPPED: {} is not on PATH | | | | |", vmm.backend, vmm.program);
@@ -87,8 +91,10 @@ fn main() {
 /// Measures both ways in turn, and answers the times of each, sorted.
 fn measure(vmm: &Vmm, rounds: usize) -> (Vec<Duration>, Vec<Duration>) {
     let dir = tempfile::Builder::new().prefix("vmcpb").tempdir().unwrap();
+    // As on a host: the state is on a disk, and what a running VMM needs in memory.
+    let run = tempfile::Builder::new().prefix("vmcpb").tempdir_in(in_memory()).unwrap();
     let kernel = Guest::Idle.write_to(dir.path()).unwrap();
-    let mut daemon = Daemon::start(dir.path(), vmm.backend);
+    let mut daemon = Daemon::start(dir.path(), run.path(), vmm.backend);
     let config = json!({
         "cpu": {"vcpu_count": 1},
         "memory": {"size_bytes": MIB << 20},
@@ -98,14 +104,16 @@ fn measure(vmm: &Vmm, rounds: usize) -> (Vec<Duration>, Vec<Duration>) {
     // The first round warms caches and is not counted.
     for round in 0..=rounds {
         let vm_id = format!("bench{round}");
+        std::thread::sleep(QUIET);
         let start = Instant::now();
         daemon.call("CreateVm", &json!({"vm_id": vm_id, "config": config}));
         daemon.call("BootVm", &json!({"vm_id": vm_id}));
         let by_api = start.elapsed();
         daemon.call("DeleteVm", &json!({"vm_id": vm_id, "force": true}));
 
-        let folder = dir.path().join(format!("hand{round}"));
+        let folder = run.path().join(format!("hand{round}"));
         std::fs::create_dir(&folder).unwrap();
+        std::thread::sleep(QUIET);
         let start = Instant::now();
         let mut child = (vmm.by_hand)(&folder, &kernel);
         let by_hand = start.elapsed();
@@ -121,6 +129,12 @@ fn measure(vmm: &Vmm, rounds: usize) -> (Vec<Duration>, Vec<Duration>) {
     (api, hand)
 }
 
+/// A folder that is kept in memory, as /run mostly is.
+fn in_memory() -> PathBuf {
+    let shared_memory = PathBuf::from("/dev/shm");
+    if shared_memory.is_dir() { shared_memory } else { std::env::temp_dir() }
+}
+
 /// The daemon, ended when dropped.
 struct Daemon {
     child: Child,
@@ -128,14 +142,14 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(dir: &Path, backend: &str) -> Self {
+    fn start(dir: &Path, run: &Path, backend: &str) -> Self {
         let log = dir.join("daemon.log");
         let child = Command::new(env!("CARGO_BIN_EXE_vmm-controlplane"))
             .env("UNKEY_VMCP_PORT", "0")
             .env("UNKEY_VMCP_BACKEND", backend)
             .env("UNKEY_VMCP_QEMU_KVM", "false")
             .env("UNKEY_VMCP_STATE_DIR", dir.join("state"))
-            .env("UNKEY_VMCP_RUNTIME_DIR", dir.join("run"))
+            .env("UNKEY_VMCP_RUNTIME_DIR", run.join("run"))
             .stdin(Stdio::null())
             .stderr(std::fs::File::create(&log).unwrap())
             .spawn()

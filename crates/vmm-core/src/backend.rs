@@ -60,6 +60,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Says whether this hypervisor can serve now. Cheap, because it is asked again and again.
     async fn ping(&self) -> BackendHealth;
 
+    /// Says whether a launch of `spec` may begin before anybody asks for it: up to its gate it takes nothing that others may
+    /// want, such as a disk or a TAP, and reads at most the kernel and the initial RAM disk.
+    fn starts_ahead(&self, _spec: &VmSpec) -> bool {
+        false
+    }
+
     /// Where the VMs that are created from now on live, the best place first. Which places there are is constant.
     fn places(&self) -> Places {
         Places::Made
@@ -246,6 +252,8 @@ pub enum GuestState {
 pub enum VmmEvent {
     /// The guest reset itself and goes on in the same process.
     GuestReset,
+    /// The guest was reset by somebody else, and goes on in the same process.
+    ResetFromOutside,
     /// The guest's CPUs were stopped by somebody else.
     Paused,
     /// The guest's CPUs were let go on by somebody else.

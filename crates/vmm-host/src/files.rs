@@ -47,6 +47,9 @@ pub struct FileFacts {
     pub size: u64,
     /// The device number of a block device; 0 for a regular file.
     pub rdev: u64,
+    /// When its content or its attributes last changed: seconds and nanoseconds of the file system's clock; 0 for a block
+    /// device, which does not tell.
+    pub changed: (i64, i64),
 }
 
 impl FileFacts {
@@ -133,6 +136,7 @@ pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
             kind: FileKind::Regular,
             size: metadata.len(),
             rdev: 0,
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         },
         FileKind::Block => FileFacts {
             device: metadata.rdev(),
@@ -140,6 +144,7 @@ pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
             kind: FileKind::Block,
             size: file.seek(SeekFrom::End(0)).map_err(problem)?,
             rdev: metadata.rdev(),
+            changed: (0, 0),
         },
     })
 }

@@ -24,19 +24,19 @@ pub(crate) mod watch;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    KernelFormat, LaunchRequest, Launched, SweepRequest,
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, KernelFormat, LaunchRequest,
+    Launched, SweepRequest,
 };
 use vmm_core::id::BackendName;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Process};
-use vmm_host::run_dir;
 
 use self::client::Client;
 use self::convert::Config;
@@ -47,6 +47,7 @@ use crate::launch;
 use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
 use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
+use crate::rest::start::start;
 
 /// The backend's name.
 pub const NAME: &str = "cloudhypervisor";
@@ -60,7 +61,7 @@ const STARTING: Duration = Duration::from_secs(5);
 /// The Cloud Hypervisor backend.
 #[derive(Debug)]
 pub struct CloudHypervisor {
-    program: Program,
+    program: Arc<Program>,
     capabilities: Capabilities,
     watcher: Watcher,
 }
@@ -69,7 +70,7 @@ impl CloudHypervisor {
     /// A backend that starts `program`: a name on the PATH, or a path.
     pub fn new(program: impl Into<OsString>) -> Self {
         Self {
-            program: Program::new(program, PROGRAM, OLDEST),
+            program: Arc::new(Program::new(program, PROGRAM, OLDEST)),
             capabilities: capabilities(),
             watcher: Watcher::default(),
         }
@@ -77,19 +78,19 @@ impl CloudHypervisor {
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
-        let (program, version) = self.program.find().await?;
         let dir = request.dir.as_path();
-        let socket = dir.join(SOCKET);
-        run_dir::socket_path_fits(&socket)
-            .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
-        if tokio::fs::try_exists(&socket).await.unwrap_or(true) {
-            self.sweep(SweepRequest::of_folder(request.uid, dir)).await?;
-        }
-        prepare(dir).await?;
-        let log = dir.join(LOG);
-        let mut command = Command::new(program, convert::arguments(&socket, &dir.join(EVENTS)), &log);
-        command.stdout = Some(request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null")));
-        let guard = launch::start_vmm(command).await?;
+        let (socket, log) = (dir.join(SOCKET), dir.join(LOG));
+        let (guard, version) = start(&self.program, dir, {
+            let (dir, socket, log) = (dir.to_path_buf(), socket.clone(), log.clone());
+            let stdout = request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null"));
+            move |program| {
+                set_aside(&dir, LOG)?;
+                EventFile::begin(&dir)?;
+                let arguments = convert::arguments(&socket, &dir.join(EVENTS));
+                Ok(Command { stdout: Some(stdout.clone()), ..Command::new(program, arguments, &log) })
+            }
+        })
+        .await?;
         match configure(guard.process(), &socket, request).await {
             Ok(client) => {
                 let process = guard.keep();
@@ -135,27 +136,12 @@ async fn configure(
 ) -> Result<Client, BackendError> {
     let stream = launch::wait_for_socket(process, socket, STARTING).await?;
     let client = Client::over(socket, stream).await?;
-    request.gate.passed().await?;
+    launch::pass(&request.gate, process).await?;
     client.create(&Config::of(&request.spec, &request.taps)).await?;
     point(FaultPoint::LaunchConfigured);
     client.boot().await?;
     point(FaultPoint::LaunchStarted);
     Ok(client)
-}
-
-async fn prepare(dir: &Path) -> Result<(), BackendError> {
-    let owned = dir.to_path_buf();
-    let prepared = tokio::task::spawn_blocking(move || {
-        set_aside(&owned, LOG)?;
-        EventFile::begin(&owned)
-    });
-    let error = match prepared.await {
-        Ok(Ok(())) => return Ok(()),
-        Ok(Err(error)) => error,
-        Err(error) => std::io::Error::other(error),
-    };
-    let message = format!("the run folder cannot be prepared: {error}; look at its room and rights");
-    Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
 }
 
 /// Says whether a reset of the guest ends its run.
@@ -171,6 +157,10 @@ impl Backend for CloudHypervisor {
 
     fn check(&self, spec: &VmSpec) -> Report {
         check::check(spec)
+    }
+
+    fn starts_ahead(&self, _spec: &VmSpec) -> bool {
+        true
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {

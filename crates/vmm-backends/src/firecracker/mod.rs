@@ -21,20 +21,20 @@ mod vmm;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::fs::{FileType, Mode, OFlags};
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    KernelFormat, LaunchRequest, Launched, SweepRequest,
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, KernelFormat, LaunchRequest,
+    Launched, SweepRequest,
 };
 use vmm_core::id::BackendName;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Process, ProcessExit, Stdin};
-use vmm_host::run_dir;
 
 use self::client::Client;
 use self::convert::Config;
@@ -43,6 +43,7 @@ use crate::launch;
 use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
 use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
+use crate::rest::start::start;
 
 /// The backend's name.
 pub const NAME: &str = "firecracker";
@@ -59,33 +60,37 @@ const STARTING: Duration = Duration::from_secs(5);
 /// The Firecracker backend.
 #[derive(Debug)]
 pub struct Firecracker {
-    program: Program,
+    program: Arc<Program>,
     capabilities: Capabilities,
 }
 
 impl Firecracker {
     /// A backend that starts `program`: a name on the PATH, or a path.
     pub fn new(program: impl Into<OsString>) -> Self {
-        Self { program: Program::new(program, NAME, OLDEST), capabilities: capabilities() }
+        Self { program: Arc::new(Program::new(program, NAME, OLDEST)), capabilities: capabilities() }
     }
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
-        let (program, version) = self.program.find().await?;
-        let socket = request.dir.join(SOCKET);
-        run_dir::socket_path_fits(&socket)
-            .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
-        if tokio::fs::try_exists(&socket).await.unwrap_or(true) {
-            self.sweep(SweepRequest::of_folder(request.uid, &request.dir)).await?;
-        }
-        let log = request.dir.join(LOG);
-        let own_log = request.dir.join(OWN_LOG);
-        let arguments = convert::arguments(request.uid, &socket, &own_log, &request.dir.join(METRICS));
-        let mut command = Command::new(program, arguments, &log);
-        command.stdin = Stdin::File(prepare(&request.dir).await?);
-        // Firecracker has a serial port even where nobody wants it.
-        command.stdout = Some(request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null")));
-        let guard = launch::start_vmm(command).await?;
+        let dir = request.dir.as_path();
+        let (socket, log) = (dir.join(SOCKET), dir.join(LOG));
+        let (guard, version) = start(&self.program, dir, {
+            let (uid, dir, socket, log) = (request.uid, dir.to_path_buf(), socket.clone(), log.clone());
+            // Firecracker has a serial port even where nobody wants it.
+            let stdout = request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null"));
+            move |program| {
+                set_aside(&dir, LOG)?;
+                set_aside(&dir, OWN_LOG)?;
+                Metrics::begin(&dir)?;
+                let arguments = convert::arguments(uid, &socket, &dir.join(OWN_LOG), &dir.join(METRICS));
+                Ok(Command {
+                    stdin: Stdin::File(console_input(&dir.join(CONSOLE_INPUT))?),
+                    stdout: Some(stdout.clone()),
+                    ..Command::new(program, arguments, &log)
+                })
+            }
+        })
+        .await?;
         match configure(guard.process(), &socket, request).await {
             Ok(client) => {
                 let process = guard.keep();
@@ -105,7 +110,7 @@ async fn configure(
 ) -> Result<Client, BackendError> {
     let stream = launch::wait_for_socket(process, socket, STARTING).await?;
     let client = Client::over(socket, stream).await?;
-    request.gate.passed().await?;
+    launch::pass(&request.gate, process).await?;
     client.configure(&Config::of(&request.spec, &request.taps)).await?;
     point(FaultPoint::LaunchConfigured);
     client.start().await?;
@@ -113,24 +118,7 @@ async fn configure(
     Ok(client)
 }
 
-/// Makes what Firecracker needs in its run folder, and opens its input.
-async fn prepare(dir: &Path) -> Result<OwnedFd, BackendError> {
-    let dir = dir.to_path_buf();
-    let made = tokio::task::spawn_blocking(move || {
-        set_aside(&dir, LOG)?;
-        set_aside(&dir, OWN_LOG)?;
-        Metrics::begin(&dir)?;
-        console_input(&dir.join(CONSOLE_INPUT))
-    });
-    let error = match made.await {
-        Ok(Ok(input)) => return Ok(input),
-        Ok(Err(error)) => error,
-        Err(error) => std::io::Error::other(error),
-    };
-    let message = format!("the run folder cannot be prepared: {error}; look at its room and rights");
-    Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
-}
-
+/// Makes the FIFO of what is typed, and opens it as Firecracker's input.
 fn console_input(path: &Path) -> std::io::Result<OwnedFd> {
     match rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
@@ -150,6 +138,10 @@ impl Backend for Firecracker {
 
     fn check(&self, spec: &VmSpec) -> Report {
         check::check(spec)
+    }
+
+    fn starts_ahead(&self, _spec: &VmSpec) -> bool {
+        true
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {

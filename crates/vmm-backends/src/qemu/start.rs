@@ -21,7 +21,7 @@ use super::link::Link;
 use super::qmp::{QemuVersion, Qmp, QmpEvent};
 use super::vmm::{Guest, KILLING, QemuVmm};
 use super::watch::{Owner, Watch};
-use crate::launch::{died_early, start_vmm, wait_for_socket};
+use crate::launch::{died_early, pass, start_vmm, wait_for_socket};
 
 /// The log's name in the run folder.
 const LOG: &str = "qemu.log";
@@ -45,10 +45,16 @@ pub(super) async fn launch(
     for socket in [&socket, &request.dir.join(convert::CONSOLE_SOCKET)] {
         run_dir::socket_path_fits(socket).map_err(host_error)?;
     }
-    let args = arguments(&request, machine, accelerator).await?;
-    clear(&request.dir).await?;
     let log = request.dir.join(LOG);
-    let guarded = start_vmm(Command::new(program, args, &log)).await?;
+    let guarded = start_vmm({
+        let (request, log) = (request.clone(), log.clone());
+        move || {
+            let args = arguments(&request, machine, accelerator)?;
+            clear(&request.dir)?;
+            Ok(Command::new(program, args, log))
+        }
+    })
+    .await?;
     let (qmp_sender, qmp_events) = mpsc::channel(QMP_EVENTS);
     let connecting = connect(&guarded, &socket, &log, qmp_sender, &request.gate);
     let (link, version) = match tokio::time::timeout(STARTING, connecting).await {
@@ -124,16 +130,13 @@ impl Parts {
     }
 }
 
-async fn arguments(
+/// Looks at the VM's images, and writes the command line. Blocks.
+fn arguments(
     request: &LaunchRequest,
     machine: Machine,
     accelerator: Accelerator,
 ) -> Result<Vec<std::ffi::OsString>, BackendError> {
-    let spec = request.spec.clone();
-    let images = match tokio::task::spawn_blocking(move || images::inspect(&spec)).await {
-        Ok(inspected) => inspected.map_err(host_error)?,
-        Err(error) => return Err(host_error(error.to_string())),
-    };
+    let images = images::inspect(&request.spec).map_err(host_error)?;
     let inputs = Inputs {
         uid: request.uid,
         vm_id: &request.vm_id,
@@ -149,20 +152,15 @@ async fn arguments(
 }
 
 /// Removes what an earlier run in this folder left: its sockets, and its log, whose last words would be taken for this run's.
-async fn clear(dir: &Path) -> Result<(), BackendError> {
-    let dir = dir.to_path_buf();
-    let cleared = tokio::task::spawn_blocking(move || {
-        run_dir::remove_sockets(&dir)?;
-        match std::fs::remove_file(dir.join(LOG)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            Ok(()) | Err(_) => Ok(()),
-        }
-    });
-    match cleared.await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(host_error(format!("the run folder cannot be cleared: {error}"))),
-        Err(error) => Err(host_error(error.to_string())),
-    }
+/// Blocks.
+fn clear(dir: &Path) -> Result<(), BackendError> {
+    let log = || match std::fs::remove_file(dir.join(LOG)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    };
+    run_dir::remove_sockets(dir)
+        .and_then(|()| log())
+        .map_err(|error| host_error(format!("the run folder cannot be cleared: {error}")))
 }
 
 /// Connects to a QEMU that was just started, and lets its guest run.
@@ -178,7 +176,7 @@ async fn connect(
         let stream = wait_for_socket(process, socket, LISTENING).await?;
         let qmp = link.set(Qmp::over(stream, LISTENING, events).await?)?;
         point(FaultPoint::LaunchConfigured);
-        gate.passed().await?;
+        pass(gate, process).await?;
         qmp.cont().await?;
         point(FaultPoint::LaunchStarted);
         Ok::<_, BackendError>(qmp.version())

@@ -1,6 +1,6 @@
 //! The hypervisor's program: where it is, which version, and whether this host can run it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -85,26 +85,27 @@ impl Program {
     /// [`BackendErrorKind::NotInstalled`], saying what to do.
     pub async fn find(&self) -> Result<(PathBuf, Version), BackendError> {
         let wanted = self.wanted.clone();
-        let found = tokio::task::spawn_blocking(move || {
-            let program = path::find_program(&wanted, std::env::var_os("PATH").as_deref())?;
-            let facts =
-                std::fs::metadata(&program).map_err(|error| format!("{}: {error}", program.display()))?;
-            Ok::<Stamp, String>((program, facts.dev(), facts.ino(), facts.modified().ok()))
-        });
-        let stamp = match found.await {
+        let stamp = match tokio::task::spawn_blocking(move || stamp(&wanted)).await {
             Ok(Ok(stamp)) => stamp,
             Ok(Err(why)) => return Err(self.unusable(&why)),
             Err(error) => return Err(self.unusable(&format!("the search was broken off: {error}"))),
         };
-        if let Some((known, version)) = self.remembered()
-            && known == stamp
-        {
+        if let Some(version) = self.remembered(&stamp) {
             return Ok((stamp.0, version));
         }
         let version = self.ask(&stamp.0).await?;
         *self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
             Some((stamp.clone(), version));
         Ok((stamp.0, version))
+    }
+
+    /// The same where nothing need be asked; `None` where the version is not known. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub(crate) fn known(&self) -> Result<Option<(PathBuf, Version)>, BackendError> {
+        let stamp = stamp(&self.wanted).map_err(|why| self.unusable(&why))?;
+        Ok(self.remembered(&stamp).map(|version| (stamp.0, version)))
     }
 
     /// The names under which the running program shows in `/proc`.
@@ -118,8 +119,10 @@ impl Program {
         std::iter::once(self.name.to_owned()).chain(real).collect()
     }
 
-    fn remembered(&self) -> Option<(Stamp, Version)> {
-        self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    /// The version of the program that `stamp` is of, if that was the last to be asked.
+    fn remembered(&self, stamp: &Stamp) -> Option<Version> {
+        let known = self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        known.as_ref().filter(|(known, _)| known == stamp).map(|(_, version)| *version)
     }
 
     async fn ask(&self, program: &Path) -> Result<Version, BackendError> {
@@ -149,6 +152,12 @@ impl Program {
         let message = format!("the {} backend cannot serve: {why}", self.name);
         BackendError::new(BackendErrorKind::NotInstalled, Effect::NotApplied, message)
     }
+}
+
+fn stamp(wanted: &OsStr) -> Result<Stamp, String> {
+    let program = path::find_program(wanted, std::env::var_os("PATH").as_deref())?;
+    let facts = std::fs::metadata(&program).map_err(|error| format!("{}: {error}", program.display()))?;
+    Ok((program, facts.dev(), facts.ino(), facts.modified().ok()))
 }
 
 async fn said_by(program: &Path) -> std::io::Result<String> {

@@ -136,13 +136,20 @@ pub async fn spawn(command: Command) -> io::Result<Process> {
 /// What opening the log or starting the program says. Nothing runs then.
 pub async fn spawn_guarded(command: Command) -> io::Result<Guarded> {
     // Starting suspends the calling thread until the child has exec'ed, and the files may be slow.
-    match tokio::task::spawn_blocking(move || start(command)).await {
+    match tokio::task::spawn_blocking(move || start_guarded(command)).await {
         Ok(started) => started,
         Err(error) => Err(io::Error::other(error)),
     }
 }
 
-fn start(command: Command) -> io::Result<Guarded> {
+/// As [`spawn_guarded`], for whoever is on a thread for blocking work already.
+///
+/// # Errors
+/// As [`spawn_guarded`].
+///
+/// # Panics
+/// Where no runtime has been entered.
+pub fn start_guarded(command: Command) -> io::Result<Guarded> {
     if !command.program.is_absolute() {
         let message = format!("{} is not an absolute path", command.program.display());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));

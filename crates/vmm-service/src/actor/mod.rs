@@ -13,6 +13,7 @@
 //! commits are never cut short, so memory and store cannot part. `force` has a channel of its own: it does not wait behind a
 //! stuck call, it ends it.
 
+mod ahead;
 mod boot;
 mod deadlines;
 mod delete;
@@ -49,6 +50,7 @@ use crate::service::{Outcome, Shared, UnderWay};
 
 use deadlines::FORCE_LIMIT;
 
+pub(crate) use ahead::{HeadStart, HeadStarts};
 pub(crate) use taps::remove_orphans;
 pub(crate) use untaken::show as show_untaken;
 
@@ -142,8 +144,10 @@ pub(crate) fn spawn(
     spec: VmSpec,
     backend: Arc<dyn Backend>,
     metrics: MetricsCell,
+    ahead: Option<HeadStart>,
 ) -> ActorHandle {
-    let (actor, handle) = Actor::new(shared, record, spec, backend, metrics);
+    let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics);
+    actor.ahead = ahead;
     let span = actor.span();
     tokio::spawn(actor.run().instrument(span));
     handle
@@ -244,6 +248,8 @@ struct Actor {
     uncertain: u64,
     /// Why the VM cannot be taken up by this program, where it cannot.
     untaken: Option<String>,
+    /// A start that was begun with the VM's creation, and waits to be asked for.
+    ahead: Option<HeadStart>,
     /// What the start under way has made of TAPs.
     made_taps: Vec<String>,
     /// When a restart by policy is due.
@@ -263,6 +269,8 @@ enum Step {
     /// Something that was cut short.
     Unfinished(Operation),
     Restart,
+    /// A VMM that was started ahead has waited long enough.
+    GiveUpHeadStart,
     /// A VMM that was lost is looked for.
     Look,
     /// It was found at its place.
@@ -305,6 +313,7 @@ impl Actor {
             stray: false,
             uncertain: 0,
             untaken: None,
+            ahead: None,
             made_taps: Vec::new(),
             restart_at: None,
             unfinished: None,
@@ -337,11 +346,19 @@ impl Actor {
                     Flow::GoOn
                 }
                 Step::Unfinished(operation) => {
+                    // Under force as it was when it was cut short: its VMM may not answer.
+                    let forced = unfinished::is_forced(&operation);
+                    self.force_until = forced.then(|| Instant::now() + FORCE_LIMIT);
                     self.finish(operation).await;
+                    self.force_until = None;
                     Flow::GoOn
                 }
                 Step::Restart => {
                     self.restart_by_policy().await;
+                    Flow::GoOn
+                }
+                Step::GiveUpHeadStart => {
+                    self.give_up_head_start().await;
                     Flow::GoOn
                 }
                 Step::Look => {
@@ -375,6 +392,7 @@ impl Actor {
             () = due(self.restart_at) => Step::Restart,
             () = due(self.look_at) => Step::Look,
             Some(found) = self.found.recv() => Step::Found(Box::new(found)),
+            () = ahead::over(self.ahead.as_ref()) => Step::GiveUpHeadStart,
             message = self.inbox.recv() => message.map_or(Step::Orphaned, Step::Asked),
         }
     }

@@ -18,6 +18,7 @@ use futures::future::join_all;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::report::FieldReport;
+use vmm_core::spec::VmSpec;
 use vmm_core::store::HostClaim;
 use vmm_host::net::tap::{NamedBy, Provided, TapError, TapOwner, Taps};
 
@@ -33,11 +34,7 @@ const FORCED_REMOVE_DEADLINE: Duration = Duration::from_millis(700);
 impl Actor {
     /// The TAP of each network interface, in their order, and who named it.
     pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
-        let named = |(index, tap): (usize, Option<&String>)| match tap {
-            Some(name) => (name.clone(), NamedBy::Client),
-            None => (self.record.uid.tap_name(index), NamedBy::Program),
-        };
-        self.spec.nics.iter().map(|nic| nic.tap.as_ref()).enumerate().map(named).collect()
+        of(self.record.uid, &self.spec).collect()
     }
 
     /// What keeps other running VMs off this VM's TAPs.
@@ -91,9 +88,10 @@ impl Actor {
         left
     }
 
-    /// The TAPs that may be this VM's: by its configuration, or where that is not understood, by their labels.
+    /// The TAPs that may be this VM's: by its configuration; or by their labels, where that is not understood or is not the one
+    /// that they were made for, because somebody else started another VM in its place.
     async fn taps_to_free(&self) -> Vec<String> {
-        if self.untaken.is_none() {
+        if self.untaken.is_none() && !self.record.imported {
             return self.taps().into_iter().map(|(name, _)| name).collect();
         }
         let listing = self.shared.taps.of_instance(self.shared.instance);
@@ -125,6 +123,14 @@ impl Actor {
     fn tap_owner(&self) -> TapOwner {
         TapOwner { instance: self.shared.instance, uid: self.record.uid }
     }
+}
+
+/// The TAP of each network interface of a VM, in their order, and who named it.
+pub(super) fn of(uid: VmUid, spec: &VmSpec) -> impl Iterator<Item = (String, NamedBy)> {
+    spec.nics.iter().enumerate().map(move |(index, nic)| match &nic.tap {
+        Some(name) => (name.clone(), NamedBy::Client),
+        None => (uid.tap_name(index), NamedBy::Program),
+    })
 }
 
 fn refused(index: usize, error: &TapError) -> BackendError {
