@@ -8,7 +8,8 @@
 //!   ShutdownVm                 intent ─ (resumed) ─ asked … signalled ─ ended ─ outcome ──► answer
 //!   RebootVm   in place:       intent ─ applied ─ outcome ──► answer
 //!              otherwise:      intent ─ asked … ─ ended ─ reserved … launched ─ outcome ──► answer
-//!   DeleteVm   intent ─ vmm-ended ─ taps-freed ─ folder-removed ─ outcome ──► answer
+//!   DeleteVm   intent ─ (run-ended) ─ vmm-ended ─ taps-freed ─ folder-removed ─ outcome ──► answer
+//!   import     taken ─ committed        found again   taken ─ (committed with its state)
 //! ```
 //!
 //! A test kills the daemon at each of them, starts it again and looks at the world. The code that does the steps calls [`point`]
@@ -60,6 +61,8 @@ points! {
     LaunchSpawned = "launch.spawned",
     /// The VMM's socket is connected.
     LaunchConnected = "launch.connected",
+    /// The VMM has been told a part of its VM.
+    LaunchPartlyConfigured = "launch.partly-configured",
     /// The VMM knows its VM; the guest does not run yet.
     LaunchConfigured = "launch.configured",
     /// The guest runs; its VMM is still to be taken charge of.
@@ -111,6 +114,8 @@ points! {
 
     /// The intent of DeleteVm is on record.
     DeleteIntentCommitted = "delete.intent-committed",
+    /// The run has ended, and what outlives runs still knows the VM: its VMM, or libvirt.
+    DeleteRunEnded = "delete.run-ended",
     /// No VMM of the VM is left.
     DeleteVmmEnded = "delete.vmm-ended",
     /// No TAP of the VM is left.
@@ -119,6 +124,18 @@ points! {
     DeleteFolderRemoved = "delete.folder-removed",
     /// The VM is off the record.
     DeleteOutcomeCommitted = "delete.outcome-committed",
+
+    /// A guest whose own resets end its run would be started again by one now; it has not been reset yet.
+    ResetPrepared = "reset.prepared",
+    /// It has been reset, and its own resets would not end its run yet.
+    ResetOrdered = "reset.ordered",
+
+    /// A VM that somebody else made is held, and is on no record.
+    ImportTaken = "import.taken",
+    /// It is on record; nobody sees it yet.
+    ImportCommitted = "import.committed",
+    /// A VM on record was found running again and is held; that is not on record.
+    FoundTaken = "found.taken",
 }
 
 impl FaultPoint {

@@ -18,6 +18,7 @@ use vmm_core::place::{Discovery, Finding, Found, Places};
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, Request, Status};
 use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, VmRecord};
+use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor::{self, ActorHandle, Operation};
 use crate::check;
@@ -178,6 +179,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         ended_by: None,
         metadata: record.config.metadata.clone(),
     };
+    point(FaultPoint::ImportTaken);
     let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event) };
     let committed = match shared.events.commit(insert).await {
         Ok(committed) => committed,
@@ -186,6 +188,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
             return Err(error.into());
         }
     };
+    point(FaultPoint::ImportCommitted);
     tracing::info!(%vm_id, %uid, backend = %name, place = record.place, state = record.state.name(), "imported a VM");
     let shared = Arc::clone(shared);
     actor::import(shared, record, spec, Arc::clone(backend), committed.seq, found.launched);

@@ -265,18 +265,28 @@ impl ByHand {
     /// Says whether it runs a guest, paused or not; `None` where it does not say.
     #[must_use]
     pub fn runs_a_guest(&self) -> Option<bool> {
+        if self.kind == Kind::Qemu {
+            return Some(true);
+        }
+        self.guest_state().map(|state| state == "Running" || state == "Paused")
+    }
+
+    /// What it says of its guest, in its own words, empty where it holds none; `None` where it does not say. QEMU is to be asked
+    /// by QMP.
+    #[must_use]
+    pub fn guest_state(&self) -> Option<String> {
         let page = match self.kind {
             Kind::CloudHypervisor => "/api/v1/vm.info",
             Kind::Firecracker => "/",
-            Kind::Qemu => return Some(true),
+            Kind::Qemu => return None,
         };
         match self.request("GET", page, &Value::Null) {
             (0, _) => None,
             (200, answer) => {
-                let state = serde_json::from_str::<Value>(&answer).unwrap_or_default()["state"].clone();
-                Some(state == "Running" || state == "Paused")
+                let told = serde_json::from_str::<Value>(&answer).unwrap_or_default();
+                Some(told["state"].as_str().unwrap_or_default().to_owned())
             }
-            _ => Some(false),
+            _ => Some(String::new()),
         }
     }
 

@@ -15,6 +15,7 @@ use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::endpoint::{self, VisitError};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Lookup, Process, adopt};
 
 use super::console::{self, Mirror};
@@ -82,6 +83,7 @@ impl<H: Hypervisor> Attached<H> {
         let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
         let console = if make || !request.imported { begin_console(request, anew).await? } else { None };
         memory.started = Some((request.uid, met.process.identity().clone()));
+        point(FaultPoint::LaunchConnected);
         self.kind.start(&met, request, console.as_deref(), make).await?;
         let run = new_run(seat, &met, now_ms());
         Ok(self.kind.attend(met, self.parts(seat, run, Guest::Running, &request.dir)))
@@ -115,7 +117,7 @@ impl<H: Hypervisor> Attached<H> {
                 BackendErrorKind::Rejected,
                 format!(
                     "the VMM at {} holds a VM that somebody else made, or a part of one, and that is not this VM: take it away, \
-                     or start another VMM there ({})",
+                     or end that VMM and start another there ({})",
                     seat.endpoint(),
                     self.kind.how_to_start(&seat.socket)
                 ),

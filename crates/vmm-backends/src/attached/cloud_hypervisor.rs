@@ -24,6 +24,7 @@ use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
 use vmm_host::endpoint::{Visit, VisitError};
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
 use super::handle::{self, Api};
@@ -78,7 +79,9 @@ impl Hypervisor for CloudHypervisor {
     }
 
     fn how_to_start(&self, socket: &Path) -> String {
-        format!("cloud-hypervisor --api-socket path={}", socket.display())
+        let (left, socket) = (socket.to_string_lossy(), format!("path={}", socket.display()));
+        // Not every version takes the place of a socket that another one left behind.
+        format!("rm -f {} && cloud-hypervisor --api-socket {}", shell_word(&left), shell_word(&socket))
     }
 
     fn places(&self, sockets: Vec<String>) -> Places {

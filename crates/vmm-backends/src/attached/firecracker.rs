@@ -24,6 +24,7 @@ use vmm_core::spec::{MIB, RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
 use vmm_host::endpoint::{Visit, VisitError};
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
 use super::handle::{self, Api};
@@ -62,9 +63,10 @@ impl Firecracker {
     }
 }
 
-/// The command that starts one on `socket`.
+/// The command that starts one on `socket`, where nobody listens: a socket that another one left behind is in its way.
 fn command(socket: &Path) -> String {
-    format!("firecracker --api-sock {}", socket.display())
+    let socket = shell_word(&socket.to_string_lossy());
+    format!("rm -f {socket} && firecracker --api-sock {socket}")
 }
 
 #[async_trait]

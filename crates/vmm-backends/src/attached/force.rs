@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder};
 use vmm_core::state::EndedBy;
 use vmm_host::endpoint::{self, VisitError};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Process, Signal};
 
 use crate::ladder::{Call, Called, call_vmm};
@@ -64,6 +65,7 @@ pub(super) async fn climb(
     {
         let called = call_vmm(process, ASKING, call, "ask the guest to shut down").await;
         reached = if called == Called::Refused { reached } else { rung };
+        point(FaultPoint::LadderAsked);
         if ends_within(process, means, called.patience(patience, LOST)).await {
             return Ok(reached);
         }
@@ -72,6 +74,7 @@ pub(super) async fn climb(
         let limit = if forced { FORCED_ORDERING } else { ORDERING };
         let called = call_vmm(process, limit, call, "power the VM off").await;
         reached = if called == Called::Refused { reached } else { EndedBy::Vmm };
+        point(FaultPoint::LadderOrdered);
         if ends_within(process, means, called.patience(ENDING, LOST)).await {
             return Ok(reached);
         }
@@ -116,6 +119,7 @@ pub(super) async fn kill(
             continue;
         }
         tracing::info!(pid = process.pid(), ?signal, "force: signalled a VMM that somebody else started");
+        point(FaultPoint::LadderSignalled);
         if process.wait_for(limit).await.is_some() {
             return Ok(rung);
         }

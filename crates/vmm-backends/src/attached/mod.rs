@@ -89,7 +89,7 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// How its executables are called: what their file name begins with.
     fn program(&self) -> &'static str;
 
-    /// The command that starts a VMM which waits at `socket`.
+    /// The command that starts a VMM which waits at `socket`, for a shell, where nobody listens there any more.
     fn how_to_start(&self, socket: &Path) -> String;
 
     /// Where new VMs live, of these sockets.

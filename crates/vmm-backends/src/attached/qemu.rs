@@ -26,6 +26,7 @@ use vmm_core::place::Places;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
 use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
@@ -105,7 +106,8 @@ impl Hypervisor for Qemu {
     }
 
     fn how_to_start(&self, socket: &Path) -> String {
-        format!("qemu-system-x86_64 … -qmp unix:{},server=on,wait=off", socket.display())
+        let socket = format!("unix:{},server=on,wait=off", socket.display());
+        format!("qemu-system-x86_64 … -qmp {}", shell_word(&socket))
     }
 
     fn places(&self, sockets: Vec<String>) -> Places {

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use vmm_testkit::guests::Guest;
 
-use crate::harness::{Answer, World, try_call, vmm_pid};
+use crate::harness::{Answer, World, eventually, try_call, vmm_pid};
 use crate::hypervisor::Backend;
 use crate::scenario::{PAUSED, Place, RUNNING};
-use crate::trial::{Case, VM, WITNESS};
+use crate::trial::Case;
 
 /// Longer than anything that was interrupted takes to settle on a busy machine.
 const SETTLING: Duration = Duration::from_secs(30);
@@ -28,7 +29,7 @@ pub(crate) fn settled(case: &Case, allowed: &[Place]) -> Place {
         if Instant::now() > deadline {
             panic!(
                 "{doubt}\n{:#}\n{:#}",
-                case.world.call("GetVmInfo", &json!({"vm_id": VM})).body,
+                case.world.call("GetVmInfo", &json!({"vm_id": case.vm})).body,
                 log(case)
             );
         }
@@ -38,9 +39,12 @@ pub(crate) fn settled(case: &Case, allowed: &[Place]) -> Place {
 
 /// Where the VM is, if it has settled in one of the `allowed` places; or why that cannot be said.
 pub(crate) fn look_for(case: &Case, allowed: &[Place]) -> Result<Place, String> {
-    let answer = try_call(case.world.url(), "GetVmInfo", &json!({"vm_id": VM}));
+    let answer = try_call(case.world.url(), "GetVmInfo", &json!({"vm_id": case.vm}));
     match look(case, answer.map_err(|error| error.to_string())?) {
-        (place, None) if allowed.contains(&place) => Ok(place),
+        (place, None) if allowed.contains(&place) => match doubt_elsewhere(case, place) {
+            None => Ok(place),
+            Some(doubt) => Err(doubt),
+        },
         (place, None) => Err(format!("{place:?} is not among {allowed:?}")),
         (_, Some(doubt)) => Err(doubt),
     }
@@ -70,6 +74,10 @@ fn doubt(case: &Case, info: &Value, place: Place) -> Option<String> {
         return Some(format!("it is still {phase}"));
     }
     let folder = folder(&case.world, info["uid"].as_str()?);
+    if case.hypervisor.is_placed() {
+        // What runs it names no folder of the daemon's.
+        return None;
+    }
     let users = users_of(&folder);
     if ![RUNNING, PAUSED].contains(&place) {
         return (!users.is_empty()).then(|| format!("{place:?}, and processes {users:?} are its VMM"));
@@ -85,6 +93,60 @@ fn doubt(case: &Case, info: &Value, place: Place) -> Option<String> {
     None
 }
 
+/// What those say otherwise who run the VM for the daemon: the VMM that was started by hand, or libvirt.
+fn doubt_elsewhere(case: &Case, place: Place) -> Option<String> {
+    let wanted = match place {
+        RUNNING => "running",
+        PAUSED => "paused",
+        Place::In(_) | Place::Nowhere => "",
+    };
+    if let Some(hand) = &case.hand {
+        let (state, pid) = (hand.guest_state(), hand.pid());
+        if wanted.is_empty() {
+            let runs = ["running", "paused", "silent"].contains(&state.as_str());
+            return runs.then(|| format!("{place:?}, and the VMM {pid:?} says that its guest is {state}"));
+        }
+        let known = vmm_pid(&case.world.info(&case.vm));
+        let right = state == wanted && pid == Some(known);
+        return (!right).then(|| format!("{place:?} in process {known}, and the VMM {pid:?} is {state}"));
+    }
+    let libvirtd = case.stage.libvirtd.as_ref()?;
+    let qemus = case.stage.qemus(vmm_pid(&case.witness));
+    if wanted.is_empty() {
+        return (!qemus.is_empty()).then(|| format!("{place:?}, and libvirt runs {qemus:?}"));
+    }
+    let known = vmm_pid(&case.world.info(&case.vm));
+    let state = libvirtd.try_virsh(&["domstate", &case.vm]);
+    let right = state.as_deref() == Ok(wanted) && qemus == [known];
+    (!right).then(|| format!("{place:?} in process {known}, and libvirt says {state:?} of {qemus:?}"))
+}
+
+/// A guest that resets itself would end its run, as its policy has it: what a reset of ours needed is taken back.
+#[track_caller]
+pub(crate) fn resets_end_it(case: &Case) {
+    let Some(libvirtd) = &case.stage.libvirtd else { return };
+    eventually("a reset ends the domain", || {
+        libvirtd.virsh(&["dumpxml", &case.vm]).contains("<on_reboot>destroy</on_reboot>")
+    });
+}
+
+/// Nothing of the VM under test is left on the host, and what was there before is there still.
+#[track_caller]
+pub(crate) fn nothing_left(case: &Case) {
+    case.world.assert_nothing_left();
+    if !case.hypervisor.is_placed() {
+        return;
+    }
+    case.witness_goes_on();
+    let listed = case.world.call("ListVms", &json!({})).ok();
+    let names: Vec<_> = listed["vms"].as_array().unwrap().iter().map(|vm| &vm["vm_id"]).collect();
+    assert_eq!(names, [&json!(case.witness_vm)], "{listed:#}");
+    if let Some(libvirtd) = &case.stage.libvirtd {
+        assert_eq!(libvirtd.domains(), [case.witness_vm.as_str()]);
+        assert_eq!(case.stage.qemus(vmm_pid(&case.witness)), Vec::<u32>::new());
+    }
+}
+
 /// Nothing that was acknowledged is lost, and no operation has a beginning without an end.
 #[track_caller]
 pub(crate) fn acknowledged(case: &Case) {
@@ -98,7 +160,7 @@ pub(crate) fn acknowledged(case: &Case) {
     }
     let listed = case.world.call("ListVms", &json!({})).ok();
     let names: Vec<_> = listed["vms"].as_array().unwrap().iter().map(|vm| &vm["vm_id"]).collect();
-    assert!(names.contains(&&json!(WITNESS)), "{listed:#}");
+    assert!(names.contains(&&json!(case.witness_vm)), "{listed:#}");
     events(case);
 }
 
@@ -120,7 +182,7 @@ pub(crate) fn events(case: &Case) {
         }
         let last = own.last().unwrap();
         assert_ne!(last["type"], "operation-started", "an operation has no end: {log:#}");
-        let info = case.world.call("GetVmInfo", &json!({"vm_id": VM}));
+        let info = case.world.call("GetVmInfo", &json!({"vm_id": case.vm}));
         if info.status == 200 && info.body["uid"] == uid {
             assert_eq!(last["state"], info.body["state"], "{log:#}\n{:#}", info.body);
         } else {
@@ -130,7 +192,7 @@ pub(crate) fn events(case: &Case) {
 }
 
 fn log(case: &Case) -> Value {
-    let listed = case.world.call("ListVmEvents", &json!({"vm_id": VM, "page_size": 1000})).ok();
+    let listed = case.world.call("ListVmEvents", &json!({"vm_id": case.vm, "page_size": 1000})).ok();
     listed.get("events").cloned().unwrap_or_else(|| json!([]))
 }
 
@@ -155,15 +217,15 @@ pub(crate) fn claims(case: &mut Case, place: Place) {
     if case.hypervisor != Backend::Fake {
         return;
     }
-    let mut config = case.hypervisor.config(&case.world, RIVAL, "");
-    config["storage"][0]["path"] = json!(case.world.dir.path().join(format!("{VM}.img")));
-    let _ =
-        fs::File::options().append(true).create(true).open(case.world.dir.path().join(format!("{VM}.img")));
+    let disk = case.world.dir.path().join(format!("{}.img", case.vm));
+    let mut config = case.hypervisor.config(&case.world, RIVAL, Guest::Idle, "");
+    config["storage"][0]["path"] = json!(disk);
+    let _ = fs::File::options().append(true).create(true).open(disk);
     case.create_as(RIVAL, &config);
     let booted = case.world.call("BootVm", &json!({"vm_id": RIVAL}));
     if [RUNNING, PAUSED].contains(&place) {
         let message = booted.error("failed_precondition");
-        assert!(message.contains(&format!("\"{VM}\"")), "{message}");
+        assert!(message.contains(&format!("\"{}\"", case.vm)), "{message}");
     } else {
         booted.ok();
     }
@@ -183,5 +245,5 @@ fn users_of(folder: &std::path::Path) -> Vec<u32> {
 
 #[expect(clippy::disallowed_methods, reason = "a test's own thread waits for other processes")]
 pub(crate) fn pause() {
-    std::thread::sleep(Duration::from_millis(10));
+    std::thread::sleep(Duration::from_millis(20));
 }

@@ -1,20 +1,29 @@
 //! One operation on one hypervisor, cut short at every point that it passes.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Instant;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, PATIENCE, World, eventually, signal, skipped, try_call, vmm_pid};
+use vmm_testkit::guests::Guest;
+
+use crate::harness::{Answer, PATIENCE, World, eventually, is_alive, signal, skipped, try_call, vmm_pid};
 use crate::hypervisor::{Backend, can_make_taps, ip};
 use crate::inspect;
-use crate::scenario::{CREATED, Call, Place, RUNNING, Scenario, VMM_DIES};
+use crate::scenario::{
+    BOOT, CREATED, Call, PAUSED, Place, RUNNING, SHUT_DOWN, Scenario, VMM_COMES, VMM_DIES,
+};
+use crate::stage::{Hand, Stage, name_at};
 
-/// The VM under test.
-pub(crate) const VM: &str = "vm";
+/// The VM under test, where the daemon makes it.
+const VM: &str = "vm";
 /// A VM that runs all the time and has nothing to do with it.
 pub(crate) const WITNESS: &str = "witness";
+
+/// The setting that allows the VMM of a new VM to be started before it is booted, which passes points behind an answer.
+const HEAD_START: &str = "UNKEY_VMCP_HEAD_START";
 
 /// A point, and how often it is passed before it is passed for good.
 #[derive(Clone, Debug)]
@@ -25,14 +34,17 @@ struct Target {
 
 /// Runs `scenario` at every point that it passes, and answers which those were.
 pub(crate) fn run(test: &str, hypervisor: Backend, scenario: &'static Scenario) -> Vec<String> {
-    if let Some(why) = hypervisor.missing() {
-        skipped(test, why);
-        return Vec::new();
-    }
+    let stage = match Stage::set(hypervisor) {
+        Ok(stage) => stage,
+        Err(why) => {
+            skipped(test, &why);
+            return Vec::new();
+        }
+    };
     if !can_make_taps() {
         skipped(&format!("{test} with a TAP"), "no TAP can be made here; it takes root, /dev/net/tun and ip");
     }
-    let targets = survey(hypervisor, scenario);
+    let targets = survey(&stage, scenario);
     assert!(
         !targets.is_empty(),
         "no point is passed: was the daemon built without the feature fault-points?"
@@ -41,8 +53,9 @@ pub(crate) fn run(test: &str, hypervisor: Backend, scenario: &'static Scenario) 
     for target in targets.iter().filter(wanted) {
         // Whatever fails is told with the point.
         let _at = At(target);
-        Case::prepare(hypervisor, scenario, Some(target)).cut_short(target);
+        Case::prepare(&stage, scenario, Some(target)).cut_short(target);
     }
+    stage.leave();
     targets.into_iter().map(|target| target.point).collect()
 }
 
@@ -57,12 +70,17 @@ impl Drop for At<'_> {
 }
 
 /// The points that the operation passes, in their order.
-fn survey(hypervisor: Backend, scenario: &'static Scenario) -> Vec<Target> {
-    let mut case = Case::prepare(hypervisor, scenario, None);
+fn survey(stage: &Rc<Stage>, scenario: &'static Scenario) -> Vec<Target> {
+    let mut case = Case::prepare(stage, scenario, None);
     let mut seen = case.passed();
     let before = seen.len();
-    case.call(scenario.call).ok();
+    case.hold_still();
+    let answer = case.call(scenario.call);
+    case.expect(answer);
     inspect::settled(&case, &[scenario.to]);
+    if scenario.ahead {
+        eventually("the VMM waits", || case.passed().iter().any(|point| point == "launch.connected"));
+    }
     let own = case.passed().split_off(before);
     case.end();
     let mut targets = Vec::new();
@@ -81,9 +99,17 @@ pub(crate) struct Case {
     pub(crate) hypervisor: Backend,
     pub(crate) scenario: &'static Scenario,
     pub(crate) world: World,
+    /// The VMM under test, where the test starts it by hand.
+    pub(crate) hand: Option<Hand>,
+    pub(crate) stage: Rc<Stage>,
+    /// The name of the VM under test.
+    pub(crate) vm: String,
+    /// The name of the witness.
+    pub(crate) witness_vm: String,
+    guest: Guest,
     /// Last, so that no VMM is left when they are removed.
     taps: Taps,
-    witness: Value,
+    pub(crate) witness: Value,
     /// What was acknowledged on the VM under test, by uid.
     pub(crate) acknowledged: Vec<(String, &'static str)>,
     log: PathBuf,
@@ -102,36 +128,135 @@ impl Drop for Taps {
 }
 
 impl Case {
-    fn prepare(hypervisor: Backend, scenario: &'static Scenario, target: Option<&Target>) -> Self {
-        let mut world = hypervisor.world();
+    fn prepare(stage: &Rc<Stage>, scenario: &'static Scenario, target: Option<&Target>) -> Self {
+        let mut world = stage.world();
         let log = world.dir.path().join("passed");
         world.set_env("FAULTS_PASSED", log.to_str());
-        if let Some(Target { point, before }) = target {
+        let armed = target.map(|Target { point, before }| {
             let times = if *before == 0 { String::new() } else { format!("{before}*off->") };
-            world.set_env("FAILPOINTS", Some(&format!("{point}={times}return")));
+            format!("{point}={times}return")
+        });
+        if !scenario.ahead {
+            world.set_env("FAILPOINTS", armed.as_deref());
         }
-        world.start();
-        let (taps, witness, acknowledged) = (Taps::default(), Value::Null, Vec::new());
-        let mut case = Self { hypervisor, scenario, world, taps, witness, acknowledged, log };
-        // The witness passes points too, as often with the daemon unharmed as with one that is to die.
-        case.create(WITNESS, "");
-        case.world.boot(WITNESS);
-        if scenario.from != Place::Nowhere {
-            case.create(VM, scenario.script);
-            for call in scenario.before {
-                case.call(*call).ok();
-                case.acknowledge(call.method);
+        let hypervisor = stage.hypervisor;
+        let guest = hypervisor.guest(scenario);
+        let hand = hypervisor.by_hand().map(|kind| Hand::new(kind, &world, guest));
+        let mut case = Self {
+            hypervisor,
+            scenario,
+            vm: VM.to_owned(),
+            witness_vm: stage.witness().unwrap_or_else(|| WITNESS.to_owned()),
+            world,
+            hand,
+            stage: Rc::clone(stage),
+            guest,
+            taps: Taps::default(),
+            witness: Value::Null,
+            acknowledged: Vec::new(),
+            log,
+        };
+        case.begin(armed);
+        case
+    }
+
+    /// The same for what has no points: a VM that runs.
+    pub(crate) fn running(stage: &Rc<Stage>) -> Self {
+        Self::prepare(stage, Scenario::AT_PEACE, None)
+    }
+
+    /// Brings everything to where the operation begins.
+    fn begin(&mut self, armed: Option<String>) {
+        if let Some(hand) = &self.hand {
+            if self.is_imported() {
+                self.vm = name_at(&hand.socket);
+            }
+            match (self.scenario.is_import(), self.is_imported()) {
+                (true, _) => {}
+                (false, true) => hand.come(),
+                (false, false) => hand.wait(),
             }
         }
-        case.witness = case.world.info(WITNESS);
-        case
+        self.world.set_env(HEAD_START, Some("0"));
+        self.world.start();
+        self.find_witness();
+        if self.scenario.ahead {
+            // Only what is begun now, by a daemon of its own, is begun before it is asked for.
+            self.world.stop(Signal::KILL);
+            std::fs::remove_file(&self.log).unwrap();
+            self.world.set_env(HEAD_START, None);
+            self.world.set_env("FAILPOINTS", armed.as_deref());
+            self.world.start();
+        }
+        if self.scenario.from == Place::Nowhere {
+            return;
+        }
+        if self.is_imported() {
+            self.find_imported();
+            let uid = self.world.info(&self.vm)["uid"].as_str().unwrap().to_owned();
+            self.acknowledged.push((uid, "imported"));
+        } else {
+            self.create(VM, self.scenario.script);
+        }
+        for call in self.scenario.before {
+            // What is imported runs already.
+            if !(call.method == BOOT.method && self.is_imported()) {
+                self.call(*call).ok();
+                self.acknowledge(call.method);
+            }
+            if call.method == BOOT.method && self.hypervisor.is_placed() {
+                // A guest that is not up hears nothing, and what it has not said yet a reset may lose.
+                self.wait_for_banner(1);
+            }
+        }
+    }
+
+    /// The witness passes points too, as often with the daemon unharmed as with one that is to die.
+    fn find_witness(&mut self) {
+        if self.hypervisor.is_placed() {
+            eventually("the witness is listed", || {
+                self.world.call("GetVmInfo", &json!({"vm_id": self.witness_vm})).status == 200
+            });
+            self.world.wait_for_state(&self.witness_vm, "VM_STATE_RUNNING");
+        } else {
+            self.create(WITNESS, "");
+            self.world.boot(WITNESS);
+        }
+        self.witness = self.world.info(&self.witness_vm);
+    }
+
+    /// Waits until the VM that somebody else started is there.
+    fn find_imported(&self) {
+        eventually("the VM is listed", || {
+            let answer = self.world.call("GetVmInfo", &json!({"vm_id": self.vm}));
+            answer.body["state"] == "VM_STATE_RUNNING"
+        });
+    }
+
+    /// Whether the VM under test is one that somebody else made.
+    fn is_imported(&self) -> bool {
+        self.hypervisor == Backend::AttachedQemu || (self.hand.is_some() && self.scenario.is_import())
+    }
+
+    /// Waits until the guest has said that it is up, so many times.
+    pub(crate) fn wait_for_banner(&self, times: usize) {
+        let banner = self.hypervisor.banner(self.guest);
+        match &self.hand {
+            Some(hand) if self.is_imported() => {
+                eventually("the guest is up", || hand.serial().matches(&banner).count() >= times);
+            }
+            Some(_) | None => drop(self.world.wait_for_console(&self.vm, &banner, times)),
+        }
     }
 
     /// Dies at the point, comes back, and is inspected.
     fn cut_short(mut self, target: &Target) {
         let taps = self.tap_numbers();
+        let by_hand = self.hand.as_ref().and_then(Hand::pid);
+        self.hold_still();
         let answer = self.try_call(self.scenario.call);
-        assert!(answer.is_none(), "the daemon answered before {}: {answer:?}", target.point);
+        let answered = answer.is_some();
+        assert!(self.scenario.ahead || !answered, "the daemon answered before {}: {answer:?}", target.point);
         let (signal, log) = self.world.await_end();
         assert_eq!(signal, Some(Signal::KILL.as_raw()), "{}", log.join("\n"));
         let passed = self.passed().iter().filter(|passed| **passed == target.point).count();
@@ -140,13 +265,18 @@ impl Case {
             self.dies_again(target);
         }
         self.world.set_env("FAILPOINTS", None);
+        self.world.set_env(HEAD_START, Some("0"));
         self.world.start();
 
-        let place = inspect::settled(&self, &self.scenario.allowed(&target.point));
+        let allowed = if answered { vec![self.scenario.to] } else { self.scenario.allowed(&target.point) };
+        let place = inspect::settled(&self, &allowed);
         inspect::acknowledged(&self);
-        if self.scenario.call.method == "RebootVm" {
+        if self.scenario.call.method == "RebootVm" && self.scenario.refusal.is_empty() {
             // It was begun, so it is carried through.
-            self.world.wait_for_console(VM, &self.hypervisor.banner(), 2);
+            self.wait_for_banner(2);
+        }
+        if self.scenario.no_resets {
+            inspect::resets_end_it(&self);
         }
         if place != Place::Nowhere && place != CREATED {
             let now = self.tap_numbers();
@@ -160,6 +290,10 @@ impl Case {
         inspect::claims(&mut self, place);
         self.again();
         self.witness_goes_on();
+        if self.scenario.spares_its_vmm(self.hypervisor) && by_hand.is_some() {
+            let now = self.hand.as_ref().and_then(Hand::pid);
+            assert_eq!(now, by_hand, "a VMM that somebody else started has been ended");
+        }
         self.end();
     }
 
@@ -185,30 +319,65 @@ impl Case {
     /// The client, who had no answer, calls once more.
     fn again(&mut self) {
         let scenario = self.scenario;
+        if scenario.call.method == VMM_COMES.method {
+            // Nobody has called, and it is there.
+            return;
+        }
         let answer = self.call(scenario.call);
         let gone_already = scenario.to == Place::Nowhere && answer.body["code"] == "not_found";
         if !gone_already {
-            answer.ok();
+            self.expect(answer);
         }
         inspect::settled(self, &[scenario.to]);
         inspect::events(self);
     }
 
     /// The VM can be used, and when it is deleted nothing of it is left, its name included.
-    fn end(mut self) {
-        if self.scenario.to == Place::Nowhere {
-            self.create(VM, self.scenario.script);
+    pub(crate) fn end(mut self) {
+        if self.place_is_empty() {
+            match &self.hand {
+                Some(hand) if self.is_imported() => {
+                    hand.come();
+                    self.find_imported();
+                }
+                Some(_) | None => self.create(VM, self.scenario.script),
+            }
         }
-        if self.world.info(VM)["state"] != "VM_STATE_CREATED" {
-            self.world.call("ShutdownVm", &json!({"vm_id": VM, "force": true})).ok();
+        self.use_it();
+        self.delete(&self.vm);
+        if !self.hypervisor.is_placed() {
+            self.delete(WITNESS);
         }
-        self.world.boot(VM);
-        inspect::settled(&self, &[RUNNING]);
-        for vm_id in [VM, WITNESS] {
-            self.delete(vm_id);
-        }
-        self.world.assert_nothing_left();
+        inspect::nothing_left(&self);
         eventually("no TAP is left", || self.tap_numbers().is_empty());
+    }
+
+    /// The VM does as it is told. It is booted again where that is cheap, or where nothing else would tell.
+    fn use_it(&mut self) {
+        let state = self.world.info(&self.vm)["state"].clone();
+        if self.hypervisor.is_placed() && (state == "VM_STATE_RUNNING" || state == "VM_STATE_PAUSED") {
+            for method in ["ResumeVm", "PauseVm"] {
+                self.world.call(method, &json!({"vm_id": self.vm})).ok();
+            }
+            inspect::settled(self, &[PAUSED]);
+            return;
+        }
+        if self.hypervisor == Backend::Libvirt && self.scenario.to == Place::Nowhere {
+            return;
+        }
+        if state != "VM_STATE_CREATED" {
+            self.world.call("ShutdownVm", &json!({"vm_id": self.vm, "force": true})).ok();
+        }
+        match &self.hand {
+            // It is not booted, but started by whoever started it before.
+            Some(hand) if self.hypervisor == Backend::AttachedQemu => hand.come(),
+            Some(_) | None => drop(self.call(BOOT).ok()),
+        }
+        inspect::settled(self, &[RUNNING]);
+    }
+
+    fn place_is_empty(&self) -> bool {
+        self.world.call("GetVmInfo", &json!({"vm_id": self.vm})).status == 404
     }
 
     /// The TAPs that there are, and the kernel's numbers for them.
@@ -221,10 +390,11 @@ impl Case {
         self.taps.0.iter().filter_map(number).collect()
     }
 
-    fn witness_goes_on(&self) {
-        let now = self.world.info(WITNESS);
+    pub(crate) fn witness_goes_on(&self) {
+        let now = self.world.info(&self.witness_vm);
         assert_eq!(now["state"], "VM_STATE_RUNNING", "{now:#}");
         assert_eq!((&now["uid"], vmm_pid(&now)), (&self.witness["uid"], vmm_pid(&self.witness)), "{now:#}");
+        assert!(is_alive(vmm_pid(&now)), "{now:#}");
     }
 
     /// Creates a VM.
@@ -234,9 +404,12 @@ impl Case {
     }
 
     fn config(&self, vm_id: &str, script: &str) -> Value {
-        let mut config = self.hypervisor.config(&self.world, vm_id, script);
-        if vm_id == VM && self.scenario.to_be_restarted() {
+        let guest = if vm_id == VM { self.guest } else { Guest::Idle };
+        let mut config = self.hypervisor.config(&self.world, vm_id, guest, script);
+        if vm_id == VM && self.scenario.to_be_restarted(self.hypervisor) {
             config["restart_policy"] = json!({"mode": "RESTART_MODE_ALWAYS"});
+        } else if vm_id == VM && self.scenario.no_resets {
+            config["restart_policy"] = json!({"mode": "RESTART_MODE_NEVER"});
         }
         config
     }
@@ -265,13 +438,16 @@ impl Case {
     }
 
     fn acknowledge(&mut self, method: &'static str) {
+        if method == VMM_DIES.method {
+            return;
+        }
         if let Some((uid, _)) = self.acknowledged.last().cloned() {
             self.acknowledged.push((uid, method));
         }
     }
 
     fn body(&self, call: Call) -> Value {
-        let mut body = call.body(VM);
+        let mut body = call.body(&self.vm);
         if call.method == "CreateVm" {
             body["config"] = self.config(VM, self.scenario.script);
         }
@@ -279,8 +455,11 @@ impl Case {
     }
 
     fn call(&mut self, call: Call) -> Answer {
-        if call.method == VMM_DIES.method {
-            self.kill_vmm();
+        if self.befalls(call) {
+            if call.method == VMM_DIES.method && self.scenario.call.method != VMM_DIES.method {
+                self.world.wait_for_state(&self.vm, "VM_STATE_SHUTDOWN");
+                inspect::settled(self, &[SHUT_DOWN]);
+            }
             return Answer { status: 200, body: Value::Null };
         }
         let answer = self.world.call(call.method, &self.body(call));
@@ -293,15 +472,55 @@ impl Case {
 
     /// Calls a daemon that may die over it.
     fn try_call(&self, to: Call) -> Option<Answer> {
-        if to.method == VMM_DIES.method {
-            self.kill_vmm();
+        if self.befalls(to) {
             return None;
         }
         try_call(self.world.url(), to.method, &self.body(to)).ok()
     }
 
-    fn kill_vmm(&self) {
-        signal(vmm_pid(&self.world.info(VM)), Signal::KILL);
+    /// Has happen what no client calls for; says whether `call` is of that kind. Where a VMM has to wait for a call, it does then.
+    fn befalls(&self, call: Call) -> bool {
+        if call.method == VMM_DIES.method {
+            signal(vmm_pid(&self.world.info(&self.vm)), Signal::KILL);
+            return true;
+        }
+        if call.method == VMM_COMES.method {
+            self.vmm_comes();
+            return true;
+        }
+        if let Some(hand) = self.hand.as_ref().filter(|_| call.method == BOOT.method) {
+            hand.wait();
+        }
+        false
+    }
+
+    /// Somebody else starts the VM.
+    pub(crate) fn vmm_comes(&self) {
+        if let Some(hand) = &self.hand {
+            hand.come();
+        } else if let Some(libvirtd) = &self.stage.libvirtd {
+            if libvirtd.domains().contains(&self.vm) {
+                libvirtd.virsh(&["start", &self.vm]);
+            } else {
+                libvirtd.run_stranger(&self.vm, &self.guest.write_to(self.world.dir.path()).unwrap());
+            }
+        }
+    }
+
+    /// Has the VMM stand still, where that is part of the scenario.
+    fn hold_still(&self) {
+        if self.scenario.stands_still {
+            signal(vmm_pid(&self.world.info(&self.vm)), Signal::STOP);
+        }
+    }
+
+    /// The answer is the one that the scenario wants.
+    #[track_caller]
+    fn expect(&self, answer: Answer) {
+        match self.scenario.refusal {
+            "" => drop(answer.ok()),
+            code => drop(answer.error(code)),
+        }
     }
 
     /// The points passed so far, by every daemon of this world.

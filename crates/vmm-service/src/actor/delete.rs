@@ -65,6 +65,7 @@ impl Actor {
         }
         let leaves = matches!(purpose, Sweep::Delete | Sweep::ForceDelete) && self.backend.outlives_runs();
         if self.stray || leaves {
+            point(FaultPoint::DeleteRunEnded);
             self.sweep(purpose).await?;
             self.let_go();
         }

@@ -12,6 +12,7 @@ use vmm_core::event::EventKind;
 use vmm_core::place::Found;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Observation, Phase, VmState, observe};
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Lookup, adopt};
 
 use super::Actor;
@@ -60,6 +61,7 @@ impl Actor {
         }
         self.restart_at = None;
         self.hold(launched, run);
+        point(FaultPoint::FoundTaken);
         let standing = found.state == VmState::Paused;
         let observation = if standing { Observation::StandsStill } else { Observation::Runs };
         let was_lost = self.record.status.phase == Phase::Unreachable;

@@ -21,6 +21,7 @@ impl Actor {
     pub(super) async fn on_event(&mut self, event: VmmEvent) {
         match event {
             VmmEvent::GuestReset => self.guest_reset().await,
+            VmmEvent::ResetFromOutside => self.reset_from_outside().await,
             VmmEvent::Paused => self.moved(Observation::StandsStill, "paused-from-outside").await,
             VmmEvent::Resumed => self.moved(Observation::Runs, "resumed-from-outside").await,
             VmmEvent::GuestFailed(message) => {
@@ -61,6 +62,16 @@ impl Actor {
             .plain(Phase::at_rest(self.record.state))
             .because("guest-reset", "the guest reset itself and runs again");
         let _ = self.conclude(EventKind::GuestReset, Why::by_itself("guest-reset")).await;
+    }
+
+    /// Somebody else reset the guest. That is an operator's act, as RebootVm is: the restart policy is about what a guest does
+    /// by itself, and neither forbids nor counts it.
+    async fn reset_from_outside(&mut self) {
+        self.record.state = observe(self.record.state, Observation::ResetInPlace);
+        self.record.status = self
+            .plain(Phase::at_rest(self.record.state))
+            .because("reset-from-outside", "somebody else reset the guest, at its VMM");
+        let _ = self.conclude(EventKind::StateChanged, Why::by_itself("reset-from-outside")).await;
     }
 
     /// Kills a VMM whose guest is to run no longer, and records the end.

@@ -5,7 +5,7 @@
 //!   otherwise ask the backend:
 //!     alive       ──► carry on; an interrupted boot stands if the guest runs, a shutdown and a reboot go on (unfinished)
 //!     gone        ──► SHUTDOWN with the reason; a first boot that never came about: CREATED; a reboot boots
-//!     unreachable ──► the last proven state, marked so, touched by nobody but force
+//!     unreachable ──► the last proven state, marked so, touched by nobody but force, an interrupted one included
 //!   an interrupted delete is finished, whatever there is
 //! ```
 
@@ -82,6 +82,12 @@ impl Actor {
         let mut adopted = self.adopt().await;
         if matches!(adopted, Ok(Adoption::Gone { .. })) && self.first_half_is_done(intent.as_ref()) {
             adopted = self.adopt().await;
+        }
+        if let Ok(Adoption::Alive { launched, .. }) = &adopted
+            && self.record.run.as_ref().is_some_and(|run| run.process != launched.vmm.run().process)
+        {
+            // Where a VM is not found by its process, a reboot's second half shows at once.
+            self.first_half_is_done(intent.as_ref());
         }
         match adopted {
             Ok(Adoption::Alive { launched, guest }) => self.found_alive(launched, guest, intent).await,
@@ -254,6 +260,13 @@ impl Actor {
         if known {
             // Looked for again and found as before: shown, not recorded.
             self.publish();
+            return;
+        }
+        if self.takes_up_force() {
+            if let Err(error) = self.commit(EventKind::Unreachable, Why::by_itself("daemon-started")).await {
+                tracing::error!(%error, "what was found could not be recorded");
+                self.publish();
+            }
             return;
         }
         let _ = self.conclude(EventKind::Unreachable, Why::by_itself("daemon-started")).await;

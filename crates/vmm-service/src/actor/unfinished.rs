@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   ShutdownVm, RebootVm ── its VMM lives ──► carried out once more, with the time that the guest was given
+//!   ShutdownVm by force ── its VMM is silent ► carried out once more, by force
 //!   RebootVm ── the old VMM has gone ──┬─ a new one runs ──► it stands
 //!                                      └─ none does ───────► SHUTDOWN, restarting: booted as soon as VMs are served
 //!   a start by policy that did not come about ─────────────► restarting, as before
@@ -33,7 +34,20 @@ pub(super) fn is_to_be_finished(intent: &Intent) -> bool {
     }
 }
 
+/// Whether an operation needs no answer of a VMM.
+pub(super) fn is_forced(operation: &Operation) -> bool {
+    operation.request == Request::Shutdown && operation.ask_guest_for.is_none()
+}
+
 impl Actor {
+    /// Has a shutdown by force carried out once more whose VMM does not answer. Answers whether there is one: then its intent is
+    /// to stay on record.
+    pub(super) fn takes_up_force(&mut self) -> bool {
+        let Some(forced) = self.record.intent.as_ref().map(operation).filter(is_forced) else { return false };
+        self.unfinished = Some(forced);
+        true
+    }
+
     /// Records that the VM is held again, and what is still to be done. The intent stays on record until then.
     pub(super) async fn take_up_unfinished(&mut self, intent: &Intent) {
         let phase = if intent.request == Request::Reboot { Phase::Rebooting } else { Phase::Stopping };

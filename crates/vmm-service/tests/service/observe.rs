@@ -96,6 +96,27 @@ async fn what_others_do_to_a_vm_is_followed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_reset_from_outside_is_told_and_no_matter_of_the_policy() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for (vm_id, policy) in [("never", NEVER), ("once", GUEST_REBOOT)] {
+        let machine = vms.run(vm_id, bed.with_policy(policy, 1)).await;
+        for paused in [false, false, true] {
+            if paused {
+                machine.pause();
+                vms.until(vm_id, |record| record.state == VmState::Paused).await;
+            }
+            let before = vms.record(vm_id);
+            machine.reset_from_outside();
+            let after = vms.until(vm_id, |record| record.generation > before.generation).await;
+            assert_eq!((after.state, after.status.reason.as_str()), (before.state, "reset-from-outside"));
+            assert_eq!(after.status.restarts, 0);
+            assert!(machine.lives());
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_guest_that_cannot_go_on_is_ended() {
     let bed = Bed::new();
     let vms = bed.start().await;

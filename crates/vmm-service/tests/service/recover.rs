@@ -507,6 +507,30 @@ fn force_that_fails_leaves_it_unreachable() {
 }
 
 #[test]
+fn force_that_was_cut_short_is_carried_on_though_the_vmm_is_silent() {
+    for (patience_ms, ends) in [(Some(0), true), (Some(1000), false)] {
+        let bed = Bed::new();
+        left_in(&bed, VmState::Running);
+        interrupt(&bed, Request::Shutdown, Phase::Stopping);
+        let before = bed.stored("a");
+        let intent = before.intent.clone().map(|intent| Intent { patience_ms, ..intent });
+        bed.store.put(VmRecord { intent, generation: before.generation + 1, ..before });
+        bed.world.machine("a").unwrap().stop();
+        bed.life(async |vms| {
+            if ends {
+                vms.until("a", |record| record.state == VmState::Shutdown).await;
+                assert_eq!(vms.world.living(), 0);
+            } else {
+                // Who asks gently does not kill what does not answer.
+                assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Unreachable));
+                assert_eq!(vms.world.living(), 1);
+            }
+            assert_eq!(vms.record("a").intent, None);
+        });
+    }
+}
+
+#[test]
 fn an_adoption_that_hangs_or_fails_holds_up_nobody_else() {
     for act in [Act::hang(), Act::Fail(BackendErrorKind::Protocol, Effect::NotApplied)] {
         let bed = Bed::new();

@@ -169,7 +169,8 @@ impl Vmm for Handle {
 
     async fn reset(&self) -> Result<Reset, BackendError> {
         self.reset_is_harmless()?;
-        self.qmp()?.system_reset().await.map_err(|error| self.explain(error))?;
+        let qmp = self.qmp()?;
+        self.guest.resets.order(qmp.system_reset()).await.map_err(|error| self.explain(error))?;
         Ok(Reset::InPlace)
     }
 
@@ -179,6 +180,10 @@ impl Vmm for Handle {
     }
 
     async fn sample(&self) -> Result<Sample, BackendError> {
+        // As in `has_ended`: what ends is not asked.
+        if self.guest.has_shut_down() {
+            let _ = self.process.wait_for(ENDING).await;
+        }
         let counted = self.blockstats().await;
         self.held.answered(&self.run.version, &counted);
         let storage = counted?;
