@@ -13,5 +13,6 @@ pub mod ladder;
 pub mod launch;
 pub mod libvirt;
 pub mod qemu;
+mod resets;
 pub mod rest;
 mod words;

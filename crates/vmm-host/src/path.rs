@@ -1,4 +1,4 @@
-//! Finding programs.
+//! Finding programs, and writing down how to start them.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -34,6 +34,16 @@ pub fn find_program(name_or_path: impl AsRef<OsStr>, path: Option<&OsStr>) -> Re
     Err(refused.unwrap_or_else(|| {
         format!("{shown} is not on the PATH ({}); install it, or name it by its full path", path.display())
     }))
+}
+
+/// Quotes a text as one word for a POSIX shell; plain words stay as they are.
+#[must_use]
+pub fn shell_word(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=@%+".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        return text.to_owned();
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// The file name that a running program shows in `/proc`: symbolic links are followed.
@@ -79,6 +89,17 @@ mod tests {
         assert_eq!(find_program(&good, None), Ok(good));
         let text = find_program("vmm", Some(a.path().as_os_str())).unwrap_err();
         assert!(text.contains("make it executable"), "{text}");
+    }
+
+    #[test]
+    fn words_reach_a_shell_whole() {
+        assert_eq!(shell_word("path=/run/vmm-1/ch.sock"), "path=/run/vmm-1/ch.sock");
+        for text in ["", "it's $(here)", "/a b/c;d", "~", "\"*\"\\"] {
+            let shell = std::process::Command::new("sh")
+                .args(["-c", &format!("printf %s {}", shell_word(text))])
+                .output();
+            assert_eq!(String::from_utf8(shell.unwrap().stdout).unwrap(), text);
+        }
     }
 
     #[test]

@@ -27,10 +27,10 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tempfile::TempDir;
 
 /// Longer than libvirtd takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Starts its arguments, and reaps what they and their descendants leave (36 is PR_SET_CHILD_SUBREAPER).
-const REAPER: &str = r#"
+pub(crate) const REAPER: &str = r#"
 import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 subprocess.Popen(sys.argv[1:])
@@ -178,6 +178,24 @@ impl Libvirtd {
         command
     }
 
+    /// Has virsh make and start a domain that runs `kernel`, as somebody does who knows nothing of the daemon.
+    ///
+    /// # Panics
+    /// Where virsh fails.
+    pub fn run_stranger(&self, name: &str, kernel: &Path) {
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
+             <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel></os>\
+             <devices><controller type='usb' model='none'/><memballoon model='none'/></devices>\
+             <seclabel type='static' model='dac' relabel='no'><label>+0:+0</label></seclabel></domain>",
+            kernel.display()
+        );
+        let file = self.dir.path().join(format!("{name}.xml"));
+        fs::write(&file, xml).expect("a file can be written");
+        self.virsh(&["define", &file.display().to_string()]);
+        self.virsh(&["start", name]);
+    }
+
     /// The names of all domains, running or not.
     pub fn domains(&self) -> Vec<String> {
         self.virsh(&["list", "--all", "--name"]).split_whitespace().map(str::to_owned).collect()
@@ -287,7 +305,7 @@ fn warm_cache() -> Result<Cache, String> {
 
 /// Waits a moment: what is waited for here announces itself to nobody.
 #[expect(clippy::disallowed_methods, reason = "in a thread of a test, with no runtime")]
-fn pause() {
+pub(crate) fn pause() {
     std::thread::sleep(Duration::from_millis(10));
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use vmm_core::backend::{BackendError, GuestState};
+use vmm_host::fault::{FaultPoint, point};
 
 use super::convert::Config;
 use crate::rest::client::{BOOT, CALL, RestClient};
@@ -81,6 +82,7 @@ impl Client {
     pub(crate) async fn configure(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/machine-config", Some(&config.machine), CALL).await?;
         self.0.put("/boot-source", Some(&config.boot), CALL).await?;
+        point(FaultPoint::LaunchPartlyConfigured);
         for drive in &config.drives {
             self.0.put(&format!("/drives/{}", drive.drive_id), Some(drive), CALL).await?;
         }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+use uuid::Uuid;
 use vmm_core::backend::{
     AdoptRequest, Adoption, BackendError, BackendErrorKind, Exit, ExitCause, GuestState, Vmm as _,
 };
@@ -10,12 +12,16 @@ use vmm_libvirt_wire::{Call, Domain};
 
 use super::convert::restarts;
 use super::domain::{Owner, find_qemu, guest_state, is_active, owner};
+use super::link::CallError;
 use super::run::{Facts, assemble};
 use super::{LibvirtBackend, place_of};
 
 /// How long libvirt may take to be connected to, and to answer; the service waits five seconds for all of it.
 const CONNECTING: Duration = Duration::from_secs(2);
 const LOOKING: Duration = Duration::from_millis(1500);
+/// How long libvirt may take to notice that a QEMU has gone, and how long between two looks.
+const NOTICING: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(20);
 /// How long a QEMU may take to go of which libvirt says that it has.
 const GOING: Duration = Duration::from_millis(500);
 
@@ -46,7 +52,7 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         taps: taps.collect(),
     };
     let known = match connected {
-        Ok(_) => backend.link.look(domain, LOOKING).await.map_err(BackendError::from),
+        Ok(_) => look(backend, domain, process.is_none()).await.map_err(BackendError::from),
         Err(down) => Err(down.into()),
     };
     let found = Found { backend, request: &request, facts, watched };
@@ -59,6 +65,19 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         (Ok(_), None) => gone("libvirt says that the domain does not run"),
         (Err(error), Some(process)) => found.silent("libvirt-unreachable", error, process),
         (Err(error), None) => without_libvirt(&request, &error),
+    }
+}
+
+/// Asks libvirt for the domain. It is given a moment to notice the end of a QEMU that has `gone`.
+async fn look(backend: &LibvirtBackend, domain: Uuid, gone: bool) -> Result<Option<Domain>, CallError> {
+    let deadline = Instant::now() + NOTICING;
+    loop {
+        let known = backend.link.look(domain, LOOKING).await?;
+        let lags_behind = gone && known.as_ref().is_some_and(|known| is_active(known.state));
+        if !lags_behind || Instant::now() > deadline {
+            return Ok(known);
+        }
+        tokio::time::sleep(PAUSE).await;
     }
 }
 

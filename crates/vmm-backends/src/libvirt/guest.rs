@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::{Mutex, MutexGuard};
 
+use crate::resets::Resets;
+
 /// What was ordered.
 #[derive(Debug)]
 pub(super) struct Guest {
@@ -11,11 +13,18 @@ pub(super) struct Guest {
     is_to_end: AtomicBool,
     /// Held while a call changes it, so that its echo among the events is not taken for somebody else's doing.
     changing: Mutex<()>,
+    /// The resets that were ordered.
+    pub(super) resets: Resets,
 }
 
 impl Guest {
     pub(super) fn new(runs: bool) -> Self {
-        Self { runs: AtomicBool::new(runs), is_to_end: AtomicBool::new(false), changing: Mutex::new(()) }
+        Self {
+            runs: AtomicBool::new(runs),
+            is_to_end: AtomicBool::new(false),
+            changing: Mutex::new(()),
+            resets: Resets::default(),
+        }
     }
 
     /// Says whether the run was ordered to end.

@@ -1,6 +1,6 @@
 //! The helper's program: where it is, and what its failures mean.
 
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use vmm_core::backend::BackendErrorKind;
@@ -56,11 +56,36 @@ pub(super) fn ended(exit: &str, said: &str) -> Down {
     Down { kind: BackendErrorKind::Unreachable, message: format!("{PROGRAM} ended ({exit}){said}") }
 }
 
+/// What it means that `uri` is for a user who can have no such libvirtd, if it is.
+pub(super) fn impossible(uri: &str, is_root: bool) -> Option<Down> {
+    // A libvirtd that root starts is the system's, and one of another user runs QEMU as that user.
+    (is_root && is_session(uri)).then(|| Down {
+        kind: BackendErrorKind::Host,
+        message: format!(
+            "{uri} is the libvirtd of one user, and root has none of that kind: set UNKEY_VMCP_QEMU_ENDPOINT to qemu:///system, or \
+             run the daemon as the user whose libvirtd is meant"
+        ),
+    })
+}
+
 /// What it means that libvirt cannot be reached at `uri`.
 pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
     let said = words::sentence(&failure.message);
     let lower = said.to_lowercase();
-    let (kind, advice) = if failure.kind == FailureKind::Denied || lower.contains("permission denied") {
+    let is_missing =
+        lower.contains("no such file") || lower.contains("refused") || lower.contains("unable to fork");
+    let (kind, advice) = if is_session(uri) && lower.contains("directory '") {
+        (
+            BackendErrorKind::Host,
+            "set XDG_RUNTIME_DIR, or HOME, in the daemon's environment to a folder of its user",
+        )
+    } else if is_session(uri) && is_missing {
+        (
+            BackendErrorKind::Unreachable,
+            "is libvirtd installed (Debian and Ubuntu: the packages libvirt-daemon and libvirt-daemon-driver-qemu)? libvirt starts it \
+             for the daemon's user, unless LIBVIRT_AUTOSTART=0 forbids that",
+        )
+    } else if failure.kind == FailureKind::Denied || lower.contains("permission denied") {
         (
             BackendErrorKind::Host,
             "let the daemon's user use libvirt: add it to the group libvirt (usermod -aG libvirt USER), and start the daemon again",
@@ -70,8 +95,7 @@ pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
             BackendErrorKind::NotInstalled,
             "install libvirt's QEMU driver (Debian and Ubuntu: the package libvirt-daemon-driver-qemu) and restart libvirtd",
         )
-    } else if lower.contains("no such file") || lower.contains("refused") || lower.contains("unable to fork")
-    {
+    } else if is_missing {
         (
             BackendErrorKind::Unreachable,
             "is libvirtd installed (Debian and Ubuntu: the package libvirt-daemon-system) and running (systemctl start libvirtd), \
@@ -85,18 +109,21 @@ pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
     Down { kind, message: format!("libvirt cannot be used at {uri}: {said}; {advice}") }
 }
 
-/// The socket behind a URI, for people; libvirt finds it by itself.
-pub(super) fn socket_of(uri: &str, runtime_dir: Option<&OsStr>) -> PathBuf {
+/// The socket behind a URI, for people; libvirt finds it by itself, from the same variables.
+pub(super) fn socket_of(uri: &str, variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
     let query = uri.split_once('?').map(|(_, query)| query).unwrap_or_default();
     let named = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
     if let Some(named) = named {
         return PathBuf::from(named);
     }
-    match (is_session(uri), runtime_dir) {
-        (true, Some(dir)) => Path::new(dir).join("libvirt/libvirt-sock"),
-        (true, None) => PathBuf::from("libvirt/libvirt-sock"),
-        (false, _) => PathBuf::from("/run/libvirt/libvirt-sock"),
-    }
+    let folder = |name: &str| variable(name).filter(|text| !text.is_empty()).map(PathBuf::from);
+    let run = if is_session(uri) {
+        let cache = || folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
+        folder("XDG_RUNTIME_DIR").or_else(cache).unwrap_or_default()
+    } else {
+        PathBuf::from("/run")
+    };
+    run.join("libvirt/libvirt-sock")
 }
 
 /// Says whether a URI means the user's own libvirtd, whose QEMUs run as that user whatever is asked for.
@@ -134,6 +161,22 @@ mod tests {
             let told = refused(kind, message);
             assert!(told.contains(advice) && told.contains(message), "{told}");
         }
+        let failure =
+            |message: &str| Failure { kind: FailureKind::NoConnection, message: message.to_owned() };
+        for (message, advice) in [
+            (
+                "Cannot create user runtime directory '/nonexistent/.cache/libvirt': Permission denied",
+                "XDG_RUNTIME_DIR",
+            ),
+            (absent, "libvirt-daemon-driver-qemu"),
+        ] {
+            let told = unreachable("qemu:///session", &failure(message)).message;
+            assert!(told.contains(advice) && !told.contains("group libvirt"), "{told}");
+        }
+        let told = impossible("qemu:///session", true).unwrap().message;
+        assert!(told.contains("qemu:///system"), "{told}");
+        assert!(impossible("qemu:///session", false).is_none());
+        assert!(impossible("qemu:///system", true).is_none());
         let loader = "error while loading shared libraries: libvirt.so.0: cannot open shared object file";
         let told = ended("exit status 127", loader);
         assert!(told.message.contains("libvirt0"), "{}", told.message);
@@ -145,11 +188,38 @@ mod tests {
     }
 
     #[test]
+    fn the_helper_lies_beside_the_daemon_or_where_packages_put_it() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let root = tempfile::tempdir().unwrap();
+        let (bin, libexec) = (root.path().join("bin"), root.path().join("libexec/vmm-controlplane"));
+        let mut found = vec![beside(Path::new(PROGRAM), Some(&bin))];
+        for folder in [&libexec, &bin] {
+            std::fs::create_dir_all(folder).unwrap();
+            std::fs::create_dir_all(&bin).unwrap();
+            let program = folder.join(PROGRAM);
+            std::fs::write(&program, "").unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+            found.push(beside(Path::new(PROGRAM), Some(&bin)));
+        }
+        let shown: Vec<_> = found.iter().map(|path| Some(path.as_ref()?.canonicalize().unwrap())).collect();
+        let there = |folder: &Path| Some(folder.join(PROGRAM).canonicalize().unwrap());
+        assert_eq!(shown, [None, there(&libexec), there(&bin)], "its own folder comes first");
+    }
+
+    #[test]
     fn sockets_follow_from_uris() {
-        let runtime = Some(OsStr::new("/run/user/7"));
-        let socket = |uri| socket_of(uri, runtime).display().to_string();
+        let of = |uri, set: &[(&str, &str)]| {
+            let variable = |name: &str| set.iter().find(|(set, _)| *set == name).map(|(_, text)| text.into());
+            socket_of(uri, variable).display().to_string()
+        };
+        let socket = |uri| of(uri, &[("HOME", "/home/me"), ("XDG_RUNTIME_DIR", "/run/user/7")]);
         assert_eq!(socket("qemu:///system"), "/run/libvirt/libvirt-sock");
         assert_eq!(socket("qemu:///session"), "/run/user/7/libvirt/libvirt-sock");
+        let home = ("HOME", "/home/me");
+        let without = |set: &[(&str, &str)]| of("qemu:///session", set);
+        assert_eq!(without(&[home, ("XDG_RUNTIME_DIR", "")]), "/home/me/.cache/libvirt/libvirt-sock");
+        assert_eq!(without(&[home, ("XDG_CACHE_HOME", "/c")]), "/c/libvirt/libvirt-sock");
+        assert_eq!(without(&[]), "libvirt/libvirt-sock");
         assert_eq!(socket("qemu+unix:///system?socket=/x/y"), "/x/y");
         assert_eq!(socket("qemu+unix:///session?a=b&socket=/x"), "/x");
         assert!(is_session("qemu:///session") && is_session("qemu+unix:///session?socket=/system"));

@@ -50,6 +50,9 @@ pub(super) async fn keep(inner: Arc<Inner>) {
 
 /// Runs one helper to its end. Answers whether it was connected, and why it ended.
 async fn run_once(inner: &Arc<Inner>) -> (bool, Down) {
+    if let Some(down) = helper::impossible(&inner.uri, rustix::process::geteuid().is_root()) {
+        return (false, down);
+    }
     let program = match helper::find(&inner.program) {
         Ok(program) => program,
         Err(down) => return (false, down),

@@ -112,7 +112,7 @@ impl LibvirtBackend {
         Self {
             accelerator,
             label,
-            socket: helper::socket_of(&options.uri, std::env::var_os("XDG_RUNTIME_DIR").as_deref()),
+            socket: helper::socket_of(&options.uri, |name| std::env::var_os(name)),
             link: Arc::new(Link::new(options.uri.clone(), options.helper.clone())),
             capabilities: capabilities(accelerator),
             options,

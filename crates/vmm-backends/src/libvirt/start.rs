@@ -66,6 +66,7 @@ pub(super) async fn launch(
     {
         return take_over(backend, watched, facts, domain.state).await;
     }
+    point(FaultPoint::LaunchConnected);
     if request.imported {
         if known.is_none() {
             let message = format!(

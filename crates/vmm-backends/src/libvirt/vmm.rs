@@ -87,11 +87,13 @@ impl Vmm for LibvirtVmm {
     async fn reset(&self) -> Result<Reset, BackendError> {
         let uuid = self.domain;
         if self.restarts {
-            self.order(Call::Reset { uuid }).await?;
+            self.guest.resets.order(self.order(Call::Reset { uuid })).await?;
             return Ok(Reset::InPlace);
         }
         self.order(Call::OnReboot { uuid, restart: true }).await?;
-        let reset = self.order(Call::Reset { uuid }).await;
+        point(FaultPoint::ResetPrepared);
+        let reset = self.guest.resets.order(self.order(Call::Reset { uuid })).await;
+        point(FaultPoint::ResetOrdered);
         // QEMU has decided by now: what counts is the action at the time of the reset.
         let restored = self.order(Call::OnReboot { uuid, restart: false }).await;
         reset?;
@@ -148,7 +150,8 @@ impl LibvirtVmm {
         let asked = tokio::select! {
             biased;
             asked = self.link.order(Call::Shutdown { uuid: self.domain }, DESTROYING) => asked,
-            _ = self.process.wait() => return Ok(Some(EndedBy::Guest)),
+            // Faster than libvirt's answer, as of a guest that obeys at once.
+            _ = self.process.wait() => Ok(()),
         };
         point(FaultPoint::LadderAsked);
         match asked {
@@ -174,23 +177,26 @@ impl LibvirtVmm {
             biased;
             answer = &mut ordered => Some(answer),
             _ = self.process.wait() => {
+                point(FaultPoint::LadderOrdered);
                 // libvirt clears up behind it. What is asked of it next would wait for that.
                 let _ = tokio::time::timeout(SETTLING, ordered).await;
                 return Ok(EndedBy::Vmm);
             }
             () = tokio::time::sleep(patience) => None,
         };
+        point(FaultPoint::LadderOrdered);
         match answered {
             // What remains is that the kernel says the same.
             Some(Ok(())) if self.process.wait_for(KILLING).await.is_some() => return Ok(EndedBy::Vmm),
             Some(Err(error)) => tracing::warn!(%error, "libvirt did not end the domain"),
             Some(Ok(())) | None => tracing::warn!("libvirt has not ended the domain in time"),
         }
-        point(FaultPoint::LadderOrdered);
         // The process is proven by libvirt's own mark in its arguments, and held by its pidfd.
-        self.process.kill_and_wait(KILLING).await.map(|_| EndedBy::Sigkill).map_err(|error| {
+        let killed = self.process.kill_and_wait(KILLING).await.map(|_| EndedBy::Sigkill).map_err(|error| {
             BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string()).caused_by(error)
-        })
+        });
+        point(FaultPoint::LadderSignalled);
+        killed
     }
 
     /// The pidfd has shown the end; what remains is that it is published.

@@ -1,7 +1,8 @@
 //! Watching one run of a domain: from libvirt's events and QEMU's process to [`VmmEvent`]s.
 //!
 //! ```text
-//!   monitor   RESET, SHUTDOWN ─► GuestReset, if the guest's; remembers why
+//!   monitor   RESET ─► GuestReset, if the guest's; ResetFromOutside, if neither its nor ours
+//!             SHUTDOWN ─► remembers why
 //!   lifecycle suspended, resumed ─► asks, compares, tells
 //!             ended ─► remembers how; the process follows
 //!   connected again ─► asks, compares, tells
@@ -79,8 +80,7 @@ impl Watch {
         self.note_end(&event);
         match event {
             Event::Monitor(name, data) if name == "RESET" => match serde_json::from_str::<ResetData>(&data) {
-                Ok(reset) if reset.guest => self.tell(VmmEvent::GuestReset),
-                Ok(_) => info!("the guest was reset from outside"),
+                Ok(reset) => self.was_reset(reset.guest),
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
             },
             Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected => {
@@ -92,6 +92,16 @@ impl Watch {
                 );
             }
             Event::Lifecycle(_) | Event::Monitor(..) => {}
+        }
+    }
+
+    fn was_reset(&mut self, by_guest: bool) {
+        // libvirt reboots a guest by having it shut down and resetting it then: it goes on after all.
+        self.reason = None;
+        if by_guest {
+            self.tell(VmmEvent::GuestReset);
+        } else if self.guest.resets.is_anothers() {
+            self.tell(VmmEvent::ResetFromOutside);
         }
     }
 
@@ -165,6 +175,9 @@ impl Watch {
         let cause =
             if self.guest.is_to_end() { ExitCause::Requested } else { exit_cause(self.reason, self.ended) };
         let message = match (cause, self.ended) {
+            (ExitCause::Requested, _) if self.reason == Some(ShutdownReason::HostQmpSystemReset) => {
+                "the guest was reset through libvirt, where its restart policy lets no reset go on (on_reboot is destroy)"
+            }
             (ExitCause::VmmFailed, _) => {
                 "QEMU failed or was killed; its last words are in libvirt's log of the domain (by default below \
                  /var/log/libvirt/qemu)"

@@ -11,12 +11,15 @@ use vmm_core::backend::{
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
+use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
 
 use super::client::RebootAction;
 use super::link::Link;
 use super::qmp::{Qmp, QmpError};
+use super::watch::ENDING;
 use crate::ladder;
+use crate::resets::Resets;
 
 /// How long a killed QEMU may take to go.
 pub(super) const KILLING: Duration = Duration::from_secs(2);
@@ -42,6 +45,8 @@ pub(crate) struct Guest {
     has_shut_down: AtomicBool,
     /// Held while a command changes it, so that its echo among the events is not taken for somebody else's doing.
     changing: Mutex<()>,
+    /// The resets that were ordered, where somebody else can order one too.
+    pub(crate) resets: Resets,
 }
 
 impl Guest {
@@ -51,6 +56,7 @@ impl Guest {
             is_to_end: AtomicBool::new(false),
             has_shut_down: AtomicBool::new(false),
             changing: Mutex::new(()),
+            resets: Resets::default(),
         }
     }
 
@@ -117,6 +123,13 @@ impl Vmm for QemuVmm {
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
         self.guest.order_end(true);
+        // The guest was faster.
+        if let Some(patience) = ladder.ask_guest_for
+            && self.guest.has_shut_down()
+            && self.process.wait_for(patience).await.is_some()
+        {
+            return Ok(EndedBy::Guest);
+        }
         let ask = Box::pin(async { Ok(self.qmp()?.system_powerdown().await?) });
         let power_off = Box::pin(async { Ok(self.qmp()?.quit().await?) });
         ladder::climb(&self.process, ladder, Some((EndedBy::Acpi, ask)), Some(power_off)).await
@@ -133,6 +146,10 @@ impl Vmm for QemuVmm {
     }
 
     async fn sample(&self) -> Result<Sample, BackendError> {
+        if self.guest.has_shut_down() {
+            // Its end is near, and told by others: there is no silence to report.
+            let _ = self.process.wait_for(ENDING).await;
+        }
         let storage = self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))?;
         let (process, taps) = (self.process.clone(), self.taps.clone());
         let host = tokio::task::spawn_blocking(move || {
@@ -177,6 +194,10 @@ impl QemuVmm {
         if self.process.exit().is_some() {
             return Err(self.gone(Effect::NotApplied));
         }
+        if self.guest.has_shut_down() {
+            // A command that is under way while QEMU (7.2) ends makes it hang in its own clean-up.
+            return Err(ending(Effect::NotApplied));
+        }
         self.link.get()
     }
 
@@ -184,7 +205,9 @@ impl QemuVmm {
     async fn reset_despite_shutdown(&self) -> Result<(), BackendError> {
         let qmp = self.qmp()?;
         qmp.set_reboot_action(RebootAction::Reset).await.map_err(|error| self.explain(error))?;
+        point(FaultPoint::ResetPrepared);
         let reset = qmp.system_reset().await;
+        point(FaultPoint::ResetOrdered);
         // QEMU has decided by now: the action counts when the reset is asked for.
         let restored = qmp.set_reboot_action(RebootAction::Shutdown).await;
         reset.map_err(|error| self.explain(error))?;
@@ -196,6 +219,7 @@ impl QemuVmm {
         let error = BackendError::from(error);
         match self.process.exit() {
             Some(_) => self.gone(error.effect).caused_by(error),
+            None if self.guest.has_shut_down() => ending(error.effect).caused_by(error),
             None => error,
         }
     }
@@ -215,4 +239,9 @@ impl QemuVmm {
             ),
         }
     }
+}
+
+/// What becomes of a command to a QEMU that has told that its guest is shut down.
+fn ending(effect: Effect) -> BackendError {
+    BackendError::new(BackendErrorKind::Gone, effect, "QEMU's guest has shut down, and QEMU ends with it")
 }

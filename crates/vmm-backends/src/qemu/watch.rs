@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   QMP events ──────► SHUTDOWN: remembers why, nudges ──────┐
-//!                      RESET:    GuestReset, if the guest's  │
+//!                      RESET:    GuestReset, if the guest's; │
+//!                                else whose it was           │
 //!                      STOP, RESUME: asks, compares, tells   │
 //!   connection lost ─► connects again, asks, compares        │
 //!   process gone ────► reads what is left of the events ─────┴──► Gone(why), the end
@@ -33,6 +34,9 @@ const DRAINING: Duration = Duration::from_secs(1);
 /// QEMU 7.2 hangs in its own end where it was just answering a command, as when a guest powers off while its counters are
 /// read. A signal wakes it; by then one only sets a flag, so this neither kills it nor disturbs what it still writes.
 const NUDGES: (Duration, Duration) = (Duration::from_millis(300), Duration::from_secs(1));
+/// How long QEMU may take in all to end after it said so, until it is killed. Closing its disks takes as long as the host takes to
+/// write; what has not ended after this long has hung in a way that no signal wakes it from.
+pub(super) const ENDING: Duration = Duration::from_secs(30);
 
 /// The task's state.
 pub(crate) struct Watch {
@@ -57,6 +61,33 @@ pub(crate) enum Owner {
     Us,
     /// Somebody else's: it is neither signalled nor told how to behave, and may live on when its guest has ended.
     Another,
+}
+
+/// The end of a QEMU that has told of it: when to send the next signal, and from when on it is SIGKILL.
+struct End {
+    next: Instant,
+    last: Instant,
+}
+
+impl End {
+    fn told_at(now: Instant) -> Self {
+        Self { next: now + NUDGES.0, last: now + ENDING }
+    }
+
+    /// Waits until a signal is due, and answers which: for ever, where there is no end. May be cancelled.
+    async fn is_due(end: &mut Option<Self>) -> Signal {
+        let Some(end) = end else { return std::future::pending().await };
+        tokio::time::sleep_until(end.next.min(end.last)).await;
+        let now = Instant::now();
+        end.next = now + NUDGES.1;
+        if now < end.last {
+            debug!("QEMU has not ended though it said so; waking it");
+            return Signal::TERM;
+        }
+        warn!("QEMU has not ended though it said so, and nothing wakes it; killing it");
+        end.last = end.next;
+        Signal::KILL
+    }
 }
 
 /// Why QEMU ends, in its own words.
@@ -111,10 +142,10 @@ impl Watch {
     /// Watches until the process has gone and that has been told, or nobody is there to be told.
     pub(crate) async fn run(mut self) {
         let (process, link) = (self.process.clone(), Arc::clone(&self.link));
-        let mut nudge: Option<Instant> = None;
+        let mut end: Option<End> = None;
         loop {
-            if self.shutdown.is_some() && nudge.is_none() && self.owner == Owner::Us {
-                nudge = Some(Instant::now() + NUDGES.0);
+            if self.shutdown.is_some() && end.is_none() && self.owner == Owner::Us {
+                end = Some(End::told_at(Instant::now()));
             }
             tokio::select! {
                 biased;
@@ -125,12 +156,10 @@ impl Watch {
                 },
                 _ = process.wait() => break,
                 () = unwanted(&self.events, &mut self.handle) => return,
-                () = tokio::time::sleep_until(nudge.unwrap_or_else(Instant::now)), if nudge.is_some() => {
-                    debug!("QEMU has not ended though it said so; waking it");
-                    if let Err(error) = process.signal(Signal::TERM) {
+                signal = End::is_due(&mut end) => {
+                    if let Err(error) = process.signal(signal) {
                         warn!(%error, "QEMU could not be signalled");
                     }
-                    nudge = Some(Instant::now() + NUDGES.1);
                 }
                 qmp = link.restored() => self.catch_up(&qmp).await,
             }
@@ -152,10 +181,14 @@ impl Watch {
         match event.name.as_str() {
             "RESET" => match Reset::deserialize(&event.data) {
                 Ok(reset) if reset.guest => self.tell(VmmEvent::GuestReset),
+                // Nobody else speaks to a QEMU that is ours.
+                Ok(_) if self.owner == Owner::Another && self.guest.resets.is_anothers() => {
+                    self.tell(VmmEvent::ResetFromOutside);
+                }
                 Ok(_) => {}
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
             },
-            "STOP" | "RESUME" => {
+            "STOP" | "RESUME" if !self.is_ending() => {
                 if let Ok(qmp) = self.link.get() {
                     self.compare(&qmp).await;
                 }
@@ -176,8 +209,16 @@ impl Watch {
         }
     }
 
+    /// Says whether QEMU, which is to end with its guest, has told that this one has shut down: then it is asked nothing more.
+    fn is_ending(&self) -> bool {
+        self.owner == Owner::Us && self.guest.has_shut_down()
+    }
+
     /// After a gap in the events: sets what a broken call may have left, and looks what has changed.
     async fn catch_up(&mut self, qmp: &Qmp) {
+        if self.is_ending() {
+            return;
+        }
         if self.owner == Owner::Us
             && let Err(error) = qmp.set_reboot_action(self.reboot).await
         {

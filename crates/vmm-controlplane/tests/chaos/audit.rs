@@ -254,6 +254,7 @@ impl Step<'_> {
             "restart-policy" => self.started.is_none() && move_ == (Shutdown, Shutdown),
             "paused-from-outside" => move_ == (Running, Paused),
             "resumed-from-outside" => move_ == (Paused, Running),
+            "reset-from-outside" => self.from.is_live() && self.from == self.to,
             _ => false,
         }
     }

@@ -75,7 +75,6 @@ fn virsh_is_seen_and_sees() {
 
     libvirtd.virsh(&["reset", "vm"]);
     world.wait_for_console("vm", &Guest::Button.banner(), 2);
-    assert_eq!(world.info("vm")["state"], "VM_STATE_RUNNING");
     libvirtd.virsh(&["destroy", "vm"]);
     assert_eq!(reason(&world.wait_for_state("vm", "VM_STATE_SHUTDOWN")), "vmm-told-to-end");
     libvirtd.virsh(&["start", "vm"]);
@@ -98,6 +97,70 @@ fn virsh_is_seen_and_sees() {
     assert_eq!(gone["left_behind"], Value::Null, "{gone}");
     eventually("the domain is gone", || libvirtd.domains().is_empty() && libvirtd.qemus().is_empty());
     world.assert_nothing_left();
+}
+
+/// How often the audit trail of a VM tells of a reset from outside.
+fn resets_told(world: &World, vm_id: &str) -> usize {
+    let events = world.call("ListVmEvents", &json!({"vm_id": vm_id, "page_size": 1000})).ok();
+    let events = events["events"].as_array().cloned().unwrap_or_default();
+    events.iter().filter(|event| event["cause"] == "reset-from-outside").count()
+}
+
+#[test]
+fn a_reset_by_virsh_is_told() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    let banner = Guest::Button.banner();
+    let mut config = world.tiny(Guest::Button);
+    config["restart_policy"] = json!({"mode": "RESTART_MODE_GUEST_REBOOT", "max_restarts": 1});
+    world.create("vm", &config);
+    world.boot("vm");
+    world.wait_for_console("vm", &banner, 1);
+    // An operator may reset as often as it pleases: the policy counts what the guest does by itself.
+    for reset in 1..=3 {
+        libvirtd.virsh(&["reset", "vm"]);
+        eventually("it is told", || resets_told(&world, "vm") == reset);
+        let info = world.info("vm");
+        assert_eq!((info["state"].as_str(), reason(&info)), (Some("VM_STATE_RUNNING"), "reset-from-outside"));
+        assert_eq!(info["status"]["restarts"].as_i64().unwrap_or(0), 0, "{info:#}");
+        world.wait_for_console("vm", &banner, 1 + reset);
+    }
+    // Ours is none, though QEMU tells of it in the same words; and one after it is not taken for ours.
+    world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok();
+    world.wait_for_console("vm", &banner, 5);
+    assert_eq!(resets_told(&world, "vm"), 3);
+    libvirtd.virsh(&["reset", "vm"]);
+    eventually("it is told", || resets_told(&world, "vm") == 4);
+    world.wait_for_console("vm", &banner, 6);
+    // virsh reboot presses the button, and libvirt resets the guest that has shut down: the run goes on.
+    let pid = vmm_pid(&world.info("vm"));
+    libvirtd.virsh(&["reboot", "vm"]);
+    eventually("it is told", || resets_told(&world, "vm") == 5);
+    world.wait_for_console("vm", &banner, 7);
+    let info = world.info("vm");
+    assert_eq!((info["state"].as_str(), vmm_pid(&info)), (Some("VM_STATE_RUNNING"), pid));
+    world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
+    libvirtd.virsh(&["reset", "vm"]);
+    eventually("it is told", || resets_told(&world, "vm") == 6);
+    assert_eq!(world.info("vm")["state"], "VM_STATE_PAUSED", "its CPUs stand as still as before");
+    signal(pid, Signal::KILL);
+    let down = world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
+    assert_eq!(reason(&down), "vmm-failed", "how it nearly ended once is forgotten: {down:#}");
+
+    // Where no reset may go on, QEMU ends at this one too, as it would for virsh without us.
+    config["restart_policy"] = json!({"mode": "RESTART_MODE_NEVER"});
+    world.create("never", &config);
+    world.boot("never");
+    world.wait_for_console("never", &banner, 1);
+    world.call("RebootVm", &json!({"vm_id": "never", "force": true})).ok();
+    world.wait_for_console("never", &banner, 2);
+    libvirtd.virsh(&["reset", "never"]);
+    let down = world.wait_for_state("never", "VM_STATE_SHUTDOWN");
+    assert_eq!(reason(&down), "vmm-told-to-end", "{down:#}");
+    assert!(down["status"]["message"].as_str().unwrap().contains("was reset through libvirt"), "{down:#}");
+    for name in ["vm", "never"] {
+        world.call("DeleteVm", &json!({"vm_id": name, "force": true})).ok();
+    }
 }
 
 #[test]
@@ -136,6 +199,29 @@ fn a_restart_of_libvirtd_loses_nothing() {
     for name in ["vm", "other"] {
         world.call("DeleteVm", &json!({"vm_id": name, "force": true})).ok();
     }
+}
+
+#[test]
+fn doctor_looks_at_libvirt_beside_the_daemon_and_without_it() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let mut world = world(&helper, &libvirtd.uri(), &[]);
+    let finding = |world: &World| {
+        let output = world.command().args(["doctor", "--json"]).output().unwrap();
+        let diagnosis: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let mut checks = diagnosis["checks"].as_array().unwrap().clone();
+        checks.retain(|check| check["name"] == "backend qemu");
+        (output.status.code(), checks[0]["finding"].as_str().unwrap().to_owned())
+    };
+    let (code, alone) = finding(&world);
+    assert!(code == Some(0) && alone.contains(&libvirtd.uri()) && alone.contains("libvirt"), "{alone}");
+    world.start();
+    run(&world, "vm", Guest::Idle);
+    assert_eq!(finding(&world), (Some(0), alone));
+    assert_eq!(world.info("vm")["status"]["phase"], "running");
+    world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+    libvirtd.stop();
+    let (code, down) = finding(&world);
+    assert!(code == Some(1) && down.contains("libvirt-daemon-system"), "{down}");
 }
 
 #[test]

@@ -47,6 +47,11 @@ impl MachineControl {
         self.emit(VmmEvent::GuestReset);
     }
 
+    /// Its guest is reset by somebody else, and goes on.
+    pub fn reset_from_outside(&self) {
+        self.emit(VmmEvent::ResetFromOutside);
+    }
+
     /// Its guest is paused by somebody else.
     pub fn pause(&self) {
         self.look(|machine| machine.guest = GuestState::Paused);

@@ -17,13 +17,18 @@ use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
 /// The file in the run folder that says what the guest is doing: `prelaunch`, `running` or `paused`.
 pub const STATE: &str = "fake.state";
+/// The file in the run folder that names, one a line, the commands that came after the end was told, which is none of a careful
+/// client's. Only of a VMM that hangs then.
+pub const LATE: &str = "fake.late";
 /// What a guest prints on its console each time it starts.
 pub const BANNER: &str = "fake guest: up";
 
@@ -39,6 +44,12 @@ pub struct Script {
     pub stubborn: bool,
     /// `fake.slow-off=MS`: the guest takes so long to power off.
     pub power_off_takes: Duration,
+    /// `fake.off-after=MS`: the guest powers off by itself, so long after it was first let go.
+    pub powers_off_after: Option<Duration>,
+    /// `fake.hangs`: the VMM tells of its end and does not end, as QEMU 7.2 may. Signals end it all the same.
+    pub hangs: bool,
+    /// `fake.unwakeable`: SIGTERM does nothing to the VMM.
+    pub unwakeable: bool,
 }
 
 impl Script {
@@ -49,14 +60,19 @@ impl Script {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("fake.deaf", _) => script.deaf = true,
                 ("fake.stubborn", _) => script.stubborn = true,
-                ("fake.slow-off", ms) => {
-                    script.power_off_takes = Duration::from_millis(ms.parse().unwrap_or_default());
-                }
+                ("fake.slow-off", ms) => script.power_off_takes = millis(ms),
+                ("fake.off-after", ms) => script.powers_off_after = Some(millis(ms)),
+                ("fake.hangs", _) => script.hangs = true,
+                ("fake.unwakeable", _) => script.unwakeable = true,
                 _ => {}
             }
         }
         script
     }
+}
+
+fn millis(text: &str) -> Duration {
+    Duration::from_millis(text.parse().unwrap_or_default())
 }
 
 /// What the command line says.
@@ -108,6 +124,9 @@ impl Guest {
     }
 }
 
+/// Whether the one machine of this process has told of its end and hangs.
+static HANGS: AtomicBool = AtomicBool::new(false);
+
 /// The one machine of this process.
 struct Machine {
     order: Order,
@@ -141,6 +160,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Serves one client after the other, until the machine ends and the process with it.
 fn serve(order: Order) -> io::Result<()> {
+    if order.script.unwakeable {
+        // Before there is another thread, which inherits it.
+        SigSet::from(Signal::SIGTERM).thread_block()?;
+    }
     let listener = UnixListener::bind(&order.socket)?;
     let machine = Machine { order, guest: Guest::Prelaunch, button: false, client: None };
     machine.write_state()?;
@@ -155,6 +178,7 @@ fn serve(order: Order) -> io::Result<()> {
 
 fn attend(machine: &Arc<Mutex<Machine>>, client: UnixStream) -> io::Result<()> {
     let mut lines = BufReader::new(client.try_clone()?);
+    let late = lock(machine).beside_socket(LATE);
     {
         let mut machine = lock(machine);
         machine.client = Some(client);
@@ -164,7 +188,12 @@ fn attend(machine: &Arc<Mutex<Machine>>, client: UnixStream) -> io::Result<()> {
     let mut line = String::new();
     while lines.read_line(&mut line)? > 0 {
         let command: Value = serde_json::from_str(&line)?;
-        Machine::execute(machine, &command)?;
+        if HANGS.load(Ordering::Relaxed) {
+            let mut late = fs::OpenOptions::new().append(true).create(true).open(&late)?;
+            writeln!(late, "{}", command["execute"].as_str().unwrap_or_default())?;
+        } else {
+            Machine::execute(machine, &command)?;
+        }
         line.clear();
     }
     Ok(())
@@ -182,6 +211,11 @@ impl Machine {
         let answer = match command["execute"].as_str().unwrap_or_default() {
             "qmp_capabilities" | "set-action" => nothing,
             "cont" => {
+                if machine.guest == Guest::Prelaunch
+                    && let Some(delay) = machine.order.script.powers_off_after
+                {
+                    Self::power_off_after(shared, delay)?;
+                }
                 machine.go_on()?;
                 nothing
             }
@@ -230,6 +264,10 @@ impl Machine {
         if delay.is_zero() {
             machine.end("guest-shutdown");
         }
+        Self::power_off_after(shared, delay)
+    }
+
+    fn power_off_after(shared: &Arc<Mutex<Self>>, delay: Duration) -> io::Result<()> {
         let shared = Arc::clone(shared);
         std::thread::Builder::new().spawn(move || {
             pause(delay);
@@ -258,16 +296,25 @@ impl Machine {
     }
 
     fn write_state(&self) -> io::Result<()> {
-        let dir = self.order.socket.parent().unwrap_or(Path::new("/"));
-        let fresh = dir.join("fake.state.new");
+        let fresh = self.beside_socket("fake.state.new");
         fs::write(&fresh, self.guest.as_str())?;
-        fs::rename(fresh, dir.join(STATE))
+        fs::rename(fresh, self.beside_socket(STATE))
     }
 
-    /// Ends the process in QEMU's way: says why, takes its socket away, and exits.
+    fn beside_socket(&self, name: &str) -> PathBuf {
+        self.order.socket.parent().unwrap_or(Path::new("/")).join(name)
+    }
+
+    /// Ends the process in QEMU's way: says why, takes its socket away, and exits, if it does.
     fn end(&mut self, reason: &str) -> ! {
         let guest = reason.starts_with("guest");
+        HANGS.store(self.order.script.hangs, Ordering::Relaxed);
         let _ = self.event("SHUTDOWN", &json!({"guest": guest, "reason": reason}));
+        if self.order.script.hangs {
+            loop {
+                std::thread::park();
+            }
+        }
         let _ = fs::remove_file(&self.order.socket);
         std::process::exit(0)
     }
@@ -302,7 +349,8 @@ mod tests {
 
     #[test]
     fn qemus_command_line_is_read() {
-        let line = "fake-qemu -S -append console=ttyS0\u{20}fake.deaf\u{20}fake.slow-off=250";
+        let line =
+            "fake-qemu -S -append console=ttyS0\u{20}fake.deaf\u{20}fake.slow-off=250\u{20}fake.off-after=9";
         let chardevs = [
             "socket,id=console,server=on,wait=off,path=/r/v,,m/console.sock,logfile=/r/v,,m/console.log,logappend=on",
             "socket,id=qmp,server=on,wait=off,path=/r/v,,m/qmp.sock",
@@ -311,7 +359,12 @@ mod tests {
         for chardev in chardevs {
             args.extend(["-chardev".into(), chardev.into()]);
         }
-        let script = Script { deaf: true, stubborn: false, power_off_takes: Duration::from_millis(250) };
+        let script = Script {
+            deaf: true,
+            power_off_takes: Duration::from_millis(250),
+            powers_off_after: Some(Duration::from_millis(9)),
+            ..Script::default()
+        };
         let expected =
             Order { socket: "/r/v,m/qmp.sock".into(), console: Some("/r/v,m/console.log".into()), script };
         assert_eq!(Order::read(&args), Some(expected));
