@@ -40,6 +40,11 @@ run() {
     mkdir -p "$found" "$FUZZ/corpus/$name"
     for folder in "$FUZZ/seeds/$name" "$FUZZ/corpus/$name"; do [ ! -d "$folder" ] || kept+=("$folder"); done
     step "$name: $SECONDS_EACH s (log: ${log#"$ROOT/"})"
+    # By itself, so that a target that does not build is not taken for a finding.
+    cargo_fuzz build "$name" > "$log" 2>&1 || {
+        grep -A 8 '^error' "$log" >&2 || tail -n 40 "$log" >&2
+        die "$name cannot be built; the compiler's words are above, and all of them in ${log#"$ROOT/"}"
+    }
     cargo_fuzz run "$name" "$found" "${kept[@]}" -- "${LIMITS[@]}" -max_total_time="$SECONDS_EACH" \
         -print_final_stats=1 > "$log" 2>&1 || {
         tail -n 40 "$log" >&2

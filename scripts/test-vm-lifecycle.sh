@@ -10,6 +10,9 @@
 #   --guest     linux (the default on qemu) shuts down when asked to; tiny (the default on the others) boots in milliseconds
 #               and never does what it is asked, so it exercises the end of the shutdown ladder
 #
+# Where the daemon has an endpoint, the VMM that somebody else started there is used. What needs another VMM is refused then, which is
+# a step, and the command that the refusal names is run, as somebody else would. On Firecracker the tiny guest is one that obeys.
+#
 # Every answer's state is checked, as is what GetVmInfo says afterwards and that the guest really printed to its console.
 # The exit status is 0 if every step passed, 1 if one failed, 2 if the arguments are wrong.
 set -euo pipefail
@@ -40,7 +43,8 @@ esac
 
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/vmcp-life.XXXXXX")
 CONSOLE=$WORK/console.log
-VM_ID='' VMM_PID='' DAEMON_PID=''
+VM_ID='' VMM_PID='' VMM_SOCKET='' DAEMON_PID='' MODE='' BOOTS=0
+OTHER_VMM=() # shells with the VMMs that were started as a refusal said, each with a process group of its own
 STEPS_FAILED=0
 
 cleanup() {
@@ -49,7 +53,8 @@ cleanup() {
     trap '' INT TERM
     [ -z "$VM_ID" ] || api DeleteVm "{\"vm_id\": \"$VM_ID\", \"force\": true}" > /dev/null || true
     stop_daemon
-    kill_leftover_vmm "$VMM_PID"
+    [ "$MODE" = attached ] || kill_leftover_vmm "$VMM_PID"
+    for pid in "${OTHER_VMM[@]}"; do kill -KILL -- "-$pid" 2> /dev/null || true; done
     rm -rf "$WORK"
     exit "$status"
 }
@@ -61,7 +66,7 @@ trap 'exit 143' TERM
 choose_guest() {
     case $GUEST in
         linux)
-            KERNEL=$GUEST_DIR/vmlinuz INITRD=$GUEST_DIR/initramfs.cpio.gz BANNER='^vmcp-guest: ready' PATIENCE=60
+            KERNEL=$GUEST_DIR/vmlinuz INITRD=$GUEST_DIR/initramfs.cpio.gz KERNEL_ARGS='' BANNER='^vmcp-guest: ready' PATIENCE=60
             BOOT_SECONDS=120 MEMORY=268435456
             need_linux_guest
             [ "$BACKEND" != firecracker ] || die "Firecracker boots no compressed kernel" "use --guest tiny"
@@ -73,7 +78,10 @@ choose_guest() {
                 step "making the tiny guest (builds a small program first)"
                 (cd "$ROOT" && cargo run -q -p vmm-testkit --bin tiny-guests -- "$WORK") > /dev/null
             fi
-            KERNEL=$WORK/tiny-idle.elf INITRD='' BANNER='^vmcp-tiny: up' PATIENCE=1 BOOT_SECONDS=20 MEMORY=134217728
+            KERNEL=$WORK/tiny-idle.elf INITRD='' KERNEL_ARGS='' BANNER='^vmcp-tiny: up' PATIENCE=1 BOOT_SECONDS=20 MEMORY=134217728
+            if [ "$MODE-$BACKEND" = attached-firecracker ]; then # nothing else ends its VM without force
+                KERNEL=$WORK/tiny-obey.elf KERNEL_ARGS=' reboot=k' PATIENCE=20
+            fi
             ;;
         *) usage ;;
     esac
@@ -96,6 +104,15 @@ find_daemon() {
     while port_taken "$port"; do port=$((port + 1)); done
     step "starting a daemon with backend $BACKEND on port $port"
     start_daemon "$BACKEND" "$port"
+}
+
+# Whether the daemon starts the VMMs of this backend: managed, attached or libvirt.
+find_mode() {
+    MODE=$(api ListBackends '{}' | jq -r --arg name "$BACKEND" '.backends[] | select(.name == $name) | .endpoint_mode') || true
+    if [ "$MODE-$BACKEND" = attached-qemu ]; then
+        die "the daemon is attached to a running QEMU, which is imported: no VM can be created there" \
+            "unset UNKEY_VMCP_QEMU_ENDPOINT, or set it to qemu:///system"
+    fi
 }
 
 pass() { printf 'PASS  %s\n' "$1"; }
@@ -144,9 +161,10 @@ refused() {
 
 boots_seen() { grep -ac "$BANNER" "$CONSOLE" 2> /dev/null || true; }
 
-# console STEP N: the console must show the guest's N-th boot.
+# console STEP: the console must show one more boot of the guest.
 console() {
-    local wanted=$2 seen
+    BOOTS=$((BOOTS + 1))
+    local wanted=$BOOTS seen
     # shellcheck disable=SC2317  # called by wait_for
     shows_boot() { seen=$(boots_seen) && [ "${seen:-0}" -ge "$wanted" ]; }
     if wait_for "$BOOT_SECONDS" shows_boot; then
@@ -159,9 +177,9 @@ console() {
 check_create() {
     local config answer
     config=$(jq -n --arg backend "$BACKEND" --arg kernel "$KERNEL" --arg initrd "$INITRD" --arg console "$CONSOLE" \
-        --argjson memory "$MEMORY" '{backend: $backend, config: {
+        --argjson memory "$MEMORY" --arg more "$KERNEL_ARGS" '{backend: $backend, config: {
             cpu: {vcpu_count: 1}, memory: {size_bytes: $memory},
-            boot: ({kernel_path: $kernel, kernel_args: "console=ttyS0"} + if $initrd == "" then {} else {initrd_path: $initrd} end),
+            boot: ({kernel_path: $kernel, kernel_args: ("console=ttyS0" + $more)} + if $initrd == "" then {} else {initrd_path: $initrd} end),
             console: {enabled: true, output: $console}, metadata: {made_by: "test-vm-lifecycle"}}}')
     if ! answer=$(api CreateVm "$config"); then
         fail CreateVm "${answer:-no answer}"
@@ -187,6 +205,7 @@ check_info() {
         fail GetVmInfo "${answer:-no answer}"
     fi
     VMM_PID=$(vmm_pid "$VM_ID")
+    VMM_SOCKET=$(jq -r '.backend_info.socket // empty' <<< "$answer")
 }
 
 # check_list STEP COUNT: ListVms must hold the VM this many times. Tests ask for few VMs, so one page holds them all.
@@ -197,15 +216,54 @@ check_list() {
     if [ "$seen" = "$2" ]; then pass "$1"; else fail "$1" "$2 expected: ${answer:-no answer}"; fi
 }
 
-# The answer to a shutdown may only come when the VMM has gone.
+# Asks a Cloud Hypervisor that was started by somebody else whether its VM runs.
+vm_is_live() {
+    curl -s --max-time 5 --unix-socket "$VMM_SOCKET" http://localhost/api/v1/vm.info |
+        jq -e '.state == "Running" or .state == "Paused"' > /dev/null 2>&1
+}
+
+# The answer to a shutdown may only come when the VMM has gone; one of somebody else's may live on without its VM.
 check_vmm_gone() {
-    if [ -z "$VMM_PID" ]; then
+    if [ "$MODE-$BACKEND" = attached-cloudhypervisor ]; then
+        if vm_is_live; then fail "its VMM has no VM" "it still runs in pid $VMM_PID"; else pass "its VMM has no VM"; fi
+    elif [ -z "$VMM_PID" ]; then
         fail "the VMM's process has gone" "GetVmInfo named no pid in backend_info"
     elif [ -d "/proc/$VMM_PID" ] && ! grep -q '^State:.*Z' "/proc/$VMM_PID/status" 2> /dev/null; then
         fail "the VMM's process has gone" "pid $VMM_PID is alive after a successful shutdown"
     else
         pass "the VMM's process has gone"
     fi
+}
+
+# A boot after a shutdown. Where that takes another VMM the refusal says how to start one, and that is done.
+check_boot_again() {
+    local answer message told
+    if [ "$MODE" = attached ] && ! answer=$(api BootVm "$(request)"); then
+        message=$(jq -r '.message // empty' <<< "$answer")
+        told=${message##*start one there (}
+        if [ "$(jq -r '.code // empty' <<< "$answer")" != unavailable ] || [ "$told" = "$message" ]; then
+            fail "BootVm without a VMM" "the code should be unavailable, with the command to run: $answer"
+            return
+        fi
+        pass "BootVm without a VMM → unavailable"
+        step "starting another VMM, as told: ${told%)*}"
+        setsid sh -c "${told%)*}" > /dev/null 2>&1 < /dev/null &
+        OTHER_VMM+=($!)
+        # shellcheck disable=SC2317  # called by wait_for
+        boots() { api BootVm "$(request)" > /dev/null; }
+        wait_for 20 boots || true
+    fi
+    expect "BootVm after shutdown" BootVm "$(request)" VM_STATE_RUNNING
+}
+
+# A reboot; of a VMM that can be used once and is somebody else's, the refusal of it.
+check_reboot() {
+    if [ "$MODE-$BACKEND" = attached-firecracker ]; then
+        refused "RebootVm of a VMM that starts one guest" RebootVm "$(request)" unavailable
+        return
+    fi
+    expect RebootVm RebootVm "$(request "\"timeout_seconds\": $PATIENCE")" VM_STATE_RUNNING
+    console "the console shows the second boot"
 }
 
 check_delete() {
@@ -221,7 +279,7 @@ lifecycle() {
     check_create || return 0
     refused "PauseVm before boot" PauseVm "$(request)" failed_precondition
     expect BootVm BootVm "$(request)" VM_STATE_RUNNING
-    console "the console shows the boot" 1
+    console "the console shows the boot"
     expect "BootVm again" BootVm "$(request)" VM_STATE_RUNNING
     check_info
     check_list "ListVms has the VM" 1
@@ -229,14 +287,13 @@ lifecycle() {
     expect "PauseVm again" PauseVm "$(request)" VM_STATE_PAUSED
     expect ResumeVm ResumeVm "$(request)" VM_STATE_RUNNING
     expect "ResumeVm again" ResumeVm "$(request)" VM_STATE_RUNNING
-    expect RebootVm RebootVm "$(request "\"timeout_seconds\": $PATIENCE")" VM_STATE_RUNNING
-    console "the console shows the second boot" 2
+    check_reboot
     VMM_PID=$(vmm_pid "$VM_ID")
     expect ShutdownVm ShutdownVm "$(request "\"timeout_seconds\": $PATIENCE")" VM_STATE_SHUTDOWN
     check_vmm_gone
     expect "ShutdownVm again" ShutdownVm "$(request)" VM_STATE_SHUTDOWN
-    expect "BootVm after shutdown" BootVm "$(request)" VM_STATE_RUNNING
-    console "the console shows the third boot" 3
+    check_boot_again
+    console "the console shows the boot after shutdown"
     VMM_PID=$(vmm_pid "$VM_ID")
     refused "DeleteVm while running" DeleteVm "$(request)" failed_precondition
     expect "ShutdownVm with force" ShutdownVm "$(request '"force": true')" VM_STATE_SHUTDOWN
@@ -247,8 +304,9 @@ lifecycle() {
     VM_ID=
 }
 
-choose_guest
 find_daemon
+find_mode
+choose_guest
 step "lifecycle on $BACKEND at $BASE_URL, guest $GUEST"
 lifecycle
 if [ "$STEPS_FAILED" != 0 ]; then

@@ -6,6 +6,8 @@
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 
+use vmm_host::path::shell_word;
+
 use super::error::{ConfigError, Origin, printable};
 use super::settings::{PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting};
 use super::sources::{Environment, Given, set};
@@ -70,7 +72,9 @@ pub fn migrate_env(env: &Environment) -> String {
             (Some(setting), None) => {
                 writeln!(notes, "# {name} is not UTF-8: set {} by hand.", setting.variable())
             }
-            (Some(setting), Some(text)) => writeln!(exports, "export {}={}", setting.variable(), quote(text)),
+            (Some(setting), Some(text)) => {
+                writeln!(exports, "export {}={}", setting.variable(), shell_word(text))
+            }
         };
     }
     if exports.is_empty() {
@@ -87,15 +91,6 @@ pub fn migrate_env(env: &Environment) -> String {
         let _ = writeln!(exports, "export {}=cloudhypervisor", backend.variable());
     }
     notes + &exports
-}
-
-/// Quotes a text for a POSIX shell; plain words stay as they are.
-fn quote(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=@%+".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        return text.to_owned();
-    }
-    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 #[cfg(test)]

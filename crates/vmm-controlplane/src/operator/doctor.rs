@@ -5,8 +5,9 @@ use vmm_core::id::BackendName;
 use vmm_host::lock;
 use vmm_host::path::find_program;
 
+use super::held::{self, Held};
 use super::{Answer, host};
-use crate::config::{self, Config, Kvm, Loaded};
+use crate::config::{self, Config, Endpoint, Kvm, Loaded};
 use crate::daemon;
 
 /// How it stands with one thing.
@@ -100,7 +101,11 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     Ok(Answer { text, code: u8::from(!can_serve) })
 }
 
+/// Says whether the daemon's user needs /dev/kvm: not where somebody else starts the VMMs.
 fn needs_kvm(config: &Config) -> bool {
+    if config.hypervisor(config.default_backend).endpoint != Endpoint::Managed {
+        return false;
+    }
     match config.default_backend {
         config::BackendName::CloudHypervisor | config::BackendName::Firecracker => true,
         config::BackendName::Qemu => config.qemu_kvm == Kvm::On,
@@ -137,13 +142,24 @@ fn database(config: &Config) -> Check {
     }
 }
 
-/// A line for each hypervisor, and what the default one boots.
+/// The lines of each hypervisor, and what the default one boots.
 async fn backends(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::KernelFormat>) {
-    let backends = daemon::backends(config);
+    let held = held::by_daemon(config);
+    let (asked, asks_qemu) = without(config, &held);
+    let backends = daemon::backends(&asked);
     backends.refresh().await;
     let default = backends.default_name().clone();
-    let mut checks: Vec<Check> =
-        backends.statuses().iter().map(|status| backend_line(config, &default, status)).collect();
+    let mut checks = Vec::new();
+    for status in backends.statuses() {
+        let is_qemu = status.capabilities.name.as_str() == config::BackendName::Qemu.as_str();
+        let held: &[Held] = if is_qemu { &held } else { &[] };
+        let is_default = status.capabilities.name == default;
+        let others_serve = held.iter().any(|held| held.found.is_ok());
+        checks.extend(held.iter().map(|held| held_line(held, is_default && !others_serve)));
+        if !is_qemu || asks_qemu {
+            checks.extend(backend_lines(&asked, is_default && !others_serve, &status));
+        }
+    }
     match backends.status(&default) {
         Some(status) => (checks, status.capabilities.kernel_formats.to_vec()),
         None => {
@@ -158,28 +174,66 @@ async fn backends(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::Kernel
     }
 }
 
-fn backend_line(config: &Config, default: &BackendName, status: &vmm_service::BackendStatus) -> Check {
-    let name = &status.capabilities.name;
-    let is_default = name == default;
-    let shown = format!("backend {name}");
-    let binary = hypervisor(config, name).map(|hypervisor| &hypervisor.binary);
-    let path = std::env::var_os("PATH");
-    let program = binary.and_then(|binary| find_program(binary, path.as_deref()).ok());
-    match &status.health.version {
-        Ok(version) => {
-            let at = program.map(|program| format!(" at {}", program.display())).unwrap_or_default();
-            Check::ok(shown, format!("version {version}{at}"))
-        }
-        Err(why) => {
-            let remedy = if program.is_none() {
-                install(name)
-            } else {
-                "do as the finding says, or see /dev/kvm above"
-            };
-            let check = if is_default { Check::fail } else { Check::warn };
-            check(shown, why.as_str(), remedy)
+/// The configuration without the sockets that are not to be asked, and whether there is any QEMU left to ask.
+fn without(config: &Config, held: &[Held]) -> (Config, bool) {
+    let mut asked = config.clone();
+    if let Endpoint::Unix(sockets) = &mut asked.qemu.endpoint {
+        sockets.retain(|socket| held.iter().all(|held| held.socket != *socket));
+        if sockets.is_empty() {
+            asked.qemu.endpoint = Endpoint::Managed;
+            return (asked, false);
         }
     }
+    (asked, true)
+}
+
+fn held_line(held: &Held, is_needed: bool) -> Check {
+    let name = format!("backend {}", config::BackendName::Qemu.as_str());
+    match &held.found {
+        Ok(shown) => Check::ok(name, shown.as_str()),
+        Err(why) => {
+            failing(is_needed)(name, why.clone(), "look at that process, or end its VM with force".to_owned())
+        }
+    }
+}
+
+/// How it is told that something cannot be used.
+fn failing(is_needed: bool) -> fn(String, String, String) -> Check {
+    if is_needed { Check::fail } else { Check::warn }
+}
+
+fn backend_lines(config: &Config, is_needed: bool, status: &vmm_service::BackendStatus) -> Vec<Check> {
+    let name = &status.capabilities.name;
+    let shown = format!("backend {name}");
+    let endpoint = hypervisor(config, name).map(|hypervisor| &hypervisor.endpoint);
+    let program = || {
+        let path = std::env::var_os("PATH");
+        hypervisor(config, name).and_then(|hypervisor| find_program(&hypervisor.binary, path.as_deref()).ok())
+    };
+    let remedy = || match endpoint {
+        Some(Endpoint::Unix(_) | Endpoint::Libvirt(_)) => "do as the finding says",
+        Some(Endpoint::Managed) | None if program().is_none() => install(name),
+        Some(Endpoint::Managed) | None => "do as the finding says, or see /dev/kvm above",
+    };
+    let mut checks = vec![match &status.health.version {
+        Ok(version) => {
+            let reached = match endpoint {
+                Some(Endpoint::Unix(sockets)) => {
+                    let sockets = sockets.iter().map(|socket| format!("unix://{}", socket.display()));
+                    format!(" at {}", sockets.collect::<Vec<_>>().join(", "))
+                }
+                Some(Endpoint::Libvirt(uri)) => format!(" through {uri}"),
+                Some(Endpoint::Managed) | None => {
+                    program().map(|program| format!(" at {}", program.display())).unwrap_or_default()
+                }
+            };
+            Check::ok(shown.clone(), format!("version {version}{reached}"))
+        }
+        Err(why) => failing(is_needed)(shown.clone(), why.clone(), remedy().to_owned()),
+    }];
+    checks
+        .extend(status.health.problems.iter().map(|why| Check::warn(shown.clone(), why.as_str(), remedy())));
+    checks
 }
 
 fn hypervisor<'a>(config: &'a Config, name: &BackendName) -> Option<&'a config::Hypervisor> {

@@ -17,6 +17,7 @@ mod copies;
 mod decide;
 pub mod doctor;
 mod facts;
+mod held;
 mod host;
 mod reconcile;
 

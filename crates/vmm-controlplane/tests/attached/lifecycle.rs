@@ -1,10 +1,14 @@
 //! A VM through its life in a VMM that waited.
 
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::json;
 use vmm_testkit::by_hand::{ByHand, Kind};
 use vmm_testkit::guests::Guest;
 
-use crate::bench::{Bench, able, endpoint};
+use crate::bench::{Bench, WAITING, able, endpoint};
 use crate::harness::eventually;
 
 #[test]
@@ -69,12 +73,59 @@ fn firecracker_needs_another_vmm_for_another_boot() {
             );
             eventually("its process ended by itself", || !crate::harness::is_alive(vmm.pid()));
             let refused = bench.op("BootVm", "vm").error("unavailable");
-            assert!(refused.contains("start one there (firecracker --api-sock"), "{refused}");
+            assert!(refused.contains("start one there (rm -f "), "{refused}");
             vmm.end();
             vmm = bench.waits();
         }
         bench.op("DeleteVm", "vm").ok();
         assert!(vmm.is_alive());
+    }
+}
+
+/// What a message says to type, typed: a shell with its VMM, in a process group of their own.
+struct Typed(Child);
+
+impl Typed {
+    fn as_printed(message: &str) -> Self {
+        let from = message.split_once("start one there (").unwrap().1;
+        let command = &from[..from.rfind(')').unwrap()];
+        let mut shell = Command::new("sh");
+        shell.args(["-c", command]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(shell.process_group(0).spawn().unwrap())
+    }
+}
+
+impl Drop for Typed {
+    fn drop(&mut self) {
+        // The shell leads the group, and its number is not used again before the wait below.
+        if let Some(group) = Pid::from_raw(self.0.id().cast_signed()) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn the_command_that_is_printed_starts_a_vmm() {
+    for kind in able("the_command_that_is_printed", &WAITING) {
+        let mut bench = Bench::new(kind);
+        let folder = bench.world.dir.path().join("it's a $(folder)");
+        std::fs::create_dir(&folder).unwrap();
+        bench.socket = folder.join("vmm.sock");
+        bench.world.set_env(kind.variable(), Some(&endpoint(&bench.socket)));
+        bench.world.start();
+        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        // First there is nothing; then what a VMM left that was killed with its VM.
+        for boot in 1..=3 {
+            let refused = bench.op("BootVm", "vm").error("unavailable");
+            let typed = Typed::as_printed(&refused);
+            eventually("its VMM is taken", || bench.op("BootVm", "vm").status == 200);
+            bench.world.wait_for_console("vm", &Guest::Idle.banner(), boot);
+            drop(typed);
+            bench.world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
+            assert!(bench.socket.exists(), "it could not take its socket away");
+        }
+        bench.op("DeleteVm", "vm").ok();
     }
 }
 

@@ -1,6 +1,6 @@
 //! A running QEMU: imported, and told by its events.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 
 use serde_json::json;
@@ -102,6 +102,32 @@ fn a_reset_that_would_end_qemu_is_refused() {
             assert!(refused.contains("would end it"), "{refused}");
             assert!(vmm.is_alive());
         }
+    }
+}
+
+#[test]
+fn a_reset_through_another_monitor_is_told() {
+    for kind in able("a_reset_through_another_monitor", &[Kind::Qemu]) {
+        let mut bench = Bench::new(kind);
+        let monitor = bench.world.dir.path().join("second.sock");
+        let mut guest = bench.guest(Guest::Idle);
+        guest.more = vec!["-qmp".to_owned(), format!("unix:{},server=on,wait=off", monitor.display())];
+        let _vmm = ByHand::runs(kind, &bench.socket, &guest);
+        bench.world.start();
+        let vm = bench.the_vm();
+        let told = |bench: &Bench| {
+            let events = bench.world.call("ListVmEvents", &json!({"vm_id": vm, "page_size": 1000})).ok();
+            let events = events["events"].as_array().cloned().unwrap_or_default();
+            events.iter().filter(|event| event["cause"] == "reset-from-outside").count()
+        };
+        bench.op("RebootVm", &vm).ok();
+        assert_eq!(told(&bench), 0, "ours is none");
+        let mut client = UnixStream::connect(&monitor).unwrap();
+        for command in ["qmp_capabilities", "system_reset"] {
+            writeln!(client, "{}", json!({"execute": command})).unwrap();
+        }
+        eventually("it is told", || told(&bench) == 1);
+        assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_RUNNING");
     }
 }
 

@@ -1,0 +1,61 @@
+//! The QEMUs that a running daemon is attached to. QMP serves one client, and that is the daemon: whoever else connected would wait
+//! in vain, and be in its way when it connects anew. What the daemon has written down says how they are.
+
+use std::path::{Path, PathBuf};
+
+use vmm_core::state::Phase;
+use vmm_core::store::VmRecord;
+use vmm_host::lock;
+use vmm_host::process::{Lookup, adopt};
+
+use crate::config::{BackendName, Config, Endpoint};
+
+/// One of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Held {
+    /// Its QMP socket.
+    pub(super) socket: PathBuf,
+    /// How the daemon finds it: what is to be shown, or why it cannot be used.
+    pub(super) found: Result<String, String>,
+}
+
+/// Those of this configuration's sockets that a daemon on this state directory is attached to. Connects to none. Must be called
+/// inside a Tokio runtime.
+pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
+    let Endpoint::Unix(sockets) = &config.qemu.endpoint else { return Vec::new() };
+    let runs = lock::holder(&config.state_dir).is_ok_and(|holder| holder.is_some());
+    // What is wrong with the database has a line of its own.
+    let Some(snapshot) = runs.then(|| vmm_store::peek(&config.state_dir)).and_then(Result::ok).flatten()
+    else {
+        return Vec::new();
+    };
+    sockets.iter().filter_map(|socket| Some(held(socket, holder_of(socket, &snapshot.vms)?))).collect()
+}
+
+/// The VM that the daemon runs behind `socket`, if it does.
+fn holder_of<'a>(socket: &Path, vms: &'a [VmRecord]) -> Option<&'a VmRecord> {
+    vms.iter().find(|vm| {
+        let is_there = vm.place.as_deref().is_some_and(|place| Path::new(place) == socket);
+        let process = vm.run.as_ref().map(|run| &run.process);
+        is_there
+            && vm.backend.as_str() == BackendName::Qemu.as_str()
+            && vm.state.is_live()
+            && process.is_some_and(|process| !matches!(adopt(process), Lookup::Gone))
+    })
+}
+
+fn held(socket: &Path, vm: &VmRecord) -> Held {
+    let (version, pid) =
+        vm.run.as_ref().map(|run| (run.version.clone(), run.process.pid)).unwrap_or_default();
+    let shown = socket.display();
+    let found = if vm.status.phase == Phase::Unreachable {
+        Err(format!("the daemon is attached to unix://{shown}, and finds: {}", vm.status.message))
+    } else {
+        Ok(format!(
+            "version {version} at unix://{shown}, process id {pid}: the daemon is attached to it and has VM \"{}\" there, so it was \
+             not asked (QMP serves one client)",
+            vm.vm_id
+        ))
+    };
+    Held { socket: socket.to_path_buf(), found }
+}
