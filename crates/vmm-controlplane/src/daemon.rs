@@ -143,7 +143,6 @@ fn settings(config: &Config) -> Settings {
         },
         metrics_interval: config.metrics_interval,
         event_retention: config.event_retention,
-        head_start: config.head_start,
     }
 }
 

@@ -60,12 +60,6 @@ pub trait Backend: Send + Sync + 'static {
     /// Says whether this hypervisor can serve now. Cheap, because it is asked again and again.
     async fn ping(&self) -> BackendHealth;
 
-    /// Says whether a launch of `spec` may begin before anybody asks for it: up to its gate it takes nothing that others may
-    /// want, such as a disk or a TAP, and reads at most the kernel and the initial RAM disk.
-    fn starts_ahead(&self, _spec: &VmSpec) -> bool {
-        false
-    }
-
     /// Where the VMs that are created from now on live, the best place first. Which places there are is constant.
     fn places(&self) -> Places {
         Places::Made

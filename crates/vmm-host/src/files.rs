@@ -47,9 +47,6 @@ pub struct FileFacts {
     pub size: u64,
     /// The device number of a block device; 0 for a regular file.
     pub rdev: u64,
-    /// When its content or its attributes last changed: seconds and nanoseconds of the file system's clock; 0 for a block
-    /// device, which does not tell.
-    pub changed: (i64, i64),
 }
 
 impl FileFacts {
@@ -136,7 +133,6 @@ pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
             kind: FileKind::Regular,
             size: metadata.len(),
             rdev: 0,
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
         },
         FileKind::Block => FileFacts {
             device: metadata.rdev(),
@@ -144,7 +140,6 @@ pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
             kind: FileKind::Block,
             size: file.seek(SeekFrom::End(0)).map_err(problem)?,
             rdev: metadata.rdev(),
-            changed: (0, 0),
         },
     })
 }

@@ -21,8 +21,6 @@ pub(crate) struct HostFacts {
     pub(crate) report: Report,
     /// The disks that the VM would hold while it runs.
     pub(crate) claims: Vec<HostClaim>,
-    /// The kernel and the initial RAM disk, as they are now.
-    pub(crate) boot_files: Vec<FileFacts>,
 }
 
 /// Looks at every file of `spec`. `owns_output` says that this VM made the console's file itself.
@@ -31,16 +29,16 @@ pub(crate) async fn look(spec: VmSpec, kernels: &'static [KernelFormat], owns_ou
         |error| {
             let mut report = Report::default();
             report.reject("config", format!("the host's files could not be checked: {error}"));
-            HostFacts { report, claims: Vec::new(), boot_files: Vec::new() }
+            HostFacts { report, claims: Vec::new() }
         },
     )
 }
 
 fn look_blocking(spec: &VmSpec, kernels: &[KernelFormat], owns_output: bool) -> HostFacts {
     let mut report = Report::default();
-    let mut boot_files = Vec::from_iter(look_at_kernel(&mut report, &spec.boot.kernel, kernels));
+    look_at_kernel(&mut report, &spec.boot.kernel, kernels);
     if let Some(initrd) = &spec.boot.initrd {
-        boot_files.extend(inspect(&mut report, "config.boot.initrd_path", initrd, Access::Read));
+        inspect(&mut report, "config.boot.initrd_path", initrd, Access::Read);
     }
     let mut claims = Vec::new();
     for disk in &spec.disks {
@@ -54,7 +52,7 @@ fn look_blocking(spec: &VmSpec, kernels: &[KernelFormat], owns_output: bool) -> 
     if let Console::File(path) = &spec.console {
         look_at_output(&mut report, path, owns_output);
     }
-    HostFacts { report, claims, boot_files }
+    HostFacts { report, claims }
 }
 
 fn inspect(report: &mut Report, field: &str, path: &Path, access: Access) -> Option<FileFacts> {
@@ -67,14 +65,16 @@ fn inspect(report: &mut Report, field: &str, path: &Path, access: Access) -> Opt
     }
 }
 
-fn look_at_kernel(report: &mut Report, path: &Path, accepted: &[KernelFormat]) -> Option<FileFacts> {
+fn look_at_kernel(report: &mut Report, path: &Path, accepted: &[KernelFormat]) {
     const FIELD: &str = "config.boot.kernel_path";
-    let facts = inspect(report, FIELD, path, Access::Read)?;
+    if inspect(report, FIELD, path, Access::Read).is_none() {
+        return;
+    }
     let kind = match files::head(path, HEAD_BYTES) {
         Ok(head) => kernel_kind(&head),
         Err(error) => {
             report.reject(FIELD, format!("{} cannot be read: {error}", path.display()));
-            return None;
+            return;
         }
     };
     let (usable_as, found): (&[KernelFormat], _) = match kind {
@@ -89,7 +89,6 @@ fn look_at_kernel(report: &mut Report, path: &Path, accepted: &[KernelFormat]) -
         let wanted = accepted.iter().map(|format| format.as_str()).collect::<Vec<_>>().join(" or ");
         report.reject(FIELD, format!("{} is {found}; this backend boots {wanted}", path.display()));
     }
-    Some(facts)
 }
 
 fn look_at_disk(report: &mut Report, disk: &Disk) -> Option<HostClaim> {

@@ -13,9 +13,8 @@ use vmm_core::spec::{MacAddr, VmSpec};
 use vmm_core::state::{Phase, Request, Status, VmState};
 use vmm_core::store::{Change, Commit, Requested, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::files::FileFacts;
 
-use crate::actor::{self, HeadStart};
+use crate::actor;
 use crate::check;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
@@ -83,8 +82,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         places::refuse_import_only(&*backend)?;
     }
     let checked = check_config(shared, uid, &request.requested).await;
-    let Some(Accepted { spec, backend, boot_files }) = checked.accepted.filter(|_| checked.report.is_ok())
-    else {
+    let Some((spec, backend)) = checked.accepted.filter(|_| checked.report.is_ok()) else {
         return Err(refusal(checked.report));
     };
     let claim = places::claim(shared, &*backend).await?;
@@ -132,11 +130,9 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         }
     };
     point(FaultPoint::CreateCommitted);
-    // Not before: what has no record could not be told from what somebody else needs.
-    let ahead = HeadStart::begin(shared, &backend, &record, &spec, boot_files);
     let shown = Arc::new(record.clone());
     let metrics = MetricsCell::default();
-    let handle = actor::spawn(Arc::clone(shared), record, spec, backend, metrics.clone(), ahead);
+    let handle = actor::spawn(Arc::clone(shared), record, spec, backend, metrics.clone());
     shared.index.insert(Arc::clone(&shown), committed.seq, metrics, handle);
     drop(committed);
     point(FaultPoint::CreateShown);
@@ -196,16 +192,8 @@ pub(crate) struct Checked {
     pub(crate) config: VmConfig,
     /// Everything found.
     pub(crate) report: Report,
-    /// What is needed to go on, where it could be made out.
-    accepted: Option<Accepted>,
-}
-
-/// A configuration that is understood.
-struct Accepted {
-    spec: VmSpec,
-    backend: Arc<dyn Backend>,
-    /// The kernel and the initial RAM disk, as they are now.
-    boot_files: Vec<FileFacts>,
+    /// The parsed configuration and its backend, where both could be made out.
+    pub(crate) accepted: Option<(VmSpec, Arc<dyn Backend>)>,
 }
 
 /// Runs every check of CreateVm and collects every finding. Touches nothing.
@@ -229,8 +217,7 @@ pub(crate) async fn check_config(shared: &Shared, uid: VmUid, requested: &Reques
     }
     report.merge(backend.check(&spec));
     let capabilities = backend.capabilities();
-    let facts = check::look(spec.clone(), capabilities.kernel_formats, false).await;
-    report.merge(facts.report);
+    report.merge(check::look(spec.clone(), capabilities.kernel_formats, false).await.report);
     if let Some(Err(reason)) = shared.backends.status(&capabilities.name).map(|status| status.health.version)
     {
         report.warn(
@@ -238,8 +225,7 @@ pub(crate) async fn check_config(shared: &Shared, uid: VmUid, requested: &Reques
             format!("{} cannot serve now, and BootVm will fail: {reason}", capabilities.name),
         );
     }
-    let accepted = Accepted { spec, backend, boot_files: facts.boot_files };
-    Checked { config, report, accepted: Some(accepted) }
+    Checked { config, report, accepted: Some((spec, backend)) }
 }
 
 /// Fills in what the client left to the program: the default kernel, device ids and MACs.

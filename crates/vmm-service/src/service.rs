@@ -14,7 +14,7 @@ use vmm_core::state::{EndedBy, Request, VmState};
 use vmm_core::store::{Requested, Snapshot, Store, VmRecord};
 use vmm_host::net::tap::{HostTaps, Taps};
 
-use crate::actor::{self, HeadStarts, Operation};
+use crate::actor::{self, Operation};
 use crate::backends::{BackendStatus, Backends};
 use crate::claims::Claims;
 use crate::create::{self, CreateRequest, Created, NameLocks};
@@ -44,8 +44,6 @@ pub struct Settings {
     pub metrics_interval: Duration,
     /// How long events are kept.
     pub event_retention: Duration,
-    /// How long a VMM that is started with CreateVm waits for BootVm; zero means that none is.
-    pub head_start: Duration,
 }
 
 /// The kernel of VMs that name none. An empty `kernel` means that there is no default.
@@ -106,7 +104,6 @@ pub(crate) struct Shared {
     pub(crate) index: Index,
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
-    pub(crate) head_starts: HeadStarts,
     /// Held from the choice of a place to the record that holds it.
     pub(crate) places: tokio::sync::Mutex<()>,
     /// Operations under way, so that the end of the daemon can wait for them.
@@ -151,7 +148,6 @@ impl VmService {
         // A VM that never ran and is not being started owns no TAP: what bears its label was made by a start that died.
         let owners = vms.iter().filter(|vm| vm.state != VmState::Created || vm.intent.is_some());
         actor::remove_orphans(&*taps, instance, &owners.map(|vm| vm.uid).collect()).await;
-        let head_starts = HeadStarts::new(settings.head_start);
         let shared = Arc::new(Shared {
             events,
             backends,
@@ -161,7 +157,6 @@ impl VmService {
             index: Index::default(),
             claims: Claims::default(),
             names: NameLocks::default(),
-            head_starts,
             places: tokio::sync::Mutex::default(),
             under_way: watch::Sender::new(0),
         });
@@ -338,9 +333,8 @@ impl VmService {
         self.shared.backends.status(self.shared.backends.default_name())
     }
 
-    /// Gives up what nobody has asked for yet, and waits until no operation is under way, at most until `deadline`. Answers how many were left.
+    /// Waits until no operation is under way, at most until `deadline`. Answers how many were left.
     pub async fn drain(&self, deadline: Duration) -> usize {
-        self.shared.head_starts.stop();
         let mut under_way = self.shared.under_way.subscribe();
         let _ = tokio::time::timeout(deadline, under_way.wait_for(|count| *count == 0)).await;
         *self.shared.under_way.borrow()

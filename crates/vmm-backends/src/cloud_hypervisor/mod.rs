@@ -159,10 +159,6 @@ impl Backend for CloudHypervisor {
         check::check(spec)
     }
 
-    fn starts_ahead(&self, _spec: &VmSpec) -> bool {
-        true
-    }
-
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
         self.start(&request).await
     }

@@ -153,10 +153,6 @@ impl Backend for QemuBackend {
         check::check(spec, self.accelerator)
     }
 
-    fn starts_ahead(&self, spec: &VmSpec) -> bool {
-        spec.disks.is_empty() && spec.nics.is_empty()
-    }
-
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
         let refused = |kind, message| BackendError::new(kind, Effect::NotApplied, message);
         let (program, _) =

@@ -15,8 +15,6 @@ const FOLDER: &str = "vmm-controlplane";
 /// Longest time between two samples: a day.
 const METRICS_INTERVAL_MAX: Duration = Duration::from_secs(86_400);
 /// Longest time that events are kept: ten years.
-/// The longest that a VMM may wait for BootVm, in seconds: each holds memory.
-const HEAD_START_MAX: u64 = 60;
 const EVENT_RETENTION_MAX: Duration = Duration::from_secs(3_650 * 86_400);
 
 impl Config {
@@ -83,7 +81,6 @@ impl Loader<'_> {
             self.text(S::MetricsInterval, |text| values::duration(text, METRICS_INTERVAL_MAX));
         let event_retention =
             self.text(S::EventRetention, |text| values::duration(text, EVENT_RETENTION_MAX));
-        let head_start = self.text(S::HeadStart, |text| values::seconds(text, HEAD_START_MAX));
         let state_dir = self.state_dir();
         let runtime_dir = self.runtime_dir(state_dir.as_ref());
         let otel_enabled = self.text(S::OtelEnabled, values::boolean);
@@ -108,7 +105,6 @@ impl Loader<'_> {
             defaults: defaults?,
             metrics_interval: metrics_interval?,
             event_retention: event_retention?,
-            head_start: head_start?,
             state_dir: state_dir?,
             runtime_dir: runtime_dir?,
             otel: otel?,

@@ -101,8 +101,6 @@ pub struct Config {
     pub metrics_interval: Duration,
     /// How long events are kept.
     pub event_retention: Duration,
-    /// How long a VMM that is started with CreateVm waits for BootVm; zero means that none is.
-    pub head_start: Duration,
     /// Durable state; an absolute path, which need not exist yet.
     pub state_dir: PathBuf,
     /// Sockets, process ids, consoles; an absolute path, short enough for socket names below it.

@@ -125,8 +125,6 @@ settings! {
         MetricsInterval = "metrics_interval" <"DURATION"> Text("10");
         /// How long the events of a VM are kept, such as 7d, 12h or 30m; a bare number is seconds.
         EventRetention = "event_retention" <"DURATION"> Text("7d");
-        /// Seconds that a VMM which is started with CreateVm waits for BootVm; 0 starts none before it is asked for.
-        HeadStart = "head_start" <"SECONDS"> Text("2");
         /// Directory of what must survive a reboot; not root: $XDG_STATE_HOME/vmm-controlplane.
         StateDir = "state_dir" <"DIR"> Directory("/var/lib/vmm-controlplane");
         /// Directory of sockets, process ids and consoles; not root: $XDG_RUNTIME_DIR/vmm-controlplane.

@@ -73,7 +73,6 @@ fn the_defaults_are_those_of_the_contract() {
         defaults: BootDefaults { kernel: None, initrd: None, kernel_args: None },
         metrics_interval: Duration::from_secs(10),
         event_retention: Duration::from_secs(7 * 86_400),
-        head_start: Duration::from_secs(2),
         state_dir: "/var/lib/vmm-controlplane".into(),
         runtime_dir: "/run/vmm-controlplane".into(),
         otel: Otel {

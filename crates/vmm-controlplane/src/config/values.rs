@@ -354,16 +354,6 @@ pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
     in_range.ok_or_else(|| Fault::not(text, "is out of range", want()))
 }
 
-/// A number of seconds, 0 included.
-pub(super) fn seconds(text: &str, most: u64) -> Result<Duration, Fault> {
-    let want = || format!("a whole number of seconds, from 0 to {most}");
-    let number = text.parse::<u64>().map_err(|_| Fault::not(text, "is not a number", want()))?;
-    if number > most {
-        return Err(Fault::not(text, "is out of range", want()));
-    }
-    Ok(Duration::from_secs(number))
-}
-
 pub(super) fn absolute_path(text: &str) -> Result<PathBuf, Fault> {
     let path = Path::new(text);
     if path.is_absolute() && !text.contains(char::is_control) {

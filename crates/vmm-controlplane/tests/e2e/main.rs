@@ -21,7 +21,6 @@ mod events;
 mod full_disk;
 mod guest_ends;
 mod harness;
-mod head_start;
 mod libvirt;
 mod libvirt_session;
 mod lifecycle;

@@ -71,8 +71,7 @@ fn what_died_meanwhile_is_shut_down() {
 #[test]
 fn a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was() {
     for backend in hypervisors("a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was") {
-        // What comes with a creation is not what this is about.
-        let mut world = World::started(&[("UNKEY_VMCP_HEAD_START", "0")]);
+        let mut world = World::started(&[]);
         world.create_on(backend, "vm", Guest::Idle);
         let database =
             rusqlite::Connection::open(world.dir.path().join("state/vmm-controlplane.db")).unwrap();

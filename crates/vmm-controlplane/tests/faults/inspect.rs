@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vmm_testkit::guests::Guest;
 
+use crate::case::Case;
 use crate::harness::{Answer, World, eventually, try_call, vmm_pid};
 use crate::hypervisor::Backend;
 use crate::scenario::{PAUSED, Place, RUNNING};
-use crate::trial::Case;
 
 /// Longer than anything that was interrupted takes to settle on a busy machine.
 const SETTLING: Duration = Duration::from_secs(30);

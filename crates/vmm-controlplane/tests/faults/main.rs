@@ -24,6 +24,7 @@
     reason = "a test, though one with a main of its own: a helper that fails fails as loudly as the test itself"
 )]
 
+mod case;
 #[allow(dead_code, reason = "the harness of tests/e2e, of which this is another user")]
 #[path = "../e2e/harness.rs"]
 mod harness;

@@ -111,8 +111,6 @@ pub(crate) struct Scenario {
     obeyed: bool,
     /// Whether the VMM stands still when it is called.
     pub(crate) stands_still: bool,
-    /// Whether the VMM may be started before the VM is booted: then that goes on behind the answer.
-    pub(crate) ahead: bool,
     /// Whether a guest that resets itself is to stay down.
     pub(crate) no_resets: bool,
     /// The code of the refusal that is the right answer, of an operation that the hypervisor cannot do; empty for success.
@@ -136,7 +134,6 @@ impl Scenario {
             not_on_the_fake: false,
             obeyed: false,
             stands_still: false,
-            ahead: false,
             no_resets: false,
             refusal: "",
             only: "",
@@ -162,11 +159,6 @@ impl Scenario {
 
     const fn standing_still(mut self) -> Self {
         self.stands_still = true;
-        self
-    }
-
-    const fn ahead(mut self) -> Self {
-        self.ahead = true;
         self
     }
 
@@ -199,9 +191,6 @@ impl Scenario {
 
     pub(crate) const ALL: &[Self] = &[
         Self::new("create", &[], CREATE, Place::Nowhere, CREATED).on(WHERE_CREATED),
-        Self::new("create with a head start", &[], CREATE, Place::Nowhere, CREATED)
-            .only_on(&[Backend::CloudHypervisor, Backend::Firecracker])
-            .ahead(),
         Self::new("boot", &[], BOOT, CREATED, RUNNING).on(WHERE_CREATED),
         Self::new("boot after shutdown", &[BOOT, SHUTDOWN_BY_FORCE], BOOT, SHUT_DOWN, RUNNING)
             .on(&[Backend::AttachedFirecracker]),

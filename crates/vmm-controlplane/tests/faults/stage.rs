@@ -21,9 +21,9 @@ use vmm_testkit::by_hand::{ByHand, Guest as Machine, Kind};
 use vmm_testkit::guests::Guest;
 use vmm_testkit::libvirtd::{self, Libvirtd};
 
+use crate::case::WITNESS;
 use crate::harness::World;
 use crate::hypervisor::Backend;
-use crate::trial::WITNESS;
 
 /// A firmware that does little, where QEMU's package puts it.
 const QBOOT: &str = "/usr/share/qemu/qboot.rom";

@@ -7,12 +7,12 @@ use std::rc::Rc;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::case::Case;
 use crate::harness::{eventually, is_alive, signal, skipped, vmm_pid};
 use crate::hypervisor::Backend;
 use crate::inspect;
 use crate::scenario::{RUNNING, SHUT_DOWN};
 use crate::stage::Stage;
-use crate::trial::Case;
 
 /// Something that befalls a VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,22 +7,21 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, Either, ready, select};
 use rustix::fs::OFlags;
-use vmm_core::backend::{Backend, BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Sweep};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Sweep};
 use vmm_core::event::EventKind;
-use vmm_core::gate::{Gate, GateKeeper};
+use vmm_core::gate::Gate;
 use vmm_core::id::VmUid;
 use vmm_core::spec::{Console, VmSpec};
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
-use vmm_core::store::{HostClaim, VmRecord};
+use vmm_core::store::HostClaim;
 use vmm_host::fault::{FaultPoint, point};
 
-use super::ahead::HeadStart;
 use super::persist::Why;
-use super::{Actor, Broken, taps};
+use super::{Actor, Broken};
 use crate::check;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::service::{Outcome, Shared};
+use crate::service::Outcome;
 
 /// No start may take longer. With the look before it and the sweep after it, a boot fails within 30 s.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(25);
@@ -30,9 +29,6 @@ const LAUNCH_DEADLINE: Duration = Duration::from_secs(25);
 pub(super) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
 /// The console's file in the run folder, where the client names none.
 const KEPT_CONSOLE: &str = "console.log";
-
-/// A start under way. Dropped, it is broken off.
-pub(super) type Launching = BoxFuture<'static, Result<Launched, BackendError>>;
 
 impl Actor {
     /// BootVm: a start that a client asked for ends any count of restarts, and any wait for one.
@@ -64,7 +60,8 @@ impl Actor {
             Err(error) => return Err(error),
         };
         point(FaultPoint::StartReserved);
-        let (keeper, mut launching) = self.begin_launch().await;
+        let (keeper, gate) = Gate::shut();
+        let mut launching = self.begin_launch(gate).await;
         let mut failed = None;
         if request == Request::Boot {
             let intended = {
@@ -126,9 +123,6 @@ impl Actor {
                 self.record.vm_id
             )));
         }
-        if self.ahead.as_ref().is_some_and(|ahead| !ahead.has_read(&facts.boot_files)) {
-            self.give_up_head_start().await;
-        }
         facts.claims.extend(self.tap_claims());
         self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &facts.claims).map_err(|taken| {
             ServiceError::Precondition(format!("VM \"{}\" cannot boot: {taken}", self.record.vm_id))
@@ -148,26 +142,46 @@ impl Actor {
         }
     }
 
-    /// Begins a start, or goes on with the one that was begun ahead: the TAPs, then a VMM whose guest waits behind the gate that
-    /// is answered. Everything that is made before that bears the VM's uid, which is on record since its creation, so the
-    /// recovery finds it with or without an intent.
-    async fn begin_launch(&mut self) -> (GateKeeper, Launching) {
-        self.stray |= self.ahead.is_some();
-        let ahead = self.ahead.take().and_then(HeadStart::go_on);
-        let taps = self.provide_taps().await;
-        let (keeper, launching) = ahead.unwrap_or_else(|| {
-            let (keeper, gate) = Gate::shut();
-            let (spec, incomplete) = self.what_to_start();
-            let launching =
-                launch(&self.shared, Arc::clone(&self.backend), &self.record, spec, incomplete, gate);
-            (keeper, launching)
-        });
-        if let Err(error) = taps {
-            return (keeper, Box::pin(ready(Err(error))));
+    /// Begins a start: the TAPs, then a VMM whose guest waits behind `gate`. Everything that is made before that bears the VM's
+    /// uid, which is on record since its creation, so the recovery finds it with or without an intent.
+    async fn begin_launch(&mut self, gate: Gate) -> BoxFuture<'static, Result<Launched, BackendError>> {
+        if let Err(error) = self.provide_taps().await {
+            return Box::pin(ready(Err(error)));
         }
         point(FaultPoint::StartTapsProvided);
         self.stray = true;
-        (keeper, launching)
+        let dir = self.dir();
+        let (spec, incomplete) = self.what_to_start();
+        let console = match &spec.console {
+            Console::Off => None,
+            Console::Kept => Some(dir.join(KEPT_CONSOLE)),
+            Console::File(path) => Some(path.clone()),
+        };
+        // A file of the client's own is this VM's from the moment that the intent says so.
+        let waits = matches!(spec.console, Console::File(_)) && !self.record.owns_console_output;
+        let request = LaunchRequest {
+            instance: self.shared.instance,
+            uid: self.record.uid,
+            vm_id: self.record.vm_id.clone(),
+            taps: self.taps().into_iter().map(|(name, _)| name).collect(),
+            spec,
+            dir,
+            console: console.clone(),
+            gate: gate.clone(),
+            place: self.record.place.clone(),
+            imported: self.record.imported,
+            incomplete,
+        };
+        let backend = Arc::clone(&self.backend);
+        let (runtime_dir, uid) = (self.shared.settings.runtime_dir.clone(), self.record.uid);
+        Box::pin(async move {
+            if waits {
+                gate.passed().await?;
+            }
+            prepare(runtime_dir, uid, console).await?;
+            point(FaultPoint::StartFolderMade);
+            backend.launch(request).await
+        })
     }
 
     /// The intent could not be recorded: what was begun meanwhile goes again.
@@ -257,48 +271,6 @@ impl Actor {
         let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
         error
     }
-}
-
-/// The start of a VMM up to the guest that runs, behind `gate`. Nothing is done before it is polled; TAPs must be there when the
-/// gate opens.
-pub(super) fn launch(
-    shared: &Shared,
-    backend: Arc<dyn Backend>,
-    record: &VmRecord,
-    spec: VmSpec,
-    incomplete: Option<String>,
-    gate: Gate,
-) -> Launching {
-    let (runtime_dir, uid) = (shared.settings.runtime_dir.clone(), record.uid);
-    let dir = uid.run_dir(&runtime_dir);
-    let console = match &spec.console {
-        Console::Off => None,
-        Console::Kept => Some(dir.join(KEPT_CONSOLE)),
-        Console::File(path) => Some(path.clone()),
-    };
-    // A file of the client's own is this VM's from the moment that the intent says so.
-    let waits = matches!(spec.console, Console::File(_)) && !record.owns_console_output;
-    let request = LaunchRequest {
-        instance: shared.instance,
-        uid,
-        vm_id: record.vm_id.clone(),
-        taps: taps::of(uid, &spec).map(|(name, _)| name).collect(),
-        spec,
-        dir,
-        console: console.clone(),
-        gate: gate.clone(),
-        place: record.place.clone(),
-        imported: record.imported,
-        incomplete,
-    };
-    Box::pin(async move {
-        if waits {
-            gate.passed().await?;
-        }
-        prepare(runtime_dir, uid, console).await?;
-        point(FaultPoint::StartFolderMade);
-        backend.launch(request).await
-    })
 }
 
 /// Makes the run folder and the console's file.

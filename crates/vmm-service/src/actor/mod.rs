@@ -13,7 +13,6 @@
 //! commits are never cut short, so memory and store cannot part. `force` has a channel of its own: it does not wait behind a
 //! stuck call, it ends it.
 
-mod ahead;
 mod boot;
 mod deadlines;
 mod delete;
@@ -50,7 +49,6 @@ use crate::service::{Outcome, Shared, UnderWay};
 
 use deadlines::FORCE_LIMIT;
 
-pub(crate) use ahead::{HeadStart, HeadStarts};
 pub(crate) use taps::remove_orphans;
 pub(crate) use untaken::show as show_untaken;
 
@@ -144,10 +142,8 @@ pub(crate) fn spawn(
     spec: VmSpec,
     backend: Arc<dyn Backend>,
     metrics: MetricsCell,
-    ahead: Option<HeadStart>,
 ) -> ActorHandle {
-    let (mut actor, handle) = Actor::new(shared, record, spec, backend, metrics);
-    actor.ahead = ahead;
+    let (actor, handle) = Actor::new(shared, record, spec, backend, metrics);
     let span = actor.span();
     tokio::spawn(actor.run().instrument(span));
     handle
@@ -248,8 +244,6 @@ struct Actor {
     uncertain: u64,
     /// Why the VM cannot be taken up by this program, where it cannot.
     untaken: Option<String>,
-    /// A start that was begun with the VM's creation, and waits to be asked for.
-    ahead: Option<HeadStart>,
     /// What the start under way has made of TAPs.
     made_taps: Vec<String>,
     /// When a restart by policy is due.
@@ -269,8 +263,6 @@ enum Step {
     /// Something that was cut short.
     Unfinished(Operation),
     Restart,
-    /// A VMM that was started ahead has waited long enough.
-    GiveUpHeadStart,
     /// A VMM that was lost is looked for.
     Look,
     /// It was found at its place.
@@ -313,7 +305,6 @@ impl Actor {
             stray: false,
             uncertain: 0,
             untaken: None,
-            ahead: None,
             made_taps: Vec::new(),
             restart_at: None,
             unfinished: None,
@@ -357,10 +348,6 @@ impl Actor {
                     self.restart_by_policy().await;
                     Flow::GoOn
                 }
-                Step::GiveUpHeadStart => {
-                    self.give_up_head_start().await;
-                    Flow::GoOn
-                }
                 Step::Look => {
                     self.look_for_it().await;
                     Flow::GoOn
@@ -392,7 +379,6 @@ impl Actor {
             () = due(self.restart_at) => Step::Restart,
             () = due(self.look_at) => Step::Look,
             Some(found) = self.found.recv() => Step::Found(Box::new(found)),
-            () = ahead::over(self.ahead.as_ref()) => Step::GiveUpHeadStart,
             message = self.inbox.recv() => message.map_or(Step::Orphaned, Step::Asked),
         }
     }

@@ -19,6 +19,10 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(3);
 
 impl Actor {
     pub(super) async fn on_event(&mut self, event: VmmEvent) {
+        if self.interrupted().is_some() && !matches!(event, VmmEvent::Gone(_)) {
+            // A VMM that was silent speaks, so that what was cut short can go on.
+            return self.reached_again().await;
+        }
         match event {
             VmmEvent::GuestReset => self.guest_reset().await,
             VmmEvent::ResetFromOutside => self.reset_from_outside().await,
@@ -28,7 +32,7 @@ impl Actor {
                 let exit = Exit { cause: ExitCause::GuestCrash, message };
                 self.end_failed_run(exit, "guest-failed").await;
             }
-            VmmEvent::Gone(exit) => self.run_ended(exit, Why::by_itself("vmm-exited")).await,
+            VmmEvent::Gone(exit) => self.ended_by_itself(exit, "vmm-exited").await,
         }
     }
 
@@ -85,7 +89,15 @@ impl Actor {
             let _ = self.conclude(EventKind::Unreachable, Why::by_itself(cause)).await;
             return;
         }
-        self.run_ended(exit, Why::by_itself(cause)).await;
+        self.ended_by_itself(exit, cause).await;
+    }
+
+    /// The VMM has gone between two operations, or while one that was cut short waited for it.
+    async fn ended_by_itself(&mut self, exit: Exit, cause: &str) {
+        match self.interrupted() {
+            Some(intent) => self.ended_unwatched(exit, Some(&intent), None).await,
+            None => self.run_ended(exit, Why::by_itself(cause)).await,
+        }
     }
 
     /// The VMM has provably gone: the VM is down, until policy starts it again.
@@ -142,6 +154,9 @@ impl Actor {
             Err(Broken::Preempted | Broken::Backend(_)) => return,
         };
         self.record.state = observe(self.record.state, observation);
+        if let Some(intent) = self.interrupted() {
+            return self.take_up_unfinished(&intent).await;
+        }
         self.record.status = self.plain(Phase::at_rest(self.record.state)).because("reachable-again", "");
         let _ = self.conclude(EventKind::Reachable, Why::by_itself("reachable-again")).await;
     }

@@ -31,9 +31,6 @@ impl Actor {
     pub(super) async fn carry_out(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
         let request = operation.request;
         self.refuse_untaken()?;
-        if request != Request::Boot {
-            self.give_up_head_start().await;
-        }
         if self.record.status.phase == Phase::Unreachable && !self.forcing() {
             return Err(self.unreachable());
         }

@@ -120,7 +120,8 @@ impl Actor {
     /// Looks for a lost VMM once more.
     pub(super) async fn look_for_it(&mut self) {
         self.look_at = None;
-        self.find(None).await;
+        let interrupted = self.interrupted();
+        self.find(interrupted).await;
     }
 
     fn host_rebooted(&self) -> bool {
@@ -205,7 +206,12 @@ impl Actor {
     }
 
     /// The run ended while no daemon watched, or never came about.
-    async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, reason: Option<&str>) {
+    pub(super) async fn ended_unwatched(
+        &mut self,
+        exit: Exit,
+        intent: Option<&Intent>,
+        reason: Option<&str>,
+    ) {
         let interrupted = intent.map(|intent| intent.request);
         if reason.is_none() && self.starts_after_all(intent).await {
             return;
@@ -253,23 +259,24 @@ impl Actor {
                 self.look_for_it_later();
             }
         }
-        let known = self.record.intent.is_none()
+        let goes_on = self.interrupted().is_some();
+        let known = (goes_on || self.record.intent.is_none())
             && self.record.status.phase == Phase::Unreachable
             && self.record.status.reason == reason;
         self.record.status = self.plain(Phase::Unreachable).because(reason, message);
+        if goes_on {
+            self.take_up_force();
+        }
+        let why = Why::by_itself("daemon-started");
         if known {
             // Looked for again and found as before: shown, not recorded.
             self.publish();
-            return;
+        } else if !goes_on {
+            let _ = self.conclude(EventKind::Unreachable, why).await;
+        } else if let Err(error) = self.commit(EventKind::Unreachable, why).await {
+            tracing::error!(%error, "what was found could not be recorded");
+            self.publish();
         }
-        if self.takes_up_force() {
-            if let Err(error) = self.commit(EventKind::Unreachable, Why::by_itself("daemon-started")).await {
-                tracing::error!(%error, "what was found could not be recorded");
-                self.publish();
-            }
-            return;
-        }
-        let _ = self.conclude(EventKind::Unreachable, Why::by_itself("daemon-started")).await;
     }
 
     /// A delete that was under way is finished: its name must not stay taken.

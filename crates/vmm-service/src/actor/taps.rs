@@ -18,7 +18,6 @@ use futures::future::join_all;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::report::FieldReport;
-use vmm_core::spec::VmSpec;
 use vmm_core::store::HostClaim;
 use vmm_host::net::tap::{NamedBy, Provided, TapError, TapOwner, Taps};
 
@@ -34,7 +33,11 @@ const FORCED_REMOVE_DEADLINE: Duration = Duration::from_millis(700);
 impl Actor {
     /// The TAP of each network interface, in their order, and who named it.
     pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
-        of(self.record.uid, &self.spec).collect()
+        let named = |(index, tap): (usize, Option<&String>)| match tap {
+            Some(name) => (name.clone(), NamedBy::Client),
+            None => (self.record.uid.tap_name(index), NamedBy::Program),
+        };
+        self.spec.nics.iter().map(|nic| nic.tap.as_ref()).enumerate().map(named).collect()
     }
 
     /// What keeps other running VMs off this VM's TAPs.
@@ -123,14 +126,6 @@ impl Actor {
     fn tap_owner(&self) -> TapOwner {
         TapOwner { instance: self.shared.instance, uid: self.record.uid }
     }
-}
-
-/// The TAP of each network interface of a VM, in their order, and who named it.
-pub(super) fn of(uid: VmUid, spec: &VmSpec) -> impl Iterator<Item = (String, NamedBy)> {
-    spec.nics.iter().enumerate().map(move |(index, nic)| match &nic.tap {
-        Some(name) => (name.clone(), NamedBy::Client),
-        None => (uid.tap_name(index), NamedBy::Program),
-    })
 }
 
 fn refused(index: usize, error: &TapError) -> BackendError {

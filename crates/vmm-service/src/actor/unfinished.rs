@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   ShutdownVm, RebootVm ── its VMM lives ──► carried out once more, with the time that the guest was given
-//!   ShutdownVm by force ── its VMM is silent ► carried out once more, by force
+//!                        ── its VMM is silent ──► by force: carried out once more; else: when the VMM answers again
 //!   RebootVm ── the old VMM has gone ──┬─ a new one runs ──► it stands
 //!                                      └─ none does ───────► SHUTDOWN, restarting: booted as soon as VMs are served
 //!   a start by policy that did not come about ─────────────► restarting, as before
@@ -40,12 +40,14 @@ pub(super) fn is_forced(operation: &Operation) -> bool {
 }
 
 impl Actor {
-    /// Has a shutdown by force carried out once more whose VMM does not answer. Answers whether there is one: then its intent is
-    /// to stay on record.
-    pub(super) fn takes_up_force(&mut self) -> bool {
-        let Some(forced) = self.record.intent.as_ref().map(operation).filter(is_forced) else { return false };
-        self.unfinished = Some(forced);
-        true
+    /// The operation that was cut short and waits for its VMM to be found, if one does. Its intent stays on record until then.
+    pub(super) fn interrupted(&self) -> Option<Intent> {
+        self.record.intent.clone().filter(is_to_be_finished)
+    }
+
+    /// Has a shutdown by force that was cut short carried out once more, for which no VMM need answer.
+    pub(super) fn take_up_force(&mut self) {
+        self.unfinished = self.record.intent.as_ref().map(operation).filter(is_forced);
     }
 
     /// Records that the VM is held again, and what is still to be done. The intent stays on record until then.

@@ -42,8 +42,6 @@ pub(crate) struct Bed {
     pub(crate) taps: FakeTaps,
     pub(crate) default_boot: DefaultBoot,
     pub(crate) single_use: bool,
-    /// How long a launch that began with CreateVm waits for BootVm.
-    pub(crate) head_start: Duration,
 }
 
 impl Bed {
@@ -60,7 +58,6 @@ impl Bed {
             taps: FakeTaps::default(),
             default_boot: DefaultBoot::default(),
             single_use: false,
-            head_start: Duration::ZERO,
         }
     }
 
@@ -112,7 +109,6 @@ impl Bed {
     pub(crate) async fn try_start(&self) -> Result<Vms, ServiceError> {
         let fake = FakeBackend::in_world("fake", &self.world);
         let fake = if self.single_use { fake.single_use() } else { fake };
-        let fake = fake.ahead();
         let other = FakeBackend::in_world("other", &self.world);
         let all: [Arc<dyn Backend>; 2] = [Arc::new(fake), Arc::new(other)];
         let settings = Settings {
@@ -120,7 +116,6 @@ impl Bed {
             default_boot: self.default_boot.clone(),
             metrics_interval: INTERVAL,
             event_retention: RETENTION,
-            head_start: self.head_start,
         };
         let backends = Backends::new(BackendName::new("fake"), all);
         let (store, taps) = (Arc::clone(&self.store), Arc::new(self.taps.clone()));

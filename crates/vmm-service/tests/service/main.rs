@@ -13,7 +13,7 @@ mod creation;
 mod events;
 mod fake_taps;
 mod force;
-mod head_start;
+mod interrupted;
 mod lifecycle;
 mod listing;
 mod observe;

@@ -148,7 +148,6 @@ impl Vms {
             default_boot: vmm_service::DefaultBoot::default(),
             metrics_interval: INTERVAL,
             event_retention: Duration::from_secs(3600),
-            head_start: Duration::ZERO,
         };
         let backends = Backends::new(name, [Arc::clone(&backend)]);
         let service = VmService::start(Arc::clone(&rig.store) as _, backends, settings);

@@ -27,7 +27,6 @@ pub struct FakeBackend {
     world: World,
     capabilities: Capabilities,
     single_use: bool,
-    ahead: bool,
 }
 
 impl FakeBackend {
@@ -53,19 +52,13 @@ impl FakeBackend {
             .into(),
             limits: BTreeMap::from([("max-vcpus", i64::from(MAX_VCPUS))]),
         };
-        Self { world: world.clone(), capabilities, single_use: false, ahead: false }
+        Self { world: world.clone(), capabilities, single_use: false }
     }
 
     /// The same, but its processes can be used once: a reset needs another one.
     pub fn single_use(mut self) -> Self {
         self.single_use = true;
         self.capabilities.facts.insert("reboot", "a new process".to_owned());
-        self
-    }
-
-    /// The same, whose launches may begin before they are asked for.
-    pub fn ahead(mut self) -> Self {
-        self.ahead = true;
         self
     }
 
@@ -150,16 +143,8 @@ impl Backend for FakeBackend {
         report
     }
 
-    fn starts_ahead(&self, _spec: &VmSpec) -> bool {
-        self.ahead
-    }
-
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
-        let act = self.world.lock().scripts.call(Method::Begin);
-        act.before().await?;
-        let waiting = self.world.wait(request.uid);
         request.gate.passed().await?;
-        drop(waiting);
         let act = self.world.lock().scripts.call(Method::Launch);
         act.before().await?;
         let (run, events) = self.world.start(&request);

@@ -9,9 +9,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 /// The methods of the ports that can be scripted and are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Method {
-    /// `Backend::launch`, up to its gate.
-    Begin,
-    /// `Backend::launch`, behind its gate.
+    /// `Backend::launch`.
     Launch,
     /// `Backend::adopt`.
     Adopt,

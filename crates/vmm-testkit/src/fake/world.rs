@@ -32,8 +32,6 @@ pub(super) struct Inner {
     /// How the others ended.
     pub(super) ended: BTreeMap<u32, Exit>,
     pub(super) faults: Vec<String>,
-    /// The VMs whose launches wait at their gates.
-    waiting: Vec<VmUid>,
     started: u32,
 }
 
@@ -113,20 +111,9 @@ impl World {
         }
     }
 
-    /// The uids of the VMs whose launches wait at their gates, oldest first.
-    pub fn waiting(&self) -> Vec<VmUid> {
-        self.lock().waiting.clone()
-    }
-
     /// What has happened that must never happen. Empty, unless the program under test is at fault.
     pub fn faults(&self) -> Vec<String> {
         self.lock().faults.clone()
-    }
-
-    /// A launch waits at its gate, until the answer is dropped.
-    pub(super) fn wait(&self, uid: VmUid) -> Waiting {
-        self.lock().waiting.push(uid);
-        Waiting { world: self.clone(), uid }
     }
 
     /// Starts a machine for `request`.
@@ -190,21 +177,6 @@ impl World {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A launch that waits at its gate.
-pub(super) struct Waiting {
-    world: World,
-    uid: VmUid,
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        let mut inner = self.world.lock();
-        if let Some(at) = inner.waiting.iter().position(|uid| *uid == self.uid) {
-            inner.waiting.remove(at);
-        }
     }
 }
 
