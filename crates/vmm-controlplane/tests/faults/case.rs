@@ -282,8 +282,13 @@ impl Case {
     }
 
     pub(crate) fn call(&mut self, call: Call) -> Answer {
+        let pid = |case: &Self| case.world.info(&case.vm)["backend_info"]["pid"].clone();
+        let died = (call.method == VMM_DIES.method).then(|| pid(self));
         if self.befalls(call) {
-            if call.method == VMM_DIES.method && self.scenario.call.method != VMM_DIES.method {
+            if died.is_some() {
+                eventually("its end is noticed", || died.as_ref() != Some(&pid(self)));
+            }
+            if died.is_some() && self.scenario.call.method != VMM_DIES.method {
                 self.world.wait_for_state(&self.vm, "VM_STATE_SHUTDOWN");
                 inspect::settled(self, &[SHUT_DOWN]);
             }
