@@ -234,6 +234,13 @@ impl Code {
     fn echo(&mut self, obey: bool) {
         let poll = self.here();
         if obey {
+            // A guest that asks without a pause holds the locks of these devices nearly all the time, and a Firecracker that shares
+            // a CPU with it may not come to pressing the keys, or to answering, for minutes.
+            self.emit(&[0xb9, 0x00, 0x40, 0x00, 0x00]); // mov ecx, 0x4000
+            let rest = self.here();
+            self.emit(&[0xf3, 0x90]); //       rest: pause
+            self.emit(&[0xff, 0xc9]); //             dec ecx
+            self.back(JNZ, rest); //                 jnz rest
             // A key press lies in the keyboard controller's buffer. Delete is 0x53 in its first, 0x71 in its second code set.
             self.emit(&[0xe4, 0x64]); //       poll: in al, 0x64
             self.emit(&[0x3c, 0xff]); //             cmp al, 0xff   no controller there
