@@ -242,7 +242,9 @@ fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
         return ExitCause::Requested;
     }
     match exit.status {
-        Some(ExitStatus::Code(0)) | None if seen.shutdown => ExitCause::GuestPowerOff,
+        // It tells of a power-off in a thread of its own, and may have ended before that has come to writing.
+        Some(ExitStatus::Code(0)) => ExitCause::GuestPowerOff,
+        None if seen.shutdown => ExitCause::GuestPowerOff,
         Some(ExitStatus::Code(_) | ExitStatus::Signal(_)) => ExitCause::VmmFailed,
         None => ExitCause::Unknown,
     }
@@ -383,6 +385,7 @@ mod tests {
         let reset = Seen { shutdown: false, ending_reset: true };
         let none = Seen::default();
         assert_eq!(cause(code(0), false, off), ExitCause::GuestPowerOff);
+        assert_eq!(cause(code(0), false, none), ExitCause::GuestPowerOff);
         assert_eq!(cause(ProcessExit::UNKNOWN, false, off), ExitCause::GuestPowerOff);
         assert_eq!(cause(code(0), true, off), ExitCause::Requested);
         assert_eq!(cause(killed, false, reset), ExitCause::GuestReset);
