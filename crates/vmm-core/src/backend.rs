@@ -4,6 +4,7 @@
 //!   Backend ── check(spec) ──► Report            pure: rejected, ignored, emulated
 //!      │
 //!      ├─ launch(request) ──► Launched ─┐        the one path for first boot, boot after shutdown, reboot
+//!      │    └ ─ ─ start_spare           │        which may find its process started, where the operator wants that
 //!      ├─ adopt(run) ───────► Adoption ─┤        after a restart of the daemon
 //!      └─ sweep(request)                │        kills what a broken launch left
 //!                                       ▼
@@ -56,6 +57,23 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Ends any process that provably belongs to `request`'s run folder, and removes the sockets in it. Harmless when repeated.
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError>;
+
+    /// Starts a spare VMM: one that is told nothing yet and waits, within its run folder, for the VM of `request`'s uid. The
+    /// [`Backend::launch`] of that uid uses it if it can, and ends it if it cannot; [`Backend::dismiss_spare`] and
+    /// [`Backend::sweep`] end it too. It ends with the backend.
+    ///
+    /// A failed start leaves nothing running.
+    async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
+        let kind = BackendErrorKind::Unsupported("spare VMMs");
+        let message = format!("this backend has no spare VMMs; {} starts its own", request.uid);
+        Err(BackendError::new(kind, Effect::NotApplied, message))
+    }
+
+    /// Ends the VMM that waits for `uid`, and waits until it has gone. Does nothing where none waits, and to one that a launch
+    /// has taken.
+    async fn dismiss_spare(&self, uid: VmUid) {
+        let _ = uid;
+    }
 
     /// Says whether this hypervisor can serve now. Cheap, because it is asked again and again.
     async fn ping(&self) -> BackendHealth;
@@ -150,6 +168,17 @@ pub struct LaunchRequest {
     pub imported: bool,
     /// Why `spec` does not suffice to make the VM anew, where it does not; for people.
     pub incomplete: Option<String>,
+}
+
+/// What the start of a spare VMM needs to know.
+#[derive(Clone, Debug)]
+pub struct SpareRequest {
+    /// The uid of a VM to come.
+    pub uid: VmUid,
+    /// That VM's run folder: exists, is ours alone, and takes sockets, log and console.
+    pub dir: PathBuf,
+    /// Where that VM's console output goes, if its configuration does not say otherwise. The file exists.
+    pub console: PathBuf,
 }
 
 /// A VMM that was just started.

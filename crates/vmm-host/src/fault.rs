@@ -9,6 +9,7 @@
 //!   RebootVm   in place:       intent ─ applied ─ outcome ──► answer
 //!              otherwise:      intent ─ asked … ─ ended ─ reserved … launched ─ outcome ──► answer
 //!   DeleteVm   intent ─ (run-ended) ─ vmm-ended ─ taps-freed ─ folder-removed ─ outcome ──► answer
+//!   a spare    folder-made ─ marked ─ (spawned ─ connected) ─ started
 //!   import     taken ─ committed        found again   taken ─ (committed with its state)
 //! ```
 //!
@@ -129,6 +130,13 @@ points! {
     ResetPrepared = "reset.prepared",
     /// It has been reset, and its own resets would not end its run yet.
     ResetOrdered = "reset.ordered",
+
+    /// The run folder of a spare VMM is there, without its mark.
+    SpareFolderMade = "spare.folder-made",
+    /// It bears its mark; nothing runs there yet.
+    SpareMarked = "spare.marked",
+    /// A spare VMM waits; nobody can be promised it yet.
+    SpareStarted = "spare.started",
 
     /// A VM that somebody else made is held, and is on no record.
     ImportTaken = "import.taken",

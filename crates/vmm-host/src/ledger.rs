@@ -3,13 +3,14 @@
 //! ```text
 //!   <runtime>/
 //!     served           which state directories have used this folder, one identity a line; only ever added to
-//!     vms/<uid>/ ────► Survey.folders, with their sockets and whether anybody holds those
+//!     vms/<uid>/ ────► Survey.folders, with their sockets, whether anybody holds those, and the mark of a spare VMM
 //!          ▲
 //!          └── named by the arguments of a process ──► Survey.users
 //! ```
 //!
 //! A run folder bears only the uid of its VM. Whose it is follows from the place: where one state directory alone has used a
-//! runtime folder, whatever lies there was made for it. Where two have, or nobody can tell, nothing there is proven anybody's.
+//! runtime folder, whatever lies there was made for it. Where two have, or nobody can tell, nothing there is proven anybody's,
+//! but the folder of a spare VMM, whose mark names its installation.
 //! Everything here looks and touches nothing, [`sign`] excepted. (TAPs bear their owner themselves: [`crate::net::tap`].)
 
 use std::collections::BTreeSet;
@@ -24,7 +25,7 @@ use rustix::fs::OFlags;
 use vmm_core::id::{InstanceId, VmUid};
 
 use crate::process::{Found, find_by_argument};
-use crate::run_dir;
+use crate::run_dir::{self, SpareMark, folder_uid, vms_dir};
 
 /// The list of state directories, in the runtime folder.
 const SERVED: &str = "served";
@@ -53,6 +54,8 @@ pub struct RunFolder {
     pub own: bool,
     /// The sockets in it.
     pub sockets: Vec<RunSocket>,
+    /// Whose spare VMM it was made for, if it was made for one that has been told nothing.
+    pub mark: Option<SpareMark>,
 }
 
 /// A socket in a run folder.
@@ -90,13 +93,18 @@ impl User {
 
 impl Survey {
     /// What both surveys saw, as the later one saw it: what came or went in between is on its way, and no leftover.
+    ///
+    /// A mark counts though it came off in between: its spare VMM then runs a VM that came on record in between.
     #[must_use]
     pub fn lasting(self, later: Self) -> Self {
-        let known = |folder: &RunFolder| self.folders.iter().any(|earlier| earlier.path == folder.path);
+        let known = |folder: RunFolder| {
+            let earlier = self.folders.iter().find(|earlier| earlier.path == folder.path)?;
+            Some(RunFolder { mark: folder.mark.or_else(|| earlier.mark.clone()), ..folder })
+        };
         let same =
             |user: &User| self.users.iter().any(|earlier| earlier.found.identity == user.found.identity);
         Self {
-            folders: later.folders.into_iter().filter(known).collect(),
+            folders: later.folders.into_iter().filter_map(known).collect(),
             users: later.users.into_iter().filter(same).collect(),
         }
     }
@@ -127,12 +135,6 @@ pub fn survey(runtime_dir: &Path) -> io::Result<Survey> {
     Ok(Survey { folders, users })
 }
 
-/// The folder that run folders lie in.
-fn vms_dir(runtime_dir: &Path) -> PathBuf {
-    // Without slashes at the end, as in the arguments of VMMs.
-    runtime_dir.components().collect::<PathBuf>().join("vms")
-}
-
 fn look(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>> {
     let facts = match fs::symlink_metadata(path) {
         Ok(facts) => facts,
@@ -149,14 +151,9 @@ fn look(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>>
         }
     }
     sockets.sort_by(|one, other| one.path.cmp(&other.path));
-    Ok(Some(RunFolder { path: path.to_path_buf(), uid: path.file_name().and_then(folder_uid), own, sockets }))
-}
-
-/// The VM of a run folder's name: 32 hexadecimal digits in lower case, and nothing else that a UUID may be written as.
-fn folder_uid(name: &std::ffi::OsStr) -> Option<VmUid> {
-    let name = name.to_str()?;
-    let plain = name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    if plain { name.parse().ok() } else { None }
+    let mark = own.then(|| SpareMark::read(path).ok()).flatten().flatten();
+    let uid = path.file_name().and_then(folder_uid);
+    Ok(Some(RunFolder { path: path.to_path_buf(), uid, own, sockets, mark }))
 }
 
 /// The paths in `/proc/net/unix`: seven fields, then the path, which may hold spaces.
@@ -251,6 +248,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use uuid::Uuid;
+    use vmm_core::id::BackendName;
 
     use super::*;
 
@@ -310,5 +308,22 @@ mod tests {
         for no in ["01920000-0000-7000-8000-00000000000a", "01920000000070008000000000000g0a", "x", ""] {
             assert_eq!(folder_uid(no.as_ref()), None, "{no}");
         }
+    }
+
+    #[test]
+    fn a_mark_is_seen_and_counts_though_it_came_off_between_two_surveys() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = run_dir::create(dir.path(), VmUid::new(Uuid::now_v7())).unwrap();
+        let mark = SpareMark { instance: instance(), backend: BackendName::new("qemu") };
+        let before = survey(dir.path()).unwrap();
+        assert_eq!(before.folders[0].mark, None);
+        mark.put(&folder).unwrap();
+        let marked = survey(dir.path()).unwrap();
+        assert_eq!(marked.folders[0].mark, Some(mark.clone()));
+        assert_eq!(before.lasting(marked.clone()).folders[0].mark, Some(mark.clone()));
+        mark.take_off(&folder).unwrap();
+        let told = survey(dir.path()).unwrap();
+        assert_eq!(told.folders[0].mark, None);
+        assert_eq!(marked.lasting(told).folders[0].mark, Some(mark));
     }
 }

@@ -9,6 +9,8 @@
 //! Every step goes through an open folder and follows no symbolic link, so that nobody who can write nearby leads the daemon
 //! elsewhere.
 
+mod spare;
+
 use std::ffi::CString;
 use std::fs::DirBuilder;
 use std::io;
@@ -20,6 +22,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use vmm_core::id::VmUid;
+
+pub use spare::SpareMark;
 
 /// The longest path that a unix socket can have, in bytes.
 pub const MAX_SOCKET_PATH: usize = 107;
@@ -55,6 +59,38 @@ pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
         rustix::fs::fchmod(&folder, Mode::RWXU).map_err(|error| named(&path, &error.into()))?;
     }
     Ok(dir)
+}
+
+/// Lists the run folders below `runtime_dir`, with their VMs. What is not called as one is left out. Blocks.
+///
+/// # Errors
+/// What the kernel says, with the path.
+pub fn list(runtime_dir: &Path) -> io::Result<Vec<(VmUid, PathBuf)>> {
+    let vms = vms_dir(runtime_dir);
+    let entries = match std::fs::read_dir(&vms) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(named(&vms, &error)),
+    };
+    let mut folders = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|error| named(&vms, &error))?;
+        folders.extend(folder_uid(&entry.file_name()).map(|uid| (uid, entry.path())));
+    }
+    Ok(folders)
+}
+
+/// The folder that run folders lie in.
+pub(crate) fn vms_dir(runtime_dir: &Path) -> PathBuf {
+    // Without slashes at the end, as in the arguments of VMMs.
+    tidy(runtime_dir).join("vms")
+}
+
+/// The VM of a run folder's name: 32 hexadecimal digits in lower case, and nothing else that a UUID may be written as.
+pub(crate) fn folder_uid(name: &std::ffi::OsStr) -> Option<VmUid> {
+    let name = name.to_str()?;
+    let plain = name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    if plain { name.parse().ok() } else { None }
 }
 
 /// Removes the sockets of a run that has ended, and the `.lock` files beside them. Nothing else, and nothing below.

@@ -21,6 +21,7 @@ use crate::error::ServiceError;
 use crate::metrics::MetricsCell;
 use crate::places;
 use crate::service::{DefaultBoot, Shared};
+use crate::spares::{self, Promise};
 
 /// What CreateVm is asked for.
 #[derive(Clone, Debug)]
@@ -58,9 +59,9 @@ impl NameLocks {
 
 /// Creates a VM, or finds the one that the same call created before.
 pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Result<Created, ServiceError> {
-    let uid = VmUid::new(Uuid::now_v7());
+    let fresh = VmUid::new(Uuid::now_v7());
     let vm_id = match request.vm_id.as_str() {
-        "" => Ok(VmId::generated(uid)),
+        "" => Ok(VmId::generated(fresh)),
         text => text.parse::<VmId>(),
     };
     let vm_id = match vm_id {
@@ -68,7 +69,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         Err(invalid) => {
             let mut report = Report::default();
             report.reject("vm_id", invalid.to_string());
-            report.merge(check_config(shared, uid, &request.requested).await.report);
+            report.merge(check_config(shared, fresh, &request.requested).await.report);
             return Err(ServiceError::Invalid(report.violations));
         }
     };
@@ -81,6 +82,9 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         // Where none can be created, what else is wrong does not matter.
         places::refuse_import_only(&*backend)?;
     }
+    let spare =
+        shared.backends.get(&request.requested.backend).ok().and_then(|b| spares::promise(shared, &b));
+    let uid = spare.as_ref().and_then(Promise::uid).unwrap_or(fresh);
     let checked = check_config(shared, uid, &request.requested).await;
     let Some((spec, backend)) = checked.accepted.filter(|_| checked.report.is_ok()) else {
         return Err(refusal(checked.report));
@@ -124,12 +128,18 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         Ok(committed) => committed,
         Err(error) => {
             if error.effect != Effect::NotApplied {
+                if let Some(spare) = spare {
+                    spare.discard().await;
+                }
                 take_back(shared, &record, event).await;
             }
             return Err(error.into());
         }
     };
     point(FaultPoint::CreateCommitted);
+    if let Some(spare) = spare {
+        spare.redeem();
+    }
     let shown = Arc::new(record.clone());
     let metrics = MetricsCell::default();
     let handle = actor::spawn(Arc::clone(shared), record, spec, backend, metrics.clone());

@@ -15,7 +15,7 @@ use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError};
 
 use crate::error::ServiceError;
 use crate::events::{Events, EventsQuery, Notice, Watch, WatchQuery};
-use crate::index::Index;
+use crate::index::{Age, Index};
 use crate::listing::{ListQuery, fingerprint, list, page_token, read_token};
 
 /// Which events the log still holds; those before have expired.
@@ -104,14 +104,15 @@ fn listing(token: &str, filter: &str) {
     let read = list(&Index::default(), &query).map(|page| assert!(page.next_page_token.is_empty()));
     check_refusal("page_token", read.as_ref().err());
     match read_token(token, filter) {
-        Ok(uid) => assert_eq!(page_token(filter, uid), token, "a token has one spelling"),
+        Ok(age) => assert_eq!(page_token(filter, age), token, "a token has one spelling"),
         Err(error) => assert!(token.is_empty() || read.is_err(), "{error}"),
     }
     let mut uid = [0; 16];
     uid.iter_mut().zip(token.bytes()).for_each(|(place, byte)| *place = byte);
-    let uid = VmUid::new(Uuid::from_bytes(uid));
-    let issued = page_token(filter, uid);
-    assert_eq!(read_token(&issued, filter).ok(), Some(uid));
+    let created_ms = filter.cast_signed().rotate_left(7);
+    let age = Age { created_ms, uid: VmUid::new(Uuid::from_bytes(uid)) };
+    let issued = page_token(filter, age);
+    assert_eq!(read_token(&issued, filter).ok(), Some(age));
     assert!(read_token(&issued, !filter).is_err(), "it belongs to another filter");
 }
 

@@ -29,6 +29,7 @@ mod metrics;
 mod places;
 mod run_folders;
 mod service;
+mod spares;
 mod wait;
 
 pub use backends::{BackendStatus, Backends};

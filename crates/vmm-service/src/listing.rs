@@ -1,17 +1,17 @@
 //! ListVms: filters, and pages whose tokens stay valid across restarts.
 //!
-//! A token names the last VM of its page and the filter it belongs to. VMs are ordered by uid, which is by age, so a token means
-//! the same place whatever was created or deleted since.
+//! A token names the age of the last VM of its page, and the filter it belongs to. VMs are ordered by age, so a token means the
+//! same place whatever was created or deleted since.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vmm_core::id::{BackendName, VmUid};
+use vmm_core::id::BackendName;
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::index::Index;
+use crate::index::{Age, Index};
 
 /// Page size where the client gives none.
 const DEFAULT_PAGE: usize = 100;
@@ -63,7 +63,7 @@ pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceErro
             return;
         }
         page.total_count += 1;
-        if after.is_none_or(|after| record.uid > after) {
+        if after.is_none_or(|after| Age::of(record) > after) {
             if page.vms.len() < size {
                 page.vms.push(Arc::clone(record));
             } else {
@@ -72,7 +72,7 @@ pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceErro
         }
     });
     if let (true, Some(last)) = (more, page.vms.last()) {
-        page.next_page_token = page_token(fingerprint(query), last.uid);
+        page.next_page_token = page_token(fingerprint(query), Age::of(last));
     }
     Ok(page)
 }
@@ -84,12 +84,12 @@ fn matches(query: &ListQuery, backend: &BackendName, record: &VmRecord) -> bool 
 }
 
 /// The token of a page that ends with `last`, of a listing with this filter.
-pub(crate) fn page_token(filter: u64, last: VmUid) -> String {
-    format!("{filter:016x}{}", last.as_uuid().simple())
+pub(crate) fn page_token(filter: u64, last: Age) -> String {
+    format!("{filter:016x}{:016x}{}", last.created_ms, last.uid.as_uuid().simple())
 }
 
 /// The last VM of the page before. A token has one spelling: that of [`page_token`].
-pub(crate) fn read_token(token: &str, expected: u64) -> Result<VmUid, ServiceError> {
+pub(crate) fn read_token(token: &str, expected: u64) -> Result<Age, ServiceError> {
     let bad = |why: &str| {
         ServiceError::invalid(
             "page_token",
@@ -98,14 +98,16 @@ pub(crate) fn read_token(token: &str, expected: u64) -> Result<VmUid, ServiceErr
     };
     let stranger = || bad("is not a token of this service");
     // Parsing numbers alone would let signs and capitals through.
-    let plain = token.len() == 48 && token.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    let (filter, uid) = token.split_at_checked(16).filter(|_| plain).ok_or_else(stranger)?;
-    let filter = u64::from_str_radix(filter, 16).map_err(|_| stranger())?;
-    let uid = uid.parse::<VmUid>().map_err(|_| stranger())?;
+    let plain = token.len() == 64 && token.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let (filter, age) = token.split_at_checked(16).filter(|_| plain).ok_or_else(stranger)?;
+    let (created_ms, uid) = age.split_at_checked(16).ok_or_else(stranger)?;
+    let number = |text| u64::from_str_radix(text, 16).map_err(|_| stranger());
+    let (filter, created_ms) = (number(filter)?, number(created_ms)?.cast_signed());
+    let uid = uid.parse().map_err(|_| stranger())?;
     if filter != expected {
         return Err(bad("belongs to a listing with another filter"));
     }
-    Ok(uid)
+    Ok(Age { created_ms, uid })
 }
 
 /// Identifies a filter. FNV-1a, because a token must mean the same in the next release, which std's hashers do not promise.
@@ -133,9 +135,10 @@ mod tests {
 
     #[test]
     fn a_token_has_one_spelling() {
-        let uid = "0192f3a4-b5c6-7d8e-9fa0-b1c2d3e4f5a6".parse::<VmUid>().unwrap();
-        let token = page_token(0xab, uid);
-        assert_eq!(read_token(&token, 0xab).unwrap(), uid);
+        let uid = "0192f3a4-b5c6-7d8e-9fa0-b1c2d3e4f5a6".parse().unwrap();
+        let age = Age { created_ms: -5, uid };
+        let token = page_token(0xab, age);
+        assert_eq!(read_token(&token, 0xab).unwrap(), age);
         let signed = format!("+{}", &token[1..]);
         for odd in [signed.as_str(), &token.to_uppercase(), &token[1..], &format!("{token}0"), "ä"] {
             assert!(read_token(odd, 0xab).is_err(), "{odd}");

@@ -1,4 +1,4 @@
-//! Which run folders processes use, when the daemon starts.
+//! Run folders: what is made in them before a VMM, and which of them processes use when the daemon starts.
 //!
 //! A start begins its VMM while its intent is on its way to the disk. If the daemon dies there, a VMM is left that no record
 //! tells of; but its arguments name the run folder, and so the VM.
@@ -7,9 +7,26 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use uuid::Uuid;
 use vmm_core::id::VmUid;
 use vmm_host::process::find_by_argument;
+
+/// The console's file, where the client names none.
+pub(crate) const KEPT_CONSOLE: &str = "console.log";
+
+/// Makes a file that only the owner reads, or leaves the one that is there. Blocks.
+pub(crate) fn touch(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        // A FIFO that took the file's place must not hold whoever opens it.
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
+        .open(path)
+        .map(|_| ())
+}
 
 /// The names of the run folders that are in use; `None` where that cannot be told.
 pub(crate) struct RunFolders(Option<BTreeSet<OsString>>);

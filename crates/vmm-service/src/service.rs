@@ -24,6 +24,7 @@ use crate::index::{Index, VmView};
 use crate::listing::{self, ListQuery, Page};
 use crate::places;
 use crate::run_folders::RunFolders;
+use crate::spares::{self, Spares};
 use crate::wait;
 
 /// How long a guest has to obey ShutdownVm where the client does not say.
@@ -44,6 +45,8 @@ pub struct Settings {
     pub metrics_interval: Duration,
     /// How long events are kept.
     pub event_retention: Duration,
+    /// How many VMMs wait for VMs to come, of each backend that has started one. Zero means that none does.
+    pub spare_vmms: usize,
 }
 
 /// The kernel of VMs that name none. An empty `kernel` means that there is no default.
@@ -104,6 +107,7 @@ pub(crate) struct Shared {
     pub(crate) index: Index,
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
+    pub(crate) spares: Spares,
     /// Held from the choice of a place to the record that holds it.
     pub(crate) places: tokio::sync::Mutex<()>,
     /// Operations under way, so that the end of the daemon can wait for them.
@@ -148,6 +152,7 @@ impl VmService {
         // A VM that never ran and is not being started owns no TAP: what bears its label was made by a start that died.
         let owners = vms.iter().filter(|vm| vm.state != VmState::Created || vm.intent.is_some());
         actor::remove_orphans(&*taps, instance, &owners.map(|vm| vm.uid).collect()).await;
+        let spares = Spares::new(settings.spare_vmms);
         let shared = Arc::new(Shared {
             events,
             backends,
@@ -157,6 +162,7 @@ impl VmService {
             index: Index::default(),
             claims: Claims::default(),
             names: NameLocks::default(),
+            spares,
             places: tokio::sync::Mutex::default(),
             under_way: watch::Sender::new(0),
         });
@@ -168,6 +174,7 @@ impl VmService {
                 pings.refresh().await;
             }
         });
+        spares::clear(&shared, vms.iter().map(|vm| vm.uid).collect()).await;
         let in_use = RunFolders::in_use(&shared.settings.runtime_dir).await;
         let recoveries = vms.into_iter().map(|record| take_up(&shared, record, &in_use));
         futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
@@ -333,10 +340,15 @@ impl VmService {
         self.shared.backends.status(self.shared.backends.default_name())
     }
 
-    /// Waits until no operation is under way, at most until `deadline`. Answers how many were left.
+    /// Ends the VMMs that wait for VMs to come, and waits until no operation is under way, at most until `deadline`. Answers how
+    /// many were left.
     pub async fn drain(&self, deadline: Duration) -> usize {
         let mut under_way = self.shared.under_way.subscribe();
-        let _ = tokio::time::timeout(deadline, under_way.wait_for(|count| *count == 0)).await;
+        let drained = async {
+            self.shared.spares.stop(&self.shared).await;
+            let _ = under_way.wait_for(|count| *count == 0).await;
+        };
+        let _ = tokio::time::timeout(deadline, drained).await;
         *self.shared.under_way.borrow()
     }
 

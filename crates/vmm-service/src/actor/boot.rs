@@ -1,12 +1,11 @@
 //! Starting a VMM: the one path for first boot, boot after shutdown, reboot and restart by policy.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, Either, ready, select};
-use rustix::fs::OFlags;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Sweep};
 use vmm_core::event::EventKind;
 use vmm_core::gate::Gate;
@@ -15,20 +14,21 @@ use vmm_core::spec::{Console, VmSpec};
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
 use vmm_core::store::HostClaim;
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::run_dir::{self, SpareMark};
 
 use super::persist::Why;
 use super::{Actor, Broken};
 use crate::check;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
+use crate::run_folders::{KEPT_CONSOLE, touch};
 use crate::service::Outcome;
+use crate::spares;
 
 /// No start may take longer. With the look before it and the sweep after it, a boot fails within 30 s.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(25);
 /// No look at the host's files may take longer, before a start may begin.
 pub(super) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
-/// The console's file in the run folder, where the client names none.
-const KEPT_CONSOLE: &str = "console.log";
 
 impl Actor {
     /// BootVm: a start that a client asked for ends any count of restarts, and any wait for one.
@@ -150,6 +150,8 @@ impl Actor {
         }
         point(FaultPoint::StartTapsProvided);
         self.stray = true;
+        let name = self.backend.capabilities().name.clone();
+        self.shared.spares.forget(&name, self.record.uid);
         let dir = self.dir();
         let (spec, incomplete) = self.what_to_start();
         let console = match &spec.console {
@@ -174,11 +176,12 @@ impl Actor {
         };
         let backend = Arc::clone(&self.backend);
         let (runtime_dir, uid) = (self.shared.settings.runtime_dir.clone(), self.record.uid);
+        let mark = SpareMark { instance: self.shared.instance, backend: name };
         Box::pin(async move {
             if waits {
                 gate.passed().await?;
             }
-            prepare(runtime_dir, uid, console).await?;
+            prepare(runtime_dir, uid, console, mark).await?;
             point(FaultPoint::StartFolderMade);
             backend.launch(request).await
         })
@@ -221,6 +224,7 @@ impl Actor {
         }
         point(FaultPoint::outcome_committed(request));
         self.made_taps.clear();
+        spares::refill(&self.shared, &self.backend);
         Ok(())
     }
 
@@ -273,10 +277,16 @@ impl Actor {
     }
 }
 
-/// Makes the run folder and the console's file.
-async fn prepare(runtime_dir: PathBuf, uid: VmUid, console: Option<PathBuf>) -> Result<(), BackendError> {
+/// Makes the run folder and the console's file. If a spare VMM waits there it will be told what to run: its mark goes.
+async fn prepare(
+    runtime_dir: PathBuf,
+    uid: VmUid,
+    console: Option<PathBuf>,
+    mark: SpareMark,
+) -> Result<(), BackendError> {
     let made = tokio::task::spawn_blocking(move || {
-        vmm_host::run_dir::create(&runtime_dir, uid).map_err(|error| (runtime_dir, error))?;
+        let dir = run_dir::create(&runtime_dir, uid).map_err(|error| (runtime_dir, error))?;
+        mark.take_off(&dir).map_err(|error| (dir, error))?;
         match console {
             Some(console) => touch(&console).map_err(|error| (console, error)),
             None => Ok(()),
@@ -289,17 +299,4 @@ async fn prepare(runtime_dir: PathBuf, uid: VmUid, console: Option<PathBuf>) -> 
         Ok(Err((path, error))) => Err(failed(format!("{} could not be made: {error}", path.display()))),
         Err(error) => Err(failed(format!("the run folder could not be made: {error}"))),
     }
-}
-
-/// Makes a file that only the owner reads, or leaves the one that is there.
-fn touch(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt as _;
-    std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        // A FIFO that took the file's place must not hold whoever opens it.
-        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
-        .open(path)
-        .map(|_| ())
 }

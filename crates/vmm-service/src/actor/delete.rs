@@ -52,6 +52,8 @@ impl Actor {
 
     /// Ends what runs by its handle, and by its run folder what no handle ends.
     async fn end_what_runs(&mut self, purpose: Sweep) -> Result<(), Broken> {
+        self.shared.spares.forget(&self.backend.capabilities().name, self.record.uid);
+        self.backend.dismiss_spare(self.record.uid).await;
         if let Some(vmm) = self.vmm() {
             match self.end_by_force(&*vmm).await {
                 Ok(()) => self.let_go(),

@@ -66,7 +66,7 @@ impl Present {
     }
 }
 
-/// Every VM that matches, oldest first, and the place at which this is so.
+/// Every VM that matches, by uid, and the place at which this is so.
 pub(super) async fn states(
     events: &Events,
     index: &Index,

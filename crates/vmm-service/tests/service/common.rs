@@ -42,6 +42,8 @@ pub(crate) struct Bed {
     pub(crate) taps: FakeTaps,
     pub(crate) default_boot: DefaultBoot,
     pub(crate) single_use: bool,
+    /// How many spare VMMs are wanted.
+    pub(crate) spare_vmms: usize,
 }
 
 impl Bed {
@@ -58,6 +60,7 @@ impl Bed {
             taps: FakeTaps::default(),
             default_boot: DefaultBoot::default(),
             single_use: false,
+            spare_vmms: 0,
         }
     }
 
@@ -116,6 +119,7 @@ impl Bed {
             default_boot: self.default_boot.clone(),
             metrics_interval: INTERVAL,
             event_retention: RETENTION,
+            spare_vmms: self.spare_vmms,
         };
         let backends = Backends::new(BackendName::new("fake"), all);
         let (store, taps) = (Arc::clone(&self.store), Arc::new(self.taps.clone()));

@@ -20,6 +20,7 @@ mod observe;
 mod places;
 mod recover;
 mod restart;
+mod spares;
 mod storage;
 mod taps;
 mod untaken;

@@ -84,6 +84,7 @@ async fn start(bed: &Bed, places: Places, present: Vec<Found>) -> (Vms, mpsc::Se
         default_boot: DefaultBoot::default(),
         metrics_interval: INTERVAL,
         event_retention: RETENTION,
+        spare_vmms: 0,
     };
     let backends = Backends::new(BackendName::new("fake"), all);
     let (store, taps) = (Arc::clone(&bed.store), Arc::new(bed.taps.clone()));

@@ -148,6 +148,7 @@ impl Vms {
             default_boot: vmm_service::DefaultBoot::default(),
             metrics_interval: INTERVAL,
             event_retention: Duration::from_secs(3600),
+            spare_vmms: 0,
         };
         let backends = Backends::new(name, [Arc::clone(&backend)]);
         let service = VmService::start(Arc::clone(&rig.store) as _, backends, settings);

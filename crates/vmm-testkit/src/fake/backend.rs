@@ -7,9 +7,9 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    Exit, ExitCause, KernelFormat, LaunchRequest, Launched, SweepRequest, VmmEvent,
+    Exit, ExitCause, KernelFormat, LaunchRequest, Launched, SpareRequest, SweepRequest, VmmEvent,
 };
-use vmm_core::id::BackendName;
+use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::{OptionScope, RestartMode, VmSpec, scope_of};
 use vmm_core::store::RunRecord;
@@ -165,6 +165,7 @@ impl Backend for FakeBackend {
         act.before().await?;
         let unkillable = {
             let mut inner = self.world.lock();
+            inner.spares.remove(&request.uid);
             let users: Vec<(u32, bool)> = inner
                 .machines
                 .iter()
@@ -185,6 +186,21 @@ impl Backend for FakeBackend {
                 format!("process {pid} outlives SIGKILL"),
             )),
         }
+    }
+
+    async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
+        let act = self.world.lock().scripts.call(Method::StartSpare);
+        act.before().await?;
+        self.world.lock().spares.insert(request.uid);
+        let outcome = act.after().await;
+        if outcome.is_err() {
+            self.dismiss_spare(request.uid).await;
+        }
+        outcome
+    }
+
+    async fn dismiss_spare(&self, uid: VmUid) {
+        self.world.lock().spares.remove(&uid);
     }
 
     async fn ping(&self) -> BackendHealth {

@@ -11,6 +11,8 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 pub enum Method {
     /// `Backend::launch`.
     Launch,
+    /// `Backend::start_spare`.
+    StartSpare,
     /// `Backend::adopt`.
     Adopt,
     /// `Backend::sweep`.

@@ -1,6 +1,6 @@
 //! The host as the fake hypervisor sees it: its machines, and what is held against them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -29,6 +29,10 @@ pub(super) struct Inner {
     pub(super) scripts: Scripts,
     /// Living machines by pid.
     pub(super) machines: BTreeMap<u32, Machine>,
+    /// The uids that processes without a guest wait for. Like machines they outlive a daemon that dies.
+    pub(super) spares: BTreeSet<VmUid>,
+    /// The uids of the machines that were such processes.
+    pub(super) were_spares: BTreeSet<VmUid>,
     /// How the others ended.
     pub(super) ended: BTreeMap<u32, Exit>,
     pub(super) faults: Vec<String>,
@@ -95,6 +99,16 @@ impl World {
         self.lock().machines.values().map(|machine| machine.uid).collect()
     }
 
+    /// The uids that spare VMMs wait for, oldest first.
+    pub fn spares(&self) -> Vec<VmUid> {
+        self.lock().spares.iter().copied().collect()
+    }
+
+    /// Whether a VM's machine was a spare VMM before.
+    pub fn was_spare(&self, uid: VmUid) -> bool {
+        self.lock().were_spares.contains(&uid)
+    }
+
     /// The living machine of the VM called `vm_id`, of its youngest creation.
     pub fn machine(&self, vm_id: &str) -> Option<MachineControl> {
         let inner = self.lock();
@@ -153,6 +167,9 @@ impl World {
             gone: watch::Sender::new(false),
         };
         inner.hold_against(&machine);
+        if inner.spares.remove(&request.uid) {
+            inner.were_spares.insert(request.uid);
+        }
         inner.machines.insert(pid, machine);
         (run, receiver)
     }

@@ -1,0 +1,337 @@
+//! Spare VMMs: processes that are started before their VM is created, where the operator wants some.
+//!
+//! ```text
+//!              ┌──────────── a VM was started: refill ───────────┐
+//!              ▼                                                 │
+//!   a new uid, its folder, a mark ─► start_spare ─► free ─► promised ─► launch uses it
+//!                                                    │ CreateVm  │ BootVm
+//!                                     the daemon ends └───────────┴─► dismissed
+//! ```
+//!
+//! What waits has a uid of its own, and with it a run folder, so that CreateVm need only give this uid to the VM: it starts nothing,
+//! and no name on the host ever changes. A promise is broken, the oldest first, where so many others are waiting for their
+//! BootVm that processes would pile up; such a VM is started in the ordinary way.
+//!
+//! A spare VMM has been told nothing and has no guest. It ends with the daemon; should the daemon die, the mark in its run folder
+//! says whose it was, and the next daemon ends it: the mark goes before the VMM is told anything.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tracing::Instrument as _;
+use uuid::Uuid;
+use vmm_core::backend::{Backend, BackendErrorKind, SpareRequest, SweepRequest};
+use vmm_core::id::{BackendName, InstanceId, VmUid};
+use vmm_host::fault::{FaultPoint, point};
+use vmm_host::ledger::{self, Served};
+use vmm_host::run_dir::{self, SpareMark};
+
+use crate::run_folders;
+use crate::service::{Shared, UnderWay};
+
+/// What a client was just answered goes on its way before a process is started.
+const AFTER_AN_ANSWER: Duration = Duration::from_millis(5);
+/// How long one that a dead daemon left may take to end.
+const CLEARING: Duration = Duration::from_secs(5);
+
+/// The spare VMMs of every backend.
+#[derive(Default)]
+pub(crate) struct Spares {
+    /// How many are to be free, of each backend in use.
+    wanted: usize,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    shelves: BTreeMap<BackendName, Shelf>,
+    stopped: bool,
+}
+
+/// Those of one backend, the oldest first.
+#[derive(Default)]
+struct Shelf {
+    free: VecDeque<VmUid>,
+    promised: VecDeque<VmUid>,
+    filling: bool,
+}
+
+impl Spares {
+    pub(crate) fn new(wanted: usize) -> Self {
+        Self { wanted, inner: Mutex::default() }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No longer counts the VMM of `uid`: it is being used, or has been ended.
+    pub(crate) fn forget(&self, backend: &BackendName, uid: VmUid) {
+        if let Some(shelf) = self.inner().shelves.get_mut(backend) {
+            shelf.promised.retain(|promised| *promised != uid);
+        }
+    }
+
+    /// Ends all that wait, and starts no more.
+    pub(crate) async fn stop(&self, shared: &Arc<Shared>) {
+        let shelves = {
+            let mut inner = self.inner();
+            inner.stopped = true;
+            std::mem::take(&mut inner.shelves)
+        };
+        for (name, shelf) in shelves {
+            let Ok(backend) = shared.backends.get(name.as_str()) else { continue };
+            for uid in shelf.promised {
+                // The folder is that of a VM on record.
+                backend.dismiss_spare(uid).await;
+            }
+            for uid in shelf.free {
+                discard(shared, &*backend, uid).await;
+            }
+        }
+    }
+}
+
+/// A spare VMM that is held for a VM which is being created. Dropped, it is free again.
+pub(crate) struct Promise {
+    shared: Arc<Shared>,
+    backend: Arc<dyn Backend>,
+    uid: Option<VmUid>,
+}
+
+/// Holds a spare VMM of `backend`, if one is free.
+pub(crate) fn promise(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) -> Option<Promise> {
+    let uid = shared.spares.inner().shelves.get_mut(&backend.capabilities().name)?.free.pop_front()?;
+    Some(Promise { shared: Arc::clone(shared), backend: Arc::clone(backend), uid: Some(uid) })
+}
+
+impl Promise {
+    /// The uid that the VM gets; `None` once it is known what became of the promise.
+    pub(crate) fn uid(&self) -> Option<VmUid> {
+        self.uid
+    }
+
+    /// The VM is on record: its BootVm finds the VMM waiting, unless too many others wait as well.
+    pub(crate) fn redeem(mut self) {
+        let Some(uid) = self.uid.take() else { return };
+        let broken = {
+            let mut inner = self.shared.spares.inner();
+            if inner.stopped {
+                Some(uid)
+            } else {
+                let shelf = inner.shelves.entry(self.backend.capabilities().name.clone()).or_default();
+                shelf.promised.push_back(uid);
+                if shelf.promised.len() > self.shared.spares.wanted {
+                    shelf.promised.pop_front()
+                } else {
+                    None
+                }
+            }
+        };
+        if let Some(uid) = broken {
+            let backend = Arc::clone(&self.backend);
+            spawn(&self.shared, async move { backend.dismiss_spare(uid).await });
+        }
+    }
+
+    /// Nobody can tell whether a VM has this uid: it is not given out again.
+    pub(crate) async fn discard(mut self) {
+        if let Some(uid) = self.uid.take() {
+            discard(&self.shared, &*self.backend, uid).await;
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        let Some(uid) = self.uid.take() else { return };
+        let mut inner = self.shared.spares.inner();
+        if !inner.stopped {
+            inner.shelves.entry(self.backend.capabilities().name.clone()).or_default().free.push_front(uid);
+            return;
+        }
+        drop(inner);
+        let (shared, backend) = (Arc::clone(&self.shared), Arc::clone(&self.backend));
+        spawn(&self.shared, async move { discard(&shared, &*backend, uid).await });
+    }
+}
+
+/// Sees to it that as many VMMs of `backend` wait as are wanted. Answers at once.
+pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
+    let spares = &shared.spares;
+    let name = &backend.capabilities().name;
+    if spares.wanted == 0 || !spares.inner().begin_filling(name, spares.wanted) {
+        return;
+    }
+    let (shared_with, backend) = (Arc::clone(shared), Arc::clone(backend));
+    spawn(shared, async move {
+        tokio::time::sleep(AFTER_AN_ANSWER).await;
+        fill(&shared_with, &*backend).await;
+    });
+}
+
+/// Runs a task that the end of the daemon waits for.
+fn spawn(shared: &Shared, task: impl Future<Output = ()> + Send + 'static) {
+    let under_way = UnderWay::new(shared);
+    let span = tracing::info_span!(parent: None, "spares");
+    tokio::spawn(
+        async move {
+            let _under_way = under_way;
+            task.await;
+        }
+        .instrument(span),
+    );
+}
+
+impl Inner {
+    /// Says whether the caller is to fill the shelf.
+    fn begin_filling(&mut self, backend: &BackendName, wanted: usize) -> bool {
+        if self.stopped {
+            return false;
+        }
+        let shelf = self.shelves.entry(backend.clone()).or_default();
+        let begins = !shelf.filling && shelf.free.len() < wanted;
+        shelf.filling |= begins;
+        begins
+    }
+
+    /// Adds one, and says whether another is wanted; `Err` where nobody wants this one any more.
+    fn add(&mut self, backend: &BackendName, uid: VmUid, wanted: usize) -> Result<bool, VmUid> {
+        if self.stopped {
+            return Err(uid);
+        }
+        let shelf = self.shelves.entry(backend.clone()).or_default();
+        shelf.free.push_back(uid);
+        shelf.filling = shelf.free.len() < wanted;
+        Ok(shelf.filling)
+    }
+
+    fn end_filling(&mut self, backend: &BackendName) {
+        if let Some(shelf) = self.shelves.get_mut(backend) {
+            shelf.filling = false;
+        }
+    }
+}
+
+async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
+    let name = &backend.capabilities().name;
+    loop {
+        let uid = VmUid::new(Uuid::now_v7());
+        if !start(shared, backend, uid).await {
+            shared.spares.inner().end_filling(name);
+            return;
+        }
+        let added = shared.spares.inner().add(name, uid, shared.spares.wanted);
+        match added {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(uid) => return discard(shared, backend, uid).await,
+        }
+    }
+}
+
+/// Starts one VMM in the run folder of `uid`. Where that fails nothing is left.
+async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> bool {
+    let name = &backend.capabilities().name;
+    let mark = SpareMark { instance: shared.instance, backend: name.clone() };
+    let runtime_dir = shared.settings.runtime_dir.clone();
+    let made = tokio::task::spawn_blocking(move || make_folder(&runtime_dir, uid, &mark)).await;
+    let problem = match made.map_err(|error| error.to_string()).and_then(|made| made) {
+        Ok((dir, console)) => match backend.start_spare(SpareRequest { uid, dir, console }).await {
+            Ok(()) => {
+                point(FaultPoint::SpareStarted);
+                tracing::debug!(backend = %name, %uid, "a spare VMM waits for a VM");
+                return true;
+            }
+            Err(error) if matches!(error.kind, BackendErrorKind::Unsupported(_)) => None,
+            Err(error) => Some(error.to_string()),
+        },
+        Err(problem) => Some(problem),
+    };
+    if let Some(problem) = problem {
+        tracing::warn!(backend = %name, problem, "no spare VMM could be started; the next VM starts its own");
+    }
+    discard(shared, backend, uid).await;
+    false
+}
+
+/// The folder, before its VMM is started, and the console's file in it.
+fn make_folder(runtime_dir: &Path, uid: VmUid, mark: &SpareMark) -> Result<(PathBuf, PathBuf), String> {
+    let dir = run_dir::create(runtime_dir, uid).map_err(|error| error.to_string())?;
+    point(FaultPoint::SpareFolderMade);
+    mark.put(&dir).map_err(|error| error.to_string())?;
+    point(FaultPoint::SpareMarked);
+    let console = dir.join(run_folders::KEPT_CONSOLE);
+    run_folders::touch(&console).map_err(|error| format!("{}: {error}", console.display()))?;
+    Ok((dir, console))
+}
+
+/// Ends the VMM of a uid that no VM has, and removes its folder.
+async fn discard(shared: &Shared, backend: &dyn Backend, uid: VmUid) {
+    backend.dismiss_spare(uid).await;
+    remove(uid.run_dir(&shared.settings.runtime_dir)).await;
+}
+
+async fn remove(dir: PathBuf) {
+    let removed = tokio::task::spawn_blocking(move || run_dir::remove(&dir)).await;
+    if let Ok(Err(problem)) = removed {
+        tracing::warn!(%problem, "the folder of a spare VMM could not be removed; `reconcile` tells of it");
+    }
+}
+
+/// Ends what a daemon that died has left of spare VMMs: what bears this installation's mark has been told nothing. Of a VM that
+/// had been promised one, the folder stays.
+pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
+    let (runtime_dir, instance) = (shared.settings.runtime_dir.clone(), shared.instance);
+    let left = tokio::task::spawn_blocking(move || {
+        let left = left_behind(&runtime_dir, instance, &on_record);
+        left.map(|left| (left, on_record))
+    });
+    let (left, on_record) = match left.await {
+        Ok(Ok(found)) => found,
+        Ok(Err(error)) => return tracing::warn!(%error, "spare VMMs that were left cannot be looked for"),
+        Err(error) => return tracing::warn!(%error, "the look for spare VMMs that were left broke off"),
+    };
+    for (uid, dir, mark) in left {
+        let Ok(backend) = shared.backends.get(mark.backend.as_str()) else {
+            tracing::warn!(backend = %mark.backend, dir = %dir.display(), "a spare VMM was left of a backend that this daemon does not serve; `reconcile` tells of it");
+            continue;
+        };
+        let sweeping = backend.sweep(SweepRequest::of_folder(uid, &dir));
+        match tokio::time::timeout(CLEARING, sweeping).await {
+            Ok(Ok(())) if on_record.contains(&uid) => unmark(dir, mark).await,
+            Ok(Ok(())) => remove(dir).await,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, dir = %dir.display(), "a spare VMM that was left could not be ended");
+            }
+            Err(_) => tracing::warn!(dir = %dir.display(), "a spare VMM that was left did not end in time"),
+        }
+    }
+}
+
+async fn unmark(dir: PathBuf, mark: SpareMark) {
+    // BootVm takes it off as well.
+    let _ = tokio::task::spawn_blocking(move || mark.take_off(&dir)).await;
+}
+
+/// The folders with this installation's mark. Those of no VM whose making was cut short are removed.
+fn left_behind(
+    runtime_dir: &Path,
+    instance: InstanceId,
+    on_record: &HashSet<VmUid>,
+) -> io::Result<Vec<(VmUid, PathBuf, SpareMark)>> {
+    let ours_alone = matches!(ledger::served(runtime_dir), Ok(Served::One(owner)) if owner == instance);
+    let mut left = Vec::new();
+    for (uid, dir) in run_dir::list(runtime_dir)? {
+        match SpareMark::read(&dir) {
+            Ok(Some(mark)) if mark.instance == instance => left.push((uid, dir, mark)),
+            // Only a folder that is empty goes; what is in any other is somebody's.
+            Ok(None) if ours_alone && !on_record.contains(&uid) => drop(std::fs::remove_dir(&dir)),
+            Ok(Some(_) | None) | Err(_) => {}
+        }
+    }
+    Ok(left)
+}
