@@ -15,4 +15,5 @@ pub mod libvirt;
 pub mod qemu;
 mod resets;
 pub mod rest;
+mod spares;
 mod words;

@@ -25,14 +25,13 @@ pub(crate) mod watch;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, KernelFormat, LaunchRequest,
-    Launched, SweepRequest,
+    Launched, SpareRequest, SweepRequest,
 };
-use vmm_core::id::BackendName;
+use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
@@ -44,10 +43,12 @@ use self::events::{EVENTS, EventFile};
 use self::vmm::{Parts, attend, explain_past};
 use self::watch::Watcher;
 use crate::launch;
-use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
+use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run};
 use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
+use crate::rest::spare::Fresh;
 use crate::rest::start::start;
+use crate::spares::Spares;
 
 /// The backend's name.
 pub const NAME: &str = "cloudhypervisor";
@@ -55,8 +56,6 @@ pub const NAME: &str = "cloudhypervisor";
 const PROGRAM: &str = "cloud-hypervisor";
 /// The oldest Cloud Hypervisor that lets images' formats be stated, and forbids backing files unless they are asked for.
 pub(crate) const OLDEST: Version = Version(51, 0, 0);
-/// How long it may take to listen on its socket.
-const STARTING: Duration = Duration::from_secs(5);
 
 /// The Cloud Hypervisor backend.
 #[derive(Debug)]
@@ -64,6 +63,7 @@ pub struct CloudHypervisor {
     program: Arc<Program>,
     capabilities: Capabilities,
     watcher: Watcher,
+    spares: Spares<Fresh<Client>>,
 }
 
 impl CloudHypervisor {
@@ -73,35 +73,37 @@ impl CloudHypervisor {
             program: Arc::new(Program::new(program, PROGRAM, OLDEST)),
             capabilities: capabilities(),
             watcher: Watcher::default(),
+            spares: Spares::default(),
         }
     }
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
         let dir = request.dir.as_path();
-        let (socket, log) = (dir.join(SOCKET), dir.join(LOG));
-        let (guard, version) = start(&self.program, dir, {
-            let (dir, socket, log) = (dir.to_path_buf(), socket.clone(), log.clone());
-            let stdout = request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null"));
-            move |program| {
-                set_aside(&dir, LOG)?;
-                EventFile::begin(&dir)?;
-                let arguments = convert::arguments(&socket, &dir.join(EVENTS));
-                Ok(Command { stdout: Some(stdout.clone()), ..Command::new(program, arguments, &log) })
-            }
-        })
-        .await?;
-        match configure(guard.process(), &socket, request).await {
-            Ok(client) => {
-                let process = guard.keep();
-                let run = new_run(process.identity().clone(), socket, version.to_string());
-                let events = EventFile::from_start(dir);
-                let parts =
-                    Parts { run, process, client, events, dir, reset_ends: reset_ends(&request.spec) };
-                Ok(attend(parts, &self.watcher))
-            }
-            Err(error) => Err(failed(guard, error, &log).await),
+        let waiting = self.spares.take_for(request, &self.program, async |client: &Client| client.version().await);
+        let fresh = match waiting.await {
+            Some(spare) => spare,
+            None => self.begin(dir, request.console.clone()).await?,
+        };
+        let Fresh { guard, client, program, .. } = fresh;
+        if let Err(error) = configure(guard.process(), &client, request).await {
+            return Err(failed(guard, error, &dir.join(LOG)).await);
         }
+        let process = guard.keep();
+        let run = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
+        let events = EventFile::from_start(dir);
+        let parts = Parts { run, process, client, events, dir, reset_ends: reset_ends(&request.spec) };
+        Ok(attend(parts, &self.watcher))
+    }
+
+    /// Starts a VMM in the run folder `dir`, up to where it can be told what to run.
+    async fn begin(&self, dir: &Path, console: Option<PathBuf>) -> Result<Fresh<Client>, BackendError> {
+        let prepare = |program: &Path, dir: &Path| {
+            EventFile::begin(dir)?;
+            let arguments = convert::arguments(&dir.join(SOCKET), &dir.join(EVENTS));
+            Ok(Command::new(program, arguments, dir.join(LOG)))
+        };
+        start(&self.program, dir, console, prepare, Client::over).await
     }
 
     async fn take_over(&self, process: Process, request: &AdoptRequest, mut parts: Parts<'_>) -> Adoption {
@@ -128,20 +130,14 @@ impl CloudHypervisor {
     }
 }
 
-/// From the first byte on the socket to a guest that runs.
-async fn configure(
-    process: &Process,
-    socket: &Path,
-    request: &LaunchRequest,
-) -> Result<Client, BackendError> {
-    let stream = launch::wait_for_socket(process, socket, STARTING).await?;
-    let client = Client::over(socket, stream).await?;
+/// From a VMM that has been told nothing to a guest that runs.
+async fn configure(process: &Process, client: &Client, request: &LaunchRequest) -> Result<(), BackendError> {
     launch::pass(&request.gate, process).await?;
     client.create(&Config::of(&request.spec, &request.taps)).await?;
     point(FaultPoint::LaunchConfigured);
     client.boot().await?;
     point(FaultPoint::LaunchStarted);
-    Ok(client)
+    Ok(())
 }
 
 /// Says whether a reset of the guest ends its run.
@@ -180,7 +176,18 @@ impl Backend for CloudHypervisor {
         }
     }
 
+    async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
+        let fresh = self.begin(&request.dir, Some(request.console)).await?;
+        self.spares.keep(request.uid, fresh);
+        Ok(())
+    }
+
+    async fn dismiss_spare(&self, uid: VmUid) {
+        self.spares.dismiss(uid).await;
+    }
+
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        self.spares.dismiss(request.uid).await;
         launch::sweep(&request.dir, &self.program.running_names().await).await
     }
 

@@ -22,15 +22,14 @@ use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::fs::{FileType, Mode, OFlags};
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, KernelFormat, LaunchRequest,
-    Launched, SweepRequest,
+    Launched, SpareRequest, SweepRequest,
 };
-use vmm_core::id::BackendName;
+use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
@@ -43,7 +42,9 @@ use crate::launch;
 use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
 use crate::rest::options::check_taps;
 use crate::rest::program::{Program, Version};
+use crate::rest::spare::Fresh;
 use crate::rest::start::start;
+use crate::spares::Spares;
 
 /// The backend's name.
 pub const NAME: &str = "firecracker";
@@ -54,68 +55,72 @@ pub const CONSOLE_INPUT: &str = "console.in";
 const OWN_LOG: &str = "firecracker.log";
 /// The oldest Firecracker with everything that is used; `huge_pages` came last.
 pub(crate) const OLDEST: Version = Version(1, 7, 0);
-/// How long it may take to listen on its socket.
-const STARTING: Duration = Duration::from_secs(5);
 
 /// The Firecracker backend.
 #[derive(Debug)]
 pub struct Firecracker {
     program: Arc<Program>,
     capabilities: Capabilities,
+    spares: Spares<Fresh<Client>>,
 }
 
 impl Firecracker {
     /// A backend that starts `program`: a name on the PATH, or a path.
     pub fn new(program: impl Into<OsString>) -> Self {
-        Self { program: Arc::new(Program::new(program, NAME, OLDEST)), capabilities: capabilities() }
+        Self {
+            program: Arc::new(Program::new(program, NAME, OLDEST)),
+            capabilities: capabilities(),
+            spares: Spares::default(),
+        }
     }
 
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
         let dir = request.dir.as_path();
-        let (socket, log) = (dir.join(SOCKET), dir.join(LOG));
-        let (guard, version) = start(&self.program, dir, {
-            let (uid, dir, socket, log) = (request.uid, dir.to_path_buf(), socket.clone(), log.clone());
-            // Firecracker has a serial port even where nobody wants it.
-            let stdout = request.console.clone().unwrap_or_else(|| PathBuf::from("/dev/null"));
-            move |program| {
-                set_aside(&dir, LOG)?;
-                set_aside(&dir, OWN_LOG)?;
-                Metrics::begin(&dir)?;
-                let arguments = convert::arguments(uid, &socket, &dir.join(OWN_LOG), &dir.join(METRICS));
-                Ok(Command {
-                    stdin: Stdin::File(console_input(&dir.join(CONSOLE_INPUT))?),
-                    stdout: Some(stdout.clone()),
-                    ..Command::new(program, arguments, &log)
-                })
-            }
-        })
-        .await?;
-        match configure(guard.process(), &socket, request).await {
-            Ok(client) => {
-                let process = guard.keep();
-                let run = new_run(process.identity().clone(), socket, version.to_string());
-                Ok(vmm::attend(run, process, client, &request.dir))
-            }
-            Err(error) => Err(failed(guard, error, &log).await),
+        let waiting = self.spares.take_for(request, &self.program, async |client: &Client| client.instance().await);
+        let fresh = match waiting.await {
+            Some(spare) => spare,
+            None => self.begin(request.uid, dir, request.console.clone()).await?,
+        };
+        let Fresh { guard, client, program, .. } = fresh;
+        if let Err(error) = configure(guard.process(), &client, request).await {
+            return Err(failed(guard, error, &dir.join(LOG)).await);
         }
+        let process = guard.keep();
+        let run = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
+        Ok(vmm::attend(run, process, client, dir))
+    }
+
+    /// Starts a VMM in the run folder `dir` of `uid`, up to where it can be told what to run.
+    async fn begin(
+        &self,
+        uid: VmUid,
+        dir: &Path,
+        console: Option<PathBuf>,
+    ) -> Result<Fresh<Client>, BackendError> {
+        let prepare = move |program: &Path, dir: &Path| {
+            set_aside(dir, OWN_LOG)?;
+            Metrics::begin(dir)?;
+            let own_log = dir.join(OWN_LOG);
+            let arguments = convert::arguments(uid, &dir.join(SOCKET), &own_log, &dir.join(METRICS));
+            Ok(Command {
+                stdin: Stdin::File(console_input(&dir.join(CONSOLE_INPUT))?),
+                ..Command::new(program, arguments, dir.join(LOG))
+            })
+        };
+        // It has a serial port even where nobody wants it.
+        start(&self.program, dir, console, prepare, Client::over).await
     }
 }
 
-/// From the first byte on the socket to a guest that runs.
-async fn configure(
-    process: &Process,
-    socket: &Path,
-    request: &LaunchRequest,
-) -> Result<Client, BackendError> {
-    let stream = launch::wait_for_socket(process, socket, STARTING).await?;
-    let client = Client::over(socket, stream).await?;
+/// From a VMM that has been told nothing to a guest that runs.
+async fn configure(process: &Process, client: &Client, request: &LaunchRequest) -> Result<(), BackendError> {
     launch::pass(&request.gate, process).await?;
     client.configure(&Config::of(&request.spec, &request.taps)).await?;
     point(FaultPoint::LaunchConfigured);
     client.start().await?;
     point(FaultPoint::LaunchStarted);
-    Ok(client)
+    Ok(())
 }
 
 /// Makes the FIFO of what is typed, and opens it as Firecracker's input.
@@ -171,7 +176,18 @@ impl Backend for Firecracker {
         })
     }
 
+    async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
+        let fresh = self.begin(request.uid, &request.dir, Some(request.console)).await?;
+        self.spares.keep(request.uid, fresh);
+        Ok(())
+    }
+
+    async fn dismiss_spare(&self, uid: VmUid) {
+        self.spares.dismiss(uid).await;
+    }
+
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        self.spares.dismiss(request.uid).await;
         launch::sweep(&request.dir, &self.program.running_names().await).await
     }
 

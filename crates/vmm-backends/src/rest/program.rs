@@ -52,6 +52,21 @@ pub fn told_version(text: &str) -> String {
 /// Tells a program from the one that replaced it at the same path.
 type Stamp = (PathBuf, u64, u64, Option<SystemTime>);
 
+/// A program whose version is known, as it lies on the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    stamp: Stamp,
+    /// Its version.
+    pub version: Version,
+}
+
+impl Known {
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.stamp.0
+    }
+}
+
 /// A hypervisor's program, looked for anew at each use, because it may be installed or upgraded while the daemon runs.
 #[derive(Debug)]
 pub struct Program {
@@ -103,9 +118,9 @@ impl Program {
     ///
     /// # Errors
     /// As [`Self::find`].
-    pub(crate) fn known(&self) -> Result<Option<(PathBuf, Version)>, BackendError> {
+    pub(crate) fn known(&self) -> Result<Option<Known>, BackendError> {
         let stamp = stamp(&self.wanted).map_err(|why| self.unusable(&why))?;
-        Ok(self.remembered(&stamp).map(|version| (stamp.0, version)))
+        Ok(self.remembered(&stamp).map(|version| Known { stamp, version }))
     }
 
     /// The names under which the running program shows in `/proc`.

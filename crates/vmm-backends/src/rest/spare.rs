@@ -1,0 +1,73 @@
+//! VMMs that listen and have been told nothing: one on the way to its VM, or a spare one.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_core::backend::{BackendError, LaunchRequest};
+use vmm_core::id::VmUid;
+
+use super::found;
+use super::program::{Known, Program};
+use crate::launch::Guarded;
+use crate::spares::Spares;
+
+/// How long one that has waited may take to say that it is still there; else another is started.
+const ANSWERING: Duration = Duration::from_millis(250);
+
+/// A VMM that listens and has been told nothing.
+#[derive(Debug)]
+pub(crate) struct Fresh<C> {
+    /// Its process, which ends when this is dropped.
+    pub(crate) guard: Guarded,
+    /// The connection to it.
+    pub(crate) client: C,
+    /// The program that it runs.
+    pub(crate) program: Known,
+    /// Where its console output goes; `None` means nowhere.
+    pub(crate) console: Option<PathBuf>,
+}
+
+impl<C> Spares<Fresh<C>> {
+    /// Hands out the VMM that waits for the VM of `request`, if it can serve it: it writes to the right console, runs the program
+    /// that is installed now, and gives `answer`s. One that cannot is ended.
+    pub(crate) async fn take_for<T>(
+        &self,
+        request: &LaunchRequest,
+        program: &Arc<Program>,
+        answer: impl AsyncFnOnce(&C) -> Result<T, BackendError>,
+    ) -> Option<Fresh<C>> {
+        let spare = self.take(request.uid)?;
+        let why = if spare.console != request.console {
+            "the VM has another console"
+        } else if !is_installed(program, &spare.program).await {
+            "its program has been replaced"
+        } else if !matches!(tokio::time::timeout(ANSWERING, answer(&spare.client)).await, Ok(Ok(_))) {
+            "it does not answer"
+        } else {
+            return Some(spare);
+        };
+        tracing::info!(pid = spare.guard.pid(), why, "a spare VMM cannot be used; another VMM is started");
+        end(spare).await;
+        None
+    }
+
+    /// Ends the VMM that waits for `uid`, if one does.
+    pub(crate) async fn dismiss(&self, uid: VmUid) {
+        if let Some(spare) = self.take(uid) {
+            end(spare).await;
+        }
+    }
+}
+
+async fn end<C>(spare: Fresh<C>) {
+    if let Err(error) = found::kill(spare.guard.process()).await {
+        tracing::warn!(%error, "a spare VMM could not be ended");
+    }
+}
+
+async fn is_installed(program: &Arc<Program>, started: &Known) -> bool {
+    let program = Arc::clone(program);
+    let now = tokio::task::spawn_blocking(move || program.known());
+    matches!(now.await, Ok(Ok(Some(now))) if now == *started)
+}
