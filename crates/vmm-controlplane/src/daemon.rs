@@ -143,6 +143,7 @@ fn settings(config: &Config) -> Settings {
         },
         metrics_interval: config.metrics_interval,
         event_retention: config.event_retention,
+        spare_vmms: config.spare_vmms,
     }
 }
 

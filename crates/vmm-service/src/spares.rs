@@ -57,6 +57,8 @@ struct Shelf {
     free: VecDeque<VmUid>,
     promised: VecDeque<VmUid>,
     filling: bool,
+    /// Whether this backend has said that it cannot start a VMM ahead.
+    has_none: bool,
 }
 
 impl Spares {
@@ -193,7 +195,7 @@ impl Inner {
             return false;
         }
         let shelf = self.shelves.entry(backend.clone()).or_default();
-        let begins = !shelf.filling && shelf.free.len() < wanted;
+        let begins = !shelf.filling && !shelf.has_none && shelf.free.len() < wanted;
         shelf.filling |= begins;
         begins
     }
@@ -209,9 +211,10 @@ impl Inner {
         Ok(shelf.filling)
     }
 
-    fn end_filling(&mut self, backend: &BackendName) {
+    fn end_filling(&mut self, backend: &BackendName, failed: &NotStarted) {
         if let Some(shelf) = self.shelves.get_mut(backend) {
             shelf.filling = false;
+            shelf.has_none = matches!(failed, NotStarted::Unsupported);
         }
     }
 }
@@ -220,8 +223,11 @@ async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
     let name = &backend.capabilities().name;
     loop {
         let uid = VmUid::new(Uuid::now_v7());
-        if !start(shared, backend, uid).await {
-            shared.spares.inner().end_filling(name);
+        if let Err(failed) = start(shared, backend, uid).await {
+            if let NotStarted::Problem(problem) = &failed {
+                tracing::warn!(backend = %name, problem, "no spare VMM could be started; the next VM starts its own");
+            }
+            shared.spares.inner().end_filling(name, &failed);
             return;
         }
         let added = shared.spares.inner().add(name, uid, shared.spares.wanted);
@@ -233,29 +239,34 @@ async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
     }
 }
 
+/// Why there is no spare VMM.
+enum NotStarted {
+    /// There can be none of this backend.
+    Unsupported,
+    /// For people; another attempt may do better.
+    Problem(String),
+}
+
 /// Starts one VMM in the run folder of `uid`. Where that fails nothing is left.
-async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> bool {
+async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> Result<(), NotStarted> {
     let name = &backend.capabilities().name;
     let mark = SpareMark { instance: shared.instance, backend: name.clone() };
     let runtime_dir = shared.settings.runtime_dir.clone();
     let made = tokio::task::spawn_blocking(move || make_folder(&runtime_dir, uid, &mark)).await;
-    let problem = match made.map_err(|error| error.to_string()).and_then(|made| made) {
+    let failed = match made.map_err(|error| error.to_string()).and_then(|made| made) {
         Ok((dir, console)) => match backend.start_spare(SpareRequest { uid, dir, console }).await {
             Ok(()) => {
                 point(FaultPoint::SpareStarted);
                 tracing::debug!(backend = %name, %uid, "a spare VMM waits for a VM");
-                return true;
+                return Ok(());
             }
-            Err(error) if matches!(error.kind, BackendErrorKind::Unsupported(_)) => None,
-            Err(error) => Some(error.to_string()),
+            Err(error) if matches!(error.kind, BackendErrorKind::Unsupported(_)) => NotStarted::Unsupported,
+            Err(error) => NotStarted::Problem(error.to_string()),
         },
-        Err(problem) => Some(problem),
+        Err(problem) => NotStarted::Problem(problem),
     };
-    if let Some(problem) = problem {
-        tracing::warn!(backend = %name, problem, "no spare VMM could be started; the next VM starts its own");
-    }
     discard(shared, backend, uid).await;
-    false
+    Err(failed)
 }
 
 /// The folder, before its VMM is started, and the console's file in it.

@@ -14,6 +14,8 @@ use std::time::Duration;
 const FOLDER: &str = "vmm-controlplane";
 /// Longest time between two samples: a day.
 const METRICS_INTERVAL_MAX: Duration = Duration::from_secs(86_400);
+/// The most spare VMMs of one backend: each is a process that waits.
+const SPARE_VMMS_MAX: usize = 16;
 /// Longest time that events are kept: ten years.
 const EVENT_RETENTION_MAX: Duration = Duration::from_secs(3_650 * 86_400);
 
@@ -81,6 +83,7 @@ impl Loader<'_> {
             self.text(S::MetricsInterval, |text| values::duration(text, METRICS_INTERVAL_MAX));
         let event_retention =
             self.text(S::EventRetention, |text| values::duration(text, EVENT_RETENTION_MAX));
+        let spare_vmms = self.text(S::SpareVmms, |text| values::count(text, SPARE_VMMS_MAX));
         let state_dir = self.state_dir();
         let runtime_dir = self.runtime_dir(state_dir.as_ref());
         let otel_enabled = self.text(S::OtelEnabled, values::boolean);
@@ -105,6 +108,7 @@ impl Loader<'_> {
             defaults: defaults?,
             metrics_interval: metrics_interval?,
             event_retention: event_retention?,
+            spare_vmms: spare_vmms?,
             state_dir: state_dir?,
             runtime_dir: runtime_dir?,
             otel: otel?,

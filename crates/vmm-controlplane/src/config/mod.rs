@@ -101,6 +101,8 @@ pub struct Config {
     pub metrics_interval: Duration,
     /// How long events are kept.
     pub event_retention: Duration,
+    /// How many spare VMMs are kept per backend that has started a VM.
+    pub spare_vmms: usize,
     /// Durable state; an absolute path, which need not exist yet.
     pub state_dir: PathBuf,
     /// Sockets, process ids, consoles; an absolute path, short enough for socket names below it.

@@ -125,6 +125,8 @@ settings! {
         MetricsInterval = "metrics_interval" <"DURATION"> Text("10");
         /// How long the events of a VM are kept, such as 7d, 12h or 30m; a bare number is seconds.
         EventRetention = "event_retention" <"DURATION"> Text("7d");
+        /// How many spare VMMs are kept started per backend, once it has started a VM; 0 keeps none.
+        SpareVmms = "spare_vmms" <"COUNT"> Text("0");
         /// Directory of what must survive a reboot; not root: $XDG_STATE_HOME/vmm-controlplane.
         StateDir = "state_dir" <"DIR"> Directory("/var/lib/vmm-controlplane");
         /// Directory of sockets, process ids and consoles; not root: $XDG_RUNTIME_DIR/vmm-controlplane.

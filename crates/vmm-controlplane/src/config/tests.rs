@@ -73,6 +73,7 @@ fn the_defaults_are_those_of_the_contract() {
         defaults: BootDefaults { kernel: None, initrd: None, kernel_args: None },
         metrics_interval: Duration::from_secs(10),
         event_retention: Duration::from_secs(7 * 86_400),
+        spare_vmms: 0,
         state_dir: "/var/lib/vmm-controlplane".into(),
         runtime_dir: "/run/vmm-controlplane".into(),
         otel: Otel {
@@ -137,6 +138,7 @@ fn flags_that_were_not_typed_never_override_variables() {
         (Setting::DefaultKernelArgs, "-quiet"),
         (Setting::MetricsInterval, "1m"),
         (Setting::EventRetention, "12h"),
+        (Setting::SpareVmms, "2"),
         (Setting::StateDir, "/s"),
         (Setting::RuntimeDir, "/r"),
         (Setting::OtelEnabled, "true"),

@@ -354,6 +354,16 @@ pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
     in_range.ok_or_else(|| Fault::not(text, "is out of range", want()))
 }
 
+/// Reads how many there are to be: a whole number, no more than `most`.
+pub(super) fn count(text: &str, most: usize) -> Result<usize, Fault> {
+    let want = || format!("a whole number from 0 to {most}");
+    let number = text.parse::<usize>().map_err(|_| Fault::not(text, "is not a number", want()))?;
+    if number > most {
+        return Err(Fault::not(text, "is out of range", want()));
+    }
+    Ok(number)
+}
+
 pub(super) fn absolute_path(text: &str) -> Result<PathBuf, Fault> {
     let path = Path::new(text);
     if path.is_absolute() && !text.contains(char::is_control) {

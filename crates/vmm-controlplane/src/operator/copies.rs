@@ -1,6 +1,6 @@
 //! `backup` and `restore`: the database, copied beside a running daemon and put back where none runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::bail;
@@ -64,7 +64,7 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
             "VM {vm} has been started again since the backup; its record names its VMM of now\n"
         ));
     }
-    let facts = gather(config).await?;
+    let facts = gather(config, false).await?;
     let open = decide(&facts, false).into_iter().filter(|item| item.decision != Decision::Keep).count();
     if open > 0 {
         text.push_str(&format!(
@@ -76,14 +76,18 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
     Ok(Answer::fine(text))
 }
 
-/// The VMMs that run, by VM.
+/// The VMMs that run, by VM. A spare one that still waits is not among them: it runs no guest.
 fn running(config: &Config) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessIdentity>>> {
     let names = running_names(&programs(config));
     let mut running: BTreeMap<VmUid, Vec<ProcessIdentity>> = BTreeMap::new();
-    for user in ledger::survey(&config.runtime_dir)?.users {
+    let survey = ledger::survey(&config.runtime_dir)?;
+    let marked = survey.folders.iter().filter(|folder| folder.mark.is_some());
+    let waiting: BTreeSet<VmUid> = marked.filter_map(|folder| folder.uid).collect();
+    for user in survey.users {
         let known = user.found.program_name().and_then(|name| name.to_str());
         if known.is_some_and(|name| names.contains(name)) {
-            for uid in user.uids().into_iter().filter(|uid| commands(&user, *uid)) {
+            let told = |uid: &VmUid| commands(&user, *uid) && !waiting.contains(uid);
+            for uid in user.uids().into_iter().filter(told) {
                 running.entry(uid).or_default().push(user.found.identity.clone());
             }
         }

@@ -1,14 +1,20 @@
 //! What is to become of each thing that bears our mark: pure, from the facts alone.
 //!
 //! ```text
-//!                       owner on record     no owner, proven ours        not proven
-//!   a process             keep                report, while it lives       report
-//!   a TAP                 keep                remove, unless in use        (not listed: another's)
-//!   a folder, a socket    keep                remove, unless in use        report
+//!                       owner on record   no owner, proven ours    of a spare VMM of ours           not proven
+//!   a process             keep              report, while it lives   beside a daemon keep,            report
+//!                                                                    else remove
+//!   a TAP                 keep              remove, unless in use    (none)                           (not listed: another's)
+//!   a folder, a socket    keep              remove, unless in use    beside a daemon keep,            report
+//!                                                                    else remove, unless in use
 //! ```
 //!
 //! A VMM that lives may be doing somebody's work though nobody has it on record, as after an older backup was put back. So it
 //! is reported, and ended only where a person asks for that by `--kill-orphans`.
+//!
+//! A spare VMM runs no guest: its folder bears the mark of an installation, which comes off before the VMM is told anything. The
+//! daemon that started it ends it, so one without a daemon was left by a daemon that was killed. The folder of one that a VM on
+//! record had been promised is that VM's.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -19,6 +25,7 @@ use vmm_core::state::Phase;
 use vmm_core::store::{ProcessIdentity, VmRecord};
 use vmm_host::ledger::{RunFolder, Served, User};
 use vmm_host::net::tap::{OwnedTap, TapOwner};
+use vmm_host::run_dir::SpareMark;
 
 use super::facts::Facts;
 
@@ -116,14 +123,18 @@ impl Judge<'_> {
             return (Decision::Report, format!("runs {program} and names the runtime folder, but no VM"));
         };
         if let Some(record) = self.facts.records.get(&uid) {
-            return of_known_vm(user, record);
+            return self.of_known_vm(user, record);
         }
-        if let Err(why) = self.whose() {
+        let mark = self.mark(uid);
+        if let Err(why) = self.whose(mark) {
             return (Decision::Report, format!("lives, and no VM on record owns it; {why}"));
         }
         if !commands(user, uid) || user.found.exe.is_none() {
             let why = "names a run folder of ours, but is not proven to be a VMM that this program started";
             return (Decision::Report, why.to_owned());
+        }
+        if let Some(mark) = mark {
+            return self.spare(mark);
         }
         if self.kill_orphans {
             return (Decision::Remove, format!("{program} of a VM that is not on record, ended as asked"));
@@ -178,8 +189,12 @@ impl Judge<'_> {
             let why = "is called as a run folder, but is no folder of this user's: not made by this daemon";
             return (Decision::Report, why.to_owned());
         }
-        if let Err(why) = self.whose() {
+        if let Err(why) = self.whose(folder.mark.as_ref()) {
             return (Decision::Report, format!("no VM on record owns it; {why}"));
+        }
+        let spare = folder.mark.as_ref().map(|mark| self.spare(mark));
+        if let Some(kept @ (Decision::Keep, _)) = spare {
+            return kept;
         }
         let mut users = self.facts.survey.users.iter().filter(|user| user.uids().contains(&uid));
         if let Some(user) = users.find(|user| !doomed.contains(&user.found.identity.pid.to_string())) {
@@ -193,19 +208,69 @@ impl Judge<'_> {
             let why = "no VM on record owns it, yet a process that cannot be found holds a socket in it";
             return (Decision::Report, why.to_owned());
         }
-        (Decision::Remove, "made for a VM that is not on record, and no process uses it".to_owned())
+        spare.unwrap_or_else(|| {
+            (Decision::Remove, "made for a VM that is not on record, and no process uses it".to_owned())
+        })
     }
 
-    /// Whether run folders are this state directory's, or why that is not proven.
-    fn whose(&self) -> Result<(), &'static str> {
-        match (self.facts.instance, &self.facts.served) {
-            (None, _) => Err("without a database nothing proves whose it is"),
-            (Some(ours), Served::One(theirs)) if ours == *theirs => Ok(()),
-            (Some(_), Served::One(_)) => Err("another state directory has used this runtime folder"),
-            (Some(_), Served::Nobody) => {
+    /// What is to become of a spare VMM of ours, and of its folder where no VM on record has that.
+    fn spare(&self, mark: &SpareMark) -> Verdict {
+        let backend = &mark.backend;
+        if self.facts.daemon {
+            return (Decision::Keep, format!("a spare VMM of backend {backend}, which waits for a VM"));
+        }
+        let why = format!(
+            "a spare VMM of backend {backend} that a daemon left when it was killed; no guest runs in it, and the next start of \
+             the daemon ends it"
+        );
+        (Decision::Remove, why)
+    }
+
+    /// A VMM in the folder of a VM that is on record.
+    fn of_known_vm(&self, user: &User, record: &VmRecord) -> Verdict {
+        let vm = &record.vm_id;
+        let on_record = record.run.as_ref().map(|run| &run.process);
+        if on_record == Some(&user.found.identity) {
+            return (Decision::Keep, format!("the VMM of VM {vm}"));
+        }
+        if record.intent.is_some() || record.status.phase == Phase::Unreachable {
+            return (
+                Decision::Keep,
+                format!("in the folder of VM {vm}, which the daemon is about to settle"),
+            );
+        }
+        let promised = if on_record.is_none() { self.mark(record.uid) } else { None };
+        if let Some(mark) =
+            promised.filter(|mark| self.whose(Some(mark)).is_ok() && commands(user, record.uid))
+        {
+            let waits = || (Decision::Keep, format!("a spare VMM, which waits for the boot of VM {vm}"));
+            return if self.facts.daemon { waits() } else { self.spare(mark) };
+        }
+        let instead =
+            on_record.map_or_else(|| "none".to_owned(), |process| format!("process {}", process.pid));
+        let why = format!(
+            "in the folder of VM {vm}, whose record names {instead}; the VM's next boot ends it, and so does DeleteVm with force"
+        );
+        (Decision::Report, why)
+    }
+
+    /// The mark of a spare VMM on the run folder of `uid`.
+    fn mark(&self, uid: VmUid) -> Option<&SpareMark> {
+        self.facts.survey.folders.iter().find(|folder| folder.uid == Some(uid))?.mark.as_ref()
+    }
+
+    /// Whether a run folder, with this mark, is this state directory's, or why that is not proven.
+    fn whose(&self, mark: Option<&SpareMark>) -> Result<(), &'static str> {
+        match (self.facts.instance, mark, &self.facts.served) {
+            (None, _, _) => Err("without a database nothing proves whose it is"),
+            (Some(ours), Some(mark), _) if mark.instance == ours => Ok(()),
+            (Some(_), Some(_), _) => Err("it bears the mark of another installation's spare VMM"),
+            (Some(ours), None, Served::One(theirs)) if ours == *theirs => Ok(()),
+            (Some(_), None, Served::One(_)) => Err("another state directory has used this runtime folder"),
+            (Some(_), None, Served::Nobody) => {
                 Err("nothing tells which state directory has used this runtime folder")
             }
-            (Some(_), Served::Many) => Err(
+            (Some(_), None, Served::Many) => Err(
                 "more than one state directory has used this runtime folder, and nothing tells whose it is",
             ),
         }
@@ -231,23 +296,6 @@ impl Judge<'_> {
             target,
         }
     }
-}
-
-/// A VMM in the folder of a VM that is on record.
-fn of_known_vm(user: &User, record: &VmRecord) -> Verdict {
-    let vm = &record.vm_id;
-    let on_record = record.run.as_ref().map(|run| &run.process);
-    if on_record == Some(&user.found.identity) {
-        return (Decision::Keep, format!("the VMM of VM {vm}"));
-    }
-    if record.intent.is_some() || record.status.phase == Phase::Unreachable {
-        return (Decision::Keep, format!("in the folder of VM {vm}, which the daemon is about to settle"));
-    }
-    let instead = on_record.map_or_else(|| "none".to_owned(), |process| format!("process {}", process.pid));
-    let why = format!(
-        "in the folder of VM {vm}, whose record names {instead}; the VM's next boot ends it, and so does DeleteVm with force"
-    );
-    (Decision::Report, why)
 }
 
 /// Says whether a process was given the control socket of a VM.

@@ -6,7 +6,7 @@ use vmm_host::lock;
 use vmm_host::path::find_program;
 
 use super::held::{self, Held};
-use super::{Answer, host};
+use super::{Answer, host, spares};
 use crate::config::{self, Config, Endpoint, Kvm, Loaded};
 use crate::daemon;
 
@@ -88,6 +88,7 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
         checks.extend(host::directory("state directory", "UNKEY_VMCP_STATE_DIR", &for_host.state_dir));
         checks.extend(host::directory("runtime directory", "UNKEY_VMCP_RUNTIME_DIR", &for_host.runtime_dir));
         checks.push(host::socket_names(&for_host.runtime_dir));
+        checks.push(spares::line(&for_host));
         let defaults = &for_host.defaults;
         checks.extend(host::default_boot(defaults.kernel.as_ref(), defaults.initrd.as_ref(), &known));
         checks

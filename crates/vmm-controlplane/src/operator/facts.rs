@@ -1,8 +1,8 @@
 //! What is there: on the host, and on record.
 //!
 //! A daemon may be at work meanwhile, so the order matters. The host is looked at before the database: whatever was seen had
-//! its record by then, since a record is written before anything is made. And once more after it: what has gone by then was
-//! being removed, and what has come was being made.
+//! its record by then, since a record is written before anything is made, or the mark of a spare VMM. And once more after it:
+//! what has gone by then was being removed, and what has come was being made.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -23,6 +23,8 @@ pub(super) struct Facts {
     pub(super) instance: Option<InstanceId>,
     /// Every VM on record.
     pub(super) records: BTreeMap<VmUid, VmRecord>,
+    /// Whether a daemon runs on this state directory.
+    pub(super) daemon: bool,
     /// Whose the run folders are.
     pub(super) served: Served,
     /// Folders, sockets and processes.
@@ -35,8 +37,8 @@ pub(super) struct Facts {
     pub(super) notes: Vec<String>,
 }
 
-/// Looks at everything, and touches nothing.
-pub(super) async fn gather(config: &Config) -> anyhow::Result<Facts> {
+/// Looks at everything, and touches nothing. `daemon` says whether a daemon runs on this state directory.
+pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Facts> {
     let (runtime_dir, state_dir) = (config.runtime_dir.clone(), config.state_dir.clone());
     let before = survey(&runtime_dir).await?;
     let snapshot = tokio::task::spawn_blocking(move || vmm_store::peek(&state_dir)).await??;
@@ -65,7 +67,7 @@ pub(super) async fn gather(config: &Config) -> anyhow::Result<Facts> {
     let served = ledger::served(&runtime_dir).context("whose the run folders are cannot be told")?;
     let names = programs(config);
     let programs = tokio::task::spawn_blocking(move || running_names(&names)).await?;
-    Ok(Facts { instance, records, served, survey, taps, programs, notes })
+    Ok(Facts { instance, records, daemon, served, survey, taps, programs, notes })
 }
 
 async fn survey(runtime_dir: &Path) -> anyhow::Result<Survey> {

@@ -20,6 +20,7 @@ mod facts;
 mod held;
 mod host;
 mod reconcile;
+mod spares;
 
 pub use reconcile::report_leftovers;
 

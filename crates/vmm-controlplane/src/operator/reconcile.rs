@@ -35,7 +35,9 @@ struct Ledger<'a> {
 pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answer> {
     // Held to the end: a daemon that started meanwhile would make and adopt what is being judged.
     let _lock = if how.dry_run { None } else { take_lock(config)? };
-    let facts = gather(config).await?;
+    // Without the dry run this holds the lock itself.
+    let daemon = if how.dry_run { lock::holder(&config.state_dir).ok().flatten() } else { None };
+    let facts = gather(config, daemon.is_some()).await?;
     let mut items = decide(&facts, how.kill_orphans);
     if !how.dry_run {
         carry_out(&mut items, &config.runtime_dir, &facts.programs).await;
@@ -47,7 +49,6 @@ pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answe
     };
     let open = items.iter().filter(|item| !settled(item)).count();
     let code = if open == 0 { 0 } else { ATTENTION };
-    let daemon = if how.dry_run { lock::holder(&config.state_dir).ok().flatten() } else { None };
     let ledger = Ledger {
         dry_run: how.dry_run,
         state_dir: config.state_dir.display().to_string(),
@@ -125,7 +126,7 @@ pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
 
 /// Says in the log what bears our mark and has no owner, as at the start of the daemon. Touches nothing.
 pub async fn report_leftovers(config: Config) {
-    let facts: Facts = match gather(&config).await {
+    let facts: Facts = match gather(&config, true).await {
         Ok(facts) => facts,
         Err(error) => {
             tracing::warn!(error = format!("{error:#}"), "what bears our mark could not be listed");

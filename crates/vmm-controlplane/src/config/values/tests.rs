@@ -245,6 +245,13 @@ fn durations() {
 }
 
 #[test]
+fn counts() {
+    let bad = ["", "-1", "1.5", "17", "2 ", "many", "18446744073709551616"];
+    check(|text| count(text, 16), [("0", 0), ("1", 1), ("16", 16)], &bad);
+    assert!(count("17", 16).unwrap_err().want.contains("from 0 to 16"));
+}
+
+#[test]
 fn paths() {
     check(absolute_path, [("/a b", PathBuf::from("/a b"))], &["", "a", "./a", "/a\0"]);
     check(

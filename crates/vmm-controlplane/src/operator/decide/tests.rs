@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use uuid::Uuid;
-use vmm_core::id::InstanceId;
+use vmm_core::id::{BackendName, InstanceId};
 use vmm_core::state::Request;
 use vmm_core::store::{Intent, RunRecord};
 use vmm_host::ledger::{RunSocket, Survey};
@@ -42,7 +42,13 @@ fn vmm(pid: u32, uid: VmUid) -> User {
 fn folder(uid: VmUid, held: bool) -> RunFolder {
     let path = PathBuf::from(dir(uid));
     let sockets = vec![RunSocket { path: path.join("qmp.sock"), held }];
-    RunFolder { path, uid: Some(uid), own: true, sockets }
+    RunFolder { path, uid: Some(uid), own: true, sockets, mark: None }
+}
+
+/// The folder of a spare VMM of `instance`.
+fn marked(uid: VmUid, held: bool, instance: InstanceId) -> RunFolder {
+    let mark = SpareMark { instance, backend: BackendName::new("qemu") };
+    RunFolder { mark: Some(mark), ..folder(uid, held) }
 }
 
 /// A host of which this state directory alone has used the runtime folder.
@@ -51,6 +57,7 @@ fn facts() -> Facts {
     Facts {
         instance: Some(instance),
         records: BTreeMap::new(),
+        daemon: false,
         served: Served::One(instance),
         survey: Survey::default(),
         taps: Vec::new(),
@@ -184,9 +191,83 @@ fn a_socket_held_by_somebody_hidden_keeps_its_folder() {
 #[test]
 fn what_this_program_does_not_make_is_reported() {
     let (mut facts, uid) = (facts(), uid());
-    let strange =
-        RunFolder { path: format!("{VMS}/lost+found").into(), uid: None, own: true, sockets: Vec::new() };
+    let path = format!("{VMS}/lost+found").into();
+    let strange = RunFolder { path, uid: None, own: true, sockets: Vec::new(), mark: None };
     let anothers = RunFolder { own: false, sockets: Vec::new(), ..folder(uid, false) };
     facts.survey.folders = vec![strange, anothers];
     assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Report));
+}
+
+#[test]
+fn a_spare_vmm_waits_beside_its_daemon_and_without_one_it_goes() {
+    for kill in [false, true] {
+        let (mut facts, uid) = (facts(), uid());
+        let ours = facts.instance.unwrap();
+        // The mark proves whose it is, whoever else uses the runtime folder.
+        facts.served = Served::Many;
+        facts.survey = Survey { folders: vec![marked(uid, true, ours)], users: vec![vmm(5, uid)] };
+        let told = |facts: &Facts, decision, why: &str| {
+            let items = decide(facts, kill);
+            assert_eq!(items.len(), 3);
+            assert!(items.iter().all(|item| item.decision == decision), "{items:?}");
+            assert!(items[0].reason.contains(why) && items[2].reason.contains(why), "{items:?}");
+        };
+        facts.daemon = true;
+        told(&facts, Decision::Keep, "a spare VMM of backend qemu, which waits for a VM");
+        facts.daemon = false;
+        told(&facts, Decision::Remove, "the next start of the daemon ends it");
+    }
+}
+
+#[test]
+fn a_spare_vmm_that_is_not_proven_ours_is_reported() {
+    for daemon in [false, true] {
+        let (mut facts, uid) = (facts(), uid());
+        let ours = facts.instance.unwrap();
+        facts.daemon = daemon;
+        let anothers = marked(uid, true, InstanceId::new(Uuid::now_v7()));
+        facts.survey = Survey { folders: vec![anothers], users: vec![vmm(5, uid)] };
+        let items = decide(&facts, true);
+        assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+        assert!(items[0].reason.contains("another installation"), "{items:?}");
+
+        facts.survey.folders = vec![marked(uid, true, ours)];
+        facts.instance = None;
+        assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Report));
+    }
+}
+
+#[test]
+fn what_is_left_of_a_spare_vmm_goes_unless_somebody_uses_it() {
+    let (mut facts, uid, watched) = (facts(), uid(), uid());
+    let ours = facts.instance.unwrap();
+    let tail = user(6, "/usr/bin/tail", &["-f".to_owned(), format!("{}/console.log", dir(watched))]);
+    facts.survey =
+        Survey { folders: vec![marked(uid, false, ours), marked(watched, false, ours)], users: vec![tail] };
+    let expected = [
+        (Kind::Process, Decision::Keep),
+        (Kind::Socket, Decision::Remove),
+        (Kind::Folder, Decision::Remove),
+        (Kind::Socket, Decision::Report),
+        (Kind::Folder, Decision::Report),
+    ];
+    assert_eq!(decisions(&decide(&facts, false)), expected);
+}
+
+#[test]
+fn a_record_counts_for_more_than_a_mark() {
+    let (mut facts, uid) = (facts(), uid());
+    let ours = facts.instance.unwrap();
+    known(&mut facts, uid, None);
+    facts.survey = Survey { folders: vec![marked(uid, true, ours)], users: vec![vmm(5, uid)] };
+    let process = |facts: &Facts| decide(facts, true).remove(0);
+    let folder = |facts: &Facts| decide(facts, true).remove(2).decision;
+    assert_eq!((process(&facts).decision, folder(&facts)), (Decision::Remove, Decision::Keep));
+    // Given to a VM that has not been booted yet.
+    facts.daemon = true;
+    assert_eq!((process(&facts).decision, folder(&facts)), (Decision::Keep, Decision::Keep));
+    assert!(process(&facts).reason.contains("waits for the boot of VM vm"));
+    // A mark makes no second VMM of a VM that runs a spare one.
+    known(&mut facts, uid, Some(identity(4)));
+    assert_eq!(process(&facts).decision, Decision::Report);
 }

@@ -1,0 +1,106 @@
+//! What `doctor` says of spare VMMs: how many are kept, how many wait, and what a daemon that was killed has left of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use vmm_core::id::{BackendName, InstanceId, VmUid};
+use vmm_host::ledger::{self, RunFolder};
+use vmm_host::lock;
+
+use super::doctor::Check;
+use crate::config::Config;
+
+/// The line's name.
+const NAME: &str = "spare VMMs";
+
+/// Looks at the marks of run folders, and touches nothing.
+pub(super) fn line(config: &Config) -> Check {
+    // What is wrong with the database has a line of its own.
+    let Some(snapshot) = vmm_store::peek(&config.state_dir).ok().flatten() else {
+        return judge(config.spare_vmms, false, &BTreeMap::new());
+    };
+    let survey = match ledger::survey(&config.runtime_dir) {
+        Ok(survey) => survey,
+        Err(error) => {
+            let finding = format!("which wait cannot be told: {error}");
+            return Check::warn(NAME, finding, "run doctor as the daemon's user");
+        }
+    };
+    let on_record = snapshot.vms.iter().map(|vm| vm.uid).collect();
+    let daemon = lock::holder(&config.state_dir).is_ok_and(|holder| holder.is_some());
+    judge(config.spare_vmms, daemon, &waiting(&survey.folders, snapshot.instance, &on_record))
+}
+
+/// How many spare VMMs of `instance` no VM has been given, by backend.
+fn waiting(
+    folders: &[RunFolder],
+    instance: InstanceId,
+    on_record: &BTreeSet<VmUid>,
+) -> BTreeMap<BackendName, usize> {
+    let mut count = BTreeMap::new();
+    for folder in folders {
+        let Some(mark) = folder.mark.as_ref().filter(|mark| mark.instance == instance) else { continue };
+        if folder.uid.is_some_and(|uid| !on_record.contains(&uid)) {
+            *count.entry(mark.backend.clone()).or_default() += 1;
+        }
+    }
+    count
+}
+
+fn judge(wanted: usize, daemon: bool, waiting: &BTreeMap<BackendName, usize>) -> Check {
+    let each: Vec<String> = waiting.iter().map(|(backend, count)| format!("{backend}: {count}")).collect();
+    let each = each.join(", ");
+    let kept = match wanted {
+        0 => "none is kept (UNKEY_VMCP_SPARE_VMMS sets how many)".to_owned(),
+        wanted => format!("{wanted} kept per backend that has started a VM"),
+    };
+    match (waiting.is_empty(), daemon) {
+        (true, _) => Check::ok(NAME, kept),
+        (false, true) => Check::ok(NAME, format!("{kept}; waiting for VMs now: {each}")),
+        (false, false) => Check::warn(
+            NAME,
+            format!("left by a daemon that was killed: {each}"),
+            "the next start of the daemon ends them, and so does `vmm-controlplane reconcile` now; no guest runs in them",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+    use vmm_host::run_dir::SpareMark;
+
+    use super::super::doctor::Verdict;
+    use super::*;
+
+    #[test]
+    fn only_ours_that_no_vm_has_been_given_are_counted() {
+        let (ours, anothers) = (InstanceId::new(Uuid::now_v7()), InstanceId::new(Uuid::now_v7()));
+        let uids: Vec<VmUid> = (0..4).map(|_| VmUid::new(Uuid::now_v7())).collect();
+        let folder = |uid: VmUid, mark: Option<InstanceId>| RunFolder {
+            path: uid.run_dir("/run/x".as_ref()),
+            uid: Some(uid),
+            own: true,
+            sockets: Vec::new(),
+            mark: mark.map(|instance| SpareMark { instance, backend: BackendName::new("firecracker") }),
+        };
+        let folders = [
+            folder(uids[0], Some(ours)),
+            folder(uids[1], Some(ours)),
+            folder(uids[2], Some(anothers)),
+            folder(uids[3], None),
+        ];
+        let count = waiting(&folders, ours, &BTreeSet::from([uids[1]]));
+        assert_eq!(count, BTreeMap::from([(BackendName::new("firecracker"), 1)]));
+    }
+
+    #[test]
+    fn one_without_a_daemon_is_left_over() {
+        let one = BTreeMap::from([(BackendName::new("qemu"), 1)]);
+        let beside = judge(1, true, &one);
+        assert!(beside.verdict == Verdict::Ok && beside.finding.contains("qemu: 1"), "{beside:?}");
+        let left = judge(0, false, &one);
+        assert!(left.verdict == Verdict::Warn && left.finding.contains("qemu: 1"), "{left:?}");
+        assert!(left.remedy.unwrap().contains("reconcile"));
+        assert!(judge(0, true, &BTreeMap::new()).finding.contains("UNKEY_VMCP_SPARE_VMMS"));
+    }
+}
