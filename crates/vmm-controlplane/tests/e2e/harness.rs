@@ -429,8 +429,9 @@ pub(crate) fn vmm_pid(info: &Value) -> u32 {
         .unwrap_or_else(|| panic!("no pid in {info:#}"))
 }
 
+/// Lets others go on for a moment.
 #[expect(clippy::disallowed_methods, reason = "a test's own thread waits for other processes")]
-fn pause() {
+pub(crate) fn pause() {
     std::thread::sleep(Duration::from_millis(20));
 }
 

@@ -27,5 +27,6 @@ mod lifecycle;
 mod operator;
 mod recovery;
 mod signals;
+mod spares;
 mod taps;
 mod trouble;

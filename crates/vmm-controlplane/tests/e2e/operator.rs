@@ -12,13 +12,14 @@ use crate::harness::{World, eventually, is_alive, on_path, signal, skipped, vmm_
 use crate::needs_qemu;
 
 /// What a subcommand did.
-struct Done {
-    code: i32,
-    out: String,
-    err: String,
+pub(crate) struct Done {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
-fn run(world: &World, args: &[&str]) -> Done {
+/// Runs a subcommand with the settings of the world's daemon.
+pub(crate) fn run(world: &World, args: &[&str]) -> Done {
     let output = world.command().args(args).output().unwrap();
     Done {
         code: output.status.code().unwrap(),
@@ -28,20 +29,20 @@ fn run(world: &World, args: &[&str]) -> Done {
 }
 
 /// Runs `reconcile --json` with `args` and answers its exit code and ledger.
-fn reconcile(world: &World, args: &[&str]) -> (i32, Value) {
+pub(crate) fn reconcile(world: &World, args: &[&str]) -> (i32, Value) {
     let done = run(world, &[&["reconcile", "--json"], args].concat());
     (done.code, serde_json::from_str(&done.out).unwrap_or_else(|_| panic!("{}{}", done.out, done.err)))
 }
 
 /// The items of a kind in a ledger whose name has `part` in it.
-fn items<'a>(ledger: &'a Value, kind: &str, part: &str) -> Vec<&'a Value> {
+pub(crate) fn items<'a>(ledger: &'a Value, kind: &str, part: &str) -> Vec<&'a Value> {
     let all = ledger["items"].as_array().unwrap().iter();
     all.filter(|item| item["kind"] == kind && item["name"].as_str().unwrap().contains(part)).collect()
 }
 
 /// The only such item.
 #[track_caller]
-fn item<'a>(ledger: &'a Value, kind: &str, part: &str) -> &'a Value {
+pub(crate) fn item<'a>(ledger: &'a Value, kind: &str, part: &str) -> &'a Value {
     match items(ledger, kind, part)[..] {
         [only] => only,
         ref found => panic!("{} of {kind} {part} in {ledger:#}", found.len()),

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use vmm_host::fault::FaultPoint;
 use vmm_testkit::guests::Guest;
 
 use crate::harness::{Answer, World, eventually, is_alive, signal, try_call, vmm_pid};
@@ -14,6 +15,8 @@ use crate::inspect;
 use crate::scenario::{BOOT, Call, PAUSED, Place, RUNNING, SHUT_DOWN, Scenario, VMM_COMES, VMM_DIES};
 use crate::stage::{Hand, Stage, name_at};
 
+/// How many spare VMMs the daemon keeps.
+pub(crate) const SPARES: &str = "UNKEY_VMCP_SPARE_VMMS";
 /// The VM under test, where the daemon makes it.
 const VM: &str = "vm";
 /// A VM that runs all the time and has nothing to do with it.
@@ -58,6 +61,9 @@ impl Case {
         let log = world.dir.path().join("passed");
         world.set_env("FAULTS_PASSED", log.to_str());
         world.set_env("FAILPOINTS", armed.as_deref());
+        if scenario.with_spare {
+            world.set_env(SPARES, Some("1"));
+        }
         let hypervisor = stage.hypervisor;
         let guest = hypervisor.guest(scenario);
         let hand = hypervisor.by_hand().map(|kind| Hand::new(kind, &world, guest));
@@ -133,6 +139,23 @@ impl Case {
             self.world.boot(WITNESS);
         }
         self.witness = self.world.info(&self.witness_vm);
+        if self.scenario.with_spare {
+            self.wait_for_spares(1);
+        }
+    }
+
+    /// Waits until so many spare VMMs have been started.
+    pub(crate) fn wait_for_spares(&self, count: usize) {
+        let started =
+            || self.passed().iter().filter(|point| **point == FaultPoint::SpareStarted.name()).count();
+        eventually("a spare VMM waits", || started() >= count);
+    }
+
+    /// From here on no VMM waits: the daemon ends those that do when it stops.
+    fn give_up_spares(&mut self) {
+        self.world.stop(Signal::TERM);
+        self.world.set_env(SPARES, None);
+        self.world.start();
     }
 
     /// Waits until the VM that somebody else started is there.
@@ -161,6 +184,9 @@ impl Case {
 
     /// The VM can be used, and when it is deleted nothing of it is left, its name included.
     pub(crate) fn end(mut self) {
+        if self.scenario.with_spare {
+            self.give_up_spares();
+        }
         if self.place_is_empty() {
             match &self.hand {
                 Some(hand) if self.is_imported() => {

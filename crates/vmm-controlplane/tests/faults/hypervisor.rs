@@ -96,7 +96,13 @@ impl Backend {
     }
 
     /// The points that nothing passes on it, of one on which every operation is tried: the rest must all have been passed.
-    pub(crate) fn beyond(self) -> Option<&'static [FaultPoint]> {
+    pub(crate) fn beyond(self) -> Option<Vec<FaultPoint>> {
+        // Only VMMs that the daemon starts itself can be started ahead, and the fake one cannot.
+        let spares = [FaultPoint::SpareFolderMade, FaultPoint::SpareMarked, FaultPoint::SpareStarted];
+        self.beyond_beside_spares().map(|beyond| beyond.iter().copied().chain(spares).collect())
+    }
+
+    fn beyond_beside_spares(self) -> Option<&'static [FaultPoint]> {
         use FaultPoint as P;
         match self {
             // Where the daemon starts the VMMs itself nothing is found, and nothing outlives a run.

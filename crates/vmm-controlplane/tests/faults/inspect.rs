@@ -10,7 +10,7 @@ use vmm_testkit::guests::Guest;
 use crate::case::Case;
 use crate::harness::{Answer, World, eventually, try_call, vmm_pid};
 use crate::hypervisor::Backend;
-use crate::scenario::{PAUSED, Place, RUNNING};
+use crate::scenario::{CREATED, PAUSED, Place, RUNNING};
 
 /// Longer than anything that was interrupted takes to settle on a busy machine.
 const SETTLING: Duration = Duration::from_secs(30);
@@ -59,7 +59,7 @@ fn look(case: &Case, answer: Answer) -> (Place, Option<String>) {
     }
     let info = answer.body;
     let place = match info["state"].as_str() {
-        Some("VM_STATE_CREATED") => crate::scenario::CREATED,
+        Some("VM_STATE_CREATED") => CREATED,
         Some("VM_STATE_RUNNING") => RUNNING,
         Some("VM_STATE_PAUSED") => PAUSED,
         Some("VM_STATE_SHUTDOWN") => crate::scenario::SHUT_DOWN,
@@ -80,6 +80,10 @@ fn doubt(case: &Case, info: &Value, place: Place) -> Option<String> {
     }
     let users = users_of(&folder);
     if ![RUNNING, PAUSED].contains(&place) {
+        if case.scenario.with_spare && place == CREATED && users.len() == 1 {
+            // It waits for BootVm.
+            return None;
+        }
         return (!users.is_empty()).then(|| format!("{place:?}, and processes {users:?} are its VMM"));
     }
     if users != [vmm_pid(info)] {

@@ -62,6 +62,8 @@ pub(crate) const PAUSED: Place = Place::In("VM_STATE_PAUSED");
 pub(crate) const SHUT_DOWN: Place = Place::In("VM_STATE_SHUTDOWN");
 
 const PLACED: &[Backend] = &Backend::PLACED;
+/// Those that the daemon starts.
+const MANAGED: &[Backend] = &[Backend::Qemu, Backend::CloudHypervisor, Backend::Firecracker];
 const EVERYWHERE: &[Backend] = &[
     Backend::Qemu,
     Backend::CloudHypervisor,
@@ -117,6 +119,8 @@ pub(crate) struct Scenario {
     pub(crate) refusal: &'static str,
     /// The only point to be tried; empty for all.
     pub(crate) only: &'static str,
+    /// Whether a spare VMM waits for the VM under test.
+    pub(crate) with_spare: bool,
     /// Whether the next daemon dies there too, if it comes there while it carries on.
     pub(crate) twice: bool,
 }
@@ -137,6 +141,7 @@ impl Scenario {
             no_resets: false,
             refusal: "",
             only: "",
+            with_spare: false,
             twice: false,
         }
     }
@@ -175,6 +180,11 @@ impl Scenario {
     const fn scripted(mut self, script: &'static str) -> Self {
         self.script = script;
         self
+    }
+
+    const fn with_spare(mut self) -> Self {
+        self.with_spare = true;
+        self.only_on(MANAGED)
     }
 
     const fn twice(mut self) -> Self {
@@ -236,6 +246,9 @@ impl Scenario {
         Self::new("delete of a paused one by force", &[BOOT, PAUSE], DELETE_BY_FORCE, PAUSED, Place::Nowhere)
             .on(&[Backend::AttachedCloudHypervisor]),
         Self::new("delete by force, twice", &[BOOT], DELETE_BY_FORCE, RUNNING, Place::Nowhere).twice(),
+        Self::new("create with a spare", &[], CREATE, Place::Nowhere, CREATED).with_spare(),
+        Self::new("boot with a spare", &[], BOOT, CREATED, RUNNING).with_spare(),
+        Self::new("delete with a spare", &[], DELETE, CREATED, Place::Nowhere).with_spare(),
         Self::new("import", &[], VMM_COMES, Place::Nowhere, RUNNING).only_on(PLACED),
         Self::new("found again", &[BOOT, VMM_DIES], VMM_COMES, SHUT_DOWN, RUNNING).only_on(PLACED),
     ];
