@@ -44,7 +44,7 @@ where
     P: FnOnce() -> Result<Command, BackendError> + Send + 'static,
 {
     match tokio::task::spawn_blocking(move || start_blocking(prepare()?)).await {
-        Ok(guard) => guard.map(started),
+        Ok(guard) => guard,
         Err(error) => Err(BackendError::new(
             BackendErrorKind::Host,
             Effect::NotApplied,
@@ -56,7 +56,7 @@ where
 /// The same on a thread for blocking work.
 pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> {
     let program = command.program.clone();
-    vmm_host::process::start_guarded(command).map_err(|error| {
+    let started = vmm_host::process::start_guarded(command).map_err(|error| {
         let (kind, advice) = if program.is_file() {
             let advice = "check that the daemon's user may run it and write the runtime folder, and the host's limits of \
                           processes and open files";
@@ -66,13 +66,9 @@ pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> 
         };
         let message = format!("{} could not be started: {error}; {advice}", program.display());
         BackendError::new(kind, Effect::NotApplied, message)
-    })
-}
-
-/// Passes the point behind the start of every VMM.
-pub(crate) fn started(guard: Guarded) -> Guarded {
+    })?;
     point(FaultPoint::LaunchSpawned);
-    guard
+    Ok(started)
 }
 
 /// Explains the end of a VMM that should have gone on: its exit status and the last lines of its log. `what` is what it was

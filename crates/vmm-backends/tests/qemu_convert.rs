@@ -7,9 +7,12 @@
     reason = "clippy takes only the test functions for tests, not their helpers"
 )]
 
+use std::ffi::OsString;
 use std::path::Path;
 
-use vmm_backends::qemu::convert::{Accelerator, ImageKind, Inputs, Machine, arguments};
+use vmm_backends::qemu::convert::{
+    Accelerator, AheadInputs, ImageKind, Inputs, Machine, Told, Untellable, ahead, arguments, told,
+};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::config::{
@@ -86,6 +89,26 @@ fn line(config: &VmConfig, accelerator: Accelerator, console: Option<&str>) -> S
 }
 
 fn line_in(dir: &str, config: &VmConfig, accelerator: Accelerator, console: Option<&str>) -> String {
+    lines(with_inputs(dir, config, accelerator, console, |inputs| arguments(inputs).unwrap()))
+}
+
+/// What a waiting QEMU is told of `config`.
+fn told_in(
+    dir: &str,
+    config: &VmConfig,
+    accelerator: Accelerator,
+    console: Option<&str>,
+) -> Result<Told, Untellable> {
+    with_inputs(dir, config, accelerator, console, told)
+}
+
+fn with_inputs<T>(
+    dir: &str,
+    config: &VmConfig,
+    accelerator: Accelerator,
+    console: Option<&str>,
+    convert: impl FnOnce(&Inputs<'_>) -> T,
+) -> T {
     let spec = VmSpec::parse(config).unwrap();
     let images: Vec<ImageKind> = spec
         .disks
@@ -93,7 +116,7 @@ fn line_in(dir: &str, config: &VmConfig, accelerator: Accelerator, console: Opti
         .map(|disk| if disk.path.starts_with("/dev") { ImageKind::BlockDevice } else { ImageKind::File })
         .collect();
     let taps: Vec<String> = (0..spec.nics.len()).map(|index| format!("vmt{index}")).collect();
-    let words = arguments(&Inputs {
+    convert(&Inputs {
         uid: UID.parse().unwrap(),
         vm_id: &"web-1".parse().unwrap(),
         spec: &spec,
@@ -104,7 +127,9 @@ fn line_in(dir: &str, config: &VmConfig, accelerator: Accelerator, console: Opti
         taps: &taps,
         images: &images,
     })
-    .unwrap();
+}
+
+fn lines(words: Vec<OsString>) -> String {
     let mut text = String::new();
     for word in words {
         let word = word.into_string().unwrap();
@@ -150,6 +175,111 @@ fn devices_keep_their_places() {
     }
     many.storage.truncate(1);
     assert!(line(&many, Accelerator::Tcg, None).contains(r#""addr":"10.0""#), "the interface has not moved");
+}
+
+#[test]
+fn what_a_spare_is_started_with() {
+    let words = |dir: &str, accelerator| {
+        lines(ahead(&AheadInputs { uid: UID.parse().unwrap(), accelerator, dir: Path::new(dir) }))
+    };
+    insta::assert_snapshot!(words("/run/vm/0a", Accelerator::Kvm));
+    let comma = words("/run/v,m/0a", Accelerator::Tcg);
+    assert!(comma.contains("-pidfile /run/v,m/0a/qemu.pid"), "found by its folder's name: {comma}");
+}
+
+#[test]
+fn the_least_is_told_on_q35() {
+    let told = told_in("/run/v,m/0a", &config(None), Accelerator::Kvm, Some("/run/v,m/0a/console.log"));
+    insta::assert_snapshot!(told.unwrap().file);
+}
+
+#[test]
+fn the_least_is_told_on_microvm() {
+    let told = told_in("/run/vm/0a", &config(Some("microvm")), Accelerator::Tcg, Some("/run/vm/0a/c"));
+    insta::assert_snapshot!(told.unwrap().file);
+}
+
+#[test]
+fn everything_is_told_on_q35() {
+    let told = told_in("/run/v,m/0a", &full(Some("q35")), Accelerator::Tcg, Some("/var/log/c,1"));
+    insta::assert_snapshot!(told.unwrap().file);
+}
+
+#[test]
+fn everything_is_told_on_microvm() {
+    let told = told_in("/run/v,m/0a", &full(Some("microvm")), Accelerator::Kvm, Some("/var/log/c,1"));
+    insta::assert_snapshot!(told.unwrap().file);
+}
+
+#[test]
+fn a_spare_suits_the_vm_that_it_was_started_for() {
+    let (dir, tcg) = ("/run/vm/0a", Accelerator::Tcg);
+    let spare = ahead(&AheadInputs { uid: UID.parse().unwrap(), accelerator: tcg, dir: Path::new(dir) });
+    let suits = |dir: &str, config: &VmConfig, accelerator, console| {
+        told_in(dir, config, accelerator, console).unwrap().ahead == spare
+    };
+    for console in ["/run/vm/0a/console.log", "/var/log/mine"] {
+        assert!(suits(dir, &config(None), tcg, Some(console)));
+        assert!(suits(dir, &config(Some("microvm")), tcg, Some(console)));
+    }
+    assert!(!suits(dir, &config(None), tcg, None), "a console cannot be told away");
+    assert!(!suits(dir, &config(None), Accelerator::Kvm, Some("/c")));
+    assert!(!suits("/run/vm/0b", &config(None), tcg, Some("/c")));
+    let mut model = config(None);
+    model.cpu.as_mut().unwrap().features = options(&[("qemu.model", "Skylake-Server")]);
+    assert!(!suits(dir, &model, tcg, Some("/c")));
+    model.cpu.as_mut().unwrap().features = options(&[("qemu.model", "max")]);
+    assert!(suits(dir, &model, tcg, Some("/c")), "the usual one by its name");
+}
+
+#[test]
+fn what_a_file_cannot_carry_is_not_told() {
+    let dir = "/run/vm/0a";
+    let tell = |config: &VmConfig| told_in(dir, config, Accelerator::Tcg, Some("/c"));
+    let why = |config: &VmConfig| tell(config).unwrap_err().to_string();
+    let with_args = |args: &str| {
+        let mut config = config(None);
+        args.clone_into(&mut config.boot.as_mut().unwrap().kernel_args);
+        config
+    };
+    let most = 1023 - r#" append = """#.len() - 1;
+    assert!(tell(&with_args(&"a".repeat(most))).is_ok());
+    assert_eq!(
+        why(&with_args(&"a".repeat(most + 1))),
+        "QEMU's configuration file cannot carry the append of machine: it is too long"
+    );
+    assert!(why(&with_args("dyndbg=\"file x +p\"")).ends_with("append of machine: it has a quotation mark"));
+    let console = told_in(dir, &config(None), Accelerator::Tcg, Some("/run/a\nb"));
+    assert_eq!(
+        console.unwrap_err().to_string(),
+        "QEMU's configuration file cannot carry the logfile of chardev console: it has a control character"
+    );
+
+    let mut kernel = config(None);
+    kernel.boot.as_mut().unwrap().kernel_path = "/boot/a\"b".to_owned();
+    assert!(why(&kernel).ends_with("kernel of machine: it has a quotation mark"));
+
+    let with_disk = |path: &str| VmConfig { storage: vec![disk("d", path, &[])], ..config(None) };
+    let long = format!("/images/{}", "a".repeat(900));
+    assert_eq!(
+        why(&with_disk(&long)),
+        "QEMU's configuration file cannot carry the file of drive disk0-format-drive: it is too long"
+    );
+    let odd = tell(&with_disk("/images/it's\"\\, 100%.raw")).unwrap().file;
+    let expected = r"'filename':'/images/it\u0027s\u0022\\, 100%.raw'";
+    assert!(odd.contains(expected), "{odd}");
+}
+
+/// A file that is cut off must not make a QEMU that gets ready.
+#[test]
+fn the_console_is_told_last() {
+    for machine in ["q35", "microvm"] {
+        let told = told_in("/run/vm/0a", &full(Some(machine)), Accelerator::Tcg, Some("/c")).unwrap();
+        assert_eq!(told.file.matches("[chardev ").count(), 1);
+        let (_, console) = told.file.split_once("[chardev \"console\"]\n").unwrap();
+        assert!(!console.contains('['), "{console}");
+        assert!(console.ends_with(" backend = \"socket\"\n"), "{console}");
+    }
 }
 
 /// The findings of the check, without KVM.

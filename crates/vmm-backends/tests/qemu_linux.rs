@@ -11,8 +11,8 @@ mod qemu_support;
 
 use std::time::Duration;
 
-use qemu_support::{Bench, GUEST_REBOOT, Run, ask_for, linux, make_image, qemu, skip};
-use vmm_core::backend::{Backend, ExitCause};
+use qemu_support::{Bench, GUEST_REBOOT, Tap, ask_for, linux, make_image, qemu, skip};
+use vmm_core::backend::ExitCause;
 use vmm_core::config::{NetworkInterface, StorageDevice};
 use vmm_core::state::EndedBy;
 use vmm_testkit::guests::Guest;
@@ -98,10 +98,9 @@ async fn network_counters_are_the_guests() {
     let test = "network_counters_are_the_guests";
     let Some(files) = linux(test) else { return };
     let Some(backend) = qemu(test).await else { return };
-    let tap = Tap(format!("vmtest{}", std::process::id() % 1_000_000));
-    if !tap.ip(&["tuntap", "add", "mode", "tap", "dev", &tap.0]) || !tap.ip(&["link", "set", &tap.0, "up"]) {
+    let Some(tap) = Tap::new("vmtest").filter(Tap::set_up) else {
         return skip(test, "no TAP can be made here (needs CAP_NET_ADMIN and the program ip)");
-    }
+    };
     let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
         .with_linux(&files, "vmcp.ip=192.0.2.2/24 vmcp.peer=192.0.2.1 vmcp.do=ping,idle");
     bench.config.network.push(NetworkInterface {
@@ -109,27 +108,11 @@ async fn network_counters_are_the_guests() {
         mac_address: "02:00:00:00:12:34".to_owned(),
         ..NetworkInterface::default()
     });
-    let mut request = bench.request();
-    request.taps = vec![tap.0.clone()];
-    let run = Run::from(bench.backend.launch(request).await.unwrap());
+    bench.taps = vec![tap.0.clone()];
+    let run = bench.launch().await;
     bench.console_shows("vmcp-guest: net eth0 mac=02:00:00:00:12:34 ip=192.0.2.2/24", 1).await;
     bench.console_shows("vmcp-guest: ping 192.0.2.1", 1).await;
     let network = run.vmm.sample().await.unwrap().network;
     assert!(network.packets_transmitted > 0 && network.bytes_transmitted > 0, "{network:?}");
     run.vmm.kill().await.unwrap();
-}
-
-/// A TAP that is removed with its test.
-struct Tap(String);
-
-impl Tap {
-    fn ip(&self, args: &[&str]) -> bool {
-        std::process::Command::new("ip").args(args).status().is_ok_and(|status| status.success())
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        self.ip(&["link", "delete", &self.0]);
-    }
 }

@@ -1,5 +1,11 @@
 //! Spare VMMs of Firecracker and Cloud Hypervisor, against the real ones: the launch of their VM uses them, or they are gone.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "clippy takes what the tests share for no test, because macros make the tests"
+)]
+
 mod rest_support;
 
 use std::path::{Path, PathBuf};

@@ -80,7 +80,8 @@ impl CloudHypervisor {
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
         let dir = request.dir.as_path();
-        let waiting = self.spares.take_for(request, &self.program, async |client: &Client| client.version().await);
+        let waiting =
+            self.spares.take_for(request, &self.program, async |client: &Client| client.version().await);
         let fresh = match waiting.await {
             Some(spare) => spare,
             None => self.begin(dir, request.console.clone()).await?,

@@ -77,7 +77,8 @@ impl Firecracker {
     async fn start(&self, request: &LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
         let dir = request.dir.as_path();
-        let waiting = self.spares.take_for(request, &self.program, async |client: &Client| client.instance().await);
+        let waiting =
+            self.spares.take_for(request, &self.program, async |client: &Client| client.instance().await);
         let fresh = match waiting.await {
             Some(spare) => spare,
             None => self.begin(request.uid, dir, request.console.clone()).await?,

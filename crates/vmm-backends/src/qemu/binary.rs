@@ -26,10 +26,30 @@ pub(super) struct Binary {
     known: Mutex<Option<(Fingerprint, QemuVersion)>>,
 }
 
+/// A program that can be used.
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    print: Fingerprint,
+    pub(super) version: QemuVersion,
+}
+
+impl Program {
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.print.path
+    }
+
+    /// Says whether `other` is the same file, unchanged.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        self.print == other.print
+    }
+}
+
 /// Tells one program file from what replaces it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Fingerprint {
     path: PathBuf,
+    device: u64,
     inode: u64,
     modified: Option<SystemTime>,
 }
@@ -39,8 +59,8 @@ impl Binary {
         Self { wanted, known: Mutex::new(None) }
     }
 
-    /// The program's path and version, or why it cannot be used and what to do.
-    pub(super) async fn usable(&self) -> Result<(PathBuf, QemuVersion), String> {
+    /// The program as it is now, or why it cannot be used and what to do.
+    pub(super) async fn usable(&self) -> Result<Program, String> {
         let program = find_program(&self.wanted, std::env::var_os("PATH").as_deref()).map_err(|problem| {
             format!(
                 "{problem} (Debian and Ubuntu: the package qemu-system-x86), or set UNKEY_VMCP_QEMU_BINARY"
@@ -48,14 +68,18 @@ impl Binary {
         })?;
         let facts = std::fs::metadata(&program)
             .map_err(|error| format!("{} cannot be examined: {error}", program.display()))?;
-        let print =
-            Fingerprint { path: program.clone(), inode: facts.ino(), modified: facts.modified().ok() };
+        let print = Fingerprint {
+            path: program.clone(),
+            device: facts.dev(),
+            inode: facts.ino(),
+            modified: facts.modified().ok(),
+        };
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let version = match known {
             Some((known, version)) if known == print => version,
             Some(_) | None => {
                 let version = ask_version(&program).await?;
-                *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some((print, version));
+                *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some((print.clone(), version));
                 version
             }
         };
@@ -67,7 +91,7 @@ impl Binary {
                 OLDEST.minor
             ));
         }
-        Ok((program, version))
+        Ok(Program { print, version })
     }
 
     /// The names under which the program shows among the host's processes.

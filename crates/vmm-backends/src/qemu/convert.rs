@@ -1,4 +1,10 @@
-//! From a [`VmSpec`] to QEMU's command line. Pure: the same request gives the same words.
+//! From a [`VmSpec`] to QEMU's command line, or for a QEMU that waits, to the rest of it. Pure: the same request gives the same
+//! words.
+//!
+//! ```text
+//!   VmSpec ──► options ─┬─► arguments          all of them on the command line
+//!                       └─► ahead … told       what suits every VM on the command line, the rest in a file read later
+//! ```
 //!
 //! What a client names (paths, kernel arguments) goes where QEMU parses nothing, or into JSON; only `-chardev` has no JSON
 //! form, and there commas are doubled. Images are opened by `-blockdev`, whose format is stated and so never probed:
@@ -11,15 +17,21 @@
 //! disks are the functions of PCI slots 2 to 9 and interfaces those of slots 16 to 23; on microvm, which has 23 virtio-mmio
 //! transports that work, disks come first and interfaces follow.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+mod disk;
+mod file;
+mod option;
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::spec::{Disk, DiskFormat, Nic, RateLimit, RestartMode, VmSpec, option_is_true, rate_limit};
+use vmm_core::spec::{Nic, RestartMode, VmSpec, option_is_true};
 
 use super::client::RebootAction;
+pub use file::Untellable;
+use option::Opt;
 
 /// The QMP socket's name in the run folder.
 pub const QMP_SOCKET: &str = "qmp.sock";
@@ -41,8 +53,6 @@ const FUNCTIONS: usize = 8;
 const DISK_SLOT: usize = 0x02;
 /// The first PCI slot of the network interfaces.
 const NIC_SLOT: usize = 0x10;
-/// Bytes of a virtio disk's serial number; a longer id is cut.
-const SERIAL_LEN: usize = 20;
 /// The virtio-mmio transport of microvm's first device. QEMU lists them to the guest from the last to the first, so devices go
 /// downwards, and stop before 0: its interrupts get lost, because they arrive at pin 0 of the second interrupt controller, and
 /// QEMU (7.2) takes any pin 0 for the timer's and raises pin 2.
@@ -115,14 +125,28 @@ impl Machine {
         }
     }
 
-    const fn properties(self) -> &'static str {
+    const fn properties(self) -> &'static [(&'static str, &'static str)] {
         match self {
             // Nothing of a PC that no other backend's guest has: no SATA, USB, SMBus, VMware port or SMM.
-            Self::Q35 => "q35,usb=off,sata=off,smbus=off,vmport=off,smm=off,dump-guest-core=off",
+            Self::Q35 => &[
+                ("usb", "off"),
+                ("sata", "off"),
+                ("smbus", "off"),
+                ("vmport", "off"),
+                ("smm", "off"),
+                ("dump-guest-core", "off"),
+            ],
             // ACPI brings the power button, the reset register and the list of virtio-mmio devices.
-            Self::Microvm => {
-                "microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,usb=off,auto-kernel-cmdline=off,dump-guest-core=off"
-            }
+            Self::Microvm => &[
+                ("acpi", "on"),
+                ("pit", "on"),
+                ("pic", "on"),
+                ("rtc", "on"),
+                ("isa-serial", "on"),
+                ("usb", "off"),
+                ("auto-kernel-cmdline", "off"),
+                ("dump-guest-core", "off"),
+            ],
         }
     }
 }
@@ -175,6 +199,9 @@ pub fn reboot_action(spec: &VmSpec) -> RebootAction {
 /// What `restart_policy` means where it is not set.
 pub const DEFAULT_RESTART: RestartMode = RestartMode::GuestReboot;
 
+/// Where a QEMU that waits reads what it is to run: its own input.
+const INPUT: &str = "/proc/self/fd/0";
+
 /// Writes the command line, without the program's name.
 ///
 /// The guest waits for `cont` (`-S`): a guest that ends within milliseconds would otherwise end unseen.
@@ -183,93 +210,157 @@ pub const DEFAULT_RESTART: RestartMode = RestartMode::GuestReboot;
 ///
 /// [`PathNotUtf8`] for a disk.
 pub fn arguments(inputs: &Inputs<'_>) -> Result<Vec<OsString>, PathNotUtf8> {
-    let mut line = Line::default();
-    identity(&mut line, inputs);
-    machine(&mut line, inputs);
-    boot(&mut line, inputs.spec);
+    Ok(words(options(inputs)?.iter()))
+}
+
+/// Everything that the command line of a QEMU which waits depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct AheadInputs<'a> {
+    /// The uid of the VM to come.
+    pub uid: VmUid,
+    /// What runs its CPUs.
+    pub accelerator: Accelerator,
+    /// Its run folder.
+    pub dir: &'a Path,
+}
+
+/// Writes the command line of a QEMU that reads from its input what it is to run: a [`Told::file`]. Where that ends before its
+/// last line, QEMU ends with an error, because its serial port has nothing behind it.
+pub fn ahead(inputs: &AheadInputs<'_>) -> Vec<OsString> {
+    let mut options = Vec::new();
+    identity(&mut options, inputs.uid);
+    processor(&mut options, inputs.accelerator, None);
+    serial(&mut options, true);
+    control(&mut options, inputs.dir);
+    ahead_of(&options)
+}
+
+/// What a QEMU that waits is told, and whether it is one that may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// The command line with which it must have been started, as [`ahead`] writes it. Another CPU model than the usual one, or no
+    /// console, makes it another one, for a file has no words for them.
+    pub ahead: Vec<OsString>,
+    /// What it is to read, for the same machine as [`arguments`].
+    pub file: String,
+}
+
+/// Writes what a QEMU that waits is told.
+///
+/// # Errors
+///
+/// [`Untellable`] where only the command line can carry a value.
+pub fn told(inputs: &Inputs<'_>) -> Result<Told, Untellable> {
+    let options = options(inputs)?;
+    Ok(Told { ahead: ahead_of(&options), file: file::write(&options)? })
+}
+
+fn words<'a>(options: impl Iterator<Item = &'a Opt>) -> Vec<OsString> {
+    let mut words = Vec::new();
+    for option in options {
+        option.write_words(&mut words);
+    }
+    words
+}
+
+fn ahead_of(options: &[Opt]) -> Vec<OsString> {
+    let mut words = words(options.iter().filter(|option| matches!(option, Opt::Ahead { .. })));
+    words.extend(["-readconfig".into(), INPUT.into()]);
+    words
+}
+
+fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
+    let mut options = Vec::new();
+    options.push(Opt::Pairs {
+        flag: "-name",
+        group: "name",
+        kind: None,
+        pairs: vec![("guest", inputs.vm_id.to_string().into())],
+    });
+    identity(&mut options, inputs.uid);
+    machine(&mut options, inputs);
+    boot(&mut options, inputs.spec);
     for (place, (disk, image)) in inputs.spec.disks.iter().zip(inputs.images).enumerate() {
-        add_disk(&mut line, inputs.machine, place, disk, *image)?;
+        options.push(Opt::Disk(disk::option(inputs.machine, place, disk, *image)?));
     }
     let disks = inputs.spec.disks.len();
     for (place, (nic, tap)) in inputs.spec.nics.iter().zip(inputs.taps).enumerate() {
-        add_nic(&mut line, inputs.machine, disks, place, nic, tap);
+        add_nic(&mut options, inputs.machine, disks, place, nic, tap);
     }
-    console(&mut line, inputs);
-    control(&mut line, inputs);
-    Ok(line.0)
+    console(&mut options, inputs);
+    control(&mut options, inputs.dir);
+    let reboot = reboot_action(inputs.spec).as_str();
+    options.push(Opt::Pairs {
+        flag: "-action",
+        group: "action",
+        kind: None,
+        pairs: vec![("reboot", reboot.into()), ("shutdown", "poweroff".into()), ("panic", "shutdown".into())],
+    });
+    Ok(options)
 }
 
-#[derive(Default)]
-struct Line(Vec<OsString>);
-
-impl Line {
-    fn flag(&mut self, flag: &str) {
-        self.0.push(flag.into());
-    }
-
-    fn option(&mut self, flag: &str, value: impl Into<OsString>) {
-        self.flag(flag);
-        self.0.push(value.into());
-    }
-
-    fn json(&mut self, flag: &str, value: &Value) {
-        self.option(flag, value.to_string());
-    }
+fn identity(options: &mut Vec<Opt>, uid: VmUid) {
+    options.extend([
+        Opt::ahead("-uuid", uid.to_string()),
+        Opt::Ahead { flag: "-S", value: None },
+        Opt::Ahead { flag: "-nodefaults", value: None },
+        Opt::Ahead { flag: "-no-user-config", value: None },
+        Opt::ahead("-display", "none"),
+        // QEMU starts no helpers here: the TAPs exist, and no script runs.
+        Opt::ahead("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+    ]);
 }
 
-fn identity(line: &mut Line, inputs: &Inputs<'_>) {
-    line.option("-name", format!("guest={}", inputs.vm_id));
-    line.option("-uuid", inputs.uid.to_string());
-    line.flag("-S");
-    line.flag("-nodefaults");
-    line.flag("-no-user-config");
-    line.option("-display", "none");
-    // QEMU starts no helpers here: the TAPs exist, and no script runs.
-    line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
-}
-
-fn machine(line: &mut Line, inputs: &Inputs<'_>) {
+fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>) {
     let spec = inputs.spec;
     let memory = &spec.memory;
     // Values other than true and false were refused when the spec was parsed.
     let backed = |key| option_is_true(&memory.backing, key).unwrap_or(false);
     let (huge, shared) = (backed("hugepages"), backed("shared"));
-    let mut machine = inputs.machine.properties().to_owned();
+    let mut properties: Vec<(&str, OsString)> =
+        inputs.machine.properties().iter().map(|(key, value)| (*key, value.into())).collect();
     if huge || shared {
-        machine.push_str(",memory-backend=ram");
+        properties.push(("memory-backend", "ram".into()));
     }
-    line.option("-machine", machine);
+    let kind = Some(("type", inputs.machine.as_str().into()));
+    options.push(Opt::Pairs { flag: "-machine", group: "machine", kind, pairs: properties });
     if let Some(firmware) = inputs.machine.firmware() {
-        line.option("-bios", firmware);
+        options.push(Opt::Property { flag: "-bios", key: "firmware", value: firmware.into() });
     }
-    line.option("-accel", inputs.accelerator.as_str());
     let model = spec.cpu.features.get(MODEL_KEY).map(String::as_str);
-    line.option("-cpu", model.unwrap_or(default_model(inputs.accelerator)));
+    processor(options, inputs.accelerator, model);
     let (sockets, cores, threads) = match spec.cpu.topology {
         Some(topology) => (topology.sockets, topology.cores, topology.threads),
         None => (1, spec.cpu.max, 1),
     };
-    let (count, max) = (spec.cpu.count, spec.cpu.max);
-    line.option(
-        "-smp",
-        format!("cpus={count},maxcpus={max},sockets={sockets},cores={cores},threads={threads}"),
-    );
-    let mut size = format!("size={}M", memory.size_mib());
+    let counts = [
+        ("cpus", spec.cpu.count),
+        ("maxcpus", spec.cpu.max),
+        ("sockets", sockets),
+        ("cores", cores),
+        ("threads", threads),
+    ];
+    let pairs = counts.map(|(key, count)| (key, count.to_string().into())).to_vec();
+    options.push(Opt::Pairs { flag: "-smp", group: "smp-opts", kind: None, pairs });
+    let mut size = vec![("size", format!("{}M", memory.size_mib()).into())];
     if let (Machine::Q35, Some(ceiling)) = (inputs.machine, memory.hotplug_max_bytes)
         && ceiling > memory.size_bytes
     {
-        size.push_str(&format!(",slots={MEMORY_SLOTS},maxmem={}M", ceiling / vmm_core::spec::MIB));
+        size.push(("slots", MEMORY_SLOTS.to_string().into()));
+        size.push(("maxmem", format!("{}M", ceiling / vmm_core::spec::MIB).into()));
     }
-    line.option("-m", size);
+    options.push(Opt::Pairs { flag: "-m", group: "memory", kind: None, pairs: size });
     if huge || shared {
-        line.json(
-            "-object",
-            &json!({
-                "qom-type": "memory-backend-memfd", "id": "ram", "size": memory.size_bytes,
-                "hugetlb": huge, "share": shared,
-            }),
-        );
+        options.push(Opt::object(json!({
+            "qom-type": "memory-backend-memfd", "id": "ram", "size": memory.size_bytes,
+            "hugetlb": huge, "share": shared,
+        })));
     }
+}
+
+fn processor(options: &mut Vec<Opt>, accelerator: Accelerator, model: Option<&str>) {
+    options.push(Opt::ahead("-accel", accelerator.as_str()));
+    options.push(Opt::ahead("-cpu", model.unwrap_or(default_model(accelerator))));
 }
 
 /// The CPU model where the client picks none: all that the accelerator has.
@@ -280,83 +371,31 @@ const fn default_model(accelerator: Accelerator) -> &'static str {
     }
 }
 
-fn boot(line: &mut Line, spec: &VmSpec) {
-    line.option("-kernel", spec.boot.kernel.as_os_str());
+fn boot(options: &mut Vec<Opt>, spec: &VmSpec) {
+    let kernel = spec.boot.kernel.clone().into_os_string();
+    options.push(Opt::Property { flag: "-kernel", key: "kernel", value: kernel });
     if let Some(initrd) = &spec.boot.initrd {
-        line.option("-initrd", initrd.as_os_str());
+        options.push(Opt::Property { flag: "-initrd", key: "initrd", value: initrd.into() });
     }
     let args = spec.kernel_args();
     if !args.is_empty() {
-        line.option("-append", args);
+        options.push(Opt::Property { flag: "-append", key: "append", value: args.into() });
     }
 }
 
-fn add_disk(
-    line: &mut Line,
-    machine: Machine,
-    place: usize,
-    disk: &Disk,
-    image: ImageKind,
-) -> Result<(), PathNotUtf8> {
-    let filename = disk.path.to_str().ok_or_else(|| PathNotUtf8(disk.path.clone()))?;
-    let (file, format, throttle) =
-        (format!("disk{place}-file"), format!("disk{place}-format"), format!("disk{place}"));
-    let direct = option_is_true(&disk.options, "direct_io").unwrap_or(false);
-    let no_flush = disk.options.get("cache").is_some_and(|cache| cache == "unsafe");
-    let common = json!({
-        "read-only": disk.read_only,
-        "discard": if disk.read_only { "ignore" } else { "unmap" },
-        "cache": { "direct": direct, "no-flush": no_flush },
+fn add_nic(options: &mut Vec<Opt>, machine: Machine, disks: usize, place: usize, nic: &Nic, tap: &str) {
+    // QEMU before 7.2 takes no JSON here.
+    options.push(Opt::Pairs {
+        flag: "-netdev",
+        group: "netdev",
+        kind: Some(("type", "tap".into())),
+        pairs: vec![
+            ("id", format!("tap{place}").into()),
+            ("ifname", tap.into()),
+            ("script", "no".into()),
+            ("downscript", "no".into()),
+        ],
     });
-    let driver = match image {
-        ImageKind::File => "file",
-        ImageKind::BlockDevice => "host_device",
-    };
-    let file_node = json!({ "driver": driver, "node-name": file, "filename": filename, "locking": "auto" });
-    line.json("-blockdev", &merged(file_node, &common));
-    let mut format_node = json!({ "driver": disk.format.as_str(), "node-name": format, "file": file });
-    if disk.format == DiskFormat::Qcow2 && !disk.backing_files {
-        // Whatever the image's header says, no other file is opened.
-        format_node["backing"] = Value::Null;
-    }
-    line.json("-blockdev", &merged(format_node, &common));
-    let limits = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
-    let drive = match throttle_group(&throttle, limits) {
-        Some(group) => {
-            line.json("-object", &group);
-            let node = json!({
-                "driver": "throttle", "node-name": throttle, "throttle-group": group["id"], "file": format,
-            });
-            line.json("-blockdev", &merged(node, &json!({ "read-only": disk.read_only })));
-            throttle
-        }
-        None => format,
-    };
-    // Ids are ASCII; a fault of the disk is the guest's to handle, as on the other backends.
-    let serial: String = disk.id.chars().take(SERIAL_LEN).collect();
-    let device = json!({
-        "driver": format!("virtio-blk-{}", machine.virtio()), "id": format!("disk{place}"),
-        "drive": drive, "serial": serial, "werror": "report", "rerror": "report",
-    });
-    line.json("-device", &merged(device, &address(machine, DISK_SLOT, place, place)));
-    Ok(())
-}
-
-fn throttle_group(disk: &str, limits: RateLimit) -> Option<Value> {
-    let mut ceilings = serde_json::Map::new();
-    if let Some(bytes) = limits.bytes_per_second {
-        ceilings.insert("bps-total".to_owned(), bytes.into());
-    }
-    if let Some(operations) = limits.operations_per_second {
-        ceilings.insert("iops-total".to_owned(), operations.into());
-    }
-    (!ceilings.is_empty())
-        .then(|| json!({ "qom-type": "throttle-group", "id": format!("{disk}-limit"), "limits": ceilings }))
-}
-
-fn add_nic(line: &mut Line, machine: Machine, disks: usize, place: usize, nic: &Nic, tap: &str) {
-    // A TAP's name has neither comma nor equals sign; QEMU before 7.2 takes no JSON here.
-    line.option("-netdev", format!("tap,id=tap{place},ifname={tap},script=no,downscript=no"));
     let mut device = json!({
         "driver": format!("virtio-net-{}", machine.virtio()), "id": format!("net{place}"),
         "netdev": format!("tap{place}"), "mac": nic.mac.to_string(),
@@ -365,7 +404,7 @@ fn add_nic(line: &mut Line, machine: Machine, disks: usize, place: usize, nic: &
         // No boot from the network, so no ROM for it.
         device["romfile"] = "".into();
     }
-    line.json("-device", &merged(device, &address(machine, NIC_SLOT, place, disks + place)));
+    options.push(Opt::device(merged(device, &address(machine, NIC_SLOT, place, disks + place))));
 }
 
 /// Where a device sits: a PCI function on q35, a virtio-mmio transport on microvm.
@@ -385,49 +424,36 @@ fn address(machine: Machine, first_slot: usize, place: usize, transport: usize) 
     }
 }
 
-fn console(line: &mut Line, inputs: &Inputs<'_>) {
-    match inputs.console {
-        Some(output) => {
-            // The log is written whether or not anybody is connected, so the console needs no daemon.
-            let mut chardev = chardev_socket("console", &inputs.dir.join(CONSOLE_SOCKET));
-            chardev.push(",logfile=");
-            chardev.push(escaped(output.as_os_str()));
-            chardev.push(",logappend=on");
-            line.option("-chardev", chardev);
-            line.option("-serial", "chardev:console");
-        }
-        None => line.option("-serial", "none"),
+fn console(options: &mut Vec<Opt>, inputs: &Inputs<'_>) {
+    if let Some(output) = inputs.console {
+        // The log is written whether or not anybody is connected, so the console needs no daemon.
+        let mut pairs = listening("console", &inputs.dir.join(CONSOLE_SOCKET));
+        pairs.extend([("logfile", output.into()), ("logappend", "on".into())]);
+        let kind = Some(("backend", "socket".into()));
+        options.push(Opt::Pairs { flag: "-chardev", group: "chardev", kind, pairs });
     }
+    serial(options, inputs.console.is_some());
 }
 
-fn control(line: &mut Line, inputs: &Inputs<'_>) {
-    line.option("-chardev", chardev_socket("qmp", &inputs.dir.join(QMP_SOCKET)));
-    line.option("-mon", "chardev=qmp,mode=control");
-    if inputs.dir.as_os_str().as_bytes().contains(&b',') {
+fn serial(options: &mut Vec<Opt>, console: bool) {
+    options.push(Opt::ahead("-serial", if console { "chardev:console" } else { "none" }));
+}
+
+fn control(options: &mut Vec<Opt>, dir: &Path) {
+    let kind = ("backend", "socket".into());
+    let socket = listening("qmp", &dir.join(QMP_SOCKET));
+    options.push(Opt::ahead("-chardev", option::joined(Some(&kind), &socket)));
+    options.push(Opt::ahead("-mon", "chardev=qmp,mode=control"));
+    if dir.as_os_str().as_bytes().contains(&b',') {
         // Names the run folder as it is, with single commas: by that the process is found when its record was lost. Elsewhere
         // the sockets' paths do, and save QEMU the file.
-        line.option("-pidfile", inputs.dir.join(PID_FILE));
+        options.push(Opt::ahead("-pidfile", dir.join(PID_FILE)));
     }
-    let reboot = reboot_action(inputs.spec).as_str();
-    line.option("-action", format!("reboot={reboot},shutdown=poweroff,panic=shutdown"));
 }
 
-fn chardev_socket(id: &str, path: &Path) -> OsString {
-    let mut chardev = OsString::from(format!("socket,id={id},server=on,wait=off,path="));
-    chardev.push(escaped(path.as_os_str()));
-    chardev
-}
-
-/// Doubles the commas, as QEMU's option syntax wants.
-fn escaped(text: &OsStr) -> OsString {
-    let mut bytes = Vec::with_capacity(text.len());
-    for byte in text.as_bytes() {
-        bytes.push(*byte);
-        if *byte == b',' {
-            bytes.push(b',');
-        }
-    }
-    OsString::from_vec(bytes)
+/// A socket that QEMU listens on, without waiting for anybody.
+fn listening(id: &str, path: &Path) -> Vec<(&'static str, OsString)> {
+    vec![("id", id.into()), ("server", "on".into()), ("wait", "off".into()), ("path", path.into())]
 }
 
 fn merged(mut object: Value, more: &Value) -> Value {

@@ -3,6 +3,7 @@
 //! ```text
 //!   QemuBackend ── check ──► Report                                convert, check: pure
 //!      │ launch: start, connect, cont          adopt: prove, connect
+//!      │    └─ or tell a spare                   │
 //!      ▼                                         ▼
 //!   QemuVmm ── Link ── Qmp ──► qmp.sock ──► qemu-system-x86_64 ──► console.sock + console log
 //!   Watch ◄── events ──┘                            │
@@ -22,6 +23,7 @@ pub(crate) mod fuzzing;
 pub(crate) mod images;
 pub(crate) mod link;
 pub mod qmp;
+mod spare;
 mod start;
 pub(crate) mod vmm;
 pub(crate) mod watch;
@@ -32,15 +34,18 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    KernelFormat, LaunchRequest, Launched, SweepRequest,
+    KernelFormat, LaunchRequest, Launched, SpareRequest, SweepRequest,
 };
-use vmm_core::id::BackendName;
+use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 
-use binary::Binary;
+use binary::{Binary, Program};
 use convert::Accelerator;
 pub use convert::CONSOLE_SOCKET;
+use spare::Spare;
+
+use crate::spares::Spares;
 
 /// The name by which clients pick this backend.
 pub const NAME: &str = "qemu";
@@ -79,6 +84,7 @@ pub struct QemuBackend {
     kvm: KvmMode,
     accelerator: Accelerator,
     capabilities: Capabilities,
+    spares: Spares<Spare>,
 }
 
 impl QemuBackend {
@@ -90,7 +96,17 @@ impl QemuBackend {
             kvm: options.kvm,
             accelerator,
             capabilities: capabilities(accelerator),
+            spares: Spares::default(),
         }
+    }
+
+    /// The program, if it and the host can serve.
+    async fn ready(&self) -> Result<Program, BackendError> {
+        let refused = |kind, message| BackendError::new(kind, Effect::NotApplied, message);
+        let program =
+            self.binary.usable().await.map_err(|why| refused(BackendErrorKind::NotInstalled, why))?;
+        self.kvm_as_ordered().map_err(|why| refused(BackendErrorKind::Host, why))?;
+        Ok(program)
     }
 
     fn kvm_as_ordered(&self) -> Result<(), String> {
@@ -154,11 +170,15 @@ impl Backend for QemuBackend {
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
-        let refused = |kind, message| BackendError::new(kind, Effect::NotApplied, message);
-        let (program, _) =
-            self.binary.usable().await.map_err(|why| refused(BackendErrorKind::NotInstalled, why))?;
-        self.kvm_as_ordered().map_err(|why| refused(BackendErrorKind::Host, why))?;
-        start::launch(program, self.accelerator, request).await
+        let spare = self.spares.take(request.uid);
+        match (self.ready().await, spare) {
+            (Ok(program), spare) => start::launch(program, self.accelerator, spare, request).await,
+            (Err(error), None) => Err(error),
+            (Err(error), Some(spare)) => {
+                spare.end(&error).await;
+                Err(error)
+            }
+        }
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
@@ -166,12 +186,31 @@ impl Backend for QemuBackend {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        if let Some(spare) = self.spares.take(request.uid) {
+            spare.end("its run folder is swept").await;
+        }
         crate::launch::sweep(&request.dir, &self.binary.names()).await
+    }
+
+    async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
+        let program = self.ready().await?;
+        if let Some(older) = self.spares.take(request.uid) {
+            older.end("another one takes its place").await;
+        }
+        let uid = request.uid;
+        self.spares.keep(uid, spare::start(program, self.accelerator, request).await?);
+        Ok(())
+    }
+
+    async fn dismiss_spare(&self, uid: VmUid) {
+        if let Some(spare) = self.spares.take(uid) {
+            spare.end("it is not wanted any more").await;
+        }
     }
 
     async fn ping(&self) -> BackendHealth {
         let version = match self.binary.usable().await {
-            Ok((_, version)) => self.kvm_as_ordered().map(|()| version.to_string()),
+            Ok(program) => self.kvm_as_ordered().map(|()| program.version.to_string()),
             Err(why) => Err(why),
         };
         BackendHealth::from(version)

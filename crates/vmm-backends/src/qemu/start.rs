@@ -1,5 +1,13 @@
 //! Starting a QEMU, and taking one into hand that runs already.
+//!
+//! ```text
+//!   launch ─┬─ a spare waits ──► tell it ───┬──► connect ──► gate ──► cont ──► Launched
+//!           │     cannot or does not hear   │
+//!           │             ▼ ended           │
+//!           └─────────► start ──────────────┘
+//! ```
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,16 +23,18 @@ use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Guarded, Process};
 use vmm_host::run_dir;
 
-use super::convert::{self, Accelerator, Inputs, Machine, QMP_SOCKET, reboot_action};
+use super::binary::Program;
+use super::convert::{self, Accelerator, ImageKind, Inputs, Machine, QMP_SOCKET, Told, reboot_action};
 use super::images;
 use super::link::Link;
 use super::qmp::{QemuVersion, Qmp, QmpEvent};
+use super::spare::Spare;
 use super::vmm::{Guest, KILLING, QemuVmm};
 use super::watch::{Owner, Watch};
 use crate::launch::{died_early, pass, start_vmm, wait_for_socket};
 
 /// The log's name in the run folder.
-const LOG: &str = "qemu.log";
+pub(super) const LOG: &str = "qemu.log";
 /// How long a start may take in all.
 const STARTING: Duration = Duration::from_secs(20);
 /// How long QEMU may take until it listens, and how long until it greets.
@@ -34,10 +44,11 @@ const QMP_EVENTS: usize = 1024;
 /// Events that wait for the VM's owner.
 const EVENTS: usize = 256;
 
-/// Starts QEMU for `request` and lets its guest run. Nothing runs after an error.
+/// Starts QEMU for `request`, or uses the `spare` that was, and lets its guest run. Nothing runs after an error.
 pub(super) async fn launch(
-    program: PathBuf,
+    program: Program,
     accelerator: Accelerator,
+    spare: Option<Spare>,
     request: LaunchRequest,
 ) -> Result<Launched, BackendError> {
     let machine = Machine::of(&request.spec).ok_or_else(|| rejected("there is no such machine"))?;
@@ -46,38 +57,149 @@ pub(super) async fn launch(
         run_dir::socket_path_fits(socket).map_err(host_error)?;
     }
     let log = request.dir.join(LOG);
-    let guarded = start_vmm({
-        let (request, log) = (request.clone(), log.clone());
-        move || {
-            let args = arguments(&request, machine, accelerator)?;
-            clear(&request.dir)?;
-            Ok(Command::new(program, args, log))
+    let start = Arc::new(Start { request, machine, accelerator, socket, log });
+    if let Some(spare) = spare
+        && let Some(outcome) = start.with_spare(spare, &program).await
+    {
+        return outcome;
+    }
+    start.with_new_process(program.path().to_path_buf()).await
+}
+
+/// One launch.
+struct Start {
+    request: LaunchRequest,
+    machine: Machine,
+    accelerator: Accelerator,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+/// A QEMU whose guest runs.
+struct Connected {
+    link: Arc<Link>,
+    version: QemuVersion,
+    events: mpsc::Receiver<QmpEvent>,
+}
+
+impl Start {
+    async fn with_new_process(self: Arc<Self>, program: PathBuf) -> Result<Launched, BackendError> {
+        let start = Arc::clone(&self);
+        let guarded = start_vmm(move || {
+            let args = start.arguments()?;
+            clear(&start.request.dir)?;
+            Ok(Command::new(program, args, &start.log))
+        })
+        .await?;
+        match self.bring_up(&guarded).await {
+            Ok(connected) => Ok(self.launched(guarded, connected)),
+            Err(error) => Err(end(guarded, error).await),
         }
-    })
-    .await?;
-    let (qmp_sender, qmp_events) = mpsc::channel(QMP_EVENTS);
-    let connecting = connect(&guarded, &socket, &log, qmp_sender, &request.gate);
-    let (link, version) = match tokio::time::timeout(STARTING, connecting).await {
-        Ok(Ok(connected)) => connected,
-        Ok(Err(error)) => return Err(end(guarded, error).await),
-        Err(_) => {
-            let message = format!("QEMU did not start within {STARTING:?}; look at {}", log.display());
-            let error = BackendError::new(BackendErrorKind::Timeout, Effect::NotApplied, message);
-            return Err(end(guarded, error).await);
+    }
+
+    /// `None` where the spare cannot serve or does not hear: it has been told nothing then, and has gone.
+    async fn with_spare(
+        self: &Arc<Self>,
+        spare: Spare,
+        program: &Program,
+    ) -> Option<Result<Launched, BackendError>> {
+        if let Some(why) = spare.unfit(program) {
+            spare.end(why).await;
+            return None;
         }
-    };
-    let process = guarded.keep();
-    let run = RunRecord {
-        process: process.identity().clone(),
-        socket,
-        version: version.to_string(),
-        accelerator: accelerator.as_str().to_owned(),
-        machine: machine.as_str().to_owned(),
-        started_ms: now_ms(),
-        claims: Vec::new(),
-    };
-    let parts = Parts { process, link, qmp_events, taps: request.taps, log };
-    Ok(parts.assemble(request.uid, run, &request.spec, true))
+        let told = match Arc::clone(self).told().await {
+            Ok(told) if spare.was_started_for(&told) => told,
+            Ok(_) => {
+                spare.end("the VM has another CPU model than the usual one, or no console").await;
+                return None;
+            }
+            Err(why) => {
+                spare.end(why).await;
+                return None;
+            }
+        };
+        let informed = spare.tell(&told.file).await?;
+        let outcome = tokio::select! {
+            biased;
+            outcome = self.bring_up(&informed.guarded) => outcome,
+            unheard = informed.left_unread() => Err(unheard),
+        };
+        match outcome {
+            Ok(connected) => Some(Ok(self.launched(informed.guarded, connected))),
+            Err(error) if informed.knows_nothing() => {
+                informed.end(&error).await;
+                None
+            }
+            Err(error) => Some(Err(end(informed.guarded, error).await)),
+        }
+    }
+
+    /// Writes the command line. Blocks.
+    fn arguments(&self) -> Result<Vec<OsString>, BackendError> {
+        let images = images::inspect(&self.request.spec).map_err(host_error)?;
+        convert::arguments(&self.inputs(&images)).map_err(|error| rejected(&error.to_string()))
+    }
+
+    /// Writes what a spare is told, or why it cannot be.
+    async fn told(self: Arc<Self>) -> Result<Told, String> {
+        if self.request.spec.disks.is_empty() {
+            return convert::told(&self.inputs(&[])).map_err(|error| error.to_string());
+        }
+        let with_images = move || {
+            let images = images::inspect(&self.request.spec)?;
+            convert::told(&self.inputs(&images)).map_err(|error| error.to_string())
+        };
+        tokio::task::spawn_blocking(with_images).await.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    fn inputs<'a>(&'a self, images: &'a [ImageKind]) -> Inputs<'a> {
+        Inputs {
+            uid: self.request.uid,
+            vm_id: &self.request.vm_id,
+            spec: &self.request.spec,
+            machine: self.machine,
+            accelerator: self.accelerator,
+            dir: &self.request.dir,
+            console: self.request.console.as_deref(),
+            taps: &self.request.taps,
+            images,
+        }
+    }
+
+    /// Connects to a QEMU that knows its VM, and lets its guest run.
+    async fn bring_up(&self, process: &Process) -> Result<Connected, BackendError> {
+        let (sender, events) = mpsc::channel(QMP_EVENTS);
+        let connecting = connect(process, &self.socket, &self.log, sender, &self.request.gate);
+        match tokio::time::timeout(STARTING, connecting).await {
+            Ok(connected) => connected.map(|(link, version)| Connected { link, version, events }),
+            Err(_) => {
+                let message =
+                    format!("QEMU did not start within {STARTING:?}; look at {}", self.log.display());
+                Err(BackendError::new(BackendErrorKind::Timeout, Effect::NotApplied, message))
+            }
+        }
+    }
+
+    fn launched(&self, guarded: Guarded, connected: Connected) -> Launched {
+        let process = guarded.keep();
+        let run = RunRecord {
+            process: process.identity().clone(),
+            socket: self.socket.clone(),
+            version: connected.version.to_string(),
+            accelerator: self.accelerator.as_str().to_owned(),
+            machine: self.machine.as_str().to_owned(),
+            started_ms: now_ms(),
+            claims: Vec::new(),
+        };
+        let parts = Parts {
+            process,
+            link: connected.link,
+            qmp_events: connected.events,
+            taps: self.request.taps.clone(),
+            log: self.log.clone(),
+        };
+        parts.assemble(self.request.uid, run, &self.request.spec, true)
+    }
 }
 
 /// What a handle and its watch are made of.
@@ -130,30 +252,9 @@ impl Parts {
     }
 }
 
-/// Looks at the VM's images, and writes the command line. Blocks.
-fn arguments(
-    request: &LaunchRequest,
-    machine: Machine,
-    accelerator: Accelerator,
-) -> Result<Vec<std::ffi::OsString>, BackendError> {
-    let images = images::inspect(&request.spec).map_err(host_error)?;
-    let inputs = Inputs {
-        uid: request.uid,
-        vm_id: &request.vm_id,
-        spec: &request.spec,
-        machine,
-        accelerator,
-        dir: &request.dir,
-        console: request.console.as_deref(),
-        taps: &request.taps,
-        images: &images,
-    };
-    convert::arguments(&inputs).map_err(|error| rejected(&error.to_string()))
-}
-
 /// Removes what an earlier run in this folder left: its sockets, and its log, whose last words would be taken for this run's.
 /// Blocks.
-fn clear(dir: &Path) -> Result<(), BackendError> {
+pub(super) fn clear(dir: &Path) -> Result<(), BackendError> {
     let log = || match std::fs::remove_file(dir.join(LOG)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),
@@ -209,7 +310,7 @@ fn rejected(message: &str) -> BackendError {
     BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message)
 }
 
-fn host_error(message: impl Into<String>) -> BackendError {
+pub(super) fn host_error(message: impl Into<String>) -> BackendError {
     BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
 }
 

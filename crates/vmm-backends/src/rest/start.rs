@@ -87,7 +87,7 @@ where
             })
         });
         match visit.await.map_err(|error| host_error(&io::Error::other(error)))?? {
-            Visit::Started(guard, known) => return Ok((launch::started(guard), known)),
+            Visit::Started(guard, known) => return Ok((guard, known)),
             Visit::UnknownVersion => drop(program.find().await?),
             Visit::StaleSocket => launch::sweep(dir, &program.running_names().await).await?,
         }

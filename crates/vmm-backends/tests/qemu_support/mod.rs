@@ -87,7 +87,33 @@ pub(crate) struct Bench {
     pub(crate) backend: QemuBackend,
     pub(crate) uid: VmUid,
     pub(crate) config: VmConfig,
+    pub(crate) taps: Vec<String>,
     dir: TempDir,
+}
+
+/// A TAP that is removed with its test.
+pub(crate) struct Tap(pub(crate) String);
+
+impl Tap {
+    /// A TAP, or `None` where none can be made.
+    pub(crate) fn new(prefix: &str) -> Option<Self> {
+        let name = format!("{prefix}{}", std::process::id() % 1_000_000);
+        ip(&["tuntap", "add", "mode", "tap", "dev", &name]).then_some(Self(name))
+    }
+
+    pub(crate) fn set_up(&self) -> bool {
+        ip(&["link", "set", &self.0, "up"])
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        ip(&["link", "delete", &self.0]);
+    }
+}
+
+fn ip(args: &[&str]) -> bool {
+    std::process::Command::new("ip").args(args).status().is_ok_and(|status| status.success())
 }
 
 impl Bench {
@@ -108,7 +134,7 @@ impl Bench {
             restart_policy: Some(RestartPolicyConfig { mode: restart, max_restarts: 0 }),
             ..VmConfig::default()
         };
-        Self { backend, uid: VmUid::new(Uuid::now_v7()), config, dir }
+        Self { backend, uid: VmUid::new(Uuid::now_v7()), config, taps: Vec::new(), dir }
     }
 
     /// Runs Linux instead.
@@ -142,7 +168,7 @@ impl Bench {
             dir: self.dir().to_path_buf(),
             console: Some(self.console_file()),
             gate: Gate::open(),
-            taps: Vec::new(),
+            taps: self.taps.clone(),
             place: None,
             imported: false,
             incomplete: None,

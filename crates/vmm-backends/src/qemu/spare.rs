@@ -1,0 +1,173 @@
+//! A QEMU that waits for its VM.
+//!
+//! ```text
+//!   start ──► QEMU: linked, its types registered; reads its options' last part from its input ──┐ a pipe, whose other
+//!               │                                                                               │ end the daemon has
+//!               │   the daemon dies, at any moment: end of file, no console ──► it exits        │
+//!               ├── end, or dropped: killed                                                     │
+//!               ▼                                                                               │
+//!   tell ────► the file of convert::told, end of file ◄─────────────────────────────────────────┘
+//!               ▼
+//!             QEMU makes the VM, and is one like any other
+//! ```
+//!
+//! Half of the time until QEMU answers goes by before it looks at its options, and none of that depends on the VM. The pipe is
+//! QEMU's standard input, so it has no name that must be made and removed, opening it blocks nobody, and it is at its end for QEMU
+//! as soon as the daemon is gone, be that before QEMU has come to opening it.
+//!
+//! What was not read has not been told: as long as QEMU has read nothing, an ordinary start can take its place.
+
+use std::fmt::Display;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::unix::pipe::Sender;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, SpareRequest};
+use vmm_host::process::{Command, Guarded, Stdin};
+use vmm_host::run_dir;
+
+use super::binary::Program;
+use super::convert::{self, Accelerator, AheadInputs, CONSOLE_SOCKET, QMP_SOCKET, Told};
+use super::qmp::QemuVersion;
+use super::start::{LOG, clear, host_error};
+use super::vmm::KILLING;
+use crate::launch::start_blocking;
+
+/// The oldest version whose VMs were compared with those of an ordinary start.
+const OLDEST: QemuVersion = QemuVersion { major: 7, minor: 2, micro: 0 };
+/// How long a spare may take until it reads what it is told. One that is not stopped takes less than a millisecond.
+const READING: Duration = Duration::from_secs(2);
+
+/// A QEMU that has been told nothing. Dropped, it is killed.
+#[derive(Debug)]
+pub(super) struct Spare {
+    guarded: Guarded,
+    input: OwnedFd,
+    /// The same pipe's other end, to see what is left in it.
+    output: OwnedFd,
+    program: Program,
+    words: Vec<std::ffi::OsString>,
+}
+
+/// Starts a QEMU that waits for the VM of `request`'s uid.
+pub(super) async fn start(
+    program: Program,
+    accelerator: Accelerator,
+    request: SpareRequest,
+) -> Result<Spare, BackendError> {
+    if program.version < OLDEST {
+        let message = format!(
+            "QEMU {} keeps no spare VMMs; they need {}.{} or newer",
+            program.version, OLDEST.major, OLDEST.minor
+        );
+        let kind = BackendErrorKind::Unsupported("spare VMMs");
+        return Err(BackendError::new(kind, Effect::NotApplied, message));
+    }
+    for socket in [QMP_SOCKET, CONSOLE_SOCKET] {
+        run_dir::socket_path_fits(&request.dir.join(socket)).map_err(host_error)?;
+    }
+    let started = tokio::task::spawn_blocking(move || {
+        let words = convert::ahead(&AheadInputs { uid: request.uid, accelerator, dir: &request.dir });
+        start_waiting(program, words, &request.dir)
+    });
+    started
+        .await
+        .unwrap_or_else(|error| Err(host_error(format!("the start of a spare QEMU was broken off: {error}"))))
+}
+
+/// Blocks.
+fn start_waiting(
+    program: Program,
+    words: Vec<std::ffi::OsString>,
+    dir: &Path,
+) -> Result<Spare, BackendError> {
+    clear(dir)?;
+    let no_pipe = |error: io::Error| host_error(format!("no pipe for a spare QEMU: {error}"));
+    let (output, input) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| no_pipe(error.into()))?;
+    let mut command = Command::new(program.path(), words.clone(), dir.join(LOG));
+    command.stdin = Stdin::File(output.try_clone().map_err(no_pipe)?);
+    Ok(Spare { guarded: start_blocking(command)?, input, output, program, words })
+}
+
+impl Spare {
+    /// Says why this spare cannot serve, be it with a `program` that is still the one it runs.
+    pub(super) fn unfit(&self, program: &Program) -> Option<&'static str> {
+        if self.guarded.has_ended() {
+            Some("it has ended")
+        } else if !self.program.is(program) {
+            Some("its program has been replaced")
+        } else {
+            None
+        }
+    }
+
+    /// Says whether it was started as `told` wants it.
+    pub(super) fn was_started_for(&self, told: &Told) -> bool {
+        self.words == told.ahead
+    }
+
+    /// Tells it its VM, to the end. `None` where it did not listen: it has been ended then.
+    pub(super) async fn tell(self, file: &str) -> Option<Informed> {
+        let Self { guarded, input, output, .. } = self;
+        let telling = async { Sender::from_owned_fd(input)?.write_all(file.as_bytes()).await };
+        let failure = match tokio::time::timeout(READING, telling).await {
+            Ok(Ok(())) => {
+                let bytes = file.len().try_into().unwrap_or(u64::MAX);
+                return Some(Informed { guarded, output, bytes });
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("it did not read to the end within {READING:?}"),
+        };
+        // Without an end of the file QEMU has acted on nothing of it.
+        end(guarded, &failure).await;
+        None
+    }
+
+    /// Ends it, and waits until it has gone.
+    pub(super) async fn end(self, why: impl Display) {
+        end(self.guarded, why).await;
+    }
+}
+
+/// A QEMU that can read what it is to run. Dropped, it is killed.
+#[derive(Debug)]
+pub(super) struct Informed {
+    pub(super) guarded: Guarded,
+    output: OwnedFd,
+    bytes: u64,
+}
+
+impl Informed {
+    /// Says whether it has read nothing yet of what there is to read.
+    pub(super) fn knows_nothing(&self) -> bool {
+        rustix::io::ioctl_fionread(&self.output).is_ok_and(|unread| unread == self.bytes)
+    }
+
+    /// Waits until it has had time to read something and has not. Else it waits for ever.
+    pub(super) async fn left_unread(&self) -> BackendError {
+        tokio::time::sleep(READING).await;
+        if !self.knows_nothing() {
+            std::future::pending::<()>().await;
+        }
+        let message = format!("it did not begin to read what it is to run within {READING:?}");
+        BackendError::new(BackendErrorKind::Timeout, Effect::NotApplied, message)
+    }
+
+    /// Ends it, and waits until it has gone.
+    pub(super) async fn end(self, why: impl Display) {
+        end(self.guarded, why).await;
+    }
+}
+
+async fn end(guarded: Guarded, why: impl Display) {
+    let pid = guarded.pid();
+    tracing::info!(pid, %why, "a spare QEMU is ended");
+    if let Err(error) = guarded.kill_and_wait(KILLING).await {
+        // It runs nothing any more, whenever the kernel lets go of it.
+        tracing::warn!(pid, %error, "a spare QEMU is not gone yet");
+    }
+}

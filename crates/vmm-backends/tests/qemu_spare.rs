@@ -1,0 +1,408 @@
+//! Spare QEMUs, against a real one: the launch of their VM uses them, to the same effect as an ordinary start, or they are gone.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "clippy takes only the test functions for tests, not their helpers"
+)]
+
+mod qemu_support;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use qemu_support::{Bench, GUEST_REBOOT, NEVER, PATIENCE, Run, make_image, qemu};
+use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
+use vmm_core::backend::{
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, LaunchRequest, SpareRequest,
+};
+use vmm_core::config::{ConsoleConfig, StorageDevice};
+use vmm_core::gate::Gate;
+use vmm_core::state::EndedBy;
+use vmm_host::process::{Lookup, Process, Signal, adopt, find_by_argument};
+use vmm_testkit::guests::Guest;
+
+const MACHINES: [&str; 2] = ["q35", "microvm"];
+const FORCE: Ladder = Ladder { ask_guest_for: None };
+
+/// A bench per machine; none where QEMU is missing, after saying that `test` is skipped.
+async fn benches(test: &str, guest: Guest) -> Vec<Bench> {
+    let mut benches = Vec::new();
+    for machine in MACHINES {
+        let Some(backend) = qemu(test).await else { break };
+        benches.push(Bench::new(backend, machine, guest, GUEST_REBOOT));
+    }
+    benches
+}
+
+fn request(bench: &Bench) -> SpareRequest {
+    SpareRequest { uid: bench.uid, dir: bench.dir().to_path_buf(), console: bench.console_file() }
+}
+
+/// Starts a spare QEMU on a bench, and answers its process.
+async fn start(bench: &Bench) -> Process {
+    std::fs::write(bench.console_file(), "").unwrap();
+    bench.backend.start_spare(request(bench)).await.unwrap();
+    only_process(bench).await
+}
+
+/// The one process that has the bench's folder in its arguments. It may still be about to get them.
+async fn only_process(bench: &Bench) -> Process {
+    let found = async {
+        loop {
+            let found = find_by_argument(bench.dir()).unwrap();
+            if !found.is_empty() {
+                break found;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let found = tokio::time::timeout(PATIENCE, found).await.expect("a process");
+    let [found] = found.as_slice() else { panic!("{found:?}") };
+    match adopt(&found.identity) {
+        Lookup::Alive(process) => process,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Waits until a QEMU has come to reading from its input.
+async fn waits(spare: &Process) {
+    let stat = format!("/proc/{}/wchan", spare.pid());
+    let reading = async {
+        while !std::fs::read_to_string(&stat).unwrap_or_default().contains("pipe") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    // A kernel that does not tell is believed to have been quick enough.
+    let _ = tokio::time::timeout(Duration::from_millis(500), reading).await;
+}
+
+/// Waits until a process has taken a signal: one that is just reading would read on.
+async fn is_still(process: &Process) {
+    let stopped = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid())).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+    };
+    while !process.has_ended() && !stopped() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn ends(process: &Process) {
+    process.wait_for(PATIENCE).await.expect("it ends");
+}
+
+#[tokio::test]
+async fn a_launch_uses_the_one_that_waits() {
+    for bench in benches("a_launch_uses_the_one_that_waits", Guest::Idle).await {
+        let spare = start(&bench).await;
+        waits(&spare).await;
+        assert!(!bench.dir().join("qmp.sock").exists(), "it has been told nothing");
+        let mut run = bench.launch().await;
+        assert_eq!((run.vmm.run().process.pid, bench.processes()), (spare.pid(), 1));
+        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        assert!(bench.console().starts_with(&Guest::Idle.banner()), "no firmware before the guest");
+        run.vmm.pause().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
+        run.vmm.resume().await.unwrap();
+        assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
+        run.vmm.reset().await.unwrap();
+        bench.console_shows(&Guest::Idle.banner(), 2).await;
+        run.no_event();
+        assert_eq!(
+            std::fs::read_to_string(bench.dir().join("qemu.log")).unwrap(),
+            "",
+            "nothing to complain of"
+        );
+        assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Vmm);
+        assert_eq!(run.gone().await.cause, ExitCause::Requested);
+        assert_eq!(bench.processes(), 0);
+
+        let again = bench.launch().await;
+        assert_ne!(again.vmm.run().process.pid, spare.pid());
+        bench.console_shows(&Guest::Idle.banner(), 3).await;
+        again.vmm.kill().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_vm_is_adopted_like_any_other() {
+    for bench in benches("the_vm_is_adopted_like_any_other", Guest::Idle).await {
+        start(&bench).await;
+        let first = bench.launch().await;
+        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        let record = first.vmm.run().clone();
+        drop(first);
+        for known in [Some(record.clone()), None] {
+            let adopted = bench.backend.adopt(bench.adoption(known)).await.unwrap();
+            let Adoption::Alive { launched, guest } = adopted else { panic!("{adopted:?}") };
+            let run = launched.vmm.run();
+            assert_eq!((guest, &run.process), (GuestState::Running, &record.process));
+            assert_eq!((&run.accelerator, &run.machine), (&record.accelerator, &record.machine));
+        }
+        bench.sweep().await;
+        assert_eq!(bench.processes(), 0);
+    }
+}
+
+#[tokio::test]
+async fn one_that_was_just_started_is_told_as_well() {
+    for bench in benches("one_that_was_just_started_is_told_as_well", Guest::PowerOff).await {
+        let spare = start(&bench).await;
+        let mut run = bench.launch().await;
+        assert_eq!(run.vmm.run().process.pid, spare.pid());
+        assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
+        bench.console_shows(&Guest::PowerOff.banner(), 1).await;
+    }
+}
+
+#[tokio::test]
+async fn no_guest_runs_before_the_gate_is_open() {
+    for bench in benches("no_guest_runs_before_the_gate_is_open", Guest::Idle).await {
+        let spare = start(&bench).await;
+        let (keeper, gate) = Gate::shut();
+        let launching = bench.backend.launch(LaunchRequest { gate, ..bench.request() });
+        let opening = async {
+            while !bench.dir().join("qmp.sock").exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            // Much longer than a guest that ran would take to say its first word.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert_eq!((bench.processes(), bench.console().as_str()), (1, ""));
+            keeper.open();
+        };
+        let (launched, ()) = tokio::join!(launching, opening);
+        let run = launched.unwrap();
+        assert_eq!(run.vmm.run().process.pid, spare.pid());
+        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        run.vmm.kill().await.unwrap();
+
+        waits(&start(&bench).await).await;
+        let (_, gate) = Gate::shut();
+        let called_off = bench.backend.launch(LaunchRequest { gate, ..bench.request() }).await.unwrap_err();
+        assert_eq!((called_off.effect, bench.processes()), (Effect::NotApplied, 0), "{called_off}");
+    }
+}
+
+#[tokio::test]
+async fn one_that_has_died_or_hangs_spoils_no_launch() {
+    for bench in benches("one_that_has_died_or_hangs_spoils_no_launch", Guest::Idle).await {
+        for signal in [Signal::KILL, Signal::STOP] {
+            let spare = start(&bench).await;
+            waits(&spare).await;
+            spare.signal(signal).unwrap();
+            is_still(&spare).await;
+            let run = bench.launch().await;
+            assert!(spare.has_ended(), "{signal:?}");
+            assert_ne!(run.vmm.run().process.pid, spare.pid());
+            assert_eq!(bench.processes(), 1);
+            bench.console_shows(&Guest::Idle.banner(), 1).await;
+            run.vmm.kill().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_told_is_started_as_ever() {
+    for mut bench in benches("what_cannot_be_told_is_started_as_ever", Guest::Idle).await {
+        let plain = bench.config.clone();
+        let edits: [fn(&mut Bench); 4] = [
+            |bench| bench.config.boot.as_mut().unwrap().kernel_args = "a".repeat(1100),
+            |bench| bench.config.boot.as_mut().unwrap().kernel_args = "a=\"b c\"".to_owned(),
+            |bench| {
+                let features = &mut bench.config.cpu.as_mut().unwrap().features;
+                features.insert("qemu.model".to_owned(), "qemu64".to_owned());
+            },
+            |bench| bench.config.console = Some(ConsoleConfig { enabled: false, ..ConsoleConfig::default() }),
+        ];
+        for edit in edits {
+            bench.config = plain.clone();
+            edit(&mut bench);
+            let spare = start(&bench).await;
+            let console = bench.config.console.is_none().then(|| bench.console_file());
+            let launched = bench.backend.launch(LaunchRequest { console, ..bench.request() }).await;
+            let run = Run::from(launched.unwrap());
+            assert!(spare.has_ended(), "{:?}", bench.config);
+            assert_ne!(run.vmm.run().process.pid, spare.pid());
+            assert_eq!((bench.processes(), run.vmm.probe().await.unwrap()), (1, GuestState::Running));
+            run.vmm.kill().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_console_of_the_clients_can_be_told() {
+    for bench in benches("a_console_of_the_clients_can_be_told", Guest::Idle).await {
+        let spare = start(&bench).await;
+        let output = bench.dir().join("a file, of the client's");
+        let request = LaunchRequest { console: Some(output.clone()), ..bench.request() };
+        let run = Run::from(bench.backend.launch(request).await.unwrap());
+        assert_eq!(run.vmm.run().process.pid, spare.pid());
+        let shown = async {
+            while !std::fs::read_to_string(&output).unwrap_or_default().contains(&Guest::Idle.banner()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, shown).await.expect("its first line");
+        assert_eq!(bench.console(), "");
+        run.vmm.kill().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_qemu_refuses_is_told_in_its_words() {
+    for mut bench in benches("what_qemu_refuses_is_told_in_its_words", Guest::Idle).await {
+        let nonsense = bench.dir().join("kernel");
+        std::fs::write(&nonsense, "no kernel at all").unwrap();
+        bench.config.boot.as_mut().unwrap().kernel_path = nonsense.to_str().unwrap().to_owned();
+        let by_itself = bench.try_launch().await.err().unwrap();
+        start(&bench).await;
+        let told = bench.try_launch().await.err().unwrap();
+        assert_eq!((told.kind, told.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+        assert_eq!(told.message, by_itself.message);
+        assert_eq!(bench.processes(), 0);
+    }
+}
+
+#[tokio::test]
+async fn every_place_for_a_disk_can_be_told() {
+    for mut bench in benches("every_place_for_a_disk_can_be_told", Guest::Idle).await {
+        let count = if bench.spec().boot.options["qemu.machine"] == "q35" { 64 } else { 23 };
+        let path = bench.dir().join("disk");
+        make_image(&path, "raw", 1 << 20);
+        for index in 0..count {
+            bench.add_disk(StorageDevice {
+                id: format!("d{index}"),
+                path: path.to_str().unwrap().to_owned(),
+                read_only: true,
+                ..StorageDevice::default()
+            });
+        }
+        let spare = start(&bench).await;
+        let run = bench.launch().await;
+        assert_eq!(run.vmm.run().process.pid, spare.pid());
+        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        run.vmm.kill().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn it_can_be_dismissed_and_swept() {
+    for bench in benches("it_can_be_dismissed_and_swept", Guest::Idle).await {
+        let spare = start(&bench).await;
+        bench.backend.dismiss_spare(bench.uid).await;
+        bench.backend.dismiss_spare(bench.uid).await;
+        assert!(spare.has_ended());
+        let spare = start(&bench).await;
+        let second = start_again(&bench, &spare).await;
+        bench.sweep().await;
+        assert!(second.has_ended());
+        assert_eq!(bench.processes(), 0);
+        // One that a launch has taken belongs to its VM.
+        let taken = start(&bench).await;
+        let run = bench.launch().await;
+        bench.backend.dismiss_spare(bench.uid).await;
+        assert!(!taken.has_ended());
+        run.vmm.kill().await.unwrap();
+    }
+}
+
+/// Starts another spare for the same VM, which ends the first.
+async fn start_again(bench: &Bench, first: &Process) -> Process {
+    let second = start(bench).await;
+    assert!(first.has_ended());
+    second
+}
+
+#[tokio::test]
+async fn it_ends_with_its_backend() {
+    for mut bench in benches("it_ends_with_its_backend", Guest::Idle).await {
+        let spare = start(&bench).await;
+        bench.backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
+        ends(&spare).await;
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_was_replaced_meanwhile_is_not_used() {
+    let test = "a_program_that_was_replaced_meanwhile_is_not_used";
+    if qemu(test).await.is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let binary = folder.path().join("qemu");
+    let install = |comment: &str| {
+        let new = folder.path().join("new");
+        std::fs::write(&new, format!("#!/bin/sh\n# {comment}\nexec qemu-system-x86_64 \"$@\"\n")).unwrap();
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::rename(&new, &binary).unwrap();
+    };
+    install("one");
+    let backend = QemuBackend::new(QemuOptions { binary: binary.clone(), kvm: KvmMode::Off });
+    let bench = Bench::new(backend, "microvm", Guest::Idle, NEVER);
+    let spare = start(&bench).await;
+    install("two");
+    let run = bench.launch().await;
+    assert!(spare.has_ended());
+    assert_ne!(run.vmm.run().process.pid, spare.pid());
+    run.vmm.kill().await.unwrap();
+    let spare = start(&bench).await;
+    let run = bench.launch().await;
+    assert_eq!(run.vmm.run().process.pid, spare.pid());
+    run.vmm.kill().await.unwrap();
+}
+
+/// The folder of the spare that [`a_daemon_that_holds_a_spare`] starts.
+const DAEMON_DIR: &str = "VMCP_TEST_SPARE_DIR";
+
+/// Not a test: the daemon that [`it_ends_with_a_daemon_that_is_killed`] kills.
+#[tokio::test]
+#[ignore = "started by another test"]
+async fn a_daemon_that_holds_a_spare() {
+    let Some(dir) = std::env::var_os(DAEMON_DIR) else { return };
+    let dir = Path::new(&dir);
+    let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
+    let uid = vmm_core::id::VmUid::new(uuid::Uuid::now_v7());
+    let request = SpareRequest { uid, dir: dir.to_path_buf(), console: dir.join("console") };
+    backend.start_spare(request).await.unwrap();
+    std::fs::write(dir.join("started"), "").unwrap();
+    std::future::pending::<()>().await;
+}
+
+#[tokio::test]
+async fn it_ends_with_a_daemon_that_is_killed() {
+    let test = "it_ends_with_a_daemon_that_is_killed";
+    // A spare that waits, and one that has not come to it.
+    for while_it_waits in [true, false] {
+        let Some(backend) = qemu(test).await else { return };
+        let bench = Bench::new(backend, "q35", Guest::Idle, NEVER);
+        let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_daemon_that_holds_a_spare", "--ignored"])
+            .env(DAEMON_DIR, bench.dir())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let started = async {
+            while !bench.dir().join("started").exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let started = tokio::time::timeout(PATIENCE, started).await;
+        if started.is_ok() && while_it_waits {
+            waits(&only_process(&bench).await).await;
+        }
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        started.expect("the daemon has started a spare");
+        let gone = async {
+            while bench.processes() > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, gone).await.expect("it ends by itself");
+        let log = std::fs::read_to_string(bench.dir().join("qemu.log")).unwrap();
+        assert!(log.contains("chardev:console"), "it says what it lacks: {log}");
+    }
+}
