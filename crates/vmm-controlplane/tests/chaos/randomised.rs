@@ -88,6 +88,7 @@ impl Run {
             let mut killer = Killer { world, clock: shared.clock, lives };
             let mut done = 0;
             while done < kills {
+                killer.keep_spares(random.u64(..=2));
                 rest(Duration::from_millis(random.u64(200..1600)));
                 killer.kill();
                 done += 1;
@@ -107,6 +108,7 @@ impl Run {
     fn restart(&mut self) {
         let mut killer = Killer { world: &mut self.world, clock: self.shared.clock, lives: &mut self.lives };
         killer.kill();
+        killer.keep_spares(0);
         killer.start();
         // Longer than anything that was under way may take to show.
         rest(Duration::from_secs(6));
@@ -216,6 +218,11 @@ struct Killer<'a> {
 }
 
 impl Killer<'_> {
+    /// From its next start on the daemon keeps so many spare VMMs. What those before it kept goes whatever it keeps.
+    fn keep_spares(&mut self, count: u64) {
+        self.world.set_env("UNKEY_VMCP_SPARE_VMMS", Some(&count.to_string()));
+    }
+
     fn kill(&mut self) {
         let (_, log) = self.world.stop(Signal::KILL);
         self.lives.last_mut().unwrap().killed = Some(self.clock.now());

@@ -41,8 +41,9 @@ use vmm_core::id::VmUid;
 use vmm_core::place::Found;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::Request;
-use vmm_core::store::{ProcessIdentity, RunRecord, VmRecord};
+use vmm_core::store::{RunRecord, VmRecord};
 
+use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::metrics::{Contact, MetricsCell, Sampler};
 use crate::service::{Outcome, Shared, UnderWay};
@@ -415,7 +416,7 @@ impl Actor {
         let interval = self.shared.settings.metrics_interval;
         let sampler = Sampler::start(Arc::clone(&vmm), self.spec.cpu.count, interval, self.metrics.clone());
         self.live = Some(Live { vmm, events, sampler });
-        self.quiet_since = Some(begun(&run.process));
+        self.quiet_since = Some(begun(&run));
         self.record.run = Some(run);
         self.stray = false;
         self.look_at = None;
@@ -441,9 +442,11 @@ impl Actor {
     }
 }
 
-/// When a process began, as far back as it matters.
-fn begun(process: &ProcessIdentity) -> Instant {
-    let age = vmm_host::process::age(process).unwrap_or_default().min(restart::QUIET);
+/// When a run began, as far back as it matters. Its process may be older, where a spare VMM runs it.
+fn begun(run: &RunRecord) -> Instant {
+    let since = u64::try_from(now_ms().saturating_sub(run.started_ms)).unwrap_or_default();
+    let age = vmm_host::process::age(&run.process).unwrap_or_default();
+    let age = age.min(Duration::from_millis(since)).min(restart::QUIET);
     let now = Instant::now();
     now.checked_sub(age).unwrap_or(now)
 }

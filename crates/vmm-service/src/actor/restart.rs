@@ -46,7 +46,7 @@ impl Actor {
 
     /// The number of this restart, counting those without a quiet minute between.
     pub(super) fn count_restart(&self) -> u32 {
-        let begun = || self.record.run.as_ref().map(|run| super::begun(&run.process));
+        let begun = || self.record.run.as_ref().map(super::begun);
         let quiet = self.quiet_since.or_else(begun).is_some_and(|since| since.elapsed() >= QUIET);
         if quiet { 1 } else { self.record.status.restarts.saturating_add(1) }
     }
