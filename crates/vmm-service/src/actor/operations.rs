@@ -279,9 +279,10 @@ impl Actor {
         ServiceError::from_backend(what, &self.record.vm_id, &error)
     }
 
-    /// After a failure whose effect is not known, asks the VMM where its guest is. Never guesses.
+    /// After a failure whose effect is not known, asks the VMM where its guest is. Never guesses. What was to be forced may have
+    /// been out of reach before, and still is.
     async fn look_again(&mut self, effect: Effect) {
-        if effect == Effect::NotApplied {
+        if effect == Effect::NotApplied && !self.forcing() {
             return;
         }
         let Some(vmm) = self.vmm() else {

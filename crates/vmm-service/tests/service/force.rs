@@ -139,6 +139,20 @@ async fn what_cannot_be_killed_is_left_behind_and_said_so() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_out_of_reach_stays_so_where_force_may_do_nothing() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    machine.stop();
+    vms.until_phase("a", Phase::Unreachable).await;
+    vms.world.next(Method::Shutdown, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    refused(vms.force_shutdown("a").await, "precondition");
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Unreachable));
+    machine.go_on();
+    vms.until_phase("a", Phase::Running).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn nothing_that_hangs_holds_up_a_forced_deletion() {
     let bed = Bed::new();
     let vms = bed.start().await;
