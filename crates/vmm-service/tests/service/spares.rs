@@ -88,13 +88,22 @@ async fn none_waits_unless_it_is_wanted_and_the_backend_was_used() {
     assert!(!vms.world.spares().contains(&other.uid), "they are not that backend's");
 }
 
+/// Lets the host's clock, by which VMs are created, go on.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the runtime's clock stands still, and nobody else is on this thread"
+)]
+fn a_moment_later() {
+    std::thread::sleep(Duration::from_millis(2));
+}
+
 #[tokio::test(start_paused = true)]
 async fn lists_are_by_age_though_a_uid_was_there_before_its_vm() {
     let bed = bed(1);
     let (vms, waiting) = warm(&bed).await;
-    std::thread::sleep(Duration::from_millis(2));
+    a_moment_later();
     vms.try_create_on("other", "between", bed.config()).await.unwrap();
-    std::thread::sleep(Duration::from_millis(2));
+    a_moment_later();
     assert_eq!(vms.create("last", bed.config()).await.uid, waiting[0]);
     let mut names = Vec::new();
     let mut query = ListQuery { page_size: 1, ..ListQuery::default() };
