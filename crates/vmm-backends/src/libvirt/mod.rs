@@ -54,8 +54,10 @@ pub use crate::qemu::NAME;
 
 /// How long a look at libvirt's health may wait for a connection.
 const CONNECTING: Duration = Duration::from_secs(3);
-/// How long libvirt may take over all of a sweep; the service waits two seconds.
+/// How long libvirt may take over all of a sweep; the service waits two seconds, and ten where a VM is deleted without force.
 const SWEEPING: Duration = Duration::from_millis(1800);
+/// The same where a VM is deleted without force. What libvirt writes then waits for a disk.
+const DELETING: Duration = Duration::from_secs(9);
 /// How long of that it may take to end a domain, before its QEMU is killed.
 const DESTROYING: Duration = Duration::from_millis(500);
 
@@ -173,11 +175,12 @@ impl Backend for LibvirtBackend {
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
         let uuid = place_of(request.place.as_deref(), request.uid);
+        let limit = if request.purpose == Sweep::Delete { DELETING } else { SWEEPING };
         if request.imported && !request.purpose.is_forced() {
             return match request.purpose {
                 // What somebody else has made or started since goes on.
                 Sweep::Clear | Sweep::End => Ok(()),
-                Sweep::Delete | Sweep::ForceDelete => self.undefine(uuid, false, SWEEPING).await,
+                Sweep::Delete | Sweep::ForceDelete => self.undefine(uuid, false, limit).await,
             };
         }
         let deletes = matches!(request.purpose, Sweep::Delete | Sweep::ForceDelete);
@@ -185,7 +188,7 @@ impl Backend for LibvirtBackend {
         let undefines = deletes && was_defined;
         let runs = !matches!(domain::find_qemu(uuid, &self.options.emulator).await, Ok(None));
         // First, so that nobody can start it in between; one that runs is forgotten when it ends.
-        let patience = if runs { SWEEPING / 2 } else { SWEEPING };
+        let patience = if runs { limit / 2 } else { limit };
         let undefined =
             if undefines { self.undefine(uuid, !request.imported, patience).await } else { Ok(()) };
         if runs {

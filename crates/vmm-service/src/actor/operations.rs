@@ -22,6 +22,8 @@ const FORCE_DEADLINE: Duration = Duration::from_millis(4300);
 const FORCED_PROBE_DEADLINE: Duration = Duration::from_millis(400);
 /// How long a sweep may take. A start that was pre-empted and the deletion that did it take one each.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(2);
+/// The same of a deletion without force, for which nobody is in a hurry.
+const DELETION_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a VMM may take to say how its guest is, after something went wrong.
 const PROBE_DEADLINE: Duration = Duration::from_secs(3);
 /// How long the last word of a VMM that has gone may take.
@@ -228,12 +230,21 @@ impl Actor {
             imported: self.record.imported,
             purpose,
         };
-        let swept = tokio::time::timeout(self.within(SWEEP_DEADLINE), backend.sweep(request)).await;
-        let swept = swept.unwrap_or_else(|_| {
-            Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, "its VMM did not end in time"))
-        });
+        let sweeping = async move { backend.sweep(request).await };
+        let swept = match purpose {
+            // This may take long, so force need not wait for it.
+            Sweep::Delete => self.interruptible(DELETION_DEADLINE, sweeping).await,
+            Sweep::Clear | Sweep::End | Sweep::ForceDelete => {
+                let swept = tokio::time::timeout(self.within(SWEEP_DEADLINE), sweeping).await;
+                let too_late = || {
+                    let message = "its VMM did not end in time";
+                    Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
+                };
+                swept.unwrap_or_else(|_| too_late()).map_err(Broken::Backend)
+            }
+        };
         self.stray = swept.is_err();
-        swept.map_err(Broken::Backend)
+        swept
     }
 
     /// Finds out where the VM is after an effect did not come off, records it, and answers what the client is told.

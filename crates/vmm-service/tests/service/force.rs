@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use vmm_core::backend::{BackendErrorKind, Effect};
 use vmm_core::state::{EndedBy, Phase, VmState};
+use vmm_core::store::StoreErrorKind;
 use vmm_service::{ListQuery, Outcome, ServiceError};
 use vmm_testkit::fake::{Act, Method};
+use vmm_testkit::memory_store::Verdict::Refuse;
 
 use crate::common::*;
 
@@ -165,6 +167,27 @@ async fn nothing_that_hangs_holds_up_a_forced_deletion() {
     assert_eq!(outcome.left_behind.len(), 1, "{:?}", outcome.left_behind);
     refused(vms.service.get("a").map(drop), "not-found");
     machine.end(vmm_core::backend::ExitCause::Unknown);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_that_takes_its_time_gives_way_to_force() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.config()).await;
+    // What a start has left is not cleared away at once.
+    bed.store.next([Refuse(StoreErrorKind::Full)]);
+    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    refused(vms.boot("a").await, "exhausted");
+    vms.world.next(Method::Sweep, Act::hang());
+    let deleting = tokio::spawn({
+        let vms = vms.clone();
+        async move { vms.delete("a").await }
+    });
+    eventually("the deletion sweeps", || vms.world.calls(Method::Sweep) == 2).await;
+    let began = tokio::time::Instant::now();
+    vms.force_delete("a").await.unwrap();
+    assert!(began.elapsed() < FORCE_LIMIT);
+    refused(deleting.await.unwrap(), "aborted");
 }
 
 #[tokio::test(start_paused = true)]
