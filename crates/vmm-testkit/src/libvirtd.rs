@@ -41,6 +41,9 @@ except ChildProcessError:
     pass
 "#;
 
+/// How long virsh may take, in seconds.
+const VIRSH_SECONDS: &str = "60";
+
 /// What runs in the new mount namespace. The folder of the test is `$1`, the shared cache `$2`.
 const SCRIPT: &str = r#"
 set -e
@@ -169,9 +172,10 @@ impl Libvirtd {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("/usr/bin/virsh");
+        // A libvirtd that waits for a QEMU which hangs in its own end answers nobody, and a test that waited would not end.
+        let mut command = Command::new("/usr/bin/timeout");
         command
-            .args(["--quiet", "--connect", &self.uri()])
+            .args([VIRSH_SECONDS, "/usr/bin/virsh", "--quiet", "--connect", &self.uri()])
             .args(args)
             .stdin(Stdio::null())
             .env("LC_ALL", "C");
