@@ -78,12 +78,12 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     if let Some(existing) = shared.index.get(&vm_id) {
         return repeat(shared, existing.record, &request.requested);
     }
+    let mut spare = None;
     if let Ok(backend) = shared.backends.get(&request.requested.backend) {
         // Where none can be created, what else is wrong does not matter.
         places::refuse_import_only(&*backend)?;
+        spare = spares::promise(shared, &backend);
     }
-    let spare =
-        shared.backends.get(&request.requested.backend).ok().and_then(|b| spares::promise(shared, &b));
     let uid = spare.as_ref().and_then(Promise::uid).unwrap_or(fresh);
     let checked = check_config(shared, uid, &request.requested).await;
     let Some((spec, backend)) = checked.accepted.filter(|_| checked.report.is_ok()) else {

@@ -124,7 +124,7 @@ impl Promise {
             if inner.stopped {
                 Some(uid)
             } else {
-                let shelf = inner.shelves.entry(self.backend.capabilities().name.clone()).or_default();
+                let shelf = inner.shelf(&self.backend.capabilities().name);
                 shelf.promised.push_back(uid);
                 if shelf.promised.len() > self.shared.spares.wanted {
                     shelf.promised.pop_front()
@@ -152,7 +152,7 @@ impl Drop for Promise {
         let Some(uid) = self.uid.take() else { return };
         let mut inner = self.shared.spares.inner();
         if !inner.stopped {
-            inner.shelves.entry(self.backend.capabilities().name.clone()).or_default().free.push_front(uid);
+            inner.shelf(&self.backend.capabilities().name).free.push_front(uid);
             return;
         }
         drop(inner);
@@ -189,12 +189,16 @@ fn spawn(shared: &Shared, task: impl Future<Output = ()> + Send + 'static) {
 }
 
 impl Inner {
+    fn shelf(&mut self, backend: &BackendName) -> &mut Shelf {
+        self.shelves.entry(backend.clone()).or_default()
+    }
+
     /// Says whether the caller is to fill the shelf.
     fn begin_filling(&mut self, backend: &BackendName, wanted: usize) -> bool {
         if self.stopped {
             return false;
         }
-        let shelf = self.shelves.entry(backend.clone()).or_default();
+        let shelf = self.shelf(backend);
         let begins = !shelf.filling && !shelf.has_none && shelf.free.len() < wanted;
         shelf.filling |= begins;
         begins
@@ -205,7 +209,7 @@ impl Inner {
         if self.stopped {
             return Err(uid);
         }
-        let shelf = self.shelves.entry(backend.clone()).or_default();
+        let shelf = self.shelf(backend);
         shelf.free.push_back(uid);
         shelf.filling = shelf.free.len() < wanted;
         Ok(shelf.filling)

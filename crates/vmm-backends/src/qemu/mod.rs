@@ -186,17 +186,13 @@ impl Backend for QemuBackend {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        if let Some(spare) = self.spares.take(request.uid) {
-            spare.end("its run folder is swept").await;
-        }
+        self.dismiss_spare(request.uid).await;
         crate::launch::sweep(&request.dir, &self.binary.names()).await
     }
 
     async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
         let program = self.ready().await?;
-        if let Some(older) = self.spares.take(request.uid) {
-            older.end("another one takes its place").await;
-        }
+        self.dismiss_spare(request.uid).await;
         let uid = request.uid;
         self.spares.keep(uid, spare::start(program, self.accelerator, request).await?);
         Ok(())

@@ -153,11 +153,7 @@ fn a_vm_is_run_by_the_vmm_that_waited_and_nothing_of_it_stays() {
         world.call("DeleteVm", &json!({"vm_id": "unbooted"})).ok();
         assert!(!is_alive(waited.pid) && !waited.folder.exists(), "{backend}");
 
-        for name in ["first", "between"] {
-            delete(&world, name);
-        }
-        world.stop(Signal::TERM);
-        world.assert_nothing_left();
+        leave(&mut world, &["first", "between"]);
     }
 }
 
@@ -182,14 +178,8 @@ fn a_daemon_that_is_told_to_end_ends_what_waits_and_no_vm() {
 
         world.start();
         assert_eq!(vmm_pid(&world.info("vm")), vm, "{backend}");
-        assert_eq!(world.info("given")["state"], "VM_STATE_CREATED", "{backend}");
-        world.boot("given");
-        world.wait_for_console("given", &Guest::Idle.banner(), 1);
-        for name in ["vm", "other", "given"] {
-            delete(&world, name);
-        }
-        world.stop(Signal::TERM);
-        world.assert_nothing_left();
+        boots(&world, "given");
+        leave(&mut world, &["vm", "other", "given"]);
     }
 }
 
@@ -226,9 +216,7 @@ fn what_a_killed_daemon_leaves_waiting_is_told_and_ended_by_the_next() {
         let info = world.info("vm");
         assert_eq!((vmm_pid(&info), &info["state"]), (vm, &json!("VM_STATE_RUNNING")), "{backend}");
         assert_eq!((world.vmms(), marked(&world)), (vec![vm], Vec::new()), "{backend}");
-        delete(&world, "vm");
-        world.stop(Signal::TERM);
-        world.assert_nothing_left();
+        leave(&mut world, &["vm"]);
     }
 }
 
@@ -256,14 +244,8 @@ fn what_a_killed_daemon_leaves_waiting_is_ended_by_reconcile() {
         // A VM on record is the next daemon's to settle.
         world.start();
         eventually("what waited for a VM on record is ended", || !is_alive(given.pid));
-        assert_eq!(world.info("given")["state"], "VM_STATE_CREATED", "{backend}");
-        world.boot("given");
-        world.wait_for_console("given", &Guest::Idle.banner(), 1);
-        for name in ["vm", "other", "given"] {
-            delete(&world, name);
-        }
-        world.stop(Signal::TERM);
-        world.assert_nothing_left();
+        boots(&world, "given");
+        leave(&mut world, &["vm", "other", "given"]);
     }
 }
 
@@ -282,11 +264,7 @@ fn what_waits_is_no_vm_that_a_backup_would_disown() {
         eventually("what waited is ended", || !is_alive(given.pid));
         assert_eq!(vmm_pid(&world.info("vm")), vm, "{backend}");
         assert_eq!(world.info("given")["state"], "VM_STATE_CREATED", "{backend}");
-        for name in ["vm", "given"] {
-            delete(&world, name);
-        }
-        world.stop(Signal::TERM);
-        world.assert_nothing_left();
+        leave(&mut world, &["vm", "given"]);
     }
 }
 
@@ -299,4 +277,22 @@ fn killed(world: &mut World, backend: &str, waits: &Spare) -> bool {
         assert!(is_alive(waits.pid), "{backend}: nobody has ended it");
     }
     backend != "qemu"
+}
+
+/// A VM whose spare VMM has gone is still to be booted, and boots.
+#[track_caller]
+fn boots(world: &World, vm_id: &str) {
+    assert_eq!(world.info(vm_id)["state"], "VM_STATE_CREATED");
+    world.boot(vm_id);
+    world.wait_for_console(vm_id, &Guest::Idle.banner(), 1);
+}
+
+/// Deletes these VMs and ends the daemon: nothing is left.
+#[track_caller]
+fn leave(world: &mut World, vms: &[&str]) {
+    for vm_id in vms {
+        delete(world, vm_id);
+    }
+    world.stop(Signal::TERM);
+    world.assert_nothing_left();
 }
