@@ -5,10 +5,16 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use vmm_core::store::ProcessIdentity;
 
 use super::{boot_id, procfs};
+
+/// How old a process can be that has yet to exec.
+const YOUNG: Duration = Duration::from_secs(1);
+/// How long such a one is left alone before it is looked at again.
+const AGAIN: Duration = Duration::from_millis(1);
 
 /// A process whose arguments name the folder that was looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +57,10 @@ fn paths_below<'a>(text: &'a [u8], dir: &'a [u8]) -> impl Iterator<Item = PathBu
 /// Finds every process, this one excepted, that has an argument with `needle` as a whole path or as the beginning of one:
 /// `/run/x` is in `--api-sock=/run/x/s` and in `path=/run/x,server=on`, not in `/run/xy` and not in `/mnt/run/x`.
 ///
+/// What [`super::spawn`] started shows its arguments late: in the middle of its exec a process has those of whoever started
+/// it, or none, and a daemon that was killed leaves it at that. One whose stderr goes below `needle` is waited for, until it is
+/// a second old.
+///
 /// # Errors
 /// What listing `/proc` says. Processes that end meanwhile, or are hidden from us, are passed over.
 pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
@@ -59,7 +69,13 @@ pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
         let message = "processes can only be looked for by an absolute path";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    find(|args| args.iter().any(|arg| mentions(arg.as_bytes(), needle)))
+    // The kernel tells where a file really is.
+    let real = Path::new(OsStr::from_bytes(needle)).canonicalize();
+    let is_wanted = |args: &[OsString]| args.iter().any(|arg| mentions(arg.as_bytes(), needle));
+    find(is_wanted, |pid| {
+        let (Ok(real), Ok(stderr)) = (&real, procfs::stderr_of(pid)) else { return false };
+        stderr.starts_with(real)
+    })
 }
 
 /// Finds every process, this one excepted, that has the argument `option` and right after it `value`, as in `-uuid UUID`.
@@ -67,17 +83,17 @@ pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
 /// # Errors
 /// As [`find_by_argument`].
 pub fn find_by_option(option: &str, value: &str) -> io::Result<Vec<Found>> {
-    find(|args| args.windows(2).any(|pair| pair[0] == option && pair[1] == value))
+    find(|args| args.windows(2).any(|pair| pair[0] == option && pair[1] == value), |_| false)
 }
 
-fn find(is_wanted: impl Fn(&[OsString]) -> bool) -> io::Result<Vec<Found>> {
+fn find(is_wanted: impl Fn(&[OsString]) -> bool, may_become: impl Fn(u32) -> bool) -> io::Result<Vec<Found>> {
     let boot_id = boot_id()?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         if pid != std::process::id()
-            && let Some(process) = examine(pid, &is_wanted, &boot_id)
+            && let Some(process) = examine(pid, &is_wanted, &may_become, &boot_id)
         {
             found.push(process);
         }
@@ -85,10 +101,18 @@ fn find(is_wanted: impl Fn(&[OsString]) -> bool) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
-fn examine(pid: u32, is_wanted: &impl Fn(&[OsString]) -> bool, boot_id: &str) -> Option<Found> {
+fn examine(
+    pid: u32,
+    is_wanted: &impl Fn(&[OsString]) -> bool,
+    may_become: &impl Fn(u32) -> bool,
+    boot_id: &str,
+) -> Option<Found> {
     // Arguments first: of hundreds of processes only a few need more.
-    if !is_wanted(&procfs::arguments(pid).ok()?) {
-        return None;
+    while !is_wanted(&procfs::arguments(pid).ok()?) {
+        if !may_become(pid) || procfs::age(&procfs::identify(pid).ok()?)? > YOUNG {
+            return None;
+        }
+        std::thread::sleep(AGAIN);
     }
     // Two equal start times around what is read say that all of it is about one process.
     let start_ticks = procfs::stat(pid).ok()?.start_ticks;

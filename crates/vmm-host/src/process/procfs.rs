@@ -132,6 +132,11 @@ pub fn exe_of(pid: u32) -> io::Result<PathBuf> {
     Ok(without_deleted(&link))
 }
 
+/// The file that a process's stderr goes to, by its real path.
+pub(super) fn stderr_of(pid: u32) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/fd/2")).map_err(gone_is_not_found)
+}
+
 /// The kernel marks the path of a program whose file was removed, as an upgrade does.
 fn without_deleted(link: &Path) -> PathBuf {
     let bytes = link.as_os_str().as_bytes();

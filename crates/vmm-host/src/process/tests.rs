@@ -286,6 +286,37 @@ async fn a_process_is_found_by_its_run_folder() {
     assert!(find_by_argument(&folder).unwrap().is_empty());
 }
 
+#[tokio::test]
+async fn a_process_is_found_from_the_moment_of_its_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    // The kernel wakes who starts a process before it has laid down its arguments: some of a hundred show none yet.
+    for _ in 0..100 {
+        let arguments = ["-f".into(), log.clone().into_os_string()];
+        let user = start_guarded(Command::new(find_tail(), arguments, &log)).unwrap();
+        let found = find_by_argument(dir.path()).unwrap();
+        assert!(found.iter().any(|found| &found.identity == user.identity()), "{user:?}, {found:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_has_yet_to_exec_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    // Reached by another path, as /run is by /var/run.
+    let link = dir.path().join("link");
+    let folder = dir.path().join("vms/0a");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::os::unix::fs::symlink(&folder, &link).unwrap();
+    // The shell's own arguments do not name the folder; those of what it becomes do.
+    let script = "sleep 0.2; real=$(readlink /proc/$$/fd/2); exec tail -f \"${real%/vms/0a/log}/link/log\"";
+    let on_its_way = spawn_guarded(Command::new("/bin/sh", ["-c", script], link.join("log"))).await.unwrap();
+
+    let found = find_by_argument(&link).unwrap();
+    assert!(!on_its_way.has_ended());
+    let found = found.iter().find(|found| &found.identity == on_its_way.identity()).unwrap();
+    assert_eq!(found.args[1..], ["-f".into(), link.join("log").into_os_string()]);
+}
+
 fn find_tail() -> PathBuf {
     crate::path::find_program("tail", Some(std::ffi::OsStr::new("/usr/bin:/bin"))).unwrap()
 }
