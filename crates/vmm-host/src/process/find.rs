@@ -36,6 +36,12 @@ impl Found {
         }
     }
 
+    /// Says whether it runs a program that is called one of `names`.
+    pub fn runs_one_of(&self, names: &[impl AsRef<str>]) -> bool {
+        let name = self.program_name().and_then(OsStr::to_str);
+        name.is_some_and(|name| names.iter().any(|known| known.as_ref() == name))
+    }
+
     /// The paths below `dir` that the arguments name, relative to it: `0a/s` of `/run/x` for `path=/run/x/0a/s,server=on`.
     pub fn paths_below(&self, dir: &Path) -> BTreeSet<PathBuf> {
         let dir = dir.as_os_str().as_bytes();
@@ -59,7 +65,7 @@ fn paths_below<'a>(text: &'a [u8], dir: &'a [u8]) -> impl Iterator<Item = PathBu
 ///
 /// What [`super::spawn`] started shows its arguments late: in the middle of its exec a process has those of whoever started
 /// it, or none, and a daemon that was killed leaves it at that. One whose stderr goes below `needle` is waited for, until it is
-/// a second old.
+/// a second old. Blocks.
 ///
 /// # Errors
 /// What listing `/proc` says. Processes that end meanwhile, or are hidden from us, are passed over.
@@ -101,6 +107,7 @@ fn find(is_wanted: impl Fn(&[OsString]) -> bool, may_become: impl Fn(u32) -> boo
     Ok(found)
 }
 
+#[expect(clippy::disallowed_methods, reason = "whoever looks through /proc is on a thread for blocking work")]
 fn examine(
     pid: u32,
     is_wanted: &impl Fn(&[OsString]) -> bool,
