@@ -233,11 +233,7 @@ async fn first_user_of(
 ) -> Result<Option<Found>, BackendError> {
     let dir = dir.to_path_buf();
     let users = blocking(move || find_by_argument(&dir)).await?;
-    Ok(users.into_iter().find(|user| {
-        user.program_name()
-            .and_then(|name| name.to_str())
-            .is_some_and(|name| executable_names.iter().any(|known| known.as_ref() == name))
-    }))
+    Ok(users.into_iter().find(|user| user.runs_one_of(executable_names)))
 }
 
 async fn blocking<T: Send + 'static>(

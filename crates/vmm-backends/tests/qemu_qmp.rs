@@ -16,8 +16,9 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use vmm_backends::program::Version;
 use vmm_backends::qemu::client::RunState;
-use vmm_backends::qemu::qmp::{Closed, MAX_LINE, QemuVersion, Qmp, QmpError, QmpEvent};
+use vmm_backends::qemu::qmp::{Closed, MAX_LINE, Qmp, QmpError, QmpEvent};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, StorageCounters};
 
 const GREETING: &str = concat!(
@@ -120,7 +121,7 @@ async fn an_honest_conversation() {
         peer.hold().await;
     });
     let (qmp, mut events) = stage.connect(LONG).await.unwrap();
-    assert_eq!(qmp.version(), QemuVersion { major: 7, minor: 2, micro: 22 });
+    assert_eq!(qmp.version(), Version::new(7, 2, 22));
     assert_eq!(qmp.peer_pid().and_then(|pid| u32::try_from(pid).ok()), Some(std::process::id()));
     qmp.stop().await.unwrap();
     let event = events.recv().await.unwrap();

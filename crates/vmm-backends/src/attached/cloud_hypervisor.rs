@@ -34,8 +34,8 @@ use crate::cloud_hypervisor::client::{Client, VmPhase};
 use crate::cloud_hypervisor::convert::Config;
 use crate::cloud_hypervisor::{OLDEST, capabilities};
 use crate::ladder::Call;
+use crate::program::Version;
 use crate::rest::options::check_taps;
-use crate::rest::program::Version;
 
 /// Cloud Hypervisor, as attached.
 #[derive(Debug)]

@@ -35,8 +35,8 @@ use crate::firecracker::convert::Config;
 use crate::firecracker::metrics::{METRICS, Metrics};
 use crate::firecracker::{OLDEST, capabilities};
 use crate::ladder::Call;
+use crate::program::Version;
 use crate::rest::options::check_taps;
-use crate::rest::program::Version;
 
 /// Firecracker, as attached.
 #[derive(Debug)]

@@ -30,14 +30,15 @@ use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
 use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use crate::program::Version;
 use crate::qemu::client::RunState;
 use crate::qemu::convert::Accelerator;
 use crate::qemu::link::{CONNECTING, Link};
-use crate::qemu::qmp::{QemuVersion, Qmp, QmpError, QmpEvent};
+use crate::qemu::qmp::{Qmp, QmpError, QmpEvent};
 use crate::qemu::{NAME, capabilities};
 
 /// The oldest QEMU whose events say why it ends.
-const OLDEST: QemuVersion = QemuVersion { major: 4, minor: 2, micro: 0 };
+const OLDEST: Version = Version::new(4, 2, 0);
 /// Events of QEMU that wait to be read.
 const QMP_EVENTS: usize = 256;
 

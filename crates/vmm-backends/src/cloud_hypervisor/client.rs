@@ -8,8 +8,8 @@ use tokio::net::UnixStream;
 use vmm_core::backend::{BackendError, BackendErrorKind, GuestState, NetworkCounters, StorageCounters};
 
 use super::convert::Config;
+use crate::program::told_version;
 use crate::rest::client::{BOOT, CALL, RestClient};
-use crate::rest::program::told_version;
 
 /// The API of one Cloud Hypervisor.
 #[derive(Debug)]

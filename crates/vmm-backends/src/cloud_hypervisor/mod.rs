@@ -35,6 +35,7 @@ use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::kvm::kvm_usable;
 use vmm_host::process::{Command, Process};
 
 use self::client::Client;
@@ -43,19 +44,26 @@ use self::events::{EVENTS, EventFile};
 use self::vmm::{Parts, attend, explain_past};
 use self::watch::Watcher;
 use crate::launch;
+use crate::program::{Kind, Program, Version};
 use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run};
 use crate::rest::options::check_taps;
-use crate::rest::program::{Program, Version};
 use crate::rest::spare::Fresh;
 use crate::rest::start::start;
 use crate::spares::Spares;
 
 /// The backend's name.
 pub const NAME: &str = "cloudhypervisor";
-/// The program's own name.
-const PROGRAM: &str = "cloud-hypervisor";
 /// The oldest Cloud Hypervisor that lets images' formats be stated, and forbids backing files unless they are asked for.
-pub(crate) const OLDEST: Version = Version(51, 0, 0);
+pub(crate) const OLDEST: Version = Version::new(51, 0, 0);
+/// Its program.
+const PROGRAM: Kind = Kind {
+    backend: NAME,
+    title: "Cloud Hypervisor",
+    usual_name: "cloud-hypervisor",
+    oldest: OLDEST,
+    read_version: Version::find,
+    remedy: "UNKEY_VMCP_CH_BINARY names another",
+};
 
 /// The Cloud Hypervisor backend.
 #[derive(Debug)]
@@ -70,7 +78,7 @@ impl CloudHypervisor {
     /// A backend that starts `program`: a name on the PATH, or a path.
     pub fn new(program: impl Into<OsString>) -> Self {
         Self {
-            program: Arc::new(Program::new(program, PROGRAM, OLDEST)),
+            program: Arc::new(Program::new(program, PROGRAM)),
             capabilities: capabilities(),
             watcher: Watcher::default(),
             spares: Spares::default(),
@@ -193,7 +201,7 @@ impl Backend for CloudHypervisor {
     }
 
     async fn ping(&self) -> BackendHealth {
-        self.program.health().await
+        self.program.health(kvm_usable).await
     }
 }
 

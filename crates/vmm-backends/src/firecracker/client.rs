@@ -8,8 +8,8 @@ use vmm_core::backend::{BackendError, GuestState};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::convert::Config;
+use crate::program::told_version;
 use crate::rest::client::{BOOT, CALL, RestClient};
-use crate::rest::program::told_version;
 
 /// The API of one Firecracker.
 #[derive(Debug)]

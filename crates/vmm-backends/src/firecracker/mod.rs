@@ -33,15 +33,16 @@ use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::kvm::kvm_usable;
 use vmm_host::process::{Command, Process, ProcessExit, Stdin};
 
 use self::client::Client;
 use self::convert::Config;
 use self::metrics::{METRICS, Metrics};
 use crate::launch;
+use crate::program::{Kind, Program, Version};
 use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
 use crate::rest::options::check_taps;
-use crate::rest::program::{Program, Version};
 use crate::rest::spare::Fresh;
 use crate::rest::start::start;
 use crate::spares::Spares;
@@ -54,7 +55,16 @@ pub const CONSOLE_INPUT: &str = "console.in";
 /// Firecracker's own log in the run folder. Not its stderr's file, because Firecracker does not append.
 const OWN_LOG: &str = "firecracker.log";
 /// The oldest Firecracker with everything that is used; `huge_pages` came last.
-pub(crate) const OLDEST: Version = Version(1, 7, 0);
+pub(crate) const OLDEST: Version = Version::new(1, 7, 0);
+/// Its program.
+const PROGRAM: Kind = Kind {
+    backend: NAME,
+    title: "Firecracker",
+    usual_name: "firecracker",
+    oldest: OLDEST,
+    read_version: Version::find,
+    remedy: "UNKEY_VMCP_FC_BINARY names another",
+};
 
 /// The Firecracker backend.
 #[derive(Debug)]
@@ -68,7 +78,7 @@ impl Firecracker {
     /// A backend that starts `program`: a name on the PATH, or a path.
     pub fn new(program: impl Into<OsString>) -> Self {
         Self {
-            program: Arc::new(Program::new(program, NAME, OLDEST)),
+            program: Arc::new(Program::new(program, PROGRAM)),
             capabilities: capabilities(),
             spares: Spares::default(),
         }
@@ -193,7 +203,7 @@ impl Backend for Firecracker {
     }
 
     async fn ping(&self) -> BackendHealth {
-        self.program.health().await
+        self.program.health(kvm_usable).await
     }
 }
 

@@ -6,7 +6,6 @@ use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause};
 use vmm_core::store::{ProcessIdentity, RunRecord};
 use vmm_host::process::{self, Found, Lookup, Process};
 
-use super::binary::is_named;
 use super::convert::{Accelerator, Machine, QMP_SOCKET, reboot_action};
 use super::start::{Parts, now_ms};
 
@@ -83,7 +82,7 @@ async fn find(request: &AdoptRequest, names: Vec<String>) -> Result<Option<Found
         }
         Err(error) => return Err(("processes-hidden", error.to_string())),
     };
-    let mut ours = users.into_iter().filter(|user| is_named(&names, user.program_name()));
+    let mut ours = users.into_iter().filter(|user| user.runs_one_of(&names));
     let Some(found) = ours.next() else { return Ok(None) };
     if let Some(other) = ours.next() {
         return Err((

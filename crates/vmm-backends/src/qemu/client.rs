@@ -4,7 +4,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, StorageCounters};
 
-use super::qmp::{Closed, QemuVersion, Qmp, QmpError};
+use super::qmp::{Closed, Qmp, QmpError};
+use crate::program::Version;
 
 /// What QEMU does when its guest resets, and when it is told to reset its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,8 +127,8 @@ struct Status {
 }
 
 #[derive(Debug, Deserialize)]
-struct Version {
-    qemu: QemuVersion,
+struct AskedVersion {
+    qemu: Version,
 }
 
 #[derive(Debug, Deserialize)]
@@ -217,8 +218,8 @@ impl Qmp {
     /// # Errors
     ///
     /// As [`Qmp::execute`].
-    pub async fn query_version(&self) -> Result<QemuVersion, QmpError> {
-        Ok(self.execute::<Version>("query-version", Value::Null).await?.qemu)
+    pub async fn query_version(&self) -> Result<Version, QmpError> {
+        Ok(self.execute::<AskedVersion>("query-version", Value::Null).await?.qemu)
     }
 
     /// Reads the block counters, summed over all disks.

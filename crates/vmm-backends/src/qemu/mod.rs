@@ -14,7 +14,6 @@
 //! unseen. A guest's reset and power-off are told apart by QEMU's own words, not by an exit status.
 
 mod adopt;
-mod binary;
 pub(crate) mod check;
 pub mod client;
 pub mod convert;
@@ -40,15 +39,30 @@ use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 
-use binary::{Binary, Program};
 use convert::Accelerator;
 pub use convert::CONSOLE_SOCKET;
 use spare::Spare;
 
+use crate::program::{Installed, Kind, Program, Version};
 use crate::spares::Spares;
 
 /// The name by which clients pick this backend.
 pub const NAME: &str = "qemu";
+
+/// The program. The oldest that understands the command line of [`convert`]: JSON after `-device` came with it.
+const PROGRAM: Kind = Kind {
+    backend: NAME,
+    title: "QEMU",
+    usual_name: "qemu-system-x86_64",
+    oldest: Version::new(6, 2, 0),
+    read_version,
+    remedy: "Debian and Ubuntu have it in the package qemu-system-x86; UNKEY_VMCP_QEMU_BINARY names another",
+};
+
+/// Reads `QEMU emulator version 7.2.22 (Debian …)`.
+fn read_version(said: &str) -> Option<Version> {
+    Version::leading(said.split_once("QEMU emulator version ")?.1)
+}
 
 /// Whether guests run on the host's own CPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,14 +87,14 @@ pub struct QemuOptions {
 
 impl Default for QemuOptions {
     fn default() -> Self {
-        Self { binary: PathBuf::from("qemu-system-x86_64"), kvm: KvmMode::Auto }
+        Self { binary: PathBuf::from(PROGRAM.usual_name), kvm: KvmMode::Auto }
     }
 }
 
 /// The QEMU backend.
 #[derive(Debug)]
 pub struct QemuBackend {
-    binary: Binary,
+    program: Program,
     kvm: KvmMode,
     accelerator: Accelerator,
     capabilities: Capabilities,
@@ -92,7 +106,7 @@ impl QemuBackend {
     pub fn new(options: QemuOptions) -> Self {
         let accelerator = accelerator(options.kvm);
         Self {
-            binary: Binary::new(options.binary),
+            program: Program::new(options.binary, PROGRAM),
             kvm: options.kvm,
             accelerator,
             capabilities: capabilities(accelerator),
@@ -101,20 +115,19 @@ impl QemuBackend {
     }
 
     /// The program, if it and the host can serve.
-    async fn ready(&self) -> Result<Program, BackendError> {
-        let refused = |kind, message| BackendError::new(kind, Effect::NotApplied, message);
-        let program =
-            self.binary.usable().await.map_err(|why| refused(BackendErrorKind::NotInstalled, why))?;
-        self.kvm_as_ordered().map_err(|why| refused(BackendErrorKind::Host, why))?;
+    async fn ready(&self) -> Result<Installed, BackendError> {
+        let program = self.program.find().await?;
+        kvm_as_ordered(self.kvm)
+            .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
         Ok(program)
     }
+}
 
-    fn kvm_as_ordered(&self) -> Result<(), String> {
-        match self.kvm {
-            KvmMode::On => vmm_host::kvm::kvm_usable()
-                .map_err(|problem| format!("UNKEY_VMCP_QEMU_KVM is true, but {problem}")),
-            KvmMode::Auto | KvmMode::Off => Ok(()),
-        }
+fn kvm_as_ordered(kvm: KvmMode) -> Result<(), String> {
+    match kvm {
+        KvmMode::On => vmm_host::kvm::kvm_usable()
+            .map_err(|problem| format!("UNKEY_VMCP_QEMU_KVM is true, but {problem}")),
+        KvmMode::Auto | KvmMode::Off => Ok(()),
     }
 }
 
@@ -182,12 +195,12 @@ impl Backend for QemuBackend {
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
-        Ok(adopt::adopt(request, self.binary.names(), self.accelerator).await)
+        Ok(adopt::adopt(request, self.program.running_names().await, self.accelerator).await)
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
         self.dismiss_spare(request.uid).await;
-        crate::launch::sweep(&request.dir, &self.binary.names()).await
+        crate::launch::sweep(&request.dir, &self.program.running_names().await).await
     }
 
     async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
@@ -205,10 +218,25 @@ impl Backend for QemuBackend {
     }
 
     async fn ping(&self) -> BackendHealth {
-        let version = match self.binary.usable().await {
-            Ok(program) => self.kvm_as_ordered().map(|()| program.version.to_string()),
-            Err(why) => Err(why),
-        };
-        BackendHealth::from(version)
+        let kvm = self.kvm;
+        self.program.health(move || kvm_as_ordered(kvm)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_qemu_prints_them() {
+        let version = |major, minor, micro| Some(Version::new(major, minor, micro));
+        assert_eq!(
+            read_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"),
+            version(7, 2, 22)
+        );
+        assert_eq!(read_version("QEMU emulator version 10.1.0\n"), version(10, 1, 0));
+        assert_eq!(read_version("QEMU emulator version 9.0.50 (v9.0.0-rc1)"), version(9, 0, 50));
+        assert_eq!(read_version("bash 5.2"), None);
+        assert_eq!(read_version("QEMU emulator version x"), None);
     }
 }

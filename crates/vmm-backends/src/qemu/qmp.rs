@@ -27,6 +27,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tracing::{Instrument, debug, warn};
 
+use crate::program::Version;
 use crate::words;
 
 /// How long a command may take where the caller does not say.
@@ -41,28 +42,11 @@ const QUEUE: usize = 16;
 /// One connection to one QEMU. Dropping it ends the connection.
 #[derive(Debug)]
 pub struct Qmp {
-    version: QemuVersion,
+    version: Version,
     peer_pid: Option<i32>,
     queue: mpsc::Sender<Vec<u8>>,
     shared: Arc<Shared>,
     tasks: [AbortHandle; 2],
-}
-
-/// QEMU's version, as its greeting says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
-pub struct QemuVersion {
-    /// Major number.
-    pub major: u32,
-    /// Minor number.
-    pub minor: u32,
-    /// Patch number.
-    pub micro: u32,
-}
-
-impl std::fmt::Display for QemuVersion {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
-    }
 }
 
 /// Something that QEMU told without being asked.
@@ -240,7 +224,7 @@ impl Qmp {
     }
 
     /// QEMU's version.
-    pub fn version(&self) -> QemuVersion {
+    pub fn version(&self) -> Version {
         self.version
     }
 
@@ -394,7 +378,7 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
     }
 }
 
-fn parse_greeting(line: &[u8]) -> Result<QemuVersion, Closed> {
+fn parse_greeting(line: &[u8]) -> Result<Version, Closed> {
     let greeting = parse(line)?;
     let version = greeting.pointer("/QMP/version/qemu").cloned().ok_or_else(|| garbage("no greeting"))?;
     serde_json::from_value(version).map_err(|_| garbage("a greeting without a version"))

@@ -30,15 +30,14 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect, SpareRequest};
 use vmm_host::process::{Command, Guarded, Stdin};
 use vmm_host::run_dir;
 
-use super::binary::Program;
 use super::convert::{self, Accelerator, AheadInputs, CONSOLE_SOCKET, QMP_SOCKET, Told};
-use super::qmp::QemuVersion;
 use super::start::{LOG, clear, host_error};
 use super::vmm::KILLING;
 use crate::launch::start_blocking;
+use crate::program::{Installed, Version};
 
 /// The oldest version whose VMs were compared with those of an ordinary start.
-const OLDEST: QemuVersion = QemuVersion { major: 7, minor: 2, micro: 0 };
+const OLDEST: Version = Version::new(7, 2, 0);
 /// How long a spare may take until it reads what it is told. One that is not stopped takes less than a millisecond.
 const READING: Duration = Duration::from_secs(2);
 
@@ -49,21 +48,18 @@ pub(super) struct Spare {
     input: OwnedFd,
     /// The same pipe's other end, to see what is left in it.
     output: OwnedFd,
-    program: Program,
+    program: Installed,
     words: Vec<std::ffi::OsString>,
 }
 
 /// Starts a QEMU that waits for the VM of `request`'s uid.
 pub(super) async fn start(
-    program: Program,
+    program: Installed,
     accelerator: Accelerator,
     request: SpareRequest,
 ) -> Result<Spare, BackendError> {
     if program.version < OLDEST {
-        let message = format!(
-            "QEMU {} keeps no spare VMMs; they need {}.{} or newer",
-            program.version, OLDEST.major, OLDEST.minor
-        );
+        let message = format!("QEMU {} keeps no spare VMMs; they need {OLDEST} or newer", program.version);
         let kind = BackendErrorKind::Unsupported("spare VMMs");
         return Err(BackendError::new(kind, Effect::NotApplied, message));
     }
@@ -81,7 +77,7 @@ pub(super) async fn start(
 
 /// Blocks.
 fn start_waiting(
-    program: Program,
+    program: Installed,
     words: Vec<std::ffi::OsString>,
     dir: &Path,
 ) -> Result<Spare, BackendError> {
@@ -95,10 +91,10 @@ fn start_waiting(
 
 impl Spare {
     /// Says why this spare cannot serve, be it with a `program` that is still the one it runs.
-    pub(super) fn unfit(&self, program: &Program) -> Option<&'static str> {
+    pub(super) fn unfit(&self, program: &Installed) -> Option<&'static str> {
         if self.guarded.has_ended() {
             Some("it has ended")
-        } else if !self.program.is(program) {
+        } else if self.program != *program {
             Some("its program has been replaced")
         } else {
             None

@@ -23,15 +23,15 @@ use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Guarded, Process};
 use vmm_host::run_dir;
 
-use super::binary::Program;
 use super::convert::{self, Accelerator, ImageKind, Inputs, Machine, QMP_SOCKET, Told, reboot_action};
 use super::images;
 use super::link::Link;
-use super::qmp::{QemuVersion, Qmp, QmpEvent};
+use super::qmp::{Qmp, QmpEvent};
 use super::spare::Spare;
 use super::vmm::{Guest, KILLING, QemuVmm};
 use super::watch::{Owner, Watch};
 use crate::launch::{died_early, pass, start_vmm, wait_for_socket};
+use crate::program::{Installed, Version};
 
 /// The log's name in the run folder.
 pub(super) const LOG: &str = "qemu.log";
@@ -46,7 +46,7 @@ const EVENTS: usize = 256;
 
 /// Starts QEMU for `request`, or uses the `spare` that was, and lets its guest run. Nothing runs after an error.
 pub(super) async fn launch(
-    program: Program,
+    program: Installed,
     accelerator: Accelerator,
     spare: Option<Spare>,
     request: LaunchRequest,
@@ -78,7 +78,7 @@ struct Start {
 /// A QEMU whose guest runs.
 struct Connected {
     link: Arc<Link>,
-    version: QemuVersion,
+    version: Version,
     events: mpsc::Receiver<QmpEvent>,
 }
 
@@ -101,7 +101,7 @@ impl Start {
     async fn with_spare(
         self: &Arc<Self>,
         spare: Spare,
-        program: &Program,
+        program: &Installed,
     ) -> Option<Result<Launched, BackendError>> {
         if let Some(why) = spare.unfit(program) {
             spare.end(why).await;
@@ -271,7 +271,7 @@ async fn connect(
     log: &Path,
     events: mpsc::Sender<QmpEvent>,
     gate: &Gate,
-) -> Result<(Arc<Link>, QemuVersion), BackendError> {
+) -> Result<(Arc<Link>, Version), BackendError> {
     let link = Arc::new(Link::new(socket.to_path_buf(), process.pid(), events.clone()));
     let connected = async {
         let stream = wait_for_socket(process, socket, LISTENING).await?;

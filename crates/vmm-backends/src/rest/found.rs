@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
 use vmm_core::store::RunRecord;
-use vmm_host::process::{Found, Lookup, Process, ProcessExit, Usage, adopt, find_by_argument};
+use vmm_host::process::{Lookup, Process, ProcessExit, Usage, adopt, find_by_argument};
 
 use crate::launch::{self, Guarded};
 
@@ -45,12 +45,7 @@ pub async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
         Ok(Err(error)) => return Trace::Unprovable(format!("/proc cannot be searched: {error}")),
         Err(error) => return Trace::Unprovable(format!("the search of /proc was broken off: {error}")),
     };
-    let ours = |user: &Found| {
-        user.program_name()
-            .and_then(|name| name.to_str())
-            .is_some_and(|name| names.iter().any(|known| known == name))
-    };
-    let Some(user) = users.into_iter().find(ours) else { return Trace::Gone };
+    let Some(user) = users.into_iter().find(|user| user.runs_one_of(&names)) else { return Trace::Gone };
     match adopt(&user.identity) {
         Lookup::Alive(process) => {
             let run = new_run(process.identity().clone(), request.dir.join(SOCKET), String::new());

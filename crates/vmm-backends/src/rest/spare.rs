@@ -8,8 +8,8 @@ use vmm_core::backend::{BackendError, LaunchRequest};
 use vmm_core::id::VmUid;
 
 use super::found;
-use super::program::{Known, Program};
 use crate::launch::Guarded;
+use crate::program::{Installed, Program};
 use crate::spares::Spares;
 
 /// How long one that has waited may take to say that it is still there; else another is started.
@@ -23,7 +23,7 @@ pub(crate) struct Fresh<C> {
     /// The connection to it.
     pub(crate) client: C,
     /// The program that it runs.
-    pub(crate) program: Known,
+    pub(crate) program: Installed,
     /// Where its console output goes; `None` means nowhere.
     pub(crate) console: Option<PathBuf>,
 }
@@ -66,7 +66,7 @@ async fn end<C>(spare: Fresh<C>) {
     }
 }
 
-async fn is_installed(program: &Arc<Program>, started: &Known) -> bool {
+async fn is_installed(program: &Arc<Program>, started: &Installed) -> bool {
     let program = Arc::clone(program);
     let now = tokio::task::spawn_blocking(move || program.known());
     matches!(now.await, Ok(Ok(Some(now))) if now == *started)

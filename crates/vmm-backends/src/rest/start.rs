@@ -19,9 +19,9 @@ use vmm_host::process::{Command, Guarded};
 use vmm_host::run_dir;
 
 use super::found::{LOG, SOCKET, failed, set_aside};
-use super::program::{Known, Program};
 use super::spare::Fresh;
 use crate::launch;
+use crate::program::{Installed, Program};
 
 /// A start asks for a version once, and sweeps once.
 const VISITS: usize = 3;
@@ -30,7 +30,7 @@ const LISTENING: Duration = Duration::from_secs(5);
 
 /// What a visit came to.
 enum Visit {
-    Started(Guarded, Known),
+    Started(Guarded, Installed),
     /// Which version the program is has not been asked yet.
     UnknownVersion,
     /// The socket of an earlier run is there, and perhaps its VMM.
@@ -72,7 +72,7 @@ async fn start_process<P>(
     dir: &Path,
     console: Option<PathBuf>,
     prepare: P,
-) -> Result<(Guarded, Known), BackendError>
+) -> Result<(Guarded, Installed), BackendError>
 where
     P: Fn(&Path, &Path) -> io::Result<Command> + Clone + Send + 'static,
 {

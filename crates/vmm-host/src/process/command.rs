@@ -205,13 +205,11 @@ fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::R
         .chain(args.iter().map(OsString::as_os_str))
         .map(c_string)
         .collect::<io::Result<Vec<_>>>()?;
-    let environment = ENVIRONMENT
-        .iter()
-        .filter_map(|name| {
-            let value = std::env::var_os(name)?;
+    let environment = environment()
+        .map(|(name, value)| {
             let mut entry = OsString::from(format!("{name}="));
             entry.push(value);
-            Some(c_string(&entry))
+            c_string(&entry)
         })
         .collect::<io::Result<Vec<_>>>()?;
     let spawned = {
@@ -220,6 +218,11 @@ fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::R
     };
     let pid = spawned.map_err(|error| named(program, &error.into()))?;
     Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("the kernel gave no process id"))
+}
+
+/// What a process that the daemon starts knows of the daemon's environment: names and values.
+pub fn environment() -> impl Iterator<Item = (&'static str, OsString)> {
+    ENVIRONMENT.iter().filter_map(|&name| Some((name, std::env::var_os(name)?)))
 }
 
 fn c_string(text: &OsStr) -> io::Result<CString> {

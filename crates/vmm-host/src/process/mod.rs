@@ -36,7 +36,7 @@ use vmm_core::store::ProcessIdentity;
 
 pub use adopt::{Lookup, adopt};
 pub(crate) use command::close_for_good;
-pub use command::{Command, Guarded, Stdin, spawn, spawn_guarded, start_guarded, starting};
+pub use command::{Command, Guarded, Stdin, environment, spawn, spawn_guarded, start_guarded, starting};
 pub use exit::{ExitStatus, ProcessExit};
 pub use find::{Found, find_by_argument, find_by_option};
 pub use procfs::{Usage, age, arguments_of, boot_id, exe_of, identify, usage};

@@ -1,0 +1,311 @@
+//! A hypervisor's program: where it is, which version, and whether that is one that can be used.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::io::{AsyncRead, AsyncReadExt};
+use vmm_core::backend::{BackendError, BackendErrorKind, BackendHealth, Effect};
+use vmm_host::path;
+use vmm_host::process::{environment, starting};
+
+use crate::words;
+
+/// How long a program may take to say its version.
+const SAYING: Duration = Duration::from_secs(10);
+/// How much of what it says is read, in bytes.
+const MAX_SAID: u64 = 4096;
+
+/// A version of three numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
+pub struct Version {
+    /// Of what breaks with the version before.
+    pub major: u32,
+    /// Of what adds to it.
+    pub minor: u32,
+    /// Of what mends it; QEMU's own name for it.
+    pub micro: u32,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+impl Version {
+    /// Puts one together.
+    pub const fn new(major: u32, minor: u32, micro: u32) -> Self {
+        Self { major, minor, micro }
+    }
+
+    /// Finds the first version in `text`: a `v` and up to three numbers, as in `Firecracker v1.16.1`.
+    pub fn find(text: &str) -> Option<Self> {
+        text.split_whitespace().find_map(|word| Self::leading(word.strip_prefix('v')?))
+    }
+
+    /// Reads the version that `text` begins with: up to three numbers, as in `7.2.22 (Debian …)`.
+    pub fn leading(text: &str) -> Option<Self> {
+        let end = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(text.len());
+        let mut numbers = text[..end].split('.').map(str::parse::<u32>);
+        let major = numbers.next()?.ok()?;
+        let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
+        Some(Self { major, minor: next(), micro: next() })
+    }
+}
+
+/// The version that a VMM tells of itself, in the form of [`Version`]; what has another is made fit to be shown.
+pub fn told_version(text: &str) -> String {
+    let told = Version::leading(text.trim_start_matches('v'));
+    told.map_or_else(|| words::version(text), |version| version.to_string())
+}
+
+/// What is known of a hypervisor's program before it is found.
+#[derive(Clone, Copy, Debug)]
+pub struct Kind {
+    /// The backend that runs it.
+    pub backend: &'static str,
+    /// What people call the hypervisor.
+    pub title: &'static str,
+    /// The program's name where nobody renames it.
+    pub usual_name: &'static str,
+    /// The oldest version that can be used.
+    pub oldest: Version,
+    /// Finds the version in what the program says of it.
+    pub read_version: fn(&str) -> Option<Version>,
+    /// Where to get one, and how to name another.
+    pub remedy: &'static str,
+}
+
+/// Tells a program from the one that replaced it at the same path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamp {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    modified: Option<SystemTime>,
+}
+
+/// A program that can be used, as it lies on the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installed {
+    stamp: Stamp,
+    /// Its version.
+    pub version: Version,
+}
+
+impl Installed {
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.stamp.path
+    }
+}
+
+/// A hypervisor's program, looked for anew at each use, because it may be installed or upgraded while the daemon runs.
+#[derive(Debug)]
+pub struct Program {
+    wanted: OsString,
+    kind: Kind,
+    last: Mutex<Option<Installed>>,
+}
+
+impl Program {
+    /// The program `wanted`, a name on the PATH or a path.
+    pub fn new(wanted: impl Into<OsString>, kind: Kind) -> Self {
+        Self { wanted: wanted.into(), kind, last: Mutex::new(None) }
+    }
+
+    /// Says which version is there, if it can be used and `host_serves`, which may block.
+    pub async fn health(
+        &self,
+        host_serves: impl FnOnce() -> Result<(), String> + Send + 'static,
+    ) -> BackendHealth {
+        let version = match self.find().await {
+            Ok(installed) => match tokio::task::spawn_blocking(host_serves).await {
+                Ok(serves) => serves.map(|()| installed.version.to_string()),
+                Err(error) => Err(format!("the host could not be examined: {error}")),
+            },
+            Err(error) => Err(error.message),
+        };
+        BackendHealth::from(version)
+    }
+
+    /// Finds the program and its version, which is asked for once per file.
+    ///
+    /// # Errors
+    /// [`BackendErrorKind::NotInstalled`], saying what to do.
+    pub async fn find(&self) -> Result<Installed, BackendError> {
+        let wanted = self.wanted.clone();
+        let stamp = match tokio::task::spawn_blocking(move || stamp(&wanted)).await {
+            Ok(stamp) => stamp.map_err(|why| self.unusable(&why))?,
+            Err(error) => return Err(self.unusable(&format!("the search was broken off: {error}"))),
+        };
+        if let Some(installed) = self.remembered(&stamp) {
+            return Ok(installed);
+        }
+        let version = self.ask(&stamp.path).await.map_err(|why| self.unusable(&why))?;
+        let installed = Installed { stamp, version };
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(installed.clone());
+        Ok(installed)
+    }
+
+    /// The same where nothing need be asked; `None` where the version is not known. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub(crate) fn known(&self) -> Result<Option<Installed>, BackendError> {
+        let stamp = stamp(&self.wanted).map_err(|why| self.unusable(&why))?;
+        Ok(self.remembered(&stamp))
+    }
+
+    /// The names under which the running program shows in `/proc`.
+    pub async fn running_names(&self) -> Vec<String> {
+        let wanted = self.wanted.clone();
+        let real = tokio::task::spawn_blocking(move || {
+            let found = path::find_program(&wanted, std::env::var_os("PATH").as_deref()).ok()?;
+            path::real_name(&found)
+        });
+        let mut names = vec![self.kind.usual_name.to_owned()];
+        let wanted = Path::new(&self.wanted).file_name().map(|name| name.to_string_lossy().into_owned());
+        for name in wanted.into_iter().chain(real.await.ok().flatten()) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    /// What `stamp` is of, if that was the last to be asked.
+    fn remembered(&self, stamp: &Stamp) -> Option<Installed> {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.as_ref().filter(|last| last.stamp == *stamp).cloned()
+    }
+
+    async fn ask(&self, program: &Path) -> Result<Version, String> {
+        let (shown, Kind { title, oldest, .. }) = (program.display(), self.kind);
+        let said = match tokio::time::timeout(SAYING, said_by(program)).await {
+            Ok(Ok(said)) => said,
+            Ok(Err(error)) => return Err(format!("{shown} cannot be run: {error}")),
+            Err(_) => return Err(format!("{shown} --version did not answer within {SAYING:?}")),
+        };
+        match (self.kind.read_version)(&said) {
+            Some(version) if version < oldest => Err(format!(
+                "{shown} is {title} {version}, and {oldest} is the oldest that can be used; upgrade it"
+            )),
+            Some(version) => Ok(version),
+            None => {
+                let said: String = said.trim().chars().take(200).collect();
+                Err(format!("{shown} does not look like {title}: --version says {said:?}"))
+            }
+        }
+    }
+
+    fn unusable(&self, why: &str) -> BackendError {
+        let message = format!("the {} backend cannot serve: {why} ({})", self.kind.backend, self.kind.remedy);
+        BackendError::new(BackendErrorKind::NotInstalled, Effect::NotApplied, message)
+    }
+}
+
+fn stamp(wanted: &OsStr) -> Result<Stamp, String> {
+    let path = path::find_program(wanted, std::env::var_os("PATH").as_deref())?;
+    let facts = std::fs::metadata(&path)
+        .map_err(|error| format!("{} cannot be examined: {error}", path.display()))?;
+    Ok(Stamp { path, device: facts.dev(), inode: facts.ino(), modified: facts.modified().ok() })
+}
+
+/// What `program` says of its version, or else of what is wrong with it.
+async fn said_by(program: &Path) -> std::io::Result<String> {
+    let mut command = tokio::process::Command::new(program);
+    command
+        .arg("--version")
+        .env_clear()
+        .envs(environment())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true);
+    let mut child = {
+        let _starting = starting();
+        command.spawn()?
+    };
+    let (said, complaint) = tokio::try_join!(beginning(child.stdout.take()), beginning(child.stderr.take()))?;
+    // What it says after that is not read; a program that goes on for ever ends with the pipe.
+    child.wait().await?;
+    Ok(if said.trim().is_empty() { complaint } else { said })
+}
+
+async fn beginning(output: Option<impl AsyncRead + Unpin>) -> std::io::Result<String> {
+    let mut said = Vec::new();
+    if let Some(output) = output {
+        output.take(MAX_SAID).read_to_end(&mut said).await?;
+    }
+    Ok(String::from_utf8_lossy(&said).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIND: Kind = Kind {
+        backend: "test",
+        title: "Hypervisor",
+        usual_name: "usual",
+        oldest: Version::new(1, 5, 0),
+        read_version: Version::find,
+        remedy: "get another",
+    };
+
+    #[test]
+    fn versions_are_found_in_what_programs_say() {
+        assert_eq!(Version::find("Firecracker v1.16.1\n\n2026 exiting"), Some(Version::new(1, 16, 1)));
+        assert_eq!(Version::find("cloud-hypervisor v53.0"), Some(Version::new(53, 0, 0)));
+        assert_eq!(Version::find("cloud-hypervisor v53.0-12-gabc-dirty"), Some(Version::new(53, 0, 0)));
+        assert_eq!(Version::find("very well"), None);
+        assert_eq!(Version::find("v99999999999"), None);
+        assert_eq!(Version::find(""), None);
+        assert_eq!(
+            [told_version("53.0"), told_version("v1.16.1"), told_version("odd\n")],
+            ["53.0.0", "1.16.1", "odd "]
+        );
+    }
+
+    fn script(dir: &Path, text: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = dir.join("hypervisor");
+        let fresh = dir.join("fresh");
+        std::fs::write(&fresh, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::rename(fresh, &path).unwrap();
+        path
+    }
+
+    #[tokio::test]
+    async fn a_replaced_program_is_asked_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = script(dir.path(), "echo x v2.0.0");
+        let program = Program::new(&path, KIND);
+        let found = program.find().await.unwrap();
+        assert_eq!((found.path(), found.version), (path.as_path(), Version::new(2, 0, 0)));
+        assert_eq!(program.known().unwrap(), Some(found));
+        script(dir.path(), "echo x v1.4.9");
+        assert_eq!(program.known().unwrap(), None);
+        let error = program.find().await.unwrap_err();
+        assert!(error.message.contains("1.5.0 is the oldest"), "{}", error.message);
+        script(dir.path(), "echo 'no libc' >&2; exit 3");
+        let error = program.find().await.unwrap_err();
+        assert_eq!(error.kind, BackendErrorKind::NotInstalled);
+        assert!(error.message.contains("says \"no libc\" (get another)"), "{}", error.message);
+    }
+
+    #[tokio::test]
+    async fn a_missing_program_is_named() {
+        let program = Program::new("/nowhere/hypervisor", KIND);
+        let why = program.health(|| Ok(())).await.version.unwrap_err();
+        assert!(why.contains("/nowhere/hypervisor"), "{why}");
+        assert_eq!(program.running_names().await, ["usual", "hypervisor"]);
+    }
+}
