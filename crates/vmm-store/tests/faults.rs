@@ -15,6 +15,7 @@ use vmm_core::backend::Effect;
 use vmm_core::event::EventSeq;
 use vmm_core::store::{Store, StoreError, StoreErrorKind, VmRecord};
 use vmm_store::{DATABASE_FILE, SqliteStore};
+use vmm_testkit::skip::skipped;
 use vmm_testkit::store_suite::{all_events, insert, next, record, remove, update};
 
 /// Commits for ever with several VMs at once, and tells of each commit that was answered.
@@ -276,11 +277,11 @@ fn a_failing_disk_is_told_and_got_over() {
 fn expect_done(child: std::io::Result<Player>, name: &str) {
     let mut child = match child {
         Ok(child) => child,
-        Err(error) => return tell(format_args!("SKIPPED: {name}: the wrapper cannot be started: {error}")),
+        Err(error) => return skipped(name, &format!("the wrapper cannot be started: {error}")),
     };
     let lines: Vec<String> = child.lines().collect();
     if lines.iter().any(|line| line.ends_with("UNABLE")) || lines.is_empty() {
-        return tell(format_args!("SKIPPED: {name}: this machine does not let the child set it up"));
+        return skipped(name, "this machine does not let the child set it up");
     }
     assert!(lines.iter().any(|line| line.ends_with("DONE")), "the child failed: {lines:#?}");
     assert!(child.succeeded());

@@ -8,4 +8,5 @@ pub mod guests;
 pub mod libvirt_session;
 pub mod libvirtd;
 pub mod memory_store;
+pub mod skip;
 pub mod store_suite;

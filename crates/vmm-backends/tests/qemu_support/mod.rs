@@ -2,7 +2,6 @@
 
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,22 +20,13 @@ use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
 use vmm_testkit::guests::Guest;
+pub(crate) use vmm_testkit::skip::skipped as skip;
 
 /// Longer than anything honest takes on a busy host.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const NEVER: i32 = 1;
 pub(crate) const GUEST_REBOOT: i32 = 2;
-
-/// Says that a test was skipped, where people and scripts see it.
-pub(crate) fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED: {test}: {why}");
-    println!("{line}");
-    if let Some(log) = std::env::var_os("VMCP_SKIP_LOG") {
-        let mut log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
-        writeln!(log, "{line}").unwrap();
-    }
-}
 
 /// QEMU, or `None` after saying that `test` is skipped.
 pub(crate) async fn qemu(test: &str) -> Option<QemuBackend> {

@@ -9,7 +9,6 @@
     reason = "clippy takes this for no test, because it is shared"
 )]
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +29,7 @@ use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
 use vmm_testkit::guests::Guest;
+pub use vmm_testkit::skip::skipped as skip;
 
 /// Longer than anything honest takes on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,16 +50,6 @@ pub async fn usable<B: Backend>(test: &str, backend: B) -> Option<B> {
     let Err(why) = backend.ping().await.version else { return Some(backend) };
     skip(test, &why);
     None
-}
-
-/// Says that `test` is skipped.
-pub fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED: {test}: {why}");
-    println!("{line}");
-    if let Some(log) = std::env::var_os("VMCP_SKIP_LOG") {
-        let mut log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
-        writeln!(log, "{line}").unwrap();
-    }
 }
 
 /// One VM's run folder and configuration, and whatever runs there.

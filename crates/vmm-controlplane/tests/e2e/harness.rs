@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -12,20 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_testkit::guests::Guest;
+pub(crate) use vmm_testkit::skip::skipped;
 
 /// Longer than anything here takes on a busy machine; only a hang reaches it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
-
-/// Says that a test was not run, where the last line of the run counts it.
-pub(crate) fn skipped(test: &str, why: &str) {
-    let line = format!("SKIPPED: {test}: {why}");
-    println!("{line}");
-    if let Some(log) = std::env::var_os("VMCP_SKIP_LOG")
-        && let Ok(mut file) = fs::OpenOptions::new().append(true).create(true).open(log)
-    {
-        let _ = writeln!(file, "{line}");
-    }
-}
 
 /// Whether a program is on PATH.
 pub(crate) fn on_path(program: &str) -> bool {

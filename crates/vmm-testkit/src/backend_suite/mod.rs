@@ -44,6 +44,8 @@ pub use results::{Cell, Verdict};
 use rig::Rig;
 pub use tap::Tap;
 
+use crate::skip::skipped;
+
 /// Makes a test of each case of the suite, each with a column made by the function `$make`.
 #[macro_export]
 macro_rules! backend_suite {
@@ -165,18 +167,4 @@ pub fn run(column: Arc<dyn Column>, case: &str, module: &str) {
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked").to_owned()
-}
-
-/// Says that a test was not run, where the last line of the run counts it.
-#[expect(clippy::print_stdout, reason = "whoever runs the tests is told what was not run")]
-fn skipped(test: &str, why: &str) {
-    use std::io::Write as _;
-    let line = format!("SKIPPED: {test}: {}", why.replace('\n', " "));
-    println!("{line}");
-    if let Some(log) = std::env::var_os("VMCP_SKIP_LOG")
-        && let Ok(mut file) = std::fs::OpenOptions::new().append(true).create(true).open(log)
-    {
-        // One write for one line: tests run side by side.
-        let _ = file.write_all(format!("{line}\n").as_bytes());
-    }
 }

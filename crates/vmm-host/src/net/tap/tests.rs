@@ -3,6 +3,7 @@ use std::process::Command;
 
 use rustix::thread::CapabilitySet;
 use uuid::Uuid;
+use vmm_testkit::skip::skipped;
 
 use super::*;
 
@@ -21,7 +22,7 @@ impl Name {
         if ip(&["tuntap", "add", &name.0, "mode", "tap"]) && ip(&["link", "delete", &name.0]) {
             return Some(name);
         }
-        println!("SKIPPED: TAPs of the host: making them takes CAP_NET_ADMIN, /dev/net/tun and ip");
+        skipped("TAPs of the host", "making them takes CAP_NET_ADMIN, /dev/net/tun and ip");
         None
     }
 
