@@ -4,14 +4,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
-use vmm_core::backend::{
-    AdoptRequest, Adoption, BackendError, BackendErrorKind, Exit, ExitCause, GuestState, Vmm as _,
-};
+use vmm_core::backend::{AdoptRequest, Adoption, BackendError, BackendErrorKind, Exit, ExitCause, Vmm as _};
 use vmm_host::process::{self, Lookup, Process};
-use vmm_libvirt_wire::{Call, Domain};
+use vmm_libvirt_wire::{Call, Domain, DomainState};
 
 use super::convert::restarts;
-use super::domain::{Owner, find_qemu, guest_state, is_active, owner};
+use super::domain::{Owner, find_qemu, is_active, owner};
 use super::link::CallError;
 use super::run::{Facts, assemble};
 use super::{LibvirtBackend, place_of};
@@ -109,12 +107,10 @@ impl Found<'_> {
                 "the domain bears this VM's UUID, but not this program's mark",
             );
         }
-        let guest = guest_state(known.state);
         let (backend, restarts, uuid) = (self.backend, self.facts.restarts, self.facts.domain);
         let run = self.run(&process);
         let facts = self.facts;
-        let (vmm, launched) =
-            assemble(&backend.link, self.watched, process, facts, run, guest == GuestState::Running);
+        let (vmm, launched) = assemble(&backend.link, self.watched, process, facts, run, known.state);
         let asked = async {
             // Not only libvirt: QEMU must answer too.
             let guest = vmm.probe().await?;
@@ -138,7 +134,8 @@ impl Found<'_> {
     /// There is a QEMU of which libvirt says nothing: the handle can end it, if need be.
     fn silent(self, reason: &'static str, error: BackendError, process: Process) -> Adoption {
         let run = self.run(&process);
-        let (_, launched) = assemble(&self.backend.link, self.watched, process, self.facts, run, true);
+        let (_, launched) =
+            assemble(&self.backend.link, self.watched, process, self.facts, run, DomainState::Running);
         Adoption::Unreachable { reason, message: error.message, launched: Some(launched) }
     }
 

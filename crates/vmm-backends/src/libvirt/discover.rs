@@ -144,14 +144,13 @@ impl Seen {
             self.backend.link.call(Call::Xml { uuid }, LOOKING).await.map_err(|error| error.to_string())?;
         let Got::Xml { xml } = got else { return Err("libvirt's answer is none".to_owned()) };
         let told = describe(&xml)?;
-        let guest = guest_state(domain.state);
-        let state = match guest {
+        let state = match guest_state(domain.state) {
             GuestState::Running => VmState::Running,
             GuestState::Paused => VmState::Paused,
             GuestState::Ended => VmState::Shutdown,
         };
         let launched = match state {
-            VmState::Running | VmState::Paused => Some(self.hold(uuid, &told, ours, guest).await?),
+            VmState::Running | VmState::Paused => Some(self.hold(domain, &told, ours).await?),
             VmState::Created | VmState::Shutdown => None,
         };
         Ok(Found {
@@ -167,12 +166,11 @@ impl Seen {
 
     async fn hold(
         &self,
-        uuid: Uuid,
+        domain: &Domain,
         told: &Described,
         ours: bool,
-        guest: GuestState,
     ) -> Result<vmm_core::backend::Launched, String> {
-        let backend = &self.backend;
+        let (backend, uuid) = (&self.backend, domain.uuid);
         let watched = backend.link.watch(uuid);
         let process = find_qemu(uuid, &backend.options.emulator).await?;
         let process = process.ok_or("it runs, but no such process is to be seen here")?;
@@ -187,8 +185,7 @@ impl Seen {
             taps: told.taps.clone(),
         };
         let run = facts.record(&process);
-        let (_, launched) =
-            assemble(&backend.link, watched, process, facts, run, guest == GuestState::Running);
+        let (_, launched) = assemble(&backend.link, watched, process, facts, run, domain.state);
         Ok(launched)
     }
 }

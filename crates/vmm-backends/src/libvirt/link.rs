@@ -206,6 +206,25 @@ impl Link {
     }
 }
 
+#[cfg(test)]
+impl Link {
+    /// A connection to a libvirt that gives `answer`s.
+    pub(super) fn scripted(answer: impl Fn(Call) -> Got + Send + 'static) -> Self {
+        let link = Self::new("test:///scripted".to_owned(), PathBuf::new());
+        let (sender, mut asked) = mpsc::channel::<Vec<u8>>(EVENTS);
+        link.inner.connected("libvirt".to_owned(), "QEMU".to_owned(), sender);
+        let inner = Arc::downgrade(&link.inner);
+        let task = async move {
+            while let (Some(line), Some(inner)) = (asked.recv().await, inner.upgrade()) {
+                let Ok(Request { id, call }) = serde_json::from_slice(&line) else { return };
+                inner.answered(id, Some(answer(call)), None);
+            }
+        };
+        let _ = link.task.set(tokio::spawn(task).abort_handle());
+        link
+    }
+}
+
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {

@@ -7,14 +7,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument as _;
 use uuid::Uuid;
-use vmm_core::backend::Launched;
+use vmm_core::backend::{GuestState, Launched};
 use vmm_core::store::RunRecord;
 use vmm_host::process::Process;
+use vmm_libvirt_wire::DomainState;
 
+use super::domain::guest_state;
 use super::guest::Guest;
 use super::link::{Link, Watched};
 use super::vmm::LibvirtVmm;
 use super::watch::Watch;
+use crate::qemu::ending::Patience;
 
 /// Events that wait for the VM's owner.
 const EVENTS: usize = 256;
@@ -49,19 +52,19 @@ impl Facts {
     }
 }
 
-/// Makes the handle and begins to watch. `runs` says whether the guest's CPUs are thought to run.
+/// Makes the handle and begins to watch. `state` is what the domain is thought to be doing.
 pub(super) fn assemble(
     link: &Arc<Link>,
     watched: Watched,
     process: Process,
     facts: Facts,
     run: RunRecord,
-    runs: bool,
+    state: DomainState,
 ) -> (Arc<LibvirtVmm>, Launched) {
     let (sender, events) = mpsc::channel(EVENTS);
-    let guest = Arc::new(Guest::new(runs));
+    let guest = Arc::new(Guest::new(guest_state(state) == GuestState::Running));
     let (wanted, handle) = oneshot::channel();
-    let watch = Watch {
+    let mut watch = Watch {
         watched,
         process: process.clone(),
         link: Arc::clone(link),
@@ -69,8 +72,12 @@ pub(super) fn assemble(
         events: sender,
         reason: None,
         ended: None,
+        // Somebody else's is ended by force, or not at all.
+        patience: (!facts.imported).then_some(Patience::WITH_LIBVIRTS),
+        end: None,
         handle,
     };
+    watch.ending(state == DomainState::ShuttingDown);
     let span = tracing::info_span!("domain", uuid = %facts.domain, pid = process.pid());
     tokio::spawn(watch.run().instrument(span));
     let vmm = Arc::new(LibvirtVmm {

@@ -95,7 +95,7 @@ async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Resu
         Err(error) => return Err(undo(backend, uuid, error).await),
     };
     let run = facts.record(&process);
-    let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, false);
+    let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, DomainState::Paused);
     if let Err(error) = vmm.resume().await {
         return Err(undo(backend, uuid, error).await);
     }
@@ -113,8 +113,7 @@ async fn take_over(
     let process = qemu_of(backend, facts.domain).await?;
     tracing::info!(domain = %facts.domain, "the domain runs already; taking it over");
     let run = facts.record(&process);
-    let (vmm, launched) =
-        assemble(&backend.link, watched, process, facts, run, state == DomainState::Running);
+    let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, state);
     vmm.resume().await?;
     Ok(launched)
 }

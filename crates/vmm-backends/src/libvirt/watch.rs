@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   monitor   RESET ─► GuestReset, if the guest's; ResetFromOutside, if neither its nor ours
-//!             SHUTDOWN ─► remembers why
+//!             SHUTDOWN ─► remembers why; if nothing comes of it, wakes QEMU, and kills it in the end
 //!   lifecycle suspended, resumed ─► asks, compares, tells
 //!             ended ─► remembers how; the process follows
 //!   connected again ─► asks, compares, tells
@@ -16,12 +16,13 @@ use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, info, warn};
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
-use vmm_host::process::Process;
+use vmm_host::process::{Process, Signal};
 use vmm_libvirt_wire::{DomainState, Lifecycle};
 
 use super::domain::{LOOKING, failure, guest_state};
 use super::guest::Guest;
 use super::link::{Event, Link, State, Watched};
+use crate::qemu::ending::{End, Patience};
 use crate::qemu::watch::ShutdownReason;
 
 /// How long libvirt may take to say how a domain ended whose QEMU has gone, where it is connected.
@@ -38,6 +39,10 @@ pub(super) struct Watch {
     pub(super) reason: Option<ShutdownReason>,
     /// How the domain ended, in libvirt's.
     pub(super) ended: Option<Lifecycle>,
+    /// How long QEMU may take to end after it said so; `None` where that is not ours to say.
+    pub(super) patience: Option<Patience>,
+    /// The end that QEMU has told of.
+    pub(super) end: Option<End>,
     /// Ends when the VM's handle is dropped.
     pub(super) handle: oneshot::Receiver<()>,
 }
@@ -68,6 +73,7 @@ impl Watch {
                 },
                 _ = process.wait() => break,
                 () = unwanted(&self.events, &mut self.handle) => return,
+                signal = End::is_due(&mut self.end) => self.hasten(signal).await,
             }
         }
         self.hear_last_word().await;
@@ -98,11 +104,40 @@ impl Watch {
     fn was_reset(&mut self, by_guest: bool) {
         // libvirt reboots a guest by having it shut down and resetting it then: it goes on after all.
         self.reason = None;
+        self.ending(false);
         if by_guest {
             self.tell(VmmEvent::GuestReset);
         } else if self.guest.resets.is_anothers() {
             self.tell(VmmEvent::ResetFromOutside);
         }
+    }
+
+    /// Signals a QEMU that does not come to its end, if libvirt says so too: an event may have been missed.
+    async fn hasten(&mut self, signal: Signal) {
+        match self
+            .link
+            .look(self.watched.domain(), LOOKING)
+            .await
+            .map(|domain| domain.map(|known| known.state))
+        {
+            Ok(Some(DomainState::ShuttingDown)) => {
+                if let Err(error) = self.process.signal(signal) {
+                    warn!(%error, "QEMU could not be signalled");
+                }
+            }
+            Ok(Some(DomainState::Running | DomainState::Paused)) => self.ending(false),
+            Ok(other) => debug!(?other, "QEMU has not ended, and libvirt does not wait for that"),
+            Err(error) => debug!(%error, "QEMU has not ended, and libvirt does not say whether it is to"),
+        }
+    }
+
+    /// Says whether QEMU is to end now.
+    pub(super) fn ending(&mut self, ends: bool) {
+        self.end = match (self.end.take(), self.patience) {
+            (Some(end), _) if ends => Some(end),
+            (None, Some(patience)) if ends => Some(End::told(patience)),
+            (_, _) => None,
+        };
     }
 
     /// Remembers why the domain ends. The first reason counts.
@@ -111,6 +146,7 @@ impl Watch {
             Event::Monitor(name, data) if name == "SHUTDOWN" => {
                 let read = serde_json::from_str::<ShutdownData>(data);
                 self.reason = self.reason.or(Some(read.map_or(ShutdownReason::Other, |data| data.reason)));
+                self.ending(true);
             }
             Event::Lifecycle(
                 how @ (Lifecycle::Stopped
@@ -125,7 +161,7 @@ impl Watch {
 
     /// Asks what the guest is doing, and tells where that is not what was ordered.
     async fn compare(&mut self) {
-        let event = {
+        let (state, event) = {
             let change = self.guest.change().await;
             let state = match self.link.look(self.watched.domain(), LOOKING).await {
                 Ok(Some(domain)) => domain.state,
@@ -139,8 +175,11 @@ impl Watch {
                 Some(_) => change.set_runs(false),
                 None => {}
             }
-            event
+            (state, event)
         };
+        if state == DomainState::ShuttingDown {
+            self.ending(true);
+        }
         if let Some(event) = event {
             self.tell(event);
         }
@@ -223,30 +262,4 @@ fn exit_cause(reason: Option<ShutdownReason>, ended: Option<Lifecycle>) -> ExitC
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_qemu_said_counts_unless_libvirt_ended_it() {
-        let cause = |reason, ended| exit_cause(reason, ended);
-        let signal = Some(ShutdownReason::HostSignal);
-        assert_eq!(cause(signal, Some(Lifecycle::Destroyed)), ExitCause::Requested);
-        assert_eq!(cause(signal, Some(Lifecycle::Stopped)), ExitCause::VmmFailed);
-        assert_eq!(cause(Some(ShutdownReason::GuestReset), Some(Lifecycle::Stopped)), ExitCause::GuestReset);
-        assert_eq!(cause(Some(ShutdownReason::GuestShutdown), None), ExitCause::GuestPowerOff);
-        assert_eq!(cause(None, Some(Lifecycle::Failed)), ExitCause::VmmFailed);
-        assert_eq!(cause(None, None), ExitCause::Unknown);
-    }
-
-    #[test]
-    fn only_what_was_not_ordered_is_told() {
-        assert_eq!(difference(DomainState::Running, true), None);
-        assert_eq!(difference(DomainState::Paused, false), None);
-        assert_eq!(difference(DomainState::Paused, true), Some(VmmEvent::Paused));
-        assert_eq!(difference(DomainState::Busy, true), None, "libvirt's own doing passes");
-        assert_eq!(difference(DomainState::Running, false), Some(VmmEvent::Resumed));
-        assert_eq!(difference(DomainState::ShuttingDown, true), None, "its end follows");
-        assert!(matches!(difference(DomainState::IoError, true), Some(VmmEvent::GuestFailed(_))));
-        assert_eq!(difference(DomainState::IoError, false), None, "told already");
-    }
-}
+mod tests;

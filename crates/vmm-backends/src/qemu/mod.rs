@@ -17,6 +17,7 @@ mod adopt;
 pub(crate) mod check;
 pub mod client;
 pub mod convert;
+pub(crate) mod ending;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 pub(crate) mod images;

@@ -15,9 +15,9 @@ use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
 
 use super::client::RebootAction;
+use super::ending::ENDING;
 use super::link::Link;
 use super::qmp::{Qmp, QmpError};
-use super::watch::ENDING;
 use crate::ladder;
 use crate::resets::Resets;
 

@@ -15,12 +15,12 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
 use tracing::{debug, warn};
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
-use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
+use vmm_host::process::{ExitStatus, Process, ProcessExit};
 
 use super::client::{RebootAction, RunState};
+use super::ending::{End, Patience};
 use super::link::Link;
 use super::qmp::{Qmp, QmpEvent};
 use super::vmm::Guest;
@@ -28,15 +28,6 @@ use crate::launch::last_words;
 
 /// How long the end of a connection may take after the end of its process: as good as none, for the kernel closes it.
 const DRAINING: Duration = Duration::from_secs(1);
-
-/// How long QEMU may take to end after it said so, until it is nudged, and how often it is then.
-///
-/// QEMU 7.2 hangs in its own end where it was just answering a command, as when a guest powers off while its counters are
-/// read. A signal wakes it; by then one only sets a flag, so this neither kills it nor disturbs what it still writes.
-const NUDGES: (Duration, Duration) = (Duration::from_millis(300), Duration::from_secs(1));
-/// How long QEMU may take in all to end after it said so, until it is killed. Closing its disks takes as long as the host takes to
-/// write; what has not ended after this long has hung in a way that no signal wakes it from.
-pub(super) const ENDING: Duration = Duration::from_secs(30);
 
 /// The task's state.
 pub(crate) struct Watch {
@@ -61,33 +52,6 @@ pub(crate) enum Owner {
     Us,
     /// Somebody else's: it is neither signalled nor told how to behave, and may live on when its guest has ended.
     Another,
-}
-
-/// The end of a QEMU that has told of it: when to send the next signal, and from when on it is SIGKILL.
-struct End {
-    next: Instant,
-    last: Instant,
-}
-
-impl End {
-    fn told_at(now: Instant) -> Self {
-        Self { next: now + NUDGES.0, last: now + ENDING }
-    }
-
-    /// Waits until a signal is due, and answers which: for ever, where there is no end. May be cancelled.
-    async fn is_due(end: &mut Option<Self>) -> Signal {
-        let Some(end) = end else { return std::future::pending().await };
-        tokio::time::sleep_until(end.next.min(end.last)).await;
-        let now = Instant::now();
-        end.next = now + NUDGES.1;
-        if now < end.last {
-            debug!("QEMU has not ended though it said so; waking it");
-            return Signal::TERM;
-        }
-        warn!("QEMU has not ended though it said so, and nothing wakes it; killing it");
-        end.last = end.next;
-        Signal::KILL
-    }
 }
 
 /// Why QEMU ends, in its own words.
@@ -145,7 +109,7 @@ impl Watch {
         let mut end: Option<End> = None;
         loop {
             if self.shutdown.is_some() && end.is_none() && self.owner == Owner::Us {
-                end = Some(End::told_at(Instant::now()));
+                end = Some(End::told(Patience::WITH_OURS));
             }
             tokio::select! {
                 biased;

@@ -1,0 +1,138 @@
+use uuid::Uuid;
+use vmm_host::process::{Command, ExitStatus, Guarded, spawn_guarded};
+use vmm_libvirt_wire::{Domain, Got};
+
+use super::*;
+
+/// So short that no test waits for it, and so long that none sees it.
+const SOON: Duration = Duration::from_millis(20);
+const NEVER: Duration = Duration::from_secs(3600);
+
+/// A watch of a process that runs `script`, and a libvirt that says the domain is in `state` whenever it is asked.
+struct Scene {
+    watch: Watch,
+    happened: mpsc::Receiver<VmmEvent>,
+    qemu: Guarded,
+    _handle: oneshot::Sender<()>,
+    _dir: tempfile::TempDir,
+}
+
+async fn scene(script: &str, state: DomainState, patience: Option<Patience>) -> Scene {
+    let dir = tempfile::tempdir().unwrap();
+    let qemu = spawn_guarded(Command::new("/bin/sh", ["-c", script], dir.path().join("log"))).await.unwrap();
+    let uuid = Uuid::now_v7();
+    let domain = Domain { uuid, name: "vm".to_owned(), mark: None, state, persistent: true };
+    let link = Arc::new(Link::scripted(move |_| Got::Domains { domains: vec![domain.clone()] }));
+    let (events, happened) = mpsc::channel(16);
+    let (handle, wanted) = oneshot::channel();
+    let watch = Watch {
+        watched: link.watch(uuid),
+        process: qemu.process().clone(),
+        link,
+        guest: Arc::new(Guest::new(true)),
+        events,
+        reason: None,
+        ended: None,
+        patience,
+        end: None,
+        handle: wanted,
+    };
+    Scene { watch, happened, qemu, _handle: handle, _dir: dir }
+}
+
+/// What QEMU says when its guest has reset itself and may not.
+fn shut_down() -> Event {
+    Event::Monitor("SHUTDOWN".to_owned(), r#"{"guest":true,"reason":"guest-reset"}"#.to_owned())
+}
+
+/// The signal that ends a QEMU which has told of its end.
+async fn ended_by(script: &str, patience: Patience) -> i32 {
+    let Scene { mut watch, mut happened, qemu, _handle, _dir } =
+        scene(script, DomainState::ShuttingDown, Some(patience)).await;
+    watch.take(shut_down()).await;
+    watch.take(Event::Lifecycle(Lifecycle::Stopped)).await;
+    watch.run().await;
+    let told = happened.recv().await;
+    assert!(matches!(&told, Some(VmmEvent::Gone(Exit { cause: ExitCause::GuestReset, .. }))), "{told:?}");
+    match qemu.wait().await.status {
+        Some(ExitStatus::Signal(signal)) => signal,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn one_that_hangs_in_its_end_is_woken() {
+    let signal = ended_by("exec sleep 600", Patience { first: SOON, again: SOON, last: NEVER }).await;
+    assert_eq!(signal, Signal::TERM.as_raw());
+}
+
+#[tokio::test]
+async fn one_that_nothing_wakes_is_killed() {
+    // However often it is woken before.
+    let patience = Patience { first: SOON, again: SOON, last: 5 * SOON };
+    let deaf = "trap '' TERM; exec sleep 600";
+    assert_eq!(ended_by(deaf, patience).await, Signal::KILL.as_raw());
+}
+
+#[tokio::test]
+async fn one_that_goes_on_is_let_be() {
+    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
+    for state in [DomainState::Running, DomainState::Paused] {
+        let mut scene = scene("exec sleep 600", state, patience).await;
+        scene.watch.take(shut_down()).await;
+        assert!(scene.watch.end.is_some());
+        scene.watch.hasten(Signal::KILL).await;
+        assert!(scene.watch.end.is_none(), "libvirt knows better");
+        assert!(scene.qemu.wait_for(5 * SOON).await.is_none());
+    }
+}
+
+#[tokio::test]
+async fn a_reset_calls_off_the_end() {
+    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
+    let mut scene = scene("exec sleep 600", DomainState::Running, patience).await;
+    scene.watch.take(shut_down()).await;
+    scene.watch.take(Event::Monitor("RESET".to_owned(), r#"{"guest":false}"#.to_owned())).await;
+    assert!(scene.watch.end.is_none() && scene.watch.reason.is_none());
+    assert_eq!(scene.happened.try_recv().unwrap(), VmmEvent::ResetFromOutside);
+}
+
+#[tokio::test]
+async fn an_end_that_was_told_to_nobody_is_found_out() {
+    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
+    let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, patience).await;
+    scene.watch.take(Event::Connected).await;
+    assert!(scene.watch.end.is_some());
+}
+
+#[tokio::test]
+async fn the_end_of_somebody_elses_is_not_hastened() {
+    let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, None).await;
+    scene.watch.take(shut_down()).await;
+    scene.watch.take(Event::Connected).await;
+    assert!(scene.watch.end.is_none());
+}
+
+#[test]
+fn what_qemu_said_counts_unless_libvirt_ended_it() {
+    let cause = |reason, ended| exit_cause(reason, ended);
+    let signal = Some(ShutdownReason::HostSignal);
+    assert_eq!(cause(signal, Some(Lifecycle::Destroyed)), ExitCause::Requested);
+    assert_eq!(cause(signal, Some(Lifecycle::Stopped)), ExitCause::VmmFailed);
+    assert_eq!(cause(Some(ShutdownReason::GuestReset), Some(Lifecycle::Stopped)), ExitCause::GuestReset);
+    assert_eq!(cause(Some(ShutdownReason::GuestShutdown), None), ExitCause::GuestPowerOff);
+    assert_eq!(cause(None, Some(Lifecycle::Failed)), ExitCause::VmmFailed);
+    assert_eq!(cause(None, None), ExitCause::Unknown);
+}
+
+#[test]
+fn only_what_was_not_ordered_is_told() {
+    assert_eq!(difference(DomainState::Running, true), None);
+    assert_eq!(difference(DomainState::Paused, false), None);
+    assert_eq!(difference(DomainState::Paused, true), Some(VmmEvent::Paused));
+    assert_eq!(difference(DomainState::Busy, true), None, "libvirt's own doing passes");
+    assert_eq!(difference(DomainState::Running, false), Some(VmmEvent::Resumed));
+    assert_eq!(difference(DomainState::ShuttingDown, true), None, "its end follows");
+    assert!(matches!(difference(DomainState::IoError, true), Some(VmmEvent::GuestFailed(_))));
+    assert_eq!(difference(DomainState::IoError, false), None, "told already");
+}
