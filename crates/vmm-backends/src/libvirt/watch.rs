@@ -114,12 +114,8 @@ impl Watch {
 
     /// Signals a QEMU that does not come to its end, if libvirt says so too: an event may have been missed.
     async fn hasten(&mut self, signal: Signal) {
-        match self
-            .link
-            .look(self.watched.domain(), LOOKING)
-            .await
-            .map(|domain| domain.map(|known| known.state))
-        {
+        let known = self.link.look(self.watched.domain(), LOOKING).await;
+        match known.map(|domain| domain.map(|known| known.state)) {
             Ok(Some(DomainState::ShuttingDown)) => {
                 if let Err(error) = self.process.signal(signal) {
                     warn!(%error, "QEMU could not be signalled");

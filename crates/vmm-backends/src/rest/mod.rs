@@ -1,5 +1,5 @@
-//! What the hypervisors with a REST API on a unix socket share: the [`client`], the [`start`] of their
-//! programs, the spare ones, what is asked of their [`options`], and the way back to a VMM that an earlier daemon started ([`found`]).
+//! What the hypervisors with a REST API on a unix socket share: the [`client`], the [`start`] of their programs,
+//! the spare ones, what is asked of their [`options`], and the way back to a VMM that an earlier daemon started ([`found`]).
 //!
 //! Firecracker and Cloud Hypervisor use the same small HTTP server: ten connections, requests of 51,200 bytes at most. So
 //! every VM has one connection, kept alive.
