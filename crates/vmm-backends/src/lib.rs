@@ -1,8 +1,8 @@
 //! The hypervisors, one folder each: `mod.rs` holds the trait's implementation and nothing else, `convert.rs` turns a
 //! [`vmm_core::spec::VmSpec`] into the hypervisor's own configuration, `client.rs` speaks the hypervisor's own API.
 //!
-//! [`attached`] is the same for VMMs that somebody else started. What they share is beside them: the [`ladder`] that ends a VM, the search for a
-//! hypervisor's [`program`], and the [`launch`] of its process.
+//! [`attached`] is the same for VMMs that somebody else started. What they share is beside them: the [`ladder`] that ends a VM,
+//! the search for a hypervisor's [`program`], and the [`launch`] of its process.
 
 pub mod attached;
 pub mod cloud_hypervisor;

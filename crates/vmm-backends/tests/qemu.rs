@@ -365,7 +365,7 @@ async fn a_qcow2_that_opens_other_files_is_refused() {
             .args([&base, &top])
             .status();
         if !made.is_ok_and(|status| status.success()) {
-            return qemu_support::skip(test, "qemu-img is not installed (Debian: qemu-utils)");
+            return qemu_support::skipped(test, "qemu-img is not installed (Debian: qemu-utils)");
         }
         bench.add_disk(StorageDevice {
             id: "top".to_owned(),
@@ -411,7 +411,7 @@ async fn kvm_is_used_where_it_is_ordered() {
     let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::On, ..QemuOptions::default() });
     if let Err(why) = backend.ping().await.version {
         assert!(why.contains("UNKEY_VMCP_QEMU_KVM"), "{why}");
-        return qemu_support::skip(test, &why);
+        return qemu_support::skipped(test, &why);
     }
     for machine in MACHINES {
         let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::On, ..QemuOptions::default() });

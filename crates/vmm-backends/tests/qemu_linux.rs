@@ -11,7 +11,7 @@ mod qemu_support;
 
 use std::time::Duration;
 
-use qemu_support::{Bench, GUEST_REBOOT, Tap, ask_for, linux, make_image, qemu, skip};
+use qemu_support::{Bench, GUEST_REBOOT, Tap, ask_for, linux, make_image, qemu, skipped};
 use vmm_core::backend::ExitCause;
 use vmm_core::config::{NetworkInterface, StorageDevice};
 use vmm_core::state::EndedBy;
@@ -99,7 +99,7 @@ async fn network_counters_are_the_guests() {
     let Some(files) = linux(test) else { return };
     let Some(backend) = qemu(test).await else { return };
     let Some(tap) = Tap::new("vmtest").filter(Tap::set_up) else {
-        return skip(test, "no TAP can be made here (needs CAP_NET_ADMIN and the program ip)");
+        return skipped(test, "no TAP can be made here (needs CAP_NET_ADMIN and the program ip)");
     };
     let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
         .with_linux(&files, "vmcp.ip=192.0.2.2/24 vmcp.peer=192.0.2.1 vmcp.do=ping,idle");

@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use qemu_support::{Bench, GUEST_REBOOT, NEVER, Tap, make_image, qemu, skip};
+use qemu_support::{Bench, GUEST_REBOOT, NEVER, Tap, make_image, qemu, skipped};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use vmm_backends::qemu::qmp::Qmp;
@@ -235,7 +235,7 @@ async fn the_vm_is_the_same() {
                     ..NetworkInterface::default()
                 });
             }
-            None => skip(test, "no TAP can be made here, so no network interface is compared"),
+            None => skipped(test, "no TAP can be made here, so no network interface is compared"),
         }
         let fill_all = || images.iter().for_each(|(image, beginning)| fill(image, beginning));
         let (_, ordinary) = shown(&bench, fill_all).await;
@@ -254,7 +254,7 @@ async fn the_vm_is_the_same() {
 async fn a_qcow2_disk_is_the_same() {
     let test = "a_qcow2_disk_is_the_same";
     if std::process::Command::new("qemu-img").arg("--version").output().is_err() {
-        return skip(test, "qemu-img is not installed (Debian: qemu-utils)");
+        return skipped(test, "qemu-img is not installed (Debian: qemu-utils)");
     }
     for machine in ["q35", "microvm"] {
         let Some(backend) = qemu(test).await else { return };

@@ -22,7 +22,7 @@ use vmm_libvirt_wire::{DomainState, Lifecycle};
 use super::domain::{LOOKING, failure, guest_state};
 use super::guest::Guest;
 use super::link::{Event, Link, State, Watched};
-use crate::qemu::ending::{End, Patience};
+use crate::qemu::ending::{End, Patience, hasten};
 use crate::qemu::watch::ShutdownReason;
 
 /// How long libvirt may take to say how a domain ended whose QEMU has gone, where it is connected.
@@ -116,11 +116,7 @@ impl Watch {
     async fn hasten(&mut self, signal: Signal) {
         let known = self.link.look(self.watched.domain(), LOOKING).await;
         match known.map(|domain| domain.map(|known| known.state)) {
-            Ok(Some(DomainState::ShuttingDown)) => {
-                if let Err(error) = self.process.signal(signal) {
-                    warn!(%error, "QEMU could not be signalled");
-                }
-            }
+            Ok(Some(DomainState::ShuttingDown)) => hasten(&self.process, signal),
             Ok(Some(DomainState::Running | DomainState::Paused)) => self.ending(false),
             Ok(other) => debug!(?other, "QEMU has not ended, and libvirt does not wait for that"),
             Err(error) => debug!(%error, "QEMU has not ended, and libvirt does not say whether it is to"),
@@ -129,11 +125,11 @@ impl Watch {
 
     /// Says whether QEMU is to end now.
     pub(super) fn ending(&mut self, ends: bool) {
-        self.end = match (self.end.take(), self.patience) {
-            (Some(end), _) if ends => Some(end),
-            (None, Some(patience)) if ends => Some(End::told(patience)),
-            (_, _) => None,
-        };
+        if !ends {
+            self.end = None;
+        } else if self.end.is_none() {
+            self.end = self.patience.map(End::told);
+        }
     }
 
     /// Remembers why the domain ends. The first reason counts.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
-use vmm_host::process::Signal;
+use vmm_host::process::{Process, Signal};
 
 /// How long a QEMU may take in all to end after it said so, until it is killed. Closing its disks takes as long as the host takes to
 /// write; what has not ended after this long has hung in a way that no signal wakes it from.
@@ -55,11 +55,21 @@ impl End {
         let now = Instant::now();
         end.next = now + end.again;
         if now < end.last {
-            debug!("QEMU has not ended though it said so; waking it");
             return Signal::TERM;
         }
-        warn!("QEMU has not ended though it said so, and nothing wakes it; killing it");
         end.last = end.next;
         Signal::KILL
+    }
+}
+
+/// Wakes or kills a QEMU whose end is due.
+pub(crate) fn hasten(process: &Process, signal: Signal) {
+    if signal == Signal::KILL {
+        warn!("QEMU has not ended though it said so, and nothing wakes it; killing it");
+    } else {
+        debug!("QEMU has not ended though it said so; waking it");
+    }
+    if let Err(error) = process.signal(signal) {
+        warn!(%error, "QEMU could not be signalled");
     }
 }

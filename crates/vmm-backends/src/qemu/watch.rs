@@ -20,7 +20,7 @@ use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_host::process::{ExitStatus, Process, ProcessExit};
 
 use super::client::{RebootAction, RunState};
-use super::ending::{End, Patience};
+use super::ending::{End, Patience, hasten};
 use super::link::Link;
 use super::qmp::{Qmp, QmpEvent};
 use super::vmm::Guest;
@@ -120,11 +120,7 @@ impl Watch {
                 },
                 _ = process.wait() => break,
                 () = unwanted(&self.events, &mut self.handle) => return,
-                signal = End::is_due(&mut end) => {
-                    if let Err(error) = process.signal(signal) {
-                        warn!(%error, "QEMU could not be signalled");
-                    }
-                }
+                signal = End::is_due(&mut end) => hasten(&process, signal),
                 qmp = link.restored() => self.catch_up(&qmp).await,
             }
         }

@@ -20,7 +20,7 @@ use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
 use vmm_testkit::guests::Guest;
-pub(crate) use vmm_testkit::skip::skipped as skip;
+pub(crate) use vmm_testkit::skip::skipped;
 
 /// Longer than anything honest takes on a busy host.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -34,7 +34,7 @@ pub(crate) async fn qemu(test: &str) -> Option<QemuBackend> {
     match backend.ping().await.version {
         Ok(_) => Some(backend),
         Err(why) => {
-            skip(test, &why);
+            skipped(test, &why);
             None
         }
     }
@@ -47,7 +47,7 @@ pub(crate) fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
     match files {
         Some((kernel, initrd)) if kernel.exists() && initrd.exists() => Some((kernel, initrd)),
         Some(_) | None => {
-            skip(test, "the Linux guest is not there; make it with `make setup`");
+            skipped(test, "the Linux guest is not there; make it with `make setup`");
             None
         }
     }

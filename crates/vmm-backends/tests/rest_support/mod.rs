@@ -29,7 +29,7 @@ use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
 use vmm_testkit::guests::Guest;
-pub use vmm_testkit::skip::skipped as skip;
+pub use vmm_testkit::skip::skipped;
 
 /// Longer than anything honest takes on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -48,7 +48,7 @@ pub fn ask_for(time: Duration) -> Ladder {
 /// The backend, or `None` after saying that `test` is skipped, where people and scripts see it.
 pub async fn usable<B: Backend>(test: &str, backend: B) -> Option<B> {
     let Err(why) = backend.ping().await.version else { return Some(backend) };
-    skip(test, &why);
+    skipped(test, &why);
     None
 }
 
@@ -71,7 +71,7 @@ impl Tap {
         match ip(&["tuntap", "add", "dev", &tap.0, "mode", "tap"]) {
             Ok(()) => Some(tap),
             Err(why) => {
-                skip(test, &format!("no TAP can be made here: {why}"));
+                skipped(test, &format!("no TAP can be made here: {why}"));
                 None
             }
         }
