@@ -215,7 +215,7 @@ pub(crate) struct Life {
 }
 
 /// How long an effect that was on its way to a VMM may take to show.
-const GRACE: Micros = 5 * SECOND;
+pub(crate) const GRACE: Micros = 5 * SECOND;
 
 /// When an effect that was under way at `from` must have shown: a daemon that starts settles what the one before it had begun,
 /// and it may take a second one where the first was killed before the VMM had come to its end.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::client::{Client, Reply, success, understand};
 use super::history::{Answer, Call, Micros, Op};
 use super::plan::{self, Choice, Vm};
-use crate::harness::signal;
+use super::stall::{Stalls, VmmProcess};
 
 /// Unix time that never steps.
 #[derive(Clone, Copy)]
@@ -65,6 +65,7 @@ pub(crate) struct Shared {
     pub(crate) addresses: Addresses,
     pub(crate) vms: Vec<Vm>,
     pub(crate) stop: AtomicBool,
+    pub(crate) stalls: Stalls,
 }
 
 /// What one client saw.
@@ -97,6 +98,7 @@ impl<'a> Caller<'a> {
         while !self.shared.stop.load(Ordering::Relaxed) {
             match plan::choose(&mut random) {
                 Choice::List => self.list(),
+                Choice::Stall(vm, time) => self.stall(vm, time),
                 Choice::One(vm, Op::KillVmm) => self.kill_vmm(vm),
                 Choice::One(vm, op) => {
                     self.call(vm, op);
@@ -155,18 +157,26 @@ impl<'a> Caller<'a> {
 
     /// Kills the VMM of a VM, as the kernel does when memory runs out.
     fn kill_vmm(&mut self, vm: usize) {
-        let Some(info) = self.call(vm, Op::Read) else { return };
-        let pid = info["backend_info"]["pid"].as_str().and_then(|pid| pid.parse::<u32>().ok());
-        let folder = info["uid"].as_str().map(|uid| uid.replace('-', ""));
-        let (Some(pid), Some(folder)) = (pid, folder) else { return };
+        let Some(process) = self.vmm(vm) else { return };
         let begin = self.shared.clock.now();
-        // Only a process that names this VM's folder is its VMM; by now the pid may be anybody's.
-        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        if String::from_utf8_lossy(&arguments).contains(&folder) {
-            signal(pid, Signal::KILL);
+        if process.send(Signal::KILL) {
             let end = self.shared.clock.now();
             self.note(vm, Op::KillVmm, (begin, end), Answer::Lost);
         }
+    }
+
+    /// Has the VMM of a VM stand still, as one does whose disk or host is overloaded.
+    fn stall(&mut self, vm: usize, time: Duration) {
+        let Some(process) = self.vmm(vm) else { return };
+        self.shared.stalls.stop(vm, process, self.shared.clock.now(), time);
+    }
+
+    /// The process that GetVmInfo names.
+    fn vmm(&mut self, vm: usize) -> Option<VmmProcess> {
+        let info = self.call(vm, Op::Read)?;
+        let pid = info["backend_info"]["pid"].as_str()?.parse().ok()?;
+        let folder = info["uid"].as_str()?.replace('-', "");
+        Some(VmmProcess { pid, folder })
     }
 
     fn note(&mut self, vm: usize, op: Op, (begin, end): (Micros, Micros), answer: Answer) {

@@ -36,4 +36,5 @@ mod model;
 mod plan;
 mod randomised;
 mod report;
+mod stall;
 mod verdict;

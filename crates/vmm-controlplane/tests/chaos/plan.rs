@@ -2,7 +2,7 @@
 //! makes of them does not.
 
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -82,6 +82,8 @@ impl Vm {
 pub(crate) enum Choice {
     /// A call on one VM, or the end of its VMM.
     One(usize, Op),
+    /// The VM's VMM stands still for so long.
+    Stall(usize, Duration),
     /// ListVms.
     List,
 }
@@ -98,11 +100,19 @@ pub(crate) fn choose(random: &mut fastrand::Rng) -> Choice {
         54..62 => Op::Reboot { force },
         62..73 => Op::Shutdown { force },
         73..81 => Op::Delete { force },
-        81..93 => Op::Read,
+        81..89 => Op::Read,
+        89..93 => return Choice::Stall(vm, stall(random)),
         93..97 => Op::KillVmm,
         _ => return Choice::List,
     };
     Choice::One(vm, op)
+}
+
+/// Chooses how long a VMM stands still: mostly for less than the daemon waits for an answer, now and then for longer than it
+/// takes to call the VMM unreachable.
+fn stall(random: &mut fastrand::Rng) -> Duration {
+    let millis = if random.u8(..6) == 0 { random.u64(12_000..25_000) } else { random.u64(50..3_500) };
+    Duration::from_millis(millis)
 }
 
 /// The body of the call that an operation is.
@@ -139,5 +149,13 @@ mod tests {
         assert!(has(|choice| matches!(choice, Choice::List)));
         assert!(!has(|choice| matches!(choice, Choice::One(VMS.., _))));
         assert!(has(|choice| matches!(choice, Choice::One(_, Op::KillVmm))));
+        assert!(
+            has(|choice| matches!(choice, Choice::Stall(_, time) if *time < Duration::from_secs(4))),
+            "slow"
+        );
+        assert!(
+            has(|choice| matches!(choice, Choice::Stall(_, time) if *time > Duration::from_secs(10))),
+            "silent"
+        );
     }
 }

@@ -15,6 +15,7 @@ use super::host::{Found, TapGuard, can_make_taps, ledger, left_for_good};
 use super::load::{Addresses, Caller, Clock, Notes, Shared, rest};
 use super::plan;
 use super::report::{Figures, Report};
+use super::stall::Stalls;
 use super::verdict::{self, Evidence, Present};
 use crate::harness::{PATIENCE, World, hypervisors};
 
@@ -67,7 +68,7 @@ impl Run {
         world.start();
         let lives = vec![Life { serving: Some(clock.now()), killed: None }];
         let instance = ledger(&world).1["instance"].as_str().unwrap().to_owned();
-        let shared = Shared { clock, addresses, vms, stop: false.into() };
+        let shared = Shared { clock, addresses, vms, stop: false.into(), stalls: Stalls::default() };
         let random = fastrand::Rng::with_seed(seed);
         Self { world, _taps: TapGuard(Some(instance.clone())), shared, random, lives, instance, kernel }
     }
@@ -85,6 +86,7 @@ impl Run {
                     scope.spawn(move || Caller::new(shared, kernel, number).run(random))
                 })
                 .collect();
+            scope.spawn(|| shared.stalls.revive(shared));
             let mut killer = Killer { world, clock: shared.clock, lives };
             let mut done = 0;
             while done < kills {
@@ -167,6 +169,7 @@ impl Run {
         let per_vm = self.shared.vms.iter().map(|vm| self.events(&vm.name)).collect();
         let evidence = Evidence {
             vms: &self.shared.vms,
+            stalls: &self.shared.stalls,
             addresses: self.shared.addresses,
             lives: &self.lives,
             now,

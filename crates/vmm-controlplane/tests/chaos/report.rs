@@ -12,6 +12,7 @@ use super::plan::Vm;
 pub(crate) struct Figures {
     kills: usize,
     vmms_killed: usize,
+    vmms_stalled: usize,
     not_sent: u64,
     events: usize,
     /// By operation: how many had each outcome, and the longest time until an answer.
@@ -44,6 +45,11 @@ impl Figures {
         }
         figures
     }
+
+    /// Adds how many VMMs stood still for a while.
+    pub(crate) fn with_stalls(self, vmms_stalled: usize) -> Self {
+        Self { vmms_stalled, ..self }
+    }
 }
 
 const fn outcome(answer: &Answer) -> &'static str {
@@ -63,8 +69,8 @@ impl fmt::Display for Figures {
         let total: usize = self.operations.values().flat_map(|(outcomes, _)| outcomes.values()).sum();
         writeln!(
             f,
-            "{} kills of the daemon, {} VMMs killed, {total} operations, {} not sent, {} events",
-            self.kills, self.vmms_killed, self.not_sent, self.events
+            "{} kills of the daemon, {} VMMs killed, {} stopped for a while, {total} operations, {} not sent, {} events",
+            self.kills, self.vmms_killed, self.vmms_stalled, self.not_sent, self.events
         )?;
         for (name, (outcomes, longest)) in &self.operations {
             let counts: Vec<String> =

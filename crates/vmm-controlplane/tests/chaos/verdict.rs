@@ -6,11 +6,12 @@ use serde_json::Value;
 
 use super::audit::{self, Case, Now};
 use super::checker;
-use super::history::{Answer, Call, Event, Life, Op, State, settled};
+use super::history::{Answer, Call, Event, GRACE, Life, Op, State, settled};
 use super::host::Found;
 use super::load::{Addresses, Notes};
 use super::plan::Vm;
 use super::report::{Figures, Report, Story};
+use super::stall::{self, Stall, Stalls};
 
 /// What GetVmInfo says at the end.
 #[derive(Clone, Debug)]
@@ -24,6 +25,7 @@ pub(crate) struct Present {
 /// Everything there is at the end of a run.
 pub(crate) struct Evidence<'a> {
     pub(crate) vms: &'a [Vm],
+    pub(crate) stalls: &'a Stalls,
     pub(crate) addresses: Addresses,
     pub(crate) lives: &'a [Life],
     /// By VM.
@@ -48,14 +50,15 @@ pub(crate) fn reach(evidence: Evidence<'_>, notes: Vec<Notes>) -> (Report, Figur
         }
     }
     let kills = evidence.lives.iter().filter(|life| life.killed.is_some()).count();
-    let figures = Figures::of(calls.iter().flatten(), kills, not_sent, evidence.all_events.len());
+    let figures = Figures::of(calls.iter().flatten(), kills, not_sent, evidence.all_events.len())
+        .with_stalls(evidence.stalls.count());
     report.general.extend(of_the_log(&evidence));
     report.general.extend(of_the_host(&evidence));
     for (place, mut calls) in calls.into_iter().enumerate() {
         calls.sort_by_key(|call| (call.begin, call.end));
         let vm = &evidence.vms[place];
         let events: Vec<Event> = evidence.events[place].iter().map(event).collect();
-        settle(&mut calls, &events, &evidence);
+        settle(&mut calls, &events, &evidence, &evidence.stalls.of(place));
         let mut violations = Vec::new();
         let effective = with_effect(&calls);
         for found in checker::check(&effective, vm.restarts) {
@@ -88,16 +91,17 @@ pub(crate) fn reach(evidence: Evidence<'_>, notes: Vec<Notes>) -> (Report, Figur
 }
 
 /// Says of every call whose effect is not known until when it may have had one.
-fn settle(calls: &mut [Call], events: &[Event], evidence: &Evidence<'_>) {
+fn settle(calls: &mut [Call], events: &[Event], evidence: &Evidence<'_>, stalls: &[Stall]) {
     let client = |actor: &str| evidence.addresses.client_of(actor);
+    let late = |begin, end| stall::answers_from(begin, end, GRACE, stalls);
     for call in calls.iter_mut().filter(|call| call.is_open()) {
         call.settled = match (&call.answer, call.op) {
-            (Answer::Lost, Op::KillVmm | Op::Read) | (_, Op::Read) => settled(call.end, evidence.lives),
+            (_, Op::KillVmm | Op::Read) => settled(call.end, evidence.lives),
             (Answer::Lost, _) => match audit::last_effect(call, events, &client) {
-                Some(at) => settled(at.max(call.end), evidence.lives),
+                Some(at) => settled(late(call.begin, at.max(call.end)), evidence.lives),
                 None => 0,
             },
-            (_, _) => settled(call.end, evidence.lives),
+            (_, _) => settled(late(call.begin, call.end), evidence.lives),
         };
     }
 }
