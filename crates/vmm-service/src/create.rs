@@ -100,7 +100,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         state: VmState::Created,
         status: Status::plain(Phase::Created, now),
         generation: 1,
-        created_ms: now,
+        created_ms: shared.index.creation_time(now),
         modified_ms: now,
         intent: None,
         run: None,

@@ -133,7 +133,7 @@ fn audit_trail(token: &str, filter: &str) {
 
 fn resumption(token: &str) {
     let query = WatchQuery { resume_token: token.to_owned(), ..WatchQuery::default() };
-    match now(Watch::start(Arc::clone(&EVENTS), &Index::default(), query)) {
+    match now(Watch::start(Arc::clone(&EVENTS), Arc::default(), query)) {
         Ok(mut watch) => {
             let told = std::iter::from_fn(|| watch.next().now_or_never());
             let changes: Vec<_> = told
@@ -160,7 +160,7 @@ fn issued(which: usize) {
     assert_eq!(events.len() as u64, KEPT.end() - KEPT.start() + 1);
     let chosen = &events[which % events.len()];
     let query = WatchQuery { resume_token: chosen.token.clone(), ..WatchQuery::default() };
-    let watch = now(Watch::start(Arc::clone(&EVENTS), &Index::default(), query));
+    let watch = now(Watch::start(Arc::clone(&EVENTS), Arc::default(), query));
     let next = watch.ok().and_then(|mut watch| watch.next().now_or_never());
     let next = next.and_then(Result::ok).map(|notice| match notice {
         Notice::Change(change) => change.event.seq.0,

@@ -1,15 +1,39 @@
 //! What is known of every VM, in memory: the only thing that reads touch.
+//!
+//! ```text
+//!   a name, a place ──► uid ──► entry: the record, those who wait for it, its metrics, its actor
+//!   a filter ──► order (index/order.rs): uids by backend, state and label, oldest first ──► entries
+//! ```
+//!
+//! One lock guards the maps, and each entry has a small one for its record. A reader holds the lock of the maps while it copies
+//! at most [`CHUNK`] pointers, whatever it lists. A writer takes it exclusively only where a VM comes, leaves or changes in what
+//! VMs are found by; any other change replaces the record under the entry's own lock, beside all readers.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, PoisonError, RwLock};
+mod order;
+mod waiters;
 
-use tokio::sync::watch;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Bound;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
 use vmm_core::event::EventSeq;
-use vmm_core::id::{VmId, VmUid};
+use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::actor::ActorHandle;
 use crate::metrics::{Metrics, MetricsCell};
+
+pub(crate) use order::Filter;
+use order::Order;
+use waiters::{Waiter, Waiters};
+
+/// The most records that are copied under one hold of the lock.
+const CHUNK: usize = 128;
+
+/// Some states, in the order of [`VmState::ALL`].
+pub(crate) type States = [bool; 4];
 
 /// One VM at one moment.
 #[derive(Clone, Debug)]
@@ -36,31 +60,78 @@ impl Age {
     }
 }
 
-/// Every VM by name, by uid and by age.
+/// Every VM.
 #[derive(Default)]
 pub(crate) struct Index {
     inner: RwLock<Inner>,
+    /// When the youngest VM was created, in Unix milliseconds.
+    youngest_ms: AtomicI64,
 }
 
 #[derive(Default)]
 struct Inner {
+    by_uid: BTreeMap<VmUid, Entry>,
     by_name: HashMap<VmId, VmUid>,
-    by_uid: HashMap<VmUid, Entry>,
-    by_age: BTreeSet<Age>,
+    by_place: HashMap<(BackendName, String), VmUid>,
+    order: Order,
 }
 
 struct Entry {
-    /// The record. Whoever waits for the VM is told of each change, and of its end when the entry is dropped.
-    record: watch::Sender<Arc<VmRecord>>,
-    /// The last event that the record shows.
-    seq: EventSeq,
+    shown: Mutex<Shown>,
     metrics: MetricsCell,
     actor: ActorHandle,
 }
 
+struct Shown {
+    record: Arc<VmRecord>,
+    /// The last event that the record shows.
+    seq: EventSeq,
+    waiters: Waiters,
+}
+
+/// What WaitVm finds.
+pub(crate) enum Wait {
+    /// The VM is in one of the states.
+    Over(Arc<VmRecord>),
+    /// It is not; the waiter hears when it is.
+    Begun(VmUid, Waiter),
+}
+
 impl Entry {
-    fn view(&self) -> VmView {
-        VmView { record: Arc::clone(&self.record.borrow()), metrics: self.metrics.get() }
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self) -> Arc<VmRecord> {
+        Arc::clone(&self.shown().record)
+    }
+}
+
+impl Inner {
+    fn named(&self, vm_id: &VmId) -> Option<&Entry> {
+        self.by_name.get(vm_id).and_then(|uid| self.by_uid.get(uid))
+    }
+
+    /// Has `record` found by everything that it is looked for by.
+    fn file(&mut self, record: &VmRecord) {
+        self.by_name.insert(record.vm_id.clone(), record.uid);
+        if let Some(key) = place_of(record) {
+            self.by_place.insert(key, record.uid);
+        }
+        self.order.insert(record);
+    }
+
+    /// Undoes [`Inner::file`].
+    fn unfile(&mut self, record: &VmRecord) {
+        if self.by_name.get(&record.vm_id) == Some(&record.uid) {
+            self.by_name.remove(&record.vm_id);
+        }
+        if let Some(key) = place_of(record)
+            && self.by_place.get(&key) == Some(&record.uid)
+        {
+            self.by_place.remove(&key);
+        }
+        self.order.remove(record);
     }
 }
 
@@ -73,11 +144,20 @@ impl Index {
         metrics: MetricsCell,
         actor: ActorHandle,
     ) {
-        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
-        inner.by_name.insert(record.vm_id.clone(), record.uid);
-        inner.by_age.insert(Age::of(&record));
+        self.youngest_ms.fetch_max(record.created_ms, Ordering::Relaxed);
+        let mut inner = self.write();
+        inner.file(&record);
         let uid = record.uid;
-        inner.by_uid.insert(uid, Entry { record: watch::Sender::new(record), seq, metrics, actor });
+        let shown = Mutex::new(Shown { record, seq, waiters: Waiters::default() });
+        inner.by_uid.insert(uid, Entry { shown, metrics, actor });
+    }
+
+    /// Returns the time of creation of a new VM, in Unix milliseconds: `now_ms`, or later where the clock was set back, so that
+    /// the VM is younger than every other one.
+    pub(crate) fn creation_time(&self, now_ms: i64) -> i64 {
+        let next = |youngest: i64| now_ms.max(youngest.saturating_add(1));
+        let before = self.youngest_ms.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |it| Some(next(it)));
+        before.map_or(now_ms, next)
     }
 
     /// Replaces a VM's record by one that no event tells of. Called by its actor alone.
@@ -87,58 +167,156 @@ impl Index {
 
     /// Replaces a VM's record by that of the event `seq`. Called by its actor alone, after the commit and before the answer.
     pub(crate) fn publish_at(&self, record: Arc<VmRecord>, seq: EventSeq) {
-        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entry) = inner.by_uid.get_mut(&record.uid) {
-            entry.seq = entry.seq.max(seq);
-            entry.record.send_replace(record);
+        {
+            let inner = self.read();
+            let Some(entry) = inner.by_uid.get(&record.uid) else { return };
+            let mut shown = entry.shown();
+            if is_filed_alike(&shown.record, &record) {
+                shown.seq = shown.seq.max(seq);
+                shown.record = record;
+                return;
+            }
         }
+        let woken = {
+            let mut inner = self.write();
+            // Between the two locks nothing changes, because a VM has one actor.
+            let Some(before) = inner.by_uid.get(&record.uid).map(Entry::record) else { return };
+            inner.unfile(&before);
+            inner.file(&record);
+            let Some(entry) = inner.by_uid.get(&record.uid) else { return };
+            let mut shown = entry.shown();
+            shown.seq = shown.seq.max(seq);
+            shown.record = Arc::clone(&record);
+            shown.waiters.take(record.state)
+        };
+        woken.tell(&record);
     }
 
     /// Forgets a VM; its name is free.
     pub(crate) fn remove(&self, uid: VmUid) {
-        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.write();
         let Some(entry) = inner.by_uid.remove(&uid) else { return };
-        let record = entry.record.borrow();
-        inner.by_age.remove(&Age::of(&record));
-        if inner.by_name.get(&record.vm_id) == Some(&uid) {
-            inner.by_name.remove(&record.vm_id);
-        }
+        inner.unfile(&entry.record());
+        drop(inner);
     }
 
     /// Finds a VM by name.
     pub(crate) fn get(&self, vm_id: &VmId) -> Option<VmView> {
-        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        inner.by_name.get(vm_id).and_then(|uid| inner.by_uid.get(uid)).map(Entry::view)
+        let inner = self.read();
+        let entry = inner.named(vm_id)?;
+        Some(VmView { record: entry.record(), metrics: entry.metrics.get() })
+    }
+
+    /// Finds a VM's record by name, with the last event that the record shows.
+    pub(crate) fn get_at(&self, vm_id: &VmId) -> Option<(Arc<VmRecord>, EventSeq)> {
+        let inner = self.read();
+        let shown = inner.named(vm_id)?.shown();
+        Some((Arc::clone(&shown.record), shown.seq))
     }
 
     /// Finds the record of one creation.
     pub(crate) fn record(&self, uid: VmUid) -> Option<Arc<VmRecord>> {
-        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        inner.by_uid.get(&uid).map(|entry| Arc::clone(&entry.record.borrow()))
+        self.read().by_uid.get(&uid).map(Entry::record)
     }
 
-    /// Follows a VM, found by name: its record, each that takes its place, and the end of the VM.
-    pub(crate) fn follow(&self, vm_id: &VmId) -> Option<watch::Receiver<Arc<VmRecord>>> {
-        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        inner.by_name.get(vm_id).and_then(|uid| inner.by_uid.get(uid)).map(|entry| entry.record.subscribe())
+    /// Finds the VM that lives at a place of a backend.
+    pub(crate) fn at_place(&self, backend: &BackendName, place: &str) -> Option<Arc<VmRecord>> {
+        let inner = self.read();
+        let uid = inner.by_place.get(&(backend.clone(), place.to_owned()))?;
+        inner.by_uid.get(uid).map(Entry::record)
     }
 
     /// Finds the actor of a VM by name.
     pub(crate) fn actor(&self, vm_id: &VmId) -> Option<ActorHandle> {
-        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        inner.by_name.get(vm_id).and_then(|uid| inner.by_uid.get(uid)).map(|entry| entry.actor.clone())
+        self.read().named(vm_id).map(|entry| entry.actor.clone())
     }
 
-    /// Walks over every VM, oldest first, under a lock that holds up writers: `visit` must be quick.
-    pub(crate) fn for_each(&self, mut visit: impl FnMut(&Arc<VmRecord>)) {
-        self.for_each_at(|record, _| visit(record));
+    /// Begins to wait until the VM that bears `vm_id` now is in one of `states`. `None` means that there is no such VM.
+    pub(crate) fn wait(&self, vm_id: &VmId, states: States) -> Option<Wait> {
+        let inner = self.read();
+        let mut shown = inner.named(vm_id)?.shown();
+        if contains(states, shown.record.state) {
+            return Some(Wait::Over(Arc::clone(&shown.record)));
+        }
+        Some(Wait::Begun(shown.record.uid, shown.waiters.add(states)))
     }
 
-    /// The same, with the last event that each record shows.
-    pub(crate) fn for_each_at(&self, mut visit: impl FnMut(&Arc<VmRecord>, EventSeq)) {
-        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        for entry in inner.by_age.iter().filter_map(|age| inner.by_uid.get(&age.uid)) {
-            visit(&entry.record.borrow(), entry.seq);
+    /// Reads up to `limit` records that follow `after` in the order of uids, each with the last event that it shows.
+    pub(crate) fn walk(&self, after: Option<VmUid>, limit: usize) -> Vec<(Arc<VmRecord>, EventSeq)> {
+        let inner = self.read();
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let entries = inner.by_uid.range((from, Bound::Unbounded)).take(limit.min(CHUNK));
+        entries.map(|(_, entry)| entry.shown()).map(|shown| (Arc::clone(&shown.record), shown.seq)).collect()
+    }
+
+    /// Reads what matches `filter`, oldest first, behind `after`. The number says how many match in all, where that is known
+    /// without a look at each.
+    pub(crate) fn list<'a>(&'a self, filter: &'a Filter, after: Option<Age>) -> (Listed<'a>, Option<usize>) {
+        let inner = self.read();
+        let selection = inner.order.select(filter);
+        let count = selection.exact.then_some(selection.count);
+        drop(inner);
+        (Listed { index: self, filter, after, chunk: Vec::new().into_iter(), ended: false }, count)
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The records that match a filter, read a chunk at a time. Between two chunks VMs may come, leave and change, so each record is
+/// as it was when its chunk was read.
+pub(crate) struct Listed<'a> {
+    index: &'a Index,
+    filter: &'a Filter,
+    after: Option<Age>,
+    chunk: std::vec::IntoIter<Arc<VmRecord>>,
+    ended: bool,
+}
+
+impl Iterator for Listed<'_> {
+    type Item = Arc<VmRecord>;
+
+    fn next(&mut self) -> Option<Arc<VmRecord>> {
+        loop {
+            if let Some(record) = self.chunk.find(|record| self.filter.has_labels(record)) {
+                return Some(record);
+            }
+            if self.ended {
+                return None;
+            }
+            let inner = self.index.read();
+            let selection = inner.order.select(self.filter);
+            let ages = inner.order.after(&selection, self.after).take(CHUNK);
+            let chunk: Vec<_> =
+                ages.filter_map(|age| inner.by_uid.get(&age.uid)).map(Entry::record).collect();
+            drop(inner);
+            self.ended = chunk.len() < CHUNK;
+            self.after = chunk.last().map(|record| Age::of(record)).or(self.after);
+            self.chunk = chunk.into_iter();
         }
     }
+}
+
+fn place_of(record: &VmRecord) -> Option<(BackendName, String)> {
+    record.place.clone().map(|place| (record.backend.clone(), place))
+}
+
+/// Says whether `state` is one of `states`.
+fn contains(states: States, state: VmState) -> bool {
+    VmState::ALL.iter().zip(states).any(|(it, wanted)| *it == state && wanted)
+}
+
+/// Says whether two records of one VM are found by the same.
+fn is_filed_alike(before: &VmRecord, after: &VmRecord) -> bool {
+    before.state == after.state
+        && before.backend == after.backend
+        && before.created_ms == after.created_ms
+        && before.vm_id == after.vm_id
+        && before.place == after.place
+        && before.config.metadata == after.config.metadata
 }

@@ -2,16 +2,19 @@
 //!
 //! A token names the age of the last VM of its page, and the filter it belongs to. VMs are ordered by age, so a token means the
 //! same place whatever was created or deleted since.
+//!
+//! The cost of a page does not grow with the number of VMs, because the index keeps the VMs of each state, backend and label in
+//! order and counted. There is one exception: with two labels or more the VMs that bear the rarest of them are all compared,
+//! because `total_count` must tell how many bear the others as well.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vmm_core::id::BackendName;
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::index::{Age, Index};
+use crate::index::{Age, Filter, Index};
 
 /// Page size where the client gives none.
 const DEFAULT_PAGE: usize = 100;
@@ -55,32 +58,35 @@ pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceErro
         "" => None,
         token => Some(read_token(token, fingerprint(query))?),
     };
-    let backend = BackendName::new(query.backend.as_str());
-    let mut page = Page { vms: Vec::new(), next_page_token: String::new(), total_count: 0 };
-    let mut more = false;
-    index.for_each(|record| {
-        if !matches(query, &backend, record) {
-            return;
-        }
-        page.total_count += 1;
-        if after.is_none_or(|after| Age::of(record) > after) {
-            if page.vms.len() < size {
-                page.vms.push(Arc::clone(record));
-            } else {
-                more = true;
-            }
-        }
-    });
-    if let (true, Some(last)) = (more, page.vms.last()) {
-        page.next_page_token = page_token(fingerprint(query), Age::of(last));
-    }
-    Ok(page)
+    let filter = Filter {
+        states: VmState::ALL.map(|state| query.states.contains(&state)),
+        backend: query.backend.clone(),
+        labels: query.metadata.clone(),
+    };
+    let (mut vms, total_count) = match index.list(&filter, after) {
+        (listed, Some(count)) => (listed.take(size + 1).collect(), count),
+        (_, None) => walk(index, &filter, after, size + 1),
+    };
+    let more = vms.len() > size;
+    vms.truncate(size);
+    let next_page_token = match vms.last() {
+        Some(last) if more => page_token(fingerprint(query), Age::of(last)),
+        Some(_) | None => String::new(),
+    };
+    Ok(Page { vms, next_page_token, total_count })
 }
 
-fn matches(query: &ListQuery, backend: &BackendName, record: &VmRecord) -> bool {
-    (query.states.is_empty() || query.states.contains(&record.state))
-        && (backend.as_str().is_empty() || record.backend == *backend)
-        && query.metadata.iter().all(|(key, value)| record.config.metadata.get(key) == Some(value))
+/// Reads every VM that matches, keeps the first `limit` behind `after`, and counts them all.
+fn walk(index: &Index, filter: &Filter, after: Option<Age>, limit: usize) -> (Vec<Arc<VmRecord>>, usize) {
+    let mut vms = Vec::new();
+    let mut count = 0;
+    for record in index.list(filter, None).0 {
+        count += 1;
+        if vms.len() < limit && after.is_none_or(|after| Age::of(&record) > after) {
+            vms.push(record);
+        }
+    }
+    (vms, count)
 }
 
 /// The token of a page that ends with `last`, of a listing with this filter.

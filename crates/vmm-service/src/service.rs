@@ -104,7 +104,7 @@ pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) taps: Arc<dyn Taps>,
     pub(crate) instance: InstanceId,
-    pub(crate) index: Index,
+    pub(crate) index: Arc<Index>,
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
     pub(crate) spares: Spares,
@@ -159,7 +159,7 @@ impl VmService {
             settings,
             taps,
             instance,
-            index: Index::default(),
+            index: Arc::default(),
             claims: Claims::default(),
             names: NameLocks::default(),
             spares,
@@ -304,7 +304,7 @@ impl VmService {
     ///
     /// The token is not one ([`ServiceError::Invalid`]) or too old ([`ServiceError::OutOfRange`]), or the store fails.
     pub async fn watch(&self, query: WatchQuery) -> Result<Watch, ServiceError> {
-        Watch::start(Arc::clone(&self.shared.events), &self.shared.index, query).await
+        Watch::start(Arc::clone(&self.shared.events), Arc::clone(&self.shared.index), query).await
     }
 
     /// Lists what has happened to VMs, oldest first.

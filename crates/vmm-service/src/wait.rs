@@ -1,5 +1,4 @@
-//! WaitVm: until a VM is in a state. Each VM's place in the index tells its followers of every change, so nobody asks again and
-//! again.
+//! WaitVm: until a VM is in a state. The index tells those who wait when that is so, and nobody asks again and again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +7,7 @@ use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::index::Index;
+use crate::index::{Index, Wait};
 
 /// Waits until the VM that bears `vm_id` now is in one of `states`, at most for `deadline`. A later namesake is another VM.
 pub(crate) async fn wait(
@@ -21,15 +20,20 @@ pub(crate) async fn wait(
         return Err(ServiceError::invalid("states", "must name at least one state to wait for"));
     }
     let unknown = || ServiceError::NotFound(vm_id.to_owned());
-    let mut vm = vm_id.parse().ok().and_then(|id| index.follow(&id)).ok_or_else(unknown)?;
-    let reached = vm.wait_for(|record| states.contains(&record.state));
-    match tokio::time::timeout(deadline, reached).await {
-        Ok(Ok(record)) => return Ok(Arc::clone(&record)),
+    let wanted = VmState::ALL.map(|state| states.contains(&state));
+    let wait = vm_id.parse().ok().and_then(|id| index.wait(&id, wanted)).ok_or_else(unknown)?;
+    let (uid, mut waiter) = match wait {
+        Wait::Over(record) => return Ok(record),
+        Wait::Begun(uid, waiter) => (uid, waiter),
+    };
+    match tokio::time::timeout(deadline, waiter.wait_for(Option::is_some)).await {
+        Ok(Ok(told)) => return told.clone().ok_or_else(unknown),
         Ok(Err(_)) => return Err(unknown()),
         Err(_) => {}
     }
-    let record = Arc::clone(&vm.borrow());
-    let wanted: Vec<_> = states.iter().map(|state| state.name()).collect();
+    let record = index.record(uid).ok_or_else(unknown)?;
+    let wanted: Vec<_> = VmState::ALL.into_iter().filter(|state| states.contains(state)).collect();
+    let wanted: Vec<_> = wanted.iter().map(|state| state.name()).collect();
     Err(ServiceError::Deadline(format!(
         "VM \"{vm_id}\" is in state {} ({}), and did not come to {} within {:.1} s; wait again, or see what keeps it with GetVmInfo",
         record.state.name(),

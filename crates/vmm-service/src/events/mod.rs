@@ -12,7 +12,8 @@
 //! The log in the store is the only source: a watcher is a cursor into it, so nothing is lost, nothing comes twice, and the
 //! order is that of the places, whoever is answered first. What goes from writers to watchers is a single number, how far the
 //! log is [`settled`]. A commit that failed, or whose outcome nobody knows, therefore blocks nobody: the log says what became of
-//! it. Watchers pull, and nothing is kept for one that does not; one that has fallen too far behind is told so and ends.
+//! it. Watchers pull, and nothing is kept for one that does not, at its beginning neither; one that has fallen too far behind is
+//! told so and ends.
 //!
 //! [`watch`] is WatchVms, [`present`] its beginning, [`audit`] ListVmEvents, [`retention`] removes what is old.
 
@@ -52,7 +53,7 @@ const RECENT_BYTES: usize = 16 << 20;
 /// An event with its token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recorded {
-    /// Resumes a watch after this event.
+    /// Resumes a watch after this event. Empty before [`Notice::Synced`].
     pub token: String,
     /// The event.
     pub event: Arc<VmEvent>,
@@ -159,6 +160,20 @@ impl Events {
         Ok(found.into_iter().next().filter(|event| event.seq == seq))
     }
 
+    /// Waits until the log is settled up to `place`, which has been answered.
+    async fn settled_up_to(&self, place: EventSeq) -> Result<(), ServiceError> {
+        let settled = self.settled.subscribe().wait_for(|settled| *settled >= place).await.map(drop);
+        settled.map_err(|_| {
+            ServiceError::Unavailable("the daemon is stopping: watch again when it is back".to_owned())
+        })
+    }
+
+    /// An event at the beginning of a watch. It bears no token: whoever resumed from there would miss the VMs that had not been
+    /// told yet.
+    fn recorded_without_token(event: Arc<VmEvent>) -> Recorded {
+        Recorded { token: String::new(), event }
+    }
+
     fn recorded(&self, event: Arc<VmEvent>) -> Recorded {
         let check = token::check_of(&event);
         Recorded { token: self.token(Kind::Event, event.seq, check), event }
@@ -245,10 +260,11 @@ mod tests {
         let Snapshot { instance, last_event, .. } = store.load().await.unwrap();
         let retention = Duration::from_secs(3600);
         let events = Arc::new(Events::new(Arc::clone(&store) as _, instance, last_event, retention));
+        let index = Arc::new(Index::default());
         let mut watches = Vec::new();
         for _ in 0..1000 {
             let query = WatchQuery::default();
-            let mut watch = Watch::start(Arc::clone(&events), &Index::default(), query).await.unwrap();
+            let mut watch = Watch::start(Arc::clone(&events), Arc::clone(&index), query).await.unwrap();
             assert!(matches!(watch.next().await.unwrap(), Notice::Synced { .. }));
             watches.push(watch);
         }

@@ -1,15 +1,28 @@
-//! The beginning of a watch: every VM as it is at one place in the log.
+//! The beginning of a watch: every VM as it is, up to the marker `synced`.
 //!
-//! The index is read at once, but what it shows is not of one place: changes of different VMs come in any order. So it is read
-//! between two places, the start, up to which it surely shows everything, and the fence, after which it surely shows nothing.
-//! What the log holds in between is replayed on top; a change that the index shows already is passed over. The result is true at
-//! the fence, and the watch goes on from there.
+//! The VMs are read from the index in the order of their uids, a page at a time, as the client reads. Meanwhile they change. So
+//! a beginning has two places, and one sentence is always true: *every VM up to the place in the index has been told, and is as
+//! told at the place in the log.*
 //!
 //! ```text
-//!   log:  … 41 ┃ 42  43  44 ┃ 45 …
-//!            start        fence
-//!              ┃ replayed   ┃ told as changes
+//!   index (uids):  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓┃░░░░ page ░░░░┃               the rest is read later
+//!                  told           told next
+//!   log:           … 41 ┃ 42  43  44  45 ┃ 46 …
+//!                     place             fence
+//!                       ┃ replayed       ┃ the place, when the page has been told
 //! ```
+//!
+//! A page is read under the index's lock, but what it shows is of no one place: changes of different VMs are answered in any
+//! order. It surely shows everything up to the place, and nothing behind the fence, the last answer after it was read. So the log
+//! is replayed from the place to the fence:
+//!
+//! - A change of a VM that has been told is told as a change.
+//! - A change of a VM of the page is worked into the page, unless the page shows it already.
+//! - A change of a VM behind the page is passed over, because the index shows it by the time that VM is read.
+//!
+//! Then the page is true at the fence, and is told. When the index has ended, the marker is told, whose token is the place; the
+//! watch goes on from there. Nothing is kept but two places and at most one page, however many VMs there are and however slowly
+//! the client reads.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -19,7 +32,7 @@ use vmm_core::state::{EndedBy, Status, VmState};
 use vmm_core::store::VmRecord;
 
 use super::Events;
-use super::watch::Filter;
+use super::watch::{Filter, Notice};
 use crate::error::ServiceError;
 use crate::index::Index;
 
@@ -66,54 +79,108 @@ impl Present {
     }
 }
 
-/// Every VM that matches, by uid, and the place at which this is so.
-pub(super) async fn states(
-    events: &Events,
-    index: &Index,
-    filter: &Filter,
-) -> Result<(Vec<Present>, EventSeq), ServiceError> {
-    let mut settled = events.settled.subscribe();
-    let start = *settled.borrow_and_update();
-    let mut shown = Shown::default();
-    index.for_each_at(|record, seq| shown.insert(record, seq, filter));
-    let fence = events.settled.answered();
-    // Commits that were under way; a store takes milliseconds over them.
-    settled.wait_for(|settled| *settled >= fence).await.map_err(|_| {
-        ServiceError::Unavailable("the daemon is stopping: watch again when it is back".to_owned())
-    })?;
-    let mut cursor = start;
-    while cursor < fence {
-        for event in events.read(cursor, fence).await?.iter().take_while(|event| event.seq <= fence) {
-            cursor = event.seq;
-            shown.replay(event, filter);
-        }
-    }
-    Ok((shown.matching.into_values().collect(), fence))
+/// VMs that are read from the index at once.
+const PAGE: usize = 64;
+
+/// How far a beginning has come.
+pub(super) enum Beginning {
+    /// Every VM up to this one has been told.
+    Told(Option<VmUid>),
+    /// A page has been read, and the log is being replayed up to the fence.
+    Replaying(Page),
+    /// Every VM has been told, the marker has not.
+    Ended,
 }
 
-/// What the index showed, and what is made of it.
-#[derive(Default)]
-struct Shown {
+impl Beginning {
+    pub(super) fn new() -> Self {
+        Self::Told(None)
+    }
+
+    /// Takes one step, of which `place` is the place in the log, and returns what is to be told next, if anything. A step that
+    /// is given up has changed nothing.
+    pub(super) async fn step(
+        &mut self,
+        events: &Events,
+        index: &Index,
+        filter: &Filter,
+        place: &mut EventSeq,
+    ) -> Result<Vec<Notice>, ServiceError> {
+        match self {
+            Self::Told(last) => {
+                let page = Page::read(index, events, filter, *last);
+                // Commits that were under way; a store takes milliseconds over them.
+                events.settled_up_to(page.fence).await?;
+                *self = Self::Replaying(page);
+                Ok(Vec::new())
+            }
+            Self::Replaying(page) if *place < page.fence => {
+                let fence = page.fence;
+                let batch = events.read(*place, fence).await?;
+                let mut changes = Vec::new();
+                for event in batch.into_iter().take_while(|event| event.seq <= fence) {
+                    *place = event.seq;
+                    if page.replay(&event, filter) {
+                        changes.push(Notice::Change(Events::recorded_without_token(event)));
+                    }
+                }
+                Ok(changes)
+            }
+            Self::Replaying(page) => {
+                let told = std::mem::take(&mut page.matching);
+                *self = page.last.map_or(Self::Ended, |last| Self::Told(Some(last)));
+                Ok(told.into_values().map(Notice::Present).collect())
+            }
+            Self::Ended => Ok(Vec::new()),
+        }
+    }
+}
+
+/// Some VMs that follow each other in the index, and what is made of them.
+pub(super) struct Page {
+    /// The last VM before the page.
+    after: Option<VmUid>,
+    /// The last VM of the page. `None` means that the page holds all that follow, those that do not exist yet included.
+    last: Option<VmUid>,
     matching: BTreeMap<VmUid, Present>,
-    /// The last event that each VM, matching or not, shows.
+    /// The last event that each VM of the page, matching or not, shows.
     up_to: HashMap<VmUid, EventSeq>,
+    fence: EventSeq,
 }
 
-impl Shown {
-    fn insert(&mut self, record: &VmRecord, seq: EventSeq, filter: &Filter) {
-        self.up_to.insert(record.uid, seq);
-        if filter.matches(&record.vm_id, &record.config.metadata) {
-            self.matching.insert(record.uid, Present::of_record(record));
-        }
+impl Page {
+    fn read(index: &Index, events: &Events, filter: &Filter, after: Option<VmUid>) -> Self {
+        // At most one VM bears a name, so a filter by name needs one page.
+        let records = match &filter.vm_id {
+            Some(vm_id) => index.get_at(vm_id).into_iter().collect(),
+            None => index.walk(after, PAGE),
+        };
+        let fence = events.settled.answered();
+        let last = (records.len() == PAGE).then(|| records.last().map(|(record, _)| record.uid)).flatten();
+        let matching = records
+            .iter()
+            .filter(|(record, _)| filter.matches(&record.vm_id, &record.config.metadata))
+            .map(|(record, _)| (record.uid, Present::of_record(record)))
+            .collect();
+        let up_to = records.iter().map(|(record, seq)| (record.uid, *seq)).collect();
+        Self { after, last, matching, up_to, fence }
     }
 
-    fn replay(&mut self, event: &VmEvent, filter: &Filter) {
+    /// Works an event into the page. Answers `true` where the event is to be told as a change instead, because the VM has been
+    /// told before.
+    fn replay(&mut self, event: &VmEvent, filter: &Filter) -> bool {
         let uid = event.event.uid;
+        if self.after.is_some_and(|after| uid <= after) {
+            return filter.matches_event(event);
+        }
+        if self.last.is_some_and(|last| uid > last) {
+            return false;
+        }
         if event.event.kind == EventKind::Created {
             self.up_to.entry(uid).or_default();
         }
-        // A VM that neither was there nor is created here had been removed before the index was read.
-        let Some(seen) = self.up_to.get_mut(&uid).filter(|seen| **seen < event.seq) else { return };
+        // A VM that neither was there nor is created here had been removed before the page was read.
+        let Some(seen) = self.up_to.get_mut(&uid).filter(|seen| **seen < event.seq) else { return false };
         *seen = event.seq;
         if event.event.kind == EventKind::Deleted {
             self.matching.remove(&uid);
@@ -121,5 +188,6 @@ impl Shown {
             let present = Present::of_event(event, self.matching.get(&uid));
             self.matching.insert(uid, present);
         }
+        false
     }
 }

@@ -1,7 +1,7 @@
 //! WatchVms: one watcher, a cursor into the log with a filter.
 //!
 //! ```text
-//!   without a token ──► present states, "synced" ──┐
+//!   without a token ──► present states, "synced" ──┐    (present.rs)
 //!                                                  ├──► catching up ──► caught up ◄──► waiting
 //!   with one ── still valid? ──────────────────────┘    (any pace)         │
 //!                  │ no                                                    │ fell too far behind
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::VmId;
 
-use super::present::{self, Present};
+use super::present::{Beginning, Present};
 use super::token::{self, Kind, Token};
 use super::{Events, RECENT, Recorded, parse_vm_id};
 use crate::clock::now_ms;
@@ -46,14 +46,14 @@ pub enum Notice {
         /// When, in Unix milliseconds.
         time_ms: i64,
     },
-    /// Something happened.
+    /// Something happened. Before [`Notice::Synced`] it happened to a VM whose state was told, and bears no token.
     Change(Recorded),
 }
 
 /// Which VMs a watcher wants to hear of.
 #[derive(Clone, Debug)]
 pub(super) struct Filter {
-    vm_id: Option<VmId>,
+    pub(super) vm_id: Option<VmId>,
     metadata: BTreeMap<String, String>,
 }
 
@@ -68,11 +68,15 @@ impl Filter {
     }
 }
 
-/// A watch. Nothing is kept for it but its place in the log: who does not ask takes no room.
+/// A watch. Nothing is kept for it but its place in the log and, at its beginning, its place among the VMs: a client that does
+/// not ask takes no more room than the few notices in `ready`.
 pub struct Watch {
     events: Arc<Events>,
+    index: Arc<Index>,
     filter: Filter,
     settled: watch::Receiver<EventSeq>,
+    /// What is yet to be told before the changes; `None` once the marker has been.
+    beginning: Option<Beginning>,
     /// Everything up to here is told, or lies in `ready`.
     cursor: EventSeq,
     /// Whether it has been at the end of the log. Before that it may be as far behind as its token is old.
@@ -81,24 +85,21 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Begins to watch.
+    /// Begins to watch. Reads nothing of the VMs: that is done as the client reads.
     pub(crate) async fn start(
         events: Arc<Events>,
-        index: &Index,
+        index: Arc<Index>,
         query: WatchQuery,
     ) -> Result<Self, ServiceError> {
         let filter = Filter { vm_id: parse_vm_id(&query.vm_id)?, metadata: query.metadata };
-        let settled = events.settled.subscribe();
-        let (cursor, ready) = if query.resume_token.is_empty() {
-            let (present, cursor) = present::states(&events, index, &filter).await?;
-            let check = events.event_at(cursor).await?.as_ref().map_or(0, token::check_of);
-            let token = events.token(Kind::Synced, cursor, check);
-            let synced = Notice::Synced { token, time_ms: now_ms() };
-            (cursor, present.into_iter().map(Notice::Present).chain([synced]).collect())
+        let mut settled = events.settled.subscribe();
+        let (beginning, cursor) = if query.resume_token.is_empty() {
+            (Some(Beginning::new()), *settled.borrow_and_update())
         } else {
-            (events.resume(&query.resume_token).await?, VecDeque::new())
+            (None, events.resume(&query.resume_token).await?)
         };
-        Ok(Self { events, filter, settled, cursor, caught_up: false, ready })
+        let ready = VecDeque::new();
+        Ok(Self { events, index, filter, settled, beginning, cursor, caught_up: false, ready })
     }
 
     /// Waits for the next notice. Nothing is lost if the wait is given up.
@@ -111,6 +112,18 @@ impl Watch {
         loop {
             if let Some(notice) = self.ready.pop_front() {
                 return Ok(notice);
+            }
+            if let Some(beginning) = &mut self.beginning {
+                if matches!(beginning, Beginning::Ended) {
+                    let marker = self.events.marker(self.cursor).await?;
+                    self.beginning = None;
+                    return Ok(marker);
+                }
+                let told = beginning.step(&self.events, &self.index, &self.filter, &mut self.cursor).await?;
+                self.ready.extend(told);
+                // A filter that matches few of many VMs takes many steps before there is something to tell.
+                tokio::task::coop::consume_budget().await;
+                continue;
             }
             let settled = *self.settled.borrow_and_update();
             if self.cursor >= settled {
@@ -137,6 +150,12 @@ impl Watch {
 }
 
 impl Events {
+    /// The marker of a beginning that is true at `place`.
+    async fn marker(&self, place: EventSeq) -> Result<Notice, ServiceError> {
+        let check = self.event_at(place).await?.as_ref().map_or(0, token::check_of);
+        Ok(Notice::Synced { token: self.token(Kind::Synced, place, check), time_ms: now_ms() })
+    }
+
     /// The place that a token names, if everything after it is still kept.
     async fn resume(&self, text: &str) -> Result<EventSeq, ServiceError> {
         let malformed = |why: &str| {

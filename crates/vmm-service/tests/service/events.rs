@@ -235,6 +235,120 @@ async fn a_new_watch_is_told_the_truth_of_one_moment_under_churn() {
     }
 }
 
+/// What a client makes of the beginning of a watch.
+#[derive(Default)]
+struct Table {
+    vms: BTreeMap<VmUid, (VmId, VmState, Phase)>,
+    told: HashSet<VmUid>,
+    last: u64,
+}
+
+impl Table {
+    /// Takes a notice. Answers the marker's token.
+    fn take(&mut self, notice: Notice) -> Option<String> {
+        match notice {
+            Notice::Present(vm) => {
+                assert!(self.told.insert(vm.uid), "a VM is told once: {vm:?}");
+                self.vms.insert(vm.uid, (vm.vm_id, vm.state, vm.status.phase));
+            }
+            Notice::Change(Recorded { token, event }) => {
+                assert_eq!(token, "", "nothing can be resumed before the marker");
+                assert!(event.seq.0 > self.last, "changes are told in order, and once");
+                self.last = event.seq.0;
+                let told = &event.event;
+                self.told.insert(told.uid);
+                let known = self.vms.insert(told.uid, (told.vm_id.clone(), told.state, told.status.phase));
+                assert!(
+                    known.is_some() || told.kind == EventKind::Created,
+                    "of a VM that was told: {told:?}"
+                );
+                if told.kind == EventKind::Deleted {
+                    self.vms.remove(&told.uid);
+                }
+            }
+            Notice::Synced { token, .. } => return Some(token),
+        }
+        None
+    }
+}
+
+#[test]
+fn a_beginning_that_is_read_slowly_is_true_at_its_marker() {
+    const VMS: usize = 200;
+    let mut choices = pseudo_random(1);
+    for filtered in [false, true] {
+        let bed = Bed::new();
+        bed.life(async |vms| {
+            let label = |number: usize| ("parity".to_owned(), (number % 2).to_string());
+            let config = |number| VmConfig { metadata: [label(number)].into(), ..bed.config() };
+            for number in 0..VMS {
+                vms.create(&format!("vm-{number}"), config(number)).await;
+            }
+            let metadata = if filtered { [label(0)].into() } else { BTreeMap::new() };
+            let mut slow = watch(&vms, WatchQuery { metadata, ..WatchQuery::default() }).await;
+            let mut table = Table::default();
+            let mut next = VMS;
+            let marker = loop {
+                // An operation makes up to four events, and the client must read faster than they come.
+                if choices().is_multiple_of(6) {
+                    let number = choices() % next;
+                    let name = format!("vm-{number}");
+                    match (choices() % 4, vms.service.get(&name).map(|view| view.record.state)) {
+                        (0, _) => {
+                            vms.create(&format!("vm-{next}"), config(next)).await;
+                            next += 1;
+                        }
+                        (1, Ok(_)) => drop(vms.force_delete(&name).await.unwrap()),
+                        (_, Ok(VmState::Running)) => drop(vms.pause(&name).await.unwrap()),
+                        (_, Ok(VmState::Paused)) => drop(vms.force_shutdown(&name).await.unwrap()),
+                        (_, Ok(_)) => drop(vms.boot(&name).await.unwrap()),
+                        (_, Err(_)) => drop(vms.create(&name, config(number)).await),
+                    }
+                }
+                if let Some(marker) = table.take(slow.next().await.unwrap()) {
+                    break marker;
+                }
+            };
+            let mut resumed = watch(&vms, from(&marker)).await;
+            let after = changes(&mut resumed).len();
+            let log = bed.store.log();
+            let all = replay(&log[..log.len() - after]);
+            let (even, _): (BTreeMap<_, _>, BTreeMap<_, _>) = all.into_iter().partition(|(_, (name, ..))| {
+                let number: usize = name.as_str()[3..].parse().unwrap();
+                !filtered || number.is_multiple_of(2)
+            });
+            assert_eq!(table.vms, even, "with {after} changes to come");
+        });
+    }
+}
+
+/// Numbers that look random and are the same in each run.
+fn pseudo_random(seed: u64) -> impl FnMut() -> usize {
+    let mut state = seed;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(state >> 33).unwrap()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_is_not_read_keeps_no_more_than_a_page() {
+    const VMS: usize = 300;
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for number in 0..VMS {
+        vms.create(&format!("vm-{number:03}"), bed.config()).await;
+    }
+    let mut unread = watch(&vms, WatchQuery::default()).await;
+    let mut begun = watch(&vms, WatchQuery::default()).await;
+    assert!(matches!(begun.next().await.unwrap(), Notice::Present(_)));
+    for number in 100..VMS {
+        vms.delete(&format!("vm-{number:03}")).await.unwrap();
+    }
+    assert_eq!(presents(&mut unread).await.0.len(), 100, "it kept none of the VMs that have gone");
+    assert_eq!(presents(&mut begun).await.0.len(), 99, "and the other one no more than its page");
+}
+
 #[tokio::test(start_paused = true)]
 async fn commits_that_fail_hold_nobody_up() {
     let bed = Bed::new();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use vmm_core::config::VmConfig;
 use vmm_core::state::VmState;
+use vmm_core::store::VmRecord;
 use vmm_service::{ListQuery, Page};
 
 use crate::common::*;
@@ -134,4 +135,27 @@ async fn a_bad_token_is_refused() {
         let query = ListQuery { page_token: bad.to_owned(), ..ListQuery::default() };
         assert_eq!(violations(vms.service.list(&query))[0].0, "page_token", "{bad:.50}");
     }
+}
+
+#[test]
+fn a_new_vm_is_the_youngest_also_where_the_clock_was_set_back() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        for vm_id in ["a", "b"] {
+            vms.create(vm_id, bed.config()).await;
+        }
+    });
+    let year_ms = 365 * 86_400_000;
+    for vm_id in ["a", "b"] {
+        let stored = bed.stored(vm_id);
+        bed.store.put(VmRecord { created_ms: stored.created_ms + year_ms, ..stored });
+    }
+    let created = ["c", "d", "e"];
+    bed.life(async |vms| {
+        for vm_id in created {
+            vms.create(vm_id, bed.config()).await;
+        }
+        assert_eq!(names(&page(&vms, 0, "")), ["a", "b", "c", "d", "e"]);
+    });
+    bed.life(async |vms| assert_eq!(names(&page(&vms, 0, "")), ["a", "b", "c", "d", "e"]));
 }

@@ -1,5 +1,9 @@
 //! WaitVm.
 
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use vmm_core::state::VmState;
@@ -31,4 +35,35 @@ async fn a_wait_answers_when_the_state_is_reached_and_says_so_when_it_is_not() {
     vms.boot("vm").await.unwrap();
     vms.machine("vm").power_off();
     assert_eq!(guest_end.await.unwrap().unwrap(), VmState::Shutdown, "what nobody asked for is noticed too");
+}
+
+/// Counts how often a task is woken.
+#[derive(Default)]
+struct Wakings(AtomicUsize);
+
+impl Wake for Wakings {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_wakes_only_those_whose_wait_is_over() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("vm", bed.config()).await;
+    let wakings = Arc::new(Wakings::default());
+    let waker = Waker::from(Arc::clone(&wakings));
+    let mut context = Context::from_waker(&waker);
+    let day = Duration::from_secs(86_400);
+    let mut waiting = pin!(vms.service.wait("vm", &[VmState::Shutdown], day));
+    assert!(waiting.as_mut().poll(&mut context).is_pending());
+    vms.boot("vm").await.unwrap();
+    vms.pause("vm").await.unwrap();
+    vms.resume("vm").await.unwrap();
+    assert_eq!(wakings.0.load(Ordering::Relaxed), 0, "no change so far was waited for");
+    vms.force_shutdown("vm").await.unwrap();
+    assert_eq!(wakings.0.load(Ordering::Relaxed), 1);
+    let Poll::Ready(reached) = waiting.as_mut().poll(&mut context) else { panic!("the wait is over") };
+    assert_eq!(reached.unwrap().state, VmState::Shutdown);
 }

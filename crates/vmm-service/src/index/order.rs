@@ -1,0 +1,254 @@
+//! The VMs of the index in the order of their creation, by everything that a listing filters by.
+//!
+//! One ordered set holds each VM once for itself and once for each of its labels. The key begins with what a filter names, and
+//! ends with the VM's age, so that the VMs that match lie side by side, and a page begins in the middle by a search:
+//!
+//! ```text
+//!   (all)        fake  CREATED  ─► oldest … youngest
+//!   (all)        fake  RUNNING  ─► oldest … youngest
+//!   (team=blue)  fake  RUNNING  ─► oldest … youngest
+//!   └ group      └ shelf: group, backend and state     └ age
+//! ```
+//!
+//! A filter of state, backend and at most one label is a merge of few shelves, and their counts add up to the number of VMs that
+//! match. With several labels the shelves of the rarest label are walked, and the others are compared VM by VM.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Bound;
+
+use vmm_core::id::{BackendName, VmUid};
+use vmm_core::state::VmState;
+use vmm_core::store::VmRecord;
+
+use super::{Age, States, contains};
+
+/// A filter of ListVms.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Filter {
+    /// Which states match, in the order of [`VmState::ALL`]; none of them means all.
+    pub(crate) states: States,
+    /// The backend; empty means all.
+    pub(crate) backend: String,
+    /// Labels that a VM must bear, all of them.
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
+impl Filter {
+    /// Says whether `record` has the labels. The shelves answer for state and backend.
+    pub(super) fn has_labels(&self, record: &VmRecord) -> bool {
+        self.labels.iter().all(|(key, value)| record.config.metadata.get(key) == Some(value))
+    }
+
+    fn has_state(&self, state: VmState) -> bool {
+        self.states == [false; 4] || contains(self.states, state)
+    }
+}
+
+/// All VMs, or those that bear one label. A label is known by two hashes of it with keys that are made at each start of the
+/// daemon: a hundred and twenty-eight bits, which two labels never share by accident or by intent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Group(u64, u64);
+
+const ALL: Group = Group(0, 0);
+
+/// The VMs of one group on one backend in one state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Shelf {
+    group: Group,
+    /// The place in [`Order::backends`].
+    backend: u16,
+    /// The place in [`VmState::ALL`].
+    state: u8,
+}
+
+/// What a filter has selected.
+#[derive(Debug)]
+pub(super) struct Selection {
+    shelves: Vec<Shelf>,
+    /// How many VMs lie there.
+    pub(super) count: usize,
+    /// Whether all of them match. Otherwise their labels are yet to be compared.
+    pub(super) exact: bool,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Order {
+    set: BTreeSet<(Shelf, Age)>,
+    counts: HashMap<Shelf, usize>,
+    /// Every backend that a record has named. There are few, and none is ever removed.
+    backends: Vec<BackendName>,
+    keys: [RandomState; 2],
+}
+
+impl Order {
+    /// Adds a VM.
+    pub(super) fn insert(&mut self, record: &VmRecord) {
+        let backend = self.number(&record.backend);
+        for group in self.groups(record) {
+            let shelf = Shelf { group, backend, state: place(record.state) };
+            if self.set.insert((shelf, Age::of(record))) {
+                *self.counts.entry(shelf).or_default() += 1;
+            }
+        }
+    }
+
+    /// Removes a VM that was added as `record`.
+    pub(super) fn remove(&mut self, record: &VmRecord) {
+        let backend = self.number(&record.backend);
+        for group in self.groups(record) {
+            let shelf = Shelf { group, backend, state: place(record.state) };
+            if self.set.remove(&(shelf, Age::of(record)))
+                && let Some(count) = self.counts.get_mut(&shelf)
+            {
+                *count -= 1;
+                if *count == 0 {
+                    self.counts.remove(&shelf);
+                }
+            }
+        }
+    }
+
+    /// Selects the fewest shelves that hold every VM that matches `filter`.
+    pub(super) fn select(&self, filter: &Filter) -> Selection {
+        let groups = filter.labels.iter().map(|(key, value)| self.label(key, value));
+        let rarest = groups.map(|group| self.shelves(group, filter)).min_by_key(|selection| selection.count);
+        let selection = rarest.unwrap_or_else(|| self.shelves(ALL, filter));
+        Selection { exact: filter.labels.len() < 2, ..selection }
+    }
+
+    fn shelves(&self, group: Group, filter: &Filter) -> Selection {
+        let mut selection = Selection { shelves: Vec::new(), count: 0, exact: true };
+        for (name, backend) in self.backends.iter().zip(0..) {
+            if !filter.backend.is_empty() && filter.backend != name.as_str() {
+                continue;
+            }
+            for state in VmState::ALL.into_iter().filter(|state| filter.has_state(*state)) {
+                let shelf = Shelf { group, backend, state: place(state) };
+                if let Some(count) = self.counts.get(&shelf) {
+                    selection.shelves.push(shelf);
+                    selection.count += count;
+                }
+            }
+        }
+        selection
+    }
+
+    /// Returns the VMs on the selected shelves that are younger than `after`, oldest first.
+    pub(super) fn after(&self, selection: &Selection, after: Option<Age>) -> impl Iterator<Item = Age> {
+        let mut lanes: Vec<_> = selection
+            .shelves
+            .iter()
+            .map(|shelf| {
+                let from = match after {
+                    Some(age) => Bound::Excluded((*shelf, age)),
+                    None => Bound::Included((*shelf, Age::FIRST)),
+                };
+                self.set.range((from, Bound::Included((*shelf, Age::LAST)))).map(|(_, age)| *age).peekable()
+            })
+            .collect();
+        std::iter::from_fn(move || {
+            let next = lanes.iter_mut().filter_map(|lane| lane.peek().copied()).min()?;
+            lanes.iter_mut().find_map(|lane| lane.next_if_eq(&next))
+        })
+    }
+
+    /// The groups that a VM belongs to.
+    fn groups(&self, record: &VmRecord) -> Vec<Group> {
+        let labels = record.config.metadata.iter().map(|(key, value)| self.label(key, value));
+        std::iter::once(ALL).chain(labels).collect()
+    }
+
+    fn label(&self, key: &str, value: &str) -> Group {
+        let [a, b] = &self.keys;
+        // Never that of all VMs.
+        Group(a.hash_one((key, value)) | 1, b.hash_one((key, value)))
+    }
+
+    fn number(&mut self, name: &BackendName) -> u16 {
+        let known = self.backends.iter().position(|it| it == name);
+        let number = known.unwrap_or_else(|| {
+            self.backends.push(name.clone());
+            self.backends.len() - 1
+        });
+        u16::try_from(number).unwrap_or(u16::MAX)
+    }
+}
+
+/// The place of a state in [`VmState::ALL`].
+fn place(state: VmState) -> u8 {
+    let position = (0..).zip(VmState::ALL).find(|(_, it)| *it == state);
+    position.map_or(0, |(place, _)| place)
+}
+
+impl Age {
+    const FIRST: Self = Self { created_ms: i64::MIN, uid: VmUid::new(uuid::Uuid::nil()) };
+    const LAST: Self = Self { created_ms: i64::MAX, uid: VmUid::new(uuid::Uuid::max()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use uuid::Uuid;
+    use vmm_testkit::store_suite::record;
+
+    use super::*;
+
+    fn vm(number: u128, created_ms: i64, state: usize, backend: usize, labels: &[bool; 3]) -> VmRecord {
+        let mut vm = record("vm");
+        vm.uid = VmUid::new(Uuid::from_u128(number));
+        vm.created_ms = created_ms;
+        vm.state = VmState::ALL[state];
+        vm.backend = BackendName::new(["fake", "other"][backend]);
+        let borne = ["a", "b", "c"].iter().zip(labels).filter(|(_, borne)| **borne);
+        vm.config.metadata = borne.map(|(key, _)| ((*key).to_owned(), "x".to_owned())).collect();
+        vm
+    }
+
+    fn matches(filter: &Filter, vm: &VmRecord) -> bool {
+        filter.has_state(vm.state)
+            && (filter.backend.is_empty() || filter.backend == vm.backend.as_str())
+            && filter.has_labels(vm)
+    }
+
+    proptest! {
+        /// A selection holds what a walk over all VMs finds, in the same order, from wherever it begins.
+        #[test]
+        fn a_selection_is_a_walk_that_passes_over_the_others(
+            vms in prop::collection::vec((0..6_i64, 0..4_usize, 0..2_usize, any::<[bool; 3]>(), any::<bool>()), 0..40),
+            states: [bool; 4],
+            backend in 0..4_usize,
+            labels: [bool; 3],
+            begin in 0..40_usize,
+        ) {
+            let mut order = Order::default();
+            let mut there = BTreeMap::new();
+            for ((created_ms, state, backend, labels, leaves), number) in vms.iter().zip(1_u128..) {
+                let vm = vm(number, *created_ms, *state, *backend, labels);
+                order.insert(&vm);
+                order.insert(&vm);
+                if *leaves {
+                    order.remove(&vm);
+                    order.remove(&vm);
+                } else {
+                    there.insert(Age::of(&vm), vm);
+                }
+            }
+            let wanted = ["a", "b", "c"].iter().zip(labels).filter(|(_, wanted)| *wanted);
+            let filter = Filter {
+                states,
+                backend: ["", "", "fake", "nobody"][backend].to_owned(),
+                labels: wanted.map(|(key, _)| ((*key).to_owned(), "x".to_owned())).collect(),
+            };
+            let selection = order.select(&filter);
+            let after = there.keys().nth(begin).copied();
+            let found: Vec<_> =
+                order.after(&selection, after).filter(|age| matches(&filter, &there[age])).collect();
+            let all = there.values().filter(|vm| matches(&filter, vm)).map(Age::of);
+            let expected: Vec<_> = all.clone().filter(|age| after.is_none_or(|after| *age > after)).collect();
+            prop_assert_eq!(found, expected);
+            prop_assert!(!selection.exact || selection.count == all.count());
+        }
+    }
+}
