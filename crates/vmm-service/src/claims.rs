@@ -12,7 +12,13 @@ pub(crate) struct Claims {
     holders: Mutex<Holders>,
 }
 
-type Holders = HashMap<Key, Vec<Holder>>;
+/// The two maps say the same from both sides, so that neither a look nor a release walks over the VMs that have nothing to do
+/// with it.
+#[derive(Default)]
+struct Holders {
+    by_key: HashMap<Key, Vec<Holder>>,
+    by_uid: HashMap<VmUid, Vec<Key>>,
+}
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Key {
@@ -66,6 +72,7 @@ fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), Stri
     for claim in claims {
         let (key, exclusive) = key_of(claim);
         let other = holders
+            .by_key
             .get(&key)
             .into_iter()
             .flatten()
@@ -84,15 +91,20 @@ fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), Stri
 fn insert(holders: &mut Holders, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) {
     for claim in claims {
         let (key, exclusive) = key_of(claim);
-        holders.entry(key).or_default().push(Holder { uid, vm_id: vm_id.clone(), exclusive });
+        holders.by_uid.entry(uid).or_default().push(key.clone());
+        holders.by_key.entry(key).or_default().push(Holder { uid, vm_id: vm_id.clone(), exclusive });
     }
 }
 
 fn remove(holders: &mut Holders, uid: VmUid) {
-    holders.retain(|_, list| {
-        list.retain(|holder| holder.uid != uid);
-        !list.is_empty()
-    });
+    for key in holders.by_uid.remove(&uid).unwrap_or_default() {
+        if let Some(list) = holders.by_key.get_mut(&key) {
+            list.retain(|holder| holder.uid != uid);
+            if list.is_empty() {
+                holders.by_key.remove(&key);
+            }
+        }
+    }
 }
 
 fn key_of(claim: &HostClaim) -> (Key, bool) {
@@ -147,6 +159,25 @@ mod tests {
         claims.exchange(a, &id, &[disk(1, true), disk(3, true)]).expect("its own is in nobody's way");
         claims.exchange(a, &id, &[disk(3, true)]).unwrap();
         claims.acquire(b, &id, &[disk(1, true)]).expect("what it holds no more is free");
+    }
+
+    fn sizes(claims: &Claims) -> (usize, usize) {
+        let holders = claims.lock();
+        (holders.by_key.len(), holders.by_uid.len())
+    }
+
+    #[test]
+    fn what_is_released_leaves_nothing_behind() {
+        let claims = Claims::default();
+        let [a, b] = [(); 2].map(|()| VmUid::new(uuid::Uuid::now_v7()));
+        let id: VmId = "a".parse().unwrap();
+        claims.acquire(a, &id, &[disk(1, false), disk(1, false), disk(2, true)]).unwrap();
+        claims.acquire(b, &id, &[disk(1, false)]).unwrap();
+        claims.exchange(a, &id, &[disk(3, true)]).unwrap();
+        assert_eq!(sizes(&claims), (2, 2));
+        claims.release(a);
+        claims.release(b);
+        assert_eq!(sizes(&claims), (0, 0));
     }
 
     #[test]

@@ -6,10 +6,15 @@
 //!   Backend ── Found ──┬─ nobody's place ─────┘    (import: a record, an event, an actor)
 //!                      └─ a record's ─────────► its actor decides (actor/found.rs)
 //! ```
+//!
+//! Two locks are held together: that of a name, and that of the places. CreateVm and an import both take the name's first.
+//! Nothing else that may take long is done under the lock of the places, the look at a VM's files included.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::sync::MutexGuard;
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 use vmm_core::backend::Backend;
 use vmm_core::event::{EventKind, NewEvent};
@@ -55,7 +60,7 @@ pub(crate) async fn claim<'a>(
     };
     let name = &backend.capabilities().name;
     let alone = shared.places.lock().await;
-    match places.iter().find(|place| holder(shared, name, place).is_none()) {
+    match places.iter().find(|place| shared.index.at_place(name, place).is_none()) {
         Some(place) => Ok(Some(Claim { place: place.clone(), _alone: alone })),
         None => Err(ServiceError::Exhausted(format!(
             "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in the \
@@ -63,17 +68,6 @@ pub(crate) async fn claim<'a>(
             places.join(", ")
         ))),
     }
-}
-
-/// The VM that holds a place.
-fn holder(shared: &Shared, backend: &BackendName, place: &str) -> Option<Arc<VmRecord>> {
-    let mut holder = None;
-    shared.index.for_each(|record| {
-        if record.place.as_deref() == Some(place) && record.backend == *backend {
-            holder = Some(Arc::clone(record));
-        }
-    });
-    holder
 }
 
 /// Takes up what every backend has found so far, and goes on listening. Every VM on record has been adopted.
@@ -85,29 +79,53 @@ pub(crate) async fn discover_all(shared: &Arc<Shared>) {
         }
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
+            let mut leaving = Leaving::default();
             while let Some(finding) = later.recv().await {
-                heed(&shared, &backend, finding).await;
+                heed(&shared, &backend, finding, &mut leaving).await;
             }
         });
     });
     futures::future::join_all(discoveries).await;
 }
 
-async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding) {
+/// The places whose VM is being taken off the record, each with the task that does it. A VM that is shut down for an hour may
+/// hold up its removal for so long; what is found at other places does not wait for that.
+type Leaving = HashMap<String, JoinHandle<()>>;
+
+async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding, leaving: &mut Leaving) {
+    leaving.retain(|_, task| !task.is_finished());
+    let (shared, backend) = (Arc::clone(shared), Arc::clone(backend));
     match finding {
-        Finding::Found(found) => take_up(shared, backend, *found).await,
-        Finding::Lost { place } => forget(shared, &backend.capabilities().name, &place).await,
+        Finding::Found(found) => match leaving.remove(&found.place) {
+            None => take_up(&shared, &backend, *found).await,
+            // What is found at a place after its loss is taken up after the removal.
+            Some(removal) => {
+                let place = found.place.clone();
+                let after_it = async move {
+                    let _ = removal.await;
+                    take_up(&shared, &backend, *found).await;
+                };
+                leaving.insert(place, tokio::spawn(after_it));
+            }
+        },
+        Finding::Lost { place } => {
+            let before = leaving.remove(&place);
+            let lost = place.clone();
+            let removal = async move {
+                if let Some(before) = before {
+                    let _ = before.await;
+                }
+                forget(&shared, &backend.capabilities().name, &lost).await;
+            };
+            leaving.insert(place, tokio::spawn(removal));
+        }
         Finding::Health => shared.backends.refresh_one(&backend.capabilities().name).await,
     }
 }
 
 /// Gives what was found to whom it belongs, or a record of its own.
 async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) {
-    let _one_at_a_time = shared.places.lock().await;
-    if let Some(handle) = owner(shared, backend, &found) {
-        handle.found(found);
-        return;
-    }
+    let Some(found) = give_to_owner(shared, backend, found).await else { return };
     if found.place.is_empty() {
         tracing::warn!(
             ?found,
@@ -121,10 +139,22 @@ async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found)
     }
 }
 
+/// Gives what was found to the VM on record that it belongs to. Returns what belongs to none.
+async fn give_to_owner(shared: &Shared, backend: &Arc<dyn Backend>, found: Found) -> Option<Found> {
+    let _no_place_is_given_out = shared.places.lock().await;
+    match owner(shared, backend, &found) {
+        Some(handle) => {
+            handle.found(found);
+            None
+        }
+        None => Some(found),
+    }
+}
+
 fn owner(shared: &Shared, backend: &Arc<dyn Backend>, found: &Found) -> Option<ActorHandle> {
     let holder = match found.uid {
         Some(uid) => shared.index.record(uid),
-        None => holder(shared, &backend.capabilities().name, &found.place),
+        None => shared.index.at_place(&backend.capabilities().name, &found.place),
     };
     holder.and_then(|record| shared.index.actor(&record.vm_id))
 }
@@ -140,6 +170,12 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
     let Some((vm_id, _creating)) = free_name(shared, &found.names).await else {
         return Err(ServiceError::Precondition(format!("every name for it is taken: {:?}", found.names)));
     };
+    let _no_place_is_given_out = shared.places.lock().await;
+    if let Some(handle) = owner(shared, backend, &found) {
+        // A client has created a VM at this place while the files were looked at.
+        handle.found(found);
+        return Ok(());
+    }
     let name = backend.capabilities().name.clone();
     let now = now_ms();
     let record = VmRecord {
@@ -152,7 +188,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         status: Status::plain(Phase::at_rest(found.state), now)
             .because(CAUSE, format!("it was found at {} as it is, made by somebody else", found.place)),
         generation: 1,
-        created_ms: now,
+        created_ms: shared.index.creation_time(now),
         modified_ms: now,
         intent: None,
         run,
@@ -215,7 +251,7 @@ async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync
 
 /// Removes the record of what was imported from a place that is no more.
 async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &str) {
-    let Some(record) = holder(shared, backend, place).filter(|record| record.imported) else { return };
+    let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
     let operation = Operation { request: Request::Delete, ask_guest_for: None, actor: "system".to_owned() };
     if let Some(Err(error)) = handle.ask(shared, operation).await {

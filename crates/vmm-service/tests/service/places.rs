@@ -1,6 +1,7 @@
 //! VMs that live where somebody else says: places are given out once, and what is found at one is told truly.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;
@@ -16,7 +17,7 @@ use vmm_core::place::{Discovery, Finding, Found, Places};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
-use vmm_service::{Backends, DefaultBoot, Settings, VmService};
+use vmm_service::{Backends, DefaultBoot, Settings, ShutdownOptions, VmService};
 use vmm_testkit::fake::FakeBackend;
 
 use crate::common::*;
@@ -27,6 +28,9 @@ struct Landlord {
     places: Places,
     present: Mutex<Vec<Found>>,
     later: Mutex<Option<mpsc::Receiver<Finding>>>,
+    /// What is found while the next VM is being checked.
+    while_checking: Arc<Mutex<Option<Finding>>>,
+    tell: mpsc::Sender<Finding>,
 }
 
 #[async_trait]
@@ -36,6 +40,9 @@ impl Backend for Landlord {
     }
 
     fn check(&self, spec: &VmSpec) -> Report {
+        if let Some(finding) = self.while_checking.lock().unwrap().take() {
+            self.tell.try_send(finding).unwrap();
+        }
         self.fake.check(spec)
     }
 
@@ -71,12 +78,24 @@ impl Backend for Landlord {
 
 /// A service whose only backend is a [`Landlord`], and the way to tell it of findings.
 async fn start(bed: &Bed, places: Places, present: Vec<Found>) -> (Vms, mpsc::Sender<Finding>) {
+    start_finding(bed, places, present, Arc::default()).await
+}
+
+/// Starts like [`start`], and finds what is put into `while_checking` during the next check of a configuration.
+async fn start_finding(
+    bed: &Bed,
+    places: Places,
+    present: Vec<Found>,
+    while_checking: Arc<Mutex<Option<Finding>>>,
+) -> (Vms, mpsc::Sender<Finding>) {
     let (tell, later) = mpsc::channel(8);
     let landlord = Landlord {
         fake: FakeBackend::in_world("fake", &bed.world),
         places,
         present: Mutex::new(present),
         later: Mutex::new(Some(later)),
+        while_checking,
+        tell: tell.clone(),
     };
     let all: [Arc<dyn Backend>; 1] = [Arc::new(landlord)];
     let settings = Settings {
@@ -271,6 +290,50 @@ fn a_place_that_is_no_more_takes_its_import_along() {
         }
         eventually("the import has left", || vms.service.get("found").is_err()).await;
         assert_eq!(vms.state("mine"), VmState::Created, "what this program made stays");
+    });
+}
+
+#[test]
+fn a_vm_that_is_found_while_a_client_creates_one_of_its_name_gets_another_name() {
+    let bed = Bed::new();
+    life(async {
+        let while_checking = Arc::default();
+        let (vms, _tell) =
+            start_finding(&bed, fixed(&["/a", "/b", "/c"]), Vec::new(), Arc::clone(&while_checking)).await;
+        let other = found(&bed, "/b", &["web", "web-2"], VmState::Created).await;
+        *while_checking.lock().unwrap() = Some(Finding::Found(Box::new(other)));
+        let creation = tokio::time::timeout(Duration::from_secs(3600), vms.create("web", bed.config()));
+        let created =
+            creation.await.expect("CreateVm does not wait for the import, which waits for its name");
+        assert_eq!(created.place.as_deref(), Some("/a"));
+        eventually("the other is imported", || vms.service.get("web-2").is_ok()).await;
+        assert_eq!(vms.record("web-2").place.as_deref(), Some("/b"));
+        vms.create("more", bed.config()).await;
+    });
+}
+
+#[test]
+fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
+    let bed = Bed::new();
+    life(async {
+        let present = vec![found(&bed, "/a", &["slow"], VmState::Running).await];
+        let (vms, tell) = start(&bed, fixed(&["/a", "/b"]), present).await;
+        bed.world.machine("foreign").unwrap().ignore_shutdown();
+        let hour = ShutdownOptions { force: false, timeout_seconds: 3600 };
+        let service = vms.service.clone();
+        let ending = vms.begin(async move { service.shutdown("slow", hour, ME.to_owned()).await }).await;
+        tell.send(Finding::Lost { place: "/a".to_owned() }).await.unwrap();
+        let other = found(&bed, "/b", &["other"], VmState::Created).await;
+        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        eventually("the other is imported", || vms.service.get("other").is_ok()).await;
+        assert!(!ending.is_finished());
+        // What is found at the same place waits, so that it is not taken for the VM that leaves.
+        let again = found(&bed, "/a", &["again"], VmState::Created).await;
+        tell.send(Finding::Found(Box::new(again))).await.unwrap();
+        vms.force_shutdown("slow").await.unwrap();
+        let _ = ending.await;
+        eventually("the next one has its place", || vms.service.get("again").is_ok()).await;
+        assert!(vms.service.get("slow").is_err());
     });
 }
 
