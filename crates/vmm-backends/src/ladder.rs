@@ -1,19 +1,28 @@
-//! The ladder that ends a VM, from a request to the guest down to SIGKILL.
+//! The ladder that ends a VM, from a request to the guest down to SIGKILL. One for all backends, managed and attached.
 //!
 //! ```text
-//!   ask the guest ──► power off ──► SIGTERM ──► SIGKILL ──► error: still there
-//!   2 s + its time    1 s + 1 s     1 s         1 s
-//!                     └─ forced: begins here, 4 s at most ─┘
+//!   ask the guest, again every 3 s ──► power off ──► end the process: SIGTERM ──► SIGKILL ──► error: still there
+//!   for all the time it is given │     1.2 s + 1 s   1 s         1 s
+//!                                │     └─ forced: begins here, 5 s at most ─┘
+//!                                └─ the VMM has answered nothing: error, and nothing is ended
 //! ```
 //!
-//! A rung that fails leads to the next one. Whatever a rung answers, only the end of the process counts: success says that it
-//! has provably gone, and names the last rung that had reached it by then.
+//! The time belongs to the guest. A VMM that is slow to answer, loses its connection or refuses may have passed the request on
+//! all the same, so its guest gets the whole time before the next rung. The request is repeated, because a guest that is still
+//! booting loses the first one.
+//!
+//! Without force nothing is ended that has answered nothing: the guest of such a VMM may never have been asked.
+//!
+//! Whatever a rung answers, only the end of the VM counts: success says that it has provably gone, and names the last rung that
+//! had reached it by then.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder};
+use async_trait::async_trait;
+use tokio::time::Instant;
+use vmm_core::backend::{BackendError, BackendErrorKind, ContactProof, Effect, Ladder};
 use vmm_core::state::EndedBy;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Process, Signal};
@@ -21,53 +30,191 @@ use vmm_host::process::{Process, Signal};
 /// A call to a VMM that has yet to be made.
 pub type Call<'a> = Pin<Box<dyn Future<Output = Result<(), BackendError>> + Send + 'a>>;
 
-/// How long a VMM may take to pass a request on to its guest.
-const ASKING: Duration = Duration::from_secs(2);
-/// How long a VMM may take to answer the order to power off.
-const ORDERING: Duration = Duration::from_secs(1);
-/// How long a process may take to end after each of the lower rungs.
+/// The pause between the answer to one request to the guest and the next request.
+const ASKING_AGAIN: Duration = Duration::from_secs(3);
+/// How long a VMM may take to answer the order to power off, where there is time, and by force.
+const ORDERING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(1200));
+/// How long a VM may take to end after its VMM has taken the order, and a process after each signal.
 const ENDING: Duration = Duration::from_secs(1);
 /// How long the kernel may take to report an end that a broken connection has shown already.
-const REPORTING: Duration = Duration::from_millis(100);
+const REPORTING: Duration = Duration::from_millis(500);
+/// How often a VMM that outlives its VM is asked whether the VM has ended.
+const LOOKING_AGAIN: Duration = Duration::from_millis(200);
 
-/// Climbs down the ladder until `process` has gone, and answers with the rung that it obeyed.
-///
-/// `ask` is how the guest is asked, with the name of that rung; it is left out where `ladder` does not ask. `power_off` is the
-/// order to the VMM itself. [`EndedBy::Guest`] says that the process ended before anything reached it.
+/// The ways to end one VM.
+#[async_trait]
+pub trait Means: Send + Sync {
+    /// Returns the VMM's process.
+    fn process(&self) -> &Process;
+
+    /// Returns a request to the guest to shut down, and the name of that rung; `None` where the guest cannot be asked. Each
+    /// call makes a new request, and resumes a guest that stands still, because that one hears nothing.
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
+
+    /// Returns the order to the VMM to power its VM off; `None` where there is none. A VMM of somebody else's that would end
+    /// itself over the order has one by force only.
+    fn power_off(&self, forced: bool) -> Option<Call<'_>>;
+
+    /// Says whether the VM has ended though its VMM lives on.
+    async fn has_ended(&self) -> bool {
+        false
+    }
+
+    /// Ends the process after everything gentler has failed. `reached` is the last rung that reached the VM.
+    ///
+    /// # Errors
+    /// As [`climb`].
+    async fn end_process(&self, forced: bool, reached: EndedBy) -> Result<EndedBy, BackendError> {
+        let _ = forced;
+        signal_down(self.process(), reached).await
+    }
+}
+
+/// Climbs down the ladder until the VM has gone, and answers with the rung that it obeyed. [`EndedBy::Guest`] says that the VM
+/// ended before anything reached it.
 ///
 /// # Errors
-/// [`BackendErrorKind::Timeout`] with [`Effect::Unknown`] where the process outlives SIGKILL, as it does while it waits for a
-/// device of the host.
-pub async fn climb(
-    process: &Process,
-    ladder: Ladder,
-    ask: Option<(EndedBy, Call<'_>)>,
-    power_off: Option<Call<'_>>,
-) -> Result<EndedBy, BackendError> {
-    // The last rung that reached the process: whatever ends it before the next one does is this rung's work.
+/// Without force: [`BackendErrorKind::Timeout`] or [`BackendErrorKind::Unreachable`] where the VMM answered nothing in all the
+/// time; it lives then. [`BackendErrorKind::StillRuns`] where the process is somebody else's and nothing else has ended the VM.
+///
+/// [`BackendErrorKind::Timeout`] where the process outlives SIGKILL, as it does while it waits for a device of the host.
+///
+/// The effect is [`Effect::Unknown`] each time.
+pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    let process = means.process();
+    if process.has_ended() {
+        return gone(process, EndedBy::Guest).await;
+    }
+    let forced = ladder.ask_guest_for.is_none();
     let mut reached = EndedBy::Guest;
+    if let Some(patience) = ladder.ask_guest_for {
+        match ask(means, patience).await {
+            Asked::Ended(rung) => return Ok(rung),
+            Asked::RunsOn(rung) => reached = rung,
+            Asked::Unanswered(error) => return Err(error),
+        }
+    }
+    if let Some(call) = means.power_off(forced) {
+        let limit = if forced { ORDERING.1 } else { ORDERING.0 };
+        let called = call_vmm(process, limit, call, "power the VM off").await;
+        reached = if called == Called::Refused { reached } else { EndedBy::Vmm };
+        point(FaultPoint::LadderOrdered);
+        if ends_within(means, called.patience()).await {
+            return Ok(reached);
+        }
+    }
     if process.has_ended() {
         return gone(process, reached).await;
     }
-    if let Some(patience) = ladder.ask_guest_for
-        && let Some((rung, call)) = ask
-    {
-        let called = call_vmm(process, ASKING, call, "ask the guest to shut down").await;
+    means.end_process(forced, reached).await
+}
+
+/// The outcome of asking a guest to shut down.
+enum Asked {
+    /// The VM has ended, by this rung.
+    Ended(EndedBy),
+    /// The VM runs on, or cannot be asked; the rung is the last one that reached it.
+    RunsOn(EndedBy),
+    /// The VMM answered nothing.
+    Unanswered(BackendError),
+}
+
+/// Asks the guest again and again, and waits for its end, for `patience` in all.
+async fn ask(means: &dyn Means, patience: Duration) -> Asked {
+    let deadline = Instant::now() + patience;
+    let mut ended = std::pin::pin!(end_of(means));
+    let mut reached = EndedBy::Guest;
+    let mut answered = false;
+    let mut last = None;
+    let mut first = true;
+    while let Some((rung, call)) = means.ask() {
+        let answer = tokio::select! {
+            biased;
+            answer = call => Some(answer),
+            // A VM that obeys at once ends before its VMM has answered.
+            () = &mut ended => return Asked::Ended(rung),
+            () = tokio::time::sleep_until(deadline) => None,
+        };
+        match answer {
+            Some(Ok(())) => (reached, answered) = (rung, true),
+            Some(Err(error)) => {
+                if error.effect != Effect::NotApplied {
+                    reached = rung;
+                }
+                // A VMM that has said that its guest is gone has answered as well.
+                answered |=
+                    error.kind.contact() == ContactProof::Made || error.kind == BackendErrorKind::Gone;
+                tracing::warn!(pid = means.process().pid(), %error, "the guest could not be asked to shut down");
+                last = Some(error);
+            }
+            None => reached = rung,
+        }
+        if std::mem::take(&mut first) {
+            point(FaultPoint::LadderAsked);
+        }
+        let again = (Instant::now() + ASKING_AGAIN).min(deadline);
+        tokio::select! {
+            biased;
+            () = &mut ended => return Asked::Ended(reached),
+            () = tokio::time::sleep_until(again) => {}
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+    }
+    if means.process().has_ended() {
+        return Asked::Ended(reached);
+    }
+    // A guest that cannot be asked at all has nobody to answer for it.
+    if answered || first { Asked::RunsOn(reached) } else { Asked::Unanswered(unanswered(patience, last)) }
+}
+
+fn unanswered(patience: Duration, last: Option<BackendError>) -> BackendError {
+    let kind = match &last {
+        Some(error) if error.kind.contact() == ContactProof::Lost => error.kind,
+        Some(_) | None => BackendErrorKind::Timeout,
+    };
+    let why = last.as_ref().map_or_else(String::new, |error| format!(" ({error})"));
+    let message = format!(
+        "its VMM has answered nothing for {} s{why}, so its guest may not have been asked, and it runs on: try again, or use \
+         force, which ends a VMM that does not answer",
+        patience.as_secs()
+    );
+    let error = BackendError::new(kind, Effect::Unknown, message);
+    match last {
+        Some(last) => error.caused_by(last),
+        None => error,
+    }
+}
+
+/// Powers the VM off by its VMM's interface alone, as without force, and does not wait for the guest. A guest whose VMM has no
+/// such order is asked once.
+///
+/// # Errors
+/// What [`Means::end_process`] answers without force.
+pub(crate) async fn order_off(means: &dyn Means) -> Result<EndedBy, BackendError> {
+    let process = means.process();
+    if process.has_ended() {
+        return gone(process, EndedBy::Guest).await;
+    }
+    let order = means.power_off(false).map(|call| (EndedBy::Vmm, call)).or_else(|| means.ask());
+    let mut reached = EndedBy::Guest;
+    if let Some((rung, call)) = order {
+        let called = call_vmm(process, ORDERING.0, call, "power the VM off").await;
         reached = if called == Called::Refused { reached } else { rung };
-        point(FaultPoint::LadderAsked);
-        if ends_within(process, called.patience(patience, REPORTING)).await {
-            return Ok(reached);
-        }
-    }
-    if let Some(call) = power_off {
-        let called = call_vmm(process, ORDERING, call, "power the VM off").await;
-        reached = if called == Called::Refused { reached } else { EndedBy::Vmm };
         point(FaultPoint::LadderOrdered);
-        let broken = if called == Called::Lost { ENDING } else { REPORTING };
-        if ends_within(process, called.patience(ENDING, broken)).await {
+        if ends_within(means, called.patience()).await {
             return Ok(reached);
         }
     }
+    means.end_process(false, reached).await
+}
+
+/// Ends a process of ours: SIGTERM, then SIGKILL.
+///
+/// # Errors
+/// [`BackendErrorKind::Timeout`] where the process outlives SIGKILL.
+async fn signal_down(process: &Process, mut reached: EndedBy) -> Result<EndedBy, BackendError> {
     for (signal, rung) in [(Signal::TERM, EndedBy::Sigterm), (Signal::KILL, EndedBy::Sigkill)] {
         if process.has_ended() {
             return gone(process, reached).await;
@@ -77,41 +224,41 @@ pub async fn climb(
             Err(error) => tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled"),
         }
         point(FaultPoint::LadderSignalled);
-        if reached == rung && ends_within(process, ENDING).await {
+        if reached == rung && process.wait_for(ENDING).await.is_some() {
             return Ok(reached);
         }
     }
     Err(still_there(process))
 }
 
-/// What became of a call. All but the last may have reached the VM: one that obeys at once takes its VMM along before that has
-/// answered.
+/// The outcome of an order. All but the last may have reached the VM: one that obeys at once takes its VMM along before that
+/// has answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Called {
+enum Called {
     /// The VMM said yes, or ended over it.
     Taken,
-    /// It broke off without an answer.
+    /// The VMM broke off without an answer.
     Lost,
-    /// It said nothing in time.
+    /// The VMM said nothing in time.
     Silent,
-    /// It said no, or was not reached.
+    /// The VMM said no, or was not reached.
     Refused,
 }
 
 impl Called {
-    /// How long the end is waited for: `limit` where the VMM obeys, `broken` where no more is known than that it does not answer.
-    pub(crate) fn patience(self, limit: Duration, broken: Duration) -> Duration {
+    /// How long the end is waited for.
+    fn patience(self) -> Duration {
         match self {
-            Self::Taken => limit,
-            Self::Lost | Self::Refused => broken,
-            // It had its time to answer; who hangs passes nothing on to a guest.
+            Self::Taken | Self::Lost => ENDING,
+            Self::Refused => REPORTING,
+            // The order had its time to be answered, and the next rung needs no answer.
             Self::Silent => Duration::ZERO,
         }
     }
 }
 
 /// Makes a call to the VMM, for at most `limit`, and not beyond the end of its process: a dead VMM's socket may stay silent.
-pub(crate) async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
+async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
     let answer = tokio::select! {
         biased;
         answer = call => answer,
@@ -130,13 +277,28 @@ pub(crate) async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>,
     }
 }
 
-async fn ends_within(process: &Process, limit: Duration) -> bool {
-    process.wait_for(limit).await.is_some()
+/// Waits until the VM has ended: with its process, or alone where its VMM lives on.
+async fn end_of(means: &dyn Means) {
+    let looking = async {
+        // The process may end in the middle of the question.
+        while !means.has_ended().await {
+            tokio::time::sleep(LOOKING_AGAIN).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        _ = means.process().wait() => {}
+        () = looking => {}
+    }
+}
+
+async fn ends_within(means: &dyn Means, limit: Duration) -> bool {
+    tokio::time::timeout(limit, end_of(means)).await.is_ok() || means.process().has_ended()
 }
 
 /// The pidfd has shown the end; what remains is that the exit is published.
 async fn gone(process: &Process, reached: EndedBy) -> Result<EndedBy, BackendError> {
-    if ends_within(process, ENDING).await { Ok(reached) } else { Err(still_there(process)) }
+    if process.wait_for(ENDING).await.is_some() { Ok(reached) } else { Err(still_there(process)) }
 }
 
 fn still_there(process: &Process) -> BackendError {
@@ -150,6 +312,8 @@ fn still_there(process: &Process) -> BackendError {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use vmm_host::process::{Command, Guarded, spawn_guarded};
 
     use super::*;
@@ -158,15 +322,44 @@ mod tests {
     const HASTY: Ladder = Ladder { ask_guest_for: Some(Duration::from_millis(1)) };
     const FORCED: Ladder = Ladder { ask_guest_for: None };
 
-    /// A stand-in for a VMM: obeys SIGUSR1 as a guest obeys its power button, SIGUSR2 as a VMM obeys its order.
+    /// What a VMM does with a call.
+    #[derive(Clone, Copy, Debug)]
+    enum Play {
+        /// Passes it on, and answers.
+        Obeys(Signal),
+        /// Answers, and nothing comes of it.
+        Loses,
+        /// Fails so.
+        Fails(BackendErrorKind, Effect),
+        /// Ends, and fails so.
+        EndsOver(Effect),
+        /// Does not answer.
+        Hangs,
+        /// Is not to be called.
+        Forbidden,
+        /// Has no such call.
+        Missing,
+    }
+
+    use Play::{EndsOver, Fails, Forbidden, Hangs, Loses, Missing, Obeys};
+
+    /// How a guest obeys its power button here, and a VMM its order.
+    const BUTTON: Play = Obeys(Signal::USR1);
+    const ORDER: Play = Obeys(Signal::USR2);
+
+    /// A stand-in for a VMM.
     struct FakeVmm {
         guard: Guarded,
+        /// One play for each request to the guest; the last one for all that follow.
+        asked: Vec<Play>,
+        order: Play,
+        requests: AtomicUsize,
         _dir: tempfile::TempDir,
     }
 
     impl FakeVmm {
         /// Starts it once `traps` are set.
-        async fn start(traps: &str) -> Self {
+        async fn start(traps: &str, asked: &[Play], order: Play) -> Self {
             let dir = tempfile::tempdir().unwrap();
             let log = dir.path().join("log");
             let script = format!("{traps}; echo ready; exec tail -f /dev/null");
@@ -174,153 +367,187 @@ mod tests {
             while !std::fs::read_to_string(&log).unwrap().contains("ready") {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
-            Self { guard, _dir: dir }
+            Self { guard, asked: asked.to_vec(), order, requests: AtomicUsize::new(0), _dir: dir }
         }
 
-        fn button(&self) -> Option<(EndedBy, Call<'_>)> {
-            Some((EndedBy::Acpi, self.signal(Signal::USR1)))
-        }
-
-        fn order(&self) -> Option<Call<'_>> {
-            Some(self.signal(Signal::USR2))
-        }
-
-        fn signal(&self, signal: Signal) -> Call<'_> {
-            Box::pin(async move {
-                self.guard.signal(signal).unwrap();
+        fn play(&self, play: Play) -> Option<Call<'_>> {
+            if matches!(play, Missing) {
+                return None;
+            }
+            Some(Box::pin(async move {
+                let failing = |kind, effect| Err(BackendError::new(kind, effect, "no"));
+                match play {
+                    Obeys(signal) => self.guard.signal(signal).unwrap(),
+                    Loses | Missing => {}
+                    Fails(kind, effect) => return failing(kind, effect),
+                    EndsOver(effect) => {
+                        self.guard.signal(Signal::KILL).unwrap();
+                        return failing(BackendErrorKind::Unreachable, effect);
+                    }
+                    Hangs => std::future::pending().await,
+                    Forbidden => panic!("it was called"),
+                }
                 Ok(())
-            })
+            }))
         }
 
-        /// Climbs, and checks that the process has gone whenever the answer says so.
-        async fn climb(
-            &self,
-            ladder: Ladder,
-            ask: Option<(EndedBy, Call<'_>)>,
-            power_off: Option<Call<'_>>,
-        ) -> EndedBy {
-            let ended_by = climb(&self.guard, ladder, ask, power_off).await.unwrap();
-            assert!(self.guard.exit().is_some(), "the answer came before the end");
+        /// Climbs, and checks that the process has gone exactly where the answer says so.
+        async fn climb(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+            let ended_by = climb(self, ladder).await;
+            assert_eq!(self.guard.exit().is_some(), ended_by.is_ok());
             ended_by
         }
     }
 
-    fn failing<'a>(effect: Effect) -> Call<'a> {
-        Box::pin(async move { Err(BackendError::new(BackendErrorKind::Rejected, effect, "no")) })
-    }
+    #[async_trait]
+    impl Means for FakeVmm {
+        fn process(&self) -> &Process {
+            self.guard.process()
+        }
 
-    fn forbidden<'a>() -> Call<'a> {
-        Box::pin(async { panic!("the guest was asked") })
-    }
+        fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+            let count = self.requests.fetch_add(1, Ordering::Relaxed);
+            let play = self.asked.get(count).or(self.asked.last()).copied().unwrap_or(Missing);
+            Some((EndedBy::Acpi, self.play(play)?))
+        }
 
-    fn never<'a>() -> Call<'a> {
-        Box::pin(std::future::pending())
+        fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+            self.play(self.order)
+        }
     }
 
     #[tokio::test]
     async fn a_guest_that_obeys_is_named() {
-        let vmm = FakeVmm::start(":").await;
-        assert_eq!(vmm.climb(PATIENT, vmm.button(), vmm.order()).await, EndedBy::Acpi);
+        let vmm = FakeVmm::start(":", &[BUTTON], Forbidden).await;
+        assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_loses_the_first_request_is_asked_again() {
+        let vmm = FakeVmm::start(":", &[Loses, BUTTON], Forbidden).await;
+        assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
+        assert_eq!(vmm.requests.into_inner(), 2);
     }
 
     #[tokio::test]
     async fn a_guest_that_does_not_is_powered_off() {
-        let vmm = FakeVmm::start("trap '' USR1").await;
-        assert_eq!(vmm.climb(HASTY, vmm.button(), vmm.order()).await, EndedBy::Vmm);
+        let vmm = FakeVmm::start("trap '' USR1", &[BUTTON], ORDER).await;
+        assert_eq!(vmm.climb(HASTY).await.unwrap(), EndedBy::Vmm);
     }
 
     #[tokio::test]
-    async fn a_question_that_fails_leads_on_at_once() {
-        for effect in [Effect::NotApplied, Effect::Unknown] {
-            let vmm = FakeVmm::start(":").await;
-            let ask = Some((EndedBy::Acpi, failing(effect)));
-            // With a minute's patience: only an asked guest is waited for.
-            assert_eq!(vmm.climb(PATIENT, ask, vmm.order()).await, EndedBy::Vmm);
+    async fn a_request_that_fails_costs_the_guest_none_of_its_time() {
+        use BackendErrorKind::{Rejected, Timeout, Unreachable};
+        for failure in [
+            Fails(Unreachable, Effect::NotApplied),
+            Fails(Timeout, Effect::Unknown),
+            Fails(Rejected, Effect::NotApplied),
+        ] {
+            let vmm = FakeVmm::start(":", &[failure, BUTTON], Forbidden).await;
+            assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi, "{failure:?}");
         }
     }
 
     #[tokio::test]
     async fn a_guest_that_obeys_before_its_vmm_answers_is_named() {
-        let vmm = FakeVmm::start(":").await;
-        let ask: Call<'_> = Box::pin(async {
-            vmm.guard.signal(Signal::KILL).unwrap();
-            failing(Effect::Unknown).await
-        });
-        assert_eq!(vmm.climb(PATIENT, Some((EndedBy::Acpi, ask)), None).await, EndedBy::Acpi);
+        let vmm = FakeVmm::start(":", &[EndsOver(Effect::Unknown)], Forbidden).await;
+        assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
     }
 
     #[tokio::test]
     async fn without_force_there_may_be_nothing_to_ask() {
-        let vmm = FakeVmm::start(":").await;
-        assert_eq!(vmm.climb(PATIENT, None, None).await, EndedBy::Sigterm);
+        let vmm = FakeVmm::start(":", &[], Missing).await;
+        assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Sigterm);
     }
 
     #[tokio::test]
     async fn force_does_not_ask() {
-        let vmm = FakeVmm::start(":").await;
-        let ask = Some((EndedBy::Acpi, forbidden()));
-        assert_eq!(vmm.climb(FORCED, ask, vmm.order()).await, EndedBy::Vmm);
+        let vmm = FakeVmm::start(":", &[Forbidden], ORDER).await;
+        assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Vmm);
     }
 
     #[tokio::test]
     async fn a_vmm_that_refuses_gets_sigterm() {
-        let vmm = FakeVmm::start(":").await;
-        assert_eq!(vmm.climb(FORCED, None, Some(failing(Effect::NotApplied))).await, EndedBy::Sigterm);
+        let refuses = Fails(BackendErrorKind::Rejected, Effect::NotApplied);
+        for ladder in [HASTY, FORCED] {
+            let vmm = FakeVmm::start(":", &[refuses], refuses).await;
+            assert_eq!(vmm.climb(ladder).await.unwrap(), EndedBy::Sigterm, "a refusal is an answer");
+        }
     }
 
     #[tokio::test]
     async fn a_vmm_that_obeys_without_an_answer_is_named() {
-        let vmm = FakeVmm::start(":").await;
-        let order: Call<'_> = Box::pin(async {
-            vmm.guard.signal(Signal::USR2).unwrap();
-            failing(Effect::Unknown).await
-        });
-        assert_eq!(vmm.climb(FORCED, None, Some(order)).await, EndedBy::Vmm);
+        let vmm = FakeVmm::start(":", &[], EndsOver(Effect::Unknown)).await;
+        assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Vmm);
     }
 
     #[tokio::test]
     async fn a_vmm_that_ignores_sigterm_is_killed() {
-        let vmm = FakeVmm::start("trap '' USR2 TERM").await;
-        assert_eq!(vmm.climb(FORCED, None, vmm.order()).await, EndedBy::Sigkill);
+        let vmm = FakeVmm::start("trap '' USR2 TERM", &[Forbidden], ORDER).await;
+        assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Sigkill);
     }
 
     #[tokio::test]
-    async fn a_stopped_vmm_that_answers_nothing_is_killed() {
-        let vmm = FakeVmm::start(":").await;
-        vmm.guard.signal(Signal::STOP).unwrap();
-        let ask = Some((EndedBy::Acpi, never()));
-        assert_eq!(vmm.climb(HASTY, ask, Some(never())).await, EndedBy::Sigkill);
+    async fn a_vmm_that_answers_nothing_is_ended_by_force_only() {
+        let lost = |kind| Fails(kind, Effect::NotApplied);
+        for (silence, kind) in [
+            (Hangs, BackendErrorKind::Timeout),
+            (lost(BackendErrorKind::Unreachable), BackendErrorKind::Unreachable),
+            (lost(BackendErrorKind::Protocol), BackendErrorKind::Protocol),
+            (lost(BackendErrorKind::Host), BackendErrorKind::Timeout),
+        ] {
+            let mut vmm = FakeVmm::start(":", &[silence], Forbidden).await;
+            vmm.guard.signal(Signal::STOP).unwrap();
+            let error = vmm.climb(HASTY).await.unwrap_err();
+            assert_eq!((error.kind, error.effect), (kind, Effect::Unknown), "{silence:?}");
+            assert!(error.message.contains("use force"), "{error}");
+            vmm.order = Hangs;
+            assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Sigkill, "{silence:?}");
+        }
     }
 
     #[tokio::test]
     async fn what_had_ended_was_the_guest() {
-        let vmm = FakeVmm::start(":").await;
+        let vmm = FakeVmm::start(":", &[Forbidden], Forbidden).await;
         vmm.guard.signal(Signal::KILL).unwrap();
         vmm.guard.wait().await;
         for ladder in [PATIENT, FORCED] {
-            let ask = Some((EndedBy::Acpi, forbidden()));
-            assert_eq!(vmm.climb(ladder, ask, None).await, EndedBy::Guest);
+            assert_eq!(vmm.climb(ladder).await.unwrap(), EndedBy::Guest);
         }
     }
 
     #[tokio::test]
     async fn what_ends_before_the_question_arrives_was_the_guest() {
-        let vmm = FakeVmm::start(":").await;
         // As a connection breaks: the process has ended, and nobody has reaped it yet.
-        let ask: Call<'_> = Box::pin(async {
-            vmm.guard.signal(Signal::KILL).unwrap();
-            failing(Effect::NotApplied).await
-        });
-        assert_eq!(vmm.climb(PATIENT, Some((EndedBy::Acpi, ask)), None).await, EndedBy::Guest);
+        let vmm = FakeVmm::start(":", &[EndsOver(Effect::NotApplied)], Forbidden).await;
+        assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Guest);
+    }
+
+    /// A process that was adopted, without any means but signals.
+    struct Adopted(Process);
+
+    #[async_trait]
+    impl Means for Adopted {
+        fn process(&self) -> &Process {
+            &self.0
+        }
+
+        fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+            None
+        }
+
+        fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+            None
+        }
     }
 
     #[tokio::test]
     async fn an_adopted_vmm_climbs_down_as_well() {
-        let vmm = FakeVmm::start("trap '' TERM").await;
+        let vmm = FakeVmm::start("trap '' TERM", &[], Missing).await;
         let vmm_host::process::Lookup::Alive(adopted) = vmm_host::process::adopt(vmm.guard.identity()) else {
             panic!("it is there")
         };
-        assert_eq!(climb(&adopted, FORCED, None, None).await.unwrap(), EndedBy::Sigkill);
+        assert_eq!(climb(&Adopted(adopted), FORCED).await.unwrap(), EndedBy::Sigkill);
         vmm.guard.wait().await;
     }
 }

@@ -6,6 +6,8 @@
 
 pub mod attached;
 pub mod cloud_hypervisor;
+mod connecting;
+mod counters;
 pub mod firecracker;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]

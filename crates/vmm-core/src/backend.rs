@@ -131,10 +131,12 @@ pub trait Vmm: Send + Sync + 'static {
         }
     }
 
-    /// Reads the counters of this run.
-    async fn sample(&self) -> Result<Sample, BackendError>;
+    /// Reads the counters of this run, as far as they can be read. Says nothing about the VMM: a counter that is missing is
+    /// no silence.
+    async fn sample(&self) -> Sample;
 
-    /// Asks the VMM what its guest is doing.
+    /// Asks the VMM what its guest is doing. This alone decides whether the VMM is there ([`BackendErrorKind::contact`]), so
+    /// nothing is read here but the answer of the VMM itself.
     async fn probe(&self) -> Result<GuestState, BackendError>;
 
     /// Kills the VMM and waits until it has gone. Does not need the VMM to answer.
@@ -336,17 +338,19 @@ impl ExitCause {
     }
 }
 
-/// Counters of one run since it began.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// Counters of one run since it began. A part that could not be read is `None`.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
     /// CPU time used by all vCPUs, or by the VMM's process where that is all that can be told.
-    pub cpu_time: Duration,
+    pub cpu_time: Option<Duration>,
     /// Resident memory of the VMM's process, in bytes.
-    pub memory_bytes: u64,
-    /// Network, seen from the guest.
-    pub network: NetworkCounters,
+    pub memory_bytes: Option<u64>,
+    /// Network, seen from the guest. Counters of one interface that cannot be read are missing from the sum.
+    pub network: Option<NetworkCounters>,
     /// Disks, seen from the guest.
-    pub storage: StorageCounters,
+    pub storage: Option<StorageCounters>,
+    /// The counters that could not be read, each with the reason, for the log.
+    pub missing: Vec<String>,
 }
 
 /// Network counters over all interfaces, seen from the guest.
@@ -476,6 +480,28 @@ pub enum BackendErrorKind {
     Gone,
     /// The VM did not end by all that may be done to it without force.
     StillRuns,
+}
+
+/// Contact with a VMM, as the error of a question to the VMM proves or disproves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ContactProof {
+    /// The VMM answered, though with a refusal.
+    Made,
+    /// The VMM did not answer, or what answered makes no sense.
+    Lost,
+    /// The VMM was not asked, or is known to have ended, which is told elsewhere.
+    None,
+}
+
+impl BackendErrorKind {
+    /// Tells what a failed question to a VMM says about the contact with that VMM.
+    pub const fn contact(self) -> ContactProof {
+        match self {
+            Self::Timeout | Self::Unreachable | Self::Protocol => ContactProof::Lost,
+            Self::Rejected | Self::Unsupported(_) | Self::StillRuns => ContactProof::Made,
+            Self::Host | Self::NotInstalled | Self::Gone => ContactProof::None,
+        }
+    }
 }
 
 impl BackendError {

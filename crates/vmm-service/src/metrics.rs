@@ -1,31 +1,43 @@
-//! Metrics of running VMs, sampled beside the actor so that a VMM that hangs delays nobody.
+//! Contact with running VMMs and their metrics, kept up beside the actor so that a VMM that hangs delays nobody.
+//!
+//! ```text
+//!   each interval ──► probe ──┬─ answered ──► Contact::Made ──► sample ──► metrics, each part as far as it can be read
+//!                             ├─ silent ────► Contact::Lost
+//!                             └─ not asked ─► nothing: the host lacks something, or the VMM has ended
+//! ```
+//!
+//! The probe alone decides whether a VMM is there. Counters are optional: a TAP that was renamed, or a folder without room,
+//! says nothing about the VMM.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tracing::Instrument as _;
-use vmm_core::backend::{NetworkCounters, Sample, StorageCounters, Vmm};
+use vmm_core::backend::{ContactProof, NetworkCounters, Sample, StorageCounters, Vmm};
 
 use crate::clock::now_ms;
 
 /// The first sample is taken so soon after a start, so that a new VM does not stay without numbers for a whole interval.
 const FIRST_SAMPLE: Duration = Duration::from_secs(1);
-/// No VMM may take longer over one sample.
+/// A VMM that has not answered a probe within this time is out of contact.
+const PROBE_DEADLINE: Duration = Duration::from_secs(10);
+/// No VMM may take longer over the counters of one sample.
 const SAMPLE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The last sample of a running VM.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metrics {
-    /// Share of all the VM's vCPUs since the sample before, 0 to 100.
+    /// Share of all the VM's vCPUs since the sample before, 0 to 100. 0 where it could not be read.
     pub cpu_usage_percent: f64,
-    /// Resident memory of the VMM, in bytes.
-    pub memory_bytes: u64,
-    /// Network counters since the run began.
-    pub network: NetworkCounters,
-    /// Disk counters since the run began.
-    pub storage: StorageCounters,
+    /// Resident memory of the VMM, in bytes; `None` where it could not be read.
+    pub memory_bytes: Option<u64>,
+    /// Network counters since the run began; `None` where none could be read.
+    pub network: Option<NetworkCounters>,
+    /// Disk counters since the run began; `None` where none could be read.
+    pub storage: Option<StorageCounters>,
     /// When the sample was taken, in Unix milliseconds.
     pub observed_ms: i64,
 }
@@ -46,8 +58,17 @@ impl MetricsCell {
     }
 }
 
-/// What a sampler tells the actor.
-#[derive(Debug, PartialEq, Eq)]
+/// News of the contact with a VMM. The actor may read it late, so each carries the time of its question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct News {
+    /// When the VMM was asked.
+    pub(crate) asked: Instant,
+    /// The answer.
+    pub(crate) contact: Contact,
+}
+
+/// Contact with a VMM.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Contact {
     /// The VMM did not answer; the text says how.
     Lost(String),
@@ -55,28 +76,34 @@ pub(crate) enum Contact {
     Made,
 }
 
-/// Samples one run until it is dropped.
+/// Probes and samples one run until it is dropped.
 pub(crate) struct Sampler {
     task: AbortHandle,
     cell: MetricsCell,
-    contact: mpsc::Receiver<Contact>,
+    news: watch::Receiver<Option<News>>,
 }
 
 impl Sampler {
-    /// Starts to sample `vmm`, which has `vcpus` CPUs, at each `interval`.
+    /// Starts to probe and sample `vmm`, which has `vcpus` CPUs, at each `interval`.
     pub(crate) fn start(vmm: Arc<dyn Vmm>, vcpus: u32, interval: Duration, cell: MetricsCell) -> Self {
-        let (tell, contact) = mpsc::channel(1);
+        // Only the newest news counts, so a busy actor neither holds the sampler up nor reads what is out of date.
+        let (tell, news) = watch::channel(None);
         let pid = vmm.run().process.pid;
-        let task = sample_forever(vmm, vcpus, interval, cell.clone(), tell);
+        let sampling = Sampling { vmm, vcpus, cell: cell.clone(), before: None, missing: Vec::new(), tell };
+        let task = sampling.forever(interval, spread(pid));
         let task = tokio::spawn(task.instrument(tracing::debug_span!("sampler", pid))).abort_handle();
-        Self { task, cell, contact }
+        Self { task, cell, news }
     }
 
-    /// Waits for the next change of contact.
-    pub(crate) async fn contact(&mut self) -> Contact {
-        match self.contact.recv().await {
-            Some(contact) => contact,
-            None => std::future::pending().await,
+    /// Waits for the next news of the contact.
+    pub(crate) async fn news(&mut self) -> News {
+        loop {
+            if self.news.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            if let Some(news) = self.news.borrow_and_update().clone() {
+                return news;
+            }
         }
     }
 }
@@ -88,47 +115,103 @@ impl Drop for Sampler {
     }
 }
 
-async fn sample_forever(
+/// Returns a number from 0 up to 1 for each process, far apart for processes that were started one after the other. VMs that a
+/// daemon adopts together are so not all sampled at the same moment.
+fn spread(pid: u32) -> f64 {
+    // Multiples of the golden ratio fill the range evenly.
+    const GOLDEN: u32 = 0x9E37_79B9;
+    f64::from(pid.wrapping_mul(GOLDEN)) / (f64::from(u32::MAX) + 1.0)
+}
+
+struct Sampling {
     vmm: Arc<dyn Vmm>,
     vcpus: u32,
-    interval: Duration,
     cell: MetricsCell,
-    tell: mpsc::Sender<Contact>,
-) {
-    let mut before: Option<(Instant, Duration)> = None;
-    let mut wait = FIRST_SAMPLE.min(interval);
-    loop {
-        tokio::time::sleep(wait).await;
-        wait = interval;
-        let contact = match tokio::time::timeout(SAMPLE_DEADLINE, vmm.sample()).await {
-            Ok(Ok(sample)) => {
-                let now = Instant::now();
-                cell.set(Some(metrics_of(&sample, before, now, vcpus)));
-                before = Some((now, sample.cpu_time));
-                Contact::Made
+    /// The time and the CPU time of the sample before.
+    before: Option<(Instant, Duration)>,
+    /// The counters that the sample before could not read, so that a lasting fault is logged once.
+    missing: Vec<String>,
+    tell: watch::Sender<Option<News>>,
+}
+
+impl Sampling {
+    /// Probes and samples at each `interval`. `spread` (0 to 1) moves this run's moments away from those of others.
+    async fn forever(mut self, interval: Duration, spread: f64) {
+        let mut wait = FIRST_SAMPLE.min(interval);
+        // The second comes after a part of the interval, and all the others are a whole one apart.
+        let mut next = interval.mul_f64(0.5 + spread / 2.0);
+        loop {
+            tokio::time::sleep(wait).await;
+            (wait, next) = (next, interval);
+            if self.probe().await {
+                self.sample().await;
             }
-            Ok(Err(error)) => Contact::Lost(error.to_string()),
-            Err(_) => Contact::Lost(format!("it did not answer within {} s", SAMPLE_DEADLINE.as_secs())),
+        }
+    }
+
+    /// Asks the VMM for a sign of life, and tells of the answer. Returns whether the VMM may be asked for its counters.
+    async fn probe(&self) -> bool {
+        let asked = Instant::now();
+        let contact = match tokio::time::timeout(PROBE_DEADLINE, self.vmm.probe()).await {
+            Ok(Ok(_)) => Contact::Made,
+            Ok(Err(error)) => match error.kind.contact() {
+                ContactProof::Made => Contact::Made,
+                ContactProof::Lost => Contact::Lost(error.to_string()),
+                ContactProof::None => {
+                    tracing::debug!(%error, "the VMM could not be asked for a sign of life");
+                    return true;
+                }
+            },
+            Err(_) => Contact::Lost(format!("it did not answer within {} s", PROBE_DEADLINE.as_secs())),
         };
-        if tell.send(contact).await.is_err() {
-            return;
+        let made = contact == Contact::Made;
+        self.tell.send_replace(Some(News { asked, contact }));
+        made
+    }
+
+    async fn sample(&mut self) {
+        let sampled = tokio::time::timeout(SAMPLE_DEADLINE, self.vmm.sample()).await;
+        let sample = sampled.unwrap_or_else(|_| Sample {
+            missing: vec![format!("its counters were not read within {} s", SAMPLE_DEADLINE.as_secs())],
+            ..Sample::default()
+        });
+        let now = Instant::now();
+        self.cell.set(metrics_of(&sample, self.before, now, self.vcpus));
+        self.before = sample.cpu_time.map(|cpu| (now, cpu));
+        if sample.missing != self.missing {
+            if sample.missing.is_empty() {
+                tracing::info!("all counters of the VM can be read again");
+            } else {
+                tracing::warn!(missing = ?sample.missing, "counters of the VM cannot be read");
+            }
+            self.missing = sample.missing;
         }
     }
 }
 
-fn metrics_of(sample: &Sample, before: Option<(Instant, Duration)>, now: Instant, vcpus: u32) -> Metrics {
-    let cpu_usage_percent = before.map_or(0.0, |(then, cpu_then)| {
-        let passed = now.saturating_duration_since(then).as_secs_f64() * f64::from(vcpus.max(1));
-        let used = sample.cpu_time.saturating_sub(cpu_then).as_secs_f64();
-        if passed > 0.0 { (100.0 * used / passed).clamp(0.0, 100.0) } else { 0.0 }
-    });
-    Metrics {
-        cpu_usage_percent,
-        memory_bytes: sample.memory_bytes,
-        network: sample.network,
-        storage: sample.storage,
-        observed_ms: now_ms(),
+/// Makes metrics of a sample; `None` where nothing of it could be read.
+fn metrics_of(
+    sample: &Sample,
+    before: Option<(Instant, Duration)>,
+    now: Instant,
+    vcpus: u32,
+) -> Option<Metrics> {
+    let Sample { cpu_time, memory_bytes, network, storage, missing: _ } = sample;
+    if cpu_time.is_none() && memory_bytes.is_none() && network.is_none() && storage.is_none() {
+        return None;
     }
+    let share = |((then, cpu_then), cpu): ((Instant, Duration), Duration)| {
+        let passed = now.saturating_duration_since(then).as_secs_f64() * f64::from(vcpus.max(1));
+        let used = cpu.saturating_sub(cpu_then).as_secs_f64();
+        if passed > 0.0 { (100.0 * used / passed).clamp(0.0, 100.0) } else { 0.0 }
+    };
+    Some(Metrics {
+        cpu_usage_percent: before.zip(*cpu_time).map_or(0.0, share),
+        memory_bytes: *memory_bytes,
+        network: *network,
+        storage: *storage,
+        observed_ms: now_ms(),
+    })
 }
 
 #[cfg(test)]
@@ -139,12 +222,32 @@ mod tests {
     fn cpu_usage_is_a_share_of_all_vcpus() {
         let start = Instant::now();
         let later = start + Duration::from_secs(10);
-        let sample = Sample { cpu_time: Duration::from_secs(15), ..Sample::default() };
+        let of = |cpu: u64| Sample { cpu_time: Some(Duration::from_secs(cpu)), ..Sample::default() };
         let before = Some((start, Duration::from_secs(5)));
-        assert_eq!(metrics_of(&sample, before, later, 2).cpu_usage_percent, 50.0);
-        assert_eq!(metrics_of(&sample, before, later, 1).cpu_usage_percent, 100.0);
-        let busy = Sample { cpu_time: Duration::from_secs(500), ..Sample::default() };
-        assert_eq!(metrics_of(&busy, before, later, 1).cpu_usage_percent, 100.0, "never above 100");
-        assert_eq!(metrics_of(&busy, None, later, 1).cpu_usage_percent, 0.0);
+        let usage = |sample: &Sample, before, vcpus| {
+            metrics_of(sample, before, later, vcpus).unwrap().cpu_usage_percent
+        };
+        assert_eq!(usage(&of(15), before, 2), 50.0);
+        assert_eq!(usage(&of(15), before, 1), 100.0);
+        assert_eq!(usage(&of(500), before, 1), 100.0, "never above 100");
+        assert_eq!(usage(&of(500), None, 1), 0.0);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_absent() {
+        let now = Instant::now();
+        assert_eq!(metrics_of(&Sample::default(), None, now, 1), None);
+        let storage = Some(StorageCounters { bytes_read: 1, ..StorageCounters::default() });
+        let metrics = metrics_of(&Sample { storage, ..Sample::default() }, None, now, 1).unwrap();
+        assert_eq!((metrics.storage, metrics.network, metrics.memory_bytes), (storage, None, None));
+    }
+
+    #[test]
+    fn processes_that_are_started_together_are_sampled_apart() {
+        let mut moments: Vec<f64> = (1000..1100).map(spread).collect();
+        moments.sort_by(f64::total_cmp);
+        assert!(moments.iter().all(|moment| (0.0..1.0).contains(moment)), "{moments:?}");
+        let gaps = moments.windows(2).map(|pair| pair[1] - pair[0]);
+        assert!(gaps.fold(0.0, f64::max) < 0.03, "{moments:?}");
     }
 }

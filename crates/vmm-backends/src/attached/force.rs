@@ -1,91 +1,41 @@
-//! The ladder that ends a VM whose VMM somebody else started.
-//!
-//! ```text
-//!   ask the guest ──► power the VM off, by the VMM's API ──► without force: error, it still runs
-//!                                                            with force: SIGTERM ──► SIGKILL, if proven
-//! ```
-//!
-//! What counts is that the VM has gone: its process has, or its VMM says that nothing runs.
+//! The last rung for a VMM that somebody else started: without force an error, by force SIGTERM and SIGKILL where the process is
+//! proven to be the VM's VMM.
 
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::time::Instant;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder};
 use vmm_core::state::EndedBy;
 use vmm_host::endpoint::{self, VisitError};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Process, Signal};
 
-use crate::ladder::{Call, Called, call_vmm};
-
-/// How long a VMM may take to pass a request on to its guest.
-const ASKING: Duration = Duration::from_secs(2);
-/// How long a VMM may take to power its VM off, where there is time.
-const ORDERING: Duration = Duration::from_secs(5);
-/// The same by force.
-const FORCED_ORDERING: Duration = Duration::from_millis(1200);
-/// How long a VM may take to end after its VMM has taken the order.
-const ENDING: Duration = Duration::from_secs(1);
 /// How long a process may take to end after SIGTERM, and after SIGKILL. The whole of force stays within 4 s.
 const SIGNALLED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// How long the end of a process may take whose connection has broken.
 const LOST: Duration = Duration::from_millis(500);
-/// How often a VMM is asked whether its guest has ended.
-const ASKED_AGAIN: Duration = Duration::from_millis(200);
-
-/// What a VMM offers to end its VM by.
-#[async_trait::async_trait]
-pub(super) trait Means: Send + Sync {
-    /// How the guest is asked, if it can be.
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
-    /// The order to power the VM off, if there is one. Where it ends the VMM as well, that is for force alone.
-    fn power_off(&self, forced: bool) -> Option<Call<'_>>;
-    /// Says whether the VM has ended though its VMM lives.
-    async fn has_ended(&self) -> Result<bool, BackendError>;
+/// How a VM is ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum End {
+    /// By the whole ladder.
+    Ladder(Ladder),
+    /// By the VMM's interface alone, without waiting for the guest.
+    OrderOff,
 }
 
-/// Climbs down the ladder until the VM has gone, and answers with the rung that it obeyed. `program` is what the executable of
-/// a VMM begins with that force may kill.
-pub(super) async fn climb(
+/// Ends the process by force; without force answers that it still runs. `program` is what the executable of a VMM begins with
+/// that force may kill.
+pub(super) async fn end_process(
     process: &Process,
     socket: &Path,
     program: &str,
-    ladder: Ladder,
-    means: &dyn Means,
+    forced: bool,
 ) -> Result<EndedBy, BackendError> {
-    let forced = ladder.ask_guest_for.is_none();
-    // The last rung that reached the VM: whatever ends it before the next one does is this rung's work.
-    let mut reached = EndedBy::Guest;
-    if process.has_ended() {
-        return Ok(reached);
+    if forced {
+        kill(process, socket, program, Manner::Gently).await
+    } else {
+        Err(still_runs(process, socket))
     }
-    if let Some(patience) = ladder.ask_guest_for
-        && let Some((rung, call)) = means.ask()
-    {
-        let called = call_vmm(process, ASKING, call, "ask the guest to shut down").await;
-        reached = if called == Called::Refused { reached } else { rung };
-        point(FaultPoint::LadderAsked);
-        if ends_within(process, means, called.patience(patience, LOST)).await {
-            return Ok(reached);
-        }
-    }
-    if let Some(call) = means.power_off(forced) {
-        let limit = if forced { FORCED_ORDERING } else { ORDERING };
-        let called = call_vmm(process, limit, call, "power the VM off").await;
-        reached = if called == Called::Refused { reached } else { EndedBy::Vmm };
-        point(FaultPoint::LadderOrdered);
-        if ends_within(process, means, called.patience(ENDING, LOST)).await {
-            return Ok(reached);
-        }
-    }
-    if process.has_ended() {
-        return Ok(reached);
-    }
-    if !forced {
-        return Err(still_runs(process, socket));
-    }
-    kill(process, socket, program, Manner::Gently).await
 }
 
 /// How a process is ended.
@@ -190,23 +140,4 @@ fn still_runs(process: &Process, socket: &Path) -> BackendError {
         socket.display()
     );
     BackendError::new(BackendErrorKind::StillRuns, Effect::Unknown, message)
-}
-
-async fn ends_within(process: &Process, means: &dyn Means, limit: Duration) -> bool {
-    let deadline = Instant::now() + limit;
-    let ended = async {
-        loop {
-            // The process may end in the middle of the question.
-            if matches!(means.has_ended().await, Ok(true)) {
-                return;
-            }
-            tokio::time::sleep(ASKED_AGAIN).await;
-        }
-    };
-    tokio::select! {
-        biased;
-        _ = process.wait() => true,
-        () = ended => true,
-        () = tokio::time::sleep_until(deadline) => process.has_ended(),
-    }
 }

@@ -26,11 +26,12 @@ use vmm_core::store::RunRecord;
 use vmm_host::process::Process;
 
 use super::console::Mirror;
-use super::force::{self, Means};
+use super::force::{self, End};
 use super::seat::Held;
 use super::{Guest, Parts};
-use crate::ladder::Call;
-use crate::rest::found::{or_gone, usage};
+use crate::counters;
+use crate::ladder::{self, Call, Means};
+use crate::rest::found::or_gone;
 
 /// Events that wait for the VM's owner.
 const QUEUE: usize = 16;
@@ -183,9 +184,12 @@ impl<A: Api> Handle<A> {
         Ok(())
     }
 
-    async fn end(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    async fn end(&self, how: End) -> Result<EndedBy, BackendError> {
         self.ending.store(true, Ordering::Release);
-        let ended = force::climb(&self.process, &self.run.socket, self.program, ladder, self).await;
+        let ended = match how {
+            End::Ladder(ladder) => ladder::climb(self, ladder).await,
+            End::OrderOff => ladder::order_off(self).await,
+        };
         if ended.is_err() {
             self.ending.store(false, Ordering::Release);
         }
@@ -206,6 +210,10 @@ impl<A: Api> Handle<A> {
 
 #[async_trait]
 impl<A: Api> Means for Handle<A> {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
         let (rung, ask) = self.api.ask()?;
         let call: Call<'_> = Box::pin(async {
@@ -222,8 +230,12 @@ impl<A: Api> Means for Handle<A> {
         self.api.power_off()
     }
 
-    async fn has_ended(&self) -> Result<bool, BackendError> {
-        Ok(self.api.state().await? == GuestState::Ended)
+    async fn has_ended(&self) -> bool {
+        matches!(self.api.state().await, Ok(GuestState::Ended))
+    }
+
+    async fn end_process(&self, forced: bool, _reached: EndedBy) -> Result<EndedBy, BackendError> {
+        force::end_process(&self.process, &self.run.socket, self.program, forced).await
     }
 }
 
@@ -242,7 +254,7 @@ impl<A: Api> Vmm for Handle<A> {
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        self.end(ladder).await
+        self.end(End::Ladder(ladder)).await
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
@@ -256,25 +268,22 @@ impl<A: Api> Vmm for Handle<A> {
         self.reset().await
     }
 
-    async fn sample(&self) -> Result<Sample, BackendError> {
-        let looked = self.look().await;
-        self.held.answered(&self.run.version, &looked);
-        looked?;
-        let usage = usage(&self.process).await?;
+    async fn sample(&self) -> Sample {
+        let mut sample = counters::of_host(&self.process, None).await;
         let counted = self.api.counters(self.dir.as_deref()).await;
-        let (network, storage) = counted.unwrap_or_else(|error| {
-            tracing::debug!(%error, "the VMM does not tell what its devices have moved");
-            Default::default()
-        });
-        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
+        let devices = counters::or_missing(&mut sample, "devices", counted);
+        sample.network = devices.map(|(network, _)| network);
+        sample.storage = devices.map(|(_, storage)| storage);
+        sample
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
-        self.look().await
+        let looked = self.look().await;
+        self.held.answered(&self.run.version, &looked);
+        looked
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        let only_the_api = Ladder { ask_guest_for: Some(std::time::Duration::ZERO) };
-        self.end(only_the_api).await.map(drop)
+        self.end(End::OrderOff).await.map(drop)
     }
 }

@@ -30,11 +30,12 @@ use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
 
-use super::client::Client;
+use super::client::{Client, Counters};
 use super::events::{ChEvent, EVENTS, EventFile};
 use super::watch::{Watched, Watcher};
-use crate::ladder::{self, Call};
-use crate::rest::found::{LOG, exit_message, kill, or_gone, usage};
+use crate::counters;
+use crate::ladder::{self, Call, Means};
+use crate::rest::found::{LOG, exit_message, kill, or_gone};
 
 /// Events that wait for the VM's owner.
 const QUEUE: usize = 64;
@@ -273,10 +274,62 @@ impl Handle {
         self.order(&self.expected.resumes, Box::pin(self.client.resume()), GuestState::Running).await
     }
 
+    /// Adds what the devices counted before the guest was last reset in place.
+    fn totals(&self, now: &Counters) -> (NetworkCounters, StorageCounters) {
+        let (net, disk) = (now.network(), now.storage());
+        let now = [
+            net.bytes_received,
+            net.bytes_transmitted,
+            net.packets_received,
+            net.packets_transmitted,
+            disk.bytes_read,
+            disk.bytes_written,
+            disk.read_operations,
+            disk.write_operations,
+        ];
+        let [rx, tx, rx_packets, tx_packets, read, written, reads, writes] =
+            self.totals.lock().unwrap_or_else(PoisonError::into_inner).update(now);
+        let network = NetworkCounters {
+            bytes_received: rx,
+            bytes_transmitted: tx,
+            packets_received: rx_packets,
+            packets_transmitted: tx_packets,
+        };
+        let storage = StorageCounters {
+            bytes_read: read,
+            bytes_written: written,
+            read_operations: reads,
+            write_operations: writes,
+        };
+        (network, storage)
+    }
+
     fn will_end(&self) {
         if self.process.exit().is_none() {
             self.expected.ending.store(true, Ordering::Release);
         }
+    }
+}
+
+#[async_trait]
+impl Means for Handle {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        let call: Call<'_> = Box::pin(async {
+            // A guest that stands still hears nothing.
+            if self.client.state().await? == GuestState::Paused {
+                self.wake().await?;
+            }
+            self.client.power_button().await
+        });
+        Some((EndedBy::Acpi, call))
+    }
+
+    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+        Some(Box::pin(self.client.end()))
     }
 }
 
@@ -296,15 +349,11 @@ impl Vmm for Handle {
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
         self.will_end();
-        let ask: Call<'_> = Box::pin(async {
-            // A guest that stands still hears nothing.
-            if self.client.state().await? == GuestState::Paused {
-                self.wake().await?;
-            }
-            self.client.power_button().await
-        });
-        let power_off: Call<'_> = Box::pin(self.client.end());
-        ladder::climb(&self.process, ladder, Some((EndedBy::Acpi, ask)), Some(power_off)).await
+        let ended = ladder::climb(self, ladder).await;
+        if ended.is_err() {
+            self.expected.ending.store(false, Ordering::Release);
+        }
+        ended
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
@@ -320,38 +369,14 @@ impl Vmm for Handle {
         }
     }
 
-    async fn sample(&self) -> Result<Sample, BackendError> {
-        let counters = self.client.counters().await.map_err(|error| or_gone(&self.process, error))?;
-        let usage = usage(&self.process).await?;
-        let (net, disk) = (counters.network(), counters.storage());
-        let now = [
-            net.bytes_received,
-            net.bytes_transmitted,
-            net.packets_received,
-            net.packets_transmitted,
-            disk.bytes_read,
-            disk.bytes_written,
-            disk.read_operations,
-            disk.write_operations,
-        ];
-        let [rx, tx, rx_packets, tx_packets, read, written, reads, writes] =
-            self.totals.lock().unwrap_or_else(PoisonError::into_inner).update(now);
-        Ok(Sample {
-            cpu_time: usage.cpu_time,
-            memory_bytes: usage.resident_bytes,
-            network: NetworkCounters {
-                bytes_received: rx,
-                bytes_transmitted: tx,
-                packets_received: rx_packets,
-                packets_transmitted: tx_packets,
-            },
-            storage: StorageCounters {
-                bytes_read: read,
-                bytes_written: written,
-                read_operations: reads,
-                write_operations: writes,
-            },
-        })
+    async fn sample(&self) -> Sample {
+        let mut sample = counters::of_host(&self.process, None).await;
+        let counted = self.client.counters().await.map_err(|error| or_gone(&self.process, error));
+        let now = counters::or_missing(&mut sample, "devices", counted);
+        let devices = now.map(|now| self.totals(&now));
+        sample.network = devices.map(|(network, _)| network);
+        sample.storage = devices.map(|(_, storage)| storage);
+        sample
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {

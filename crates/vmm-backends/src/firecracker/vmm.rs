@@ -27,7 +27,8 @@ use vmm_host::process::{ExitStatus, Process, ProcessExit};
 use super::OWN_LOG;
 use super::client::Client;
 use super::metrics::{Metrics, Sums};
-use crate::ladder::{self, Call};
+use crate::counters;
+use crate::ladder::{self, Call, Means};
 use crate::rest::found::{LOG, exit_message, kill, or_gone};
 
 /// A run has one event.
@@ -111,6 +112,42 @@ fn cause(exit: ProcessExit, asked: bool, sums: Option<Sums>) -> ExitCause {
 }
 
 #[async_trait]
+impl Means for Handle {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        let call = || -> Call<'_> {
+            Box::pin(async {
+                // A guest that stands still hears nothing.
+                self.client.resume().await?;
+                self.client.ctrl_alt_del().await
+            })
+        };
+        // On other processors Firecracker has no keyboard.
+        cfg!(target_arch = "x86_64").then(|| (EndedBy::CtrlAltDel, call()))
+    }
+
+    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+        None
+    }
+}
+
+impl Handle {
+    fn will_end(&self) {
+        if self.process.exit().is_none() {
+            self.ending.store(true, Ordering::Release);
+        }
+    }
+
+    async fn device_counters(&self) -> Result<Sums, BackendError> {
+        self.client.flush_metrics().await.map_err(|error| or_gone(&self.process, error))?;
+        self.metrics.sums().await
+    }
+}
+
+#[async_trait]
 impl Vmm for Handle {
     fn run(&self) -> &RunRecord {
         &self.run
@@ -125,35 +162,24 @@ impl Vmm for Handle {
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        if self.process.exit().is_none() {
-            self.ending.store(true, Ordering::Release);
+        self.will_end();
+        let ended = ladder::climb(self, ladder).await;
+        if ended.is_err() {
+            self.ending.store(false, Ordering::Release);
         }
-        // On other processors Firecracker has no keyboard.
-        let ask = cfg!(target_arch = "x86_64").then(|| {
-            let call: Call<'_> = Box::pin(async {
-                // A guest that stands still hears nothing.
-                self.client.resume().await?;
-                self.client.ctrl_alt_del().await
-            });
-            (EndedBy::CtrlAltDel, call)
-        });
-        ladder::climb(&self.process, ladder, ask, None).await
+        ended
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
         Ok(Reset::NeedsRelaunch)
     }
 
-    async fn sample(&self) -> Result<Sample, BackendError> {
-        self.client.flush_metrics().await.map_err(|error| or_gone(&self.process, error))?;
-        let sums = self.metrics.sums().await?;
-        let usage = crate::rest::found::usage(&self.process).await?;
-        Ok(Sample {
-            cpu_time: usage.cpu_time,
-            memory_bytes: usage.resident_bytes,
-            network: sums.network(),
-            storage: sums.storage(),
-        })
+    async fn sample(&self) -> Sample {
+        let mut sample = counters::of_host(&self.process, None).await;
+        let sums = counters::or_missing(&mut sample, "devices", self.device_counters().await);
+        sample.network = sums.map(|sums| sums.network());
+        sample.storage = sums.map(|sums| sums.storage());
+        sample
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
@@ -164,9 +190,7 @@ impl Vmm for Handle {
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        if self.process.exit().is_none() {
-            self.ending.store(true, Ordering::Release);
-        }
+        self.will_end();
         kill(&self.process).await
     }
 }

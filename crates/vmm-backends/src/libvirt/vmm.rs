@@ -7,8 +7,7 @@ use async_trait::async_trait;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, NetworkCounters, Reset, Sample,
-    StorageCounters, Vmm,
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sample, StorageCounters, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
@@ -19,6 +18,7 @@ use vmm_libvirt_wire::{Call, FailureKind, Got};
 use super::domain::{LOOKING, guest_state, senseless};
 use super::guest::Guest;
 use super::link::{CallError, Link};
+use crate::counters;
 
 /// How long libvirt may take over what needs QEMU. QEMU answers in milliseconds, libvirtd on a busy host in a second or two.
 const ORDERING: Duration = Duration::from_secs(10);
@@ -101,27 +101,10 @@ impl Vmm for LibvirtVmm {
         Ok(Reset::InPlace)
     }
 
-    async fn sample(&self) -> Result<Sample, BackendError> {
-        let storage = self.block_stats().await?;
-        let (process, taps) = (self.process.clone(), self.taps.clone());
-        let host = tokio::task::spawn_blocking(move || {
-            let usage = process.usage()?;
-            let mut network = NetworkCounters::default();
-            for tap in &taps {
-                let counters = vmm_host::net::counters(tap)?;
-                network.bytes_received += counters.bytes_received;
-                network.bytes_transmitted += counters.bytes_transmitted;
-                network.packets_received += counters.packets_received;
-                network.packets_transmitted += counters.packets_transmitted;
-            }
-            Ok::<_, std::io::Error>((usage, network))
-        });
-        let (usage, network) = match host.await {
-            Ok(Ok(read)) => read,
-            Ok(Err(error)) => return Err(self.host_error(&error.to_string())),
-            Err(error) => return Err(self.host_error(&error.to_string())),
-        };
-        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
+    async fn sample(&self) -> Sample {
+        let mut sample = counters::of_host(&self.process, Some(&self.taps)).await;
+        sample.storage = counters::or_missing(&mut sample, "disks", self.block_stats().await);
+        sample
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
@@ -246,16 +229,5 @@ impl LibvirtVmm {
 
     fn gone(&self, effect: Effect) -> BackendError {
         BackendError::new(BackendErrorKind::Gone, effect, "the domain has ended")
-    }
-
-    fn host_error(&self, problem: &str) -> BackendError {
-        if self.process.has_ended() {
-            return self.gone(Effect::NotApplied);
-        }
-        BackendError::new(
-            BackendErrorKind::Host,
-            Effect::NotApplied,
-            format!("the counters of QEMU's process or TAPs cannot be read: {problem}"),
-        )
     }
 }

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, StorageCounters};
 
 use super::qmp::{Closed, Qmp, QmpError};
+use crate::connecting;
 use crate::program::Version;
 
 /// What QEMU does when its guest resets, and when it is told to reset its guest.
@@ -242,7 +243,7 @@ impl From<QmpError> for BackendError {
     fn from(error: QmpError) -> Self {
         let unless_sent = |sent: bool| if sent { Effect::Unknown } else { Effect::NotApplied };
         let (kind, effect) = match &error {
-            QmpError::Connect(_) => (BackendErrorKind::Unreachable, Effect::NotApplied),
+            QmpError::Connect(error) => (connecting::failure(error), Effect::NotApplied),
             QmpError::NoGreeting(_) => (BackendErrorKind::Timeout, Effect::NotApplied),
             QmpError::Timeout { sent, .. } => (BackendErrorKind::Timeout, unless_sent(*sent)),
             QmpError::Refused { .. } => (BackendErrorKind::Rejected, Effect::NotApplied),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::{Mutex, MutexGuard, oneshot};
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, NetworkCounters, Reset, Sample, Vmm,
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sample, StorageCounters, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
@@ -18,7 +18,8 @@ use super::client::RebootAction;
 use super::ending::ENDING;
 use super::link::Link;
 use super::qmp::{Qmp, QmpError};
-use crate::ladder;
+use crate::counters;
+use crate::ladder::{self, Call, Means};
 use crate::resets::Resets;
 
 /// How long a killed QEMU may take to go.
@@ -123,16 +124,11 @@ impl Vmm for QemuVmm {
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
         self.guest.order_end(true);
-        // The guest was faster.
-        if let Some(patience) = ladder.ask_guest_for
-            && self.guest.has_shut_down()
-            && self.process.wait_for(patience).await.is_some()
-        {
-            return Ok(EndedBy::Guest);
+        let ended = ladder::climb(self, ladder).await;
+        if ended.is_err() {
+            self.guest.order_end(false);
         }
-        let ask = Box::pin(async { Ok(self.qmp()?.system_powerdown().await?) });
-        let power_off = Box::pin(async { Ok(self.qmp()?.quit().await?) });
-        ladder::climb(&self.process, ladder, Some((EndedBy::Acpi, ask)), Some(power_off)).await
+        ended
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
@@ -145,34 +141,17 @@ impl Vmm for QemuVmm {
         Ok(Reset::InPlace)
     }
 
-    async fn sample(&self) -> Result<Sample, BackendError> {
+    async fn sample(&self) -> Sample {
+        let mut sample = counters::of_host(&self.process, Some(&self.taps)).await;
+        sample.storage = counters::or_missing(&mut sample, "disks", self.block_counters().await);
+        sample
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
         if self.guest.has_shut_down() {
             // Its end is near, and told by others: there is no silence to report.
             let _ = self.process.wait_for(ENDING).await;
         }
-        let storage = self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))?;
-        let (process, taps) = (self.process.clone(), self.taps.clone());
-        let host = tokio::task::spawn_blocking(move || {
-            let usage = process.usage()?;
-            let mut network = NetworkCounters::default();
-            for tap in &taps {
-                let counters = vmm_host::net::counters(tap)?;
-                network.bytes_received += counters.bytes_received;
-                network.bytes_transmitted += counters.bytes_transmitted;
-                network.packets_received += counters.packets_received;
-                network.packets_transmitted += counters.packets_transmitted;
-            }
-            Ok::<_, std::io::Error>((usage, network))
-        });
-        let (usage, network) = match host.await {
-            Ok(Ok(read)) => read,
-            Ok(Err(error)) => return Err(self.host_error(&error.to_string())),
-            Err(error) => return Err(self.host_error(&error.to_string())),
-        };
-        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
-    }
-
-    async fn probe(&self) -> Result<GuestState, BackendError> {
         let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
         Ok(status.guest_state())
     }
@@ -186,6 +165,21 @@ impl Vmm for QemuVmm {
                     .caused_by(error))
             }
         }
+    }
+}
+
+#[async_trait]
+impl Means for QemuVmm {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        Some((EndedBy::Acpi, Box::pin(async { Ok(self.qmp()?.system_powerdown().await?) })))
+    }
+
+    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+        Some(Box::pin(async { Ok(self.qmp()?.quit().await?) }))
     }
 }
 
@@ -229,15 +223,8 @@ impl QemuVmm {
         BackendError::new(BackendErrorKind::Gone, effect, format!("QEMU has ended{exit}"))
     }
 
-    fn host_error(&self, problem: &str) -> BackendError {
-        match self.process.exit() {
-            Some(_) => self.gone(Effect::NotApplied),
-            None => BackendError::new(
-                BackendErrorKind::Host,
-                Effect::NotApplied,
-                format!("the counters of QEMU's process or TAPs cannot be read: {problem}"),
-            ),
-        }
+    async fn block_counters(&self) -> Result<StorageCounters, BackendError> {
+        self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))
     }
 }
 

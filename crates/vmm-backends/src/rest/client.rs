@@ -28,7 +28,7 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 
-use crate::words;
+use crate::{connecting, words};
 
 /// How long a call may take, its answer included.
 pub const CALL: Duration = Duration::from_secs(5);
@@ -178,7 +178,7 @@ impl RestClient {
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, BackendError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
             let message = format!("the VMM's socket {} cannot be reached: {error}", self.socket.display());
-            BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message).caused_by(error)
+            BackendError::new(connecting::failure(&error), Effect::NotApplied, message).caused_by(error)
         })?;
         self.right_listener(&stream)?;
         self.handshake(stream).await

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
 use vmm_core::store::RunRecord;
-use vmm_host::process::{Lookup, Process, ProcessExit, Usage, adopt, find_by_argument};
+use vmm_host::process::{Lookup, Process, ProcessExit, adopt, find_by_argument};
 
 use crate::launch::{self, Guarded};
 
@@ -124,26 +124,6 @@ pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
 pub async fn has_ended<T>(process: &Process, answer: &Result<T, BackendError>) -> bool {
     let lost = matches!(answer, Err(error) if error.kind == BackendErrorKind::Unreachable);
     process.exit().is_some() || (lost && process.wait_for(REAPING).await.is_some())
-}
-
-/// What a VMM's process has used of the host.
-///
-/// # Errors
-/// [`BackendErrorKind::Gone`] where it has ended, [`BackendErrorKind::Host`] otherwise.
-pub async fn usage(process: &Process) -> Result<Usage, BackendError> {
-    let owned = process.clone();
-    let read = tokio::task::spawn_blocking(move || owned.usage()).await;
-    let error = match read {
-        Ok(Ok(usage)) => return Ok(usage),
-        Ok(Err(error)) => error,
-        Err(error) => io::Error::other(error),
-    };
-    let kind = match error.kind() {
-        io::ErrorKind::NotFound => BackendErrorKind::Gone,
-        _ => BackendErrorKind::Host,
-    };
-    let message = format!("what process {} uses cannot be read: {error}", process.pid());
-    Err(BackendError::new(kind, Effect::NotApplied, message).caused_by(error))
 }
 
 /// Ends a launch that failed, so that nothing of it runs on, and says why it failed: in the VMM's last words where it died

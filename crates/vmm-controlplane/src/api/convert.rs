@@ -267,23 +267,23 @@ pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
 }
 
 fn metrics_to_pb(metrics: &Metrics, uptime_seconds: i64) -> pb::VmMetrics {
-    let network = pb::NetworkStats {
-        bytes_received: count(metrics.network.bytes_received),
-        bytes_transmitted: count(metrics.network.bytes_transmitted),
-        packets_received: count(metrics.network.packets_received),
-        packets_transmitted: count(metrics.network.packets_transmitted),
+    let network = metrics.network.map(|network| pb::NetworkStats {
+        bytes_received: count(network.bytes_received),
+        bytes_transmitted: count(network.bytes_transmitted),
+        packets_received: count(network.packets_received),
+        packets_transmitted: count(network.packets_transmitted),
         ..Default::default()
-    };
-    let storage = pb::StorageStats {
-        bytes_read: count(metrics.storage.bytes_read),
-        bytes_written: count(metrics.storage.bytes_written),
-        read_operations: count(metrics.storage.read_operations),
-        write_operations: count(metrics.storage.write_operations),
+    });
+    let storage = metrics.storage.map(|storage| pb::StorageStats {
+        bytes_read: count(storage.bytes_read),
+        bytes_written: count(storage.bytes_written),
+        read_operations: count(storage.read_operations),
+        write_operations: count(storage.write_operations),
         ..Default::default()
-    };
+    });
     pb::VmMetrics {
         cpu_usage_percent: metrics.cpu_usage_percent,
-        memory_usage_bytes: count(metrics.memory_bytes),
+        memory_usage_bytes: count(metrics.memory_bytes.unwrap_or_default()),
         network_stats: network.into(),
         storage_stats: storage.into(),
         uptime_seconds,

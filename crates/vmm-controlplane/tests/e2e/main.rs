@@ -26,6 +26,7 @@ mod libvirt_session;
 mod lifecycle;
 mod operator;
 mod recovery;
+mod shutdown;
 mod signals;
 mod spares;
 mod taps;

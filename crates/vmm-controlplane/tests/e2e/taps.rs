@@ -3,8 +3,9 @@
 
 use std::cell::RefCell;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -270,6 +271,69 @@ fn a_daemon_killed_in_the_middle_of_a_boot_leaves_no_tap() {
             assert_eq!(state == "VM_STATE_RUNNING", exists(&name), "{backend}, round {round}: {info:#}");
             delete(&world, backend);
             assert!(!exists(&name), "{backend}, round {round}, left {state}");
+        }
+    }
+    world.assert_nothing_left();
+}
+
+/// A network namespace that ends with the test.
+struct Namespace(Child);
+
+impl Namespace {
+    fn new() -> Self {
+        let mut command = Command::new("unshare");
+        command.args(["--net", "sh", "-c", "echo ready && exec sleep 900"]);
+        let mut holder = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        Self(holder)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm() {
+    const TEST: &str = "a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let namespace = Namespace::new();
+    let world = World::started(&[]);
+    for backend in backends(TEST) {
+        let elsewhere = interfaces.unused("r");
+        let holder = namespace.0.id().to_string();
+        let ways: [(&str, Vec<&str>); 3] =
+            [("renamed", vec!["name", &elsewhere]), ("moved", vec!["netns", &holder]), ("deleted", vec![])];
+        for (what, change) in ways {
+            let vm_id = format!("{backend}-{what}");
+            let name = interfaces.of(&create(&world, backend, &vm_id, ""));
+            world.boot(&vm_id);
+            world.wait_for(&vm_id, "sampled", |info| info["metrics"]["network_stats"].is_object());
+            let mut arguments = vec!["link", if change.is_empty() { "delete" } else { "set" }, &name];
+            arguments.extend(change);
+            ip(&["link", "set", &name, "down"]);
+            assert!(ip(&arguments), "{arguments:?}");
+            // Three more samples, and no word of a silence.
+            let seen = world.info(&vm_id)["metrics_observed_at"].as_str().unwrap().parse::<i64>().unwrap();
+            let info = world.wait_for(&vm_id, "sampled again", |info| {
+                assert_eq!(info["status"]["phase"], "running", "{info:#}");
+                let observed = info["metrics_observed_at"].as_str().and_then(|at| at.parse::<i64>().ok());
+                observed.is_some_and(|observed| observed >= seen + 3)
+            });
+            if backend == "qemu" {
+                // Cloud Hypervisor and Firecracker count by themselves.
+                assert!(info["metrics"]["network_stats"].is_null(), "{info:#}");
+            }
+            world.call("PauseVm", &json!({"vm_id": vm_id})).ok();
+            world.call("ResumeVm", &json!({"vm_id": vm_id})).ok();
+            world.call("ShutdownVm", &json!({"vm_id": vm_id, "timeout_seconds": 1})).ok();
+            delete(&world, &vm_id);
+            ip(&["link", "delete", &elsewhere]);
         }
     }
     world.assert_nothing_left();

@@ -41,7 +41,11 @@ impl Actor {
             }
         };
         match result {
-            Ok(result) => result.map_err(Broken::Backend),
+            Ok(Ok(done)) => {
+                self.answered = Some(Instant::now());
+                Ok(done)
+            }
+            Ok(Err(error)) => Err(Broken::Backend(error)),
             Err(_) => Err(Broken::Backend(BackendError::new(
                 BackendErrorKind::Timeout,
                 Effect::Unknown,

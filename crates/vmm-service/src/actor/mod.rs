@@ -45,7 +45,7 @@ use vmm_core::store::{RunRecord, VmRecord};
 
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::metrics::{Contact, MetricsCell, Sampler};
+use crate::metrics::{MetricsCell, News, Sampler};
 use crate::service::{Outcome, Shared, UnderWay};
 
 use deadlines::FORCE_LIMIT;
@@ -253,6 +253,8 @@ struct Actor {
     unfinished: Option<Operation>,
     /// When to look again for a VMM that may live and of which no handle is held.
     look_at: Option<Instant>,
+    /// When the VMM last proved that it is there, by the answer to an operation. News that was asked for before is out of date.
+    answered: Option<Instant>,
     /// Since when the VMM has run without a reset of its guest in place.
     quiet_since: Option<Instant>,
 }
@@ -276,7 +278,7 @@ enum Step {
 /// What came from a VMM.
 enum Sign {
     Event(VmmEvent),
-    Contact(Contact),
+    News(News),
 }
 
 impl Actor {
@@ -310,6 +312,7 @@ impl Actor {
             restart_at: None,
             unfinished: None,
             look_at: None,
+            answered: None,
             quiet_since: None,
         };
         (actor, ActorHandle { uid, inbox: inbox_sender, force: force_sender, found: found_sender })
@@ -333,8 +336,8 @@ impl Actor {
                     self.on_event(event).await;
                     Flow::GoOn
                 }
-                Step::Sign(Sign::Contact(contact)) => {
-                    self.on_contact(contact).await;
+                Step::Sign(Sign::News(news)) => {
+                    self.on_news(news).await;
                     Flow::GoOn
                 }
                 Step::Unfinished(operation) => {
@@ -458,7 +461,7 @@ async fn next_sign(live: &mut Option<Live>) -> Sign {
             biased;
             // A backend promises that `Gone` is its last word; a channel that ends without it says nothing more.
             Some(event) = live.events.recv() => Sign::Event(event),
-            contact = live.sampler.contact() => Sign::Contact(contact),
+            news = live.sampler.news() => Sign::News(news),
         },
     }
 }

@@ -12,7 +12,7 @@ use super::persist::Why;
 use super::restart::Decision;
 use super::{Actor, Broken};
 use crate::clock::now_ms;
-use crate::metrics::Contact;
+use crate::metrics::{Contact, News};
 
 /// How long a VMM that answers again may take to say how its guest is.
 const PROBE_DEADLINE: Duration = Duration::from_secs(3);
@@ -124,8 +124,12 @@ impl Actor {
         let _ = self.conclude(EventKind::VmmExited, why.ended_by(ended_by)).await;
     }
 
-    /// The sampler lost or made contact.
-    pub(super) async fn on_contact(&mut self, contact: Contact) {
+    /// Takes news of the contact with the VMM. News that was asked for before the VMM answered an operation is out of date:
+    /// the silence of a VMM that was busy with that operation is over.
+    pub(super) async fn on_news(&mut self, News { asked, contact }: News) {
+        if self.answered.is_some_and(|answered| asked < answered) {
+            return;
+        }
         let unreachable = self.record.status.phase == Phase::Unreachable;
         match contact {
             Contact::Lost(message) if !unreachable => {

@@ -1,9 +1,11 @@
 //! The state table, cell by cell, and what CreateVm refuses.
 
+use std::time::Duration;
+
 use crate::common::*;
 use vmm_core::backend::GuestState;
 use vmm_core::event::EventKind;
-use vmm_core::state::{Admission, EndedBy, Request, VmState, admit, legal_requests};
+use vmm_core::state::{Admission, EndedBy, Phase, Request, VmState, admit, legal_requests};
 use vmm_service::{Outcome, ServiceError, ShutdownOptions};
 use vmm_testkit::fake::{Act, Method};
 
@@ -110,14 +112,10 @@ async fn nobody_knows_an_unknown_vm() {
 async fn shutdown_says_which_rung_ended_the_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    for (vm_id, expected) in
-        [("obeys", EndedBy::Acpi), ("ignores", EndedBy::Vmm), ("silent", EndedBy::Sigkill)]
-    {
+    for (vm_id, expected) in [("obeys", EndedBy::Acpi), ("ignores", EndedBy::Vmm)] {
         let machine = vms.run(vm_id, bed.config()).await;
-        match expected {
-            EndedBy::Vmm => machine.ignore_shutdown(),
-            EndedBy::Sigkill => machine.stop(),
-            _ => {}
+        if expected == EndedBy::Vmm {
+            machine.ignore_shutdown();
         }
         let outcome = vms.shutdown(vm_id).await.unwrap();
         assert_eq!(outcome.ended_by, Some(expected), "{vm_id}");
@@ -129,6 +127,38 @@ async fn shutdown_says_which_rung_ended_the_vm() {
     let machine = vms.run("forced", bed.config()).await;
     assert_eq!(vms.force_shutdown("forced").await.unwrap().ended_by, Some(EndedBy::Vmm));
     assert!(!machine.lives());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vmm_that_answers_nothing_is_not_ended_without_force() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for reboots in [false, true] {
+        let vm_id = if reboots { "reboots" } else { "ends" };
+        let machine = vms.run(vm_id, bed.config()).await;
+        machine.stop();
+        let answer = if reboots { vms.reboot(vm_id).await } else { vms.shutdown(vm_id).await };
+        let text = refused(answer, "unavailable");
+        assert!(text.contains("force"), "{text}");
+        assert!(machine.lives());
+        assert_eq!((vms.state(vm_id), vms.phase(vm_id)), (VmState::Running, Phase::Unreachable));
+        assert_eq!(vms.force_shutdown(vm_id).await.unwrap().ended_by, Some(EndedBy::Sigkill));
+        assert!(!machine.lives());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vmm_that_answers_late_passes_the_request_on() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    machine.stop();
+    let late = async {
+        tokio::time::sleep(Duration::from_secs(9)).await;
+        machine.go_on();
+    };
+    let (ended, ()) = tokio::join!(vms.shutdown("a"), late);
+    assert_eq!(ended.unwrap().ended_by, Some(EndedBy::Acpi));
 }
 
 #[tokio::test(start_paused = true)]

@@ -225,7 +225,7 @@ async fn metrics_are_sampled_and_go_with_the_run() {
     let first = metrics().expect("the first sample comes soon");
     tokio::time::sleep(INTERVAL).await;
     let second = metrics().unwrap();
-    assert!(second.network.bytes_received > first.network.bytes_received);
+    assert!(second.network.unwrap().bytes_received > first.network.unwrap().bytes_received);
     assert!((0.0..=100.0).contains(&second.cpu_usage_percent));
     vms.shutdown("a").await.unwrap();
     assert!(metrics().is_none());
@@ -239,11 +239,75 @@ async fn a_vmm_that_hangs_delays_no_reader_and_no_other_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
-    vms.world.next(Method::Sample, Act::hang());
+    vms.world.next(Method::Probe, Act::hang());
     let record = vms.until_phase("a", Phase::Unreachable).await;
     assert!(record.status.message.contains("did not answer"), "{}", record.status.message);
     vms.until_phase("a", Phase::Running).await;
-    vms.world.next(Method::Sample, Act::Fail(BackendErrorKind::Protocol, Effect::NotApplied));
+    vms.world.next(Method::Probe, Act::Fail(BackendErrorKind::Protocol, Effect::NotApplied));
     vms.until_phase("a", Phase::Unreachable).await;
     vms.until_phase("a", Phase::Running).await;
+}
+
+/// Waits until `method` has been called `more` times from now.
+async fn until_called(vms: &Vms, method: Method, more: usize) {
+    let wanted = vms.world.calls(method) + more;
+    while vms.world.calls(method) < wanted {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn counters_that_cannot_be_read_are_missing_and_nothing_else() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    for kind in [BackendErrorKind::Host, BackendErrorKind::Protocol, BackendErrorKind::Timeout] {
+        vms.world.always(Method::Sample, Act::Fail(kind, Effect::NotApplied));
+        until_called(&vms, Method::Sample, 3).await;
+        assert_eq!(vms.phase("a"), Phase::Running, "{kind:?}");
+        assert!(vms.service.get("a").unwrap().metrics.is_none(), "{kind:?}");
+    }
+    vms.world.always(Method::Sample, Act::hang());
+    until_called(&vms, Method::Sample, 2).await;
+    assert_eq!(vms.phase("a"), Phase::Running);
+    vms.pause("a").await.unwrap();
+    vms.resume("a").await.unwrap();
+    vms.shutdown("a").await.unwrap();
+    let silences = bed.store.log().into_iter().filter(|event| event.event.kind == EventKind::Unreachable);
+    assert_eq!(silences.count(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_vmm_that_does_not_answer_is_out_of_contact() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    for kind in [BackendErrorKind::Host, BackendErrorKind::Rejected, BackendErrorKind::Gone] {
+        vms.world.always(Method::Probe, Act::Fail(kind, Effect::NotApplied));
+        until_called(&vms, Method::Probe, 3).await;
+        assert_eq!(vms.phase("a"), Phase::Running, "{kind:?}");
+    }
+    for kind in [BackendErrorKind::Timeout, BackendErrorKind::Unreachable, BackendErrorKind::Protocol] {
+        vms.world.always(Method::Probe, Act::Fail(kind, Effect::NotApplied));
+        vms.until_phase("a", Phase::Unreachable).await;
+        vms.world.behave();
+        vms.until_phase("a", Phase::Running).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silence_that_an_answer_has_ended_is_no_news() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // The VMM is busy with the pause for longer than a probe waits.
+    vms.world.next(Method::Pause, Act::Delay(Duration::from_secs(19)));
+    vms.world.next(Method::Probe, Act::hang());
+    vms.pause("a").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Paused, Phase::Paused));
+    vms.resume("a").await.unwrap();
+    let silences = bed.store.log().into_iter().filter(|event| event.event.kind == EventKind::Unreachable);
+    assert_eq!(silences.count(), 0);
 }

@@ -12,8 +12,9 @@ pub(super) async fn metrics_move(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Echo).await;
     let sample = || vms.get(VM).expect("the VM exists").metrics;
     let what = || format!("a busy guest uses CPU and memory: {:?}", sample());
-    let busy =
-        || sample().is_some_and(|sample| sample.cpu_usage_percent > 0.0 && sample.memory_bytes > 1 << 20);
+    let busy = || {
+        sample().is_some_and(|sample| sample.cpu_usage_percent > 0.0 && sample.memory_bytes > Some(1 << 20))
+    };
     eventually(what, busy).await;
     let first = sample().expect("there is one");
     assert!(first.cpu_usage_percent <= 100.0, "{first:?}");
@@ -52,7 +53,7 @@ pub(super) async fn linux_sees_its_machine(vms: Vms) -> Verdict {
     ] {
         assert!(console.contains(line), "{line} is not in {console}");
     }
-    let counters = || vms.get(VM).expect("the VM exists").metrics.map(|sample| sample.storage);
+    let counters = || vms.get(VM).expect("the VM exists").metrics.and_then(|sample| sample.storage);
     let moved = || {
         counters().is_some_and(|disk| {
             disk.bytes_read > 0

@@ -27,7 +27,7 @@ pub enum Method {
     Shutdown,
     /// `Vmm::reset`.
     Reset,
-    /// `Vmm::sample`.
+    /// `Vmm::sample`; an act that fails makes every counter missing.
     Sample,
     /// `Vmm::probe`.
     Probe,

@@ -15,6 +15,8 @@ use super::world::{Machine, World};
 
 /// How long the handle waits for a machine that is silent.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often a guest that does not obey is asked again to shut down.
+const PRESSING_AGAIN: Duration = Duration::from_secs(3);
 /// How long the handle waits for a killed machine to go.
 const KILLING: Duration = Duration::from_secs(1);
 
@@ -70,6 +72,32 @@ impl FakeVmm {
         ))
     }
 
+    /// Asks the guest to end for `time`, and answers with the rung that ends the machine. A machine that is silent all that time
+    /// is not ended.
+    async fn asked_to_end(&self, time: Duration) -> Result<EndedBy, BackendError> {
+        let deadline = tokio::time::Instant::now() + time;
+        loop {
+            let (silent, obeys) = match self
+                .machine(|machine| (machine.silent, machine.obeys && machine.guest == GuestState::Running))
+            {
+                Ok(told) => told,
+                Err(_) => return Ok(EndedBy::Guest),
+            };
+            if obeys && !silent {
+                return Ok(EndedBy::Acpi);
+            }
+            if tokio::time::Instant::now() >= deadline {
+                let unanswered = || {
+                    let message = "the machine has answered nothing, use force";
+                    Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
+                };
+                return if silent { unanswered() } else { Ok(EndedBy::Vmm) };
+            }
+            let again = (tokio::time::Instant::now() + PRESSING_AGAIN).min(deadline);
+            let _ = tokio::time::timeout_at(again, self.world.gone(self.pid())).await;
+        }
+    }
+
     /// Ends the machine, unless it cannot be killed.
     async fn finish(&self, cause: ExitCause) -> Result<(), BackendError> {
         if self.machine(|machine| machine.unkillable).unwrap_or(false) {
@@ -102,19 +130,10 @@ impl Vmm for FakeVmm {
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
         let act = self.call(Method::Shutdown);
         act.before().await?;
-        let (silent, obeys) =
-            self.machine(|machine| (machine.silent, machine.obeys && machine.guest == GuestState::Running))?;
-        let mut rung = if silent { EndedBy::Sigkill } else { EndedBy::Vmm };
-        match ladder.ask_guest_for {
-            Some(_) if obeys && !silent => rung = EndedBy::Acpi,
-            Some(time) => {
-                let ended = tokio::time::timeout(time, self.world.gone(self.pid())).await.is_ok();
-                if ended {
-                    rung = EndedBy::Guest;
-                }
-            }
-            None => {}
-        }
+        let rung = match ladder.ask_guest_for {
+            Some(time) => self.asked_to_end(time).await?,
+            None => self.machine(|machine| if machine.silent { EndedBy::Sigkill } else { EndedBy::Vmm })?,
+        };
         let cause = if rung == EndedBy::Acpi { ExitCause::GuestPowerOff } else { ExitCause::Requested };
         self.finish(cause).await?;
         act.after().await?;
@@ -133,28 +152,30 @@ impl Vmm for FakeVmm {
         .await
     }
 
-    async fn sample(&self) -> Result<Sample, BackendError> {
-        self.ask(Method::Sample, |machine| {
+    async fn sample(&self) -> Sample {
+        let sampled = self.ask(Method::Sample, |machine| {
             machine.samples += 1;
             let count = machine.samples;
             Sample {
-                cpu_time: machine.since.elapsed() / 4,
-                memory_bytes: (64 << 20) + count,
-                network: NetworkCounters {
+                cpu_time: Some(machine.since.elapsed() / 4),
+                memory_bytes: Some((64 << 20) + count),
+                network: Some(NetworkCounters {
                     bytes_received: 1000 * count,
                     bytes_transmitted: 500 * count,
                     packets_received: 10 * count,
                     packets_transmitted: 5 * count,
-                },
-                storage: StorageCounters {
+                }),
+                storage: Some(StorageCounters {
                     bytes_read: 4096 * count,
                     bytes_written: 512 * count,
                     read_operations: 2 * count,
                     write_operations: count,
-                },
+                }),
+                missing: Vec::new(),
             }
-        })
-        .await
+        });
+        let unread = |error: BackendError| Sample { missing: vec![error.message], ..Sample::default() };
+        sampled.await.unwrap_or_else(unread)
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {

@@ -7,23 +7,23 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Launched, NetworkCounters, Reset, Sample,
-    StorageCounters, Vmm,
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Launched, Reset, Sample, StorageCounters, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Process, arguments_of};
 
-use super::super::force::{self, Means};
+use super::super::force::{self, End};
 use super::super::seat::Held;
 use super::super::{Guest, Parts};
-use crate::ladder::Call;
+use crate::counters;
+use crate::ladder::{self, Call, Means};
 use crate::qemu::client::RebootAction;
 use crate::qemu::link::Link;
 use crate::qemu::qmp::{Qmp, QmpEvent};
 use crate::qemu::vmm::Guest as Ordered;
 use crate::qemu::watch::{Owner, Watch};
-use crate::rest::found::{or_gone, usage};
+use crate::rest::found::or_gone;
 
 /// How long a QEMU that ends with its guest may take to do so.
 const ENDING: std::time::Duration = std::time::Duration::from_millis(500);
@@ -81,13 +81,21 @@ impl Handle {
         or_gone(&self.process, error.into())
     }
 
-    async fn blockstats(&self) -> Result<StorageCounters, BackendError> {
+    async fn block_counters(&self) -> Result<StorageCounters, BackendError> {
         self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))
     }
 
-    async fn end(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    async fn guest_state(&self) -> Result<GuestState, BackendError> {
+        let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
+        Ok(status.guest_state_of_another())
+    }
+
+    async fn end(&self, how: End) -> Result<EndedBy, BackendError> {
         self.guest.order_end(true);
-        let ended = force::climb(&self.process, &self.run.socket, self.program, ladder, self).await;
+        let ended = match how {
+            End::Ladder(ladder) => ladder::climb(self, ladder).await,
+            End::OrderOff => ladder::order_off(self).await,
+        };
         if ended.is_err() {
             self.guest.order_end(false);
         }
@@ -117,6 +125,10 @@ impl Handle {
 
 #[async_trait]
 impl Means for Handle {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
         let call: Call<'_> = Box::pin(async {
             let qmp = self.qmp()?;
@@ -134,12 +146,16 @@ impl Means for Handle {
         forced.then(|| -> Call<'_> { Box::pin(async { Ok(self.qmp()?.quit().await?) }) })
     }
 
-    async fn has_ended(&self) -> Result<bool, BackendError> {
+    async fn has_ended(&self) -> bool {
         // QEMU tells. It is not asked: a command that is under way while QEMU ends makes it (7.2) hang in its own clean-up.
         if !self.guest.has_shut_down() || self.process.wait_for(ENDING).await.is_some() {
-            return Ok(self.process.has_ended());
+            return self.process.has_ended();
         }
-        Ok(self.qmp()?.query_status().await?.guest_state_of_another() == GuestState::Ended)
+        matches!(self.guest_state().await, Ok(GuestState::Ended))
+    }
+
+    async fn end_process(&self, forced: bool, _reached: EndedBy) -> Result<EndedBy, BackendError> {
+        force::end_process(&self.process, &self.run.socket, self.program, forced).await
     }
 }
 
@@ -164,7 +180,7 @@ impl Vmm for Handle {
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        self.end(ladder).await
+        self.end(End::Ladder(ladder)).await
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
@@ -179,26 +195,23 @@ impl Vmm for Handle {
         self.reset().await
     }
 
-    async fn sample(&self) -> Result<Sample, BackendError> {
+    async fn sample(&self) -> Sample {
+        let mut sample = counters::of_host(&self.process, None).await;
+        sample.storage = counters::or_missing(&mut sample, "disks", self.block_counters().await);
+        sample
+    }
+
+    async fn probe(&self) -> Result<GuestState, BackendError> {
         // As in `has_ended`: what ends is not asked.
         if self.guest.has_shut_down() {
             let _ = self.process.wait_for(ENDING).await;
         }
-        let counted = self.blockstats().await;
-        self.held.answered(&self.run.version, &counted);
-        let storage = counted?;
-        let usage = usage(&self.process).await?;
-        let network = NetworkCounters::default();
-        Ok(Sample { cpu_time: usage.cpu_time, memory_bytes: usage.resident_bytes, network, storage })
-    }
-
-    async fn probe(&self) -> Result<GuestState, BackendError> {
-        let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
-        Ok(status.guest_state_of_another())
+        let told = self.guest_state().await;
+        self.held.answered(&self.run.version, &told);
+        told
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        let only_ask = Ladder { ask_guest_for: Some(std::time::Duration::ZERO) };
-        self.end(only_ask).await.map(drop)
+        self.end(End::OrderOff).await.map(drop)
     }
 }

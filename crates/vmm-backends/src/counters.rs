@@ -1,0 +1,88 @@
+//! Counters that the host keeps of a VMM: of its process and of its TAPs.
+
+use std::io;
+
+use vmm_core::backend::{BackendError, NetworkCounters, Sample};
+use vmm_host::process::Process;
+
+/// Reads CPU time and memory of `process` and, where `taps` are given, the counters of those TAPs, seen from the guest.
+///
+/// Names in [`Sample::missing`] everything that could not be read. A TAP that somebody has renamed, deleted or moved into another
+/// network namespace is missing from the sum of the others.
+pub(crate) async fn of_host(process: &Process, taps: Option<&[String]>) -> Sample {
+    let (process, taps) = (process.clone(), taps.map(<[String]>::to_vec));
+    let read = tokio::task::spawn_blocking(move || read(&process, taps.as_deref()));
+    read.await.unwrap_or_else(|error| Sample {
+        missing: vec![format!("reading the host's counters was broken off: {error}")],
+        ..Sample::default()
+    })
+}
+
+/// Returns the counters that were read; those that were not are named in `sample`, with the reason.
+pub(crate) fn or_missing<T>(sample: &mut Sample, what: &str, counters: Result<T, BackendError>) -> Option<T> {
+    counters.inspect_err(|error| sample.missing.push(format!("{what}: {error}"))).ok()
+}
+
+fn read(process: &Process, taps: Option<&[String]>) -> Sample {
+    let mut sample = Sample::default();
+    match process.usage() {
+        Ok(usage) => {
+            sample.cpu_time = Some(usage.cpu_time);
+            sample.memory_bytes = Some(usage.resident_bytes);
+        }
+        Err(error) => sample.missing.push(format!("process {}: {error}", process.pid())),
+    }
+    if let Some(taps) = taps {
+        sample.network = sum(taps, &vmm_host::net::counters, &mut sample.missing);
+    }
+    sample
+}
+
+/// Adds the counters of all `taps` that `counters` can read; `None` where there are TAPs and none can be read.
+fn sum(
+    taps: &[String],
+    counters: &dyn Fn(&str) -> io::Result<NetworkCounters>,
+    missing: &mut Vec<String>,
+) -> Option<NetworkCounters> {
+    let mut sum = taps.is_empty().then(NetworkCounters::default);
+    for tap in taps {
+        match counters(tap) {
+            Ok(more) => {
+                let sum = sum.get_or_insert_default();
+                sum.bytes_received = sum.bytes_received.saturating_add(more.bytes_received);
+                sum.bytes_transmitted = sum.bytes_transmitted.saturating_add(more.bytes_transmitted);
+                sum.packets_received = sum.packets_received.saturating_add(more.packets_received);
+                sum.packets_transmitted = sum.packets_transmitted.saturating_add(more.packets_transmitted);
+            }
+            Err(error) => missing.push(format!("TAP {tap}: {error}")),
+        }
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one_of_each(tap: &str) -> io::Result<NetworkCounters> {
+        match tap {
+            "there" => Ok(NetworkCounters { bytes_received: 1, ..NetworkCounters::default() }),
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    #[test]
+    fn a_tap_that_is_not_there_is_missing_from_the_sum() {
+        for (taps, received, missing) in [
+            (&["there", "there"][..], Some(2), 0),
+            (&["there", "renamed"], Some(1), 1),
+            (&["renamed"], None, 1),
+            (&[], Some(0), 0),
+        ] {
+            let taps: Vec<_> = taps.iter().map(|tap| (*tap).to_owned()).collect();
+            let mut told = Vec::new();
+            let sum = sum(&taps, &one_of_each, &mut told);
+            assert_eq!((sum.map(|sum| sum.bytes_received), told.len()), (received, missing), "{taps:?}");
+        }
+    }
+}

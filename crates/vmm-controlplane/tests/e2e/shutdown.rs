@@ -1,0 +1,116 @@
+//! ShutdownVm without force: the time belongs to the guest, however slow its VMM is.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use vmm_testkit::guests::Guest;
+
+use crate::harness::{World, call, hypervisors, is_alive, linux, pause, signal, skipped, vmm_pid};
+
+/// Starts a guest that obeys its button, and waits until it listens. `false`, and a word about it, where there is none for this
+/// hypervisor.
+fn run_obedient(world: &World, backend: &str, test: &str) -> bool {
+    let (config, ready) = match backend {
+        "qemu" => (world.tiny(Guest::Button), Guest::Button.banner()),
+        "firecracker" => (world.tiny(Guest::Obey), Guest::Obey.banner()),
+        _ => match linux_config("") {
+            Some(config) => (config, "vmcp-guest: ready".to_owned()),
+            None => {
+                skipped(&format!("{test} on {backend}"), "no guest kernel; `make setup` makes it");
+                return false;
+            }
+        },
+    };
+    world.call("CreateVm", &json!({"vm_id": backend, "backend": backend, "config": config})).ok();
+    world.boot(backend);
+    world.wait_for_console(backend, &ready, 1);
+    true
+}
+
+fn linux_config(arguments: &str) -> Option<Value> {
+    let (kernel, initrd) = linux()?;
+    let arguments = format!("console=ttyS0 cryptomgr.notests {arguments}");
+    Some(json!({
+        "cpu": {"vcpu_count": 1},
+        "memory": {"size_bytes": "268435456"},
+        "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": arguments},
+    }))
+}
+
+#[test]
+fn a_vmm_that_stands_still_for_a_while_costs_its_guest_no_time() {
+    const TEST: &str = "a_vmm_that_stands_still_for_a_while_costs_its_guest_no_time";
+    // Rarely sampled, so that nobody notices the silence before the call.
+    let world = World::started(&[("UNKEY_VMCP_METRICS_INTERVAL", "3600")]);
+    for backend in hypervisors(TEST) {
+        if !run_obedient(&world, backend, TEST) {
+            continue;
+        }
+        let pid = vmm_pid(&world.info(backend));
+        signal(pid, Signal::STOP);
+        let (url, body) = (world.url().to_owned(), json!({"vm_id": backend, "timeout_seconds": 60}));
+        let shutting_down = std::thread::spawn(move || call(&url, "ShutdownVm", &body));
+        // Longer than a single request to a VMM waits for its answer.
+        let until = Instant::now() + Duration::from_secs(7);
+        while Instant::now() < until {
+            assert!(is_alive(pid), "{backend}: killed while it had time");
+            pause();
+        }
+        signal(pid, Signal::CONT);
+        let ended = shutting_down.join().unwrap().ok();
+        let by_guest = if backend == "firecracker" { "ctrl-alt-del" } else { "acpi" };
+        assert_eq!(ended["ended_by"], by_guest, "{backend}: {ended}");
+    }
+}
+
+#[test]
+fn a_vmm_that_answers_nothing_is_ended_by_force_alone() {
+    const TEST: &str = "a_vmm_that_answers_nothing_is_ended_by_force_alone";
+    let world = World::started(&[("UNKEY_VMCP_METRICS_INTERVAL", "3600")]);
+    for backend in hypervisors(TEST) {
+        for method in ["ShutdownVm", "RebootVm"] {
+            let vm_id = format!("{backend}-{method}");
+            world.create_on(backend, &vm_id, Guest::Idle);
+            world.boot(&vm_id);
+            world.wait_for_console(&vm_id, &Guest::Idle.banner(), 1);
+            let pid = vmm_pid(&world.info(&vm_id));
+            signal(pid, Signal::STOP);
+            let message =
+                world.call(method, &json!({"vm_id": vm_id, "timeout_seconds": 2})).error("unavailable");
+            assert!(message.contains("use force"), "{backend}: {message}");
+            let info = world.info(&vm_id);
+            assert!(is_alive(pid), "{backend}");
+            assert_eq!(
+                (&info["state"], &info["status"]["phase"]),
+                (&json!("VM_STATE_RUNNING"), &json!("unreachable")),
+                "{backend}: {info:#}"
+            );
+            let ended = world.call("ShutdownVm", &json!({"vm_id": vm_id, "force": true})).ok();
+            assert_eq!(ended["ended_by"], "sigkill", "{backend}");
+            assert!(!is_alive(pid), "{backend}");
+            world.call("DeleteVm", &json!({"vm_id": vm_id})).ok();
+        }
+    }
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_guest_that_is_still_booting_is_asked_again() {
+    const TEST: &str = "a_guest_that_is_still_booting_is_asked_again";
+    let world = World::started(&[]);
+    for backend in hypervisors(TEST) {
+        let config = linux_config("vmcp.deaf=10").filter(|_| backend != "firecracker");
+        let Some(config) = config else {
+            skipped(&format!("{TEST} on {backend}"), "no guest kernel that this hypervisor boots");
+            continue;
+        };
+        world.call("CreateVm", &json!({"vm_id": backend, "backend": backend, "config": config})).ok();
+        world.boot(backend);
+        world.wait_for_console(backend, "vmcp-guest: deaf", 1);
+        // The first request comes now, and is lost; the guest listens long before its time is up.
+        let ended = world.call("ShutdownVm", &json!({"vm_id": backend, "timeout_seconds": 80})).ok();
+        assert_eq!(ended["ended_by"], "acpi", "{backend}: {ended}");
+        assert!(world.console(backend).contains("vmcp-guest: poweroff cause=power-button"), "{backend}");
+    }
+}
