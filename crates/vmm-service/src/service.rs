@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm_core::id::{InstanceId, VmId, VmUid};
@@ -33,6 +33,11 @@ pub(crate) const DEFAULT_SHUTDOWN: Duration = Duration::from_secs(30);
 const MAX_SHUTDOWN_SECONDS: i32 = 3600;
 /// How often backends are asked how they are.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// VMs that are recovered at once when the daemon starts. Each recovery has a deadline of a few seconds, which 1,000 of them on
+/// two cores would miss together.
+const RECOVERIES: usize = 64;
+/// VMs that their restart policies start at once. After a reboot of the host all of them are due together.
+const POLICY_STARTS: usize = 16;
 
 /// What the service is told at start.
 #[derive(Clone, Debug)]
@@ -110,6 +115,10 @@ pub(crate) struct Shared {
     pub(crate) spares: Spares,
     /// Held from the choice of a place to the record that holds it.
     pub(crate) places: tokio::sync::Mutex<()>,
+    /// Slots of recoveries, see [`RECOVERIES`].
+    pub(crate) recoveries: Arc<Semaphore>,
+    /// Slots of starts by a restart policy, see [`POLICY_STARTS`].
+    pub(crate) policy_starts: Arc<Semaphore>,
     /// Operations under way, so that the end of the daemon can wait for them.
     pub(crate) under_way: watch::Sender<usize>,
 }
@@ -164,6 +173,8 @@ impl VmService {
             names: NameLocks::default(),
             spares,
             places: tokio::sync::Mutex::default(),
+            recoveries: Arc::new(Semaphore::new(RECOVERIES)),
+            policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),
             under_way: watch::Sender::new(0),
         });
         shared.backends.refresh().await;

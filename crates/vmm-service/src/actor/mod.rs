@@ -32,7 +32,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use vmm_core::backend::{Backend, BackendError, Launched, Vmm, VmmEvent};
@@ -168,8 +168,12 @@ pub(crate) fn recover(
     index_of.index.insert(shown, EventSeq::default(), metrics, handle);
     let (known, fate) = oneshot::channel();
     let span = actor.span();
+    let slots = Arc::clone(&index_of.recoveries);
     let task = async move {
+        // The deadlines of a recovery begin when it has its slot.
+        let slot = slots.acquire_owned().await;
         let flow = actor.recover().await;
+        drop(slot);
         let _ = known.send(());
         match flow {
             Flow::GoOn => actor.run().await,
@@ -265,7 +269,8 @@ enum Step {
     Sign(Sign),
     /// Something that was cut short.
     Unfinished(Operation),
-    Restart,
+    /// A restart that is due, with its slot.
+    Restart(OwnedSemaphorePermit),
     /// A VMM that was lost is looked for.
     Look,
     /// It was found at its place.
@@ -348,8 +353,9 @@ impl Actor {
                     self.force_until = None;
                     Flow::GoOn
                 }
-                Step::Restart => {
+                Step::Restart(slot) => {
                     self.restart_by_policy().await;
+                    drop(slot);
                     Flow::GoOn
                 }
                 Step::Look => {
@@ -380,7 +386,7 @@ impl Actor {
             biased;
             Some(message) = self.force.recv() => Step::Forced(message),
             sign = next_sign(&mut self.live) => Step::Sign(sign),
-            () = due(self.restart_at) => Step::Restart,
+            slot = due_slot(self.restart_at, &self.shared.policy_starts) => Step::Restart(slot),
             () = due(self.look_at) => Step::Look,
             Some(found) = self.found.recv() => Step::Found(Box::new(found)),
             message = self.inbox.recv() => message.map_or(Step::Orphaned, Step::Asked),
@@ -463,6 +469,16 @@ async fn next_sign(live: &mut Option<Live>) -> Sign {
             Some(event) = live.events.recv() => Sign::Event(event),
             news = live.sampler.news() => Sign::News(news),
         },
+    }
+}
+
+/// Waits until a restart is due and one of `slots` is free. Until then the VM can be started, shut down and deleted by a client.
+async fn due_slot(at: Option<Instant>, slots: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+    due(at).await;
+    match Arc::clone(slots).acquire_owned().await {
+        Ok(slot) => slot,
+        // Nobody closes the semaphore.
+        Err(_) => pending().await,
     }
 }
 

@@ -10,6 +10,7 @@ mod claims;
 mod common;
 mod concurrency;
 mod creation;
+mod crowd;
 mod events;
 mod fake_taps;
 mod force;

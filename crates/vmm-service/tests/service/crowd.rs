@@ -1,0 +1,148 @@
+//! Many VMs at once on a host of two processors: no deadline is lost, because only so many are recovered or started at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::Semaphore;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
+    SweepRequest,
+};
+use vmm_core::event::EventKind;
+use vmm_core::id::BackendName;
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+use vmm_core::state::{Phase, VmState};
+use vmm_service::{Backends, DefaultBoot, Settings, VmService};
+use vmm_testkit::fake::FakeBackend;
+
+use crate::common::*;
+use crate::recover::host_restarts;
+
+/// What an adoption takes of a processor, and a start.
+const ADOPTION: Duration = Duration::from_millis(50);
+const START: Duration = Duration::from_secs(2);
+
+/// The fake hypervisor on two processors, which adoptions and starts wait for.
+struct Narrow {
+    fake: FakeBackend,
+    processors: Semaphore,
+    starting: AtomicUsize,
+    most_starting: Arc<AtomicUsize>,
+}
+
+impl Narrow {
+    async fn work(&self, time: Duration) {
+        let _processor = self.processors.acquire().await.unwrap();
+        tokio::time::sleep(time).await;
+    }
+}
+
+#[async_trait]
+impl Backend for Narrow {
+    fn capabilities(&self) -> &Capabilities {
+        self.fake.capabilities()
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        self.fake.check(spec)
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        let starting = self.starting.fetch_add(1, Ordering::Relaxed) + 1;
+        self.most_starting.fetch_max(starting, Ordering::Relaxed);
+        self.work(START).await;
+        self.starting.fetch_sub(1, Ordering::Relaxed);
+        self.fake.launch(request).await
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        self.work(ADOPTION).await;
+        self.fake.adopt(request).await
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        self.fake.sweep(request).await
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        self.fake.ping().await
+    }
+}
+
+/// A daemon on two processors, and the most starts that it had under way at once.
+async fn start_narrow(bed: &Bed) -> (Vms, Arc<AtomicUsize>) {
+    let most_starting = Arc::new(AtomicUsize::new(0));
+    let narrow = Narrow {
+        fake: FakeBackend::in_world("fake", &bed.world),
+        processors: Semaphore::new(2),
+        starting: AtomicUsize::new(0),
+        most_starting: Arc::clone(&most_starting),
+    };
+    let all: [Arc<dyn Backend>; 1] = [Arc::new(narrow)];
+    let settings = Settings {
+        runtime_dir: bed.runtime_dir(),
+        default_boot: DefaultBoot::default(),
+        metrics_interval: INTERVAL,
+        event_retention: RETENTION,
+        spare_vmms: 0,
+    };
+    let backends = Backends::new(BackendName::new("fake"), all);
+    let (store, taps) = (Arc::clone(&bed.store), Arc::new(bed.taps.clone()));
+    let service = VmService::start_with_taps(store, backends, settings, taps).await.unwrap();
+    (Vms { service, world: bed.world.clone() }, most_starting)
+}
+
+fn life<T>(life: impl Future<Output = T>) -> T {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(life)
+}
+
+#[test]
+fn a_thousand_vms_are_adopted_and_none_is_called_unreachable() {
+    const VMS: usize = 1000;
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        for number in 0..VMS {
+            vms.run(&format!("vm-{number}"), bed.config()).await;
+        }
+    });
+    let before = bed.store.log().len();
+    life(async {
+        let (vms, _) = start_narrow(&bed).await;
+        for vm in bed.store.vms() {
+            assert_eq!(vms.phase(vm.vm_id.as_str()), Phase::Running);
+        }
+    });
+    let told: Vec<_> = bed.store.log().split_off(before);
+    assert!(told.iter().all(|it| it.event.kind == EventKind::Adopted), "every one of them was adopted");
+    assert_eq!(told.len(), VMS);
+}
+
+#[test]
+fn after_a_reboot_of_the_host_the_restart_policies_do_not_start_all_vms_together() {
+    const VMS: usize = 200;
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        for number in 0..VMS {
+            vms.run(&format!("vm-{number}"), bed.with_policy(ALWAYS, 5)).await;
+        }
+    });
+    host_restarts(&bed);
+    life(async {
+        let (vms, most_starting) = start_narrow(&bed).await;
+        // One of them waits for its turn; a client's call does not.
+        vms.delete("vm-199").await.expect("a VM that awaits its restart can be deleted");
+        for number in 0..VMS - 1 {
+            let vm = vms.until_phase(&format!("vm-{number}"), Phase::Running).await;
+            assert_eq!((vm.state, vm.status.restarts), (VmState::Running, 1), "its first start succeeded");
+        }
+        let most = most_starting.load(Ordering::Relaxed);
+        assert!(most < VMS / 4, "{most} were being started at once");
+    });
+    let failed = bed.store.log().into_iter().filter(|it| it.event.status.reason == "boot-failed").count();
+    assert_eq!(failed, 0);
+}
