@@ -36,6 +36,8 @@ pub enum EventKind {
     Adopted,
     /// A VM was removed.
     Deleted,
+    /// Something that this release has no word for: a newer one wrote the event. Never written.
+    Unknown,
 }
 
 impl EventKind {
@@ -52,6 +54,7 @@ impl EventKind {
             Self::Reachable => "reachable",
             Self::Adopted => "adopted",
             Self::Deleted => "deleted",
+            Self::Unknown => "unknown",
         }
     }
 }

@@ -77,7 +77,9 @@ pub struct Intent {
 }
 
 /// Proof of identity of a process: a pid alone may be somebody else's by now.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// Two identities are equal if pid, start time and boot are. The namespaces say only whether the numbers can be compared.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ProcessIdentity {
     /// The process id.
     pub pid: u32,
@@ -85,6 +87,28 @@ pub struct ProcessIdentity {
     pub start_ticks: u64,
     /// The host's boot, as in `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
+    /// The namespaces in which the pid and the start time were read. `None` in records of earlier releases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespaces: Option<Namespaces>,
+}
+
+impl PartialEq for ProcessIdentity {
+    fn eq(&self, other: &Self) -> bool {
+        let Self { pid, start_ticks, boot_id, namespaces: _ } = self;
+        (*pid, *start_ticks, boot_id) == (other.pid, other.start_ticks, &other.boot_id)
+    }
+}
+
+impl Eq for ProcessIdentity {}
+
+/// The namespaces that give a pid and a start time their meaning, by the inodes of `/proc/self/ns/pid` and `time`. The inode of
+/// the time namespace is 0 where the kernel has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Namespaces {
+    /// The PID namespace.
+    pub pid: u64,
+    /// The time namespace.
+    pub time: u64,
 }
 
 /// The VMM of one run: who it is, how to reach it, and what it holds of the host.
@@ -120,12 +144,25 @@ pub enum HostClaim {
         writable: bool,
         /// The path it was named by, for messages.
         path: PathBuf,
+        /// The disks that this one is a part of, or is made of: the whole disk of a partition, the slaves of a device mapper,
+        /// and so on downwards. A writer of one of them writes this disk too.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        lies_on: Vec<DiskKey>,
     },
     /// A TAP interface, by name.
     Tap {
         /// The interface.
         name: String,
     },
+}
+
+/// What tells a disk from every other, whatever path leads to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct DiskKey {
+    /// Device number of the file system that holds the image, or of the block device itself.
+    pub device: u64,
+    /// Inode of the image; 0 for a block device.
+    pub inode: u64,
 }
 
 /// One atomic change: a record and the event that tells of it.
@@ -153,10 +190,23 @@ pub enum Change {
 pub struct Snapshot {
     /// The identity of this state directory, made when it was first opened.
     pub instance: InstanceId,
-    /// Every VM, oldest first.
+    /// Every VM whose record can be read, oldest first.
     pub vms: Vec<VmRecord>,
+    /// Every other VM, oldest first.
+    pub unreadable: Vec<Unreadable>,
     /// The last event in the log; 0 if there is none.
     pub last_event: EventSeq,
+}
+
+/// A VM whose record this program cannot read, as after a step back to an older release. [`Store::commit`] keeps of such a
+/// record all that it does not have to change.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unreadable {
+    /// As much of the record as can be read. What cannot is left at a value that does nothing: an empty configuration, no
+    /// operation under way.
+    pub record: Box<VmRecord>,
+    /// Why, for people.
+    pub why: String,
 }
 
 /// Which events to read.

@@ -67,6 +67,13 @@ pub fn examine(path: &Path) -> Result<(), VisitError> {
             "{shown} is not a socket: name the one that the VMM listens on"
         )));
     }
+    // The owner of a socket can put another one in its place at any time.
+    if !is_trusted(facts.uid()) {
+        return Err(VisitError::Refused(format!(
+            "{shown} belongs to another user (uid {}): have the VMM started by root or by the daemon's user",
+            facts.uid()
+        )));
+    }
     let everybody = facts.mode() & 0o002 != 0;
     if everybody && facts.uid() != rustix::process::geteuid().as_raw() {
         return Err(VisitError::Refused(format!(
@@ -76,6 +83,11 @@ pub fn examine(path: &Path) -> Result<(), VisitError> {
         )));
     }
     Ok(())
+}
+
+/// Says whether a user may answer for a VMM: root, who can do anything anyway, and the daemon's own.
+fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 /// Connects to the socket at `path` and proves which process listens there.
@@ -137,6 +149,12 @@ pub fn listener(stream: &UnixStream, path: &Path) -> Result<u32, VisitError> {
     let credentials = stream.peer_cred().map_err(|error| {
         VisitError::Failed(format!("the kernel does not say who listens on {shown}: {error}"))
     })?;
+    if !is_trusted(credentials.uid()) {
+        return Err(VisitError::Refused(format!(
+            "{shown} is served by another user (uid {}): have the VMM started by root or by the daemon's user",
+            credentials.uid()
+        )));
+    }
     match credentials.pid().and_then(|pid| u32::try_from(pid).ok()) {
         Some(pid) if pid > 1 => Ok(pid),
         Some(1) => Err(VisitError::Refused(format!(
@@ -198,8 +216,53 @@ mod tests {
         if rustix::process::geteuid().is_root() {
             std::os::unix::fs::chown(&path, Some(12_345), None).unwrap();
             assert!(refusal(&path).contains("uid 12345"));
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-            examine(&path).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+            assert!(refusal(&path).contains("uid 12345"), "its owner can replace it, whatever its mode");
         }
+    }
+
+    /// A listener that belongs to another user, behind a socket of ours. It ends with the test.
+    struct Theirs(std::process::Child);
+
+    impl Drop for Theirs {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_another_user_serves_is_refused() {
+        use std::os::unix::process::CommandExt;
+        const TEST: &str = "a_socket_that_another_user_serves_is_refused";
+        if !rustix::process::geteuid().is_root() {
+            return vmm_testkit::skip::skipped(TEST, "only root can start a process as another user");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        let path = dir.path().join("s");
+        let script = "import socket,sys,time\ns=socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\ntime.sleep(600)";
+        let started = std::process::Command::new("/usr/bin/python3")
+            .args(["-c", script])
+            .arg(&path)
+            .uid(12_345)
+            .gid(12_345)
+            .spawn();
+        let Ok(started) = started else {
+            return vmm_testkit::skip::skipped(TEST, "there is no /usr/bin/python3");
+        };
+        let mut theirs = Theirs(started);
+        while UnixStream::connect(&path).await.is_err() {
+            assert!(theirs.0.try_wait().unwrap().is_none(), "it listens");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let refused = async || match visit(&path).await {
+            Err(VisitError::Refused(why)) => why,
+            other => panic!("{other:?}"),
+        };
+        assert!(refused().await.contains("belongs to another user (uid 12345)"));
+        std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+        let why = refused().await;
+        assert!(why.contains("is served by another user (uid 12345)"), "{why}");
     }
 }

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use vmm_core::store::HostClaim;
+use vmm_core::store::{DiskKey, HostClaim};
+
+use crate::block::{self, Layers};
 
 pub use crate::kernel::{HEAD_BYTES, KernelKind, is_qcow2, kernel_kind};
 
@@ -35,12 +37,14 @@ pub enum FileKind {
 }
 
 /// What a usable file is, wherever its path led.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileFacts {
-    /// The device number of the file system that holds it; of a block device, its own.
+    /// The device number of the file system that holds it; of a block device, its own; of a loop device, its backing file's.
     pub device: u64,
-    /// Its inode; 0 for a block device, which is the same one under every path.
+    /// Its inode; 0 for a block device, which is the same one under every path; of a loop device, its backing file's.
     pub inode: u64,
+    /// The disks that it is a part of or is made of; see [`HostClaim::Disk`].
+    pub lies_on: Vec<DiskKey>,
     /// Its kind.
     pub kind: FileKind,
     /// Its size in bytes.
@@ -57,6 +61,7 @@ impl FileFacts {
             inode: self.inode,
             writable: access == Access::ReadWrite,
             path: path.to_path_buf(),
+            lies_on: self.lies_on.clone(),
         }
     }
 }
@@ -130,17 +135,22 @@ pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
         FileKind::Regular => FileFacts {
             device: metadata.dev(),
             inode: metadata.ino(),
+            lies_on: Vec::new(),
             kind: FileKind::Regular,
             size: metadata.len(),
             rdev: 0,
         },
-        FileKind::Block => FileFacts {
-            device: metadata.rdev(),
-            inode: 0,
-            kind: FileKind::Block,
-            size: file.seek(SeekFrom::End(0)).map_err(problem)?,
-            rdev: metadata.rdev(),
-        },
+        FileKind::Block => {
+            let Layers { key, lies_on } = block::layers(metadata.rdev());
+            FileFacts {
+                device: key.device,
+                inode: key.inode,
+                lies_on,
+                kind: FileKind::Block,
+                size: file.seek(SeekFrom::End(0)).map_err(problem)?,
+                rdev: metadata.rdev(),
+            }
+        }
     })
 }
 
@@ -272,8 +282,13 @@ mod tests {
         assert_ne!(facts.inode, 0);
         assert_eq!(inspect(&hard, Access::Read).unwrap(), facts);
         assert_eq!(inspect(&soft, Access::Read).unwrap(), facts);
-        let expected =
-            HostClaim::Disk { device: facts.device, inode: facts.inode, writable: true, path: soft.clone() };
+        let expected = HostClaim::Disk {
+            device: facts.device,
+            inode: facts.inode,
+            writable: true,
+            path: soft.clone(),
+            lies_on: Vec::new(),
+        };
         assert_eq!(facts.claim(&soft, Access::ReadWrite), expected);
     }
 
@@ -342,6 +357,10 @@ mod tests {
         for name in devices.map(|entry| entry.file_name()) {
             let node = Path::new("/dev").join(name);
             let Ok(facts) = inspect(&node, Access::Read) else { continue };
+            // A loop device is known by its file.
+            if node.to_string_lossy().starts_with("/dev/loop") {
+                continue;
+            }
             assert_eq!(
                 (facts.kind, facts.inode, facts.device),
                 (FileKind::Block, 0, facts.rdev),

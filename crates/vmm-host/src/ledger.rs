@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use vmm_core::id::{InstanceId, VmUid};
 
+use crate::named::named;
 use crate::process::{Found, find_by_argument};
 use crate::run_dir::{self, SpareMark, folder_uid, vms_dir};
 
@@ -237,10 +238,6 @@ fn options() -> fs::OpenOptions {
     let mut options = fs::OpenOptions::new();
     options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
     options
-}
-
-fn named(path: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 #[cfg(test)]

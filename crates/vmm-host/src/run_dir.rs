@@ -23,6 +23,8 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use vmm_core::id::VmUid;
 
+use crate::named::named;
+
 pub use spare::SpareMark;
 
 /// The longest path that a unix socket can have, in bytes.
@@ -266,10 +268,6 @@ fn unlink(folder: &OwnedFd, name: &CString, flags: AtFlags) -> io::Result<()> {
 
 fn text(name: &CString) -> &std::ffi::OsStr {
     std::ffi::OsStr::from_bytes(name.as_bytes())
-}
-
-fn named(path: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 #[cfg(test)]

@@ -1,20 +1,26 @@
 //! Waiting for a socket that a program is about to make, without asking again and again.
 
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::inotify;
+use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
 use crate::ready;
 
-/// Tells when something appears in a folder.
+/// Tells when something appears in a folder, or one certain file in it.
 #[derive(Debug)]
 pub struct DirWatch {
     /// There until the watch is dropped.
     fd: Option<AsyncFd<Arc<OwnedFd>>>,
+    /// The only file that matters; `None` where every file does.
+    name: Option<OsString>,
 }
 
 impl DirWatch {
@@ -29,7 +35,18 @@ impl DirWatch {
             | inotify::WatchFlags::ATTRIB
             | inotify::WatchFlags::ONLYDIR;
         inotify::add_watch(&fd, dir, events)?;
-        Ok(Self { fd: Some(ready::readable(Arc::new(fd))?) })
+        Ok(Self { fd: Some(ready::readable(Arc::new(fd))?), name: None })
+    }
+
+    /// Begins to watch the folder of `path` for the file at `path`. What happens to its neighbours is not told of.
+    ///
+    /// # Errors
+    /// As [`DirWatch::new`].
+    pub fn for_file(path: &Path) -> io::Result<Self> {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut watch = Self::new(dir)?;
+        watch.name = path.file_name().map(OsStr::to_owned);
+        Ok(watch)
     }
 
     /// Waits until something has appeared since the last call. May say so once too often. May be cancelled.
@@ -40,12 +57,32 @@ impl DirWatch {
         let Some(fd) = &self.fd else { return Ok(()) };
         loop {
             let mut ready = fd.readable().await?;
-            // Which file it was does not matter: whoever waits looks for his own.
-            let mut events = [0; 4096];
-            match ready.try_io(|fd| Ok(rustix::io::read(fd, &mut events)?)) {
-                Ok(Ok(_)) => return Ok(()),
+            match ready.try_io(|fd| Ok(self.read(fd.get_ref())?)) {
+                Ok(Ok(true)) => return Ok(()),
+                Ok(Ok(false)) => {}
                 Ok(Err(error)) => return Err(error),
                 Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// Takes events that wait, as many as there is room for, and says whether one of them is of a file that matters.
+    fn read(&self, fd: &OwnedFd) -> Result<bool, Errno> {
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(fd, &mut buffer);
+        let mut matters = false;
+        loop {
+            match events.next() {
+                Ok(event) => {
+                    let lost = event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW);
+                    let name = event.file_name().map(|name| OsStr::from_bytes(name.to_bytes()));
+                    matters |= lost || self.name.as_deref().is_none_or(|wanted| name == Some(wanted));
+                }
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error),
+            }
+            if events.is_buffer_empty() {
+                return Ok(matters);
             }
         }
     }
@@ -71,6 +108,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let watch = DirWatch::new(dir.path()).unwrap();
         let path = dir.path().join("s");
+        let (told, _listener) =
+            tokio::join!(watch.changed(), async { tokio::net::UnixListener::bind(&path).unwrap() });
+        told.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_neighbour_is_not_told_of_where_one_file_is_waited_for() {
+        use futures::FutureExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let watch = DirWatch::for_file(&path).unwrap();
+        for number in 0..1_000 {
+            std::fs::write(dir.path().join(number.to_string()), "").unwrap();
+        }
+        // The kernel has queued the events before the writes returned.
+        for _ in 0..100 {
+            assert!(watch.changed().now_or_never().is_none(), "none of these is the socket");
+            tokio::task::yield_now().await;
+        }
         let (told, _listener) =
             tokio::join!(watch.changed(), async { tokio::net::UnixListener::bind(&path).unwrap() });
         told.unwrap();

@@ -8,7 +8,7 @@ use std::path::Path;
 use vmm_core::backend::KernelFormat;
 use vmm_core::report::Report;
 use vmm_core::spec::{Console, Disk, DiskFormat, VmSpec};
-use vmm_core::store::HostClaim;
+use vmm_core::store::{DiskKey, HostClaim};
 use vmm_host::files::{self, Access, FileFacts};
 use vmm_host::kernel::{HEAD_BYTES, KernelKind, is_qcow2, kernel_kind};
 
@@ -135,12 +135,14 @@ fn look_at_format(report: &mut Report, disk: &Disk, head: &[u8]) {
 
 /// One disk twice in one VM is as bad as in two.
 fn conflict(earlier: &[HostClaim], claim: &HostClaim) -> Option<String> {
-    let HostClaim::Disk { device, inode, writable, path } = claim else { return None };
+    let HostClaim::Disk { device, inode, writable, path, lies_on } = claim else { return None };
+    let key = DiskKey { device: *device, inode: *inode };
     earlier.iter().find_map(|other| match other {
-        HostClaim::Disk { device: d, inode: i, writable: w, path: other_path }
-            if d == device && i == inode && (*w || *writable) =>
+        HostClaim::Disk { device, inode, writable: w, path: other_path, lies_on: below }
+            if *w || *writable =>
         {
-            Some(format!(
+            let other = DiskKey { device: *device, inode: *inode };
+            (key == other || lies_on.contains(&other) || below.contains(&key)).then(|| format!(
                 "{} is the same disk as {}, and one of them is writable: set read_only on both, or give each its own",
                 path.display(),
                 other_path.display()

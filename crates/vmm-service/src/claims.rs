@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::store::HostClaim;
+use vmm_core::store::{DiskKey, HostClaim};
 
 /// Who holds what. Read-only users share a disk; a writer has it alone.
 #[derive(Default)]
@@ -22,7 +22,7 @@ struct Holders {
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Key {
-    Disk { device: u64, inode: u64 },
+    Disk(DiskKey),
     Tap(String),
 }
 
@@ -30,6 +30,9 @@ struct Holder {
     uid: VmUid,
     vm_id: VmId,
     exclusive: bool,
+    /// Whether it holds only something that lies on this: a partition of this disk, say. Partitions are in nobody's way but
+    /// that of the whole disk.
+    part: bool,
 }
 
 impl Claims {
@@ -70,13 +73,13 @@ impl Claims {
 
 fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), String> {
     for claim in claims {
-        let (key, exclusive) = key_of(claim);
-        let other = holders
-            .by_key
-            .get(&key)
-            .into_iter()
-            .flatten()
-            .find(|holder| holder.uid != uid && (exclusive || holder.exclusive));
+        let exclusive = is_exclusive(claim);
+        let other = keys_of(claim).find_map(|(key, part)| {
+            let holders = holders.by_key.get(&key).into_iter().flatten();
+            holders
+                .into_iter()
+                .find(|holder| holder.uid != uid && (exclusive || holder.exclusive) && !(part && holder.part))
+        });
         if let Some(other) = other {
             return Err(format!(
                 "{} is in use by VM \"{}\", which runs; shut that VM down first, or use another",
@@ -90,9 +93,11 @@ fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), Stri
 
 fn insert(holders: &mut Holders, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) {
     for claim in claims {
-        let (key, exclusive) = key_of(claim);
-        holders.by_uid.entry(uid).or_default().push(key.clone());
-        holders.by_key.entry(key).or_default().push(Holder { uid, vm_id: vm_id.clone(), exclusive });
+        for (key, part) in keys_of(claim) {
+            holders.by_uid.entry(uid).or_default().push(key.clone());
+            let holder = Holder { uid, vm_id: vm_id.clone(), exclusive: is_exclusive(claim), part };
+            holders.by_key.entry(key).or_default().push(holder);
+        }
     }
 }
 
@@ -107,12 +112,21 @@ fn remove(holders: &mut Holders, uid: VmUid) {
     }
 }
 
-fn key_of(claim: &HostClaim) -> (Key, bool) {
-    match claim {
-        HostClaim::Disk { device, inode, writable, .. } => {
-            (Key::Disk { device: *device, inode: *inode }, *writable)
+/// Lists what a claim is of, and then what lies below that, which is marked with `true`.
+fn keys_of(claim: &HostClaim) -> impl Iterator<Item = (Key, bool)> + '_ {
+    let (own, below): (_, &[DiskKey]) = match claim {
+        HostClaim::Disk { device, inode, lies_on, .. } => {
+            (Key::Disk(DiskKey { device: *device, inode: *inode }), lies_on)
         }
-        HostClaim::Tap { name } => (Key::Tap(name.clone()), true),
+        HostClaim::Tap { name } => (Key::Tap(name.clone()), &[]),
+    };
+    std::iter::once((own, false)).chain(below.iter().map(|key| (Key::Disk(*key), true)))
+}
+
+fn is_exclusive(claim: &HostClaim) -> bool {
+    match claim {
+        HostClaim::Disk { writable, .. } => *writable,
+        HostClaim::Tap { .. } => true,
     }
 }
 
@@ -128,7 +142,31 @@ mod tests {
     use super::*;
 
     fn disk(inode: u64, writable: bool) -> HostClaim {
-        HostClaim::Disk { device: 1, inode, writable, path: "/x".into() }
+        HostClaim::Disk { device: 1, inode, writable, path: "/x".into(), lies_on: Vec::new() }
+    }
+
+    /// A partition of the disk with the number `whole`.
+    fn partition(device: u64, whole: u64, writable: bool) -> HostClaim {
+        let lies_on = vec![DiskKey { device: whole, inode: 0 }];
+        HostClaim::Disk { device, inode: 0, writable, path: "/p".into(), lies_on }
+    }
+
+    #[test]
+    fn a_partition_and_its_whole_disk_are_one_and_two_partitions_are_two() {
+        let claims = Claims::default();
+        let [a, b, c] = [(); 3].map(|()| VmUid::new(uuid::Uuid::now_v7()));
+        let id: VmId = "a".parse().unwrap();
+        let whole =
+            [HostClaim::Disk { device: 8, inode: 0, writable: true, path: "/w".into(), lies_on: vec![] }];
+        claims.acquire(a, &id, &[partition(9, 8, true)]).unwrap();
+        claims.acquire(b, &id, &[partition(10, 8, true)]).expect("its neighbour has other bytes");
+        assert!(claims.acquire(c, &id, &whole).unwrap_err().contains("VM \"a\""));
+        assert!(claims.acquire(c, &id, &[partition(10, 8, false)]).is_err(), "the very same partition");
+        claims.release(a);
+        claims.acquire(c, &id, &whole).expect_err("b still has a part of it");
+        claims.release(b);
+        claims.acquire(c, &id, &whole).unwrap();
+        claims.acquire(a, &id, &[partition(9, 8, false)]).expect_err("a writer of the whole writes the part");
     }
 
     #[test]

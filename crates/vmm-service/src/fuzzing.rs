@@ -29,7 +29,12 @@ struct Log(Vec<VmEvent>);
 #[async_trait]
 impl Store for Log {
     async fn load(&self) -> Result<Snapshot, StoreError> {
-        Ok(Snapshot { instance: instance(), vms: Vec::new(), last_event: EventSeq(*KEPT.end()) })
+        Ok(Snapshot {
+            instance: instance(),
+            vms: Vec::new(),
+            unreadable: Vec::new(),
+            last_event: EventSeq(*KEPT.end()),
+        })
     }
 
     async fn commit(&self, _: Commit) -> Result<Option<EventSeq>, StoreError> {

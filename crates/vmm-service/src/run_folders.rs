@@ -5,18 +5,25 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::OFlags;
+use tokio::task::JoinError;
 use uuid::Uuid;
 use vmm_core::id::VmUid;
 use vmm_host::process::find_by_argument;
+
+/// How long the processes of this host may take to be listed at the start. The kernel holds up whoever reads the arguments of a
+/// process whose memory is being paged in from a server that is gone.
+const LISTING: Duration = Duration::from_secs(5);
 
 /// The console's file, where the client names none.
 pub(crate) const KEPT_CONSOLE: &str = "console.log";
 
 /// Makes a file that only the owner reads, or leaves the one that is there. Blocks.
-pub(crate) fn touch(path: &Path) -> std::io::Result<()> {
+pub(crate) fn touch(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     std::fs::OpenOptions::new()
         .append(true)
@@ -43,9 +50,21 @@ impl RunFolders {
             let users = find_by_argument(&folders)?;
             let below = users.iter().flat_map(|user| user.paths_below(&folders));
             let first = below.filter_map(|path| path.iter().next().map(OsString::from));
-            Ok::<_, std::io::Error>(first.collect())
+            Ok::<_, io::Error>(first.collect())
         });
-        match names.await {
+        Self::told(names).await
+    }
+
+    /// Waits for the names, and does without them where they do not come.
+    async fn told(names: impl Future<Output = Result<io::Result<BTreeSet<OsString>>, JoinError>>) -> Self {
+        let Ok(names) = tokio::time::timeout(LISTING, names).await else {
+            tracing::warn!(
+                "the processes of this host could not be listed within {LISTING:?}: one of them hangs in the kernel, as on a \
+                 disk that does not answer; every VM is looked for"
+            );
+            return Self(None);
+        };
+        match names {
             Ok(Ok(names)) => Self(Some(names)),
             Ok(Err(error)) => {
                 tracing::warn!(%error, "the processes of this host could not be listed; every VM is looked for");
@@ -62,5 +81,18 @@ impl RunFolders {
     pub(crate) fn contains(&self, uid: VmUid) -> bool {
         let Some(names) = &self.0 else { return true };
         uid.run_dir(Path::new("/")).file_name().is_some_and(|name| names.contains(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_listing_that_hangs_makes_every_vm_be_looked_for() {
+        let uid = VmUid::new(Uuid::now_v7());
+        assert!(RunFolders::told(std::future::pending()).await.contains(uid));
+        let nobody = RunFolders::told(std::future::ready(Ok(Ok(BTreeSet::new())))).await;
+        assert!(!nobody.contains(uid));
     }
 }

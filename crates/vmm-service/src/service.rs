@@ -155,12 +155,13 @@ impl VmService {
         settings: Settings,
         taps: Arc<dyn Taps>,
     ) -> Result<Self, ServiceError> {
-        let Snapshot { instance, vms, last_event } = store.load().await?;
+        let Snapshot { instance, vms, unreadable, last_event } = store.load().await?;
         let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
         tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
         // A VM that never ran and is not being started owns no TAP: what bears its label was made by a start that died.
         let owners = vms.iter().filter(|vm| vm.state != VmState::Created || vm.intent.is_some());
-        actor::remove_orphans(&*taps, instance, &owners.map(|vm| vm.uid).collect()).await;
+        let owners = owners.map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
+        actor::remove_orphans(&*taps, instance, &owners.collect()).await;
         let spares = Spares::new(settings.spare_vmms);
         let shared = Arc::new(Shared {
             events,
@@ -185,8 +186,12 @@ impl VmService {
                 pings.refresh().await;
             }
         });
-        spares::clear(&shared, vms.iter().map(|vm| vm.uid).collect()).await;
+        let on_record = vms.iter().map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
+        spares::clear(&shared, on_record.collect()).await;
         let in_use = RunFolders::in_use(&shared.settings.runtime_dir).await;
+        // Before the others: an operation of theirs that is finished must find these VMs' disks taken.
+        let left_alone = unreadable.into_iter().map(|vm| leave_alone(&shared, *vm.record, vm.why));
+        futures::future::join_all(left_alone.collect::<Vec<_>>()).await;
         let recoveries = vms.into_iter().map(|record| take_up(&shared, record, &in_use));
         futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
         places::discover_all(&shared).await;
@@ -426,6 +431,13 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
         (Ok(_) | Err(_), Err(problem)) => (None, problem),
     };
     tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be taken up by this program; it is left as it is");
+    settled(actor::show_untaken(Arc::clone(shared), record, known, why))
+}
+
+/// Shows a VM whose record cannot be read as a whole; the future ends when that is done.
+fn leave_alone(shared: &Arc<Shared>, record: VmRecord, why: String) -> impl Future<Output = ()> + use<> {
+    tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be read by this program; it is left as it is");
+    let known = shared.backends.get(record.backend.as_str()).ok();
     settled(actor::show_untaken(Arc::clone(shared), record, known, why))
 }
 

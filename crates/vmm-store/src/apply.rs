@@ -52,7 +52,7 @@ fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
     conn.prepare_cached(
         "INSERT INTO vms (uid, vm_id, generation, format, record) VALUES (?1, ?2, ?3, ?4, ?5)",
     )?
-    .execute(params![record.uid, record.vm_id, record.generation, FORMAT, record.json])?;
+    .execute(params![record.uid, record.vm_id, record.generation, record.format, record.json])?;
     Ok(())
 }
 
@@ -81,7 +81,7 @@ fn update(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
     conn.prepare_cached(
         "UPDATE vms SET vm_id = ?2, generation = ?3, format = ?4, record = ?5 WHERE uid = ?1",
     )?
-    .execute(params![record.uid, record.vm_id, record.generation, FORMAT, record.json])?;
+    .execute(params![record.uid, record.vm_id, record.generation, record.format, record.json])?;
     Ok(())
 }
 

@@ -23,10 +23,11 @@ use rusqlite::backup::{Backup, StepResult};
 use tempfile::TempPath;
 use vmm_core::backend::Effect;
 use vmm_core::id::InstanceId;
-use vmm_core::store::{Snapshot, StoreError, StoreErrorKind, VmRecord};
+use vmm_core::store::{Snapshot, StoreError, StoreErrorKind, Unreadable, VmRecord};
 
-use crate::codec::{FORMAT, encode_record};
+use crate::codec::encode_record;
 use crate::error::{CausedBy, REMEDY, corrupt, from_sqlite, store_error};
+use crate::foreign::Foreign;
 use crate::open::{self, DATABASE_FILE, connect, connect_to_read, io_error, with_suffix};
 use crate::reader;
 use crate::schema::{self, MIGRATIONS};
@@ -84,7 +85,7 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
         ));
     }
     let instance = open::instance(&conn, &path)?;
-    reader::load(&mut conn, &path, instance).map(Some)
+    reader::load(&mut conn, &path, instance, &Foreign::default()).map(Some)
 }
 
 /// Writes a copy of the database in `state_dir`, as it is at one moment, to the new file `target`, which only its owner may
@@ -149,10 +150,12 @@ pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<R
     // A copy can be upgraded only where it needs no log of its own.
     without_log(&conn, &draft)?;
     schema::migrate(&mut conn, &draft, MIGRATIONS)?;
-    let snapshot = reader::load(&mut conn, file, instance).map_err(|error| unfit(file, error))?;
+    let foreign = Foreign::default();
+    let snapshot = reader::load(&mut conn, file, instance, &foreign).map_err(|error| unfit(file, error))?;
+    refuse_unreadable(&snapshot, file)?;
     let vms = snapshot.vms.len();
     skip_places(&conn, &draft, &snapshot, &present)?;
-    correct(&conn, file, &draft, snapshot, amend)?;
+    correct(&conn, file, &draft, snapshot, &foreign, amend)?;
     let date = date(&conn, &draft)?;
     seal(conn, &draft)?;
     let bytes = size(&draft)?;
@@ -268,6 +271,13 @@ fn verify(conn: &Connection, shown: &Path) -> Result<(InstanceId, usize), StoreE
     Ok((instance, usize::try_from(vms).unwrap_or(usize::MAX)))
 }
 
+/// Refuses a backup with a record that this program cannot read: nobody could tell whether its VM is what the host shows.
+fn refuse_unreadable(snapshot: &Snapshot, file: &Path) -> Result<(), StoreError> {
+    let Some(Unreadable { record, why }) = snapshot.unreadable.first() else { return Ok(()) };
+    let finding = format!("VM {} (uid {}): {why}", record.vm_id, record.uid);
+    Err(unfit(file, corrupt(file, finding)))
+}
+
 /// A token of the event log means one event for ever, so those that were given since the backup are not given again.
 fn skip_places(conn: &Connection, path: &Path, copy: &Snapshot, present: &Present) -> Result<(), StoreError> {
     let next = match present {
@@ -287,6 +297,7 @@ fn correct(
     shown: &Path,
     path: &Path,
     snapshot: Snapshot,
+    foreign: &Foreign,
     amend: &mut Amend<'_>,
 ) -> Result<(), StoreError> {
     let mut refused = Vec::new();
@@ -294,10 +305,11 @@ fn correct(
         match amend(&mut record) {
             Ok(false) => {}
             Ok(true) => {
-                let row = encode_record(&record)?;
+                let mut row = encode_record(&record)?;
+                foreign.put_back(&record, &mut row);
                 conn.execute(
                     "UPDATE vms SET record = ?1, format = ?2 WHERE uid = ?3",
-                    (&row.json, FORMAT, &row.uid),
+                    (&row.json, row.format, &row.uid),
                 )
                 .map_err(|error| from_sqlite(path, "writing", Effect::NotApplied, error))?;
             }

@@ -1,15 +1,17 @@
 //! How a record or an event becomes a row, and a row becomes one again.
 //!
-//! Encoding is done by the caller's task, so the writer's thread only writes. Decoding trusts nothing: a row that cannot be
-//! read, or whose JSON contradicts its columns, is damage, and the error names the VM.
+//! Encoding is done by the caller's task, so the writer's thread only writes. Decoding trusts nothing. A row that cannot be
+//! read, or whose JSON contradicts its columns, concerns one VM or one event and hides no other: see [`crate::salvage`].
 
 use std::path::Path;
 
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, NewEvent, VmEvent};
-use vmm_core::store::{Change, Commit, StoreError, StoreErrorKind, VmRecord};
+use vmm_core::store::{Change, Commit, StoreError, StoreErrorKind, Unreadable, VmRecord};
 
 use crate::error::{CausedBy, corrupt, store_error};
+use crate::foreign::Foreign;
+use crate::salvage;
 
 /// The form of the JSON that this program writes. Numbered by itself, because records change more often than tables.
 pub(crate) const FORMAT: i64 = 1;
@@ -35,6 +37,7 @@ pub(crate) struct EncodedRecord {
     pub(crate) uid: String,
     pub(crate) vm_id: String,
     pub(crate) generation: i64,
+    pub(crate) format: i64,
     pub(crate) json: String,
 }
 
@@ -51,10 +54,14 @@ pub(crate) struct EncodedEvent {
 /// # Errors
 ///
 /// [`StoreErrorKind::Io`] if it holds what JSON cannot: a path that is not UTF-8.
-pub(crate) fn encode(commit: Commit) -> Result<EncodedCommit, StoreError> {
+pub(crate) fn encode(commit: Commit, foreign: &Foreign) -> Result<EncodedCommit, StoreError> {
     let change = match commit.change {
         Change::Insert(record) => EncodedChange::Insert(encode_record(&record)?),
-        Change::Update(record) => EncodedChange::Update(encode_record(&record)?),
+        Change::Update(record) => {
+            let mut encoded = encode_record(&record)?;
+            foreign.put_back(&record, &mut encoded);
+            EncodedChange::Update(encoded)
+        }
         Change::Remove(uid) => EncodedChange::Remove { uid: uid.to_string() },
     };
     Ok(EncodedCommit { change, event: commit.event.as_ref().map(encode_event).transpose()? })
@@ -73,6 +80,7 @@ pub(crate) fn encode_record(record: &VmRecord) -> Result<EncodedRecord, StoreErr
         uid: record.uid.to_string(),
         vm_id: record.vm_id.to_string(),
         generation: i64::try_from(record.generation).map_err(|error| unfit().caused_by(error))?,
+        format: FORMAT,
         json: serde_json::to_string(record).map_err(|error| unfit().caused_by(error))?,
     })
 }
@@ -85,59 +93,74 @@ fn encode_event(event: &NewEvent) -> Result<EncodedEvent, StoreError> {
     Ok(EncodedEvent { time_ms: event.time_ms, vm_id: event.vm_id.to_string(), json })
 }
 
-/// Turns a row of `vms` back into a record.
+/// A row of `vms` as this program understands it: the whole record, or what can be read of it.
+pub(crate) type Decoded = Result<VmRecord, Unreadable>;
+
+/// Turns a row of `vms` back into a record, or into what can be read of one.
 ///
 /// # Errors
 ///
-/// [`StoreErrorKind::Corrupt`] if it makes no sense, [`StoreErrorKind::Newer`] if its format is a later one.
-pub(crate) fn decode_record(path: &Path, row: &EncodedRecord, format: i64) -> Result<VmRecord, StoreError> {
-    let whose = || format!("the record of VM {} (uid {})", row.vm_id, row.uid);
-    refuse_other_format(path, &whose(), format)?;
-    let record: VmRecord = serde_json::from_str(&row.json)
-        .map_err(|error| corrupt(path, format_args!("{} cannot be read", whose())).caused_by(error))?;
+/// [`StoreErrorKind::Corrupt`] if not even its key makes sense.
+pub(crate) fn decode_record(path: &Path, row: &EncodedRecord) -> Result<Decoded, StoreError> {
+    let why = match read_record(row) {
+        Ok(record) => return Ok(Ok(record)),
+        Err(why) => why,
+    };
+    let record = salvage::record(row).ok_or_else(|| {
+        corrupt(path, format_args!("the record of VM {} (uid {}) has no legal key", row.vm_id, row.uid))
+    })?;
+    Ok(Err(Unreadable { record: Box::new(record), why: format!("its record {why}") }))
+}
+
+fn read_record(row: &EncodedRecord) -> Result<VmRecord, String> {
+    check_format(row.format)?;
+    let record: VmRecord = serde_json::from_str(&row.json).map_err(|error| unreadable(&error))?;
     let agrees = record.uid.to_string() == row.uid
         && record.vm_id.as_str() == row.vm_id
         && i64::try_from(record.generation) == Ok(row.generation);
-    if agrees { Ok(record) } else { Err(corrupt(path, format_args!("{} contradicts its key", whose()))) }
+    if agrees { Ok(record) } else { Err("contradicts its key".to_owned()) }
 }
 
-/// Turns a row of `events` back into an event.
+/// Turns a row of `events` back into an event, or into what can be read of one.
 ///
 /// # Errors
 ///
-/// Like [`decode_record`].
+/// [`StoreErrorKind::Corrupt`] if not even its key makes sense.
 pub(crate) fn decode_event(
     path: &Path,
     seq: i64,
     row: &EncodedEvent,
     format: i64,
 ) -> Result<VmEvent, StoreError> {
-    let whose = || format!("event {seq} of VM {}", row.vm_id);
-    refuse_other_format(path, &whose(), format)?;
-    let event: NewEvent = serde_json::from_str(&row.json)
-        .map_err(|error| corrupt(path, format_args!("{} cannot be read", whose())).caused_by(error))?;
-    if event.vm_id.as_str() != row.vm_id || event.time_ms != row.time_ms {
-        return Err(corrupt(path, format_args!("{} contradicts its key", whose())));
-    }
-    let seq = u64::try_from(seq)
-        .map_err(|error| corrupt(path, format_args!("{} has no legal place", whose())).caused_by(error))?;
+    let no_key = || corrupt(path, format_args!("event {seq} of VM {} has no legal key", row.vm_id));
+    let event = match read_event(row, format) {
+        Ok(event) => event,
+        Err(why) => {
+            tracing::warn!(seq, vm_id = row.vm_id, why, "an event can be read in part only");
+            salvage::event(row, &why).ok_or_else(no_key)?
+        }
+    };
+    let seq = u64::try_from(seq).map_err(|error| no_key().caused_by(error))?;
     Ok(VmEvent { seq: EventSeq(seq), event })
 }
 
-fn refuse_other_format(path: &Path, whose: &str, format: i64) -> Result<(), StoreError> {
-    if format == FORMAT {
-        return Ok(());
+fn read_event(row: &EncodedEvent, format: i64) -> Result<NewEvent, String> {
+    check_format(format)?;
+    let event: NewEvent = serde_json::from_str(&row.json).map_err(|error| unreadable(&error))?;
+    let agrees = event.vm_id.as_str() == row.vm_id && event.time_ms == row.time_ms;
+    if agrees { Ok(event) } else { Err("contradicts its key".to_owned()) }
+}
+
+fn unreadable(error: &serde_json::Error) -> String {
+    format!("is damaged or was written by a newer program ({error})")
+}
+
+fn check_format(format: i64) -> Result<(), String> {
+    match format {
+        FORMAT => Ok(()),
+        newer if newer > FORMAT => Err(format!(
+            "has format {newer}, and this program knows formats up to {FORMAT}: a newer program wrote it"
+        )),
+        unknown => Err(format!("has the unknown format {unknown}")),
     }
-    if format < FORMAT {
-        return Err(corrupt(path, format_args!("{whose} has the unknown format {format}")));
-    }
-    Err(store_error(
-        StoreErrorKind::Newer,
-        Effect::NotApplied,
-        format!(
-            "{whose} in the database {} has format {format}, and this program knows formats up to {FORMAT}: a newer program \
-             wrote it. Nothing was changed. Start that program again",
-            path.display()
-        ),
-    ))
 }

@@ -24,9 +24,11 @@ mod backup;
 mod checkpoint;
 mod codec;
 mod error;
+mod foreign;
 mod open;
 mod reader;
 mod reserve;
+mod salvage;
 mod schema;
 mod worker;
 mod writer;
@@ -43,6 +45,7 @@ use vmm_core::id::InstanceId;
 use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind};
 
 use crate::error::{CausedBy, store_error};
+use crate::foreign::Foreign;
 use crate::worker::Worker;
 
 pub use crate::backup::{Amend, Copied, Restored, backup, peek, restore};
@@ -64,6 +67,7 @@ pub struct SqliteStore {
     path: PathBuf,
     instance: InstanceId,
     doors: Mutex<Option<Doors>>,
+    foreign: Arc<Foreign>,
     workers: Arc<Mutex<Vec<Worker>>>,
 }
 
@@ -94,12 +98,13 @@ impl SqliteStore {
             .caused_by(error)
         };
 
+        let foreign = Arc::new(Foreign::default());
         let (log, quiet) = checkpoint::channel();
         let (writer_door, jobs) = mpsc::channel(QUEUED_COMMITS);
         let (reader_door, reads) = mpsc::channel(QUEUED_READS);
         reserve.keep();
         let writer = writer::Writer::new(writer, path.clone(), log, reserve.clone())?;
-        let reader = reader::Reader::new(reader, path.clone(), instance);
+        let reader = reader::Reader::new(reader, path.clone(), instance, Arc::clone(&foreign));
         let workers = vec![
             Worker::spawn("store-reader", move || reader.run(reads)).map_err(failed)?,
             Worker::spawn("store-writer", move || writer.run(jobs)).map_err(failed)?,
@@ -112,7 +117,8 @@ impl SqliteStore {
             .map_err(failed)?,
         ];
         let doors = Doors { writer: writer_door, reader: reader_door };
-        Ok(Self { path, instance, doors: Mutex::new(Some(doors)), workers: Arc::new(Mutex::new(workers)) })
+        let (doors, workers) = (Mutex::new(Some(doors)), Arc::new(Mutex::new(workers)));
+        Ok(Self { path, instance, doors, foreign, workers })
     }
 
     /// Where the database is.
@@ -185,12 +191,12 @@ impl Store for SqliteStore {
     }
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
-        let commit = codec::encode(commit)?;
+        let commit = codec::encode(commit, &self.foreign)?;
         self.write(|reply| writer::Job::Commit { commit, forced: false, reply }).await
     }
 
     async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
-        let commit = codec::encode(commit)?;
+        let commit = codec::encode(commit, &self.foreign)?;
         self.write(|reply| writer::Job::Commit { commit, forced: true, reply }).await
     }
 

@@ -13,7 +13,7 @@
 //! to begin anew in silence would orphan every running VM. Nothing is written before all questions are answered.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -71,7 +71,7 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
 fn open_locked(path: &Path, migrations: &[Migration]) -> Result<(InstanceId, [Connection; 3]), StoreError> {
     match std::fs::metadata(path) {
         Ok(file) if file.len() == 0 => return Err(corrupt(path, "the file is empty")),
-        Ok(_) => {}
+        Ok(file) => refuse_cut_short(path, file.len())?,
         Err(error) if error.kind() == ErrorKind::NotFound => create(path, migrations)?,
         Err(error) => return Err(io_error("looking at", path, error)),
     }
@@ -88,6 +88,29 @@ fn open_locked(path: &Path, migrations: &[Migration]) -> Result<(InstanceId, [Co
     let checkpointer = connect(path).map_err(|error| unusable(path, error))?;
     configure(&checkpointer, path)?;
     Ok((instance, [writer, reader, checkpointer]))
+}
+
+/// Refuses a database that is shorter than its head says. SQLite itself takes what is missing of the last page for zeros. With a
+/// log beside it nothing is refused, because a daemon that died may have left the end of the database there.
+fn refuse_cut_short(path: &Path, length: u64) -> Result<(), StoreError> {
+    if std::fs::metadata(with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0) {
+        return Ok(());
+    }
+    let mut head = [0; 32];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut head));
+    if read.is_err() || !head.starts_with(b"SQLite format 3\0") {
+        // No database at all, which SQLite says better.
+        return Ok(());
+    }
+    let page_bytes = match u64::from(u16::from_be_bytes([head[16], head[17]])) {
+        1 => 65_536,
+        bytes => bytes,
+    };
+    let pages = u64::from(u32::from_be_bytes([head[28], head[29], head[30], head[31]]));
+    match (pages * page_bytes).saturating_sub(length) {
+        0 => Ok(()),
+        missing => Err(corrupt(path, format_args!("its last {missing} bytes are missing"))),
+    }
 }
 
 /// Makes the state directory if it is missing.

@@ -2,6 +2,7 @@
 //! commit that was answered before it began.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, Row};
 use tokio::sync::{mpsc, oneshot};
@@ -12,6 +13,7 @@ use vmm_core::store::{EventQuery, Snapshot, StoreError};
 
 use crate::codec::{EncodedEvent, EncodedRecord, decode_event, decode_record};
 use crate::error::{CausedBy, corrupt, from_sqlite};
+use crate::foreign::Foreign;
 
 /// The most events that one query answers with, whatever it asks for.
 pub const MAX_EVENTS: usize = 10_000;
@@ -29,11 +31,12 @@ pub(crate) struct Reader {
     conn: Connection,
     path: PathBuf,
     instance: InstanceId,
+    foreign: Arc<Foreign>,
 }
 
 impl Reader {
-    pub(crate) fn new(conn: Connection, path: PathBuf, instance: InstanceId) -> Self {
-        Self { conn, path, instance }
+    pub(crate) fn new(conn: Connection, path: PathBuf, instance: InstanceId, foreign: Arc<Foreign>) -> Self {
+        Self { conn, path, instance, foreign }
     }
 
     /// Answers until nobody can ask any more.
@@ -41,7 +44,10 @@ impl Reader {
         // An answer that cannot be sent belongs to a caller that has gone.
         while let Some(job) = jobs.blocking_recv() {
             match job {
-                Job::Load { reply } => drop(reply.send(load(&mut self.conn, &self.path, self.instance))),
+                Job::Load { reply } => {
+                    let loaded = load(&mut self.conn, &self.path, self.instance, &self.foreign);
+                    drop(reply.send(loaded));
+                }
                 Job::Events { query, reply } if !reply.is_closed() => drop(reply.send(self.events(&query))),
                 Job::Events { .. } => {}
             }
@@ -79,31 +85,54 @@ impl Reader {
 }
 
 /// Reads every VM and the end of the event log from a database of the present version.
-pub(crate) fn load(conn: &mut Connection, path: &Path, instance: InstanceId) -> Result<Snapshot, StoreError> {
+/// What another release wrote and this one does not understand is noted in `foreign`.
+pub(crate) fn load(
+    conn: &mut Connection,
+    path: &Path,
+    instance: InstanceId,
+    foreign: &Foreign,
+) -> Result<Snapshot, StoreError> {
     let failed = |error| from_sqlite(path, "reading", Effect::NotApplied, error);
     // One transaction: the VMs and the end of the log belong to the same moment.
     let transaction = conn.transaction().map_err(failed)?;
-    let rows = {
+    foreign.clear();
+    let (mut vms, mut unreadable) = (Vec::new(), Vec::new());
+    {
         let mut statement = transaction
-            .prepare_cached("SELECT uid, vm_id, generation, record, format FROM vms ORDER BY uid")
+            .prepare_cached("SELECT uid, vm_id, generation, format, record FROM vms ORDER BY uid")
             .map_err(failed)?;
-        let rows = statement.query_map([], vm_row).map_err(failed)?;
-        rows.collect::<Result<Vec<_>, _>>().map_err(failed)?
-    };
+        // One row at a time: a row and its record take as much memory as each other.
+        for row in statement.query_map([], vm_row).map_err(failed)? {
+            let row = row.map_err(failed)?;
+            match decode_record(path, &row)? {
+                Ok(record) => {
+                    foreign.note(&row, &record, true);
+                    vms.push(record);
+                }
+                Err(part) => {
+                    foreign.note(&row, &part.record, false);
+                    unreadable.push(part);
+                }
+            }
+        }
+    }
     let last: Option<i64> = transaction
         .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [], |row| row.get(0))
         .optional()
         .map_err(failed)?;
     let last_event = u64::try_from(last.unwrap_or(0))
         .map_err(|error| corrupt(path, "the end of the event log is negative").caused_by(error))?;
-    let vms = rows.iter().map(|(row, format)| decode_record(path, row, *format)).collect::<Result<_, _>>()?;
-    Ok(Snapshot { instance, vms, last_event: EventSeq(last_event) })
+    Ok(Snapshot { instance, vms, unreadable, last_event: EventSeq(last_event) })
 }
 
-fn vm_row(row: &Row<'_>) -> rusqlite::Result<(EncodedRecord, i64)> {
-    let record =
-        EncodedRecord { uid: row.get(0)?, vm_id: row.get(1)?, generation: row.get(2)?, json: row.get(3)? };
-    Ok((record, row.get(4)?))
+fn vm_row(row: &Row<'_>) -> rusqlite::Result<EncodedRecord> {
+    Ok(EncodedRecord {
+        uid: row.get(0)?,
+        vm_id: row.get(1)?,
+        generation: row.get(2)?,
+        format: row.get(3)?,
+        json: row.get(4)?,
+    })
 }
 
 fn event_row(row: &Row<'_>) -> rusqlite::Result<(i64, EncodedEvent, i64)> {

@@ -278,7 +278,11 @@ mod tests {
 
     fn waiting(commit: vmm_core::store::Commit) -> Waiting {
         let (reply, _) = oneshot::channel();
-        Waiting { commit: codec::encode(commit).unwrap(), forced: false, reply }
+        Waiting {
+            commit: codec::encode(commit, &crate::foreign::Foreign::default()).unwrap(),
+            forced: false,
+            reply,
+        }
     }
 
     fn writer(dir: &std::path::Path) -> Writer {

@@ -8,7 +8,9 @@ use uuid::Uuid;
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::{InstanceId, VmUid};
-use vmm_core::store::{Change, Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind, VmRecord};
+use vmm_core::store::{
+    Change, Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind, Unreadable, VmRecord,
+};
 
 /// The store. What it holds lives as long as it does, so a second service on the same store finds it again.
 #[derive(Debug)]
@@ -20,6 +22,7 @@ pub struct MemoryStore {
 #[derive(Debug, Default)]
 struct Inner {
     vms: BTreeMap<VmUid, VmRecord>,
+    unreadable: BTreeMap<VmUid, String>,
     events: Vec<VmEvent>,
     last_event: EventSeq,
     next: VecDeque<Verdict>,
@@ -88,6 +91,13 @@ impl MemoryStore {
         self.lock().vms.insert(record.uid, record);
     }
 
+    /// Makes a VM one whose record this release cannot read as a whole, as a newer release may have left it.
+    pub fn make_unreadable(&self, vm_id: &str, why: &str) {
+        let mut inner = self.lock();
+        let found = inner.vms.values().find(|vm| vm.vm_id.as_str() == vm_id).map(|vm| vm.uid);
+        inner.unreadable.extend(found.map(|uid| (uid, why.to_owned())));
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -97,11 +107,14 @@ impl MemoryStore {
 impl Store for MemoryStore {
     async fn load(&self) -> Result<Snapshot, StoreError> {
         let inner = self.lock();
-        Ok(Snapshot {
-            instance: self.instance,
-            vms: inner.vms.values().cloned().collect(),
-            last_event: inner.last_event,
-        })
+        let (mut vms, mut unreadable) = (Vec::new(), Vec::new());
+        for record in inner.vms.values().cloned() {
+            match inner.unreadable.get(&record.uid) {
+                Some(why) => unreadable.push(Unreadable { record: Box::new(record), why: why.clone() }),
+                None => vms.push(record),
+            }
+        }
+        Ok(Snapshot { instance: self.instance, vms, unreadable, last_event: inner.last_event })
     }
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {

@@ -15,8 +15,8 @@ use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::state::{EndedBy, Phase, Request, Status, VmState};
 use vmm_core::store::{
-    Change, Commit, EventQuery, HostClaim, Intent, ProcessIdentity, Requested, RunRecord, Snapshot, Store,
-    StoreError, StoreErrorKind, VmRecord,
+    Change, Commit, DiskKey, EventQuery, HostClaim, Intent, Namespaces, ProcessIdentity, Requested,
+    RunRecord, Snapshot, Store, StoreError, StoreErrorKind, VmRecord,
 };
 
 /// Somewhere that keeps what a store held.
@@ -87,14 +87,25 @@ pub fn record(name: &str) -> VmRecord {
             patience_ms: Some(1),
         }),
         run: Some(RunRecord {
-            process: ProcessIdentity { pid: 4711, start_ticks: u64::MAX, boot_id: "b-1".to_owned() },
+            process: ProcessIdentity {
+                pid: 4711,
+                start_ticks: u64::MAX,
+                boot_id: "b-1".to_owned(),
+                namespaces: Some(Namespaces { pid: 4, time: 5 }),
+            },
             socket: "/run/x.sock".into(),
             version: "1.2.3".to_owned(),
             accelerator: "kvm".to_owned(),
             machine: "q35".to_owned(),
             started_ms: 3,
             claims: vec![
-                HostClaim::Disk { device: 1, inode: 2, writable: true, path: "/d".into() },
+                HostClaim::Disk {
+                    device: 1,
+                    inode: 2,
+                    writable: true,
+                    path: "/d".into(),
+                    lies_on: vec![DiskKey { device: 3, inode: 4 }],
+                },
                 HostClaim::Tap { name: "tap0".to_owned() },
             ],
         }),

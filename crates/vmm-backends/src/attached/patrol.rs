@@ -14,19 +14,22 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::place::{Discovery, Finding, Found};
 use vmm_core::state::VmState;
+use vmm_host::clock::now_ms;
 use vmm_host::endpoint::{self, VisitError};
 use vmm_host::process::age;
 use vmm_host::socket::DirWatch;
 
 use super::backend::new_run;
-use super::seat::{Memory, Seat, View, folder};
+use super::seat::{Memory, Seat, View};
 use super::{Guest, Hypervisor, Met, Parts, place};
-use crate::rest::found::now_ms;
 
 /// Findings that may wait.
 const QUEUE: usize = 64;
 /// After a sign that something has changed, a VMM that does not listen yet is looked for so often, for so long.
 const EAGER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// The least time between a look that has met a VMM and one for which a change of the socket's file is the reason. A local user
+/// may be able to change that file as often as he likes.
+const SPACING: Duration = Duration::from_secs(1);
 /// How long a VMM may take to say what it is and holds. Shorter than an adoption may take.
 const MEETING: Duration = Duration::from_secs(3);
 /// How long a look may take at the start of the daemon, all seats side by side.
@@ -64,8 +67,10 @@ impl<H: Hypervisor> Patrol<H> {
     async fn run(self) {
         let mut watch = self.watch();
         let mut eager_until = Instant::now();
+        let mut met_last = Instant::now();
         loop {
             let pause = if Instant::now() < eager_until { EAGER.0 } else { self.interval };
+            let not_before = met_last + SPACING;
             let signed = tokio::select! {
                 () = self.findings.closed() => return,
                 () = tokio::time::sleep(pause) => false,
@@ -74,6 +79,7 @@ impl<H: Hypervisor> Patrol<H> {
                     if changed.is_err() {
                         watch = None;
                     }
+                    tokio::time::sleep_until(not_before).await;
                     true
                 }
             };
@@ -85,6 +91,7 @@ impl<H: Hypervisor> Patrol<H> {
             let look = look(&*self.kind, &self.seat).await;
             if look.settled {
                 eager_until = Instant::now();
+                met_last = eager_until;
             }
             if !self.tell(look).await {
                 return;
@@ -104,7 +111,7 @@ impl<H: Hypervisor> Patrol<H> {
     }
 
     fn watch(&self) -> Option<DirWatch> {
-        let watch = DirWatch::new(folder(&self.seat.socket));
+        let watch = DirWatch::for_file(&self.seat.socket);
         watch.inspect_err(|error| tracing::debug!(%error, "the socket's folder cannot be watched")).ok()
     }
 }

@@ -1,6 +1,6 @@
 //! One socket, and what is known of the VMM behind it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::Notify;
@@ -137,9 +137,4 @@ impl Seat {
 /// The seat of a place, among these.
 pub(super) fn find<'a>(seats: &'a [Arc<Seat>], place: &str) -> Option<&'a Arc<Seat>> {
     seats.iter().find(|seat| seat.place == place)
-}
-
-/// The folder that a socket lies in.
-pub(super) fn folder(socket: &Path) -> &Path {
-    socket.parent().unwrap_or(Path::new("/"))
 }

@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm_core::backend::{GuestState, Launched};
 use vmm_core::store::RunRecord;
+use vmm_host::clock::now_ms;
 use vmm_host::process::Process;
 use vmm_libvirt_wire::DomainState;
 
@@ -92,10 +92,4 @@ pub(super) fn assemble(
         _wanted: wanted,
     });
     (Arc::clone(&vmm), Launched { vmm, events })
-}
-
-/// Now, in Unix milliseconds.
-fn now_ms() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
 }

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause};
 use vmm_core::store::{ProcessIdentity, RunRecord};
+use vmm_host::clock::now_ms;
 use vmm_host::process::{self, Found, Lookup, Process};
 
 use super::convert::{Accelerator, Machine, QMP_SOCKET, reboot_action};
-use super::start::{Parts, now_ms};
+use super::start::Parts;
 
 /// Looks for the QEMU that `request` means, among programs called one of `names`. Kills nothing.
 pub(super) async fn adopt(request: AdoptRequest, names: Vec<String>, accelerator: Accelerator) -> Adoption {

@@ -10,7 +10,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
@@ -19,6 +19,7 @@ use vmm_core::gate::Gate;
 use vmm_core::id::VmUid;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
+use vmm_host::clock::now_ms;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Guarded, Process};
 use vmm_host::run_dir;
@@ -312,10 +313,4 @@ fn rejected(message: &str) -> BackendError {
 
 pub(super) fn host_error(message: impl Into<String>) -> BackendError {
     BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
-}
-
-/// Now, in Unix milliseconds.
-pub(super) fn now_ms() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
 }

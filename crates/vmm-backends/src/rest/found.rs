@@ -2,10 +2,11 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
 use vmm_core::store::RunRecord;
+use vmm_host::clock::now_ms;
 use vmm_host::process::{Lookup, Process, ProcessExit, adopt, find_by_argument};
 
 use crate::launch::{self, Guarded};
@@ -67,12 +68,6 @@ pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, versi
         started_ms: now_ms(),
         claims: Vec::new(),
     }
-}
-
-/// The present, in Unix milliseconds.
-pub fn now_ms() -> i64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// Kills a VMM and waits until it has gone.

@@ -1,9 +1,8 @@
 //! `vmm.v1.VmService`: one method per call.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use vmm_core::store::Requested;
+use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
 use vmm_service::{CreateRequest, ListQuery, ShutdownOptions, VmService};
 
@@ -34,11 +33,6 @@ fn actor(ctx: &RequestContext) -> String {
 /// A method whose time has not come says so instead of pretending.
 fn not_yet(method: &str) -> ConnectError {
     ConnectError::unimplemented(format!("{method} is not served by this version; a later one will serve it"))
-}
-
-fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 #[allow(refining_impl_trait, reason = "the handlers name the messages they answer with")]

@@ -132,7 +132,11 @@ fn database(config: &Config) -> Check {
     match vmm_store::peek(&config.state_dir) {
         Ok(Some(snapshot)) => Check::ok(
             "database",
-            format!("whole, with {} VMs on record (instance {})", snapshot.vms.len(), snapshot.instance),
+            format!(
+                "whole, with {} VMs on record (instance {})",
+                snapshot.vms.len() + snapshot.unreadable.len(),
+                snapshot.instance
+            ),
         ),
         Ok(None) => Check::ok("database", "none yet; the first start makes it"),
         Err(error) => Check::fail(

@@ -45,7 +45,9 @@ pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Fact
     let mut notes = Vec::new();
     let (instance, records) = match snapshot {
         Some(snapshot) => {
-            let records = snapshot.vms.into_iter().map(|record| (record.uid, record)).collect();
+            let unreadable = snapshot.unreadable.into_iter().map(|vm| *vm.record);
+            let all = snapshot.vms.into_iter().chain(unreadable);
+            let records = all.map(|record| (record.uid, record)).collect();
             (Some(snapshot.instance), records)
         }
         None => {

@@ -29,7 +29,9 @@ pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
     else {
         return Vec::new();
     };
-    sockets.iter().filter_map(|socket| Some(held(socket, holder_of(socket, &snapshot.vms)?))).collect()
+    let unreadable = snapshot.unreadable.into_iter().map(|vm| *vm.record);
+    let vms: Vec<VmRecord> = snapshot.vms.into_iter().chain(unreadable).collect();
+    sockets.iter().filter_map(|socket| Some(held(socket, holder_of(socket, &vms)?))).collect()
 }
 
 /// The VM that the daemon runs behind `socket`, if it does.

@@ -25,7 +25,8 @@ pub(super) fn line(config: &Config) -> Check {
             return Check::warn(NAME, finding, "run doctor as the daemon's user");
         }
     };
-    let on_record = snapshot.vms.iter().map(|vm| vm.uid).collect();
+    let unreadable = snapshot.unreadable.iter().map(|vm| vm.record.uid);
+    let on_record = snapshot.vms.iter().map(|vm| vm.uid).chain(unreadable).collect();
     let daemon = lock::holder(&config.state_dir).is_ok_and(|holder| holder.is_some());
     judge(config.spare_vmms, daemon, &waiting(&survey.folders, snapshot.instance, &on_record))
 }

@@ -33,6 +33,9 @@ pub fn adopt(identity: &ProcessIdentity) -> Lookup {
         Ok(_) => {}
         Err(error) => return Lookup::Unprovable(format!("the host's boot id cannot be read: {error}")),
     }
+    if let Err(why) = same_namespaces(identity) {
+        return Lookup::Unprovable(why);
+    }
     if identity.pid <= 1 {
         return Lookup::Unprovable(format!("process id {} is never a VMM's", identity.pid));
     }
@@ -55,6 +58,23 @@ pub fn adopt(identity: &ProcessIdentity) -> Lookup {
         Ok(process) => Lookup::Alive(process),
         Err(error) => Lookup::Unprovable(format!("process {} cannot be watched: {error}", identity.pid)),
     }
+}
+
+/// Refuses an identity that was read in other namespaces: a pid and a start time mean another process here, or nobody. Records
+/// of earlier releases do not tell, and are taken for ours.
+fn same_namespaces(identity: &ProcessIdentity) -> Result<(), String> {
+    let Some(recorded) = identity.namespaces else { return Ok(()) };
+    let here =
+        procfs::namespaces().map_err(|error| format!("the daemon's namespaces cannot be read: {error}"))?;
+    if recorded == here {
+        return Ok(());
+    }
+    let kind = if recorded.pid == here.pid { "time" } else { "PID" };
+    Err(format!(
+        "process {} was recorded in another {kind} namespace than the one the daemon is in now, so its number proves nothing \
+         here; run the daemon where it ran then, or end the process by hand and use force",
+        identity.pid
+    ))
 }
 
 /// Says whether the process behind `pidfd` is the one that `identity` means, and goes on.
@@ -90,15 +110,21 @@ fn without_pidfd(identity: &ProcessIdentity, error: Errno) -> Lookup {
     Lookup::Unprovable(format!("process {} cannot be opened: {error}", identity.pid))
 }
 
-/// Starts the task that publishes the end of a process which is not our child.
+/// Starts the task that publishes the end of a process which is not our child. The task ends with the process, or with the last
+/// handle of it.
 fn watch_exit(pidfd: OwnedFd, identity: &ProcessIdentity) -> io::Result<Process> {
     let pidfd = Arc::new(pidfd);
     let watched = ready::readable(Arc::clone(&pidfd))?;
     let (ended, exit) = watch::channel(None);
     let pid = identity.pid;
     let task = async move {
-        match watched.readable().await {
-            Ok(_) => {
+        let seen = tokio::select! {
+            seen = watched.readable() => seen.map(drop),
+            // The last handle is gone, and the pidfd goes with this task.
+            () = ended.closed() => return,
+        };
+        match seen {
+            Ok(()) => {
                 ended.send_replace(Some(ProcessExit::UNKNOWN));
             }
             Err(error) => tracing::debug!(%error, "the runtime ends; the process is no longer watched"),

@@ -17,7 +17,8 @@ use tokio::sync::watch;
 use tracing::Instrument;
 use vmm_core::store::ProcessIdentity;
 
-use super::{Process, ProcessExit, Signal, boot_id, procfs};
+use super::{Process, ProcessExit, Signal, procfs};
+use crate::named::named;
 use crate::ready;
 
 /// What a child may know of the daemon's environment. Everything else, secrets included, stays here.
@@ -154,7 +155,6 @@ pub fn start_guarded(command: Command) -> io::Result<Guarded> {
         let message = format!("{} is not an absolute path", command.program.display());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    let boot_id = boot_id()?;
     let log = append_to(&command.log)?;
     let stdout = match &command.stdout {
         // The one device that may stand where a file does.
@@ -167,20 +167,29 @@ pub fn start_guarded(command: Command) -> io::Result<Guarded> {
         Stdin::File(fd) => fd,
     };
     let child = posix_spawn(&command.program, &command.args, [&stdin, &stdout.into(), &log.into()])?;
-    // Nobody has waited for the child yet, so its pid cannot be another's, be it a zombie by now.
-    let identified = rustix::process::pidfd_open(child, PidfdFlags::empty())
-        .map_err(io::Error::from)
-        .and_then(|pidfd| identify(child, boot_id).map(|identity| (identity, pidfd)));
-    match identified {
-        Ok((identity, pidfd)) => Ok(Guarded { process: reap(identity, pidfd)?, armed: true }),
+    match watch_child(child) {
+        Ok(process) => Ok(Guarded { process, armed: true }),
         Err(error) => {
-            let ended = rustix::process::kill_process(child, Signal::KILL)
-                .and_then(|()| rustix::process::waitpid(Some(child), WaitOptions::empty()));
-            if let Err(error) = ended {
-                tracing::error!(%error, "a process that could not be identified could not be ended either");
-            }
+            end(child);
             Err(error)
         }
+    }
+}
+
+/// Makes a handle of a child that nobody has waited for: its pid cannot be another's, even if the child is a zombie by now.
+fn watch_child(child: Pid) -> io::Result<Process> {
+    let pidfd = rustix::process::pidfd_open(child, PidfdFlags::empty())?;
+    let identity = procfs::identify(child.as_raw_nonzero().get().unsigned_abs())?;
+    reap(identity, pidfd)
+}
+
+/// Kills and reaps a child that cannot be watched. No task waits for it.
+fn end(child: Pid) {
+    let ended = rustix::process::kill_process(child, Signal::KILL).and_then(|()| {
+        rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), WaitOptions::empty()))
+    });
+    if let Err(error) = ended {
+        tracing::error!(%error, "a process that could not be watched could not be ended either");
     }
 }
 
@@ -229,11 +238,6 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
     CString::new(text.as_bytes()).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
 }
 
-fn identify(child: Pid, boot_id: String) -> io::Result<ProcessIdentity> {
-    let pid = child.as_raw_nonzero().get().unsigned_abs();
-    Ok(ProcessIdentity { pid, start_ticks: procfs::stat(pid)?.start_ticks, boot_id })
-}
-
 /// Starts the task that reaps the child and publishes its exit.
 fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
     let (ended, exit) = watch::channel(None);
@@ -245,7 +249,9 @@ fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
             tracing::error!(%error, "a process can no longer be watched");
             return;
         }
-        let waited = rustix::process::waitid(WaitId::PidFd(watched.get_ref().as_fd()), WaitIdOptions::EXITED);
+        let waited = rustix::io::retry_on_intr(|| {
+            rustix::process::waitid(WaitId::PidFd(watched.get_ref().as_fd()), WaitIdOptions::EXITED)
+        });
         let exit = match waited {
             Ok(Some(status)) => ProcessExit::from(status),
             Ok(None) => ProcessExit::UNKNOWN,
@@ -279,8 +285,4 @@ fn append_to(path: &Path) -> io::Result<File> {
     // The child gets an ordinary file: what it shares with us includes this flag.
     rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
     Ok(file)
-}
-
-fn named(path: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }

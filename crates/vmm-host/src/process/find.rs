@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use vmm_core::store::ProcessIdentity;
 
-use super::{boot_id, procfs};
+use super::procfs;
 
 /// How old a process can be that has yet to exec.
 const YOUNG: Duration = Duration::from_secs(1);
@@ -28,12 +28,14 @@ pub struct Found {
 }
 
 impl Found {
-    /// The file name of the program: the real one, or where that is hidden, what the process calls itself.
+    /// The file name of the program: the real one, or where that is hidden, what the process calls itself. Of a program that
+    /// its distribution wraps into a script, `.NAME-wrapped` as on NixOS, it is the name of the script.
     pub fn program_name(&self) -> Option<&OsStr> {
-        match &self.exe {
+        let name = match &self.exe {
             Some(exe) => exe.file_name(),
             None => self.args.first().and_then(|name| Path::new(name).file_name()),
-        }
+        };
+        name.map(unwrapped)
     }
 
     /// Says whether it runs a program that is called one of `names`.
@@ -49,6 +51,11 @@ impl Found {
     }
 }
 
+fn unwrapped(name: &OsStr) -> &OsStr {
+    let inner = name.as_bytes().strip_prefix(b".").and_then(|name| name.strip_suffix(b"-wrapped"));
+    inner.filter(|inner| !inner.is_empty()).map_or(name, OsStr::from_bytes)
+}
+
 fn paths_below<'a>(text: &'a [u8], dir: &'a [u8]) -> impl Iterator<Item = PathBuf> + 'a {
     let dir = dir.strip_suffix(b"/").unwrap_or(dir);
     let windows = text.windows(dir.len().max(1)).enumerate();
@@ -60,12 +67,15 @@ fn paths_below<'a>(text: &'a [u8], dir: &'a [u8]) -> impl Iterator<Item = PathBu
     })
 }
 
-/// Finds every process, this one excepted, that has an argument with `needle` as a whole path or as the beginning of one:
+/// Finds every process of this daemon's user, this one excepted, that has an argument with `needle` as a whole path or as the beginning of one:
 /// `/run/x` is in `--api-sock=/run/x/s` and in `path=/run/x,server=on`, not in `/run/xy` and not in `/mnt/run/x`.
 ///
 /// What [`super::spawn`] started shows its arguments late: in the middle of its exec a process has those of whoever started
 /// it, or none, and a daemon that was killed leaves it at that. One whose stderr goes below `needle` is waited for, until it is
 /// a second old. Blocks.
+///
+/// Another user's process is passed over, because anybody can start a program with any arguments. Real user ids are compared: a
+/// VMM may change the effective one.
 ///
 /// # Errors
 /// What listing `/proc` says. Processes that end meanwhile, or are hidden from us, are passed over.
@@ -78,13 +88,18 @@ pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
     // The kernel tells where a file really is.
     let real = Path::new(OsStr::from_bytes(needle)).canonicalize();
     let is_wanted = |args: &[OsString]| args.iter().any(|arg| mentions(arg.as_bytes(), needle));
-    find(is_wanted, |pid| {
+    let may_become = |pid| {
         let (Ok(real), Ok(stderr)) = (&real, procfs::stderr_of(pid)) else { return false };
         stderr.starts_with(real)
-    })
+    };
+    let ours = rustix::process::getuid().as_raw();
+    let mut found = find(is_wanted, may_become)?;
+    found.retain(|found| procfs::real_uid(found.identity.pid).is_ok_and(|uid| uid == ours));
+    Ok(found)
 }
 
-/// Finds every process, this one excepted, that has the argument `option` and right after it `value`, as in `-uuid UUID`.
+/// Finds every process, this one excepted, that has the argument `option` and right after it `value`, as in `-uuid UUID`. It may
+/// be another user's: libvirt runs its VMMs under a user of their own, and says itself which process is which.
 ///
 /// # Errors
 /// As [`find_by_argument`].
@@ -93,13 +108,12 @@ pub fn find_by_option(option: &str, value: &str) -> io::Result<Vec<Found>> {
 }
 
 fn find(is_wanted: impl Fn(&[OsString]) -> bool, may_become: impl Fn(u32) -> bool) -> io::Result<Vec<Found>> {
-    let boot_id = boot_id()?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         if pid != std::process::id()
-            && let Some(process) = examine(pid, &is_wanted, &may_become, &boot_id)
+            && let Some(process) = examine(pid, &is_wanted, &may_become)
         {
             found.push(process);
         }
@@ -112,7 +126,6 @@ fn examine(
     pid: u32,
     is_wanted: &impl Fn(&[OsString]) -> bool,
     may_become: &impl Fn(u32) -> bool,
-    boot_id: &str,
 ) -> Option<Found> {
     // Arguments first: of hundreds of processes only a few need more.
     while !is_wanted(&procfs::arguments(pid).ok()?) {
@@ -128,8 +141,7 @@ fn examine(
     if !is_wanted(&args) || procfs::stat(pid).ok()?.start_ticks != start_ticks {
         return None;
     }
-    let identity = ProcessIdentity { pid, start_ticks, boot_id: boot_id.to_owned() };
-    Some(Found { identity, exe, args })
+    Some(Found { identity: procfs::identity(pid, start_ticks).ok()?, exe, args })
 }
 
 /// Says whether `text` names the path `needle` or something below it.
@@ -189,6 +201,58 @@ mod tests {
         for none in ["/run/vmm/vms", "/run/vmm/vms/", "/mnt/run/vmm/vms/0a", "/run/vmm/vmsx/0a", ""] {
             assert_eq!(below(none), Vec::<PathBuf>::new(), "{none}");
         }
+    }
+
+    #[test]
+    fn a_wrapped_program_bears_the_name_of_its_wrapper() {
+        for (file, name) in [
+            (".qemu-system-x86_64-wrapped", "qemu-system-x86_64"),
+            ("qemu-system-x86_64", "qemu-system-x86_64"),
+            (".-wrapped", ".-wrapped"),
+            (".hidden", ".hidden"),
+            ("x-wrapped", "x-wrapped"),
+        ] {
+            assert_eq!(unwrapped(OsStr::new(file)), OsStr::new(name));
+        }
+    }
+
+    /// A process of another user's, with arguments of our choice. It ends with the test.
+    struct Theirs(std::process::Child);
+
+    impl Drop for Theirs {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn another_users_process_is_never_ours_whatever_its_arguments() {
+        use std::os::unix::process::CommandExt;
+        if !rustix::process::geteuid().is_root() {
+            let why = "only root can start a process as another user";
+            return vmm_testkit::skip::skipped(
+                "another_users_process_is_never_ours_whatever_its_arguments",
+                why,
+            );
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let marked = dir.path().join("vms");
+        let start = |uid| {
+            let mut command = std::process::Command::new("tail");
+            command.args(["-f", "/dev/null"]).arg(format!("--pid={}", std::process::id()));
+            // The name of the program is an argument like any other.
+            command.arg0(&marked).uid(uid).gid(uid);
+            Theirs(command.spawn().unwrap())
+        };
+        let (ours, theirs) = (start(0), start(12_345));
+        let named =
+            |process: &Theirs| procfs::arguments(process.0.id()).unwrap().iter().any(|arg| *arg == marked);
+        while !named(&ours) || !named(&theirs) {
+            std::thread::yield_now();
+        }
+        let found = find_by_argument(&marked).unwrap();
+        assert_eq!(found.iter().map(|found| found.identity.pid).collect::<Vec<_>>(), [ours.0.id()]);
     }
 
     #[test]

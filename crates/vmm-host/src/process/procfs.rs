@@ -3,11 +3,12 @@
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use vmm_core::store::ProcessIdentity;
+use vmm_core::store::{Namespaces, ProcessIdentity};
 
 /// What a process has used of the host, all its threads together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,6 +85,18 @@ pub(super) fn thread_group(task: u32) -> io::Result<Option<u32>> {
     Ok(text.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok()))
 }
 
+/// The real user id of a process.
+pub(super) fn real_uid(pid: u32) -> io::Result<u32> {
+    let text = read(pid, "status")?;
+    let text = String::from_utf8_lossy(&text);
+    let uid = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Uid:")?.split_ascii_whitespace().next()?.parse().ok());
+    uid.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/status has an unknown form"))
+    })
+}
+
 /// A process that ends while it is read answers ESRCH; for the caller that is the same as a file that is not there.
 fn read(pid: u32, file: &str) -> io::Result<Vec<u8>> {
     fs::read(format!("/proc/{pid}/{file}")).map_err(gone_is_not_found)
@@ -148,9 +161,32 @@ fn without_deleted(link: &Path) -> PathBuf {
 ///
 /// # Errors
 /// What the kernel says; `NotFound` where there is no such process, or it is hidden from us.
-pub fn identify(pid: u32) -> io::Result<vmm_core::store::ProcessIdentity> {
-    let start_ticks = stat(pid)?.start_ticks;
-    Ok(vmm_core::store::ProcessIdentity { pid, start_ticks, boot_id: boot_id()? })
+pub fn identify(pid: u32) -> io::Result<ProcessIdentity> {
+    identity(pid, stat(pid)?.start_ticks)
+}
+
+/// The identity of the process that has `pid` now and was started at `start_ticks`.
+pub(super) fn identity(pid: u32, start_ticks: u64) -> io::Result<ProcessIdentity> {
+    Ok(ProcessIdentity { pid, start_ticks, boot_id: boot_id()?, namespaces: Some(namespaces()?) })
+}
+
+/// Returns the namespaces in which this process sees pids and start times. Read once, because a process never leaves them.
+///
+/// # Errors
+/// What looking at `/proc/self/ns/pid` says.
+pub(super) fn namespaces() -> io::Result<Namespaces> {
+    static NAMESPACES: OnceLock<Namespaces> = OnceLock::new();
+    if let Some(known) = NAMESPACES.get() {
+        return Ok(*known);
+    }
+    let inode = |name: &str| fs::metadata(format!("/proc/self/ns/{name}")).map(|facts| facts.ino());
+    let time = match inode("time") {
+        // Linux before 5.6 has none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        time => time?,
+    };
+    let seen = Namespaces { pid: inode("pid")?, time };
+    Ok(*NAMESPACES.get_or_init(|| seen))
 }
 
 /// The id of the host's present boot. Read once.
@@ -199,7 +235,7 @@ mod tests {
         assert_eq!(thread_group(pid).unwrap(), Some(pid));
         assert_eq!(boot_id().unwrap().len(), 36);
         let start_ticks = stat(pid).unwrap().start_ticks;
-        let identity = ProcessIdentity { pid, start_ticks, boot_id: boot_id().unwrap() };
+        let identity = ProcessIdentity { pid, start_ticks, boot_id: boot_id().unwrap(), namespaces: None };
         let first = ProcessIdentity { start_ticks: 0, ..identity.clone() };
         assert!(age(&identity).unwrap() <= age(&first).unwrap(), "it is no older than the host");
         // The kernel rounds this up.

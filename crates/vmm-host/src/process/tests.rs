@@ -1,10 +1,12 @@
 //! Real processes: started, signalled, adopted, mistaken for each other, found.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Pid;
+use vmm_core::store::Namespaces;
 
 use super::*;
 
@@ -51,7 +53,7 @@ fn sh(dir: &Path, script: &str) -> Command {
 
 fn identity_of(pid: u32) -> ProcessIdentity {
     let start_ticks = procfs::stat(pid).unwrap().start_ticks;
-    ProcessIdentity { pid, start_ticks, boot_id: boot_id().unwrap() }
+    ProcessIdentity { pid, start_ticks, boot_id: boot_id().unwrap(), namespaces: None }
 }
 
 #[tokio::test]
@@ -206,6 +208,104 @@ async fn an_adopted_process_is_the_one_that_was_recorded() {
 
     script.guard.kill_and_wait(Duration::from_secs(60)).await.unwrap();
     assert_eq!(again.wait().await, ProcessExit::UNKNOWN, "told to its parent, not to who adopted it");
+}
+
+/// How many pidfds of `pid` this process has.
+fn pidfds_of(pid: u32) -> usize {
+    let wanted = format!("Pid:\t{pid}");
+    let infos = std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
+    let infos = infos.filter_map(|entry| std::fs::read_to_string(entry.path()).ok());
+    infos.filter(|info| info.lines().any(|line| line == wanted)).count()
+}
+
+#[tokio::test]
+async fn a_handle_that_is_dropped_leaves_no_descriptor_and_no_task() {
+    let script = Script::start("exec sleep 600").await;
+    let before = pidfds_of(script.guard.pid());
+    for _ in 0..100 {
+        assert!(matches!(adopt(script.guard.identity()), Lookup::Alive(_)));
+    }
+    // The tasks end when they are next run.
+    let left = tokio::time::timeout(Duration::from_secs(60), async {
+        while pidfds_of(script.guard.pid()) > before {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    left.await.expect("the descriptors of dropped handles are closed while the process lives");
+    let Lookup::Alive(kept) = adopt(script.guard.identity()) else { panic!("it is there") };
+    script.guard.kill_and_wait(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(kept.wait().await, ProcessExit::UNKNOWN, "a handle that is kept still hears of the end");
+}
+
+#[tokio::test]
+async fn a_process_recorded_in_another_namespace_is_not_proven_anything() {
+    let script = Script::start("exec sleep 600").await;
+    let identity = script.guard.identity().clone();
+    let here = identity.namespaces.expect("what is started now is recorded with its namespaces");
+    for other in [Namespaces { pid: here.pid + 1, ..here }, Namespaces { time: here.time + 1, ..here }] {
+        // Neither what has this pid nor its absence says anything.
+        for pid in [identity.pid, 4_194_305] {
+            let elsewhere = ProcessIdentity { pid, namespaces: Some(other), ..identity.clone() };
+            let Lookup::Unprovable(why) = adopt(&elsewhere) else { panic!("{elsewhere:?}") };
+            assert!(why.contains("namespace"), "{why}");
+        }
+        let rebooted = ProcessIdentity {
+            boot_id: "another boot".to_owned(),
+            namespaces: Some(other),
+            ..identity.clone()
+        };
+        assert!(matches!(adopt(&rebooted), Lookup::Gone), "no process outlives its host");
+    }
+    let older = ProcessIdentity { namespaces: None, ..identity };
+    assert!(matches!(adopt(&older), Lookup::Alive(_)), "records of earlier releases do not tell");
+}
+
+#[test]
+fn another_pid_namespace_has_another_inode() {
+    let ours = procfs::namespaces().unwrap();
+    let theirs = std::process::Command::new("unshare")
+        .args([
+            "--user",
+            "--map-root-user",
+            "--pid",
+            "--fork",
+            "stat",
+            "-Lc",
+            "%i",
+            "/proc/self/ns/pid_for_children",
+        ])
+        .output();
+    let theirs = match theirs {
+        Ok(told) if told.status.success() => String::from_utf8(told.stdout).unwrap(),
+        refused => {
+            let why = format!("unshare --pid is not possible here: {refused:?}");
+            return vmm_testkit::skip::skipped("another_pid_namespace_has_another_inode", &why);
+        }
+    };
+    assert_ne!(theirs.trim().parse::<u64>().unwrap(), ours.pid);
+}
+
+#[test]
+fn a_child_that_cannot_be_watched_is_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let handle = runtime.handle().clone();
+    // A runtime that has shut down watches no descriptor.
+    drop(runtime);
+    let _entered = handle.enter();
+    let marked = dir.path().join("marked");
+    std::fs::write(&marked, "").unwrap();
+    let command =
+        Command::new("/usr/bin/tail", [OsStr::new("-f"), marked.as_os_str()], dir.path().join("log"));
+    start_guarded(command).expect_err("nobody could hear of its end");
+    let left = find_by_argument(&marked).unwrap();
+    for found in &left {
+        let _ = rustix::process::kill_process(
+            Pid::from_raw(found.identity.pid.cast_signed()).unwrap(),
+            Signal::KILL,
+        );
+    }
+    assert_eq!(left, [], "it was killed");
 }
 
 #[tokio::test]

@@ -100,6 +100,33 @@ fn force_ends_and_removes_it() {
     }
 }
 
+#[test]
+fn a_record_that_cannot_be_read_concerns_its_own_vm_alone() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.bring_to("a", bed.with_disk("d"), VmState::Running).await;
+        vms.bring_to("other", bed.config(), VmState::Running).await;
+    });
+    bed.store.make_unreadable("a", "its record has a word of a newer release");
+    bed.life(async |vms| {
+        let shown = vms.record("a");
+        assert_eq!((shown.state, shown.status.phase), (VmState::Running, Phase::Unreachable));
+        assert_eq!(shown.status.reason, "not-taken-up");
+        assert!(shown.status.message.contains("newer release"), "{}", shown.status.message);
+        refused(vms.try_create("a", bed.config()).await, "already-exists");
+        refused(vms.shutdown("a").await, "unavailable");
+        vms.create("b", bed.with_disk("d")).await;
+        assert!(refused(vms.boot("b").await, "precondition").contains("VM \"a\""), "its disk is taken");
+        vms.pause("other").await.unwrap();
+        vms.force_shutdown("a").await.unwrap();
+        assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 1));
+        vms.boot("b").await.unwrap();
+        assert!(vms.force_delete("a").await.unwrap().left_behind.is_empty());
+        refused(vms.service.get("a").map(drop), "not-found");
+        assert!(bed.store.vm("a").is_none());
+    });
+}
+
 /// A process that stands for the VMM of a hypervisor that nobody here knows. It ends with the test.
 struct Stranger(Child);
 
@@ -114,7 +141,7 @@ impl Stranger {
         // The 22nd field, counted from behind the name in parentheses.
         let start_ticks =
             stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse().unwrap();
-        ProcessIdentity { pid, start_ticks, boot_id: vmm_host::process::boot_id().unwrap() }
+        ProcessIdentity { pid, start_ticks, boot_id: vmm_host::process::boot_id().unwrap(), namespaces: None }
     }
 
     fn has_ended(&mut self) -> bool {

@@ -141,6 +141,7 @@ impl World {
                 pid,
                 start_ticks: u64::from(inner.started),
                 boot_id: vmm_host::process::boot_id().unwrap_or_default(),
+                namespaces: None,
             },
             socket: request.dir.join("fake.sock"),
             version: "1.0".to_owned(),

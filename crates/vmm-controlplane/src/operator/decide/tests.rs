@@ -18,7 +18,7 @@ fn uid() -> VmUid {
 }
 
 fn identity(pid: u32) -> ProcessIdentity {
-    ProcessIdentity { pid, start_ticks: 7, boot_id: "now".to_owned() }
+    ProcessIdentity { pid, start_ticks: 7, boot_id: "now".to_owned(), namespaces: None }
 }
 
 /// A process with these arguments, of this program.

@@ -1,0 +1,152 @@
+//! Block devices and what lies below them, as `/sys/dev/block` tells.
+//!
+//! ```text
+//!   partition ───── lies on ──► its whole disk
+//!   device mapper,
+//!   RAID, bcache ── lies on ──► each of its slaves, and what those lie on
+//!   loop device ─── is ───────► its backing file
+//! ```
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::makedev;
+use vmm_core::store::DiskKey;
+
+/// How deep devices are followed. Real stacks have three or four layers.
+const MAX_DEPTH: usize = 16;
+
+/// A block device, and everything below it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Layers {
+    /// The device itself, or the backing file of a loop device.
+    pub(crate) key: DiskKey,
+    /// All that is below, without `key`.
+    pub(crate) lies_on: Vec<DiskKey>,
+}
+
+/// Looks up what lies below the block device with the number `rdev`. What cannot be read is left out: a device that the kernel
+/// does not show lies on nothing.
+pub(crate) fn layers(rdev: u64) -> Layers {
+    let key = key_of(rdev);
+    let mut below = BTreeSet::new();
+    descend(rdev, 0, &mut below);
+    below.remove(&key);
+    Layers { key, lies_on: below.into_iter().collect() }
+}
+
+fn descend(rdev: u64, depth: usize, below: &mut BTreeSet<DiskKey>) {
+    if depth == MAX_DEPTH {
+        return;
+    }
+    for lower in lower_devices(&sysfs(rdev)) {
+        if below.insert(key_of(lower)) {
+            descend(lower, depth + 1, below);
+        }
+    }
+}
+
+fn sysfs(rdev: u64) -> PathBuf {
+    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+}
+
+/// Returns the device itself, or the backing file of a loop device that still has its name.
+fn key_of(rdev: u64) -> DiskKey {
+    let backing = fs::read_to_string(sysfs(rdev).join("loop/backing_file"));
+    match backing.and_then(|path| fs::metadata(path.trim_end_matches('\n'))) {
+        Ok(file) if file.is_file() => DiskKey { device: file.dev(), inode: file.ino() },
+        Ok(_) | Err(_) => DiskKey { device: rdev, inode: 0 },
+    }
+}
+
+/// Lists the devices right below the one at `dir`, by number.
+fn lower_devices(dir: &Path) -> Vec<u64> {
+    let mut lower: Vec<u64> = fs::read_dir(dir.join("slaves"))
+        .into_iter()
+        .flatten()
+        .filter_map(|slave| number(&slave.ok()?.path()))
+        .collect();
+    if dir.join("partition").exists() {
+        // The folder of a partition is inside that of its disk.
+        lower.extend(dir.canonicalize().ok().and_then(|real| number(real.parent()?)));
+    }
+    lower
+}
+
+/// Reads the number of the device at `dir`, as in `8:1`.
+fn number(dir: &Path) -> Option<u64> {
+    let text = fs::read_to_string(dir.join("dev")).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    Some(makedev(major.parse().ok()?, minor.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::files::{Access, inspect};
+
+    /// A loop device of this test's. It goes with the test.
+    struct Loop(String);
+
+    impl Loop {
+        fn of(file: &Path) -> Option<Self> {
+            let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+            made.status.success().then(|| Self(String::from_utf8_lossy(&made.stdout).trim().to_owned()))
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+        }
+    }
+
+    #[test]
+    fn two_loop_devices_of_one_file_are_that_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("disk");
+        std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+        let (Some(first), Some(second)) = (Loop::of(&file), Loop::of(&file)) else {
+            let why = "losetup makes no loop devices here: it needs root and /dev/loop-control";
+            return vmm_testkit::skip::skipped("two_loop_devices_of_one_file_are_that_file", why);
+        };
+        let of = |path: &Path| inspect(path, Access::ReadWrite).unwrap();
+        let itself = of(&file);
+        for device in [&first, &second] {
+            let facts = of(Path::new(&device.0));
+            assert_eq!((facts.device, facts.inode), (itself.device, itself.inode), "{}", device.0);
+            assert_eq!((facts.size, facts.lies_on), (1 << 20, vec![]));
+        }
+    }
+
+    #[test]
+    fn a_partition_lies_on_its_disk_and_the_disk_on_nothing() {
+        let mut seen = 0;
+        for entry in fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
+            let dir = entry.path();
+            let Some(rdev) = number(&dir) else { continue };
+            let layers = layers(rdev);
+            assert!(!layers.lies_on.contains(&layers.key), "{}", dir.display());
+            if dir.join("partition").exists() {
+                let whole = number(dir.canonicalize().unwrap().parent().unwrap()).unwrap();
+                assert!(layers.lies_on.contains(&key_of(whole)), "{}", dir.display());
+                seen += 1;
+            }
+        }
+        if seen == 0 {
+            let why = "this host shows no partition";
+            vmm_testkit::skip::skipped("a_partition_lies_on_its_disk_and_the_disk_on_nothing", why);
+        }
+    }
+
+    #[test]
+    fn a_device_that_the_kernel_does_not_show_lies_on_nothing() {
+        let nobody = makedev(4095, 1);
+        assert_eq!(layers(nobody), Layers { key: DiskKey { device: nobody, inode: 0 }, lies_on: vec![] });
+    }
+}

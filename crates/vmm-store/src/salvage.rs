@@ -1,0 +1,120 @@
+//! Rows that this program cannot read as a whole, such as those with a word of a newer release: as much of them as can be read.
+//!
+//! An unreadable row concerns one VM or one event. The VM is listed by the service as not taken up, with its name, its disks
+//! and its process, so that force can end it. The event keeps its place in the log, because a watch relies on places without
+//! gaps.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use vmm_core::config::VmConfig;
+use vmm_core::event::{EventKind, NewEvent};
+use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::state::{Phase, Status, VmState};
+use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, VmRecord};
+
+use crate::codec::{EncodedEvent, EncodedRecord};
+
+/// Reads what can be read of a record. `None` if not even its key is legal.
+pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
+    let uid: VmUid = row.uid.parse().ok()?;
+    let vm_id: VmId = row.vm_id.parse().ok()?;
+    let object = Fields::of(&row.json);
+    let run = object.0.get("run").filter(|run| !run.is_null()).map(run_record);
+    // A VMM on record means that the VM ran. Force is what a client can do about it, and force asks the process.
+    let state = if run.is_some() { VmState::Running } else { VmState::Shutdown };
+    let state = object.get("state").unwrap_or(state);
+    Some(VmRecord {
+        uid,
+        vm_id,
+        backend: object.get("backend").unwrap_or_else(|| BackendName::new("unknown")),
+        requested: object
+            .get("requested")
+            .unwrap_or_else(|| Requested { backend: String::new(), config: VmConfig::default() }),
+        config: object.get("config").unwrap_or_default(),
+        state,
+        status: status(&object, state),
+        generation: u64::try_from(row.generation).ok()?,
+        created_ms: object.get("created_ms").unwrap_or(0),
+        modified_ms: object.get("modified_ms").unwrap_or(0),
+        intent: object.get("intent").unwrap_or(None),
+        run,
+        owns_console_output: object.get("owns_console_output").unwrap_or(false),
+        ended_by: object.get("ended_by").unwrap_or(None),
+        place: object.get("place").unwrap_or(None),
+        imported: object.get("imported").unwrap_or(false),
+        untold: object.get("untold").unwrap_or_default(),
+    })
+}
+
+/// Reads what can be read of a run: above all the process, to end it, and each claim, to keep it.
+fn run_record(run: &Value) -> RunRecord {
+    let object = Fields(run.as_object().cloned().unwrap_or_default());
+    // Process 0 is nobody's, so nothing is ever proven of it and nothing is signalled.
+    let nobody = || ProcessIdentity { pid: 0, start_ticks: 0, boot_id: String::new(), namespaces: None };
+    let claims = object.0.get("claims").and_then(Value::as_array);
+    RunRecord {
+        process: object.get("process").unwrap_or_else(nobody),
+        socket: object.get("socket").unwrap_or_default(),
+        version: object.get("version").unwrap_or_default(),
+        accelerator: object.get("accelerator").unwrap_or_default(),
+        machine: object.get("machine").unwrap_or_default(),
+        started_ms: object.get("started_ms").unwrap_or(0),
+        claims: claims.into_iter().flatten().filter_map(read::<HostClaim>).collect(),
+    }
+}
+
+/// Reads what can be read of an event. What cannot is said in its status.
+pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
+    let object = Fields::of(&row.json);
+    let state = object.get("state").unwrap_or(VmState::Shutdown);
+    let mut status = status(&object, state);
+    if status.reason.is_empty() {
+        status.reason = "unreadable-event".to_owned();
+    }
+    if status.message.is_empty() {
+        status.message = format!("this program cannot read the event: {why}");
+    }
+    Some(NewEvent {
+        time_ms: row.time_ms,
+        vm_id: row.vm_id.parse().ok()?,
+        uid: object.get("uid").unwrap_or_else(|| VmUid::new(uuid::Uuid::nil())),
+        kind: object.get("kind").unwrap_or(EventKind::Unknown),
+        state,
+        status,
+        cause: object.get("cause").unwrap_or_else(|| "unreadable-event".to_owned()),
+        actor: object.get("actor").unwrap_or_default(),
+        ended_by: object.get("ended_by").unwrap_or(None),
+        metadata: object.get("metadata").unwrap_or_default(),
+    })
+}
+
+fn status(object: &Fields, state: VmState) -> Status {
+    let status = object.0.get("status").and_then(Value::as_object).cloned().unwrap_or_default();
+    let status = Fields(status);
+    Status {
+        phase: status.get("phase").unwrap_or(Phase::at_rest(state)),
+        reason: status.get("reason").unwrap_or_default(),
+        message: status.get("message").unwrap_or_default(),
+        observed_at_ms: status.get("observed_at_ms").unwrap_or(0),
+        restarts: status.get("restarts").unwrap_or(0),
+    }
+}
+
+/// An object whose fields are read one by one.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// The object in `json`; one without fields where there is none.
+    fn of(json: &str) -> Self {
+        Self(serde_json::from_str(json).unwrap_or_default())
+    }
+
+    /// Reads one field; `None` where it is missing or unreadable.
+    fn get<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+        self.0.get(name).and_then(read)
+    }
+}
+
+fn read<T: DeserializeOwned>(value: &Value) -> Option<T> {
+    T::deserialize(value).ok()
+}
