@@ -1,5 +1,6 @@
 //! `vmm-controlplane`: the command line of the daemon.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -16,7 +17,7 @@ fn main() -> ExitCode {
         Command::CheckConfig => {
             load(&cli, &environment).map(|loaded| answer(&loaded.report())).map_err(Into::into)
         }
-        Command::Serve => load(&cli, &environment).map_err(Into::into).and_then(serve),
+        Command::Serve => load(&cli, &environment).map_err(Into::into).map(serve),
         command @ (Command::Doctor { .. }
         | Command::Reconcile(_)
         | Command::Backup { .. }
@@ -45,15 +46,32 @@ fn operate(command: &Command, loaded: &Loaded) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(answer.code))
 }
 
-fn serve(loaded: Loaded) -> anyhow::Result<ExitCode> {
-    telemetry::start();
+/// Serves until a signal. An error is written behind the log, which must not be overtaken or blocked by it.
+fn serve(loaded: Loaded) -> ExitCode {
+    let log = match telemetry::start() {
+        Ok(log) => log,
+        Err(error) => {
+            complain(&error.into());
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(loaded) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log.say(&format!("vmm-controlplane: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(loaded: Loaded) -> anyhow::Result<()> {
     // VMMs live where the daemon lives, and must not keep a file system from being unmounted.
     std::env::set_current_dir("/")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(daemon::run(loaded));
     // What still runs holds nothing that a restart would miss.
     runtime.shutdown_background();
-    result.map(|()| ExitCode::SUCCESS)
+    result
 }
 
 fn answer(text: &str) -> ExitCode {
@@ -61,12 +79,12 @@ fn answer(text: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-#[expect(clippy::print_stdout, reason = "the answer of a subcommand")]
+/// Prints the answer of a subcommand. A reader that has gone, as in `| head`, has what it wanted.
 fn say(text: &str) {
-    println!("{}", text.trim_end());
+    let _gone = writeln!(std::io::stdout(), "{}", text.trim_end());
 }
 
-#[expect(clippy::print_stderr, reason = "the reason of a failed start, which may come before there is a log")]
+/// Prints the reason of a start that failed before there is a log. Where nobody reads it, the exit code remains.
 fn complain(error: &anyhow::Error) {
-    eprintln!("vmm-controlplane: {error:#}");
+    let _gone = writeln!(std::io::stderr(), "vmm-controlplane: {error:#}");
 }

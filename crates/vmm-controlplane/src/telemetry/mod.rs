@@ -1,0 +1,87 @@
+//! The log: JSON for machines, text on a terminal. Both go to stderr, and `RUST_LOG` chooses the level.
+//!
+//! No thread that serves a call writes to stderr: see [`queue`].
+
+mod queue;
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::io::{self, IsTerminal as _};
+use std::panic::PanicHookInfo;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
+
+use queue::Queue;
+
+/// The level where `RUST_LOG` is unset.
+const DEFAULT: &str = "info";
+/// The memory for lines that wait to be written, in bytes: some 2,000 lines.
+const CAPACITY: usize = 1 << 20;
+/// The end of the program waits for the last lines at most so long.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// The log of this process. Dropping it waits for the last lines, for at most a second.
+pub struct Log {
+    queue: Queue,
+}
+
+/// Starts logging. To be called once, before anything is logged.
+///
+/// Panics are logged from then on as well, because the standard report of a panic blocks on stderr.
+///
+/// # Errors
+///
+/// The system has no room for the thread that writes the log.
+pub fn start() -> io::Result<Log> {
+    let queue = Queue::new(CAPACITY);
+    queue.start(io::stderr(), report_dropped)?;
+    let (filter, problem) = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => match EnvFilter::try_new(&text) {
+            Ok(filter) => (filter, None),
+            Err(error) => (EnvFilter::new(DEFAULT), Some(error)),
+        },
+        _ => (EnvFilter::new(DEFAULT), None),
+    };
+    // The formatter would report its own errors with `eprintln!`, which panics where stderr is broken.
+    let log = tracing_subscriber::fmt()
+        .log_internal_errors(false)
+        .with_env_filter(filter)
+        .with_writer(queue.clone());
+    if io::stderr().is_terminal() {
+        log.with_target(false).init();
+    } else {
+        log.json().with_current_span(true).with_span_list(true).with_span_events(FmtSpan::NONE).init();
+    }
+    std::panic::set_hook(Box::new(log_panic));
+    if let Some(error) = problem {
+        tracing::warn!(%error, "RUST_LOG is not valid and is ignored; the level is info");
+    }
+    Ok(Log { queue })
+}
+
+impl Log {
+    /// Writes a line that is meant for a person, behind all that was logged.
+    pub fn say(&self, line: &str) {
+        self.queue.push(format!("{line}\n").as_bytes());
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.queue.flush(LAST_LINES);
+    }
+}
+
+fn report_dropped(dropped: u64) {
+    tracing::warn!(dropped, "log lines were dropped, because stderr did not take them in time");
+}
+
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let text = panic.payload_as_str().unwrap_or("no message");
+    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    // RUST_BACKTRACE says whether there is a backtrace.
+    let backtrace = Backtrace::capture();
+    let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| backtrace.to_string());
+    tracing::error!(panic = text, place, backtrace, "a thread panicked: a defect of this program");
+}

@@ -1,0 +1,247 @@
+//! The queue between the threads that log and the one thread that writes.
+//!
+//! ```text
+//!   any thread ── push ──► lines, at most CAPACITY bytes ── next ──► the writer ──► stderr
+//!                   │                                                  │
+//!                   └── full: the line is dropped and counted          └── fails: the same
+//! ```
+//!
+//! A write to stderr blocks for as long as its reader likes: a pipe that nobody reads, a terminal that was stopped by Ctrl-S,
+//! a journal on a full disk. Only the writer's thread waits for it. A line that finds the queue full is dropped, because the
+//! alternative is a call that hangs. The number of dropped lines is logged as soon as a write succeeds and the queue has room.
+//!
+//! `tracing-appender` is not used, because its guard prints to stdout when the queue is full at the end of the program:
+//! where stdout and stderr are one pipe, the end would hang.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use tracing_subscriber::fmt::MakeWriter;
+
+/// Log lines on their way to a writer. Clones share one queue.
+#[derive(Clone)]
+pub(super) struct Queue(Arc<Shared>);
+
+struct Shared {
+    capacity: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    lines: VecDeque<Vec<u8>>,
+    bytes: usize,
+    /// Lines that nobody will see and that no line has told of.
+    dropped: u64,
+    /// The writer has a line in its hands.
+    writing: bool,
+}
+
+impl Queue {
+    /// Makes a queue of at most `capacity` bytes.
+    pub(super) fn new(capacity: usize) -> Self {
+        let state = Mutex::new(State::default());
+        Self(Arc::new(Shared { capacity, state, changed: Condvar::new() }))
+    }
+
+    /// Starts the thread that writes the lines to `out`.
+    ///
+    /// `report` is called on that thread with the number of lines that were dropped, when the queue has room again.
+    ///
+    /// # Errors
+    ///
+    /// The system has no room for a thread.
+    pub(super) fn start(
+        &self,
+        out: impl Write + Send + 'static,
+        report: impl Fn(u64) + Send + 'static,
+    ) -> io::Result<()> {
+        let queue = self.clone();
+        thread::Builder::new().name("log".to_owned()).spawn(move || queue.write_forever(out, report))?;
+        Ok(())
+    }
+
+    /// Adds a line, or drops and counts it. Never blocks.
+    pub(super) fn push(&self, line: &[u8]) {
+        let mut state = self.state();
+        if state.bytes.saturating_add(line.len()) > self.0.capacity {
+            state.dropped += 1;
+            return;
+        }
+        state.bytes += line.len();
+        state.lines.push_back(line.to_vec());
+        drop(state);
+        self.0.changed.notify_all();
+    }
+
+    /// Waits until every line has been written, for at most `patience`.
+    pub(super) fn flush(&self, patience: Duration) {
+        let unwritten = |state: &mut State| state.writing || !state.lines.is_empty();
+        // A poisoned lock or the end of the patience make no difference: the caller leaves.
+        let _written = self.0.changed.wait_timeout_while(self.state(), patience, unwritten);
+    }
+
+    fn write_forever(&self, mut out: impl Write, report: impl Fn(u64)) {
+        loop {
+            let line = self.next();
+            let result = out.write_all(&line).and_then(|()| out.flush());
+            if let Some(dropped) = self.written(result.is_ok()) {
+                report(dropped);
+            }
+        }
+    }
+
+    /// Waits for a line and takes it.
+    fn next(&self) -> Vec<u8> {
+        let mut state = self.state();
+        loop {
+            if let Some(line) = state.lines.pop_front() {
+                state.bytes -= line.len();
+                state.writing = true;
+                return line;
+            }
+            state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Notes how the write of a line ended. Returns the number of dropped lines when it is time to report them.
+    fn written(&self, succeeded: bool) -> Option<u64> {
+        let mut state = self.state();
+        state.writing = false;
+        let due = if succeeded {
+            // Half of the queue is free, so the report itself finds room.
+            let has_room = state.bytes <= self.0.capacity / 2;
+            (has_room && state.dropped > 0).then(|| std::mem::take(&mut state.dropped))
+        } else {
+            state.dropped += 1;
+            None
+        };
+        drop(state);
+        self.0.changed.notify_all();
+        due
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Writes one event. The formatter hands each event over in one piece.
+impl Write for Queue {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Queue {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+
+    /// Far longer than anything here takes: only a hang gets there.
+    const FOREVER: Duration = Duration::from_secs(60);
+
+    /// A writer whose every write waits for the test: `true` lets it succeed, `false` fails it.
+    struct Gated {
+        gate: Receiver<bool>,
+        written: Sender<String>,
+    }
+
+    impl Write for Gated {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            match self.gate.recv() {
+                Ok(true) => {
+                    self.written.send(String::from_utf8_lossy(line).into_owned()).unwrap();
+                    Ok(line.len())
+                }
+                Ok(false) | Err(_) => Err(io::ErrorKind::BrokenPipe.into()),
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A started queue of 10 bytes, the gate of its writer, and the lines that were written.
+    fn gated() -> (Queue, Sender<bool>, Receiver<String>) {
+        let (open, gate) = channel();
+        let (written, lines) = channel();
+        let queue = Queue::new(10);
+        let reporting = queue.clone();
+        let report = move |dropped: u64| reporting.push(format!("-{dropped}").as_bytes());
+        queue.start(Gated { gate, written }, report).unwrap();
+        (queue, open, lines)
+    }
+
+    #[test]
+    fn a_writer_that_never_returns_blocks_neither_a_line_nor_the_end() {
+        let (queue, open, lines) = gated();
+        for _ in 0..1000 {
+            queue.push(b"12345");
+        }
+        queue.flush(Duration::from_millis(10));
+        // One line may be in the writer's hands, and two fit into the queue.
+        assert!(queue.state().dropped >= 997, "{}", queue.state().dropped);
+        assert!(queue.state().bytes <= 10);
+        assert!(lines.try_recv().is_err(), "nothing was written");
+        drop(open);
+    }
+
+    #[test]
+    fn the_number_of_dropped_lines_is_written_when_there_is_room() {
+        let (queue, open, lines) = gated();
+        for _ in 0..100 {
+            queue.push(b"12345");
+        }
+        let dropped = queue.state().dropped;
+        let kept = 100 - usize::try_from(dropped).unwrap();
+        for _ in 0..=kept {
+            open.send(true).unwrap();
+        }
+        let seen: Vec<String> = (0..=kept).map(|_| lines.recv_timeout(FOREVER).unwrap()).collect();
+        assert!(seen.contains(&format!("-{dropped}")), "{seen:?}");
+        assert_eq!(seen.iter().filter(|line| *line == "12345").count(), kept);
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_written_is_counted_as_dropped() {
+        let (queue, open, lines) = gated();
+        queue.push(b"lost");
+        queue.push(b"seen");
+        open.send(false).unwrap();
+        open.send(true).unwrap();
+        open.send(true).unwrap();
+        assert_eq!(lines.recv_timeout(FOREVER).unwrap(), "seen");
+        assert_eq!(lines.recv_timeout(FOREVER).unwrap(), "-1");
+    }
+
+    #[test]
+    fn the_end_waits_for_what_can_be_written() {
+        let (queue, open, lines) = gated();
+        queue.push(b"a");
+        queue.push(b"b");
+        open.send(true).unwrap();
+        open.send(true).unwrap();
+        queue.flush(FOREVER);
+        assert_eq!(lines.try_iter().collect::<Vec<_>>(), ["a", "b"]);
+    }
+}
