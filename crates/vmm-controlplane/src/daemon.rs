@@ -15,6 +15,7 @@ use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::id::{BackendName, InstanceId};
+use vmm_host::descriptors;
 use vmm_host::ledger::{self, Served};
 use vmm_host::lock::StateLock;
 use vmm_proto::v1::VmServiceExt as _;
@@ -22,7 +23,7 @@ use vmm_service::{Backends, DefaultBoot, Settings, VmService};
 use vmm_store::SqliteStore;
 
 use crate::api::Api;
-use crate::config::{Config, Endpoint, Kvm, Loaded};
+use crate::config::{Config, Endpoint, Kvm, Loaded, is_loopback};
 use crate::health;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
@@ -40,6 +41,7 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     for warning in &warnings {
         tracing::warn!("{warning}");
     }
+    let connections = connections();
     let stop = stop_signal()?;
     let _lock = StateLock::acquire(&config.state_dir)?;
     let listener = bind(&config).await?;
@@ -52,10 +54,12 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
     let router = Arc::new(Api::new(service.clone())).register(connectrpc::Router::new());
     let pages = health::pages(service.clone(), exposure(address).into_iter().collect());
+    let healthy = service.clone();
     tokio::spawn(operator::report_leftovers(config.clone()).instrument(tracing::info_span!("leftovers")));
     let options = ServeOptions {
         host_policy: HostPolicy::Known(config.allowed_hosts.clone()),
-        ..ServeOptions::default()
+        is_healthy: Some(Arc::new(move || health::problem(&healthy).is_none())),
+        ..connections
     };
     rpc::serve(listener, router, pages, options, stop).await?;
 
@@ -147,6 +151,29 @@ fn settings(config: &Config) -> Settings {
     }
 }
 
+/// Raises the limit on descriptors, and shares them out: how many connections are served follows from the limit.
+///
+/// VMMs inherit the raised limit. A VMM with many vCPUs, disks and queues needs it too, and none of the three waits with
+/// `select`, for which alone high numbers would be a danger.
+fn connections() -> ServeOptions {
+    let limit = match descriptors::raise_limit() {
+        Ok((before, now)) => {
+            tracing::info!(before, now, "the limit on open files is the hard one");
+            now
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the limit on open files cannot be raised");
+            descriptors::limit()
+        }
+    };
+    let max_connections = usize::try_from(descriptors::for_clients(limit)).unwrap_or(usize::MAX);
+    ServeOptions {
+        max_connections,
+        max_connections_per_peer: max_connections.div_ceil(4),
+        ..ServeOptions::default()
+    }
+}
+
 async fn bind(config: &Config) -> anyhow::Result<TcpListener> {
     let listen = &config.listen;
     TcpListener::bind((listen.host.as_str(), listen.port)).await.with_context(|| {
@@ -156,7 +183,7 @@ async fn bind(config: &Config) -> anyhow::Result<TcpListener> {
 
 /// What the health page says for as long as anybody on the network can do anything.
 fn exposure(address: SocketAddr) -> Option<String> {
-    (!address.ip().is_loopback())
+    (!is_loopback(address.ip()))
         .then(|| format!("{address} is reachable from other hosts, and nothing authenticates who calls"))
 }
 

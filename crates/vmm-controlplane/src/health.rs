@@ -51,7 +51,7 @@ pub fn pages(service: VmService, warnings: Vec<String>) -> Router {
 }
 
 async fn full(State(health): State<Arc<Health>>) -> Response {
-    let reason = health.problem();
+    let reason = problem(&health.service);
     let backends = health.service.backends().statuses().into_iter().map(|status| {
         let (version, reason) = match status.health.version {
             Ok(version) => (Some(version), None),
@@ -77,20 +77,18 @@ async fn full(State(health): State<Arc<Health>>) -> Response {
 }
 
 async fn short(State(health): State<Arc<Health>>) -> Response {
-    let reason = health.problem();
+    let reason = problem(&health.service);
     (code(reason.as_ref()), Json(serde_json::json!({ "status": word(reason.as_ref()) }))).into_response()
 }
 
-impl Health {
-    /// Why the default backend cannot serve, if it cannot.
-    fn problem(&self) -> Option<String> {
-        match self.service.default_backend() {
-            Some(status) => status.health.version.err(),
-            None => Some(format!(
-                "this version does not serve {}; set UNKEY_VMCP_BACKEND to one of those listed",
-                self.service.backends().default_name()
-            )),
-        }
+/// Returns why the default backend cannot serve, if it cannot. From memory: no VMM is asked.
+pub fn problem(service: &VmService) -> Option<String> {
+    match service.default_backend() {
+        Some(status) => status.health.version.err(),
+        None => Some(format!(
+            "this version does not serve {}; set UNKEY_VMCP_BACKEND to one of those listed",
+            service.backends().default_name()
+        )),
     }
 }
 

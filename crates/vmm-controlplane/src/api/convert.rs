@@ -1,6 +1,5 @@
 //! Between messages and the domain. Configurations go both ways field by field; everything else goes out only.
 
-use connectrpc::ConnectError;
 use vmm_core::backend::BackendHealth;
 use vmm_core::config::{
     BootConfig, ConsoleConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, RestartPolicyConfig,
@@ -11,8 +10,6 @@ use vmm_core::state::{Status, VmState};
 use vmm_core::store::VmRecord;
 use vmm_proto::v1 as pb;
 use vmm_service::{BackendStatus, Metrics, VmView};
-
-use crate::rpc::error::invalid_argument;
 
 /// Unix milliseconds as Unix seconds.
 fn seconds(ms: i64) -> i64 {
@@ -44,18 +41,28 @@ fn state_from_pb(state: pb::VmState) -> Option<VmState> {
     }
 }
 
-/// The states that a request names in `field`.
+/// Reads the states that a request names in `field`. Each is returned once, however often the request names it.
+///
+/// # Errors
+///
+/// A violation for each entry that is no state.
 pub(crate) fn states_from_pb(
     field: &str,
     states: impl Iterator<Item = Option<pb::VmState>>,
-) -> Result<Vec<VmState>, ConnectError> {
-    let known = |(place, state): (usize, Option<pb::VmState>)| {
-        state.and_then(state_from_pb).ok_or_else(|| {
-            let states = "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN";
-            invalid_argument([(format!("{field}[{place}]"), states)])
-        })
-    };
-    states.enumerate().map(known).collect()
+) -> Result<Vec<VmState>, Vec<FieldReport>> {
+    let mut named = Vec::new();
+    let mut violations = Vec::new();
+    for (place, state) in states.enumerate() {
+        match state.and_then(state_from_pb) {
+            Some(state) if named.contains(&state) => {}
+            Some(state) => named.push(state),
+            None => violations.push(FieldReport::new(
+                format!("{field}[{place}]"),
+                "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN",
+            )),
+        }
+    }
+    if violations.is_empty() { Ok(named) } else { Err(violations) }
 }
 
 pub(crate) fn config_from_pb(config: pb::VmConfig) -> VmConfig {
@@ -353,6 +360,17 @@ mod tests {
     fn no_field_of_a_configuration_is_lost_on_the_way() {
         assert_eq!(config_to_pb(&config_from_pb(full())), full());
         assert_eq!(config_to_pb(&config_from_pb(pb::VmConfig::default())), pb::VmConfig::default());
+    }
+
+    #[test]
+    fn a_state_counts_once_and_each_wrong_one_is_named() {
+        let running = Some(pb::VmState::Running);
+        let many = std::iter::repeat_n(running, 1000).chain([Some(pb::VmState::Paused), running]);
+        assert_eq!(states_from_pb("states", many).unwrap(), [VmState::Running, VmState::Paused]);
+        let wrong = [None, running, Some(pb::VmState::Unspecified)].into_iter();
+        let fields: Vec<String> =
+            states_from_pb("states", wrong).unwrap_err().into_iter().map(|report| report.field).collect();
+        assert_eq!(fields, ["states[0]", "states[2]"]);
     }
 
     #[test]

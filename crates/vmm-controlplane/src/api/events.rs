@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use connectrpc::{ConnectError, RequestContext};
 use futures::{Stream, stream};
+use vmm_core::report::FieldReport;
 use vmm_core::store::VmRecord;
 use vmm_proto::v1 as pb;
 use vmm_service::{EventsPage, EventsQuery, Notice, Present, Recorded, ServiceError, VmService, WatchQuery};
@@ -55,20 +56,28 @@ pub(super) async fn wait(
     ctx: &RequestContext,
     request: pb::WaitVmRequest,
 ) -> Result<pb::WaitVmResponse, ConnectError> {
-    let states = states_from_pb("states", request.states.iter().map(|state| state.as_known()))?;
-    let deadline = wait_deadline(request.timeout_seconds, ctx.time_remaining()).map_err(to_connect)?;
+    let states = states_from_pb("states", request.states.iter().map(|state| state.as_known()));
+    let deadline = wait_deadline(request.timeout_seconds, ctx.time_remaining());
+    let (states, deadline) = match (states, deadline) {
+        (Ok(states), Ok(deadline)) => (states, deadline),
+        (states, deadline) => {
+            let mut violations = states.err().unwrap_or_default();
+            violations.extend(deadline.err());
+            return Err(to_connect(ServiceError::Invalid(violations)));
+        }
+    };
     let record = service.wait(&request.vm_id, &states, deadline).await.map_err(to_connect)?;
     Ok(reached_to_pb(&record))
 }
 
 /// How long to wait: as long as asked for, but not past the call's own deadline.
-fn wait_deadline(seconds: i32, remaining: Option<Duration>) -> Result<Duration, ServiceError> {
+fn wait_deadline(seconds: i32, remaining: Option<Duration>) -> Result<Duration, FieldReport> {
     let longest = Duration::from_secs(u64::from(MAX_WAIT_SECONDS.unsigned_abs()));
     let asked = match seconds {
         0 => longest,
         seconds @ 1..=MAX_WAIT_SECONDS => Duration::from_secs(u64::from(seconds.unsigned_abs())),
         other => {
-            return Err(ServiceError::invalid(
+            return Err(FieldReport::new(
                 "timeout_seconds",
                 format!("must be from 0 (until the call's own deadline) to {MAX_WAIT_SECONDS}, not {other}"),
             ));

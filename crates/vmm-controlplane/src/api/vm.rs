@@ -4,14 +4,14 @@ use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, Service
 use vmm_core::store::Requested;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
-use vmm_service::{CreateRequest, ListQuery, ShutdownOptions, VmService};
+use vmm_service::{CreateRequest, ListQuery, ServiceError, ShutdownOptions, VmService};
 
 use super::convert::{
     backend_to_pb, config_from_pb, info_to_pb, reports_to_pb, state_to_pb, states_from_pb, summary_to_pb,
 };
 use super::error::to_connect;
 use super::events;
-use crate::rpc::record_vm_id;
+use crate::rpc::{record_vm_id, require_force};
 
 /// The API on top of the use cases.
 pub struct Api {
@@ -64,6 +64,7 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::DeleteVmRequest>,
     ) -> ServiceResult<pb::DeleteVmResponse> {
         record_vm_id(&ctx, request.vm_id);
+        require_force(&ctx, request.force)?;
         let outcome =
             self.service.delete(request.vm_id, request.force, actor(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::DeleteVmResponse {
@@ -93,6 +94,7 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::ShutdownVmRequest>,
     ) -> ServiceResult<pb::ShutdownVmResponse> {
         record_vm_id(&ctx, request.vm_id);
+        require_force(&ctx, request.force)?;
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
         let outcome = self.service.shutdown(request.vm_id, options, actor(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::ShutdownVmResponse {
@@ -162,15 +164,29 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::ListVmsRequest>,
     ) -> ServiceResult<pb::ListVmsResponse> {
         let request = request.to_owned_message();
-        let states = request.state_filter.iter().map(|state| state.as_known());
+        let states =
+            states_from_pb("state_filter", request.state_filter.iter().map(|state| state.as_known()));
+        let (states, mut violations) = match states {
+            Ok(states) => (states, Vec::new()),
+            Err(violations) => (Vec::new(), violations),
+        };
         let query = ListQuery {
-            states: states_from_pb("state_filter", states)?,
+            states,
             metadata: request.metadata_filter,
             backend: request.backend,
             page_size: request.page_size,
-            page_token: request.page_token,
+            // A token belongs to a filter, so without one it cannot be judged.
+            page_token: if violations.is_empty() { request.page_token } else { String::new() },
         };
-        let page = self.service.list(&query).map_err(to_connect)?;
+        let page = self.service.list(&query);
+        if !violations.is_empty() {
+            // Whatever else is wrong is named with the states.
+            if let Err(ServiceError::Invalid(more)) = page {
+                violations.extend(more);
+            }
+            return Err(to_connect(ServiceError::Invalid(violations)));
+        }
+        let page = page.map_err(to_connect)?;
         Response::ok(pb::ListVmsResponse {
             vms: page.vms.iter().map(|record| summary_to_pb(record)).collect(),
             next_page_token: page.next_page_token,

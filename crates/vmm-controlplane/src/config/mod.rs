@@ -33,7 +33,7 @@ pub use error::{ConfigError, ConfigErrors, Origin};
 pub use retired::migrate_env;
 pub use settings::{Fallback, PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting, Spec};
 pub use sources::{Environment, Host, ThisHost};
-pub use values::{BackendName, Endpoint, Kvm, Listen, UnsupportedBackend};
+pub use values::{BackendName, Endpoint, Kvm, Listen, UnsupportedBackend, is_loopback};
 
 /// One hypervisor: how to reach it, and what to start where there is nothing to reach.
 #[derive(Debug, Clone, PartialEq, Eq)]

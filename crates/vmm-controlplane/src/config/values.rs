@@ -143,10 +143,15 @@ impl Listen {
     /// Tells whether only this machine can reach the address. A name counts as loopback only if it is localhost.
     pub fn is_loopback(&self) -> bool {
         match self.host.parse::<IpAddr>() {
-            Ok(ip) => ip.to_canonical().is_loopback(),
+            Ok(ip) => is_loopback(ip),
             Err(_) => self.host == "localhost",
         }
     }
+}
+
+/// Tells whether only this machine can reach an address. An IPv4 address in the form of IPv6 is the IPv4 address.
+pub fn is_loopback(ip: IpAddr) -> bool {
+    ip.to_canonical().is_loopback()
 }
 
 impl fmt::Display for Listen {

@@ -85,14 +85,17 @@ impl Call<'_> {
         M: Message + MessageName + HasMessageView + Serialize + DeserializeOwned + Debug + PartialEq,
     {
         let procedure = format!("/vmm.v1.VmService/{}", self.method);
-        let check = |json: Bytes| STRICT_JSON.check(Some(&procedure), &Payload::new(json, CodecFormat::Json));
+        let checked = |body: Bytes, format| STRICT_JSON.check(Some(&procedure), &Payload::new(body, format));
+        let check = |json: Bytes| checked(json, CodecFormat::Json);
         let body = if self.format == CodecFormat::Json {
             let decoded = serde_json::from_slice::<M>(&self.body);
             if let Err(refused) = check(self.body) {
                 check_error(&refused);
-                // The decoder takes a list for a message, and that alone.
-                let list = refused.message.is_some_and(|text| text.contains("is a list where an object"));
-                assert!(decoded.is_err() || list, "the decoder would have taken it");
+                // The decoder takes a list for a message, a key twice in a map, and any number of entries.
+                let text = refused.message.unwrap_or_default();
+                let stricter = ["is a list where an object", "is given twice", "has too many entries"];
+                let stricter = stricter.iter().any(|reason| text.contains(reason));
+                assert!(decoded.is_err() || stricter, "the decoder would have taken it");
                 return;
             }
             match decoded {
@@ -107,6 +110,9 @@ impl Call<'_> {
                 }
             }
         } else {
+            if let Err(refused) = checked(self.body.clone(), CodecFormat::Proto) {
+                return check_error(&refused);
+            }
             self.body
         };
         let Ok(view) = DecodeOptions::new().decode_view::<M::View<'_>>(&body) else {
@@ -126,7 +132,7 @@ impl Call<'_> {
 
 fn states(states: &[buffa::EnumValue<pb::VmState>]) {
     if let Err(refused) = states_from_pb("states", states.iter().map(|state| state.as_known())) {
-        check_error(&refused);
+        check_error(&invalid_argument(refused.into_iter().map(|report| (report.field, report.message))));
     }
 }
 

@@ -1,47 +1,236 @@
-//! Request bodies that neither stall for ever nor break off the answer.
+//! Request bodies that neither stall for ever, nor fill the memory, nor break off the answer.
 //!
 //! Over HTTP/1.1 a server that answers before it has read the whole request closes a socket with unread bytes in it.
 //! The kernel then resets the connection, and the client may see the reset instead of the answer. So a body that
 //! is too long is read to its end, within reason, before its reader learns that it is too long.
+//!
+//! ```text
+//!   Incoming ── Patient ── Watched ──► the RPC library
+//!               (excess)   (pause, whole time, bytes of all requests)
+//!                             └── a fault is noted in Reading, from which paths.rs makes the answer
+//! ```
 
+use std::fmt;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
 use bytes::Bytes;
+use connectrpc::ConnectError;
 use http::{HeaderMap, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt as _;
-use tower_http::timeout::TimeoutBody;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{self, Instant, Sleep};
 
-/// How many bytes beyond the limit are read and thrown away for the sake of the answer.
+use super::ServeOptions;
+
+/// The bytes beyond the limit that are read and thrown away for the sake of the answer.
 const PATIENCE: usize = 64 << 20;
 
-/// Prepares a request's body: it fails when it stalls for `idle`, and reads what exceeds `limit` before it says so.
-pub(super) fn guard<B>(request: http::Request<B>, limit: usize, idle: Duration) -> Request
-where
-    B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
-    B::Error: std::error::Error + Send + Sync + 'static,
-{
-    // HTTP/2 ends one stream without touching the connection.
-    let patience = if is_http1(request.version()) { PATIENCE } else { 0 };
-    request.map(|inner| Body::new(TimeoutBody::new(idle, Patient::new(inner, limit, patience))))
+/// The longest that a refused request is read on for the sake of its answer.
+const FINISHING: Duration = Duration::from_secs(10);
+
+/// The memory that is kept for the bodies of vital calls, in bytes.
+const VITAL_BYTES: usize = 1 << 20;
+
+/// The limits of all bodies of one server.
+pub(super) struct Bodies {
+    limit: usize,
+    pause: Duration,
+    whole: Duration,
+    bytes: Arc<Semaphore>,
+    vital_bytes: Arc<Semaphore>,
 }
 
-/// Reads the rest of a request that is refused, and gives back its headers.
+impl Bodies {
+    pub(super) fn new(options: &ServeOptions) -> Self {
+        Self {
+            limit: options.max_body_bytes(),
+            pause: options.body_idle_timeout,
+            whole: options.body_timeout,
+            bytes: Arc::new(Semaphore::new(options.max_bytes_in_flight)),
+            vital_bytes: Arc::new(Semaphore::new(VITAL_BYTES)),
+        }
+    }
+
+    /// Prepares a request's body. Its faults, and its share of the memory, are in the [`Reading`] among the extensions.
+    pub(super) fn guard<B>(&self, request: http::Request<B>, is_vital: bool) -> Request
+    where
+        B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: std::error::Error + Send + Sync + 'static,
+    {
+        // HTTP/2 ends one stream without touching the connection.
+        let patience = if is_http1(request.version()) { PATIENCE } else { 0 };
+        let mut stores = vec![Arc::clone(&self.bytes)];
+        if is_vital {
+            stores.push(Arc::clone(&self.vital_bytes));
+        }
+        let reading = Reading::default();
+        let mut request = request.map(|inner| {
+            Body::new(Watched {
+                inner: Patient::new(inner, self.limit, patience),
+                pause: self.pause,
+                paused: Box::pin(time::sleep(self.pause)),
+                whole: self.whole,
+                end: Box::pin(time::sleep(self.whole)),
+                stores,
+                reading: reading.clone(),
+            })
+        });
+        request.extensions_mut().insert(reading);
+        request
+    }
+}
+
+/// Reads the rest of a request that is refused, for a limited time, and gives back its headers.
 pub(super) async fn finish(request: Request) -> HeaderMap {
     let (parts, mut body) = request.into_parts();
     if is_http1(parts.version) {
-        // An error ends the reading as well as the end does: the answer is the same.
-        while let Some(Ok(_)) = body.frame().await {}
+        // An error or the end of the time ends the reading as well as the body's end does: the answer is the same.
+        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+        let _ended = time::timeout(FINISHING, rest).await;
     }
     parts.headers
 }
 
 fn is_http1(version: Version) -> bool {
     version < Version::HTTP_2
+}
+
+/// The state of a request's body, shared between the body and the dispatcher.
+///
+/// The memory that the body was granted is given back when the last clone goes: after the answer is ready.
+#[derive(Clone, Default)]
+pub(super) struct Reading(Arc<Mutex<Progress>>);
+
+#[derive(Default)]
+struct Progress {
+    fault: Option<Fault>,
+    granted: Vec<OwnedSemaphorePermit>,
+}
+
+impl Reading {
+    /// Returns the error that the client is told, if the body was given up.
+    pub(super) fn fault(&self) -> Option<ConnectError> {
+        self.lock().fault.map(Fault::error)
+    }
+
+    fn give_up(&self, fault: Fault) -> Fault {
+        self.lock().fault = Some(fault);
+        fault
+    }
+
+    /// Takes memory for `bytes` out of the first store that has so much left.
+    fn grant(&self, stores: &[Arc<Semaphore>], bytes: usize) -> Result<(), Fault> {
+        let wanted = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let granted = stores.iter().find_map(|store| Arc::clone(store).try_acquire_many_owned(wanted).ok());
+        let Some(granted) = granted else { return Err(self.give_up(Fault::NoMemory)) };
+        self.lock().granted.push(granted);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a body was given up.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Stalled(Duration),
+    TooSlow(Duration),
+    NoMemory,
+}
+
+impl Fault {
+    fn error(self) -> ConnectError {
+        match self {
+            Self::Stalled(_) | Self::TooSlow(_) => ConnectError::deadline_exceeded(self.to_string()),
+            Self::NoMemory => ConnectError::resource_exhausted(self.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stalled(pause) => write!(
+                f,
+                "nothing more of the request's body came for {} s; send it again, without a pause",
+                pause.as_secs_f64()
+            ),
+            Self::TooSlow(whole) => write!(
+                f,
+                "the request's body did not arrive within {} s; send it again over a faster connection",
+                whole.as_secs_f64()
+            ),
+            Self::NoMemory => f.write_str(
+                "the daemon has no memory left for the body of this request, because the bodies of other requests \
+                 take it; try again",
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// A body that is given up when it pauses, when it takes too long as a whole, and when there is no memory for it.
+struct Watched<B> {
+    inner: Patient<B>,
+    pause: Duration,
+    paused: Pin<Box<Sleep>>,
+    whole: Duration,
+    end: Pin<Box<Sleep>>,
+    stores: Vec<Arc<Semaphore>>,
+    reading: Reading,
+}
+
+impl<B> HttpBody for Watched<B>
+where
+    B: HttpBody<Data = Bytes> + Unpin,
+    B::Error: std::error::Error + Send + Sync + 'static,
+{
+    type Data = Bytes;
+    type Error = axum::BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
+        let this = &mut *self;
+        if this.end.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Some(Err(this.reading.give_up(Fault::TooSlow(this.whole)).into())));
+        }
+        let before = this.inner.seen;
+        let polled = Pin::new(&mut this.inner).poll_frame(cx);
+        if this.inner.seen > before {
+            this.paused.as_mut().reset(Instant::now() + this.pause);
+        }
+        match polled {
+            Poll::Pending => {
+                ready!(this.paused.as_mut().poll(cx));
+                Poll::Ready(Some(Err(this.reading.give_up(Fault::Stalled(this.pause)).into())))
+            }
+            Poll::Ready(Some(Ok(frame))) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len);
+                Poll::Ready(Some(this.reading.grant(&this.stores, bytes).map(|()| frame).map_err(Into::into)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(error.into()))),
+            Poll::Ready(None) => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
 }
 
 /// A body that holds back the piece that exceeds the limit until the rest has arrived.

@@ -1,16 +1,101 @@
 //! The services that every gRPC server is expected to have: health and reflection.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use connectrpc::Router;
-use connectrpc_health::{HealthExt as _, HealthService, StaticChecker};
+use connectrpc::{ConnectError, Router};
+use connectrpc_health::{Checker, HealthExt as _, HealthService, StaticChecker, Status, StatusStream};
 use connectrpc_reflection::{ReflectionError, Reflector};
+use tokio::time;
+use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
+
+use super::ServeOptions;
+use super::options::IsHealthy;
+
+/// How often the health is looked at for the sake of those that watch it.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Adds `grpc.health.v1.Health` and both versions of `grpc.reflection` to the caller's services.
-pub(super) fn install(router: Router, health: Arc<StaticChecker>) -> Result<Router, ReflectionError> {
-    let health = Arc::new(HealthService::from_arc(health));
+pub(super) fn install(router: Router, health: LiveChecker) -> Result<Router, ReflectionError> {
+    let health = Arc::new(HealthService::new(health));
     let router =
         connectrpc_health::apply_request_limits(health.register(router), connectrpc_health::request_limits());
     let reflector = Reflector::from_descriptor_set_bytes(vmm_proto::FILE_DESCRIPTOR_SET)?;
     Ok(connectrpc_reflection::install(router, reflector))
+}
+
+/// Answers the gRPC health service with what the health page says, until the server ends.
+#[derive(Clone)]
+pub(super) struct LiveChecker {
+    known: Arc<StaticChecker>,
+    is_healthy: Option<IsHealthy>,
+    /// Whether the server has been told to end. Held while the health is set, so that the end has the last word.
+    ended: Arc<Mutex<bool>>,
+}
+
+impl LiveChecker {
+    pub(super) fn new(options: &ServeOptions) -> Self {
+        Self {
+            known: Arc::clone(&options.health),
+            is_healthy: options.is_healthy.clone(),
+            ended: Arc::default(),
+        }
+    }
+
+    /// Says NOT_SERVING from now on, because the server ends.
+    pub(super) fn end(&self) {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        *ended = true;
+        self.known.shutdown();
+    }
+
+    /// Looks at the health again and again, so that watches are told of a change.
+    pub(super) async fn look_forever(self) {
+        loop {
+            self.look();
+            time::sleep(LOOK).await;
+        }
+    }
+
+    fn look(&self) {
+        let Some(is_healthy) = &self.is_healthy else { return };
+        let status = if is_healthy() { Status::Serving } else { Status::NotServing };
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if *ended {
+            return;
+        }
+        for service in ["", VM_SERVICE_SERVICE_NAME] {
+            if let Err(error) = self.known.set_status(service, status) {
+                tracing::error!(%error, "the gRPC health service does not know a service of this program");
+            }
+        }
+    }
+}
+
+impl Checker for LiveChecker {
+    async fn check(&self, service: &str) -> Result<Status, ConnectError> {
+        self.look();
+        self.known.check(service).await
+    }
+
+    async fn watch(&self, service: &str) -> Result<StatusStream, ConnectError> {
+        self.look();
+        self.known.watch(service).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_ends_does_not_serve_however_healthy_it_is() {
+        let options = ServeOptions { is_healthy: Some(Arc::new(|| true)), ..ServeOptions::default() };
+        let live = LiveChecker::new(&options);
+        assert_eq!(live.check("").await.unwrap(), Status::Serving);
+        live.end();
+        for service in ["", VM_SERVICE_SERVICE_NAME] {
+            assert_eq!(live.check(service).await.unwrap(), Status::NotServing);
+        }
+    }
 }

@@ -1,13 +1,17 @@
 //! Connections: how many, how patient, and how they end.
 //!
 //! ```text
-//!   waiting for a slot ──► accepted ──first bytes──► serving ──drain──► finishing ──► closed
-//!                             │                         │                  │
-//!                             └── header_timeout        └── header_timeout └── drain_timeout: cut
-//!                                                           (head of a request, idle HTTP/1.1)
-//!                                                           no answer to a ping (HTTP/2)
+//!   accepted ──first bytes──► serving ──drain, eviction, idle──► closing ──► closed
+//!      │                         │                                  │
+//!      └── header_timeout        ├── header_timeout (HTTP/1.1)      └── LEAVING, or drain_timeout: cut
+//!                                ├── idle_timeout
+//!                                └── no answer to a ping (HTTP/2)
 //! ```
+//!
+//! Which connections are served is decided in [`admission`](super::admission), how long an idle one lasts in
+//! [`activity`](super::activity).
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -15,18 +19,25 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::response::Response;
 use connectrpc::server::PeerAddr;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time;
+use tokio::time::{self, Instant};
 use tower::ServiceExt as _;
+use vmm_host::descriptors;
 
-use super::{ServeOptions, body};
+use super::ServeOptions;
+use super::activity::{Activity, Patience, Watched};
+use super::admission::Admission;
+use super::body::Bodies;
+use super::vital::{self, Scarcity};
 
 /// What an HTTP/2 client sends first.
 const H2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -37,6 +48,22 @@ const PREFACE_PAUSE: Duration = Duration::from_millis(10);
 /// How long to wait after the kernel refused a connection, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// The time that a connection has to take leave of its peer, when it is closed for idleness or makes room.
+const LEAVING: Duration = Duration::from_secs(1);
+
+/// The connections of last resort that are served at once, beyond those that have a place.
+const LAST_RESORT: usize = 32;
+
+/// The times of a connection of last resort: a forced call is answered within 5 s.
+const LAST_RESORT_PATIENCE: Patience =
+    Patience { header: Duration::from_secs(2), idle: Duration::from_secs(2), once: true };
+const LAST_RESORT_TIME: Duration = Duration::from_secs(10);
+
+/// When the kernel asks a silent peer whether it is still there, how often, and how many times before it gives up.
+const PEER_SILENT: Duration = Duration::from_secs(60);
+const PEER_ASKED: Duration = Duration::from_secs(20);
+const PEER_TRIES: u32 = 3;
+
 /// Serves connections until `shutdown` resolves, then lets those under way finish within the drain timeout.
 pub(super) async fn run(
     listener: TcpListener,
@@ -46,7 +73,7 @@ pub(super) async fn run(
     shutdown: impl Future<Output = ()> + Send,
 ) {
     let server = Arc::new(Server::new(app, options, draining));
-    let slots = Arc::new(Semaphore::new(options.max_connections));
+    let last_resort = Arc::new(Semaphore::new(LAST_RESORT));
     let mut connections = JoinSet::new();
     let mut shutdown = pin!(shutdown);
     loop {
@@ -54,12 +81,8 @@ pub(super) async fn run(
             biased;
             () = &mut shutdown => break,
             Some(ended) = connections.join_next() => report(ended),
-            (stream, peer, slot) = accept(&listener, &slots) => {
-                let server = Arc::clone(&server);
-                connections.spawn(async move {
-                    server.serve(stream, peer).await;
-                    drop(slot);
-                });
+            (stream, peer, permit) = accept(&listener, &last_resort) => {
+                connections.spawn(Arc::clone(&server).serve(stream, peer, permit));
             }
         }
     }
@@ -90,19 +113,17 @@ fn report(ended: Result<(), JoinError>) {
     }
 }
 
-/// Waits for a free slot, then for a connection. Safe to drop at any point: nothing accepted is lost.
+/// Waits until one more connection can be dealt with, then for a connection. Safe to drop at any point: nothing accepted
+/// is lost.
 async fn accept(
     listener: &TcpListener,
-    slots: &Arc<Semaphore>,
+    last_resort: &Arc<Semaphore>,
 ) -> (TcpStream, SocketAddr, Option<OwnedSemaphorePermit>) {
-    if slots.available_permits() == 0 {
-        tracing::warn!("all connection slots are taken: new connections wait");
-    }
     // Closed never: the semaphore lives as long as the server. Without a permit the connection is served all the same.
-    let slot = Arc::clone(slots).acquire_owned().await.ok();
+    let permit = Arc::clone(last_resort).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => return (stream, peer, slot),
+            Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) => {
                 tracing::warn!(%error, "could not accept a connection; trying again");
                 time::sleep(ACCEPT_PAUSE).await;
@@ -116,68 +137,145 @@ struct Server {
     app: axum::Router,
     http: auto::Builder<TokioExecutor>,
     draining: watch::Receiver<bool>,
-    header_timeout: Duration,
-    body_idle_timeout: Duration,
-    max_body: usize,
+    admission: Arc<Admission>,
+    patience: Patience,
+    bodies: Bodies,
+    requests: Arc<Semaphore>,
+}
+
+/// One connection, as its requests see it.
+struct Connection {
+    peer: SocketAddr,
+    activity: Arc<Activity>,
+    is_last_resort: bool,
 }
 
 impl Server {
     fn new(app: axum::Router, options: &ServeOptions, draining: watch::Receiver<bool>) -> Self {
         let mut http = auto::Builder::new(TokioExecutor::new());
-        http.http1().timer(TokioTimer::new()).header_read_timeout(options.header_timeout);
+        // The idle time and the time of a head are told apart in `Activity`.
+        http.http1().timer(TokioTimer::new()).header_read_timeout(None);
         http.http2()
             .timer(TokioTimer::new())
+            .max_concurrent_streams(options.max_streams)
             .keep_alive_interval(options.keepalive)
             .keep_alive_timeout(options.keepalive);
         Self {
             app,
             http,
             draining,
-            header_timeout: options.header_timeout,
-            body_idle_timeout: options.body_idle_timeout,
-            max_body: options.max_body_bytes(),
+            admission: Admission::new(options.max_connections, options.max_connections_per_peer),
+            patience: Patience { header: options.header_timeout, idle: options.idle_timeout, once: false },
+            bodies: Bodies::new(options),
+            requests: Arc::new(Semaphore::new(options.max_requests)),
         }
     }
 
-    /// Serves one connection to its end. Its errors are the peer's doing, so they are worth no more than a debug line.
-    async fn serve(&self, stream: TcpStream, peer: SocketAddr) {
+    /// Serves one connection to its end, in a place of its own or as a last resort.
+    async fn serve(
+        self: Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        permit: Option<OwnedSemaphorePermit>,
+    ) {
+        let _descriptor = descriptors::Client::new();
+        let activity = Activity::new();
+        if let Some(_place) = self.admission.admit(peer, &activity) {
+            drop(permit);
+            let connection = Connection { peer, activity, is_last_resort: false };
+            return self.talk(stream, &connection, self.patience).await;
+        }
+        tracing::debug!(%peer, "every connection is in use: this one gets one answer");
+        let connection = Connection { peer, activity, is_last_resort: true };
+        let talk = self.talk(stream, &connection, LAST_RESORT_PATIENCE);
+        if time::timeout(LAST_RESORT_TIME, talk).await.is_err() {
+            tracing::debug!(%peer, "connection cut: as a last resort it took too long");
+        }
+    }
+
+    /// Speaks HTTP on a connection. Its errors are the peer's doing, so they are worth no more than a debug line.
+    async fn talk(&self, stream: TcpStream, connection: &Connection, patience: Patience) {
+        let peer = connection.peer;
         let mut draining = self.draining.clone();
         let begun = tokio::select! {
-            begun = time::timeout(self.header_timeout, first_bytes(&stream)) => begun,
+            begun = time::timeout(patience.header, first_bytes(&stream)) => begun,
             () = drain(&mut draining) => return,
+            () = connection.activity.evicted() => return,
         };
-        match begun {
-            Ok(Ok(true)) => {}
-            Ok(Ok(false)) => return,
+        let http = match begun {
+            Ok(Ok(Some(http))) => http,
+            Ok(Ok(None)) => return,
             Ok(Err(error)) => return tracing::debug!(%peer, %error, "connection failed"),
             Err(_elapsed) => return tracing::debug!(%peer, "connection closed: it sent no request in time"),
-        }
-        // Answers are small: without this the kernel would hold some back for 40 ms.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%peer, %error, "could not set TCP_NODELAY");
-        }
-        let service = service_fn(|request| self.answer(request, peer));
-        let mut connection = pin!(self.http.serve_connection(TokioIo::new(stream), service));
-        let result = tokio::select! {
-            result = connection.as_mut() => result,
-            () = drain(&mut draining) => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
         };
-        if let Err(error) = result {
-            tracing::debug!(%peer, error = &*error, "connection ended early");
+        if let Err(error) = tune(&stream) {
+            tracing::debug!(%peer, %error, "could not set the options of a socket");
         }
+        let heads = (http == Http::One).then(|| Arc::clone(&connection.activity));
+        let stream = TokioIo::new(Watched::new(stream, heads));
+        let service = service_fn(|request| self.answer(request, connection));
+        let mut talk = pin!(self.http.serve_connection(stream, service));
+        let mut is_draining = false;
+        loop {
+            let deadline = connection.activity.deadline(patience);
+            tokio::select! {
+                result = talk.as_mut() => {
+                    if let Err(error) = result {
+                        tracing::debug!(%peer, error = &*error, "connection ended early");
+                    }
+                    return;
+                }
+                () = drain(&mut draining), if !is_draining => {
+                    is_draining = true;
+                    talk.as_mut().graceful_shutdown();
+                }
+                () = connection.activity.changed() => {}
+                () = reached(deadline) => {
+                    if connection.activity.deadline(patience).is_some_and(|deadline| deadline <= Instant::now()) {
+                        tracing::debug!(%peer, "connection closed: it was idle");
+                        break;
+                    }
+                }
+                () = connection.activity.evicted() => {
+                    tracing::debug!(%peer, "connection closed: it was idle, and others wait");
+                    break;
+                }
+            }
+        }
+        talk.as_mut().graceful_shutdown();
+        // A peer that does not answer the goodbye is cut off.
+        let _left = time::timeout(LEAVING, talk).await;
     }
 
+    /// Answers one request.
     fn answer(
         &self,
         request: http::Request<Incoming>,
-        peer: SocketAddr,
-    ) -> impl Future<Output = Result<axum::response::Response, std::convert::Infallible>> + Send + use<> {
-        let mut request = body::guard(request, self.max_body, self.body_idle_timeout);
-        request.extensions_mut().insert(PeerAddr(peer));
-        self.app.clone().oneshot(request)
+        connection: &Connection,
+    ) -> impl Future<Output = Result<Response, Infallible>> + Send + use<> {
+        let is_vital = vital::is_vital(request.uri().path());
+        let permit = Arc::clone(&self.requests).try_acquire_owned().ok();
+        let scarcity = match &permit {
+            _ if connection.is_last_resort => Some(Scarcity::NoPlace),
+            None => Some(Scarcity::TooManyRequests),
+            Some(_) => None,
+        };
+        let underway = connection.activity.begin(permit);
+        let mut request = self.bodies.guard(request, is_vital);
+        request.extensions_mut().insert(PeerAddr(connection.peer));
+        if let Some(scarcity) = scarcity {
+            request.extensions_mut().insert(scarcity);
+        }
+        let app = self.app.clone();
+        async move { Ok(app.oneshot(request).await?.map(|body| underway.until_sent(body))) }
+    }
+}
+
+/// Waits for a moment, or for ever if there is none.
+async fn reached(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => time::sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -186,18 +284,39 @@ async fn drain(draining: &mut watch::Receiver<bool>) {
     let _ended_either_way = draining.wait_for(|draining| *draining).await.is_ok();
 }
 
-/// Waits until the peer has sent enough to tell HTTP/1.1 from HTTP/2; false if it left instead.
+/// Sets the options of an accepted socket.
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    // Answers are small: without this the kernel would hold some back for 40 ms.
+    stream.set_nodelay(true)?;
+    // A peer that lost its power closes nothing. HTTP/2 has pings; a watch over HTTP/1.1 has only this.
+    sockopt::set_tcp_keepidle(stream, PEER_SILENT)?;
+    sockopt::set_tcp_keepintvl(stream, PEER_ASKED)?;
+    sockopt::set_tcp_keepcnt(stream, PEER_TRIES)?;
+    Ok(sockopt::set_socket_keepalive(stream, true)?)
+}
+
+/// The versions of HTTP that are told apart.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Http {
+    One,
+    Two,
+}
+
+/// Waits until the peer has sent enough to tell HTTP/1.1 from HTTP/2; `None` if it left instead.
 ///
 /// The library has timeouts for what comes after, and none for this.
-async fn first_bytes(stream: &TcpStream) -> io::Result<bool> {
+async fn first_bytes(stream: &TcpStream) -> io::Result<Option<Http>> {
     let mut seen = [0; H2_PREFACE.len()];
     loop {
         let count = stream.peek(&mut seen).await?;
         if count == 0 {
-            return Ok(false);
+            return Ok(None);
         }
-        if count == seen.len() || !H2_PREFACE.starts_with(&seen[..count]) {
-            return Ok(true);
+        if !H2_PREFACE.starts_with(&seen[..count]) {
+            return Ok(Some(Http::One));
+        }
+        if count == seen.len() {
+            return Ok(Some(Http::Two));
         }
         // peek() returns at once while there is anything to see, so waiting for more is done here.
         time::sleep(PREFACE_PAUSE).await;

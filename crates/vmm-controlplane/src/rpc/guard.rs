@@ -12,6 +12,7 @@ use connectrpc::{
     ConnectError, IdempotencyLevel, Interceptor, Next, NextStream, PayloadStream, RequestContext, async_trait,
 };
 use futures::{FutureExt as _, StreamExt as _, stream};
+use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderName};
 use tokio::sync::watch;
 use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
@@ -120,6 +121,43 @@ fn until_drain(mut items: PayloadStream, mut draining: watch::Receiver<bool>) ->
         }
         items.poll_next_unpin(cx)
     }))
+}
+
+/// Refuses `Authorization`: a caller whose credentials are ignored would believe that somebody had checked them.
+pub(super) struct RefuseCredentials;
+
+impl RefuseCredentials {
+    fn check(ctx: &RequestContext) -> Result<(), ConnectError> {
+        if ctx.header(AUTHORIZATION).is_none() {
+            return Ok(());
+        }
+        Err(ConnectError::unauthenticated(
+            "this daemon authenticates nobody, so the Authorization header cannot be checked: send the request without \
+             it; until a version that authenticates, access is a matter of who reaches the daemon's address",
+        ))
+    }
+}
+
+#[async_trait]
+impl Interceptor for RefuseCredentials {
+    async fn intercept_unary(
+        &self,
+        req: UnaryRequest,
+        next: Next<'_>,
+    ) -> Result<UnaryResponse, ConnectError> {
+        Self::check(&req.ctx)?;
+        next.run(req).await
+    }
+
+    async fn intercept_streaming(
+        &self,
+        req: StreamRequest,
+        inbound: PayloadStream,
+        next: NextStream<'_>,
+    ) -> Result<StreamResponse, ConnectError> {
+        Self::check(&req.ctx)?;
+        next.run(req, inbound).await
+    }
 }
 
 /// Refuses `Idempotency-Key` on methods that change something: a key that is ignored would promise what is not kept.

@@ -5,27 +5,34 @@
 //! registers its services on a [`connectrpc::Router`] and hands it to [`serve`].
 //!
 //! ```text
-//!   socket ── connection.rs   slots, header timeouts, keep-alive pings, drain at shutdown
+//!   socket ── connection.rs   header timeouts, idle time, keep-alive pings, drain at shutdown
+//!      │      ├ admission.rs   places, shares of peers, the last resort for health and force
+//!      │      └ activity.rs    since when a connection is idle
 //!      │
-//!      ├───── body.rs         idle timeout; an oversized body is read to its end so that the answer arrives
-//!      ├───── request_id.rs   X-Request-Id in and out, one tracing span per request
+//!      ├───── body.rs         timeouts and memory; an oversized body is read to its end so that the answer arrives
+//!      ├───── request_id.rs   X-Request-Id in and out, traceparent, one tracing span per request
 //!      ├───── host.rs         the Host check against DNS rebinding
+//!      ├───── vital.rs        where there is no room only health and force are served
 //!      ▼
 //!   paths.rs ── /_/health …  ─────────────► the caller's pages
 //!      │    └── /cloudhypervisor.v1.… , unknown path, wrong verb, wrong Content-Type ──► an error that says so
 //!      ▼
-//!   connectrpc ── guard.rs    panics → INTERNAL, Idempotency-Key refused, streams end at shutdown
+//!   connectrpc ── guard.rs    panics → INTERNAL, Authorization and Idempotency-Key refused, streams end at shutdown
 //!      │
-//!      │    strict_json.rs   unknown JSON fields refused, all at once and by path
+//!      │    entries.rs       requests with too many entries refused, on the bytes
+//!      │    strict_json.rs   unknown and repeated JSON fields refused, all at once and by path
 //!      ├── builtin.rs         grpc.health.v1.Health, grpc.reflection.v1 and v1alpha
 //!      └── vmm.v1.VmService   the caller's handlers
 //! ```
 //!
 //! No answer carries CORS headers, so a browser keeps pages of other origins away from the API.
 
+mod activity;
+mod admission;
 mod body;
 mod builtin;
 mod connection;
+pub(crate) mod entries;
 pub mod error;
 mod guard;
 mod host;
@@ -33,6 +40,8 @@ mod options;
 mod paths;
 mod request_id;
 pub(crate) mod strict_json;
+mod trace_context;
+mod vital;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -44,8 +53,9 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 pub use connectrpc_health::{StaticChecker, Status};
 pub use host::HostPolicy;
-pub use options::ServeOptions;
+pub use options::{IsHealthy, ServeOptions};
 pub use request_id::{RequestId, record_vm_id};
+pub use vital::require_force;
 
 /// Why the server could not begin to serve.
 #[derive(Debug, thiserror::Error)]
@@ -77,21 +87,26 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let (drain, draining) = watch::channel(false);
-    let router = builtin::install(router, Arc::clone(&options.health))?;
+    let live = builtin::LiveChecker::new(&options);
+    let router = builtin::install(router, live.clone())?;
     let rpc = rpc_service(router, &options, draining.clone())?;
     let app = http
         .fallback_service(paths::Dispatch::new(rpc))
+        .layer(axum::middleware::from_fn(vital::check))
         .layer(axum::middleware::from_fn_with_state(Arc::new(options.host_policy.clone()), host::check))
         .layer(CatchPanicLayer::custom(guard::page_panicked))
         .layer(axum::middleware::from_fn(request_id::attach));
 
-    let health = Arc::clone(&options.health);
+    let ending = live.clone();
     let shutdown = async move {
         shutdown.await;
-        health.shutdown();
+        ending.end();
         drain.send_replace(true);
     };
-    connection::run(listener, app, &options, draining, shutdown).await;
+    tokio::select! {
+        () = connection::run(listener, app, &options, draining, shutdown) => {}
+        () = live.look_forever() => {}
+    }
     Ok(())
 }
 
@@ -114,6 +129,7 @@ fn rpc_service(
         .with_deadline_policy(deadlines)
         .with_interceptor(guard::CatchPanics)
         .with_interceptor(guard::EndStreams::new(draining))
+        .with_interceptor(guard::RefuseCredentials)
         .with_interceptor(guard::RefuseIdempotencyKey)
         .with_interceptor(strict_json))
 }

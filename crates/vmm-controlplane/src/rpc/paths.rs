@@ -13,7 +13,7 @@ use http::{HeaderName, HeaderValue, Method, StatusCode};
 use tower::Service;
 use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
-use super::body;
+use super::body::{self, Reading};
 
 /// The service of the Cloud Hypervisor-only predecessor. Its methods have the same names in ours.
 const PREDECESSOR: &str = "cloudhypervisor.v1.VmService";
@@ -142,7 +142,16 @@ impl Service<Request> for Dispatch {
         if let Some(refusal) = self.objection(&request) {
             return Box::pin(async move { Ok(refusal.answer(request).await) });
         }
+        let reading = request.extensions().get::<Reading>().cloned().unwrap_or_default();
+        let headers = request.headers().clone();
         let call = self.rpc.call(request);
-        Box::pin(async move { Ok(call.await?.map(Body::new)) })
+        Box::pin(async move {
+            let response = call.await?.map(Body::new);
+            // The library calls every broken body an internal error.
+            Ok(match reading.fault() {
+                Some(fault) => fault.into_http_response(&headers).map(Body::new),
+                None => response,
+            })
+        })
     }
 }

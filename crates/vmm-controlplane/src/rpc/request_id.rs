@@ -1,4 +1,4 @@
-//! One id and one tracing span for each request.
+//! One id and one tracing span for each request. The span bears the caller's trace, where the caller names one.
 
 use std::sync::Arc;
 
@@ -9,6 +9,8 @@ use connectrpc::RequestContext;
 use http::{HeaderName, HeaderValue};
 use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
+
+use super::trace_context::TraceParent;
 
 const HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -58,10 +60,13 @@ pub fn record_vm_id(ctx: &RequestContext, vm_id: &str) {
 /// Gives a request its id and span, and the answer the id.
 pub(super) async fn attach(mut request: Request, next: Next) -> Response {
     let id = RequestId::of(&request);
+    let trace = TraceParent::of(request.headers());
     let span = tracing::info_span!(
         "request",
         request_id = id.as_str(),
         method = request.uri().path(),
+        trace_id = trace.map(|trace| trace.trace_id),
+        parent_id = trace.map(|trace| trace.parent_id),
         vm_id = field::Empty,
     );
     request.extensions_mut().insert(id.clone());

@@ -1,10 +1,11 @@
-//! Checks the shape of JSON requests against the `.proto`, before they are decoded.
+//! Checks the shape of requests against the `.proto`, before they are decoded.
 //!
-//! The generated decoder refuses an unknown field too, but it stops at the first, gives a line and a column where a
-//! caller needs a path, and takes a JSON array for a message. Here every unknown field is reported at once, with
-//! its path and with the names that would have been right. Values are left to the decoder.
+//! The generated decoder of JSON refuses an unknown field too, but it stops at the first, gives a line and a column where a
+//! caller needs a path, takes a JSON array for a message, and takes the last of the values of a key that stands in a map
+//! twice. Here every unknown field and every repeated key is reported at once, with its path and with the names that
+//! would have been right. Values are left to the decoder. In both codecs the number of entries is limited; see [`entries`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use buffa_descriptor::{DescriptorPool, FieldKind, MessageDescriptor, PoolError, SingularKind};
@@ -15,12 +16,13 @@ use connectrpc::{
 use futures::{StreamExt as _, future};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use super::entries::{self, MAX_ENTRIES};
 use super::error::invalid_argument;
 
 /// How many violations are remembered: far more than an answer has room for.
 const MAX_VIOLATIONS: usize = 1000;
 
-/// Refuses JSON requests whose shape is not that of the method's request message.
+/// Refuses requests whose shape is not that of the method's request message, or that have too many entries.
 pub(crate) struct StrictJson {
     pool: DescriptorPool,
     /// Request messages by procedure, `/vmm.v1.VmService/CreateVm`.
@@ -49,13 +51,14 @@ impl StrictJson {
             .and_then(|name| self.pool.message_by_name(name));
         match (payload.format(), message) {
             (CodecFormat::Json, Some(message)) => check_json(&self.pool, message, payload.bytes()),
+            (CodecFormat::Proto, Some(message)) => entries::check(&self.pool, message, payload.bytes()),
             _ => Ok(()),
         }
     }
 }
 
 fn check_json(pool: &DescriptorPool, message: &MessageDescriptor, json: &[u8]) -> Result<(), ConnectError> {
-    let mut report = Report { path: String::new(), violations: Vec::new() };
+    let mut report = Report { path: String::new(), violations: Vec::new(), entries: 0 };
     let shape = Shape { pool, expected: Expected::Message(message), report: &mut report };
     // What is not JSON at all is the decoder's to report; what was found until there counts.
     let _syntax = shape.deserialize(&mut serde_json::Deserializer::from_slice(json));
@@ -94,6 +97,8 @@ impl Interceptor for StrictJson {
 struct Report {
     path: String,
     violations: Vec<(String, String)>,
+    /// The entries of all lists and maps so far.
+    entries: usize,
 }
 
 impl Report {
@@ -102,6 +107,20 @@ impl Report {
             let field = if self.path.is_empty() { "request" } else { &self.path };
             self.violations.push((field.to_owned(), violation));
         }
+    }
+
+    /// Counts an entry of the list or map where the walk is.
+    ///
+    /// # Errors
+    ///
+    /// There are too many, and the walk ends.
+    fn count<E: de::Error>(&mut self) -> Result<(), E> {
+        self.entries += 1;
+        if self.entries <= MAX_ENTRIES {
+            return Ok(());
+        }
+        self.add(entries::too_many());
+        Err(E::custom("too many entries"))
     }
 
     /// Runs `step` with `segment` at the end of the path.
@@ -169,7 +188,12 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
         if matches!(self.expected, Expected::List(_)) {
             self.report.add("is an object where a list is expected: write [ … ]".to_owned());
         }
+        let mut seen = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
+            if matches!(self.expected, Expected::Map(_)) {
+                self.report.count()?;
+            }
+            self.refuse_repetition(&key, &mut seen);
             self.member(&key, &mut map)?;
         }
         Ok(())
@@ -192,6 +216,7 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
             if seen.is_none() {
                 break;
             }
+            report.count()?;
         }
         Ok(())
     }
@@ -218,6 +243,21 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
 }
 
 impl Shape<'_, '_> {
+    /// Reports a key that stands in an object twice. A field of a message has two spellings and is one key.
+    fn refuse_repetition(&mut self, key: &str, seen: &mut HashSet<String>) {
+        let name = match self.expected {
+            Expected::Map(_) => key,
+            Expected::Message(message) => match message.field_by_name(key) {
+                Some(field) => field.name(),
+                None => return,
+            },
+            Expected::List(_) | Expected::Value => return,
+        };
+        if !seen.insert(name.to_owned()) {
+            self.report.within(name, |report| report.add("is given twice; leave one out".to_owned()));
+        }
+    }
+
     /// Looks at one member of an object.
     fn member<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
         let Self { pool, expected, report } = self;
@@ -301,6 +341,29 @@ mod tests {
             violations(r#"{"config":{"metadata":[]}}"#).unwrap().starts_with("config.metadata: is a list")
         );
         assert!(violations(r#"{"config":{"storage":{"path":"/d"}}}"#).unwrap().contains("is an object"));
+    }
+
+    #[test]
+    fn reports_every_key_that_is_given_twice() {
+        let message = violations(
+            r#"{"vm_id":"a","vmId":"b","config":{"metadata":{"k":"1","k":"2","\u006b":"3","l":"4"},
+                "storage":[{"options":{"format":"raw","format":"qcow2"}},{"options":{"format":"raw"}}]}}"#,
+        );
+        let expected = "vm_id: is given twice; leave one out; config.metadata.k: is given twice; leave one out; \
+            config.metadata.k: is given twice; leave one out; \
+            config.storage[0].options.format: is given twice; leave one out";
+        assert_eq!(message.as_deref(), Some(expected));
+    }
+
+    #[test]
+    fn has_an_end_of_entries() {
+        let list = |count: usize| format!(r#"{{"config":{{"storage":[{}]}}}}"#, vec!["{}"; count].join(","));
+        assert_eq!(violations(&list(MAX_ENTRIES)), None);
+        let message = violations(&list(300_000)).unwrap();
+        assert!(message.starts_with("config.storage: has too many entries"), "{message}");
+        let map: Vec<String> = (0..=MAX_ENTRIES).map(|n| format!(r#""{n}":"""#)).collect();
+        let message = violations(&format!(r#"{{"config":{{"metadata":{{{}}}}}}}"#, map.join(","))).unwrap();
+        assert!(message.starts_with("config.metadata: has too many entries"), "{message}");
     }
 
     #[test]

@@ -2,8 +2,13 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
 use connectrpc::{ErrorCode, Protocol};
+use http::Request;
+use http_body_util::Full;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use vmm_controlplane::rpc::ServeOptions;
@@ -66,23 +71,96 @@ async fn a_call_without_a_deadline_gets_the_longest_one() {
     assert_eq!(error.code, ErrorCode::DeadlineExceeded);
 }
 
-#[tokio::test]
-async fn connections_beyond_the_limit_wait_for_a_slot() {
-    let options = ServeOptions { max_connections: 1, ..Default::default() };
-    let server = TestServer::with(options).await;
-    // Holds the only slot: it has been accepted once it has had an answer.
-    let mut holder = TcpStream::connect(server.addr).await.unwrap();
-    holder.write_all(b"GET /_/health HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
-    let mut first = [0; 12];
-    holder.read_exact(&mut first).await.unwrap();
-    assert_eq!(&first, b"HTTP/1.1 200");
+/// A connection over which HTTP/1.1 is spoken by hand.
+struct Plain(TcpStream);
 
-    let addr = server.addr;
-    let mut waiting = tokio::spawn(async move { send(addr, json_call("ListVms", "{}")).await.status });
-    let early = tokio::time::timeout(Duration::from_millis(200), &mut waiting).await;
-    assert!(early.is_err(), "served beside the one that holds the slot");
-    drop(holder);
-    assert_eq!(tokio::time::timeout(FOREVER, waiting).await.unwrap().unwrap(), 200);
+impl Plain {
+    async fn open(server: &TestServer) -> Self {
+        Self(TcpStream::connect(server.addr).await.unwrap())
+    }
+
+    /// Asks for the health page; answers the first line, or nothing if the connection has ended.
+    async fn ask(&mut self) -> String {
+        let _gone = self.0.write_all(b"GET /_/health HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        let mut answer = vec![0; 4096];
+        let read = tokio::time::timeout(FOREVER, self.0.read(&mut answer)).await.unwrap().unwrap_or(0);
+        String::from_utf8_lossy(&answer[..read]).lines().next().unwrap_or_default().to_owned()
+    }
+
+    async fn is_closed(&mut self) -> bool {
+        let mut rest = Vec::new();
+        tokio::time::timeout(FOREVER, self.0.read_to_end(&mut rest)).await.is_ok()
+    }
+}
+
+#[tokio::test]
+async fn an_idle_connection_outlasts_the_time_for_a_head() {
+    let options = ServeOptions {
+        header_timeout: Duration::from_millis(100),
+        idle_timeout: FOREVER,
+        ..Default::default()
+    };
+    let server = TestServer::with(options).await;
+    let mut idle = Plain::open(&server).await;
+    assert_eq!(idle.ask().await, "HTTP/1.1 200 OK");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(idle.ask().await, "HTTP/1.1 200 OK", "the same connection");
+    // The second head on a connection has the same time as the first.
+    idle.0.write_all(b"GET /_/hea").await.unwrap();
+    assert!(idle.is_closed().await);
+    assert!(ServeOptions::default().idle_timeout >= Duration::from_secs(75));
+}
+
+#[tokio::test]
+async fn an_idle_connection_ends() {
+    let options = ServeOptions { idle_timeout: Duration::from_millis(200), ..Default::default() };
+    let server = TestServer::with(options).await;
+    let mut idle = Plain::open(&server).await;
+    assert_eq!(idle.ask().await, "HTTP/1.1 200 OK");
+    assert!(idle.is_closed().await);
+
+    let stream = TcpStream::connect(server.addr).await.unwrap();
+    let (mut sender, connection) =
+        http2::handshake::<_, _, Full<Bytes>>(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    let driver = tokio::spawn(connection);
+    let request = Request::get(format!("{}_/health", server.uri())).body(Full::default()).unwrap();
+    assert_eq!(sender.send_request(request).await.unwrap().status(), 200);
+    assert!(tokio::time::timeout(FOREVER, driver).await.is_ok(), "HTTP/2 ends as well");
+    // A call under way is not idle.
+    let reply = send(server.addr, json_call("WaitVm", r#"{"timeout_seconds":1}"#)).await;
+    assert_eq!(reply.status, 200);
+}
+
+/// Sends the head of a request, and then a byte of its body every 20 ms until the server answers; its first line.
+async fn trickle(server: &TestServer, path: &str) -> String {
+    let (mut read, mut write) = TcpStream::connect(server.addr).await.unwrap().into_split();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+    );
+    write.write_all(head.as_bytes()).await.unwrap();
+    let trickle = async {
+        while write.write_all(b" ").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        std::future::pending::<()>().await
+    };
+    let mut answer = vec![0; 4096];
+    tokio::select! {
+        read = tokio::time::timeout(FOREVER, read.read(&mut answer)) => {
+            let text = String::from_utf8_lossy(&answer[..read.unwrap().unwrap()]).into_owned();
+            text.lines().next().unwrap_or_default().to_owned()
+        }
+        () = trickle => unreachable!("never ends"),
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_never_stalls_and_never_ends_is_given_up() {
+    let options = ServeOptions { body_timeout: Duration::from_millis(300), ..Default::default() };
+    let server = TestServer::with(options).await;
+    assert_eq!(trickle(&server, "/vmm.v1.VmService/ListVms").await, "HTTP/1.1 504 Gateway Timeout");
+    // A request that is refused anyway is read for the sake of its answer, and no longer.
+    assert_eq!(trickle(&server, "/nowhere").await, "HTTP/1.1 404 Not Found");
 }
 
 #[tokio::test]

@@ -2,7 +2,9 @@
 
 use serde_json::json;
 
-use crate::http_client::{get, json_call, send};
+use vmm_proto::v1 as pb;
+
+use crate::http_client::{get, json_call, post, send};
 use crate::server::TestServer;
 
 #[tokio::test]
@@ -81,7 +83,6 @@ async fn broken_json_and_wrong_types_are_invalid_arguments() {
         r#"{"config":{"memory":{"size_bytes":"many"}}}"#,
         r#"{"config":{"memory":{"size_bytes":9223372036854775808}}}"#,
         r#"{"config":{"restart_policy":{"mode":"SOMETIMES"}}}"#,
-        r#"{"vm_id":"a","vmId":"b"}"#,
     ] {
         let reply = send(server.addr, json_call("CreateVm", body)).await;
         let (code, message) = reply.error();
@@ -90,6 +91,48 @@ async fn broken_json_and_wrong_types_are_invalid_arguments() {
         let named = ["failed to decode JSON: ", "request: "].iter().any(|start| message.starts_with(start));
         assert!(named, "{body}: {message}");
     }
+}
+
+#[tokio::test]
+async fn a_key_that_is_given_twice_is_refused_and_named() {
+    let server = TestServer::start().await;
+    for (body, path) in [
+        (r#"{"vm_id":"a","vmId":"b"}"#, "vm_id"),
+        (r#"{"config":{"cpu":{},"cpu":{}}}"#, "config.cpu"),
+        (r#"{"config":{"metadata":{"a":"1","b":"2","a":"1"}}}"#, "config.metadata.a"),
+        (
+            r#"{"config":{"storage":[{"path":"/d","options":{"format":"raw","format":"qcow2"}}]}}"#,
+            "config.storage[0].options.format",
+        ),
+    ] {
+        let (code, message) = send(server.addr, json_call("CreateVm", body)).await.error();
+        assert_eq!(
+            (code.as_str(), message),
+            ("invalid_argument", format!("{path}: is given twice; leave one out"))
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_request_with_too_many_entries_is_refused_in_either_codec() {
+    let server = TestServer::start().await;
+    let refused =
+        "config.storage: has too many entries: all lists and maps of a request may have 4096 together";
+    let body = format!(r#"{{"config":{{"storage":[{}]}}}}"#, vec!["{}"; 300_000].join(","));
+    let reply = send(server.addr, json_call("ValidateVm", &body)).await;
+    assert_eq!(reply.error(), ("invalid_argument".to_owned(), refused.to_owned()));
+
+    let config = pb::VmConfig { storage: vec![pb::StorageDevice::default(); 300_000], ..Default::default() };
+    let request = pb::ValidateVmRequest { config: config.into(), ..Default::default() };
+    let body = buffa::Message::encode_to_vec(&request);
+    let reply = send(server.addr, post("/vmm.v1.VmService/ValidateVm", "application/proto", &body)).await;
+    assert_eq!(reply.error(), ("invalid_argument".to_owned(), refused.to_owned()));
+
+    let states = vec![pb::VmState::Running.into(); 4_000_000];
+    let request = pb::ListVmsRequest { state_filter: states, ..Default::default() };
+    let body = buffa::Message::encode_to_vec(&request);
+    let reply = send(server.addr, post("/vmm.v1.VmService/ListVms", "application/proto", &body)).await;
+    assert!(reply.error().1.starts_with("state_filter: has too many entries"), "{:?}", reply.error());
 }
 
 #[tokio::test]

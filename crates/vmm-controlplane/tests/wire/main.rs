@@ -7,6 +7,7 @@
 )]
 
 mod connections;
+mod crowds;
 mod http_client;
 mod json;
 mod protocols;

@@ -1,10 +1,13 @@
 //! The other protocols on the same port: gRPC, gRPC-Web, Connect over HTTP/2, health and reflection.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use connectrpc::client::{ClientConfig, Http2Connection, HttpClient};
 use connectrpc::{CodecFormat, ConnectError, ErrorCode, Protocol};
 use connectrpc_health::HealthClient;
 use connectrpc_health::wire::{HealthCheckRequest, ServingStatus};
-use vmm_controlplane::rpc::Status;
+use vmm_controlplane::rpc::{ServeOptions, Status};
 use vmm_proto::v1 as pb;
 use vmm_proto::v1::{VM_SERVICE_SERVICE_NAME, VmServiceClient};
 
@@ -123,6 +126,33 @@ async fn the_health_service_says_what_it_is_told() {
     let answer = client.check(ask(VM_SERVICE_SERVICE_NAME)).await.unwrap().into_owned();
     assert_eq!(answer.status, ServingStatus::NOT_SERVING);
     assert_eq!(client.check(ask("no.such.Service")).await.unwrap_err().code, ErrorCode::NotFound);
+}
+
+#[tokio::test]
+async fn the_health_service_says_what_the_health_page_says() {
+    let healthy = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&healthy);
+    let options = ServeOptions {
+        is_healthy: Some(Arc::new(move || asked.load(Ordering::Relaxed))),
+        ..Default::default()
+    };
+    let server = TestServer::with(options).await;
+    let connection = Http2Connection::lazy_plaintext(server.uri()).shared(8);
+    let client = HealthClient::new(connection, ClientConfig::new(server.uri()).with_protocol(Protocol::Grpc));
+    let mut watch = client.watch(HealthCheckRequest::default()).await.unwrap();
+    for (is_healthy, status) in [
+        (false, ServingStatus::NOT_SERVING),
+        (true, ServingStatus::SERVING),
+        (false, ServingStatus::NOT_SERVING),
+    ] {
+        healthy.store(is_healthy, Ordering::Relaxed);
+        // The watch is told without anybody asking.
+        assert_eq!(watch.message().await.unwrap().unwrap().to_owned_message().status, status);
+        for service in ["", VM_SERVICE_SERVICE_NAME] {
+            let request = HealthCheckRequest { service: service.into(), ..Default::default() };
+            assert_eq!(client.check(request).await.unwrap().into_owned().status, status, "{service:?}");
+        }
+    }
 }
 
 /// Asks a version of the reflection service in raw gRPC; answers its reply as text.

@@ -131,6 +131,35 @@ async fn an_idempotency_key_is_refused_where_it_would_matter() {
 }
 
 #[tokio::test]
+async fn credentials_that_nobody_checks_are_refused() {
+    let server = TestServer::start().await;
+    for (method, header) in
+        [("CreateVm", "Bearer secret"), ("ListVms", "Bearer secret"), ("GetVmInfo", "Basic eA==")]
+    {
+        let reply = send(server.addr, with_header(json_call(method, "{}"), "authorization", header)).await;
+        assert_refused(&reply, 401, "unauthenticated", "without it");
+        assert!(!reply.error().1.contains("secret"));
+    }
+    for protocol in [Protocol::Connect, Protocol::Grpc, Protocol::GrpcWeb] {
+        let config = ClientConfig::new(server.uri()).with_protocol(protocol);
+        let client = VmServiceClient::new(HttpClient::plaintext_http2_only(), config);
+        let options = CallOptions::default().with_header("authorization", "Bearer secret");
+        let error =
+            client.delete_vm_with_options(pb::DeleteVmRequest::default(), options.clone()).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::Unauthenticated, "{protocol}");
+        // gRPC puts the error into the answer's head, Connect into its stream.
+        let error = match client.watch_vms_with_options(pb::WatchVmsRequest::default(), options).await {
+            Ok(mut stream) => stream.message::<pb::VmEvent>().await.unwrap_err(),
+            Err(error) => error,
+        };
+        assert_eq!(error.code, ErrorCode::Unauthenticated, "{protocol}");
+    }
+    // The health page says the same to everybody.
+    let page = with_header(get("/_/health"), "authorization", "Basic eA==");
+    assert_eq!(send(server.addr, page).await.status, 200);
+}
+
+#[tokio::test]
 async fn a_request_id_is_kept_or_made_and_returned() {
     let server = TestServer::start().await;
     let reply = send(server.addr, with_header(json_call("CreateVm", "{}"), "x-request-id", "mine-1")).await;

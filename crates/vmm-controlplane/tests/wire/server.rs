@@ -217,9 +217,10 @@ impl pb::VmService for Echo {
 
     async fn delete_vm(
         &self,
-        _ctx: RequestContext,
-        _request: Request<'_, pb::DeleteVmRequest>,
+        ctx: RequestContext,
+        request: Request<'_, pb::DeleteVmRequest>,
     ) -> ServiceResult<pb::DeleteVmResponse> {
+        rpc::require_force(&ctx, request.force)?;
         Response::ok(pb::DeleteVmResponse { success: true, ..Default::default() })
     }
 

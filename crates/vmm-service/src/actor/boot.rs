@@ -13,6 +13,7 @@ use vmm_core::id::VmUid;
 use vmm_core::spec::{Console, VmSpec};
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
 use vmm_core::store::HostClaim;
+use vmm_host::descriptors::Start;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::run_dir::{self, SpareMark};
 
@@ -52,8 +53,8 @@ impl Actor {
                 self.record.vm_id
             )));
         }
-        let claims = match self.reserve(request).await {
-            Ok(claims) => claims,
+        let (claims, _room) = match self.reserve(request).await {
+            Ok(reserved) => reserved,
             Err(error) if request == Request::Reboot => {
                 return Err(self.not_started(request, actor, error).await);
             }
@@ -108,7 +109,10 @@ impl Actor {
     /// Looks at the host once more and takes what the VM needs for itself.
     ///
     /// The look can be interrupted: a file may be on a server that does not answer.
-    async fn reserve(&mut self, request: Request) -> Result<Vec<HostClaim>, ServiceError> {
+    async fn reserve(&mut self, request: Request) -> Result<(Vec<HostClaim>, Start), ServiceError> {
+        let room = Start::reserve().map_err(|full| {
+            ServiceError::Exhausted(format!("VM \"{}\" cannot boot: {full}", self.record.vm_id))
+        })?;
         let formats = self.backend.capabilities().kernel_formats;
         let look = check::look(self.spec.clone(), formats, self.record.owns_console_output);
         let mut facts = match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
@@ -127,7 +131,7 @@ impl Actor {
         self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &facts.claims).map_err(|taken| {
             ServiceError::Precondition(format!("VM \"{}\" cannot boot: {taken}", self.record.vm_id))
         })?;
-        Ok(facts.claims)
+        Ok((facts.claims, room))
     }
 
     /// What to start, and why that does not suffice to make the VM anew, where it does not.

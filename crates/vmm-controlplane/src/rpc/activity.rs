@@ -1,0 +1,287 @@
+//! The activity of one connection: requests under way, and since when there is none.
+//!
+//! ```text
+//!   idle ──first byte of a head──► head ──► request ──last byte of the answer──► idle
+//!    │                              │          │
+//!    └── idle_timeout               │          └── its own deadlines
+//!                                   └── header_timeout
+//! ```
+//!
+//! The HTTP library has one timer for both of the first two, so that a keep-alive connection would be closed as soon as a
+//! head that comes too slowly. Over HTTP/2 the library keeps heads to itself; there the idle time bounds a head too.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::time::Instant;
+
+/// How long a connection may do nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// From the first byte of a request's head to its last one.
+    pub(super) header: Duration,
+    /// From one answer to the next request.
+    pub(super) idle: Duration,
+    /// Whether the connection ends with its first answer.
+    pub(super) once: bool,
+}
+
+/// What one connection does. Shared between its task, its requests, and the admission of other connections.
+pub(super) struct Activity {
+    state: Mutex<State>,
+    changed: Notify,
+    evicted: Notify,
+}
+
+struct State {
+    requests: usize,
+    answered: bool,
+    idle_since: Instant,
+    head_since: Option<Instant>,
+}
+
+impl Activity {
+    /// The activity of a connection that has just been accepted.
+    pub(super) fn new() -> Arc<Self> {
+        let state = Mutex::new(State::new(Instant::now()));
+        Arc::new(Self { state, changed: Notify::new(), evicted: Notify::new() })
+    }
+
+    /// Notes that a request has begun. The request ends, and its `permit` is given back, when the guard is dropped.
+    pub(super) fn begin(self: &Arc<Self>, permit: Option<OwnedSemaphorePermit>) -> Underway {
+        self.state().begin();
+        Underway { activity: Arc::clone(self), _permit: permit }
+    }
+
+    /// Returns since when there has been no request, if there is none.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        (state.requests == 0).then_some(state.idle_since)
+    }
+
+    /// Returns when the connection is to be closed, as things are now.
+    pub(super) fn deadline(&self, patience: Patience) -> Option<Instant> {
+        self.state().deadline(patience)
+    }
+
+    /// Waits until the deadline may have changed.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Tells the connection to make room for another one.
+    pub(super) fn evict(&self) {
+        self.evicted.notify_one();
+    }
+
+    /// Waits until the connection is to make room for another one.
+    pub(super) async fn evicted(&self) {
+        self.evicted.notified().await;
+    }
+
+    fn bytes_came(&self) {
+        if self.state().bytes_came(Instant::now()) {
+            self.changed.notify_one();
+        }
+    }
+
+    fn ended(&self) {
+        if self.state().ended(Instant::now()) {
+            self.changed.notify_one();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn new(now: Instant) -> Self {
+        Self { requests: 0, answered: false, idle_since: now, head_since: None }
+    }
+
+    fn begin(&mut self) {
+        self.requests += 1;
+        self.head_since = None;
+    }
+
+    /// Notes bytes of a head. Tells whether they are its first ones.
+    fn bytes_came(&mut self, now: Instant) -> bool {
+        let begins = self.requests == 0 && self.head_since.is_none();
+        if begins {
+            self.head_since = Some(now);
+        }
+        begins
+    }
+
+    /// Notes the end of a request. Tells whether the connection is idle now.
+    fn ended(&mut self, now: Instant) -> bool {
+        self.requests -= 1;
+        self.answered = true;
+        if self.requests == 0 {
+            self.idle_since = now;
+            self.head_since = None;
+        }
+        self.requests == 0
+    }
+
+    fn deadline(&self, patience: Patience) -> Option<Instant> {
+        if self.requests > 0 {
+            return None;
+        }
+        if patience.once && self.answered {
+            return Some(self.idle_since);
+        }
+        let idle = self.idle_since + patience.idle;
+        Some(self.head_since.map_or(idle, |since| idle.min(since + patience.header)))
+    }
+}
+
+/// A request under way, and its share of those that are served at once.
+pub(super) struct Underway {
+    activity: Arc<Activity>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        self.activity.ended();
+    }
+}
+
+impl Underway {
+    /// Lets the request last until `body` has been sent.
+    pub(super) fn until_sent(self, body: Body) -> Body {
+        Body::new(Answer { body, _underway: self })
+    }
+}
+
+/// The body of an answer, with the request that it belongs to.
+struct Answer {
+    body: Body,
+    _underway: Underway,
+}
+
+impl HttpBody for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A stream that notes when the bytes of an HTTP/1.1 head begin to arrive.
+pub(super) struct Watched {
+    stream: TcpStream,
+    activity: Option<Arc<Activity>>,
+}
+
+impl Watched {
+    /// Watches `stream` where an `activity` is given.
+    pub(super) fn new(stream: TcpStream, activity: Option<Arc<Activity>>) -> Self {
+        Self { stream, activity }
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let Some(activity) = self.activity.as_ref().filter(|_| buf.filled().len() > before) {
+            activity.bytes_came();
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Patience =
+        Patience { header: Duration::from_secs(10), idle: Duration::from_secs(120), once: false };
+
+    fn after(start: Instant, seconds: u64) -> Instant {
+        start + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn an_idle_connection_and_a_slow_head_have_times_of_their_own() {
+        let start = Instant::now();
+        let mut state = State::new(start);
+        assert_eq!(state.deadline(PATIENCE), Some(after(start, 120)));
+        assert!(state.bytes_came(after(start, 60)));
+        assert!(!state.bytes_came(after(start, 65)), "a trickle gains no time");
+        assert_eq!(state.deadline(PATIENCE), Some(after(start, 70)));
+        state.begin();
+        assert_eq!(state.deadline(PATIENCE), None, "a request has deadlines of its own");
+        assert!(!state.bytes_came(after(start, 66)), "these are of its body");
+        state.begin();
+        assert!(!state.ended(after(start, 600)));
+        assert!(state.ended(after(start, 660)));
+        assert_eq!(state.deadline(PATIENCE), Some(after(start, 660 + 120)));
+    }
+
+    #[test]
+    fn a_connection_for_one_answer_ends_with_it() {
+        let start = Instant::now();
+        let once = Patience { once: true, ..PATIENCE };
+        let mut state = State::new(start);
+        assert_eq!(state.deadline(once), Some(after(start, 120)));
+        state.begin();
+        assert!(state.ended(after(start, 1)));
+        assert_eq!(state.deadline(once), Some(after(start, 1)));
+    }
+}

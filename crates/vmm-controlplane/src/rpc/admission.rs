@@ -1,0 +1,205 @@
+//! The admission of connections: who gets one of the places, and what is left for health and force.
+//!
+//! ```text
+//!   accepted ── a place is free, and the peer has its share ──────────► a regular connection
+//!      │
+//!      ├─────── else a connection is idle: it is closed, its place goes over ──► a regular connection
+//!      │
+//!      └─────── else ──► a connection of last resort: one answer, in a short time, to health and force alone
+//! ```
+//!
+//! A peer is an IP address, or a /64 of IPv6, because one host has all of that. Addresses of this host are not counted,
+//! because all its clients share one; there the eviction of idle connections and the last resort must do.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::activity::Activity;
+
+/// The connections that are closing at the same time to make room for others.
+const MOST_LEAVING: usize = 32;
+
+/// The places of one server.
+pub(super) struct Admission {
+    places: usize,
+    places_per_peer: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    last: u64,
+    open: HashMap<u64, Open>,
+    peers: HashMap<Peer, usize>,
+    leaving: usize,
+}
+
+struct Open {
+    peer: Peer,
+    activity: Arc<Activity>,
+    /// The place belongs to another connection already.
+    leaving: bool,
+}
+
+/// What counts as one client.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Peer {
+    ThisHost,
+    V4([u8; 4]),
+    V6Network([u8; 8]),
+}
+
+impl Peer {
+    fn of(address: SocketAddr) -> Self {
+        match address.ip().to_canonical() {
+            ip if ip.is_loopback() => Self::ThisHost,
+            IpAddr::V4(ip) => Self::V4(ip.octets()),
+            IpAddr::V6(ip) => {
+                let [a, b, c, d, e, f, g, h, ..] = ip.octets();
+                Self::V6Network([a, b, c, d, e, f, g, h])
+            }
+        }
+    }
+}
+
+impl Admission {
+    pub(super) fn new(places: usize, places_per_peer: usize) -> Arc<Self> {
+        Arc::new(Self { places, places_per_peer, state: Mutex::default() })
+    }
+
+    /// Gives a connection a place, at the expense of an idle one if need be. `None`: every place is in use.
+    pub(super) fn admit(self: &Arc<Self>, address: SocketAddr, activity: &Arc<Activity>) -> Option<Place> {
+        let peer = Peer::of(address);
+        let mut state = self.state();
+        let of_peer = state.peers.get(&peer).copied().unwrap_or(0);
+        if peer != Peer::ThisHost && of_peer >= self.places_per_peer {
+            state.evict(|open| open.peer == peer)?;
+        } else if state.open.len() - state.leaving >= self.places {
+            state.evict(|_| true)?;
+        }
+        state.last += 1;
+        let number = state.last;
+        state.open.insert(number, Open { peer, activity: Arc::clone(activity), leaving: false });
+        *state.peers.entry(peer).or_default() += 1;
+        Some(Place { admission: Arc::clone(self), number })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Tells the connection that has been idle longest, of those that `may` go, to close. `None` if there is none.
+    fn evict(&mut self, may: impl Fn(&Open) -> bool) -> Option<()> {
+        if self.leaving >= MOST_LEAVING {
+            return None;
+        }
+        let idle = self.open.values_mut().filter(|open| !open.leaving && may(open)).filter_map(|open| {
+            let since = open.activity.idle_since()?;
+            Some((since, open))
+        });
+        let (_, open) = idle.min_by_key(|(since, _)| *since)?;
+        open.leaving = true;
+        open.activity.evict();
+        let peer = open.peer;
+        self.leaving += 1;
+        self.release(peer);
+        Some(())
+    }
+
+    fn release(&mut self, peer: Peer) {
+        if let Some(count) = self.peers.get_mut(&peer) {
+            *count -= 1;
+            if *count == 0 {
+                self.peers.remove(&peer);
+            }
+        }
+    }
+}
+
+/// A place that one connection has. Dropping it frees the place.
+pub(super) struct Place {
+    admission: Arc<Admission>,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.admission.state();
+        let Some(open) = state.open.remove(&self.number) else { return };
+        if open.leaving {
+            state.leaving -= 1;
+        } else {
+            state.release(open.peer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection: its activity, and its place if it got one.
+    fn connect(admission: &Arc<Admission>, address: &str) -> (Arc<Activity>, Option<Place>) {
+        let activity = Activity::new();
+        let place = admission.admit(address.parse().unwrap(), &activity);
+        (activity, place)
+    }
+
+    async fn is_evicted(activity: &Activity) -> bool {
+        tokio::time::timeout(std::time::Duration::ZERO, activity.evicted()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn the_connection_that_was_idle_longest_makes_room() {
+        let admission = Admission::new(2, 2);
+        let (busy, _busy_place) = connect(&admission, "127.0.0.1:1");
+        let _request = busy.begin(None);
+        let (idle, idle_place) = connect(&admission, "127.0.0.1:2");
+        assert!(idle_place.is_some());
+        let (next, next_place) = connect(&admission, "127.0.0.1:3");
+        assert!(next_place.is_some() && is_evicted(&idle).await && !is_evicted(&busy).await);
+
+        // The place was handed over, so the end of the evicted connection frees none.
+        let _next_request = next.begin(None);
+        drop(idle_place);
+        assert!(connect(&admission, "127.0.0.1:4").1.is_none(), "both places are in use");
+        drop(next_place);
+        assert!(connect(&admission, "127.0.0.1:5").1.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_peer_has_a_share_and_makes_room_for_itself() {
+        let admission = Admission::new(10, 1);
+        let (first, _first_place) = connect(&admission, "10.0.0.1:1");
+        let (second, _second_place) = connect(&admission, "10.0.0.1:2");
+        assert!(is_evicted(&first).await);
+        let _request = second.begin(None);
+        assert!(connect(&admission, "10.0.0.1:3").1.is_none());
+        assert!(connect(&admission, "[::ffff:10.0.0.1]:3").1.is_none(), "the same peer in other words");
+        assert!(connect(&admission, "10.0.0.2:3").1.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_network_of_ipv6_is_one_peer_and_this_host_is_none() {
+        let admission = Admission::new(10, 1);
+        let (first, _first_place) = connect(&admission, "[2001:db8::1]:1");
+        let _request = first.begin(None);
+        assert!(connect(&admission, "[2001:db8::2]:1").1.is_none());
+        assert!(connect(&admission, "[2001:db8:0:1::1]:1").1.is_some());
+        let here: Vec<_> = (0..5).map(|_| connect(&admission, "127.0.0.1:1")).collect();
+        let _requests: Vec<_> = here.iter().map(|(activity, _)| activity.begin(None)).collect();
+        assert!(here.iter().all(|(_, place)| place.is_some()));
+    }
+
+    #[tokio::test]
+    async fn a_flood_does_not_leave_more_connections_closing_than_there_is_room_for() {
+        let admission = Admission::new(MOST_LEAVING + 8, 1);
+        let crowd: Vec<_> = (0..MOST_LEAVING + 8).map(|_| connect(&admission, "127.0.0.1:1")).collect();
+        assert!(crowd.iter().all(|(_, place)| place.is_some()));
+        let flood: Vec<_> = (0..100).map(|_| connect(&admission, "127.0.0.1:2")).collect();
+        assert_eq!(flood.iter().filter(|(_, place)| place.is_some()).count(), MOST_LEAVING);
+    }
+}

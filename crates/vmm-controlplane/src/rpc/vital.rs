@@ -1,0 +1,86 @@
+//! The requests that must be answered when everything else is refused: health, and `force`.
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::middleware::Next;
+use axum::response::Response;
+use connectrpc::{ConnectError, RequestContext};
+use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
+
+use super::body;
+
+/// Tells whether a path is served where connections or requests are scarce.
+///
+/// ShutdownVm and DeleteVm are vital with `force` only, which is in the body; [`require_force`] looks at that.
+pub(super) fn is_vital(path: &str) -> bool {
+    match path {
+        "/_/health" | "/health" | "/grpc.health.v1.Health/Check" => true,
+        path => path
+            .strip_prefix('/')
+            .and_then(|path| path.strip_prefix(VM_SERVICE_SERVICE_NAME))
+            .is_some_and(|method| matches!(method, "/ShutdownVm" | "/DeleteVm")),
+    }
+}
+
+/// What there is too little of. Stands among the extensions of a request that is served only if it is vital.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Scarcity {
+    /// The request came on a connection of last resort.
+    NoPlace,
+    /// As many requests are served as may be.
+    TooManyRequests,
+}
+
+impl Scarcity {
+    fn error(self) -> ConnectError {
+        ConnectError::resource_exhausted(match self {
+            Self::NoPlace => {
+                "every connection that the daemon serves, or that this client may have, is in use: close some, or try \
+                 again later; until then only the health pages, and ShutdownVm and DeleteVm with force, are served"
+            }
+            Self::TooManyRequests => {
+                "the daemon serves as many requests as it can at once: wait for some of them, or try again later; until \
+                 then only the health pages, and ShutdownVm and DeleteVm with force, are served"
+            }
+        })
+    }
+}
+
+/// Answers RESOURCE_EXHAUSTED to a request that there is no room for and that is not vital.
+pub(super) async fn check(request: Request, next: Next) -> Response {
+    match request.extensions().get::<Scarcity>().copied() {
+        Some(scarcity) if !is_vital(request.uri().path()) => {
+            tracing::warn!(?scarcity, "refused a request");
+            let headers = body::finish(request).await;
+            scarcity.error().into_http_response(&headers).map(Body::new)
+        }
+        Some(_) | None => next.run(request).await,
+    }
+}
+
+/// Refuses a call without `force` where connections or requests are scarce, because the call may take long.
+///
+/// # Errors
+///
+/// RESOURCE_EXHAUSTED, which says why.
+pub fn require_force(ctx: &RequestContext, force: bool) -> Result<(), ConnectError> {
+    match ctx.extensions().get::<Scarcity>() {
+        Some(scarcity) if !force => Err(scarcity.error()),
+        Some(_) | None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn health_and_what_takes_force_are_vital() {
+        for vital in ["/_/health", "/health", "/vmm.v1.VmService/ShutdownVm", "/vmm.v1.VmService/DeleteVm"] {
+            assert!(is_vital(vital), "{vital}");
+        }
+        for other in ["/", "/vmm.v1.VmService/ListVms", "/vmm.v1.VmService/ShutdownVms", "ShutdownVm"] {
+            assert!(!is_vital(other), "{other}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Too few descriptors, too many clients, too large requests: those who ask for too much are told, and nobody else notices.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::thread;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
+use vmm_testkit::guests::Guest;
+
+use crate::harness::{World, call, eventually, hypervisors, post};
+
+/// A world whose daemons have these limits on descriptors.
+fn limited(soft: u64, hard: u64, env: &[(&str, &str)]) -> World {
+    let mut world = World::new(env);
+    let script = format!("ulimit -Sn {soft} && ulimit -Hn {hard} && exec \"$0\" \"$@\"");
+    world.wrapper = ["sh", "-c", &script].map(str::to_owned).into();
+    world.start();
+    world
+}
+
+/// The soft and the hard limit of a process.
+fn limits_of(pid: u32) -> (u64, u64) {
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let numbers: Vec<u64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    (numbers[0], numbers[1])
+}
+
+/// Connections that each wait for something that does not come, until they are dropped.
+fn waiting(world: &World, vm_id: &str, count: usize) -> Vec<TcpStream> {
+    let address = world.url().strip_prefix("http://").unwrap().to_owned();
+    let body = json!({"vm_id": vm_id, "states": ["VM_STATE_PAUSED"], "timeout_seconds": 3600}).to_string();
+    let request = format!(
+        "POST /vmm.v1.VmService/WaitVm HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    (0..count)
+        .map(|_| {
+            let mut stream = TcpStream::connect(&address).unwrap();
+            stream.write_all(request.as_bytes()).unwrap();
+            stream
+        })
+        .collect()
+}
+
+#[test]
+fn the_soft_limit_on_descriptors_is_raised() {
+    let world = limited(64, 512, &[]);
+    assert_eq!(limits_of(world.pid()), (512, 512));
+    // More clients than the soft limit had room for.
+    world.create("vm", &world.tiny(Guest::Idle));
+    let _clients = waiting(&world, "vm", 60);
+    assert_eq!(world.get("/_/health").status, 200);
+    assert_eq!(world.call("ListVms", &json!({})).ok()["total_count"], 1);
+}
+
+#[test]
+fn at_the_hard_limit_boots_are_refused_and_what_runs_runs_on() {
+    const HARD: u64 = 104;
+    for backend in hypervisors("at_the_hard_limit_boots_are_refused_and_what_runs_runs_on") {
+        let world = limited(64, HARD, &[("UNKEY_VMCP_METRICS_INTERVAL", "1")]);
+        let mut running = Vec::new();
+        let refusal = loop {
+            let vm_id = format!("vm-{}", running.len());
+            world.create_on(backend, &vm_id, Guest::Idle);
+            let answer = world.call("BootVm", &json!({"vm_id": vm_id}));
+            if answer.status != 200 {
+                break answer.error("resource_exhausted");
+            }
+            running.push(vm_id);
+            assert!(running.len() < usize::try_from(HARD).unwrap(), "no limit was reached");
+        };
+        assert!(refusal.contains("may have 104 open files") && refusal.contains("LimitNOFILE="), "{refusal}");
+        assert!(running.len() >= 3, "{backend}: only {} VMs fit", running.len());
+
+        // As many clients as there may be, and more, keep nobody from health and force.
+        let clients = waiting(&world, "vm-1", 60);
+        assert_eq!(world.get("/_/health").status, 200);
+        world.call("ShutdownVm", &json!({"vm_id": "vm-0", "force": true})).ok();
+        drop(clients);
+        eventually("others are served again", || world.call("ListVms", &json!({})).status == 200);
+
+        for vm_id in &running[1..] {
+            let before = world.info(vm_id)["metrics_observed_at"].clone();
+            let info = world.wait_for(vm_id, "sampled again", |info| info["metrics_observed_at"] != before);
+            assert_eq!(
+                (&info["state"], &info["status"]["phase"]),
+                (&json!("VM_STATE_RUNNING"), &json!("running"))
+            );
+        }
+        let events = world.call("ListVmEvents", &json!({"page_size": 1000})).ok();
+        assert!(!events.to_string().contains("unreachable"), "{events:#}");
+        // What was freed serves another VM.
+        world.boot("vm-0");
+    }
+}
+
+#[test]
+fn a_thousand_idle_connections_hold_up_nobody() {
+    // The connections are this process's too.
+    let limits = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, maximum: limits.maximum }).unwrap();
+    let world = World::started(&[]);
+    world.create("vm", &world.tiny(Guest::Idle));
+    let address = world.url().strip_prefix("http://").unwrap();
+    let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let mut idle = Vec::new();
+    for _ in 0..1100 {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+        stream.write_all(&settings).unwrap();
+        // The server's own settings: the connection is being served.
+        let _ = stream.read(&mut [0; 64]).unwrap();
+        idle.push(stream);
+    }
+    assert_eq!(world.get("/_/health").status, 200);
+    assert_eq!(world.call("ListVms", &json!({})).ok()["total_count"], 1);
+    world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).error("failed_precondition");
+    world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+}
+
+#[test]
+fn a_request_with_too_many_entries_is_refused_at_once_and_nobody_notices() {
+    let world = World::started(&[]);
+    let url = world.url().to_owned();
+    let body = json!({"config": {"storage": vec![json!({}); 300_000]}});
+    thread::scope(|scope| {
+        let refused: Vec<_> = (0..3)
+            .map(|_| scope.spawn(|| call(&url, "ValidateVm", &body).error("invalid_argument")))
+            .collect();
+        for _ in 0..20 {
+            assert_eq!(world.get("/_/health").status, 200);
+            world.call("ListVms", &json!({})).ok();
+        }
+        for refused in refused {
+            let message = refused.join().unwrap();
+            assert!(message.starts_with("config.storage: has too many entries"), "{message}");
+        }
+    });
+    let states: Vec<Value> = vec![json!("VM_STATE_RUNNING"); 200_000];
+    let listed = post(&format!("{url}/vmm.v1.VmService/ListVms"), &json!({"state_filter": states}));
+    assert!(listed.error("invalid_argument").starts_with("state_filter: has too many entries"));
+}
