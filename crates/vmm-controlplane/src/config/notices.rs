@@ -148,15 +148,21 @@ fn without_effect(given: &Given, why: &str, settings: &[Setting]) -> Option<Stri
 /// The predecessor attached to these by default. This program does not: anybody may put a socket into /tmp.
 fn old_socket(config: &Config, host: &dyn Host) -> Option<String> {
     let backend = config.default_backend;
-    let (path, setting, value) = match backend {
-        BackendName::CloudHypervisor => ("/tmp/ch.sock", Setting::ChEndpoint, "unix:///tmp/ch.sock"),
+    let (paths, setting, value): (&[&str], _, _) = match backend {
+        BackendName::CloudHypervisor => (&["/tmp/ch.sock"], Setting::ChEndpoint, "unix:///tmp/ch.sock"),
         BackendName::Firecracker => {
-            ("/tmp/firecracker.sock", Setting::FcEndpoint, "unix:///tmp/firecracker.sock")
+            (&["/tmp/firecracker.sock"], Setting::FcEndpoint, "unix:///tmp/firecracker.sock")
         }
-        BackendName::Qemu => ("/var/run/libvirt/libvirt-sock", Setting::QemuEndpoint, "qemu:///system"),
+        // libvirt in one daemon, and libvirt in a daemon for each hypervisor.
+        BackendName::Qemu => (
+            &["/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"],
+            Setting::QemuEndpoint,
+            "qemu:///system",
+        ),
     };
     let unset = config.hypervisor(backend).endpoint == Endpoint::Managed;
-    (unset && host.exists(Path::new(path))).then(|| {
+    let found = paths.iter().find(|path| host.exists(Path::new(path)));
+    found.filter(|_| unset).map(|path| {
         format!(
             "{path} exists and is not used: {} is unset, so {backend} processes are started, one per VM; \
              {}={value} is what attaches to it",

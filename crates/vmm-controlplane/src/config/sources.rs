@@ -117,16 +117,38 @@ fn read_file(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<Con
     Given::new()
 }
 
+/// The beginnings of variables of this repository's scripts, tests and client, which have the short prefix and are no settings.
+const NO_SETTINGS: [&str; 12] = [
+    "VMCP_BACKEND_MATRIX",
+    "VMCP_BENCH_",
+    "VMCP_CHAOS_",
+    "VMCP_DAEMON",
+    "VMCP_DEMO_",
+    "VMCP_GUEST_",
+    "VMCP_MIGRATION_",
+    "VMCP_SKIP_",
+    "VMCP_TEST_",
+    "VMCP_TINY_",
+    "VMCP_TOKEN",
+    "VMCP_URL",
+];
+
 /// Names the variables that look like settings and are none, each with the one that was probably meant.
 pub(super) fn unknown_variables(env: &Environment) -> Vec<String> {
     let known = |suffix: &str| suffix == variable("", CONFIG_KEY) || Setting::from_suffix(suffix).is_some();
     let names = env.keys().filter_map(|name| name.to_str());
-    let unknown = names.filter(|name| name.strip_prefix(PREFIX).is_some_and(|suffix| !known(suffix)));
+    let unknown = names.filter(|name| !NO_SETTINGS.iter().any(|start| name.starts_with(start)));
+    let unknown = unknown.filter_map(|name| {
+        // The two prefixes differ in their first letters, so a name has at most one of them.
+        let prefix = [PREFIX, SHORT_PREFIX].into_iter().find(|prefix| name.starts_with(prefix))?;
+        let suffix = &name[prefix.len()..];
+        (!known(suffix)).then_some((name, prefix, suffix))
+    });
     unknown
-        .map(|name| {
-            let suffix = name.trim_start_matches(PREFIX).to_ascii_lowercase();
+        .map(|(name, prefix, suffix)| {
+            let suffix = suffix.to_ascii_lowercase();
             let meant = nearest(&suffix, Setting::ALL.iter().map(|setting| setting.key()));
-            let hint = meant.map(|key| format!("; did you mean {}?", variable(PREFIX, key)));
+            let hint = meant.map(|key| format!("; did you mean {}?", variable(prefix, key)));
             format!("{} is not a setting and has no effect{}", printable(name), hint.unwrap_or_default())
         })
         .collect()

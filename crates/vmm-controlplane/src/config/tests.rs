@@ -325,23 +325,31 @@ fn warnings_tell_what_has_no_effect_or_is_dangerous() {
         misspelt,
         ["UNKEY_VMCP_PROT is not a setting and has no effect; did you mean UNKEY_VMCP_PORT?"]
     );
+    let misspelt = good(&[], &[("VMCP_PROT", "1"), ("VMCP_SKIP_LOG", "x"), ("VMCP_PORT", "1")]).warnings;
+    assert_eq!(misspelt, ["VMCP_PROT is not a setting and has no effect; did you mean VMCP_PORT?"]);
 }
 
 #[test]
 fn the_default_backends_old_socket_is_pointed_out() {
-    let sockets = ["/tmp/ch.sock", "/tmp/firecracker.sock", "/var/run/libvirt/libvirt-sock"];
-    let host = FakeHost { existing: sockets.into(), ..FakeHost::default() };
+    let sockets = [
+        "/tmp/ch.sock",
+        "/tmp/firecracker.sock",
+        "/var/run/libvirt/libvirt-sock",
+        "/var/run/libvirt/virtqemud-sock",
+    ];
     for (backend, socket, variable) in [
         ("cloudhypervisor", sockets[0], "UNKEY_VMCP_CH_ENDPOINT=unix:///tmp/ch.sock"),
         ("firecracker", sockets[1], "UNKEY_VMCP_FC_ENDPOINT=unix:///tmp/firecracker.sock"),
         ("qemu", sockets[2], "UNKEY_VMCP_QEMU_ENDPOINT=qemu:///system"),
+        ("qemu", sockets[3], "UNKEY_VMCP_QEMU_ENDPOINT=qemu:///system"),
     ] {
+        let host = FakeHost { existing: [socket].into(), ..FakeHost::default() };
         let warnings = load(&["--backend", backend], &[], &host).unwrap().warnings;
         assert!(warnings.len() == 1 && warnings[0].starts_with(socket), "{warnings:?}");
         assert!(warnings[0].contains(variable), "{warnings:?}");
         let flag = format!(
             "--{}-endpoint=unix:///x",
-            ["ch", "fc", "qemu"][sockets.iter().position(|s| *s == socket).unwrap()]
+            ["ch", "fc", "qemu", "qemu"][sockets.iter().position(|s| *s == socket).unwrap()]
         );
         assert_eq!(load(&["--backend", backend, &flag], &[], &host).unwrap().warnings, Vec::<String>::new());
     }
