@@ -1,6 +1,7 @@
 //! A hypervisor's program: where it is, which version, and whether that is one that can be used.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt::Display;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -119,13 +120,13 @@ impl Program {
     }
 
     /// Says which version is there, if it can be used and `host_serves`, which may block.
-    pub async fn health(
+    pub async fn health<E: Display + Send + 'static>(
         &self,
-        host_serves: impl FnOnce() -> Result<(), String> + Send + 'static,
+        host_serves: impl FnOnce() -> Result<(), E> + Send + 'static,
     ) -> BackendHealth {
         let version = match self.find().await {
             Ok(installed) => match tokio::task::spawn_blocking(host_serves).await {
-                Ok(serves) => serves.map(|()| installed.version.to_string()),
+                Ok(serves) => serves.map(|()| installed.version.to_string()).map_err(|why| why.to_string()),
                 Err(error) => Err(format!("the host could not be examined: {error}")),
             },
             Err(error) => Err(error.message),
@@ -304,7 +305,7 @@ mod tests {
     #[tokio::test]
     async fn a_missing_program_is_named() {
         let program = Program::new("/nowhere/hypervisor", KIND);
-        let why = program.health(|| Ok(())).await.version.unwrap_err();
+        let why = program.health(|| Ok::<(), String>(())).await.version.unwrap_err();
         assert!(why.contains("/nowhere/hypervisor"), "{why}");
         assert_eq!(program.running_names().await, ["usual", "hypervisor"]);
     }

@@ -1,31 +1,50 @@
 //! Whether the host can run guests on its own CPUs.
 
+use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 
-/// Says whether `/dev/kvm` can be opened for reading and writing, and if not, why and what to do.
+/// Why `/dev/kvm` cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoKvm {
+    /// The state of the device.
+    pub finding: String,
+    /// The way to change that.
+    pub remedy: &'static str,
+}
+
+impl fmt::Display for NoKvm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {}", self.finding, self.remedy)
+    }
+}
+
+impl std::error::Error for NoKvm {}
+
+/// Opens `/dev/kvm` for reading and writing, to see whether that is possible.
 ///
 /// # Errors
-/// The text for people.
-pub fn kvm_usable() -> Result<(), String> {
+///
+/// Why not, and what to do.
+pub fn kvm_usable() -> Result<(), NoKvm> {
     usable(Path::new("/dev/kvm"))
 }
 
-fn usable(device: &Path) -> Result<(), String> {
+fn usable(device: &Path) -> Result<(), NoKvm> {
     let Err(error) = OpenOptions::new().read(true).write(true).open(device) else { return Ok(()) };
     let device = device.display();
-    Err(match error.kind() {
-        io::ErrorKind::NotFound => {
-            format!(
-                "{device} does not exist; load kvm_intel or kvm_amd, or enable virtualisation in the firmware"
-            )
-        }
+    let (finding, remedy) = match error.kind() {
+        io::ErrorKind::NotFound => (
+            format!("{device} does not exist"),
+            "load kvm_intel or kvm_amd, or enable virtualisation in the firmware",
+        ),
         io::ErrorKind::PermissionDenied => {
-            format!("{device} may not be opened by the daemon's user; add that user to the group kvm")
+            (format!("{device} may not be opened by the daemon's user"), "add that user to the group kvm")
         }
-        _ => format!("{device} cannot be opened: {error}"),
-    })
+        _ => (format!("{device} cannot be opened: {error}"), "see what the kernel log says of KVM"),
+    };
+    Err(NoKvm { finding, remedy })
 }
 
 /// Says whether the CPUs show hardware virtualisation (`vmx` or `svm`).
@@ -57,8 +76,9 @@ mod tests {
 
     #[test]
     fn a_missing_device_is_explained() {
-        let text = usable(Path::new("/nowhere/kvm")).unwrap_err();
-        assert!(text.contains("/nowhere/kvm does not exist; "), "{text}");
+        let missing = usable(Path::new("/nowhere/kvm")).unwrap_err();
+        assert_eq!(missing.finding, "/nowhere/kvm does not exist");
+        assert!(missing.to_string().contains("exist; load kvm_intel"), "{missing}");
         assert_eq!(usable(Path::new("/dev/null")), Ok(()));
     }
 }

@@ -85,6 +85,7 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
         checks.extend(host::kvm(needs_kvm(&for_host)));
         checks.extend(host::network());
         checks.push(host::cgroups());
+        checks.push(host::open_files(daemon_pid(&for_host)));
         checks.extend(host::directory("state directory", "UNKEY_VMCP_STATE_DIR", &for_host.state_dir));
         checks.extend(host::directory("runtime directory", "UNKEY_VMCP_RUNTIME_DIR", &for_host.runtime_dir));
         checks.push(host::socket_names(&for_host.runtime_dir));
@@ -111,6 +112,11 @@ fn needs_kvm(config: &Config) -> bool {
         config::BackendName::CloudHypervisor | config::BackendName::Firecracker => true,
         config::BackendName::Qemu => config.qemu_kvm == Kvm::On,
     }
+}
+
+/// Returns the process id of the daemon that runs on this state directory.
+fn daemon_pid(config: &Config) -> Option<u32> {
+    lock::holder(&config.state_dir).ok()??.pid
 }
 
 fn daemon_line(config: &Config) -> Check {

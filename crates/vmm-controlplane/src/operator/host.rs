@@ -9,7 +9,8 @@ use rustix::fs::{Access, AtFlags, CWD, OFlags, accessat, statvfs};
 use rustix::process::geteuid;
 use vmm_core::backend::KernelFormat;
 use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
-use vmm_host::{kvm, run_dir};
+use vmm_host::kvm::{self, NoKvm};
+use vmm_host::{descriptors, run_dir};
 
 use super::doctor::Check;
 
@@ -17,6 +18,11 @@ use super::doctor::Check;
 const CAP_NET_ADMIN: u32 = 12;
 /// Below this the store may soon be full, in bytes.
 const LITTLE_ROOM: u64 = 256 << 20;
+/// Below this a limit on descriptors is worth a warning.
+const FEW_VMS: u64 = 50;
+/// The remedy for too few of them.
+const MORE_FILES: &str =
+    "start the daemon with a higher hard limit: `ulimit -Hn`, or LimitNOFILE= of its systemd unit";
 /// Below this the store does not even hold its log, in bytes.
 const NO_ROOM: u64 = 16 << 20;
 
@@ -24,8 +30,7 @@ const NO_ROOM: u64 = 16 << 20;
 pub(super) fn kvm(needed: bool) -> Vec<Check> {
     let device = match kvm::kvm_usable() {
         Ok(()) => Check::ok("/dev/kvm", "can be opened"),
-        Err(why) => {
-            let (finding, remedy) = why.split_once("; ").unwrap_or((&why, "see the finding"));
+        Err(NoKvm { finding, remedy }) => {
             let check = if needed { Check::fail } else { Check::warn };
             check("/dev/kvm", finding, remedy)
         }
@@ -151,6 +156,43 @@ fn room(name: &'static str, shown: &str, there: &Path) -> Check {
     }
 }
 
+/// How many VMs the limit on descriptors admits: the limit of the daemon that runs, else of this process.
+pub(super) fn open_files(daemon: Option<u32>) -> Check {
+    const NAME: &str = "open files";
+    let process = daemon.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
+    let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).unwrap_or_default();
+    let (Some(limit), Ok(used)) = (hard_limit(&limits), descriptors::in_use(&process)) else {
+        return Check::warn(NAME, "the daemon's cannot be counted", "run doctor as the daemon's user");
+    };
+    // Without a daemon this process stands for it, and has nothing open that matters.
+    let used = if daemon.is_some() { used } else { 0 };
+    let more = descriptors::vms_that_fit(limit, used);
+    let clients = descriptors::for_clients(limit);
+    match daemon {
+        Some(_) => {
+            let finding = format!(
+                "the daemon may have {limit}, and {used} are in use: some {more} more VMs fit, beside {clients} connections"
+            );
+            if more < FEW_VMS { Check::warn(NAME, finding, MORE_FILES) } else { Check::ok(NAME, finding) }
+        }
+        None => {
+            let finding = format!(
+                "a daemon started from here may have {limit}: some {more} VMs fit, beside {clients} connections"
+            );
+            if more < FEW_VMS { Check::warn(NAME, finding, MORE_FILES) } else { Check::ok(NAME, finding) }
+        }
+    }
+}
+
+/// Reads the hard limit on open files out of `/proc/PID/limits`. The daemon raises its soft limit to that.
+fn hard_limit(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    match line.split_whitespace().nth(1)? {
+        "unlimited" => Some(u64::MAX),
+        number => number.parse().ok(),
+    }
+}
+
 /// Whether the sockets of a VM get names that the kernel takes.
 pub(super) fn socket_names(runtime_dir: &Path) -> Check {
     // The longest name of a socket in a run folder, and of any VM's folder.
@@ -230,6 +272,22 @@ fn boots(kind: KernelKind, formats: &[KernelFormat]) -> bool {
 mod tests {
     use super::super::doctor::Verdict;
     use super::*;
+
+    #[test]
+    fn the_hard_limit_counts() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max processes             100                  200                  processes \n\
+                      Max open files            1024                 4096                 files     \n";
+        assert_eq!(hard_limit(limits), Some(4096));
+        assert_eq!(
+            hard_limit("Max open files            1024                 unlimited            files"),
+            Some(u64::MAX)
+        );
+        assert_eq!(hard_limit(""), None);
+        let check = open_files(None);
+        assert!(check.finding.contains("VMs fit"), "{check:?}");
+        assert_eq!(open_files(Some(u32::MAX)).verdict, Verdict::Warn, "there is no such process");
+    }
 
     #[test]
     fn a_directory_that_cannot_be_used_fails_with_the_variable() {
