@@ -12,6 +12,16 @@ pub(crate) fn sentence(text: &str) -> String {
     cut(text, MAX_SENTENCE)
 }
 
+/// The longest quotation of an answer in a form that nobody expects, in characters.
+const MAX_QUOTE: usize = 512;
+
+/// An answer in a form that nobody expects, as it came.
+pub(crate) fn quote(answer: &[u8]) -> String {
+    // A character has at most four bytes.
+    let begin = &answer[..answer.len().min(4 * (MAX_QUOTE + 1))];
+    cut(String::from_utf8_lossy(begin).trim(), MAX_QUOTE)
+}
+
 /// The longest path or kernel command line, in characters.
 const MAX_VALUE: usize = 4096;
 

@@ -232,7 +232,6 @@ async fn what_is_not_qmp_ends_the_connection_with_the_reason() {
         "{\"return\": {}, \"id\": \"2\"}\n",
         "{\"return\": {}, \"id\": 99}\n",
         "{\"return\": {}, \"error\": {\"desc\": \"x\"}, \"id\": 2}\n",
-        "{\"error\": {\"class\": \"GenericError\"}, \"id\": 2}\n",
         "{\"event\": 5, \"timestamp\": {\"seconds\": 1, \"microseconds\": 1}}\n",
         "\u{0}\u{1}\n",
         "\n",
@@ -256,6 +255,22 @@ async fn what_is_not_qmp_ends_the_connection_with_the_reason() {
         let error = BackendError::from(qmp.stop().await.unwrap_err());
         assert_eq!((error.kind, error.effect), (BackendErrorKind::Protocol, Effect::NotApplied));
     }
+}
+
+#[tokio::test]
+async fn a_refusal_in_another_form_is_quoted() {
+    let stage = stage(|mut peer| async move {
+        peer.greet().await;
+        let (_, _, id) = peer.hear().await;
+        let error = json!({ "class": "GenericError", "because": "the \u{1b}[31mmoon" });
+        peer.say(&format!("{}\n", json!({ "error": error, "id": id }))).await;
+        peer.hold().await;
+    });
+    let (qmp, _events) = stage.connect(LONG).await.unwrap();
+    let error = BackendError::from(qmp.stop().await.unwrap_err());
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+    assert!(error.message.contains("because") && error.message.contains("moon"), "{error}");
+    assert!(!error.message.contains('\u{1b}'), "{error}");
 }
 
 #[tokio::test]

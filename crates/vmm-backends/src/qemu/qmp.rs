@@ -356,10 +356,10 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
     }
     let answer = match (message.remove("return"), message.remove("error")) {
         (Some(value), None) => Answer::Return(value),
-        (None, Some(error)) => match error.get("desc").and_then(Value::as_str) {
-            Some(desc) => Answer::Error(words::sentence(desc)),
-            None => return Err(garbage("an error without a description")),
-        },
+        (None, Some(error)) => Answer::Error(match error.get("desc").and_then(Value::as_str) {
+            Some(desc) => words::sentence(desc),
+            None => words::quote(error.to_string().as_bytes()),
+        }),
         (Some(_), Some(_)) | (None, None) => return Err(garbage("neither an answer nor an event")),
     };
     let Some(id) = message.get("id").and_then(Value::as_u64) else {

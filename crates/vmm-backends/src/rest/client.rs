@@ -252,8 +252,12 @@ impl RestClient {
         if status.is_success() {
             return Ok(answer);
         }
-        let said = (self.explain)(&answer).unwrap_or_else(|| format!("{status}, without a reason"));
-        let message = format!("the VMM refused {}: {}", call.name(), words::sentence(&said));
+        let said = match (self.explain)(&answer) {
+            Some(said) => words::sentence(&said),
+            None if answer.trim_ascii().is_empty() => format!("{status}, without a reason"),
+            None => format!("{status}, {}", words::quote(&answer)),
+        };
+        let message = format!("the VMM refused {}: {said}", call.name());
         // What the client did wrong was not done; a server that failed may have begun.
         let effect = if status.is_client_error() { Effect::NotApplied } else { call.effect() };
         let kind = if status.is_client_error() || status.is_server_error() {

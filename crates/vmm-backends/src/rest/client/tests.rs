@@ -259,3 +259,21 @@ async fn an_answer_that_makes_no_sense_is_quoted_cut_and_cleaned() {
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Protocol, Effect::NotApplied));
     assert!(!error.message.contains('\u{1b}') && error.message.len() < 4096, "{}", error.message.len());
 }
+
+#[tokio::test]
+async fn a_refusal_in_another_form_is_quoted_cut_and_cleaned() {
+    let long = format!(r#"{{"why":"{}"}}"#, "x".repeat(10_000));
+    for (body, quoted) in [
+        (r#"{"error":{"reason":"no \u001b such disk"}}"#, "such disk"),
+        ("<html>\u{1b}[31mBad Request</html>", "Bad Request"),
+        (&long, "xxx"),
+        ("", "without a reason"),
+    ] {
+        let fake = Fake::new(vec![answer("400 Bad Request", body)], false);
+        let client = RestClient::new(&fake.dir.path().join("s"), |_| None);
+        let error = put(&client).await.unwrap_err();
+        assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied), "{body}");
+        assert!(error.message.contains("400 Bad Request") && error.message.contains(quoted), "{error}");
+        assert!(!error.message.contains('\u{1b}') && error.message.len() < 1024, "{error}");
+    }
+}
