@@ -1,9 +1,14 @@
-//! Counters that the host keeps of a VMM: of its process and of its TAPs.
+//! Counters that the host keeps of a VMM: of its process and of its TAPs. And the room that its logs take.
 
 use std::io;
+use std::path::PathBuf;
 
 use vmm_core::backend::{BackendError, NetworkCounters, Sample};
 use vmm_host::process::Process;
+use vmm_host::tail;
+
+/// How much of a VMM's log is kept, in bytes. A guest can make its VMM log without end.
+const LOG_KEPT: u64 = 1 << 20;
 
 /// Reads CPU time and memory of `process` and, where `taps` are given, the counters of those TAPs, seen from the guest.
 ///
@@ -16,6 +21,19 @@ pub(crate) async fn of_host(process: &Process, taps: Option<&[String]>) -> Sampl
         missing: vec![format!("reading the host's counters was broken off: {error}")],
         ..Sample::default()
     })
+}
+
+/// Gives the room of all but the end of a VMM's `logs` back to the host. A log that is not there takes none.
+pub(crate) async fn trim_logs(logs: Vec<PathBuf>) {
+    let trimmed = tokio::task::spawn_blocking(move || {
+        for log in logs {
+            if let Err(error) = tail::trim(&log, LOG_KEPT) {
+                tracing::debug!(path = %log.display(), %error, "the VMM's log cannot be trimmed");
+            }
+        }
+    });
+    // Fails only while the runtime ends.
+    let _ = trimmed.await;
 }
 
 /// Returns the counters that were read; those that were not are named in `sample`, with the reason.

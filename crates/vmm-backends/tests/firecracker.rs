@@ -282,3 +282,17 @@ async fn a_network_interface_is_served_by_its_tap() {
     }
     assert_eq!(bench.processes(), 0);
 }
+
+#[tokio::test]
+async fn the_log_of_a_vmm_is_trimmed_at_each_sample() {
+    let bench = bench!("the_log_of_a_vmm_is_trimmed_at_each_sample", Guest::Idle);
+    let run = bench.launch().await;
+    let log = bench.dir().join("firecracker.log");
+    let noise = "x".repeat(4 << 20);
+    let mut writer = std::fs::OpenOptions::new().append(true).open(&log).unwrap();
+    std::io::Write::write_all(&mut writer, noise.as_bytes()).unwrap();
+    run.vmm.sample().await;
+    let takes = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&log).unwrap()) * 512;
+    assert!(takes <= (1 << 20) + 8192, "{takes}");
+    run.vmm.kill().await.unwrap();
+}

@@ -2,8 +2,9 @@
 //!
 //! Each module is one thing of the host: a [`process`] and the proof of which one it is, the [`run_dir`] of a VM, the
 //! [`lock`] of a state directory, the [`ledger`] of what bears the program's mark, [`files`] that a client names, [`net`]
-//! interfaces, [`kvm`], file [`descriptors`], programs on the [`path`], the birth of a [`socket`], the [`clock`], the [`endpoint`]
-//! that somebody else made, and the [`fault`] points of tests. None of them knows a hypervisor. What touches
+//! interfaces, [`kvm`], file [`descriptors`], programs on the [`path`], the birth of a [`socket`], the [`clock`], the [`tail`] of a
+//! file that another process appends to, the [`endpoint`] that somebody else made, and the [`fault`] points of tests. None of them
+//! knows a hypervisor. What touches
 //! files or `/proc` blocks for as long as the kernel takes: functions that are not `async` belong into `spawn_blocking`
 //! wherever a client chose the path.
 
@@ -24,3 +25,4 @@ pub mod process;
 mod ready;
 pub mod run_dir;
 pub mod socket;
+pub mod tail;

@@ -19,11 +19,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use tokio::task::AbortHandle;
 use tracing::Instrument;
 use vmm_core::spec::{Console, VmSpec};
+use vmm_host::tail::{Limits, Round, Tail, Taken};
 
 use crate::cloud_hypervisor::watch::Watcher;
 
@@ -33,8 +34,12 @@ const BOOT: &str = "console.boot";
 const AT: &str = "console.at";
 /// How long more is waited for before it is copied.
 const COALESCING: Duration = Duration::from_millis(10);
-/// Bytes that are copied at once.
-const CHUNK: usize = 64 << 10;
+/// How much is copied at once, and before anybody else may copy.
+const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
+/// How much is saved before the VMM begins its file anew, in rounds. What a VMM has written beyond that is lost.
+const ROUNDS: usize = 8;
+/// How long an operation waits for that.
+const SAVING: Duration = Duration::from_secs(2);
 
 /// What a copy needs to know over restarts of the daemon.
 #[derive(Debug, Serialize, Deserialize)]
@@ -79,7 +84,7 @@ enum State {
 /// # Errors
 /// What the kernel says.
 pub(super) fn begin(dir: &Path, to: &Path, anew: bool) -> io::Result<PathBuf> {
-    Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) }.catch_up()?;
+    Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) }.save_all()?;
     let boot = dir.join(BOOT);
     if anew {
         match std::fs::remove_file(&boot) {
@@ -121,7 +126,7 @@ impl Mirror {
         let working = Arc::clone(&copier);
         let work = async move {
             loop {
-                catch_up(&working).await;
+                while run(&working, Copier::catch_up).await == Round::More {}
                 watched.grown().await;
                 // A serial port grows byte by byte.
                 tokio::time::sleep(COALESCING).await;
@@ -131,9 +136,11 @@ impl Mirror {
         Some(Self { copier, task })
     }
 
-    /// Copies what is there now.
+    /// Copies what is there now, within bounds of size and time.
     pub(super) async fn catch_up(&self) {
-        catch_up(&self.copier).await;
+        if tokio::time::timeout(SAVING, run(&self.copier, Copier::save_all)).await.is_err() {
+            tracing::warn!("the console was not copied in time; the copy goes on");
+        }
     }
 }
 
@@ -143,22 +150,38 @@ impl Drop for Mirror {
     }
 }
 
-async fn catch_up(copier: &Arc<Copier>) {
+async fn run(copier: &Arc<Copier>, copy: fn(&Copier) -> io::Result<Round>) -> Round {
     let copier = Arc::clone(copier);
-    let copied = tokio::task::spawn_blocking(move || copier.catch_up());
+    let copied = tokio::task::spawn_blocking(move || copy(&copier));
     match copied.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "a console cannot be copied"),
+        Ok(Ok(round)) => round,
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "a console cannot be copied");
+            Round::Done
+        }
         // The runtime ends.
-        Err(_) => {}
+        Err(_) => Round::Done,
     }
 }
 
 impl Copier {
-    fn catch_up(&self) -> io::Result<()> {
+    /// Copies rounds until all is copied, or too much was.
+    fn save_all(&self) -> io::Result<Round> {
+        for _ in 0..ROUNDS {
+            if self.catch_up()? == Round::Done {
+                return Ok(Round::Done);
+            }
+        }
+        tracing::warn!(dir = %self.dir.display(), "a console grows faster than it is copied");
+        Ok(Round::More)
+    }
+
+    /// Copies one round.
+    fn catch_up(&self) -> io::Result<Round> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (Some(mut at), Some(boot)) = (load(&self.dir)?, open(&self.dir.join(BOOT))?) else {
-            return Ok(());
+        let path = self.dir.join(BOOT);
+        let (Some(mut at), Some(boot)) = (load(&self.dir)?, open(&path)?) else {
+            return Ok(Round::Done);
         };
         let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
         let mut log = OpenOptions::new().read(true).append(true).custom_flags(flags).open(&at.to)?;
@@ -170,27 +193,22 @@ impl Copier {
             save(&self.dir, &at)?;
             from = 0;
         }
-        let mut buffer = vec![0; CHUNK];
-        loop {
-            let read = boot.read_at(&mut buffer, from)?;
-            if read == 0 {
-                break;
-            }
-            log.write_all(&buffer[..read])?;
-            from += read as u64;
-        }
-        if from > 0 {
-            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            *state = match rustix::fs::fallocate(&boot, punch, 0, from) {
+        let mut tail = Tail::of_bytes(path, from, LIMITS);
+        let round = tail.read(|bytes| {
+            log.write_all(bytes)?;
+            Ok(Taken::Bytes(bytes.len()))
+        })?;
+        if tail.offset() > 0 {
+            *state = match tail.give_back() {
                 Ok(()) => State::Punched,
                 Err(_) => State::NoHoles,
             };
-            if *state == State::Punched && at.given_back != from {
-                at.given_back = from;
+            if *state == State::Punched && at.given_back != tail.offset() {
+                at.given_back = tail.offset();
                 save(&self.dir, &at)?;
             }
         }
-        Ok(())
+        Ok(round)
     }
 }
 
@@ -290,6 +308,19 @@ mod unit_tests {
         append(&boot, "three\n");
         bench.copier().catch_up().unwrap();
         assert_eq!(bench.log(), "earlier\none\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn a_file_without_end_is_copied_in_rounds() {
+        let bench = Bench::new();
+        let boot = bench.begin();
+        let endless = LIMITS.round * (ROUNDS as u64 + 2);
+        OpenOptions::new().write(true).open(&boot).unwrap().set_len(endless).unwrap();
+        let copier = bench.copier();
+        assert_eq!(copier.catch_up().unwrap(), Round::More);
+        let copied = std::fs::metadata(bench.dir.path().join("console.log")).unwrap().len();
+        assert_eq!(copied, LIMITS.round + "earlier\n".len() as u64);
+        assert_eq!(copier.save_all().unwrap(), Round::More, "nobody waits for all of it");
     }
 
     #[test]

@@ -3,18 +3,16 @@
 //! The file survives the daemon, so that the next one can read what happened meanwhile. What was read is given back to the
 //! host by punching a hole, which keeps offsets true; such a hole reads as zero bytes, which no event contains.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, OFlags};
 use serde::Deserialize;
+use vmm_host::tail::{Limits, Tail, Taken};
 
 /// The file's name in the run folder.
 pub(super) const EVENTS: &str = "events";
-/// The longest event, in bytes.
-const MAX_EVENT: usize = 64 << 10;
+/// How much is read. A longer event is passed over.
+const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
 /// How much of the file's end a daemon that takes over looks at, in bytes.
 const TAIL: u64 = 256 << 10;
 
@@ -55,20 +53,24 @@ impl Written {
 #[derive(Clone, Debug)]
 pub(super) struct EventFile {
     path: PathBuf,
-    offset: u64,
+    tail: Tail,
 }
 
 impl EventFile {
     /// Begins at the first event of the run in `dir`.
     pub(super) fn from_start(dir: &Path) -> Self {
-        Self { path: dir.join(EVENTS), offset: 0 }
+        Self::at(dir.join(EVENTS), 0)
     }
 
     /// Begins near the end of what is there. Blocks.
     pub(super) fn near_end(dir: &Path) -> Self {
         let path = dir.join(EVENTS);
         let len = std::fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
-        Self { path, offset: len.saturating_sub(TAIL) }
+        Self::at(path, len.saturating_sub(TAIL))
+    }
+
+    fn at(path: PathBuf, offset: u64) -> Self {
+        Self { tail: Tail::new(path.clone(), offset, LIMITS), path }
     }
 
     /// Removes what an earlier run left. Blocks.
@@ -85,35 +87,22 @@ impl EventFile {
     /// Reads at most `most` events that were written since the last time. Blocks.
     ///
     /// # Errors
-    /// What the kernel says; `InvalidData` where the file is nonsense, which is skipped.
+    /// What the kernel says.
     pub(super) fn read(&mut self, most: usize) -> io::Result<Vec<ChEvent>> {
-        let file = match open(&self.path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(error),
-        };
-        let begin = self.offset;
+        let (begin, skipped) = (self.tail.offset(), self.tail.skipped());
         let mut events = Vec::new();
-        let mut buffer = vec![0; MAX_EVENT];
-        while events.len() < most {
-            let read = file.read_at(&mut buffer, self.offset)?;
-            let (some, used) = parse(&buffer[..read], most - events.len());
+        self.tail.read(|bytes| {
+            let (some, used) = parse(bytes, most - events.len());
             events.extend(some);
-            self.offset += used as u64;
-            if used == 0 && read == MAX_EVENT {
-                self.offset = file.metadata()?.len();
-                let message = "an event is too long; what is there is skipped";
-                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
-            }
-            if used == 0 || read < MAX_EVENT {
-                break;
-            }
+            Ok(if events.len() < most { Taken::Bytes(used) } else { Taken::Enough(used) })
+        })?;
+        if self.tail.skipped() > skipped {
+            tracing::warn!(path = %self.path.display(), "what is too long for an event was passed over");
         }
-        if self.offset > begin {
-            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            if let Err(error) = rustix::fs::fallocate(&file, punch, 0, self.offset) {
-                tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
-            }
+        if self.tail.offset() > begin
+            && let Err(error) = self.tail.give_back()
+        {
+            tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
         }
         Ok(events)
     }
@@ -144,12 +133,6 @@ pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
         }
     }
     (events, used)
-}
-
-fn open(path: &Path) -> io::Result<File> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    // Punching a hole needs the right to write.
-    OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path)
 }
 
 #[cfg(test)]
@@ -206,10 +189,10 @@ mod tests {
     #[test]
     fn an_endless_event_is_skipped() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(EVENTS), format!("{{\n\"source\": \"{}", "x".repeat(MAX_EVENT)))
-            .unwrap();
+        let endless = format!("{{\n\"source\": \"{}", "x".repeat(2 * LIMITS.record));
+        std::fs::write(dir.path().join(EVENTS), format!("{endless}{}", event("vm", "paused"))).unwrap();
         let mut file = EventFile::from_start(dir.path());
-        assert!(file.read(10).is_err());
+        assert_eq!(file.read(10).unwrap(), [ChEvent::Paused]);
         assert!(file.read(10).unwrap().is_empty());
     }
 }

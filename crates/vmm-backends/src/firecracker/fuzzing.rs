@@ -61,7 +61,6 @@ fn metrics(input: &[u8]) {
     let pieces = summed(&[begin, end]);
     match (whole, pieces) {
         (Ok(whole), Ok(pieces)) => assert_eq!(whole, pieces),
-        (Err(error), Err(_)) => assert_eq!(error.kind(), io::ErrorKind::InvalidData),
         (whole, pieces) => unreachable!("{whole:?} at once, {pieces:?} in two pieces"),
     }
 }
@@ -74,10 +73,10 @@ fn summed(pieces: &[&[u8]]) -> io::Result<Sums> {
     for piece in pieces {
         written.extend_from_slice(piece);
         std::fs::write(dir.path().join(METRICS), &written)?;
-        sums = fold(dir.path());
+        sums = fold(dir.path(), None);
     }
     if let Ok(sums) = &sums {
-        assert_eq!(fold(dir.path()).ok().as_ref(), Some(sums), "read again, nothing is counted twice");
+        assert_eq!(fold(dir.path(), None).ok().as_ref(), Some(sums), "read again, nothing is counted twice");
     }
     sums
 }

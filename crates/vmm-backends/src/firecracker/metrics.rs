@@ -9,25 +9,28 @@
 //! Each line says what happened since the line before, so the sum of all of them is needed, over restarts of the daemon
 //! too: lines that were summed up are recorded with their sum, and their room is given back by punching a hole. The last
 //! line, written as Firecracker ends, also tells a reset from a crash to a daemon that is not its parent.
+//!
+//! A full file system cuts a line: Firecracker keeps up to 1 KiB of such a line and writes the next object right behind the half
+//! one. What a half line counted is lost; the whole object at its end is counted.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{FallocateFlags, OFlags};
 use serde::{Deserialize, Serialize};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, NetworkCounters, StorageCounters};
+use vmm_host::tail::{Limits, Tail, Taken};
 
 /// The file's name in the run folder.
 pub(crate) const METRICS: &str = "metrics";
 /// The sums' name in the run folder.
 const SUMS: &str = "metrics.sum";
-/// The longest line, in bytes. One has about 6,000, and some for each device.
-const MAX_LINE: usize = 128 << 10;
-/// The most that is read at once, in bytes; the rest waits for the next time.
-const MAX_READ: u64 = 8 << 20;
+/// How much is read. A line has about 6,000 bytes, and some for each device.
+const LIMITS: Limits = Limits { record: 128 << 10, round: 8 << 20 };
+/// How each object begins that Firecracker writes.
+const OBJECT: &[u8] = b"{\"utc_timestamp_ms\"";
 
 /// What one line holds, as far as it is used.
 #[derive(Debug, Deserialize)]
@@ -68,7 +71,6 @@ struct Vcpu {
 
 /// Sums over a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(crate) struct Sums {
     /// Where the first line begins that is not in the sums, in bytes.
     offset: u64,
@@ -82,6 +84,9 @@ pub(crate) struct Sums {
     tx_packets: u64,
     resets: u64,
     failures: u64,
+    /// Lines, or parts of lines, that made no sense.
+    #[serde(default)]
+    missed: u64,
 }
 
 impl Sums {
@@ -115,6 +120,24 @@ impl Sums {
         }
     }
 
+    /// Adds what one line counted, or the whole object at the end of one that was cut.
+    fn add_line(&mut self, line: &[u8]) {
+        // A hole reads as zeros.
+        let from = line.iter().position(|byte| *byte != 0).unwrap_or(line.len());
+        let line = line[from..].trim_ascii();
+        if line.is_empty() {
+            return;
+        }
+        if let Ok(whole) = serde_json::from_slice(line) {
+            return self.add(&whole);
+        }
+        self.missed = self.missed.saturating_add(1);
+        let last = line.windows(OBJECT.len()).rposition(|bytes| bytes == OBJECT);
+        if let Some(Ok(object)) = last.map(|at| serde_json::from_slice(&line[at..])) {
+            self.add(&object);
+        }
+    }
+
     fn add(&mut self, line: &Line) {
         let pairs = [
             (&mut self.read_bytes, line.block.read_bytes),
@@ -138,14 +161,14 @@ impl Sums {
 #[derive(Clone, Debug)]
 pub(crate) struct Metrics {
     dir: Arc<Path>,
-    /// One reader at a time, or lines would be counted twice.
-    turn: Arc<Mutex<()>>,
+    /// The sums, once they were read. One reader at a time, or lines would be counted twice.
+    known: Arc<Mutex<Option<Sums>>>,
 }
 
 impl Metrics {
     /// The counters of the run in `dir`.
     pub(crate) fn new(dir: &Path) -> Self {
-        Self { dir: dir.into(), turn: Arc::default() }
+        Self { dir: dir.into(), known: Arc::default() }
     }
 
     /// Makes room for a new run: removes what the one before left. Blocks.
@@ -166,68 +189,73 @@ impl Metrics {
     /// Adds what was written since the last time, and answers with the sums.
     ///
     /// # Errors
-    /// [`BackendErrorKind::Protocol`] where the file makes no sense, [`BackendErrorKind::Host`] where it cannot be read.
+    /// [`BackendErrorKind::Host`] where the file is not there or cannot be read.
     pub(crate) async fn sums(&self) -> Result<Sums, BackendError> {
         let metrics = self.clone();
         let summed = tokio::task::spawn_blocking(move || {
-            let _turn = metrics.turn.lock().unwrap_or_else(PoisonError::into_inner);
-            fold(&metrics.dir)
+            let mut known = metrics.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let sums = fold(&metrics.dir, *known)?;
+            *known = Some(sums);
+            Ok(sums)
         });
         let error = match summed.await {
             Ok(Ok(sums)) => return Ok(sums),
             Ok(Err(error)) => error,
             Err(error) => io::Error::other(error),
         };
-        let kind = match error.kind() {
-            io::ErrorKind::InvalidData => BackendErrorKind::Protocol,
-            _ => BackendErrorKind::Host,
-        };
         let message = format!("Firecracker's counters in {} cannot be read: {error}", self.dir.display());
-        Err(BackendError::new(kind, Effect::NotApplied, message).caused_by(error))
+        Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
     }
 }
 
-pub(crate) fn fold(dir: &Path) -> io::Result<Sums> {
+/// Adds the lines in `dir` that are not in the sums yet, and keeps the sums there. `known` is what the last call answered.
+pub(crate) fn fold(dir: &Path, known: Option<Sums>) -> io::Result<Sums> {
     let path = dir.join(METRICS);
-    let mut sums = load(&dir.join(SUMS))?;
-    let file = open(&path)?;
-    let end = file.metadata()?.len().min(sums.offset.saturating_add(MAX_READ));
-    let begin = sums.offset;
-    let mut buffer = vec![0; MAX_LINE];
-    while sums.offset < end {
-        let read = file.read_at(&mut buffer, sums.offset)?;
-        let Some(whole) = buffer[..read].iter().rposition(|byte| *byte == b'\n') else {
-            if read == MAX_LINE {
-                return Err(invalid(format!("a line is longer than {MAX_LINE} bytes")));
-            }
-            // The rest of this line is still being written.
-            break;
-        };
-        for line in buffer[..whole].split(|byte| *byte == b'\n') {
-            sums.add(&serde_json::from_slice(line).map_err(|error| invalid(error.to_string()))?);
+    if !path.try_exists()? {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    let mut sums = match known {
+        Some(sums) => sums,
+        None => load(&dir.join(SUMS))?,
+    };
+    let (begin, missed) = (sums.offset, sums.missed);
+    let mut tail = Tail::new(path, sums.offset, LIMITS);
+    tail.read(|bytes| {
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        for line in bytes[..whole].split_inclusive(|byte| *byte == b'\n') {
+            sums.add_line(line);
         }
-        sums.offset += whole as u64 + 1;
+        Ok(Taken::Bytes(whole))
+    })?;
+    sums.offset = tail.offset();
+    sums.missed = sums.missed.saturating_add(tail.skipped());
+    if sums.missed > missed {
+        tracing::warn!(path = %dir.display(), missed = sums.missed, "lines of Firecracker's counters make no sense");
     }
     if sums.offset > begin {
-        save(dir, &sums)?;
-        // Only now: a crash in between counts nothing twice, and loses nothing.
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        if let Err(error) = rustix::fs::fallocate(&file, punch, 0, sums.offset) {
-            tracing::debug!(path = %path.display(), %error, "the file system takes no holes; the counters' file grows");
+        match save(dir, &sums) {
+            // Only now: a crash in between counts nothing twice, and loses nothing.
+            Ok(()) => give_back(&tail),
+            // As without room. The lines stay in the file until their sums can be kept.
+            Err(error) => tracing::debug!(%error, "the sums of Firecracker's counters cannot be kept"),
         }
     }
     Ok(sums)
 }
 
-fn open(path: &Path) -> io::Result<File> {
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    // Punching a hole needs the right to write.
-    OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path)
+fn give_back(tail: &Tail) {
+    if let Err(error) = tail.give_back() {
+        tracing::debug!(%error, "the file system takes no holes; the counters' file grows");
+    }
 }
 
+/// Reads the sums of an earlier daemon. Sums that make no sense are begun anew.
 fn load(path: &Path) -> io::Result<Sums> {
     match std::fs::read(path) {
-        Ok(text) => serde_json::from_slice(&text).map_err(|error| invalid(error.to_string())),
+        Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "the sums of Firecracker's counters begin anew");
+            Sums::default()
+        })),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Sums::default()),
         Err(error) => Err(error),
     }
@@ -238,10 +266,6 @@ fn save(dir: &Path, sums: &Sums) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     file.write_all(&serde_json::to_vec(sums)?)?;
     std::fs::rename(fresh, dir.join(SUMS))
-}
-
-fn invalid(message: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, message)
 }
 
 #[cfg(test)]
@@ -278,13 +302,60 @@ mod tests {
         assert!(Metrics::new(dir.path()).sums().await.is_err(), "no file, so nothing to sum up");
     }
 
+    /// As Firecracker begins each object.
+    fn stamped(bytes: u64) -> String {
+        line(bytes).replacen('{', r#"{"utc_timestamp_ms":1,"#, 1)
+    }
+
     #[tokio::test]
-    async fn nonsense_and_endless_lines_are_errors() {
+    async fn nonsense_and_endless_lines_are_passed_over() {
         let dir = tempfile::tempdir().unwrap();
-        for text in ["garbage\n".to_owned(), "{}\n".to_owned(), "x".repeat(MAX_LINE + 1)] {
-            std::fs::write(dir.path().join(METRICS), text).unwrap();
-            let error = Metrics::new(dir.path()).sums().await.unwrap_err();
-            assert_eq!(error.kind, BackendErrorKind::Protocol);
-        }
+        let long = "x".repeat(LIMITS.record + 1);
+        let text = format!("garbage\n{}\n{{}}\n{long}\n{}\n", line(1), line(2));
+        std::fs::write(dir.path().join(METRICS), text).unwrap();
+        let metrics = Metrics::new(dir.path());
+        let sums = metrics.sums().await.unwrap();
+        assert_eq!((sums.storage().bytes_read, sums.missed), (3, 4));
+        assert_eq!(metrics.sums().await.unwrap(), sums, "and not met again");
+    }
+
+    #[tokio::test]
+    async fn a_line_that_a_full_disk_has_cut_costs_what_it_counted_and_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(METRICS);
+        // The half object, and right behind it the next one.
+        let text = format!("{}\n{}{}\n{}\n", stamped(1), &stamped(2)[..1024], stamped(4), stamped(8));
+        std::fs::write(&path, text).unwrap();
+        let sums = Metrics::new(dir.path()).sums().await.unwrap();
+        assert_eq!((sums.storage().bytes_read, sums.missed), (13, 1));
+    }
+
+    #[tokio::test]
+    async fn sums_of_another_release_are_read_and_broken_ones_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(METRICS), format!("{}\n", line(1))).unwrap();
+        let sums = Metrics::new(dir.path()).sums().await.unwrap();
+        let mut kept: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.path().join(SUMS)).unwrap()).unwrap();
+        kept.as_object_mut().unwrap().remove("missed");
+        kept["from_a_newer_release"] = 1.into();
+        std::fs::write(dir.path().join(SUMS), kept.to_string()).unwrap();
+        assert_eq!(Metrics::new(dir.path()).sums().await.unwrap(), sums);
+        std::fs::write(dir.path().join(SUMS), "{").unwrap();
+        let mut more = OpenOptions::new().append(true).open(dir.path().join(METRICS)).unwrap();
+        more.write_all(format!("{}\n", line(2)).as_bytes()).unwrap();
+        assert!(Metrics::new(dir.path()).sums().await.unwrap().storage().bytes_read >= 2);
+    }
+
+    #[tokio::test]
+    async fn sums_that_cannot_be_kept_are_told_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(METRICS), format!("{}\n", line(1))).unwrap();
+        // In the way of the file that is written first, also for root.
+        std::fs::create_dir(dir.path().join("metrics.new")).unwrap();
+        let metrics = Metrics::new(dir.path());
+        assert_eq!(metrics.sums().await.unwrap().storage().bytes_read, 1);
+        assert_eq!(metrics.sums().await.unwrap().storage().bytes_read, 1, "counted once");
+        assert_eq!(Metrics::new(dir.path()).sums().await.unwrap().storage().bytes_read, 1);
     }
 }

@@ -175,6 +175,7 @@ impl Vmm for Handle {
     }
 
     async fn sample(&self) -> Sample {
+        counters::trim_logs([LOG, OWN_LOG].map(|log| self.run.socket.with_file_name(log)).to_vec()).await;
         let mut sample = counters::of_host(&self.process, None).await;
         let sums = counters::or_missing(&mut sample, "devices", self.device_counters().await);
         sample.network = sums.map(|sums| sums.network());

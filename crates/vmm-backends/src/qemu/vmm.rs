@@ -18,6 +18,7 @@ use super::client::RebootAction;
 use super::ending::ENDING;
 use super::link::Link;
 use super::qmp::{Qmp, QmpError};
+use super::start::LOG;
 use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::resets::Resets;
@@ -142,6 +143,7 @@ impl Vmm for QemuVmm {
     }
 
     async fn sample(&self) -> Sample {
+        counters::trim_logs(vec![self.run.socket.with_file_name(LOG)]).await;
         let mut sample = counters::of_host(&self.process, Some(&self.taps)).await;
         sample.storage = counters::or_missing(&mut sample, "disks", self.block_counters().await);
         sample

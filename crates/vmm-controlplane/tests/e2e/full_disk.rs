@@ -191,3 +191,43 @@ fn with_a_full_runtime_directory_a_boot_fails_whole_and_the_rest_goes_on() {
         world.boot("late");
     }
 }
+
+/// The time of the last sample of `vm`, and its phase.
+fn contact(world: &World, vm: &str) -> (i64, String) {
+    let info = world.info(vm);
+    let at = info["status"]["observed_at"].as_str().and_then(|at| at.parse().ok());
+    (at.unwrap_or_default(), info["status"]["phase"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn a_runtime_directory_that_is_full_for_a_while_is_no_silence_of_the_vmm() {
+    const TEST: &str = "a_runtime_directory_that_is_full_for_a_while_is_no_silence_of_the_vmm";
+    for backend in hypervisors(TEST) {
+        let mut world = World::new(&[]);
+        let Some(disk) = SmallDisk::under(&mut world, "run", "size=8m,nr_inodes=300", TEST) else { return };
+        world.start();
+        world.create_on(backend, "runs", Guest::Idle);
+        world.boot("runs");
+        world.wait_for("runs", "sampled", |info| info["metrics"]["storage_stats"].is_object());
+        for room in ["none", "enough"] {
+            if room == "none" {
+                disk.fill();
+            } else {
+                disk.free();
+            }
+            // Some samples later it still runs: a second is what they are apart here.
+            let (begin, _) = contact(&world, "runs");
+            eventually("it is asked again", || {
+                let (at, phase) = contact(&world, "runs");
+                assert_eq!(phase, "running", "{backend} with {room} room");
+                at >= begin + 4
+            });
+        }
+        let counted = |info: &serde_json::Value| info["metrics"]["storage_stats"].is_object();
+        world.wait_for("runs", "counted again", counted);
+        world.call("PauseVm", &json!({"vm_id": "runs"})).ok();
+        world.call("ShutdownVm", &json!({"vm_id": "runs", "timeout_seconds": 1})).ok();
+        world.call("DeleteVm", &json!({"vm_id": "runs"})).ok();
+        assert_eq!((world.vmms(), disk.folders()), (vec![], 0), "{backend}");
+    }
+}

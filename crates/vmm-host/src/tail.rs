@@ -1,0 +1,315 @@
+//! Reading a file that another process appends to, from where the reading stopped the last time.
+//!
+//! ```text
+//!   file   ░░░░░ given back ░░░░░│ whole records │ one that is still being written
+//!                                ↑ offset ──────►│
+//! ```
+//!
+//! The writer is not trusted, and may run out of room in the middle of a record. One round reads a bounded number of bytes. The
+//! reader of a record decides what of it makes sense; the offset advances in any case, so a record that makes none is passed
+//! over once and never met again. The room of what was read is given back to the host by a hole, which keeps the writer's offset
+//! true and reads as zero bytes.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+
+/// How much is read.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The longest record, in bytes. A longer one is passed over.
+    pub record: usize,
+    /// The most that one round reads, in bytes.
+    pub round: u64,
+}
+
+/// What became of the bytes that a reader was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// So many of them are done with: whole records, and what makes no sense. 0 where more bytes are needed to tell.
+    Bytes(usize),
+    /// So many are done with, and the reader wants no more in this round.
+    Enough(usize),
+}
+
+/// One round's outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Round {
+    /// Everything that is there was read.
+    Done,
+    /// The round has reached its limit, or its reader has enough, and more may be there.
+    More,
+}
+
+/// A file and how far it was read.
+#[derive(Clone, Debug)]
+pub struct Tail {
+    path: PathBuf,
+    offset: u64,
+    limits: Limits,
+    skipped: u64,
+    content: Content,
+}
+
+/// What a file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    /// Records. Holes hold none, and a file that has become shorter was begun anew.
+    Records,
+    /// Bytes, each of which counts, holes as zeros. A file that has become shorter is its reader's concern.
+    Bytes,
+}
+
+impl Tail {
+    /// The file at `path`, which need not be there yet, of which everything before `offset` was read.
+    pub fn new(path: PathBuf, offset: u64, limits: Limits) -> Self {
+        Self { path, offset, limits, skipped: 0, content: Content::Records }
+    }
+
+    /// The same of a file without records, of which each byte counts.
+    pub fn of_bytes(path: PathBuf, offset: u64, limits: Limits) -> Self {
+        Self { content: Content::Bytes, ..Self::new(path, offset, limits) }
+    }
+
+    /// Where the next round begins, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// How many records were passed over because they were too long.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// Reads one round and hands the bytes to `take`. Of a file of records, holes at the offset are skipped, and one that has
+    /// become shorter is read from its beginning: its writer has begun anew. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says, except that a file which is not there has nothing in it; what `take` fails with.
+    pub fn read(&mut self, mut take: impl FnMut(&[u8]) -> io::Result<Taken>) -> io::Result<Round> {
+        let Some(file) = open(&self.path)? else { return Ok(Round::Done) };
+        if self.content == Content::Records {
+            if file.metadata()?.len() < self.offset {
+                self.offset = 0;
+            }
+            self.offset = next_data(&file, self.offset)?;
+        }
+        let end = self.offset.saturating_add(self.limits.round);
+        let mut buffer = vec![0; self.limits.record];
+        while self.offset < end {
+            let read = file.read_at(&mut buffer, self.offset)?;
+            let used = match take(&buffer[..read])? {
+                Taken::Enough(used) => {
+                    self.offset += used.min(read) as u64;
+                    return Ok(Round::More);
+                }
+                Taken::Bytes(used) => used.min(read),
+            };
+            self.offset += used as u64;
+            if used == 0 && read == buffer.len() {
+                self.offset += read as u64;
+                self.skipped += 1;
+            } else if used == 0 || read < buffer.len() && used == read {
+                return Ok(Round::Done);
+            }
+        }
+        Ok(Round::More)
+    }
+
+    /// Gives the room of everything that was read back to the host. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says, such as that the file system takes no holes.
+    pub fn give_back(&self) -> io::Result<()> {
+        match open(&self.path)? {
+            Some(file) if self.offset > 0 => punch(&file, self.offset),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+/// Gives the room of everything but the last `kept` bytes of the file at `path` back to the host, as for a log that its writer
+/// appends to. The file keeps its length. Does nothing where the file is not there, and where it takes no more room than that.
+/// Blocks.
+///
+/// # Errors
+/// What the kernel says, such as that the file system takes no holes.
+pub fn trim(path: &Path, kept: u64) -> io::Result<()> {
+    let Some(file) = open(path)? else { return Ok(()) };
+    let facts = file.metadata()?;
+    let takes = facts.blocks().saturating_mul(512);
+    match facts.len().checked_sub(kept) {
+        // Twice as much, so that a log which grows slowly is not trimmed at each look.
+        Some(beyond) if beyond > 0 && takes > kept.saturating_mul(2) => punch(&file, beyond),
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn punch(file: &File, until: u64) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, flags, 0, until)?)
+}
+
+/// Finds the first byte from `offset` on that is not in a hole; `offset` itself where nothing follows or holes are not told.
+fn next_data(file: &File, offset: u64) -> io::Result<u64> {
+    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(data) => Ok(data),
+        Err(rustix::io::Errno::NXIO) => Ok(file.metadata()?.len().max(offset)),
+        Err(_) => Ok(offset),
+    }
+}
+
+fn open(path: &Path) -> io::Result<Option<File>> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    // Punching a hole needs the right to write.
+    let opened =
+        OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path);
+    match opened {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    const LIMITS: Limits = Limits { record: 16, round: 64 };
+
+    struct Written {
+        dir: tempfile::TempDir,
+    }
+
+    impl Written {
+        fn new(text: &[u8]) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("file"), text).unwrap();
+            Self { dir }
+        }
+
+        fn path(&self) -> PathBuf {
+            self.dir.path().join("file")
+        }
+
+        fn tail(&self) -> Tail {
+            Tail::new(self.path(), 0, LIMITS)
+        }
+
+        fn append(&self, text: &[u8]) {
+            OpenOptions::new().append(true).open(self.path()).unwrap().write_all(text).unwrap();
+        }
+    }
+
+    /// Takes whole lines.
+    fn lines(tail: &mut Tail) -> (Vec<String>, Round) {
+        let mut lines = Vec::new();
+        let round = tail.read(|bytes| {
+            let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            lines.extend(String::from_utf8_lossy(&bytes[..whole]).lines().map(str::to_owned));
+            Ok(Taken::Bytes(whole))
+        });
+        (lines, round.unwrap())
+    }
+
+    #[test]
+    fn each_record_is_read_once_and_one_that_is_being_written_later() {
+        let file = Written::new(b"one\ntwo\nthr");
+        let mut tail = file.tail();
+        assert_eq!(lines(&mut tail), (vec!["one".to_owned(), "two".to_owned()], Round::Done));
+        assert_eq!(lines(&mut tail).0, [""; 0]);
+        file.append(b"ee\n");
+        assert_eq!(lines(&mut tail).0, ["three"]);
+        assert_eq!(tail.offset(), 14);
+    }
+
+    #[test]
+    fn a_record_that_is_too_long_is_passed_over() {
+        let file = Written::new(format!("{}\nafter\n", "x".repeat(40)).as_bytes());
+        let mut tail = file.tail();
+        assert_eq!(lines(&mut tail).0.last().unwrap(), "after");
+        assert_eq!(tail.skipped(), 2);
+    }
+
+    #[test]
+    fn a_round_is_bounded() {
+        let file = Written::new("line\n".repeat(100).as_bytes());
+        let mut tail = file.tail();
+        let mut all = 0;
+        loop {
+            let (some, round) = lines(&mut tail);
+            assert!(some.len() <= 16, "{}", some.len());
+            all += some.len();
+            if round == Round::Done {
+                break;
+            }
+        }
+        assert_eq!(all, 100);
+        let round = file.tail().read(|bytes| Ok(Taken::Enough(bytes.len().min(5)))).unwrap();
+        assert_eq!(round, Round::More);
+    }
+
+    #[test]
+    fn what_is_not_there_is_empty_and_what_is_shorter_begins_anew() {
+        let file = Written::new(b"a long line\n");
+        let mut tail = file.tail();
+        lines(&mut tail);
+        std::fs::write(file.path(), b"new\n").unwrap();
+        assert_eq!(lines(&mut tail).0, ["new"]);
+        std::fs::remove_file(file.path()).unwrap();
+        assert_eq!(lines(&mut tail), (vec![], Round::Done));
+    }
+
+    #[test]
+    fn room_is_given_back_and_holes_are_skipped() {
+        let file = Written::new("line\n".repeat(4000).as_bytes());
+        let limits = Limits { record: 16, round: u64::MAX };
+        let mut tail = Tail::new(file.path(), 0, limits);
+        assert_eq!(lines(&mut tail).0.len(), 4000);
+        tail.give_back().unwrap();
+        assert_eq!(std::fs::metadata(file.path()).unwrap().len(), 20_000);
+        let kept = std::fs::metadata(file.path()).unwrap().blocks() * 512;
+        assert!(kept <= 4096, "{kept}");
+        file.append(b"more\n");
+        // From the start again, as a daemon reads that has lost its place.
+        let mut anew = Tail::new(file.path(), 0, limits);
+        assert_eq!(lines(&mut anew).0, ["more"]);
+        assert!(anew.skipped() <= 4096 / 16, "only what shares a block with it: {}", anew.skipped());
+    }
+
+    #[test]
+    fn where_each_byte_counts_no_hole_is_skipped() {
+        let file = Written::new(b"");
+        OpenOptions::new().write(true).open(file.path()).unwrap().set_len(8192).unwrap();
+        let mut tail = Tail::of_bytes(file.path(), 0, Limits { record: 1000, round: 5000 });
+        let mut count = 0;
+        let mut read = || {
+            tail.read(|bytes| {
+                count += bytes.len();
+                Ok(Taken::Bytes(bytes.len()))
+            })
+            .unwrap()
+        };
+        assert_eq!((read(), read()), (Round::More, Round::Done));
+        assert_eq!(count, 8192);
+    }
+
+    #[test]
+    fn a_log_keeps_its_end() {
+        let file = Written::new("0123456789abcde\n".repeat(4096).as_bytes());
+        trim(&file.path(), 8192).unwrap();
+        let text = std::fs::read(file.path()).unwrap();
+        assert_eq!(text.len(), 65536);
+        assert!(text.ends_with("0123456789abcde\n".repeat(512).as_bytes()));
+        assert!(std::fs::metadata(file.path()).unwrap().blocks() * 512 <= 8192 + 4096);
+        let small = Written::new(b"short\n");
+        trim(&small.path(), 8192).unwrap();
+        assert_eq!(std::fs::read(small.path()).unwrap(), b"short\n");
+        trim(&small.dir.path().join("missing"), 1).unwrap();
+    }
+}
