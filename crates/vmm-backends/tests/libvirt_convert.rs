@@ -18,6 +18,8 @@ use vmm_core::config::{
     BootConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, Options, RestartPolicyConfig,
     StorageDevice, VmConfig,
 };
+use vmm_core::id::VmUid;
+use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
 use vmm_core::spec::VmSpec;
 
@@ -152,6 +154,12 @@ fn the_backend_says_what_it_is() {
     assert_eq!((capabilities.name.as_str(), capabilities.endpoint_mode), ("qemu", "libvirt"));
     assert_eq!(capabilities.facts["machines"], "q35");
     assert_eq!(backend.places(), Places::Made);
-    assert!(backend.outlives_runs());
-    assert!(backend.serves("0193f0de-0000-7000-8000-000000000001") && !backend.serves("/run/qmp.sock"));
+    let uid: VmUid = "0193f0de-0000-7000-8000-000000000001".parse().unwrap();
+    let kind = backend.kind_of_new(uid);
+    assert_eq!(kind, VmKind::Libvirt { uri: "qemu:///system".to_owned(), domain: *uid.as_uuid() });
+    assert!(backend.serves(&kind));
+    let elsewhere = VmKind::Libvirt { uri: "qemu:///session".to_owned(), domain: *uid.as_uuid() };
+    for other in [elsewhere, VmKind::Managed, VmKind::attached("/run/qmp.sock")] {
+        assert!(!backend.serves(&other), "{other:?}");
+    }
 }

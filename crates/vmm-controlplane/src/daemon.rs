@@ -8,22 +8,17 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Instrument as _;
-use vmm_backends::attached;
-use vmm_backends::cloud_hypervisor::CloudHypervisor;
-use vmm_backends::firecracker::Firecracker;
-use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
-use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
-use vmm_core::backend::Backend;
-use vmm_core::id::{BackendName, InstanceId};
+use vmm_core::id::InstanceId;
 use vmm_host::descriptors;
 use vmm_host::ledger::{self, Served};
 use vmm_host::lock::StateLock;
 use vmm_proto::v1::VmServiceExt as _;
-use vmm_service::{Backends, DefaultBoot, Settings, VmService};
+use vmm_service::{DefaultBoot, Settings, VmService};
 use vmm_store::SqliteStore;
 
 use crate::api::Api;
-use crate::config::{Config, Endpoint, Kvm, Loaded, is_loopback};
+use crate::backends::backends;
+use crate::config::{Config, Loaded, is_loopback};
 use crate::health;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
@@ -83,54 +78,6 @@ fn sign(config: &Config, instance: InstanceId) {
         Err(error) => {
             tracing::warn!(%error, runtime_dir = %dir, "the runtime directory cannot be used; VMs will not boot")
         }
-    }
-}
-
-/// The backends of this program: each starts its VMMs, or uses those that its endpoint names.
-pub(crate) fn backends(config: &Config) -> Backends {
-    let all = [cloud_hypervisor(config), firecracker(config), qemu(config)];
-    Backends::new(BackendName::new(config.default_backend.as_str()), all)
-}
-
-fn cloud_hypervisor(config: &Config) -> Arc<dyn Backend> {
-    let managed = CloudHypervisor::new(&config.ch.binary);
-    match &config.ch.endpoint {
-        Endpoint::Unix(sockets) => {
-            Arc::new(attached::cloud_hypervisor(sockets.clone(), managed, config.metrics_interval))
-        }
-        Endpoint::Managed | Endpoint::Libvirt(_) => Arc::new(managed),
-    }
-}
-
-fn firecracker(config: &Config) -> Arc<dyn Backend> {
-    let managed = Firecracker::new(&config.fc.binary);
-    match &config.fc.endpoint {
-        Endpoint::Unix(sockets) => {
-            Arc::new(attached::firecracker(sockets.clone(), managed, config.metrics_interval))
-        }
-        Endpoint::Managed | Endpoint::Libvirt(_) => Arc::new(managed),
-    }
-}
-
-fn qemu(config: &Config) -> Arc<dyn Backend> {
-    let kvm = match config.qemu_kvm {
-        Kvm::Auto => KvmMode::Auto,
-        Kvm::On => KvmMode::On,
-        Kvm::Off => KvmMode::Off,
-    };
-    let binary = config.qemu.binary.clone();
-    match &config.qemu.endpoint {
-        Endpoint::Libvirt(uri) => Arc::new(LibvirtBackend::new(LibvirtOptions {
-            emulator: binary,
-            kvm,
-            import: config.qemu_import,
-            ..LibvirtOptions::new(uri)
-        })),
-        Endpoint::Unix(sockets) => {
-            let managed = QemuBackend::new(QemuOptions { binary, kvm });
-            Arc::new(attached::qemu(sockets.clone(), managed, config.metrics_interval))
-        }
-        Endpoint::Managed => Arc::new(QemuBackend::new(QemuOptions { binary, kvm })),
     }
 }
 

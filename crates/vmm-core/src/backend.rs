@@ -28,6 +28,7 @@ use tokio::sync::mpsc;
 
 use crate::gate::Gate;
 use crate::id::{BackendName, InstanceId, VmId, VmUid};
+use crate::kind::VmKind;
 use crate::place::{Discovery, Places};
 use crate::report::Report;
 use crate::spec::{RestartMode, VmSpec};
@@ -78,20 +79,23 @@ pub trait Backend: Send + Sync + 'static {
     /// Says whether this hypervisor can serve now. Cheap, because it is asked again and again.
     async fn ping(&self) -> BackendHealth;
 
-    /// Where the VMs that are created from now on live, the best place first. Which places there are is constant.
+    /// Returns where the VMs that are created from now on live, the best place first. Which places there are is constant.
     fn places(&self) -> Places {
         Places::Made
     }
 
-    /// Says whether a VM that has `place` can live here. What is on record in another place is touched by nobody.
-    fn serves(&self, place: &str) -> bool {
-        self.places().contains(place)
+    /// Returns the kind of a new VM where [`Backend::places`] is [`Places::Made`]. Constant but for `uid`.
+    fn kind_of_new(&self, uid: VmUid) -> VmKind {
+        let _ = uid;
+        VmKind::Managed
     }
 
-    /// Says whether something of a VM stays at the hypervisor when its run has ended, as a domain that is defined does. Then
-    /// each deletion sweeps.
-    fn outlives_runs(&self) -> bool {
-        false
+    /// Returns true if this object runs VMs of `kind`. It is given no others. Constant.
+    fn serves(&self, kind: &VmKind) -> bool {
+        match self.places() {
+            Places::Made => *kind == VmKind::Managed,
+            places => places.contains(kind),
+        }
     }
 
     /// Looks for VMs that somebody else made or started, and goes on looking; `None` where there can be none. Asked once,
@@ -164,8 +168,8 @@ pub struct LaunchRequest {
     pub gate: Gate,
     /// The TAP of each network interface, by the interface's order. They exist.
     pub taps: Vec<String>,
-    /// Where the VM lives, if it has a place.
-    pub place: Option<String>,
+    /// Where the VM's VMM comes from.
+    pub kind: VmKind,
     /// Whether somebody else made the VM: where it is still there it is started as it is, not as `spec` says.
     pub imported: bool,
     /// Why `spec` does not suffice to make the VM anew, where it does not; for people.
@@ -213,8 +217,8 @@ pub struct AdoptRequest {
     /// The run as it was recorded. `None` where a launch was interrupted before its outcome was: the VMM, if there is one,
     /// is then found by its run folder.
     pub run: Option<RunRecord>,
-    /// Where the VM lives, if it has a place.
-    pub place: Option<String>,
+    /// Where the VM's VMM comes from.
+    pub kind: VmKind,
     /// Whether somebody else made the VM.
     pub imported: bool,
 }
@@ -480,6 +484,8 @@ pub enum BackendErrorKind {
     Gone,
     /// The VM did not end by all that may be done to it without force.
     StillRuns,
+    /// The configuration names no way to the VM any more, and therefore nothing was touched.
+    NotServed,
 }
 
 /// Contact with a VMM, as the error of a question to the VMM proves or disproves it.
@@ -499,7 +505,7 @@ impl BackendErrorKind {
         match self {
             Self::Timeout | Self::Unreachable | Self::Protocol => ContactProof::Lost,
             Self::Rejected | Self::Unsupported(_) | Self::StillRuns => ContactProof::Made,
-            Self::Host | Self::NotInstalled | Self::Gone => ContactProof::None,
+            Self::Host | Self::NotInstalled | Self::Gone | Self::NotServed => ContactProof::None,
         }
     }
 }

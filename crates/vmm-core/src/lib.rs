@@ -9,6 +9,7 @@ pub mod config;
 pub mod event;
 pub mod gate;
 pub mod id;
+pub mod kind;
 pub mod place;
 pub mod report;
 pub mod spec;

@@ -1,7 +1,7 @@
 //! VMs that live where somebody else says: in a VMM that this program did not start, or in another program's domain.
 //!
 //! ```text
-//!                    ┌─ places: Made      a VMM is made for each VM, and no VM has a place
+//!                    ┌─ places: Made      a VMM is made for each VM, and the VM's kind is kind_of_new
 //!   Backend ─ says ──┼─ places: Fixed     so many VMs and no more, each in a VMM that waits there
 //!                    └─ places: Imported  VMs come from elsewhere only
 //!
@@ -9,8 +9,8 @@
 //!                                                 └─ one does ──► its actor: the VM is there again
 //! ```
 //!
-//! A place is a text that the backend makes and reads: the path of a socket, or the UUID of a libvirt domain. What holds a
-//! place is the VM's record, so a place is taken as long as there is one, whether or not anything runs there.
+//! A place is a [`VmKind`] that names a socket or a libvirt domain. The VM's record holds the place, and therefore the place is
+//! taken as long as there is a record, whether or not anything runs there.
 
 use std::fmt;
 
@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use crate::backend::Launched;
 use crate::config::VmConfig;
 use crate::id::{VmId, VmUid};
+use crate::kind::VmKind;
 use crate::state::VmState;
 
 /// Where the VMs of a hypervisor live.
@@ -27,22 +28,22 @@ pub enum Places {
     /// A VMM is made for each VM: CreateVm needs no place.
     Made,
     /// One VM in each of these. CreateVm takes the first that no record holds.
-    Fixed(Vec<String>),
+    Fixed(Vec<VmKind>),
     /// One VM in each of these, made by somebody else: CreateVm is refused.
     Imported {
         /// The places.
-        places: Vec<String>,
+        places: Vec<VmKind>,
         /// Why none can be created, and what to do; for people.
         why: String,
     },
 }
 
 impl Places {
-    /// Says whether `place` is one of these.
-    pub fn contains(&self, place: &str) -> bool {
+    /// Returns true if `kind` is one of these.
+    pub fn contains(&self, kind: &VmKind) -> bool {
         match self {
             Self::Made => false,
-            Self::Fixed(places) | Self::Imported { places, .. } => places.iter().any(|known| known == place),
+            Self::Fixed(places) | Self::Imported { places, .. } => places.contains(kind),
         }
     }
 }
@@ -65,7 +66,7 @@ pub enum Finding {
     /// there leaves the record; what this program made stays.
     Lost {
         /// The place.
-        place: String,
+        place: VmKind,
     },
     /// Whether the hypervisor can serve has changed: [`crate::backend::Backend::ping`] is worth asking.
     Health,
@@ -73,8 +74,8 @@ pub enum Finding {
 
 /// A VM that somebody else made or started.
 pub struct Found {
-    /// Where it lives; of a VM that is on record without a place, empty.
-    pub place: String,
+    /// Where it lives.
+    pub place: VmKind,
     /// The creation that it bears, where it bears one: a VM that this program made and somebody else started.
     pub uid: Option<VmUid>,
     /// What to call it where it is not on record: the first of these that is free. There is at least one, and the last should

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::VmConfig;
 use crate::event::{EventSeq, NewEvent, VmEvent};
 use crate::id::{BackendName, InstanceId, VmId, VmUid};
+use crate::kind::VmKind;
 use crate::state::{EndedBy, Request, Status, VmState};
 
 /// Everything that is kept of one VM. Written only by the VM's own actor.
@@ -41,9 +42,9 @@ pub struct VmRecord {
     pub owns_console_output: bool,
     /// What ended the last run.
     pub ended_by: Option<EndedBy>,
-    /// Where it lives, if it lives where somebody else says (see [`crate::place`]).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub place: Option<String>,
+    /// Where its VMM comes from. Earlier releases kept a place instead, and that only of some VMs.
+    #[serde(default, alias = "place")]
+    pub kind: VmKind,
     /// Whether somebody else made it: its configuration is what its VMM told, and may not tell all.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub imported: bool,

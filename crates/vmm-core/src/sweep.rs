@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::id::VmUid;
+use crate::kind::VmKind;
 use crate::spec::VmSpec;
 use crate::store::RunRecord;
 
@@ -15,8 +16,8 @@ pub struct SweepRequest {
     pub dir: PathBuf,
     /// The run as it was recorded, if it was.
     pub run: Option<RunRecord>,
-    /// Where the VM lives, if it has a place.
-    pub place: Option<String>,
+    /// Where the VM's VMM comes from.
+    pub kind: VmKind,
     /// What the VM is, where the caller knows: tells it from another that has come to its place.
     pub spec: Option<VmSpec>,
     /// Whether somebody else made the VM.
@@ -26,13 +27,13 @@ pub struct SweepRequest {
 }
 
 impl SweepRequest {
-    /// What a VM without a place has left in its run folder.
+    /// Makes the request for what a managed VM has left in its run folder.
     pub fn of_folder(uid: VmUid, dir: impl Into<PathBuf>) -> Self {
         Self {
             uid,
             dir: dir.into(),
             run: None,
-            place: None,
+            kind: VmKind::Managed,
             spec: None,
             imported: false,
             purpose: Sweep::Clear,

@@ -1,11 +1,23 @@
 //! The backends of this daemon, and what is known of their health.
+//!
+//! ```text
+//!   name ──► BackendFamily ──┬─ current: new VMs, discovery, health
+//!                            └─ of(kind): the object that runs VMs of that kind, made when a VM on record needs it
+//! ```
+//!
+//! The configuration chooses the current backend of each hypervisor. A VM on record keeps its kind, and therefore it may need
+//! another object of the same hypervisor than the current one.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vmm_core::backend::{Backend, BackendHealth, Capabilities};
 use vmm_core::id::BackendName;
+use vmm_core::kind::VmKind;
+
+use crate::unserved::Unserved;
 
 /// How long a backend may take to say how it is.
 const PING_DEADLINE: Duration = Duration::from_secs(4);
@@ -17,8 +29,66 @@ pub struct Backends {
     default: BackendName,
 }
 
+/// Makes the backend object for VMs of a kind that the current one does not run, or says why there can be none.
+pub type MakeBackend = dyn Fn(&VmKind) -> Result<Arc<dyn Backend>, String> + Send + Sync;
+
+/// The backend objects of one hypervisor.
+pub struct BackendFamily {
+    current: Arc<dyn Backend>,
+    make: Box<MakeBackend>,
+    /// Objects of other kinds that VMs on record have needed.
+    others: Mutex<Vec<Arc<dyn Backend>>>,
+}
+
+impl BackendFamily {
+    /// Puts a family together. `current` runs the VMs that are created from now on; `make` is asked for the object of any other
+    /// kind of VM that is on record, and its error is the reason that such a VM shows.
+    pub fn new(
+        current: Arc<dyn Backend>,
+        make: impl Fn(&VmKind) -> Result<Arc<dyn Backend>, String> + Send + Sync + 'static,
+    ) -> Self {
+        Self { current, make: Box::new(make), others: Mutex::default() }
+    }
+
+    /// Returns the object that runs VMs of `kind`. Where there can be none, that is one which touches nothing.
+    fn of(&self, kind: &VmKind) -> Arc<dyn Backend> {
+        if self.current.serves(kind) {
+            return Arc::clone(&self.current);
+        }
+        let mut others = lock(&self.others);
+        if let Some(known) = others.iter().find(|backend| backend.serves(kind)) {
+            return Arc::clone(known);
+        }
+        let made = (self.make)(kind).unwrap_or_else(|why| {
+            let capabilities = self.current.capabilities().clone();
+            Arc::new(Unserved::new(capabilities, kind.clone(), why))
+        });
+        others.push(Arc::clone(&made));
+        made
+    }
+}
+
+impl From<Arc<dyn Backend>> for BackendFamily {
+    /// Makes a family of one: VMs of every other kind are left alone.
+    fn from(current: Arc<dyn Backend>) -> Self {
+        let name = current.capabilities().name.clone();
+        let make = move |kind: &VmKind| {
+            Err(format!("it lives at {kind}, which the endpoints of {name} do not name any more"))
+        };
+        Self::new(current, make)
+    }
+}
+
+impl fmt::Debug for BackendFamily {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BackendFamily")
+            .field("name", &self.current.capabilities().name)
+            .finish_non_exhaustive()
+    }
+}
+
 struct Entry {
-    backend: Arc<dyn Backend>,
+    family: BackendFamily,
     health: Mutex<BackendHealth>,
 }
 
@@ -32,15 +102,16 @@ pub struct BackendStatus {
 }
 
 impl Backends {
-    /// Puts the backends together. `default` serves VMs that name none; it need not be among `backends`, and then such VMs
+    /// Puts the backends together. `default` serves VMs that name none; it need not be among `families`, and then such VMs
     /// are refused.
-    pub fn new(default: BackendName, backends: impl IntoIterator<Item = Arc<dyn Backend>>) -> Self {
+    pub fn new<F: Into<BackendFamily>>(default: BackendName, families: impl IntoIterator<Item = F>) -> Self {
         let unknown = BackendHealth::from(Err("it has not been asked yet".to_owned()));
-        let entries = backends
+        let entries = families
             .into_iter()
-            .map(|backend| {
-                let name = backend.capabilities().name.clone();
-                (name, Entry { backend, health: Mutex::new(unknown.clone()) })
+            .map(|family| {
+                let family: BackendFamily = family.into();
+                let name = family.current.capabilities().name.clone();
+                (name, Entry { family, health: Mutex::new(unknown.clone()) })
             })
             .collect();
         Self { entries: Arc::new(entries), default }
@@ -51,14 +122,34 @@ impl Backends {
         &self.default
     }
 
-    /// Finds a backend; an empty name means the default.
+    /// Finds the backend of new VMs; an empty name means the default.
     ///
     /// # Errors
     ///
     /// Text that lists the backends there are.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Backend>, String> {
+        self.family(name).map(|family| Arc::clone(&family.current))
+    }
+
+    /// Finds the backend of VMs of `kind`. Where the configuration names no way to them, that is one which touches nothing and
+    /// says so.
+    ///
+    /// # Errors
+    ///
+    /// As [`Backends::get`].
+    pub fn of_kind(&self, name: &str, kind: &VmKind) -> Result<Arc<dyn Backend>, String> {
+        self.family(name).map(|family| family.of(kind))
+    }
+
+    /// Returns true if new VMs are created on `backend`.
+    pub(crate) fn is_current(&self, backend: &Arc<dyn Backend>) -> bool {
+        let entry = self.entries.get(&backend.capabilities().name);
+        entry.is_some_and(|entry| Arc::ptr_eq(&entry.family.current, backend))
+    }
+
+    fn family(&self, name: &str) -> Result<&BackendFamily, String> {
         let name = if name.is_empty() { self.default.clone() } else { BackendName::new(name) };
-        self.entries.get(&name).map(|entry| Arc::clone(&entry.backend)).ok_or_else(|| {
+        self.entries.get(&name).map(|entry| &entry.family).ok_or_else(|| {
             let known = self.entries.keys().map(BackendName::as_str).collect::<Vec<_>>().join(", ");
             format!("unsupported backend type: {name}; this daemon serves: {known}")
         })
@@ -76,9 +167,15 @@ impl Backends {
         }
     }
 
-    /// Every backend.
-    pub(crate) fn all(&self) -> Vec<Arc<dyn Backend>> {
-        self.entries.values().map(|entry| Arc::clone(&entry.backend)).collect()
+    /// Returns every object in use: the current one of each hypervisor, and those that VMs on record have needed.
+    pub(crate) fn objects(&self) -> Vec<Arc<dyn Backend>> {
+        self.entries
+            .values()
+            .flat_map(|Entry { family, .. }| {
+                let others = lock(&family.others).clone();
+                std::iter::once(Arc::clone(&family.current)).chain(others)
+            })
+            .collect()
     }
 
     /// What is known of every backend, by name.
@@ -94,16 +191,21 @@ impl Backends {
 
 impl Entry {
     async fn refresh(&self) {
-        let health = tokio::time::timeout(PING_DEADLINE, self.backend.ping()).await.unwrap_or_else(|_| {
-            BackendHealth::from(Err(format!("it did not answer within {} s", PING_DEADLINE.as_secs())))
-        });
-        *self.health.lock().unwrap_or_else(PoisonError::into_inner) = health;
+        let health =
+            tokio::time::timeout(PING_DEADLINE, self.family.current.ping()).await.unwrap_or_else(|_| {
+                BackendHealth::from(Err(format!("it did not answer within {} s", PING_DEADLINE.as_secs())))
+            });
+        *lock(&self.health) = health;
     }
 
     fn status(&self) -> BackendStatus {
         BackendStatus {
-            capabilities: self.backend.capabilities().clone(),
-            health: self.health.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            capabilities: self.family.current.capabilities().clone(),
+            health: lock(&self.health).clone(),
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -106,7 +106,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         run: None,
         owns_console_output: false,
         ended_by: None,
-        place: claim.as_ref().map(|claim| claim.place.clone()),
+        kind: claim.as_ref().map_or_else(|| backend.kind_of_new(uid), |claim| claim.place.clone()),
         imported: false,
         untold: Vec::new(),
     };

@@ -80,6 +80,7 @@ impl ServiceError {
             BackendErrorKind::NotInstalled
             | BackendErrorKind::Rejected
             | BackendErrorKind::Host
+            | BackendErrorKind::NotServed
             | BackendErrorKind::Gone => Self::Precondition(text),
             BackendErrorKind::Timeout | BackendErrorKind::Unreachable | BackendErrorKind::Protocol => {
                 Self::Unavailable(text)

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use vmm_core::event::EventSeq;
 use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::kind::VmKind;
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
@@ -220,9 +221,10 @@ impl Index {
     }
 
     /// Finds the VM that lives at a place of a backend.
-    pub(crate) fn at_place(&self, backend: &BackendName, place: &str) -> Option<Arc<VmRecord>> {
+    pub(crate) fn at_place(&self, backend: &BackendName, place: &VmKind) -> Option<Arc<VmRecord>> {
+        let place = place.place()?;
         let inner = self.read();
-        let uid = inner.by_place.get(&(backend.clone(), place.to_owned()))?;
+        let uid = inner.by_place.get(&(backend.clone(), place))?;
         inner.by_uid.get(uid).map(Entry::record)
     }
 
@@ -303,7 +305,7 @@ impl Iterator for Listed<'_> {
 }
 
 fn place_of(record: &VmRecord) -> Option<(BackendName, String)> {
-    record.place.clone().map(|place| (record.backend.clone(), place))
+    record.kind.place().map(|place| (record.backend.clone(), place))
 }
 
 /// Says whether `state` is one of `states`.
@@ -317,6 +319,6 @@ fn is_filed_alike(before: &VmRecord, after: &VmRecord) -> bool {
         && before.backend == after.backend
         && before.created_ms == after.created_ms
         && before.vm_id == after.vm_id
-        && before.place == after.place
+        && before.kind == after.kind
         && before.config.metadata == after.config.metadata
 }

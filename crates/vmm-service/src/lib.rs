@@ -24,15 +24,17 @@ mod events;
 #[doc(hidden)]
 pub mod fuzzing;
 mod index;
+mod kinds;
 mod listing;
 mod metrics;
 mod places;
 mod run_folders;
 mod service;
 mod spares;
+mod unserved;
 mod wait;
 
-pub use backends::{BackendStatus, Backends};
+pub use backends::{BackendFamily, BackendStatus, Backends, MakeBackend};
 pub use create::{CreateRequest, Created};
 pub use error::ServiceError;
 pub use events::{EventsPage, EventsQuery, Notice, Present, Recorded, Watch, WatchQuery};

@@ -19,6 +19,7 @@ use uuid::Uuid;
 use vmm_core::backend::Backend;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::kind::VmKind;
 use vmm_core::place::{Discovery, Finding, Found, Places};
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, Request, Status};
@@ -44,7 +45,7 @@ pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceErr
 
 /// A place for a new VM. Nobody else gets one while this is held, which is until the VM's record is in the index.
 pub(crate) struct Claim<'a> {
-    pub(crate) place: String,
+    pub(crate) place: VmKind,
     _alone: MutexGuard<'a, ()>,
 }
 
@@ -65,14 +66,14 @@ pub(crate) async fn claim<'a>(
         None => Err(ServiceError::Exhausted(format!(
             "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in the \
              endpoint setting of {name}",
-            places.join(", ")
+            places.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
         ))),
     }
 }
 
 /// Takes up what every backend has found so far, and goes on listening. Every VM on record has been adopted.
 pub(crate) async fn discover_all(shared: &Arc<Shared>) {
-    let discoveries = shared.backends.all().into_iter().map(async |backend| {
+    let discoveries = shared.backends.objects().into_iter().map(async |backend| {
         let Some(Discovery { present, mut later }) = backend.discover().await else { return };
         for found in present {
             take_up(shared, &backend, found).await;
@@ -90,7 +91,7 @@ pub(crate) async fn discover_all(shared: &Arc<Shared>) {
 
 /// The places whose VM is being taken off the record, each with the task that does it. A VM that is shut down for an hour may
 /// hold up its removal for so long; what is found at other places does not wait for that.
-type Leaving = HashMap<String, JoinHandle<()>>;
+type Leaving = HashMap<VmKind, JoinHandle<()>>;
 
 async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding, leaving: &mut Leaving) {
     leaving.retain(|_, task| !task.is_finished());
@@ -126,7 +127,7 @@ async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding
 /// Gives what was found to whom it belongs, or a record of its own.
 async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) {
     let Some(found) = give_to_owner(shared, backend, found).await else { return };
-    if found.place.is_empty() {
+    if found.uid.is_some() {
         tracing::warn!(
             ?found,
             "a VM was found that bears the mark of one that is not on record; it is left alone"
@@ -135,7 +136,7 @@ async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found)
     }
     let place = found.place.clone();
     if let Err(error) = import(shared, backend, found).await {
-        tracing::error!(place, %error, "a VM that somebody else made could not be imported");
+        tracing::error!(%place, %error, "a VM that somebody else made could not be imported");
     }
 }
 
@@ -153,7 +154,7 @@ async fn give_to_owner(shared: &Shared, backend: &Arc<dyn Backend>, found: Found
 
 fn owner(shared: &Shared, backend: &Arc<dyn Backend>, found: &Found) -> Option<ActorHandle> {
     let holder = match found.uid {
-        Some(uid) => shared.index.record(uid),
+        Some(uid) => shared.index.record(uid).filter(|record| record.kind.place() == found.place.place()),
         None => shared.index.at_place(&backend.capabilities().name, &found.place),
     };
     holder.and_then(|record| shared.index.actor(&record.vm_id))
@@ -194,7 +195,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         run,
         owns_console_output: false,
         ended_by: None,
-        place: Some(found.place),
+        kind: found.place,
         imported: true,
         untold: found.untold,
     };
@@ -225,7 +226,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         }
     };
     point(FaultPoint::ImportCommitted);
-    tracing::info!(%vm_id, %uid, backend = %name, place = record.place, state = record.state.name(), "imported a VM");
+    tracing::info!(%vm_id, %uid, backend = %name, kind = %record.kind, state = record.state.name(), "imported a VM");
     let shared = Arc::clone(shared);
     actor::import(shared, record, spec, Arc::clone(backend), committed.seq, found.launched);
     Ok(())
@@ -250,7 +251,7 @@ async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync
 }
 
 /// Removes the record of what was imported from a place that is no more.
-async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &str) {
+async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
     let operation = Operation { request: Request::Delete, ask_guest_for: None, actor: "system".to_owned() };

@@ -21,6 +21,7 @@ use crate::create::{self, CreateRequest, Created, NameLocks};
 use crate::error::ServiceError;
 use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
 use crate::index::{Index, VmView};
+use crate::kinds;
 use crate::listing::{self, ListQuery, Page};
 use crate::places;
 use crate::run_folders::RunFolders;
@@ -192,6 +193,7 @@ impl VmService {
         // Before the others: an operation of theirs that is finished must find these VMs' disks taken.
         let left_alone = unreadable.into_iter().map(|vm| leave_alone(&shared, *vm.record, vm.why));
         futures::future::join_all(left_alone.collect::<Vec<_>>()).await;
+        let vms = kinds::settle(&shared, vms).await;
         let recoveries = vms.into_iter().map(|record| take_up(&shared, record, &in_use));
         futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
         places::discover_all(&shared).await;
@@ -417,7 +419,7 @@ impl VmService {
 fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl Future<Output = ()> + use<> {
     let spec =
         if record.imported { Ok(VmSpec::imported(&record.config)) } else { VmSpec::parse(&record.config) };
-    let backend = shared.backends.get(record.backend.as_str());
+    let backend = shared.backends.of_kind(record.backend.as_str(), &record.kind);
     let (known, why) = match (spec, backend) {
         (Ok(spec), Ok(backend)) => {
             let in_use = in_use.contains(record.uid);
@@ -437,7 +439,7 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
 /// Shows a VM whose record cannot be read as a whole; the future ends when that is done.
 fn leave_alone(shared: &Arc<Shared>, record: VmRecord, why: String) -> impl Future<Output = ()> + use<> {
     tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be read by this program; it is left as it is");
-    let known = shared.backends.get(record.backend.as_str()).ok();
+    let known = shared.backends.of_kind(record.backend.as_str(), &kinds::kind_of(shared, &record)).ok();
     settled(actor::show_untaken(Arc::clone(shared), record, known, why))
 }
 

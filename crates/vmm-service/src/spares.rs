@@ -25,6 +25,7 @@ use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm_core::backend::{Backend, BackendErrorKind, SpareRequest, SweepRequest};
 use vmm_core::id::{BackendName, InstanceId, VmUid};
+use vmm_core::kind::VmKind;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::ledger::{self, Served};
 use vmm_host::run_dir::{self, SpareMark};
@@ -165,7 +166,11 @@ impl Drop for Promise {
 pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
     let spares = &shared.spares;
     let name = &backend.capabilities().name;
-    if spares.wanted == 0 || !spares.inner().begin_filling(name, spares.wanted) {
+    // A spare waits for a new VM, and is of no use to a kind of which none is created.
+    if spares.wanted == 0
+        || !shared.backends.is_current(backend)
+        || !spares.inner().begin_filling(name, spares.wanted)
+    {
         return;
     }
     let (shared_with, backend) = (Arc::clone(shared), Arc::clone(backend));
@@ -311,7 +316,7 @@ pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
         Err(error) => return tracing::warn!(%error, "the look for spare VMMs that were left broke off"),
     };
     for (uid, dir, mark) in left {
-        let Ok(backend) = shared.backends.get(mark.backend.as_str()) else {
+        let Ok(backend) = shared.backends.of_kind(mark.backend.as_str(), &VmKind::Managed) else {
             tracing::warn!(backend = %mark.backend, dir = %dir.display(), "a spare VMM was left of a backend that this daemon does not serve; `reconcile` tells of it");
             continue;
         };

@@ -40,7 +40,7 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         run,
         owns_console_output: object.get("owns_console_output").unwrap_or(false),
         ended_by: object.get("ended_by").unwrap_or(None),
-        place: object.get("place").unwrap_or(None),
+        kind: object.get("kind").or_else(|| object.get("place")).unwrap_or_default(),
         imported: object.get("imported").unwrap_or(false),
         untold: object.get("untold").unwrap_or_default(),
     })

@@ -12,6 +12,7 @@ use common::{block_on, open};
 use tempfile::TempDir;
 use vmm_core::backend::Effect;
 use vmm_core::event::EventSeq;
+use vmm_core::kind::VmKind;
 use vmm_core::store::{EventQuery, Store, StoreErrorKind};
 use vmm_store::{DATABASE_FILE, MAX_EVENTS, SqliteStore};
 use vmm_testkit::store_suite::{Place, all_events, insert, next, record, remove, update};
@@ -131,4 +132,42 @@ fn a_query_has_a_ceiling_and_an_expiry_many_steps() {
         assert!(left <= 1, "only the event of the late one can have come after");
         store.commit(remove(&late)).await.unwrap();
     });
+}
+
+#[test]
+fn the_record_of_a_release_without_kinds_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    block_on(async {
+        for name in ["attached", "imported", "plain"] {
+            store.commit(insert(&record(name))).await.unwrap();
+        }
+        store.close().await.unwrap();
+    });
+    drop(store);
+    let database = rusqlite::Connection::open(dir.path().join(DATABASE_FILE)).unwrap();
+    let forms = [
+        ("attached", "json_set(json_remove(json, '$.kind'), '$.place', '/run/ch.sock')"),
+        (
+            "imported",
+            "json_set(json_remove(json, '$.kind'), '$.place', '00000000-0000-0000-0000-000000000007')",
+        ),
+        ("plain", "json_remove(json, '$.kind')"),
+    ];
+    for (name, old) in forms {
+        let changed = database.execute(&format!("UPDATE vms SET json = {old} WHERE vm_id = ?1"), [name]);
+        assert_eq!(changed.unwrap(), 1, "{name}");
+    }
+    drop(database);
+    let vms = block_on(open(dir.path()).load()).unwrap().vms;
+    let kinds: Vec<_> = vms.iter().map(|vm| (vm.vm_id.as_str(), vm.kind.clone())).collect();
+    let domain = Some(uuid::Uuid::from_u128(7));
+    assert_eq!(
+        kinds,
+        [
+            ("attached", VmKind::attached("/run/ch.sock")),
+            ("imported", VmKind::Unrecorded { domain }),
+            ("plain", VmKind::Unrecorded { domain: None }),
+        ]
+    );
 }

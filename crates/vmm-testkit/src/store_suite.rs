@@ -13,6 +13,7 @@ use vmm_core::backend::Effect;
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
 use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::kind::VmKind;
 use vmm_core::state::{EndedBy, Phase, Request, Status, VmState};
 use vmm_core::store::{
     Change, Commit, DiskKey, EventQuery, HostClaim, Intent, Namespaces, ProcessIdentity, Requested,
@@ -111,7 +112,7 @@ pub fn record(name: &str) -> VmRecord {
         }),
         owns_console_output: true,
         ended_by: Some(EndedBy::CtrlAltDel),
-        place: Some("/run/ch.sock".to_owned()),
+        kind: VmKind::attached("/run/ch.sock"),
         imported: true,
         untold: vec!["a vsock device".to_owned()],
     }

@@ -10,6 +10,7 @@ use vmm_core::backend::{
     Exit, ExitCause, GuestState, LaunchRequest, Launched, Sweep, SweepRequest,
 };
 use vmm_core::id::VmUid;
+use vmm_core::kind::VmKind;
 use vmm_core::place::{Discovery, Places};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
@@ -30,8 +31,7 @@ const FORCED_CALL: Duration = Duration::from_millis(700);
 /// How long a forced deletion waits for its turn to make the VMM forget the VM.
 const FORCED_TURN: Duration = Duration::from_millis(500);
 
-/// The VMMs of one hypervisor that somebody else started, and beside them, for VMs that were created before, those that this
-/// program starts.
+/// The VMMs of one hypervisor that another program started.
 #[derive(Debug)]
 pub(crate) struct Attached<H> {
     pub(super) kind: Arc<H>,
@@ -41,13 +41,14 @@ pub(crate) struct Attached<H> {
     watcher: Watcher,
 }
 
-/// The backend that starts processes, for VMs that have no place.
+/// The backend that starts processes. Its rules about configurations hold for an attached VMM too.
 pub(crate) trait ManagedSibling: Backend + std::fmt::Debug {}
 
 impl<B: Backend + std::fmt::Debug> ManagedSibling for B {}
 
 impl<H: Hypervisor> Attached<H> {
-    /// The VMMs behind `sockets`, of which each is looked at every `interval`. `managed` takes care of VMs without a place.
+    /// Makes the backend of the VMMs behind `sockets`, of which each is looked at every `interval`. The rules of `managed` about
+    /// configurations hold here too.
     pub(crate) fn new(
         kind: H,
         sockets: impl IntoIterator<Item = PathBuf>,
@@ -64,9 +65,9 @@ impl<H: Hypervisor> Attached<H> {
         }
     }
 
-    fn seat(&self, place: &str) -> Result<&Arc<Seat>, BackendError> {
-        seat::find(&self.seats, place).ok_or_else(|| {
-            let message = format!("{place} is not among this daemon's endpoints");
+    fn seat(&self, kind: &VmKind) -> Result<&Arc<Seat>, BackendError> {
+        seat::find(&self.seats, kind).ok_or_else(|| {
+            let message = format!("{kind} is not among this daemon's endpoints");
             BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
         })
     }
@@ -361,19 +362,13 @@ impl<H: Hypervisor> Backend for Attached<H> {
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
-        match &request.place {
-            None => self.managed.launch(request).await,
-            Some(place) => {
-                // What is there already may be no process of ours.
-                request.gate.passed().await?;
-                self.start(self.seat(place)?, &request).await
-            }
-        }
+        // What is there already may be no process of ours.
+        request.gate.passed().await?;
+        self.start(self.seat(&request.kind)?, &request).await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
-        let Some(place) = &request.place else { return self.managed.adopt(request).await };
-        let seat = self.seat(place)?;
+        let seat = self.seat(&request.kind)?;
         let _turn = seat.turn.lock().await;
         Ok(match request.run.clone() {
             Some(run) => self.adopt_run(seat, run, &request).await,
@@ -382,8 +377,7 @@ impl<H: Hypervisor> Backend for Attached<H> {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        let Some(place) = &request.place else { return self.managed.sweep(request).await };
-        let seat = self.seat(place)?;
+        let seat = self.seat(&request.kind)?;
         // Force waits for nobody: what has the turn may be stuck with the VMM.
         if request.purpose.is_forced() {
             self.end(seat, &request).await?;
@@ -426,11 +420,7 @@ impl<H: Hypervisor> Backend for Attached<H> {
         // A new VM goes where a VMM waits, if one does.
         let mut seats: Vec<_> = self.seats.iter().collect();
         seats.sort_by_key(|seat| !matches!(seat.view(), Some(View::Serves(_))));
-        self.kind.places(seats.into_iter().map(|seat| seat.place.clone()).collect())
-    }
-
-    fn outlives_runs(&self) -> bool {
-        true
+        self.kind.places(seats.into_iter().map(|seat| seat.kind()).collect())
     }
 
     async fn discover(&self) -> Option<Discovery> {

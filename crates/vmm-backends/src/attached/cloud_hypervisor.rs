@@ -18,6 +18,7 @@ use vmm_core::config::{
     StorageDevice, VmConfig,
 };
 use vmm_core::id::{VmUid, is_name};
+use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
@@ -84,7 +85,7 @@ impl Hypervisor for CloudHypervisor {
         format!("rm -f {} && cloud-hypervisor --api-socket {}", shell_word(&left), shell_word(&socket))
     }
 
-    fn places(&self, sockets: Vec<String>) -> Places {
+    fn places(&self, sockets: Vec<VmKind>) -> Places {
         Places::Fixed(sockets)
     }
 

@@ -18,6 +18,7 @@ use vmm_core::config::{
     BootConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, Options, StorageDevice, VmConfig,
 };
 use vmm_core::id::{VmUid, is_name};
+use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
 use vmm_core::report::Report;
 use vmm_core::spec::{MIB, RestartMode, VmSpec};
@@ -89,7 +90,7 @@ impl Hypervisor for Firecracker {
         command(socket)
     }
 
-    fn places(&self, sockets: Vec<String>) -> Places {
+    fn places(&self, sockets: Vec<VmKind>) -> Places {
         Places::Fixed(sockets)
     }
 

@@ -6,9 +6,9 @@
 //!      │ launch   the VMM waits ──► configured and started                             ▼
 //!      │ adopt    the VMM on record, and no other ──► Handle            ┌──────────────────────┐
 //!      │ sweep    what a broken start made; by force the VM             │ a VMM of another's   │
-//!      │ discover ──► Patrol: looks at every seat that no handle holds ─┤ no run folder, no    │
-//!      │                                                                │ log, not our child   │
-//!      └─ managed: VMs that have no place, as without an endpoint       └──────────────────────┘
+//!      └ discover ──► Patrol: looks at every seat that no handle holds ─┤ no run folder, no    │
+//!                                                                       │ log, not our child   │
+//!                                                                       └──────────────────────┘
 //! ```
 //!
 //! The rule here is that nothing is touched that is not proven to be what is meant. Every connection is made to a process that
@@ -42,6 +42,7 @@ use async_trait::async_trait;
 use vmm_core::backend::{Backend, BackendError, Capabilities, LaunchRequest, Launched, SweepRequest};
 use vmm_core::config::VmConfig;
 use vmm_core::id::VmUid;
+use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
@@ -51,7 +52,8 @@ use vmm_host::process::Process;
 
 use backend::Attached;
 
-/// The Cloud Hypervisors behind `sockets`, each of which is looked at every `interval`. VMs that have no place are `managed`'s.
+/// The Cloud Hypervisors behind `sockets`, each of which is looked at every `interval`. The rules of
+/// `managed` about configurations hold there too.
 pub fn cloud_hypervisor(
     sockets: Vec<PathBuf>,
     managed: crate::cloud_hypervisor::CloudHypervisor,
@@ -60,7 +62,8 @@ pub fn cloud_hypervisor(
     Attached::new(cloud_hypervisor::CloudHypervisor::new(), sockets, managed, interval)
 }
 
-/// The Firecrackers behind `sockets`, each of which is looked at every `interval`. VMs that have no place are `managed`'s.
+/// The Firecrackers behind `sockets`, each of which is looked at every `interval`. The rules of
+/// `managed` about configurations hold there too.
 pub fn firecracker(
     sockets: Vec<PathBuf>,
     managed: crate::firecracker::Firecracker,
@@ -69,7 +72,8 @@ pub fn firecracker(
     Attached::new(firecracker::Firecracker::new(), sockets, managed, interval)
 }
 
-/// The QEMUs whose QMP sockets are `sockets`, each of which is looked at every `interval`. VMs that have no place are `managed`'s.
+/// The QEMUs whose QMP sockets are `sockets`, each of which is looked at every `interval`. The rules of
+/// `managed` about configurations hold there too.
 pub fn qemu(sockets: Vec<PathBuf>, managed: crate::qemu::QemuBackend, interval: Duration) -> impl Backend {
     Attached::new(qemu::Qemu::new(), sockets, managed, interval)
 }
@@ -93,7 +97,7 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     fn how_to_start(&self, socket: &Path) -> String;
 
     /// Where new VMs live, of these sockets.
-    fn places(&self, sockets: Vec<String>) -> Places;
+    fn places(&self, sockets: Vec<VmKind>) -> Places;
 
     /// What it rejects, ignores or emulates beside what a managed one does.
     fn check(&self, spec: &VmSpec, report: &mut Report);

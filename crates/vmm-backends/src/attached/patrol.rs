@@ -212,7 +212,7 @@ fn found<H: Hypervisor>(
         kind.attend(met, parts)
     });
     Some(Found {
-        place: seat.place.clone(),
+        place: seat.kind(),
         uid: None,
         names: place::names(&seat.socket),
         config,

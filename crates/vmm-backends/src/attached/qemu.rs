@@ -22,6 +22,7 @@ use vmm_core::backend::{
     BackendError, BackendErrorKind, Capabilities, Effect, GuestState, LaunchRequest, Launched, SweepRequest,
 };
 use vmm_core::id::VmUid;
+use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
@@ -111,7 +112,7 @@ impl Hypervisor for Qemu {
         format!("qemu-system-x86_64 … -qmp {}", shell_word(&socket))
     }
 
-    fn places(&self, sockets: Vec<String>) -> Places {
+    fn places(&self, sockets: Vec<VmKind>) -> Places {
         Places::Imported {
             places: sockets,
             why: format!(

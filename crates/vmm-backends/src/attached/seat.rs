@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::sync::Notify;
 use vmm_core::backend::BackendError;
 use vmm_core::id::VmUid;
+use vmm_core::kind::VmKind;
 use vmm_core::store::ProcessIdentity;
 use vmm_host::endpoint::VisitError;
 
@@ -86,6 +87,10 @@ impl Seat {
     }
 
     /// The socket as an endpoint is written.
+    pub(super) fn kind(&self) -> VmKind {
+        VmKind::attached(&self.place)
+    }
+
     pub(super) fn endpoint(&self) -> String {
         format!("unix://{}", self.socket.display())
     }
@@ -134,7 +139,7 @@ impl Seat {
     }
 }
 
-/// The seat of a place, among these.
-pub(super) fn find<'a>(seats: &'a [Arc<Seat>], place: &str) -> Option<&'a Arc<Seat>> {
-    seats.iter().find(|seat| seat.place == place)
+/// Finds the seat of a VM of `kind` among these.
+pub(super) fn find<'a>(seats: &'a [Arc<Seat>], kind: &VmKind) -> Option<&'a Arc<Seat>> {
+    seats.iter().find(|seat| kind.socket() == Some(&seat.place))
 }

@@ -12,7 +12,7 @@ use super::convert::restarts;
 use super::domain::{Owner, find_qemu, is_active, owner};
 use super::link::CallError;
 use super::run::{Facts, assemble};
-use super::{LibvirtBackend, place_of};
+use super::{LibvirtBackend, domain_of};
 
 /// How long libvirt may take to be connected to, and to answer; the service waits five seconds for all of it.
 const CONNECTING: Duration = Duration::from_secs(2);
@@ -25,7 +25,7 @@ const GOING: Duration = Duration::from_millis(500);
 
 /// Looks for the domain that `request` means. Kills nothing.
 pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Adoption {
-    let domain = place_of(request.place.as_deref(), request.uid);
+    let domain = domain_of(&request.kind, request.uid);
     let watched = backend.link.watch(domain);
     let process = match find_qemu(domain, &backend.options.emulator).await {
         Ok(process) => process,

@@ -72,7 +72,9 @@ impl Seen {
         let before = self.strangers.clone();
         let mut findings = vec![Finding::Health];
         let Some(found) = self.everything().await else { return findings };
-        let lost = before.difference(&self.strangers).map(|uuid| Finding::Lost { place: uuid.to_string() });
+        let lost = before
+            .difference(&self.strangers)
+            .map(|uuid| Finding::Lost { place: self.backend.kind_of(*uuid) });
         findings.extend(lost);
         findings.extend(found.into_iter().map(|found| Finding::Found(Box::new(found))));
         findings
@@ -105,7 +107,9 @@ impl Seen {
             Ok(Some(domain)) => {
                 self.judge(domain).await.into_iter().map(|found| Finding::Found(Box::new(found))).collect()
             }
-            Ok(None) if self.strangers.remove(&uuid) => vec![Finding::Lost { place: uuid.to_string() }],
+            Ok(None) if self.strangers.remove(&uuid) => {
+                vec![Finding::Lost { place: self.backend.kind_of(uuid) }]
+            }
             Ok(None) => Vec::new(),
             Err(error) => {
                 debug!(%error, %uuid, "a domain that has changed cannot be looked at");
@@ -154,7 +158,7 @@ impl Seen {
             VmState::Created | VmState::Shutdown => None,
         };
         Ok(Found {
-            place: if ours { String::new() } else { uuid.to_string() },
+            place: self.backend.kind_of(uuid),
             uid: ours.then(|| VmUid::new(uuid)),
             names: names(domain),
             config: told.config,

@@ -40,7 +40,8 @@ use vmm_core::backend::{
     Sweep, SweepRequest,
 };
 use vmm_core::id::VmUid;
-use vmm_core::place::{Discovery, Places};
+use vmm_core::kind::VmKind;
+use vmm_core::place::Discovery;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_libvirt_wire::{Call, FailureKind};
@@ -121,6 +122,11 @@ impl LibvirtBackend {
         }
     }
 
+    /// Returns the kind of the VM that is libvirt's domain `domain`.
+    fn kind_of(&self, domain: Uuid) -> VmKind {
+        VmKind::Libvirt { uri: self.options.uri.clone(), domain }
+    }
+
     /// The version of QEMU, if libvirt has said it.
     fn hypervisor(&self) -> String {
         match self.link.state() {
@@ -150,9 +156,9 @@ fn capabilities(accelerator: Accelerator) -> Capabilities {
     capabilities
 }
 
-/// The domain of a VM: where it lives, or what bears its uid.
-fn place_of(place: Option<&str>, uid: VmUid) -> Uuid {
-    place.and_then(|place| place.parse().ok()).unwrap_or(*uid.as_uuid())
+/// Returns the domain of a VM: the one on record, or the one that bears its uid.
+fn domain_of(kind: &VmKind, uid: VmUid) -> Uuid {
+    kind.domain().unwrap_or(*uid.as_uuid())
 }
 
 #[async_trait]
@@ -174,7 +180,7 @@ impl Backend for LibvirtBackend {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        let uuid = place_of(request.place.as_deref(), request.uid);
+        let uuid = domain_of(&request.kind, request.uid);
         let limit = if request.purpose == Sweep::Delete { DELETING } else { SWEEPING };
         if request.imported && !request.purpose.is_forced() {
             return match request.purpose {
@@ -206,16 +212,12 @@ impl Backend for LibvirtBackend {
         BackendHealth::from(version)
     }
 
-    fn places(&self) -> Places {
-        Places::Made
+    fn kind_of_new(&self, uid: VmUid) -> VmKind {
+        self.kind_of(*uid.as_uuid())
     }
 
-    fn serves(&self, place: &str) -> bool {
-        place.parse::<Uuid>().is_ok()
-    }
-
-    fn outlives_runs(&self) -> bool {
-        true
+    fn serves(&self, kind: &VmKind) -> bool {
+        matches!(kind, VmKind::Libvirt { uri, .. } if *uri == self.options.uri)
     }
 
     async fn discover(&self) -> Option<Discovery> {

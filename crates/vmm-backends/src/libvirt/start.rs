@@ -23,7 +23,7 @@ use super::convert::{self, Inputs};
 use super::domain::{LOOKING, Owner, find_qemu, is_active, owner};
 use super::link::{CallError, Link, Watched};
 use super::run::{Facts, assemble};
-use super::{LibvirtBackend, place_of};
+use super::{LibvirtBackend, domain_of};
 use crate::qemu::images;
 
 /// How long libvirt may take to be connected to; with the rest of a start it stays below what the service allows.
@@ -284,7 +284,7 @@ fn host_error(message: impl Into<String>) -> BackendError {
 impl LibvirtBackend {
     fn facts(&self, request: &LaunchRequest, version: String) -> Facts {
         Facts {
-            domain: place_of(request.place.as_deref(), request.uid),
+            domain: domain_of(&request.kind, request.uid),
             socket: self.socket.clone(),
             version,
             accelerator: self.accelerator.as_str().to_owned(),

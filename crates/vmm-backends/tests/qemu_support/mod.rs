@@ -16,6 +16,7 @@ use vmm_core::backend::{
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig};
 use vmm_core::gate::Gate;
 use vmm_core::id::{InstanceId, VmUid};
+use vmm_core::kind::VmKind;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
@@ -159,7 +160,7 @@ impl Bench {
             console: Some(self.console_file()),
             gate: Gate::open(),
             taps: self.taps.clone(),
-            place: None,
+            kind: VmKind::Managed,
             imported: false,
             incomplete: None,
         }
@@ -173,7 +174,7 @@ impl Bench {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             run,
-            place: None,
+            kind: VmKind::Managed,
             imported: false,
         }
     }

@@ -25,6 +25,7 @@ use vmm_core::config::{
 };
 use vmm_core::gate::Gate;
 use vmm_core::id::{InstanceId, VmUid};
+use vmm_core::kind::VmKind;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
@@ -147,7 +148,7 @@ impl<B: Backend> Bench<B> {
             console: Some(self.console_file()),
             gate: Gate::open(),
             taps: self.taps.clone(),
-            place: None,
+            kind: VmKind::Managed,
             imported: false,
             incomplete: None,
         }
@@ -161,7 +162,7 @@ impl<B: Backend> Bench<B> {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             run,
-            place: None,
+            kind: VmKind::Managed,
             imported: false,
         }
     }

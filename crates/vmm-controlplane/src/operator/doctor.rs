@@ -5,57 +5,11 @@ use vmm_core::id::BackendName;
 use vmm_host::lock;
 use vmm_host::path::find_program;
 
+use super::check::{Check, Verdict};
 use super::held::{self, Held};
 use super::{Answer, host, spares};
-use crate::config::{self, Config, Endpoint, Kvm, Loaded};
-use crate::daemon;
-
-/// How it stands with one thing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Verdict {
-    /// As it should be.
-    Ok,
-    /// Something cannot be done, and the default backend can serve all the same.
-    Warn,
-    /// The daemon cannot start, or its default backend cannot serve.
-    Fail,
-}
-
-/// One line.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// What was looked at.
-    pub name: String,
-    /// How it stands.
-    pub verdict: Verdict,
-    /// What was found.
-    pub finding: String,
-    /// What to do; null where there is nothing to do.
-    pub remedy: Option<String>,
-}
-
-impl Check {
-    pub(super) fn ok(name: impl Into<String>, finding: impl Into<String>) -> Self {
-        Self { name: name.into(), verdict: Verdict::Ok, finding: finding.into(), remedy: None }
-    }
-
-    pub(super) fn warn(
-        name: impl Into<String>,
-        finding: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self { verdict: Verdict::Warn, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
-    }
-
-    pub(super) fn fail(
-        name: impl Into<String>,
-        finding: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self { verdict: Verdict::Fail, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
-    }
-}
+use crate::backends;
+use crate::config::{self, Config, Endpoint, Loaded};
 
 /// What `--json` prints.
 #[derive(Serialize)]
@@ -74,7 +28,7 @@ struct Diagnosis<'a> {
 /// None today but a program's own fault: what is wrong with the host is the answer.
 pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     let config = loaded.config.clone();
-    let (backends, formats) = backends(&config).await;
+    let (hypervisors, formats) = hypervisors(&config).await;
     let warnings = loaded.warnings.clone();
     let (for_host, known) = (config.clone(), formats);
     let mut checks = tokio::task::spawn_blocking(move || {
@@ -95,7 +49,7 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
         checks
     })
     .await?;
-    checks.extend(backends);
+    checks.extend(hypervisors);
     let can_serve = checks.iter().all(|check| check.verdict != Verdict::Fail);
     let default_backend = config.default_backend.as_str();
     let diagnosis = Diagnosis { version: crate::VERSION, default_backend, can_serve, checks: &checks };
@@ -108,10 +62,8 @@ fn needs_kvm(config: &Config) -> bool {
     if config.hypervisor(config.default_backend).endpoint != Endpoint::Managed {
         return false;
     }
-    match config.default_backend {
-        config::BackendName::CloudHypervisor | config::BackendName::Firecracker => true,
-        config::BackendName::Qemu => config.qemu_kvm == Kvm::On,
-    }
+    let default = backends::ALL.iter().find(|registration| registration.name == config.default_backend);
+    default.is_some_and(|registration| (registration.needs_kvm)(config))
 }
 
 /// Returns the process id of the daemon that runs on this state directory.
@@ -154,10 +106,10 @@ fn database(config: &Config) -> Check {
 }
 
 /// The lines of each hypervisor, and what the default one boots.
-async fn backends(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::KernelFormat>) {
+async fn hypervisors(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::KernelFormat>) {
     let held = held::by_daemon(config);
     let (asked, asks_qemu) = without(config, &held);
-    let backends = daemon::backends(&asked);
+    let backends = backends::backends(&asked);
     backends.refresh().await;
     let default = backends.default_name().clone();
     let mut checks = Vec::new();
@@ -223,7 +175,9 @@ fn backend_lines(config: &Config, is_needed: bool, status: &vmm_service::Backend
     };
     let remedy = || match endpoint {
         Some(Endpoint::Unix(_) | Endpoint::Libvirt(_)) => "do as the finding says",
-        Some(Endpoint::Managed) | None if program().is_none() => install(name),
+        Some(Endpoint::Managed) | None if program().is_none() => {
+            backends::find(name).map_or("do as the finding says", |registration| registration.install)
+        }
         Some(Endpoint::Managed) | None => "do as the finding says, or see /dev/kvm above",
     };
     let mut checks = vec![match &status.health.version {
@@ -248,18 +202,7 @@ fn backend_lines(config: &Config, is_needed: bool, status: &vmm_service::Backend
 }
 
 fn hypervisor<'a>(config: &'a Config, name: &BackendName) -> Option<&'a config::Hypervisor> {
-    let name: config::BackendName = name.as_str().parse().ok()?;
-    Some(config.hypervisor(name))
-}
-
-fn install(name: &BackendName) -> &'static str {
-    match name.as_str() {
-        "qemu" => {
-            "install it (Debian and Ubuntu: the package qemu-system-x86), or set UNKEY_VMCP_QEMU_BINARY to where it is"
-        }
-        "firecracker" => "install its release for this CPU, or set UNKEY_VMCP_FC_BINARY to where it is",
-        _ => "install its release for this CPU, or set UNKEY_VMCP_CH_BINARY to where it is",
-    }
+    Some(config.hypervisor(backends::find(name)?.name))
 }
 
 fn table(diagnosis: &Diagnosis<'_>) -> String {

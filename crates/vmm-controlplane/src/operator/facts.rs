@@ -14,7 +14,8 @@ use vmm_host::ledger::{self, Served, Survey};
 use vmm_host::net::tap::{HostTaps, OwnedTap, Taps as _};
 use vmm_host::path::{find_program, real_name};
 
-use crate::config::{BackendName, Config};
+use crate::backends::ALL;
+use crate::config::Config;
 
 /// Everything that decisions follow from.
 #[derive(Clone, Debug)]
@@ -80,9 +81,9 @@ async fn survey(runtime_dir: &Path) -> anyhow::Result<Survey> {
 
 /// The hypervisors' programs: as they are usually called, and as they are configured.
 pub(super) fn programs(config: &Config) -> Vec<PathBuf> {
-    let all = [BackendName::CloudHypervisor, BackendName::Firecracker, BackendName::Qemu];
-    let usual = ["cloud-hypervisor", "firecracker", "qemu-system-x86_64"].map(PathBuf::from);
-    all.iter().map(|name| config.hypervisor(*name).binary.clone()).chain(usual).collect()
+    let configured = ALL.iter().map(|registration| config.hypervisor(registration.name).binary.clone());
+    let usual = ALL.iter().map(|registration| PathBuf::from(registration.program));
+    configured.chain(usual).collect()
 }
 
 /// The names that running programs have: as they are called, and what that leads to.

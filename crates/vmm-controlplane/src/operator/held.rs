@@ -37,7 +37,7 @@ pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
 /// The VM that the daemon runs behind `socket`, if it does.
 fn holder_of<'a>(socket: &Path, vms: &'a [VmRecord]) -> Option<&'a VmRecord> {
     vms.iter().find(|vm| {
-        let is_there = vm.place.as_deref().is_some_and(|place| Path::new(place) == socket);
+        let is_there = vm.kind.socket().is_some_and(|named| Path::new(named) == socket);
         let process = vm.run.as_ref().map(|run| &run.process);
         is_there
             && vm.backend.as_str() == BackendName::Qemu.as_str()

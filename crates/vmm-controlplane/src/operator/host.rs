@@ -12,7 +12,7 @@ use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
 use vmm_host::kvm::{self, NoKvm};
 use vmm_host::{descriptors, run_dir};
 
-use super::doctor::Check;
+use super::check::Check;
 
 /// The bit of CAP_NET_ADMIN in a set of capabilities.
 const CAP_NET_ADMIN: u32 = 12;
@@ -270,7 +270,7 @@ fn boots(kind: KernelKind, formats: &[KernelFormat]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::doctor::Verdict;
+    use super::super::check::Verdict;
     use super::*;
 
     #[test]

@@ -13,9 +13,10 @@
 //! a person should look at.
 
 mod act;
+mod check;
 mod copies;
 mod decide;
-pub mod doctor;
+mod doctor;
 mod facts;
 mod held;
 mod host;

@@ -6,7 +6,7 @@ use vmm_core::id::{BackendName, InstanceId, VmUid};
 use vmm_host::ledger::{self, RunFolder};
 use vmm_host::lock;
 
-use super::doctor::Check;
+use super::check::Check;
 use crate::config::Config;
 
 /// The line's name.
@@ -70,7 +70,7 @@ mod tests {
     use uuid::Uuid;
     use vmm_host::run_dir::SpareMark;
 
-    use super::super::doctor::Verdict;
+    use super::super::check::Verdict;
     use super::*;
 
     #[test]

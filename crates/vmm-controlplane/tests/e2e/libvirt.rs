@@ -22,6 +22,8 @@ macro_rules! libvirtd_or_skip {
     };
 }
 
+mod kinds;
+
 fn world(helper: &Path, uri: &str, more: &[(&str, &str)]) -> World {
     let path = with_helper(helper);
     let mut env = vec![("UNKEY_VMCP_QEMU_ENDPOINT", uri), ("PATH", &*path)];

@@ -47,12 +47,6 @@ impl Actor {
 
     /// Starts the VMM and its guest. A reboot has recorded its intent already.
     pub(super) async fn start(&mut self, request: Request, actor: &str) -> Result<(), ServiceError> {
-        if let Err(nowhere) = self.place_is_served() {
-            return Err(ServiceError::Precondition(format!(
-                "VM \"{}\" cannot boot: {nowhere}",
-                self.record.vm_id
-            )));
-        }
         let (claims, _room) = match self.reserve(request).await {
             Ok(reserved) => reserved,
             Err(error) if request == Request::Reboot => {
@@ -113,6 +107,7 @@ impl Actor {
         let room = Start::reserve().map_err(|full| {
             ServiceError::Exhausted(format!("VM \"{}\" cannot boot: {full}", self.record.vm_id))
         })?;
+        self.check_again()?;
         let formats = self.backend.capabilities().kernel_formats;
         let look = check::look(self.spec.clone(), formats, self.record.owns_console_output);
         let mut facts = match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
@@ -132,6 +127,17 @@ impl Actor {
             ServiceError::Precondition(format!("VM \"{}\" cannot boot: {taken}", self.record.vm_id))
         })?;
         Ok((facts.claims, room))
+    }
+
+    /// Refuses a configuration that the VM's backend does not take, as CreateVm does. The backend or its host may have changed
+    /// since the VM was created. Of an imported VM the configuration is what its VMM says, and is not checked.
+    fn check_again(&self) -> Result<(), ServiceError> {
+        let report = self.backend.check(&self.spec);
+        if report.is_ok() || self.record.imported {
+            return Ok(());
+        }
+        let problems = ServiceError::Invalid(report.violations);
+        Err(ServiceError::Precondition(format!("VM \"{}\" cannot boot: {problems}", self.record.vm_id)))
     }
 
     /// What to start, and why that does not suffice to make the VM anew, where it does not.
@@ -174,7 +180,7 @@ impl Actor {
             dir,
             console: console.clone(),
             gate: gate.clone(),
-            place: self.record.place.clone(),
+            kind: self.record.kind.clone(),
             imported: self.record.imported,
             incomplete,
         };

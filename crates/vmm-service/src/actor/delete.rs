@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, Effect, Ladder, Sweep, Vmm};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder, Sweep, Vmm};
 use vmm_core::event::EventKind;
+use vmm_core::kind::VmKind;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
 use vmm_core::store::{Change, Commit};
@@ -30,7 +31,7 @@ impl Actor {
         let forced = operation.request == Request::ForceDelete;
         match self.end_what_runs(if forced { Sweep::ForceDelete } else { Sweep::Delete }).await {
             Ok(()) => {}
-            Err(Broken::Backend(error)) if forced => {
+            Err(Broken::Backend(error)) if forced || error.kind == BackendErrorKind::NotServed => {
                 left_behind.push(FieldReport::new("process", error.to_string()));
                 self.let_go();
             }
@@ -65,7 +66,9 @@ impl Actor {
         } else if self.record.run.is_some() {
             self.stray = true;
         }
-        let leaves = matches!(purpose, Sweep::Delete | Sweep::ForceDelete) && self.backend.outlives_runs();
+        // Another program knows the VM, and must forget it.
+        let leaves =
+            matches!(purpose, Sweep::Delete | Sweep::ForceDelete) && self.record.kind != VmKind::Managed;
         if self.stray || leaves {
             point(FaultPoint::DeleteRunEnded);
             self.sweep(purpose).await?;
@@ -103,7 +106,7 @@ impl Actor {
 
     /// Kills the VMM; of one that this program did not start, as much as force allows.
     async fn end_by_force(&self, vmm: &dyn Vmm) -> Result<(), BackendError> {
-        if self.record.place.is_none() {
+        if !(self.record.imported || matches!(self.record.kind, VmKind::Attached { .. })) {
             return self.kill(vmm).await;
         }
         self.in_time(FOREIGN_END, vmm.shutdown(Ladder { ask_guest_for: None })).await.map(drop)

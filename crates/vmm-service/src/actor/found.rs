@@ -79,7 +79,7 @@ impl Actor {
         if self.record.status.reason == PLACE_TAKEN {
             return;
         }
-        let place = self.record.place.as_deref().unwrap_or_default();
+        let place = &self.record.kind;
         self.record.status = self.plain(Phase::Created).because(
             PLACE_TAKEN,
             format!(

@@ -200,32 +200,14 @@ impl Actor {
         }
     }
 
-    /// Makes sure that the VM's place, if it has one, is still one of its backend's.
-    pub(super) fn place_is_served(&self) -> Result<(), String> {
-        match &self.record.place {
-            Some(place) if !self.backend.serves(place) => Err(format!(
-                "it lives at {place}, which the endpoints of {} do not name any more: name it there again, and restart the \
-                 daemon",
-                self.record.backend
-            )),
-            Some(_) | None => Ok(()),
-        }
-    }
-
     /// Ends whatever process belongs to the run folder, or what `purpose` allows of the VM at its place.
     pub(super) async fn sweep(&mut self, purpose: Sweep) -> Result<(), Broken> {
-        if let Err(nowhere) = self.place_is_served() {
-            // Nothing is known to run, or nothing may be touched.
-            let harmless = matches!(purpose, Sweep::Clear | Sweep::Delete);
-            let refused = BackendError::new(BackendErrorKind::Host, Effect::NotApplied, nowhere);
-            return if harmless { Ok(()) } else { Err(Broken::Backend(refused)) };
-        }
         let backend = std::sync::Arc::clone(&self.backend);
         let request = SweepRequest {
             uid: self.record.uid,
             dir: self.dir(),
             run: self.record.run.clone(),
-            place: self.record.place.clone(),
+            kind: self.record.kind.clone(),
             spec: Some(self.spec.clone()),
             imported: self.record.imported,
             purpose,

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched, Sweep};
 use vmm_core::event::EventKind;
+use vmm_core::kind::VmKind;
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
 use vmm_core::store::{Intent, RunRecord};
 
@@ -67,7 +68,7 @@ impl Actor {
     /// Ends a VMM that was started while the intent was on its way to the disk, and never got there. It was told nothing of the
     /// VM yet, so the VM is as it was.
     async fn clear_unrecorded_start(&mut self) {
-        if self.record.place.is_some() || self.backend.outlives_runs() {
+        if self.record.kind != VmKind::Managed {
             // There a launch touches nothing before its intent is on record.
             self.stray = false;
             return;
@@ -137,9 +138,6 @@ impl Actor {
     }
 
     async fn adopt(&mut self) -> Result<Adoption, Broken> {
-        if let Err(message) = self.place_is_served() {
-            return Ok(Adoption::Unreachable { reason: "endpoint-not-configured", message, launched: None });
-        }
         let backend = Arc::clone(&self.backend);
         let request = AdoptRequest {
             instance: self.shared.instance,
@@ -148,7 +146,7 @@ impl Actor {
             spec: self.spec.clone(),
             dir: self.dir(),
             run: self.record.run.clone(),
-            place: self.record.place.clone(),
+            kind: self.record.kind.clone(),
             imported: self.record.imported,
         };
         self.interruptible(ADOPT_DEADLINE, async move { backend.adopt(request).await }).await

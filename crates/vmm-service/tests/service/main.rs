@@ -15,6 +15,7 @@ mod events;
 mod fake_taps;
 mod force;
 mod interrupted;
+mod kinds;
 mod lifecycle;
 mod listing;
 mod observe;

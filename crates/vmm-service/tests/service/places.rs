@@ -13,6 +13,7 @@ use vmm_core::backend::{
 use vmm_core::config::VmConfig;
 use vmm_core::gate::Gate;
 use vmm_core::id::{BackendName, InstanceId, VmUid};
+use vmm_core::kind::VmKind;
 use vmm_core::place::{Discovery, Finding, Found, Places};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
@@ -66,10 +67,6 @@ impl Backend for Landlord {
         self.places.clone()
     }
 
-    fn outlives_runs(&self) -> bool {
-        true
-    }
-
     async fn discover(&self) -> Option<Discovery> {
         let later = self.later.lock().unwrap().take()?;
         Some(Discovery { present: std::mem::take(&mut *self.present.lock().unwrap()), later })
@@ -112,7 +109,7 @@ async fn start_finding(
 }
 
 fn fixed(places: &[&str]) -> Places {
-    Places::Fixed(places.iter().map(|place| (*place).to_owned()).collect())
+    Places::Fixed(places.iter().map(|place| VmKind::attached(*place)).collect())
 }
 
 /// A VM that somebody else has made at `place`; it runs, unless it is `CREATED`.
@@ -123,7 +120,7 @@ async fn found(bed: &Bed, place: &str, names: &[&str], state: VmState) -> Found 
         VmState::Running | VmState::Paused => Some(foreign(bed, &config).await),
     };
     Found {
-        place: place.to_owned(),
+        place: VmKind::attached(place),
         uid: None,
         names: names.iter().map(|name| name.parse().unwrap()).collect(),
         config,
@@ -143,7 +140,7 @@ async fn foreign(bed: &Bed, config: &VmConfig) -> Launched {
         console: None,
         gate: Gate::open(),
         taps: Vec::new(),
-        place: None,
+        kind: VmKind::Managed,
         imported: false,
         incomplete: None,
     };
@@ -170,7 +167,7 @@ fn each_place_is_given_out_once() {
         let mut full = 0;
         for creation in creations.collect::<Vec<_>>() {
             match creation.await.unwrap() {
-                Ok(created) => places.push(created.record.place.clone().unwrap()),
+                Ok(created) => places.push(created.record.kind.socket().unwrap().to_owned()),
                 refusal => {
                     assert!(refused(refusal, "exhausted").contains("/a, /b"));
                     full += 1;
@@ -182,7 +179,7 @@ fn each_place_is_given_out_once() {
         let first = vms.service.list(&Default::default()).unwrap().vms[0].vm_id.to_string();
         vms.delete(&first).await.unwrap();
         let again = vms.create("again", bed.config()).await;
-        assert!(again.place.is_some());
+        assert!(again.kind.socket().is_some());
     });
 }
 
@@ -191,7 +188,7 @@ fn where_vms_are_only_imported_none_is_created() {
     let bed = Bed::new();
     life(async {
         let why = "start it yourself".to_owned();
-        let places = Places::Imported { places: vec!["/a".to_owned()], why };
+        let places = Places::Imported { places: vec![VmKind::attached("/a")], why };
         let present = vec![found(&bed, "/a", &["found"], VmState::Running).await];
         let (vms, _tell) = start(&bed, places, present).await;
         assert_eq!(refused(vms.try_create("mine", bed.config()).await, "unsupported"), "start it yourself");
@@ -211,7 +208,7 @@ fn what_is_found_is_imported_as_it_is() {
         assert_eq!(vms.state("found"), VmState::Paused);
         let record = vms.record("found");
         assert!(record.imported && record.run.is_some());
-        assert_eq!((record.place.as_deref(), record.status.reason.as_str()), (Some("/a"), "imported"));
+        assert_eq!((record.kind.socket(), record.status.reason.as_str()), (Some("/a"), "imported"));
         vms.resume("found").await.unwrap();
         // A name that is taken leads to the next one.
         let second = found(&bed, "/b", &["found", "found-2"], VmState::Created).await;
@@ -223,7 +220,7 @@ fn what_is_found_is_imported_as_it_is() {
         let twice = found(&bed, "/a", &["other"], VmState::Created).await;
         tell.send(Finding::Found(Box::new(twice))).await.unwrap();
         vms.create("mine", bed.config()).await;
-        assert_eq!(vms.record("mine").place.as_deref(), Some("/c"));
+        assert_eq!(vms.record("mine").kind.socket(), Some("/c"));
         assert_eq!(vms.service.list(&Default::default()).unwrap().total_count, 3);
     });
 }
@@ -286,7 +283,7 @@ fn a_place_that_is_no_more_takes_its_import_along() {
         let (vms, tell) = start(&bed, fixed(&["/a", "/b"]), present).await;
         vms.create("mine", bed.config()).await;
         for place in ["/a", "/b"] {
-            tell.send(Finding::Lost { place: place.to_owned() }).await.unwrap();
+            tell.send(Finding::Lost { place: VmKind::attached(place) }).await.unwrap();
         }
         eventually("the import has left", || vms.service.get("found").is_err()).await;
         assert_eq!(vms.state("mine"), VmState::Created, "what this program made stays");
@@ -305,9 +302,9 @@ fn a_vm_that_is_found_while_a_client_creates_one_of_its_name_gets_another_name()
         let creation = tokio::time::timeout(Duration::from_secs(3600), vms.create("web", bed.config()));
         let created =
             creation.await.expect("CreateVm does not wait for the import, which waits for its name");
-        assert_eq!(created.place.as_deref(), Some("/a"));
+        assert_eq!(created.kind.socket(), Some("/a"));
         eventually("the other is imported", || vms.service.get("web-2").is_ok()).await;
-        assert_eq!(vms.record("web-2").place.as_deref(), Some("/b"));
+        assert_eq!(vms.record("web-2").kind.socket(), Some("/b"));
         vms.create("more", bed.config()).await;
     });
 }
@@ -322,7 +319,7 @@ fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
         let hour = ShutdownOptions { force: false, timeout_seconds: 3600 };
         let service = vms.service.clone();
         let ending = vms.begin(async move { service.shutdown("slow", hour, ME.to_owned()).await }).await;
-        tell.send(Finding::Lost { place: "/a".to_owned() }).await.unwrap();
+        tell.send(Finding::Lost { place: VmKind::attached("/a") }).await.unwrap();
         let other = found(&bed, "/b", &["other"], VmState::Created).await;
         tell.send(Finding::Found(Box::new(other))).await.unwrap();
         eventually("the other is imported", || vms.service.get("other").is_ok()).await;
@@ -357,7 +354,8 @@ fn a_vm_in_a_place_that_is_not_served_is_left_alone() {
                 assert!(deleted.left_behind[0].message.contains("/a"), "{:?}", deleted.left_behind);
             } else {
                 assert!(refused(vms.boot("vm").await, "precondition").contains("/a"));
-                vms.delete("vm").await.unwrap();
+                let deleted = vms.delete("vm").await.unwrap();
+                assert!(deleted.left_behind[0].message.contains("/a"), "{:?}", deleted.left_behind);
             }
             assert_eq!(bed.world.living(), living, "nothing was touched");
         });

@@ -233,7 +233,7 @@ impl Vms {
         loop {
             match self.boot(vm_id).await {
                 Err(ServiceError::Unavailable(why)) if why.contains("start one there") => {
-                    let place = self.record(vm_id).place.clone().expect("it has a place");
+                    let place = self.record(vm_id).kind.socket().expect("it has a socket").to_owned();
                     assert!(why.contains(&place), "it names the socket: {why}");
                     self.rig.another.store(true, Ordering::Relaxed);
                     self.column().another(Path::new(&place));

@@ -1,0 +1,184 @@
+//! The registry: every hypervisor of this program, and what differs between them outside their own rooms.
+//!
+//! ```text
+//!   ALL ──┬─ backends(config) ──► the daemon and doctor      current: what the endpoint says
+//!         │                                                  any other kind: made when a VM on record needs it
+//!         ├─ program, install ──► reconcile and doctor
+//!         └─ prefix, columns ───► the tests that hold the lists of other crates against this one
+//! ```
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use vmm_backends::attached;
+use vmm_backends::cloud_hypervisor::CloudHypervisor;
+use vmm_backends::firecracker::Firecracker;
+use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
+use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
+use vmm_core::backend::Backend;
+use vmm_core::id;
+use vmm_core::kind::VmKind;
+use vmm_service::{BackendFamily, Backends};
+
+use crate::config::{BackendName, Config, Endpoint, Kvm, Setting};
+
+/// One hypervisor.
+pub(crate) struct Registration {
+    /// Its name in the configuration and on the wire.
+    pub(crate) name: BackendName,
+    /// The beginning of the keys in free maps that concern this hypervisor alone.
+    #[cfg_attr(not(test), expect(dead_code, reason = "a test holds vmm-core's list against it"))]
+    pub(crate) prefix: &'static str,
+    /// The usual name of its program.
+    pub(crate) program: &'static str,
+    /// How its program comes onto a host.
+    pub(crate) install: &'static str,
+    /// The setting that names VMMs of others.
+    pub(crate) endpoint: Setting,
+    /// Returns true if VMMs that the daemon starts cannot do without /dev/kvm.
+    pub(crate) needs_kvm: fn(&Config) -> bool,
+    managed: fn(&Config) -> Arc<dyn Backend>,
+    attached: fn(&Config, Vec<PathBuf>) -> Arc<dyn Backend>,
+    libvirt: Option<MakeLibvirt>,
+}
+
+/// Makes the backend of the libvirtd at a URI, and says whether domains of others are to be imported.
+type MakeLibvirt = fn(&Config, &str, bool) -> Arc<dyn Backend>;
+
+/// Every hypervisor.
+pub(crate) static ALL: [Registration; 3] = [
+    Registration {
+        name: BackendName::CloudHypervisor,
+        prefix: "ch.",
+        program: "cloud-hypervisor",
+        install: "install its release for this CPU, or set UNKEY_VMCP_CH_BINARY to where it is",
+        endpoint: Setting::ChEndpoint,
+        needs_kvm: |_| true,
+        managed: |config| Arc::new(CloudHypervisor::new(&config.ch.binary)),
+        attached: |config, sockets| {
+            let managed = CloudHypervisor::new(&config.ch.binary);
+            Arc::new(attached::cloud_hypervisor(sockets, managed, config.metrics_interval))
+        },
+        libvirt: None,
+    },
+    Registration {
+        name: BackendName::Firecracker,
+        prefix: "fc.",
+        program: "firecracker",
+        install: "install its release for this CPU, or set UNKEY_VMCP_FC_BINARY to where it is",
+        endpoint: Setting::FcEndpoint,
+        needs_kvm: |_| true,
+        managed: |config| Arc::new(Firecracker::new(&config.fc.binary)),
+        attached: |config, sockets| {
+            let managed = Firecracker::new(&config.fc.binary);
+            Arc::new(attached::firecracker(sockets, managed, config.metrics_interval))
+        },
+        libvirt: None,
+    },
+    Registration {
+        name: BackendName::Qemu,
+        prefix: "qemu.",
+        program: "qemu-system-x86_64",
+        install: "install it (Debian and Ubuntu: the package qemu-system-x86), or set UNKEY_VMCP_QEMU_BINARY to where it is",
+        endpoint: Setting::QemuEndpoint,
+        needs_kvm: |config| config.qemu_kvm == Kvm::On,
+        managed: |config| Arc::new(qemu(config)),
+        attached: |config, sockets| Arc::new(attached::qemu(sockets, qemu(config), config.metrics_interval)),
+        libvirt: Some(|config, uri, import| {
+            Arc::new(LibvirtBackend::new(LibvirtOptions {
+                emulator: config.qemu.binary.clone(),
+                kvm: kvm(config),
+                import,
+                ..LibvirtOptions::new(uri)
+            }))
+        }),
+    },
+];
+
+/// Makes the backends that `config` asks for, with a way to those of other kinds.
+pub(crate) fn backends(config: &Config) -> Backends {
+    let families = ALL.iter().map(|registration| registration.family(config));
+    Backends::new(id::BackendName::new(config.default_backend.as_str()), families)
+}
+
+/// Finds the registration of a backend by its name on the wire.
+pub(crate) fn find(name: &id::BackendName) -> Option<&'static Registration> {
+    ALL.iter().find(|registration| registration.name.as_str() == name.as_str())
+}
+
+impl Registration {
+    fn family(&'static self, config: &Config) -> BackendFamily {
+        let current = match (&config.hypervisor(self.name).endpoint, self.libvirt) {
+            (Endpoint::Unix(sockets), _) => (self.attached)(config, sockets.clone()),
+            (Endpoint::Libvirt(uri), Some(libvirt)) => libvirt(config, uri, config.qemu_import),
+            (Endpoint::Managed, _) | (Endpoint::Libvirt(_), None) => (self.managed)(config),
+        };
+        let config = config.clone();
+        BackendFamily::new(current, move |kind| self.of_kind(&config, kind))
+    }
+
+    /// Makes the backend of VMs of a kind that the endpoint does not ask for. A socket that no endpoint names is left alone,
+    /// because the daemon attaches only where it was told to; libvirt and the daemon's own VMMs prove whose they are.
+    fn of_kind(&self, config: &Config, kind: &VmKind) -> Result<Arc<dyn Backend>, String> {
+        match (kind, self.libvirt) {
+            (VmKind::Managed, _) => Ok((self.managed)(config)),
+            (VmKind::Libvirt { uri, .. }, Some(libvirt)) => Ok(libvirt(config, uri, false)),
+            (VmKind::Attached { .. } | VmKind::Libvirt { .. } | VmKind::Unrecorded { .. }, _) => {
+                Err(format!("it lives at {kind}, which {} does not name any more", self.endpoint.variable()))
+            }
+        }
+    }
+}
+
+fn qemu(config: &Config) -> QemuBackend {
+    QemuBackend::new(QemuOptions { binary: config.qemu.binary.clone(), kvm: kvm(config) })
+}
+
+fn kvm(config: &Config) -> KvmMode {
+    match config.qemu_kvm {
+        Kvm::Auto => KvmMode::Auto,
+        Kvm::On => KvmMode::On,
+        Kvm::Off => KvmMode::Off,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_core::spec::{OptionScope, scope_of};
+    use vmm_testkit::backend_suite::matrix::COLUMNS;
+
+    use super::*;
+
+    #[test]
+    fn the_configuration_knows_the_same_hypervisors() {
+        let names = ALL.each_ref().map(|registration| registration.name);
+        assert_eq!(names, BackendName::ALL);
+        for name in names {
+            assert!(find(&id::BackendName::new(name.as_str())).is_some());
+        }
+    }
+
+    #[test]
+    fn the_domain_knows_the_same_prefixes() {
+        for registration in &ALL {
+            let key = format!("{}key", registration.prefix);
+            assert_eq!(scope_of(&key), OptionScope::Backend(registration.prefix, "key"));
+        }
+    }
+
+    #[test]
+    fn the_suite_has_a_column_for_each_kind() {
+        let columns = COLUMNS.map(|(name, _)| name);
+        for registration in &ALL {
+            let name = registration.name.as_str();
+            let mut wanted = vec![format!("attached-{name}")];
+            if registration.libvirt.is_some() {
+                wanted.push(format!("libvirt-{name}"));
+            }
+            for column in wanted {
+                assert!(columns.contains(&column.as_str()), "{column} is not among {columns:?}");
+            }
+            assert!(columns.iter().any(|column| column.starts_with(name)), "{name}: {columns:?}");
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The lines of `doctor`.
+
+use serde::Serialize;
+
+/// How it stands with one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Something cannot be done, and the default backend can serve all the same.
+    Warn,
+    /// The daemon cannot start, or its default backend cannot serve.
+    Fail,
+}
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Check {
+    /// What was looked at.
+    pub(super) name: String,
+    /// How it stands.
+    pub(super) verdict: Verdict,
+    /// What was found.
+    pub(super) finding: String,
+    /// What to do; null where there is nothing to do.
+    pub(super) remedy: Option<String>,
+}
+
+impl Check {
+    pub(super) fn ok(name: impl Into<String>, finding: impl Into<String>) -> Self {
+        Self { name: name.into(), verdict: Verdict::Ok, finding: finding.into(), remedy: None }
+    }
+
+    pub(super) fn warn(
+        name: impl Into<String>,
+        finding: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { verdict: Verdict::Warn, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
+    }
+
+    pub(super) fn fail(
+        name: impl Into<String>,
+        finding: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { verdict: Verdict::Fail, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
+    }
+}

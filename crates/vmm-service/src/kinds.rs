@@ -1,0 +1,51 @@
+//! The kinds of VMs whose records were written by a release that kept none.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use vmm_core::kind::VmKind;
+use vmm_core::store::{Change, Commit, VmRecord};
+
+use crate::service::Shared;
+
+/// Settles the kind of every record that has none, as the configuration of this start says, and writes it. Later configurations
+/// change nothing about it.
+pub(crate) async fn settle(shared: &Shared, vms: Vec<VmRecord>) -> Vec<VmRecord> {
+    futures::future::join_all(vms.into_iter().map(|record| settle_one(shared, record))).await
+}
+
+async fn settle_one(shared: &Shared, mut record: VmRecord) -> VmRecord {
+    let settled = kind_of(shared, &record);
+    if settled == record.kind {
+        return record;
+    }
+    record.kind = settled;
+    let changed = VmRecord { generation: record.generation + 1, ..record.clone() };
+    match shared
+        .events
+        .commit(Commit { change: Change::Update(Box::new(changed.clone())), event: None })
+        .await
+    {
+        Ok(_) => changed,
+        Err(error) => {
+            tracing::warn!(vm_id = %record.vm_id, %error, "the VM's kind could not be recorded; its next change records it");
+            record
+        }
+    }
+}
+
+/// Returns the kind of a VM: the one on record, or what that is settled as.
+pub(crate) fn kind_of(shared: &Shared, record: &VmRecord) -> VmKind {
+    let kind = record.kind.clone();
+    if !matches!(kind, VmKind::Unrecorded { .. }) {
+        return kind;
+    }
+    let Ok(backend) = shared.backends.get(record.backend.as_str()) else { return kind };
+    let runs_in_folder = record.run.as_ref().map(|run| is_in_folder_of(record, &run.socket));
+    kind.settled(runs_in_folder, backend.kind_of_new(record.uid))
+}
+
+/// Returns true if `socket` lies in the run folder of the VM, whatever folder holds the run folders.
+fn is_in_folder_of(record: &VmRecord, socket: &Path) -> bool {
+    socket.parent().and_then(Path::file_name) == Some(OsStr::new(&record.uid.to_string()))
+}

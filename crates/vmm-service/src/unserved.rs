@@ -1,0 +1,73 @@
+//! The backend of VMs to which the configuration names no way any more.
+//!
+//! ```text
+//!   adopt ──► unreachable, endpoint-not-configured      launch ──► refused by check, FAILED_PRECONDITION
+//!   sweep ──► a run that has ended: nothing to do       deletion ──► left_behind names what was not looked at
+//! ```
+
+use async_trait::async_trait;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
+    LaunchRequest, Launched, Sweep, SweepRequest,
+};
+use vmm_core::kind::VmKind;
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+
+/// The reason in the status of a VM that may run.
+const REASON: &str = "endpoint-not-configured";
+
+/// Touches nothing, and says which setting is missing.
+pub(crate) struct Unserved {
+    capabilities: Capabilities,
+    kind: VmKind,
+    why: String,
+}
+
+impl Unserved {
+    /// Makes the backend of VMs of `kind`. `why` names the setting.
+    pub(crate) fn new(capabilities: Capabilities, kind: VmKind, why: String) -> Self {
+        let why = format!("{why}: name it there again, and restart the daemon");
+        Self { capabilities, kind, why }
+    }
+
+    fn refusal(&self) -> BackendError {
+        BackendError::new(BackendErrorKind::NotServed, Effect::NotApplied, self.why.clone())
+    }
+}
+
+#[async_trait]
+impl Backend for Unserved {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn check(&self, _: &VmSpec) -> Report {
+        let mut report = Report::default();
+        report.reject("backend", self.why.clone());
+        report
+    }
+
+    async fn launch(&self, _: LaunchRequest) -> Result<Launched, BackendError> {
+        Err(self.refusal())
+    }
+
+    async fn adopt(&self, _: AdoptRequest) -> Result<Adoption, BackendError> {
+        Ok(Adoption::Unreachable { reason: REASON, message: self.why.clone(), launched: None })
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        match request.purpose {
+            Sweep::Clear => Ok(()),
+            Sweep::End | Sweep::Delete | Sweep::ForceDelete => Err(self.refusal()),
+        }
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        BackendHealth::from(Err(self.why.clone()))
+    }
+
+    fn serves(&self, kind: &VmKind) -> bool {
+        *kind == self.kind
+    }
+}
