@@ -161,7 +161,7 @@ fn kind_of(error: &Error) -> FailureKind {
     match error.code().to_raw() {
         sys::VIR_ERR_NO_DOMAIN => FailureKind::NoDomain,
         sys::VIR_ERR_OPERATION_INVALID => FailureKind::WrongState,
-        sys::VIR_ERR_OPERATION_TIMEOUT => FailureKind::Busy,
+        sys::VIR_ERR_OPERATION_TIMEOUT => FailureKind::Timeout,
         sys::VIR_ERR_NO_CONNECT
         | sys::VIR_ERR_INVALID_CONN
         | sys::VIR_ERR_RPC

@@ -1,27 +1,21 @@
-//! Which call goes over which connection, and how many may wait at once.
+//! Which call goes over which connection.
 //!
 //! libvirtd serves five calls of one connection at a time, and a call that needs a QEMU which hangs does not come back. So calls
-//! that wait for a QEMU go over lanes, connections of their own with room to spare, and a domain that hangs holds two calls at
-//! most. Everything else goes over the main connection, where nothing hangs but libvirtd itself.
+//! that wait for a QEMU go over lanes, connections of their own with room to spare. Everything else goes over the main connection,
+//! where nothing hangs but libvirtd itself.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use uuid::Uuid;
 use virt::connect::Connect;
 use virt::error::Error;
-use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Message, Request};
+use vmm_libvirt_wire::{Call, Failure, Got};
 
 use crate::calls;
-use crate::say::say;
 
 /// Calls under way on one lane; libvirtd's own limit is five.
 const LANE_CALLS: usize = 4;
-/// Calls under way in all, a thread each.
-const CALLS: usize = 64;
-/// Calls under way that wait for one domain's QEMU.
-const DOMAIN_CALLS: usize = 2;
+/// Lanes that are being opened at a time. More calls than these lanes will take wait for one of them.
+const OPENING: usize = 4;
 /// Seconds between two signs of life of libvirtd, and how many may be missing.
 const KEEP_ALIVE: (i32, u32) = (5, 4);
 
@@ -29,21 +23,20 @@ const KEEP_ALIVE: (i32, u32) = (5, 4);
 pub(crate) struct Lanes {
     uri: String,
     main: Connect,
-    extra: Mutex<Vec<Arc<Lane>>>,
-    under_way: AtomicUsize,
-    waiting: Mutex<HashMap<Uuid, Waiting>>,
+    pool: Mutex<Pool>,
+    /// A lane has room, or an attempt to open one is over.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Pool {
+    lanes: Vec<Lane>,
+    opening: usize,
 }
 
 struct Lane {
-    connect: Connect,
-    calls: AtomicUsize,
-}
-
-/// Calls that wait for one domain's QEMU.
-#[derive(Default)]
-struct Waiting {
+    connect: Arc<Connect>,
     calls: usize,
-    samples: usize,
 }
 
 /// Has libvirtd's silence end the connection.
@@ -56,133 +49,92 @@ pub(crate) fn version(packed: u32) -> String {
     format!("{}.{}.{}", packed / 1_000_000, packed / 1000 % 1000, packed % 1000)
 }
 
-/// Answers one request, in a thread of its own.
-pub(crate) fn take(lanes: &Arc<Lanes>, request: Request) {
-    let Request { id, call } = request;
-    let turn = match Turn::new(lanes, &call) {
-        Ok(turn) => turn,
-        Err(failure) => return answer(id, Err(failure)),
-    };
-    std::thread::spawn(move || {
-        let got = turn.run(&call);
-        drop(turn);
-        answer(id, got);
-    });
-}
-
-fn answer(id: u64, got: Result<Got, Failure>) {
-    let (ok, failed) = match got {
-        Ok(got) => (Some(got), None),
-        Err(failure) => (None, Some(failure)),
-    };
-    say(&Message::Answer { id, ok, failed });
-}
-
 impl Lanes {
     pub(crate) fn new(uri: String, main: Connect) -> Self {
-        Self {
-            uri,
-            main,
-            extra: Mutex::new(Vec::new()),
-            under_way: AtomicUsize::new(0),
-            waiting: Mutex::new(HashMap::new()),
-        }
+        Self { uri, main, pool: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// A lane with room, a new one if need be. One that is idle beside another is given up.
-    fn lane(&self) -> Result<Arc<Lane>, Error> {
-        let mut extra = lock(&self.extra);
-        let mut idle = 0;
-        extra.retain(|lane| {
-            idle += usize::from(lane.calls.load(Ordering::Relaxed) == 0);
-            idle <= 1 || lane.calls.load(Ordering::Relaxed) > 0
-        });
-        let lane = match extra.iter().find(|lane| lane.calls.load(Ordering::Relaxed) < LANE_CALLS) {
-            Some(lane) => Arc::clone(lane),
-            None => {
-                let connect = Connect::open(Some(&self.uri))?;
-                keep_alive(&connect)?;
-                let lane = Arc::new(Lane { connect, calls: AtomicUsize::new(0) });
-                extra.push(Arc::clone(&lane));
-                lane
-            }
-        };
-        lane.calls.fetch_add(1, Ordering::Relaxed);
-        Ok(lane)
-    }
-}
-
-/// The right to make one call, given back when dropped.
-struct Turn {
-    lanes: Arc<Lanes>,
-    /// The domain whose QEMU is waited for, and whether only its counters are.
-    domain: Option<(Uuid, bool)>,
-}
-
-impl Turn {
-    fn new(lanes: &Arc<Lanes>, call: &Call) -> Result<Self, Failure> {
-        let busy = |message: &str| Failure { kind: FailureKind::Busy, message: message.to_owned() };
-        let domain = waits_for(call);
-        // The end of a domain waits behind nothing.
-        let is_end = matches!(call, Call::Destroy { .. });
-        if !is_end && lanes.under_way.load(Ordering::Relaxed) >= CALLS {
-            return Err(busy("libvirt has not answered the calls of other VMs yet"));
+    /// Makes one call, over the connection that is for it.
+    pub(crate) fn make(&self, call: &Call) -> Result<Got, Failure> {
+        if !needs_qemu(call) {
+            return calls::run(&self.main, call).map_err(|error| calls::failure(&error));
         }
-        if let Some((uuid, samples)) = domain {
-            let mut waiting = lock(&lanes.waiting);
-            let waiting = waiting.entry(uuid).or_default();
-            if !is_end && (waiting.calls >= DOMAIN_CALLS || samples && waiting.samples > 0) {
-                return Err(busy("libvirt has not answered an earlier call for this VM yet"));
-            }
-            waiting.calls += 1;
-            waiting.samples += usize::from(samples);
-        }
-        lanes.under_way.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { lanes: Arc::clone(lanes), domain })
-    }
-
-    fn run(&self, call: &Call) -> Result<Got, Failure> {
-        if self.domain.is_none() {
-            return calls::run(&self.lanes.main, call).map_err(|error| calls::failure(&error));
-        }
-        let lane = self.lanes.lane().map_err(|error| calls::failure(&error))?;
-        let got = calls::run(&lane.connect, call).map_err(|error| calls::failure(&error));
-        lane.calls.fetch_sub(1, Ordering::Relaxed);
+        let connect = self.enter(call).map_err(|error| calls::failure(&error))?;
+        let got = calls::run(&connect, call).map_err(|error| calls::failure(&error));
+        self.leave(&connect);
         got
     }
-}
 
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.lanes.under_way.fetch_sub(1, Ordering::Relaxed);
-        let Some((uuid, samples)) = self.domain else { return };
-        let mut waiting = lock(&self.lanes.waiting);
-        let Some(one) = waiting.get_mut(&uuid) else { return };
-        one.calls -= 1;
-        one.samples -= usize::from(samples);
-        if one.calls == 0 {
-            waiting.remove(&uuid);
+    /// Finds a lane with room, or opens one. Nobody else waits meanwhile for a lane that has room.
+    fn enter(&self, call: &Call) -> Result<Arc<Connect>, Error> {
+        let mut pool = lock(&self.pool);
+        loop {
+            if let Some(lane) = pool.lanes.iter_mut().find(|lane| lane.calls < LANE_CALLS) {
+                lane.calls += 1;
+                return Ok(Arc::clone(&lane.connect));
+            }
+            // The end of a domain waits behind nothing.
+            if pool.opening < OPENING || matches!(call, Call::Destroy { .. }) {
+                break;
+            }
+            pool = self.changed.wait(pool).unwrap_or_else(PoisonError::into_inner);
         }
+        pool.opening += 1;
+        drop(pool);
+        let opened = open(&self.uri).map(Arc::new);
+        let mut pool = lock(&self.pool);
+        pool.opening -= 1;
+        if let Ok(connect) = &opened {
+            pool.lanes.push(Lane { connect: Arc::clone(connect), calls: 1 });
+        }
+        drop(pool);
+        self.changed.notify_all();
+        opened
+    }
+
+    /// Gives back the room on a lane. One that is idle beside another is given up.
+    fn leave(&self, connect: &Arc<Connect>) {
+        let mut given_up = Vec::new();
+        {
+            let mut pool = lock(&self.pool);
+            if let Some(lane) = pool.lanes.iter_mut().find(|lane| Arc::ptr_eq(&lane.connect, connect)) {
+                lane.calls -= 1;
+            }
+            while pool.lanes.iter().filter(|lane| lane.calls == 0).count() > 1
+                && let Some(idle) = pool.lanes.iter().position(|lane| lane.calls == 0)
+            {
+                given_up.push(pool.lanes.swap_remove(idle));
+            }
+        }
+        self.changed.notify_all();
+        // Closing a connection asks libvirtd, and therefore nothing is held here.
+        drop(given_up);
     }
 }
 
-/// The domain whose QEMU a call waits for, and whether it is for the counters.
-fn waits_for(call: &Call) -> Option<(Uuid, bool)> {
+fn open(uri: &str) -> Result<Connect, Error> {
+    let connect = Connect::open(Some(uri))?;
+    keep_alive(&connect)?;
+    Ok(connect)
+}
+
+/// Returns true if libvirt may have to wait for a QEMU.
+fn needs_qemu(call: &Call) -> bool {
     match call {
         Call::List
         | Call::Look { .. }
         | Call::LookByName { .. }
         | Call::Xml { .. }
         | Call::Define { .. }
-        | Call::Undefine { .. } => None,
-        Call::BlockStats { uuid } => Some((*uuid, true)),
-        Call::Start { uuid }
-        | Call::Suspend { uuid }
-        | Call::Resume { uuid }
-        | Call::Shutdown { uuid }
-        | Call::Reset { uuid }
-        | Call::OnReboot { uuid, .. }
-        | Call::Destroy { uuid } => Some((*uuid, false)),
+        | Call::Undefine { .. } => false,
+        Call::BlockStats { .. }
+        | Call::Start { .. }
+        | Call::Suspend { .. }
+        | Call::Resume { .. }
+        | Call::Shutdown { .. }
+        | Call::Reset { .. }
+        | Call::OnReboot { .. }
+        | Call::Destroy { .. } => true,
     }
 }
 

@@ -1,8 +1,8 @@
 //! `vmm-libvirt-helper URI`: libvirt for a daemon that does not link it.
 //!
 //! ```text
-//!   stdin ──► requests ──┬─► quick ones: the main connection ──────────┐
-//!                        └─► those that wait for a QEMU: lanes of four ─┤──► libvirtd
+//!   stdin ──► requests ──► desk ──┬─► quick ones: the main connection ──────────┐
+//!                                 └─► those that wait for a QEMU: lanes of four ─┤──► libvirtd
 //!   stdout ◄── answers, in any order ◄── one thread a call ◄────────────┘
 //!          ◄── events ◄── the event loop's thread ◄── the main connection
 //! ```
@@ -12,19 +12,20 @@
 //! The lines are those of [`vmm_libvirt_wire`]; stderr is for people.
 
 mod calls;
+mod desk;
 mod ffi;
 mod lanes;
 mod say;
 
 use std::io::{self, BufReader};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use virt::connect::Connect;
 use virt::error::Error;
-use vmm_libvirt_wire::{Message, Request};
+use vmm_libvirt_wire::{Failure, Got, Message, Request};
 
+use desk::Desk;
 use lanes::Lanes;
 
 /// Requests that wait while libvirt is being connected to.
@@ -64,11 +65,20 @@ fn serve(uri: &str) -> Result<(), Error> {
     // libvirt looks at its QEMU when it is first asked about it, which can take half a minute: now, and not in the first start.
     let hypervisor = lanes::version(main.get_hyp_version()?);
     say::say(&Message::Ready { libvirt: lanes::version(main.get_lib_version()?), hypervisor });
-    let lanes = Arc::new(Lanes::new(uri.to_owned(), main));
+    let lanes = Lanes::new(uri.to_owned(), main);
+    let desk = Desk::new(move |call| lanes.make(call), answer);
     for request in inbox {
-        lanes::take(&lanes, request);
+        desk.take(request);
     }
     Ok(())
+}
+
+fn answer(id: u64, got: Result<Got, Failure>) {
+    let (ok, failed) = match got {
+        Ok(got) => (Some(got), None),
+        Err(failure) => (None, Some(failure)),
+    };
+    say::say(&Message::Answer { id, ok, failed });
 }
 
 fn read_requests(requests: &SyncSender<Request>) -> io::Result<()> {

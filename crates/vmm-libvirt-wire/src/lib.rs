@@ -26,6 +26,9 @@ pub const MARK_NAMESPACE: &str = "urn:vmm-controlplane:libvirt:1";
 pub struct Request {
     /// Chosen by the daemon, and borne by the answer.
     pub id: u64,
+    /// How long the daemon waits for the answer, in milliseconds. A call that has not begun by then is not made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub within_ms: Option<u64>,
     /// What to do.
     #[serde(flatten)]
     pub call: Call,
@@ -315,8 +318,10 @@ pub enum FailureKind {
     NoDomain,
     /// The domain is not in a state for that.
     WrongState,
-    /// libvirt, or the helper, is still busy with an earlier call for the same domain. Nothing was done.
+    /// The helper has too many calls waiting, or this one has waited too long. Nothing was done, and libvirt was not asked.
     Busy,
+    /// libvirt has waited in vain for an earlier call for the same domain. Nothing was done.
+    Timeout,
     /// The connection is lost, or cannot be made.
     NoConnection,
     /// This user may not.
@@ -370,10 +375,13 @@ mod tests {
     #[test]
     fn lines_are_as_drawn() {
         there_and_back(
-            Request { id: 7, call: Call::Suspend { uuid: UUID } },
+            Request { id: 7, within_ms: None, call: Call::Suspend { uuid: UUID } },
             r#"{"id":7,"call":"suspend","uuid":"0193f0de-0000-7000-8000-000000000001"}"#,
         );
-        there_and_back(Request { id: 8, call: Call::List }, r#"{"id":8,"call":"list"}"#);
+        there_and_back(
+            Request { id: 8, within_ms: Some(9), call: Call::List },
+            r#"{"id":8,"within_ms":9,"call":"list"}"#,
+        );
         there_and_back(
             Message::Answer { id: 7, ok: Some(Got::Done), failed: None },
             r#"{"says":"answer","id":7,"ok":{"got":"done"}}"#,

@@ -216,7 +216,7 @@ impl Link {
         let inner = Arc::downgrade(&link.inner);
         let task = async move {
             while let (Some(line), Some(inner)) = (asked.recv().await, inner.upgrade()) {
-                let Ok(Request { id, call }) = serde_json::from_slice(&line) else { return };
+                let Ok(Request { id, call, .. }) = serde_json::from_slice(&line) else { return };
                 inner.answered(id, Some(answer(call)), None);
             }
         };
@@ -237,6 +237,9 @@ pub(super) enum CallError {
     /// The answer has not come in time.
     #[error("libvirt has not answered {name} within {within:?}")]
     Silent { name: &'static str, only_reads: bool, within: Duration },
+    /// The helper has taken none of the calls that wait for it, this one included.
+    #[error("the libvirt helper has not taken {name} within {within:?}: too many calls wait for it")]
+    Full { name: &'static str, within: Duration },
     /// libvirt said no.
     #[error("libvirt says: {}", words::sentence(&.0.message))]
     Failed(Failure),
@@ -250,7 +253,11 @@ impl CallError {
     pub(super) fn refusal(&self) -> Option<FailureKind> {
         match self {
             Self::Failed(failure) => Some(failure.kind),
-            Self::Down(_) | Self::Lost { .. } | Self::Silent { .. } | Self::Senseless(_) => None,
+            Self::Down(_)
+            | Self::Lost { .. }
+            | Self::Silent { .. }
+            | Self::Full { .. }
+            | Self::Senseless(_) => None,
         }
     }
 }
@@ -262,12 +269,15 @@ impl From<CallError> for BackendError {
             CallError::Down(down) => (down.kind, Effect::NotApplied),
             CallError::Lost { only_reads, .. } => (BackendErrorKind::Unreachable, sent(only_reads)),
             CallError::Silent { only_reads, .. } => (BackendErrorKind::Timeout, sent(only_reads)),
+            CallError::Full { .. } => (BackendErrorKind::Host, Effect::NotApplied),
             CallError::Failed(failure) => match failure.kind {
                 FailureKind::NoDomain => (BackendErrorKind::Gone, Effect::NotApplied),
                 FailureKind::WrongState | FailureKind::Other => {
                     (BackendErrorKind::Rejected, Effect::NotApplied)
                 }
-                FailureKind::Busy => (BackendErrorKind::Timeout, Effect::NotApplied),
+                // libvirt was not asked, so that nothing is known of the VM.
+                FailureKind::Busy => (BackendErrorKind::Host, Effect::NotApplied),
+                FailureKind::Timeout => (BackendErrorKind::Timeout, Effect::NotApplied),
                 FailureKind::NoConnection => (BackendErrorKind::Unreachable, Effect::Unknown),
                 FailureKind::Denied => (BackendErrorKind::Host, Effect::NotApplied),
                 FailureKind::Unsupported => (BackendErrorKind::Rejected, Effect::NotApplied),
@@ -331,17 +341,22 @@ impl Inner {
         let outgoing = lock(&self.outgoing).clone();
         let Some(outgoing) = outgoing else { return Err(CallError::Down(self.why_down())) };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let line = to_line(&Request { id, call }).map_err(|error| CallError::Senseless(error.to_string()))?;
+        let within_ms = u64::try_from(within.as_millis()).ok();
+        let line = to_line(&Request { id, within_ms, call })
+            .map_err(|error| CallError::Senseless(error.to_string()))?;
         if line.len() > MAX_LINE {
             return Err(CallError::Senseless("the request is too long".to_owned()));
         }
         let (reply, answer) = oneshot::channel();
         lock(&self.pending).insert(id, reply);
         let _pending = Pending { inner: self, id };
-        if outgoing.try_send(line).is_err() {
-            return Err(CallError::Down(self.why_down()));
+        let deadline = tokio::time::Instant::now() + within;
+        match tokio::time::timeout_at(deadline, outgoing.send(line)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Err(CallError::Down(self.why_down())),
+            Err(_) => return Err(CallError::Full { name, within }),
         }
-        match tokio::time::timeout(within, answer).await {
+        match tokio::time::timeout_at(deadline, answer).await {
             Ok(Ok(Ok(got))) => Ok(got),
             Ok(Ok(Err(failure))) => Err(CallError::Failed(failure)),
             Ok(Err(_)) => Err(CallError::Lost { name, only_reads }),

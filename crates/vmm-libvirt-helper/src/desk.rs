@@ -1,0 +1,354 @@
+//! When each request is made.
+//!
+//! ```text
+//!   take ──► queue ──► a turn: a thread makes the call ──► answer, and the turn is free for the next
+//!              │
+//!              ├─ its own domain has two calls under way, or one for the counters ──► waits; others pass by
+//!              ├─ so many calls are under way in all ──► waits
+//!              └─ nobody waits for its answer any more ──► is not made
+//! ```
+//!
+//! A call that needs a QEMU which hangs does not come back. Therefore a domain holds two threads at most, and the requests behind
+//! them wait without holding anybody else up. Requests that end or ask a guest, and those that need no QEMU, wait for nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Request};
+
+/// Calls under way that need a QEMU, a thread each. Only so many domains whose QEMUs hang would hold up others.
+const CALLS: usize = 256;
+/// Calls under way that need the QEMU of one domain.
+const DOMAIN_CALLS: usize = 2;
+/// Requests that wait in all.
+const QUEUE: usize = 4096;
+
+/// Makes a call.
+type Run = dyn Fn(&Call) -> Result<Got, Failure> + Send + Sync;
+/// Hands an answer to the daemon.
+type Answer = dyn Fn(u64, Result<Got, Failure>) + Send + Sync;
+
+/// Takes requests, and makes each when its turn has come.
+pub(crate) struct Desk {
+    turns: Mutex<Turns>,
+    run: Box<Run>,
+    answer: Box<Answer>,
+}
+
+#[derive(Default)]
+struct Turns {
+    queue: VecDeque<Queued>,
+    under_way: usize,
+    domains: HashMap<Uuid, UnderWay>,
+}
+
+struct Queued {
+    request: Request,
+    /// The time at which the daemon stops waiting for the answer.
+    until: Option<Instant>,
+}
+
+/// Calls that need the QEMU of one domain.
+#[derive(Default)]
+struct UnderWay {
+    calls: usize,
+    /// Those of them that read the counters.
+    samples: usize,
+}
+
+/// The order in which calls are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rank {
+    /// At once.
+    Free,
+    /// After others that need the domain's QEMU.
+    Orders(Uuid),
+    /// The same, and after the counters that are being read.
+    Samples(Uuid),
+}
+
+impl Desk {
+    pub(crate) fn new(
+        run: impl Fn(&Call) -> Result<Got, Failure> + Send + Sync + 'static,
+        answer: impl Fn(u64, Result<Got, Failure>) + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self { turns: Mutex::default(), run: Box::new(run), answer: Box::new(answer) })
+    }
+
+    /// Takes one request. Answers it later, from another thread, unless too many wait.
+    pub(crate) fn take(self: &Arc<Self>, request: Request) {
+        let until = request.within_ms.map(|within| Instant::now() + Duration::from_millis(within));
+        let id = request.id;
+        let is_full = {
+            let mut turns = lock(&self.turns);
+            let is_full = turns.queue.len() >= QUEUE && rank(&request.call) != Rank::Free;
+            if !is_full {
+                turns.queue.push_back(Queued { request, until });
+            }
+            is_full
+        };
+        if is_full {
+            let message = format!("the libvirt helper has {QUEUE} calls waiting for libvirt already");
+            return (self.answer)(id, Err(busy(message)));
+        }
+        self.start_ready();
+    }
+
+    /// Makes every call whose turn has come.
+    fn start_ready(self: &Arc<Self>) {
+        let (ready, late) = lock(&self.turns).next(Instant::now());
+        for request in late {
+            let message = "libvirt has not answered earlier calls for this VM, so this one was not made";
+            (self.answer)(request.id, Err(busy(message.to_owned())));
+        }
+        for request in ready {
+            let turn = Turn { desk: Arc::clone(self), rank: rank(&request.call) };
+            let (id, started) = (request.id, std::thread::Builder::new().spawn(move || turn.make(&request)));
+            if let Err(error) = started {
+                // The turn was given back when the closure was dropped.
+                (self.answer)(id, Err(busy(format!("the libvirt helper can start no thread: {error}"))));
+            }
+        }
+    }
+}
+
+fn busy(message: String) -> Failure {
+    Failure { kind: FailureKind::Busy, message }
+}
+
+impl Turns {
+    /// Takes out of the queue what is to be made now, and what is not to be made any more.
+    fn next(&mut self, now: Instant) -> (Vec<Request>, Vec<Request>) {
+        let (mut ready, mut late) = (Vec::new(), Vec::new());
+        let mut queue = std::mem::take(&mut self.queue);
+        queue.retain(|Queued { request, until }| {
+            let rank = rank(&request.call);
+            if rank != Rank::Free && until.is_some_and(|until| until <= now) {
+                late.push(request.clone());
+                return false;
+            }
+            let begins = self.may_begin(rank);
+            if begins {
+                self.begin(rank);
+                ready.push(request.clone());
+            }
+            !begins
+        });
+        self.queue = queue;
+        (ready, late)
+    }
+
+    fn may_begin(&self, rank: Rank) -> bool {
+        let (uuid, is_sample) = match rank {
+            Rank::Free => return true,
+            Rank::Orders(uuid) => (uuid, false),
+            Rank::Samples(uuid) => (uuid, true),
+        };
+        let domain = self.domains.get(&uuid);
+        self.under_way < CALLS
+            && domain.is_none_or(|domain| domain.calls < DOMAIN_CALLS && !(is_sample && domain.samples > 0))
+    }
+
+    fn begin(&mut self, rank: Rank) {
+        let (Rank::Orders(uuid) | Rank::Samples(uuid)) = rank else { return };
+        self.under_way += 1;
+        let domain = self.domains.entry(uuid).or_default();
+        domain.calls += 1;
+        domain.samples += usize::from(matches!(rank, Rank::Samples(_)));
+    }
+
+    fn end(&mut self, rank: Rank) {
+        let (Rank::Orders(uuid) | Rank::Samples(uuid)) = rank else { return };
+        self.under_way -= 1;
+        let Some(domain) = self.domains.get_mut(&uuid) else { return };
+        domain.calls -= 1;
+        domain.samples -= usize::from(matches!(rank, Rank::Samples(_)));
+        if domain.calls == 0 {
+            self.domains.remove(&uuid);
+        }
+    }
+}
+
+/// The right to make one call. The next in the queue gets it when this is dropped.
+struct Turn {
+    desk: Arc<Desk>,
+    rank: Rank,
+}
+
+impl Turn {
+    fn make(self, request: &Request) {
+        let got = (self.desk.run)(&request.call);
+        (self.desk.answer)(request.id, got);
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        lock(&self.desk.turns).end(self.rank);
+        self.desk.start_ready();
+    }
+}
+
+fn rank(call: &Call) -> Rank {
+    match call {
+        Call::List
+        | Call::Look { .. }
+        | Call::LookByName { .. }
+        | Call::Xml { .. }
+        | Call::Define { .. }
+        | Call::Undefine { .. }
+        | Call::Shutdown { .. }
+        | Call::Destroy { .. } => Rank::Free,
+        Call::BlockStats { uuid } => Rank::Samples(*uuid),
+        Call::Start { uuid }
+        | Call::Suspend { uuid }
+        | Call::Resume { uuid }
+        | Call::Reset { uuid }
+        | Call::OnReboot { uuid, .. } => Rank::Orders(*uuid),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Condvar;
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+
+    /// A libvirt whose calls about a QEMU come back only when they are let go.
+    #[derive(Default)]
+    struct Libvirt {
+        begun: Mutex<Vec<Call>>,
+        changed: Condvar,
+        goes_on: Mutex<bool>,
+        went_on: Condvar,
+    }
+
+    impl Libvirt {
+        fn make(&self, call: &Call) -> Result<Got, Failure> {
+            lock(&self.begun).push(call.clone());
+            self.changed.notify_all();
+            let mut goes_on = lock(&self.goes_on);
+            while rank(call) != Rank::Free && !*goes_on {
+                goes_on = self.went_on.wait(goes_on).unwrap();
+            }
+            Ok(Got::Done)
+        }
+
+        fn let_go(&self) {
+            *lock(&self.goes_on) = true;
+            self.went_on.notify_all();
+        }
+
+        /// Waits until so many calls have begun.
+        fn wait_for(&self, calls: usize) {
+            let mut begun = lock(&self.begun);
+            while begun.len() < calls {
+                begun = self.changed.wait(begun).unwrap();
+            }
+        }
+
+        fn begun(&self) -> usize {
+            lock(&self.begun).len()
+        }
+    }
+
+    fn desk() -> (Arc<Desk>, Arc<Libvirt>, Receiver<(u64, Result<Got, Failure>)>) {
+        let libvirt = Arc::new(Libvirt::default());
+        let (answers, answered) = channel();
+        let maker = Arc::clone(&libvirt);
+        let desk = Desk::new(move |call| maker.make(call), move |id, got| answers.send((id, got)).unwrap());
+        (desk, libvirt, answered)
+    }
+
+    fn domain(number: u128) -> Uuid {
+        Uuid::from_u128(number)
+    }
+
+    fn ask(desk: &Arc<Desk>, id: u64, call: Call) {
+        desk.take(Request { id, within_ms: None, call });
+    }
+
+    #[test]
+    fn many_domains_are_all_answered_and_none_is_refused() {
+        let (desk, libvirt, answered) = desk();
+        let domains = 3 * CALLS;
+        for number in 0..domains {
+            ask(&desk, number as u64, Call::BlockStats { uuid: domain(number as u128) });
+        }
+        libvirt.wait_for(CALLS);
+        libvirt.let_go();
+        let mut ids = BTreeSet::new();
+        for (id, got) in answered.iter().take(domains) {
+            assert_eq!(got, Ok(Got::Done));
+            assert!(ids.insert(id), "each is answered once");
+        }
+        assert_eq!(ids.len(), domains);
+    }
+
+    #[test]
+    fn a_domain_that_hangs_holds_up_itself_alone_and_can_be_ended() {
+        let (desk, libvirt, answered) = desk();
+        let (hangs, other) = (domain(1), domain(2));
+        for id in 0..10 {
+            ask(&desk, id, Call::BlockStats { uuid: hangs });
+        }
+        for id in 10..20 {
+            ask(&desk, id, Call::Suspend { uuid: hangs });
+        }
+        libvirt.wait_for(2);
+        ask(&desk, 20, Call::Suspend { uuid: other });
+        libvirt.wait_for(3);
+        let begun = lock(&libvirt.begun).clone();
+        let expected =
+            [Call::BlockStats { uuid: hangs }, Call::Suspend { uuid: hangs }, Call::Suspend { uuid: other }];
+        assert!(expected.iter().all(|call| begun.contains(call)), "{begun:?}");
+        // The guest is asked, and the domain ended, past all that.
+        for (id, call) in [(21, Call::Shutdown { uuid: hangs }), (22, Call::Destroy { uuid: hangs })] {
+            ask(&desk, id, call);
+            assert_eq!(answered.recv().unwrap(), (id, Ok(Got::Done)));
+        }
+        assert_eq!(libvirt.begun(), 5);
+        libvirt.let_go();
+        assert_eq!(answered.iter().take(21).filter(|(_, got)| got.is_ok()).count(), 21);
+    }
+
+    #[test]
+    fn what_nobody_waits_for_any_more_is_not_done() {
+        let (desk, libvirt, answered) = desk();
+        for id in 0..2 {
+            ask(&desk, id, Call::Suspend { uuid: domain(1) });
+        }
+        libvirt.wait_for(2);
+        desk.take(Request { id: 2, within_ms: Some(0), call: Call::Reset { uuid: domain(1) } });
+        let (id, late) = answered.recv().unwrap();
+        assert_eq!((id, late.unwrap_err().kind), (2, FailureKind::Busy));
+        libvirt.let_go();
+        assert_eq!(answered.iter().take(2).count(), 2);
+        assert_eq!(libvirt.begun(), 2, "the reset was never made");
+    }
+
+    #[test]
+    fn a_full_queue_says_so_and_still_takes_ends() {
+        let (desk, libvirt, answered) = desk();
+        for id in 0..(QUEUE + DOMAIN_CALLS) as u64 {
+            ask(&desk, id, Call::Suspend { uuid: domain(1) });
+        }
+        ask(&desk, 90_000, Call::Suspend { uuid: domain(1) });
+        let (id, full) = answered.recv().unwrap();
+        let full = full.unwrap_err();
+        assert_eq!((id, full.kind), (90_000, FailureKind::Busy));
+        assert!(full.message.contains("calls waiting"), "{}", full.message);
+        ask(&desk, 90_001, Call::Destroy { uuid: domain(1) });
+        assert_eq!(answered.recv().unwrap(), (90_001, Ok(Got::Done)));
+        libvirt.let_go();
+        assert_eq!(answered.iter().take(QUEUE + DOMAIN_CALLS).count(), QUEUE + DOMAIN_CALLS);
+    }
+}
