@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::caller::Caller;
 use crate::id::{VmId, VmUid};
 use crate::state::{EndedBy, Status, VmState};
 
@@ -76,8 +77,9 @@ pub struct NewEvent {
     pub status: Status,
     /// What brought it about: a method's name, or what was observed (kebab-case).
     pub cause: String,
-    /// Who asked: a caller, or `system`.
-    pub actor: String,
+    /// Who asked: a client, or the program itself.
+    #[serde(flatten)]
+    pub caller: Caller,
     /// What ended the run, where this event is an end.
     pub ended_by: Option<EndedBy>,
     /// The VM's metadata, so that a filter finds the events of a VM that is gone.
@@ -92,4 +94,37 @@ pub struct VmEvent {
     pub seq: EventSeq,
     /// What happened.
     pub event: NewEvent,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::caller::CallerMethod;
+
+    /// An event as an earlier release wrote it: the caller is one text.
+    const EARLIER: &str = r#"{"time_ms":1,"vm_id":"vm","uid":"0192f7a0-0000-7000-8000-000000000001","kind":"created",
+        "state":"created","status":{"phase":"created","reason":"","message":"","observed_at_ms":1,"restarts":0},
+        "cause":"CreateVm","actor":"anonymous@10.0.0.1","ended_by":null}"#;
+
+    #[test]
+    fn what_earlier_releases_wrote_is_read_and_shown_as_before() {
+        let event: NewEvent = serde_json::from_str(EARLIER).unwrap();
+        assert_eq!(event.caller.to_string(), "anonymous@10.0.0.1");
+        let by_itself = EARLIER.replace("anonymous@10.0.0.1", "system");
+        let event: NewEvent = serde_json::from_str(&by_itself).unwrap();
+        assert_eq!(event.caller, Caller::system());
+    }
+
+    #[test]
+    fn a_caller_is_written_whole_beside_the_text_that_earlier_releases_read() {
+        let event: NewEvent = serde_json::from_str(EARLIER).unwrap();
+        let caller = Caller::anonymous(Some("10.0.0.1".to_owned()));
+        let event = NewEvent { caller, ..event };
+        let json = serde_json::to_string(&event).unwrap();
+        assert!(json.contains(r#""actor":"anonymous@10.0.0.1""#), "{json}");
+        assert_eq!(serde_json::from_str::<NewEvent>(&json).unwrap(), event);
+        let newer = json.replace("unauthenticated", "a-way-that-is-not-known-yet");
+        let newer: NewEvent = serde_json::from_str(&newer).unwrap();
+        assert_eq!(newer.caller.method, CallerMethod::Unknown);
+    }
 }

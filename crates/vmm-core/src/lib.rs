@@ -5,10 +5,12 @@
 //! speaks protobuf or knows a hypervisor by name, so all of it can be tested by calling it.
 
 pub mod backend;
+pub mod caller;
 pub mod config;
 pub mod event;
 pub mod gate;
 pub mod id;
+pub mod intent;
 pub mod kind;
 pub mod place;
 pub mod report;

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::config::VmConfig;
 use crate::event::{EventSeq, NewEvent, VmEvent};
 use crate::id::{BackendName, InstanceId, VmId, VmUid};
+pub use crate::intent::{Intent, IntentKind};
 use crate::kind::VmKind;
-use crate::state::{EndedBy, Request, Status, VmState};
+use crate::state::{EndedBy, Status, VmState};
 
 /// Everything that is kept of one VM. Written only by the VM's own actor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,21 +61,6 @@ pub struct Requested {
     pub backend: String,
     /// The configuration as sent.
     pub config: VmConfig,
-}
-
-/// An operation that was admitted and has not ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Intent {
-    /// What was asked.
-    pub request: Request,
-    /// Who asked.
-    pub actor: String,
-    /// When, in Unix milliseconds.
-    pub since_ms: i64,
-    /// How long the guest has to obey a shutdown or a reboot, in milliseconds: 0 where it is not asked, `None` for the default
-    /// and where nobody is asked at all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub patience_ms: Option<u64>,
 }
 
 /// Proof of identity of a process: a pid alone may be somebody else's by now.
@@ -175,6 +161,15 @@ pub struct Commit {
     pub event: Option<NewEvent>,
 }
 
+/// What is kept of a deleted VM whose process may live: what the process is, and what it may still use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// The VM as it was last. Its run says which process it is, where that is known.
+    pub vm: VmRecord,
+    /// What the process may still use. No other VM may use it until the process has provably gone.
+    pub claims: Vec<HostClaim>,
+}
+
 /// What happens to a record.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
@@ -184,6 +179,10 @@ pub enum Change {
     Update(Box<VmRecord>),
     /// A VM that is gone; its events stay. Removing what is not there is harmless and logs nothing.
     Remove(VmUid),
+    /// A VM that is gone while a process of it may live. Like [`Change::Remove`], and the tombstone stays on record.
+    Bury(Box<Tombstone>),
+    /// The process of a deleted VM has provably gone: its tombstone goes. Repeating this is harmless.
+    Unbury(VmUid),
 }
 
 /// What a store holds when it is opened.
@@ -197,6 +196,8 @@ pub struct Snapshot {
     pub unreadable: Vec<Unreadable>,
     /// The last event in the log; 0 if there is none.
     pub last_event: EventSeq,
+    /// The deleted VMs whose processes may live.
+    pub tombstones: Vec<Tombstone>,
 }
 
 /// A VM whose record this program cannot read, as after a step back to an older release. [`Store::commit`] keeps of such a

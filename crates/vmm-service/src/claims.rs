@@ -1,6 +1,6 @@
 //! What serves one running VM at a time: writable disks, by device and inode, and TAPs, by name.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_core::id::{VmId, VmUid};
@@ -33,6 +33,7 @@ struct Holder {
     /// Whether it holds only something that lies on this: a partition of this disk, say. Partitions are in nobody's way but
     /// that of the whole disk.
     part: bool,
+    claim: HostClaim,
 }
 
 impl Claims {
@@ -66,6 +67,16 @@ impl Claims {
         remove(&mut self.lock(), uid);
     }
 
+    /// Lists everything that one VM holds.
+    pub(crate) fn held_by(&self, uid: VmUid) -> Vec<HostClaim> {
+        let holders = self.lock();
+        let keys = holders.by_uid.get(&uid).into_iter().flatten();
+        let held =
+            keys.filter_map(|key| holders.by_key.get(key)).flatten().filter(|holder| holder.uid == uid);
+        // One claim has several keys where one disk lies on another.
+        held.map(|holder| holder.claim.clone()).collect::<HashSet<_>>().into_iter().collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Holders> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -95,7 +106,13 @@ fn insert(holders: &mut Holders, uid: VmUid, vm_id: &VmId, claims: &[HostClaim])
     for claim in claims {
         for (key, part) in keys_of(claim) {
             holders.by_uid.entry(uid).or_default().push(key.clone());
-            let holder = Holder { uid, vm_id: vm_id.clone(), exclusive: is_exclusive(claim), part };
+            let holder = Holder {
+                uid,
+                vm_id: vm_id.clone(),
+                exclusive: is_exclusive(claim),
+                part,
+                claim: claim.clone(),
+            };
             holders.by_key.entry(key).or_default().push(holder);
         }
     }

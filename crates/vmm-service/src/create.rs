@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use uuid::Uuid;
 use vmm_core::backend::{Backend, Effect};
+use vmm_core::caller::Caller;
 use vmm_core::config::{BootConfig, VmConfig};
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::report::{FieldReport, Report};
 use vmm_core::spec::{MacAddr, VmSpec};
-use vmm_core::state::{Phase, Request, Status, VmState};
-use vmm_core::store::{Change, Commit, Requested, VmRecord};
+use vmm_core::state::{Phase, Status, VmState};
+use vmm_core::store::{Change, Commit, Intent, Requested, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor;
@@ -31,7 +32,7 @@ pub struct CreateRequest {
     /// What to create.
     pub requested: Requested,
     /// Who asks.
-    pub actor: String,
+    pub caller: Caller,
 }
 
 /// What CreateVm answers.
@@ -118,7 +119,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         state: record.state,
         status: record.status.clone(),
         cause: "CreateVm".to_owned(),
-        actor: request.actor,
+        caller: request.caller,
         ended_by: None,
         metadata: record.config.metadata.clone(),
     };
@@ -179,10 +180,7 @@ fn repeat(shared: &Shared, existing: Arc<VmRecord>, requested: &Requested) -> Re
     if existing.requested != *requested {
         return Err(ServiceError::AlreadyExists(existing.vm_id.clone()));
     }
-    let leaving = existing
-        .intent
-        .as_ref()
-        .is_some_and(|intent| matches!(intent.request, Request::Delete | Request::ForceDelete));
+    let leaving = existing.intent.as_ref().is_some_and(Intent::is_deletion);
     if leaving {
         return Err(ServiceError::Unavailable(format!(
             "VM \"{}\" is being deleted; try again when it is gone",

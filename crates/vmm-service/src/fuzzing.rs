@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::FutureExt as _;
 use uuid::Uuid;
+use vmm_core::caller::Caller;
 use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
 use vmm_core::id::{InstanceId, VmId, VmUid};
 use vmm_core::state::{Phase, Status, VmState};
@@ -34,6 +35,7 @@ impl Store for Log {
             vms: Vec::new(),
             unreadable: Vec::new(),
             last_event: EventSeq(*KEPT.end()),
+            tombstones: Vec::new(),
         })
     }
 
@@ -73,7 +75,7 @@ fn event(seq: u64) -> VmEvent {
         state: VmState::Running,
         status: Status::plain(Phase::Running, 1_700_000_000_000),
         cause: "BootVm".to_owned(),
-        actor: "somebody".to_owned(),
+        caller: Caller::named("somebody"),
         ended_by: None,
         metadata: [].into(),
     };

@@ -17,6 +17,7 @@ use tokio::sync::MutexGuard;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 use vmm_core::backend::Backend;
+use vmm_core::caller::Caller;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
@@ -212,7 +213,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         state: record.state,
         status: record.status.clone(),
         cause: CAUSE.to_owned(),
-        actor: "system".to_owned(),
+        caller: Caller::system(),
         ended_by: None,
         metadata: record.config.metadata.clone(),
     };
@@ -254,7 +255,7 @@ async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync
 async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
-    let operation = Operation { request: Request::Delete, ask_guest_for: None, actor: "system".to_owned() };
+    let operation = Operation { request: Request::Delete, ask_guest_for: None, caller: Caller::system() };
     if let Some(Err(error)) = handle.ask(shared, operation).await {
         tracing::warn!(vm_id = %record.vm_id, %error, "a VM that is no more could not be taken off the record");
     }

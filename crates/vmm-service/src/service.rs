@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tracing::Instrument as _;
 use uuid::Uuid;
+use vmm_core::caller::Caller;
 use vmm_core::id::{InstanceId, VmId, VmUid};
 use vmm_core::report::{FieldReport, Report};
 use vmm_core::spec::VmSpec;
@@ -29,7 +30,7 @@ use crate::spares::{self, Spares};
 use crate::wait;
 
 /// How long a guest has to obey ShutdownVm where the client does not say.
-pub(crate) const DEFAULT_SHUTDOWN: Duration = Duration::from_secs(30);
+pub(crate) use vmm_core::intent::DEFAULT_PATIENCE as DEFAULT_SHUTDOWN;
 /// The longest a client may let a guest take.
 const MAX_SHUTDOWN_SECONDS: i32 = 3600;
 /// How often backends are asked how they are.
@@ -156,7 +157,7 @@ impl VmService {
         settings: Settings,
         taps: Arc<dyn Taps>,
     ) -> Result<Self, ServiceError> {
-        let Snapshot { instance, vms, unreadable, last_event } = store.load().await?;
+        let Snapshot { instance, vms, unreadable, last_event, tombstones: _ } = store.load().await?;
         let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
         tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
         // A VM that never ran and is not being started owns no TAP: what bears its label was made by a start that died.
@@ -227,8 +228,8 @@ impl VmService {
     /// # Errors
     ///
     /// The state forbids it, something it needs is taken or gone, or its backend failed.
-    pub async fn boot(&self, vm_id: &str, actor: String) -> Result<Outcome, ServiceError> {
-        self.ask(vm_id, Request::Boot, None, actor).await
+    pub async fn boot(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
+        self.ask(vm_id, Request::Boot, None, caller).await
     }
 
     /// Shuts a VM down; success means that its VMM has gone.
@@ -240,13 +241,13 @@ impl VmService {
         &self,
         vm_id: &str,
         options: ShutdownOptions,
-        actor: String,
+        caller: Caller,
     ) -> Result<Outcome, ServiceError> {
         let ask_guest_for = options.ask_guest_for()?;
         if options.force {
-            return self.force(vm_id, Request::Shutdown, actor).await;
+            return self.force(vm_id, Request::Shutdown, caller).await;
         }
-        self.ask(vm_id, Request::Shutdown, ask_guest_for, actor).await
+        self.ask(vm_id, Request::Shutdown, ask_guest_for, caller).await
     }
 
     /// Stops a VM's CPUs.
@@ -254,8 +255,8 @@ impl VmService {
     /// # Errors
     ///
     /// The state forbids it, or its VMM failed.
-    pub async fn pause(&self, vm_id: &str, actor: String) -> Result<Outcome, ServiceError> {
-        self.ask(vm_id, Request::Pause, None, actor).await
+    pub async fn pause(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
+        self.ask(vm_id, Request::Pause, None, caller).await
     }
 
     /// Lets a VM's CPUs go on.
@@ -263,8 +264,8 @@ impl VmService {
     /// # Errors
     ///
     /// The state forbids it, or its VMM failed.
-    pub async fn resume(&self, vm_id: &str, actor: String) -> Result<Outcome, ServiceError> {
-        self.ask(vm_id, Request::Resume, None, actor).await
+    pub async fn resume(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
+        self.ask(vm_id, Request::Resume, None, caller).await
     }
 
     /// Shuts a VM down and boots it; with `force` resets it at once.
@@ -276,10 +277,10 @@ impl VmService {
         &self,
         vm_id: &str,
         options: ShutdownOptions,
-        actor: String,
+        caller: Caller,
     ) -> Result<Outcome, ServiceError> {
         let ask_guest_for = options.ask_guest_for()?;
-        self.ask(vm_id, Request::Reboot, ask_guest_for, actor).await
+        self.ask(vm_id, Request::Reboot, ask_guest_for, caller).await
     }
 
     /// Removes a VM and everything that the program made for it.
@@ -287,11 +288,11 @@ impl VmService {
     /// # Errors
     ///
     /// Without `force`: the state forbids it. With it, only an unknown name or a store that fails.
-    pub async fn delete(&self, vm_id: &str, force: bool, actor: String) -> Result<Outcome, ServiceError> {
+    pub async fn delete(&self, vm_id: &str, force: bool, caller: Caller) -> Result<Outcome, ServiceError> {
         if force {
-            return self.force(vm_id, Request::ForceDelete, actor).await;
+            return self.force(vm_id, Request::ForceDelete, caller).await;
         }
-        self.ask(vm_id, Request::Delete, None, actor).await
+        self.ask(vm_id, Request::Delete, None, caller).await
     }
 
     /// Finds a VM. Never waits for a VMM.
@@ -375,16 +376,16 @@ impl VmService {
         vm_id: &str,
         request: Request,
         ask_guest_for: Option<Duration>,
-        actor: String,
+        caller: Caller,
     ) -> Result<Outcome, ServiceError> {
-        let message = Operation { request, ask_guest_for, actor };
+        let message = Operation { request, ask_guest_for, caller };
         let handle = self.handle(vm_id)?;
         let answer = handle.ask(&self.shared, message).await;
         self.answer(vm_id, handle.uid, answer)
     }
 
-    async fn force(&self, vm_id: &str, request: Request, actor: String) -> Result<Outcome, ServiceError> {
-        let message = Operation { request, ask_guest_for: None, actor };
+    async fn force(&self, vm_id: &str, request: Request, caller: Caller) -> Result<Outcome, ServiceError> {
+        let message = Operation { request, ask_guest_for: None, caller };
         let handle = self.handle(vm_id)?;
         let answer = handle.force(&self.shared, message).await;
         self.answer(vm_id, handle.uid, answer)

@@ -29,14 +29,36 @@ pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<
         EncodedChange::Insert(record) => insert(conn, record)?,
         EncodedChange::Update(record) => update(conn, record)?,
         EncodedChange::Remove { uid } => {
-            let removed = conn.prepare_cached("DELETE FROM vms WHERE uid = ?1")?.execute([uid])?;
-            if removed == 0 {
+            if !remove(conn, uid)? {
                 // Its end is in the log already, or it never began.
                 return Ok(None);
             }
         }
+        EncodedChange::Bury { uid, tombstone } => {
+            if !remove(conn, uid)? {
+                return Ok(None);
+            }
+            conn.prepare_cached("INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)")?
+                .execute(params![tombstone_key(uid), tombstone])?;
+        }
+        EncodedChange::Unbury { uid } => {
+            conn.prepare_cached("DELETE FROM meta WHERE key = ?1")?.execute([tombstone_key(uid)])?;
+        }
     }
     Ok(commit.event.as_ref().map(|event| append(conn, event)).transpose()?)
+}
+
+/// The keys of tombstones in `meta` begin with this. A table of their own would be a new version of the schema, which an older
+/// program refuses; a key that it does not know it leaves alone.
+pub(crate) const TOMBSTONES: &str = "tombstone:";
+
+fn tombstone_key(uid: &str) -> String {
+    format!("{TOMBSTONES}{uid}")
+}
+
+/// Removes a VM, and says whether there was one.
+fn remove(conn: &Connection, uid: &str) -> rusqlite::Result<bool> {
+    Ok(conn.prepare_cached("DELETE FROM vms WHERE uid = ?1")?.execute([uid])? > 0)
 }
 
 fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
@@ -134,7 +156,12 @@ impl Proof {
             (EncodedChange::Insert(record) | EncodedChange::Update(record), None) => {
                 Self::Generation(record.uid.clone(), record.generation)
             }
-            (EncodedChange::Remove { uid }, None) => Self::Gone(uid.clone()),
+            (
+                EncodedChange::Remove { uid }
+                | EncodedChange::Bury { uid, .. }
+                | EncodedChange::Unbury { uid },
+                None,
+            ) => Self::Gone(uid.clone()),
         }
     }
 

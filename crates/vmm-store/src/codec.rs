@@ -7,7 +7,7 @@ use std::path::Path;
 
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, NewEvent, VmEvent};
-use vmm_core::store::{Change, Commit, StoreError, StoreErrorKind, Unreadable, VmRecord};
+use vmm_core::store::{Change, Commit, StoreError, StoreErrorKind, Tombstone, Unreadable, VmRecord};
 
 use crate::error::{CausedBy, corrupt, store_error};
 use crate::foreign::Foreign;
@@ -28,7 +28,17 @@ pub(crate) struct EncodedCommit {
 pub(crate) enum EncodedChange {
     Insert(EncodedRecord),
     Update(EncodedRecord),
-    Remove { uid: String },
+    Remove {
+        uid: String,
+    },
+    /// `tombstone` is the JSON of a [`Tombstone`].
+    Bury {
+        uid: String,
+        tombstone: String,
+    },
+    Unbury {
+        uid: String,
+    },
 }
 
 /// A [`VmRecord`] in the form of a row.
@@ -63,8 +73,31 @@ pub(crate) fn encode(commit: Commit, foreign: &Foreign) -> Result<EncodedCommit,
             EncodedChange::Update(encoded)
         }
         Change::Remove(uid) => EncodedChange::Remove { uid: uid.to_string() },
+        Change::Bury(tombstone) => EncodedChange::Bury {
+            uid: tombstone.vm.uid.to_string(),
+            tombstone: encode_tombstone(&tombstone)?,
+        },
+        Change::Unbury(uid) => EncodedChange::Unbury { uid: uid.to_string() },
     };
     Ok(EncodedCommit { change, event: commit.event.as_ref().map(encode_event).transpose()? })
+}
+
+fn encode_tombstone(tombstone: &Tombstone) -> Result<String, StoreError> {
+    serde_json::to_string(tombstone).map_err(|error| {
+        let message =
+            format!("the tombstone of VM {} cannot be stored: use paths in UTF-8 only", tombstone.vm.vm_id);
+        store_error(StoreErrorKind::Io, Effect::NotApplied, message).caused_by(error)
+    })
+}
+
+/// Turns the text of a tombstone back into one.
+///
+/// # Errors
+///
+/// [`StoreErrorKind::Corrupt`] if it makes no sense.
+pub(crate) fn decode_tombstone(path: &Path, key: &str, json: &str) -> Result<Tombstone, StoreError> {
+    serde_json::from_str(json)
+        .map_err(|error| corrupt(path, format_args!("the tombstone {key} cannot be read")).caused_by(error))
 }
 
 /// Turns a record into a row.

@@ -9,9 +9,10 @@ use tokio::sync::{mpsc, oneshot};
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::InstanceId;
-use vmm_core::store::{EventQuery, Snapshot, StoreError};
+use vmm_core::store::{EventQuery, Snapshot, StoreError, Tombstone};
 
-use crate::codec::{EncodedEvent, EncodedRecord, decode_event, decode_record};
+use crate::apply::TOMBSTONES;
+use crate::codec::{EncodedEvent, EncodedRecord, decode_event, decode_record, decode_tombstone};
 use crate::error::{CausedBy, corrupt, from_sqlite};
 use crate::foreign::Foreign;
 
@@ -122,7 +123,18 @@ pub(crate) fn load(
         .map_err(failed)?;
     let last_event = u64::try_from(last.unwrap_or(0))
         .map_err(|error| corrupt(path, "the end of the event log is negative").caused_by(error))?;
-    Ok(Snapshot { instance, vms, unreadable, last_event: EventSeq(last_event) })
+    let tombstones = tombstones(&transaction, path)?;
+    Ok(Snapshot { instance, vms, unreadable, last_event: EventSeq(last_event), tombstones })
+}
+
+fn tombstones(conn: &Connection, path: &Path) -> Result<Vec<Tombstone>, StoreError> {
+    let rows = || -> rusqlite::Result<Vec<(String, String)>> {
+        conn.prepare_cached("SELECT key, value FROM meta WHERE instr(key, ?1) = 1 ORDER BY key")?
+            .query_map((TOMBSTONES,), |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect()
+    };
+    let rows = rows().map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))?;
+    rows.iter().map(|(key, json)| decode_tombstone(path, key, json)).collect()
 }
 
 fn vm_row(row: &Row<'_>) -> rusqlite::Result<EncodedRecord> {

@@ -6,6 +6,7 @@
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use vmm_core::caller::Caller;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
@@ -82,7 +83,7 @@ pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
         state,
         status,
         cause: object.get("cause").unwrap_or_else(|| "unreadable-event".to_owned()),
-        actor: object.get("actor").unwrap_or_default(),
+        caller: read(&Value::Object(object.0.clone())).unwrap_or_else(|| Caller::named("")),
         ended_by: object.get("ended_by").unwrap_or(None),
         metadata: object.get("metadata").unwrap_or_default(),
     })

@@ -9,7 +9,7 @@ use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::store::{
-    Change, Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind, Unreadable, VmRecord,
+    Change, Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, Unreadable, VmRecord,
 };
 
 /// The store. What it holds lives as long as it does, so a second service on the same store finds it again.
@@ -23,6 +23,7 @@ pub struct MemoryStore {
 struct Inner {
     vms: BTreeMap<VmUid, VmRecord>,
     unreadable: BTreeMap<VmUid, String>,
+    tombstones: BTreeMap<VmUid, Tombstone>,
     events: Vec<VmEvent>,
     last_event: EventSeq,
     next: VecDeque<Verdict>,
@@ -81,6 +82,11 @@ impl MemoryStore {
         self.lock().vms.values().find(|vm| vm.vm_id.as_str() == vm_id).cloned()
     }
 
+    /// Every tombstone.
+    pub fn tombstones(&self) -> Vec<Tombstone> {
+        self.lock().tombstones.values().cloned().collect()
+    }
+
     /// Every event, oldest first.
     pub fn log(&self) -> Vec<VmEvent> {
         self.lock().events.clone()
@@ -114,7 +120,8 @@ impl Store for MemoryStore {
                 None => vms.push(record),
             }
         }
-        Ok(Snapshot { instance: self.instance, vms, unreadable, last_event: inner.last_event })
+        let tombstones = inner.tombstones.values().cloned().collect();
+        Ok(Snapshot { instance: self.instance, vms, unreadable, last_event: inner.last_event, tombstones })
     }
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
@@ -176,7 +183,7 @@ impl Inner {
                 StoreErrorKind::Conflict,
                 "the record has changed",
             ),
-            Change::Remove(_) => return Ok(()),
+            Change::Remove(_) | Change::Bury(_) | Change::Unbury(_) => return Ok(()),
         };
         if allowed { Ok(()) } else { Err(error(kind, Effect::NotApplied, message)) }
     }
@@ -188,6 +195,13 @@ impl Inner {
             }
             Change::Remove(uid) => {
                 self.vms.remove(&uid)?;
+            }
+            Change::Bury(tombstone) => {
+                self.vms.remove(&tombstone.vm.uid)?;
+                self.tombstones.insert(tombstone.vm.uid, *tombstone);
+            }
+            Change::Unbury(uid) => {
+                self.tombstones.remove(&uid);
             }
         }
         commit.event.map(|event| {

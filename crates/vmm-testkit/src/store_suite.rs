@@ -7,17 +7,19 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 use vmm_core::backend::Effect;
+use vmm_core::caller::Caller;
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
 use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
-use vmm_core::state::{EndedBy, Phase, Request, Status, VmState};
+use vmm_core::state::{EndedBy, Phase, Status, VmState};
 use vmm_core::store::{
-    Change, Commit, DiskKey, EventQuery, HostClaim, Intent, Namespaces, ProcessIdentity, Requested,
-    RunRecord, Snapshot, Store, StoreError, StoreErrorKind, VmRecord,
+    Change, Commit, DiskKey, EventQuery, HostClaim, Intent, IntentKind, Namespaces, ProcessIdentity,
+    Requested, RunRecord, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, VmRecord,
 };
 
 /// Somewhere that keeps what a store held.
@@ -38,6 +40,7 @@ macro_rules! store_suite {
             an_update_needs_the_generation_before
             of_many_updates_to_a_generation_one_wins
             removing_twice_is_harmless_and_keeps_the_events
+            a_tombstone_stays_until_it_is_taken_away
             events_have_no_gaps_and_follow_the_answers
             events_are_paged
             expiry_takes_the_old_and_no_place_is_given_twice
@@ -82,10 +85,12 @@ pub fn record(name: &str) -> VmRecord {
         created_ms: 1_700_000_000_000,
         modified_ms: 1_700_000_000_000,
         intent: Some(Intent {
-            request: Request::Boot,
-            actor: "somebody".to_owned(),
+            kind: IntentKind::Reboot {
+                ask_guest_for: Some(Duration::from_millis(1)),
+                claims: vec![HostClaim::Tap { name: "tap1".to_owned() }],
+            },
+            caller: Caller::anonymous(Some("10.0.0.1".to_owned())),
             since_ms: -1,
-            patience_ms: Some(1),
         }),
         run: Some(RunRecord {
             process: ProcessIdentity {
@@ -133,7 +138,7 @@ pub fn event(record: &VmRecord, time_ms: i64) -> NewEvent {
         state: record.state,
         status: record.status.clone(),
         cause: format!("generation-{}", record.generation),
-        actor: "suite".to_owned(),
+        caller: Caller::named("suite"),
         ended_by: record.ended_by,
         metadata: record.config.metadata.clone(),
     }
@@ -325,6 +330,28 @@ pub async fn of_many_updates_to_a_generation_one_wins(place: &impl Place) {
         assert_refused(result, StoreErrorKind::Conflict);
     }
     assert_eq!(places(&*store).await, [1, 2]);
+}
+
+/// A VM that is buried is removed with its name and its event; the tombstone stays across openings until it is taken away.
+pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl Place) {
+    let store = place.open().await;
+    let vm = record("vm");
+    let grave = Tombstone { claims: vec![HostClaim::Tap { name: "tap0".to_owned() }], vm: vm.clone() };
+    let bury = Commit { change: Change::Bury(Box::new(grave.clone())), event: Some(event(&vm, 0)) };
+    assert_eq!(store.commit(bury.clone()).await.expect("burying nothing is legal"), None);
+    assert!(load(&*store).await.tombstones.is_empty(), "a VM that never was leaves none");
+    commit(&*store, insert(&vm)).await;
+    assert_eq!(commit(&*store, bury).await, EventSeq(2));
+    commit(&*store, insert(&record("vm"))).await;
+    drop(store);
+    let store = place.open().await;
+    let found = load(&*store).await;
+    assert_eq!((found.tombstones, found.vms.len()), (vec![grave], 1));
+    for _ in 0..2 {
+        let unbury = Commit { change: Change::Unbury(vm.uid), event: None };
+        assert_eq!(store.commit(unbury).await.expect("repeating it is harmless"), None);
+    }
+    assert!(load(&*store).await.tombstones.is_empty());
 }
 
 /// Removing a VM again, or one that never was, succeeds and logs nothing; the events of removed VMs stay.

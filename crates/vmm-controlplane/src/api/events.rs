@@ -133,7 +133,7 @@ fn recorded_to_pb(recorded: Recorded) -> pb::VmEvent {
         state: state_to_pb(event.state).into(),
         status: status_to_pb(&event.status).into(),
         cause: event.cause.clone(),
-        actor: event.actor.clone(),
+        actor: event.caller.to_string(),
         ended_by: event.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
         ..Default::default()
     }

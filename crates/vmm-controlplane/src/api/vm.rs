@@ -1,6 +1,7 @@
 //! `vmm.v1.VmService`: one method per call.
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use vmm_core::caller::Caller;
 use vmm_core::store::Requested;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
@@ -25,9 +26,9 @@ impl Api {
     }
 }
 
-/// Who asks, for the audit trail: as long as there is no authentication, the peer's address.
-fn actor(ctx: &RequestContext) -> String {
-    ctx.peer_addr().map_or_else(|| "unknown".to_owned(), |peer| format!("anonymous@{}", peer.ip()))
+/// Returns who asks, for the audit trail. Nobody proves a name yet, so the peer's address is all that is known.
+fn caller(ctx: &RequestContext) -> Caller {
+    Caller::anonymous(ctx.peer_addr().map(|peer| peer.ip().to_string()))
 }
 
 /// A method whose time has not come says so instead of pretending.
@@ -46,7 +47,7 @@ impl pb::VmService for Api {
         let request = request.to_owned_message();
         let config = config_from_pb(request.config.into_option().unwrap_or_default());
         let requested = Requested { backend: request.backend, config };
-        let create = CreateRequest { vm_id: request.vm_id, requested, actor: actor(&ctx) };
+        let create = CreateRequest { vm_id: request.vm_id, requested, caller: caller(&ctx) };
         let created = self.service.create(create).await.map_err(to_connect)?;
         record_vm_id(&ctx, created.record.vm_id.as_str());
         Response::ok(pb::CreateVmResponse {
@@ -66,7 +67,7 @@ impl pb::VmService for Api {
         record_vm_id(&ctx, request.vm_id);
         require_force(&ctx, request.force)?;
         let outcome =
-            self.service.delete(request.vm_id, request.force, actor(&ctx)).await.map_err(to_connect)?;
+            self.service.delete(request.vm_id, request.force, caller(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::DeleteVmResponse {
             success: true,
             left_behind: reports_to_pb(outcome.left_behind),
@@ -80,7 +81,7 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::BootVmRequest>,
     ) -> ServiceResult<pb::BootVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome = self.service.boot(request.vm_id, actor(&ctx)).await.map_err(to_connect)?;
+        let outcome = self.service.boot(request.vm_id, caller(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::BootVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -96,7 +97,8 @@ impl pb::VmService for Api {
         record_vm_id(&ctx, request.vm_id);
         require_force(&ctx, request.force)?;
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
-        let outcome = self.service.shutdown(request.vm_id, options, actor(&ctx)).await.map_err(to_connect)?;
+        let outcome =
+            self.service.shutdown(request.vm_id, options, caller(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::ShutdownVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -111,7 +113,7 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::PauseVmRequest>,
     ) -> ServiceResult<pb::PauseVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome = self.service.pause(request.vm_id, actor(&ctx)).await.map_err(to_connect)?;
+        let outcome = self.service.pause(request.vm_id, caller(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::PauseVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -125,7 +127,7 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::ResumeVmRequest>,
     ) -> ServiceResult<pb::ResumeVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome = self.service.resume(request.vm_id, actor(&ctx)).await.map_err(to_connect)?;
+        let outcome = self.service.resume(request.vm_id, caller(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::ResumeVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -140,7 +142,7 @@ impl pb::VmService for Api {
     ) -> ServiceResult<pb::RebootVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
-        let outcome = self.service.reboot(request.vm_id, options, actor(&ctx)).await.map_err(to_connect)?;
+        let outcome = self.service.reboot(request.vm_id, options, caller(&ctx)).await.map_err(to_connect)?;
         Response::ok(pb::RebootVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, Either, ready, select};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Sweep};
+use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::gate::Gate;
 use vmm_core::id::VmUid;
 use vmm_core::spec::{Console, VmSpec};
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
-use vmm_core::store::HostClaim;
+use vmm_core::store::{HostClaim, Intent, IntentKind};
 use vmm_host::descriptors::Start;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::run_dir::{self, SpareMark};
@@ -33,9 +34,9 @@ pub(super) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
 
 impl Actor {
     /// BootVm: a start that a client asked for ends any count of restarts, and any wait for one.
-    pub(super) async fn boot_as_asked(&mut self, actor: &str) -> Result<Outcome, ServiceError> {
+    pub(super) async fn boot_as_asked(&mut self, caller: &Caller) -> Result<Outcome, ServiceError> {
         let waiting = (self.restart_at.take(), std::mem::take(&mut self.record.status.restarts));
-        if let Err(error) = self.start(Request::Boot, actor).await {
+        if let Err(error) = self.start(Request::Boot, caller).await {
             if self.record.status.phase == Phase::Restarting {
                 // Nothing was begun, so the policy's own start is still to come.
                 (self.restart_at, self.record.status.restarts) = waiting;
@@ -46,11 +47,11 @@ impl Actor {
     }
 
     /// Starts the VMM and its guest. A reboot has recorded its intent already.
-    pub(super) async fn start(&mut self, request: Request, actor: &str) -> Result<(), ServiceError> {
+    pub(super) async fn start(&mut self, request: Request, caller: &Caller) -> Result<(), ServiceError> {
         let (claims, _room) = match self.reserve(request).await {
             Ok(reserved) => reserved,
             Err(error) if request == Request::Reboot => {
-                return Err(self.not_started(request, actor, error).await);
+                return Err(self.not_started(request, caller, error).await);
             }
             Err(error) => return Err(error),
         };
@@ -60,7 +61,8 @@ impl Actor {
         let mut failed = None;
         if request == Request::Boot {
             let intended = {
-                let intending = pin!(self.intend(request, Phase::Starting, actor));
+                let kind = IntentKind::Boot { claims: claims.clone() };
+                let intending = pin!(self.intend(kind, Phase::Starting, caller));
                 match select(intending, &mut launching).await {
                     Either::Left((intended, _)) => intended,
                     // Before the gate is open a launch can only fail; that is told when its intent is on record.
@@ -81,10 +83,10 @@ impl Actor {
             None => self.interruptible(LAUNCH_DEADLINE, launching).await,
         };
         match launched {
-            Ok(launched) => self.started(request, actor, launched, claims).await,
+            Ok(launched) => self.started(request, caller, launched, claims).await,
             Err(broken) => {
                 let error = self.boot_error(request, broken);
-                Err(self.not_started(request, actor, error).await)
+                Err(self.not_started(request, caller, error).await)
             }
         }
     }
@@ -213,7 +215,7 @@ impl Actor {
     async fn started(
         &mut self,
         request: Request,
-        actor: &str,
+        caller: &Caller,
         launched: Launched,
         claims: Vec<HostClaim>,
     ) -> Result<(), ServiceError> {
@@ -227,10 +229,10 @@ impl Actor {
         self.record.state = observe(self.record.state, Observation::Runs);
         self.record.status = self.plain(Phase::Running);
         self.record.ended_by = None;
-        if let Err(error) = self.conclude(EventKind::StateChanged, Why::asked(request, actor)).await {
+        if let Err(error) = self.conclude(EventKind::StateChanged, Why::asked(request, caller)).await {
             // A VM that is not on record must not run: nobody would find it after a crash.
             self.record.state = was;
-            return Err(self.not_started(request, actor, error.into()).await);
+            return Err(self.not_started(request, caller, error.into()).await);
         }
         point(FaultPoint::outcome_committed(request));
         self.made_taps.clear();
@@ -239,7 +241,7 @@ impl Actor {
     }
 
     /// Takes back everything that a start had done, and records why there is no VMM.
-    async fn not_started(&mut self, request: Request, actor: &str, error: ServiceError) -> ServiceError {
+    async fn not_started(&mut self, request: Request, caller: &Caller, error: ServiceError) -> ServiceError {
         if let Some(vmm) = self.vmm()
             && let Err(error) = self.kill(&*vmm).await
         {
@@ -249,7 +251,7 @@ impl Actor {
         if self.stray
             && let Err(Broken::Backend(left)) = self.sweep(Sweep::Clear).await
         {
-            return self.start_left_something(request, actor, error, &left).await;
+            return self.start_left_something(request, caller, error, &left).await;
         }
         self.take_back_taps().await;
         self.let_go();
@@ -264,7 +266,7 @@ impl Actor {
             (Phase::Failed, "boot-failed")
         };
         self.record.status = self.plain(phase).because(reason, error.to_string());
-        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, caller)).await;
         error
     }
 
@@ -272,7 +274,7 @@ impl Actor {
     async fn start_left_something(
         &mut self,
         request: Request,
-        actor: &str,
+        caller: &Caller,
         error: ServiceError,
         left: &BackendError,
     ) -> ServiceError {
@@ -282,7 +284,16 @@ impl Actor {
         self.record.run = None;
         self.record.status = self.plain(Phase::Unreachable).because("vmm-does-not-end", left.to_string());
         self.look_for_it_later();
-        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+        // The intent stays on record as that of a start: it says what the process may use, also to the next daemon, and a look
+        // that finds the process goes on from there.
+        let claims = self.shared.claims.held_by(self.record.uid);
+        let since_ms = now_ms();
+        self.record.intent =
+            Some(Intent { kind: IntentKind::Boot { claims }, caller: caller.clone(), since_ms });
+        if let Err(error) = self.commit(EventKind::OperationFailed, Why::asked(request, caller)).await {
+            tracing::error!(%error, "a start that left a process could not be recorded");
+            self.publish();
+        }
         error
     }
 }

@@ -7,7 +7,7 @@ use vmm_core::event::EventKind;
 use vmm_core::kind::VmKind;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
-use vmm_core::store::{Change, Commit};
+use vmm_core::store::{Change, Commit, IntentKind};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::persist::Why;
@@ -23,19 +23,20 @@ const FOREIGN_END: Duration = Duration::from_secs(3);
 impl Actor {
     /// Removes the VM. With `force`, what cannot be freed is named in the answer and stops nothing.
     pub(super) async fn delete(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
-        if let Err(error) = self.intend(operation.request, Phase::Deleting, &operation.actor).await {
+        let forced = operation.request == Request::ForceDelete;
+        let kind = if forced { IntentKind::ForceDelete } else { IntentKind::Delete };
+        if let Err(error) = self.intend(kind, Phase::Deleting, &operation.caller).await {
             return Err(self.end_unrecorded(operation, error).await);
         }
         self.restart_at = None;
         let mut left_behind = Vec::new();
-        let forced = operation.request == Request::ForceDelete;
         match self.end_what_runs(if forced { Sweep::ForceDelete } else { Sweep::Delete }).await {
             Ok(()) => {}
             Err(Broken::Backend(error)) if forced || error.kind == BackendErrorKind::NotServed => {
                 left_behind.push(FieldReport::new("process", error.to_string()));
                 self.let_go();
             }
-            Err(broken) => return Err(self.give_up(operation.request, &operation.actor, broken).await),
+            Err(broken) => return Err(self.give_up(operation.request, &operation.caller, broken).await),
         }
         point(FaultPoint::DeleteVmmEnded);
         self.record.state = observe(self.record.state, Observation::VmmGone);
@@ -95,7 +96,7 @@ impl Actor {
                 self.record.status = self
                     .plain(Phase::at_rest(self.record.state))
                     .because("shutdown", "ended by force, which could not be recorded");
-                let why = Why::asked(operation.request, &operation.actor).ended_by(Some(EndedBy::Sigkill));
+                let why = Why::asked(operation.request, &operation.caller).ended_by(Some(EndedBy::Sigkill));
                 let _ = self.conclude(EventKind::StateChanged, why).await;
                 error.but("Its VMM was ended all the same; call again when the store can be written to")
             }
@@ -122,7 +123,8 @@ impl Actor {
 
     async fn remove_record(&mut self, operation: &Operation) -> Result<(), ServiceError> {
         self.record.status = self.plain(Phase::Deleting);
-        let event = self.event(EventKind::Deleted, Why::asked(operation.request, &operation.actor), now_ms());
+        let event =
+            self.event(EventKind::Deleted, Why::asked(operation.request, &operation.caller), now_ms());
         let commit = Commit { change: Change::Remove(self.record.uid), event: Some(event) };
         let mut removed = self.send(commit.clone()).await;
         if removed.as_ref().is_err_and(|error| error.effect == Effect::Unknown) {
@@ -134,7 +136,7 @@ impl Actor {
             Err(error) => {
                 self.record.status =
                     self.plain(Phase::at_rest(self.record.state)).because("delete-failed", error.to_string());
-                let why = Why::asked(operation.request, &operation.actor);
+                let why = Why::asked(operation.request, &operation.caller);
                 let _ = self.conclude(EventKind::OperationFailed, why).await;
                 return Err(error.into());
             }

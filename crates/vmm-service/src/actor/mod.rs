@@ -36,6 +36,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use vmm_core::backend::{Backend, BackendError, Launched, Vmm, VmmEvent};
+use vmm_core::caller::Caller;
 use vmm_core::event::EventSeq;
 use vmm_core::id::VmUid;
 use vmm_core::place::Found;
@@ -66,7 +67,7 @@ pub(crate) struct Operation {
     /// How long the guest has to obey a shutdown or reboot; `None` means that it is not asked.
     pub(crate) ask_guest_for: Option<Duration>,
     /// Who asks.
-    pub(crate) actor: String,
+    pub(crate) caller: Caller,
 }
 
 struct Message {

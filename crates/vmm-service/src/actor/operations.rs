@@ -5,8 +5,10 @@ use std::time::Duration;
 use vmm_core::backend::{
     BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sweep, SweepRequest,
 };
+use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::state::{Admission, EndedBy, Observation, Phase, Request, admit, observe};
+use vmm_core::store::IntentKind;
 use vmm_host::fault::{FaultPoint, point};
 
 use super::persist::Why;
@@ -47,9 +49,9 @@ impl Actor {
                 request,
             }),
             Admission::Do => match request {
-                Request::Boot => self.boot_as_asked(&operation.actor).await,
-                Request::Pause => self.pause(&operation.actor).await,
-                Request::Resume => self.resume(&operation.actor).await,
+                Request::Boot => self.boot_as_asked(&operation.caller).await,
+                Request::Pause => self.pause(&operation.caller).await,
+                Request::Resume => self.resume(&operation.caller).await,
                 Request::Shutdown => self.shutdown(operation).await,
                 Request::Reboot => self.reboot(operation).await,
                 Request::Delete | Request::ForceDelete => self.delete(operation).await,
@@ -66,7 +68,7 @@ impl Actor {
         self.record.status = self
             .plain(Phase::at_rest(self.record.state))
             .because("shutdown", "what an earlier start had left was ended by force");
-        let why = Why::asked(operation.request, &operation.actor);
+        let why = Why::asked(operation.request, &operation.caller);
         Ok(self.conclude(EventKind::StateChanged, why).await?)
     }
 
@@ -82,30 +84,30 @@ impl Actor {
         let waits = self.restart_at.take().is_some() || matches!(self.record.status.phase, Phase::Restarting);
         if stopped && waits {
             self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
-            self.conclude(EventKind::StateChanged, Why::asked(operation.request, &operation.actor)).await?;
+            self.conclude(EventKind::StateChanged, Why::asked(operation.request, &operation.caller)).await?;
         }
         Ok(self.outcome(stopped.then_some(EndedBy::AlreadyStopped)))
     }
 
-    async fn pause(&mut self, actor: &str) -> Result<Outcome, ServiceError> {
+    async fn pause(&mut self, caller: &Caller) -> Result<Outcome, ServiceError> {
         let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
-        self.intend(Request::Pause, Phase::Pausing, actor).await?;
+        self.intend(IntentKind::Pause, Phase::Pausing, caller).await?;
         let result = self.interruptible(OPERATION_DEADLINE, async move { vmm.pause().await }).await;
-        self.settle(Request::Pause, actor, Observation::StandsStill, result).await
+        self.settle(Request::Pause, caller, Observation::StandsStill, result).await
     }
 
-    async fn resume(&mut self, actor: &str) -> Result<Outcome, ServiceError> {
+    async fn resume(&mut self, caller: &Caller) -> Result<Outcome, ServiceError> {
         let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
-        self.intend(Request::Resume, Phase::Resuming, actor).await?;
+        self.intend(IntentKind::Resume, Phase::Resuming, caller).await?;
         let result = self.interruptible(OPERATION_DEADLINE, async move { vmm.resume().await }).await;
-        self.settle(Request::Resume, actor, Observation::Runs, result).await
+        self.settle(Request::Resume, caller, Observation::Runs, result).await
     }
 
     /// Records what came of an effect that leaves the VMM in place.
     async fn settle(
         &mut self,
         request: Request,
-        actor: &str,
+        caller: &Caller,
         achieved: Observation,
         result: Result<(), Broken>,
     ) -> Result<Outcome, ServiceError> {
@@ -114,16 +116,17 @@ impl Actor {
                 point(FaultPoint::applied(request));
                 self.record.state = observe(self.record.state, achieved);
                 self.record.status = self.plain(Phase::at_rest(self.record.state));
-                self.conclude(EventKind::StateChanged, Why::asked(request, actor)).await?;
+                self.conclude(EventKind::StateChanged, Why::asked(request, caller)).await?;
                 point(FaultPoint::outcome_committed(request));
                 Ok(self.outcome(None))
             }
-            Err(broken) => Err(self.give_up(request, actor, broken).await),
+            Err(broken) => Err(self.give_up(request, caller, broken).await),
         }
     }
 
     async fn shutdown(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
-        if let Err(error) = self.intend_asking(operation, Phase::Stopping).await {
+        let kind = IntentKind::Shutdown { ask_guest_for: operation.ask_guest_for, answered: false };
+        if let Err(error) = self.intend(kind, Phase::Stopping, &operation.caller).await {
             return Err(self.end_unrecorded(operation, error).await);
         }
         match self.end_run(operation.ask_guest_for).await {
@@ -134,37 +137,38 @@ impl Actor {
                 self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
                 self.record.status.restarts = 0;
                 self.record.ended_by = Some(ended_by);
-                let why = Why::asked(Request::Shutdown, &operation.actor).ended_by(Some(ended_by));
+                let why = Why::asked(Request::Shutdown, &operation.caller).ended_by(Some(ended_by));
                 self.conclude(EventKind::StateChanged, why).await?;
                 point(FaultPoint::ShutdownOutcomeCommitted);
                 Ok(self.outcome(Some(ended_by)))
             }
-            Err(broken) => Err(self.give_up(Request::Shutdown, &operation.actor, broken).await),
+            Err(broken) => Err(self.give_up(Request::Shutdown, &operation.caller, broken).await),
         }
     }
 
     async fn reboot(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
         let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
-        self.intend_asking(operation, Phase::Rebooting).await?;
+        let kind = IntentKind::Reboot { ask_guest_for: operation.ask_guest_for, claims: Vec::new() };
+        self.intend(kind, Phase::Rebooting, &operation.caller).await?;
         let ladder = Ladder { ask_guest_for: operation.ask_guest_for };
         let deadline = OPERATION_DEADLINE + operation.ask_guest_for.unwrap_or_default();
         match self.interruptible(deadline, async move { vmm.reboot(ladder).await }).await {
             Ok(Reset::InPlace) => {
-                return self.settle(Request::Reboot, &operation.actor, Observation::Runs, Ok(())).await;
+                return self.settle(Request::Reboot, &operation.caller, Observation::Runs, Ok(())).await;
             }
             Ok(Reset::NeedsRelaunch) => {}
-            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.actor, broken).await),
+            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.caller, broken).await),
         }
         let ended_by = match self.end_run(operation.ask_guest_for).await {
             Ok(ended_by) => ended_by,
-            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.actor, broken).await),
+            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.caller, broken).await),
         };
         point(FaultPoint::RebootApplied);
         // Nobody may take its disks and TAPs between the halves.
         self.forget_run();
         self.record.state = observe(self.record.state, Observation::VmmGone);
         self.record.ended_by = Some(ended_by);
-        self.start(Request::Reboot, &operation.actor).await.map_err(|error| match error {
+        self.start(Request::Reboot, &operation.caller).await.map_err(|error| match error {
             ServiceError::Aborted(_) => error,
             other => ServiceError::Precondition(format!(
                 "VM \"{}\" was shut down but could not be booted again, and is SHUTDOWN now: {other}",
@@ -230,7 +234,12 @@ impl Actor {
     }
 
     /// Finds out where the VM is after an effect did not come off, records it, and answers what the client is told.
-    pub(super) async fn give_up(&mut self, request: Request, actor: &str, broken: Broken) -> ServiceError {
+    pub(super) async fn give_up(
+        &mut self,
+        request: Request,
+        caller: &Caller,
+        broken: Broken,
+    ) -> ServiceError {
         let what = match request {
             Request::Boot => "boot",
             Request::Shutdown => "shut down",
@@ -244,7 +253,7 @@ impl Actor {
                 self.record.status = self
                     .plain(Phase::at_rest(self.record.state))
                     .because("aborted", format!("{} was pre-empted by a forced operation", request.name()));
-                let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+                let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, caller)).await;
                 return ServiceError::Aborted(format!(
                     "{} of VM \"{}\" was pre-empted by a forced operation",
                     request.name(),
@@ -254,7 +263,7 @@ impl Actor {
             Broken::Backend(error) => error,
         };
         if error.kind == BackendErrorKind::Gone {
-            self.hear_last_word(request, actor).await;
+            self.hear_last_word(request, caller).await;
             return ServiceError::Precondition(format!(
                 "could not {what} VM \"{}\": it ended meanwhile and is {} now ({})",
                 self.record.vm_id,
@@ -268,7 +277,7 @@ impl Actor {
                 .plain(Phase::at_rest(self.record.state))
                 .because("operation-failed", format!("could not {what}: {error}"));
         }
-        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, actor)).await;
+        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, caller)).await;
         ServiceError::from_backend(what, &self.record.vm_id, &error)
     }
 
@@ -303,12 +312,12 @@ impl Actor {
     }
 
     /// Waits for the event that tells how a VMM ended, and records the end.
-    async fn hear_last_word(&mut self, request: Request, actor: &str) {
+    async fn hear_last_word(&mut self, request: Request, caller: &Caller) {
         let gone = match &mut self.live {
             Some(live) => super::observe::last_word(&mut live.events, LAST_WORD).await,
             None => super::observe::no_word(),
         };
         self.record.intent = None;
-        self.run_ended(gone, Why::asked(request, actor)).await;
+        self.run_ended(gone, Why::asked(request, caller)).await;
     }
 }

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use vmm_core::backend::Effect;
+use vmm_core::caller::Caller;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::state::{EndedBy, Phase, Request, Status};
-use vmm_core::store::{Change, Commit, Intent, StoreError, StoreErrorKind, VmRecord};
+use vmm_core::store::{Change, Commit, Intent, IntentKind, StoreError, StoreErrorKind, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
-use super::{Actor, Operation};
+use super::Actor;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::events::Committed;
@@ -19,8 +20,8 @@ use crate::service::Outcome;
 pub(super) struct Why<'a> {
     /// A method's name, or what was observed (kebab-case).
     pub(super) cause: &'a str,
-    /// Who asked; `system` where nobody did.
-    pub(super) actor: &'a str,
+    /// Who asked; `None` where nobody did.
+    pub(super) caller: Option<&'a Caller>,
     /// What ended the run, where it ended.
     pub(super) ended_by: Option<EndedBy>,
 }
@@ -28,12 +29,12 @@ pub(super) struct Why<'a> {
 impl<'a> Why<'a> {
     /// A change that nobody asked for.
     pub(super) const fn by_itself(cause: &'a str) -> Self {
-        Self { cause, actor: "system", ended_by: None }
+        Self { cause, caller: None, ended_by: None }
     }
 
-    /// A change that `actor` asked for.
-    pub(super) const fn asked(request: Request, actor: &'a str) -> Self {
-        Self { cause: request.name(), actor, ended_by: None }
+    /// A change that `caller` asked for.
+    pub(super) const fn asked(request: Request, caller: &'a Caller) -> Self {
+        Self { cause: request.name(), caller: Some(caller), ended_by: None }
     }
 
     /// The same, with what ended the run.
@@ -44,42 +45,22 @@ impl<'a> Why<'a> {
 }
 
 impl Actor {
-    /// Commits that `request` is about to be carried out. Nothing may be touched before this has answered.
+    /// Commits that `kind` is about to be carried out for `caller`. Nothing may be touched before this has answered.
     pub(super) async fn intend(
         &mut self,
-        request: Request,
+        kind: IntentKind,
         phase: Phase,
-        actor: &str,
-    ) -> Result<(), ServiceError> {
-        self.intend_with(request, phase, actor, None).await
-    }
-
-    /// The same for an operation that gives the guest time to obey; whoever finishes it must know how much.
-    pub(super) async fn intend_asking(
-        &mut self,
-        operation: &Operation,
-        phase: Phase,
-    ) -> Result<(), ServiceError> {
-        let patience = operation.ask_guest_for.unwrap_or_default();
-        let patience_ms = u64::try_from(patience.as_millis()).ok();
-        self.intend_with(operation.request, phase, &operation.actor, patience_ms).await
-    }
-
-    async fn intend_with(
-        &mut self,
-        request: Request,
-        phase: Phase,
-        actor: &str,
-        patience_ms: Option<u64>,
+        caller: &Caller,
     ) -> Result<(), ServiceError> {
         let before = self.record.clone();
         let now = now_ms();
-        self.record.intent = Some(Intent { request, actor: actor.to_owned(), since_ms: now, patience_ms });
+        let request = kind.request();
+        self.record.intent = Some(Intent { kind, caller: caller.clone(), since_ms: now });
         self.record.status = Status { restarts: before.status.restarts, ..Status::plain(phase, now) };
         if matches!(request, Request::Boot | Request::Reboot) {
             self.record.owns_console_output = true;
         }
-        let result = self.commit(EventKind::OperationStarted, Why::asked(request, actor)).await;
+        let result = self.commit(EventKind::OperationStarted, Why::asked(request, caller)).await;
         if let Err(error) = result {
             self.record = VmRecord { generation: self.record.generation, ..before };
             self.publish();
@@ -158,7 +139,7 @@ impl Actor {
             state: self.record.state,
             status: self.record.status.clone(),
             cause: why.cause.to_owned(),
-            actor: why.actor.to_owned(),
+            caller: why.caller.cloned().unwrap_or_else(Caller::system),
             ended_by: why.ended_by,
             metadata: self.record.config.metadata.clone(),
         }

@@ -9,12 +9,14 @@
 //!   an interrupted delete is finished, whatever there is
 //! ```
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched, Sweep};
 use vmm_core::event::EventKind;
+use vmm_core::intent::Recovery;
 use vmm_core::kind::VmKind;
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
 use vmm_core::store::{Intent, RunRecord};
@@ -22,7 +24,6 @@ use vmm_core::store::{Intent, RunRecord};
 use super::boot::LOOK_DEADLINE;
 use super::deadlines::FORCE_LIMIT;
 use super::persist::Why;
-use super::unfinished::is_to_be_finished;
 use super::{Actor, Broken, Flow, Operation};
 use crate::check;
 
@@ -45,14 +46,8 @@ impl Actor {
             }
             return Flow::GoOn;
         }
-        if let Some(run) = &self.record.run
-            && let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims)
-        {
-            tracing::error!(taken, "two VMs on record hold the same thing");
-        }
-        let leaving =
-            intent.as_ref().filter(|intent| matches!(intent.request, Request::Delete | Request::ForceDelete));
-        if let Some(leaving) = leaving {
+        self.claim_what_is_on_record();
+        if let Some(leaving) = intent.as_ref().filter(|intent| intent.is_deletion()) {
             return self.go_on_deleting(leaving.clone()).await;
         }
         if self.host_rebooted() {
@@ -63,6 +58,18 @@ impl Actor {
         }
         self.find(intent).await;
         Flow::GoOn
+    }
+
+    /// Claims what the VM's process may use, as the first act of every recovery: what its run holds, and what a start that was
+    /// cut short had claimed. Nothing needs to look at the host's files for that, so a file server that does not answer leaves
+    /// no gap in which another VM could take a disk.
+    pub(super) fn claim_what_is_on_record(&self) {
+        let run = self.record.run.iter().flat_map(|run| &run.claims);
+        let intent = self.record.intent.iter().flat_map(|intent| intent.claims());
+        let claims: Vec<_> = run.chain(intent).cloned().collect::<HashSet<_>>().into_iter().collect();
+        if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &claims) {
+            tracing::error!(taken, "two VMs on record hold the same thing");
+        }
     }
 
     /// Ends a VMM that was started while the intent was on its way to the disk, and never got there. It was told nothing of the
@@ -99,7 +106,9 @@ impl Actor {
                 self.ended_unwatched(exit, intent.as_ref(), None).await;
             }
             // A start that was cut short before its VMM could answer: proven ours, and acknowledged to nobody.
-            Ok(Adoption::Unreachable { launched: Some(launched), .. }) if self.never_ran() => {
+            Ok(Adoption::Unreachable { launched: Some(launched), .. })
+                if self.never_ran() && intent.as_ref().is_some_and(is_start) =>
+            {
                 self.found_alive(launched, GuestState::Ended, intent).await;
             }
             Ok(Adoption::Unreachable { reason, message, launched }) => {
@@ -155,7 +164,8 @@ impl Actor {
     async fn found_alive(&mut self, launched: Launched, guest: GuestState, intent: Option<Intent>) {
         let recorded = self.record.run.clone();
         let started_here = recorded.is_none();
-        if guest == GuestState::Ended || (started_here && guest != GuestState::Running) {
+        let start_cut_short = started_here && intent.as_ref().is_some_and(is_start);
+        if guest == GuestState::Ended || (start_cut_short && guest != GuestState::Running) {
             // A guest that has ended, or a start that was cut short before the guest ran.
             if let Err(error) = self.kill(&*launched.vmm).await {
                 return self.found_unreachable("vmm-does-not-end", error.to_string(), Some(launched)).await;
@@ -166,7 +176,10 @@ impl Actor {
             return self.ended_unwatched(exit, intent.as_ref(), None).await;
         }
         let mut run = run_of(recorded, &launched);
-        if started_here {
+        if let Some(intent) = intent.as_ref().filter(|intent| started_here && !intent.claims().is_empty()) {
+            run.claims = intent.claims().to_vec();
+        } else if started_here {
+            // An earlier release has recorded no claims, or somebody else has started the VM: its files say what it uses.
             let formats = self.backend.capabilities().kernel_formats;
             let look = check::look(self.spec.clone(), formats, true);
             match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
@@ -188,14 +201,16 @@ impl Actor {
             GuestState::Paused => Observation::StandsStill,
         };
         self.record.state = observe(self.record.state, observation);
-        if !started_here && let Some(intent) = intent.as_ref().filter(|intent| is_to_be_finished(intent)) {
+        if !started_here
+            && let Some(intent) = intent.as_ref().filter(|intent| intent.recovery().waits_for_vmm())
+        {
             return self.take_up_unfinished(intent).await;
         }
         let phase = Phase::at_rest(self.record.state);
         self.record.status = match &intent {
             Some(intent) => self.plain(phase).because(
                 "operation-interrupted",
-                format!("the daemon ended during {}; the VM is as shown", intent.request.name()),
+                format!("the daemon ended during {}; the VM is as shown", intent.request().name()),
             ),
             None => self.plain(phase),
         };
@@ -210,7 +225,6 @@ impl Actor {
         intent: Option<&Intent>,
         reason: Option<&str>,
     ) {
-        let interrupted = intent.map(|intent| intent.request);
         if reason.is_none() && self.starts_after_all(intent).await {
             return;
         }
@@ -229,7 +243,7 @@ impl Actor {
             let _ = self.conclude(EventKind::StateChanged, Why::by_itself("daemon-started")).await;
             return;
         }
-        if matches!(interrupted, Some(Request::Shutdown)) {
+        if intent.is_some_and(|intent| intent.request() == Request::Shutdown) {
             self.let_go();
             self.record.state = observe(self.record.state, Observation::VmmGone);
             self.record.status = self
@@ -277,20 +291,32 @@ impl Actor {
         }
     }
 
-    /// A delete that was under way is finished: its name must not stay taken.
+    /// Finishes a deletion that was under way, because its name must not stay taken. A deletion that was asked for without force
+    /// is finished without force: meanwhile somebody may have started the VM again, and then the VM is shown as it is found.
     pub(super) async fn go_on_deleting(&mut self, intent: Intent) -> Flow {
         self.stray = true;
-        self.force_until = Some(Instant::now() + FORCE_LIMIT);
-        let operation = Operation { request: Request::ForceDelete, ask_guest_for: None, actor: intent.actor };
+        let force = intent.recovery() == Recovery::Delete { force: true };
+        self.force_until = force.then(|| Instant::now() + FORCE_LIMIT);
+        let operation = Operation { request: intent.request(), ask_guest_for: None, caller: intent.caller };
         let deleted = self.delete(&operation).await;
         self.force_until = None;
-        match deleted {
-            Ok(_) => Flow::End,
-            Err(error) => {
-                tracing::error!(%error, "an interrupted delete could not be finished");
-                Flow::GoOn
-            }
+        let Err(error) = deleted else { return Flow::End };
+        tracing::error!(%error, "an interrupted delete could not be finished");
+        if self.untaken.is_none() {
+            self.find(None).await;
         }
+        Flow::GoOn
+    }
+}
+
+/// Says whether an intent is that of a start.
+fn is_start(intent: &Intent) -> bool {
+    match intent.recovery() {
+        Recovery::Start { .. } | Recovery::Reboot { .. } => true,
+        Recovery::AsFound
+        | Recovery::Shutdown { .. }
+        | Recovery::ShutdownAnswered
+        | Recovery::Delete { .. } => false,
     }
 }
 

@@ -14,13 +14,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause};
+use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::spec::RestartMode;
 use vmm_core::state::{Phase, Request, Status};
 
 use super::Actor;
 use super::persist::Why;
-use super::unfinished::SYSTEM;
 use crate::error::ServiceError;
 
 /// After so long without a restart, the count begins anew.
@@ -89,7 +89,7 @@ impl Actor {
     pub(super) async fn restart_by_policy(&mut self) {
         self.restart_at = None;
         let restarts = self.record.status.restarts;
-        match self.start(Request::Boot, SYSTEM).await {
+        match self.start(Request::Boot, &Caller::system()).await {
             Ok(()) => tracing::info!(restarts, "started again by its restart policy"),
             Err(ServiceError::Aborted(_)) => {}
             Err(error) if self.restart_mode() >= RestartMode::OnFailure => {

@@ -12,27 +12,14 @@
 //! what follows must be what the client wanted, not what the restart policy makes of it. The other operations need nothing:
 //! a BootVm that did not come about leaves the VM where it was, and a PauseVm has stopped the guest or has not.
 
-use std::time::Duration;
-
 use tokio::time::Instant;
 use vmm_core::event::EventKind;
+use vmm_core::intent::Recovery;
 use vmm_core::state::{Observation, Phase, Request, observe};
 use vmm_core::store::Intent;
 
 use super::persist::Why;
 use super::{Actor, Operation};
-use crate::service::DEFAULT_SHUTDOWN;
-
-/// Who starts a VM again by its restart policy.
-pub(super) const SYSTEM: &str = "system";
-
-/// Whether an operation whose VMM lives is carried out once more.
-pub(super) fn is_to_be_finished(intent: &Intent) -> bool {
-    match intent.request {
-        Request::Shutdown | Request::Reboot => true,
-        Request::Boot | Request::Pause | Request::Resume | Request::Delete | Request::ForceDelete => false,
-    }
-}
 
 /// Whether an operation needs no answer of a VMM.
 pub(super) fn is_forced(operation: &Operation) -> bool {
@@ -42,23 +29,23 @@ pub(super) fn is_forced(operation: &Operation) -> bool {
 impl Actor {
     /// The operation that was cut short and waits for its VMM to be found, if one does. Its intent stays on record until then.
     pub(super) fn interrupted(&self) -> Option<Intent> {
-        self.record.intent.clone().filter(is_to_be_finished)
+        self.record.intent.clone().filter(|intent| intent.recovery().waits_for_vmm())
     }
 
     /// Has a shutdown by force that was cut short carried out once more, for which no VMM need answer.
     pub(super) fn take_up_force(&mut self) {
-        self.unfinished = self.record.intent.as_ref().map(operation).filter(is_forced);
+        self.unfinished = self.record.intent.as_ref().and_then(operation).filter(is_forced);
     }
 
     /// Records that the VM is held again, and what is still to be done. The intent stays on record until then.
     pub(super) async fn take_up_unfinished(&mut self, intent: &Intent) {
-        let phase = if intent.request == Request::Reboot { Phase::Rebooting } else { Phase::Stopping };
-        let method = intent.request.name();
+        let phase = if intent.request() == Request::Reboot { Phase::Rebooting } else { Phase::Stopping };
+        let method = intent.request().name();
         self.record.status = self.plain(phase).because(
             "operation-interrupted",
             format!("the daemon ended during {method}, which is carried on now"),
         );
-        self.unfinished = Some(operation(intent));
+        self.unfinished = operation(intent);
         tracing::info!(operation = method, "found the VM's VMM, and carry on with what was under way");
         if let Err(error) = self.commit(EventKind::Adopted, Why::by_itself("daemon-started")).await {
             tracing::error!(%error, "what was found could not be recorded");
@@ -79,14 +66,14 @@ impl Actor {
             self.record.status = self
                 .plain(Phase::at_rest(self.record.state))
                 .because("operation-failed", format!("{method} could not be carried on: {error}"));
-            let why = Why::asked(operation.request, &operation.actor);
+            let why = Why::asked(operation.request, &operation.caller);
             let _ = self.conclude(EventKind::OperationFailed, why).await;
         }
     }
 
     /// Whether a reboot was under way whose old VMM, on record as running, has gone. From then on a new one is looked for.
     pub(super) fn first_half_is_done(&mut self, intent: Option<&Intent>) -> bool {
-        let rebooting = intent.is_some_and(|intent| intent.request == Request::Reboot);
+        let rebooting = intent.is_some_and(|intent| intent.request() == Request::Reboot);
         if !rebooting || self.record.run.is_none() {
             return false;
         }
@@ -98,15 +85,14 @@ impl Actor {
     /// Has a start that was cut short made once more, where more than a waiting client relies on it. Answers whether it has.
     pub(super) async fn starts_after_all(&mut self, intent: Option<&Intent>) -> bool {
         let Some(intent) = intent else { return false };
-        let reason = match intent.request {
-            Request::Reboot => "reboot-interrupted",
-            Request::Boot if intent.actor == SYSTEM => "boot-interrupted",
-            Request::Boot
-            | Request::Shutdown
-            | Request::Pause
-            | Request::Resume
-            | Request::Delete
-            | Request::ForceDelete => return false,
+        let reason = match intent.recovery() {
+            Recovery::Reboot { .. } => "reboot-interrupted",
+            Recovery::Start { again: true } => "boot-interrupted",
+            Recovery::Start { again: false }
+            | Recovery::AsFound
+            | Recovery::Shutdown { .. }
+            | Recovery::ShutdownAnswered
+            | Recovery::Delete { .. } => return false,
         };
         self.let_go();
         self.record.state = observe(self.record.state, Observation::VmmGone);
@@ -120,12 +106,18 @@ impl Actor {
     }
 }
 
-/// The operation that was meant.
-fn operation(intent: &Intent) -> Operation {
-    let ask_guest_for = match intent.patience_ms {
-        None => Some(DEFAULT_SHUTDOWN),
-        Some(0) => None,
-        Some(patience) => Some(Duration::from_millis(patience)),
-    };
-    Operation { request: intent.request, ask_guest_for, actor: intent.actor.clone() }
+/// Returns the operation that is carried on, where one is.
+fn operation(intent: &Intent) -> Option<Operation> {
+    let caller = intent.caller.clone();
+    match intent.recovery() {
+        Recovery::Shutdown { ask_guest_for } => {
+            Some(Operation { request: Request::Shutdown, ask_guest_for, caller })
+        }
+        Recovery::Reboot { ask_guest_for } => {
+            Some(Operation { request: Request::Reboot, ask_guest_for, caller })
+        }
+        Recovery::AsFound | Recovery::Start { .. } | Recovery::ShutdownAnswered | Recovery::Delete { .. } => {
+            None
+        }
+    }
 }

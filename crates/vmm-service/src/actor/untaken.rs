@@ -22,7 +22,7 @@ use vmm_core::backend::{
 use vmm_core::event::EventSeq;
 use vmm_core::report::Report;
 use vmm_core::spec::{Boot, Console, Cpu, MIB, Memory, RestartMode, RestartPolicy, VmSpec};
-use vmm_core::state::{Phase, Request};
+use vmm_core::state::Phase;
 use vmm_core::store::VmRecord;
 use vmm_host::process::{Lookup, find_by_argument};
 
@@ -67,15 +67,9 @@ pub(crate) fn show(
 impl Actor {
     /// Shows the VM as it was last proven, and why nothing can be done with it. Writes nothing.
     async fn leave_alone(&mut self) -> Flow {
-        if let Some(run) = &self.record.run
-            && let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims)
-        {
-            tracing::error!(taken, "two VMs on record hold the same thing");
-        }
+        self.claim_what_is_on_record();
         let intent = self.record.intent.clone();
-        if let Some(leaving) =
-            intent.as_ref().filter(|intent| matches!(intent.request, Request::Delete | Request::ForceDelete))
-        {
+        if let Some(leaving) = intent.as_ref().filter(|intent| intent.is_deletion()) {
             return self.go_on_deleting(leaving.clone()).await;
         }
         self.stray = self.record.run.is_some() || intent.is_some();

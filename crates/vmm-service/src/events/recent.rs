@@ -60,6 +60,7 @@ fn text_of(event: &VmEvent) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use vmm_core::caller::Caller;
     use vmm_core::event::{EventKind, NewEvent};
     use vmm_core::state::{Phase, Status, VmState};
 
@@ -74,7 +75,7 @@ mod tests {
             state: VmState::Running,
             status: Status::plain(Phase::Running, 0).because("", "x".repeat(text)),
             cause: String::new(),
-            actor: String::new(),
+            caller: Caller::named(""),
             ended_by: None,
             metadata: [].into(),
         };

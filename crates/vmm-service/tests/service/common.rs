@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_core::backend::Backend;
+use vmm_core::caller::Caller;
 use vmm_core::config::{
     BootConfig, CpuConfig, MemoryConfig, NetworkInterface, RestartPolicyConfig, StorageDevice, VmConfig,
 };
@@ -23,6 +24,11 @@ use crate::fake_taps::FakeTaps;
 
 /// Who asks in these tests.
 pub(crate) const ME: &str = "tester";
+/// Who asks, as the service is told.
+pub(crate) fn me() -> Caller {
+    Caller::named(ME)
+}
+
 /// The metrics interval in these tests.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
 /// How long events are kept in these tests.
@@ -172,7 +178,7 @@ impl Vms {
         config: VmConfig,
     ) -> Result<Created, ServiceError> {
         let requested = Requested { backend: backend.to_owned(), config };
-        let request = CreateRequest { vm_id: vm_id.to_owned(), requested, actor: ME.to_owned() };
+        let request = CreateRequest { vm_id: vm_id.to_owned(), requested, caller: me() };
         self.service.create(request).await
     }
 
@@ -202,41 +208,41 @@ impl Vms {
     }
 
     pub(crate) async fn boot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.boot(vm_id, ME.to_owned()).await
+        self.service.boot(vm_id, me()).await
     }
 
     pub(crate) async fn pause(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.pause(vm_id, ME.to_owned()).await
+        self.service.pause(vm_id, me()).await
     }
 
     pub(crate) async fn resume(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.resume(vm_id, ME.to_owned()).await
+        self.service.resume(vm_id, me()).await
     }
 
     pub(crate) async fn shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.shutdown(vm_id, ShutdownOptions::default(), ME.to_owned()).await
+        self.service.shutdown(vm_id, ShutdownOptions::default(), me()).await
     }
 
     pub(crate) async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
-        self.service.shutdown(vm_id, options, ME.to_owned()).await
+        self.service.shutdown(vm_id, options, me()).await
     }
 
     pub(crate) async fn reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.reboot(vm_id, ShutdownOptions::default(), ME.to_owned()).await
+        self.service.reboot(vm_id, ShutdownOptions::default(), me()).await
     }
 
     pub(crate) async fn force_reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
-        self.service.reboot(vm_id, options, ME.to_owned()).await
+        self.service.reboot(vm_id, options, me()).await
     }
 
     pub(crate) async fn delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.delete(vm_id, false, ME.to_owned()).await
+        self.service.delete(vm_id, false, me()).await
     }
 
     pub(crate) async fn force_delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.delete(vm_id, true, ME.to_owned()).await
+        self.service.delete(vm_id, true, me()).await
     }
 
     /// The record as readers see it.

@@ -563,7 +563,7 @@ async fn the_trail_says_who_did_what_and_how_it_ended() {
         .into_iter()
         .map(|it| {
             let event = it.event.event.clone();
-            assert_eq!(event.actor, ME);
+            assert_eq!(event.caller, me());
             (event.kind.as_str(), event.cause, event.state.name(), event.ended_by.map(|rung| rung.as_str()))
         })
         .collect();

@@ -1,8 +1,11 @@
 //! A daemon that ends in the middle of an operation: what the next one makes of it.
 
-use vmm_core::backend::{ExitCause, GuestState};
+use std::time::Duration;
+
+use vmm_core::backend::{BackendErrorKind, Effect, ExitCause, GuestState};
+use vmm_core::intent::DEFAULT_PATIENCE;
 use vmm_core::state::{Phase, Request, Status, VmState};
-use vmm_core::store::{Intent, VmRecord};
+use vmm_core::store::{Intent, IntentKind, VmRecord};
 use vmm_testkit::fake::{Act, Method};
 
 use crate::common::*;
@@ -10,9 +13,26 @@ use crate::recover::{host_restarts, left_in};
 
 /// Leaves the store as a daemon does that dies right after it has recorded what it is about to do.
 fn interrupt(bed: &Bed, request: Request, phase: Phase) {
+    interrupt_by(bed, intent_of(request, Some(DEFAULT_PATIENCE)), phase);
+}
+
+/// An intent of `request` whose guest has `ask_guest_for` to obey.
+fn intent_of(request: Request, ask_guest_for: Option<Duration>) -> IntentKind {
+    match request {
+        Request::Boot => IntentKind::Boot { claims: Vec::new() },
+        Request::Pause => IntentKind::Pause,
+        Request::Resume => IntentKind::Resume,
+        Request::Shutdown => IntentKind::Shutdown { ask_guest_for, answered: false },
+        Request::Reboot => IntentKind::Reboot { ask_guest_for, claims: Vec::new() },
+        Request::Delete => IntentKind::Delete,
+        Request::ForceDelete => IntentKind::ForceDelete,
+    }
+}
+
+fn interrupt_by(bed: &Bed, kind: IntentKind, phase: Phase) {
     let before = bed.stored("a");
     bed.store.put(VmRecord {
-        intent: Some(Intent { request, actor: ME.into(), since_ms: 1, patience_ms: None }),
+        intent: Some(Intent { kind, caller: me(), since_ms: 1 }),
         status: Status::plain(phase, 1),
         generation: before.generation + 1,
         ..before
@@ -49,7 +69,7 @@ fn boot_dies_after_launch(bed: &Bed) {
         eventually("the launch", || vms.world.living() == 1).await;
         assert!(!task.is_finished());
     });
-    assert_eq!(bed.stored("a").intent.unwrap().request, Request::Boot);
+    assert_eq!(bed.stored("a").intent.unwrap().request(), Request::Boot);
 }
 
 #[test]
@@ -229,7 +249,7 @@ fn an_interrupted_shutdown_that_came_about_is_never_undone() {
             let record = vms.record("a");
             assert_eq!((record.state, record.status.phase), (VmState::Shutdown, Phase::Stopped));
             assert_eq!(record.status.reason, "shutdown");
-            tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+            tokio::time::sleep(Duration::from_secs(120)).await;
             assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0));
         });
     }
@@ -287,13 +307,10 @@ fn an_interrupted_deletion_is_finished() {
 
 #[test]
 fn a_shutdown_that_was_cut_short_is_carried_on_by_force_at_once_and_else_when_the_vmm_answers() {
-    for (patience_ms, ends) in [(Some(0), true), (Some(1000), false)] {
+    for (ask_guest_for, ends) in [(None, true), (Some(Duration::from_secs(1)), false)] {
         let bed = Bed::new();
         left_in(&bed, VmState::Running);
-        interrupt(&bed, Request::Shutdown, Phase::Stopping);
-        let before = bed.stored("a");
-        let intent = before.intent.clone().map(|intent| Intent { patience_ms, ..intent });
-        bed.store.put(VmRecord { intent, generation: before.generation + 1, ..before });
+        interrupt_by(&bed, intent_of(Request::Shutdown, ask_guest_for), Phase::Stopping);
         bed.world.machine("a").unwrap().stop();
         bed.life(async |vms| {
             if ends {
@@ -333,7 +350,7 @@ fn what_was_cut_short_waits_for_a_vmm_that_is_found_later_or_ends() {
                 }
                 if request == Request::Shutdown {
                     vms.until("a", |record| record.state == VmState::Shutdown).await;
-                    tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+                    tokio::time::sleep(Duration::from_secs(120)).await;
                     assert_eq!(
                         (vms.phase("a"), vms.world.living()),
                         (Phase::Stopped, 0),
@@ -349,4 +366,60 @@ fn what_was_cut_short_waits_for_a_vmm_that_is_found_later_or_ends() {
             });
         }
     }
+}
+
+#[test]
+fn a_start_that_was_cut_short_holds_its_disk_though_nothing_answers() {
+    // Silent, and its files would not answer either: what the intent says is claimed before anything is asked.
+    let bed = Bed::new();
+    boot_dies_after_launch(&bed);
+    bed.world.machine("a").unwrap().set_unprovable(true);
+    bed.life(async |vms| {
+        assert_eq!(vms.phase("a"), Phase::Unreachable);
+        let text = refused(vms.boot("b").await, "precondition");
+        assert!(text.contains("VM \"a\""), "{text}");
+    });
+}
+
+#[test]
+fn a_start_that_left_a_process_holds_its_disk_in_the_next_life_too() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.create("a", bed.with_disk("d")).await;
+        vms.create("b", bed.with_disk("d")).await;
+        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
+        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        refused(vms.boot("a").await, "unavailable");
+    });
+    bed.world.machine("a").unwrap().set_unprovable(true);
+    bed.life(async |vms| {
+        refused(vms.boot("b").await, "precondition");
+        vms.machine("a").set_unprovable(false);
+        vms.until_phase("a", Phase::Running).await;
+        refused(vms.boot("b").await, "precondition");
+        let claims = vms.record("a").run.as_ref().unwrap().claims.len();
+        assert_eq!(claims, 1, "and its run says so from then on");
+        vms.shutdown("a").await.unwrap();
+        vms.boot("b").await.expect("the disk is free once its process has gone");
+    });
+}
+
+#[test]
+fn an_interrupted_plain_deletion_is_finished_without_force() {
+    let bed = Bed::new();
+    left_in(&bed, VmState::Shutdown);
+    interrupt(&bed, Request::Delete, Phase::Deleting);
+    bed.world.next(Method::Sweep, Act::Fail(BackendErrorKind::StillRuns, Effect::NotApplied));
+    bed.life(async |vms| {
+        // Refused, as where somebody has started the VM again: it is shown, and not removed.
+        assert_eq!((vms.state("a"), bed.store.vms().len()), (VmState::Shutdown, 1));
+        vms.delete("a").await.unwrap();
+    });
+    let log = bed.store.log();
+    let causes: Vec<_> =
+        log.iter().map(|it| it.event.cause.as_str()).filter(|it| it.starts_with("Delete")).collect();
+    assert!(
+        !causes.is_empty() && causes.iter().all(|cause| *cause == "DeleteVm"),
+        "nobody asked for force: {causes:?}"
+    );
 }

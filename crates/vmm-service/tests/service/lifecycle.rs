@@ -178,11 +178,11 @@ async fn a_guest_gets_the_time_that_the_client_gives_it() {
     vms.run("a", bed.config()).await.ignore_shutdown();
     let began = tokio::time::Instant::now();
     let options = ShutdownOptions { force: false, timeout_seconds: 120 };
-    vms.service.shutdown("a", options, ME.into()).await.unwrap();
+    vms.service.shutdown("a", options, me()).await.unwrap();
     assert!(began.elapsed().as_secs() >= 120, "on the paused clock");
     for seconds in [-1, 3601] {
         let options = ShutdownOptions { force: false, timeout_seconds: seconds };
-        let found = violations(vms.service.shutdown("a", options, ME.into()).await);
+        let found = violations(vms.service.shutdown("a", options, me()).await);
         assert_eq!(found[0].0, "timeout_seconds");
     }
 }
@@ -319,7 +319,7 @@ async fn every_operation_is_intent_then_outcome_in_the_log() {
         .store
         .log()
         .into_iter()
-        .map(|event| (event.event.kind, event.event.cause, event.event.state, event.event.actor))
+        .map(|event| (event.event.kind, event.event.cause, event.event.state, event.event.caller))
         .collect();
     use EventKind::{Created, Deleted, OperationStarted as Started, StateChanged as Changed};
     let expected = [
@@ -333,7 +333,7 @@ async fn every_operation_is_intent_then_outcome_in_the_log() {
         (Started, "DeleteVm", VmState::Shutdown),
         (Deleted, "DeleteVm", VmState::Shutdown),
     ];
-    assert_eq!(log, expected.map(|(kind, cause, state)| (kind, cause.to_owned(), state, ME.to_owned())));
+    assert_eq!(log, expected.map(|(kind, cause, state)| (kind, cause.to_owned(), state, me())));
 }
 
 #[tokio::test(start_paused = true)]

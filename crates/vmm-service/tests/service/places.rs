@@ -318,7 +318,7 @@ fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
         bed.world.machine("foreign").unwrap().ignore_shutdown();
         let hour = ShutdownOptions { force: false, timeout_seconds: 3600 };
         let service = vms.service.clone();
-        let ending = vms.begin(async move { service.shutdown("slow", hour, ME.to_owned()).await }).await;
+        let ending = vms.begin(async move { service.shutdown("slow", hour, me()).await }).await;
         tell.send(Finding::Lost { place: VmKind::attached("/a") }).await.unwrap();
         let other = found(&bed, "/b", &["other"], VmState::Created).await;
         tell.send(Finding::Found(Box::new(other))).await.unwrap();

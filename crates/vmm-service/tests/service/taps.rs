@@ -2,8 +2,8 @@
 
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::config::VmConfig;
-use vmm_core::state::{Phase, Request, VmState};
-use vmm_core::store::{Intent, VmRecord};
+use vmm_core::state::{Phase, VmState};
+use vmm_core::store::{Intent, IntentKind, VmRecord};
 use vmm_testkit::fake::{Act, Method};
 
 use crate::common::*;
@@ -213,7 +213,7 @@ fn a_deletion_that_a_crash_cut_short_removes_the_taps() {
     });
     let before = bed.stored("a");
     bed.store.put(VmRecord {
-        intent: Some(Intent { request: Request::Delete, actor: ME.into(), since_ms: 1, patience_ms: None }),
+        intent: Some(Intent { kind: IntentKind::Delete, caller: me(), since_ms: 1 }),
         generation: before.generation + 1,
         ..before
     });

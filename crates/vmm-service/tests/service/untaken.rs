@@ -4,8 +4,8 @@ use std::process::{Child, Command};
 
 use vmm_core::config::CpuConfig;
 use vmm_core::id::BackendName;
-use vmm_core::state::{Phase, Request, VmState};
-use vmm_core::store::{Intent, ProcessIdentity, VmRecord};
+use vmm_core::state::{Phase, VmState};
+use vmm_core::store::{Intent, IntentKind, ProcessIdentity, VmRecord};
 use vmm_service::ListQuery;
 use vmm_testkit::fake::Method;
 
@@ -187,8 +187,7 @@ fn a_deletion_that_was_under_way_is_finished() {
         let bed = Bed::new();
         left_unknown(&bed, VmState::Created, |record| {
             unknown(record);
-            let request = Request::Delete;
-            record.intent = Some(Intent { request, actor: ME.to_owned(), since_ms: 1, patience_ms: None });
+            record.intent = Some(Intent { kind: IntentKind::Delete, caller: me(), since_ms: 1 });
         });
         bed.life(async |vms| {
             refused(vms.service.get("a").map(drop), "not-found");

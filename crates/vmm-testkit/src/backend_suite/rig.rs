@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vmm_core::backend::Backend;
+use vmm_core::caller::Caller;
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, VmConfig};
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::{Requested, VmRecord};
@@ -182,7 +183,7 @@ impl Vms {
 
     pub(super) async fn try_create(&self, vm_id: &str, config: VmConfig) -> Result<Created, ServiceError> {
         let requested = Requested { backend: String::new(), config };
-        let request = CreateRequest { vm_id: vm_id.to_owned(), requested, actor: ME.to_owned() };
+        let request = CreateRequest { vm_id: vm_id.to_owned(), requested, caller: Caller::named(ME) };
         self.service.create(request).await
     }
 
@@ -220,7 +221,7 @@ impl Vms {
     }
 
     pub(super) async fn boot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.boot(&self.name(vm_id), ME.to_owned()).await
+        self.service.boot(&self.name(vm_id), Caller::named(ME)).await
     }
 
     /// Boots a VM whose VMM may have ended. Where that was somebody else's, BootVm says what to start and where, and once it
@@ -248,17 +249,17 @@ impl Vms {
     }
 
     pub(super) async fn pause(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.pause(&self.name(vm_id), ME.to_owned()).await
+        self.service.pause(&self.name(vm_id), Caller::named(ME)).await
     }
 
     pub(super) async fn resume(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
-        self.service.resume(&self.name(vm_id), ME.to_owned()).await
+        self.service.resume(&self.name(vm_id), Caller::named(ME)).await
     }
 
     /// Shuts down, with so many seconds for the guest to obey.
     pub(super) async fn shutdown(&self, vm_id: &str, seconds: i32) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: false, timeout_seconds: seconds };
-        self.service.shutdown(&self.name(vm_id), options, ME.to_owned()).await
+        self.service.shutdown(&self.name(vm_id), options, Caller::named(ME)).await
     }
 
     /// Shuts a VM down whose guest obeys. A press of the button that comes too early in a boot is lost, and where the VMM is
@@ -280,16 +281,16 @@ impl Vms {
 
     pub(super) async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
-        self.service.shutdown(&self.name(vm_id), options, ME.to_owned()).await
+        self.service.shutdown(&self.name(vm_id), options, Caller::named(ME)).await
     }
 
     pub(super) async fn reboot(&self, vm_id: &str, force: bool) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force, timeout_seconds: 1 };
-        self.service.reboot(&self.name(vm_id), options, ME.to_owned()).await
+        self.service.reboot(&self.name(vm_id), options, Caller::named(ME)).await
     }
 
     pub(super) async fn delete(&self, vm_id: &str, force: bool) -> Result<Outcome, ServiceError> {
-        self.service.delete(&self.name(vm_id), force, ME.to_owned()).await
+        self.service.delete(&self.name(vm_id), force, Caller::named(ME)).await
     }
 
     /// Deletes every VM, and fails where something could not be freed.

@@ -2,9 +2,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use uuid::Uuid;
+use vmm_core::caller::Caller;
 use vmm_core::id::{BackendName, InstanceId};
-use vmm_core::state::Request;
-use vmm_core::store::{Intent, RunRecord};
+use vmm_core::store::{Intent, IntentKind, RunRecord};
 use vmm_host::ledger::{RunSocket, Survey};
 use vmm_host::process::Found;
 use vmm_testkit::store_suite;
@@ -177,7 +177,7 @@ fn a_second_vmm_of_a_known_vm_is_reported_unless_the_daemon_is_about_to_settle_i
     }
     let record = facts.records.get_mut(&uid).unwrap();
     record.intent =
-        Some(Intent { request: Request::Boot, actor: String::new(), since_ms: 0, patience_ms: None });
+        Some(Intent { kind: IntentKind::Boot { claims: Vec::new() }, caller: Caller::system(), since_ms: 0 });
     assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, Decision::Keep)]);
 }
 

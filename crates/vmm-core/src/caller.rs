@@ -1,0 +1,114 @@
+//! The caller: who asks for a change, as operations, intents and events carry it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Who asks for a change.
+///
+/// Its JSON form has two parts: `actor`, the text that the wire shows, which every release has written, and `caller` with the
+/// fields. A record without the second part reads as a caller whose name is that text.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(from = "Stored", into = "Stored")]
+pub struct Caller {
+    /// The name that the caller goes by: `anonymous` where nobody proved one, `system` for the program itself.
+    pub name: String,
+    /// How the name was proven.
+    pub method: CallerMethod,
+    /// The address that the call came from, where it came from one.
+    pub address: Option<String>,
+}
+
+/// How a caller's name was proven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CallerMethod {
+    /// Nothing proves the name.
+    Unauthenticated,
+    /// The program itself acts, as its restart policy does.
+    System,
+    /// A way that this release does not know. A newer release wrote it.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Caller {
+    /// Returns the program itself as the caller.
+    pub fn system() -> Self {
+        Self { name: "system".to_owned(), method: CallerMethod::System, address: None }
+    }
+
+    /// Returns a caller that proved no name and called from `address`.
+    pub fn anonymous(address: Option<String>) -> Self {
+        let name = if address.is_some() { "anonymous" } else { "unknown" };
+        Self { name: name.to_owned(), method: CallerMethod::Unauthenticated, address }
+    }
+
+    /// Returns a caller that goes by `name` without a proof and without an address.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self { name: name.into(), method: CallerMethod::Unauthenticated, address: None }
+    }
+
+    /// Says whether the program itself asks.
+    pub fn is_system(&self) -> bool {
+        self.method == CallerMethod::System
+    }
+}
+
+/// The text of the wire: the name, and the address behind an `@` where nothing proves the name.
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        match &self.address {
+            Some(address) if self.method == CallerMethod::Unauthenticated => write!(f, "@{address}"),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    actor: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    caller: Option<Fields>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Fields {
+    name: String,
+    method: CallerMethod,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    address: Option<String>,
+}
+
+impl From<Stored> for Caller {
+    fn from(stored: Stored) -> Self {
+        match stored.caller {
+            Some(Fields { name, method, address }) => Self { name, method, address },
+            // Earlier releases wrote the text alone, and `system` for the program itself.
+            None if stored.actor == "system" => Self::system(),
+            None => Self::named(stored.actor),
+        }
+    }
+}
+
+impl From<Caller> for Stored {
+    fn from(caller: Caller) -> Self {
+        let actor = caller.to_string();
+        let Caller { name, method, address } = caller;
+        Self { actor, caller: Some(Fields { name, method, address }) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_of_the_wire_is_the_one_of_every_release() {
+        assert_eq!(Caller::system().to_string(), "system");
+        assert_eq!(Caller::anonymous(Some("10.0.0.1".to_owned())).to_string(), "anonymous@10.0.0.1");
+        assert_eq!(Caller::anonymous(None).to_string(), "unknown");
+        assert_eq!(Caller::named("tester").to_string(), "tester");
+    }
+}

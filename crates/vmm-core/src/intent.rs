@@ -1,0 +1,278 @@
+//! Intents: what is about to be done to a VM, on record before anything is touched.
+//!
+//! ```text
+//!   operation admitted ─► intent committed ─► effect ─► outcome committed, the intent is gone
+//!                                   │
+//!                                   └─ the daemon dies ─► the next one asks the intent how it is recovered
+//! ```
+//!
+//! An intent carries all that its recovery needs: how long the guest has to obey, what the start under way has claimed, who
+//! asked. [`Intent::recovery`] has one arm for each kind, so that a new kind does not compile until its recovery is decided.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::caller::Caller;
+use crate::state::Request;
+use crate::store::HostClaim;
+
+/// An operation that was admitted and has not ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// What is being done.
+    #[serde(flatten)]
+    pub kind: IntentKind,
+    /// Who asked.
+    #[serde(flatten)]
+    pub caller: Caller,
+    /// When, in Unix milliseconds.
+    pub since_ms: i64,
+}
+
+/// What is being done, with the data that carrying it on needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum IntentKind {
+    /// A VMM is being started.
+    Boot {
+        /// What the start has claimed on the host. The claims hold until its process has provably gone.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        claims: Vec<HostClaim>,
+    },
+    /// The guest's CPUs are being stopped.
+    Pause,
+    /// The guest's CPUs are being let go on.
+    Resume,
+    /// The run is being ended.
+    Shutdown {
+        /// How long the guest has to obey; `None` means that the guest is not asked.
+        #[serde(default = "default_patience", rename = "patience_ms", with = "millis")]
+        ask_guest_for: Option<Duration>,
+        /// Whether the shutdown was answered with a failure while its VMM may still end because of it. An end of the run is
+        /// then the outcome of this shutdown; a VMM that answers again has outlived it.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        answered: bool,
+    },
+    /// The run is being ended, and another one started.
+    Reboot {
+        /// How long the guest has to obey; `None` means that the guest is not asked.
+        #[serde(default = "default_patience", rename = "patience_ms", with = "millis")]
+        ask_guest_for: Option<Duration>,
+        /// What the second half has claimed on the host, from before the first half on.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        claims: Vec<HostClaim>,
+    },
+    /// The VM is being removed, and does not run.
+    Delete,
+    /// The VM is being removed, whatever it is doing.
+    ForceDelete,
+}
+
+/// How long a guest has to obey where nobody says.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a restarted daemon does about an intent that it finds on record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovery {
+    /// Nothing is carried on: the VM is what its VMM says.
+    AsFound,
+    /// A start stands if its guest runs. A start that did not come about is taken back, and with `again` made once more,
+    /// because nobody waits for an answer who could ask again.
+    Start {
+        /// Whether the start is made once more.
+        again: bool,
+    },
+    /// The shutdown is carried out once more while its VMM lives. An end that came about meanwhile is its outcome.
+    Shutdown {
+        /// How long the guest has to obey.
+        ask_guest_for: Option<Duration>,
+    },
+    /// The shutdown was answered with a failure. An end that came about since is its outcome; a VMM that lives runs on.
+    ShutdownAnswered,
+    /// The reboot is carried out once more while its VMM lives. Where the VMM has gone the VM is booted.
+    Reboot {
+        /// How long the guest has to obey.
+        ask_guest_for: Option<Duration>,
+    },
+    /// The deletion is finished as it was asked for.
+    Delete {
+        /// Whether it was forced.
+        force: bool,
+    },
+}
+
+impl Recovery {
+    /// Says whether an operation waits for its VMM to be found, to be carried on then.
+    pub const fn waits_for_vmm(self) -> bool {
+        match self {
+            Self::Shutdown { .. } | Self::Reboot { .. } => true,
+            Self::AsFound | Self::Start { .. } | Self::ShutdownAnswered | Self::Delete { .. } => false,
+        }
+    }
+}
+
+impl Intent {
+    /// Says how this intent is recovered.
+    pub fn recovery(&self) -> Recovery {
+        match self.kind {
+            IntentKind::Boot { .. } => Recovery::Start { again: self.caller.is_system() },
+            IntentKind::Pause | IntentKind::Resume => Recovery::AsFound,
+            IntentKind::Shutdown { answered: true, .. } => Recovery::ShutdownAnswered,
+            IntentKind::Shutdown { ask_guest_for, answered: false } => Recovery::Shutdown { ask_guest_for },
+            IntentKind::Reboot { ask_guest_for, .. } => Recovery::Reboot { ask_guest_for },
+            IntentKind::Delete => Recovery::Delete { force: false },
+            IntentKind::ForceDelete => Recovery::Delete { force: true },
+        }
+    }
+
+    /// Returns the operation.
+    pub const fn request(&self) -> Request {
+        self.kind.request()
+    }
+
+    /// Returns what the start under way has claimed on the host; empty where none is under way.
+    pub fn claims(&self) -> &[HostClaim] {
+        match &self.kind {
+            IntentKind::Boot { claims } | IntentKind::Reboot { claims, .. } => claims,
+            IntentKind::Pause
+            | IntentKind::Resume
+            | IntentKind::Shutdown { .. }
+            | IntentKind::Delete
+            | IntentKind::ForceDelete => &[],
+        }
+    }
+
+    /// Says whether the VM is being removed.
+    pub const fn is_deletion(&self) -> bool {
+        matches!(self.kind, IntentKind::Delete | IntentKind::ForceDelete)
+    }
+}
+
+impl IntentKind {
+    /// Returns the operation.
+    pub const fn request(&self) -> Request {
+        match self {
+            Self::Boot { .. } => Request::Boot,
+            Self::Pause => Request::Pause,
+            Self::Resume => Request::Resume,
+            Self::Shutdown { .. } => Request::Shutdown,
+            Self::Reboot { .. } => Request::Reboot,
+            Self::Delete => Request::Delete,
+            Self::ForceDelete => Request::ForceDelete,
+        }
+    }
+}
+
+// A function of serde's `default` returns what the field has, an `Option`.
+#[expect(clippy::unnecessary_wraps, reason = "serde asks for the type of the field")]
+const fn default_patience() -> Option<Duration> {
+    Some(DEFAULT_PATIENCE)
+}
+
+/// Milliseconds, of which 0 stands for a guest that is not asked, as every release has written it.
+mod millis {
+    use super::{Deserialize, Deserializer, Duration, Serializer, default_patience};
+
+    pub(super) fn serialize<S: Serializer>(
+        time: &Option<Duration>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let millis = time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        serializer.serialize_u64(millis)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        Ok(match Option::<u64>::deserialize(deserializer)? {
+            None => default_patience(),
+            Some(0) => None,
+            Some(millis) => Some(Duration::from_millis(millis)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> HostClaim {
+        HostClaim::Disk { device: 1, inode: 2, writable: true, path: "/d".into(), lies_on: Vec::new() }
+    }
+
+    fn every_kind() -> Vec<IntentKind> {
+        let ask_guest_for = Some(Duration::from_millis(1500));
+        vec![
+            IntentKind::Boot { claims: vec![disk()] },
+            IntentKind::Pause,
+            IntentKind::Resume,
+            IntentKind::Shutdown { ask_guest_for: None, answered: true },
+            IntentKind::Shutdown { ask_guest_for, answered: false },
+            IntentKind::Reboot { ask_guest_for, claims: vec![disk()] },
+            IntentKind::Delete,
+            IntentKind::ForceDelete,
+        ]
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let callers = [Caller::system(), Caller::anonymous(Some("10.0.0.1".to_owned())), Caller::named("me")];
+        for (kind, caller) in
+            every_kind().into_iter().flat_map(|kind| callers.clone().map(|c| (kind.clone(), c)))
+        {
+            let intent = Intent { kind, caller, since_ms: -1 };
+            let json = serde_json::to_string(&intent).unwrap();
+            assert_eq!(serde_json::from_str::<Intent>(&json).unwrap(), intent, "{json}");
+        }
+    }
+
+    #[test]
+    fn what_earlier_releases_wrote_is_read() {
+        let cases = [
+            (r#"{"request":"boot","actor":"system","since_ms":1}"#, Recovery::Start { again: true }),
+            (r#"{"request":"boot","actor":"anonymous@::1","since_ms":1}"#, Recovery::Start { again: false }),
+            (r#"{"request":"pause","actor":"a","since_ms":1}"#, Recovery::AsFound),
+            (
+                r#"{"request":"shutdown","actor":"a","since_ms":1}"#,
+                Recovery::Shutdown { ask_guest_for: Some(DEFAULT_PATIENCE) },
+            ),
+            (
+                r#"{"request":"shutdown","actor":"a","since_ms":1,"patience_ms":0}"#,
+                Recovery::Shutdown { ask_guest_for: None },
+            ),
+            (
+                r#"{"request":"reboot","actor":"a","since_ms":1,"patience_ms":7}"#,
+                Recovery::Reboot { ask_guest_for: Some(Duration::from_millis(7)) },
+            ),
+            (r#"{"request":"delete","actor":"a","since_ms":1}"#, Recovery::Delete { force: false }),
+            (r#"{"request":"force-delete","actor":"a","since_ms":1}"#, Recovery::Delete { force: true }),
+        ];
+        for (json, recovery) in cases {
+            let intent: Intent = serde_json::from_str(json).unwrap();
+            assert_eq!((intent.recovery(), intent.since_ms), (recovery, 1), "{json}");
+            let caller = intent.caller.to_string();
+            assert!(json.contains(&format!("\"actor\":\"{caller}\"")), "{json} is of {caller}");
+        }
+    }
+
+    #[test]
+    fn earlier_releases_can_read_what_is_written() {
+        #[derive(Deserialize)]
+        struct Earlier {
+            request: Request,
+            actor: String,
+            since_ms: i64,
+            #[serde(default)]
+            patience_ms: Option<u64>,
+        }
+        for kind in every_kind() {
+            let intent = Intent { kind, caller: Caller::anonymous(Some("::1".to_owned())), since_ms: 5 };
+            let earlier: Earlier = serde_json::from_str(&serde_json::to_string(&intent).unwrap()).unwrap();
+            assert_eq!(earlier.request, intent.request());
+            assert_eq!((earlier.actor.as_str(), earlier.since_ms), ("anonymous@::1", 5));
+            let has_patience = matches!(intent.request(), Request::Shutdown | Request::Reboot);
+            assert_eq!(earlier.patience_ms.is_some(), has_patience);
+        }
+    }
+}
