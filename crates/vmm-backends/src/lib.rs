@@ -19,5 +19,6 @@ pub mod program;
 pub mod qemu;
 mod resets;
 pub mod rest;
+mod search;
 mod spares;
 mod words;

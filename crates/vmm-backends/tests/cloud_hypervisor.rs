@@ -324,3 +324,22 @@ async fn the_log_of_a_vmm_is_trimmed_at_each_sample() {
     assert!(takes <= (1 << 20) + 8192, "{takes}");
     run.vmm.kill().await.unwrap();
 }
+
+#[tokio::test]
+async fn nothing_is_sent_to_who_has_taken_the_socket() {
+    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", Guest::Idle, UNSET);
+    bench.nothing_is_sent_to_another_listener().await;
+}
+
+#[tokio::test]
+async fn a_run_folder_may_be_called_anything() {
+    const TEST: &str = "a_run_folder_may_be_called_anything";
+    for prefix in ["a,b-", "a[b-", "a]b,c=d-"] {
+        let Some(backend) = usable(TEST, CloudHypervisor::new("cloud-hypervisor")).await else { return };
+        let bench = Bench::in_folder(backend, prefix, Guest::Idle, UNSET);
+        let run = bench.launch().await;
+        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        assert_eq!(bench.processes(), 1, "{prefix}: it is found by its run folder");
+        run.vmm.kill().await.unwrap();
+    }
+}

@@ -296,3 +296,9 @@ async fn the_log_of_a_vmm_is_trimmed_at_each_sample() {
     assert!(takes <= (1 << 20) + 8192, "{takes}");
     run.vmm.kill().await.unwrap();
 }
+
+#[tokio::test]
+async fn nothing_is_sent_to_who_has_taken_the_socket() {
+    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", Guest::Idle);
+    bench.nothing_is_sent_to_another_listener().await;
+}

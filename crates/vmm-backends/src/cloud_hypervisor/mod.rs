@@ -49,6 +49,7 @@ use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run};
 use crate::rest::options::check_taps;
 use crate::rest::spare::Fresh;
 use crate::rest::start::start;
+use crate::search::Unproven;
 use crate::spares::Spares;
 
 /// The backend's name.
@@ -173,14 +174,14 @@ impl Backend for CloudHypervisor {
         match look(&request, self.program.running_names().await).await {
             Trace::Alive(process, run) => {
                 let dir = request.dir.as_path();
-                let client = Client::new(&run.socket);
+                let client = Client::new(&run.socket).of_process(process.pid());
                 let events = EventFile::near_end(dir);
                 let parts = Parts { run, process: process.clone(), client, events, dir, reset_ends };
                 Ok(self.take_over(process, &request, parts).await)
             }
             Trace::Gone => Ok(Adoption::Gone { exit: explain_past(&request.dir, reset_ends).await }),
-            Trace::Unprovable(message) => {
-                Ok(Adoption::Unreachable { reason: "identity-unproven", message, launched: None })
+            Trace::Unprovable(Unproven { reason, message }) => {
+                Ok(Adoption::Unreachable { reason, message, launched: None })
             }
         }
     }

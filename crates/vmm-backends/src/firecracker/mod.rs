@@ -45,6 +45,7 @@ use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, s
 use crate::rest::options::check_taps;
 use crate::rest::spare::Fresh;
 use crate::rest::start::start;
+use crate::search::Unproven;
 use crate::spares::Spares;
 
 /// The backend's name.
@@ -164,11 +165,11 @@ impl Backend for Firecracker {
         let (process, mut run) = match look(&request, self.program.running_names().await).await {
             Trace::Alive(process, run) => (process, run),
             Trace::Gone => return Ok(gone(&request.dir).await),
-            Trace::Unprovable(message) => {
-                return Ok(Adoption::Unreachable { reason: "identity-unproven", message, launched: None });
+            Trace::Unprovable(Unproven { reason, message }) => {
+                return Ok(Adoption::Unreachable { reason, message, launched: None });
             }
         };
-        let client = Client::new(&run.socket);
+        let client = Client::new(&run.socket).of_process(process.pid());
         let answer = client.instance().await;
         if has_ended(&process, &answer).await {
             return Ok(gone(&request.dir).await);

@@ -9,15 +9,18 @@ use vmm_host::process::{self, Found, Lookup, Process};
 
 use super::convert::{Accelerator, Machine, QMP_SOCKET, reboot_action};
 use super::start::Parts;
+use crate::search::{self, Unproven};
 
 /// Looks for the QEMU that `request` means, among programs called one of `names`. Kills nothing.
 pub(super) async fn adopt(request: AdoptRequest, names: Vec<String>, accelerator: Accelerator) -> Adoption {
     let (identity, run) = match &request.run {
         Some(run) => (run.process.clone(), run.clone()),
-        None => match find(&request, names).await {
+        None => match search::user_of(&request.dir, names).await {
             Ok(Some(found)) => (found.identity.clone(), reconstructed(&request, &found, accelerator)),
             Ok(None) => return gone("no QEMU uses the run folder"),
-            Err((reason, message)) => return Adoption::Unreachable { reason, message, launched: None },
+            Err(Unproven { reason, message }) => {
+                return Adoption::Unreachable { reason, message, launched: None };
+            }
         },
     };
     match process::adopt(&identity) {
@@ -70,37 +73,6 @@ async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) 
             },
         },
     }
-}
-
-/// Finds the QEMU that uses the run folder.
-async fn find(request: &AdoptRequest, names: Vec<String>) -> Result<Option<Found>, (&'static str, String)> {
-    let dir = request.dir.clone();
-    let users = tokio::task::spawn_blocking(move || process::find_by_argument(&dir)).await;
-    let users = match users {
-        Ok(Ok(users)) => users,
-        Ok(Err(error)) => {
-            return Err(("processes-hidden", format!("the host's processes cannot be listed: {error}")));
-        }
-        Err(error) => return Err(("processes-hidden", error.to_string())),
-    };
-    let mut ours = users.into_iter().filter(|user| user.runs_one_of(&names));
-    let Some(found) = ours.next() else { return Ok(None) };
-    if let Some(other) = ours.next() {
-        return Err((
-            "several-vmms",
-            format!("processes {} and {} both use the run folder", found.identity.pid, other.identity.pid),
-        ));
-    }
-    if found.exe.is_none() {
-        return Err((
-            "identity-unproven",
-            format!(
-                "process {} uses the run folder, but its program is hidden from the daemon's user",
-                found.identity.pid
-            ),
-        ));
-    }
-    Ok(Some(found))
 }
 
 /// The record of a run whose launch was interrupted before it was recorded.

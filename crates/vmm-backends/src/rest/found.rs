@@ -7,9 +7,10 @@ use std::time::Duration;
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
 use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
-use vmm_host::process::{Lookup, Process, ProcessExit, adopt, find_by_argument};
+use vmm_host::process::{Lookup, Process, ProcessExit, adopt};
 
 use crate::launch::{self, Guarded};
+use crate::search::{self, Unproven};
 
 /// How long a killed VMM may take to go.
 const KILLING: Duration = Duration::from_secs(2);
@@ -22,38 +23,32 @@ pub const LOG: &str = "vmm.log";
 
 /// What was found of an earlier run.
 #[derive(Debug)]
-pub enum Trace {
+pub(crate) enum Trace {
     /// Its process, proven.
     Alive(Process, RunRecord),
     /// It has provably gone.
     Gone,
-    /// Nothing can be proven; the text says why.
-    Unprovable(String),
+    /// Nothing can be proven.
+    Unprovable(Unproven),
 }
 
 /// Looks for the VMM of `request`: by its recorded identity, or by its run folder where a launch was interrupted.
-pub async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
-    if let Some(run) = &request.run {
-        return match adopt(&run.process) {
-            Lookup::Alive(process) => Trace::Alive(process, run.clone()),
-            Lookup::Gone => Trace::Gone,
-            Lookup::Unprovable(why) => Trace::Unprovable(why),
-        };
-    }
-    let dir = request.dir.clone();
-    let users = match tokio::task::spawn_blocking(move || find_by_argument(&dir)).await {
-        Ok(Ok(users)) => users,
-        Ok(Err(error)) => return Trace::Unprovable(format!("/proc cannot be searched: {error}")),
-        Err(error) => return Trace::Unprovable(format!("the search of /proc was broken off: {error}")),
+pub(crate) async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
+    let (identity, run) = match &request.run {
+        Some(run) => (run.process.clone(), run.clone()),
+        None => match search::user_of(&request.dir, names).await {
+            Ok(Some(user)) => {
+                let run = new_run(user.identity.clone(), request.dir.join(SOCKET), String::new());
+                (user.identity, run)
+            }
+            Ok(None) => return Trace::Gone,
+            Err(unproven) => return Trace::Unprovable(unproven),
+        },
     };
-    let Some(user) = users.into_iter().find(|user| user.runs_one_of(&names)) else { return Trace::Gone };
-    match adopt(&user.identity) {
-        Lookup::Alive(process) => {
-            let run = new_run(process.identity().clone(), request.dir.join(SOCKET), String::new());
-            Trace::Alive(process, run)
-        }
+    match adopt(&identity) {
+        Lookup::Alive(process) => Trace::Alive(process, run),
         Lookup::Gone => Trace::Gone,
-        Lookup::Unprovable(why) => Trace::Unprovable(why),
+        Lookup::Unprovable(message) => Trace::Unprovable(Unproven { reason: "identity-unproven", message }),
     }
 }
 

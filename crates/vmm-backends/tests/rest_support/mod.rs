@@ -93,7 +93,12 @@ fn ip(args: &[&str]) -> Result<(), String> {
 impl<B: Backend> Bench<B> {
     /// A bench for a tiny guest.
     pub fn new(backend: B, guest: Guest, restart: i32) -> Self {
-        let dir = tempfile::Builder::new().prefix("vmcp-rest-").tempdir().unwrap();
+        Self::in_folder(backend, "vmcp-rest-", guest, restart)
+    }
+
+    /// The same, whose run folder's name begins with `prefix`.
+    pub fn in_folder(backend: B, prefix: &str, guest: Guest, restart: i32) -> Self {
+        let dir = tempfile::Builder::new().prefix(prefix).tempdir().unwrap();
         let kernel = guest.write_to(dir.path()).unwrap();
         let config = VmConfig {
             cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
@@ -165,6 +170,28 @@ impl<B: Backend> Bench<B> {
             kind: VmKind::Managed,
             imported: false,
         }
+    }
+
+    /// Adopts a VMM whose socket somebody else has taken: nothing is sent there.
+    pub async fn nothing_is_sent_to_another_listener(&self) {
+        use std::io::Read as _;
+
+        let run = self.launch().await;
+        let record = run.vmm.run().clone();
+        std::fs::remove_file(&record.socket).unwrap();
+        let other = std::os::unix::net::UnixListener::bind(&record.socket).unwrap();
+        let adoption = self.backend.adopt(self.adoption(Some(record))).await.unwrap();
+        let Adoption::Unreachable { message, launched: Some(launched), .. } = adoption else {
+            panic!("{adoption:?}")
+        };
+        assert!(message.contains("nothing was sent to it"), "{message}");
+        other.set_nonblocking(true).unwrap();
+        while let Ok((mut stream, _)) = other.accept() {
+            let mut heard = Vec::new();
+            stream.read_to_end(&mut heard).unwrap();
+            assert_eq!(heard, b"");
+        }
+        launched.vmm.kill().await.unwrap();
     }
 
     pub async fn try_launch(&self) -> Result<Run, BackendError> {
