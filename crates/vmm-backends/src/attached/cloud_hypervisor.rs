@@ -32,7 +32,7 @@ use super::handle::{self, Api};
 use super::tell::{count, flag, is_in, list, number, others, text};
 use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
 use crate::cloud_hypervisor::client::{Client, VmPhase};
-use crate::cloud_hypervisor::convert::Config;
+use crate::cloud_hypervisor::convert::{Config, path_option};
 use crate::cloud_hypervisor::{OLDEST, capabilities};
 use crate::ladder::Call;
 use crate::program::Version;
@@ -80,7 +80,7 @@ impl Hypervisor for CloudHypervisor {
     }
 
     fn how_to_start(&self, socket: &Path) -> String {
-        let (left, socket) = (socket.to_string_lossy(), format!("path={}", socket.display()));
+        let (left, socket) = (socket.to_string_lossy(), path_option(socket).to_string_lossy().into_owned());
         // Not every version takes the place of a socket that another one left behind.
         format!("rm -f {} && cloud-hypervisor --api-socket {}", shell_word(&left), shell_word(&socket))
     }

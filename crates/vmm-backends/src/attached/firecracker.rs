@@ -31,10 +31,10 @@ use vmm_host::process::Process;
 use super::handle::{self, Api};
 use super::tell::{count, flag, is_in, list, number, others, text};
 use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use crate::firecracker::capabilities;
 use crate::firecracker::client::Client;
 use crate::firecracker::convert::Config;
 use crate::firecracker::metrics::{METRICS, Metrics};
-use crate::firecracker::{OLDEST, capabilities};
 use crate::ladder::Call;
 use crate::program::Version;
 use crate::rest::options::check_taps;
@@ -120,12 +120,8 @@ impl Hypervisor for Firecracker {
             Ok(told) => told,
             Err(error) => return Err(not_one(socket, error).await),
         };
-        if let Some(found) = Version::find(&format!("v{version}"))
-            && found < OLDEST
-        {
-            return Err(VisitError::Refused(format!(
-                "Firecracker {version} listens there, and {OLDEST} is the oldest that can be used: start a newer one"
-            )));
+        if let Some(why) = too_old(&version) {
+            return Err(VisitError::Refused(why));
         }
         let native = client.describe().await.map_err(failed)?;
         let guest = match state {
@@ -219,6 +215,21 @@ impl Hypervisor for Firecracker {
     async fn forget(&self, _client: &Client, _request: &SweepRequest) -> Result<bool, BackendError> {
         Ok(false)
     }
+}
+
+/// The oldest Firecracker that can be used where somebody else has started it: only since then a VMM that runs is told where its
+/// serial port writes to (`PUT /serial`).
+const OLDEST: Version = Version::new(1, 14, 0);
+
+/// Says why a Firecracker of this `version` cannot be used, where it cannot. A version that cannot be read is not refused.
+fn too_old(version: &str) -> Option<String> {
+    let found = Version::find(&format!("v{version}"))?;
+    (found < OLDEST).then(|| {
+        format!(
+            "Firecracker {version} listens there, and {OLDEST} is the oldest that can be used where this program does not start \
+             it itself: start a newer one"
+        )
+    })
 }
 
 async fn not_one(socket: &Path, error: BackendError) -> VisitError {
@@ -413,6 +424,14 @@ fn limits(told: &Value, field: &str, per_second: &str, options: &mut Options, un
 #[cfg(test)]
 mod unit_tests {
     use super::*;
+
+    #[test]
+    fn one_that_cannot_be_told_where_its_console_goes_is_refused() {
+        for (version, refused) in [("1.7.0", true), ("1.13.1", true), ("1.14.0", false), ("1.16.1", false)] {
+            assert_eq!(too_old(version).is_some(), refused, "{version}");
+        }
+        assert_eq!(too_old("of another kind"), None);
+    }
 
     fn spec() -> VmSpec {
         let config = serde_json::from_str(

@@ -4,6 +4,7 @@
 //! share; what the client calls a disk is its serial number, which the guest can see.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use serde::Serialize;
@@ -144,12 +145,18 @@ impl Config {
 
 /// Cloud Hypervisor's arguments. Its log is its stderr; its stdout is the serial console.
 pub fn arguments(socket: &Path, events: &Path) -> Vec<OsString> {
-    let assign = |path: &Path| {
-        let mut argument = OsString::from("path=");
-        argument.push(path);
-        argument
-    };
-    vec!["--api-socket".into(), assign(socket), "--event-monitor".into(), assign(events)]
+    vec!["--api-socket".into(), path_option(socket), "--event-monitor".into(), path_option(events)]
+}
+
+/// Writes `path=` and the path, in quotes where it has a character that Cloud Hypervisor's options are divided by.
+pub(crate) fn path_option(path: &Path) -> OsString {
+    let divides = |byte: &u8| matches!(byte, b',' | b'[' | b']' | b'=');
+    let quote = if path.as_os_str().as_bytes().iter().any(divides) { "\"" } else { "" };
+    let mut option = OsString::from("path=");
+    option.push(quote);
+    option.push(path);
+    option.push(quote);
+    option
 }
 
 fn drive(place: usize, disk: &Disk) -> DiskConfig {

@@ -14,6 +14,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -127,6 +128,8 @@ pub enum Closed {
 struct Shared {
     state: Mutex<State>,
     closed: watch::Sender<bool>,
+    /// Events that found no room.
+    dropped: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -214,6 +217,7 @@ impl Qmp {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::Open { pending: HashMap::new(), last_id: 0 }),
             closed: watch::Sender::new(false),
+            dropped: AtomicU64::new(0),
         });
         let (queue, queued) = mpsc::channel(QUEUE);
         let span = tracing::debug_span!("qmp", pid = peer_pid);
@@ -350,7 +354,11 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
         let event = parse_event(Value::Object(message))?;
         let name = event.name.clone();
         if let Err(mpsc::error::TrySendError::Full(_)) = events.try_send(event) {
-            warn!(event = name, "an event of QEMU was dropped: too many wait");
+            // A QEMU that floods costs a line of the log for each doubling.
+            let dropped = shared.dropped.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+            if dropped.is_power_of_two() {
+                warn!(event = words::version(&name), dropped, "an event of QEMU was dropped: too many wait");
+            }
         }
         return Ok(());
     }

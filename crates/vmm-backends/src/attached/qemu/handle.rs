@@ -106,8 +106,11 @@ impl Handle {
     }
 
     /// Refuses a reset that would end QEMU, as far as its command line tells.
-    fn reset_is_harmless(&self) -> Result<(), BackendError> {
-        let started_so = arguments_of(&self.process).unwrap_or_default();
+    async fn reset_is_harmless(&self) -> Result<(), BackendError> {
+        let process = self.process.clone();
+        // Reading the arguments of a process takes as long as that process holds its memory map.
+        let read = tokio::task::spawn_blocking(move || arguments_of(&process));
+        let started_so = read.await.ok().and_then(Result::ok).unwrap_or_default();
         let ends = |word: &str| {
             matches!(word, "-no-reboot" | "--no-reboot")
                 || word.split(',').any(|part| part == "reboot=shutdown")
@@ -184,7 +187,7 @@ impl Vmm for Handle {
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
-        self.reset_is_harmless()?;
+        self.reset_is_harmless().await?;
         let qmp = self.qmp()?;
         self.guest.resets.order(qmp.system_reset()).await.map_err(|error| self.explain(error))?;
         Ok(Reset::InPlace)
