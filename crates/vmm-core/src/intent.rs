@@ -143,6 +143,11 @@ impl Intent {
         }
     }
 
+    /// Says whether a VMM is being started.
+    pub const fn is_start(&self) -> bool {
+        matches!(self.kind, IntentKind::Boot { .. } | IntentKind::Reboot { .. })
+    }
+
     /// Says whether the VM is being removed.
     pub const fn is_deletion(&self) -> bool {
         matches!(self.kind, IntentKind::Delete | IntentKind::ForceDelete)

@@ -1,7 +1,7 @@
 //! What serves one running VM at a time: writable disks, by device and inode, and TAPs, by name.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::store::{DiskKey, HostClaim};
@@ -34,6 +34,8 @@ struct Holder {
     /// that of the whole disk.
     part: bool,
     claim: HostClaim,
+    /// The process that holds it, where the VM itself is deleted.
+    left: Option<Arc<str>>,
 }
 
 impl Claims {
@@ -67,6 +69,17 @@ impl Claims {
         remove(&mut self.lock(), uid);
     }
 
+    /// Leaves `claims` to a process that the deleted VM `uid` has left, which `process` names for people.
+    pub(crate) fn leave_to(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim], process: &str) {
+        let mut holders = self.lock();
+        remove(&mut holders, uid);
+        insert(&mut holders, uid, vm_id, claims);
+        let process: Arc<str> = process.into();
+        for holder in holders.by_key.values_mut().flatten().filter(|holder| holder.uid == uid) {
+            holder.left = Some(Arc::clone(&process));
+        }
+    }
+
     /// Lists everything that one VM holds.
     pub(crate) fn held_by(&self, uid: VmUid) -> Vec<HostClaim> {
         let holders = self.lock();
@@ -92,11 +105,17 @@ fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), Stri
                 .find(|holder| holder.uid != uid && (exclusive || holder.exclusive) && !(part && holder.part))
         });
         if let Some(other) = other {
-            return Err(format!(
-                "{} is in use by VM \"{}\", which runs; shut that VM down first, or use another",
-                name_of(claim),
-                other.vm_id
-            ));
+            return Err(match &other.left {
+                None => format!(
+                    "{} is in use by VM \"{}\", which runs; shut that VM down first, or use another",
+                    name_of(claim),
+                    other.vm_id
+                ),
+                Some(process) => format!(
+                    "{} is in use by {process}, which could not be ended; it is free when that process has gone",
+                    name_of(claim)
+                ),
+            });
         }
     }
     Ok(())
@@ -112,6 +131,7 @@ fn insert(holders: &mut Holders, uid: VmUid, vm_id: &VmId, claims: &[HostClaim])
                 exclusive: is_exclusive(claim),
                 part,
                 claim: claim.clone(),
+                left: None,
             };
             holders.by_key.entry(key).or_default().push(holder);
         }

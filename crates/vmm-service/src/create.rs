@@ -1,7 +1,6 @@
 //! CreateVm: check, record, reserve. Nothing is started.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use uuid::Uuid;
 use vmm_core::backend::{Backend, Effect};
@@ -15,13 +14,13 @@ use vmm_core::state::{Phase, Status, VmState};
 use vmm_core::store::{Change, Commit, Intent, Requested, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
-use crate::actor;
+use crate::actor::{Beginning, NewActor};
 use crate::check;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::metrics::MetricsCell;
 use crate::places;
-use crate::service::{DefaultBoot, Shared};
+use crate::service::DefaultBoot;
+use crate::shared::Shared;
 use crate::spares::{self, Promise};
 
 /// What CreateVm is asked for.
@@ -42,20 +41,6 @@ pub struct Created {
     pub record: Arc<VmRecord>,
     /// What its backend ignores or emulates.
     pub warnings: Vec<FieldReport>,
-}
-
-/// One lock per name that is being created, so that of two calls the second sees what became of the first.
-#[derive(Default)]
-pub(crate) struct NameLocks {
-    locks: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
-}
-
-impl NameLocks {
-    pub(crate) fn of(&self, vm_id: &VmId) -> Arc<tokio::sync::Mutex<()>> {
-        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-        locks.retain(|_, lock| Arc::strong_count(lock) > 1);
-        Arc::clone(locks.entry(vm_id.clone()).or_default())
-    }
 }
 
 /// Creates a VM, or finds the one that the same call created before.
@@ -141,10 +126,10 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     if let Some(spare) = spare {
         spare.redeem();
     }
-    let shown = Arc::new(record.clone());
-    let metrics = MetricsCell::default();
-    let handle = actor::spawn(Arc::clone(shared), record, spec, backend, metrics.clone());
-    shared.index.insert(Arc::clone(&shown), committed.seq, metrics, handle);
+    let shown = Arc::new(record);
+    let (record, seq) = (Arc::clone(&shown), committed.seq);
+    let beginning = Beginning::Created;
+    NewActor { shared: Arc::clone(shared), record, spec, backend, committed: seq, beginning }.start();
     drop(committed);
     point(FaultPoint::CreateShown);
     tracing::info!(vm_id = %shown.vm_id, uid = %shown.uid, backend = %shown.backend, "VM created");

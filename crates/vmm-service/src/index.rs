@@ -23,7 +23,7 @@ use vmm_core::kind::VmKind;
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
-use crate::actor::ActorHandle;
+use crate::mailbox::ActorHandle;
 use crate::metrics::{Metrics, MetricsCell};
 
 pub(crate) use order::Filter;

@@ -6,7 +6,7 @@ use std::path::Path;
 use vmm_core::kind::VmKind;
 use vmm_core::store::{Change, Commit, VmRecord};
 
-use crate::service::Shared;
+use crate::shared::Shared;
 
 /// Settles the kind of every record that has none, as the configuration of this start says, and writes it. Later configurations
 /// change nothing about it.

@@ -1,16 +1,18 @@
-//! The use cases: what the nine methods mean, whatever hypervisor runs a VM.
+//! The use cases: what the methods of the API mean, whatever hypervisor runs a VM.
 //!
 //! ```text
-//!   api ──► VmService ──► inbox ──► Actor (one per VM, the only writer of its record) ──► Backend / Vmm
+//!   api ──► VmService ──► mailbox ► Actor (one per VM, the only writer of its record) ──► Backend / Vmm
 //!              │                      │  intent ► effect ► outcome
 //!              │ reads                ▼
 //!              └────────► Index ◄── Store
 //! ```
 //!
-//! Reads come from the [`index`] and never pass an actor or a VMM. Changes go through the VM's [`actor`], one at a time; only
-//! `force` has a channel of its own and pre-empts what is under way. Every commit goes through [`events`], which tells watchers
-//! of it in the order of the log. [`check`] looks at the host before anything is touched,
-//! and [`claims`] keeps two running VMs off one disk or TAP.
+//! Reads come from the [`index`] and never pass an actor or a VMM. Changes go through the [`mailbox`] of the VM's [`actor`], one
+//! at a time; only `force` pre-empts what is under way. Every commit goes through [`events`], which tells watchers of it in the
+//! order of the log. [`check`] looks at the host before anything is touched, [`claims`] keeps two running VMs off one disk or
+//! TAP, and [`tombstones`] keep the claims of processes that deleted VMs have left.
+//!
+//! The modules use each other in one direction: [`service`], the use cases, [`shared`], [`index`], [`mailbox`].
 
 mod actor;
 mod backends;
@@ -26,11 +28,16 @@ pub mod fuzzing;
 mod index;
 mod kinds;
 mod listing;
+mod mailbox;
 mod metrics;
+mod names;
 mod places;
 mod run_folders;
 mod service;
+mod shared;
 mod spares;
+mod tombstones;
+mod under_way;
 mod unserved;
 mod wait;
 
@@ -40,5 +47,6 @@ pub use error::ServiceError;
 pub use events::{EventsPage, EventsQuery, Notice, Present, Recorded, Watch, WatchQuery};
 pub use index::VmView;
 pub use listing::{ListQuery, Page};
+pub use mailbox::Outcome;
 pub use metrics::Metrics;
-pub use service::{DefaultBoot, Outcome, Settings, ShutdownOptions, VmService};
+pub use service::{DefaultBoot, Settings, ShutdownOptions, VmService};

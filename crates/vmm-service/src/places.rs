@@ -27,11 +27,12 @@ use vmm_core::state::{Phase, Request, Status};
 use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
-use crate::actor::{self, ActorHandle, Operation};
+use crate::actor::{Beginning, NewActor};
 use crate::check;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::service::Shared;
+use crate::mailbox::{ActorHandle, Operation};
+use crate::shared::Shared;
 
 /// Why a change came about that a look at the host has brought.
 const CAUSE: &str = "imported";
@@ -228,8 +229,15 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
     };
     point(FaultPoint::ImportCommitted);
     tracing::info!(%vm_id, %uid, backend = %name, kind = %record.kind, state = record.state.name(), "imported a VM");
-    let shared = Arc::clone(shared);
-    actor::import(shared, record, spec, Arc::clone(backend), committed.seq, found.launched);
+    NewActor {
+        shared: Arc::clone(shared),
+        record: Arc::new(record),
+        spec,
+        backend: Arc::clone(backend),
+        committed: committed.seq,
+        beginning: Beginning::Imported { launched: found.launched },
+    }
+    .start();
     Ok(())
 }
 
@@ -256,7 +264,7 @@ async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
     let operation = Operation { request: Request::Delete, ask_guest_for: None, caller: Caller::system() };
-    if let Some(Err(error)) = handle.ask(shared, operation).await {
+    if let Some(Err(error)) = handle.ask(operation, shared.under_way.begin()).await {
         tracing::warn!(vm_id = %record.vm_id, %error, "a VM that is no more could not be taken off the record");
     }
 }

@@ -4,29 +4,35 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::Semaphore;
 use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm_core::caller::Caller;
-use vmm_core::id::{InstanceId, VmId, VmUid};
-use vmm_core::report::{FieldReport, Report};
+use vmm_core::event::EventSeq;
+use vmm_core::id::{VmId, VmUid};
+use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
-use vmm_core::state::{EndedBy, Request, VmState};
+use vmm_core::state::{Request, VmState};
 use vmm_core::store::{Requested, Snapshot, Store, VmRecord};
 use vmm_host::net::tap::{HostTaps, Taps};
 
-use crate::actor::{self, Operation};
+use crate::actor::{self, Beginning, NewActor};
 use crate::backends::{BackendStatus, Backends};
 use crate::claims::Claims;
-use crate::create::{self, CreateRequest, Created, NameLocks};
+use crate::create::{self, CreateRequest, Created};
 use crate::error::ServiceError;
 use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
-use crate::index::{Index, VmView};
+use crate::index::VmView;
 use crate::kinds;
 use crate::listing::{self, ListQuery, Page};
+use crate::mailbox::{ActorHandle, Operation, Outcome};
+use crate::names::NameLocks;
 use crate::places;
 use crate::run_folders::RunFolders;
+use crate::shared::Shared;
 use crate::spares::{self, Spares};
+use crate::tombstones;
+use crate::under_way::Counter;
 use crate::wait;
 
 /// How long a guest has to obey ShutdownVm where the client does not say.
@@ -37,9 +43,9 @@ const MAX_SHUTDOWN_SECONDS: i32 = 3600;
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// VMs that are recovered at once when the daemon starts. Each recovery has a deadline of a few seconds, which 1,000 of them on
 /// two cores would miss together.
-const RECOVERIES: usize = 64;
+pub(crate) const RECOVERIES: usize = 64;
 /// VMs that their restart policies start at once. After a reboot of the host all of them are due together.
-const POLICY_STARTS: usize = 16;
+pub(crate) const POLICY_STARTS: usize = 16;
 
 /// What the service is told at start.
 #[derive(Clone, Debug)]
@@ -67,17 +73,6 @@ pub struct DefaultBoot {
     pub kernel_args: String,
 }
 
-/// What a change answers with.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    /// The VM as it is now, or as it was last where it is gone.
-    pub record: Arc<VmRecord>,
-    /// The rung that ended the VM, where one did.
-    pub ended_by: Option<EndedBy>,
-    /// What could not be freed on the host.
-    pub left_behind: Vec<FieldReport>,
-}
-
 /// How to shut down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShutdownOptions {
@@ -102,27 +97,6 @@ impl ShutdownOptions {
         };
         Ok((!self.force).then_some(seconds))
     }
-}
-
-/// What every actor and use case shares.
-pub(crate) struct Shared {
-    pub(crate) events: Arc<Events>,
-    pub(crate) backends: Backends,
-    pub(crate) settings: Settings,
-    pub(crate) taps: Arc<dyn Taps>,
-    pub(crate) instance: InstanceId,
-    pub(crate) index: Arc<Index>,
-    pub(crate) claims: Claims,
-    pub(crate) names: NameLocks,
-    pub(crate) spares: Spares,
-    /// Held from the choice of a place to the record that holds it.
-    pub(crate) places: tokio::sync::Mutex<()>,
-    /// Slots of recoveries, see [`RECOVERIES`].
-    pub(crate) recoveries: Arc<Semaphore>,
-    /// Slots of starts by a restart policy, see [`POLICY_STARTS`].
-    pub(crate) policy_starts: Arc<Semaphore>,
-    /// Operations under way, so that the end of the daemon can wait for them.
-    pub(crate) under_way: watch::Sender<usize>,
 }
 
 /// The service. Cheap to clone.
@@ -157,7 +131,7 @@ impl VmService {
         settings: Settings,
         taps: Arc<dyn Taps>,
     ) -> Result<Self, ServiceError> {
-        let Snapshot { instance, vms, unreadable, last_event, tombstones: _ } = store.load().await?;
+        let Snapshot { instance, vms, unreadable, last_event, tombstones } = store.load().await?;
         let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
         tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
         // A VM that never ran and is not being started owns no TAP: what bears its label was made by a start that died.
@@ -178,7 +152,7 @@ impl VmService {
             places: tokio::sync::Mutex::default(),
             recoveries: Arc::new(Semaphore::new(RECOVERIES)),
             policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),
-            under_way: watch::Sender::new(0),
+            under_way: Counter::default(),
         });
         shared.backends.refresh().await;
         let pings = shared.backends.clone();
@@ -190,6 +164,10 @@ impl VmService {
         });
         let on_record = vms.iter().map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
         spares::clear(&shared, on_record.collect()).await;
+        // Before any VM is taken up, so that none starts on what a process of a deleted VM may use.
+        for tombstone in tombstones {
+            tombstones::keep(&shared, tombstone);
+        }
         let in_use = RunFolders::in_use(&shared.settings.runtime_dir).await;
         // Before the others: an operation of theirs that is finished must find these VMs' disks taken.
         let left_alone = unreadable.into_iter().map(|vm| leave_alone(&shared, *vm.record, vm.why));
@@ -208,7 +186,7 @@ impl VmService {
     /// [`ServiceError::Invalid`] with every violation, [`ServiceError::AlreadyExists`], or the store's failure.
     pub async fn create(&self, request: CreateRequest) -> Result<Created, ServiceError> {
         let shared = Arc::clone(&self.shared);
-        let counted = UnderWay::new(&shared);
+        let counted = shared.under_way.begin();
         let creating = async move {
             let _counted = counted;
             create::create(&shared, request).await
@@ -362,13 +340,7 @@ impl VmService {
     /// Ends the VMMs that wait for VMs to come, and waits until no operation is under way, at most until `deadline`. Answers how
     /// many were left.
     pub async fn drain(&self, deadline: Duration) -> usize {
-        let mut under_way = self.shared.under_way.subscribe();
-        let drained = async {
-            self.shared.spares.stop(&self.shared).await;
-            let _ = under_way.wait_for(|count| *count == 0).await;
-        };
-        let _ = tokio::time::timeout(deadline, drained).await;
-        *self.shared.under_way.borrow()
+        self.shared.under_way.drain(self.shared.spares.stop(&self.shared), deadline).await
     }
 
     async fn ask(
@@ -380,14 +352,14 @@ impl VmService {
     ) -> Result<Outcome, ServiceError> {
         let message = Operation { request, ask_guest_for, caller };
         let handle = self.handle(vm_id)?;
-        let answer = handle.ask(&self.shared, message).await;
+        let answer = handle.ask(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)
     }
 
     async fn force(&self, vm_id: &str, request: Request, caller: Caller) -> Result<Outcome, ServiceError> {
         let message = Operation { request, ask_guest_for: None, caller };
         let handle = self.handle(vm_id)?;
-        let answer = handle.force(&self.shared, message).await;
+        let answer = handle.force(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)
     }
 
@@ -407,7 +379,7 @@ impl VmService {
         })
     }
 
-    fn handle(&self, vm_id: &str) -> Result<actor::ActorHandle, ServiceError> {
+    fn handle(&self, vm_id: &str) -> Result<ActorHandle, ServiceError> {
         vm_id
             .parse::<VmId>()
             .ok()
@@ -424,8 +396,14 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
     let (known, why) = match (spec, backend) {
         (Ok(spec), Ok(backend)) => {
             let in_use = in_use.contains(record.uid);
-            let recovered = actor::recover(Arc::clone(shared), record, spec, backend, in_use);
-            return settled(recovered);
+            return fate(NewActor {
+                shared: Arc::clone(shared),
+                record: Arc::new(record),
+                spec,
+                backend,
+                committed: EventSeq::default(),
+                beginning: Beginning::Recovered { in_use },
+            });
         }
         (Err(report), Ok(backend)) => {
             let violations = ServiceError::Invalid(report.violations);
@@ -434,32 +412,20 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
         (Ok(_) | Err(_), Err(problem)) => (None, problem),
     };
     tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be taken up by this program; it is left as it is");
-    settled(actor::show_untaken(Arc::clone(shared), record, known, why))
+    fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }
 
 /// Shows a VM whose record cannot be read as a whole; the future ends when that is done.
 fn leave_alone(shared: &Arc<Shared>, record: VmRecord, why: String) -> impl Future<Output = ()> + use<> {
     tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be read by this program; it is left as it is");
     let known = shared.backends.of_kind(record.backend.as_str(), &kinds::kind_of(shared, &record)).ok();
-    settled(actor::show_untaken(Arc::clone(shared), record, known, why))
+    fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }
 
-async fn settled(fate: oneshot::Receiver<()>) {
-    let _ = fate.await;
-}
-
-/// Counts an operation as under way for as long as it lives.
-pub(crate) struct UnderWay(watch::Sender<usize>);
-
-impl UnderWay {
-    pub(crate) fn new(shared: &Shared) -> Self {
-        shared.under_way.send_modify(|count| *count += 1);
-        Self(shared.under_way.clone())
-    }
-}
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        self.0.send_modify(|count| *count = count.saturating_sub(1));
+/// Starts an actor. The future ends when the fate of its VM is known.
+fn fate(actor: NewActor) -> impl Future<Output = ()> + use<> {
+    let known = actor.start();
+    async move {
+        let _ = known.await;
     }
 }

@@ -31,7 +31,7 @@ use vmm_host::ledger::{self, Served};
 use vmm_host::run_dir::{self, SpareMark};
 
 use crate::run_folders;
-use crate::service::{Shared, UnderWay};
+use crate::shared::Shared;
 
 /// What a client was just answered goes on its way before a process is started.
 const AFTER_AN_ANSWER: Duration = Duration::from_millis(5);
@@ -182,7 +182,7 @@ pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
 
 /// Runs a task that the end of the daemon waits for.
 fn spawn(shared: &Shared, task: impl Future<Output = ()> + Send + 'static) {
-    let under_way = UnderWay::new(shared);
+    let under_way = shared.under_way.begin();
     let span = tracing::info_span!(parent: None, "spares");
     tokio::spawn(
         async move {

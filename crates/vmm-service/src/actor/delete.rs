@@ -1,4 +1,10 @@
 //! DeleteVm: ends what runs, removes what the program made, and frees the name.
+//!
+//! ```text
+//!   intent ─► run ended ─► TAPs freed ─► folder removed ─► record removed, claims given back
+//!                 │ by force, and it does not end
+//!                 └─► … ─► record buried: a tombstone keeps the claims until the process has provably gone
+//! ```
 
 use std::time::Duration;
 
@@ -7,73 +13,89 @@ use vmm_core::event::EventKind;
 use vmm_core::kind::VmKind;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
-use vmm_core::store::{Change, Commit, IntentKind};
+use vmm_core::store::{Change, Commit, IntentKind, Tombstone, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
-use super::persist::Why;
-use super::{Actor, Broken, Operation};
-use crate::clock::now_ms;
+use super::Actor;
+use super::budget::{Broken, Budget};
+use super::hold::Hold;
+use super::journal::{Turn, Why};
 use crate::error::ServiceError;
-use crate::service::Outcome;
+use crate::mailbox::{Operation, Outcome};
+use crate::tombstones;
 
 /// How long a VM may take to end whose VMM somebody else started: that has its time to power it off before it is killed. With a
 /// sweep after it, this leaves a forced deletion within its 5 s.
-const FOREIGN_END: Duration = Duration::from_secs(3);
+const FOREIGN_END_LIMIT: Duration = Duration::from_secs(3);
+/// How long the removal of a run folder may take. What is not gone by then is named in the answer.
+const REMOVE_FOLDER_LIMIT: Duration = Duration::from_secs(1);
 
 impl Actor {
     /// Removes the VM. With `force`, what cannot be freed is named in the answer and stops nothing.
-    pub(super) async fn delete(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
+    ///
+    /// A deletion that a restart of the daemon has cut short has its intent on record already.
+    pub(super) async fn delete(
+        &mut self,
+        budget: Budget,
+        operation: &Operation,
+    ) -> Result<Outcome, ServiceError> {
         let forced = operation.request == Request::ForceDelete;
         let kind = if forced { IntentKind::ForceDelete } else { IntentKind::Delete };
-        if let Err(error) = self.intend(kind, Phase::Deleting, &operation.caller).await {
-            return Err(self.end_unrecorded(operation, error).await);
+        if let Err(error) = self.intend(budget, kind, Phase::Deleting, &operation.caller).await {
+            return Err(self.end_unrecorded(budget, operation, error).await);
         }
-        self.restart_at = None;
+        self.next.call_off_restart();
+        // What the process may still use, should it outlive this.
+        let (claims, run) = (self.shared.claims.held_by(self.record.uid), self.known_run());
         let mut left_behind = Vec::new();
-        match self.end_what_runs(if forced { Sweep::ForceDelete } else { Sweep::Delete }).await {
-            Ok(()) => {}
+        let purpose = if forced { Sweep::ForceDelete } else { Sweep::Delete };
+        let process = self.hold.may_be_a_process();
+        let tombstone = match self.end_what_runs(budget, purpose).await {
+            Ok(()) => None,
             Err(Broken::Backend(error)) if forced || error.kind == BackendErrorKind::NotServed => {
                 left_behind.push(FieldReport::new("process", error.to_string()));
-                self.let_go();
+                let vm = VmRecord { run, ..VmRecord::clone(&self.record) };
+                process.then_some(Tombstone { vm, claims })
             }
-            Err(broken) => return Err(self.give_up(operation.request, &operation.caller, broken).await),
-        }
+            Err(broken) => {
+                return Err(self.give_up(budget, operation.request, &operation.caller, broken).await);
+            }
+        };
         point(FaultPoint::DeleteVmmEnded);
-        self.record.state = observe(self.record.state, Observation::VmmGone);
-        left_behind.extend(self.free_taps().await);
+        left_behind.extend(self.free_taps(budget).await);
         point(FaultPoint::DeleteTapsFreed);
-        if let Err(error) = self.remove_dir().await {
+        if let Err(error) = self.remove_dir(budget).await {
             left_behind.push(FieldReport::new(format!("folder {}", self.dir().display()), error));
         }
         point(FaultPoint::DeleteFolderRemoved);
-        self.remove_record(operation).await?;
+        self.remove_record(budget, operation, tombstone).await?;
         let mut outcome = self.outcome(None);
         outcome.left_behind = left_behind;
         Ok(outcome)
     }
 
     /// Ends what runs by its handle, and by its run folder what no handle ends.
-    async fn end_what_runs(&mut self, purpose: Sweep) -> Result<(), Broken> {
+    async fn end_what_runs(&mut self, budget: Budget, purpose: Sweep) -> Result<(), Broken> {
         self.shared.spares.forget(&self.backend.capabilities().name, self.record.uid);
         self.backend.dismiss_spare(self.record.uid).await;
-        if let Some(vmm) = self.vmm() {
-            match self.end_by_force(&*vmm).await {
-                Ok(()) => self.let_go(),
-                Err(error) => {
-                    tracing::warn!(%error, "the VMM could not be killed by its handle");
-                    self.stray = true;
+        let run = self.known_run();
+        let mut process = self.hold.may_be_a_process();
+        if let Some(vmm) = self.hold.vmm() {
+            match self.end_by_force(budget, &*vmm).await {
+                Ok(()) => {
+                    self.let_go_keeping_claims();
+                    process = false;
                 }
+                Err(error) => tracing::warn!(%error, "the VMM could not be killed by its handle"),
             }
-        } else if self.record.run.is_some() {
-            self.stray = true;
         }
         // Another program knows the VM, and must forget it.
         let leaves =
             matches!(purpose, Sweep::Delete | Sweep::ForceDelete) && self.record.kind != VmKind::Managed;
-        if self.stray || leaves {
+        if process || leaves {
             point(FaultPoint::DeleteRunEnded);
-            self.sweep(purpose).await?;
-            self.let_go();
+            self.sweep(budget, purpose, run).await?;
+            self.let_go_keeping_claims();
         }
         Ok(())
     }
@@ -83,68 +105,106 @@ impl Actor {
     /// start. Nothing else is touched.
     pub(super) async fn end_unrecorded(
         &mut self,
+        budget: Budget,
         operation: &Operation,
         error: ServiceError,
     ) -> ServiceError {
-        if !self.forcing() || !(self.stray || self.record.run.is_some()) {
+        if !budget.forced || !self.hold.may_be_a_process() {
             return error;
         }
-        self.restart_at = None;
-        match self.end_what_runs(Sweep::End).await {
+        self.next.call_off_restart();
+        match self.end_what_runs(budget, Sweep::End).await {
             Ok(()) => {
-                self.record.state = observe(self.record.state, Observation::VmmGone);
-                self.record.status = self
-                    .plain(Phase::at_rest(self.record.state))
+                self.shared.claims.release(self.record.uid);
+                let state = observe(self.record.state, Observation::VmmGone);
+                let status = self
+                    .status(Phase::at_rest(state))
                     .because("shutdown", "ended by force, which could not be recorded");
                 let why = Why::asked(operation.request, &operation.caller).ended_by(Some(EndedBy::Sigkill));
-                let _ = self.conclude(EventKind::StateChanged, why).await;
+                let turn = Turn::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
+                let _ = self.conclude(budget, turn).await;
                 error.but("Its VMM was ended all the same; call again when the store can be written to")
             }
             Err(Broken::Backend(left)) => error.but(&format!("Its VMM could not be ended either: {left}")),
-            Err(Broken::Preempted) => error,
+            Err(Broken::Preempted(_)) => error,
         }
     }
 
     /// Kills the VMM; of one that this program did not start, as much as force allows.
-    async fn end_by_force(&self, vmm: &dyn Vmm) -> Result<(), BackendError> {
+    async fn end_by_force(&self, budget: Budget, vmm: &dyn Vmm) -> Result<(), BackendError> {
         if !(self.record.imported || matches!(self.record.kind, VmKind::Attached { .. })) {
-            return self.kill(vmm).await;
+            return self.kill(budget, vmm).await;
         }
-        self.in_time(FOREIGN_END, vmm.shutdown(Ladder { ask_guest_for: None })).await.map(drop)
+        self.in_time(budget, FOREIGN_END_LIMIT, vmm.shutdown(Ladder { ask_guest_for: None })).await.map(drop)
     }
 
-    async fn remove_dir(&self) -> Result<(), String> {
+    /// Removes the run folder. The removal goes on by itself where it takes too long: nothing waits for a disk that hangs.
+    async fn remove_dir(&self, budget: Budget) -> Result<(), String> {
         let dir = self.dir();
-        tokio::task::spawn_blocking(move || vmm_host::run_dir::remove(&dir))
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())
+        let removal = tokio::task::spawn_blocking(move || vmm_host::run_dir::remove(&dir));
+        match tokio::time::timeout(budget.at_most(REMOVE_FOLDER_LIMIT), removal).await {
+            Ok(Ok(removed)) => removed.map_err(|error| error.to_string()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("it was not removed in time, because its file system does not answer".to_owned()),
+        }
     }
 
-    async fn remove_record(&mut self, operation: &Operation) -> Result<(), ServiceError> {
-        self.record.status = self.plain(Phase::Deleting);
-        let event =
-            self.event(EventKind::Deleted, Why::asked(operation.request, &operation.caller), now_ms());
-        let commit = Commit { change: Change::Remove(self.record.uid), event: Some(event) };
-        let mut removed = self.send(commit.clone()).await;
+    /// Takes the VM off the record. From then on a tombstone, where there is one, holds what its process may still use.
+    async fn remove_record(
+        &mut self,
+        budget: Budget,
+        operation: &Operation,
+        tombstone: Option<Tombstone>,
+    ) -> Result<(), ServiceError> {
+        let why = Why::asked(operation.request, &operation.caller);
+        let turn =
+            Turn::new(EventKind::Deleted, why, self.status(Phase::Deleting)).observing(Observation::VmmGone);
+        let event = Some(self.event_of(turn));
+        let change = match &tombstone {
+            None => Change::Remove(self.record.uid),
+            Some(tombstone) => Change::Bury(Box::new(tombstone.clone())),
+        };
+        let commit = Commit { change, event };
+        let mut removed = self.send(budget, commit.clone()).await;
         if removed.as_ref().is_err_and(|error| error.effect == Effect::Unknown) {
             // Removing twice is harmless, and the only way to know.
-            removed = self.send(commit).await;
+            removed = self.send(budget, commit).await;
         }
         let committed = match removed {
             Ok(committed) => committed,
             Err(error) => {
-                self.record.status =
-                    self.plain(Phase::at_rest(self.record.state)).because("delete-failed", error.to_string());
-                let why = Why::asked(operation.request, &operation.caller);
-                let _ = self.conclude(EventKind::OperationFailed, why).await;
+                self.record_failed_removal(budget, why, tombstone.is_some(), &error.to_string()).await;
                 return Err(error.into());
             }
         };
         point(FaultPoint::DeleteOutcomeCommitted);
+        match tombstone {
+            Some(tombstone) => tombstones::keep(&self.shared, tombstone),
+            None => self.shared.claims.release(self.record.uid),
+        }
         self.shared.index.remove(self.record.uid);
         drop(committed);
-        self.shared.claims.release(self.record.uid);
         Ok(())
+    }
+
+    async fn record_failed_removal(&mut self, budget: Budget, why: Why<'_>, process_left: bool, error: &str) {
+        let mut turn_to = Phase::at_rest(observe(self.record.state, Observation::VmmGone));
+        let mut observed = Some(Observation::VmmGone);
+        if process_left && self.hold.may_be_a_process() {
+            self.fall_silent();
+            turn_to = if self.hold.is_out_of_reach() { Phase::Unreachable } else { Phase::Failed };
+            observed = None;
+        } else {
+            self.let_go_and_release();
+        }
+        let status = self.status(turn_to).because("delete-failed", error);
+        let mut turn = Turn::new(EventKind::OperationFailed, why, status);
+        if let Some(observed) = observed {
+            turn = turn.observing(observed);
+        }
+        if matches!(self.hold, Hold::Orphan(_)) {
+            turn = turn.intending(self.orphan_intent(why.caller));
+        }
+        let _ = self.conclude(budget, turn).await;
     }
 }

@@ -6,6 +6,8 @@
 //!   found at rest ──► a VM that counts as running is looked for once more
 //! ```
 
+use std::sync::Arc;
+
 use vmm_core::backend::Launched;
 use vmm_core::config::VmConfig;
 use vmm_core::event::EventKind;
@@ -16,7 +18,10 @@ use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Lookup, adopt};
 
 use super::Actor;
-use super::persist::Why;
+use super::budget::Budget;
+use super::hold::Hold;
+use super::journal::{Turn, Why};
+use super::start::LOOK_LIMIT;
 use crate::places;
 
 /// The reason of a status: at this VM's place runs another one.
@@ -25,7 +30,7 @@ const PLACE_TAKEN: &str = "place-taken";
 impl Actor {
     /// Takes up what was found at this VM's place.
     pub(super) async fn found(&mut self, mut found: Found) {
-        if self.live.is_some() {
+        if self.hold.vmm().is_some() {
             // The handle that is held tells more than a look from outside.
             return;
         }
@@ -55,23 +60,34 @@ impl Actor {
         if found.uid.is_none() {
             self.take_configuration(&found);
         }
-        let run = places::claimed(&self.spec, &self.backend, launched.vmm.run().clone()).await;
+        let (spec, backend) = (self.spec.clone(), Arc::clone(&self.backend));
+        let found_run = launched.vmm.run().clone();
+        let claiming = async move { places::claimed(&spec, &backend, found_run).await };
+        let budget = Budget::of_own_step();
+        // The files may be on a server that does not answer, and force must not wait for that. What runs is found again.
+        let Ok(run) = self.interruptible(budget, LOOK_LIMIT, async move { Ok(claiming.await) }).await else {
+            tracing::warn!(
+                "the files of a VM that was found do not answer; it is looked at again when it is found again"
+            );
+            return;
+        };
         if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
             tracing::error!(taken, "a VM found running holds what another one holds");
         }
-        self.restart_at = None;
-        self.hold(launched, run);
+        let was_lost = self.hold.is_out_of_reach();
+        let live = self.live(launched, run);
+        self.take_hold(Hold::Vmm(live));
         point(FaultPoint::FoundTaken);
         let standing = found.state == VmState::Paused;
         let observation = if standing { Observation::StandsStill } else { Observation::Runs };
-        let was_lost = self.record.status.phase == Phase::Unreachable;
-        self.record.state = observe(self.record.state, observation);
-        self.record.ended_by = None;
-        self.record.status = self
-            .plain(Phase::at_rest(self.record.state))
+        let status = self
+            .status(Phase::at_rest(observe(self.record.state, observation)))
             .because("started-from-outside", "it was found running at its place");
         let kind = if was_lost { EventKind::Reachable } else { EventKind::StateChanged };
-        let _ = self.conclude(kind, Why::by_itself("started-from-outside")).await;
+        let turn = Turn::new(kind, Why::by_itself("started-from-outside"), status)
+            .observing(observation)
+            .ending(None);
+        let _ = self.conclude(budget, turn).await;
     }
 
     /// What runs at the place of a VM that never ran is another VM.
@@ -80,14 +96,15 @@ impl Actor {
             return;
         }
         let place = &self.record.kind;
-        self.record.status = self.plain(Phase::Created).because(
+        let status = self.status(Phase::Created).because(
             PLACE_TAKEN,
             format!(
                 "somebody else runs a VM in the VMM at {place}, so this one cannot boot there: end that VM, or delete this \
                  one to have that one imported"
             ),
         );
-        let _ = self.conclude(EventKind::StateChanged, Why::by_itself(PLACE_TAKEN)).await;
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(PLACE_TAKEN), status);
+        let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
     /// A VM that somebody else started is what its VMM says, not what is on record.
@@ -95,11 +112,12 @@ impl Actor {
         if !self.record.imported && is_same_machine(&self.record.config, &found.config) {
             return;
         }
-        self.record.imported = true;
-        self.record.untold.clone_from(&found.untold);
-        self.record.config = VmConfig {
-            metadata: std::mem::take(&mut self.record.config.metadata),
-            restart_policy: self.record.config.restart_policy.take(),
+        let record = Arc::make_mut(&mut self.record);
+        record.imported = true;
+        record.untold.clone_from(&found.untold);
+        record.config = VmConfig {
+            metadata: std::mem::take(&mut record.config.metadata),
+            restart_policy: record.config.restart_policy.take(),
             ..found.config.clone()
         };
         self.spec = VmSpec::imported(&self.record.config);

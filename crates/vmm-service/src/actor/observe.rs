@@ -1,24 +1,35 @@
-//! What a VM does by itself: resets, ends, failures, silence.
+//! What a VM does by itself: ends, failures, silence, and what somebody else does to it.
 
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_core::event::EventKind;
-use vmm_core::spec::RestartMode;
+use vmm_core::intent::Recovery;
 use vmm_core::state::{EndedBy, Observation, Phase, observe};
 
-use super::persist::Why;
+use super::Actor;
+use super::budget::{Broken, Budget};
+use super::hold::{Hold, Sign};
+use super::journal::{Turn, Why};
 use super::restart::Decision;
-use super::{Actor, Broken};
-use crate::clock::now_ms;
 use crate::metrics::{Contact, News};
 
+/// So long after a shutdown that has failed an answer of the VMM proves nothing: what ends the VMM may be on its way.
+const ENDING_GRACE: Duration = Duration::from_secs(5);
 /// How long a VMM that answers again may take to say how its guest is.
-const PROBE_DEADLINE: Duration = Duration::from_secs(3);
+const PROBE_LIMIT: Duration = Duration::from_secs(3);
 
 impl Actor {
-    pub(super) async fn on_event(&mut self, event: VmmEvent) {
+    pub(super) async fn on_sign(&mut self, sign: Sign) {
+        match sign {
+            Sign::Event(event) => self.on_event(event).await,
+            Sign::News(news) => self.on_news(news).await,
+        }
+    }
+
+    async fn on_event(&mut self, event: VmmEvent) {
         if self.interrupted().is_some() && !matches!(event, VmmEvent::Gone(_)) {
             // A VMM that was silent speaks, so that what was cut short can go on.
             return self.reached_again().await;
@@ -42,51 +53,37 @@ impl Actor {
         if state == self.record.state && self.record.status.phase == Phase::at_rest(state) {
             return;
         }
-        self.record.state = state;
-        self.record.status = self.plain(Phase::at_rest(state)).because(cause, "");
-        let _ = self.conclude(EventKind::StateChanged, Why::by_itself(cause)).await;
-    }
-
-    /// The guest reset itself in place, which counts as a restart.
-    async fn guest_reset(&mut self) {
-        if self.restart_mode() == RestartMode::Never {
-            let exit = Exit { cause: ExitCause::GuestReset, message: "the guest reset itself".to_owned() };
-            return self.end_failed_run(exit, "guest-reset").await;
-        }
-        let restarts = self.count_restart();
-        self.quiet_since = Some(tokio::time::Instant::now());
-        self.record.status.restarts = restarts;
-        if restarts > self.spec.restart.max_restarts {
-            let exit =
-                Exit { cause: ExitCause::GuestReset, message: "the guest reset itself again".to_owned() };
-            return self.end_failed_run(exit, "restart-loop").await;
-        }
-        self.record.state = observe(self.record.state, Observation::ResetInPlace);
-        self.record.status = self
-            .plain(Phase::at_rest(self.record.state))
-            .because("guest-reset", "the guest reset itself and runs again");
-        let _ = self.conclude(EventKind::GuestReset, Why::by_itself("guest-reset")).await;
+        // A VMM that tells of its guest answers.
+        self.speak();
+        let status = self.status(Phase::at_rest(state)).because(cause, "");
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(cause), status).observing(observation);
+        let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
     /// Somebody else reset the guest. That is an operator's act, as RebootVm is: the restart policy is about what a guest does
     /// by itself, and neither forbids nor counts it.
     async fn reset_from_outside(&mut self) {
-        self.record.state = observe(self.record.state, Observation::ResetInPlace);
-        self.record.status = self
-            .plain(Phase::at_rest(self.record.state))
+        self.speak();
+        let state = observe(self.record.state, Observation::ResetInPlace);
+        let status = self
+            .status(Phase::at_rest(state))
             .because("reset-from-outside", "somebody else reset the guest, at its VMM");
-        let _ = self.conclude(EventKind::StateChanged, Why::by_itself("reset-from-outside")).await;
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("reset-from-outside"), status)
+            .observing(Observation::ResetInPlace);
+        let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
     /// Kills a VMM whose guest is to run no longer, and records the end.
-    async fn end_failed_run(&mut self, exit: Exit, cause: &str) {
-        if let Some(vmm) = self.vmm()
-            && let Err(error) = self.kill(&*vmm).await
+    pub(super) async fn end_failed_run(&mut self, exit: Exit, cause: &str) {
+        let budget = Budget::of_own_step();
+        if let Some(vmm) = self.hold.vmm()
+            && let Err(error) = self.kill(budget, &*vmm).await
         {
             tracing::error!(%error, "a VMM that is to end could not be killed");
-            self.record.status =
-                self.plain(Phase::Unreachable).because("vmm-does-not-end", error.to_string());
-            let _ = self.conclude(EventKind::Unreachable, Why::by_itself(cause)).await;
+            self.fall_silent();
+            let status = self.status(Phase::Unreachable).because("vmm-does-not-end", error.to_string());
+            let _ =
+                self.conclude(budget, Turn::new(EventKind::Unreachable, Why::by_itself(cause), status)).await;
             return;
         }
         self.ended_by_itself(exit, cause).await;
@@ -94,75 +91,96 @@ impl Actor {
 
     /// The VMM has gone between two operations, or while one that was cut short waited for it.
     async fn ended_by_itself(&mut self, exit: Exit, cause: &str) {
-        match self.interrupted() {
-            Some(intent) => self.ended_unwatched(exit, Some(&intent), None).await,
-            None => self.run_ended(exit, Why::by_itself(cause)).await,
+        let intent = self.record.intent.clone();
+        if intent.is_some() || matches!(self.hold, Hold::Orphan(_)) {
+            return self.ended_unwatched(exit, intent.as_ref(), None).await;
         }
+        self.run_ended(Budget::of_own_step(), exit, Why::by_itself(cause)).await;
     }
 
     /// The VMM has provably gone: the VM is down, until policy starts it again.
-    pub(super) async fn run_ended(&mut self, exit: Exit, why: Why<'_>) {
+    pub(super) async fn run_ended(&mut self, budget: Budget, exit: Exit, why: Why<'_>) {
         let decision = self.decide_restart(&exit);
-        self.end_of_run(&exit, decision, why).await;
+        self.end_of_run(budget, &exit, decision, why).await;
     }
 
     /// Records the end of a run and what is to follow it.
-    pub(super) async fn end_of_run(&mut self, exit: &Exit, decision: Decision, why: Why<'_>) {
-        self.let_go();
+    pub(super) async fn end_of_run(&mut self, budget: Budget, exit: &Exit, decision: Decision, why: Why<'_>) {
+        self.let_go_and_release();
+        self.next = decision.next;
         let by_guest = matches!(exit.cause, ExitCause::GuestPowerOff | ExitCause::GuestReset);
         let ended_by = by_guest.then_some(EndedBy::Guest);
-        self.record.state = observe(self.record.state, Observation::VmmGone);
-        self.record.ended_by = ended_by;
-        self.record.status = decision.status;
-        self.restart_at = decision.at;
         tracing::info!(
             cause = exit.cause.reason(),
             message = exit.message,
-            phase = self.record.status.phase.as_str(),
+            phase = decision.status.phase.as_str(),
             "the VM's run ended"
         );
-        let _ = self.conclude(EventKind::VmmExited, why.ended_by(ended_by)).await;
+        let turn = Turn::new(EventKind::VmmExited, why.ended_by(ended_by), decision.status)
+            .observing(Observation::VmmGone)
+            .ending(ended_by);
+        let _ = self.conclude(budget, turn).await;
     }
 
     /// Takes news of the contact with the VMM. News that was asked for before the VMM answered an operation is out of date:
     /// the silence of a VMM that was busy with that operation is over.
-    pub(super) async fn on_news(&mut self, News { asked, contact }: News) {
+    async fn on_news(&mut self, News { asked, contact }: News) {
         if self.answered.is_some_and(|answered| asked < answered) {
             return;
         }
-        let unreachable = self.record.status.phase == Phase::Unreachable;
-        match contact {
-            Contact::Lost(message) if !unreachable => {
-                self.record.status = self.plain(Phase::Unreachable).because("vmm-does-not-answer", message);
-                let _ = self.conclude(EventKind::Unreachable, Why::by_itself("vmm-does-not-answer")).await;
+        match (contact, &self.hold) {
+            (Contact::Lost(message), Hold::Vmm(_)) => {
+                self.fall_silent();
+                let status = self.status(Phase::Unreachable).because("vmm-does-not-answer", message);
+                let why = Why::by_itself("vmm-does-not-answer");
+                let turn =
+                    Turn::new(EventKind::Unreachable, why, status).intending(self.record.intent.clone());
+                let _ = self.conclude(Budget::of_own_step(), turn).await;
             }
-            Contact::Lost(_) => {}
-            Contact::Made if unreachable => self.reached_again().await,
-            Contact::Made => {
-                // Fresh knowledge, not a change: shown, not recorded.
-                self.record.status.observed_at_ms = now_ms();
-                self.publish();
-            }
+            (Contact::Made, Hold::Vmm(_)) => self.seen_alive(asked).await,
+            (Contact::Made, _) => self.reached_again().await,
+            (Contact::Lost(_), _) => {}
+        }
+    }
+
+    /// A VMM that answers a while after a ShutdownVm was answered with a failure has outlived it, so that its end, whenever it
+    /// comes, is no outcome of that any more. Otherwise this is fresh knowledge and no change: shown, not recorded.
+    async fn seen_alive(&mut self, asked: Instant) {
+        let settled = self.answered.is_none_or(|answered| asked >= answered + ENDING_GRACE);
+        let answered =
+            |intent: &vmm_core::store::Intent| settled && intent.recovery() == Recovery::ShutdownAnswered;
+        let status =
+            vmm_core::state::Status { observed_at_ms: crate::clock::now_ms(), ..self.record.status.clone() };
+        let turn = Turn::new(EventKind::Reachable, Why::by_itself("reachable-again"), status);
+        if self.record.intent.as_ref().is_some_and(answered) {
+            let _ = self.conclude(Budget::of_own_step(), turn).await;
+        } else {
+            self.show(turn.intending(self.record.intent.clone()));
         }
     }
 
     async fn reached_again(&mut self) {
-        let Some(vmm) = self.vmm() else { return };
-        let observation = match self.interruptible(PROBE_DEADLINE, async move { vmm.probe().await }).await {
+        let Some(vmm) = self.hold.vmm() else { return };
+        let budget = Budget::of_own_step();
+        let probing = self.interruptible(budget, PROBE_LIMIT, async move { vmm.probe().await }).await;
+        let observation = match probing {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,
             Ok(GuestState::Ended) => {
                 let exit = Exit { cause: ExitCause::Unknown, message: "its guest had ended".to_owned() };
                 return self.end_failed_run(exit, "guest-ended").await;
             }
-            Err(Broken::Preempted | Broken::Backend(_)) => return,
+            Err(Broken::Preempted(_) | Broken::Backend(_)) => return,
         };
-        self.record.state = observe(self.record.state, observation);
+        self.speak();
         if let Some(intent) = self.interrupted() {
-            return self.take_up_unfinished(&intent).await;
+            return self.take_up_unfinished(&intent, observation).await;
         }
-        self.record.status = self.plain(Phase::at_rest(self.record.state)).because("reachable-again", "");
-        let _ = self.conclude(EventKind::Reachable, Why::by_itself("reachable-again")).await;
+        let state = observe(self.record.state, observation);
+        let status = self.status(Phase::at_rest(state)).because("reachable-again", "");
+        let why = Why::by_itself("reachable-again");
+        let turn = Turn::new(EventKind::Reachable, why, status).observing(observation);
+        let _ = self.conclude(budget, turn).await;
     }
 }
 

@@ -1,5 +1,6 @@
 //! What each request does.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_core::backend::{
@@ -7,69 +8,100 @@ use vmm_core::backend::{
 };
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
-use vmm_core::state::{Admission, EndedBy, Observation, Phase, Request, admit, observe};
-use vmm_core::store::IntentKind;
+use vmm_core::state::{Admission, EndedBy, Observation, Phase, Request, admit};
+use vmm_core::store::{IntentKind, RunRecord};
 use vmm_host::fault::{FaultPoint, point};
 
-use super::persist::Why;
-use super::{Actor, Broken, Operation};
+use super::Actor;
+use super::budget::{Broken, Budget};
+use super::hold::{Hold, Next};
+use super::journal::{Turn, Why};
+use super::start::Start;
 use crate::error::ServiceError;
-use crate::service::Outcome;
+use crate::mailbox::{Operation, Outcome};
 
 /// No VMM may take longer over one operation; a shutdown has its guest's time on top.
-const OPERATION_DEADLINE: Duration = Duration::from_secs(20);
-/// A forced operation answers within 5 s, commits and one more look included.
-const FORCE_DEADLINE: Duration = Duration::from_millis(4300);
+pub(super) const EFFECT_LIMIT: Duration = Duration::from_secs(20);
 /// How long a VMM that outlived force may take to say how its guest is.
-const FORCED_PROBE_DEADLINE: Duration = Duration::from_millis(400);
+const FORCED_PROBE_LIMIT: Duration = Duration::from_millis(400);
 /// How long a sweep may take. A start that was pre-empted and the deletion that did it take one each.
-const SWEEP_DEADLINE: Duration = Duration::from_secs(2);
+const SWEEP_LIMIT: Duration = Duration::from_secs(2);
 /// The same of a deletion without force, for which nobody is in a hurry.
-const DELETION_DEADLINE: Duration = Duration::from_secs(10);
+const DELETION_LIMIT: Duration = Duration::from_secs(10);
 /// How long a VMM may take to say how its guest is, after something went wrong.
-const PROBE_DEADLINE: Duration = Duration::from_secs(3);
+const PROBE_LIMIT: Duration = Duration::from_secs(3);
 /// How long the last word of a VMM that has gone may take.
-const LAST_WORD: Duration = Duration::from_secs(2);
+const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
 
 impl Actor {
-    pub(super) async fn carry_out(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
+    /// Carries out what was asked for, if the VM admits it: first as far as its process can be reached, then by its state.
+    pub(super) async fn carry_out(
+        &mut self,
+        budget: Budget,
+        operation: &Operation,
+    ) -> Result<Outcome, ServiceError> {
         let request = operation.request;
-        self.refuse_untaken()?;
-        if self.record.status.phase == Phase::Unreachable && !self.forcing() {
-            return Err(self.unreachable());
+        if !budget.forced {
+            match &self.hold {
+                Hold::Quarantined { why, .. } => return Err(self.quarantined(why)),
+                hold if hold.is_out_of_reach() => return Err(self.unreachable()),
+                _ => {}
+            }
         }
-        if self.stray && request == Request::Shutdown && !self.record.state.is_live() {
-            self.end_stray(operation).await?;
+        if request == Request::Shutdown && !self.record.state.is_live() && self.hold.may_be_a_process() {
+            self.end_orphan(budget, operation).await?;
         }
         match admit(self.record.state, request) {
-            Admission::AlreadyDone => self.already_done(operation).await,
+            Admission::AlreadyDone => self.already_done(budget, operation).await,
             Admission::Denied => Err(ServiceError::IllegalState {
                 vm_id: self.record.vm_id.clone(),
                 state: self.record.state,
                 request,
             }),
             Admission::Do => match request {
-                Request::Boot => self.boot_as_asked(&operation.caller).await,
-                Request::Pause => self.pause(&operation.caller).await,
-                Request::Resume => self.resume(&operation.caller).await,
-                Request::Shutdown => self.shutdown(operation).await,
-                Request::Reboot => self.reboot(operation).await,
-                Request::Delete | Request::ForceDelete => self.delete(operation).await,
+                Request::Boot => self.boot_as_asked(budget, &operation.caller).await,
+                Request::Pause => {
+                    self.move_guest(budget, IntentKind::Pause, Phase::Pausing, &operation.caller).await
+                }
+                Request::Resume => {
+                    self.move_guest(budget, IntentKind::Resume, Phase::Resuming, &operation.caller).await
+                }
+                Request::Shutdown => self.shutdown(budget, operation).await,
+                Request::Reboot => self.reboot(budget, operation).await,
+                Request::Delete | Request::ForceDelete => self.delete(budget, operation).await,
             },
         }
     }
 
-    /// Ends a process that a start has left, of a VM that counts as not running. Only force comes here.
-    async fn end_stray(&mut self, operation: &Operation) -> Result<(), ServiceError> {
-        if let Err(Broken::Backend(error)) = self.sweep(Sweep::End).await {
-            return Err(ServiceError::from_backend("shut down", &self.record.vm_id, &error));
+    /// Ends a process that a start has left, of a VM that counts as not running: it is not shut down while that process lives,
+    /// whether or not a handle of it is held.
+    async fn end_orphan(&mut self, budget: Budget, operation: &Operation) -> Result<(), ServiceError> {
+        let killed = match self.hold.vmm() {
+            Some(vmm) => self.kill(budget, &*vmm).await.is_ok(),
+            None => false,
+        };
+        let run = self.known_run();
+        if !killed && let Err(broken) = self.sweep(budget, Sweep::End, run).await {
+            return Err(self.error_of("shut down", operation.request, &broken));
         }
-        self.let_go();
-        self.record.status = self
-            .plain(Phase::at_rest(self.record.state))
+        self.let_go_and_release();
+        let status = self
+            .status(Phase::at_rest(self.record.state))
             .because("shutdown", "what an earlier start had left was ended by force");
         let why = Why::asked(operation.request, &operation.caller);
-        Ok(self.conclude(EventKind::StateChanged, why).await?)
+        Ok(self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?)
+    }
+
+    /// Returns what the client of `request` is told where an effect, to `what` the VM, did not come off.
+    pub(super) fn error_of(&self, what: &str, request: Request, broken: &Broken) -> ServiceError {
+        match broken {
+            Broken::Backend(error) => ServiceError::from_backend(what, &self.record.vm_id, error),
+            Broken::Preempted(_) => ServiceError::Aborted(format!(
+                "{} of VM \"{}\" was pre-empted by a forced operation",
+                request.name(),
+                self.record.vm_id
+            )),
+        }
     }
 
     fn unreachable(&self) -> ServiceError {
@@ -79,163 +111,159 @@ impl Actor {
         ))
     }
 
-    async fn already_done(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
+    async fn already_done(&mut self, budget: Budget, operation: &Operation) -> Result<Outcome, ServiceError> {
         let stopped = operation.request == Request::Shutdown;
-        let waits = self.restart_at.take().is_some() || matches!(self.record.status.phase, Phase::Restarting);
-        if stopped && waits {
-            self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
-            self.conclude(EventKind::StateChanged, Why::asked(operation.request, &operation.caller)).await?;
+        let restarts = self.record.status.phase == Phase::Restarting;
+        if stopped && (self.next.call_off_restart() || restarts) {
+            let status = self.status(Phase::Stopped).because("shutdown", "shut down as asked");
+            let why = Why::asked(operation.request, &operation.caller);
+            self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?;
         }
         Ok(self.outcome(stopped.then_some(EndedBy::AlreadyStopped)))
     }
 
-    async fn pause(&mut self, caller: &Caller) -> Result<Outcome, ServiceError> {
-        let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
-        self.intend(IntentKind::Pause, Phase::Pausing, caller).await?;
-        let result = self.interruptible(OPERATION_DEADLINE, async move { vmm.pause().await }).await;
-        self.settle(Request::Pause, caller, Observation::StandsStill, result).await
-    }
-
-    async fn resume(&mut self, caller: &Caller) -> Result<Outcome, ServiceError> {
-        let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
-        self.intend(IntentKind::Resume, Phase::Resuming, caller).await?;
-        let result = self.interruptible(OPERATION_DEADLINE, async move { vmm.resume().await }).await;
-        self.settle(Request::Resume, caller, Observation::Runs, result).await
+    /// PauseVm and ResumeVm.
+    async fn move_guest(
+        &mut self,
+        budget: Budget,
+        kind: IntentKind,
+        phase: Phase,
+        caller: &Caller,
+    ) -> Result<Outcome, ServiceError> {
+        let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
+        let request = kind.request();
+        self.intend(budget, kind, phase, caller).await?;
+        let effect =
+            async move { if request == Request::Pause { vmm.pause().await } else { vmm.resume().await } };
+        let achieved = if request == Request::Pause { Observation::StandsStill } else { Observation::Runs };
+        let result = self.interruptible(budget, EFFECT_LIMIT, effect).await;
+        self.settle(budget, Start { request, caller }, achieved, result).await
     }
 
     /// Records what came of an effect that leaves the VMM in place.
     async fn settle(
         &mut self,
-        request: Request,
-        caller: &Caller,
+        budget: Budget,
+        Start { request, caller }: Start<'_>,
         achieved: Observation,
         result: Result<(), Broken>,
     ) -> Result<Outcome, ServiceError> {
-        match result {
-            Ok(()) => {
-                point(FaultPoint::applied(request));
-                self.record.state = observe(self.record.state, achieved);
-                self.record.status = self.plain(Phase::at_rest(self.record.state));
-                self.conclude(EventKind::StateChanged, Why::asked(request, caller)).await?;
-                point(FaultPoint::outcome_committed(request));
-                Ok(self.outcome(None))
-            }
-            Err(broken) => Err(self.give_up(request, caller, broken).await),
+        if let Err(broken) = result {
+            return Err(self.give_up(budget, request, caller, broken).await);
         }
+        point(FaultPoint::applied(request));
+        let state = vmm_core::state::observe(self.record.state, achieved);
+        let status = self.status(Phase::at_rest(state));
+        let turn = Turn::new(EventKind::StateChanged, Why::asked(request, caller), status);
+        self.conclude(budget, turn.observing(achieved)).await?;
+        point(FaultPoint::outcome_committed(request));
+        Ok(self.outcome(None))
     }
 
-    async fn shutdown(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
-        let kind = IntentKind::Shutdown { ask_guest_for: operation.ask_guest_for, answered: false };
-        if let Err(error) = self.intend(kind, Phase::Stopping, &operation.caller).await {
-            return Err(self.end_unrecorded(operation, error).await);
+    /// RebootVm. What the second half needs is looked at and claimed before the first half ends anything, so that a kernel that
+    /// is missing costs no run. Until the run has ended the VM holds both what it uses and what it will use.
+    async fn reboot(&mut self, budget: Budget, operation: &Operation) -> Result<Outcome, ServiceError> {
+        let Operation { request, ask_guest_for, caller } = operation;
+        let (ask_guest_for, start) = (*ask_guest_for, Start { request: *request, caller });
+        let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
+        let reserved = self.reserve(budget).await?;
+        let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
+        self.shared.claims.acquire(uid, vm_id, &reserved.claims).map_err(|taken| {
+            ServiceError::Precondition(format!("VM \"{vm_id}\" cannot be rebooted: {taken}"))
+        })?;
+        let kind = IntentKind::Reboot { ask_guest_for, claims: reserved.claims.clone() };
+        if let Err(error) = self.intend(budget, kind, Phase::Rebooting, caller).await {
+            self.claim_for_run_only();
+            return Err(error);
         }
-        match self.end_run(operation.ask_guest_for).await {
-            Ok(ended_by) => {
-                point(FaultPoint::ShutdownApplied);
-                self.let_go();
-                self.record.state = observe(self.record.state, Observation::VmmGone);
-                self.record.status = self.plain(Phase::Stopped).because("shutdown", "shut down as asked");
-                self.record.status.restarts = 0;
-                self.record.ended_by = Some(ended_by);
-                let why = Why::asked(Request::Shutdown, &operation.caller).ended_by(Some(ended_by));
-                self.conclude(EventKind::StateChanged, why).await?;
-                point(FaultPoint::ShutdownOutcomeCommitted);
-                Ok(self.outcome(Some(ended_by)))
-            }
-            Err(broken) => Err(self.give_up(Request::Shutdown, &operation.caller, broken).await),
-        }
-    }
-
-    async fn reboot(&mut self, operation: &Operation) -> Result<Outcome, ServiceError> {
-        let vmm = self.vmm().ok_or_else(|| self.unreachable())?;
-        let kind = IntentKind::Reboot { ask_guest_for: operation.ask_guest_for, claims: Vec::new() };
-        self.intend(kind, Phase::Rebooting, &operation.caller).await?;
-        let ladder = Ladder { ask_guest_for: operation.ask_guest_for };
-        let deadline = OPERATION_DEADLINE + operation.ask_guest_for.unwrap_or_default();
-        match self.interruptible(deadline, async move { vmm.reboot(ladder).await }).await {
+        let ladder = Ladder { ask_guest_for };
+        let limit = EFFECT_LIMIT + ask_guest_for.unwrap_or_default();
+        match self.interruptible(budget, limit, async move { vmm.reboot(ladder).await }).await {
             Ok(Reset::InPlace) => {
-                return self.settle(Request::Reboot, &operation.caller, Observation::Runs, Ok(())).await;
+                self.claim_for_run_only();
+                return self.settle(budget, start, Observation::Runs, Ok(())).await;
             }
             Ok(Reset::NeedsRelaunch) => {}
-            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.caller, broken).await),
+            Err(broken) => return Err(self.give_up_reboot(budget, start, broken).await),
         }
-        let ended_by = match self.end_run(operation.ask_guest_for).await {
+        let ended_by = match self.end_run(budget, ask_guest_for).await {
             Ok(ended_by) => ended_by,
-            Err(broken) => return Err(self.give_up(Request::Reboot, &operation.caller, broken).await),
+            Err(broken) => return Err(self.give_up_reboot(budget, start, broken).await),
         };
         point(FaultPoint::RebootApplied);
         // Nobody may take its disks and TAPs between the halves.
-        self.forget_run();
-        self.record.state = observe(self.record.state, Observation::VmmGone);
-        self.record.ended_by = Some(ended_by);
-        self.start(Request::Reboot, &operation.caller).await.map_err(|error| match error {
+        self.let_go_keeping_claims();
+        let restarted = match self.take_reserved(&reserved) {
+            Ok(()) => {
+                self.start_reserved(budget, start, reserved).await.map_err(|failed| failed.into_error())
+            }
+            Err(error) => {
+                self.shared.claims.release(self.record.uid);
+                Err(self.refused_start(budget, start, error).await)
+            }
+        };
+        restarted.map_err(|error| match error {
             ServiceError::Aborted(_) => error,
             other => ServiceError::Precondition(format!(
-                "VM \"{}\" was shut down but could not be booted again, and is SHUTDOWN now: {other}",
-                self.record.vm_id
+                "VM \"{}\" was shut down but could not be booted again, and is {} now: {other}",
+                self.record.vm_id,
+                self.record.state.name()
             )),
         })?;
         Ok(self.outcome(Some(ended_by)))
     }
 
-    /// Ends the run by the ladder, or by the run folder where no handle is held. Answers once the VMM has really gone.
-    async fn end_run(&mut self, ask_guest_for: Option<Duration>) -> Result<EndedBy, Broken> {
-        let Some(vmm) = self.vmm() else {
-            let purpose = if self.forcing() { Sweep::End } else { Sweep::Clear };
-            return self.sweep(purpose).await.map(|()| EndedBy::Sigkill);
-        };
-        let resume_first = self.record.state == vmm_core::state::VmState::Paused && ask_guest_for.is_some();
-        let deadline = ask_guest_for.map_or(FORCE_DEADLINE, |ask| ask + OPERATION_DEADLINE);
-        let ladder = Ladder { ask_guest_for };
-        let ended = self.interruptible(deadline, async move {
-            if resume_first && let Err(error) = vmm.resume().await {
-                // A guest that stands still cannot obey; the ladder goes on without it.
-                tracing::warn!(%error, "could not resume the VM before asking it to shut down");
-            }
-            if resume_first {
-                point(FaultPoint::LadderResumed);
-            }
-            vmm.shutdown(ladder).await
-        });
-        match ended.await {
-            // It was faster than its ladder, which is what was asked for.
-            Err(Broken::Backend(error)) if error.kind == BackendErrorKind::Gone => Ok(EndedBy::Guest),
-            ended => ended,
+    async fn give_up_reboot(&mut self, budget: Budget, start: Start<'_>, broken: Broken) -> ServiceError {
+        let error = self.give_up(budget, start.request, start.caller, broken).await;
+        self.claim_for_run_only();
+        error
+    }
+
+    /// Gives back what a start that does not come about had claimed beside the run that goes on.
+    fn claim_for_run_only(&self) {
+        if let Some(run) = &self.record.run {
+            // What is held already is in nobody's way.
+            let _ = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &run.claims);
         }
     }
 
-    /// Ends whatever process belongs to the run folder, or what `purpose` allows of the VM at its place.
-    pub(super) async fn sweep(&mut self, purpose: Sweep) -> Result<(), Broken> {
-        let backend = std::sync::Arc::clone(&self.backend);
+    /// Ends whatever process belongs to the run folder, or what `purpose` allows of the VM at its place. `run` is the process as
+    /// far as it is known.
+    pub(super) async fn sweep(
+        &mut self,
+        budget: Budget,
+        purpose: Sweep,
+        run: Option<RunRecord>,
+    ) -> Result<(), Broken> {
+        let backend = Arc::clone(&self.backend);
         let request = SweepRequest {
             uid: self.record.uid,
             dir: self.dir(),
-            run: self.record.run.clone(),
+            run,
             kind: self.record.kind.clone(),
             spec: Some(self.spec.clone()),
             imported: self.record.imported,
             purpose,
         };
         let sweeping = async move { backend.sweep(request).await };
-        let swept = match purpose {
+        match purpose {
             // This may take long, so force need not wait for it.
-            Sweep::Delete => self.interruptible(DELETION_DEADLINE, sweeping).await,
+            Sweep::Delete => self.interruptible(budget, DELETION_LIMIT, sweeping).await,
             Sweep::Clear | Sweep::End | Sweep::ForceDelete => {
-                let swept = tokio::time::timeout(self.within(SWEEP_DEADLINE), sweeping).await;
+                let swept = tokio::time::timeout(budget.at_most(SWEEP_LIMIT), sweeping).await;
                 let too_late = || {
                     let message = "its VMM did not end in time";
                     Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
                 };
                 swept.unwrap_or_else(|_| too_late()).map_err(Broken::Backend)
             }
-        };
-        self.stray = swept.is_err();
-        swept
+        }
     }
 
-    /// Finds out where the VM is after an effect did not come off, records it, and answers what the client is told.
+    /// Finds out where the VM is after an effect did not come off, records it, and returns what the client is told.
     pub(super) async fn give_up(
         &mut self,
+        budget: Budget,
         request: Request,
         caller: &Caller,
         broken: Broken,
@@ -248,22 +276,19 @@ impl Actor {
             Request::Reboot => "reboot",
             Request::Delete | Request::ForceDelete => "delete",
         };
+        let why = Why::asked(request, caller);
         let error = match broken {
-            Broken::Preempted => {
-                self.record.status = self
-                    .plain(Phase::at_rest(self.record.state))
-                    .because("aborted", format!("{} was pre-empted by a forced operation", request.name()));
-                let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, caller)).await;
-                return ServiceError::Aborted(format!(
-                    "{} of VM \"{}\" was pre-empted by a forced operation",
-                    request.name(),
-                    self.record.vm_id
-                ));
+            Broken::Preempted(forced) => {
+                let error = self.error_of(what, request, &broken);
+                let message = format!("{} was pre-empted by a forced operation", request.name());
+                let status = self.status(Phase::at_rest(self.record.state)).because("aborted", message);
+                let _ = self.conclude(forced, Turn::new(EventKind::OperationFailed, why, status)).await;
+                return error;
             }
             Broken::Backend(error) => error,
         };
         if error.kind == BackendErrorKind::Gone {
-            self.hear_last_word(request, caller).await;
+            self.hear_last_word(budget, request, caller).await;
             return ServiceError::Precondition(format!(
                 "could not {what} VM \"{}\": it ended meanwhile and is {} now ({})",
                 self.record.vm_id,
@@ -271,53 +296,91 @@ impl Actor {
                 self.record.status.reason
             ));
         }
-        self.look_again(error.effect).await;
-        if self.record.status.phase != Phase::Unreachable {
-            self.record.status = self
-                .plain(Phase::at_rest(self.record.state))
-                .because("operation-failed", format!("could not {what}: {error}"));
+        let seen = self.look_again(budget, error.effect).await;
+        let state = seen
+            .observation
+            .map_or(self.record.state, |seen| vmm_core::state::observe(self.record.state, seen));
+        let status = match seen.unreachable {
+            Some(message) => self.status(Phase::Unreachable).because("vmm-does-not-answer", message),
+            None if self.hold.is_out_of_reach() => self
+                .status(Phase::Unreachable)
+                .because("vmm-does-not-answer", format!("could not {what}: {error}")),
+            None => self
+                .status(Phase::at_rest(state))
+                .because("operation-failed", format!("could not {what}: {error}")),
+        };
+        let mut turn = Turn::new(EventKind::OperationFailed, why, status);
+        if let Some(observation) = seen.observation {
+            turn = turn.observing(observation);
         }
-        let _ = self.conclude(EventKind::OperationFailed, Why::asked(request, caller)).await;
+        let _ = self.conclude(budget, turn.intending(self.still_ending(request, error.effect))).await;
         ServiceError::from_backend(what, &self.record.vm_id, &error)
+    }
+
+    /// Returns the intent that outlives a ShutdownVm which was answered with a failure.
+    ///
+    /// The VMM may still end because of that shutdown: it may be writing a dirty image back, or giving gigabytes back. Its end is
+    /// then the outcome of the shutdown, and a restart policy must not undo it, in this life of the daemon or in the next. The
+    /// intent goes with the next operation, and with the next sample that the VMM answers.
+    fn still_ending(&self, request: Request, effect: Effect) -> Option<vmm_core::store::Intent> {
+        let intent = self.record.intent.clone()?;
+        if request != Request::Shutdown || effect == Effect::NotApplied || !self.hold.may_be_a_process() {
+            return None;
+        }
+        let IntentKind::Shutdown { ask_guest_for, .. } = intent.kind else { return None };
+        let kind = IntentKind::Shutdown { ask_guest_for, answered: true };
+        Some(vmm_core::store::Intent { kind, ..intent })
     }
 
     /// After a failure whose effect is not known, asks the VMM where its guest is. Never guesses. What was to be forced may have
     /// been out of reach before, and still is.
-    async fn look_again(&mut self, effect: Effect) {
-        if effect == Effect::NotApplied && !self.forcing() {
-            return;
+    async fn look_again(&mut self, budget: Budget, effect: Effect) -> Seen {
+        if effect == Effect::NotApplied && !budget.forced {
+            return Seen::default();
         }
-        let Some(vmm) = self.vmm() else {
-            if self.record.state.is_live() {
-                self.record.status = self
-                    .plain(Phase::Unreachable)
-                    .because("vmm-does-not-answer", "nothing proves what became of its VMM");
-                self.look_for_it_later();
+        let Some(vmm) = self.hold.vmm() else {
+            if self.record.state.is_live() && matches!(self.hold, Hold::Nothing | Hold::Lost) {
+                self.take_hold(Hold::Lost);
+                self.next = Next::look();
+                return Seen::unreachable("nothing proves what became of its VMM".to_owned());
             }
-            return;
+            return Seen::default();
         };
-        let deadline = if self.forcing() { FORCED_PROBE_DEADLINE } else { PROBE_DEADLINE };
-        let observation = match self.interruptible(deadline, async move { vmm.probe().await }).await {
+        let limit = if budget.forced { FORCED_PROBE_LIMIT } else { PROBE_LIMIT };
+        let observation = match self.interruptible(budget, limit, async move { vmm.probe().await }).await {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,
             // Its end arrives as an event.
-            Ok(GuestState::Ended) | Err(Broken::Preempted) => return,
+            Ok(GuestState::Ended) | Err(Broken::Preempted(_)) => return Seen::default(),
             Err(Broken::Backend(error)) => {
-                self.record.status =
-                    self.plain(Phase::Unreachable).because("vmm-does-not-answer", error.to_string());
-                return;
+                self.fall_silent();
+                return Seen::unreachable(error.to_string());
             }
         };
-        self.record.state = observe(self.record.state, observation);
+        self.speak();
+        Seen { observation: Some(observation), unreachable: None }
     }
 
     /// Waits for the event that tells how a VMM ended, and records the end.
-    async fn hear_last_word(&mut self, request: Request, caller: &Caller) {
-        let gone = match &mut self.live {
-            Some(live) => super::observe::last_word(&mut live.events, LAST_WORD).await,
+    async fn hear_last_word(&mut self, budget: Budget, request: Request, caller: &Caller) {
+        let gone = match self.hold.live_mut() {
+            Some(live) => super::observe::last_word(&mut live.events, budget.at_most(LAST_WORD_LIMIT)).await,
             None => super::observe::no_word(),
         };
-        self.record.intent = None;
-        self.run_ended(gone, Why::asked(request, caller)).await;
+        self.run_ended(budget, gone, Why::asked(request, caller)).await;
+    }
+}
+
+/// What a look at the guest has found after a failure.
+#[derive(Default)]
+struct Seen {
+    observation: Option<Observation>,
+    /// Why the VMM is out of reach, where it is.
+    unreachable: Option<String>,
+}
+
+impl Seen {
+    fn unreachable(why: String) -> Self {
+        Self { observation: None, unreachable: Some(why) }
     }
 }

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   nothing recorded as running, nothing under way, no process that uses its folder ──► as it was
-//!   otherwise ask the backend:
+//!   otherwise claim what is on record, and ask the backend:
 //!     alive       ──► carry on; an interrupted boot stands if the guest runs, a shutdown and a reboot go on (unfinished)
 //!     gone        ──► SHUTDOWN with the reason; a first boot that never came about: CREATED; a reboot boots
 //!     unreachable ──► the last proven state, marked so, touched by nobody but force, an interrupted one included
-//!   an interrupted delete is finished, whatever there is
+//!   an interrupted delete is finished, by force only if it was forced
 //! ```
 
 use std::collections::HashSet;
@@ -15,38 +15,42 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched, Sweep};
+use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::intent::Recovery;
 use vmm_core::kind::VmKind;
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
-use vmm_core::store::{Intent, RunRecord};
+use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
 
-use super::boot::LOOK_DEADLINE;
-use super::deadlines::FORCE_LIMIT;
-use super::persist::Why;
-use super::{Actor, Broken, Flow, Operation};
+use super::budget::{Broken, Budget};
+use super::hold::{Hold, Next};
+use super::journal::{Turn, Why};
+use super::start::LOOK_LIMIT;
+use super::{Actor, Flow};
 use crate::check;
+use crate::clock::now_ms;
+use crate::mailbox::Operation;
 
 /// How long a VMM may take to prove that it is alive.
-const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
-/// Time between two looks for a VMM that could not be reached when the daemon started.
-const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+const ADOPT_LIMIT: Duration = Duration::from_secs(5);
 
 impl Actor {
-    /// Finds out what is true of the VM.
-    pub(super) async fn recover(&mut self) -> Flow {
+    /// Finds out what is true of the VM. `in_use` says that a process may use its run folder.
+    pub(super) async fn recover(&mut self, in_use: bool) -> Flow {
         let intent = self.record.intent.clone();
         let lost = self.record.status.phase == Phase::Unreachable;
         if intent.is_none() && self.record.run.is_none() && !lost {
-            if self.stray {
+            if in_use {
                 self.clear_unrecorded_start().await;
             }
+            self.publish();
             if self.record.status.phase == Phase::Restarting {
                 self.resume_restart();
             }
             return Flow::GoOn;
         }
         self.claim_what_is_on_record();
+        self.hold = if self.record.run.is_some() { Hold::Lost } else { Hold::Orphan(None) };
         if let Some(leaving) = intent.as_ref().filter(|intent| intent.is_deletion()) {
             return self.go_on_deleting(leaving.clone()).await;
         }
@@ -67,7 +71,7 @@ impl Actor {
         let run = self.record.run.iter().flat_map(|run| &run.claims);
         let intent = self.record.intent.iter().flat_map(|intent| intent.claims());
         let claims: Vec<_> = run.chain(intent).cloned().collect::<HashSet<_>>().into_iter().collect();
-        if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &claims) {
+        if let Err(taken) = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &claims) {
             tracing::error!(taken, "two VMs on record hold the same thing");
         }
     }
@@ -77,12 +81,18 @@ impl Actor {
     async fn clear_unrecorded_start(&mut self) {
         if self.record.kind != VmKind::Managed {
             // There a launch touches nothing before its intent is on record.
-            self.stray = false;
             return;
         }
-        if let Err(Broken::Backend(error)) = self.sweep(Sweep::Clear).await {
+        if let Err(Broken::Backend(error)) = self.sweep(Budget::of_own_step(), Sweep::Clear, None).await {
             self.found_unreachable("vmm-does-not-end", error.to_string(), None).await;
         }
+    }
+
+    /// Looks for a lost VMM once more.
+    pub(super) async fn look_for_it(&mut self) {
+        self.next = Next::Idle;
+        let intent = self.record.intent.clone();
+        self.find(intent).await;
     }
 
     /// Looks for the VMM, and says of the VM what follows.
@@ -100,14 +110,17 @@ impl Actor {
         match adopted {
             Ok(Adoption::Alive { launched, guest }) => self.found_alive(launched, guest, intent).await,
             Ok(Adoption::Gone { exit }) => {
-                if let Err(Broken::Backend(error)) = self.sweep(Sweep::Clear).await {
+                let run = self.record.run.clone();
+                if let Err(Broken::Backend(error)) =
+                    self.sweep(Budget::of_own_step(), Sweep::Clear, run).await
+                {
                     tracing::warn!(%error, "what the last run left could not be cleared");
                 }
                 self.ended_unwatched(exit, intent.as_ref(), None).await;
             }
             // A start that was cut short before its VMM could answer: proven ours, and acknowledged to nobody.
             Ok(Adoption::Unreachable { launched: Some(launched), .. })
-                if self.never_ran() && intent.as_ref().is_some_and(is_start) =>
+                if self.never_ran() && intent.as_ref().is_some_and(Intent::is_start) =>
             {
                 self.found_alive(launched, GuestState::Ended, intent).await;
             }
@@ -118,20 +131,8 @@ impl Actor {
                 self.found_unreachable("vmm-does-not-answer", error.to_string(), None).await;
             }
             // The forced operation that came settles it.
-            Err(Broken::Preempted) => {}
+            Err(Broken::Preempted(_)) => {}
         }
-    }
-
-    /// Has a VMM that may live, and of which no handle is held, looked for in a while.
-    pub(super) fn look_for_it_later(&mut self) {
-        self.look_at = Some(Instant::now() + LOOK_INTERVAL);
-    }
-
-    /// Looks for a lost VMM once more.
-    pub(super) async fn look_for_it(&mut self) {
-        self.look_at = None;
-        let interrupted = self.interrupted();
-        self.find(interrupted).await;
     }
 
     fn host_rebooted(&self) -> bool {
@@ -146,6 +147,13 @@ impl Actor {
         self.record.run.is_none() && !self.record.state.is_live()
     }
 
+    /// The run on record has ended. What follows is recorded with it.
+    pub(super) fn forget_run_and_state(&mut self) {
+        let record = Arc::make_mut(&mut self.record);
+        record.run = None;
+        record.state = observe(record.state, Observation::VmmGone);
+    }
+
     async fn adopt(&mut self) -> Result<Adoption, Broken> {
         let backend = Arc::clone(&self.backend);
         let request = AdoptRequest {
@@ -158,64 +166,82 @@ impl Actor {
             kind: self.record.kind.clone(),
             imported: self.record.imported,
         };
-        self.interruptible(ADOPT_DEADLINE, async move { backend.adopt(request).await }).await
+        let adopting = async move { backend.adopt(request).await };
+        self.interruptible(Budget::of_own_step(), ADOPT_LIMIT, adopting).await
     }
 
     async fn found_alive(&mut self, launched: Launched, guest: GuestState, intent: Option<Intent>) {
         let recorded = self.record.run.clone();
         let started_here = recorded.is_none();
-        let start_cut_short = started_here && intent.as_ref().is_some_and(is_start);
-        if guest == GuestState::Ended || (start_cut_short && guest != GuestState::Running) {
-            // A guest that has ended, or a start that was cut short before the guest ran.
-            if let Err(error) = self.kill(&*launched.vmm).await {
-                return self.found_unreachable("vmm-does-not-end", error.to_string(), Some(launched)).await;
-            }
-            let _ = self.sweep(Sweep::Clear).await;
-            let exit =
-                Exit { cause: ExitCause::Unknown, message: "its guest was not running any more".to_owned() };
-            return self.ended_unwatched(exit, intent.as_ref(), None).await;
+        let cut_short = started_here && intent.as_ref().is_some_and(Intent::is_start);
+        if guest == GuestState::Ended || (cut_short && guest != GuestState::Running) {
+            return self.end_found(launched, intent).await;
         }
         let mut run = run_of(recorded, &launched);
-        if let Some(intent) = intent.as_ref().filter(|intent| started_here && !intent.claims().is_empty()) {
-            run.claims = intent.claims().to_vec();
-        } else if started_here {
-            // An earlier release has recorded no claims, or somebody else has started the VM: its files say what it uses.
-            let formats = self.backend.capabilities().kernel_formats;
-            let look = check::look(self.spec.clone(), formats, true);
-            match self.interruptible(LOOK_DEADLINE, async move { Ok(look.await) }).await {
-                Ok(facts) => run.claims = facts.claims,
-                Err(_) => {
-                    // Without its claims another VM might write its disks, so it counts as not found; and force finds it.
-                    let message = "it runs, but the files that it uses do not answer, so nothing can keep others off them";
-                    return self.found_unreachable("files-do-not-answer", message.to_owned(), None).await;
-                }
-            }
-            run.claims.extend(self.tap_claims());
-            if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
-                tracing::error!(taken, "a VM found running holds what another one holds");
+        if started_here {
+            match self.claims_of_found(intent.as_ref()).await {
+                Ok(claims) => run.claims = claims,
+                Err(message) => return self.found_unreachable("files-do-not-answer", message, None).await,
             }
         }
-        self.hold(launched, run);
         let observation = match guest {
             GuestState::Running | GuestState::Ended => Observation::Runs,
             GuestState::Paused => Observation::StandsStill,
         };
-        self.record.state = observe(self.record.state, observation);
-        if !started_here
-            && let Some(intent) = intent.as_ref().filter(|intent| intent.recovery().waits_for_vmm())
-        {
-            return self.take_up_unfinished(intent).await;
+        let live = self.live(launched, run);
+        self.take_hold(Hold::Vmm(live));
+        let unfinished = intent.as_ref().filter(|intent| !started_here && intent.recovery().waits_for_vmm());
+        if let Some(intent) = unfinished {
+            return self.take_up_unfinished(intent, observation).await;
         }
-        let phase = Phase::at_rest(self.record.state);
-        self.record.status = match &intent {
-            Some(intent) => self.plain(phase).because(
+        let state = observe(self.record.state, observation);
+        let phase = Phase::at_rest(state);
+        let status = match &intent {
+            Some(intent) if intent.recovery() != Recovery::ShutdownAnswered => self.status(phase).because(
                 "operation-interrupted",
                 format!("the daemon ended during {}; the VM is as shown", intent.request().name()),
             ),
-            None => self.plain(phase),
+            Some(_) | None => self.status(phase),
         };
-        tracing::info!(state = self.record.state.name(), "found the VM's VMM, and carry on");
-        let _ = self.conclude(EventKind::Adopted, Why::by_itself("daemon-started")).await;
+        tracing::info!(state = state.name(), "found the VM's VMM, and carry on");
+        let turn =
+            Turn::new(EventKind::Adopted, Why::by_itself("daemon-started"), status).observing(observation);
+        let _ = self.conclude(Budget::of_own_step(), turn).await;
+    }
+
+    /// Ends a VMM whose guest has ended, or whose start was cut short before the guest ran.
+    async fn end_found(&mut self, launched: Launched, intent: Option<Intent>) {
+        let budget = Budget::of_own_step();
+        if let Err(error) = self.kill(budget, &*launched.vmm).await {
+            return self.found_unreachable("vmm-does-not-end", error.to_string(), Some(launched)).await;
+        }
+        let _ = self.sweep(budget, Sweep::Clear, self.record.run.clone()).await;
+        let exit =
+            Exit { cause: ExitCause::Unknown, message: "its guest was not running any more".to_owned() };
+        self.ended_unwatched(exit, intent.as_ref(), None).await;
+    }
+
+    /// Returns what a VMM holds that runs without a run on record: what the intent of its start says. An earlier release has
+    /// recorded no claims, and somebody else may have started the VM: then its files say what it uses.
+    async fn claims_of_found(&mut self, intent: Option<&Intent>) -> Result<Vec<HostClaim>, String> {
+        if let Some(intent) = intent.filter(|intent| !intent.claims().is_empty()) {
+            return Ok(intent.claims().to_vec());
+        }
+        let formats = self.backend.capabilities().kernel_formats;
+        let look = check::look(self.spec.clone(), formats, true);
+        let budget = Budget::of_own_step();
+        let Ok(facts) = self.interruptible(budget, LOOK_LIMIT, async move { Ok(look.await) }).await else {
+            // Without its claims another VM might write its disks, so it counts as not found; and force finds it.
+            return Err(
+                "it runs, but the files that it uses do not answer, so nothing can keep others off them"
+                    .to_owned(),
+            );
+        };
+        let claims: Vec<_> = facts.claims.into_iter().chain(self.tap_claims()).collect();
+        if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &claims) {
+            tracing::error!(taken, "a VM found running holds what another one holds");
+        }
+        Ok(claims)
     }
 
     /// The run ended while no daemon watched, or never came about.
@@ -228,95 +254,99 @@ impl Actor {
         if reason.is_none() && self.starts_after_all(intent).await {
             return;
         }
+        let budget = Budget::of_own_step();
         if self.never_ran() {
-            // One that has run before keeps its TAPs, and what others have put on them.
-            if self.record.state == VmState::Created {
-                for left in self.free_taps().await {
-                    tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
-                }
-            }
-            self.let_go();
-            self.record.status = self.plain(Phase::at_rest(self.record.state)).because(
-                "boot-interrupted",
-                "the daemon ended while the VM was being started; nothing of that start is left",
-            );
-            let _ = self.conclude(EventKind::StateChanged, Why::by_itself("daemon-started")).await;
-            return;
+            return self.start_never_came_about(budget, intent).await;
         }
         if intent.is_some_and(|intent| intent.request() == Request::Shutdown) {
-            self.let_go();
-            self.record.state = observe(self.record.state, Observation::VmmGone);
-            self.record.status = self
-                .plain(Phase::Stopped)
-                .because("shutdown", "shut down as asked, while the daemon was away");
-            let _ = self.conclude(EventKind::StateChanged, Why::by_itself("daemon-started")).await;
+            self.let_go_and_release();
+            let status = self
+                .status(Phase::Stopped)
+                .because("shutdown", "shut down as asked, which was seen only when it had ended");
+            let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status)
+                .observing(Observation::VmmGone);
+            let _ = self.conclude(budget, turn).await;
             return;
         }
         let mut decision = self.decide_restart(&exit);
         if let Some(reason) = reason {
             reason.clone_into(&mut decision.status.reason);
         }
-        self.end_of_run(&exit, decision, Why::by_itself(reason.unwrap_or("vmm-gone-at-start"))).await;
+        let why = Why::by_itself(reason.unwrap_or("vmm-gone-at-start"));
+        self.end_of_run(budget, &exit, decision, why).await;
     }
 
-    async fn found_unreachable(&mut self, reason: &str, message: String, launched: Option<Launched>) {
+    /// A start was cut short, and its process has provably gone: the VM is as it was before.
+    async fn start_never_came_about(&mut self, budget: Budget, intent: Option<&Intent>) {
+        // One that has run before keeps its TAPs, and what others have put on them.
+        if self.record.state == VmState::Created {
+            for left in self.free_taps(budget).await {
+                tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
+            }
+        }
+        self.let_go_and_release();
+        let (reason, message) = if intent.is_some() {
+            ("boot-interrupted", "the VM's start was not carried to its end; nothing of that start is left")
+        } else {
+            ("vmm-gone", "no process of the VM is left")
+        };
+        let status = self.status(Phase::at_rest(self.record.state)).because(reason, message);
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status);
+        let _ = self.conclude(budget, turn).await;
+    }
+
+    /// The VMM may live, and cannot be reached. The intent stays on record, because the look that finds the VMM needs it.
+    pub(super) async fn found_unreachable(
+        &mut self,
+        reason: &str,
+        message: String,
+        launched: Option<Launched>,
+    ) {
         tracing::warn!(reason, message, "the VM's VMM cannot be reached; the VM is left alone");
-        match launched {
-            Some(launched) => {
-                let run = run_of(self.record.run.clone(), &launched);
-                self.hold(launched, run);
-            }
-            None => {
-                self.stray = true;
-                self.look_for_it_later();
-            }
-        }
-        let goes_on = self.interrupted().is_some();
-        let known = (goes_on || self.record.intent.is_none())
-            && self.record.status.phase == Phase::Unreachable
-            && self.record.status.reason == reason;
-        self.record.status = self.plain(Phase::Unreachable).because(reason, message);
-        if goes_on {
-            self.take_up_force();
-        }
-        let why = Why::by_itself("daemon-started");
+        let known = self.record.status.phase == Phase::Unreachable && self.record.status.reason == reason;
+        let never_ran = self.never_ran();
+        let live = launched.map(|launched| {
+            let run = run_of(self.record.run.clone(), &launched);
+            self.live(launched, run)
+        });
+        self.take_hold(match (live, never_ran) {
+            (live, true) => Hold::Orphan(live),
+            (Some(live), false) => Hold::Silent(live),
+            (None, false) => Hold::Lost,
+        });
+        self.take_up_force();
+        let status = self.status(Phase::Unreachable).because(reason, message);
+        let intent = self.record.intent.clone();
+        let turn =
+            Turn::new(EventKind::Unreachable, Why::by_itself("daemon-started"), status).intending(intent);
         if known {
             // Looked for again and found as before: shown, not recorded.
-            self.publish();
-        } else if !goes_on {
-            let _ = self.conclude(EventKind::Unreachable, why).await;
-        } else if let Err(error) = self.commit(EventKind::Unreachable, why).await {
-            tracing::error!(%error, "what was found could not be recorded");
-            self.publish();
+            self.show(turn);
+        } else {
+            let _ = self.conclude(Budget::of_own_step(), turn).await;
         }
+    }
+
+    /// Returns the intent of a start whose process may live, where another intent has taken its place.
+    pub(super) fn orphan_intent(&self, caller: Option<&Caller>) -> Option<Intent> {
+        let claims = self.shared.claims.held_by(self.record.uid);
+        let caller = caller.cloned().unwrap_or_else(|| Caller::named("unknown"));
+        Some(Intent { kind: IntentKind::Boot { claims }, caller, since_ms: now_ms() })
     }
 
     /// Finishes a deletion that was under way, because its name must not stay taken. A deletion that was asked for without force
     /// is finished without force: meanwhile somebody may have started the VM again, and then the VM is shown as it is found.
     pub(super) async fn go_on_deleting(&mut self, intent: Intent) -> Flow {
-        self.stray = true;
         let force = intent.recovery() == Recovery::Delete { force: true };
-        self.force_until = force.then(|| Instant::now() + FORCE_LIMIT);
+        let budget = if force { Budget::of_force(Instant::now()) } else { Budget::of_operation(None) };
         let operation = Operation { request: intent.request(), ask_guest_for: None, caller: intent.caller };
-        let deleted = self.delete(&operation).await;
-        self.force_until = None;
-        let Err(error) = deleted else { return Flow::End };
+        let Err(error) = self.delete(budget, &operation).await else { return Flow::End };
         tracing::error!(%error, "an interrupted delete could not be finished");
-        if self.untaken.is_none() {
-            self.find(None).await;
+        if !matches!(self.hold, Hold::Quarantined { .. }) {
+            let intent = self.record.intent.clone();
+            self.find(intent).await;
         }
         Flow::GoOn
-    }
-}
-
-/// Says whether an intent is that of a start.
-fn is_start(intent: &Intent) -> bool {
-    match intent.recovery() {
-        Recovery::Start { .. } | Recovery::Reboot { .. } => true,
-        Recovery::AsFound
-        | Recovery::Shutdown { .. }
-        | Recovery::ShutdownAnswered
-        | Recovery::Delete { .. } => false,
     }
 }
 

@@ -7,7 +7,9 @@
 //!               restarts left? ──no──► failed: restart-loop
 //!                     │ yes
 //!                     ▼
-//!               restarting (SHUTDOWN) ── 0.2 s · 2ⁿ, at most 30 s ──► boot
+//!               restarting (SHUTDOWN) ── 0.2 s · 2ⁿ, at most 30 s ──► start ──┬─ taken back ────► counts, as the end of a run
+//!                     ▲                                                      ├─ left something ► unreachable, looked for
+//!                     └────────────────────── 30 s, not counted ─────────────┴─ not begun
 //! ```
 
 use std::time::Duration;
@@ -20,7 +22,10 @@ use vmm_core::spec::RestartMode;
 use vmm_core::state::{Phase, Request, Status};
 
 use super::Actor;
-use super::persist::Why;
+use super::budget::Budget;
+use super::hold::{Next, begun};
+use super::journal::{Turn, Why};
+use super::start::{NotStarted, Start};
 use crate::error::ServiceError;
 
 /// After so long without a restart, the count begins anew.
@@ -34,8 +39,8 @@ const MAX_DELAY: Duration = Duration::from_secs(30);
 pub(super) struct Decision {
     /// What the record says.
     pub(super) status: Status,
-    /// When to start again.
-    pub(super) at: Option<Instant>,
+    /// What is done next.
+    pub(super) next: Next,
 }
 
 impl Actor {
@@ -44,15 +49,22 @@ impl Actor {
         self.spec.restart.mode.unwrap_or(self.backend.capabilities().default_restart_mode)
     }
 
-    /// The number of this restart, counting those without a quiet minute between.
-    pub(super) fn count_restart(&self) -> u32 {
-        let begun = || self.record.run.as_ref().map(super::begun);
-        let quiet = self.quiet_since.or_else(begun).is_some_and(|since| since.elapsed() >= QUIET);
-        if quiet { 1 } else { self.record.status.restarts.saturating_add(1) }
+    /// Returns the number of this restart, counting those without a quiet minute between.
+    pub(super) fn count_restart(&mut self) -> u32 {
+        let begun = || self.record.run.as_ref().map(begun);
+        let quiet = self.hold.quiet_since().or_else(begun).is_some_and(|since| since.elapsed() >= QUIET);
+        if quiet { 1 } else { self.restarts_so_far().saturating_add(1) }
+    }
+
+    /// Lets the count of restarts go on from `restarts`.
+    pub(super) fn count_from(&mut self, restarts: u32) {
+        if self.record.status.restarts != restarts {
+            std::sync::Arc::make_mut(&mut self.record).status.restarts = restarts;
+        }
     }
 
     /// Decides what follows `exit`.
-    pub(super) fn decide_restart(&self, exit: &Exit) -> Decision {
+    pub(super) fn decide_restart(&mut self, exit: &Exit) -> Decision {
         let reason = exit.cause.reason();
         let wanted = match exit.cause {
             ExitCause::GuestReset => RestartMode::GuestReboot,
@@ -61,49 +73,92 @@ impl Actor {
         };
         if self.restart_mode() < wanted {
             let phase = if exit.cause.is_failure() { Phase::Failed } else { Phase::Stopped };
-            return Decision { status: self.plain(phase).because(reason, exit.message.as_str()), at: None };
+            let mut status = self.status(phase).because(reason, exit.message.as_str());
+            status.restarts = self.restarts_so_far();
+            return Decision { status, next: Next::Idle };
         }
-        self.schedule(self.count_restart(), reason, &exit.message)
+        let restarts = self.count_restart();
+        self.schedule(restarts, reason, &exit.message)
     }
 
     fn schedule(&self, restarts: u32, reason: &str, message: &str) -> Decision {
-        let allowed = self.spec.restart.max_restarts;
+        let allowed = self.allowed_restarts();
         if restarts > allowed {
-            let status = self.plain(Phase::Failed).because(
+            let mut status = self.status(Phase::Failed).because(
                 "restart-loop",
                 format!("it was started again {allowed} times without a quiet minute between; the last end: {message}"),
             );
-            return Decision { status, at: None };
+            status.restarts = restarts.saturating_sub(1);
+            return Decision { status, next: Next::Idle };
         }
-        let mut status = self.plain(Phase::Restarting).because(reason, message);
+        let mut status = self.status(Phase::Restarting).because(reason, message);
         status.restarts = restarts;
-        Decision { status, at: Some(Instant::now() + delay(restarts)) }
+        Decision { status, next: Next::RestartAt(Instant::now() + delay(restarts)) }
     }
 
     /// Takes up a wait for a restart that a daemon before this one had begun.
     pub(super) fn resume_restart(&mut self) {
-        self.restart_at = Some(Instant::now() + delay(self.record.status.restarts));
+        self.next = Next::RestartAt(Instant::now() + delay(self.record.status.restarts));
     }
 
-    /// A restart is due.
+    /// A restart is due. What the start has left decides what follows, because a text could not.
     pub(super) async fn restart_by_policy(&mut self) {
-        self.restart_at = None;
+        self.next = Next::Idle;
+        let budget = Budget::of_own_step();
         let restarts = self.record.status.restarts;
-        match self.start(Request::Boot, &Caller::system()).await {
+        let caller = Caller::system();
+        let start = Start { request: Request::Boot, caller: &caller };
+        match self.start(budget, start).await {
             Ok(()) => tracing::info!(restarts, "started again by its restart policy"),
-            Err(ServiceError::Aborted(_)) => {}
-            Err(error) if self.restart_mode() >= RestartMode::OnFailure => {
-                let decision = self.schedule(restarts.saturating_add(1), "boot-failed", &error.to_string());
-                self.record.status = decision.status;
-                self.restart_at = decision.at;
-                let _ = self.conclude(EventKind::StateChanged, Why::by_itself("restart-policy")).await;
+            // Force has come, and decides what becomes of the VM.
+            Err(NotStarted::TakenBack(ServiceError::Aborted(_))) => {}
+            Err(NotStarted::NotBegun(error)) if self.waits_to_begin() => {
+                self.restart_later(budget, restarts, &error).await;
             }
-            Err(error) => {
-                tracing::warn!(%error, "the restart policy could not start the VM again");
-                self.record.status = self.plain(Phase::Failed).because("boot-failed", error.to_string());
-                let _ = self.conclude(EventKind::StateChanged, Why::by_itself("restart-policy")).await;
+            // A process may live: the VM is shown as unreachable, and nothing is started beside that process.
+            Err(NotStarted::LeftSomething(error)) => {
+                tracing::warn!(%error, "a start by the restart policy has left a process");
+            }
+            Err(NotStarted::TakenBack(error) | NotStarted::NotBegun(error)) => {
+                self.restart_failed(budget, restarts, &error).await;
             }
         }
+    }
+
+    /// Says whether a start that was not begun is waited for: a reset of the guest is answered by one start, which its guest
+    /// has asked for, while the other modes keep the VM running.
+    fn waits_to_begin(&self) -> bool {
+        self.restart_mode() >= RestartMode::OnFailure || self.record.status.phase == Phase::Restarting
+    }
+
+    /// A start that launched nothing is no restart: what it lacked may be there in a while, however often it was not.
+    async fn restart_later(&mut self, budget: Budget, restarts: u32, error: &ServiceError) {
+        let message = error.to_string();
+        let mut status = self.status(Phase::Restarting).because("start-not-begun", message);
+        status.restarts = restarts;
+        self.next = Next::RestartAt(Instant::now() + MAX_DELAY);
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("restart-policy"), status);
+        let shown = &self.record.status;
+        if shown.phase == Phase::Restarting && shown.reason == "start-not-begun" {
+            // Tried again and found as before: shown, not recorded.
+            self.show(turn);
+        } else {
+            let _ = self.conclude(budget, turn).await;
+        }
+    }
+
+    async fn restart_failed(&mut self, budget: Budget, restarts: u32, error: &ServiceError) {
+        tracing::warn!(%error, "the restart policy could not start the VM again");
+        let message = error.to_string();
+        let decision = if self.restart_mode() >= RestartMode::OnFailure {
+            self.schedule(restarts.saturating_add(1), "boot-failed", &message)
+        } else {
+            let status = self.status(Phase::Failed).because("boot-failed", message);
+            Decision { status, next: Next::Idle }
+        };
+        self.next = decision.next;
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("restart-policy"), decision.status);
+        let _ = self.conclude(budget, turn).await;
     }
 }
 

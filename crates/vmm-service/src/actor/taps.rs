@@ -12,6 +12,7 @@
 //! under its claim, so that no other VM boots on one that is about to go.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -22,13 +23,15 @@ use vmm_core::store::HostClaim;
 use vmm_host::net::tap::{NamedBy, Provided, TapError, TapOwner, Taps};
 
 use super::Actor;
+use super::budget::{Broken, Budget};
+use super::hold::Hold;
 
-/// Making a TAP takes a tenth of a millisecond. Not interrupted, so this delays force.
-const PROVIDE_DEADLINE: Duration = Duration::from_secs(2);
+/// How long all TAPs of one VM may take to be there. Making one takes a tenth of a millisecond.
+const PROVIDE_LIMIT: Duration = Duration::from_secs(2);
 /// Removing one takes some 16 ms, of which many run side by side.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
+const REMOVE_LIMIT: Duration = Duration::from_secs(5);
 /// The same within the 5 s of a forced operation.
-const FORCED_REMOVE_DEADLINE: Duration = Duration::from_millis(700);
+const FORCED_REMOVE_LIMIT: Duration = Duration::from_millis(700);
 
 impl Actor {
     /// The TAP of each network interface, in their order, and who named it.
@@ -46,59 +49,58 @@ impl Actor {
     }
 
     /// Makes sure that every TAP exists: a VMM that runs as root would make a missing one itself, and nobody would remove it.
-    /// The claims are held.
-    pub(super) async fn provide_taps(&mut self) -> Result<(), BackendError> {
+    /// The claims are held. `made` gets the TAPs that this has made, or may have: a TAP that has not answered when the time has
+    /// passed, or when force comes, may be there in a moment all the same.
+    pub(super) async fn provide_taps(
+        &mut self,
+        budget: Budget,
+        made: &mut Vec<String>,
+    ) -> Result<(), Broken> {
         let owner = self.tap_owner();
-        for (index, (name, by)) in self.taps().into_iter().enumerate() {
-            let providing = self.shared.taps.provide(&name, by, owner);
-            match tokio::time::timeout(PROVIDE_DEADLINE, providing).await {
-                Ok(Ok(Provided::Made)) => self.made_taps.push(name),
-                Ok(Ok(Provided::Found)) => {}
-                Ok(Err(error)) => return Err(refused(index, &error)),
-                Err(_) => {
-                    // It may be there in a moment all the same.
-                    self.made_taps.push(name.clone());
-                    return Err(too_late(&name));
+        let (taps, names) = (Arc::clone(&self.shared.taps), self.taps());
+        let providing = async {
+            for (index, (name, by)) in names.into_iter().enumerate() {
+                made.push(name.clone());
+                let provided = taps.provide(&name, by, owner).await;
+                if !matches!(provided, Ok(Provided::Made)) {
+                    made.pop();
+                }
+                if let Err(error) = provided {
+                    return Err(refused(index, &error));
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// Removes what a start that failed has made. The claims are held, and no VMM is left.
-    pub(super) async fn take_back_taps(&mut self) {
-        let made = std::mem::take(&mut self.made_taps);
-        for left in self.remove_taps(made).await {
-            tracing::warn!(%left, "a TAP of a start that failed stays until the VM is deleted");
+            Ok(())
+        };
+        match self.interruptible(budget, PROVIDE_LIMIT, providing).await {
+            Err(Broken::Backend(error)) if error.kind == BackendErrorKind::Timeout => {
+                Err(Broken::Backend(too_late(made.last().map_or("", String::as_str))))
+            }
+            provided => provided,
         }
     }
 
-    /// Removes every TAP that was made for this VM, and answers what could not be. No VMM of it is left, and afterwards no
-    /// claim.
-    pub(super) async fn free_taps(&mut self) -> Vec<FieldReport> {
-        self.made_taps.clear();
+    /// Removes every TAP that was made for this VM, and returns what could not be removed. The claims stay held.
+    pub(super) async fn free_taps(&self, budget: Budget) -> Vec<FieldReport> {
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
         let mut free = Vec::new();
-        for name in self.taps_to_free().await {
+        for name in self.taps_to_free(budget).await {
             let claim = HostClaim::Tap { name: name.clone() };
             // What another VM runs on has passed to it.
             if self.shared.claims.acquire(uid, vm_id, &[claim]).is_ok() {
                 free.push(name);
             }
         }
-        let left = self.remove_taps(free).await;
-        self.shared.claims.release(uid);
-        left
+        self.remove_taps(budget, free).await
     }
 
     /// The TAPs that may be this VM's: by its configuration; or by their labels, where that is not understood or is not the one
     /// that they were made for, because somebody else started another VM in its place.
-    async fn taps_to_free(&self) -> Vec<String> {
-        if self.untaken.is_none() && !self.record.imported {
+    async fn taps_to_free(&self, budget: Budget) -> Vec<String> {
+        if !matches!(self.hold, Hold::Quarantined { .. }) && !self.record.imported {
             return self.taps().into_iter().map(|(name, _)| name).collect();
         }
         let listing = self.shared.taps.of_instance(self.shared.instance);
-        match tokio::time::timeout(FORCED_REMOVE_DEADLINE, listing).await {
+        match tokio::time::timeout(budget.at_most(FORCED_REMOVE_LIMIT), listing).await {
             Ok(Ok(labelled)) => {
                 let ours = labelled.into_iter().filter(|tap| tap.owner.uid == self.record.uid);
                 ours.map(|tap| tap.name).collect()
@@ -108,9 +110,10 @@ impl Actor {
         }
     }
 
-    async fn remove_taps(&self, names: Vec<String>) -> Vec<FieldReport> {
+    /// Removes those of `names` that bear this VM's label, and returns what could not be removed. No VMM of it is left.
+    pub(super) async fn remove_taps(&self, budget: Budget, names: Vec<String>) -> Vec<FieldReport> {
         let owner = self.tap_owner();
-        let deadline = if self.forcing() { self.within(FORCED_REMOVE_DEADLINE) } else { REMOVE_DEADLINE };
+        let deadline = budget.at_most(if budget.forced { FORCED_REMOVE_LIMIT } else { REMOVE_LIMIT });
         let removals = names.into_iter().map(async |name| {
             let removal = self.shared.taps.remove(&name, owner);
             let problem = match tokio::time::timeout(deadline, removal).await {
@@ -134,14 +137,14 @@ fn refused(index: usize, error: &TapError) -> BackendError {
 }
 
 fn too_late(name: &str) -> BackendError {
-    let message = format!("TAP {name} was not there within {} s", PROVIDE_DEADLINE.as_secs());
+    let message = format!("TAP {name} was not there within {} s", PROVIDE_LIMIT.as_secs());
     BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message)
 }
 
 /// Removes the TAPs of this installation whose VM is not among `known`: it is on record no more, as after a deletion that could
 /// not remove them, or was never started.
 pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known: &HashSet<VmUid>) {
-    let labelled = match tokio::time::timeout(REMOVE_DEADLINE, taps.of_instance(instance)).await {
+    let labelled = match tokio::time::timeout(REMOVE_LIMIT, taps.of_instance(instance)).await {
         Ok(Ok(labelled)) => labelled,
         Ok(Err(error)) => return tracing::warn!(%error, "the host's TAPs could not be listed"),
         Err(_) => return tracing::warn!("the host's TAPs were not listed in time"),
@@ -153,7 +156,7 @@ pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known:
             tracing::warn!(tap = name, %uid, "a TAP of a VM that is gone is still held by a process; it is left alone");
             return;
         }
-        match tokio::time::timeout(REMOVE_DEADLINE, taps.remove(name, tap.owner)).await {
+        match tokio::time::timeout(REMOVE_LIMIT, taps.remove(name, tap.owner)).await {
             Ok(Ok(_)) => tracing::info!(tap = name, %uid, "removed the TAP of a VM that is gone"),
             Ok(Err(error)) => tracing::warn!(tap = name, %uid, %error, "the TAP of a VM that is gone stays"),
             Err(_) => tracing::warn!(tap = name, %uid, "the TAP of a VM that is gone was not removed in time"),

@@ -154,3 +154,26 @@ fn what_a_running_vm_holds_it_holds_across_restarts() {
         vms.boot("b").await.unwrap();
     });
 }
+
+#[test]
+fn what_the_process_of_a_deleted_vm_may_write_is_held_until_it_has_gone() {
+    let bed = Bed::new();
+    let machine = bed.life(async |vms| {
+        let machine = vms.run("a", bed.with_disk("d")).await;
+        machine.set_unkillable(true);
+        assert_eq!(vms.force_delete("a").await.unwrap().left_behind.len(), 1);
+        vms.create("a", bed.with_disk("d")).await;
+        let text = refused(vms.boot("a").await, "precondition");
+        assert!(text.contains(&format!("process {}", machine.pid())), "{text}");
+        assert!(text.contains("the deleted VM \"a\""), "{text}");
+        machine
+    });
+    assert_eq!(bed.store.tombstones().len(), 1);
+    bed.life(async |vms| {
+        refused(vms.boot("a").await, "precondition");
+        machine.set_unkillable(false);
+        eventually("its process has gone", || bed.store.tombstones().is_empty()).await;
+        assert_eq!(vms.world.living(), 0, "it was killed once more");
+        vms.boot("a").await.expect("the disk is free");
+    });
+}

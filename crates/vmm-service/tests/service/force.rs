@@ -342,3 +342,89 @@ async fn an_operation_whose_vmm_hangs_fails_in_time() {
         assert!(began.elapsed() <= limit, "{method:?} took {:?}", began.elapsed());
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_by_force_succeeds_only_when_the_process_has_gone() {
+    for ran in [false, true] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.bring_to("a", bed.config(), if ran { VmState::Shutdown } else { VmState::Created }).await;
+        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
+        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        refused(vms.boot("a").await, "unavailable");
+        let machine = vms.machine("a");
+        machine.set_unkillable(true);
+        machine.stop();
+        // It is looked for meanwhile, and found to be the VM's own, so that a handle of it is held.
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        assert_eq!(vms.phase("a"), Phase::Unreachable);
+        refused(vms.force_shutdown("a").await, "unavailable");
+        assert_eq!((vms.phase("a"), vms.world.living()), (Phase::Unreachable, 1));
+        machine.set_unkillable(false);
+        let result = vms.force_shutdown("a").await;
+        if ran {
+            assert_eq!(result.unwrap().record.state, VmState::Shutdown);
+        } else {
+            refused(result, "illegal-state");
+        }
+        assert_eq!(vms.world.living(), 0);
+        vms.boot("a").await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn taps_that_take_their_time_do_not_hold_up_force() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.with_tap("tap-x")).await;
+    bed.taps.hang_once_made(true);
+    let booting = vms
+        .begin({
+            let vms = vms.clone();
+            async move { vms.boot("a").await }
+        })
+        .await;
+    eventually("the TAP is being made", || !bed.taps.names().is_empty()).await;
+    let began = tokio::time::Instant::now();
+    vms.force_delete("a").await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    refused(booting.await.unwrap(), "aborted");
+    assert_eq!(bed.taps.names(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reboot_whose_halves_take_their_time_ends_within_its_own() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    vms.world.next(Method::Shutdown, Act::Delay(Duration::from_secs(48)));
+    vms.world.next(Method::Launch, Act::hang());
+    let began = tokio::time::Instant::now();
+    refused(vms.reboot("a").await, "precondition");
+    assert!(began.elapsed() <= Duration::from_secs(60), "30 s and the guest's 30 s: {:?}", began.elapsed());
+    assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_whose_actor_panics_is_taken_up_again() {
+    for (method, state) in [(Method::Pause, VmState::Running), (Method::Launch, VmState::Created)] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.bring_to("a", bed.with_disk("d"), state).await;
+        vms.world.next(method, Act::Panic);
+        let result = if method == Method::Pause { vms.pause("a").await } else { vms.boot("a").await };
+        refused(result, "internal");
+        assert_eq!(vms.reason("a"), "internal");
+        vms.until("a", |record| record.status.reason != "internal").await;
+        assert_eq!((vms.state("a"), &vms.record("a").intent), (state, &None));
+        vms.boot("a").await.unwrap();
+        vms.pause("a").await.unwrap();
+        assert_eq!(bed.stored("a"), *vms.record("a"));
+        vms.world.next(Method::Resume, Act::Panic);
+        refused(vms.resume("a").await, "internal");
+        let began = tokio::time::Instant::now();
+        vms.force_delete("a").await.expect("and force does not wait for that");
+        assert!(began.elapsed() < FORCE_LIMIT);
+        assert_eq!(vms.world.living(), 0);
+    }
+}

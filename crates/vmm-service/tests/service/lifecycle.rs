@@ -213,12 +213,14 @@ async fn a_reboot_whose_second_half_fails_leaves_the_vm_shut_down() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_disk("d")).await;
-    std::fs::remove_file(bed.path("d")).unwrap();
+    vms.world.next(
+        Method::Launch,
+        Act::Fail(vmm_core::backend::BackendErrorKind::Rejected, vmm_core::backend::Effect::NotApplied),
+    );
     let text = refused(vms.reboot("a").await, "precondition");
     assert!(text.contains("SHUTDOWN"), "{text}");
     assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0));
     assert_eq!(vms.reason("a"), "boot-failed");
-    bed.disk("d");
     vms.boot("a").await.unwrap();
 }
 
@@ -365,4 +367,16 @@ async fn a_name_is_free_again_and_a_new_creation_has_a_new_uid() {
     vms.delete("a").await.unwrap();
     let second = vms.create("a", bed.with_disk("d")).await;
     assert!(second.uid > first.uid);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reboot_that_cannot_boot_again_ends_no_run() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    std::fs::remove_file(bed.path("vmlinux")).unwrap();
+    let text = refused(vms.reboot("a").await, "precondition");
+    assert!(text.contains("vmlinux"), "{text}");
+    assert!(machine.lives());
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Running));
 }

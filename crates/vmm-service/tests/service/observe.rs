@@ -311,3 +311,33 @@ async fn a_silence_that_an_answer_has_ended_is_no_news() {
     let silences = bed.store.log().into_iter().filter(|event| event.event.kind == EventKind::Unreachable);
     assert_eq!(silences.count(), 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_resets_itself_without_end_starves_nobody_and_fills_no_log() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.with_policy(ALWAYS, 1000)).await;
+    // Reset again at each chance: the VMM always has something to tell.
+    let storm = tokio::spawn({
+        let machine = machine.clone();
+        async move {
+            for _ in 0..500 {
+                machine.reset();
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    let pausing = vms
+        .begin({
+            let vms = vms.clone();
+            async move { vms.pause("a").await }
+        })
+        .await;
+    pausing.await.unwrap().expect("an operation has its turn");
+    assert!(!storm.is_finished(), "in the middle of it");
+    storm.await.unwrap();
+    let record = vms.until("a", |record| record.status.restarts == 500).await;
+    assert_eq!((record.state, record.status.phase), (VmState::Paused, Phase::Paused));
+    let resets = bed.store.log().into_iter().filter(|it| it.event.kind == EventKind::GuestReset).count();
+    assert!(resets <= 3, "{resets} events");
+}

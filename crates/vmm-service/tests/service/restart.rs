@@ -98,13 +98,13 @@ async fn a_start_that_fails_is_tried_again_and_counts() {
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ON_FAILURE, 3)).await;
     for _ in 0..2 {
-        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     }
     vms.machine("a").end(ExitCause::VmmFailed);
     let record =
         vms.until("a", |record| record.status.restarts == 3 && record.state == VmState::Running).await;
     assert_eq!(record.status.phase, Phase::Running);
-    vms.world.always(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+    vms.world.always(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     vms.machine("a").end(ExitCause::VmmFailed);
     vms.until("a", |record| record.status.phase == Phase::Failed && record.status.reason == "restart-loop")
         .await;
@@ -205,4 +205,86 @@ fn a_restart_that_was_due_is_due_after_a_restart_of_the_daemon() {
         vms.until_phase("a", Phase::Running).await;
         assert_eq!(vms.record("a").status.restarts, 1);
     });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_launched_nothing_is_no_restart_however_often_it_is_tried() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(ON_FAILURE, 2)).await;
+    vms.machine("a").end(ExitCause::VmmFailed);
+    vms.until_phase("a", Phase::Restarting).await;
+    bed.store.always(Verdict::Refuse(StoreErrorKind::Full));
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!((vms.phase("a"), vms.record("a").status.restarts), (Phase::Restarting, 1));
+    bed.store.behave();
+    // A hypervisor that is missing for a while launches nothing either.
+    for _ in 0..5 {
+        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::NotInstalled, Effect::NotApplied));
+    }
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    let record = vms.until_phase("a", Phase::Running).await;
+    assert_eq!(record.status.restarts, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_policy_starts_nothing_beside_a_process_that_a_start_has_left() {
+    for mode in [GUEST_REBOOT, ON_FAILURE] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.run("a", bed.with_policy(mode, 0)).await;
+        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
+        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        let before = vms.world.calls(Method::Launch);
+        vms.machine("a").end(ExitCause::GuestReset);
+        vms.until_phase("a", Phase::Unreachable).await;
+        let left = vms.machine("a");
+        left.set_unprovable(true);
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        assert_eq!((vms.phase("a"), vms.world.living()), (Phase::Unreachable, 1));
+        assert_eq!(vms.world.calls(Method::Launch), before + 1);
+        left.set_unprovable(false);
+        left.end(ExitCause::VmmFailed);
+        vms.until_phase("a", Phase::Running).await;
+        assert_eq!(vms.world.living(), 1, "once it has gone, the policy goes on");
+    }
+}
+
+#[test]
+fn a_shutdown_that_ran_out_of_time_is_never_undone() {
+    for forced in [false, true] {
+        for restarted in [false, true] {
+            let bed = Bed::new();
+            bed.life(async |vms| {
+                let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;
+                machine.set_unkillable(true);
+                let result = if forced { vms.force_shutdown("a").await } else { vms.shutdown("a").await };
+                refused(result, "unavailable");
+                if !restarted {
+                    machine.end(ExitCause::Requested);
+                    tokio::time::sleep(Duration::from_secs(120)).await;
+                    assert_eq!((vms.phase("a"), vms.world.living()), (Phase::Stopped, 0));
+                }
+            });
+            bed.world.host_dies();
+            bed.life(async |vms| {
+                tokio::time::sleep(Duration::from_secs(120)).await;
+                assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Shutdown, Phase::Stopped));
+                assert_eq!((vms.reason("a").as_str(), vms.world.living()), ("shutdown", 0));
+            });
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vmm_that_outlives_a_failed_shutdown_runs_under_its_policy_again() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;
+    machine.set_unkillable(true);
+    refused(vms.force_shutdown("a").await, "unavailable");
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!((vms.phase("a"), &vms.record("a").intent), (Phase::Running, &None));
+    machine.end(ExitCause::GuestPowerOff);
+    vms.until("a", |record| record.status.restarts == 1 && record.state == VmState::Running).await;
 }

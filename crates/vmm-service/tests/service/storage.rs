@@ -83,6 +83,7 @@ async fn an_outcome_that_cannot_be_recorded_is_shown_all_the_same() {
         bed.store.next([Pass, verdict]);
         refused(vms.pause("a").await, code(verdict));
         assert_eq!(vms.state("a"), VmState::Paused, "{verdict:?}");
+        eventually("the record of the pause", || bed.stored("a").state == VmState::Paused).await;
         bed.store.next([Pass, verdict]);
         refused(vms.shutdown("a").await, code(verdict));
         assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0), "{verdict:?}");
@@ -208,4 +209,55 @@ async fn a_deletion_whose_answer_is_lost_is_told_once() {
     vms.delete("a").await.unwrap();
     let kinds: Vec<_> = bed.store.log().iter().map(|it| it.event.kind.as_str()).collect();
     assert_eq!(kinds, ["created", "operation-started", "deleted"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outcome_that_the_store_refused_is_recorded_later_and_once() {
+    for verdict in FAILURES {
+        for times in [1, 4] {
+            let bed = Bed::new();
+            let vms = bed.start().await;
+            let machine = vms.run("a", bed.config()).await;
+            bed.store.next(vec![verdict; times]);
+            machine.power_off();
+            vms.until("a", |record| record.state == VmState::Shutdown).await;
+            // Nobody calls: the record and the watchers come to know of it all the same.
+            eventually("the end on record", || bed.stored("a") == *vms.record("a")).await;
+            tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+            let ends =
+                bed.store.log().into_iter().filter(|it| it.event.kind.as_str() == "vmm-exited").count();
+            assert_eq!(ends, 1, "{verdict:?}");
+            bed.store.behave();
+            vms.boot("a").await.unwrap();
+            assert_eq!(bed.stored("a"), *vms.record("a"));
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_store_refused_comes_before_what_follows() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    bed.store.next([Refuse(Full)]);
+    machine.power_off();
+    vms.until("a", |record| record.state == VmState::Shutdown).await;
+    vms.boot("a").await.expect("the end is recorded first");
+    let kinds: Vec<_> = bed.store.log().iter().map(|it| it.event.kind.as_str()).collect();
+    assert_eq!(kinds[kinds.len() - 3..], ["vmm-exited", "operation-started", "state-changed"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_of_a_start_that_could_not_be_recorded_is_said_and_ended_by_the_next() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("a", bed.config()).await;
+    bed.store.next([Refuse(Full)]);
+    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    refused(vms.boot("a").await, "exhausted");
+    assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Created, "vmm-does-not-end"));
+    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    refused(vms.boot("a").await, "unavailable");
+    assert_eq!(vms.world.calls(Method::Launch), 0, "nothing is started in its folder");
+    vms.boot("a").await.expect("it is swept first");
 }

@@ -50,6 +50,8 @@ pub enum Act {
     Fail(BackendErrorKind, Effect),
     /// What it is for, and then fails in the given way.
     DoThenFail(BackendErrorKind, Effect),
+    /// Nothing: it panics, as a fault of the program does.
+    Panic,
 }
 
 impl Act {
@@ -76,13 +78,14 @@ impl Act {
                 Ok(())
             }
             Self::Fail(kind, effect) => Err(scripted(*kind, *effect)),
+            Self::Panic => fault(),
         }
     }
 
     /// Does what this act does between its effect and its answer.
     pub(super) async fn after(&self) -> Result<(), BackendError> {
         match self {
-            Self::Succeed | Self::Delay(_) | Self::Wait(_) | Self::Fail(..) => Ok(()),
+            Self::Succeed | Self::Delay(_) | Self::Wait(_) | Self::Fail(..) | Self::Panic => Ok(()),
             Self::DoThenWait(gate) => {
                 gate.opened().await;
                 Ok(())
@@ -90,6 +93,11 @@ impl Act {
             Self::DoThenFail(kind, effect) => Err(scripted(*kind, *effect)),
         }
     }
+}
+
+#[expect(clippy::panic, reason = "this plays a fault of the program under test")]
+fn fault() -> ! {
+    panic!("the script panics")
 }
 
 fn scripted(kind: BackendErrorKind, effect: Effect) -> BackendError {

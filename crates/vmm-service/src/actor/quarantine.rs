@@ -13,94 +13,62 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use tokio::sync::oneshot;
-use tracing::Instrument as _;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
     LaunchRequest, Launched, SweepRequest,
 };
-use vmm_core::event::EventSeq;
+use vmm_core::event::EventKind;
 use vmm_core::report::Report;
 use vmm_core::spec::{Boot, Console, Cpu, MIB, Memory, RestartMode, RestartPolicy, VmSpec};
 use vmm_core::state::Phase;
 use vmm_core::store::VmRecord;
 use vmm_host::process::{Lookup, find_by_argument};
 
-use super::deadlines::KILL_DEADLINE;
+use super::budget::KILL_LIMIT;
+use super::hold::Hold;
+use super::journal::{Turn, Why};
 use super::{Actor, Flow};
 use crate::error::ServiceError;
-use crate::metrics::MetricsCell;
-use crate::service::Shared;
 
 /// The reason in the status of such a VM.
-const REASON: &str = "not-taken-up";
-
-/// Puts a VM that cannot be taken up into the index, with an actor that leaves it alone. `known` is its backend, where it is
-/// only the configuration that is not understood. The receiver hears when that is done.
-pub(crate) fn show(
-    shared: Arc<Shared>,
-    record: VmRecord,
-    known: Option<Arc<dyn Backend>>,
-    why: String,
-) -> oneshot::Receiver<()> {
-    let index_of = Arc::clone(&shared);
-    let shown = Arc::new(record.clone());
-    let metrics = MetricsCell::default();
-    let backend = Arc::new(Nobody::new(&record, known, why.clone()));
-    let (mut actor, handle) = Actor::new(shared, record, no_spec(), backend, metrics.clone());
-    actor.untaken = Some(why);
-    index_of.index.insert(shown, EventSeq::default(), metrics, handle);
-    let (told, done) = oneshot::channel();
-    let span = actor.span();
-    let task = async move {
-        let flow = actor.leave_alone().await;
-        let _ = told.send(());
-        match flow {
-            Flow::GoOn => actor.run().await,
-            Flow::End => {}
-        }
-    };
-    tokio::spawn(task.instrument(span));
-    done
-}
+pub(super) const REASON: &str = "not-taken-up";
 
 impl Actor {
     /// Shows the VM as it was last proven, and why nothing can be done with it. Writes nothing.
-    async fn leave_alone(&mut self) -> Flow {
+    pub(super) async fn quarantine(&mut self, why: String) -> Flow {
         self.claim_what_is_on_record();
         let intent = self.record.intent.clone();
-        if let Some(leaving) = intent.as_ref().filter(|intent| intent.is_deletion()) {
-            return self.go_on_deleting(leaving.clone()).await;
+        let leaving = intent.as_ref().filter(|intent| intent.is_deletion()).cloned();
+        // A deletion that was cut short may have left a process, whatever is on record.
+        let process = self.record.run.is_some() || intent.is_some();
+        self.hold = Hold::Quarantined { why: why.clone(), process };
+        if let Some(leaving) = leaving {
+            return self.go_on_deleting(leaving).await;
         }
-        self.stray = self.record.run.is_some() || intent.is_some();
-        let why = self.untaken.clone().unwrap_or_default();
-        self.record.status = self.plain(Phase::Unreachable).because(REASON, why);
-        self.publish();
+        let status = self.status(Phase::Unreachable).because(REASON, why);
+        self.show(Turn::new(EventKind::Unreachable, Why::by_itself(REASON), status).intending(intent));
         Flow::GoOn
     }
 
     /// The refusal of all that is not forced, of a VM that cannot be taken up.
-    pub(super) fn refuse_untaken(&self) -> Result<(), ServiceError> {
-        match &self.untaken {
-            Some(why) if !self.forcing() => Err(ServiceError::Unavailable(format!(
-                "VM \"{}\" cannot be used by this program: {why}. Serve it by the program that made it, or end and delete it \
-                 with force",
-                self.record.vm_id
-            ))),
-            Some(_) | None => Ok(()),
-        }
+    pub(super) fn quarantined(&self, why: &str) -> ServiceError {
+        ServiceError::Unavailable(format!(
+            "VM \"{}\" cannot be used by this program: {why}. Serve it by the program that made it, or end and delete it with \
+             force",
+            self.record.vm_id
+        ))
     }
 }
 
 /// Stands in for the backend of a VM that cannot be taken up: starts nothing, finds nothing, and ends what is proven the VM's.
-struct Nobody {
+pub(super) struct Nobody {
     capabilities: Capabilities,
     known: Option<Arc<dyn Backend>>,
     why: String,
 }
 
 impl Nobody {
-    fn new(record: &VmRecord, known: Option<Arc<dyn Backend>>, why: String) -> Self {
+    pub(super) fn new(record: &VmRecord, known: Option<Arc<dyn Backend>>, why: String) -> Self {
         let capabilities = Capabilities {
             name: record.backend.clone(),
             endpoint_mode: "managed",
@@ -140,7 +108,7 @@ impl Backend for Nobody {
         if let Some(run) = &request.run {
             match vmm_host::process::adopt(&run.process) {
                 Lookup::Alive(process) => {
-                    process.kill_and_wait(KILL_DEADLINE).await.map_err(|error| failed(error.to_string()))?;
+                    process.kill_and_wait(KILL_LIMIT).await.map_err(|error| failed(error.to_string()))?;
                 }
                 Lookup::Gone => {}
                 Lookup::Unprovable(why) => return Err(failed(why)),
@@ -168,7 +136,7 @@ impl Backend for Nobody {
 }
 
 /// What an actor is given in place of a configuration that is not understood. Nothing is ever started from it.
-fn no_spec() -> VmSpec {
+pub(super) fn no_spec() -> VmSpec {
     VmSpec {
         cpu: Cpu { count: 1, max: 1, topology: None, features: BTreeMap::new() },
         memory: Memory { size_bytes: MIB, hotplug_max_bytes: None, backing: BTreeMap::new() },

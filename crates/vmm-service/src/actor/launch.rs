@@ -1,0 +1,114 @@
+//! The launch of a VMM: what is started, where, and behind which gate.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched};
+use vmm_core::gate::Gate;
+use vmm_core::id::VmUid;
+use vmm_core::spec::{Console, VmSpec};
+use vmm_host::fault::{FaultPoint, point};
+use vmm_host::run_dir::{self, SpareMark};
+
+use super::Actor;
+use crate::error::ServiceError;
+use crate::run_folders::{KEPT_CONSOLE, touch};
+
+/// A launch under way. Dropped, it may leave a process, which a sweep finds.
+pub(super) type Launching = BoxFuture<'static, Result<Launched, BackendError>>;
+
+impl Actor {
+    /// What to start, and why that does not suffice to make the VM anew, where it does not.
+    fn what_to_start(&self) -> (VmSpec, Option<String>) {
+        if !self.record.imported {
+            return (self.spec.clone(), None);
+        }
+        match VmSpec::parse(&self.record.config) {
+            Err(report) => (self.spec.clone(), Some(ServiceError::Invalid(report.violations).to_string())),
+            Ok(spec) if self.record.untold.is_empty() => (spec, None),
+            Ok(spec) => (spec, Some(format!("it also had {}", self.record.untold.join(", ")))),
+        }
+    }
+
+    /// Returns the start of a VMM whose guest waits behind `gate`. Everything that is made before that bears the VM's uid, which
+    /// is on record since its creation, so the recovery finds it with or without an intent.
+    pub(super) fn begin_launch(&self, gate: Gate) -> Launching {
+        let name = self.backend.capabilities().name.clone();
+        self.shared.spares.forget(&name, self.record.uid);
+        let dir = self.dir();
+        let (spec, incomplete) = self.what_to_start();
+        let console = match &spec.console {
+            Console::Off => None,
+            Console::Kept => Some(dir.join(KEPT_CONSOLE)),
+            Console::File(path) => Some(path.clone()),
+        };
+        // A file of the client's own is this VM's from the moment that the intent says so.
+        let waits = matches!(spec.console, Console::File(_)) && !self.record.owns_console_output;
+        let request = LaunchRequest {
+            instance: self.shared.instance,
+            uid: self.record.uid,
+            vm_id: self.record.vm_id.clone(),
+            taps: self.taps().into_iter().map(|(name, _)| name).collect(),
+            spec,
+            dir,
+            console: console.clone(),
+            gate: gate.clone(),
+            kind: self.record.kind.clone(),
+            imported: self.record.imported,
+            incomplete,
+        };
+        let backend = Arc::clone(&self.backend);
+        let (runtime_dir, uid) = (self.shared.settings.runtime_dir.clone(), self.record.uid);
+        let mark = SpareMark { instance: self.shared.instance, backend: name };
+        Box::pin(async move {
+            if waits {
+                gate.passed().await?;
+            }
+            prepare(runtime_dir, uid, console, mark).await?;
+            point(FaultPoint::StartFolderMade);
+            backend.launch(request).await
+        })
+    }
+}
+
+/// Says whether a launch failed before there was a process.
+pub(super) fn launched_nothing(error: &BackendError) -> bool {
+    error.effect == Effect::NotApplied
+        && match error.kind {
+            BackendErrorKind::NotInstalled
+            | BackendErrorKind::NotServed
+            | BackendErrorKind::Host
+            | BackendErrorKind::Unsupported(_) => true,
+            BackendErrorKind::Rejected
+            | BackendErrorKind::Timeout
+            | BackendErrorKind::Unreachable
+            | BackendErrorKind::Protocol
+            | BackendErrorKind::Gone
+            | BackendErrorKind::StillRuns => false,
+        }
+}
+
+/// Makes the run folder and the console's file. If a spare VMM waits there it will be told what to run: its mark goes.
+async fn prepare(
+    runtime_dir: PathBuf,
+    uid: VmUid,
+    console: Option<PathBuf>,
+    mark: SpareMark,
+) -> Result<(), BackendError> {
+    let made = tokio::task::spawn_blocking(move || {
+        let dir = run_dir::create(&runtime_dir, uid).map_err(|error| (runtime_dir, error))?;
+        mark.take_off(&dir).map_err(|error| (dir, error))?;
+        match console {
+            Some(console) => touch(&console).map_err(|error| (console, error)),
+            None => Ok(()),
+        }
+    })
+    .await;
+    let failed = |text: String| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, text);
+    match made {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err((path, error))) => Err(failed(format!("{} could not be made: {error}", path.display()))),
+        Err(error) => Err(failed(format!("the run folder could not be made: {error}"))),
+    }
+}

@@ -1,0 +1,86 @@
+//! ShutdownVm: ends the run by the ladder, and says what ended it.
+
+use std::time::Duration;
+
+use vmm_core::backend::{BackendErrorKind, Ladder, Sweep};
+use vmm_core::event::EventKind;
+use vmm_core::state::{EndedBy, Observation, Phase, Request, VmState};
+use vmm_core::store::IntentKind;
+use vmm_host::fault::{FaultPoint, point};
+
+use super::Actor;
+use super::budget::{Broken, Budget};
+use super::journal::{Turn, Why};
+use super::operations::EFFECT_LIMIT;
+use crate::error::ServiceError;
+use crate::mailbox::{Operation, Outcome};
+
+/// A forced ladder ends so long after it was begun: commits and one more look at the guest come after it within 5 s.
+const FORCED_LADDER_LIMIT: Duration = Duration::from_millis(4300);
+
+impl Actor {
+    pub(super) async fn shutdown(
+        &mut self,
+        budget: Budget,
+        operation: &Operation,
+    ) -> Result<Outcome, ServiceError> {
+        let kind = IntentKind::Shutdown { ask_guest_for: operation.ask_guest_for, answered: false };
+        if let Err(error) = self.intend(budget, kind, Phase::Stopping, &operation.caller).await {
+            return Err(self.end_unrecorded(budget, operation, error).await);
+        }
+        let ended_by = match self.end_run(budget, operation.ask_guest_for).await {
+            Ok(ended_by) => ended_by,
+            Err(broken) => {
+                return Err(self.give_up(budget, Request::Shutdown, &operation.caller, broken).await);
+            }
+        };
+        point(FaultPoint::ShutdownApplied);
+        self.let_go_and_release();
+        let mut status = self.status(Phase::Stopped).because("shutdown", "shut down as asked");
+        status.restarts = 0;
+        let why = Why::asked(Request::Shutdown, &operation.caller).ended_by(Some(ended_by));
+        let turn = Turn::new(EventKind::StateChanged, why, status)
+            .observing(Observation::VmmGone)
+            .ending(Some(ended_by));
+        self.conclude(budget, turn).await?;
+        point(FaultPoint::ShutdownOutcomeCommitted);
+        Ok(self.outcome(Some(ended_by)))
+    }
+
+    /// Ends the run by the ladder, or by the run folder where no handle is held. Answers once the VMM has really gone.
+    ///
+    /// The ladder has the guest's time and [`EFFECT_LIMIT`] on top. The guest's time is the client's to give: it is no limit on
+    /// the VMM, so a VMM that is slow to answer does not cost the guest any of it. The backend climbs the rungs and kills only
+    /// where it may; if the limit passes here, nothing is killed in its place, because without force a VMM that has answered
+    /// nothing is not killed. The caller then finds out where the VM is, and says so.
+    ///
+    /// A VMM that has gone before its ladder was climbed is an end that the guest brought about: it is what was asked for.
+    pub(super) async fn end_run(
+        &mut self,
+        budget: Budget,
+        ask_guest_for: Option<Duration>,
+    ) -> Result<EndedBy, Broken> {
+        let Some(vmm) = self.hold.vmm() else {
+            let purpose = if budget.forced { Sweep::End } else { Sweep::Clear };
+            let run = self.known_run();
+            return self.sweep(budget, purpose, run).await.map(|()| EndedBy::Sigkill);
+        };
+        let resume_first = self.record.state == VmState::Paused && ask_guest_for.is_some();
+        let limit = ask_guest_for.map_or(FORCED_LADDER_LIMIT, |ask| ask + EFFECT_LIMIT);
+        let ladder = Ladder { ask_guest_for };
+        let climbing = async move {
+            if resume_first && let Err(error) = vmm.resume().await {
+                // A guest that stands still cannot obey; the ladder goes on without it.
+                tracing::warn!(%error, "could not resume the VM before asking it to shut down");
+            }
+            if resume_first {
+                point(FaultPoint::LadderResumed);
+            }
+            vmm.shutdown(ladder).await
+        };
+        match self.interruptible(budget, limit, climbing).await {
+            Err(Broken::Backend(error)) if error.kind == BackendErrorKind::Gone => Ok(EndedBy::Guest),
+            ended => ended,
+        }
+    }
+}

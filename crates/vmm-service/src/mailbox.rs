@@ -1,0 +1,230 @@
+//! The mailbox of an actor: what clients ask of one VM, and the way to it.
+//!
+//! ```text
+//!   ask ───► asked  (32) ─┐
+//!   force ─► forced (16) ─┼─► Actor, which takes what is forced first; `forced` also ends what is under way
+//!   found ─► found   (1) ─┘
+//! ```
+//!
+//! The queues take no memory while they are empty, because most VMs are asked nothing most of the time.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+use vmm_core::caller::Caller;
+use vmm_core::id::VmUid;
+use vmm_core::place::Found;
+use vmm_core::report::FieldReport;
+use vmm_core::state::{EndedBy, Request};
+use vmm_core::store::VmRecord;
+
+use crate::error::ServiceError;
+use crate::under_way::UnderWay;
+
+/// Operations that may wait for one VM.
+const ASKED_LIMIT: usize = 32;
+/// Forced operations that may wait for one VM.
+const FORCED_LIMIT: usize = 16;
+
+/// An operation on one VM.
+#[derive(Clone, Debug)]
+pub(crate) struct Operation {
+    /// What to do.
+    pub(crate) request: Request,
+    /// How long the guest has to obey a shutdown or reboot; `None` means that the guest is not asked.
+    pub(crate) ask_guest_for: Option<Duration>,
+    /// Who asks.
+    pub(crate) caller: Caller,
+}
+
+/// What a change answers with.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The VM as it is now, or as it was last where it is gone.
+    pub record: Arc<VmRecord>,
+    /// The rung that ended the VM, where one did.
+    pub ended_by: Option<EndedBy>,
+    /// What could not be freed on the host.
+    pub left_behind: Vec<FieldReport>,
+}
+
+/// An operation that waits for its actor, with the way back to its client.
+pub(crate) struct QueuedOperation {
+    pub(crate) operation: Operation,
+    pub(crate) reply: oneshot::Sender<Result<Outcome, ServiceError>>,
+    pub(crate) span: tracing::Span,
+    /// When the operation was asked for. A forced operation has its time from then on.
+    pub(crate) asked: Instant,
+    /// Held until the operation has ended, whether or not the client waits.
+    pub(crate) under_way: UnderWay,
+}
+
+/// What waits for one actor.
+#[derive(Default)]
+pub(crate) struct Mailbox {
+    queues: Mutex<Queues>,
+    news: Notify,
+}
+
+#[derive(Default)]
+struct Queues {
+    asked: VecDeque<QueuedOperation>,
+    forced: VecDeque<QueuedOperation>,
+    found: Option<Box<Found>>,
+    closed: bool,
+}
+
+impl Mailbox {
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the forced operation that has waited longest.
+    pub(crate) fn take_forced(&self) -> Option<QueuedOperation> {
+        self.queues().forced.pop_front()
+    }
+
+    /// Takes the operation that has waited longest, of those that are not forced.
+    pub(crate) fn take_asked(&self) -> Option<QueuedOperation> {
+        self.queues().asked.pop_front()
+    }
+
+    /// Takes the VM that was found at this VM's place.
+    pub(crate) fn take_found(&self) -> Option<Box<Found>> {
+        self.queues().found.take()
+    }
+
+    /// Waits until a forced operation waits, and returns when it was asked for. The operation stays in its queue. Only the
+    /// actor may wait, because one waiter is woken.
+    pub(crate) async fn forced(&self) -> Instant {
+        loop {
+            if let Some(forced) = self.queues().forced.front() {
+                return forced.asked;
+            }
+            self.news.notified().await;
+        }
+    }
+
+    /// Waits until something was put into the mailbox since the last call. Only the actor may wait.
+    pub(crate) async fn news(&self) {
+        self.news.notified().await;
+    }
+
+    /// Refuses everything from now on, and drops what waits: nobody will answer it.
+    pub(crate) fn close(&self) {
+        let dropped = {
+            let mut queues = self.queues();
+            queues.closed = true;
+            (std::mem::take(&mut queues.asked), std::mem::take(&mut queues.forced), queues.found.take())
+        };
+        drop(dropped);
+    }
+}
+
+/// The way to one VM's actor.
+#[derive(Clone)]
+pub(crate) struct ActorHandle {
+    /// The creation that this actor writes; its name may belong to a later one by the time the actor answers.
+    pub(crate) uid: VmUid,
+    mailbox: Arc<Mailbox>,
+}
+
+impl ActorHandle {
+    pub(crate) fn new(uid: VmUid, mailbox: Arc<Mailbox>) -> Self {
+        Self { uid, mailbox }
+    }
+
+    /// Tells of the VM that was found at its place. While one waits to be looked at, another one is dropped: what still is
+    /// there is found again.
+    pub(crate) fn found(&self, found: Found) {
+        {
+            let mut queues = self.mailbox.queues();
+            if queues.closed || queues.found.is_some() {
+                return;
+            }
+            queues.found = Some(Box::new(found));
+        }
+        self.mailbox.news.notify_one();
+    }
+
+    /// Queues an operation and waits for its outcome. `None` means that the actor ended first.
+    pub(crate) async fn ask(
+        &self,
+        operation: Operation,
+        under_way: UnderWay,
+    ) -> Option<Result<Outcome, ServiceError>> {
+        self.queue(operation, under_way, false).await
+    }
+
+    /// Pre-empts what is under way, and waits for the outcome. `None` means that the actor ended first.
+    pub(crate) async fn force(
+        &self,
+        operation: Operation,
+        under_way: UnderWay,
+    ) -> Option<Result<Outcome, ServiceError>> {
+        self.queue(operation, under_way, true).await
+    }
+
+    async fn queue(
+        &self,
+        operation: Operation,
+        under_way: UnderWay,
+        force: bool,
+    ) -> Option<Result<Outcome, ServiceError>> {
+        let (reply, answer) = oneshot::channel();
+        let asked = Instant::now();
+        let queued = QueuedOperation { operation, reply, span: tracing::Span::current(), asked, under_way };
+        {
+            let mut queues = self.mailbox.queues();
+            if queues.closed {
+                return None;
+            }
+            let (queue, limit) =
+                if force { (&mut queues.forced, FORCED_LIMIT) } else { (&mut queues.asked, ASKED_LIMIT) };
+            if queue.len() >= limit {
+                let hint = if force { "" } else { ", or use force" };
+                return Some(Err(ServiceError::Unavailable(format!(
+                    "{limit} operations already wait for this VM; try again when some have ended{hint}"
+                ))));
+            }
+            queue.push_back(queued);
+        }
+        self.mailbox.news.notify_one();
+        answer.await.ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::under_way::Counter;
+
+    fn operation(request: Request) -> Operation {
+        Operation { request, ask_guest_for: None, caller: Caller::system() }
+    }
+
+    #[tokio::test]
+    async fn what_is_forced_is_seen_without_being_taken_and_a_closed_mailbox_answers_nobody() {
+        let (mailbox, counter) = (Arc::<Mailbox>::default(), Counter::default());
+        let handle = ActorHandle::new(VmUid::new(Uuid::now_v7()), Arc::clone(&mailbox));
+        let mut asks = std::pin::pin!(handle.ask(operation(Request::Pause), counter.begin()));
+        assert!(asks.as_mut().now_or_never().is_none());
+        assert!(mailbox.forced().now_or_never().is_none(), "what is asked is not forced");
+        let mut forces = std::pin::pin!(handle.force(operation(Request::Shutdown), counter.begin()));
+        assert!(forces.as_mut().now_or_never().is_none());
+        for _ in 0..2 {
+            mailbox.forced().now_or_never().expect("it waits, and goes on waiting");
+        }
+        assert_eq!(mailbox.take_forced().unwrap().operation.request, Request::Shutdown);
+        mailbox.close();
+        assert!(asks.await.is_none() && forces.await.is_none());
+        assert!(handle.ask(operation(Request::Pause), counter.begin()).await.is_none());
+        counter.idle().await;
+    }
+}

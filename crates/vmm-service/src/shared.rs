@@ -1,0 +1,37 @@
+//! Shared: what every actor and use case works with.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use vmm_core::id::InstanceId;
+use vmm_host::net::tap::Taps;
+
+use crate::backends::Backends;
+use crate::claims::Claims;
+use crate::events::Events;
+use crate::index::Index;
+use crate::names::NameLocks;
+use crate::service::Settings;
+use crate::spares::Spares;
+use crate::under_way::Counter;
+
+/// What every actor and use case shares.
+pub(crate) struct Shared {
+    pub(crate) events: Arc<Events>,
+    pub(crate) backends: Backends,
+    pub(crate) settings: Settings,
+    pub(crate) taps: Arc<dyn Taps>,
+    pub(crate) instance: InstanceId,
+    pub(crate) index: Arc<Index>,
+    pub(crate) claims: Claims,
+    pub(crate) names: NameLocks,
+    pub(crate) spares: Spares,
+    /// Held from the choice of a place to the record that holds it.
+    pub(crate) places: tokio::sync::Mutex<()>,
+    /// Slots of recoveries, see [`crate::service::RECOVERIES`].
+    pub(crate) recoveries: Arc<Semaphore>,
+    /// Slots of starts by a restart policy, see [`crate::service::POLICY_STARTS`].
+    pub(crate) policy_starts: Arc<Semaphore>,
+    /// Operations under way, so that the end of the daemon can wait for them.
+    pub(crate) under_way: Counter,
+}

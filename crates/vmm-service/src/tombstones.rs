@@ -1,0 +1,119 @@
+//! Tombstones: deleted VMs whose processes could not be ended, and what those processes may still use.
+//!
+//! ```text
+//!   DeleteVm with force, a process outlives it ─► tombstone on record ─► claims held under the process's name
+//!                                                        │ looked at after 1 s, doubled up to 10 s, and at each start
+//!                                                        └─ provably gone ─► off the record, claims given back
+//! ```
+//!
+//! The name of a deleted VM is free at once. A disk that its process may write is not: two writers would destroy it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::Instrument as _;
+use vmm_core::backend::{AdoptRequest, Adoption, Backend, Launched};
+use vmm_core::kind::VmKind;
+use vmm_core::spec::VmSpec;
+use vmm_core::store::{Change, Commit, Tombstone, VmRecord};
+use vmm_host::process::{Lookup, adopt, find_by_argument};
+
+use crate::shared::Shared;
+
+/// The wait before the first look at a process that was left.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+/// The longest wait between two looks.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// How long one look, or one more kill, may take.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
+
+/// Holds what the process of a deleted VM may use until that process has provably gone. The tombstone is on record.
+pub(crate) fn keep(shared: &Arc<Shared>, tombstone: Tombstone) {
+    let process = tombstone.vm.run.as_ref().map(|run| run.process.pid);
+    let holder = match process {
+        Some(pid) => format!("process {pid}, left by the deleted VM \"{}\"", tombstone.vm.vm_id),
+        None => format!("a process that was left by the deleted VM \"{}\"", tombstone.vm.vm_id),
+    };
+    shared.claims.leave_to(tombstone.vm.uid, &tombstone.vm.vm_id, &tombstone.claims, &holder);
+    let span =
+        tracing::info_span!(parent: None, "tombstone", vm_id = %tombstone.vm.vm_id, uid = %tombstone.vm.uid);
+    // Weak, so that a service that has ended is not kept alive by what it watches.
+    let shared = Arc::downgrade(shared);
+    let watching = async move {
+        let mut wait = FIRST_LOOK;
+        loop {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(LOOK_INTERVAL);
+            let Some(shared) = shared.upgrade() else { return };
+            if is_gone(&shared, &tombstone.vm).await && take_away(&shared, &tombstone).await {
+                return;
+            }
+        }
+    };
+    tokio::spawn(watching.instrument(span));
+}
+
+/// Takes a tombstone off the record, and gives back what it held. Says whether that could be recorded.
+async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
+    let uid = tombstone.vm.uid;
+    let unbury = Commit { change: Change::Unbury(uid), event: None };
+    match shared.events.commit(unbury).await {
+        Ok(committed) => {
+            drop(committed);
+            shared.claims.release(uid);
+            tracing::info!("the process of a deleted VM has gone; what it used is free");
+            true
+        }
+        Err(error) => {
+            tracing::warn!(%error, "a process of a deleted VM has gone, which could not be recorded yet");
+            false
+        }
+    }
+}
+
+/// Says whether the process of a deleted VM has provably gone. A process of this program's own is killed once more.
+///
+/// Where the VMM was somebody else's, its place may have another VM by now, which nobody may touch: there the process alone
+/// is asked for, and never killed.
+async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
+    let known = shared.backends.of_kind(vm.backend.as_str(), &vm.kind).ok();
+    match (&vm.run, known) {
+        (Some(run), _) if vm.kind != VmKind::Managed => matches!(adopt(&run.process), Lookup::Gone),
+        (_, Some(backend)) => match adopted(shared, &*backend, vm).await {
+            Some(Adoption::Gone { .. }) => true,
+            Some(
+                Adoption::Alive { launched, .. } | Adoption::Unreachable { launched: Some(launched), .. },
+            ) => {
+                kill(launched).await;
+                false
+            }
+            Some(Adoption::Unreachable { launched: None, .. }) | None => false,
+        },
+        (Some(run), None) => matches!(adopt(&run.process), Lookup::Gone),
+        (None, None) => nobody_uses_the_folder(shared, vm).await,
+    }
+}
+
+async fn adopted(shared: &Shared, backend: &dyn Backend, vm: &VmRecord) -> Option<Adoption> {
+    let request = AdoptRequest {
+        instance: shared.instance,
+        uid: vm.uid,
+        vm_id: vm.vm_id.clone(),
+        spec: VmSpec::parse(&vm.config).unwrap_or_else(|_| VmSpec::imported(&vm.config)),
+        dir: vm.uid.run_dir(&shared.settings.runtime_dir),
+        run: vm.run.clone(),
+        kind: vm.kind.clone(),
+        imported: vm.imported,
+    };
+    tokio::time::timeout(LOOK_LIMIT, backend.adopt(request)).await.ok()?.ok()
+}
+
+async fn kill(launched: Launched) {
+    let _ = tokio::time::timeout(LOOK_LIMIT, launched.vmm.kill()).await;
+}
+
+async fn nobody_uses_the_folder(shared: &Shared, vm: &VmRecord) -> bool {
+    let dir = vm.uid.run_dir(&shared.settings.runtime_dir);
+    let users = tokio::task::spawn_blocking(move || find_by_argument(&dir)).await;
+    matches!(users, Ok(Ok(users)) if users.is_empty())
+}

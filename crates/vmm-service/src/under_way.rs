@@ -1,0 +1,47 @@
+//! Counts the operations under way, so that the end of the daemon can wait for them.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+/// The number of operations under way.
+#[derive(Clone)]
+pub(crate) struct Counter(watch::Sender<usize>);
+
+/// An operation under way: it counts until it is dropped.
+pub(crate) struct UnderWay(watch::Sender<usize>);
+
+impl Default for Counter {
+    fn default() -> Self {
+        Self(watch::Sender::new(0))
+    }
+}
+
+impl Counter {
+    /// Counts one more operation.
+    pub(crate) fn begin(&self) -> UnderWay {
+        self.0.send_modify(|count| *count += 1);
+        UnderWay(self.0.clone())
+    }
+
+    /// Waits until no operation is under way.
+    pub(crate) async fn idle(&self) {
+        let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
+    }
+
+    /// Waits for `first`, and then until no operation is under way, at most until `deadline`. Returns how many are left.
+    pub(crate) async fn drain(&self, first: impl Future<Output = ()>, deadline: Duration) -> usize {
+        let drained = async {
+            first.await;
+            self.idle().await;
+        };
+        let _ = tokio::time::timeout(deadline, drained).await;
+        *self.0.borrow()
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}
