@@ -43,7 +43,8 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     let store = SqliteStore::open(&config.state_dir)
         .with_context(|| format!("the state in {} cannot be opened", config.state_dir.display()))?;
     sign(&config, store.instance());
-    let service = VmService::start(Arc::new(store), backends(&config), settings(&config)).await?;
+    let store = Arc::new(store);
+    let service = VmService::start(Arc::clone(&store) as _, backends(&config), settings(&config)).await?;
 
     let address = listener.local_addr()?;
     tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
@@ -61,6 +62,10 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     match service.drain(DRAIN).await {
         0 => tracing::info!("stopped; the VMs go on running"),
         left => tracing::warn!(left, "stopped with operations under way; the next start settles them"),
+    }
+    // What is still to be recorded is recorded, and a successor finds an empty log and no lock.
+    if let Err(error) = store.close().await {
+        tracing::warn!(%error, "the database was not closed; the next start takes up its log");
     }
     Ok(())
 }

@@ -239,7 +239,8 @@ pub trait Store: Send + Sync + 'static {
     /// Reads events, oldest first.
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError>;
 
-    /// Removes events older than `before_ms` (Unix milliseconds) and answers how many went.
+    /// Removes the oldest events, up to the first in the order of the log that is not older than `before_ms` (Unix
+    /// milliseconds), and answers how many went. Later events stay, whatever their time: the log never gets a hole.
     async fn expire_events(&self, before_ms: i64) -> Result<u64, StoreError>;
 }
 

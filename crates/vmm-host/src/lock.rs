@@ -4,9 +4,9 @@
 //! killed while it starts a VMM leaves it to that child for a moment, until the child has exec'ed; who comes next waits for that.
 //! The file stays: its content tells who holds the lock.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,14 @@ pub enum LockError {
         /// The process that says it holds the lock.
         pid: Option<u32>,
     },
+    /// The directory could be written, or replaced, by somebody else.
+    #[error("the state directory {} {why}", .path.display())]
+    Exposed {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        why: String,
+    },
     /// The directory or the file in it cannot be used.
     #[error("the state directory cannot be locked by {}; check that the daemon's user may write there", .path.display())]
     Io {
@@ -66,6 +74,7 @@ impl StateLock {
             move |source| LockError::Io { path, source }
         };
         DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(failed(state_dir))?;
+        check_private(state_dir)?;
         let path = state_dir.join(FILE_NAME);
         let mut file = OpenOptions::new()
             .read(true)
@@ -92,6 +101,35 @@ impl StateLock {
         write_pid(&mut file).map_err(failed(&path))?;
         Ok(Self { file })
     }
+}
+
+/// Refuses a state directory in which another user could put files of his own: what is in it is believed, and tells the daemon
+/// which processes to end.
+///
+/// # Errors
+/// [`LockError::Exposed`], and [`LockError::Io`] where it cannot be looked at.
+pub fn check_private(state_dir: &Path) -> Result<(), LockError> {
+    let failed = |source| LockError::Io { path: state_dir.to_path_buf(), source };
+    let exposed = |why| Err(LockError::Exposed { path: state_dir.to_path_buf(), why });
+    let ours = rustix::process::geteuid().as_raw();
+    let link = fs::symlink_metadata(state_dir).map_err(failed)?;
+    if link.is_symlink() && link.uid() != ours && link.uid() != 0 {
+        return exposed(format!(
+            "is a symbolic link of another user (uid {}): name the directory itself",
+            link.uid()
+        ));
+    }
+    let facts = fs::metadata(state_dir).map_err(failed)?;
+    if facts.uid() != ours {
+        return exposed(format!(
+            "belongs to another user (uid {}): name one of the daemon's own with UNKEY_VMCP_STATE_DIR, or change its owner",
+            facts.uid()
+        ));
+    }
+    if facts.mode() & 0o022 != 0 {
+        return exposed(format!("may be written by other users: run chmod go-w {}", state_dir.display()));
+    }
+    Ok(())
 }
 
 /// Says whether a daemon holds the lock of `state_dir`, and with which process id as far as it has said so. Makes nothing.
@@ -246,6 +284,38 @@ mod tests {
         let lock = StateLock::acquire(dir.path()).unwrap();
         let flags = rustix::io::fcntl_getfd(&lock.file).unwrap();
         assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_is_refused() {
+        use std::os::unix::fs::{PermissionsExt, chown, symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let (state, link) = (dir.path().join("state"), dir.path().join("link"));
+        StateLock::acquire(&state).unwrap();
+        symlink(&state, &link).unwrap();
+        StateLock::acquire(&link).expect("an administrator may move it elsewhere");
+        let refusal = |path: &Path| match StateLock::acquire(path).unwrap_err() {
+            error @ LockError::Exposed { .. } => error.to_string(),
+            other => panic!("{other}"),
+        };
+        for mode in [0o770, 0o707, 0o777] {
+            fs::set_permissions(&state, fs::Permissions::from_mode(mode)).unwrap();
+            assert!(refusal(&state).contains("chmod go-w"), "{mode:o}");
+        }
+        fs::set_permissions(&state, fs::Permissions::from_mode(0o755)).unwrap();
+        StateLock::acquire(&state).expect("others may look");
+        if !rustix::process::geteuid().is_root() {
+            return vmm_testkit::skip::skipped(
+                "a_directory_that_others_can_write_is_refused",
+                "chown needs root",
+            );
+        }
+        std::os::unix::fs::lchown(&link, Some(12_345), None).unwrap();
+        assert!(refusal(&link).contains("symbolic link of another user"));
+        chown(&state, Some(12_345), None).unwrap();
+        let before = fs::read_dir(&state).unwrap().count();
+        assert!(refusal(&state).contains("uid 12345"));
+        assert_eq!(fs::read_dir(&state).unwrap().count(), before);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use vmm_core::store::{Snapshot, StoreError, StoreErrorKind, Unreadable, VmRecord
 use crate::codec::encode_record;
 use crate::error::{CausedBy, REMEDY, corrupt, from_sqlite, store_error};
 use crate::foreign::Foreign;
-use crate::open::{self, DATABASE_FILE, connect, connect_to_read, io_error, with_suffix};
+use crate::open::{self, DATABASE_FILE, Depth, connect, connect_to_read, io_error, with_suffix};
 use crate::reader;
 use crate::schema::{self, MIGRATIONS};
 
@@ -72,7 +72,7 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
         return Ok(None);
     }
     let mut conn = connect_to_read(&path).map_err(|error| open::unusable(&path, error))?;
-    open::check(&conn, &path, MIGRATIONS)?;
+    open::check(&conn, &path, MIGRATIONS, Depth::Whole)?;
     let newest = MIGRATIONS.last().map_or(0, |step| step.to);
     if schema::version(&conn, &path)? < newest {
         return Err(store_error(
@@ -259,7 +259,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
 
 /// Reads a copy through, and answers whose it is and how many VMs it has. Errors name `shown`, where it came from.
 fn verify(conn: &Connection, shown: &Path) -> Result<(InstanceId, usize), StoreError> {
-    open::check(conn, shown, MIGRATIONS)?;
+    open::check(conn, shown, MIGRATIONS, Depth::Whole)?;
     let failed = |error| from_sqlite(shown, "reading", Effect::NotApplied, error);
     let finding: String =
         conn.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(failed)?;

@@ -58,7 +58,7 @@ impl Log {
     }
 }
 
-/// Runs checkpoints, and makes the reserve again where it was used, until the writer has gone; then empties the log for good.
+/// Runs checkpoints, and makes the reserve again where it was used, until the writer has gone.
 pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
     loop {
         match quiet.bell.recv_timeout(LOOK_AGAIN) {
@@ -78,8 +78,16 @@ pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
         passive(conn);
         reserve.keep();
     }
-    if let Err(error) = conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0)) {
-        tracing::warn!(%error, "the log could not be moved into the database; the next start will do it");
+}
+
+/// Moves the whole log into the database, and says whether that was done.
+pub(crate) fn empty(conn: &Connection) -> bool {
+    match conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0)) {
+        Ok(busy) => busy == 0,
+        Err(error) => {
+            tracing::warn!(%error, "the log could not be moved into the database; the next start will do it");
+            false
+        }
     }
 }
 

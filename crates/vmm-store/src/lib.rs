@@ -25,6 +25,7 @@ mod checkpoint;
 mod codec;
 mod error;
 mod foreign;
+mod mark;
 mod open;
 mod reader;
 mod reserve;
@@ -79,7 +80,8 @@ struct Doors {
 }
 
 impl SqliteStore {
-    /// Opens the store in `state_dir`, making both if they do not exist. Blocks while it checks the whole database.
+    /// Opens the store in `state_dir`, making both if they do not exist. Blocks while it checks the database,
+    /// the whole of it where the last daemon did not close it.
     ///
     /// # Errors
     ///
@@ -102,16 +104,28 @@ impl SqliteStore {
         let (log, quiet) = checkpoint::channel();
         let (writer_door, jobs) = mpsc::channel(QUEUED_COMMITS);
         let (reader_door, reads) = mpsc::channel(QUEUED_READS);
+        let (reading, read) = std::sync::mpsc::channel::<()>();
         reserve.keep();
+        let database = path.clone();
         let writer = writer::Writer::new(writer, path.clone(), log, reserve.clone())?;
         let reader = reader::Reader::new(reader, path.clone(), instance, Arc::clone(&foreign));
         let workers = vec![
-            Worker::spawn("store-reader", move || reader.run(reads)).map_err(failed)?,
+            Worker::spawn("store-reader", move || {
+                let _reading = reading;
+                reader.run(reads);
+            })
+            .map_err(failed)?,
             Worker::spawn("store-writer", move || writer.run(jobs)).map_err(failed)?,
             Worker::spawn("store-checkpointer", move || {
                 checkpoint::run(&checkpointer, &quiet, &reserve);
+                // Nothing is ever sent: the reader's connection is closed when its end of the channel is.
+                let _ = read.recv();
+                let emptied = checkpoint::empty(&checkpointer);
                 // The last connection goes before the lock does: a successor finds an empty log.
                 drop(checkpointer);
+                if emptied {
+                    mark::leave(&lock, &database);
+                }
                 drop(lock);
             })
             .map_err(failed)?,

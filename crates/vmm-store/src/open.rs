@@ -20,12 +20,14 @@ use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use rustix::fs::OFlags;
 use uuid::Uuid;
 use vmm_core::backend::Effect;
 use vmm_core::id::InstanceId;
 use vmm_core::store::{StoreError, StoreErrorKind};
 
 use crate::error::{CausedBy, corrupt, from_sqlite, store_error};
+use crate::mark;
 use crate::reserve::Reserve;
 use crate::schema::{self, APPLICATION_ID, Migration};
 
@@ -34,6 +36,15 @@ pub const DATABASE_FILE: &str = "vmm-controlplane.db";
 
 /// How long a statement waits for another program (a backup, say) that holds the database locked.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How much of a database is looked at before it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// Whose it is and of which version: it was closed in order, and nobody has touched it since.
+    Head,
+    /// Every page too, which takes as long as reading it.
+    Whole,
+}
 
 /// An opened database.
 #[derive(Debug)]
@@ -54,12 +65,13 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
     let lock = lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     let reserve = Reserve::of(&path);
-    let opened = match open_locked(&path, migrations) {
+    let depth = if mark::take(&lock, &path) { Depth::Head } else { Depth::Whole };
+    let opened = match open_locked(&path, migrations, depth) {
         // SQLite needs some room for the index of its log, and a daemon must be able to start on a full disk.
         Err(error)
             if matches!(error.kind, StoreErrorKind::Full | StoreErrorKind::Io) && reserve.may_help() =>
         {
-            reserve.spend_on_opening(|| open_locked(&path, migrations)).unwrap_or(Err(error))
+            reserve.spend_on_opening(|| open_locked(&path, migrations, depth)).unwrap_or(Err(error))
         }
         opened => opened,
     };
@@ -68,7 +80,11 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
 }
 
 /// The identity of the state directory, and connections to write, to read and to move the log.
-fn open_locked(path: &Path, migrations: &[Migration]) -> Result<(InstanceId, [Connection; 3]), StoreError> {
+fn open_locked(
+    path: &Path,
+    migrations: &[Migration],
+    depth: Depth,
+) -> Result<(InstanceId, [Connection; 3]), StoreError> {
     match std::fs::metadata(path) {
         Ok(file) if file.len() == 0 => return Err(corrupt(path, "the file is empty")),
         Ok(file) => refuse_cut_short(path, file.len())?,
@@ -77,7 +93,7 @@ fn open_locked(path: &Path, migrations: &[Migration]) -> Result<(InstanceId, [Co
     }
 
     let mut writer = connect(path).map_err(|error| unusable(path, error))?;
-    check(&writer, path, migrations)?;
+    check(&writer, path, migrations, depth)?;
     configure(&writer, path)?;
     schema::migrate(&mut writer, path, migrations)?;
     let instance = instance(&writer, path)?;
@@ -113,13 +129,23 @@ fn refuse_cut_short(path: &Path, length: u64) -> Result<(), StoreError> {
     }
 }
 
-/// Makes the state directory if it is missing.
+/// Makes the state directory if it is missing, and whatever is missing above it. Each new name is on the disk when this answers:
+/// a database must not go with a directory that the host forgot.
 pub(crate) fn make_dir(state_dir: &Path) -> Result<(), StoreError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)
-        .map_err(|error| io_error("making the state directory", state_dir, error))
+    let failed = |error| io_error("making the state directory", state_dir, error);
+    let missing: Vec<&Path> = parents_to_force(state_dir);
+    DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(failed)?;
+    for dir in missing {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Lists the directories that get a new name in them when `state_dir` is made, the lowest first.
+fn parents_to_force(state_dir: &Path) -> Vec<&Path> {
+    let missing = state_dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists());
+    let parents = missing.filter_map(Path::parent);
+    parents.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).collect()
 }
 
 /// Keeps a second daemon out: two of them would each take the VMs for their own.
@@ -127,10 +153,12 @@ pub(crate) fn lock(state_dir: &Path) -> Result<File, StoreError> {
     // A file of its own: closing any handle of the database would drop SQLite's locks on it.
     let path = state_dir.join(format!("{DATABASE_FILE}.lock"));
     let file = OpenOptions::new()
+        .read(true)
         .write(true)
         .create(true)
         .truncate(false)
         .mode(0o600)
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&path)
         .map_err(|error| io_error("opening", &path, error))?;
     match file.try_lock() {
@@ -189,6 +217,8 @@ fn fill(draft: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
     let failed = |error| from_sqlite(draft, "making", Effect::NotApplied, error);
     let mut conn = connect(draft).map_err(failed)?;
     conn.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+    // Before anything is written: lets the file shrink when many events have expired.
+    conn.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
     conn.pragma_update(None, "application_id", APPLICATION_ID).map_err(failed)?;
     schema::migrate(&mut conn, draft, migrations)?;
     let instance = Uuid::now_v7().to_string();
@@ -218,7 +248,12 @@ fn connect_as(path: &Path, access: OpenFlags) -> rusqlite::Result<Connection> {
 }
 
 /// Refuses what is not ours, too new, or damaged. Reads only.
-pub(crate) fn check(conn: &Connection, path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
+pub(crate) fn check(
+    conn: &Connection,
+    path: &Path,
+    migrations: &[Migration],
+    depth: Depth,
+) -> Result<(), StoreError> {
     let mark: i32 = conn
         .pragma_query_value(None, "application_id", |row| row.get(0))
         .map_err(|error| unusable(path, error))?;
@@ -226,6 +261,9 @@ pub(crate) fn check(conn: &Connection, path: &Path, migrations: &[Migration]) ->
         return Err(corrupt(path, "it is an SQLite database, but bears another program's mark"));
     }
     schema::refuse_newer(conn, path, migrations)?;
+    if depth == Depth::Head {
+        return Ok(());
+    }
     let finding: String = conn
         .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
         .map_err(|error| unusable(path, error))?;
@@ -303,6 +341,26 @@ mod tests {
             assert_eq!(mode, "wal");
         }
         opened.reader.execute("DELETE FROM events", []).unwrap_err();
+    }
+
+    #[test]
+    fn every_directory_with_a_new_name_in_it_is_forced_to_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("a/b/c");
+        let forced = ["a/b", "a", ""].map(|name| dir.path().join(name));
+        assert_eq!(parents_to_force(&state), forced.each_ref().map(PathBuf::as_path));
+        make_dir(&state).unwrap();
+        assert_eq!(parents_to_force(&state), Vec::<&Path>::new(), "nothing is new any more");
+        assert_eq!(parents_to_force(Path::new("not-there/x")), [Path::new("not-there"), Path::new(".")]);
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_lock_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let theirs = dir.path().join("theirs");
+        std::os::unix::fs::symlink(&theirs, dir.path().join(format!("{DATABASE_FILE}.lock"))).unwrap();
+        assert_eq!(lock(dir.path()).unwrap_err().kind, StoreErrorKind::Io);
+        assert!(!theirs.exists());
     }
 
     #[test]

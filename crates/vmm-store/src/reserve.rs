@@ -15,7 +15,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::fs::{FallocateFlags, OFlags, fallocate, statvfs};
 use rustix::io::Errno;
 
 use crate::open::with_suffix;
@@ -84,7 +84,7 @@ impl Reserve {
 
 /// Makes the file smaller by `piece`, down to `last` bytes, and says whether it was larger.
 fn shrink(path: &Path, piece: u64, last: u64) -> bool {
-    let Ok(file) = OpenOptions::new().write(true).open(path) else { return false };
+    let Ok(file) = opening().open(path) else { return false };
     let Ok(now) = file.metadata().map(|now| now.len()) else { return false };
     now > last && file.set_len(now.saturating_sub(piece).max(last)).is_ok()
 }
@@ -95,8 +95,15 @@ fn free_beside(path: &Path) -> u64 {
     statvfs(dir).map_or(0, |room| room.f_bavail.saturating_mul(room.f_frsize))
 }
 
+/// A link in the place of the file would lead to another one, which must not be cut.
+fn opening() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
+    options
+}
+
 fn make(path: &Path) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let mut file = opening().create(true).truncate(false).mode(0o600).open(path)?;
     match fallocate(&file, FallocateFlags::empty(), 0, BYTES) {
         // Where room cannot be asked for it is taken, with bytes that no file system can make smaller.
         Err(Errno::OPNOTSUPP) => io::copy(&mut File::open("/dev/urandom")?.take(BYTES), &mut file).map(drop),
@@ -109,6 +116,18 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
+
+    #[test]
+    fn a_link_in_its_place_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, theirs) = (dir.path().join("x.db-reserve"), dir.path().join("theirs"));
+        fs::write(&theirs, vec![7; 1 << 20]).unwrap();
+        std::os::unix::fs::symlink(&theirs, &path).unwrap();
+        let reserve = Reserve::of(&dir.path().join("x.db"));
+        reserve.keep();
+        assert_eq!(reserve.spend_on_opening(|| ()), None);
+        assert_eq!(fs::read(&theirs).unwrap(), vec![7; 1 << 20]);
+    }
 
     #[test]
     fn it_takes_up_room_until_it_is_spent_and_is_made_again() {

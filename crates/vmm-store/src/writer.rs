@@ -34,6 +34,12 @@ use crate::reserve::Reserve;
 const MAX_GROUP: usize = 256;
 /// Events that one step of an expiry removes; commits go in between.
 const EXPIRY_STEP: u64 = 500;
+/// The most text that events may have together, in bytes: at some 700 bytes an event, a million and a half of them.
+const MAX_EVENT_BYTES: u64 = 1 << 30;
+/// Pages of 4 KiB that one step of an expiry gives back to the file system.
+const VACUUM_STEP: i64 = 500;
+/// Free pages that are kept for new events.
+const FREE_PAGES: i64 = 2_500;
 
 type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 type Outcome = Result<Option<EventSeq>, StoreError>;
@@ -64,9 +70,19 @@ struct Waiting {
 /// An expiry under way.
 #[derive(Debug)]
 struct Expiry {
-    before_ms: i64,
+    until: Until,
     removed: u64,
-    reply: Answer<u64>,
+    /// Nobody waits where the log itself has become too long.
+    reply: Option<Answer<u64>>,
+}
+
+/// How far an expiry goes, from the oldest event on.
+#[derive(Clone, Copy, Debug)]
+enum Until {
+    /// Up to the first event that is not older, in Unix milliseconds.
+    Time(i64),
+    /// Until no more than so many bytes of events are left.
+    Bytes(u64),
 }
 
 /// How a transaction failed.
@@ -86,6 +102,9 @@ pub(crate) struct Writer {
     log: Log,
     reserve: Reserve,
     expiries: VecDeque<Expiry>,
+    /// The text of all events, in bytes.
+    event_bytes: u64,
+    max_event_bytes: u64,
 }
 
 impl Writer {
@@ -104,7 +123,18 @@ impl Writer {
         };
         conn.wal_hook(Some(hook))
             .map_err(|error| from_sqlite(&path, "opening", Effect::NotApplied, error))?;
-        Ok(Self { conn, path, log, reserve, expiries: VecDeque::new() })
+        let bytes: i64 = conn
+            .query_row("SELECT coalesce(sum(octet_length(event)), 0) FROM events", [], |row| row.get(0))
+            .map_err(|error| from_sqlite(&path, "reading", Effect::NotApplied, error))?;
+        Ok(Self {
+            conn,
+            path,
+            log,
+            reserve,
+            expiries: VecDeque::new(),
+            event_bytes: bytes.unsigned_abs(),
+            max_event_bytes: MAX_EVENT_BYTES,
+        })
     }
 
     /// Works until nobody can ask any more and everything that was accepted is done.
@@ -131,7 +161,8 @@ impl Writer {
             match job {
                 Job::Commit { commit, forced, reply } => group.push(Waiting { commit, forced, reply }),
                 Job::Expire { before_ms, reply } => {
-                    self.expiries.push_back(Expiry { before_ms, removed: 0, reply });
+                    let until = Until::Time(before_ms);
+                    self.expiries.push_back(Expiry { until, removed: 0, reply: Some(reply) });
                 }
             }
             next = if group.len() < MAX_GROUP { jobs.try_recv().ok() } else { None };
@@ -149,7 +180,10 @@ impl Writer {
             result = again;
         }
         match result {
-            Ok(outcomes) => answer(group, outcomes),
+            Ok(outcomes) => {
+                self.bound_log(&group, &outcomes);
+                answer(group, outcomes);
+            }
             // One of them may be the reason (too big for what room is left, say), and the others may fit.
             Err(Broken::NotApplied(_)) if group.len() > 1 => {
                 for waiting in group {
@@ -163,6 +197,7 @@ impl Writer {
             }
             Err(Broken::InDoubt { error, outcomes, proof }) => {
                 let outcomes = self.resolve(&error, outcomes, proof);
+                self.bound_log(&group, &outcomes);
                 answer(group, outcomes);
             }
         }
@@ -234,33 +269,90 @@ impl Writer {
 
     /// Removes a few events, then answers or lines up again.
     fn expire_step(&mut self, mut expiry: Expiry) {
-        match self.remove_events(expiry.before_ms) {
+        match self.remove_events(expiry.until) {
             Ok(removed) => {
                 expiry.removed += removed;
                 if removed == EXPIRY_STEP {
                     self.expiries.push_back(expiry);
+                } else if let Some(reply) = expiry.reply {
+                    let _ = reply.send(Ok(expiry.removed));
                 } else {
-                    let _ = expiry.reply.send(Ok(expiry.removed));
+                    tracing::warn!(
+                        removed = expiry.removed,
+                        "the event log has become too long; the oldest events were removed"
+                    );
                 }
             }
             Err(error) => {
                 // What earlier steps removed stays removed. Asking again is harmless.
                 let error = from_sqlite(&self.path, "removing old events from", Effect::Unknown, error);
-                let _ = expiry.reply.send(Err(error));
+                match expiry.reply {
+                    Some(reply) => drop(reply.send(Err(error))),
+                    None => tracing::warn!(%error, "the event log is too long, and could not be cut"),
+                }
             }
         }
     }
 
-    fn remove_events(&mut self, before_ms: i64) -> rusqlite::Result<u64> {
+    /// Counts the events of a group that was committed, and lines up an expiry where the log has become too long. A tenth is
+    /// removed at once, so that this does not come with each commit.
+    fn bound_log(&mut self, group: &[Waiting], outcomes: &[Outcome]) {
+        for (waiting, outcome) in group.iter().zip(outcomes) {
+            if let (Some(event), Ok(Some(_))) = (&waiting.commit.event, outcome) {
+                self.event_bytes += event.json.len() as u64;
+            }
+        }
+        let under_way = self.expiries.iter().any(|expiry| matches!(expiry.until, Until::Bytes(_)));
+        if self.event_bytes > self.max_event_bytes && !under_way {
+            let until = Until::Bytes(self.max_event_bytes / 10 * 9);
+            self.expiries.push_back(Expiry { until, removed: 0, reply: None });
+        }
+    }
+
+    fn remove_events(&mut self, until: Until) -> rusqlite::Result<u64> {
+        let excess = match until {
+            Until::Time(_) => u64::MAX,
+            Until::Bytes(left) => self.event_bytes.saturating_sub(left),
+        };
         let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let removed = transaction
-            .prepare_cached(
-                "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE time_ms < ?1 ORDER BY time_ms LIMIT ?2)",
-            )?
-            .execute((before_ms, EXPIRY_STEP.cast_signed()))?;
+        let (last, bytes) = oldest_to_go(&transaction, until, excess)?;
+        let removed = transaction.prepare_cached("DELETE FROM events WHERE seq <= ?1")?.execute([last])?;
         transaction.commit()?;
+        self.event_bytes = self.event_bytes.saturating_sub(bytes);
+        give_back(&self.conn)?;
         Ok(removed as u64)
     }
+}
+
+/// The last of the oldest events that may go in one step, and the bytes of all up to it. 0 where none may.
+fn oldest_to_go(conn: &Connection, until: Until, excess: u64) -> rusqlite::Result<(i64, u64)> {
+    let mut oldest =
+        conn.prepare_cached("SELECT seq, time_ms, octet_length(event) FROM events ORDER BY seq LIMIT ?1")?;
+    let mut rows = oldest.query([EXPIRY_STEP.cast_signed()])?;
+    let (mut last, mut bytes) = (0, 0);
+    while let Some(row) = rows.next()? {
+        let time_ms: i64 = row.get(1)?;
+        if matches!(until, Until::Time(before_ms) if time_ms >= before_ms) || bytes >= excess {
+            break;
+        }
+        last = row.get(0)?;
+        bytes += row.get::<_, i64>(2)?.unsigned_abs();
+    }
+    Ok((last, bytes))
+}
+
+/// Makes the file smaller by some of its free pages, where there are many. A database of an earlier release keeps them.
+fn give_back(conn: &Connection) -> rusqlite::Result<()> {
+    let free: i64 = conn.pragma_query_value(None, "freelist_count", |row| row.get(0))?;
+    let pages = (free - FREE_PAGES).min(VACUUM_STEP);
+    if pages <= 0 {
+        return Ok(());
+    }
+    let mut statement = conn.prepare(&format!("PRAGMA incremental_vacuum({pages})"))?;
+    let mut rows = statement.query([])?;
+    // Each step gives back one page.
+    while rows.next()?.is_some() {}
+    Ok(())
 }
 
 /// Answers each of `group`. Who has gone away gets none: the commit stands all the same.
@@ -309,6 +401,62 @@ mod tests {
             outcomes.iter().map(|o| o.as_ref().map(|s| s.unwrap().0).map_err(|e| e.kind)).collect();
         let (taken, conflict) = (Err(StoreErrorKind::NameTaken), Err(StoreErrorKind::Conflict));
         assert_eq!(told, [Ok(1), taken, Ok(2), conflict, Ok(3), Ok(4), Ok(5)]);
+    }
+
+    /// Commits changes of one VM with `text` in each event, and does what that brings about.
+    fn write_events(writer: &mut Writer, vm: &mut vmm_core::store::VmRecord, count: usize, text: &str) {
+        for _ in 0..count {
+            *vm = next(vm);
+            let mut commit = update(vm);
+            commit.event.as_mut().unwrap().cause = text.to_owned();
+            writer.commit_group(vec![waiting(commit)]);
+            while let Some(expiry) = writer.expiries.pop_front() {
+                writer.expire_step(expiry);
+            }
+        }
+    }
+
+    fn number(writer: &Writer, sql: &str) -> u64 {
+        writer.conn.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap().unsigned_abs()
+    }
+
+    #[test]
+    fn the_log_is_bounded_in_bytes_and_loses_its_oldest_events() {
+        const BOUND: u64 = 100_000;
+        const SUM: &str = "SELECT sum(octet_length(event)) FROM events";
+        let dir = tempfile::tempdir().unwrap();
+        let mut vm = record("vm");
+        {
+            let mut writer = writer(dir.path());
+            writer.max_event_bytes = BOUND;
+            writer.try_group(&[waiting(insert(&vm))]).unwrap();
+            write_events(&mut writer, &mut vm, 400, &"x".repeat(1_000));
+            let (first, last, count) = (
+                number(&writer, "SELECT min(seq) FROM events"),
+                number(&writer, "SELECT max(seq) FROM events"),
+                number(&writer, "SELECT count(*) FROM events"),
+            );
+            assert_eq!((last, count), (401, last - first + 1), "a stretch without holes, up to the last");
+            assert!(first > 300 && number(&writer, SUM) <= BOUND, "{first}");
+        }
+        let writer = writer(dir.path());
+        assert_eq!(writer.event_bytes, number(&writer, SUM), "the next daemon goes on counting");
+    }
+
+    #[test]
+    fn the_file_shrinks_when_many_events_have_expired() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = writer(dir.path());
+        let mut vm = record("vm");
+        writer.try_group(&[waiting(insert(&vm))]).unwrap();
+        write_events(&mut writer, &mut vm, 400, &"x".repeat(40_000));
+        let pages = |writer: &Writer| number(writer, "SELECT page_count FROM pragma_page_count()");
+        let before = pages(&writer);
+        for _ in 0..10 {
+            writer.remove_events(Until::Time(i64::MAX)).unwrap();
+        }
+        let (after, kept) = (pages(&writer), u64::try_from(FREE_PAGES).unwrap());
+        assert!(before > 2 * kept - 1_000 && after < before && after < kept + 100, "{before} → {after}");
     }
 
     #[test]

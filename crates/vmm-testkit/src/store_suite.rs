@@ -44,6 +44,7 @@ macro_rules! store_suite {
             events_have_no_gaps_and_follow_the_answers
             events_are_paged
             expiry_takes_the_old_and_no_place_is_given_twice
+            expiry_digs_no_hole_where_the_clock_was_set_back
             a_caller_that_goes_away_leaves_all_or_nothing
             what_is_forced_follows_the_same_rules
         );
@@ -445,6 +446,22 @@ pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl Place
     assert_eq!(snapshot.last_event, EventSeq(10));
     assert_eq!(snapshot.vms.len(), 1, "expiry touches no VM");
     assert_eq!(commit(&*store, update(&vm)).await, EventSeq(11));
+}
+
+/// Expiry stops at the first event that is young enough, though older ones stand behind it.
+pub async fn expiry_digs_no_hole_where_the_clock_was_set_back(place: &impl Place) {
+    let store = place.open().await;
+    let mut vm = record("vm");
+    for (at, time_ms) in [10, 20, 5, 1, 30].into_iter().enumerate() {
+        let change = if at == 0 { Change::Insert } else { Change::Update };
+        let event = Some(event(&vm, time_ms));
+        commit(&*store, Commit { change: change(Box::new(vm.clone())), event }).await;
+        vm = next(&vm);
+    }
+    assert_eq!(store.expire_events(15).await.expect("expiry works"), 1);
+    assert_eq!(places(&*store).await, [2, 3, 4, 5], "5 and 1 are behind 20");
+    assert_eq!(store.expire_events(25).await.expect("expiry works"), 3);
+    assert_eq!(places(&*store).await, [5]);
 }
 
 /// A commit whose caller goes away is applied whole or not at all, and holds up nobody.

@@ -43,7 +43,6 @@ const SAVING: Duration = Duration::from_secs(2);
 
 /// What a copy needs to know over restarts of the daemon.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct At {
     /// The console's file.
     to: PathBuf,

@@ -7,7 +7,7 @@ use vmm_core::config::{
 };
 use vmm_core::report::FieldReport;
 use vmm_core::state::{Status, VmState};
-use vmm_core::store::VmRecord;
+use vmm_core::store::{RunRecord, VmRecord};
 use vmm_proto::v1 as pb;
 use vmm_service::{BackendStatus, Metrics, VmView};
 
@@ -253,8 +253,8 @@ pub(super) fn summary_to_pb(record: &VmRecord) -> pb::VmInfo {
 pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
     let record = &view.record;
     let metrics = view.metrics.map(|metrics| {
-        let started = record.run.as_ref().map_or(now_ms, |run| run.started_ms);
-        metrics_to_pb(&metrics, seconds(now_ms.saturating_sub(started)))
+        let uptime_ms = record.run.as_ref().map_or(0, |run| uptime_ms(run, now_ms));
+        metrics_to_pb(&metrics, seconds(uptime_ms))
     });
     pb::GetVmInfoResponse {
         vm_id: record.vm_id.to_string(),
@@ -270,6 +270,17 @@ pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
         uid: record.uid.to_string(),
         metrics_observed_at: view.metrics.map_or(0, |metrics| seconds(metrics.observed_ms)),
         ..Default::default()
+    }
+}
+
+/// How long a run has lasted, in milliseconds. The wall clock may have been set since the run began, so what it says counts only
+/// where it is possible: no run is older than its process, whose age comes from a clock that nobody sets.
+fn uptime_ms(run: &RunRecord, now_ms: i64) -> i64 {
+    let age = vmm_host::process::age(&run.process).unwrap_or_default();
+    let age_ms = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+    match now_ms.saturating_sub(run.started_ms) {
+        possible @ 0.. if possible <= age_ms => possible,
+        _ => age_ms,
     }
 }
 
@@ -371,6 +382,33 @@ mod tests {
         let fields: Vec<String> =
             states_from_pb("states", wrong).unwrap_err().into_iter().map(|report| report.field).collect();
         assert_eq!(fields, ["states[0]", "states[2]"]);
+    }
+
+    #[test]
+    fn an_uptime_is_neither_negative_nor_longer_than_its_process_lives() {
+        let process = vmm_host::process::identify(std::process::id()).unwrap();
+        let now_ms = 1_800_000_000_000;
+        let uptime = |started_ms| {
+            let run = RunRecord {
+                process: process.clone(),
+                socket: "/s".into(),
+                version: String::new(),
+                accelerator: String::new(),
+                machine: String::new(),
+                started_ms,
+                claims: Vec::new(),
+            };
+            uptime_ms(&run, now_ms)
+        };
+        let age = || i64::try_from(vmm_host::process::age(&process).unwrap().as_millis()).unwrap();
+        let youngest = age();
+        // The clock was set back by a year since the run began, or forward by 25 years.
+        for started_ms in [now_ms + 31_536_000_000, now_ms - 25 * 31_536_000_000] {
+            let told = uptime(started_ms);
+            assert!((youngest..=age()).contains(&told), "{told}");
+        }
+        assert_eq!(uptime(now_ms), 0);
+        assert_eq!(uptime(now_ms - youngest), youngest, "where the clock can be right it counts");
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use vmm_testkit::by_hand::{ByHand, Kind};
 use vmm_testkit::guests::Guest;
 
-use crate::bench::{Bench, able, endpoint};
-use crate::harness::skipped;
+use crate::bench::{Bench, WAITING, able, endpoint};
+use crate::harness::{pause, skipped};
 
 /// Why the backend cannot serve, with the daemon running all the same.
 fn reason(bench: &mut Bench) -> String {
@@ -54,22 +54,51 @@ fn a_link_is_refused() {
 }
 
 #[test]
-fn what_everybody_may_write_and_another_user_owns_is_refused() {
+fn what_another_user_owns_is_refused_whatever_its_mode() {
     if !rustix::process::geteuid().is_root() {
-        return skipped("what_everybody_may_write", "only root can give a file to another user");
+        return skipped("what_another_user_owns", "only root can give a file to another user");
     }
-    for kind in able("what_everybody_may_write", &[Kind::CloudHypervisor]) {
+    for kind in able("what_another_user_owns", &[Kind::CloudHypervisor]) {
         let mut bench = Bench::new(kind);
         let vmm = bench.runs(Guest::Idle);
         chown(&bench.socket, Some(12_345), None).unwrap();
-        std::fs::set_permissions(&bench.socket, std::fs::Permissions::from_mode(0o777)).unwrap();
+        std::fs::set_permissions(&bench.socket, std::fs::Permissions::from_mode(0o700)).unwrap();
         let reason = reason(&mut bench);
-        assert!(reason.contains("uid 12345") && reason.contains("chmod o-w"), "{reason}");
+        assert!(reason.contains("uid 12345") && reason.contains("daemon's user"), "{reason}");
         // What the message advises helps, without a restart.
-        std::fs::set_permissions(&bench.socket, std::fs::Permissions::from_mode(0o755)).unwrap();
+        chown(&bench.socket, Some(0), None).unwrap();
         let vm = bench.the_vm();
         bench.op("PauseVm", &vm).ok();
         drop(vmm);
+    }
+}
+
+/// How many descriptors of `daemon` are pidfds of `vmm`.
+fn pidfds(daemon: u32, vmm: u32) -> usize {
+    let wanted = format!("Pid:\t{vmm}");
+    let infos = std::fs::read_dir(format!("/proc/{daemon}/fdinfo")).unwrap().flatten();
+    let infos = infos.filter_map(|entry| std::fs::read_to_string(entry.path()).ok());
+    infos.filter(|info| info.lines().any(|line| line == wanted)).count()
+}
+
+#[test]
+fn an_idle_vmm_that_is_looked_at_for_long_costs_no_descriptors() {
+    for kind in able("an_idle_vmm_that_is_looked_at", &WAITING) {
+        let mut bench = Bench::new(kind);
+        let vmm = bench.waits();
+        bench.world.start();
+        bench.until_available(true);
+        let folder = bench.socket.parent().unwrap().to_path_buf();
+        // Twenty intervals of a second, and a thousand files that come and go beside the socket.
+        for number in 0..1_000 {
+            let file = folder.join(format!("neighbour-{number}"));
+            std::fs::write(&file, "").unwrap();
+            std::fs::remove_file(&file).unwrap();
+            pause();
+        }
+        // One look may be under way.
+        let held = pidfds(bench.world.pid(), vmm.pid());
+        assert!(held <= 2, "{}: {held} descriptors", kind.backend());
     }
 }
 

@@ -8,6 +8,30 @@ use crate::harness::{World, eventually, hypervisors, is_alive, signal, try_call,
 use crate::needs_qemu;
 
 #[test]
+fn a_daemon_that_is_told_to_end_closes_its_database() {
+    needs_qemu!();
+    for how in [Signal::TERM, Signal::INT] {
+        let mut world = World::started(&[]);
+        world.create("vm", &world.tiny(Guest::Idle));
+        world.boot("vm");
+        let state = world.dir.path().join("state");
+        let log = state.join("vmm-controlplane.db-wal");
+        assert!(log.metadata().unwrap().len() > 0, "what was recorded last is in the log");
+        world.stop(how);
+        assert!(!log.exists(), "{how:?}: the log is in the database, so that a successor finds none");
+        let lock = std::fs::read_to_string(state.join("vmm-controlplane.db.lock")).unwrap();
+        assert!(lock.starts_with("closed: "), "{how:?}: the next start need not read all of it: {lock}");
+        world.start();
+        assert_eq!(world.info("vm")["state"], "VM_STATE_RUNNING");
+        world.stop(Signal::KILL);
+        assert!(log.exists(), "a daemon that is killed closes nothing");
+        world.start();
+        world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+        world.assert_nothing_left();
+    }
+}
+
+#[test]
 fn vms_outlive_the_daemon_however_it_ends() {
     needs_qemu!();
     for how in [Signal::KILL, Signal::TERM, Signal::INT] {

@@ -1,8 +1,24 @@
 //! Removes events that have been kept for long enough.
+//!
+//! The wall clock alone decides nothing, because somebody may set it. Events go in the order of the log, and the cutoff moves
+//! forward only as fast as time passes for this daemon:
+//!
+//! ```text
+//!   the time of the oldest event, at the start ──┐
+//!   + the time that has passed since             ├──► the earlier one is the cutoff
+//!   now − retention, by the wall clock ──────────┘
+//! ```
+//!
+//! A clock that jumps forward by years removes nothing at once, and a clock that was set back removes nothing too early. Where
+//! everything before a pause has gone, the cutoff passes over the pause, since there is nothing in it. The price: what became
+//! too old while no daemon ran is kept a while longer.
 
-use std::sync::Arc;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
+
+use tokio::time::Instant;
+use vmm_core::event::EventSeq;
+use vmm_core::store::{EventQuery, StoreError};
 
 use super::Events;
 use crate::clock::now_ms;
@@ -10,24 +26,117 @@ use crate::clock::now_ms;
 /// The least time between two removals.
 const OFTEN: Duration = Duration::from_secs(1);
 /// The most.
-const SELDOM: Duration = Duration::from_secs(3600);
+const SELDOM: Duration = Duration::from_secs(600);
 
-/// Removes old events again and again, for as long as the log is used. An event outlives its time by a twentieth of it, or by an
-/// hour where that is less.
+/// Removes old events again and again, for as long as the log is used. An event outlives its time by a twentieth of it, or by ten
+/// minutes where that is less.
 pub(crate) async fn expire_for_ever(events: Weak<Events>) {
+    let mut cutoff = Cutoff::default();
     while let Some(events) = events.upgrade() {
-        expire(&events).await;
+        expire(&events, &mut cutoff).await;
         let pause = (events.retention / 20).clamp(OFTEN, SELDOM);
         drop(events);
         tokio::time::sleep(pause).await;
     }
 }
 
-async fn expire(events: &Arc<Events>) {
-    let kept_ms = i64::try_from(events.retention.as_millis()).unwrap_or(i64::MAX);
-    match events.store.expire_events(now_ms().saturating_sub(kept_ms)).await {
+async fn expire(events: &Arc<Events>, cutoff: &mut Cutoff) {
+    let removed = async {
+        let Some(oldest_ms) = oldest(events).await? else { return Ok(0) };
+        let kept_ms = millis(events.retention);
+        let before_ms = cutoff.at(Instant::now(), oldest_ms, now_ms().saturating_sub(kept_ms));
+        events.store.expire_events(before_ms).await
+    };
+    match removed.await {
         Ok(0) => {}
         Ok(removed) => tracing::info!(removed, "events past their retention were removed"),
         Err(error) => tracing::warn!(%error, "old events could not be removed; trying again later"),
+    }
+}
+
+/// When the oldest event happened, in Unix milliseconds by the clock of then.
+async fn oldest(events: &Events) -> Result<Option<i64>, StoreError> {
+    let query = EventQuery { after: EventSeq(0), vm_id: None, limit: 1 };
+    Ok(events.store.events(query).await?.first().map(|event| event.event.time_ms))
+}
+
+/// Events before this time may go.
+#[derive(Debug, Default)]
+struct Cutoff {
+    /// The time, in Unix milliseconds, and when it was right.
+    last: Option<(i64, Instant)>,
+}
+
+impl Cutoff {
+    /// The cutoff at the moment `now`, where `oldest_ms` is the time of the oldest event and `wall_ms` what the wall clock says.
+    fn at(&mut self, now: Instant, oldest_ms: i64, wall_ms: i64) -> i64 {
+        let moved = self.last.map_or(oldest_ms, |(time_ms, then)| {
+            time_ms.saturating_add(millis(now.saturating_duration_since(then)))
+        });
+        // To pass over a time in which nothing happened removes nothing.
+        let cutoff = moved.max(oldest_ms).min(wall_ms);
+        self.last = Some((cutoff, now));
+        cutoff
+    }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const YEAR: i64 = 365 * 86_400_000;
+
+    /// A cutoff, and the clock that nobody sets.
+    struct Bed {
+        cutoff: Cutoff,
+        start: Instant,
+    }
+
+    impl Bed {
+        fn new() -> Self {
+            Self { cutoff: Cutoff::default(), start: Instant::now() }
+        }
+
+        fn at(&mut self, passed_ms: u64, oldest_ms: i64, wall_ms: i64) -> i64 {
+            self.cutoff.at(self.start + Duration::from_millis(passed_ms), oldest_ms, wall_ms)
+        }
+    }
+
+    #[test]
+    fn with_a_true_clock_events_go_at_their_time() {
+        let mut bed = Bed::new();
+        assert_eq!(bed.at(0, 1_000, -5_000), -5_000, "nothing is old enough yet");
+        assert_eq!(bed.at(7_000, 1_000, 2_000), 2_000);
+        assert_eq!(bed.at(8_000, 2_500, 3_000), 3_000);
+    }
+
+    #[test]
+    fn a_clock_that_jumps_forward_takes_no_event_with_it() {
+        let mut bed = Bed::new();
+        bed.at(0, 1_000, 500);
+        assert_eq!(bed.at(100, 1_000, 9 * YEAR), 1_000, "the oldest stays");
+        assert_eq!(bed.at(700, 1_000, 9 * YEAR), 1_600, "only as time passes");
+        // A daemon that is started after the jump knows no better, and begins at the oldest event.
+        assert_eq!(Bed::new().at(0, 1_000, 9 * YEAR), 1_000);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_takes_none_too_early_and_stops_nothing_for_ever() {
+        let mut bed = Bed::new();
+        bed.at(0, 1_000, 1_000);
+        assert_eq!(bed.at(10, 1_000, -9 * YEAR), -9 * YEAR);
+        assert_eq!(bed.at(20, 1_000, 1_030), 1_000, "set right again, it goes on from the oldest");
+        assert_eq!(bed.at(50, 1_000, 1_060), 1_030);
+    }
+
+    #[test]
+    fn a_pause_with_nothing_in_it_is_passed_over() {
+        let mut bed = Bed::new();
+        assert_eq!(bed.at(0, 1_000, YEAR), 1_000);
+        assert_eq!(bed.at(500, YEAR - 5_000, YEAR + 500), YEAR - 5_000, "all that was older has gone");
     }
 }

@@ -33,6 +33,23 @@ fn walk(vms: &Vms, query: ListQuery) -> Vec<String> {
     }
 }
 
+#[test]
+fn a_vm_that_is_created_after_the_clock_was_set_back_is_the_youngest() {
+    const YEARS: i64 = 9 * 365 * 86_400_000;
+    let bed = Bed::new();
+    bed.life(async |vms| vms.create("older", bed.config()).await);
+    let mut record = bed.stored("older");
+    record.created_ms += YEARS;
+    bed.store.put(record.clone());
+    bed.life(async |vms| {
+        for name in ["second", "third"] {
+            vms.create(name, bed.config()).await;
+        }
+        assert_eq!(names(&page(&vms, 0, "")), ["older", "second", "third"]);
+    });
+    assert!(bed.stored("second").created_ms > record.created_ms);
+}
+
 #[tokio::test(start_paused = true)]
 async fn pages_are_whole_stable_and_oldest_first() {
     let bed = Bed::new();

@@ -1,0 +1,104 @@
+//! The mark of a database that was closed in order, which need not be read through at the next start.
+//!
+//! The mark is the content of the lock's file: what the database looks like from outside. It is taken away before anything is
+//! written, so that a daemon that dies leaves none, and it fits no database that somebody else has changed or replaced.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use crate::open::with_suffix;
+
+/// Takes the mark away, and says whether it was that of the database at `path`.
+pub(crate) fn take(lock: &File, path: &Path) -> bool {
+    let take = || -> io::Result<bool> {
+        let mut file = lock;
+        let mut found = String::new();
+        file.rewind()?;
+        file.take(1024).read_to_string(&mut found)?;
+        if !found.is_empty() {
+            lock.set_len(0)?;
+            lock.sync_data()?;
+        }
+        Ok(found == of(path)?)
+    };
+    // What is in doubt is read through.
+    take().unwrap_or(false)
+}
+
+/// Leaves the mark of the database at `path`, which nobody has open any more.
+pub(crate) fn leave(lock: &File, path: &Path) {
+    let leave = || -> io::Result<()> {
+        let mut file = lock;
+        lock.set_len(0)?;
+        file.rewind()?;
+        file.write_all(of(path)?.as_bytes())?;
+        lock.sync_data()
+    };
+    if let Err(error) = leave() {
+        tracing::debug!(%error, "the database bears no mark of its end; the next start reads it through");
+    }
+}
+
+/// What a database looks like from outside. One with a log was not closed in order.
+fn of(path: &Path) -> io::Result<String> {
+    if fs::metadata(with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0) {
+        return Err(io::Error::other("the database has a log"));
+    }
+    let facts = fs::metadata(path)?;
+    Ok(format!(
+        "closed: device {} inode {} bytes {} changed {}.{:09}\n",
+        facts.dev(),
+        facts.ino(),
+        facts.len(),
+        facts.mtime(),
+        facts.mtime_nsec()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::{DATABASE_FILE, SqliteStore, open};
+
+    fn opened_and_closed(dir: &Path) -> PathBuf {
+        drop(SqliteStore::open(dir).unwrap());
+        dir.join(DATABASE_FILE)
+    }
+
+    #[test]
+    fn a_database_that_was_closed_bears_a_mark_until_it_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = opened_and_closed(dir.path());
+        let lock = open::lock(dir.path()).unwrap();
+        assert!(take(&lock, &path), "closed in order");
+        assert!(!take(&lock, &path), "a daemon that dies now has left none");
+        leave(&lock, &path);
+        assert!(take(&lock, &path));
+    }
+
+    #[test]
+    fn a_mark_fits_no_database_that_somebody_else_has_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = opened_and_closed(dir.path());
+        let whole = fs::read(&path).unwrap();
+        let log = with_suffix(&path, "-wal");
+        let changes: [&dyn Fn(); 3] = [
+            &|| fs::write(&path, &whole).unwrap(),
+            &|| {
+                fs::remove_file(&path).unwrap();
+                fs::write(&path, &whole).unwrap();
+            },
+            &|| fs::write(&log, "a log").unwrap(),
+        ];
+        for change in changes {
+            let lock = open::lock(dir.path()).unwrap();
+            leave(&lock, &path);
+            change();
+            assert!(!take(&lock, &path));
+        }
+    }
+}
