@@ -23,8 +23,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const RESERVE: u64 = 32;
 /// The descriptors that a start needs at its height: the program, its log, TAPs, pipes, sockets.
 const VM_START: u64 = 8;
-/// The descriptors that a running VM keeps: the pidfd of its VMM, the connection to it, and a watch on its folder.
-const VM_STEADY: u64 = 3;
+/// The descriptors that a running VM keeps on each hypervisor: the pidfd of its VMM, and the connection to it.
+const VM_STEADY: u64 = 2;
+/// The descriptors of a daemon without VMs and clients.
+pub const DAEMON: u64 = 24;
 /// The most that clients get.
 const MOST_CLIENTS: u64 = 1024;
 /// The least that clients get, so that a daemon with a very low limit can be told to end its VMs.
@@ -61,7 +63,8 @@ pub fn for_clients(limit: u64) -> u64 {
 
 /// Returns how many VMs fit beside `used` descriptors under `limit`, where no client is connected.
 pub fn vms_that_fit(limit: u64, used: u64) -> u64 {
-    limit.saturating_sub(used + RESERVE + for_clients(limit)) / VM_STEADY
+    let taken = used + RESERVE + for_clients(limit) + VM_START;
+    limit.checked_sub(taken).map_or(0, |left| left / VM_STEADY + 1)
 }
 
 /// Counts the descriptors of a process: `self`, or its id.
@@ -156,9 +159,11 @@ mod tests {
         for limit in [160, 1024, 4096, 1 << 20] {
             let used = 30 + vms_that_fit(limit, 30) * VM_STEADY;
             assert!(used + for_clients(limit) + RESERVE <= limit, "{limit}");
-            assert!(!fits(limit, used + VM_STEADY, 0, 0), "{limit}: one more does not fit");
+            assert!(!fits(limit, used, 0, 0), "{limit}: one more does not fit");
+            assert!(fits(limit, used - VM_STEADY, 0, 0), "{limit}: the last one does");
         }
-        assert!(vms_that_fit(160, 30) >= 20);
+        // As counted with each hypervisor at a limit of 104.
+        assert_eq!(vms_that_fit(104, DAEMON), 13);
         assert!(vms_that_fit(1 << 20, 30) > 300_000);
         assert_eq!(vms_that_fit(64, 60), 0);
     }

@@ -164,8 +164,7 @@ pub(super) fn open_files(daemon: Option<u32>) -> Check {
     let (Some(limit), Ok(used)) = (hard_limit(&limits), descriptors::in_use(&process)) else {
         return Check::warn(NAME, "the daemon's cannot be counted", "run doctor as the daemon's user");
     };
-    // Without a daemon this process stands for it, and has nothing open that matters.
-    let used = if daemon.is_some() { used } else { 0 };
+    let used = if daemon.is_some() { used } else { descriptors::DAEMON };
     let more = descriptors::vms_that_fit(limit, used);
     let clients = descriptors::for_clients(limit);
     match daemon {
