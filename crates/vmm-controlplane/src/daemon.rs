@@ -156,3 +156,21 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
         });
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv4_loopback_address_in_the_form_of_ipv6_is_not_exposed() {
+        for (address, is_exposed) in [
+            ("127.0.0.1:1", false),
+            ("[::1]:1", false),
+            ("[::ffff:127.0.0.1]:1", false),
+            ("0.0.0.0:1", true),
+            ("[::ffff:192.0.2.1]:1", true),
+        ] {
+            assert_eq!(exposure(address.parse().unwrap()).is_some(), is_exposed, "{address}");
+        }
+    }
+}

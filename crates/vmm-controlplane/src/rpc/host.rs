@@ -64,7 +64,7 @@ impl HostPolicy {
         named.iter().find(|name| !self.allows_authority(name)).map(|name| {
             format!(
                 "this daemon does not answer to the name {name:?}: use its IP address or localhost, or add the \
-                 name to the daemon's configuration"
+                 name to UNKEY_VMCP_ALLOWED_HOSTS"
             )
         })
     }

@@ -96,6 +96,7 @@ async fn only_hosts_that_cannot_be_rebound_are_served() {
     }
     let reply = send(server.addr, call("evil.example:8080")).await;
     assert_refused(&reply, 403, "permission_denied", "evil.example:8080");
+    assert_refused(&reply, 403, "permission_denied", "UNKEY_VMCP_ALLOWED_HOSTS");
     let page = with_header(get("/_/health"), "host", "evil.example");
     assert_eq!(send(server.addr, page).await.status, 403);
     // HTTP/2 has the name in :authority.
