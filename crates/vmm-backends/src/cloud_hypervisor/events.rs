@@ -1,7 +1,8 @@
 //! What Cloud Hypervisor tells of itself, in a file of its own: JSON objects, one after the other.
 //!
 //! The file survives the daemon, so that the next one can read what happened meanwhile. What was read is given back to the
-//! host by punching a hole, which keeps offsets true; such a hole reads as zero bytes, which no event contains.
+//! host by punching a hole, which keeps offsets true; such a hole reads as zero bytes, which no event contains. How far the
+//! reading has come is kept beside it, because not every file system takes holes: an event that is read twice is told twice.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,8 @@ use vmm_host::tail::{Limits, Tail, Taken};
 
 /// The file's name in the run folder.
 pub(super) const EVENTS: &str = "events";
+/// The name in the run folder of the file that says how far [`EVENTS`] was read.
+const READ: &str = "events.read";
 /// How much is read. A longer event is passed over.
 const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
 /// How much of the file's end a daemon that takes over looks at, in bytes.
@@ -62,11 +65,13 @@ impl EventFile {
         Self::at(dir.join(EVENTS), 0)
     }
 
-    /// Begins near the end of what is there. Blocks.
+    /// Begins where the daemon before has stopped, or where that is not known near the end of what is there. Blocks.
     pub(super) fn near_end(dir: &Path) -> Self {
         let path = dir.join(EVENTS);
         let len = std::fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
-        Self::at(path, len.saturating_sub(TAIL))
+        let read = std::fs::read_to_string(dir.join(READ)).ok().and_then(|text| text.parse::<u64>().ok());
+        let known = read.filter(|read| *read <= len).unwrap_or_default();
+        Self::at(path, known.max(len.saturating_sub(TAIL)))
     }
 
     fn at(path: PathBuf, offset: u64) -> Self {
@@ -78,10 +83,13 @@ impl EventFile {
     /// # Errors
     /// What the kernel says.
     pub(super) fn begin(dir: &Path) -> io::Result<()> {
-        match std::fs::remove_file(dir.join(EVENTS)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            Ok(()) | Err(_) => Ok(()),
+        for name in [EVENTS, READ] {
+            match std::fs::remove_file(dir.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
         }
+        Ok(())
     }
 
     /// Reads at most `most` events that were written since the last time. Blocks.
@@ -99,12 +107,21 @@ impl EventFile {
         if self.tail.skipped() > skipped {
             tracing::warn!(path = %self.path.display(), "what is too long for an event was passed over");
         }
-        if self.tail.offset() > begin
-            && let Err(error) = self.tail.give_back()
-        {
-            tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
+        if self.tail.offset() > begin {
+            if let Err(error) = self.keep_place() {
+                tracing::debug!(path = %self.path.display(), %error, "how far the events were read cannot be kept");
+            }
+            if let Err(error) = self.tail.give_back() {
+                tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
+            }
         }
         Ok(events)
+    }
+
+    fn keep_place(&self) -> io::Result<()> {
+        let fresh = self.path.with_file_name("events.new");
+        std::fs::write(&fresh, self.tail.offset().to_string())?;
+        std::fs::rename(fresh, self.path.with_file_name(READ))
     }
 }
 
@@ -184,6 +201,23 @@ mod tests {
         assert_eq!(events.len(), 500);
         let mut taken_over = EventFile::near_end(dir.path());
         assert!(taken_over.read(10).unwrap().is_empty(), "what was read is a hole by now");
+    }
+
+    #[test]
+    fn the_next_daemon_reads_on_where_a_file_system_takes_no_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(EVENTS);
+        let text = event("vm", "paused");
+        std::fs::write(&path, &text).unwrap();
+        assert_eq!(EventFile::from_start(dir.path()).read(10).unwrap(), [ChEvent::Paused]);
+        // As if no hole had been made.
+        std::fs::write(&path, text + &event("vm", "resumed")).unwrap();
+        assert_eq!(EventFile::near_end(dir.path()).read(10).unwrap(), [ChEvent::Resumed]);
+        assert!(EventFile::near_end(dir.path()).read(10).unwrap().is_empty());
+        // The next run begins anew.
+        EventFile::begin(dir.path()).unwrap();
+        std::fs::write(&path, event("vm", "rebooting")).unwrap();
+        assert_eq!(EventFile::near_end(dir.path()).read(10).unwrap(), [ChEvent::Rebooting]);
     }
 
     #[test]
