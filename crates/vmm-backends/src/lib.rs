@@ -21,4 +21,5 @@ mod resets;
 pub mod rest;
 mod search;
 mod spares;
+mod throttle;
 mod words;

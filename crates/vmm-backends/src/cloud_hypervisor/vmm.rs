@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{
     BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, Ladder, Launched, NetworkCounters,
@@ -36,6 +37,7 @@ use super::watch::{Watched, Watcher};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::rest::found::{LOG, exit_message, kill, or_gone};
+use crate::throttle::{Throttle, due};
 
 /// Events that wait for the VM's owner.
 const QUEUE: usize = 64;
@@ -113,6 +115,8 @@ pub(super) fn attend(parts: Parts<'_>, watcher: &Watcher) -> Launched {
         log: parts.dir.join(LOG),
         reset_ends: parts.reset_ends,
         seen: Seen::default(),
+        throttle: Throttle::new(),
+        moved: None,
         sender,
     };
     tokio::spawn(monitor.run().instrument(span));
@@ -141,6 +145,10 @@ struct Monitor {
     log: PathBuf,
     reset_ends: bool,
     seen: Seen,
+    /// Keeps a VMM that pauses and resumes its guest without end from filling the log of events.
+    throttle: Throttle,
+    /// The last such change that the throttle has held up, and when to tell of it.
+    moved: Option<(VmmEvent, Instant)>,
     sender: mpsc::Sender<VmmEvent>,
 }
 
@@ -149,8 +157,14 @@ impl Monitor {
         let exit = loop {
             // First what is there: the watch began after the first events.
             self.read_events().await;
+            let held_up = self.moved.as_ref().map(|(_, at)| *at);
             tokio::select! {
                 biased;
+                () = due(held_up) => {
+                    if let Some((event, _)) = self.moved.take() {
+                        self.tell_moved(event).await;
+                    }
+                }
                 () = self.watched.grown() => {}
                 // Whoever adopts the VMM again reads on where this one stops.
                 () = self.sender.closed() => return,
@@ -191,16 +205,28 @@ impl Monitor {
             ChEvent::Rebooting => self.tell(VmmEvent::GuestReset).await,
             ChEvent::Paused => {
                 if !take(&self.expected.pauses) {
-                    self.tell(VmmEvent::Paused).await;
+                    self.tell_moved(VmmEvent::Paused).await;
                 }
             }
             ChEvent::Resumed => {
                 if !take(&self.expected.resumes) {
-                    self.tell(VmmEvent::Resumed).await;
+                    self.tell_moved(VmmEvent::Resumed).await;
                 }
             }
             ChEvent::Shutdown => self.seen.shutdown = true,
             ChEvent::Other => {}
+        }
+    }
+
+    /// Tells that somebody else has stopped the guest's CPUs or let them go on. Of a flood only the last change is told.
+    async fn tell_moved(&mut self, event: VmmEvent) {
+        if let Some((held_up, _)) = &mut self.moved {
+            *held_up = event;
+            return;
+        }
+        match self.throttle.pass() {
+            Ok(()) => self.tell(event).await,
+            Err(at) => self.moved = Some((event, at)),
         }
     }
 
@@ -401,6 +427,38 @@ mod tests {
         assert_eq!(totals.update([15; 8]), [15; 8]);
         assert_eq!(totals.update([2; 8]), [17; 8]);
         assert_eq!(totals.update([u64::MAX; 8]), [u64::MAX; 8]);
+    }
+
+    #[tokio::test]
+    async fn of_a_flood_of_changes_a_burst_is_told_and_the_last_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = |event: &str| format!("{{\n\"source\": \"vm\",\n\"event\": \"{event}\"\n}}\n");
+        let flood = format!("{}{}", text("resumed"), text("paused")).repeat(1000);
+        std::fs::write(dir.path().join(EVENTS), flood + &text("resumed")).unwrap();
+        let command = vmm_host::process::Command::new("/bin/sleep", ["600"], dir.path().join("log"));
+        let guard = vmm_host::process::spawn_guarded(command).await.unwrap();
+        let (sender, mut events) = mpsc::channel(QUEUE);
+        let monitor = Monitor {
+            process: guard.process().clone(),
+            file: EventFile::from_start(dir.path()),
+            watched: Watcher::default().watch(&dir.path().join(EVENTS)),
+            expected: Arc::default(),
+            log: dir.path().join(LOG),
+            reset_ends: false,
+            seen: Seen::default(),
+            throttle: Throttle::new(),
+            moved: None,
+            sender,
+        };
+        tokio::spawn(monitor.run());
+        let mut told = Vec::new();
+        // The last comes a second after the burst.
+        while told.len() < 17 {
+            told.push(events.recv().await.unwrap());
+        }
+        assert_eq!(told.last(), Some(&VmmEvent::Resumed));
+        guard.signal(Signal::KILL).unwrap();
+        assert!(matches!(events.recv().await, Some(VmmEvent::Gone(_))), "and nothing more");
     }
 
     #[test]

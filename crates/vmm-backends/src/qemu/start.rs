@@ -33,6 +33,7 @@ use super::vmm::{Guest, KILLING, QemuVmm};
 use super::watch::{Owner, Watch};
 use crate::launch::{died_early, pass, start_vmm, wait_for_socket};
 use crate::program::{Installed, Version};
+use crate::throttle::Throttle;
 
 /// The log's name in the run folder.
 pub(super) const LOG: &str = "qemu.log";
@@ -237,6 +238,8 @@ impl Parts {
             shutdown: None,
             handle,
             owner: Owner::Us,
+            throttle: Throttle::new(),
+            compare_at: None,
         };
         let span = tracing::info_span!("qemu", %uid, pid = self.process.pid());
         tokio::spawn(watch.run().instrument(span));

@@ -4,7 +4,8 @@
 //!   QMP events ──────► SHUTDOWN: remembers why, nudges ──────┐
 //!                      RESET:    GuestReset, if the guest's; │
 //!                                else whose it was           │
-//!                      STOP, RESUME: asks, compares, tells   │
+//!                      STOP, RESUME: asks, compares, tells;  │
+//!                                of a flood the last state   │
 //!   connection lost ─► connects again, asks, compares        │
 //!   process gone ────► reads what is left of the events ─────┴──► Gone(why), the end
 //! ```
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tracing::{debug, warn};
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_host::process::{ExitStatus, Process, ProcessExit};
@@ -25,6 +27,7 @@ use super::link::Link;
 use super::qmp::{Qmp, QmpEvent};
 use super::vmm::Guest;
 use crate::launch::last_words;
+use crate::throttle::{Throttle, due};
 
 /// How long the end of a connection may take after the end of its process: as good as none, for the kernel closes it.
 const DRAINING: Duration = Duration::from_secs(1);
@@ -43,6 +46,10 @@ pub(crate) struct Watch {
     pub(crate) handle: oneshot::Receiver<()>,
     /// Whose QEMU it is.
     pub(crate) owner: Owner,
+    /// Keeps a QEMU that stops and resumes its guest without end from filling the log of events.
+    pub(crate) throttle: Throttle,
+    /// When to compare again, where the throttle has held a change up.
+    pub(crate) compare_at: Option<Instant>,
 }
 
 /// Whose QEMU is watched.
@@ -111,8 +118,10 @@ impl Watch {
             if self.shutdown.is_some() && end.is_none() && self.owner == Owner::Us {
                 end = Some(End::told(Patience::WITH_OURS));
             }
+            let compare_at = self.compare_at;
             tokio::select! {
                 biased;
+                () = due(compare_at) => self.compare_if_due().await,
                 event = self.qmp_events.recv() => match event {
                     Some(event) => self.take(event).await,
                     // Cannot be: the link holds a sender.
@@ -148,11 +157,9 @@ impl Watch {
                 Ok(_) => {}
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
             },
-            "STOP" | "RESUME" if !self.is_ending() => {
-                if let Ok(qmp) = self.link.get() {
-                    self.compare(&qmp).await;
-                }
-            }
+            // One that is held up is looked at later, whatever comes until then.
+            "STOP" | "RESUME" if self.compare_at.is_some() => {}
+            "STOP" | "RESUME" => self.compare_if_due().await,
             name => debug!(name, "event of QEMU without meaning here"),
         }
     }
@@ -185,6 +192,17 @@ impl Watch {
             warn!(%error, "QEMU's reboot action could not be set again");
         }
         self.compare(qmp).await;
+    }
+
+    /// Compares now, or once the throttle lets a change through again.
+    async fn compare_if_due(&mut self) {
+        self.compare_at = self.throttle.pass().err();
+        if self.compare_at.is_none()
+            && !self.is_ending()
+            && let Ok(qmp) = self.link.get()
+        {
+            self.compare(&qmp).await;
+        }
     }
 
     /// Asks what the guest is doing, and tells where that is not what was ordered.

@@ -24,6 +24,7 @@ use crate::qemu::qmp::{Qmp, QmpEvent};
 use crate::qemu::vmm::Guest as Ordered;
 use crate::qemu::watch::{Owner, Watch};
 use crate::rest::found::or_gone;
+use crate::throttle::Throttle;
 
 /// How long a QEMU that ends with its guest may take to do so.
 const ENDING: std::time::Duration = std::time::Duration::from_millis(500);
@@ -66,6 +67,8 @@ pub(super) fn attend(
         shutdown: None,
         handle,
         owner: Owner::Another,
+        throttle: Throttle::new(),
+        compare_at: None,
     };
     tokio::spawn(watch.run().instrument(span));
     let handle = Handle { run: parts.run, process, program, link, guest, held: parts.held, _wanted: wanted };
