@@ -12,6 +12,7 @@ pub mod firecracker;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod kernel_args;
 pub mod ladder;
 pub mod launch;
 pub mod libvirt;

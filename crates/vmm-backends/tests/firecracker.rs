@@ -77,6 +77,29 @@ async fn a_triple_fault_ends_the_run() {
 }
 
 #[tokio::test]
+async fn the_longest_kernel_arguments_that_pass_the_check_start_and_longer_ones_do_not() {
+    for disks in [0, 1, 9] {
+        let mut bench = bench!(
+            "the_longest_kernel_arguments_that_pass_the_check_start_and_longer_ones_do_not",
+            Guest::Idle
+        );
+        (0..disks).for_each(|disk| bench.add_disk(&format!("d{disk}")));
+        let mut passes = |length: usize| {
+            bench.config.boot.as_mut().unwrap().kernel_args = "x".repeat(length);
+            bench.backend.check(&bench.spec()).is_ok()
+        };
+        let longest = (0..2048).rev().find(|length| passes(*length)).unwrap();
+        passes(longest);
+        bench.launch().await.vmm.kill().await.unwrap();
+        bench.sweep().await;
+        bench.config.boot.as_mut().unwrap().kernel_args.push('x');
+        let refusal = bench.try_launch().await.map(drop).expect_err("Firecracker counts alike");
+        assert_eq!(refusal.kind, BackendErrorKind::Rejected, "{refusal}");
+        bench.sweep().await;
+    }
+}
+
+#[tokio::test]
 async fn a_power_off_is_not_seen() {
     let bench = bench!("a_power_off_is_not_seen", Guest::PowerOff);
     let mut run = bench.launch().await;

@@ -12,6 +12,7 @@ mod qemu_support;
 use std::time::Duration;
 
 use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, ask_for, qemu};
+use vmm_backends::qemu::convert::Machine;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, LaunchRequest, Reset,
@@ -384,7 +385,7 @@ async fn a_qcow2_that_opens_other_files_is_refused() {
 #[tokio::test]
 async fn every_place_for_a_device_exists() {
     for mut bench in benches("every_place_for_a_device_exists", Guest::Idle, NEVER).await {
-        let count = if bench.spec().boot.options["qemu.machine"] == "q35" { 64 } else { 23 };
+        let count = if Machine::of(&bench.spec()) == Some(Machine::Q35) { 64 } else { 23 };
         let path = bench.dir().join("disk");
         qemu_support::make_image(&path, "raw", 1 << 20);
         for index in 0..count {

@@ -286,9 +286,8 @@ fn the_console_is_told_last() {
 fn findings(config: &VmConfig) -> (Vec<String>, Vec<String>) {
     let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
     let report = backend.check(&VmSpec::parse(config).unwrap());
-    let fields =
-        |findings: &[vmm_core::report::FieldReport]| findings.iter().map(|f| f.field.clone()).collect();
-    (fields(&report.violations), fields(&report.warnings))
+    let violations = report.violations.into_iter().map(|found| found.field).collect();
+    (violations, report.warnings.into_iter().map(|warning| warning.field).collect())
 }
 
 const NONE: [String; 0] = [];
@@ -311,9 +310,9 @@ fn keys_are_known_foreign_or_wrong() {
     let (violations, warnings) = findings(&config);
     let expected = [
         "config.cpu.features[\"qemu.modle\"]",
+        "config.boot.boot_options[\"qemu.machine\"]",
         "config.storage[0].options[\"qemu.aio\"]",
         "config.network[0].options[\"qemu.vhost\"]",
-        "config.boot.boot_options[\"qemu.machine\"]",
     ];
     assert_eq!(violations, expected);
     let expected = [

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use qemu_support::{Bench, GUEST_REBOOT, NEVER, PATIENCE, Run, make_image, qemu};
+use vmm_backends::qemu::convert::Machine;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, LaunchRequest, SpareRequest,
@@ -269,7 +270,7 @@ async fn what_qemu_refuses_is_told_in_its_words() {
 #[tokio::test]
 async fn every_place_for_a_disk_can_be_told() {
     for mut bench in benches("every_place_for_a_disk_can_be_told", Guest::Idle).await {
-        let count = if bench.spec().boot.options["qemu.machine"] == "q35" { 64 } else { 23 };
+        let count = if Machine::of(&bench.spec()) == Some(Machine::Q35) { 64 } else { 23 };
         let path = bench.dir().join("disk");
         make_image(&path, "raw", 1 << 20);
         for index in 0..count {

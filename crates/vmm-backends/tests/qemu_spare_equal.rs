@@ -18,6 +18,7 @@ use std::time::Duration;
 use qemu_support::{Bench, GUEST_REBOOT, NEVER, Tap, make_image, qemu, skipped};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use vmm_backends::qemu::convert::Machine;
 use vmm_backends::qemu::qmp::Qmp;
 use vmm_core::backend::{Backend, SpareRequest};
 use vmm_core::config::{CpuTopology, NetworkInterface, StorageDevice};
@@ -102,7 +103,7 @@ async fn facts(bench: &Bench) -> Facts {
         asker.object(part.to_owned(), &mut facts).await;
     }
     for (place, _) in bench.config.storage.iter().enumerate() {
-        let backend = if bench.spec().boot.options["qemu.machine"] == "q35" { "/virtio-backend" } else { "" };
+        let backend = if Machine::of(&bench.spec()) == Some(Machine::Q35) { "/virtio-backend" } else { "" };
         let line = format!("qemu-io -d /machine/peripheral/disk{place}{backend} \"discard 0 1M\"");
         // How long it took is in the second line.
         let said = asker.look(&line).await.lines().next().unwrap_or_default().to_owned();

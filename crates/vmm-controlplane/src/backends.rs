@@ -144,7 +144,7 @@ fn kvm(config: &Config) -> KvmMode {
 
 #[cfg(test)]
 mod tests {
-    use vmm_core::spec::{OptionScope, scope_of};
+    use vmm_core::spec::prefix_of;
     use vmm_testkit::backend_suite::matrix::COLUMNS;
 
     use super::*;
@@ -162,7 +162,7 @@ mod tests {
     fn the_domain_knows_the_same_prefixes() {
         for registration in &ALL {
             let key = format!("{}key", registration.prefix);
-            assert_eq!(scope_of(&key), OptionScope::Backend(registration.prefix, "key"));
+            assert_eq!(prefix_of(&key), Some(registration.prefix));
         }
     }
 

@@ -98,10 +98,20 @@ impl VmUid {
         runtime_dir.join("vms").join(self.0.simple().to_string())
     }
 
-    /// The name of the TAP for network interface `index` where the client names none: 15 bytes at most.
+    /// Returns the name of the TAP for network interface `index` where the client names none: 15 bytes at most.
     pub fn tap_name(&self, index: usize) -> String {
-        let tail = self.random_tail();
-        format!("vmt{:010x}{:02x}", tail & 0xff_ffff_ffff, index & 0xff)
+        format!("{}{:02x}", self.tap_prefix(), index & 0xff)
+    }
+
+    /// Tells whether [`VmUid::tap_name`] makes `name` for some interface of this VM. No client can choose such a name, because
+    /// the uid is drawn after the client has named its TAPs.
+    pub fn made_tap_name(&self, name: &str) -> bool {
+        let index = name.strip_prefix(&self.tap_prefix());
+        index.is_some_and(|index| index.len() == 2 && index.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    }
+
+    fn tap_prefix(&self) -> String {
+        format!("vmt{:010x}", self.random_tail() & 0xff_ffff_ffff)
     }
 
     /// A locally administered unicast MAC for network interface `index`.
@@ -197,6 +207,12 @@ mod tests {
         let uid = VmUid::new(Uuid::now_v7());
         assert!(uid.tap_name(255).len() <= 15);
         assert_ne!(uid.tap_name(0), uid.tap_name(1));
+        assert!(uid.made_tap_name(&uid.tap_name(0)) && uid.made_tap_name(&uid.tap_name(255)));
+        for other in
+            ["", "vmt", "tap0", &format!("{}0", uid.tap_name(1)), &VmUid::new(Uuid::now_v7()).tap_name(0)]
+        {
+            assert!(!uid.made_tap_name(other), "{other}");
+        }
         assert_eq!(uid.mac(0)[0] & 0b11, 0b10, "locally administered, unicast");
         assert_ne!(uid.mac(0), uid.mac(1));
         assert!(VmId::generated(uid).as_str().parse::<VmId>().is_ok());

@@ -1,6 +1,14 @@
 //! Findings about a configuration, each tied to the field it concerns.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
+
+/// The most violations, and the most warnings, that one report lists.
+///
+/// A client mends a few at a time, and one answer has room for fewer still. The bound also keeps a check linear in the size of
+/// what it checks, although each new finding is compared with those that are listed.
+pub const MAX_FINDINGS: usize = 100;
 
 /// One finding about one field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,48 +26,150 @@ impl FieldReport {
     }
 }
 
-impl std::fmt::Display for FieldReport {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for FieldReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+/// What becomes of a value that a backend does not serve as it was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Treatment {
+    /// The value has no effect.
+    Ignored,
+    /// The program or the backend does something else in its place.
+    Emulated,
+    /// The value is served; the remark is about what comes of it.
+    Served,
+}
+
+/// A remark that refuses nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warning {
+    /// Path from the request's root.
+    pub field: String,
+    /// What becomes of the value.
+    pub treatment: Treatment,
+    /// What is different, and what to do about it.
+    pub message: String,
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+impl From<Warning> for FieldReport {
+    fn from(warning: Warning) -> Self {
+        let Warning { field, treatment: _, message } = warning;
+        Self { field, message }
     }
 }
 
 /// All findings of one check: what forbids the configuration, and what is merely different from what was asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Reasons to refuse. Empty means that the configuration can be served.
+    /// Reasons to refuse, at most [`MAX_FINDINGS`]. Empty means that the configuration can be served.
     pub violations: Vec<FieldReport>,
-    /// Ceilings and hints that are ignored, and features that are emulated.
-    pub warnings: Vec<FieldReport>,
+    /// Ceilings and hints that are ignored, and features that are emulated; at most [`MAX_FINDINGS`].
+    pub warnings: Vec<Warning>,
+    /// Violations beyond those that are listed.
+    unlisted: usize,
 }
 
 impl Report {
-    /// Adds a reason to refuse.
+    /// Adds a reason to refuse, unless it is listed word for word.
     pub fn reject(&mut self, field: impl Into<String>, message: impl Into<String>) {
-        self.violations.push(FieldReport::new(field, message));
+        self.add(FieldReport::new(field, message));
     }
 
-    /// Adds a remark that refuses nothing.
-    pub fn warn(&mut self, field: impl Into<String>, message: impl Into<String>) {
-        self.warnings.push(FieldReport::new(field, message));
+    /// Adds a warning of a value that has no effect.
+    pub fn ignore(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.warn(field, Treatment::Ignored, message);
     }
 
-    /// Takes over all findings of `other`, leaving out what is already here word for word.
+    /// Adds a warning of a value in whose place something else is done.
+    pub fn emulate(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.warn(field, Treatment::Emulated, message);
+    }
+
+    /// Adds a remark about a value that is served.
+    pub fn advise(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.warn(field, Treatment::Served, message);
+    }
+
+    /// Takes over all findings of `other`, leaving out what is listed here word for word.
     pub fn merge(&mut self, other: Report) {
-        for finding in other.violations {
-            if !self.violations.contains(&finding) {
-                self.violations.push(finding);
-            }
-        }
-        for finding in other.warnings {
-            if !self.warnings.contains(&finding) {
-                self.warnings.push(finding);
-            }
-        }
+        let Report { violations, warnings, unlisted } = other;
+        self.unlisted += unlisted;
+        violations.into_iter().for_each(|finding| self.add(finding));
+        warnings.into_iter().for_each(|warning| self.add_warning(warning));
     }
 
     /// Says whether the configuration can be served.
     pub fn is_ok(&self) -> bool {
         self.violations.is_empty()
+    }
+
+    /// Returns the violations for a client. The last one says how many more there are, where not all are listed.
+    pub fn into_violations(self) -> Vec<FieldReport> {
+        let Report { mut violations, warnings: _, unlisted } = self;
+        if unlisted > 0 {
+            let message = format!("has {unlisted} more violations, which are not listed: mend these first");
+            violations.push(FieldReport::new("config", message));
+        }
+        violations
+    }
+
+    fn add(&mut self, finding: FieldReport) {
+        if self.violations.contains(&finding) {
+            return;
+        }
+        if self.violations.len() < MAX_FINDINGS {
+            self.violations.push(finding);
+        } else {
+            self.unlisted += 1;
+        }
+    }
+
+    fn warn(&mut self, field: impl Into<String>, treatment: Treatment, message: impl Into<String>) {
+        self.add_warning(Warning { field: field.into(), treatment, message: message.into() });
+    }
+
+    fn add_warning(&mut self, warning: Warning) {
+        if self.warnings.len() < MAX_FINDINGS && !self.warnings.contains(&warning) {
+            self.warnings.push(warning);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_lists_a_hundred_and_counts_the_rest() {
+        let mut report = Report::default();
+        for number in 0..400_000 {
+            report.reject(format!("config.storage[{number}].path"), "is required");
+        }
+        let mut merged = report.clone();
+        merged.merge(report);
+        assert_eq!(merged.violations.len(), MAX_FINDINGS);
+        let told = merged.into_violations();
+        assert_eq!(told.len(), MAX_FINDINGS + 1);
+        assert!(told[MAX_FINDINGS].message.contains("more violations"), "{}", told[MAX_FINDINGS]);
+    }
+
+    #[test]
+    fn a_finding_is_listed_once() {
+        let mut report = Report::default();
+        report.reject("config.cpu", "is required");
+        report.ignore("config.boot", "has no effect");
+        let mut merged = report.clone();
+        merged.merge(report.clone());
+        assert_eq!(merged, report);
+        assert_eq!(merged.into_violations(), [FieldReport::new("config.cpu", "is required")]);
     }
 }

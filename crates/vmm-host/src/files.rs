@@ -16,7 +16,8 @@ use vmm_core::store::{DiskKey, HostClaim};
 
 use crate::block::{self, Layers};
 
-pub use crate::kernel::{HEAD_BYTES, KernelKind, is_qcow2, kernel_kind};
+pub use crate::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
+use crate::qcow2::{self, Qcow2Header};
 
 /// How a file is going to be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,6 +163,14 @@ pub fn head(path: &Path, n: usize) -> io::Result<Vec<u8>> {
     let mut start = Vec::with_capacity(n.min(1 << 20));
     open_regular_or_block(path)?.take(n as u64).read_to_end(&mut start)?;
     Ok(start)
+}
+
+/// Reads the qcow2 header of a regular file or block device; `None` where the file is no qcow2 image.
+///
+/// # Errors
+/// What the kernel says; `InvalidInput` for any other kind of file, and `InvalidData` for a broken header.
+pub fn qcow2_header(path: &Path) -> io::Result<Option<Qcow2Header>> {
+    qcow2::read_header(&open_regular_or_block(path)?)
 }
 
 /// Reads the last lines of a log, at most `max_bytes` and `max_lines` of them, fit to be shown: what is no text is replaced,

@@ -1,6 +1,6 @@
-//! Telling kernels and disk images by how they begin.
+//! Telling kernels by how they begin.
 
-/// How many bytes of a file [`kernel_kind`] and [`is_qcow2`] want to see. More let it find more.
+/// The bytes of a file that [`kernel_kind`] wants to see. With more it finds more.
 pub const HEAD_BYTES: usize = 4096;
 
 /// What kind of kernel a file holds.
@@ -27,11 +27,6 @@ pub fn kernel_kind(head: &[u8]) -> KernelKind {
     } else {
         KernelKind::Other
     }
-}
-
-/// Says whether a disk image that begins with `head` is a qcow2.
-pub fn is_qcow2(head: &[u8]) -> bool {
-    head.starts_with(b"QFI\xfb")
 }
 
 /// 64 bits, little endian, machine 62.
@@ -143,11 +138,5 @@ mod tests {
         assert_eq!(kernel_kind(&hostile), KernelKind::ElfX86_64 { pvh: Some(false) });
         hostile[32..40].fill(0xff);
         assert_eq!(kernel_kind(&hostile), KernelKind::ElfX86_64 { pvh: None });
-    }
-
-    #[test]
-    fn a_qcow2_shows_itself() {
-        assert!(is_qcow2(b"QFI\xfb\0\0\0\x03"));
-        assert!(!is_qcow2(b"QFI"));
     }
 }

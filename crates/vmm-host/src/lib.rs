@@ -22,6 +22,7 @@ mod named;
 pub mod net;
 pub mod path;
 pub mod process;
+pub mod qcow2;
 mod ready;
 pub mod run_dir;
 pub mod socket;

@@ -1,56 +1,128 @@
-//! What must be looked up on the host: whether the files that a configuration names are what it says they are.
+//! The files on the host that a configuration names: whether each is there and is what the configuration says.
 //!
-//! CreateVm looks before anything is touched and calls what it finds violations; BootVm looks again, because files change, and
-//! takes the claims that keep two running VMs apart. Both look off the async threads, since a file may be on a slow disk.
+//! CreateVm and ValidateVm look before anything is touched, and what they find are violations. BootVm looks again, because
+//! files change, and takes the claims that keep two running VMs apart.
+//!
+//! ```text
+//!   look ── a permit, within the deadline ──► thread: kernel, initrd, disks and their backing files, console
+//!     │                                         └─ the permit comes back when the thread does, however late that is
+//!     └── no permit, or no answer in time ──► FilesSilent
+//! ```
+//!
+//! A file may lie on a server that does not answer, and then the thread that looks at it hangs for as long as the server is
+//! silent. Nothing can end such a thread. So the permits bound the threads that hang, and the deadline bounds the caller's wait.
+//! Only the paths of clients pass through here: the daemon's own files never wait for a permit.
+
+mod disk;
 
 use std::path::Path;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
+use tokio::sync::Semaphore;
 use vmm_core::backend::KernelFormat;
 use vmm_core::report::Report;
-use vmm_core::spec::{Console, Disk, DiskFormat, VmSpec};
-use vmm_core::store::{DiskKey, HostClaim};
+use vmm_core::spec::{Console, NamedFiles};
+use vmm_core::store::HostClaim;
 use vmm_host::files::{self, Access, FileFacts};
-use vmm_host::kernel::{HEAD_BYTES, KernelKind, is_qcow2, kernel_kind};
+use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
 
-/// So much of a qcow2 header tells whether it names a backing file.
-const QCOW2_HEADER: usize = 16;
+/// No look takes longer.
+pub(crate) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
+/// The most threads that look at files for one purpose, hanging ones included. The runtime has some 500 for everything.
+const THREADS: usize = 32;
 
-/// What a look at the host found.
+/// The reason for a look at files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// A client wants to create a VM: a raw disk must not begin as an image of another format.
+    Create,
+    /// A VM is started, or was found running: a raw disk's contents are the guest's business.
+    Boot,
+}
+
+impl Purpose {
+    /// Returns the permits for looks of this purpose. Each purpose has its own, so that calls of CreateVm and ValidateVm which
+    /// hang keep no VM from starting.
+    fn permits(self) -> &'static Arc<Semaphore> {
+        static CREATE: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS)));
+        static BOOT: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS)));
+        match self {
+            Self::Create => &CREATE,
+            Self::Boot => &BOOT,
+        }
+    }
+}
+
+/// What to look for beside the files' being there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    /// The reason for the look.
+    pub(crate) purpose: Purpose,
+    /// The kernels that the backend boots, where the backend is known.
+    pub(crate) kernels: Option<&'static [KernelFormat]>,
+    /// Whether this VM made the console's file itself.
+    pub(crate) owns_output: bool,
+}
+
+/// What a look found.
+#[derive(Debug)]
 pub(crate) struct HostFacts {
-    /// What is wrong.
+    /// Violations.
     pub(crate) report: Report,
-    /// The disks that the VM would hold while it runs.
+    /// The disks and backing files that the VM would hold while it runs.
     pub(crate) claims: Vec<HostClaim>,
 }
 
-/// Looks at every file of `spec`. `owns_output` says that this VM made the console's file itself.
-pub(crate) async fn look(spec: VmSpec, kernels: &'static [KernelFormat], owns_output: bool) -> HostFacts {
-    tokio::task::spawn_blocking(move || look_blocking(&spec, kernels, owns_output)).await.unwrap_or_else(
-        |error| {
-            let mut report = Report::default();
-            report.reject("config", format!("the host's files could not be checked: {error}"));
-            HostFacts { report, claims: Vec::new() }
-        },
-    )
+/// The files did not answer within [`LOOK_DEADLINE`], or too many earlier looks still wait for theirs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the host's files do not answer: check the devices and servers that hold the kernel and the disks, and try again"
+)]
+pub(crate) struct FilesSilent;
+
+/// Looks at every file of `files`, and answers within [`LOOK_DEADLINE`].
+///
+/// # Errors
+///
+/// [`FilesSilent`].
+pub(crate) async fn look(files: NamedFiles, terms: Terms) -> Result<HostFacts, FilesSilent> {
+    let looking = move || look_blocking(&files, terms);
+    within(LOOK_DEADLINE, terms.purpose.permits(), looking).await
 }
 
-fn look_blocking(spec: &VmSpec, kernels: &[KernelFormat], owns_output: bool) -> HostFacts {
+/// Runs `work` on a thread that holds one of `permits` for as long as it runs.
+async fn within<T: Send + 'static>(
+    deadline: Duration,
+    permits: &Arc<Semaphore>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, FilesSilent> {
+    let worked = async {
+        let permit = Arc::clone(permits).acquire_owned().await.map_err(|_| FilesSilent)?;
+        let work = move || {
+            let _held = permit;
+            work()
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| FilesSilent)
+    };
+    tokio::time::timeout(deadline, worked).await.unwrap_or(Err(FilesSilent))
+}
+
+fn look_blocking(files: &NamedFiles, terms: Terms) -> HostFacts {
+    let NamedFiles { kernel, initrd, disks, console } = files;
     let mut report = Report::default();
-    look_at_kernel(&mut report, &spec.boot.kernel, kernels);
-    if let Some(initrd) = &spec.boot.initrd {
+    if let Some(kernel) = kernel {
+        look_at_kernel(&mut report, kernel, terms.kernels);
+    }
+    if let Some(initrd) = initrd {
         inspect(&mut report, "config.boot.initrd_path", initrd, Access::Read);
     }
     let mut claims = Vec::new();
-    for disk in &spec.disks {
-        if let Some(claim) = look_at_disk(&mut report, disk) {
-            if let Some(problem) = conflict(&claims, &claim) {
-                report.reject(format!("{}.path", disk.field()), problem);
-            }
-            claims.push(claim);
-        }
+    for disk in disks {
+        disk::look_at(&mut report, &mut claims, disk, terms.purpose);
     }
-    if let Console::File(path) = &spec.console {
-        look_at_output(&mut report, path, owns_output);
+    if let Console::File(path) = console {
+        look_at_output(&mut report, path, terms.owns_output);
     }
     HostFacts { report, claims }
 }
@@ -65,11 +137,12 @@ fn inspect(report: &mut Report, field: &str, path: &Path, access: Access) -> Opt
     }
 }
 
-fn look_at_kernel(report: &mut Report, path: &Path, accepted: &[KernelFormat]) {
+fn look_at_kernel(report: &mut Report, path: &Path, accepted: Option<&[KernelFormat]>) {
     const FIELD: &str = "config.boot.kernel_path";
     if inspect(report, FIELD, path, Access::Read).is_none() {
         return;
     }
+    let Some(accepted) = accepted else { return };
     let kind = match files::head(path, HEAD_BYTES) {
         Ok(head) => kernel_kind(&head),
         Err(error) => {
@@ -91,67 +164,6 @@ fn look_at_kernel(report: &mut Report, path: &Path, accepted: &[KernelFormat]) {
     }
 }
 
-fn look_at_disk(report: &mut Report, disk: &Disk) -> Option<HostClaim> {
-    let field = format!("{}.path", disk.field());
-    let access = if disk.read_only { Access::Read } else { Access::ReadWrite };
-    let facts = inspect(report, &field, &disk.path, access)?;
-    match files::head(&disk.path, QCOW2_HEADER) {
-        Ok(head) => look_at_format(report, disk, &head),
-        Err(error) => report.reject(&field, format!("{} cannot be read: {error}", disk.path.display())),
-    }
-    Some(facts.claim(&disk.path, access))
-}
-
-fn look_at_format(report: &mut Report, disk: &Disk, head: &[u8]) {
-    let format_field = format!("{}.options[\"format\"]", disk.field());
-    let is_qcow2 = is_qcow2(head);
-    match disk.format {
-        DiskFormat::Raw if is_qcow2 => report.reject(
-            format_field,
-            format!(
-                "{} begins as a qcow2 image, and raw would hand the guest its header: set format to \"qcow2\"",
-                disk.path.display()
-            ),
-        ),
-        DiskFormat::Qcow2 if !is_qcow2 => report.reject(
-            format_field,
-            format!("{} is not a qcow2 image: set format to \"raw\" or leave it out", disk.path.display()),
-        ),
-        DiskFormat::Qcow2 => {
-            let names_backing_file = head.get(8..16).is_some_and(|offset| offset.iter().any(|byte| *byte != 0));
-            if names_backing_file && !disk.backing_files {
-                report.reject(
-                    format!("{}.options[\"backing_files\"]", disk.field()),
-                    format!(
-                        "{} names a backing file, which the guest would read: set backing_files to \"true\" to allow it",
-                        disk.path.display()
-                    ),
-                );
-            }
-        }
-        DiskFormat::Raw => {}
-    }
-}
-
-/// One disk twice in one VM is as bad as in two.
-fn conflict(earlier: &[HostClaim], claim: &HostClaim) -> Option<String> {
-    let HostClaim::Disk { device, inode, writable, path, lies_on } = claim else { return None };
-    let key = DiskKey { device: *device, inode: *inode };
-    earlier.iter().find_map(|other| match other {
-        HostClaim::Disk { device, inode, writable: w, path: other_path, lies_on: below }
-            if *w || *writable =>
-        {
-            let other = DiskKey { device: *device, inode: *inode };
-            (key == other || lies_on.contains(&other) || below.contains(&key)).then(|| format!(
-                "{} is the same disk as {}, and one of them is writable: set read_only on both, or give each its own",
-                path.display(),
-                other_path.display()
-            ))
-        }
-        HostClaim::Disk { .. } | HostClaim::Tap { .. } => None,
-    })
-}
-
 fn look_at_output(report: &mut Report, path: &Path, owned: bool) {
     const FIELD: &str = "config.console.output";
     match std::fs::symlink_metadata(path) {
@@ -170,5 +182,31 @@ fn look_at_output(report: &mut Report, path: &Path, owned: bool) {
             }
         }
         Err(error) => report.reject(FIELD, format!("{} cannot be looked at: {error}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(50);
+
+    #[tokio::test]
+    async fn a_look_that_hangs_keeps_its_permit_until_its_thread_returns() {
+        let permits = Arc::new(Semaphore::new(1));
+        let (let_go, hang) = mpsc::channel::<()>();
+        let hanging = move || {
+            let _ = hang.recv();
+        };
+        let silent = within(SOON, &permits, hanging).await;
+        assert_eq!(silent, Err(FilesSilent), "the caller waits no longer than the deadline");
+        assert_eq!(permits.available_permits(), 0, "the thread still hangs");
+        assert_eq!(within(SOON, &permits, || ()).await, Err(FilesSilent), "no more threads");
+        drop(let_go);
+        let permit = permits.acquire().await.unwrap();
+        drop(permit);
+        assert_eq!(within(LOOK_DEADLINE, &permits, || 7).await, Ok(7));
     }
 }

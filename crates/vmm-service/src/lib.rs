@@ -39,6 +39,7 @@ mod spares;
 mod tombstones;
 mod under_way;
 mod unserved;
+mod validate;
 mod wait;
 
 pub use backends::{BackendFamily, BackendStatus, Backends, MakeBackend};

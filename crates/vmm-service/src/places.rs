@@ -22,13 +22,13 @@ use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::place::{Discovery, Finding, Found, Places};
-use vmm_core::spec::VmSpec;
+use vmm_core::spec::{NamedFiles, VmSpec};
 use vmm_core::state::{Phase, Request, Status};
 use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor::{Beginning, NewActor};
-use crate::check;
+use crate::check::{self, Purpose, Terms};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::mailbox::{ActorHandle, Operation};
@@ -241,9 +241,17 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
     Ok(())
 }
 
-/// The run with what it holds of the host, as far as the host shows it.
+/// Returns the run with what it holds of the host, as far as the host shows it.
 pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: RunRecord) -> RunRecord {
-    run.claims = check::look(spec.clone(), backend.capabilities().kernel_formats, true).await.claims;
+    let kernels = Some(backend.capabilities().kernel_formats);
+    let terms = Terms { purpose: Purpose::Boot, kernels, owns_output: true };
+    run.claims = match check::look(NamedFiles::of(spec), terms).await {
+        Ok(facts) => facts.claims,
+        Err(silent) => {
+            tracing::error!(pid = run.process.pid, %silent, "a VM was found running whose disks cannot be claimed");
+            Vec::new()
+        }
+    };
     run.claims.extend(spec.nics.iter().filter_map(|nic| nic.tap.clone()).map(|name| HostClaim::Tap { name }));
     run
 }

@@ -33,6 +33,7 @@ use crate::shared::Shared;
 use crate::spares::{self, Spares};
 use crate::tombstones;
 use crate::under_way::Counter;
+use crate::validate;
 use crate::wait;
 
 /// How long a guest has to obey ShutdownVm where the client does not say.
@@ -46,6 +47,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 pub(crate) const RECOVERIES: usize = 64;
 /// VMs that their restart policies start at once. After a reboot of the host all of them are due together.
 pub(crate) const POLICY_STARTS: usize = 16;
+
+/// The start waits so long for VMs that others started to be imported. Their files may lie where nothing answers.
+const DISCOVERY_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What the service is told at start.
 #[derive(Clone, Debug)]
@@ -175,7 +179,15 @@ impl VmService {
         let vms = kinds::settle(&shared, vms).await;
         let recoveries = vms.into_iter().map(|record| take_up(&shared, record, &in_use));
         futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
-        places::discover_all(&shared).await;
+        let discovering = tokio::spawn({
+            let shared = Arc::clone(&shared);
+            async move { places::discover_all(&shared).await }
+        });
+        if tokio::time::timeout(DISCOVERY_DEADLINE, discovering).await.is_err() {
+            tracing::warn!(
+                "VMs that others started are still being looked for; they appear as they are found"
+            );
+        }
         Ok(Self { shared })
     }
 
@@ -197,8 +209,13 @@ impl VmService {
     }
 
     /// Runs CreateVm's checks and touches nothing.
-    pub async fn validate(&self, requested: &Requested) -> Report {
-        create::check_config(&self.shared, VmUid::new(Uuid::now_v7()), requested).await.report
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Unavailable`] where nothing else is wrong and the host's files do not answer.
+    pub async fn validate(&self, requested: &Requested) -> Result<Report, ServiceError> {
+        let checked = validate::check_config(&self.shared, VmUid::new(Uuid::now_v7()), requested).await?;
+        Ok(checked.report)
     }
 
     /// Starts a VM.
@@ -406,7 +423,7 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
             });
         }
         (Err(report), Ok(backend)) => {
-            let violations = ServiceError::Invalid(report.violations);
+            let violations = ServiceError::Invalid(report.into_violations());
             (Some(backend), format!("its configuration is not understood: {violations}"))
         }
         (Ok(_) | Err(_), Err(problem)) => (None, problem),

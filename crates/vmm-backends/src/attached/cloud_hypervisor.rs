@@ -128,10 +128,7 @@ impl Hypervisor for CloudHypervisor {
     }
 
     fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool {
-        let taps = spec.nics.iter().enumerate();
-        let taps: Vec<_> =
-            taps.map(|(at, nic)| nic.tap.clone().unwrap_or_else(|| uid.tap_name(at))).collect();
-        let config = Config::of(spec, &taps);
+        let config = Config::of(spec, &spec.tap_names(uid));
         let config = match console {
             Some(file) => config.with_console_in(file),
             None => config,

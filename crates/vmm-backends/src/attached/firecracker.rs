@@ -141,10 +141,7 @@ impl Hypervisor for Firecracker {
 
     /// What was begun of our own may be a part of it, for it is configured piece by piece.
     fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, _console: Option<&Path>) -> bool {
-        let taps = spec.nics.iter().enumerate();
-        let taps: Vec<_> =
-            taps.map(|(at, nic)| nic.tap.clone().unwrap_or_else(|| uid.tap_name(at))).collect();
-        let config = Config::of(spec, &taps);
+        let config = Config::of(spec, &spec.tap_names(uid));
         let (Ok(drives), Ok(interfaces)) = (to_list(&config.drives), to_list(&config.interfaces)) else {
             return false;
         };
@@ -469,7 +466,7 @@ mod unit_tests {
             spec.disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect()
         };
         assert_eq!(disks(&back), disks(&spec));
-        assert_eq!((back.nics[0].mac, &back.nics[0].options), (spec.nics[0].mac, &spec.nics[0].options));
+        assert_eq!((back.nics[0].mac, back.nics[0].limits), (spec.nics[0].mac, spec.nics[0].limits));
     }
 
     #[test]

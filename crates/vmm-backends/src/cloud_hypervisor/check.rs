@@ -1,8 +1,11 @@
-//! What Cloud Hypervisor rejects and ignores of a [`VmSpec`]. Pure.
+//! The findings about a [`VmSpec`] on Cloud Hypervisor: violations, and values that are ignored. Pure.
 
 use vmm_core::report::Report;
-use vmm_core::spec::{VmSpec, option_is_true};
+use vmm_core::spec::{
+    Boot, Console, Cpu, Disk, DiskCache, Memory, Nic, PageSize, RestartPolicy, Topology, VmSpec,
+};
 
+use crate::kernel_args::check_length;
 use crate::rest::options::check_keys;
 
 /// The most vCPUs. Cloud Hypervisor's own limit is higher, but KVM without a changed interrupt controller stops here.
@@ -12,61 +15,84 @@ pub(super) const MAX_DEVICES: usize = 28;
 /// What memory hot-plug counts in, in bytes.
 const HOTPLUG_UNIT: u64 = 128 << 20;
 
-/// Finds what Cloud Hypervisor rejects and ignores of `spec`.
+/// Returns the findings about `spec`.
 pub(super) fn check(spec: &VmSpec) -> Report {
     let mut report = Report::default();
     check_keys(&mut report, spec, "ch.");
-    check_cpu(&mut report, spec);
-    check_memory(&mut report, spec);
-    let devices = spec.disks.len() + spec.nics.len();
+    let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
+    check_cpu(&mut report, cpu);
+    check_memory(&mut report, memory);
+    let Boot { kernel: _, initrd: _, args: _ } = boot;
+    check_length(&mut report, spec, spec.kernel_args().len());
+    let devices = disks.len() + nics.len();
     if devices > MAX_DEVICES {
-        let list = if spec.disks.len() >= spec.nics.len() { "config.storage" } else { "config.network" };
+        let list = if disks.len() >= nics.len() { "config.storage" } else { "config.network" };
         let message = format!(
             "cloudhypervisor has room for {MAX_DEVICES} disks and network interfaces together, not {devices}"
         );
         report.reject(list, message);
     }
-    for disk in &spec.disks {
-        if disk.options.get("cache").is_some_and(|cache| cache == "unsafe") {
-            report.warn(
-                format!("{}.options[\"cache\"]", disk.field()),
-                "has no effect: Cloud Hypervisor always obeys the guest's flushes",
-            );
-        }
+    disks.iter().for_each(|disk| check_disk(&mut report, disk));
+    for nic in nics {
+        let Nic { id: _, mac: _, tap: _, limits: _ } = nic;
     }
+    match console {
+        Console::Off | Console::Kept | Console::File(_) => {}
+    }
+    let RestartPolicy { mode: _, max_restarts: _ } = restart;
     report
 }
 
-fn check_cpu(report: &mut Report, spec: &VmSpec) {
-    if spec.cpu.max > MAX_VCPUS {
-        let field =
-            if spec.cpu.count > MAX_VCPUS { "config.cpu.vcpu_count" } else { "config.cpu.max_vcpu_count" };
-        let most = spec.cpu.max;
+fn check_cpu(report: &mut Report, cpu: &Cpu) {
+    let Cpu { count, max, topology } = *cpu;
+    if max > MAX_VCPUS {
+        let field = if count > MAX_VCPUS { "config.cpu.vcpu_count" } else { "config.cpu.max_vcpu_count" };
         report
-            .reject(field, format!("must be at most {MAX_VCPUS} on the cloudhypervisor backend, not {most}"));
+            .reject(field, format!("must be at most {MAX_VCPUS} on the cloudhypervisor backend, not {max}"));
     }
-    if let Some(topology) = spec.cpu.topology
-        && topology.threads > 2
+    if let Some(Topology { sockets: _, cores: _, threads }) = topology
+        && threads > 2
     {
         report.reject(
             "config.cpu.topology.threads_per_core",
-            format!("must be 1 or 2 on the cloudhypervisor backend, not {}", topology.threads),
+            format!("must be 1 or 2 on the cloudhypervisor backend, not {threads}"),
         );
     }
 }
 
-fn check_memory(report: &mut Report, spec: &VmSpec) {
-    if let Some(ceiling) = spec.memory.hotplug_max_bytes
-        && !ceiling.saturating_sub(spec.memory.size_bytes).is_multiple_of(HOTPLUG_UNIT)
+fn check_memory(report: &mut Report, memory: &Memory) {
+    let Memory { size_bytes, hotplug_max_bytes, pages, shared: _ } = *memory;
+    if let Some(ceiling) = hotplug_max_bytes
+        && !ceiling.saturating_sub(size_bytes).is_multiple_of(HOTPLUG_UNIT)
     {
         report.reject(
             "config.memory.max_size_bytes",
             "must be size_bytes and a whole number of 128 MiB (134217728 bytes) on the cloudhypervisor backend",
         );
     }
-    let huge = option_is_true(&spec.memory.backing, "hugepages").unwrap_or(false);
-    if huge && spec.memory.size_mib() % 2 == 1 {
+    if pages == PageSize::Huge && memory.size_mib() % 2 == 1 {
         report.reject("config.memory.size_bytes", "must be a whole number of 2 MiB where hugepages is true");
+    }
+}
+
+fn check_disk(report: &mut Report, disk: &Disk) {
+    let Disk {
+        index: _,
+        id: _,
+        path: _,
+        read_only: _,
+        is_root: _,
+        format: _,
+        backing_files: _,
+        cache,
+        direct_io: _,
+        limits: _,
+    } = disk;
+    if *cache == DiskCache::Unsafe {
+        report.ignore(
+            format!("{}.options[\"cache\"]", disk.field()),
+            "has no effect: Cloud Hypervisor always obeys the guest's flushes",
+        );
     }
 }
 
@@ -85,9 +111,8 @@ mod tests {
         };
         change(&mut config);
         let report = check(&VmSpec::parse(&config).unwrap());
-        let fields =
-            |list: Vec<vmm_core::report::FieldReport>| list.into_iter().map(|found| found.field).collect();
-        (fields(report.violations), fields(report.warnings))
+        let violations = report.violations.into_iter().map(|found| found.field).collect();
+        (violations, report.warnings.into_iter().map(|warning| warning.field).collect())
     }
 
     fn option(key: &str, value: &str) -> vmm_core::config::Options {
@@ -127,6 +152,20 @@ mod tests {
         assert_eq!(warnings, [""; 0]);
         let (violations, _) = findings(|config| config.cpu.as_mut().unwrap().vcpu_count = 255);
         assert_eq!(violations, ["config.cpu.vcpu_count"]);
+    }
+
+    #[test]
+    fn the_length_of_the_kernel_arguments_counts_what_is_added() {
+        let refused = |length: usize| {
+            let (violations, _) = findings(|config| {
+                config.boot.as_mut().unwrap().kernel_args = "x".repeat(length);
+                config.storage.push(StorageDevice { is_root_device: true, ..disk("format", "raw") });
+            });
+            violations
+        };
+        let longest = 2047 - " root=/dev/vda rw".len();
+        assert_eq!(refused(longest), [""; 0]);
+        assert_eq!(refused(longest + 1), ["config.boot.kernel_args"]);
     }
 
     #[test]

@@ -8,7 +8,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use serde::Serialize;
-use vmm_core::spec::{Console, Disk, DiskFormat, Nic, VmSpec, option_is_true, rate_limit};
+use vmm_core::spec::{
+    Boot, Console, Cpu, Disk, DiskFormat, Memory, Nic, PageSize, RestartPolicy, Topology, VmSpec,
+};
 
 use crate::rest::options::RateLimiter;
 
@@ -19,7 +21,7 @@ const SERIAL_LEN: usize = 20;
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct Config {
     cpus: Cpus,
-    memory: Memory,
+    memory: MemoryConfig,
     payload: Payload,
     disks: Vec<DiskConfig>,
     net: Vec<NetConfig>,
@@ -44,7 +46,7 @@ struct CpuTopology {
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Memory {
+struct MemoryConfig {
     size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     hotplug_size: Option<u64>,
@@ -93,38 +95,25 @@ struct Port {
 impl Config {
     /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
-        let backed_by = |key| option_is_true(&spec.memory.backing, key).unwrap_or(false);
-        let topology = spec.cpu.topology.map(|topology| CpuTopology {
-            threads_per_core: topology.threads,
-            cores_per_die: topology.cores,
-            dies_per_package: 1,
-            packages: topology.sockets,
-        });
+        let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
+        // A guest's reset happens in place; `restart` is carried out by the handle.
+        let RestartPolicy { mode: _, max_restarts: _ } = restart;
+        let Boot { kernel, initrd, args: _ } = boot;
         // "Tty" is the VMM's stdout, which is the console's file; see the module's drawing.
-        let serial = match spec.console {
+        let serial = match console {
             Console::Off => "Off",
             Console::Kept | Console::File(_) => "Tty",
         };
         Self {
-            cpus: Cpus { boot_vcpus: spec.cpu.count, max_vcpus: spec.cpu.max, topology },
-            memory: Memory {
-                size: spec.memory.size_bytes,
-                hotplug_size: spec
-                    .memory
-                    .hotplug_max_bytes
-                    .map(|ceiling| ceiling.saturating_sub(spec.memory.size_bytes))
-                    .filter(|room| *room > 0),
-                shared: backed_by("shared"),
-                hugepages: backed_by("hugepages"),
-            },
+            cpus: cpus(cpu),
+            memory: backed(memory),
             payload: Payload {
-                kernel: text(&spec.boot.kernel),
-                initramfs: spec.boot.initrd.as_deref().map(text),
+                kernel: text(kernel),
+                initramfs: initrd.as_deref().map(text),
                 cmdline: spec.kernel_args(),
             },
-            disks: spec.disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
-            net: spec
-                .nics
+            disks: disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
+            net: nics
                 .iter()
                 .zip(taps)
                 .enumerate()
@@ -159,30 +148,64 @@ pub(crate) fn path_option(path: &Path) -> OsString {
     option
 }
 
+fn cpus(cpu: &Cpu) -> Cpus {
+    let Cpu { count, max, topology } = *cpu;
+    let topology = topology.map(|Topology { sockets, cores, threads }| CpuTopology {
+        threads_per_core: threads,
+        cores_per_die: cores,
+        dies_per_package: 1,
+        packages: sockets,
+    });
+    Cpus { boot_vcpus: count, max_vcpus: max, topology }
+}
+
+fn backed(memory: &Memory) -> MemoryConfig {
+    let Memory { size_bytes, hotplug_max_bytes, pages, shared } = *memory;
+    let room = hotplug_max_bytes.map(|ceiling| ceiling.saturating_sub(size_bytes));
+    MemoryConfig {
+        size: size_bytes,
+        hotplug_size: room.filter(|room| *room > 0),
+        shared,
+        hugepages: pages == PageSize::Huge,
+    }
+}
+
 fn drive(place: usize, disk: &Disk) -> DiskConfig {
-    let limit = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
+    // The check warns that an unsafe cache has no effect.
+    let Disk {
+        index: _,
+        id,
+        path,
+        read_only,
+        is_root: _,
+        format,
+        backing_files,
+        cache: _,
+        direct_io,
+        limits,
+    } = disk;
     DiskConfig {
         id: format!("disk{place}"),
-        serial: disk.id.chars().take(SERIAL_LEN).collect(),
-        path: text(&disk.path),
-        readonly: disk.read_only,
-        direct: option_is_true(&disk.options, "direct_io").unwrap_or(false),
-        image_type: match disk.format {
+        serial: id.chars().take(SERIAL_LEN).collect(),
+        path: text(path),
+        readonly: *read_only,
+        direct: *direct_io,
+        image_type: match format {
             DiskFormat::Raw => "Raw",
             DiskFormat::Qcow2 => "Qcow2",
         },
-        backing_files: disk.backing_files,
-        rate_limiter_config: RateLimiter::of(limit),
+        backing_files: *backing_files,
+        rate_limiter_config: RateLimiter::of(*limits),
     }
 }
 
 fn interface(place: usize, nic: &Nic, tap: &str) -> NetConfig {
-    let limit = rate_limit(&nic.options, "rate_limit.packets_per_second").unwrap_or_default();
+    let Nic { id: _, mac, tap: _, limits } = nic;
     NetConfig {
         id: format!("net{place}"),
         tap: tap.to_owned(),
-        mac: nic.mac.to_string(),
-        rate_limiter_config: RateLimiter::of(limit),
+        mac: mac.to_string(),
+        rate_limiter_config: RateLimiter::of(*limits),
     }
 }
 

@@ -1,9 +1,12 @@
-//! What Firecracker rejects, ignores and changes of a [`VmSpec`]. Pure.
+//! The findings about a [`VmSpec`] on Firecracker: violations, and values that are ignored or changed. Pure.
 
 use vmm_core::report::Report;
-use vmm_core::spec::{DiskFormat, VmSpec, option_is_true};
+use vmm_core::spec::{
+    Boot, Console, Cpu, Disk, DiskFormat, Memory, Nic, PageSize, RestartPolicy, Topology, VmSpec,
+};
 
-use super::convert::{needs_reboot_argument, wants_smt};
+use super::convert::{added_by_firecracker, kernel_args, needs_reboot_argument, wants_smt};
+use crate::kernel_args::check_length;
 use crate::rest::options::check_keys;
 
 /// The most vCPUs.
@@ -11,29 +14,39 @@ pub(super) const MAX_VCPUS: u32 = 32;
 /// The most disks and network interfaces together: the interrupt lines of its machine, less those of its own devices.
 pub(super) const MAX_DEVICES: usize = 16;
 
-/// Finds what Firecracker rejects, ignores and changes of `spec`.
+/// Returns the findings about `spec`.
 pub(super) fn check(spec: &VmSpec) -> Report {
     let mut report = Report::default();
     check_keys(&mut report, spec, "fc.");
-    check_cpu(&mut report, spec);
-    check_memory(&mut report, spec);
-    check_disks(&mut report, spec);
-    let devices = spec.disks.len() + spec.nics.len();
+    let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
+    check_cpu(&mut report, cpu);
+    check_memory(&mut report, memory);
+    disks.iter().for_each(|disk| check_disk(&mut report, disk));
+    for nic in nics {
+        let Nic { id: _, mac: _, tap: _, limits: _ } = nic;
+    }
+    let devices = disks.len() + nics.len();
     if devices > MAX_DEVICES {
-        let list = if spec.disks.len() >= spec.nics.len() { "config.storage" } else { "config.network" };
+        let list = if disks.len() >= nics.len() { "config.storage" } else { "config.network" };
         let message = format!(
             "firecracker has room for {MAX_DEVICES} disks and network interfaces together, not {devices}"
         );
         report.reject(list, message);
     }
+    let Boot { kernel: _, initrd: _, args: _ } = boot;
     if needs_reboot_argument(spec) {
-        report.warn(
+        report.emulate(
             "config.boot.kernel_args",
             "reboot=k is added: without it Firecracker does not see that the guest reboots",
         );
     }
-    if spec.restart.mode.is_none() {
-        report.warn(
+    check_length(&mut report, spec, kernel_args(spec).len() + added_by_firecracker(devices));
+    match console {
+        Console::Off | Console::Kept | Console::File(_) => {}
+    }
+    let RestartPolicy { mode, max_restarts: _ } = restart;
+    if mode.is_none() {
+        report.emulate(
             "config.restart_policy.mode",
             "is RESTART_MODE_NEVER on firecracker, where a reset is how a guest ends: set RESTART_MODE_GUEST_REBOOT to have the guest start again",
         );
@@ -41,31 +54,31 @@ pub(super) fn check(spec: &VmSpec) -> Report {
     report
 }
 
-fn check_cpu(report: &mut Report, spec: &VmSpec) {
-    let count = spec.cpu.count;
+fn check_cpu(report: &mut Report, cpu: &Cpu) {
+    let Cpu { count, max, topology } = *cpu;
     if count > MAX_VCPUS {
         report.reject(
             "config.cpu.vcpu_count",
             format!("must be at most {MAX_VCPUS} on the firecracker backend, not {count}"),
         );
     }
-    if spec.cpu.max > count {
-        report.warn("config.cpu.max_vcpu_count", "has no effect: Firecracker has no CPU hot-plug");
+    if max > count {
+        report.ignore("config.cpu.max_vcpu_count", "has no effect: Firecracker has no CPU hot-plug");
     }
-    let Some(topology) = spec.cpu.topology else { return };
-    if topology.sockets != 1 {
+    let Some(Topology { sockets, cores: _, threads }) = topology else { return };
+    if sockets != 1 {
         report.reject(
             "config.cpu.topology.sockets",
-            format!("must be 1 on the firecracker backend, not {}", topology.sockets),
+            format!("must be 1 on the firecracker backend, not {sockets}"),
         );
     }
-    if !matches!(topology.threads, 1 | 2) {
+    if !matches!(threads, 1 | 2) {
         report.reject(
             "config.cpu.topology.threads_per_core",
-            format!("must be 1 or 2 on the firecracker backend, not {}", topology.threads),
+            format!("must be 1 or 2 on the firecracker backend, not {threads}"),
         );
     }
-    if wants_smt(spec) && count != 1 && count % 2 == 1 {
+    if wants_smt(cpu) && count != 1 && count % 2 == 1 {
         report.reject(
             "config.cpu.vcpu_count",
             format!("must be 1 or even where two threads share a core, not {count}"),
@@ -73,40 +86,50 @@ fn check_cpu(report: &mut Report, spec: &VmSpec) {
     }
 }
 
-fn check_memory(report: &mut Report, spec: &VmSpec) {
-    if spec.memory.hotplug_max_bytes.is_some() {
-        report.warn(
+fn check_memory(report: &mut Report, memory: &Memory) {
+    let Memory { size_bytes: _, hotplug_max_bytes, pages, shared } = *memory;
+    if hotplug_max_bytes.is_some() {
+        report.ignore(
             "config.memory.hotplug_enabled",
             "has no effect: memory cannot grow on the firecracker backend",
         );
     }
-    if option_is_true(&spec.memory.backing, "shared").unwrap_or(false) {
+    if shared {
         report.reject(
             "config.memory.backing[\"shared\"]",
             "Firecracker has no shared memory: leave it out, or use another backend",
         );
     }
-    let huge = option_is_true(&spec.memory.backing, "hugepages").unwrap_or(false);
-    if huge && spec.memory.size_mib() % 2 == 1 {
+    if pages == PageSize::Huge && memory.size_mib() % 2 == 1 {
         report.reject("config.memory.size_bytes", "must be a whole number of 2 MiB where hugepages is true");
     }
 }
 
-fn check_disks(report: &mut Report, spec: &VmSpec) {
-    for disk in &spec.disks {
-        let options = format!("{}.options", disk.field());
-        if disk.format == DiskFormat::Qcow2 {
-            report.reject(
-                format!("{options}[\"format\"]"),
-                "Firecracker reads raw images only: convert the image (qemu-img convert -O raw), or use another backend",
-            );
-        }
-        if option_is_true(&disk.options, "direct_io").unwrap_or(false) {
-            report.reject(
-                format!("{options}[\"direct_io\"]"),
-                "Firecracker cannot pass by the host's page cache: leave it out, or use another backend",
-            );
-        }
+fn check_disk(report: &mut Report, disk: &Disk) {
+    let Disk {
+        index: _,
+        id: _,
+        path: _,
+        read_only: _,
+        is_root: _,
+        format,
+        backing_files: _,
+        cache: _,
+        direct_io,
+        limits: _,
+    } = disk;
+    let options = format!("{}.options", disk.field());
+    if *format == DiskFormat::Qcow2 {
+        report.reject(
+            format!("{options}[\"format\"]"),
+            "Firecracker reads raw images only: convert the image (qemu-img convert -O raw), or use another backend",
+        );
+    }
+    if *direct_io {
+        report.reject(
+            format!("{options}[\"direct_io\"]"),
+            "Firecracker cannot pass by the host's page cache: leave it out, or use another backend",
+        );
     }
 }
 
@@ -125,9 +148,8 @@ mod tests {
         };
         change(&mut config);
         let report = check(&VmSpec::parse(&config).unwrap());
-        let fields =
-            |list: Vec<vmm_core::report::FieldReport>| list.into_iter().map(|found| found.field).collect();
-        (fields(report.violations), fields(report.warnings))
+        let violations = report.violations.into_iter().map(|found| found.field).collect();
+        (violations, report.warnings.into_iter().map(|warning| warning.field).collect())
     }
 
     fn option(key: &str, value: &str) -> vmm_core::config::Options {

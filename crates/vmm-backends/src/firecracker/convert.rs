@@ -8,7 +8,9 @@ use std::path::Path;
 
 use serde::Serialize;
 use vmm_core::id::VmUid;
-use vmm_core::spec::{Disk, Nic, VmSpec, kernel_words, option_is_true, rate_limit};
+use vmm_core::spec::{
+    Boot, Cpu, Disk, DiskCache, Memory, Nic, PageSize, RestartPolicy, VmSpec, kernel_words,
+};
 
 use crate::rest::options::RateLimiter;
 
@@ -92,22 +94,26 @@ pub struct Interface {
 impl Config {
     /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
-        let huge = option_is_true(&spec.memory.backing, "hugepages").unwrap_or(false);
+        // The console is the VMM's stdout, and `restart` is carried out by the service.
+        let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = spec;
+        let RestartPolicy { mode: _, max_restarts: _ } = restart;
+        let Cpu { count, max: _, topology: _ } = *cpu;
+        let Memory { size_bytes: _, hotplug_max_bytes: _, pages, shared: _ } = *memory;
+        let Boot { kernel, initrd, args: _ } = boot;
         Self {
             machine: Machine {
-                vcpu_count: spec.cpu.count,
-                mem_size_mib: spec.memory.size_mib(),
-                smt: wants_smt(spec),
-                huge_pages: huge.then_some("2M"),
+                vcpu_count: count,
+                mem_size_mib: memory.size_mib(),
+                smt: wants_smt(cpu),
+                huge_pages: (pages == PageSize::Huge).then_some("2M"),
             },
             boot: BootSource {
-                kernel_image_path: text(&spec.boot.kernel),
-                initrd_path: spec.boot.initrd.as_deref().map(text),
+                kernel_image_path: text(kernel),
+                initrd_path: initrd.as_deref().map(text),
                 boot_args: kernel_args(spec),
             },
-            drives: spec.disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
-            interfaces: spec
-                .nics
+            drives: disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
+            interfaces: nics
                 .iter()
                 .zip(taps)
                 .enumerate()
@@ -134,9 +140,9 @@ pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<O
     ]
 }
 
-/// Says whether the guest's CPUs share cores in pairs.
-pub fn wants_smt(spec: &VmSpec) -> bool {
-    spec.cpu.topology.is_some_and(|topology| topology.threads == 2)
+/// Tells whether the guest's CPUs share cores in pairs.
+pub fn wants_smt(cpu: &Cpu) -> bool {
+    cpu.topology.is_some_and(|topology| topology.threads == 2)
 }
 
 /// Says whether `reboot=k` has to be added for a guest's reboot to be seen.
@@ -157,27 +163,53 @@ pub fn kernel_args(spec: &VmSpec) -> String {
     }
 }
 
+/// Returns the bytes that Firecracker adds to the command line of a guest with `devices` disks and interfaces: one word that
+/// there is no PCI, and one for each virtio-mmio device, which names the device's address and interrupt.
+pub(super) fn added_by_firecracker(devices: usize) -> usize {
+    const FIRST_ADDRESS: usize = 0xc000_1000;
+    const FIRST_INTERRUPT: usize = 5;
+    let device = |place: usize| {
+        let (address, interrupt) = (FIRST_ADDRESS + 0x1000 * place, FIRST_INTERRUPT + place);
+        format!(" virtio_mmio.device=4K@{address:#x}:{interrupt}").len()
+    };
+    " pci=off".len() + (0..devices).map(device).sum::<usize>()
+}
+
 fn drive(place: usize, disk: &Disk) -> Drive {
-    let unsafe_cache = disk.options.get("cache").is_some_and(|cache| cache == "unsafe");
-    let limit = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
+    // The check refuses a qcow2 image and direct I/O.
+    let Disk {
+        index: _,
+        id: _,
+        path,
+        read_only,
+        is_root: _,
+        format: _,
+        backing_files: _,
+        cache,
+        direct_io: _,
+        limits,
+    } = disk;
     Drive {
         drive_id: format!("disk{place}"),
-        path_on_host: text(&disk.path),
+        path_on_host: text(path),
         is_root_device: false,
-        is_read_only: disk.read_only,
-        cache_type: if unsafe_cache { "Unsafe" } else { "Writeback" },
-        rate_limiter: RateLimiter::of(limit),
+        is_read_only: *read_only,
+        cache_type: match cache {
+            DiskCache::Unsafe => "Unsafe",
+            DiskCache::Writeback => "Writeback",
+        },
+        rate_limiter: RateLimiter::of(*limits),
     }
 }
 
 fn interface(place: usize, nic: &Nic, tap: &str) -> Interface {
-    let limit = rate_limit(&nic.options, "rate_limit.packets_per_second").unwrap_or_default();
+    let Nic { id: _, mac, tap: _, limits } = nic;
     Interface {
         iface_id: format!("net{place}"),
         host_dev_name: tap.to_owned(),
-        guest_mac: nic.mac.to_string(),
-        rx_rate_limiter: RateLimiter::of(limit),
-        tx_rate_limiter: RateLimiter::of(limit),
+        guest_mac: mac.to_string(),
+        rx_rate_limiter: RateLimiter::of(*limits),
+        tx_rate_limiter: RateLimiter::of(*limits),
     }
 }
 

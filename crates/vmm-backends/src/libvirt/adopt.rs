@@ -37,17 +37,15 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         (Err(_), Some(run)) => run.version.clone(),
         (Err(_), None) => String::new(),
     };
-    let taps = request.spec.nics.iter().enumerate();
-    let taps = taps.map(|(index, nic)| nic.tap.clone().unwrap_or_else(|| request.uid.tap_name(index)));
     let facts = Facts {
         domain,
         socket: backend.socket.clone(),
         version,
         accelerator: backend.accelerator.as_str().to_owned(),
         machine: "q35".to_owned(),
-        restarts: restarts(&request.spec),
+        restarts: restarts(&request.spec.restart),
         imported: request.imported,
-        taps: taps.collect(),
+        taps: request.spec.tap_names(request.uid),
     };
     let known = match connected {
         Ok(_) => look(backend, domain, process.is_none()).await.map_err(BackendError::from),

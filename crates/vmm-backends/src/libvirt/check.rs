@@ -1,44 +1,45 @@
-//! What libvirt rejects and ignores of a [`VmSpec`], beyond what QEMU does. Pure.
+//! The findings about a [`VmSpec`] on QEMU through libvirt: those about QEMU, and what libvirt has no word for. Pure.
 
 use vmm_core::report::Report;
-use vmm_core::spec::{VmSpec, option_is_true};
+use vmm_core::spec::{DiskCache, VmSpec};
 
 use super::cpu::CpuModel;
 use super::xml::can_carry;
 use crate::qemu::check as qemu;
-use crate::qemu::convert::{Accelerator, MACHINE_KEY, MODEL_KEY, Machine};
+use crate::qemu::convert::{Accelerator, Machine};
+use crate::qemu::options::MACHINE_KEY;
 
-/// Finds what cannot be served of `spec` on `accelerator`.
+/// Returns the findings about `spec` on `accelerator`.
 pub(super) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
-    let mut report = qemu::check(spec, accelerator);
-    if Machine::of(spec) == Some(Machine::Microvm) {
-        // What is said of a microvm's own limits is beside the point.
-        report.warnings.retain(|warning| !warning.message.contains("microvm"));
-        report.reject(
+    let mut report = Report::default();
+    let options = qemu::check_common(&mut report, spec, accelerator);
+    match options.machine {
+        Some(Machine::Q35) => qemu::check_q35(&mut report, spec),
+        Some(Machine::Microvm) => report.reject(
             format!("config.boot.boot_options[\"{MACHINE_KEY}\"]"),
             "libvirt has no microvm: use \"q35\", or unset UNKEY_VMCP_QEMU_ENDPOINT to have QEMU started without libvirt",
-        );
+        ),
+        // Its violation is in the report.
+        None => {}
     }
-    if let Some(model) = spec.cpu.features.get(MODEL_KEY)
-        && let Err(part) = CpuModel::parse(model)
+    if let Some(model) = options.model
+        && let Err(part) = CpuModel::parse(model.text)
     {
         report.reject(
-            format!("config.cpu.features[\"{MODEL_KEY}\"]"),
+            model.field(),
             format!("libvirt has no word for \"{part}\": name a model, and features as +name, -name, name=on or name=off"),
         );
     }
-    let unfit = "has a control character, which libvirt's XML cannot carry";
-    if !can_carry(&spec.boot.args) {
-        report.reject("config.boot.kernel_args", unfit);
+    // `check_common` takes the rest of the specification apart: QEMU serves it here too.
+    let VmSpec { cpu: _, memory: _, boot, disks, nics: _, console: _, restart: _, options: _ } = spec;
+    if !can_carry(&boot.args) {
+        report.reject("config.boot.kernel_args", "has a control character, which libvirt's XML cannot carry");
     }
-    for disk in &spec.disks {
-        let direct = option_is_true(&disk.options, "direct_io").unwrap_or(false);
-        if direct && disk.options.get("cache").is_some_and(|cache| cache == "unsafe") {
-            report.warn(
-                format!("{}.options[\"direct_io\"]", disk.field()),
-                "has no effect: libvirt's unsafe cache uses the host's page cache",
-            );
-        }
+    for disk in disks.iter().filter(|disk| disk.direct_io && disk.cache == DiskCache::Unsafe) {
+        report.ignore(
+            format!("{}.options[\"direct_io\"]", disk.field()),
+            "has no effect: libvirt's unsafe cache uses the host's page cache",
+        );
     }
     report
 }
@@ -63,6 +64,34 @@ mod tests {
     fn what_qemu_takes_libvirt_takes() {
         let report = checked(|_| {});
         assert_eq!((report.violations, report.warnings), (Vec::new(), Vec::new()));
+    }
+
+    #[test]
+    fn the_length_of_the_kernel_arguments_counts_what_is_added() {
+        let refused = |length: usize| {
+            let report = checked(|config| {
+                config.boot.get_or_insert_default().kernel_args = "x".repeat(length);
+                config.storage = vec![StorageDevice {
+                    path: "/disk".to_owned(),
+                    is_root_device: true,
+                    ..StorageDevice::default()
+                }];
+            });
+            report.violations.into_iter().map(|violation| violation.field).collect::<Vec<_>>()
+        };
+        let longest = 2047 - " root=/dev/vda rw".len();
+        assert_eq!(refused(longest), [""; 0]);
+        assert_eq!(refused(longest + 1), ["config.boot.kernel_args"]);
+    }
+
+    #[test]
+    fn a_microvm_is_refused_without_a_word_about_its_limits() {
+        let report = checked(|config| {
+            config.cpu.get_or_insert_default().max_vcpu_count = 4;
+            let boot = config.boot.get_or_insert_default();
+            boot.boot_options.insert("qemu.machine".to_owned(), "microvm".to_owned());
+        });
+        assert_eq!((report.violations.len(), report.warnings), (1, Vec::new()));
     }
 
     #[test]

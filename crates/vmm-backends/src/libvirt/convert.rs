@@ -15,12 +15,16 @@
 use std::path::{Path, PathBuf};
 
 use vmm_core::id::{InstanceId, VmId, VmUid};
-use vmm_core::spec::{Disk, DiskFormat, MIB, Nic, RestartMode, VmSpec, option_is_true, rate_limit};
+use vmm_core::spec::{
+    Boot, Cpu, Disk, DiskCache, DiskFormat, MIB, Memory, Nic, PageSize, RateLimit, RestartMode,
+    RestartPolicy, VmSpec,
+};
 use vmm_libvirt_wire::MARK_NAMESPACE;
 
 use super::cpu::CpuModel;
 use super::xml::{Xml, can_carry};
-use crate::qemu::convert::{Accelerator, DEFAULT_RESTART, ImageKind, MODEL_KEY};
+use crate::qemu::convert::{Accelerator, DEFAULT_RESTART, ImageKind};
+use crate::qemu::options::VmOptions;
 
 /// The console socket's name in the run folder: what is written there the guest reads from its serial port.
 pub const CONSOLE_SOCKET: &str = crate::qemu::convert::CONSOLE_SOCKET;
@@ -85,6 +89,8 @@ pub struct UnfitPath(pub PathBuf);
 /// [`UnfitPath`] for any of the paths.
 pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
     let paths = Paths::of(inputs)?;
+    // The console comes with the request, which knows its file.
+    let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = inputs.spec;
     let kind = match inputs.accelerator {
         Accelerator::Kvm => "kvm",
         Accelerator::Tcg => "qemu",
@@ -94,18 +100,20 @@ pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
         xml.text("name", &[], inputs.vm_id.as_str());
         xml.text("uuid", &[], &inputs.uid.to_string());
         xml.element("metadata", &[], |xml| mark(xml, inputs.instance));
-        memory(xml, inputs.spec);
-        boot(xml, inputs.spec, &paths);
+        add_memory(xml, memory);
+        add_boot(xml, boot, &inputs.spec.kernel_args(), &paths);
         xml.element("features", &[], |xml| {
             xml.empty("acpi", &[]);
             xml.empty("vmport", &[("state", "off")]);
             xml.empty("smm", &[("state", "off")]);
         });
-        cpu(xml, inputs);
+        add_cpu(xml, inputs, cpu, memory);
         xml.text("on_poweroff", &[], "destroy");
-        xml.text("on_reboot", &[], if restarts(inputs.spec) { "restart" } else { "destroy" });
+        xml.text("on_reboot", &[], if restarts(restart) { "restart" } else { "destroy" });
         xml.text("on_crash", &[], "destroy");
-        xml.element("devices", &[], |xml| devices(xml, inputs, &paths));
+        xml.element("devices", &[], |xml| {
+            add_devices(xml, inputs, &paths, disks, nics);
+        });
         if let Some(label) = inputs.label {
             // Root reaches every file as it is; of any other user's QEMU libvirt has to give it what it may use.
             let relabel = if label.uid == 0 { "no" } else { "yes" };
@@ -117,9 +125,10 @@ pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
     Ok(xml.finish())
 }
 
-/// Says whether a guest that resets itself starts again.
-pub(super) fn restarts(spec: &VmSpec) -> bool {
-    match spec.restart.mode.unwrap_or(DEFAULT_RESTART) {
+/// Tells whether a guest that resets itself starts again.
+pub(super) fn restarts(policy: &RestartPolicy) -> bool {
+    let RestartPolicy { mode, max_restarts: _ } = policy;
+    match mode.unwrap_or(DEFAULT_RESTART) {
         RestartMode::Never => false,
         RestartMode::GuestReboot | RestartMode::OnFailure | RestartMode::Always => true,
     }
@@ -161,15 +170,13 @@ fn fit(path: &Path) -> Result<&str, UnfitPath> {
     path.to_str().filter(|text| can_carry(text)).ok_or_else(|| UnfitPath(path.to_path_buf()))
 }
 
-fn memory(xml: &mut Xml, spec: &VmSpec) {
-    let memory = &spec.memory;
-    if let Some(ceiling) = ceiling_mib(spec) {
+fn add_memory(xml: &mut Xml, memory: &Memory) {
+    let Memory { size_bytes: _, hotplug_max_bytes: _, pages, shared } = *memory;
+    if let Some(ceiling) = ceiling_mib(memory) {
         xml.text("maxMemory", &[("slots", MEMORY_SLOTS), ("unit", "MiB")], &ceiling.to_string());
     }
     xml.text("memory", &[("unit", "MiB")], &memory.size_mib().to_string());
-    // Values other than true and false were refused when the spec was parsed.
-    let backed = |key| option_is_true(&memory.backing, key).unwrap_or(false);
-    let (huge, shared) = (backed("hugepages"), backed("shared"));
+    let huge = pages == PageSize::Huge;
     if huge || shared {
         xml.element("memoryBacking", &[], |xml| {
             if huge {
@@ -181,15 +188,14 @@ fn memory(xml: &mut Xml, spec: &VmSpec) {
     }
 }
 
-/// What the memory may grow to, where that is more than there is.
-fn ceiling_mib(spec: &VmSpec) -> Option<u64> {
-    spec.memory
-        .hotplug_max_bytes
-        .filter(|ceiling| *ceiling > spec.memory.size_bytes)
-        .map(|ceiling| ceiling / MIB)
+/// Returns the ceiling of the memory in MiB, where it is more than there is.
+fn ceiling_mib(memory: &Memory) -> Option<u64> {
+    memory.hotplug_max_bytes.filter(|ceiling| *ceiling > memory.size_bytes).map(|ceiling| ceiling / MIB)
 }
 
-fn boot(xml: &mut Xml, spec: &VmSpec, paths: &Paths<'_>) {
+fn add_boot(xml: &mut Xml, boot: &Boot, args: &str, paths: &Paths<'_>) {
+    // `args` is the command line in force, and `paths` has the files.
+    let Boot { kernel: _, initrd: _, args: _ } = boot;
     xml.element("os", &[], |xml| {
         xml.text("type", &[("arch", "x86_64"), ("machine", "q35")], "hvm");
         // Not SeaBIOS, for the reason that `qemu::convert` gives.
@@ -198,30 +204,28 @@ fn boot(xml: &mut Xml, spec: &VmSpec, paths: &Paths<'_>) {
         if let Some(initrd) = paths.initrd {
             xml.text("initrd", &[], initrd);
         }
-        let args = spec.kernel_args();
         if !args.is_empty() {
-            xml.text("cmdline", &[], &args);
+            xml.text("cmdline", &[], args);
         }
     });
 }
 
-fn cpu(xml: &mut Xml, inputs: &Inputs<'_>) {
-    let spec = inputs.spec;
-    let (count, max) = (spec.cpu.count.to_string(), spec.cpu.max.to_string());
-    xml.text("vcpu", &[("current", &count)], &max);
-    let model = spec.cpu.features.get(MODEL_KEY).and_then(|text| CpuModel::parse(text).ok());
+fn add_cpu(xml: &mut Xml, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memory) {
+    let Cpu { count, max, topology } = *cpu;
+    xml.text("vcpu", &[("current", &count.to_string())], &max.to_string());
+    let model = VmOptions::of(inputs.spec).model.and_then(|model| CpuModel::parse(model.text).ok());
     let model = model.unwrap_or_else(|| CpuModel::of(inputs.accelerator));
     model.write(xml, |xml| {
-        let (sockets, cores, threads) = match spec.cpu.topology {
+        let (sockets, cores, threads) = match topology {
             Some(topology) => (topology.sockets, topology.cores, topology.threads),
-            None => (1, spec.cpu.max, 1),
+            None => (1, max, 1),
         };
         let [sockets, cores, threads] = [sockets, cores, threads].map(|count| count.to_string());
         let topology = [("sockets", &*sockets), ("dies", "1"), ("cores", &*cores), ("threads", &*threads)];
         xml.empty("topology", &topology);
-        if ceiling_mib(spec).is_some() {
+        if ceiling_mib(memory).is_some() {
             // libvirt plugs memory into NUMA nodes only: one that holds everything.
-            let (cpus, size) = (format!("0-{}", spec.cpu.max - 1), spec.memory.size_mib().to_string());
+            let (cpus, size) = (format!("0-{}", max - 1), memory.size_mib().to_string());
             xml.element("numa", &[], |xml| {
                 xml.empty("cell", &[("id", "0"), ("cpus", &cpus), ("memory", &size), ("unit", "MiB")]);
             });
@@ -229,16 +233,16 @@ fn cpu(xml: &mut Xml, inputs: &Inputs<'_>) {
     });
 }
 
-fn devices(xml: &mut Xml, inputs: &Inputs<'_>, paths: &Paths<'_>) {
+fn add_devices(xml: &mut Xml, inputs: &Inputs<'_>, paths: &Paths<'_>, disks: &[Disk], nics: &[Nic]) {
     if let Some(emulator) = paths.emulator {
         xml.text("emulator", &[], emulator);
     }
     xml.empty("controller", &[("type", "usb"), ("model", "none")]);
-    let disks = inputs.spec.disks.iter().zip(&paths.disks).zip(inputs.images);
+    let disks = disks.iter().zip(&paths.disks).zip(inputs.images);
     for (place, ((disk, path), image)) in disks.enumerate() {
         add_disk(xml, place, disk, path, *image);
     }
-    for (place, (nic, tap)) in inputs.spec.nics.iter().zip(inputs.taps).enumerate() {
+    for (place, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
         add_nic(xml, place, nic, tap);
     }
     if let (Some(socket), Some(log)) = (&paths.socket, paths.log) {
@@ -256,39 +260,47 @@ fn add_disk(xml: &mut Xml, place: usize, disk: &Disk, path: &str, image: ImageKi
         ImageKind::File => ("file", "file"),
         ImageKind::BlockDevice => ("block", "dev"),
     };
-    let direct = option_is_true(&disk.options, "direct_io").unwrap_or(false);
-    let unsafe_cache = disk.options.get("cache").is_some_and(|cache| cache == "unsafe");
-    let cache = match (unsafe_cache, direct) {
-        (true, _) => "unsafe",
-        (false, true) => "none",
-        (false, false) => "writeback",
+    let Disk {
+        index: _,
+        id,
+        path: _,
+        read_only,
+        is_root: _,
+        format,
+        backing_files,
+        cache,
+        direct_io,
+        limits,
+    } = disk;
+    let cache = match (cache, direct_io) {
+        (DiskCache::Unsafe, _) => "unsafe",
+        (DiskCache::Writeback, true) => "none",
+        (DiskCache::Writeback, false) => "writeback",
     };
-    let discard = if disk.read_only { "ignore" } else { "unmap" };
+    let discard = if *read_only { "ignore" } else { "unmap" };
     xml.element("disk", &[("type", kind), ("device", "disk")], |xml| {
         // A fault of the disk is the guest's to handle, as on the other backends.
-        let driver =
-            [("name", "qemu"), ("type", disk.format.as_str()), ("cache", cache), ("discard", discard)];
+        let driver = [("name", "qemu"), ("type", format.as_str()), ("cache", cache), ("discard", discard)];
         let faults = [("error_policy", "report"), ("rerror_policy", "report")];
         xml.empty("driver", &[&driver[..], &faults[..]].concat());
         xml.empty("source", &[(source, path)]);
-        if disk.format == DiskFormat::Qcow2 && !disk.backing_files {
+        if *format == DiskFormat::Qcow2 && !backing_files {
             // Whatever the image's header says, no other file is opened.
             xml.empty("backingStore", &[]);
         }
         xml.empty("target", &[("dev", &disk_name(place)), ("bus", "virtio")]);
-        throttle(xml, disk);
-        if disk.read_only {
+        throttle(xml, *limits);
+        if *read_only {
             xml.empty("readonly", &[]);
         }
-        let serial: String = disk.id.chars().take(SERIAL_LEN).collect();
+        let serial: String = id.chars().take(SERIAL_LEN).collect();
         xml.text("serial", &[], &serial);
         address(xml, DISK_SLOT, place);
     });
 }
 
-fn throttle(xml: &mut Xml, disk: &Disk) {
-    let limits = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
-    if limits.bytes_per_second.is_none() && limits.operations_per_second.is_none() {
+fn throttle(xml: &mut Xml, limits: RateLimit) {
+    if limits.is_none() {
         return;
     }
     xml.element("iotune", &[], |xml| {
@@ -312,8 +324,10 @@ fn disk_name(place: usize) -> String {
 }
 
 fn add_nic(xml: &mut Xml, place: usize, nic: &Nic, tap: &str) {
+    // The check warns that QEMU cannot limit an interface.
+    let Nic { id: _, mac, tap: _, limits: _ } = nic;
     xml.element("interface", &[("type", "ethernet")], |xml| {
-        xml.empty("mac", &[("address", &nic.mac.to_string())]);
+        xml.empty("mac", &[("address", &mac.to_string())]);
         // The TAP exists, and is not libvirt's to make or remove.
         xml.empty("target", &[("dev", tap), ("managed", "no")]);
         xml.empty("model", &[("type", "virtio")]);

@@ -289,7 +289,7 @@ impl LibvirtBackend {
             version,
             accelerator: self.accelerator.as_str().to_owned(),
             machine: "q35".to_owned(),
-            restarts: convert::restarts(&request.spec),
+            restarts: convert::restarts(&request.spec.restart),
             imported: request.imported,
             taps: request.taps.clone(),
         }

@@ -46,12 +46,7 @@ fn gone_because(identity: &ProcessIdentity) -> String {
 /// Connects to a QEMU that is proven the right one.
 async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) -> Adoption {
     let spec = &request.spec;
-    let taps = spec
-        .nics
-        .iter()
-        .enumerate()
-        .map(|(index, nic)| nic.tap.clone().unwrap_or_else(|| request.uid.tap_name(index)));
-    let parts = Parts::of_running(process.clone(), &request.dir, taps.collect());
+    let parts = Parts::of_running(process.clone(), &request.dir, spec.tap_names(request.uid));
     let asked = async {
         let qmp = parts.link.connect().await?;
         // A daemon that died in the middle of a reset may have left the other action.

@@ -1,10 +1,11 @@
-//! What QEMU rejects and ignores of a [`VmSpec`]. Pure.
+//! The findings about a [`VmSpec`] on QEMU: violations, and values that are ignored. Pure.
 
-use vmm_core::config::Options;
 use vmm_core::report::Report;
-use vmm_core::spec::{OptionScope, VmSpec, kernel_words, scope_of};
+use vmm_core::spec::{Boot, Console, Cpu, Disk, Memory, Nic, RestartPolicy, VmSpec, kernel_words};
 
-use super::convert::{Accelerator, MACHINE_KEY, MODEL_KEY, Machine};
+use super::convert::{Accelerator, Machine};
+use super::options::{MACHINE_KEY, VmOptions};
+use crate::kernel_args::check_length;
 
 /// The most vCPUs. QEMU's machines say 288, but more than 255 need an interrupt controller in KVM with x2APIC.
 pub(crate) const MAX_VCPUS: u32 = 255;
@@ -14,91 +15,89 @@ pub(crate) const MAX_Q35_DEVICES: usize = 64;
 /// which does not work.
 pub(super) const MAX_MICROVM_DEVICES: usize = 23;
 
-/// Finds what QEMU rejects and ignores of `spec` on `accelerator`.
+/// Returns the findings about `spec` on `accelerator`.
 pub(crate) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
     let mut report = Report::default();
-    check_keys(&mut report, spec);
-    check_cpu(&mut report, spec, accelerator);
-    match Machine::of(spec) {
+    match check_common(&mut report, spec, accelerator).machine {
         Some(Machine::Q35) => check_q35(&mut report, spec),
         Some(Machine::Microvm) => check_microvm(&mut report, spec, accelerator),
-        None => report.reject(
-            format!("config.boot.boot_options[\"{MACHINE_KEY}\"]"),
-            "must be \"q35\" (the default) or \"microvm\"",
-        ),
-    }
-    for (index, nic) in spec.nics.iter().enumerate() {
-        for key in nic.options.keys().filter(|key| key.starts_with("rate_limit.")) {
-            report.warn(
-                format!("config.network[{index}].options[\"{key}\"]"),
-                "is not applied: QEMU cannot limit a network interface; limit its TAP on the host (tc)",
-            );
-        }
+        // Its violation is in the report.
+        None => {}
     }
     report
 }
 
-fn check_keys(report: &mut Report, spec: &VmSpec) {
-    check_map(report, "config.cpu.features", &spec.cpu.features, &[MODEL_KEY]);
-    check_map(report, "config.memory.backing", &spec.memory.backing, &[]);
-    check_map(report, "config.boot.boot_options", &spec.boot.options, &[MACHINE_KEY]);
-    for disk in &spec.disks {
-        check_map(report, &format!("{}.options", disk.field()), &disk.options, &[]);
+/// Adds the findings that do not depend on the machine, and returns QEMU's own settings.
+pub(crate) fn check_common<'a>(
+    report: &mut Report,
+    spec: &'a VmSpec,
+    accelerator: Accelerator,
+) -> VmOptions<'a> {
+    let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
+    let options = VmOptions::read(spec, report);
+    check_cpu(report, cpu, &options, accelerator);
+    // QEMU serves all of these as they are; only microvm has less, which `check_microvm` says.
+    let Memory { size_bytes: _, hotplug_max_bytes: _, pages: _, shared: _ } = memory;
+    let Boot { kernel: _, initrd: _, args: _ } = boot;
+    check_length(report, spec, spec.kernel_args().len());
+    for disk in disks {
+        let Disk {
+            index: _,
+            id: _,
+            path: _,
+            read_only: _,
+            is_root: _,
+            format: _,
+            backing_files: _,
+            cache: _,
+            direct_io: _,
+            limits: _,
+        } = disk;
     }
-    for (index, nic) in spec.nics.iter().enumerate() {
-        check_map(report, &format!("config.network[{index}].options"), &nic.options, &[]);
+    for (index, nic) in nics.iter().enumerate() {
+        check_nic(report, index, nic);
     }
+    match console {
+        Console::Off | Console::Kept | Console::File(_) => {}
+    }
+    let RestartPolicy { mode: _, max_restarts: _ } = restart;
+    options
 }
 
-fn check_map(report: &mut Report, field: &str, options: &Options, known: &[&str]) {
-    for key in options.keys() {
-        match scope_of(key) {
-            OptionScope::Plain => {}
-            OptionScope::Backend("qemu.", _) if known.contains(&key.as_str()) => {}
-            OptionScope::Backend("qemu.", _) => {
-                let known = if known.is_empty() { "there are none".to_owned() } else { known.join(", ") };
-                report.reject(
-                    format!("{field}[\"{key}\"]"),
-                    format!("unknown key of the qemu backend; known keys here: {known}"),
-                );
-            }
-            OptionScope::Backend(..) => {
-                report.warn(format!("{field}[\"{key}\"]"), "is not used: it concerns another backend");
-            }
-        }
+fn check_cpu(report: &mut Report, cpu: &Cpu, options: &VmOptions<'_>, accelerator: Accelerator) {
+    let Cpu { count, max, topology: _ } = *cpu;
+    let too_many = |cpus| format!("must be at most {MAX_VCPUS} on the qemu backend, not {cpus}");
+    if count > MAX_VCPUS {
+        report.reject("config.cpu.vcpu_count", too_many(count));
+    } else if max > MAX_VCPUS {
+        report.reject("config.cpu.max_vcpu_count", too_many(max));
     }
-}
-
-fn check_cpu(report: &mut Report, spec: &VmSpec, accelerator: Accelerator) {
-    if spec.cpu.count > MAX_VCPUS {
+    if let Some(model) = options.model
+        && model.name() == "host"
+        && accelerator == Accelerator::Tcg
+    {
         report.reject(
-            "config.cpu.vcpu_count",
-            format!("must be at most {MAX_VCPUS} on the qemu backend, not {}", spec.cpu.count),
-        );
-    } else if spec.cpu.max > MAX_VCPUS {
-        report.reject(
-            "config.cpu.max_vcpu_count",
-            format!("must be at most {MAX_VCPUS} on the qemu backend, not {}", spec.cpu.max),
-        );
-    }
-    let Some(model) = spec.cpu.features.get(MODEL_KEY) else { return };
-    let field = format!("config.cpu.features[\"{MODEL_KEY}\"]");
-    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+,=".contains(&byte);
-    let name = model.split(',').next().unwrap_or_default();
-    if name.is_empty() || name == "help" || model.starts_with('-') || !model.bytes().all(legal) {
-        report.reject(
-            field,
-            "must be a CPU model of QEMU, with features after commas where needed, such as \"Skylake-Server\" or \"max,-avx512f\"",
-        );
-    } else if name == "host" && accelerator == Accelerator::Tcg {
-        report.reject(
-            field,
+            model.field(),
             "\"host\" needs KVM, and this host emulates (UNKEY_VMCP_QEMU_KVM): name another model, or none",
         );
     }
 }
 
-fn check_q35(report: &mut Report, spec: &VmSpec) {
+fn check_nic(report: &mut Report, index: usize, nic: &Nic) {
+    let Nic { id: _, mac: _, tap: _, limits } = nic;
+    let keys = [
+        ("rate_limit.bytes_per_second", limits.bytes_per_second),
+        ("rate_limit.packets_per_second", limits.operations_per_second),
+    ];
+    for (key, _) in keys.into_iter().filter(|(_, ceiling)| ceiling.is_some()) {
+        report.ignore(
+            format!("config.network[{index}].options[\"{key}\"]"),
+            "is not applied: QEMU cannot limit a network interface; limit its TAP on the host (tc)",
+        );
+    }
+}
+
+pub(crate) fn check_q35(report: &mut Report, spec: &VmSpec) {
     for (list, count) in [("config.storage", spec.disks.len()), ("config.network", spec.nics.len())] {
         if count > MAX_Q35_DEVICES {
             report.reject(list, format!("must have at most {MAX_Q35_DEVICES} entries on q35, not {count}"));
@@ -117,14 +116,14 @@ fn check_microvm(report: &mut Report, spec: &VmSpec, accelerator: Accelerator) {
         );
     }
     if spec.cpu.max > spec.cpu.count {
-        report.warn("config.cpu.max_vcpu_count", "has no effect: microvm has no CPU hot-plug");
+        report.ignore("config.cpu.max_vcpu_count", "has no effect: microvm has no CPU hot-plug");
     }
     if spec.memory.hotplug_max_bytes.is_some() {
-        report.warn("config.memory.hotplug_enabled", "has no effect: microvm has no memory hot-plug");
+        report.ignore("config.memory.hotplug_enabled", "has no effect: microvm has no memory hot-plug");
     }
     let has_frequency = kernel_words(&spec.boot.args).any(|word| word.starts_with("tsc_early_khz="));
     if accelerator == Accelerator::Tcg && !has_frequency {
-        report.warn(
+        report.advise(
             format!("config.boot.boot_options[\"{MACHINE_KEY}\"]"),
             "an emulated microvm has no clock to measure its CPU by, and Linux may hang while it boots: add tsc_early_khz=<the host's kHz> to kernel_args, or use q35",
         );

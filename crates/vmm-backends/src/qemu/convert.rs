@@ -27,9 +27,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::spec::{Nic, RestartMode, VmSpec, option_is_true};
+use vmm_core::spec::{Boot, Cpu, MIB, Memory, Nic, PageSize, RestartMode, RestartPolicy, VmSpec};
 
 use super::client::RebootAction;
+use super::options::VmOptions;
 pub use file::Untellable;
 use option::Opt;
 
@@ -42,10 +43,6 @@ pub const QMP_SOCKET: &str = "qmp.sock";
 pub const CONSOLE_SOCKET: &str = "console.sock";
 /// The process id file's name in the run folder.
 const PID_FILE: &str = "qemu.pid";
-/// The key of `boot_options` that picks the machine.
-pub const MACHINE_KEY: &str = "qemu.machine";
-/// The key of `cpu.features` that picks the CPU model.
-pub const MODEL_KEY: &str = "qemu.model";
 
 /// Functions of one PCI slot.
 const FUNCTIONS: usize = 8;
@@ -97,13 +94,14 @@ impl Machine {
         }
     }
 
-    /// The machine that `spec` asks for; `None` where there is no such machine.
+    /// Returns the machine that `spec` asks for; `None` where there is no such machine.
     pub fn of(spec: &VmSpec) -> Option<Self> {
-        match spec.boot.options.get(MACHINE_KEY).map(String::as_str) {
-            None | Some("q35") => Some(Self::Q35),
-            Some("microvm") => Some(Self::Microvm),
-            Some(_) => None,
-        }
+        VmOptions::of(spec).machine
+    }
+
+    /// Returns the machine that QEMU calls `name`.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        [Self::Q35, Self::Microvm].into_iter().find(|machine| machine.as_str() == name)
     }
 
     /// The ending of a virtio device's name on this machine.
@@ -270,6 +268,9 @@ fn ahead_of(options: &[Opt]) -> Vec<OsString> {
 }
 
 fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
+    // The console comes with the request, which knows its file.
+    let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = inputs.spec;
+    let RestartPolicy { mode: _, max_restarts: _ } = restart;
     let mut options = Vec::new();
     options.push(Opt::Pairs {
         flag: "-name",
@@ -278,14 +279,13 @@ fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
         pairs: vec![("guest", inputs.vm_id.to_string().into())],
     });
     identity(&mut options, inputs.uid);
-    machine(&mut options, inputs);
-    boot(&mut options, inputs.spec);
-    for (place, (disk, image)) in inputs.spec.disks.iter().zip(inputs.images).enumerate() {
+    machine(&mut options, inputs, cpu, memory);
+    add_boot(&mut options, boot, inputs.spec.kernel_args());
+    for (place, (disk, image)) in disks.iter().zip(inputs.images).enumerate() {
         options.push(Opt::Disk(disk::option(inputs.machine, place, disk, *image)?));
     }
-    let disks = inputs.spec.disks.len();
-    for (place, (nic, tap)) in inputs.spec.nics.iter().zip(inputs.taps).enumerate() {
-        add_nic(&mut options, inputs.machine, disks, place, nic, tap);
+    for (place, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
+        add_nic(&mut options, inputs.machine, disks.len(), place, nic, tap);
     }
     console(&mut options, inputs);
     control(&mut options, inputs.dir);
@@ -311,12 +311,10 @@ fn identity(options: &mut Vec<Opt>, uid: VmUid) {
     ]);
 }
 
-fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>) {
-    let spec = inputs.spec;
-    let memory = &spec.memory;
-    // Values other than true and false were refused when the spec was parsed.
-    let backed = |key| option_is_true(&memory.backing, key).unwrap_or(false);
-    let (huge, shared) = (backed("hugepages"), backed("shared"));
+fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memory) {
+    let Cpu { count, max, topology } = *cpu;
+    let Memory { size_bytes, hotplug_max_bytes, pages, shared } = *memory;
+    let huge = pages == PageSize::Huge;
     let mut properties: Vec<(&str, OsString)> =
         inputs.machine.properties().iter().map(|(key, value)| (*key, value.into())).collect();
     if huge || shared {
@@ -327,32 +325,27 @@ fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>) {
     if let Some(firmware) = inputs.machine.firmware() {
         options.push(Opt::Property { flag: "-bios", key: "firmware", value: firmware.into() });
     }
-    let model = spec.cpu.features.get(MODEL_KEY).map(String::as_str);
+    let model = VmOptions::of(inputs.spec).model.map(|model| model.text);
     processor(options, inputs.accelerator, model);
-    let (sockets, cores, threads) = match spec.cpu.topology {
+    let (sockets, cores, threads) = match topology {
         Some(topology) => (topology.sockets, topology.cores, topology.threads),
-        None => (1, spec.cpu.max, 1),
+        None => (1, max, 1),
     };
-    let counts = [
-        ("cpus", spec.cpu.count),
-        ("maxcpus", spec.cpu.max),
-        ("sockets", sockets),
-        ("cores", cores),
-        ("threads", threads),
-    ];
+    let counts =
+        [("cpus", count), ("maxcpus", max), ("sockets", sockets), ("cores", cores), ("threads", threads)];
     let pairs = counts.map(|(key, count)| (key, count.to_string().into())).to_vec();
     options.push(Opt::Pairs { flag: "-smp", group: "smp-opts", kind: None, pairs });
     let mut size = vec![("size", format!("{}M", memory.size_mib()).into())];
-    if let (Machine::Q35, Some(ceiling)) = (inputs.machine, memory.hotplug_max_bytes)
-        && ceiling > memory.size_bytes
+    if let (Machine::Q35, Some(ceiling)) = (inputs.machine, hotplug_max_bytes)
+        && ceiling > size_bytes
     {
         size.push(("slots", MEMORY_SLOTS.to_string().into()));
-        size.push(("maxmem", format!("{}M", ceiling / vmm_core::spec::MIB).into()));
+        size.push(("maxmem", format!("{}M", ceiling / MIB).into()));
     }
     options.push(Opt::Pairs { flag: "-m", group: "memory", kind: None, pairs: size });
     if huge || shared {
         options.push(Opt::object(json!({
-            "qom-type": "memory-backend-memfd", "id": "ram", "size": memory.size_bytes,
+            "qom-type": "memory-backend-memfd", "id": "ram", "size": size_bytes,
             "hugetlb": huge, "share": shared,
         })));
     }
@@ -371,19 +364,21 @@ const fn default_model(accelerator: Accelerator) -> &'static str {
     }
 }
 
-fn boot(options: &mut Vec<Opt>, spec: &VmSpec) {
-    let kernel = spec.boot.kernel.clone().into_os_string();
-    options.push(Opt::Property { flag: "-kernel", key: "kernel", value: kernel });
-    if let Some(initrd) = &spec.boot.initrd {
+fn add_boot(options: &mut Vec<Opt>, boot: &Boot, args: String) {
+    // `args` is the command line in force.
+    let Boot { kernel, initrd, args: _ } = boot;
+    options.push(Opt::Property { flag: "-kernel", key: "kernel", value: kernel.into() });
+    if let Some(initrd) = initrd {
         options.push(Opt::Property { flag: "-initrd", key: "initrd", value: initrd.into() });
     }
-    let args = spec.kernel_args();
     if !args.is_empty() {
         options.push(Opt::Property { flag: "-append", key: "append", value: args.into() });
     }
 }
 
 fn add_nic(options: &mut Vec<Opt>, machine: Machine, disks: usize, place: usize, nic: &Nic, tap: &str) {
+    // The check warns that QEMU cannot limit an interface.
+    let Nic { id: _, mac, tap: _, limits: _ } = nic;
     // QEMU before 7.2 takes no JSON here.
     options.push(Opt::Pairs {
         flag: "-netdev",
@@ -398,7 +393,7 @@ fn add_nic(options: &mut Vec<Opt>, machine: Machine, disks: usize, place: usize,
     });
     let mut device = json!({
         "driver": format!("virtio-net-{}", machine.virtio()), "id": format!("net{place}"),
-        "netdev": format!("tap{place}"), "mac": nic.mac.to_string(),
+        "netdev": format!("tap{place}"), "mac": mac.to_string(),
     });
     if machine == Machine::Q35 {
         // No boot from the network, so no ROM for it.

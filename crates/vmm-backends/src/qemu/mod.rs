@@ -22,6 +22,7 @@ pub(crate) mod ending;
 pub(crate) mod fuzzing;
 pub(crate) mod images;
 pub(crate) mod link;
+pub(crate) mod options;
 pub mod qmp;
 mod spare;
 mod start;

@@ -1,37 +1,13 @@
 //! What is asked of every backend's `check` alike: keys of the free maps.
 
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
-use vmm_core::config::Options;
 use vmm_core::report::Report;
-use vmm_core::spec::{OptionScope, RateLimit, VmSpec, scope_of};
+use vmm_core::spec::{RateLimit, VmSpec};
 
 /// Reports keys that bear `prefix` (a backend's, with the dot), of which none is known, and those of other backends.
 pub fn check_keys(report: &mut Report, spec: &VmSpec, prefix: &str) {
-    check_map(report, "config.cpu.features", &spec.cpu.features, prefix);
-    check_map(report, "config.memory.backing", &spec.memory.backing, prefix);
-    check_map(report, "config.boot.boot_options", &spec.boot.options, prefix);
-    for disk in &spec.disks {
-        check_map(report, &format!("{}.options", disk.field()), &disk.options, prefix);
-    }
-    for (index, nic) in spec.nics.iter().enumerate() {
-        check_map(report, &format!("config.network[{index}].options"), &nic.options, prefix);
-    }
-}
-
-fn check_map(report: &mut Report, field: &str, options: &Options, own: &str) {
-    for key in options.keys() {
-        match scope_of(key) {
-            OptionScope::Plain => {}
-            OptionScope::Backend(prefix, _) if prefix == own => {
-                report.reject(
-                    format!("{field}[\"{key}\"]"),
-                    "unknown key: this backend has no keys of its own",
-                );
-            }
-            OptionScope::Backend(..) => {
-                report.warn(format!("{field}[\"{key}\"]"), "is not used: it concerns another backend");
-            }
-        }
+    for option in spec.options.own(prefix, report) {
+        report.reject(option.field(), "unknown key: this backend has no keys of its own");
     }
 }
 

@@ -213,11 +213,9 @@ fn restart_to_pb(policy: &RestartPolicyConfig) -> pb::RestartPolicy {
     pb::RestartPolicy { mode: policy.mode.into(), max_restarts: policy.max_restarts, ..Default::default() }
 }
 
-pub(super) fn reports_to_pb(reports: Vec<FieldReport>) -> Vec<pb::FieldReport> {
-    reports
-        .into_iter()
-        .map(|report| pb::FieldReport { field: report.field, message: report.message, ..Default::default() })
-        .collect()
+pub(super) fn reports_to_pb<T: Into<FieldReport>>(reports: Vec<T>) -> Vec<pb::FieldReport> {
+    let to_pb = |FieldReport { field, message }| pb::FieldReport { field, message, ..Default::default() };
+    reports.into_iter().map(T::into).map(to_pb).collect()
 }
 
 pub(super) fn status_to_pb(status: &Status) -> pb::VmStatus {

@@ -204,11 +204,12 @@ impl pb::VmService for Api {
     ) -> ServiceResult<pb::ValidateVmResponse> {
         let request = request.to_owned_message();
         let config = config_from_pb(request.config.into_option().unwrap_or_default());
-        let report = self.service.validate(&Requested { backend: request.backend, config }).await;
+        let requested = Requested { backend: request.backend, config };
+        let report = self.service.validate(&requested).await.map_err(to_connect)?;
         Response::ok(pb::ValidateVmResponse {
             ok: report.is_ok(),
-            violations: reports_to_pb(report.violations),
-            warnings: reports_to_pb(report.warnings),
+            warnings: reports_to_pb(report.warnings.clone()),
+            violations: reports_to_pb(report.into_violations()),
             ..Default::default()
         })
     }

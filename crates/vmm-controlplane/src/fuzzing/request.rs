@@ -19,8 +19,8 @@ use vmm_backends::qemu::{self, KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend as _;
 use vmm_core::config::VmConfig;
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::report::Report;
-use vmm_core::spec::{MIB, VmSpec};
+use vmm_core::report::{FieldReport, Report};
+use vmm_core::spec::{MIB, VmSpec, too_many};
 use vmm_proto::v1 as pb;
 
 use crate::api::convert::{config_from_pb, config_to_pb, states_from_pb};
@@ -148,6 +148,9 @@ fn config(sent: Option<pb::VmConfig>) {
     let sent = sent.unwrap_or_default();
     let config = config_from_pb(sent.clone());
     assert_eq!(config_to_pb(&config), sent, "no field is lost on the way");
+    if let Some(report) = too_many(&config) {
+        return check_report(&report);
+    }
     match VmSpec::parse(&config) {
         Ok(spec) => {
             check_spec(&config, &spec);
@@ -160,7 +163,8 @@ fn config(sent: Option<pb::VmConfig>) {
 /// A refusal names each field at fault by a path, and is short enough to be sent.
 fn check_report(report: &Report) {
     assert!(!report.is_ok(), "a refusal has a reason");
-    for finding in report.violations.iter().chain(&report.warnings) {
+    let warnings = report.warnings.iter().cloned().map(FieldReport::from);
+    for finding in report.violations.iter().cloned().chain(warnings) {
         assert!(finding.field.starts_with("config."), "{finding}");
         assert!(!finding.message.is_empty(), "{finding}");
     }

@@ -7,7 +7,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 use vmm_testkit::guests::Guest;
 
-use crate::harness::World;
+use crate::harness::{World, hypervisors};
 
 /// Sets the value at a pointer, making what is missing on the way.
 fn with(mut config: Value, pointer: &str, value: Value) -> Value {
@@ -38,11 +38,18 @@ fn each_wrong_value_is_named_by_its_path() {
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     let text = dir.join("text");
     fs::write(&text, "no kernel").unwrap();
+    let image = |changes: &[(usize, u8)]| {
+        let mut image = [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 600]].concat();
+        image[103] = 104;
+        changes.iter().for_each(|(at, byte)| image[*at] = *byte);
+        image
+    };
     let qcow2 = dir.join("qcow2");
-    fs::write(&qcow2, [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 600]].concat()).unwrap();
+    fs::write(&qcow2, image(&[])).unwrap();
     let backed = dir.join("backed");
-    fs::write(&backed, [b"QFI\xfb\0\0\0\x03".as_slice(), &[0, 0, 0, 0, 0, 0, 1, 0], &[0; 600]].concat())
-        .unwrap();
+    fs::write(&backed, image(&[(14, 1), (19, 4)])).unwrap();
+    let encrypted = dir.join("encrypted");
+    fs::write(&encrypted, image(&[(35, 2)])).unwrap();
     let raw = dir.join("raw");
     fs::write(&raw, [0; 4096]).unwrap();
     let link = dir.join("link");
@@ -106,6 +113,11 @@ fn each_wrong_value_is_named_by_its_path() {
             "/storage/0",
             json!({"path": backed, "options": {"format": "qcow2"}}),
             "config.storage[0].options[\"backing_files\"]",
+        ),
+        (
+            "/storage/0",
+            json!({"path": encrypted, "options": {"format": "qcow2"}}),
+            "config.storage[0].options[\"format\"]",
         ),
         ("/storage/0", json!({"path": raw, "interface_type": "ide"}), "config.storage[0].interface_type"),
         ("/storage/0", json!({"path": raw, "id": "a/b"}), "config.storage[0].id"),
@@ -180,13 +192,65 @@ fn all_violations_at_once_in_the_message_and_as_details() {
     let world = World::started(&[]);
     let config = json!({"cpu": {"vcpu_count": 0}, "memory": {"size_bytes": 1}, "boot": {"kernel_path": "/nonexistent"}});
     let answer = world.call("CreateVm", &json!({"vm_id": "a b", "config": config}));
-    let fields = ["vm_id", "config.cpu.vcpu_count", "config.memory.size_bytes"];
+    let fields = ["vm_id", "config.cpu.vcpu_count", "config.memory.size_bytes", "config.boot.kernel_path"];
     for field in fields {
         assert!(answer.body["message"].as_str().unwrap().contains(&format!("{field}: ")), "{}", answer.body);
     }
     let detail = &answer.body["details"][0];
     assert_eq!(detail["type"], "google.rpc.BadRequest");
     assert!(detail["value"].is_string());
+}
+
+#[test]
+fn a_request_with_hundreds_of_thousands_of_devices_is_refused_by_their_number() {
+    let world = World::started(&[]);
+    for list in ["storage", "network"] {
+        let mut config = world.tiny(Guest::Idle);
+        config[list] = json!(vec![json!({}); 300_000]);
+        let message = world.call("CreateVm", &json!({"config": config})).error("invalid_argument");
+        assert!(message.contains(&format!("config.{list}: ")) && message.contains("300000"), "{message}");
+        let validated = world.call("ValidateVm", &json!({"config": config})).ok();
+        assert_eq!(validated["violations"].as_array().map(Vec::len), Some(1), "{validated}");
+    }
+    let keys = (0..100_000).map(|number| (format!("key{number}"), json!("")));
+    let options: serde_json::Map<_, _> = keys.collect();
+    let config = with(world.tiny(Guest::Idle), "/boot/boot_options", options.into());
+    world.call("CreateVm", &json!({"config": config})).error("invalid_argument");
+}
+
+#[test]
+fn the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation() {
+    let test = "the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation";
+    let world = World::started(&[]);
+    let disk = world.dir.path().join("root.raw");
+    fs::write(&disk, [0; 4096]).unwrap();
+    for backend in hypervisors(test) {
+        let request = |length: usize| {
+            let mut config = world.tiny(Guest::Idle);
+            config["boot"]["kernel_args"] = json!("x".repeat(length));
+            config["storage"] = json!([{"path": disk, "is_root_device": true}]);
+            json!({"vm_id": "vm", "backend": backend, "config": config})
+        };
+        let is_ok = |length: usize| {
+            let request = request(length);
+            let body = json!({"backend": backend, "config": request["config"]});
+            world.call("ValidateVm", &body).ok()["ok"] == true
+        };
+        let (mut longest, mut too_long) = (0, 2048);
+        while too_long - longest > 1 {
+            let length = usize::midpoint(longest, too_long);
+            if is_ok(length) { longest = length } else { too_long = length }
+        }
+        let added = " root=/dev/vda rw".len();
+        assert!(longest + added <= 2047, "{backend}: {longest}");
+        let message = world.call("CreateVm", &request(too_long)).error("invalid_argument");
+        assert!(message.contains("config.boot.kernel_args: "), "{message}");
+        world.call("CreateVm", &request(longest)).ok();
+        world.boot("vm");
+        world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+        world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+    }
+    world.assert_nothing_left();
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! Disks, TAPs and consoles, seen from a Linux guest and from the metrics.
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
 use vmm_testkit::guests::Guest;
 
-use crate::harness::{World, linux, on_path, skipped};
+use crate::harness::{World, hypervisors, linux, on_path, skipped};
 use crate::needs_qemu;
 
 fn raw_disk(dir: &Path, name: &str, mib: u64) -> PathBuf {
@@ -78,6 +79,39 @@ fn disks_arrive_in_order_and_are_counted() {
         root.exists() && data.exists() && qcow2.exists(),
         "DeleteVm removes no file that the client named"
     );
+    world.assert_nothing_left();
+}
+
+#[test]
+fn what_is_written_to_a_raw_disk_keeps_no_vm_from_booting() {
+    let test = "what_is_written_to_a_raw_disk_keeps_no_vm_from_booting";
+    let world = World::started(&[]);
+    for backend in hypervisors(test) {
+        let disk = raw_disk(world.dir.path(), &format!("{backend}.img"), 1);
+        let mut config = world.tiny(Guest::Idle);
+        config["storage"] = json!([{"path": disk}]);
+        let request = json!({"vm_id": "vm", "backend": backend, "config": config});
+        world.call("CreateVm", &request).ok();
+        world.boot("vm");
+        let file = fs::File::options().write(true).open(&disk).unwrap();
+        file.write_all_at(b"QFI\xfb\0\0\0\x03", 0).unwrap();
+        if backend == "cloudhypervisor" {
+            // Cloud Hypervisor opens no raw disk that begins as a qcow2, although the format is stated.
+            world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
+            let message = world.call("BootVm", &json!({"vm_id": "vm"})).error("failed_precondition");
+            assert!(message.contains("the VMM refused"), "{message}");
+            assert!(!message.contains("config.storage"), "this program does not look: {message}");
+        } else {
+            world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok();
+            world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
+            world.boot("vm");
+            world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+        }
+        let another = json!({"vm_id": "another", "backend": backend, "config": config});
+        let message = world.call("CreateVm", &another).error("invalid_argument");
+        assert!(message.contains("begins as a qcow2 image"), "{message}");
+        world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+    }
     world.assert_nothing_left();
 }
 

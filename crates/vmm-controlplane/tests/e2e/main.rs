@@ -21,6 +21,7 @@ mod events;
 mod full_disk;
 mod guest_ends;
 mod harness;
+mod hung_files;
 mod libvirt;
 mod libvirt_session;
 mod lifecycle;

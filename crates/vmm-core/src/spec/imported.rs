@@ -5,8 +5,8 @@
 
 use std::path::PathBuf;
 
-use super::parse::{parse_disk, parse_nic};
-use super::{Boot, Console, Cpu, MIB, Memory, RestartPolicy, VmSpec};
+use super::parse::{parse_backing, parse_disk, parse_nic};
+use super::{BackendOptions, Boot, Console, Cpu, MIB, Memory, RestartPolicy, VmSpec};
 use crate::config::VmConfig;
 use crate::report::Report;
 
@@ -22,29 +22,30 @@ impl VmSpec {
         let disks = devices.filter_map(|(index, device)| parse_disk(&mut ignored, index, device)).collect();
         let nics = config.network.iter().enumerate();
         let nics = nics.filter_map(|(index, nic)| parse_nic(&mut ignored, index, nic)).collect();
+        let (pages, shared) = parse_backing(&mut ignored, &memory.backing);
         Self {
             cpu: Cpu {
                 count,
                 max: u32::try_from(cpu.max_vcpu_count).unwrap_or(count).max(count),
                 topology: None,
-                features: cpu.features,
             },
             memory: Memory {
                 size_bytes: u64::try_from(memory.size_bytes).unwrap_or(MIB).max(MIB),
                 hotplug_max_bytes: None,
-                backing: memory.backing,
+                pages,
+                shared,
             },
             boot: Boot {
                 kernel: PathBuf::from(boot.kernel_path),
                 initrd: (!boot.initrd_path.is_empty()).then(|| PathBuf::from(boot.initrd_path)),
                 args: boot.kernel_args,
-                options: boot.boot_options,
             },
             disks,
             nics,
             console: Console::Off,
             // Nobody set a policy, so nothing that its guest does ends it.
             restart: RestartPolicy { mode: None, max_restarts: u32::MAX },
+            options: BackendOptions::of(config),
         }
     }
 }

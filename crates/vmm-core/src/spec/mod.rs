@@ -1,8 +1,13 @@
 //! The checked form of a configuration: every value is legal by itself and with the others.
 //!
-//! [`VmSpec::parse`] is the only way to make one. It reads nothing but its argument; what must be looked up on the host (does
-//! the kernel exist? is the TAP taken?) is checked by the service, and what one hypervisor adds by its backend.
+//! [`VmSpec::parse`] reads nothing but its argument. The service checks what must be looked up on the host (the files exist, the
+//! TAP is free), and each backend checks what its hypervisor adds. After parsing there is no text map: every plain key is a
+//! field, and the keys of one backend are a list that this backend reads ([`BackendOptions`]).
+//!
+//! Each backend's `check` and `convert` take these structs apart without `..`, so that a new field does not compile until every
+//! backend either serves it or names it as not served.
 
+mod count;
 mod imported;
 mod kernel_line;
 mod options;
@@ -11,13 +16,14 @@ mod parse;
 use std::fmt;
 use std::path::PathBuf;
 
+pub use count::too_many;
 pub use kernel_line::{kernel_words, kernels_part};
 pub use options::{
-    BACKING_KEYS, BOOT_KEYS, CPU_KEYS, DISK_KEYS, NIC_KEYS, OptionScope, RateLimit, option_is_true,
-    rate_limit, scope_of,
+    BACKING_KEYS, BOOT_KEYS, BackendOption, BackendOptions, CPU_KEYS, DISK_KEYS, NIC_KEYS, OptionPlace,
+    prefix_of,
 };
 
-use crate::config::Options;
+use crate::id::VmUid;
 
 /// One mebibyte, in bytes.
 pub const MIB: u64 = 1 << 20;
@@ -42,6 +48,8 @@ pub struct VmSpec {
     pub console: Console,
     /// What follows the end of a run.
     pub restart: RestartPolicy,
+    /// Keys of the free maps that concern one backend each.
+    pub options: BackendOptions,
 }
 
 /// Virtual CPUs.
@@ -53,8 +61,6 @@ pub struct Cpu {
     pub max: u32,
     /// How `max` CPUs are arranged, where the client says.
     pub topology: Option<Topology>,
-    /// Features by key.
-    pub features: Options,
 }
 
 /// Arrangement of CPUs; the product is [`Cpu::max`].
@@ -75,8 +81,19 @@ pub struct Memory {
     pub size_bytes: u64,
     /// Ceiling for growth in bytes, where growth is enabled.
     pub hotplug_max_bytes: Option<u64>,
-    /// How the host backs it, by key.
-    pub backing: Options,
+    /// The pages that the host backs it with.
+    pub pages: PageSize,
+    /// Whether other processes on the host may map it.
+    pub shared: bool,
+}
+
+/// The pages that the host backs a guest's memory with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageSize {
+    /// The host's usual ones.
+    Usual,
+    /// Huge pages of the host's default size.
+    Huge,
 }
 
 impl Memory {
@@ -95,8 +112,6 @@ pub struct Boot {
     pub initrd: Option<PathBuf>,
     /// Kernel command line as given. Backends use [`VmSpec::kernel_args`].
     pub args: String,
-    /// Boot settings by key.
-    pub options: Options,
 }
 
 /// One disk.
@@ -116,14 +131,43 @@ pub struct Disk {
     pub format: DiskFormat,
     /// Whether a qcow2 image may name a backing file.
     pub backing_files: bool,
-    /// All settings by key.
-    pub options: Options,
+    /// What becomes of the guest's flushes.
+    pub cache: DiskCache,
+    /// Whether the host's page cache is passed by.
+    pub direct_io: bool,
+    /// Ceilings on its traffic.
+    pub limits: RateLimit,
 }
 
 impl Disk {
     /// The path of this disk's entry in the configuration.
     pub fn field(&self) -> String {
         format!("config.storage[{}]", self.index)
+    }
+}
+
+/// What becomes of a guest's flushes of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskCache {
+    /// They reach the disk.
+    Writeback,
+    /// They do not.
+    Unsafe,
+}
+
+/// Ceilings on the traffic of one device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RateLimit {
+    /// Bytes in a second.
+    pub bytes_per_second: Option<u64>,
+    /// Requests or packets in a second.
+    pub operations_per_second: Option<u64>,
+}
+
+impl RateLimit {
+    /// Tells whether there is no ceiling at all.
+    pub const fn is_none(self) -> bool {
+        self.bytes_per_second.is_none() && self.operations_per_second.is_none()
     }
 }
 
@@ -155,8 +199,8 @@ pub struct Nic {
     pub mac: MacAddr,
     /// TAP on the host, where the client names one.
     pub tap: Option<String>,
-    /// Settings by key.
-    pub options: Options,
+    /// Ceilings on its traffic, each way.
+    pub limits: RateLimit,
 }
 
 /// A hardware address.
@@ -187,6 +231,36 @@ pub enum Console {
     File(PathBuf),
 }
 
+/// The files on the host that a configuration names, as far as their paths are legal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedFiles {
+    /// Kernel image.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// The serial console, whose output may go to a file.
+    pub console: Console,
+}
+
+impl NamedFiles {
+    /// Returns the files of a whole specification.
+    pub fn of(spec: &VmSpec) -> Self {
+        let VmSpec { cpu: _, memory: _, boot, disks, nics: _, console, restart: _, options: _ } = spec;
+        let Boot { kernel, initrd, args: _ } = boot;
+        Self {
+            kernel: Some(kernel.clone()),
+            initrd: initrd.clone(),
+            disks: disks.clone(),
+            console: console.clone(),
+        }
+    }
+}
+
+/// The field whose violation says that firmware is not served yet.
+pub const FIRMWARE_FIELD: &str = "config.boot.boot_options[\"firmware\"]";
+
 /// What follows the end of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RestartPolicy {
@@ -213,6 +287,13 @@ pub enum RestartMode {
 pub const DEFAULT_MAX_RESTARTS: u32 = 5;
 
 impl VmSpec {
+    /// Returns the name of the TAP of each network interface, in their order. CreateVm stores every name; a record of an
+    /// earlier release has none where the client gave none, and there the name follows from `uid`.
+    pub fn tap_names(&self, uid: VmUid) -> Vec<String> {
+        let named = |(index, nic): (usize, &Nic)| nic.tap.clone().unwrap_or_else(|| uid.tap_name(index));
+        self.nics.iter().enumerate().map(named).collect()
+    }
+
     /// The kernel command line in force: as given, and `root=/dev/vda ro|rw` where a root device is named and the line has
     /// no `root=` of its own. Alike on every backend. What follows a lone `--` is init's, so it stays last.
     pub fn kernel_args(&self) -> String {

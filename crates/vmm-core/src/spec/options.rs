@@ -1,9 +1,12 @@
 //! The free maps: which keys there are, and how their values are read.
 //!
-//! A plain key means the same on every backend. A key with a backend's prefix (`qemu.`, `ch.`, `fc.`) concerns that backend
-//! alone, which checks it; elsewhere it is a warning. Any other key is a violation: a typo is never dropped in silence.
+//! A plain key means the same on every backend. [`VmSpec::parse`](super::VmSpec::parse) reads its value into a field, so that
+//! nobody reads the text again. A key with a backend's prefix (`qemu.`, `ch.`, `fc.`) concerns that backend alone, which reads it
+//! from [`BackendOptions`]; on any other backend the key is a warning. Any other key is a violation, because a misspelt key must
+//! not be dropped in silence.
 
-use crate::config::Options;
+use super::RateLimit;
+use crate::config::{Options, VmConfig};
 use crate::report::Report;
 
 /// Plain keys of `cpu.features`.
@@ -27,29 +30,95 @@ pub const NIC_KEYS: &[&str] = &["rate_limit.bytes_per_second", "rate_limit.packe
 /// Prefixes that tie a key to one backend.
 const PREFIXES: &[&str] = &["qemu.", "ch.", "fc."];
 
-/// Whom a key concerns.
+/// The map that a key of one backend stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OptionScope<'a> {
-    /// Every backend.
-    Plain,
-    /// One backend: its prefix with the dot, and the rest of the key.
-    Backend(&'a str, &'a str),
+pub enum OptionPlace {
+    /// `cpu.features`.
+    Cpu,
+    /// `memory.backing`.
+    Memory,
+    /// `boot.boot_options`.
+    Boot,
+    /// `options` of the disk with this index in the configuration.
+    Disk(usize),
+    /// `options` of the network interface with this index in the configuration.
+    Nic(usize),
 }
 
-/// Tells whom `key` concerns.
-pub fn scope_of(key: &str) -> OptionScope<'_> {
-    for prefix in PREFIXES {
-        if let Some(rest) = key.strip_prefix(prefix) {
-            return OptionScope::Backend(&key[..prefix.len()], rest);
+impl OptionPlace {
+    /// Returns the path of the map from the request's root.
+    fn field(self) -> String {
+        match self {
+            Self::Cpu => "config.cpu.features".to_owned(),
+            Self::Memory => "config.memory.backing".to_owned(),
+            Self::Boot => "config.boot.boot_options".to_owned(),
+            Self::Disk(index) => format!("config.storage[{index}].options"),
+            Self::Nic(index) => format!("config.network[{index}].options"),
         }
     }
-    OptionScope::Plain
+}
+
+/// One key that concerns one backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendOption {
+    /// The map that holds the key.
+    pub place: OptionPlace,
+    /// The key with the backend's prefix.
+    pub key: String,
+    /// The value as sent. Only the backend that the prefix names knows its form.
+    pub value: String,
+}
+
+impl BackendOption {
+    /// Returns the path of the value from the request's root.
+    pub fn field(&self) -> String {
+        format!("{}[\"{}\"]", self.place.field(), self.key)
+    }
+}
+
+/// All keys that concern one backend each, in the order of the configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BackendOptions(Vec<BackendOption>);
+
+impl BackendOptions {
+    /// Collects the keys with a backend's prefix from every map of `config`.
+    pub(super) fn of(config: &VmConfig) -> Self {
+        let VmConfig { cpu, memory, boot, storage, network, .. } = config;
+        let one = |place| move |options| (place, options);
+        let maps = cpu.iter().map(|cpu| &cpu.features).map(one(OptionPlace::Cpu));
+        let maps = maps.chain(memory.iter().map(|memory| &memory.backing).map(one(OptionPlace::Memory)));
+        let maps = maps.chain(boot.iter().map(|boot| &boot.boot_options).map(one(OptionPlace::Boot)));
+        let disks = storage.iter().enumerate().map(|(index, disk)| (OptionPlace::Disk(index), &disk.options));
+        let nics = network.iter().enumerate().map(|(index, nic)| (OptionPlace::Nic(index), &nic.options));
+        let keys = maps.chain(disks).chain(nics).flat_map(|(place, options)| {
+            options
+                .iter()
+                .filter(|(key, _)| prefix_of(key).is_some())
+                .map(move |(key, value)| BackendOption { place, key: key.clone(), value: value.clone() })
+        });
+        Self(keys.collect())
+    }
+
+    /// Returns the keys of the backend whose keys begin with `prefix`, and warns of all others: they are not used here.
+    pub fn own<'a>(&'a self, prefix: &str, report: &mut Report) -> Vec<&'a BackendOption> {
+        let (own, others): (Vec<_>, Vec<_>) =
+            self.0.iter().partition(|option| prefix_of(&option.key) == Some(prefix));
+        for option in others {
+            report.ignore(option.field(), "is not used: it concerns another backend");
+        }
+        own
+    }
+}
+
+/// Returns the backend's prefix of `key`, with its dot.
+pub fn prefix_of(key: &str) -> Option<&'static str> {
+    PREFIXES.iter().find(|prefix| key.starts_with(**prefix)).copied()
 }
 
 /// Reports plain keys of the map at `field` that are not among `known`.
 pub(super) fn check_plain_keys(report: &mut Report, field: &str, options: &Options, known: &[&str]) {
     for key in options.keys() {
-        if scope_of(key) == OptionScope::Plain && !known.contains(&key.as_str()) {
+        if prefix_of(key).is_none() && !known.contains(&key.as_str()) {
             let known = if known.is_empty() { "there are none".to_owned() } else { known.join(", ") };
             report.reject(
                 format!("{field}[\"{key}\"]"),
@@ -59,48 +128,38 @@ pub(super) fn check_plain_keys(report: &mut Report, field: &str, options: &Optio
     }
 }
 
-/// Reads a key that is `true` or `false`; absent is false.
-///
-/// # Errors
-///
-/// The message of a violation.
-pub fn option_is_true(options: &Options, key: &str) -> Result<bool, String> {
+/// Reads a key that is `true` or `false`. An absent key is false, and so is a value that is reported.
+pub(super) fn flag(report: &mut Report, field: &str, options: &Options, key: &str) -> bool {
     match options.get(key).map(String::as_str) {
-        None | Some("false") => Ok(false),
-        Some("true") => Ok(true),
-        Some(other) => Err(format!("must be \"true\" or \"false\", not \"{other}\"")),
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(other) => {
+            report.reject(
+                format!("{field}[\"{key}\"]"),
+                format!("must be \"true\" or \"false\", not \"{other}\""),
+            );
+            false
+        }
     }
 }
 
-/// Ceilings on the traffic of one device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RateLimit {
-    /// Bytes in a second.
-    pub bytes_per_second: Option<u64>,
-    /// Requests or packets in a second.
-    pub operations_per_second: Option<u64>,
-}
-
-/// Reads the ceilings of one device, whose second one is called `operations_key`.
-///
-/// # Errors
-///
-/// The key at fault and the message of a violation.
-pub fn rate_limit(
-    options: &Options,
-    operations_key: &'static str,
-) -> Result<RateLimit, (&'static str, String)> {
-    let read = |key: &'static str| match options.get(key) {
-        None => Ok(None),
-        Some(text) => match text.parse::<u64>() {
-            Ok(number @ 1..=1_000_000_000_000) => Ok(Some(number)),
+/// Reads the ceilings of one device, whose second key is `operations_key`. A value that is reported limits nothing.
+pub(super) fn limits(report: &mut Report, field: &str, options: &Options, operations_key: &str) -> RateLimit {
+    let mut read = |key: &str| {
+        let text = options.get(key)?;
+        match text.parse::<u64>() {
+            Ok(number @ 1..=1_000_000_000_000) => Some(number),
             Ok(_) | Err(_) => {
-                Err((key, format!("must be a whole number from 1 to 1000000000000, not \"{text}\"")))
+                report.reject(
+                    format!("{field}[\"{key}\"]"),
+                    format!("must be a whole number from 1 to 1000000000000, not \"{text}\""),
+                );
+                None
             }
-        },
+        }
     };
-    Ok(RateLimit {
-        bytes_per_second: read("rate_limit.bytes_per_second")?,
-        operations_per_second: read(operations_key)?,
-    })
+    RateLimit {
+        bytes_per_second: read("rate_limit.bytes_per_second"),
+        operations_per_second: read(operations_key),
+    }
 }

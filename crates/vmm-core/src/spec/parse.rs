@@ -5,15 +5,15 @@ use std::path::PathBuf;
 
 use super::kernel_line::kernels_part;
 use super::options::{
-    BACKING_KEYS, BOOT_KEYS, CPU_KEYS, DISK_KEYS, NIC_KEYS, check_plain_keys, option_is_true, rate_limit,
+    BACKING_KEYS, BOOT_KEYS, BackendOptions, CPU_KEYS, DISK_KEYS, NIC_KEYS, check_plain_keys, flag, limits,
 };
 use super::{
-    Boot, Console, Cpu, DEFAULT_MAX_RESTARTS, Disk, DiskFormat, MAX_KERNEL_ARGS, MIB, MacAddr, Memory, Nic,
-    RestartMode, RestartPolicy, Topology, VmSpec,
+    Boot, Console, Cpu, DEFAULT_MAX_RESTARTS, Disk, DiskCache, DiskFormat, FIRMWARE_FIELD, MAX_KERNEL_ARGS,
+    MIB, MacAddr, Memory, NamedFiles, Nic, PageSize, RestartMode, RestartPolicy, Topology, VmSpec,
 };
 use crate::config::{
-    BootConfig, ConsoleConfig, CpuConfig, MemoryConfig, NetworkInterface, RestartPolicyConfig, StorageDevice,
-    VmConfig,
+    BootConfig, ConsoleConfig, CpuConfig, MemoryConfig, NetworkInterface, Options, RestartPolicyConfig,
+    StorageDevice, VmConfig,
 };
 use crate::id::is_name;
 use crate::report::Report;
@@ -23,11 +23,16 @@ const MAX_VCPUS: i32 = 1024;
 /// More memory than any host of today has: 64 TiB.
 const MAX_MEMORY: i64 = 64 << 40;
 /// More devices of one kind than a machine model has slots for.
-const MAX_DEVICES: usize = 64;
+pub(super) const MAX_DEVICES: usize = 64;
 /// All labels together, in bytes.
-const MAX_METADATA: usize = 64 << 10;
+pub(super) const MAX_METADATA: usize = 64 << 10;
 /// The longest path that Linux takes, in bytes.
 const MAX_PATH: usize = 4095;
+/// The field of the kernel.
+const KERNEL: &str = "config.boot.kernel_path";
+/// The violation of a configuration without a kernel.
+const NO_KERNEL: &str =
+    "is required: name a kernel image on the host, or let the host set UNKEY_VMCP_DEFAULT_KERNEL";
 /// The longest name of a network interface, in bytes.
 const MAX_TAP: usize = 15;
 
@@ -38,6 +43,12 @@ impl VmSpec {
     ///
     /// Every violation at once, each with its path from `config`.
     pub fn parse(config: &VmConfig) -> Result<Self, Report> {
+        Self::parse_with_files(config).0
+    }
+
+    /// Checks `config` as [`VmSpec::parse`] does, and returns the files that it names as well, so that these can be looked at
+    /// although something else is refused. A path that is refused is not among them.
+    pub fn parse_with_files(config: &VmConfig) -> (Result<Self, Report>, NamedFiles) {
         let mut report = Report::default();
         let cpu = parse_cpu(&mut report, config.cpu.as_ref());
         let memory = parse_memory(&mut report, config.memory.as_ref());
@@ -47,12 +58,21 @@ impl VmSpec {
         let console = parse_console(&mut report, config.console.as_ref());
         let restart = parse_restart(&mut report, config.restart_policy.as_ref());
         check_metadata(&mut report, config);
-        match (cpu, memory, boot, restart) {
-            (Some(cpu), Some(memory), Some(boot), Some(restart)) if report.is_ok() => {
-                Ok(Self { cpu, memory, boot, disks, nics, console, restart })
+        let files = NamedFiles {
+            kernel: boot.kernel.clone(),
+            initrd: boot.initrd.clone(),
+            disks: disks.clone(),
+            console: console.clone(),
+        };
+        let parsed = match (cpu, memory, boot.kernel, restart) {
+            (Some(cpu), Some(memory), Some(kernel), Some(restart)) if report.is_ok() => {
+                let boot = Boot { kernel, initrd: boot.initrd, args: boot.args };
+                let options = BackendOptions::of(config);
+                Ok(Self { cpu, memory, boot, disks, nics, console, restart, options })
             }
             _ => Err(report),
-        }
+        };
+        (parsed, files)
     }
 }
 
@@ -95,12 +115,7 @@ fn parse_cpu(report: &mut Report, cpu: Option<&CpuConfig>) -> Option<Cpu> {
         let [sockets, cores, threads] = parts.map(i32::unsigned_abs);
         Topology { sockets, cores, threads }
     });
-    Some(Cpu {
-        count: cpu.vcpu_count.unsigned_abs(),
-        max: max.unsigned_abs(),
-        topology,
-        features: cpu.features.clone(),
-    })
+    Some(Cpu { count: cpu.vcpu_count.unsigned_abs(), max: max.unsigned_abs(), topology })
 }
 
 fn parse_memory(report: &mut Report, memory: Option<&MemoryConfig>) -> Option<Memory> {
@@ -109,11 +124,7 @@ fn parse_memory(report: &mut Report, memory: Option<&MemoryConfig>) -> Option<Me
         return None;
     };
     check_plain_keys(report, "config.memory.backing", &memory.backing, BACKING_KEYS);
-    for key in BACKING_KEYS {
-        if let Err(message) = option_is_true(&memory.backing, key) {
-            report.reject(format!("config.memory.backing[\"{key}\"]"), message);
-        }
-    }
+    let (pages, shared) = parse_backing(report, &memory.backing);
     let whole_mib = |bytes: i64| bytes % (MIB as i64) == 0 && (1..=MAX_MEMORY).contains(&bytes);
     if !whole_mib(memory.size_bytes) {
         report.reject(
@@ -143,43 +154,66 @@ fn parse_memory(report: &mut Report, memory: Option<&MemoryConfig>) -> Option<Me
     }
     let hotplug_max_bytes = memory.hotplug_enabled.then_some(ceiling.unsigned_abs());
     if !memory.hotplug_enabled && ceiling > memory.size_bytes {
-        report.warn("config.memory.max_size_bytes", "is not used while hotplug_enabled is false");
+        report.ignore("config.memory.max_size_bytes", "is not used while hotplug_enabled is false");
     }
-    Some(Memory {
-        size_bytes: memory.size_bytes.unsigned_abs(),
-        hotplug_max_bytes,
-        backing: memory.backing.clone(),
-    })
+    Some(Memory { size_bytes: memory.size_bytes.unsigned_abs(), hotplug_max_bytes, pages, shared })
 }
 
-fn parse_boot(report: &mut Report, boot: Option<&BootConfig>) -> Option<Boot> {
-    let Some(boot) = boot.filter(|boot| !boot.kernel_path.is_empty()) else {
-        report.reject(
-            "config.boot.kernel_path",
-            "is required: name a kernel image on the host, or let the host set UNKEY_VMCP_DEFAULT_KERNEL",
-        );
-        return None;
+/// Reads the pages that back the memory, and whether it is shared.
+pub(super) fn parse_backing(report: &mut Report, backing: &Options) -> (PageSize, bool) {
+    const FIELD: &str = "config.memory.backing";
+    let huge = flag(report, FIELD, backing, "hugepages");
+    let pages = if huge { PageSize::Huge } else { PageSize::Usual };
+    (pages, flag(report, FIELD, backing, "shared"))
+}
+
+/// The parts of `config.boot` that are legal by themselves.
+#[derive(Default)]
+struct BootParts {
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    args: String,
+}
+
+fn parse_boot(report: &mut Report, boot: Option<&BootConfig>) -> BootParts {
+    let Some(boot) = boot else {
+        report.reject(KERNEL, NO_KERNEL);
+        return BootParts::default();
     };
     check_plain_keys(report, "config.boot.boot_options", &boot.boot_options, BOOT_KEYS);
-    if boot.kernel_args.len() > MAX_KERNEL_ARGS {
+    if boot.boot_options.contains_key("firmware") {
         report.reject(
-            "config.boot.kernel_args",
-            format!("must be at most {MAX_KERNEL_ARGS} bytes, not {}", boot.kernel_args.len()),
+            FIRMWARE_FIELD,
+            "booting from firmware is not served yet: name a kernel in kernel_path instead",
         );
     }
-    if boot.kernel_args.bytes().any(|byte| byte < 0x20 || byte == 0x7f) {
-        report.reject("config.boot.kernel_args", "must not contain control characters such as a line break");
-    }
-    // It would swallow whatever is added.
-    if kernels_part(&boot.kernel_args).matches('"').count() % 2 == 1 {
-        report.reject("config.boot.kernel_args", "has a quote (\") that is never closed");
-    }
-    let kernel = parse_path(report, "config.boot.kernel_path", &boot.kernel_path)?;
+    check_kernel_args(report, &boot.kernel_args);
+    let kernel = match boot.kernel_path.as_str() {
+        "" => {
+            report.reject(KERNEL, NO_KERNEL);
+            None
+        }
+        path => parse_path(report, KERNEL, path),
+    };
     let initrd = match boot.initrd_path.as_str() {
         "" => None,
-        path => Some(parse_path(report, "config.boot.initrd_path", path)?),
+        path => parse_path(report, "config.boot.initrd_path", path),
     };
-    Some(Boot { kernel, initrd, args: boot.kernel_args.clone(), options: boot.boot_options.clone() })
+    BootParts { kernel, initrd, args: boot.kernel_args.clone() }
+}
+
+fn check_kernel_args(report: &mut Report, args: &str) {
+    const FIELD: &str = "config.boot.kernel_args";
+    if args.len() > MAX_KERNEL_ARGS {
+        report.reject(FIELD, format!("must be at most {MAX_KERNEL_ARGS} bytes, not {}", args.len()));
+    }
+    if args.bytes().any(|byte| byte < 0x20 || byte == 0x7f) {
+        report.reject(FIELD, "must not contain control characters such as a line break");
+    }
+    // An open quote would swallow the arguments that are added.
+    if kernels_part(args).matches('"').count() % 2 == 1 {
+        report.reject(FIELD, "has a quote (\") that is never closed");
+    }
 }
 
 fn parse_disks(report: &mut Report, storage: &[StorageDevice]) -> Vec<Disk> {
@@ -225,40 +259,36 @@ pub(super) fn parse_disk(report: &mut Report, index: usize, device: &StorageDevi
             DiskFormat::Raw
         }
     };
-    let mut flag = |key: &str| {
-        option_is_true(&device.options, key).unwrap_or_else(|message| {
-            report.reject(format!("{options}[\"{key}\"]"), message);
-            false
-        })
-    };
-    let backing_files = flag("backing_files");
-    flag("direct_io");
+    let backing_files = flag(report, &options, &device.options, "backing_files");
+    let direct_io = flag(report, &options, &device.options, "direct_io");
     if backing_files && format == DiskFormat::Raw {
         report.reject(
             format!("{options}[\"backing_files\"]"),
             "applies to qcow2 images only: set format to \"qcow2\"",
         );
     }
-    if let Some(cache) = device.options.get("cache")
-        && !matches!(cache.as_str(), "writeback" | "unsafe")
-    {
-        report.reject(
-            format!("{options}[\"cache\"]"),
-            format!("must be \"writeback\" (the guest's flushes reach the disk) or \"unsafe\" (they do not), not \"{cache}\""),
-        );
-    }
-    if let Err((key, message)) = rate_limit(&device.options, "rate_limit.operations_per_second") {
-        report.reject(format!("{options}[\"{key}\"]"), message);
-    }
+    let cache = match device.options.get("cache").map(String::as_str) {
+        None | Some("writeback") => DiskCache::Writeback,
+        Some("unsafe") => DiskCache::Unsafe,
+        Some(other) => {
+            report.reject(
+                format!("{options}[\"cache\"]"),
+                format!("must be \"writeback\" (the guest's flushes reach the disk) or \"unsafe\" (they do not), not \"{other}\""),
+            );
+            DiskCache::Writeback
+        }
+    };
     Some(Disk {
         index,
         id: device.id.clone(),
+        limits: limits(report, &options, &device.options, "rate_limit.operations_per_second"),
         path: parse_path(report, &format!("{field}.path"), &device.path)?,
         read_only: device.read_only,
         is_root: device.is_root_device,
         format,
         backing_files,
-        options: device.options.clone(),
+        cache,
+        direct_io,
     })
 }
 
@@ -292,10 +322,9 @@ pub(super) fn parse_nic(report: &mut Report, index: usize, nic: &NetworkInterfac
             format!("must be empty, \"virtio\", \"virtio-net\" or \"tap\", not \"{}\"", nic.interface_type),
         );
     }
-    check_plain_keys(report, &format!("{field}.options"), &nic.options, NIC_KEYS);
-    if let Err((key, message)) = rate_limit(&nic.options, "rate_limit.packets_per_second") {
-        report.reject(format!("{field}.options[\"{key}\"]"), message);
-    }
+    let options = format!("{field}.options");
+    check_plain_keys(report, &options, &nic.options, NIC_KEYS);
+    let limits = limits(report, &options, &nic.options, "rate_limit.packets_per_second");
     if let Err(message) = check_tap_name(&nic.tap_device) {
         report.reject(format!("{field}.tap_device"), message);
     }
@@ -304,7 +333,7 @@ pub(super) fn parse_nic(report: &mut Report, index: usize, nic: &NetworkInterfac
             id: nic.id.clone(),
             mac,
             tap: (!nic.tap_device.is_empty()).then(|| nic.tap_device.clone()),
-            options: nic.options.clone(),
+            limits,
         }),
         Err(message) => {
             report.reject(format!("{field}.mac_address"), message);
@@ -324,7 +353,7 @@ fn check_tap_name(name: &str) -> Result<(), String> {
     }
 }
 
-/// Reads a hardware address. The service fills in the generated one before a configuration is parsed, so none is a fault here.
+/// Reads a hardware address. An empty one is a fault, because the service fills in a generated one before it parses.
 fn parse_mac(text: &str) -> Result<MacAddr, String> {
     let problem =
         || format!("must be six pairs of hexadecimal digits such as 02:00:00:00:00:01, not \"{text}\"");

@@ -21,7 +21,7 @@ use super::Actor;
 use super::budget::Budget;
 use super::hold::Hold;
 use super::journal::{Turn, Why};
-use super::start::LOOK_LIMIT;
+use crate::check::LOOK_DEADLINE;
 use crate::places;
 
 /// The reason of a status: at this VM's place runs another one.
@@ -65,7 +65,8 @@ impl Actor {
         let claiming = async move { places::claimed(&spec, &backend, found_run).await };
         let budget = Budget::of_own_step();
         // The files may be on a server that does not answer, and force must not wait for that. What runs is found again.
-        let Ok(run) = self.interruptible(budget, LOOK_LIMIT, async move { Ok(claiming.await) }).await else {
+        let Ok(run) = self.interruptible(budget, 2 * LOOK_DEADLINE, async move { Ok(claiming.await) }).await
+        else {
             tracing::warn!(
                 "the files of a VM that was found do not answer; it is looked at again when it is found again"
             );

@@ -25,7 +25,9 @@ impl Actor {
             return (self.spec.clone(), None);
         }
         match VmSpec::parse(&self.record.config) {
-            Err(report) => (self.spec.clone(), Some(ServiceError::Invalid(report.violations).to_string())),
+            Err(report) => {
+                (self.spec.clone(), Some(ServiceError::Invalid(report.into_violations()).to_string()))
+            }
             Ok(spec) if self.record.untold.is_empty() => (spec, None),
             Ok(spec) => (spec, Some(format!("it also had {}", self.record.untold.join(", ")))),
         }

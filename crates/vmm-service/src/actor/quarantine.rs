@@ -19,7 +19,9 @@ use vmm_core::backend::{
 };
 use vmm_core::event::EventKind;
 use vmm_core::report::Report;
-use vmm_core::spec::{Boot, Console, Cpu, MIB, Memory, RestartMode, RestartPolicy, VmSpec};
+use vmm_core::spec::{
+    BackendOptions, Boot, Console, Cpu, MIB, Memory, PageSize, RestartMode, RestartPolicy, VmSpec,
+};
 use vmm_core::state::Phase;
 use vmm_core::store::VmRecord;
 use vmm_host::process::{Lookup, find_by_argument};
@@ -138,12 +140,13 @@ impl Backend for Nobody {
 /// What an actor is given in place of a configuration that is not understood. Nothing is ever started from it.
 pub(super) fn no_spec() -> VmSpec {
     VmSpec {
-        cpu: Cpu { count: 1, max: 1, topology: None, features: BTreeMap::new() },
-        memory: Memory { size_bytes: MIB, hotplug_max_bytes: None, backing: BTreeMap::new() },
-        boot: Boot { kernel: "/".into(), initrd: None, args: String::new(), options: BTreeMap::new() },
+        cpu: Cpu { count: 1, max: 1, topology: None },
+        memory: Memory { size_bytes: MIB, hotplug_max_bytes: None, pages: PageSize::Usual, shared: false },
+        boot: Boot { kernel: "/".into(), initrd: None, args: String::new() },
         disks: Vec::new(),
         nics: Vec::new(),
         console: Console::Off,
         restart: RestartPolicy { mode: Some(RestartMode::Never), max_restarts: 0 },
+        options: BackendOptions::default(),
     }
 }

@@ -25,9 +25,7 @@ use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
 use super::budget::{Broken, Budget};
 use super::hold::{Hold, Next};
 use super::journal::{Turn, Why};
-use super::start::LOOK_LIMIT;
 use super::{Actor, Flow};
-use crate::check;
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
 
@@ -227,10 +225,7 @@ impl Actor {
         if let Some(intent) = intent.filter(|intent| !intent.claims().is_empty()) {
             return Ok(intent.claims().to_vec());
         }
-        let formats = self.backend.capabilities().kernel_formats;
-        let look = check::look(self.spec.clone(), formats, true);
-        let budget = Budget::of_own_step();
-        let Ok(facts) = self.interruptible(budget, LOOK_LIMIT, async move { Ok(look.await) }).await else {
+        let Ok(Ok(facts)) = self.look(Budget::of_own_step(), true).await else {
             // Without its claims another VM might write its disks, so it counts as not found; and force finds it.
             return Err(
                 "it runs, but the files that it uses do not answer, so nothing can keep others off them"

@@ -19,6 +19,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Launched, Sweep}
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::gate::Gate;
+use vmm_core::spec::NamedFiles;
 use vmm_core::state::{Observation, Phase, Request, observe};
 use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
 use vmm_host::descriptors;
@@ -29,7 +30,7 @@ use super::budget::{Broken, Budget};
 use super::hold::{Hold, Next};
 use super::journal::{Turn, Why};
 use super::launch::{Launching, launched_nothing};
-use crate::check;
+use crate::check::{self, FilesSilent, HostFacts, LOOK_DEADLINE, Purpose, Terms};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::mailbox::Outcome;
@@ -37,8 +38,6 @@ use crate::spares;
 
 /// No launch may take longer. With the look before it and the sweep after it, a boot fails within 30 s.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(25);
-/// No look at the host's files may take longer, before a start may begin.
-pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(3);
 
 /// Why a VM was not started, and what the start has left.
 pub(super) enum NotStarted {
@@ -177,7 +176,7 @@ impl Actor {
         if report.is_ok() || self.record.imported {
             return Ok(());
         }
-        let problems = ServiceError::Invalid(report.violations);
+        let problems = ServiceError::Invalid(report.into_violations());
         Err(ServiceError::Precondition(format!("VM \"{}\" cannot boot: {problems}", self.record.vm_id)))
     }
 
@@ -189,15 +188,17 @@ impl Actor {
         let room = descriptors::Start::reserve().map_err(|full| {
             ServiceError::Exhausted(format!("VM \"{}\" cannot boot: {full}", self.record.vm_id))
         })?;
-        let formats = self.backend.capabilities().kernel_formats;
-        let look = check::look(self.spec.clone(), formats, self.record.owns_console_output);
-        let mut facts = match self.interruptible(budget, LOOK_LIMIT, async move { Ok(look.await) }).await {
-            Ok(facts) => facts,
+        let mut facts = match self.look(budget, self.record.owns_console_output).await {
+            Ok(Ok(facts)) => facts,
+            Ok(Err(silent)) => {
+                let text = format!("VM \"{}\" cannot boot: {silent}", self.record.vm_id);
+                return Err(ServiceError::Unavailable(text));
+            }
             Err(broken) => return Err(self.error_of("boot", Request::Boot, &broken)),
         };
         // Of what somebody else made, its VMM knows the files: they may not be where this program sees them.
         if !facts.report.is_ok() && !self.record.imported {
-            let problems = ServiceError::Invalid(facts.report.violations);
+            let problems = ServiceError::Invalid(facts.report.into_violations());
             return Err(ServiceError::Precondition(format!(
                 "VM \"{}\" cannot boot as the host is now: {problems}",
                 self.record.vm_id
@@ -205,6 +206,19 @@ impl Actor {
         }
         facts.claims.extend(self.tap_claims());
         Ok(Reserved { claims: facts.claims, _room: room })
+    }
+
+    /// Looks at the VM's files, unless a forced operation comes.
+    pub(super) async fn look(
+        &mut self,
+        budget: Budget,
+        owns_output: bool,
+    ) -> Result<Result<HostFacts, FilesSilent>, Broken> {
+        let kernels = Some(self.backend.capabilities().kernel_formats);
+        let terms = Terms { purpose: Purpose::Boot, kernels, owns_output };
+        let look = check::look(NamedFiles::of(&self.spec), terms);
+        // The look keeps a deadline of its own, which is the shorter one.
+        self.interruptible(budget, 2 * LOOK_DEADLINE, async move { Ok(look.await) }).await
     }
 
     /// Claims what a start needs, in place of what the VM holds.

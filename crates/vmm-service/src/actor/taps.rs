@@ -34,13 +34,15 @@ const REMOVE_LIMIT: Duration = Duration::from_secs(5);
 const FORCED_REMOVE_LIMIT: Duration = Duration::from_millis(700);
 
 impl Actor {
-    /// The TAP of each network interface, in their order, and who named it.
+    /// Returns the TAP of each network interface, in their order, and who named it.
     pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
-        let named = |(index, tap): (usize, Option<&String>)| match tap {
-            Some(name) => (name.clone(), NamedBy::Client),
-            None => (self.record.uid.tap_name(index), NamedBy::Program),
+        let uid = self.record.uid;
+        let by = |name: &str| if uid.made_tap_name(name) { NamedBy::Program } else { NamedBy::Client };
+        let named = |name: String| {
+            let by = by(&name);
+            (name, by)
         };
-        self.spec.nics.iter().map(|nic| nic.tap.as_ref()).enumerate().map(named).collect()
+        self.spec.tap_names(uid).into_iter().map(named).collect()
     }
 
     /// What keeps other running VMs off this VM's TAPs.

@@ -1,7 +1,7 @@
 //! A writable disk or a TAP serves one running VM.
 
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
-use vmm_core::config::VmConfig;
+use vmm_core::config::{StorageDevice, VmConfig};
 use vmm_core::state::VmState;
 use vmm_testkit::fake::{Act, Method};
 
@@ -35,6 +35,28 @@ async fn what_one_vm_holds_another_cannot_have() {
             vms.force_delete(vm_id).await.unwrap();
         }
     }
+}
+
+#[tokio::test]
+async fn the_files_of_a_backing_chain_are_held_read_only() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let base = bed.disk("base");
+    let middle = bed.qcow2("middle", Some(("base", "raw")));
+    let with = |disk: StorageDevice| VmConfig { storage: vec![disk], ..bed.config() };
+    vms.run("a", with(bed.qcow2("top", Some(("middle", "qcow2"))))).await;
+    for (disk, name) in [(&base, "base"), (&middle, "middle")] {
+        vms.create("b", with(disk.clone())).await;
+        b_is_refused(&vms, &bed.path(name)).await;
+        vms.delete("b").await.unwrap();
+        vms.run("reader", with(StorageDevice { read_only: true, ..disk.clone() })).await;
+        vms.force_delete("reader").await.unwrap();
+    }
+    vms.run("sibling", with(bed.qcow2("sibling", Some(("middle", "qcow2"))))).await;
+    vms.shutdown("a").await.unwrap();
+    vms.shutdown("sibling").await.unwrap();
+    vms.run("b", with(base)).await;
+    refused(vms.boot("a").await, "precondition");
 }
 
 #[tokio::test]

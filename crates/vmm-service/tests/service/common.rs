@@ -87,6 +87,24 @@ impl Bed {
         StorageDevice { path, ..StorageDevice::default() }
     }
 
+    /// A new qcow2 image of 1 MiB, based on `base` (a name relative to its folder, and its format) where there is one.
+    pub(crate) fn qcow2(&self, name: &str, base: Option<(&str, &str)>) -> StorageDevice {
+        let mut command = std::process::Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2"]).current_dir(self.dir.path());
+        match base {
+            Some((base, format)) => command.args(["-b", base, "-F", format, name]),
+            None => command.args([name, "1M"]),
+        };
+        let made = command.output().expect("qemu-img is there; `make setup` installs it");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let options = [("format", "qcow2"), ("backing_files", if base.is_some() { "true" } else { "false" })];
+        StorageDevice {
+            path: self.path(name),
+            options: options.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+            ..StorageDevice::default()
+        }
+    }
+
     /// The least that a VM needs.
     pub(crate) fn config(&self) -> VmConfig {
         VmConfig {

@@ -1,7 +1,10 @@
 //! CreateVm: what it fills in, what it repeats and what it refuses.
 
 use crate::common::*;
-use vmm_core::config::{BootConfig, ConsoleConfig, CpuConfig, NetworkInterface, StorageDevice, VmConfig};
+use vmm_core::config::{
+    BootConfig, ConsoleConfig, CpuConfig, MemoryConfig, NetworkInterface, StorageDevice, VmConfig,
+};
+use vmm_core::state::VmState;
 use vmm_core::store::{Requested, StoreErrorKind};
 use vmm_service::DefaultBoot;
 use vmm_testkit::fake::{Act, Method};
@@ -172,14 +175,9 @@ async fn a_kernel_must_be_one_that_the_backend_boots() {
 async fn an_image_must_be_what_its_format_says() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    let qcow2 = |backing: u8| {
-        let mut image = vec![0; 512];
-        image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
-        image[15] = backing;
-        image
-    };
-    std::fs::write(bed.path("plain.qcow2"), qcow2(0)).unwrap();
-    std::fs::write(bed.path("backed.qcow2"), qcow2(104)).unwrap();
+    bed.disk("base");
+    bed.qcow2("plain.qcow2", None);
+    bed.qcow2("backed.qcow2", Some(("base", "raw")));
     let with = |name: &str, options: &[(&str, &str)]| {
         let mut config = bed.with_disk(name);
         config.storage[0].options = options.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
@@ -195,6 +193,120 @@ async fn an_image_must_be_what_its_format_says() {
     assert!(message.contains("backing_files"), "{message}");
     vms.create("b", with("plain.qcow2", &[("format", "qcow2")])).await;
     vms.create("c", with("backed.qcow2", &[("format", "qcow2"), ("backing_files", "true")])).await;
+}
+
+/// The violation of the only disk of a VM, which is `disk`.
+async fn violation_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> (String, String) {
+    only_violation(vms, VmConfig { storage: vec![disk], ..bed.config() }).await
+}
+
+#[tokio::test]
+async fn each_fault_of_a_chain_of_backing_files_is_named() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let rebase = |name: &str, base: &str| {
+        let mut command = std::process::Command::new("qemu-img");
+        command.args(["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, name]);
+        assert!(command.current_dir(bed.dir.path()).status().unwrap().success());
+    };
+    bed.disk("base");
+    let mut names = vec!["base".to_owned()];
+    for number in 0..34 {
+        let name = format!("link{number}");
+        let format = if number == 0 { "raw" } else { "qcow2" };
+        bed.qcow2(&name, Some((names[number].as_str(), format)));
+        names.push(name);
+    }
+    let chained =
+        |name: &str| StorageDevice { path: bed.path(name), ..bed.qcow2("top", Some(("base", "raw"))) };
+    let (field, message) = violation_of(&bed, &vms, chained("link33")).await;
+    assert_eq!(field, "config.storage[0].options[\"backing_files\"]");
+    assert!(message.contains("more than 32 files"), "{message}");
+    vms.create("deep", VmConfig { storage: vec![chained("link31")], ..bed.config() }).await;
+    rebase("link1", "link3");
+    let (_, message) = violation_of(&bed, &vms, chained("link2")).await;
+    assert!(message.contains("is based on itself"), "{message}");
+    for (base, expected) in [
+        ("gone", "does not exist"),
+        ("base", "is not a qcow2 image"),
+        ("nbd://host/x", "which is no path"),
+        ("json:{}", "which is no path"),
+    ] {
+        rebase("link0", base);
+        let (_, message) = violation_of(&bed, &vms, chained("link0")).await;
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_reaches_out_or_is_encrypted_is_refused() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let secret = ["--object", "secret,id=key,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=key"];
+    for (options, expected) in
+        [(&["-o", "data_file=data"][..], "keeps its data in another file"), (&secret[..], "is encrypted")]
+    {
+        let mut command = std::process::Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2"]).args(options).args(["image", "1M"]);
+        assert!(command.current_dir(bed.dir.path()).status().unwrap().success());
+        let disk = StorageDevice { path: bed.path("image"), ..bed.qcow2("other", None) };
+        let (field, message) = violation_of(&bed, &vms, disk).await;
+        assert_eq!(field, "config.storage[0].options[\"format\"]");
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_guest_writes_to_its_raw_disk_keeps_no_vm_from_booting() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_disk("d")).await;
+    std::fs::write(bed.path("d"), b"QFI\xfb\0\0\0\x03 written by the guest").unwrap();
+    vms.reboot("a").await.expect("the disk was declared raw");
+    vms.machine("a").power_off();
+    vms.until("a", |record| record.state == VmState::Shutdown).await;
+    vms.boot("a").await.expect("the disk was declared raw");
+    let found = violations(vms.try_create("b", bed.with_disk("d")).await);
+    assert_eq!(found[0].0, "config.storage[0].options[\"format\"]", "a new VM must say which it is");
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_violation_is_named_at_once_those_of_files_included() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let mut config = bed.with_disk("d");
+    config.memory = Some(MemoryConfig { size_bytes: 5, ..MemoryConfig::default() });
+    config.boot.as_mut().unwrap().kernel_path = bed.path("no-kernel");
+    config.boot.as_mut().unwrap().initrd_path = "relative".to_owned();
+    config.storage[0].path = bed.path("no-disk");
+    config.console = console(bed.path("no-folder/console"));
+    let expected = [
+        "config.memory.size_bytes",
+        "config.boot.initrd_path",
+        "config.boot.kernel_path",
+        "config.storage[0].path",
+        "config.console.output",
+    ];
+    let fields = |found: Vec<(String, String)>| found.into_iter().map(|(field, _)| field).collect::<Vec<_>>();
+    assert_eq!(fields(violations(vms.try_create("a", config.clone()).await)), expected);
+    let found = fields(violations(vms.try_create("not a name", config.clone()).await));
+    assert_eq!(found, [&["vm_id"], &expected[..]].concat());
+    let found = fields(violations(vms.try_create_on("no-backend", "a", config).await));
+    assert_eq!(found, [&["backend"], &expected[..]].concat());
+}
+
+#[tokio::test(start_paused = true)]
+async fn hundreds_of_thousands_of_devices_are_refused_by_their_number() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let config = VmConfig { storage: vec![StorageDevice::default(); 381_000], ..bed.config() };
+    let (field, message) = only_violation(&vms, config).await;
+    assert_eq!(field, "config.storage");
+    assert!(message.contains("381000"), "{message}");
+    let mut config = bed.config();
+    let options = (0..300_000).map(|number| (format!("key{number}"), String::new()));
+    config.boot.as_mut().unwrap().boot_options = options.collect();
+    assert_eq!(only_violation(&vms, config).await.0, "config.boot.boot_options");
 }
 
 #[tokio::test(start_paused = true)]
@@ -283,7 +395,7 @@ async fn validation_finds_the_same_and_touches_nothing() {
     let mut config = bed.config();
     config.cpu = Some(CpuConfig { vcpu_count: 1, max_vcpu_count: 4, ..CpuConfig::default() });
     let requested = Requested { backend: String::new(), config: config.clone() };
-    let report = vms.service.validate(&requested).await;
+    let report = vms.service.validate(&requested).await.expect("the files answer");
     assert!(report.is_ok());
     assert_eq!(report.warnings[0].field, "config.cpu.max_vcpu_count");
     assert!(bed.store.vms().is_empty());

@@ -193,7 +193,7 @@ fn where_vms_are_only_imported_none_is_created() {
         let (vms, _tell) = start(&bed, places, present).await;
         assert_eq!(refused(vms.try_create("mine", bed.config()).await, "unsupported"), "start it yourself");
         let requested = vmm_core::store::Requested { backend: String::new(), config: bed.config() };
-        let judged = vms.service.validate(&requested).await;
+        let judged = vms.service.validate(&requested).await.expect("the files answer");
         assert_eq!(judged.violations[0].field, "backend");
         assert_eq!(vms.state("found"), VmState::Running);
     });

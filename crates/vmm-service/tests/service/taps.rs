@@ -41,6 +41,33 @@ async fn taps_are_made_at_boot_and_go_with_the_vm() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_generated_name_is_stored_and_told() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let created = vms.create("a", with_two_taps(&bed)).await;
+    let names: Vec<_> = created.config.network.iter().map(|nic| nic.tap_device.clone()).collect();
+    assert_eq!(names, both(&bed, "a"));
+    assert_eq!(vms.record("a").config.network[1].tap_device, names[1]);
+    assert_eq!(created.requested.config.network[1].tap_device, "", "a repeated call is compared as sent");
+    vms.try_create("a", with_two_taps(&bed)).await.expect("the same call again");
+}
+
+#[test]
+fn a_record_without_generated_names_works_as_before() {
+    let bed = Bed::new();
+    bed.life(async |vms| drop(vms.create("a", with_two_taps(&bed)).await));
+    let mut old = bed.stored("a");
+    old.config.network[1].tap_device.clear();
+    bed.store.put(old);
+    bed.life(async |vms| {
+        vms.boot("a").await.unwrap();
+        assert_eq!(bed.taps.names(), both(&bed, "a"));
+        assert_eq!(vms.force_delete("a").await.unwrap().left_behind, []);
+        assert_eq!(bed.taps.names(), Vec::<String>::new());
+    });
+}
+
+#[tokio::test(start_paused = true)]
 async fn every_way_to_end_lets_another_have_the_tap_and_delete_remove_it() {
     let bed = Bed::new();
     let vms = bed.start().await;

@@ -3,10 +3,11 @@
 //! What to expect is asked of the backend's own `check`; that CreateVm and ValidateVm answer the same, and that what is
 //! accepted really boots and arrives at the VMM, is found out here.
 
+use std::fmt::{Debug, Display};
 use std::path::PathBuf;
 
 use vmm_core::config::{BootConfig, CpuConfig, CpuTopology, MemoryConfig, VmConfig};
-use vmm_core::report::{FieldReport, Report};
+use vmm_core::report::{Treatment, Warning};
 use vmm_core::spec::VmSpec;
 use vmm_core::store::Requested;
 use vmm_service::{ListQuery, ServiceError};
@@ -31,14 +32,14 @@ pub(super) async fn judge(vms: &Vms, config: &VmConfig, path: &str) -> Judgement
         Err(report) => report,
     };
     let requested = Requested { backend: String::new(), config: config.clone() };
-    let validated = vms.service.validate(&requested).await;
+    let validated = vms.service.validate(&requested).await.expect("the files answer");
     match vms.try_create(VM, config.clone()).await {
         Ok(created) => {
             assert_eq!(expected.violations, [], "accepted, though the backend refuses");
             assert_covers(&created.warnings, &expected.warnings);
-            let report = Report { violations: Vec::new(), warnings: created.warnings };
-            assert_eq!(validated, report, "ValidateVm and CreateVm answer alike");
-            Judgement::Accepted(verdict_of(&report.warnings, path))
+            assert_eq!(validated.violations, [], "ValidateVm and CreateVm answer alike");
+            assert_eq!(validated.warnings, created.warnings, "ValidateVm and CreateVm answer alike");
+            Judgement::Accepted(verdict_of(&created.warnings, path))
         }
         Err(ServiceError::Invalid(violations)) => {
             assert_covers(&violations, &expected.violations);
@@ -52,21 +53,20 @@ pub(super) async fn judge(vms: &Vms, config: &VmConfig, path: &str) -> Judgement
     }
 }
 
-fn assert_covers(found: &[FieldReport], expected: &[FieldReport]) {
+fn assert_covers<T: PartialEq + Display + Debug>(found: &[T], expected: &[T]) {
     for one in expected {
         assert!(found.contains(one), "{one} is missing in {found:?}");
     }
 }
 
-fn verdict_of(warnings: &[FieldReport], path: &str) -> Verdict {
-    const NOT_DONE: [&str; 5] =
-        ["has no effect", "is not applied", "is ignored", "is not used", "is not served"];
-    match warnings.iter().find(|found| found.field.starts_with(path)) {
-        None => Verdict::Served,
-        Some(warning) if NOT_DONE.iter().any(|words| warning.message.starts_with(words)) => {
-            Verdict::Ignored(warning.to_string())
-        }
-        Some(warning) => Verdict::Emulated(warning.to_string()),
+fn verdict_of(warnings: &[Warning], path: &str) -> Verdict {
+    let Some(warning) = warnings.iter().find(|found| found.field.starts_with(path)) else {
+        return Verdict::Served;
+    };
+    match warning.treatment {
+        Treatment::Served => Verdict::Served,
+        Treatment::Ignored => Verdict::Ignored(warning.to_string()),
+        Treatment::Emulated => Verdict::Emulated(warning.to_string()),
     }
 }
 

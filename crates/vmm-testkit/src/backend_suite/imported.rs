@@ -46,7 +46,7 @@ pub(super) const REFUSED: Step = Step::Life(|vms| Box::pin(refused(vms)));
 async fn refused(vms: Vms) -> Verdict {
     let config = vms.config(Guest::Idle);
     let requested = Requested { backend: String::new(), config: config.clone() };
-    let judged = vms.service.validate(&requested).await;
+    let judged = vms.service.validate(&requested).await.expect("the files answer");
     assert!(judged.violations.iter().any(|found| found.field == "backend"), "{judged:?}");
     match vms.try_create(VM, config).await {
         Err(ServiceError::Unsupported(why)) => {

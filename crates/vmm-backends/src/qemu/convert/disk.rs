@@ -1,7 +1,7 @@
 //! A disk's block nodes and its device.
 
 use serde_json::{Value, json};
-use vmm_core::spec::{Disk, DiskFormat, RateLimit, option_is_true, rate_limit};
+use vmm_core::spec::{Disk, DiskCache, DiskFormat, RateLimit};
 
 use super::option::DiskOption;
 use super::{DISK_SLOT, ImageKind, Machine, PathNotUtf8, address, merged};
@@ -20,14 +20,14 @@ pub(super) fn option(
     disk: &Disk,
     image: ImageKind,
 ) -> Result<DiskOption, PathNotUtf8> {
-    let filename = disk.path.to_str().ok_or_else(|| PathNotUtf8(disk.path.clone()))?;
+    let Disk { index: _, id, path, read_only, is_root: _, format, backing_files, cache, direct_io, limits } =
+        disk;
+    let filename = path.to_str().ok_or_else(|| PathNotUtf8(path.clone()))?;
     let throttle = format!("disk{place}");
-    let direct = option_is_true(&disk.options, "direct_io").unwrap_or(false);
-    let no_flush = disk.options.get("cache").is_some_and(|cache| cache == "unsafe");
     let common = json!({
-        "read-only": disk.read_only,
-        "discard": if disk.read_only { "ignore" } else { "unmap" },
-        "cache": { "direct": direct, "no-flush": no_flush },
+        "read-only": read_only,
+        "discard": if *read_only { "ignore" } else { "unmap" },
+        "cache": { "direct": direct_io, "no-flush": *cache == DiskCache::Unsafe },
     });
     let driver = match image {
         ImageKind::File => "file",
@@ -36,23 +36,21 @@ pub(super) fn option(
     let file_node = json!({
         "driver": driver, "node-name": format!("disk{place}-file"), "filename": filename, "locking": "auto",
     });
-    let mut format_node =
-        json!({ "driver": disk.format.as_str(), "node-name": format!("disk{place}-format") });
-    if disk.format == DiskFormat::Qcow2 && !disk.backing_files {
+    let mut format_node = json!({ "driver": format.as_str(), "node-name": format!("disk{place}-format") });
+    if *format == DiskFormat::Qcow2 && !backing_files {
         // Whatever the image's header says, no other file is opened.
         format_node["backing"] = Value::Null;
     }
     let mut nodes = vec![merged(file_node, &common), merged(format_node, &common)];
-    let limits = rate_limit(&disk.options, "rate_limit.operations_per_second").unwrap_or_default();
-    let limit = throttle_group(&throttle, limits);
+    let limit = throttle_group(&throttle, *limits);
     if let Some(group) = &limit {
         nodes.push(json!({
             "driver": "throttle", "node-name": throttle, "throttle-group": group["id"],
-            "read-only": disk.read_only,
+            "read-only": read_only,
         }));
     }
     // Ids are ASCII; a fault of the disk is the guest's to handle, as on the other backends.
-    let serial: String = disk.id.chars().take(SERIAL_LEN).collect();
+    let serial: String = id.chars().take(SERIAL_LEN).collect();
     let device = json!({
         "driver": format!("virtio-blk-{}", machine.virtio()), "id": format!("disk{place}"),
         "serial": serial, "werror": "report", "rerror": "report",

@@ -1,0 +1,90 @@
+//! The keys of a [`VmSpec`] that concern QEMU alone, read in one place.
+
+use vmm_core::report::Report;
+use vmm_core::spec::{BackendOption, OptionPlace, VmSpec};
+
+use super::convert::Machine;
+
+/// The prefix of QEMU's keys.
+const PREFIX: &str = "qemu.";
+/// The key of `boot_options` that picks the machine.
+pub(crate) const MACHINE_KEY: &str = "qemu.machine";
+/// The key of `cpu.features` that picks the CPU model.
+pub(crate) const MODEL_KEY: &str = "qemu.model";
+
+/// QEMU's own settings of one VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct VmOptions<'a> {
+    /// The machine; `None` where the client names one that does not exist, which the report says.
+    pub(crate) machine: Option<Machine>,
+    /// The CPU model with its features, where the client picks one.
+    pub(crate) model: Option<Model<'a>>,
+}
+
+/// A CPU model as the client wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Model<'a> {
+    /// QEMU's words for it.
+    pub(crate) text: &'a str,
+    option: &'a BackendOption,
+}
+
+impl Model<'_> {
+    /// Returns the path of the key from the request's root.
+    pub(crate) fn field(&self) -> String {
+        self.option.field()
+    }
+
+    /// Returns the model's name, without its features.
+    pub(crate) fn name(&self) -> &str {
+        self.text.split(',').next().unwrap_or_default()
+    }
+}
+
+impl<'a> VmOptions<'a> {
+    /// Reads the settings of `spec`, and reports what is wrong with them and what concerns another backend.
+    pub(crate) fn read(spec: &'a VmSpec, report: &mut Report) -> Self {
+        let mut read = Self { machine: Some(Machine::Q35), model: None };
+        for option in spec.options.own(PREFIX, report) {
+            match (option.place, option.key.as_str()) {
+                (OptionPlace::Boot, MACHINE_KEY) => {
+                    read.machine = Machine::named(&option.value);
+                    if read.machine.is_none() {
+                        report.reject(option.field(), "must be \"q35\" (the default) or \"microvm\"");
+                    }
+                }
+                (OptionPlace::Cpu, MODEL_KEY) => {
+                    let model = Model { text: &option.value, option };
+                    check_model(report, model);
+                    read.model = Some(model);
+                }
+                (OptionPlace::Cpu, _) => reject_unknown(report, option, MODEL_KEY),
+                (OptionPlace::Boot, _) => reject_unknown(report, option, MACHINE_KEY),
+                (OptionPlace::Memory | OptionPlace::Disk(_) | OptionPlace::Nic(_), _) => {
+                    reject_unknown(report, option, "there are none");
+                }
+            }
+        }
+        read
+    }
+
+    /// Reads the settings of a `spec` whose check reports what is wrong with them.
+    pub(crate) fn of(spec: &'a VmSpec) -> Self {
+        Self::read(spec, &mut Report::default())
+    }
+}
+
+fn reject_unknown(report: &mut Report, option: &BackendOption, known: &str) {
+    report.reject(option.field(), format!("unknown key of the qemu backend; known keys here: {known}"));
+}
+
+fn check_model(report: &mut Report, model: Model<'_>) {
+    let (text, name) = (model.text, model.name());
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+,=".contains(&byte);
+    if name.is_empty() || name == "help" || text.starts_with('-') || !text.bytes().all(legal) {
+        report.reject(
+            model.field(),
+            "must be a CPU model of QEMU, with features after commas where needed, such as \"Skylake-Server\" or \"max,-avx512f\"",
+        );
+    }
+}

@@ -1,0 +1,243 @@
+//! The header of a qcow2 image: whether the guest's data lies in this file alone, and which file it is based on.
+//!
+//! ```text
+//!   byte 0   magic "QFI\xfb"          8   offset of the backing file's name (0: none)
+//!        4   version (2 or 3)        16   length of that name, at most 1023 bytes
+//!       32   encryption (0: none)    72   incompatible features   (version 3)
+//!                                   100   length of the header    (version 3; 72 in version 2)
+//!   then extensions, each a type, a length and data, which fill up whole 8 bytes; type 0 ends them
+//! ```
+//!
+//! A guest cannot write the header of its image, because the guest sees the image's contents only.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// The first bytes of every image.
+pub const MAGIC: &[u8; 4] = b"QFI\xfb";
+/// Length of the header of version 2, in bytes.
+const HEADER_V2: u64 = 72;
+/// Length of the fixed part of the header of version 3, in bytes.
+const HEADER_V3: u64 = 104;
+/// The longest name of a backing file, in bytes.
+const MAX_NAME: u32 = 1023;
+/// The most extensions that are read. QEMU writes a handful.
+const MAX_EXTENSIONS: usize = 64;
+/// The bit of the incompatible features that says: the data lies in another file.
+const EXTERNAL_DATA: u64 = 1 << 2;
+/// The type of the extension that names the format of the backing file.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+
+/// The facts of one image's header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Qcow2Header {
+    /// The version of the format, 2 or 3.
+    pub version: u32,
+    /// The file that the image is based on.
+    pub backing: Option<Backing>,
+    /// Whether the guest's data is encrypted.
+    pub encrypted: bool,
+    /// Whether the guest's data lies in another file, which the header names.
+    pub external_data: bool,
+}
+
+/// The file that an image is based on, as the header names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The name: a path, or what QEMU takes beside paths.
+    pub name: String,
+    /// The format, where the header states it.
+    pub format: Option<String>,
+}
+
+impl Backing {
+    /// Returns the path of the backing file of the image at `image`. A relative name begins at the image's folder.
+    ///
+    /// Returns `None` for a name that is no path: a URL, or QEMU's `json:` and `driver:` forms.
+    pub fn path(&self, image: &Path) -> Option<PathBuf> {
+        let name = self.name.strip_prefix("file:").unwrap_or(&self.name);
+        let protocol = name.split('/').next().is_some_and(|first| first.contains(':'));
+        if name.is_empty() || protocol || name.starts_with("//") {
+            return None;
+        }
+        Some(image.parent().unwrap_or(Path::new("/")).join(name))
+    }
+}
+
+/// Reads the header of an open file; `None` where the file is no qcow2 image.
+///
+/// # Errors
+/// What the kernel says, and `InvalidData` for a header that contradicts itself.
+pub fn read_header(file: &File) -> io::Result<Option<Qcow2Header>> {
+    let mut magic = [0; 4];
+    if !read_fully(file, &mut magic, 0)? || magic != *MAGIC {
+        return Ok(None);
+    }
+    let version = u32_at(file, 4)?;
+    let (features, length) = match version {
+        2 => (0, HEADER_V2),
+        3 => {
+            let length = u64::from(u32_at(file, 100)?);
+            if length < HEADER_V3 || length % 8 != 0 {
+                return Err(invalid(format!("its header says that it is {length} bytes long")));
+            }
+            (u64_at(file, 72)?, length)
+        }
+        other => return Err(invalid(format!("it has version {other} of the format; 2 and 3 are known"))),
+    };
+    let name_at = u64_at(file, 8)?;
+    let backing = match name_at {
+        0 => None,
+        _ => Some(Backing { name: name(file, name_at)?, format: backing_format(file, length, name_at)? }),
+    };
+    Ok(Some(Qcow2Header {
+        version,
+        backing,
+        encrypted: u32_at(file, 32)? != 0,
+        external_data: features & EXTERNAL_DATA != 0,
+    }))
+}
+
+fn name(file: &File, offset: u64) -> io::Result<String> {
+    let length = u32_at(file, 16)?;
+    if length > MAX_NAME {
+        return Err(invalid(format!("the name of its backing file is {length} bytes long")));
+    }
+    text_at(file, offset, length)
+}
+
+/// Reads the extension that names the backing file's format. The extensions end where the backing file's name begins.
+fn backing_format(file: &File, header: u64, end: u64) -> io::Result<Option<String>> {
+    let mut at = header;
+    for _ in 0..MAX_EXTENSIONS {
+        if at.saturating_add(8) > end {
+            return Ok(None);
+        }
+        let (kind, length) = (u32_at(file, at)?, u32_at(file, at + 4)?);
+        match kind {
+            0 => return Ok(None),
+            BACKING_FORMAT if length > MAX_NAME => {
+                return Err(invalid(format!("the format of its backing file is {length} bytes long")));
+            }
+            BACKING_FORMAT => return text_at(file, at + 8, length).map(Some),
+            _ => at = at.saturating_add(8).saturating_add(u64::from(length).next_multiple_of(8)),
+        }
+    }
+    Err(invalid(format!("its header has more than {MAX_EXTENSIONS} extensions")))
+}
+
+fn text_at(file: &File, offset: u64, length: u32) -> io::Result<String> {
+    let mut text = vec![0; length as usize];
+    if !read_fully(file, &mut text, offset)? {
+        return Err(invalid("its header is cut short".to_owned()));
+    }
+    String::from_utf8(text).map_err(|_| invalid("its header has a name that is not UTF-8".to_owned()))
+}
+
+fn u32_at(file: &File, offset: u64) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    match read_fully(file, &mut bytes, offset)? {
+        true => Ok(u32::from_be_bytes(bytes)),
+        false => Err(invalid("its header is cut short".to_owned())),
+    }
+}
+
+fn u64_at(file: &File, offset: u64) -> io::Result<u64> {
+    Ok(u64::from(u32_at(file, offset)?) << 32 | u64::from(u32_at(file, offset + 4)?))
+}
+
+/// Fills `buffer` from `offset`; false where the file is shorter.
+fn read_fully(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<bool> {
+    match file.read_exact_at(buffer, offset) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn qemu_img(dir: &Path, arguments: &[&str]) {
+        let ran = Command::new("qemu-img").args(arguments).current_dir(dir).output().expect("qemu-img runs");
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    }
+
+    fn header(path: &Path) -> io::Result<Option<Qcow2Header>> {
+        read_header(&File::open(path).unwrap())
+    }
+
+    #[test]
+    fn headers_that_qemu_img_writes_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "alone", "1M"]);
+        let alone = header(&at("alone")).unwrap().unwrap();
+        let expected = Qcow2Header { version: 3, backing: None, encrypted: false, external_data: false };
+        assert_eq!(alone, expected);
+        qemu_img(dir.path(), &["create", "-q", "-f", "raw", "base", "1M"]);
+        for (compat, version) in [("0.10", 2), ("1.1", 3)] {
+            let compat = format!("compat={compat}");
+            let arguments =
+                ["create", "-q", "-f", "qcow2", "-o", &compat, "-b", "base", "-F", "raw", "overlay"];
+            qemu_img(dir.path(), &arguments);
+            let overlay = header(&at("overlay")).unwrap().unwrap();
+            let backing = Backing { name: "base".to_owned(), format: Some("raw".to_owned()) };
+            assert_eq!((overlay.version, overlay.backing), (version, Some(backing)));
+        }
+        let data = "data_file=data,data_file_raw=on";
+        qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", data, "outside", "1M"]);
+        assert!(header(&at("outside")).unwrap().unwrap().external_data);
+        let secret =
+            ["--object", "secret,id=key,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=key"];
+        qemu_img(dir.path(), &[&["create", "-q", "-f", "qcow2"], &secret[..], &["secret", "1M"]].concat());
+        assert!(header(&at("secret")).unwrap().unwrap().encrypted);
+        assert_eq!(header(&at("base")).unwrap(), None);
+    }
+
+    #[test]
+    fn a_header_that_contradicts_itself_is_an_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut image = vec![0_u8; 4096];
+        image[..4].copy_from_slice(MAGIC);
+        image[7] = 3;
+        image[103] = 104;
+        let read = |image: &[u8]| {
+            std::fs::write(file.path(), image).unwrap();
+            header(file.path()).map_err(|error| error.to_string())
+        };
+        assert!(read(&image).unwrap().is_some());
+        let with = |changes: &[(usize, u8)]| {
+            let mut changed = image.clone();
+            changes.iter().for_each(|(at, byte)| changed[*at] = *byte);
+            changed
+        };
+        assert!(read(&with(&[(7, 4)])).unwrap_err().contains("version 4"));
+        assert!(read(&with(&[(103, 8)])).unwrap_err().contains("8 bytes long"));
+        assert!(read(&with(&[(14, 16), (18, 255)])).unwrap_err().contains("backing file is"));
+        assert!(read(&with(&[(8, 255), (19, 4)])).unwrap_err().contains("cut short"));
+        assert!(read(&image[..50]).unwrap_err().contains("cut short"));
+        assert_eq!(read(b"QF"), Ok(None));
+    }
+
+    #[test]
+    fn a_relative_name_begins_at_the_images_folder() {
+        let path = |name: &str| Backing { name: name.to_owned(), format: None }.path(Path::new("/a/b/image"));
+        assert_eq!(path("base"), Some("/a/b/base".into()));
+        assert_eq!(path("../base"), Some("/a/b/../base".into()));
+        assert_eq!(path("/base:1"), Some("/base:1".into()));
+        assert_eq!(path("file:base"), Some("/a/b/base".into()));
+        for other in ["", "nbd://host/x", "json:{}", "http://x", "ssh:x"] {
+            assert_eq!(path(other), None, "{other}");
+        }
+    }
+}

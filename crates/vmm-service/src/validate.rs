@@ -1,0 +1,181 @@
+//! The checks of CreateVm, which ValidateVm runs alone: from a configuration as sent to the one in force.
+//!
+//! ```text
+//!   count ──► resolve ──► parse ──► the backend's check ──► look at the host's files
+//!     │        defaults     │         only what parses            whatever files were named
+//!     └ refuses what is     └───────────────── one report ─────────────────┘
+//!       too much to check
+//! ```
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use vmm_core::backend::Backend;
+use vmm_core::config::{BootConfig, VmConfig};
+use vmm_core::id::VmUid;
+use vmm_core::report::Report;
+use vmm_core::spec::{MacAddr, VmSpec, too_many};
+use vmm_core::store::Requested;
+
+use crate::check::{self, Purpose, Terms};
+use crate::error::ServiceError;
+use crate::places;
+use crate::service::DefaultBoot;
+use crate::shared::Shared;
+
+/// The findings of all checks.
+pub(crate) struct Checked {
+    /// The configuration in force.
+    pub(crate) config: VmConfig,
+    /// Everything found.
+    pub(crate) report: Report,
+    /// The parsed configuration and its backend, where both could be made out.
+    pub(crate) accepted: Option<(VmSpec, Arc<dyn Backend>)>,
+}
+
+/// Runs every check of CreateVm and collects every finding. Touches nothing, and takes time linear in the request.
+///
+/// # Errors
+///
+/// [`ServiceError::Unavailable`] where nothing else is wrong and the host's files do not answer.
+pub(crate) async fn check_config(
+    shared: &Shared,
+    uid: VmUid,
+    requested: &Requested,
+) -> Result<Checked, ServiceError> {
+    if let Some(report) = too_many(&requested.config) {
+        return Ok(Checked { config: VmConfig::default(), report, accepted: None });
+    }
+    let config = resolve(&requested.config, uid, &shared.settings.default_boot);
+    let mut report = Report::default();
+    let backend =
+        shared.backends.get(&requested.backend).map_err(|problem| report.reject("backend", problem)).ok();
+    let (spec, files) = VmSpec::parse_with_files(&config);
+    let spec = spec.map_err(|violations| report.merge(violations)).ok();
+    if let Some(backend) = &backend {
+        check_backend(shared, &mut report, &**backend, spec.as_ref());
+    }
+    let kernels = backend.as_ref().map(|backend| backend.capabilities().kernel_formats);
+    let terms = Terms { purpose: Purpose::Create, kernels, owns_output: false };
+    match check::look(files, terms).await {
+        Ok(facts) => report.merge(facts.report),
+        Err(silent) if report.is_ok() => return Err(ServiceError::Unavailable(silent.to_string())),
+        // The client has to mend the request first.
+        Err(_) => {}
+    }
+    Ok(Checked { config, report, accepted: spec.zip(backend) })
+}
+
+/// Adds what the backend says of `spec`, and whether it can serve now.
+fn check_backend(shared: &Shared, report: &mut Report, backend: &dyn Backend, spec: Option<&VmSpec>) {
+    if let Err(error) = places::refuse_import_only(backend) {
+        report.reject("backend", error.to_string());
+    }
+    let Some(spec) = spec else { return };
+    report.merge(backend.check(spec));
+    let name = &backend.capabilities().name;
+    if let Some(Err(reason)) = shared.backends.status(name).map(|status| status.health.version) {
+        report.advise("backend", format!("{name} cannot serve now, and BootVm will fail: {reason}"));
+    }
+}
+
+/// Fills in what the client left to the program: the default kernel, device ids, MACs and TAP names.
+fn resolve(sent: &VmConfig, uid: VmUid, defaults: &DefaultBoot) -> VmConfig {
+    let mut config = sent.clone();
+    let boot = config.boot.get_or_insert_with(BootConfig::default);
+    if boot.kernel_path.is_empty()
+        && !boot.boot_options.contains_key("firmware")
+        && !defaults.kernel.is_empty()
+    {
+        boot.kernel_path.clone_from(&defaults.kernel);
+        boot.initrd_path.clone_from(&defaults.initrd);
+        if boot.kernel_args.is_empty() {
+            boot.kernel_args.clone_from(&defaults.kernel_args);
+        }
+    }
+    fill_ids(config.storage.iter_mut().map(|disk| &mut disk.id), "disk");
+    fill_ids(config.network.iter_mut().map(|nic| &mut nic.id), "net");
+    for (index, nic) in config.network.iter_mut().enumerate() {
+        if nic.mac_address.is_empty() {
+            nic.mac_address = MacAddr(uid.mac(index)).to_string();
+        }
+        if nic.tap_device.is_empty() {
+            nic.tap_device = uid.tap_name(index);
+        }
+    }
+    config
+}
+
+/// Names devices `disk0`, `disk1` … by their place, passing over names that are taken.
+fn fill_ids<'a>(ids: impl Iterator<Item = &'a mut String>, prefix: &str) {
+    let ids: Vec<&mut String> = ids.collect();
+    let mut taken: HashSet<String> = ids.iter().map(|id| id.to_string()).collect();
+    // A number that is taken for one device is taken for all that follow, so the numbers are gone through once.
+    let mut next = 0;
+    for (place, id) in ids.into_iter().enumerate() {
+        if !id.is_empty() {
+            continue;
+        }
+        next = next.max(place);
+        while !taken.insert(format!("{prefix}{next}")) {
+            next += 1;
+        }
+        *id = format!("{prefix}{next}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+    use vmm_core::config::{NetworkInterface, StorageDevice};
+
+    use super::*;
+
+    fn uid() -> VmUid {
+        VmUid::new(Uuid::now_v7())
+    }
+
+    #[test]
+    fn what_is_left_out_is_generated_and_what_is_given_stays() {
+        let named = StorageDevice { id: "disk0".to_owned(), ..StorageDevice::default() };
+        let tap = NetworkInterface { tap_device: "tap0".to_owned(), ..NetworkInterface::default() };
+        let sent = VmConfig {
+            storage: vec![StorageDevice::default(), named],
+            network: vec![NetworkInterface::default(), tap],
+            ..VmConfig::default()
+        };
+        let uid = uid();
+        let config = resolve(&sent, uid, &DefaultBoot::default());
+        let ids: Vec<_> = config.storage.iter().map(|disk| disk.id.as_str()).collect();
+        assert_eq!(ids, ["disk1", "disk0"]);
+        assert_ne!(config.network[0].mac_address, config.network[1].mac_address);
+        assert_eq!(config.network[1].id, "net1");
+        let taps: Vec<_> = config.network.iter().map(|nic| nic.tap_device.as_str()).collect();
+        assert_eq!(taps, [uid.tap_name(0).as_str(), "tap0"]);
+    }
+
+    #[test]
+    fn hundreds_of_thousands_of_devices_are_named_in_one_pass() {
+        let mut ids = vec![String::new(); 381_000];
+        ids[380_999] = "disk7".to_owned();
+        fill_ids(ids.iter_mut(), "disk");
+        assert_eq!((ids[6].as_str(), ids[7].as_str(), ids[8].as_str()), ("disk6", "disk8", "disk9"));
+        let distinct: HashSet<_> = ids.iter().collect();
+        assert_eq!(distinct.len(), ids.len());
+    }
+
+    #[test]
+    fn the_default_kernel_is_used_only_where_none_is_named() {
+        let defaults = DefaultBoot {
+            kernel: "/k".to_owned(),
+            initrd: "/i".to_owned(),
+            kernel_args: "console=ttyS0".to_owned(),
+        };
+        let filled = resolve(&VmConfig::default(), uid(), &defaults).boot.unwrap();
+        assert_eq!((filled.kernel_path.as_str(), filled.initrd_path.as_str()), ("/k", "/i"));
+        assert_eq!(filled.kernel_args, "console=ttyS0");
+        let own = BootConfig { kernel_path: "/own".to_owned(), ..BootConfig::default() };
+        let kept = resolve(&VmConfig { boot: Some(own.clone()), ..VmConfig::default() }, uid(), &defaults);
+        assert_eq!(kept.boot, Some(own), "defaults are used together or not at all");
+    }
+}
