@@ -115,6 +115,10 @@ pub struct RunRecord {
     pub started_ms: i64,
     /// What no other running VM may use.
     pub claims: Vec<HostClaim>,
+    /// The TAPs whose counters are the VM's, where they do not follow from its configuration: those of an imported domain, to
+    /// which libvirt gives new ones with each run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taps: Vec<String>,
 }
 
 /// Something on the host that serves one running VM at a time.

@@ -59,6 +59,7 @@ fn run_record(run: &Value) -> RunRecord {
         version: object.get("version").unwrap_or_default(),
         accelerator: object.get("accelerator").unwrap_or_default(),
         machine: object.get("machine").unwrap_or_default(),
+        taps: object.get("taps").unwrap_or_default(),
         started_ms: object.get("started_ms").unwrap_or(0),
         claims: claims.into_iter().flatten().filter_map(read::<HostClaim>).collect(),
     }

@@ -105,6 +105,7 @@ pub fn record(name: &str) -> VmRecord {
             accelerator: "kvm".to_owned(),
             machine: "q35".to_owned(),
             started_ms: 3,
+            taps: vec!["vnet0".to_owned()],
             claims: vec![
                 HostClaim::Disk {
                     device: 1,

@@ -338,6 +338,7 @@ pub(super) fn new_run<C>(seat: &Arc<Seat>, met: &Met<C>, started_ms: i64) -> Run
         machine: met.machine.clone(),
         started_ms,
         claims: Vec::new(),
+        taps: Vec::new(),
     }
 }
 

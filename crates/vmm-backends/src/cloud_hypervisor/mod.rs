@@ -176,7 +176,7 @@ impl Backend for CloudHypervisor {
                 let dir = request.dir.as_path();
                 let client = Client::new(&run.socket).of_process(process.pid());
                 let events = EventFile::near_end(dir);
-                let parts = Parts { run, process: process.clone(), client, events, dir, reset_ends };
+                let parts = Parts { run: *run, process: process.clone(), client, events, dir, reset_ends };
                 Ok(self.take_over(process, &request, parts).await)
             }
             Trace::Gone => Ok(Adoption::Gone { exit: explain_past(&request.dir, reset_ends).await }),

@@ -163,7 +163,7 @@ impl Backend for Firecracker {
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
         let (process, mut run) = match look(&request, self.program.running_names().await).await {
-            Trace::Alive(process, run) => (process, run),
+            Trace::Alive(process, run) => (process, *run),
             Trace::Gone => return Ok(gone(&request.dir).await),
             Trace::Unprovable(Unproven { reason, message }) => {
                 return Ok(Adoption::Unreachable { reason, message, launched: None });

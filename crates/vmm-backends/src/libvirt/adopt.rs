@@ -11,7 +11,7 @@ use vmm_libvirt_wire::{Call, Domain, DomainState};
 use super::convert::restarts;
 use super::domain::{Owner, find_qemu, is_active, owner};
 use super::link::CallError;
-use super::run::{Facts, assemble};
+use super::run::{Facts, assemble, live_taps};
 use super::{LibvirtBackend, domain_of};
 
 /// How long libvirt may take to be connected to, and to answer; the service waits five seconds for all of it.
@@ -37,6 +37,10 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         (Err(_), Some(run)) => run.version.clone(),
         (Err(_), None) => String::new(),
     };
+    let taps = match &connected {
+        Ok(_) if request.imported => live_taps(&backend.link, domain, LOOKING).await,
+        Ok(_) | Err(_) => None,
+    };
     let facts = Facts {
         domain,
         socket: backend.socket.clone(),
@@ -45,7 +49,7 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         machine: "q35".to_owned(),
         restarts: restarts(&request.spec.restart),
         imported: request.imported,
-        taps: request.spec.tap_names(request.uid),
+        taps: taps.unwrap_or_else(|| known_taps(&request)),
     };
     let known = match connected {
         Ok(_) => look(backend, domain, process.is_none()).await.map_err(BackendError::from),
@@ -62,6 +66,15 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         (Err(error), Some(process)) => found.silent("libvirt-unreachable", error, process),
         (Err(error), None) => without_libvirt(&request, &error),
     }
+}
+
+/// Returns the TAPs of a run as far as they are known without libvirt: those on record, or those that follow from the
+/// configuration of a VM that this program made.
+fn known_taps(request: &AdoptRequest) -> Vec<String> {
+    if request.imported {
+        return request.run.as_ref().map(|run| run.taps.clone()).unwrap_or_default();
+    }
+    request.spec.tap_names(request.uid)
 }
 
 /// Asks libvirt for the domain. It is given a moment to notice the end of a QEMU that has `gone`.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument as _;
@@ -10,9 +11,10 @@ use vmm_core::backend::{GuestState, Launched};
 use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
 use vmm_host::process::Process;
-use vmm_libvirt_wire::DomainState;
+use vmm_libvirt_wire::{Call, DomainState, Got};
 
-use super::domain::guest_state;
+use super::describe::describe;
+use super::domain::{LOOKING, guest_state, senseless};
 use super::guest::Guest;
 use super::link::{Link, Watched};
 use super::vmm::LibvirtVmm;
@@ -38,6 +40,14 @@ pub(super) struct Facts {
 }
 
 impl Facts {
+    /// Puts in the TAPs that libvirt has given to an imported domain for this run.
+    pub(super) async fn with_live_taps(mut self, link: &Link) -> Self {
+        if self.imported {
+            self.taps = live_taps(link, self.domain, LOOKING).await.unwrap_or_default();
+        }
+        self
+    }
+
     /// The run's record, of a run that begins now.
     pub(super) fn record(&self, process: &Process) -> RunRecord {
         RunRecord {
@@ -48,8 +58,21 @@ impl Facts {
             machine: self.machine.clone(),
             started_ms: now_ms(),
             claims: Vec::new(),
+            taps: if self.imported { self.taps.clone() } else { Vec::new() },
         }
     }
+}
+
+/// Asks libvirt for the TAPs that a running domain has now; `None` where libvirt does not say.
+pub(super) async fn live_taps(link: &Link, domain: Uuid, within: Duration) -> Option<Vec<String>> {
+    let told = match link.call(Call::Xml { uuid: domain }, within).await {
+        Ok(Got::Xml { xml }) => describe(&xml),
+        Ok(other) => Err(senseless(&other).to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    told.map(|told| told.taps)
+        .inspect_err(|why| tracing::warn!(%domain, why, "the TAPs of the domain are not known; its network counters are missing"))
+        .ok()
 }
 
 /// Makes the handle and begins to watch. `state` is what the domain is thought to be doing.

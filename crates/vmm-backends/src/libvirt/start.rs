@@ -94,6 +94,7 @@ async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Resu
         Ok(process) => process,
         Err(error) => return Err(undo(backend, uuid, error).await),
     };
+    let facts = facts.with_live_taps(&backend.link).await;
     let run = facts.record(&process);
     let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, DomainState::Paused);
     if let Err(error) = vmm.resume().await {
@@ -112,6 +113,7 @@ async fn take_over(
 ) -> Result<Launched, BackendError> {
     let process = qemu_of(backend, facts.domain).await?;
     tracing::info!(domain = %facts.domain, "the domain runs already; taking it over");
+    let facts = facts.with_live_taps(&backend.link).await;
     let run = facts.record(&process);
     let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, state);
     vmm.resume().await?;

@@ -87,5 +87,6 @@ fn reconstructed(request: &AdoptRequest, found: &Found, configured: Accelerator)
         // Nobody wrote down when it began; the launch was under way when the daemon ended.
         started_ms: now_ms(),
         claims: Vec::new(),
+        taps: Vec::new(),
     }
 }

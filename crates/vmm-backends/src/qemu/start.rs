@@ -192,6 +192,7 @@ impl Start {
             machine: self.machine.as_str().to_owned(),
             started_ms: now_ms(),
             claims: Vec::new(),
+            taps: Vec::new(),
         };
         let parts = Parts {
             process,

@@ -25,7 +25,7 @@ pub const LOG: &str = "vmm.log";
 #[derive(Debug)]
 pub(crate) enum Trace {
     /// Its process, proven.
-    Alive(Process, RunRecord),
+    Alive(Process, Box<RunRecord>),
     /// It has provably gone.
     Gone,
     /// Nothing can be proven.
@@ -46,7 +46,7 @@ pub(crate) async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
         },
     };
     match adopt(&identity) {
-        Lookup::Alive(process) => Trace::Alive(process, run),
+        Lookup::Alive(process) => Trace::Alive(process, Box::new(run)),
         Lookup::Gone => Trace::Gone,
         Lookup::Unprovable(message) => Trace::Unprovable(Unproven { reason: "identity-unproven", message }),
     }
@@ -62,6 +62,7 @@ pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, versi
         machine: String::new(),
         started_ms: now_ms(),
         claims: Vec::new(),
+        taps: Vec::new(),
     }
 }
 

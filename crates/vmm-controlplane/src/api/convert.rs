@@ -395,6 +395,7 @@ mod tests {
                 machine: String::new(),
                 started_ms,
                 claims: Vec::new(),
+                taps: Vec::new(),
             };
             uptime_ms(&run, now_ms)
         };

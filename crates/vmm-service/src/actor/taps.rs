@@ -34,8 +34,12 @@ const REMOVE_LIMIT: Duration = Duration::from_secs(5);
 const FORCED_REMOVE_LIMIT: Duration = Duration::from_millis(700);
 
 impl Actor {
-    /// Returns the TAP of each network interface, in their order, and who named it.
+    /// Returns the TAP of each network interface, in their order, and who named it. None where libvirt starts the domain of
+    /// somebody else as it is: that domain's interfaces need not be TAPs, and libvirt gives them new ones with each run.
     pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
+        if self.record.imported && self.record.kind.domain().is_some() {
+            return Vec::new();
+        }
         let uid = self.record.uid;
         let by = |name: &str| if uid.made_tap_name(name) { NamedBy::Program } else { NamedBy::Client };
         let named = |name: String| {

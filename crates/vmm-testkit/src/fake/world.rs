@@ -149,6 +149,7 @@ impl World {
             machine: String::new(),
             started_ms: 0,
             claims: Vec::new(),
+            taps: Vec::new(),
         };
         let writes = request.spec.disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.path.clone());
         let machine = Machine {

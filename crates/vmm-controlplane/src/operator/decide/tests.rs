@@ -76,6 +76,7 @@ fn known(facts: &mut Facts, uid: VmUid, process: Option<ProcessIdentity>) {
         machine: String::new(),
         started_ms: 0,
         claims: Vec::new(),
+        taps: Vec::new(),
     });
     facts.records.insert(uid, record);
 }
