@@ -15,23 +15,20 @@ use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
 use vmm_libvirt_wire::{Call, FailureKind, Got};
 
-use super::domain::{LOOKING, guest_state, senseless};
+use super::domain::{LOOKING, guest_state, is_active, senseless};
 use super::guest::Guest;
 use super::link::{CallError, Link};
 use crate::counters;
+use crate::ladder::{self, Means};
 
 /// How long libvirt may take over what needs QEMU. QEMU answers in milliseconds, libvirtd on a busy host in a second or two.
 const ORDERING: Duration = Duration::from_secs(10);
 /// How long the question may take by which it is found out whether QEMU answers at all.
 pub(super) const ASKING: Duration = Duration::from_millis(2500);
-/// How long libvirt may take to end a domain, before that is taken into our own hands.
-const DESTROYING: Duration = Duration::from_secs(2);
-/// How long libvirt may take where all of it must be over within two seconds.
+/// How long libvirt may take to end a domain by force, where all of it must be over within two seconds.
 const DESTROYING_AT_ONCE: Duration = Duration::from_millis(900);
 /// How long libvirt may take to clear up behind a QEMU that has gone.
 const SETTLING: Duration = Duration::from_millis(800);
-/// How long the kernel may take to report an end that a broken connection has shown already.
-const REPORTING: Duration = Duration::from_millis(200);
 /// How long a killed QEMU may take to go.
 const KILLING: Duration = Duration::from_secs(1);
 
@@ -73,15 +70,14 @@ impl Vmm for LibvirtVmm {
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        if let Some(ended) = self.ends_by_itself(ladder).await? {
-            return Ok(ended);
+        self.guest.order_end();
+        let ended = ladder::climb(self, ladder).await;
+        match &ended {
+            Ok(EndedBy::Vmm) => self.settle().await,
+            Ok(_) => {}
+            Err(_) => self.guest.order_no_end(),
         }
-        if self.imported && ladder.ask_guest_for.is_some() {
-            self.guest.order_no_end();
-            let message = "the guest has not shut down, and somebody else made the domain: use force to have libvirt end it";
-            return Err(BackendError::new(BackendErrorKind::StillRuns, Effect::NotApplied, message));
-        }
-        self.end(DESTROYING).await
+        ended
     }
 
     async fn reset(&self) -> Result<Reset, BackendError> {
@@ -122,30 +118,42 @@ impl Vmm for LibvirtVmm {
     }
 }
 
+#[async_trait]
+impl Means for LibvirtVmm {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    fn ask(&self) -> Option<(EndedBy, ladder::Call<'_>)> {
+        Some((EndedBy::Acpi, Box::pin(self.order(Call::Shutdown { uuid: self.domain }))))
+    }
+
+    fn power_off(&self, forced: bool) -> Option<ladder::Call<'_>> {
+        (forced || !self.imported)
+            .then(|| Box::pin(self.order(Call::Destroy { uuid: self.domain })) as ladder::Call<'_>)
+    }
+
+    /// The process is proven by libvirt's own mark in its arguments, and held by its pidfd.
+    async fn end_process(&self, forced: bool, _reached: EndedBy) -> Result<EndedBy, BackendError> {
+        if self.imported && !forced {
+            let message = "the guest has not shut down, and somebody else made the domain: use force to have libvirt end it";
+            return Err(BackendError::new(BackendErrorKind::StillRuns, Effect::NotApplied, message));
+        }
+        self.kill_process().await
+    }
+}
+
 impl LibvirtVmm {
-    /// Asks the guest to end, where `ladder` does, and waits. `None` means that it is to be ended.
-    async fn ends_by_itself(&self, ladder: Ladder) -> Result<Option<EndedBy>, BackendError> {
-        if self.process.has_ended() {
-            return self.gone_by(EndedBy::Guest).await.map(Some);
-        }
-        self.guest.order_end();
-        let Some(patience) = ladder.ask_guest_for else { return Ok(None) };
-        let asked = tokio::select! {
-            biased;
-            asked = self.link.order(Call::Shutdown { uuid: self.domain }, DESTROYING) => asked,
-            // Faster than libvirt's answer, as of a guest that obeys at once.
-            _ = self.process.wait() => Ok(()),
-        };
-        point(FaultPoint::LadderAsked);
-        match asked {
-            Ok(()) => {}
-            Err(error) => {
-                tracing::warn!(%error, "the guest could not be asked to shut down");
-                // A connection to QEMU ends a moment before the kernel reports its end.
-                return Ok(self.process.wait_for(REPORTING).await.map(|_| EndedBy::Guest));
+    /// Waits a moment for libvirt to clear up behind a domain that it has ended, because the next call would wait for that.
+    async fn settle(&self) {
+        let cleared = async {
+            while let Ok(Some(domain)) = self.link.look(self.domain, SETTLING).await
+                && is_active(domain.state)
+            {
+                tokio::time::sleep(SETTLING / 20).await;
             }
-        }
-        Ok(self.process.wait_for(patience).await.map(|_| EndedBy::Acpi))
+        };
+        let _ = tokio::time::timeout(SETTLING, cleared).await;
     }
 
     /// Has libvirt end the domain within `patience`, and else ends its QEMU. Answers once it has gone.
@@ -174,7 +182,10 @@ impl LibvirtVmm {
             Some(Err(error)) => tracing::warn!(%error, "libvirt did not end the domain"),
             Some(Ok(())) | None => tracing::warn!("libvirt has not ended the domain in time"),
         }
-        // The process is proven by libvirt's own mark in its arguments, and held by its pidfd.
+        self.kill_process().await
+    }
+
+    async fn kill_process(&self) -> Result<EndedBy, BackendError> {
         let killed = self.process.kill_and_wait(KILLING).await.map(|_| EndedBy::Sigkill).map_err(|error| {
             BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string()).caused_by(error)
         });

@@ -22,7 +22,9 @@ macro_rules! libvirtd_or_skip {
     };
 }
 
+mod interfaces;
 mod kinds;
+mod shutdown;
 
 fn world(helper: &Path, uri: &str, more: &[(&str, &str)]) -> World {
     let path = with_helper(helper);

@@ -1,0 +1,44 @@
+//! A libvirtd that is slow to answer costs no guest its time.
+
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::harness::call;
+
+#[test]
+fn a_libvirtd_that_stands_still_for_a_while_destroys_nothing() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    run(&world, "vm", Guest::Button);
+    libvirtd.freeze(true);
+    let ended = std::thread::scope(|scope| {
+        let url = world.url();
+        let patient = json!({"vm_id": "vm", "timeout_seconds": 60});
+        let call = scope.spawn(move || call(url, "ShutdownVm", &patient));
+        // Longer than libvirtd once had to answer.
+        let frozen = Instant::now();
+        eventually("some seconds have passed", || frozen.elapsed() > Duration::from_secs(4));
+        libvirtd.freeze(false);
+        call.join().unwrap().ok()
+    });
+    assert_eq!((&ended["state"], &ended["ended_by"]), (&json!("VM_STATE_SHUTDOWN"), &json!("acpi")));
+    world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+}
+
+#[test]
+fn a_domain_whose_libvirtd_answers_nothing_runs_on_without_force() {
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let world = started(&helper, &libvirtd, &[]);
+    let pid = vmm_pid(&run(&world, "vm", Guest::Idle));
+    libvirtd.freeze(true);
+    let refused = world.call("ShutdownVm", &json!({"vm_id": "vm", "timeout_seconds": 2}));
+    let told = refused.error("unavailable");
+    assert!(told.contains("force"), "{told}");
+    assert!(is_alive(pid), "nobody has ended it");
+    libvirtd.freeze(false);
+    world.wait_for("vm", "reachable", phase_is("running"));
+    // A guest that hears nothing is powered off when its time is up, by a libvirtd that answers.
+    let ended = world.call("ShutdownVm", &json!({"vm_id": "vm", "timeout_seconds": 1})).ok();
+    assert_eq!(ended["ended_by"], "vmm", "{ended}");
+    world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+}
