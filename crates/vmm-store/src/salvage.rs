@@ -10,6 +10,7 @@ use vmm_core::caller::Caller;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::intent::{Intent, IntentKind};
 use vmm_core::state::{Phase, Status, VmState};
 use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, VmRecord};
 
@@ -37,7 +38,7 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         generation: u64::try_from(row.generation).ok()?,
         created_ms: object.get("created_ms").unwrap_or(0),
         modified_ms: object.get("modified_ms").unwrap_or(0),
-        intent: object.get("intent").unwrap_or(None),
+        intent: object.0.get("intent").filter(|intent| !intent.is_null()).map(intent),
         run,
         owns_console_output: object.get("owns_console_output").unwrap_or(false),
         ended_by: object.get("ended_by").unwrap_or(None),
@@ -47,12 +48,27 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
     })
 }
 
+/// Reads what can be read of an operation under way. One of an unknown kind is taken for a start, which may have left a process
+/// and holds what it has claimed until that has gone. Nothing is carried on, because the VM is not taken up.
+fn intent(intent: &Value) -> Intent {
+    let object = Fields(intent.as_object().cloned().unwrap_or_default());
+    read(intent).unwrap_or_else(|| Intent {
+        kind: IntentKind::Boot { claims: claims(&object) },
+        caller: read(intent).unwrap_or_else(|| Caller::named("")),
+        since_ms: object.get("since_ms").unwrap_or(0),
+    })
+}
+
+/// Reads each claim that can be read.
+fn claims(object: &Fields) -> Vec<HostClaim> {
+    object.0.get("claims").and_then(Value::as_array).into_iter().flatten().filter_map(read).collect()
+}
+
 /// Reads what can be read of a run: above all the process, to end it, and each claim, to keep it.
 fn run_record(run: &Value) -> RunRecord {
     let object = Fields(run.as_object().cloned().unwrap_or_default());
     // Process 0 is nobody's, so nothing is ever proven of it and nothing is signalled.
     let nobody = || ProcessIdentity { pid: 0, start_ticks: 0, boot_id: String::new(), namespaces: None };
-    let claims = object.0.get("claims").and_then(Value::as_array);
     RunRecord {
         process: object.get("process").unwrap_or_else(nobody),
         socket: object.get("socket").unwrap_or_default(),
@@ -61,7 +77,7 @@ fn run_record(run: &Value) -> RunRecord {
         machine: object.get("machine").unwrap_or_default(),
         taps: object.get("taps").unwrap_or_default(),
         started_ms: object.get("started_ms").unwrap_or(0),
-        claims: claims.into_iter().flatten().filter_map(read::<HostClaim>).collect(),
+        claims: claims(&object),
     }
 }
 

@@ -11,6 +11,7 @@ use common::{Random, block_on, open, seed};
 use tempfile::TempDir;
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventKind, EventSeq, VmEvent};
+use vmm_core::intent::IntentKind;
 use vmm_core::state::VmState;
 use vmm_core::store::{
     Commit, EventQuery, HostClaim, Snapshot, Store, StoreError, StoreErrorKind, Unreadable, VmRecord,
@@ -220,7 +221,7 @@ fn json(text: &str) -> serde_json::Value {
 fn a_record_with_a_newer_word_keeps_its_process_its_disks_and_the_word() {
     let words = [
         ("\"phase\":\"created\"", "\"phase\":\"snapshotting\""),
-        ("\"request\":\"boot\"", "\"request\":\"resize\""),
+        ("\"request\":\"reboot\"", "\"request\":\"resize\""),
         ("\"tap\":{", "\"address\":{"),
         ("\"ended_by\":\"ctrl-alt-del\"", "\"ended_by\":\"watchdog\""),
     ];
@@ -243,6 +244,20 @@ fn a_record_with_a_newer_word_keeps_its_process_its_disks_and_the_word() {
             assert!(after.to_string().contains(newer), "{newer} is kept: {after}");
         }
     }
+}
+
+#[test]
+fn a_start_of_an_unknown_kind_holds_what_it_has_claimed() {
+    let (dir, path, vms, _) = filled();
+    tamper(
+        &path,
+        "UPDATE vms SET record = json_set(record, '$.intent.request', 'migrate', '$.intent.claims', \
+         json_extract(record, '$.run.claims'), '$.run', NULL) WHERE vm_id = 'vm-3'",
+    );
+    let part = only_unreadable(dir.path(), &vms);
+    let intent = part.record.intent.expect("something is under way");
+    assert_eq!(intent.kind, IntentKind::Boot { claims: vms[3].run.clone().unwrap().claims });
+    assert_eq!(intent.caller, vms[3].intent.clone().unwrap().caller);
 }
 
 #[test]
