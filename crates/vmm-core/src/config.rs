@@ -1,6 +1,6 @@
 //! A VM's configuration as a client writes it: plain data with the shape and the names of the wire, checked by nothing.
 //!
-//! Two of these are stored per VM: the one that was sent, to recognise a repeated creation, and the one that is in force, with
+//! Two of these are stored per VM: the one that was sent, packed, to recognise a repeated creation, and the one that is in force, with
 //! generated ids and defaults filled in, which is what clients get back. [`crate::spec::VmSpec`] is the checked form.
 
 use std::collections::BTreeMap;

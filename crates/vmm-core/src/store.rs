@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::config::VmConfig;
 use crate::event::{EventSeq, NewEvent, VmEvent};
@@ -22,7 +22,7 @@ pub struct VmRecord {
     /// Which hypervisor runs it.
     pub backend: BackendName,
     /// What CreateVm was sent, to recognise a repeated call.
-    pub requested: Requested,
+    pub requested: Sent,
     /// The configuration in force: as sent, with ids, MACs and the default kernel filled in.
     pub config: VmConfig,
     /// Where it is.
@@ -55,12 +55,43 @@ pub struct VmRecord {
 }
 
 /// What CreateVm was sent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Requested {
     /// The backend as sent; empty means the default.
     pub backend: String,
     /// The configuration as sent.
     pub config: VmConfig,
+}
+
+/// What CreateVm was sent, in the least room: every VM keeps it, and it is read only where the call is repeated. In memory it is
+/// one text, in a database the [`Requested`] itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sent(Box<str>);
+
+impl Sent {
+    /// Packs what was sent. Equal ones are packed alike, because the maps of a configuration have one order.
+    pub fn pack(requested: &Requested) -> Self {
+        // JSON has a form for each text and number, so this does not fail.
+        Self(serde_json::to_string(requested).unwrap_or_default().into())
+    }
+
+    /// Unpacks what was sent.
+    pub fn unpack(&self) -> Requested {
+        // The text is one that `pack` has made.
+        serde_json::from_str(&self.0).unwrap_or_default()
+    }
+}
+
+impl Serialize for Sent {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.unpack().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Sent {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Requested::deserialize(deserializer).map(|requested| Self::pack(&requested))
+    }
 }
 
 /// Proof of identity of a process: a pid alone may be somebody else's by now.
@@ -280,4 +311,20 @@ pub enum StoreErrorKind {
     Io,
     /// The store has been closed.
     Closed,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_sent_is_stored_as_it_always_was() {
+        let stored = r#"{"backend":"qemu","config":{"cpu":{"vcpu_count":2},"metadata":{"b":"2","a":"1"}}}"#;
+        let sent: Sent = serde_json::from_str(stored).unwrap();
+        let requested: Requested = serde_json::from_str(stored).unwrap();
+        assert_eq!(sent, Sent::pack(&requested), "packed alike, whatever its fields and keys were sorted by");
+        assert_eq!(sent.unpack(), requested);
+        let written = serde_json::to_string(&sent).unwrap();
+        assert_eq!(written, serde_json::to_string(&requested).unwrap());
+    }
 }

@@ -11,7 +11,7 @@ use vmm_core::id::{VmId, VmUid};
 use vmm_core::report::{Report, Warning};
 use vmm_core::spec::{FIRMWARE_FIELD, VmSpec};
 use vmm_core::state::{Phase, Status, VmState};
-use vmm_core::store::{Change, Commit, Intent, Requested, VmRecord};
+use vmm_core::store::{Change, Commit, Intent, Requested, Sent, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor::{Beginning, NewActor};
@@ -104,7 +104,7 @@ fn new_record(
         uid,
         vm_id,
         backend: backend.capabilities().name.clone(),
-        requested,
+        requested: Sent::pack(&requested),
         config,
         state: VmState::Created,
         status: Status::plain(Phase::Created, now),
@@ -202,7 +202,7 @@ fn refusal(report: Report) -> ServiceError {
 
 /// Answers a call for a name that exists.
 fn repeat(shared: &Shared, existing: Arc<VmRecord>, requested: &Requested) -> Result<Created, ServiceError> {
-    if existing.requested != *requested {
+    if existing.requested != Sent::pack(requested) {
         return Err(ServiceError::AlreadyExists(existing.vm_id.clone()));
     }
     let leaving = existing.intent.as_ref().is_some_and(Intent::is_deletion);

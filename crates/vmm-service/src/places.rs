@@ -24,7 +24,7 @@ use vmm_core::kind::VmKind;
 use vmm_core::place::{Discovery, Finding, Found, Places};
 use vmm_core::spec::{NamedFiles, VmSpec};
 use vmm_core::state::{Phase, Request, Status};
-use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, VmRecord};
+use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, Sent, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor::{Beginning, NewActor};
@@ -185,7 +185,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         uid,
         vm_id: vm_id.clone(),
         backend: name.clone(),
-        requested: Requested { backend: name.to_string(), config: found.config.clone() },
+        requested: Sent::pack(&Requested { backend: name.to_string(), config: found.config.clone() }),
         config: found.config,
         state: found.state,
         status: Status::plain(Phase::at_rest(found.state), now)

@@ -7,12 +7,11 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vmm_core::caller::Caller;
-use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::intent::{Intent, IntentKind};
 use vmm_core::state::{Phase, Status, VmState};
-use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, VmRecord};
+use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, Sent, VmRecord};
 
 use crate::codec::{EncodedEvent, EncodedRecord};
 
@@ -29,9 +28,7 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         uid,
         vm_id,
         backend: object.get("backend").unwrap_or_else(|| BackendName::new("unknown")),
-        requested: object
-            .get("requested")
-            .unwrap_or_else(|| Requested { backend: String::new(), config: VmConfig::default() }),
+        requested: object.get("requested").unwrap_or_else(|| Sent::pack(&Requested::default())),
         config: object.get("config").unwrap_or_default(),
         state,
         status: status(&object, state),

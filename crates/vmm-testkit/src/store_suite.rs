@@ -19,7 +19,7 @@ use vmm_core::kind::VmKind;
 use vmm_core::state::{EndedBy, Phase, Status, VmState};
 use vmm_core::store::{
     Change, Commit, DiskKey, EventQuery, HostClaim, Intent, IntentKind, Namespaces, ProcessIdentity,
-    Requested, RunRecord, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, VmRecord,
+    Requested, RunRecord, Sent, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, VmRecord,
 };
 
 /// Somewhere that keeps what a store held.
@@ -78,7 +78,7 @@ pub fn record(name: &str) -> VmRecord {
         uid,
         vm_id: id(name),
         backend: BackendName::new("fake"),
-        requested: Requested { backend: String::new(), config: config.clone() },
+        requested: Sent::pack(&Requested { backend: String::new(), config: config.clone() }),
         config,
         state: VmState::Created,
         status: Status::plain(Phase::Created, 1),

@@ -59,7 +59,11 @@ async fn what_is_left_out_is_filled_in_stored_and_returned() {
     assert_eq!(record.config.storage[0].id, "disk0");
     assert_eq!(record.config.network[0].id, "net0");
     assert!(!record.config.network[0].mac_address.is_empty());
-    assert_eq!(record.requested, Requested { backend: String::new(), config: config.clone() }, "as sent");
+    assert_eq!(
+        record.requested.unpack(),
+        Requested { backend: String::new(), config: config.clone() },
+        "as sent"
+    );
     assert_eq!(bed.stored("a"), *record);
     assert_eq!(vms.create("a", config).await, record, "generated values do not make another VM of it");
 }
@@ -81,7 +85,7 @@ async fn the_default_kernel_serves_those_who_name_none() {
     let record = vms.create("a", none).await;
     let boot = record.config.boot.clone().unwrap();
     assert_eq!((boot.kernel_path, boot.kernel_args.as_str()), (bed.path("vmlinux"), "console=ttyS0"));
-    assert_eq!(record.requested.config.boot, None);
+    assert_eq!(record.requested.unpack().config.boot, None);
 }
 
 #[tokio::test(start_paused = true)]

@@ -73,7 +73,7 @@ fn a_program_that_knows_it_takes_it_up_again() {
     let bed = Bed::new();
     let left = left_unknown(&bed, VmState::Running, no_config);
     bed.life(async |vms| assert_eq!(vms.reason("a"), "not-taken-up"));
-    bed.store.put(VmRecord { config: left.requested.config.clone(), ..left });
+    bed.store.put(VmRecord { config: left.requested.unpack().config, ..left });
     bed.life(async |vms| {
         assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Running));
         vms.shutdown("a").await.unwrap();
