@@ -84,8 +84,8 @@ impl Daemon {
         let deadline = Instant::now() + LIMIT;
         while Instant::now() < deadline && self.child.try_wait().unwrap().is_none() {
             let said = std::fs::read_to_string(log).unwrap();
-            let lines = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-            let serving = lines.filter(|line| line["fields"]["message"] == "serving").last();
+            let mut lines = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            let serving = lines.rfind(|line| line["fields"]["message"] == "serving");
             if let Some(address) =
                 serving.and_then(|line| Some(line["fields"]["address"].as_str()?.to_owned()))
             {

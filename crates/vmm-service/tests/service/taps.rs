@@ -48,7 +48,11 @@ async fn a_generated_name_is_stored_and_told() {
     let names: Vec<_> = created.config.network.iter().map(|nic| nic.tap_device.clone()).collect();
     assert_eq!(names, both(&bed, "a"));
     assert_eq!(vms.record("a").config.network[1].tap_device, names[1]);
-    assert_eq!(created.requested.unpack().config.network[1].tap_device, "", "a repeated call is compared as sent");
+    assert_eq!(
+        created.requested.unpack().config.network[1].tap_device,
+        "",
+        "a repeated call is compared as sent"
+    );
     vms.try_create("a", with_two_taps(&bed)).await.expect("the same call again");
 }
 
