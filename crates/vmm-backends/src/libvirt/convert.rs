@@ -24,21 +24,11 @@ use vmm_libvirt_wire::MARK_NAMESPACE;
 use super::cpu::CpuModel;
 use super::xml::{Xml, can_carry};
 use crate::qemu::convert::{Accelerator, DEFAULT_RESTART, ImageKind};
+use crate::qemu::layout::{DISK_SLOT, FUNCTIONS, MEMORY_SLOTS, NIC_SLOT, SERIAL_LEN};
 use crate::qemu::options::VmOptions;
 
 /// The console socket's name in the run folder: what is written there the guest reads from its serial port.
 pub const CONSOLE_SOCKET: &str = crate::qemu::convert::CONSOLE_SOCKET;
-
-/// Functions of one PCI slot.
-const FUNCTIONS: usize = 8;
-/// The first PCI slot of the disks.
-const DISK_SLOT: usize = 0x02;
-/// The first PCI slot of the network interfaces.
-const NIC_SLOT: usize = 0x10;
-/// Bytes of a virtio disk's serial number; a longer id is cut.
-const SERIAL_LEN: usize = 20;
-/// Modules of memory that may be plugged.
-const MEMORY_SLOTS: &str = "16";
 
 /// The user that QEMU runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,7 +163,8 @@ fn fit(path: &Path) -> Result<&str, UnfitPath> {
 fn add_memory(xml: &mut Xml, memory: &Memory) {
     let Memory { size_bytes: _, hotplug_max_bytes: _, pages, shared } = *memory;
     if let Some(ceiling) = ceiling_mib(memory) {
-        xml.text("maxMemory", &[("slots", MEMORY_SLOTS), ("unit", "MiB")], &ceiling.to_string());
+        let slots = MEMORY_SLOTS.to_string();
+        xml.text("maxMemory", &[("slots", &slots), ("unit", "MiB")], &ceiling.to_string());
     }
     xml.text("memory", &[("unit", "MiB")], &memory.size_mib().to_string());
     let huge = pages == PageSize::Huge;

@@ -30,6 +30,7 @@ use vmm_core::id::{VmId, VmUid};
 use vmm_core::spec::{Boot, Cpu, MIB, Memory, Nic, PageSize, RestartMode, RestartPolicy, VmSpec};
 
 use super::client::RebootAction;
+use super::layout::{FUNCTIONS, MEMORY_SLOTS, NIC_SLOT};
 use super::options::VmOptions;
 pub use file::Untellable;
 use option::Opt;
@@ -44,18 +45,10 @@ pub const CONSOLE_SOCKET: &str = "console.sock";
 /// The process id file's name in the run folder.
 const PID_FILE: &str = "qemu.pid";
 
-/// Functions of one PCI slot.
-const FUNCTIONS: usize = 8;
-/// The first PCI slot of the disks.
-const DISK_SLOT: usize = 0x02;
-/// The first PCI slot of the network interfaces.
-const NIC_SLOT: usize = 0x10;
 /// The virtio-mmio transport of microvm's first device. QEMU lists them to the guest from the last to the first, so devices go
 /// downwards, and stop before 0: its interrupts get lost, because they arrive at pin 0 of the second interrupt controller, and
 /// QEMU (7.2) takes any pin 0 for the timer's and raises pin 2.
 const FIRST_TRANSPORT: usize = 23;
-/// Modules of memory that may be plugged.
-const MEMORY_SLOTS: u32 = 16;
 
 /// What runs the guest's CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

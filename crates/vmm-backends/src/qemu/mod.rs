@@ -21,6 +21,7 @@ pub(crate) mod ending;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 pub(crate) mod images;
+pub(crate) mod layout;
 pub(crate) mod link;
 pub(crate) mod options;
 pub mod qmp;

@@ -4,10 +4,8 @@ use serde_json::{Value, json};
 use vmm_core::spec::{Disk, DiskCache, DiskFormat, RateLimit};
 
 use super::option::DiskOption;
-use super::{DISK_SLOT, ImageKind, Machine, PathNotUtf8, address, merged};
-
-/// Bytes of a virtio disk's serial number; a longer id is cut.
-const SERIAL_LEN: usize = 20;
+use super::{ImageKind, Machine, PathNotUtf8, address, merged};
+use crate::qemu::layout::{DISK_SLOT, SERIAL_LEN};
 
 /// What becomes of a disk.
 ///
