@@ -23,7 +23,7 @@ const CALLS: usize = 256;
 /// Calls under way that need the QEMU of one domain.
 const DOMAIN_CALLS: usize = 2;
 /// Requests that wait in all.
-const QUEUE: usize = 4096;
+const QUEUE: usize = 2048;
 
 /// Makes a call.
 type Run = dyn Fn(&Call) -> Result<Got, Failure> + Send + Sync;
