@@ -10,7 +10,7 @@ use vmm_testkit::by_hand::{ByHand, Kind};
 use vmm_testkit::guests::Guest;
 
 use crate::bench::{Bench, able};
-use crate::harness::{eventually, is_alive};
+use crate::harness::{call, eventually, is_alive, pause};
 
 /// Longer than a forced operation may take, on a machine that is not idle.
 const FORCED: Duration = Duration::from_secs(15);
@@ -70,6 +70,33 @@ fn no_operation_without_force_ends_one_that_stands_still() {
             (&info["state"], &info["status"]["phase"]),
             (&json!("VM_STATE_RUNNING"), &json!("unreachable"))
         );
+    }
+}
+
+#[test]
+fn one_that_stands_still_for_a_while_costs_its_guest_no_time() {
+    const TEST: &str = "one_that_stands_still_for_a_while_costs_its_guest_no_time";
+    for (kind, guest, ended_by) in
+        [(Kind::Qemu, Guest::Button, "acpi"), (Kind::Firecracker, Guest::Obey, "ctrl-alt-del")]
+    {
+        for kind in able(TEST, &[kind]) {
+            let mut bench = Bench::new(kind);
+            let mut vmm = bench.runs(guest);
+            bench.world.start();
+            let vm = bench.the_vm();
+            vmm.signal(Signal::STOP);
+            let (url, body) = (bench.world.url().to_owned(), json!({"vm_id": vm, "timeout_seconds": 60}));
+            let shutting_down = std::thread::spawn(move || call(&url, "ShutdownVm", &body));
+            // Longer than a single request to a VMM waits for its answer.
+            let until = Instant::now() + Duration::from_secs(7);
+            while Instant::now() < until {
+                assert!(vmm.is_alive(), "{}", kind.backend());
+                pause();
+            }
+            vmm.signal(Signal::CONT);
+            let ended = shutting_down.join().unwrap().ok();
+            assert_eq!(ended["ended_by"], ended_by, "{}: {ended}", kind.backend());
+        }
     }
 }
 
