@@ -132,7 +132,12 @@ async fn ask(means: &dyn Means, patience: Duration) -> Asked {
             biased;
             answer = call => Some(answer),
             // A VM that obeys at once ends before its VMM has answered.
-            () = &mut ended => return Asked::Ended(rung),
+            () = &mut ended => {
+                if first {
+                    point(FaultPoint::LadderAsked);
+                }
+                return Asked::Ended(rung);
+            }
             () = tokio::time::sleep_until(deadline) => None,
         };
         match answer {
