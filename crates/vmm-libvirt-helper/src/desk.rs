@@ -260,7 +260,10 @@ mod tests {
         }
     }
 
-    fn desk() -> (Arc<Desk>, Arc<Libvirt>, Receiver<(u64, Result<Got, Failure>)>) {
+    /// The answers that a desk has sent, each with the number of its call.
+    type Answers = Receiver<(u64, Result<Got, Failure>)>;
+
+    fn desk() -> (Arc<Desk>, Arc<Libvirt>, Answers) {
         let libvirt = Arc::new(Libvirt::default());
         let (answers, answered) = channel();
         let maker = Arc::clone(&libvirt);
