@@ -127,7 +127,7 @@ fn a_vmm_that_is_too_old_is_told_which_version_it_takes() {
         (
             Kind::Firecracker,
             r#"{"id":"x","state":"Not started","vmm_version":"1.2.0","app_name":"Firecracker"}"#,
-            "1.7.0",
+            "1.14.0",
         ),
     ] {
         let mut bench = Bench::new(kind);
