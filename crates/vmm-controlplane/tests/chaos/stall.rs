@@ -49,10 +49,16 @@ impl VmmProcess {
 }
 
 /// Every stall of a run.
-#[derive(Default)]
 pub(crate) struct Stalls {
-    under_way: Mutex<Vec<UnderWay>>,
+    /// `None` from the end of the run on: nobody would let a VMM go on that a client stops then.
+    under_way: Mutex<Option<Vec<UnderWay>>>,
     over: Mutex<Vec<Stall>>,
+}
+
+impl Default for Stalls {
+    fn default() -> Self {
+        Self { under_way: Mutex::new(Some(Vec::new())), over: Mutex::default() }
+    }
 }
 
 struct UnderWay {
@@ -63,9 +69,10 @@ struct UnderWay {
 }
 
 impl Stalls {
-    /// Stops a VMM for `time`. Does nothing to one that stands still already.
+    /// Stops a VMM for `time`. Does nothing to one that stands still already, and nothing when the run has ended.
     pub(crate) fn stop(&self, vm: usize, process: VmmProcess, begin: Micros, time: Duration) {
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(under_way) = under_way.as_mut() else { return };
         let is_stopped = under_way.iter().any(|stall| stall.process.pid == process.pid);
         if !is_stopped && process.send(Signal::STOP) {
             under_way.push(UnderWay { vm, process, begin, until: Instant::now() + time });
@@ -77,15 +84,19 @@ impl Stalls {
         loop {
             let ends = shared.stop.load(Ordering::Relaxed);
             let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-            for stall in under_way.extract_if(.., |stall| ends || stall.until <= Instant::now()) {
+            let due = under_way
+                .iter_mut()
+                .flat_map(|stalls| stalls.extract_if(.., |stall| ends || stall.until <= Instant::now()));
+            for stall in due {
                 stall.process.send(Signal::CONT);
                 let over = Stall { vm: stall.vm, begin: stall.begin, end: shared.clock.now() };
                 self.over.lock().unwrap_or_else(PoisonError::into_inner).push(over);
             }
-            drop(under_way);
             if ends {
+                *under_way = None;
                 return;
             }
+            drop(under_way);
             rest(REVIVE_INTERVAL);
         }
     }
