@@ -85,7 +85,7 @@ fn with_a_full_state_directory_force_works_and_nothing_is_lost() {
     const TEST: &str = "with_a_full_state_directory_force_works_and_nothing_is_lost";
     needs_qemu!();
     let mut world = World::new(&[]);
-    let Some(disk) = SmallDisk::under(&mut world, "state", "size=16m", TEST) else { return };
+    let Some(disk) = SmallDisk::under(&mut world, "state", "size=16m,mode=700", TEST) else { return };
     world.start();
     for name in ["deleted", "down", "stays"] {
         world.create(name, &world.tiny(Guest::Idle));
