@@ -150,6 +150,10 @@ fn u64_at(file: &File, offset: u64) -> io::Result<u64> {
 
 /// Fills `buffer` from `offset`; false where the file is shorter.
 fn read_fully(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<bool> {
+    // No file reaches further than a signed offset, and the kernel calls such an offset invalid.
+    if i64::try_from(offset).is_err() {
+        return Ok(false);
+    }
     match file.read_exact_at(buffer, offset) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
