@@ -147,7 +147,9 @@ impl LibvirtVmm {
     /// Waits a moment for libvirt to clear up behind a domain that it has ended, because the next call would wait for that.
     async fn settle(&self) {
         let cleared = async {
-            while let Ok(Some(domain)) = self.link.look(self.domain, SETTLING).await
+            // libvirt may answer only when it has cleared up. A call that outlives its own time has the connection taken for
+            // dead, so this one gets the usual time and is given up from outside.
+            while let Ok(Some(domain)) = self.link.look(self.domain, LOOKING).await
                 && is_active(domain.state)
             {
                 tokio::time::sleep(SETTLING / 20).await;
