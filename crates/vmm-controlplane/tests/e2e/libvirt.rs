@@ -158,7 +158,8 @@ fn a_reset_by_virsh_is_told() {
     world.wait_for_console("never", &banner, 1);
     world.call("RebootVm", &json!({"vm_id": "never", "force": true})).ok();
     world.wait_for_console("never", &banner, 2);
-    libvirtd.virsh(&["reset", "never"]);
+    // virsh fails where QEMU has ended before it answers; the end is what counts.
+    let _ = libvirtd.try_virsh(&["reset", "never"]);
     let down = world.wait_for_state("never", "VM_STATE_SHUTDOWN");
     assert_eq!(reason(&down), "vmm-told-to-end", "{down:#}");
     assert!(down["status"]["message"].as_str().unwrap().contains("was reset through libvirt"), "{down:#}");
@@ -179,7 +180,8 @@ fn a_restart_of_libvirtd_loses_nothing() {
     assert_eq!(world.info("vm")["state"], "VM_STATE_RUNNING", "the last proven state");
     let refused = world.call("PauseVm", &json!({"vm_id": "vm"})).error("unavailable");
     assert!(refused.contains("unreachable"), "{refused}");
-    assert_eq!(world.get("/_/health").status, 503);
+    // The sampler may notice the silence before the health page is brought up to date.
+    eventually("unhealthy", || world.get("/_/health").status == 503);
     // Force needs no libvirtd, and an end is seen without it.
     let other = vmm_pid(&world.info("other"));
     world.call("ShutdownVm", &json!({"vm_id": "other", "force": true})).ok();
@@ -238,8 +240,13 @@ fn a_libvirtd_that_hangs_stops_no_force() {
     world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
     assert!(!is_alive(pid), "its process has really gone");
     libvirtd.freeze(false);
+    // A question from before the thaw may still run out of time, and then the connection is made anew: UNAVAILABLE says to
+    // try again.
+    eventually("it boots", || match world.call("BootVm", &json!({"vm_id": "vm"})) {
+        answer if answer.status == 503 => false,
+        answer => answer.ok()["state"] == "VM_STATE_RUNNING",
+    });
     eventually("healthy again", || world.get("/_/health").status == 200);
-    world.boot("vm");
     world.wait_for_console("vm", &Guest::Idle.banner(), 2);
     world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
 }
