@@ -147,15 +147,15 @@ fn the_record_of_a_release_without_kinds_is_read() {
     drop(store);
     let database = rusqlite::Connection::open(dir.path().join(DATABASE_FILE)).unwrap();
     let forms = [
-        ("attached", "json_set(json_remove(json, '$.kind'), '$.place', '/run/ch.sock')"),
+        ("attached", "json_set(json_remove(record, '$.kind'), '$.place', '/run/ch.sock')"),
         (
             "imported",
-            "json_set(json_remove(json, '$.kind'), '$.place', '00000000-0000-0000-0000-000000000007')",
+            "json_set(json_remove(record, '$.kind'), '$.place', '00000000-0000-0000-0000-000000000007')",
         ),
-        ("plain", "json_remove(json, '$.kind')"),
+        ("plain", "json_remove(record, '$.kind')"),
     ];
     for (name, old) in forms {
-        let changed = database.execute(&format!("UPDATE vms SET json = {old} WHERE vm_id = ?1"), [name]);
+        let changed = database.execute(&format!("UPDATE vms SET record = {old} WHERE vm_id = ?1"), [name]);
         assert_eq!(changed.unwrap(), 1, "{name}");
     }
     drop(database);
