@@ -7,7 +7,7 @@ use vmm_core::backend::{BackendError, NetworkCounters, Sample};
 use vmm_host::process::Process;
 use vmm_host::tail;
 
-/// How much of a VMM's log is kept, in bytes. A guest can make its VMM log without end.
+/// The most bytes that are kept of a VMM's log, because a guest can make its VMM log without end.
 const LOG_KEPT: u64 = 1 << 20;
 
 /// Reads CPU time and memory of `process` and, where `taps` are given, the counters of those TAPs, seen from the guest.

@@ -32,13 +32,13 @@ pub type Call<'a> = Pin<Box<dyn Future<Output = Result<(), BackendError>> + Send
 
 /// The pause between the answer to one request to the guest and the next request.
 const ASKING_AGAIN: Duration = Duration::from_secs(3);
-/// How long a VMM may take to answer the order to power off, where there is time, and by force.
+/// The time that a VMM has to answer the order to power off: without force, and by force.
 const ORDERING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(1200));
-/// How long a VM may take to end after its VMM has taken the order, and a process after each signal.
+/// The time that a VM has to end after its VMM has taken the order, and a process after each signal.
 const ENDING: Duration = Duration::from_secs(1);
 /// How long the kernel may take to report an end that a broken connection has shown already.
 const REPORTING: Duration = Duration::from_millis(500);
-/// How often a VMM that outlives its VM is asked whether the VM has ended.
+/// The interval at which a VMM that outlives its VM is asked whether the VM has ended.
 const LOOKING_AGAIN: Duration = Duration::from_millis(200);
 
 /// The ways to end one VM.
@@ -63,7 +63,7 @@ pub trait Means: Send + Sync {
     /// Ends the process after everything gentler has failed. `reached` is the last rung that reached the VM.
     ///
     /// # Errors
-    /// As [`climb`].
+    /// Fails as [`climb`] does.
     async fn end_process(&self, forced: bool, reached: EndedBy) -> Result<EndedBy, BackendError> {
         let _ = forced;
         signal_down(self.process(), reached).await
@@ -196,7 +196,7 @@ fn unanswered(patience: Duration, last: Option<BackendError>) -> BackendError {
 /// such order is asked once.
 ///
 /// # Errors
-/// What [`Means::end_process`] answers without force.
+/// Fails as [`Means::end_process`] does without force.
 pub(crate) async fn order_off(means: &dyn Means) -> Result<EndedBy, BackendError> {
     let process = means.process();
     if process.has_ended() {
@@ -251,7 +251,7 @@ enum Called {
 }
 
 impl Called {
-    /// How long the end is waited for.
+    /// Returns the time for which the end is waited for.
     fn patience(self) -> Duration {
         match self {
             Self::Taken | Self::Lost => ENDING,
@@ -327,7 +327,7 @@ mod tests {
     const HASTY: Ladder = Ladder { ask_guest_for: Some(Duration::from_millis(1)) };
     const FORCED: Ladder = Ladder { ask_guest_for: None };
 
-    /// What a VMM does with a call.
+    /// The behaviour of a VMM that is called.
     #[derive(Clone, Copy, Debug)]
     enum Play {
         /// Passes it on, and answers.
@@ -348,7 +348,7 @@ mod tests {
 
     use Play::{EndsOver, Fails, Forbidden, Hangs, Loses, Missing, Obeys};
 
-    /// How a guest obeys its power button here, and a VMM its order.
+    /// The signals by which a guest obeys its power button here, and a VMM its order.
     const BUTTON: Play = Obeys(Signal::USR1);
     const ORDER: Play = Obeys(Signal::USR2);
 

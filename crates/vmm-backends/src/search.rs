@@ -9,7 +9,7 @@ use vmm_host::process::{Found, find_by_argument};
 pub(crate) struct Unproven {
     /// Machine-readable cause in kebab-case.
     pub(crate) reason: &'static str,
-    /// The same for people.
+    /// The reason as a sentence for people.
     pub(crate) message: String,
 }
 

@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How many changes are told at once.
+/// The number of changes that are told at once.
 const BURST: u32 = 16;
-/// How long it takes until one more may be told.
+/// The interval after which one more change may be told.
 const REFILL: Duration = Duration::from_secs(1);
 
 /// Lets a burst through, and then one change for each [`REFILL`].
 #[derive(Debug)]
 pub(crate) struct Throttle {
-    /// How many may be told now.
+    /// The number of changes that may be told now.
     left: u32,
     /// Since when `left` has not been refilled.
     since: Instant,

@@ -31,7 +31,7 @@ pub(crate) struct Registration {
     pub(crate) prefix: &'static str,
     /// The usual name of its program.
     pub(crate) program: &'static str,
-    /// How its program comes onto a host.
+    /// The way in which the program comes onto a host.
     pub(crate) install: &'static str,
     /// The setting that names VMMs of others.
     pub(crate) endpoint: Setting,

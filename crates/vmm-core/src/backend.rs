@@ -168,7 +168,7 @@ pub struct LaunchRequest {
     pub gate: Gate,
     /// The TAP of each network interface, by the interface's order. They exist.
     pub taps: Vec<String>,
-    /// Where the VM's VMM comes from.
+    /// The kind of the VM.
     pub kind: VmKind,
     /// Whether somebody else made the VM: where it is still there it is started as it is, not as `spec` says.
     pub imported: bool,
@@ -217,7 +217,7 @@ pub struct AdoptRequest {
     /// The run as it was recorded. `None` where a launch was interrupted before its outcome was: the VMM, if there is one,
     /// is then found by its run folder.
     pub run: Option<RunRecord>,
-    /// Where the VM's VMM comes from.
+    /// The kind of the VM.
     pub kind: VmKind,
     /// Whether somebody else made the VM.
     pub imported: bool,
@@ -242,7 +242,7 @@ pub enum Adoption {
     Unreachable {
         /// Machine-readable cause in kebab-case.
         reason: &'static str,
-        /// The same for people.
+        /// The reason as a sentence for people.
         message: String,
         /// A handle that can still kill it, where the process is proven ours.
         launched: Option<Launched>,

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Who asks for a change.
+/// The party that asks for a change.
 ///
 /// Its JSON form has two parts: `actor`, the text that the wire shows, which every release has written, and `caller` with the
 /// fields. A record without the second part reads as a caller whose name is that text.
@@ -13,13 +13,13 @@ use serde::{Deserialize, Serialize};
 pub struct Caller {
     /// The name that the caller goes by: `anonymous` where nobody proved one, `system` for the program itself.
     pub name: String,
-    /// How the name was proven.
+    /// The method by which the name was proven.
     pub method: CallerMethod,
     /// The address that the call came from, where it came from one.
     pub address: Option<String>,
 }
 
-/// How a caller's name was proven.
+/// The method by which a caller's name was proven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CallerMethod {

@@ -77,7 +77,7 @@ pub struct NewEvent {
     pub status: Status,
     /// What brought it about: a method's name, or what was observed (kebab-case).
     pub cause: String,
-    /// Who asked: a client, or the program itself.
+    /// The caller: a client, or the program itself.
     #[serde(flatten)]
     pub caller: Caller,
     /// What ended the run, where this event is an end.

@@ -20,23 +20,23 @@ use crate::store::HostClaim;
 /// An operation that was admitted and has not ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {
-    /// What is being done.
+    /// The operation with its data.
     #[serde(flatten)]
     pub kind: IntentKind,
-    /// Who asked.
+    /// The caller.
     #[serde(flatten)]
     pub caller: Caller,
     /// When, in Unix milliseconds.
     pub since_ms: i64,
 }
 
-/// What is being done, with the data that carrying it on needs.
+/// An operation, with the data that its recovery needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
 pub enum IntentKind {
     /// A VMM is being started.
     Boot {
-        /// What the start has claimed on the host. The claims hold until its process has provably gone.
+        /// The claims of the start on the host. They hold until its process has provably gone.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         claims: Vec<HostClaim>,
     },
@@ -46,20 +46,20 @@ pub enum IntentKind {
     Resume,
     /// The run is being ended.
     Shutdown {
-        /// How long the guest has to obey; `None` means that the guest is not asked.
+        /// The time that the guest has to obey; `None` means that the guest is not asked.
         #[serde(default = "default_patience", rename = "patience_ms", with = "millis")]
         ask_guest_for: Option<Duration>,
-        /// Whether the shutdown was answered with a failure while its VMM may still end because of it. An end of the run is
+        /// True if the shutdown was answered with a failure while its VMM may still end because of it. An end of the run is
         /// then the outcome of this shutdown; a VMM that answers again has outlived it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         answered: bool,
     },
     /// The run is being ended, and another one started.
     Reboot {
-        /// How long the guest has to obey; `None` means that the guest is not asked.
+        /// The time that the guest has to obey; `None` means that the guest is not asked.
         #[serde(default = "default_patience", rename = "patience_ms", with = "millis")]
         ask_guest_for: Option<Duration>,
-        /// What the second half has claimed on the host, from before the first half on.
+        /// The claims of the second half on the host, held from before the first half on.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         claims: Vec<HostClaim>,
     },
@@ -69,10 +69,10 @@ pub enum IntentKind {
     ForceDelete,
 }
 
-/// How long a guest has to obey where nobody says.
+/// The time that a guest has to obey where the client does not say.
 pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a restarted daemon does about an intent that it finds on record.
+/// The actions of a restarted daemon on an intent that is on record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
     /// Nothing is carried on: the VM is what its VMM says.
@@ -80,24 +80,24 @@ pub enum Recovery {
     /// A start stands if its guest runs. A start that did not come about is taken back, and with `again` made once more,
     /// because nobody waits for an answer who could ask again.
     Start {
-        /// Whether the start is made once more.
+        /// True if the start is made once more.
         again: bool,
     },
     /// The shutdown is carried out once more while its VMM lives. An end that came about meanwhile is its outcome.
     Shutdown {
-        /// How long the guest has to obey.
+        /// The time that the guest has to obey.
         ask_guest_for: Option<Duration>,
     },
     /// The shutdown was answered with a failure. An end that came about since is its outcome; a VMM that lives runs on.
     ShutdownAnswered,
     /// The reboot is carried out once more while its VMM lives. Where the VMM has gone the VM is booted.
     Reboot {
-        /// How long the guest has to obey.
+        /// The time that the guest has to obey.
         ask_guest_for: Option<Duration>,
     },
     /// The deletion is finished as it was asked for.
     Delete {
-        /// Whether it was forced.
+        /// True if the deletion was forced.
         force: bool,
     },
 }

@@ -13,7 +13,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// Where the VMM of a VM comes from. Constant for the life of the VM.
+/// The origin of a VM's VMM. Constant for the life of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "type", from = "Stored")]
 pub enum VmKind {

@@ -74,7 +74,7 @@ pub enum Finding {
 
 /// A VM that somebody else made or started.
 pub struct Found {
-    /// Where it lives.
+    /// The place of the VM.
     pub place: VmKind,
     /// The creation that it bears, where it bears one: a VM that this program made and somebody else started.
     pub uid: Option<VmUid>,

@@ -32,7 +32,7 @@ impl fmt::Display for FieldReport {
     }
 }
 
-/// What becomes of a value that a backend does not serve as it was sent.
+/// The treatment of a value that a backend does not serve as the client sent it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Treatment {
     /// The value has no effect.
@@ -48,9 +48,9 @@ pub enum Treatment {
 pub struct Warning {
     /// Path from the request's root.
     pub field: String,
-    /// What becomes of the value.
+    /// The treatment of the value.
     pub treatment: Treatment,
-    /// What is different, and what to do about it.
+    /// The difference, and the remedy.
     pub message: String,
 }
 

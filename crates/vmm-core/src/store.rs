@@ -43,7 +43,7 @@ pub struct VmRecord {
     pub owns_console_output: bool,
     /// What ended the last run.
     pub ended_by: Option<EndedBy>,
-    /// Where its VMM comes from. Earlier releases kept a place instead, and that only of some VMs.
+    /// The origin of its VMM. Earlier releases kept a place instead, and that only of some VMs.
     #[serde(default, alias = "place")]
     pub kind: VmKind,
     /// Whether somebody else made it: its configuration is what its VMM told, and may not tell all.
@@ -178,7 +178,7 @@ pub enum HostClaim {
     },
 }
 
-/// What tells a disk from every other, whatever path leads to it.
+/// The identity of a disk, whatever path leads to the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DiskKey {
     /// Device number of the file system that holds the image, or of the block device itself.
@@ -196,12 +196,12 @@ pub struct Commit {
     pub event: Option<NewEvent>,
 }
 
-/// What is kept of a deleted VM whose process may live: what the process is, and what it may still use.
+/// The record of a deleted VM whose process may live: the process, and the claims that the process may still use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
     /// The VM as it was last. Its run says which process it is, where that is known.
     pub vm: VmRecord,
-    /// What the process may still use. No other VM may use it until the process has provably gone.
+    /// The claims of the process. No other VM may use them until the process has provably gone.
     pub claims: Vec<HostClaim>,
 }
 
@@ -239,7 +239,7 @@ pub struct Snapshot {
 /// record all that it does not have to change.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Unreadable {
-    /// As much of the record as can be read. What cannot is left at a value that does nothing: an empty configuration, no
+    /// The part of the record that can be read. The rest is left at a value that does nothing: an empty configuration, no
     /// operation under way.
     pub record: Box<VmRecord>,
     /// Why, for people.

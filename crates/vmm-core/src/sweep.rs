@@ -16,7 +16,7 @@ pub struct SweepRequest {
     pub dir: PathBuf,
     /// The run as it was recorded, if it was.
     pub run: Option<RunRecord>,
-    /// Where the VM's VMM comes from.
+    /// The kind of the VM.
     pub kind: VmKind,
     /// What the VM is, where the caller knows: tells it from another that has come to its place.
     pub spec: Option<VmSpec>,

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::makedev;
 use vmm_core::store::DiskKey;
 
-/// How deep devices are followed. Real stacks have three or four layers.
+/// The depth to which devices are followed. Real stacks have three or four layers.
 const MAX_DEPTH: usize = 16;
 
 /// A block device, and everything below it.

@@ -45,7 +45,7 @@ pub enum LockError {
     Exposed {
         /// The directory.
         path: PathBuf,
-        /// What is wrong, and what to do.
+        /// Returns the fault and the remedy.
         why: String,
     },
     /// The directory or the file in it cannot be used.

@@ -37,9 +37,9 @@ pub struct Qcow2Header {
     pub version: u32,
     /// The file that the image is based on.
     pub backing: Option<Backing>,
-    /// Whether the guest's data is encrypted.
+    /// True if the guest's data is encrypted.
     pub encrypted: bool,
-    /// Whether the guest's data lies in another file, which the header names.
+    /// True if the guest's data lies in another file, which the header names.
     pub external_data: bool,
 }
 
@@ -69,7 +69,7 @@ impl Backing {
 /// Reads the header of an open file; `None` where the file is no qcow2 image.
 ///
 /// # Errors
-/// What the kernel says, and `InvalidData` for a header that contradicts itself.
+/// Returns the kernel's error, and `InvalidData` for a header that contradicts itself.
 pub fn read_header(file: &File) -> io::Result<Option<Qcow2Header>> {
     let mut magic = [0; 4];
     if !read_fully(file, &mut magic, 0)? || magic != *MAGIC {

@@ -41,7 +41,7 @@ impl DirWatch {
     /// Begins to watch the folder of `path` for the file at `path`. What happens to its neighbours is not told of.
     ///
     /// # Errors
-    /// As [`DirWatch::new`].
+    /// Fails as [`DirWatch::new`] does.
     pub fn for_file(path: &Path) -> io::Result<Self> {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut watch = Self::new(dir)?;
@@ -52,7 +52,7 @@ impl DirWatch {
     /// Waits until something has appeared since the last call. May say so once too often. May be cancelled.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub async fn changed(&self) -> io::Result<()> {
         let Some(fd) = &self.fd else { return Ok(()) };
         loop {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
-/// How much is read.
+/// The bounds of one round.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// The longest record, in bytes. A longer one is passed over.
@@ -26,7 +26,7 @@ pub struct Limits {
     pub round: u64,
 }
 
-/// What became of the bytes that a reader was given.
+/// The outcome of the bytes that a reader was given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
     /// So many of them are done with: whole records, and what makes no sense. 0 where more bytes are needed to tell.
@@ -54,7 +54,7 @@ pub struct Tail {
     content: Content,
 }
 
-/// What a file holds.
+/// The form of a file's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
     /// Records. Holes hold none, and a file that has become shorter was begun anew.
@@ -69,17 +69,17 @@ impl Tail {
         Self { path, offset, limits, skipped: 0, content: Content::Records }
     }
 
-    /// The same of a file without records, of which each byte counts.
+    /// Returns a tail of a file without records, of which each byte counts.
     pub fn of_bytes(path: PathBuf, offset: u64, limits: Limits) -> Self {
         Self { content: Content::Bytes, ..Self::new(path, offset, limits) }
     }
 
-    /// Where the next round begins, in bytes.
+    /// Returns the offset at which the next round begins, in bytes.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// How many records were passed over because they were too long.
+    /// Returns the number of records that were passed over because they were too long.
     pub fn skipped(&self) -> u64 {
         self.skipped
     }
@@ -88,7 +88,7 @@ impl Tail {
     /// become shorter is read from its beginning: its writer has begun anew. Blocks.
     ///
     /// # Errors
-    /// What the kernel says, except that a file which is not there has nothing in it; what `take` fails with.
+    /// Returns the kernel's error, but a file that is not there counts as empty; and the error of `take`.
     pub fn read(&mut self, mut take: impl FnMut(&[u8]) -> io::Result<Taken>) -> io::Result<Round> {
         let Some(file) = open(&self.path)? else { return Ok(Round::Done) };
         if self.content == Content::Records {
@@ -122,7 +122,7 @@ impl Tail {
     /// Gives the room of everything that was read back to the host. Blocks.
     ///
     /// # Errors
-    /// What the kernel says, such as that the file system takes no holes.
+    /// Returns the kernel's error, such as that the file system takes no holes.
     pub fn give_back(&self) -> io::Result<()> {
         match open(&self.path)? {
             Some(file) if self.offset > 0 => punch(&file, self.offset),
@@ -136,7 +136,7 @@ impl Tail {
 /// Blocks.
 ///
 /// # Errors
-/// What the kernel says, such as that the file system takes no holes.
+/// Returns the kernel's error, such as that the file system takes no holes.
 pub fn trim(path: &Path, kept: u64) -> io::Result<()> {
     let Some(file) = open(path)? else { return Ok(()) };
     let facts = file.metadata()?;

@@ -54,7 +54,7 @@ struct Queued {
 #[derive(Default)]
 struct UnderWay {
     calls: usize,
-    /// Those of them that read the counters.
+    /// The number of these calls that read counters.
     samples: usize,
 }
 

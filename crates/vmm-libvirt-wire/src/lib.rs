@@ -26,10 +26,10 @@ pub const MARK_NAMESPACE: &str = "urn:vmm-controlplane:libvirt:1";
 pub struct Request {
     /// Chosen by the daemon, and borne by the answer.
     pub id: u64,
-    /// How long the daemon waits for the answer, in milliseconds. A call that has not begun by then is not made.
+    /// The time for which the daemon waits for the answer, in milliseconds. A call that has not begun by then is not made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub within_ms: Option<u64>,
-    /// What to do.
+    /// The operation.
     #[serde(flatten)]
     pub call: Call,
 }

@@ -136,7 +136,7 @@ impl Backends {
     ///
     /// # Errors
     ///
-    /// As [`Backends::get`].
+    /// Fails as [`Backends::get`] does.
     pub fn of_kind(&self, name: &str, kind: &VmKind) -> Result<Arc<dyn Backend>, String> {
         self.family(name).map(|family| family.of(kind))
     }

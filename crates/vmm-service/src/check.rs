@@ -54,18 +54,18 @@ impl Purpose {
     }
 }
 
-/// What to look for beside the files' being there.
+/// The purpose of a look at the files.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms {
     /// The reason for the look.
     pub(crate) purpose: Purpose,
     /// The kernels that the backend boots, where the backend is known.
     pub(crate) kernels: Option<&'static [KernelFormat]>,
-    /// Whether this VM made the console's file itself.
+    /// True if this VM made the console's file itself.
     pub(crate) owns_output: bool,
 }
 
-/// What a look found.
+/// The finding of a look.
 #[derive(Debug)]
 pub(crate) struct HostFacts {
     /// Violations.

@@ -30,7 +30,7 @@ struct Holder {
     uid: VmUid,
     vm_id: VmId,
     exclusive: bool,
-    /// Whether it holds only something that lies on this: a partition of this disk, say. Partitions are in nobody's way but
+    /// True if the VM holds only something that lies on this: a partition of this disk, say. Partitions are in nobody's way but
     /// that of the whole disk.
     part: bool,
     claim: HostClaim,

@@ -30,7 +30,7 @@ pub struct CreateRequest {
     pub vm_id: String,
     /// What to create.
     pub requested: Requested,
-    /// Who asks.
+    /// The caller.
     pub caller: Caller,
 }
 

@@ -90,11 +90,11 @@ struct Shown {
     waiters: Waiters,
 }
 
-/// What WaitVm finds.
+/// The answer to a WaitVm.
 pub(crate) enum Wait {
     /// The VM is in one of the states.
     Over(Arc<VmRecord>),
-    /// It is not; the waiter hears when it is.
+    /// The VM is in none of the states; the waiter hears when it is.
     Begun(VmUid, Waiter),
 }
 

@@ -32,22 +32,22 @@ const FORCED_LIMIT: usize = 16;
 /// An operation on one VM.
 #[derive(Clone, Debug)]
 pub(crate) struct Operation {
-    /// What to do.
+    /// The operation.
     pub(crate) request: Request,
-    /// How long the guest has to obey a shutdown or reboot; `None` means that the guest is not asked.
+    /// The time that the guest has to obey a shutdown or reboot; `None` means that the guest is not asked.
     pub(crate) ask_guest_for: Option<Duration>,
-    /// Who asks.
+    /// The caller.
     pub(crate) caller: Caller,
 }
 
-/// What a change answers with.
+/// The answer to a change.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// The VM as it is now, or as it was last where it is gone.
     pub record: Arc<VmRecord>,
     /// The rung that ended the VM, where one did.
     pub ended_by: Option<EndedBy>,
-    /// What could not be freed on the host.
+    /// The things on the host that could not be freed.
     pub left_behind: Vec<FieldReport>,
 }
 
@@ -62,7 +62,7 @@ pub(crate) struct QueuedOperation {
     pub(crate) under_way: UnderWay,
 }
 
-/// What waits for one actor.
+/// The messages that wait for one actor.
 #[derive(Default)]
 pub(crate) struct Mailbox {
     queues: Mutex<Queues>,

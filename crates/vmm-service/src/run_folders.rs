@@ -15,7 +15,7 @@ use uuid::Uuid;
 use vmm_core::id::VmUid;
 use vmm_host::process::find_by_argument;
 
-/// How long the processes of this host may take to be listed at the start. The kernel holds up whoever reads the arguments of a
+/// The time that listing this host's processes may take at the start. The kernel holds up a reader of the arguments of a
 /// process whose memory is being paged in from a server that is gone.
 const LISTING: Duration = Duration::from_secs(5);
 

@@ -15,7 +15,7 @@ use crate::service::Settings;
 use crate::spares::Spares;
 use crate::under_way::Counter;
 
-/// What every actor and use case shares.
+/// The state that every actor and use case shares.
 pub(crate) struct Shared {
     pub(crate) events: Arc<Events>,
     pub(crate) backends: Backends,

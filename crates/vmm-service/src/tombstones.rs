@@ -24,7 +24,7 @@ use crate::shared::Shared;
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 /// The longest wait between two looks.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
-/// How long one look, or one more kill, may take.
+/// The time that one look, or one more kill, may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
 
 /// Holds what the process of a deleted VM may use until that process has provably gone. The tombstone is on record.
@@ -73,7 +73,7 @@ async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
 
 /// Says whether the process of a deleted VM has provably gone. A process of this program's own is killed once more.
 ///
-/// Where the VMM was somebody else's, its place may have another VM by now, which nobody may touch: there the process alone
+/// If the VMM was external, its place may have another VM by now, which nobody may touch: there the process alone
 /// is asked for, and never killed.
 async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
     let known = shared.backends.of_kind(vm.backend.as_str(), &vm.kind).ok();

@@ -1,4 +1,4 @@
-//! What another release wrote into a record and this program does not understand: kept when the record is written back.
+//! Keeps the fields of a record that another release wrote and this program does not understand.
 //!
 //! ```text
 //!   row as stored ──── read ────► record ── changed ──► record as it is to be
@@ -27,9 +27,9 @@ pub(crate) struct Foreign {
 #[derive(Debug)]
 struct Row {
     stored: Map<String, Value>,
-    /// What this program made of it, in the form in which it would write it.
+    /// The record as this program read it, in the form in which it would write it.
     understood: Map<String, Value>,
-    /// Whether all of it but foreign fields could be read.
+    /// True if all of it but foreign fields could be read.
     readable: bool,
     format: i64,
 }

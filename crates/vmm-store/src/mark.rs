@@ -41,7 +41,7 @@ pub(crate) fn leave(lock: &File, path: &Path) {
     }
 }
 
-/// What a database looks like from outside. One with a log was not closed in order.
+/// Returns the state of a database as seen from outside. A database with a log was not closed in order.
 fn of(path: &Path) -> io::Result<String> {
     if fs::metadata(with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0) {
         return Err(io::Error::other("the database has a log"));

@@ -37,7 +37,7 @@ pub const DATABASE_FILE: &str = "vmm-controlplane.db";
 /// How long a statement waits for another program (a backup, say) that holds the database locked.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How much of a database is looked at before it is used.
+/// The extent to which a database is checked before its use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Depth {
     /// Whose it is and of which version: it was closed in order, and nobody has touched it since.

@@ -86,7 +86,7 @@ impl Reader {
 }
 
 /// Reads every VM and the end of the event log from a database of the present version.
-/// What another release wrote and this one does not understand is noted in `foreign`.
+/// Notes in `foreign` the fields that another release wrote and this one does not understand.
 pub(crate) fn load(
     conn: &mut Connection,
     path: &Path,

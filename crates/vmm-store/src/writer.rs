@@ -76,7 +76,7 @@ struct Expiry {
     reply: Option<Answer<u64>>,
 }
 
-/// How far an expiry goes, from the oldest event on.
+/// The extent of an expiry, from the oldest event on.
 #[derive(Clone, Copy, Debug)]
 enum Until {
     /// Up to the first event that is not older, in Unix milliseconds.

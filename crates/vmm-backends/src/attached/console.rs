@@ -34,11 +34,11 @@ const BOOT: &str = "console.boot";
 const AT: &str = "console.at";
 /// How long more is waited for before it is copied.
 const COALESCING: Duration = Duration::from_millis(10);
-/// How much is copied at once, and before anybody else may copy.
+/// The most bytes that are copied in one round, before another copy may run.
 const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
-/// How much is saved before the VMM begins its file anew, in rounds. What a VMM has written beyond that is lost.
+/// The most rounds that are saved before the VMM begins its file anew. Bytes beyond these rounds are lost.
 const ROUNDS: usize = 8;
-/// How long an operation waits for that.
+/// The longest time that an operation waits for the copy.
 const SAVING: Duration = Duration::from_secs(2);
 
 /// What a copy needs to know over restarts of the daemon.
@@ -81,7 +81,7 @@ enum State {
 /// its path. Not `anew` where the VMM may hold it open, and empties it itself. Blocks.
 ///
 /// # Errors
-/// What the kernel says.
+/// Returns the kernel's error.
 pub(super) fn begin(dir: &Path, to: &Path, anew: bool) -> io::Result<PathBuf> {
     Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) }.save_all()?;
     let boot = dir.join(BOOT);

@@ -14,7 +14,7 @@ use vmm_host::process::{Process, Signal};
 const SIGNALLED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// How long the end of a process may take whose connection has broken.
 const LOST: Duration = Duration::from_millis(500);
-/// How a VM is ended.
+/// The way to end a VM.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum End {
     /// By the whole ladder.

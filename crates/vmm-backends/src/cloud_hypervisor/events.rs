@@ -14,7 +14,7 @@ use vmm_host::tail::{Limits, Tail, Taken};
 pub(super) const EVENTS: &str = "events";
 /// The name in the run folder of the file that says how far [`EVENTS`] was read.
 const READ: &str = "events.read";
-/// How much is read. A longer event is passed over.
+/// The most bytes that are read in one round. A longer event is passed over.
 const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
 /// How much of the file's end a daemon that takes over looks at, in bytes.
 const TAIL: u64 = 256 << 10;
@@ -81,7 +81,7 @@ impl EventFile {
     /// Removes what an earlier run left. Blocks.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub(super) fn begin(dir: &Path) -> io::Result<()> {
         for name in [EVENTS, READ] {
             match std::fs::remove_file(dir.join(name)) {
@@ -95,7 +95,7 @@ impl EventFile {
     /// Reads at most `most` events that were written since the last time. Blocks.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub(super) fn read(&mut self, most: usize) -> io::Result<Vec<ChEvent>> {
         let (begin, skipped) = (self.tail.offset(), self.tail.skipped());
         let mut events = Vec::new();

@@ -27,9 +27,9 @@ use vmm_host::tail::{Limits, Tail, Taken};
 pub(crate) const METRICS: &str = "metrics";
 /// The sums' name in the run folder.
 const SUMS: &str = "metrics.sum";
-/// How much is read. A line has about 6,000 bytes, and some for each device.
+/// The most bytes that are read in one round. A line has about 6,000 bytes, and some for each device.
 const LIMITS: Limits = Limits { record: 128 << 10, round: 8 << 20 };
-/// How each object begins that Firecracker writes.
+/// The first bytes of each object that Firecracker writes.
 const OBJECT: &[u8] = b"{\"utc_timestamp_ms\"";
 
 /// What one line holds, as far as it is used.
@@ -174,7 +174,7 @@ impl Metrics {
     /// Makes room for a new run: removes what the one before left. Blocks.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub(crate) fn begin(dir: &Path) -> io::Result<()> {
         for name in [METRICS, SUMS] {
             match std::fs::remove_file(dir.join(name)) {
@@ -302,7 +302,7 @@ mod tests {
         assert!(Metrics::new(dir.path()).sums().await.is_err(), "no file, so nothing to sum up");
     }
 
-    /// As Firecracker begins each object.
+    /// Returns the first bytes of each object that Firecracker writes.
     fn stamped(bytes: u64) -> String {
         line(bytes).replacen('{', r#"{"utc_timestamp_ms":1,"#, 1)
     }

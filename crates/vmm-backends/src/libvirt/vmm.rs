@@ -25,7 +25,7 @@ use crate::ladder::{self, Means};
 const ORDERING: Duration = Duration::from_secs(10);
 /// How long the question may take by which it is found out whether QEMU answers at all.
 pub(super) const ASKING: Duration = Duration::from_millis(2500);
-/// How long libvirt may take to end a domain by force, where all of it must be over within two seconds.
+/// The time that libvirt has to end a domain by force, because all of it must be over within two seconds.
 const DESTROYING_AT_ONCE: Duration = Duration::from_millis(900);
 /// How long libvirt may take to clear up behind a QEMU that has gone.
 const SETTLING: Duration = Duration::from_millis(800);

@@ -91,7 +91,7 @@ pub async fn exit_message(exit: ProcessExit, logs: &[&Path]) -> String {
 /// Blocks.
 ///
 /// # Errors
-/// What the kernel says.
+/// Returns the kernel's error.
 pub fn set_aside(dir: &Path, name: &str) -> io::Result<()> {
     match std::fs::rename(dir.join(name), dir.join(format!("{name}.1"))) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

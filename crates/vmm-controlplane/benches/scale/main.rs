@@ -55,14 +55,14 @@ fn number(variable: &str, default: usize) -> usize {
     std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// What is measured with one number of VMs that are defined.
+/// The measurements with one number of VMs that are defined.
 struct Measured {
     times: Vec<(&'static str, Duration)>,
     start: Duration,
     /// The daemon's memory, in kB: now, and at most since it was started.
     resident: u64,
     peak: u64,
-    /// What the watches that nobody reads take, in kB.
+    /// The memory of the watches that nobody reads, in kB.
     unread: u64,
 }
 

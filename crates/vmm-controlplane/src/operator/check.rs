@@ -2,11 +2,11 @@
 
 use serde::Serialize;
 
-/// How it stands with one thing.
+/// The verdict on one thing that was looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Verdict {
-    /// As it should be.
+    /// The thing is as it should be.
     Ok,
     /// Something cannot be done, and the default backend can serve all the same.
     Warn,
@@ -17,13 +17,13 @@ pub(super) enum Verdict {
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Check {
-    /// What was looked at.
+    /// The thing that was looked at.
     pub(super) name: String,
-    /// How it stands.
+    /// The verdict.
     pub(super) verdict: Verdict,
-    /// What was found.
+    /// The finding.
     pub(super) finding: String,
-    /// What to do; null where there is nothing to do.
+    /// The remedy; null where there is nothing to do.
     pub(super) remedy: Option<String>,
 }
 

@@ -24,18 +24,18 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
-/// How long a connection may do nothing.
+/// The time for which a connection may be idle.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
     /// From the first byte of a request's head to its last one.
     pub(super) header: Duration,
     /// From one answer to the next request.
     pub(super) idle: Duration,
-    /// Whether the connection ends with its first answer.
+    /// True if the connection ends with its first answer.
     pub(super) once: bool,
 }
 
-/// What one connection does. Shared between its task, its requests, and the admission of other connections.
+/// The activity of one connection. Shared between its task, its requests, and the admission of other connections.
 pub(super) struct Activity {
     state: Mutex<State>,
     changed: Notify,

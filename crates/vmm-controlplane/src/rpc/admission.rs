@@ -42,7 +42,7 @@ struct Open {
     leaving: bool,
 }
 
-/// What counts as one client.
+/// The identity by which connections count as those of one client.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Peer {
     ThisHost,

@@ -12,7 +12,7 @@ use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 use super::ServeOptions;
 use super::options::IsHealthy;
 
-/// How often the health is looked at for the sake of those that watch it.
+/// The interval at which the health is looked at for the clients that watch it.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Adds `grpc.health.v1.Health` and both versions of `grpc.reflection` to the caller's services.
@@ -29,7 +29,7 @@ pub(super) fn install(router: Router, health: LiveChecker) -> Result<Router, Ref
 pub(super) struct LiveChecker {
     known: Arc<StaticChecker>,
     is_healthy: Option<IsHealthy>,
-    /// Whether the server has been told to end. Held while the health is set, so that the end has the last word.
+    /// True once the server has been told to end. Held while the health is set, so that the end has the last word.
     ended: Arc<Mutex<bool>>,
 }
 

@@ -48,7 +48,7 @@ enum Stop {
 struct Count<'a> {
     pool: &'a DescriptorPool,
     left: usize,
-    /// Where the count is; stays there when the limit is passed.
+    /// The present count; stays as it is when the limit is passed.
     path: Vec<&'a str>,
 }
 

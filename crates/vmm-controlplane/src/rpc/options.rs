@@ -25,13 +25,13 @@ pub struct ServeOptions {
     pub max_message_bytes: usize,
     /// How long a client may take to send a request's head. Default: 10 s.
     pub header_timeout: Duration,
-    /// How long a connection may be idle between two requests, if no other one needs its place. Default: 120 s.
+    /// The time for which a connection may be idle between two requests, if no other one needs its place. Default: 120 s.
     ///
     /// Longer than the 60 to 75 s of usual proxies, so that those close first and never send into a closing connection.
     pub idle_timeout: Duration,
     /// How long a request's body may stall between two pieces. Default: 30 s.
     pub body_idle_timeout: Duration,
-    /// How long a request's body may take as a whole. Default: 60 s.
+    /// The time that a request's body may take as a whole. Default: 60 s.
     pub body_timeout: Duration,
     /// The memory for the bodies of all requests under way, in bytes. Default: 64 MiB.
     pub max_bytes_in_flight: usize,

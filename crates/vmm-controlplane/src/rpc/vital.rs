@@ -22,12 +22,12 @@ pub(super) fn is_vital(path: &str) -> bool {
     }
 }
 
-/// What there is too little of. Stands among the extensions of a request that is served only if it is vital.
+/// The resource that is short. Stands among the extensions of a request that is served only if it is vital.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Scarcity {
     /// The request came on a connection of last resort.
     NoPlace,
-    /// As many requests are served as may be.
+    /// The limit on requests is reached.
     TooManyRequests,
 }
 

@@ -73,7 +73,7 @@ fn what_another_user_owns_is_refused_whatever_its_mode() {
     }
 }
 
-/// How many descriptors of `daemon` are pidfds of `vmm`.
+/// Counts the descriptors of `daemon` that are pidfds of `vmm`.
 fn pidfds(daemon: u32, vmm: u32) -> usize {
     let wanted = format!("Pid:\t{vmm}");
     let infos = std::fs::read_dir(format!("/proc/{daemon}/fdinfo")).unwrap().flatten();

@@ -83,7 +83,7 @@ pub struct Memory {
     pub hotplug_max_bytes: Option<u64>,
     /// The pages that the host backs it with.
     pub pages: PageSize,
-    /// Whether other processes on the host may map it.
+    /// True if other processes on the host may map the memory.
     pub shared: bool,
 }
 
@@ -131,9 +131,9 @@ pub struct Disk {
     pub format: DiskFormat,
     /// Whether a qcow2 image may name a backing file.
     pub backing_files: bool,
-    /// What becomes of the guest's flushes.
+    /// The treatment of the guest's flushes.
     pub cache: DiskCache,
-    /// Whether the host's page cache is passed by.
+    /// True if the host's page cache is passed by.
     pub direct_io: bool,
     /// Ceilings on its traffic.
     pub limits: RateLimit,
@@ -146,7 +146,7 @@ impl Disk {
     }
 }
 
-/// What becomes of a guest's flushes of a disk.
+/// The treatment of a guest's flushes of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskCache {
     /// They reach the disk.

@@ -173,7 +173,7 @@ pub(super) fn identity(pid: u32, start_ticks: u64) -> io::Result<ProcessIdentity
 /// Returns the namespaces in which this process sees pids and start times. Read once, because a process never leaves them.
 ///
 /// # Errors
-/// What looking at `/proc/self/ns/pid` says.
+/// Returns the kernel's error for `/proc/self/ns/pid`.
 pub(super) fn namespaces() -> io::Result<Namespaces> {
     static NAMESPACES: OnceLock<Namespaces> = OnceLock::new();
     if let Some(known) = NAMESPACES.get() {

@@ -210,7 +210,7 @@ async fn an_adopted_process_is_the_one_that_was_recorded() {
     assert_eq!(again.wait().await, ProcessExit::UNKNOWN, "told to its parent, not to who adopted it");
 }
 
-/// How many pidfds of `pid` this process has.
+/// Counts the pidfds of `pid` that this process has.
 fn pidfds_of(pid: u32) -> usize {
     let wanted = format!("Pid:\t{pid}");
     let infos = std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten();

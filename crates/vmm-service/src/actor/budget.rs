@@ -20,18 +20,18 @@ use super::Actor;
 const OPERATION_LIMIT: Duration = Duration::from_secs(30);
 /// A forced operation answers so long after it was asked for, commits excepted.
 pub(super) const FORCE_LIMIT: Duration = Duration::from_millis(4800);
-/// What is kept of a budget for the steps that take back what an effect has done: a kill, a sweep, the TAPs.
+/// The part of a budget that is kept for the steps that undo an effect: a kill, a sweep, the TAPs.
 const WIND_UP_LIMIT: Duration = Duration::from_secs(5);
 /// The least that each step gets, however little is left.
 const LEAST: Duration = Duration::from_millis(50);
-/// How long a killed VMM may take to go. With a sweep after it, this leaves a forced operation within its 5 s.
+/// The time that a killed VMM has to go. With a sweep after it, this leaves a forced operation within its 5 s.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(2);
 
 /// The time that an operation has in all.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Budget {
     until: Instant,
-    /// Whether a client forces the operation: then nothing pre-empts it, and the store has room for it.
+    /// True if a client forces the operation: then nothing pre-empts it, and the store has room for it.
     pub(super) forced: bool,
 }
 

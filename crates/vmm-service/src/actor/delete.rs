@@ -27,7 +27,7 @@ use crate::tombstones;
 /// How long a VM may take to end whose VMM somebody else started: that has its time to power it off before it is killed. With a
 /// sweep after it, this leaves a forced deletion within its 5 s.
 const FOREIGN_END_LIMIT: Duration = Duration::from_secs(3);
-/// How long the removal of a run folder may take. What is not gone by then is named in the answer.
+/// The time that the removal of a run folder may take. A folder that is not gone by then is named in the answer.
 const REMOVE_FOLDER_LIMIT: Duration = Duration::from_secs(1);
 
 impl Actor {

@@ -17,7 +17,7 @@ use crate::metrics::{News, Sampler};
 /// Time between two looks for a process that may live and of which no handle is held.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What an actor has of its VM's process. What a client may ask depends on this, and not on the status that is shown.
+/// The actor's hold on its VM's process. Admission of operations depends on the hold, and not on the status that is shown.
 pub(super) enum Hold {
     /// No process of the VM exists.
     Nothing,
@@ -35,20 +35,20 @@ pub(super) enum Hold {
     Quarantined {
         /// Why.
         why: String,
-        /// Whether a process of the VM may exist.
+        /// Says whether a process of the VM may exist.
         process: bool,
     },
 }
 
-/// What an actor does next without being asked.
+/// The next step of an actor that no client asks for.
 pub(super) enum Next {
-    /// It waits.
+    /// The actor waits.
     Idle,
-    /// It starts the VM by its restart policy.
+    /// The actor starts the VM by its restart policy.
     RestartAt(Instant),
-    /// It looks for a process that may live and of which no handle is held.
+    /// The actor looks for a process that may live and of which no handle is held.
     LookAt(Instant),
-    /// It carries on an operation that the death of a daemon cut short.
+    /// The actor carries on an operation that the death of a daemon cut short.
     Finish(Operation),
 }
 
@@ -65,7 +65,7 @@ pub(super) struct Live {
     pub(super) resets: Resets,
 }
 
-/// What came from a VMM.
+/// A message from a VMM.
 pub(super) enum Sign {
     Event(VmmEvent),
     News(News),

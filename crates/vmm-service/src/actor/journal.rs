@@ -43,9 +43,9 @@ const MAX_UNWRITTEN: usize = 64;
 pub(super) struct Why<'a> {
     /// A method's name, or what was observed (kebab-case).
     pub(super) cause: &'a str,
-    /// Who asked; `None` where nobody did.
+    /// The caller; `None` where nobody asked.
     pub(super) caller: Option<&'a Caller>,
-    /// What ended the run, where it ended.
+    /// The rung that ended the run, where the run ended.
     pub(super) ended_by: Option<EndedBy>,
 }
 
@@ -131,10 +131,10 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// What the store does not know yet, or may not.
+/// The outcomes that the store has not recorded, or may not have.
 #[derive(Default)]
 pub(super) struct Journal {
-    /// How many commits that failed may have been written all the same, since the last one that did not fail.
+    /// The number of failed commits since the last success that may have been written all the same.
     uncertain: u64,
     /// The outcomes that were shown and refused, the oldest first.
     unwritten: VecDeque<Unwritten>,

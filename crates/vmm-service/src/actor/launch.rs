@@ -19,7 +19,7 @@ use crate::run_folders::{KEPT_CONSOLE, touch};
 pub(super) type Launching = BoxFuture<'static, Result<Launched, BackendError>>;
 
 impl Actor {
-    /// What to start, and why that does not suffice to make the VM anew, where it does not.
+    /// Returns the spec to start, and the reason where the spec does not suffice to make the VM anew.
     fn what_to_start(&self) -> (VmSpec, Option<String>) {
         if !self.record.imported {
             return (self.spec.clone(), None);

@@ -10,7 +10,7 @@
 //!             └────────────────────────────────────────────────────┘
 //! ```
 //!
-//! What an actor has of its VM's process ([`hold::Hold`]), and so what a client may ask:
+//! The actor's hold on its VM's process ([`hold::Hold`]) decides which operations are admitted:
 //!
 //! ```text
 //!                 start                        no answer
@@ -113,7 +113,7 @@ enum Step {
     Found(Box<Found>),
     /// Resets in place are recorded.
     Resets,
-    /// What the store has refused is written.
+    /// An outcome that the store has refused is written again.
     Rewrite,
 }
 

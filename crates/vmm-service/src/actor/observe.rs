@@ -1,4 +1,4 @@
-//! What a VM does by itself: ends, failures, silence, and what somebody else does to it.
+//! Observes a VM: ends, failures, silence, and changes by other programs.
 
 use std::time::Duration;
 

@@ -371,7 +371,7 @@ impl Actor {
     }
 }
 
-/// What a look at the guest has found after a failure.
+/// The finding of a look at the guest after a failure.
 #[derive(Default)]
 struct Seen {
     observation: Option<Observation>,

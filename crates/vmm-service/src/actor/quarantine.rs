@@ -137,7 +137,7 @@ impl Backend for Nobody {
     }
 }
 
-/// What an actor is given in place of a configuration that is not understood. Nothing is ever started from it.
+/// Returns the spec of a VM whose configuration is not understood. Nothing is ever started from it.
 pub(super) fn no_spec() -> VmSpec {
     VmSpec {
         cpu: Cpu { count: 1, max: 1, topology: None },

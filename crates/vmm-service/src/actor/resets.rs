@@ -29,7 +29,7 @@ const MAX_RESTARTS: u32 = 1000;
 /// Resets in place of one run.
 #[derive(Default)]
 pub(super) struct Resets {
-    /// Those that are not on record yet.
+    /// The resets that are not on record yet.
     unrecorded: u32,
     /// The restarts without a quiet minute between, these included. Meaningful while some are unrecorded.
     restarts: u32,

@@ -39,7 +39,7 @@ const MAX_DELAY: Duration = Duration::from_secs(30);
 pub(super) struct Decision {
     /// What the record says.
     pub(super) status: Status,
-    /// What is done next.
+    /// The next step.
     pub(super) next: Next,
 }
 

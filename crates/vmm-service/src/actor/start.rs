@@ -58,7 +58,7 @@ impl NotStarted {
     }
 }
 
-/// Who starts the VM, and by which operation.
+/// The caller who starts the VM, and the operation.
 #[derive(Clone, Copy)]
 pub(super) struct Start<'a> {
     /// BootVm, or RebootVm for its second half.
@@ -66,7 +66,7 @@ pub(super) struct Start<'a> {
     pub(super) caller: &'a Caller,
 }
 
-/// What the VM uses of the host is claimed for it.
+/// The disks and TAPs of the VM are claimed.
 pub(super) struct Reserved {
     pub(super) claims: Vec<HostClaim>,
     /// The descriptors that the start may open.
@@ -422,7 +422,7 @@ impl Actor {
         NotStarted::TakenBack(error)
     }
 
-    /// Whether the process of a start has gone cannot be proven: what it may use stays claimed.
+    /// Nothing proves that the process of a start has gone, so the claims of the start stay.
     ///
     /// The intent stays on record as that of a boot, also where a reboot has failed in its second half: it says what the process
     /// may use, to the next daemon too, and a look that finds the process goes on from there as after an interrupted boot.

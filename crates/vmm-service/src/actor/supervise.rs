@@ -1,4 +1,4 @@
-//! How an actor begins, and how it begins again after a panic.
+//! Starts actors, and starts an actor again after a panic.
 //!
 //! ```text
 //!   NewActor ─► into the index, with the way to its mailbox ─► Beginning ─► run ──► the VM is deleted: the mailbox is closed
@@ -36,7 +36,7 @@ use crate::shared::Shared;
 /// The wait before an actor that has panicked is made anew. Force does not wait.
 const AFTER_A_PANIC: Duration = Duration::from_secs(1);
 
-/// How the actor of a VM begins.
+/// The way in which the actor of a VM begins.
 pub(crate) enum Beginning {
     /// The VM was just created.
     Created,
@@ -95,7 +95,7 @@ impl NewActor {
     }
 }
 
-/// What every life of an actor is made from.
+/// The parts from which every life of an actor is made.
 struct Seed {
     shared: Arc<Shared>,
     spec: VmSpec,

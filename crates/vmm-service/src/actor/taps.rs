@@ -26,7 +26,7 @@ use super::Actor;
 use super::budget::{Broken, Budget};
 use super::hold::Hold;
 
-/// How long all TAPs of one VM may take to be there. Making one takes a tenth of a millisecond.
+/// The time that all TAPs of one VM may take to be made. Making one takes a tenth of a millisecond.
 const PROVIDE_LIMIT: Duration = Duration::from_secs(2);
 /// Removing one takes some 16 ms, of which many run side by side.
 const REMOVE_LIMIT: Duration = Duration::from_secs(5);

@@ -82,7 +82,7 @@ impl Present {
 /// VMs that are read from the index at once.
 const PAGE: usize = 64;
 
-/// How far a beginning has come.
+/// The progress of a beginning.
 pub(super) enum Beginning {
     /// Every VM up to this one has been told.
     Told(Option<VmUid>),

@@ -75,7 +75,7 @@ pub struct Watch {
     index: Arc<Index>,
     filter: Filter,
     settled: watch::Receiver<EventSeq>,
-    /// What is yet to be told before the changes; `None` once the marker has been.
+    /// The part that is told before the changes; `None` once the marker has been told.
     beginning: Option<Beginning>,
     /// Everything up to here is told, or lies in `ready`.
     cursor: EventSeq,

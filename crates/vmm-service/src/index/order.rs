@@ -62,13 +62,13 @@ pub(super) struct Shelf {
     state: u8,
 }
 
-/// What a filter has selected.
+/// The selection of a filter.
 #[derive(Debug)]
 pub(super) struct Selection {
     shelves: Vec<Shelf>,
-    /// How many VMs lie there.
+    /// The number of VMs in the ranges.
     pub(super) count: usize,
-    /// Whether all of them match. Otherwise their labels are yet to be compared.
+    /// True if all of them match. Otherwise their labels are yet to be compared.
     pub(super) exact: bool,
 }
 

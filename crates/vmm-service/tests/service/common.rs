@@ -24,7 +24,7 @@ use crate::fake_taps::FakeTaps;
 
 /// Who asks in these tests.
 pub(crate) const ME: &str = "tester";
-/// Who asks, as the service is told.
+/// Returns the caller that the service is told.
 pub(crate) fn me() -> Caller {
     Caller::named(ME)
 }

@@ -21,7 +21,7 @@ use vmm_testkit::fake::FakeBackend;
 use crate::common::*;
 use crate::recover::host_restarts;
 
-/// What an adoption takes of a processor, and a start.
+/// The processor time of an adoption, and of a start.
 const ADOPTION: Duration = Duration::from_millis(50);
 const START: Duration = Duration::from_secs(2);
 

@@ -235,7 +235,7 @@ async fn a_new_watch_is_told_the_truth_of_one_moment_under_churn() {
     }
 }
 
-/// What a client makes of the beginning of a watch.
+/// The picture that a client makes of the beginning of a watch.
 #[derive(Default)]
 struct Table {
     vms: BTreeMap<VmUid, (VmId, VmState, Phase)>,

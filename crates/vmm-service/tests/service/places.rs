@@ -29,7 +29,7 @@ struct Landlord {
     places: Places,
     present: Mutex<Vec<Found>>,
     later: Mutex<Option<mpsc::Receiver<Finding>>>,
-    /// What is found while the next VM is being checked.
+    /// The VM that is found while the next VM is being checked.
     while_checking: Arc<Mutex<Option<Finding>>>,
     tell: mpsc::Sender<Finding>,
 }

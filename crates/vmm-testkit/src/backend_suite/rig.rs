@@ -26,7 +26,7 @@ use crate::memory_store::MemoryStore;
 
 /// Longer than anything honest takes on a busy machine; only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Who asks.
+/// The caller.
 const ME: &str = "suite";
 /// Time between two samples.
 const INTERVAL: Duration = Duration::from_millis(300);

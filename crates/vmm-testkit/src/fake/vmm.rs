@@ -15,7 +15,7 @@ use super::world::{Machine, World};
 
 /// How long the handle waits for a machine that is silent.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often a guest that does not obey is asked again to shut down.
+/// The interval at which a guest that does not obey is asked again to shut down.
 const PRESSING_AGAIN: Duration = Duration::from_secs(3);
 /// How long the handle waits for a killed machine to go.
 const KILLING: Duration = Duration::from_secs(1);
