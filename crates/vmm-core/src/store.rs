@@ -63,8 +63,8 @@ pub struct Requested {
     pub config: VmConfig,
 }
 
-/// What CreateVm was sent, in the least room: every VM keeps it, and it is read only where the call is repeated. In memory it is
-/// one text, in a database the [`Requested`] itself.
+/// The request of CreateVm in the least room, because every VM keeps its request and only a repeated call reads it. In memory the
+/// request is one text, in a database the [`Requested`] itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sent(Box<str>);
 

@@ -1,5 +1,5 @@
-//! What the daemon costs with many VMs against what it costs with few: a page of ListVms, the opening of a watch, memory for each
-//! VM, a restart.
+//! Measures the cost of the daemon with many VMs against its cost with few: a page of ListVms, the opening of a watch, memory
+//! for each VM, a restart.
 //!
 //! `make bench` builds and runs it. `VMCP_BENCH_VMS` (100000) is the number of VMs that are defined, against 100;
 //! `VMCP_BENCH_RUNNING` (200) of those that run, against 50. `VMCP_BENCH_DAEMON` names another daemon to measure.

@@ -271,8 +271,9 @@ pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
     }
 }
 
-/// How long a run has lasted, in milliseconds. The wall clock may have been set since the run began, so what it says counts only
-/// where it is possible: no run is older than its process, whose age comes from a clock that nobody sets.
+/// Returns the time that a run has lasted, in milliseconds. The wall clock may have been set since the run began, so the
+/// difference of two readings counts only as far as it is possible: no run is older than its process, whose age comes from a
+/// clock that nobody sets.
 fn uptime_ms(run: &RunRecord, now_ms: i64) -> i64 {
     let age = vmm_host::process::age(&run.process).unwrap_or_default();
     let age_ms = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);

@@ -156,7 +156,7 @@ fn room(name: &'static str, shown: &str, there: &Path) -> Check {
     }
 }
 
-/// How many VMs the limit on descriptors admits: the limit of the daemon that runs, else of this process.
+/// Counts the VMs that the limit on descriptors admits: the limit of the daemon that runs, else of this process.
 pub(super) fn open_files(daemon: Option<u32>) -> Check {
     const NAME: &str = "open files";
     let process = daemon.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
