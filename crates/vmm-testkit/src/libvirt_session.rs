@@ -19,9 +19,8 @@ use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tempfile::TempDir;
-use vmm_host::process::find_by_argument;
 
-use crate::libvirtd::{PATIENCE, REAPER, pause};
+use crate::libvirtd::{PATIENCE, REAPER, pause, qemus_that};
 
 /// The user.
 const USER: &str = "nobody";
@@ -147,15 +146,16 @@ impl Session {
         command
     }
 
-    /// The process ids of its QEMUs, whose monitors lie in the user's home.
+    /// Returns the process ids of the session's QEMUs. Their monitors lie in the user's home, so that their arguments name it.
+    ///
+    /// The processes belong to another user than the test, so that the search of `vmm-host` does not return them.
     #[must_use]
     pub fn qemus(&self) -> Vec<u32> {
-        let found = find_by_argument(&self.dir.path().join("home")).unwrap_or_default();
-        let is_qemu = |pid: &u32| {
-            let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-            program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("qemu-system"))
-        };
-        found.into_iter().map(|found| found.identity.pid).filter(is_qemu).collect()
+        let home = self.dir.path().join("home").into_os_string().into_encoded_bytes();
+        qemus_that(|pid| {
+            let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            arguments.windows(home.len()).any(|part| part == home)
+        })
     }
 
     /// The process ids of all that was started in this environment.

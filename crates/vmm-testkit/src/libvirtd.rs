@@ -205,19 +205,10 @@ impl Libvirtd {
         self.virsh(&["list", "--all", "--name"]).split_whitespace().map(str::to_owned).collect()
     }
 
-    /// The process ids of its QEMUs.
+    /// Returns the process ids of the QEMUs that this libvirtd started.
     pub fn qemus(&self) -> Vec<u32> {
         let namespaces = lock(&self.namespaces).clone();
-        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        pids.filter(|pid| {
-            let name = fs::read_link(format!("/proc/{pid}/exe")).ok();
-            let is_qemu =
-                name.and_then(|exe| exe.file_name().map(|name| name.to_string_lossy().into_owned()));
-            is_qemu.is_some_and(|name| name.starts_with("qemu-system"))
-                && namespace_of(*pid).is_some_and(|namespace| namespaces.contains(&namespace))
-        })
-        .collect()
+        qemus_that(|pid| namespace_of(pid).is_some_and(|namespace| namespaces.contains(&namespace)))
     }
 
     /// Kills libvirtd; its domains go on.
@@ -311,6 +302,17 @@ fn warm_cache() -> Result<Cache, String> {
 #[expect(clippy::disallowed_methods, reason = "in a thread of a test, with no runtime")]
 pub(crate) fn pause() {
     std::thread::sleep(Duration::from_millis(10));
+}
+
+/// Returns the process ids of all running QEMUs, of any user, for which `is_wanted` holds.
+pub(crate) fn qemus_that(is_wanted: impl Fn(u32) -> bool) -> Vec<u32> {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_qemu = |pid: u32| {
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("qemu-system"))
+    };
+    pids.filter(|pid| is_qemu(*pid) && is_wanted(*pid)).collect()
 }
 
 fn namespace_of(pid: u32) -> Option<u64> {
