@@ -1,4 +1,5 @@
-//! Too few descriptors, too many clients, too large requests: those who ask for too much are told, and nobody else notices.
+//! Too few descriptors, too little memory, too many clients, too large requests: a caller that asks for too much is told, and
+//! nobody else notices.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -8,7 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use vmm_testkit::guests::Guest;
 
-use crate::harness::{World, call, eventually, hypervisors, post};
+use crate::harness::{World, call, eventually, hypervisors, is_alive, post, vmm_pid};
 
 /// A world whose daemons have these limits on descriptors.
 fn limited(soft: u64, hard: u64, env: &[(&str, &str)]) -> World {
@@ -142,4 +143,68 @@ fn a_request_with_too_many_entries_is_refused_at_once_and_nobody_notices() {
     let states: Vec<Value> = vec![json!("VM_STATE_RUNNING"); 200_000];
     let listed = post(&format!("{url}/vmm.v1.VmService/ListVms"), &json!({"state_filter": states}));
     assert!(listed.error("invalid_argument").starts_with("state_filter: has too many entries"));
+}
+
+/// Bytes of address space that the daemon and each of its VMMs may have, in the tests of memory.
+const ADDRESS_SPACE: u64 = 6 << 30;
+
+/// Returns a world whose daemon, and so each VMM, may have [`ADDRESS_SPACE`].
+fn short_of_memory() -> World {
+    let mut world = World::new(&[]);
+    let script = format!("ulimit -v {} && exec \"$0\" \"$@\"", ADDRESS_SPACE >> 10);
+    world.wrapper = ["sh", "-c", &script].map(str::to_owned).into();
+    world.start();
+    world
+}
+
+#[test]
+fn a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else() {
+    for backend in hypervisors("a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else") {
+        let world = short_of_memory();
+        world.create_on(backend, "small", Guest::Idle);
+        world.boot("small");
+        let before = world.vmms();
+        let mut large = world.tiny(Guest::Idle);
+        large["memory"]["size_bytes"] = json!((2 * ADDRESS_SPACE).to_string());
+        world.call("CreateVm", &json!({"vm_id": "large", "backend": backend, "config": large})).ok();
+        let said = world.call("BootVm", &json!({"vm_id": "large"})).error("failed_precondition");
+        assert!(said.contains("annot allocate memory") || said.contains("os error 12"), "{backend}: {said}");
+        let status = world.info("large")["status"].clone();
+        assert_eq!((&status["phase"], &status["reason"]), (&json!("failed"), &json!("boot-failed")));
+        assert_eq!(world.vmms(), before, "{backend}: a process was left");
+        let small = world.info("small");
+        assert_eq!(
+            (&small["state"], &small["status"]["phase"]),
+            (&json!("VM_STATE_RUNNING"), &json!("running"))
+        );
+        for vm_id in ["large", "small"] {
+            world.call("DeleteVm", &json!({"vm_id": vm_id, "force": true})).ok();
+        }
+        world.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_running_vmm_that_gets_no_more_memory_is_shown_as_it_is() {
+    for backend in hypervisors("a_running_vmm_that_gets_no_more_memory_is_shown_as_it_is") {
+        let world = World::started(&[]);
+        world.create_on(backend, "vm", Guest::Idle);
+        world.boot("vm");
+        let pid = vmm_pid(&world.info("vm"));
+        let limit =
+            std::process::Command::new("prlimit").args([&format!("--pid={pid}"), "--as=4096"]).status();
+        assert!(limit.unwrap().success());
+        // A VMM may answer, refuse or die. Either way the daemon shows the state that is proven.
+        for (method, done) in [("PauseVm", "VM_STATE_PAUSED"), ("ResumeVm", "VM_STATE_RUNNING")] {
+            let answer = world.call(method, &json!({"vm_id": "vm"}));
+            let info = world.info("vm");
+            match answer.status {
+                200 => assert_eq!(info["state"], done, "{backend}: {info:#}"),
+                _ if is_alive(pid) => assert_ne!(info["state"], "VM_STATE_SHUTDOWN", "{backend}: {info:#}"),
+                _ => drop(world.wait_for_state("vm", "VM_STATE_SHUTDOWN")),
+            }
+        }
+        world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+        world.assert_nothing_left();
+    }
 }
