@@ -1,8 +1,10 @@
-//! The hypervisors, one folder each: `mod.rs` holds the trait's implementation and nothing else, `convert.rs` turns a
-//! [`vmm_core::spec::VmSpec`] into the hypervisor's own configuration, `client.rs` speaks the hypervisor's own API.
+//! The hypervisors, one folder each. A file of the same name has the same task in every folder: `mod.rs` implements the
+//! backend's trait, `check.rs` says what is refused, `convert.rs` turns a [`vmm_core::spec::VmSpec`] into the hypervisor's own
+//! configuration and `describe.rs` turns that back, `client.rs` speaks the hypervisor's own API, `vmm.rs` is the handle of one run,
+//! `attached.rs` serves VMMs that another program started.
 //!
-//! [`attached`] is the same for VMMs that somebody else started. What they share is beside them: the [`ladder`] that ends a VM,
-//! the search for a hypervisor's [`program`], and the [`launch`] of its process.
+//! What the hypervisors share is beside them: the frame of all [`attached`] VMMs, the [`rest`] of a managed VMM with a REST API,
+//! the [`ladder`] that ends a VM, the search for a hypervisor's [`program`], and the [`launch`] of its process.
 
 pub mod attached;
 pub mod cloud_hypervisor;

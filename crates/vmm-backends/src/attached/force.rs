@@ -16,7 +16,7 @@ const SIGNALLED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_
 const LOST: Duration = Duration::from_millis(500);
 /// The way to end a VM.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum End {
+pub(crate) enum End {
     /// By the whole ladder.
     Ladder(Ladder),
     /// By the VMM's interface alone, without waiting for the guest.
@@ -25,7 +25,7 @@ pub(super) enum End {
 
 /// Ends the process by force; without force answers that it still runs. `program` is what the executable of a VMM begins with
 /// that force may kill.
-pub(super) async fn end_process(
+pub(crate) async fn end_process(
     process: &Process,
     socket: &Path,
     program: &str,

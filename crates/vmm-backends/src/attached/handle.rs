@@ -31,14 +31,14 @@ use super::seat::Held;
 use super::{Guest, Parts};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
-use crate::rest::found::or_gone;
+use crate::rest::adopt::or_gone;
 
 /// Events that wait for the VM's owner.
 const QUEUE: usize = 16;
 
 /// What a handle asks of a VMM.
 #[async_trait]
-pub(super) trait Api: std::fmt::Debug + Send + Sync + 'static {
+pub(crate) trait Api: std::fmt::Debug + Send + Sync + 'static {
     /// What the guest is doing.
     async fn state(&self) -> Result<GuestState, BackendError>;
     /// Stops the guest's CPUs; harmless where they stand still.
@@ -77,7 +77,7 @@ struct Handle<A> {
 }
 
 /// Makes the handle of a VM that runs in `process`, and watches over it.
-pub(super) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static str, parts: Parts) -> Launched {
+pub(crate) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static str, parts: Parts) -> Launched {
     let (sender, events) = mpsc::channel(QUEUE);
     let ending = Arc::new(AtomicBool::new(false));
     let span = tracing::info_span!("attached", pid = process.pid());

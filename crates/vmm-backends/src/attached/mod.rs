@@ -15,23 +15,18 @@
 //! a pidfd holds ([`vmm_host::endpoint`]); nothing is sent to another one that comes to listen on the same socket. Without
 //! force a VMM is never signalled; a VM that it still runs when all that its API offers has been tried stays as it is.
 //!
-//! What differs between hypervisors is in [`Hypervisor`]: what a VMM says of itself ([`Hypervisor::meet`]), how a VM that it
-//! holds is started, and the handle of one that runs.
+//! [`Hypervisor`] is the part in which hypervisors differ: what a VMM says of itself ([`Hypervisor::meet`]), how a VM that the
+//! VMM holds is started, and the handle of a VM that runs. Each hypervisor implements it in `attached.rs` of its own folder.
 
 mod backend;
-pub(crate) mod cloud_hypervisor;
 mod console;
-pub(crate) mod firecracker;
-
-mod force;
-mod handle;
+pub(crate) mod force;
+pub(crate) mod handle;
 mod patrol;
 mod place;
-mod qemu;
-
-mod seat;
-mod stranger;
-mod tell;
+pub(crate) mod seat;
+pub(crate) mod stranger;
+pub(crate) mod tell;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -59,7 +54,7 @@ pub fn cloud_hypervisor(
     managed: crate::cloud_hypervisor::CloudHypervisor,
     interval: Duration,
 ) -> impl Backend {
-    Attached::new(cloud_hypervisor::CloudHypervisor::new(), sockets, managed, interval)
+    Attached::new(crate::cloud_hypervisor::attached::CloudHypervisor::new(), sockets, managed, interval)
 }
 
 /// The Firecrackers behind `sockets`, each of which is looked at every `interval`. The rules of
@@ -69,13 +64,13 @@ pub fn firecracker(
     managed: crate::firecracker::Firecracker,
     interval: Duration,
 ) -> impl Backend {
-    Attached::new(firecracker::Firecracker::new(), sockets, managed, interval)
+    Attached::new(crate::firecracker::attached::Firecracker::new(), sockets, managed, interval)
 }
 
 /// The QEMUs whose QMP sockets are `sockets`, each of which is looked at every `interval`. The rules of
 /// `managed` about configurations hold there too.
 pub fn qemu(sockets: Vec<PathBuf>, managed: crate::qemu::QemuBackend, interval: Duration) -> impl Backend {
-    Attached::new(qemu::Qemu::new(), sockets, managed, interval)
+    Attached::new(crate::qemu::attached::Qemu::new(), sockets, managed, interval)
 }
 
 /// What is particular to one hypervisor.

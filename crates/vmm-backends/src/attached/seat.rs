@@ -54,13 +54,13 @@ pub(crate) struct Held {
 
 impl Held {
     /// Notes that the VMM's process has ended, before anybody has looked.
-    pub(super) fn ended(&self) {
+    pub(crate) fn ended(&self) {
         let text = format!("no VMM listens on {} any more: its process has ended", self.seat.endpoint());
         self.seat.note(View::Fails(text));
     }
 
     /// Notes whether the VMM answers: nobody else asks it meanwhile.
-    pub(super) fn answered<T>(&self, version: &str, answer: &Result<T, BackendError>) {
+    pub(crate) fn answered<T>(&self, version: &str, answer: &Result<T, BackendError>) {
         self.seat.note(match answer {
             Ok(_) => View::Serves(version.to_owned()),
             Err(error) => View::Fails(format!("{} cannot be used: {error}", self.seat.endpoint())),

@@ -18,7 +18,7 @@ const GREETING: Duration = Duration::from_millis(300);
 const ASKING: Duration = Duration::from_secs(3);
 
 /// Says who listens on `socket`, in words that end the sentence "it is …"; `None` where it is nobody that is known.
-pub(super) async fn who(socket: &Path) -> Option<String> {
+pub(crate) async fn who(socket: &Path) -> Option<String> {
     if greets_as_qemu(socket).await {
         return Some("QEMU, whose endpoint is UNKEY_VMCP_QEMU_ENDPOINT".to_owned());
     }

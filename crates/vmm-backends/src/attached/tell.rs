@@ -5,35 +5,35 @@ use serde_json::{Map, Value};
 use crate::words;
 
 /// More devices of one kind than are taken up.
-pub(super) const MAX_DEVICES: usize = 64;
+pub(crate) const MAX_DEVICES: usize = 64;
 
 /// The text of a field; empty where there is none.
-pub(super) fn text(of: &Value, field: &str) -> String {
+pub(crate) fn text(of: &Value, field: &str) -> String {
     of.get(field).and_then(Value::as_str).map(words::value).unwrap_or_default()
 }
 
 /// The number of a field, as far as it fits.
-pub(super) fn number(of: &Value, field: &str) -> i64 {
+pub(crate) fn number(of: &Value, field: &str) -> i64 {
     of.get(field).and_then(Value::as_u64).map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX))
 }
 
 /// The same for counts.
-pub(super) fn count(of: &Value, field: &str) -> i32 {
+pub(crate) fn count(of: &Value, field: &str) -> i32 {
     i32::try_from(number(of, field)).unwrap_or(i32::MAX)
 }
 
 /// Whether a field is true.
-pub(super) fn flag(of: &Value, field: &str) -> bool {
+pub(crate) fn flag(of: &Value, field: &str) -> bool {
     of.get(field).and_then(Value::as_bool).unwrap_or(false)
 }
 
 /// The elements of a list, as many as are taken up.
-pub(super) fn list<'a>(of: &'a Value, field: &str) -> impl Iterator<Item = &'a Value> {
+pub(crate) fn list<'a>(of: &'a Value, field: &str) -> impl Iterator<Item = &'a Value> {
     of.get(field).and_then(Value::as_array).into_iter().flatten().take(MAX_DEVICES)
 }
 
 /// Names what an object has set beside what `known` names and beside `defaults`.
-pub(super) fn others(
+pub(crate) fn others(
     of: &Value,
     known: &[&str],
     defaults: &[(&str, Value)],
@@ -61,7 +61,7 @@ fn is_nothing(value: &Value) -> bool {
 }
 
 /// Says whether all that `ours` says is so in `theirs`, which may say more.
-pub(super) fn is_in(ours: &Value, theirs: &Value) -> bool {
+pub(crate) fn is_in(ours: &Value, theirs: &Value) -> bool {
     match (ours, theirs) {
         (Value::Object(ours), Value::Object(theirs)) => fields_in(ours, theirs),
         (Value::Array(ours), Value::Array(theirs)) => {

@@ -6,8 +6,8 @@ use std::path::Path;
 use vmm_core::backend::BackendError;
 
 use super::client::Client;
+use super::describe::configuration;
 use super::events::{ChEvent, EVENTS, EventFile, parse};
-use crate::attached::cloud_hypervisor::configuration;
 use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
 
 /// How many of the calls of [`ask`] change nothing.

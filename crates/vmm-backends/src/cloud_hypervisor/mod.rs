@@ -13,9 +13,11 @@
 //!
 //! **Events** go to a file for the same reason.
 
+pub(crate) mod attached;
 mod check;
 pub(crate) mod client;
 pub mod convert;
+mod describe;
 mod events;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
@@ -45,7 +47,7 @@ use self::vmm::{Parts, attend, explain_past};
 use self::watch::Watcher;
 use crate::launch;
 use crate::program::{Kind, Program, Version};
-use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run};
+use crate::rest::adopt::{LOG, SOCKET, Trace, failed, has_ended, look, new_run};
 use crate::rest::options::check_taps;
 use crate::rest::spare::Fresh;
 use crate::rest::start::start;

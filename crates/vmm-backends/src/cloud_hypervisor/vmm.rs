@@ -36,7 +36,7 @@ use super::events::{ChEvent, EVENTS, EventFile};
 use super::watch::{Watched, Watcher};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
-use crate::rest::found::{LOG, exit_message, kill, or_gone};
+use crate::rest::adopt::{LOG, exit_message, kill, or_gone};
 use crate::throttle::{Throttle, due};
 
 /// Events that wait for the VM's owner.

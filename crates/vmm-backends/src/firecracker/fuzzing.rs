@@ -7,8 +7,8 @@ use std::path::Path;
 use vmm_core::backend::BackendError;
 
 use super::client::Client;
+use super::describe::configuration;
 use super::metrics::{METRICS, Sums, fold};
-use crate::attached::firecracker::configuration;
 use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
 
 /// How many of the calls of [`ask`] change nothing.

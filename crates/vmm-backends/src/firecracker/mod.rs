@@ -10,9 +10,11 @@
 //! needed for a byte to be kept. stdin is a FIFO that Firecracker holds open at both ends: whoever wants to type opens
 //! `console.in` in the run folder for writing, whether this daemon or the next, and when he goes the guest sees no end of input.
 
+pub(crate) mod attached;
 mod check;
 pub(crate) mod client;
 pub mod convert;
+mod describe;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 pub(crate) mod metrics;
@@ -41,7 +43,7 @@ use self::convert::Config;
 use self::metrics::{METRICS, Metrics};
 use crate::launch;
 use crate::program::{Kind, Program, Version};
-use crate::rest::found::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
+use crate::rest::adopt::{LOG, SOCKET, Trace, failed, has_ended, look, new_run, set_aside};
 use crate::rest::options::check_taps;
 use crate::rest::spare::Fresh;
 use crate::rest::start::start;

@@ -29,7 +29,7 @@ use super::client::Client;
 use super::metrics::{Metrics, Sums};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
-use crate::rest::found::{LOG, exit_message, kill, or_gone};
+use crate::rest::adopt::{LOG, exit_message, kill, or_gone};
 
 /// A run has one event.
 const EVENTS: usize = 4;

@@ -14,9 +14,11 @@
 //! unseen. A guest's reset and power-off are told apart by QEMU's own words, not by an exit status.
 
 mod adopt;
+pub(crate) mod attached;
 pub(crate) mod check;
 pub mod client;
 pub mod convert;
+mod describe;
 pub(crate) mod ending;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;

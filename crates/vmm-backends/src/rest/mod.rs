@@ -1,11 +1,11 @@
 //! What the hypervisors with a REST API on a unix socket share: the [`client`], the [`start`] of their programs,
-//! the spare ones, what is asked of their [`options`], and the way back to a VMM that an earlier daemon started ([`found`]).
+//! the spare ones, what is asked of their [`options`], and the way back to a VMM that an earlier daemon started ([`adopt`]).
 //!
 //! Firecracker and Cloud Hypervisor use the same small HTTP server: ten connections, requests of 51,200 bytes at most. So
 //! every VM has one connection, kept alive.
 
+pub mod adopt;
 pub mod client;
-pub mod found;
 pub mod options;
 pub(crate) mod spare;
 pub mod start;

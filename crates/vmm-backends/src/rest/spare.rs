@@ -7,7 +7,7 @@ use std::time::Duration;
 use vmm_core::backend::{BackendError, LaunchRequest};
 use vmm_core::id::VmUid;
 
-use super::found;
+use super::adopt;
 use crate::launch::Guarded;
 use crate::program::{Installed, Program};
 use crate::spares::Spares;
@@ -61,7 +61,7 @@ impl<C> Spares<Fresh<C>> {
 }
 
 async fn end<C>(spare: Fresh<C>) {
-    if let Err(error) = found::kill(spare.guard.process()).await {
+    if let Err(error) = adopt::kill(spare.guard.process()).await {
         tracing::warn!(%error, "a spare VMM could not be ended");
     }
 }

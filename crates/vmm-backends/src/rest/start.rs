@@ -18,7 +18,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_host::process::{Command, Guarded};
 use vmm_host::run_dir;
 
-use super::found::{LOG, SOCKET, failed, set_aside};
+use super::adopt::{LOG, SOCKET, failed, set_aside};
 use super::spare::Fresh;
 use crate::launch;
 use crate::program::{Installed, Program};

@@ -32,7 +32,7 @@ use super::facts::Facts;
 /// The sockets by which VMMs are told what to do. A process that names another one's folder for any other reason does not
 /// name these.
 const CONTROL_SOCKETS: [&str; 2] =
-    [vmm_backends::rest::found::SOCKET, vmm_backends::qemu::convert::QMP_SOCKET];
+    [vmm_backends::rest::adopt::SOCKET, vmm_backends::qemu::convert::QMP_SOCKET];
 
 /// What kind of thing an item is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

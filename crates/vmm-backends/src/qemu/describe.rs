@@ -6,8 +6,8 @@ use vmm_core::config::{
 };
 use vmm_core::id::is_name;
 
-use super::super::tell::{MAX_DEVICES, flag, number, text};
-use crate::qemu::qmp::Qmp;
+use super::qmp::Qmp;
+use crate::attached::tell::{MAX_DEVICES, flag, number, text};
 use crate::words;
 
 /// What was told.

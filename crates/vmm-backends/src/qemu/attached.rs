@@ -9,7 +9,6 @@
 //! QEMU tells of everything that its guest does, so nothing is polled. What ends its process (`quit`, a signal) is for force
 //! alone, and a reset is refused where QEMU was started in a way that makes one end it.
 
-mod describe;
 mod handle;
 
 use std::path::Path;
@@ -30,13 +29,14 @@ use vmm_host::endpoint::{Visit, VisitError};
 use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
-use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use super::client::RunState;
+use super::convert::Accelerator;
+use super::describe;
+use super::link::{CONNECTING, Link};
+use super::qmp::{Qmp, QmpError, QmpEvent};
+use super::{NAME, capabilities};
+use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, stranger};
 use crate::program::Version;
-use crate::qemu::client::RunState;
-use crate::qemu::convert::Accelerator;
-use crate::qemu::link::{CONNECTING, Link};
-use crate::qemu::qmp::{Qmp, QmpError, QmpEvent};
-use crate::qemu::{NAME, capabilities};
 
 /// The oldest QEMU whose events say why it ends.
 const OLDEST: Version = Version::new(4, 2, 0);
@@ -52,7 +52,7 @@ pub(crate) struct Qemu {
 /// The connection to one QEMU.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    pub(super) link: Arc<Link>,
+    link: Arc<Link>,
     events: Mutex<Option<mpsc::Receiver<QmpEvent>>>,
 }
 

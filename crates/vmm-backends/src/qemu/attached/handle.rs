@@ -13,17 +13,17 @@ use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Process, arguments_of};
 
-use super::super::force::{self, End};
-use super::super::seat::Held;
-use super::super::{Guest, Parts};
+use super::super::client::RebootAction;
+use super::super::link::Link;
+use super::super::qmp::{Qmp, QmpError, QmpEvent};
+use super::super::vmm::Guest as Ordered;
+use super::super::watch::{Owner, Watch};
+use crate::attached::force::{self, End};
+use crate::attached::seat::Held;
+use crate::attached::{Guest, Parts};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
-use crate::qemu::client::RebootAction;
-use crate::qemu::link::Link;
-use crate::qemu::qmp::{Qmp, QmpEvent};
-use crate::qemu::vmm::Guest as Ordered;
-use crate::qemu::watch::{Owner, Watch};
-use crate::rest::found::or_gone;
+use crate::rest::adopt::or_gone;
 use crate::throttle::Throttle;
 
 /// How long a QEMU that ends with its guest may take to do so.
@@ -80,7 +80,7 @@ impl Handle {
         self.link.get().map_err(|error| or_gone(&self.process, error))
     }
 
-    fn explain(&self, error: crate::qemu::qmp::QmpError) -> BackendError {
+    fn explain(&self, error: QmpError) -> BackendError {
         or_gone(&self.process, error.into())
     }
 

@@ -2,22 +2,18 @@
 //!
 //! A VM is made in one that waits (`vm.create`, `vm.boot`), and its end leaves the VMM waiting again with the VM in it, so it can
 //! be booted any number of times. Only where the guest itself powers off the process ends too. Its console is a file that is
-//! copied ([`super::console`]); nothing of its own stdout or event monitor is ours.
+//! copied (by [`crate::attached`]); nothing of its own stdout or event monitor is ours.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use serde_json::{Value, json};
+use serde_json::Value;
 use vmm_core::backend::{
     BackendError, BackendErrorKind, Capabilities, Effect, GuestState, LaunchRequest, Launched,
     NetworkCounters, StorageCounters, SweepRequest,
 };
-use vmm_core::config::{
-    BootConfig, ConsoleConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, Options,
-    StorageDevice, VmConfig,
-};
-use vmm_core::id::{VmUid, is_name};
+use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
 use vmm_core::report::Report;
@@ -28,12 +24,13 @@ use vmm_host::fault::{FaultPoint, point};
 use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
-use super::handle::{self, Api};
-use super::tell::{count, flag, is_in, list, number, others, text};
-use super::{Guest, Holding, Hypervisor, Met, Parts, stranger};
-use crate::cloud_hypervisor::client::{Client, VmPhase};
-use crate::cloud_hypervisor::convert::{Config, path_option};
-use crate::cloud_hypervisor::{OLDEST, capabilities};
+use super::client::{Client, VmPhase};
+use super::convert::{Config, path_option};
+use super::describe::configuration;
+use super::{OLDEST, capabilities};
+use crate::attached::handle::{self, Api};
+use crate::attached::tell::is_in;
+use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, stranger};
 use crate::ladder::Call;
 use crate::program::Version;
 use crate::rest::options::check_taps;
@@ -260,163 +257,12 @@ fn holding(phase: VmPhase, native: Value) -> Holding {
     Holding { guest, config, untold, startable: true, native }
 }
 
-/// What `vm.info` tells of a VM, and what of that a configuration cannot say.
-pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
-    let mut untold = Vec::new();
-    let nothing = Value::Null;
-    let part = |name: &str| native.get(name).unwrap_or(&nothing);
-    let config = VmConfig {
-        cpu: Some(cpus(part("cpus"), &mut untold)),
-        memory: Some(memory(part("memory"), &mut untold)),
-        boot: Some(boot(part("payload"), &mut untold)),
-        storage: list(native, "disks").enumerate().map(|(at, disk)| storage(at, disk, &mut untold)).collect(),
-        network: list(native, "net").enumerate().map(|(at, net)| interface(at, net, &mut untold)).collect(),
-        console: Some(console(part("serial"))),
-        ..VmConfig::default()
-    };
-    let known = ["cpus", "memory", "payload", "disks", "net", "serial", "console", "debug_console"];
-    let defaults =
-        [("rng", json!({"pci_segment": 0, "src": "/dev/urandom"})), ("rng", json!({"src": "/dev/urandom"}))];
-    others(native, &known, &defaults, &mut untold, "");
-    (config, untold)
-}
-
-fn cpus(told: &Value, untold: &mut Vec<String>) -> CpuConfig {
-    let vcpu_count = count(told, "boot_vcpus");
-    let max = count(told, "max_vcpus");
-    let topology = told.get("topology").filter(|topology| !topology.is_null()).map(|topology| CpuTopology {
-        sockets: count(topology, "packages").saturating_mul(count(topology, "dies_per_package").max(1)),
-        cores_per_socket: count(topology, "cores_per_die"),
-        threads_per_core: count(topology, "threads_per_core"),
-    });
-    let known = ["boot_vcpus", "max_vcpus", "topology", "max_phys_bits", "nested", "core_scheduling"];
-    let defaults = [("profile", json!("Host"))];
-    others(told, &known, &defaults, untold, "cpus");
-    CpuConfig {
-        vcpu_count,
-        max_vcpu_count: if max == vcpu_count { 0 } else { max },
-        topology,
-        features: Options::new(),
-    }
-}
-
-fn memory(told: &Value, untold: &mut Vec<String>) -> MemoryConfig {
-    let zones: i64 = list(told, "zones").map(|zone| number(zone, "size")).fold(0, i64::saturating_add);
-    let size_bytes = number(told, "size").saturating_add(zones);
-    let room = number(told, "hotplug_size");
-    let mut backing = Options::new();
-    for key in ["shared", "hugepages"] {
-        if flag(told, key) {
-            backing.insert(key.to_owned(), "true".to_owned());
-        }
-    }
-    let known = ["size", "hotplug_size", "shared", "hugepages"];
-    let defaults = [("hotplug_method", json!("Acpi")), ("thp", json!(true))];
-    others(told, &known, &defaults, untold, "memory");
-    MemoryConfig {
-        size_bytes,
-        hotplug_enabled: room > 0,
-        max_size_bytes: if room > 0 { size_bytes.saturating_add(room) } else { 0 },
-        backing,
-    }
-}
-
-fn boot(told: &Value, untold: &mut Vec<String>) -> BootConfig {
-    others(told, &["kernel", "initramfs", "cmdline"], &[], untold, "payload");
-    BootConfig {
-        kernel_path: text(told, "kernel"),
-        initrd_path: text(told, "initramfs"),
-        kernel_args: text(told, "cmdline"),
-        boot_options: Options::new(),
-    }
-}
-
-/// What the client called a device that this program made, or what its place says.
-fn device_id(told: &Value, fields: &[&str], kind: &str, at: usize) -> String {
-    let ids = fields.iter().map(|field| text(told, field));
-    ids.into_iter().find(|id| is_name(id)).unwrap_or_else(|| format!("{kind}{at}"))
-}
-
-fn storage(at: usize, told: &Value, untold: &mut Vec<String>) -> StorageDevice {
-    let mut options = Options::new();
-    match text(told, "image_type").as_str() {
-        "Qcow2" => {
-            options.insert("format".to_owned(), "qcow2".to_owned());
-        }
-        "Raw" | "" | "Unknown" => {}
-        other => untold.push(format!("a disk in the format {other}")),
-    }
-    for (key, field) in [("direct_io", "direct"), ("backing_files", "backing_files")] {
-        if flag(told, field) {
-            options.insert(key.to_owned(), "true".to_owned());
-        }
-    }
-    let known = ["id", "serial", "path", "readonly", "direct", "image_type", "backing_files", "pci_segment"];
-    let defaults = [
-        ("num_queues", json!(1)),
-        ("queue_size", json!(128)),
-        ("sparse", json!(true)),
-        ("lock_granularity", json!("ByteRange")),
-    ];
-    others(told, &known, &defaults, untold, "disk");
-    StorageDevice {
-        id: device_id(told, &["serial", "id"], "disk", at),
-        path: text(told, "path"),
-        read_only: flag(told, "readonly"),
-        is_root_device: false,
-        interface_type: String::new(),
-        options,
-    }
-}
-
-fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterface {
-    let known = ["id", "tap", "mac", "pci_segment", "host_mac"];
-    let defaults = [
-        ("ip", json!("192.168.249.1")),
-        ("mask", json!("255.255.255.0")),
-        ("num_queues", json!(2)),
-        ("queue_size", json!(256)),
-        ("vhost_mode", json!("Client")),
-        ("offload_tso", json!(true)),
-        ("offload_ufo", json!(true)),
-        ("offload_csum", json!(true)),
-    ];
-    others(told, &known, &defaults, untold, "net");
-    NetworkInterface {
-        id: device_id(told, &["id"], "net", at),
-        mac_address: text(told, "mac"),
-        tap_device: text(told, "tap"),
-        interface_type: String::new(),
-        options: Options::new(),
-    }
-}
-
-fn console(told: &Value) -> ConsoleConfig {
-    let enabled = !matches!(text(told, "mode").as_str(), "" | "Off" | "Null");
-    ConsoleConfig {
-        enabled,
-        output: if enabled { text(told, "file") } else { String::new() },
-        ..ConsoleConfig::default()
-    }
-}
-
 #[cfg(test)]
 mod unit_tests {
+    use serde_json::json;
+
+    use super::super::describe::unit_tests::large;
     use super::*;
-
-    fn spec(text: &str) -> VmSpec {
-        VmSpec::parse(&serde_json::from_str(text).unwrap()).unwrap()
-    }
-
-    fn large() -> VmSpec {
-        spec(
-            r#"{"cpu": {"vcpu_count": 2, "max_vcpu_count": 4, "topology": {"sockets": 2, "cores_per_socket": 1, "threads_per_core": 2}},
-                "memory": {"size_bytes": 134217728, "hotplug_enabled": true, "max_size_bytes": 268435456, "backing": {"shared": "true"}},
-                "boot": {"kernel_path": "/k", "initrd_path": "/i", "kernel_args": "quiet"},
-                "storage": [{"id": "data", "path": "/d", "read_only": true, "options": {"format": "qcow2", "direct_io": "true"}}],
-                "network": [{"id": "n", "mac_address": "02:00:00:00:00:01", "tap_device": "tap0"}]}"#,
-        )
-    }
 
     fn uid() -> VmUid {
         "0190a000-0000-7000-8000-000000000001".parse().unwrap()
@@ -424,46 +270,6 @@ mod unit_tests {
 
     fn held(native: Value) -> Holding {
         holding(VmPhase::AtRest, native)
-    }
-
-    #[test]
-    fn what_was_made_is_told_again() {
-        let spec = large();
-        let native = serde_json::to_value(Config::of(&spec, &["tap0".to_owned()])).unwrap();
-        let (told, untold) = configuration(&native);
-        assert_eq!(untold, [""; 0]);
-        let back = VmSpec::parse(&told).unwrap();
-        assert_eq!((&back.cpu, &back.memory, &back.boot), (&spec.cpu, &spec.memory, &spec.boot));
-        assert_eq!(
-            (&back.disks, back.nics[0].mac, &back.nics[0].tap),
-            (&spec.disks, spec.nics[0].mac, &spec.nics[0].tap)
-        );
-    }
-
-    #[test]
-    fn what_cannot_be_said_is_named() {
-        let native = json!({
-            "cpus": {"boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": true},
-            "memory": {"size": 0, "zones": [{"id": "a", "size": 67108864}, {"id": "b", "size": 67108864}]},
-            "payload": {"firmware": "/fw"},
-            "disks": [{"path": null, "vhost_user": true, "vhost_socket": "/s"}],
-            "rng": {"src": "/dev/random"},
-            "vsock": {"cid": 3, "socket": "/v"},
-            "watchdog": true,
-        });
-        let (told, untold) = configuration(&native);
-        assert_eq!(told.memory.unwrap().size_bytes, 128 << 20);
-        for named in [
-            "cpus kvm_hyperv",
-            "memory zones",
-            "payload firmware",
-            "disk vhost_user",
-            "rng",
-            "vsock",
-            "watchdog",
-        ] {
-            assert!(untold.iter().any(|text| text == named), "{named} is not in {untold:?}");
-        }
     }
 
     #[test]
@@ -484,16 +290,6 @@ mod unit_tests {
             let mut changed = native.clone();
             *changed.pointer_mut(pointer).unwrap() = other;
             assert!(!kind.is_made_of(&held(changed), uid(), &spec, Some(console)), "{pointer}");
-        }
-    }
-
-    #[test]
-    fn whatever_a_vmm_says_is_no_panic() {
-        for odd in
-            [json!(null), json!([]), json!({"disks": 5, "cpus": [], "memory": {"size": -1}}), json!("x")]
-        {
-            let (told, _) = configuration(&odd);
-            let _ = VmSpec::imported(&told);
         }
     }
 }
