@@ -34,11 +34,27 @@ install_cargo_fuzz() {
 
 targets() { sed -n 's/^name = "\([a-z_]*\)"$/\1/p' "$FUZZ/Cargo.toml"; }
 
-# Inputs that are found go to a copy of the kept ones: those in the repository change only when they are minimised.
+# Unpacks the kept inputs of a target, and prints the folder.
+unpack() {
+    local folder=$FUZZ/target/kept/$1
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    [ ! -e "$FUZZ/corpus/$1.tar" ] || tar -xf "$FUZZ/corpus/$1.tar" -C "$folder"
+    echo "$folder"
+}
+
+# Packs the folder $2 as the kept inputs of target $1. Equal inputs make an equal archive.
+pack() {
+    mkdir -p "$FUZZ/corpus"
+    (cd "$2" && find . -type f -printf '%f\0' | LC_ALL=C sort -z |
+        tar --null -T - --owner=0 --group=0 --numeric-owner --mode=0644 --mtime=@0 --format=ustar -cf "$FUZZ/corpus/$1.tar")
+}
+
+# Inputs that are found go to a folder of their own: the archive of the kept ones changes only when it is minimised.
 run() {
     local name=$1 found=$FUZZ/target/corpus/$1 log=$FUZZ/target/$1.log kept=()
-    mkdir -p "$found" "$FUZZ/corpus/$name"
-    for folder in "$FUZZ/seeds/$name" "$FUZZ/corpus/$name"; do [ ! -d "$folder" ] || kept+=("$folder"); done
+    mkdir -p "$found"
+    for folder in "$FUZZ/seeds/$name" "$(unpack "$name")"; do [ ! -d "$folder" ] || kept+=("$folder"); done
     step "$name: $SECONDS_EACH s (log: ${log#"$ROOT/"})"
     # By itself, so that a target that does not build is not taken for a finding.
     cargo_fuzz build "$name" > "$log" 2>&1 || {
@@ -59,16 +75,15 @@ minimise() {
     local name=$1 found=$2 control=$FUZZ/target/$1.merge merged
     merged=$(mktemp -d "$FUZZ/target/$name.XXXXXX")
     rm -f "$control"
-    cargo_fuzz run "$name" "$merged" "$FUZZ/seeds/$name" "$FUZZ/corpus/$name" "$found" -- -merge=1 -set_cover_merge=1 \
+    cargo_fuzz run "$name" "$merged" "$FUZZ/seeds/$name" "$(unpack "$name")" "$found" -- -merge=1 -set_cover_merge=1 \
         -use_counters=0 -max_len=2048 -merge_control_file="$control" > "$FUZZ/target/$name.merge.log" 2>&1
     rm -rf "$merged"
     # The kept ones are among those that were weighed, so they are replaced only now.
     merged=$(mktemp -d "$FUZZ/target/$name.XXXXXX")
     python3 "$FUZZ/keep.py" "$control" "$merged" 8192
-    rm -rf "${FUZZ:?}/corpus/$name"
-    mv "$merged" "$FUZZ/corpus/$name"
-    chmod 755 "$FUZZ/corpus/$name"
-    step "$name: $(find "$FUZZ/corpus/$name" -type f | wc -l) inputs are kept"
+    pack "$name" "$merged"
+    step "$name: $(find "$merged" -type f | wc -l) inputs are kept"
+    rm -rf "$merged"
 }
 
 install_cargo_fuzz

@@ -1,32 +1,52 @@
 //! The inputs of the fuzz targets that are kept in the repository, as tests.
 
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read as _};
+use std::path::{Path, PathBuf};
 
-/// Gives every kept input of the fuzz target `name` to `target`: real messages, what fuzzing found worth keeping, and what
-/// once was a finding. Answers how many there were.
+use tar::Archive;
+
+/// Gives every kept input of the fuzz target `name` to `target`, and returns how many there were: the files of `fuzz/seeds/<name>`,
+/// which are real messages and former findings, and the members of `fuzz/corpus/<name>.tar`, which fuzzing found.
 ///
 /// # Panics
 ///
-/// Where an input cannot be read, or the target panics; its file's name is printed then.
+/// Where an input cannot be read, or the target panics; the input's name is printed then.
 pub fn replay(name: &str, target: impl Fn(&[u8])) -> usize {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
-    let mut replayed = 0;
-    for folder in ["seeds", "corpus"] {
-        let folder = fuzz.join(folder).join(name);
-        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
-        for entry in entries {
-            let path = entry.expect("the folder can be listed").path();
-            let input = std::fs::read(&path).expect("an input can be read");
-            let named = Named(&path);
-            target(&input);
-            drop(named);
-            replayed += 1;
-        }
+    let mut inputs = seeds(&fuzz.join("seeds").join(name));
+    inputs.extend(corpus(&fuzz.join("corpus").join(name).with_extension("tar")));
+    for (path, input) in &inputs {
+        let named = Named(path);
+        target(input);
+        drop(named);
     }
-    replayed
+    inputs.len()
 }
 
-/// Says which input it was, when its target panics.
+fn seeds(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.map(|entry| entry.expect("the folder can be listed").path());
+    paths.map(|path| (path.clone(), fs::read(path).expect("an input can be read"))).collect()
+}
+
+fn corpus(archive: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let file = match File::open(archive) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Vec::new(),
+        file => file.expect("the archive can be opened"),
+    };
+    let mut members = Archive::new(file);
+    let members = members.entries().expect("the archive can be read").map(|member| {
+        let mut member = member.expect("a member can be read");
+        let path = archive.join(member.path().expect("a member has a name"));
+        let mut input = Vec::new();
+        member.read_to_end(&mut input).expect("a member can be read");
+        (path, input)
+    });
+    members.collect()
+}
+
+/// Prints which input it was, when its target panics.
 struct Named<'a>(&'a Path);
 
 impl Drop for Named<'_> {
