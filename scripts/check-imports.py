@@ -1,24 +1,22 @@
 #!/usr/bin/env python3
-"""Refuses every import between the project's crates that the house does not have.
+"""Refuses every import between the project's crates that is not in the table below.
 
-    vmm-controlplane ──► vmm-service, vmm-backends, vmm-store, vmm-host, vmm-proto ──► vmm-core
-                              └────────────┴──► vmm-host ──► vmm-core
+vmm-service, vmm-backends and vmm-store never import each other, so that each can be read, tested and replaced alone. Only the daemon
+imports all of them, and nothing imports the daemon. The manifests are read through `cargo metadata`. A crate can use nothing that its
+manifest does not list, so this is the whole check. ARCHITECTURE.md draws the table; the drawing is compared, too.
 
-    (tests) ──► vmm-testkit ──► vmm-service, vmm-host, vmm-core
-
-vmm-service, vmm-backends and vmm-store never import each other, so each can be read, tested and replaced alone; only the
-daemon knows them all, and nobody imports the daemon. The manifests are read through `cargo metadata`; a crate can use
-nothing that its manifest does not list, so this is the whole check. Exits 1 and names every wrong arrow.
+Exits 1 and names every wrong import. With --draw prints the drawing for ARCHITECTURE.md.
 """
 
 import json
+import pathlib
 import subprocess
 import sys
 
 # crate → the crates of this workspace that it may import.
 ALLOWED = {
     "vmm-core": set(),
-    "vmm-proto": {"vmm-core"},
+    "vmm-proto": set(),
     "vmm-host": {"vmm-core"},
     "vmm-store": {"vmm-core"},
     "vmm-service": {"vmm-core", "vmm-host"},
@@ -28,14 +26,13 @@ ALLOWED = {
     # Its backend suite drives a backend through the service, as clients do.
     "vmm-testkit": {"vmm-core", "vmm-host", "vmm-service"},
     "vmm-controlplane": {"vmm-service", "vmm-backends", "vmm-store", "vmm-host", "vmm-proto", "vmm-core"},
-    "vmcp": {"vmm-proto"},
 }
 # What any crate may import for its tests. (A test of the daemon may use all that the daemon uses.)
 TEST_ONLY = {"vmm-testkit"}
 
 
 def violations(packages):
-    """Yields one sentence per wrong arrow in the packages of `cargo metadata`."""
+    """Yields one sentence for each import in the packages of `cargo metadata` that the table does not have."""
     names = {package["name"] for package in packages}
     for package in packages:
         name = package["name"]
@@ -53,14 +50,44 @@ def violations(packages):
                 yield f"{name} imports {target} ({kind}); it may import {may}"
 
 
+def unused(packages):
+    """Yields one sentence for each import of the table that no manifest has."""
+    for package in packages:
+        listed = {dependency["name"] for dependency in package["dependencies"] if dependency["kind"] is None}
+        for target in sorted(ALLOWED.get(package["name"], set()) - listed):
+            yield f"{package['name']} no longer imports {target}; take it out of the table of scripts/check-imports.py"
+
+
+def drawing():
+    """Returns the table as a Mermaid drawing. An import that another import implies is left out."""
+    lines = ["```mermaid", "flowchart TD"]
+    for name, targets in ALLOWED.items():
+        implied = set().union(*(ALLOWED[target] for target in targets)) if targets else set()
+        lines += [f"    {name} --> {target}" for target in sorted(targets - implied)]
+    alone = [name for name, targets in ALLOWED.items() if not targets]
+    lines += [f"    {name}" for name in alone if not any(name in targets for targets in ALLOWED.values())]
+    return "\n".join([*lines, "```", ""])
+
+
+def stale_drawing():
+    """Yields one sentence if ARCHITECTURE.md does not have the drawing of the table."""
+    page = pathlib.Path("ARCHITECTURE.md").read_text(encoding="utf-8")
+    drawn = page.partition("<!-- crates: begin -->\n")[2].partition("<!-- crates: end -->")[0]
+    if drawn != drawing():
+        yield "the drawing of the crates in ARCHITECTURE.md is old; put in what 'scripts/check-imports.sh --draw' prints"
+
+
 def main():
+    if sys.argv[1:] == ["--draw"]:
+        print(drawing(), end="")
+        return 0
     command = ["cargo", "metadata", "--no-deps", "--format-version", "1"]
     packages = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["packages"]
-    found = list(violations(packages))
+    found = [*violations(packages), *unused(packages), *stale_drawing()]
     for sentence in found:
         print(f"error: {sentence}", file=sys.stderr)
     if not found:
-        print(f"imports: {len(packages)} crates, every arrow as Cargo.toml draws it")
+        print(f"imports: {len(packages)} crates, every import is in the table")
     return 1 if found else 0
 
 

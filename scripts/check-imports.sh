@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Refuses every import between the project's crates that the house does not have; see check-imports.py for the table.
+# Refuses every import between the project's crates that the table in check-imports.py does not have.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec python3 scripts/check-imports.py
+exec python3 scripts/check-imports.py "$@"
