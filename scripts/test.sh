@@ -15,6 +15,8 @@ WORK=$(mktemp -d "${TMPDIR:-/tmp}/vmcp-test.XXXXXX")
 trap 'rm -rf "$WORK"' EXIT
 export VMCP_SKIP_LOG=$WORK/skipped CARGO_TERM_COLOR=never
 : > "$VMCP_SKIP_LOG"
+# The tools that scripts/setup.sh installed for the tests.
+export PATH=$PATH:$TOOLS_DIR
 PASSED=0 FAILED=0 SKIPPED=0
 FAILURES=()
 
