@@ -56,7 +56,8 @@ fn pages() -> Vec<(String, String)> {
     let root = repository();
     let mut paths = Vec::new();
     files(&root.join("docs"), "md", &mut paths);
-    let at_the_root = ["README.md", "CONTRIBUTING.md"].map(|name| root.join(name));
+    let at_the_root =
+        ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(|name| root.join(name));
     paths.extend(at_the_root.into_iter().filter(|path| path.exists()));
     let page = |path: PathBuf| {
         let name = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();

@@ -75,7 +75,7 @@ pub fn is_name(text: &str) -> bool {
 
 /// The identity of one creation of a VM: new each time, even where the name is used again.
 ///
-/// A version 7 UUID, so that sorting by uid is sorting by age.
+/// A version 7 UUID. Sorting by uid is no sorting by age, because the uid of a spare VMM is older than the VM that gets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct VmUid(Uuid);

@@ -1,4 +1,13 @@
-//! vmm-testkit
+//! Helpers of the tests, which no release contains.
+//!
+//! ```text
+//!   backend_suite ── drives any Backend through the service ──► one column of docs/backend-support.md
+//!   store_suite   ── holds any Store to its contract ──► memory_store, and SQLite in vmm-store
+//!   fake          ── a hypervisor that does as its script says, as a real process
+//!   guests        ── tiny kernels: deaf ones, ones that obey the power button, ones that crash
+//!   libvirtd, libvirt_session ── a libvirt of the test's own
+//!   by_hand       ── each VMM driven without the daemon, for the benchmarks
+//! ```
 
 pub mod backend_suite;
 pub mod by_hand;

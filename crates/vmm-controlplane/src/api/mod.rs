@@ -1,7 +1,7 @@
 //! The API's handlers: from protobuf to the domain and back, and nothing else.
 //!
-//! [`vm`] has one method per call, those about events in [`events`], [`convert`] turns configurations and records into messages and back, [`error`] turns
-//! failures into codes.
+//! [`vm`] has one function per method, and [`events`] those of the methods about events. [`convert`] turns configurations and
+//! records into messages and back. [`error`] turns failures into codes.
 
 pub(crate) mod convert;
 mod error;
