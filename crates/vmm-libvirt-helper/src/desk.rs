@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
-use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Request};
+use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Rank, Request};
 
 /// Calls under way that need a QEMU, a thread each. Only so many domains whose QEMUs hang would hold up others.
 const CALLS: usize = 256;
@@ -58,17 +58,6 @@ struct UnderWay {
     samples: usize,
 }
 
-/// The order in which calls are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rank {
-    /// At once.
-    Free,
-    /// After others that need the domain's QEMU.
-    Orders(Uuid),
-    /// The same, and after the counters that are being read.
-    Samples(Uuid),
-}
-
 impl Desk {
     pub(crate) fn new(
         run: impl Fn(&Call) -> Result<Got, Failure> + Send + Sync + 'static,
@@ -83,7 +72,7 @@ impl Desk {
         let id = request.id;
         let is_full = {
             let mut turns = lock(&self.turns);
-            let is_full = turns.queue.len() >= QUEUE && rank(&request.call) != Rank::Free;
+            let is_full = turns.queue.len() >= QUEUE && request.call.rank() != Rank::Free;
             if !is_full {
                 turns.queue.push_back(Queued { request, until });
             }
@@ -104,7 +93,7 @@ impl Desk {
             (self.answer)(request.id, Err(busy(message.to_owned())));
         }
         for request in ready {
-            let turn = Turn { desk: Arc::clone(self), rank: rank(&request.call) };
+            let turn = Turn { desk: Arc::clone(self), rank: request.call.rank() };
             let (id, started) = (request.id, std::thread::Builder::new().spawn(move || turn.make(&request)));
             if let Err(error) = started {
                 // The turn was given back when the closure was dropped.
@@ -124,7 +113,7 @@ impl Turns {
         let (mut ready, mut late) = (Vec::new(), Vec::new());
         let mut queue = std::mem::take(&mut self.queue);
         queue.retain(|Queued { request, until }| {
-            let rank = rank(&request.call);
+            let rank = request.call.rank();
             if rank != Rank::Free && until.is_some_and(|until| until <= now) {
                 late.push(request.clone());
                 return false;
@@ -191,25 +180,6 @@ impl Drop for Turn {
     }
 }
 
-fn rank(call: &Call) -> Rank {
-    match call {
-        Call::List
-        | Call::Look { .. }
-        | Call::LookByName { .. }
-        | Call::Xml { .. }
-        | Call::Define { .. }
-        | Call::Undefine { .. }
-        | Call::Shutdown { .. }
-        | Call::Destroy { .. } => Rank::Free,
-        Call::BlockStats { uuid } => Rank::Samples(*uuid),
-        Call::Start { uuid }
-        | Call::Suspend { uuid }
-        | Call::Resume { uuid }
-        | Call::Reset { uuid }
-        | Call::OnReboot { uuid, .. } => Rank::Orders(*uuid),
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -236,7 +206,7 @@ mod tests {
             lock(&self.begun).push(call.clone());
             self.changed.notify_all();
             let mut goes_on = lock(&self.goes_on);
-            while rank(call) != Rank::Free && !*goes_on {
+            while call.rank() != Rank::Free && !*goes_on {
                 goes_on = self.went_on.wait(goes_on).unwrap();
             }
             Ok(Got::Done)

@@ -56,7 +56,7 @@ impl Lanes {
 
     /// Makes one call, over the connection that is for it.
     pub(crate) fn make(&self, call: &Call) -> Result<Got, Failure> {
-        if !needs_qemu(call) {
+        if !call.needs_qemu() {
             return calls::run(&self.main, call).map_err(|error| calls::failure(&error));
         }
         let connect = self.enter(call).map_err(|error| calls::failure(&error))?;
@@ -116,26 +116,6 @@ fn open(uri: &str) -> Result<Connect, Error> {
     let connect = Connect::open(Some(uri))?;
     keep_alive(&connect)?;
     Ok(connect)
-}
-
-/// Returns true if libvirt may have to wait for a QEMU.
-fn needs_qemu(call: &Call) -> bool {
-    match call {
-        Call::List
-        | Call::Look { .. }
-        | Call::LookByName { .. }
-        | Call::Xml { .. }
-        | Call::Define { .. }
-        | Call::Undefine { .. } => false,
-        Call::BlockStats { .. }
-        | Call::Start { .. }
-        | Call::Suspend { .. }
-        | Call::Resume { .. }
-        | Call::Shutdown { .. }
-        | Call::Reset { .. }
-        | Call::OnReboot { .. }
-        | Call::Destroy { .. } => true,
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -131,6 +131,52 @@ impl Call {
         }
     }
 
+    /// Returns what libvirtd may have to wait for before it answers the call.
+    ///
+    /// Each answer was observed on libvirt 9.0 with a QEMU that stood still under an earlier call: libvirtd described and
+    /// redefined the domain at once, and `undefine` waited for the earlier call.
+    pub const fn waits_for(&self) -> WaitsFor {
+        match self {
+            Self::List | Self::Look { .. } | Self::LookByName { .. } | Self::Xml { .. } => WaitsFor::Nothing,
+            Self::Define { .. } => WaitsFor::Host,
+            Self::Start { uuid }
+            | Self::Suspend { uuid }
+            | Self::Resume { uuid }
+            | Self::Shutdown { uuid }
+            | Self::Reset { uuid }
+            | Self::OnReboot { uuid, .. }
+            | Self::Destroy { uuid }
+            | Self::Undefine { uuid, .. }
+            | Self::BlockStats { uuid } => WaitsFor::Qemu(*uuid),
+        }
+    }
+
+    /// Returns true if libvirtd may have to wait for a QEMU.
+    pub const fn needs_qemu(&self) -> bool {
+        matches!(self.waits_for(), WaitsFor::Qemu(_))
+    }
+
+    /// Returns the order in which the call is made among others. Calls that end, ask or forget a guest are made at once,
+    /// because they must get past calls that hang.
+    pub const fn rank(&self) -> Rank {
+        match self {
+            Self::List
+            | Self::Look { .. }
+            | Self::LookByName { .. }
+            | Self::Xml { .. }
+            | Self::Define { .. }
+            | Self::Undefine { .. }
+            | Self::Shutdown { .. }
+            | Self::Destroy { .. } => Rank::Free,
+            Self::Start { uuid }
+            | Self::Suspend { uuid }
+            | Self::Resume { uuid }
+            | Self::Reset { uuid }
+            | Self::OnReboot { uuid, .. } => Rank::Orders(*uuid),
+            Self::BlockStats { uuid } => Rank::Samples(*uuid),
+        }
+    }
+
     /// Says whether the call changes nothing.
     pub const fn only_reads(&self) -> bool {
         match self {
@@ -150,6 +196,28 @@ impl Call {
             | Self::Undefine { .. } => false,
         }
     }
+}
+
+/// The reason for which libvirtd may answer a [`Call`] late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitsFor {
+    /// libvirtd answers out of its own memory. Silence means that libvirtd itself stands still.
+    Nothing,
+    /// libvirtd may have to examine the program of QEMU first, which takes up to half a minute, or to write files.
+    Host,
+    /// The QEMU of this domain must answer, or an earlier call that waits for that QEMU must end.
+    Qemu(Uuid),
+}
+
+/// The order in which calls are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rank {
+    /// At once.
+    Free,
+    /// After others that need the domain's QEMU.
+    Orders(Uuid),
+    /// The same, and after the counters that are being read.
+    Samples(Uuid),
 }
 
 /// A line of the helper.
@@ -395,6 +463,41 @@ mod tests {
             Message::Lifecycle { uuid: UUID, event: Lifecycle::Destroyed },
             r#"{"says":"lifecycle","uuid":"0193f0de-0000-7000-8000-000000000001","event":"destroyed"}"#,
         );
+    }
+
+    #[test]
+    fn calls_that_wait_their_turn_are_those_that_need_the_qemu_of_that_domain() {
+        let named = |waits_for| match waits_for {
+            WaitsFor::Nothing => "nothing",
+            WaitsFor::Host => "the host",
+            WaitsFor::Qemu(uuid) => {
+                assert_eq!(uuid, UUID);
+                "QEMU"
+            }
+        };
+        for (call, waits_for, waits_its_turn) in [
+            (Call::List, "nothing", false),
+            (Call::Look { uuid: UUID }, "nothing", false),
+            (Call::LookByName { name: "vm".to_owned() }, "nothing", false),
+            (Call::Xml { uuid: UUID }, "nothing", false),
+            (Call::Define { xml: String::new() }, "the host", false),
+            (Call::Start { uuid: UUID }, "QEMU", true),
+            (Call::Suspend { uuid: UUID }, "QEMU", true),
+            (Call::Resume { uuid: UUID }, "QEMU", true),
+            (Call::Shutdown { uuid: UUID }, "QEMU", false),
+            (Call::Reset { uuid: UUID }, "QEMU", true),
+            (Call::OnReboot { uuid: UUID, restart: true }, "QEMU", true),
+            (Call::Destroy { uuid: UUID }, "QEMU", false),
+            (Call::Undefine { uuid: UUID, everything: true }, "QEMU", false),
+            (Call::BlockStats { uuid: UUID }, "QEMU", true),
+        ] {
+            let rank = call.rank();
+            assert_eq!(named(call.waits_for()), waits_for, "{call:?}");
+            assert_eq!(rank != Rank::Free, waits_its_turn, "{call:?}");
+            if let Rank::Orders(uuid) | Rank::Samples(uuid) = rank {
+                assert!(call.needs_qemu() && uuid == UUID, "{call:?}");
+            }
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio::task::AbortHandle;
 use tracing::{Instrument as _, info, warn};
 use uuid::Uuid;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
-use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Lifecycle, MAX_LINE, Request, to_line};
+use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Lifecycle, MAX_LINE, Request, WaitsFor, to_line};
 
 use super::domain::LOOKING;
 use super::keeper::keep;
@@ -337,7 +337,7 @@ impl Drop for Watched {
 impl Inner {
     async fn call(self: &Arc<Self>, call: Call, within: Duration) -> Result<Got, CallError> {
         let (name, only_reads) = (call.name(), call.only_reads());
-        let needs_qemu = !matches!(call, Call::List | Call::Look { .. } | Call::LookByName { .. });
+        let waits_for = call.waits_for();
         let outgoing = lock(&self.outgoing).clone();
         let Some(outgoing) = outgoing else { return Err(CallError::Down(self.why_down())) };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -361,18 +361,19 @@ impl Inner {
             Ok(Ok(Err(failure))) => Err(CallError::Failed(failure)),
             Ok(Err(_)) => Err(CallError::Lost { name, only_reads }),
             Err(_) => {
-                if needs_qemu {
-                    self.suspect();
-                } else {
-                    self.hangs.store(true, Ordering::Relaxed);
-                    self.hung.notify_one();
+                match waits_for {
+                    WaitsFor::Nothing => {
+                        self.hangs.store(true, Ordering::Relaxed);
+                        self.hung.notify_one();
+                    }
+                    WaitsFor::Host | WaitsFor::Qemu(_) => self.suspect(),
                 }
                 Err(CallError::Silent { name, only_reads, within })
             }
         }
     }
 
-    /// Finds out who hangs: one QEMU, or everything before it.
+    /// Finds out which hangs: one QEMU, or everything before it.
     fn suspect(self: &Arc<Self>) {
         if self.suspected.swap(true, Ordering::Relaxed) {
             return;
