@@ -18,6 +18,7 @@ mod kernel_args;
 pub mod ladder;
 pub mod launch;
 pub mod libvirt;
+mod ordered;
 pub mod program;
 pub mod qemu;
 mod resets;

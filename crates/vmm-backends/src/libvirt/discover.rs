@@ -39,6 +39,17 @@ pub(super) async fn discover(backend: LibvirtBackend) -> Discovery {
     Discovery { present, later }
 }
 
+/// Leaves out repeated news of a domain, because one look shows the outcome of all of them.
+fn once_each(strays: impl Iterator<Item = Stray>) -> Vec<Stray> {
+    let mut domains = BTreeSet::new();
+    strays
+        .filter(|stray| match stray {
+            Stray::Changed(uuid) | Stray::Undefined(uuid) => domains.insert(*uuid),
+            Stray::Connected | Stray::Lost => true,
+        })
+        .collect()
+}
+
 /// What has been seen so far.
 struct Seen {
     backend: LibvirtBackend,
@@ -49,19 +60,22 @@ struct Seen {
 impl Seen {
     async fn go_on(mut self, mut strays: mpsc::UnboundedReceiver<Stray>, sender: mpsc::Sender<Finding>) {
         loop {
-            let stray = tokio::select! {
+            let first = tokio::select! {
                 stray = strays.recv() => stray,
                 () = sender.closed() => return,
             };
-            let findings = match stray {
-                Some(Stray::Changed(uuid) | Stray::Undefined(uuid)) => self.one(uuid).await,
-                Some(Stray::Connected) => self.all_again().await,
-                Some(Stray::Lost) => vec![Finding::Health],
-                None => return,
-            };
-            for finding in findings {
-                if sender.send(finding).await.is_err() {
-                    return;
+            let Some(first) = first else { return };
+            let waiting = std::iter::from_fn(|| strays.try_recv().ok());
+            for stray in once_each(std::iter::once(first).chain(waiting)) {
+                let findings = match stray {
+                    Stray::Changed(uuid) | Stray::Undefined(uuid) => self.one(uuid).await,
+                    Stray::Connected => self.all_again().await,
+                    Stray::Lost => vec![Finding::Health],
+                };
+                for finding in findings {
+                    if sender.send(finding).await.is_err() {
+                        return;
+                    }
                 }
             }
         }
@@ -208,5 +222,21 @@ impl LibvirtBackend {
         let _ = shared.link.ready(super::CONNECTING).await;
         debug!(backend = %self.capabilities().name, "looking for domains");
         Some(discover(shared).await)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_domain_that_changed_often_is_looked_at_once() {
+        let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let flood = std::iter::repeat_n(Stray::Changed(one), 1000);
+        let rest = [Stray::Undefined(one), Stray::Lost, Stray::Changed(two), Stray::Connected];
+        assert_eq!(
+            once_each(flood.chain(rest)),
+            [Stray::Changed(one), Stray::Lost, Stray::Changed(two), Stray::Connected]
+        );
     }
 }

@@ -19,7 +19,6 @@ mod cpu;
 mod describe;
 mod discover;
 mod domain;
-mod guest;
 pub mod helper;
 mod keeper;
 mod link;

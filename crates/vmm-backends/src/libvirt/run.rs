@@ -15,11 +15,12 @@ use vmm_libvirt_wire::{Call, DomainState, Got};
 
 use super::describe::describe;
 use super::domain::{LOOKING, guest_state, senseless};
-use super::guest::Guest;
 use super::link::{Link, Watched};
 use super::vmm::LibvirtVmm;
 use super::watch::Watch;
+use crate::ordered::Ordered;
 use crate::qemu::ending::Patience;
+use crate::throttle::Throttle;
 
 /// Events that wait for the VM's owner.
 const EVENTS: usize = 256;
@@ -85,7 +86,7 @@ pub(super) fn assemble(
     state: DomainState,
 ) -> (Arc<LibvirtVmm>, Launched) {
     let (sender, events) = mpsc::channel(EVENTS);
-    let guest = Arc::new(Guest::new(guest_state(state) == GuestState::Running));
+    let guest = Arc::new(Ordered::new(guest_state(state) == GuestState::Running));
     let (wanted, handle) = oneshot::channel();
     let mut watch = Watch {
         watched,
@@ -99,6 +100,8 @@ pub(super) fn assemble(
         patience: (!facts.imported).then_some(Patience::WITH_LIBVIRTS),
         end: None,
         handle,
+        throttle: Throttle::new(),
+        compare_at: None,
     };
     watch.ending(state == DomainState::ShuttingDown);
     let span = tracing::info_span!("domain", uuid = %facts.domain, pid = process.pid());

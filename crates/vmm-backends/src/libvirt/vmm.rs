@@ -16,10 +16,10 @@ use vmm_host::process::Process;
 use vmm_libvirt_wire::{Call, FailureKind, Got};
 
 use super::domain::{LOOKING, guest_state, is_active, senseless};
-use super::guest::Guest;
 use super::link::{CallError, Link};
 use crate::counters;
 use crate::ladder::{self, Means};
+use crate::ordered::Ordered;
 
 /// How long libvirt may take over what needs QEMU. QEMU answers in milliseconds, libvirtd on a busy host in a second or two.
 const ORDERING: Duration = Duration::from_secs(10);
@@ -39,7 +39,7 @@ pub(super) struct LibvirtVmm {
     pub(super) run: RunRecord,
     pub(super) process: Process,
     pub(super) link: Arc<Link>,
-    pub(super) guest: Arc<Guest>,
+    pub(super) guest: Arc<Ordered>,
     /// Whether a guest that resets itself starts again.
     pub(super) restarts: bool,
     /// Whether somebody else made the domain: then libvirt ends it or nobody does, unless force is used.
@@ -70,12 +70,12 @@ impl Vmm for LibvirtVmm {
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        self.guest.order_end();
+        self.guest.order_end(true);
         let ended = ladder::climb(self, ladder).await;
         match &ended {
             Ok(EndedBy::Vmm) => self.settle().await,
             Ok(_) => {}
-            Err(_) => self.guest.order_no_end(),
+            Err(_) => self.guest.order_end(false),
         }
         ended
     }
@@ -163,7 +163,7 @@ impl LibvirtVmm {
         if self.process.has_ended() {
             return self.gone_by(EndedBy::Guest).await;
         }
-        self.guest.order_end();
+        self.guest.order_end(true);
         let mut ordered =
             std::pin::pin!(self.link.order(Call::Destroy { uuid: self.domain }, patience + SETTLING));
         let answered = tokio::select! {

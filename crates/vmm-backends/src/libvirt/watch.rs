@@ -3,7 +3,7 @@
 //! ```text
 //!   monitor   RESET ─► GuestReset, if the guest's; ResetFromOutside, if neither its nor ours
 //!             SHUTDOWN ─► remembers why; if nothing comes of it, wakes QEMU, and kills it in the end
-//!   lifecycle suspended, resumed ─► asks, compares, tells
+//!   lifecycle suspended, resumed ─► asks, compares, tells; of a flood the last state
 //!             ended ─► remembers how; the process follows
 //!   connected again ─► asks, compares, tells
 //!   process gone ─► waits a moment for libvirt's word ─► Gone(why), the end
@@ -14,16 +14,18 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_host::process::{Process, Signal};
 use vmm_libvirt_wire::{DomainState, Lifecycle};
 
 use super::domain::{LOOKING, failure, guest_state};
-use super::guest::Guest;
 use super::link::{Event, Link, State, Watched};
+use crate::ordered::{Ordered, unwanted};
 use crate::qemu::ending::{End, Patience, hasten};
 use crate::qemu::watch::ShutdownReason;
+use crate::throttle::{Throttle, due};
 
 /// How long libvirt may take to say how a domain ended whose QEMU has gone, where it is connected.
 const LAST_WORD: Duration = Duration::from_secs(3);
@@ -33,7 +35,7 @@ pub(super) struct Watch {
     pub(super) watched: Watched,
     pub(super) process: Process,
     pub(super) link: Arc<Link>,
-    pub(super) guest: Arc<Guest>,
+    pub(super) guest: Arc<Ordered>,
     pub(super) events: mpsc::Sender<VmmEvent>,
     /// Why QEMU ends, in its own words.
     pub(super) reason: Option<ShutdownReason>,
@@ -45,6 +47,10 @@ pub(super) struct Watch {
     pub(super) end: Option<End>,
     /// Ends when the VM's handle is dropped.
     pub(super) handle: oneshot::Receiver<()>,
+    /// Keeps a domain that is stopped and resumed without end from asking libvirt, and filling the log of events, without end.
+    pub(super) throttle: Throttle,
+    /// The time to compare again, where the throttle has held a change up.
+    pub(super) compare_at: Option<Instant>,
 }
 
 /// The data of QEMU's SHUTDOWN.
@@ -64,8 +70,10 @@ impl Watch {
     pub(super) async fn run(mut self) {
         let process = self.process.clone();
         loop {
+            let compare_at = self.compare_at;
             tokio::select! {
                 biased;
+                () = due(compare_at) => self.compare_if_due().await,
                 event = self.watched.events.recv() => match event {
                     Some(event) => self.take(event).await,
                     // Another watch of the same domain has taken over.
@@ -89,8 +97,11 @@ impl Watch {
                 Ok(reset) => self.was_reset(reset.guest),
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
             },
+            // A change that is held up is looked at later, whatever comes until then.
+            Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected
+                if self.compare_at.is_some() => {}
             Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected => {
-                self.compare().await
+                self.compare_if_due().await;
             }
             Event::Lifecycle(Lifecycle::Undefined) => {
                 info!(
@@ -148,6 +159,14 @@ impl Watch {
                 | Lifecycle::Crashed),
             ) => self.ended = self.ended.or(Some(*how)),
             Event::Lifecycle(_) | Event::Monitor(..) | Event::Connected => {}
+        }
+    }
+
+    /// Compares now, or once the throttle lets a change through again.
+    async fn compare_if_due(&mut self) {
+        self.compare_at = self.throttle.pass().err();
+        if self.compare_at.is_none() {
+            self.compare().await;
         }
     }
 
@@ -220,13 +239,6 @@ impl Watch {
         };
         Exit { cause, message: message.to_owned() }
     }
-}
-
-/// Waits until nobody wants the VM any more, neither its events nor its handle.
-async fn unwanted(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
-    events.closed().await;
-    // Nothing is ever sent: an error is what dropping looks like.
-    let _ = handle.await;
 }
 
 /// What to tell of a guest in `state` while it was thought to run, or not to.

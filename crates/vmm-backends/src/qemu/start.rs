@@ -29,9 +29,10 @@ use super::images;
 use super::link::Link;
 use super::qmp::{Qmp, QmpEvent};
 use super::spare::Spare;
-use super::vmm::{Guest, KILLING, QemuVmm};
+use super::vmm::{KILLING, QemuVmm};
 use super::watch::{Owner, Watch};
 use crate::launch::{died_early, pass, start_vmm, wait_for_socket};
+use crate::ordered::Ordered;
 use crate::program::{Installed, Version};
 use crate::throttle::Throttle;
 
@@ -225,7 +226,7 @@ impl Parts {
     /// Puts them together and begins to watch.
     pub(super) fn assemble(self, uid: VmUid, run: RunRecord, spec: &VmSpec, runs: bool) -> Launched {
         let (sender, events) = mpsc::channel(EVENTS);
-        let guest = Arc::new(Guest::new(runs));
+        let guest = Arc::new(Ordered::new(runs));
         let reboot = reboot_action(spec);
         let (wanted, handle) = oneshot::channel();
         let watch = Watch {

@@ -1,11 +1,10 @@
 //! The handle of one run in QEMU.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{Mutex, MutexGuard, oneshot};
+use tokio::sync::oneshot;
 use vmm_core::backend::{
     BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sample, StorageCounters, Vmm,
 };
@@ -21,7 +20,7 @@ use super::qmp::{Qmp, QmpError};
 use super::start::LOG;
 use crate::counters;
 use crate::ladder::{self, Call, Means};
-use crate::resets::Resets;
+use crate::ordered::Ordered;
 
 /// How long a killed QEMU may take to go.
 pub(super) const KILLING: Duration = Duration::from_secs(2);
@@ -32,75 +31,11 @@ pub(super) struct QemuVmm {
     pub(super) run: RunRecord,
     pub(super) process: Process,
     pub(super) link: Arc<Link>,
-    pub(super) guest: Arc<Guest>,
+    pub(super) guest: Arc<Ordered>,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
     /// Tells the watch, by being dropped, that this handle has been.
     pub(super) _wanted: oneshot::Sender<()>,
-}
-
-/// What was ordered, and so is no news: what differs from it was done by somebody else.
-#[derive(Debug)]
-pub(crate) struct Guest {
-    runs: AtomicBool,
-    is_to_end: AtomicBool,
-    has_shut_down: AtomicBool,
-    /// Held while a command changes it, so that its echo among the events is not taken for somebody else's doing.
-    changing: Mutex<()>,
-    /// The resets that were ordered, where somebody else can order one too.
-    pub(crate) resets: Resets,
-}
-
-impl Guest {
-    pub(crate) fn new(runs: bool) -> Self {
-        Self {
-            runs: AtomicBool::new(runs),
-            is_to_end: AtomicBool::new(false),
-            has_shut_down: AtomicBool::new(false),
-            changing: Mutex::new(()),
-            resets: Resets::default(),
-        }
-    }
-
-    /// Says whether the run was ordered to end.
-    pub(super) fn is_to_end(&self) -> bool {
-        self.is_to_end.load(Ordering::Relaxed)
-    }
-
-    /// Remembers whether the run was ordered to end.
-    pub(crate) fn order_end(&self, ordered: bool) {
-        self.is_to_end.store(ordered, Ordering::Relaxed);
-    }
-
-    /// Says whether QEMU has told that its guest is shut down, and not that it runs again.
-    pub(crate) fn has_shut_down(&self) -> bool {
-        self.has_shut_down.load(Ordering::Relaxed)
-    }
-
-    /// Remembers what QEMU tells of that.
-    pub(super) fn note_shut_down(&self, shut_down: bool) {
-        self.has_shut_down.store(shut_down, Ordering::Relaxed);
-    }
-
-    pub(crate) async fn change(&self) -> Change<'_> {
-        Change { _turn: self.changing.lock().await, runs: &self.runs }
-    }
-}
-
-/// The right to change what is known of the guest's CPUs.
-pub(crate) struct Change<'a> {
-    _turn: MutexGuard<'a, ()>,
-    runs: &'a AtomicBool,
-}
-
-impl Change<'_> {
-    pub(crate) fn runs(&self) -> bool {
-        self.runs.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn set_runs(&self, runs: bool) {
-        self.runs.store(runs, Ordering::Relaxed);
-    }
 }
 
 #[async_trait]

@@ -25,8 +25,8 @@ use super::client::{RebootAction, RunState};
 use super::ending::{End, Patience, hasten};
 use super::link::Link;
 use super::qmp::{Qmp, QmpEvent};
-use super::vmm::Guest;
 use crate::launch::last_words;
+use crate::ordered::{Ordered, unwanted};
 use crate::throttle::{Throttle, due};
 
 /// How long the end of a connection may take after the end of its process: as good as none, for the kernel closes it.
@@ -36,7 +36,7 @@ const DRAINING: Duration = Duration::from_secs(1);
 pub(crate) struct Watch {
     pub(crate) process: Process,
     pub(crate) link: Arc<Link>,
-    pub(crate) guest: Arc<Guest>,
+    pub(crate) guest: Arc<Ordered>,
     pub(crate) qmp_events: mpsc::Receiver<QmpEvent>,
     pub(crate) events: mpsc::Sender<VmmEvent>,
     pub(crate) reboot: RebootAction,
@@ -261,14 +261,6 @@ impl Watch {
         }
         Exit { cause, message }
     }
-}
-
-/// Waits until nobody wants the VM any more, neither its events nor its handle. Then the connection is given back, for QEMU
-/// serves one client at a time.
-async fn unwanted(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
-    events.closed().await;
-    // Nothing is ever sent: an error is what dropping looks like.
-    let _ = handle.await;
 }
 
 pub(super) fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {

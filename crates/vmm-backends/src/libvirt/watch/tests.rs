@@ -1,3 +1,6 @@
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use uuid::Uuid;
 use vmm_host::process::{Command, ExitStatus, Guarded, spawn_guarded};
 use vmm_libvirt_wire::{Domain, Got};
@@ -11,6 +14,9 @@ const NEVER: Duration = Duration::from_secs(3600);
 /// A watch of a process that runs `script`, and a libvirt that says the domain is in `state` whenever it is asked.
 struct Scene {
     watch: Watch,
+    state: Arc<Mutex<DomainState>>,
+    /// The number of questions that libvirt was asked.
+    asked: Arc<AtomicUsize>,
     happened: mpsc::Receiver<VmmEvent>,
     qemu: Guarded,
     _handle: oneshot::Sender<()>,
@@ -22,22 +28,30 @@ async fn scene(script: &str, state: DomainState, patience: Option<Patience>) -> 
     let qemu = spawn_guarded(Command::new("/bin/sh", ["-c", script], dir.path().join("log"))).await.unwrap();
     let uuid = Uuid::now_v7();
     let domain = Domain { uuid, name: "vm".to_owned(), mark: None, state, persistent: true };
-    let link = Arc::new(Link::scripted(move |_| Got::Domains { domains: vec![domain.clone()] }));
+    let (state, asked) = (Arc::new(Mutex::new(state)), Arc::new(AtomicUsize::new(0)));
+    let (state_now, count) = (Arc::clone(&state), Arc::clone(&asked));
+    let link = Arc::new(Link::scripted(move |_| {
+        count.fetch_add(1, Ordering::Relaxed);
+        let state = *state_now.lock().unwrap();
+        Got::Domains { domains: vec![Domain { state, ..domain.clone() }] }
+    }));
     let (events, happened) = mpsc::channel(16);
     let (handle, wanted) = oneshot::channel();
     let watch = Watch {
         watched: link.watch(uuid),
         process: qemu.process().clone(),
         link,
-        guest: Arc::new(Guest::new(true)),
+        guest: Arc::new(Ordered::new(true)),
         events,
         reason: None,
         ended: None,
         patience,
         end: None,
         handle: wanted,
+        throttle: Throttle::new(),
+        compare_at: None,
     };
-    Scene { watch, happened, qemu, _handle: handle, _dir: dir }
+    Scene { watch, state, asked, happened, qemu, _handle: handle, _dir: dir }
 }
 
 /// What QEMU says when its guest has reset itself and may not.
@@ -47,7 +61,7 @@ fn shut_down() -> Event {
 
 /// The signal that ends a QEMU which has told of its end.
 async fn ended_by(script: &str, patience: Patience) -> i32 {
-    let Scene { mut watch, mut happened, qemu, _handle, _dir } =
+    let Scene { mut watch, mut happened, qemu, _handle, _dir, .. } =
         scene(script, DomainState::ShuttingDown, Some(patience)).await;
     watch.take(shut_down()).await;
     watch.take(Event::Lifecycle(Lifecycle::Stopped)).await;
@@ -111,6 +125,27 @@ async fn the_end_of_somebody_elses_is_not_hastened() {
     scene.watch.take(shut_down()).await;
     scene.watch.take(Event::Connected).await;
     assert!(scene.watch.end.is_none());
+}
+
+#[tokio::test]
+async fn of_a_thousand_changes_a_burst_is_asked_about_and_the_last_one() {
+    let mut scene = scene("exec sleep 600", DomainState::Running, None).await;
+    tokio::time::pause();
+    let changes = [(Lifecycle::Suspended, DomainState::Paused), (Lifecycle::Resumed, DomainState::Running)];
+    for (event, state) in changes.into_iter().cycle().take(1001) {
+        *scene.state.lock().unwrap() = state;
+        scene.watch.take(Event::Lifecycle(event)).await;
+    }
+    let told: Vec<_> = std::iter::from_fn(|| scene.happened.try_recv().ok()).collect();
+    assert_eq!((scene.asked.load(Ordering::Relaxed), told.len()), (16, 16));
+    assert_eq!(told.last(), Some(&VmmEvent::Resumed));
+    // The guest stands still since the last event, which the throttle held up.
+    let Scene { watch, asked, mut happened, qemu, _handle, .. } = scene;
+    let watching = tokio::spawn(watch.run());
+    assert_eq!(happened.recv().await, Some(VmmEvent::Paused));
+    assert_eq!(asked.load(Ordering::Relaxed), 17);
+    qemu.signal(Signal::KILL).unwrap();
+    watching.await.unwrap();
 }
 
 #[test]

@@ -16,13 +16,13 @@ use vmm_host::process::{Process, arguments_of};
 use super::super::client::RebootAction;
 use super::super::link::Link;
 use super::super::qmp::{Qmp, QmpError, QmpEvent};
-use super::super::vmm::Guest as Ordered;
 use super::super::watch::{Owner, Watch};
 use crate::attached::force::{self, End};
 use crate::attached::seat::Held;
 use crate::attached::{Guest, Parts};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
+use crate::ordered::Ordered;
 use crate::rest::adopt::or_gone;
 use crate::throttle::Throttle;
 
