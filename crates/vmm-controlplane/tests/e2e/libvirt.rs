@@ -25,6 +25,7 @@ macro_rules! libvirtd_or_skip {
 mod interfaces;
 mod kinds;
 mod shutdown;
+mod waits;
 
 fn world(helper: &Path, uri: &str, more: &[(&str, &str)]) -> World {
     let path = with_helper(helper);
