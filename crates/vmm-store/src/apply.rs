@@ -7,6 +7,7 @@ use vmm_core::store::{StoreError, StoreErrorKind};
 
 use crate::codec::{EncodedChange, EncodedCommit, EncodedEvent, EncodedRecord, FORMAT};
 use crate::error::store_error;
+use crate::labels;
 
 /// Why a commit was not applied.
 #[derive(Debug)]
@@ -45,7 +46,14 @@ pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<
             conn.prepare_cached("DELETE FROM meta WHERE key = ?1")?.execute([tombstone_key(uid)])?;
         }
     }
-    Ok(commit.event.as_ref().map(|event| append(conn, event)).transpose()?)
+    let seq = commit.event.as_ref().map(|event| append(conn, event)).transpose()?;
+    if let (Some(labels), Some(seq)) = (&commit.labels, seq) {
+        labels::note(conn, labels, seq)?;
+    }
+    if let EncodedChange::Remove { uid } | EncodedChange::Bury { uid, .. } = &commit.change {
+        labels::end(conn, uid)?;
+    }
+    Ok(seq)
 }
 
 /// The keys of tombstones in `meta` begin with this. A table of their own would be a new version of the schema, which an older

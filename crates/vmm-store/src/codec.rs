@@ -11,6 +11,7 @@ use vmm_core::store::{Change, Commit, StoreError, StoreErrorKind, Tombstone, Unr
 
 use crate::error::{CausedBy, corrupt, store_error};
 use crate::foreign::Foreign;
+use crate::labels::EncodedLabels;
 use crate::salvage;
 
 /// The form of the JSON that this program writes. Numbered by itself, because records change more often than tables.
@@ -21,6 +22,8 @@ pub(crate) const FORMAT: i64 = 1;
 pub(crate) struct EncodedCommit {
     pub(crate) change: EncodedChange,
     pub(crate) event: Option<EncodedEvent>,
+    /// The labels that the event bears.
+    pub(crate) labels: Option<EncodedLabels>,
 }
 
 /// A [`Change`] in the form of a row.
@@ -79,7 +82,8 @@ pub(crate) fn encode(commit: Commit, foreign: &Foreign) -> Result<EncodedCommit,
         },
         Change::Unbury(uid) => EncodedChange::Unbury { uid: uid.to_string() },
     };
-    Ok(EncodedCommit { change, event: commit.event.as_ref().map(encode_event).transpose()? })
+    let (event, labels) = commit.event.map(encode_event).transpose()?.unzip();
+    Ok(EncodedCommit { change, event, labels })
 }
 
 fn encode_tombstone(tombstone: &Tombstone) -> Result<String, StoreError> {
@@ -118,12 +122,18 @@ pub(crate) fn encode_record(record: &VmRecord) -> Result<EncodedRecord, StoreErr
     })
 }
 
-fn encode_event(event: &NewEvent) -> Result<EncodedEvent, StoreError> {
-    let json = serde_json::to_string(event).map_err(|error| {
-        let message = format!("an event of VM {} cannot be stored", event.vm_id);
+fn encode_event(mut event: NewEvent) -> Result<(EncodedEvent, EncodedLabels), StoreError> {
+    let vm_id = event.vm_id.to_string();
+    let unfit = |error: serde_json::Error| {
+        let message = format!("an event of VM {vm_id} cannot be stored");
         store_error(StoreErrorKind::Io, Effect::NotApplied, message).caused_by(error)
-    })?;
-    Ok(EncodedEvent { time_ms: event.time_ms, vm_id: event.vm_id.to_string(), json })
+    };
+    // Stored where they change, see `labels`.
+    let metadata = std::mem::take(&mut event.metadata);
+    let labels =
+        EncodedLabels { uid: event.uid.to_string(), json: serde_json::to_string(&metadata).map_err(&unfit)? };
+    let json = serde_json::to_string(&event).map_err(&unfit)?;
+    Ok((EncodedEvent { time_ms: event.time_ms, vm_id, json }, labels))
 }
 
 /// A row of `vms` as this program understands it: the whole record, or what can be read of it.

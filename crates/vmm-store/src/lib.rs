@@ -25,6 +25,7 @@ mod checkpoint;
 mod codec;
 mod error;
 mod foreign;
+mod labels;
 mod mark;
 mod open;
 mod reader;

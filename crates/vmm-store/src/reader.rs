@@ -15,6 +15,7 @@ use crate::apply::TOMBSTONES;
 use crate::codec::{EncodedEvent, EncodedRecord, decode_event, decode_record, decode_tombstone};
 use crate::error::{CausedBy, corrupt, from_sqlite};
 use crate::foreign::Foreign;
+use crate::labels;
 
 /// The most events that one query answers with, whatever it asks for.
 pub const MAX_EVENTS: usize = 10_000;
@@ -49,39 +50,46 @@ impl Reader {
                     let loaded = load(&mut self.conn, &self.path, self.instance, &self.foreign);
                     drop(reply.send(loaded));
                 }
-                Job::Events { query, reply } if !reply.is_closed() => drop(reply.send(self.events(&query))),
+                Job::Events { query, reply } if !reply.is_closed() => {
+                    let events = events(&mut self.conn, &self.path, &query);
+                    drop(reply.send(events));
+                }
                 Job::Events { .. } => {}
             }
         }
     }
+}
 
-    fn events(&self, query: &EventQuery) -> Result<Vec<VmEvent>, StoreError> {
-        let rows = self
-            .event_rows(query)
-            .map_err(|error| from_sqlite(&self.path, "reading", Effect::NotApplied, error))?;
-        rows.iter().map(|(seq, row, format)| decode_event(&self.path, *seq, row, *format)).collect()
-    }
+fn events(conn: &mut Connection, path: &Path, query: &EventQuery) -> Result<Vec<VmEvent>, StoreError> {
+    let failed = |error| from_sqlite(path, "reading", Effect::NotApplied, error);
+    // One transaction: the events and their labels belong to the same moment.
+    let transaction = conn.transaction().map_err(failed)?;
+    let rows = event_rows(&transaction, query).map_err(failed)?;
+    let events = rows.iter().map(|(seq, row, format)| {
+        let mut event = decode_event(path, *seq, row, *format)?;
+        labels::give(&transaction, &mut event).map_err(failed)?;
+        Ok(event)
+    });
+    events.collect()
+}
 
-    fn event_rows(&self, query: &EventQuery) -> rusqlite::Result<Vec<(i64, EncodedEvent, i64)>> {
-        let after = i64::try_from(query.after.0).unwrap_or(i64::MAX);
-        let limit = i64::try_from(query.limit.min(MAX_EVENTS)).unwrap_or(i64::MAX);
-        match &query.vm_id {
-            None => self
-                .conn
-                .prepare_cached(
-                    "SELECT seq, time_ms, vm_id, event, format FROM events WHERE seq > ?1 ORDER BY seq LIMIT ?2",
-                )?
-                .query_map((after, limit), event_row)?
-                .collect(),
-            Some(vm_id) => self
-                .conn
-                .prepare_cached(
-                    "SELECT seq, time_ms, vm_id, event, format FROM events \
-                     WHERE vm_id = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3",
-                )?
-                .query_map((vm_id.as_str(), after, limit), event_row)?
-                .collect(),
-        }
+fn event_rows(conn: &Connection, query: &EventQuery) -> rusqlite::Result<Vec<(i64, EncodedEvent, i64)>> {
+    let after = i64::try_from(query.after.0).unwrap_or(i64::MAX);
+    let limit = i64::try_from(query.limit.min(MAX_EVENTS)).unwrap_or(i64::MAX);
+    match &query.vm_id {
+        None => conn
+            .prepare_cached(
+                "SELECT seq, time_ms, vm_id, event, format FROM events WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+            )?
+            .query_map((after, limit), event_row)?
+            .collect(),
+        Some(vm_id) => conn
+            .prepare_cached(
+                "SELECT seq, time_ms, vm_id, event, format FROM events \
+                 WHERE vm_id = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3",
+            )?
+            .query_map((vm_id.as_str(), after, limit), event_row)?
+            .collect(),
     }
 }
 
@@ -129,9 +137,11 @@ pub(crate) fn load(
 
 fn tombstones(conn: &Connection, path: &Path) -> Result<Vec<Tombstone>, StoreError> {
     let rows = || -> rusqlite::Result<Vec<(String, String)>> {
-        conn.prepare_cached("SELECT key, value FROM meta WHERE instr(key, ?1) = 1 ORDER BY key")?
-            .query_map((TOMBSTONES,), |row| Ok((row.get(0)?, row.get(1)?)))?
-            .collect()
+        conn.prepare_cached(
+            "SELECT key, value FROM meta WHERE key >= ?1 AND substr(key, 1, length(?1)) = ?1 ORDER BY key",
+        )?
+        .query_map((TOMBSTONES,), |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect()
     };
     let rows = rows().map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))?;
     rows.iter().map(|(key, json)| decode_tombstone(path, key, json)).collect()

@@ -28,6 +28,7 @@ use crate::apply::{Failure, Proof, apply};
 use crate::checkpoint::{self, Log};
 use crate::codec::EncodedCommit;
 use crate::error::{from_sqlite, kind_of, proves_not_committed};
+use crate::labels;
 use crate::reserve::Reserve;
 
 /// The most commits in one transaction.
@@ -269,7 +270,7 @@ impl Writer {
 
     /// Removes a few events, then answers or lines up again.
     fn expire_step(&mut self, mut expiry: Expiry) {
-        match self.remove_events(expiry.until) {
+        match self.remove_events(expiry.until, expiry.removed) {
             Ok(removed) => {
                 expiry.removed += removed;
                 if removed == EXPIRY_STEP {
@@ -309,7 +310,8 @@ impl Writer {
         }
     }
 
-    fn remove_events(&mut self, until: Until) -> rusqlite::Result<u64> {
+    /// Removes a few of the oldest events, of which `before` have gone with earlier steps.
+    fn remove_events(&mut self, until: Until, before: u64) -> rusqlite::Result<u64> {
         let excess = match until {
             Until::Time(_) => u64::MAX,
             Until::Bytes(left) => self.event_bytes.saturating_sub(left),
@@ -317,10 +319,15 @@ impl Writer {
         let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let (last, bytes) = oldest_to_go(&transaction, until, excess)?;
         let removed = transaction.prepare_cached("DELETE FROM events WHERE seq <= ?1")?.execute([last])?;
+        let removed = removed as u64;
+        // Once for all steps of an expiry, because this walks over the labels of every VM.
+        if removed < EXPIRY_STEP && removed + before > 0 {
+            labels::expire(&transaction)?;
+        }
         transaction.commit()?;
         self.event_bytes = self.event_bytes.saturating_sub(bytes);
         give_back(&self.conn)?;
-        Ok(removed as u64)
+        Ok(removed)
     }
 }
 
@@ -453,7 +460,7 @@ mod tests {
         let pages = |writer: &Writer| number(writer, "SELECT page_count FROM pragma_page_count()");
         let before = pages(&writer);
         for _ in 0..10 {
-            writer.remove_events(Until::Time(i64::MAX)).unwrap();
+            writer.remove_events(Until::Time(i64::MAX), 0).unwrap();
         }
         let (after, kept) = (pages(&writer), u64::try_from(FREE_PAGES).unwrap());
         assert!(before > 2 * kept - 1_000 && after < before && after < kept + 100, "{before} → {after}");
