@@ -343,3 +343,9 @@ async fn a_run_folder_may_be_called_anything() {
         run.vmm.kill().await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn samples_leave_no_connection_open() {
+    let bench = bench!("samples_leave_no_connection_open", Guest::Idle, UNSET);
+    bench.samples_leave_no_connection().await;
+}

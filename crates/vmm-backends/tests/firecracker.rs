@@ -325,3 +325,9 @@ async fn nothing_is_sent_to_who_has_taken_the_socket() {
     let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", Guest::Idle);
     bench.nothing_is_sent_to_another_listener().await;
 }
+
+#[tokio::test]
+async fn samples_leave_no_connection_open() {
+    let bench = bench!("samples_leave_no_connection_open", Guest::Idle);
+    bench.samples_leave_no_connection().await;
+}

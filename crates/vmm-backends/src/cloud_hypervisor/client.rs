@@ -118,6 +118,11 @@ impl Client {
         Self(self.0.of_process(pid))
     }
 
+    /// Closes the connection, as [`RestClient::hang_up`].
+    pub(crate) fn hang_up(&self) {
+        self.0.hang_up();
+    }
+
     /// Asks for the version.
     ///
     /// # Errors

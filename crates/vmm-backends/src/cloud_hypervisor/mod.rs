@@ -104,6 +104,7 @@ impl CloudHypervisor {
         let process = guard.keep();
         let run = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
         let events = EventFile::from_start(dir);
+        let client = client.of_process(process.pid());
         let parts = Parts { run, process, client, events, dir, reset_ends: reset_ends(&request.spec) };
         Ok(attend(parts, &self.watcher))
     }

@@ -1,7 +1,7 @@
 //! One running Cloud Hypervisor: its handle, and the task that tells what it does by itself.
 //!
 //! ```text
-//!   Handle ── client ──► API socket            one connection, kept
+//!   Handle ── client ──► API socket            one connection, closed after each sample
 //!      │
 //!      ├───── expected ──────────────┐         what this daemon has ordered is no news
 //!      │                             ▼
@@ -403,6 +403,7 @@ impl Vmm for Handle {
         let devices = now.map(|now| self.totals(&now));
         sample.network = devices.map(|(network, _)| network);
         sample.storage = devices.map(|(_, storage)| storage);
+        self.client.hang_up();
         sample
     }
 

@@ -67,6 +67,11 @@ impl Client {
         Self(self.0.of_process(pid))
     }
 
+    /// Closes the connection, as [`RestClient::hang_up`].
+    pub(crate) fn hang_up(&self) {
+        self.0.hang_up();
+    }
+
     /// The API at `socket`, to which `stream` is connected.
     ///
     /// # Errors

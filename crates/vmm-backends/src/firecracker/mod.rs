@@ -102,6 +102,7 @@ impl Firecracker {
         }
         let process = guard.keep();
         let run = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
+        let client = client.of_process(process.pid());
         Ok(vmm::attend(run, process, client, dir))
     }
 

@@ -1,7 +1,7 @@
 //! One running Firecracker: its handle, and the task that tells of its end.
 //!
 //! ```text
-//!   Handle ── client ──► API socket          one connection, kept
+//!   Handle ── client ──► API socket          one connection, closed after each sample
 //!      │
 //!      └───── process ─► pidfd ◄── monitor ──► VmmEvent::Gone(cause)
 //!                                     └─ exit status, or the last line of the counters
@@ -180,6 +180,7 @@ impl Vmm for Handle {
         let sums = counters::or_missing(&mut sample, "devices", self.device_counters().await);
         sample.network = sums.map(|sums| sums.network());
         sample.storage = sums.map(|sums| sums.storage());
+        self.client.hang_up();
         sample
     }
 

@@ -39,6 +39,8 @@ pub const MAX_LINE: usize = 1 << 20;
 
 /// Commands that wait to be written; more wait in their callers.
 const QUEUE: usize = 16;
+/// Bytes that are read ahead. Every running VM holds a buffer of this size, and most of QEMU's lines are shorter.
+const READ_AHEAD: usize = 1024;
 
 /// One connection to one QEMU. Dropping it ends the connection.
 #[derive(Debug)]
@@ -430,7 +432,7 @@ struct Lines {
 
 impl Lines {
     fn new(socket: OwnedReadHalf) -> Self {
-        Self { socket: BufReader::new(socket) }
+        Self { socket: BufReader::with_capacity(READ_AHEAD, socket) }
     }
 
     async fn next(&mut self) -> Result<Vec<u8>, Closed> {

@@ -2,7 +2,7 @@
 //! the spare ones, what is asked of their [`options`], and the way back to a VMM that an earlier daemon started ([`adopt`]).
 //!
 //! Firecracker and Cloud Hypervisor use the same small HTTP server: ten connections, requests of 51,200 bytes at most. So
-//! every VM has one connection, kept alive.
+//! every VM has at most one connection. The connection is kept from call to call, and closed after each sample.
 
 pub mod adopt;
 pub mod client;

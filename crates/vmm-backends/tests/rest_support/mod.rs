@@ -198,6 +198,28 @@ impl<B: Backend> Bench<B> {
         self.backend.launch(self.request()).await.map(Run::from)
     }
 
+    /// Asks a VMM for signs of life and counters again and again, and expects that it has no connection more afterwards.
+    pub async fn samples_leave_no_connection(&self) {
+        let run = self.launch().await;
+        let folder = format!("/proc/{}/fd", run.vmm.run().process.pid);
+        let open = || std::fs::read_dir(&folder).unwrap().count();
+        run.vmm.sample().await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let before = open();
+        for _ in 0..20 {
+            run.vmm.probe().await.unwrap();
+            assert_eq!(run.vmm.sample().await.missing, Vec::<String>::new());
+        }
+        for _ in 0..100 {
+            if open() <= before {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(open(), before);
+        run.vmm.kill().await.unwrap();
+    }
+
     pub async fn launch(&self) -> Run {
         self.try_launch().await.unwrap()
     }

@@ -116,6 +116,17 @@ async fn one_connection_is_kept() {
 }
 
 #[tokio::test]
+async fn a_client_that_has_hung_up_connects_again() {
+    let fake = Fake::new(vec![answer("200 OK", "1"), answer("200 OK", "2")], false);
+    let client = fake.client();
+    client.hang_up();
+    assert_eq!(get(&client).await.unwrap(), 1);
+    client.hang_up();
+    assert_eq!(get(&client).await.unwrap(), 2);
+    assert_eq!(fake.connections(), 2);
+}
+
+#[tokio::test]
 async fn silence_has_an_end_and_its_connection_is_not_used_again() {
     let fake = Fake::new(vec![], false);
     let client = fake.client();
