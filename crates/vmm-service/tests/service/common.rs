@@ -137,7 +137,15 @@ impl Bed {
         let fake = FakeBackend::in_world("fake", &self.world);
         let fake = if self.single_use { fake.single_use() } else { fake };
         let other = FakeBackend::in_world("other", &self.world);
-        let all: [Arc<dyn Backend>; 2] = [Arc::new(fake), Arc::new(other)];
+        self.try_start_with(&[Arc::new(fake), Arc::new(other)]).await
+    }
+
+    /// Starts a service whose only backend is `backend`, which is called `fake`.
+    pub(crate) async fn start_with(&self, backend: impl Backend) -> Vms {
+        self.try_start_with(&[Arc::new(backend)]).await.expect("the service starts")
+    }
+
+    async fn try_start_with(&self, all: &[Arc<dyn Backend>]) -> Result<Vms, ServiceError> {
         let settings = Settings {
             runtime_dir: self.runtime_dir(),
             default_boot: self.default_boot.clone(),
@@ -145,7 +153,7 @@ impl Bed {
             event_retention: RETENTION,
             spare_vmms: self.spare_vmms,
         };
-        let backends = Backends::new(BackendName::new("fake"), all);
+        let backends = Backends::new(BackendName::new("fake"), all.iter().cloned());
         let (store, taps) = (Arc::clone(&self.store), Arc::new(self.taps.clone()));
         let service = VmService::start_with_taps(store, backends, settings, taps).await?;
         Ok(Vms { service, world: self.world.clone() })
@@ -153,9 +161,7 @@ impl Bed {
 
     /// Runs one life of a daemon: a runtime of its own on a paused clock, whose tasks all die with it.
     pub(crate) fn life<T>(&self, life: impl AsyncFnOnce(Vms) -> T) -> T {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
-        runtime.block_on(async { life(self.start().await).await })
+        on_a_paused_clock(async { life(self.start().await).await })
     }
 
     /// The name's record as it is in the store.
@@ -175,6 +181,13 @@ impl Drop for Bed {
             assert_eq!(self.world.faults(), Vec::<String>::new(), "what must never happen");
         }
     }
+}
+
+/// Runs `life` on a runtime of its own on a paused clock, whose tasks all die with it.
+pub(crate) fn on_a_paused_clock<T>(life: impl Future<Output = T>) -> T {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(life)
 }
 
 /// A service under test.

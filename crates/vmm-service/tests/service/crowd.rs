@@ -11,11 +11,9 @@ use vmm_core::backend::{
     SweepRequest,
 };
 use vmm_core::event::EventKind;
-use vmm_core::id::BackendName;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
-use vmm_service::{Backends, DefaultBoot, Settings, VmService};
 use vmm_testkit::fake::FakeBackend;
 
 use crate::common::*;
@@ -81,24 +79,7 @@ async fn start_narrow(bed: &Bed) -> (Vms, Arc<AtomicUsize>) {
         starting: AtomicUsize::new(0),
         most_starting: Arc::clone(&most_starting),
     };
-    let all: [Arc<dyn Backend>; 1] = [Arc::new(narrow)];
-    let settings = Settings {
-        runtime_dir: bed.runtime_dir(),
-        default_boot: DefaultBoot::default(),
-        metrics_interval: INTERVAL,
-        event_retention: RETENTION,
-        spare_vmms: 0,
-    };
-    let backends = Backends::new(BackendName::new("fake"), all);
-    let (store, taps) = (Arc::clone(&bed.store), Arc::new(bed.taps.clone()));
-    let service = VmService::start_with_taps(store, backends, settings, taps).await.unwrap();
-    (Vms { service, world: bed.world.clone() }, most_starting)
-}
-
-fn life<T>(life: impl Future<Output = T>) -> T {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
-    runtime.block_on(life)
+    (bed.start_with(narrow).await, most_starting)
 }
 
 #[test]
@@ -111,7 +92,7 @@ fn a_thousand_vms_are_adopted_and_none_is_called_unreachable() {
         }
     });
     let before = bed.store.log().len();
-    life(async {
+    on_a_paused_clock(async {
         let (vms, _) = start_narrow(&bed).await;
         for vm in bed.store.vms() {
             assert_eq!(vms.phase(vm.vm_id.as_str()), Phase::Running);
@@ -132,7 +113,7 @@ fn after_a_reboot_of_the_host_the_restart_policies_do_not_start_all_vms_together
         }
     });
     host_restarts(&bed);
-    life(async {
+    on_a_paused_clock(async {
         let (vms, most_starting) = start_narrow(&bed).await;
         // One of them waits for its turn; a client's call does not.
         vms.delete("vm-199").await.expect("a VM that awaits its restart can be deleted");

@@ -11,6 +11,7 @@ mod common;
 mod concurrency;
 mod creation;
 mod crowd;
+mod event_log;
 mod events;
 mod fake_taps;
 mod force;

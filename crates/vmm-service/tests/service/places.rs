@@ -12,13 +12,13 @@ use vmm_core::backend::{
 };
 use vmm_core::config::VmConfig;
 use vmm_core::gate::Gate;
-use vmm_core::id::{BackendName, InstanceId, VmUid};
+use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::place::{Discovery, Finding, Found, Places};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
-use vmm_service::{Backends, DefaultBoot, Settings, ShutdownOptions, VmService};
+use vmm_service::ShutdownOptions;
 use vmm_testkit::fake::FakeBackend;
 
 use crate::common::*;
@@ -94,18 +94,7 @@ async fn start_finding(
         while_checking,
         tell: tell.clone(),
     };
-    let all: [Arc<dyn Backend>; 1] = [Arc::new(landlord)];
-    let settings = Settings {
-        runtime_dir: bed.runtime_dir(),
-        default_boot: DefaultBoot::default(),
-        metrics_interval: INTERVAL,
-        event_retention: RETENTION,
-        spare_vmms: 0,
-    };
-    let backends = Backends::new(BackendName::new("fake"), all);
-    let (store, taps) = (Arc::clone(&bed.store), Arc::new(bed.taps.clone()));
-    let service = VmService::start_with_taps(store, backends, settings, taps).await.unwrap();
-    (Vms { service, world: bed.world.clone() }, tell)
+    (bed.start_with(landlord).await, tell)
 }
 
 fn fixed(places: &[&str]) -> Places {
@@ -147,17 +136,10 @@ async fn foreign(bed: &Bed, config: &VmConfig) -> Launched {
     FakeBackend::in_world("fake", &bed.world).launch(request).await.unwrap()
 }
 
-/// Runs one life of a daemon on a paused clock.
-fn life<T>(life: impl Future<Output = T>) -> T {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
-    runtime.block_on(life)
-}
-
 #[test]
 fn each_place_is_given_out_once() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let (vms, _tell) = start(&bed, fixed(&["/a", "/b"]), Vec::new()).await;
         let creations = (0..6).map(|number| {
             let (vms, config) = (vms.clone(), bed.config());
@@ -186,7 +168,7 @@ fn each_place_is_given_out_once() {
 #[test]
 fn where_vms_are_only_imported_none_is_created() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let why = "start it yourself".to_owned();
         let places = Places::Imported { places: vec![VmKind::attached("/a")], why };
         let present = vec![found(&bed, "/a", &["found"], VmState::Running).await];
@@ -202,7 +184,7 @@ fn where_vms_are_only_imported_none_is_created() {
 #[test]
 fn what_is_found_is_imported_as_it_is() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let present = vec![found(&bed, "/a", &["found"], VmState::Paused).await];
         let (vms, tell) = start(&bed, fixed(&["/a", "/b", "/c"]), present).await;
         assert_eq!(vms.state("found"), VmState::Paused);
@@ -228,7 +210,7 @@ fn what_is_found_is_imported_as_it_is() {
 #[test]
 fn a_vm_that_somebody_else_starts_again_runs_again() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
         vms.bring_to("vm", bed.config(), VmState::Shutdown).await;
         let back = found(&bed, "/a", &["ignored"], VmState::Running).await;
@@ -244,7 +226,7 @@ fn a_vm_that_somebody_else_starts_again_runs_again() {
 #[test]
 fn another_machine_in_its_place_is_shown_as_what_it_is() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
         vms.bring_to("vm", bed.config(), VmState::Shutdown).await;
         let mut other = found(&bed, "/a", &["ignored"], VmState::Running).await;
@@ -261,7 +243,7 @@ fn another_machine_in_its_place_is_shown_as_what_it_is() {
 #[test]
 fn a_vm_that_never_ran_is_not_taken_for_what_runs_in_its_place() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
         vms.create("mine", bed.config()).await;
         let other = found(&bed, "/a", &["other"], VmState::Running).await;
@@ -278,7 +260,7 @@ fn a_vm_that_never_ran_is_not_taken_for_what_runs_in_its_place() {
 #[test]
 fn a_place_that_is_no_more_takes_its_import_along() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let present = vec![found(&bed, "/a", &["found"], VmState::Created).await];
         let (vms, tell) = start(&bed, fixed(&["/a", "/b"]), present).await;
         vms.create("mine", bed.config()).await;
@@ -293,7 +275,7 @@ fn a_place_that_is_no_more_takes_its_import_along() {
 #[test]
 fn a_vm_that_is_found_while_a_client_creates_one_of_its_name_gets_another_name() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let while_checking = Arc::default();
         let (vms, _tell) =
             start_finding(&bed, fixed(&["/a", "/b", "/c"]), Vec::new(), Arc::clone(&while_checking)).await;
@@ -312,7 +294,7 @@ fn a_vm_that_is_found_while_a_client_creates_one_of_its_name_gets_another_name()
 #[test]
 fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
     let bed = Bed::new();
-    life(async {
+    on_a_paused_clock(async {
         let present = vec![found(&bed, "/a", &["slow"], VmState::Running).await];
         let (vms, tell) = start(&bed, fixed(&["/a", "/b"]), present).await;
         bed.world.machine("foreign").unwrap().ignore_shutdown();
@@ -338,12 +320,12 @@ fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
 fn a_vm_in_a_place_that_is_not_served_is_left_alone() {
     for state in [VmState::Shutdown, VmState::Running] {
         let bed = Bed::new();
-        life(async {
+        on_a_paused_clock(async {
             let (vms, _tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
             vms.bring_to("vm", bed.config(), state).await;
         });
         let living = bed.world.living();
-        life(async {
+        on_a_paused_clock(async {
             let (vms, _tell) = start(&bed, fixed(&["/b"]), Vec::new()).await;
             assert_eq!(vms.state("vm"), state);
             if state == VmState::Running {
