@@ -35,6 +35,7 @@ mod places;
 mod run_folders;
 mod service;
 mod shared;
+mod spare_pool;
 mod spares;
 mod tombstones;
 mod under_way;

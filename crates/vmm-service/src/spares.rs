@@ -14,8 +14,10 @@
 //!
 //! A spare VMM has been told nothing and has no guest. It ends with the daemon; should the daemon die, the mark in its run folder
 //! says whose it was, and the next daemon ends it: the mark goes before the VMM is told anything.
+//!
+//! [`crate::spare_pool`] keeps account of them; here they are started and ended.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,6 +34,7 @@ use vmm_host::run_dir::{self, SpareMark};
 
 use crate::run_folders;
 use crate::shared::Shared;
+use crate::spare_pool::{Left, Pool};
 
 /// What a client was just answered goes on its way before a process is started.
 const AFTER_AN_ANSWER: Duration = Duration::from_millis(5);
@@ -40,58 +43,32 @@ const CLEARING: Duration = Duration::from_secs(5);
 
 /// The spare VMMs of every backend.
 #[derive(Default)]
-pub(crate) struct Spares {
-    /// How many are to be free, of each backend in use.
-    wanted: usize,
-    inner: Mutex<Inner>,
-}
-
-#[derive(Default)]
-struct Inner {
-    shelves: BTreeMap<BackendName, Shelf>,
-    stopped: bool,
-}
-
-/// Those of one backend, the oldest first.
-#[derive(Default)]
-struct Shelf {
-    free: VecDeque<VmUid>,
-    promised: VecDeque<VmUid>,
-    filling: bool,
-    /// Whether this backend has said that it cannot start a VMM ahead.
-    has_none: bool,
-}
+pub(crate) struct Spares(Mutex<Pool>);
 
 impl Spares {
     pub(crate) fn new(wanted: usize) -> Self {
-        Self { wanted, inner: Mutex::default() }
+        Self(Mutex::new(Pool::new(wanted)))
     }
 
-    fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// No longer counts the VMM of `uid`: it is being used, or has been ended.
     pub(crate) fn forget(&self, backend: &BackendName, uid: VmUid) {
-        if let Some(shelf) = self.inner().shelves.get_mut(backend) {
-            shelf.promised.retain(|promised| *promised != uid);
-        }
+        self.pool().forget(backend, uid);
     }
 
     /// Ends all that wait, and starts no more.
     pub(crate) async fn stop(&self, shared: &Arc<Shared>) {
-        let shelves = {
-            let mut inner = self.inner();
-            inner.stopped = true;
-            std::mem::take(&mut inner.shelves)
-        };
-        for (name, shelf) in shelves {
-            let Ok(backend) = shared.backends.get(name.as_str()) else { continue };
-            for uid in shelf.promised {
+        let left = self.pool().stop();
+        for Left { backend, promised, free } in left {
+            let Ok(backend) = shared.backends.get(backend.as_str()) else { continue };
+            for uid in promised {
                 // The folder is that of a VM on record.
                 backend.dismiss_spare(uid).await;
             }
-            for uid in shelf.free {
+            for uid in free {
                 discard(shared, &*backend, uid).await;
             }
         }
@@ -107,7 +84,7 @@ pub(crate) struct Promise {
 
 /// Holds a spare VMM of `backend`, if one is free.
 pub(crate) fn promise(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) -> Option<Promise> {
-    let uid = shared.spares.inner().shelves.get_mut(&backend.capabilities().name)?.free.pop_front()?;
+    let uid = shared.spares.pool().take(&backend.capabilities().name)?;
     Some(Promise { shared: Arc::clone(shared), backend: Arc::clone(backend), uid: Some(uid) })
 }
 
@@ -120,20 +97,7 @@ impl Promise {
     /// The VM is on record: its BootVm finds the VMM waiting, unless too many others wait as well.
     pub(crate) fn redeem(mut self) {
         let Some(uid) = self.uid.take() else { return };
-        let broken = {
-            let mut inner = self.shared.spares.inner();
-            if inner.stopped {
-                Some(uid)
-            } else {
-                let shelf = inner.shelf(&self.backend.capabilities().name);
-                shelf.promised.push_back(uid);
-                if shelf.promised.len() > self.shared.spares.wanted {
-                    shelf.promised.pop_front()
-                } else {
-                    None
-                }
-            }
-        };
+        let broken = self.shared.spares.pool().promise(&self.backend.capabilities().name, uid);
         if let Some(uid) = broken {
             let backend = Arc::clone(&self.backend);
             spawn(&self.shared, async move { backend.dismiss_spare(uid).await });
@@ -151,12 +115,8 @@ impl Promise {
 impl Drop for Promise {
     fn drop(&mut self) {
         let Some(uid) = self.uid.take() else { return };
-        let mut inner = self.shared.spares.inner();
-        if !inner.stopped {
-            inner.shelf(&self.backend.capabilities().name).free.push_front(uid);
-            return;
-        }
-        drop(inner);
+        let unwanted = self.shared.spares.pool().give_back(&self.backend.capabilities().name, uid);
+        let Some(uid) = unwanted else { return };
         let (shared, backend) = (Arc::clone(&self.shared), Arc::clone(&self.backend));
         spawn(&self.shared, async move { discard(&shared, &*backend, uid).await });
     }
@@ -164,13 +124,9 @@ impl Drop for Promise {
 
 /// Sees to it that as many VMMs of `backend` wait as are wanted. Answers at once.
 pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
-    let spares = &shared.spares;
     let name = &backend.capabilities().name;
     // A spare waits for a new VM, and is of no use to a kind of which none is created.
-    if spares.wanted == 0
-        || !shared.backends.is_current(backend)
-        || !spares.inner().begin_filling(name, spares.wanted)
-    {
+    if !shared.backends.is_current(backend) || !shared.spares.pool().begin_filling(name) {
         return;
     }
     let (shared_with, backend) = (Arc::clone(shared), Arc::clone(backend));
@@ -193,41 +149,6 @@ fn spawn(shared: &Shared, task: impl Future<Output = ()> + Send + 'static) {
     );
 }
 
-impl Inner {
-    fn shelf(&mut self, backend: &BackendName) -> &mut Shelf {
-        self.shelves.entry(backend.clone()).or_default()
-    }
-
-    /// Says whether the caller is to fill the shelf.
-    fn begin_filling(&mut self, backend: &BackendName, wanted: usize) -> bool {
-        if self.stopped {
-            return false;
-        }
-        let shelf = self.shelf(backend);
-        let begins = !shelf.filling && !shelf.has_none && shelf.free.len() < wanted;
-        shelf.filling |= begins;
-        begins
-    }
-
-    /// Adds one, and says whether another is wanted; `Err` where nobody wants this one any more.
-    fn add(&mut self, backend: &BackendName, uid: VmUid, wanted: usize) -> Result<bool, VmUid> {
-        if self.stopped {
-            return Err(uid);
-        }
-        let shelf = self.shelf(backend);
-        shelf.free.push_back(uid);
-        shelf.filling = shelf.free.len() < wanted;
-        Ok(shelf.filling)
-    }
-
-    fn end_filling(&mut self, backend: &BackendName, failed: &NotStarted) {
-        if let Some(shelf) = self.shelves.get_mut(backend) {
-            shelf.filling = false;
-            shelf.has_none = matches!(failed, NotStarted::Unsupported);
-        }
-    }
-}
-
 async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
     let name = &backend.capabilities().name;
     loop {
@@ -236,10 +157,10 @@ async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
             if let NotStarted::Problem(problem) = &failed {
                 tracing::warn!(backend = %name, problem, "no spare VMM could be started; the next VM starts its own");
             }
-            shared.spares.inner().end_filling(name, &failed);
+            shared.spares.pool().end_filling(name, matches!(failed, NotStarted::Unsupported));
             return;
         }
-        let added = shared.spares.inner().add(name, uid, shared.spares.wanted);
+        let added = shared.spares.pool().add(name, uid);
         match added {
             Ok(true) => {}
             Ok(false) => return,

@@ -1,0 +1,221 @@
+//! The pool of spare VMMs as data: which of them are free, which are promised to VMs, and whether more are wanted.
+//!
+//! ```text
+//!   begin_filling ─► add ─► free ── take ─► (held) ── promise ─► promised ── forget ─► a VM uses it
+//!                            ▲                 │                     └─ too many: the oldest is returned, to be ended
+//!                            └── give_back ────┘
+//!   stop: all that wait are returned, and from then on everything that comes is
+//! ```
+//!
+//! The pool starts and ends nothing: [`crate::spares`] does what its answers say.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use vmm_core::id::{BackendName, VmUid};
+
+/// The spare VMMs of every backend.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    /// How many are to be free, of each backend in use.
+    wanted: usize,
+    shelves: BTreeMap<BackendName, Shelf>,
+    stopped: bool,
+}
+
+/// The spare VMMs of one backend, the oldest first.
+#[derive(Debug, Default)]
+struct Shelf {
+    free: VecDeque<VmUid>,
+    promised: VecDeque<VmUid>,
+    filling: bool,
+    /// Whether this backend has said that it cannot start a VMM ahead.
+    has_none: bool,
+}
+
+/// The spare VMMs of one backend that waited when the pool was stopped.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Left {
+    pub(crate) backend: BackendName,
+    /// Those whose folders belong to VMs on record.
+    pub(crate) promised: Vec<VmUid>,
+    /// Those whose folders belong to no VM.
+    pub(crate) free: Vec<VmUid>,
+}
+
+impl Pool {
+    /// Makes an empty pool, in which `wanted` spare VMMs of each backend are to be free.
+    pub(crate) fn new(wanted: usize) -> Self {
+        Self { wanted, ..Self::default() }
+    }
+
+    /// Takes the free one that has waited longest.
+    pub(crate) fn take(&mut self, backend: &BackendName) -> Option<VmUid> {
+        self.shelves.get_mut(backend)?.free.pop_front()
+    }
+
+    /// Puts back one that was taken and not used. Returns the one that is to be ended, where the pool has been stopped.
+    pub(crate) fn give_back(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
+        if self.stopped {
+            return Some(uid);
+        }
+        self.shelf(backend).free.push_front(uid);
+        None
+    }
+
+    /// Promises one that was taken to its VM. Returns the one whose promise is broken, where too many wait for their BootVm or
+    /// the pool has been stopped.
+    pub(crate) fn promise(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
+        if self.stopped {
+            return Some(uid);
+        }
+        let wanted = self.wanted;
+        let promised = &mut self.shelf(backend).promised;
+        promised.push_back(uid);
+        if promised.len() > wanted { promised.pop_front() } else { None }
+    }
+
+    /// No longer counts the VMM of `uid`: a VM uses it, or it has been ended.
+    pub(crate) fn forget(&mut self, backend: &BackendName, uid: VmUid) {
+        if let Some(shelf) = self.shelves.get_mut(backend) {
+            shelf.promised.retain(|promised| *promised != uid);
+        }
+    }
+
+    /// Says whether the caller is to fill the shelf of `backend`. One caller at a time is.
+    pub(crate) fn begin_filling(&mut self, backend: &BackendName) -> bool {
+        if self.stopped || self.wanted == 0 {
+            return false;
+        }
+        let wanted = self.wanted;
+        let shelf = self.shelf(backend);
+        let begins = !shelf.filling && !shelf.has_none && shelf.free.len() < wanted;
+        shelf.filling |= begins;
+        begins
+    }
+
+    /// Adds one that was started. Returns whether another one is wanted.
+    ///
+    /// # Errors
+    ///
+    /// The pool has been stopped, and nobody wants this one any more.
+    pub(crate) fn add(&mut self, backend: &BackendName, uid: VmUid) -> Result<bool, VmUid> {
+        if self.stopped {
+            return Err(uid);
+        }
+        let wanted = self.wanted;
+        let shelf = self.shelf(backend);
+        shelf.free.push_back(uid);
+        shelf.filling = shelf.free.len() < wanted;
+        Ok(shelf.filling)
+    }
+
+    /// The caller that filled the shelf of `backend` has given up. `for_ever` says that this backend has no spare VMMs.
+    pub(crate) fn end_filling(&mut self, backend: &BackendName, for_ever: bool) {
+        if let Some(shelf) = self.shelves.get_mut(backend) {
+            shelf.filling = false;
+            shelf.has_none = for_ever;
+        }
+    }
+
+    /// Hands over all that wait, and takes no more.
+    pub(crate) fn stop(&mut self) -> Vec<Left> {
+        self.stopped = true;
+        let shelves = std::mem::take(&mut self.shelves).into_iter();
+        shelves
+            .map(|(backend, shelf)| Left {
+                backend,
+                promised: shelf.promised.into(),
+                free: shelf.free.into(),
+            })
+            .collect()
+    }
+
+    fn shelf(&mut self, backend: &BackendName) -> &mut Shelf {
+        self.shelves.entry(backend.clone()).or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn uid(number: u128) -> VmUid {
+        VmUid::new(Uuid::from_u128(number))
+    }
+
+    fn fake() -> BackendName {
+        BackendName::new("fake")
+    }
+
+    /// A pool that wants so many, and has them.
+    fn full(wanted: usize) -> Pool {
+        let mut pool = Pool::new(wanted);
+        assert!(pool.begin_filling(&fake()));
+        for number in 1..=wanted {
+            assert_eq!(pool.add(&fake(), uid(number as u128)), Ok(number < wanted));
+        }
+        pool
+    }
+
+    #[test]
+    fn one_caller_fills_a_shelf_until_it_is_full() {
+        let mut pool = Pool::new(2);
+        assert!(pool.begin_filling(&fake()));
+        assert!(!pool.begin_filling(&fake()), "one fills it already");
+        assert!(pool.begin_filling(&BackendName::new("other")), "each backend has its own");
+        assert_eq!(pool.add(&fake(), uid(1)), Ok(true));
+        assert!(!pool.begin_filling(&fake()));
+        assert_eq!(pool.add(&fake(), uid(2)), Ok(false));
+        assert!(!pool.begin_filling(&fake()), "it is full");
+        assert_eq!(pool.take(&fake()), Some(uid(1)), "the oldest");
+        assert!(pool.begin_filling(&fake()));
+        assert!(!Pool::new(0).begin_filling(&fake()), "none is wanted");
+    }
+
+    #[test]
+    fn after_a_failure_the_next_caller_tries_again_unless_the_backend_has_none() {
+        let mut pool = Pool::new(1);
+        for for_ever in [false, true] {
+            assert!(pool.begin_filling(&fake()));
+            pool.end_filling(&fake(), for_ever);
+        }
+        assert!(!pool.begin_filling(&fake()));
+    }
+
+    #[test]
+    fn what_was_taken_and_not_used_is_the_next_to_be_taken() {
+        let mut pool = full(2);
+        assert_eq!(pool.take(&fake()), Some(uid(1)));
+        assert_eq!(pool.give_back(&fake(), uid(1)), None);
+        assert_eq!([pool.take(&fake()), pool.take(&fake())], [Some(uid(1)), Some(uid(2))]);
+        assert_eq!(pool.take(&fake()), None);
+        assert_eq!(pool.take(&BackendName::new("other")), None);
+    }
+
+    #[test]
+    fn the_oldest_promise_is_broken_where_more_wait_than_are_wanted() {
+        let mut pool = full(2);
+        assert_eq!(pool.promise(&fake(), uid(1)), None);
+        assert_eq!(pool.promise(&fake(), uid(2)), None);
+        assert_eq!(pool.promise(&fake(), uid(3)), Some(uid(1)));
+        pool.forget(&fake(), uid(2));
+        pool.forget(&fake(), uid(2));
+        assert_eq!(pool.promise(&fake(), uid(4)), None, "one of them is in use and counts no more");
+    }
+
+    #[test]
+    fn a_stopped_pool_hands_over_all_and_takes_none() {
+        let mut pool = full(3);
+        let taken = [pool.take(&fake()).unwrap(), pool.take(&fake()).unwrap()];
+        assert_eq!(pool.promise(&fake(), taken[0]), None);
+        let left = Left { backend: fake(), promised: vec![taken[0]], free: vec![uid(3)] };
+        assert_eq!(pool.stop(), [left]);
+        assert_eq!(pool.give_back(&fake(), taken[1]), Some(taken[1]));
+        assert_eq!(pool.promise(&fake(), taken[1]), Some(taken[1]));
+        assert_eq!(pool.add(&fake(), uid(4)), Err(uid(4)));
+        assert!(!pool.begin_filling(&fake()));
+        assert_eq!(pool.stop(), []);
+    }
+}
