@@ -18,6 +18,7 @@ pub mod kernel;
 pub mod kvm;
 pub mod ledger;
 pub mod lock;
+pub mod mounts;
 mod named;
 pub mod net;
 pub mod path;

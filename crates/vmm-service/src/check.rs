@@ -3,34 +3,30 @@
 //! CreateVm and ValidateVm look before anything is touched, and what they find are violations. BootVm looks again, because
 //! files change, and takes the claims that keep two running VMs apart.
 //!
-//! ```text
-//!   look ── a permit, within the deadline ──► thread: kernel, initrd, disks and their backing files, console
-//!     │                                         └─ the permit comes back when the thread does, however late that is
-//!     └── no permit, or no answer in time ──► FilesSilent
-//! ```
-//!
-//! A file may lie on a server that does not answer, and then the thread that looks at it hangs for as long as the server is
-//! silent. Nothing can end such a thread. So the permits bound the threads that hang, and the deadline bounds the caller's wait.
-//! Only the paths of clients pass through here: the daemon's own files never wait for a permit.
+//! Files may lie where nothing answers: [`looks`] bounds the threads that wait for them, and a deadline the caller's wait. Only
+//! the paths of clients pass through here: the daemon's own files never wait for a seat.
 
 mod disk;
+mod looks;
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use vmm_core::backend::KernelFormat;
 use vmm_core::report::Report;
 use vmm_core::spec::{Console, NamedFiles};
 use vmm_core::store::HostClaim;
 use vmm_host::files::{self, Access, FileFacts};
 use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
+use vmm_host::mounts::Mounts;
+
+use looks::{Limits, Looks, Visitor};
 
 /// No look takes longer.
 pub(crate) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
-/// The most threads that look at files for one purpose, hanging ones included. The runtime has some 500 for everything.
-const THREADS: usize = 32;
+/// The seats of looks for one purpose. The runtime has some 500 threads for everything.
+const SEATS: Limits = Limits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
 
 /// The reason for a look at files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,11 +38,14 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    /// Returns the permits for looks of this purpose. Each purpose has its own, so that calls of CreateVm and ValidateVm which
+    /// Returns the seats for looks of this purpose. Each purpose has its own, so that calls of CreateVm and ValidateVm which
     /// hang keep no VM from starting.
-    fn permits(self) -> &'static Arc<Semaphore> {
-        static CREATE: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS)));
-        static BOOT: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS)));
+    fn looks(self) -> &'static Arc<Looks> {
+        fn seats() -> Arc<Looks> {
+            Arc::new(Looks::new(SEATS, |path| Mounts::read().served_by(path)))
+        }
+        static CREATE: LazyLock<Arc<Looks>> = LazyLock::new(seats);
+        static BOOT: LazyLock<Arc<Looks>> = LazyLock::new(seats);
         match self {
             Self::Create => &CREATE,
             Self::Boot => &BOOT,
@@ -87,47 +86,39 @@ pub(crate) struct FilesSilent;
 ///
 /// [`FilesSilent`].
 pub(crate) async fn look(files: NamedFiles, terms: Terms) -> Result<HostFacts, FilesSilent> {
-    let looking = move || look_blocking(&files, terms);
-    within(LOOK_DEADLINE, terms.purpose.permits(), looking).await
+    let looking = move |visitor: &Visitor| look_blocking(visitor, &files, terms);
+    terms.purpose.looks().within(LOOK_DEADLINE, looking).await
 }
 
-/// Runs `work` on a thread that holds one of `permits` for as long as it runs.
-async fn within<T: Send + 'static>(
-    deadline: Duration,
-    permits: &Arc<Semaphore>,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, FilesSilent> {
-    let worked = async {
-        let permit = Arc::clone(permits).acquire_owned().await.map_err(|_| FilesSilent)?;
-        let work = move || {
-            let _held = permit;
-            work()
-        };
-        tokio::task::spawn_blocking(work).await.map_err(|_| FilesSilent)
-    };
-    tokio::time::timeout(deadline, worked).await.unwrap_or(Err(FilesSilent))
-}
-
-fn look_blocking(files: &NamedFiles, terms: Terms) -> HostFacts {
+fn look_blocking(visitor: &Visitor, files: &NamedFiles, terms: Terms) -> HostFacts {
     let NamedFiles { kernel, initrd, disks, console } = files;
     let mut report = Report::default();
     if let Some(kernel) = kernel {
-        look_at_kernel(&mut report, kernel, terms.kernels);
+        look_at_kernel(visitor, &mut report, kernel, terms.kernels);
     }
     if let Some(initrd) = initrd {
-        inspect(&mut report, "config.boot.initrd_path", initrd, Access::Read);
+        inspect(visitor, &mut report, "config.boot.initrd_path", initrd, Access::Read);
     }
     let mut claims = Vec::new();
     for disk in disks {
-        disk::look_at(&mut report, &mut claims, disk, terms.purpose);
+        disk::look_at(visitor, &mut report, &mut claims, disk, terms.purpose);
     }
     if let Console::File(path) = console {
-        look_at_output(&mut report, path, terms.owns_output);
+        look_at_output(visitor, &mut report, path, terms.owns_output);
     }
     HostFacts { report, claims }
 }
 
-fn inspect(report: &mut Report, field: &str, path: &Path, access: Access) -> Option<FileFacts> {
+fn inspect(
+    visitor: &Visitor,
+    report: &mut Report,
+    field: &str,
+    path: &Path,
+    access: Access,
+) -> Option<FileFacts> {
+    if !visitor.may_touch(path) {
+        return None;
+    }
     match files::inspect(path, access) {
         Ok(facts) => Some(facts),
         Err(problem) => {
@@ -137,9 +128,9 @@ fn inspect(report: &mut Report, field: &str, path: &Path, access: Access) -> Opt
     }
 }
 
-fn look_at_kernel(report: &mut Report, path: &Path, accepted: Option<&[KernelFormat]>) {
+fn look_at_kernel(visitor: &Visitor, report: &mut Report, path: &Path, accepted: Option<&[KernelFormat]>) {
     const FIELD: &str = "config.boot.kernel_path";
-    if inspect(report, FIELD, path, Access::Read).is_none() {
+    if inspect(visitor, report, FIELD, path, Access::Read).is_none() {
         return;
     }
     let Some(accepted) = accepted else { return };
@@ -164,8 +155,11 @@ fn look_at_kernel(report: &mut Report, path: &Path, accepted: Option<&[KernelFor
     }
 }
 
-fn look_at_output(report: &mut Report, path: &Path, owned: bool) {
+fn look_at_output(visitor: &Visitor, report: &mut Report, path: &Path, owned: bool) {
     const FIELD: &str = "config.console.output";
+    if !visitor.may_touch(path) {
+        return;
+    }
     match std::fs::symlink_metadata(path) {
         Ok(found) if owned && found.is_file() => {}
         Ok(_) => report.reject(
@@ -182,31 +176,5 @@ fn look_at_output(report: &mut Report, path: &Path, owned: bool) {
             }
         }
         Err(error) => report.reject(FIELD, format!("{} cannot be looked at: {error}", path.display())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use super::*;
-
-    const SOON: Duration = Duration::from_millis(50);
-
-    #[tokio::test]
-    async fn a_look_that_hangs_keeps_its_permit_until_its_thread_returns() {
-        let permits = Arc::new(Semaphore::new(1));
-        let (let_go, hang) = mpsc::channel::<()>();
-        let hanging = move || {
-            let _ = hang.recv();
-        };
-        let silent = within(SOON, &permits, hanging).await;
-        assert_eq!(silent, Err(FilesSilent), "the caller waits no longer than the deadline");
-        assert_eq!(permits.available_permits(), 0, "the thread still hangs");
-        assert_eq!(within(SOON, &permits, || ()).await, Err(FilesSilent), "no more threads");
-        drop(let_go);
-        let permit = permits.acquire().await.unwrap();
-        drop(permit);
-        assert_eq!(within(LOOK_DEADLINE, &permits, || 7).await, Ok(7));
     }
 }

@@ -14,16 +14,23 @@ use vmm_core::store::{DiskKey, HostClaim};
 use vmm_host::files::{self, Access};
 use vmm_host::qcow2::{self, Backing, Qcow2Header};
 
+use super::looks::Visitor;
 use super::{Purpose, inspect};
 
 /// The most backing files of one image. A longer chain reads slowly, and is a mistake.
 const MAX_CHAIN: usize = 32;
 
 /// Looks at `disk`, and adds the claims on its image and on each of its backing files.
-pub(super) fn look_at(report: &mut Report, claims: &mut Vec<HostClaim>, disk: &Disk, purpose: Purpose) {
+pub(super) fn look_at(
+    visitor: &Visitor,
+    report: &mut Report,
+    claims: &mut Vec<HostClaim>,
+    disk: &Disk,
+    purpose: Purpose,
+) {
     let field = format!("{}.path", disk.field());
     let access = if disk.read_only { Access::Read } else { Access::ReadWrite };
-    let Some(facts) = inspect(report, &field, &disk.path, access) else { return };
+    let Some(facts) = inspect(visitor, report, &field, &disk.path, access) else { return };
     claim(report, claims, &field, facts.claim(&disk.path, access));
     match (disk.format, purpose) {
         (DiskFormat::Raw, Purpose::Create) => probe_raw(report, disk),
@@ -31,7 +38,7 @@ pub(super) fn look_at(report: &mut Report, claims: &mut Vec<HostClaim>, disk: &D
         (DiskFormat::Raw, Purpose::Boot) => {}
         (DiskFormat::Qcow2, _) => {
             if let Some(header) = read_qcow2(report, &format_field(disk), &disk.path) {
-                Chain { report, claims, disk, purpose }.walk(header, (facts.device, facts.inode));
+                Chain { visitor, report, claims, disk, purpose }.walk(header, (facts.device, facts.inode));
             }
         }
     }
@@ -70,6 +77,7 @@ fn read_qcow2(report: &mut Report, field: &str, path: &Path) -> Option<Qcow2Head
 
 /// The walk from one image along its backing files.
 struct Chain<'a> {
+    visitor: &'a Visitor,
     report: &'a mut Report,
     claims: &'a mut Vec<HostClaim>,
     disk: &'a Disk,
@@ -134,7 +142,7 @@ impl Chain<'_> {
             return None;
         };
         let field = self.field();
-        let facts = inspect(self.report, &field, &next, Access::Read)?;
+        let facts = inspect(self.visitor, self.report, &field, &next, Access::Read)?;
         let file = (facts.device, facts.inode);
         if seen.contains(&file) {
             self.reject(format!("{} is based on itself", next.display()));

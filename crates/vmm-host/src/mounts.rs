@@ -1,0 +1,174 @@
+//! The mounts whose files somebody else serves: a server, or a process of this host.
+//!
+//! A look at such a file waits for as long as its server is silent. So the way to a file is followed here without a step into
+//! such a mount.
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Component, Path, PathBuf};
+
+/// As many symbolic links as the kernel follows on one path.
+const MAX_LINKS: usize = 40;
+
+/// File systems whose files are served by somebody else. `fuse` stands for each that begins so.
+const SERVED: &[&str] = &[
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "virtiofs",
+    "ceph",
+    "lustre",
+    "afs",
+    "orangefs",
+    "beegfs",
+    "gpfs",
+    "ocfs2",
+    "gfs2",
+    "glusterfs",
+    "autofs",
+];
+
+/// The mounts of this process's namespace at one moment.
+#[derive(Debug, Default)]
+pub struct Mounts {
+    /// Each mount point, and whether the files of the mount are served by somebody else.
+    points: HashMap<PathBuf, bool>,
+}
+
+impl Mounts {
+    /// Reads the mounts of this process. Where the kernel does not show them, there are none.
+    pub fn read() -> Self {
+        Self::parse(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
+    }
+
+    fn parse(text: &[u8]) -> Self {
+        let mut points = HashMap::new();
+        for line in text.split(|byte| *byte == b'\n') {
+            let mut fields = line.split(|byte| *byte == b' ');
+            let Some(point) = fields.nth(4) else { continue };
+            let kind = fields.skip_while(|field| *field != b"-").nth(1).unwrap_or_default();
+            let kind = String::from_utf8_lossy(kind);
+            // Of several mounts on one point the last one is seen.
+            let served = kind.starts_with("fuse") || SERVED.contains(&kind.as_ref());
+            points.insert(unescape(point), served);
+        }
+        Self { points }
+    }
+
+    /// Returns the first mount on the way to the absolute `path` whose files are served by somebody else. Follows symbolic
+    /// links as far as that mount, and touches nothing in it. `None` where there is no such mount, or no such path.
+    pub fn served_by(&self, path: &Path) -> Option<PathBuf> {
+        let mut links = 0;
+        let mut here = PathBuf::from("/");
+        let mut ahead: VecDeque<OsString> = names(path);
+        while let Some(name) = ahead.pop_front() {
+            if name == ".." {
+                here.pop();
+                continue;
+            }
+            let next = here.join(&name);
+            match self.points.get(&next) {
+                Some(true) => return Some(next),
+                Some(false) => {
+                    here = next;
+                    continue;
+                }
+                None => {}
+            }
+            let Ok(target) = std::fs::read_link(&next) else {
+                here = next;
+                continue;
+            };
+            links += 1;
+            if links > MAX_LINKS {
+                return None;
+            }
+            if target.is_absolute() {
+                here = PathBuf::from("/");
+            }
+            for name in names(&target).into_iter().rev() {
+                ahead.push_front(name);
+            }
+        }
+        None
+    }
+}
+
+fn names(path: &Path) -> VecDeque<OsString> {
+    let name = |component| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some(OsStr::new("..").to_owned()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    };
+    path.components().filter_map(name).collect()
+}
+
+/// Reads a path in which some characters stand as three octal digits behind a backslash.
+fn unescape(text: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((first, after)) = rest.split_first() {
+        let code = (*first == b'\\')
+            .then(|| after.get(..3))
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(code.unwrap_or(*first));
+        rest = if code.is_some() { &after[3..] } else { after };
+    }
+    OsString::from_vec(bytes).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn mounts(points: &[(&Path, &str)]) -> Mounts {
+        let line = |(point, kind): &(&Path, &str)| {
+            let point = point.display().to_string().replace(' ', "\\040");
+            format!("36 35 98:0 / {point} rw,noatime master:1 - {kind} source rw\n")
+        };
+        Mounts::parse(points.iter().map(line).collect::<String>().as_bytes())
+    }
+
+    #[test]
+    fn the_way_to_a_file_is_followed_up_to_the_mount_that_is_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let (hung, plain) = (root.join("hung mount"), root.join("plain"));
+        for folder in [&hung, &plain] {
+            std::fs::create_dir(folder).unwrap();
+        }
+        symlink(&hung, root.join("absolute")).unwrap();
+        symlink("../absolute", plain.join("relative")).unwrap();
+        symlink("../plain/relative/x", plain.join("twice")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        let mounts = mounts(&[(&root, "ext4"), (&hung, "fuse.sshfs"), (&plain, "tmpfs")]);
+        let found = |path: &str| mounts.served_by(&root.join(path));
+        assert_eq!(found("plain/file"), None);
+        assert_eq!(found("no/such/file"), None);
+        assert_eq!(found("loop/file"), None);
+        assert_eq!(found("hung mount/a/b"), Some(hung.clone()));
+        assert_eq!(found("absolute/file"), Some(hung.clone()));
+        assert_eq!(found("plain/../absolute"), Some(hung.clone()));
+        assert_eq!(found("plain/twice"), Some(hung.clone()), "a link to a link to a link");
+    }
+
+    #[test]
+    fn of_two_mounts_on_one_point_the_last_is_seen() {
+        let point = Path::new("/mnt");
+        assert_eq!(mounts(&[(point, "nfs4"), (point, "xfs")]).served_by(Path::new("/mnt/disk")), None);
+        let served = mounts(&[(point, "xfs"), (point, "nfs4")]).served_by(Path::new("/mnt/disk"));
+        assert_eq!(served.as_deref(), Some(point));
+    }
+
+    #[test]
+    fn the_mounts_of_this_process_can_be_read() {
+        assert!(Mounts::read().points.contains_key(Path::new("/proc")));
+    }
+}

@@ -1,0 +1,321 @@
+//! The threads that look at files, and what bounds them.
+//!
+//! ```text
+//!   look ─► a quick seat (32) ─► thread ── done within 250 ms ────────────────► answer
+//!                                   │
+//!                                   └── slow: the quick seat is free again, and the thread has
+//!                                       a slow seat (160, at most 16 of one mount) ─► answer, or silence after 3 s
+//! ```
+//!
+//! A file may lie on a server that does not answer, and then the thread that looks at it hangs for as long as the server is
+//! silent. Nothing can end such a thread. The quick seats bound the looks that cost processor time, and the slow seats bound the
+//! threads that wait: a mount that hangs holds no quick seat for longer than a moment, and has at most its part of the slow
+//! ones. A look that leads into a mount with no slow seat left touches nothing there, and waits without a thread.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+use super::FilesSilent;
+
+/// The numbers of seats, and the time after which a look is slow.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) quick: usize,
+    pub(super) slow: usize,
+    pub(super) slow_of_a_mount: usize,
+    pub(super) after: Duration,
+}
+
+/// The seats of looks for one purpose.
+pub(super) struct Looks {
+    limits: Limits,
+    mount_of: fn(&Path) -> Option<PathBuf>,
+    quick: Arc<Semaphore>,
+    slow: Mutex<Slow>,
+    /// Told when a slow seat gets free.
+    freed: Notify,
+}
+
+#[derive(Default)]
+struct Slow {
+    taken: usize,
+    by_mount: HashMap<PathBuf, usize>,
+}
+
+/// The mount whose slow seats are all taken.
+struct Crowded;
+
+impl Looks {
+    /// Makes the seats. `mount_of` tells which mount of somebody else's files a path leads into, and touches nothing there.
+    pub(super) fn new(limits: Limits, mount_of: fn(&Path) -> Option<PathBuf>) -> Self {
+        let quick = Arc::new(Semaphore::new(limits.quick));
+        Self { limits, mount_of, quick, slow: Mutex::default(), freed: Notify::new() }
+    }
+
+    /// Runs `work` on a thread of its own, and answers within `deadline`. `work` tells its [`Visitor`] of each path before it
+    /// touches the path.
+    ///
+    /// # Errors
+    ///
+    /// [`FilesSilent`].
+    pub(super) async fn within<T: Send + 'static>(
+        self: &Arc<Self>,
+        deadline: Duration,
+        work: impl Fn(&Visitor) -> T + Send + Clone + 'static,
+    ) -> Result<T, FilesSilent> {
+        let until = Instant::now() + deadline;
+        loop {
+            let freed = self.freed.notified();
+            let seat = tokio::time::timeout_at(until, Arc::clone(&self.quick).acquire_owned()).await;
+            let Ok(Ok(seat)) = seat else { return Err(FilesSilent) };
+            // A task of its own, because the seat must change hands also where nobody waits for the answer any more.
+            let attempt = tokio::spawn(attempt(Visitor::new(self, seat), work.clone()));
+            match tokio::time::timeout_at(until, attempt).await {
+                Ok(Ok(Ok(done))) => return Ok(done),
+                Ok(Ok(Err(Crowded))) if tokio::time::timeout_at(until, freed).await.is_ok() => {}
+                Ok(Ok(Err(Crowded)) | Err(_)) | Err(_) => return Err(FilesSilent),
+            }
+        }
+    }
+
+    fn slow(&self) -> MutexGuard<'_, Slow> {
+        self.slow.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn attempt<T: Send + 'static>(
+    visitor: Arc<Visitor>,
+    work: impl Fn(&Visitor) -> T + Send + 'static,
+) -> Result<T, Crowded> {
+    let after = visitor.looks.limits.after;
+    let watched = Arc::clone(&visitor);
+    let mut thread = tokio::task::spawn_blocking(move || {
+        let visit = Visit(visitor);
+        let done = work(&visit.0);
+        if visit.0.state().crowded { Err(Crowded) } else { Ok(done) }
+    });
+    let done = match tokio::time::timeout(after, &mut thread).await {
+        Ok(done) => done,
+        Err(_) => {
+            watched.take_slow_seat();
+            thread.await
+        }
+    };
+    // The work has panicked: as far as its caller knows, the files are silent.
+    done.unwrap_or(Err(Crowded))
+}
+
+/// One look, as its thread and its task see it.
+pub(super) struct Visitor {
+    looks: Arc<Looks>,
+    state: Mutex<State>,
+}
+
+struct State {
+    seat: Seat,
+    /// The mount that the look has led into.
+    mount: Option<PathBuf>,
+    /// The look led into a mount with no slow seat left, and has seen nothing there.
+    crowded: bool,
+}
+
+enum Seat {
+    Quick(#[expect(dead_code, reason = "held for as long as the seat is")] OwnedSemaphorePermit),
+    Slow,
+    Left,
+}
+
+impl Visitor {
+    fn new(looks: &Arc<Looks>, seat: OwnedSemaphorePermit) -> Arc<Self> {
+        let state = State { seat: Seat::Quick(seat), mount: None, crowded: false };
+        Arc::new(Self { looks: Arc::clone(looks), state: Mutex::new(state) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says whether the look may touch `path`. Where it may not, the look is made again later.
+    pub(super) fn may_touch(&self, path: &Path) -> bool {
+        let mount = (self.looks.mount_of)(path);
+        let mut state = self.state();
+        if state.crowded || mount == state.mount {
+            return !state.crowded;
+        }
+        let mut slow = self.looks.slow();
+        if slow.of(mount.as_ref()) >= self.looks.limits.slow_of_a_mount {
+            state.crowded = true;
+            return false;
+        }
+        if matches!(state.seat, Seat::Slow) {
+            slow.leave(state.mount.as_ref());
+            slow.take(mount.as_ref());
+        }
+        state.mount = mount;
+        true
+    }
+
+    /// Frees the quick seat, where a slow one is left. How many of them one mount has is asked when a look is about to enter.
+    fn take_slow_seat(&self) {
+        let mut state = self.state();
+        let mut slow = self.looks.slow();
+        if matches!(state.seat, Seat::Quick(_)) && slow.taken < self.looks.limits.slow {
+            slow.take(state.mount.as_ref());
+            state.seat = Seat::Slow;
+        }
+    }
+
+    fn leave(&self) {
+        let mut state = self.state();
+        if matches!(std::mem::replace(&mut state.seat, Seat::Left), Seat::Slow) {
+            self.looks.slow().leave(state.mount.as_ref());
+            self.looks.freed.notify_waiters();
+        }
+    }
+}
+
+/// The time that a look has a thread.
+struct Visit(Arc<Visitor>);
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+impl Slow {
+    /// Returns the slow seats of one mount. Files that lie in none are bounded by the number of all slow seats alone.
+    fn of(&self, mount: Option<&PathBuf>) -> usize {
+        mount.and_then(|mount| self.by_mount.get(mount)).copied().unwrap_or_default()
+    }
+
+    fn take(&mut self, mount: Option<&PathBuf>) {
+        self.taken += 1;
+        if let Some(mount) = mount {
+            *self.by_mount.entry(mount.clone()).or_default() += 1;
+        }
+    }
+
+    fn leave(&mut self, mount: Option<&PathBuf>) {
+        self.taken -= 1;
+        if let Some(mount) = mount
+            && let Some(count) = self.by_mount.get_mut(mount)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.by_mount.remove(mount);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+    const SHORT: Duration = Duration::from_millis(100);
+    const LIMITS: Limits = Limits { quick: 1, slow: 3, slow_of_a_mount: 2, after: Duration::from_millis(10) };
+
+    /// Seats where everything below `/hung` lies in a mount.
+    fn looks() -> Arc<Looks> {
+        Arc::new(Looks::new(LIMITS, |path| path.starts_with("/hung").then(|| "/hung".into())))
+    }
+
+    /// Files that hang until they are let go.
+    #[derive(Clone)]
+    struct Hung(Arc<Mutex<mpsc::Receiver<()>>>);
+
+    impl Hung {
+        fn new() -> (mpsc::Sender<()>, Self) {
+            let (let_go, hang) = mpsc::channel();
+            (let_go, Self(Arc::new(Mutex::new(hang))))
+        }
+
+        async fn look(&self, looks: &Arc<Looks>, path: &'static str) -> Result<bool, FilesSilent> {
+            let hung = self.clone();
+            let look = move |visitor: &Visitor| {
+                let touched = visitor.may_touch(Path::new(path));
+                if touched {
+                    let _ = hung.0.lock().unwrap().recv();
+                }
+                touched
+            };
+            looks.within(SHORT, look).await
+        }
+    }
+
+    async fn answers(looks: &Arc<Looks>, path: &'static str) {
+        let touched = looks.within(LONG, move |visitor| visitor.may_touch(Path::new(path))).await;
+        assert_eq!(touched, Ok(true), "{path}");
+    }
+
+    #[tokio::test]
+    async fn looks_that_hang_leave_the_quick_seat_to_others() {
+        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        for _ in 0..LIMITS.slow_of_a_mount {
+            assert_eq!(hung.look(&looks, "/hung/a").await, Err(FilesSilent));
+            answers(&looks, "/fine").await;
+        }
+        assert_eq!(looks.slow().taken, LIMITS.slow_of_a_mount);
+        assert_eq!(hung.look(&looks, "/hung/b").await, Err(FilesSilent), "nothing is touched there");
+        assert_eq!(looks.slow().taken, LIMITS.slow_of_a_mount, "and no thread hangs for it");
+        answers(&looks, "/fine").await;
+        drop(let_go);
+        answers(&looks, "/hung/c").await;
+        while looks.slow().taken > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(looks.slow().by_mount.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_look_waits_for_a_seat_of_its_mount() {
+        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        for _ in 0..LIMITS.slow_of_a_mount {
+            assert_eq!(hung.look(&looks, "/hung/a").await, Err(FilesSilent));
+        }
+        let waits = tokio::spawn({
+            let looks = Arc::clone(&looks);
+            async move { answers(&looks, "/hung/b").await }
+        });
+        tokio::time::sleep(SHORT).await;
+        assert!(!waits.is_finished());
+        let_go.send(()).unwrap();
+        waits.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_look_that_nobody_waits_for_leaves_its_quick_seat_too() {
+        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        let look = tokio::spawn({
+            let looks = Arc::clone(&looks);
+            async move { hung.look(&looks, "/local").await }
+        });
+        while looks.quick.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        look.abort();
+        answers(&looks, "/fine").await;
+        drop(let_go);
+    }
+
+    #[tokio::test]
+    async fn threads_that_hang_are_bounded_whatever_they_hang_on() {
+        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        for _ in 0..=LIMITS.slow {
+            assert_eq!(hung.look(&looks, "/local").await, Err(FilesSilent));
+        }
+        assert_eq!((looks.slow().taken, looks.quick.available_permits()), (LIMITS.slow, 0));
+        assert_eq!(hung.look(&looks, "/fine").await, Err(FilesSilent), "no more threads");
+        drop(let_go);
+        answers(&looks, "/fine").await;
+    }
+}
