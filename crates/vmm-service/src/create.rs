@@ -66,7 +66,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     }
     let uid = spare.as_ref().and_then(Promise::uid).unwrap_or(fresh);
     let Checked { config, report, accepted } = check_config(shared, uid, &request.requested).await?;
-    let Some((spec, backend)) = accepted.filter(|_| report.is_ok()) else {
+    let Some(backend) = accepted.filter(|_| report.is_ok()) else {
         return Err(refusal(report));
     };
     let claim = places::claim(shared, &*backend).await?;
@@ -76,7 +76,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     }
     point(FaultPoint::CreateChecked);
     let committed = put_on_record(shared, &record, request.caller, spare).await?;
-    let shown = show(shared, record, spec, backend, committed);
+    let shown = show(shared, record, backend, committed);
     Ok(Created { record: shown, warnings: report.warnings })
 }
 
@@ -164,14 +164,13 @@ async fn put_on_record(
 fn show(
     shared: &Arc<Shared>,
     record: VmRecord,
-    spec: VmSpec,
     backend: Arc<dyn Backend>,
     committed: Committed,
 ) -> Arc<VmRecord> {
     let shown = Arc::new(record);
     let (record, seq) = (Arc::clone(&shown), committed.seq);
     let beginning = Beginning::Created;
-    NewActor { shared: Arc::clone(shared), record, spec, backend, committed: seq, beginning }.start();
+    NewActor { shared: Arc::clone(shared), record, backend, committed: seq, beginning }.start();
     drop(committed);
     point(FaultPoint::CreateShown);
     tracing::info!(vm_id = %shown.vm_id, uid = %shown.uid, backend = %shown.backend, "VM created");

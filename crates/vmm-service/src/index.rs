@@ -79,7 +79,6 @@ struct Inner {
 
 struct Entry {
     shown: Mutex<Shown>,
-    metrics: MetricsCell,
     actor: ActorHandle,
 }
 
@@ -88,6 +87,8 @@ struct Shown {
     /// The last event that the record shows.
     seq: EventSeq,
     waiters: Waiters,
+    /// The samples of the last run, if there was one.
+    metrics: Option<MetricsCell>,
 }
 
 /// The answer to a WaitVm.
@@ -138,19 +139,13 @@ impl Inner {
 
 impl Index {
     /// Adds a VM, as it is after the event `seq`, with the actor that writes it.
-    pub(crate) fn insert(
-        &self,
-        record: Arc<VmRecord>,
-        seq: EventSeq,
-        metrics: MetricsCell,
-        actor: ActorHandle,
-    ) {
+    pub(crate) fn insert(&self, record: Arc<VmRecord>, seq: EventSeq, actor: ActorHandle) {
         self.youngest_ms.fetch_max(record.created_ms, Ordering::Relaxed);
         let mut inner = self.write();
         inner.file(&record);
         let uid = record.uid;
-        let shown = Mutex::new(Shown { record, seq, waiters: Waiters::default() });
-        inner.by_uid.insert(uid, Entry { shown, metrics, actor });
+        let shown = Mutex::new(Shown { record, seq, waiters: Waiters::default(), metrics: None });
+        inner.by_uid.insert(uid, Entry { shown, actor });
     }
 
     /// Returns the time of creation of a new VM, in Unix milliseconds: `now_ms`, or later where the clock was set back, so that
@@ -193,6 +188,13 @@ impl Index {
         woken.tell(&record);
     }
 
+    /// Shows the samples of a run that begins. Called by the VM's actor alone.
+    pub(crate) fn measure(&self, uid: VmUid, metrics: MetricsCell) {
+        if let Some(entry) = self.read().by_uid.get(&uid) {
+            entry.shown().metrics = Some(metrics);
+        }
+    }
+
     /// Forgets a VM; its name is free.
     pub(crate) fn remove(&self, uid: VmUid) {
         let mut inner = self.write();
@@ -205,7 +207,9 @@ impl Index {
     pub(crate) fn get(&self, vm_id: &VmId) -> Option<VmView> {
         let inner = self.read();
         let entry = inner.named(vm_id)?;
-        Some(VmView { record: entry.record(), metrics: entry.metrics.get() })
+        let shown = entry.shown();
+        let metrics = shown.metrics.as_ref().and_then(MetricsCell::get);
+        Some(VmView { record: Arc::clone(&shown.record), metrics })
     }
 
     /// Finds a VM's record by name, with the last event that the record shows.

@@ -71,10 +71,29 @@ pub(crate) struct Mailbox {
 
 #[derive(Default)]
 struct Queues {
-    asked: VecDeque<QueuedOperation>,
-    forced: VecDeque<QueuedOperation>,
+    asked: VecDeque<Box<QueuedOperation>>,
+    forced: VecDeque<Box<QueuedOperation>>,
     found: Option<Box<Found>>,
     closed: bool,
+}
+
+/// A message that an actor has taken from its mailbox.
+pub(crate) enum Mail {
+    /// A forced operation.
+    Forced(Box<QueuedOperation>),
+    /// The VM that was found at this VM's place.
+    Found(Box<Found>),
+    /// An operation that is not forced.
+    Asked(Box<QueuedOperation>),
+}
+
+impl Queues {
+    fn take(&mut self) -> Option<Mail> {
+        let forced = self.forced.pop_front().map(Mail::Forced);
+        forced
+            .or_else(|| self.found.take().map(Mail::Found))
+            .or_else(|| self.asked.pop_front().map(Mail::Asked))
+    }
 }
 
 impl Mailbox {
@@ -83,18 +102,25 @@ impl Mailbox {
     }
 
     /// Takes the forced operation that has waited longest.
-    pub(crate) fn take_forced(&self) -> Option<QueuedOperation> {
+    pub(crate) fn take_forced(&self) -> Option<Box<QueuedOperation>> {
         self.queues().forced.pop_front()
     }
 
     /// Takes the operation that has waited longest, of those that are not forced.
-    pub(crate) fn take_asked(&self) -> Option<QueuedOperation> {
+    pub(crate) fn take_asked(&self) -> Option<Box<QueuedOperation>> {
         self.queues().asked.pop_front()
     }
 
-    /// Takes the VM that was found at this VM's place.
-    pub(crate) fn take_found(&self) -> Option<Box<Found>> {
-        self.queues().found.take()
+    /// Waits for the next message and takes it: what is forced first, then the VM that was found at this VM's place. Nothing is
+    /// lost if the wait is given up. Only the actor may wait, because one waiter is woken.
+    pub(crate) async fn next(&self) -> Mail {
+        loop {
+            if let Some(mail) = self.queues().take() {
+                return mail;
+            }
+            // What came since has left a permit, with which this wait ends at once.
+            self.news.notified().await;
+        }
     }
 
     /// Waits until a forced operation waits, and returns when it was asked for. The operation stays in its queue. Only the
@@ -106,11 +132,6 @@ impl Mailbox {
             }
             self.news.notified().await;
         }
-    }
-
-    /// Waits until something was put into the mailbox since the last call. Only the actor may wait.
-    pub(crate) async fn news(&self) {
-        self.news.notified().await;
     }
 
     /// Refuses everything from now on, and drops what waits: nobody will answer it.
@@ -176,7 +197,8 @@ impl ActorHandle {
     ) -> Option<Result<Outcome, ServiceError>> {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
-        let queued = QueuedOperation { operation, reply, span: tracing::Span::current(), asked, under_way };
+        let span = tracing::Span::current();
+        let queued = Box::new(QueuedOperation { operation, reply, span, asked, under_way });
         {
             let mut queues = self.mailbox.queues();
             if queues.closed {

@@ -232,7 +232,6 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
     NewActor {
         shared: Arc::clone(shared),
         record: Arc::new(record),
-        spec,
         backend: Arc::clone(backend),
         committed: committed.seq,
         beginning: Beginning::Imported { launched: found.launched },

@@ -411,12 +411,11 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
         if record.imported { Ok(VmSpec::imported(&record.config)) } else { VmSpec::parse(&record.config) };
     let backend = shared.backends.of_kind(record.backend.as_str(), &record.kind);
     let (known, why) = match (spec, backend) {
-        (Ok(spec), Ok(backend)) => {
+        (Ok(_), Ok(backend)) => {
             let in_use = in_use.contains(record.uid);
             return fate(NewActor {
                 shared: Arc::clone(shared),
                 record: Arc::new(record),
-                spec,
                 backend,
                 committed: EventSeq::default(),
                 beginning: Beginning::Recovered { in_use },

@@ -30,7 +30,7 @@ pub(crate) struct Checked {
     /// Everything found.
     pub(crate) report: Report,
     /// The parsed configuration and its backend, where both could be made out.
-    pub(crate) accepted: Option<(VmSpec, Arc<dyn Backend>)>,
+    pub(crate) accepted: Option<Arc<dyn Backend>>,
 }
 
 /// Runs every check of CreateVm and collects every finding. Touches nothing, and takes time linear in the request.
@@ -63,7 +63,7 @@ pub(crate) async fn check_config(
         // The client has to mend the request first.
         Err(_) => {}
     }
-    Ok(Checked { config, report, accepted: spec.zip(backend) })
+    Ok(Checked { config, report, accepted: spec.and(backend) })
 }
 
 /// Adds what the backend says of `spec`, and whether it can serve now.

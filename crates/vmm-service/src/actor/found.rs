@@ -12,7 +12,6 @@ use vmm_core::backend::Launched;
 use vmm_core::config::VmConfig;
 use vmm_core::event::EventKind;
 use vmm_core::place::Found;
-use vmm_core::spec::VmSpec;
 use vmm_core::state::{Observation, Phase, VmState, observe};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Lookup, adopt};
@@ -60,7 +59,7 @@ impl Actor {
         if found.uid.is_none() {
             self.take_configuration(&found);
         }
-        let (spec, backend) = (self.spec.clone(), Arc::clone(&self.backend));
+        let (spec, backend) = (self.spec(), Arc::clone(&self.backend));
         let found_run = launched.vmm.run().clone();
         let claiming = async move { places::claimed(&spec, &backend, found_run).await };
         let budget = Budget::of_own_step();
@@ -121,7 +120,6 @@ impl Actor {
             restart_policy: record.config.restart_policy.take(),
             ..found.config.clone()
         };
-        self.spec = VmSpec::imported(&self.record.config);
     }
 }
 

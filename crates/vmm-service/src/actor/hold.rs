@@ -12,7 +12,7 @@ use vmm_core::store::RunRecord;
 use super::{Actor, resets::Resets, restart};
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
-use crate::metrics::{News, Sampler};
+use crate::metrics::{MetricsCell, News, Sampler};
 
 /// Time between two looks for a process that may live and of which no handle is held.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,7 +49,7 @@ pub(super) enum Next {
     /// The actor looks for a process that may live and of which no handle is held.
     LookAt(Instant),
     /// The actor carries on an operation that the death of a daemon cut short.
-    Finish(Operation),
+    Finish(Box<Operation>),
 }
 
 /// A VMM that is held, and what comes from it.
@@ -171,7 +171,9 @@ impl Actor {
     pub(super) fn live(&self, launched: Launched, run: RunRecord) -> Box<Live> {
         let Launched { vmm, events } = launched;
         let interval = self.shared.settings.metrics_interval;
-        let sampler = Sampler::start(Arc::clone(&vmm), self.spec.cpu.count, interval, self.metrics.clone());
+        let metrics = MetricsCell::default();
+        self.shared.index.measure(self.record.uid, metrics.clone());
+        let sampler = Sampler::start(Arc::clone(&vmm), self.spec().cpu.count, interval, metrics);
         let quiet_since = begun(&run);
         Box::new(Live { vmm, events, sampler, run, quiet_since, resets: Resets::default() })
     }

@@ -22,12 +22,10 @@ impl Actor {
     /// Returns the spec to start, and the reason where the spec does not suffice to make the VM anew.
     fn what_to_start(&self) -> (VmSpec, Option<String>) {
         if !self.record.imported {
-            return (self.spec.clone(), None);
+            return (self.spec(), None);
         }
         match VmSpec::parse(&self.record.config) {
-            Err(report) => {
-                (self.spec.clone(), Some(ServiceError::Invalid(report.into_violations()).to_string()))
-            }
+            Err(report) => (self.spec(), Some(ServiceError::Invalid(report.into_violations()).to_string())),
             Ok(spec) if self.record.untold.is_empty() => (spec, None),
             Ok(spec) => (spec, Some(format!("it also had {}", self.record.untold.join(", ")))),
         }

@@ -51,6 +51,7 @@ use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tracing::Instrument as _;
@@ -60,13 +61,13 @@ use vmm_core::spec::VmSpec;
 use vmm_core::state::Request;
 use vmm_core::store::VmRecord;
 
-use crate::mailbox::{Mailbox, Operation, QueuedOperation};
-use crate::metrics::MetricsCell;
+use crate::mailbox::{Mail, Mailbox, Operation, QueuedOperation};
 use crate::shared::Shared;
 
 use budget::Budget;
 use hold::{Hold, Next, Sign};
 use journal::Journal;
+use quarantine::no_spec;
 
 pub(crate) use supervise::{Beginning, NewActor};
 pub(crate) use taps::remove_orphans;
@@ -86,9 +87,7 @@ struct Actor {
     /// The VM as readers see it. Shared with the index.
     record: Arc<VmRecord>,
     journal: Journal,
-    spec: VmSpec,
     backend: Arc<dyn Backend>,
-    metrics: MetricsCell,
     mailbox: Arc<Mailbox>,
     hold: Hold,
     next: Next,
@@ -100,11 +99,11 @@ struct Actor {
 
 /// One thing that an actor does next.
 enum Step {
-    Forced(QueuedOperation),
-    Asked(QueuedOperation),
+    Forced(Box<QueuedOperation>),
+    Asked(Box<QueuedOperation>),
     Sign(Sign),
     /// An operation that was cut short is carried on.
-    Finish(Operation),
+    Finish(Box<Operation>),
     /// A restart that is due, with its slot.
     Restart(OwnedSemaphorePermit),
     /// A process that may live is looked for.
@@ -117,15 +116,42 @@ enum Step {
     Rewrite,
 }
 
+impl From<Mail> for Step {
+    fn from(mail: Mail) -> Self {
+        match mail {
+            Mail::Forced(queued) => Self::Forced(queued),
+            Mail::Found(found) => Self::Found(found),
+            Mail::Asked(queued) => Self::Asked(queued),
+        }
+    }
+}
+
 impl Actor {
     async fn run(&mut self) {
         loop {
             let step = self.next_step().await;
             // Boxed, because most actors are idle and a step takes more room than the wait for one.
-            if let Flow::End = Box::pin(self.take(step)).await {
+            let span = self.span();
+            if let Flow::End = Box::pin(self.take(step).instrument(span)).await {
                 return;
             }
             self.keep_looking();
+        }
+    }
+
+    /// Returns the span of one step. An idle actor has none, because a span takes as much memory as the actor.
+    fn span(&self) -> tracing::Span {
+        tracing::info_span!("vm", vm_id = %self.record.vm_id, uid = %self.record.uid)
+    }
+
+    /// Returns the checked form of the configuration in force. The form is made where it is used and not kept, because it takes
+    /// as much memory as the configuration, and most VMs are idle.
+    fn spec(&self) -> VmSpec {
+        match &self.hold {
+            Hold::Quarantined { .. } => no_spec(),
+            _ if self.record.imported => VmSpec::imported(&self.record.config),
+            // A record whose configuration does not parse is in quarantine.
+            _ => VmSpec::parse(&self.record.config).unwrap_or_else(|_| no_spec()),
         }
     }
 
@@ -141,7 +167,7 @@ impl Actor {
                 self.signs_in_a_row = self.signs_in_a_row.saturating_add(1);
                 self.on_sign(sign).await;
             }
-            Step::Finish(operation) => self.finish(operation).await,
+            Step::Finish(operation) => self.finish(*operation).await,
             Step::Restart(slot) => {
                 self.restart_by_policy().await;
                 drop(slot);
@@ -157,57 +183,39 @@ impl Actor {
     /// Waits for the next thing to do. Signs of the VMM come before operations, because an operation must not be admitted on a
     /// state that is over; but a guest that makes signs without end must not starve them.
     async fn next_step(&mut self) -> Step {
-        loop {
-            if let Some(queued) = self.mailbox.take_forced() {
-                return Step::Forced(queued);
-            }
-            if let Next::Finish(_) = self.next
-                && let Next::Finish(operation) = std::mem::replace(&mut self.next, Next::Idle)
-            {
-                return Step::Finish(operation);
-            }
-            if self.signs_in_a_row >= SIGNS_IN_A_ROW {
-                self.signs_in_a_row = 0;
-                if let Some(queued) = self.mailbox.take_asked() {
-                    return Step::Asked(queued);
-                }
-            }
-            let due = timers(
-                self.hold.resets_due(),
-                &self.next,
-                self.journal.retry_at(),
-                &self.shared.policy_starts,
-            );
-            tokio::select! {
-                biased;
-                sign = self.hold.sign() => return Step::Sign(sign),
-                step = due => return step,
-                () = std::future::ready(()) => {}
-            }
-            if let Some(found) = self.mailbox.take_found() {
-                return Step::Found(found);
-            }
+        if let Some(queued) = self.mailbox.take_forced() {
+            return Step::Forced(queued);
+        }
+        if let Next::Finish(_) = self.next
+            && let Next::Finish(operation) = std::mem::replace(&mut self.next, Next::Idle)
+        {
+            return Step::Finish(operation);
+        }
+        if self.signs_in_a_row >= SIGNS_IN_A_ROW {
+            self.signs_in_a_row = 0;
             if let Some(queued) = self.mailbox.take_asked() {
                 return Step::Asked(queued);
             }
-            let due = timers(
-                self.hold.resets_due(),
-                &self.next,
-                self.journal.retry_at(),
-                &self.shared.policy_starts,
-            );
-            // The mailbox was empty a moment ago. What came since has left a permit, with which this wait ends at once.
-            tokio::select! {
-                biased;
-                sign = self.hold.sign() => return Step::Sign(sign),
-                step = due => return step,
-                () = self.mailbox.news() => {}
+        }
+        let mailbox = Arc::clone(&self.mailbox);
+        let due =
+            timers(self.hold.resets_due(), &self.next, self.journal.retry_at(), &self.shared.policy_starts);
+        let due = async {
+            match due {
+                Some(due) => due.await,
+                None => pending().await,
             }
+        };
+        tokio::select! {
+            biased;
+            sign = self.hold.sign() => Step::Sign(sign),
+            step = due => step,
+            mail = mailbox.next() => Step::from(mail),
         }
     }
 
-    async fn operate(&mut self, budget: Budget, queued: QueuedOperation) -> Flow {
-        let QueuedOperation { operation, reply, span, under_way, .. } = queued;
+    async fn operate(&mut self, budget: Budget, queued: Box<QueuedOperation>) -> Flow {
+        let QueuedOperation { operation, reply, span, under_way, .. } = *queued;
         let outcome = self.carry_out(budget, &operation).instrument(span.clone()).await;
         span.in_scope(|| match &outcome {
             Ok(outcome) => tracing::info!(
@@ -233,20 +241,21 @@ impl Actor {
     }
 }
 
-/// Waits for the first timer that is due.
+/// Returns the wait for the first timer that is due; `None` where no timer is set. Boxed, because most actors have none.
 fn timers(
     resets: Option<Instant>,
     next: &Next,
     retry: Option<Instant>,
     slots: &Arc<Semaphore>,
-) -> impl Future<Output = Step> + use<> {
+) -> Option<BoxFuture<'static, Step>> {
     let (look_at, restart_at) = match next {
         Next::Idle | Next::Finish(_) => (None, None),
         Next::RestartAt(at) => (None, Some(*at)),
         Next::LookAt(at) => (Some(*at), None),
     };
+    resets.or(look_at).or(restart_at).or(retry)?;
     let slots = Arc::clone(slots);
-    async move {
+    Some(Box::pin(async move {
         tokio::select! {
             biased;
             () = until(resets) => Step::Resets,
@@ -254,7 +263,7 @@ fn timers(
             slot = slot_at(restart_at, slots) => Step::Restart(slot),
             () = until(retry) => Step::Rewrite,
         }
-    }
+    }))
 }
 
 /// Waits until a restart is due and one of `slots` is free. Until then the VM can be started, shut down and deleted by a client.

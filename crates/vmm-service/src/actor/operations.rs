@@ -241,7 +241,7 @@ impl Actor {
             dir: self.dir(),
             run,
             kind: self.record.kind.clone(),
-            spec: Some(self.spec.clone()),
+            spec: Some(self.spec()),
             imported: self.record.imported,
             purpose,
         };

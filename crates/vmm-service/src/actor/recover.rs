@@ -158,7 +158,7 @@ impl Actor {
             instance: self.shared.instance,
             uid: self.record.uid,
             vm_id: self.record.vm_id.clone(),
-            spec: self.spec.clone(),
+            spec: self.spec(),
             dir: self.dir(),
             run: self.record.run.clone(),
             kind: self.record.kind.clone(),

@@ -58,7 +58,7 @@ impl Actor {
     /// Returns how many restarts the policy allows without a quiet minute between. How often the guest of an imported VM resets
     /// itself is the business of the VM's owner.
     pub(super) fn allowed_restarts(&self) -> u32 {
-        let wanted = self.spec.restart.max_restarts;
+        let wanted = self.spec().restart.max_restarts;
         if self.record.imported { wanted } else { wanted.min(MAX_RESTARTS) }
     }
 

@@ -46,7 +46,7 @@ pub(super) struct Decision {
 impl Actor {
     /// The policy in force.
     pub(super) fn restart_mode(&self) -> RestartMode {
-        self.spec.restart.mode.unwrap_or(self.backend.capabilities().default_restart_mode)
+        self.spec().restart.mode.unwrap_or(self.backend.capabilities().default_restart_mode)
     }
 
     /// Returns the number of this restart, counting those without a quiet minute between.

@@ -172,7 +172,7 @@ impl Actor {
     /// Refuses a configuration that the VM's backend does not take, as CreateVm does. The backend or its host may have changed
     /// since the VM was created. Of an imported VM the configuration is what its VMM says, and is not checked.
     fn check_again(&self) -> Result<(), ServiceError> {
-        let report = self.backend.check(&self.spec);
+        let report = self.backend.check(&self.spec());
         if report.is_ok() || self.record.imported {
             return Ok(());
         }
@@ -216,7 +216,7 @@ impl Actor {
     ) -> Result<Result<HostFacts, FilesSilent>, Broken> {
         let kernels = Some(self.backend.capabilities().kernel_formats);
         let terms = Terms { purpose: Purpose::Boot, kernels, owns_output };
-        let look = check::look(NamedFiles::of(&self.spec), terms);
+        let look = check::look(NamedFiles::of(&self.spec()), terms);
         // The look keeps a deadline of its own, which is the shorter one.
         self.interruptible(budget, 2 * LOOK_DEADLINE, async move { Ok(look.await) }).await
     }

@@ -16,21 +16,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 use tracing::Instrument as _;
 use vmm_core::backend::{Backend, Launched};
 use vmm_core::event::EventSeq;
-use vmm_core::spec::VmSpec;
+use vmm_core::id::VmUid;
 use vmm_core::state::{Phase, Status};
 use vmm_core::store::VmRecord;
 
 use super::hold::{Hold, Next};
 use super::journal::Journal;
-use super::quarantine::{Nobody, no_spec};
+use super::quarantine::Nobody;
 use super::{Actor, Flow};
 use crate::clock::now_ms;
 use crate::mailbox::{ActorHandle, Mailbox};
-use crate::metrics::MetricsCell;
 use crate::shared::Shared;
 
 /// The wait before an actor that has panicked is made anew. Force does not wait.
@@ -53,7 +53,6 @@ pub(crate) struct NewActor {
     pub(crate) shared: Arc<Shared>,
     /// The VM as it is on record.
     pub(crate) record: Arc<VmRecord>,
-    pub(crate) spec: VmSpec,
     pub(crate) backend: Arc<dyn Backend>,
     /// The event that the record shows.
     pub(crate) committed: EventSeq,
@@ -71,26 +70,18 @@ impl NewActor {
     ) -> Self {
         let backend = Arc::new(Nobody::new(&record, known, why.clone()));
         let (record, committed) = (Arc::new(record), EventSeq::default());
-        Self {
-            shared,
-            record,
-            spec: no_spec(),
-            backend,
-            committed,
-            beginning: Beginning::Quarantined { why },
-        }
+        Self { shared, record, backend, committed, beginning: Beginning::Quarantined { why } }
     }
 
     /// Puts the VM into the index and starts its actor. The receiver hears when the VM's fate is known.
     pub(crate) fn start(self) -> oneshot::Receiver<()> {
-        let Self { shared, record, spec, backend, committed, beginning } = self;
-        let (metrics, mailbox) = (MetricsCell::default(), Arc::<Mailbox>::default());
+        let Self { shared, record, backend, committed, beginning } = self;
+        let mailbox = Arc::<Mailbox>::default();
         let handle = ActorHandle::new(record.uid, Arc::clone(&mailbox));
-        shared.index.insert(Arc::clone(&record), committed, metrics.clone(), handle);
-        let span = tracing::info_span!("vm", vm_id = %record.vm_id, uid = %record.uid);
+        shared.index.insert(Arc::clone(&record), committed, handle);
         let (known, fate) = oneshot::channel();
-        let seed = Seed { shared, spec, backend, metrics, mailbox };
-        tokio::spawn(seed.live_on(record, beginning, known).instrument(span));
+        let seed = Seed { shared, uid: record.uid, backend, mailbox };
+        tokio::spawn(seed.live_on(record, beginning, known));
         fate
     }
 }
@@ -98,52 +89,57 @@ impl NewActor {
 /// The parts from which every life of an actor is made.
 struct Seed {
     shared: Arc<Shared>,
-    spec: VmSpec,
+    uid: VmUid,
     backend: Arc<dyn Backend>,
-    metrics: MetricsCell,
     mailbox: Arc<Mailbox>,
 }
 
 impl Seed {
-    /// Lives until the VM is deleted, through panics.
+    /// Lives until the VM is deleted, through panics. The awaited futures are boxed, because most actors are idle and a step
+    /// takes more room than the wait for one.
     async fn live_on(self, record: Arc<VmRecord>, beginning: Beginning, known: oneshot::Sender<()>) {
-        let uid = record.uid;
         let mut known = Some(known);
         let mut life = self.life(record, beginning, Journal::default(), &mut known);
         while let Err(panic) = AssertUnwindSafe(life).catch_unwind().await {
             drop(panic);
-            // Deleted, as far as readers know, which is after the commit.
-            let Some(record) = self.shared.index.record(uid) else { break };
-            tracing::error!(
-                "the actor of a VM has panicked, which is a fault of this program; the VM is taken up again"
-            );
-            self.shared.index.publish(Arc::new(as_after_a_panic(&record)));
-            let force = self.mailbox.forced();
-            let _ = tokio::time::timeout(AFTER_A_PANIC, force).await;
-            let beginning = match record.status.reason.as_str() {
-                super::quarantine::REASON => Beginning::Quarantined { why: record.status.message.clone() },
-                _ => Beginning::Recovered { in_use: true },
-            };
+            let Some((record, beginning)) = Box::pin(self.after_a_panic()).await else { break };
             life = self.life(record, beginning, Journal::after_a_panic(), &mut known);
         }
         self.mailbox.close();
     }
 
-    /// One life of the actor. Boxed, because most actors are idle and what they do takes more room than what they are.
+    /// Waits until the life that follows a panic is to begin, and returns how. `None` means that the VM is deleted, as far as
+    /// readers know, which is after the commit.
+    async fn after_a_panic(&self) -> Option<(Arc<VmRecord>, Beginning)> {
+        let record = self.shared.index.record(self.uid)?;
+        tracing::error!(
+            vm_id = %record.vm_id,
+            uid = %record.uid,
+            "the actor of a VM has panicked, which is a fault of this program; the VM is taken up again"
+        );
+        self.shared.index.publish(Arc::new(as_after_a_panic(&record)));
+        let force = self.mailbox.forced();
+        let _ = tokio::time::timeout(AFTER_A_PANIC, force).await;
+        let beginning = match record.status.reason.as_str() {
+            super::quarantine::REASON => Beginning::Quarantined { why: record.status.message.clone() },
+            _ => Beginning::Recovered { in_use: true },
+        };
+        Some((record, beginning))
+    }
+
+    /// Returns one life of the actor. `known` is told when the VM's fate is known.
     fn life<'a>(
-        &'a self,
+        &self,
         record: Arc<VmRecord>,
         beginning: Beginning,
         journal: Journal,
         known: &'a mut Option<oneshot::Sender<()>>,
-    ) -> futures::future::BoxFuture<'a, ()> {
-        let actor = Actor {
+    ) -> BoxFuture<'a, ()> {
+        let mut actor = Actor {
             shared: Arc::clone(&self.shared),
             record,
             journal,
-            spec: self.spec.clone(),
             backend: Arc::clone(&self.backend),
-            metrics: self.metrics.clone(),
             mailbox: Arc::clone(&self.mailbox),
             hold: Hold::Nothing,
             next: Next::Idle,
@@ -151,13 +147,7 @@ impl Seed {
             signs_in_a_row: 0,
         };
         Box::pin(async move {
-            let mut actor = actor;
-            let flow = Box::pin(actor.begin(beginning)).await;
-            actor.keep_looking();
-            if let Some(known) = known.take() {
-                let _ = known.send(());
-            }
-            if let Flow::GoOn = flow {
+            if let Flow::GoOn = Box::pin(actor.begin_and_tell(beginning, known)).await {
                 actor.run().await;
             }
         })
@@ -165,6 +155,20 @@ impl Seed {
 }
 
 impl Actor {
+    async fn begin_and_tell(
+        &mut self,
+        beginning: Beginning,
+        known: &mut Option<oneshot::Sender<()>>,
+    ) -> Flow {
+        let span = self.span();
+        let flow = self.begin(beginning).instrument(span).await;
+        self.keep_looking();
+        if let Some(known) = known.take() {
+            let _ = known.send(());
+        }
+        flow
+    }
+
     async fn begin(&mut self, beginning: Beginning) -> Flow {
         match beginning {
             Beginning::Created => Flow::GoOn,

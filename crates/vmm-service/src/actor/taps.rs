@@ -46,7 +46,7 @@ impl Actor {
             let by = by(&name);
             (name, by)
         };
-        self.spec.tap_names(uid).into_iter().map(named).collect()
+        self.spec().tap_names(uid).into_iter().map(named).collect()
     }
 
     /// What keeps other running VMs off this VM's TAPs.

@@ -34,7 +34,7 @@ impl Actor {
     pub(super) fn take_up_force(&mut self) {
         let operation = self.record.intent.as_ref().and_then(operation);
         if let Some(operation) = operation.filter(is_forced) {
-            self.next = Next::Finish(operation);
+            self.next = Next::Finish(Box::new(operation));
         }
     }
 
@@ -48,7 +48,7 @@ impl Actor {
             format!("the daemon ended during {method}, which is carried on now"),
         );
         if let Some(operation) = operation(intent) {
-            self.next = Next::Finish(operation);
+            self.next = Next::Finish(Box::new(operation));
         }
         tracing::info!(operation = method, "found the VM's VMM, and carry on with what was under way");
         let turn = Turn::new(EventKind::Adopted, Why::by_itself("daemon-started"), status)
