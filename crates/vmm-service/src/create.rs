@@ -21,7 +21,7 @@ use crate::events::Committed;
 use crate::places;
 use crate::shared::Shared;
 use crate::spares::{self, Promise};
-use crate::validate::{Checked, check_config};
+use crate::validate::{Checked, check_config, check_network};
 
 /// What CreateVm is asked for.
 #[derive(Clone, Debug)]
@@ -211,9 +211,12 @@ fn repeat(shared: &Shared, existing: Arc<VmRecord>, requested: &Requested) -> Re
             existing.vm_id
         )));
     }
-    let warnings = match (VmSpec::parse(&existing.config), shared.backends.get(existing.backend.as_str())) {
-        (Ok(spec), Ok(backend)) => backend.check(&spec).warnings,
-        _ => Vec::new(),
-    };
-    Ok(Created { record: existing, warnings })
+    let mut report = Report::default();
+    if let (Ok(spec), Ok(backend)) =
+        (VmSpec::parse(&existing.config), shared.backends.get(existing.backend.as_str()))
+    {
+        report.merge(backend.check(&spec));
+        check_network(shared, &mut report, &spec, existing.uid);
+    }
+    Ok(Created { record: existing, warnings: report.warnings })
 }

@@ -9,6 +9,7 @@
 //! at most [`CHUNK`] pointers, whatever it lists. A writer takes it exclusively only where a VM comes, leaves or changes in what
 //! VMs are found by; any other change replaces the record under the entry's own lock, beside all readers.
 
+mod macs;
 mod order;
 mod waiters;
 
@@ -20,12 +21,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use vmm_core::event::EventSeq;
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
+use vmm_core::spec::MacAddr;
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::mailbox::ActorHandle;
 use crate::metrics::{Metrics, MetricsCell};
 
+use macs::Macs;
 pub(crate) use order::Filter;
 use order::Order;
 use waiters::{Waiter, Waiters};
@@ -74,6 +77,7 @@ struct Inner {
     by_uid: BTreeMap<VmUid, Entry>,
     by_name: HashMap<VmId, VmUid>,
     by_place: HashMap<(BackendName, String), VmUid>,
+    by_mac: Macs,
     order: Order,
 }
 
@@ -120,6 +124,7 @@ impl Inner {
         if let Some(key) = place_of(record) {
             self.by_place.insert(key, record.uid);
         }
+        self.by_mac.insert(record);
         self.order.insert(record);
     }
 
@@ -133,6 +138,7 @@ impl Inner {
         {
             self.by_place.remove(&key);
         }
+        self.by_mac.remove(record);
         self.order.remove(record);
     }
 }
@@ -230,6 +236,13 @@ impl Index {
         let inner = self.read();
         let uid = inner.by_place.get(&(backend.clone(), place))?;
         inner.by_uid.get(uid).map(Entry::record)
+    }
+
+    /// Finds a VM other than `uid` for which a client chose this hardware address.
+    pub(crate) fn other_with_mac(&self, mac: MacAddr, uid: VmUid) -> Option<VmId> {
+        let inner = self.read();
+        let uid = inner.by_mac.other_holder(mac, uid)?;
+        inner.by_uid.get(&uid).map(|entry| entry.record().vm_id.clone())
     }
 
     /// Finds the actor of a VM by name.

@@ -14,7 +14,7 @@ use vmm_core::backend::Backend;
 use vmm_core::config::{BootConfig, VmConfig};
 use vmm_core::id::VmUid;
 use vmm_core::report::Report;
-use vmm_core::spec::{MacAddr, VmSpec, too_many};
+use vmm_core::spec::{MacAddr, Nic, VmSpec, too_many};
 use vmm_core::store::Requested;
 
 use crate::check::{self, Purpose, Terms};
@@ -55,6 +55,9 @@ pub(crate) async fn check_config(
     if let Some(backend) = &backend {
         check_backend(shared, &mut report, &**backend, spec.as_ref());
     }
+    if let Some(spec) = &spec {
+        check_network(shared, &mut report, spec, uid);
+    }
     let kernels = backend.as_ref().map(|backend| backend.capabilities().kernel_formats);
     let terms = Terms { purpose: Purpose::Create, kernels, owns_output: false };
     match check::look(files, terms).await {
@@ -76,6 +79,32 @@ fn check_backend(shared: &Shared, report: &mut Report, backend: &dyn Backend, sp
     let name = &backend.capabilities().name;
     if let Some(Err(reason)) = shared.backends.status(name).map(|status| status.health.version) {
         report.advise("backend", format!("{name} cannot serve now, and BootVm will fail: {reason}"));
+    }
+}
+
+/// Warns of network interfaces that would work in another way than the client may expect: their TAP does not exist and so is in no
+/// bridge, or their address is that of another VM.
+pub(crate) fn check_network(shared: &Shared, report: &mut Report, spec: &VmSpec, uid: VmUid) {
+    for (index, nic) in spec.nics.iter().enumerate() {
+        let Nic { id: _, mac, tap, limits: _ } = nic;
+        if let Some(tap) = tap.as_deref().filter(|tap| !uid.made_tap_name(tap) && !shared.taps.exists(tap)) {
+            report.advise(
+                format!("config.network[{index}].tap_device"),
+                format!(
+                    "{tap} does not exist: BootVm makes it, and it will be in no bridge and have no address until \
+                     somebody gives it one"
+                ),
+            );
+        }
+        if let Some(other) = shared.index.other_with_mac(*mac, uid) {
+            report.advise(
+                format!("config.network[{index}].mac_address"),
+                format!(
+                    "{mac} is the address of VM \"{other}\" too: on one network, each would get frames that are \
+                     for the other; leave mac_address empty, and a unique one is chosen"
+                ),
+            );
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use super::kernel_line::kernels_part;
 use super::options::{
@@ -354,6 +355,15 @@ fn check_tap_name(name: &str) -> Result<(), String> {
 }
 
 /// Reads a hardware address. An empty one is a fault, because the service fills in a generated one before it parses.
+impl FromStr for MacAddr {
+    /// Says what an address must be.
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        parse_mac(text)
+    }
+}
+
 fn parse_mac(text: &str) -> Result<MacAddr, String> {
     let problem =
         || format!("must be six pairs of hexadecimal digits such as 02:00:00:00:00:01, not \"{text}\"");

@@ -25,6 +25,8 @@ pub(super) struct Link {
     pub(super) alias: Option<String>,
     /// Whether somebody holds its other end.
     pub(super) attached: bool,
+    /// Whether it is set up, by the administrator or by a program.
+    pub(super) up: bool,
 }
 
 impl Netlink {
@@ -57,6 +59,12 @@ impl Netlink {
         in_time(self.handle.link().set(link.build()).execute()).await
     }
 
+    /// Sets a link up.
+    pub(super) async fn bring_up(&self, index: u32) -> io::Result<()> {
+        let link = LinkUnspec::new_with_index(index).up();
+        in_time(self.handle.link().set(link.build()).execute()).await
+    }
+
     /// Removes a link.
     pub(super) async fn remove(&self, index: u32) -> io::Result<()> {
         in_time(self.handle.link().del(index).execute()).await
@@ -76,6 +84,7 @@ impl Link {
             name: String::new(),
             alias: None,
             attached: message.header.flags.contains(LinkFlags::LowerUp),
+            up: message.header.flags.contains(LinkFlags::Up),
         };
         for attribute in message.attributes {
             match attribute {

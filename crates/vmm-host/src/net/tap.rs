@@ -4,7 +4,7 @@
 //!   name is free ──► make (vanishes with its maker) ──► label with owner, set up ──► persist
 //!                        a crash up to here leaves nothing               └─ from here it is found by its label
 //!   name is taken ─► no TAP, or several queues ──► refused
-//!                    no label of ours           ──► used, and never removed
+//!                    no label of ours           ──► brought up, used, and never removed
 //!                    ours, of another VM        ──► used, and relabelled: it goes with the VM that ran on it last
 //! ```
 //!
@@ -75,6 +75,8 @@ pub enum NamedBy {
 pub enum Provided {
     /// It was there.
     Found,
+    /// It was there and is down, because this process may not bring it up: it takes CAP_NET_ADMIN.
+    FoundDown,
     /// It was made now.
     Made,
 }
@@ -136,7 +138,11 @@ pub enum TapError {
 /// TAPs as the service uses them: the host's, or a test's, since the host's take privileges.
 #[async_trait]
 pub trait Taps: fmt::Debug + Send + Sync {
-    /// Makes sure that there is a TAP of this name which `owner` may use, and makes it where there is none.
+    /// Says whether there is an interface of this name.
+    fn exists(&self, name: &str) -> bool;
+
+    /// Makes sure that there is a TAP of this name which `owner` may use, and makes it where there is none. A TAP that exists is
+    /// brought up, because some hypervisors do so and others do not.
     async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError>;
 
     /// Removes the TAP if its label says that it is `owner`'s, and says whether it was. Harmless when repeated.
@@ -152,6 +158,10 @@ pub struct HostTaps;
 
 #[async_trait]
 impl Taps for HostTaps {
+    fn exists(&self, name: &str) -> bool {
+        super::interface_exists(name)
+    }
+
     async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError> {
         // The kernel takes '%' for a pattern, and would make an interface of another name.
         if name.contains('%') || super::folder(std::path::Path::new(super::CLASS_NET), name).is_err() {
@@ -226,7 +236,16 @@ async fn use_found(
         }
         Some(_) | None => {}
     }
-    Ok(Provided::Found)
+    if link.up {
+        return Ok(Provided::Found);
+    }
+    match netlink.bring_up(link.index).await {
+        Ok(()) => Ok(Provided::Found),
+        Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EPERM | nix::libc::EACCES)) => {
+            Ok(Provided::FoundDown)
+        }
+        Err(error) => Err(refused(name, "brought up")(error)),
+    }
 }
 
 /// Makes a TAP that nobody can mistake: until it bears its label, it vanishes with the descriptor that made it.

@@ -71,6 +71,13 @@ impl Actor {
                 if !matches!(provided, Ok(Provided::Made)) {
                     made.pop();
                 }
+                if matches!(provided, Ok(Provided::FoundDown)) {
+                    tracing::warn!(
+                        tap = name,
+                        "the TAP is down, and this daemon may not bring it up, so that the guest has no network; \
+                         run `ip link set {name} up` as root, or give the daemon CAP_NET_ADMIN"
+                    );
+                }
                 if let Err(error) = provided {
                     return Err(refused(index, &error));
                 }

@@ -72,6 +72,10 @@ impl FakeTaps {
 
 #[async_trait]
 impl Taps for FakeTaps {
+    fn exists(&self, name: &str) -> bool {
+        self.host().interfaces.contains_key(name)
+    }
+
     async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError> {
         let hang = {
             let mut host = self.host();

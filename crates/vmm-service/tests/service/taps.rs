@@ -41,6 +41,47 @@ async fn taps_are_made_at_boot_and_go_with_the_vm() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_tap_that_a_client_names_and_that_is_missing_is_a_warning() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let warned = vms.try_create("a", with_two_taps(&bed)).await.unwrap().warnings;
+    let [warning] = &warned[..] else { panic!("one warning, about the TAP of the client: {warned:?}") };
+    assert_eq!(warning.field, "config.network[0].tap_device");
+    assert!(
+        warning.message.contains("tap-x does not exist") && warning.message.contains("bridge"),
+        "{warning}"
+    );
+    bed.taps.put("tap-x", true);
+    assert_eq!(vms.try_create("b", with_two_taps(&bed)).await.unwrap().warnings, []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_of_another_vm_is_a_warning_while_that_vm_exists() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let with_mac = |mac: &str| {
+        let mut config = bed.with_tap("tap-x");
+        config.network[0].mac_address = mac.to_owned();
+        config
+    };
+    bed.taps.put("tap-x", true);
+    assert_eq!(vms.try_create("a", with_mac("52:54:00:AA:00:01")).await.unwrap().warnings, []);
+    assert_eq!(vms.try_create("a", with_mac("52:54:00:AA:00:01")).await.unwrap().warnings, [], "its own");
+    let warned = vms.try_create("b", with_mac("52:54:00:aa:00:01")).await.unwrap().warnings;
+    let [warning] = &warned[..] else { panic!("one warning: {warned:?}") };
+    assert_eq!(warning.field, "config.network[0].mac_address");
+    assert!(warning.message.contains("VM \"a\""), "{warning}");
+    // The next daemon knows the addresses, too.
+    drop(vms);
+    let vms = bed.start().await;
+    assert_eq!(vms.try_create("c", with_mac("52:54:00:aa:00:01")).await.unwrap().warnings.len(), 1);
+    for vm_id in ["a", "b", "c"] {
+        vms.delete(vm_id).await.unwrap();
+    }
+    assert_eq!(vms.try_create("d", with_mac("52:54:00:aa:00:01")).await.unwrap().warnings, []);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_generated_name_is_stored_and_told() {
     let bed = Bed::new();
     let vms = bed.start().await;

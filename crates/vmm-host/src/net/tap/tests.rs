@@ -65,8 +65,7 @@ async fn a_tap_is_made_labelled_set_up_and_removed() {
     assert_eq!(HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap(), Provided::Made);
     assert!(is_tap(&name.0) && !is_multi_queue(&name.0));
     assert_eq!(name.read("ifalias").trim(), owner.to_string());
-    let flags = u32::from_str_radix(name.read("flags").trim().trim_start_matches("0x"), 16).unwrap();
-    assert_eq!(flags & 1, 1, "it is up");
+    assert!(is_up(&name));
     // The kernel says some time after our descriptor is closed that nobody is attached any more.
     for _ in 0..1000 {
         let [tap] = &HostTaps.of_instance(owner.instance).await.unwrap()[..] else {
@@ -111,6 +110,20 @@ async fn what_was_there_is_used_and_stays() {
         let error = HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap_err();
         assert!(matches!(error, TapError::NotOurs(_)), "{error}");
     }
+}
+
+fn is_up(name: &Name) -> bool {
+    let flags = u32::from_str_radix(name.read("flags").trim().trim_start_matches("0x"), 16).unwrap();
+    flags & 1 == 1
+}
+
+#[tokio::test]
+async fn a_tap_that_is_down_is_brought_up() {
+    let Some(name) = Name::new() else { return };
+    assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
+    assert!(!is_up(&name));
+    assert_eq!(HostTaps.provide(&name.0, NamedBy::Client, owner()).await.unwrap(), Provided::Found);
+    assert!(is_up(&name));
 }
 
 #[tokio::test]
@@ -179,5 +192,7 @@ fn without_the_right_existing_taps_still_serve() {
     assert!(matches!(error, TapError::Denied(_)), "{error}");
     assert!(!name.exists());
     assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
+    assert_eq!(without_net_admin(provide.clone()).unwrap(), Provided::FoundDown);
+    assert!(ip(&["link", "set", &name.0, "up"]));
     assert_eq!(without_net_admin(provide).unwrap(), Provided::Found);
 }
