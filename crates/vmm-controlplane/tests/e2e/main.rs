@@ -34,3 +34,4 @@ mod signals;
 mod spares;
 mod taps;
 mod trouble;
+mod valid;
