@@ -20,9 +20,9 @@ import stat
 import sys
 from pathlib import Path
 
-# What the guest needs in order to see its disks, its network cards and its power button. A kernel may have any of them
+# What the guest needs in order to see its disks, its network cards and its power button, and to tell of a panic. A kernel may have any of them
 # built in; those are skipped. Everything they depend on is added by reading the modules themselves.
-WANTED = ["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "evdev", "button"]
+WANTED = ["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "evdev", "button", "pvpanic_mmio", "pvpanic_pci"]
 
 
 class Archive:

@@ -1,7 +1,7 @@
-//! The length of a guest's kernel command line, which every backend checks for what it adds itself.
+//! Findings about a guest's kernel command line that several backends share.
 
 use vmm_core::report::Report;
-use vmm_core::spec::{MAX_KERNEL_ARGS, VmSpec};
+use vmm_core::spec::{MAX_KERNEL_ARGS, RestartMode, VmSpec};
 
 /// Rejects `spec` where its command line in force, `in_force` bytes long, is longer than Linux keeps.
 ///
@@ -18,6 +18,20 @@ pub(crate) fn check_length(report: &mut Report, spec: &VmSpec, in_force: usize) 
             format!(
                 "must be at most {} bytes, not {given}: {added} bytes are added here, and Linux keeps {MAX_KERNEL_ARGS} in all",
                 MAX_KERNEL_ARGS.saturating_sub(added)
+            ),
+        );
+    }
+}
+
+/// Warns where `spec` has its VM started again after a failure, its guest would stop for good in a panic, and `machine` has no
+/// device by which a guest tells of its panic.
+pub(crate) fn check_panic(report: &mut Report, spec: &VmSpec, machine: &str) {
+    let acts_on_failure = matches!(spec.restart.mode, Some(RestartMode::OnFailure | RestartMode::Always));
+    if acts_on_failure && !spec.resets_on_panic() {
+        report.advise(
+            "config.boot.kernel_args",
+            format!(
+                "{machine} is not told that its guest panics, so restart_policy does not act on a panic: add panic=1 to have Linux reset itself"
             ),
         );
     }

@@ -12,7 +12,7 @@ mod qemu_support;
 use std::time::Duration;
 
 use qemu_support::{Bench, GUEST_REBOOT, Tap, ask_for, linux, make_image, qemu, skipped};
-use vmm_core::backend::ExitCause;
+use vmm_core::backend::{ExitCause, VmmEvent};
 use vmm_core::config::{NetworkInterface, StorageDevice};
 use vmm_core::state::EndedBy;
 use vmm_testkit::guests::Guest;
@@ -115,5 +115,26 @@ async fn network_counters_are_the_guests() {
     bench.console_shows("vmcp-guest: ping 192.0.2.1", 1).await;
     let network = run.vmm.sample().await.network.unwrap();
     assert!(network.packets_transmitted > 0 && network.bytes_transmitted > 0, "{network:?}");
+    run.vmm.kill().await.unwrap();
+}
+
+/// A kernel that panics stops there, unless it is told to reset itself: then it tells nobody else.
+#[tokio::test]
+async fn a_panic_of_linux_ends_its_run_or_resets_it() {
+    let test = "a_panic_of_linux_ends_its_run_or_resets_it";
+    let Some(files) = linux(test) else { return };
+    let Some(backend) = qemu(test).await else { return };
+    let bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT).with_linux(&files, "vmcp.do=panic");
+    let mut run = bench.launch().await;
+    bench.console_shows("vmcp-guest: panic", 1).await;
+    let exit = run.gone().await;
+    assert_eq!(exit.cause, ExitCause::GuestCrash, "{exit:?}");
+
+    let Some(backend) = qemu(test).await else { return };
+    let resetting =
+        Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT).with_linux(&files, "panic=-1 vmcp.do=panic");
+    let mut run = resetting.launch().await;
+    assert_eq!(run.event().await, VmmEvent::GuestReset);
+    resetting.console_shows("vmcp-guest: panic", 2).await;
     run.vmm.kill().await.unwrap();
 }

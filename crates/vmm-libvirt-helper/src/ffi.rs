@@ -18,7 +18,7 @@ use vmm_libvirt_wire::{Lifecycle, Message};
 use crate::say::{cut, say};
 
 /// QEMU's own events that say more than libvirt's: who reset the guest, and why QEMU ends.
-const MONITOR_EVENTS: &CStr = c"^(RESET|SHUTDOWN)$";
+const MONITOR_EVENTS: &CStr = c"^(GUEST_PANICKED|RESET|SHUTDOWN)$";
 /// The longest data of an event of QEMU; those above have some 50 bytes.
 const DETAILS: usize = 1024;
 

@@ -43,6 +43,8 @@ pub enum Guest {
     Reset,
     /// Dies of a triple fault.
     TripleFault,
+    /// Panics: tells its panic device (`pvpanic`, on the ISA bus or PCI), where the machine has one, and halts for good.
+    Panic,
     /// Sends back every byte that comes in on the serial port. It polls, and so keeps one host CPU busy.
     Echo,
     /// As [`Guest::Echo`], and acts on `P` (powers off), `R` (resets), `F` (triple fault) and Ctrl+Alt+Del (resets).
@@ -53,8 +55,16 @@ pub enum Guest {
 
 impl Guest {
     /// Every guest, in the order of their documentation.
-    pub const ALL: [Self; 7] =
-        [Self::Idle, Self::PowerOff, Self::Reset, Self::TripleFault, Self::Echo, Self::Obey, Self::Button];
+    pub const ALL: [Self; 8] = [
+        Self::Idle,
+        Self::PowerOff,
+        Self::Reset,
+        Self::TripleFault,
+        Self::Panic,
+        Self::Echo,
+        Self::Obey,
+        Self::Button,
+    ];
 
     /// Returns the short name, which is also the stem of the file that [`Guest::write_to`] makes.
     #[must_use]
@@ -64,6 +74,7 @@ impl Guest {
             Self::PowerOff => "poweroff",
             Self::Reset => "reset",
             Self::TripleFault => "triplefault",
+            Self::Panic => "panic",
             Self::Echo => "echo",
             Self::Obey => "obey",
             Self::Button => "button",
@@ -106,6 +117,7 @@ impl Guest {
             Self::PowerOff => code.power_off(),
             Self::Reset => code.reset(),
             Self::TripleFault => code.triple_fault(),
+            Self::Panic => code.panic(),
             Self::Echo => code.echo(false),
             Self::Obey => code.echo(true),
             Self::Button => code.await_button(),
@@ -228,6 +240,44 @@ impl Code {
         self.emit(&[0x0f, 0x01, 0x1d]); //                    lidt [table]
         self.emit(&table.to_le_bytes());
         self.emit(&[0x0f, 0x0b]); //                          ud2
+    }
+
+    /// Tells each kind of panic device that the guest has panicked.
+    fn panic(&mut self) {
+        // Cloud Hypervisor: a PCI device, 1b36:0011, whose one register lies where its first base address says.
+        self.emit(&[0xb9, 0x00, 0x00, 0x00, 0x80]); //        mov ecx, 0x80000000   bus 0, device 0, register 0
+        let next = self.here();
+        self.emit(&[0x89, 0xc8]); //                    next: mov eax, ecx
+        self.read_pci(); //
+        self.emit(&[0x3d, 0x36, 0x1b, 0x11, 0x00]); //        cmp eax, 0x00111b36
+        let found = self.forward(JZ); //                      jz found
+        self.emit(&[0x81, 0xc1, 0x00, 0x08, 0x00, 0x00]); //  add ecx, 0x800        the next device
+        self.emit(&[0x81, 0xf9, 0x00, 0x00, 0x01, 0x80]); //  cmp ecx, 0x80010000
+        self.back(JNZ, next); //                              jnz next
+        let none = self.forward(JMP); //                      jmp isa
+        self.land(&found); //                          found:
+        self.emit(&[0x8d, 0x41, 0x10]); //                    lea eax, [ecx+0x10]   its first base address
+        self.read_pci();
+        self.emit(&[0x24, 0xf0]); //                          and al, 0xf0
+        self.emit(&[0x89, 0xc7]); //                          mov edi, eax
+        self.emit(&[0x8d, 0x41, 0x04]); //                    lea eax, [ecx+4]      its command register
+        self.read_pci();
+        self.emit(&[0x0c, 0x02]); //                          or al, 2              answers in memory
+        self.emit(&[0xef]); //                                out dx, eax
+        self.emit(&[0xc6, 0x07, 0x01]); //                    mov byte [edi], 1
+        self.land(&none); //                             isa:
+        // QEMU: a port.
+        self.port(0x505); //                                  mov dx, 0x505
+        self.emit(&[0xb0, 0x01]); //                          mov al, 1
+        self.emit(&[0xee]); //                                out dx, al
+    }
+
+    /// Reads into eax the register of a PCI device that eax names, and leaves its port in dx.
+    fn read_pci(&mut self) {
+        self.port(0xcf8); //                                  mov dx, 0xcf8
+        self.emit(&[0xef]); //                                out dx, eax
+        self.port(0xcfc); //                                  mov dx, 0xcfc
+        self.emit(&[0xed]); //                                in eax, dx
     }
 
     /// Sends back what comes in, for good; with `obey`, acts on the letters and keys that [`Guest::Obey`] names.

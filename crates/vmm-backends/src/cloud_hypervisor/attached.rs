@@ -48,6 +48,7 @@ impl CloudHypervisor {
         capabilities.endpoint_mode = "attached";
         for (name, fact) in [
             ("console", "serial, without input; of an imported VM none"),
+            ("guest-panic", "not seen: have the guest reset itself (panic=1)"),
             ("guest-power-off", "ends the run, and the VMM; why is not told"),
             ("guest-reset", "in place, and not seen"),
             ("guest-triple-fault", "as a reset"),

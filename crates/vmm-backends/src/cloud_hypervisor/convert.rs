@@ -27,6 +27,8 @@ pub struct Config {
     net: Vec<NetConfig>,
     serial: Port,
     console: Port,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pvpanic: bool,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -121,7 +123,15 @@ impl Config {
                 .collect(),
             serial: Port { mode: serial, file: None },
             console: Port { mode: "Off", file: None },
+            pvpanic: false,
         }
+    }
+
+    /// Adds the device by which a guest tells that its kernel has panicked, unless `spec` has the guest reset itself then. For a
+    /// VMM whose events are read.
+    pub fn with_panic_device(mut self, spec: &VmSpec) -> Self {
+        self.pvpanic = !spec.resets_on_panic();
+        self
     }
 
     /// The same with the serial port's output in `file`, which begins anew at each boot: the stdout of a VMM that somebody else
@@ -294,6 +304,17 @@ mod tests {
 
     fn written(config: &VmConfig) -> String {
         serde_json::to_string_pretty(&Config::of(&spec(config), &["vmt0".to_owned()])).unwrap()
+    }
+
+    #[test]
+    fn a_guest_that_does_not_reset_itself_on_a_panic_gets_the_device_to_tell_of_it() {
+        for (args, has_device) in [("console=ttyS0", true), ("console=ttyS0 panic=1", false)] {
+            let mut config = small();
+            config.boot.get_or_insert_default().kernel_args = args.to_owned();
+            let spec = spec(&config);
+            let native = serde_json::to_value(Config::of(&spec, &[]).with_panic_device(&spec)).unwrap();
+            assert_eq!(native["pvpanic"] == true, has_device, "{args}");
+        }
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(super) enum ChEvent {
     Resumed,
     /// The guest has powered off, or the VM was shut down.
     Shutdown,
+    /// The guest's kernel has panicked, and no other kernel takes over.
+    Panicked,
     /// Something else.
     Other,
 }
@@ -38,15 +40,28 @@ pub(super) enum ChEvent {
 struct Written {
     source: String,
     event: String,
+    properties: Option<Properties>,
+}
+
+/// The properties of an event that matter here.
+#[derive(Deserialize)]
+struct Properties {
+    /// The word that the guest's panic device was given: a guest also tells it that a kernel for crash dumps takes over.
+    event: Option<String>,
 }
 
 impl Written {
+    fn word(&self) -> Option<&str> {
+        self.properties.as_ref()?.event.as_deref()
+    }
+
     fn kind(&self) -> ChEvent {
         match (self.source.as_str(), self.event.as_str()) {
             ("vm", "rebooting") => ChEvent::Rebooting,
             ("vm", "paused") => ChEvent::Paused,
             ("vm", "resumed") => ChEvent::Resumed,
             ("vm", "shutdown") => ChEvent::Shutdown,
+            ("guest", "panic") if self.word() == Some("panic") => ChEvent::Panicked,
             _ => ChEvent::Other,
         }
     }
@@ -173,6 +188,16 @@ mod tests {
             events.extend(rest);
             assert_eq!(events, [ChEvent::Rebooting, ChEvent::Other, ChEvent::Paused], "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn a_panic_is_told_from_a_kernel_for_crash_dumps() {
+        for (word, expected) in [("panic", ChEvent::Panicked), ("crash_loaded", ChEvent::Other)] {
+            let told =
+                event("guest", "panic").replace("null", &format!("{{\n    \"event\": \"{word}\"\n  }}"));
+            assert_eq!(parse(told.as_bytes(), 100).0, [expected], "{told}");
+        }
+        assert_eq!(parse(event("guest", "panic").as_bytes(), 100).0, [ChEvent::Other]);
     }
 
     #[test]

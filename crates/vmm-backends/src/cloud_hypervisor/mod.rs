@@ -146,7 +146,7 @@ impl CloudHypervisor {
 /// From a VMM that has been told nothing to a guest that runs.
 async fn configure(process: &Process, client: &Client, request: &LaunchRequest) -> Result<(), BackendError> {
     launch::pass(&request.gate, process).await?;
-    client.create(&Config::of(&request.spec, &request.taps)).await?;
+    client.create(&Config::of(&request.spec, &request.taps).with_panic_device(&request.spec)).await?;
     point(FaultPoint::LaunchConfigured);
     client.boot().await?;
     point(FaultPoint::LaunchStarted);
@@ -216,6 +216,7 @@ pub(crate) fn capabilities() -> Capabilities {
         ("cpu-time", "of the VMM's process"),
         ("disk-formats", "raw, qcow2"),
         ("disk-rate-limits", "yes"),
+        ("guest-panic", "ends the run, as a failure"),
         ("guest-power-off", "ends the run"),
         ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
         ("guest-triple-fault", "as a reset"),

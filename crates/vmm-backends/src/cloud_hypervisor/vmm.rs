@@ -8,12 +8,13 @@
 //!      │        events file ──► Monitor ──► GuestReset, Paused, Resumed
 //!      └───── process ─► pidfd ──►  │  └──► Gone(cause), the end
 //!                          ▲        │
-//!                          └─ kill ─┘          a reset of the guest, where the restart policy is NEVER
+//!                          └─ kill ─┘          a reset of the guest, where the restart policy is NEVER; a panic of the guest
 //! ```
 //!
 //! Cloud Hypervisor cannot be told that a guest's reset ends the run: it resets in place. So the monitor ends the run as soon
 //! as it reads of the reset; the guest may get some milliseconds into its next boot. A guest's power-off ends the process by
-//! itself, with exit status 0, as SIGTERM does; which of the two it was is not told.
+//! itself, with exit status 0, as SIGTERM does; which of the two it was is not told. A guest that has panicked runs on, and so
+//! the monitor ends that run too.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -135,6 +136,14 @@ pub(super) fn attend(parts: Parts<'_>, watcher: &Watcher) -> Launched {
 struct Seen {
     shutdown: bool,
     ending_reset: bool,
+    panic: bool,
+}
+
+impl Seen {
+    /// Says in an end's message that a panic was its reason.
+    fn explain(self, message: String) -> String {
+        if self.panic { format!("the guest panicked, and its VMM was ended: {message}") } else { message }
+    }
 }
 
 struct Monitor {
@@ -174,7 +183,7 @@ impl Monitor {
         self.read_events().await;
         let asked = self.expected.ending.load(Ordering::Acquire);
         let cause = cause(exit, asked, self.seen);
-        let message = exit_message(exit, &[&self.log]).await;
+        let message = self.seen.explain(exit_message(exit, &[&self.log]).await);
         self.tell(VmmEvent::Gone(Exit { cause, message })).await;
     }
 
@@ -200,6 +209,13 @@ impl Monitor {
                 if let Err(error) = self.process.signal(Signal::KILL) {
                     tracing::error!(%error, "the guest reset itself, and its run cannot be ended");
                     self.tell(VmmEvent::GuestReset).await;
+                }
+            }
+            ChEvent::Panicked => {
+                self.seen.panic = true;
+                if let Err(error) = self.process.signal(Signal::KILL) {
+                    tracing::error!(%error, "the guest has panicked, and its run cannot be ended");
+                    self.tell(VmmEvent::GuestFailed("the guest panicked".to_owned())).await;
                 }
             }
             ChEvent::Rebooting => self.tell(VmmEvent::GuestReset).await,
@@ -256,14 +272,18 @@ pub(super) async fn explain_past(dir: &Path, reset_ends: bool) -> Exit {
     let seen = Seen {
         shutdown: events.contains(&ChEvent::Shutdown),
         ending_reset: reset_ends && events.contains(&ChEvent::Rebooting),
+        panic: events.contains(&ChEvent::Panicked),
     };
-    let message = exit_message(ProcessExit::UNKNOWN, &[&dir.join(LOG)]).await;
+    let message = seen.explain(exit_message(ProcessExit::UNKNOWN, &[&dir.join(LOG)]).await);
     Exit { cause: cause(ProcessExit::UNKNOWN, false, seen), message }
 }
 
 fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
     if seen.ending_reset {
         return ExitCause::GuestReset;
+    }
+    if seen.panic {
+        return ExitCause::GuestCrash;
     }
     if asked {
         return ExitCause::Requested;
@@ -466,14 +486,17 @@ mod tests {
     fn the_cause_of_an_end() {
         let code = |code| ProcessExit { status: Some(ExitStatus::Code(code)) };
         let killed = ProcessExit { status: Some(ExitStatus::Signal(9)) };
-        let off = Seen { shutdown: true, ending_reset: false };
-        let reset = Seen { shutdown: false, ending_reset: true };
+        let off = Seen { shutdown: true, ..Seen::default() };
+        let reset = Seen { ending_reset: true, ..Seen::default() };
+        let panic = Seen { panic: true, ..Seen::default() };
         let none = Seen::default();
         assert_eq!(cause(code(0), false, off), ExitCause::GuestPowerOff);
         assert_eq!(cause(code(0), false, none), ExitCause::GuestPowerOff);
         assert_eq!(cause(ProcessExit::UNKNOWN, false, off), ExitCause::GuestPowerOff);
         assert_eq!(cause(code(0), true, off), ExitCause::Requested);
         assert_eq!(cause(killed, false, reset), ExitCause::GuestReset);
+        assert_eq!(cause(killed, false, panic), ExitCause::GuestCrash);
+        assert_eq!(cause(ProcessExit::UNKNOWN, false, panic), ExitCause::GuestCrash);
         assert_eq!(cause(killed, false, none), ExitCause::VmmFailed);
         assert_eq!(cause(code(1), false, off), ExitCause::VmmFailed);
         assert_eq!(cause(ProcessExit::UNKNOWN, false, none), ExitCause::Unknown);

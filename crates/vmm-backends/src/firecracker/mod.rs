@@ -224,6 +224,7 @@ pub(crate) fn capabilities() -> Capabilities {
         ("cpu-time", "of the VMM's process"),
         ("disk-formats", "raw"),
         ("disk-rate-limits", "yes"),
+        ("guest-panic", "not seen: have the guest reset itself (panic=1)"),
         ("guest-power-off", "not seen on x86: the VM stays RUNNING; let guests end by a reset"),
         ("guest-reset", "ends the run"),
         ("guest-triple-fault", "ends the run, as a failure"),

@@ -103,6 +103,9 @@ pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
         xml.text("on_crash", &[], "destroy");
         xml.element("devices", &[], |xml| {
             add_devices(xml, inputs, &paths, disks, nics);
+            if !inputs.spec.resets_on_panic() {
+                xml.empty("panic", &[("model", "isa")]);
+            }
         });
         if let Some(label) = inputs.label {
             // Root reaches every file as it is; of any other user's QEMU libvirt has to give it what it may use.

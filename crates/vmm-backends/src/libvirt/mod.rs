@@ -150,6 +150,7 @@ impl LibvirtBackend {
 fn capabilities(accelerator: Accelerator) -> Capabilities {
     let mut capabilities = qemu::capabilities(accelerator);
     capabilities.endpoint_mode = "libvirt";
+    capabilities.facts.insert("guest-panic", "ends the run, as a failure".to_owned());
     capabilities.facts.insert("machines", "q35".to_owned());
     capabilities.limits.remove("max-microvm-devices");
     capabilities

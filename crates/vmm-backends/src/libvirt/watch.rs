@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   monitor   RESET ─► GuestReset, if the guest's; ResetFromOutside, if neither its nor ours
+//!             GUEST_PANICKED ─► remembers why
 //!             SHUTDOWN ─► remembers why; if nothing comes of it, wakes QEMU, and kills it in the end
 //!   lifecycle suspended, resumed ─► asks, compares, tells; of a flood the last state
 //!             ended ─► remembers how; the process follows
@@ -151,6 +152,10 @@ impl Watch {
                 self.reason = self.reason.or(Some(read.map_or(ShutdownReason::Other, |data| data.reason)));
                 self.ending(true);
             }
+            // libvirt stops the guest's CPUs and ends QEMU then, by a signal.
+            Event::Monitor(name, _) if name == "GUEST_PANICKED" && self.patience.is_some() => {
+                self.reason = self.reason.or(Some(ShutdownReason::GuestPanic));
+            }
             Event::Lifecycle(
                 how @ (Lifecycle::Stopped
                 | Lifecycle::Destroyed
@@ -170,8 +175,12 @@ impl Watch {
         }
     }
 
-    /// Asks what the guest is doing, and tells where that is not what was ordered.
+    /// Asks what the guest is doing, and tells where that is not what was ordered. A guest that has panicked stands still until
+    /// libvirt has ended QEMU, and its end is told.
     async fn compare(&mut self) {
+        if self.reason == Some(ShutdownReason::GuestPanic) {
+            return;
+        }
         let (state, event) = {
             let change = self.guest.change().await;
             let state = match self.link.look(self.watched.domain(), LOOKING).await {
@@ -258,8 +267,8 @@ fn exit_cause(reason: Option<ShutdownReason>, ended: Option<Lifecycle>) -> ExitC
     match (ended, reason) {
         // libvirt ends a QEMU by a signal, which QEMU reports as somebody's.
         (Some(Lifecycle::Destroyed | Lifecycle::Moved), _) => ExitCause::Requested,
+        (Some(Lifecycle::Crashed), _) => ExitCause::GuestCrash,
         (_, Some(reason)) => reason.cause(),
-        (Some(Lifecycle::Crashed), None) => ExitCause::GuestCrash,
         (Some(Lifecycle::Failed), None) => ExitCause::VmmFailed,
         (Some(_) | None, None) => ExitCause::Unknown,
     }

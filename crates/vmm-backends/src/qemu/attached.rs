@@ -79,6 +79,7 @@ impl Qemu {
             ("accelerator", "as it was started"),
             ("console", "none: it is where QEMU was told to put it"),
             ("create", "no: a running QEMU is imported"),
+            ("guest-panic", "as QEMU was told"),
             ("guest-reset", "in place, or as QEMU was told"),
             ("reboot", "in place, at once"),
         ] {

@@ -5,7 +5,7 @@ use vmm_core::spec::{Boot, Console, Cpu, Disk, Memory, Nic, RestartPolicy, VmSpe
 
 use super::convert::{Accelerator, Machine};
 use super::options::{MACHINE_KEY, VmOptions};
-use crate::kernel_args::check_length;
+use crate::kernel_args::{check_length, check_panic};
 
 /// The most vCPUs. QEMU's machines say 288, but more than 255 need an interrupt controller in KVM with x2APIC.
 pub(crate) const MAX_VCPUS: u32 = 255;
@@ -121,6 +121,7 @@ fn check_microvm(report: &mut Report, spec: &VmSpec, accelerator: Accelerator) {
     if spec.memory.hotplug_max_bytes.is_some() {
         report.ignore("config.memory.hotplug_enabled", "has no effect: microvm has no memory hot-plug");
     }
+    check_panic(report, spec, "QEMU's microvm");
     let has_frequency = kernel_words(&spec.boot.args).any(|word| word.starts_with("tsc_early_khz="));
     if accelerator == Accelerator::Tcg && !has_frequency {
         report.advise(

@@ -280,6 +280,10 @@ fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
     for (place, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
         add_nic(&mut options, inputs.machine, disks.len(), place, nic, tap);
     }
+    if inputs.machine == Machine::Q35 && !inputs.spec.resets_on_panic() {
+        // The device by which a guest tells of its panic. The ISA form takes no PCI slot, and libvirt 9.0 has no other.
+        options.push(Opt::device(json!({ "driver": "pvpanic", "id": "pvpanic" })));
+    }
     console(&mut options, inputs);
     control(&mut options, inputs.dir);
     let reboot = reboot_action(inputs.spec).as_str();

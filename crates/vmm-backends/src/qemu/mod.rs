@@ -154,6 +154,7 @@ pub(crate) fn capabilities(accelerator: Accelerator) -> Capabilities {
         ("console", "serial, with input"),
         ("disk-formats", "raw, qcow2"),
         ("disk-rate-limits", "yes"),
+        ("guest-panic", "ends the run, as a failure; on microvm not seen"),
         ("guest-power-off", "ends the run"),
         ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
         ("machines", "q35, microvm"),

@@ -1,7 +1,8 @@
 //! Watching one QEMU: from its events, its connection and its process to [`VmmEvent`]s.
 //!
 //! ```text
-//!   QMP events ──────► SHUTDOWN: remembers why, nudges ──────┐
+//!   QMP events ──────► SHUTDOWN, and GUEST_PANICKED where    │
+//!                      QEMU ends: remembers why, nudges ─────┤
 //!                      RESET:    GuestReset, if the guest's; │
 //!                                else whose it was           │
 //!                      STOP, RESUME: asks, compares, tells;  │
@@ -104,6 +105,23 @@ struct Shutdown {
     reason: ShutdownReason,
 }
 
+/// The data of GUEST_PANICKED.
+#[derive(Deserialize)]
+struct Panicked {
+    action: PanicAction,
+}
+
+/// The outcome of a panic for the guest.
+#[derive(Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+enum PanicAction {
+    /// QEMU ends.
+    Poweroff,
+    /// The guest's CPUs are stopped, or the guest goes on.
+    #[serde(other)]
+    Other,
+}
+
 #[derive(Deserialize)]
 pub(super) struct Reset {
     pub(super) guest: bool,
@@ -167,7 +185,10 @@ impl Watch {
     /// Remembers why QEMU ends. The first reason counts.
     fn note_shutdown(&mut self, event: &QmpEvent) {
         match event.name.as_str() {
-            "SHUTDOWN" => self.guest.note_shut_down(true),
+            // QEMU stops its guest's CPUs between GUEST_PANICKED and SHUTDOWN, and is asked nothing about that.
+            "SHUTDOWN" | "GUEST_PANICKED" if shutdown_reason(event).is_some() => {
+                self.guest.note_shut_down(true)
+            }
             "RESUME" => self.guest.note_shut_down(false),
             _ => {}
         }
@@ -263,9 +284,19 @@ impl Watch {
     }
 }
 
+/// Returns the reason for which QEMU ends, where `event` says that QEMU ends.
 pub(super) fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
-    let known = (event.name == "SHUTDOWN").then(|| Shutdown::deserialize(&event.data))?;
-    Some(known.map_or(ShutdownReason::Other, |shutdown| shutdown.reason))
+    match event.name.as_str() {
+        "SHUTDOWN" => {
+            let told = Shutdown::deserialize(&event.data);
+            Some(told.map_or(ShutdownReason::Other, |shutdown| shutdown.reason))
+        }
+        "GUEST_PANICKED" => {
+            let told = Panicked::deserialize(&event.data).ok()?;
+            (told.action == PanicAction::Poweroff).then_some(ShutdownReason::GuestPanic)
+        }
+        _ => None,
+    }
 }
 
 /// What to tell of a guest that is in `status` while it was thought to run, or not to.
@@ -309,6 +340,10 @@ mod tests {
         assert_eq!(read("made-up"), Some(ShutdownReason::Other));
         assert_eq!(shutdown_reason(&event("SHUTDOWN", serde_json::Value::Null)), Some(ShutdownReason::Other));
         assert_eq!(shutdown_reason(&event("STOP", serde_json::Value::Null)), None);
+        let panicked =
+            |action: &str| shutdown_reason(&event("GUEST_PANICKED", serde_json::json!({ "action": action })));
+        assert_eq!(panicked("poweroff"), Some(ShutdownReason::GuestPanic));
+        assert_eq!((panicked("pause"), panicked("run")), (None, None));
     }
 
     #[test]

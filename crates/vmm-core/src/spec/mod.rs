@@ -287,6 +287,13 @@ pub enum RestartMode {
 pub const DEFAULT_MAX_RESTARTS: u32 = 5;
 
 impl VmSpec {
+    /// Returns true if the kernel command line has a Linux guest reset itself when its kernel panics: `panic=` with another
+    /// value than 0. Of several, the last counts.
+    pub fn resets_on_panic(&self) -> bool {
+        let seconds = kernel_words(&self.boot.args).filter_map(|word| word.strip_prefix("panic=")).last();
+        seconds.is_some_and(|seconds| seconds.parse::<i32>().is_ok_and(|seconds| seconds != 0))
+    }
+
     /// Returns the name of the TAP of each network interface, in their order. CreateVm stores every name; a record of an
     /// earlier release has none where the client gave none, and there the name follows from `uid`.
     pub fn tap_names(&self, uid: VmUid) -> Vec<String> {
@@ -315,6 +322,10 @@ mod tests {
     use crate::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
 
     fn args(given: &str, disk: Option<(bool, bool)>) -> String {
+        spec(given, disk).kernel_args()
+    }
+
+    fn spec(given: &str, disk: Option<(bool, bool)>) -> VmSpec {
         let storage = disk.map(|(is_root_device, read_only)| StorageDevice {
             path: "/disk".to_owned(),
             is_root_device,
@@ -332,7 +343,18 @@ mod tests {
             storage: storage.into_iter().collect(),
             ..VmConfig::default()
         };
-        VmSpec::parse(&config).unwrap().kernel_args()
+        VmSpec::parse(&config).unwrap()
+    }
+
+    #[test]
+    fn only_a_guest_that_is_told_to_resets_itself_on_a_panic() {
+        let resets = |given| spec(given, None).resets_on_panic();
+        for given in ["panic=1", "quiet panic=-1 ro", "panic=0 panic=5"] {
+            assert!(resets(given), "{given}");
+        }
+        for given in ["", "panic=0", "panic=5 panic=0", "panic=", "panic", "nopanic=1", "quiet -- panic=1"] {
+            assert!(!resets(given), "{given}");
+        }
     }
 
     #[test]

@@ -150,6 +150,8 @@ pub static CASES: &[Case] = &[
     case!(Ends, ends::reset_under_guest_reboot, "the guest resets itself under GUEST_REBOOT"),
     case!(Ends, ends::triple_fault_under_never, "a triple fault under NEVER"),
     case!(Ends, ends::triple_fault_under_guest_reboot, "a triple fault under GUEST_REBOOT"),
+    case!(Ends, ends::panic_under_never, "the guest panics under NEVER"),
+    case!(Ends, ends::panic_under_on_failure, "the guest panics under ON_FAILURE"),
     case!(Ends, ends::restart_policy_unset, "`restart_policy` left out"),
     case!(Trouble, trouble::vmm_killed_while_running, "the VMM is killed while RUNNING"),
     case!(Trouble, trouble::vmm_killed_while_paused, "the VMM is killed while PAUSED"),

@@ -136,6 +136,8 @@ pub(super) struct Facts {
     pub(super) reset_in_place: bool,
     /// Whether a triple fault may be told from a reset.
     pub(super) triple_fault_fails: bool,
+    /// Whether a guest's panic is seen, on the machine that has a device for it.
+    pub(super) panic_seen: bool,
     /// Whether a forced reboot keeps the process.
     pub(super) reboot_in_place: bool,
     /// The rung on which a guest obeys.
@@ -174,6 +176,7 @@ impl Facts {
             power_off: fact("guest-power-off"),
             reset_in_place: fact("guest-reset").starts_with("in place"),
             triple_fault_fails: fact("guest-triple-fault").contains("failure"),
+            panic_seen: fact("guest-panic").starts_with("ends the run"),
             reboot_in_place: fact("reboot").starts_with("in place"),
             asked,
             ordered,

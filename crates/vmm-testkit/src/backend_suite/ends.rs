@@ -200,6 +200,40 @@ pub(super) async fn triple_fault_under_guest_reboot(vms: Vms) -> Verdict {
     restarted(&vms)
 }
 
+pub(super) async fn panic_under_never(vms: Vms) -> Verdict {
+    panic_under(vms, NEVER, "guest-crash", 1).await
+}
+
+pub(super) async fn panic_under_on_failure(vms: Vms) -> Verdict {
+    panic_under(vms, ON_FAILURE, "restart-loop", 2).await
+}
+
+/// A panic that the VMM is told of ends the run as a failure. Where the VMM is not told, the VM runs on, and CreateVm warns of a
+/// policy that would act on a failure.
+async fn panic_under(vms: Vms, mode: i32, reason: &str, boots: usize) -> Verdict {
+    let config = vms.config_with_policy(Guest::Panic, mode, 1);
+    if let Err(refused) = run_with_policy(&vms, Guest::Panic, mode, 1).await {
+        return refused;
+    }
+    let spec = vmm_core::spec::VmSpec::parse(&config).expect("it was accepted");
+    let warnings = vms.backend.check(&spec).warnings;
+    let warning = warnings.iter().find(|warning| warning.message.contains("panic=1"));
+    let banner = Guest::Panic.banner();
+    if vms.facts.panic_seen && vms.column().name() != "qemu-microvm" {
+        assert_eq!(warning, None);
+        let down = vms.until_down(VM).await;
+        assert_end(&down, Phase::Failed, reason, None);
+        let console = vms.console_shows(VM, &banner, boots).await;
+        assert_eq!(console.matches(&banner).count(), boots);
+        return Verdict::Served;
+    }
+    assert_eq!(warning.is_some(), mode == ON_FAILURE, "{warnings:?}");
+    vms.console_shows(VM, &banner, 1).await;
+    vms.pause(VM).await.expect("PauseVm succeeds");
+    assert_eq!(vms.resume(VM).await.expect("ResumeVm succeeds").record.state, VmState::Running);
+    Verdict::NotApplicable("its machine has no device by which a guest tells of its panic".to_owned())
+}
+
 /// A killed VMM is a failure, which ON_FAILURE answers with a new process.
 pub(super) async fn on_failure_starts_again(vms: Vms) -> Verdict {
     let first = match run_with_policy(&vms, Guest::Idle, ON_FAILURE, 0).await {

@@ -111,6 +111,7 @@ impl Played {
             Guest::Idle | Guest::Echo => machine.ignore_shutdown(),
             Guest::Obey | Guest::Button => {}
             Guest::PowerOff => machine.power_off(),
+            Guest::Panic => machine.fail_guest("the guest panicked"),
             Guest::Reset | Guest::TripleFault if request.spec.restart.mode == Some(RestartMode::Never) => {
                 machine.end(ExitCause::GuestReset);
             }

@@ -102,6 +102,8 @@ macro_rules! backend_suite {
             reset_under_guest_reboot
             triple_fault_under_never
             triple_fault_under_guest_reboot
+            panic_under_never
+            panic_under_on_failure
             restart_policy_unset
             vmm_killed_while_running
             vmm_killed_while_paused

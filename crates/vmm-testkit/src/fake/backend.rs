@@ -43,6 +43,7 @@ impl FakeBackend {
             default_restart_mode: RestartMode::GuestReboot,
             kernel_formats: &[KernelFormat::Elf, KernelFormat::PvhElf],
             facts: [
+                ("guest-panic", "ends the run, as a failure"),
                 ("guest-power-off", "ends the run"),
                 ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
                 ("reboot", "in place"),

@@ -112,6 +112,22 @@ async fn a_reset_calls_off_the_end() {
 }
 
 #[tokio::test]
+async fn a_guest_that_panicked_is_not_taken_for_one_that_somebody_paused() {
+    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
+    let panicked = || Event::Monitor("GUEST_PANICKED".to_owned(), r#"{"action":"pause"}"#.to_owned());
+    let mut scene = scene("exec sleep 600", DomainState::Paused, patience).await;
+    scene.watch.take(panicked()).await;
+    scene.watch.take(Event::Lifecycle(Lifecycle::Suspended)).await;
+    assert!(scene.happened.try_recv().is_err(), "its end is told");
+    // Somebody else's domain may be kept by libvirt as it is.
+    scene.watch.patience = None;
+    scene.watch.reason = None;
+    scene.watch.take(panicked()).await;
+    scene.watch.take(Event::Lifecycle(Lifecycle::Suspended)).await;
+    assert_eq!(scene.happened.try_recv().unwrap(), VmmEvent::Paused);
+}
+
+#[tokio::test]
 async fn an_end_that_was_told_to_nobody_is_found_out() {
     let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
     let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, patience).await;
@@ -157,6 +173,8 @@ fn what_qemu_said_counts_unless_libvirt_ended_it() {
     assert_eq!(cause(Some(ShutdownReason::GuestReset), Some(Lifecycle::Stopped)), ExitCause::GuestReset);
     assert_eq!(cause(Some(ShutdownReason::GuestShutdown), None), ExitCause::GuestPowerOff);
     assert_eq!(cause(None, Some(Lifecycle::Failed)), ExitCause::VmmFailed);
+    assert_eq!(cause(signal, Some(Lifecycle::Crashed)), ExitCause::GuestCrash);
+    assert_eq!(cause(Some(ShutdownReason::GuestPanic), Some(Lifecycle::Stopped)), ExitCause::GuestCrash);
     assert_eq!(cause(None, None), ExitCause::Unknown);
 }
 
