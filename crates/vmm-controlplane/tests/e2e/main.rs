@@ -15,6 +15,7 @@ mod adoption;
 mod bad_input;
 mod busy;
 mod cli;
+mod clock;
 mod damage;
 mod devices;
 mod events;
