@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -350,6 +351,76 @@ fn a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm() {
             delete(&world, &vm_id);
             ip(&["link", "delete", &elsewhere]);
         }
+    }
+    world.assert_nothing_left();
+}
+
+/// Puts programs in front of the hypervisors' own that write the host's interfaces to `seen` before they become the hypervisor.
+fn with_witness(folder: &Path, seen: &Path) -> Vec<(&'static str, String)> {
+    let programs = [
+        ("UNKEY_VMCP_QEMU_BINARY", "qemu-system-x86_64"),
+        ("UNKEY_VMCP_CH_BINARY", "cloud-hypervisor"),
+        ("UNKEY_VMCP_FC_BINARY", "firecracker"),
+    ];
+    let mut env = Vec::new();
+    for (variable, program) in programs.into_iter().filter(|(_, program)| on_path(program)) {
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        let real = std::env::split_paths(&paths).map(|dir| dir.join(program)).find(|path| path.is_file());
+        let witness = folder.join(program);
+        let script = format!(
+            "#!/bin/sh\nls /sys/class/net > '{}'\nexec '{}' \"$@\"\n",
+            seen.display(),
+            real.unwrap().display()
+        );
+        fs::write(&witness, script).unwrap();
+        fs::set_permissions(&witness, fs::Permissions::from_mode(0o755)).unwrap();
+        env.push((variable, witness.display().to_string()));
+    }
+    env
+}
+
+#[test]
+fn a_tap_is_named_at_creation_and_there_before_its_vmm_starts() {
+    const TEST: &str = "a_tap_is_named_at_creation_and_there_before_its_vmm_starts";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let seen = folder.path().join("seen");
+    let env = with_witness(folder.path(), &seen);
+    let env: Vec<_> = env.iter().map(|(variable, path)| (*variable, path.as_str())).collect();
+    let world = World::started(&env);
+    for backend in backends(TEST) {
+        let created = create(&world, backend, backend, "");
+        let name = interfaces.of(&created);
+        assert_eq!(world.info(backend)["config"]["network"][0]["tap_device"], name, "{backend}");
+        assert!(!fs::read_to_string(&seen).unwrap_or_default().contains(&name), "{backend}: not started yet");
+        world.boot(backend);
+        let there = fs::read_to_string(&seen).unwrap();
+        assert!(there.lines().any(|line| line == name), "{backend}: {name} is not in {there}");
+        delete(&world, backend);
+    }
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_tap_that_was_connected_beforehand_is_connected_throughout() {
+    const TEST: &str = "a_tap_that_was_connected_beforehand_is_connected_throughout";
+    let Some(interfaces) = Interfaces::new(TEST) else { return };
+    let (bridge, name) = (interfaces.unused("b"), interfaces.unused("t"));
+    if !ip(&["link", "add", &bridge, "type", "bridge"]) {
+        return skipped(TEST, "no bridge can be made here");
+    }
+    assert!(ip(&["tuntap", "add", &name, "mode", "tap"]));
+    assert!(ip(&["link", "set", &name, "up", "master", &bridge]));
+    let connected = || fs::read_link(class(&name).join("master")).is_ok_and(|to| to.ends_with(&bridge));
+    let world = World::started(&[]);
+    for backend in backends(TEST) {
+        create(&world, backend, backend, &name);
+        assert!(connected(), "{backend}");
+        world.boot(backend);
+        eventually("the VMM holds the TAP", || attached(&name));
+        assert!(connected(), "{backend}");
+        delete(&world, backend);
+        assert!(connected(), "{backend}");
     }
     world.assert_nothing_left();
 }
