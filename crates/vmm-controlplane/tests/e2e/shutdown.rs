@@ -6,9 +6,12 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_testkit::guests::Guest;
 
-use crate::harness::{World, call, hypervisors, is_alive, linux, pause, signal, skipped, vmm_pid};
+use crate::harness::{
+    World, call, eventually, hypervisors, is_alive, linux, on_path, pause, signal, skipped, vmm_pid,
+};
 
-const NO_LINUX: &str = "no Linux that this hypervisor boots fast enough here; `make setup` makes the kernel";
+pub(crate) const NO_LINUX: &str =
+    "no Linux that this hypervisor boots fast enough here; `make setup` makes the kernel";
 
 /// Starts a guest that obeys its button, and waits until it listens. `false`, and a word about it, where there is none for this
 /// hypervisor.
@@ -31,7 +34,7 @@ fn run_obedient(world: &World, backend: &str, test: &str) -> bool {
 }
 
 /// A VM with Linux, where this hypervisor can run it here: Firecracker boots no bzImage, and a KVM in software is far too slow.
-fn linux_config(backend: &str, arguments: &str) -> Option<Value> {
+pub(crate) fn linux_config(backend: &str, arguments: &str) -> Option<Value> {
     let able = match backend {
         "qemu" => true,
         "firecracker" => false,
@@ -120,4 +123,23 @@ fn a_guest_that_is_still_booting_is_asked_again() {
         assert_eq!(ended["ended_by"], "acpi", "{backend}: {ended}");
         assert!(world.console(backend).contains("vmcp-guest: poweroff cause=power-button"), "{backend}");
     }
+}
+
+/// Linux needs longer than three seconds in software emulation until it hears its button.
+#[test]
+fn linux_that_is_asked_three_seconds_after_its_start_shuts_down_by_itself() {
+    const TEST: &str = "linux_that_is_asked_three_seconds_after_its_start_shuts_down_by_itself";
+    let Some(config) = linux_config("qemu", "").filter(|_| on_path("qemu-system-x86_64")) else {
+        return skipped(TEST, NO_LINUX);
+    };
+    let world = World::started(&[]);
+    world.create("vm", &config);
+    world.boot("vm");
+    let booted = Instant::now();
+    eventually("three seconds have passed", || booted.elapsed() > Duration::from_secs(3));
+    let ended = world.call("ShutdownVm", &json!({"vm_id": "vm", "timeout_seconds": 80})).ok();
+    assert_eq!(ended["ended_by"], "acpi", "{ended}");
+    assert!(world.console("vm").contains("vmcp-guest: poweroff cause=power-button"));
+    world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+    world.assert_nothing_left();
 }

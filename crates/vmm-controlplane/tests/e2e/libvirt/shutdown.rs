@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::harness::call;
+use crate::shutdown::{NO_LINUX, linux_config};
 
 #[test]
 fn a_libvirtd_that_stands_still_for_a_while_destroys_nothing() {
@@ -41,4 +42,20 @@ fn a_domain_whose_libvirtd_answers_nothing_runs_on_without_force() {
     let ended = world.call("ShutdownVm", &json!({"vm_id": "vm", "timeout_seconds": 1})).ok();
     assert_eq!(ended["ended_by"], "vmm", "{ended}");
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+}
+
+#[test]
+fn a_domain_that_is_still_booting_is_asked_again() {
+    const TEST: &str = "libvirt::a_domain_that_is_still_booting_is_asked_again";
+    let (helper, libvirtd) = libvirtd_or_skip!();
+    let Some(config) = linux_config("qemu", "vmcp.deaf=10") else { return skipped(TEST, NO_LINUX) };
+    let world = started(&helper, &libvirtd, &[]);
+    world.create("vm", &config);
+    world.boot("vm");
+    world.wait_for_console("vm", "vmcp-guest: deaf", 1);
+    // The first request comes now, and is lost.
+    let ended = world.call("ShutdownVm", &json!({"vm_id": "vm", "timeout_seconds": 80})).ok();
+    assert_eq!(ended["ended_by"], "acpi", "{ended}");
+    world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+    world.assert_nothing_left();
 }
