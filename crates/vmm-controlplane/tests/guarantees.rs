@@ -1,4 +1,4 @@
-//! `docs/guarantees.md` names tests; this looks whether they exist, as tests that run.
+//! Compares `docs/guarantees.md` with the code: each test that the page names exists and runs, and so does each constant.
 
 #![allow(
     clippy::unwrap_used,
@@ -90,6 +90,41 @@ fn every_test_that_a_guarantee_names_exists() {
     let mut seen = BTreeSet::new();
     let twice: Vec<_> = tests.iter().filter(|test| !seen.insert(**test)).collect();
     assert!(twice.is_empty(), "{PAGE} names these twice: {twice:?}");
+}
+
+/// Returns the constants that the page names.
+fn constants(page: &str) -> Vec<&str> {
+    let codes = page.split('`').skip(1).step_by(2);
+    codes
+        .filter(|code| code.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_'))
+        .filter(|code| !code.starts_with("UNKEY_"))
+        .collect()
+}
+
+/// Returns the code of every source file below `folder`.
+fn sources(folder: &Path, into: &mut String) {
+    for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        if path.is_dir() {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|ending| ending == "rs") {
+            into.push_str(&std::fs::read_to_string(path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn every_constant_that_a_guarantee_names_exists() {
+    let page = read(PAGE);
+    let mut code = String::new();
+    for crate_folder in std::fs::read_dir(repository().join("crates")).unwrap().map(Result::unwrap) {
+        sources(&crate_folder.path().join("src"), &mut code);
+    }
+    let constants = constants(&page);
+    assert!(constants.len() >= 15, "only {constants:?} were found: the search has gone blind");
+    let missing: Vec<_> =
+        constants.iter().filter(|name| !code.contains(&format!("const {name}: "))).collect();
+    assert!(missing.is_empty(), "{PAGE} names constants that do not exist: {missing:?}");
 }
 
 #[test]
