@@ -1,4 +1,4 @@
-//! What each call is in libvirt's terms.
+//! Makes each call of the daemon with libvirt's own functions.
 
 use uuid::Uuid;
 use virt::connect::Connect;
@@ -10,19 +10,20 @@ use vmm_libvirt_wire::{Call, Domain as Facts, DomainState, Failure, FailureKind,
 use crate::ffi;
 use crate::say::cut;
 
-/// The longest message that is passed on, in bytes.
+/// The longest error message or domain name that is passed on, in bytes. A longer one is cut.
 const MESSAGE: usize = 4096;
-/// The longest mark; ours are much shorter.
+/// The longest mark that is passed on, in bytes. The program's own marks are much shorter.
 const MARK: usize = 1024;
-/// The longest configuration: what libvirt itself takes is not much longer.
+/// The longest configuration that is passed on, in bytes. libvirt itself takes little more.
 const XML: usize = 1 << 20;
 
-/// Makes one call.
+/// Makes one call over `connect` and returns libvirt's answer or error.
 pub(crate) fn run(connect: &Connect, call: &Call) -> Result<Got, Error> {
     match call {
         Call::List => {
             let all = connect.list_all_domains(0)?;
-            // One that has gone since is no fault.
+            // A domain that disappears between the list and the look at it is left out, because the
+            // list describes the moment at which the answer is sent.
             let domains = all.iter().filter_map(|domain| facts(domain).ok()).collect();
             Ok(Got::Domains { domains })
         }
@@ -91,7 +92,7 @@ fn state_of(state: sys::virDomainState, reason: i32) -> DomainState {
             | sys::VIR_DOMAIN_PAUSED_MIGRATION => DomainState::Busy,
             _ => DomainState::Paused,
         },
-        // A guest that sleeps is woken by its own devices: for the host it runs.
+        // A guest that sleeps counts as running, because its own devices wake it without the host.
         sys::VIR_DOMAIN_RUNNING | sys::VIR_DOMAIN_BLOCKED | sys::VIR_DOMAIN_PMSUSPENDED => {
             DomainState::Running
         }
@@ -101,7 +102,7 @@ fn state_of(state: sys::virDomainState, reason: i32) -> DomainState {
     }
 }
 
-/// Lets the guest go on; one that runs already is as it should be.
+/// Resumes the guest. A guest that runs already is no error.
 fn resume(domain: &Domain) -> Result<Got, Error> {
     match domain.resume() {
         Err(error) if kind_of(&error) == FailureKind::WrongState => match domain.get_state() {
@@ -112,7 +113,7 @@ fn resume(domain: &Domain) -> Result<Got, Error> {
     }
 }
 
-/// Ends a domain; one that does not run is as it should be.
+/// Ends a domain at once. A domain that does not run is no error.
 fn destroy(domain: &Domain) -> Result<Got, Error> {
     match domain.destroy_flags(sys::VIR_DOMAIN_DESTROY_DEFAULT) {
         Err(error) if kind_of(&error) == FailureKind::WrongState && !domain.is_active().unwrap_or(true) => {
@@ -122,7 +123,8 @@ fn destroy(domain: &Domain) -> Result<Got, Error> {
     }
 }
 
-/// Forgets a domain. One that was never defined is forgotten already.
+/// Removes a domain from libvirt's configuration. A domain that was never defined is no error.
+/// `everything` also removes the saved memory, snapshot records and firmware variables.
 fn undefine(domain: &Domain, everything: bool) -> Result<Got, Error> {
     if !domain.is_persistent()? {
         return Ok(Got::Done);
@@ -133,16 +135,17 @@ fn undefine(domain: &Domain, everything: bool) -> Result<Got, Error> {
             | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
             | sys::VIR_DOMAIN_UNDEFINE_NVRAM
     } else {
-        // Then libvirt refuses where there is a saved memory or a snapshot.
+        // libvirt refuses this call for a domain with a saved memory or a snapshot. The refusal is
+        // wanted, because the caller did not ask for their removal.
         sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
     };
     domain.undefine_flags(flags).map(|()| Got::Done)
 }
 
 fn block_stats(domain: &Domain) -> Result<Got, Error> {
-    // No name means all disks together.
+    // libvirt takes the empty name for all disks together.
     let all = domain.get_block_stats("")?;
-    // What QEMU does not count is negative.
+    // libvirt returns a negative number for a counter that QEMU does not keep.
     let count = |number: i64| u64::try_from(number).unwrap_or(0);
     Ok(Got::Block {
         read_bytes: count(all.rd_bytes),
@@ -152,7 +155,7 @@ fn block_stats(domain: &Domain) -> Result<Got, Error> {
     })
 }
 
-/// libvirt's error, for the daemon.
+/// Converts an error of libvirt into the form that the daemon reads, with its text cut to size.
 pub(crate) fn failure(error: &Error) -> Failure {
     Failure { kind: kind_of(error), message: cut(error.message().to_owned(), MESSAGE) }
 }

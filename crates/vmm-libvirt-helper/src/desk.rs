@@ -1,4 +1,4 @@
-//! When each request is made.
+//! Decides when each request is made, so that a QEMU that hangs holds up no other domain.
 //!
 //! ```text
 //!   take ──► queue ──► a turn: a thread makes the call ──► answer, and the turn is free for the next
@@ -8,8 +8,10 @@
 //!              └─ nobody waits for its answer any more ──► is not made
 //! ```
 //!
-//! A call that needs a QEMU which hangs does not come back. Therefore a domain holds two threads at most, and the requests behind
-//! them wait without holding anybody else up. Requests that end or ask a guest, and those that need no QEMU, wait for nothing.
+//! A call that needs a hanging QEMU does not come back. Therefore at most two threads serve one
+//! domain, and the requests behind them wait without delaying other domains. Requests that end or
+//! ask a guest wait for no turn, because they must get past the calls that hang. Requests that need
+//! no QEMU wait for no turn either, because no hanging QEMU can hold them.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,11 +20,12 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Rank, Request};
 
-/// Calls under way that need a QEMU, a thread each. Only so many domains whose QEMUs hang would hold up others.
+/// The most calls under way that need a QEMU, each on a thread of its own. Only 128 hanging QEMUs
+/// with two calls each would hold up the calls for other QEMUs.
 const CALLS: usize = 256;
-/// Calls under way that need the QEMU of one domain.
+/// The most calls under way that need the QEMU of one domain.
 const DOMAIN_CALLS: usize = 2;
-/// Requests that wait in all.
+/// The most requests that wait for their turn.
 const QUEUE: usize = 2048;
 
 /// Makes a call.
@@ -30,7 +33,7 @@ type Run = dyn Fn(&Call) -> Result<Got, Failure> + Send + Sync;
 /// Hands an answer to the daemon.
 type Answer = dyn Fn(u64, Result<Got, Failure>) + Send + Sync;
 
-/// Takes requests, and makes each when its turn has come.
+/// Queues requests, and makes each one on a thread of its own when its turn has come.
 pub(crate) struct Desk {
     turns: Mutex<Turns>,
     run: Box<Run>,
@@ -66,7 +69,8 @@ impl Desk {
         Arc::new(Self { turns: Mutex::default(), run: Box::new(run), answer: Box::new(answer) })
     }
 
-    /// Takes one request. Answers it later, from another thread, unless too many wait.
+    /// Takes one request. Another thread answers it later. If the queue is full, this thread
+    /// answers [`FailureKind::Busy`] at once; requests of [`Rank::Free`] are taken even then.
     pub(crate) fn take(self: &Arc<Self>, request: Request) {
         let until = request.within_ms.map(|within| Instant::now() + Duration::from_millis(within));
         let id = request.id;
@@ -85,8 +89,10 @@ impl Desk {
         self.start_ready();
     }
 
-    /// Makes every call whose turn has come.
+    /// Makes every call whose turn has come, and answers those that have waited too long.
     fn start_ready(self: &Arc<Self>) {
+        // The lock is held only while `next` chooses. An answer may block on the daemon's pipe, and
+        // a thread that has been started takes the lock itself when its turn ends.
         let (ready, late) = lock(&self.turns).next(Instant::now());
         for request in late {
             let message = "libvirt has not answered earlier calls for this VM, so this one was not made";
@@ -96,7 +102,8 @@ impl Desk {
             let turn = Turn { desk: Arc::clone(self), rank: request.call.rank() };
             let (id, started) = (request.id, std::thread::Builder::new().spawn(move || turn.make(&request)));
             if let Err(error) = started {
-                // The turn was given back when the closure was dropped.
+                // The failed spawn dropped the closure and with it the `Turn`, so the room is free
+                // again. Only the answer is missing.
                 (self.answer)(id, Err(busy(format!("the libvirt helper can start no thread: {error}"))));
             }
         }
@@ -108,12 +115,18 @@ fn busy(message: String) -> Failure {
 }
 
 impl Turns {
-    /// Takes out of the queue what is to be made now, and what is not to be made any more.
+    /// Splits the queue: returns the requests whose turn has come, then those whose time is over.
+    /// The remaining requests keep their order.
     fn next(&mut self, now: Instant) -> (Vec<Request>, Vec<Request>) {
         let (mut ready, mut late) = (Vec::new(), Vec::new());
         let mut queue = std::mem::take(&mut self.queue);
+        // One pass from front to back keeps the order of requests that compete for the same room. A
+        // request that must wait does not stop the requests behind it that need other room.
         queue.retain(|Queued { request, until }| {
             let rank = request.call.rank();
+            // The daemon gave this request up at `until`, so a call made now would change a VM for
+            // which nobody waits. A request of `Rank::Free` is exempt, because it never waited for
+            // a turn.
             if rank != Rank::Free && until.is_some_and(|until| until <= now) {
                 late.push(request.clone());
                 return false;
@@ -136,6 +149,8 @@ impl Turns {
             Rank::Samples(uuid) => (uuid, true),
         };
         let domain = self.domains.get(&uuid);
+        // A sample waits for an earlier sample of its domain, so reading counters takes at most one
+        // of the two threads and an order always finds the other.
         self.under_way < CALLS
             && domain.is_none_or(|domain| domain.calls < DOMAIN_CALLS && !(is_sample && domain.samples > 0))
     }
@@ -160,7 +175,7 @@ impl Turns {
     }
 }
 
-/// The right to make one call. The next in the queue gets it when this is dropped.
+/// The right to make one call. Dropping it gives its room back and starts the calls that waited.
 struct Turn {
     desk: Arc<Desk>,
     rank: Rank,
@@ -175,6 +190,8 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
+        // The end comes before the next start, because `start_ready` counts this turn's room as
+        // free. The drop also happens when a call panics, so a panic takes no room for good.
         lock(&self.desk.turns).end(self.rank);
         self.desk.start_ready();
     }

@@ -1,4 +1,5 @@
-//! What the `virt` crate does not wrap: libvirt's events about domains, which come as C callbacks, and one call.
+//! Registers for libvirt's events about domains and makes the one call that the `virt` crate does
+//! not wrap. The events come as C callbacks.
 
 #![expect(
     unsafe_code,
@@ -17,12 +18,14 @@ use vmm_libvirt_wire::{Lifecycle, Message};
 
 use crate::say::{cut, say};
 
-/// QEMU's own events that say more than libvirt's: who reset the guest, and why QEMU ends.
+/// QEMU's own events that carry more than libvirt's: the cause of a reset, and the reason for
+/// QEMU's end.
 const MONITOR_EVENTS: &CStr = c"^(GUEST_PANICKED|RESET|SHUTDOWN)$";
-/// The longest data of an event of QEMU; those above have some 50 bytes.
+/// The longest data of a QEMU event that is passed on, in bytes. The events above have about 50.
 const DETAILS: usize = 1024;
 
-/// Starts the thread in which libvirt's connections live and its events arrive.
+/// Starts the thread that runs libvirt's event loop. Connections need the loop for their keep-alive
+/// messages, and events arrive on its thread. A failed loop ends the process.
 pub(crate) fn start_event_loop() -> Result<(), Error> {
     virt::event::event_register_default_impl()?;
     std::thread::spawn(|| {
@@ -36,18 +39,21 @@ pub(crate) fn start_event_loop() -> Result<(), Error> {
     Ok(())
 }
 
-/// Has every event about a domain, and the end of the connection, said to the daemon.
+/// Registers for every event about a domain and for the end of the connection. Each one is sent to
+/// the daemon as a [`Message`].
 pub(crate) fn watch(connect: &Connect) -> Result<(), Error> {
     let lifecycle: unsafe extern "C" fn(_, _, _, _, _) -> c_int = on_lifecycle;
-    // SAFETY: libvirt's own way to register: it casts the callback back to the type that belongs to the event's id before it
-    // calls it, and that is the type of `on_lifecycle`.
+    // SAFETY: libvirt registers callbacks of all kinds through this one type. It casts the callback
+    // back to the type of its event id before the call, and for the lifecycle event that is the
+    // type of `on_lifecycle`.
     let generic = unsafe {
         std::mem::transmute::<
             unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int,
             unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void),
         >(lifecycle)
     };
-    // SAFETY: the connection is open, a null domain means all of them, and there is no data to free.
+    // SAFETY: the connection is open, a null domain stands for all domains, and there is no data
+    // that libvirt would have to free.
     let registered = unsafe {
         sys::virConnectDomainEventRegisterAny(
             connect.as_ptr(),
@@ -59,7 +65,7 @@ pub(crate) fn watch(connect: &Connect) -> Result<(), Error> {
         )
     };
     check(registered)?;
-    // SAFETY: as above; the pattern is a constant.
+    // SAFETY: as for the registration above; the pattern is a constant with a terminating zero.
     let registered = unsafe {
         sys::virConnectDomainQemuMonitorEventRegister(
             connect.as_ptr(),
@@ -72,21 +78,21 @@ pub(crate) fn watch(connect: &Connect) -> Result<(), Error> {
         )
     };
     check(registered)?;
-    // SAFETY: as above.
+    // SAFETY: the connection is open, and there is no data that libvirt would have to free.
     let registered = unsafe {
         sys::virConnectRegisterCloseCallback(connect.as_ptr(), Some(on_close), ptr::null_mut(), None)
     };
     check(registered)
 }
 
-/// Sets what a reset of a running guest does.
+/// Sets whether a reset of a running guest starts the guest again or ends its domain.
 pub(crate) fn set_reboot_action(domain: &Domain, restart: bool) -> Result<(), Error> {
     let action = if restart {
         sys::VIR_DOMAIN_LIFECYCLE_ACTION_RESTART
     } else {
         sys::VIR_DOMAIN_LIFECYCLE_ACTION_DESTROY
     };
-    // SAFETY: the domain is a valid handle for as long as it is borrowed; the rest are numbers.
+    // SAFETY: the domain is a valid handle while it is borrowed; the other arguments are numbers.
     let set = unsafe {
         sys::virDomainSetLifecycleAction(
             domain.as_ptr(),
@@ -102,10 +108,11 @@ fn check(result: c_int) -> Result<(), Error> {
     if result < 0 { Err(Error::last_error()) } else { Ok(()) }
 }
 
-/// The UUID of a domain that a callback was given.
+/// Returns the UUID of a domain that libvirt has passed to a callback; `None` if libvirt fails.
 fn uuid_of(domain: sys::virDomainPtr) -> Option<Uuid> {
     let mut bytes = [0_u8; sys::VIR_UUID_BUFLEN as usize];
-    // SAFETY: libvirt lends the domain for the time of the callback, and the buffer has the length that it wants.
+    // SAFETY: libvirt lends the domain for the duration of the callback, and the buffer has the
+    // length that libvirt writes.
     let got = unsafe { sys::virDomainGetUUID(domain, bytes.as_mut_ptr()) };
     (got == 0).then(|| Uuid::from_bytes(bytes))
 }
@@ -161,12 +168,13 @@ unsafe extern "C" fn on_monitor(
     }
 }
 
-/// The text of a callback; empty where there is none.
+/// Copies a text that libvirt has passed to a callback. A null pointer gives an empty text.
 fn text(lent: *const c_char) -> String {
     if lent.is_null() {
         return String::new();
     }
-    // SAFETY: not null, and so a text with an end that libvirt lends for the time of the callback.
+    // SAFETY: the pointer is not null, so libvirt lends a zero-terminated text for the duration of
+    // the callback.
     unsafe { CStr::from_ptr(lent) }.to_string_lossy().into_owned()
 }
 

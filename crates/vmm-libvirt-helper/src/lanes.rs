@@ -1,8 +1,10 @@
-//! Which call goes over which connection.
+//! Chooses the connection to libvirtd for each call.
 //!
-//! libvirtd serves five calls of one connection at a time, and a call that needs a QEMU which hangs does not come back. So calls
-//! that wait for a QEMU go over lanes, connections of their own with room to spare. Everything else goes over the main connection,
-//! where nothing hangs but libvirtd itself.
+//! libvirtd serves five calls of one connection at a time, and a call that needs a hanging QEMU
+//! does not come back. Five such calls would silence the whole connection. Therefore calls that
+//! wait for a QEMU go over lanes: connections of their own that carry fewer calls than libvirtd
+//! serves. All other calls go over the main connection, on which only a hanging libvirtd can stop
+//! them.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -12,19 +14,21 @@ use vmm_libvirt_wire::{Call, Failure, Got};
 
 use crate::calls;
 
-/// Calls under way on one lane; libvirtd's own limit is five.
+/// The most calls under way on one lane. libvirtd's own limit is five.
 const LANE_CALLS: usize = 4;
-/// Lanes that are being opened at a time. More calls than these lanes will take wait for one of them.
+/// The most lanes that are being opened at a time. A call that finds no room and may open no lane
+/// waits for one of these.
 const OPENING: usize = 4;
-/// Seconds between two signs of life of libvirtd, and how many may be missing.
+/// The interval between two keep-alive messages in seconds, and the number of missing answers that
+/// ends the connection.
 const KEEP_ALIVE: (i32, u32) = (5, 4);
 
-/// The connections.
+/// The connections to libvirtd: the main one, and the lanes.
 pub(crate) struct Lanes {
     uri: String,
     main: Connect,
     pool: Mutex<Pool>,
-    /// A lane has room, or an attempt to open one is over.
+    /// Notified when a lane has room, and when an attempt to open one has ended.
     changed: Condvar,
 }
 
@@ -39,12 +43,12 @@ struct Lane {
     calls: usize,
 }
 
-/// Has libvirtd's silence end the connection.
+/// Lets libvirt close the connection after about 20 s without a sign of life of libvirtd.
 pub(crate) fn keep_alive(connect: &Connect) -> Result<(), Error> {
     connect.set_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1).map(|_| ())
 }
 
-/// A version as libvirt packs it, as people write it.
+/// Formats a version that libvirt has packed into a number, as in `9.0.0`.
 pub(crate) fn version(packed: u32) -> String {
     format!("{}.{}.{}", packed / 1_000_000, packed / 1000 % 1000, packed % 1000)
 }
@@ -54,7 +58,8 @@ impl Lanes {
         Self { uri, main, pool: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Makes one call, over the connection that is for it.
+    /// Makes one call over the connection for its kind, and returns libvirt's answer or failure.
+    /// Blocks until libvirtd answers.
     pub(crate) fn make(&self, call: &Call) -> Result<Got, Failure> {
         if !call.needs_qemu() {
             return calls::run(&self.main, call).map_err(|error| calls::failure(&error));
@@ -65,18 +70,24 @@ impl Lanes {
         got
     }
 
-    /// Finds a lane with room, or opens one. Nobody else waits meanwhile for a lane that has room.
+    /// Returns a lane with room, and opens one if there is none. An error of opening is returned.
     fn enter(&self, call: &Call) -> Result<Arc<Connect>, Error> {
+        // Opening a connection may block for as long as libvirtd is silent. The lock is therefore
+        // released around it: other calls still find room on the lanes that exist, and finished
+        // calls give theirs back.
         let mut pool = lock(&self.pool);
         loop {
             if let Some(lane) = pool.lanes.iter_mut().find(|lane| lane.calls < LANE_CALLS) {
                 lane.calls += 1;
                 return Ok(Arc::clone(&lane.connect));
             }
-            // The end of a domain waits behind nothing.
+            // A Destroy opens a lane even past the limit, because it may be the only way to free
+            // the calls that occupy all lanes.
             if pool.opening < OPENING || matches!(call, Call::Destroy { .. }) {
                 break;
             }
+            // A wake-up proves nothing, because another thread may have taken the room first. The
+            // loop looks again.
             pool = self.changed.wait(pool).unwrap_or_else(PoisonError::into_inner);
         }
         pool.opening += 1;
@@ -88,11 +99,14 @@ impl Lanes {
             pool.lanes.push(Lane { connect: Arc::clone(connect), calls: 1 });
         }
         drop(pool);
+        // Success makes room for three more calls, and failure lets a waiting call try to open. All
+        // waiting threads must look, so all are woken.
         self.changed.notify_all();
         opened
     }
 
-    /// Gives back the room on a lane. One that is idle beside another is given up.
+    /// Gives back the room on a lane. One idle lane is kept for the next call, and further idle
+    /// lanes are closed.
     fn leave(&self, connect: &Arc<Connect>) {
         let mut given_up = Vec::new();
         {
@@ -107,7 +121,8 @@ impl Lanes {
             }
         }
         self.changed.notify_all();
-        // Closing a connection asks libvirtd, and therefore nothing is held here.
+        // Closing a connection asks libvirtd and may block, so it happens after the lock was
+        // released.
         drop(given_up);
     }
 }

@@ -1,4 +1,4 @@
-//! `vmm-libvirt-helper URI`: libvirt for a daemon that does not link it.
+//! `vmm-libvirt-helper URI`: speaks with libvirt for a daemon that does not link libvirt.
 //!
 //! ```text
 //!   stdin ──► requests ──► desk ──┬─► quick ones: the main connection ──────────┐
@@ -7,9 +7,10 @@
 //!          ◄── events ◄── the event loop's thread ◄── the main connection
 //! ```
 //!
-//! One helper is one connection to libvirt. When that is lost it says so and ends, and the daemon starts another one: nothing of
-//! libvirt's state in this process has to be mended. It ends as well when its stdin does, and so never outlives the daemon.
-//! The lines are those of [`vmm_libvirt_wire`]; stderr is for people.
+//! One helper serves one connection to libvirt. When the connection is lost, the helper reports
+//! that and ends, and the daemon starts another helper, because a new process needs no repair of
+//! libvirt's state. The helper also ends when its stdin ends, so it never outlives the daemon. The
+//! lines are those of [`vmm_libvirt_wire`]; stderr is for people.
 
 mod calls;
 mod desk;
@@ -28,7 +29,7 @@ use vmm_libvirt_wire::{Failure, Got, Message, Request};
 use desk::Desk;
 use lanes::Lanes;
 
-/// Requests that wait while libvirt is being connected to.
+/// The most requests that wait while the helper connects to libvirt.
 const WAITING: usize = 64;
 
 fn main() -> ExitCode {
@@ -37,7 +38,8 @@ fn main() -> ExitCode {
         eprintln!("usage: vmm-libvirt-helper URI; vmm-controlplane starts it, see UNKEY_VMCP_QEMU_ENDPOINT");
         return ExitCode::from(2);
     };
-    // libvirt would print each error to stdout.
+    // libvirt prints each error to stdout by default, and stdout carries only messages to the
+    // daemon.
     virt::error::clear_error_callback();
     match serve(&uri) {
         Ok(()) => ExitCode::SUCCESS,
@@ -49,7 +51,8 @@ fn main() -> ExitCode {
 }
 
 fn serve(uri: &str) -> Result<(), Error> {
-    // A thread of its own: libvirt may let itself be waited for without end, and the daemon must be able to leave.
+    // Requests are read on a thread of their own, because libvirt may block the main thread without
+    // end, and the helper must end when the daemon closes stdin.
     let (requests, inbox) = sync_channel(WAITING);
     std::thread::spawn(move || match read_requests(&requests) {
         Ok(()) => std::process::exit(0),
@@ -62,7 +65,8 @@ fn serve(uri: &str) -> Result<(), Error> {
     let main = Connect::open(Some(uri))?;
     lanes::keep_alive(&main)?;
     ffi::watch(&main)?;
-    // libvirt looks at its QEMU when it is first asked about it, which can take half a minute: now, and not in the first start.
+    // libvirt examines its QEMU at the first question about it, which can take half a minute. The
+    // question is asked here, because otherwise the first start of a VM would wait for it.
     let hypervisor = lanes::version(main.get_hyp_version()?);
     say::say(&Message::Ready { libvirt: lanes::version(main.get_lib_version()?), hypervisor });
     let lanes = Lanes::new(uri.to_owned(), main);

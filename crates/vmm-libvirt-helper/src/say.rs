@@ -1,10 +1,10 @@
-//! Writing to the daemon, one whole line at a time.
+//! Writes messages to the daemon, one whole line at a time.
 
 use std::io::Write as _;
 
 use vmm_libvirt_wire::Message;
 
-/// Says one message. Where nobody listens any more, this process ends.
+/// Writes one message to stdout. Ends this process if the daemon has closed the pipe.
 pub(crate) fn say(message: &Message) {
     let written = vmm_libvirt_wire::to_line(message).map_err(std::io::Error::from).and_then(|line| {
         let mut stdout = std::io::stdout().lock();
@@ -17,7 +17,8 @@ pub(crate) fn say(message: &Message) {
     }
 }
 
-/// Cuts a text that libvirt or a guest chose to a length that fits a line.
+/// Cuts a text to at most `most` bytes, at a character boundary. libvirt or a guest chose its
+/// length.
 pub(crate) fn cut(mut text: String, most: usize) -> String {
     if text.len() > most {
         let end = (0..=most).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);

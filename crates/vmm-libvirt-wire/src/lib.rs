@@ -1,4 +1,5 @@
-//! What the daemon and `vmm-libvirt-helper` say to each other: JSON, one object a line, over the helper's stdin and stdout.
+//! The messages between the daemon and `vmm-libvirt-helper`: JSON, one object a line, over the
+//! helper's stdin and stdout.
 //!
 //! ```text
 //!   daemon ── {"id":7,"call":"suspend","uuid":"…"} ─────────────────────► helper ── libvirt's own protocol ──► libvirtd
@@ -7,26 +8,30 @@
 //!   daemon ◄─ {"says":"lifecycle",…}, {"says":"monitor",…} whenever libvirt has an event
 //! ```
 //!
-//! Both ends are built together, so nothing here is for other versions: an unknown member is an error. What comes from libvirt,
-//! and so in part from guests, is cut to size by the helper and read strictly by the daemon.
+//! Both ends are built together, so the protocol has no versions: an unknown member is an error.
+//! The helper cuts texts from libvirt to size, and the daemon reads them strictly, because guests
+//! choose some of them.
 
 use std::io::{self, BufRead};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The longest line, in bytes, its end included. A host with some thousands of domains fits.
+/// The longest line, in bytes, with its end. The list of a host with some thousands of domains
+/// fits.
 pub const MAX_LINE: usize = 2 << 20;
 
-/// The namespace of this program's element in a domain's `<metadata>`. A name, not an address: nothing is fetched from there.
+/// The namespace of this program's element in a domain's `<metadata>`. Nothing is ever fetched from
+/// this name.
 pub const MARK_NAMESPACE: &str = "urn:vmm-controlplane:libvirt:1";
 
-/// One call of the daemon.
+/// A call of the daemon, and the data to answer it by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
-    /// Chosen by the daemon, and borne by the answer.
+    /// The number of the request. The daemon chooses it, and the answer repeats it.
     pub id: u64,
-    /// The time for which the daemon waits for the answer, in milliseconds. A call that has not begun by then is not made.
+    /// The time for which the daemon waits for the answer, in milliseconds. The helper does not
+    /// begin a call after that time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub within_ms: Option<u64>,
     /// The operation.
@@ -34,33 +39,34 @@ pub struct Request {
     pub call: Call,
 }
 
-/// What the daemon can ask for.
+/// The calls that the daemon can ask for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "call", rename_all = "kebab-case")]
 pub enum Call {
-    /// Every domain, running or not.
+    /// Lists every domain, running or not.
     List,
-    /// One domain.
+    /// Describes one domain.
     Look {
         /// The domain.
         uuid: Uuid,
     },
-    /// The domain of that name.
+    /// Describes the domain with this name.
     LookByName {
         /// The name.
         name: String,
     },
-    /// What libvirt knows of a domain's configuration.
+    /// Reads a domain's configuration from libvirt.
     Xml {
         /// The domain.
         uuid: Uuid,
     },
-    /// Defines a domain, or gives the one of the same UUID and name another configuration for its next start.
+    /// Defines a domain. A domain with the same UUID and name gets this configuration for its next
+    /// start.
     Define {
         /// The configuration.
         xml: String,
     },
-    /// Starts a domain that is defined, with its guest's CPUs standing still.
+    /// Starts a defined domain with the guest's CPUs stopped.
     Start {
         /// The domain.
         uuid: Uuid,
@@ -70,7 +76,7 @@ pub enum Call {
         /// The domain.
         uuid: Uuid,
     },
-    /// Lets the guest's CPUs go on.
+    /// Resumes the guest's CPUs.
     Resume {
         /// The domain.
         uuid: Uuid,
@@ -85,11 +91,11 @@ pub enum Call {
         /// The domain.
         uuid: Uuid,
     },
-    /// Sets what a reset of the guest does from now on, until the domain stops.
+    /// Sets the effect of a guest's reset until the domain stops.
     OnReboot {
         /// The domain.
         uuid: Uuid,
-        /// Whether the guest starts again; else its domain stops.
+        /// True if the guest starts again; false if its domain stops.
         restart: bool,
     },
     /// Ends a domain.
@@ -97,14 +103,16 @@ pub enum Call {
         /// The domain.
         uuid: Uuid,
     },
-    /// Forgets a domain that does not run; one that runs is forgotten when it ends. Its disks stay.
+    /// Removes a domain from libvirt's configuration. A running domain goes when it ends. Its disks
+    /// stay.
     Undefine {
         /// The domain.
         uuid: Uuid,
-        /// Whether what libvirt itself keeps of it goes too: saved memory, the records of snapshots, the firmware's variables.
+        /// True if libvirt's own files of the domain are removed too: saved memory, snapshot
+        /// records and firmware variables.
         everything: bool,
     },
-    /// The counters of all disks together.
+    /// Reads the counters of all disks together.
     BlockStats {
         /// The domain.
         uuid: Uuid,
@@ -112,7 +120,7 @@ pub enum Call {
 }
 
 impl Call {
-    /// Its name, for messages.
+    /// Returns the call's name for messages.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::List => "list",
@@ -131,10 +139,11 @@ impl Call {
         }
     }
 
-    /// Returns what libvirtd may have to wait for before it answers the call.
+    /// Returns the reason for which libvirtd may answer the call late.
     ///
-    /// Each answer was observed on libvirt 9.0 with a QEMU that stood still under an earlier call: libvirtd described and
-    /// redefined the domain at once, and `undefine` waited for the earlier call.
+    /// The reasons were observed on libvirt 9.0 with a QEMU that hung under an earlier call:
+    /// libvirtd described and redefined the domain at once, and `undefine` waited for the earlier
+    /// call.
     pub const fn waits_for(&self) -> WaitsFor {
         match self {
             Self::List | Self::Look { .. } | Self::LookByName { .. } | Self::Xml { .. } => WaitsFor::Nothing,
@@ -177,7 +186,7 @@ impl Call {
         }
     }
 
-    /// Says whether the call changes nothing.
+    /// Returns true if the call changes nothing.
     pub const fn only_reads(&self) -> bool {
         match self {
             Self::List
@@ -201,7 +210,7 @@ impl Call {
 /// The reason for which libvirtd may answer a [`Call`] late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WaitsFor {
-    /// libvirtd answers out of its own memory. Silence means that libvirtd itself stands still.
+    /// libvirtd answers from its own memory. Silence means that libvirtd itself hangs.
     Nothing,
     /// libvirtd may have to examine the program of QEMU first, which takes up to half a minute, or to write files.
     Host,
@@ -209,46 +218,47 @@ pub enum WaitsFor {
     Qemu(Uuid),
 }
 
-/// The order in which calls are made.
+/// The order in which a call is made among other calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rank {
-    /// At once.
+    /// The call is made at once.
     Free,
-    /// After others that need the domain's QEMU.
+    /// The call waits for others that need the domain's QEMU.
     Orders(Uuid),
-    /// The same, and after the counters that are being read.
+    /// The call waits for others that need the domain's QEMU, and for an earlier reading of its
+    /// counters.
     Samples(Uuid),
 }
 
-/// A line of the helper.
+/// A line that the helper writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "says", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Message {
-    /// libvirt is connected, has looked at its QEMU, and sends its events from now on.
+    /// libvirt is connected, has examined its QEMU, and sends its events from now on.
     Ready {
-        /// libvirt's own version.
+        /// The version of libvirt.
         libvirt: String,
         /// The version of QEMU.
         hypervisor: String,
     },
-    /// libvirt cannot be reached. The last line: the helper ends.
+    /// libvirt cannot be reached. The helper ends after this line.
     Unreachable {
-        /// What it said.
+        /// libvirt's error.
         failure: Failure,
     },
-    /// The connection to libvirt is lost. The last line: the helper ends.
+    /// The connection to libvirt is lost. The helper ends after this line.
     Closed {
-        /// Why, as far as libvirt says.
+        /// The reason, as far as libvirt gives one.
         why: String,
     },
     /// A call has been answered.
     Answer {
-        /// The call.
+        /// The number of the request.
         id: u64,
-        /// What it got, if it succeeded.
+        /// The result, if the call succeeded.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ok: Option<Got>,
-        /// Why it did not.
+        /// The failure, if the call failed.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         failed: Option<Failure>,
     },
@@ -256,29 +266,29 @@ pub enum Message {
     Lifecycle {
         /// The domain.
         uuid: Uuid,
-        /// What happened.
+        /// The change.
         event: Lifecycle,
     },
-    /// QEMU said something itself.
+    /// QEMU itself sent an event.
     Monitor {
         /// The domain.
         uuid: Uuid,
         /// The name of QEMU's event, such as `RESET`.
         event: String,
-        /// Its data, as QEMU wrote it.
+        /// The event's data, as QEMU wrote them.
         details: String,
     },
 }
 
-/// What a call got.
+/// The result of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "got", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Got {
-    /// It was done.
+    /// The call was carried out.
     Done,
-    /// Domains.
+    /// The domains that were asked for.
     Domains {
-        /// All of them.
+        /// All of them; empty where there is none.
         domains: Vec<Domain>,
     },
     /// A configuration.
@@ -299,7 +309,7 @@ pub enum Got {
     },
 }
 
-/// What libvirt knows of a domain.
+/// The facts about a domain that libvirt gives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Domain {
@@ -307,74 +317,74 @@ pub struct Domain {
     pub uuid: Uuid,
     /// Its name.
     pub name: String,
-    /// This program's element in its metadata, if it has one, as XML.
+    /// This program's element in the domain's metadata as XML, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mark: Option<String>,
-    /// What it is doing.
+    /// The domain's activity.
     pub state: DomainState,
-    /// Whether it is defined, and so outlives its own end.
+    /// True if libvirt keeps the domain's configuration after its end.
     pub persistent: bool,
 }
 
-/// What a domain is doing.
+/// The activity of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DomainState {
-    /// It runs.
+    /// The guest runs.
     Running,
-    /// Its CPUs stand still.
+    /// The guest's CPUs are stopped.
     Paused,
-    /// libvirt stopped its CPUs for a moment, to start or save it.
+    /// libvirt has stopped the guest's CPUs for a moment, to start or save the domain.
     Busy,
-    /// A disk of it failed, and its CPUs were stopped.
+    /// A disk failed, and QEMU stopped the guest's CPUs.
     IoError,
-    /// Its watchdog stopped it.
+    /// The guest's watchdog stopped its CPUs.
     Watchdog,
-    /// It crashed, and is kept.
+    /// The guest crashed, and libvirt keeps the domain.
     Crashed,
-    /// It has powered off, and is about to be gone.
+    /// The guest has powered off, and the domain is about to end.
     ShuttingDown,
-    /// It does not run.
+    /// The domain does not run.
     Off,
 }
 
-/// What happened to a domain.
+/// A change of a domain that libvirt reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Lifecycle {
-    /// It was defined, or given another configuration.
+    /// The domain was defined, or got another configuration.
     Defined,
-    /// It was undefined.
+    /// The domain was undefined.
     Undefined,
-    /// It was started.
+    /// The domain was started.
     Started,
-    /// Its CPUs were stopped.
+    /// The guest's CPUs were stopped.
     Suspended,
-    /// Its CPUs go on.
+    /// The guest's CPUs were resumed.
     Resumed,
-    /// Its guest has powered off, or QEMU was told to end.
+    /// The guest has powered off, or QEMU was ordered to end.
     Shutdown,
-    /// Its guest crashed.
+    /// The guest crashed.
     Crashed,
-    /// It ended in order.
+    /// The domain ended in order.
     Stopped,
-    /// Somebody ended it through libvirt.
+    /// A client of libvirt ended the domain.
     Destroyed,
-    /// It ended because QEMU failed or was killed.
+    /// The domain ended because QEMU failed or was killed.
     Failed,
-    /// It ended, and went to where it is kept: a file, another host, a snapshot.
+    /// The domain ended and went on elsewhere: in a file, on another host, or in a snapshot.
     Moved,
-    /// Something else.
+    /// The event has no variant here.
     Other,
 }
 
-/// Why libvirt did not do as asked.
+/// The reason why libvirt did not carry out a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Failure {
-    /// The kind, to decide by.
+    /// The kind, for decisions.
     pub kind: FailureKind,
-    /// libvirt's words.
+    /// libvirt's text, for people.
     pub message: String,
 }
 
@@ -384,26 +394,29 @@ pub struct Failure {
 pub enum FailureKind {
     /// There is no such domain.
     NoDomain,
-    /// The domain is not in a state for that.
+    /// The domain's state does not allow the call.
     WrongState,
-    /// The helper has too many calls waiting, or this one has waited too long. Nothing was done, and libvirt was not asked.
+    /// The helper has too many waiting calls, or this call has waited too long. libvirt was not
+    /// asked.
     Busy,
     /// libvirt has waited in vain for an earlier call for the same domain. Nothing was done.
     Timeout,
-    /// The connection is lost, or cannot be made.
+    /// The connection is lost or cannot be made.
     NoConnection,
-    /// This user may not.
+    /// The daemon's user lacks the permission.
     Denied,
-    /// This libvirt cannot.
+    /// This version of libvirt does not support the call.
     Unsupported,
-    /// Something else, mostly that QEMU refused.
+    /// Another failure, mostly a refusal of QEMU.
     Other,
 }
 
-/// Reads one line of at most [`MAX_LINE`] bytes; `None` at the end.
+/// Reads one line of at most [`MAX_LINE`] bytes into `line`, without its end. Returns `None` at the
+/// end of the input.
 ///
 /// # Errors
-/// What reading says; `InvalidData` where the line is longer or ends without an end of line.
+/// Returns the reader's error, and `InvalidData` where a line is too long or the input ends within
+/// it.
 pub fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<Option<()>> {
     line.clear();
     let mut limited = io::Read::take(&mut *reader, MAX_LINE as u64);
@@ -416,10 +429,10 @@ pub fn read_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<Op
     }
 }
 
-/// Writes a value as one line.
+/// Serialises a value as one line with its end.
 ///
 /// # Errors
-/// Where it cannot be written as JSON, which these types always can.
+/// Returns an error where JSON cannot hold the value. JSON holds every value of this crate's types.
 pub fn to_line(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
