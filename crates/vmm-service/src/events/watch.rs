@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use vmm_core::event::{EventSeq, VmEvent};
@@ -22,6 +23,10 @@ use super::{Events, RECENT, Recorded, parse_vm_id};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::index::Index;
+
+/// The pause after the first page of a beginning. What serves the watch sends nothing while there is more to be had at once,
+/// up to a quarter of a MiB, so without a pause the first of many VMs waits for the thousandth.
+const HAND_OVER: Duration = Duration::from_millis(1);
 
 /// What to watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -82,6 +87,18 @@ pub struct Watch {
     /// Whether it has been at the end of the log. Before that it may be as far behind as its token is old.
     caught_up: bool,
     ready: VecDeque<Notice>,
+    first_page: FirstPage,
+}
+
+/// How far the first page of a beginning has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum FirstPage {
+    /// It has not been read.
+    Ahead,
+    /// It has been read, and others follow. It is to be sent before them.
+    Read,
+    /// It has been sent, as far as this watch knows.
+    Behind,
 }
 
 impl Watch {
@@ -99,7 +116,8 @@ impl Watch {
             (None, events.resume(&query.resume_token).await?)
         };
         let ready = VecDeque::new();
-        Ok(Self { events, index, filter, settled, beginning, cursor, caught_up: false, ready })
+        let first_page = FirstPage::Ahead;
+        Ok(Self { events, index, filter, settled, beginning, cursor, caught_up: false, ready, first_page })
     }
 
     /// Waits for the next notice. Nothing is lost if the wait is given up.
@@ -119,7 +137,14 @@ impl Watch {
                     self.beginning = None;
                     return Ok(marker);
                 }
+                if self.first_page == FirstPage::Read {
+                    self.first_page = FirstPage::Behind;
+                    tokio::time::sleep(HAND_OVER).await;
+                }
                 let told = beginning.step(&self.events, &self.index, &self.filter, &mut self.cursor).await?;
+                if self.first_page == FirstPage::Ahead && !told.is_empty() {
+                    self.first_page = FirstPage::Read;
+                }
                 self.ready.extend(told);
                 // A filter that matches few of many VMs takes many steps before there is something to tell.
                 tokio::task::coop::consume_budget().await;

@@ -350,6 +350,30 @@ async fn a_watch_that_is_not_read_keeps_no_more_than_a_page() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_first_page_of_many_vms_is_handed_over_before_the_next_is_read() {
+    const PAGE: usize = 64;
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for number in 0..=PAGE {
+        vms.create(&format!("vm-{number}"), bed.config()).await;
+    }
+    let mut watch = watch(&vms, WatchQuery::default()).await;
+    let mut told = 0;
+    while let Some(notice) = tokio::task::unconstrained(watch.next()).now_or_never() {
+        assert!(matches!(notice.unwrap(), Notice::Present(_)));
+        told += 1;
+    }
+    assert_eq!(told, PAGE, "the watch pauses there, so that what serves it sends the page");
+    let (rest, _) = presents(&mut watch).await;
+    assert_eq!(rest.len(), 1);
+    let few = WatchQuery { vm_id: "vm-0".to_owned(), ..WatchQuery::default() };
+    let mut few = self::watch(&vms, few).await;
+    let begins = async { (few.next().await, few.next().await) };
+    let begun = tokio::task::unconstrained(begins).now_or_never().expect("one page needs no pause");
+    assert!(matches!(begun, (Ok(Notice::Present(_)), Ok(Notice::Synced { .. }))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn commits_that_fail_hold_nobody_up() {
     let bed = Bed::new();
     let vms = bed.start().await;
