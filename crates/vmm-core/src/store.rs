@@ -171,6 +171,14 @@ pub enum HostClaim {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         lies_on: Vec<DiskKey>,
     },
+    /// A disk that is known by its path alone, because its file did not answer when the VM was found running. Replaced when the
+    /// file answers.
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// Whether this VM may write.
+        writable: bool,
+    },
     /// A TAP interface, by name.
     Tap {
         /// The interface.

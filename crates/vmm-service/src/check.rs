@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use vmm_core::backend::KernelFormat;
 use vmm_core::report::Report;
-use vmm_core::spec::{Console, NamedFiles};
+use vmm_core::spec::{Console, Disk, NamedFiles, VmSpec};
 use vmm_core::store::HostClaim;
 use vmm_host::files::{self, Access, FileFacts};
 use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
@@ -79,6 +79,25 @@ pub(crate) struct HostFacts {
     "the host's files do not answer: check the devices and servers that hold the kernel and the disks, and try again"
 )]
 pub(crate) struct FilesSilent;
+
+/// Returns the claims on the disks of a VM that runs while its files do not answer: by the paths on record.
+pub(crate) fn claims_by_path(spec: &VmSpec) -> Vec<HostClaim> {
+    let claim = |disk: &Disk| HostClaim::Path { path: disk.path.clone(), writable: !disk.read_only };
+    spec.disks.iter().map(claim).collect()
+}
+
+/// Waits for `look`, and gives up `slot` where the look is slow: a slot bounds the VMs that need processor time together, and
+/// one that waits for its files needs none. Those are bounded by the seats of looks.
+pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output = T>) -> (T, Option<S>) {
+    let mut look = std::pin::pin!(look);
+    match tokio::time::timeout(SEATS.after, &mut look).await {
+        Ok(found) => (found, Some(slot)),
+        Err(_) => {
+            drop(slot);
+            (look.await, None)
+        }
+    }
+}
 
 /// Looks at every file of `files`, and answers within [`LOOK_DEADLINE`].
 ///
@@ -176,5 +195,27 @@ fn look_at_output(visitor: &Visitor, report: &mut Report, path: &Path, owned: bo
             }
         }
         Err(error) => report.reject(FIELD, format!("{} cannot be looked at: {error}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_that_is_slow_gives_up_the_slot_of_its_vm() {
+        let slots = Semaphore::new(1);
+        let quick = without_slot_if_slow(slots.acquire().await.unwrap(), async { 1 }).await;
+        assert!(matches!(quick, (1, Some(_))));
+        assert_eq!(slots.available_permits(), 0, "the VM goes on with it");
+        drop(quick);
+        let slow = async {
+            tokio::time::sleep(LOOK_DEADLINE).await;
+            slots.available_permits()
+        };
+        let slow = without_slot_if_slow(slots.acquire().await.unwrap(), slow).await;
+        assert!(matches!(slow, (1, None)), "it was free while the look waited");
     }
 }

@@ -1,6 +1,8 @@
-//! What serves one running VM at a time: writable disks, by device and inode, and TAPs, by name.
+//! What serves one running VM at a time: writable disks, by device and inode, and TAPs, by name. A disk whose file does not
+//! answer is known by its path until the file does.
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_core::id::{VmId, VmUid};
@@ -23,6 +25,7 @@ struct Holders {
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Key {
     Disk(DiskKey),
+    Path(PathBuf),
     Tap(String),
 }
 
@@ -30,8 +33,8 @@ struct Holder {
     uid: VmUid,
     vm_id: VmId,
     exclusive: bool,
-    /// True if the VM holds only something that lies on this: a partition of this disk, say. Partitions are in nobody's way but
-    /// that of the whole disk.
+    /// True if the VM holds only something that lies on this: a partition of this disk, say, or the file that this path led to.
+    /// Partitions are in nobody's way but that of the whole disk, and two files that bore one name are two.
     part: bool,
     claim: HostClaim,
     /// The process that holds it, where the VM itself is deleted.
@@ -149,27 +152,30 @@ fn remove(holders: &mut Holders, uid: VmUid) {
     }
 }
 
-/// Lists what a claim is of, and then what lies below that, which is marked with `true`.
+/// Lists what a claim is of, and then what lies below that and the path that led there, which are marked with `true`.
 fn keys_of(claim: &HostClaim) -> impl Iterator<Item = (Key, bool)> + '_ {
-    let (own, below): (_, &[DiskKey]) = match claim {
-        HostClaim::Disk { device, inode, lies_on, .. } => {
-            (Key::Disk(DiskKey { device: *device, inode: *inode }), lies_on)
+    let (own, below, path): (_, &[DiskKey], _) = match claim {
+        HostClaim::Disk { device, inode, lies_on, path, writable: _ } => {
+            (Key::Disk(DiskKey { device: *device, inode: *inode }), lies_on, Some(path))
         }
-        HostClaim::Tap { name } => (Key::Tap(name.clone()), &[]),
+        HostClaim::Path { path, writable: _ } => (Key::Path(path.clone()), &[], None),
+        HostClaim::Tap { name } => (Key::Tap(name.clone()), &[], None),
     };
-    std::iter::once((own, false)).chain(below.iter().map(|key| (Key::Disk(*key), true)))
+    let below = below.iter().map(|key| Key::Disk(*key));
+    let below = below.chain(path.map(|path| Key::Path(path.clone())));
+    std::iter::once((own, false)).chain(below.map(|key| (key, true)))
 }
 
 fn is_exclusive(claim: &HostClaim) -> bool {
     match claim {
-        HostClaim::Disk { writable, .. } => *writable,
+        HostClaim::Disk { writable, .. } | HostClaim::Path { writable, .. } => *writable,
         HostClaim::Tap { .. } => true,
     }
 }
 
 fn name_of(claim: &HostClaim) -> String {
     match claim {
-        HostClaim::Disk { path, .. } => format!("disk {}", path.display()),
+        HostClaim::Disk { path, .. } | HostClaim::Path { path, .. } => format!("disk {}", path.display()),
         HostClaim::Tap { name } => format!("TAP {name}"),
     }
 }
@@ -204,6 +210,26 @@ mod tests {
         claims.release(b);
         claims.acquire(c, &id, &whole).unwrap();
         claims.acquire(a, &id, &[partition(9, 8, false)]).expect_err("a writer of the whole writes the part");
+    }
+
+    #[test]
+    fn a_path_that_does_not_answer_is_the_disk_that_another_vm_names_so() {
+        let claims = Claims::default();
+        let [a, b] = [(); 2].map(|()| VmUid::new(uuid::Uuid::now_v7()));
+        let id: VmId = "a".parse().unwrap();
+        let by_path = |path: &str, writable| [HostClaim::Path { path: path.into(), writable }];
+        claims.acquire(a, &id, &by_path("/x", true)).unwrap();
+        assert!(claims.acquire(b, &id, &[disk(1, false)]).unwrap_err().contains("disk /x"));
+        claims.acquire(b, &id, &by_path("/x", false)).expect_err("they may be one disk");
+        claims.acquire(b, &id, &by_path("/y", true)).expect("another disk, as far as the paths tell");
+        claims.exchange(a, &id, &[disk(1, true)]).expect("the file has answered");
+        claims.acquire(b, &id, &[disk(2, true)]).expect("another file that bears the name by now");
+        claims.acquire(b, &id, &[disk(1, true)]).expect_err("the very disk");
+        claims.release(a);
+        claims.release(b);
+        claims.acquire(a, &id, &by_path("/x", false)).unwrap();
+        claims.acquire(b, &id, &[disk(1, false)]).expect("readers share");
+        claims.exchange(b, &id, &[disk(1, true)]).expect_err("one of them writes");
     }
 
     #[test]
@@ -249,7 +275,7 @@ mod tests {
         claims.acquire(a, &id, &[disk(1, false), disk(1, false), disk(2, true)]).unwrap();
         claims.acquire(b, &id, &[disk(1, false)]).unwrap();
         claims.exchange(a, &id, &[disk(3, true)]).unwrap();
-        assert_eq!(sizes(&claims), (2, 2));
+        assert_eq!(sizes(&claims), (3, 2), "two disks under one path");
         claims.release(a);
         claims.release(b);
         assert_eq!(sizes(&claims), (0, 0));

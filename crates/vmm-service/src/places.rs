@@ -247,8 +247,12 @@ pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: 
     run.claims = match check::look(NamedFiles::of(spec), terms).await {
         Ok(facts) => facts.claims,
         Err(silent) => {
-            tracing::error!(pid = run.process.pid, %silent, "a VM was found running whose disks cannot be claimed");
-            Vec::new()
+            tracing::error!(
+                pid = run.process.pid,
+                %silent,
+                "a VM was found running whose files do not answer; its disks are claimed by their paths until they do"
+            );
+            check::claims_by_path(spec)
         }
     };
     run.claims.extend(spec.nics.iter().filter_map(|nic| nic.tap.clone()).map(|name| HostClaim::Tap { name }));

@@ -18,6 +18,9 @@ mod force;
 #[allow(dead_code, reason = "another program's harness, of which this one needs a part")]
 #[path = "../e2e/harness.rs"]
 mod harness;
+mod hung;
+#[path = "../e2e/hung_mount.rs"]
+mod hung_mount;
 mod import;
 mod lifecycle;
 mod qmp;

@@ -1,57 +1,20 @@
 //! A file system that never answers, under the kernels and disks of some VMs: those VMs wait in vain, and nobody else does.
 
-use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_testkit::guests::Guest;
 
-use crate::harness::{World, call, hypervisors, skipped};
+use crate::harness::{World, call, hypervisors};
+use crate::hung_mount::HungMount;
 
 /// Clients that validate side by side, and what each of them validates: far more looks than the daemon has threads for.
 const CLIENTS: usize = 64;
 const CALLS: usize = 5;
-
-/// A mount namespace in which a FUSE file system stands under one folder. Nobody serves it, so the kernel keeps every process
-/// waiting that looks at a file there. The end of its holder ends all such waits.
-struct HungMount {
-    holder: Child,
-}
-
-impl HungMount {
-    /// Mounts one on the folder `dir` of `world` and has the world's daemons run where the folder is seen so.
-    fn on(world: &mut World, dir: &Path, test: &str) -> Option<Self> {
-        let script = "exec 3<>/dev/fuse && mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 hung \"$1\" \
-                      && echo mounted && exec sleep 900";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"]).arg(dir);
-        let started = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-        let Ok(holder) = started else {
-            skipped(test, "there is no program `unshare`");
-            return None;
-        };
-        let mut mount = Self { holder };
-        let mut line = String::new();
-        let _ = BufReader::new(mount.holder.stdout.take().unwrap()).read_line(&mut line);
-        if line.trim() != "mounted" {
-            skipped(test, "a FUSE file system can only be mounted by root, with /dev/fuse");
-            return None;
-        }
-        let pid = mount.holder.id().to_string();
-        world.wrapper = ["nsenter", "--mount", "--target", &pid].map(str::to_owned).into();
-        Some(mount)
-    }
-}
-
-impl Drop for HungMount {
-    fn drop(&mut self) {
-        let _ = self.holder.kill();
-        let _ = self.holder.wait();
-    }
-}
+/// VMs on the mount that are started side by side: more than looks may be under way at once.
+const STUCK: usize = 40;
 
 /// A configuration whose kernel and disk lie below `dir`.
 fn below(world: &World, dir: &Path) -> Value {
@@ -71,6 +34,19 @@ fn validate_in_vain(url: &str, config: &Value) {
                     let message = call(url, "ValidateVm", &body).error("unavailable");
                     assert!(message.contains("the host's files do not answer"), "{message}");
                 }
+            });
+        }
+    });
+}
+
+/// Boots every stuck VM at once.
+fn boot_in_vain(url: &str) {
+    std::thread::scope(|scope| {
+        for number in 0..STUCK {
+            scope.spawn(move || {
+                let stuck = json!({"vm_id": format!("stuck-{number}")});
+                let message = call(url, "BootVm", &stuck).error("unavailable");
+                assert!(message.contains("the host's files do not answer"), "{message}");
             });
         }
     });
@@ -101,16 +77,19 @@ fn a_mount_that_does_not_answer_holds_up_nobody_else() {
         }
         world.boot(&format!("runs-{backend}"));
     }
-    // The stuck VM was created on files that answered, and its files have moved since.
+    // The stuck VMs were created on files that answered, and their files have moved since.
     let link = world.dir.path().join("link");
     symlink(&fine, &link).unwrap();
-    world.create("stuck", &below(&world, &link));
+    for number in 0..STUCK {
+        let mut config = below(&world, &link);
+        config["storage"][0]["read_only"] = json!(true);
+        world.create(&format!("stuck-{number}"), &config);
+    }
     std::fs::remove_file(&link).unwrap();
     symlink(&hung, &link).unwrap();
     validate_in_vain(world.url(), &below(&world, &hung));
     world.call("CreateVm", &json!({"config": below(&world, &hung)})).error("unavailable");
-    let message = world.call("BootVm", &json!({"vm_id": "stuck"})).error("unavailable");
-    assert!(message.contains("the host's files do not answer"), "{message}");
+    boot_in_vain(world.url());
     for backend in hypervisors(test) {
         let (runs, waits) = (format!("runs-{backend}"), format!("waits-{backend}"));
         world.boot(&waits);
@@ -125,7 +104,9 @@ fn a_mount_that_does_not_answer_holds_up_nobody_else() {
         assert_eq!(world.info(&runs)["state"], "VM_STATE_RUNNING");
         world.call("DeleteVm", &json!({"vm_id": runs, "force": true})).ok();
     }
-    world.call("DeleteVm", &json!({"vm_id": "stuck", "force": true})).ok();
+    for number in 0..STUCK {
+        world.call("DeleteVm", &json!({"vm_id": format!("stuck-{number}"), "force": true})).ok();
+    }
     world.assert_nothing_left();
     drop(mount);
 }

@@ -23,6 +23,8 @@ mod full_disk;
 mod guest_ends;
 mod harness;
 mod hung_files;
+#[allow(dead_code, reason = "another program uses the rest")]
+mod hung_mount;
 mod libvirt;
 mod libvirt_session;
 mod lifecycle;

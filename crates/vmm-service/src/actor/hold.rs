@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use vmm_core::backend::{Launched, Vmm, VmmEvent};
 use vmm_core::store::RunRecord;
 
-use super::{Actor, resets::Resets, restart};
+use super::{Actor, found_files, resets::Resets, restart};
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
 use crate::metrics::{MetricsCell, News, Sampler};
@@ -63,6 +63,8 @@ pub(super) struct Live {
     pub(super) quiet_since: Instant,
     /// Resets in place that are not on record yet.
     pub(super) resets: Resets,
+    /// When the files are looked at again, where disks are claimed by their paths.
+    pub(super) files_due: Option<Instant>,
 }
 
 /// A message from a VMM.
@@ -144,6 +146,11 @@ impl Hold {
         }
     }
 
+    /// Returns when the files of the VM are to be looked at again.
+    pub(super) fn files_due(&self) -> Option<Instant> {
+        self.live().and_then(|live| live.files_due)
+    }
+
     /// Returns when resets in place are to be recorded.
     pub(super) fn resets_due(&self) -> Option<Instant> {
         self.live().and_then(|live| live.resets.due())
@@ -175,7 +182,8 @@ impl Actor {
         self.shared.index.measure(self.record.uid, metrics.clone());
         let sampler = Sampler::start(Arc::clone(&vmm), self.spec().cpu.count, interval, metrics);
         let quiet_since = begun(&run);
-        Box::new(Live { vmm, events, sampler, run, quiet_since, resets: Resets::default() })
+        let files_due = found_files::next_look(&run);
+        Box::new(Live { vmm, events, sampler, run, quiet_since, resets: Resets::default(), files_due })
     }
 
     /// Takes hold of something else. What was to be done next belonged to what was held before.

@@ -32,6 +32,7 @@
 mod budget;
 mod delete;
 mod found;
+mod found_files;
 mod hold;
 mod journal;
 mod launch;
@@ -95,6 +96,8 @@ struct Actor {
     answered: Option<Instant>,
     /// Signs of the VMM since an operation had its turn.
     signs_in_a_row: u8,
+    /// The slot of the recovery or start under way, see [`crate::check::without_slot_if_slow`].
+    slot: Option<OwnedSemaphorePermit>,
 }
 
 /// One thing that an actor does next.
@@ -112,6 +115,8 @@ enum Step {
     Found(Box<Found>),
     /// Resets in place are recorded.
     Resets,
+    /// The files of a VM whose disks are claimed by their paths are looked at again.
+    Files,
     /// An outcome that the store has refused is written again.
     Rewrite,
 }
@@ -169,12 +174,14 @@ impl Actor {
             }
             Step::Finish(operation) => self.finish(*operation).await,
             Step::Restart(slot) => {
+                self.slot = Some(slot);
                 self.restart_by_policy().await;
-                drop(slot);
+                self.slot = None;
             }
             Step::Look => self.look_for_it().await,
             Step::Found(found) => self.found(*found).await,
             Step::Resets => self.record_resets().await,
+            Step::Files => self.claim_files().await,
             Step::Rewrite => drop(self.write_what_was_refused(Budget::of_own_step()).await),
         }
         Flow::GoOn
@@ -198,8 +205,7 @@ impl Actor {
             }
         }
         let mailbox = Arc::clone(&self.mailbox);
-        let due =
-            timers(self.hold.resets_due(), &self.next, self.journal.retry_at(), &self.shared.policy_starts);
+        let due = timers(&self.hold, &self.next, self.journal.retry_at(), &self.shared.policy_starts);
         let due = async {
             match due {
                 Some(due) => due.await,
@@ -243,7 +249,7 @@ impl Actor {
 
 /// Returns the wait for the first timer that is due; `None` where no timer is set. Boxed, because most actors have none.
 fn timers(
-    resets: Option<Instant>,
+    hold: &Hold,
     next: &Next,
     retry: Option<Instant>,
     slots: &Arc<Semaphore>,
@@ -253,7 +259,8 @@ fn timers(
         Next::RestartAt(at) => (None, Some(*at)),
         Next::LookAt(at) => (Some(*at), None),
     };
-    resets.or(look_at).or(restart_at).or(retry)?;
+    let (resets, files) = (hold.resets_due(), hold.files_due());
+    resets.or(look_at).or(restart_at).or(retry).or(files)?;
     let slots = Arc::clone(slots);
     Some(Box::pin(async move {
         tokio::select! {
@@ -262,6 +269,7 @@ fn timers(
             () = until(look_at) => Step::Look,
             slot = slot_at(restart_at, slots) => Step::Restart(slot),
             () = until(retry) => Step::Rewrite,
+            () = until(files) => Step::Files,
         }
     }))
 }

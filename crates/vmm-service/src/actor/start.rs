@@ -217,8 +217,16 @@ impl Actor {
         let kernels = Some(self.backend.capabilities().kernel_formats);
         let terms = Terms { purpose: Purpose::Boot, kernels, owns_output };
         let look = check::look(NamedFiles::of(&self.spec()), terms);
+        let slot = self.slot.take();
+        let looking = async move { Ok(check::without_slot_if_slow(slot, look).await) };
         // The look keeps a deadline of its own, which is the shorter one.
-        self.interruptible(budget, 2 * LOOK_DEADLINE, async move { Ok(look.await) }).await
+        let answered = self.answered;
+        let looked = self.interruptible(budget, 2 * LOOK_DEADLINE, looking).await;
+        // The files have answered, and not the VMM.
+        self.answered = answered;
+        let (found, slot) = looked?;
+        self.slot = slot.flatten();
+        Ok(found)
     }
 
     /// Claims what a start needs, in place of what the VM holds.

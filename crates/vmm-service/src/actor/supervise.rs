@@ -145,6 +145,7 @@ impl Seed {
             next: Next::Idle,
             answered: None,
             signs_in_a_row: 0,
+            slot: None,
         };
         Box::pin(async move {
             if let Flow::GoOn = Box::pin(actor.begin_and_tell(beginning, known)).await {
@@ -174,9 +175,9 @@ impl Actor {
             Beginning::Created => Flow::GoOn,
             Beginning::Recovered { in_use } => {
                 // The budgets of a recovery begin when it has its slot.
-                let slot = Arc::clone(&self.shared.recoveries).acquire_owned().await;
+                self.slot = Arc::clone(&self.shared.recoveries).acquire_owned().await.ok();
                 let flow = self.recover(in_use).await;
-                drop(slot);
+                self.slot = None;
                 flow
             }
             Beginning::Imported { launched } => {

@@ -205,6 +205,6 @@ fn conflict(earlier: &[HostClaim], claim: &HostClaim) -> Option<String> {
                 )
             })
         }
-        HostClaim::Disk { .. } | HostClaim::Tap { .. } => None,
+        HostClaim::Disk { .. } | HostClaim::Path { .. } | HostClaim::Tap { .. } => None,
     })
 }

@@ -1,0 +1,68 @@
+//! The files of a VM that was found running while they did not answer.
+//!
+//! ```text
+//!   found running ── files silent ──► claims by path, on record ── each 30 s: look ──► claims by device and inode, on record
+//! ```
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use vmm_core::event::EventKind;
+use vmm_core::state::Phase;
+use vmm_core::store::{HostClaim, RunRecord};
+
+use super::Actor;
+use super::budget::Budget;
+use super::hold::Hold;
+use super::journal::{Turn, Why};
+
+/// The time between two looks. Each may keep the actor from its operations for three seconds.
+const INTERVAL: Duration = Duration::from_secs(30);
+
+/// Returns when the files of `run` are looked at again; `None` where all of its disks are known.
+pub(super) fn next_look(run: &RunRecord) -> Option<Instant> {
+    run.claims.iter().any(|claim| path_of(claim).is_some()).then(|| Instant::now() + INTERVAL)
+}
+
+/// Returns the path of a disk that is known by nothing else.
+fn path_of(claim: &HostClaim) -> Option<&std::path::Path> {
+    match claim {
+        HostClaim::Path { path, .. } => Some(path),
+        HostClaim::Disk { .. } | HostClaim::Tap { .. } => None,
+    }
+}
+
+impl Actor {
+    /// Looks at the files again, and claims the disks as what they are where the files answer.
+    pub(super) async fn claim_files(&mut self) {
+        if let Some(live) = self.hold.live_mut() {
+            live.files_due = Some(Instant::now() + INTERVAL);
+        }
+        let budget = Budget::of_own_step();
+        let Ok(Ok(facts)) = self.look(budget, true).await else { return };
+        let Some(run) = self.hold.run() else { return };
+        let answered = |path| facts.claims.iter().any(|claim| is_disk_at(claim, path));
+        let kept = run.claims.iter().filter(|claim| !path_of(claim).is_some_and(answered));
+        let claims: Vec<_> = kept.chain(&facts.claims).cloned().collect();
+        if let Err(taken) = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &claims) {
+            tracing::error!(taken, "a VM found running holds what another one holds");
+            return;
+        }
+        let Some(live) = self.hold.live_mut() else { return };
+        live.run.claims = claims;
+        live.files_due = None;
+        tracing::info!("the files of a VM answer; its disks are claimed as what they are");
+        if !matches!(self.hold, Hold::Vmm(_)) {
+            // Recorded with the next change.
+            return;
+        }
+        let status = self.status(Phase::at_rest(self.record.state)).because("files-answer", "");
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("files-answer"), status)
+            .intending(self.record.intent.clone());
+        let _ = self.conclude(budget, turn).await;
+    }
+}
+
+fn is_disk_at(claim: &HostClaim, wanted: &std::path::Path) -> bool {
+    matches!(claim, HostClaim::Disk { path, .. } if path == wanted)
+}
