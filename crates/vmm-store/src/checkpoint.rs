@@ -1,8 +1,9 @@
-//! Moves the write-ahead log into the database, away from the commits.
+//! Moves the write-ahead log into the database, on a thread other than the writer's.
 //!
-//! A passive checkpoint neither waits for the writer nor makes it wait. It runs when no commit has come for a while, or when
-//! the log has grown past [`PRESSURE_PAGES`]. Under a load without any pause it may never catch up with the writer; past
-//! [`LIMIT_PAGES`] the writer therefore helps itself ([`must_stop_writing`]), which bounds the log.
+//! A passive checkpoint and the writer do not wait for each other. A checkpoint runs when no commit
+//! has come for a while, or when the log has grown past [`PRESSURE_PAGES`]. Under a load without
+//! pauses the checkpoints may never catch up with the writer. Past [`LIMIT_PAGES`] the writer
+//! therefore moves the log itself ([`Log::must_stop_writing`]), which bounds the log.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,55 +14,56 @@ use rusqlite::Connection;
 
 use crate::reserve::Reserve;
 
-/// How often the reserve is looked at while no commit comes.
+/// The interval at which the reserve is checked while no commit comes.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// How long no commit may come before the log is moved.
+/// The pause between commits after which the log is moved.
 const QUIET: Duration = Duration::from_millis(500);
-/// Pages of 4 KiB in the log that are moved without waiting for a pause.
+/// The number of pages of 4 KiB in the log at which the log is moved without waiting for a pause.
 const PRESSURE_PAGES: u32 = 1_000;
-/// Pages of 4 KiB in the log at which commits wait for a checkpoint.
+/// The number of pages of 4 KiB in the log at which commits wait for a checkpoint.
 const LIMIT_PAGES: u32 = 16_000;
 
-/// The writer's side: how long the log is, and a bell.
+/// The writer's side: the length of the log, and the channel that wakes the checkpointer.
 #[derive(Clone, Debug)]
 pub(crate) struct Log {
     pages: Arc<AtomicU32>,
-    bell: SyncSender<()>,
+    wake: SyncSender<()>,
 }
 
 /// The checkpointer's side.
 #[derive(Debug)]
 pub(crate) struct Quiet {
     pages: Arc<AtomicU32>,
-    bell: Receiver<()>,
+    wake: Receiver<()>,
 }
 
-/// Makes both sides.
+/// Returns both sides.
 pub(crate) fn channel() -> (Log, Quiet) {
     let pages = Arc::new(AtomicU32::new(0));
-    // One ring that was not heard yet says as much as many.
-    let (ring, bell) = sync_channel(1);
-    (Log { pages: Arc::clone(&pages), bell: ring }, Quiet { pages, bell })
+    // One place is enough, because the message is the same each time.
+    let (waker, wake) = sync_channel(1);
+    (Log { pages: Arc::clone(&pages), wake: waker }, Quiet { pages, wake })
 }
 
 impl Log {
-    /// Takes note that a commit has left `pages` in the log.
+    /// Notes that the log has `pages` after a commit, and wakes the checkpointer.
     pub(crate) fn committed(&self, pages: i32) {
         self.pages.store(pages.unsigned_abs(), Ordering::Relaxed);
-        // Full: the bell has been rung already. Disconnected: the store is closing.
-        let _ = self.bell.try_send(());
+        // A full channel means that the checkpointer is awake already, a closed one that the store
+        // is closing.
+        let _ = self.wake.try_send(());
     }
 
-    /// Says whether the log is so long that the writer must move it before it goes on.
+    /// Returns true if the log is so long that the writer must move it before the next commit.
     pub(crate) fn must_stop_writing(&self) -> bool {
         self.pages.load(Ordering::Relaxed) >= LIMIT_PAGES
     }
 }
 
-/// Runs checkpoints, and makes the reserve again where it was used, until the writer has gone.
+/// Runs checkpoints until the writer has ended, and makes the reserve again if it was used.
 pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
     loop {
-        match quiet.bell.recv_timeout(LOOK_AGAIN) {
+        match quiet.wake.recv_timeout(LOOK_AGAIN) {
             Ok(()) => {}
             Err(RecvTimeoutError::Timeout) => {
                 reserve.keep();
@@ -69,8 +71,10 @@ pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
             }
             Err(RecvTimeoutError::Disconnected) => break,
         }
+        // Waits for a pause between commits, because a checkpoint competes with them for the disk.
+        // A long log is moved at once.
         while quiet.pages.load(Ordering::Relaxed) < PRESSURE_PAGES {
-            match quiet.bell.recv_timeout(QUIET) {
+            match quiet.wake.recv_timeout(QUIET) {
                 Ok(()) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
@@ -80,7 +84,7 @@ pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
     }
 }
 
-/// Moves the whole log into the database, and says whether that was done.
+/// Moves the whole log into the database. Returns true if that was done.
 pub(crate) fn empty(conn: &Connection) -> bool {
     match conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0)) {
         Ok(busy) => busy == 0,
@@ -91,10 +95,10 @@ pub(crate) fn empty(conn: &Connection) -> bool {
     }
 }
 
-/// Moves as much of the log as can be moved without waiting for anybody.
+/// Moves as much of the log as is possible without waiting for a reader or the writer.
 pub(crate) fn passive(conn: &Connection) {
     if let Err(error) = conn.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| row.get::<_, i64>(0)) {
-        // Nothing is lost: the log still holds it, and the next checkpoint tries again.
+        // Nothing is lost: the log still holds the pages, and the next checkpoint tries again.
         tracing::warn!(%error, "moving the log into the database failed; check the disk of the state directory");
     }
 }

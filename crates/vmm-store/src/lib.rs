@@ -6,7 +6,7 @@
 //!            ▼                                       ▼
 //!     store-writer ── one transaction for      store-reader
 //!            │        all that wait                  │
-//!            │ "so many pages in the log"            │ own connection: a read
+//!            │ number of pages in the log            │ own connection: a read
 //!            ▼                                       │ never waits for a write
 //!     store-checkpointer ── moves the log into       │
 //!            │              the database in quiet    │
@@ -14,10 +14,12 @@
 //!   vmm-controlplane.db-wal ──────────► vmm-controlplane.db
 //! ```
 //!
-//! A commit is answered after SQLite has forced it to the disk (`synchronous=FULL`). Commits that wait while the disk works
-//! share the next transaction (`writer.rs`), each behind a savepoint of its own, so that one that is refused takes nobody
-//! along. For what a client forces there is room on a full disk too (`reserve.rs`). What is refused at opening, and why nothing is ever repaired or recreated in silence, is told in `open.rs`; the
-//! tables in `schema.rs`; how a record becomes a row in `codec.rs`.
+//! A commit is answered after SQLite has forced the commit to the disk (`synchronous=FULL`).
+//! Commits that wait while the disk works share the next transaction (`writer.rs`). Each of them
+//! has a savepoint of its own, because a refused commit must not undo its neighbours. A forced
+//! commit has room on a full disk too (`reserve.rs`). `open.rs` explains which databases are
+//! refused and why none is repaired or recreated silently. `schema.rs` describes the tables,
+//! `codec.rs` the conversion of a record to a row.
 
 mod apply;
 mod backup;
@@ -54,41 +56,45 @@ pub use crate::backup::{Amend, Copied, Restored, backup, peek, restore};
 pub use crate::open::DATABASE_FILE;
 pub use crate::reader::MAX_EVENTS;
 
-/// Commits that may wait before callers do.
+/// The number of commits that may wait in the queue before a caller of `commit` blocks.
 const QUEUED_COMMITS: usize = 1024;
-/// Reads that may wait before callers do.
+/// The number of reads that may wait in the queue before a caller of `load` or `events` blocks.
 const QUEUED_READS: usize = 64;
-/// How long closing waits for what is under way. A disk that hangs must not keep the daemon from ending.
+/// The time that closing waits for work under way. It is bounded because a disk that hangs must not
+/// keep the daemon from ending.
 const CLOSE_WITHIN: Duration = Duration::from_secs(10);
 
-/// The [`Store`] in a state directory. One process at a time may have it open.
+/// The [`Store`] in a state directory. One process at a time may have the directory open.
 ///
-/// Dropping it closes it like [`SqliteStore::close`] and blocks for at most 10 seconds.
+/// Dropping the store closes it like [`SqliteStore::close`] and blocks for at most 10 seconds.
 #[derive(Debug)]
 pub struct SqliteStore {
     path: PathBuf,
     instance: InstanceId,
-    doors: Mutex<Option<Doors>>,
+    queues: Mutex<Option<Queues>>,
     foreign: Arc<Foreign>,
     workers: Arc<Mutex<Vec<Worker>>>,
 }
 
-/// The ways into the threads. They end when the last clone is gone and what it sent has been done.
+/// The senders of both job queues. A thread ends when the last clone is dropped and every job that
+/// was sent has been done.
 #[derive(Clone, Debug)]
-struct Doors {
+struct Queues {
     writer: mpsc::Sender<writer::Job>,
     reader: mpsc::Sender<reader::Job>,
 }
 
 impl SqliteStore {
-    /// Opens the store in `state_dir`, making both if they do not exist. Blocks while it checks the database,
-    /// the whole of it where the last daemon did not close it.
+    /// Opens the store in `state_dir`, and makes the directory and the database if they do not
+    /// exist. Blocks while it checks the database. The check reads every page unless the last
+    /// daemon closed the database in order.
     ///
     /// # Errors
     ///
-    /// [`StoreErrorKind::Newer`] if a newer program wrote it, [`StoreErrorKind::Corrupt`] if it is damaged or not ours,
-    /// [`StoreErrorKind::Io`] if it cannot be reached or another process has it open, [`StoreErrorKind::Full`] if there is no
-    /// room to make it. Nothing is changed then.
+    /// [`StoreErrorKind::Newer`] if a newer program wrote the database, [`StoreErrorKind::Corrupt`]
+    /// if the database is damaged or another program's, [`StoreErrorKind::Io`] if the database
+    /// cannot be reached or another process has it open, [`StoreErrorKind::Full`] if there is no
+    /// room to make the database. An error means that nothing was changed.
     pub fn open(state_dir: &Path) -> Result<Self, StoreError> {
         let open::Opened { path, instance, lock, writer, reader, checkpointer, reserve } =
             open::open(state_dir, schema::MIGRATIONS)?;
@@ -103,14 +109,17 @@ impl SqliteStore {
 
         let foreign = Arc::new(Foreign::default());
         let (log, quiet) = checkpoint::channel();
-        let (writer_door, jobs) = mpsc::channel(QUEUED_COMMITS);
-        let (reader_door, reads) = mpsc::channel(QUEUED_READS);
+        let (writer_queue, jobs) = mpsc::channel(QUEUED_COMMITS);
+        let (reader_queue, reads) = mpsc::channel(QUEUED_READS);
         let (reading, read) = std::sync::mpsc::channel::<()>();
         reserve.keep();
         let database = path.clone();
         let writer = writer::Writer::new(writer, path.clone(), log, reserve.clone())?;
         let reader = reader::Reader::new(reader, path.clone(), instance, Arc::clone(&foreign));
         let workers = vec![
+            // The threads end in this order: reader and writer, each when its queue is closed, then
+            // the checkpointer. The order matters because only the last connection to close may
+            // empty the log, leave the mark of a clean end and release the lock.
             Worker::spawn("store-reader", move || {
                 let _reading = reading;
                 reader.run(reads);
@@ -119,11 +128,16 @@ impl SqliteStore {
             Worker::spawn("store-writer", move || writer.run(jobs)).map_err(failed)?,
             Worker::spawn("store-checkpointer", move || {
                 checkpoint::run(&checkpointer, &quiet, &reserve);
-                // Nothing is ever sent: the reader's connection is closed when its end of the channel is.
+                // `run` returns when the writer has dropped its end of the log's channel. The
+                // reader is awaited here: nothing is ever sent on this channel, and `recv` returns
+                // when the reader's thread has dropped its connection and its sender.
                 let _ = read.recv();
                 let emptied = checkpoint::empty(&checkpointer);
-                // The last connection goes before the lock does: a successor finds an empty log.
+                // The last connection closes before the lock is released, because a successor must
+                // find an empty log.
                 drop(checkpointer);
+                // The mark is left only if the log is in the database, because the next daemon
+                // trusts the mark and then skips the check of every page.
                 if emptied {
                     mark::leave(&lock, &database);
                 }
@@ -131,29 +145,30 @@ impl SqliteStore {
             })
             .map_err(failed)?,
         ];
-        let doors = Doors { writer: writer_door, reader: reader_door };
-        let (doors, workers) = (Mutex::new(Some(doors)), Arc::new(Mutex::new(workers)));
-        Ok(Self { path, instance, doors, foreign, workers })
+        let queues = Queues { writer: writer_queue, reader: reader_queue };
+        let (queues, workers) = (Mutex::new(Some(queues)), Arc::new(Mutex::new(workers)));
+        Ok(Self { path, instance, queues, foreign, workers })
     }
 
-    /// Where the database is.
+    /// Returns the path of the database.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The identity of the state directory.
+    /// Returns the identity of the state directory.
     pub fn instance(&self) -> InstanceId {
         self.instance
     }
 
-    /// Does what was accepted, moves the log into the database and closes it. Later calls fail with
-    /// [`StoreErrorKind::Closed`]; closing twice is harmless.
+    /// Finishes every accepted job, moves the log into the database and closes the database. Later
+    /// calls fail with [`StoreErrorKind::Closed`]. A second close does nothing.
     ///
     /// # Errors
     ///
-    /// [`StoreErrorKind::Io`] if that takes longer than 10 seconds. What was acknowledged is durable all the same.
+    /// [`StoreErrorKind::Io`] if closing takes longer than 10 seconds. Acknowledged commits are
+    /// durable all the same.
     pub async fn close(&self) -> Result<(), StoreError> {
-        self.shut_doors();
+        self.close_queues();
         let workers = Arc::clone(&self.workers);
         let ended = tokio::task::spawn_blocking(move || join(&workers)).await.unwrap_or(false);
         if ended {
@@ -163,20 +178,20 @@ impl SqliteStore {
             StoreErrorKind::Io,
             Effect::Unknown,
             format!(
-                "the database {} was not closed within {} s: its disk may hang. What was acknowledged is safe",
+                "the database {} was not closed within {} s: its disk may hang. Acknowledged commits are safe",
                 self.path.display(),
                 CLOSE_WITHIN.as_secs()
             ),
         ))
     }
 
-    fn shut_doors(&self) {
-        self.doors.lock().unwrap_or_else(PoisonError::into_inner).take();
+    fn close_queues(&self) {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    fn doors(&self) -> Result<Doors, StoreError> {
-        let doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
-        doors.clone().ok_or_else(|| closed(Effect::NotApplied))
+    fn queues(&self) -> Result<Queues, StoreError> {
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.clone().ok_or_else(|| closed(Effect::NotApplied))
     }
 
     async fn write<T>(
@@ -184,7 +199,9 @@ impl SqliteStore {
         job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> writer::Job,
     ) -> Result<T, StoreError> {
         let (reply, answer) = oneshot::channel();
-        self.doors()?.writer.send(job(reply)).await.map_err(|_| closed(Effect::NotApplied))?;
+        self.queues()?.writer.send(job(reply)).await.map_err(|_| closed(Effect::NotApplied))?;
+        // The job was accepted, but the writer ended without an answer. The commit may be on the
+        // disk.
         answer.await.unwrap_or_else(|_| Err(closed(Effect::Unknown)))
     }
 
@@ -193,12 +210,13 @@ impl SqliteStore {
         job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> reader::Job,
     ) -> Result<T, StoreError> {
         let (reply, answer) = oneshot::channel();
-        self.doors()?.reader.send(job(reply)).await.map_err(|_| closed(Effect::NotApplied))?;
+        self.queues()?.reader.send(job(reply)).await.map_err(|_| closed(Effect::NotApplied))?;
+        // A read changes nothing, so its effect is certain even if no answer came.
         answer.await.unwrap_or_else(|_| Err(closed(Effect::NotApplied)))
     }
 }
 
-/// A commit that has been accepted into the queue is carried out even if its caller goes away.
+/// Carries out every commit that was accepted into the queue, even if its caller goes away.
 #[async_trait]
 impl Store for SqliteStore {
     async fn load(&self) -> Result<Snapshot, StoreError> {
@@ -206,6 +224,7 @@ impl Store for SqliteStore {
     }
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
+        // Encoding runs in the caller's task, because the writer's thread is shared by all VMs.
         let commit = codec::encode(commit, &self.foreign)?;
         self.write(|reply| writer::Job::Commit { commit, forced: false, reply }).await
     }
@@ -226,21 +245,22 @@ impl Store for SqliteStore {
 
 impl Drop for SqliteStore {
     fn drop(&mut self) {
-        self.shut_doors();
+        self.close_queues();
         if !join(&self.workers) {
             tracing::error!(
                 database = %self.path.display(),
-                "the database was not closed in time; what was acknowledged is safe"
+                "the database was not closed in time; acknowledged commits are safe"
             );
         }
     }
 }
 
-/// Waits for all threads within [`CLOSE_WITHIN`], and says whether they have ended.
+/// Waits for all threads, at most for [`CLOSE_WITHIN`]. Returns true if all of them have ended.
 fn join(workers: &Mutex<Vec<Worker>>) -> bool {
     let deadline = Instant::now() + CLOSE_WITHIN;
     let workers = std::mem::take(&mut *workers.lock().unwrap_or_else(PoisonError::into_inner));
-    // All of them, also after one that is late: the others may still have something to say.
+    // Every thread is joined, also after one that is late, because joining is how a panic gets into
+    // the log.
     let late = workers.into_iter().filter_map(|worker| (!worker.join_until(deadline)).then_some(())).count();
     late == 0
 }

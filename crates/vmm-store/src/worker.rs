@@ -1,4 +1,4 @@
-//! A named thread that can be waited for with a deadline, which [`std::thread::JoinHandle`] cannot.
+//! A named thread that can be joined with a deadline, because [`std::thread::JoinHandle`] has none.
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::{Builder, JoinHandle};
@@ -14,17 +14,22 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// Starts `body` on a thread called `name`.
+    ///
+    /// # Errors
+    ///
+    /// The error of the operating system if no thread can be started.
     pub(crate) fn spawn(name: &'static str, body: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
         let (alive, ended) = mpsc::channel::<()>();
         let thread = Builder::new().name(name.to_owned()).spawn(move || {
-            // Dropped when the thread ends, also by a panic; nothing is ever sent.
+            // Dropped when the thread ends, also by a panic. Nothing is ever sent.
             let _alive = alive;
             tracing::info_span!("store", thread = name).in_scope(body);
         })?;
         Ok(Self { name, thread, ended })
     }
 
-    /// Waits until the thread has ended or `deadline` has passed, and says which. A thread that is late is left alone.
+    /// Waits for the thread until `deadline`. Returns true if the thread has ended. A late thread
+    /// is left running.
     pub(crate) fn join_until(self, deadline: Instant) -> bool {
         let left = deadline.saturating_duration_since(Instant::now());
         match self.ended.recv_timeout(left) {
