@@ -1,4 +1,4 @@
-//! One commit inside a transaction: the change of the record, then its event.
+//! Applies one commit inside a transaction: the change of the record, then its event.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use vmm_core::backend::Effect;
@@ -9,12 +9,12 @@ use crate::codec::{EncodedChange, EncodedCommit, EncodedEvent, EncodedRecord, FO
 use crate::error::store_error;
 use crate::labels;
 
-/// Why a commit was not applied.
+/// The reason why a commit was not applied.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// It is not legal. Its neighbours are not concerned.
+    /// The commit is not legal. Its neighbours in the group are not concerned.
     Refused(StoreError),
-    /// The database failed.
+    /// The database failed, so the whole transaction has.
     Sqlite(rusqlite::Error),
 }
 
@@ -24,52 +24,65 @@ impl From<rusqlite::Error> for Failure {
     }
 }
 
-/// Applies `commit`, and answers with the place of its event. The caller undoes a half-applied commit.
+/// Applies `commit` and returns the place of its event. On an error the commit may be half applied,
+/// and the caller undoes it by its savepoint.
 pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<EventSeq>, Failure> {
     match &commit.change {
         EncodedChange::Insert(record) => insert(conn, record)?,
         EncodedChange::Update(record) => update(conn, record)?,
         EncodedChange::Remove { uid } => {
+            // The VM was removed before, or never recorded. A repeated removal succeeds without a
+            // second event, because a caller repeats it when it does not know the outcome of the
+            // first.
             if !remove(conn, uid)? {
                 // Its end is in the log already, or it never began.
                 return Ok(None);
             }
         }
         EncodedChange::Bury { uid, tombstone } => {
+            // A repeated burial keeps the first tombstone. A VM that never existed gets none.
             if !remove(conn, uid)? {
                 return Ok(None);
             }
             conn.prepare_cached("INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)")?
                 .execute(params![tombstone_key(uid), tombstone])?;
         }
+        // A tombstone that is gone already is no error, because the change may be repeated.
         EncodedChange::Unbury { uid } => {
             conn.prepare_cached("DELETE FROM meta WHERE key = ?1")?.execute([tombstone_key(uid)])?;
         }
     }
+    // The event follows the change of the record, so a refused change leaves no event in the log.
     let seq = commit.event.as_ref().map(|event| append(conn, event)).transpose()?;
+    // The labels are noted under the place of the event, because they are in force from that event
+    // on.
     if let (Some(labels), Some(seq)) = (&commit.labels, seq) {
         labels::note(conn, labels, seq)?;
     }
+    // The row that ends the labels comes after the last event, because that event still bears them.
     if let EncodedChange::Remove { uid } | EncodedChange::Bury { uid, .. } = &commit.change {
         labels::end(conn, uid)?;
     }
     Ok(seq)
 }
 
-/// The keys of tombstones in `meta` begin with this. A table of their own would be a new version of the schema, which an older
-/// program refuses; a key that it does not know it leaves alone.
+/// The prefix of the keys of tombstones in `meta`. Tombstones have no table of their own, because a
+/// new table would be a new version of the schema, which an older program refuses. An older program
+/// leaves an unknown key alone.
 pub(crate) const TOMBSTONES: &str = "tombstone:";
 
 fn tombstone_key(uid: &str) -> String {
     format!("{TOMBSTONES}{uid}")
 }
 
-/// Removes a VM, and says whether there was one.
+/// Removes a VM. Returns true if the VM was recorded.
 fn remove(conn: &Connection, uid: &str) -> rusqlite::Result<bool> {
     Ok(conn.prepare_cached("DELETE FROM vms WHERE uid = ?1")?.execute([uid])? > 0)
 }
 
 fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
+    // The index `vms_name` would refuse the name too. The question comes first because the error
+    // names the VM that has the name.
     if let Some(holder) = uid_of_name(conn, &record.vm_id)? {
         return Err(name_taken(&record.vm_id, &holder));
     }
@@ -87,6 +100,8 @@ fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
 }
 
 fn update(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
+    // The stored generation must be one less. Any other number means that this record was made from
+    // an outdated copy, and writing it would lose the change in between.
     let previous = record.generation.saturating_sub(1);
     match generation_of(conn, &record.uid)? {
         Some(stored) if stored == previous => {}
@@ -103,6 +118,7 @@ fn update(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
             )));
         }
     }
+    // An update may rename a VM, so the name is checked here as well.
     if let Some(holder) = uid_of_name(conn, &record.vm_id)?
         && holder != record.uid
     {
@@ -118,7 +134,7 @@ fn update(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
 fn append(conn: &Connection, event: &EncodedEvent) -> rusqlite::Result<EventSeq> {
     conn.prepare_cached("INSERT INTO events (time_ms, vm_id, format, event) VALUES (?1, ?2, ?3, ?4)")?
         .execute(params![event.time_ms, event.vm_id, FORMAT, event.json])?;
-    // AUTOINCREMENT gives positive places only.
+    // AUTOINCREMENT gives positive numbers only.
     Ok(EventSeq(conn.last_insert_rowid().unsigned_abs()))
 }
 
@@ -145,10 +161,10 @@ fn conflict(message: String) -> Failure {
     Failure::Refused(store_error(StoreErrorKind::Conflict, Effect::NotApplied, message))
 }
 
-/// What tells an applied commit from one that was rolled back.
+/// A fact in the database that distinguishes an applied commit from one that was rolled back.
 #[derive(Debug)]
 pub(crate) enum Proof {
-    /// This event is in the log.
+    /// The event at this place is in the log.
     Event(EventSeq),
     /// The VM is recorded with this generation.
     Generation(String, i64),
@@ -157,9 +173,10 @@ pub(crate) enum Proof {
 }
 
 impl Proof {
-    /// The proof of `commit`, whose event got `seq`.
+    /// Returns the proof of `commit`, whose event got the place `seq`.
     pub(crate) fn of(commit: &EncodedCommit, seq: Option<EventSeq>) -> Self {
         match (&commit.change, seq) {
+            // The event proves the change of the record too, because both are in one transaction.
             (_, Some(seq)) => Self::Event(seq),
             (EncodedChange::Insert(record) | EncodedChange::Update(record), None) => {
                 Self::Generation(record.uid.clone(), record.generation)
@@ -173,7 +190,9 @@ impl Proof {
         }
     }
 
-    /// Looks whether the commit was applied. Only the writer may ask, and only before it writes again.
+    /// Returns true if the commit was applied. Only the writer may ask, and only before it writes
+    /// again, because a later commit can reuse the place and the generation of one that was rolled
+    /// back.
     pub(crate) fn holds(&self, conn: &Connection) -> rusqlite::Result<bool> {
         match self {
             Self::Event(seq) => {

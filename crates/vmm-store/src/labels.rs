@@ -1,4 +1,4 @@
-//! The labels that events bear: a VM's metadata, written once for each change and not once for each event.
+//! The labels of events: a VM's metadata, written once for each change and not once for each event.
 //!
 //! ```text
 //!   meta:   labels:UID:0007 = {"team":"blue"}      in force from event 7 on
@@ -7,10 +7,12 @@
 //!   events: 7 … 30 without metadata ──► blue       31 … 39 ──► red
 //! ```
 //!
-//! A VM without a row bears no labels. The rows are keys of `meta` for the reason that tombstones are: an older program leaves
-//! alone a key that it does not know. An event of an earlier release holds its metadata itself, and keeps it.
+//! A VM without a row has no labels. The rows are keys of `meta`, because an older program leaves
+//! an unknown key alone and refuses an unknown table. An event of an earlier release holds its
+//! metadata itself, and keeps it.
 //!
-//! A row outlives the event that it begins with, for as long as an event that is kept or yet to come needs it.
+//! A row stays longer than the event that it begins with, as long as a kept or later event needs
+//! it.
 
 use std::collections::BTreeMap;
 
@@ -18,17 +20,18 @@ use rusqlite::{Connection, OptionalExtension};
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::VmUid;
 
-/// The labels of an event, in the form of a row.
+/// The labels of an event as a row.
 #[derive(Debug)]
 pub(crate) struct EncodedLabels {
     pub(crate) uid: String,
     pub(crate) json: String,
 }
 
-/// The text of no labels.
+/// The text of an empty set of labels.
 const NONE: &str = "{}";
 
-/// Records that the event `seq` bears `labels`, unless the event of this VM before it does.
+/// Records that the event `seq` has `labels`. Writes nothing if the previous event of this VM has
+/// the same labels.
 pub(crate) fn note(conn: &Connection, labels: &EncodedLabels, seq: EventSeq) -> rusqlite::Result<()> {
     let last = last(conn, &labels.uid)?;
     if last.as_deref().unwrap_or(NONE) == labels.json {
@@ -37,7 +40,7 @@ pub(crate) fn note(conn: &Connection, labels: &EncodedLabels, seq: EventSeq) -> 
     put(conn, &labels.uid, seq.0, &labels.json)
 }
 
-/// Records that the VM is gone: none of its labels is needed by an event that is yet to come.
+/// Records that the VM is deleted, so later events do not need its labels.
 pub(crate) fn end(conn: &Connection, uid: &str) -> rusqlite::Result<()> {
     if last(conn, uid)?.is_none_or(|last| last == NONE) {
         return Ok(());
@@ -45,7 +48,7 @@ pub(crate) fn end(conn: &Connection, uid: &str) -> rusqlite::Result<()> {
     put(conn, uid, next_place(conn)?, NONE)
 }
 
-/// Gives an event the labels that it bears, where it does not hold them itself.
+/// Fills in the labels of an event that does not hold them itself.
 pub(crate) fn give(conn: &Connection, event: &mut VmEvent) -> rusqlite::Result<()> {
     if event.event.metadata.is_empty() {
         event.event.metadata = at(conn, event.event.uid, event.seq)?;
@@ -53,7 +56,7 @@ pub(crate) fn give(conn: &Connection, event: &mut VmEvent) -> rusqlite::Result<(
     Ok(())
 }
 
-/// Removes the rows that no event needs which is kept or yet to come.
+/// Removes the rows that no kept or later event needs.
 pub(crate) fn expire(conn: &Connection) -> rusqlite::Result<()> {
     let oldest: Option<i64> = conn.query_row("SELECT min(seq) FROM events", [], |row| row.get(0))?;
     let oldest = match oldest {
@@ -61,6 +64,9 @@ pub(crate) fn expire(conn: &Connection) -> rusqlite::Result<()> {
         None => next_place(conn)?,
     };
     conn.prepare_cached(
+        // A key is `labels:`, a uid of 36 characters, a colon, and a place from character 45 on. A
+        // row goes if its place is not after the oldest event and either it ends the labels of a
+        // VM, or a later row of the same VM is in force from the oldest event or before.
         "DELETE FROM meta WHERE key > 'labels:' AND key < 'labels;' AND substr(key, 45) <= ?1 AND (value = '{}' OR EXISTS \
          (SELECT 1 FROM meta AS later WHERE later.key > meta.key AND later.key <= substr(meta.key, 1, 44) || ?1))",
     )?
@@ -74,7 +80,7 @@ fn at(conn: &Connection, uid: VmUid, seq: EventSeq) -> rusqlite::Result<BTreeMap
         .prepare_cached("SELECT value FROM meta WHERE key > ?1 AND key <= ?2 ORDER BY key DESC LIMIT 1")?
         .query_row([key(&uid, ""), key(&uid, &place(seq.0))], |row| row.get(0))
         .optional()?;
-    // Labels only say whom an event concerns, so a row that makes no sense hides no event.
+    // Unreadable labels count as none, because they are a description and must not hide the event.
     Ok(json.and_then(|json| serde_json::from_str(&json).ok()).unwrap_or_default())
 }
 
@@ -103,7 +109,7 @@ fn key(uid: &str, place: &str) -> String {
     format!("labels:{uid}:{place}")
 }
 
-/// A place in the log, so that the order of the texts is that of the places.
+/// Returns a place as text of fixed length, so that texts sort like places.
 fn place(seq: u64) -> String {
     format!("{seq:020}")
 }

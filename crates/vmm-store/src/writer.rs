@@ -1,19 +1,21 @@
-//! The one thread that writes, with group commit.
+//! The thread that writes, with group commit.
 //!
 //! ```text
 //!   wait for a job ─► take all that wait ─► BEGIN ─► each in a SAVEPOINT ─► COMMIT ─► answer each
 //!         ▲                                          │ refused: undone,     │
 //!         │                                          │ the others go on     ├─ no room: nothing was applied,
-//!         │                                          │                      │  so each once more, alone; what
-//!         │                                          │                      │  is forced, in the room kept for it
+//!         │                                          │                      │  so each once more, alone; a
+//!         │                                          │                      │  forced one with the reserve
 //!         └── a step of expiry, if asked             └─ failed: each once   └─ the disk failed: settle
 //!                                                       more, alone
 //! ```
 //!
-//! **Settling.** When the disk fails during a COMMIT, SQLite rolls back, but the end of the transaction may have reached the
-//! log, and whoever reads the log after a crash would take it for committed. So the writer looks whether the changes are there
-//! and writes one more transaction, which takes the place of the failed one in the log. If that succeeds, the outcome is
-//! certain. If it fails too, the answer is [`Effect::Unknown`], until any later commit succeeds.
+//! **Settling.** When the disk fails during a COMMIT, SQLite rolls the transaction back. The end of
+//! the transaction may have reached the log all the same, and a process that reads the log after a
+//! crash would take the transaction for committed. The writer therefore looks whether the changes
+//! are in the database and commits one more transaction, because that transaction overwrites the
+//! failed one in the log. The outcome is certain if the second transaction succeeds. If it fails
+//! too, the answer is [`Effect::Unknown`], until any later commit succeeds.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -31,24 +33,25 @@ use crate::error::{from_sqlite, kind_of, proves_not_committed};
 use crate::labels;
 use crate::reserve::Reserve;
 
-/// The most commits in one transaction.
+/// The largest number of commits in one transaction.
 const MAX_GROUP: usize = 256;
-/// Events that one step of an expiry removes; commits go in between.
+/// The number of events that one step of an expiry removes. Commits run between the steps.
 const EXPIRY_STEP: u64 = 500;
-/// The most text that events may have together, in bytes: at some 700 bytes an event, a million and a half of them.
+/// The limit on the text of all events together, in bytes: a million and a half events of 700
+/// bytes.
 const MAX_EVENT_BYTES: u64 = 1 << 30;
-/// Pages of 4 KiB that one step of an expiry gives back to the file system.
+/// The number of pages of 4 KiB that one step of an expiry returns to the file system.
 const VACUUM_STEP: i64 = 500;
-/// Free pages that are kept for new events.
+/// The number of free pages that stay in the file for new events.
 const FREE_PAGES: i64 = 2_500;
 
 type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 type Outcome = Result<Option<EventSeq>, StoreError>;
 
-/// What a writer can be asked.
+/// A request to the writer.
 #[derive(Debug)]
 pub(crate) enum Job {
-    /// `forced`: may use the room that is kept for it.
+    /// A commit to carry out. A `forced` one may use the reserve.
     Commit {
         commit: EncodedCommit,
         forced: bool,
@@ -60,7 +63,7 @@ pub(crate) enum Job {
     },
 }
 
-/// A commit and who waits for it.
+/// A commit, and the channel on which its caller waits.
 #[derive(Debug)]
 struct Waiting {
     commit: EncodedCommit,
@@ -73,29 +76,30 @@ struct Waiting {
 struct Expiry {
     until: Until,
     removed: u64,
-    /// Nobody waits where the log itself has become too long.
+    /// The caller of the expiry. `None` if the writer itself began the expiry to bound the log.
     reply: Option<Answer<u64>>,
 }
 
-/// The extent of an expiry, from the oldest event on.
+/// The extent of an expiry, which begins at the oldest event.
 #[derive(Clone, Copy, Debug)]
 enum Until {
-    /// Up to the first event that is not older, in Unix milliseconds.
+    /// Stops at the first event that is not older than this time, in Unix milliseconds.
     Time(i64),
-    /// Until no more than so many bytes of events are left.
+    /// Stops when at most this many bytes of events are left.
     Bytes(u64),
 }
 
-/// How a transaction failed.
+/// The failure of a transaction.
 #[derive(Debug)]
 enum Broken {
-    /// Nothing of it was applied.
+    /// Nothing of the transaction was applied.
     NotApplied(rusqlite::Error),
-    /// Its COMMIT failed half-way.
+    /// The COMMIT failed half-way. `outcomes` are the answers if the transaction turns out to be
+    /// applied.
     InDoubt { error: rusqlite::Error, outcomes: Vec<Outcome>, proof: Option<Proof> },
 }
 
-/// The writing thread's own.
+/// The state of the writing thread.
 #[derive(Debug)]
 pub(crate) struct Writer {
     conn: Connection,
@@ -103,7 +107,7 @@ pub(crate) struct Writer {
     log: Log,
     reserve: Reserve,
     expiries: VecDeque<Expiry>,
-    /// The text of all events, in bytes.
+    /// The size of the text of all events, in bytes.
     event_bytes: u64,
     max_event_bytes: u64,
 }
@@ -124,6 +128,8 @@ impl Writer {
         };
         conn.wal_hook(Some(hook))
             .map_err(|error| from_sqlite(&path, "opening", Effect::NotApplied, error))?;
+        // The sum is read once at opening and then counted along, because the query reads every
+        // event.
         let bytes: i64 = conn
             .query_row("SELECT coalesce(sum(octet_length(event)), 0) FROM events", [], |row| row.get(0))
             .map_err(|error| from_sqlite(&path, "reading", Effect::NotApplied, error))?;
@@ -138,24 +144,31 @@ impl Writer {
         })
     }
 
-    /// Works until nobody can ask any more and everything that was accepted is done.
+    /// Works until the queue is closed and every accepted job is done.
     pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         while let Some(group) = self.next_group(&mut jobs) {
             if !group.is_empty() {
                 self.commit_group(group);
             }
+            // One step of an expiry runs between two groups, so a long expiry delays a commit by
+            // one step at most.
             if let Some(expiry) = self.expiries.pop_front() {
                 self.expire_step(expiry);
             }
+            // The checkpointer has not caught up, because commits come without a pause. The writer
+            // moves the log itself and thereby holds back the commits that wait.
             if self.log.must_stop_writing() {
                 checkpoint::passive(&self.conn);
             }
         }
     }
 
-    /// Takes all commits that wait, and waits for a job if nothing else is to be done. `None` is the end.
+    /// Takes all commits that wait. Blocks for a job if no expiry is under way. Returns `None` when
+    /// the queue is closed and nothing is left to do.
     fn next_group(&mut self, jobs: &mut mpsc::Receiver<Job>) -> Option<Vec<Waiting>> {
         let mut group = Vec::new();
+        // An expiry under way is work, so the writer only looks into the queue then and does not
+        // block.
         let mut next =
             if self.expiries.is_empty() { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
         while let Some(job) = next {
@@ -172,8 +185,16 @@ impl Writer {
     }
 
     fn commit_group(&mut self, group: Vec<Waiting>) {
+        // Four outcomes are possible. (1) All of it is committed. (2) Nothing was applied and the
+        // group has several members: each is tried alone. (3) Nothing was applied and the group is
+        // one commit: this commit fails. (4) The COMMIT failed half-way, and `resolve` finds out
+        // whether it counts.
         let mut result = self.try_group(&group);
         let reserve = self.reserve.clone();
+        // Only a commit that is forced and alone may use the reserve, because a group could hold
+        // ordinary commits that fill the reserve up. The loop gives up one piece at a time, because
+        // another program may take the freed room first, and ends when the reserve has nothing left
+        // or the error changes.
         while let ([Waiting { forced: true, .. }], Err(Broken::NotApplied(error))) = (&group[..], &result)
             && kind_of(error) == StoreErrorKind::Full
             && let Some(again) = reserve.spend(|| self.try_group(&group))
@@ -185,7 +206,9 @@ impl Writer {
                 self.bound_log(&group, &outcomes);
                 answer(group, outcomes);
             }
-            // One of them may be the reason (too big for what room is left, say), and the others may fit.
+            // One member may be the reason, for example because it is too big for the room that is
+            // left, and the others may fit. The recursion is one level deep, because each new group
+            // has one member.
             Err(Broken::NotApplied(_)) if group.len() > 1 => {
                 for waiting in group {
                     self.commit_group(vec![waiting]);
@@ -205,6 +228,8 @@ impl Writer {
     }
 
     fn try_group(&mut self, group: &[Waiting]) -> Result<Vec<Outcome>, Broken> {
+        // Immediate, because the transaction is known to write: a deferred one would take the write
+        // lock at its first change and could fail there as busy.
         let mut transaction = self
             .conn
             .transaction_with_behavior(TransactionBehavior::Immediate)
@@ -214,16 +239,20 @@ impl Writer {
         for Waiting { commit, .. } in group {
             let savepoint = transaction.savepoint().map_err(Broken::NotApplied)?;
             match apply(&savepoint, commit) {
+                // One proof is enough for the group, because the members of a transaction are
+                // applied together or not at all.
                 Ok(seq) => {
                     savepoint.commit().map_err(Broken::NotApplied)?;
                     proof.get_or_insert_with(|| Proof::of(commit, seq));
                     outcomes.push(Ok(seq));
                 }
+                // The commit is not legal. Finishing the savepoint undoes this commit only.
                 Err(Failure::Refused(error)) => {
                     savepoint.finish().map_err(Broken::NotApplied)?;
                     outcomes.push(Err(error));
                 }
-                // Dropping the transaction rolls it back, if SQLite has not done so by itself.
+                // The whole group fails. Dropping the transaction rolls it back, if SQLite has not
+                // done so already.
                 Err(Failure::Sqlite(error)) => return Err(Broken::NotApplied(error)),
             }
         }
@@ -234,13 +263,15 @@ impl Writer {
         }
     }
 
-    /// Finds out what became of a COMMIT that failed half-way.
+    /// Finds out the effect of a COMMIT that failed half-way, and returns the answer of each
+    /// member.
     fn resolve(
         &mut self,
         error: &rusqlite::Error,
         outcomes: Vec<Outcome>,
         proof: Option<Proof>,
     ) -> Vec<Outcome> {
+        // Every member that `outcomes` counts as applied shares one fate, which `settle` finds out.
         let effect = match self.settle(proof.as_ref()) {
             Ok(true) => return outcomes,
             Ok(false) => Effect::NotApplied,
@@ -249,30 +280,39 @@ impl Writer {
         tracing::error!(%error, ?effect, commits = outcomes.len(), "a transaction failed on its way to the disk");
         let code = error.sqlite_error().copied();
         let failure = |effect| {
-            // The cause is shared by all, and SQLite's error is not: each gets one with the same code.
+            // All members share the cause, but SQLite's error cannot be cloned. Each member gets an
+            // error with the same code.
             let cause = code.map_or(rusqlite::Error::InvalidQuery, |code| {
                 rusqlite::Error::SqliteFailure(code, Some(error.to_string()))
             });
             from_sqlite(&self.path, "writing to", effect, cause)
         };
-        // A refusal may have been due to a neighbour that is gone with the transaction, so it says nothing any more.
+        // A refused member gets the failure too, because a neighbour that is gone with the
+        // transaction may have been the reason of the refusal. Such a member was certainly not
+        // applied.
         outcomes.into_iter().map(|o| Err(failure(o.map_or(Effect::NotApplied, |_| effect)))).collect()
     }
 
-    /// Says whether the transaction that `proof` is of was applied, and makes the answer final.
+    /// Returns whether the transaction that `proof` belongs to was applied, and makes the answer
+    /// final.
     fn settle(&mut self, proof: Option<&Proof>) -> rusqlite::Result<bool> {
         let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let applied = proof.map_or(Ok(false), |proof| proof.holds(&transaction))?;
+        // The change itself means nothing. It gives the transaction a page to write, and the commit
+        // of that page overwrites the end of the failed transaction in the log.
         transaction.execute("UPDATE meta SET value = value + 1 WHERE key = 'settled'", [])?;
         transaction.commit()?;
         Ok(applied)
     }
 
-    /// Removes a few events, then answers or lines up again.
+    /// Removes the events of one step. Answers the caller if that was the last step, and queues the
+    /// expiry again otherwise.
     fn expire_step(&mut self, mut expiry: Expiry) {
         match self.remove_events(expiry.until, expiry.removed) {
             Ok(removed) => {
                 expiry.removed += removed;
+                // A full step means that more events may be old enough. A shorter step reached the
+                // end.
                 if removed == EXPIRY_STEP {
                     self.expiries.push_back(expiry);
                 } else if let Some(reply) = expiry.reply {
@@ -280,25 +320,30 @@ impl Writer {
                 } else {
                     tracing::warn!(
                         removed = expiry.removed,
-                        "the event log has become too long; the oldest events were removed"
+                        "the event log reached its limit; the oldest events were removed"
                     );
                 }
             }
             Err(error) => {
-                // What earlier steps removed stays removed. Asking again is harmless.
+                // Events that earlier steps removed stay removed, hence `Unknown`. A repeated call
+                // is harmless.
                 let error = from_sqlite(&self.path, "removing old events from", Effect::Unknown, error);
                 match expiry.reply {
                     Some(reply) => drop(reply.send(Err(error))),
-                    None => tracing::warn!(%error, "the event log is too long, and could not be cut"),
+                    None => {
+                        tracing::warn!(%error, "the event log is over its limit, and removing its oldest events failed")
+                    }
                 }
             }
         }
     }
 
-    /// Counts the events of a group that was committed, and lines up an expiry where the log has become too long. A tenth is
-    /// removed at once, so that this does not come with each commit.
+    /// Counts the events of a committed group, and begins an expiry if the log has become too long.
+    /// The expiry removes a tenth of the log, because otherwise each later commit would begin one
+    /// of its own.
     fn bound_log(&mut self, group: &[Waiting], outcomes: &[Outcome]) {
         for (waiting, outcome) in group.iter().zip(outcomes) {
+            // A commit without a place in its answer has logged no event.
             if let (Some(event), Ok(Some(_))) = (&waiting.commit.event, outcome) {
                 self.event_bytes += event.json.len() as u64;
             }
@@ -310,7 +355,8 @@ impl Writer {
         }
     }
 
-    /// Removes a few of the oldest events, of which `before` have gone with earlier steps.
+    /// Removes the events of one step, oldest first, and returns their number. Earlier steps of the
+    /// same expiry have removed `before` events.
     fn remove_events(&mut self, until: Until, before: u64) -> rusqlite::Result<u64> {
         let excess = match until {
             Until::Time(_) => u64::MAX,
@@ -320,18 +366,22 @@ impl Writer {
         let (last, bytes) = oldest_to_go(&transaction, until, excess)?;
         let removed = transaction.prepare_cached("DELETE FROM events WHERE seq <= ?1")?.execute([last])?;
         let removed = removed as u64;
-        // Once for all steps of an expiry, because this walks over the labels of every VM.
+        // Labels expire in the last step of an expiry only, because the query walks over the labels
+        // of every VM.
         if removed < EXPIRY_STEP && removed + before > 0 {
             labels::expire(&transaction)?;
         }
         transaction.commit()?;
         self.event_bytes = self.event_bytes.saturating_sub(bytes);
+        // The vacuum is a transaction of its own, because the events are gone whether or not it
+        // succeeds.
         give_back(&self.conn)?;
         Ok(removed)
     }
 }
 
-/// The last of the oldest events that may go in one step, and the bytes of all up to it. 0 where none may.
+/// Returns the place of the last event that one step may remove, and the bytes of all events up to
+/// that place. The place is 0 if no event may be removed.
 fn oldest_to_go(conn: &Connection, until: Until, excess: u64) -> rusqlite::Result<(i64, u64)> {
     let mut oldest =
         conn.prepare_cached("SELECT seq, time_ms, octet_length(event) FROM events ORDER BY seq LIMIT ?1")?;
@@ -339,6 +389,8 @@ fn oldest_to_go(conn: &Connection, until: Until, excess: u64) -> rusqlite::Resul
     let (mut last, mut bytes) = (0, 0);
     while let Some(row) = rows.next()? {
         let time_ms: i64 = row.get(1)?;
+        // The loop stops at the first event that stays and looks no further, because the log must
+        // not get a hole: a later event can have an earlier time if the host's clock was set back.
         if matches!(until, Until::Time(before_ms) if time_ms >= before_ms) || bytes >= excess {
             break;
         }
@@ -348,7 +400,8 @@ fn oldest_to_go(conn: &Connection, until: Until, excess: u64) -> rusqlite::Resul
     Ok((last, bytes))
 }
 
-/// Makes the file smaller by some of its free pages, where there are many. A database of an earlier release keeps them.
+/// Returns some free pages to the file system if the file has many of them. A database of an
+/// earlier release keeps its pages, because only a new file can have incremental vacuum.
 fn give_back(conn: &Connection) -> rusqlite::Result<()> {
     let free: i64 = conn.pragma_query_value(None, "freelist_count", |row| row.get(0))?;
     let pages = (free - FREE_PAGES).min(VACUUM_STEP);
@@ -357,12 +410,13 @@ fn give_back(conn: &Connection) -> rusqlite::Result<()> {
     }
     let mut statement = conn.prepare(&format!("PRAGMA incremental_vacuum({pages})"))?;
     let mut rows = statement.query([])?;
-    // Each step gives back one page.
+    // Each row that the statement yields stands for one page that was returned.
     while rows.next()?.is_some() {}
     Ok(())
 }
 
-/// Answers each of `group`. Who has gone away gets none: the commit stands all the same.
+/// Answers each of `group`. A caller that went away gets no answer, and its commit stands all the
+/// same.
 fn answer(group: Vec<Waiting>, outcomes: Vec<Outcome>) {
     for (waiting, outcome) in group.into_iter().zip(outcomes) {
         let _ = waiting.reply.send(outcome);
@@ -410,7 +464,8 @@ mod tests {
         assert_eq!(told, [Ok(1), taken, Ok(2), conflict, Ok(3), Ok(4), Ok(5)]);
     }
 
-    /// Commits changes of one VM with `text` in each event, and does what that brings about.
+    /// Commits `count` changes of one VM with `text` in each event, and runs the expiries that
+    /// these begin.
     fn write_events(writer: &mut Writer, vm: &mut vmm_core::store::VmRecord, count: usize, text: &str) {
         for _ in 0..count {
             *vm = next(vm);
