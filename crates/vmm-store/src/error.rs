@@ -1,4 +1,4 @@
-//! From SQLite's error codes to [`StoreError`]: which kind it is, and what a person should do about it.
+//! Translates SQLite's error codes to [`StoreError`]: the kind of error, and the remedy for people.
 
 use std::path::Path;
 
@@ -6,14 +6,14 @@ use rusqlite::ErrorCode;
 use vmm_core::backend::Effect;
 use vmm_core::store::{StoreError, StoreErrorKind};
 
-/// Makes a [`StoreError`] without a cause.
+/// Returns a [`StoreError`] without a cause.
 pub(crate) fn store_error(kind: StoreErrorKind, effect: Effect, message: impl Into<String>) -> StoreError {
     StoreError { kind, effect, message: message.into(), source: None }
 }
 
 /// Adds the cause to a [`StoreError`].
 pub(crate) trait CausedBy {
-    /// The same error with its cause.
+    /// Returns the error with its cause.
     fn caused_by(self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self;
 }
 
@@ -24,19 +24,21 @@ impl CausedBy for StoreError {
     }
 }
 
-/// What to do about a damaged database: the end of every such message.
+/// The remedy for a damaged database, at the end of every such message.
 pub(crate) const REMEDY: &str = "Nothing was changed. \
      Stop the daemon and put back a backup with `vmm-controlplane restore FILE`; or, to \
      begin with no VMs at all, move the database and the files that begin with its name elsewhere (VMs \
      that still run must then be ended by hand)";
 
-/// A [`StoreErrorKind::Corrupt`] that tells of `finding` in the database at `path`.
+/// Returns a [`StoreErrorKind::Corrupt`] about the database at `path`. `finding` completes "the
+/// database is damaged:".
 pub(crate) fn corrupt(path: &Path, finding: impl std::fmt::Display) -> StoreError {
     let message = format!("the database {} is damaged: {finding}. {REMEDY}", path.display());
     store_error(StoreErrorKind::Corrupt, Effect::NotApplied, message)
 }
 
-/// Translates what SQLite said while `doing` something (a phrase such as "writing to") with the database at `path`.
+/// Translates an error of SQLite. `doing` is the action with the database at `path`, a phrase such
+/// as "writing to".
 pub(crate) fn from_sqlite(path: &Path, doing: &str, effect: Effect, error: rusqlite::Error) -> StoreError {
     let kind = kind_of(&error);
     let at = path.display();
@@ -62,10 +64,11 @@ pub(crate) fn from_sqlite(path: &Path, doing: &str, effect: Effect, error: rusql
     store_error(kind, effect, message).caused_by(error)
 }
 
-/// The kind of an error that SQLite reports by itself.
+/// Returns the kind that an error of SQLite stands for.
 pub(crate) fn kind_of(error: &rusqlite::Error) -> StoreErrorKind {
     let Some(code) = error.sqlite_error_code() else {
-        // The columns are typed (STRICT), so a value of another type was not written by this program.
+        // The columns are typed (STRICT), so a value of another type was not written by this
+        // program.
         let damaged = matches!(
             error,
             rusqlite::Error::InvalidColumnType(..)
@@ -84,10 +87,11 @@ pub(crate) fn kind_of(error: &rusqlite::Error) -> StoreErrorKind {
     }
 }
 
-/// Says whether a COMMIT that ended in `error` has certainly had no effect.
+/// Returns true if a COMMIT that ended in `error` certainly had no effect.
 ///
-/// Without room, the end of the transaction never reached the log. After any other failure of the disk it may have: not in
-/// this process, which has rolled it back, but for whoever reads the log after a crash.
+/// Without room, the end of the transaction never reached the log. After any other failure of the
+/// disk the end may be in the log: this process has rolled it back, but a process that reads the
+/// log after a crash would take it for committed.
 pub(crate) fn proves_not_committed(error: &rusqlite::Error) -> bool {
     kind_of(error) == StoreErrorKind::Full || is_busy(error)
 }

@@ -1,7 +1,8 @@
-//! The mark of a database that was closed in order, which need not be read through at the next start.
+//! Marks a database that was closed in order, so that the next start need not check every page.
 //!
-//! The mark is the content of the lock's file: what the database looks like from outside. It is taken away before anything is
-//! written, so that a daemon that dies leaves none, and it fits no database that somebody else has changed or replaced.
+//! The mark is the content of the lock file: the file attributes of the database. The mark is
+//! removed before anything is written, because a daemon that dies must leave none. The mark does
+//! not match a database that another program has changed or replaced.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
@@ -10,24 +11,27 @@ use std::path::Path;
 
 use crate::open::with_suffix;
 
-/// Takes the mark away, and says whether it was that of the database at `path`.
+/// Removes the mark. Returns true if the mark matched the database at `path`.
 pub(crate) fn take(lock: &File, path: &Path) -> bool {
     let take = || -> io::Result<bool> {
         let mut file = lock;
         let mut found = String::new();
         file.rewind()?;
         file.take(1024).read_to_string(&mut found)?;
+        // The removal is forced to the disk before the first write to the database. Otherwise the
+        // mark could come back after a power failure and match a database that was being written.
         if !found.is_empty() {
             lock.set_len(0)?;
             lock.sync_data()?;
         }
         Ok(found == of(path)?)
     };
-    // What is in doubt is read through.
+    // In doubt the database is checked in full, because a needless check only costs time.
     take().unwrap_or(false)
 }
 
-/// Leaves the mark of the database at `path`, which nobody has open any more.
+/// Writes the mark of the database at `path`. Every connection must be closed. A failure is logged
+/// and costs the next start a full check.
 pub(crate) fn leave(lock: &File, path: &Path) {
     let leave = || -> io::Result<()> {
         let mut file = lock;
@@ -37,11 +41,15 @@ pub(crate) fn leave(lock: &File, path: &Path) {
         lock.sync_data()
     };
     if let Err(error) = leave() {
-        tracing::debug!(%error, "the database bears no mark of its end; the next start reads it through");
+        tracing::debug!(%error, "the mark of a clean end could not be written; the next start checks every page");
     }
 }
 
-/// Returns the state of a database as seen from outside. A database with a log was not closed in order.
+/// Returns the attributes of a database that form its mark.
+///
+/// # Errors
+///
+/// An error if the database has a log, because such a database was not closed in order.
 fn of(path: &Path) -> io::Result<String> {
     if fs::metadata(with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0) {
         return Err(io::Error::other("the database has a log"));

@@ -1,4 +1,4 @@
-//! Opening: what must hold before a single VM is read.
+//! Opens the database, after everything that must hold before a VM is read.
 //!
 //! ```text
 //!   lock the state directory ──► is the database there?
@@ -9,8 +9,9 @@
 //!                                 └──────────────► WAL, upgrade ◄──┘
 //! ```
 //!
-//! A database is made whole under another name, so one that is empty or cut short was damaged by somebody, and is refused:
-//! to begin anew in silence would orphan every running VM. Nothing is written before all questions are answered.
+//! A database gets its name when it is complete. An empty or shortened database was therefore
+//! damaged by another program, and is refused, because a silent new beginning would orphan every
+//! running VM. Nothing is written before all questions are answered.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read};
@@ -34,24 +35,26 @@ use crate::schema::{self, APPLICATION_ID, Migration};
 /// The name of the database in the state directory.
 pub const DATABASE_FILE: &str = "vmm-controlplane.db";
 
-/// How long a statement waits for another program (a backup, say) that holds the database locked.
+/// The time that a statement waits for another program that holds the database locked, such as a
+/// backup.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The extent to which a database is checked before its use.
+/// The extent of the check of a database before its use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Depth {
-    /// Whose it is and of which version: it was closed in order, and nobody has touched it since.
+    /// The owner and the version only. Enough for a database that was closed in order and not
+    /// touched since.
     Head,
-    /// Every page too, which takes as long as reading it.
+    /// Every page too, which takes as long as reading the file.
     Whole,
 }
 
-/// An opened database.
+/// An opened database with its connections.
 #[derive(Debug)]
 pub(crate) struct Opened {
     pub(crate) path: PathBuf,
     pub(crate) instance: InstanceId,
-    /// Held as long as anything may write.
+    /// The lock of the state directory, held as long as any connection may write.
     pub(crate) lock: File,
     pub(crate) writer: Connection,
     pub(crate) reader: Connection,
@@ -59,15 +62,20 @@ pub(crate) struct Opened {
     pub(crate) reserve: Reserve,
 }
 
-/// Opens the database in `state_dir`, making both if they do not exist.
+/// Opens the database in `state_dir`, and makes the directory and the database if they do not
+/// exist.
 pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened, StoreError> {
     make_dir(state_dir)?;
     let lock = lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     let reserve = Reserve::of(&path);
+    // The mark is taken away before anything is written. A daemon that dies from here on leaves no
+    // mark, so its successor checks every page.
     let depth = if mark::take(&lock, &path) { Depth::Head } else { Depth::Whole };
     let opened = match open_locked(&path, migrations, depth) {
-        // SQLite needs some room for the index of its log, and a daemon must be able to start on a full disk.
+        // SQLite needs room for the index of its log, and a daemon must be able to start on a full
+        // disk, because otherwise nothing could end the VMs there. An `Io` error counts as well,
+        // because SQLite reports a full file system that way when it maps the index.
         Err(error)
             if matches!(error.kind, StoreErrorKind::Full | StoreErrorKind::Io) && reserve.may_help() =>
         {
@@ -79,12 +87,15 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
     Ok(Opened { path, instance, lock, writer, reader, checkpointer, reserve })
 }
 
-/// The identity of the state directory, and connections to write, to read and to move the log.
+/// Returns the identity of the state directory, and the connections of the writer, the reader and
+/// the checkpointer. The caller holds the lock.
 fn open_locked(
     path: &Path,
     migrations: &[Migration],
     depth: Depth,
 ) -> Result<(InstanceId, [Connection; 3]), StoreError> {
+    // These questions are asked of the file, because SQLite takes an empty file for a new database
+    // and zeros for the missing end of a shortened one.
     match std::fs::metadata(path) {
         Ok(file) if file.len() == 0 => return Err(corrupt(path, "the file is empty")),
         Ok(file) => refuse_cut_short(path, file.len())?,
@@ -93,6 +104,8 @@ fn open_locked(
     }
 
     let mut writer = connect(path).map_err(|error| unusable(path, error))?;
+    // The order is fixed: `check` only reads, `configure` begins a log, and `migrate` changes
+    // tables. A database that is refused is therefore untouched.
     check(&writer, path, migrations, depth)?;
     configure(&writer, path)?;
     schema::migrate(&mut writer, path, migrations)?;
@@ -100,14 +113,17 @@ fn open_locked(
 
     let reader = connect(path).map_err(|error| unusable(path, error))?;
     configure(&reader, path)?;
+    // The flag makes a mistake in a query of the reader an error, because only the writer may
+    // write.
     reader.pragma_update(None, "query_only", true).map_err(|error| unusable(path, error))?;
     let checkpointer = connect(path).map_err(|error| unusable(path, error))?;
     configure(&checkpointer, path)?;
     Ok((instance, [writer, reader, checkpointer]))
 }
 
-/// Refuses a database that is shorter than its head says. SQLite itself takes what is missing of the last page for zeros. With a
-/// log beside it nothing is refused, because a daemon that died may have left the end of the database there.
+/// Refuses a database that is shorter than its header states, because SQLite itself reads the
+/// missing end of the last page as zeros. A database with a log is not refused, because the end of
+/// the database may still be in the log of a daemon that died.
 fn refuse_cut_short(path: &Path, length: u64) -> Result<(), StoreError> {
     if std::fs::metadata(with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0) {
         return Ok(());
@@ -115,9 +131,11 @@ fn refuse_cut_short(path: &Path, length: u64) -> Result<(), StoreError> {
     let mut head = [0; 32];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut head));
     if read.is_err() || !head.starts_with(b"SQLite format 3\0") {
-        // No database at all, which SQLite says better.
+        // The file is no database at all. SQLite's own error describes that better.
         return Ok(());
     }
+    // Bytes 16 and 17 of the header are the size of a page (1 stands for 65,536), bytes 28 to 31
+    // the number of pages, both big-endian.
     let page_bytes = match u64::from(u16::from_be_bytes([head[16], head[17]])) {
         1 => 65_536,
         bytes => bytes,
@@ -129,8 +147,9 @@ fn refuse_cut_short(path: &Path, length: u64) -> Result<(), StoreError> {
     }
 }
 
-/// Makes the state directory if it is missing, and whatever is missing above it. Each new name is on the disk when this answers:
-/// a database must not go with a directory that the host forgot.
+/// Makes the state directory and its missing parents, each with mode 0700. Every new name has been
+/// forced to the disk when the function returns, because a database must not vanish with a
+/// directory that the host forgot in a power failure.
 pub(crate) fn make_dir(state_dir: &Path) -> Result<(), StoreError> {
     let failed = |error| io_error("making the state directory", state_dir, error);
     let missing: Vec<&Path> = parents_to_force(state_dir);
@@ -141,16 +160,22 @@ pub(crate) fn make_dir(state_dir: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Lists the directories that get a new name in them when `state_dir` is made, the lowest first.
+/// Returns the directories that get a new entry when `state_dir` is made, the lowest first.
 fn parents_to_force(state_dir: &Path) -> Vec<&Path> {
     let missing = state_dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists());
     let parents = missing.filter_map(Path::parent);
     parents.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).collect()
 }
 
-/// Keeps a second daemon out: two of them would each take the VMs for their own.
+/// Locks the state directory until the file is closed. The lock excludes a second daemon, because
+/// two daemons would each manage the same VMs.
+///
+/// # Errors
+///
+/// [`StoreErrorKind::Io`] if another process holds the lock or the file cannot be opened.
 pub(crate) fn lock(state_dir: &Path) -> Result<File, StoreError> {
-    // A file of its own: closing any handle of the database would drop SQLite's locks on it.
+    // The lock has a file of its own, because closing any handle of the database would release
+    // SQLite's POSIX locks on it.
     let path = state_dir.join(format!("{DATABASE_FILE}.lock"));
     let file = OpenOptions::new()
         .read(true)
@@ -176,8 +201,10 @@ pub(crate) fn lock(state_dir: &Path) -> Result<File, StoreError> {
     }
 }
 
-/// Makes the database. It gets its name when it is whole and on the disk.
+/// Makes the database under another name, forces it to the disk, and renames it.
 fn create(path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
+    // A log without a database means that the database was removed. A new database beside that log
+    // would replay the log of the old one.
     let log = with_suffix(path, "-wal");
     if std::fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
         return Err(corrupt(
@@ -188,6 +215,8 @@ fn create(path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
             ),
         ));
     }
+    // Leftovers under the other name belong to a daemon that died while it made the database. They
+    // were never in use, so removing them loses nothing.
     let draft = with_suffix(path, ".new");
     for leftover in [draft.clone(), with_suffix(&draft, "-journal")] {
         match std::fs::remove_file(&leftover) {
@@ -205,11 +234,12 @@ fn create(path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
         .map_err(|error| io_error("making", &draft, error))?;
     fill(&draft, migrations)?;
     std::fs::rename(&draft, path).map_err(|error| io_error("naming", path, error))?;
-    // The name, and that of the directory if it is new, must survive the host as well.
+    // The name of the database, and that of the directory if it is new, must survive a power
+    // failure too.
     for dir in path.ancestors().skip(1).take(2).filter(|dir| !dir.as_os_str().is_empty()) {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| io_error("writing", dir, error))?;
     }
-    tracing::info!(database = %path.display(), "a new database was made");
+    tracing::info!(database = %path.display(), "made a new database");
     Ok(())
 }
 
@@ -217,7 +247,8 @@ fn fill(draft: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
     let failed = |error| from_sqlite(draft, "making", Effect::NotApplied, error);
     let mut conn = connect(draft).map_err(failed)?;
     conn.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
-    // Before anything is written: lets the file shrink when many events have expired.
+    // Set before the first table, because later SQLite ignores the setting. The file can then
+    // shrink when many events have expired.
     conn.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
     conn.pragma_update(None, "application_id", APPLICATION_ID).map_err(failed)?;
     schema::migrate(&mut conn, draft, migrations)?;
@@ -226,28 +257,33 @@ fn fill(draft: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
     conn.close().map_err(|(_, error)| failed(error))
 }
 
-/// A connection that makes nothing and waits for others.
+/// Connects to read and write. Fails if the file does not exist.
 pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     connect_as(path, OpenFlags::SQLITE_OPEN_READ_WRITE)
 }
 
-/// A connection that can only read, for whoever looks at the database beside a daemon.
+/// Connects to read only, for commands that look at the database beside a daemon.
 pub(crate) fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
     connect_as(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
 }
 
 fn connect_as(path: &Path, access: OpenFlags) -> rusqlite::Result<Connection> {
-    // Each connection stays on one thread, so SQLite need not lock it.
+    // SQLite's mutexes are off, because each connection stays on one thread.
     let conn = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     conn.busy_timeout(BUSY_TIMEOUT)?;
-    // A damaged file is hostile input: its pages are checked, and its schema may call nothing.
+    // A damaged file is hostile input: SQLite checks its pages, and its schema may call no
+    // function.
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
     conn.pragma_update(None, "cell_size_check", true)?;
     Ok(conn)
 }
 
-/// Refuses what is not ours, too new, or damaged. Reads only.
+/// Refuses a database that is another program's, newer, or damaged. Reads only.
+///
+/// # Errors
+///
+/// [`StoreErrorKind::Newer`] or [`StoreErrorKind::Corrupt`].
 pub(crate) fn check(
     conn: &Connection,
     path: &Path,
@@ -287,7 +323,8 @@ fn configure(conn: &Connection, path: &Path) -> Result<(), StoreError> {
     conn.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
     conn.pragma_update(None, "foreign_keys", true).map_err(failed)?;
     conn.pragma_update(None, "temp_store", "MEMORY").map_err(failed)?;
-    // Checkpoints have a thread of their own, away from the commits.
+    // Automatic checkpoints are off, because they would run inside a commit. The checkpointer has a
+    // thread of its own.
     conn.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(())).map_err(failed)
 }
 
@@ -315,7 +352,7 @@ pub(crate) fn io_error(doing: &str, path: &Path, error: std::io::Error) -> Store
     store_error(kind, Effect::NotApplied, message).caused_by(error)
 }
 
-/// The path of a file beside `path`.
+/// Returns the path of a file beside `path`, whose name has `suffix` appended.
 pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);

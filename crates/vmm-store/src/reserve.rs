@@ -1,13 +1,14 @@
-//! Room that is kept, so that what a client forces can be recorded on a full disk.
+//! Keeps room on the disk, so that a forced operation can be recorded on a full one.
 //!
 //! ```text
-//!   forced commit ── no room ──► a piece of the file goes ──► once more ──► recorded
-//!                                                                 checkpointer: there is room again ──► the file is made whole
+//!   forced commit ── no room ──► the file gives up a piece ──► once more ──► recorded
+//!                                        checkpointer: there is room again ──► the file is made whole
 //! ```
 //!
-//! A file beside the database takes up some room and holds nothing. An ordinary commit never gets that room: who fills the disk
-//! with new VMs could otherwise not be rid of them. The last of it is for opening: SQLite needs a little, and a daemon that
-//! cannot start on a full disk could end nothing there.
+//! A file beside the database occupies the room and holds no data. An ordinary commit never gets
+//! the room, because otherwise new VMs could fill it and then could not be deleted. The last part
+//! of the file is for opening, because SQLite needs some room to open a database, and a daemon that
+//! cannot start on a full disk could end no VM there.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
@@ -20,82 +21,95 @@ use rustix::io::Errno;
 
 use crate::open::with_suffix;
 
-/// What is kept: a forced deletion needs some 40 KiB until the next checkpoint, so this is enough for a hundred in one moment,
-/// and for thousands over time.
+/// The size of the file. A forced deletion needs about 40 KiB until the next checkpoint, so 4 MiB
+/// are enough for a hundred deletions at once, and for thousands over time.
 const BYTES: u64 = 4 << 20;
-/// What is given up at once. Whoever fills the disk may be quicker to take it, so it is not all.
+/// The size of the piece that is given up at once. It is a part of the file, because another
+/// program that fills the disk may take the freed room first.
 const PIECE: u64 = 512 << 10;
-/// The part of it that only opening may have: the index of the log takes 32 KiB.
+/// The part of the file that only opening may use: the index of the log takes 32 KiB.
 const FOR_OPENING: u64 = 256 << 10;
 
-/// The file. Clones are the same one.
+/// The reserve of one database. Clones share the file.
 #[derive(Clone, Debug)]
 pub(crate) struct Reserve {
-    /// Locked while the file is made and while its room is being used, so that neither disturbs the other.
+    /// Locked while the file is made and while freed room is used. Otherwise the checkpointer could
+    /// make the file again between the freeing and the commit that needs the room.
     path: Arc<Mutex<PathBuf>>,
 }
 
 impl Reserve {
-    /// The reserve of the database at `path`. Makes nothing.
+    /// Returns the reserve of the database at `path`. Makes no file.
     pub(crate) fn of(path: &Path) -> Self {
         Self { path: Arc::new(Mutex::new(with_suffix(path, "-reserve"))) }
     }
 
-    /// Makes the file if it is not there, and if that leaves as much room to others.
+    /// Makes the file, or completes it, if as much room again stays free for others. A failure is
+    /// logged and tried again with the next call.
     pub(crate) fn keep(&self) {
         let path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
         let now = fs::metadata(&*path).map_or(0, |file| file.len());
+        // The room that is free must be twice the reserve, because a reserve that fills the disk by
+        // itself would cause the failure that it is meant for.
         if now == BYTES || free_beside(&path) + now < 2 * BYTES {
             return;
         }
         if let Err(error) = make(&path) {
+            // A file that is half made gives its room back, except for the part that opening needs.
             shrink(&path, BYTES, FOR_OPENING);
-            tracing::warn!(%error, reserve = %path.display(), "no room could be kept for a full disk; force may fail on one");
+            tracing::warn!(%error, reserve = %path.display(), "room for forced operations on a full disk could not be reserved; they may fail there");
         }
     }
 
-    /// Gives up some room and does `work` again, which found none. `None` means that there is nothing left to give up.
+    /// Gives up a piece of the reserve and calls `work`, which failed before for lack of room.
+    /// Returns `None` without a call if only the part for opening is left.
     pub(crate) fn spend<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         self.give_up(PIECE, FOR_OPENING, work)
     }
 
-    /// The same for opening, which may have all of it.
+    /// Gives up all that is left of the reserve and calls `work`, which opens the database. Returns
+    /// `None` without a call if nothing is left.
     pub(crate) fn spend_on_opening<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         self.give_up(BYTES, 0, work)
     }
 
     fn give_up<T>(&self, piece: u64, last: u64, work: impl FnOnce() -> T) -> Option<T> {
+        // The guard lives until `work` returns, because `keep` must not take the freed room back
+        // meanwhile.
         let path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
         shrink(&path, piece, last).then(|| {
             tracing::warn!(
-                "the disk of the state directory is full, and room that was kept is used. Free some: only forced \
-                 operations can be recorded now"
+                "the disk of the state directory is full, and the reserved room is in use. Free some room: only \
+                 forced operations can be recorded now"
             );
             work()
         })
     }
 
-    /// Says whether so little room is left that a failure may be due to it, and there is something to give up.
+    /// Returns true if the file system has so little room that a failure may be due to that, and
+    /// the reserve has something to give up.
     pub(crate) fn may_help(&self) -> bool {
         let path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
         fs::metadata(&*path).is_ok_and(|file| file.len() > 0) && free_beside(&path) < BYTES
     }
 }
 
-/// Makes the file smaller by `piece`, down to `last` bytes, and says whether it was larger.
+/// Makes the file smaller by `piece`, but not below `last` bytes. Returns true if the file was
+/// larger than `last` and was shortened.
 fn shrink(path: &Path, piece: u64, last: u64) -> bool {
     let Ok(file) = opening().open(path) else { return false };
     let Ok(now) = file.metadata().map(|now| now.len()) else { return false };
     now > last && file.set_len(now.saturating_sub(piece).max(last)).is_ok()
 }
 
-/// The room on the file system of `path` that this user may take, in bytes.
+/// Returns the room on the file system of `path` that this user may take, in bytes.
 fn free_beside(path: &Path) -> u64 {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     statvfs(dir).map_or(0, |room| room.f_bavail.saturating_mul(room.f_frsize))
 }
 
-/// A link in the place of the file would lead to another one, which must not be cut.
+/// Returns the options that open the file without following a link, because a link in the place of
+/// the file would lead to another file, which must not be shortened.
 fn opening() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.write(true).custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
@@ -105,7 +119,8 @@ fn opening() -> OpenOptions {
 fn make(path: &Path) -> io::Result<()> {
     let mut file = opening().create(true).truncate(false).mode(0o600).open(path)?;
     match fallocate(&file, FallocateFlags::empty(), 0, BYTES) {
-        // Where room cannot be asked for it is taken, with bytes that no file system can make smaller.
+        // The file system cannot allocate room. The file is written with random bytes instead,
+        // because a file system that compresses cannot make those smaller.
         Err(Errno::OPNOTSUPP) => io::copy(&mut File::open("/dev/urandom")?.take(BYTES), &mut file).map(drop),
         made => made.map_err(Into::into),
     }

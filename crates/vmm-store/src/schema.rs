@@ -1,9 +1,10 @@
-//! The tables, and how an older database becomes a present one.
+//! The tables, and the upgrade of an older database.
 //!
-//! `vms` holds the living, `events` what happened to all, `meta` facts about this state directory. What is asked for is a
-//! column; the rest is JSON, whose form the column `format` numbers, so that a field added to a record needs no migration.
-//! The version of the schema is SQLite's `user_version`. A step of [`MIGRATIONS`] is never changed once released; a change is
-//! one more step. There is no way back: a database of a later version is refused.
+//! `vms` holds the VMs that exist, `events` the history of all VMs, `meta` facts about this state
+//! directory. A value that a query asks for is a column. The rest is JSON, and the column `format`
+//! numbers its version, because a new field of a record then needs no migration. The version of the
+//! schema is SQLite's `user_version`. A released step of [`MIGRATIONS`] is never changed: a change
+//! is one more step. A database of a later version is refused, because steps go forward only.
 
 use std::path::Path;
 
@@ -13,17 +14,17 @@ use vmm_core::store::{StoreError, StoreErrorKind};
 
 use crate::error::{from_sqlite, store_error};
 
-/// Marks a database as ours: "VMCP" in ASCII.
+/// The number that marks a database as this program's: "VMCP" in ASCII.
 pub(crate) const APPLICATION_ID: i32 = i32::from_be_bytes(*b"VMCP");
 
-/// One step forward.
+/// One step of an upgrade.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Migration {
-    /// The version that the step leads to. Steps are in order.
+    /// The version that the step leads to. The steps are in ascending order.
     pub(crate) to: i32,
-    /// What changes, for the log.
+    /// A description of the change for the log.
     pub(crate) what: &'static str,
-    /// How.
+    /// The statements of the step.
     pub(crate) sql: &'static str,
 }
 
@@ -54,7 +55,7 @@ pub(crate) fn refuse_newer(
     ))
 }
 
-/// Takes the database to the last of `migrations`, each step in a transaction of its own.
+/// Upgrades the database to the last of `migrations`, each step in a transaction of its own.
 pub(crate) fn migrate(
     conn: &mut Connection,
     path: &Path,
@@ -72,11 +73,13 @@ pub(crate) fn migrate(
 fn take(conn: &mut Connection, step: &Migration) -> rusqlite::Result<()> {
     let transaction = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
     transaction.execute_batch(step.sql)?;
+    // The version changes in the transaction of the step, because a step that fails must leave both
+    // as they were.
     transaction.pragma_update(None, "user_version", step.to)?;
     transaction.commit()
 }
 
-/// The version of the database's schema.
+/// Returns the version of the database's schema.
 pub(crate) fn version(conn: &Connection, path: &Path) -> Result<i32, StoreError> {
     conn.pragma_query_value(None, "user_version", |row| row.get(0))
         .map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))
