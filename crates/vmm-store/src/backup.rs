@@ -9,9 +9,10 @@
 //!                  └──► the copy takes its name
 //! ```
 //!
-//! SQLite's backup interface reads the source in one transaction, so the copy is of one moment and neither waits for the
-//! daemon's writer nor makes it wait. A copy is one file without a log beside it, and gets its name only when it has been
-//! read back. Where anything fails, nothing has changed.
+//! SQLite's backup interface reads the source in one transaction. The copy is therefore of one
+//! moment, and neither the copy nor the daemon's writer waits for the other. A copy is one file
+//! without a log, and gets its name after it has been read back. An error means that nothing has
+//! changed.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -32,40 +33,43 @@ use crate::open::{self, DATABASE_FILE, Depth, connect, connect_to_read, io_error
 use crate::reader;
 use crate::schema::{self, MIGRATIONS};
 
-/// How far the event log's next place is moved on where nobody can tell how many were given since the backup.
+/// The number of places that a restore skips in the event log if nothing shows how many places were
+/// given since the backup.
 const UNKNOWN_EVENTS: u64 = 1 << 32;
 
-/// What a copy holds.
+/// The content of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copied {
-    /// The state directory that it belongs to.
+    /// The identity of the state directory that the copy belongs to.
     pub instance: InstanceId,
-    /// VMs on record.
+    /// The number of recorded VMs.
     pub vms: usize,
-    /// Its size in bytes.
+    /// The size of the file in bytes.
     pub bytes: u64,
 }
 
-/// What a restore did.
+/// The result of a restore.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Restored {
-    /// What is in force now.
+    /// The content of the database that is in use now.
     pub copied: Copied,
-    /// Where the database that was there before is now.
+    /// The path of the replaced database, if there was one.
     pub replaced: Option<PathBuf>,
 }
 
-/// Looks at each VM of a backup before it is put back, and may correct its record by what the host shows: `Ok(true)` where it
-/// did. An error, for people, stops the restore.
+/// A function that sees each VM of a backup before the restore and may correct its record by the
+/// state of the host. It returns true if it changed the record. An error is a message for people
+/// and stops the restore.
 pub type Amend<'a> = dyn FnMut(&mut VmRecord) -> Result<bool, String> + 'a;
 
-/// Reads what the database in `state_dir` holds, beside a daemon that may be using it, and changes nothing in it. `None` where
-/// there is no database. Where nobody uses it, SQLite leaves an empty log and an index beside it, which whoever opens it next
-/// takes up.
+/// Reads the database in `state_dir` without changing it, also beside a daemon that uses it.
+/// Returns `None` if there is no database. If no daemon uses the database, SQLite leaves an empty
+/// log and an index beside it, which the next opening takes over.
 ///
 /// # Errors
 ///
-/// As [`crate::SqliteStore::open`]; [`StoreErrorKind::Io`] where an older program wrote it.
+/// The errors of [`crate::SqliteStore::open`], and [`StoreErrorKind::Io`] if an older program wrote
+/// the database.
 pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
     let path = state_dir.join(DATABASE_FILE);
     if !is_there(&path)? {
@@ -88,13 +92,13 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
     reader::load(&mut conn, &path, instance, &Foreign::default()).map(Some)
 }
 
-/// Writes a copy of the database in `state_dir`, as it is at one moment, to the new file `target`, which only its owner may
-/// read. A daemon may use the database meanwhile.
+/// Copies the database in `state_dir`, as it is at one moment, to the new file `target`. Only the
+/// owner may read the copy. A daemon may use the database meanwhile.
 ///
 /// # Errors
 ///
-/// [`StoreErrorKind::Conflict`] if `target` is there already, [`StoreErrorKind::Corrupt`] if the database is damaged or
-/// missing, and what the disk says. There is no `target` then.
+/// [`StoreErrorKind::Conflict`] if `target` exists, [`StoreErrorKind::Corrupt`] if the database is
+/// damaged or missing, and the errors of the disk. After an error there is no `target`.
 pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
     let path = state_dir.join(DATABASE_FILE);
     if target.symlink_metadata().is_ok() {
@@ -111,9 +115,12 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
     let draft = draft_in(folder)?;
     copy(&path, &draft)?;
     let conn = connect(&draft).map_err(|error| open::unusable(&draft, error))?;
+    // The copy is checked rather than the source, because the copy is the file that must be sound.
     let (instance, vms) = verify(&conn, &path)?;
     seal(conn, &draft)?;
     let bytes = size(&draft)?;
+    // The earlier check of `target` only saves work. This call alone guarantees that no file is
+    // replaced.
     match draft.persist_noclobber(target) {
         Ok(()) => {}
         Err(refused) if refused.error.kind() == ErrorKind::AlreadyExists => return Err(taken(target)),
@@ -123,14 +130,15 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
     Ok(Copied { instance, vms, bytes })
 }
 
-/// Puts the backup `file` in the place of the database in `state_dir`, where no daemon uses it. The database that was there
-/// stays beside it under a name with the date.
+/// Replaces the database in `state_dir` by the backup `file`. No daemon may use the directory. The
+/// replaced database stays beside the new one under a name with the date.
 ///
 /// # Errors
 ///
-/// [`StoreErrorKind::Io`] if a daemon holds the state directory, [`StoreErrorKind::Corrupt`] or [`StoreErrorKind::Newer`] if the
-/// backup is damaged, not ours or from the future, [`StoreErrorKind::Conflict`] if it belongs to another state directory or
-/// `amend` refuses it. The database is as it was then.
+/// [`StoreErrorKind::Io`] if a daemon holds the state directory, [`StoreErrorKind::Corrupt`] or
+/// [`StoreErrorKind::Newer`] if the backup is damaged, another program's or from a newer program,
+/// [`StoreErrorKind::Conflict`] if the backup belongs to another state directory or `amend` refuses
+/// it. After an error the database is unchanged.
 pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<Restored, StoreError> {
     open::make_dir(state_dir)?;
     let _lock = open::lock(state_dir)?;
@@ -142,12 +150,15 @@ pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<R
     copy(file, &draft).map_err(|error| unfit(file, error))?;
     let mut conn = connect(&draft).map_err(|error| open::unusable(&draft, error))?;
     let (instance, _) = verify(&conn, file).map_err(|error| unfit(file, error))?;
+    // The identity is compared only if the present database can be read. A damaged database has
+    // none to compare, and replacing a damaged database is the purpose of a backup.
     if let Present::Readable(there) = &present
         && there.instance != instance
     {
         return Err(of_another(file, state_dir));
     }
-    // A copy can be upgraded only where it needs no log of its own.
+    // The copy is in write-ahead mode like its source. An upgrade would put a log beside a file
+    // that is still to be renamed, and the log would not follow it.
     without_log(&conn, &draft)?;
     schema::migrate(&mut conn, &draft, MIGRATIONS)?;
     let foreign = Foreign::default();
@@ -160,6 +171,8 @@ pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<R
     seal(conn, &draft)?;
     let bytes = size(&draft)?;
 
+    // No later step can refuse the backup. The old database gets its second name
+    // before the new one replaces the first name, so at every moment a database has that name.
     let replaced = present.set_aside(&path, &date)?;
     draft.persist(&path).map_err(|refused| io_error("naming", &path, refused.error))?;
     force(state_dir)?;
@@ -170,7 +183,7 @@ pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<R
 enum Present {
     None,
     Readable(Box<Snapshot>),
-    /// Damaged, or from the future: kept as it is, byte for byte.
+    /// The database is damaged or from a newer program. It is kept byte for byte.
     Unreadable,
 }
 
@@ -186,14 +199,15 @@ impl Present {
         }
     }
 
-    /// Gives the database a second name, and takes its log out of the way: beside another database it would be replayed
-    /// into that. The first name stays, so that at no moment a daemon finds nothing and begins anew.
+    /// Gives the database a second name and moves its log out of the way, because SQLite would
+    /// replay the log into the new database. The first name stays, because a daemon that finds no
+    /// database would begin a new one. Returns the second name.
     fn set_aside(&self, path: &Path, date: &str) -> Result<Option<PathBuf>, StoreError> {
         if matches!(self, Self::None) {
             return Ok(None);
         }
         if matches!(self, Self::Readable(_)) {
-            // Its log goes into it, and then it is one file.
+            // The log is moved into the database, which is then complete in one file.
             let conn = connect(path).map_err(|error| open::unusable(path, error))?;
             without_log(&conn, path)?;
             conn.close().map_err(|(_, error)| open::unusable(path, error))?;
@@ -201,6 +215,7 @@ impl Present {
         let kept = with_suffix(path, &format!(".replaced-{date}"));
         let absent = |error: &std::io::Error| error.kind() == ErrorKind::NotFound;
         match std::fs::hard_link(path, &kept) {
+            // A database can be gone and have left its log, so a missing file is no error here.
             Err(error) if !absent(&error) => return Err(io_error("keeping", path, error)),
             Ok(()) | Err(_) => {}
         }
@@ -209,7 +224,7 @@ impl Present {
             Err(error) if !absent(&error) => return Err(io_error("keeping", &log, error)),
             Ok(()) | Err(_) => {}
         }
-        // Only an index of the log, made anew from it.
+        // The index of the log holds no data of its own. SQLite makes it again from the log.
         let index = with_suffix(path, "-shm");
         match std::fs::remove_file(&index) {
             Err(error) if !absent(&error) => return Err(io_error("removing", &index, error)),
@@ -219,7 +234,11 @@ impl Present {
     }
 }
 
-/// Says whether there is a database. One that has gone and left its log is damage.
+/// Returns whether the database exists.
+///
+/// # Errors
+///
+/// [`StoreErrorKind::Corrupt`] if the file is empty, or gone while its log is still there.
 fn is_there(path: &Path) -> Result<bool, StoreError> {
     match std::fs::metadata(path) {
         Ok(file) if file.len() == 0 => Err(corrupt(path, "the file is empty")),
@@ -232,21 +251,24 @@ fn is_there(path: &Path) -> Result<bool, StoreError> {
     }
 }
 
-/// An empty file in `folder` that only its owner may read, and that goes again unless it is named.
+/// Makes an empty file in `folder` that only its owner may read. The file is deleted when it is
+/// dropped without a name.
 fn draft_in(folder: &Path) -> Result<TempPath, StoreError> {
     let draft = tempfile::Builder::new().prefix(".vmm-controlplane-copy-").tempfile_in(folder);
-    // Closed before SQLite opens it: to close it later would drop SQLite's locks on it.
+    // The handle is closed before SQLite opens the file, because closing it later would release
+    // SQLite's locks on the file.
     draft
         .map(tempfile::NamedTempFile::into_temp_path)
         .map_err(|error| io_error("writing into", folder, error))
 }
 
-/// Copies a database whole, as it is at one moment.
+/// Copies a whole database as it is at one moment.
 fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
     let reading = |error| from_sqlite(from, "copying", Effect::NotApplied, error);
     let source = connect_to_read(from).map_err(reading)?;
     let mut target = connect(to).map_err(|error| from_sqlite(to, "making", Effect::NotApplied, error))?;
     let copying = Backup::new(&source, &mut target).map_err(reading)?;
+    // All pages in one step, because SQLite begins anew if the source changes between two steps.
     match copying.step(-1).map_err(reading)? {
         StepResult::Done => Ok(()),
         _ => Err(store_error(
@@ -257,7 +279,8 @@ fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Reads a copy through, and answers whose it is and how many VMs it has. Errors name `shown`, where it came from.
+/// Checks every page of a copy. Returns the identity of its state directory and the number of its
+/// VMs. Errors name the file `shown`.
 fn verify(conn: &Connection, shown: &Path) -> Result<(InstanceId, usize), StoreError> {
     open::check(conn, shown, MIGRATIONS, Depth::Whole)?;
     let failed = |error| from_sqlite(shown, "reading", Effect::NotApplied, error);
@@ -271,14 +294,16 @@ fn verify(conn: &Connection, shown: &Path) -> Result<(InstanceId, usize), StoreE
     Ok((instance, usize::try_from(vms).unwrap_or(usize::MAX)))
 }
 
-/// Refuses a backup with a record that this program cannot read: nobody could tell whether its VM is what the host shows.
+/// Refuses a backup with a record that this program cannot read, because `amend` could not compare
+/// its VM with the host.
 fn refuse_unreadable(snapshot: &Snapshot, file: &Path) -> Result<(), StoreError> {
     let Some(Unreadable { record, why }) = snapshot.unreadable.first() else { return Ok(()) };
     let finding = format!("VM {} (uid {}): {why}", record.vm_id, record.uid);
     Err(unfit(file, corrupt(file, finding)))
 }
 
-/// A token of the event log means one event for ever, so those that were given since the backup are not given again.
+/// Moves the end of the event log past every place that was given since the backup, because a token
+/// of the event log stands for one event for ever.
 fn skip_places(conn: &Connection, path: &Path, copy: &Snapshot, present: &Present) -> Result<(), StoreError> {
     let next = match present {
         Present::Readable(there) => there.last_event.0.max(copy.last_event.0),
@@ -291,7 +316,7 @@ fn skip_places(conn: &Connection, path: &Path, copy: &Snapshot, present: &Presen
     Ok(())
 }
 
-/// Lets `amend` look at every VM, and writes what it corrected.
+/// Passes every VM to `amend` and writes the records that it changed.
 fn correct(
     conn: &Connection,
     shown: &Path,
@@ -300,6 +325,8 @@ fn correct(
     foreign: &Foreign,
     amend: &mut Amend<'_>,
 ) -> Result<(), StoreError> {
+    // All refusals are collected, because a person wants to see every VM that is in the way at
+    // once.
     let mut refused = Vec::new();
     for mut record in snapshot.vms {
         match amend(&mut record) {
@@ -324,21 +351,21 @@ fn correct(
     Err(store_error(StoreErrorKind::Conflict, Effect::NotApplied, message))
 }
 
-/// Makes the copy one file that is on the disk.
+/// Closes the copy as one file without a log, and forces it to the disk.
 fn seal(conn: Connection, path: &Path) -> Result<(), StoreError> {
     without_log(&conn, path)?;
     conn.close().map_err(|(_, error)| from_sqlite(path, "closing", Effect::NotApplied, error))?;
     force(path)
 }
 
-/// Moves the log into the database, and has none any more.
+/// Moves the log into the database and leaves write-ahead mode, which deletes the log.
 fn without_log(conn: &Connection, path: &Path) -> Result<(), StoreError> {
     conn.pragma_update_and_check(None, "journal_mode", "DELETE", |row| row.get::<_, String>(0))
         .map(|_| ())
         .map_err(|error| from_sqlite(path, "closing the log of", Effect::NotApplied, error))
 }
 
-/// Waits until a file or a folder is on the disk.
+/// Forces a file or a folder to the disk.
 fn force(path: &Path) -> Result<(), StoreError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|error| io_error("writing", path, error))
 }
@@ -347,7 +374,7 @@ fn size(path: &Path) -> Result<u64, StoreError> {
     std::fs::metadata(path).map(|facts| facts.len()).map_err(|error| io_error("looking at", path, error))
 }
 
-/// The present time, in UTC and to the millisecond, in a form that suits a file's name.
+/// Returns the present time in UTC, to the millisecond, in a form that suits the name of a file.
 fn date(conn: &Connection, path: &Path) -> Result<String, StoreError> {
     conn.query_row("SELECT strftime('%Y%m%dT%H%M%fZ', 'now')", [], |row| row.get(0))
         .map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))
@@ -369,8 +396,9 @@ fn of_another(file: &Path, state_dir: &Path) -> StoreError {
     store_error(StoreErrorKind::Conflict, Effect::NotApplied, message)
 }
 
-/// Says of what is wrong with a backup that it is the backup's.
+/// Turns an error about a database into one about the backup `file`.
 fn unfit(file: &Path, error: StoreError) -> StoreError {
+    // The remedy is for a damaged database, and a damaged backup needs another one.
     let why = error.message.trim_end_matches(REMEDY).trim_end();
     let message = format!("{} cannot be put back, and nothing was changed: {why}", file.display());
     let unfit = store_error(error.kind, Effect::NotApplied, message);
@@ -380,7 +408,7 @@ fn unfit(file: &Path, error: StoreError) -> StoreError {
     }
 }
 
-/// Refuses a backup that is no file, or is the database itself.
+/// Refuses a backup that is not a file, or is the database itself.
 fn refuse_itself(file: &Path, path: &Path) -> Result<(), StoreError> {
     let facts = std::fs::metadata(file).map_err(|error| io_error("looking at", file, error))?;
     let same =

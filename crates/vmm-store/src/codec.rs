@@ -1,7 +1,8 @@
-//! How a record or an event becomes a row, and a row becomes one again.
+//! Converts records and events to rows and back.
 //!
-//! Encoding is done by the caller's task, so the writer's thread only writes. Decoding trusts nothing. A row that cannot be
-//! read, or whose JSON contradicts its columns, concerns one VM or one event and hides no other: see [`crate::salvage`].
+//! Encoding runs in the caller's task, because the writer's thread is to do nothing but write.
+//! Decoding trusts no row. A row that cannot be read, or whose JSON contradicts its columns,
+//! concerns one VM or one event and does not hide any other: see [`crate::salvage`].
 
 use std::path::Path;
 
@@ -14,7 +15,8 @@ use crate::foreign::Foreign;
 use crate::labels::EncodedLabels;
 use crate::salvage;
 
-/// The form of the JSON that this program writes. Numbered by itself, because records change more often than tables.
+/// The version of the JSON that this program writes. The version is separate from the schema's,
+/// because records change more often than tables.
 pub(crate) const FORMAT: i64 = 1;
 
 /// A [`Commit`] in the form of rows.
@@ -22,7 +24,7 @@ pub(crate) const FORMAT: i64 = 1;
 pub(crate) struct EncodedCommit {
     pub(crate) change: EncodedChange,
     pub(crate) event: Option<EncodedEvent>,
-    /// The labels that the event bears.
+    /// The labels of the event.
     pub(crate) labels: Option<EncodedLabels>,
 }
 
@@ -62,11 +64,12 @@ pub(crate) struct EncodedEvent {
     pub(crate) json: String,
 }
 
-/// Turns `commit` into rows.
+/// Converts `commit` to rows. Puts the foreign fields of an updated record back.
 ///
 /// # Errors
 ///
-/// [`StoreErrorKind::Io`] if it holds what JSON cannot: a path that is not UTF-8.
+/// [`StoreErrorKind::Io`] if the commit holds a value that JSON cannot hold, which is a path that
+/// is not UTF-8.
 pub(crate) fn encode(commit: Commit, foreign: &Foreign) -> Result<EncodedCommit, StoreError> {
     let change = match commit.change {
         Change::Insert(record) => EncodedChange::Insert(encode_record(&record)?),
@@ -94,17 +97,17 @@ fn encode_tombstone(tombstone: &Tombstone) -> Result<String, StoreError> {
     })
 }
 
-/// Turns the text of a tombstone back into one.
+/// Parses the JSON of a tombstone.
 ///
 /// # Errors
 ///
-/// [`StoreErrorKind::Corrupt`] if it makes no sense.
+/// [`StoreErrorKind::Corrupt`] if the JSON cannot be read.
 pub(crate) fn decode_tombstone(path: &Path, key: &str, json: &str) -> Result<Tombstone, StoreError> {
     serde_json::from_str(json)
         .map_err(|error| corrupt(path, format_args!("the tombstone {key} cannot be read")).caused_by(error))
 }
 
-/// Turns a record into a row.
+/// Converts a record to a row.
 pub(crate) fn encode_record(record: &VmRecord) -> Result<EncodedRecord, StoreError> {
     let unfit = || {
         store_error(
@@ -128,7 +131,7 @@ fn encode_event(mut event: NewEvent) -> Result<(EncodedEvent, EncodedLabels), St
         let message = format!("an event of VM {vm_id} cannot be stored");
         store_error(StoreErrorKind::Io, Effect::NotApplied, message).caused_by(error)
     };
-    // Stored where they change, see `labels`.
+    // The labels have rows of their own, see [`crate::labels`].
     let metadata = std::mem::take(&mut event.metadata);
     let labels =
         EncodedLabels { uid: event.uid.to_string(), json: serde_json::to_string(&metadata).map_err(&unfit)? };
@@ -136,14 +139,14 @@ fn encode_event(mut event: NewEvent) -> Result<(EncodedEvent, EncodedLabels), St
     Ok((EncodedEvent { time_ms: event.time_ms, vm_id, json }, labels))
 }
 
-/// A row of `vms` as this program understands it: the whole record, or what can be read of it.
+/// A row of `vms` as this program understands it: the whole record, or its readable part.
 pub(crate) type Decoded = Result<VmRecord, Unreadable>;
 
-/// Turns a row of `vms` back into a record, or into what can be read of one.
+/// Converts a row of `vms` to a record, or to the readable part of one.
 ///
 /// # Errors
 ///
-/// [`StoreErrorKind::Corrupt`] if not even its key makes sense.
+/// [`StoreErrorKind::Corrupt`] if the key of the row is not legal.
 pub(crate) fn decode_record(path: &Path, row: &EncodedRecord) -> Result<Decoded, StoreError> {
     let why = match read_record(row) {
         Ok(record) => return Ok(Ok(record)),
@@ -158,17 +161,18 @@ pub(crate) fn decode_record(path: &Path, row: &EncodedRecord) -> Result<Decoded,
 fn read_record(row: &EncodedRecord) -> Result<VmRecord, String> {
     check_format(row.format)?;
     let record: VmRecord = serde_json::from_str(&row.json).map_err(|error| unreadable(&error))?;
+    // A row and its JSON are written together, so a difference means damage or a change by hand.
     let agrees = record.uid.to_string() == row.uid
         && record.vm_id.as_str() == row.vm_id
         && i64::try_from(record.generation) == Ok(row.generation);
     if agrees { Ok(record) } else { Err("contradicts its key".to_owned()) }
 }
 
-/// Turns a row of `events` back into an event, or into what can be read of one.
+/// Converts a row of `events` to an event, or to the readable part of one.
 ///
 /// # Errors
 ///
-/// [`StoreErrorKind::Corrupt`] if not even its key makes sense.
+/// [`StoreErrorKind::Corrupt`] if the key of the row is not legal.
 pub(crate) fn decode_event(
     path: &Path,
     seq: i64,
@@ -179,7 +183,7 @@ pub(crate) fn decode_event(
     let event = match read_event(row, format) {
         Ok(event) => event,
         Err(why) => {
-            tracing::warn!(seq, vm_id = row.vm_id, why, "an event can be read in part only");
+            tracing::warn!(seq, vm_id = row.vm_id, why, "an event of the log is only partly readable");
             salvage::event(row, &why).ok_or_else(no_key)?
         }
     };

@@ -1,11 +1,11 @@
 //! Keeps the fields of a record that another release wrote and this program does not understand.
 //!
 //! ```text
-//!   row as stored ──── read ────► record ── changed ──► record as it is to be
+//!   row as stored ──── read ────► record ── changed ──► record to be written
 //!        │                           │                        │
-//!        └ what differs between these two is foreign          ▼
-//!          and goes into the row again ──────────► a field that did not change stays as stored,
-//!                                                  one that this program does not know too
+//!        └ the difference of these   ▼                        ▼
+//!          two is foreign ───────────────────► a field that did not change stays as stored,
+//!                                              and so does a foreign one
 //! ```
 
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use vmm_core::store::VmRecord;
 
 use crate::codec::{EncodedRecord, FORMAT};
 
-/// The rows that hold something foreign. Rows that this program understands whole take no room here.
+/// The rows with foreign fields. A row that this program understands in full takes no room here.
 #[derive(Debug, Default)]
 pub(crate) struct Foreign {
     rows: Mutex<HashMap<VmUid, Row>>,
@@ -29,16 +29,16 @@ struct Row {
     stored: Map<String, Value>,
     /// The record as this program read it, in the form in which it would write it.
     understood: Map<String, Value>,
-    /// True if all of it but foreign fields could be read.
+    /// True if everything but the foreign fields could be read.
     readable: bool,
     format: i64,
 }
 
 impl Foreign {
-    /// Takes note of a row and of what was read from it.
+    /// Notes the foreign fields of a row that was read as `record`.
     pub(crate) fn note(&self, row: &EncodedRecord, record: &VmRecord, readable: bool) {
         let written = serde_json::to_string(record).unwrap_or_default();
-        // The usual case by far: this very release wrote it.
+        // The common case: this very release wrote the row.
         if readable && written == row.json {
             return;
         }
@@ -49,18 +49,19 @@ impl Foreign {
         }
     }
 
-    /// Forgets everything, before all rows are read anew.
+    /// Forgets all rows, before they are read again.
     pub(crate) fn clear(&self) {
         self.lock().clear();
     }
 
-    /// Puts back what is foreign into a record that is to be written.
+    /// Puts the foreign fields of a row back into the record that replaces it.
     pub(crate) fn put_back(&self, record: &VmRecord, encoded: &mut EncodedRecord) {
         let rows = self.lock();
         let Some(row) = rows.get(&record.uid) else { return };
         let Ok(new) = serde_json::from_str::<Map<String, Value>>(&encoded.json) else { return };
+        // A row of a newer format stays as stored, because this program knows none of its fields.
+        // The generation alone is updated, because the key repeats it and the two must agree.
         let merged = if row.format > FORMAT {
-            // Nothing is known of that format but the generation, which the key repeats.
             let mut stored = row.stored.clone();
             stored.extend(new.get("generation").map(|it| ("generation".to_owned(), it.clone())));
             stored
@@ -68,7 +69,9 @@ impl Foreign {
             merge(row, new)
         };
         let Ok(json) = serde_json::to_string(&merged) else { return };
-        // A field under an older name must not stand beside the same field under its present one.
+        // A field under its old name must not stand beside the field under its present name. The
+        // result is therefore read back, and the record is written without foreign fields if the
+        // two differ.
         let sound =
             !row.readable || serde_json::from_str::<VmRecord>(&json).is_ok_and(|read| read == *record);
         if sound {
@@ -85,6 +88,7 @@ impl Foreign {
 fn merge(row: &Row, new: Map<String, Value>) -> Map<String, Value> {
     let mut merged = row.stored.clone();
     for (key, value) in new {
+        // Only a field that this program changed replaces the stored one.
         if row.understood.get(&key) != Some(&value) {
             merged.insert(key, value);
         }
@@ -92,7 +96,7 @@ fn merge(row: &Row, new: Map<String, Value>) -> Map<String, Value> {
     merged
 }
 
-/// Says whether `stored` has a field, at any depth, that `understood` lacks.
+/// Returns true if `stored` has a field, at any depth, that `understood` lacks.
 fn has_more(stored: &Map<String, Value>, understood: &Map<String, Value>) -> bool {
     stored.iter().any(|(key, value)| understood.get(key).is_none_or(|known| value_has_more(value, known)))
 }

@@ -1,5 +1,5 @@
-//! The thread that reads, on a connection of its own, so that no read waits for a write. In write-ahead mode it sees every
-//! commit that was answered before it began.
+//! The thread that reads. It has its own connection, because a read must not wait for a write. In
+//! write-ahead mode the connection sees every commit that was answered before the read began.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,17 +17,17 @@ use crate::error::{CausedBy, corrupt, from_sqlite};
 use crate::foreign::Foreign;
 use crate::labels;
 
-/// The most events that one query answers with, whatever it asks for.
+/// The largest number of events in one answer, whatever limit the query has.
 pub const MAX_EVENTS: usize = 10_000;
 
-/// What a reader can be asked.
+/// A request to the reader.
 #[derive(Debug)]
 pub(crate) enum Job {
     Load { reply: oneshot::Sender<Result<Snapshot, StoreError>> },
     Events { query: EventQuery, reply: oneshot::Sender<Result<Vec<VmEvent>, StoreError>> },
 }
 
-/// The reading thread's own.
+/// The state of the reading thread.
 #[derive(Debug)]
 pub(crate) struct Reader {
     conn: Connection,
@@ -41,9 +41,9 @@ impl Reader {
         Self { conn, path, instance, foreign }
     }
 
-    /// Answers until nobody can ask any more.
+    /// Answers requests until the queue is closed.
     pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
-        // An answer that cannot be sent belongs to a caller that has gone.
+        // A failed send means that the caller has gone away, so the answer is dropped.
         while let Some(job) = jobs.blocking_recv() {
             match job {
                 Job::Load { reply } => {
@@ -54,6 +54,7 @@ impl Reader {
                     let events = events(&mut self.conn, &self.path, &query);
                     drop(reply.send(events));
                 }
+                // The caller has gone away while the request was queued.
                 Job::Events { .. } => {}
             }
         }
@@ -62,7 +63,7 @@ impl Reader {
 
 fn events(conn: &mut Connection, path: &Path, query: &EventQuery) -> Result<Vec<VmEvent>, StoreError> {
     let failed = |error| from_sqlite(path, "reading", Effect::NotApplied, error);
-    // One transaction: the events and their labels belong to the same moment.
+    // One transaction, because the events and their labels must belong to the same moment.
     let transaction = conn.transaction().map_err(failed)?;
     let rows = event_rows(&transaction, query).map_err(failed)?;
     let events = rows.iter().map(|(seq, row, format)| {
@@ -93,8 +94,8 @@ fn event_rows(conn: &Connection, query: &EventQuery) -> rusqlite::Result<Vec<(i6
     }
 }
 
-/// Reads every VM and the end of the event log from a database of the present version.
-/// Notes in `foreign` the fields that another release wrote and this one does not understand.
+/// Reads every VM and the end of the event log from a database of the present version. Notes in
+/// `foreign` the fields that another release wrote and this program does not understand.
 pub(crate) fn load(
     conn: &mut Connection,
     path: &Path,
@@ -102,7 +103,7 @@ pub(crate) fn load(
     foreign: &Foreign,
 ) -> Result<Snapshot, StoreError> {
     let failed = |error| from_sqlite(path, "reading", Effect::NotApplied, error);
-    // One transaction: the VMs and the end of the log belong to the same moment.
+    // One transaction, because the VMs and the end of the log must belong to the same moment.
     let transaction = conn.transaction().map_err(failed)?;
     foreign.clear();
     let (mut vms, mut unreadable) = (Vec::new(), Vec::new());
@@ -110,7 +111,7 @@ pub(crate) fn load(
         let mut statement = transaction
             .prepare_cached("SELECT uid, vm_id, generation, format, record FROM vms ORDER BY uid")
             .map_err(failed)?;
-        // One row at a time: a row and its record take as much memory as each other.
+        // The rows are decoded one by one, because a row takes as much memory as its record.
         for row in statement.query_map([], vm_row).map_err(failed)? {
             let row = row.map_err(failed)?;
             match decode_record(path, &row)? {
@@ -125,6 +126,7 @@ pub(crate) fn load(
             }
         }
     }
+    // SQLite keeps the last place here even when all events have expired.
     let last: Option<i64> = transaction
         .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [], |row| row.get(0))
         .optional()

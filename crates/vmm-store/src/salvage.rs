@@ -1,8 +1,9 @@
-//! Rows that this program cannot read as a whole, such as those with a word of a newer release: as much of them as can be read.
+//! Reads the readable part of a row that this program cannot read in full, such as a row with a
+//! value of a newer release.
 //!
-//! An unreadable row concerns one VM or one event. The VM is listed by the service as not taken up, with its name, its disks
-//! and its process, so that force can end it. The event keeps its place in the log, because a watch relies on places without
-//! gaps.
+//! An unreadable row concerns one VM or one event. The service lists the VM as not adopted, with
+//! its name, its disks and its process, so that a forced call can end it. The event keeps its place
+//! in the log, because a watch relies on places without gaps.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -15,13 +16,14 @@ use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, Sent, Vm
 
 use crate::codec::{EncodedEvent, EncodedRecord};
 
-/// Reads what can be read of a record. `None` if not even its key is legal.
+/// Returns the readable part of a record. `None` if the key of the row is not legal.
 pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
     let uid: VmUid = row.uid.parse().ok()?;
     let vm_id: VmId = row.vm_id.parse().ok()?;
     let object = Fields::of(&row.json);
     let run = object.0.get("run").filter(|run| !run.is_null()).map(run_record);
-    // A VMM on record means that the VM ran. Force is what a client can do about it, and force asks the process.
+    // A recorded VMM means that the VM ran. Calling it running lets a client force it off, and a
+    // forced call asks the process itself.
     let state = if run.is_some() { VmState::Running } else { VmState::Shutdown };
     let state = object.get("state").unwrap_or(state);
     Some(VmRecord {
@@ -39,14 +41,16 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         run,
         owns_console_output: object.get("owns_console_output").unwrap_or(false),
         ended_by: object.get("ended_by").unwrap_or(None),
+        // Releases before kinds recorded a place.
         kind: object.get("kind").or_else(|| object.get("place")).unwrap_or_default(),
         imported: object.get("imported").unwrap_or(false),
         untold: object.get("untold").unwrap_or_default(),
     })
 }
 
-/// Reads what can be read of an operation under way. One of an unknown kind is taken for a start, which may have left a process
-/// and holds what it has claimed until that has gone. Nothing is carried on, because the VM is not taken up.
+/// Returns the readable part of an operation under way. An operation of an unknown kind is taken
+/// for a start, because a start may have left a process, and the claims of that process must stay.
+/// No operation of an unreadable VM is continued.
 fn intent(intent: &Value) -> Intent {
     let object = Fields(intent.as_object().cloned().unwrap_or_default());
     read(intent).unwrap_or_else(|| Intent {
@@ -56,15 +60,16 @@ fn intent(intent: &Value) -> Intent {
     })
 }
 
-/// Reads each claim that can be read.
+/// Returns the claims that can be read.
 fn claims(object: &Fields) -> Vec<HostClaim> {
     object.0.get("claims").and_then(Value::as_array).into_iter().flatten().filter_map(read).collect()
 }
 
-/// Reads what can be read of a run: above all the process, to end it, and each claim, to keep it.
+/// Returns the readable part of a run. The process matters most, because a forced call ends it, and
+/// then the claims, because no other VM may have them.
 fn run_record(run: &Value) -> RunRecord {
     let object = Fields(run.as_object().cloned().unwrap_or_default());
-    // Process 0 is nobody's, so nothing is ever proven of it and nothing is signalled.
+    // Process 0 does not exist, so its identity is never proven and nothing is signalled.
     let nobody = || ProcessIdentity { pid: 0, start_ticks: 0, boot_id: String::new(), namespaces: None };
     RunRecord {
         process: object.get("process").unwrap_or_else(nobody),
@@ -78,7 +83,7 @@ fn run_record(run: &Value) -> RunRecord {
     }
 }
 
-/// Reads what can be read of an event. What cannot is said in its status.
+/// Returns the readable part of an event. Its status states `why` the rest cannot be read.
 pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
     let object = Fields::of(&row.json);
     let state = object.get("state").unwrap_or(VmState::Shutdown);
@@ -115,16 +120,16 @@ fn status(object: &Fields, state: VmState) -> Status {
     }
 }
 
-/// An object whose fields are read one by one.
+/// A JSON object whose fields are read one by one.
 struct Fields(Map<String, Value>);
 
 impl Fields {
-    /// The object in `json`; one without fields where there is none.
+    /// Parses the object in `json`. Text that is no object gives one without fields.
     fn of(json: &str) -> Self {
         Self(serde_json::from_str(json).unwrap_or_default())
     }
 
-    /// Reads one field; `None` where it is missing or unreadable.
+    /// Reads one field. `None` if the field is missing or unreadable.
     fn get<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
         self.0.get(name).and_then(read)
     }
