@@ -1,4 +1,5 @@
-//! Copies: whole and of one moment though somebody writes, never in another's place, and put back only where they belong.
+//! Tests of backups: a copy is of one moment even if the daemon writes, replaces no file, and is
+//! put back only where it belongs.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail it, like the test itself")]
 
@@ -15,7 +16,7 @@ use vmm_core::store::{Change, Commit, Snapshot, Store, StoreErrorKind, VmRecord}
 use vmm_store::{DATABASE_FILE, backup, peek, restore};
 use vmm_testkit::store_suite::{all_events, insert, next, record, update};
 
-/// A store in `dir` with VMs of these names; closed again.
+/// Makes a store in `dir` with VMs of these names, and closes it.
 fn fill(dir: &Path, names: &[&str]) {
     let store = open(dir);
     block_on(async {
@@ -36,7 +37,7 @@ fn as_it_is(_: &mut VmRecord) -> Result<bool, String> {
     Ok(false)
 }
 
-/// The names and contents of a directory, but for locks.
+/// Returns the names and contents of the files in a directory, except for locks.
 fn content(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut files: Vec<_> = fs::read_dir(dir)
         .unwrap()
@@ -64,7 +65,7 @@ fn a_copy_is_of_one_moment_though_somebody_writes() {
     block_on(store.commit(insert(&vm))).unwrap();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // Ends the writer also where an assertion ends the test.
+        // Ends the writer also if an assertion ends the test.
         let stopping = Stop(&stop);
         let writer = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
@@ -78,7 +79,7 @@ fn a_copy_is_of_one_moment_though_somebody_writes() {
             assert_eq!((copied.instance, copied.vms), (store.instance(), 1));
             let other = dir.path().join(format!("other-{number}"));
             restore(&file, &other, &mut as_it_is).unwrap();
-            // Record and event are committed together, so a copy has both or neither.
+            // A record and its event are committed together, so a copy has both or neither.
             let restored = open(&other);
             let (snapshot, events) =
                 block_on(async { (restored.load().await.unwrap(), all_events(&restored).await) });
@@ -186,7 +187,7 @@ fn the_log_of_a_daemon_that_was_killed_is_kept_too() {
     backup(&state, &file).unwrap();
     let store = open(&state);
     block_on(store.commit(insert(&record("b")))).unwrap();
-    // As SIGKILL would leave it: the last commits are in the log alone.
+    // SIGKILL leaves the last commits in the log alone.
     fs::create_dir(&killed).unwrap();
     for suffix in ["", "-wal"] {
         let name = format!("{DATABASE_FILE}{suffix}");

@@ -1,4 +1,5 @@
-//! Databases that are damaged, not ours, or from the future: refused with a reason, never repaired or recreated.
+//! Tests of databases that are damaged, another program's, or from a newer program: each is refused
+//! with a reason, and none is repaired or recreated.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail it, like the test itself")]
 
@@ -21,7 +22,7 @@ use vmm_testkit::store_suite::{all_events, insert, next, record, update};
 
 const PAGE: usize = 4096;
 
-/// A closed database with some VMs and events, and what it holds.
+/// Makes a closed database with some VMs and events, and returns its content.
 fn filled() -> (TempDir, PathBuf, Vec<VmRecord>, Vec<VmEvent>) {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
@@ -39,7 +40,7 @@ fn filled() -> (TempDir, PathBuf, Vec<VmRecord>, Vec<VmEvent>) {
     (dir, path, vms, events)
 }
 
-/// Reads everything, as a daemon would.
+/// Reads the whole database as a daemon does at its start.
 fn read_all(dir: &Path) -> Result<(Snapshot, Vec<VmEvent>), StoreError> {
     let store = SqliteStore::open(dir)?;
     block_on(async {
@@ -131,7 +132,7 @@ fn a_page_overwritten_is_found_or_held_nothing() {
             damaged[page * PAGE..(page + 1) * PAGE].fill(fill);
             fs::write(&path, &damaged).unwrap();
             match read_all(dir.path()) {
-                // The text of one record or one event may be what the page held.
+                // The page may hold the text of one record or one event only.
                 Ok((snapshot, log)) if snapshot.vms != vms || log != events => {
                     assert!(
                         snapshot.unreadable.len() == 1 || log.len() == events.len(),
@@ -188,7 +189,7 @@ fn a_making_that_broke_off_is_begun_again() {
     assert!(!draft.exists());
 }
 
-/// The one VM that cannot be read; all others are as they were.
+/// Returns the one VM that cannot be read, and checks that all others are unchanged.
 fn only_unreadable(dir: &Path, vms: &[VmRecord]) -> Unreadable {
     let (snapshot, _) = read_all(dir).unwrap();
     let [part] = <[Unreadable; 1]>::try_from(snapshot.unreadable).unwrap();
@@ -206,7 +207,7 @@ fn commit(dir: &Path, commit: Commit) {
     });
 }
 
-/// The record of a VM as it is stored, and its format.
+/// Returns the stored record of a VM, and its format.
 fn stored(path: &Path, vm_id: &str) -> (String, i64) {
     let conn = rusqlite::Connection::open(path).unwrap();
     let sql = "SELECT record, format FROM vms WHERE vm_id = ?1";
@@ -235,7 +236,7 @@ fn a_record_with_a_newer_word_keeps_its_process_its_disks_and_the_word() {
         let (run, whole) = (part.record.run.clone().unwrap(), vms[3].run.clone().unwrap());
         assert_eq!((run.process, &run.claims[0]), (whole.process, &whole.claims[0]), "{newer}");
         assert_eq!((&part.record.config, part.record.generation), (&vms[3].config, 2), "{newer}");
-        // What force does: the run is over, and all else is left to a program that knows more.
+        // A forced shutdown ends the run and leaves everything else to a program that knows more.
         let ended = VmRecord { run: None, ..next(&part.record) };
         commit(dir.path(), update(&ended));
         let after = json(&stored(&path, "vm-3").0);

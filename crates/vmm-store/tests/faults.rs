@@ -1,4 +1,5 @@
-//! What is acknowledged survives: a killed process, a full disk, a disk that fails. Each is a real one, in a child process.
+//! Tests that an acknowledged commit survives a killed process, a full disk and a failing disk.
+//! Each fault is real, in a child process.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail it, like the test itself")]
 
@@ -18,7 +19,7 @@ use vmm_store::{DATABASE_FILE, SqliteStore};
 use vmm_testkit::skip::skipped;
 use vmm_testkit::store_suite::{all_events, insert, next, record, remove, update};
 
-/// Commits for ever with several VMs at once, and tells of each commit that was answered.
+/// Commits for ever with several VMs at once, and prints each commit that was answered.
 #[test]
 #[ignore = "a part that another test starts in a child process"]
 fn part_commit_for_ever() {
@@ -46,7 +47,7 @@ fn part_commit_for_ever() {
                 }
             })
         });
-        // None of them ends by itself; a panic in one ends the part.
+        // No task ends by itself. A panic in one ends the child.
         let tasks: Vec<tokio::task::JoinHandle<()>> = tasks.collect();
         for task in tasks {
             task.await.unwrap();
@@ -95,7 +96,8 @@ fn a_killed_process_loses_nothing_acknowledged() {
     }
 }
 
-/// Commits bigger and bigger VMs until one is refused, and gives those that were acknowledged and the refused one.
+/// Commits larger and larger VMs until one is refused. Returns the acknowledged VMs, the refused VM
+/// and the error.
 async fn fill(store: &SqliteStore) -> (Vec<VmRecord>, VmRecord, StoreError) {
     let mut vms = Vec::new();
     loop {
@@ -126,7 +128,7 @@ fn part_full_disk() {
         assert!(vms.len() > 10);
         assert_eq!(store.load().await.unwrap().vms, vms);
 
-        // A group of which no part fits fails as one, and each of it hears so.
+        // No commit of this group fits, so the group fails as one and each caller gets the error.
         let group = (0..8).map(|number| {
             let store = Arc::clone(&store);
             let mut vm = record(&format!("group-{number}"));
@@ -151,7 +153,7 @@ fn part_full_disk() {
 #[test]
 fn a_full_disk_refuses_and_keeps_the_rest() {
     let dir = tempfile::tempdir().unwrap();
-    // The mount is in a namespace of the child's own, so it goes with the child.
+    // The mount is in a namespace of the child, so it ends with the child.
     let wrapper = ["unshare", "--mount", "--map-root-user"];
     expect_done(Player::start(&wrapper, "part_full_disk", dir.path()), "a_full_disk");
 }
@@ -182,7 +184,7 @@ fn part_forced_on_a_full_disk() {
         assert_eq!(refused.kind, StoreErrorKind::Full);
         assert_eq!(size(&reserve), 4 << 20, "an ordinary commit does not get that room");
 
-        // Everything that is there can be ended and removed, and nothing else is recorded.
+        // Every recorded VM can be ended and removed, and nothing else can be recorded.
         let others = vms.split_off(50);
         for vm in &mut vms {
             *vm = next(vm);
@@ -202,7 +204,7 @@ fn part_forced_on_a_full_disk() {
         assert!(vms.iter().all(|gone| left.iter().all(|vm| vm.uid != gone.uid)));
         assert_eq!(all_events(&store).await, log);
 
-        // With room again, the reserve is made again when all is quiet.
+        // The reserve is made again when there is room and no commit comes for a while.
         std::fs::remove_file(&hog).unwrap();
         store.commit(insert(&record("late"))).await.unwrap();
         for _ in 0..1_000 {
@@ -223,7 +225,8 @@ fn what_is_forced_is_recorded_on_a_full_disk() {
     expect_done(Player::start(&wrapper, "part_forced_on_a_full_disk", dir.path()), "forced_on_a_full_disk");
 }
 
-/// Lets files of this process grow to `size` bytes at most. SIGXFSZ is ignored, so a write past it fails with EFBIG.
+/// Limits the size of this process's files to `size` bytes. SIGXFSZ is ignored, so a write past the
+/// limit fails with EFBIG.
 fn limit_files(size: Option<u64>) {
     let maximum = getrlimit(Resource::Fsize).maximum;
     setrlimit(Resource::Fsize, Rlimit { current: size.or(maximum), maximum }).unwrap();
@@ -243,7 +246,7 @@ fn part_failing_disk() {
         let mut vm = record("vm");
         store.commit(insert(&vm)).await.unwrap();
         let mut effects = Vec::new();
-        // Room for nothing at all, for the settling only (one page or two), and for a part of the commit.
+        // Room for nothing, for the settling only (one page or two), and for a part of the commit.
         for room in [0, 2 * 4120, 3 * 4120] {
             let mut changed = next(&vm);
             changed.config.metadata.insert("ballast".to_owned(), "x".repeat(40_000 + effects.len()));
@@ -273,7 +276,7 @@ fn a_failing_disk_is_told_and_got_over() {
     expect_done(Player::start(&wrapper, "part_failing_disk", dir.path()), "a_failing_disk");
 }
 
-/// Waits for a child that says DONE when all went well, or UNABLE where this machine cannot show it.
+/// Waits for a child that prints DONE when it succeeds, or UNABLE if this machine cannot run it.
 fn expect_done(child: std::io::Result<Player>, name: &str) {
     let mut child = match child {
         Ok(child) => child,

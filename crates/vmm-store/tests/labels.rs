@@ -1,4 +1,5 @@
-//! The labels that events bear are written where they change, and every event is read with those that it bore.
+//! Tests that the labels of events are written where they change, and that every event is read with
+//! the labels that it had.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail it, like the test itself")]
 
@@ -25,7 +26,7 @@ fn bearing(mut commit: Commit, vm: &VmRecord, time_ms: i64) -> Commit {
     commit
 }
 
-/// What the events of the log bear, in their order: a team, or nothing.
+/// Returns the team of each event in the order of the log, empty for an event without labels.
 fn teams(events: &[VmEvent]) -> Vec<&str> {
     events.iter().map(|event| event.event.metadata.get("team").map_or("", String::as_str)).collect()
 }
@@ -38,7 +39,8 @@ fn query<T: rusqlite::types::FromSql>(dir: &Path, sql: &str) -> T {
 const ROWS: &str = "SELECT count(*) FROM meta WHERE key LIKE 'labels:%'";
 const INLINE: &str = "SELECT count(*) FROM events WHERE event LIKE '%metadata%'";
 
-/// Writes a VM whose labels change once, and its neighbour without labels. The times of the events are 1 to 8.
+/// Writes a VM whose labels change once, and a neighbour without labels. The times of the events
+/// are 1 to 8.
 async fn write_two_lives(store: &vmm_store::SqliteStore) {
     let (mut vm, mut plain) = (record("vm"), record("plain"));
     plain.config.metadata.clear();

@@ -1,4 +1,5 @@
-//! The suite of every store, and what is particular to this one while nothing is broken.
+//! Runs the suite that every store must pass, and tests the particulars of this one while nothing
+//! is broken.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail it, like the test itself")]
 
@@ -17,7 +18,7 @@ use vmm_core::store::{EventQuery, Store, StoreErrorKind};
 use vmm_store::{DATABASE_FILE, MAX_EVENTS, SqliteStore};
 use vmm_testkit::store_suite::{Place, all_events, insert, next, record, remove, update};
 
-/// A state directory that goes away with the test.
+/// A state directory that is deleted with the test.
 struct StateDir(TempDir);
 
 impl Place for StateDir {
@@ -65,7 +66,7 @@ fn closing_empties_the_log_and_ends_all_calls() {
         assert_eq!((error.kind, error.effect), (StoreErrorKind::Closed, Effect::NotApplied));
         assert_eq!(store.load().await.unwrap_err().kind, StoreErrorKind::Closed);
     });
-    // The lock has been given back, though the value still lives.
+    // The lock is released, although the value still exists.
     assert_eq!(block_on(open(dir.path()).load()).unwrap().vms.len(), 1);
 }
 
@@ -87,7 +88,7 @@ fn an_accepted_commit_goes_on_without_its_caller() {
     let vm = record("vm");
     {
         let mut commit = store.commit(insert(&vm));
-        // One poll puts it into the queue, which has room.
+        // One poll puts the commit into the queue, which has room.
         let poll = commit.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         assert!(matches!(poll, Poll::Pending | Poll::Ready(Ok(_))));
     }
@@ -122,7 +123,8 @@ fn a_query_has_a_ceiling_and_an_expiry_many_steps() {
         let last = store.load().await.unwrap().last_event;
         assert!(last.0 >= total);
 
-        // Commits go in between the steps, and are answered before the whole is done or after; none fails.
+        // Commits run between the steps of an expiry. They are answered before or after its end,
+        // and none fails.
         let late = record("late");
         let (expired, inserted) = tokio::join!(store.expire_events(1), store.commit(insert(&late)));
         let inserted = inserted.unwrap().unwrap();

@@ -1,4 +1,5 @@
-//! What the tests of the store share: blocking helpers, a child process that plays a part, and seeded randomness.
+//! Helpers that the tests of the store share: blocking calls, a child process that runs a part of a
+//! test, and seeded randomness.
 
 // Each test file is a program of its own and uses a part of this.
 #![allow(dead_code, reason = "every test file compiles this module and uses another part of it")]
@@ -29,14 +30,15 @@ pub(crate) fn open(dir: &Path) -> SqliteStore {
     })
 }
 
-/// The environment variable that gives a child its state directory.
+/// The environment variable with the state directory of a child.
 pub(crate) const CHILD_DIR: &str = "VMM_STORE_TEST_DIR";
 
-/// A child process that ends with the test, however the test ends.
+/// A child process that ends with the test, even if the test fails.
 pub(crate) struct Player(Child);
 
 impl Player {
-    /// Starts this test program again to run its ignored test `part` alone, behind `wrapper` (a program and its arguments).
+    /// Starts this test program again, behind `wrapper` (a program and its arguments), to run its
+    /// ignored test `part` alone.
     pub(crate) fn start(wrapper: &[&str], part: &str, dir: &Path) -> std::io::Result<Self> {
         let this = std::env::current_exe()?;
         let mut words = wrapper.iter().map(std::ffi::OsStr::new).chain([this.as_os_str()]);
@@ -46,7 +48,7 @@ impl Player {
         command.spawn().map(Self)
     }
 
-    /// The lines that it prints, until it ends.
+    /// Returns the lines that the child prints until it ends.
     pub(crate) fn lines(&mut self) -> impl Iterator<Item = String> + use<> {
         let output = self.0.stdout.take().expect("its output is asked for once");
         BufReader::new(output).lines().map_while(Result::ok)
@@ -57,7 +59,7 @@ impl Player {
         self.0.kill().expect("SIGKILL can be sent");
     }
 
-    /// Waits for its end and says whether all went well.
+    /// Waits for the end of the child. Returns true if it succeeded.
     pub(crate) fn succeeded(mut self) -> bool {
         self.0.wait().expect("it can be waited for").success()
     }
@@ -70,20 +72,21 @@ impl Drop for Player {
     }
 }
 
-/// Prints a line for the parent, at once.
+/// Prints a line for the parent and flushes it.
 pub(crate) fn tell(line: std::fmt::Arguments<'_>) {
     let mut out = std::io::stdout().lock();
-    // One write for each line: a kill leaves no half of one.
+    // One write for each line, because a kill must not leave half a line.
     let _ = out.write_all(format!("{line}\n").as_bytes());
     let _ = out.flush();
 }
 
-/// The directory that the parent gave, if there is a parent.
+/// Returns the directory that the parent gave. `None` if no parent started this process.
 pub(crate) fn given_dir() -> Option<std::path::PathBuf> {
     std::env::var_os(CHILD_DIR).map(Into::into)
 }
 
-/// The seed of this run: `VMM_TEST_SEED`, or the clock. Printed, so that a failure can be repeated.
+/// Returns the seed of this run: `VMM_TEST_SEED`, or a number from the clock. Prints the seed,
+/// because a failure must be repeatable.
 pub(crate) fn seed(name: &str) -> u64 {
     let given = std::env::var("VMM_TEST_SEED").ok().and_then(|text| text.parse().ok());
     let seed = given.unwrap_or_else(|| {
@@ -93,11 +96,11 @@ pub(crate) fn seed(name: &str) -> u64 {
     seed
 }
 
-/// SplitMix64.
+/// SplitMix64, a generator of pseudo-random numbers.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    /// A number below `end`.
+    /// Returns a number below `end`.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
