@@ -1,4 +1,4 @@
-//! Finding the process of an earlier run again, and proving that it is the same.
+//! Finds the process of an earlier run again and proves that it is the same process.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,36 +13,46 @@ use vmm_core::store::ProcessIdentity;
 use super::{Process, ProcessExit, boot_id, has_ended, procfs};
 use crate::ready;
 
-/// What became of a process that was recorded earlier.
+/// The result of looking for a recorded process.
 #[derive(Debug)]
 pub enum Lookup {
-    /// It is there, and is the same.
+    /// The process runs and is proven to be the recorded one.
     Alive(Process),
-    /// It has provably ended.
+    /// The process has provably ended.
     Gone,
-    /// Nothing proves either; the text says why. Whatever has that pid is to be left alone.
+    /// Neither is proven, for the reason in the text. The process that has the pid now must be left
+    /// alone.
     Unprovable(String),
 }
 
-/// Looks for the process that `identity` means. Touches nothing.
+/// Looks for the process that `identity` describes. Changes nothing.
 ///
-/// Must be called inside a Tokio runtime with I/O: a task of it watches the process that is found.
+/// Must be called inside a Tokio runtime with I/O, because a task watches the process that is
+/// found.
 pub fn adopt(identity: &ProcessIdentity) -> Lookup {
+    // Every process of an earlier boot has ended, so a different boot id proves the end. If it is
+    // equal, the rest of the proof rests on the pid and the start time.
     match boot_id() {
         Ok(boot) if boot != identity.boot_id => return Lookup::Gone,
         Ok(_) => {}
         Err(error) => return Lookup::Unprovable(format!("the host's boot id cannot be read: {error}")),
     }
+    // A pid and a start time have a meaning only within their namespaces. Those are compared before
+    // either number is used.
     if let Err(why) = same_namespaces(identity) {
         return Lookup::Unprovable(why);
     }
+    // Process 1 is the host's init. A record that names it is damaged.
     if identity.pid <= 1 {
         return Lookup::Unprovable(format!("process id {} is never a VMM's", identity.pid));
     }
     let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) else {
         return Lookup::Unprovable(format!("{} is no process id", identity.pid));
     };
-    // The pidfd comes first: it holds on to one process, so what is read after it and matches is about that one.
+    // The pidfd is opened before `/proc` is read, because a pidfd keeps meaning one process. The
+    // kernel does not give a pid away while its process lives. So if the start time that is read
+    // afterwards is the recorded one, and the process behind the pidfd still lives after that
+    // reading, the pidfd means the recorded process.
     let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => pidfd,
         Err(error) => return without_pidfd(identity, error),
@@ -60,8 +70,9 @@ pub fn adopt(identity: &ProcessIdentity) -> Lookup {
     }
 }
 
-/// Refuses an identity that was read in other namespaces: a pid and a start time mean another process here, or nobody. Records
-/// of earlier releases do not tell, and are taken for ours.
+/// Refuses an identity that was read in other namespaces, because its pid and start time mean
+/// another process here, or none. Records of earlier releases carry no namespaces and are taken to
+/// be of the present ones.
 fn same_namespaces(identity: &ProcessIdentity) -> Result<(), String> {
     let Some(recorded) = identity.namespaces else { return Ok(()) };
     let here =
@@ -77,12 +88,18 @@ fn same_namespaces(identity: &ProcessIdentity) -> Result<(), String> {
     ))
 }
 
-/// Says whether the process behind `pidfd` is the one that `identity` means, and goes on.
+/// Returns true if the process behind `pidfd` is the one that `identity` describes and still runs,
+/// and false if that process has ended. An error proves neither.
 fn prove(identity: &ProcessIdentity, pidfd: &OwnedFd) -> io::Result<bool> {
     match procfs::stat(identity.pid) {
+        // Another process has the pid, so the recorded process has ended: its pid was given away.
         Ok(stat) if stat.start_ticks != identity.start_ticks => Ok(false),
+        // The start time was read through the pid, not through the pidfd. It belongs to the process
+        // behind the pidfd only if that process had not ended by then, so the end is asked for
+        // last.
         Ok(_) => Ok(!has_ended(pidfd)?),
-        // Reaped in between, or hidden from us by a /proc mounted with hidepid: only the pidfd knows which.
+        // The process was reaped in between, or a `/proc` mounted with hidepid hides it. Only the
+        // pidfd distinguishes the two.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if has_ended(pidfd)? {
                 Ok(false)
@@ -94,12 +111,14 @@ fn prove(identity: &ProcessIdentity, pidfd: &OwnedFd) -> io::Result<bool> {
     }
 }
 
-/// Tells a pid that nobody has from one that cannot be opened.
+/// Classifies a process for whose pid the kernel opens no pidfd: gone if no process has the pid,
+/// unprovable otherwise.
 fn without_pidfd(identity: &ProcessIdentity, error: Errno) -> Lookup {
     if error == Errno::SRCH {
         return Lookup::Gone;
     }
-    // The number is in use as a thread of another process, so the process that had it has ended.
+    // The number is in use as the thread id of another process. A number belongs to one task at a
+    // time, so the process that had it has ended.
     if matches!(error, Errno::INVAL | Errno::NOENT)
         && let Ok(Some(group)) = procfs::thread_group(identity.pid)
         && group != identity.pid
@@ -110,8 +129,8 @@ fn without_pidfd(identity: &ProcessIdentity, error: Errno) -> Lookup {
     Lookup::Unprovable(format!("process {} cannot be opened: {error}", identity.pid))
 }
 
-/// Starts the task that publishes the end of a process which is not our child. The task ends with the process, or with the last
-/// handle of it.
+/// Starts the task that publishes the end of a process that is not a child of this daemon. The task
+/// ends with the process or with the last [`Process`] of it.
 fn watch_exit(pidfd: OwnedFd, identity: &ProcessIdentity) -> io::Result<Process> {
     let pidfd = Arc::new(pidfd);
     let watched = ready::readable(Arc::clone(&pidfd))?;
@@ -120,13 +139,17 @@ fn watch_exit(pidfd: OwnedFd, identity: &ProcessIdentity) -> io::Result<Process>
     let task = async move {
         let seen = tokio::select! {
             seen = watched.readable() => seen.map(drop),
-            // The last handle is gone, and the pidfd goes with this task.
+            // The last handle was dropped, so nobody can ask about the process any more. The pidfd
+            // is closed with this task.
             () = ended.closed() => return,
         };
         match seen {
             Ok(()) => {
+                // Only the parent can read an exit status, and that was an earlier run of the
+                // daemon.
                 ended.send_replace(Some(ProcessExit::UNKNOWN));
             }
+            // A runtime that ends proves nothing about the process, so no exit is published.
             Err(error) => tracing::debug!(%error, "the runtime ends; the process is no longer watched"),
         }
     };

@@ -1,4 +1,4 @@
-//! Starting a process that outlives the daemon.
+//! Starts processes that outlive the daemon.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{File, OpenOptions};
@@ -21,54 +21,59 @@ use super::{Process, ProcessExit, Signal, procfs};
 use crate::named::named;
 use crate::ready;
 
-/// What a child may know of the daemon's environment. Everything else, secrets included, stays here.
+/// The variables of the daemon's environment that a child gets. All others stay out, because they
+/// may hold secrets.
 const ENVIRONMENT: [&str; 7] = ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"];
 
-/// Where input is empty and output is lost.
+/// The device that reads as empty and discards writes.
 const NOWHERE: &str = "/dev/null";
 
-/// Held by whoever starts a process. Until it has exec'ed a child has a copy of every descriptor of the daemon, so that what the
-/// daemon closes meanwhile stays open for a moment.
+/// Held for reading while a process is being started. Until its exec the child has a copy of every
+/// descriptor of the daemon, so a descriptor that the daemon closes meanwhile stays open in the
+/// child.
 static STARTING: RwLock<()> = RwLock::new(());
 
-/// Says that a process is about to be started by other means than [`spawn`]; to be kept until it has been.
+/// Announces that a process is about to be started by other means than [`spawn`]. The caller keeps
+/// the guard until the process has exec'ed.
 pub fn starting() -> RwLockReadGuard<'static, ()> {
     STARTING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Does what ends with the close of a descriptor, at a moment at which no child has a copy of it. Blocks for as long as
-/// processes that are being started take to exec, some milliseconds.
+/// Runs `close`, which closes a descriptor, at a moment at which no child has a copy of that
+/// descriptor. Blocks until all processes that are being started have exec'ed, some milliseconds.
 pub(crate) fn close_for_good<T>(close: impl FnOnce() -> T) -> T {
     let _nobody_starts = STARTING.write().unwrap_or_else(PoisonError::into_inner);
     close()
 }
 
-/// What to start, and where its output goes.
+/// A program to start, with its arguments and the files for its input and output.
 #[derive(Debug)]
 pub struct Command {
     /// The program, by its absolute path.
     pub program: PathBuf,
     /// Its arguments, without the program's own name.
     pub args: Vec<OsString>,
-    /// The file that takes stdout and stderr. Made with mode 0600 where it is missing, else appended to.
+    /// The file that takes stdout and stderr. A missing file is created with mode 0600; output is
+    /// appended to one that exists.
     pub log: PathBuf,
-    /// Where input comes from.
+    /// The source of stdin.
     pub stdin: Stdin,
-    /// Another file for stdout, treated as `log` is; `/dev/null` throws it away.
+    /// Another file for stdout, created and appended to like `log`; `/dev/null` discards the
+    /// output.
     pub stdout: Option<PathBuf>,
 }
 
-/// Where a process's input comes from.
+/// The source of a process's stdin.
 #[derive(Debug)]
 pub enum Stdin {
-    /// Nowhere: it reads an end of file.
+    /// The process reads an end of file.
     Null,
-    /// An open file, pipe or socket.
+    /// The process reads this open file, pipe or socket.
     File(OwnedFd),
 }
 
 impl Command {
-    /// A process without input.
+    /// Returns a command without input that writes stdout and stderr to `log`.
     pub fn new(
         program: impl Into<PathBuf>,
         args: impl IntoIterator<Item = impl Into<OsString>>,
@@ -84,7 +89,7 @@ impl Command {
     }
 }
 
-/// A process that is killed when this is dropped, unless it was kept.
+/// A process that is killed when the guard is dropped, unless [`Guarded::keep`] was called.
 #[derive(Debug)]
 pub struct Guarded {
     process: Process,
@@ -92,12 +97,12 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// The process.
+    /// Returns the process. The guard keeps it.
     pub fn process(&self) -> &Process {
         &self.process
     }
 
-    /// Lets the process outlive the guard.
+    /// Disarms the guard and returns the process, which then outlives it.
     pub fn keep(mut self) -> Process {
         self.armed = false;
         self.process.clone()
@@ -114,7 +119,7 @@ impl std::ops::Deref for Guarded {
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        // The task that was started with it reaps it.
+        // The task that was started with the process reaps it.
         if self.armed
             && let Err(error) = self.process.signal(Signal::KILL)
         {
@@ -123,41 +128,46 @@ impl Drop for Guarded {
     }
 }
 
-/// Starts a process that outlives the daemon: own session, nothing inherited, its exit published when it comes.
+/// Starts a process that outlives the daemon. The process has a session of its own, inherits
+/// nothing but its standard streams, and its exit is published in the returned handle.
 ///
 /// # Errors
-/// What opening the log or starting the program says. Nothing runs then.
+/// Returns the error of opening a file or of starting the program. No process runs then.
 pub async fn spawn(command: Command) -> io::Result<Process> {
     Ok(spawn_guarded(command).await?.keep())
 }
 
-/// As [`spawn`], but the process is killed if the answer, or this very call, is dropped.
+/// Starts a process like [`spawn`]. The process is killed if the guard, or the future of this call,
+/// is dropped.
 ///
 /// # Errors
-/// What opening the log or starting the program says. Nothing runs then.
+/// Returns the error of opening a file or of starting the program. No process runs then.
 pub async fn spawn_guarded(command: Command) -> io::Result<Guarded> {
-    // Starting suspends the calling thread until the child has exec'ed, and the files may be slow.
+    // posix_spawn(3) suspends the calling thread until the child has exec'ed, and opening the files
+    // may block. If this future is dropped, the closure still runs to its end and drops the guard,
+    // which kills the process.
     match tokio::task::spawn_blocking(move || start_guarded(command)).await {
         Ok(started) => started,
         Err(error) => Err(io::Error::other(error)),
     }
 }
 
-/// As [`spawn_guarded`], for whoever is on a thread for blocking work already.
+/// Starts a process like [`spawn_guarded`]. The caller is on a thread for blocking work.
 ///
 /// # Errors
-/// As [`spawn_guarded`].
+/// Fails as [`spawn_guarded`] does.
 ///
 /// # Panics
-/// Where no runtime has been entered.
+/// Panics outside a Tokio runtime.
 pub fn start_guarded(command: Command) -> io::Result<Guarded> {
+    // A relative path would depend on the daemon's working directory.
     if !command.program.is_absolute() {
         let message = format!("{} is not an absolute path", command.program.display());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     let log = append_to(&command.log)?;
     let stdout = match &command.stdout {
-        // The one device that may stand where a file does.
+        // /dev/null is the only device that is accepted; `append_to` refuses all others.
         Some(path) if path == Path::new(NOWHERE) => OpenOptions::new().write(true).open(NOWHERE)?,
         Some(path) => append_to(path)?,
         None => log.try_clone()?,
@@ -166,9 +176,11 @@ pub fn start_guarded(command: Command) -> io::Result<Guarded> {
         Stdin::Null => OwnedFd::from(File::open(NOWHERE)?),
         Stdin::File(fd) => fd,
     };
+    // Every file is open by now, so an error up to here leaves no process behind.
     let child = posix_spawn(&command.program, &command.args, [&stdin, &stdout.into(), &log.into()])?;
     match watch_child(child) {
         Ok(process) => Ok(Guarded { process, armed: true }),
+        // Without a pidfd and an identity the process could never be adopted or ended safely.
         Err(error) => {
             end(child);
             Err(error)
@@ -176,14 +188,15 @@ pub fn start_guarded(command: Command) -> io::Result<Guarded> {
     }
 }
 
-/// Makes a handle of a child that nobody has waited for: its pid cannot be another's, even if the child is a zombie by now.
+/// Makes a handle of a child that nobody has waited for. The pid means this child, because the
+/// kernel keeps the number of a zombie until its parent waits.
 fn watch_child(child: Pid) -> io::Result<Process> {
     let pidfd = rustix::process::pidfd_open(child, PidfdFlags::empty())?;
     let identity = procfs::identify(child.as_raw_nonzero().get().unsigned_abs())?;
     reap(identity, pidfd)
 }
 
-/// Kills and reaps a child that cannot be watched. No task waits for it.
+/// Kills and reaps a child that cannot be watched and that no task waits for.
 fn end(child: Pid) {
     let ended = rustix::process::kill_process(child, Signal::KILL).and_then(|()| {
         rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), WaitOptions::empty()))
@@ -193,17 +206,21 @@ fn end(child: Pid) {
     }
 }
 
-/// Starts `program` in a session of its own, without copying the daemon's memory as fork() would.
+/// Starts `program` in a session of its own and returns its pid. posix_spawn(3) does not copy the
+/// daemon's memory, as fork(2) would.
 ///
-/// The session is what lets a VM outlive the daemon: where parent and child share one, the death of the parent makes the kernel
-/// send SIGHUP to a child that is stopped just then.
+/// The session lets a VM outlive the daemon: when a parent dies in a session that it shares with
+/// its child, the kernel sends SIGHUP to a child that is stopped at that moment.
 fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::Result<Pid> {
     let mut files = PosixSpawnFileActions::init()?;
+    // The copies made by dup2 are not close-on-exec, so the child keeps these three descriptors.
+    // All other descriptors of the daemon are close-on-exec.
     for (fd, target) in stdio.into_iter().zip(0..) {
         files.add_dup2(fd.as_raw_fd(), target)?;
     }
     let mut attributes = PosixSpawnAttr::init()?;
-    // What the daemon ignores or blocks is its own affair.
+    // A child inherits ignored and blocked signals. They are reset, because a VMM that ignored
+    // SIGTERM could not be asked to end.
     attributes.set_sigdefault(&SigSet::all())?;
     attributes.set_sigmask(&SigSet::empty())?;
     let own_session = PosixSpawnFlags::from_bits_retain(nix::libc::POSIX_SPAWN_SETSID.into());
@@ -222,6 +239,7 @@ fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::R
         })
         .collect::<io::Result<Vec<_>>>()?;
     let spawned = {
+        // The guard ends when posix_spawn returns, and posix_spawn returns after the exec.
         let _starting = starting();
         nix::spawn::posix_spawn(program, &files, &attributes, &args, &environment)
     };
@@ -229,7 +247,7 @@ fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::R
     Pid::from_raw(pid.as_raw()).ok_or_else(|| io::Error::other("the kernel gave no process id"))
 }
 
-/// What a process that the daemon starts knows of the daemon's environment: names and values.
+/// Returns the names and values of the environment that a started process gets.
 pub fn environment() -> impl Iterator<Item = (&'static str, OsString)> {
     ENVIRONMENT.iter().filter_map(|&name| Some((name, std::env::var_os(name)?)))
 }
@@ -238,14 +256,17 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
     CString::new(text.as_bytes()).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
 }
 
-/// Starts the task that reaps the child and publishes its exit.
+/// Starts the task that reaps the child and publishes its exit. Takes the pidfd of the child.
 fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
     let (ended, exit) = watch::channel(None);
     let pid = identity.pid;
     let pidfd = Arc::new(pidfd);
     let watched = ready::readable(Arc::clone(&pidfd))?;
     let task = async move {
+        // The pidfd becomes readable when the process has ended. The zombie keeps the pid until
+        // waitid has taken the exit status, so nobody else can get the pid before.
         if let Err(error) = watched.readable().await {
+            // Nothing is published, because the process may still run.
             tracing::error!(%error, "a process can no longer be watched");
             return;
         }
@@ -255,7 +276,8 @@ fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
         let exit = match waited {
             Ok(Some(status)) => ProcessExit::from(status),
             Ok(None) => ProcessExit::UNKNOWN,
-            // A daemon that was started with SIGCHLD ignored has its children reaped by the kernel.
+            // waitid fails where the daemon was started with SIGCHLD ignored, because the kernel
+            // then reaps children itself. The readable pidfd proves the end even so.
             Err(error) => {
                 tracing::warn!(%error, "the exit status of a process cannot be read");
                 ProcessExit::UNKNOWN
@@ -267,9 +289,10 @@ fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
     Ok(Process::new(identity, pidfd, exit))
 }
 
-/// Opens a regular file to append to. Appending keeps offsets true where the file is cut or punched meanwhile.
+/// Opens a regular file for appending. O_APPEND keeps the child's writes at the end of the file
+/// when the daemon truncates or punches the file meanwhile.
 fn append_to(path: &Path) -> io::Result<File> {
-    // Without O_NONBLOCK a FIFO in this place would hold the daemon until somebody reads it.
+    // Without O_NONBLOCK the open of a FIFO would block until somebody reads it.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = OpenOptions::new()
         .append(true)
@@ -278,11 +301,13 @@ fn append_to(path: &Path) -> io::Result<File> {
         .custom_flags(flags.bits().cast_signed())
         .open(path)
         .map_err(|error| named(path, &error))?;
+    // The check is made on the open file, so nobody can exchange the file after the check.
     if !file.metadata()?.is_file() {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
         return Err(named(path, &error));
     }
-    // The child gets an ordinary file: what it shares with us includes this flag.
+    // The flags belong to the open file, which the child shares. O_NONBLOCK is taken off, because
+    // the child expects an ordinary file.
     rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
     Ok(file)
 }

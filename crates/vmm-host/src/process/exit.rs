@@ -1,29 +1,29 @@
-//! How a process ended, in words that people read.
+//! The exit of a process, and its text for people.
 
 use rustix::process::WaitIdStatus;
 use std::fmt;
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessExit {
-    /// Its status. `None` where the kernel told it to another parent.
+    /// The exit status. `None` where only another parent could read it.
     pub status: Option<ExitStatus>,
 }
 
-/// What a process left to its parent.
+/// The exit status that a process leaves to its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
-    /// It exited by itself with this code.
+    /// The process exited with this code.
     Code(i32),
-    /// This signal ended it.
+    /// This signal ended the process.
     Signal(i32),
 }
 
 impl ProcessExit {
-    /// The end of a process that is not our child.
+    /// The end of a process that is not a child of this daemon.
     pub const UNKNOWN: Self = Self { status: None };
 
-    /// Says whether the process exited with 0.
+    /// Returns true if the process exited with code 0.
     pub fn is_success(&self) -> bool {
         self.status == Some(ExitStatus::Code(0))
     }
@@ -49,7 +49,8 @@ impl fmt::Display for ProcessExit {
     }
 }
 
-/// The names of the signals that end a VMM in practice, by their numbers on Linux for x86-64 and aarch64.
+/// Returns the name of a signal that ends VMMs in practice. Numbers are those of Linux on x86-64
+/// and aarch64.
 fn signal_name(signal: i32) -> Option<&'static str> {
     Some(match signal {
         1 => "SIGHUP",

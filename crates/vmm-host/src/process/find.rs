@@ -1,4 +1,4 @@
-//! Finding processes by the run folder that their arguments name.
+//! Finds processes by the run folder that their arguments name.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -11,25 +11,26 @@ use vmm_core::store::ProcessIdentity;
 
 use super::procfs;
 
-/// How old a process can be that has yet to exec.
-const YOUNG: Duration = Duration::from_secs(1);
-/// How long such a one is left alone before it is looked at again.
-const AGAIN: Duration = Duration::from_millis(1);
+/// The age up to which a process may not have exec'ed yet.
+const EXEC_LIMIT: Duration = Duration::from_secs(1);
+/// The interval between two looks at a process that may not have exec'ed yet.
+const EXEC_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// A process whose arguments name the folder that was looked for.
+/// A process whose arguments match a search.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// Which process; [`super::adopt`] makes a handle of it.
+    /// The identity of the process. [`super::adopt`] makes a handle of it.
     pub identity: ProcessIdentity,
-    /// The program it runs. `None` where the kernel does not tell us, as of another user's process.
+    /// The program's real path; `None` where the kernel hides it, as for another user's process.
     pub exe: Option<PathBuf>,
-    /// Its arguments, the program's name first.
+    /// The arguments, beginning with the program's name.
     pub args: Vec<OsString>,
 }
 
 impl Found {
-    /// The file name of the program: the real one, or where that is hidden, what the process calls itself. Of a program that
-    /// its distribution wraps into a script, `.NAME-wrapped` as on NixOS, it is the name of the script.
+    /// Returns the file name of the program: of the real path, or of the first argument where the
+    /// path is hidden. A program that a distribution has wrapped into a script (`.NAME-wrapped` on
+    /// NixOS) has the name of the script.
     pub fn program_name(&self) -> Option<&OsStr> {
         let name = match &self.exe {
             Some(exe) => exe.file_name(),
@@ -38,13 +39,14 @@ impl Found {
         name.map(unwrapped)
     }
 
-    /// Says whether it runs a program that is called one of `names`.
+    /// Returns true if the program is called one of `names`.
     pub fn runs_one_of(&self, names: &[impl AsRef<str>]) -> bool {
         let name = self.program_name().and_then(OsStr::to_str);
         name.is_some_and(|name| names.iter().any(|known| known.as_ref() == name))
     }
 
-    /// The paths below `dir` that the arguments name, relative to it: `0a/s` of `/run/x` for `path=/run/x/0a/s,server=on`.
+    /// Returns the paths below `dir` that the arguments name, relative to `dir`: `0a/s` of `/run/x`
+    /// for `path=/run/x/0a/s,server=on`.
     pub fn paths_below(&self, dir: &Path) -> BTreeSet<PathBuf> {
         let dir = dir.as_os_str().as_bytes();
         self.args.iter().flat_map(|arg| paths_below(arg.as_bytes(), dir)).collect()
@@ -67,42 +69,51 @@ fn paths_below<'a>(text: &'a [u8], dir: &'a [u8]) -> impl Iterator<Item = PathBu
     })
 }
 
-/// Finds every process of this daemon's user, this one excepted, that has an argument with `needle` as a whole path or as the beginning of one:
-/// `/run/x` is in `--api-sock=/run/x/s` and in `path=/run/x,server=on`, not in `/run/xy` and not in `/mnt/run/x`.
+/// Finds every process of this daemon's user, this daemon excepted, that has an argument with
+/// `needle` as a whole path or as the beginning of one. `/run/x` matches in `--api-sock=/run/x/s`
+/// and in `path=/run/x,server=on`, but not in `/run/xy` or `/mnt/run/x`. Blocks.
 ///
-/// What [`super::spawn`] started shows its arguments late: in the middle of its exec a process has those of whoever started
-/// it, or none, and a daemon that was killed leaves it at that. One whose stderr goes below `needle` is waited for, until it is
-/// a second old. Blocks.
+/// A process that [`super::spawn`] starts shows its own arguments only after its exec. Before, the
+/// process shows the daemon's arguments or none, and a daemon that is killed in between leaves such
+/// a process behind. A process whose stderr is a file below `needle` is therefore looked at again
+/// until it is a second old.
 ///
-/// Another user's process is passed over, because anybody can start a program with any arguments. Real user ids are compared: a
-/// VMM may change the effective one.
+/// Processes of other users are passed over, because any user can start a program with any
+/// arguments. Real user ids are compared, because a VMM may change its effective one.
 ///
 /// # Errors
-/// What listing `/proc` says. Processes that end meanwhile, or are hidden from us, are passed over.
+/// Returns `InvalidInput` where `needle` is not absolute, and the error of listing `/proc`.
+/// Processes that end meanwhile, and hidden ones, are passed over.
 pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
     let needle = needle.as_os_str().as_bytes();
     if !needle.starts_with(b"/") || needle.len() < 2 {
         let message = "processes can only be looked for by an absolute path";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    // The kernel tells where a file really is.
+    // The link in `/proc/PID/fd` names the file by its real path, so the folder's real path is
+    // needed.
     let real = Path::new(OsStr::from_bytes(needle)).canonicalize();
     let is_wanted = |args: &[OsString]| args.iter().any(|arg| mentions(arg.as_bytes(), needle));
     let may_become = |pid| {
+        // A process that has not exec'ed shows no argument of its own, but posix_spawn has given it
+        // its stderr before the exec. The log in the run folder is stderr, and so connects the
+        // process with the folder.
         let (Ok(real), Ok(stderr)) = (&real, procfs::stderr_of(pid)) else { return false };
         stderr.starts_with(real)
     };
     let ours = rustix::process::getuid().as_raw();
     let mut found = find(is_wanted, may_become)?;
+    // An ended process has no user id, and is left out too.
     found.retain(|found| procfs::real_uid(found.identity.pid).is_ok_and(|uid| uid == ours));
     Ok(found)
 }
 
-/// Finds every process, this one excepted, that has the argument `option` and right after it `value`, as in `-uuid UUID`. It may
-/// be another user's: libvirt runs its VMMs under a user of their own, and says itself which process is which.
+/// Finds every process, this daemon excepted, that has the argument `option` followed by `value`,
+/// as in `-uuid UUID`. Processes of other users are included, because libvirt runs its VMMs under a
+/// user of its own and confirms which process is which.
 ///
 /// # Errors
-/// As [`find_by_argument`].
+/// Fails as [`find_by_argument`] does.
 pub fn find_by_option(option: &str, value: &str) -> io::Result<Vec<Found>> {
     find(|args| args.windows(2).any(|pair| pair[0] == option && pair[1] == value), |_| false)
 }
@@ -127,14 +138,19 @@ fn examine(
     is_wanted: &impl Fn(&[OsString]) -> bool,
     may_become: &impl Fn(u32) -> bool,
 ) -> Option<Found> {
-    // Arguments first: of hundreds of processes only a few need more.
+    // The arguments are read first, because only a few of hundreds of processes match and need
+    // more.
     while !is_wanted(&procfs::arguments(pid).ok()?) {
-        if !may_become(pid) || procfs::age(&procfs::identify(pid).ok()?)? > YOUNG {
+        // A process that may not have exec'ed yet is neither a match nor ruled out. The wait is
+        // bounded by the age of the process and not by a number of looks, because an exec takes
+        // longer on a busy host.
+        if !may_become(pid) || procfs::age(&procfs::identify(pid).ok()?)? > EXEC_LIMIT {
             return None;
         }
-        std::thread::sleep(AGAIN);
+        std::thread::sleep(EXEC_POLL_INTERVAL);
     }
-    // Two equal start times around what is read say that all of it is about one process.
+    // The facts are read one after another, and the pid could pass to another process in between.
+    // If the start time is equal before and after, every fact is about one process.
     let start_ticks = procfs::stat(pid).ok()?.start_ticks;
     let args = procfs::arguments(pid).ok()?;
     let exe = procfs::exe_of(pid).ok();
@@ -144,7 +160,7 @@ fn examine(
     Some(Found { identity: procfs::identity(pid, start_ticks).ok()?, exe, args })
 }
 
-/// Says whether `text` names the path `needle` or something below it.
+/// Returns true if `text` names the path `needle` or a path below it.
 fn mentions(text: &[u8], needle: &[u8]) -> bool {
     let needle = needle.strip_suffix(b"/").unwrap_or(needle);
     let mut windows = text.windows(needle.len()).enumerate();
@@ -155,7 +171,8 @@ fn mentions(text: &[u8], needle: &[u8]) -> bool {
     })
 }
 
-/// Says whether a byte goes on with a path; what does not, such as `=`, `:`, `,` or a quote, separates it from its neighbours.
+/// Returns true if `byte` can be part of a path. Other bytes, such as `=`, `:`, `,` or a quote, end
+/// it.
 fn is_path_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || !byte.is_ascii() || matches!(byte, b'/' | b'.' | b'_' | b'-')
 }

@@ -1,4 +1,4 @@
-//! Processes, and the proof of which one is meant.
+//! Processes, and the proof that a process is the one that is meant.
 //!
 //! ```text
 //!   spawn(Command) ──► Guarded ── keep() ──┐           our child: reaped by a task, exit status known
@@ -8,11 +8,12 @@
 //!                   └─► Unprovable                     touch nothing
 //! ```
 //!
-//! A pid is only a number that the kernel uses again. A [`Process`] therefore holds a pidfd, which means one process for
-//! ever: signals go through it and nowhere else, and it becomes readable when the process has ended. What survives a restart
-//! of the daemon is a [`ProcessIdentity`]: pid, start time and boot id, which together belong to one process only.
+//! A pid is a number that the kernel uses again. A [`Process`] therefore holds a pidfd, which means
+//! one process for ever: signals go through it alone, and it becomes readable when the process has
+//! ended. A [`ProcessIdentity`] survives a restart of the daemon: pid, start time and boot id
+//! together belong to one process only.
 //!
-//! A zombie counts as gone: it runs nothing and holds neither memory nor files.
+//! A zombie counts as gone, because it runs nothing and holds neither memory nor files.
 
 mod adopt;
 mod command;
@@ -41,7 +42,8 @@ pub use exit::{ExitStatus, ProcessExit};
 pub use find::{Found, find_by_argument, find_by_option};
 pub use procfs::{Usage, age, arguments_of, boot_id, exe_of, identify, usage};
 
-/// A handle of one process. Clones are handles of the same one; dropping them all leaves it running.
+/// A handle of one process. Clones are handles of the same process, and dropping all of them leaves
+/// the process running.
 #[derive(Clone, Debug)]
 pub struct Process {
     identity: Arc<ProcessIdentity>,
@@ -49,31 +51,32 @@ pub struct Process {
     exit: watch::Receiver<Option<ProcessExit>>,
 }
 
-/// Why a process could not be proven gone after it was told to go.
+/// The reason why a process is not proven gone after SIGKILL.
 #[derive(Debug, thiserror::Error)]
 pub enum KillError {
-    /// The signal was refused.
+    /// The kernel refused the signal.
     #[error("process {pid} could not be killed; end it by hand, or give the daemon the right to signal it")]
     Refused {
         /// The process.
         pid: u32,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// It was killed, and is still there.
+    /// The process was killed and has not ended.
     #[error(
         "process {pid} was killed but is still there after {after:?}; it probably waits for a device of the host"
     )]
     StillThere {
         /// The process.
         pid: u32,
-        /// How long it was waited for.
+        /// The time that was waited.
         after: Duration,
     },
 }
 
 impl Process {
-    /// Puts a handle together; the sender of `exit` publishes once and only when the process has ended.
+    /// Returns a handle. The sender of `exit` must publish once, and only after the process has
+    /// ended.
     fn new(
         identity: ProcessIdentity,
         pidfd: Arc<OwnedFd>,
@@ -82,47 +85,50 @@ impl Process {
         Self { identity: Arc::new(identity), pidfd, exit }
     }
 
-    /// Which process this is, in a form that survives a restart of the daemon.
+    /// Returns the identity of the process, which stays valid over a restart of the daemon.
     pub fn identity(&self) -> &ProcessIdentity {
         &self.identity
     }
 
-    /// The process id. For people and `/proc`; never a target of signals.
+    /// Returns the process id, for messages and `/proc`. Signals never go to it.
     pub fn pid(&self) -> u32 {
         self.identity.pid
     }
 
-    /// The exit, if the process has ended.
+    /// Returns the exit; `None` while the process runs.
     pub fn exit(&self) -> Option<ProcessExit> {
         *self.exit.borrow()
     }
 
-    /// Says whether the process has ended by now, be it that its exit is not known yet.
+    /// Returns true if the process has ended by now, even if its exit is not known yet.
     pub fn has_ended(&self) -> bool {
-        // A pidfd that cannot be asked proves nothing.
+        // An error of the pidfd proves no end.
         self.exit().is_some() || has_ended(&*self.pidfd).unwrap_or(false)
     }
 
-    /// Waits until the process has ended. May be cancelled, and called by many at once.
+    /// Waits until the process has ended and returns its exit. Can be cancelled, and called
+    /// concurrently.
     pub async fn wait(&self) -> ProcessExit {
         let mut exit = self.exit.clone();
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|value| *value);
         match ended {
             Some(exit) => exit,
-            // The watching task went without a word: the runtime is being shut down. To say "ended" would be a lie.
+            // The watching task has ended without publishing, because the runtime is shutting down.
+            // No end is proven, so none is returned.
             None => std::future::pending().await,
         }
     }
 
-    /// Waits until the process has ended, at most for `limit`. `None` means that it may still be there.
+    /// Waits at most `limit` for the end of the process. `None` means that the process may still
+    /// run.
     pub async fn wait_for(&self, limit: Duration) -> Option<ProcessExit> {
         tokio::time::timeout(limit, self.wait()).await.ok()
     }
 
-    /// Sends a signal to this process and no other. A process that has already gone is no error.
+    /// Sends a signal to this process and no other. A process that has already ended is no error.
     ///
     /// # Errors
-    /// What the kernel says, such as a missing permission.
+    /// Returns the kernel's error, such as a missing permission.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         match rustix::process::pidfd_send_signal(&*self.pidfd, signal) {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
@@ -133,34 +139,35 @@ impl Process {
     /// Sends SIGKILL and waits, at most for `limit`, until the process has gone.
     ///
     /// # Errors
-    /// [`KillError`], after which the process may still be there.
+    /// Returns [`KillError`]. The process may still run then.
     pub async fn kill_and_wait(&self, limit: Duration) -> Result<ProcessExit, KillError> {
         let pid = self.pid();
         self.signal(Signal::KILL).map_err(|source| KillError::Refused { pid, source })?;
         self.wait_for(limit).await.ok_or(KillError::StillThere { pid, after: limit })
     }
 
-    /// The program that the process runs, by its real path.
+    /// Returns the real path of the program that the process runs.
     ///
     /// # Errors
-    /// What the kernel says; `NotFound` where the process has ended.
+    /// Returns the kernel's error; `NotFound` where the process has ended.
     pub fn executable(&self) -> io::Result<PathBuf> {
         let executable = exe_of(self.pid())?;
         self.still_the_same()?;
         Ok(executable)
     }
 
-    /// What the process has used of the host.
+    /// Returns the process's use of the host.
     ///
     /// # Errors
-    /// What the kernel says; `NotFound` where the process has ended.
+    /// Returns the kernel's error; `NotFound` where the process has ended.
     pub fn usage(&self) -> io::Result<Usage> {
         let usage = usage(self.pid())?;
         self.still_the_same()?;
         Ok(usage)
     }
 
-    /// What was read from `/proc` under the pid is this process's only if it has not ended by now.
+    /// Fails if the process has ended. Facts that were read from `/proc` under the pid before this
+    /// call belong to the process only if it has not.
     fn still_the_same(&self) -> io::Result<()> {
         if has_ended(&*self.pidfd)? {
             return Err(io::Error::new(io::ErrorKind::NotFound, format!("process {} has ended", self.pid())));
@@ -169,7 +176,8 @@ impl Process {
     }
 }
 
-/// Says whether the process behind a pidfd has ended. True for a zombie, whose every thread has ended.
+/// Returns true if the process behind a pidfd has ended. A zombie, whose every thread has ended,
+/// has.
 fn has_ended(pidfd: impl AsFd) -> io::Result<bool> {
     let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };

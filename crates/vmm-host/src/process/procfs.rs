@@ -1,4 +1,4 @@
-//! What `/proc` tells of a process.
+//! Reads facts about processes from `/proc`.
 
 use std::fs;
 use std::io;
@@ -10,16 +10,16 @@ use std::time::Duration;
 
 use vmm_core::store::{Namespaces, ProcessIdentity};
 
-/// What a process has used of the host, all its threads together.
+/// The use of the host by a process, all its threads together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// CPU time in user and kernel mode since it began, in steps of a clock tick (usually 10 ms).
+    /// CPU time in user and kernel mode since the start, in steps of a clock tick (usually 10 ms).
     pub cpu_time: Duration,
     /// Memory in use now, in bytes.
     pub resident_bytes: u64,
 }
 
-/// The fields of `/proc/PID/stat` that matter here.
+/// The fields of `/proc/PID/stat` that this program uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     /// User and kernel time, in clock ticks.
@@ -36,8 +36,8 @@ pub(super) fn stat(pid: u32) -> io::Result<Stat> {
     })
 }
 
-/// The second field is the program's name in parentheses and may hold anything, spaces and parentheses too: what can be
-/// counted begins after the last closing one.
+/// Parses `/proc/PID/stat`. The second field is the program's name in parentheses and may hold any
+/// byte, so fields are counted from the last closing parenthesis.
 fn parse_stat(text: &[u8]) -> Option<Stat> {
     let after_name = text.iter().rposition(|&byte| byte == b')')? + 1;
     let rest = std::str::from_utf8(text.get(after_name..)?).ok()?;
@@ -47,8 +47,8 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
     Some(Stat { cpu_ticks: number(14)?.saturating_add(number(15)?), start_ticks: number(22)? })
 }
 
-/// Reads the resident pages of a process. `statm` and not `stat`: there the kernel leaves out what each CPU has yet to add up,
-/// which can be all that a small process has.
+/// Reads the number of resident pages from `statm`. The number in `stat` lacks the pages that each
+/// CPU has yet to add up, which can be all pages of a small process.
 fn resident_pages(pid: u32) -> io::Result<u64> {
     let text = read(pid, "statm")?;
     let pages =
@@ -58,7 +58,7 @@ fn resident_pages(pid: u32) -> io::Result<u64> {
     })
 }
 
-/// Reads the arguments of a process. Empty for a zombie and for a thread of the kernel.
+/// Reads the arguments of a process. Empty for a zombie and for a kernel thread.
 pub(super) fn arguments(pid: u32) -> io::Result<Vec<std::ffi::OsString>> {
     let text = read(pid, "cmdline")?;
     let text = text.strip_suffix(b"\0").unwrap_or(&text);
@@ -68,24 +68,24 @@ pub(super) fn arguments(pid: u32) -> io::Result<Vec<std::ffi::OsString>> {
     Ok(text.split(|&byte| byte == 0).map(|part| std::ffi::OsString::from_vec(part.to_vec())).collect())
 }
 
-/// The arguments that a process was started with, its own name first.
+/// Returns the arguments of a process, beginning with its own name.
 ///
 /// # Errors
-/// What the kernel says; `NotFound` where the process has ended.
+/// Returns the kernel's error; `NotFound` where the process has ended.
 pub fn arguments_of(process: &super::Process) -> io::Result<Vec<std::ffi::OsString>> {
     let arguments = arguments(process.pid())?;
     process.still_the_same()?;
     Ok(arguments)
 }
 
-/// The id of the process that `task` is a thread of.
+/// Reads the id of the process that has the thread `task`.
 pub(super) fn thread_group(task: u32) -> io::Result<Option<u32>> {
     let text = read(task, "status")?;
     let text = String::from_utf8_lossy(&text);
     Ok(text.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok()))
 }
 
-/// The real user id of a process.
+/// Reads the real user id of a process.
 pub(super) fn real_uid(pid: u32) -> io::Result<u32> {
     let text = read(pid, "status")?;
     let text = String::from_utf8_lossy(&text);
@@ -97,7 +97,8 @@ pub(super) fn real_uid(pid: u32) -> io::Result<u32> {
     })
 }
 
-/// A process that ends while it is read answers ESRCH; for the caller that is the same as a file that is not there.
+/// Reads a file of `/proc/PID`. The kernel answers ESRCH for a process that ends during the read,
+/// which becomes `NotFound`, because callers treat it like a missing file.
 fn read(pid: u32, file: &str) -> io::Result<Vec<u8>> {
     fs::read(format!("/proc/{pid}/{file}")).map_err(gone_is_not_found)
 }
@@ -109,10 +110,10 @@ fn gone_is_not_found(error: io::Error) -> io::Error {
     error
 }
 
-/// Reads what the process has used of the host.
+/// Reads the use of the host by a process.
 ///
 /// # Errors
-/// What the kernel says; `NotFound` where there is no such process.
+/// Returns the kernel's error; `NotFound` where there is no such process.
 pub fn usage(pid: u32) -> io::Result<Usage> {
     let stat = stat(pid)?;
     let hertz = rustix::param::clock_ticks_per_second().max(1);
@@ -122,8 +123,8 @@ pub fn usage(pid: u32) -> io::Result<Usage> {
     Ok(Usage { cpu_time: whole + part, resident_bytes: resident_pages(pid)?.saturating_mul(page_size) })
 }
 
-/// How long ago a process was started, on the clock that counts from the host's boot and that nobody sets. `None` where that
-/// was before the present boot.
+/// Returns the age of a process on the clock that counts from the host's boot and that nobody sets.
+/// `None` where the process belongs to an earlier boot.
 pub fn age(identity: &ProcessIdentity) -> Option<Duration> {
     if boot_id().ok()? != identity.boot_id {
         return None;
@@ -136,36 +137,40 @@ pub fn age(identity: &ProcessIdentity) -> Option<Duration> {
     Some(now.saturating_sub(Duration::from_secs(ticks / hertz) + part))
 }
 
-/// The program that a process runs, by its real path. A program that was replaced since keeps the path it had.
+/// Returns the real path of the program that a process runs. A program whose file was replaced
+/// since keeps the old path.
 ///
 /// # Errors
-/// What the kernel says: `NotFound` where there is no such process, `PermissionDenied` where it is another user's.
+/// Returns the kernel's error: `NotFound` where there is no such process, `PermissionDenied` where
+/// it belongs to another user.
 pub fn exe_of(pid: u32) -> io::Result<PathBuf> {
     let link = fs::read_link(format!("/proc/{pid}/exe")).map_err(gone_is_not_found)?;
     Ok(without_deleted(&link))
 }
 
-/// The file that a process's stderr goes to, by its real path.
+/// Returns the real path of the file that a process has as stderr.
 pub(super) fn stderr_of(pid: u32) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/{pid}/fd/2")).map_err(gone_is_not_found)
 }
 
-/// The kernel marks the path of a program whose file was removed, as an upgrade does.
+/// Cuts off the mark that the kernel puts behind the path of a removed file, as an upgrade leaves
+/// one.
 fn without_deleted(link: &Path) -> PathBuf {
     let bytes = link.as_os_str().as_bytes();
     let bytes = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
     PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
 }
 
-/// Which process has `pid` now. Proves nothing by itself: [`super::adopt`] makes a handle of it, if it is still there.
+/// Returns the identity of the process that has `pid` now. This alone proves nothing:
+/// [`super::adopt`] makes a handle, if the process is still there.
 ///
 /// # Errors
-/// What the kernel says; `NotFound` where there is no such process, or it is hidden from us.
+/// Returns the kernel's error; `NotFound` where there is no such process or `/proc` hides it.
 pub fn identify(pid: u32) -> io::Result<ProcessIdentity> {
     identity(pid, stat(pid)?.start_ticks)
 }
 
-/// The identity of the process that has `pid` now and was started at `start_ticks`.
+/// Returns the identity of the process that has `pid` now and started at `start_ticks`.
 pub(super) fn identity(pid: u32, start_ticks: u64) -> io::Result<ProcessIdentity> {
     Ok(ProcessIdentity { pid, start_ticks, boot_id: boot_id()?, namespaces: Some(namespaces()?) })
 }
@@ -181,7 +186,7 @@ pub(super) fn namespaces() -> io::Result<Namespaces> {
     }
     let inode = |name: &str| fs::metadata(format!("/proc/self/ns/{name}")).map(|facts| facts.ino());
     let time = match inode("time") {
-        // Linux before 5.6 has none.
+        // Linux before 5.6 has no time namespaces.
         Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
         time => time?,
     };
@@ -189,10 +194,10 @@ pub(super) fn namespaces() -> io::Result<Namespaces> {
     Ok(*NAMESPACES.get_or_init(|| seen))
 }
 
-/// The id of the host's present boot. Read once.
+/// Returns the id of the host's present boot. Read once.
 ///
 /// # Errors
-/// What reading `/proc/sys/kernel/random/boot_id` says.
+/// Returns the error of reading `/proc/sys/kernel/random/boot_id`.
 pub fn boot_id() -> io::Result<String> {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
     if let Some(known) = BOOT_ID.get() {
