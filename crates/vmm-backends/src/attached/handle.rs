@@ -149,11 +149,7 @@ impl<A: Api> Handle<A> {
     async fn look(&self) -> Result<GuestState, BackendError> {
         let mut known = self.known.lock().await;
         let state = self.api.state().await.map_err(|error| or_gone(&self.process, error))?;
-        let seen = match state {
-            GuestState::Running => Guest::Running,
-            GuestState::Paused => Guest::Paused,
-            GuestState::Ended => Guest::AtRest,
-        };
+        let seen = Guest::from(state);
         if seen == *known || self.ending.load(Ordering::Acquire) {
             return Ok(state);
         }

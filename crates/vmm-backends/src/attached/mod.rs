@@ -24,6 +24,7 @@ pub(crate) mod force;
 pub(crate) mod handle;
 mod patrol;
 mod place;
+pub(crate) mod rest;
 pub(crate) mod seat;
 pub(crate) mod stranger;
 pub(crate) mod tell;
@@ -34,7 +35,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use vmm_core::backend::{Backend, BackendError, Capabilities, LaunchRequest, Launched, SweepRequest};
+use vmm_core::backend::{
+    Backend, BackendError, Capabilities, GuestState, LaunchRequest, Launched, SweepRequest,
+};
 use vmm_core::config::VmConfig;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
@@ -46,6 +49,7 @@ use vmm_host::endpoint::{Visit, VisitError};
 use vmm_host::process::Process;
 
 use backend::Attached;
+use rest::Rest;
 
 /// The Cloud Hypervisors behind `sockets`, each of which is looked at every `interval`. The rules of
 /// `managed` about configurations hold there too.
@@ -54,7 +58,7 @@ pub fn cloud_hypervisor(
     managed: crate::cloud_hypervisor::CloudHypervisor,
     interval: Duration,
 ) -> impl Backend {
-    Attached::new(crate::cloud_hypervisor::attached::CloudHypervisor::new(), sockets, managed, interval)
+    Attached::new(Rest::<crate::cloud_hypervisor::Hypervisor>::new(), sockets, managed, interval)
 }
 
 /// The Firecrackers behind `sockets`, each of which is looked at every `interval`. The rules of
@@ -64,7 +68,7 @@ pub fn firecracker(
     managed: crate::firecracker::Firecracker,
     interval: Duration,
 ) -> impl Backend {
-    Attached::new(crate::firecracker::attached::Firecracker::new(), sockets, managed, interval)
+    Attached::new(Rest::<crate::firecracker::Hypervisor>::new(), sockets, managed, interval)
 }
 
 /// The QEMUs whose QMP sockets are `sockets`, each of which is looked at every `interval`. The rules of
@@ -173,6 +177,16 @@ pub(crate) enum Guest {
     Running,
     /// Its CPUs stand still.
     Paused,
+}
+
+impl From<GuestState> for Guest {
+    fn from(state: GuestState) -> Self {
+        match state {
+            GuestState::Running => Self::Running,
+            GuestState::Paused => Self::Paused,
+            GuestState::Ended => Self::AtRest,
+        }
+    }
 }
 
 impl Guest {

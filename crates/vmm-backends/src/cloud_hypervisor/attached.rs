@@ -5,89 +5,54 @@
 //! copied (by [`crate::attached`]); nothing of its own stdout or event monitor is ours.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde_json::Value;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Capabilities, Effect, GuestState, LaunchRequest, Launched,
-    NetworkCounters, StorageCounters, SweepRequest,
+    BackendError, BackendErrorKind, Effect, GuestState, LaunchRequest, NetworkCounters, StorageCounters,
 };
 use vmm_core::id::VmUid;
-use vmm_core::kind::VmKind;
-use vmm_core::place::Places;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
-use vmm_host::endpoint::{Visit, VisitError};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::path::shell_word;
-use vmm_host::process::Process;
 
-use super::client::{Client, VmPhase};
+use super::client::Client;
 use super::convert::{Config, path_option};
 use super::describe::configuration;
-use super::{OLDEST, capabilities};
-use crate::attached::handle::{self, Api};
+use super::{Hypervisor, OLDEST};
+use crate::attached::handle::Api;
+use crate::attached::rest::AttachedRest;
 use crate::attached::tell::is_in;
-use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use crate::attached::{Guest, Holding, Met};
 use crate::ladder::Call;
 use crate::program::Version;
 use crate::rest::options::check_taps;
 
-/// Cloud Hypervisor, as attached.
-#[derive(Debug)]
-pub(crate) struct CloudHypervisor {
-    capabilities: Capabilities,
-}
-
-impl CloudHypervisor {
-    /// Makes it.
-    pub(crate) fn new() -> Self {
-        let mut capabilities = capabilities();
-        capabilities.endpoint_mode = "attached";
-        for (name, fact) in [
-            ("console", "serial, without input; of an imported VM none"),
-            ("guest-panic", "not seen: have the guest reset itself (panic=1)"),
-            ("guest-power-off", "ends the run, and the VMM; why is not told"),
-            ("guest-reset", "in place, and not seen"),
-            ("guest-triple-fault", "as a reset"),
-            ("state", "asked for at the metrics interval"),
-            ("vmm-failure", "ends the run; another VMM on the same socket can boot the VM again"),
-        ] {
-            capabilities.facts.insert(name, fact.to_owned());
-        }
-        Self { capabilities }
-    }
-}
-
 #[async_trait]
-impl Hypervisor for CloudHypervisor {
-    type Client = Client;
+impl AttachedRest for Hypervisor {
+    const FACTS: &'static [(&'static str, &'static str)] = &[
+        ("console", "serial, without input; of an imported VM none"),
+        ("guest-panic", "not seen: have the guest reset itself (panic=1)"),
+        ("guest-power-off", "ends the run, and the VMM; why is not told"),
+        ("guest-reset", "in place, and not seen"),
+        ("guest-triple-fault", "as a reset"),
+        ("state", "asked for at the metrics interval"),
+        ("vmm-failure", "ends the run; another VMM on the same socket can boot the VM again"),
+    ];
 
-    fn capabilities(&self) -> &Capabilities {
-        &self.capabilities
-    }
+    const OLDEST: Version = OLDEST;
 
-    fn title(&self) -> &'static str {
-        "Cloud Hypervisor"
-    }
+    const NAMES_CONSOLE_AT_START: bool = false;
 
-    fn program(&self) -> &'static str {
-        "cloud-hypervisor"
-    }
-
-    fn how_to_start(&self, socket: &Path) -> String {
+    fn how_to_start(socket: &Path) -> String {
         let (left, socket) = (socket.to_string_lossy(), path_option(socket).to_string_lossy().into_owned());
         // Not every version takes the place of a socket that another one left behind.
         format!("rm -f {} && cloud-hypervisor --api-socket {}", shell_word(&left), shell_word(&socket))
     }
 
-    fn places(&self, sockets: Vec<VmKind>) -> Places {
-        Places::Fixed(sockets)
-    }
-
-    fn check(&self, spec: &VmSpec, report: &mut Report) {
+    fn check_attached(spec: &VmSpec, report: &mut Report) {
         if let Some(RestartMode::Never | RestartMode::OnFailure | RestartMode::Always) = spec.restart.mode {
             report.reject(
                 "config.restart_policy.mode",
@@ -97,35 +62,11 @@ impl Hypervisor for CloudHypervisor {
         }
     }
 
-    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<Client>, VisitError> {
-        let pid = visit.process.pid();
-        let client =
-            Client::over(socket, visit.stream).await.map_err(|error| VisitError::Failed(error.message))?;
-        let client = client.of_process(pid);
-        let version = match client.version().await {
-            Ok(version) => version,
-            Err(error) => return Err(not_one(socket, error).await),
-        };
-        if let Some(found) = Version::find(&format!("v{version}"))
-            && found < OLDEST
-        {
-            return Err(VisitError::Refused(format!(
-                "Cloud Hypervisor {version} listens there, and {OLDEST} is the oldest that can be used: start a newer one"
-            )));
-        }
-        let described = client.describe().await.map_err(|error| VisitError::Failed(error.message))?;
-        let holds = described.map(|(phase, native)| holding(phase, native));
-        Ok(Met {
-            client: Arc::new(client),
-            process: visit.process,
-            version,
-            accelerator: "kvm".to_owned(),
-            machine: String::new(),
-            holds,
-        })
+    async fn holding(client: &Client) -> Result<Option<Holding>, BackendError> {
+        Ok(client.describe().await?.map(|(state, native)| holding(state.into(), native)))
     }
 
-    fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool {
+    fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool {
         let config = Config::of(spec, &spec.tap_names(uid));
         let config = match console {
             Some(file) => config.with_console_in(file),
@@ -135,7 +76,6 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn start(
-        &self,
         met: &Met<Client>,
         request: &LaunchRequest,
         console: Option<&Path>,
@@ -162,22 +102,7 @@ impl Hypervisor for CloudHypervisor {
         Err(error)
     }
 
-    fn attend(&self, met: Met<Client>, parts: Parts) -> Launched {
-        handle::attend(met.client, met.process, self.program(), parts)
-    }
-
-    fn silent(&self, socket: &Path, process: &Process) -> Met<Client> {
-        Met {
-            client: Arc::new(Client::new(socket).of_process(process.pid())),
-            process: process.clone(),
-            version: String::new(),
-            accelerator: "kvm".to_owned(),
-            machine: String::new(),
-            holds: None,
-        }
-    }
-
-    async fn power_off(&self, client: &Client) -> Result<bool, BackendError> {
+    async fn power_off(client: &Client) -> Result<bool, BackendError> {
         match client.shutdown().await {
             Ok(()) => Ok(true),
             Err(error) if error.kind == BackendErrorKind::Rejected => {
@@ -187,17 +112,8 @@ impl Hypervisor for CloudHypervisor {
         }
     }
 
-    async fn forget(&self, client: &Client, _request: &SweepRequest) -> Result<bool, BackendError> {
+    async fn forget(client: &Client) -> Result<bool, BackendError> {
         client.delete().await.map(|()| true)
-    }
-}
-
-async fn not_one(socket: &Path, error: BackendError) -> VisitError {
-    match stranger::who(socket).await {
-        Some(other) if !other.starts_with("Cloud Hypervisor") => {
-            VisitError::Refused(format!("what listens there is not Cloud Hypervisor: it is {other}"))
-        }
-        Some(_) | None => VisitError::Failed(error.message),
     }
 }
 
@@ -248,12 +164,7 @@ async fn or_done(
     if is_there { Ok(()) } else { Err(error) }
 }
 
-fn holding(phase: VmPhase, native: Value) -> Holding {
-    let guest = match phase {
-        VmPhase::AtRest => Guest::AtRest,
-        VmPhase::Running => Guest::Running,
-        VmPhase::Paused => Guest::Paused,
-    };
+fn holding(guest: Guest, native: Value) -> Holding {
     let (config, untold) = configuration(&native);
     Holding { guest, config, untold, startable: true, native }
 }
@@ -270,18 +181,20 @@ mod unit_tests {
     }
 
     fn held(native: Value) -> Holding {
-        holding(VmPhase::AtRest, native)
+        holding(Guest::AtRest, native)
     }
 
     #[test]
     fn our_own_is_told_from_another_vm() {
-        let kind = CloudHypervisor::new();
         let (spec, console) = (large(), Path::new("/run/x/console.boot"));
         let config = Config::of(&spec, &["tap0".to_owned()]).with_console_in(console);
         let mut native = serde_json::to_value(config).unwrap();
         native["rng"] = json!({"src": "/dev/urandom"});
-        assert!(kind.is_made_of(&held(native.clone()), uid(), &spec, Some(console)));
-        assert!(!kind.is_made_of(&held(native.clone()), uid(), &spec, None), "its console goes elsewhere");
+        assert!(Hypervisor::is_made_of(&held(native.clone()), uid(), &spec, Some(console)));
+        assert!(
+            !Hypervisor::is_made_of(&held(native.clone()), uid(), &spec, None),
+            "its console goes elsewhere"
+        );
         for (pointer, other) in [
             ("/payload/kernel", json!("/other")),
             ("/disks/0/path", json!("/other")),
@@ -290,7 +203,7 @@ mod unit_tests {
         ] {
             let mut changed = native.clone();
             *changed.pointer_mut(pointer).unwrap() = other;
-            assert!(!kind.is_made_of(&held(changed), uid(), &spec, Some(console)), "{pointer}");
+            assert!(!Hypervisor::is_made_of(&held(changed), uid(), &spec, Some(console)), "{pointer}");
         }
     }
 }

@@ -1,19 +1,18 @@
 //! Cloud Hypervisor's API, typed: one method for each request that is made.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
+use async_trait::async_trait;
 use serde::Deserialize;
-use tokio::net::UnixStream;
 use vmm_core::backend::{BackendError, BackendErrorKind, GuestState, NetworkCounters, StorageCounters};
 
 use super::convert::Config;
 use crate::program::told_version;
-use crate::rest::client::{BOOT, CALL, RestClient};
+use crate::rest::client::{BOOT, CALL, Explain, RestApi, RestClient};
 
 /// The API of one Cloud Hypervisor.
 #[derive(Debug)]
-pub(crate) struct Client(RestClient);
+pub struct Client(RestClient);
 
 /// What a request without a body carries.
 type Nothing = ();
@@ -38,23 +37,12 @@ enum State {
     BreakPoint,
 }
 
-/// Where a VM is that the VMM holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum VmPhase {
-    /// Made, or shut down.
-    AtRest,
-    /// Its CPUs run.
-    Running,
-    /// Its CPUs stand still.
-    Paused,
-}
-
 impl State {
-    fn phase(self) -> VmPhase {
+    fn guest(self) -> GuestState {
         match self {
-            Self::Running => VmPhase::Running,
-            Self::Paused | Self::BreakPoint => VmPhase::Paused,
-            Self::Created | Self::Shutdown => VmPhase::AtRest,
+            Self::Running => GuestState::Running,
+            Self::Paused | Self::BreakPoint => GuestState::Paused,
+            Self::Created | Self::Shutdown => GuestState::Ended,
         }
     }
 }
@@ -99,39 +87,35 @@ impl Counters {
     }
 }
 
+impl From<RestClient> for Client {
+    fn from(client: RestClient) -> Self {
+        Self(client)
+    }
+}
+
+#[async_trait]
+impl RestApi for Client {
+    const EXPLAIN: Explain = explain;
+
+    async fn version(&self) -> Result<String, BackendError> {
+        self.0.get::<Ping>("/api/v1/vmm.ping").await.map(|ping| told_version(&ping.version))
+    }
+
+    async fn instance(&self) -> Result<(GuestState, String), BackendError> {
+        Ok((self.state().await?, self.version().await?))
+    }
+}
+
 impl Client {
-    /// The API at `socket`, connected to at the first call.
-    pub(crate) fn new(socket: &Path) -> Self {
-        Self(RestClient::new(socket, explain))
-    }
-
-    /// The API at `socket`, to which `stream` is connected.
-    ///
-    /// # Errors
-    /// As [`RestClient::over`].
-    pub(crate) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
-        RestClient::over(socket, stream, explain).await.map(Self)
-    }
-
-    /// The same, of which nothing is sent to another process than `pid`.
-    pub(crate) fn of_process(self, pid: u32) -> Self {
-        Self(self.0.of_process(pid))
-    }
-
     /// Closes the connection, as [`RestClient::hang_up`].
     pub(crate) fn hang_up(&self) {
         self.0.hang_up();
     }
 
-    /// Asks for the version.
+    /// Makes the VM, without running it.
     ///
     /// # Errors
-    /// As [`RestClient::get`] and [`RestClient::put`], which holds for all that follow.
-    pub(crate) async fn version(&self) -> Result<String, BackendError> {
-        self.0.get::<Ping>("/api/v1/vmm.ping").await.map(|ping| told_version(&ping.version))
-    }
-
-    /// Makes the VM, without running it.
+    /// Fails as [`RestClient::get`] and [`RestClient::put`] do, as all that follow.
     pub(crate) async fn create(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.create", Some(config), CALL).await
     }
@@ -172,9 +156,9 @@ impl Client {
     }
 
     /// Asks what the VMM holds, with its configuration in the VMM's own words; `None` where it holds nothing.
-    pub(crate) async fn describe(&self) -> Result<Option<(VmPhase, serde_json::Value)>, BackendError> {
+    pub(crate) async fn describe(&self) -> Result<Option<(GuestState, serde_json::Value)>, BackendError> {
         match self.0.get::<Description>("/api/v1/vm.info").await {
-            Ok(told) => Ok(Some((told.state.phase(), told.config))),
+            Ok(told) => Ok(Some((told.state.guest(), told.config))),
             Err(error) if is_no_vm(&error) => Ok(None),
             Err(error) => Err(error),
         }
@@ -191,11 +175,7 @@ impl Client {
             Err(error) if is_no_vm(&error) => return Ok(GuestState::Ended),
             answer => answer?,
         };
-        Ok(match info.state.phase() {
-            VmPhase::Running => GuestState::Running,
-            VmPhase::Paused => GuestState::Paused,
-            VmPhase::AtRest => GuestState::Ended,
-        })
+        Ok(info.state.guest())
     }
 
     /// Reads the counters of all devices since the guest last started.

@@ -9,6 +9,7 @@ use super::client::Client;
 use super::describe::configuration;
 use super::events::{ChEvent, EVENTS, EventFile, parse};
 use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
+use crate::rest::client::RestApi;
 
 /// How many of the calls of [`ask`] change nothing.
 const QUESTIONS: usize = 4;
@@ -32,7 +33,7 @@ pub fn cloud_hypervisor(input: &[u8]) {
 
 async fn calls(says: Says, calls: &[usize]) {
     let talk = async |stream| {
-        let client = Client::over(Path::new("/nobody"), stream).await.expect("it is connected");
+        let client = Client::over(Path::new("/nobody"), stream, 0).await.expect("it is connected");
         for call in calls {
             if let Err(error) = ask(&client, *call).await {
                 check_error(&error, *call < QUESTIONS);

@@ -38,6 +38,7 @@ use super::watch::{Watched, Watcher};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::rest::adopt::{LOG, exit_message, kill, or_gone};
+use crate::rest::backend::Run;
 use crate::throttle::{Throttle, due};
 
 /// Events that wait for the VM's owner.
@@ -93,41 +94,27 @@ impl Totals {
     }
 }
 
-/// What a handle is made of.
-pub(super) struct Parts<'a> {
-    pub(super) run: RunRecord,
-    pub(super) process: Process,
-    pub(super) client: Client,
-    pub(super) events: EventFile,
-    pub(super) dir: &'a Path,
-    pub(super) reset_ends: bool,
-}
-
-/// Makes the handle of a Cloud Hypervisor that runs, and watches over it.
-pub(super) fn attend(parts: Parts<'_>, watcher: &Watcher) -> Launched {
+/// Makes the handle of a Cloud Hypervisor that runs, and watches over it. `reset_ends` says whether a reset of the guest ends
+/// the run.
+pub(super) fn attend(run: Run<'_, Client>, reset_ends: bool, watcher: &Watcher) -> Launched {
+    let Run { record, process, client, dir, spec: _, is_new } = run;
     let (sender, events) = mpsc::channel(QUEUE);
     let expected = Arc::new(Expected::default());
-    let span = tracing::info_span!("cloud-hypervisor", pid = parts.process.pid());
+    let span = tracing::info_span!("cloud-hypervisor", pid = process.pid());
     let monitor = Monitor {
-        process: parts.process.clone(),
-        file: parts.events,
-        watched: watcher.watch(&parts.dir.join(EVENTS)),
+        process: process.clone(),
+        file: if is_new { EventFile::from_start(dir) } else { EventFile::near_end(dir) },
+        watched: watcher.watch(&dir.join(EVENTS)),
         expected: Arc::clone(&expected),
-        log: parts.dir.join(LOG),
-        reset_ends: parts.reset_ends,
+        log: dir.join(LOG),
+        reset_ends,
         seen: Seen::default(),
         throttle: Throttle::new(),
         moved: None,
         sender,
     };
     tokio::spawn(monitor.run().instrument(span));
-    let handle = Handle {
-        run: parts.run,
-        process: parts.process,
-        client: parts.client,
-        expected,
-        totals: Mutex::default(),
-    };
+    let handle = Handle { run: record, process, client, expected, totals: Mutex::default() };
     Launched { vmm: Arc::new(handle), events }
 }
 

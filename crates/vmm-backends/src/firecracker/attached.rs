@@ -6,93 +6,60 @@
 //! Its last counters tell why it ended.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde_json::Value;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Capabilities, Effect, ExitCause, GuestState, LaunchRequest, Launched,
-    NetworkCounters, StorageCounters, SweepRequest,
+    BackendError, BackendErrorKind, Effect, ExitCause, GuestState, LaunchRequest, NetworkCounters,
+    StorageCounters,
 };
 use vmm_core::id::VmUid;
-use vmm_core::kind::VmKind;
-use vmm_core::place::Places;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
-use vmm_host::endpoint::{Visit, VisitError};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::path::shell_word;
-use vmm_host::process::Process;
 
-use super::capabilities;
+use super::Hypervisor;
 use super::client::Client;
 use super::convert::Config;
 use super::describe::configuration;
 use super::metrics::{METRICS, Metrics};
-use crate::attached::handle::{self, Api};
+use crate::attached::handle::Api;
+use crate::attached::rest::AttachedRest;
 use crate::attached::tell::{is_in, list, text};
-use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use crate::attached::{Guest, Holding, Met};
 use crate::ladder::Call;
 use crate::program::Version;
+use crate::rest::client::RestApi as _;
 use crate::rest::options::check_taps;
 
-/// Firecracker, as attached.
-#[derive(Debug)]
-pub(crate) struct Firecracker {
-    capabilities: Capabilities,
-}
-
-impl Firecracker {
-    /// Makes it.
-    pub(crate) fn new() -> Self {
-        let mut capabilities = capabilities();
-        capabilities.endpoint_mode = "attached";
-        for (name, fact) in [
-            ("console", "serial, without input; of an imported VM none"),
-            ("guest-reset", "ends the run, and the VMM"),
-            ("guest-triple-fault", "ends the run, and the VMM, as a failure"),
-            ("reboot", "no: it needs another VMM on the same socket"),
-            ("state", "asked for at the metrics interval"),
-            ("vmm-failure", "ends the run; another VMM on the same socket can boot the VM again"),
-        ] {
-            capabilities.facts.insert(name, fact.to_owned());
-        }
-        Self { capabilities }
-    }
-}
-
-/// The command that starts one on `socket`, where nobody listens: a socket that another one left behind is in its way.
-fn command(socket: &Path) -> String {
-    let socket = shell_word(&socket.to_string_lossy());
-    format!("rm -f {socket} && firecracker --api-sock {socket}")
-}
+/// The oldest Firecracker that can be used where somebody else has started it: only since then a VMM that runs is told where its
+/// serial port writes to (`PUT /serial`).
+const OLDEST: Version = Version::new(1, 14, 0);
 
 #[async_trait]
-impl Hypervisor for Firecracker {
-    type Client = Client;
+impl AttachedRest for Hypervisor {
+    const FACTS: &'static [(&'static str, &'static str)] = &[
+        ("console", "serial, without input; of an imported VM none"),
+        ("guest-reset", "ends the run, and the VMM"),
+        ("guest-triple-fault", "ends the run, and the VMM, as a failure"),
+        ("reboot", "no: it needs another VMM on the same socket"),
+        ("state", "asked for at the metrics interval"),
+        ("vmm-failure", "ends the run; another VMM on the same socket can boot the VM again"),
+    ];
 
-    fn capabilities(&self) -> &Capabilities {
-        &self.capabilities
+    const OLDEST: Version = OLDEST;
+
+    const NAMES_CONSOLE_AT_START: bool = true;
+
+    fn how_to_start(socket: &Path) -> String {
+        let socket = shell_word(&socket.to_string_lossy());
+        // A socket that another one left behind is in its way.
+        format!("rm -f {socket} && firecracker --api-sock {socket}")
     }
 
-    fn title(&self) -> &'static str {
-        "Firecracker"
-    }
-
-    fn program(&self) -> &'static str {
-        "firecracker"
-    }
-
-    fn how_to_start(&self, socket: &Path) -> String {
-        command(socket)
-    }
-
-    fn places(&self, sockets: Vec<VmKind>) -> Places {
-        Places::Fixed(sockets)
-    }
-
-    fn check(&self, spec: &VmSpec, report: &mut Report) {
+    fn check_attached(spec: &VmSpec, report: &mut Report) {
         match spec.restart.mode {
             None | Some(RestartMode::Never) => {}
             Some(RestartMode::GuestReboot | RestartMode::OnFailure | RestartMode::Always) => report.reject(
@@ -110,35 +77,13 @@ impl Hypervisor for Firecracker {
         }
     }
 
-    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<Client>, VisitError> {
-        let pid = visit.process.pid();
-        let failed = |error: BackendError| VisitError::Failed(error.message);
-        let client = Client::over(socket, visit.stream).await.map_err(failed)?.of_process(pid);
-        let (state, version) = match client.instance().await {
-            Ok(told) => told,
-            Err(error) => return Err(not_one(socket, error).await),
-        };
-        if let Some(why) = too_old(&version) {
-            return Err(VisitError::Refused(why));
-        }
-        let native = client.describe().await.map_err(failed)?;
-        let guest = match state {
-            GuestState::Running => Guest::Running,
-            GuestState::Paused => Guest::Paused,
-            GuestState::Ended => Guest::AtRest,
-        };
-        Ok(Met {
-            client: Arc::new(client),
-            process: visit.process,
-            version,
-            accelerator: "kvm".to_owned(),
-            machine: String::new(),
-            holds: holding(guest, native),
-        })
+    async fn holding(client: &Client) -> Result<Option<Holding>, BackendError> {
+        let (state, _) = client.instance().await?;
+        Ok(holding(state.into(), client.describe().await?))
     }
 
     /// What was begun of our own may be a part of it, for it is configured piece by piece.
-    fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, _console: Option<&Path>) -> bool {
+    fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, _console: Option<&Path>) -> bool {
         let config = Config::of(spec, &spec.tap_names(uid));
         let (Ok(drives), Ok(interfaces)) = (to_list(&config.drives), to_list(&config.interfaces)) else {
             return false;
@@ -160,7 +105,6 @@ impl Hypervisor for Firecracker {
     }
 
     async fn start(
-        &self,
         met: &Met<Client>,
         request: &LaunchRequest,
         console: Option<&Path>,
@@ -184,55 +128,12 @@ impl Hypervisor for Firecracker {
         Ok(())
     }
 
-    fn names_console_at_start(&self) -> bool {
-        true
-    }
-
-    fn attend(&self, met: Met<Client>, parts: Parts) -> Launched {
-        handle::attend(met.client, met.process, self.program(), parts)
-    }
-
-    fn silent(&self, socket: &Path, process: &Process) -> Met<Client> {
-        Met {
-            client: Arc::new(Client::new(socket).of_process(process.pid())),
-            process: process.clone(),
-            version: String::new(),
-            accelerator: "kvm".to_owned(),
-            machine: String::new(),
-            holds: None,
-        }
-    }
-
-    async fn power_off(&self, client: &Client) -> Result<bool, BackendError> {
+    async fn power_off(client: &Client) -> Result<bool, BackendError> {
         Ok(client.instance().await?.0 == GuestState::Ended)
     }
 
-    async fn forget(&self, _client: &Client, _request: &SweepRequest) -> Result<bool, BackendError> {
+    async fn forget(_client: &Client) -> Result<bool, BackendError> {
         Ok(false)
-    }
-}
-
-/// The oldest Firecracker that can be used where somebody else has started it: only since then a VMM that runs is told where its
-/// serial port writes to (`PUT /serial`).
-const OLDEST: Version = Version::new(1, 14, 0);
-
-/// Says why a Firecracker of this `version` cannot be used, where it cannot. A version that cannot be read is not refused.
-fn too_old(version: &str) -> Option<String> {
-    let found = Version::find(&format!("v{version}"))?;
-    (found < OLDEST).then(|| {
-        format!(
-            "Firecracker {version} listens there, and {OLDEST} is the oldest that can be used where this program does not start \
-             it itself: start a newer one"
-        )
-    })
-}
-
-async fn not_one(socket: &Path, error: BackendError) -> VisitError {
-    match stranger::who(socket).await {
-        Some(other) if !other.starts_with("Firecracker") => {
-            VisitError::Refused(format!("what listens there is not Firecracker: it is {other}"))
-        }
-        Some(_) | None => VisitError::Failed(error.message),
     }
 }
 
@@ -285,7 +186,7 @@ impl Api for Client {
             "Firecracker starts a guest once, and the one on unix://{} was started by somebody else: shut the VM down, start \
              another VMM there ({}), and boot the VM",
             socket.display(),
-            command(socket)
+            Hypervisor::how_to_start(socket)
         );
         Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
     }
@@ -324,13 +225,14 @@ mod unit_tests {
 
     use super::super::describe::unit_tests::{native, spec};
     use super::*;
+    use crate::attached::rest::too_old;
 
     #[test]
     fn one_that_cannot_be_told_where_its_console_goes_is_refused() {
         for (version, refused) in [("1.7.0", true), ("1.13.1", true), ("1.14.0", false), ("1.16.1", false)] {
-            assert_eq!(too_old(version).is_some(), refused, "{version}");
+            assert_eq!(too_old::<Hypervisor>(version).is_some(), refused, "{version}");
         }
-        assert_eq!(too_old("of another kind"), None);
+        assert_eq!(too_old::<Hypervisor>("of another kind"), None);
     }
 
     fn uid() -> VmUid {
@@ -348,9 +250,8 @@ mod unit_tests {
 
     #[test]
     fn a_part_of_ours_is_ours_and_a_part_of_anothers_is_not() {
-        let kind = Firecracker::new();
         let is_ours = |native: Value, guest| {
-            holding(guest, native).is_some_and(|holds| kind.is_made_of(&holds, uid(), &spec(), None))
+            holding(guest, native).is_some_and(|holds| Hypervisor::is_made_of(&holds, uid(), &spec(), None))
         };
         let whole = native(&spec());
         assert!(is_ours(whole.clone(), Guest::AtRest) && is_ours(whole.clone(), Guest::Running));

@@ -2,18 +2,18 @@
 
 use std::path::Path;
 
+use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use tokio::net::UnixStream;
 use vmm_core::backend::{BackendError, GuestState};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::convert::Config;
 use crate::program::told_version;
-use crate::rest::client::{BOOT, CALL, RestClient};
+use crate::rest::client::{BOOT, CALL, Explain, RestApi, RestClient};
 
 /// The API of one Firecracker.
 #[derive(Debug)]
-pub(crate) struct Client(RestClient);
+pub struct Client(RestClient);
 
 /// What Firecracker says of itself.
 #[derive(Debug, Deserialize)]
@@ -56,28 +56,35 @@ struct Fault {
     fault_message: String,
 }
 
+impl From<RestClient> for Client {
+    fn from(client: RestClient) -> Self {
+        Self(client)
+    }
+}
+
+#[async_trait]
+impl RestApi for Client {
+    const EXPLAIN: Explain = explain;
+
+    async fn version(&self) -> Result<String, BackendError> {
+        self.instance().await.map(|(_, version)| version)
+    }
+
+    async fn instance(&self) -> Result<(GuestState, String), BackendError> {
+        let instance: Instance = self.0.get("/").await?;
+        let state = match instance.state {
+            InstanceState::NotStarted => GuestState::Ended,
+            InstanceState::Running => GuestState::Running,
+            InstanceState::Paused => GuestState::Paused,
+        };
+        Ok((state, told_version(&instance.vmm_version)))
+    }
+}
+
 impl Client {
-    /// The API at `socket`, connected to at the first call.
-    pub(crate) fn new(socket: &Path) -> Self {
-        Self(RestClient::new(socket, explain))
-    }
-
-    /// The same, of which nothing is sent to another process than `pid`.
-    pub(crate) fn of_process(self, pid: u32) -> Self {
-        Self(self.0.of_process(pid))
-    }
-
     /// Closes the connection, as [`RestClient::hang_up`].
     pub(crate) fn hang_up(&self) {
         self.0.hang_up();
-    }
-
-    /// The API at `socket`, to which `stream` is connected.
-    ///
-    /// # Errors
-    /// As [`RestClient::over`].
-    pub(crate) async fn over(socket: &Path, stream: UnixStream) -> Result<Self, BackendError> {
-        RestClient::over(socket, stream, explain).await.map(Self)
     }
 
     /// Tells Firecracker what to run, without running it.
@@ -136,17 +143,6 @@ impl Client {
     /// Writes the counters to the metrics file.
     pub(crate) async fn flush_metrics(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "FlushMetrics" }), CALL).await
-    }
-
-    /// Asks what the guest is doing, and which version this is. A guest that was never started counts as ended.
-    pub(crate) async fn instance(&self) -> Result<(GuestState, String), BackendError> {
-        let instance: Instance = self.0.get("/").await?;
-        let state = match instance.state {
-            InstanceState::NotStarted => GuestState::Ended,
-            InstanceState::Running => GuestState::Running,
-            InstanceState::Paused => GuestState::Paused,
-        };
-        Ok((state, told_version(&instance.vmm_version)))
     }
 }
 

@@ -30,6 +30,8 @@ use super::metrics::{Metrics, Sums};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::rest::adopt::{LOG, exit_message, kill, or_gone};
+use crate::rest::backend::Run;
+use crate::rest::client::RestApi as _;
 
 /// A run has one event.
 const EVENTS: usize = 4;
@@ -46,7 +48,8 @@ struct Handle {
 }
 
 /// Makes the handle of a Firecracker that runs, and watches over it.
-pub(super) fn attend(run: RunRecord, process: Process, client: Client, dir: &Path) -> Launched {
+pub(super) fn attend(run: Run<'_, Client>) -> Launched {
+    let Run { record: run, process, client, dir, spec: _, is_new: _ } = run;
     let (sender, events) = mpsc::channel(EVENTS);
     let ending = Arc::new(AtomicBool::new(false));
     let metrics = Metrics::new(dir);

@@ -12,9 +12,11 @@
 //! because the next answer on it would belong to the call before.
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1::{self, SendRequest};
@@ -27,7 +29,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tracing::Instrument;
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState};
 
 use crate::{connecting, words};
 
@@ -47,6 +49,39 @@ const MAX_HEAD: usize = 8192;
 
 /// What a VMM's error body says, in words.
 pub type Explain = fn(&[u8]) -> Option<String>;
+
+/// The typed API of one VMM, made of the plain one.
+#[async_trait]
+pub trait RestApi: From<RestClient> + fmt::Debug + Send + Sync + 'static {
+    /// Reads an error of the VMM.
+    const EXPLAIN: Explain;
+
+    /// Makes the API at `socket`, connected to at the first call. Nothing is sent to another process than `pid`.
+    fn of_process(socket: &Path, pid: u32) -> Self {
+        RestClient::new(socket, Self::EXPLAIN).of_process(pid).into()
+    }
+
+    /// Makes the API at `socket`, to which `stream` is connected. On a later connection nothing is sent to another process
+    /// than `pid`.
+    ///
+    /// # Errors
+    /// Fails as [`RestClient::over`] does.
+    async fn over(socket: &Path, stream: UnixStream, pid: u32) -> Result<Self, BackendError> {
+        Ok(RestClient::over(socket, stream, Self::EXPLAIN).await?.of_process(pid).into())
+    }
+
+    /// Asks the VMM for its version.
+    ///
+    /// # Errors
+    /// Fails as [`RestClient::get`] does.
+    async fn version(&self) -> Result<String, BackendError>;
+
+    /// Asks what the guest is doing, and the VMM's version. A guest that was never started counts as ended.
+    ///
+    /// # Errors
+    /// Fails as [`RestClient::get`] does.
+    async fn instance(&self) -> Result<(GuestState, String), BackendError>;
+}
 
 /// The API of one VMM.
 #[derive(Debug)]

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, LaunchRequest};
+use vmm_core::backend::LaunchRequest;
 use vmm_core::id::VmUid;
 
 use super::adopt;
+use super::client::RestApi;
 use crate::launch::Guarded;
 use crate::program::{Installed, Program};
 use crate::spares::Spares;
@@ -28,21 +29,16 @@ pub(crate) struct Fresh<C> {
     pub(crate) console: Option<PathBuf>,
 }
 
-impl<C> Spares<Fresh<C>> {
-    /// Hands out the VMM that waits for the VM of `request`, if it can serve it: it writes to the right console, runs the program
-    /// that is installed now, and gives `answer`s. One that cannot is ended.
-    pub(crate) async fn take_for<T>(
-        &self,
-        request: &LaunchRequest,
-        program: &Arc<Program>,
-        answer: impl AsyncFnOnce(&C) -> Result<T, BackendError>,
-    ) -> Option<Fresh<C>> {
+impl<C: RestApi> Spares<Fresh<C>> {
+    /// Hands out the VMM that waits for the VM of `request`, if that VMM can serve the VM: it writes to the right console, runs
+    /// the program that is installed now, and answers. A VMM that cannot serve is ended.
+    pub(crate) async fn take_for(&self, request: &LaunchRequest, program: &Arc<Program>) -> Option<Fresh<C>> {
         let spare = self.take(request.uid)?;
         let why = if spare.console != request.console {
             "the VM has another console"
         } else if !is_installed(program, &spare.program).await {
             "its program has been replaced"
-        } else if !matches!(tokio::time::timeout(ANSWERING, answer(&spare.client)).await, Ok(Ok(_))) {
+        } else if !matches!(tokio::time::timeout(ANSWERING, spare.client.version()).await, Ok(Ok(_))) {
             "it does not answer"
         } else {
             return Some(spare);

@@ -13,12 +13,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::UnixStream;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_host::process::{Command, Guarded};
 use vmm_host::run_dir;
 
 use super::adopt::{LOG, SOCKET, failed, set_aside};
+use super::client::RestApi;
 use super::spare::Fresh;
 use crate::launch;
 use crate::program::{Installed, Program};
@@ -48,9 +48,9 @@ pub(crate) async fn start<C, P>(
     dir: &Path,
     console: Option<PathBuf>,
     prepare: P,
-    connect: impl AsyncFnOnce(&Path, UnixStream) -> Result<C, BackendError>,
 ) -> Result<Fresh<C>, BackendError>
 where
+    C: RestApi,
     P: Fn(&Path, &Path) -> io::Result<Command> + Clone + Send + 'static,
 {
     let socket = dir.join(SOCKET);
@@ -59,7 +59,7 @@ where
     let (guard, program) = start_process(program, dir, console.clone(), prepare).await?;
     let connected = async {
         let stream = launch::wait_for_socket(&guard, &socket, LISTENING).await?;
-        connect(&socket, stream).await
+        C::over(&socket, stream, guard.pid()).await
     };
     match connected.await {
         Ok(client) => Ok(Fresh { guard, client, program, console }),

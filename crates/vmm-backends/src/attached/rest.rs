@@ -1,0 +1,187 @@
+//! Attached VMMs with a REST API, of every hypervisor that has one.
+
+use std::marker::PhantomData;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use vmm_core::backend::{BackendError, Capabilities, LaunchRequest, Launched, SweepRequest};
+use vmm_core::id::VmUid;
+use vmm_core::kind::VmKind;
+use vmm_core::place::Places;
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::process::Process;
+
+use super::handle::{self, Api};
+use super::{Holding, Hypervisor, Met, Parts, stranger};
+use crate::program::Version;
+use crate::rest::backend::RestHypervisor;
+use crate::rest::client::RestApi;
+
+/// The part in which attached hypervisors with a REST API differ, from each other and from managed ones.
+#[async_trait]
+pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
+    /// The facts that differ from those of managed VMMs.
+    const FACTS: &'static [(&'static str, &'static str)];
+
+    /// The oldest version that can be used.
+    const OLDEST: Version;
+
+    /// True where a VM that is held already is told anew where its console goes when it is started.
+    const NAMES_CONSOLE_AT_START: bool;
+
+    /// Returns the command that starts a VMM which waits at `socket`, for a shell.
+    fn how_to_start(socket: &Path) -> String;
+
+    /// Adds the findings about `spec` that do not hold for a managed VMM.
+    fn check_attached(spec: &VmSpec, report: &mut Report);
+
+    /// Asks the VMM which VM it holds.
+    async fn holding(client: &Self::Client) -> Result<Option<Holding>, BackendError>;
+
+    /// Says whether `holds` is what this program would make of `spec` for `uid`, with the console in `console`.
+    fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool;
+
+    /// Starts a VM as [`Hypervisor::start`] does.
+    async fn start(
+        met: &Met<Self::Client>,
+        request: &LaunchRequest,
+        console: Option<&Path>,
+        make: bool,
+    ) -> Result<(), BackendError>;
+
+    /// Ends a VM as [`Hypervisor::power_off`] does.
+    async fn power_off(client: &Self::Client) -> Result<bool, BackendError>;
+
+    /// Makes the VMM forget a VM that does not run. Returns false where the VMM cannot.
+    async fn forget(client: &Self::Client) -> Result<bool, BackendError>;
+}
+
+/// The hypervisor `H`, as attached.
+#[derive(Debug)]
+pub(crate) struct Rest<H> {
+    capabilities: Capabilities,
+    hypervisor: PhantomData<H>,
+}
+
+impl<H: AttachedRest> Rest<H> {
+    pub(crate) fn new() -> Self {
+        let mut capabilities = H::capabilities();
+        capabilities.endpoint_mode = "attached";
+        for (name, fact) in H::FACTS {
+            capabilities.facts.insert(name, (*fact).to_owned());
+        }
+        Self { capabilities, hypervisor: PhantomData }
+    }
+}
+
+#[async_trait]
+impl<H: AttachedRest> Hypervisor for Rest<H> {
+    type Client = H::Client;
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn title(&self) -> &'static str {
+        H::PROGRAM.title
+    }
+
+    fn program(&self) -> &'static str {
+        H::PROGRAM.usual_name
+    }
+
+    fn how_to_start(&self, socket: &Path) -> String {
+        H::how_to_start(socket)
+    }
+
+    fn places(&self, sockets: Vec<VmKind>) -> Places {
+        Places::Fixed(sockets)
+    }
+
+    fn check(&self, spec: &VmSpec, report: &mut Report) {
+        H::check_attached(spec, report);
+    }
+
+    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<H::Client>, VisitError> {
+        let failed = |error: BackendError| VisitError::Failed(error.message);
+        let client = H::Client::over(socket, visit.stream, visit.process.pid()).await.map_err(failed)?;
+        let version = match client.version().await {
+            Ok(version) => version,
+            Err(error) => return Err(not_one(self.title(), socket, error).await),
+        };
+        if let Some(why) = too_old::<H>(&version) {
+            return Err(VisitError::Refused(why));
+        }
+        let holds = H::holding(&client).await.map_err(failed)?;
+        Ok(Met { version, holds, ..met(client, visit.process) })
+    }
+
+    fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool {
+        H::is_made_of(holds, uid, spec, console)
+    }
+
+    async fn start(
+        &self,
+        met: &Met<H::Client>,
+        request: &LaunchRequest,
+        console: Option<&Path>,
+        make: bool,
+    ) -> Result<(), BackendError> {
+        H::start(met, request, console, make).await
+    }
+
+    fn names_console_at_start(&self) -> bool {
+        H::NAMES_CONSOLE_AT_START
+    }
+
+    fn attend(&self, met: Met<H::Client>, parts: Parts) -> Launched {
+        handle::attend(met.client, met.process, self.program(), parts)
+    }
+
+    fn silent(&self, socket: &Path, process: &Process) -> Met<H::Client> {
+        met(H::Client::of_process(socket, process.pid()), process.clone())
+    }
+
+    async fn power_off(&self, client: &H::Client) -> Result<bool, BackendError> {
+        H::power_off(client).await
+    }
+
+    async fn forget(&self, client: &H::Client, _request: &SweepRequest) -> Result<bool, BackendError> {
+        H::forget(client).await
+    }
+}
+
+/// A VMM of which nothing is known but its process.
+fn met<C>(client: C, process: Process) -> Met<C> {
+    Met {
+        client: Arc::new(client),
+        process,
+        version: String::new(),
+        accelerator: "kvm".to_owned(),
+        machine: String::new(),
+        holds: None,
+    }
+}
+
+/// Says why a VMM of this `version` cannot be used, where it cannot. A version that cannot be read is not refused.
+pub(crate) fn too_old<H: AttachedRest>(version: &str) -> Option<String> {
+    let (found, title, oldest) = (Version::find(&format!("v{version}"))?, H::PROGRAM.title, H::OLDEST);
+    (found < oldest).then(|| {
+        format!(
+            "{title} {version} listens there, and {oldest} is the oldest that can be used where this program does not start it \
+             itself: start a newer one"
+        )
+    })
+}
+
+async fn not_one(title: &str, socket: &Path, error: BackendError) -> VisitError {
+    match stranger::who(socket).await {
+        Some(other) if !other.starts_with(title) => {
+            VisitError::Refused(format!("what listens there is not {title}: it is {other}"))
+        }
+        Some(_) | None => VisitError::Failed(error.message),
+    }
+}

@@ -1,0 +1,191 @@
+//! The backend of a hypervisor whose VMMs have a REST API and are started by this program.
+//!
+//! ```text
+//!   launch ── a spare VMM, or a new one ──► Fresh ── gate, configure ──► attend ──► Launched
+//!   adopt  ── the process on record, or of the run folder ── asked ────► attend ──► Adoption
+//! ```
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use vmm_core::backend::{
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, Exit, LaunchRequest,
+    Launched, SpareRequest, SweepRequest,
+};
+use vmm_core::id::VmUid;
+use vmm_core::report::Report;
+use vmm_core::spec::VmSpec;
+use vmm_core::store::RunRecord;
+use vmm_host::kvm::kvm_usable;
+use vmm_host::process::{Command, Process};
+
+use super::adopt::{LOG, SOCKET, Trace, failed, has_ended, look, new_run};
+use super::client::RestApi;
+use super::options::check_taps;
+use super::spare::Fresh;
+use super::start::start;
+use crate::launch;
+use crate::program::{Kind, Program};
+use crate::search::Unproven;
+use crate::spares::Spares;
+
+/// The part in which hypervisors with a REST API differ.
+#[async_trait]
+pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
+    /// The typed API of one VMM.
+    type Client: RestApi;
+
+    /// The program of a VMM.
+    const PROGRAM: Kind;
+
+    /// Returns the capabilities of VMMs that this program starts.
+    fn capabilities() -> Capabilities;
+
+    /// Returns the findings about `spec`. Pure.
+    fn check(spec: &VmSpec) -> Report;
+
+    /// Makes the files of a VMM in the run folder `dir` of `uid`, and the command that starts `program` there. Blocks.
+    ///
+    /// # Errors
+    /// Returns the kernel's error.
+    fn prepare(program: &Path, uid: VmUid, dir: &Path) -> io::Result<Command>;
+
+    /// Tells a VMM that has been told nothing to run the VM of `request`. The guest runs when this answers.
+    async fn configure(client: &Self::Client, request: &LaunchRequest) -> Result<(), BackendError>;
+
+    /// Makes the handle of a VM that runs, and begins to watch that VM.
+    fn attend(&self, run: Run<'_, Self::Client>) -> Launched;
+
+    /// Says how a run ended that nobody watched, from the files that the VMM left in `dir`.
+    async fn explain_past(dir: &Path, spec: &VmSpec) -> Exit;
+}
+
+/// The parts of which a handle is made.
+pub struct Run<'a, C> {
+    /// The run, as it is put on record.
+    pub record: RunRecord,
+    /// The process of the VMM.
+    pub process: Process,
+    /// The connection to the VMM.
+    pub client: C,
+    /// The run folder.
+    pub dir: &'a Path,
+    /// The specification that the VM was started with.
+    pub spec: &'a VmSpec,
+    /// False where an earlier daemon started the VMM.
+    pub is_new: bool,
+}
+
+/// The backend that starts VMMs of the hypervisor `H`.
+#[derive(Debug)]
+pub struct RestBackend<H: RestHypervisor> {
+    hypervisor: H,
+    program: Arc<Program>,
+    capabilities: Capabilities,
+    spares: Spares<Fresh<H::Client>>,
+}
+
+impl<H: RestHypervisor> RestBackend<H> {
+    /// Makes a backend that starts `program`: a name on the PATH, or a path.
+    pub fn new(program: impl Into<OsString>) -> Self {
+        Self {
+            hypervisor: H::default(),
+            program: Arc::new(Program::new(program, H::PROGRAM)),
+            capabilities: H::capabilities(),
+            spares: Spares::default(),
+        }
+    }
+
+    /// Starts a VMM in the run folder `dir` of `uid`, up to where the VMM can be told what to run.
+    async fn begin(
+        &self,
+        uid: VmUid,
+        dir: &Path,
+        console: Option<PathBuf>,
+    ) -> Result<Fresh<H::Client>, BackendError> {
+        let prepare = move |program: &Path, dir: &Path| H::prepare(program, uid, dir);
+        start(&self.program, dir, console, prepare).await
+    }
+}
+
+#[async_trait]
+impl<H: RestHypervisor> Backend for RestBackend<H> {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn check(&self, spec: &VmSpec) -> Report {
+        H::check(spec)
+    }
+
+    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        check_taps(&request.spec, &request.taps)?;
+        let dir = request.dir.as_path();
+        let fresh = match self.spares.take_for(&request, &self.program).await {
+            Some(spare) => spare,
+            None => self.begin(request.uid, dir, request.console.clone()).await?,
+        };
+        let Fresh { guard, client, program, .. } = fresh;
+        let configured = async {
+            launch::pass(&request.gate, guard.process()).await?;
+            H::configure(&client, &request).await
+        };
+        if let Err(error) = configured.await {
+            return Err(failed(guard, error, &dir.join(LOG)).await);
+        }
+        let process = guard.keep();
+        let record = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
+        Ok(self.hypervisor.attend(Run { record, process, client, dir, spec: &request.spec, is_new: true }))
+    }
+
+    async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
+        let (dir, spec) = (request.dir.as_path(), &request.spec);
+        let (process, mut record) = match look(&request, self.program.running_names().await).await {
+            Trace::Alive(process, run) => (process, *run),
+            Trace::Gone => return Ok(Adoption::Gone { exit: H::explain_past(dir, spec).await }),
+            Trace::Unprovable(Unproven { reason, message }) => {
+                return Ok(Adoption::Unreachable { reason, message, launched: None });
+            }
+        };
+        let client = H::Client::of_process(&record.socket, process.pid());
+        let answer = client.instance().await;
+        if has_ended(&process, &answer).await {
+            return Ok(Adoption::Gone { exit: H::explain_past(dir, spec).await });
+        }
+        if let Ok((_, version)) = &answer {
+            record.version.clone_from(version);
+        }
+        let launched = self.hypervisor.attend(Run { record, process, client, dir, spec, is_new: false });
+        Ok(match answer {
+            Ok((guest, _)) => Adoption::Alive { launched, guest },
+            Err(error) => Adoption::Unreachable {
+                reason: "vmm-silent",
+                message: error.message,
+                launched: Some(launched),
+            },
+        })
+    }
+
+    async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
+        let fresh = self.begin(request.uid, &request.dir, Some(request.console)).await?;
+        self.spares.keep(request.uid, fresh);
+        Ok(())
+    }
+
+    async fn dismiss_spare(&self, uid: VmUid) {
+        self.spares.dismiss(uid).await;
+    }
+
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        self.spares.dismiss(request.uid).await;
+        launch::sweep(&request.dir, &self.program.running_names().await).await
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        self.program.health(kvm_usable).await
+    }
+}
