@@ -18,6 +18,7 @@ use vmm_backends::qemu::convert::Machine;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, LaunchRequest, SpareRequest,
+    SpareVmms,
 };
 use vmm_core::config::{ConsoleConfig, StorageDevice};
 use vmm_core::gate::Gate;

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use vmm_backends::qemu::convert::Machine;
 use vmm_backends::qemu::qmp::Qmp;
-use vmm_core::backend::{Backend, SpareRequest};
+use vmm_core::backend::{SpareRequest, SpareVmms};
 use vmm_core::config::{CpuTopology, NetworkInterface, StorageDevice};
 use vmm_testkit::guests::Guest;
 

@@ -14,7 +14,9 @@ use std::time::Duration;
 use rest_support::{Bench, FORCE, UNSET, usable};
 use vmm_backends::cloud_hypervisor::CloudHypervisor;
 use vmm_backends::firecracker::Firecracker;
-use vmm_core::backend::{Backend, BackendErrorKind, ExitCause, GuestState, LaunchRequest, SpareRequest};
+use vmm_core::backend::{
+    Backend, BackendErrorKind, ExitCause, GuestState, LaunchRequest, SpareRequest, SpareVmms,
+};
 use vmm_host::process::{Lookup, Process, Signal, adopt, find_by_argument};
 use vmm_testkit::guests::Guest;
 
@@ -54,16 +56,16 @@ fn cloud_hypervisor(program: &Path) -> CloudHypervisor {
 }
 
 /// A bench of a backend of `program`, or `None` after saying that `test` is skipped.
-async fn bench<B: Backend>(test: &str, program: &str, make: fn(&Path) -> B) -> Option<Bench<B>> {
+async fn bench<B: Backend + SpareVmms>(test: &str, program: &str, make: fn(&Path) -> B) -> Option<Bench<B>> {
     Some(Bench::new(usable(test, make(Path::new(program))).await?, Guest::Idle, UNSET))
 }
 
-fn request<B: Backend>(bench: &Bench<B>) -> SpareRequest {
+fn request<B: Backend + SpareVmms>(bench: &Bench<B>) -> SpareRequest {
     SpareRequest { uid: bench.uid, dir: bench.dir().to_path_buf(), console: bench.console_file() }
 }
 
 /// Starts a spare VMM on a bench, and answers its process.
-async fn start<B: Backend>(bench: &Bench<B>) -> Process {
+async fn start<B: Backend + SpareVmms>(bench: &Bench<B>) -> Process {
     std::fs::write(bench.console_file(), "").unwrap();
     bench.backend.start_spare(request(bench)).await.unwrap();
     let found = find_by_argument(bench.dir()).unwrap();
@@ -74,7 +76,11 @@ async fn start<B: Backend>(bench: &Bench<B>) -> Process {
     }
 }
 
-async fn a_launch_uses_the_one_that_waits<B: Backend>(test: &str, program: &str, make: fn(&Path) -> B) {
+async fn a_launch_uses_the_one_that_waits<B: Backend + SpareVmms>(
+    test: &str,
+    program: &str,
+    make: fn(&Path) -> B,
+) {
     let Some(mut bench) = bench(test, program, make).await else { return };
     bench.add_disk("data");
     let spare = start(&bench).await;
@@ -94,7 +100,7 @@ async fn a_launch_uses_the_one_that_waits<B: Backend>(test: &str, program: &str,
     again.gone().await;
 }
 
-async fn one_that_does_not_fit_is_ended_and_another_is_started<B: Backend>(
+async fn one_that_does_not_fit_is_ended_and_another_is_started<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -110,7 +116,7 @@ async fn one_that_does_not_fit_is_ended_and_another_is_started<B: Backend>(
     assert_eq!(bench.console(), "");
 }
 
-async fn one_that_has_died_or_hangs_spoils_no_launch<B: Backend>(
+async fn one_that_has_died_or_hangs_spoils_no_launch<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -131,7 +137,7 @@ async fn one_that_has_died_or_hangs_spoils_no_launch<B: Backend>(
     }
 }
 
-async fn it_can_be_dismissed_swept_and_ends_with_its_backend<B: Backend>(
+async fn it_can_be_dismissed_swept_and_ends_with_its_backend<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -155,7 +161,7 @@ async fn it_can_be_dismissed_swept_and_ends_with_its_backend<B: Backend>(
     last.wait().await;
 }
 
-async fn a_program_that_was_replaced_meanwhile_is_not_used<B: Backend>(
+async fn a_program_that_was_replaced_meanwhile_is_not_used<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -178,7 +184,11 @@ async fn a_program_that_was_replaced_meanwhile_is_not_used<B: Backend>(
     run.gone().await;
 }
 
-async fn a_start_that_fails_leaves_nothing<B: Backend>(test: &str, program: &str, make: fn(&Path) -> B) {
+async fn a_start_that_fails_leaves_nothing<B: Backend + SpareVmms>(
+    test: &str,
+    program: &str,
+    make: fn(&Path) -> B,
+) {
     let Some(found) = bench(test, program, make).await else { return };
     let bench = Bench::new(make(&found.dir().join("nothing")), Guest::Idle, UNSET);
     let error = bench.backend.start_spare(request(&bench)).await.unwrap_err();

@@ -4,7 +4,7 @@
 //!   Backend ── check(spec) ──► Report            pure: rejected, ignored, emulated
 //!      │
 //!      ├─ launch(request) ──► Launched ─┐        the one path for first boot, boot after shutdown, reboot
-//!      │    └ ─ ─ start_spare           │        which may find its process started, where the operator wants that
+//!      │    └ ─ ─ spares()              │        which may find its process started, where the operator wants that
 //!      ├─ adopt(run) ───────► Adoption ─┤        after a restart of the daemon
 //!      └─ sweep(request)                │        kills what a broken launch left
 //!                                       ▼
@@ -16,8 +16,10 @@
 //! one hypervisor's process can be used once only; whatever needs a second run (a reboot there, a boot after shutdown
 //! everywhere) is a second [`Backend::launch`]. A method that a hypervisor lacks answers with a typed value that says so
 //! ([`Reset::NeedsRelaunch`]) or with [`BackendErrorKind::Unsupported`], never with success.
+//!
+//! An ability that only some hypervisors have is a trait of its own ([`SpareVmms`], [`Discover`]), and the [`Backend`] returns
+//! the object that has the ability.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,12 +28,14 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
+pub use crate::capabilities::{Capabilities, KernelFormat};
 use crate::gate::Gate;
-use crate::id::{BackendName, InstanceId, VmId, VmUid};
+use crate::id::{InstanceId, VmId, VmUid};
 use crate::kind::VmKind;
-use crate::place::{Discovery, Places};
+use crate::place::{Discover, Places};
 use crate::report::Report;
-use crate::spec::{RestartMode, VmSpec};
+pub use crate::spare::{SpareRequest, SpareVmms};
+use crate::spec::VmSpec;
 use crate::state::EndedBy;
 use crate::store::RunRecord;
 pub use crate::sweep::{Sweep, SweepRequest};
@@ -59,23 +63,6 @@ pub trait Backend: Send + Sync + 'static {
     /// Ends any process that provably belongs to `request`'s run folder, and removes the sockets in it. Harmless when repeated.
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError>;
 
-    /// Starts a spare VMM: one that is told nothing yet and waits, within its run folder, for the VM of `request`'s uid. The
-    /// [`Backend::launch`] of that uid uses it if it can, and ends it if it cannot; [`Backend::dismiss_spare`] and
-    /// [`Backend::sweep`] end it too. It ends with the backend.
-    ///
-    /// A failed start leaves nothing running.
-    async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
-        let kind = BackendErrorKind::Unsupported("spare VMMs");
-        let message = format!("this backend has no spare VMMs; {} starts its own", request.uid);
-        Err(BackendError::new(kind, Effect::NotApplied, message))
-    }
-
-    /// Ends the VMM that waits for `uid`, and waits until it has gone. Does nothing where none waits, and to one that a launch
-    /// has taken.
-    async fn dismiss_spare(&self, uid: VmUid) {
-        let _ = uid;
-    }
-
     /// Says whether this hypervisor can serve now. Cheap, because it is asked again and again.
     async fn ping(&self) -> BackendHealth;
 
@@ -98,9 +85,13 @@ pub trait Backend: Send + Sync + 'static {
         }
     }
 
-    /// Looks for VMs that somebody else made or started, and goes on looking; `None` where there can be none. Asked once,
-    /// after every VM on record was adopted: what a handle is held of is never found.
-    async fn discover(&self) -> Option<Discovery> {
+    /// Returns the ability to start VMMs ahead of their VMs, where this hypervisor has that. Constant.
+    fn spares(&self) -> Option<&dyn SpareVmms> {
+        None
+    }
+
+    /// Returns the ability to find VMs that somebody else made or started, where there can be such VMs. Constant.
+    fn discovery(&self) -> Option<&dyn Discover> {
         None
     }
 }
@@ -174,17 +165,6 @@ pub struct LaunchRequest {
     pub imported: bool,
     /// Why `spec` does not suffice to make the VM anew, where it does not; for people.
     pub incomplete: Option<String>,
-}
-
-/// What the start of a spare VMM needs to know.
-#[derive(Clone, Debug)]
-pub struct SpareRequest {
-    /// The uid of a VM to come.
-    pub uid: VmUid,
-    /// That VM's run folder: exists, is ours alone, and takes sockets, log and console.
-    pub dir: PathBuf,
-    /// Where that VM's console output goes, if its configuration does not say otherwise. The file exists.
-    pub console: PathBuf,
 }
 
 /// A VMM that was just started.
@@ -395,45 +375,6 @@ pub struct BackendHealth {
 impl From<Result<String, String>> for BackendHealth {
     fn from(version: Result<String, String>) -> Self {
         Self { version, problems: Vec::new() }
-    }
-}
-
-/// What a hypervisor can do, told to clients word for word.
-#[derive(Clone, Debug)]
-pub struct Capabilities {
-    /// The backend's name.
-    pub name: BackendName,
-    /// `managed`: processes are started. `attached`: somebody else starts them.
-    pub endpoint_mode: &'static str,
-    /// What `restart_policy` means where it is not set.
-    pub default_restart_mode: RestartMode,
-    /// Kernel images that can be booted; CreateVm refuses others before anything is started.
-    pub kernel_formats: &'static [KernelFormat],
-    /// Facts by name, in kebab-case.
-    pub facts: BTreeMap<&'static str, String>,
-    /// Numeric limits by name, in kebab-case.
-    pub limits: BTreeMap<&'static str, i64>,
-}
-
-/// How a kernel image is laid out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KernelFormat {
-    /// x86 Linux's self-extracting image, as distributions ship it.
-    BzImage,
-    /// An x86-64 ELF executable, such as an uncompressed `vmlinux`.
-    Elf,
-    /// An x86-64 ELF executable with a PVH entry point, as Linux has with `CONFIG_PVH`.
-    PvhElf,
-}
-
-impl KernelFormat {
-    /// The name that people know it by.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::BzImage => "a bzImage",
-            Self::Elf => "an x86-64 ELF file (vmlinux)",
-            Self::PvhElf => "an x86-64 ELF file with a PVH entry point",
-        }
     }
 }
 

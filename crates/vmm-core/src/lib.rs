@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod caller;
+mod capabilities;
 pub mod config;
 pub mod event;
 pub mod gate;
@@ -14,6 +15,7 @@ pub mod intent;
 pub mod kind;
 pub mod place;
 pub mod report;
+mod spare;
 pub mod spec;
 pub mod state;
 pub mod store;

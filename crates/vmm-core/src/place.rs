@@ -14,6 +14,7 @@
 
 use std::fmt;
 
+use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use crate::backend::Launched;
@@ -46,6 +47,14 @@ impl Places {
             Self::Fixed(places) | Self::Imported { places, .. } => places.contains(kind),
         }
     }
+}
+
+/// Finds VMs that somebody else made or started: an ability that not every hypervisor has.
+#[async_trait]
+pub trait Discover: Send + Sync {
+    /// Looks for such VMs, and goes on looking. Called once, after every VM on record was adopted, because a VM whose handle is
+    /// held is never found.
+    async fn discover(&self) -> Discovery;
 }
 
 /// What a hypervisor holds that somebody else made or started, and the way in which it tells of more.

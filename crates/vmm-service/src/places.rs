@@ -76,7 +76,8 @@ pub(crate) async fn claim<'a>(
 /// Takes up what every backend has found so far, and goes on listening. Every VM on record has been adopted.
 pub(crate) async fn discover_all(shared: &Arc<Shared>) {
     let discoveries = shared.backends.objects().into_iter().map(async |backend| {
-        let Some(Discovery { present, mut later }) = backend.discover().await else { return };
+        let Some(discovery) = backend.discovery() else { return };
+        let Discovery { present, mut later } = discovery.discover().await;
         for found in present {
             take_up(shared, &backend, found).await;
         }

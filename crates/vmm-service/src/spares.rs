@@ -66,7 +66,7 @@ impl Spares {
             let Ok(backend) = shared.backends.get(backend.as_str()) else { continue };
             for uid in promised {
                 // The folder is that of a VM on record.
-                backend.dismiss_spare(uid).await;
+                dismiss(&*backend, uid).await;
             }
             for uid in free {
                 discard(shared, &*backend, uid).await;
@@ -100,7 +100,7 @@ impl Promise {
         let broken = self.shared.spares.pool().promise(&self.backend.capabilities().name, uid);
         if let Some(uid) = broken {
             let backend = Arc::clone(&self.backend);
-            spawn(&self.shared, async move { backend.dismiss_spare(uid).await });
+            spawn(&self.shared, async move { dismiss(&*backend, uid).await });
         }
     }
 
@@ -179,12 +179,13 @@ enum NotStarted {
 
 /// Starts one VMM in the run folder of `uid`. Where that fails nothing is left.
 async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> Result<(), NotStarted> {
+    let Some(spares) = backend.spares() else { return Err(NotStarted::Unsupported) };
     let name = &backend.capabilities().name;
     let mark = SpareMark { instance: shared.instance, backend: name.clone() };
     let runtime_dir = shared.settings.runtime_dir.clone();
     let made = tokio::task::spawn_blocking(move || make_folder(&runtime_dir, uid, &mark)).await;
     let failed = match made.map_err(|error| error.to_string()).and_then(|made| made) {
-        Ok((dir, console)) => match backend.start_spare(SpareRequest { uid, dir, console }).await {
+        Ok((dir, console)) => match spares.start_spare(SpareRequest { uid, dir, console }).await {
             Ok(()) => {
                 point(FaultPoint::SpareStarted);
                 tracing::debug!(backend = %name, %uid, "a spare VMM waits for a VM");
@@ -212,8 +213,15 @@ fn make_folder(runtime_dir: &Path, uid: VmUid, mark: &SpareMark) -> Result<(Path
 
 /// Ends the VMM of a uid that no VM has, and removes its folder.
 async fn discard(shared: &Shared, backend: &dyn Backend, uid: VmUid) {
-    backend.dismiss_spare(uid).await;
+    dismiss(backend, uid).await;
     remove(uid.run_dir(&shared.settings.runtime_dir)).await;
+}
+
+/// Ends the VMM that waits for `uid`, if one does.
+pub(crate) async fn dismiss(backend: &dyn Backend, uid: VmUid) {
+    if let Some(spares) = backend.spares() {
+        spares.dismiss_spare(uid).await;
+    }
 }
 
 async fn remove(dir: PathBuf) {

@@ -11,7 +11,7 @@ use vmm_core::backend::{
 };
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::{Discovery, Places};
+use vmm_core::place::{Discover, Discovery, Places};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
@@ -424,7 +424,14 @@ impl<H: Hypervisor> Backend for Attached<H> {
         self.kind.places(seats.into_iter().map(|seat| seat.kind()).collect())
     }
 
-    async fn discover(&self) -> Option<Discovery> {
-        Some(patrol::begin(&self.kind, &self.seats, self.interval).await)
+    fn discovery(&self) -> Option<&dyn Discover> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl<H: Hypervisor> Discover for Attached<H> {
+    async fn discover(&self) -> Discovery {
+        patrol::begin(&self.kind, &self.seats, self.interval).await
     }
 }

@@ -10,12 +10,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use tokio::sync::mpsc;
 use tracing::{Instrument as _, debug, warn};
 use uuid::Uuid;
 use vmm_core::backend::{Backend as _, GuestState};
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::place::{Discovery, Finding, Found};
+use vmm_core::place::{Discover, Discovery, Finding, Found};
 use vmm_core::state::VmState;
 use vmm_libvirt_wire::{Call, Domain, Got};
 
@@ -29,7 +30,7 @@ use super::run::{Facts, assemble};
 const FINDINGS: usize = 64;
 
 /// Looks at what is there, and goes on looking.
-pub(super) async fn discover(backend: LibvirtBackend) -> Discovery {
+async fn discover(backend: LibvirtBackend) -> Discovery {
     // Before the first look, so that nothing falls between.
     let strays = backend.link.strays();
     let mut seen = Seen { backend, strangers: BTreeSet::new() };
@@ -215,13 +216,14 @@ fn names(domain: &Domain) -> Vec<VmId> {
 }
 
 /// The link is shared, and so is all that is cloned here.
-impl LibvirtBackend {
-    pub(super) async fn begin_discovery(&self) -> Option<Discovery> {
+#[async_trait]
+impl Discover for LibvirtBackend {
+    async fn discover(&self) -> Discovery {
         let shared = Self { link: Arc::clone(&self.link), ..self.clone() };
         // What there is to find may take longer than a start of the daemon may wait.
         let _ = shared.link.ready(super::CONNECTING).await;
         debug!(backend = %self.capabilities().name, "looking for domains");
-        Some(discover(shared).await)
+        discover(shared).await
     }
 }
 

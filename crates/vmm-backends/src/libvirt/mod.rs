@@ -40,7 +40,7 @@ use vmm_core::backend::{
 };
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::Discovery;
+use vmm_core::place::Discover;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_libvirt_wire::{Call, FailureKind};
@@ -220,7 +220,7 @@ impl Backend for LibvirtBackend {
         matches!(kind, VmKind::Libvirt { uri, .. } if *uri == self.options.uri)
     }
 
-    async fn discover(&self) -> Option<Discovery> {
-        self.begin_discovery().await
+    fn discovery(&self) -> Option<&dyn Discover> {
+        Some(self)
     }
 }

@@ -38,7 +38,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    KernelFormat, LaunchRequest, Launched, SpareRequest, SweepRequest,
+    KernelFormat, LaunchRequest, Launched, SpareRequest, SpareVmms, SweepRequest,
 };
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
@@ -209,6 +209,18 @@ impl Backend for QemuBackend {
         crate::launch::sweep(&request.dir, &self.program.running_names().await).await
     }
 
+    async fn ping(&self) -> BackendHealth {
+        let kvm = self.kvm;
+        self.program.health(move || kvm_as_ordered(kvm)).await
+    }
+
+    fn spares(&self) -> Option<&dyn SpareVmms> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl SpareVmms for QemuBackend {
     async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
         let program = self.ready().await?;
         self.dismiss_spare(request.uid).await;
@@ -221,11 +233,6 @@ impl Backend for QemuBackend {
         if let Some(spare) = self.spares.take(uid) {
             spare.end("it is not wanted any more").await;
         }
-    }
-
-    async fn ping(&self) -> BackendHealth {
-        let kvm = self.kvm;
-        self.program.health(move || kvm_as_ordered(kvm)).await
     }
 }
 

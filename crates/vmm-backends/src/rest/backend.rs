@@ -14,7 +14,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, Exit, LaunchRequest,
-    Launched, SpareRequest, SweepRequest,
+    Launched, SpareRequest, SpareVmms, SweepRequest,
 };
 use vmm_core::id::VmUid;
 use vmm_core::report::Report;
@@ -170,6 +170,22 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         })
     }
 
+    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
+        self.spares.dismiss(request.uid).await;
+        launch::sweep(&request.dir, &self.program.running_names().await).await
+    }
+
+    async fn ping(&self) -> BackendHealth {
+        self.program.health(kvm_usable).await
+    }
+
+    fn spares(&self) -> Option<&dyn SpareVmms> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl<H: RestHypervisor> SpareVmms for RestBackend<H> {
     async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
         let fresh = self.begin(request.uid, &request.dir, Some(request.console)).await?;
         self.spares.keep(request.uid, fresh);
@@ -178,14 +194,5 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
 
     async fn dismiss_spare(&self, uid: VmUid) {
         self.spares.dismiss(uid).await;
-    }
-
-    async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        self.spares.dismiss(request.uid).await;
-        launch::sweep(&request.dir, &self.program.running_names().await).await
-    }
-
-    async fn ping(&self) -> BackendHealth {
-        self.program.health(kvm_usable).await
     }
 }

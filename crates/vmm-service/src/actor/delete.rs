@@ -22,7 +22,7 @@ use super::hold::Hold;
 use super::journal::{Turn, Why};
 use crate::error::ServiceError;
 use crate::mailbox::{Operation, Outcome};
-use crate::tombstones;
+use crate::{spares, tombstones};
 
 /// How long a VM may take to end whose VMM somebody else started: that has its time to power it off before it is killed. With a
 /// sweep after it, this leaves a forced deletion within its 5 s.
@@ -77,7 +77,7 @@ impl Actor {
     /// Ends what runs by its handle, and by its run folder what no handle ends.
     async fn end_what_runs(&mut self, budget: Budget, purpose: Sweep) -> Result<(), Broken> {
         self.shared.spares.forget(&self.backend.capabilities().name, self.record.uid);
-        self.backend.dismiss_spare(self.record.uid).await;
+        spares::dismiss(&*self.backend, self.record.uid).await;
         let run = self.known_run();
         let mut process = self.hold.may_be_a_process();
         if let Some(vmm) = self.hold.vmm() {

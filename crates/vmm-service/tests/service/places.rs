@@ -14,7 +14,7 @@ use vmm_core::config::VmConfig;
 use vmm_core::gate::Gate;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::kind::VmKind;
-use vmm_core::place::{Discovery, Finding, Found, Places};
+use vmm_core::place::{Discover, Discovery, Finding, Found, Places};
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
@@ -67,9 +67,16 @@ impl Backend for Landlord {
         self.places.clone()
     }
 
-    async fn discover(&self) -> Option<Discovery> {
-        let later = self.later.lock().unwrap().take()?;
-        Some(Discovery { present: std::mem::take(&mut *self.present.lock().unwrap()), later })
+    fn discovery(&self) -> Option<&dyn Discover> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Discover for Landlord {
+    async fn discover(&self) -> Discovery {
+        let later = self.later.lock().unwrap().take().unwrap();
+        Discovery { present: std::mem::take(&mut *self.present.lock().unwrap()), later }
     }
 }
 

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    Exit, ExitCause, KernelFormat, LaunchRequest, Launched, SpareRequest, SweepRequest, VmmEvent,
+    Exit, ExitCause, KernelFormat, LaunchRequest, Launched, SpareRequest, SpareVmms, SweepRequest, VmmEvent,
 };
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
@@ -181,6 +181,22 @@ impl Backend for FakeBackend {
         }
     }
 
+    async fn ping(&self) -> BackendHealth {
+        let act = self.world.lock().scripts.call(Method::Ping);
+        let version = match act.before().await {
+            Ok(()) => act.after().await.map(|()| "1.0".to_owned()),
+            Err(error) => Err(error),
+        };
+        BackendHealth::from(version.map_err(|error| error.to_string()))
+    }
+
+    fn spares(&self) -> Option<&dyn SpareVmms> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl SpareVmms for FakeBackend {
     async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
         let act = self.world.lock().scripts.call(Method::StartSpare);
         act.before().await?;
@@ -194,14 +210,5 @@ impl Backend for FakeBackend {
 
     async fn dismiss_spare(&self, uid: VmUid) {
         self.world.lock().spares.remove(&uid);
-    }
-
-    async fn ping(&self) -> BackendHealth {
-        let act = self.world.lock().scripts.call(Method::Ping);
-        let version = match act.before().await {
-            Ok(()) => act.after().await.map(|()| "1.0".to_owned()),
-            Err(error) => Err(error),
-        };
-        BackendHealth::from(version.map_err(|error| error.to_string()))
     }
 }
