@@ -5,6 +5,7 @@
 //!   store_suite   ── holds any Store to its contract ──► memory_store, and SQLite in vmm-store
 //!   fake          ── a hypervisor that does as its script says, as a real process
 //!   guests        ── tiny kernels: deaf ones, ones that obey the power button, ones that crash
+//!   logs          ── the room that a VMM's log takes
 //!   libvirtd, libvirt_session ── a libvirt of the test's own
 //!   by_hand       ── each VMM driven without the daemon, for the benchmarks
 //! ```
@@ -16,6 +17,7 @@ pub mod fake;
 pub mod guests;
 pub mod libvirt_session;
 pub mod libvirtd;
+pub mod logs;
 pub mod memory_store;
 pub mod skip;
 pub mod store_suite;
