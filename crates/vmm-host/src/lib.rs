@@ -2,11 +2,10 @@
 //!
 //! Each module is one thing of the host: a [`process`] and the proof of which one it is, the [`run_dir`] of a VM, the
 //! [`lock`] of a state directory, the [`ledger`] of what bears the program's mark, [`files`] that a client names, [`net`]
-//! interfaces, [`kvm`], file [`descriptors`], programs on the [`path`], the birth of a [`socket`], the [`clock`], the [`tail`] of a
-//! file that another process appends to, the [`endpoint`] that somebody else made, and the [`fault`] points of tests. None of them
-//! knows a hypervisor. What touches
-//! files or `/proc` blocks for as long as the kernel takes: functions that are not `async` belong into `spawn_blocking`
-//! wherever a client chose the path.
+//! interfaces, [`kvm`], file [`descriptors`], programs on the [`path`], the birth of a [`socket`], the [`clock`], the [`growth`]
+//! and the [`tail`] of a file that another process appends to, the [`endpoint`] that somebody else made, and the [`fault`] points of
+//! tests. None of them knows a hypervisor. What touches files or `/proc` blocks for as long as the kernel takes: functions that are
+//! not `async` belong into `spawn_blocking` wherever a client chose the path.
 
 mod block;
 pub mod clock;
@@ -14,6 +13,7 @@ pub mod descriptors;
 pub mod endpoint;
 pub mod fault;
 pub mod files;
+pub mod growth;
 pub mod kernel;
 pub mod kvm;
 pub mod ledger;

@@ -18,13 +18,13 @@ use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
 use vmm_host::endpoint::{self, VisitError};
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::growth::Watcher;
 use vmm_host::process::{Lookup, Process, adopt};
 
 use super::console::{self, Mirror};
 use super::force::Manner;
 use super::seat::{self, Memory, Seat, View};
 use super::{Guest, Holding, Hypervisor, Met, Parts, force, patrol};
-use crate::cloud_hypervisor::watch::Watcher;
 
 /// How long a forced end waits for the VMM to power its VM off, before its process is ended.
 const FORCED_CALL: Duration = Duration::from_millis(700);

@@ -24,9 +24,8 @@ use serde::{Deserialize, Serialize};
 use tokio::task::AbortHandle;
 use tracing::Instrument;
 use vmm_core::spec::{Console, VmSpec};
+use vmm_host::growth::Watcher;
 use vmm_host::tail::{Limits, Round, Tail, Taken};
-
-use crate::cloud_hypervisor::watch::Watcher;
 
 /// The file in the run folder that the VMM writes to.
 const BOOT: &str = "console.boot";

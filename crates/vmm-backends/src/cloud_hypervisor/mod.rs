@@ -22,7 +22,6 @@ mod events;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod vmm;
-pub(crate) mod watch;
 
 use std::io;
 use std::path::Path;
@@ -33,12 +32,12 @@ use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::growth::Watcher;
 use vmm_host::process::Command;
 
 use self::client::Client;
 use self::convert::Config;
 use self::events::{EVENTS, EventFile};
-use self::watch::Watcher;
 use crate::program::{Kind, Version};
 use crate::rest::adopt::{LOG, SOCKET};
 use crate::rest::backend::{RestBackend, RestHypervisor, Run};

@@ -30,11 +30,11 @@ use vmm_core::backend::{
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
+use vmm_host::growth::{Watched, Watcher};
 use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
 
 use super::client::{Client, Counters};
 use super::events::{ChEvent, EVENTS, EventFile};
-use super::watch::{Watched, Watcher};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::rest::adopt::{LOG, exit_message, kill, or_gone};

@@ -1,4 +1,4 @@
-//! Waiting for files to grow: one inotify instance for all VMs, because the kernel allows a user about 128 of them.
+//! Waiting for files to grow: one inotify instance for all files, because the kernel allows a user about 128 instances.
 
 use std::collections::HashMap;
 use std::io;
@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::inotify;
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tracing::Instrument;
+
+use crate::ready;
 
 /// How often to look where the kernel gives no word.
 const LOOKING: Duration = Duration::from_secs(1);
@@ -21,24 +22,24 @@ const ROOM: usize = 4096;
 
 /// Watches files. Clones share one instance.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
+pub struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
 
 #[derive(Debug)]
 struct Instance {
-    fd: AsyncFd<OwnedFd>,
+    fd: AsyncFd<Arc<OwnedFd>>,
     waiting: Mutex<HashMap<i32, Vec<Arc<Notify>>>>,
 }
 
 /// The watch on one file; ends when dropped.
 #[derive(Debug)]
-pub(crate) struct Watched {
+pub struct Watched {
     kept: Option<(Arc<Instance>, i32)>,
     grown: Arc<Notify>,
 }
 
 impl Watcher {
     /// Begins to watch the file at `path`, which is there. Where that fails, it is looked at once a second instead.
-    pub(crate) fn watch(&self, path: &Path) -> Watched {
+    pub fn watch(&self, path: &Path) -> Watched {
         let grown = Arc::new(Notify::new());
         let kept = match self.begin(path, &grown) {
             Ok(kept) => Some(kept),
@@ -66,12 +67,7 @@ impl Watcher {
             return Ok(Arc::clone(instance));
         }
         let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-        #[expect(
-            deprecated,
-            reason = "the successor is unsafe, because any AsRawFd may close its descriptor or name another; an OwnedFd \
-                      that is only borrowed does neither, and this workspace forbids unsafe code"
-        )]
-        let fd = AsyncFd::with_interest(fd, Interest::READABLE)?;
+        let fd = ready::readable(Arc::new(fd))?;
         let instance = Arc::new(Instance { fd, waiting: Mutex::default() });
         let served = Arc::clone(&instance);
         tokio::spawn(async move { served.serve().await }.instrument(tracing::info_span!("file-watcher")));
@@ -111,7 +107,7 @@ impl Instance {
 
 impl Watched {
     /// Waits until the file may have grown since the last call. May be cancelled.
-    pub(crate) async fn grown(&self) {
+    pub async fn grown(&self) {
         if self.kept.is_some() {
             self.grown.notified().await;
         } else {
