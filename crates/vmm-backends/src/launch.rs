@@ -22,10 +22,8 @@ use vmm_host::{files, run_dir};
 
 pub use vmm_host::process::Guarded;
 
-/// How long a killed VMM may take to go.
-const KILLING: Duration = Duration::from_secs(1);
-/// How long a VMM that broke its connection may take to be reaped, so that its exit status can be told.
-const REAPING: Duration = Duration::from_secs(1);
+use crate::patience::{KILLING, REAPING, SWEEPING};
+
 /// How many processes a sweep ends before it takes them for the work of somebody who starts new ones.
 const SWEPT_AT_MOST: usize = 16;
 /// How much of a VMM's log a message carries.
@@ -206,14 +204,18 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
         )));
     }
     tracing::info!(pid = process.pid(), dir = %dir.display(), "ending a VMM that nobody owns");
-    kill(&process, KILLING).await
+    kill_within(&process, SWEEPING).await
 }
 
-/// Kills a VMM and waits until it has gone, at most for `limit`.
+/// Kills a VMM and waits until the process has gone.
 ///
 /// # Errors
 /// [`BackendErrorKind::Host`] where the signal is refused, [`BackendErrorKind::Timeout`] where the process outlives it.
-pub(crate) async fn kill(process: &Process, limit: Duration) -> Result<(), BackendError> {
+pub(crate) async fn kill(process: &Process) -> Result<(), BackendError> {
+    kill_within(process, KILLING).await
+}
+
+async fn kill_within(process: &Process, limit: Duration) -> Result<(), BackendError> {
     match process.kill_and_wait(limit).await {
         Ok(_) => Ok(()),
         Err(error) => {

@@ -19,6 +19,7 @@ pub mod ladder;
 pub mod launch;
 pub mod libvirt;
 mod ordered;
+mod patience;
 pub mod program;
 pub mod qemu;
 mod resets;

@@ -10,10 +10,8 @@ use vmm_host::endpoint::{self, VisitError};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Process, Signal};
 
-/// How long a process may take to end after SIGTERM, and after SIGKILL. The whole of force stays within 4 s.
-const SIGNALLED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
-/// How long the end of a process may take whose connection has broken.
-const LOST: Duration = Duration::from_millis(500);
+use crate::patience::{ENDING, KILLING, REPORTING};
+
 /// The way to end a VM.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum End {
@@ -60,8 +58,7 @@ pub(super) async fn kill(
     if let Err(Unproven { error, leaving }) = prove(process, socket, program).await {
         return process.wait_for(leaving).await.map(|_| EndedBy::Sigkill).ok_or(error);
     }
-    let rungs =
-        [(Signal::TERM, SIGNALLED.0, EndedBy::Sigterm), (Signal::KILL, SIGNALLED.1, EndedBy::Sigkill)];
+    let rungs = [(Signal::TERM, ENDING, EndedBy::Sigterm), (Signal::KILL, KILLING, EndedBy::Sigkill)];
     let skipped = if manner == Manner::AtOnce { 1 } else { 0 };
     for (signal, limit, rung) in rungs.into_iter().skip(skipped) {
         if let Err(error) = process.signal(signal) {
@@ -104,7 +101,7 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
     }
     let runs = executable(process).await.map_err(|error| {
         let is_leaving = error.kind() == std::io::ErrorKind::NotFound;
-        let leaving = if is_leaving { SIGNALLED.1 } else { Duration::ZERO };
+        let leaving = if is_leaving { KILLING } else { Duration::ZERO };
         unproven_for(leaving, format!("its program is not shown ({error})"))
     })?;
     if !runs.starts_with(program) {
@@ -116,7 +113,7 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
             Err(unproven(format!("process {} listens on {}", visit.process.pid(), socket.display())))
         }
         Err(VisitError::Nobody(place)) => {
-            Err(unproven_for(LOST, format!("nobody listens on {place} any more")))
+            Err(unproven_for(REPORTING, format!("nobody listens on {place} any more")))
         }
         Err(VisitError::Refused(why)) => Err(unproven(why)),
         // A QEMU that stands still has no room for one more connection. That this process listens there was proven when it was

@@ -37,7 +37,8 @@ use super::client::{Client, Counters};
 use super::events::{ChEvent, EVENTS, EventFile};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
-use crate::rest::adopt::{LOG, exit_message, kill, or_gone};
+use crate::launch::kill;
+use crate::rest::adopt::{LOG, exit_message, or_gone};
 use crate::rest::backend::Run;
 use crate::throttle::{Throttle, due};
 

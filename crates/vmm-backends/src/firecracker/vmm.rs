@@ -29,7 +29,8 @@ use super::client::Client;
 use super::metrics::{Metrics, Sums};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
-use crate::rest::adopt::{LOG, exit_message, kill, or_gone};
+use crate::launch::kill;
+use crate::rest::adopt::{LOG, exit_message, or_gone};
 use crate::rest::backend::Run;
 use crate::rest::client::RestApi as _;
 

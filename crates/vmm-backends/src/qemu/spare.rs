@@ -32,8 +32,8 @@ use vmm_host::run_dir;
 
 use super::convert::{self, Accelerator, AheadInputs, CONSOLE_SOCKET, QMP_SOCKET, Told};
 use super::start::{LOG, clear, host_error};
-use super::vmm::KILLING;
 use crate::launch::start_blocking;
+use crate::patience::KILLING;
 use crate::program::{Installed, Version};
 
 /// The oldest version whose VMs were compared with those of an ordinary start.

@@ -29,10 +29,11 @@ use super::images;
 use super::link::Link;
 use super::qmp::{Qmp, QmpEvent};
 use super::spare::Spare;
-use super::vmm::{KILLING, QemuVmm};
+use super::vmm::QemuVmm;
 use super::watch::{Owner, Watch};
 use crate::launch::{died_early, pass, start_vmm, wait_for_socket};
 use crate::ordered::Ordered;
+use crate::patience::KILLING;
 use crate::program::{Installed, Version};
 use crate::throttle::Throttle;
 

@@ -1,7 +1,6 @@
 //! The handle of one run in QEMU.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
@@ -20,10 +19,8 @@ use super::qmp::{Qmp, QmpError};
 use super::start::LOG;
 use crate::counters;
 use crate::ladder::{self, Call, Means};
+use crate::launch;
 use crate::ordered::Ordered;
-
-/// How long a killed QEMU may take to go.
-pub(super) const KILLING: Duration = Duration::from_secs(2);
 
 /// The handle.
 #[derive(Debug)]
@@ -95,13 +92,7 @@ impl Vmm for QemuVmm {
 
     async fn kill(&self) -> Result<(), BackendError> {
         self.guest.order_end(true);
-        match self.process.kill_and_wait(KILLING).await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string())
-                    .caused_by(error))
-            }
-        }
+        launch::kill(&self.process).await
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
 use vmm_core::store::RunRecord;
@@ -10,12 +9,9 @@ use vmm_host::clock::now_ms;
 use vmm_host::process::{Lookup, Process, ProcessExit, adopt};
 
 use crate::launch::{self, Guarded};
+use crate::patience::REAPING;
 use crate::search::{self, Unproven};
 
-/// How long a killed VMM may take to go.
-const KILLING: Duration = Duration::from_secs(2);
-/// How long a VMM that broke its connection may take to be reaped.
-const REAPING: Duration = Duration::from_secs(1);
 /// The socket's name in the run folder; short, because a socket's path ends at 107 bytes.
 pub const SOCKET: &str = "api.sock";
 /// The name in the run folder of what the VMM writes to its stderr.
@@ -64,14 +60,6 @@ pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, versi
         claims: Vec::new(),
         taps: Vec::new(),
     }
-}
-
-/// Kills a VMM and waits until it has gone.
-///
-/// # Errors
-/// [`BackendErrorKind::Host`] where the signal is refused, [`BackendErrorKind::Timeout`] where the process outlives it.
-pub async fn kill(process: &Process) -> Result<(), BackendError> {
-    crate::launch::kill(process, KILLING).await
 }
 
 /// What is said of an end: the exit status, and the last lines of the VMM's logs.
@@ -124,7 +112,7 @@ pub async fn failed(guard: Guarded, error: BackendError, log: &Path) -> BackendE
     if guard.exit().is_some() || (lost && guard.wait_for(REAPING).await.is_some()) {
         return launch::died_early(guard.process(), log, "while it started").await;
     }
-    match kill(guard.process()).await {
+    match launch::kill(guard.process()).await {
         Ok(()) => BackendError { effect: Effect::NotApplied, ..error },
         Err(kept) => {
             let message = format!("{error}; and what was started is still there: {kept}");

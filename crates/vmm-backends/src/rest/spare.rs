@@ -7,9 +7,8 @@ use std::time::Duration;
 use vmm_core::backend::LaunchRequest;
 use vmm_core::id::VmUid;
 
-use super::adopt;
 use super::client::RestApi;
-use crate::launch::Guarded;
+use crate::launch::{self, Guarded};
 use crate::program::{Installed, Program};
 use crate::spares::Spares;
 
@@ -57,7 +56,7 @@ impl<C: RestApi> Spares<Fresh<C>> {
 }
 
 async fn end<C>(spare: Fresh<C>) {
-    if let Err(error) = adopt::kill(spare.guard.process()).await {
+    if let Err(error) = launch::kill(spare.guard.process()).await {
         tracing::warn!(%error, "a spare VMM could not be ended");
     }
 }

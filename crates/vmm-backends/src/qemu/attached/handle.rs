@@ -23,11 +23,10 @@ use crate::attached::{Guest, Parts};
 use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::ordered::Ordered;
+use crate::patience::REPORTING;
 use crate::rest::adopt::or_gone;
 use crate::throttle::Throttle;
 
-/// How long a QEMU that ends with its guest may take to do so.
-const ENDING: std::time::Duration = std::time::Duration::from_millis(500);
 /// Events that wait for the VM's owner.
 const EVENTS: usize = 64;
 
@@ -154,7 +153,7 @@ impl Means for Handle {
 
     async fn has_ended(&self) -> bool {
         // QEMU tells. It is not asked: a command that is under way while QEMU ends makes it (7.2) hang in its own clean-up.
-        if !self.guest.has_shut_down() || self.process.wait_for(ENDING).await.is_some() {
+        if !self.guest.has_shut_down() || self.process.wait_for(REPORTING).await.is_some() {
             return self.process.has_ended();
         }
         matches!(self.guest_state().await, Ok(GuestState::Ended))
@@ -210,7 +209,7 @@ impl Vmm for Handle {
     async fn probe(&self) -> Result<GuestState, BackendError> {
         // As in `has_ended`: what ends is not asked.
         if self.guest.has_shut_down() {
-            let _ = self.process.wait_for(ENDING).await;
+            let _ = self.process.wait_for(REPORTING).await;
         }
         let told = self.guest_state().await;
         self.held.answered(&self.run.version, &told);

@@ -1,0 +1,238 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use vmm_host::process::{Command, Guarded, spawn_guarded};
+
+use super::*;
+
+const PATIENT: Ladder = Ladder { ask_guest_for: Some(Duration::from_secs(60)) };
+const HASTY: Ladder = Ladder { ask_guest_for: Some(Duration::from_millis(1)) };
+const FORCED: Ladder = Ladder { ask_guest_for: None };
+
+/// The behaviour of a VMM that is called.
+#[derive(Clone, Copy, Debug)]
+enum Play {
+    /// Passes it on, and answers.
+    Obeys(Signal),
+    /// Answers, and nothing comes of it.
+    Loses,
+    /// Fails so.
+    Fails(BackendErrorKind, Effect),
+    /// Ends, and fails so.
+    EndsOver(Effect),
+    /// Does not answer.
+    Hangs,
+    /// Is not to be called.
+    Forbidden,
+    /// Has no such call.
+    Missing,
+}
+
+use Play::{EndsOver, Fails, Forbidden, Hangs, Loses, Missing, Obeys};
+
+/// The signals by which a guest obeys its power button here, and a VMM its order.
+const BUTTON: Play = Obeys(Signal::USR1);
+const ORDER: Play = Obeys(Signal::USR2);
+
+/// A stand-in for a VMM.
+struct FakeVmm {
+    guard: Guarded,
+    /// One play for each request to the guest; the last one for all that follow.
+    asked: Vec<Play>,
+    order: Play,
+    requests: AtomicUsize,
+    _dir: tempfile::TempDir,
+}
+
+impl FakeVmm {
+    /// Starts it once `traps` are set.
+    async fn start(traps: &str, asked: &[Play], order: Play) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let script = format!("{traps}; echo ready; exec tail -f /dev/null");
+        let guard = spawn_guarded(Command::new("/bin/sh", ["-c", &script], &log)).await.unwrap();
+        while !std::fs::read_to_string(&log).unwrap().contains("ready") {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Self { guard, asked: asked.to_vec(), order, requests: AtomicUsize::new(0), _dir: dir }
+    }
+
+    fn play(&self, play: Play) -> Option<Call<'_>> {
+        if matches!(play, Missing) {
+            return None;
+        }
+        Some(Box::pin(async move {
+            let failing = |kind, effect| Err(BackendError::new(kind, effect, "no"));
+            match play {
+                Obeys(signal) => self.guard.signal(signal).unwrap(),
+                Loses | Missing => {}
+                Fails(kind, effect) => return failing(kind, effect),
+                EndsOver(effect) => {
+                    self.guard.signal(Signal::KILL).unwrap();
+                    return failing(BackendErrorKind::Unreachable, effect);
+                }
+                Hangs => std::future::pending().await,
+                Forbidden => panic!("it was called"),
+            }
+            Ok(())
+        }))
+    }
+
+    /// Climbs, and checks that the process has gone exactly where the answer says so.
+    async fn climb(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+        let ended_by = climb(self, ladder).await;
+        assert_eq!(self.guard.exit().is_some(), ended_by.is_ok());
+        ended_by
+    }
+}
+
+#[async_trait]
+impl Means for FakeVmm {
+    fn process(&self) -> &Process {
+        self.guard.process()
+    }
+
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        let count = self.requests.fetch_add(1, Ordering::Relaxed);
+        let play = self.asked.get(count).or(self.asked.last()).copied().unwrap_or(Missing);
+        Some((EndedBy::Acpi, self.play(play)?))
+    }
+
+    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+        self.play(self.order)
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_obeys_is_named() {
+    let vmm = FakeVmm::start(":", &[BUTTON], Forbidden).await;
+    assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
+}
+
+#[tokio::test]
+async fn a_guest_that_loses_the_first_request_is_asked_again() {
+    let vmm = FakeVmm::start(":", &[Loses, BUTTON], Forbidden).await;
+    assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
+    assert_eq!(vmm.requests.into_inner(), 2);
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_is_powered_off() {
+    let vmm = FakeVmm::start("trap '' USR1", &[BUTTON], ORDER).await;
+    assert_eq!(vmm.climb(HASTY).await.unwrap(), EndedBy::Vmm);
+}
+
+#[tokio::test]
+async fn a_request_that_fails_costs_the_guest_none_of_its_time() {
+    use BackendErrorKind::{Rejected, Timeout, Unreachable};
+    for failure in [
+        Fails(Unreachable, Effect::NotApplied),
+        Fails(Timeout, Effect::Unknown),
+        Fails(Rejected, Effect::NotApplied),
+    ] {
+        let vmm = FakeVmm::start(":", &[failure, BUTTON], Forbidden).await;
+        assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi, "{failure:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_obeys_before_its_vmm_answers_is_named() {
+    let vmm = FakeVmm::start(":", &[EndsOver(Effect::Unknown)], Forbidden).await;
+    assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
+}
+
+#[tokio::test]
+async fn without_force_there_may_be_nothing_to_ask() {
+    let vmm = FakeVmm::start(":", &[], Missing).await;
+    assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Sigterm);
+}
+
+#[tokio::test]
+async fn force_does_not_ask() {
+    let vmm = FakeVmm::start(":", &[Forbidden], ORDER).await;
+    assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Vmm);
+}
+
+#[tokio::test]
+async fn a_vmm_that_refuses_gets_sigterm() {
+    let refuses = Fails(BackendErrorKind::Rejected, Effect::NotApplied);
+    for ladder in [HASTY, FORCED] {
+        let vmm = FakeVmm::start(":", &[refuses], refuses).await;
+        assert_eq!(vmm.climb(ladder).await.unwrap(), EndedBy::Sigterm, "a refusal is an answer");
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_that_obeys_without_an_answer_is_named() {
+    let vmm = FakeVmm::start(":", &[], EndsOver(Effect::Unknown)).await;
+    assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Vmm);
+}
+
+#[tokio::test]
+async fn a_vmm_that_ignores_sigterm_is_killed() {
+    let vmm = FakeVmm::start("trap '' USR2 TERM", &[Forbidden], ORDER).await;
+    assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Sigkill);
+}
+
+#[tokio::test]
+async fn a_vmm_that_answers_nothing_is_ended_by_force_only() {
+    let lost = |kind| Fails(kind, Effect::NotApplied);
+    for (silence, kind) in [
+        (Hangs, BackendErrorKind::Timeout),
+        (lost(BackendErrorKind::Unreachable), BackendErrorKind::Unreachable),
+        (lost(BackendErrorKind::Protocol), BackendErrorKind::Protocol),
+        (lost(BackendErrorKind::Host), BackendErrorKind::Timeout),
+    ] {
+        let mut vmm = FakeVmm::start(":", &[silence], Forbidden).await;
+        vmm.guard.signal(Signal::STOP).unwrap();
+        let error = vmm.climb(HASTY).await.unwrap_err();
+        assert_eq!((error.kind, error.effect), (kind, Effect::Unknown), "{silence:?}");
+        assert!(error.message.contains("use force"), "{error}");
+        vmm.order = Hangs;
+        assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Sigkill, "{silence:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_had_ended_was_the_guest() {
+    let vmm = FakeVmm::start(":", &[Forbidden], Forbidden).await;
+    vmm.guard.signal(Signal::KILL).unwrap();
+    vmm.guard.wait().await;
+    for ladder in [PATIENT, FORCED] {
+        assert_eq!(vmm.climb(ladder).await.unwrap(), EndedBy::Guest);
+    }
+}
+
+#[tokio::test]
+async fn what_ends_before_the_question_arrives_was_the_guest() {
+    // As a connection breaks: the process has ended, and nobody has reaped it yet.
+    let vmm = FakeVmm::start(":", &[EndsOver(Effect::NotApplied)], Forbidden).await;
+    assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Guest);
+}
+
+/// A process that was adopted, without any means but signals.
+struct Adopted(Process);
+
+#[async_trait]
+impl Means for Adopted {
+    fn process(&self) -> &Process {
+        &self.0
+    }
+
+    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+        None
+    }
+
+    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+        None
+    }
+}
+
+#[tokio::test]
+async fn an_adopted_vmm_climbs_down_as_well() {
+    let vmm = FakeVmm::start("trap '' TERM", &[], Missing).await;
+    let vmm_host::process::Lookup::Alive(adopted) = vmm_host::process::adopt(vmm.guard.identity()) else {
+        panic!("it is there")
+    };
+    assert_eq!(climb(&Adopted(adopted), FORCED).await.unwrap(), EndedBy::Sigkill);
+    vmm.guard.wait().await;
+}
