@@ -51,6 +51,19 @@ impl Ordered {
         self.has_shut_down.store(shut_down, Ordering::Relaxed);
     }
 
+    /// Carries out `order`, which lets the guest's CPUs run or stops them, and remembers what was ordered. Nothing else changes
+    /// that meanwhile. Fails as `order` does.
+    pub(crate) async fn order_runs<E>(
+        &self,
+        runs: bool,
+        order: impl Future<Output = Result<(), E>>,
+    ) -> Result<(), E> {
+        let change = self.change().await;
+        order.await?;
+        change.set_runs(runs);
+        Ok(())
+    }
+
     /// Waits until no other call changes what is known of the guest's CPUs.
     pub(crate) async fn change(&self) -> Change<'_> {
         Change { _turn: self.changing.lock().await, runs: &self.runs }

@@ -56,17 +56,11 @@ impl Vmm for LibvirtVmm {
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        let change = self.guest.change().await;
-        self.order(Call::Suspend { uuid: self.domain }).await?;
-        change.set_runs(false);
-        Ok(())
+        self.guest.order_runs(false, self.order(Call::Suspend { uuid: self.domain })).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        let change = self.guest.change().await;
-        self.order(Call::Resume { uuid: self.domain }).await?;
-        change.set_runs(true);
-        Ok(())
+        self.guest.order_runs(true, self.order(Call::Resume { uuid: self.domain })).await
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {

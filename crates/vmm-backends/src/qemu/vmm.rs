@@ -42,17 +42,13 @@ impl Vmm for QemuVmm {
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        let change = self.guest.change().await;
-        self.qmp()?.stop().await.map_err(|error| self.explain(error))?;
-        change.set_runs(false);
-        Ok(())
+        let order = async { self.qmp()?.stop().await.map_err(|error| self.explain(error)) };
+        self.guest.order_runs(false, order).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        let change = self.guest.change().await;
-        self.qmp()?.cont().await.map_err(|error| self.explain(error))?;
-        change.set_runs(true);
-        Ok(())
+        let order = async { self.qmp()?.cont().await.map_err(|error| self.explain(error)) };
+        self.guest.order_runs(true, order).await
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
