@@ -1,4 +1,4 @@
-//! File descriptors: how many this process may have, and what they are for.
+//! Shares the file descriptors of this process out among its VMs and clients.
 //!
 //! ```text
 //!   0                                                                    limit
@@ -6,10 +6,11 @@
 //!   │   VM_STEADY each, VM_START while one starts │  an eighth  │ samples, files, health and force
 //! ```
 //!
-//! A process without a free descriptor can neither accept a connection nor read a counter of a VM. So a VM is started only
-//! where what it needs is free beside what clients may take, and clients have a share of their own.
+//! A process without a free descriptor can neither accept a connection nor read a counter of a VM.
+//! Therefore a VM is started only if its descriptors are free beside the share of the clients, and
+//! clients cannot take more than their share.
 //!
-//! The table of descriptors belongs to the process, so what is counted here is counted for the whole process.
+//! The kernel counts descriptors per process, so the counters here are statics.
 
 use std::fmt;
 use std::fs;
@@ -21,27 +22,29 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The descriptors that neither clients nor VMs get.
 const RESERVE: u64 = 32;
-/// The descriptors that a start needs at its height: the program, its log, TAPs, pipes, sockets.
+/// The descriptors that a start needs at its peak: the program, its log, TAPs, pipes, sockets.
 const VM_START: u64 = 8;
 /// The descriptors that a running VM keeps on each hypervisor: the pidfd of its VMM, and the connection to it.
 const VM_STEADY: u64 = 2;
 /// The descriptors of a daemon without VMs and clients.
 pub const DAEMON: u64 = 24;
-/// The most that clients get.
+/// The most descriptors that clients get.
 const MOST_CLIENTS: u64 = 1024;
-/// The least that clients get, so that a daemon with a very low limit can be told to end its VMs.
+/// The fewest descriptors that clients get, so that clients of a daemon with a very low limit can
+/// still end its VMs.
 const LEAST_CLIENTS: u64 = 16;
-/// A limit beyond this is none.
+/// The value that stands for no limit.
 const UNLIMITED: u64 = 1 << 30;
 
 static CLIENTS: AtomicU64 = AtomicU64::new(0);
 static STARTS: AtomicU64 = AtomicU64::new(0);
 
-/// Raises the soft limit on descriptors to the hard one. Returns the soft limit before and now.
+/// Raises the soft limit on descriptors to the hard limit. Returns the soft limits before and
+/// after.
 ///
 /// # Errors
 ///
-/// The kernel refuses. The limit is then as before.
+/// Returns the kernel's error. The limit is then unchanged.
 pub fn raise_limit() -> io::Result<(u64, u64)> {
     let limits = getrlimit(Resource::Nofile);
     let before = limits.current.unwrap_or(UNLIMITED);
@@ -56,36 +59,39 @@ pub fn limit() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(UNLIMITED)
 }
 
-/// Returns how many clients may be connected under `limit`: an eighth of it.
+/// Returns the number of clients that may be connected under `limit`: an eighth of it, within
+/// bounds.
 pub fn for_clients(limit: u64) -> u64 {
     (limit / 8).clamp(LEAST_CLIENTS, MOST_CLIENTS)
 }
 
-/// Returns how many VMs fit beside `used` descriptors under `limit`, where no client is connected.
+/// Returns the number of VMs that fit beside `used` descriptors under `limit`. No client counts as
+/// connected.
 pub fn vms_that_fit(limit: u64, used: u64) -> u64 {
     let taken = used + RESERVE + for_clients(limit) + VM_START;
     limit.checked_sub(taken).map_or(0, |left| left / VM_STEADY + 1)
 }
 
-/// Counts the descriptors of a process: `self`, or its id.
+/// Counts the descriptors of a process. `process` is `self` or a process id.
 ///
 /// # Errors
 ///
-/// There is no such process, or this user may not look at it, or this process has no descriptor left to look with.
+/// Returns the kernel's error: there is no such process, its user is another, or this process has
+/// no descriptor left for the count.
 pub fn in_use(process: &str) -> io::Result<u64> {
     let folder = format!("/proc/{process}/fd");
-    // Linux 6.2 and later give the number as the size.
+    // Linux 6.2 and later report the count as the folder's size. Earlier kernels report 0.
     match fs::metadata(&folder)?.size() {
         0 => Ok(fs::read_dir(&folder)?.count() as u64),
         counted => Ok(counted),
     }
 }
 
-/// A connected client.
+/// A connected client, counted while the value lives.
 pub struct Client(());
 
 impl Client {
-    /// Counts a client, until the value is dropped.
+    /// Counts a client until the value is dropped.
     #[expect(clippy::new_without_default, reason = "a client is counted, not made up")]
     pub fn new() -> Self {
         CLIENTS.fetch_add(1, Ordering::Relaxed);
@@ -104,15 +110,21 @@ impl Drop for Client {
 pub struct Start(());
 
 impl Start {
-    /// Sets descriptors aside for a start, until the value is dropped. Blocks for as long as `/proc` takes.
+    /// Reserves descriptors for a start until the value is dropped. Blocks for as long as `/proc`
+    /// takes.
     ///
     /// # Errors
     ///
-    /// There are not so many left.
+    /// Returns [`NoRoom`] where too few are left.
     pub fn reserve() -> Result<Self, NoRoom> {
+        // The counter rises before the check, so the later of two concurrent starts counts the
+        // earlier one, and they cannot both take the last room. `start` exists before the check as
+        // well: if the check fails, its drop lowers the counter again.
         let starts = STARTS.fetch_add(1, Ordering::Relaxed);
         let start = Self(());
         let limit = limit();
+        // A process that cannot count its descriptors is treated as having none left, because the
+        // count itself needs one.
         let used = in_use("self").unwrap_or(limit);
         let clients = CLIENTS.load(Ordering::Relaxed);
         if fits(limit, used, clients, starts) { Ok(start) } else { Err(NoRoom { limit, used }) }
@@ -126,11 +138,13 @@ impl Drop for Start {
 }
 
 fn fits(limit: u64, used: u64, clients: u64, other_starts: u64) -> bool {
+    // Descriptors of connected clients are in `used` already, so only the rest of the clients'
+    // share is kept free.
     let free_for_clients = for_clients(limit).saturating_sub(clients);
     used + free_for_clients + RESERVE + VM_START * (other_starts + 1) <= limit
 }
 
-/// There are no descriptors left for another VM.
+/// The error that too few descriptors are left for another VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoRoom {
     limit: u64,

@@ -1,8 +1,9 @@
-//! One daemon per state directory.
+//! The lock that allows one daemon per state directory.
 //!
-//! The kernel holds the lock for as long as the daemon lives, so there is nothing to clean up after a crash. A daemon that is
-//! killed while it starts a VMM leaves it to that child for a moment, until the child has exec'ed; who comes next waits for that.
-//! The file stays: its content tells who holds the lock.
+//! The kernel holds the lock while the daemon lives, so a crash leaves nothing to clean up. A child
+//! that is being started shares the lock until its exec. If its daemon is killed in that moment,
+//! the lock lives on for some milliseconds, and the next daemon waits for its end. The file stays,
+//! because its content names the holder.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -12,24 +13,26 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
-/// The lock's file in the state directory.
+/// The name of the lock's file in the state directory.
 const FILE_NAME: &str = "lock";
-/// How long the lock of a daemon that is dead may still be held by a child that it was starting, or by somebody who asks
-/// whether it is held. An exec takes milliseconds, on a busy machine more.
-const AFTER_DEATH: Duration = Duration::from_secs(2);
-/// Time between two tries meanwhile.
-const RETRY: Duration = Duration::from_millis(5);
+/// The longest wait for the lock of a dead daemon. A child that the daemon was starting may still
+/// hold it, or a process that asks for the holder. An exec takes milliseconds, and more on a busy
+/// machine.
+const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
+/// The interval between two attempts during that wait.
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// The right to be the only daemon of a state directory. Ends when it is dropped or the daemon dies; children don't get it.
+/// The right to be the only daemon of a state directory. The right ends when the value is dropped
+/// or the daemon dies. Started processes do not inherit it.
 #[derive(Debug)]
 pub struct StateLock {
     file: File,
 }
 
-/// Why a state directory could not be locked.
+/// The reason why a state directory cannot be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another daemon has it.
+    /// Another daemon holds the lock.
     #[error(
         "the state directory {} is in use by {}; stop that daemon, or give this one another directory with UNKEY_VMCP_STATE_DIR",
         .state_dir.display(), holder_name(*.pid)
@@ -37,23 +40,23 @@ pub enum LockError {
     Held {
         /// The directory.
         state_dir: PathBuf,
-        /// The process that says it holds the lock.
+        /// The process id in the lock's file; `None` where none can be read.
         pid: Option<u32>,
     },
-    /// The directory could be written, or replaced, by somebody else.
+    /// Another user could write or replace the directory.
     #[error("the state directory {} {why}", .path.display())]
     Exposed {
         /// The directory.
         path: PathBuf,
-        /// Returns the fault and the remedy.
+        /// The fault and the remedy.
         why: String,
     },
-    /// The directory or the file in it cannot be used.
+    /// The directory or its lock file cannot be used.
     #[error("the state directory cannot be locked by {}; check that the daemon's user may write there", .path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -63,11 +66,11 @@ fn holder_name(pid: Option<u32>) -> String {
 }
 
 impl StateLock {
-    /// Takes the lock of `state_dir`, which is made with mode 0700 if it is missing. Blocks, for two seconds at most, only
-    /// where a daemon that is dead left the lock to a child.
+    /// Takes the lock of `state_dir`, and creates a missing directory with mode 0700. Blocks for at
+    /// most two seconds, and only where a dead daemon has left the lock to a child.
     ///
     /// # Errors
-    /// [`LockError::Held`] where another process has it.
+    /// Returns [`LockError::Held`] where another process holds the lock.
     pub fn acquire(state_dir: &Path) -> Result<Self, LockError> {
         let failed = |path: &Path| {
             let path = path.to_path_buf();
@@ -85,7 +88,12 @@ impl StateLock {
             .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
             .open(&path)
             .map_err(failed(&path))?;
-        let deadline = Instant::now() + AFTER_DEATH;
+        // A lock that cannot be taken means one of two things. If the process in the file lives, a
+        // daemon serves this directory, and waiting would not help. If it has ended, the lock is
+        // only the rest that a child holds until its exec, and a short wait takes it. A file
+        // without a readable pid counts as the first case, because its daemon may be about to
+        // write.
+        let deadline = Instant::now() + HANDOVER_TIMEOUT;
         loop {
             match file.try_lock() {
                 Ok(()) => break,
@@ -103,16 +111,18 @@ impl StateLock {
     }
 }
 
-/// Refuses a state directory in which another user could put files of his own: what is in it is believed, and tells the daemon
-/// which processes to end.
+/// Refuses a state directory in which another user could put files, because the daemon believes its
+/// content and ends the processes that it names.
 ///
 /// # Errors
-/// [`LockError::Exposed`], and [`LockError::Io`] where it cannot be looked at.
+/// Returns [`LockError::Exposed`], and [`LockError::Io`] where the directory cannot be examined.
 pub fn check_private(state_dir: &Path) -> Result<(), LockError> {
     let failed = |source| LockError::Io { path: state_dir.to_path_buf(), source };
     let exposed = |why| Err(LockError::Exposed { path: state_dir.to_path_buf(), why });
     let ours = rustix::process::geteuid().as_raw();
     let link = fs::symlink_metadata(state_dir).map_err(failed)?;
+    // A link of root or of the daemon's user is allowed, because administrators move state
+    // directories. The target is checked below like any directory.
     if link.is_symlink() && link.uid() != ours && link.uid() != 0 {
         return exposed(format!(
             "is a symbolic link of another user (uid {}): name the directory itself",
@@ -132,12 +142,13 @@ pub fn check_private(state_dir: &Path) -> Result<(), LockError> {
     Ok(())
 }
 
-/// Says whether a daemon holds the lock of `state_dir`, and with which process id as far as it has said so. Makes nothing.
+/// Returns the daemon that holds the lock of `state_dir`; `None` where none does. Creates nothing.
 ///
-/// The lock is tried for a moment, and shared, so that many may ask at once.
+/// The lock is tried for a moment in shared mode, so concurrent callers do not see each other as
+/// holders.
 ///
 /// # Errors
-/// What the kernel says, as where this user may not read the lock's file.
+/// Returns the kernel's error, as where this user may not read the lock's file.
 pub fn holder(state_dir: &Path) -> io::Result<Option<Holder>> {
     let opened = OpenOptions::new()
         .read(true)
@@ -158,22 +169,24 @@ pub fn holder(state_dir: &Path) -> io::Result<Option<Holder>> {
 /// The daemon that holds a state directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// Its process id; `None` where it has not written it yet.
+    /// The process id; `None` where the daemon has not written it yet.
     pub pid: Option<u32>,
 }
 
 impl Drop for StateLock {
     fn drop(&mut self) {
-        // To close is not enough: a child that is just being started shares the open file until it has exec'ed.
+        // Closing the file would not be enough, because a child that is being started shares the
+        // open file until its exec.
         if let Err(error) = self.file.unlock() {
             tracing::warn!(%error, "the state directory could not be unlocked before the end of the daemon");
         }
     }
 }
 
-/// Whether no process bears the id any more, or only a zombie that nobody has waited for.
+/// Returns true if no process has this id, or only a zombie.
 fn has_ended(pid: u32) -> bool {
     match std::fs::read(format!("/proc/{pid}/cmdline")) {
+        // A zombie has no arguments.
         Ok(arguments) => arguments.is_empty(),
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
@@ -184,7 +197,7 @@ fn has_ended(pid: u32) -> bool {
     reason = "the daemon serves nobody yet, and the subcommands do one thing"
 )]
 fn pause() {
-    std::thread::sleep(RETRY);
+    std::thread::sleep(RETRY_INTERVAL);
 }
 
 fn write_pid(file: &mut File) -> io::Result<()> {
@@ -193,7 +206,7 @@ fn write_pid(file: &mut File) -> io::Result<()> {
     writeln!(file, "{}", std::process::id())
 }
 
-/// What the holder wrote. It may be about to write, so nothing is no surprise.
+/// Reads the process id from the lock's file. `None` is normal while the holder is about to write.
 fn read_pid(file: &mut File) -> Option<u32> {
     let mut text = String::new();
     file.rewind().ok()?;

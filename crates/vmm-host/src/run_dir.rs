@@ -1,4 +1,4 @@
-//! The folder of one VM below the runtime folder: sockets, log and console.
+//! The run folder of a VM below the runtime folder, with its sockets, log and console.
 //!
 //! ```text
 //!   <runtime>/           0700, the daemon's own
@@ -6,8 +6,8 @@
 //!       <uid>/           0700; named by the VM's creation, so a namesake never finds it
 //! ```
 //!
-//! Every step goes through an open folder and follows no symbolic link, so that nobody who can write nearby leads the daemon
-//! elsewhere.
+//! Every step opens a folder relative to one that is already open and follows no symbolic link, so
+//! that a user who can write nearby cannot lead the daemon elsewhere.
 
 mod spare;
 
@@ -30,17 +30,17 @@ pub use spare::SpareMark;
 /// The longest path that a unix socket can have, in bytes.
 pub const MAX_SOCKET_PATH: usize = 107;
 
-/// How deep a run folder may nest. Nothing of ours nests deeper than two.
+/// The deepest nesting that a removal follows. The program's own folders nest at most two deep.
 const MAX_DEPTH: usize = 16;
-/// How often a folder is emptied that fills while it is removed.
+/// The number of times that a folder is emptied which fills while it is removed.
 const MAX_REMOVALS: u32 = 8;
 
-/// Makes the run folder of `uid` below `runtime_dir`, with what is missing above it, and answers its path. One that is there
-/// already is used as it is.
+/// Creates the run folder of `uid` below `runtime_dir`, with the folders above it, and returns its
+/// path. A folder that exists already is used.
 ///
 /// # Errors
-/// What the kernel says; `InvalidInput` where a symbolic link or a file is in the way, `PermissionDenied` where a folder
-/// belongs to another user. The text names the path.
+/// Returns the kernel's error with the path: `InvalidInput` where a symbolic link or a file is in
+/// the way, `PermissionDenied` where a folder belongs to another user.
 pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
     let runtime_dir = &tidy(runtime_dir);
     let dir = uid.run_dir(runtime_dir);
@@ -50,6 +50,10 @@ pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
         .create(runtime_dir)
         .map_err(|error| named(runtime_dir, &error))?;
     let mut path = runtime_dir.to_path_buf();
+    // `create` above follows symbolic links, so its result proves nothing. `open_ours` refuses a
+    // link in the last component and a folder of another user. From here on each folder is made and
+    // opened through its parent's descriptor, so a parent that is exchanged meanwhile changes
+    // nothing.
     let mut folder = open_ours(rustix::fs::CWD, runtime_dir, &path)?;
     for name in below(&dir, runtime_dir) {
         path.push(name);
@@ -58,15 +62,17 @@ pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
             Err(error) => return Err(named(&path, &error.into())),
         }
         folder = open_ours(&folder, Path::new(name), &path)?;
+        // mkdir takes the umask off the mode, and a folder that existed may have any mode.
         rustix::fs::fchmod(&folder, Mode::RWXU).map_err(|error| named(&path, &error.into()))?;
     }
     Ok(dir)
 }
 
-/// Lists the run folders below `runtime_dir`, with their VMs. What is not called as one is left out. Blocks.
+/// Lists the run folders below `runtime_dir` with their VMs. Entries with other names are left out.
+/// Blocks.
 ///
 /// # Errors
-/// What the kernel says, with the path.
+/// Returns the kernel's error with the path.
 pub fn list(runtime_dir: &Path) -> io::Result<Vec<(VmUid, PathBuf)>> {
     let vms = vms_dir(runtime_dir);
     let entries = match std::fs::read_dir(&vms) {
@@ -82,24 +88,25 @@ pub fn list(runtime_dir: &Path) -> io::Result<Vec<(VmUid, PathBuf)>> {
     Ok(folders)
 }
 
-/// The folder that run folders lie in.
+/// Returns the folder that holds the run folders.
 pub(crate) fn vms_dir(runtime_dir: &Path) -> PathBuf {
-    // Without slashes at the end, as in the arguments of VMMs.
+    // Trailing slashes are removed, because the arguments of VMMs have none.
     tidy(runtime_dir).join("vms")
 }
 
-/// The VM of a run folder's name: 32 hexadecimal digits in lower case, and nothing else that a UUID may be written as.
+/// Parses the name of a run folder: 32 hexadecimal digits in lower case. The other forms of a UUID
+/// are refused.
 pub(crate) fn folder_uid(name: &std::ffi::OsStr) -> Option<VmUid> {
     let name = name.to_str()?;
     let plain = name.len() == 32 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     if plain { name.parse().ok() } else { None }
 }
 
-/// Removes the sockets of a run that has ended, and the `.lock` files beside them. Nothing else, and nothing below.
-/// A folder that is not there is no error.
+/// Removes the sockets of an ended run and the `.lock` files beside them from `dir`. Other files
+/// and subfolders stay. A missing folder is no error.
 ///
 /// # Errors
-/// What the kernel says, with the path.
+/// Returns the kernel's error with the path.
 pub fn remove_sockets(dir: &Path) -> io::Result<()> {
     let dir = &tidy(dir);
     let folder = match open_ours(rustix::fs::CWD, dir, dir) {
@@ -122,13 +129,14 @@ pub fn remove_sockets(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a run folder with everything in it. One that is not there is no error.
+/// Removes a run folder with everything in it. A missing folder is no error.
 ///
-/// Only what [`create`] could have made is removed: `…/vms/<uid>`, owned by the daemon's user. A symbolic link inside is
-/// removed, never followed; another file system mounted inside stops the removal.
+/// Only folders that [`create`] could have made are removed: `…/vms/<uid>`, owned by the daemon's
+/// user. A symbolic link inside is removed and never followed. A file system that is mounted inside
+/// stops the removal.
 ///
 /// # Errors
-/// What the kernel says, with the path; `InvalidInput` where `dir` is not a run folder.
+/// Returns the kernel's error with the path; `InvalidInput` where `dir` is not a run folder.
 pub fn remove(dir: &Path) -> io::Result<()> {
     let dir = &tidy(dir);
     let Some((parent, name)) = run_folder_name(dir) else {
@@ -145,6 +153,7 @@ pub fn remove(dir: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
+    // The device number distinguishes the folder's own file system from one that is mounted inside.
     let device = rustix::fs::fstat(&folder)?.st_dev;
     let name = CString::new(name)?;
     let mut attempts = MAX_REMOVALS;
@@ -152,17 +161,18 @@ pub fn remove(dir: &Path) -> io::Result<()> {
         empty(&folder, device, dir, MAX_DEPTH)?;
         attempts -= 1;
         match unlink(&vms, &name, AtFlags::REMOVEDIR) {
-            // Somebody who had begun before the VM ended has put a last file there, such as its counters.
+            // A task of the daemon that began before the VM ended, such as a sample of its
+            // counters, has written one more file since. The folder is emptied again.
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && attempts > 0 => {}
             removed => return removed.map_err(|error| named(dir, &error)),
         }
     }
 }
 
-/// Says whether a socket can be bound at `path`, and if not, what to do.
+/// Checks that a socket can be bound at `path`.
 ///
 /// # Errors
-/// The text for people.
+/// Returns a text for people with the length of the path and the remedy.
 pub fn socket_path_fits(path: &Path) -> Result<(), String> {
     let length = path.as_os_str().len();
     if length <= MAX_SOCKET_PATH {
@@ -176,17 +186,17 @@ pub fn socket_path_fits(path: &Path) -> Result<(), String> {
     ))
 }
 
-/// The components of `dir` after `base`.
+/// Returns the components of `dir` after `base`.
 fn below<'a>(dir: &'a Path, base: &Path) -> impl Iterator<Item = &'a std::ffi::OsStr> {
     dir.strip_prefix(base).unwrap_or(dir).iter()
 }
 
-/// Takes slashes off the end: with one, even O_NOFOLLOW follows a link.
+/// Removes trailing slashes, because with one the kernel follows a link even under O_NOFOLLOW.
 fn tidy(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// Takes `…/vms/<32 hexadecimal digits>` apart.
+/// Splits `…/vms/<32 hexadecimal digits>` into the parent folder and the name.
 fn run_folder_name(dir: &Path) -> Option<(&Path, &str)> {
     let parent = dir.parent()?;
     let name = dir.file_name()?.to_str()?;
@@ -194,7 +204,8 @@ fn run_folder_name(dir: &Path) -> Option<(&Path, &str)> {
     (dir.is_absolute() && is_uid && parent.file_name()? == "vms").then_some((parent, name))
 }
 
-/// Opens a folder that is really one, and the daemon's own.
+/// Opens a folder below `at`. Refuses a symbolic link, a file, and a folder of another user. `path`
+/// is for the error text.
 pub(crate) fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
     let folder = match rustix::fs::openat(at, name, flags, Mode::empty()) {
@@ -205,6 +216,7 @@ pub(crate) fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) ->
         }
         Err(error) => return Err(named(path, &error.into())),
     };
+    // The owner is read from the open folder, so nobody can exchange the folder after the check.
     let owner = rustix::fs::fstat(&folder)?.st_uid;
     let ours = rustix::process::geteuid().as_raw();
     if owner != ours {
@@ -217,6 +229,9 @@ pub(crate) fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) ->
 }
 
 fn empty(folder: &OwnedFd, device: u64, path: &Path, depth: usize) -> io::Result<()> {
+    // Nothing in the folder is trusted, because a VMM may have written any name. Each entry is
+    // examined and removed through the open folder, so a link or a mount cannot redirect the
+    // removal.
     for name in names(folder).map_err(|error| named(path, &error))? {
         let inner = path.join(text(&name));
         let Some(stat) = stat(folder, &name).map_err(|error| named(&inner, &error))? else { continue };
@@ -238,7 +253,8 @@ fn empty(folder: &OwnedFd, device: u64, path: &Path, depth: usize) -> io::Result
     Ok(())
 }
 
-/// All names are read before the first is removed: what a removal does to a listing under way is the file system's choice.
+/// Reads all names of a folder. The list is complete before the first removal, because file systems
+/// differ in how a listing under way reacts to removals.
 fn names(folder: &OwnedFd) -> io::Result<Vec<CString>> {
     let mut names = Vec::new();
     for entry in Dir::read_from(folder)? {
@@ -258,7 +274,7 @@ fn stat(folder: &OwnedFd, name: &CString) -> io::Result<Option<Stat>> {
     }
 }
 
-/// A VMM that ends removes its own socket, so what has gone meanwhile is as good as removed.
+/// Removes one name. A missing name is no error, because a VMM that ends removes its own socket.
 fn unlink(folder: &OwnedFd, name: &CString, flags: AtFlags) -> io::Result<()> {
     match rustix::fs::unlinkat(folder, name, flags) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),

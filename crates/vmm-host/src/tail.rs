@@ -1,14 +1,15 @@
-//! Reading a file that another process appends to, from where the reading stopped the last time.
+//! Reads a file that another process appends to, and continues where the last reading stopped.
 //!
 //! ```text
 //!   file   ░░░░░ given back ░░░░░│ whole records │ one that is still being written
 //!                                ↑ offset ──────►│
 //! ```
 //!
-//! The writer is not trusted, and may run out of room in the middle of a record. One round reads a bounded number of bytes. The
-//! reader of a record decides what of it makes sense; the offset advances in any case, so a record that makes none is passed
-//! over once and never met again. The room of what was read is given back to the host by a hole, which keeps the writer's offset
-//! true and reads as zero bytes.
+//! The writer is not trusted, and may run out of space in the middle of a record. One round reads a
+//! bounded number of bytes. The reader of a record decides whether it is valid. The offset advances
+//! past an invalid record too, so it is passed over once and never read again. Read bytes are given
+//! back to the host by punching a hole, because a hole keeps the writer's offset valid. A hole
+//! reads as zero bytes.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -22,29 +23,30 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 pub struct Limits {
     /// The longest record, in bytes. A longer one is passed over.
     pub record: usize,
-    /// The most that one round reads, in bytes.
+    /// The most bytes that one round reads.
     pub round: u64,
 }
 
-/// The outcome of the bytes that a reader was given.
+/// A reader's use of the bytes that it got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// So many of them are done with: whole records, and what makes no sense. 0 where more bytes are needed to tell.
+    /// The first so many bytes are used up: whole records, and invalid bytes. 0 asks for more
+    /// bytes.
     Bytes(usize),
-    /// So many are done with, and the reader wants no more in this round.
+    /// The first so many bytes are used up, and the reader wants no more in this round.
     Enough(usize),
 }
 
-/// One round's outcome.
+/// The outcome of one round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Round {
-    /// Everything that is there was read.
+    /// The round has reached the end of the file.
     Done,
-    /// The round has reached its limit, or its reader has enough, and more may be there.
+    /// The round has reached its limit, or the reader wants no more. More bytes may be there.
     More,
 }
 
-/// A file and how far it was read.
+/// A file, and the offset up to which it was read.
 #[derive(Clone, Debug)]
 pub struct Tail {
     path: PathBuf,
@@ -54,22 +56,24 @@ pub struct Tail {
     content: Content,
 }
 
-/// The form of a file's contents.
+/// The form of a file's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
-    /// Records. Holes hold none, and a file that has become shorter was begun anew.
+    /// Records. Holes hold none, and a shorter file was begun anew.
     Records,
-    /// Bytes, each of which counts, holes as zeros. A file that has become shorter is its reader's concern.
+    /// Bytes, each of which counts, holes as zeros. The reader handles a file that has become
+    /// shorter.
     Bytes,
 }
 
 impl Tail {
-    /// The file at `path`, which need not be there yet, of which everything before `offset` was read.
+    /// Returns a tail of the file of records at `path`, which may not exist yet. Everything before
+    /// `offset`, in bytes, was read earlier.
     pub fn new(path: PathBuf, offset: u64, limits: Limits) -> Self {
         Self { path, offset, limits, skipped: 0, content: Content::Records }
     }
 
-    /// Returns a tail of a file without records, of which each byte counts.
+    /// Returns a tail of a file without records. Every byte counts.
     pub fn of_bytes(path: PathBuf, offset: u64, limits: Limits) -> Self {
         Self { content: Content::Bytes, ..Self::new(path, offset, limits) }
     }
@@ -79,16 +83,17 @@ impl Tail {
         self.offset
     }
 
-    /// Returns the number of records that were passed over because they were too long.
+    /// Returns the number of records that were passed over because of their length.
     pub fn skipped(&self) -> u64 {
         self.skipped
     }
 
-    /// Reads one round and hands the bytes to `take`. Of a file of records, holes at the offset are skipped, and one that has
-    /// become shorter is read from its beginning: its writer has begun anew. Blocks.
+    /// Reads one round and passes the bytes to `take`. In a file of records, holes at the offset
+    /// are skipped, and a file that has become shorter is read from its beginning, because its
+    /// writer has begun anew. Blocks.
     ///
     /// # Errors
-    /// Returns the kernel's error, but a file that is not there counts as empty; and the error of `take`.
+    /// Returns the kernel's error, and the error of `take`. A missing file counts as empty.
     pub fn read(&mut self, mut take: impl FnMut(&[u8]) -> io::Result<Taken>) -> io::Result<Round> {
         let Some(file) = open(&self.path)? else { return Ok(Round::Done) };
         if self.content == Content::Records {
@@ -100,6 +105,11 @@ impl Tail {
         let end = self.offset.saturating_add(self.limits.round);
         let mut buffer = vec![0; self.limits.record];
         while self.offset < end {
+            // Four cases follow. The reader has enough: the round ends, and more may be there. The
+            // reader used a part: the next read begins behind it. The reader used nothing of a full
+            // buffer: the record is longer than the limit, so the buffer is passed over. The reader
+            // used nothing of a short buffer, or everything of it: the file ends here, perhaps in a
+            // record that is still being written.
             let read = file.read_at(&mut buffer, self.offset)?;
             let used = match take(&buffer[..read])? {
                 Taken::Enough(used) => {
@@ -119,10 +129,10 @@ impl Tail {
         Ok(Round::More)
     }
 
-    /// Gives the room of everything that was read back to the host. Blocks.
+    /// Gives the space of everything that was read back to the host. Blocks.
     ///
     /// # Errors
-    /// Returns the kernel's error, such as that the file system takes no holes.
+    /// Returns the kernel's error, such as that the file system supports no holes.
     pub fn give_back(&self) -> io::Result<()> {
         match open(&self.path)? {
             Some(file) if self.offset > 0 => punch(&file, self.offset),
@@ -131,18 +141,18 @@ impl Tail {
     }
 }
 
-/// Gives the room of everything but the last `kept` bytes of the file at `path` back to the host, as for a log that its writer
-/// appends to. The file keeps its length. Does nothing where the file is not there, and where it takes no more room than that.
-/// Blocks.
+/// Gives the space of everything but the last `kept` bytes of the file at `path` back to the host,
+/// as for a log that its writer appends to. The file keeps its length. Does nothing where the file
+/// is missing or occupies at most twice `kept` bytes. Blocks.
 ///
 /// # Errors
-/// Returns the kernel's error, such as that the file system takes no holes.
+/// Returns the kernel's error, such as that the file system supports no holes.
 pub fn trim(path: &Path, kept: u64) -> io::Result<()> {
     let Some(file) = open(path)? else { return Ok(()) };
     let facts = file.metadata()?;
     let takes = facts.blocks().saturating_mul(512);
     match facts.len().checked_sub(kept) {
-        // Twice as much, so that a log which grows slowly is not trimmed at each look.
+        // The factor keeps a log that grows slowly from being trimmed at each look.
         Some(beyond) if beyond > 0 && takes > kept.saturating_mul(2) => punch(&file, beyond),
         Some(_) | None => Ok(()),
     }
@@ -153,7 +163,8 @@ fn punch(file: &File, until: u64) -> io::Result<()> {
     Ok(rustix::fs::fallocate(file, flags, 0, until)?)
 }
 
-/// Finds the first byte from `offset` on that is not in a hole; `offset` itself where nothing follows or holes are not told.
+/// Returns the offset of the first byte from `offset` on that is not in a hole, the end of the file
+/// where only a hole follows, and `offset` itself where the file system cannot report holes.
 fn next_data(file: &File, offset: u64) -> io::Result<u64> {
     match rustix::fs::seek(file, SeekFrom::Data(offset)) {
         Ok(data) => Ok(data),
@@ -164,7 +175,7 @@ fn next_data(file: &File, offset: u64) -> io::Result<u64> {
 
 fn open(path: &Path) -> io::Result<Option<File>> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    // Punching a hole needs the right to write.
+    // Punching a hole needs write access.
     let opened =
         OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path);
     match opened {

@@ -1,12 +1,13 @@
-//! The mark of a run folder whose VMM waits for a VM to come, and has been told nothing.
+//! The mark of a run folder whose VMM waits for a VM and is not configured yet.
 //!
 //! ```text
 //!   vms/<uid>/
-//!     spare-<instance>-<backend>     there before the VMM is started, gone before the VMM is told what to run
+//!     spare-<instance>-<backend>     exists from before the VMM's start until before its configuration
 //! ```
 //!
-//! A daemon that finds a mark of its own on a folder of which no record tells may end what runs there: no guest does. The mark is
-//! a name without content, so that it is there whole or not at all.
+//! A daemon may end the processes of a run folder that no record names and that bears a mark of its
+//! own, because no guest runs in it. The mark is a name without content, so it exists whole or not
+//! at all.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,17 +20,17 @@ use vmm_core::id::{BackendName, InstanceId};
 
 use super::{named, open_ours, tidy};
 
-/// How the name of a mark begins.
+/// The beginning of a mark's file name.
 const PREFIX: &str = "spare-";
-/// The length of an installation's id as text, in bytes.
+/// The length of an instance's id as text, in bytes.
 const INSTANCE_LEN: usize = 36;
 
-/// Whose a spare VMM is.
+/// The owner of a spare VMM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpareMark {
-    /// The installation that started it.
+    /// The instance that started the VMM.
     pub instance: InstanceId,
-    /// The backend that can end it.
+    /// The backend that can end the VMM.
     pub backend: BackendName,
 }
 
@@ -44,10 +45,10 @@ impl SpareMark {
         Some(Self { instance: instance.parse().ok()?, backend })
     }
 
-    /// Puts the mark on the run folder `dir`. Blocks.
+    /// Puts the mark on the run folder `dir`. A mark that is there already is no error. Blocks.
     ///
     /// # Errors
-    /// What the kernel says, with the path.
+    /// Returns the kernel's error with the path.
     pub fn put(&self, dir: &Path) -> io::Result<()> {
         let dir = &tidy(dir);
         let folder = open_ours(CWD, dir, dir)?;
@@ -57,10 +58,10 @@ impl SpareMark {
             .map_err(|error| named(dir, &error.into()))
     }
 
-    /// Takes the mark off. One that is not there is no error. Blocks.
+    /// Removes the mark from the run folder `dir`. A missing mark is no error. Blocks.
     ///
     /// # Errors
-    /// What the kernel says, with the path.
+    /// Returns the kernel's error with the path.
     pub fn take_off(&self, dir: &Path) -> io::Result<()> {
         let path = dir.join(self.file_name());
         match rustix::fs::unlinkat(CWD, &path, AtFlags::empty()) {
@@ -69,10 +70,10 @@ impl SpareMark {
         }
     }
 
-    /// Reads the mark of the run folder `dir`; `None` where it bears none. Blocks.
+    /// Reads the mark of the run folder `dir`; `None` where the folder bears none. Blocks.
     ///
     /// # Errors
-    /// What the kernel says, with the path.
+    /// Returns the kernel's error with the path.
     pub fn read(dir: &Path) -> io::Result<Option<Self>> {
         let names = fs::read_dir(dir).map_err(|error| named(dir, &error))?;
         for entry in names {
