@@ -1,8 +1,8 @@
-//! The wall clock, as records and events use it.
+//! The wall clock for records and events.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Returns the time now, in Unix milliseconds. A clock before 1970 reads as 0.
+/// Returns the present time in Unix milliseconds. A clock before 1970 reads as 0.
 pub fn now_ms() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)

@@ -24,7 +24,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const RESERVE: u64 = 32;
 /// The descriptors that a start needs at its peak: the program, its log, TAPs, pipes, sockets.
 const VM_START: u64 = 8;
-/// The descriptors that a running VM keeps on each hypervisor: the pidfd of its VMM, and the connection to it.
+/// The descriptors that a running VM keeps on each hypervisor: the pidfd of its VMM, and the
+/// connection to the VMM.
 const VM_STEADY: u64 = 2;
 /// The descriptors of a daemon without VMs and clients.
 pub const DAEMON: u64 = 24;

@@ -1,4 +1,4 @@
-//! A socket that somebody else made: whether it may be used, and which process listens on it.
+//! Checks a socket that another program made, and proves which process listens on it.
 //!
 //! ```text
 //!   examine ── a link, no socket, anybody's to replace ──► refused
@@ -6,8 +6,9 @@
 //!   connect ──► who listened? (SO_PEERCRED) ──► pidfd ──► connect once more: the same ──► proven
 //! ```
 //!
-//! A pid alone may be somebody else's by the time it is looked up. A listening socket ends with its last holder, so a second
-//! connection that shows the same pid, made after the pidfd was opened, says that the pidfd means the listener.
+//! A pid alone may belong to another process by the time of the look. A listening socket ends with
+//! its last holder. Therefore, if a second connection after the opening of the pidfd shows the same
+//! pid, the pidfd means the listener.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -18,10 +19,10 @@ use tokio::net::UnixStream;
 
 use crate::process::{self, Lookup, Process};
 
-/// How long the kernel may take to connect; a listener whose queue is full answers nothing.
-const CONNECTING: Duration = Duration::from_secs(2);
+/// The longest wait for a connection. A listener whose queue is full does not answer.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A connection to a process that is proven to listen there.
+/// A connection, and the process that is proven to listen at its other end.
 #[derive(Debug)]
 pub struct Visit {
     /// The connection.
@@ -30,24 +31,25 @@ pub struct Visit {
     pub process: Process,
 }
 
-/// Why a socket cannot be used.
+/// The reason why a socket cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VisitError {
-    /// Nobody listens there: no socket, or one that was left behind.
+    /// No process listens: there is no socket, or one that was left behind.
     #[error("nobody listens on {0}")]
     Nobody(String),
-    /// It must not be used; the text says why and what to do.
+    /// The socket must not be used. The text has the reason and the remedy.
     #[error("{0}")]
     Refused(String),
-    /// It cannot be used now; the text says why.
+    /// The socket cannot be used now. The text has the reason.
     #[error("{0}")]
     Failed(String),
 }
 
-/// Looks at the file at `path`, and refuses what anybody could have put there.
+/// Examines the file at `path`, and refuses one that another user could have put there or
+/// exchanged.
 ///
 /// # Errors
-/// [`VisitError`], as its variants say.
+/// Returns [`VisitError`], as its variants describe.
 pub fn examine(path: &Path) -> Result<(), VisitError> {
     let shown = path.display();
     let facts = match std::fs::symlink_metadata(path) {
@@ -67,13 +69,16 @@ pub fn examine(path: &Path) -> Result<(), VisitError> {
             "{shown} is not a socket: name the one that the VMM listens on"
         )));
     }
-    // The owner of a socket can put another one in its place at any time.
+    // The owner of a socket can put another socket in its place at any time.
     if !is_trusted(facts.uid()) {
         return Err(VisitError::Refused(format!(
             "{shown} belongs to another user (uid {}): have the VMM started by root or by the daemon's user",
             facts.uid()
         )));
     }
+    // Everybody may write to this socket, so any user can connect to it and command the VMM. That
+    // is the choice of the daemon's own user where the socket is that user's, and a danger
+    // otherwise.
     let everybody = facts.mode() & 0o002 != 0;
     if everybody && facts.uid() != rustix::process::geteuid().as_raw() {
         return Err(VisitError::Refused(format!(
@@ -85,19 +90,24 @@ pub fn examine(path: &Path) -> Result<(), VisitError> {
     Ok(())
 }
 
-/// Says whether a user may answer for a VMM: root, who can do anything anyway, and the daemon's own.
+/// Returns true if the user is trusted with a VMM: root, who can do anything, or the daemon's own
+/// user.
 fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
-/// Connects to the socket at `path` and proves which process listens there.
+/// Connects to the socket at `path` and proves which process listens.
 ///
 /// # Errors
-/// [`VisitError`], as its variants say.
+/// Returns [`VisitError`], as its variants describe.
 pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
     let owned = path.to_path_buf();
+    // The look at the file may block on a slow file system, so it happens on a thread for blocking
+    // work.
     let examined = tokio::task::spawn_blocking(move || examine(&owned)).await;
     examined.map_err(|error| VisitError::Failed(error.to_string()))??;
+    // The first connection shows only a pid. Between this answer and the opening of the pidfd the
+    // process could end and its pid pass to another one.
     let first = listener(&connect(path).await?, path)?;
     let identified = tokio::task::spawn_blocking(move || process::identify(first)).await;
     let identity = match identified {
@@ -110,6 +120,9 @@ pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
         Lookup::Gone => return Err(VisitError::Nobody(path.display().to_string())),
         Lookup::Unprovable(why) => return Err(hidden(path, first, &why)),
     };
+    // The pidfd is open now, and `adopt` has proven that it means the identified process. A second
+    // connection that shows the same pid was answered by the holder of the pid while that process
+    // lived, so the listener is this process. A different pid means that the socket changed hands.
     let stream = connect(path).await?;
     if listener(&stream, path)? != first {
         return Err(VisitError::Failed(format!(
@@ -122,7 +135,7 @@ pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
 
 async fn connect(path: &Path) -> Result<UnixStream, VisitError> {
     let shown = path.display();
-    match tokio::time::timeout(CONNECTING, UnixStream::connect(path)).await {
+    match tokio::time::timeout(CONNECT_TIMEOUT, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => match error.kind() {
             io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
@@ -136,14 +149,14 @@ async fn connect(path: &Path) -> Result<UnixStream, VisitError> {
             ))),
             _ => Err(VisitError::Failed(format!("{shown} cannot be connected to: {error}"))),
         },
-        Err(_) => Err(VisitError::Failed(format!("{shown} was not connected within {CONNECTING:?}"))),
+        Err(_) => Err(VisitError::Failed(format!("{shown} was not connected within {CONNECT_TIMEOUT:?}"))),
     }
 }
 
-/// The process that listens at the other end of `stream`.
+/// Returns the pid of the process that listens at the other end of `stream`.
 ///
 /// # Errors
-/// [`VisitError::Refused`] where the kernel shows none that could be a VMM's.
+/// Returns [`VisitError::Refused`] where the kernel shows no process that could be a VMM.
 pub fn listener(stream: &UnixStream, path: &Path) -> Result<u32, VisitError> {
     let shown = path.display();
     let credentials = stream.peer_cred().map_err(|error| {

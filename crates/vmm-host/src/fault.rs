@@ -1,4 +1,4 @@
-//! Fault points: the places between two steps of an operation where the daemon may die.
+//! Fault points: the places between two steps of an operation at which a test ends the daemon.
 //!
 //! ```text
 //!   CreateVm   checked ─ committed ─ shown ──► answer
@@ -13,15 +13,16 @@
 //!   import     taken ─ committed        found again   taken ─ (committed with its state)
 //! ```
 //!
-//! A test kills the daemon at each of them, starts it again and looks at the world. The code that does the steps calls [`point`]
-//! between them and knows no more. Without the feature `fault-points`, which only tests switch on, that is an empty function and
-//! nothing of this is in the program. With it, the variable `FAILPOINTS` of the `fail` crate says what happens where:
-//! `launch.spawned=return` ends the process by SIGKILL, as no code of its own could soften, and `1*off->return` does so the
-//! second time. `FAULTS_PASSED` names a file that gets a line for each point that is passed.
+//! A test kills the daemon at each point, starts the daemon again and examines the world. The code
+//! of the steps calls [`point`] between them. Without the feature `fault-points`, which only tests
+//! switch on, [`point`] is empty and the program contains nothing of this module. With the feature,
+//! the variable `FAILPOINTS` of the `fail` crate arms points: `launch.spawned=return` ends the
+//! process by SIGKILL, because no code of the process can soften that, and `1*off->return` does so
+//! at the second passage. `FAULTS_PASSED` names a file that gets a line for each passed point.
 
 use vmm_core::state::Request;
 
-/// Declares the points, and with them the list of all.
+/// Declares the points and the list of all points.
 macro_rules! points {
     ($($(#[$doc:meta])* $point:ident = $name:literal,)*) => {
         /// A place between two steps of an operation.
@@ -34,7 +35,7 @@ macro_rules! points {
             /// Every point.
             pub const ALL: &[Self] = &[$(Self::$point,)*];
 
-            /// The name by which it is armed.
+            /// Returns the name by which a test arms the point.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$point => $name,)*
@@ -45,14 +46,15 @@ macro_rules! points {
 }
 
 points! {
-    /// CreateVm has checked everything and recorded nothing.
+    /// CreateVm has made all checks and recorded nothing.
     CreateChecked = "create.checked",
     /// The new VM is on record.
     CreateCommitted = "create.committed",
-    /// Readers see the new VM; the client does not know yet.
+    /// Readers see the new VM; the client has no answer yet.
     CreateShown = "create.shown",
 
-    /// A start has claimed disks and TAPs. A reboot has ended its first half by then; a boot has recorded nothing.
+    /// A start has claimed disks and TAPs. A reboot has ended its first half by then; a boot has
+    /// recorded nothing.
     StartReserved = "start.reserved",
     /// A start has made its TAPs.
     StartTapsProvided = "start.taps-provided",
@@ -62,30 +64,30 @@ points! {
     LaunchSpawned = "launch.spawned",
     /// The VMM's socket is connected.
     LaunchConnected = "launch.connected",
-    /// The VMM has been told a part of its VM.
+    /// The VMM is partly configured.
     LaunchPartlyConfigured = "launch.partly-configured",
-    /// The VMM knows its VM; the guest does not run yet.
+    /// The VMM is configured; the guest does not run yet.
     LaunchConfigured = "launch.configured",
-    /// The guest runs; its VMM is still to be taken charge of.
+    /// The guest runs; the backend has not returned its handle yet.
     LaunchStarted = "launch.started",
     /// The backend has answered.
     StartLaunched = "start.launched",
 
     /// The intent of BootVm is on record.
     BootIntentCommitted = "boot.intent-committed",
-    /// What came of it is on record; the client does not know yet. So for all.
+    /// The outcome of BootVm is on record; the client has no answer yet.
     BootOutcomeCommitted = "boot.outcome-committed",
 
     /// The intent of PauseVm is on record.
     PauseIntentCommitted = "pause.intent-committed",
-    /// The guest stands still.
+    /// The guest is paused.
     PauseApplied = "pause.applied",
     /// The outcome is on record.
     PauseOutcomeCommitted = "pause.outcome-committed",
 
     /// The intent of ResumeVm is on record.
     ResumeIntentCommitted = "resume.intent-committed",
-    /// The guest goes on.
+    /// The guest is resumed.
     ResumeApplied = "resume.applied",
     /// The outcome is on record.
     ResumeOutcomeCommitted = "resume.outcome-committed",
@@ -97,13 +99,13 @@ points! {
     /// The outcome is on record.
     ShutdownOutcomeCommitted = "shutdown.outcome-committed",
 
-    /// A paused guest goes on, so that it can be asked to end.
+    /// A paused guest is resumed, so that it can be asked to end.
     LadderResumed = "ladder.resumed",
-    /// The guest has been asked to end, and has not been waited for.
+    /// The guest has been asked to end; the wait has not begun.
     LadderAsked = "ladder.asked",
-    /// The VMM has been ordered to power off, and has not been waited for.
+    /// The VMM has been ordered to power off; the wait has not begun.
     LadderOrdered = "ladder.ordered",
-    /// The VMM's process has been signalled, and has not been waited for.
+    /// The VMM's process has been signalled; the wait has not begun.
     LadderSignalled = "ladder.signalled",
 
     /// The intent of RebootVm is on record.
@@ -115,7 +117,7 @@ points! {
 
     /// The intent of DeleteVm is on record.
     DeleteIntentCommitted = "delete.intent-committed",
-    /// The run has ended, and what outlives runs still knows the VM: its VMM, or libvirt.
+    /// The run has ended. The VMM or libvirt, where one outlives runs, still has the VM.
     DeleteRunEnded = "delete.run-ended",
     /// No VMM of the VM is left.
     DeleteVmmEnded = "delete.vmm-ended",
@@ -123,31 +125,32 @@ points! {
     DeleteTapsFreed = "delete.taps-freed",
     /// The run folder is gone.
     DeleteFolderRemoved = "delete.folder-removed",
-    /// The VM is off the record.
+    /// The VM's record is removed.
     DeleteOutcomeCommitted = "delete.outcome-committed",
 
-    /// A guest whose own resets end its run would be started again by one now; it has not been reset yet.
+    /// A guest whose own resets end its run has been set to start again at the next reset. No reset
+    /// has been ordered yet.
     ResetPrepared = "reset.prepared",
-    /// It has been reset, and its own resets would not end its run yet.
+    /// The reset has been ordered. The guest's own resets do not end its run yet.
     ResetOrdered = "reset.ordered",
 
-    /// The run folder of a spare VMM is there, without its mark.
+    /// The run folder of a spare VMM exists without its mark.
     SpareFolderMade = "spare.folder-made",
-    /// It bears its mark; nothing runs there yet.
+    /// The run folder bears its mark; no process runs there yet.
     SpareMarked = "spare.marked",
-    /// A spare VMM waits; nobody can be promised it yet.
+    /// A spare VMM waits; the pool does not offer it yet.
     SpareStarted = "spare.started",
 
-    /// A VM that somebody else made is held, and is on no record.
+    /// A VM that another program made is held and on no record.
     ImportTaken = "import.taken",
-    /// It is on record; nobody sees it yet.
+    /// The imported VM is on record; no reader sees it yet.
     ImportCommitted = "import.committed",
-    /// A VM on record was found running again and is held; that is not on record.
+    /// A recorded VM was found running again and is held. Its state is not on record.
     FoundTaken = "found.taken",
 }
 
 impl FaultPoint {
-    /// The point behind the commit of the intent of `request`.
+    /// Returns the point behind the commit of the intent of `request`.
     pub const fn intent_committed(request: Request) -> Self {
         match request {
             Request::Boot => Self::BootIntentCommitted,
@@ -159,7 +162,8 @@ impl FaultPoint {
         }
     }
 
-    /// The point behind the effect of `request` on a VMM. A boot has its own, [`FaultPoint::StartLaunched`].
+    /// Returns the point behind the effect of `request` on a VMM. A boot has its own,
+    /// [`FaultPoint::StartLaunched`].
     pub const fn applied(request: Request) -> Self {
         match request {
             Request::Boot => Self::StartLaunched,
@@ -171,7 +175,7 @@ impl FaultPoint {
         }
     }
 
-    /// The point behind the commit of the outcome of `request`.
+    /// Returns the point behind the commit of the outcome of `request`.
     pub const fn outcome_committed(request: Request) -> Self {
         match request {
             Request::Boot => Self::BootOutcomeCommitted,
@@ -184,12 +188,12 @@ impl FaultPoint {
     }
 }
 
-/// Passes a point; in a test, perhaps no further.
+/// Passes a point. Does nothing in a build without `fault-points`.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub const fn point(_: FaultPoint) {}
 
-/// Passes a point; in a test, perhaps no further.
+/// Passes a point. Ends the process if a test has armed the point.
 #[cfg(feature = "fault-points")]
 pub fn point(point: FaultPoint) {
     armed::pass(point.name());
@@ -204,28 +208,29 @@ mod armed {
     use fail::FailScenario;
     use rustix::process::{Signal, getpid, kill_process};
 
-    /// Where passed points are written down.
+    /// The file that lists passed points, if a test asks for one.
     static PASSED: OnceLock<Option<File>> = OnceLock::new();
 
     pub(super) fn pass(name: &str) {
         let passed = PASSED.get_or_init(|| {
-            // For as long as the process lives.
+            // Dropping the scenario would disarm all points, so it is kept while the process lives.
             std::mem::forget(FailScenario::setup());
             let file = std::env::var_os("FAULTS_PASSED")?;
             File::options().append(true).create(true).open(file).ok()
         });
         if let Some(mut file) = passed.as_ref() {
-            // In one piece: other threads pass points too, and writeln! writes twice.
+            // The line is written in one call, because other threads pass points too and writeln!
+            // may write twice.
             let _ = file.write_all(format!("{name}\n").as_bytes());
         }
         fail::fail_point!(name, |_| die());
     }
 
-    /// Ends the process as nothing in it can soften or survive.
+    /// Ends the process in a way that no code of it can soften or survive.
     fn die() {
         let _ = kill_process(getpid(), Signal::KILL);
         loop {
-            // The kernel lets no thread come this far; a sandbox might.
+            // No thread comes here after SIGKILL, but a sandbox may suppress the signal.
             std::thread::park();
         }
     }

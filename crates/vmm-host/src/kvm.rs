@@ -1,16 +1,16 @@
-//! Whether the host can run guests on its own CPUs.
+//! Checks that the host can run guests on its own CPUs.
 
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 
-/// Why `/dev/kvm` cannot be used.
+/// The reason why `/dev/kvm` cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NoKvm {
-    /// The state of the device.
+    /// The fault that was found.
     pub finding: String,
-    /// The way to change that.
+    /// The remedy.
     pub remedy: &'static str,
 }
 
@@ -22,11 +22,11 @@ impl fmt::Display for NoKvm {
 
 impl std::error::Error for NoKvm {}
 
-/// Opens `/dev/kvm` for reading and writing, to see whether that is possible.
+/// Opens `/dev/kvm` for reading and writing, and closes it again.
 ///
 /// # Errors
 ///
-/// Why not, and what to do.
+/// Returns the fault and its remedy.
 pub fn kvm_usable() -> Result<(), NoKvm> {
     usable(Path::new("/dev/kvm"))
 }
@@ -47,9 +47,9 @@ fn usable(device: &Path) -> Result<(), NoKvm> {
     Err(NoKvm { finding, remedy })
 }
 
-/// Says whether the CPUs show hardware virtualisation (`vmx` or `svm`).
+/// Returns true if the CPUs have hardware virtualisation (`vmx` or `svm`).
 ///
-/// `/dev/kvm` without it is a KVM in software, which runs an unmodified kernel far too slowly.
+/// A `/dev/kvm` without it is a KVM in software, which runs an unmodified kernel far too slowly.
 pub fn hardware_virtualisation() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|cpuinfo| shows_virtualisation(&cpuinfo))
 }

@@ -1,4 +1,5 @@
-//! What on the host bears the program's mark: the run folders, the sockets in them, and the processes that name them.
+//! Surveys the program's traces on the host: run folders, their sockets, and the processes that
+//! name them.
 //!
 //! ```text
 //!   <runtime>/
@@ -8,10 +9,11 @@
 //!          └── named by the arguments of a process ──► Survey.users
 //! ```
 //!
-//! A run folder bears only the uid of its VM. Whose it is follows from the place: where one state directory alone has used a
-//! runtime folder, whatever lies there was made for it. Where two have, or nobody can tell, nothing there is proven anybody's,
-//! but the folder of a spare VMM, whose mark names its installation.
-//! Everything here looks and touches nothing, [`sign`] excepted. (TAPs bear their owner themselves: [`crate::net::tap`].)
+//! A run folder bears only the uid of its VM. Its owner follows from its place: where one state
+//! directory alone has used a runtime folder, all run folders there belong to that directory. Where
+//! two have used it, or the list is missing, no owner is proven. The folder of a spare VMM is the
+//! exception, because its mark names the instance. Every function here only reads, except [`sign`].
+//! TAPs bear their owner in their own label: [`crate::net::tap`].
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -28,43 +30,44 @@ use crate::named::named;
 use crate::process::{Found, find_by_argument};
 use crate::run_dir::{self, SpareMark, folder_uid, vms_dir};
 
-/// The list of state directories, in the runtime folder.
+/// The name of the list of state directories in the runtime folder.
 const SERVED: &str = "served";
-/// Stands in that list for whoever used the folder before there was a list.
+/// The line that stands for users of the folder from before the list existed.
 const UNKNOWN: &str = "unknown";
-/// No list is longer in good faith, in bytes.
+/// The longest list that is read, in bytes. A list in good faith is shorter.
 const MAX_SERVED: u64 = 64 * 1024;
 
-/// Everything that was found of VMs, at one moment.
+/// The traces of VMs that were found at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Survey {
-    /// What lies in the folder of run folders, by name.
+    /// The entries of the folder of run folders, sorted by path.
     pub folders: Vec<RunFolder>,
-    /// Processes with an argument that names something there.
+    /// The processes with an argument that names one of the entries.
     pub users: Vec<User>,
 }
 
-/// Something that lies where run folders do.
+/// An entry of the folder of run folders.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunFolder {
-    /// Where it is.
+    /// The path.
     pub path: PathBuf,
-    /// The VM whose name it has; `None` where it is not called as run folders are.
+    /// The VM that the name denotes; `None` where the name is not that of a run folder.
     pub uid: Option<VmUid>,
-    /// Whether it is a folder, and the present user's. What is not was not made by this daemon.
+    /// True for a folder of the daemon's user. The daemon made no other entry.
     pub own: bool,
-    /// The sockets in it.
+    /// The sockets in the folder.
     pub sockets: Vec<RunSocket>,
-    /// Whose spare VMM it was made for, if it was made for one that has been told nothing.
+    /// The mark of a spare VMM, if the folder bears one.
     pub mark: Option<SpareMark>,
 }
 
 /// A socket in a run folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunSocket {
-    /// Where it is.
+    /// The path.
     pub path: PathBuf,
-    /// Whether a process of this network namespace holds it. A socket that nobody holds is left over.
+    /// True if a process of this network namespace holds the socket. A socket without a holder is
+    /// left over.
     pub held: bool,
 }
 
@@ -73,17 +76,17 @@ pub struct RunSocket {
 pub struct User {
     /// The process.
     pub found: Found,
-    /// What it names, relative to the folder of run folders.
+    /// The named paths, relative to the folder of run folders.
     pub paths: BTreeSet<PathBuf>,
 }
 
 impl User {
-    /// The VMs whose run folders it names.
+    /// Returns the VMs whose run folders the process names.
     pub fn uids(&self) -> BTreeSet<VmUid> {
         self.paths.iter().filter_map(|path| folder_uid(path.iter().next()?)).collect()
     }
 
-    /// Says whether it names the file `name` in the run folder of `uid`.
+    /// Returns true if the process names the file `name` in the run folder of `uid`.
     pub fn names(&self, uid: VmUid, name: &str) -> bool {
         self.paths.iter().any(|path| {
             let mut parts = path.iter();
@@ -93,9 +96,11 @@ impl User {
 }
 
 impl Survey {
-    /// What both surveys saw, as the later one saw it: what came or went in between is on its way, and no leftover.
+    /// Returns the part that both surveys saw, in the state of the later one. An entry that came or
+    /// went in between is in transition and no leftover.
     ///
-    /// A mark counts though it came off in between: its spare VMM then runs a VM that came on record in between.
+    /// A mark counts even if it was removed in between, because its VMM then runs a VM whose record
+    /// was written in between.
     #[must_use]
     pub fn lasting(self, later: Self) -> Self {
         let known = |folder: RunFolder| {
@@ -111,12 +116,14 @@ impl Survey {
     }
 }
 
-/// Looks at everything of VMs below `runtime_dir`. A folder that is not there holds nothing. Blocks.
+/// Surveys the traces of VMs below `runtime_dir`. A missing folder holds none. Blocks.
 ///
 /// # Errors
-/// What the kernel says, with the path.
+/// Returns the kernel's error with the path.
 pub fn survey(runtime_dir: &Path) -> io::Result<Survey> {
     let vms = vms_dir(runtime_dir);
+    // The table of sockets is read before the folders. A socket that is bound in between counts as
+    // not held, which [`Survey::lasting`] puts right, because the later survey sees its holder.
     let held = held_sockets(&fs::read("/proc/net/unix")?);
     let mut folders = Vec::new();
     let entries = match fs::read_dir(&vms) {
@@ -144,7 +151,8 @@ fn look(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>>
     };
     let own = facts.is_dir() && facts.uid() == rustix::process::geteuid().as_raw();
     let mut sockets = Vec::new();
-    // Another user's folder may be closed to us. That is said by `own`.
+    // A folder of another user may be closed to the daemon. `own` is false then, and the folder
+    // counts as empty.
     for entry in own.then(|| fs::read_dir(path).ok()).flatten().into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
             let path = entry.path();
@@ -157,7 +165,8 @@ fn look(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>>
     Ok(Some(RunFolder { path: path.to_path_buf(), uid, own, sockets, mark }))
 }
 
-/// The paths in `/proc/net/unix`: seven fields, then the path, which may hold spaces.
+/// Returns the paths in `/proc/net/unix`. A line has seven fields and then the path, which may hold
+/// spaces.
 fn held_sockets(table: &[u8]) -> BTreeSet<OsString> {
     let path = |line: &[u8]| {
         let at = line.windows(2).position(|pair| pair == b" /")? + 1;
@@ -166,21 +175,21 @@ fn held_sockets(table: &[u8]) -> BTreeSet<OsString> {
     table.split(|&byte| byte == b'\n').filter_map(path).collect()
 }
 
-/// Whose the run folders below a runtime folder are.
+/// The users of a runtime folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// Nobody has signed: nothing of this program was ever made there, or its list was removed.
+    /// No state directory has signed. This program made nothing there, or the list was removed.
     Nobody,
-    /// One state directory alone has used it.
+    /// One state directory alone has used the folder.
     One(InstanceId),
-    /// Several have, or somebody unknown.
+    /// Several state directories have used the folder, or an unknown one.
     Many,
 }
 
-/// Reads whose the run folders below `runtime_dir` are.
+/// Reads which state directories have used `runtime_dir`.
 ///
 /// # Errors
-/// What the kernel says, with the path.
+/// Returns the kernel's error with the path.
 pub fn served(runtime_dir: &Path) -> io::Result<Served> {
     let path = runtime_dir.join(SERVED);
     let opened = options().read(true).open(&path);
@@ -201,36 +210,42 @@ pub fn served(runtime_dir: &Path) -> io::Result<Served> {
     })
 }
 
-/// Notes that the state directory `instance` makes run folders below `runtime_dir`, which is made if it is missing. Called
-/// before the first is made. Harmless when repeated.
+/// Records that the state directory `instance` makes run folders below `runtime_dir`. Creates a
+/// missing runtime folder. Must be called before the first run folder is made, and may be repeated.
+/// Returns the users with this one.
 ///
 /// # Errors
-/// What the kernel says, with the path.
+/// Returns the kernel's error with the path.
 pub fn sign(runtime_dir: &Path, instance: InstanceId) -> io::Result<Served> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(runtime_dir)
         .map_err(|error| named(runtime_dir, &error))?;
+    // `create` follows symbolic links. `open_ours` refuses a link and a folder of another user.
     drop(run_dir::open_ours(rustix::fs::CWD, runtime_dir, runtime_dir)?);
     let before = served(runtime_dir)?;
     let vms = vms_dir(runtime_dir);
     let line = match before {
         Served::One(there) if there == instance => return Ok(before),
+        // Run folders without a list may be of any state directory, as of one whose release kept no
+        // list.
         Served::Nobody if fs::read_dir(&vms).is_ok_and(|mut entries| entries.next().is_some()) => {
             format!("{UNKNOWN}\n{instance}\n")
         }
         Served::Nobody | Served::One(_) => format!("{instance}\n"),
-        // Proves nothing any more, whoever else signs.
+        // The list proves no owner any more, so another line would change nothing.
         Served::Many => return Ok(before),
     };
     let path = runtime_dir.join(SERVED);
     let mut file = options().append(true).create(true).mode(0o600).open(&path);
-    // One write, at the end: a daemon that signs at the same moment loses nothing.
+    // One write at the end of the file: a daemon that signs at the same moment loses nothing.
     file.as_mut()
         .map_err(|error| io::Error::new(error.kind(), error.to_string()))
         .and_then(|file| file.write_all(line.as_bytes()))
         .map_err(|error| named(&path, &error))?;
+    // The list is read again, because another daemon may have signed between the first reading and
+    // the write. Both then see `Many`.
     served(runtime_dir)
 }
 

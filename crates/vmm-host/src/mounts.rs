@@ -1,17 +1,18 @@
-//! The mounts whose files somebody else serves: a server, or a process of this host.
+//! Finds mounts whose files are served by a server or by another process of this host.
 //!
-//! A look at such a file waits for as long as its server is silent. So the way to a file is followed here without a step into
-//! such a mount.
+//! A look at a file on such a mount waits for as long as its server is silent. Therefore the way to
+//! a file is followed here without a step into such a mount.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Component, Path, PathBuf};
 
-/// As many symbolic links as the kernel follows on one path.
+/// The number of symbolic links that the kernel follows on one path.
 const MAX_LINKS: usize = 40;
 
-/// File systems whose files are served by somebody else. `fuse` stands for each that begins so.
+/// The file systems whose files a server or another process serves. `fuse` and every type that
+/// begins with `fuse` belong to them as well.
 const SERVED: &[&str] = &[
     "nfs",
     "nfs4",
@@ -35,12 +36,12 @@ const SERVED: &[&str] = &[
 /// The mounts of this process's namespace at one moment.
 #[derive(Debug, Default)]
 pub struct Mounts {
-    /// Each mount point, and whether the files of the mount are served by somebody else.
+    /// Each mount point, and true where a server or another process serves its files.
     points: HashMap<PathBuf, bool>,
 }
 
 impl Mounts {
-    /// Reads the mounts of this process. Where the kernel does not show them, there are none.
+    /// Reads the mounts of this process. Returns none where the kernel does not show them.
     pub fn read() -> Self {
         Self::parse(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
     }
@@ -52,15 +53,16 @@ impl Mounts {
             let Some(point) = fields.nth(4) else { continue };
             let kind = fields.skip_while(|field| *field != b"-").nth(1).unwrap_or_default();
             let kind = String::from_utf8_lossy(kind);
-            // Of several mounts on one point the last one is seen.
+            // The last of several mounts on one point hides the others.
             let served = kind.starts_with("fuse") || SERVED.contains(&kind.as_ref());
             points.insert(unescape(point), served);
         }
         Self { points }
     }
 
-    /// Returns the first mount on the way to the absolute `path` whose files are served by somebody else. Follows symbolic
-    /// links as far as that mount, and touches nothing in it. `None` where there is no such mount, or no such path.
+    /// Returns the first mount on the way to the absolute `path` whose files a server or another
+    /// process serves. Follows symbolic links as far as that mount, and touches no file in it.
+    /// `None` where there is no such mount or no such path.
     pub fn served_by(&self, path: &Path) -> Option<PathBuf> {
         let mut links = 0;
         let mut here = PathBuf::from("/");
@@ -107,7 +109,7 @@ fn names(path: &Path) -> VecDeque<OsString> {
     path.components().filter_map(name).collect()
 }
 
-/// Reads a path in which some characters stand as three octal digits behind a backslash.
+/// Decodes a path of mountinfo, in which some characters are three octal digits behind a backslash.
 fn unescape(text: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text;

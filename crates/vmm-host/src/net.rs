@@ -1,4 +1,4 @@
-//! Network interfaces, as `/sys/class/net` shows them; [`tap`] makes and removes the program's own.
+//! Reads network interfaces from `/sys/class/net`. [`tap`] makes and removes the program's own.
 
 mod netlink;
 pub mod tap;
@@ -14,28 +14,29 @@ pub const MAX_INTERFACE_NAME: usize = 15;
 
 /// The bit of a tun device's flags that makes it a TAP, which carries Ethernet frames.
 const IFF_TAP: u32 = 0x0002;
-/// The bit of a tun device that takes several queues, and nobody who asks for one.
+/// The bit of a tun device that must be opened with several queues.
 const IFF_MULTI_QUEUE: u32 = 0x0100;
 
-/// Says whether there is an interface of this name.
+/// Returns true if there is an interface with this name.
 pub fn interface_exists(name: &str) -> bool {
     folder(Path::new(CLASS_NET), name).is_ok_and(|folder| folder.exists())
 }
 
-/// Says whether the interface of this name is a TAP.
+/// Returns true if the interface with this name is a TAP.
 pub fn is_tap(name: &str) -> bool {
     is_tap_below(Path::new(CLASS_NET), name)
 }
 
-/// Says whether the interface of this name is a tun device with several queues.
+/// Returns true if the interface with this name is a tun device with several queues.
 fn is_multi_queue(name: &str) -> bool {
     tun_flags(Path::new(CLASS_NET), name).is_some_and(|flags| flags & IFF_MULTI_QUEUE != 0)
 }
 
-/// Reads the counters of a TAP, seen from the guest at its other end: what the host sends, the guest receives.
+/// Reads the counters of a TAP from the guest's point of view: the guest receives what the host
+/// sends.
 ///
 /// # Errors
-/// `NotFound` where there is no such interface, and what the kernel says.
+/// Returns the kernel's error; `NotFound` where there is no such interface.
 pub fn counters(name: &str) -> io::Result<NetworkCounters> {
     counters_below(Path::new(CLASS_NET), name)
 }
@@ -46,7 +47,7 @@ fn is_tap_below(class: &Path, name: &str) -> bool {
     tun_flags(class, name).is_some_and(|flags| flags & IFF_TAP != 0)
 }
 
-/// The flags of a tun device; `None` for every other kind of interface.
+/// Reads the flags of a tun device; `None` for every other kind of interface.
 fn tun_flags(class: &Path, name: &str) -> Option<u32> {
     let flags = fs::read_to_string(folder(class, name).ok()?.join("tun_flags")).ok()?;
     u32::from_str_radix(flags.trim().strip_prefix("0x")?, 16).ok()
@@ -66,7 +67,7 @@ fn counters_below(class: &Path, name: &str) -> io::Result<NetworkCounters> {
     })
 }
 
-/// The folder of an interface. A name that could lead elsewhere is no name.
+/// Returns the folder of an interface. Refuses a name that would lead to another folder.
 fn folder(class: &Path, name: &str) -> io::Result<PathBuf> {
     if name.is_empty()
         || name.len() > MAX_INTERFACE_NAME

@@ -1,15 +1,16 @@
-//! Finding programs, and writing down how to start them.
+//! Finds programs, and quotes words for a shell.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD};
 
-/// Finds a program as a shell would: a name on the folders of `path`, anything with a slash where it says. The answer is
-/// absolute. Entries of `path` that are empty or relative are passed over, lest the present folder decide what is started.
+/// Finds a program as a shell would: a name in the folders of `path`, and anything with a slash at
+/// that path. The result is absolute. Empty and relative entries of `path` are passed over, because
+/// the working directory must not decide which program is started.
 ///
 /// # Errors
-/// The text for people: what was looked for and where.
+/// Returns a text for people with the places that were searched.
 pub fn find_program(name_or_path: impl AsRef<OsStr>, path: Option<&OsStr>) -> Result<PathBuf, String> {
     let wanted = Path::new(name_or_path.as_ref());
     let shown = wanted.display();
@@ -26,7 +27,7 @@ pub fn find_program(name_or_path: impl AsRef<OsStr>, path: Option<&OsStr>) -> Re
         let candidate = folder.join(wanted);
         match runnable(&candidate) {
             Ok(()) => return Ok(candidate),
-            // Worth telling only if nothing better comes.
+            // An unusable program is reported only if no later folder has a usable one.
             Err(reason) if candidate.exists() => refused = refused.or(Some(reason)),
             Err(_) => {}
         }
@@ -36,7 +37,7 @@ pub fn find_program(name_or_path: impl AsRef<OsStr>, path: Option<&OsStr>) -> Re
     }))
 }
 
-/// Quotes a text as one word for a POSIX shell; plain words stay as they are.
+/// Quotes a text as one word for a POSIX shell. Plain words are returned unchanged.
 #[must_use]
 pub fn shell_word(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=@%+".contains(c);
@@ -46,7 +47,7 @@ pub fn shell_word(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// The file name that a running program shows in `/proc`: symbolic links are followed.
+/// Returns the file name that a running program shows in `/proc`. Symbolic links are followed.
 pub fn real_name(program: &Path) -> Option<String> {
     let real = std::fs::canonicalize(program).ok()?;
     Some(real.file_name()?.to_string_lossy().into_owned())

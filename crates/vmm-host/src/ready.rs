@@ -1,4 +1,4 @@
-//! Descriptors that the runtime waits for.
+//! Registers descriptors with the runtime.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -7,7 +7,8 @@ use std::sync::Arc;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Registers a descriptor with the runtime, to wait until it can be read. Must be called inside a runtime with I/O.
+/// Registers a descriptor with the runtime, to wait until it is readable. Must be called inside a
+/// runtime with I/O.
 #[expect(
     deprecated,
     reason = "the successor is unsafe, because any AsRawFd may close its descriptor or name another; an OwnedFd behind an \

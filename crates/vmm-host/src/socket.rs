@@ -1,4 +1,4 @@
-//! Waiting for a socket that a program is about to make, without asking again and again.
+//! Waits for a socket that another program is about to make, without polling.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -14,20 +14,21 @@ use tokio::io::unix::AsyncFd;
 
 use crate::ready;
 
-/// Tells when something appears in a folder, or one certain file in it.
+/// Reports that an entry of a folder, or one certain file in it, has appeared.
 #[derive(Debug)]
 pub struct DirWatch {
-    /// There until the watch is dropped.
+    /// `Some` until the watch is dropped.
     fd: Option<AsyncFd<Arc<OwnedFd>>>,
-    /// The only file that matters; `None` where every file does.
+    /// The only file that matters; `None` where every file matters.
     name: Option<OsString>,
 }
 
 impl DirWatch {
-    /// Begins to watch `dir`. What is there already is not told of, so look once after this.
+    /// Begins to watch `dir`. Entries that exist already are not reported, so the caller looks once
+    /// after this call.
     ///
     /// # Errors
-    /// What the kernel says; it allows a user about 128 watches at once.
+    /// Returns the kernel's error. The kernel allows a user about 128 watches at once.
     pub fn new(dir: &Path) -> io::Result<Self> {
         let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
         let events = inotify::WatchFlags::CREATE
@@ -38,7 +39,8 @@ impl DirWatch {
         Ok(Self { fd: Some(ready::readable(Arc::new(fd))?), name: None })
     }
 
-    /// Begins to watch the folder of `path` for the file at `path`. What happens to its neighbours is not told of.
+    /// Begins to watch the folder of `path` for the file at `path`. Changes of its neighbours are
+    /// ignored.
     ///
     /// # Errors
     /// Fails as [`DirWatch::new`] does.
@@ -49,7 +51,8 @@ impl DirWatch {
         Ok(watch)
     }
 
-    /// Waits until something has appeared since the last call. May say so once too often. May be cancelled.
+    /// Waits until an entry has appeared since the last call. May return once too often. Can be
+    /// cancelled.
     ///
     /// # Errors
     /// Returns the kernel's error.
@@ -66,7 +69,8 @@ impl DirWatch {
         }
     }
 
-    /// Takes events that wait, as many as there is room for, and says whether one of them is of a file that matters.
+    /// Takes as many waiting events as fit, and returns true if one of them concerns a file that
+    /// matters.
     fn read(&self, fd: &OwnedFd) -> Result<bool, Errno> {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut events = inotify::Reader::new(fd, &mut buffer);
@@ -74,6 +78,8 @@ impl DirWatch {
         loop {
             match events.next() {
                 Ok(event) => {
+                    // After an overflow the kernel has dropped events, and one of them may have
+                    // been the awaited one.
                     let lost = event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW);
                     let name = event.file_name().map(|name| OsStr::from_bytes(name.to_bytes()));
                     matters |= lost || self.name.as_deref().is_none_or(|wanted| name == Some(wanted));
@@ -89,7 +95,8 @@ impl DirWatch {
 }
 
 impl Drop for DirWatch {
-    /// Closes the watch on a thread of its own: the kernel takes 10 to 20 ms for it, and a VM is waiting to be started.
+    /// Closes the watch on a thread for blocking work, because the kernel takes 10 to 20 ms for the
+    /// close and a VM is waiting for its start.
     fn drop(&mut self) {
         let Some(fd) = self.fd.take() else { return };
         let fd = fd.into_inner();

@@ -1,4 +1,4 @@
-//! The few words of rtnetlink that TAPs need: find a link, label it and set it up, remove it.
+//! The calls of rtnetlink that TAPs need: find a link, label it and set it up, remove it.
 
 use std::io;
 use std::time::Duration;
@@ -8,8 +8,8 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::{Error, Handle, LinkUnspec};
 use tokio::task::JoinHandle;
 
-/// No answer of the kernel takes longer, other removals that it does first included.
-const DEADLINE: Duration = Duration::from_secs(2);
+/// The longest wait for an answer of the kernel. The kernel may finish other removals first.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A connection to the kernel's routing sockets, of this process's network namespace.
 pub(super) struct Netlink {
@@ -19,18 +19,18 @@ pub(super) struct Netlink {
 
 /// A link, as one answer of the kernel describes it.
 pub(super) struct Link {
-    /// Tells it from a later one of the same name.
+    /// The number that distinguishes the link from a later one with the same name.
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) alias: Option<String>,
-    /// Whether somebody holds its other end.
+    /// True if a process holds the link's other end.
     pub(super) attached: bool,
-    /// Whether it is set up, by the administrator or by a program.
+    /// True if an administrator or a program has set the link up.
     pub(super) up: bool,
 }
 
 impl Netlink {
-    /// Opens a socket. The caller runs on tokio.
+    /// Opens a socket. Must be called inside a Tokio runtime.
     pub(super) fn open() -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         Ok(Self { handle, connection: tokio::spawn(connection) })
@@ -52,7 +52,7 @@ impl Netlink {
         in_time(Box::pin(links).try_collect()).await
     }
 
-    /// Labels a link, and sets it up in the same breath if `up`.
+    /// Labels a link. The same request also sets it up if `up`.
     pub(super) async fn label(&self, index: u32, alias: String, up: bool) -> io::Result<()> {
         let link = LinkUnspec::new_with_index(index).append_extra_attribute(LinkAttribute::IfAlias(alias));
         let link = if up { link.up() } else { link };
@@ -98,16 +98,16 @@ impl Link {
 }
 
 async fn in_time<T>(answer: impl Future<Output = Result<T, Error>>) -> io::Result<T> {
-    match tokio::time::timeout(DEADLINE, answer).await {
+    match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
         Ok(answer) => answer.map_err(into_io),
         Err(_) => Err(io::Error::new(
             io::ErrorKind::TimedOut,
-            format!("the kernel did not answer within {} s", DEADLINE.as_secs()),
+            format!("the kernel did not answer within {} s", ANSWER_TIMEOUT.as_secs()),
         )),
     }
 }
 
-/// The kernel's own error, where it gave one.
+/// Returns the kernel's own error where there is one.
 fn into_io(error: Error) -> io::Error {
     match error {
         Error::NetlinkError(answer) => answer.to_io(),

@@ -1,4 +1,4 @@
-//! The TAPs that the program makes, and the proof of which are its own.
+//! Makes TAPs, and proves which TAPs are the program's own.
 //!
 //! ```text
 //!   name is free ──► make (vanishes with its maker) ──► label with owner, set up ──► persist
@@ -8,9 +8,10 @@
 //!                    ours, of another VM        ──► used, and relabelled: it goes with the VM that ran on it last
 //! ```
 //!
-//! The label is the interface alias (`ip link` shows it). Nothing is recorded elsewhere: a TAP that was made and not labelled
-//! cannot exist, and one without our label is somebody else's. Two VMs on one TAP are kept apart by the caller's claims, which
-//! are held whenever something here is called.
+//! The label is the interface alias, which `ip link` shows. No other record exists, because none is
+//! needed: a TAP of the program cannot exist without its label, so a TAP without the label is
+//! foreign. The caller's claims keep two VMs off one TAP, and they are held during every call of
+//! this module.
 
 use std::fmt;
 use std::io;
@@ -25,15 +26,15 @@ use super::netlink::{Link, Netlink};
 use super::{is_multi_queue, is_tap};
 use crate::process::close_for_good;
 
-/// What the label of every TAP of this program begins with.
+/// The beginning of the label of every TAP of this program.
 const LABEL: &str = "vmm-controlplane";
 
-/// Whose TAP it is; written as its interface alias.
+/// The owner of a TAP. The text form is the TAP's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TapOwner {
-    /// The installation.
+    /// The instance.
     pub instance: InstanceId,
-    /// The creation of the VM that it was made for, or that ran on it last.
+    /// The creation of the VM for which the TAP was made, or that ran on it last.
     pub uid: VmUid,
 }
 
@@ -43,7 +44,7 @@ impl fmt::Display for TapOwner {
     }
 }
 
-/// Says that a label is not one of ours.
+/// The error that a label is not one of this program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not the label of a TAP of {LABEL}")]
 pub struct ForeignLabel;
@@ -61,98 +62,100 @@ impl FromStr for TapOwner {
     }
 }
 
-/// Who thought of a TAP's name.
+/// The origin of a TAP's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NamedBy {
-    /// The client: the interface may exist, and belong to anybody.
+    /// The client chose the name. The interface may exist and belong to anybody.
     Client,
-    /// The program, from the VM's uid: what bears the name must be the VM's own.
+    /// The program derived the name from the VM's uid. An interface with this name must be the VM's
+    /// own.
     Program,
 }
 
-/// Where a TAP comes from.
+/// The origin of a provided TAP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provided {
-    /// It was there.
+    /// The TAP existed.
     Found,
-    /// It was there and is down, because this process may not bring it up: it takes CAP_NET_ADMIN.
+    /// The TAP existed and is down. This process lacks CAP_NET_ADMIN to bring it up.
     FoundDown,
-    /// It was made now.
+    /// The TAP was made.
     Made,
 }
 
-/// A TAP that bears a label of ours.
+/// A TAP that bears a label of this program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnedTap {
     /// The interface.
     pub name: String,
-    /// Who its label says it belongs to.
+    /// The owner that the label names.
     pub owner: TapOwner,
-    /// Whether a process holds its other end.
+    /// True if a process holds the TAP's other end.
     pub attached: bool,
 }
 
-/// Why a TAP could not be provided or removed.
+/// The reason why a TAP could not be provided or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// The name would lead elsewhere.
+    /// The name cannot be that of an interface.
     #[error("{0:?} is not a name that an interface can have; choose another tap_device")]
     BadName(String),
-    /// The interface is of another kind.
+    /// The interface is no TAP.
     #[error(
         "interface {0} exists and is not a TAP: name a TAP in tap_device, or a name that is free, and it is made"
     )]
     NotATap(String),
-    /// The interface wants to be opened in a way that no VMM here does.
+    /// The TAP must be opened with several queues, which no VMM of this program does.
     #[error(
         "TAP {0} was made with several queues, which cannot be served: make it again without multi_queue, or name another"
     )]
     ManyQueues(String),
-    /// The program's own name is taken.
+    /// The name that the program derived belongs to another interface.
     #[error(
         "interface {0} exists, and nothing proves that it was made for this VM: remove it (`ip link delete {0}`), or name a TAP in tap_device"
     )]
     NotOurs(String),
-    /// Making it takes a right that this process has not.
+    /// This process lacks the right to make a TAP.
     #[error(
         "TAP {0} does not exist, and this daemon may not make one: make a TAP beforehand and name it in tap_device (`ip tuntap add dev NAME mode tap user USER`), or give the daemon CAP_NET_ADMIN and access to /dev/net/tun"
     )]
     Denied(String),
-    /// The host cannot make any.
+    /// The host has no driver for TAPs.
     #[error(
         "TAP {0} does not exist and cannot be made without /dev/net/tun: load the driver (`modprobe tun`)"
     )]
     NoDriver(String),
-    /// The kernel refused otherwise.
+    /// The kernel refused for another reason.
     #[error("TAP {name} could not be {done}: {source}")]
     Host {
         /// The interface.
         name: String,
-        /// What was to be done.
+        /// The step that failed.
         done: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// TAPs as the service uses them: the host's, or a test's, since the host's take privileges.
+/// The port to TAPs. Tests have an implementation of their own, because the host's TAPs need
+/// privileges.
 #[async_trait]
 pub trait Taps: fmt::Debug + Send + Sync {
-    /// Says whether there is an interface of this name.
+    /// Returns true if there is an interface with this name.
     fn exists(&self, name: &str) -> bool;
 
-    /// Makes sure that there is a TAP of this name which `owner` may use, and makes it where there is none. A TAP that exists is
-    /// brought up, because some hypervisors do so and others do not.
+    /// Provides a TAP with this name for `owner`, and makes it where there is none. A TAP that
+    /// exists is brought up, because only some hypervisors do so themselves.
     async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError>;
 
-    /// Removes the TAP if its label says that it is `owner`'s, and says whether it was. Harmless when repeated.
+    /// Removes the TAP if its label names `owner`. Returns true if it was removed. May be repeated.
     async fn remove(&self, name: &str, owner: TapOwner) -> Result<bool, TapError>;
 
     /// Lists the TAPs whose label names `instance`.
     async fn of_instance(&self, instance: InstanceId) -> io::Result<Vec<OwnedTap>>;
 }
 
-/// The TAPs of this host, or rather of this process's network namespace.
+/// The TAPs of this process's network namespace.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostTaps;
 
@@ -163,7 +166,7 @@ impl Taps for HostTaps {
     }
 
     async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError> {
-        // The kernel takes '%' for a pattern, and would make an interface of another name.
+        // The kernel takes '%' for a pattern and would make an interface with another name.
         if name.contains('%') || super::folder(std::path::Path::new(super::CLASS_NET), name).is_err() {
             return Err(TapError::BadName(name.to_owned()));
         }
@@ -172,7 +175,8 @@ impl Taps for HostTaps {
             return use_found(&netlink, &link, name, by, owner).await;
         }
         match make(&netlink, name, owner).await {
-            // Somebody was faster. Whatever it is, it was not made by us.
+            // Another program has taken the name since the look above. Its interface is treated
+            // like any that exists.
             Err(TapError::Host { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {}
             made => return made.map(|()| Provided::Made),
         }
@@ -184,7 +188,8 @@ impl Taps for HostTaps {
 
     async fn remove(&self, name: &str, owner: TapOwner) -> Result<bool, TapError> {
         let netlink = Netlink::open().map_err(refused(name, "looked for"))?;
-        // Label and index come in one answer, so that a namesake made in between is safe.
+        // Label and index come in one answer, so an interface that takes the name in between is not
+        // removed.
         let Some(link) = netlink.find(name).await.map_err(refused(name, "looked for"))? else {
             return Ok(false);
         };
@@ -212,7 +217,7 @@ fn owner_of(link: &Link) -> Option<TapOwner> {
     link.alias.as_deref()?.parse().ok()
 }
 
-/// Decides what an interface that exists is good for.
+/// Decides how an existing interface can serve `owner`.
 async fn use_found(
     netlink: &Netlink,
     link: &Link,
@@ -220,6 +225,8 @@ async fn use_found(
     by: NamedBy,
     owner: TapOwner,
 ) -> Result<Provided, TapError> {
+    // The kind of the interface is checked before its owner, because an interface of another kind
+    // cannot serve whoever owns it.
     if !is_tap(name) {
         return Err(TapError::NotATap(name.to_owned()));
     }
@@ -229,11 +236,14 @@ async fn use_found(
     match owner_of(link) {
         Some(found) if found == owner => {}
         _ if by == NamedBy::Program => return Err(TapError::NotOurs(name.to_owned())),
-        // No running VM claims it, so the one that it was made for has no use for it.
+        // The caller holds the claim on this TAP, so no running VM uses it and it can pass to this
+        // VM.
         Some(found) if found.instance == owner.instance => {
             let relabelled = netlink.label(link.index, owner.to_string(), true).await;
             relabelled.map_err(refused(name, "taken over"))?;
         }
+        // A client may name a TAP of another instance or of nobody. It is used, keeps its label,
+        // and is therefore never removed by this instance.
         Some(_) | None => {}
     }
     if link.up {
@@ -241,6 +251,8 @@ async fn use_found(
     }
     match netlink.bring_up(link.index).await {
         Ok(()) => Ok(Provided::Found),
+        // A TAP that is down may still serve, because some hypervisors bring it up themselves. The
+        // caller warns.
         Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EPERM | nix::libc::EACCES)) => {
             Ok(Provided::FoundDown)
         }
@@ -248,7 +260,8 @@ async fn use_found(
     }
 }
 
-/// Makes a TAP that nobody can mistake: until it bears its label, it vanishes with the descriptor that made it.
+/// Makes a TAP with its label. Until the label is set, the TAP vanishes with the descriptor that
+/// made it.
 async fn make(netlink: &Netlink, name: &str, owner: TapOwner) -> Result<(), TapError> {
     let wanted = name.to_owned();
     let tap = blocking(move || Tap::create_named(Interface::new(wanted)?)).await.map_err(not_made(name))?;
@@ -257,8 +270,9 @@ async fn make(netlink: &Netlink, name: &str, owner: TapOwner) -> Result<(), TapE
         Ok(None) => Err(io::Error::other("it vanished as soon as it was made")),
         Err(error) => Err(error),
     };
-    // Closing removes what is not persistent, and that takes the kernel a while. What is kept takes one user at a time: a copy
-    // of the descriptor in a VMM that is just being started would make it look taken to the one that it is for.
+    // Closing the descriptor removes a TAP that is not persistent, and the kernel takes time for
+    // that. A persistent TAP serves one user at a time. A VMM that is being started has a copy of
+    // the descriptor until its exec, and that copy would make the TAP look taken to its own VMM.
     let keep = move || labelled.and_then(|()| tap.set_persistent(true));
     blocking(move || close_for_good(keep)).await.map_err(not_made(name))
 }
