@@ -1,4 +1,4 @@
-//! The caller: who asks for a change, as operations, intents and events carry it.
+//! The party that asks for a change, as operations, intents and events carry it.
 
 use std::fmt;
 
@@ -15,7 +15,7 @@ pub struct Caller {
     pub name: String,
     /// The method by which the name was proven.
     pub method: CallerMethod,
-    /// The address that the call came from, where it came from one.
+    /// The address that the call came from; `None` where it came from none.
     pub address: Option<String>,
 }
 
@@ -27,7 +27,7 @@ pub enum CallerMethod {
     Unauthenticated,
     /// The program itself acts, as its restart policy does.
     System,
-    /// A way that this release does not know. A newer release wrote it.
+    /// A method that this release does not know. A newer release wrote the record.
     #[serde(other)]
     Unknown,
 }
@@ -49,13 +49,13 @@ impl Caller {
         Self { name: name.into(), method: CallerMethod::Unauthenticated, address: None }
     }
 
-    /// Says whether the program itself asks.
+    /// Returns true if the program itself asks.
     pub fn is_system(&self) -> bool {
         self.method == CallerMethod::System
     }
 }
 
-/// The text of the wire: the name, and the address behind an `@` where nothing proves the name.
+/// The text of the wire: the name, followed by `@` and the address where nothing proves the name.
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;

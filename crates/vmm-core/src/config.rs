@@ -1,7 +1,8 @@
-//! A VM's configuration as a client writes it: plain data with the shape and the names of the wire, checked by nothing.
+//! A VM's configuration as a client writes it: unchecked data with the shape and names of the wire.
 //!
-//! Two of these are stored per VM: the one that was sent, packed, to recognise a repeated creation, and the one that is in force, with
-//! generated ids and defaults filled in, which is what clients get back. [`crate::spec::VmSpec`] is the checked form.
+//! Two configurations are stored per VM. The one that CreateVm was sent is packed, and serves to
+//! recognise a repeated creation. The one in force has generated ids and defaults filled in, and
+//! clients get it back. [`crate::spec::VmSpec`] is the checked form.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// A free map of a configuration, in a stable order.
 pub type Options = BTreeMap<String, String>;
 
-/// Everything a client may say about a VM.
+/// The configuration of a VM, with everything that a client can state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VmConfig {
@@ -28,7 +29,7 @@ pub struct VmConfig {
     pub console: Option<ConsoleConfig>,
     /// The client's own labels.
     pub metadata: Options,
-    /// What follows the end of a run.
+    /// The policy for the end of a run.
     pub restart_policy: Option<RestartPolicyConfig>,
 }
 
@@ -40,7 +41,7 @@ pub struct CpuConfig {
     pub vcpu_count: i32,
     /// Ceiling for hot-plug; 0 means `vcpu_count`.
     pub max_vcpu_count: i32,
-    /// How the ceiling's CPUs are arranged.
+    /// The arrangement of `max_vcpu_count` CPUs.
     pub topology: Option<CpuTopology>,
     /// CPU features, by documented key.
     pub features: Options,
@@ -64,11 +65,11 @@ pub struct CpuTopology {
 pub struct MemoryConfig {
     /// Bytes at boot.
     pub size_bytes: i64,
-    /// Whether memory may grow while the VM runs.
+    /// True if memory may grow while the VM runs.
     pub hotplug_enabled: bool,
     /// Ceiling for growth in bytes; 0 means none.
     pub max_size_bytes: i64,
-    /// How the host backs the memory, by documented key.
+    /// The host's backing of the memory, by documented key.
     pub backing: Options,
 }
 
@@ -94,11 +95,11 @@ pub struct StorageDevice {
     pub id: String,
     /// Image or block device on the host.
     pub path: String,
-    /// Whether the guest may only read.
+    /// True if the guest may only read.
     pub read_only: bool,
-    /// Whether the guest's root file system is on it.
+    /// True if the disk holds the guest's root file system.
     pub is_root_device: bool,
-    /// How the guest sees it; empty means virtio.
+    /// The kind of device that the guest sees; empty means virtio.
     pub interface_type: String,
     /// Disk settings, by documented key.
     pub options: Options,
@@ -112,9 +113,9 @@ pub struct NetworkInterface {
     pub id: String,
     /// Hardware address; empty means generated.
     pub mac_address: String,
-    /// TAP on the host; empty means named by the program.
+    /// TAP on the host; empty means that the program makes one and names it.
     pub tap_device: String,
-    /// How the guest sees it; empty means virtio.
+    /// The kind of device that the guest sees; empty means virtio.
     pub interface_type: String,
     /// Interface settings, by documented key.
     pub options: Options,
@@ -124,9 +125,9 @@ pub struct NetworkInterface {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ConsoleConfig {
-    /// Whether there is one.
+    /// True if there is a console.
     pub enabled: bool,
-    /// File that receives the output; empty means kept by the program.
+    /// File that receives the output; empty means that the program keeps it.
     pub output: String,
     /// Source of input; only empty is served.
     pub input: String,
@@ -134,7 +135,7 @@ pub struct ConsoleConfig {
     pub console_type: String,
 }
 
-/// What follows the end of a run, as sent.
+/// The policy for the end of a run, as sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RestartPolicyConfig {

@@ -1,4 +1,4 @@
-//! What happened to VMs: one log that is both the watch stream and the audit trail.
+//! Events of VMs: one log that is both the watch stream and the audit trail.
 
 use std::collections::BTreeMap;
 
@@ -8,12 +8,12 @@ use crate::caller::Caller;
 use crate::id::{VmId, VmUid};
 use crate::state::{EndedBy, Status, VmState};
 
-/// Position of an event in the log; later events have larger ones, without gaps. The first is 1.
+/// Position of an event in the log. The first is 1, and each later event has the next number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct EventSeq(pub u64);
 
-/// What kind of thing happened.
+/// The kind of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EventKind {
@@ -21,28 +21,28 @@ pub enum EventKind {
     Created,
     /// An operation was admitted and its intent recorded.
     OperationStarted,
-    /// The state, or the status beside it, changed.
+    /// The state or the status changed.
     StateChanged,
-    /// An operation failed; the state is what it says.
+    /// An operation failed. The event's state is the present one.
     OperationFailed,
-    /// The guest reset itself and goes on.
+    /// The guest reset itself and runs on.
     GuestReset,
-    /// The VMM went away by itself.
+    /// The VMM ended without a request.
     VmmExited,
     /// The VMM does not answer.
     Unreachable,
     /// The VMM answers again.
     Reachable,
-    /// A restarted daemon found the VM's VMM and carries on.
+    /// A restarted daemon found the VM's VMM and took it over.
     Adopted,
     /// A VM was removed.
     Deleted,
-    /// Something that this release has no word for: a newer one wrote the event. Never written.
+    /// A kind that this release does not know. A newer release wrote the event. Never written.
     Unknown,
 }
 
 impl EventKind {
-    /// The word on the wire.
+    /// Returns the word of the wire.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Created => "created",
@@ -60,39 +60,39 @@ impl EventKind {
     }
 }
 
-/// An event that has not been given its place in the log yet.
+/// An event without a position in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewEvent {
-    /// When, in Unix milliseconds.
+    /// The time of the event in Unix milliseconds.
     pub time_ms: i64,
     /// The VM's name.
     pub vm_id: VmId,
     /// The VM's creation.
     pub uid: VmUid,
-    /// What happened.
+    /// The kind.
     pub kind: EventKind,
-    /// The state afterwards.
+    /// The state after the event.
     pub state: VmState,
-    /// The status afterwards.
+    /// The status after the event.
     pub status: Status,
-    /// What brought it about: a method's name, or what was observed (kebab-case).
+    /// The cause: a method's name, or an observation in kebab-case.
     pub cause: String,
     /// The caller: a client, or the program itself.
     #[serde(flatten)]
     pub caller: Caller,
-    /// What ended the run, where this event is an end.
+    /// The rung that ended the run, if the event is an end.
     pub ended_by: Option<EndedBy>,
-    /// The VM's metadata, so that a filter finds the events of a VM that is gone.
+    /// The VM's metadata, because a filter must find the events of a deleted VM too.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
 }
 
-/// An event in its place in the log.
+/// An event with its position in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmEvent {
-    /// The place.
+    /// The position.
     pub seq: EventSeq,
-    /// What happened.
+    /// The event.
     pub event: NewEvent,
 }
 

@@ -5,29 +5,30 @@
 //!   launch ──► process ─► socket ─► passed() ····┴──► configure ─► guest runs
 //! ```
 //!
-//! To start a VMM's process and to put the intent on the disk take their time, and neither needs the other. The guest needs
-//! both: before its intent is durable, nothing is done that the recovery could not take back without it.
+//! Starting a VMM's process and writing the intent to disk both take time, and neither needs the
+//! other, so they run at once. The guest needs both. Before the intent is durable, a launch does
+//! only what the recovery can undo without an intent.
 
 use tokio::sync::watch;
 
 use crate::backend::{BackendError, BackendErrorKind, Effect};
 
-/// What a launch passes before its guest may run. Clones are the same gate.
+/// The condition that a launch awaits before its guest may run. Clones are the same gate.
 #[derive(Clone, Debug)]
 pub struct Gate(watch::Receiver<bool>);
 
-/// Opens a [`Gate`]. If it is dropped before that, the launch is called off.
+/// Opens a [`Gate`]. Dropping the keeper unopened calls the launch off.
 #[derive(Debug)]
 pub struct GateKeeper(watch::Sender<bool>);
 
 impl Gate {
-    /// A gate that is shut, and who can open it.
+    /// Returns a shut gate and the keeper that can open it.
     pub fn shut() -> (GateKeeper, Self) {
         let (keeper, gate) = watch::channel(false);
         (GateKeeper(keeper), Self(gate))
     }
 
-    /// A gate that stands open.
+    /// Returns an open gate.
     pub fn open() -> Self {
         Self(watch::channel(true).1)
     }
@@ -35,7 +36,7 @@ impl Gate {
     /// Waits until the gate is open.
     ///
     /// # Errors
-    /// [`BackendErrorKind::Rejected`] where it will never be.
+    /// Returns [`BackendErrorKind::Rejected`] if the keeper was dropped without opening the gate.
     pub async fn passed(&self) -> Result<(), BackendError> {
         match self.0.clone().wait_for(|open| *open).await {
             Ok(_) => Ok(()),

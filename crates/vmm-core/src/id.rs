@@ -1,7 +1,8 @@
-//! Names: of VMs as users know them, of each creation, of this installation, and of what the program makes on the host.
+//! Names of VMs, of each creation, of this instance, and of everything that the program makes on
+//! the host.
 //!
-//! Every name that the program gives on the host is a pure function of the [`VmUid`], so that after a crash whatever was left
-//! behind can be found again, and told from what belongs to a namesake.
+//! Every name on the host is a pure function of the [`VmUid`], because a restarted daemon must find
+//! the leftovers of a crash and distinguish them from those of a VM with the same name.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use uuid::Uuid;
 #[serde(try_from = "String", into = "String")]
 pub struct VmId(String);
 
-/// Says why a text is not a [`VmId`].
+/// The error that a text is no [`VmId`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "must be 1 to 63 characters, begin with a letter or digit, and go on with letters, digits, '.', '_' or '-'"
@@ -26,12 +27,12 @@ impl VmId {
     /// The longest name, in bytes.
     pub const MAX_LEN: usize = 63;
 
-    /// Derives the name of a VM whose client gave none: `vm-` and the time-ordered uid.
+    /// Derives the name of a VM for which the client gave none: `vm-` and the uid.
     pub fn generated(uid: VmUid) -> Self {
         Self(format!("vm-{}", uid.0.simple()))
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -65,7 +66,7 @@ impl fmt::Display for VmId {
     }
 }
 
-/// Says whether `text` has the form shared by VM names and device ids.
+/// Returns true if `text` has the form of a VM's name or a device's id.
 pub fn is_name(text: &str) -> bool {
     let mut bytes = text.bytes();
     text.len() <= VmId::MAX_LEN
@@ -73,38 +74,40 @@ pub fn is_name(text: &str) -> bool {
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
-/// The identity of one creation of a VM: new each time, even where the name is used again.
+/// The identity of one creation of a VM. Every creation gets a new one, even if it reuses a name.
 ///
-/// A version 7 UUID. Sorting by uid is no sorting by age, because the uid of a spare VMM is older than the VM that gets it.
+/// The value is a version 7 UUID. The order of uids is not the order of creation, because a spare
+/// VMM has its uid before its VM is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct VmUid(Uuid);
 
 impl VmUid {
-    /// Wraps a UUID; the caller makes it time-ordered ([`Uuid::now_v7`]).
+    /// Wraps a UUID. The caller makes it with [`Uuid::now_v7`].
     pub const fn new(uuid: Uuid) -> Self {
         Self(uuid)
     }
 
-    /// The UUID itself.
+    /// Returns the UUID.
     pub const fn as_uuid(&self) -> &Uuid {
         &self.0
     }
 
-    /// The folder of this VM below the runtime folder: sockets, log and console.
+    /// Returns the run folder of this VM below the runtime folder, for sockets, log and console.
     ///
-    /// Kept short, because a unix socket's path ends at 107 bytes.
+    /// The path is short, because the path of a unix socket has at most 107 bytes.
     pub fn run_dir(&self, runtime_dir: &Path) -> PathBuf {
         runtime_dir.join("vms").join(self.0.simple().to_string())
     }
 
-    /// Returns the name of the TAP for network interface `index` where the client names none: 15 bytes at most.
+    /// Returns the name of the TAP for network interface `index`, for a client that names none. The
+    /// name has at most 15 bytes, which is the kernel's limit.
     pub fn tap_name(&self, index: usize) -> String {
         format!("{}{:02x}", self.tap_prefix(), index & 0xff)
     }
 
-    /// Tells whether [`VmUid::tap_name`] makes `name` for some interface of this VM. No client can choose such a name, because
-    /// the uid is drawn after the client has named its TAPs.
+    /// Returns true if [`VmUid::tap_name`] makes `name` for an interface of this VM. No client can
+    /// choose such a name, because the uid is drawn after the client has named its TAPs.
     pub fn made_tap_name(&self, name: &str) -> bool {
         let index = name.strip_prefix(&self.tap_prefix());
         index.is_some_and(|index| index.len() == 2 && index.bytes().all(|byte| byte.is_ascii_hexdigit()))
@@ -114,7 +117,7 @@ impl VmUid {
         format!("vmt{:010x}", self.random_tail() & 0xff_ffff_ffff)
     }
 
-    /// A locally administered unicast MAC for network interface `index`.
+    /// Returns a locally administered unicast MAC for network interface `index`.
     pub fn mac(&self, index: usize) -> [u8; 6] {
         let tail = self.random_tail().wrapping_add(index as u64).to_be_bytes();
         [0x02, tail[3], tail[4], tail[5], tail[6], tail[7]]
@@ -139,7 +142,8 @@ impl FromStr for VmUid {
     }
 }
 
-/// The identity of one state directory, made with it: tells our leftovers from another daemon's.
+/// The identity of one state directory, made with the directory. It distinguishes the leftovers of
+/// this daemon from those of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct InstanceId(Uuid);
@@ -171,12 +175,12 @@ impl FromStr for InstanceId {
 pub struct BackendName(String);
 
 impl BackendName {
-    /// Wraps a name; which names exist is decided where the backends are put together.
+    /// Wraps a name. The names that exist are decided where the backends are put together.
     pub fn new(name: impl Into<String>) -> Self {
         Self(name.into())
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }

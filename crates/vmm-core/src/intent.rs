@@ -1,4 +1,4 @@
-//! Intents: what is about to be done to a VM, on record before anything is touched.
+//! Intents: the operations that are recorded before anything is changed on the host.
 //!
 //! ```text
 //!   operation admitted ─► intent committed ─► effect ─► outcome committed, the intent is gone
@@ -6,8 +6,9 @@
 //!                                   └─ the daemon dies ─► the next one asks the intent how it is recovered
 //! ```
 //!
-//! An intent carries all that its recovery needs: how long the guest has to obey, what the start under way has claimed, who
-//! asked. [`Intent::recovery`] has one arm for each kind, so that a new kind does not compile until its recovery is decided.
+//! An intent carries all data that its recovery needs: the guest's time to obey, the claims of the
+//! start under way, the caller. [`Intent::recovery`] has one arm for each kind, so a new kind does
+//! not compile until its recovery is decided.
 
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ pub struct Intent {
     /// The caller.
     #[serde(flatten)]
     pub caller: Caller,
-    /// When, in Unix milliseconds.
+    /// The time of the admission in Unix milliseconds.
     pub since_ms: i64,
 }
 
@@ -42,7 +43,7 @@ pub enum IntentKind {
     },
     /// The guest's CPUs are being stopped.
     Pause,
-    /// The guest's CPUs are being let go on.
+    /// The guest's CPUs are being resumed.
     Resume,
     /// The run is being ended.
     Shutdown {
@@ -63,22 +64,22 @@ pub enum IntentKind {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         claims: Vec<HostClaim>,
     },
-    /// The VM is being removed, and does not run.
+    /// The VM is being deleted and does not run.
     Delete,
-    /// The VM is being removed, whatever it is doing.
+    /// The VM is being deleted in any state.
     ForceDelete,
 }
 
-/// The time that a guest has to obey where the client does not say.
+/// The guest's time to obey where the client gives none.
 pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The actions of a restarted daemon on an intent that is on record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
-    /// Nothing is carried on: the VM is what its VMM says.
+    /// Nothing is carried on. The VM's state is the one that its VMM reports.
     AsFound,
-    /// A start stands if its guest runs. A start that did not come about is taken back, and with `again` made once more,
-    /// because nobody waits for an answer who could ask again.
+    /// A start whose guest runs stands. A start that failed is undone, and made once more with
+    /// `again`, because no client waits for its answer and could repeat it.
     Start {
         /// True if the start is made once more.
         again: bool,
@@ -103,7 +104,7 @@ pub enum Recovery {
 }
 
 impl Recovery {
-    /// Says whether an operation waits for its VMM to be found, to be carried on then.
+    /// Returns true if the operation is carried on once its VMM is found.
     pub const fn waits_for_vmm(self) -> bool {
         match self {
             Self::Shutdown { .. } | Self::Reboot { .. } => true,
@@ -113,7 +114,7 @@ impl Recovery {
 }
 
 impl Intent {
-    /// Says how this intent is recovered.
+    /// Returns the recovery of this intent.
     pub fn recovery(&self) -> Recovery {
         match self.kind {
             IntentKind::Boot { .. } => Recovery::Start { again: self.caller.is_system() },
@@ -131,7 +132,7 @@ impl Intent {
         self.kind.request()
     }
 
-    /// Returns what the start under way has claimed on the host; empty where none is under way.
+    /// Returns the claims of the start under way; empty where none is under way.
     pub fn claims(&self) -> &[HostClaim] {
         match &self.kind {
             IntentKind::Boot { claims } | IntentKind::Reboot { claims, .. } => claims,
@@ -143,12 +144,12 @@ impl Intent {
         }
     }
 
-    /// Says whether a VMM is being started.
+    /// Returns true if a VMM is being started.
     pub const fn is_start(&self) -> bool {
         matches!(self.kind, IntentKind::Boot { .. } | IntentKind::Reboot { .. })
     }
 
-    /// Says whether the VM is being removed.
+    /// Returns true if the VM is being deleted.
     pub const fn is_deletion(&self) -> bool {
         matches!(self.kind, IntentKind::Delete | IntentKind::ForceDelete)
     }
@@ -169,13 +170,13 @@ impl IntentKind {
     }
 }
 
-// A function of serde's `default` returns what the field has, an `Option`.
+// serde's `default` needs a function that returns the field's type, an `Option`.
 #[expect(clippy::unnecessary_wraps, reason = "serde asks for the type of the field")]
 const fn default_patience() -> Option<Duration> {
     Some(DEFAULT_PATIENCE)
 }
 
-/// Milliseconds, of which 0 stands for a guest that is not asked, as every release has written it.
+/// Serialises a time as milliseconds. 0 stands for a guest that is not asked, as in every release.
 mod millis {
     use super::{Deserialize, Deserializer, Duration, Serializer, default_patience};
 

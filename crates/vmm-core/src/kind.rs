@@ -1,4 +1,4 @@
-//! The kind of a VM: where its VMM comes from.
+//! The kind of a VM: the origin of its VMM.
 //!
 //! ```text
 //!   CreateVm, import ──► VmKind, on record for the VM's life ──► the backend object of that kind
@@ -60,8 +60,9 @@ impl VmKind {
         }
     }
 
-    /// Returns the name of the place that one VM of a backend can have: the socket's path, or the domain's UUID. Two URIs may
-    /// lead to one libvirtd, and therefore the UUID alone identifies a domain.
+    /// Returns the name of the place that only one VM of a backend can have: the socket's path, or
+    /// the domain's UUID. The UUID alone identifies a domain, because two URIs may lead to one
+    /// libvirtd.
     pub fn place(&self) -> Option<String> {
         match self {
             Self::Attached { socket } => Some(socket.clone()),
@@ -72,13 +73,18 @@ impl VmKind {
         }
     }
 
-    /// Settles the kind of a record that has none. `runs_in_folder` says whether the recorded run has
-    /// its control socket in the VM's run folder; `None` where no run is on record. `of_new` is the kind
-    /// that the VM would get if it were created now. Changes nothing of a kind that is on record.
+    /// Settles the kind of a record that has none, and returns any other kind unchanged.
+    /// `runs_in_folder` is true if the recorded run has its control socket in the VM's run folder,
+    /// and `None` where no run is on record. `of_new` is the kind that the VM would get if it were
+    /// created now.
     pub fn settled(self, runs_in_folder: Option<bool>, of_new: Self) -> Self {
         let Self::Unrecorded { domain } = self else { return self };
         match (domain, of_new) {
+            // A socket in the run folder proves that the daemon started the VMM, whatever the
+            // endpoint setting says now.
             (None, _) if runs_in_folder == Some(true) => Self::Managed,
+            // The run has its socket elsewhere, so another program made the VMM. The setting of its
+            // socket is gone, and without that the kind stays open.
             (None, Self::Managed) if runs_in_folder == Some(false) => self,
             (None, of_new) => of_new,
             (Some(domain), Self::Libvirt { uri, .. }) => Self::Libvirt { uri, domain },
@@ -88,7 +94,7 @@ impl VmKind {
 }
 
 impl Default for VmKind {
-    /// Returns what a record without a kind and without a place has.
+    /// Returns the kind of a record that has neither a kind nor a place.
     fn default() -> Self {
         Self::Unrecorded { domain: None }
     }

@@ -1,4 +1,4 @@
-//! Findings about a configuration, each tied to the field it concerns.
+//! Findings about a configuration, each with the field that it concerns.
 
 use std::fmt;
 
@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// The most violations, and the most warnings, that one report lists.
 ///
-/// A client mends a few at a time, and one answer has room for fewer still. The bound also keeps a check linear in the size of
-/// what it checks, although each new finding is compared with those that are listed.
+/// A client mends a few at a time, and one answer has room for fewer. The bound also keeps a check
+/// linear in the size of its input, although each new finding is compared with the listed ones.
 pub const MAX_FINDINGS: usize = 100;
 
 /// One finding about one field.
@@ -15,7 +15,7 @@ pub const MAX_FINDINGS: usize = 100;
 pub struct FieldReport {
     /// Path from the request's root, such as `config.cpu.vcpu_count` or `config.storage[0].path`.
     pub field: String,
-    /// What is wrong or different, and what to do about it.
+    /// The fault or the difference, and the remedy.
     pub message: String,
 }
 
@@ -37,13 +37,13 @@ impl fmt::Display for FieldReport {
 pub enum Treatment {
     /// The value has no effect.
     Ignored,
-    /// The program or the backend does something else in its place.
+    /// The program or the backend does something else instead.
     Emulated,
-    /// The value is served; the remark is about what comes of it.
+    /// The value is served. The remark is about its consequences.
     Served,
 }
 
-/// A remark that refuses nothing.
+/// A remark that is no reason to refuse a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
     /// Path from the request's root.
@@ -67,19 +67,20 @@ impl From<Warning> for FieldReport {
     }
 }
 
-/// All findings of one check: what forbids the configuration, and what is merely different from what was asked.
+/// All findings of one check: the reasons to refuse a configuration, and remarks that are no such
+/// reasons.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Reasons to refuse, at most [`MAX_FINDINGS`]. Empty means that the configuration can be served.
     pub violations: Vec<FieldReport>,
     /// Ceilings and hints that are ignored, and features that are emulated; at most [`MAX_FINDINGS`].
     pub warnings: Vec<Warning>,
-    /// Violations beyond those that are listed.
+    /// The number of violations beyond the listed ones.
     unlisted: usize,
 }
 
 impl Report {
-    /// Adds a reason to refuse, unless it is listed word for word.
+    /// Adds a reason to refuse, unless an equal one is listed.
     pub fn reject(&mut self, field: impl Into<String>, message: impl Into<String>) {
         self.add(FieldReport::new(field, message));
     }
@@ -89,7 +90,7 @@ impl Report {
         self.warn(field, Treatment::Ignored, message);
     }
 
-    /// Adds a warning of a value in whose place something else is done.
+    /// Adds a warning of a value that something else replaces.
     pub fn emulate(&mut self, field: impl Into<String>, message: impl Into<String>) {
         self.warn(field, Treatment::Emulated, message);
     }
@@ -99,7 +100,7 @@ impl Report {
         self.warn(field, Treatment::Served, message);
     }
 
-    /// Takes over all findings of `other`, leaving out what is listed here word for word.
+    /// Adds all findings of `other` that are not listed here yet.
     pub fn merge(&mut self, other: Report) {
         let Report { violations, warnings, unlisted } = other;
         self.unlisted += unlisted;
@@ -107,12 +108,13 @@ impl Report {
         warnings.into_iter().for_each(|warning| self.add_warning(warning));
     }
 
-    /// Says whether the configuration can be served.
+    /// Returns true if the configuration can be served.
     pub fn is_ok(&self) -> bool {
         self.violations.is_empty()
     }
 
-    /// Returns the violations for a client. The last one says how many more there are, where not all are listed.
+    /// Returns the violations for a client. If more were found than are listed, the last one has
+    /// their number.
     pub fn into_violations(self) -> Vec<FieldReport> {
         let Report { mut violations, warnings: _, unlisted } = self;
         if unlisted > 0 {

@@ -1,4 +1,4 @@
-//! Clearing up after a VM: what a sweep is for, and what it may do to what this program did not start.
+//! Sweeps: clearing up after a VM, and the limits of what a sweep may end.
 
 use std::path::PathBuf;
 
@@ -7,27 +7,28 @@ use crate::kind::VmKind;
 use crate::spec::VmSpec;
 use crate::store::RunRecord;
 
-/// What a sweep needs to know.
+/// The request for a sweep.
 #[derive(Clone, Debug)]
 pub struct SweepRequest {
     /// The VM's creation.
     pub uid: VmUid,
-    /// The run folder whose users are to end.
+    /// The run folder whose processes end.
     pub dir: PathBuf,
-    /// The run as it was recorded, if it was.
+    /// The run as it was recorded, if one was.
     pub run: Option<RunRecord>,
     /// The kind of the VM.
     pub kind: VmKind,
-    /// What the VM is, where the caller knows: tells it from another that has come to its place.
+    /// The VM's specification, if the caller has it. It distinguishes the VM from another one that
+    /// has taken its place.
     pub spec: Option<VmSpec>,
-    /// Whether somebody else made the VM.
+    /// True if another program made the VM.
     pub imported: bool,
-    /// Why: what may be done to what this program did not start depends on it.
+    /// The purpose. It decides what a sweep may do to a VMM that this program did not start.
     pub purpose: Sweep,
 }
 
 impl SweepRequest {
-    /// Makes the request for what a managed VM has left in its run folder.
+    /// Returns the request that clears up the run folder of a managed VM.
     pub fn of_folder(uid: VmUid, dir: impl Into<PathBuf>) -> Self {
         Self {
             uid,
@@ -41,21 +42,22 @@ impl SweepRequest {
     }
 }
 
-/// Why what is left of a VM is swept.
+/// The purpose of a sweep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sweep {
-    /// A start broke, or a run has ended: what that start has made goes.
+    /// A start failed or a run has ended. The remains of that start are removed.
     Clear,
-    /// The VM is to end by force, and stays on record.
+    /// The VM ends by force and stays on record.
     End,
-    /// The VM is being deleted, and does not run: it must not be found again.
+    /// The VM is being deleted and does not run. It must not be discovered again.
     Delete,
-    /// The same by force, whatever it is doing.
+    /// The VM is being deleted by force, whatever it is doing.
     ForceDelete,
 }
 
 impl Sweep {
-    /// Says whether a VMM that somebody else started may be killed, if it is proven the right one.
+    /// Returns true if a VMM that another program started may be killed once it is proven to hold
+    /// the VM.
     pub const fn is_forced(self) -> bool {
         match self {
             Self::Clear | Self::Delete => false,

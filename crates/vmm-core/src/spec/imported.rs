@@ -1,7 +1,8 @@
-//! A [`VmSpec`] of a VM that somebody else made: what its VMM told of it, legal or not.
+//! The [`VmSpec`] of a VM that another program made, from the configuration that its VMM reports.
 //!
-//! Such a VM is there, so nothing about it can be refused. What does not parse is left out, and what this program does not
-//! keep for it (its console, its restart policy) is switched off. To make it anew takes [`VmSpec::parse`] as for every other.
+//! Such a VM exists, so nothing about it is refused. A value that does not parse is left out. The
+//! console and the restart policy are off, because this program does not keep them for the VM. A
+//! client that makes the VM anew goes through [`VmSpec::parse`] like any other.
 
 use std::path::PathBuf;
 
@@ -11,7 +12,7 @@ use crate::config::VmConfig;
 use crate::report::Report;
 
 impl VmSpec {
-    /// The specification of an imported VM, as far as `config` tells.
+    /// Returns the specification of an imported VM, as far as `config` describes it.
     pub fn imported(config: &VmConfig) -> Self {
         let cpu = config.cpu.clone().unwrap_or_default();
         let count = u32::try_from(cpu.vcpu_count).unwrap_or(1).max(1);
@@ -43,7 +44,7 @@ impl VmSpec {
             disks,
             nics,
             console: Console::Off,
-            // Nobody set a policy, so nothing that its guest does ends it.
+            // No client has set a policy, so no number of resets by its guest ends the VM.
             restart: RestartPolicy { mode: None, max_restarts: u32::MAX },
             options: BackendOptions::of(config),
         }

@@ -1,7 +1,7 @@
-//! The kernel's command line, taken apart as Linux takes it: blanks part words, quotes hold them together, and what follows a
-//! lone `--` is init's.
+//! Splits the kernel's command line as Linux does: blanks separate words, quotes hold a word
+//! together, and the part behind a lone `--` belongs to init.
 
-/// The part of `line` that is the kernel's own, without what follows a lone `--`.
+/// Returns the kernel's own part of `line`, without a lone `--` and the rest behind it.
 pub fn kernels_part(line: &str) -> &str {
     match pieces(line).find(|(_, piece)| *piece == "--") {
         Some((begin, _)) => &line[..begin],
@@ -9,12 +9,13 @@ pub fn kernels_part(line: &str) -> &str {
     }
 }
 
-/// The kernel's own words of `line`. A word that is quoted as a whole comes without its first quote.
+/// Returns the kernel's own words of `line`. A word that is quoted as a whole comes without its
+/// first quote.
 pub fn kernel_words(line: &str) -> impl Iterator<Item = &str> {
     pieces(kernels_part(line)).map(|(_, piece)| piece.strip_prefix('"').unwrap_or(piece))
 }
 
-/// The pieces between blanks, each with its place.
+/// Returns the pieces between unquoted blanks, each with its position in `line`.
 fn pieces(line: &str) -> impl Iterator<Item = (usize, &str)> {
     let mut quoted = false;
     let mut begin = 0;

@@ -1,9 +1,10 @@
-//! The free maps: which keys there are, and how their values are read.
+//! The keys of the free maps, and the reading of their values.
 //!
-//! A plain key means the same on every backend. [`VmSpec::parse`](super::VmSpec::parse) reads its value into a field, so that
-//! nobody reads the text again. A key with a backend's prefix (`qemu.`, `ch.`, `fc.`) concerns that backend alone, which reads it
-//! from [`BackendOptions`]; on any other backend the key is a warning. Any other key is a violation, because a misspelt key must
-//! not be dropped in silence.
+//! A plain key means the same on every backend. [`VmSpec::parse`](super::VmSpec::parse) reads its
+//! value into a field, so that no other code reads the text. A key with a backend's prefix
+//! (`qemu.`, `ch.`, `fc.`) concerns that backend alone, which reads the value from
+//! [`BackendOptions`]; every other backend warns of the key. Any other key is a violation, because
+//! a misspelt key must not be ignored silently.
 
 use super::RateLimit;
 use crate::config::{Options, VmConfig};
@@ -99,7 +100,8 @@ impl BackendOptions {
         Self(keys.collect())
     }
 
-    /// Returns the keys of the backend whose keys begin with `prefix`, and warns of all others: they are not used here.
+    /// Returns the keys of the backend whose keys begin with `prefix`, and warns of every other
+    /// key.
     pub fn own<'a>(&'a self, prefix: &str, report: &mut Report) -> Vec<&'a BackendOption> {
         let (own, others): (Vec<_>, Vec<_>) =
             self.0.iter().partition(|option| prefix_of(&option.key) == Some(prefix));
@@ -128,7 +130,8 @@ pub(super) fn check_plain_keys(report: &mut Report, field: &str, options: &Optio
     }
 }
 
-/// Reads a key that is `true` or `false`. An absent key is false, and so is a value that is reported.
+/// Reads a key that is `true` or `false`. Returns false for a missing key and for a value that is
+/// reported.
 pub(super) fn flag(report: &mut Report, field: &str, options: &Options, key: &str) -> bool {
     match options.get(key).map(String::as_str) {
         None | Some("false") => false,
@@ -143,7 +146,8 @@ pub(super) fn flag(report: &mut Report, field: &str, options: &Options, key: &st
     }
 }
 
-/// Reads the ceilings of one device, whose second key is `operations_key`. A value that is reported limits nothing.
+/// Reads the ceilings of one device. `operations_key` is the key of the second ceiling. A value
+/// that is reported sets no ceiling.
 pub(super) fn limits(report: &mut Report, field: &str, options: &Options, operations_key: &str) -> RateLimit {
     let mut read = |key: &str| {
         let text = options.get(key)?;
