@@ -1,4 +1,4 @@
-//! VMs that live where somebody else says: in a VMM that this program did not start, or in another program's domain.
+//! VMs that live in a place which another program provides: a VMM or a libvirt domain.
 //!
 //! ```text
 //!                    ┌─ places: Made      a VMM is made for each VM, and the VM's kind is kind_of_new
@@ -9,8 +9,8 @@
 //!                                                 └─ one does ──► its actor: the VM is there again
 //! ```
 //!
-//! A place is a [`VmKind`] that names a socket or a libvirt domain. The VM's record holds the place, and therefore the place is
-//! taken as long as there is a record, whether or not anything runs there.
+//! A place is a [`VmKind`] that names a socket or a libvirt domain. A VM's record holds its place.
+//! Therefore a place is taken as long as there is a record, even if nothing runs there.
 
 use std::fmt;
 
@@ -23,18 +23,18 @@ use crate::id::{VmId, VmUid};
 use crate::kind::VmKind;
 use crate::state::VmState;
 
-/// Where the VMs of a hypervisor live.
+/// The places in which the VMs of a hypervisor live.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Places {
-    /// A VMM is made for each VM: CreateVm needs no place.
+    /// A VMM is started for each VM, so CreateVm needs no place.
     Made,
-    /// One VM in each of these. CreateVm takes the first that no record holds.
+    /// Each place takes one VM. CreateVm takes the first one that no record holds.
     Fixed(Vec<VmKind>),
-    /// One VM in each of these, made by somebody else: CreateVm is refused.
+    /// Each place takes one VM that another program made. CreateVm is refused.
     Imported {
         /// The places.
         places: Vec<VmKind>,
-        /// Why none can be created, and what to do; for people.
+        /// The reason why no VM can be created, and the remedy; for people.
         why: String,
     },
 }
@@ -49,55 +49,55 @@ impl Places {
     }
 }
 
-/// Finds VMs that somebody else made or started: an ability that not every hypervisor has.
+/// Finds VMs that another program made or started, an ability of some hypervisors.
 #[async_trait]
 pub trait Discover: Send + Sync {
-    /// Looks for such VMs, and goes on looking. Called once, after every VM on record was adopted, because a VM whose handle is
-    /// held is never found.
+    /// Searches for such VMs, and continues the search. Called once, after the adoption of every
+    /// recorded VM, because a VM whose handle is held is never found.
     async fn discover(&self) -> Discovery;
 }
 
-/// What a hypervisor holds that somebody else made or started, and the way in which it tells of more.
+/// The VMs of a hypervisor that another program made or started, and the source of later findings.
 #[derive(Debug)]
 pub struct Discovery {
-    /// What is there now.
+    /// The VMs that exist now.
     pub present: Vec<Found>,
-    /// What comes, goes or comes back from now on. Ends with the backend.
+    /// The later findings. The channel ends with the backend.
     pub later: mpsc::Receiver<Finding>,
 }
 
-/// Something that a hypervisor has found out by itself.
+/// A finding of a hypervisor.
 #[derive(Debug)]
 pub enum Finding {
-    /// A VM is there, or there again.
+    /// A VM exists, or exists again.
     Found(Box<Found>),
-    /// The VM that lived in this place is there no more, not even as something that could be started. What was imported from
-    /// there leaves the record; what this program made stays.
+    /// The VM in this place does not exist any more, not even stopped. An imported VM loses its
+    /// record; a VM that this program made keeps it.
     Lost {
         /// The place.
         place: VmKind,
     },
-    /// Whether the hypervisor can serve has changed: [`crate::backend::Backend::ping`] is worth asking.
+    /// The health of the hypervisor has changed. [`crate::backend::Backend::ping`] reads it.
     Health,
 }
 
-/// A VM that somebody else made or started.
+/// A VM that another program made or started.
 pub struct Found {
     /// The place of the VM.
     pub place: VmKind,
-    /// The creation that it bears, where it bears one: a VM that this program made and somebody else started.
+    /// The uid, if this program made the VM and another one started it.
     pub uid: Option<VmUid>,
-    /// What to call it where it is not on record: the first of these that is free. There is at least one, and the last should
-    /// be one that nobody else chooses.
+    /// The names for a VM that is not on record, of which the first free one is taken. There is at
+    /// least one, and the last should be one that no client chooses.
     pub names: Vec<VmId>,
-    /// Its configuration, as far as the VMM tells.
+    /// The configuration, as far as the VMM reports it.
     pub config: VmConfig,
-    /// What it has beside, that a configuration cannot say; for people. While this is not empty, the VM can be started as it
-    /// is, but not made anew.
+    /// The properties that a configuration cannot express; for people. A VM with such properties
+    /// can be started as it is, but not made anew.
     pub untold: Vec<String>,
-    /// Where it is.
+    /// The state.
     pub state: VmState,
-    /// Its handle and events; there is one exactly where `state` is live.
+    /// The handle and events; `Some` exactly if `state` is live.
     pub launched: Option<Launched>,
 }
 

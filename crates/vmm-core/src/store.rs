@@ -1,4 +1,4 @@
-//! The port to durable state: what is kept of a VM, and what a store must promise.
+//! The port to durable state: the records of VMs, and the promises of a store.
 
 use std::path::PathBuf;
 
@@ -12,49 +12,53 @@ pub use crate::intent::{Intent, IntentKind};
 use crate::kind::VmKind;
 use crate::state::{EndedBy, Status, VmState};
 
-/// Everything that is kept of one VM. Written only by the VM's own actor.
+/// The record of one VM. Only the VM's own actor writes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmRecord {
-    /// This creation.
+    /// The uid of this creation.
     pub uid: VmUid,
-    /// The name; at most one living record bears it.
+    /// The name. At most one living record has it.
     pub vm_id: VmId,
-    /// Which hypervisor runs it.
+    /// The backend that runs the VM.
     pub backend: BackendName,
-    /// What CreateVm was sent, to recognise a repeated call.
+    /// The request of CreateVm, which serves to recognise a repeated call.
     pub requested: Sent,
     /// The configuration in force: as sent, with ids, MACs and the default kernel filled in.
     pub config: VmConfig,
-    /// Where it is.
+    /// The state.
     pub state: VmState,
-    /// Why it is there.
+    /// The status beside the state.
     pub status: Status,
-    /// Counts every change of this record, from 1.
+    /// The number of changes of this record, from 1.
     pub generation: u64,
-    /// When it was created, in Unix milliseconds.
+    /// The time of the creation in Unix milliseconds.
     pub created_ms: i64,
-    /// When it last changed, in Unix milliseconds.
+    /// The time of the last change in Unix milliseconds.
     pub modified_ms: i64,
-    /// The operation under way: committed before anything is touched, cleared with its outcome.
+    /// The operation under way. It is committed before anything is changed on the host, and cleared
+    /// with its outcome.
     pub intent: Option<Intent>,
-    /// The VMM that holds it.
+    /// The VMM that holds the VM.
     pub run: Option<RunRecord>,
-    /// Whether this VM has made, or was about to make, the file that `console.output` names.
+    /// True if this VM has made, or was about to make, the file that `console.output` names.
     pub owns_console_output: bool,
-    /// What ended the last run.
+    /// The rung that ended the last run.
     pub ended_by: Option<EndedBy>,
-    /// The origin of its VMM. Earlier releases kept a place instead, and that only of some VMs.
+    /// The origin of the VM's VMM. Earlier releases recorded a place instead, and only for some
+    /// VMs.
     #[serde(default, alias = "place")]
     pub kind: VmKind,
-    /// Whether somebody else made it: its configuration is what its VMM told, and may not tell all.
+    /// True if another program made the VM. Its configuration is then the VMM's report, which may
+    /// be incomplete.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub imported: bool,
-    /// What it has beside its configuration, of a VM that was imported; see [`crate::place::Found::untold`].
+    /// The properties of an imported VM that its configuration cannot express; see
+    /// [`crate::place::Found::untold`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub untold: Vec<String>,
 }
 
-/// What CreateVm was sent.
+/// The request of CreateVm.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Requested {
     /// The backend as sent; empty means the default.
@@ -63,21 +67,23 @@ pub struct Requested {
     pub config: VmConfig,
 }
 
-/// The request of CreateVm in the least room, because every VM keeps its request and only a repeated call reads it. In memory the
-/// request is one text, in a database the [`Requested`] itself.
+/// The request of CreateVm in the least room, because every VM keeps its request and only a
+/// repeated call reads it. In memory the request is one text, in a database it is the [`Requested`]
+/// itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sent(Box<str>);
 
 impl Sent {
-    /// Packs what was sent. Equal ones are packed alike, because the maps of a configuration have one order.
+    /// Packs a request. Equal requests give equal texts, because the maps of a configuration have
+    /// one order.
     pub fn pack(requested: &Requested) -> Self {
-        // JSON has a form for each text and number, so this does not fail.
+        // JSON has a form for each text and number, so the serialisation cannot fail.
         Self(serde_json::to_string(requested).unwrap_or_default().into())
     }
 
-    /// Unpacks what was sent.
+    /// Unpacks the request.
     pub fn unpack(&self) -> Requested {
-        // The text is one that `pack` has made.
+        // `pack` made the text, so it can be parsed.
         serde_json::from_str(&self.0).unwrap_or_default()
     }
 }
@@ -94,9 +100,10 @@ impl<'de> Deserialize<'de> for Sent {
     }
 }
 
-/// Proof of identity of a process: a pid alone may be somebody else's by now.
+/// The identity of a process. A pid alone may belong to another process by now.
 ///
-/// Two identities are equal if pid, start time and boot are. The namespaces say only whether the numbers can be compared.
+/// Two identities are equal if pid, start time and boot are equal. The namespaces only decide
+/// whether the numbers can be compared.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ProcessIdentity {
     /// The process id.
@@ -119,8 +126,9 @@ impl PartialEq for ProcessIdentity {
 
 impl Eq for ProcessIdentity {}
 
-/// The namespaces that give a pid and a start time their meaning, by the inodes of `/proc/self/ns/pid` and `time`. The inode of
-/// the time namespace is 0 where the kernel has none.
+/// The namespaces in which a pid and a start time have their meaning, by the inodes of
+/// `/proc/self/ns/pid` and `time`. The inode of the time namespace is 0 where the kernel has no
+/// time namespaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Namespaces {
     /// The PID namespace.
@@ -129,54 +137,55 @@ pub struct Namespaces {
     pub time: u64,
 }
 
-/// The VMM of one run: who it is, how to reach it, and what it holds of the host.
+/// The VMM of one run, the way to reach it, and its claims on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunRecord {
     /// The process.
     pub process: ProcessIdentity,
-    /// Its control socket.
+    /// The VMM's control socket.
     pub socket: PathBuf,
-    /// The hypervisor's version, as it says itself.
+    /// The hypervisor's version, as it reports it.
     pub version: String,
-    /// `kvm`, `tcg` or what else runs the guest's CPUs.
+    /// The accelerator of the guest's CPUs, such as `kvm` or `tcg`.
     pub accelerator: String,
     /// The machine model, where the hypervisor has several.
     pub machine: String,
-    /// When the run began, in Unix milliseconds.
+    /// The start of the run in Unix milliseconds.
     pub started_ms: i64,
-    /// What no other running VM may use.
+    /// The claims of the run. No other running VM may use them.
     pub claims: Vec<HostClaim>,
-    /// The TAPs whose counters are the VM's, where they do not follow from its configuration: those of an imported domain, to
-    /// which libvirt gives new ones with each run.
+    /// The TAPs whose counters are the VM's, where they do not follow from its configuration.
+    /// libvirt gives an imported domain new TAPs with each run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub taps: Vec<String>,
 }
 
-/// Something on the host that serves one running VM at a time.
+/// A thing on the host that serves one running VM at a time.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostClaim {
-    /// A disk, known by where it really is rather than by its path.
+    /// A disk, identified by its file or device and not by its path.
     Disk {
         /// Device number of the file system that holds the image, or of the block device itself.
         device: u64,
         /// Inode of the image; 0 for a block device.
         inode: u64,
-        /// Whether this VM may write.
+        /// True if this VM may write.
         writable: bool,
-        /// The path it was named by, for messages.
+        /// The path in the configuration, for messages.
         path: PathBuf,
-        /// The disks that this one is a part of, or is made of: the whole disk of a partition, the slaves of a device mapper,
-        /// and so on downwards. A writer of one of them writes this disk too.
+        /// The disks that this disk is a part of or consists of: the whole disk of a partition, the
+        /// slaves of a device mapper, and the layers below those. A writer of one of them writes
+        /// this disk too.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         lies_on: Vec<DiskKey>,
     },
-    /// A disk that is known by its path alone, because its file did not answer when the VM was found running. Replaced when the
-    /// file answers.
+    /// A disk that is identified by its path alone, because its file did not answer when the VM was
+    /// found running. The claim is replaced when the file answers.
     Path {
         /// The path.
         path: PathBuf,
-        /// Whether this VM may write.
+        /// True if this VM may write.
         writable: bool,
     },
     /// A TAP interface, by name.
@@ -195,10 +204,10 @@ pub struct DiskKey {
     pub inode: u64,
 }
 
-/// One atomic change: a record and the event that tells of it.
+/// One atomic change of a record, with its event.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Commit {
-    /// What happens to the record.
+    /// The change of the record.
     pub change: Change,
     /// The event, committed in the same transaction.
     pub event: Option<NewEvent>,
@@ -207,35 +216,37 @@ pub struct Commit {
 /// The record of a deleted VM whose process may live: the process, and the claims that the process may still use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
-    /// The VM as it was last. Its run says which process it is, where that is known.
+    /// The last record of the VM. Its run identifies the process, where the process is known.
     pub vm: VmRecord,
-    /// The claims of the process. No other VM may use them until the process has provably gone.
+    /// The claims of the process. No other VM may use them until the process has provably ended.
     pub claims: Vec<HostClaim>,
 }
 
-/// What happens to a record.
+/// A change of a record.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
-    /// A new VM. Fails with [`StoreErrorKind::NameTaken`] if a living record bears the name.
+    /// Inserts a new VM. Fails with [`StoreErrorKind::NameTaken`] if a living record has the name.
     Insert(Box<VmRecord>),
-    /// A changed VM. Fails with [`StoreErrorKind::Conflict`] unless the stored generation is one less.
+    /// Replaces a VM. Fails with [`StoreErrorKind::Conflict`] unless the stored generation is one
+    /// less.
     Update(Box<VmRecord>),
-    /// A VM that is gone; its events stay. Removing what is not there is harmless and logs nothing.
+    /// Removes a VM. Its events stay. If the VM has no record, nothing happens and the event is not
+    /// logged.
     Remove(VmUid),
-    /// A VM that is gone while a process of it may live. Like [`Change::Remove`], and the tombstone stays on record.
+    /// Removes a VM whose process may live. The tombstone stays on record.
     Bury(Box<Tombstone>),
-    /// The process of a deleted VM has provably gone: its tombstone goes. Repeating this is harmless.
+    /// Removes the tombstone of a deleted VM whose process has provably ended. May be repeated.
     Unbury(VmUid),
 }
 
-/// What a store holds when it is opened.
+/// The content of a store when it is opened.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// The identity of this state directory, made when it was first opened.
     pub instance: InstanceId,
-    /// Every VM whose record can be read, oldest first.
+    /// The VMs whose records can be read, oldest first.
     pub vms: Vec<VmRecord>,
-    /// Every other VM, oldest first.
+    /// The other VMs, oldest first.
     pub unreadable: Vec<Unreadable>,
     /// The last event in the log; 0 if there is none.
     pub last_event: EventSeq,
@@ -243,38 +254,39 @@ pub struct Snapshot {
     pub tombstones: Vec<Tombstone>,
 }
 
-/// A VM whose record this program cannot read, as after a step back to an older release. [`Store::commit`] keeps of such a
-/// record all that it does not have to change.
+/// A VM whose record this program cannot read, as after a downgrade. [`Store::commit`] keeps every
+/// part of such a record that it does not have to change.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Unreadable {
-    /// The part of the record that can be read. The rest is left at a value that does nothing: an empty configuration, no
-    /// operation under way.
+    /// The readable part of the record. The other parts have values without effect: an empty
+    /// configuration, no operation under way.
     pub record: Box<VmRecord>,
-    /// Why, for people.
+    /// The reason, for people.
     pub why: String,
 }
 
-/// Which events to read.
+/// A selection of events.
 #[derive(Clone, Debug, Default)]
 pub struct EventQuery {
-    /// Only events after this one.
+    /// The position after which events are read.
     pub after: EventSeq,
-    /// Only events of this name.
+    /// The name whose events are read; `None` means every name.
     pub vm_id: Option<VmId>,
-    /// At most so many.
+    /// The most events that are read.
     pub limit: usize,
 }
 
-/// Durable state. Whatever has been acknowledged survives the death of the process and of the host.
+/// Durable state. An acknowledged change survives the death of the process and of the host.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
-    /// Reads everything. Called once, at start.
+    /// Reads the whole state. Called once, at start.
     async fn load(&self) -> Result<Snapshot, StoreError>;
 
-    /// Commits one change durably and answers with the place of its event, if it had one.
+    /// Commits one change durably and returns the position of its event, if it had one.
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError>;
 
-    /// Commits like [`Store::commit`] what a client forces: a store that keeps room for that uses it where none is left.
+    /// Commits a change that a client forces. A store that reserves space for such changes uses it
+    /// where none is left.
     async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
         self.commit(commit).await
     }
@@ -282,20 +294,21 @@ pub trait Store: Send + Sync + 'static {
     /// Reads events, oldest first.
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError>;
 
-    /// Removes the oldest events, up to the first in the order of the log that is not older than `before_ms` (Unix
-    /// milliseconds), and answers how many went. Later events stay, whatever their time: the log never gets a hole.
+    /// Removes the oldest events and returns their number. The first event in log order that is not
+    /// older than `before_ms` (Unix milliseconds) and all events behind it stay, because the log
+    /// must not get a gap.
     async fn expire_events(&self, before_ms: i64) -> Result<u64, StoreError>;
 }
 
-/// Why a store could not do as asked.
+/// The failure of a store.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct StoreError {
-    /// The kind, to decide by.
+    /// The kind, for decisions.
     pub kind: StoreErrorKind,
-    /// What happened and what to do, for people.
+    /// The fault and the remedy, for people.
     pub message: String,
-    /// Whether the change was written.
+    /// The knowledge of whether the change was written.
     pub effect: crate::backend::Effect,
     /// The cause.
     #[source]
@@ -305,17 +318,17 @@ pub struct StoreError {
 /// Kinds of [`StoreError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreErrorKind {
-    /// A living record bears the name.
+    /// A living record has the name.
     NameTaken,
-    /// Somebody else changed the record.
+    /// Another writer changed the record.
     Conflict,
-    /// No room is left, or the database is read-only.
+    /// No space is left, or the database is read-only.
     Full,
     /// The database is damaged.
     Corrupt,
     /// The database was written by a newer program.
     Newer,
-    /// Reading or writing failed otherwise.
+    /// Reading or writing failed for another reason.
     Io,
     /// The store has been closed.
     Closed,

@@ -1,4 +1,4 @@
-//! Block devices and what lies below them, as `/sys/dev/block` tells.
+//! The layers of block devices, from `/sys/dev/block`.
 //!
 //! ```text
 //!   partition ───── lies on ──► its whole disk
@@ -23,12 +23,12 @@ const MAX_DEPTH: usize = 16;
 pub(crate) struct Layers {
     /// The device itself, or the backing file of a loop device.
     pub(crate) key: DiskKey,
-    /// All that is below, without `key`.
+    /// The devices and files below, without `key`.
     pub(crate) lies_on: Vec<DiskKey>,
 }
 
-/// Looks up what lies below the block device with the number `rdev`. What cannot be read is left out: a device that the kernel
-/// does not show lies on nothing.
+/// Finds the layers below the block device with the number `rdev`. A layer that cannot be read is
+/// left out, and a device that the kernel does not show has no layers.
 pub(crate) fn layers(rdev: u64) -> Layers {
     let key = key_of(rdev);
     let mut below = BTreeSet::new();
@@ -70,7 +70,7 @@ fn lower_devices(dir: &Path) -> Vec<u64> {
         .filter_map(|slave| number(&slave.ok()?.path()))
         .collect();
     if dir.join("partition").exists() {
-        // The folder of a partition is inside that of its disk.
+        // sysfs has the folder of a partition inside the folder of its disk.
         lower.extend(dir.canonicalize().ok().and_then(|real| number(real.parent()?)));
     }
     lower

@@ -1,4 +1,5 @@
-//! Waiting for files to grow: one inotify instance for all files, because the kernel allows a user about 128 instances.
+//! Waits for files to grow. One inotify instance serves all files, because the kernel allows a user
+//! about 128 instances.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,12 +16,12 @@ use tracing::Instrument;
 
 use crate::ready;
 
-/// How often to look where the kernel gives no word.
-const LOOKING: Duration = Duration::from_secs(1);
-/// Room for words of the kernel, in bytes.
+/// The interval between two looks at a file that cannot be watched.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// The room for events of the kernel, in bytes.
 const ROOM: usize = 4096;
 
-/// Watches files. Clones share one instance.
+/// Watches files. Clones share one inotify instance, which is opened for the first file.
 #[derive(Clone, Debug, Default)]
 pub struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
 
@@ -30,7 +31,7 @@ struct Instance {
     waiting: Mutex<HashMap<i32, Vec<Arc<Notify>>>>,
 }
 
-/// The watch on one file; ends when dropped.
+/// The watch on one file. Dropping it ends the watch.
 #[derive(Debug)]
 pub struct Watched {
     kept: Option<(Arc<Instance>, i32)>,
@@ -38,7 +39,8 @@ pub struct Watched {
 }
 
 impl Watcher {
-    /// Begins to watch the file at `path`, which is there. Where that fails, it is looked at once a second instead.
+    /// Begins to watch the existing file at `path`. A file that cannot be watched is looked at once
+    /// a second instead.
     pub fn watch(&self, path: &Path) -> Watched {
         let grown = Arc::new(Notify::new());
         let kept = match self.begin(path, &grown) {
@@ -54,8 +56,11 @@ impl Watcher {
     fn begin(&self, path: &Path, grown: &Arc<Notify>) -> io::Result<(Arc<Instance>, i32)> {
         let instance = self.instance()?;
         let mut waiting = instance.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        // The map stays locked from here on, because `serve` must not read an event of this watch
+        // before the file's entry is in the map.
         let id = inotify::add_watch(instance.fd.get_ref(), path, inotify::WatchFlags::MODIFY)?;
-        // The kernel has one watch for each file, however often it is asked.
+        // The kernel has one watch per file and instance, so several callers that watch one file
+        // get one id.
         waiting.entry(id).or_default().push(Arc::clone(grown));
         drop(waiting);
         Ok((instance, id))
@@ -85,7 +90,8 @@ impl Instance {
             loop {
                 match reader.next() {
                     Ok(event) if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) => {
-                        // Nobody knows whom the lost words concerned.
+                        // The kernel has dropped events and does not name their files, so every
+                        // file may have grown.
                         waiting.values().flatten().for_each(|grown| grown.notify_one());
                     }
                     Ok(event) => {
@@ -106,12 +112,13 @@ impl Instance {
 }
 
 impl Watched {
-    /// Waits until the file may have grown since the last call. May be cancelled.
+    /// Waits until the file may have grown since the last call. Can be cancelled.
     pub async fn grown(&self) {
         if self.kept.is_some() {
+            // `notify_one` stores one permit, so growth between two calls is not lost.
             self.grown.notified().await;
         } else {
-            tokio::time::sleep(LOOKING).await;
+            tokio::time::sleep(LOOK_INTERVAL).await;
         }
     }
 }
@@ -124,7 +131,7 @@ impl Drop for Watched {
         others.retain(|grown| !Arc::ptr_eq(grown, &self.grown));
         if others.is_empty() {
             waiting.remove(&id);
-            // A file that is gone has taken its watch along.
+            // The kernel ends the watch of a removed file itself.
             if let Err(error) = inotify::remove_watch(instance.fd.get_ref(), id) {
                 tracing::debug!(%error, "the watch had ended already");
             }
