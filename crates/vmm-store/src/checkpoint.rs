@@ -15,9 +15,9 @@ use rusqlite::Connection;
 use crate::reserve::Reserve;
 
 /// The interval at which the reserve is checked while no commit comes.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
+const RESERVE_INTERVAL: Duration = Duration::from_secs(30);
 /// The pause between commits after which the log is moved.
-const QUIET: Duration = Duration::from_millis(500);
+const QUIET_INTERVAL: Duration = Duration::from_millis(500);
 /// The number of pages of 4 KiB in the log at which the log is moved without waiting for a pause.
 const PRESSURE_PAGES: u32 = 1_000;
 /// The number of pages of 4 KiB in the log at which commits wait for a checkpoint.
@@ -63,7 +63,7 @@ impl Log {
 /// Runs checkpoints until the writer has ended, and makes the reserve again if it was used.
 pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
     loop {
-        match quiet.wake.recv_timeout(LOOK_AGAIN) {
+        match quiet.wake.recv_timeout(RESERVE_INTERVAL) {
             Ok(()) => {}
             Err(RecvTimeoutError::Timeout) => {
                 reserve.keep();
@@ -74,7 +74,7 @@ pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
         // Waits for a pause between commits, because a checkpoint competes with them for the disk.
         // A long log is moved at once.
         while quiet.pages.load(Ordering::Relaxed) < PRESSURE_PAGES {
-            match quiet.wake.recv_timeout(QUIET) {
+            match quiet.wake.recv_timeout(QUIET_INTERVAL) {
                 Ok(()) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }

@@ -62,7 +62,7 @@ const QUEUED_COMMITS: usize = 1024;
 const QUEUED_READS: usize = 64;
 /// The time that closing waits for work under way. It is bounded because a disk that hangs must not
 /// keep the daemon from ending.
-const CLOSE_WITHIN: Duration = Duration::from_secs(10);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The [`Store`] in a state directory. One process at a time may have the directory open.
 ///
@@ -180,7 +180,7 @@ impl SqliteStore {
             format!(
                 "the database {} was not closed within {} s: its disk may hang. Acknowledged commits are safe",
                 self.path.display(),
-                CLOSE_WITHIN.as_secs()
+                CLOSE_TIMEOUT.as_secs()
             ),
         ))
     }
@@ -255,9 +255,9 @@ impl Drop for SqliteStore {
     }
 }
 
-/// Waits for all threads, at most for [`CLOSE_WITHIN`]. Returns true if all of them have ended.
+/// Waits for all threads, at most for [`CLOSE_TIMEOUT`]. Returns true if all of them have ended.
 fn join(workers: &Mutex<Vec<Worker>>) -> bool {
-    let deadline = Instant::now() + CLOSE_WITHIN;
+    let deadline = Instant::now() + CLOSE_TIMEOUT;
     let workers = std::mem::take(&mut *workers.lock().unwrap_or_else(PoisonError::into_inner));
     // Every thread is joined, also after one that is late, because joining is how a panic gets into
     // the log.
