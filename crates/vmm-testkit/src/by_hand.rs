@@ -1,6 +1,7 @@
-//! VMMs that a test starts by hand, as somebody else would: on a socket, with nothing of the daemon's.
+//! VMMs that a test starts by hand, like another program would: on a socket, without the daemon's
+//! files.
 //!
-//! A [`ByHand`] ends with its value, whatever became of it.
+//! A [`ByHand`] is killed when it is dropped.
 
 #![allow(
     clippy::expect_used,
@@ -18,10 +19,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-/// How long a VMM may take to listen.
-const LISTENING: Duration = Duration::from_secs(30);
-/// How long it may take to answer.
-const ANSWERING: Duration = Duration::from_secs(5);
+/// The time that a VMM has to listen on its socket.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(30);
+/// The time that a VMM has to answer a request.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A hypervisor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,10 +36,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All three.
+    /// Every hypervisor.
     pub const ALL: [Self; 3] = [Self::CloudHypervisor, Self::Firecracker, Self::Qemu];
 
-    /// The backend's name.
+    /// Returns the name of the backend.
     #[must_use]
     pub const fn backend(self) -> &'static str {
         match self {
@@ -48,7 +49,7 @@ impl Kind {
         }
     }
 
-    /// The variable that names its sockets.
+    /// Returns the name of the variable that configures the hypervisor's sockets.
     #[must_use]
     pub const fn variable(self) -> &'static str {
         match self {
@@ -58,7 +59,7 @@ impl Kind {
         }
     }
 
-    /// Its program.
+    /// Returns the name of the hypervisor's program.
     #[must_use]
     pub const fn program(self) -> &'static str {
         match self {
@@ -68,7 +69,7 @@ impl Kind {
         }
     }
 
-    /// Why it cannot run here, if it cannot.
+    /// Returns the reason why the hypervisor cannot run on this machine, if there is one.
     #[must_use]
     pub fn missing(self) -> Option<String> {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -79,14 +80,14 @@ impl Kind {
     }
 }
 
-/// What a VMM is to run.
+/// The guest of a VMM.
 #[derive(Clone, Debug)]
 pub struct Guest {
     /// The kernel.
     pub kernel: PathBuf,
-    /// Where its serial port goes.
+    /// The file that receives the output of the serial port.
     pub serial: PathBuf,
-    /// Further arguments, of QEMU alone.
+    /// Further arguments. QEMU only.
     pub more: Vec<String>,
 }
 
@@ -95,25 +96,25 @@ pub struct Guest {
 pub struct ByHand {
     /// The hypervisor.
     pub kind: Kind,
-    /// Its socket.
+    /// The control socket.
     pub socket: PathBuf,
     child: Child,
 }
 
 impl ByHand {
-    /// Starts one that waits to be told what to run. QEMU cannot.
+    /// Starts a VMM without a guest. QEMU cannot start without one.
     #[must_use]
     pub fn waits(kind: Kind, socket: &Path) -> Self {
         Self::start(kind, Path::new(kind.program()), socket, None, &[])
     }
 
-    /// The same of another program file.
+    /// Starts a VMM without a guest from the given program file.
     #[must_use]
     pub fn waits_as(kind: Kind, program: &Path, socket: &Path) -> Self {
         Self::start(kind, program, socket, None, &[])
     }
 
-    /// Starts one and tells it what to run, without running it.
+    /// Starts a VMM and configures `guest` without running it.
     #[must_use]
     pub fn holds(kind: Kind, socket: &Path, guest: &Guest) -> Self {
         match kind {
@@ -126,7 +127,7 @@ impl ByHand {
         }
     }
 
-    /// Starts one that runs `guest`.
+    /// Starts a VMM that runs `guest`.
     #[must_use]
     pub fn runs(kind: Kind, socket: &Path, guest: &Guest) -> Self {
         if kind == Kind::Qemu {
@@ -147,7 +148,7 @@ impl ByHand {
             Kind::CloudHypervisor => drop(command.args(["--api-socket", &format!("path={shown}")])),
             Kind::Firecracker => drop(command.arg("--api-sock").arg(socket).args(["--level", "Error"])),
             Kind::Qemu => {
-                let guest = guest.expect("QEMU is told what to run when it is started");
+                let guest = guest.expect("QEMU gets its guest when it is started");
                 command.args([
                     "-machine",
                     "q35",
@@ -183,12 +184,13 @@ impl ByHand {
 
     #[expect(clippy::disallowed_methods, reason = "a test's own thread waits for another process")]
     fn wait_for_socket(&mut self) {
-        let deadline = Instant::now() + LISTENING;
+        let deadline = Instant::now() + LISTEN_TIMEOUT;
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
                 panic!("{} ended: {status}", self.kind.program());
             }
-            // QEMU serves one client: nobody is to take the place.
+            // QEMU serves one client at a time, so a test connection could take the place of the
+            // daemon's.
             let listens = match self.kind {
                 Kind::Qemu => self.socket.exists(),
                 Kind::CloudHypervisor | Kind::Firecracker => UnixStream::connect(&self.socket).is_ok(),
@@ -224,7 +226,7 @@ impl ByHand {
         }
     }
 
-    /// Starts the guest of one that holds it.
+    /// Starts the guest of a VMM that holds one.
     pub fn boot(&self) {
         match self.kind {
             Kind::CloudHypervisor => self.put("/api/v1/vm.boot", &Value::Null),
@@ -233,7 +235,7 @@ impl ByHand {
         }
     }
 
-    /// Pauses the guest, as somebody does behind the daemon's back.
+    /// Pauses the guest without the daemon's knowledge.
     pub fn pause(&self) {
         match self.kind {
             Kind::CloudHypervisor => self.put("/api/v1/vm.pause", &Value::Null),
@@ -242,7 +244,7 @@ impl ByHand {
         }
     }
 
-    /// Lets it go on.
+    /// Resumes the guest without the daemon's knowledge.
     pub fn resume(&self) {
         match self.kind {
             Kind::CloudHypervisor => self.put("/api/v1/vm.resume", &Value::Null),
@@ -251,18 +253,18 @@ impl ByHand {
         }
     }
 
-    /// Puts `body` to `path`, which must be taken.
+    /// Sends `body` to `path` with PUT. Panics if the VMM refuses the request.
     pub fn put(&self, path: &str, body: &Value) {
         let (status, answer) = self.request("PUT", path, body);
         assert!((200..300).contains(&status), "{path}: {status} {answer}");
     }
 
-    /// Asks by hand. A status of 0 means that there was no answer.
+    /// Sends a request. A status of 0 means that there was no answer.
     pub fn request(&self, method: &str, path: &str, body: &Value) -> (u16, String) {
         request(&self.socket, method, path, body)
     }
 
-    /// Says whether it runs a guest, paused or not; `None` where it does not say.
+    /// Returns whether the VMM runs a guest, paused or not. `None` if the VMM does not answer.
     #[must_use]
     pub fn runs_a_guest(&self) -> Option<bool> {
         if self.kind == Kind::Qemu {
@@ -271,8 +273,8 @@ impl ByHand {
         self.guest_state().map(|state| state == "Running" || state == "Paused")
     }
 
-    /// What it says of its guest, in its own words, empty where it holds none; `None` where it does not say. QEMU is to be asked
-    /// by QMP.
+    /// Returns the state of the guest in the VMM's own word, empty if the VMM holds no guest.
+    /// `None` if the VMM does not answer, and always for QEMU, whose state is read by QMP.
     #[must_use]
     pub fn guest_state(&self) -> Option<String> {
         let page = match self.kind {
@@ -290,13 +292,13 @@ impl ByHand {
         }
     }
 
-    /// The process.
+    /// Returns the process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Says whether the process is there.
+    /// Returns true if the process has not ended.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -304,11 +306,11 @@ impl ByHand {
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
-        // It may have ended.
+        // The process may have ended.
         let _ = kill_process(pid, signal);
     }
 
-    /// Kills it and waits until it has gone.
+    /// Kills the process and waits until it has ended.
     pub fn end(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -321,7 +323,8 @@ impl Drop for ByHand {
     }
 }
 
-/// One request to a VMM's socket on a connection of its own. A status of 0 means that there was no answer in time.
+/// Sends one request to a VMM's socket on a new connection. A status of 0 means that there was no
+/// answer in time.
 #[must_use]
 pub fn request(socket: &Path, method: &str, path: &str, body: &Value) -> (u16, String) {
     exchange(socket, method, path, body).unwrap_or_default()
@@ -330,7 +333,7 @@ pub fn request(socket: &Path, method: &str, path: &str, body: &Value) -> (u16, S
 fn exchange(socket: &Path, method: &str, path: &str, body: &Value) -> Option<(u16, String)> {
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let mut stream = UnixStream::connect(socket).ok()?;
-    stream.set_read_timeout(Some(ANSWERING)).ok()?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).ok()?;
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nContent-Type: application/json\r\n\
          Content-Length: {}\r\n\r\n{body}",

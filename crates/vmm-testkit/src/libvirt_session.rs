@@ -1,14 +1,15 @@
-//! The libvirt of one user, `qemu:///session`, in folders of a test's own.
+//! The libvirt of one user, `qemu:///session`, in folders of one test.
 //!
 //! ```text
 //!   setpriv: the user nobody ── HOME, XDG_RUNTIME_DIR ──► the test's folder
-//!      │                                                     │ run/libvirt/libvirt-sock, home/.config/libvirt, home/.cache
-//!      ├─ virtlogd, libvirtd   below a reaper, as in [`crate::libvirtd`]; or started by libvirt itself, for the first who asks
+//!      │                          run/libvirt/libvirt-sock, home/.config/libvirt, home/.cache
+//!      ├─ virtlogd, libvirtd   below a reaper, as in [`crate::libvirtd`];
+//!      │                       or started by libvirt itself for its first client
 //!      └─ virsh, and the daemon under test, in the same environment
 //! ```
 //!
-//! Root has no libvirt of this kind, so the test's user becomes another. All that was started in this environment ends when the
-//! value is dropped.
+//! Root has no libvirt of this kind, so the test runs it as another user. Dropping the value ends
+//! every process that was started in this environment.
 
 use std::fs::{self, File};
 use std::os::unix::fs::chown;
@@ -20,14 +21,14 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tempfile::TempDir;
 
-use crate::libvirtd::{PATIENCE, REAPER, pause, qemus_that};
+use crate::libvirtd::{REAPER, START_TIMEOUT, pause, qemus_that};
 
-/// The user.
+/// The user that runs libvirt.
 const USER: &str = "nobody";
-/// What runs below the reaper.
+/// The script that runs below the reaper.
 const SCRIPT: &str = "virtlogd & exec libvirtd";
 
-/// The libvirt of a user.
+/// The libvirt of a user, and its folder.
 #[derive(Debug)]
 pub struct Session {
     dir: TempDir,
@@ -37,10 +38,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// Makes the folders and starts nothing: libvirt starts its own libvirtd for the first who asks.
+    /// Makes the folders and starts nothing, because libvirt starts its own libvirtd for its first
+    /// client.
     ///
     /// # Errors
-    /// Why there can be none here; for a test to skip itself.
+    /// The reason why this machine cannot run one. A test skips itself with that reason.
     pub fn asleep() -> Result<Self, String> {
         let needed = ["/usr/sbin/libvirtd", "/usr/sbin/virtlogd", "/usr/bin/virsh", "/usr/bin/setpriv"];
         if let Some(missing) = needed.iter().find(|program| !Path::new(program).exists()) {
@@ -60,10 +62,10 @@ impl Session {
         Ok(session)
     }
 
-    /// The same with a libvirtd that answers.
+    /// Makes the folders and starts a libvirtd, and waits until it answers.
     ///
     /// # Errors
-    /// Why there can be none here; for a test to skip itself.
+    /// The reason why this machine cannot run one. A test skips itself with that reason.
     pub fn start() -> Result<Self, String> {
         let mut session = Self::asleep()?;
         let said = File::create(session.dir.path().join("stderr")).map_err(|error| error.to_string())?;
@@ -71,7 +73,7 @@ impl Session {
         reaper.args(["-c", REAPER]).args(session.wrapper()).args(["sh", "-c", SCRIPT]);
         let reaper = reaper.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said).process_group(0).spawn();
         session.reaper = Some(reaper.map_err(|error| error.to_string())?);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + START_TIMEOUT;
         while session.try_virsh(&["version"]).is_err() {
             if Instant::now() > deadline {
                 let said = fs::read_to_string(session.dir.path().join("stderr")).unwrap_or_default();
@@ -82,13 +84,14 @@ impl Session {
         Ok(session)
     }
 
-    /// Its socket, as libvirt chooses it.
+    /// Returns the path of the socket, which libvirt chooses.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("run/libvirt/libvirt-sock")
     }
 
-    /// A program and its arguments, after which a command stands that is to run as the user, in the session's environment.
+    /// Returns the program and arguments that run a following command as the user, in the session's
+    /// environment.
     #[must_use]
     pub fn wrapper(&self) -> Vec<String> {
         let user = [format!("--reuid={}", self.uid), format!("--regid={}", self.gid)];
@@ -96,7 +99,7 @@ impl Session {
         let mut words = vec!["setpriv".to_owned()];
         words.extend(user);
         words.extend(["--clear-groups", "env"].map(str::to_owned));
-        // What libvirt finds by these would lie elsewhere.
+        // These variables would lead libvirt to folders outside the session.
         for variable in ["XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"] {
             words.extend(["-u", variable].map(str::to_owned));
         }
@@ -108,25 +111,25 @@ impl Session {
         format!("XDG_RUNTIME_DIR={}", self.dir.path().join("run").display())
     }
 
-    /// Gives a file or folder to the user.
+    /// Makes the user the owner of a file or folder.
     ///
     /// # Panics
-    /// Where that cannot be done.
+    /// If the owner cannot be changed.
     pub fn give(&self, path: &Path) {
         chown(path, Some(self.uid), Some(self.gid)).expect("root may give files away");
     }
 
-    /// Says whether the user may run `program`.
+    /// Returns true if the user may run `program`.
     #[must_use]
     pub fn may_run(&self, program: &Path) -> bool {
         let mut test = self.command("test");
         test.arg("-x").arg(program).status().is_ok_and(|status| status.success())
     }
 
-    /// Runs virsh as the user, and answers what it prints. Starts no libvirtd.
+    /// Runs virsh as the user and returns its output. Starts no libvirtd.
     ///
     /// # Panics
-    /// Where virsh fails.
+    /// If virsh fails.
     pub fn virsh(&self, args: &[&str]) -> String {
         self.try_virsh(args).unwrap_or_else(|said| unreachable!("virsh {args:?}: {said}"))
     }
@@ -146,9 +149,11 @@ impl Session {
         command
     }
 
-    /// Returns the process ids of the session's QEMUs. Their monitors lie in the user's home, so that their arguments name it.
+    /// Returns the process ids of the session's QEMUs. Their monitors are in the user's home, so
+    /// their arguments contain its path.
     ///
-    /// The processes belong to another user than the test, so that the search of `vmm-host` does not return them.
+    /// The search of `vmm-host` does not return these processes, because they belong to another
+    /// user.
     #[must_use]
     pub fn qemus(&self) -> Vec<u32> {
         let home = self.dir.path().join("home").into_os_string().into_encoded_bytes();
@@ -158,7 +163,8 @@ impl Session {
         })
     }
 
-    /// The process ids of all that was started in this environment.
+    /// Returns the process ids of all processes that were started in this environment, and of the
+    /// QEMUs.
     fn all(&self) -> Vec<u32> {
         let mark = self.mark().into_bytes();
         let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -177,7 +183,8 @@ impl Drop for Session {
             let _ = kill_process(pid, Signal::KILL);
         }
         if let Some(mut reaper) = self.reaper.take() {
-            // The reaper itself leads the group, and is not reaped before the wait below.
+            // The id of the group is the reaper's. It cannot belong to another group, because the
+            // reaper is reaped by the wait below.
             if let Some(group) = Pid::from_raw(reaper.id().cast_signed()) {
                 let _ = kill_process_group(group, Signal::KILL);
             }
@@ -186,7 +193,7 @@ impl Drop for Session {
     }
 }
 
-/// The user's ids.
+/// Returns the user id and group id of [`USER`].
 fn user() -> Result<(u32, u32), String> {
     let known = fs::read_to_string("/etc/passwd").map_err(|error| error.to_string())?;
     let ids = known.lines().find_map(|line| {

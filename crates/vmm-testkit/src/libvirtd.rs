@@ -1,18 +1,21 @@
-//! A libvirtd of a test's own: Debian's program, with folders, sockets and domains that no other one sees.
+//! A libvirtd for one test: Debian's program, with folders, sockets and domains that no other
+//! libvirtd sees.
 //!
 //! ```text
-//!   reaper ─ unshare --mount ── /run/libvirt, /var/lib/libvirt, /etc/libvirt, /var/log/libvirt ──► the test's folder
-//!                 │             /var/cache/libvirt ──► shared by all tests: what libvirt knows of QEMU
-//!                 │             /dev/kvm ──► hidden, or libvirt would examine a KVM in software for half a minute
+//!   reaper ─ unshare --mount ── /run, /var/lib, /etc and /var/log/libvirt ──► the test's folder
+//!                 │             /var/cache/libvirt ──► shared by all tests: the knowledge of QEMU
+//!                 │             /dev/kvm ──► hidden, because libvirt would examine a software KVM
+//!                 │                          for half a minute
 //!                 ├─ virtlogd
-//!                 └─ libvirtd ── a socket in the test's folder, which everybody sees
+//!                 └─ libvirtd ── a socket in the test's folder, reachable from outside
 //! ```
 //!
-//! libvirtd takes a QEMU for gone when its process id is free, so somebody must reap it at once. The first process of a container
-//! may take its time, so a reaper of the test's own stands between.
+//! libvirtd takes a QEMU for gone when its process id is free, so a parent must reap the QEMU at
+//! once. The first process of a container may reap late. Each test therefore starts a reaper of its
+//! own.
 //!
-//! Its QEMUs are known by their mount namespace, which is libvirtd's. All of it ends when the value is dropped, also where a
-//! test fails.
+//! The QEMUs of a libvirtd are recognised by their mount namespace, which is libvirtd's. Dropping
+//! the value ends libvirtd, virtlogd and the QEMUs, also if a test fails.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -26,10 +29,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tempfile::TempDir;
 
-/// Longer than libvirtd takes on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// The time that libvirtd has to answer after its start. It takes less even on a busy machine.
+pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Starts its arguments, and reaps what they and their descendants leave (36 is PR_SET_CHILD_SUBREAPER).
+/// The program of the reaper. It starts its arguments and reaps every orphaned descendant (36 is
+/// PR_SET_CHILD_SUBREAPER).
 pub(crate) const REAPER: &str = r#"
 import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
@@ -41,10 +45,11 @@ except ChildProcessError:
     pass
 "#;
 
-/// How long virsh may take, in seconds.
+/// The time limit of virsh, in seconds.
 const VIRSH_SECONDS: &str = "60";
 
-/// What runs in the new mount namespace. The folder of the test is `$1`, the shared cache `$2`.
+/// The script that runs in the new mount namespace. `$1` is the folder of the test, `$2` the shared
+/// cache.
 const SCRIPT: &str = r#"
 set -e
 mkdir -p /run/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt /etc/libvirt
@@ -58,23 +63,24 @@ if [ -e /dev/kvm ]; then mount --bind "$1/no-kvm" /dev/kvm; fi
 exec /usr/sbin/libvirtd -f "$1/libvirtd.conf" -p "$1/libvirtd.pid"
 "#;
 
-/// A libvirtd.
+/// A running libvirtd and its folder.
 #[derive(Debug)]
 pub struct Libvirtd {
     dir: TempDir,
-    /// The present libvirtd; `None` while it is stopped.
+    /// The process id of the present libvirtd. `None` while it is stopped.
     pid: Mutex<Option<Pid>>,
-    /// The mount namespaces of all libvirtds so far.
+    /// The mount namespaces of the present libvirtd and its predecessors.
     namespaces: Mutex<Vec<u64>>,
-    /// The reapers of all of them. Each leads a process group with its libvirtd and virtlogd.
+    /// The reapers of the present libvirtd and its predecessors. Each leads a process group with
+    /// its libvirtd and virtlogd.
     reapers: Mutex<Vec<Child>>,
 }
 
 impl Libvirtd {
-    /// Starts one.
+    /// Starts a libvirtd and waits until it answers.
     ///
     /// # Errors
-    /// Why there can be none here; for a test to skip itself.
+    /// The reason why this machine cannot run one. A test skips itself with that reason.
     pub fn start() -> Result<Self, String> {
         for program in ["/usr/sbin/libvirtd", "/usr/sbin/virtlogd", "/usr/bin/virsh", "/usr/bin/unshare"] {
             if !Path::new(program).exists() {
@@ -88,6 +94,8 @@ impl Libvirtd {
         configure(dir.path()).map_err(|error| error.to_string())?;
         let libvirtd =
             Self { dir, pid: Mutex::new(None), namespaces: Mutex::default(), reapers: Mutex::default() };
+        // The lock of the cache is held until libvirtd answers, because an answer means that the
+        // cache is filled.
         let cache = warm_cache()?;
         libvirtd.run(cache.path())?;
         Ok(libvirtd)
@@ -96,12 +104,15 @@ impl Libvirtd {
     /// Starts libvirtd again after [`Libvirtd::stop`].
     ///
     /// # Panics
-    /// Where it does not come up.
+    /// If libvirtd does not answer in time.
     pub fn start_again(&self) {
         self.run(&cache_dir()).expect("libvirtd starts again");
     }
 
     fn run(&self, cache: &Path) -> Result<(), String> {
+        // The chain is reaper, unshare, shell, libvirtd; unshare and the shell replace themselves
+        // with the next program. The process group belongs to the reaper, so one signal reaches
+        // libvirtd and virtlogd.
         let mut reaper = Command::new("python3")
             .args(["-c", REAPER, "/usr/bin/unshare", "--mount", "--propagation", "private"])
             .args(["/bin/sh", "-c", SCRIPT, "sh"])
@@ -112,7 +123,9 @@ impl Libvirtd {
             .process_group(0)
             .spawn()
             .map_err(|error| error.to_string())?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + START_TIMEOUT;
+        // An answer of virsh is the only proof that libvirtd serves, because the socket exists
+        // before.
         let came_up = loop {
             if self.answers() {
                 break Ok(());
@@ -122,6 +135,7 @@ impl Libvirtd {
                 ended => break Err(format!("libvirtd does not come up ({ended:?}): {}", self.said())),
             }
         };
+        // The reaper is kept also if libvirtd did not come up, because `drop` must end it.
         lock(&self.reapers).push(reaper);
         came_up?;
         let pid =
@@ -137,34 +151,34 @@ impl Libvirtd {
         self.socket().exists() && asked.is_ok_and(|status| status.success())
     }
 
-    /// What libvirtd has said on its stderr and to its log.
+    /// Returns libvirtd's stderr and log.
     pub fn said(&self) -> String {
         let read = |name: &str| fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
         format!("{}{}", read("stderr"), read("libvirtd.log"))
     }
 
-    /// Its socket.
+    /// Returns the path of libvirtd's socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("libvirt-sock")
     }
 
-    /// The URI by which it is reached.
+    /// Returns the URI that connects to this libvirtd.
     pub fn uri(&self) -> String {
         format!("qemu+unix:///system?socket={}", self.socket().display())
     }
 
-    /// Runs virsh and answers what it prints.
+    /// Runs virsh and returns its output.
     ///
     /// # Panics
-    /// Where virsh fails.
+    /// If virsh fails.
     pub fn virsh(&self, args: &[&str]) -> String {
         self.try_virsh(args).unwrap_or_else(|said| unreachable!("virsh {args:?}: {said}; {}", self.said()))
     }
 
-    /// The same where virsh may fail.
+    /// Runs virsh, which may fail, and returns its output.
     ///
     /// # Errors
-    /// What virsh says then.
+    /// The error message of virsh.
     pub fn try_virsh(&self, args: &[&str]) -> Result<String, String> {
         let output = self.command(args).output().map_err(|error| error.to_string())?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
@@ -172,7 +186,8 @@ impl Libvirtd {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        // A libvirtd that waits for a QEMU which hangs in its own end answers nobody, and a test that waited would not end.
+        // A libvirtd that waits for a hanging QEMU answers no client, and a test without a limit
+        // would not end.
         let mut command = Command::new("/usr/bin/timeout");
         command
             .args([VIRSH_SECONDS, "/usr/bin/virsh", "--quiet", "--connect", &self.uri()])
@@ -182,10 +197,11 @@ impl Libvirtd {
         command
     }
 
-    /// Has virsh make and start a domain that runs `kernel`, as somebody does who knows nothing of the daemon.
+    /// Defines and starts a domain that runs `kernel` with virsh, like a user who does not know the
+    /// daemon.
     ///
     /// # Panics
-    /// Where virsh fails.
+    /// If virsh fails.
     pub fn run_stranger(&self, name: &str, kernel: &Path) {
         let xml = format!(
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
@@ -200,7 +216,7 @@ impl Libvirtd {
         self.virsh(&["start", name]);
     }
 
-    /// The names of all domains, running or not.
+    /// Returns the names of all domains, running or not.
     pub fn domains(&self) -> Vec<String> {
         self.virsh(&["list", "--all", "--name"]).split_whitespace().map(str::to_owned).collect()
     }
@@ -211,24 +227,25 @@ impl Libvirtd {
         qemus_that(|pid| namespace_of(pid).is_some_and(|namespace| namespaces.contains(&namespace)))
     }
 
-    /// Kills libvirtd; its domains go on.
+    /// Kills libvirtd. Its domains keep running.
     pub fn stop(&self) {
         let Some(pid) = lock(&self.pid).take() else { return };
-        // Its reaper holds the process id until it has reaped it.
+        // The process id cannot belong to another process yet, because the reaper has not reaped
+        // libvirtd.
         let _ = kill_process(pid, Signal::KILL);
         while Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists() {
             pause();
         }
     }
 
-    /// Has libvirtd stand still, or go on.
+    /// Stops libvirtd with SIGSTOP, or lets it continue with SIGCONT.
     pub fn freeze(&self, still: bool) {
         if let Some(pid) = *lock(&self.pid) {
             let _ = kill_process(pid, if still { Signal::STOP } else { Signal::CONT });
         }
     }
 
-    /// Kills every QEMU.
+    /// Kills every QEMU of this libvirtd.
     pub fn kill_qemus(&self) {
         for pid in self.qemus().into_iter().filter_map(|pid| Pid::from_raw(pid.cast_signed())) {
             let _ = kill_process(pid, Signal::KILL);
@@ -238,9 +255,12 @@ impl Libvirtd {
 
 impl Drop for Libvirtd {
     fn drop(&mut self) {
+        // The QEMUs come first, because they are found by the namespace of a libvirtd, and they
+        // leave the process group when libvirtd starts them.
         self.kill_qemus();
         for mut reaper in lock(&self.reapers).drain(..) {
-            // The reaper itself leads the group, and is not reaped before the wait below.
+            // The id of the group is the reaper's. It cannot belong to another group, because the
+            // reaper is reaped by the wait below.
             if let Some(group) = Pid::from_raw(reaper.id().cast_signed()) {
                 let _ = kill_process_group(group, Signal::KILL);
             }
@@ -261,20 +281,22 @@ fn configure(dir: &Path) -> std::io::Result<()> {
         ),
     )?;
     fs::write(dir.join("virtlogd.conf"), "")?;
-    // Nobody may open it. Were it only something else, libvirt would look at QEMU again and again to see whether KVM works now.
+    // A file that no process may open hides /dev/kvm. With a file of another kind libvirt would
+    // examine QEMU again and again to see whether KVM works now.
     fs::write(dir.join("no-kvm"), "")?;
     fs::set_permissions(dir.join("no-kvm"), fs::Permissions::from_mode(0o000))?;
-    // QEMUs in libvirtd's own namespace can be told from others by it.
+    // Without a namespace of its own, a QEMU stays in libvirtd's namespace and can be recognised by
+    // it.
     fs::write(dir.join("etc/qemu.conf"), "namespaces = []\n")
 }
 
-/// Where what libvirt knows of QEMU is kept between tests.
+/// Returns the folder in which libvirt's knowledge of QEMU is kept between tests.
 fn cache_dir() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| OsString::from("target"));
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(target).join("libvirt-cache")
 }
 
-/// The cache, and the right to use it: the first test fills it alone.
+/// The cache folder, with its lock while the cache is being filled.
 struct Cache {
     dir: PathBuf,
     _lock: File,
@@ -290,7 +312,8 @@ fn warm_cache() -> Result<Cache, String> {
     let dir = cache_dir();
     fs::create_dir_all(&dir).map_err(|error| error.to_string())?;
     let lock = File::create(dir.with_extension("lock")).map_err(|error| error.to_string())?;
-    // Whoever comes first holds it until its libvirtd has answered; the rest find the cache filled.
+    // The first test holds the lock until its libvirtd has answered. Later tests find the cache
+    // filled and release the lock at once, because they only read.
     lock.lock().map_err(|error| error.to_string())?;
     if dir.join("qemu/capabilities").is_dir() {
         lock.unlock().map_err(|error| error.to_string())?;
@@ -298,7 +321,7 @@ fn warm_cache() -> Result<Cache, String> {
     Ok(Cache { dir, _lock: lock })
 }
 
-/// Waits a moment: what is waited for here announces itself to nobody.
+/// Sleeps 10 ms. The callers poll, because the processes that they wait for send no notification.
 #[expect(clippy::disallowed_methods, reason = "in a thread of a test, with no runtime")]
 pub(crate) fn pause() {
     std::thread::sleep(Duration::from_millis(10));
@@ -323,10 +346,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The helper that `make libvirt-helper` or scripts/test.sh has built.
+/// Returns the path of the helper that `make libvirt-helper` or scripts/test.sh has built.
 ///
 /// # Errors
-/// Why there is none; for a test to skip itself.
+/// The reason why there is no helper. A test skips itself with that reason.
 pub fn helper() -> Result<PathBuf, String> {
     let target = cache_dir().with_file_name("libvirt-helper");
     let built = ["debug", "release"].map(|profile| target.join(profile).join("vmm-libvirt-helper"));
