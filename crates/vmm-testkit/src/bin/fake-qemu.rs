@@ -1,6 +1,7 @@
-//! Stands in for QEMU where a VMM is needed and a guest is not: `UNKEY_VMCP_QEMU_BINARY=…/fake-qemu vmm-controlplane`.
+//! Replaces QEMU where a test needs a VMM and no guest: `UNKEY_VMCP_QEMU_BINARY=…/fake-qemu
+//! vmm-controlplane`.
 //!
-//! What its guests do is told by their kernel's arguments; see `vmm_testkit::fake::qemu`.
+//! The arguments of a VM's kernel control its guest; see `vmm_testkit::fake::qemu`.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! The factory.
+//! The fake hypervisor as a backend.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use super::script::Method;
 use super::vmm::FakeVmm;
 use super::world::World;
 
-/// More vCPUs than the fake hypervisor serves are a violation.
+/// The largest number of vCPUs that the fake hypervisor accepts.
 const MAX_VCPUS: u32 = 32;
 
 /// The fake hypervisor.
@@ -56,20 +56,20 @@ impl FakeBackend {
         Self { world: world.clone(), capabilities, single_use: false }
     }
 
-    /// The same, but its processes can be used once: a reset needs another one.
+    /// Changes the hypervisor so that a process can be used once: a reset needs another process.
     pub fn single_use(mut self) -> Self {
         self.single_use = true;
         self.capabilities.facts.insert("reboot", "a new process".to_owned());
         self
     }
 
-    /// The same, with another meaning of an unset restart policy.
+    /// Changes the meaning of an unset restart policy.
     pub fn default_restart_mode(mut self, mode: RestartMode) -> Self {
         self.capabilities.default_restart_mode = mode;
         self
     }
 
-    /// What the test drives it by.
+    /// Returns the world, by which the test controls the hypervisor.
     pub fn world(&self) -> &World {
         &self.world
     }
@@ -80,6 +80,8 @@ impl FakeBackend {
 
     fn look_for(&self, request: &AdoptRequest) -> Adoption {
         let inner = self.world.lock();
+        // A recorded run names its process. Without one the daemon died during a start, and the uid
+        // shows whether that start left a machine.
         let found = match &request.run {
             Some(run) => {
                 inner.machines.get(&run.process.pid).filter(|found| found.run.process == run.process)

@@ -1,19 +1,20 @@
-//! A hypervisor that does what a test tells it to.
+//! A hypervisor that follows the script of a test.
 //!
 //! ```text
 //!   FakeBackend ──► World ◄── the test: scripts, counts, machines
 //!       │             │
 //!       │ launch      │ outlives every backend, as processes outlive a daemon:
-//!       ▼             │ a second backend on the same world adopts what the first one left
+//!       ▼             │ a second backend on the same world adopts the machines of the first
 //!    FakeVmm ──────► Machine (a process that holds a guest)
 //! ```
 //!
-//! A [`World`] is the host as one hypervisor sees it. It keeps the machines that live, and notes as a fault whatever must never
-//! happen: two machines of one VM, or two writers of one disk ([`World::faults`]). Each method of the ports can be told by an
-//! [`Act`] to fail, to wait or to lose its answer; a [`MachineControl`] makes one machine reset, crash or fall silent. All
-//! waiting is on tokio's clock, which tests can pause.
+//! A [`World`] is the host as one hypervisor sees it. The world keeps the living machines, and
+//! notes as a fault every event that must never happen: two machines of one VM, or two writers of
+//! one disk ([`World::faults`]). An [`Act`] makes a method of the ports fail, wait or lose its
+//! answer. A [`MachineControl`] makes one machine reset, crash or stop answering. All waiting uses
+//! tokio's clock, which a test can pause.
 //!
-//! [`qemu`] is another kind: a process of its own, for tests that kill the daemon.
+//! [`qemu`] is a separate fake: a process of its own, for tests that kill the daemon.
 
 mod backend;
 mod control;

@@ -1,15 +1,17 @@
-//! A VMM that is a real process and runs no guest: it takes QEMU's command line and speaks QEMU's protocol.
+//! A VMM that is a real process without a guest. It takes QEMU's command line and speaks QEMU's
+//! protocol.
 //!
 //! ```text
-//!   the daemon itself, with UNKEY_VMCP_QEMU_BINARY ──► fake-qemu -S … -chardev …path=<run folder>/qmp.sock …
-//!        │ killed and started again                       │ outlives it, as every VMM does
-//!        └──────────────── qmp.sock ──────────────────────┘──► <run folder>/fake.state, the console's file
+//!   daemon, with UNKEY_VMCP_QEMU_BINARY ──► fake-qemu -S … -chardev …path=<run folder>/qmp.sock
+//!        │ killed and started again             │ outlives it, as every VMM does
+//!        └──────────── qmp.sock ────────────────┘──► fake.state, the console's file
 //! ```
 //!
-//! The other fakes of this crate live in the test's process and die with it. Where the daemon is killed, it must be the daemon,
-//! and its VMMs must be processes that it has to find again; but they need no hypervisor, no `/dev/kvm` and no time. What a
-//! guest does is told by its kernel's arguments ([`Script`]). What it is doing stands in `fake.state`, so that a test knows it
-//! without asking the daemon, and without taking the one connection that a QMP socket serves.
+//! The other fakes of this crate are in the test's process and end with it. A test that kills the
+//! daemon needs the real program, and VMMs that are processes, because the next daemon has to find
+//! them again. It needs no hypervisor, no `/dev/kvm` and no time. The arguments of the kernel
+//! control a guest ([`Script`]). The state of the guest is in `fake.state`, because a test must see
+//! it without the daemon and without the one connection that a QMP socket serves.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -24,36 +26,37 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
-/// The file in the run folder that says what the guest is doing: `prelaunch`, `running` or `paused`.
+/// The file in the run folder with the state of the guest: `prelaunch`, `running` or `paused`.
 pub const STATE: &str = "fake.state";
-/// The file in the run folder that names, one a line, the commands that came after the end was told, which is none of a careful
-/// client's. Only of a VMM that hangs then.
+/// The file in the run folder with the commands that came after the SHUTDOWN event, one a line. A
+/// careful client sends none. Only a VMM that hangs at its end writes the file.
 pub const LATE: &str = "fake.late";
-/// What a guest prints on its console each time it starts.
+/// The line that a guest prints on its console each time it starts.
 pub const BANNER: &str = "fake guest: up";
 
-/// What `--version` says, in QEMU's form.
+/// The output of `--version`, in QEMU's form.
 const VERSION: &str = "QEMU emulator version 9.0.0 (a fake)";
 
-/// How a guest and its VMM behave, as words among the kernel's arguments.
+/// The behaviour of a guest and its VMM, as words among the kernel's arguments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Script {
     /// `fake.deaf`: the guest ignores its power button.
     pub deaf: bool,
-    /// `fake.stubborn`: the VMM refuses to power the VM off. Signals end it all the same.
+    /// `fake.stubborn`: the VMM refuses to power the VM off. Signals end the VMM all the same.
     pub stubborn: bool,
-    /// `fake.slow-off=MS`: the guest takes so long to power off.
+    /// `fake.slow-off=MS`: the time that the guest takes to power off.
     pub power_off_takes: Duration,
-    /// `fake.off-after=MS`: the guest powers off by itself, so long after it was first let go.
+    /// `fake.off-after=MS`: the time after its first start at which the guest powers off by itself.
     pub powers_off_after: Option<Duration>,
-    /// `fake.hangs`: the VMM tells of its end and does not end, as QEMU 7.2 may. Signals end it all the same.
+    /// `fake.hangs`: the VMM announces its end and does not exit, as QEMU 7.2 may. Signals end it
+    /// all the same.
     pub hangs: bool,
-    /// `fake.unwakeable`: SIGTERM does nothing to the VMM.
+    /// `fake.unwakeable`: SIGTERM has no effect on the VMM.
     pub unwakeable: bool,
 }
 
 impl Script {
-    /// Reads the words of a kernel command line; those of others are passed over.
+    /// Parses the words of a kernel command line. Unknown words are skipped.
     fn read(kernel_args: &str) -> Self {
         let mut script = Self::default();
         for word in kernel_args.split_whitespace() {
@@ -75,7 +78,7 @@ fn millis(text: &str) -> Duration {
     Duration::from_millis(text.parse().unwrap_or_default())
 }
 
-/// What the command line says.
+/// The content of the command line.
 #[derive(Debug, PartialEq, Eq)]
 struct Order {
     socket: PathBuf,
@@ -99,14 +102,14 @@ impl Order {
     }
 }
 
-/// Finds a property of QEMU's option syntax, in which a comma is doubled where it is no separator.
+/// Returns a property in QEMU's option syntax, in which a comma in a value is doubled.
 fn property(text: &str, name: &str) -> Option<PathBuf> {
     let one = text.replace(",,", "\0");
     let value = one.split(',').find_map(|part| part.strip_prefix(name))?;
     Some(PathBuf::from(value.replace('\0', ",")))
 }
 
-/// What the guest is doing.
+/// The state of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guest {
     Prelaunch,
@@ -124,20 +127,20 @@ impl Guest {
     }
 }
 
-/// Whether the one machine of this process has told of its end and hangs.
+/// True if the machine of this process has announced its end and hangs.
 static HANGS: AtomicBool = AtomicBool::new(false);
 
-/// The one machine of this process.
+/// The machine of this process.
 struct Machine {
     order: Order,
     guest: Guest,
-    /// Whether the power button was pressed.
+    /// True if the power button was pressed and the guest has not obeyed yet.
     button: bool,
     /// The client that is served now.
     client: Option<UnixStream>,
 }
 
-/// Does what QEMU's program would: `arguments` begin with the program's own name.
+/// Runs the program. `arguments` begin with the name of the program, as QEMU's do.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     if arguments.get(1).map(OsString::as_os_str) == Some(OsStr::new("--version")) {
@@ -158,10 +161,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Serves one client after the other, until the machine ends and the process with it.
+/// Serves one client after the other. The process ends with the machine.
 fn serve(order: Order) -> io::Result<()> {
     if order.script.unwakeable {
-        // Before there is another thread, which inherits it.
+        // The signal is blocked before the first thread starts, because threads inherit the mask.
         SigSet::from(Signal::SIGTERM).thread_block()?;
     }
     let listener = UnixListener::bind(&order.socket)?;
@@ -170,7 +173,7 @@ fn serve(order: Order) -> io::Result<()> {
     let machine = Arc::new(Mutex::new(machine));
     loop {
         let (client, _) = listener.accept()?;
-        // A client that breaks off is followed by the next, as with QEMU.
+        // An error ends the connection only, because QEMU too waits for the next client.
         let _ = attend(&machine, client);
         lock(&machine).client = None;
     }
@@ -188,6 +191,8 @@ fn attend(machine: &Arc<Mutex<Machine>>, client: UnixStream) -> io::Result<()> {
     let mut line = String::new();
     while lines.read_line(&mut line)? > 0 {
         let command: Value = serde_json::from_str(&line)?;
+        // The thread that announced the end holds the machine's lock for ever, so no command can be
+        // executed any more. The file shows a test which commands still came.
         if HANGS.load(Ordering::Relaxed) {
             let mut late = fs::OpenOptions::new().append(true).create(true).open(&late)?;
             writeln!(late, "{}", command["execute"].as_str().unwrap_or_default())?;
@@ -211,6 +216,8 @@ impl Machine {
         let answer = match command["execute"].as_str().unwrap_or_default() {
             "qmp_capabilities" | "set-action" => nothing,
             "cont" => {
+                // The time until the guest powers off by itself begins with the first `cont`, as
+                // its boot does.
                 if machine.guest == Guest::Prelaunch
                     && let Some(delay) = machine.order.script.powers_off_after
                 {
@@ -240,6 +247,7 @@ impl Machine {
             }
             "quit" if !machine.order.script.stubborn => {
                 machine.say(&json!({"return": {}, "id": id}))?;
+                // QEMU answers `quit` before it announces its end.
                 machine.end("host-qmp-quit")
             }
             other => {
@@ -252,13 +260,15 @@ impl Machine {
         Self::obey_button(shared)
     }
 
-    /// Powers off, now or in a while, if the button was pressed and the guest runs and listens.
+    /// Powers off, at once or after a delay, if the button was pressed and the guest runs and
+    /// obeys.
     fn obey_button(shared: &Arc<Mutex<Self>>) -> io::Result<()> {
         let mut machine = lock(shared);
         let obeys = machine.button && machine.guest == Guest::Running && !machine.order.script.deaf;
         if !obeys {
             return Ok(());
         }
+        // One press is one power-off, so the button is released before the delay begins.
         machine.button = false;
         let delay = machine.order.script.power_off_takes;
         if delay.is_zero() {
@@ -305,9 +315,12 @@ impl Machine {
         self.order.socket.parent().unwrap_or(Path::new("/")).join(name)
     }
 
-    /// Ends the process in QEMU's way: says why, takes its socket away, and exits, if it does.
+    /// Ends the process like QEMU: sends the SHUTDOWN event, removes the socket, and exits. A VMM
+    /// that hangs stops after the event.
     fn end(&mut self, reason: &str) -> ! {
         let guest = reason.starts_with("guest");
+        // The flag is set before the event, because the client may send a command as soon as it has
+        // the event.
         HANGS.store(self.order.script.hangs, Ordering::Relaxed);
         let _ = self.event("SHUTDOWN", &json!({"guest": guest, "reason": reason}));
         if self.order.script.hangs {
@@ -327,7 +340,7 @@ impl Machine {
         self.say(&event)
     }
 
-    /// Tells the client, if there is one. One that has gone misses it.
+    /// Sends a message to the client, if there is one. A client that has gone misses the message.
     fn say(&mut self, message: &Value) -> io::Result<()> {
         if let Some(client) = &mut self.client
             && client.write_all(format!("{message}\r\n").as_bytes()).is_err()

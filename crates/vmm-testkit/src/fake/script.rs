@@ -1,4 +1,4 @@
-//! What a method does when it is called next.
+//! The scripted result of the next call of a method.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -17,7 +17,7 @@ pub enum Method {
     Adopt,
     /// `Backend::sweep`.
     Sweep,
-    /// `Backend::ping`; an act that fails makes it report that.
+    /// `Backend::ping`. A failing act makes it report the failure.
     Ping,
     /// `Vmm::pause`.
     Pause,
@@ -27,7 +27,7 @@ pub enum Method {
     Shutdown,
     /// `Vmm::reset`.
     Reset,
-    /// `Vmm::sample`; an act that fails makes every counter missing.
+    /// `Vmm::sample`. A failing act makes every counter missing.
     Sample,
     /// `Vmm::probe`.
     Probe,
@@ -35,37 +35,37 @@ pub enum Method {
     Kill,
 }
 
-/// What one call does.
+/// The result of one call.
 #[derive(Clone, Debug)]
 pub enum Act {
-    /// What it is for.
+    /// The call succeeds.
     Succeed,
-    /// What it is for, after a while.
+    /// The call succeeds after a time.
     Delay(Duration),
-    /// What it is for, once the gate opens.
+    /// The call waits for the gate, then succeeds.
     Wait(Gate),
-    /// What it is for, but the answer comes only once the gate opens.
+    /// The call has its effect, and answers after the gate opens.
     DoThenWait(Gate),
-    /// Nothing, and says so in the given way.
+    /// The call has no effect and fails in the given way.
     Fail(BackendErrorKind, Effect),
-    /// What it is for, and then fails in the given way.
+    /// The call has its effect and fails in the given way.
     DoThenFail(BackendErrorKind, Effect),
-    /// Nothing: it panics, as a fault of the program does.
+    /// The call panics, like a fault of the program.
     Panic,
 }
 
 impl Act {
-    /// Never comes to anything.
+    /// Returns an act that has no effect and never answers.
     pub fn hang() -> Self {
         Self::Wait(Gate::default())
     }
 
-    /// Does what it is for and never answers.
+    /// Returns an act that has its effect and never answers.
     pub fn do_then_hang() -> Self {
         Self::DoThenWait(Gate::default())
     }
 
-    /// Waits as long as this act waits before its effect.
+    /// Waits or fails as this act does before the effect of the call.
     pub(super) async fn before(&self) -> Result<(), BackendError> {
         match self {
             Self::Succeed | Self::DoThenWait(_) | Self::DoThenFail(..) => Ok(()),
@@ -82,7 +82,7 @@ impl Act {
         }
     }
 
-    /// Does what this act does between its effect and its answer.
+    /// Waits or fails as this act does between the effect of the call and its answer.
     pub(super) async fn after(&self) -> Result<(), BackendError> {
         match self {
             Self::Succeed | Self::Delay(_) | Self::Wait(_) | Self::Fail(..) | Self::Panic => Ok(()),
@@ -95,7 +95,7 @@ impl Act {
     }
 }
 
-#[expect(clippy::panic, reason = "this plays a fault of the program under test")]
+#[expect(clippy::panic, reason = "simulates a fault of the program under test")]
 fn fault() -> ! {
     panic!("the script panics")
 }
@@ -104,7 +104,7 @@ fn scripted(kind: BackendErrorKind, effect: Effect) -> BackendError {
     BackendError::new(kind, effect, "the script says so")
 }
 
-/// Holds calls up until it is opened; one that nobody opens holds them for ever.
+/// A gate that delays calls until it is opened. A gate that stays closed delays them for ever.
 #[derive(Clone, Debug)]
 pub struct Gate {
     open: watch::Sender<bool>,
@@ -117,19 +117,19 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// Lets everything through, now and later.
+    /// Lets all calls pass, the waiting ones and the later ones.
     pub fn open(&self) {
         self.open.send_replace(true);
     }
 
     async fn opened(&self) {
         let mut open = self.open.subscribe();
-        // The sender lives in `self`, so waiting ends only when the gate is open.
+        // The sender is in `self`, so the wait ends only when the gate is open.
         let _ = open.wait_for(|open| *open).await;
     }
 }
 
-/// The acts of every method, and how often each was called.
+/// The acts of every method, and the number of its calls.
 #[derive(Debug, Default)]
 pub(super) struct Scripts {
     next: BTreeMap<Method, VecDeque<Act>>,
@@ -146,7 +146,7 @@ impl Scripts {
         self.always.insert(method, act);
     }
 
-    /// Counts a call and answers what it is to do.
+    /// Counts a call and returns its act.
     pub(super) fn call(&mut self, method: Method) -> Act {
         *self.calls.entry(method).or_default() += 1;
         self.next

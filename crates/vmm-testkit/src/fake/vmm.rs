@@ -1,4 +1,4 @@
-//! The handle of one machine.
+//! The handle of one machine of the fake hypervisor.
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use vmm_core::store::RunRecord;
 use super::script::{Act, Method};
 use super::world::{Machine, World};
 
-/// How long the handle waits for a machine that is silent.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The time that the handle waits for the answer of a machine that does not answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The interval at which a guest that does not obey is asked again to shut down.
-const PRESSING_AGAIN: Duration = Duration::from_secs(3);
-/// How long the handle waits for a killed machine to go.
-const KILLING: Duration = Duration::from_secs(1);
+const ASK_INTERVAL: Duration = Duration::from_secs(3);
+/// The time that the handle waits for a killed machine to end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The handle of one machine.
 #[derive(Debug)]
@@ -37,8 +37,10 @@ impl FakeVmm {
         self.run.process.pid
     }
 
-    /// Asks the machine for something, as its script says, and as far as it answers.
+    /// Runs `what` on the machine, with the waits and failures of the script around it.
     async fn ask<T>(&self, method: Method, what: impl FnOnce(&mut Machine) -> T) -> Result<T, BackendError> {
+        // A real VMM fails in the same order: the call may not arrive (`before`), the VMM may not
+        // answer or be gone, and the answer may be lost after the effect (`after`).
         let act = self.call(method);
         act.before().await?;
         self.answers().await?;
@@ -57,26 +59,33 @@ impl FakeVmm {
         })
     }
 
-    /// Fails after a while where the machine is silent.
+    /// Returns at once if the machine answers. Fails after [`ANSWER_TIMEOUT`] if it does not.
     async fn answers(&self) -> Result<(), BackendError> {
         if !self.machine(|machine| machine.silent)? {
             return Ok(());
         }
-        let _ = tokio::time::timeout(PATIENCE, self.world.gone(self.pid())).await;
-        // Whether it has gone meanwhile comes first.
+        let _ = tokio::time::timeout(ANSWER_TIMEOUT, self.world.gone(self.pid())).await;
+        // A machine that ended meanwhile is `Gone` rather than `Timeout`, because that is certain.
         self.machine(|_| ())?;
         Err(BackendError::new(
             BackendErrorKind::Timeout,
             Effect::Unknown,
-            format!("it did not answer within {} s", PATIENCE.as_secs()),
+            format!("it did not answer within {} s", ANSWER_TIMEOUT.as_secs()),
         ))
     }
 
-    /// Asks the guest to end for `time`, and answers with the rung that ends the machine. A machine that is silent all that time
-    /// is not ended.
+    /// Asks the guest to end within `time`, and returns the rung of the ladder that ends the
+    /// machine.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendErrorKind::Timeout`] if the machine does not answer at the deadline. The machine is
+    /// not ended then.
     async fn asked_to_end(&self, time: Duration) -> Result<EndedBy, BackendError> {
         let deadline = tokio::time::Instant::now() + time;
         loop {
+            // The state is read anew in each round, because a test may stop, release or end the
+            // machine meanwhile. A missing machine means that the guest ended by itself.
             let (silent, obeys) = match self
                 .machine(|machine| (machine.silent, machine.obeys && machine.guest == GuestState::Running))
             {
@@ -86,6 +95,8 @@ impl FakeVmm {
             if obeys && !silent {
                 return Ok(EndedBy::Acpi);
             }
+            // A machine that answers and does not obey is powered off by its VMM. A machine that
+            // does not answer cannot be ordered to, and only force may kill it.
             if tokio::time::Instant::now() >= deadline {
                 let unanswered = || {
                     let message = "the machine has answered nothing, use force";
@@ -93,15 +104,20 @@ impl FakeVmm {
                 };
                 return if silent { unanswered() } else { Ok(EndedBy::Vmm) };
             }
-            let again = (tokio::time::Instant::now() + PRESSING_AGAIN).min(deadline);
+            // The wait also ends with the machine, so the next round sees the end at once.
+            let again = (tokio::time::Instant::now() + ASK_INTERVAL).min(deadline);
             let _ = tokio::time::timeout_at(again, self.world.gone(self.pid())).await;
         }
     }
 
-    /// Ends the machine, unless it cannot be killed.
+    /// Ends the machine for `cause`.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendErrorKind::Timeout`] if the machine cannot be killed.
     async fn finish(&self, cause: ExitCause) -> Result<(), BackendError> {
         if self.machine(|machine| machine.unkillable).unwrap_or(false) {
-            tokio::time::sleep(KILLING).await;
+            tokio::time::sleep(KILL_TIMEOUT).await;
             return Err(BackendError::new(
                 BackendErrorKind::Timeout,
                 Effect::Unknown,
@@ -130,6 +146,8 @@ impl Vmm for FakeVmm {
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
         let act = self.call(Method::Shutdown);
         act.before().await?;
+        // Without time for the guest the shutdown is forced: the VMM is ordered to power off, or
+        // killed if it does not answer.
         let rung = match ladder.ask_guest_for {
             Some(time) => self.asked_to_end(time).await?,
             None => self.machine(|machine| if machine.silent { EndedBy::Sigkill } else { EndedBy::Vmm })?,
@@ -143,6 +161,7 @@ impl Vmm for FakeVmm {
     async fn reset(&self) -> Result<Reset, BackendError> {
         let single_use = self.single_use;
         self.ask(Method::Reset, |machine| {
+            // A process that can be used once has to be replaced, so nothing is counted.
             if single_use {
                 return Reset::NeedsRelaunch;
             }

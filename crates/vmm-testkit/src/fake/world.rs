@@ -1,4 +1,4 @@
-//! The host as the fake hypervisor sees it: its machines, and what is held against them.
+//! The host as the fake hypervisor sees it: its machines, and the faults noted about them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -13,12 +13,13 @@ use vmm_core::store::{ProcessIdentity, RunRecord};
 use super::control::MachineControl;
 use super::script::{Act, Method, Scripts};
 
-/// Above the highest pid that a kernel can give (2^22), so that no real process is ever meant.
+/// The first process id of a machine. It is above the highest pid of a kernel (2^22), so no call
+/// can reach a real process.
 const FIRST_PID: u32 = 5_000_000;
-/// Events of one machine that may wait to be read.
+/// The number of events of one machine that may wait to be read.
 const EVENTS: usize = 256;
 
-/// The host as the fake hypervisor sees it. Clones are the same world; it outlives the backends in it.
+/// The host as the fake hypervisor sees it. Clones share the world, which outlives its backends.
 #[derive(Clone, Debug, Default)]
 pub struct World {
     inner: Arc<Mutex<Inner>>,
@@ -27,13 +28,13 @@ pub struct World {
 #[derive(Debug, Default)]
 pub(super) struct Inner {
     pub(super) scripts: Scripts,
-    /// Living machines by pid.
+    /// The living machines by pid.
     pub(super) machines: BTreeMap<u32, Machine>,
-    /// The uids that processes without a guest wait for. Like machines they outlive a daemon that dies.
+    /// The uids for which spare VMMs wait. Like machines, spares outlive a daemon that dies.
     pub(super) spares: BTreeSet<VmUid>,
-    /// The uids of the machines that were such processes.
+    /// The uids of machines that were spare VMMs.
     pub(super) were_spares: BTreeSet<VmUid>,
-    /// How the others ended.
+    /// The exits of ended machines by pid.
     pub(super) ended: BTreeMap<u32, Exit>,
     pub(super) faults: Vec<String>,
     started: u32,
@@ -46,18 +47,18 @@ pub(super) struct Machine {
     pub(super) vm_id: String,
     pub(super) run: RunRecord,
     pub(super) guest: GuestState,
-    /// Answers nothing; it can be killed all the same.
+    /// True if the machine does not answer. It can be killed all the same.
     pub(super) silent: bool,
-    /// Cannot be proven to be the one on record.
+    /// True if the machine cannot be proven to be the recorded one.
     pub(super) unprovable: bool,
-    /// Outlives SIGKILL.
+    /// True if the machine outlives SIGKILL.
     pub(super) unkillable: bool,
-    /// Whether its guest ends when asked to.
+    /// True if the guest ends when it is asked to.
     pub(super) obeys: bool,
     pub(super) resets: usize,
     pub(super) since: Instant,
     pub(super) samples: u64,
-    /// Writable disks, by path.
+    /// The paths of the writable disks.
     pub(super) writes: Vec<PathBuf>,
     pub(super) events: mpsc::Sender<VmmEvent>,
     pub(super) gone: watch::Sender<bool>,
@@ -69,54 +70,54 @@ impl World {
         Self::default()
     }
 
-    /// Tells what the next call of `method` that nothing else is told for does. Several add up, first come first served.
+    /// Sets the act of the next call of `method`. Acts queue up, first in, first out.
     pub fn next(&self, method: Method, act: Act) {
         self.lock().scripts.push(method, act);
     }
 
-    /// Tells what every call of `method` does that [`World::next`] says nothing about.
+    /// Sets the act of every call of `method` for which [`World::next`] has none left.
     pub fn always(&self, method: Method, act: Act) {
         self.lock().scripts.always(method, act);
     }
 
-    /// Lets every method do again what it is for.
+    /// Removes all acts, so that every method succeeds again.
     pub fn behave(&self) {
         self.lock().scripts.clear();
     }
 
-    /// How often `method` was called.
+    /// Returns the number of calls of `method`.
     pub fn calls(&self, method: Method) -> usize {
         self.lock().scripts.calls(method)
     }
 
-    /// How many machines live.
+    /// Returns the number of living machines.
     pub fn living(&self) -> usize {
         self.lock().machines.len()
     }
 
-    /// The uids of the VMs whose machines live, oldest machine first.
+    /// Returns the uids of the VMs with living machines, oldest machine first.
     pub fn living_uids(&self) -> Vec<VmUid> {
         self.lock().machines.values().map(|machine| machine.uid).collect()
     }
 
-    /// The uids that spare VMMs wait for, oldest first.
+    /// Returns the uids for which spare VMMs wait, oldest first.
     pub fn spares(&self) -> Vec<VmUid> {
         self.lock().spares.iter().copied().collect()
     }
 
-    /// Whether a VM's machine was a spare VMM before.
+    /// Returns true if a VM's machine was a spare VMM before.
     pub fn was_spare(&self, uid: VmUid) -> bool {
         self.lock().were_spares.contains(&uid)
     }
 
-    /// The living machine of the VM called `vm_id`, of its youngest creation.
+    /// Returns the living machine of the VM called `vm_id`. The youngest one if there are several.
     pub fn machine(&self, vm_id: &str) -> Option<MachineControl> {
         let inner = self.lock();
         let (pid, _) = inner.machines.iter().rev().find(|(_, machine)| machine.vm_id == vm_id)?;
         Some(MachineControl::new(self.clone(), *pid))
     }
 
-    /// Ends every machine without a word, as the host's own end does.
+    /// Ends every machine with an unknown cause, as a crash of the host does.
     pub fn host_dies(&self) {
         let mut inner = self.lock();
         let pids: Vec<u32> = inner.machines.keys().copied().collect();
@@ -125,7 +126,7 @@ impl World {
         }
     }
 
-    /// What has happened that must never happen. Empty, unless the program under test is at fault.
+    /// Returns the events that must never happen. Empty, unless the program under test has a fault.
     pub fn faults(&self) -> Vec<String> {
         self.lock().faults.clone()
     }
@@ -176,7 +177,7 @@ impl World {
         (run, receiver)
     }
 
-    /// A new reader of the events of machine `pid`; the old one hears no more.
+    /// Returns a new reader of the events of machine `pid`. The old reader gets no more events.
     pub(super) fn listen(&self, pid: u32) -> mpsc::Receiver<VmmEvent> {
         let (events, receiver) = mpsc::channel(EVENTS);
         if let Some(machine) = self.lock().machines.get_mut(&pid) {
@@ -185,11 +186,11 @@ impl World {
         receiver
     }
 
-    /// Becomes ready once machine `pid` has ended.
+    /// Waits until machine `pid` has ended.
     pub(super) async fn gone(&self, pid: u32) {
         let gone = self.lock().machines.get(&pid).map(|machine| machine.gone.subscribe());
         if let Some(mut gone) = gone {
-            // A sender that is dropped went with its machine.
+            // A dropped sender means that the machine is gone too.
             let _ = gone.wait_for(|gone| *gone).await;
         }
     }
@@ -200,17 +201,18 @@ impl World {
 }
 
 impl Inner {
-    /// Ends a machine, which tells of it. Answers false if it had ended before.
+    /// Ends a machine and sends its last event. Returns false if the machine had ended before.
     pub(super) fn end(&mut self, pid: u32, exit: Exit) -> bool {
         let Some(machine) = self.machines.remove(&pid) else { return false };
         machine.gone.send_replace(true);
-        // Nobody may listen any more.
+        // The send fails if no backend reads the events any more.
         let _ = machine.events.try_send(VmmEvent::Gone(exit.clone()));
         self.ended.insert(pid, exit);
         true
     }
 
-    /// Notes what must not be, now that `new` is about to start.
+    /// Notes the faults that the start of `new` would be: a second machine of its VM, or a second
+    /// writer of a disk.
     fn hold_against(&mut self, new: &Machine) {
         for (pid, other) in &self.machines {
             if other.uid == new.uid {
