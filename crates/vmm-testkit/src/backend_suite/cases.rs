@@ -9,13 +9,13 @@ use super::{daemon, ends, fields, fields_devices, life, states, trouble};
 /// One case: one row of the matrix.
 #[derive(Debug)]
 pub struct Case {
-    /// Its name, which is also its test's.
+    /// The name of the case and of its test.
     pub id: &'static str,
-    /// What it is about, as the matrix says it.
+    /// The row's title in the matrix.
     pub title: &'static str,
-    /// Where it belongs.
+    /// The part of the matrix that the case belongs to.
     pub group: Group,
-    /// What is done, one after the other.
+    /// The steps, in order.
     pub(super) steps: &'static [Step],
 }
 
@@ -28,13 +28,13 @@ pub enum Group {
     Configuration,
     /// Disks, network and console.
     Devices,
-    /// How runs end.
+    /// The ends of runs.
     Ends,
-    /// What happens to the VMM.
+    /// Faults of the VMM.
     Trouble,
-    /// What is seen of a running guest.
+    /// Observations of a running guest.
     Observation,
-    /// Over the end of the daemon.
+    /// Restarts of the daemon.
     Restart,
 }
 
@@ -50,7 +50,7 @@ impl Group {
         Self::Restart,
     ];
 
-    /// Its heading.
+    /// Returns the heading of the part.
     #[must_use]
     pub const fn title(self) -> &'static str {
         match self {
@@ -65,12 +65,12 @@ impl Group {
     }
 }
 
-/// A part of a case.
+/// A step of a case.
 #[derive(Debug)]
 pub(super) enum Step {
-    /// A daemon's life. The last one's verdict is the case's.
+    /// The life of one daemon. The verdict of the last life is the verdict of the case.
     Life(fn(Vms) -> Doing<Verdict>),
-    /// What happens while no daemon runs.
+    /// An action while no daemon runs.
     Away(fn(Arc<Rig>) -> Doing<()>),
 }
 
@@ -86,7 +86,7 @@ macro_rules! away {
     };
 }
 
-/// A case of one life.
+/// Makes a case of one life.
 macro_rules! case {
     ($group:ident, $module:ident::$id:ident, $title:literal) => {
         Case { id: stringify!($id), title: $title, group: Group::$group, steps: &[life!($module::$id)] }

@@ -1,4 +1,5 @@
-//! A column of the matrix: a hypervisor with a machine model, and what a test does to its processes.
+//! A column of the matrix: a hypervisor with a machine model, and the actions of a test on its
+//! processes.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,81 +14,86 @@ use vmm_host::process::Signal;
 
 use crate::guests::Guest;
 
-/// A hypervisor with a machine model. Its defaults are those of real processes, see [`real`]. Always called in a runtime.
+/// A hypervisor with a machine model. The default methods act on real processes, see [`real`]. All
+/// methods are called in a runtime.
 #[async_trait]
 pub trait Column: Send + Sync + 'static {
-    /// The name in the matrix and of the file of results.
+    /// Returns the name in the matrix and of the file of results.
     fn name(&self) -> &'static str;
 
-    /// A backend as a new daemon makes it.
+    /// Makes a backend like a new daemon does.
     fn backend(&self) -> Arc<dyn Backend>;
 
-    /// Sets what picks this column in a configuration, such as a machine model.
+    /// Sets the part of a configuration that selects this column, such as a machine model.
     fn shape(&self, _config: &mut VmConfig) {}
 
-    /// A guest that ends when it is asked to.
+    /// Returns a guest that ends when it is asked to.
     fn obeying(&self) -> Obeying;
 
-    /// A Linux kernel and initramfs with the arguments that they need here, or why there is none.
+    /// Returns a Linux kernel and initramfs with the arguments that they need here.
+    ///
+    /// # Errors
+    /// The reason why there is none on this machine.
     fn linux(&self) -> Result<Linux, String>;
 
-    /// What the VMM itself says of its configuration, as text.
+    /// Returns the VMM's own description of its configuration as text.
     async fn view(&self, record: &VmRecord) -> String;
 
-    /// What [`Column::view`] must contain where the field of `case` is served; `{dir}` stands for the test's folder,
-    /// and `…` for anything in between.
+    /// Returns the texts that [`Column::view`] must contain if the field of `case` is served.
+    /// `{dir}` stands for the test's folder, and `…` for any text.
     fn evidence(&self, case: &str) -> &'static [&'static str];
 
-    /// Whether there are real guests, which print again after a reset and use real TAPs.
+    /// Returns true if the guests are real: they print again after a reset and use real TAPs.
     fn is_real(&self) -> bool {
         true
     }
 
-    /// Signals the VMM.
+    /// Sends a signal to the VMM.
     fn signal(&self, record: &VmRecord, signal: Signal) {
         real::signal(record, signal);
     }
 
-    /// Says whether the guest, which is busy, uses no CPU time now.
+    /// Returns true if the guest, which is busy, uses no CPU time now.
     async fn stands_still(&self, record: &VmRecord) -> bool {
         real::stands_still(record).await
     }
 
-    /// The processes that use a folder below `runtime_dir`.
+    /// Returns the processes that use a folder below `runtime_dir`.
     fn processes(&self, runtime_dir: &Path) -> Vec<String> {
         real::processes(runtime_dir)
     }
 
-    /// Kills what a failed case has left.
+    /// Kills every process that a failed case has left.
     fn kill_all(&self, runtime_dir: &Path) {
         real::kill_all(runtime_dir);
     }
 
-    /// The version, or why the column cannot serve here, where its backend cannot tell before a case has begun.
+    /// Returns the version, or the reason why the column cannot run here, if the backend cannot
+    /// answer before a case has begun.
     fn known_version(&self) -> Option<Result<String, String>> {
         None
     }
 
-    /// Starts another VMM on `socket`, as somebody does whose VMM has ended. Only where VMMs are somebody else's.
+    /// Starts another VMM on `socket` after an attached VMM has ended. Attached columns only.
     fn another(&self, _socket: &Path) {}
 
-    /// Where the VMs are made by somebody else: makes one called `vm_id` that runs the kernel of `config`, and answers with the
-    /// name that it will be imported under. `None` where CreateVm makes them.
+    /// Makes a VM called `vm_id` outside the daemon that runs the kernel of `config`, and returns
+    /// the name under which it will be imported. `None` if CreateVm makes the VMs of this column.
     fn make(&self, _vm_id: &str, _config: &VmConfig) -> Option<String> {
         None
     }
 
-    /// The name under which a VM was imported that [`Column::make`] has made.
+    /// Returns the name under which a VM of [`Column::make`] was imported.
     fn imported(&self, _vm_id: &str) -> Option<String> {
         None
     }
 
-    /// The file of a VM's kept console, where that is not in the run folder.
+    /// Returns the file of a VM's kept console, if the file is not in the run folder.
     fn console(&self, _vm_id: &str) -> Option<PathBuf> {
         None
     }
 
-    /// Whether VMs are imported only.
+    /// Returns true if this column only imports VMs.
     fn imports(&self) -> bool {
         false
     }
@@ -96,24 +102,27 @@ pub trait Column: Send + Sync + 'static {
 /// A guest that ends when it is asked to.
 #[derive(Clone, Copy, Debug)]
 pub enum Obeying {
-    /// One of the tiny ones.
+    /// A tiny guest.
     Tiny(Guest),
-    /// Only Linux does here.
+    /// Linux, because no tiny guest obeys on this column.
     Linux,
 }
 
 /// A Linux guest.
 #[derive(Clone, Debug)]
 pub struct Linux {
-    /// Its kernel.
+    /// The path of the kernel.
     pub kernel: PathBuf,
-    /// Its initramfs.
+    /// The path of the initramfs.
     pub initrd: PathBuf,
-    /// Its arguments.
+    /// The kernel arguments.
     pub args: String,
 }
 
-/// Asks the column's backend for its version.
+/// Returns the version that the column's backend reports.
+///
+/// # Errors
+/// The reason why the column cannot run on this machine.
 pub(super) fn version(column: &dyn Column) -> Result<String, String> {
     if let Some(known) = column.known_version() {
         return known;
@@ -125,41 +134,42 @@ pub(super) fn version(column: &dyn Column) -> Result<String, String> {
     runtime.block_on(async { column.backend().ping().await.version })
 }
 
-/// What a backend says of itself, as far as the suite's expectations follow from it.
+/// The facts of a backend from which the suite's expectations follow.
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
-    /// Whether a guest's power-off ends its run.
+    /// True if a guest's power-off ends its run.
     pub(super) power_off_seen: bool,
-    /// The backend's own words about that.
+    /// The backend's text about a power-off.
     pub(super) power_off: String,
-    /// Whether a guest's reset can go on in the same process.
+    /// True if a guest's reset can continue in the same process.
     pub(super) reset_in_place: bool,
-    /// Whether a triple fault may be told from a reset.
+    /// True if a triple fault may be distinguished from a reset.
     pub(super) triple_fault_fails: bool,
-    /// Whether a guest's panic is seen, on the machine that has a device for it.
+    /// True if a guest's panic is seen, on a machine with a panic device.
     pub(super) panic_seen: bool,
-    /// Whether a forced reboot keeps the process.
+    /// True if a forced reboot keeps the process.
     pub(super) reboot_in_place: bool,
-    /// The rung on which a guest obeys.
+    /// The rung of the ladder on which a guest obeys.
     pub(super) asked: EndedBy,
-    /// The rung that ends a guest that does not.
+    /// The rung that ends a guest that does not obey.
     pub(super) ordered: EndedBy,
-    /// Whether somebody else starts the VMMs.
+    /// True if VMMs are attached.
     pub(super) attached: bool,
-    /// Whether a VM can be powered off, where its VMM is somebody else's, without ending that.
+    /// True if a VM can be powered off without the end of an attached VMM.
     pub(super) powers_off: bool,
-    /// Whether RebootVm is served at all.
+    /// True if RebootVm is served.
     pub(super) reboots: bool,
-    /// Whether a guest's reset is seen.
+    /// True if a guest's reset is seen.
     pub(super) reset_seen: bool,
-    /// The backend's own words about that.
+    /// The backend's text about a reset.
     pub(super) reset: String,
 }
 
 impl Facts {
     pub(super) fn of(capabilities: &Capabilities) -> Self {
         let fact = |name: &str| capabilities.facts.get(name).cloned().unwrap_or_default();
-        // Who has no power button has no order to power off either: see the ladder in vmm-backends.
+        // A hypervisor without a power button has no order to power off either: see the ladder in
+        // vmm-backends.
         let (asked, ordered) = if fact("shutdown").starts_with("Ctrl+Alt+Del") {
             (EndedBy::CtrlAltDel, EndedBy::Sigterm)
         } else {
@@ -184,21 +194,21 @@ impl Facts {
     }
 }
 
-/// What a column of real processes does.
+/// The actions of a column on real processes.
 pub mod real {
     use super::{Duration, Path, Signal, VmRecord};
     use vmm_core::store::ProcessIdentity;
     use vmm_host::process::{Lookup, Process, adopt, find_by_argument};
 
-    /// Signals the VMM of `record`, if it is there.
+    /// Sends a signal to the VMM of `record`, if it exists.
     pub fn signal(record: &VmRecord, signal: Signal) {
         if let Some(process) = record.run.as_ref().and_then(|run| process(&run.process)) {
-            // It may have ended just now.
+            // The process may have ended just now.
             let _ = process.signal(signal);
         }
     }
 
-    /// Says whether the VMM of `record` uses next to no CPU time for a moment.
+    /// Returns true if the VMM of `record` uses at most 20 ms of CPU time in 300 ms.
     pub async fn stands_still(record: &VmRecord) -> bool {
         let Some(process) = record.run.as_ref().and_then(|run| process(&run.process)) else { return false };
         let used = || process.usage().map(|usage| usage.cpu_time).unwrap_or_default();
@@ -207,7 +217,7 @@ pub mod real {
         used().saturating_sub(before) <= Duration::from_millis(20)
     }
 
-    /// The programs that use a folder below `runtime_dir`.
+    /// Returns the pid and program of every process that uses a folder below `runtime_dir`.
     pub fn processes(runtime_dir: &Path) -> Vec<String> {
         let found = find_by_argument(runtime_dir).expect("/proc can be read");
         let name = |found: &vmm_host::process::Found| {

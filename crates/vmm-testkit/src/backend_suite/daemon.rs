@@ -1,4 +1,5 @@
-//! The daemon ends and another one takes over: its VMs go on, or what became of them is told truly.
+//! Cases in which the daemon ends and another one takes over. The VMs continue, or their end is
+//! reported truthfully.
 
 use std::sync::Arc;
 
@@ -10,13 +11,13 @@ use super::results::Verdict;
 use super::rig::{Rig, VM, Vms, pid_of};
 use crate::guests::Guest;
 
-/// A first daemon that leaves a running VM.
+/// First life: leaves a running VM.
 pub(super) async fn leave_running(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Idle).await;
     Verdict::Served
 }
 
-/// A first daemon that leaves a paused VM.
+/// First life: leaves a paused VM.
 pub(super) async fn leave_paused(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Idle).await;
     vms.pause(VM).await.expect("PauseVm succeeds");
@@ -42,7 +43,7 @@ async fn find(vms: &Vms, state: VmState) {
     assert!(found.generation > 1 && found.intent.is_none());
 }
 
-/// An adopted VMM is watched, and its VM is as any other.
+/// Checks that an adopted VMM is watched and its VM can be booted again.
 async fn carry_on(vms: &Vms) -> Verdict {
     let adopted = vms.record(VM);
     vms.column().signal(&adopted, Signal::KILL);
@@ -54,7 +55,7 @@ async fn carry_on(vms: &Vms) -> Verdict {
     Verdict::Served
 }
 
-/// While nobody watches the VMM dies.
+/// Kills the VMM while no daemon runs.
 pub(super) async fn vmm_dies(rig: Arc<Rig>) {
     rig.column.signal(&rig.stored(), Signal::KILL);
     let gone = || rig.column.processes(&rig.runtime_dir()).is_empty();
@@ -62,7 +63,7 @@ pub(super) async fn vmm_dies(rig: Arc<Rig>) {
 }
 
 pub(super) async fn find_dead(vms: Vms) -> Verdict {
-    // One that has not quite ended yet is unreachable for a moment.
+    // A VMM that has not quite ended yet is unreachable for a moment.
     let down = vms.until_down(VM).await;
     assert_eq!((down.state, down.status.phase), (VmState::Shutdown, Phase::Failed), "{down:#?}");
     assert_ne!(down.status.reason, "", "it says why, or that it is unknown");
@@ -71,12 +72,12 @@ pub(super) async fn find_dead(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// While nobody watches the VMM falls silent.
+/// Stops the VMM with SIGSTOP while no daemon runs.
 pub(super) async fn vmm_hangs(rig: Arc<Rig>) {
     rig.column.signal(&rig.stored(), Signal::STOP);
 }
 
-/// It is shown as unreachable and left alone, until force is used.
+/// Checks that a hanging VMM is shown as unreachable and left alone until force is used.
 pub(super) async fn find_hanging(vms: Vms) -> Verdict {
     let shown = vms.record(VM);
     assert_eq!((shown.state, shown.status.phase), (VmState::Running, Phase::Unreachable), "{shown:#?}");

@@ -1,4 +1,4 @@
-//! How runs end: the shutdown ladder, and what a guest does by itself.
+//! Cases about the end of a run: the shutdown ladder, and the guest's own actions.
 
 use std::sync::Arc;
 
@@ -13,13 +13,16 @@ use super::results::Verdict;
 use super::rig::{VM, Vms, pid_of};
 use crate::guests::Guest;
 
-/// Numbers of RestartMode on the wire.
+/// The numbers of RestartMode on the wire.
 pub(super) const NEVER: i32 = 1;
 pub(super) const GUEST_REBOOT: i32 = 2;
 pub(super) const ON_FAILURE: i32 = 3;
 pub(super) const ALWAYS: i32 = 4;
 
-/// Starts the guest that ends when it is asked to; `Err` where this host cannot run one.
+/// Starts the guest that ends when it is asked to.
+///
+/// # Errors
+/// The reason why this machine cannot run one.
 async fn run_obeying(vms: &Vms) -> Result<(), String> {
     match vms.column().obeying() {
         Obeying::Tiny(guest) => drop(vms.run_tiny(guest).await),
@@ -32,7 +35,7 @@ async fn run_obeying(vms: &Vms) -> Result<(), String> {
     Ok(())
 }
 
-/// Shuts the obeying guest down, and answers whether it was the guest that ended the run.
+/// Shuts the obeying guest down. Returns true if the guest ended the run.
 async fn obeys(vms: &Vms) -> bool {
     let down = vms.shutdown_obeying(VM).await.expect("ShutdownVm succeeds");
     assert_eq!((down.record.state, down.record.status.phase), (VmState::Shutdown, Phase::Stopped));
@@ -40,10 +43,11 @@ async fn obeys(vms: &Vms) -> bool {
     down.ended_by == Some(vms.facts.asked)
 }
 
-/// How often a guest may be asked in a boot of its own until it obeys.
+/// Returns the number of boots in which a guest may be asked until it obeys.
 ///
-/// On an emulated microvm, in one boot of Linux of some thirty a press of the power button does nothing, also where QEMU is
-/// driven by hand, while the guest runs on and answers at its console. The tiny guests obey always.
+/// On an emulated microvm, a press of the power button has no effect in about one of thirty boots
+/// of Linux, also if QEMU is driven by hand. The guest keeps running and answers at its console.
+/// The tiny guests always obey.
 fn attempts(vms: &Vms) -> usize {
     match vms.column().obeying() {
         Obeying::Tiny(_) => 1,
@@ -55,7 +59,7 @@ pub(super) async fn guest_obeys_shutdown(vms: Vms) -> Verdict {
     asked_to_end(&vms, false).await
 }
 
-/// A guest that stands still is resumed first, or it could not obey.
+/// A paused guest is resumed first, because it could not obey otherwise.
 pub(super) async fn paused_guest_obeys_shutdown(vms: Vms) -> Verdict {
     asked_to_end(&vms, true).await
 }
@@ -110,7 +114,7 @@ pub(super) async fn guest_powers_off(vms: Vms) -> Verdict {
     vms.run(VM, vms.config(Guest::PowerOff)).await;
     vms.console_shows(VM, &Guest::PowerOff.banner(), 1).await;
     if !vms.facts.power_off_seen {
-        // The run goes on, and the VM can be worked with.
+        // The run continues, and operations on the VM succeed.
         vms.pause(VM).await.expect("PauseVm succeeds");
         assert_eq!(vms.resume(VM).await.expect("ResumeVm succeeds").record.state, VmState::Running);
         return Verdict::NotApplicable(vms.facts.power_off.clone());
@@ -175,7 +179,7 @@ pub(super) async fn triple_fault_under_never(vms: Vms) -> Verdict {
     }
     let down = vms.until_down(VM).await;
     if vms.facts.triple_fault_fails {
-        // A KVM in software makes a reset of some triple faults.
+        // A software KVM reports some triple faults as a reset.
         assert!(matches!(down.status.reason.as_str(), "guest-crash" | "guest-reset"), "{down:#?}");
         return Verdict::Served;
     }
@@ -208,8 +212,8 @@ pub(super) async fn panic_under_on_failure(vms: Vms) -> Verdict {
     panic_under(vms, ON_FAILURE, "restart-loop", 2).await
 }
 
-/// A panic that the VMM is told of ends the run as a failure. Where the VMM is not told, the VM runs on, and CreateVm warns of a
-/// policy that would act on a failure.
+/// A panic that the VMM notices ends the run as a failure. If the VMM does not notice it, the VM
+/// keeps running, and CreateVm warns of a policy that acts on failures.
 async fn panic_under(vms: Vms, mode: i32, reason: &str, boots: usize) -> Verdict {
     let config = vms.config_with_policy(Guest::Panic, mode, 1);
     if let Err(refused) = run_with_policy(&vms, Guest::Panic, mode, 1).await {
@@ -234,7 +238,7 @@ async fn panic_under(vms: Vms, mode: i32, reason: &str, boots: usize) -> Verdict
     Verdict::NotApplicable("its machine has no device by which a guest tells of its panic".to_owned())
 }
 
-/// A killed VMM is a failure, which ON_FAILURE answers with a new process.
+/// A killed VMM is a failure, so ON_FAILURE starts a new process.
 pub(super) async fn on_failure_starts_again(vms: Vms) -> Verdict {
     let first = match run_with_policy(&vms, Guest::Idle, ON_FAILURE, 0).await {
         Ok(first) => first,
@@ -252,7 +256,8 @@ pub(super) async fn on_failure_starts_again(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// What a policy that is left out means is the backend's to say, with a warning where it is not what the others do.
+/// The backend defines the meaning of an unset policy, and warns if its meaning differs from the
+/// common one.
 pub(super) async fn restart_policy_unset(vms: Vms) -> Verdict {
     let Judgement::Accepted(verdict) = judge(&vms, &vms.config(Guest::Reset), "config.restart_policy").await
     else {
@@ -275,7 +280,8 @@ pub(super) async fn restart_policy_unset(vms: Vms) -> Verdict {
     verdict
 }
 
-/// Creates and boots a VM with a restart policy, unless that is refused, as it is where nobody can start it again.
+/// Creates and boots a VM with a restart policy. `Err` is the verdict if CreateVm refuses the
+/// policy, as it does if the daemon cannot start the VMM.
 async fn run_with_policy(
     vms: &Vms,
     guest: Guest,
@@ -292,7 +298,7 @@ async fn run_with_policy(
     }
 }
 
-/// Resets in place that nobody tells of: the guest starts again and again, and the VM runs.
+/// Checks that a VM keeps running whose guest resets in place without the VMM's notice.
 async fn resets_unseen(vms: &Vms, guest: Guest) -> Verdict {
     vms.console_shows(VM, &guest.banner(), 4).await;
     let record = vms.record(VM);

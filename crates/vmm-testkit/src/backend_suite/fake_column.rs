@@ -1,4 +1,5 @@
-//! The column of the scripted fake: a hypervisor without processes, whose script plays the tiny guests by their kernel's name.
+//! The column of the scripted fake: a hypervisor without processes. Its script plays the tiny guest
+//! that the name of the kernel names.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -18,7 +19,7 @@ use super::column::{Column, Linux, Obeying};
 use crate::fake::{FakeBackend, MachineControl, World};
 use crate::guests::Guest;
 
-/// Resets after which a guest that does nothing else is no longer played.
+/// The number of resets that the script plays for a guest that only resets.
 const RESETS: usize = 20;
 
 /// The scripted fake as a column.
@@ -28,7 +29,7 @@ pub struct FakeColumn {
 }
 
 impl FakeColumn {
-    /// A column in a world of its own.
+    /// Returns a column in a new world.
     pub fn new() -> Self {
         Self::default()
     }
@@ -65,7 +66,8 @@ impl Column for FakeColumn {
     }
 
     fn is_real(&self) -> bool {
-        // The script plays what a guest does by itself; it hears of no reset from outside, and has no network.
+        // The script plays the guest's own actions. The guest does not notice a reset from outside,
+        // and has no network.
         false
     }
 
@@ -93,7 +95,7 @@ impl Column for FakeColumn {
     }
 }
 
-/// The fake, with guests that do as the tiny ones do.
+/// The fake with guests that behave like the tiny ones.
 struct Played {
     fake: FakeBackend,
 }

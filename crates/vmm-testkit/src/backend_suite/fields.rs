@@ -1,7 +1,9 @@
-//! The documented fields of a configuration: each as served, ignored with a warning, emulated, or refused.
+//! The documented fields of a configuration: each is served, ignored with a warning, emulated, or
+//! refused.
 //!
-//! What to expect is asked of the backend's own `check`; that CreateVm and ValidateVm answer the same, and that what is
-//! accepted really boots and arrives at the VMM, is found out here.
+//! The backend's own `check` gives the expectation. The cases find out whether CreateVm and
+//! ValidateVm give the same answer, and whether an accepted configuration boots and arrives at the
+//! VMM.
 
 use std::fmt::{Debug, Display};
 use std::path::PathBuf;
@@ -16,16 +18,16 @@ use super::results::Verdict;
 use super::rig::{VM, Vms};
 use crate::guests::Guest;
 
-/// Whether a configuration is accepted, and with which verdict.
+/// The answer of CreateVm to a configuration.
 pub(super) enum Judgement {
     /// CreateVm has created the VM.
     Accepted(Verdict),
-    /// CreateVm refuses.
+    /// CreateVm has refused the configuration.
     Refused(Verdict),
 }
 
-/// Creates a VM with `config` and compares what is answered with what the backend's `check` says. `path` is the field that the
-/// verdict is about.
+/// Creates a VM with `config` and compares the answer with the backend's `check`. `path` is the
+/// field that the verdict is about.
 pub(super) async fn judge(vms: &Vms, config: &VmConfig, path: &str) -> Judgement {
     let expected = match VmSpec::parse(config) {
         Ok(spec) => vms.backend.check(&spec),
@@ -70,7 +72,8 @@ fn verdict_of(warnings: &[Warning], path: &str) -> Verdict {
     }
 }
 
-/// The case of one field: whatever is accepted is booted, and what is served is looked for at the VMM.
+/// Runs the case of one field. An accepted configuration is booted, and a served field must show in
+/// the VMM's own description.
 async fn field(vms: &Vms, path: &str, change: impl FnOnce(&mut VmConfig)) -> Verdict {
     let mut config = vms.config(Guest::Idle);
     change(&mut config);
@@ -91,7 +94,7 @@ pub(super) async fn field_of(vms: &Vms, path: &str, config: VmConfig) -> Verdict
     }
 }
 
-/// Looks for what was asked in what the VMM says of itself.
+/// Checks that the VMM's description of itself contains the evidence of the case.
 pub(super) async fn assert_evidence(vms: &Vms) {
     let view = vms.view(VM).await;
     for wanted in vms.column().evidence(vms.rig.case) {
@@ -126,7 +129,7 @@ pub(super) async fn vcpu_count(vms: Vms) -> Verdict {
     field(&vms, "config.cpu.vcpu_count", |config| cpu(config).vcpu_count = 2).await
 }
 
-/// More than the backend says that it serves.
+/// More vCPUs than the backend's limit are refused.
 pub(super) async fn too_many_vcpus(vms: Vms) -> Verdict {
     let limit = vms.backend.capabilities().limits.get("max-vcpus").copied().expect("it names its limit");
     let count = i32::try_from(limit + 1).expect("the limit is a number of vCPUs");
@@ -208,7 +211,8 @@ pub(super) async fn kernel_args(vms: Vms) -> Verdict {
     .await
 }
 
-/// A kernel as distributions ship it is booted or refused before anything is started; here only its first bytes are there.
+/// A kernel in the format of distributions is booted, or refused before anything is started. The
+/// file of this case contains the first bytes only.
 pub(super) async fn bzimage_kernel(vms: Vms) -> Verdict {
     let mut head = vec![0; 4096];
     head[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
@@ -242,7 +246,7 @@ pub(super) async fn key_of_another_backend(vms: Vms) -> Verdict {
     verdict
 }
 
-/// Labels are kept, returned, and found by.
+/// Labels are kept, returned, and usable in a search.
 pub(super) async fn metadata(vms: Vms) -> Verdict {
     let labels = [("team".to_owned(), "ü,=\"".to_owned())];
     let verdict = field(&vms, "config.metadata", |config| config.metadata = labels.clone().into()).await;

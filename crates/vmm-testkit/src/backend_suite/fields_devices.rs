@@ -33,7 +33,7 @@ pub(super) async fn several_disks(vms: Vms) -> Verdict {
     storage(&vms, "config.storage", disks).await
 }
 
-/// The root device comes first, and the kernel is told so.
+/// The root device is the first disk, and the kernel's arguments name it.
 pub(super) async fn root_device(vms: Vms) -> Verdict {
     let root = StorageDevice { is_root_device: true, ..disk(&vms, "root.raw") };
     storage(&vms, "config.storage", vec![disk(&vms, "data.raw"), root]).await
@@ -47,7 +47,7 @@ pub(super) async fn qcow2_disk(vms: Vms) -> Verdict {
     }
     let plain =
         StorageDevice { id: "a".to_owned(), path: path.display().to_string(), ..StorageDevice::default() };
-    // Never probed: an image that is not said to be qcow2 is refused, everywhere.
+    // Formats are never probed: every backend refuses a qcow2 image without the format option.
     let unsaid = VmConfig { storage: vec![plain.clone()], ..vms.config(Guest::Idle) };
     let refused = vms.try_create(VM, unsaid).await.expect_err("raw would hand the guest the header");
     assert!(matches!(refused, ServiceError::Invalid(_)), "{refused:?}");
@@ -83,7 +83,7 @@ fn nic(id: &str, tap: &str, mac: &str) -> NetworkInterface {
     }
 }
 
-/// Two TAPs that exist are used, and stay.
+/// Existing TAPs are used, and are not deleted.
 pub(super) async fn nics_on_taps(vms: Vms) -> Verdict {
     let (first, second) = match (Tap::new(), Tap::new()) {
         (Ok(first), Ok(second)) => (first, second),
@@ -111,12 +111,12 @@ pub(super) async fn nic_rate_limits(vms: Vms) -> Verdict {
     field_of(&vms, "config.network[0].options", config).await
 }
 
-/// A TAP that does not exist is made, named as asked, and goes with the VM.
+/// A named TAP that does not exist is made, and is deleted with the VM.
 pub(super) async fn tap_made_by_name(vms: Vms) -> Verdict {
     made_tap(&vms, &Tap::free_name()).await
 }
 
-/// The same where the program chooses the name.
+/// A TAP without a name gets one from the program, is made, and is deleted with the VM.
 pub(super) async fn tap_named_by_the_program(vms: Vms) -> Verdict {
     made_tap(&vms, "").await
 }
@@ -140,7 +140,7 @@ async fn made_tap(vms: &Vms, asked: &str) -> Verdict {
     verdict
 }
 
-/// A TAP serves one running VM; the second is told who holds it.
+/// A TAP serves one running VM. The refusal of a second VM names the holder.
 pub(super) async fn one_tap_one_vm(vms: Vms) -> Verdict {
     let tap = match Tap::new() {
         Ok(tap) => tap,
@@ -150,7 +150,7 @@ pub(super) async fn one_tap_one_vm(vms: Vms) -> Verdict {
     refused_while_held(&vms, on("02:00:00:00:05:05"), on("02:00:00:00:05:06")).await
 }
 
-/// So does a writable disk.
+/// A writable disk serves one running VM, also under a second path.
 pub(super) async fn one_disk_one_vm(vms: Vms) -> Verdict {
     let held = disk(&vms, "held.raw");
     let link = vms.rig.dir().join("link.raw");
@@ -171,7 +171,7 @@ async fn refused_while_held(vms: &Vms, first: VmConfig, second: VmConfig) -> Ver
     Verdict::Served
 }
 
-/// The console is kept, first message included, and appended to over boots and reboots.
+/// The console is kept from the first message on, over boots and reboots.
 pub(super) async fn console_kept(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Idle).await;
     vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
@@ -189,7 +189,7 @@ pub(super) async fn console_kept(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// The console goes to the file that is named, which stays.
+/// The console is written to the named file, which is not deleted.
 pub(super) async fn console_to_a_file(vms: Vms) -> Verdict {
     let output = vms.rig.dir().join("my console, with a comma.log");
     let console = Some(ConsoleConfig {
@@ -218,7 +218,7 @@ pub(super) async fn console_off(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// Says whether a file of `dir` holds `text`.
+/// Returns true if a file in `dir` contains `text`.
 fn holds(dir: &Path, text: &str) -> bool {
     let files = std::fs::read_dir(dir).expect("the run folder is there").flatten();
     files.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())).any(|entry| {

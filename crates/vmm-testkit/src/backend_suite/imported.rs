@@ -1,4 +1,5 @@
-//! Where VMs are imported only: the cases that concern VMs which somebody else has made, and the refusal of all others.
+//! Columns that only import VMs: the cases for VMs that another program has made, and the refusal
+//! of all other cases.
 
 use vmm_core::store::Requested;
 use vmm_service::ServiceError;
@@ -39,10 +40,10 @@ pub(super) const CASES: &[&str] = &[
     "hanging_vmm_at_daemon_start",
 ];
 
-/// What is played in the place of all others.
+/// The step that replaces every other case.
 pub(super) const REFUSED: Step = Step::Life(|vms| Box::pin(refused(vms)));
 
-/// CreateVm cannot, and says so before it looks at anything else; ValidateVm tells the same.
+/// Checks that CreateVm refuses before it looks at anything else, and that ValidateVm agrees.
 async fn refused(vms: Vms) -> Verdict {
     let config = vms.config(Guest::Idle);
     let requested = Requested { backend: String::new(), config: config.clone() };

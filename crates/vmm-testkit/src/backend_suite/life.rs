@@ -1,4 +1,4 @@
-//! What a client sees of a running guest: metrics, and what Linux finds in its machine.
+//! The client's view of a running guest: metrics, and the machine that Linux finds.
 
 use vmm_core::config::{CpuConfig, NetworkInterface, StorageDevice};
 
@@ -7,7 +7,7 @@ use super::rig::{VM, Vms, eventually};
 use super::tap::Tap;
 use crate::guests::Guest;
 
-/// Samples follow one another, within their bounds, and end with the run.
+/// Samples follow one another, stay within their bounds, and end with the run.
 pub(super) async fn metrics_move(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Echo).await;
     let sample = || vms.get(VM).expect("the VM exists").metrics;
@@ -29,7 +29,7 @@ pub(super) async fn metrics_move(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// A real kernel finds the machine that was asked for, and its counters move.
+/// A real kernel finds the requested machine, and its counters move.
 pub(super) async fn linux_sees_its_machine(vms: Vms) -> Verdict {
     let (linux, tap) = match (vms.column().linux(), Tap::new()) {
         (Ok(linux), Ok(tap)) => (linux, tap),

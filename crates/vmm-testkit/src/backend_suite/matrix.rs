@@ -1,4 +1,4 @@
-//! The matrix in `docs/backend-support.md`: written from results, and read back to be held against the next ones.
+//! The matrix in `docs/backend-support.md`: written from results, and compared with later results.
 
 use std::fmt::Write as _;
 use std::io;
@@ -21,22 +21,23 @@ pub const COLUMNS: [(&str, &str); 9] = [
 ];
 /// The line after which the matrix begins.
 pub const BEGIN: &str = "<!-- matrix: made by scripts/backend-matrix.sh; do not edit below -->";
-/// The variable that has the tests find without comparing, while a new document is made.
+/// The variable that makes the tests record results without comparing them, while the document is
+/// regenerated.
 pub const UPDATE: &str = "VMCP_BACKEND_MATRIX";
 
-/// The folder of the project's sources.
+/// Returns the root folder of the sources.
 #[must_use]
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// The document.
+/// Returns the path of the document.
 #[must_use]
 pub fn document() -> PathBuf {
     root().join("docs/backend-support.md")
 }
 
-/// Puts what was found into the document, whose prose stays.
+/// Writes the results into the document and keeps its prose.
 ///
 /// # Errors
 /// The document or the results cannot be read, or the document has no place for a matrix.
@@ -57,7 +58,7 @@ pub fn update() -> io::Result<()> {
     std::fs::write(&path, format!("{prose}{BEGIN}\n{}", render(&columns)))
 }
 
-/// The matrix as Markdown.
+/// Returns the matrix as Markdown.
 fn render(columns: &[(&str, Option<ColumnResults>)]) -> String {
     let mut text = String::new();
     for group in Group::ALL {
@@ -95,7 +96,7 @@ fn cell(found: Option<&ColumnResults>, case: &Case) -> Verdict {
     verdict.unwrap_or_else(|| Verdict::NotRun("its program was not there".to_owned()))
 }
 
-/// Reads the cell of `column` and `case` in the document.
+/// Returns the cell of `column` and `case` in the document.
 fn committed(document: &str, column: &str, case: &Case) -> Option<String> {
     let place = COLUMNS.iter().position(|(name, _)| *name == column)?;
     let (_, matrix) = document.split_once(BEGIN)?;
@@ -103,17 +104,18 @@ fn committed(document: &str, column: &str, case: &Case) -> Option<String> {
     row.trim_end_matches('|').split('|').nth(place).map(|cell| cell.trim().to_owned())
 }
 
-/// Fails where the committed document says something else than what was found.
+/// Compares the verdict with the committed document.
 ///
 /// # Panics
-/// That is what it is for.
+/// If the two differ.
 pub(super) fn assert_committed(column: &str, case: &Case, found: &Verdict) {
     if std::env::var_os(UPDATE).is_some() {
         return;
     }
     let document = std::fs::read_to_string(document()).unwrap_or_default();
     let committed = committed(&document, column, case);
-    // What the documented host could not find out, another one may.
+    // A cell "not run" agrees with every verdict, because the documented host lacked something that
+    // this host may have.
     if committed.as_deref() != Some(found.cell().0) && committed.as_deref() != Some("not run") {
         panic!(
             "docs/backend-support.md says {committed:?} for \"{}\" on {column}, and this run found \"{}\": \

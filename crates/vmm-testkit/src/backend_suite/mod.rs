@@ -1,19 +1,22 @@
-//! The suite that every [`Backend`](vmm_core::backend::Backend) passes: one list of cases, driven through the service as a
-//! client drives it, against the real program.
+//! The suite that every [`Backend`](vmm_core::backend::Backend) must pass: one list of cases that
+//! use the service like a client, against the real program.
 //!
 //! ```text
 //!   Case ──► Rig (folders, store) ──► life 1: runtime + VmService ──► Backend ──► the hypervisor
-//!              │                      away: nobody watches
+//!              │                      away: no daemon runs
 //!              │                      life 2: the next daemon on the same store
 //!              ▼
-//!        nothing left? ──► Verdict ──► target/backend-suite/<column>.json ──► docs/backend-support.md
+//!        nothing left? ──► Verdict ──► target/backend-suite/<column>.json
+//!                                                         └──► docs/backend-support.md
 //! ```
 //!
-//! A [`Column`] is a hypervisor with a machine model: what the matrix has a column for. A case yields a [`Verdict`], or panics
-//! and so fails. What is expected of a backend is taken from its own `check`, capabilities and facts, and what it accepts is
-//! really booted. A verdict that differs from the cell of the committed document fails the test as well.
+//! A [`Column`] is a hypervisor with a machine model, and a column of the matrix. A case returns a
+//! [`Verdict`], or panics and so fails. The expectations come from the backend's own `check`,
+//! capabilities and facts, and every accepted configuration is really booted. A verdict that
+//! differs from the cell of the committed document fails the test too.
 //!
-//! Put `vmm_testkit::backend_suite!(make_column);` into a module of a test file; each case becomes a test of its own there.
+//! Put `vmm_testkit::backend_suite!(make_column);` into a module of a test file. Each case becomes
+//! a test there.
 
 #![expect(clippy::panic, reason = "a suite gives up as loudly as the tests that it is made of")]
 
@@ -140,10 +143,10 @@ macro_rules! backend_suite {
     };
 }
 
-/// Runs one case on one column, records its verdict, and fails where the case or the committed document disagrees.
+/// Runs one case on one column and records its verdict.
 ///
 /// # Panics
-/// Where the case fails: that is what it is for.
+/// If the case fails, or its verdict differs from the committed document.
 pub fn run(column: Arc<dyn Column>, case: &str, module: &str) {
     let Some(case) = CASES.iter().find(|known| known.id == case) else { panic!("there is no case {case}") };
     let test = format!("{module}::{}", case.id);
@@ -152,6 +155,8 @@ pub fn run(column: Arc<dyn Column>, case: &str, module: &str) {
         Err(why) => return skipped(&test, &format!("{} cannot serve here: {why}", column.name())),
     };
     let rig = Arc::new(Rig::new(Arc::clone(&column), case.id));
+    // The panic of a case is caught, because its processes must be ended and its verdict recorded
+    // first.
     let outcome = catch_unwind(AssertUnwindSafe(|| rig.play(case)));
     rig.clear_away();
     let verdict = match &outcome {

@@ -1,7 +1,7 @@
-//! What a run of the suite found, and where it is kept for the document.
+//! The results of a run of the suite, and the files that keep them for the document.
 //!
-//! Each column has one file, `target/backend-suite/<column>.json`. Tests run side by side, in one process or several, so a file
-//! is changed under a lock.
+//! Each column has one file, `target/backend-suite/<column>.json`. A file is changed under a lock,
+//! because tests run side by side, in one process or several.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,32 +10,32 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// What a case found of a column.
+/// The result of a case on a column.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "cell", content = "detail", rename_all = "kebab-case")]
 pub enum Verdict {
-    /// As asked.
+    /// The request is served.
     Served,
-    /// As asked, by other means; the text says which.
+    /// The request is served by other means, which the text describes.
     Emulated(String),
-    /// Accepted with a warning, and without effect.
+    /// The request is accepted with a warning and has no effect.
     Ignored(String),
-    /// Refused, with a reason.
+    /// The request is refused with a reason.
     Rejected(String),
-    /// The hypervisor cannot, and says so in its capabilities.
+    /// The hypervisor cannot do this, which its capabilities state.
     NotApplicable(String),
-    /// This host lacks what it takes to find out.
+    /// This host lacks something that the case needs.
     NotRun(String),
     /// The case failed.
     Failed(String),
 }
 
-/// The word in the matrix.
+/// The word of a verdict in the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell(pub &'static str);
 
 impl Verdict {
-    /// The word in the matrix.
+    /// Returns the word of the verdict in the matrix.
     #[must_use]
     pub const fn cell(&self) -> Cell {
         Cell(match self {
@@ -49,7 +49,7 @@ impl Verdict {
         })
     }
 
-    /// What there is to say about it.
+    /// Returns the text of the verdict.
     #[must_use]
     pub fn detail(&self) -> Option<&str> {
         match self {
@@ -63,7 +63,8 @@ impl Verdict {
         }
     }
 
-    /// The same without the path of a test's folder, which is another one each time.
+    /// Returns the verdict without the path of the test's folder, because the path differs in each
+    /// run.
     pub(super) fn without(self, dir: &Path) -> Self {
         let dir = format!("{}/", dir.display());
         let short = |text: String| text.replace(&dir, "");
@@ -79,26 +80,26 @@ impl Verdict {
     }
 }
 
-/// What was found of one column.
+/// The results of one column.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ColumnResults {
-    /// The hypervisor's version, as it says itself.
+    /// The hypervisor's version, as the hypervisor reports it.
     pub version: String,
     /// The verdicts by case.
     pub cases: BTreeMap<String, Verdict>,
 }
 
-/// The folder of results: `backend-suite` in Cargo's target folder.
+/// Returns the folder of results: `backend-suite` in Cargo's target folder.
 #[must_use]
 pub fn folder() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     target.unwrap_or_else(|| super::matrix::root().join("target")).join("backend-suite")
 }
 
-/// Reads what was found of a column; `None` where nothing was.
+/// Reads the results of a column. `None` if there are none.
 ///
 /// # Errors
-/// The file cannot be read, or is none of ours.
+/// The file cannot be read, or is not a file of results.
 pub fn read(folder: &Path, column: &str) -> io::Result<Option<ColumnResults>> {
     match std::fs::read(folder.join(format!("{column}.json"))) {
         Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
@@ -107,7 +108,7 @@ pub fn read(folder: &Path, column: &str) -> io::Result<Option<ColumnResults>> {
     }
 }
 
-/// Adds a verdict to its column's file. Without a place to write to, the tests are still worth running.
+/// Adds a verdict to the file of its column. A failure is printed and does not fail the test.
 pub(super) fn record(column: &str, version: &str, case: &str, verdict: &Verdict) {
     let folder = folder();
     let write = || {
@@ -116,7 +117,7 @@ pub(super) fn record(column: &str, version: &str, case: &str, verdict: &Verdict)
         lock.lock()?;
         let mut results = read(&folder, column).ok().flatten().unwrap_or_default();
         if results.version != version {
-            // Another program's results are not this one's.
+            // The results of another version do not describe this one.
             results = ColumnResults { version: version.to_owned(), ..ColumnResults::default() };
         }
         results.cases.insert(case.to_owned(), verdict.clone());
@@ -130,7 +131,7 @@ pub(super) fn record(column: &str, version: &str, case: &str, verdict: &Verdict)
     }
 }
 
-#[expect(clippy::print_stderr, reason = "whoever runs the tests is told")]
+#[expect(clippy::print_stderr, reason = "the person who runs the tests must see it")]
 fn note(text: &str) {
     eprintln!("{text}");
 }

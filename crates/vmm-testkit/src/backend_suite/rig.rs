@@ -1,4 +1,5 @@
-//! What one case runs on: folders and a store that outlive its daemons, and the lives of these daemons.
+//! The surroundings of one case: the folders and the store, which outlive its daemons, and the
+//! lives of these daemons.
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -24,53 +25,58 @@ use super::results::Verdict;
 use crate::guests::Guest;
 use crate::memory_store::MemoryStore;
 
-/// Longer than anything honest takes on a busy machine; only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// The caller.
+/// The time that every wait of a case is limited to. Only a hang takes longer, even on a busy
+/// machine.
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The caller of every operation.
 const ME: &str = "suite";
-/// Time between two samples.
-const INTERVAL: Duration = Duration::from_millis(300);
-/// What is said of a case that took another VMM.
+/// The interval between two samples.
+const METRICS_INTERVAL: Duration = Duration::from_millis(300);
+/// The text of the verdict if a case needed another attached VMM.
 const ANOTHER: &str = "a VMM that has ended is somebody else's to start again: UNAVAILABLE until there is another on the socket";
-/// The name of the VM in cases that need one.
+/// The name of the VM in cases with one VM.
 pub(super) const VM: &str = "vm";
 
-/// Folders and a store that outlive the daemons of a case.
+/// The folders and the store of a case.
 pub(super) struct Rig {
     pub(super) column: Arc<dyn Column>,
     pub(super) case: &'static str,
     store: Arc<MemoryStore>,
     dir: TempDir,
-    /// Whether somebody else had to start another VMM.
+    /// True if another attached VMM had to be started.
     another: AtomicBool,
 }
 
 impl Rig {
     pub(super) fn new(column: Arc<dyn Column>, case: &'static str) -> Self {
-        // Short, because sockets lie below it.
+        // The prefix is short, because the paths of sockets below the folder are limited to 107
+        // bytes.
         let dir = tempfile::Builder::new().prefix("vs").tempdir().expect("a folder can be made");
         Self { column, case, store: Arc::new(MemoryStore::new()), dir, another: AtomicBool::new(false) }
     }
 
-    /// The case's folder.
+    /// Returns the folder of the case.
     pub(super) fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The daemon's runtime folder.
+    /// Returns the daemon's runtime folder.
     pub(super) fn runtime_dir(&self) -> PathBuf {
         self.dir.path().join("run")
     }
 
-    /// The VM as it is on record.
+    /// Returns the record of the VM in the store.
     pub(super) fn stored(&self) -> VmRecord {
         let name = self.column.imported(VM);
         self.store.vm(name.as_deref().unwrap_or(VM)).expect("the VM is on record")
     }
 
-    /// Plays every step of `case`, each in a runtime of its own that dies with all its tasks, as a daemon does.
+    /// Runs the steps of `case` and returns its verdict. Each step has a runtime of its own,
+    /// because the end of the runtime ends all its tasks, as the end of a daemon does.
     pub(super) fn play(self: &Arc<Self>, case: &Case) -> Verdict {
         let mut verdict = Verdict::Served;
+        // A column that only imports VMs cannot create the VM of most cases. It proves the refusal
+        // instead.
         let refused = [imported::REFUSED];
         let steps =
             if self.column.imports() && !imported::CASES.contains(&case.id) { &refused } else { case.steps };
@@ -79,10 +85,13 @@ impl Rig {
             let runtime = runtime();
             runtime.block_on(async {
                 match step {
+                    // The order at the end of a life matters. `drain` waits for the operations
+                    // under way, as a daemon does that stops. VMs are deleted in the last life
+                    // only, because the next life must find them.
                     Step::Life(life) => {
                         let vms = Vms::start(Arc::clone(self)).await;
                         verdict = life(vms.clone()).await;
-                        vms.service.drain(PATIENCE).await;
+                        vms.service.drain(WAIT_TIMEOUT).await;
                         if is_last {
                             vms.delete_all().await;
                         }
@@ -90,8 +99,11 @@ impl Rig {
                     Step::Away(away) => away(Arc::clone(self)).await,
                 }
             });
+            // The runtime is not awaited, because a daemon that dies does not wait for its tasks
+            // either.
             runtime.shutdown_background();
         }
+        // The check comes after the last life, when no daemon runs that could still clean up.
         self.assert_nothing_left();
         if verdict == Verdict::Served && self.another.load(Ordering::Relaxed) {
             return Verdict::Emulated(ANOTHER.to_owned());
@@ -99,6 +111,7 @@ impl Rig {
         verdict
     }
 
+    /// Fails if a process, a run folder or another file of the case is left.
     fn assert_nothing_left(&self) {
         let processes = runtime().block_on(async { self.column.processes(&self.runtime_dir()) });
         assert_eq!(processes, Vec::<String>::new(), "processes left");
@@ -107,7 +120,7 @@ impl Rig {
         assert_eq!(beside.collect::<Vec<_>>(), Vec::<PathBuf>::new(), "left beside the run folders");
     }
 
-    /// Ends whatever a failed case has left.
+    /// Kills every process that a failed case has left.
     pub(super) fn clear_away(&self) {
         runtime().block_on(async { self.column.kill_all(&self.runtime_dir()) });
     }
@@ -122,16 +135,17 @@ fn entries(dir: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(dir).map(|all| all.flatten().map(|entry| entry.path()).collect()).unwrap_or_default()
 }
 
-/// Waits until `done`, and fails with `what` where it never is.
+/// Waits until `done` returns true, and fails with `what` after [`WAIT_TIMEOUT`].
 pub(super) async fn eventually(what: impl Fn() -> String, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     while !done() {
         assert!(Instant::now() < deadline, "never: {}", what());
+        // The suite polls like a client, because the state is seen through the service only.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-/// One life of a daemon, as a case sees it.
+/// The life of one daemon, as a case sees it.
 #[derive(Clone)]
 pub(super) struct Vms {
     pub(super) rig: Arc<Rig>,
@@ -147,7 +161,7 @@ impl Vms {
         let settings = Settings {
             runtime_dir: rig.runtime_dir(),
             default_boot: vmm_service::DefaultBoot::default(),
-            metrics_interval: INTERVAL,
+            metrics_interval: METRICS_INTERVAL,
             event_retention: Duration::from_secs(3600),
             spare_vmms: 0,
         };
@@ -162,7 +176,7 @@ impl Vms {
         &*self.rig.column
     }
 
-    /// A small configuration with a tiny guest.
+    /// Returns a small configuration with a tiny guest.
     pub(super) fn config(&self, guest: Guest) -> VmConfig {
         let kernel = guest.write_to(self.rig.dir()).expect("the kernel can be written");
         let mut config = VmConfig {
@@ -175,7 +189,7 @@ impl Vms {
         config
     }
 
-    /// The same with a restart policy, by its number on the wire.
+    /// Returns a small configuration with a restart policy, given by its number on the wire.
     pub(super) fn config_with_policy(&self, guest: Guest, mode: i32, max_restarts: i32) -> VmConfig {
         let restart_policy = Some(RestartPolicyConfig { mode, max_restarts });
         VmConfig { restart_policy, ..self.config(guest) }
@@ -191,29 +205,29 @@ impl Vms {
         if self.column().make(vm_id, &config).is_some() {
             let what = || format!("{vm_id} is imported");
             eventually(what, || self.get(vm_id).is_ok()).await;
-            // It was made to wait, so that nothing of its run is missed.
+            // The VM was made paused, because a case must not miss a part of its run.
             return drop(self.resume(vm_id).await.expect("ResumeVm succeeds"));
         }
         self.try_create(vm_id, config).await.expect("CreateVm succeeds");
     }
 
-    /// The name that a VM bears: its own, or the one that it was imported under.
+    /// Returns the name of a VM in the service: its own name, or the name of its import.
     fn name(&self, vm_id: &str) -> String {
         self.column().imported(vm_id).unwrap_or_else(|| vm_id.to_owned())
     }
 
-    /// A VM as readers see it.
+    /// Returns a VM as readers see it.
     pub(super) fn get(&self, vm_id: &str) -> Result<VmView, ServiceError> {
         self.service.get(&self.name(vm_id))
     }
 
-    /// Creates and boots.
+    /// Creates and boots a VM.
     pub(super) async fn run(&self, vm_id: &str, config: VmConfig) -> Arc<VmRecord> {
         self.create(vm_id, config).await;
         self.boot(vm_id).await.expect("BootVm succeeds").record
     }
 
-    /// The same with a tiny guest, up to its first word.
+    /// Creates and boots a VM with a tiny guest, and waits for its banner.
     pub(super) async fn run_tiny(&self, guest: Guest) -> Arc<VmRecord> {
         let record = self.run(VM, self.config(guest)).await;
         self.console_shows(VM, &guest.banner(), 1).await;
@@ -224,14 +238,18 @@ impl Vms {
         self.service.boot(&self.name(vm_id), Caller::named(ME)).await
     }
 
-    /// Boots a VM whose VMM may have ended. Where that was somebody else's, BootVm says what to start and where, and once it
-    /// was started succeeds.
+    /// Boots a VM whose VMM may have ended. If an attached VMM has ended, BootVm names the socket
+    /// on which another VMM must be started. This function starts one there and boots again.
     pub(super) async fn boot_again(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         if !self.facts.attached {
             return self.boot(vm_id).await;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
+            // Three answers are possible until the deadline. (1) BootVm asks for another VMM: the
+            // column starts one on the named socket. (2) The old VMM is just ending, or the new one
+            // just starting: the next round asks again. (3) Any other answer is the result of the
+            // boot.
             match self.boot(vm_id).await {
                 Err(ServiceError::Unavailable(why)) if why.contains("start one there") => {
                     let place = self.record(vm_id).kind.socket().expect("it has a socket").to_owned();
@@ -239,7 +257,6 @@ impl Vms {
                     self.rig.another.store(true, Ordering::Relaxed);
                     self.column().another(Path::new(&place));
                 }
-                // One that is just ending, or just starting.
                 Err(ServiceError::Unavailable(_) | ServiceError::Precondition(_))
                     if Instant::now() < deadline => {}
                 answer => return answer,
@@ -256,20 +273,21 @@ impl Vms {
         self.service.resume(&self.name(vm_id), Caller::named(ME)).await
     }
 
-    /// Shuts down, with so many seconds for the guest to obey.
+    /// Shuts a VM down and gives the guest `seconds` to obey.
     pub(super) async fn shutdown(&self, vm_id: &str, seconds: i32) -> Result<Outcome, ServiceError> {
         let options = ShutdownOptions { force: false, timeout_seconds: seconds };
         self.service.shutdown(&self.name(vm_id), options, Caller::named(ME)).await
     }
 
-    /// Shuts a VM down whose guest obeys. A press of the button that comes too early in a boot is lost, and where the VMM is
-    /// somebody else's there is nothing after it: then it is pressed again.
+    /// Shuts a VM down whose guest obeys. The power button is pressed again if the VMM is attached
+    /// and the first press had no effect, because a press early in a boot is lost and no step of
+    /// the ladder follows it.
     pub(super) async fn shutdown_obeying(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
         let mut answer = self.shutdown(vm_id, 30).await;
         for _ in 0..3 {
             match answer {
                 Err(ServiceError::Deadline(_) | ServiceError::Unavailable(_)) if self.facts.attached => {
-                    // A VMM whose guest is busy may be slow to say that it is there.
+                    // The VMM of a busy guest may be slow to answer the daemon.
                     self.until(vm_id, "reachable", |record| record.status.phase == Phase::Running).await;
                     answer = self.shutdown(vm_id, 30).await;
                 }
@@ -293,7 +311,7 @@ impl Vms {
         self.service.delete(&self.name(vm_id), force, Caller::named(ME)).await
     }
 
-    /// Deletes every VM, and fails where something could not be freed.
+    /// Deletes every VM, and fails if DeleteVm leaves something behind.
     async fn delete_all(&self) {
         for record in self.service.list(&ListQuery::default()).expect("ListVms answers").vms {
             let gone = self.delete(record.vm_id.as_str(), true).await.expect("DeleteVm with force succeeds");
@@ -301,12 +319,13 @@ impl Vms {
         }
     }
 
-    /// The record as readers see it.
+    /// Returns the record as readers see it.
     pub(super) fn record(&self, vm_id: &str) -> Arc<VmRecord> {
         self.get(vm_id).expect("the VM exists").record
     }
 
-    /// Waits until the record that readers see is as wanted.
+    /// Waits until the record that readers see fulfils `wanted`, and returns it. `what` describes
+    /// the wanted record for the message of a failure.
     pub(super) async fn until(
         &self,
         vm_id: &str,
@@ -318,7 +337,7 @@ impl Vms {
         self.record(vm_id)
     }
 
-    /// Waits until the VM is down and stays so.
+    /// Waits until the VM has ended and no operation is under way, and returns its record.
     pub(super) async fn until_down(&self, vm_id: &str) -> Arc<VmRecord> {
         let down = |record: &VmRecord| {
             record.state == VmState::Shutdown && matches!(record.status.phase, Phase::Stopped | Phase::Failed)
@@ -328,26 +347,26 @@ impl Vms {
         record
     }
 
-    /// The file of the VM's kept console.
+    /// Returns the path of the VM's kept console.
     pub(super) fn console_file(&self, vm_id: &str) -> PathBuf {
         let in_run_folder = || self.record(vm_id).uid.run_dir(&self.rig.runtime_dir()).join("console.log");
         self.column().console(vm_id).unwrap_or_else(in_run_folder)
     }
 
-    /// Waits until the kept console shows `text` for the `times`th time.
+    /// Waits until the kept console contains `text` at least `times` times, and returns all of it.
     pub(super) async fn console_shows(&self, vm_id: &str, text: &str, times: usize) -> String {
         file_shows(&self.console_file(vm_id), text, times).await
     }
 
-    /// Waits until the guest, which is busy, stands still, or does not.
+    /// Waits until the busy guest uses no CPU time, or uses it again.
     pub(super) async fn until_still(&self, record: &VmRecord, still: bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         while self.column().stands_still(record).await != still {
             assert!(Instant::now() < deadline, "never: the guest stands still is {still}");
         }
     }
 
-    /// A configuration with Linux and what it is to do.
+    /// Returns a configuration with Linux and further kernel arguments.
     pub(super) fn linux_config(&self, linux: &Linux, args: &str) -> VmConfig {
         let mut config = self.config(Guest::Idle);
         config.memory = Some(MemoryConfig { size_bytes: 256 << 20, ..MemoryConfig::default() });
@@ -359,13 +378,13 @@ impl Vms {
         config
     }
 
-    /// What the VMM says of its configuration.
+    /// Returns the VMM's description of its configuration.
     pub(super) async fn view(&self, vm_id: &str) -> String {
         self.column().view(&self.record(vm_id)).await
     }
 }
 
-/// Waits until a file shows `text` for the `times`th time, and answers all of it.
+/// Waits until a file contains `text` at least `times` times, and returns all of it.
 pub(super) async fn file_shows(file: &Path, text: &str, times: usize) -> String {
     let read = || String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned();
     let what = || format!("{text:?} is {times} times in {}:\n{}", file.display(), read());
@@ -373,10 +392,10 @@ pub(super) async fn file_shows(file: &Path, text: &str, times: usize) -> String 
     read()
 }
 
-/// The pid of the VMM on record.
+/// Returns the pid of the recorded VMM.
 pub(super) fn pid_of(record: &VmRecord) -> u32 {
     record.run.as_ref().expect("a process is on record").process.pid
 }
 
-/// A step of a case.
+/// The future of a step.
 pub(super) type Doing<T> = std::pin::Pin<Box<dyn Future<Output = T> + Send>>;

@@ -1,4 +1,4 @@
-//! The state table of the contract, row by row, and what hangs on it.
+//! The state table of the contract, row by row, and further cases about states.
 
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
@@ -21,16 +21,17 @@ enum Op {
     ForceDelete,
 }
 
-/// A cell of the table, written down here and not taken from the code: this is what clients were promised.
+/// A cell of the table. The table is repeated here and not taken from the code, because it is a
+/// promise to clients.
 #[derive(Clone, Copy)]
 enum Cell {
-    /// It leads to this state.
+    /// The operation leads to this state.
     To(VmState),
-    /// There is nothing to do.
+    /// The VM is in the wanted state already, so nothing changes.
     Same,
-    /// The state forbids it.
+    /// The state forbids the operation.
     No,
-    /// The VM is gone.
+    /// The VM is deleted.
     Gone,
 }
 
@@ -72,7 +73,7 @@ async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
     let mut verdict = Verdict::Served;
     for (state, cell) in VmState::ALL.into_iter().zip(cells) {
         if state == VmState::Created && vms.column().imports() {
-            // What is imported runs already.
+            // An imported VM runs already.
             continue;
         }
         let vm_id = state.name().to_lowercase();
@@ -112,7 +113,8 @@ async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
     verdict
 }
 
-/// The guest that the row of an operation takes: one that obeys, where there is no other way to end its run without force.
+/// Returns the guest for the row of an operation. An obeying guest is needed if only a guest can
+/// end its run without force.
 fn guest_for(vms: &Vms, op: Op) -> Guest {
     match (op, vms.column().obeying()) {
         (Op::Shutdown, Obeying::Tiny(obeying)) if !vms.facts.powers_off => obeying,
@@ -120,7 +122,7 @@ fn guest_for(vms: &Vms, op: Op) -> Guest {
     }
 }
 
-/// A reboot that takes another VMM, where VMMs are somebody else's.
+/// Checks the refusal of a reboot that needs another attached VMM.
 fn reboot_is_refused(answer: Result<Outcome, ServiceError>) -> Verdict {
     let Err(ServiceError::Unavailable(why)) = answer else {
         panic!("a reboot takes another VMM: {answer:?}")
@@ -143,7 +145,8 @@ async fn bring_to(vms: &Vms, vm_id: &str, state: VmState, guest: Guest) {
     }
 }
 
-/// What no operation may have touched. The time of the last observation is not of it: samples freshen it.
+/// Returns the part of a record that a refused operation must not change. The time of the last
+/// observation is not included, because samples change it.
 fn essence(record: &VmRecord) -> (u64, VmState, Option<u32>) {
     (record.generation, record.state, record.run.as_ref().map(|run| run.process.pid))
 }
@@ -161,7 +164,7 @@ async fn carry_out(vms: &Vms, vm_id: &str, op: Op) -> Result<Outcome, ServiceErr
     }
 }
 
-/// RebootVm with force: at once, in the same process where the hypervisor can.
+/// RebootVm with force is immediate, and stays in the same process if the hypervisor can do that.
 pub(super) async fn force_reboot(vms: Vms) -> Verdict {
     let before = vms.run_tiny(Guest::Idle).await;
     if !vms.facts.reboots {
@@ -178,7 +181,7 @@ pub(super) async fn force_reboot(vms: Vms) -> Verdict {
     Verdict::Emulated("its process can be used once: a new one is started".to_owned())
 }
 
-/// Boot after shutdown starts a new process from the stored configuration, again and again.
+/// Each boot after a shutdown starts a new process from the stored configuration.
 pub(super) async fn boot_after_shutdown(vms: Vms) -> Verdict {
     let mut pids = vec![pid_of(&*vms.run_tiny(Guest::Idle).await)];
     for boot in 2..=3 {
@@ -189,7 +192,7 @@ pub(super) async fn boot_after_shutdown(vms: Vms) -> Verdict {
     }
     pids.sort_unstable();
     pids.dedup();
-    // One that was started by somebody else, and outlives its VM, is used again.
+    // An attached VMM that outlives its VM is used again.
     let one = vms.facts.attached && vms.facts.powers_off;
     assert_eq!(pids.len(), if one { 1 } else { 3 }, "the processes: {pids:?}");
     Verdict::Served

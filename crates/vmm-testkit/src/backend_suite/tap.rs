@@ -1,18 +1,18 @@
-//! TAPs that a case needs.
+//! TAPs for the cases.
 
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A TAP that goes with its owner.
+/// A TAP that is deleted when the value is dropped.
 #[derive(Debug)]
 pub struct Tap(String);
 
 impl Tap {
-    /// Makes a TAP with a name of its own.
+    /// Makes a TAP with a unique name.
     ///
     /// # Errors
-    /// Why none can be made here, for people.
+    /// The reason why this machine cannot make one, for people.
     pub fn new() -> Result<Self, String> {
         let tap = Self(Self::free_name());
         let made = Command::new("ip")
@@ -25,20 +25,20 @@ impl Tap {
         Err(format!("no TAP can be made here: {}", String::from_utf8_lossy(&made.stderr).trim()))
     }
 
-    /// A name that no interface of this host has, other tests' included.
+    /// Returns a name that no interface of this host has, also not one of another test.
     #[must_use]
     pub fn free_name() -> String {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         format!("vs{:x}x{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Its name.
+    /// Returns the name of the TAP.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.0
     }
 
-    /// Whether there is an interface of this name.
+    /// Returns true if an interface has this name.
     #[must_use]
     pub fn exists(name: &str) -> bool {
         Path::new("/sys/class/net").join(name).exists()

@@ -1,4 +1,4 @@
-//! What happens to the VMM itself: it dies, it hangs, it gets a kernel that is none.
+//! Cases about faults of the VMM: it dies, it hangs, or its kernel is broken.
 
 use std::time::Duration;
 
@@ -34,23 +34,24 @@ async fn dies(vms: &Vms, signal: Signal, paused: bool) -> Verdict {
     }
     let running = vms.record(VM);
     while vms.record(VM).state.is_live() {
-        // Again and again: a program in Rust takes the first SIGSEGV that comes from outside for a stray one.
+        // The signal is repeated, because a program in Rust ignores the first SIGSEGV from outside:
+        // its handler restores the default action and returns.
         vms.column().signal(&running, signal);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let down = vms.until_down(VM).await;
     let found = (down.status.phase, down.status.reason.as_str(), down.ended_by);
-    // Of a process that somebody else started there is no exit status.
+    // An attached VMM is not the daemon's child, so its exit status is unknown.
     let reason = if vms.facts.attached { "unknown" } else { "vmm-failed" };
     assert_eq!(found, (Phase::Failed, reason, None), "{down:#?}");
     assert_ne!(down.status.message, "", "it says what is known of the end");
-    // What the dead one left is in nobody's way.
+    // The files that the dead VMM left must not prevent the next boot.
     assert_eq!(vms.boot_again(VM).await.expect("BootVm succeeds").record.state, VmState::Running);
     vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
     Verdict::Served
 }
 
-/// A VMM that dies while its guest is being waited for has ended, which is what was asked.
+/// The end of a VMM during ShutdownVm fulfils the request, so ShutdownVm succeeds.
 pub(super) async fn vmm_killed_while_stopping(vms: Vms) -> Verdict {
     let running = vms.run_tiny(Guest::Idle).await;
     let asking = tokio::spawn({
@@ -66,7 +67,7 @@ pub(super) async fn vmm_killed_while_stopping(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// Reads go on, operations say UNAVAILABLE, force works.
+/// Reads work, operations return UNAVAILABLE, and force works.
 pub(super) async fn vmm_hangs(vms: Vms) -> Verdict {
     let running = vms.run_tiny(Guest::Idle).await;
     vms.create("other", vms.config(Guest::Idle)).await;
@@ -100,7 +101,7 @@ pub(super) async fn hanging_vmm_is_deleted(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// A VMM that was silent for a while is marked so, and taken up again when it answers.
+/// A VMM that stops answering is shown as unreachable, and is in use again when it answers.
 pub(super) async fn vmm_comes_back(vms: Vms) -> Verdict {
     let running = vms.run_tiny(Guest::Idle).await;
     vms.column().signal(&running, Signal::STOP);
@@ -113,12 +114,13 @@ pub(super) async fn vmm_comes_back(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// A kernel that looks right and cannot be loaded: told, undone, and the VM can be deleted.
+/// A kernel that looks right and cannot be loaded is reported, the start is undone, and the VM can
+/// be deleted.
 pub(super) async fn broken_kernel_leaves_nothing(vms: Vms) -> Verdict {
     let mut config = vms.config(Guest::Idle);
     let whole = Guest::Idle.elf();
     let broken = vms.rig.dir().join("broken.elf");
-    // The ELF header alone: its program headers lie behind the end of the file.
+    // The file ends after the ELF header, so its program headers are missing.
     std::fs::write(&broken, &whole[..64]).expect("the file can be written");
     if let Some(boot) = &mut config.boot {
         boot.kernel_path = broken.display().to_string();

@@ -1,4 +1,5 @@
-//! Writes what the backend suite found last into the matrix of `docs/backend-support.md`. `scripts/backend-matrix.sh` runs both.
+//! Writes the last results of the backend suite into the matrix of `docs/backend-support.md`.
+//! `scripts/backend-matrix.sh` runs the suite and this program.
 
 use std::io::Write as _;
 use std::process::ExitCode;
