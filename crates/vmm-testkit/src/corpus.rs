@@ -1,4 +1,4 @@
-//! The inputs of the fuzz targets that are kept in the repository, as tests.
+//! Runs the fuzz inputs in the repository as tests.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _};
@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use tar::Archive;
 
-/// Gives every kept input of the fuzz target `name` to `target`, and returns how many there were: the files of `fuzz/seeds/<name>`,
-/// which are real messages and former findings, and the members of `fuzz/corpus/<name>.tar`, which fuzzing found.
+/// Passes every stored input of the fuzz target `name` to `target`, and returns their number. The
+/// inputs are the files of `fuzz/seeds/<name>`, which are real messages and former findings, and
+/// the members of `fuzz/corpus/<name>.tar`, which fuzzing found.
 ///
 /// # Panics
 ///
-/// Where an input cannot be read, or the target panics; the input's name is printed then.
+/// If an input cannot be read or the target panics. The name of the input is printed then.
 pub fn replay(name: &str, target: impl Fn(&[u8])) -> usize {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
     let mut inputs = seeds(&fuzz.join("seeds").join(name));
@@ -46,7 +47,7 @@ fn corpus(archive: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     members.collect()
 }
 
-/// Prints which input it was, when its target panics.
+/// Prints the name of the input if its target panics.
 struct Named<'a>(&'a Path);
 
 impl Drop for Named<'_> {

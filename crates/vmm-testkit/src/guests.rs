@@ -1,8 +1,10 @@
-//! Tiny guests: ELF kernels of some 400 bytes that boot in milliseconds on all three hypervisors.
+//! Tiny guests: ELF kernels of about 400 bytes that boot in milliseconds on all three hypervisors.
 //!
-//! Linux proves that real guests run; it takes seconds. What most tests ask is smaller: is a guest running, does its console
-//! arrive, what happens when it powers off, resets or dies? Each [`Guest`] is the answer to one such question. It prints its
-//! [`banner`](Guest::banner) on the first serial port once per boot, so that a console counts the boots, and then does its one thing.
+//! Linux proves that real guests run, and takes seconds. Most tests ask a smaller question. Is a
+//! guest running? Does its console output arrive? What happens when it powers off, resets or dies?
+//! Each [`Guest`] answers one such question. A guest prints its [`banner`](Guest::banner) on the
+//! first serial port once per boot, so that a console counts the boots, and then does its one
+//! thing.
 //!
 //! ```text
 //!   file = memory at 1 MiB                     started by
@@ -10,46 +12,57 @@
 //!   │ ELF64 header             │               Cloud Hypervisor, Firecracker: their own ELF loader
 //!   │ program headers: load, note              │
 //!   │ note "Xen", type 18 ─────┼──► entry      │
-//!   ├──────────────────────────┤ 0x100100 ◄────┘ 32-bit protected mode, flat segments, paging and interrupts off
-//!   │ code, then the banner    │
+//!   ├──────────────────────────┤ 0x100100 ◄────┘ 32-bit protected mode, flat segments,
+//!   │ code, then the banner    │                 paging and interrupts off
 //!   └──────────────────────────┘
 //! ```
 //!
-//! The code is assembled here, by hand, with its source beside the bytes: no assembler is needed to build the project, and none
-//! of the code needs a stack, memory beyond its own, or interrupts.
+//! The code is assembled here by hand, with its source beside the bytes, because building the
+//! project must not need an assembler. The code needs no stack, no memory beyond its own, and no
+//! interrupts.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Physical address at which the file is loaded, the lowest that all three hypervisors accept.
+/// The physical address at which the file is loaded, the lowest that all three hypervisors accept.
 const LOAD_ADDRESS: u32 = 0x0010_0000;
-/// Where the code begins, in the file and behind [`LOAD_ADDRESS`]; the headers and the note fit before it.
+/// The offset of the code in the file and from [`LOAD_ADDRESS`]. The headers and the note fit
+/// before it.
 const CODE_OFFSET: u32 = 0x100;
-/// Data register of the first serial port, COM1.
+/// The data register of the first serial port, COM1.
 const UART_DATA: u16 = 0x3f8;
-/// Line status register of the first serial port: bit 0 a byte has come in, bit 5 a byte can go out.
+/// The line status register of the first serial port. Bit 0: a byte was received. Bit 5: a byte can
+/// be sent.
 const UART_STATUS: u16 = 0x3fd;
-/// Type of the ELF note that holds the 32-bit entry point of a PVH kernel (`XEN_ELFNOTE_PHYS32_ENTRY`).
+/// The type of the ELF note with the 32-bit entry point of a PVH kernel
+/// (`XEN_ELFNOTE_PHYS32_ENTRY`).
 const NOTE_PHYS32_ENTRY: u32 = 18;
 
 /// A guest that does one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guest {
-    /// Halts for good, at no CPU cost; nothing but its VMM can end it, the power button included.
+    /// Halts for ever without CPU use. Only its VMM can end it, because it ignores the power
+    /// button.
     Idle,
-    /// Powers off by ACPI (QEMU q35 and microvm, Cloud Hypervisor); on Firecracker, which has no power-off, it halts.
+    /// Powers off by ACPI (QEMU q35 and microvm, Cloud Hypervisor). Halts on Firecracker, which has
+    /// no power-off.
     PowerOff,
-    /// Resets through the keyboard controller, as Linux does with `reboot=k`; started again it resets again.
+    /// Resets through the keyboard controller, like Linux with `reboot=k`. It resets again after
+    /// each start.
     Reset,
-    /// Dies of a triple fault.
+    /// Ends with a triple fault.
     TripleFault,
-    /// Panics: tells its panic device (`pvpanic`, on the ISA bus or PCI), where the machine has one, and halts for good.
+    /// Reports a panic to its panic device (`pvpanic`, on the ISA bus or PCI) if the machine has
+    /// one, and halts for ever.
     Panic,
-    /// Sends back every byte that comes in on the serial port. It polls, and so keeps one host CPU busy.
+    /// Sends back every byte that it receives on the serial port. It polls, and so keeps one host
+    /// CPU busy.
     Echo,
-    /// As [`Guest::Echo`], and acts on `P` (powers off), `R` (resets), `F` (triple fault) and Ctrl+Alt+Del (resets).
+    /// Does the work of [`Guest::Echo`], and obeys `P` (powers off), `R` (resets), `F` (triple
+    /// fault) and Ctrl+Alt+Del (resets).
     Obey,
-    /// Powers off when the ACPI power button is pressed. QEMU q35 only. It polls, and so keeps one host CPU busy.
+    /// Powers off when the ACPI power button is pressed. QEMU q35 only. It polls, and so keeps one
+    /// host CPU busy.
     Button,
 }
 
@@ -101,14 +114,15 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// Those of writing a file: the folder does not exist, or cannot be written to.
+    /// The folder does not exist, or cannot be written to.
     pub fn write_to(self, folder: &Path) -> io::Result<PathBuf> {
         let path = folder.join(format!("tiny-{}.elf", self.name()));
         std::fs::write(&path, self.elf())?;
         Ok(path)
     }
 
-    /// Assembles everything behind the headers: banner loop, the guest's own part, and the text of the banner.
+    /// Assembles everything after the headers: the banner loop, the guest's own part, and the text
+    /// of the banner.
     fn code(self) -> Vec<u8> {
         let mut code = Code::default();
         let text_address = code.print();
@@ -130,7 +144,8 @@ impl Guest {
     }
 }
 
-/// 32-bit x86 machine code under construction. Jumps are short: each guest's code is far below 128 bytes a jump.
+/// 32-bit x86 machine code under construction. Most jumps are short, because they span fewer than
+/// 128 bytes.
 #[derive(Default)]
 struct Code(Vec<u8>);
 
@@ -146,7 +161,7 @@ impl Code {
         self.0.len()
     }
 
-    /// Emits a jump (`opcode` rel8) to a place before it.
+    /// Emits a backward jump (`opcode` rel8) to `target`.
     fn back(&mut self, opcode: u8, target: usize) {
         let distance = self.here() + 2 - target;
         let rel8 = u8::try_from(distance).map_or(0, u8::wrapping_neg);
@@ -154,7 +169,7 @@ impl Code {
         self.emit(&[opcode, rel8]);
     }
 
-    /// Emits a jump (`opcode` rel8) to a place that [`Code::land`] will set.
+    /// Emits a forward jump (`opcode` rel8), whose target [`Code::land`] sets.
     fn forward(&mut self, opcode: u8) -> Forward {
         self.emit(&[opcode, 0]);
         Forward(self.here())
@@ -166,13 +181,13 @@ impl Code {
         self.0[jump.0 - 1] = u8::try_from(distance).unwrap_or(0);
     }
 
-    /// mov dx, port
+    /// Emits `mov dx, port`.
     fn port(&mut self, port: u16) {
         let [low, high] = port.to_le_bytes();
         self.emit(&[0x66, 0xba, low, high]);
     }
 
-    /// Waits until the serial port takes a byte, then sends the one in bl.
+    /// Waits until the serial port accepts a byte, then sends bl.
     fn send_bl(&mut self) {
         self.port(UART_STATUS); //        mov dx, status
         let wait = self.here();
@@ -184,7 +199,8 @@ impl Code {
         self.emit(&[0xee]); //            out dx, al
     }
 
-    /// Prints a zero-terminated text and returns the offset of its 32-bit address, to be filled in.
+    /// Prints a zero-terminated text. Returns the offset of its 32-bit address, which the caller
+    /// fills in.
     fn print(&mut self) -> usize {
         self.emit(&[0xfa, 0xfc]); //      cli; cld
         self.emit(&[0xbe]); //            mov esi, text
@@ -201,20 +217,23 @@ impl Code {
         text_address
     }
 
-    /// Halts for good; with interrupts off only a reset ends it, and the loop is for the NMI that might.
+    /// Halts for ever. Interrupts are off, so only a reset ends the halt, or an NMI, after which
+    /// the loop halts again.
     fn halt(&mut self) {
         let again = self.here();
         self.emit(&[0xfa, 0xf4]); // again: cli; hlt
         self.back(JMP, again); //           jmp again
     }
 
-    /// Tries every power-off in turn; each is without effect on the machines that it is not for.
+    /// Tries every way to power off. Each is without effect on the machines that it is not for.
     fn power_off(&mut self) {
-        // Cloud Hypervisor: its shutdown port takes SLP_EN and sleep type 5. On q35 this clears status bits, no more.
+        // Cloud Hypervisor: its shutdown port takes SLP_EN and sleep type 5. On q35 the write only
+        // clears status bits.
         self.port(0x600); //                                  mov dx, 0x600
         self.emit(&[0xb0, 0x34]); //                          mov al, 0x34
         self.emit(&[0xee]); //                                out dx, al
-        // QEMU q35: PM1a control, where its firmware puts it; SLP_EN with sleep type 0, which is soft-off there.
+        // QEMU q35: PM1a control at the address that the firmware chooses. SLP_EN with sleep type 0
+        // is soft-off there.
         self.port(0x604); //                                  mov dx, 0x604
         self.emit(&[0x66, 0xb8, 0x00, 0x20]); //              mov ax, 0x2000
         self.emit(&[0x66, 0xef]); //                          out dx, ax
@@ -222,7 +241,7 @@ impl Code {
         self.emit(&[0xc6, 0x05, 0x00, 0x02, 0xa0, 0xfe, 0x34]); // mov byte [0xfea00200], 0x34
     }
 
-    /// Tries every reset in turn.
+    /// Tries every way to reset.
     fn reset(&mut self) {
         // The keyboard controller pulses the CPU's reset line: q35, Cloud Hypervisor, Firecracker.
         self.emit(&[0xb0, 0xfe]); //                          mov al, 0xfe
@@ -231,7 +250,8 @@ impl Code {
         self.emit(&[0xc6, 0x05, 0x02, 0x02, 0xa0, 0xfe, 0x42]); // mov byte [0xfea00202], 0x42
     }
 
-    /// Raises an exception with no table of handlers: the CPU finds none for it, none for that, and shuts down.
+    /// Raises an exception with an empty table of handlers. The CPU finds no handler for the
+    /// exception, none for the double fault, and shuts down.
     fn triple_fault(&mut self) {
         let over = self.forward(JMP); //                      jmp over
         let table = LOAD_ADDRESS + CODE_OFFSET + u32::try_from(self.here()).unwrap_or(0);
@@ -242,9 +262,10 @@ impl Code {
         self.emit(&[0x0f, 0x0b]); //                          ud2
     }
 
-    /// Tells each kind of panic device that the guest has panicked.
+    /// Reports a panic to each kind of panic device.
     fn panic(&mut self) {
-        // Cloud Hypervisor: a PCI device, 1b36:0011, whose one register lies where its first base address says.
+        // Cloud Hypervisor: the PCI device 1b36:0011. Its one register is at its first base
+        // address.
         self.emit(&[0xb9, 0x00, 0x00, 0x00, 0x80]); //        mov ecx, 0x80000000   bus 0, device 0, register 0
         let next = self.here();
         self.emit(&[0x89, 0xc8]); //                    next: mov eax, ecx
@@ -272,7 +293,7 @@ impl Code {
         self.emit(&[0xee]); //                                out dx, al
     }
 
-    /// Reads into eax the register of a PCI device that eax names, and leaves its port in dx.
+    /// Reads the register of a PCI device that eax names into eax, and leaves the data port in dx.
     fn read_pci(&mut self) {
         self.port(0xcf8); //                                  mov dx, 0xcf8
         self.emit(&[0xef]); //                                out dx, eax
@@ -280,18 +301,21 @@ impl Code {
         self.emit(&[0xed]); //                                in eax, dx
     }
 
-    /// Sends back what comes in, for good; with `obey`, acts on the letters and keys that [`Guest::Obey`] names.
+    /// Sends back every received byte, for ever. With `obey`, obeys the letters and keys of
+    /// [`Guest::Obey`].
     fn echo(&mut self, obey: bool) {
         let poll = self.here();
         if obey {
-            // A guest that asks without a pause holds the locks of these devices nearly all the time, and a Firecracker that shares
-            // a CPU with it may not come to pressing the keys, or to answering, for minutes.
+            // The loop is a pause between two polls. A guest that polls without one holds the locks
+            // of these devices nearly all the time, and a Firecracker that shares a CPU with the
+            // guest may not press the keys, or answer, for minutes.
             self.emit(&[0xb9, 0x00, 0x40, 0x00, 0x00]); // mov ecx, 0x4000
             let rest = self.here();
             self.emit(&[0xf3, 0x90]); //       rest: pause
             self.emit(&[0xff, 0xc9]); //             dec ecx
             self.back(JNZ, rest); //                 jnz rest
-            // A key press lies in the keyboard controller's buffer. Delete is 0x53 in its first, 0x71 in its second code set.
+            // A key press is in the buffer of the keyboard controller. Delete is 0x53 in the first
+            // code set and 0x71 in the second.
             self.emit(&[0xe4, 0x64]); //       poll: in al, 0x64
             self.emit(&[0x3c, 0xff]); //             cmp al, 0xff   no controller there
             let absent = self.forward(JZ); //        jz no_key
@@ -339,14 +363,15 @@ impl Code {
         self.emit(&distance.wrapping_neg().to_le_bytes());
     }
 
-    /// Enables the power button's status bit, waits for it, and powers off.
+    /// Enables the status bit of the power button, waits for it, and powers off.
     fn await_button(&mut self) {
         self.port(0x602); //                   mov dx, 0x602        PM1 enable
         self.emit(&[0x66, 0xb8, 0x00, 0x01]); //  mov ax, 0x100     power button
         self.emit(&[0x66, 0xef]); //           out dx, ax
         self.port(0x600); //                   mov dx, 0x600        PM1 status
         let wait = self.here();
-        // Each port is read under QEMU's one lock: a guest that did nothing else would keep QMP from it for seconds.
+        // QEMU reads each port under its global lock. The loop is a pause, because a guest that
+        // only polls would keep QMP from the lock for seconds.
         self.emit(&[0xb9, 0x00, 0x80, 0x00, 0x00]); // wait: mov ecx, 0x8000
         self.emit(&[0xe2, 0xfe]); //           loop $
         self.emit(&[0x66, 0xed]); //           in ax, dx
@@ -360,7 +385,8 @@ const JZ: u8 = 0x74;
 const JNZ: u8 = 0x75;
 const JMP: u8 = 0xeb;
 
-/// Returns the ELF header, both program headers and the note, for a file with `code_size` bytes of code.
+/// Returns the ELF header, both program headers and the note, for a file with `code_size` bytes of
+/// code.
 fn headers(code_size: usize) -> Vec<u8> {
     const HEADER_SIZE: u16 = 64;
     const PROGRAM_HEADER_SIZE: u16 = 56;

@@ -1,13 +1,13 @@
 //! Helpers of the tests, which no release contains.
 //!
 //! ```text
-//!   backend_suite ── drives any Backend through the service ──► one column of docs/backend-support.md
+//!   backend_suite ── drives any Backend through the service ──► column of docs/backend-support.md
 //!   store_suite   ── holds any Store to its contract ──► memory_store, and SQLite in vmm-store
-//!   fake          ── a hypervisor that does as its script says, as a real process
+//!   fake          ── a hypervisor that follows a script, in the test or as a process
 //!   guests        ── tiny kernels: deaf ones, ones that obey the power button, ones that crash
 //!   logs          ── the room that a VMM's log takes
-//!   libvirtd, libvirt_session ── a libvirt of the test's own
-//!   by_hand       ── each VMM driven without the daemon, for the benchmarks
+//!   libvirtd, libvirt_session ── a libvirt for one test
+//!   by_hand       ── each VMM driven without the daemon, for tests and benchmarks
 //! ```
 
 pub mod backend_suite;

@@ -1,4 +1,4 @@
-//! A [`Store`] in memory that keeps every promise but durability, and fails when a test tells it to.
+//! A [`Store`] in memory that keeps every promise except durability, and fails on demand.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,8 @@ use vmm_core::store::{
     Change, Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, Unreadable, VmRecord,
 };
 
-/// The store. What it holds lives as long as it does, so a second service on the same store finds it again.
+/// The store. Its data exists as long as the value, so a second service on the value finds the data
+/// again.
 #[derive(Debug)]
 pub struct MemoryStore {
     instance: InstanceId,
@@ -30,16 +31,16 @@ struct Inner {
     always: Option<Verdict>,
 }
 
-/// What becomes of a commit.
+/// The treatment of a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is judged by the rules.
+    /// The commit is applied if the rules allow it.
     Pass,
-    /// It is refused, and nothing is written.
+    /// The commit is refused, and nothing is written.
     Refuse(StoreErrorKind),
-    /// It is not written, and nobody can tell.
+    /// The commit is not written, and the answer leaves that open.
     Lose(StoreErrorKind),
-    /// It is written if the rules allow it, and nobody can tell.
+    /// The commit is written if the rules allow it, and the answer leaves that open.
     WriteAndFail(StoreErrorKind),
 }
 
@@ -55,54 +56,54 @@ impl MemoryStore {
         Self::default()
     }
 
-    /// Says what becomes of the next commits that the rules allow, in their order.
+    /// Sets the treatment of the next commits that the rules allow, in their order.
     pub fn next(&self, verdicts: impl IntoIterator<Item = Verdict>) {
         self.lock().next.extend(verdicts);
     }
 
-    /// Says what becomes of every commit that [`MemoryStore::next`] says nothing about.
+    /// Sets the treatment of every commit for which [`MemoryStore::next`] has none left.
     pub fn always(&self, verdict: Verdict) {
         self.lock().always = Some(verdict);
     }
 
-    /// Judges every commit by the rules again.
+    /// Treats every commit by the rules again.
     pub fn behave(&self) {
         let mut inner = self.lock();
         inner.next.clear();
         inner.always = None;
     }
 
-    /// Every VM, oldest first.
+    /// Returns every VM, oldest first.
     pub fn vms(&self) -> Vec<VmRecord> {
         self.lock().vms.values().cloned().collect()
     }
 
-    /// The VM that bears this name.
+    /// Returns the VM with this name.
     pub fn vm(&self, vm_id: &str) -> Option<VmRecord> {
         self.lock().vms.values().find(|vm| vm.vm_id.as_str() == vm_id).cloned()
     }
 
-    /// Every tombstone.
+    /// Returns every tombstone.
     pub fn tombstones(&self) -> Vec<Tombstone> {
         self.lock().tombstones.values().cloned().collect()
     }
 
-    /// Every event, oldest first.
+    /// Returns every event, oldest first.
     pub fn log(&self) -> Vec<VmEvent> {
         self.lock().events.clone()
     }
 
-    /// Puts a record into the store, past all rules, as a daemon that died may have left it.
+    /// Stores a record without applying the rules, like a daemon that died may have left it.
     pub fn put(&self, record: VmRecord) {
         self.lock().vms.insert(record.uid, record);
     }
 
-    /// Removes events wherever they stand in the log, which no store does by itself.
+    /// Removes events anywhere in the log, which no real store does.
     pub fn lose_events(&self, mut lost: impl FnMut(&VmEvent) -> bool) {
         self.lock().events.retain(|event| !lost(event));
     }
 
-    /// Makes a VM one whose record this release cannot read as a whole, as a newer release may have left it.
+    /// Makes the record of a VM unreadable to this release, like a newer release may have left it.
     pub fn make_unreadable(&self, vm_id: &str, why: &str) {
         let mut inner = self.lock();
         let found = inner.vms.values().find(|vm| vm.vm_id.as_str() == vm_id).map(|vm| vm.uid);
@@ -154,9 +155,9 @@ impl Store for MemoryStore {
 }
 
 impl MemoryStore {
-    /// What becomes of a commit. There is always room for what is forced.
+    /// Applies or refuses a commit by its treatment. A forced commit always has room.
     async fn decide(&self, commit: Commit, forced: bool) -> Result<Option<EventSeq>, StoreError> {
-        // A store that takes time lets others in between; so does this one.
+        // A real store takes time, in which other tasks run.
         tokio::task::yield_now().await;
         let mut inner = self.lock();
         inner.judge(&commit.change)?;
@@ -175,7 +176,7 @@ impl MemoryStore {
 }
 
 impl Inner {
-    /// Says whether the rules of the port allow a change.
+    /// Checks whether the rules of the port allow a change.
     fn judge(&self, change: &Change) -> Result<(), StoreError> {
         let (allowed, kind, message) = match change {
             Change::Insert(new) => (

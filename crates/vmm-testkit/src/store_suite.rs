@@ -1,8 +1,9 @@
-//! The suite that every [`Store`] passes.
+//! The suite that every [`Store`] must pass.
 //!
-//! A case gets a [`Place`]: somewhere that keeps what a store held, so that it can be opened again. Put
-//! `vmm_testkit::store_suite!(make_place);` into a test file, where `make_place` is a function that makes a new, empty place;
-//! each case becomes a test of its own there (which needs `tokio` with `macros` and `rt-multi-thread`).
+//! A case gets a [`Place`], which keeps the data of a store so that the store can be opened again.
+//! Put `vmm_testkit::store_suite!(make_place);` into a test file, where `make_place` is a function
+//! that makes an empty place. Each case becomes a test there (which needs `tokio` with `macros` and
+//! `rt-multi-thread`).
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -22,9 +23,9 @@ use vmm_core::store::{
     Requested, RunRecord, Sent, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, VmRecord,
 };
 
-/// Somewhere that keeps what a store held.
+/// A place that keeps the data of a store.
 pub trait Place: Send + Sync {
-    /// Opens the store of this place, which the one opened before has left.
+    /// Opens the store of this place, with the data that the previous one left.
     fn open(&self) -> impl Future<Output = Arc<dyn Store>> + Send;
 }
 
@@ -59,7 +60,7 @@ macro_rules! store_suite {
     };
 }
 
-/// A new VM called `name`, with something in every field.
+/// Returns the record of a new VM called `name`, with a value in every field.
 pub fn record(name: &str) -> VmRecord {
     let uid = VmUid::new(Uuid::now_v7());
     let config = VmConfig {
@@ -125,12 +126,12 @@ pub fn record(name: &str) -> VmRecord {
     }
 }
 
-/// What `record` becomes with its next change.
+/// Returns `record` with its next change.
 pub fn next(record: &VmRecord) -> VmRecord {
     VmRecord { generation: record.generation + 1, modified_ms: record.modified_ms + 1, ..record.clone() }
 }
 
-/// An event of `record` at `time_ms`.
+/// Returns an event of `record` at `time_ms`.
 pub fn event(record: &VmRecord, time_ms: i64) -> NewEvent {
     NewEvent {
         time_ms,
@@ -146,22 +147,22 @@ pub fn event(record: &VmRecord, time_ms: i64) -> NewEvent {
     }
 }
 
-/// The commit of a new VM, with an event at time 0.
+/// Returns the commit of a new VM, with an event at time 0.
 pub fn insert(record: &VmRecord) -> Commit {
     Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event(record, 0)) }
 }
 
-/// The commit of a changed VM, with an event at time 0.
+/// Returns the commit of a changed VM, with an event at time 0.
 pub fn update(record: &VmRecord) -> Commit {
     Commit { change: Change::Update(Box::new(record.clone())), event: Some(event(record, 0)) }
 }
 
-/// The commit of a VM that is gone, with an event at time 0.
+/// Returns the commit of a deleted VM, with an event at time 0.
 pub fn remove(record: &VmRecord) -> Commit {
     Commit { change: Change::Remove(record.uid), event: Some(event(record, 0)) }
 }
 
-/// All events of `store`, read page by page.
+/// Returns all events of `store`, read page by page.
 pub async fn all_events(store: &dyn Store) -> Vec<VmEvent> {
     let mut all: Vec<VmEvent> = Vec::new();
     loop {
@@ -199,7 +200,7 @@ fn assert_refused(result: Result<Option<EventSeq>, StoreError>, kind: StoreError
     assert_eq!((error.kind, error.effect), (kind, Effect::NotApplied), "{error}");
 }
 
-/// Runs all commits at once and gives their results in the same order.
+/// Runs all commits at once and returns their results in the order of `commits`.
 async fn race(store: &Arc<dyn Store>, commits: Vec<Commit>) -> Vec<Result<Option<EventSeq>, StoreError>> {
     let tasks: Vec<_> = commits
         .into_iter()
@@ -215,14 +216,14 @@ async fn race(store: &Arc<dyn Store>, commits: Vec<Commit>) -> Vec<Result<Option
     results
 }
 
-/// VMs, events and the identity are there after reopening, oldest VM first.
+/// VMs, events and the identity are present after reopening, and the oldest VM comes first.
 pub async fn everything_survives_reopening(place: &impl Place) {
     let (a, b) = (record("a"), record("b"));
     let store = place.open().await;
     let before = load(&*store).await;
     assert!(before.vms.is_empty());
     assert_eq!(before.last_event, EventSeq(0));
-    // The younger one first: the order is that of age, not of arrival.
+    // The younger VM is inserted first, because the order of VMs is by age and not by insertion.
     assert_eq!(commit(&*store, insert(&b)).await, EventSeq(1));
     assert_eq!(commit(&*store, insert(&a)).await, EventSeq(2));
     let changed = VmRecord {
@@ -249,7 +250,7 @@ pub async fn everything_survives_reopening(place: &impl Place) {
     assert_eq!(all_events(&*store).await, expected);
 }
 
-/// A read that begins after a commit was answered sees it.
+/// A read that begins after a commit was answered sees the commit.
 pub async fn a_read_reflects_every_answer(place: &impl Place) {
     let store = place.open().await;
     let mut vm = record("vm");
@@ -265,7 +266,7 @@ pub async fn a_read_reflects_every_answer(place: &impl Place) {
     }
 }
 
-/// A second VM of a name is refused and leaves no event; a removed VM's name is free.
+/// A second VM with a name in use is refused and leaves no event. The name of a removed VM is free.
 pub async fn a_name_belongs_to_one_living_vm(place: &impl Place) {
     let (first, second, other) = (record("name"), record("name"), record("Name"));
     let store = place.open().await;
@@ -281,7 +282,7 @@ pub async fn a_name_belongs_to_one_living_vm(place: &impl Place) {
     assert_eq!(load(&*store).await.last_event, EventSeq(4));
 }
 
-/// Of many VMs of one name that arrive at once, one is recorded.
+/// Of many concurrent inserts with one name, one is recorded.
 pub async fn of_many_inserts_of_a_name_one_wins(place: &impl Place) {
     let store = place.open().await;
     let rivals: Vec<VmRecord> = (0..32).map(|_| record("name")).collect();
@@ -318,7 +319,7 @@ pub async fn an_update_needs_the_generation_before(place: &impl Place) {
     assert_eq!(places(&*store).await, [1, 2, 3]);
 }
 
-/// Of many updates to one generation that arrive at once, one is recorded.
+/// Of many concurrent updates to one generation, one is recorded.
 pub async fn of_many_updates_to_a_generation_one_wins(place: &impl Place) {
     let store = place.open().await;
     let vm = record("vm");
@@ -334,7 +335,8 @@ pub async fn of_many_updates_to_a_generation_one_wins(place: &impl Place) {
     assert_eq!(places(&*store).await, [1, 2]);
 }
 
-/// A VM that is buried is removed with its name and its event; the tombstone stays across openings until it is taken away.
+/// Burying a VM removes the VM and logs its event. The tombstone stays across openings until it is
+/// removed.
 pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl Place) {
     let store = place.open().await;
     let vm = record("vm");
@@ -356,7 +358,8 @@ pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl Place) {
     assert!(load(&*store).await.tombstones.is_empty());
 }
 
-/// Removing a VM again, or one that never was, succeeds and logs nothing; the events of removed VMs stay.
+/// Removing a VM again, or one that never existed, succeeds and logs nothing. The events of removed
+/// VMs stay.
 pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl Place) {
     let store = place.open().await;
     let (vm, other) = (record("vm"), record("other"));
@@ -373,7 +376,8 @@ pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl Place)
     assert_eq!(of_vm.iter().map(|e| e.seq.0).collect::<Vec<_>>(), [1, 3]);
 }
 
-/// Winners and losers race; the winners' events fill the log without a gap, each in the place that was answered.
+/// Concurrent commits win or lose. The events of the winners fill the log without a gap, each in
+/// the place of its answer.
 pub async fn events_have_no_gaps_and_follow_the_answers(place: &impl Place) {
     let store = place.open().await;
     let mut expected = Vec::new();
@@ -392,7 +396,8 @@ pub async fn events_have_no_gaps_and_follow_the_answers(place: &impl Place) {
     assert_eq!(all_events(&*place.open().await).await, expected);
 }
 
-/// A query begins after its place, ends at its limit and keeps to its name, whichever creation bore it.
+/// A query begins after its place, ends at its limit and returns one name only, for every VM that
+/// had the name.
 pub async fn events_are_paged(place: &impl Place) {
     let store = place.open().await;
     let mut of_even = Vec::new();
@@ -424,7 +429,8 @@ pub async fn events_are_paged(place: &impl Place) {
     assert_eq!(events(&*store, EventSeq(38), None, usize::MAX).await.len(), 2);
 }
 
-/// Expiry removes what is older and nothing else; places are not given again, even after all events went and a reopening.
+/// Expiry removes older events and nothing else. No place is given again, even if all events are
+/// gone and the store was reopened.
 pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl Place) {
     let store = place.open().await;
     let mut vm = record("vm");
@@ -449,7 +455,7 @@ pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl Place
     assert_eq!(commit(&*store, update(&vm)).await, EventSeq(11));
 }
 
-/// Expiry stops at the first event that is young enough, though older ones stand behind it.
+/// Expiry stops at the first event that is young enough, even if older events follow it.
 pub async fn expiry_digs_no_hole_where_the_clock_was_set_back(place: &impl Place) {
     let store = place.open().await;
     let mut vm = record("vm");
@@ -465,7 +471,7 @@ pub async fn expiry_digs_no_hole_where_the_clock_was_set_back(place: &impl Place
     assert_eq!(places(&*store).await, [5]);
 }
 
-/// A commit whose caller goes away is applied whole or not at all, and holds up nobody.
+/// A commit whose caller goes away is applied fully or not at all, and delays no other commit.
 pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl Place) {
     let store = place.open().await;
     let vms: Vec<VmRecord> = (0..32).map(|number| record(&format!("vm-{number}"))).collect();
@@ -475,7 +481,8 @@ pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl Place) {
         let caller = tokio::spawn(async move { store.commit(commit).await });
         tokio::task::yield_now().await;
         caller.abort();
-        // Waits until the task is gone; whether it was cancelled in time does not matter.
+        // Waits for the end of the task. Both results are legal, because the abort may come too
+        // late.
         let _ = caller.await;
     }
     commit(&*store, insert(&record("last"))).await;
@@ -487,7 +494,7 @@ pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl Place) {
     assert_eq!(log.len(), recorded.len(), "one event each");
 }
 
-/// A forced commit is one like any other where there is room.
+/// A forced commit obeys the rules of an ordinary one.
 pub async fn what_is_forced_follows_the_same_rules(place: &impl Place) {
     let store = place.open().await;
     let vm = record("vm");

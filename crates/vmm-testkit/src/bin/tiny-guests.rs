@@ -1,6 +1,7 @@
 //! Writes the tiny guest kernels into a folder, for scripts and for trying a hypervisor by hand.
 //!
-//! Usage: `cargo run -p vmm-testkit --bin tiny-guests -- DIR`. Prints one line per kernel: its path and the line it boots with.
+//! Usage: `cargo run -p vmm-testkit --bin tiny-guests -- DIR`. Prints one line per kernel: its path
+//! and the line that the guest prints when it boots.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
