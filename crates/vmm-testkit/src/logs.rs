@@ -9,10 +9,12 @@ use std::path::Path;
 
 use vmm_core::backend::Vmm;
 
-/// The most bytes that a log takes after a sample: 1 MiB, and the two blocks that the trimming leaves at its ends.
+/// The largest number of bytes that a log takes after a sample: 1 MiB, and the two blocks that the
+/// trimming leaves at its ends.
 const MOST: u64 = (1 << 20) + 8192;
 
-/// Appends 4 MiB to the `log` of a VMM, and asserts that a sample of `vmm` gives all but the end of the log back to the host.
+/// Appends 4 MiB to the `log` of a VMM, and asserts that a sample of `vmm` gives all but the end of
+/// the log back to the host.
 pub async fn a_sample_trims(vmm: &dyn Vmm, log: &Path) {
     let noise = "x".repeat(4 << 20);
     OpenOptions::new().append(true).open(log).unwrap().write_all(noise.as_bytes()).unwrap();
