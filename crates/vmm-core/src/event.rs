@@ -101,7 +101,7 @@ mod tests {
     use super::*;
     use crate::caller::CallerMethod;
 
-    /// An event as an earlier release wrote it: the caller is one text.
+    /// An event in the form of an earlier release: the caller is one text.
     const EARLIER: &str = r#"{"time_ms":1,"vm_id":"vm","uid":"0192f7a0-0000-7000-8000-000000000001","kind":"created",
         "state":"created","status":{"phase":"created","reason":"","message":"","observed_at_ms":1,"restarts":0},
         "cause":"CreateVm","actor":"anonymous@10.0.0.1","ended_by":null}"#;

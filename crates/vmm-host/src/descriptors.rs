@@ -177,7 +177,7 @@ mod tests {
             assert!(!fits(limit, used, 0, 0), "{limit}: one more does not fit");
             assert!(fits(limit, used - VM_STEADY, 0, 0), "{limit}: the last one does");
         }
-        // As counted with each hypervisor at a limit of 104.
+        // These numbers were counted with each hypervisor at a limit of 104.
         assert_eq!(vms_that_fit(104, DAEMON), 13);
         assert!(vms_that_fit(1 << 20, 30) > 300_000);
         assert_eq!(vms_that_fit(64, 60), 0);

@@ -61,7 +61,7 @@ pub fn examine(path: &Path) -> Result<(), VisitError> {
     };
     if facts.file_type().is_symlink() {
         return Err(VisitError::Refused(format!(
-            "{shown} is a symbolic link, which whoever owns it can turn to another socket: name the socket itself"
+            "{shown} is a symbolic link, which its owner can point at another socket: name the socket itself"
         )));
     }
     if !facts.file_type().is_socket() {
@@ -160,7 +160,7 @@ async fn connect(path: &Path) -> Result<UnixStream, VisitError> {
 pub fn listener(stream: &UnixStream, path: &Path) -> Result<u32, VisitError> {
     let shown = path.display();
     let credentials = stream.peer_cred().map_err(|error| {
-        VisitError::Failed(format!("the kernel does not say who listens on {shown}: {error}"))
+        VisitError::Failed(format!("the kernel does not name the process that listens on {shown}: {error}"))
     })?;
     if !is_trusted(credentials.uid()) {
         return Err(VisitError::Refused(format!(
@@ -174,8 +174,8 @@ pub fn listener(stream: &UnixStream, path: &Path) -> Result<u32, VisitError> {
             "{shown} was opened by process 1, not by a VMM: let the VMM make its socket itself"
         ))),
         Some(_) | None => Err(VisitError::Refused(format!(
-            "who listens on {shown} is in another PID namespace, so nothing can be proven of it: run the daemon where it sees \
-             the VMM's process"
+            "the process that listens on {shown} is in another PID namespace, so its identity cannot be proven: run the \
+             daemon where it sees the VMM's process"
         ))),
     }
 }
@@ -223,7 +223,7 @@ mod tests {
         std::fs::write(&file, "").unwrap();
         assert!(refusal(&link).contains("symbolic link"));
         assert!(refusal(&file).contains("not a socket"));
-        // Our own may be as open as we like.
+        // The socket of the daemon's own user may have any mode.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).unwrap();
         examine(&path).unwrap();
         if rustix::process::geteuid().is_root() {
@@ -234,7 +234,7 @@ mod tests {
         }
     }
 
-    /// A listener that belongs to another user, behind a socket of ours. It ends with the test.
+    /// A listener of another user behind a socket of this user. Ends with the test.
     struct Theirs(std::process::Child);
 
     impl Drop for Theirs {

@@ -42,7 +42,7 @@ fn usable(device: &Path) -> Result<(), NoKvm> {
         io::ErrorKind::PermissionDenied => {
             (format!("{device} may not be opened by the daemon's user"), "add that user to the group kvm")
         }
-        _ => (format!("{device} cannot be opened: {error}"), "see what the kernel log says of KVM"),
+        _ => (format!("{device} cannot be opened: {error}"), "see the kernel log for messages of KVM"),
     };
     Err(NoKvm { finding, remedy })
 }

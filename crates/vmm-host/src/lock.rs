@@ -274,7 +274,7 @@ mod tests {
         StateLock::acquire(dir.path()).unwrap();
     }
 
-    /// What a daemon that is killed while it starts a VMM leaves for a moment.
+    /// A daemon that is killed while it starts a VMM leaves its lock to the child for a moment.
     #[test]
     fn the_lock_of_a_dead_daemon_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();

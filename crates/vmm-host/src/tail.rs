@@ -287,7 +287,7 @@ mod tests {
         let kept = std::fs::metadata(file.path()).unwrap().blocks() * 512;
         assert!(kept <= 4096, "{kept}");
         file.append(b"more\n");
-        // From the start again, as a daemon reads that has lost its place.
+        // A daemon that has lost its position reads from the start again.
         let mut anew = Tail::new(file.path(), 0, limits);
         assert_eq!(lines(&mut anew).0, ["more"]);
         assert!(anew.skipped() <= 4096 / 16, "only what shares a block with it: {}", anew.skipped());

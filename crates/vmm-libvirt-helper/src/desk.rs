@@ -209,7 +209,7 @@ mod tests {
 
     use super::*;
 
-    /// A libvirt whose calls about a QEMU come back only when they are let go.
+    /// A libvirt whose calls that need a QEMU return only when the test lets them.
     #[derive(Default)]
     struct Libvirt {
         begun: Mutex<Vec<Call>>,
@@ -300,7 +300,7 @@ mod tests {
         let expected =
             [Call::BlockStats { uuid: hangs }, Call::Suspend { uuid: hangs }, Call::Suspend { uuid: other }];
         assert!(expected.iter().all(|call| begun.contains(call)), "{begun:?}");
-        // The guest is asked, and the domain ended, past all that.
+        // Asking the guest and ending the domain overtake all other calls.
         for (id, call) in [(21, Call::Shutdown { uuid: hangs }), (22, Call::Destroy { uuid: hangs })] {
             ask(&desk, id, call);
             assert_eq!(answered.recv().unwrap(), (id, Ok(Got::Done)));

@@ -3,7 +3,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "libvirt calls back with its own pointers; each use below says why it is sound"
+    reason = "libvirt calls back with its own pointers; each use below gives the reason why it is sound"
 )]
 
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_uint, c_void};

@@ -123,7 +123,7 @@ impl Drop for Guarded {
         if self.armed
             && let Err(error) = self.process.signal(Signal::KILL)
         {
-            tracing::error!(pid = self.process.pid(), %error, "a process that nobody wants could not be killed");
+            tracing::error!(pid = self.process.pid(), %error, "a process whose start was called off could not be killed");
         }
     }
 }
@@ -202,7 +202,7 @@ fn end(child: Pid) {
         rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), WaitOptions::empty()))
     });
     if let Err(error) = ended {
-        tracing::error!(%error, "a process that could not be watched could not be ended either");
+        tracing::error!(%error, "a started process that cannot be watched could not be killed");
     }
 }
 

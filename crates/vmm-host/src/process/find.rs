@@ -233,7 +233,7 @@ mod tests {
         }
     }
 
-    /// A process of another user's, with arguments of our choice. It ends with the test.
+    /// A process of another user with chosen arguments. Ends with the test.
     struct Theirs(std::process::Child);
 
     impl Drop for Theirs {
@@ -280,7 +280,7 @@ mod tests {
             let found = find_by_option(option, value).unwrap();
             found.into_iter().map(|found| found.identity.pid).collect::<Vec<_>>()
         };
-        // Between fork and exec it still has this program's arguments.
+        // Between fork and exec the child still has the arguments of this program.
         while !pids("-s", "86399").contains(&child.id()) {
             assert!(child.try_wait().unwrap().is_none());
         }

@@ -1,4 +1,5 @@
-//! Real processes: started, signalled, adopted, mistaken for each other, found.
+//! Tests of real processes: they are started, signalled, adopted, confused with each other, and
+//! found.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -10,7 +11,7 @@ use vmm_core::store::Namespaces;
 
 use super::*;
 
-/// Ends a process that is not our child, whatever becomes of the test.
+/// Ends a process that is not a child of the test, even if the test fails.
 struct Killed(Process);
 
 impl Drop for Killed {
@@ -98,7 +99,8 @@ async fn a_guard_that_is_dropped_kills() {
 async fn a_child_shares_nothing_with_us() {
     let script = Script::start("ls /proc/$$/fd; exec /usr/bin/env").await;
     let pid = Pid::from_raw(i32::try_from(script.guard.pid()).unwrap());
-    // Its own group, so that a Ctrl+C for the daemon is not one for the VMs. Fails with ESRCH only if it was reaped.
+    // A process group of its own keeps a Ctrl+C for the daemon away from its VMs. The test fails
+    // with ESRCH only if the process was reaped.
     if let Ok(group) = rustix::process::getpgid(pid) {
         assert_eq!(Some(group), pid);
     }
@@ -113,13 +115,13 @@ async fn a_child_shares_nothing_with_us() {
             .lines()
             .find_map(|line| line.strip_prefix("flags:"))
             .map_or(0, |flags| u32::from_str_radix(flags.trim(), 8).unwrap());
-        // What the test's own parent left open without O_CLOEXEC is not ours to close.
+        // Descriptors that the test's parent left open without O_CLOEXEC are not the daemon's.
         let inherited_by_all = !ours.is_empty() && flags & 0o2_000_000 == 0;
         assert!(matches!(descriptor, "0" | "1" | "2") || inherited_by_all, "descriptor {descriptor}");
     }
     for variable in variables {
         let name = variable.split('=').next().unwrap();
-        // PWD, OLDPWD, SHLVL and _ are the shell's own.
+        // The shell itself sets PWD, OLDPWD, SHLVL and _.
         let shell = ["PWD", "OLDPWD", "SHLVL", "_"];
         let known = ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"];
         assert!(shell.contains(&name) || known.contains(&name), "{variable}");
@@ -150,7 +152,7 @@ async fn output_may_be_thrown_away() {
     command.stdout = Some("/dev/null".into());
     assert!(spawn(command).await.unwrap().wait().await.is_success());
     assert_eq!(std::fs::read_to_string(dir.path().join("log")).unwrap(), "err\n");
-    // Other devices are not files: a terminal, for one, would be the child's to read and to change.
+    // Other devices are refused, because the child could read and change a terminal, for example.
     let mut command = sh(dir.path(), "true");
     command.stdout = Some("/dev/zero".into());
     assert_eq!(spawn(command).await.unwrap_err().kind(), io::ErrorKind::InvalidInput);
@@ -210,7 +212,7 @@ async fn an_adopted_process_is_the_one_that_was_recorded() {
     assert_eq!(again.wait().await, ProcessExit::UNKNOWN, "told to its parent, not to who adopted it");
 }
 
-/// Counts the pidfds of `pid` that this process has.
+/// Counts the pidfds for `pid` in this process.
 fn pidfds_of(pid: u32) -> usize {
     let wanted = format!("Pid:\t{pid}");
     let infos = std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
@@ -225,7 +227,7 @@ async fn a_handle_that_is_dropped_leaves_no_descriptor_and_no_task() {
     for _ in 0..100 {
         assert!(matches!(adopt(script.guard.identity()), Lookup::Alive(_)));
     }
-    // The tasks end when they are next run.
+    // A task ends when the runtime runs it next.
     let left = tokio::time::timeout(Duration::from_secs(60), async {
         while pidfds_of(script.guard.pid()) > before {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -243,7 +245,7 @@ async fn a_process_recorded_in_another_namespace_is_not_proven_anything() {
     let identity = script.guard.identity().clone();
     let here = identity.namespaces.expect("what is started now is recorded with its namespaces");
     for other in [Namespaces { pid: here.pid + 1, ..here }, Namespaces { time: here.time + 1, ..here }] {
-        // Neither what has this pid nor its absence says anything.
+        // Neither the process with this pid nor its absence proves anything.
         for pid in [identity.pid, 4_194_305] {
             let elsewhere = ProcessIdentity { pid, namespaces: Some(other), ..identity.clone() };
             let Lookup::Unprovable(why) = adopt(&elsewhere) else { panic!("{elsewhere:?}") };
@@ -329,7 +331,7 @@ async fn a_zombie_is_gone() {
     let gate = dir.path().join("gate");
     rustix::fs::mkfifoat(rustix::fs::CWD, &gate, rustix::fs::Mode::RWXU).unwrap();
     let gate_text = gate.display();
-    // The parent becomes a sleep, which never reaps; only then may the child end.
+    // The parent becomes a sleep, which never reaps. Only then may the child end.
     let script = Script::start(&format!("(read go < {gate_text}) & echo $!; exec sleep 600")).await;
     let pid = script.first_line().await.parse().unwrap();
     let identity = identity_of(pid);
@@ -390,7 +392,8 @@ async fn a_process_is_found_by_its_run_folder() {
 async fn a_process_is_found_from_the_moment_of_its_start() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
-    // The kernel wakes who starts a process before it has laid down its arguments: some of a hundred show none yet.
+    // The kernel wakes the parent before it has copied the child's arguments, so some of a hundred
+    // children show none yet.
     for _ in 0..100 {
         let arguments = ["-f".into(), log.clone().into_os_string()];
         let user = start_guarded(Command::new(find_tail(), arguments, &log)).unwrap();
@@ -402,12 +405,12 @@ async fn a_process_is_found_from_the_moment_of_its_start() {
 #[tokio::test]
 async fn a_process_that_has_yet_to_exec_is_waited_for() {
     let dir = tempfile::tempdir().unwrap();
-    // Reached by another path, as /run is by /var/run.
+    // The folder is reached by another path, as /run is by /var/run.
     let link = dir.path().join("link");
     let folder = dir.path().join("vms/0a");
     std::fs::create_dir_all(&folder).unwrap();
     std::os::unix::fs::symlink(&folder, &link).unwrap();
-    // The shell's own arguments do not name the folder; those of what it becomes do.
+    // The shell's own arguments do not name the folder. Those of the program that it becomes do.
     let script = "sleep 0.2; real=$(readlink /proc/$$/fd/2); exec tail -f \"${real%/vms/0a/log}/link/log\"";
     let on_its_way = spawn_guarded(Command::new("/bin/sh", ["-c", script], link.join("log"))).await.unwrap();
 
@@ -430,5 +433,5 @@ fn what_must_be_closed_for_good_waits_until_no_child_is_being_started() {
     assert!(closing.join().unwrap(), "it did not wait");
 }
 
-/// Whether the start that the test above plays has come to its end.
+/// Returns true if the start that the test above plays has ended.
 static STARTED: AtomicBool = AtomicBool::new(false);

@@ -11,11 +11,11 @@ fn owner() -> TapOwner {
     TapOwner { instance: InstanceId::new(Uuid::now_v7()), uid: VmUid::new(Uuid::now_v7()) }
 }
 
-/// An interface name of a test's own; whatever bears it at the end goes.
+/// An interface name for one test. Dropping it removes an interface with this name.
 struct Name(String);
 
 impl Name {
-    /// `None`, and a word about it, where this process may not make interfaces.
+    /// Returns `None` and prints the reason where this process may not make interfaces.
     fn new() -> Option<Self> {
         let random = Uuid::now_v7().as_u64_pair().1;
         let name = Self(format!("vmh{:x}", random & 0xfff_ffff_ffff));
@@ -66,7 +66,7 @@ async fn a_tap_is_made_labelled_set_up_and_removed() {
     assert!(is_tap(&name.0) && !is_multi_queue(&name.0));
     assert_eq!(name.read("ifalias").trim(), owner.to_string());
     assert!(is_up(&name));
-    // The kernel says some time after our descriptor is closed that nobody is attached any more.
+    // The kernel reports the end of the attachment some time after the descriptor is closed.
     for _ in 0..1000 {
         let [tap] = &HostTaps.of_instance(owner.instance).await.unwrap()[..] else {
             panic!("one TAP is ours")
@@ -167,7 +167,7 @@ fn a_refusal_says_what_to_do() {
     assert!(denied(nix::libc::EINVAL).contains("could not be made"));
 }
 
-/// Runs `work` on a thread that may not touch the network, as all threads that it starts.
+/// Runs `work` on a thread that may not change the network. Threads that it starts may not either.
 fn without_net_admin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let thread = std::thread::spawn(move || {
         let mut mine = rustix::thread::capabilities(None).unwrap();
