@@ -13,8 +13,9 @@
 //!   gone                 gone
 //! ```
 //!
-//! [`admit`] answers requests and [`observe`] follows what happened by itself. Neither has a `_` arm: a new state or request
-//! does not compile until each has been thought of. What a VM is doing meanwhile, and why it is where it is, is its [`Status`].
+//! [`admit`] answers requests, and [`observe`] follows observations. Neither has a `_` arm, so a
+//! new state or request does not compile until both functions treat it. [`Status`] has the activity
+//! and its cause.
 
 #![warn(clippy::wildcard_enum_match_arm)] // a new state must not compile until every match has thought of it
 
@@ -24,13 +25,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
-    /// Recorded, never started.
+    /// The VM is recorded and was never started.
     Created,
-    /// A VMM runs it.
+    /// A VMM holds the VM and its CPUs run.
     Running,
-    /// A VMM holds it, its CPUs stand still.
+    /// A VMM holds the VM and its CPUs are stopped.
     Paused,
-    /// It ran, and no VMM holds it any more.
+    /// The VM ran, and no VMM holds it any more.
     Shutdown,
 }
 
@@ -38,7 +39,7 @@ impl VmState {
     /// Every state, in the order of the wire.
     pub const ALL: [Self; 4] = [Self::Created, Self::Running, Self::Paused, Self::Shutdown];
 
-    /// The name without the wire's prefix, as messages use it.
+    /// Returns the name without the wire's prefix, for messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Created => "CREATED",
@@ -48,7 +49,7 @@ impl VmState {
         }
     }
 
-    /// Says whether a VMM holds the VM in this state.
+    /// Returns true if a VMM holds the VM in this state.
     pub const fn is_live(self) -> bool {
         match self {
             Self::Running | Self::Paused => true,
@@ -57,7 +58,7 @@ impl VmState {
     }
 }
 
-/// What a client may ask of an existing VM.
+/// A request of a client to an existing VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
@@ -89,7 +90,7 @@ impl Request {
         Self::ForceDelete,
     ];
 
-    /// The method's name, as messages use it.
+    /// Returns the method's name, for messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Boot => "BootVm",
@@ -103,14 +104,14 @@ impl Request {
     }
 }
 
-/// What to do with a request.
+/// The answer of [`admit`] to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// Carry it out.
+    /// The request is carried out.
     Do,
-    /// Nothing to do: the VM is already there.
+    /// The VM is in the requested state already.
     AlreadyDone,
-    /// Not legal from this state.
+    /// The request is not legal in this state.
     Denied,
 }
 
@@ -150,20 +151,21 @@ pub fn legal_requests(state: VmState) -> impl Iterator<Item = Request> {
     Request::ALL.into_iter().filter(move |request| !matches!(admit(state, *request), Admission::Denied))
 }
 
-/// What a VM, or its VMM, did by itself or because it was asked.
+/// An observation of a VM or its VMM, whether or not somebody asked for the change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Observation {
-    /// Its VMM holds it and its CPUs run.
+    /// The VMM holds the VM, and its CPUs run.
     Runs,
-    /// Its VMM holds it and its CPUs stand still.
+    /// The VMM holds the VM, and its CPUs are stopped.
     StandsStill,
-    /// The guest reset itself and goes on in the same VMM.
+    /// The guest reset itself and runs on in the same VMM.
     ResetInPlace,
-    /// Its VMM is proven gone, whatever ended it.
+    /// The VMM has provably ended, for whatever reason.
     VmmGone,
 }
 
-/// Follows an observation. A VM that never ran is not moved by one: no VMM of its can exist.
+/// Returns the state after `observation`. The end of a VMM does not move a VM that never ran,
+/// because such a VM has no VMM.
 pub const fn observe(state: VmState, observation: Observation) -> VmState {
     match (state, observation) {
         (VmState::Created, Observation::ResetInPlace | Observation::VmmGone) => VmState::Created,
@@ -180,40 +182,40 @@ pub const fn observe(state: VmState, observation: Observation) -> VmState {
     }
 }
 
-/// The finer truth beside the state.
+/// The activity of a VM, in more detail than its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// Created and waiting for BootVm.
+    /// The VM waits for its first BootVm.
     Created,
     /// A VMM is being started.
     Starting,
-    /// Up.
+    /// The guest runs.
     Running,
-    /// Being paused.
+    /// The guest's CPUs are being stopped.
     Pausing,
-    /// Standing still.
+    /// The guest's CPUs are stopped.
     Paused,
-    /// Being resumed.
+    /// The guest's CPUs are being resumed.
     Resuming,
-    /// Being shut down.
+    /// The VM is being shut down.
     Stopping,
-    /// Being shut down and booted again.
+    /// The VM is being shut down and booted again.
     Rebooting,
-    /// Ended as asked, or by the guest itself.
+    /// The run ended as a client asked, or by the guest itself.
     Stopped,
-    /// Waiting for its next start by policy.
+    /// The VM waits for its next start by policy.
     Restarting,
-    /// Ended, or could not start, because something went wrong.
+    /// The run ended or a start failed because of a fault.
     Failed,
-    /// A VMM may hold it, but does not answer.
+    /// A VMM may hold the VM, but does not answer.
     Unreachable,
-    /// Being deleted.
+    /// The VM is being deleted.
     Deleting,
 }
 
 impl Phase {
-    /// The word on the wire.
+    /// Returns the word of the wire.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Created => "created",
@@ -232,7 +234,7 @@ impl Phase {
         }
     }
 
-    /// The phase of a VM in `state` with nothing under way.
+    /// Returns the phase of a VM in `state` with no operation under way.
     pub const fn at_rest(state: VmState) -> Self {
         match state {
             VmState::Created => Self::Created,
@@ -276,15 +278,15 @@ impl Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EndedBy {
-    /// It had ended before.
+    /// The VM had ended before.
     AlreadyStopped,
-    /// The guest ended by itself while nobody had asked it to.
+    /// The guest ended by itself without a request.
     Guest,
     /// The guest obeyed its ACPI power button.
     Acpi,
     /// The guest obeyed Ctrl+Alt+Del.
     CtrlAltDel,
-    /// The VMM powered the VM off when told to.
+    /// The VMM powered the VM off on request.
     Vmm,
     /// The VMM obeyed SIGTERM.
     Sigterm,
@@ -293,7 +295,7 @@ pub enum EndedBy {
 }
 
 impl EndedBy {
-    /// The word on the wire.
+    /// Returns the word of the wire.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::AlreadyStopped => "already-stopped",

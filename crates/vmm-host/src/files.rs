@@ -1,8 +1,9 @@
-//! Files that a client names: what they are, whether they can be used, and how they begin.
+//! Files that a client names: their kind, their usability, and their first bytes.
 //!
-//! A client may name anything: a FIFO that holds whoever opens it, a watchdog that reboots the host once it was opened, a
-//! disk on a server that does not answer. So a path is looked at before it is opened, opened with `O_NONBLOCK`, and all of
-//! this belongs into `spawn_blocking`.
+//! A client may name any file: a FIFO that blocks its opener, a watchdog that reboots the host once
+//! it was opened, a disk on a server that does not answer. Therefore a path is examined before it
+//! is opened, and opened with `O_NONBLOCK`. Callers run all functions of this module in
+//! `spawn_blocking`.
 
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions};
@@ -19,16 +20,16 @@ use crate::block::{self, Layers};
 pub use crate::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
 use crate::qcow2::{self, Qcow2Header};
 
-/// How a file is going to be used.
+/// The intended use of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Only read.
+    /// The file is read.
     Read,
-    /// Read and written.
+    /// The file is read and written.
     ReadWrite,
 }
 
-/// What kind of file can hold a kernel or a disk.
+/// The kinds of files that can hold a kernel or a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
     /// A regular file.
@@ -37,25 +38,27 @@ pub enum FileKind {
     Block,
 }
 
-/// What a usable file is, wherever its path led.
+/// The facts about a usable file, read from the open file and not from its path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileFacts {
-    /// The device number of the file system that holds it; of a block device, its own; of a loop device, its backing file's.
+    /// The device number: of a regular file, that of its file system; of a block device, its own;
+    /// of a loop device, that of its backing file.
     pub device: u64,
-    /// Its inode; 0 for a block device, which is the same one under every path; of a loop device, its backing file's.
+    /// The inode: of a regular file, its own; of a loop device, that of its backing file; 0 for
+    /// another block device, which is the same device under every path.
     pub inode: u64,
-    /// The disks that it is a part of or is made of; see [`HostClaim::Disk`].
+    /// The disks that this one is a part of or consists of; see [`HostClaim::Disk`].
     pub lies_on: Vec<DiskKey>,
-    /// Its kind.
+    /// The kind.
     pub kind: FileKind,
-    /// Its size in bytes.
+    /// The size in bytes.
     pub size: u64,
     /// The device number of a block device; 0 for a regular file.
     pub rdev: u64,
 }
 
 impl FileFacts {
-    /// The claim on this disk of the VM that uses it.
+    /// Returns the claim on this disk for the VM that uses it.
     pub fn claim(&self, path: &Path, access: Access) -> HostClaim {
         HostClaim::Disk {
             device: self.device,
@@ -67,40 +70,40 @@ impl FileFacts {
     }
 }
 
-/// Why a file cannot be used, and what to do.
+/// The reason why a file cannot be used, and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum FileProblem {
-    /// There is nothing at the path.
+    /// There is no file at the path.
     #[error("{} does not exist on this host; create it or correct the path", .0.display())]
     Missing(PathBuf),
-    /// What is there cannot hold a kernel or a disk.
+    /// The file's kind cannot hold a kernel or a disk.
     #[error("{} is {what}; name a regular file or a block device", .path.display())]
     WrongKind {
         /// The path.
         path: PathBuf,
-        /// What it is, with its article.
+        /// The file's kind, with its article.
         what: &'static str,
     },
-    /// The daemon may not use it so.
+    /// The daemon's user lacks the permission.
     #[error("{} may not be {access} by the daemon's user; change its owner or mode{}", .path.display(), or_read_only(*.access))]
     Denied {
         /// The path.
         path: PathBuf,
-        /// What was needed.
+        /// The intended use.
         access: Access,
     },
-    /// It cannot be written where it is.
+    /// The file system or the device is read-only.
     #[error("{} cannot be written, because its file system or device is read-only; set read_only or move it", .0.display())]
     ReadOnly(PathBuf),
-    /// It is in use in a way that forbids this one.
+    /// Another user of the file excludes this use.
     #[error("{} is busy; end what uses it, and try again", .0.display())]
     Busy(PathBuf),
-    /// The host failed otherwise.
+    /// The host failed for another reason.
     #[error("{} cannot be used: {cause}; check the path and the device that holds it", .path.display())]
     Io {
         /// The path.
         path: PathBuf,
-        /// What the kernel said. Part of the text, which is all that a client sees.
+        /// The kernel's error. It is part of the text, because a client sees nothing but the text.
         cause: io::Error,
     },
 }
@@ -121,17 +124,18 @@ fn or_read_only(access: Access) -> &'static str {
     }
 }
 
-/// Looks whether `path` is a regular file or a block device that can be opened as needed, and which one it is. Changes nothing.
+/// Checks that `path` is a regular file or a block device that can be opened for `access`, and
+/// returns its facts. Changes nothing.
 ///
 /// # Errors
-/// [`FileProblem`], whose text names the path and says what to do.
+/// Returns [`FileProblem`], whose text has the path and the remedy.
 pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
     let problem = |error| problem(path, access, error);
-    // Looked at first: to open some devices is to use them.
+    // The kind is checked before the file is opened, because opening some devices is using them.
     kind(path, &std::fs::metadata(path).map_err(problem)?)?;
     let mut file = open(path, access).map_err(problem)?;
     let metadata = file.metadata().map_err(problem)?;
-    // What was opened counts; the path may mean something else by now.
+    // The facts are those of the open file, because the path may lead to another file by now.
     Ok(match kind(path, &metadata)? {
         FileKind::Regular => FileFacts {
             device: metadata.dev(),
@@ -155,10 +159,10 @@ pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
     })
 }
 
-/// Reads the first `n` bytes of a regular file or block device; fewer where it is shorter.
+/// Reads the first `n` bytes of a regular file or block device, or all of a shorter one.
 ///
 /// # Errors
-/// What the kernel says; `InvalidInput` for any other kind of file.
+/// Returns the kernel's error; `InvalidInput` for any other kind of file.
 pub fn head(path: &Path, n: usize) -> io::Result<Vec<u8>> {
     let mut start = Vec::with_capacity(n.min(1 << 20));
     open_regular_or_block(path)?.take(n as u64).read_to_end(&mut start)?;
@@ -173,8 +177,9 @@ pub fn qcow2_header(path: &Path) -> io::Result<Option<Qcow2Header>> {
     qcow2::read_header(&open_regular_or_block(path)?)
 }
 
-/// Reads the last lines of a log, at most `max_bytes` and `max_lines` of them, fit to be shown: what is no text is replaced,
-/// and control characters are left out. Empty where the file cannot be read, because a log only decorates another error.
+/// Reads the last lines of a log for people: at most `max_bytes` bytes and `max_lines` lines.
+/// Invalid UTF-8 is replaced and control characters are left out. Returns an empty text where the
+/// file cannot be read, because a log only completes another error.
 pub fn tail_lines(path: &Path, max_bytes: usize, max_lines: usize) -> String {
     let read = || -> io::Result<(Vec<u8>, bool)> {
         let mut file = open_regular_or_block(path)?;
@@ -186,7 +191,8 @@ pub fn tail_lines(path: &Path, max_bytes: usize, max_lines: usize) -> String {
         Ok((end, from > 0))
     };
     let Ok((mut end, cut)) = read() else { return String::new() };
-    // The first line is only the end of one, unless there is no other.
+    // The cut leaves the end of a line at the beginning. That piece is dropped if a whole line
+    // follows.
     if cut
         && let Some(newline) = end.iter().position(|&byte| byte == b'\n')
         && newline + 1 < end.len()
@@ -198,7 +204,7 @@ pub fn tail_lines(path: &Path, max_bytes: usize, max_lines: usize) -> String {
     lines[lines.len().saturating_sub(max_lines)..].join("\n")
 }
 
-/// Takes control characters out of a line, and with them the sequences that colour a terminal.
+/// Removes control characters from a line, and with them the sequences that colour a terminal.
 fn printable(line: &str) -> String {
     let mut shown = String::with_capacity(line.len());
     let mut chars = line.chars().peekable();
@@ -206,13 +212,15 @@ fn printable(line: &str) -> String {
         match char {
             '\t' => shown.push(' '),
             '\u{1b}' => {
-                // ESC [ … letter; any other escape is two characters long.
+                // A sequence is ESC, `[` and everything up to a letter. Any other escape has two
+                // characters.
                 if chars.next() == Some('[') {
                     while chars.next().is_some_and(|next| !('@'..='~').contains(&next)) {}
                 }
             }
             control if control.is_control() => {}
-            // These reverse the direction of what follows, which hides a path in a message.
+            // These characters reverse the direction of the text behind them, which would hide a
+            // path.
             '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {}
             other => shown.push(other),
         }

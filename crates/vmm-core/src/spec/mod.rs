@@ -1,11 +1,12 @@
 //! The checked form of a configuration: every value is legal by itself and with the others.
 //!
-//! [`VmSpec::parse`] reads nothing but its argument. The service checks what must be looked up on the host (the files exist, the
-//! TAP is free), and each backend checks what its hypervisor adds. After parsing there is no text map: every plain key is a
-//! field, and the keys of one backend are a list that this backend reads ([`BackendOptions`]).
+//! [`VmSpec::parse`] reads nothing but its argument. The service checks the host (the files exist,
+//! the TAP is free), and each backend checks the needs of its hypervisor. A parsed specification
+//! holds no text map: every plain key is a field, and the keys of one backend are a list for that
+//! backend ([`BackendOptions`]).
 //!
-//! Each backend's `check` and `convert` take these structs apart without `..`, so that a new field does not compile until every
-//! backend either serves it or names it as not served.
+//! Each backend's `check` and `convert` take these structs apart without `..`. Therefore a new
+//! field does not compile until every backend either serves it or names it as not served.
 
 mod count;
 mod imported;
@@ -31,7 +32,7 @@ pub const MIB: u64 = 1 << 20;
 /// The longest kernel command line that x86 Linux keeps, without its final NUL, in bytes.
 pub const MAX_KERNEL_ARGS: usize = 2047;
 
-/// A VM that can be started, as far as its configuration goes.
+/// The specification of a VM that can be started, as far as its configuration decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmSpec {
     /// Virtual CPUs.
@@ -46,7 +47,7 @@ pub struct VmSpec {
     pub nics: Vec<Nic>,
     /// The serial console.
     pub console: Console,
-    /// What follows the end of a run.
+    /// The policy for the end of a run.
     pub restart: RestartPolicy,
     /// Keys of the free maps that concern one backend each.
     pub options: BackendOptions,
@@ -59,7 +60,7 @@ pub struct Cpu {
     pub count: u32,
     /// Ceiling for hot-plug; at least `count`.
     pub max: u32,
-    /// How `max` CPUs are arranged, where the client says.
+    /// The arrangement of `max` CPUs, where the client gives one.
     pub topology: Option<Topology>,
 }
 
@@ -81,23 +82,23 @@ pub struct Memory {
     pub size_bytes: u64,
     /// Ceiling for growth in bytes, where growth is enabled.
     pub hotplug_max_bytes: Option<u64>,
-    /// The pages that the host backs it with.
+    /// The pages that back the memory.
     pub pages: PageSize,
     /// True if other processes on the host may map the memory.
     pub shared: bool,
 }
 
-/// The pages that the host backs a guest's memory with.
+/// The pages with which the host backs a guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageSize {
-    /// The host's usual ones.
+    /// The host's usual pages.
     Usual,
     /// Huge pages of the host's default size.
     Huge,
 }
 
 impl Memory {
-    /// The size in MiB.
+    /// Returns the size in MiB.
     pub const fn size_mib(&self) -> u64 {
         self.size_bytes / MIB
     }
@@ -117,30 +118,30 @@ pub struct Boot {
 /// One disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Place in the configuration's list, for messages.
+    /// Position in the configuration's list, for messages.
     pub index: usize,
     /// Name among this VM's disks.
     pub id: String,
     /// Image or block device on the host; absolute.
     pub path: PathBuf,
-    /// Whether the guest may only read.
+    /// True if the guest may only read.
     pub read_only: bool,
-    /// Whether the root file system is on it.
+    /// True if the disk holds the root file system.
     pub is_root: bool,
-    /// How the image is laid out; never probed.
+    /// The format of the image. The image is never probed for it.
     pub format: DiskFormat,
-    /// Whether a qcow2 image may name a backing file.
+    /// True if a qcow2 image may name a backing file.
     pub backing_files: bool,
     /// The treatment of the guest's flushes.
     pub cache: DiskCache,
-    /// True if the host's page cache is passed by.
+    /// True if reads and writes bypass the host's page cache.
     pub direct_io: bool,
-    /// Ceilings on its traffic.
+    /// The ceilings on the disk's traffic.
     pub limits: RateLimit,
 }
 
 impl Disk {
-    /// The path of this disk's entry in the configuration.
+    /// Returns the path of this disk's entry in the configuration.
     pub fn field(&self) -> String {
         format!("config.storage[{}]", self.index)
     }
@@ -149,9 +150,9 @@ impl Disk {
 /// The treatment of a guest's flushes of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskCache {
-    /// They reach the disk.
+    /// Flushes reach the disk.
     Writeback,
-    /// They do not.
+    /// Flushes do not reach the disk.
     Unsafe,
 }
 
@@ -165,23 +166,23 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
-    /// Tells whether there is no ceiling at all.
+    /// Returns true if there is no ceiling.
     pub const fn is_none(self) -> bool {
         self.bytes_per_second.is_none() && self.operations_per_second.is_none()
     }
 }
 
-/// How an image is laid out.
+/// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskFormat {
-    /// Byte for byte.
+    /// The bytes of the disk, without a header.
     Raw,
     /// QEMU's copy-on-write format, version 2 or 3.
     Qcow2,
 }
 
 impl DiskFormat {
-    /// The word in `options.format`.
+    /// Returns the word in `options.format`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Raw => "raw",
@@ -199,7 +200,7 @@ pub struct Nic {
     pub mac: MacAddr,
     /// TAP on the host, where the client names one.
     pub tap: Option<String>,
-    /// Ceilings on its traffic, each way.
+    /// The ceilings on the interface's traffic, for each direction.
     pub limits: RateLimit,
 }
 
@@ -223,15 +224,15 @@ impl fmt::Debug for MacAddr {
 /// The serial console.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Console {
-    /// There is none.
+    /// The guest has no console.
     Off,
-    /// The program keeps its output in the run folder.
+    /// The program keeps the output in the run folder.
     Kept,
-    /// Its output goes to a file that the client names.
+    /// The output goes to a file that the client names.
     File(PathBuf),
 }
 
-/// The files on the host that a configuration names, as far as their paths are legal.
+/// The files that a configuration names and whose paths are legal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedFiles {
     /// Kernel image.
@@ -258,28 +259,28 @@ impl NamedFiles {
     }
 }
 
-/// The field whose violation says that firmware is not served yet.
+/// The field of the violation that firmware is not served yet.
 pub const FIRMWARE_FIELD: &str = "config.boot.boot_options[\"firmware\"]";
 
-/// What follows the end of a run.
+/// The policy for the end of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RestartPolicy {
-    /// When to start again; `None` means what the backend does by default.
+    /// The ends that are followed by a start; `None` leaves the choice to the backend.
     pub mode: Option<RestartMode>,
-    /// Restarts without a quiet minute between, after which the VM stays down.
+    /// The number of restarts without a quiet minute in between, after which the VM stays down.
     pub max_restarts: u32,
 }
 
-/// When to start again.
+/// The ends that are followed by a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RestartMode {
-    /// Never: a guest's reset ends its run.
+    /// No end. A guest's reset ends its run.
     Never,
-    /// When the guest resets itself.
+    /// The guest's own reset.
     GuestReboot,
-    /// That, and when the VMM dies or fails.
+    /// The guest's own reset, and a death or failure of the VMM.
     OnFailure,
-    /// That, and when the guest powers off.
+    /// Every end without a request, a power-off by the guest included.
     Always,
 }
 
@@ -294,15 +295,17 @@ impl VmSpec {
         seconds.is_some_and(|seconds| seconds.parse::<i32>().is_ok_and(|seconds| seconds != 0))
     }
 
-    /// Returns the name of the TAP of each network interface, in their order. CreateVm stores every name; a record of an
-    /// earlier release has none where the client gave none, and there the name follows from `uid`.
+    /// Returns the name of each network interface's TAP, in the order of the interfaces. CreateVm
+    /// stores every name. A record of an earlier release has no name where the client gave none;
+    /// that name follows from `uid`.
     pub fn tap_names(&self, uid: VmUid) -> Vec<String> {
         let named = |(index, nic): (usize, &Nic)| nic.tap.clone().unwrap_or_else(|| uid.tap_name(index));
         self.nics.iter().enumerate().map(named).collect()
     }
 
-    /// The kernel command line in force: as given, and `root=/dev/vda ro|rw` where a root device is named and the line has
-    /// no `root=` of its own. Alike on every backend. What follows a lone `--` is init's, so it stays last.
+    /// Returns the kernel command line in force: the given one, with `root=/dev/vda ro` or `rw` if
+    /// a root device is named and the line has no `root=` of its own. The line is the same on every
+    /// backend. The part behind a lone `--` stays last, because it belongs to init.
     pub fn kernel_args(&self) -> String {
         let args = self.boot.args.as_str();
         let (for_kernel, for_init) = args.split_at(kernels_part(args).len());

@@ -1,4 +1,4 @@
-//! From a configuration as sent to a [`VmSpec`], collecting every violation on the way.
+//! Parses a configuration as sent into a [`VmSpec`], and collects every violation on the way.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -19,15 +19,15 @@ use crate::config::{
 use crate::id::is_name;
 use crate::report::Report;
 
-/// More virtual CPUs than any backend serves.
+/// The most virtual CPUs: more than any backend serves.
 const MAX_VCPUS: i32 = 1024;
-/// More memory than any host of today has: 64 TiB.
+/// The most memory: 64 TiB, more than any host of today has.
 const MAX_MEMORY: i64 = 64 << 40;
-/// More devices of one kind than a machine model has slots for.
+/// The most devices of one kind: more than a machine model has slots for.
 pub(super) const MAX_DEVICES: usize = 64;
-/// All labels together, in bytes.
+/// The most bytes of all labels together.
 pub(super) const MAX_METADATA: usize = 64 << 10;
-/// The longest path that Linux takes, in bytes.
+/// The longest path of Linux, in bytes.
 const MAX_PATH: usize = 4095;
 /// The field of the kernel.
 const KERNEL: &str = "config.boot.kernel_path";
@@ -38,17 +38,17 @@ const NO_KERNEL: &str =
 const MAX_TAP: usize = 15;
 
 impl VmSpec {
-    /// Checks `config` and types it.
+    /// Checks `config` and converts it into typed fields.
     ///
     /// # Errors
     ///
-    /// Every violation at once, each with its path from `config`.
+    /// Returns every violation at once, each with its path from `config`.
     pub fn parse(config: &VmConfig) -> Result<Self, Report> {
         Self::parse_with_files(config).0
     }
 
-    /// Checks `config` as [`VmSpec::parse`] does, and returns the files that it names as well, so that these can be looked at
-    /// although something else is refused. A path that is refused is not among them.
+    /// Checks `config` like [`VmSpec::parse`], and also returns the named files, because those can
+    /// be examined even if another part is refused. A refused path is not among them.
     pub fn parse_with_files(config: &VmConfig) -> (Result<Self, Report>, NamedFiles) {
         let mut report = Report::default();
         let cpu = parse_cpu(&mut report, config.cpu.as_ref());
@@ -113,6 +113,7 @@ fn parse_cpu(report: &mut Report, cpu: Option<&CpuConfig>) -> Option<Cpu> {
                 ),
             );
         }
+        // A topology with a violation never leaves `parse`, so the sign does not matter here.
         let [sockets, cores, threads] = parts.map(i32::unsigned_abs);
         Topology { sockets, cores, threads }
     });
@@ -160,7 +161,7 @@ fn parse_memory(report: &mut Report, memory: Option<&MemoryConfig>) -> Option<Me
     Some(Memory { size_bytes: memory.size_bytes.unsigned_abs(), hotplug_max_bytes, pages, shared })
 }
 
-/// Reads the pages that back the memory, and whether it is shared.
+/// Reads the kind of pages that back the memory, and true if the memory is shared.
 pub(super) fn parse_backing(report: &mut Report, backing: &Options) -> (PageSize, bool) {
     const FIELD: &str = "config.memory.backing";
     let huge = flag(report, FIELD, backing, "hugepages");
@@ -211,7 +212,7 @@ fn check_kernel_args(report: &mut Report, args: &str) {
     if args.bytes().any(|byte| byte < 0x20 || byte == 0x7f) {
         report.reject(FIELD, "must not contain control characters such as a line break");
     }
-    // An open quote would swallow the arguments that are added.
+    // An open quote would swallow the arguments that the program adds behind it.
     if kernels_part(args).matches('"').count() % 2 == 1 {
         report.reject(FIELD, "has a quote (\") that is never closed");
     }
@@ -234,6 +235,8 @@ fn parse_disks(report: &mut Report, storage: &[StorageDevice]) -> Vec<Disk> {
     }
     let mut disks: Vec<Disk> =
         storage.iter().enumerate().filter_map(|(index, device)| parse_disk(report, index, device)).collect();
+    // The root device comes first, because `root=/dev/vda` names the first disk. The sort is
+    // stable, so the other disks keep their order.
     disks.sort_by_key(|disk| !disk.is_root);
     disks
 }
@@ -252,6 +255,8 @@ pub(super) fn parse_disk(report: &mut Report, index: usize, device: &StorageDevi
     let format = match device.options.get("format").map(String::as_str) {
         None | Some("raw") => DiskFormat::Raw,
         Some("qcow2") => DiskFormat::Qcow2,
+        // The fallback serves imported VMs alone, whose violations are ignored. Any other
+        // configuration with this violation is refused.
         Some(other) => {
             report.reject(
                 format!("{options}[\"format\"]"),
@@ -354,9 +359,10 @@ fn check_tap_name(name: &str) -> Result<(), String> {
     }
 }
 
-/// Reads a hardware address. An empty one is a fault, because the service fills in a generated one before it parses.
+/// Parses a hardware address. An empty text is an error, because the service fills in generated
+/// addresses before it parses.
 impl FromStr for MacAddr {
-    /// Says what an address must be.
+    /// The rule that the text breaks, for people.
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
