@@ -1,9 +1,9 @@
 //! Copies of the database: taken while a daemon writes, and put back when none does.
 //!
 //! ```text
-//!   backup ── read-only ──► copy beside FILE ──► whole? ours? readable? ──► on the disk ──► named FILE
+//!   backup ── read-only ──► copy beside FILE ──► whole? ours? readable? ──► on disk, named FILE
 //!
-//!   restore ── lock ──► copy beside the database ──► whole? ours? known version? same state directory?
+//!   restore ── lock ──► copy beside the database ──► whole? ours? known version? same directory?
 //!                                                         │ yes to all
 //!         the present one gets a second name ◄────────────┘
 //!                  └──► the copy takes its name

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   forced commit ── no room ──► the file gives up a piece ──► once more ──► recorded
-//!                                        checkpointer: there is room again ──► the file is made whole
+//!                              checkpointer: there is room again ──► the file is made whole
 //! ```
 //!
 //! A file beside the database occupies the room and holds no data. An ordinary commit never gets

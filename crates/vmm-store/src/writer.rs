@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!   wait for a job ─► take all that wait ─► BEGIN ─► each in a SAVEPOINT ─► COMMIT ─► answer each
-//!         ▲                                          │ refused: undone,     │
-//!         │                                          │ the others go on     ├─ no room: nothing was applied,
-//!         │                                          │                      │  so each once more, alone; a
-//!         │                                          │                      │  forced one with the reserve
-//!         └── a step of expiry, if asked             └─ failed: each once   └─ the disk failed: settle
-//!                                                       more, alone
+//!         ▲                                             │                    │
+//!         └── a step of expiry, if asked                │                    ├─ no room: (1)
+//!                   refused: undone, the others go on ──┤                    └─ disk fails: settle
+//!                   failed: (1) ────────────────────────┘
+//!
+//!   (1) nothing was applied: each once more, alone; a forced commit with the reserve
 //! ```
 //!
 //! **Settling.** When the disk fails during a COMMIT, SQLite rolls the transaction back. The end of
