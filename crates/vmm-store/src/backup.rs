@@ -245,7 +245,7 @@ fn is_there(path: &Path) -> Result<bool, StoreError> {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let left = std::fs::metadata(with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0);
-            if left { Err(corrupt(path, "it has gone, but its log is still there")) } else { Ok(false) }
+            if left { Err(corrupt(path, "it is gone, but its log is still there")) } else { Ok(false) }
         }
         Err(error) => Err(io_error("looking at", path, error)),
     }
@@ -274,7 +274,10 @@ fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
         _ => Err(store_error(
             StoreErrorKind::Io,
             Effect::NotApplied,
-            format!("the database {} was locked by another program all the time; try again", from.display()),
+            format!(
+                "the database {} stayed locked by another program; end that program or try again",
+                from.display()
+            ),
         )),
     }
 }

@@ -89,7 +89,7 @@ pub(crate) fn empty(conn: &Connection) -> bool {
     match conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0)) {
         Ok(busy) => busy == 0,
         Err(error) => {
-            tracing::warn!(%error, "the log could not be moved into the database; the next start will do it");
+            tracing::warn!(%error, "the write-ahead log could not be moved into the database; the next start does that");
             false
         }
     }
@@ -99,6 +99,6 @@ pub(crate) fn empty(conn: &Connection) -> bool {
 pub(crate) fn passive(conn: &Connection) {
     if let Err(error) = conn.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| row.get::<_, i64>(0)) {
         // Nothing is lost: the log still holds the pages, and the next checkpoint tries again.
-        tracing::warn!(%error, "moving the log into the database failed; check the disk of the state directory");
+        tracing::warn!(%error, "the write-ahead log could not be moved into the database; check the disk of the state directory");
     }
 }

@@ -210,7 +210,7 @@ fn create(path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
         return Err(corrupt(
             path,
             format_args!(
-                "it has gone, but its log {} is still there and holds what it did last",
+                "it is gone, but its log {} is still there and holds its last changes",
                 log.display()
             ),
         ));
@@ -294,7 +294,7 @@ pub(crate) fn check(
         .pragma_query_value(None, "application_id", |row| row.get(0))
         .map_err(|error| unusable(path, error))?;
     if mark != APPLICATION_ID {
-        return Err(corrupt(path, "it is an SQLite database, but bears another program's mark"));
+        return Err(corrupt(path, "it is an SQLite database of another program"));
     }
     schema::refuse_newer(conn, path, migrations)?;
     if depth == Depth::Head {
@@ -315,7 +315,7 @@ fn configure(conn: &Connection, path: &Path) -> Result<(), StoreError> {
             StoreErrorKind::Io,
             Effect::NotApplied,
             format!(
-                "the database {} cannot have a write-ahead log where it is. Put the state directory on a local file system",
+                "the database {} cannot have a write-ahead log on its file system. Put the state directory on a local file system",
                 path.display()
             ),
         ));

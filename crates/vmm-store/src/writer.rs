@@ -128,8 +128,7 @@ impl Writer {
         };
         conn.wal_hook(Some(hook))
             .map_err(|error| from_sqlite(&path, "opening", Effect::NotApplied, error))?;
-        // The sum is read once at opening and then counted along, because the query reads every
-        // event.
+        // The sum is read at opening only, because the query reads every event.
         let bytes: i64 = conn
             .query_row("SELECT coalesce(sum(octet_length(event)), 0) FROM events", [], |row| row.get(0))
             .map_err(|error| from_sqlite(&path, "reading", Effect::NotApplied, error))?;
@@ -271,7 +270,6 @@ impl Writer {
         outcomes: Vec<Outcome>,
         proof: Option<Proof>,
     ) -> Vec<Outcome> {
-        // Every member that `outcomes` counts as applied shares one fate, which `settle` finds out.
         let effect = match self.settle(proof.as_ref()) {
             Ok(true) => return outcomes,
             Ok(false) => Effect::NotApplied,
@@ -343,7 +341,6 @@ impl Writer {
     /// of its own.
     fn bound_log(&mut self, group: &[Waiting], outcomes: &[Outcome]) {
         for (waiting, outcome) in group.iter().zip(outcomes) {
-            // A commit without a place in its answer has logged no event.
             if let (Some(event), Ok(Some(_))) = (&waiting.commit.event, outcome) {
                 self.event_bytes += event.json.len() as u64;
             }
@@ -410,7 +407,6 @@ fn give_back(conn: &Connection) -> rusqlite::Result<()> {
     }
     let mut statement = conn.prepare(&format!("PRAGMA incremental_vacuum({pages})"))?;
     let mut rows = statement.query([])?;
-    // Each row that the statement yields stands for one page that was returned.
     while rows.next()?.is_some() {}
     Ok(())
 }
