@@ -118,6 +118,7 @@ impl ByHand {
     #[must_use]
     pub fn holds(kind: Kind, socket: &Path, guest: &Guest) -> Self {
         match kind {
+            // QEMU cannot get a guest later. `-S` keeps the guest's CPUs stopped.
             Kind::Qemu => Self::start(kind, Path::new(kind.program()), socket, Some(guest), &["-S"]),
             Kind::CloudHypervisor | Kind::Firecracker => {
                 let vmm = Self::start(kind, Path::new(kind.program()), socket, Some(guest), &[]);
@@ -139,6 +140,7 @@ impl ByHand {
     }
 
     fn start(kind: Kind, program: &Path, socket: &Path, guest: Option<&Guest>, more: &[&str]) -> Self {
+        // Leftovers of an earlier VMM are removed, because a VMM cannot bind a path that exists.
         for left in [socket.to_path_buf(), PathBuf::from(format!("{}.lock", socket.display()))] {
             let _ = std::fs::remove_file(left);
         }
@@ -169,6 +171,7 @@ impl ByHand {
                 command.args(&guest.more).args(more);
             }
         }
+        // Firecracker writes the serial port to its standard output.
         let output = match guest {
             Some(guest) if kind == Kind::Firecracker => Stdio::from(
                 File::options().append(true).create(true).open(&guest.serial).expect("a file can be made"),
@@ -352,6 +355,7 @@ fn exchange(socket: &Path, method: &str, path: &str, body: &Value) -> Option<(u1
             }
             continue;
         };
+        // The VMMs keep the connection open, so the end of an answer is known by its length only.
         let length = head.lines().find_map(|line| {
             line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse::<usize>().ok()
         });

@@ -18,6 +18,7 @@ pub fn replay(name: &str, target: impl Fn(&[u8])) -> usize {
     let mut inputs = seeds(&fuzz.join("seeds").join(name));
     inputs.extend(corpus(&fuzz.join("corpus").join(name).with_extension("tar")));
     for (path, input) in &inputs {
+        // A panic of the target drops `named` while it unwinds, which prints the path.
         let named = Named(path);
         target(input);
         drop(named);

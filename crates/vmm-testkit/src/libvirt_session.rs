@@ -136,6 +136,7 @@ impl Session {
 
     fn try_virsh(&self, args: &[&str]) -> Result<String, String> {
         let mut virsh = self.command("virsh");
+        // Without the variable virsh would start a libvirtd by itself.
         virsh.args(["--quiet", "--connect", "qemu:///session"]).args(args).env("LIBVIRT_AUTOSTART", "0");
         let output = virsh.output().map_err(|error| error.to_string())?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
@@ -179,6 +180,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        // The processes are found by their environment, because libvirt's daemons can leave the
+        // reaper's group.
         for pid in self.all().into_iter().filter_map(|pid| Pid::from_raw(pid.cast_signed())) {
             let _ = kill_process(pid, Signal::KILL);
         }

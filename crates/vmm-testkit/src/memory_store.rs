@@ -160,6 +160,7 @@ impl MemoryStore {
         // A real store takes time, in which other tasks run.
         tokio::task::yield_now().await;
         let mut inner = self.lock();
+        // The rules come first, because an illegal commit must not use up a scripted treatment.
         inner.judge(&commit.change)?;
         let verdict = inner.next.pop_front().or(inner.always).unwrap_or(Verdict::Pass);
         match verdict {
@@ -200,6 +201,7 @@ impl Inner {
                 self.vms.insert(new.uid, *new);
             }
             Change::Remove(uid) => {
+                // A removal of nothing logs no event, as the port demands.
                 self.vms.remove(&uid)?;
             }
             Change::Bury(tombstone) => {

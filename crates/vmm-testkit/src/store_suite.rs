@@ -346,6 +346,7 @@ pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl Place) {
     assert!(load(&*store).await.tombstones.is_empty(), "a VM that never was leaves none");
     commit(&*store, insert(&vm)).await;
     assert_eq!(commit(&*store, bury).await, EventSeq(2));
+    // The name is free again, although a process of the first VM may live.
     commit(&*store, insert(&record("vm"))).await;
     drop(store);
     let store = place.open().await;

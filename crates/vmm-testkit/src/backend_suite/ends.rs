@@ -84,6 +84,7 @@ async fn asked_to_end(vms: &Vms, paused: bool) -> Verdict {
 
 pub(super) async fn guest_ignores_shutdown(vms: Vms) -> Verdict {
     vms.run_tiny(Guest::Idle).await;
+    // Only force may end an attached VMM, so a VM without a power-off keeps running.
     if !vms.facts.powers_off {
         let refused = vms.shutdown(VM, 1).await;
         assert!(matches!(refused, Err(ServiceError::Deadline(_))), "{refused:?}");
@@ -124,6 +125,7 @@ pub(super) async fn guest_powers_off(vms: Vms) -> Verdict {
     if told {
         assert_end(&down, Phase::Stopped, "guest-power-off", Some(EndedBy::Guest));
     } else {
+        // The VMM has gone without a reason that the backend can see, which counts as a failure.
         assert_end(&down, Phase::Failed, "unknown", None);
     }
     if vms.column().imports() {
@@ -162,6 +164,7 @@ pub(super) async fn reset_under_never(vms: Vms) -> Verdict {
 }
 
 pub(super) async fn reset_under_guest_reboot(vms: Vms) -> Verdict {
+    // One boot and two restarts by policy make three banners.
     match run_with_policy(&vms, Guest::Reset, GUEST_REBOOT, 2).await {
         Ok(first) => assert_eq!(first.state, VmState::Running),
         Err(refused) => return refused,

@@ -117,6 +117,7 @@ impl Played {
             Guest::Reset | Guest::TripleFault if request.spec.restart.mode == Some(RestartMode::Never) => {
                 machine.end(ExitCause::GuestReset);
             }
+            // The service ends the loop by its restart limit, which is below the number of resets.
             Guest::Reset | Guest::TripleFault => {
                 for _ in 0..RESETS {
                     machine.reset();
@@ -146,6 +147,7 @@ impl Backend for Played {
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
         let kernel =
             std::fs::metadata(&request.spec.boot.kernel).map(|facts| facts.len()).unwrap_or_default();
+        // The broken kernel of the suite has 64 bytes. A whole one has more than 256.
         if kernel < 128 {
             let message = "the kernel has no code";
             return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));

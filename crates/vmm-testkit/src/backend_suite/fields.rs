@@ -55,6 +55,8 @@ pub(super) async fn judge(vms: &Vms, config: &VmConfig, path: &str) -> Judgement
     }
 }
 
+/// Checks that `found` contains `expected`. The service adds findings of its own, so the two may
+/// differ.
 fn assert_covers<T: PartialEq + Display + Debug>(found: &[T], expected: &[T]) {
     for one in expected {
         assert!(found.contains(one), "{one} is missing in {found:?}");
@@ -86,6 +88,7 @@ pub(super) async fn field_of(vms: &Vms, path: &str, config: VmConfig) -> Verdict
         Judgement::Accepted(verdict) => {
             vms.boot(VM).await.expect("what is accepted boots");
             vms.console_shows(VM, &Guest::Idle.banner(), 1).await;
+            // An ignored field leaves nothing to look for at the VMM.
             if !matches!(verdict, Verdict::Ignored(_)) {
                 assert_evidence(vms).await;
             }
@@ -189,6 +192,8 @@ pub(super) async fn memory_hugepages(vms: Vms) -> Verdict {
     }
     match judge(&vms, &config, "config.memory.backing").await {
         Judgement::Refused(verdict) => verdict,
+        // The configuration is legal, and this host cannot serve it. The boot must fail without a
+        // trace, and the verdict stays open.
         Judgement::Accepted(_) => {
             let error = vms.boot(VM).await.expect_err("there are no huge pages");
             assert!(matches!(error, ServiceError::Precondition(_)), "{error:?}");
@@ -215,6 +220,7 @@ pub(super) async fn kernel_args(vms: Vms) -> Verdict {
 /// file of this case contains the first bytes only.
 pub(super) async fn bzimage_kernel(vms: Vms) -> Verdict {
     let mut head = vec![0; 4096];
+    // The boot flag, the magic number and the version (2.15) of the Linux boot protocol.
     head[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
     head[0x202..0x206].copy_from_slice(b"HdrS");
     head[0x206..0x208].copy_from_slice(&0x020f_u16.to_le_bytes());

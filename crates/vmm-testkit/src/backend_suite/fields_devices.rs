@@ -122,6 +122,7 @@ pub(super) async fn tap_named_by_the_program(vms: Vms) -> Verdict {
 }
 
 async fn made_tap(vms: &Vms, asked: &str) -> Verdict {
+    // The TAP is dropped at once. It only shows whether this host can make TAPs.
     if let Err(why) = Tap::new() {
         return Verdict::NotRun(why);
     }
@@ -154,6 +155,7 @@ pub(super) async fn one_tap_one_vm(vms: Vms) -> Verdict {
 pub(super) async fn one_disk_one_vm(vms: Vms) -> Verdict {
     let held = disk(&vms, "held.raw");
     let link = vms.rig.dir().join("link.raw");
+    // A hard link, because a disk is identified by its device and inode and not by its path.
     std::fs::hard_link(&held.path, &link).expect("the disk can be linked");
     let other = StorageDevice { path: link.display().to_string(), ..held.clone() };
     let with = |disk| VmConfig { storage: vec![disk], ..vms.config(Guest::Idle) };
@@ -191,6 +193,7 @@ pub(super) async fn console_kept(vms: Vms) -> Verdict {
 
 /// The console is written to the named file, which is not deleted.
 pub(super) async fn console_to_a_file(vms: Vms) -> Verdict {
+    // The comma and the spaces must survive the option syntax of the hypervisor.
     let output = vms.rig.dir().join("my console, with a comma.log");
     let console = Some(ConsoleConfig {
         enabled: true,

@@ -76,6 +76,7 @@ fn disks(vms: &Vms) -> Vec<StorageDevice> {
         file.set_len(mib << 20).expect("the disk can be made");
         StorageDevice { path: path.display().to_string(), ..StorageDevice::default() }
     };
+    // The root device is second in the list, because the guest must find it first all the same.
     vec![
         StorageDevice { read_only: true, ..disk("data.raw", 1) },
         StorageDevice { is_root_device: true, ..disk("root.raw", 2) },

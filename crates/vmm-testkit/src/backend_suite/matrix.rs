@@ -93,6 +93,7 @@ fn render(columns: &[(&str, Option<ColumnResults>)]) -> String {
 
 fn cell(found: Option<&ColumnResults>, case: &Case) -> Verdict {
     let verdict = found.and_then(|found| found.cases.get(case.id)).cloned();
+    // No results mean that the column could not run on the documented host.
     verdict.unwrap_or_else(|| Verdict::NotRun("its program was not there".to_owned()))
 }
 

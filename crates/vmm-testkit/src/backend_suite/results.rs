@@ -122,6 +122,7 @@ pub(super) fn record(column: &str, version: &str, case: &str, verdict: &Verdict)
         }
         results.cases.insert(case.to_owned(), verdict.clone());
         let text = serde_json::to_vec_pretty(&results)?;
+        // The file is replaced by a rename, because a reader must not see half of it.
         let new = folder.join(format!("{column}.new"));
         std::fs::write(&new, text)?;
         std::fs::rename(&new, folder.join(format!("{column}.json")))

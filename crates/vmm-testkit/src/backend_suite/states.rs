@@ -69,6 +69,7 @@ pub(super) async fn force_delete_in_every_state(vms: Vms) -> Verdict {
     row(&vms, Op::ForceDelete, [Gone, Gone, Gone, Gone]).await
 }
 
+/// Runs `op` on a new VM in each state. `cells` are in the order of [`VmState::ALL`].
 async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
     let mut verdict = Verdict::Served;
     for (state, cell) in VmState::ALL.into_iter().zip(cells) {
@@ -78,6 +79,7 @@ async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
         }
         let vm_id = state.name().to_lowercase();
         bring_to(vms, &vm_id, state, guest_for(vms, op)).await;
+        // The record is compared before and after, because a refused operation must not change it.
         let before = vms.record(&vm_id);
         let answer = carry_out(vms, &vm_id, op).await;
         let said = format!("from {}: {answer:?}", state.name());

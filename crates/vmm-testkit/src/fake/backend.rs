@@ -96,7 +96,10 @@ impl FakeBackend {
         };
         let (run, guest) = (machine.run.clone(), machine.guest);
         let (silent, unprovable) = (machine.silent, machine.unprovable);
+        // `listen` below locks the world too.
         drop(inner);
+        // A machine that cannot be proven must not be touched, so the service gets no handle. A
+        // machine that does not answer is proven, so the service gets a handle and can kill it.
         if unprovable {
             return Adoption::Unreachable {
                 reason: "identity-not-proven",
@@ -161,6 +164,8 @@ impl Backend for FakeBackend {
         let unkillable = {
             let mut inner = self.world.lock();
             inner.spares.remove(&request.uid);
+            // A sweep ends every machine of the VM, whichever start left it. It fails if one cannot
+            // be killed.
             let users: Vec<(u32, bool)> = inner
                 .machines
                 .iter()
@@ -204,6 +209,7 @@ impl SpareVmms for FakeBackend {
         act.before().await?;
         self.world.lock().spares.insert(request.uid);
         let outcome = act.after().await;
+        // A failed start leaves no spare VMM.
         if outcome.is_err() {
             self.dismiss_spare(request.uid).await;
         }

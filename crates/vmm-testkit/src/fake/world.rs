@@ -169,7 +169,9 @@ impl World {
             events,
             gone: watch::Sender::new(false),
         };
+        // The faults are noted before the machine is added, because it is no rival of itself.
         inner.hold_against(&machine);
+        // A start with the uid of a spare VMM uses the spare.
         if inner.spares.remove(&request.uid) {
             inner.were_spares.insert(request.uid);
         }
