@@ -12,13 +12,14 @@
 //!                         pause resume shutdown reset sample probe kill
 //! ```
 //!
-//! A [`Backend`] is a factory: there is no half-built VM. What it makes, a [`Vmm`], lives as long as one process does, because
-//! one hypervisor's process can be used once only; whatever needs a second run (a reboot there, a boot after shutdown
-//! everywhere) is a second [`Backend::launch`]. A method that a hypervisor lacks answers with a typed value that says so
-//! ([`Reset::NeedsRelaunch`]) or with [`BackendErrorKind::Unsupported`], never with success.
+//! A [`Backend`] makes whole VMs only. Its product, a [`Vmm`], lives as long as one process,
+//! because the process of one hypervisor can be used once only. A second run (a reboot there, a
+//! boot after shutdown everywhere) is a second [`Backend::launch`]. A method that a hypervisor
+//! lacks returns a typed value ([`Reset::NeedsRelaunch`]) or [`BackendErrorKind::Unsupported`],
+//! never success.
 //!
-//! An ability that only some hypervisors have is a trait of its own ([`SpareVmms`], [`Discover`]), and the [`Backend`] returns
-//! the object that has the ability.
+//! An ability of some hypervisors is a trait of its own ([`SpareVmms`], [`Discover`]), and the
+//! [`Backend`] returns the object that has the ability.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -40,33 +41,38 @@ use crate::state::EndedBy;
 use crate::store::RunRecord;
 pub use crate::sweep::{Sweep, SweepRequest};
 
-/// One hypervisor, able to start VMs.
+/// A hypervisor that can start VMs.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
-    /// What this hypervisor can do. Constant for the life of the daemon.
+    /// Returns the abilities of this hypervisor. Constant for the life of the daemon.
     fn capabilities(&self) -> &Capabilities;
 
-    /// Finds what this hypervisor rejects, ignores or emulates of `spec`. Pure: touches nothing and asks nobody.
+    /// Finds the parts of `spec` that this hypervisor rejects, ignores or emulates. Pure: reads
+    /// nothing but `spec`.
     fn check(&self, spec: &VmSpec) -> Report;
 
-    /// Starts a VMM and its guest. The guest's CPUs run when this answers.
+    /// Starts a VMM and its guest. The guest's CPUs run when the call returns.
     ///
-    /// The VMM's process may start at once; what it is to run is told to it behind [`LaunchRequest::gate`].
+    /// The VMM's process may start at once. It is configured only after
+    /// [`LaunchRequest::gate`] has opened.
     ///
-    /// A failed launch leaves nothing running. A launch that is dropped half-way may leave a process, which
-    /// [`Backend::sweep`] finds.
+    /// A failed launch leaves nothing running. A launch that is dropped half-way may leave a
+    /// process, which [`Backend::sweep`] finds.
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError>;
 
-    /// Looks for the VMM of an earlier run, as a restarted daemon does. Kills nothing.
+    /// Finds the VMM of an earlier run for a restarted daemon. Kills nothing.
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError>;
 
-    /// Ends any process that provably belongs to `request`'s run folder, and removes the sockets in it. Harmless when repeated.
+    /// Ends every process that provably belongs to `request`'s run folder, and removes the sockets
+    /// in it. May be repeated.
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError>;
 
-    /// Says whether this hypervisor can serve now. Cheap, because it is asked again and again.
+    /// Checks that this hypervisor can serve now. The check is cheap, because it is repeated
+    /// regularly.
     async fn ping(&self) -> BackendHealth;
 
-    /// Returns where the VMs that are created from now on live, the best place first. Which places there are is constant.
+    /// Returns the places of VMs that are created from now on, the best place first. The set of
+    /// places is constant.
     fn places(&self) -> Places {
         Places::Made
     }
@@ -77,7 +83,7 @@ pub trait Backend: Send + Sync + 'static {
         VmKind::Managed
     }
 
-    /// Returns true if this object runs VMs of `kind`. It is given no others. Constant.
+    /// Returns true if this object runs VMs of `kind`. The service passes it no others. Constant.
     fn serves(&self, kind: &VmKind) -> bool {
         match self.places() {
             Places::Made => *kind == VmKind::Managed,
@@ -90,7 +96,8 @@ pub trait Backend: Send + Sync + 'static {
         None
     }
 
-    /// Returns the ability to find VMs that somebody else made or started, where there can be such VMs. Constant.
+    /// Returns the ability to find VMs that another program made or started, where there can be
+    /// such VMs. Constant.
     fn discovery(&self) -> Option<&dyn Discover> {
         None
     }
@@ -98,26 +105,28 @@ pub trait Backend: Send + Sync + 'static {
 
 /// The handle of one run of one VM.
 ///
-/// Every method ends within a bounded time, whatever the VMM does. Dropping the handle leaves the VMM running.
+/// Every method ends within a bounded time, whatever the VMM does. Dropping the handle leaves the
+/// VMM running.
 #[async_trait]
 pub trait Vmm: Send + Sync + 'static {
-    /// Who the VMM is and how it is reached.
+    /// Returns the record of the run: the VMM's identity, its socket, and its claims.
     fn run(&self) -> &RunRecord;
 
     /// Stops the guest's CPUs.
     async fn pause(&self) -> Result<(), BackendError>;
 
-    /// Lets the guest's CPUs go on.
+    /// Resumes the guest's CPUs.
     async fn resume(&self) -> Result<(), BackendError>;
 
-    /// Climbs the shutdown ladder and answers with the rung that ended the VM, once its process has really gone. A guest that
-    /// stands still cannot obey: the caller resumes it first.
+    /// Climbs the shutdown ladder, and returns the rung that ended the VM after its process has
+    /// really ended. The caller resumes a paused guest first, because a paused guest cannot obey.
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError>;
 
-    /// Resets the guest at once, without asking it. Not an event: nobody is told twice.
+    /// Resets the guest at once, without asking it. Sends no event, because the caller reports the
+    /// reset.
     async fn reset(&self) -> Result<Reset, BackendError>;
 
-    /// Starts the guest again. A guest that is to be asked first is shut down and launched again
+    /// Starts the guest again. A guest that is asked first is shut down and launched again
     /// ([`Reset::NeedsRelaunch`]), unless the hypervisor has a way of its own.
     async fn reboot(&self, ladder: Ladder) -> Result<Reset, BackendError> {
         match ladder.ask_guest_for {
@@ -126,52 +135,56 @@ pub trait Vmm: Send + Sync + 'static {
         }
     }
 
-    /// Reads the counters of this run, as far as they can be read. Says nothing about the VMM: a counter that is missing is
-    /// no silence.
+    /// Reads the counters of this run, as far as they can be read. A missing counter proves no loss
+    /// of contact.
     async fn sample(&self) -> Sample;
 
-    /// Asks the VMM what its guest is doing. This alone decides whether the VMM is there ([`BackendErrorKind::contact`]), so
-    /// nothing is read here but the answer of the VMM itself.
+    /// Asks the VMM for the state of its guest. This question alone decides the contact with the
+    /// VMM ([`BackendErrorKind::contact`]), so the answer of the VMM itself is the only thing that
+    /// is read.
     async fn probe(&self) -> Result<GuestState, BackendError>;
 
-    /// Kills the VMM and waits until it has gone. Does not need the VMM to answer.
+    /// Kills the VMM and waits until its process has ended. Needs no answer of the VMM.
     ///
-    /// A VMM that somebody else started is told to end its VM, and never killed by this: [`Backend::sweep`] may be, by force.
+    /// A VMM that another program started is ordered to end its VM, and is not killed by this
+    /// method. A forced [`Backend::sweep`] may kill it.
     async fn kill(&self) -> Result<(), BackendError>;
 }
 
-/// What a launch needs to know.
+/// The request for a launch.
 #[derive(Clone, Debug)]
 pub struct LaunchRequest {
-    /// This installation.
+    /// The instance of this daemon.
     pub instance: InstanceId,
     /// The VM's creation.
     pub uid: VmUid,
     /// The VM's name, for the process list and logs.
     pub vm_id: VmId,
-    /// What to run.
+    /// The VM's specification.
     pub spec: VmSpec,
-    /// The run folder: exists, is ours alone, and takes sockets, log and console.
+    /// The run folder. It exists, belongs to the daemon alone, and takes sockets, log and console.
     pub dir: PathBuf,
-    /// Where console output goes; `None` means no console.
+    /// The file for console output; `None` means no console.
     pub console: Option<PathBuf>,
-    /// What has to be passed before the guest may run, or anything but a process of this VM is touched.
+    /// The gate. Before it opens, the guest must not run, and nothing may change but a process of
+    /// this VM.
     pub gate: Gate,
-    /// The TAP of each network interface, by the interface's order. They exist.
+    /// The TAPs of the network interfaces, in the order of the interfaces. They exist.
     pub taps: Vec<String>,
     /// The kind of the VM.
     pub kind: VmKind,
-    /// Whether somebody else made the VM: where it is still there it is started as it is, not as `spec` says.
+    /// True if another program made the VM. A VM that still exists is then started as it is,
+    /// whatever `spec` holds.
     pub imported: bool,
-    /// Why `spec` does not suffice to make the VM anew, where it does not; for people.
+    /// The reason why `spec` does not suffice to make the VM anew, if it does not; for people.
     pub incomplete: Option<String>,
 }
 
-/// A VMM that was just started.
+/// A VMM that was just started or found.
 pub struct Launched {
     /// Its handle.
     pub vmm: Arc<dyn Vmm>,
-    /// What it does by itself. Ends with [`VmmEvent::Gone`].
+    /// The VMM's events. The last one is [`VmmEvent::Gone`].
     pub events: mpsc::Receiver<VmmEvent>,
 }
 
@@ -181,21 +194,21 @@ impl fmt::Debug for Launched {
     }
 }
 
-/// What an adoption needs to know.
+/// The request for an adoption.
 #[derive(Clone, Debug)]
 pub struct AdoptRequest {
-    /// This installation.
+    /// The instance of this daemon.
     pub instance: InstanceId,
     /// The VM's creation.
     pub uid: VmUid,
     /// The VM's name.
     pub vm_id: VmId,
-    /// What it was started with.
+    /// The specification that the VM was started with.
     pub spec: VmSpec,
     /// The run folder.
     pub dir: PathBuf,
-    /// The run as it was recorded. `None` where a launch was interrupted before its outcome was: the VMM, if there is one,
-    /// is then found by its run folder.
+    /// The recorded run. `None` where a launch was interrupted before its outcome was recorded. A
+    /// VMM of such a launch is found by its run folder.
     pub run: Option<RunRecord>,
     /// The kind of the VM.
     pub kind: VmKind,
@@ -203,100 +216,100 @@ pub struct AdoptRequest {
     pub imported: bool,
 }
 
-/// What became of an earlier run.
+/// The result of an adoption.
 #[derive(Debug)]
 pub enum Adoption {
-    /// It goes on, and answers.
+    /// The VMM runs on and answers.
     Alive {
         /// Its handle and events.
         launched: Launched,
-        /// What its guest is doing.
+        /// The state of the guest.
         guest: GuestState,
     },
-    /// It has provably ended.
+    /// The VMM has provably ended.
     Gone {
-        /// What is known of the end.
+        /// The facts about the end.
         exit: Exit,
     },
-    /// It is there, or may be, but cannot be proven ours or does not answer. Nothing was touched.
+    /// The VMM may run, but is not proven to be this VM's, or does not answer. Nothing was changed.
     Unreachable {
         /// Machine-readable cause in kebab-case.
         reason: &'static str,
         /// The reason as a sentence for people.
         message: String,
-        /// A handle that can still kill it, where the process is proven ours.
+        /// A handle that can still kill the VMM, where its process is proven to be this VM's.
         launched: Option<Launched>,
     },
 }
 
-/// How far a shutdown may go.
+/// The extent of a shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ladder {
-    /// How long the guest has to obey; `None` starts at the last rung, without asking it.
+    /// The guest's time to obey; `None` begins at the last rung without asking the guest.
     pub ask_guest_for: Option<Duration>,
 }
 
-/// How a reset was, or was not, done.
+/// The way in which a reset was done, or is left to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reset {
     /// The guest starts again in the same VMM.
     InPlace,
-    /// This hypervisor's process can be used once: end it and launch another.
+    /// The process of this hypervisor can be used once. The caller ends it and launches another.
     NeedsRelaunch,
 }
 
-/// What a guest is doing, as its VMM says.
+/// The state of a guest, as its VMM reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestState {
-    /// Its CPUs run.
+    /// The guest's CPUs run.
     Running,
-    /// Its CPUs stand still.
+    /// The guest's CPUs are stopped.
     Paused,
     /// The VMM holds a guest that has ended or cannot go on.
     Ended,
 }
 
-/// What a VMM or its guest did without being asked.
+/// An act of a VMM or its guest without a request of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmmEvent {
-    /// The guest reset itself and goes on in the same process.
+    /// The guest reset itself and runs on in the same process.
     GuestReset,
-    /// The guest was reset by somebody else, and goes on in the same process.
+    /// Another program reset the guest, which runs on in the same process.
     ResetFromOutside,
-    /// The guest's CPUs were stopped by somebody else.
+    /// Another program stopped the guest's CPUs.
     Paused,
-    /// The guest's CPUs were let go on by somebody else.
+    /// Another program resumed the guest's CPUs.
     Resumed,
-    /// The guest cannot go on, though the VMM lives; the text says why.
+    /// The guest cannot run on, though the VMM lives. The text has the reason.
     GuestFailed(String),
-    /// The process has gone. Nothing follows. After [`Vmm::shutdown`] or [`Vmm::kill`] the cause is
-    /// [`ExitCause::Requested`], and what those answer says more.
+    /// The process has ended. No event follows. After [`Vmm::shutdown`] or [`Vmm::kill`] the cause
+    /// is [`ExitCause::Requested`], and the result of that call has the details.
     Gone(Exit),
 }
 
-/// How a run ended.
+/// The end of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// Why.
+    /// The cause.
     pub cause: ExitCause,
     /// The exit status or signal, where it could be read, and the last lines of the VMM's log.
     pub message: String,
 }
 
-/// Why a run ended.
+/// The cause of the end of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitCause {
     /// The guest powered off.
     GuestPowerOff,
     /// The guest reset itself where a reset ends the run.
     GuestReset,
-    /// The guest crashed in a way that the hypervisor tells from a reset.
+    /// The guest crashed, and the hypervisor distinguishes a crash from a reset.
     GuestCrash,
-    /// The VMM was told to end by its own interface.
+    /// The VMM was ordered to end through its own interface.
     Requested,
     /// The VMM failed or was killed.
     VmmFailed,
-    /// Nothing proves why, as when it happened while no daemon watched.
+    /// Nothing proves the cause, as for an end while no daemon ran.
     Unknown,
 }
 
@@ -313,7 +326,7 @@ impl ExitCause {
         }
     }
 
-    /// Says whether a restart policy counts this end as a failure.
+    /// Returns true if a restart policy counts this end as a failure.
     pub const fn is_failure(self) -> bool {
         match self {
             Self::GuestPowerOff | Self::GuestReset | Self::Requested => false,
@@ -325,19 +338,20 @@ impl ExitCause {
 /// Counters of one run since it began. A part that could not be read is `None`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
-    /// CPU time used by all vCPUs, or by the VMM's process where that is all that can be told.
+    /// CPU time of all vCPUs, or of the VMM's process where only that is known.
     pub cpu_time: Option<Duration>,
     /// Resident memory of the VMM's process, in bytes.
     pub memory_bytes: Option<u64>,
-    /// Network, seen from the guest. Counters of one interface that cannot be read are missing from the sum.
+    /// Network counters from the guest's point of view. The counters of an interface that cannot
+    /// be read are missing from the sum.
     pub network: Option<NetworkCounters>,
-    /// Disks, seen from the guest.
+    /// Disk counters from the guest's point of view.
     pub storage: Option<StorageCounters>,
     /// The counters that could not be read, each with the reason, for the log.
     pub missing: Vec<String>,
 }
 
-/// Network counters over all interfaces, seen from the guest.
+/// Network counters over all interfaces, from the guest's point of view.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetworkCounters {
     /// Bytes the guest received.
@@ -363,12 +377,13 @@ pub struct StorageCounters {
     pub write_operations: u64,
 }
 
-/// Whether a hypervisor can serve, and if not, why and what to do.
+/// The ability of a hypervisor to serve, with the reasons and remedies where it cannot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendHealth {
-    /// `Ok` with the version, or why not.
+    /// `Ok` with the version, or the reason why the hypervisor cannot serve.
     pub version: Result<String, String>,
-    /// What of it cannot serve, and why, where the rest can; as one of several sockets.
+    /// The parts that cannot serve, each with the reason, where the rest can; one of several
+    /// sockets, for example.
     pub problems: Vec<String>,
 }
 
@@ -378,14 +393,15 @@ impl From<Result<String, String>> for BackendHealth {
     }
 }
 
-/// Whether a failed call had an effect. `Unknown` means: look again, never retry blindly.
+/// The knowledge of whether a failed call had an effect. After `Unknown` the caller must look again
+/// and never retry blindly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Nothing was changed.
     NotApplied,
-    /// The change was made all the same.
+    /// The change was made in spite of the failure.
     Applied,
-    /// Nobody can tell from the answer.
+    /// The answer does not show whether the change was made.
     Unknown,
 }
 
@@ -407,11 +423,11 @@ pub struct BackendError {
 /// Kinds of [`BackendError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendErrorKind {
-    /// The hypervisor truly cannot; the feature is named.
+    /// The hypervisor lacks the named feature.
     Unsupported(&'static str),
     /// The hypervisor's program is missing, too old or not usable.
     NotInstalled,
-    /// The VMM refused or died, and said why.
+    /// The VMM refused or died, and gave a reason.
     Rejected,
     /// The host lacks something: a device, a permission, room.
     Host,
@@ -419,29 +435,29 @@ pub enum BackendErrorKind {
     Timeout,
     /// The VMM cannot be reached. It may be alive.
     Unreachable,
-    /// The VMM's answer makes no sense.
+    /// The VMM's answer cannot be understood.
     Protocol,
-    /// The VMM has gone.
+    /// The VMM's process has ended.
     Gone,
-    /// The VM did not end by all that may be done to it without force.
+    /// The VM did not end, although everything was tried that is allowed without force.
     StillRuns,
-    /// The configuration names no way to the VM any more, and therefore nothing was touched.
+    /// The configuration names no way to the VM any more. Nothing was changed.
     NotServed,
 }
 
-/// Contact with a VMM, as the error of a question to the VMM proves or disproves it.
+/// The contact with a VMM, as the error of a question to the VMM proves or disproves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ContactProof {
-    /// The VMM answered, though with a refusal.
+    /// The VMM answered with a refusal.
     Made,
-    /// The VMM did not answer, or what answered makes no sense.
+    /// The VMM did not answer, or the answer cannot be understood.
     Lost,
-    /// The VMM was not asked, or is known to have ended, which is told elsewhere.
+    /// The VMM was not asked, or is known to have ended, which is reported elsewhere.
     None,
 }
 
 impl BackendErrorKind {
-    /// Tells what a failed question to a VMM says about the contact with that VMM.
+    /// Returns the contact that a failed question to a VMM proves.
     pub const fn contact(self) -> ContactProof {
         match self {
             Self::Timeout | Self::Unreachable | Self::Protocol => ContactProof::Lost,
