@@ -6,7 +6,7 @@ use super::results::Verdict;
 use super::rig::{Doing, Rig, Vms};
 use super::{daemon, ends, fields, fields_devices, life, states, trouble};
 
-/// One case: one row of the matrix.
+/// A case, which is one row of the matrix.
 #[derive(Debug)]
 pub struct Case {
     /// The name of the case and of its test.

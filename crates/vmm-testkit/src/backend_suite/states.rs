@@ -200,7 +200,7 @@ pub(super) async fn boot_after_shutdown(vms: Vms) -> Verdict {
     Verdict::Served
 }
 
-/// PauseVm stops the guest's CPUs, and ResumeVm lets them go on.
+/// PauseVm stops the guest's CPUs, and ResumeVm starts them again.
 pub(super) async fn a_paused_guest_stands_still(vms: Vms) -> Verdict {
     let busy = vms.run_tiny(Guest::Echo).await;
     vms.pause(VM).await.expect("PauseVm succeeds");

@@ -35,7 +35,8 @@ impl FakeBackend {
         Self::in_world(name, &World::new())
     }
 
-    /// Makes a hypervisor called `name` that finds what others left in `world`.
+    /// Makes a hypervisor called `name` in `world`, with the machines and spare VMMs that exist
+    /// there.
     pub fn in_world(name: &str, world: &World) -> Self {
         let capabilities = Capabilities {
             name: BackendName::new(name),
