@@ -35,7 +35,6 @@ pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<
             // second event, because a caller repeats it when it does not know the outcome of the
             // first.
             if !remove(conn, uid)? {
-                // Its end is in the log already, or it never began.
                 return Ok(None);
             }
         }

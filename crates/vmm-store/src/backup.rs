@@ -98,7 +98,8 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
 /// # Errors
 ///
 /// [`StoreErrorKind::Conflict`] if `target` exists, [`StoreErrorKind::Corrupt`] if the database is
-/// damaged or missing, and the errors of the disk. After an error there is no `target`.
+/// damaged, [`StoreErrorKind::Io`] if there is no database, and the errors of the disk. After an
+/// error there is no `target`.
 pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
     let path = state_dir.join(DATABASE_FILE);
     if target.symlink_metadata().is_ok() {

@@ -19,7 +19,7 @@ use crate::salvage;
 /// because records change more often than tables.
 pub(crate) const FORMAT: i64 = 1;
 
-/// A [`Commit`] in the form of rows.
+/// A [`Commit`] as rows.
 #[derive(Debug)]
 pub(crate) struct EncodedCommit {
     pub(crate) change: EncodedChange,
@@ -28,7 +28,7 @@ pub(crate) struct EncodedCommit {
     pub(crate) labels: Option<EncodedLabels>,
 }
 
-/// A [`Change`] in the form of a row.
+/// A [`Change`] as a row.
 #[derive(Debug)]
 pub(crate) enum EncodedChange {
     Insert(EncodedRecord),
@@ -46,7 +46,7 @@ pub(crate) enum EncodedChange {
     },
 }
 
-/// A [`VmRecord`] in the form of a row.
+/// A [`VmRecord`] as a row.
 #[derive(Debug)]
 pub(crate) struct EncodedRecord {
     pub(crate) uid: String,
@@ -56,7 +56,7 @@ pub(crate) struct EncodedRecord {
     pub(crate) json: String,
 }
 
-/// A [`NewEvent`] in the form of a row.
+/// A [`NewEvent`] as a row.
 #[derive(Debug)]
 pub(crate) struct EncodedEvent {
     pub(crate) time_ms: i64,

@@ -162,7 +162,7 @@ mod tests {
             assert_eq!(reserve.spend_on_opening(|| fs::metadata(&path).unwrap().len()), Some(0));
             assert_eq!(reserve.spend_on_opening(|| ()), None);
         }
-        // A making that broke off is not taken for whole.
+        // A file that is only partly made is completed.
         fs::write(&path, "half").unwrap();
         reserve.keep();
         assert_eq!(fs::metadata(&path).unwrap().len(), BYTES);

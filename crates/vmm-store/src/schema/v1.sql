@@ -4,10 +4,11 @@ CREATE TABLE meta (
     value TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- Rewritten after a COMMIT of unknown outcome, to leave nothing of it in the log (see writer.rs).
+-- Rewritten after a COMMIT of unknown outcome, because the write replaces that COMMIT in the log (see
+-- writer.rs).
 INSERT INTO meta (key, value) VALUES ('settled', '0');
 
--- The living.
+-- The VMs that exist.
 CREATE TABLE vms (
     uid        TEXT    NOT NULL PRIMARY KEY,
     vm_id      TEXT    NOT NULL,
@@ -18,7 +19,8 @@ CREATE TABLE vms (
 
 CREATE UNIQUE INDEX vms_name ON vms (vm_id);
 
--- What happened. AUTOINCREMENT: a place in the log is never given twice, though all events expire.
+-- The event log. AUTOINCREMENT, because a place in the log is never given twice, even after all events
+-- have expired.
 CREATE TABLE events (
     seq     INTEGER PRIMARY KEY AUTOINCREMENT,
     time_ms INTEGER NOT NULL,
