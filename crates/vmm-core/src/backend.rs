@@ -1,12 +1,12 @@
 //! The port to a hypervisor.
 //!
 //! ```text
-//!   Backend ── check(spec) ──► Report            pure: rejected, ignored, emulated
+//!   Backend ── check(spec) ──► Report       pure: rejected, ignored, emulated
 //!      │
-//!      ├─ launch(request) ──► Launched ─┐        the one path for first boot, boot after shutdown, reboot
-//!      │    └ ─ ─ spares()              │        which may find its process started, where the operator wants that
-//!      ├─ adopt(run) ───────► Adoption ─┤        after a restart of the daemon
-//!      └─ sweep(request)                │        kills what a broken launch left
+//!      ├─ launch(request) ──► Launched ─┐   the one path for first boot, boot after shutdown, reboot
+//!      │    └ ─ ─ spares()              │   may use a VMM that was started ahead
+//!      ├─ adopt(run) ───────► Adoption ─┤   after a restart of the daemon
+//!      └─ sweep(request)                │   kills what a broken launch left
 //!                                       ▼
 //!                         Vmm (a handle of one run)  +  events
 //!                         pause resume shutdown reset sample probe kill
@@ -77,7 +77,8 @@ pub trait Backend: Send + Sync + 'static {
         Places::Made
     }
 
-    /// Returns the kind of a new VM where [`Backend::places`] is [`Places::Made`]. Constant but for `uid`.
+    /// Returns the kind of a new VM where [`Backend::places`] is [`Places::Made`]. Depends on
+    /// nothing but `uid`.
     fn kind_of_new(&self, uid: VmUid) -> VmKind {
         let _ = uid;
         VmKind::Managed
@@ -91,7 +92,8 @@ pub trait Backend: Send + Sync + 'static {
         }
     }
 
-    /// Returns the ability to start VMMs ahead of their VMs, where this hypervisor has that. Constant.
+    /// Returns the ability to start VMMs ahead of their VMs, where this hypervisor has it.
+    /// Constant.
     fn spares(&self) -> Option<&dyn SpareVmms> {
         None
     }
@@ -182,7 +184,7 @@ pub struct LaunchRequest {
 
 /// A VMM that was just started or found.
 pub struct Launched {
-    /// Its handle.
+    /// The VMM's handle.
     pub vmm: Arc<dyn Vmm>,
     /// The VMM's events. The last one is [`VmmEvent::Gone`].
     pub events: mpsc::Receiver<VmmEvent>,
@@ -221,7 +223,7 @@ pub struct AdoptRequest {
 pub enum Adoption {
     /// The VMM runs on and answers.
     Alive {
-        /// Its handle and events.
+        /// The VMM's handle and events.
         launched: Launched,
         /// The state of the guest.
         guest: GuestState,

@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 
 /// The party that asks for a change.
 ///
-/// Its JSON form has two parts: `actor`, the text that the wire shows, which every release has written, and `caller` with the
-/// fields. A record without the second part reads as a caller whose name is that text.
+/// The JSON form has two parts. `actor` is the text of the wire, which every release has written.
+/// `caller` has the fields. A record without `caller` reads as a caller with that text as its name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(from = "Stored", into = "Stored")]
 pub struct Caller {
-    /// The name that the caller goes by: `anonymous` where nobody proved one, `system` for the program itself.
+    /// The caller's name: `anonymous` where no name is proven, `system` for the program itself.
     pub name: String,
     /// The method by which the name was proven.
     pub method: CallerMethod,

@@ -3,7 +3,7 @@
 //! ```text
 //!   operation admitted ─► intent committed ─► effect ─► outcome committed, the intent is gone
 //!                                   │
-//!                                   └─ the daemon dies ─► the next one asks the intent how it is recovered
+//!                                   └─ the daemon dies ─► the next one follows `recovery`
 //! ```
 //!
 //! An intent carries all data that its recovery needs: the guest's time to obey, the claims of the
@@ -50,8 +50,9 @@ pub enum IntentKind {
         /// The time that the guest has to obey; `None` means that the guest is not asked.
         #[serde(default = "default_patience", rename = "patience_ms", with = "millis")]
         ask_guest_for: Option<Duration>,
-        /// True if the shutdown was answered with a failure while its VMM may still end because of it. An end of the run is
-        /// then the outcome of this shutdown; a VMM that answers again has outlived it.
+        /// True if the shutdown was answered with a failure, although its VMM may still end because
+        /// of it. If the run ends, that end is the outcome of this shutdown. A VMM that answers
+        /// again has survived the shutdown.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         answered: bool,
     },
@@ -84,14 +85,16 @@ pub enum Recovery {
         /// True if the start is made once more.
         again: bool,
     },
-    /// The shutdown is carried out once more while its VMM lives. An end that came about meanwhile is its outcome.
+    /// The shutdown is repeated while its VMM lives. If the run has ended meanwhile, that end is
+    /// the outcome.
     Shutdown {
         /// The time that the guest has to obey.
         ask_guest_for: Option<Duration>,
     },
-    /// The shutdown was answered with a failure. An end that came about since is its outcome; a VMM that lives runs on.
+    /// The shutdown was answered with a failure. If the run has ended since, that end is the
+    /// outcome. A VMM that lives runs on.
     ShutdownAnswered,
-    /// The reboot is carried out once more while its VMM lives. Where the VMM has gone the VM is booted.
+    /// The reboot is repeated while its VMM lives. If the VMM has ended, the VM is booted.
     Reboot {
         /// The time that the guest has to obey.
         ask_guest_for: Option<Duration>,

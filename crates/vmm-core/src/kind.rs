@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   CreateVm, import ──► VmKind, on record for the VM's life ──► the backend object of that kind
-//!                                                                (whatever the configuration says later)
+//!                                                                (regardless of later settings)
 //! ```
 //!
 //! The configuration decides about new VMs only. A record of a release that kept no kinds is
@@ -80,8 +80,8 @@ impl VmKind {
     pub fn settled(self, runs_in_folder: Option<bool>, of_new: Self) -> Self {
         let Self::Unrecorded { domain } = self else { return self };
         match (domain, of_new) {
-            // A socket in the run folder proves that the daemon started the VMM, whatever the
-            // endpoint setting says now.
+            // A socket in the run folder proves that the daemon started the VMM, even if the
+            // endpoint setting has changed since.
             (None, _) if runs_in_folder == Some(true) => Self::Managed,
             // The run has its socket elsewhere, so another program made the VMM. The setting of its
             // socket is gone, and without that the kind stays open.

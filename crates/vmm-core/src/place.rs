@@ -1,12 +1,12 @@
 //! VMs that live in a place which another program provides: a VMM or a libvirt domain.
 //!
 //! ```text
-//!                    ┌─ places: Made      a VMM is made for each VM, and the VM's kind is kind_of_new
-//!   Backend ─ says ──┼─ places: Fixed     so many VMs and no more, each in a VMM that waits there
-//!                    └─ places: Imported  VMs come from elsewhere only
+//!                       ┌─ Made      a VMM is started for each VM; its kind is kind_of_new
+//!   Backend::places() ──┼─ Fixed     a fixed number of VMs, each in a VMM that waits there
+//!                       └─ Imported  VMs of other programs only
 //!
-//!   somebody starts a VM ──► discover ──► Found ──┬─ no record holds the place ──► imported, with a record of its own
-//!                                                 └─ one does ──► its actor: the VM is there again
+//!   a VM starts elsewhere ──► discover ──► Found ──┬─ the place is free ──► imported, new record
+//!                                                  └─ a record holds the place ──► its actor
 //! ```
 //!
 //! A place is a [`VmKind`] that names a socket or a libvirt domain. A VM's record holds its place.

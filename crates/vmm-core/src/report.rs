@@ -71,9 +71,10 @@ impl From<Warning> for FieldReport {
 /// reasons.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Reasons to refuse, at most [`MAX_FINDINGS`]. Empty means that the configuration can be served.
+    /// The reasons to refuse the configuration, at most [`MAX_FINDINGS`]. Without any the
+    /// configuration can be served.
     pub violations: Vec<FieldReport>,
-    /// Ceilings and hints that are ignored, and features that are emulated; at most [`MAX_FINDINGS`].
+    /// The ignored ceilings and hints, and the emulated features; at most [`MAX_FINDINGS`].
     pub warnings: Vec<Warning>,
     /// The number of violations beyond the listed ones.
     unlisted: usize,

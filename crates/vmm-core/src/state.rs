@@ -151,7 +151,7 @@ pub fn legal_requests(state: VmState) -> impl Iterator<Item = Request> {
     Request::ALL.into_iter().filter(move |request| !matches!(admit(state, *request), Admission::Denied))
 }
 
-/// An observation of a VM or its VMM, whether or not somebody asked for the change.
+/// An observation of a VM or its VMM. The observed change may have been requested or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Observation {
     /// The VMM holds the VM, and its CPUs run.

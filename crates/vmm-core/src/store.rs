@@ -112,7 +112,8 @@ pub struct ProcessIdentity {
     pub start_ticks: u64,
     /// The host's boot, as in `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
-    /// The namespaces in which the pid and the start time were read. `None` in records of earlier releases.
+    /// The namespaces in which the pid and the start time were read; `None` in records of earlier
+    /// releases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespaces: Option<Namespaces>,
 }
@@ -213,7 +214,8 @@ pub struct Commit {
     pub event: Option<NewEvent>,
 }
 
-/// The record of a deleted VM whose process may live: the process, and the claims that the process may still use.
+/// The record of a deleted VM whose process may live: the process, and the claims that it may still
+/// use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
     /// The last record of the VM. Its run identifies the process, where the process is known.

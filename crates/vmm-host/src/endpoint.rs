@@ -1,9 +1,9 @@
 //! Checks a socket that another program made, and proves which process listens on it.
 //!
 //! ```text
-//!   examine ── a link, no socket, anybody's to replace ──► refused
+//!   examine ── a link, no socket, replaceable by another user ──► refused
 //!      │
-//!   connect ──► who listened? (SO_PEERCRED) ──► pidfd ──► connect once more: the same ──► proven
+//!   connect ──► the listener's pid (SO_PEERCRED) ──► pidfd ──► connect again: same pid ──► proven
 //! ```
 //!
 //! A pid alone may belong to another process by the time of the look. A listening socket ends with

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!   CreateVm   checked ─ committed ─ shown ──► answer
-//!   BootVm     reserved ─ taps ┬ intent ─────────────────────┬ configured ─ started ─ launched ─ outcome ──► answer
+//!   BootVm     reserved ─ taps ┬ intent ─────────────────────┬ configured ─ …
 //!                              └ folder ─ spawned ─ connected ┘
+//!              … ─ started ─ launched ─ outcome ──► answer
 //!   PauseVm, ResumeVm          intent ─ applied ─ outcome ──► answer
 //!   ShutdownVm                 intent ─ (resumed) ─ asked … signalled ─ ended ─ outcome ──► answer
 //!   RebootVm   in place:       intent ─ applied ─ outcome ──► answer

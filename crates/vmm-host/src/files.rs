@@ -169,10 +169,12 @@ pub fn head(path: &Path, n: usize) -> io::Result<Vec<u8>> {
     Ok(start)
 }
 
-/// Reads the qcow2 header of a regular file or block device; `None` where the file is no qcow2 image.
+/// Reads the qcow2 header of a regular file or block device; `None` where the file is no qcow2
+/// image.
 ///
 /// # Errors
-/// Returns the kernel's error; `InvalidInput` for any other kind of file, and `InvalidData` for a broken header.
+/// Returns the kernel's error; `InvalidInput` for any other kind of file, and `InvalidData` for a
+/// broken header.
 pub fn qcow2_header(path: &Path) -> io::Result<Option<Qcow2Header>> {
     qcow2::read_header(&open_regular_or_block(path)?)
 }

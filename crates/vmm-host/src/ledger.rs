@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!   <runtime>/
-//!     served           which state directories have used this folder, one identity a line; only ever added to
-//!     vms/<uid>/ ────► Survey.folders, with their sockets, whether anybody holds those, and the mark of a spare VMM
+//!     served           the state directories that have used this folder, one a line
+//!     vms/<uid>/ ────► Survey.folders: sockets and their holders, the mark of a spare VMM
 //!          ▲
 //!          └── named by the arguments of a process ──► Survey.users
 //! ```

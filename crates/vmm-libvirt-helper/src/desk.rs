@@ -1,11 +1,11 @@
 //! Decides when each request is made, so that a QEMU that hangs holds up no other domain.
 //!
 //! ```text
-//!   take ──► queue ──► a turn: a thread makes the call ──► answer, and the turn is free for the next
+//!   take ──► queue ──► a turn: a thread makes the call ──► answer, and the next turn begins
 //!              │
-//!              ├─ its own domain has two calls under way, or one for the counters ──► waits; others pass by
-//!              ├─ so many calls are under way in all ──► waits
-//!              └─ nobody waits for its answer any more ──► is not made
+//!              ├─ its domain has two calls under way, or one for counters ──► waits; others pass
+//!              ├─ 256 calls are under way in all ──► waits
+//!              └─ the daemon has stopped waiting for the answer ──► is not made
 //! ```
 //!
 //! A call that needs a hanging QEMU does not come back. Therefore at most two threads serve one

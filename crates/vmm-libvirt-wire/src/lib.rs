@@ -2,7 +2,7 @@
 //! helper's stdin and stdout.
 //!
 //! ```text
-//!   daemon ── {"id":7,"call":"suspend","uuid":"…"} ─────────────────────► helper ── libvirt's own protocol ──► libvirtd
+//!   daemon ── {"id":7,"call":"suspend","uuid":"…"} ──► helper ── libvirt's protocol ──► libvirtd
 //!   daemon ◄─ {"says":"ready",…} once, or {"says":"unreachable",…} and the helper ends
 //!   daemon ◄─ {"says":"answer","id":7,"ok":{"got":"done"}} or {…,"failed":{…}}, in any order
 //!   daemon ◄─ {"says":"lifecycle",…}, {"says":"monitor",…} whenever libvirt has an event
@@ -165,8 +165,8 @@ impl Call {
         matches!(self.waits_for(), WaitsFor::Qemu(_))
     }
 
-    /// Returns the order in which the call is made among others. Calls that end, ask or forget a guest are made at once,
-    /// because they must get past calls that hang.
+    /// Returns the order in which the call is made among others. Calls that end, ask or forget a
+    /// guest are made at once, because they must get past calls that hang.
     pub const fn rank(&self) -> Rank {
         match self {
             Self::List
@@ -212,7 +212,8 @@ impl Call {
 pub enum WaitsFor {
     /// libvirtd answers from its own memory. Silence means that libvirtd itself hangs.
     Nothing,
-    /// libvirtd may have to examine the program of QEMU first, which takes up to half a minute, or to write files.
+    /// libvirtd may have to examine the program of QEMU first, which takes up to half a minute, or
+    /// to write files.
     Host,
     /// The QEMU of this domain must answer, or an earlier call that waits for that QEMU must end.
     Qemu(Uuid),
@@ -313,9 +314,9 @@ pub enum Got {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Domain {
-    /// Its UUID.
+    /// The domain's UUID.
     pub uuid: Uuid,
-    /// Its name.
+    /// The domain's name.
     pub name: String,
     /// This program's element in the domain's metadata as XML, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]

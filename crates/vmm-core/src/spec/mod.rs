@@ -284,12 +284,12 @@ pub enum RestartMode {
     Always,
 }
 
-/// Restarts that are allowed where the client does not say.
+/// The number of restarts where the client sets none.
 pub const DEFAULT_MAX_RESTARTS: u32 = 5;
 
 impl VmSpec {
-    /// Returns true if the kernel command line has a Linux guest reset itself when its kernel panics: `panic=` with another
-    /// value than 0. Of several, the last counts.
+    /// Returns true if the kernel command line makes a Linux guest reset itself when its kernel
+    /// panics: a `panic=` with another value than 0. The last of several `panic=` counts.
     pub fn resets_on_panic(&self) -> bool {
         let seconds = kernel_words(&self.boot.args).filter_map(|word| word.strip_prefix("panic=")).last();
         seconds.is_some_and(|seconds| seconds.parse::<i32>().is_ok_and(|seconds| seconds != 0))

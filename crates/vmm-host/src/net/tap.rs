@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   name is free ──► make (vanishes with its maker) ──► label with owner, set up ──► persist
-//!                        a crash up to here leaves nothing               └─ from here it is found by its label
-//!   name is taken ─► no TAP, or several queues ──► refused
-//!                    no label of ours           ──► brought up, used, and never removed
-//!                    ours, of another VM        ──► used, and relabelled: it goes with the VM that ran on it last
+//!                        a crash up to here leaves nothing               └─ then found by its label
+//!   name is taken ─► no TAP, or several queues   ──► refused
+//!                    no label of this instance   ──► brought up, used, never removed
+//!                    label of another of its VMs ──► relabelled, used, removed with this VM
 //! ```
 //!
 //! The label is the interface alias, which `ip link` shows. No other record exists, because none is
@@ -65,7 +65,7 @@ impl FromStr for TapOwner {
 /// The origin of a TAP's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NamedBy {
-    /// The client chose the name. The interface may exist and belong to anybody.
+    /// The client chose the name. The interface may exist and belong to another program.
     Client,
     /// The program derived the name from the VM's uid. An interface with this name must be the VM's
     /// own.
@@ -226,7 +226,7 @@ async fn use_found(
     owner: TapOwner,
 ) -> Result<Provided, TapError> {
     // The kind of the interface is checked before its owner, because an interface of another kind
-    // cannot serve whoever owns it.
+    // cannot serve under any owner.
     if !is_tap(name) {
         return Err(TapError::NotATap(name.to_owned()));
     }
@@ -242,8 +242,8 @@ async fn use_found(
             let relabelled = netlink.label(link.index, owner.to_string(), true).await;
             relabelled.map_err(refused(name, "taken over"))?;
         }
-        // A client may name a TAP of another instance or of nobody. It is used, keeps its label,
-        // and is therefore never removed by this instance.
+        // A client may name a TAP of another instance or without an owner. The TAP is used and
+        // keeps its label, so this instance never removes it.
         Some(_) | None => {}
     }
     if link.up {

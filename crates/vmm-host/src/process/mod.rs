@@ -1,11 +1,11 @@
 //! Processes, and the proof that a process is the one that is meant.
 //!
 //! ```text
-//!   spawn(Command) ──► Guarded ── keep() ──┐           our child: reaped by a task, exit status known
+//!   spawn(Command) ──► Guarded ── keep() ──┐    child of this daemon: reaped by a task
 //!        dropped before keep(): SIGKILL    ├──► Process ── wait, signal, usage
-//!   adopt(identity) ──► Alive ─────────────┘           a stranger's child: exit status unknown
-//!                   ├─► Gone                           proven by boot id, pid or start time
-//!                   └─► Unprovable                     touch nothing
+//!   adopt(identity) ──► Alive ─────────────┘    child of another process: exit status unknown
+//!                   ├─► Gone                    proven by boot id, pid or start time
+//!                   └─► Unprovable              nothing may be changed
 //! ```
 //!
 //! A pid is a number that the kernel uses again. A [`Process`] therefore holds a pidfd, which means

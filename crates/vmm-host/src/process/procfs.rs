@@ -175,7 +175,8 @@ pub(super) fn identity(pid: u32, start_ticks: u64) -> io::Result<ProcessIdentity
     Ok(ProcessIdentity { pid, start_ticks, boot_id: boot_id()?, namespaces: Some(namespaces()?) })
 }
 
-/// Returns the namespaces in which this process sees pids and start times. Read once, because a process never leaves them.
+/// Returns the namespaces in which this process sees pids and start times. Read once, because a
+/// process never leaves them.
 ///
 /// # Errors
 /// Returns the kernel's error for `/proc/self/ns/pid`.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   vms/<uid>/
-//!     spare-<instance>-<backend>     exists from before the VMM's start until before its configuration
+//!     spare-<instance>-<backend>     from before the VMM's start until before its configuration
 //! ```
 //!
 //! A daemon may end the processes of a run folder that no record names and that bears a mark of its
