@@ -20,6 +20,7 @@ use super::link::{CallError, Link};
 use crate::counters;
 use crate::ladder::{self, Means};
 use crate::ordered::Ordered;
+use crate::patience::ENDING;
 
 /// How long libvirt may take over what needs QEMU. QEMU answers in milliseconds, libvirtd on a busy host in a second or two.
 const ORDERING: Duration = Duration::from_secs(10);
@@ -29,8 +30,6 @@ pub(super) const ASKING: Duration = Duration::from_millis(2500);
 const DESTROYING_AT_ONCE: Duration = Duration::from_millis(900);
 /// How long libvirt may take to clear up behind a QEMU that has gone.
 const SETTLING: Duration = Duration::from_millis(800);
-/// How long a killed QEMU may take to go.
-const KILLING: Duration = Duration::from_secs(1);
 
 /// The handle.
 #[derive(Debug)]
@@ -174,7 +173,7 @@ impl LibvirtVmm {
         point(FaultPoint::LadderOrdered);
         match answered {
             // What remains is that the kernel says the same.
-            Some(Ok(())) if self.process.wait_for(KILLING).await.is_some() => return Ok(EndedBy::Vmm),
+            Some(Ok(())) if self.process.wait_for(ENDING).await.is_some() => return Ok(EndedBy::Vmm),
             Some(Err(error)) => tracing::warn!(%error, "libvirt did not end the domain"),
             Some(Ok(())) | None => tracing::warn!("libvirt has not ended the domain in time"),
         }
@@ -182,7 +181,7 @@ impl LibvirtVmm {
     }
 
     async fn kill_process(&self) -> Result<EndedBy, BackendError> {
-        let killed = self.process.kill_and_wait(KILLING).await.map(|_| EndedBy::Sigkill).map_err(|error| {
+        let killed = self.process.kill_and_wait(ENDING).await.map(|_| EndedBy::Sigkill).map_err(|error| {
             BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string()).caused_by(error)
         });
         point(FaultPoint::LadderSignalled);
@@ -191,7 +190,7 @@ impl LibvirtVmm {
 
     /// The pidfd has shown the end; what remains is that it is published.
     async fn gone_by(&self, rung: EndedBy) -> Result<EndedBy, BackendError> {
-        self.process.wait_for(KILLING).await.map(|_| rung).ok_or_else(|| {
+        self.process.wait_for(ENDING).await.map(|_| rung).ok_or_else(|| {
             BackendError::new(
                 BackendErrorKind::Timeout,
                 Effect::Unknown,
