@@ -131,6 +131,10 @@ fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterf
         ("offload_csum", json!(true)),
     ];
     others(told, &known, &defaults, untold, "net");
+    if text(told, "tap").is_empty() && !flag(told, "vhost_user") {
+        // The VMM makes a TAP for itself when it boots the VM, and does not tell its name.
+        untold.push("net with a TAP that the VMM makes".to_owned());
+    }
     NetworkInterface {
         id: device_id(told, &["id"], "net", at),
         mac_address: text(told, "mac"),
@@ -191,6 +195,7 @@ pub(super) mod unit_tests {
             "memory": {"size": 0, "zones": [{"id": "a", "size": 67108864}, {"id": "b", "size": 67108864}]},
             "payload": {"firmware": "/fw"},
             "disks": [{"path": null, "vhost_user": true, "vhost_socket": "/s"}],
+            "net": [{"tap": null, "mac": "02:00:00:00:00:01"}, {"vhost_user": true, "vhost_socket": "/s"}],
             "rng": {"src": "/dev/random"},
             "vsock": {"cid": 3, "socket": "/v"},
             "watchdog": true,
@@ -202,6 +207,8 @@ pub(super) mod unit_tests {
             "memory zones",
             "payload firmware",
             "disk vhost_user",
+            "net with a TAP that the VMM makes",
+            "net vhost_user",
             "rng",
             "vsock",
             "watchdog",

@@ -22,6 +22,7 @@ mod hung;
 #[path = "../e2e/hung_mount.rs"]
 mod hung_mount;
 mod import;
+mod interfaces;
 mod lifecycle;
 mod qmp;
 mod sockets;

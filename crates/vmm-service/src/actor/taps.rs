@@ -34,11 +34,18 @@ const REMOVE_LIMIT: Duration = Duration::from_secs(5);
 const FORCED_REMOVE_LIMIT: Duration = Duration::from_millis(700);
 
 impl Actor {
-    /// Returns the TAP of each network interface, in their order, and who named it. None where libvirt starts the domain of
-    /// somebody else as it is: that domain's interfaces need not be TAPs, and libvirt gives them new ones with each run.
+    /// Returns the TAP of each network interface, in their order, and who named it.
+    ///
+    /// An imported VM is started as it is, so it has only the TAPs that its VMM told by name: its other interfaces are no TAPs,
+    /// or have TAPs that the VMM makes for itself. Such a VM is never made anew, because its VMM did not tell enough. A domain
+    /// of libvirt has none, because libvirt gives it new ones with each run.
     pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
         if self.record.imported && self.record.kind.domain().is_some() {
             return Vec::new();
+        }
+        if self.record.imported {
+            let told = self.spec().nics.into_iter().filter_map(|nic| nic.tap);
+            return told.map(|name| (name, NamedBy::Client)).collect();
         }
         let uid = self.record.uid;
         let by = |name: &str| if uid.made_tap_name(name) { NamedBy::Program } else { NamedBy::Client };
