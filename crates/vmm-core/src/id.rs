@@ -114,11 +114,16 @@ impl VmUid {
     }
 
     fn tap_prefix(&self) -> String {
+        // The random part of the uid is used and not its time, because uids of one millisecond
+        // share the time. Prefix, five random bytes and a two-digit index fill the 15 bytes of a
+        // name.
         format!("vmt{:010x}", self.random_tail() & 0xff_ffff_ffff)
     }
 
     /// Returns a locally administered unicast MAC for network interface `index`.
     pub fn mac(&self, index: usize) -> [u8; 6] {
+        // Adding the index gives each interface of one VM an address of its own. 0x02 marks the
+        // address as unicast and locally administered.
         let tail = self.random_tail().wrapping_add(index as u64).to_be_bytes();
         [0x02, tail[3], tail[4], tail[5], tail[6], tail[7]]
     }

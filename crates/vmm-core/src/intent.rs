@@ -120,8 +120,13 @@ impl Intent {
     /// Returns the recovery of this intent.
     pub fn recovery(&self) -> Recovery {
         match self.kind {
+            // A client that asked for the start can ask again. A start by the restart policy has no
+            // client, so the next daemon repeats it.
             IntentKind::Boot { .. } => Recovery::Start { again: self.caller.is_system() },
+            // Both are one call to the VMM, which either came about or not. The VMM's state shows
+            // which.
             IntentKind::Pause | IntentKind::Resume => Recovery::AsFound,
+            // The client has its answer, so the shutdown is not repeated behind its back.
             IntentKind::Shutdown { answered: true, .. } => Recovery::ShutdownAnswered,
             IntentKind::Shutdown { ask_guest_for, answered: false } => Recovery::Shutdown { ask_guest_for },
             IntentKind::Reboot { ask_guest_for, .. } => Recovery::Reboot { ask_guest_for },

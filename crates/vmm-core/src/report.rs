@@ -141,6 +141,8 @@ impl Report {
     }
 
     fn add_warning(&mut self, warning: Warning) {
+        // Warnings beyond the bound are dropped without a count, because no warning refuses
+        // anything.
         if self.warnings.len() < MAX_FINDINGS && !self.warnings.contains(&warning) {
             self.warnings.push(warning);
         }

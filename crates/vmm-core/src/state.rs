@@ -172,6 +172,8 @@ pub const fn observe(state: VmState, observation: Observation) -> VmState {
         (VmState::Shutdown, Observation::ResetInPlace | Observation::VmmGone) => VmState::Shutdown,
         (VmState::Running | VmState::Paused, Observation::VmmGone) => VmState::Shutdown,
         (VmState::Running | VmState::Paused, Observation::ResetInPlace) => state,
+        // A VMM that holds the VM proves a live state, whatever the record holds. A daemon that
+        // died between effect and outcome has left the older state on record.
         (VmState::Created | VmState::Running | VmState::Paused | VmState::Shutdown, Observation::Runs) => {
             VmState::Running
         }

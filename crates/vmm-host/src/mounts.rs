@@ -64,6 +64,8 @@ impl Mounts {
     /// process serves. Follows symbolic links as far as that mount, and touches no file in it.
     /// `None` where there is no such mount or no such path.
     pub fn served_by(&self, path: &Path) -> Option<PathBuf> {
+        // The walk resolves the path component by component, as the kernel does. canonicalize(3)
+        // would wait for the server of the mount that is looked for.
         let mut links = 0;
         let mut here = PathBuf::from("/");
         let mut ahead: VecDeque<OsString> = names(path);
@@ -75,12 +77,15 @@ impl Mounts {
             let next = here.join(&name);
             match self.points.get(&next) {
                 Some(true) => return Some(next),
+                // A mount point is never a symbolic link, so `read_link` is not needed.
                 Some(false) => {
                     here = next;
                     continue;
                 }
                 None => {}
             }
+            // An error means that the component is no link or does not exist. In both cases the
+            // walk goes on with the component's own name.
             let Ok(target) = std::fs::read_link(&next) else {
                 here = next;
                 continue;

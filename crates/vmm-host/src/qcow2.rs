@@ -1,4 +1,5 @@
-//! The header of a qcow2 image: whether the guest's data lies in this file alone, and which file it is based on.
+//! Reads the header of a qcow2 image: the backing file, and whether the guest's data lies in this
+//! file alone.
 //!
 //! ```text
 //!   byte 0   magic "QFI\xfb"          8   offset of the backing file's name (0: none)
@@ -46,14 +47,15 @@ pub struct Qcow2Header {
 /// The file that an image is based on, as the header names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backing {
-    /// The name: a path, or what QEMU takes beside paths.
+    /// The name: a path, or another form that QEMU accepts.
     pub name: String,
     /// The format, where the header states it.
     pub format: Option<String>,
 }
 
 impl Backing {
-    /// Returns the path of the backing file of the image at `image`. A relative name begins at the image's folder.
+    /// Returns the path of the backing file of the image at `image`. A relative name begins at the
+    /// image's folder.
     ///
     /// Returns `None` for a name that is no path: a URL, or QEMU's `json:` and `driver:` forms.
     pub fn path(&self, image: &Path) -> Option<PathBuf> {
@@ -108,7 +110,8 @@ fn name(file: &File, offset: u64) -> io::Result<String> {
     text_at(file, offset, length)
 }
 
-/// Reads the extension that names the backing file's format. The extensions end where the backing file's name begins.
+/// Reads the extension that names the backing file's format. The extensions end where the backing
+/// file's name begins.
 fn backing_format(file: &File, header: u64, end: u64) -> io::Result<Option<String>> {
     let mut at = header;
     for _ in 0..MAX_EXTENSIONS {
@@ -150,7 +153,7 @@ fn u64_at(file: &File, offset: u64) -> io::Result<u64> {
 
 /// Fills `buffer` from `offset`; false where the file is shorter.
 fn read_fully(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<bool> {
-    // No file reaches further than a signed offset, and the kernel calls such an offset invalid.
+    // No file reaches beyond a signed offset, and the kernel reports such an offset as invalid.
     if i64::try_from(offset).is_err() {
         return Ok(false);
     }

@@ -60,6 +60,8 @@ impl DirWatch {
         let Some(fd) = &self.fd else { return Ok(()) };
         loop {
             let mut ready = fd.readable().await?;
+            // `try_io` clears the readiness if the read would block, so the next `readable` really
+            // waits.
             match ready.try_io(|fd| Ok(self.read(fd.get_ref())?)) {
                 Ok(Ok(true)) => return Ok(()),
                 Ok(Ok(false)) => {}
@@ -87,6 +89,8 @@ impl DirWatch {
                 Err(Errno::INTR) => continue,
                 Err(error) => return Err(error),
             }
+            // The reader would read the descriptor again for the next event. One read is enough,
+            // because the caller looks into the folder itself.
             if events.is_buffer_empty() {
                 return Ok(matters);
             }

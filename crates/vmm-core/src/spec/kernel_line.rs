@@ -19,11 +19,14 @@ pub fn kernel_words(line: &str) -> impl Iterator<Item = &str> {
 fn pieces(line: &str) -> impl Iterator<Item = (usize, &str)> {
     let mut quoted = false;
     let mut begin = 0;
+    // The filter sees every character once and in order, so one flag tracks whether it is inside
+    // quotes.
     let blanks = line.char_indices().filter(move |(_, letter)| {
         quoted ^= *letter == '"';
         !quoted && letter.is_ascii_whitespace()
     });
     let ends = blanks.map(|(place, _)| place).chain([line.len()]);
+    // Blanks are ASCII and have one byte, so the next piece begins at the byte behind the blank.
     ends.map(move |end| (std::mem::replace(&mut begin, end + 1), end))
         .map(|(begin, end)| (begin, &line[begin..end]))
         .filter(|(_, piece)| !piece.is_empty())

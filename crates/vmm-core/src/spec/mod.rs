@@ -248,6 +248,8 @@ pub struct NamedFiles {
 impl NamedFiles {
     /// Returns the files of a whole specification.
     pub fn of(spec: &VmSpec) -> Self {
+        // The structs are taken apart without `..`, so a new field does not compile until this
+        // function treats it.
         let VmSpec { cpu: _, memory: _, boot, disks, nics: _, console, restart: _, options: _ } = spec;
         let Boot { kernel, initrd, args: _ } = boot;
         Self {
@@ -292,6 +294,8 @@ impl VmSpec {
     /// panics: a `panic=` with another value than 0. The last of several `panic=` counts.
     pub fn resets_on_panic(&self) -> bool {
         let seconds = kernel_words(&self.boot.args).filter_map(|word| word.strip_prefix("panic=")).last();
+        // Linux resets at once for a negative number, and after so many seconds for a positive one.
+        // Only 0 keeps the panicked guest.
         seconds.is_some_and(|seconds| seconds.parse::<i32>().is_ok_and(|seconds| seconds != 0))
     }
 
@@ -308,6 +312,7 @@ impl VmSpec {
     /// backend. The part behind a lone `--` stays last, because it belongs to init.
     pub fn kernel_args(&self) -> String {
         let args = self.boot.args.as_str();
+        // The root is inserted before a lone `--`, because Linux would pass it to init behind one.
         let (for_kernel, for_init) = args.split_at(kernels_part(args).len());
         let has_root = kernel_words(args).any(|word| word.starts_with("root="));
         let Some(disk) = self.disks.first().filter(|disk| disk.is_root && !has_root) else {

@@ -307,6 +307,7 @@ fn parse_nics(report: &mut Report, network: &[NetworkInterface]) -> Vec<Nic> {
         .enumerate()
         .filter_map(|(index, nic)| parse_nic(report, index, nic).map(|nic| (index, nic)))
         .collect();
+    // Addresses are compared after parsing, because one address has several spellings.
     let mut seen = HashMap::new();
     for (index, nic) in &nics {
         if let Some(first) = seen.insert(nic.mac, index) {
@@ -349,6 +350,8 @@ pub(super) fn parse_nic(report: &mut Report, index: usize, nic: &NetworkInterfac
 }
 
 fn check_tap_name(name: &str) -> Result<(), String> {
+    // The kernel takes no '/' and ':' in a name, and reads '%' as a pattern. ',' and '=' separate
+    // options on the command lines of VMMs.
     let legal = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%' | b',' | b'=');
     if name.len() > MAX_TAP {
         Err(format!("must be at most {MAX_TAP} bytes, not {}", name.len()))
@@ -425,6 +428,7 @@ fn parse_restart(report: &mut Report, restart: Option<&RestartPolicyConfig>) -> 
     let Some(restart) = restart else {
         return Some(RestartPolicy { mode: None, max_restarts: DEFAULT_MAX_RESTARTS });
     };
+    // The numbers are those of the wire's RestartMode. This crate has no protobuf types.
     let mode = match restart.mode {
         0 => None,
         1 => Some(RestartMode::Never),

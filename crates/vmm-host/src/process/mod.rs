@@ -130,6 +130,8 @@ impl Process {
     /// # Errors
     /// Returns the kernel's error, such as a missing permission.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        // ESRCH means that the process was reaped already. The pidfd never means another process,
+        // so a late signal reaches none.
         match rustix::process::pidfd_send_signal(&*self.pidfd, signal) {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
