@@ -73,7 +73,7 @@ pub struct MemoryConfig {
     pub backing: Options,
 }
 
-/// Boot as sent.
+/// Kernel and arguments as sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BootConfig {
@@ -141,6 +141,6 @@ pub struct ConsoleConfig {
 pub struct RestartPolicyConfig {
     /// Number of the wire's `RestartMode`.
     pub mode: i32,
-    /// Restarts without a quiet minute between; 0 means 5.
+    /// The most restarts without a quiet minute in between; 0 means 5.
     pub max_restarts: i32,
 }

@@ -1,8 +1,14 @@
-//! The domain of the control plane.
+//! The domain of the control plane: VMs, their states, and the ports to hypervisors and to durable
+//! state.
 //!
-//! What a VM is ([`config`], [`spec`]), which states it has and what may be done in each ([`state`]), what a hypervisor must
-//! offer ([`backend`]), what must survive ([`store`], [`event`]) and how things are called ([`id`]). Nothing here does I/O,
-//! speaks protobuf or knows a hypervisor by name, so all of it can be tested by calling it.
+//! - A VM is described by [`config`] as sent and by [`spec`] as checked. [`id`] has the names.
+//! - [`state`] has the states of a VM and the requests that each state admits. [`intent`] has the
+//!   operations that a crash may interrupt.
+//! - [`backend`] is the port to a hypervisor, and [`store`] the port to durable state. [`event`] has
+//!   the entries of the log of VMs.
+//!
+//! No module does I/O, speaks protobuf or knows a hypervisor by name. Therefore all of it can be
+//! tested by plain calls.
 
 pub mod backend;
 pub mod caller;

@@ -17,7 +17,7 @@
 //! new state or request does not compile until both functions treat it. [`Status`] has the activity
 //! and its cause.
 
-#![warn(clippy::wildcard_enum_match_arm)] // a new state must not compile until every match has thought of it
+#![warn(clippy::wildcard_enum_match_arm)] // a new state must not compile until every match treats it
 
 use serde::{Deserialize, Serialize};
 

@@ -90,7 +90,7 @@ mod tests {
     use super::*;
     use crate::files::{Access, inspect};
 
-    /// A loop device of this test's. It goes with the test.
+    /// A loop device of one test. Dropping it removes the device.
     struct Loop(String);
 
     impl Loop {

@@ -93,7 +93,7 @@ pub struct Client(());
 
 impl Client {
     /// Counts a client until the value is dropped.
-    #[expect(clippy::new_without_default, reason = "a client is counted, not made up")]
+    #[expect(clippy::new_without_default, reason = "a default value must not count a client")]
     pub fn new() -> Self {
         CLIENTS.fetch_add(1, Ordering::Relaxed);
         Self(())

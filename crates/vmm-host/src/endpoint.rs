@@ -35,7 +35,7 @@ pub struct Visit {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VisitError {
     /// No process listens: there is no socket, or one that was left behind.
-    #[error("nobody listens on {0}")]
+    #[error("no process listens on {0}")]
     Nobody(String),
     /// The socket must not be used. The text has the reason and the remedy.
     #[error("{0}")]

@@ -194,7 +194,7 @@ fn has_ended(pid: u32) -> bool {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "the daemon serves nobody yet, and the subcommands do one thing"
+    reason = "the daemon serves no client yet, and a subcommand does one thing"
 )]
 fn pause() {
     std::thread::sleep(RETRY_INTERVAL);

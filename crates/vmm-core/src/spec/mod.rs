@@ -104,7 +104,7 @@ impl Memory {
     }
 }
 
-/// Boot.
+/// Kernel and arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Boot {
     /// Kernel image on the host; absolute.

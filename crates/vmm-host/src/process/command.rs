@@ -51,7 +51,7 @@ pub(crate) fn close_for_good<T>(close: impl FnOnce() -> T) -> T {
 pub struct Command {
     /// The program, by its absolute path.
     pub program: PathBuf,
-    /// Its arguments, without the program's own name.
+    /// The program's arguments, without its own name.
     pub args: Vec<OsString>,
     /// The file that takes stdout and stderr. A missing file is created with mode 0600; output is
     /// appended to one that exists.

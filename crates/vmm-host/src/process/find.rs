@@ -132,7 +132,7 @@ fn find(is_wanted: impl Fn(&[OsString]) -> bool, may_become: impl Fn(u32) -> boo
     Ok(found)
 }
 
-#[expect(clippy::disallowed_methods, reason = "whoever looks through /proc is on a thread for blocking work")]
+#[expect(clippy::disallowed_methods, reason = "callers search /proc on a thread for blocking work")]
 fn examine(
     pid: u32,
     is_wanted: &impl Fn(&[OsString]) -> bool,

@@ -138,7 +138,7 @@ impl Process {
         }
     }
 
-    /// Sends SIGKILL and waits, at most for `limit`, until the process has gone.
+    /// Sends SIGKILL and waits at most `limit` for the end of the process.
     ///
     /// # Errors
     /// Returns [`KillError`]. The process may still run then.

@@ -246,7 +246,7 @@ mod tests {
         assert!(age(&identity).unwrap() <= age(&first).unwrap(), "it is no older than the host");
         // The kernel rounds this up.
         let up = Duration::from_secs(rustix::system::sysinfo().uptime.cast_unsigned().saturating_sub(1));
-        assert!(age(&first).unwrap() >= up, "who was there from the beginning is as old as the host");
+        assert!(age(&first).unwrap() >= up, "the first process is as old as the host");
         assert_eq!(age(&ProcessIdentity { boot_id: "another".to_owned(), ..identity }), None);
     }
 

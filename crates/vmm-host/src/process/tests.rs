@@ -209,7 +209,7 @@ async fn an_adopted_process_is_the_one_that_was_recorded() {
     }
 
     script.guard.kill_and_wait(Duration::from_secs(60)).await.unwrap();
-    assert_eq!(again.wait().await, ProcessExit::UNKNOWN, "told to its parent, not to who adopted it");
+    assert_eq!(again.wait().await, ProcessExit::UNKNOWN, "the parent gets the status, an adopter does not");
 }
 
 /// Counts the pidfds for `pid` in this process.
@@ -299,7 +299,7 @@ fn a_child_that_cannot_be_watched_is_ended() {
     std::fs::write(&marked, "").unwrap();
     let command =
         Command::new("/usr/bin/tail", [OsStr::new("-f"), marked.as_os_str()], dir.path().join("log"));
-    start_guarded(command).expect_err("nobody could hear of its end");
+    start_guarded(command).expect_err("no task could report its end");
     let left = find_by_argument(&marked).unwrap();
     for found in &left {
         let _ = rustix::process::kill_process(

@@ -69,7 +69,7 @@ async fn a_tap_is_made_labelled_set_up_and_removed() {
     // The kernel reports the end of the attachment some time after the descriptor is closed.
     for _ in 0..1000 {
         let [tap] = &HostTaps.of_instance(owner.instance).await.unwrap()[..] else {
-            panic!("one TAP is ours")
+            panic!("one TAP belongs to the instance")
         };
         assert_eq!((&tap.name, tap.owner), (&name.0, owner));
         if !tap.attached {
@@ -104,7 +104,7 @@ async fn what_was_there_is_used_and_stays() {
         assert!(ip(&["link", "set", &name.0, "alias", alias]));
         let owner = owner();
         assert_eq!(HostTaps.provide(&name.0, NamedBy::Client, owner).await.unwrap(), Provided::Found);
-        assert_eq!(name.read("ifalias").trim(), alias, "nobody else's label is touched");
+        assert_eq!(name.read("ifalias").trim(), alias, "no foreign label is changed");
         assert!(!HostTaps.remove(&name.0, owner).await.unwrap());
         assert!(name.exists());
         let error = HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap_err();
