@@ -8,7 +8,7 @@ use vmm_testkit::by_hand::{ByHand, Kind};
 use vmm_testkit::guests::Guest;
 
 use crate::bench::{Bench, able};
-use crate::harness::eventually;
+use crate::harness::{eventually, vmm_pid};
 use crate::hung_mount::HungMount;
 
 /// The claims of the one VM on record.
@@ -59,5 +59,27 @@ fn a_vm_on_a_mount_that_hangs_is_imported_and_its_disk_claimed() {
             (&json!(disk), &json!(true), 1)
         );
         assert_eq!(bench.world.info(&vm)["status"]["reason"], "files-answer");
+    }
+}
+
+#[test]
+fn a_vm_whose_kernel_does_not_answer_is_imported_from_every_vmm() {
+    let test = "a_vm_whose_kernel_does_not_answer_is_imported";
+    for kind in able(test, &Kind::ALL) {
+        let mut bench = Bench::new(kind);
+        let hung = bench.world.dir.path().join("hung");
+        std::fs::create_dir(&hung).unwrap();
+        let mut guest = bench.guest(Guest::Idle);
+        let kernel = hung.join("kernel");
+        std::fs::rename(&guest.kernel, &kernel).unwrap();
+        guest.kernel = kernel;
+        let vmm = ByHand::runs(kind, &bench.socket, &guest);
+        let Some(_mount) = HungMount::on(&mut bench.world, &hung, test) else { return };
+        bench.world.start();
+        let vm = bench.the_vm();
+        let info = bench.world.info(&vm);
+        assert_eq!((&info["state"], vmm_pid(&info)), (&json!("VM_STATE_RUNNING"), vmm.pid()), "{info:#}");
+        bench.op("PauseVm", &vm).ok();
+        bench.op("ResumeVm", &vm).ok();
     }
 }

@@ -197,3 +197,20 @@ fn as_after_a_panic(record: &VmRecord) -> VmRecord {
         .because("internal", "this program failed while it looked after the VM, and takes the VM up again");
     VmRecord { status, ..record.clone() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the size of what `run` returns, in bytes.
+    fn size_of_future<'a, F: Future>(_run: fn(&'a mut Actor) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn an_idle_actor_is_small() {
+        // There are as many as VMs. What a step needs is boxed for as long as the step takes.
+        let (actor, waits) = (size_of::<Actor>(), size_of_future(Actor::run));
+        assert!(actor <= 256 && waits <= 448, "{actor} bytes, and {waits} to wait");
+    }
+}
