@@ -245,7 +245,7 @@ pub fn sign(runtime_dir: &Path, instance: InstanceId) -> io::Result<Served> {
         .and_then(|file| file.write_all(line.as_bytes()))
         .map_err(|error| named(&path, &error))?;
     // The list is read again, because another daemon may have signed between the first reading and
-    // the write. Both then see `Many`.
+    // the write. The later of the two then sees `Many`.
     served(runtime_dir)
 }
 

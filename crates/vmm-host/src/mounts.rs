@@ -64,7 +64,7 @@ impl Mounts {
     /// process serves. Follows symbolic links as far as that mount, and touches no file in it.
     /// `None` where there is no such mount or no such path.
     pub fn served_by(&self, path: &Path) -> Option<PathBuf> {
-        // The walk resolves the path component by component, as the kernel does. canonicalize(3)
+        // The walk resolves the path component by component, as the kernel does. realpath(3)
         // would wait for the server of the mount that is looked for.
         let mut links = 0;
         let mut here = PathBuf::from("/");
