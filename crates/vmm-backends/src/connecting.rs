@@ -1,11 +1,13 @@
-//! Failures to connect to a VMM's socket: of the VMM, or of the host.
+//! Classifies failures to connect to a VMM's socket.
 
 use std::io;
 
 use rustix::io::Errno;
 use vmm_core::backend::BackendErrorKind;
 
-/// Tells a VMM that cannot be reached from a host that has no descriptor or memory left for a connection.
+/// Returns [`BackendErrorKind::Host`] if the host has no descriptor or memory left for a
+/// connection, and [`BackendErrorKind::Unreachable`] for every other failure, because those concern
+/// the VMM.
 pub(crate) fn failure(error: &io::Error) -> BackendErrorKind {
     match error.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => BackendErrorKind::Host,

@@ -1,4 +1,5 @@
-//! Counters that the host keeps of a VMM: of its process and of its TAPs. And the room that its logs take.
+//! Reads the counters that the host keeps of a VMM's process and TAPs, and limits the size of its
+//! logs.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,10 +11,11 @@ use vmm_host::tail;
 /// The most bytes that are kept of a VMM's log, because a guest can make its VMM log without end.
 const LOG_KEPT: u64 = 1 << 20;
 
-/// Reads CPU time and memory of `process` and, where `taps` are given, the counters of those TAPs, seen from the guest.
+/// Reads the CPU time and memory of `process` and, if `taps` are given, the counters of those TAPs,
+/// seen from the guest.
 ///
-/// Names in [`Sample::missing`] everything that could not be read. A TAP that somebody has renamed, deleted or moved into another
-/// network namespace is missing from the sum of the others.
+/// Lists in [`Sample::missing`] each counter that could not be read. A TAP that was renamed,
+/// deleted or moved into another network namespace is left out of the sum of the others.
 pub(crate) async fn of_host(process: &Process, taps: Option<&[String]>) -> Sample {
     let (process, taps) = (process.clone(), taps.map(<[String]>::to_vec));
     let read = tokio::task::spawn_blocking(move || read(&process, taps.as_deref()));
@@ -23,7 +25,8 @@ pub(crate) async fn of_host(process: &Process, taps: Option<&[String]>) -> Sampl
     })
 }
 
-/// Gives the room of all but the end of a VMM's `logs` back to the host. A log that is not there takes none.
+/// Frees the disk space of all but the last [`LOG_KEPT`] bytes of each of a VMM's `logs`. A missing
+/// log is skipped.
 pub(crate) async fn trim_logs(logs: Vec<PathBuf>) {
     let trimmed = tokio::task::spawn_blocking(move || {
         for log in logs {
@@ -32,11 +35,12 @@ pub(crate) async fn trim_logs(logs: Vec<PathBuf>) {
             }
         }
     });
-    // Fails only while the runtime ends.
+    // The task fails only if the runtime is shutting down, and then no log matters.
     let _ = trimmed.await;
 }
 
-/// Returns the counters that were read; those that were not are named in `sample`, with the reason.
+/// Returns the counters, or adds the error to [`Sample::missing`] under the name `what` and returns
+/// `None`.
 pub(crate) fn or_missing<T>(sample: &mut Sample, what: &str, counters: Result<T, BackendError>) -> Option<T> {
     counters.inspect_err(|error| sample.missing.push(format!("{what}: {error}"))).ok()
 }
@@ -56,7 +60,8 @@ fn read(process: &Process, taps: Option<&[String]>) -> Sample {
     sample
 }
 
-/// Adds the counters of all `taps` that `counters` can read; `None` where there are TAPs and none can be read.
+/// Adds the counters of all `taps` that `counters` can read. Returns `None` if there are TAPs and
+/// none can be read.
 fn sum(
     taps: &[String],
     counters: &dyn Fn(&str) -> io::Result<NetworkCounters>,

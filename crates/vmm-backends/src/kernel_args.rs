@@ -3,14 +3,14 @@
 use vmm_core::report::Report;
 use vmm_core::spec::{MAX_KERNEL_ARGS, RestartMode, VmSpec};
 
-/// Rejects `spec` where its command line in force, `in_force` bytes long, is longer than Linux keeps.
+/// Rejects `spec` if the whole command line, `in_force` bytes long, is longer than Linux keeps.
 ///
-/// The bytes in force are those of [`VmSpec::kernel_args`] and those that the backend or its hypervisor adds. Firecracker
-/// refuses a line that is too long at its start. The other hypervisors hand on any length, and Linux cuts the end off, which is
-/// where `root=` was added.
+/// The whole line is [`VmSpec::kernel_args`] with the additions of the backend or its hypervisor.
+/// Firecracker refuses a line that is too long when the VM starts. The other hypervisors pass on
+/// any length and Linux cuts off the end, which is the place of `root=`.
 pub(crate) fn check_length(report: &mut Report, spec: &VmSpec, in_force: usize) {
     let given = spec.boot.args.len();
-    // A line that is too long as it was given is refused by the parser.
+    // The parser has already refused a line that is too long without the additions.
     if in_force > MAX_KERNEL_ARGS && given <= MAX_KERNEL_ARGS {
         let added = in_force - given;
         report.reject(
@@ -23,8 +23,8 @@ pub(crate) fn check_length(report: &mut Report, spec: &VmSpec, in_force: usize) 
     }
 }
 
-/// Warns where `spec` has its VM started again after a failure, its guest would stop for good in a panic, and `machine` has no
-/// device by which a guest tells of its panic.
+/// Warns if all of the following hold: `spec` restarts the VM after a failure, a panic would stop
+/// the guest for good, and `machine` has no device by which the guest reports a panic.
 pub(crate) fn check_panic(report: &mut Report, spec: &VmSpec, machine: &str) {
     let acts_on_failure = matches!(spec.restart.mode, Some(RestartMode::OnFailure | RestartMode::Always));
     if acts_on_failure && !spec.resets_on_panic() {

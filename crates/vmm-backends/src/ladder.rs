@@ -1,20 +1,22 @@
-//! The ladder that ends a VM, from a request to the guest down to SIGKILL. One for all backends, managed and attached.
+//! Ends a VM by a ladder of steps, from a request to the guest down to SIGKILL. All backends,
+//! managed and attached, use this one ladder.
 //!
 //! ```text
 //!   ask the guest, again every 3 s ──► power off ──► end the process: SIGTERM ──► SIGKILL ──► error: still there
 //!   for all the time it is given │     1.2 s + 1 s   1 s         1 s
 //!                                │     └─ forced: begins here, 5 s at most ─┘
-//!                                └─ the VMM has answered nothing: error, and nothing is ended
+//!                                └─ the VMM answered no request: error, and the VM runs on
 //! ```
 //!
-//! The time belongs to the guest. A VMM that is slow to answer, loses its connection or refuses may have passed the request on
-//! all the same, so its guest gets the whole time before the next rung. The request is repeated, because a guest that is still
-//! booting loses the first one.
+//! The time limit belongs to the guest. A VMM that answers late, loses its connection or refuses
+//! may still have passed the request on, so its guest gets the whole time before the next rung. The
+//! request is repeated because a guest that is still booting loses the first one.
 //!
-//! Without force nothing is ended that has answered nothing: the guest of such a VMM may never have been asked.
+//! Without force the VM is not ended if its VMM answered no request, because its guest may never
+//! have been asked.
 //!
-//! Whatever a rung answers, only the end of the VM counts: success says that it has provably gone, and names the last rung that
-//! had reached it by then.
+//! Only the end of the VM counts as success, whatever the rungs returned. Success means that the VM
+//! is proven to have ended. The result names the last rung that had reached the VM by then.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -29,12 +31,12 @@ use vmm_host::process::{Process, Signal};
 
 use crate::patience::{ENDING, REPORTING};
 
-/// A call to a VMM that has yet to be made.
+/// A call to a VMM that was not made yet.
 pub type Call<'a> = Pin<Box<dyn Future<Output = Result<(), BackendError>> + Send + 'a>>;
 
 /// The pause between the answer to one request to the guest and the next request.
 const ASKING_AGAIN: Duration = Duration::from_secs(3);
-/// The time that a VMM has to answer the order to power off: without force, and by force.
+/// The longest wait for the answer to the order to power off: without force, and by force.
 const ORDERING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(1200));
 /// The interval at which a VMM that outlives its VM is asked whether the VM has ended.
 const LOOKING_AGAIN: Duration = Duration::from_millis(200);
@@ -45,20 +47,22 @@ pub trait Means: Send + Sync {
     /// Returns the VMM's process.
     fn process(&self) -> &Process;
 
-    /// Returns a request to the guest to shut down, and the name of that rung; `None` where the guest cannot be asked. Each
-    /// call makes a new request, and resumes a guest that stands still, because that one hears nothing.
+    /// Returns a request to the guest to shut down with the name of its rung, or `None` if the
+    /// guest cannot be asked. Each call returns a new request. The request first resumes a paused
+    /// guest, because a paused guest does not react.
     fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
 
-    /// Returns the order to the VMM to power its VM off; `None` where there is none. A VMM of somebody else's that would end
-    /// itself over the order has one by force only.
+    /// Returns the order to the VMM to power the VM off, or `None` if there is no such order. An
+    /// attached VMM that would exit after the order offers the order by force only.
     fn power_off(&self, forced: bool) -> Option<Call<'_>>;
 
-    /// Says whether the VM has ended though its VMM lives on.
+    /// Returns true if the VM has ended while its VMM runs on.
     async fn has_ended(&self) -> bool {
         false
     }
 
-    /// Ends the process after everything gentler has failed. `reached` is the last rung that reached the VM.
+    /// Ends the process after all earlier rungs have failed. `reached` is the last rung that
+    /// reached the VM.
     ///
     /// # Errors
     /// Fails as [`climb`] does.
@@ -69,22 +73,30 @@ pub trait Means: Send + Sync {
 }
 
 /// Climbs down the ladder until the VM has gone, and answers with the rung that it obeyed. [`EndedBy::Guest`] says that the VM
-/// ended before anything reached it.
+/// Ends the VM by the rungs of the ladder, in order, and returns the rung that ended it.
+/// [`EndedBy::Guest`] means that the VM ended before any rung reached it.
 ///
 /// # Errors
-/// Without force: [`BackendErrorKind::Timeout`] or [`BackendErrorKind::Unreachable`] where the VMM answered nothing in all the
-/// time; it lives then. [`BackendErrorKind::StillRuns`] where the process is somebody else's and nothing else has ended the VM.
+/// Without force: [`BackendErrorKind::Timeout`] or [`BackendErrorKind::Unreachable`] if the VMM
+/// answered no request within the whole time; the VM runs on. [`BackendErrorKind::StillRuns`] if
+/// another program started the process and no other rung has ended the VM.
 ///
-/// [`BackendErrorKind::Timeout`] where the process outlives SIGKILL, as it does while it waits for a device of the host.
+/// [`BackendErrorKind::Timeout`] if the process outlives SIGKILL, as it does while it waits for a
+/// device of the host.
 ///
-/// The effect is [`Effect::Unknown`] each time.
+/// The effect of each error is [`Effect::Unknown`].
 pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, BackendError> {
     let process = means.process();
+    // A process that has ended already is checked first, because a call to its socket would wait in
+    // vain and would be taken for a VMM that does not answer.
     if process.has_ended() {
         return gone(process, EndedBy::Guest).await;
     }
     let forced = ladder.ask_guest_for.is_none();
     let mut reached = EndedBy::Guest;
+    // Rung 1: ask the guest, for as long as the caller gives it. If the VMM answered no request,
+    // the ladder stops with an error, because the guest may never have been asked and the next
+    // rungs would take its power away. The caller who wants that uses force, which begins at rung 2.
     if let Some(patience) = ladder.ask_guest_for {
         match ask(means, patience).await {
             Asked::Ended(rung) => return Ok(rung),
@@ -92,6 +104,9 @@ pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, Backend
             Asked::Unanswered(error) => return Err(error),
         }
     }
+    // Rung 2: order the VMM to power off. A refused order leaves `reached` unchanged, because the
+    // VM did not receive it. Every other outcome may have reached the VM, so an end that follows is
+    // attributed to this rung. The wait depends on the outcome, see `Called::patience`.
     if let Some(call) = means.power_off(forced) {
         let limit = if forced { ORDERING.1 } else { ORDERING.0 };
         let called = call_vmm(process, limit, call, "power the VM off").await;
@@ -101,24 +116,28 @@ pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, Backend
             return Ok(reached);
         }
     }
+    // The VM may have ended between the last wait and this line. Without this check the next rung
+    // would signal a process that is gone and report a rung that did nothing.
     if process.has_ended() {
         return gone(process, reached).await;
     }
     means.end_process(forced, reached).await
 }
 
-/// The outcome of asking a guest to shut down.
+/// The outcome of the requests to a guest to shut down.
 enum Asked {
-    /// The VM has ended, by this rung.
+    /// The VM has ended. The rung is the last one that had reached it.
     Ended(EndedBy),
-    /// The VM runs on, or cannot be asked; the rung is the last one that reached it.
+    /// The VM runs on, or its guest cannot be asked. The rung is the last one that reached the VM.
     RunsOn(EndedBy),
-    /// The VMM answered nothing.
+    /// The VMM answered no request.
     Unanswered(BackendError),
 }
 
-/// Asks the guest again and again, and waits for its end, for `patience` in all.
+/// Asks the guest repeatedly and waits for the end of the VM, for `patience` in all.
 async fn ask(means: &dyn Means, patience: Duration) -> Asked {
+    // `ended` is one future for the whole function, because it polls the VMM and a new one for each
+    // request would start its interval again.
     let deadline = Instant::now() + patience;
     let mut ended = std::pin::pin!(end_of(means));
     let mut reached = EndedBy::Guest;
@@ -129,7 +148,8 @@ async fn ask(means: &dyn Means, patience: Duration) -> Asked {
         let answer = tokio::select! {
             biased;
             answer = call => Some(answer),
-            // A VM that obeys at once ends before its VMM has answered.
+            // This arm is polled second, because a VM that obeys at once ends before its VMM has
+            // answered, and the answer would then be an error although the request succeeded.
             () = &mut ended => {
                 if first {
                     point(FaultPoint::LadderAsked);
@@ -141,20 +161,25 @@ async fn ask(means: &dyn Means, patience: Duration) -> Asked {
         match answer {
             Some(Ok(())) => (reached, answered) = (rung, true),
             Some(Err(error)) => {
+                // An error whose effect is unknown may have reached the guest, so an end that
+                // follows is attributed to this rung.
                 if error.effect != Effect::NotApplied {
                     reached = rung;
                 }
-                // A VMM that has said that its guest is gone has answered as well.
+                // A VMM that reports its guest as gone has answered, too.
                 answered |=
                     error.kind.contact() == ContactProof::Made || error.kind == BackendErrorKind::Gone;
                 tracing::warn!(pid = means.process().pid(), %error, "the guest could not be asked to shut down");
                 last = Some(error);
             }
+            // The deadline passed during the call. The request may still reach the guest.
             None => reached = rung,
         }
         if std::mem::take(&mut first) {
             point(FaultPoint::LadderAsked);
         }
+        // The next request follows 3 s after this answer, or the deadline ends the wait earlier.
+        // The end of the VM is watched during the pause, so a guest that obeys is not asked again.
         let again = (Instant::now() + ASKING_AGAIN).min(deadline);
         tokio::select! {
             biased;
@@ -168,7 +193,8 @@ async fn ask(means: &dyn Means, patience: Duration) -> Asked {
     if means.process().has_ended() {
         return Asked::Ended(reached);
     }
-    // A guest that cannot be asked at all has nobody to answer for it.
+    // A guest that cannot be asked at all (`ask` returned `None` at once) has a VMM that was never
+    // called, so a missing answer means nothing there.
     if answered || first { Asked::RunsOn(reached) } else { Asked::Unanswered(unanswered(patience, last)) }
 }
 
@@ -190,8 +216,8 @@ fn unanswered(patience: Duration, last: Option<BackendError>) -> BackendError {
     }
 }
 
-/// Powers the VM off by its VMM's interface alone, as without force, and does not wait for the guest. A guest whose VMM has no
-/// such order is asked once.
+/// Powers the VM off by the VMM's interface, without force and without waiting for the guest. If
+/// the VMM has no such order, the guest is asked once.
 ///
 /// # Errors
 /// Fails as [`Means::end_process`] does without force.
@@ -213,7 +239,7 @@ pub(crate) async fn order_off(means: &dyn Means) -> Result<EndedBy, BackendError
     means.end_process(false, reached).await
 }
 
-/// Ends a process of ours: SIGTERM, then SIGKILL.
+/// Ends a process that this program started: SIGTERM, then SIGKILL.
 ///
 /// # Errors
 /// [`BackendErrorKind::Timeout`] where the process outlives SIGKILL.
@@ -222,6 +248,8 @@ async fn signal_down(process: &Process, mut reached: EndedBy) -> Result<EndedBy,
         if process.has_ended() {
             return gone(process, reached).await;
         }
+        // A signal that the kernel refuses does not count as a rung, and the loop goes on at once
+        // to the next signal.
         match process.signal(signal) {
             Ok(()) => reached = rung,
             Err(error) => tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled"),
@@ -234,33 +262,36 @@ async fn signal_down(process: &Process, mut reached: EndedBy) -> Result<EndedBy,
     Err(still_there(process))
 }
 
-/// The outcome of an order. All but the last may have reached the VM: one that obeys at once takes its VMM along before that
-/// has answered.
+/// The outcome of an order. Every variant except [`Self::Refused`] may have reached the VM, because
+/// a VM that obeys at once ends together with its VMM before the VMM has answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Called {
-    /// The VMM said yes, or ended over it.
+    /// The VMM accepted the order, or ended during the call.
     Taken,
-    /// The VMM broke off without an answer.
+    /// The connection broke without an answer.
     Lost,
-    /// The VMM said nothing in time.
+    /// The VMM did not answer in time.
     Silent,
-    /// The VMM said no, or was not reached.
+    /// The VMM refused the order, or was not reached.
     Refused,
 }
 
 impl Called {
-    /// Returns the time for which the end is waited for.
+    /// Returns the time to wait for the end of the VM after this outcome.
     fn patience(self) -> Duration {
         match self {
             Self::Taken | Self::Lost => ENDING,
             Self::Refused => REPORTING,
-            // The order had its time to be answered, and the next rung needs no answer.
+            // The wait for the answer was also a wait for the end, and the next rung needs no
+            // answer.
             Self::Silent => Duration::ZERO,
         }
     }
 }
 
-/// Makes a call to the VMM, for at most `limit`, and not beyond the end of its process: a dead VMM's socket may stay silent.
+/// Makes a call to the VMM and waits for the answer for at most `limit`, or until the process ends,
+/// because the socket of a dead VMM may stay silent. `what` completes the log line "does not answer
+/// the call to …".
 async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
     let answer = tokio::select! {
         biased;
@@ -272,7 +303,7 @@ async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str
         }
     };
     let Err(error) = answer else { return Called::Taken };
-    tracing::warn!(pid = process.pid(), %error, "the VMM could not be told to {what}");
+    tracing::warn!(pid = process.pid(), %error, "the VMM did not accept the call to {what}");
     match error.effect {
         Effect::Applied => Called::Taken,
         Effect::Unknown => Called::Lost,
@@ -280,10 +311,10 @@ async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str
     }
 }
 
-/// Waits until the VM has ended: with its process, or alone where its VMM lives on.
+/// Waits until the VM has ended, either together with its process or alone while its VMM runs on.
 async fn end_of(means: &dyn Means) {
     let looking = async {
-        // The process may end in the middle of the question.
+        // The process may end during the question, so both are awaited side by side.
         while !means.has_ended().await {
             tokio::time::sleep(LOOKING_AGAIN).await;
         }
@@ -299,7 +330,8 @@ async fn ends_within(means: &dyn Means, limit: Duration) -> bool {
     tokio::time::timeout(limit, end_of(means)).await.is_ok() || means.process().has_ended()
 }
 
-/// The pidfd has shown the end; what remains is that the exit is published.
+/// Waits until the exit of an ended process is published, because the pidfd shows the end of a
+/// process before its exit status is known. Returns `reached`.
 async fn gone(process: &Process, reached: EndedBy) -> Result<EndedBy, BackendError> {
     if process.wait_for(ENDING).await.is_some() { Ok(reached) } else { Err(still_there(process)) }
 }

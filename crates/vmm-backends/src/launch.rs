@@ -1,4 +1,5 @@
-//! Starting a VMM's process, waiting for its socket, and clearing up after a launch that broke.
+//! Starts a VMM's process, waits for its socket, and ends the processes that an interrupted launch
+//! left.
 //!
 //! ```text
 //!   start_vmm ──► Guarded ──► wait_for_socket ──► configure ──► keep() ──► Process
@@ -24,19 +25,20 @@ pub use vmm_host::process::Guarded;
 
 use crate::patience::{KILLING, REAPING, SWEEPING};
 
-/// How many processes a sweep ends before it takes them for the work of somebody who starts new ones.
+/// The most processes that one sweep ends. More of them mean that another program starts new ones.
 const SWEPT_AT_MOST: usize = 16;
-/// How much of a VMM's log a message carries.
+/// The most bytes of a VMM's log that a message quotes.
 const LOG_BYTES: usize = 2048;
-/// How many lines of a VMM's log a message carries.
+/// The most lines of a VMM's log that a message quotes.
 const LOG_LINES: usize = 8;
 
-/// Starts a VMM by the command that `prepare` makes, which may block. It is killed if the answer is dropped before
-/// [`Guarded::keep`].
+/// Starts a VMM by the command that `prepare` returns. `prepare` may block. The process is killed
+/// if the returned guard is dropped before [`Guarded::keep`].
 ///
 /// # Errors
-/// What `prepare` fails with; [`BackendErrorKind::NotInstalled`] where the program cannot be run, [`BackendErrorKind::Host`]
-/// otherwise. Nothing runs then.
+/// Returns the error of `prepare`; [`BackendErrorKind::NotInstalled`] if the program does not
+/// exist; [`BackendErrorKind::Host`] if the program exists and cannot be run. No process runs after
+/// an error.
 pub async fn start_vmm<P>(prepare: P) -> Result<Guarded, BackendError>
 where
     P: FnOnce() -> Result<Command, BackendError> + Send + 'static,
@@ -51,7 +53,7 @@ where
     }
 }
 
-/// The same on a thread for blocking work.
+/// Starts a VMM as [`start_vmm`] does, on the calling thread. Blocks.
 pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> {
     let program = command.program.clone();
     let started = vmm_host::process::start_guarded(command).map_err(|error| {
@@ -69,8 +71,8 @@ pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> 
     Ok(started)
 }
 
-/// Explains the end of a VMM that should have gone on: its exit status and the last lines of its log. `what` is what it was
-/// doing, as in "while it started".
+/// Returns the error for a VMM that ended too early: its exit status and the last lines of its log.
+/// `what` names the moment of the end, as in "while it started".
 pub async fn died_early(process: &Process, log: &Path, what: &str) -> BackendError {
     let exit = match process.wait_for(REAPING).await {
         Some(exit) => exit.to_string(),
@@ -85,24 +87,29 @@ pub async fn died_early(process: &Process, log: &Path, what: &str) -> BackendErr
     BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message)
 }
 
-/// Reads the last lines of a VMM's log, for a message. Empty where there are none.
+/// Returns the last lines of a VMM's log for a message, or an empty text if there is no log.
 pub async fn last_words(log: &Path) -> String {
     let log = log.to_path_buf();
     let read = tokio::task::spawn_blocking(move || files::tail_lines(&log, LOG_BYTES, LOG_LINES));
     read.await.unwrap_or_default()
 }
 
-/// Connects to the socket that `process` is about to make at `path`, as soon as it listens there.
+/// Connects to the socket that `process` is about to create at `path`, as soon as the process
+/// listens there.
 ///
 /// # Errors
-/// [`BackendErrorKind::Gone`] as soon as the process has ended, for [`died_early`] to explain; [`BackendErrorKind::Timeout`] after
-/// `within`; [`BackendErrorKind::Host`] where the socket may not be used.
+/// [`BackendErrorKind::Gone`] as soon as the process has ended, so that the caller calls
+/// [`died_early`]; [`BackendErrorKind::Timeout`] after `within`; [`BackendErrorKind::Host`] if the
+/// socket cannot be used.
 pub async fn wait_for_socket(
     process: &Process,
     path: &Path,
     within: Duration,
 ) -> Result<UnixStream, BackendError> {
     let deadline = Instant::now() + within;
+    // The arms are polled in this order. A process that listened and ended at once is still
+    // reported as connected here, and the first call on the connection fails with the cause. The
+    // exit comes before the deadline because it is the better explanation if both have happened.
     tokio::select! {
         biased;
         connected = connect_when_there(path) => connected.inspect(|_| point(FaultPoint::LaunchConnected)).map_err(|error| {
@@ -120,10 +127,11 @@ pub async fn wait_for_socket(
     }
 }
 
-/// Waits until `gate` is open, but not beyond the end of `process`: a VMM may wait there for a while.
+/// Waits until `gate` is open or `process` has ended. A spare VMM may end during this wait.
 ///
 /// # Errors
-/// What [`Gate::passed`] fails with; [`BackendErrorKind::Gone`] where the process has ended, for [`died_early`] to explain.
+/// Returns the error of [`Gate::passed`]; [`BackendErrorKind::Gone`] if the process has ended, so
+/// that the caller calls [`died_early`].
 pub async fn pass(gate: &Gate, process: &Process) -> Result<(), BackendError> {
     tokio::select! {
         biased;
@@ -135,16 +143,18 @@ pub async fn pass(gate: &Gate, process: &Process) -> Result<(), BackendError> {
     }
 }
 
-/// The first and the longest pause where there is no event to wait for.
+/// The first and the longest pause between two attempts to connect, if no event announces the
+/// socket.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(5));
 
 async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
-    // The watch comes before the first look, so nothing falls between them. Without one (the kernel allows a user about 128)
-    // there are pauses instead.
+    // The watch begins before the first attempt, because a socket that appears between an attempt
+    // and a later watch would cause no event. If the kernel refuses the watch (it allows a user
+    // about 128), the loop retries after pauses of 0.2 ms to 5 ms instead.
     let watch = path.parent().and_then(|dir| match DirWatch::new(dir) {
         Ok(watch) => Some(watch),
         Err(error) => {
-            tracing::debug!(%error, "no watch on the run folder; asking again and again instead");
+            tracing::debug!(%error, "the run folder cannot be watched; retrying the connection at intervals instead");
             None
         }
     });
@@ -156,7 +166,8 @@ async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
         };
         match (error.kind(), &watch) {
             (io::ErrorKind::NotFound, Some(watch)) => watch.changed().await?,
-            // Bound and not yet listening, or its queue is full: no event tells of the end of either.
+            // The socket is bound and the VMM does not listen yet, or the queue of the socket is
+            // full. The kernel reports no event at the end of either state, so the loop pauses.
             (io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock | io::ErrorKind::NotFound, _) => {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(PAUSES.1);
@@ -166,12 +177,13 @@ async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
     }
 }
 
-/// Ends every process that has `dir` in its arguments and runs one of the programs `executable_names`, waits until they have
-/// gone, and removes the sockets in `dir` with their locks. Harmless when repeated, and where `dir` is not there.
+/// Ends every process that has `dir` among its arguments and runs one of the programs
+/// `executable_names`, waits for the end of each, and removes the sockets in `dir` with their
+/// locks. A repeated call, or a missing `dir`, does no harm.
 ///
 /// # Errors
-/// [`BackendErrorKind::Timeout`] where a process outlives SIGKILL, [`BackendErrorKind::Host`] where one is there that cannot be
-/// proven or killed. The sockets stay then.
+/// [`BackendErrorKind::Timeout`] if a process outlives SIGKILL; [`BackendErrorKind::Host`] if a
+/// process cannot be identified or killed. The sockets stay after an error.
 pub async fn sweep(dir: &Path, executable_names: &[impl AsRef<str> + Sync]) -> Result<(), BackendError> {
     let mut swept = 0;
     while let Some(found) = first_user_of(dir, executable_names).await? {
@@ -189,7 +201,8 @@ pub async fn sweep(dir: &Path, executable_names: &[impl AsRef<str> + Sync]) -> R
     blocking(move || run_dir::remove_sockets(&owned)).await
 }
 
-/// Ends one user of a run folder, if it is proven to be the one that was found.
+/// Ends one process that uses a run folder, if the identity that was found still names the same
+/// process.
 async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
     let process = match adopt(&found.identity) {
         Lookup::Alive(process) => process,
@@ -203,14 +216,15 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
             dir.display()
         )));
     }
-    tracing::info!(pid = process.pid(), dir = %dir.display(), "ending a VMM that nobody owns");
+    tracing::info!(pid = process.pid(), dir = %dir.display(), "ending an orphaned VMM");
     kill_within(&process, SWEEPING).await
 }
 
-/// Kills a VMM and waits until the process has gone.
+/// Kills a VMM and waits until the process has ended.
 ///
 /// # Errors
-/// [`BackendErrorKind::Host`] where the signal is refused, [`BackendErrorKind::Timeout`] where the process outlives it.
+/// [`BackendErrorKind::Host`] if the signal is refused; [`BackendErrorKind::Timeout`] if the
+/// process outlives SIGKILL.
 pub(crate) async fn kill(process: &Process) -> Result<(), BackendError> {
     kill_within(process, KILLING).await
 }
@@ -228,7 +242,8 @@ async fn kill_within(process: &Process, limit: Duration) -> Result<(), BackendEr
     }
 }
 
-/// Looks again after each process that was ended, for one of them may have just started another.
+/// Returns the first process that uses `dir`. The search is repeated after each process that was
+/// ended, because that process may have started another one.
 async fn first_user_of(
     dir: &Path,
     executable_names: &[impl AsRef<str>],

@@ -1,10 +1,23 @@
-//! The hypervisors, one folder each. A file of the same name has the same task in every folder: `mod.rs` implements the
-//! backend's trait, `check.rs` says what is refused, `convert.rs` turns a [`vmm_core::spec::VmSpec`] into the hypervisor's own
-//! configuration and `describe.rs` turns that back, `client.rs` speaks the hypervisor's own API, `vmm.rs` is the handle of one run,
-//! `attached.rs` serves VMMs that another program started.
+//! Implements the port of `vmm_core::backend` for each hypervisor: [`cloud_hypervisor`],
+//! [`firecracker`] and [`qemu`] start VMMs themselves, [`libvirt`] runs QEMU through libvirt, and
+//! [`attached`] serves VMMs that another program started.
 //!
-//! What the hypervisors share is beside them: the frame of all [`attached`] VMMs, the [`rest`] of a managed VMM with a REST API,
-//! the [`ladder`] that ends a VM, the search for a hypervisor's [`program`], and the [`launch`] of its process.
+//! A file of the same name has the same task in every folder:
+//!
+//! - `mod.rs` implements the backend's trait.
+//! - `check.rs` returns the violations and warnings about a specification.
+//! - `convert.rs` turns a [`vmm_core::spec::VmSpec`] into the hypervisor's own configuration.
+//! - `describe.rs` turns the hypervisor's own configuration back into one of ours.
+//! - `client.rs` speaks the hypervisor's own API.
+//! - `vmm.rs` is the handle of one run.
+//! - `attached.rs` serves VMMs of this hypervisor that another program started.
+//!
+//! The files beside the folders are shared. A launch uses [`program`] (finds the executable and its
+//! version), [`launch`] (starts the process and waits for its socket), `spares` and, for a VMM with
+//! a REST API, [`rest`]. A shutdown uses the [`ladder`], with the deadlines of `patience`. A
+//! restarted daemon uses `search` to find the VMM of a launch that was interrupted. The watch of a
+//! running VM uses `ordered`, `resets` and `throttle`. Text that comes from a VMM passes `words`
+//! before it is shown or stored.
 
 pub mod attached;
 pub mod cloud_hypervisor;

@@ -1,4 +1,5 @@
-//! What was ordered of a guest, so that what differs from it is known to be somebody else's doing.
+//! Records which states this program ordered for a guest, so that any other change is known to come
+//! from the guest or from another client of the VMM.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,15 +8,16 @@ use vmm_core::backend::VmmEvent;
 
 use crate::resets::Resets;
 
-/// The orders that the guest of one run was given, shared by the VM's handle and its watch.
+/// The orders that the guest of one run was given. The VM's handle and its watch share them.
 #[derive(Debug)]
 pub(crate) struct Ordered {
     runs: AtomicBool,
     is_to_end: AtomicBool,
     has_shut_down: AtomicBool,
-    /// Held while a call changes it, so that its echo among the events is not taken for somebody else's doing.
+    /// Locked while a call changes `runs`, so that the event of the change is not taken for the
+    /// work of another client.
     changing: Mutex<()>,
-    /// The resets that were ordered, where somebody else can order one too.
+    /// The resets that were ordered. Used where another client can order a reset as well.
     pub(crate) resets: Resets,
 }
 
@@ -35,24 +37,26 @@ impl Ordered {
         self.is_to_end.load(Ordering::Relaxed)
     }
 
-    /// Remembers that the run was ordered to end; with false, that the order came to nothing, so that a later end is news.
+    /// Records that the run was ordered to end. With `false` records that the order had no effect,
+    /// so that a later end is reported.
     pub(crate) fn order_end(&self, ordered: bool) {
         self.is_to_end.store(ordered, Ordering::Relaxed);
     }
 
-    /// Returns true if QEMU has told this program itself that its guest is shut down, and not that the guest runs again.
-    /// False under libvirt, which QEMU tells instead.
+    /// Returns true if QEMU has reported to this program that its guest is shut down, and has not
+    /// reported since that the guest runs. Always false under libvirt, because QEMU reports to
+    /// libvirt there.
     pub(crate) fn has_shut_down(&self) -> bool {
         self.has_shut_down.load(Ordering::Relaxed)
     }
 
-    /// Remembers what QEMU tells of that.
+    /// Records the last report of QEMU about the guest's shutdown.
     pub(crate) fn note_shut_down(&self, shut_down: bool) {
         self.has_shut_down.store(shut_down, Ordering::Relaxed);
     }
 
-    /// Carries out `order`, which lets the guest's CPUs run or stops them, and remembers what was ordered. Nothing else changes
-    /// that meanwhile. Fails as `order` does.
+    /// Carries out `order`, which starts or stops the guest's CPUs, and records `runs` if the order
+    /// succeeds. No other call changes the record meanwhile. Returns the error of `order`.
     pub(crate) async fn order_runs<E>(
         &self,
         runs: bool,
@@ -64,13 +68,13 @@ impl Ordered {
         Ok(())
     }
 
-    /// Waits until no other call changes what is known of the guest's CPUs.
+    /// Waits until no other call changes the record of the guest's CPUs, and locks that record.
     pub(crate) async fn change(&self) -> Change<'_> {
         Change { _turn: self.changing.lock().await, runs: &self.runs }
     }
 }
 
-/// The right to change what is known of the guest's CPUs.
+/// The lock on the record of the guest's CPUs.
 pub(crate) struct Change<'a> {
     _turn: MutexGuard<'a, ()>,
     runs: &'a AtomicBool,
@@ -86,10 +90,11 @@ impl Change<'_> {
     }
 }
 
-/// Waits until nobody wants the VM any more, neither its events nor its handle. The watch then gives back its connection,
-/// because QEMU serves one client at a time.
+/// Waits until both the receiver of the events and the handle have been dropped. The watch then
+/// closes its connection, because QEMU serves one client at a time.
 pub(crate) async fn unwanted(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
     events.closed().await;
-    // Nothing is ever sent: an error is what dropping looks like.
+    // No value is ever sent on this channel. The error means that the handle, which owns the other
+    // half, has been dropped.
     let _ = handle.await;
 }

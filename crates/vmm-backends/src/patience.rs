@@ -1,16 +1,19 @@
-//! The time that the end of a VMM's process may take, on every way to that end.
+//! Time limits for the end of a VMM's process.
 //!
-//! A forced end stays within 5 s in all, so each of these counts in the sum of [`crate::ladder`] and of a sweep.
+//! A forced end takes at most 5 s in all, so each limit counts in the sums of [`crate::ladder`] and
+//! of a sweep.
 
 use std::time::Duration;
 
-/// The time that a process has to end after SIGTERM, after an order that was taken, and after each signal of the ladder.
+/// The time that a process has to end after SIGTERM, after an accepted order to power off, and
+/// after each signal of the ladder.
 pub(crate) const ENDING: Duration = Duration::from_secs(1);
-/// The time that a process has to end after SIGKILL, where no gentler rung follows or went before.
+/// The time that a process has to end after SIGKILL, where no other rung precedes or follows.
 pub(crate) const KILLING: Duration = Duration::from_secs(2);
 /// The time that each process has to end after SIGKILL in a sweep, which may end several.
 pub(crate) const SWEEPING: Duration = Duration::from_secs(1);
-/// The time that the kernel has to report an end that a broken connection has shown already.
+/// The time in which the kernel reports the end of a process after its connection has broken.
 pub(crate) const REPORTING: Duration = Duration::from_millis(500);
-/// The time in which a VMM that broke its connection while it started is reaped, so that its exit status can be told.
+/// The time in which a VMM that broke its connection during the start is reaped, so that the error
+/// can name its exit status.
 pub(crate) const REAPING: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! A hypervisor's program: where it is, which version, and whether that is one that can be used.
+//! Finds a hypervisor's executable, reads its version, and refuses a version that is too old.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
@@ -15,19 +15,19 @@ use vmm_host::process::{environment, starting};
 
 use crate::words;
 
-/// How long a program may take to say its version.
+/// The longest time that a program may take to print its version.
 const SAYING: Duration = Duration::from_secs(10);
-/// How much of what it says is read, in bytes.
+/// The most bytes that are read of its output.
 const MAX_SAID: u64 = 4096;
 
 /// A version of three numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
 pub struct Version {
-    /// Of what breaks with the version before.
+    /// Incremented by incompatible releases.
     pub major: u32,
-    /// Of what adds to it.
+    /// Incremented by compatible releases with new features.
     pub minor: u32,
-    /// Of what mends it; QEMU's own name for it.
+    /// Incremented by releases that fix faults. QEMU calls it `micro`.
     pub micro: u32,
 }
 
@@ -38,17 +38,18 @@ impl std::fmt::Display for Version {
 }
 
 impl Version {
-    /// Puts one together.
+    /// Returns the version of these three numbers.
     pub const fn new(major: u32, minor: u32, micro: u32) -> Self {
         Self { major, minor, micro }
     }
 
-    /// Finds the first version in `text`: a `v` and up to three numbers, as in `Firecracker v1.16.1`.
+    /// Returns the first version in `text`: a `v` and up to three numbers, as in `Firecracker
+    /// v1.16.1`.
     pub fn find(text: &str) -> Option<Self> {
         text.split_whitespace().find_map(|word| Self::leading(word.strip_prefix('v')?))
     }
 
-    /// Reads the version that `text` begins with: up to three numbers, as in `7.2.22 (Debian …)`.
+    /// Returns the version that `text` begins with: up to three numbers, as in `7.2.22 (Debian …)`.
     pub fn leading(text: &str) -> Option<Self> {
         let end = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(text.len());
         let mut numbers = text[..end].split('.').map(str::parse::<u32>);
@@ -58,30 +59,31 @@ impl Version {
     }
 }
 
-/// The version that a VMM tells of itself, in the form of [`Version`]; what has another is made fit to be shown.
+/// Returns the version that a VMM reports of itself, in the form of [`Version`]. Text in another
+/// form is sanitized and returned.
 pub fn told_version(text: &str) -> String {
     let told = Version::leading(text.trim_start_matches('v'));
     told.map_or_else(|| words::version(text), |version| version.to_string())
 }
 
-/// What is known of a hypervisor's program before it is found.
+/// The fixed facts about a hypervisor's program.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
-    /// The backend that runs it.
+    /// The backend that runs the program.
     pub backend: &'static str,
-    /// What people call the hypervisor.
+    /// The hypervisor's name for people.
     pub title: &'static str,
-    /// The program's name where nobody renames it.
+    /// The executable's name as its packages install it.
     pub usual_name: &'static str,
     /// The oldest version that can be used.
     pub oldest: Version,
-    /// Finds the version in what the program says of it.
+    /// Reads the version from the program's output.
     pub read_version: fn(&str) -> Option<Version>,
-    /// Where to get one, and how to name another.
+    /// Advice for people: how to install the program, and which setting names another one.
     pub remedy: &'static str,
 }
 
-/// Tells a program from the one that replaced it at the same path.
+/// Identifies an executable file, so that one that replaced it at the same path is recognized.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stamp {
     path: PathBuf,
@@ -90,22 +92,23 @@ struct Stamp {
     modified: Option<SystemTime>,
 }
 
-/// A program that can be used, as it lies on the disk.
+/// An executable file of a usable version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Installed {
     stamp: Stamp,
-    /// Its version.
+    /// The version that the program printed.
     pub version: Version,
 }
 
 impl Installed {
-    /// Where it lies.
+    /// Returns the path of the executable.
     pub fn path(&self) -> &Path {
         &self.stamp.path
     }
 }
 
-/// A hypervisor's program, looked for anew at each use, because it may be installed or upgraded while the daemon runs.
+/// A hypervisor's program. The executable is searched again at each use, because it may be
+/// installed or upgraded while the daemon runs.
 #[derive(Debug)]
 pub struct Program {
     wanted: OsString,
@@ -114,12 +117,14 @@ pub struct Program {
 }
 
 impl Program {
-    /// The program `wanted`, a name on the PATH or a path.
+    /// Returns the program `wanted`, which is a name on the PATH or a path. Does not search for it
+    /// yet.
     pub fn new(wanted: impl Into<OsString>, kind: Kind) -> Self {
         Self { wanted: wanted.into(), kind, last: Mutex::new(None) }
     }
 
-    /// Says which version is there, if it can be used and `host_serves`, which may block.
+    /// Returns the version of the program if it is usable and `host_serves` succeeds, or else the
+    /// reason. `host_serves` may block.
     pub async fn health<E: Display + Send + 'static>(
         &self,
         host_serves: impl FnOnce() -> Result<(), E> + Send + 'static,
@@ -134,10 +139,10 @@ impl Program {
         BackendHealth::from(version)
     }
 
-    /// Finds the program and its version, which is asked for once per file.
+    /// Finds the executable and its version. The version is asked for once per file.
     ///
     /// # Errors
-    /// [`BackendErrorKind::NotInstalled`], saying what to do.
+    /// [`BackendErrorKind::NotInstalled`], with advice for the user.
     pub async fn find(&self) -> Result<Installed, BackendError> {
         let wanted = self.wanted.clone();
         let stamp = match tokio::task::spawn_blocking(move || stamp(&wanted)).await {
@@ -153,16 +158,18 @@ impl Program {
         Ok(installed)
     }
 
-    /// The same where nothing need be asked; `None` where the version is not known. Blocks.
+    /// Finds the executable without running it. Returns `None` if the version of this file is not
+    /// known yet. Blocks.
     ///
     /// # Errors
-    /// As [`Self::find`].
+    /// Fails as [`Self::find`] does.
     pub(crate) fn known(&self) -> Result<Option<Installed>, BackendError> {
         let stamp = stamp(&self.wanted).map_err(|why| self.unusable(&why))?;
         Ok(self.remembered(&stamp))
     }
 
-    /// The names under which the running program shows in `/proc`.
+    /// Returns the names under which the running program may appear in `/proc`: its usual name, the
+    /// configured name and the name that the configured one links to.
     pub async fn running_names(&self) -> Vec<String> {
         let wanted = self.wanted.clone();
         let real = tokio::task::spawn_blocking(move || {
@@ -179,7 +186,7 @@ impl Program {
         names
     }
 
-    /// What `stamp` is of, if that was the last to be asked.
+    /// Returns the cached version if the executable on disk still matches `stamp`.
     fn remembered(&self, stamp: &Stamp) -> Option<Installed> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.as_ref().filter(|last| last.stamp == *stamp).cloned()
@@ -217,7 +224,8 @@ fn stamp(wanted: &OsStr) -> Result<Stamp, String> {
     Ok(Stamp { path, device: facts.dev(), inode: facts.ino(), modified: facts.modified().ok() })
 }
 
-/// What `program` says of its version, or else of what is wrong with it.
+/// Runs `program --version` and returns the beginning of its standard output, or of its standard
+/// error if the former is empty.
 async fn said_by(program: &Path) -> std::io::Result<String> {
     let mut command = tokio::process::Command::new(program);
     command
@@ -234,7 +242,8 @@ async fn said_by(program: &Path) -> std::io::Result<String> {
         command.spawn()?
     };
     let (said, complaint) = tokio::try_join!(beginning(child.stdout.take()), beginning(child.stderr.take()))?;
-    // What it says after that is not read; a program that goes on for ever ends with the pipe.
+    // Both pipes are closed by now, because the reads above consumed them. A program that goes on
+    // to write gets SIGPIPE, so this wait ends.
     child.wait().await?;
     Ok(if said.trim().is_empty() { complaint } else { said })
 }

@@ -1,10 +1,11 @@
-//! Telling a reset that was ordered here from one that somebody else ordered: a VMM tells of both in the same words.
+//! Distinguishes a reset that this program ordered from one that another client of the VMM ordered,
+//! because the VMM reports both with the same event.
 //!
 //! ```text
 //!   reset() ── order ──────────► the VMM ──┐
 //!      ▲         awaited: true             │ its event
 //!      └── seen ◄──────────────────────────┤
-//!                awaited: false            ├──► news: another's
+//!                awaited: false            ├──► news: by another client
 //! ```
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +13,12 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-/// How long the event of a reset may take that was carried out. Without it the reset is no less done.
+/// The longest wait for the event of a reset that was carried out. The reset is complete without
+/// the event.
 const SEEN: Duration = Duration::from_secs(2);
 
-/// The resets of one guest. One is ordered at a time: the owner of the VM's handle does one thing after the other.
+/// The resets of one guest. At most one is in progress, because the owner of the VM's handle makes
+/// one call at a time.
 #[derive(Debug, Default)]
 pub(crate) struct Resets {
     awaited: AtomicBool,
@@ -23,12 +26,13 @@ pub(crate) struct Resets {
 }
 
 impl Resets {
-    /// Has a reset carried out, and waits until its event has been seen, so that no later one is taken for it.
+    /// Carries out `order` and waits until its event was seen, so that a later event is not taken
+    /// for this one. Returns the error of `order`.
     pub(crate) async fn order<E>(&self, order: impl Future<Output = Result<(), E>>) -> Result<(), E> {
         self.awaited.store(true, Ordering::Relaxed);
         let _expected = Expected(self);
         order.await?;
-        // An event that was lost costs the time, and nothing else.
+        // A lost event costs only the time of the wait, because the order itself has succeeded.
         let _ = tokio::time::timeout(SEEN, async {
             while self.awaited.load(Ordering::Relaxed) {
                 self.seen.notified().await;
@@ -38,7 +42,8 @@ impl Resets {
         Ok(())
     }
 
-    /// Takes note of a reset that the guest did not do, and says whether somebody else ordered it.
+    /// Records the event of a reset that the guest did not do, and returns true if another client
+    /// ordered that reset.
     pub(crate) fn is_anothers(&self) -> bool {
         let awaited = self.awaited.swap(false, Ordering::Relaxed);
         self.seen.notify_one();
@@ -46,7 +51,7 @@ impl Resets {
     }
 }
 
-/// Ends the wait for an event also where the order fails or is given up.
+/// Ends the wait for an event when dropped, also if the order fails or its future is dropped.
 struct Expected<'a>(&'a Resets);
 
 impl Drop for Expected<'_> {

@@ -1,10 +1,10 @@
-//! The search for the VMM of a launch that was cut short before its process was on record.
+//! Finds the VMM of a launch that was interrupted before its process was on record.
 
 use std::path::Path;
 
 use vmm_host::process::{Found, find_by_argument};
 
-/// Why no process can be called the VMM of a run, though one may be it.
+/// The reason for which no process is proven to be the VMM of a run, though one may be.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Unproven {
     /// Machine-readable cause in kebab-case.
@@ -13,12 +13,13 @@ pub(crate) struct Unproven {
     pub(crate) message: String,
 }
 
-/// Finds the one process that has the run folder `dir` among its arguments and runs a program that is called one of `names`;
-/// `None` where there is none.
+/// Returns the one process that has the run folder `dir` among its arguments and runs one of the
+/// programs `names`, or `None` if there is no such process.
 ///
 /// # Errors
-/// [`Unproven`] where processes cannot be listed, where several use the folder, and where the program of the one that does is
-/// hidden from the daemon's user, so that only its own words name it.
+/// [`Unproven`] if processes cannot be listed, if several processes use the folder, or if the
+/// executable of the one process is hidden from the daemon's user. In the last case only the
+/// arguments name the process, and every local user can forge arguments.
 pub(crate) async fn user_of(dir: &Path, names: Vec<String>) -> Result<Option<Found>, Unproven> {
     let owned = dir.to_path_buf();
     let hidden = |error: &dyn std::fmt::Display| Unproven {

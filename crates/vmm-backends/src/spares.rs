@@ -1,4 +1,4 @@
-//! The VMMs that wait for their VMs, by the VMs' uids.
+//! The spare VMMs of one backend, by the uid of the VM that each is reserved for.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,12 +10,13 @@ use vmm_core::id::VmUid;
 pub(crate) struct Spares<T>(Mutex<HashMap<VmUid, T>>);
 
 impl<T> Spares<T> {
-    /// Keeps a VMM until it is taken.
+    /// Stores a VMM until [`Self::take`] removes it.
     pub(crate) fn keep(&self, uid: VmUid, spare: T) {
         self.waiting().insert(uid, spare);
     }
 
-    /// Hands out the VMM that waits for `uid`, if one does. Nobody else gets it.
+    /// Removes and returns the VMM that is reserved for `uid`. The caller owns it, so no second
+    /// caller gets it.
     pub(crate) fn take(&self, uid: VmUid) -> Option<T> {
         self.waiting().remove(&uid)
     }

@@ -1,20 +1,21 @@
-//! A limit for what a VMM tells of its guest: each change that is told on becomes a durable event.
+//! Limits how often the changes of one guest are reported, because each report becomes a durable
+//! event and a guest can cause changes without end.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The number of changes that are told at once.
+/// The number of changes that may be reported at once.
 const BURST: u32 = 16;
-/// The interval after which one more change may be told.
+/// The interval after which one more change may be reported.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// Lets a burst through, and then one change for each [`REFILL`].
+/// Allows a burst of [`BURST`] changes, and then one change for each [`REFILL`].
 #[derive(Debug)]
 pub(crate) struct Throttle {
-    /// The number of changes that may be told now.
+    /// The number of changes that may be reported now.
     left: u32,
-    /// Since when `left` has not been refilled.
+    /// The time up to which `left` has been refilled.
     since: Instant,
 }
 
@@ -23,10 +24,11 @@ impl Throttle {
         Self { left: BURST, since: Instant::now() }
     }
 
-    /// Lets one change through.
+    /// Allows one change.
     ///
     /// # Errors
-    /// Answers when to ask again, where no change may be told now. What counts then is the state at that time.
+    /// Returns the time of the next attempt if no change may be reported now. The caller then
+    /// reports the state at that time, so the states in between are left out.
     pub(crate) fn pass(&mut self) -> Result<(), Instant> {
         let now = Instant::now();
         while self.left < BURST && now.saturating_duration_since(self.since) >= REFILL {
@@ -46,7 +48,7 @@ impl Throttle {
     }
 }
 
-/// Waits until `at`; for ever where there is nothing to wait for.
+/// Waits until `at`, or for ever if there is no `at`.
 pub(crate) async fn due(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,

@@ -1,36 +1,39 @@
-//! What a VMM says, made fit to be shown and stored: bounded, on one line, without control characters.
+//! Sanitizes text that comes from a VMM before it is shown or stored: limits the length, keeps it
+//! on one line, and removes control characters.
 //!
-//! A VMM hosts a guest that may have taken it over; its words reach terminals, logs and the database.
+//! A VMM hosts a guest that may have taken it over, and this text reaches terminals, logs and the
+//! database.
 
-/// The longest sentence that is passed on, in characters.
+/// The most characters of a sentence.
 const MAX_SENTENCE: usize = 2048;
-/// The longest version, in characters.
+/// The most characters of a version.
 const MAX_VERSION: usize = 64;
 
-/// A reason or an explanation.
+/// Sanitizes a reason or an explanation.
 pub(crate) fn sentence(text: &str) -> String {
     cut(text, MAX_SENTENCE)
 }
 
-/// The longest quotation of an answer in a form that nobody expects, in characters.
+/// The most characters that are quoted of an answer in an unexpected form.
 const MAX_QUOTE: usize = 512;
 
-/// An answer in a form that nobody expects, as it came.
+/// Sanitizes an answer in an unexpected form, so that an error can quote it.
 pub(crate) fn quote(answer: &[u8]) -> String {
-    // A character has at most four bytes.
+    // A character has at most four bytes, so these bytes hold one character more than is shown,
+    // which is enough to see that the answer is longer.
     let begin = &answer[..answer.len().min(4 * (MAX_QUOTE + 1))];
     cut(String::from_utf8_lossy(begin).trim(), MAX_QUOTE)
 }
 
-/// The longest path or kernel command line, in characters.
+/// The most characters of a path or a kernel command line.
 const MAX_VALUE: usize = 4096;
 
-/// A value of a configuration that a VMM tells.
+/// Sanitizes a value of a VMM's configuration.
 pub(crate) fn value(text: &str) -> String {
     cut(text, MAX_VALUE)
 }
 
-/// The version that a program claims to have.
+/// Sanitizes the version that a program reports.
 pub(crate) fn version(text: &str) -> String {
     cut(text, MAX_VERSION)
 }

@@ -1,4 +1,4 @@
-//! The way back to a VMM that an earlier daemon started, and the last words of one that has gone.
+//! Finds the VMM that an earlier daemon started, and explains the end of one that has exited.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,23 +12,25 @@ use crate::launch::{self, Guarded};
 use crate::patience::REAPING;
 use crate::search::{self, Unproven};
 
-/// The socket's name in the run folder; short, because a socket's path ends at 107 bytes.
+/// The socket's name in the run folder. The name is short because a socket's path has at most 107
+/// bytes.
 pub const SOCKET: &str = "api.sock";
-/// The name in the run folder of what the VMM writes to its stderr.
+/// The name in the run folder of the file that receives the VMM's stderr.
 pub const LOG: &str = "vmm.log";
 
-/// What was found of an earlier run.
+/// The result of the search for the VMM of an earlier run.
 #[derive(Debug)]
 pub(crate) enum Trace {
-    /// Its process, proven.
+    /// The process is alive and proven to be the VMM.
     Alive(Process, Box<RunRecord>),
-    /// It has provably gone.
+    /// The process is proven to have ended.
     Gone,
-    /// Nothing can be proven.
+    /// The identity of the process cannot be proven.
     Unprovable(Unproven),
 }
 
-/// Looks for the VMM of `request`: by its recorded identity, or by its run folder where a launch was interrupted.
+/// Searches the VMM of `request` by its recorded identity, or by its run folder if a launch was
+/// interrupted before the identity was recorded. `names` are the names of the executable.
 pub(crate) async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
     let (identity, run) = match &request.run {
         Some(run) => (run.process.clone(), run.clone()),
@@ -48,7 +50,7 @@ pub(crate) async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
     }
 }
 
-/// The record of a run that begins now. Its claims are the caller's to fill in.
+/// Returns the record of a run that begins now. The caller fills in the claims.
 pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, version: String) -> RunRecord {
     RunRecord {
         process,
@@ -62,7 +64,7 @@ pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, versi
     }
 }
 
-/// What is said of an end: the exit status, and the last lines of the VMM's logs.
+/// Returns the message about the end of a VMM: the exit status and the last lines of its logs.
 pub async fn exit_message(exit: ProcessExit, logs: &[&Path]) -> String {
     let mut message = exit.to_string();
     for log in logs {
@@ -75,8 +77,8 @@ pub async fn exit_message(exit: ProcessExit, logs: &[&Path]) -> String {
     message
 }
 
-/// Sets a log aside as `<name>.1`, where an earlier run left one, so that its words are not taken for those of the next.
-/// Blocks.
+/// Renames a log that an earlier run left to `<name>.1`, so that its lines are not quoted as those
+/// of the next run. Blocks.
 ///
 /// # Errors
 /// Returns the kernel's error.
@@ -87,7 +89,8 @@ pub fn set_aside(dir: &Path, name: &str) -> io::Result<()> {
     }
 }
 
-/// Says of an error which a call to a VMM had, that the VMM has gone, if it has.
+/// Replaces the `error` of a call by [`BackendErrorKind::Gone`] if the process of the VMM has
+/// ended.
 pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
     match process.exit() {
         Some(exit) => {
@@ -98,15 +101,15 @@ pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
     }
 }
 
-/// Says whether a process that gave this `answer` has ended by now. One that shows no socket any more may be on its way out, and
-/// is given a moment.
+/// Returns true if the process that gave this `answer` has ended. If its socket cannot be reached,
+/// waits up to [`REAPING`] for the end, because an exiting process closes its socket first.
 pub async fn has_ended<T>(process: &Process, answer: &Result<T, BackendError>) -> bool {
     let lost = matches!(answer, Err(error) if error.kind == BackendErrorKind::Unreachable);
     process.exit().is_some() || (lost && process.wait_for(REAPING).await.is_some())
 }
 
-/// Ends a launch that failed, so that nothing of it runs on, and says why it failed: in the VMM's last words where it died
-/// by itself.
+/// Kills the process of a launch that failed, and returns the error of the launch. If the VMM ended
+/// by itself, the error quotes the last lines of its log.
 pub async fn failed(guard: Guarded, error: BackendError, log: &Path) -> BackendError {
     let lost = matches!(error.kind, BackendErrorKind::Gone | BackendErrorKind::Unreachable);
     if guard.exit().is_some() || (lost && guard.wait_for(REAPING).await.is_some()) {

@@ -1,4 +1,4 @@
-//! The backend of a hypervisor whose VMMs have a REST API and are started by this program.
+//! The backend that starts VMMs of a hypervisor with a REST API.
 //!
 //! ```text
 //!   launch ── a spare VMM, or a new one ──► Fresh ── gate, configure ──► attend ──► Launched
@@ -45,26 +45,29 @@ pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
     /// Returns the capabilities of VMMs that this program starts.
     fn capabilities() -> Capabilities;
 
-    /// Returns the findings about `spec`. Pure.
+    /// Returns the findings about `spec`. Reads nothing but `spec`.
     fn check(spec: &VmSpec) -> Report;
 
-    /// Makes the files of a VMM in the run folder `dir` of `uid`, and the command that starts `program` there. Blocks.
+    /// Creates the files of a VMM in the run folder `dir` of `uid`, and returns the command that
+    /// starts `program` there. Blocks.
     ///
     /// # Errors
     /// Returns the kernel's error.
     fn prepare(program: &Path, uid: VmUid, dir: &Path) -> io::Result<Command>;
 
-    /// Tells a VMM that has been told nothing to run the VM of `request`. The guest runs when this answers.
+    /// Sends the configuration of `request` to a VMM that has none yet, and starts the guest. The
+    /// guest runs when this returns.
     async fn configure(client: &Self::Client, request: &LaunchRequest) -> Result<(), BackendError>;
 
-    /// Makes the handle of a VM that runs, and begins to watch that VM.
+    /// Returns the handle of a running VM, and starts a task that watches the VM.
     fn attend(&self, run: Run<'_, Self::Client>) -> Launched;
 
-    /// Says how a run ended that nobody watched, from the files that the VMM left in `dir`.
+    /// Returns the cause of a run's end that no daemon watched, read from the files that the VMM
+    /// left in `dir`.
     async fn explain_past(dir: &Path, spec: &VmSpec) -> Exit;
 }
 
-/// The parts of which a handle is made.
+/// The parts of a handle.
 pub struct Run<'a, C> {
     /// The run, as it is put on record.
     pub record: RunRecord,
@@ -90,7 +93,7 @@ pub struct RestBackend<H: RestHypervisor> {
 }
 
 impl<H: RestHypervisor> RestBackend<H> {
-    /// Makes a backend that starts `program`: a name on the PATH, or a path.
+    /// Returns a backend that starts `program`, which is a name on the PATH or a path.
     pub fn new(program: impl Into<OsString>) -> Self {
         Self {
             hypervisor: H::default(),
@@ -100,7 +103,8 @@ impl<H: RestHypervisor> RestBackend<H> {
         }
     }
 
-    /// Starts a VMM in the run folder `dir` of `uid`, up to where the VMM can be told what to run.
+    /// Starts a VMM in the run folder `dir` of `uid`, up to the point where the VMM waits for its
+    /// configuration.
     async fn begin(
         &self,
         uid: VmUid,
@@ -130,6 +134,9 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
             None => self.begin(request.uid, dir, request.console.clone()).await?,
         };
         let Fresh { guard, client, program, .. } = fresh;
+        // The VMM has started by now, but its configuration waits for the gate, because the VM's
+        // record must be durable before a guest runs. A failure from here on must end the process,
+        // so it passes `failed`.
         let configured = async {
             launch::pass(&request.gate, guard.process()).await?;
             H::configure(&client, &request).await
@@ -151,6 +158,9 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
                 return Ok(Adoption::Unreachable { reason, message, launched: None });
             }
         };
+        // The process is proven alive, but it may be exiting. The VMM is asked before the handle is
+        // made, because a handle of an ended VM would report the end as an event of this daemon's
+        // time.
         let client = H::Client::of_process(&record.socket, process.pid());
         let answer = client.instance().await;
         if has_ended(&process, &answer).await {

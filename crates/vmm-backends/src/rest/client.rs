@@ -33,36 +33,38 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState};
 
 use crate::{connecting, words};
 
-/// How long a call may take, its answer included.
+/// The time limit of a call, including its answer.
 pub const CALL: Duration = Duration::from_secs(5);
-/// How long the start of a guest may take: the VMM loads the kernel and the initial RAM disk meanwhile.
+/// The time limit of the start of a guest. The VMM loads the kernel and the initial RAM disk during
+/// this call.
 pub const BOOT: Duration = Duration::from_secs(20);
 
-/// The longest good answer, in bytes.
+/// The most bytes of a successful answer.
 const MAX_ANSWER: usize = 1 << 20;
-/// The longest error, in bytes.
+/// The most bytes of an error answer.
 const MAX_ERROR: usize = 64 << 10;
-/// The longest request that the server of both VMMs takes, in bytes.
+/// The most bytes of a request that the HTTP server of both VMMs accepts.
 const MAX_REQUEST: usize = 51_200;
-/// The longest head of an answer, in bytes; hyper's own minimum.
+/// The most bytes of the head of an answer. hyper does not allow a smaller value.
 const MAX_HEAD: usize = 8192;
 
-/// What a VMM's error body says, in words.
+/// Extracts the message from the body of a VMM's error answer, or returns `None` if there is none.
 pub type Explain = fn(&[u8]) -> Option<String>;
 
-/// The typed API of one VMM, made of the plain one.
+/// The typed API of one VMM, built on [`RestClient`].
 #[async_trait]
 pub trait RestApi: From<RestClient> + fmt::Debug + Send + Sync + 'static {
-    /// Reads an error of the VMM.
+    /// Reads an error answer of the VMM.
     const EXPLAIN: Explain;
 
-    /// Makes the API at `socket`, connected to at the first call. Nothing is sent to another process than `pid`.
+    /// Returns the API at `socket`. The first call connects. A call fails if another process than
+    /// `pid` listens there.
     fn of_process(socket: &Path, pid: u32) -> Self {
         RestClient::new(socket, Self::EXPLAIN).of_process(pid).into()
     }
 
-    /// Makes the API at `socket`, to which `stream` is connected. On a later connection nothing is sent to another process
-    /// than `pid`.
+    /// Returns the API at `socket` on the connection `stream`. A later connection fails if another
+    /// process than `pid` listens there.
     ///
     /// # Errors
     /// Fails as [`RestClient::over`] does.
@@ -76,24 +78,25 @@ pub trait RestApi: From<RestClient> + fmt::Debug + Send + Sync + 'static {
     /// Fails as [`RestClient::get`] does.
     async fn version(&self) -> Result<String, BackendError>;
 
-    /// Asks what the guest is doing, and the VMM's version. A guest that was never started counts as ended.
+    /// Asks for the state of the guest and the VMM's version. A guest that was never started counts
+    /// as ended.
     ///
     /// # Errors
     /// Fails as [`RestClient::get`] does.
     async fn instance(&self) -> Result<(GuestState, String), BackendError>;
 }
 
-/// The API of one VMM.
+/// An HTTP client for one VMM, with at most one connection.
 #[derive(Debug)]
 pub struct RestClient {
     socket: PathBuf,
     explain: Explain,
-    /// The process that must listen there, where that is known.
+    /// The process that must listen at the socket, if it is known.
     listener: Option<u32>,
     kept: Mutex<Option<SendRequest<Full<Bytes>>>>,
 }
 
-/// What is asked, for messages and the deadline.
+/// One request with its time limit.
 #[derive(Debug)]
 struct Call {
     method: Method,
@@ -103,21 +106,22 @@ struct Call {
 }
 
 impl RestClient {
-    /// The API at `socket`, connected to at the first call. `explain` reads the VMM's errors.
+    /// Returns a client for `socket`. The first call connects. `explain` reads the VMM's errors.
     pub fn new(socket: &Path, explain: Explain) -> Self {
         Self { socket: socket.to_path_buf(), explain, listener: None, kept: Mutex::new(None) }
     }
 
-    /// The same, of which nothing is sent to another process than `pid`, should one come to listen at the socket.
+    /// Restricts this client to the process `pid`: a call fails if another process has taken over
+    /// the socket.
     pub fn of_process(mut self, pid: u32) -> Self {
         self.listener = Some(pid);
         self
     }
 
-    /// The API at `socket`, to which `stream` is connected already.
+    /// Returns a client for `socket` on the existing connection `stream`.
     ///
     /// # Errors
-    /// [`BackendErrorKind::Unreachable`] where the connection broke at once.
+    /// [`BackendErrorKind::Unreachable`] if the connection broke at once.
     pub async fn over(socket: &Path, stream: UnixStream, explain: Explain) -> Result<Self, BackendError> {
         let client = Self::new(socket, explain);
         let sender = client.handshake(stream).await?;
@@ -128,22 +132,23 @@ impl RestClient {
     /// Reads `path`.
     ///
     /// # Errors
-    /// As [`Self::put`]; [`BackendErrorKind::Protocol`] where the answer has another form.
+    /// Fails as [`Self::put`] does; [`BackendErrorKind::Protocol`] if the answer has another form
+    /// than `T`.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, BackendError> {
         let call = Call { method: Method::GET, path: path.to_owned(), body: None, limit: CALL };
         let answer = self.call(&call).await?;
         serde_json::from_slice(&answer).map_err(|error| {
-            // It quotes the answer.
+            // The message of serde quotes the answer, so it is sanitized.
             let why = words::sentence(&error.to_string());
             let message = format!("the VMM's answer to {} makes no sense: {why}", call.name());
             BackendError::new(BackendErrorKind::Protocol, Effect::NotApplied, message).caused_by(error)
         })
     }
 
-    /// Puts `body`, if there is one, to `path`, within `limit`.
+    /// Sends a PUT request for `path` with `body`, if there is one. The call may take `limit`.
     ///
     /// # Errors
-    /// [`BackendErrorKind::Rejected`] with the VMM's own words; [`BackendErrorKind::Timeout`];
+    /// [`BackendErrorKind::Rejected`] with the VMM's own message; [`BackendErrorKind::Timeout`];
     /// [`BackendErrorKind::Unreachable`]; [`BackendErrorKind::Protocol`].
     pub async fn put<T: Serialize + Sync>(
         &self,
@@ -154,10 +159,10 @@ impl RestClient {
         self.send(Method::PUT, path, body, limit).await
     }
 
-    /// Patches `path` with `body`.
+    /// Sends a PATCH request for `path` with `body`.
     ///
     /// # Errors
-    /// As [`Self::put`].
+    /// Fails as [`Self::put`] does.
     pub async fn patch<T: Serialize + Sync>(&self, path: &str, body: &T) -> Result<(), BackendError> {
         self.send(Method::PATCH, path, Some(body), CALL).await
     }
@@ -186,8 +191,8 @@ impl RestClient {
         self.call(&call).await.map(drop)
     }
 
-    /// Closes the kept connection, unless a call uses it. To be called where the next call is a while away, because the buffers
-    /// of an open connection take 27 kB.
+    /// Closes the kept connection unless a call uses it. The caller should do so if its next call
+    /// is a while away, because the buffers of an open connection take 27 kB.
     pub fn hang_up(&self) {
         if let Ok(mut kept) = self.kept.try_lock() {
             *kept = None;
@@ -197,7 +202,8 @@ impl RestClient {
     async fn call(&self, call: &Call) -> Result<Bytes, BackendError> {
         let deadline = Instant::now() + call.limit;
         let connected = tokio::time::timeout_at(deadline, async {
-            // A call that waits for the one before it spends its own time.
+            // The deadline covers the wait for the connection, because the caller's time limit
+            // counts from its call.
             let mut kept = self.kept.lock().await;
             let sender = match kept.take() {
                 Some(sender) if !sender.is_closed() => sender,
@@ -211,6 +217,9 @@ impl RestClient {
         };
         match tokio::time::timeout_at(deadline, self.exchange(&mut sender, call)).await {
             Ok(Ok((status, answer))) => {
+                // The connection is kept only here, because the answer was read to its end. On
+                // every other path `sender` is dropped, which closes the connection, so the next
+                // call cannot read the rest of this answer.
                 *kept = Some(sender);
                 self.judge(call, status, answer)
             }
@@ -255,7 +264,8 @@ impl RestClient {
             BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message).caused_by(error)
         })?;
         let span = tracing::debug_span!("vmm-connection", socket = %self.socket.display());
-        // Ends when the sender is dropped or the VMM hangs up; what went wrong is told to the call that it befell.
+        // The task ends when the sender is dropped or the VMM closes the connection. The error is
+        // only logged at the debug level, because the call that it interrupted returns it as well.
         tokio::spawn(
             async move {
                 if let Err(error) = connection.await {
@@ -276,7 +286,7 @@ impl RestClient {
         sender.ready().await.map_err(|error| self.broken(call, Effect::NotApplied, error))?;
         let request = call.request()?;
         let answer = sender.send_request(request).await.map_err(|error| {
-            // A server that closes an idle connection does it before it has read anything of ours.
+            // A server that closes an idle connection has read nothing of this request.
             let effect = if error.is_canceled() { Effect::NotApplied } else { call.effect() };
             self.broken(call, effect, error)
         })?;
@@ -302,7 +312,8 @@ impl RestClient {
             None => format!("{status}, {}", words::quote(&answer)),
         };
         let message = format!("the VMM refused {}: {said}", call.name());
-        // What the client did wrong was not done; a server that failed may have begun.
+        // A client error (4xx) means that the request was not carried out. A server that failed
+        // (5xx) may have begun.
         let effect = if status.is_client_error() { Effect::NotApplied } else { call.effect() };
         let kind = if status.is_client_error() || status.is_server_error() {
             BackendErrorKind::Rejected
@@ -348,7 +359,7 @@ impl Call {
         format!("{} {}", self.method, self.path)
     }
 
-    /// What is known of the effect of a call that was sent and not answered.
+    /// Returns the known effect of a call that was sent and not answered.
     fn effect(&self) -> Effect {
         if self.method == Method::GET { Effect::NotApplied } else { Effect::Unknown }
     }

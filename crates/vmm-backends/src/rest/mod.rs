@@ -1,9 +1,11 @@
-//! The parts of the hypervisors with a REST API on a unix socket that are alike: the [`backend`], which starts and adopts
-//! their VMMs, and below that the [`client`], the [`start`] of their programs, the spare VMMs, the questions about their
-//! [`options`], and the way back to a VMM that an earlier daemon started ([`adopt`]).
+//! The parts that hypervisors with a REST API on a unix socket share: the [`backend`], which starts
+//! and adopts their VMMs, the [`client`], the [`start`] of their programs, the spare VMMs, the
+//! checks of their [`options`], and the adoption of a VMM that an earlier daemon started
+//! ([`adopt`]).
 //!
-//! Firecracker and Cloud Hypervisor use the same small HTTP server: ten connections, requests of 51,200 bytes at most. So
-//! every VM has at most one connection. The connection is kept from call to call, and closed after each sample.
+//! Firecracker and Cloud Hypervisor use the same HTTP server, which accepts ten connections and
+//! requests of at most 51,200 bytes. Therefore every VM has at most one connection. The connection
+//! is kept between calls and closed after each sample.
 
 pub mod adopt;
 pub mod backend;

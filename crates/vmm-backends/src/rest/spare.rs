@@ -1,4 +1,4 @@
-//! VMMs that listen and have been told nothing: one on the way to its VM, or a spare one.
+//! VMMs that listen and have no configuration yet: one that is about to get its VM, or a spare one.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,25 +12,26 @@ use crate::launch::{self, Guarded};
 use crate::program::{Installed, Program};
 use crate::spares::Spares;
 
-/// How long one that has waited may take to say that it is still there; else another is started.
+/// The longest time in which a spare VMM must answer. Another VMM is started otherwise.
 const ANSWERING: Duration = Duration::from_millis(250);
 
-/// A VMM that listens and has been told nothing.
+/// A VMM that listens and has no configuration yet.
 #[derive(Debug)]
 pub(crate) struct Fresh<C> {
-    /// Its process, which ends when this is dropped.
+    /// The process, which is killed when the guard is dropped.
     pub(crate) guard: Guarded,
-    /// The connection to it.
+    /// The connection to the VMM.
     pub(crate) client: C,
-    /// The program that it runs.
+    /// The executable that the process runs.
     pub(crate) program: Installed,
-    /// Where its console output goes; `None` means nowhere.
+    /// The file that receives the console's output, or `None` if the output is discarded.
     pub(crate) console: Option<PathBuf>,
 }
 
 impl<C: RestApi> Spares<Fresh<C>> {
-    /// Hands out the VMM that waits for the VM of `request`, if that VMM can serve the VM: it writes to the right console, runs
-    /// the program that is installed now, and answers. A VMM that cannot serve is ended.
+    /// Returns the spare VMM that is reserved for the VM of `request`, if it can serve that VM: the
+    /// VMM writes to the right console, runs the executable that is installed now, and answers. A
+    /// VMM that cannot serve is ended.
     pub(crate) async fn take_for(&self, request: &LaunchRequest, program: &Arc<Program>) -> Option<Fresh<C>> {
         let spare = self.take(request.uid)?;
         let why = if spare.console != request.console {
@@ -47,7 +48,7 @@ impl<C: RestApi> Spares<Fresh<C>> {
         None
     }
 
-    /// Ends the VMM that waits for `uid`, if one does.
+    /// Ends the spare VMM that is reserved for `uid`, if there is one.
     pub(crate) async fn dismiss(&self, uid: VmUid) {
         if let Some(spare) = self.take(uid) {
             end(spare).await;

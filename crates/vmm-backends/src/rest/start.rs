@@ -1,12 +1,13 @@
-//! Starting the program of a VMM, up to where it can be told what to run.
+//! Starts the program of a VMM, up to the point where the VMM waits for its configuration.
 //!
 //! ```text
-//!   one visit to the threads for blocking work:  program ─► no stale socket ─► files ─► process ──► it listens: Fresh
-//!                                                   │            │
-//!   between two visits, where there must be:    ask its version  sweep
+//!   one task of blocking work:       program ─► no stale socket ─► files ─► process ──► it listens: Fresh
+//!                                       │            │
+//!   between two tasks, if necessary:  ask its version  sweep
 //! ```
 //!
-//! Each visit costs two wake-ups, which take longer than what is done there; so there is one.
+//! All blocking work is done in one task, because each task costs two wake-ups, which take longer
+//! than the work.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,26 +24,26 @@ use super::spare::Fresh;
 use crate::launch;
 use crate::program::{Installed, Program};
 
-/// A start asks for a version once, and sweeps once.
+/// The most tasks of one start: the version is asked for once, and the run folder is swept once.
 const VISITS: usize = 3;
-/// How long a VMM may take to listen on its socket.
+/// The longest time in which a VMM must listen on its socket.
 const LISTENING: Duration = Duration::from_secs(5);
 
-/// What a visit came to.
+/// The result of one task of blocking work.
 enum Visit {
     Started(Guarded, Installed),
-    /// Which version the program is has not been asked yet.
+    /// The version of this executable is not known yet.
     UnknownVersion,
-    /// The socket of an earlier run is there, and perhaps its VMM.
+    /// The socket of an earlier run exists, and perhaps its VMM.
     StaleSocket,
 }
 
-/// Starts `program` in the run folder `dir` by the command that `prepare` makes of both, and connects to it. `prepare` may block,
-/// and makes the files that the VMM needs.
+/// Starts `program` in the run folder `dir` by the command that `prepare` makes of both, and
+/// connects to it. `prepare` creates the files that the VMM needs, and may block.
 ///
 /// # Errors
-/// [`BackendErrorKind::NotInstalled`], [`BackendErrorKind::Host`], what the end of an earlier run's VMM fails with, and what the
-/// VMM itself fails with. Nothing runs then.
+/// [`BackendErrorKind::NotInstalled`]; [`BackendErrorKind::Host`]; the error of the sweep of an
+/// earlier run's VMM; the error of the VMM itself. No process runs after an error.
 pub(crate) async fn start<C, P>(
     program: &Arc<Program>,
     dir: &Path,
