@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use vmm_core::backend::{ContactProof, NetworkCounters, Sample, StorageCounters, Vmm};
+use vmm_core::id::VmId;
 
 use crate::clock::now_ms;
 
@@ -84,12 +85,19 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// Starts to probe and sample `vmm`, which has `vcpus` CPUs, at each `interval`.
-    pub(crate) fn start(vmm: Arc<dyn Vmm>, vcpus: u32, interval: Duration, cell: MetricsCell) -> Self {
+    /// Starts to probe and sample `vmm`, which runs `vm_id` with `vcpus` CPUs, at each `interval`.
+    pub(crate) fn start(
+        vmm: Arc<dyn Vmm>,
+        vm_id: VmId,
+        vcpus: u32,
+        interval: Duration,
+        cell: MetricsCell,
+    ) -> Self {
         // Only the newest news counts, so a busy actor neither holds the sampler up nor reads what is out of date.
         let (tell, news) = watch::channel(None);
         let pid = vmm.run().process.pid;
-        let sampling = Sampling { vmm, vcpus, cell: cell.clone(), before: None, missing: Vec::new(), tell };
+        let sampling =
+            Sampling { vmm, vm_id, vcpus, cell: cell.clone(), before: None, missing: Vec::new(), tell };
         let task = sampling.forever(interval, spread(pid));
         let task = tokio::spawn(task.instrument(tracing::debug_span!("sampler", pid))).abort_handle();
         Self { task, cell, news }
@@ -125,6 +133,8 @@ fn spread(pid: u32) -> f64 {
 
 struct Sampling {
     vmm: Arc<dyn Vmm>,
+    /// The VM, for the log.
+    vm_id: VmId,
     vcpus: u32,
     cell: MetricsCell,
     /// The time and the CPU time of the sample before.
@@ -158,7 +168,7 @@ impl Sampling {
                 ContactProof::Made => Contact::Made,
                 ContactProof::Lost => Contact::Lost(error.to_string()),
                 ContactProof::None => {
-                    tracing::debug!(%error, "the VMM could not be asked for a sign of life");
+                    tracing::debug!(vm_id = %self.vm_id, %error, "the VMM could not be asked for a sign of life");
                     return true;
                 }
             },
@@ -180,9 +190,9 @@ impl Sampling {
         self.before = sample.cpu_time.map(|cpu| (now, cpu));
         if sample.missing != self.missing {
             if sample.missing.is_empty() {
-                tracing::info!("all counters of the VM can be read again");
+                tracing::info!(vm_id = %self.vm_id, "all counters of the VM can be read again");
             } else {
-                tracing::warn!(missing = ?sample.missing, "counters of the VM cannot be read");
+                tracing::warn!(vm_id = %self.vm_id, missing = ?sample.missing, "counters of the VM cannot be read");
             }
             self.missing = sample.missing;
         }

@@ -319,7 +319,7 @@ fn a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm() {
     const TEST: &str = "a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let namespace = Namespace::new();
-    let world = World::started(&[]);
+    let mut world = World::started(&[]);
     for backend in backends(TEST) {
         let elsewhere = interfaces.unused("r");
         let holder = namespace.0.id().to_string();
@@ -353,6 +353,10 @@ fn a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm() {
         }
     }
     world.assert_nothing_left();
+    let (_, log) = world.stop(Signal::TERM);
+    let told =
+        |line: &String| line.contains("counters of the VM cannot be read") && line.contains("qemu-renamed");
+    assert!(!on_path("qemu-system-x86_64") || log.iter().any(told), "the log says of which VM: {log:#?}");
 }
 
 /// Puts programs in front of the hypervisors' own that write the host's interfaces to `seen` before they become the hypervisor.

@@ -180,7 +180,8 @@ impl Actor {
         let interval = self.shared.settings.metrics_interval;
         let metrics = MetricsCell::default();
         self.shared.index.measure(self.record.uid, metrics.clone());
-        let sampler = Sampler::start(Arc::clone(&vmm), self.spec().cpu.count, interval, metrics);
+        let (vm_id, vcpus) = (self.record.vm_id.clone(), self.spec().cpu.count);
+        let sampler = Sampler::start(Arc::clone(&vmm), vm_id, vcpus, interval, metrics);
         let quiet_since = begun(&run);
         let files_due = found_files::next_look(&run);
         Box::new(Live { vmm, events, sampler, run, quiet_since, resets: Resets::default(), files_due })
