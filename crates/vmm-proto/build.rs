@@ -29,7 +29,9 @@ const GENERATED: [&str; 2] = ["vmm/v1/vm.proto", "google/rpc/error_details.proto
 const DESCRIBED: [&str; 1] = ["grpc/health/v1/health.proto"];
 
 fn main() -> Result<()> {
-    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
+    // Read now: a build script that was copied with a target folder still has the path of another checkout inside.
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").context("CARGO_MANIFEST_DIR is not set")?;
+    let include = Path::new(&manifest).join("../../proto");
     let out =
         PathBuf::from(std::env::var_os("OUT_DIR").context("OUT_DIR is not set: run this through cargo")?);
     let sources = GENERATED.iter().chain(&DESCRIBED);
