@@ -2,7 +2,7 @@
 //!
 //! Each module is one thing of the host: a [`process`] and the proof of which one it is, the [`run_dir`] of a VM, the
 //! [`lock`] of a state directory, the [`ledger`] of what bears the program's mark, [`files`] that a client names, [`net`]
-//! interfaces, [`kvm`], file [`descriptors`], programs on the [`path`], the birth of a [`socket`], the [`clock`], the [`growth`]
+//! interfaces, [`kvm`], its [`memory`], file [`descriptors`], programs on the [`path`], the birth of a [`socket`], the [`clock`], the [`growth`]
 //! and the [`tail`] of a file that another process appends to, the [`endpoint`] that somebody else made, and the [`fault`] points of
 //! tests. None of them knows a hypervisor. What touches files or `/proc` blocks for as long as the kernel takes: functions that are
 //! not `async` belong into `spawn_blocking` wherever a client chose the path.
@@ -18,6 +18,7 @@ pub mod kernel;
 pub mod kvm;
 pub mod ledger;
 pub mod lock;
+pub mod memory;
 pub mod mounts;
 mod named;
 pub mod net;

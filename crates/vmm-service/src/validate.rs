@@ -23,6 +23,9 @@ use crate::places;
 use crate::service::DefaultBoot;
 use crate::shared::Shared;
 
+/// Less memory than this starts no Linux guest.
+const SMALL_MEMORY: u64 = 16 << 20;
+
 /// The findings of all checks.
 pub(crate) struct Checked {
     /// The configuration in force.
@@ -76,6 +79,7 @@ fn check_backend(shared: &Shared, report: &mut Report, backend: &dyn Backend, sp
     }
     let Some(spec) = spec else { return };
     report.merge(backend.check(spec));
+    advise_on_capacity(report, spec, Capacity::of_this_host());
     let name = &backend.capabilities().name;
     if let Some(Err(reason)) = shared.backends.status(name).map(|status| status.health.version) {
         report.advise("backend", format!("{name} cannot serve now, and BootVm will fail: {reason}"));
@@ -105,6 +109,52 @@ pub(crate) fn check_network(shared: &Shared, report: &mut Report, spec: &VmSpec,
                 ),
             );
         }
+    }
+}
+
+/// What the host has.
+#[derive(Clone, Copy)]
+struct Capacity {
+    memory: u64,
+    cpus: usize,
+}
+
+impl Capacity {
+    fn of_this_host() -> Self {
+        let memory = vmm_host::memory::total();
+        // Where the number is not known nothing is said about it.
+        let cpus = std::thread::available_parallelism().map_or(usize::MAX, std::num::NonZero::get);
+        Self { memory, cpus }
+    }
+}
+
+/// Warns of a size that is legal and that this host, or any guest, can hardly serve.
+fn advise_on_capacity(report: &mut Report, spec: &VmSpec, host: Capacity) {
+    let size = spec.memory.size_bytes;
+    if size > host.memory {
+        report.advise(
+            "config.memory.size_bytes",
+            format!(
+                "is more than this host has ({} bytes): BootVm may fail, or the guest may be killed",
+                host.memory
+            ),
+        );
+    } else if size < SMALL_MEMORY {
+        report.advise(
+            "config.memory.size_bytes",
+            format!(
+                "is too little for most guests: Linux does not start with less than {SMALL_MEMORY} bytes"
+            ),
+        );
+    }
+    if usize::try_from(spec.cpu.count).is_ok_and(|count| count > host.cpus) {
+        report.advise(
+            "config.cpu.vcpu_count",
+            format!(
+                "is more than the CPUs of this host ({}): the vCPUs take turns, and the guest is slow",
+                host.cpus
+            ),
+        );
     }
 }
 
@@ -191,6 +241,31 @@ mod tests {
         assert_eq!((ids[6].as_str(), ids[7].as_str(), ids[8].as_str()), ("disk6", "disk8", "disk9"));
         let distinct: HashSet<_> = ids.iter().collect();
         assert_eq!(distinct.len(), ids.len());
+    }
+
+    #[test]
+    fn sizes_that_this_host_can_hardly_serve_are_warnings() {
+        use vmm_core::config::{CpuConfig, MemoryConfig};
+        let host = Capacity { memory: 4 << 30, cpus: 2 };
+        let warned = |vcpus, bytes| {
+            let boot = BootConfig { kernel_path: "/k".to_owned(), ..BootConfig::default() };
+            let config = VmConfig {
+                cpu: Some(CpuConfig { vcpu_count: vcpus, ..CpuConfig::default() }),
+                memory: Some(MemoryConfig { size_bytes: bytes, ..MemoryConfig::default() }),
+                boot: Some(boot),
+                ..VmConfig::default()
+            };
+            let mut report = Report::default();
+            advise_on_capacity(&mut report, &VmSpec::parse(&config).unwrap(), host);
+            assert!(report.is_ok());
+            report.warnings.into_iter().map(|warning| warning.field).collect::<Vec<_>>()
+        };
+        let (memory, cpu) = ("config.memory.size_bytes", "config.cpu.vcpu_count");
+        assert_eq!(warned(2, 4 << 30), [""; 0]);
+        assert_eq!(warned(2, 16 << 20), [""; 0]);
+        assert_eq!(warned(1, 1 << 20), [memory]);
+        assert_eq!(warned(200, 1 << 40), [memory, cpu]);
+        assert!(Capacity::of_this_host().memory > 0 && Capacity::of_this_host().cpus > 0);
     }
 
     #[test]
