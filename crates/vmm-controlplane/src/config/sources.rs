@@ -57,6 +57,10 @@ impl Host for ThisHost {
     }
 }
 
+/// The file that is read where it exists and nobody names another, so that a subcommand which a person types has the
+/// configuration of the service.
+const DEFAULT_FILE: &str = "/etc/vmm-controlplane/config.toml";
+
 /// The text that was given for each setting, and by whom; a setting that nobody gave is absent.
 pub(super) type Given = BTreeMap<Setting, (String, Origin)>;
 
@@ -100,8 +104,12 @@ fn read_file(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<Con
         let names = [PREFIX, SHORT_PREFIX].map(|prefix| variable(prefix, CONFIG_KEY));
         names.into_iter().find_map(|name| set(env, &name).map(|path| (path, Origin::Variable(name))))
     };
+    let by_place = || {
+        let is_there = host.exists(Path::new(DEFAULT_FILE));
+        is_there.then(|| (OsStr::new(DEFAULT_FILE), Origin::Default))
+    };
     let by_flag = || cli.config.as_deref().map(|path| (path, Origin::Flag(format!("--{CONFIG_KEY}"))));
-    let Some((path, origin)) = by_flag().or_else(by_variable) else {
+    let Some((path, origin)) = by_flag().or_else(by_variable).or_else(by_place) else {
         return Given::new();
     };
     let path = PathBuf::from(path);

@@ -248,6 +248,30 @@ fn a_file_that_cannot_be_read_is_named_with_its_origin() {
 }
 
 #[test]
+fn the_file_in_etc_is_read_where_nobody_names_another() {
+    let file = Some(b"port = 81".to_vec());
+    let host = |existing: &[&'static str]| FakeHost {
+        file: file.clone(),
+        existing: existing.iter().copied().collect(),
+        ..FakeHost::default()
+    };
+    let in_etc = host(&["/etc/vmm-controlplane/config.toml"]);
+    let loaded = load(&[], &[], &in_etc).unwrap();
+    assert_eq!(loaded.config.listen.port, 81);
+    assert!(loaded.report().contains("/etc/vmm-controlplane/config.toml:1 (port)"), "{}", loaded.report());
+    assert_eq!(load(&[], &[], &host(&[])).unwrap().config.listen.port, 8080);
+    let unreadable = FakeHost { file: None, ..host(&["/etc/vmm-controlplane/config.toml"]) };
+    let shown = load(&[], &[], &unreadable).unwrap_err().to_string();
+    assert!(
+        shown.contains("cannot read the configuration file /etc/vmm-controlplane/config.toml"),
+        "{shown}"
+    );
+    // Another file replaces it; an empty one switches it off.
+    let other = load(&["--config=/a"], &[], &in_etc).unwrap();
+    assert!(other.report().contains("/a:1 (port)"), "{}", other.report());
+}
+
+#[test]
 fn retired_variables_stop_the_start_unless_their_successor_is_given() {
     let retired = [("CHCP_PORT", "1"), ("CHCP_ADDRESS", "::1"), ("CHCP_CH_ENDPOINT", "unix:///a")];
     let shown = bad(&["--metrics-interval=0"], &retired);

@@ -106,6 +106,8 @@ impl World {
     pub(crate) fn new(env: &[(&str, &str)]) -> Self {
         let dir = tempfile::Builder::new().prefix("vmcp").tempdir().unwrap();
         let mut all = BTreeMap::from([
+            // The host may have a configuration of its own.
+            ("UNKEY_VMCP_CONFIG".to_owned(), "/dev/null".to_owned()),
             ("UNKEY_VMCP_ADDRESS".to_owned(), "127.0.0.1".to_owned()),
             ("UNKEY_VMCP_PORT".to_owned(), "0".to_owned()),
             ("UNKEY_VMCP_BACKEND".to_owned(), "qemu".to_owned()),
