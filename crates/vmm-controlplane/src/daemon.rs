@@ -20,6 +20,7 @@ use crate::api::Api;
 use crate::backends::backends;
 use crate::config::{Config, Loaded, is_loopback};
 use crate::health;
+use crate::notify::ServiceManager;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
 
@@ -38,6 +39,7 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     }
     let connections = connections();
     let stop = stop_signal()?;
+    let manager = Arc::new(ServiceManager::of_this_process());
     let _lock = StateLock::acquire(&config.state_dir)?;
     let listener = bind(&config).await?;
     let store = SqliteStore::open(&config.state_dir)
@@ -57,12 +59,22 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
         is_healthy: Some(Arc::new(move || health::problem(&healthy).is_none())),
         ..connections
     };
+    manager.ready();
+    let alive = tokio::spawn({
+        let manager = Arc::clone(&manager);
+        async move { manager.stay_alive().await }
+    });
+    let stop = async {
+        stop.await;
+        manager.stopping();
+    };
     rpc::serve(listener, router, pages, options, stop).await?;
 
     match service.drain(DRAIN).await {
         0 => tracing::info!("stopped; the VMs go on running"),
         left => tracing::warn!(left, "stopped with operations under way; the next start settles them"),
     }
+    alive.abort();
     // What is still to be recorded is recorded, and a successor finds an empty log and no lock.
     if let Err(error) = store.close().await {
         tracing::warn!(%error, "the database was not closed; the next start takes up its log");

@@ -13,6 +13,7 @@ pub mod daemon;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod health;
+mod notify;
 pub mod operator;
 pub mod rpc;
 pub mod telemetry;

@@ -32,6 +32,7 @@ mod log;
 mod operator;
 mod recovery;
 mod scarcity;
+mod service_manager;
 mod shutdown;
 mod signals;
 mod spares;

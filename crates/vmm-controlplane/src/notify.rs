@@ -1,0 +1,103 @@
+//! What the daemon tells the service manager that started it: that it is ready, that it is alive, and that it stops.
+//!
+//! systemd names a datagram socket in `NOTIFY_SOCKET`, and with `WatchdogSec=` the longest silence in `WATCHDOG_USEC`. Each
+//! message is one datagram of text. Where no socket is named nobody is told anything.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+/// The way to the service manager, if there is one.
+pub(crate) struct ServiceManager {
+    way: Option<(UnixDatagram, SocketAddr)>,
+    watchdog: Option<Duration>,
+}
+
+impl ServiceManager {
+    /// Reads the variables that the service manager sets. A socket that cannot be used is logged and left.
+    #[must_use]
+    pub(crate) fn of_this_process() -> Self {
+        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        let way = variable("NOTIFY_SOCKET").and_then(|name| match way_to(&name) {
+            Ok(way) => Some(way),
+            Err(error) => {
+                tracing::warn!(%error, socket = ?name, "the socket in NOTIFY_SOCKET cannot be used; the service manager is told nothing");
+                None
+            }
+        });
+        let number = |name: &str| variable(name)?.to_str()?.parse::<u64>().ok();
+        let is_for_us = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+        let watchdog = number("WATCHDOG_USEC").filter(|_| is_for_us).map(Duration::from_micros);
+        Self { way, watchdog }
+    }
+
+    /// Says that the daemon serves.
+    pub(crate) fn ready(&self) {
+        self.tell("READY=1\nSTATUS=serving");
+    }
+
+    /// Says that the daemon stops, so that the time of its end is not held against the watchdog.
+    pub(crate) fn stopping(&self) {
+        self.tell("STOPPING=1\nSTATUS=stopping; the VMs go on running");
+    }
+
+    /// Tells the watchdog, for ever, that the daemon is alive: twice in the longest silence.
+    pub(crate) async fn stay_alive(&self) {
+        let Some(longest) = self.watchdog.filter(|_| self.way.is_some()) else {
+            return std::future::pending().await;
+        };
+        let mut ticks = tokio::time::interval((longest / 2).max(Duration::from_millis(1)));
+        loop {
+            ticks.tick().await;
+            self.tell("WATCHDOG=1");
+        }
+    }
+
+    fn tell(&self, message: &str) {
+        let Some((socket, address)) = &self.way else { return };
+        if let Err(error) = socket.send_to_addr(message.as_bytes(), address) {
+            tracing::warn!(%error, "the service manager could not be told {message:?}");
+        }
+    }
+}
+
+/// Opens a socket from which `name` can be told something. A name that begins with `@` is one in the abstract namespace.
+fn way_to(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddr)> {
+    let address = match name.as_bytes() {
+        [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
+        _ => SocketAddr::from_pathname(name)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    // A service manager that does not read must not hold the daemon up.
+    socket.set_nonblocking(true)?;
+    Ok((socket, address))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_kinds_of_names_are_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let abstract_name = format!("vmcp-test-notify-{}", std::process::id());
+        let named = UnixDatagram::bind(&path).unwrap();
+        let unnamed =
+            UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&abstract_name).unwrap()).unwrap();
+        for (name, socket) in [(path.into_os_string(), named), (format!("@{abstract_name}").into(), unnamed)]
+        {
+            let way = Some(way_to(&name).unwrap());
+            ServiceManager { way, watchdog: None }.ready();
+            let mut told = [0; 100];
+            let length = socket.recv(&mut told).unwrap();
+            assert_eq!(&told[..length], b"READY=1\nSTATUS=serving");
+        }
+        // A name that nobody listens at is no reason to fail.
+        let way = Some(way_to(OsStr::new("/nonexistent/notify")).unwrap());
+        ServiceManager { way, watchdog: None }.stopping();
+    }
+}
