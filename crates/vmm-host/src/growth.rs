@@ -75,7 +75,9 @@ impl Watcher {
         let fd = ready::readable(Arc::new(fd))?;
         let instance = Arc::new(Instance { fd, waiting: Mutex::default() });
         let served = Arc::clone(&instance);
-        tokio::spawn(async move { served.serve().await }.instrument(tracing::info_span!("file-watcher")));
+        tokio::spawn(
+            async move { served.serve().await }.instrument(tracing::info_span!(parent: None, "file-watcher")),
+        );
         Ok(Arc::clone(shared.insert(instance)))
     }
 }

@@ -62,6 +62,14 @@ impl ServiceError {
         Self::Invalid(vec![FieldReport::new(field, message)])
     }
 
+    /// There is no VM with this name, or no name was given.
+    pub(crate) fn not_found(vm_id: &str) -> Self {
+        if vm_id.is_empty() {
+            return Self::invalid("vm_id", "is required: name a VM, one of those that ListVms shows");
+        }
+        Self::NotFound(vm_id.to_owned())
+    }
+
     /// The same failure, where more came of it than the store knows.
     pub(crate) fn but(self, more: &str) -> Self {
         match self {

@@ -99,7 +99,8 @@ impl Sampler {
         let sampling =
             Sampling { vmm, vm_id, vcpus, cell: cell.clone(), before: None, missing: Vec::new(), tell };
         let task = sampling.forever(interval, spread(pid));
-        let task = tokio::spawn(task.instrument(tracing::debug_span!("sampler", pid))).abort_handle();
+        let task =
+            tokio::spawn(task.instrument(tracing::debug_span!(parent: None, "sampler", pid))).abort_handle();
         Self { task, cell, news }
     }
 

@@ -300,7 +300,7 @@ impl VmService {
             .parse::<VmId>()
             .ok()
             .and_then(|id| self.shared.index.get(&id))
-            .ok_or_else(|| ServiceError::NotFound(vm_id.to_owned()))
+            .ok_or_else(|| ServiceError::not_found(vm_id))
     }
 
     /// Lists VMs, oldest first. Never waits for a VMM.
@@ -389,7 +389,7 @@ impl VmService {
     ) -> Result<Outcome, ServiceError> {
         answer.unwrap_or_else(|| match self.get(vm_id) {
             Err(not_found) => Err(not_found),
-            Ok(view) if view.record.uid != uid => Err(ServiceError::NotFound(vm_id.to_owned())),
+            Ok(view) if view.record.uid != uid => Err(ServiceError::not_found(vm_id)),
             Ok(_) => Err(ServiceError::Internal(format!(
                 "the operation on VM \"{vm_id}\" ended abnormally; restart the daemon, which loses nothing"
             ))),
@@ -401,7 +401,7 @@ impl VmService {
             .parse::<VmId>()
             .ok()
             .and_then(|id| self.shared.index.actor(&id))
-            .ok_or_else(|| ServiceError::NotFound(vm_id.to_owned()))
+            .ok_or_else(|| ServiceError::not_found(vm_id))
     }
 }
 

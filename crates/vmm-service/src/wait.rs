@@ -19,7 +19,7 @@ pub(crate) async fn wait(
     if states.is_empty() {
         return Err(ServiceError::invalid("states", "must name at least one state to wait for"));
     }
-    let unknown = || ServiceError::NotFound(vm_id.to_owned());
+    let unknown = || ServiceError::not_found(vm_id);
     let wanted = VmState::ALL.map(|state| states.contains(&state));
     let wait = vm_id.parse().ok().and_then(|id| index.wait(&id, wanted)).ok_or_else(unknown)?;
     let (uid, mut waiter) = match wait {

@@ -130,7 +130,8 @@ impl Mirror {
                 tokio::time::sleep(COALESCING).await;
             }
         };
-        let task = tokio::spawn(work.instrument(tracing::debug_span!("console"))).abort_handle();
+        let task =
+            tokio::spawn(work.instrument(tracing::debug_span!(parent: None, "console"))).abort_handle();
         Some(Self { copier, task })
     }
 

@@ -80,7 +80,7 @@ struct Handle<A> {
 pub(crate) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static str, parts: Parts) -> Launched {
     let (sender, events) = mpsc::channel(QUEUE);
     let ending = Arc::new(AtomicBool::new(false));
-    let span = tracing::info_span!("attached", pid = process.pid());
+    let span = tracing::info_span!(parent: None, "attached", pid = process.pid());
     let console = parts.console.map(Arc::new);
     let held = Arc::new(parts.held);
     let monitor = Monitor {

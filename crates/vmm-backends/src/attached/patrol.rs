@@ -50,7 +50,7 @@ pub(super) async fn begin<H: Hypervisor>(
     for seat in seats {
         let patrol =
             Patrol { kind: Arc::clone(kind), seat: Arc::clone(seat), interval, findings: sender.clone() };
-        let span = tracing::info_span!("patrol", place = seat.place);
+        let span = tracing::info_span!(parent: None, "patrol", place = seat.place);
         tokio::spawn(patrol.run().instrument(span));
     }
     Discovery { present, later }

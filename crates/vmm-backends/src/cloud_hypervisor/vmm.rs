@@ -101,7 +101,7 @@ pub(super) fn attend(run: Run<'_, Client>, reset_ends: bool, watcher: &Watcher) 
     let Run { record, process, client, dir, spec: _, is_new } = run;
     let (sender, events) = mpsc::channel(QUEUE);
     let expected = Arc::new(Expected::default());
-    let span = tracing::info_span!("cloud-hypervisor", pid = process.pid());
+    let span = tracing::info_span!(parent: None, "cloud-hypervisor", pid = process.pid());
     let monitor = Monitor {
         process: process.clone(),
         file: if is_new { EventFile::from_start(dir) } else { EventFile::near_end(dir) },

@@ -54,7 +54,7 @@ pub(super) fn attend(run: Run<'_, Client>) -> Launched {
     let (sender, events) = mpsc::channel(EVENTS);
     let ending = Arc::new(AtomicBool::new(false));
     let metrics = Metrics::new(dir);
-    let span = tracing::info_span!("firecracker", pid = process.pid());
+    let span = tracing::info_span!(parent: None, "firecracker", pid = process.pid());
     let monitor = Monitor {
         process: process.clone(),
         metrics: metrics.clone(),

@@ -36,7 +36,9 @@ async fn discover(backend: LibvirtBackend) -> Discovery {
     let mut seen = Seen { backend, strangers: BTreeSet::new() };
     let present = seen.everything().await.unwrap_or_default();
     let (sender, later) = mpsc::channel(FINDINGS);
-    tokio::spawn(seen.go_on(strays, sender).instrument(tracing::info_span!("libvirt-discovery")));
+    tokio::spawn(
+        seen.go_on(strays, sender).instrument(tracing::info_span!(parent: None, "libvirt-discovery")),
+    );
     Discovery { present, later }
 }
 

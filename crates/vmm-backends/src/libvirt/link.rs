@@ -144,7 +144,8 @@ impl Link {
     fn start(&self) {
         self.task.get_or_init(|| {
             let task = keep(Arc::clone(&self.inner));
-            tokio::spawn(task.instrument(tracing::info_span!("libvirt", uri = self.inner.uri))).abort_handle()
+            tokio::spawn(task.instrument(tracing::info_span!(parent: None, "libvirt", uri = self.inner.uri)))
+                .abort_handle()
         });
     }
 

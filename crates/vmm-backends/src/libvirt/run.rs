@@ -104,7 +104,7 @@ pub(super) fn assemble(
         compare_at: None,
     };
     watch.ending(state == DomainState::ShuttingDown);
-    let span = tracing::info_span!("domain", uuid = %facts.domain, pid = process.pid());
+    let span = tracing::info_span!(parent: None, "domain", uuid = %facts.domain, pid = process.pid());
     tokio::spawn(watch.run().instrument(span));
     let vmm = Arc::new(LibvirtVmm {
         domain: facts.domain,

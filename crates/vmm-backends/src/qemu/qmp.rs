@@ -222,7 +222,7 @@ impl Qmp {
             dropped: AtomicU64::new(0),
         });
         let (queue, queued) = mpsc::channel(QUEUE);
-        let span = tracing::debug_span!("qmp", pid = peer_pid);
+        let span = tracing::debug_span!(parent: None, "qmp", pid = peer_pid);
         let writer = tokio::spawn(write_lines(write, queued, Arc::clone(&shared)).instrument(span.clone()));
         let reader = tokio::spawn(read_lines(lines, events, Arc::clone(&shared)).instrument(span));
         let tasks = [writer.abort_handle(), reader.abort_handle()];

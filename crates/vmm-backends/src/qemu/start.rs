@@ -244,7 +244,7 @@ impl Parts {
             throttle: Throttle::new(),
             compare_at: None,
         };
-        let span = tracing::info_span!("qemu", %uid, pid = self.process.pid());
+        let span = tracing::info_span!(parent: None, "qemu", %uid, pid = self.process.pid());
         tokio::spawn(watch.run().instrument(span));
         let vmm = QemuVmm {
             run,

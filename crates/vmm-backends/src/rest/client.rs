@@ -263,7 +263,7 @@ impl RestClient {
             let message = format!("the connection to {} broke: {error}", self.socket.display());
             BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message).caused_by(error)
         })?;
-        let span = tracing::debug_span!("vmm-connection", socket = %self.socket.display());
+        let span = tracing::debug_span!(parent: None, "vmm-connection", socket = %self.socket.display());
         // The task ends when the sender is dropped or the VMM closes the connection. The error is
         // only logged at the debug level, because the call that it interrupted returns it as well.
         tokio::spawn(

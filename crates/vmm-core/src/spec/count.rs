@@ -13,11 +13,15 @@ use crate::report::Report;
 const MAX_KEYS: usize = 64;
 /// The longest text, in bytes. What a text means may limit it further.
 const MAX_TEXT: usize = 16 << 10;
+/// The most bytes of all texts of one configuration.
+///
+/// GetVmInfo returns the configuration, and default clients take 4 MiB. In JSON a text may have six times its length.
+const MAX_CONFIG: usize = 512 << 10;
 
 /// Returns the violations of a configuration that holds too much to be checked, and `None` for any other.
 pub fn too_many(config: &VmConfig) -> Option<Report> {
     let VmConfig { cpu, memory, boot, storage, network, console, metadata, restart_policy: _ } = config;
-    let mut count = Count(Report::default());
+    let mut count = Count { report: Report::default(), size: 0 };
     if let Some(CpuConfig { vcpu_count: _, max_vcpu_count: _, topology: _, features }) = cpu {
         count.map("config.cpu.features", features);
     }
@@ -43,16 +47,21 @@ pub fn too_many(config: &VmConfig) -> Option<Report> {
     if count.list("config.network", network.len()) {
         network.iter().enumerate().for_each(|(index, nic)| count.nic(index, nic));
     }
-    (!count.0.is_ok()).then_some(count.0)
+    count.whole();
+    (!count.report.is_ok()).then_some(count.report)
 }
 
-struct Count(Report);
+struct Count {
+    report: Report,
+    /// The bytes of all texts so far.
+    size: usize,
+}
 
 impl Count {
     fn list(&mut self, field: &str, count: usize) -> bool {
         let fits = count <= MAX_DEVICES;
         if !fits {
-            self.0.reject(field, format!("must have at most {MAX_DEVICES} entries, not {count}"));
+            self.report.reject(field, format!("must have at most {MAX_DEVICES} entries, not {count}"));
         }
         fits
     }
@@ -77,28 +86,44 @@ impl Count {
     }
 
     fn map(&mut self, field: &str, options: &Options) {
+        self.size += size_of_all(options);
         if options.len() > MAX_KEYS {
-            self.0.reject(field, format!("must have at most {MAX_KEYS} keys, not {}", options.len()));
+            self.report.reject(field, format!("must have at most {MAX_KEYS} keys, not {}", options.len()));
         } else if options.iter().any(|(key, value)| key.len().max(value.len()) > MAX_TEXT) {
-            self.0.reject(field, format!("must have no key and no value longer than {MAX_TEXT} bytes"));
+            self.report.reject(field, format!("must have no key and no value longer than {MAX_TEXT} bytes"));
         }
     }
 
     fn metadata(&mut self, metadata: &Options) {
-        let size: usize = metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let size = size_of_all(metadata);
+        self.size += size;
         if size > MAX_METADATA {
-            self.0.reject(
+            self.report.reject(
                 "config.metadata",
                 format!("must be at most {MAX_METADATA} bytes in all, not {size}"),
             );
         }
     }
 
-    fn text(&mut self, field: &str, text: &str) {
-        if text.len() > MAX_TEXT {
-            self.0.reject(field, format!("must be at most {MAX_TEXT} bytes, not {}", text.len()));
+    fn whole(&mut self) {
+        // A longer list of findings would say the same twice.
+        if self.size > MAX_CONFIG && self.report.is_ok() {
+            let size = self.size;
+            self.report
+                .reject("config", format!("must be at most {MAX_CONFIG} bytes of text in all, not {size}"));
         }
     }
+
+    fn text(&mut self, field: &str, text: &str) {
+        self.size += text.len();
+        if text.len() > MAX_TEXT {
+            self.report.reject(field, format!("must be at most {MAX_TEXT} bytes, not {}", text.len()));
+        }
+    }
+}
+
+fn size_of_all(options: &Options) -> usize {
+    options.iter().map(|(key, value)| key.len() + value.len()).sum()
 }
 
 #[cfg(test)]
@@ -141,6 +166,17 @@ mod tests {
                 "config.network",
             ]
         );
+    }
+
+    #[test]
+    fn all_texts_together_have_a_limit() {
+        let disks = |count: usize| {
+            let options: Options = [("ch.x".to_owned(), "x".repeat(MAX_TEXT))].into();
+            let disk = StorageDevice { options, ..StorageDevice::default() };
+            VmConfig { storage: vec![disk; count], ..VmConfig::default() }
+        };
+        assert_eq!(fields(&disks(31)), [""; 0]);
+        assert_eq!(fields(&disks(32)), ["config"]);
     }
 
     #[test]

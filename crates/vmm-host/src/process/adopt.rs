@@ -153,6 +153,6 @@ fn watch_exit(pidfd: OwnedFd, identity: &ProcessIdentity) -> io::Result<Process>
             Err(error) => tracing::debug!(%error, "the runtime ends; the process is no longer watched"),
         }
     };
-    tokio::spawn(task.instrument(tracing::debug_span!("adopted process", pid)));
+    tokio::spawn(task.instrument(tracing::debug_span!(parent: None, "adopted process", pid)));
     Ok(Process::new(identity.clone(), pidfd, exit))
 }

@@ -285,7 +285,7 @@ fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
         };
         ended.send_replace(Some(exit));
     };
-    tokio::spawn(task.instrument(tracing::debug_span!("child process", pid)));
+    tokio::spawn(task.instrument(tracing::debug_span!(parent: None, "child process", pid)));
     Ok(Process::new(identity, pidfd, exit))
 }
 

@@ -230,13 +230,17 @@ impl Actor {
                 ended_by = outcome.ended_by.map(|rung| rung.as_str()),
                 "operation done"
             ),
+            // The server logs what it answers, as a warning.
             Err(error) => {
-                tracing::info!(operation = operation.request.name(), %error, "operation refused or failed")
+                tracing::debug!(operation = operation.request.name(), %error, "operation refused or failed")
             }
         });
         let deleted = outcome.is_ok() && matches!(operation.request, Request::Delete | Request::ForceDelete);
         // The client may have left; the operation has been carried out all the same.
-        let _ = reply.send(outcome);
+        if let Err(Err(error)) = reply.send(outcome) {
+            let operation = operation.request.name();
+            span.in_scope(|| tracing::warn!(operation, %error, "an operation failed whose client has left"));
+        }
         drop(under_way);
         if deleted { Flow::End } else { Flow::GoOn }
     }

@@ -110,12 +110,12 @@ impl Actor {
         self.next = decision.next;
         let by_guest = matches!(exit.cause, ExitCause::GuestPowerOff | ExitCause::GuestReset);
         let ended_by = by_guest.then_some(EndedBy::Guest);
-        tracing::info!(
-            cause = exit.cause.reason(),
-            message = exit.message,
-            phase = decision.status.phase.as_str(),
-            "the VM's run ended"
-        );
+        let (cause, phase) = (exit.cause.reason(), decision.status.phase.as_str());
+        if exit.cause.is_failure() || decision.status.phase == Phase::Failed {
+            tracing::warn!(cause, detail = exit.message, phase, "the VM's run ended by a failure");
+        } else {
+            tracing::info!(cause, detail = exit.message, phase, "the VM's run ended");
+        }
         let turn = Turn::new(EventKind::VmmExited, why.ended_by(ended_by), decision.status)
             .observing(Observation::VmmGone)
             .ending(ended_by);

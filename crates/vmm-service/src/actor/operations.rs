@@ -137,14 +137,14 @@ impl Actor {
             async move { if request == Request::Pause { vmm.pause().await } else { vmm.resume().await } };
         let achieved = if request == Request::Pause { Observation::StandsStill } else { Observation::Runs };
         let result = self.interruptible(budget, EFFECT_LIMIT, effect).await;
-        self.settle(budget, Start { request, caller }, achieved, result).await
+        self.settle(budget, Start::new(request, caller), achieved, result).await
     }
 
     /// Records what came of an effect that leaves the VMM in place.
     async fn settle(
         &mut self,
         budget: Budget,
-        Start { request, caller }: Start<'_>,
+        Start { request, caller, ended_by }: Start<'_>,
         achieved: Observation,
         result: Result<(), Broken>,
     ) -> Result<Outcome, ServiceError> {
@@ -154,17 +154,18 @@ impl Actor {
         point(FaultPoint::applied(request));
         let state = vmm_core::state::observe(self.record.state, achieved);
         let status = self.status(Phase::at_rest(state));
-        let turn = Turn::new(EventKind::StateChanged, Why::asked(request, caller), status);
+        let why = Why::asked(request, caller).ended_by(ended_by);
+        let turn = Turn::new(EventKind::StateChanged, why, status);
         self.conclude(budget, turn.observing(achieved)).await?;
         point(FaultPoint::outcome_committed(request));
-        Ok(self.outcome(None))
+        Ok(self.outcome(ended_by))
     }
 
     /// RebootVm. What the second half needs is looked at and claimed before the first half ends anything, so that a kernel that
     /// is missing costs no run. Until the run has ended the VM holds both what it uses and what it will use.
     async fn reboot(&mut self, budget: Budget, operation: &Operation) -> Result<Outcome, ServiceError> {
         let Operation { request, ask_guest_for, caller } = operation;
-        let (ask_guest_for, start) = (*ask_guest_for, Start { request: *request, caller });
+        let (ask_guest_for, start) = (*ask_guest_for, Start::new(*request, caller));
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let reserved = self.reserve(budget).await?;
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
@@ -181,6 +182,8 @@ impl Actor {
         match self.interruptible(budget, limit, async move { vmm.reboot(ladder).await }).await {
             Ok(Reset::InPlace) => {
                 self.claim_for_run_only();
+                // The guest was cut off: a guest that obeys ends its run, and needs a new start.
+                let start = Start { ended_by: Some(EndedBy::Vmm), ..start };
                 return self.settle(budget, start, Observation::Runs, Ok(())).await;
             }
             Ok(Reset::NeedsRelaunch) => {}
@@ -190,6 +193,7 @@ impl Actor {
             Ok(ended_by) => ended_by,
             Err(broken) => return Err(self.give_up_reboot(budget, start, broken).await),
         };
+        let start = Start { ended_by: Some(ended_by), ..start };
         point(FaultPoint::RebootApplied);
         // Nobody may take its disks and TAPs between the halves.
         self.let_go_keeping_claims();

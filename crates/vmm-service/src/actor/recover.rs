@@ -297,7 +297,7 @@ impl Actor {
         message: String,
         launched: Option<Launched>,
     ) {
-        tracing::warn!(reason, message, "the VM's VMM cannot be reached; the VM is left alone");
+        tracing::warn!(reason, detail = message, "the VM's VMM cannot be reached; the VM is left alone");
         let known = self.record.status.phase == Phase::Unreachable && self.record.status.reason == reason;
         let never_ran = self.never_ran();
         let live = launched.map(|launched| {

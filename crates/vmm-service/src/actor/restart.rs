@@ -107,7 +107,7 @@ impl Actor {
         let budget = Budget::of_own_step();
         let restarts = self.record.status.restarts;
         let caller = Caller::system();
-        let start = Start { request: Request::Boot, caller: &caller };
+        let start = Start::new(Request::Boot, &caller);
         match self.start(budget, start).await {
             Ok(()) => tracing::info!(restarts, "started again by its restart policy"),
             // Force has come, and decides what becomes of the VM.

@@ -20,7 +20,7 @@ use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::gate::Gate;
 use vmm_core::spec::NamedFiles;
-use vmm_core::state::{Observation, Phase, Request, observe};
+use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
 use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
 use vmm_host::descriptors;
 use vmm_host::fault::{FaultPoint, point};
@@ -64,6 +64,14 @@ pub(super) struct Start<'a> {
     /// BootVm, or RebootVm for its second half.
     pub(super) request: Request,
     pub(super) caller: &'a Caller,
+    /// What ended the run before, if RebootVm ended it.
+    pub(super) ended_by: Option<EndedBy>,
+}
+
+impl<'a> Start<'a> {
+    pub(super) const fn new(request: Request, caller: &'a Caller) -> Self {
+        Self { request, caller, ended_by: None }
+    }
 }
 
 /// The disks and TAPs of the VM are claimed.
@@ -102,7 +110,7 @@ impl Actor {
         let waiting = std::mem::replace(&mut self.next, Next::Idle);
         let restarts = self.record.status.restarts;
         self.count_from(0);
-        let Err(failure) = self.start(budget, Start { request: Request::Boot, caller }).await else {
+        let Err(failure) = self.start(budget, Start::new(Request::Boot, caller)).await else {
             return Ok(self.outcome(None));
         };
         if let NotStarted::NotBegun(_) = failure {
@@ -367,7 +375,7 @@ impl Actor {
         let mut live = self.live(launched, run);
         live.quiet_since = tokio::time::Instant::now();
         self.take_hold(Hold::Vmm(live));
-        let why = Why::asked(start.request, start.caller);
+        let why = Why::asked(start.request, start.caller).ended_by(start.ended_by);
         let turn = Turn::new(EventKind::StateChanged, why, self.status(Phase::Running))
             .observing(Observation::Runs)
             .ending(None);

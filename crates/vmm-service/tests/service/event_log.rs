@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use vmm_core::config::VmConfig;
-use vmm_core::event::NewEvent;
+use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::store::{Change, Commit, Store as _, VmRecord};
 use vmm_service::{EventsQuery, Notice, Watch, WatchQuery};
@@ -226,4 +226,23 @@ async fn the_trail_says_who_did_what_and_how_it_ended() {
             ("deleted", "DeleteVm".to_owned(), "SHUTDOWN", None),
         ]
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reboot_tells_in_its_answer_and_its_event_what_ended_the_guest() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.create("vm", bed.config()).await;
+    vms.boot("vm").await.unwrap();
+    for answer in [vms.reboot("vm").await.unwrap(), vms.force_reboot("vm").await.unwrap()] {
+        assert!(answer.ended_by.is_some(), "the answer tells what ended the guest");
+    }
+    let told: Vec<_> = listed(&vms, "vm", 100)
+        .await
+        .into_iter()
+        .filter(|it| it.event.event.cause == "RebootVm" && it.event.event.kind == EventKind::StateChanged)
+        .map(|it| it.event.event.ended_by)
+        .collect();
+    assert_eq!(told.len(), 2);
+    assert!(told.iter().all(Option::is_some), "{told:?}");
 }

@@ -101,10 +101,12 @@ async fn nobody_knows_an_unknown_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for vm_id in ["nobody", "", "../etc/passwd", &"x".repeat(5000)] {
+        // A request without a name is not one for a VM that does not exist.
+        let kind = if vm_id.is_empty() { "invalid" } else { "not-found" };
         for request in Request::ALL {
-            refused(ask(&vms, vm_id, request).await, "not-found");
+            refused(ask(&vms, vm_id, request).await, kind);
         }
-        refused(vms.force_shutdown(vm_id).await, "not-found");
+        refused(vms.force_shutdown(vm_id).await, kind);
     }
 }
 

@@ -54,7 +54,7 @@ pub(super) fn attend(
     let (sender, events) = mpsc::channel(EVENTS);
     let guest = Arc::new(Ordered::new(parts.guest == Guest::Running));
     let (wanted, handle) = oneshot::channel();
-    let span = tracing::info_span!("attached-qemu", pid = process.pid());
+    let span = tracing::info_span!(parent: None, "attached-qemu", pid = process.pid());
     let watch = Watch {
         process: process.clone(),
         link: Arc::clone(&link),
