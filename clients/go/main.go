@@ -42,6 +42,7 @@ func main() {
 		client, recorder := dialect.connectTo(address)
 		report("lifecycle over "+dialect.name, life{client, fmt.Sprintf("go-%d", i), kernel}.run(ctx))
 		report("violations over "+dialect.name, violations(ctx, dialect, address))
+		report("many violations over "+dialect.name, manyViolations(ctx, dialect, address, kernel))
 		report("a stream over "+dialect.name, stream(ctx, dialect, address))
 		report("it was "+dialect.name, dialect.proveSpoken(recorder))
 	}
@@ -104,6 +105,36 @@ func violations(ctx context.Context, dialect dialect, address string) error {
 		if !slices.Contains(fields, wanted) || !strings.Contains(failure.Message(), wanted) {
 			return fmt.Errorf("%s is not named in the details %v and the message %q", wanted, fields, failure.Message())
 		}
+	}
+	return nil
+}
+
+// manyViolations names 64 disks that do not exist: the error must fit into the metadata that clients take.
+func manyViolations(ctx context.Context, dialect dialect, address, kernel string) error {
+	client, _ := dialect.connectTo(address)
+	var disks []*vmmv1.StorageDevice
+	for number := range 64 {
+		disks = append(disks, &vmmv1.StorageDevice{Path: fmt.Sprintf("/srv/disks/of-the-tests/disk-%d.img", number)})
+	}
+	_, err := client.CreateVm(ctx, connect.NewRequest(&vmmv1.CreateVmRequest{Config: &vmmv1.VmConfig{
+		Cpu:     &vmmv1.CpuConfig{VcpuCount: 1},
+		Memory:  &vmmv1.MemoryConfig{SizeBytes: memory},
+		Boot:    &vmmv1.BootConfig{KernelPath: kernel},
+		Storage: disks,
+	}}))
+	if err := refused("CreateVm with 64 wrong disks", connect.CodeInvalidArgument, err); err != nil {
+		return err
+	}
+	failure := new(connect.Error)
+	errors.As(err, &failure)
+	size := 0
+	for name, values := range failure.Meta() {
+		for _, value := range values {
+			size += len(name) + len(value) + 32
+		}
+	}
+	if size > 8192 || len(failure.Details()) != 1 || !strings.Contains(failure.Message(), "more, shown when these are corrected") {
+		return fmt.Errorf("%d bytes of metadata, %d details, message %q", size, len(failure.Details()), failure.Message())
 	}
 	return nil
 }

@@ -78,6 +78,67 @@ def violations() -> None:
         equal((field, field in fields, field in error.details()), (field, True, True))
 
 
+def many_violations() -> None:
+    """Names 64 disks that do not exist, many times: a client with the usual limit of 8 KiB drops larger trailers at random."""
+    disks = [pb.StorageDevice(path=f"/srv/disks/of-the-tests/disk-{number}.img") for number in range(64)]
+    config = pb.VmConfig(
+        cpu=pb.CpuConfig(vcpu_count=1),
+        memory=pb.MemoryConfig(size_bytes=MEMORY),
+        boot=pb.BootConfig(kernel_path=KERNEL),
+        storage=disks,
+    )
+    for _ in range(40):
+        error = refused(grpc.StatusCode.INVALID_ARGUMENT, vms.CreateVm, pb.CreateVmRequest(config=config))
+        equal("config.storage[0].path" in error.details(), True)
+        equal(len(rpc_status.from_call(error).details), 1)
+
+
+def large_answers() -> None:
+    """Reads 100 VMs with 64 KB of labels each: a client takes 4 MiB in one answer, so there are several pages."""
+    config = pb.VmConfig(
+        cpu=pb.CpuConfig(vcpu_count=1),
+        memory=pb.MemoryConfig(size_bytes=MEMORY),
+        boot=pb.BootConfig(kernel_path=KERNEL),
+        metadata={"padding": "x" * 65_000},
+    )
+    names = [f"python-large-{number}" for number in range(100)]
+    try:
+        for name in names:
+            vms.CreateVm(pb.CreateVmRequest(vm_id=name, config=config), timeout=TIMEOUT)
+        request, found = pb.ListVmsRequest(page_size=1000), []
+        while True:
+            page = vms.ListVms(request, timeout=TIMEOUT)
+            equal((page.total_count, bool(page.vms)), (100, True))
+            found += [vm.vm_id for vm in page.vms]
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+        equal(found, names)
+    finally:
+        for name in names:
+            vms.DeleteVm(pb.DeleteVmRequest(vm_id=name, force=True), timeout=TIMEOUT)
+
+
+def many_waits() -> None:
+    """Waits 250 times on one connection, and is answered at once meanwhile."""
+    config = pb.VmConfig(
+        cpu=pb.CpuConfig(vcpu_count=1),
+        memory=pb.MemoryConfig(size_bytes=MEMORY),
+        boot=pb.BootConfig(kernel_path=KERNEL),
+    )
+    vm = {"vm_id": "python-waits"}
+    vms.CreateVm(pb.CreateVmRequest(**vm, config=config), timeout=TIMEOUT)
+    request = pb.WaitVmRequest(**vm, states=[pb.VM_STATE_RUNNING])
+    waits = [vms.WaitVm.future(request, timeout=TIMEOUT) for _ in range(250)]
+    try:
+        equal(vms.GetVmInfo(pb.GetVmInfoRequest(**vm), timeout=TIMEOUT).state, pb.VM_STATE_CREATED)
+        equal([wait.done() for wait in waits], [False] * 250)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT)
+
+
 def stream() -> None:
     """Reads a watch up to the event that ends the present states."""
     for event in vms.WatchVms(pb.WatchVmsRequest(), timeout=20):

@@ -11,6 +11,8 @@ use vmm_core::store::{RunRecord, VmRecord};
 use vmm_proto::v1 as pb;
 use vmm_service::{BackendStatus, Metrics, VmView};
 
+use super::size;
+
 /// Unix milliseconds as Unix seconds.
 fn seconds(ms: i64) -> i64 {
     ms.div_euclid(1000)
@@ -215,7 +217,7 @@ fn restart_to_pb(policy: &RestartPolicyConfig) -> pb::RestartPolicy {
 
 pub(super) fn reports_to_pb<T: Into<FieldReport>>(reports: Vec<T>) -> Vec<pb::FieldReport> {
     let to_pb = |FieldReport { field, message }| pb::FieldReport { field, message, ..Default::default() };
-    reports.into_iter().map(T::into).map(to_pb).collect()
+    size::bounded(reports.into_iter().map(T::into).collect()).into_iter().map(to_pb).collect()
 }
 
 pub(super) fn status_to_pb(status: &Status) -> pb::VmStatus {

@@ -3,12 +3,12 @@
 use connectrpc::ConnectError;
 use vmm_service::ServiceError;
 
-use crate::rpc::error::{TEXT_BUDGET, invalid_argument, shown};
+use crate::rpc::error::invalid_argument;
 
 /// The error that a client sees.
 pub(super) fn to_connect(error: ServiceError) -> ConnectError {
-    // It may quote the request, or a VMM.
-    let text = shown(error.to_string(), TEXT_BUDGET);
+    // The server cuts a text that is too long and cleans one that quotes control characters.
+    let text = error.to_string();
     match error {
         ServiceError::Invalid(violations) => {
             invalid_argument(violations.into_iter().map(|violation| (violation.field, violation.message)))

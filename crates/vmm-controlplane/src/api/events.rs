@@ -6,11 +6,13 @@ use connectrpc::{ConnectError, RequestContext};
 use futures::{Stream, stream};
 use vmm_core::report::FieldReport;
 use vmm_core::store::VmRecord;
+use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
 use vmm_service::{EventsPage, EventsQuery, Notice, Present, Recorded, ServiceError, VmService, WatchQuery};
 
 use super::convert::{state_to_pb, states_from_pb, status_to_pb};
 use super::error::to_connect;
+use super::{alive, size};
 
 /// The longest wait that a client may ask for.
 const MAX_WAIT_SECONDS: i32 = 3600;
@@ -28,27 +30,37 @@ pub(super) async fn watch(
     };
     let watch = service.watch(query).await.map_err(to_connect)?;
     // The first error is the last item.
-    Ok(stream::unfold(Some(watch), |watch| async {
+    let events = stream::unfold(Some(watch), |watch| async {
         let mut watch = watch?;
         match watch.next().await {
             Ok(notice) => Some((Ok(notice_to_pb(notice)), Some(watch))),
             Err(error) => Some((Err(to_connect(error)), None)),
         }
-    }))
+    });
+    Ok(alive::with_signs_of_life(events, || Ok(sign_of_life())))
+}
+
+/// Tells a client, and the proxies on the way to it, that the watch is still there. A sign has no token: it changes nothing.
+fn sign_of_life() -> pb::VmEvent {
+    pb::VmEvent { time: now_ms(), r#type: "alive".to_owned(), ..Default::default() }
 }
 
 pub(super) async fn list(
     service: &VmService,
     request: pb::ListVmEventsRequest,
 ) -> Result<pb::ListVmEventsResponse, ConnectError> {
-    let query =
+    let mut query =
         EventsQuery { vm_id: request.vm_id, page_size: request.page_size, page_token: request.page_token };
-    let EventsPage { events, next_page_token } = service.list_events(&query).await.map_err(to_connect)?;
-    Ok(pb::ListVmEventsResponse {
-        events: events.into_iter().map(recorded_to_pb).collect(),
-        next_page_token,
-        ..Default::default()
-    })
+    loop {
+        let EventsPage { events, next_page_token } = service.list_events(&query).await.map_err(to_connect)?;
+        let events: Vec<_> = events.into_iter().map(recorded_to_pb).collect();
+        let fitting = size::fitting(&events);
+        if fitting == events.len() {
+            return Ok(pb::ListVmEventsResponse { events, next_page_token, ..Default::default() });
+        }
+        // Fewer with each turn, and one always fits.
+        query.page_size = i32::try_from(fitting).unwrap_or(1);
+    }
 }
 
 pub(super) async fn wait(

@@ -2,10 +2,13 @@
 //!
 //! [`vm`] has one function per method, and [`events`] those of the methods about events. [`convert`] turns configurations and
 //! records into messages and back. [`error`] turns failures into codes.
+//! [`size`] keeps answers within what default clients take, and [`alive`] streams from falling silent.
 
+mod alive;
 pub(crate) mod convert;
 mod error;
 mod events;
+mod size;
 mod vm;
 
 pub use vm::Api;

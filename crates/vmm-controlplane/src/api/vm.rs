@@ -11,7 +11,7 @@ use super::convert::{
     backend_to_pb, config_from_pb, info_to_pb, reports_to_pb, state_to_pb, states_from_pb, summary_to_pb,
 };
 use super::error::to_connect;
-use super::events;
+use super::{events, size};
 use crate::rpc::{record_vm_id, require_force};
 
 /// The API on top of the use cases.
@@ -146,6 +146,7 @@ impl pb::VmService for Api {
         Response::ok(pb::RebootVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
+            ended_by: outcome.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
             ..Default::default()
         })
     }
@@ -172,7 +173,7 @@ impl pb::VmService for Api {
             Ok(states) => (states, Vec::new()),
             Err(violations) => (Vec::new(), violations),
         };
-        let query = ListQuery {
+        let mut query = ListQuery {
             states,
             metadata: request.metadata_filter,
             backend: request.backend,
@@ -188,9 +189,18 @@ impl pb::VmService for Api {
             }
             return Err(to_connect(ServiceError::Invalid(violations)));
         }
-        let page = page.map_err(to_connect)?;
+        let mut page = page.map_err(to_connect)?;
+        let mut vms: Vec<_> = page.vms.iter().map(|record| summary_to_pb(record)).collect();
+        while let fitting = size::fitting(&vms)
+            && fitting < vms.len()
+        {
+            // Fewer with each turn, and one always fits.
+            query.page_size = i32::try_from(fitting).unwrap_or(1);
+            page = self.service.list(&query).map_err(to_connect)?;
+            vms = page.vms.iter().map(|record| summary_to_pb(record)).collect();
+        }
         Response::ok(pb::ListVmsResponse {
-            vms: page.vms.iter().map(|record| summary_to_pb(record)).collect(),
+            vms,
             next_page_token: page.next_page_token,
             total_count: i32::try_from(page.total_count).unwrap_or(i32::MAX),
             ..Default::default()

@@ -7,11 +7,23 @@ use vmm_proto::rpc::bad_request::FieldViolation;
 /// The full name of the detail, as clients look it up.
 const BAD_REQUEST: &str = "google.rpc.BadRequest";
 
-/// How many bytes of text the violations may have together.
+/// The longest text of an error, as [`wire_length`] counts it.
 ///
-/// gRPC carries the message and the details in trailers, and its clients refuse trailers of more than 16 KiB:
-/// encoded twice, this much text stays below that.
-pub(crate) const TEXT_BUDGET: usize = 4096;
+/// gRPC carries an error in trailers. Many clients refuse trailers of more than 8 KiB and then report another code. An error's
+/// message is there twice: percent-encoded in `grpc-message`, and in base64 in `grpc-status-details-bin`. So a text of this
+/// length takes 2⅓ times its length, 7 KB, and the other trailers have the rest.
+const MAX_TEXT: usize = 3000;
+
+/// The longest text of all violations together, as [`wire_length`] counts it.
+///
+/// The violations are in the message and in the details, so a text of this length takes 3⅔ times its length in trailers.
+const MAX_VIOLATIONS: usize = 1800;
+
+/// What a violation takes in trailers besides its text: separators, tags and lengths.
+const PER_VIOLATION: usize = 6;
+
+/// The longest name of a field in a violation.
+const MAX_FIELD: usize = MAX_VIOLATIONS / 3;
 
 /// Builds an INVALID_ARGUMENT from `(field path, what is wrong and what to do)` pairs.
 ///
@@ -25,17 +37,18 @@ where
 {
     let mut detail = BadRequest::default();
     let mut lines = Vec::new();
-    let mut left = TEXT_BUDGET;
+    let mut left = MAX_VIOLATIONS;
     let mut unnamed = 0_usize;
     for (field, description) in violations {
-        let (field, description) =
-            (shown(field.into(), TEXT_BUDGET / 2), shown(description.into(), TEXT_BUDGET));
+        let field = shown(field.into(), MAX_FIELD);
+        let description = shown(description.into(), MAX_VIOLATIONS - MAX_FIELD);
         let line = format!("{field}: {description}");
-        if unnamed > 0 || (line.len() > left && !lines.is_empty()) {
+        let length = wire_length(&line) + PER_VIOLATION;
+        if unnamed > 0 || (length > left && !lines.is_empty()) {
             unnamed += 1;
             continue;
         }
-        left = left.saturating_sub(line.len());
+        left = left.saturating_sub(length);
         lines.push(line);
         detail.field_violations.push(FieldViolation { field, description, ..Default::default() });
     }
@@ -46,21 +59,46 @@ where
     error.with_detail(ErrorDetail::from_message(BAD_REQUEST, &detail))
 }
 
-/// A text that may quote the request, fit to be sent back: cut after `most` bytes, and without control characters.
+/// Cuts the message of an error that would not fit into a client's limit on trailers.
+///
+/// An error with details keeps them: only [`invalid_argument`] makes such errors, and their length is bounded there.
+pub(super) fn fit(mut error: ConnectError) -> ConnectError {
+    if error.details.is_empty() {
+        error.message = error.message.map(|text| shown(text, MAX_TEXT));
+    }
+    error
+}
+
+/// Makes a text that may quote the request, or a VMM, fit to be sent back: cut where its [`wire_length`] passes `most`, and
+/// without control characters.
 pub(crate) fn shown(text: String, most: usize) -> String {
-    if text.len() <= most && !text.contains(char::is_control) {
+    if wire_length(&text) <= most && !text.contains(char::is_control) {
         return text;
     }
     let mut shown = String::with_capacity(text.len().min(most));
+    let mut left = most;
     for letter in text.chars() {
         let letter = if letter.is_control() { '\u{fffd}' } else { letter };
-        if shown.len() + letter.len_utf8() > most {
+        let Some(rest) = left.checked_sub(letter_length(letter)) else {
             shown.push('…');
             break;
-        }
+        };
+        left = rest;
         shown.push(letter);
     }
     shown
+}
+
+/// Returns the bytes that a text takes in `grpc-message`, where `%` and what is not ASCII is percent-encoded.
+fn wire_length(text: &str) -> usize {
+    text.chars().map(letter_length).sum()
+}
+
+fn letter_length(letter: char) -> usize {
+    match letter {
+        ' '..='$' | '&'..='~' => 1,
+        other => 3 * other.len_utf8(),
+    }
 }
 
 fn summary(lines: &[String], unnamed: usize) -> String {
@@ -91,25 +129,35 @@ mod tests {
         assert_eq!(error.details[0].type_url, "google.rpc.BadRequest");
     }
 
-    #[test]
-    fn stays_small_enough_for_trailers() {
-        let error =
-            invalid_argument((0..10_000).map(|n| (format!("config.storage[{n}].path"), "does not exist")));
-        let message = error.message.unwrap();
-        assert!(message.len() < TEXT_BUDGET + 400, "{} bytes", message.len());
-        assert!(message.starts_with("config.storage[0].path: does not exist; "));
-        let named = message.matches("does not exist").count();
-        assert!(message.ends_with(&format!("and {} more, shown when these are corrected", 10_000 - named)));
-        assert!(error.details[0].value.as_ref().unwrap().len() < 2 * TEXT_BUDGET);
+    /// The bytes of an error in gRPC's trailers: `grpc-message`, and `grpc-status-details-bin` in base64.
+    fn in_trailers(error: &ConnectError) -> usize {
+        let message = error.message.as_deref().unwrap_or_default();
+        let details: usize =
+            error.details.iter().map(|detail| detail.value.as_ref().map_or(0, String::len)).sum();
+        wire_length(message) + message.len().div_ceil(3) * 4 + details + 100
     }
 
     #[test]
-    fn one_long_violation_is_cut() {
-        let long = || "ä".repeat(TEXT_BUDGET);
-        let error = invalid_argument([(long(), long())]);
-        let message = error.message.unwrap();
-        assert!((TEXT_BUDGET..2 * TEXT_BUDGET).contains(&message.len()), "{} bytes", message.len());
-        assert!(error.details[0].value.as_ref().unwrap().len() < 3 * TEXT_BUDGET);
+    fn an_error_fits_into_the_trailers_that_clients_take() {
+        let many =
+            invalid_argument((0..10_000).map(|n| (format!("config.storage[{n}].path"), "does not exist")));
+        let message = many.message.as_deref().unwrap();
+        assert!(message.starts_with("config.storage[0].path: does not exist; "));
+        let named = message.matches("does not exist").count();
+        assert!(message.ends_with(&format!("and {} more, shown when these are corrected", 10_000 - named)));
+        assert!(named > 30, "{named} fit");
+
+        let mut errors = vec![many, invalid_argument((0..10_000).map(|_| ("a", "b")))];
+        for letter in ["a", "ä", "%", "\n", "\u{1f600}"] {
+            let long = || letter.repeat(20_000);
+            errors.push(invalid_argument([(long(), long()), ("b".to_owned(), "c".to_owned())]));
+            errors.push(fit(ConnectError::failed_precondition(long())));
+        }
+        for error in errors {
+            let message = error.message.as_deref().unwrap();
+            assert!(in_trailers(&error) < 7500, "{} bytes: {message}", in_trailers(&error));
+            assert!(wire_length(message) > 1000, "more of it would fit: {message}");
+        }
     }
 
     #[test]

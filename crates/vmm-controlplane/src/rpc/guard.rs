@@ -178,7 +178,8 @@ impl Interceptor for RefuseIdempotencyKey {
         if req.ctx.header(IDEMPOTENCY_KEY).is_some() && changes_something(&req.ctx) {
             return Err(ConnectError::unimplemented(
                 "the Idempotency-Key header is not served yet: send the request without it (CreateVm with the same \
-                 vm_id and configuration, and every other method, may be repeated)",
+                 vm_id and configuration, and every other method except RebootVm and WriteConsole, may be repeated with the \
+                 same effect as once)",
             ));
         }
         next.run(req).await

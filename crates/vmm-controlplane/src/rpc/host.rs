@@ -7,7 +7,6 @@
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -16,7 +15,7 @@ use http::Version;
 use http::header::HOST;
 use http::uri::Authority;
 
-use super::body;
+use super::{outcome, vital};
 
 /// Which names the server answers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,16 +73,26 @@ impl HostPolicy {
     }
 }
 
+/// The standard health service of gRPC, which has no other methods than those that tell of health.
+const HEALTH_SERVICE: &str = "/grpc.health.v1.Health/";
+
 /// Answers PERMISSION_DENIED, HTTP 403, to a request whose Host is not served.
+///
+/// Health is told under every name, because balancers ask for it under names of their own, and because a page that learns
+/// by a rebound name that the daemon is healthy can do nothing with it.
 pub(super) async fn check(State(policy): State<Arc<HostPolicy>>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    if vital::is_health(path) || path.starts_with(HEALTH_SERVICE) {
+        return next.run(request).await;
+    }
     let Some(objection) = policy.objection(&request) else { return next.run(request).await };
-    tracing::warn!(%objection, "refused a request");
-    let headers = body::finish(request).await;
-    ConnectError::permission_denied(objection).into_http_response(&headers).map(Body::new)
+    outcome::refuse(request, ConnectError::permission_denied(objection)).await
 }
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Body;
+
     use super::*;
 
     #[test]

@@ -13,6 +13,7 @@
 //!      ├───── request_id.rs   X-Request-Id in and out, traceparent, one tracing span per request
 //!      ├───── host.rs         the Host check against DNS rebinding
 //!      ├───── vital.rs        where there is no room only health and force are served
+//!      ├───── outcome.rs      one line of log for each failure, and errors that fit into trailers
 //!      ▼
 //!   paths.rs ── /_/health …  ─────────────► the caller's pages
 //!      │    └── /cloudhypervisor.v1.… , unknown path, wrong verb, wrong Content-Type ──► an error that says so
@@ -20,7 +21,7 @@
 //!   connectrpc ── guard.rs    panics → INTERNAL, Authorization and Idempotency-Key refused, streams end at shutdown
 //!      │
 //!      │    entries.rs       requests with too many entries refused, on the bytes
-//!      │    strict_json.rs   unknown and repeated JSON fields refused, all at once and by path
+//!      │    strict_json.rs   unknown and repeated JSON fields and wrong values refused, all at once and by path
 //!      ├── builtin.rs         grpc.health.v1.Health, grpc.reflection.v1 and v1alpha
 //!      └── vmm.v1.VmService   the caller's handlers
 //! ```
@@ -37,10 +38,12 @@ pub mod error;
 mod guard;
 mod host;
 mod options;
+mod outcome;
 mod paths;
 mod request_id;
 pub(crate) mod strict_json;
 mod trace_context;
+mod values;
 mod vital;
 
 use std::future::Future;
@@ -95,7 +98,7 @@ pub async fn serve(
         .layer(axum::middleware::from_fn(vital::check))
         .layer(axum::middleware::from_fn_with_state(Arc::new(options.host_policy.clone()), host::check))
         .layer(CatchPanicLayer::custom(guard::page_panicked))
-        .layer(axum::middleware::from_fn(request_id::attach));
+        .layer(axum::middleware::from_fn_with_state(outcome::Lines::default(), request_id::attach));
 
     let ending = live.clone();
     let shutdown = async move {
@@ -129,6 +132,7 @@ fn rpc_service(
         .with_deadline_policy(deadlines)
         .with_interceptor(guard::CatchPanics)
         .with_interceptor(guard::EndStreams::new(draining))
+        .with_interceptor(outcome::ReportErrors)
         .with_interceptor(guard::RefuseCredentials)
         .with_interceptor(guard::RefuseIdempotencyKey)
         .with_interceptor(strict_json))

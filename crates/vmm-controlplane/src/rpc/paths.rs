@@ -14,6 +14,7 @@ use tower::Service;
 use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
 use super::body::{self, Reading};
+use super::outcome::{self, Outcome};
 
 /// The service of the Cloud Hypervisor-only predecessor. Its methods have the same names in ours.
 const PREDECESSOR: &str = "cloudhypervisor.v1.VmService";
@@ -40,7 +41,7 @@ impl Dispatch {
         let unary = method.kind == MethodKind::Unary;
         let readable = unary && method.idempotent;
         match *request.method() {
-            Method::GET if readable => None,
+            Method::GET if readable => no_message(request, path),
             Method::POST => wrong_content_type(request, path, unary),
             ref verb => Some(wrong_verb(verb, path, readable)),
         }
@@ -75,6 +76,20 @@ fn wrong_verb(verb: &Method, path: &str, readable: bool) -> Refusal {
     let error =
         ConnectError::method_not_allowed(format!("/{path} is called with {allowed}, not with {verb}"));
     Refusal { error, header: Some((ALLOW, HeaderValue::from_static(allowed))) }
+}
+
+/// Objects to a GET without a message, as a browser sends when somebody types the path.
+fn no_message(request: &Request, path: &str) -> Option<Refusal> {
+    let query = request.uri().query().unwrap_or_default();
+    let has = |name: &str| query.split('&').any(|part| part.split('=').next() == Some(name));
+    if has("message") && has("encoding") {
+        return None;
+    }
+    let error = ConnectError::invalid_argument(format!(
+        "a GET has its message in the query and no body: /{path}?connect=v1&encoding=json&message=%7B%7D sends the message \
+         {{}}; or send the message with POST"
+    ));
+    Some(error.into())
 }
 
 /// Objects to a Content-Type that no protocol has, or that does not fit the kind of method.
@@ -116,12 +131,13 @@ impl From<ConnectError> for Refusal {
 
 impl Refusal {
     async fn answer(self, request: Request) -> Response {
+        let outcome = request.extensions().get::<Outcome>().cloned();
         let mut headers = body::finish(request).await;
         if self.error.http_status() == StatusCode::UNSUPPORTED_MEDIA_TYPE {
             // The type is what is wrong, so the answer is not framed by it.
             headers.remove(CONTENT_TYPE);
         }
-        let mut response = self.error.into_http_response(&headers).map(Body::new);
+        let mut response = outcome::answer(outcome.as_ref(), &headers, self.error);
         if let Some((name, value)) = self.header {
             response.headers_mut().insert(name, value);
         }
@@ -143,14 +159,18 @@ impl Service<Request> for Dispatch {
             return Box::pin(async move { Ok(refusal.answer(request).await) });
         }
         let reading = request.extensions().get::<Reading>().cloned().unwrap_or_default();
+        let outcome = request.extensions().get::<Outcome>().cloned();
         let headers = request.headers().clone();
         let call = self.rpc.call(request);
         Box::pin(async move {
             let response = call.await?.map(Body::new);
-            // The library calls every broken body an internal error.
-            Ok(match reading.fault() {
-                Some(fault) => fault.into_http_response(&headers).map(Body::new),
-                None => response,
+            Ok(match (reading.fault(), outcome) {
+                // The library calls every broken body an internal error.
+                (Some(fault), outcome) => outcome::answer(outcome.as_ref(), &headers, fault),
+                (None, Some(outcome)) if !outcome.is_reached() => {
+                    outcome::unreached(&outcome, response).await
+                }
+                (None, _) => response,
             })
         })
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use connectrpc::RequestContext;
@@ -10,6 +10,7 @@ use http::{HeaderName, HeaderValue};
 use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
 
+use super::outcome::{Lines, Outcome};
 use super::trace_context::TraceParent;
 
 const HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -58,7 +59,7 @@ pub fn record_vm_id(ctx: &RequestContext, vm_id: &str) {
 }
 
 /// Gives a request its id and span, and the answer the id.
-pub(super) async fn attach(mut request: Request, next: Next) -> Response {
+pub(super) async fn attach(State(lines): State<Lines>, mut request: Request, next: Next) -> Response {
     let id = RequestId::of(&request);
     let trace = TraceParent::of(request.headers());
     let span = tracing::info_span!(
@@ -71,6 +72,7 @@ pub(super) async fn attach(mut request: Request, next: Next) -> Response {
     );
     request.extensions_mut().insert(id.clone());
     request.extensions_mut().insert(RequestSpan(span.clone()));
+    request.extensions_mut().insert(Outcome::new(&lines));
     let mut response = next.run(request).instrument(span).await;
     // Always valid: a client's id arrived as a header, and a UUID is plain ASCII.
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {

@@ -2,8 +2,9 @@
 //!
 //! The generated decoder of JSON refuses an unknown field too, but it stops at the first, gives a line and a column where a
 //! caller needs a path, takes a JSON array for a message, and takes the last of the values of a key that stands in a map
-//! twice. Here every unknown field and every repeated key is reported at once, with its path and with the names that
-//! would have been right. Values are left to the decoder. In both codecs the number of entries is limited; see [`entries`].
+//! twice. Here every unknown field, every repeated key and every value of a wrong type is reported at once, with its path and
+//! with the names that would have been right. What a value may be is asked of the decoder; see [`values`](super::values). In
+//! both codecs the number of entries is limited; see [`entries`].
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -14,10 +15,13 @@ use connectrpc::{
     CodecFormat, ConnectError, Interceptor, Next, NextStream, Payload, PayloadStream, async_trait,
 };
 use futures::{StreamExt as _, future};
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    self, DeserializeSeed, Deserializer, IgnoredAny, IntoDeserializer as _, MapAccess, SeqAccess, Visitor,
+};
 
 use super::entries::{self, MAX_ENTRIES};
 use super::error::invalid_argument;
+use super::values::{Value, cut};
 
 /// How many violations are remembered: far more than an answer has room for.
 const MAX_VIOLATIONS: usize = 1000;
@@ -58,6 +62,9 @@ impl StrictJson {
 }
 
 fn check_json(pool: &DescriptorPool, message: &MessageDescriptor, json: &[u8]) -> Result<(), ConnectError> {
+    if json.iter().all(u8::is_ascii_whitespace) {
+        return Err(invalid_argument([("request", "the body is empty: send a JSON object, at least {}")]));
+    }
     let mut report = Report { path: String::new(), violations: Vec::new(), entries: 0 };
     let shape = Shape { pool, expected: Expected::Message(message), report: &mut report };
     // What is not JSON at all is the decoder's to report; what was found until there counts.
@@ -142,14 +149,27 @@ enum Expected<'a> {
     Message(&'a MessageDescriptor),
     List(SingularKind),
     Map(SingularKind),
-    Value,
+    Value(Value<'a>),
+    /// Whatever stands below an unknown field.
+    Anything,
 }
 
 impl<'a> Expected<'a> {
     fn one(pool: &'a DescriptorPool, kind: SingularKind) -> Self {
         match kind {
             SingularKind::Message(index) => Self::Message(pool.message(index)),
-            SingularKind::Scalar(_) | SingularKind::Enum(_) => Self::Value,
+            SingularKind::Scalar(scalar) => Self::Value(Value::Scalar(scalar)),
+            SingularKind::Enum(index) => Self::Value(Value::Enum(pool.enumeration(index))),
+        }
+    }
+
+    /// Says what should stand there, for a place where something else stands.
+    fn wanted(self) -> String {
+        match self {
+            Self::Message(_) | Self::Map(_) => "an object is expected: write { … }".to_owned(),
+            Self::List(_) => "a list is expected: write [ … ]".to_owned(),
+            Self::Value(value) => format!("{} is expected", value.name()),
+            Self::Anything => "anything is expected".to_owned(),
         }
     }
 
@@ -185,8 +205,8 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        if matches!(self.expected, Expected::List(_)) {
-            self.report.add("is an object where a list is expected: write [ … ]".to_owned());
+        if matches!(self.expected, Expected::List(_) | Expected::Value(_)) {
+            self.report.add(format!("is an object where {}", self.expected.wanted()));
         }
         let mut seen = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
@@ -201,8 +221,8 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
         let Expected::List(kind) = self.expected else {
-            if matches!(self.expected, Expected::Message(_) | Expected::Map(_)) {
-                self.report.add("is a list where an object is expected: write { … }".to_owned());
+            if !matches!(self.expected, Expected::Anything) {
+                self.report.add(format!("is a list where {}", self.expected.wanted()));
             }
             while list.next_element::<IgnoredAny>()?.is_some() {}
             return Ok(());
@@ -225,24 +245,42 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
     fn visit_unit<E: de::Error>(self) -> Result<(), E> {
         Ok(())
     }
-    fn visit_bool<E: de::Error>(self, _: bool) -> Result<(), E> {
+    fn visit_bool<E: de::Error>(self, given: bool) -> Result<(), E> {
+        self.value(&given, given.into_deserializer());
         Ok(())
     }
-    fn visit_i64<E: de::Error>(self, _: i64) -> Result<(), E> {
+    fn visit_i64<E: de::Error>(self, given: i64) -> Result<(), E> {
+        self.value(&given, given.into_deserializer());
         Ok(())
     }
-    fn visit_u64<E: de::Error>(self, _: u64) -> Result<(), E> {
+    fn visit_u64<E: de::Error>(self, given: u64) -> Result<(), E> {
+        self.value(&given, given.into_deserializer());
         Ok(())
     }
-    fn visit_f64<E: de::Error>(self, _: f64) -> Result<(), E> {
+    fn visit_f64<E: de::Error>(self, given: f64) -> Result<(), E> {
+        self.value(&given, given.into_deserializer());
         Ok(())
     }
-    fn visit_str<E: de::Error>(self, _: &str) -> Result<(), E> {
+    fn visit_str<E: de::Error>(self, given: &str) -> Result<(), E> {
+        self.value(&format_args!("{given:?}"), given.into_deserializer());
         Ok(())
     }
 }
 
 impl Shape<'_, '_> {
+    /// Looks at a number, a text or a truth value. `given` is how the client spelt it.
+    fn value<'de>(self, given: &dyn fmt::Display, json: impl Deserializer<'de, Error = de::value::Error>) {
+        match self.expected {
+            Expected::Anything => {}
+            Expected::Value(value) => {
+                if let Some(objection) = value.objection(given, json) {
+                    self.report.add(objection);
+                }
+            }
+            other => self.report.add(format!("is {} where {}", cut(given), other.wanted())),
+        }
+    }
+
     /// Reports a key that stands in an object twice. A field of a message has two spellings and is one key.
     fn refuse_repetition(&mut self, key: &str, seen: &mut HashSet<String>) {
         let name = match self.expected {
@@ -251,7 +289,7 @@ impl Shape<'_, '_> {
                 Some(field) => field.name(),
                 None => return,
             },
-            Expected::List(_) | Expected::Value => return,
+            Expected::List(_) | Expected::Value(_) | Expected::Anything => return,
         };
         if !seen.insert(name.to_owned()) {
             self.report.within(name, |report| report.add("is given twice; leave one out".to_owned()));
@@ -272,12 +310,12 @@ impl Shape<'_, '_> {
                 }
                 None => {
                     report.within(key, |report| report.add(unknown_field(key, message)));
-                    Expected::Value
+                    Expected::Anything
                 }
             },
-            Expected::List(_) | Expected::Value => Expected::Value,
+            Expected::List(_) | Expected::Value(_) | Expected::Anything => Expected::Anything,
         };
-        if matches!(expected, Expected::Value) {
+        if matches!(expected, Expected::Anything) {
             return map.next_value::<IgnoredAny>().map(|_| ());
         }
         report.within(key, |report| map.next_value_seed(Shape { pool, expected, report }))
@@ -309,7 +347,11 @@ mod tests {
             r#"{"config":{"metadata":{"anything goes":"x"},"restartPolicy":{"mode":4}}}"#,
             // Not ours to report.
             r#"{"config":"#,
-            r#"{"config":{"cpu":{"vcpu_count":"many"}}}"#,
+            // Every spelling of a value that the decoder takes.
+            r#"{"config":{"cpu":{"vcpu_count":"2"},"memory":{"size_bytes":2.0}}}"#,
+            r#"{"config":{"cpu":{"vcpu_count":1e1},"memory":{"size_bytes":"-1","hotplug_enabled":true}}}"#,
+            r#"{"vm_id":null,"config":{"cpu":{"vcpu_count":null},"restart_policy":{"mode":null}}}"#,
+            r#"{"config":{"restart_policy":{"mode":99}}}"#,
         ] {
             assert_eq!(violations(json), None, "{json}");
         }
@@ -341,6 +383,56 @@ mod tests {
             violations(r#"{"config":{"metadata":[]}}"#).unwrap().starts_with("config.metadata: is a list")
         );
         assert!(violations(r#"{"config":{"storage":{"path":"/d"}}}"#).unwrap().contains("is an object"));
+    }
+
+    #[test]
+    fn reports_every_value_of_a_wrong_type() {
+        for (json, expected) in [
+            (
+                r#"{"config":{"memory":{"size_bytes":"512M"},"cpu":{"vcpu_count":2.5}}}"#,
+                "config.memory.size_bytes: must be a whole number of at most 64 bits, not \"512M\"; \
+                 config.cpu.vcpu_count: must be a whole number of at most 32 bits, not 2.5",
+            ),
+            (
+                r#"{"config":{"memory":{"size_bytes":9223372036854775808,"hotplug_enabled":"yes"}}}"#,
+                "config.memory.size_bytes: must be a whole number of at most 64 bits, not 9223372036854775808; \
+                 config.memory.hotplug_enabled: must be true or false, not \"yes\"",
+            ),
+            (
+                r#"{"vm_id":7,"config":{"storage":[{"options":{"direct_io":true}}]}}"#,
+                "vm_id: must be text: write \"7\"; config.storage[0].options.direct_io: must be text: write \"true\"",
+            ),
+            (
+                r#"{"config":{"restart_policy":{"mode":"ON_FAILURE"}}}"#,
+                "config.restart_policy.mode: must be one of RESTART_MODE_UNSPECIFIED, RESTART_MODE_NEVER, \
+                 RESTART_MODE_GUEST_REBOOT, RESTART_MODE_ON_FAILURE, RESTART_MODE_ALWAYS, not \"ON_FAILURE\"",
+            ),
+            (
+                r#"{"config":{"cpu":4,"storage":"/d","metadata":{"a":{},"b":[1]}}}"#,
+                "config.cpu: is 4 where an object is expected: write { … }; config.storage: is \"/d\" where a list is \
+                 expected: write [ … ]; config.metadata.a: is an object where text is expected; config.metadata.b: is a \
+                 list where text is expected",
+            ),
+            ("", "request: the body is empty: send a JSON object, at least {}"),
+            (r#""text""#, "request: is \"text\" where an object is expected: write { … }"),
+        ] {
+            assert_eq!(violations(json).as_deref(), Some(expected), "{json}");
+        }
+        let long = format!(r#"{{"config":{{"memory":{{"size_bytes":"{}"}}}}}}"#, "9".repeat(10_000));
+        assert!(violations(&long).unwrap().len() < 200);
+    }
+
+    #[test]
+    fn names_the_states_by_their_names() {
+        let strict = StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let payload =
+            Payload::new(r#"{"state_filter":["VM_STATE_RUNNING","RUNNING"]}"#.into(), CodecFormat::Json);
+        let message = strict.check(Some("/vmm.v1.VmService/ListVms"), &payload).unwrap_err().message.unwrap();
+        assert!(
+            message.starts_with("state_filter[1]: must be one of VM_STATE_UNSPECIFIED, VM_STATE_CREATED, "),
+            "{message}"
+        );
+        assert!(message.ends_with("VM_STATE_SHUTDOWN, not \"RUNNING\""), "{message}");
     }
 
     #[test]

@@ -1,25 +1,27 @@
 //! The requests that must be answered when everything else is refused: health, and `force`.
 
-use axum::body::Body;
 use axum::extract::Request;
 use axum::middleware::Next;
 use axum::response::Response;
 use connectrpc::{ConnectError, RequestContext};
 use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
-use super::body;
+use super::outcome;
 
 /// Tells whether a path is served where connections or requests are scarce.
 ///
 /// ShutdownVm and DeleteVm are vital with `force` only, which is in the body; [`require_force`] looks at that.
 pub(super) fn is_vital(path: &str) -> bool {
-    match path {
-        "/_/health" | "/health" | "/grpc.health.v1.Health/Check" => true,
-        path => path
+    is_health(path)
+        || path
             .strip_prefix('/')
             .and_then(|path| path.strip_prefix(VM_SERVICE_SERVICE_NAME))
-            .is_some_and(|method| matches!(method, "/ShutdownVm" | "/DeleteVm")),
-    }
+            .is_some_and(|method| matches!(method, "/ShutdownVm" | "/DeleteVm"))
+}
+
+/// Tells whether a path is one of those that answer a single question: is the daemon healthy.
+pub(super) fn is_health(path: &str) -> bool {
+    matches!(path, "/_/health" | "/health" | "/grpc.health.v1.Health/Check")
 }
 
 /// The resource that is short. Stands among the extensions of a request that is served only if it is vital.
@@ -49,11 +51,7 @@ impl Scarcity {
 /// Answers RESOURCE_EXHAUSTED to a request that there is no room for and that is not vital.
 pub(super) async fn check(request: Request, next: Next) -> Response {
     match request.extensions().get::<Scarcity>().copied() {
-        Some(scarcity) if !is_vital(request.uri().path()) => {
-            tracing::warn!(?scarcity, "refused a request");
-            let headers = body::finish(request).await;
-            scarcity.error().into_http_response(&headers).map(Body::new)
-        }
+        Some(scarcity) if !is_vital(request.uri().path()) => outcome::refuse(request, scarcity.error()).await,
         Some(_) | None => next.run(request).await,
     }
 }

@@ -152,7 +152,8 @@ impl Story {
                 .ok_or_else(|| "the story does not begin with its creation".to_owned());
         };
         let ends = from.is_live() && !to.is_live();
-        if !event.ended_by.is_empty() && !ends {
+        let reboots = from.is_live() && to.is_live() && event.cause == "RebootVm";
+        if !event.ended_by.is_empty() && !ends && !reboots {
             return Err(format!("ended by {}, and nothing ended", event.ended_by));
         }
         let died = || {

@@ -181,6 +181,14 @@ fn names_that_are_no_names() {
         world.call("GetVmInfo", &json!({"vm_id": name})).error("not_found");
         world.call("DeleteVm", &json!({"vm_id": name, "force": true})).error("not_found");
     }
+    let methods =
+        ["BootVm", "ShutdownVm", "PauseVm", "ResumeVm", "RebootVm", "DeleteVm", "GetVmInfo", "WaitVm"];
+    for method in methods {
+        let states = json!({"states": ["VM_STATE_RUNNING"]});
+        let request = if method == "WaitVm" { states } else { json!({}) };
+        let message = world.call(method, &request).error("invalid_argument");
+        assert!(message.starts_with("vm_id: is required"), "{method}: {message}");
+    }
     world.call("CreateVm", &json!({"config": good, "backend": "xen"})).error("invalid_argument");
     world.call("ShutdownVm", &json!({"vm_id": "x", "timeout_seconds": -1})).error("invalid_argument");
     world.call("ListVms", &json!({"page_size": -1})).error("invalid_argument");

@@ -88,7 +88,15 @@ async fn broken_json_and_wrong_types_are_invalid_arguments() {
         let (code, message) = reply.error();
         assert_eq!((reply.status.as_u16(), code.as_str()), (400, "invalid_argument"), "{body}: {message}");
         assert!(message.len() > "failed to decode JSON: ".len(), "{body}: {message}");
-        let named = ["failed to decode JSON: ", "request: "].iter().any(|start| message.starts_with(start));
+        // Broken JSON is named by its place, a wrong value by its path.
+        let starts = [
+            "failed to decode JSON: ",
+            "request: ",
+            "vm_id: must be text",
+            "config.memory.size_bytes: must be a whole number",
+            "config.restart_policy.mode: must be one of RESTART_MODE_UNSPECIFIED, ",
+        ];
+        let named = starts.iter().any(|start| message.starts_with(start));
         assert!(named, "{body}: {message}");
     }
 }

@@ -70,6 +70,56 @@ async fn only_reads_answer_get() {
 }
 
 #[tokio::test]
+async fn a_get_without_a_message_is_told_how_to_send_one() {
+    let server = TestServer::start().await;
+    let path = "/vmm.v1.VmService/ListVms";
+    for query in ["", "?", "?encoding=json", "?message=%7B%7D"] {
+        let reply = send(server.addr, get(&format!("{path}{query}"))).await;
+        assert_refused(
+            &reply,
+            400,
+            "invalid_argument",
+            &format!("{path}?connect=v1&encoding=json&message=%7B%7D"),
+        );
+    }
+    let with_body = Request::get(path).body(Full::from("{}")).unwrap();
+    assert_refused(&send(server.addr, with_body).await, 400, "invalid_argument", "no body");
+    let reply = send(server.addr, get(&format!("{path}?connect=v1&encoding=json&message=%7B%7D"))).await;
+    assert_eq!(reply.status, 200);
+}
+
+#[tokio::test]
+async fn an_error_fits_into_the_metadata_that_clients_take() {
+    let server = TestServer::start().await;
+    let size = |headers: &http::HeaderMap| -> usize {
+        headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
+    };
+    let uri = |method: &str| format!("http://{}/vmm.v1.VmService/{method}", server.addr);
+    let long = format!("{}/{}", uri("CreateVm"), "x".repeat(6000));
+    let violations = buffa::Message::encode_to_vec(&pb::CreateVmRequest {
+        vm_id: "many violations".into(),
+        ..Default::default()
+    });
+    for (uri, body, status) in [(uri("CreateVm"), &violations[..], "3"), (long, b"", "12")] {
+        let reply = send_h2(server.addr, post(&uri, "application/grpc", &envelope(body))).await;
+        assert_eq!(reply.headers.get("grpc-status").or(reply.trailers.get("grpc-status")).unwrap(), status);
+        let (headers, trailers) = (size(&reply.headers), size(&reply.trailers));
+        assert!(headers < 8192 && trailers < 8192, "{headers} bytes and {trailers} bytes");
+        assert!(headers + trailers > 4000, "as much as fits is said");
+    }
+    for protocol in [Protocol::Connect, Protocol::Grpc, Protocol::GrpcWeb] {
+        let config = ClientConfig::new(server.uri()).with_protocol(protocol);
+        let client = VmServiceClient::new(HttpClient::plaintext_http2_only(), config);
+        let request = pb::CreateVmRequest { vm_id: "many violations".into(), ..Default::default() };
+        let error = client.create_vm(request).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidArgument, "{protocol}");
+        let message = error.message.unwrap();
+        assert!(message.starts_with("config.storage[0].path: "), "{protocol}: {message}");
+        assert!(message.ends_with(" more, shown when these are corrected"), "{protocol}: {message}");
+    }
+}
+
+#[tokio::test]
 async fn a_wrong_content_type_is_415_and_told_which_are_right() {
     let server = TestServer::start().await;
     let create = "/vmm.v1.VmService/CreateVm";
@@ -97,8 +147,12 @@ async fn only_hosts_that_cannot_be_rebound_are_served() {
     let reply = send(server.addr, call("evil.example:8080")).await;
     assert_refused(&reply, 403, "permission_denied", "evil.example:8080");
     assert_refused(&reply, 403, "permission_denied", "UNKEY_VMCP_ALLOWED_HOSTS");
-    let page = with_header(get("/_/health"), "host", "evil.example");
-    assert_eq!(send(server.addr, page).await.status, 403);
+    // A balancer asks for health under a name of its own.
+    let page = with_header(get("/_/health"), "host", "vmm_backend");
+    assert_eq!(send(server.addr, page).await.status, 200);
+    let uri = "http://vmm_backend/grpc.health.v1.Health/Check";
+    let reply = send_h2(server.addr, post(uri, "application/grpc", &envelope(b""))).await;
+    assert_eq!(reply.trailers["grpc-status"], "0");
     // HTTP/2 has the name in :authority.
     let uri = "http://evil.example/vmm.v1.VmService/ListVms";
     let reply = send_h2(server.addr, post(uri, "application/grpc", &envelope(b""))).await;

@@ -73,7 +73,7 @@ async fn page_that_panics() -> &'static str {
     panic!("as the test wants it")
 }
 
-/// Answers with what it was sent. A vm_id of "panic" or "invalid" gets what it says.
+/// Answers with what it was sent. A vm_id of "panic", "invalid" or "many violations" gets what it says.
 struct Echo {
     waiting: Arc<Notify>,
 }
@@ -95,6 +95,14 @@ impl pb::VmService for Echo {
         rpc::record_vm_id(&ctx, &request.vm_id);
         match request.vm_id.as_str() {
             "panic" => panic!("as the test wants it"),
+            "many violations" => {
+                return Err(rpc::error::invalid_argument((0..64).map(|n| {
+                    (
+                        format!("config.storage[{n}].path"),
+                        format!("/srv/disks/disk-{n}.img does not exist on this host"),
+                    )
+                })));
+            }
             "invalid" => {
                 return Err(rpc::error::invalid_argument([
                     ("config.cpu.vcpu_count", "must be 1 or more"),

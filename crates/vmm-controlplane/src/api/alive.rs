@@ -1,0 +1,52 @@
+//! Signs of life on streams that have nothing to say.
+
+use std::future::Future as _;
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt as _, stream};
+use tokio::time::{Instant, sleep_until};
+
+/// The longest silence of a stream. Proxies cut streams that are silent for a minute.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Puts what `sign` makes between the items of a stream whenever none has come for [`SILENCE`].
+pub(super) fn with_signs_of_life<T: Send + 'static>(
+    items: impl Stream<Item = T> + Send + 'static,
+    sign: impl Fn() -> T + Send + 'static,
+) -> Pin<Box<dyn Stream<Item = T> + Send>> {
+    let mut items = Box::pin(items);
+    let mut silence = Box::pin(sleep_until(Instant::now() + SILENCE));
+    Box::pin(stream::poll_fn(move |cx| {
+        let item = match items.poll_next_unpin(cx) {
+            Poll::Ready(item) => item,
+            Poll::Pending => {
+                std::task::ready!(silence.as_mut().poll(cx));
+                Some(sign())
+            }
+        };
+        silence.as_mut().reset(Instant::now() + SILENCE);
+        Poll::Ready(item)
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_stream_gives_signs_and_a_busy_one_none() {
+        let busy = stream::unfold(0, |n| async move {
+            if n == 3 {
+                return None;
+            }
+            tokio::time::sleep(SILENCE - Duration::from_secs(1)).await;
+            Some((n, n + 1))
+        });
+        let items: Vec<_> = with_signs_of_life(busy, || -1).collect().await;
+        assert_eq!(items, [0, 1, 2]);
+        let items: Vec<_> = with_signs_of_life(stream::pending::<i32>(), || -1).take(3).collect().await;
+        assert_eq!(items, [-1; 3]);
+    }
+}

@@ -1,0 +1,195 @@
+//! The outcome of a request that failed: an error that fits into every client's limits, and one line of log.
+//!
+//! ```text
+//!   request_id.rs ── puts an Outcome among the request's extensions
+//!        │
+//!        ├── host.rs, vital.rs, paths.rs ── refuse ──────────► line, answer
+//!        ├── ReportErrors, around every handler ─────────────► line, error
+//!        └── the RPC library, before any handler ── unreached ─► line, answer as it is
+//! ```
+//!
+//! A client that fails in a loop must not push everything else out of the log. So of the failures of one method with one code
+//! the first [`PER_WINDOW`] of a second are warnings, and the others are of level DEBUG. The next warning has their number.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use connectrpc::interceptor::{StreamRequest, StreamResponse, UnaryRequest, UnaryResponse};
+use connectrpc::{
+    ConnectError, ErrorCode, Interceptor, Next, NextStream, PayloadStream, RequestContext, async_trait,
+};
+use futures::StreamExt as _;
+use http::{Extensions, HeaderMap};
+use http_body_util::{BodyExt as _, Full};
+
+use super::body;
+use super::error::{fit, shown};
+
+/// How many failures of one method with one code are warnings within [`WINDOW`].
+const PER_WINDOW: u32 = 10;
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// The longest text of an error in the log, in bytes.
+const MAX_TEXT: usize = 2000;
+
+/// What the server logs of one request, if the request fails. Stands among the request's extensions.
+#[derive(Clone)]
+pub(super) struct Outcome {
+    lines: Lines,
+    is_reached: Arc<AtomicBool>,
+}
+
+impl Outcome {
+    pub(super) fn new(lines: &Lines) -> Self {
+        Self { lines: lines.clone(), is_reached: Arc::default() }
+    }
+
+    fn of(extensions: &Extensions) -> Option<Self> {
+        extensions.get::<Self>().cloned()
+    }
+
+    /// Tells whether the call has come as far as the interceptors, which log its errors.
+    pub(super) fn is_reached(&self) -> bool {
+        self.is_reached.load(Ordering::Relaxed)
+    }
+}
+
+/// Answers a request with an error, and logs that.
+pub(super) async fn refuse(request: Request, error: ConnectError) -> Response {
+    let outcome = Outcome::of(request.extensions());
+    let headers = body::finish(request).await;
+    answer(outcome.as_ref(), &headers, error)
+}
+
+/// Turns an error into the answer to a request whose body has been read, and logs that.
+pub(super) fn answer(outcome: Option<&Outcome>, headers: &HeaderMap, error: ConnectError) -> Response {
+    let error = fit(error);
+    if let Some(outcome) = outcome {
+        outcome.lines.failed("", &error);
+    }
+    error.into_http_response(headers).map(Body::new)
+}
+
+/// Logs an answer with which the RPC library refused a request before any method was called.
+///
+/// The library makes such an answer whole, so reading its body waits for nothing.
+pub(super) async fn unreached(outcome: &Outcome, response: Response) -> Response {
+    let (parts, body) = response.into_parts();
+    let Ok(body) = body.collect().await else { return Response::from_parts(parts, Body::empty()) };
+    let trailers = body.trailers().cloned();
+    let bytes = body.to_bytes();
+    let in_trailers = trailers.as_ref().and_then(|trailers| trailers.get("grpc-message")?.to_str().ok());
+    let in_body = String::from_utf8_lossy(&bytes);
+    let text = in_trailers.unwrap_or(&in_body);
+    let error = ConnectError::invalid_argument(format!("HTTP status {}: {text}", parts.status.as_u16()));
+    outcome.lines.failed("", &error);
+    let trailers = async { trailers.map(Ok::<_, Infallible>) };
+    Response::from_parts(parts, Body::new(Full::new(bytes).with_trailers(trailers)))
+}
+
+/// Logs every error of a handler or of an inner interceptor, and makes the error fit into trailers.
+pub(super) struct ReportErrors;
+
+/// Notes that a call has reached its method.
+fn reach(ctx: &RequestContext) -> Option<(Outcome, String)> {
+    let outcome = Outcome::of(ctx.extensions())?;
+    outcome.is_reached.store(true, Ordering::Relaxed);
+    Some((outcome, ctx.path().unwrap_or_default().to_owned()))
+}
+
+fn reported(call: Option<&(Outcome, String)>, error: ConnectError) -> ConnectError {
+    let error = fit(error);
+    if let Some((outcome, procedure)) = call {
+        outcome.lines.failed(procedure, &error);
+    }
+    error
+}
+
+#[async_trait]
+impl Interceptor for ReportErrors {
+    async fn intercept_unary(
+        &self,
+        req: UnaryRequest,
+        next: Next<'_>,
+    ) -> Result<UnaryResponse, ConnectError> {
+        let call = reach(&req.ctx);
+        next.run(req).await.map_err(|error| reported(call.as_ref(), error))
+    }
+
+    async fn intercept_streaming(
+        &self,
+        req: StreamRequest,
+        inbound: PayloadStream,
+        next: NextStream<'_>,
+    ) -> Result<StreamResponse, ConnectError> {
+        let call = reach(&req.ctx);
+        let response = next.run(req, inbound).await.map_err(|error| reported(call.as_ref(), error))?;
+        Ok(response.map_body(|items| -> PayloadStream {
+            Box::pin(items.map(move |item| item.map_err(|error| reported(call.as_ref(), error))))
+        }))
+    }
+}
+
+/// How many failures of each method and code were logged of late. Clones share one count.
+#[derive(Clone, Default)]
+pub(super) struct Lines(Arc<Mutex<HashMap<(String, ErrorCode), Window>>>);
+
+/// The failures since the window began.
+struct Window {
+    began: Instant,
+    count: u32,
+}
+
+impl Lines {
+    /// Logs a failure. `procedure` is a method of this server, or empty: the number of windows stays small.
+    fn failed(&self, procedure: &str, error: &ConnectError) {
+        let code = error.code.as_str();
+        let text = shown(error.message.clone().unwrap_or_default(), MAX_TEXT);
+        // A wait that did not see its state is an answer that the client asked for.
+        let is_answer = procedure.ends_with("/WaitVm") && error.code == ErrorCode::DeadlineExceeded;
+        match self.admit(procedure, error.code, Instant::now()) {
+            None => tracing::debug!(code, error = text, "a call failed"),
+            Some(_) if is_answer => tracing::info!(code, error = text, "a wait ended"),
+            Some(0) => tracing::warn!(code, error = text, "a call failed"),
+            Some(more) => tracing::warn!(code, error = text, more, "a call failed, as did others before"),
+        }
+    }
+
+    /// Tells whether there is room for one more line at `now`: if so, how many had no room in the window before.
+    fn admit(&self, procedure: &str, code: ErrorCode, now: Instant) -> Option<u32> {
+        let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let window = windows.entry((procedure.to_owned(), code)).or_insert(Window { began: now, count: 0 });
+        let mut missed = 0;
+        if now.duration_since(window.began) >= WINDOW {
+            missed = window.count.saturating_sub(PER_WINDOW);
+            *window = Window { began: now, count: 0 };
+        }
+        window.count = window.count.saturating_add(1);
+        (window.count <= PER_WINDOW).then_some(missed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_has_few_lines_and_its_size_is_told() {
+        let lines = Lines::default();
+        let begin = Instant::now();
+        let admitted = |at, procedure: &str, code| lines.admit(procedure, code, begin + at);
+        let flood: Vec<_> = (0..1000).map(|_| admitted(Duration::ZERO, "/a", ErrorCode::NotFound)).collect();
+        assert_eq!(flood.iter().filter(|line| **line == Some(0)).count(), 10);
+        // Other methods and other codes have lines of their own.
+        assert_eq!(admitted(Duration::ZERO, "/b", ErrorCode::NotFound), Some(0));
+        assert_eq!(admitted(Duration::ZERO, "/a", ErrorCode::Internal), Some(0));
+        assert_eq!(admitted(WINDOW, "/a", ErrorCode::NotFound), Some(990));
+        assert_eq!(admitted(WINDOW, "/a", ErrorCode::NotFound), Some(0));
+    }
+}
