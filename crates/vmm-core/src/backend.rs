@@ -214,7 +214,7 @@ pub struct AdoptRequest {
     pub run: Option<RunRecord>,
     /// The kind of the VM.
     pub kind: VmKind,
-    /// Whether somebody else made the VM.
+    /// True if another program made the VM.
     pub imported: bool,
 }
 
@@ -411,11 +411,11 @@ pub enum Effect {
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct BackendError {
-    /// The kind, to decide by.
+    /// The kind, for decisions.
     pub kind: BackendErrorKind,
-    /// Whether something changed.
+    /// The knowledge of whether something changed.
     pub effect: Effect,
-    /// What happened and what to do, for people. Carries the VMM's own words where it had any.
+    /// The fault and the remedy, for people. Quotes the VMM where it gave a text.
     pub message: String,
     /// The cause.
     #[source]
@@ -470,7 +470,7 @@ impl BackendErrorKind {
 }
 
 impl BackendError {
-    /// An error without an underlying cause.
+    /// Returns an error without an underlying cause.
     pub fn new(kind: BackendErrorKind, effect: Effect, message: impl Into<String>) -> Self {
         Self { kind, effect, message: message.into(), source: None }
     }

@@ -247,10 +247,10 @@ impl Phase {
     }
 }
 
-/// Why a VM is where it is, and how fresh that knowledge is.
+/// The activity of a VM, its cause, and the time of the last observation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// What it is doing.
+    /// The activity.
     pub phase: Phase,
     /// Machine-readable cause in kebab-case; empty where there is nothing to say.
     pub reason: String,

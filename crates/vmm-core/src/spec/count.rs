@@ -1,7 +1,8 @@
-//! The count of what a configuration holds, made before anything else looks at it.
+//! Counts the parts of a configuration before any other check.
 //!
-//! A request of a megabyte has room for hundreds of thousands of devices. Checks that compare devices or keys with each other
-//! are written for the few that a VM can have, so a configuration with more is refused by its counts alone.
+//! A request of a megabyte has room for hundreds of thousands of devices. The checks that compare
+//! devices or keys with each other are written for the few that a VM can have. Therefore a
+//! configuration with more is refused by its counts alone.
 
 use super::parse::{MAX_DEVICES, MAX_METADATA};
 use crate::config::{
@@ -18,7 +19,8 @@ const MAX_TEXT: usize = 16 << 10;
 /// GetVmInfo returns the configuration, and default clients take 4 MiB. In JSON a text may have six times its length.
 const MAX_CONFIG: usize = 512 << 10;
 
-/// Returns the violations of a configuration that holds too much to be checked, and `None` for any other.
+/// Returns the violations of a configuration that holds too much to be checked; `None` for any
+/// other.
 pub fn too_many(config: &VmConfig) -> Option<Report> {
     let VmConfig { cpu, memory, boot, storage, network, console, metadata, restart_policy: _ } = config;
     let mut count = Count { report: Report::default(), size: 0 };
@@ -40,7 +42,8 @@ pub fn too_many(config: &VmConfig) -> Option<Report> {
         count.text("config.console.console_type", console_type);
     }
     count.metadata(metadata);
-    // No list is gone through that is too long.
+    // A list that is too long is not iterated over, because that would cost the time that the count
+    // saves.
     if count.list("config.storage", storage.len()) {
         storage.iter().enumerate().for_each(|(index, disk)| count.disk(index, disk));
     }
