@@ -72,7 +72,6 @@ pub trait Means: Send + Sync {
     }
 }
 
-/// Climbs down the ladder until the VM has gone, and answers with the rung that it obeyed. [`EndedBy::Guest`] says that the VM
 /// Ends the VM by the rungs of the ladder, in order, and returns the rung that ended it.
 /// [`EndedBy::Guest`] means that the VM ended before any rung reached it.
 ///

@@ -1,4 +1,4 @@
-//! The backend of VMMs that somebody else started.
+//! The backend of VMMs that another program started.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,9 +26,9 @@ use super::force::Manner;
 use super::seat::{self, Memory, Seat, View};
 use super::{Guest, Holding, Hypervisor, Met, Parts, force, patrol};
 
-/// How long a forced end waits for the VMM to power its VM off, before its process is ended.
+/// The time that a forced end waits for the VMM to power its VM off, before it ends the process.
 const FORCED_CALL: Duration = Duration::from_millis(700);
-/// How long a forced deletion waits for its turn to make the VMM forget the VM.
+/// The time that a forced deletion waits for its turn to make the VMM forget the VM.
 const FORCED_TURN: Duration = Duration::from_millis(500);
 
 /// The VMMs of one hypervisor that another program started.
@@ -41,14 +41,15 @@ pub(crate) struct Attached<H> {
     watcher: Watcher,
 }
 
-/// The backend that starts processes. Its rules about configurations hold for an attached VMM too.
+/// The backend that starts processes of the same hypervisor. Its rules about configurations hold
+/// for an attached VMM, too.
 pub(crate) trait ManagedSibling: Backend + std::fmt::Debug {}
 
 impl<B: Backend + std::fmt::Debug> ManagedSibling for B {}
 
 impl<H: Hypervisor> Attached<H> {
-    /// Makes the backend of the VMMs behind `sockets`, of which each is looked at every `interval`. The rules of `managed` about
-    /// configurations hold here too.
+    /// Returns the backend of the VMMs behind `sockets`. Each socket without a running VM is
+    /// examined every `interval`. The rules of `managed` about configurations hold here, too.
     pub(crate) fn new(
         kind: H,
         sockets: impl IntoIterator<Item = PathBuf>,
@@ -80,7 +81,7 @@ impl<H: Hypervisor> Attached<H> {
         let mut memory = seat.turn.lock().await;
         let met = self.meet(seat).await.map_err(|error| self.unavailable(seat, &error))?;
         let make = self.may_start(seat, &met, request)?;
-        // One that somebody else made says by itself where its console goes.
+        // For a VM that another program created, the VMM itself reports the file of its console.
         let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
         let console = if make || !request.imported { begin_console(request, anew).await? } else { None };
         memory.started = Some((request.uid, met.process.identity().clone()));
@@ -90,13 +91,14 @@ impl<H: Hypervisor> Attached<H> {
         Ok(self.kind.attend(met, self.parts(seat, run, Guest::Running, &request.dir)))
     }
 
-    /// What the handle of a VM on record is made of, beside the connection.
+    /// Returns the parts of a handle other than the connection to the VMM.
     fn parts(&self, seat: &Arc<Seat>, run: RunRecord, guest: Guest, dir: &Path) -> Parts {
         let console = Mirror::start(dir, &self.watcher);
         Parts { run, guest, dir: Some(dir.to_path_buf()), held: seat.hold(), console }
     }
 
-    /// Decides whether a VM is to be made, or the one that is there started.
+    /// Returns true if a new VM must be created, and false if the VM that the VMM holds must be
+    /// started. Returns an error if the VMM holds another VM.
     fn may_start(
         &self,
         seat: &Arc<Seat>,
@@ -150,8 +152,13 @@ impl<H: Hypervisor> Attached<H> {
         BackendError::new(kind, Effect::NotApplied, message)
     }
 
-    /// Looks for a run that was recorded.
+    /// Adopts a run whose process is on record.
     async fn adopt_run(&self, seat: &Arc<Seat>, run: RunRecord, request: &AdoptRequest) -> Adoption {
+        // First the process on record: if it has ended, the run has ended, whoever listens on the
+        // socket now. If it lives, the socket must lead to this process and to no other, because
+        // another VMM may have taken the socket over. A process that lives and does not answer
+        // keeps its VM, so the VM becomes unreachable and gets a handle that can still be ended by
+        // force.
         let process = match adopt(&run.process) {
             Lookup::Alive(process) => process,
             Lookup::Gone => return gone("its VMM ended while nobody watched; why is not known"),
@@ -202,7 +209,7 @@ impl<H: Hypervisor> Attached<H> {
         Adoption::Alive { launched: self.kind.attend(met, parts), guest }
     }
 
-    /// Looks for a run whose start was cut short.
+    /// Adopts a run whose start was interrupted before its process was on record.
     async fn adopt_start(&self, seat: &Arc<Seat>, request: &AdoptRequest) -> Adoption {
         let met = match self.meet(seat).await {
             Ok(met) => met,
@@ -223,7 +230,8 @@ impl<H: Hypervisor> Attached<H> {
         gone("what runs at its place, if anything does, is not this VM")
     }
 
-    /// Takes back what a start has made.
+    /// Undoes an interrupted start: powers off and forgets the VM that this backend created for the
+    /// request.
     async fn clear(
         &self,
         seat: &Arc<Seat>,
@@ -254,7 +262,7 @@ impl<H: Hypervisor> Attached<H> {
         Ok(())
     }
 
-    /// Ends the run on record by force, by the VMM's API or else by its process.
+    /// Ends the run on record by force: by the VMM's API, or else by its process.
     async fn end(&self, seat: &Arc<Seat>, request: &SweepRequest) -> Result<(), BackendError> {
         let Some(run) = &request.run else { return Ok(()) };
         let process = match adopt(&run.process) {
@@ -284,7 +292,7 @@ impl<H: Hypervisor> Attached<H> {
         matches!(asked, Ok(Some(true))) || process.has_ended()
     }
 
-    /// Makes the VMM forget a VM that is deleted, if it holds that one.
+    /// Makes the VMM forget a VM that is deleted, if the VMM holds that VM.
     async fn forget(
         &self,
         seat: &Arc<Seat>,
@@ -297,7 +305,7 @@ impl<H: Hypervisor> Attached<H> {
         let is_it = request.imported
             || request.spec.as_ref().is_some_and(|spec| self.is_ours(holds, request.uid, spec, &request.dir));
         if !is_it {
-            // Somebody else's VM had the place meanwhile, and is to be told of now.
+            // The VMM holds another VM by now, which the next scan must report.
             memory.told = None;
             return Ok(());
         }
@@ -315,7 +323,7 @@ impl<H: Hypervisor> Attached<H> {
     }
 }
 
-/// Makes the file that the VMM writes the console to; `None` where the VM has none.
+/// Creates the file that the VMM writes the console to. Returns `None` if the VM has no console.
 async fn begin_console(request: &LaunchRequest, anew: bool) -> Result<Option<PathBuf>, BackendError> {
     let Some(to) = request.console.clone() else { return Ok(None) };
     let dir = request.dir.clone();
@@ -328,7 +336,8 @@ async fn begin_console(request: &LaunchRequest, anew: bool) -> Result<Option<Pat
     Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error))
 }
 
-/// The record of a run that began, as far as is known, at `started_ms`.
+/// Returns the record of a run that began at `started_ms`, as far as is known. The caller fills in
+/// the claims.
 pub(super) fn new_run<C>(seat: &Arc<Seat>, met: &Met<C>, started_ms: i64) -> RunRecord {
     RunRecord {
         process: met.process.identity().clone(),
@@ -363,7 +372,8 @@ impl<H: Hypervisor> Backend for Attached<H> {
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
-        // What is there already may be no process of ours.
+        // The gate is awaited before the VMM is contacted, because the process already runs and
+        // belongs to another program. There is no spare VMM whose preparation could overlap.
         request.gate.passed().await?;
         self.start(self.seat(&request.kind)?, &request).await
     }
@@ -379,7 +389,8 @@ impl<H: Hypervisor> Backend for Attached<H> {
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
         let seat = self.seat(&request.kind)?;
-        // Force waits for nobody: what has the turn may be stuck with the VMM.
+        // A forced end does not wait for its turn, because the operation that has the turn may be
+        // stuck with the VMM.
         if request.purpose.is_forced() {
             self.end(seat, &request).await?;
         }
@@ -418,7 +429,7 @@ impl<H: Hypervisor> Backend for Attached<H> {
     }
 
     fn places(&self) -> Places {
-        // A new VM goes where a VMM waits, if one does.
+        // A new VM is placed where a VMM already waits, if there is one.
         let mut seats: Vec<_> = self.seats.iter().collect();
         seats.sort_by_key(|seat| !matches!(seat.view(), Some(View::Serves(_))));
         self.kind.places(seats.into_iter().map(|seat| seat.kind()).collect())

@@ -1,4 +1,4 @@
-//! The console of a VM whose VMM writes it to a file that is not made to be kept.
+//! Copies the console of a VM whose VMM overwrites its output file at each boot.
 //!
 //! ```text
 //!   the VMM ──► console.boot   Cloud Hypervisor empties it at each boot and reset, Firecracker writes from its beginning
@@ -9,8 +9,9 @@
 //!   console.at    { to: the console's file, base: how long that was when this console.boot began }
 //! ```
 //!
-//! How far the copy has come follows from the length of the console's file, so nothing is written twice or lost when the daemon
-//! ends in between, and the next one goes on. Where what was copied is no hole any more, the VMM has begun anew.
+//! The length of the console's file shows how much was copied. Therefore no byte is copied twice or
+//! lost if the daemon ends between two writes, and the next daemon continues. If the copied part of
+//! `console.boot` is no longer a hole, the VMM has begun to write the file anew.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -29,25 +30,26 @@ use vmm_host::tail::{Limits, Round, Tail, Taken};
 
 /// The file in the run folder that the VMM writes to.
 const BOOT: &str = "console.boot";
-/// The file in the run folder that says where the copy goes.
+/// The file in the run folder that records the target of the copy.
 const AT: &str = "console.at";
-/// How long more is waited for before it is copied.
+/// The pause between a growth of the file and its copy, in which more output collects.
 const COALESCING: Duration = Duration::from_millis(10);
 /// The most bytes that are copied in one round, before another copy may run.
 const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
-/// The most rounds that are saved before the VMM begins its file anew. Bytes beyond these rounds are lost.
+/// The most rounds that are saved before the VMM begins its file anew. Bytes beyond these rounds
+/// are lost.
 const ROUNDS: usize = 8;
 /// The longest time that an operation waits for the copy.
 const SAVING: Duration = Duration::from_secs(2);
 
-/// What a copy needs to know over restarts of the daemon.
+/// The state of a copy that must survive restarts of the daemon.
 #[derive(Debug, Serialize, Deserialize)]
 struct At {
     /// The console's file.
     to: PathBuf,
-    /// Its length when the present `console.boot` began, in bytes.
+    /// The length of the console's file when the present `console.boot` began, in bytes.
     base: u64,
-    /// How many bytes of the present `console.boot` are known to have been given back.
+    /// The bytes of the present `console.boot` that are known to be freed.
     #[serde(default)]
     given_back: u64,
 }
@@ -62,22 +64,23 @@ pub(crate) struct Mirror {
 #[derive(Debug)]
 struct Copier {
     dir: PathBuf,
-    /// Whether what was copied before is known to be a hole.
+    /// The knowledge about the part of the file that was already copied.
     state: Mutex<State>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Another daemon may have copied, and ended before it gave back what it had.
+    /// An earlier daemon may have copied bytes and ended before it freed them.
     New,
-    /// What was copied reads as zeros.
+    /// The copied part reads as zeros.
     Punched,
-    /// The file system takes no holes.
+    /// The file system does not support holes.
     NoHoles,
 }
 
-/// Makes a fresh `console.boot` for a VMM that is about to start, with what the one before still held saved to `to`. Answers with
-/// its path. Not `anew` where the VMM may hold it open, and empties it itself. Blocks.
+/// Saves the rest of the previous `console.boot` to `to`, and creates a fresh `console.boot` for a
+/// VMM that is about to start. Returns the path of the fresh file. Without `anew` the file stays in
+/// place, because the VMM may hold it open and empties it itself. Blocks.
 ///
 /// # Errors
 /// Returns the kernel's error.
@@ -99,12 +102,14 @@ pub(super) fn begin(dir: &Path, to: &Path, anew: bool) -> io::Result<PathBuf> {
     Ok(boot)
 }
 
-/// Says whether there is a `console.boot` that a VMM may hold open, which [`begin`] would take from it.
+/// Returns true if there is a `console.boot` that a VMM may hold open, so that [`begin`] must not
+/// replace it.
 pub(super) fn has_begun(dir: &Path) -> bool {
     dir.join(BOOT).exists() && dir.join(AT).exists()
 }
 
-/// Where the VMM of a VM whose run folder is `dir` writes the console that `spec` asks for.
+/// Returns the file to which the VMM of the VM with the run folder `dir` writes the console of
+/// `spec`, or `None` without a console.
 pub(super) fn file(dir: &Path, spec: &VmSpec) -> Option<PathBuf> {
     match &spec.console {
         Console::Off => None,
@@ -113,7 +118,8 @@ pub(super) fn file(dir: &Path, spec: &VmSpec) -> Option<PathBuf> {
 }
 
 impl Mirror {
-    /// Begins to copy the console of the VM whose run folder is `dir`; `None` where it has none that is copied.
+    /// Starts to copy the console of the VM with the run folder `dir`. Returns `None` if there is
+    /// no `console.boot`.
     pub(super) fn start(dir: &Path, watcher: &Watcher) -> Option<Self> {
         let boot = dir.join(BOOT);
         if !boot.exists() {
@@ -126,7 +132,8 @@ impl Mirror {
             loop {
                 while run(&working, Copier::catch_up).await == Round::More {}
                 watched.grown().await;
-                // A serial port grows byte by byte.
+                // A serial port writes byte by byte, so a copy at each growth would copy single
+                // bytes.
                 tokio::time::sleep(COALESCING).await;
             }
         };
@@ -135,7 +142,7 @@ impl Mirror {
         Some(Self { copier, task })
     }
 
-    /// Copies what is there now, within bounds of size and time.
+    /// Copies the present content, at most [`ROUNDS`] rounds and for at most [`SAVING`].
     pub(super) async fn catch_up(&self) {
         if tokio::time::timeout(SAVING, run(&self.copier, Copier::save_all)).await.is_err() {
             tracing::warn!("the console was not copied in time; the copy goes on");
@@ -158,13 +165,13 @@ async fn run(copier: &Arc<Copier>, copy: fn(&Copier) -> io::Result<Round>) -> Ro
             tracing::warn!(%error, "a console cannot be copied");
             Round::Done
         }
-        // The runtime ends.
+        // The task fails only if the runtime is shutting down.
         Err(_) => Round::Done,
     }
 }
 
 impl Copier {
-    /// Copies rounds until all is copied, or too much was.
+    /// Copies rounds until everything is copied, at most [`ROUNDS`].
     fn save_all(&self) -> io::Result<Round> {
         for _ in 0..ROUNDS {
             if self.catch_up()? == Round::Done {
@@ -184,6 +191,9 @@ impl Copier {
         };
         let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
         let mut log = OpenOptions::new().read(true).append(true).custom_flags(flags).open(&at.to)?;
+        // The copied length follows from the target alone: its present length less `base`. A crash
+        // between the append and the hole therefore leaves a length that already includes the
+        // appended bytes.
         let copied = log.metadata()?.len().saturating_sub(at.base);
         let mut from = copied;
         if copied > 0 && has_begun_anew(&boot, &log, &at, copied, *state)? {
@@ -211,7 +221,8 @@ impl Copier {
     }
 }
 
-/// Says whether the VMM has emptied its file, of which `copied` bytes were copied, and begun to write it again.
+/// Returns true if the VMM has emptied its file, of which `copied` bytes were copied, and has
+/// written it again.
 fn has_begun_anew(boot: &File, log: &File, at: &At, copied: u64, state: State) -> io::Result<bool> {
     if boot.metadata()?.len() < copied {
         return Ok(true);
@@ -220,13 +231,18 @@ fn has_begun_anew(boot: &File, log: &File, at: &At, copied: u64, state: State) -
     let count = usize::try_from(copied).unwrap_or(usize::MAX).min(first.len());
     let read = boot.read_at(&mut first[..count], 0)?;
     let is_hole = first[..read].iter().all(|byte| *byte == 0);
+    // A hole means that the VMM has not written these bytes since they were copied. Without a hole
+    // the answer depends on this daemon's own knowledge: after a hole was punched, other bytes are
+    // new ones; on a file system without holes a rewrite of the same length cannot be detected; and
+    // a new daemon has only the record, or else compares the bytes with the copy.
     match state {
         _ if is_hole => Ok(false),
         State::Punched => Ok(true),
         State::NoHoles => Ok(false),
         State::New if at.given_back >= copied => Ok(true),
         State::New => {
-            // Copied and not given back, or written anew: what was copied tells.
+            // The bytes were either copied and not freed, or written anew. A comparison with the
+            // copy decides.
             let mut before = [0; 256];
             let known = log.read_at(&mut before[..read], at.base)?;
             Ok(before[..known] != first[..read])
@@ -236,7 +252,7 @@ fn has_begun_anew(boot: &File, log: &File, at: &At, copied: u64, state: State) -
 
 fn open(path: &Path) -> io::Result<Option<File>> {
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-    // Punching a hole needs the right to write.
+    // Punching a hole requires write access.
     match OpenOptions::new().read(true).write(true).custom_flags(flags).open(path) {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -278,7 +294,7 @@ mod unit_tests {
             begin(self.dir.path(), &self.dir.path().join("console.log"), true).unwrap()
         }
 
-        /// A copier as the next daemon has it.
+        /// Returns a copier in the state of the next daemon.
         fn copier(&self) -> Copier {
             Copier { dir: self.dir.path().to_path_buf(), state: Mutex::new(State::New) }
         }

@@ -1,5 +1,5 @@
-//! The last rung for a VMM that somebody else started: without force an error, by force SIGTERM and SIGKILL where the process is
-//! proven to be the VM's VMM.
+//! The last rung for a VMM that another program started. Without force it is an error. With force
+//! it is SIGTERM and SIGKILL, if the process is proven to be the VM's VMM.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,14 +15,14 @@ use crate::patience::{ENDING, KILLING, REPORTING};
 /// The way to end a VM.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum End {
-    /// By the whole ladder.
+    /// The whole ladder.
     Ladder(Ladder),
-    /// By the VMM's interface alone, without waiting for the guest.
+    /// The VMM's interface alone, without waiting for the guest.
     OrderOff,
 }
 
-/// Ends the process by force; without force answers that it still runs. `program` is what the executable of a VMM begins with
-/// that force may kill.
+/// Ends the process by force, or returns [`BackendErrorKind::StillRuns`] without force. `program`
+/// is the beginning of the file name that the executable must have for force to kill the process.
 pub(crate) async fn end_process(
     process: &Process,
     socket: &Path,
@@ -36,19 +36,20 @@ pub(crate) async fn end_process(
     }
 }
 
-/// How a process is ended.
+/// The way to end a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Manner {
-    /// By SIGTERM first.
+    /// SIGTERM first, then SIGKILL.
     Gently,
-    /// At once: what is gentler was tried, or the VMM does not answer.
+    /// SIGKILL at once, because the milder ways were tried or the VMM does not answer.
     AtOnce,
 }
 
-/// Ends the process that is proven to be the VMM at `socket`, and to run `program`.
+/// Ends the process, which must be proven to be the VMM at `socket` and to run `program`.
 ///
 /// # Errors
-/// [`BackendErrorKind::Host`] where that is not proven: nothing was touched. [`BackendErrorKind::Timeout`] where it outlives SIGKILL.
+/// [`BackendErrorKind::Host`] if the proof fails; no signal was sent. [`BackendErrorKind::Timeout`]
+/// if the process outlives SIGKILL.
 pub(super) async fn kill(
     process: &Process,
     socket: &Path,
@@ -77,14 +78,16 @@ pub(super) async fn kill(
     Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
 }
 
-/// What could not be proven.
+/// The failed proof of a process's identity.
 struct Unproven {
     error: BackendError,
-    /// How long its end may take, if it is on its way out: such a one shows neither its program nor its socket.
+    /// The time to wait for the end of the process in case it is exiting, because an exiting
+    /// process shows neither its executable nor its socket.
     leaving: Duration,
 }
 
-/// Proves that `process`, which a pidfd holds, listens on `socket` and runs a program that is called `program`.
+/// Proves that `process`, which a pidfd holds, listens on `socket` and runs an executable whose
+/// name begins with `program`.
 async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Unproven> {
     let unproven_for = |leaving: Duration, why: String| {
         let message = format!(
@@ -116,8 +119,9 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
             Err(unproven_for(REPORTING, format!("nobody listens on {place} any more")))
         }
         Err(VisitError::Refused(why)) => Err(unproven(why)),
-        // A QEMU that stands still has no room for one more connection. That this process listens there was proven when it was
-        // met, and a pidfd has meant it since.
+        // A paused QEMU may refuse one more connection, so a failed connection proves nothing
+        // against it. That this process listens on the socket was proven when it was met, and the
+        // pidfd still names the same process.
         Err(VisitError::Failed(_)) => Ok(()),
     }
 }

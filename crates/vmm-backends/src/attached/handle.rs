@@ -1,14 +1,15 @@
-//! The handle of a VM that runs in a VMM with a REST API which somebody else started.
+//! The handle of a VM that runs in a VMM with a REST API that another program started.
 //!
 //! ```text
-//!   Handle ── Api ──► the VMM's socket          asked at each sample: what does the guest do?
+//!   Handle ── Api ──► the VMM's socket          asked for the guest's state at each sample
 //!      │                     │
-//!      │                     └─ not what was ordered ──► Paused, Resumed, Gone(told to end)
+//!      │                     └─ differs from the order ──► Paused, Resumed, Gone(requested)
 //!      └───── process ─► pidfd ──► Monitor ────────────► Gone(unknown)
 //! ```
 //!
-//! Neither hypervisor sends us events here, so what others do to the VM shows at the next sample. The end of the process shows
-//! at once, by its pidfd; why it ended nobody can tell, for it is not our child and its log is not ours.
+//! Neither hypervisor sends events on this socket, so a change by another client is seen at the
+//! next sample. The pidfd reports the end of the process at once. The cause of that end is unknown,
+//! because the process is not a child of this daemon and its log belongs to the other program.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,33 +34,35 @@ use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::rest::adopt::or_gone;
 
-/// Events that wait for the VM's owner.
+/// The most events that wait for the VM's owner.
 const QUEUE: usize = 16;
 
-/// What a handle asks of a VMM.
+/// The calls of a handle to a VMM.
 #[async_trait]
 pub(crate) trait Api: std::fmt::Debug + Send + Sync + 'static {
-    /// What the guest is doing.
+    /// Returns the state of the guest.
     async fn state(&self) -> Result<GuestState, BackendError>;
-    /// Stops the guest's CPUs; harmless where they stand still.
+    /// Stops the guest's CPUs. Succeeds if they are stopped already.
     async fn pause(&self) -> Result<(), BackendError>;
-    /// Lets the guest's CPUs go on; harmless where they run.
+    /// Starts the guest's CPUs. Succeeds if they run already.
     async fn resume(&self) -> Result<(), BackendError>;
-    /// Asks the guest to shut down; the rung's name comes with it. `None` where it cannot be asked.
+    /// Returns a request to the guest to shut down with the name of its rung, or `None` if the
+    /// guest cannot be asked.
     fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
-    /// Powers the VM off, where the VMM can.
+    /// Returns the order to power the VM off, or `None` if the VMM has none.
     fn power_off(&self) -> Option<Call<'_>>;
     /// Starts the guest again in the same VMM.
     async fn reset(&self, socket: &Path) -> Result<(), BackendError>;
-    /// Why the process has ended, where what it left in the run folder tells.
+    /// Returns the cause of the process's end, if the files in the run folder `dir` show it.
     async fn explain(&self, _dir: &Path) -> Option<ExitCause> {
         None
     }
-    /// What the guest's devices have moved, as far as the VMM tells. `dir` is the run folder of a VM that this program started.
+    /// Returns the counters of the guest's devices, as far as the VMM reports them. `dir` is the
+    /// run folder of a VM that this program started.
     async fn counters(&self, dir: Option<&Path>) -> Result<(NetworkCounters, StorageCounters), BackendError>;
 }
 
-/// The handle.
+/// The handle of one VM.
 #[derive(Debug)]
 struct Handle<A> {
     run: RunRecord,
@@ -67,8 +70,8 @@ struct Handle<A> {
     api: Arc<A>,
     program: &'static str,
     dir: Option<PathBuf>,
-    /// What the guest was ordered to do, or was last seen doing. Held while the VMM is asked or told, so that an order and a
-    /// sample do not cross.
+    /// The state that was ordered last or was seen last. Locked during a call to the VMM, so that
+    /// an order and a sample do not overlap.
     known: Mutex<Guest>,
     events: mpsc::Sender<VmmEvent>,
     ending: Arc<AtomicBool>,
@@ -76,7 +79,7 @@ struct Handle<A> {
     held: Arc<Held>,
 }
 
-/// Makes the handle of a VM that runs in `process`, and watches over it.
+/// Returns the handle of a VM that runs in `process`, and starts a task that watches the process.
 pub(crate) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static str, parts: Parts) -> Launched {
     let (sender, events) = mpsc::channel(QUEUE);
     let ending = Arc::new(AtomicBool::new(false));
@@ -123,7 +126,8 @@ impl<A: Api> Monitor<A> {
         tokio::select! {
             biased;
             _ = self.process.wait() => {}
-            // Nobody listens any more; the end is found out by whoever looks next.
+            // The receiver has been dropped. The next daemon or the next scan of the socket sees
+            // the end.
             () = self.sender.closed() => return,
         }
         self.held.ended();
@@ -145,7 +149,7 @@ impl<A: Api> Monitor<A> {
 }
 
 impl<A: Api> Handle<A> {
-    /// Asks what the guest does, and tells where that is not what was ordered.
+    /// Reads the state of the guest, and reports an event if the state differs from the order.
     async fn look(&self) -> Result<GuestState, BackendError> {
         let mut known = self.known.lock().await;
         let state = self.api.state().await.map_err(|error| or_gone(&self.process, error))?;
@@ -162,7 +166,7 @@ impl<A: Api> Handle<A> {
                 message: "somebody else ended it at its VMM, which lives on".to_owned(),
             }),
         };
-        // Whoever has fallen that far behind learns it by asking.
+        // A receiver that is that far behind reads the state at its next sample.
         if let Err(error) = self.events.try_send(event) {
             tracing::warn!(%error, "a change of the VM could not be told");
         }
@@ -196,7 +200,7 @@ impl<A: Api> Handle<A> {
         ended
     }
 
-    /// Copies what the VMM may be about to overwrite.
+    /// Copies the console output that the VMM may be about to overwrite.
     async fn save_console(&self) {
         if let Some(console) = &self.console {
             console.catch_up().await;
@@ -213,7 +217,7 @@ impl<A: Api> Means for Handle<A> {
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
         let (rung, ask) = self.api.ask()?;
         let call: Call<'_> = Box::pin(async {
-            // A guest that stands still hears nothing.
+            // A paused guest does not react, so it is resumed first.
             if self.api.state().await? == GuestState::Paused {
                 self.api.resume().await?;
             }
@@ -260,7 +264,8 @@ impl<A: Api> Vmm for Handle<A> {
     }
 
     async fn reboot(&self, _ladder: Ladder) -> Result<Reset, BackendError> {
-        // A guest that obeys its power button takes its VMM along, and this program may not start another.
+        // A guest that obeys its power button ends its VMM as well, and this program may not start
+        // another one.
         self.reset().await
     }
 

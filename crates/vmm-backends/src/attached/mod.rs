@@ -1,4 +1,4 @@
-//! VMMs that somebody else started: one socket, one VM.
+//! VMMs that another program started: one socket, one VM.
 //!
 //! ```text
 //!   Attached ── one Seat for each socket ──────────────────────────────────────────────┐
@@ -11,12 +11,14 @@
 //!                                                                       └──────────────────────┘
 //! ```
 //!
-//! The rule here is that nothing is touched that is not proven to be what is meant. Every connection is made to a process that
-//! a pidfd holds ([`vmm_host::endpoint`]); nothing is sent to another one that comes to listen on the same socket. Without
-//! force a VMM is never signalled; a VM that it still runs when all that its API offers has been tried stays as it is.
+//! Invariant: a process is not touched until it is proven to be the intended one. Every connection
+//! is made to a process that a pidfd holds ([`vmm_host::endpoint`]), and no request is sent to
+//! another process that takes over the same socket. Without force a VMM is never signalled: a VM
+//! that still runs after every call of the VMM's API was tried continues to run.
 //!
-//! [`Hypervisor`] is the part in which hypervisors differ: what a VMM says of itself ([`Hypervisor::meet`]), how a VM that the
-//! VMM holds is started, and the handle of a VM that runs. Each hypervisor implements it in `attached.rs` of its own folder.
+//! [`Hypervisor`] is the part in which hypervisors differ: the questions to a VMM
+//! ([`Hypervisor::meet`]), the start of a VM that the VMM holds, and the handle of a running VM.
+//! Each hypervisor implements the trait in `attached.rs` of its own folder.
 
 mod backend;
 mod console;
@@ -51,8 +53,8 @@ use vmm_host::process::Process;
 use backend::Attached;
 use rest::Rest;
 
-/// The Cloud Hypervisors behind `sockets`, each of which is looked at every `interval`. The rules of
-/// `managed` about configurations hold there too.
+/// Returns the backend of the Cloud Hypervisors behind `sockets`, each of which is examined every
+/// `interval`. The rules of `managed` about configurations hold there, too.
 pub fn cloud_hypervisor(
     sockets: Vec<PathBuf>,
     managed: crate::cloud_hypervisor::CloudHypervisor,
@@ -61,8 +63,8 @@ pub fn cloud_hypervisor(
     Attached::new(Rest::<crate::cloud_hypervisor::Hypervisor>::new(), sockets, managed, interval)
 }
 
-/// The Firecrackers behind `sockets`, each of which is looked at every `interval`. The rules of
-/// `managed` about configurations hold there too.
+/// Returns the backend of the Firecrackers behind `sockets`, each of which is examined every
+/// `interval`. The rules of `managed` about configurations hold there, too.
 pub fn firecracker(
     sockets: Vec<PathBuf>,
     managed: crate::firecracker::Firecracker,
@@ -71,45 +73,48 @@ pub fn firecracker(
     Attached::new(Rest::<crate::firecracker::Hypervisor>::new(), sockets, managed, interval)
 }
 
-/// The QEMUs whose QMP sockets are `sockets`, each of which is looked at every `interval`. The rules of
-/// `managed` about configurations hold there too.
+/// Returns the backend of the QEMUs whose QMP sockets are `sockets`, each of which is examined
+/// every `interval`. The rules of `managed` about configurations hold there, too.
 pub fn qemu(sockets: Vec<PathBuf>, managed: crate::qemu::QemuBackend, interval: Duration) -> impl Backend {
     Attached::new(crate::qemu::attached::Qemu::new(), sockets, managed, interval)
 }
 
-/// What is particular to one hypervisor.
+/// The part in which attached hypervisors differ.
 #[async_trait]
 pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
-    /// The connection to a VMM, and what a look at it has brought.
+    /// The connection to a VMM, with the facts that the first visit has read.
     type Client: fmt::Debug + Send + Sync + 'static;
 
-    /// What it can do where its VMMs are somebody else's.
+    /// Returns the capabilities of VMMs that another program started.
     fn capabilities(&self) -> &Capabilities;
 
-    /// What people call it.
+    /// Returns the hypervisor's name for people.
     fn title(&self) -> &'static str;
 
-    /// How its executables are called: what their file name begins with.
+    /// Returns the beginning of the file name of the hypervisor's executables.
     fn program(&self) -> &'static str;
 
-    /// The command that starts a VMM which waits at `socket`, for a shell, where nobody listens there any more.
+    /// Returns the shell command that starts a VMM which waits at `socket`, for the message that no
+    /// VMM listens there.
     fn how_to_start(&self, socket: &Path) -> String;
 
-    /// Where new VMs live, of these sockets.
+    /// Returns the places of new VMs among `sockets`.
     fn places(&self, sockets: Vec<VmKind>) -> Places;
 
-    /// What it rejects, ignores or emulates beside what a managed one does.
+    /// Adds the findings about `spec` that do not hold for a managed VMM.
     fn check(&self, spec: &VmSpec, report: &mut Report);
 
-    /// Asks the VMM at the other end what it is and what it holds.
+    /// Asks the VMM on the connection `visit` for its version and for the VM that it holds.
     async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<Self::Client>, VisitError>;
 
-    /// Says whether what a VMM holds is what this program would make of `spec` for `uid`, with its console in `console`.
+    /// Returns true if `holds` equals the VM that this program would create of `spec` for `uid`,
+    /// with its console in `console`.
     fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool;
 
-    /// Starts a VM in the VMM that was met: the one that it holds, or with `make` a new one. What failed is undone.
+    /// Starts a VM in the VMM `met`: the VM that the VMM holds, or with `make` a new one. A start
+    /// that fails is undone.
     ///
-    /// What the VM's console says is to go to `console`.
+    /// The output of the VM's console goes to `console`.
     async fn start(
         &self,
         met: &Met<Self::Client>,
@@ -118,64 +123,67 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
         make: bool,
     ) -> Result<(), BackendError>;
 
-    /// Says whether a VM that is held already is told anew where its console goes when it is started.
+    /// Returns true if the start of a VM that the VMM already holds sets the file of its console
+    /// anew.
     fn names_console_at_start(&self) -> bool {
         false
     }
 
-    /// Makes the handle of a VM that runs, and begins to watch it.
+    /// Returns the handle of a running VM, and starts a task that watches the VM.
     fn attend(&self, met: Met<Self::Client>, parts: Parts) -> Launched;
 
-    /// The connection to a VMM on record that is proven to live and does not answer.
+    /// Returns a connection to the VMM `process`, which is proven to be alive and does not answer.
     fn silent(&self, socket: &Path, process: &Process) -> Met<Self::Client>;
 
-    /// Ends a VM through its VMM's own API, at most within a second, and says whether it has ended.
+    /// Powers a VM off through its VMM's own API within one second. Returns true if the VM has
+    /// ended.
     async fn power_off(&self, client: &Self::Client) -> Result<bool, BackendError>;
 
-    /// Makes the VMM forget a VM that does not run, so that it is not found again. `false` where it cannot.
+    /// Makes the VMM forget a VM that does not run, so that the next scan does not find it. Returns
+    /// false if the VMM cannot.
     async fn forget(&self, client: &Self::Client, request: &SweepRequest) -> Result<bool, BackendError>;
 }
 
-/// A VMM that was met.
+/// A VMM that was visited.
 #[derive(Debug)]
 pub(crate) struct Met<C> {
-    /// The way to it.
+    /// The connection to the VMM.
     pub(crate) client: Arc<C>,
-    /// The process that it is.
+    /// The process of the VMM.
     pub(crate) process: Process,
-    /// Its version.
+    /// The VMM's version.
     pub(crate) version: String,
-    /// What runs its guest's CPUs.
+    /// The accelerator of its guest's CPUs.
     pub(crate) accelerator: String,
-    /// Its machine model, where it has several.
+    /// The machine model, if the hypervisor has several.
     pub(crate) machine: String,
-    /// The VM that it holds, if it holds one.
+    /// The VM that the VMM holds, if there is one.
     pub(crate) holds: Option<Holding>,
 }
 
 /// A VM that a VMM holds.
 #[derive(Clone, Debug)]
 pub(crate) struct Holding {
-    /// What its guest does.
+    /// The state of its guest.
     pub(crate) guest: Guest,
-    /// Its configuration, as far as that can be said.
+    /// Its configuration, as far as a [`VmConfig`] can express it.
     pub(crate) config: VmConfig,
-    /// What it has beside.
+    /// The settings that a [`VmConfig`] cannot express.
     pub(crate) untold: Vec<String>,
-    /// Whether it could be started as it is, so that it counts as a VM.
+    /// True if the VM is complete and could be started. Only such a VM is reported as found.
     pub(crate) startable: bool,
-    /// Its configuration in the VMM's own words.
+    /// Its configuration in the VMM's own form.
     pub(crate) native: serde_json::Value,
 }
 
-/// What the guest of a VM that a VMM holds is doing.
+/// The state of the guest of a VM that a VMM holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Guest {
-    /// It was not started, or has ended.
+    /// The guest was not started, or has ended.
     AtRest,
-    /// Its CPUs run.
+    /// The guest's CPUs run.
     Running,
-    /// Its CPUs stand still.
+    /// The guest's CPUs are stopped.
     Paused,
 }
 
@@ -190,7 +198,7 @@ impl From<GuestState> for Guest {
 }
 
 impl Guest {
-    /// Says whether a VMM runs it.
+    /// Returns true if the VMM runs the guest, also if its CPUs are stopped.
     pub(crate) const fn is_live(self) -> bool {
         match self {
             Self::AtRest => false,
@@ -199,17 +207,17 @@ impl Guest {
     }
 }
 
-/// What a handle is made of, beside the connection.
+/// The parts of a handle other than the connection.
 #[derive(Debug)]
 pub(crate) struct Parts {
-    /// What is put on record.
+    /// The record of the run.
     pub(crate) run: RunRecord,
-    /// What the guest was doing when the VMM was met.
+    /// The state of the guest when the VMM was visited.
     pub(crate) guest: Guest,
-    /// The run folder of a VM that this program started there.
+    /// The run folder, if this program started the VM.
     pub(crate) dir: Option<PathBuf>,
-    /// Kept by the handle for as long as it holds the seat.
+    /// Keeps the scanner away from the socket for as long as the handle lives.
     pub(crate) held: seat::Held,
-    /// The copy of its console, where it has one.
+    /// The copy of the VM's console, if it is copied.
     pub(crate) console: Option<console::Mirror>,
 }

@@ -1,4 +1,4 @@
-//! The look at every seat that no handle holds.
+//! Examines every socket that no handle holds.
 //!
 //! ```text
 //!   a socket appears ─┐
@@ -23,19 +23,22 @@ use super::backend::new_run;
 use super::seat::{Memory, Seat, View};
 use super::{Guest, Hypervisor, Met, Parts, place};
 
-/// Findings that may wait.
+/// The most findings that wait for the receiver.
 const QUEUE: usize = 64;
-/// After a sign that something has changed, a VMM that does not listen yet is looked for so often, for so long.
+/// The interval of attempts after a sign of change, and the time for which they go on, because the
+/// VMM may not listen yet.
 const EAGER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// The least time between a look that has met a VMM and one for which a change of the socket's file is the reason. A local user
-/// may be able to change that file as often as he likes.
+/// The least time between a look that has met a VMM and the next look that a change of the socket's
+/// file causes, because a local user may change that file as often as desired.
 const SPACING: Duration = Duration::from_secs(1);
-/// How long a VMM may take to say what it is and holds. Shorter than an adoption may take.
+/// The longest time in which a VMM must report its version and its VM. Shorter than the time limit
+/// of an adoption.
 const MEETING: Duration = Duration::from_secs(3);
-/// How long a look may take at the start of the daemon, all seats side by side.
+/// The longest time of the first look at the start of the daemon, for all sockets in parallel.
 const FIRST_LOOK: Duration = Duration::from_secs(6);
 
-/// Looks at every seat once, and goes on looking.
+/// Examines every socket once and returns the VMs that were found. Starts a task per socket that
+/// goes on.
 pub(super) async fn begin<H: Hypervisor>(
     kind: &Arc<H>,
     seats: &[Arc<Seat>],
@@ -86,7 +89,7 @@ impl<H: Hypervisor> Patrol<H> {
             if signed {
                 eager_until = Instant::now() + EAGER.1;
             }
-            // The folder may have come after the daemon.
+            // The folder of the socket may have been created after the daemon started.
             watch = watch.or_else(|| self.watch());
             let look = look(&*self.kind, &self.seat).await;
             if look.settled {
@@ -99,7 +102,7 @@ impl<H: Hypervisor> Patrol<H> {
         }
     }
 
-    /// Says whether anybody listens.
+    /// Sends the findings of a look. Returns false if the receiver has been dropped.
     async fn tell(&self, look: Look) -> bool {
         if look.is_news && self.findings.send(Finding::Health).await.is_err() {
             return false;
@@ -123,13 +126,13 @@ async fn appeared(watch: Option<&DirWatch>) -> std::io::Result<()> {
     }
 }
 
-/// What a look at a seat has brought.
+/// The result of one look at a socket.
 #[derive(Default)]
 struct Look {
     found: Option<Found>,
-    /// Whether it can be used is not as it was.
+    /// True if the usability of the socket has changed.
     is_news: bool,
-    /// A VMM was met, so there is nothing to be eager for.
+    /// True if a VMM was met, so the fast attempts can end.
     settled: bool,
 }
 
@@ -138,7 +141,7 @@ async fn look<H: Hypervisor>(kind: &H, seat: &Arc<Seat>) -> Look {
         return Look::default();
     }
     let mut memory = seat.turn.lock().await;
-    // Whoever had the turn may have taken the seat.
+    // The operation that had the turn before may have given the socket to a handle.
     if seat.is_held() {
         return Look::default();
     }
@@ -150,7 +153,7 @@ async fn look<H: Hypervisor>(kind: &H, seat: &Arc<Seat>) -> Look {
     Look { found, is_news, settled }
 }
 
-/// Meets the VMM at a seat, and remembers how that went. The caller has the turn.
+/// Visits the VMM at a socket, and records the result. The caller has the turn.
 pub(super) async fn meet<H: Hypervisor>(
     kind: &H,
     seat: &Arc<Seat>,
@@ -204,7 +207,7 @@ fn found<H: Hypervisor>(
     }
     let (config, untold) = (holds.config.clone(), holds.untold.clone());
     let launched = guest.is_live().then(|| {
-        // When its guest began nobody tells; its VMM did not begin later.
+        // The start of the guest is not known. The start of its VMM is the earliest possible time.
         let age = age(met.process.identity()).unwrap_or_default();
         let started = now_ms().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(0));
         let parts =

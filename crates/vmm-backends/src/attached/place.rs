@@ -1,15 +1,17 @@
-//! The names that a socket gives to the VM behind it.
+//! Derives VM names from socket paths.
 
 use std::path::Path;
 
 use vmm_core::id::VmId;
 
-/// What to call a VM that is found at `socket`: its path with dashes for slashes, `tmp-ch.sock` for `/tmp/ch.sock`; and where
-/// that says too little, or is taken, the same with a number that the whole path decides.
+/// Returns the names for a VM that is found at `socket`, the preferred one first. The first is the
+/// path with dashes for slashes, `tmp-ch.sock` for `/tmp/ch.sock`, if no other path can give the
+/// same name. The second has a hash of the whole path at its end, for a first name that is taken.
 pub(super) fn names(socket: &Path) -> Vec<VmId> {
     let path = socket.to_string_lossy();
     let plain = path.trim_start_matches('/').replace('/', "-");
-    // A dash in the path itself, and what a name cannot hold, would make two paths one name.
+    // A dash in the path, or a character that a name cannot hold, would give two paths the same
+    // name.
     let is_told = path.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'.' | b'_'));
     let numbered = numbered(&plain, path.as_bytes());
     is_told.then(|| plain.parse().ok()).flatten().into_iter().chain(numbered).collect()
@@ -19,7 +21,7 @@ fn numbered(plain: &str, path: &[u8]) -> Option<VmId> {
     let legal = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '-');
     let suffix = format!("-{:08x}", fnv1a(path));
     let room = VmId::MAX_LEN - suffix.len() - 2;
-    // The end of a path says more than its beginning.
+    // The end of a path is kept, because it differs more often than the beginning.
     let kept: Vec<char> = plain.chars().map(|letter| if legal(letter) { letter } else { '_' }).collect();
     let tail: String = kept[kept.len().saturating_sub(room)..].iter().collect();
     format!(
@@ -33,7 +35,8 @@ fn numbered(plain: &str, path: &[u8]) -> Option<VmId> {
     .ok()
 }
 
-/// FNV-1a, 32 bits: the same in every version of this program and of its compiler, which `std`'s hashes are not.
+/// Returns the FNV-1a hash of `bytes`, 32 bits. The hash is equal in every version of this program
+/// and of its compiler, which the hashes of `std` are not.
 fn fnv1a(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }

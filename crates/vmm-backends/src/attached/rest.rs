@@ -1,4 +1,4 @@
-//! Attached VMMs with a REST API, of every hypervisor that has one.
+//! Implements [`Hypervisor`] once for all attached VMMs with a REST API.
 
 use std::marker::PhantomData;
 use std::path::Path;
@@ -20,7 +20,8 @@ use crate::program::Version;
 use crate::rest::backend::RestHypervisor;
 use crate::rest::client::RestApi;
 
-/// The part in which attached hypervisors with a REST API differ, from each other and from managed ones.
+/// The part in which attached hypervisors with a REST API differ, from each other and from managed
+/// ones.
 #[async_trait]
 pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
     /// The facts that differ from those of managed VMMs.
@@ -29,10 +30,10 @@ pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
     /// The oldest version that can be used.
     const OLDEST: Version;
 
-    /// True where a VM that is held already is told anew where its console goes when it is started.
+    /// True if the start of a VM that the VMM already holds sets the file of its console anew.
     const NAMES_CONSOLE_AT_START: bool;
 
-    /// Returns the command that starts a VMM which waits at `socket`, for a shell.
+    /// Returns the shell command that starts a VMM which waits at `socket`.
     fn how_to_start(socket: &Path) -> String;
 
     /// Adds the findings about `spec` that do not hold for a managed VMM.
@@ -41,7 +42,8 @@ pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
     /// Asks the VMM which VM it holds.
     async fn holding(client: &Self::Client) -> Result<Option<Holding>, BackendError>;
 
-    /// Says whether `holds` is what this program would make of `spec` for `uid`, with the console in `console`.
+    /// Returns true if `holds` equals the VM that this program would create of `spec` for `uid`,
+    /// with the console in `console`.
     fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool;
 
     /// Starts a VM as [`Hypervisor::start`] does.
@@ -59,7 +61,7 @@ pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
     async fn forget(client: &Self::Client) -> Result<bool, BackendError>;
 }
 
-/// The hypervisor `H`, as attached.
+/// The hypervisor `H` with VMMs that another program started.
 #[derive(Debug)]
 pub(crate) struct Rest<H> {
     capabilities: Capabilities,
@@ -154,7 +156,7 @@ impl<H: AttachedRest> Hypervisor for Rest<H> {
     }
 }
 
-/// A VMM of which nothing is known but its process.
+/// Returns a VMM of which only the process is known.
 fn met<C>(client: C, process: Process) -> Met<C> {
     Met {
         client: Arc::new(client),
@@ -166,7 +168,8 @@ fn met<C>(client: C, process: Process) -> Met<C> {
     }
 }
 
-/// Says why a VMM of this `version` cannot be used, where it cannot. A version that cannot be read is not refused.
+/// Returns the reason why a VMM of this `version` cannot be used, or `None` if it can. A version
+/// that cannot be parsed is accepted.
 pub(crate) fn too_old<H: AttachedRest>(version: &str) -> Option<String> {
     let (found, title, oldest) = (Version::find(&format!("v{version}"))?, H::PROGRAM.title, H::OLDEST);
     (found < oldest).then(|| {

@@ -1,4 +1,4 @@
-//! One socket, and what is known of the VMM behind it.
+//! One socket of an attached VMM, and the knowledge about the VMM behind it.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -12,40 +12,42 @@ use vmm_host::endpoint::VisitError;
 
 use super::Hypervisor;
 
-/// One socket.
+/// One socket of an attached VMM.
 #[derive(Debug)]
 pub(super) struct Seat {
-    /// The socket.
+    /// The socket's path.
     pub(super) socket: PathBuf,
-    /// The socket's path as text: the place of the VM that lives there.
+    /// The socket's path as text, which is the place of the VM behind it.
     pub(super) place: String,
-    /// Whose turn it is to speak to the VMM: a look must not take a start that is under way for somebody else's.
+    /// The right to speak to the VMM. A look must not take a start that is in progress for a VM of
+    /// another client.
     pub(super) turn: tokio::sync::Mutex<Memory>,
     holder: Mutex<Weak<()>>,
     view: Mutex<Option<View>>,
-    /// Tells that the handle which held the seat has been dropped.
+    /// Notified when the handle that held the socket has been dropped.
     left: Notify,
 }
 
-/// What one who had the turn leaves for the next.
+/// The knowledge that one owner of the turn leaves for the next.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    /// The VM that a start of ours has begun to make, and the VMM that it did it in.
+    /// The VM that an unfinished start of this program has begun to create, and the VMM of that
+    /// start.
     pub(super) started: Option<(VmUid, ProcessIdentity)>,
-    /// The VMM whose VM at rest has been told of, or is to be told of no more.
+    /// The VMM whose stopped VM was already reported. The scanner does not report it again.
     pub(super) told: Option<ProcessIdentity>,
 }
 
-/// What is known of a socket.
+/// The knowledge about a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum View {
     /// A VMM of this version listens there.
     Serves(String),
-    /// None can be used; the text says why and what to do.
+    /// No VMM can be used. The text gives the reason and the remedy.
     Fails(String),
 }
 
-/// Held by the handle of the VM that runs in a seat. While it is, nobody else looks there.
+/// Held by the handle of a running VM. While it exists, the scanner does not examine the socket.
 #[derive(Debug)]
 pub(crate) struct Held {
     seat: Arc<Seat>,
@@ -53,13 +55,13 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Notes that the VMM's process has ended, before anybody has looked.
+    /// Records that the VMM's process has ended, so that the health is right before the next look.
     pub(crate) fn ended(&self) {
         let text = format!("no VMM listens on {} any more: its process has ended", self.seat.endpoint());
         self.seat.note(View::Fails(text));
     }
 
-    /// Notes whether the VMM answers: nobody else asks it meanwhile.
+    /// Records the answer of the VMM to the handle, because the scanner does not ask meanwhile.
     pub(crate) fn answered<T>(&self, version: &str, answer: &Result<T, BackendError>) {
         self.seat.note(match answer {
             Ok(_) => View::Serves(version.to_owned()),
@@ -86,7 +88,7 @@ impl Seat {
         }
     }
 
-    /// The socket as an endpoint is written.
+    /// Returns the socket as a [`VmKind`].
     pub(super) fn kind(&self) -> VmKind {
         VmKind::attached(&self.place)
     }
@@ -95,24 +97,24 @@ impl Seat {
         format!("unix://{}", self.socket.display())
     }
 
-    /// Takes the seat for a handle.
+    /// Reserves the socket for a handle, until the returned value is dropped.
     pub(super) fn hold(self: &Arc<Self>) -> Held {
         let kept = Arc::new(());
         *self.holder.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&kept);
         Held { seat: Arc::clone(self), _kept: kept }
     }
 
-    /// Says whether a handle holds the seat.
+    /// Returns true if a handle holds the socket.
     pub(super) fn is_held(&self) -> bool {
         self.holder.lock().unwrap_or_else(PoisonError::into_inner).strong_count() > 0
     }
 
-    /// Waits until a handle has been dropped. May be cancelled.
+    /// Waits until a handle has been dropped. Cancel-safe.
     pub(super) async fn left(&self) {
         self.left.notified().await;
     }
 
-    /// Remembers what was found, and says whether that is news.
+    /// Records the result of a look, and returns true if it differs from the last one.
     pub(super) fn note(&self, view: View) -> bool {
         let mut known = self.view.lock().unwrap_or_else(PoisonError::into_inner);
         let is_news = known.as_ref() != Some(&view);
@@ -120,12 +122,12 @@ impl Seat {
         is_news
     }
 
-    /// What was found last; `None` where nobody has looked yet.
+    /// Returns the last result, or `None` before the first look.
     pub(super) fn view(&self) -> Option<View> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Why the seat cannot be used now, and what to do.
+    /// Returns the reason why the socket cannot be used, and the remedy.
     pub(super) fn failure<H: Hypervisor>(&self, kind: &H, error: &VisitError) -> String {
         match error {
             VisitError::Nobody(_) => {
@@ -139,7 +141,7 @@ impl Seat {
     }
 }
 
-/// Finds the seat of a VM of `kind` among these.
+/// Returns the socket of a VM of `kind`.
 pub(super) fn find<'a>(seats: &'a [Arc<Seat>], kind: &VmKind) -> Option<&'a Arc<Seat>> {
     seats.iter().find(|seat| kind.socket() == Some(&seat.place))
 }

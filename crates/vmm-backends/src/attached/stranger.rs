@@ -1,6 +1,6 @@
-//! Who listens on a socket that is not the VMM that was expected there.
+//! Identifies the program on a socket where another VMM was expected.
 //!
-//! Asked only after the expected question has failed, so that people are told what they have mixed up.
+//! Used only after a call to the expected VMM has failed, so that the error can name the mix-up.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,12 +12,13 @@ use tokio::net::UnixStream;
 use crate::rest::client::RestClient;
 use crate::words;
 
-/// How long QEMU may take to greet; who is no QEMU says nothing by itself.
+/// The longest wait for QEMU's greeting. The other hypervisors send nothing by themselves.
 const GREETING: Duration = Duration::from_millis(300);
-/// How long the other questions may take together.
+/// The longest time of the other questions together.
 const ASKING: Duration = Duration::from_secs(3);
 
-/// Says who listens on `socket`, in words that end the sentence "it is …"; `None` where it is nobody that is known.
+/// Returns the name of the program on `socket`, in words that complete "it is …", or `None` if the
+/// program is unknown.
 pub(crate) async fn who(socket: &Path) -> Option<String> {
     if greets_as_qemu(socket).await {
         return Some("QEMU, whose endpoint is UNKEY_VMCP_QEMU_ENDPOINT".to_owned());

@@ -1,38 +1,40 @@
-//! What VMMs tell of their VMs, read without trust: bounded, cleaned, and compared.
+//! Reads the JSON configuration that a VMM reports, without trust: bounds it, sanitizes it, and
+//! compares it.
 
 use serde_json::{Map, Value};
 
 use crate::words;
 
-/// More devices of one kind than are taken up.
+/// The most devices of one kind that are read.
 pub(crate) const MAX_DEVICES: usize = 64;
 
-/// The text of a field; empty where there is none.
+/// Returns the text of a field, or an empty text if there is none.
 pub(crate) fn text(of: &Value, field: &str) -> String {
     of.get(field).and_then(Value::as_str).map(words::value).unwrap_or_default()
 }
 
-/// The number of a field, as far as it fits.
+/// Returns the number of a field, at most [`i64::MAX`], or 0 if there is none.
 pub(crate) fn number(of: &Value, field: &str) -> i64 {
     of.get(field).and_then(Value::as_u64).map_or(0, |number| i64::try_from(number).unwrap_or(i64::MAX))
 }
 
-/// The same for counts.
+/// Returns the number of a field, at most [`i32::MAX`], or 0 if there is none.
 pub(crate) fn count(of: &Value, field: &str) -> i32 {
     i32::try_from(number(of, field)).unwrap_or(i32::MAX)
 }
 
-/// Whether a field is true.
+/// Returns the value of a boolean field, or false if there is none.
 pub(crate) fn flag(of: &Value, field: &str) -> bool {
     of.get(field).and_then(Value::as_bool).unwrap_or(false)
 }
 
-/// The elements of a list, as many as are taken up.
+/// Returns the first [`MAX_DEVICES`] elements of a list.
 pub(crate) fn list<'a>(of: &'a Value, field: &str) -> impl Iterator<Item = &'a Value> {
     of.get(field).and_then(Value::as_array).into_iter().flatten().take(MAX_DEVICES)
 }
 
-/// Names what an object has set beside what `known` names and beside `defaults`.
+/// Appends to `untold` the name of each field of `of` that is set, except those in `known` and
+/// those with a value in `defaults`. `what` precedes the name.
 pub(crate) fn others(
     of: &Value,
     known: &[&str],
@@ -60,7 +62,7 @@ fn is_nothing(value: &Value) -> bool {
     }
 }
 
-/// Says whether all that `ours` says is so in `theirs`, which may say more.
+/// Returns true if `theirs` contains every value of `ours`. `theirs` may contain more.
 pub(crate) fn is_in(ours: &Value, theirs: &Value) -> bool {
     match (ours, theirs) {
         (Value::Object(ours), Value::Object(theirs)) => fields_in(ours, theirs),
