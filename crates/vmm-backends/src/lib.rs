@@ -16,7 +16,7 @@
 //! version), [`launch`] (starts the process and waits for its socket), `spares` and, for a VMM with
 //! a REST API, [`rest`]. A shutdown uses the [`ladder`], with the deadlines of `patience`. A
 //! restarted daemon uses `search` to find the VMM of a launch that was interrupted. The watch of a
-//! running VM uses `ordered`, `resets` and `throttle`. Text that comes from a VMM passes `words`
+//! running VM uses `ordered`, `resets` and `throttle`. Text that comes from a VMM passes `sanitize`
 //! before it is shown or stored.
 
 pub mod attached;
@@ -37,7 +37,7 @@ pub mod program;
 pub mod qemu;
 mod resets;
 pub mod rest;
+mod sanitize;
 mod search;
 mod spares;
 mod throttle;
-mod words;

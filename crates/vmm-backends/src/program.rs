@@ -13,7 +13,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, BackendHealth, Effect};
 use vmm_host::path;
 use vmm_host::process::{environment, starting};
 
-use crate::words;
+use crate::sanitize;
 
 /// The longest time that a program may take to print its version.
 const SAYING: Duration = Duration::from_secs(10);
@@ -63,7 +63,7 @@ impl Version {
 /// form is sanitized and returned.
 pub fn told_version(text: &str) -> String {
     let told = Version::leading(text.trim_start_matches('v'));
-    told.map_or_else(|| words::version(text), |version| version.to_string())
+    told.map_or_else(|| sanitize::version(text), |version| version.to_string())
 }
 
 /// The fixed facts about a hypervisor's program.

@@ -23,8 +23,8 @@ use vmm_host::process::{Lookup, Process, adopt};
 
 use super::console::{self, Mirror};
 use super::force::Manner;
-use super::seat::{self, Memory, Seat, View};
-use super::{Guest, Holding, Hypervisor, Met, Parts, force, patrol};
+use super::socket::{self, AttachedSocket, Memory, View};
+use super::{Guest, Holding, Hypervisor, Met, Parts, force, scanner};
 
 /// The time that a forced end waits for the VMM to power its VM off, before it ends the process.
 const FORCED_CALL: Duration = Duration::from_millis(700);
@@ -35,7 +35,7 @@ const FORCED_TURN: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(crate) struct Attached<H> {
     pub(super) kind: Arc<H>,
-    pub(super) seats: Vec<Arc<Seat>>,
+    pub(super) sockets: Vec<Arc<AttachedSocket>>,
     managed: Arc<dyn ManagedSibling>,
     interval: Duration,
     watcher: Watcher,
@@ -56,18 +56,18 @@ impl<H: Hypervisor> Attached<H> {
         managed: impl ManagedSibling,
         interval: Duration,
     ) -> Self {
-        let seats = sockets.into_iter().map(|socket| Arc::new(Seat::new(socket))).collect();
+        let sockets = sockets.into_iter().map(|socket| Arc::new(AttachedSocket::new(socket))).collect();
         Self {
             kind: Arc::new(kind),
-            seats,
+            sockets,
             managed: Arc::new(managed),
             interval,
             watcher: Watcher::default(),
         }
     }
 
-    fn seat(&self, kind: &VmKind) -> Result<&Arc<Seat>, BackendError> {
-        seat::find(&self.seats, kind).ok_or_else(|| {
+    fn socket(&self, kind: &VmKind) -> Result<&Arc<AttachedSocket>, BackendError> {
+        socket::find(&self.sockets, kind).ok_or_else(|| {
             let message = format!("{kind} is not among this daemon's endpoints");
             BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
         })
@@ -77,31 +77,35 @@ impl<H: Hypervisor> Attached<H> {
         self.kind.is_made_of(holds, uid, spec, console::file(dir, spec).as_deref())
     }
 
-    async fn start(&self, seat: &Arc<Seat>, request: &LaunchRequest) -> Result<Launched, BackendError> {
-        let mut memory = seat.turn.lock().await;
-        let met = self.meet(seat).await.map_err(|error| self.unavailable(seat, &error))?;
-        let make = self.may_start(seat, &met, request)?;
+    async fn start(
+        &self,
+        socket: &Arc<AttachedSocket>,
+        request: &LaunchRequest,
+    ) -> Result<Launched, BackendError> {
+        let mut memory = socket.turn.lock().await;
+        let met = self.meet(socket).await.map_err(|error| self.unavailable(socket, &error))?;
+        let make = self.may_start(socket, &met, request)?;
         // For a VM that another program created, the VMM itself reports the file of its console.
         let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
         let console = if make || !request.imported { begin_console(request, anew).await? } else { None };
         memory.started = Some((request.uid, met.process.identity().clone()));
         point(FaultPoint::LaunchConnected);
         self.kind.start(&met, request, console.as_deref(), make).await?;
-        let run = new_run(seat, &met, now_ms());
-        Ok(self.kind.attend(met, self.parts(seat, run, Guest::Running, &request.dir)))
+        let run = new_run(socket, &met, now_ms());
+        Ok(self.kind.attend(met, self.parts(socket, run, Guest::Running, &request.dir)))
     }
 
     /// Returns the parts of a handle other than the connection to the VMM.
-    fn parts(&self, seat: &Arc<Seat>, run: RunRecord, guest: Guest, dir: &Path) -> Parts {
+    fn parts(&self, socket: &Arc<AttachedSocket>, run: RunRecord, guest: Guest, dir: &Path) -> Parts {
         let console = Mirror::start(dir, &self.watcher);
-        Parts { run, guest, dir: Some(dir.to_path_buf()), held: seat.hold(), console }
+        Parts { run, guest, dir: Some(dir.to_path_buf()), held: socket.hold(), console }
     }
 
     /// Returns true if a new VM must be created, and false if the VM that the VMM holds must be
     /// started. Returns an error if the VMM holds another VM.
     fn may_start(
         &self,
-        seat: &Arc<Seat>,
+        socket: &Arc<AttachedSocket>,
         met: &Met<H::Client>,
         request: &LaunchRequest,
     ) -> Result<bool, BackendError> {
@@ -109,7 +113,7 @@ impl<H: Hypervisor> Attached<H> {
         match &met.holds {
             Some(holds) if holds.guest.is_live() => refused(
                 BackendErrorKind::Rejected,
-                format!("somebody else runs a VM in the VMM at {}: end that one first", seat.endpoint()),
+                format!("somebody else runs a VM in the VMM at {}: end that one first", socket.endpoint()),
             ),
             Some(holds)
                 if request.imported || self.is_ours(holds, request.uid, &request.spec, &request.dir) =>
@@ -121,8 +125,8 @@ impl<H: Hypervisor> Attached<H> {
                 format!(
                     "the VMM at {} holds a VM that somebody else made, or a part of one, and that is not this VM: take it away, \
                      or end that VMM and start another there ({})",
-                    seat.endpoint(),
-                    self.kind.how_to_start(&seat.socket)
+                    socket.endpoint(),
+                    self.kind.how_to_start(&socket.path)
                 ),
             ),
             None => match &request.incomplete {
@@ -132,19 +136,19 @@ impl<H: Hypervisor> Attached<H> {
                     format!(
                         "its VMM has gone, and what that told does not suffice to make the VM anew in the one at {} ({why}): \
                          delete this VM, and create one with the configuration that is meant",
-                        seat.endpoint()
+                        socket.endpoint()
                     ),
                 ),
             },
         }
     }
 
-    pub(super) async fn meet(&self, seat: &Arc<Seat>) -> Result<Met<H::Client>, VisitError> {
-        patrol::meet(&*self.kind, seat).await.0
+    pub(super) async fn meet(&self, socket: &Arc<AttachedSocket>) -> Result<Met<H::Client>, VisitError> {
+        scanner::meet(&*self.kind, socket).await.0
     }
 
-    fn unavailable(&self, seat: &Arc<Seat>, error: &VisitError) -> BackendError {
-        let message = seat.failure(&*self.kind, error);
+    fn unavailable(&self, socket: &Arc<AttachedSocket>, error: &VisitError) -> BackendError {
+        let message = socket.failure(&*self.kind, error);
         let kind = match error {
             VisitError::Nobody(_) | VisitError::Failed(_) => BackendErrorKind::Unreachable,
             VisitError::Refused(_) => BackendErrorKind::Host,
@@ -153,7 +157,12 @@ impl<H: Hypervisor> Attached<H> {
     }
 
     /// Adopts a run whose process is on record.
-    async fn adopt_run(&self, seat: &Arc<Seat>, run: RunRecord, request: &AdoptRequest) -> Adoption {
+    async fn adopt_run(
+        &self,
+        socket: &Arc<AttachedSocket>,
+        run: RunRecord,
+        request: &AdoptRequest,
+    ) -> Adoption {
         // First the process on record: if it has ended, the run has ended, whoever listens on the
         // socket now. If it lives, the socket must lead to this process and to no other, because
         // another VMM may have taken the socket over. A process that lives and does not answer
@@ -164,15 +173,15 @@ impl<H: Hypervisor> Attached<H> {
             Lookup::Gone => return gone("its VMM ended while nobody watched; why is not known"),
             Lookup::Unprovable(message) => return unreachable("identity-unproven", message, None),
         };
-        let error = match self.meet(seat).await {
+        let error = match self.meet(socket).await {
             Ok(met) if met.process.identity() == process.identity() => {
-                return self.adopt_met(seat, run, request, met);
+                return self.adopt_met(socket, run, request, met);
             }
             Ok(met) => {
                 let message = format!(
                     "process {} listens on {} now, and the VM's own VMM ({}) lives on without a socket",
                     met.process.pid(),
-                    seat.endpoint(),
+                    socket.endpoint(),
                     process.pid()
                 );
                 return unreachable("socket-taken", message, None);
@@ -182,15 +191,15 @@ impl<H: Hypervisor> Attached<H> {
         if process.has_ended() {
             return gone("its VMM has just ended");
         }
-        let message = seat.failure(&*self.kind, &error);
-        let met = self.kind.silent(&seat.socket, &process);
-        let parts = self.parts(seat, run, Guest::Running, &request.dir);
+        let message = socket.failure(&*self.kind, &error);
+        let met = self.kind.silent(&socket.path, &process);
+        let parts = self.parts(socket, run, Guest::Running, &request.dir);
         unreachable("vmm-silent", message, Some(self.kind.attend(met, parts)))
     }
 
     fn adopt_met(
         &self,
-        seat: &Arc<Seat>,
+        socket: &Arc<AttachedSocket>,
         mut run: RunRecord,
         request: &AdoptRequest,
         met: Met<H::Client>,
@@ -205,17 +214,17 @@ impl<H: Hypervisor> Attached<H> {
         };
         run.version.clone_from(&met.version);
         let seen = if guest == GuestState::Paused { Guest::Paused } else { Guest::Running };
-        let parts = self.parts(seat, run, seen, &request.dir);
+        let parts = self.parts(socket, run, seen, &request.dir);
         Adoption::Alive { launched: self.kind.attend(met, parts), guest }
     }
 
     /// Adopts a run whose start was interrupted before its process was on record.
-    async fn adopt_start(&self, seat: &Arc<Seat>, request: &AdoptRequest) -> Adoption {
-        let met = match self.meet(seat).await {
+    async fn adopt_start(&self, socket: &Arc<AttachedSocket>, request: &AdoptRequest) -> Adoption {
+        let met = match self.meet(socket).await {
             Ok(met) => met,
             Err(VisitError::Nobody(_)) => return gone("no VMM listens at its place"),
             Err(error) => {
-                let message = seat.failure(&*self.kind, &error);
+                let message = socket.failure(&*self.kind, &error);
                 return unreachable("vmm-silent", message, None);
             }
         };
@@ -224,8 +233,8 @@ impl<H: Hypervisor> Attached<H> {
                 && (request.imported || self.is_ours(holds, request.uid, &request.spec, &request.dir))
         };
         if met.holds.as_ref().is_some_and(ours) {
-            let run = new_run(seat, &met, now_ms());
-            return self.adopt_met(seat, run, request, met);
+            let run = new_run(socket, &met, now_ms());
+            return self.adopt_met(socket, run, request, met);
         }
         gone("what runs at its place, if anything does, is not this VM")
     }
@@ -234,7 +243,7 @@ impl<H: Hypervisor> Attached<H> {
     /// request.
     async fn clear(
         &self,
-        seat: &Arc<Seat>,
+        socket: &Arc<AttachedSocket>,
         memory: &mut Memory,
         request: &SweepRequest,
     ) -> Result<(), BackendError> {
@@ -242,7 +251,7 @@ impl<H: Hypervisor> Attached<H> {
         if uid != request.uid || matches!(adopt(&process), Lookup::Gone) {
             return Ok(());
         }
-        let met = self.meet(seat).await.map_err(|error| self.unavailable(seat, &error))?;
+        let met = self.meet(socket).await.map_err(|error| self.unavailable(socket, &error))?;
         if *met.process.identity() != process {
             return Ok(());
         }
@@ -251,7 +260,7 @@ impl<H: Hypervisor> Attached<H> {
             let message = format!(
                 "the start could not be taken back: what it has started runs on in the VMM at {}, which was started by somebody \
                  else; use force to end it",
-                seat.endpoint()
+                socket.endpoint()
             );
             return Err(BackendError::new(BackendErrorKind::StillRuns, Effect::Unknown, message));
         }
@@ -263,7 +272,7 @@ impl<H: Hypervisor> Attached<H> {
     }
 
     /// Ends the run on record by force: by the VMM's API, or else by its process.
-    async fn end(&self, seat: &Arc<Seat>, request: &SweepRequest) -> Result<(), BackendError> {
+    async fn end(&self, socket: &Arc<AttachedSocket>, request: &SweepRequest) -> Result<(), BackendError> {
         let Some(run) = &request.run else { return Ok(()) };
         let process = match adopt(&run.process) {
             Lookup::Alive(process) => process,
@@ -273,19 +282,19 @@ impl<H: Hypervisor> Attached<H> {
                 return Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message));
             }
         };
-        if self.power_off(seat, &process).await {
+        if self.power_off(socket, &process).await {
             return Ok(());
         }
-        force::kill(&process, &seat.socket, self.kind.program(), Manner::AtOnce).await.map(drop)
+        force::kill(&process, &socket.path, self.kind.program(), Manner::AtOnce).await.map(drop)
     }
 
-    async fn power_off(&self, seat: &Arc<Seat>, process: &Process) -> bool {
+    async fn power_off(&self, socket: &Arc<AttachedSocket>, process: &Process) -> bool {
         let asked = async {
-            let visit = endpoint::visit(&seat.socket).await.ok()?;
+            let visit = endpoint::visit(&socket.path).await.ok()?;
             if visit.process.identity() != process.identity() {
                 return None;
             }
-            let met = self.kind.silent(&seat.socket, process);
+            let met = self.kind.silent(&socket.path, process);
             self.kind.power_off(&met.client).await.ok()
         };
         let asked = tokio::time::timeout(FORCED_CALL, asked).await;
@@ -295,11 +304,11 @@ impl<H: Hypervisor> Attached<H> {
     /// Makes the VMM forget a VM that is deleted, if the VMM holds that VM.
     async fn forget(
         &self,
-        seat: &Arc<Seat>,
+        socket: &Arc<AttachedSocket>,
         memory: &mut Memory,
         request: &SweepRequest,
     ) -> Result<(), BackendError> {
-        let Ok(met) = self.meet(seat).await else { return Ok(()) };
+        let Ok(met) = self.meet(socket).await else { return Ok(()) };
         let process = met.process.identity().clone();
         let Some(holds) = &met.holds else { return Ok(()) };
         let is_it = request.imported
@@ -312,7 +321,7 @@ impl<H: Hypervisor> Attached<H> {
         if holds.guest.is_live() {
             let message = format!(
                 "it runs again: somebody else has started it in the VMM at {}; shut it down first, or use force",
-                seat.endpoint()
+                socket.endpoint()
             );
             return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));
         }
@@ -338,10 +347,10 @@ async fn begin_console(request: &LaunchRequest, anew: bool) -> Result<Option<Pat
 
 /// Returns the record of a run that began at `started_ms`, as far as is known. The caller fills in
 /// the claims.
-pub(super) fn new_run<C>(seat: &Arc<Seat>, met: &Met<C>, started_ms: i64) -> RunRecord {
+pub(super) fn new_run<C>(socket: &Arc<AttachedSocket>, met: &Met<C>, started_ms: i64) -> RunRecord {
     RunRecord {
         process: met.process.identity().clone(),
-        socket: seat.socket.clone(),
+        socket: socket.path.clone(),
         version: met.version.clone(),
         accelerator: met.accelerator.clone(),
         machine: met.machine.clone(),
@@ -375,43 +384,45 @@ impl<H: Hypervisor> Backend for Attached<H> {
         // The gate is awaited before the VMM is contacted, because the process already runs and
         // belongs to another program. There is no spare VMM whose preparation could overlap.
         request.gate.passed().await?;
-        self.start(self.seat(&request.kind)?, &request).await
+        self.start(self.socket(&request.kind)?, &request).await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
-        let seat = self.seat(&request.kind)?;
-        let _turn = seat.turn.lock().await;
+        let socket = self.socket(&request.kind)?;
+        let _turn = socket.turn.lock().await;
         Ok(match request.run.clone() {
-            Some(run) => self.adopt_run(seat, run, &request).await,
-            None => self.adopt_start(seat, &request).await,
+            Some(run) => self.adopt_run(socket, run, &request).await,
+            None => self.adopt_start(socket, &request).await,
         })
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        let seat = self.seat(&request.kind)?;
+        let socket = self.socket(&request.kind)?;
         // A forced end does not wait for its turn, because the operation that has the turn may be
         // stuck with the VMM.
         if request.purpose.is_forced() {
-            self.end(seat, &request).await?;
+            self.end(socket, &request).await?;
         }
         let turn = match request.purpose {
             Sweep::End => return Ok(()),
-            Sweep::ForceDelete => tokio::time::timeout(FORCED_TURN, seat.turn.lock()).await.ok(),
-            Sweep::Clear | Sweep::Delete => Some(seat.turn.lock().await),
+            Sweep::ForceDelete => tokio::time::timeout(FORCED_TURN, socket.turn.lock()).await.ok(),
+            Sweep::Clear | Sweep::Delete => Some(socket.turn.lock().await),
         };
         let Some(mut memory) = turn else { return Ok(()) };
         match request.purpose {
-            Sweep::Clear => self.clear(seat, &mut memory, &request).await,
-            Sweep::End | Sweep::Delete | Sweep::ForceDelete => self.forget(seat, &mut memory, &request).await,
+            Sweep::Clear => self.clear(socket, &mut memory, &request).await,
+            Sweep::End | Sweep::Delete | Sweep::ForceDelete => {
+                self.forget(socket, &mut memory, &request).await
+            }
         }
     }
 
     async fn ping(&self) -> BackendHealth {
-        let views = self.seats.iter().map(async |seat| match seat.view() {
+        let views = self.sockets.iter().map(async |socket| match socket.view() {
             Some(view) => view,
             None => {
-                let _turn = seat.turn.lock().await;
-                patrol::meet(&*self.kind, seat).await.1
+                let _turn = socket.turn.lock().await;
+                scanner::meet(&*self.kind, socket).await.1
             }
         });
         let mut serving = None;
@@ -430,9 +441,9 @@ impl<H: Hypervisor> Backend for Attached<H> {
 
     fn places(&self) -> Places {
         // A new VM is placed where a VMM already waits, if there is one.
-        let mut seats: Vec<_> = self.seats.iter().collect();
-        seats.sort_by_key(|seat| !matches!(seat.view(), Some(View::Serves(_))));
-        self.kind.places(seats.into_iter().map(|seat| seat.kind()).collect())
+        let mut sockets: Vec<_> = self.sockets.iter().collect();
+        sockets.sort_by_key(|socket| !matches!(socket.view(), Some(View::Serves(_))));
+        self.kind.places(sockets.into_iter().map(|socket| socket.kind()).collect())
     }
 
     fn discovery(&self) -> Option<&dyn Discover> {
@@ -443,6 +454,6 @@ impl<H: Hypervisor> Backend for Attached<H> {
 #[async_trait]
 impl<H: Hypervisor> Discover for Attached<H> {
     async fn discover(&self) -> Discovery {
-        patrol::begin(&self.kind, &self.seats, self.interval).await
+        scanner::begin(&self.kind, &self.sockets, self.interval).await
     }
 }

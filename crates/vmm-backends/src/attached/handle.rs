@@ -28,7 +28,7 @@ use vmm_host::process::Process;
 
 use super::console::Mirror;
 use super::force::{self, End};
-use super::seat::Held;
+use super::socket::Held;
 use super::{Guest, Parts};
 use crate::counters;
 use crate::ladder::{self, Call, Means};

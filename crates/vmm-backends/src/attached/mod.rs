@@ -1,12 +1,12 @@
 //! VMMs that another program started: one socket, one VM.
 //!
 //! ```text
-//!   Attached ── one Seat for each socket ──────────────────────────────────────────────┐
+//!   Attached ── one AttachedSocket for each socket ────────────────────────────────────┐
 //!      │                                                                               │ visit: proven who listens
 //!      │ launch   the VMM waits ──► configured and started                             ▼
 //!      │ adopt    the VMM on record, and no other ──► Handle            ┌──────────────────────┐
 //!      │ sweep    what a broken start made; by force the VM             │ a VMM of another's   │
-//!      └ discover ──► Patrol: looks at every seat that no handle holds ─┤ no run folder, no    │
+//!      └ discover ──► SocketScanner: every socket without a handle ─────┤ no run folder, no    │
 //!                                                                       │ log, not our child   │
 //!                                                                       └──────────────────────┘
 //! ```
@@ -24,12 +24,12 @@ mod backend;
 mod console;
 pub(crate) mod force;
 pub(crate) mod handle;
-mod patrol;
+pub(crate) mod identify;
+pub(crate) mod native;
 mod place;
 pub(crate) mod rest;
-pub(crate) mod seat;
-pub(crate) mod stranger;
-pub(crate) mod tell;
+mod scanner;
+pub(crate) mod socket;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -217,7 +217,7 @@ pub(crate) struct Parts {
     /// The run folder, if this program started the VM.
     pub(crate) dir: Option<PathBuf>,
     /// Keeps the scanner away from the socket for as long as the handle lives.
-    pub(crate) held: seat::Held,
+    pub(crate) held: socket::Held,
     /// The copy of the VM's console, if it is copied.
     pub(crate) console: Option<console::Mirror>,
 }

@@ -15,7 +15,7 @@ use vmm_host::endpoint::{Visit, VisitError};
 use vmm_host::process::Process;
 
 use super::handle::{self, Api};
-use super::{Holding, Hypervisor, Met, Parts, stranger};
+use super::{Holding, Hypervisor, Met, Parts, identify};
 use crate::program::Version;
 use crate::rest::backend::RestHypervisor;
 use crate::rest::client::RestApi;
@@ -181,7 +181,7 @@ pub(crate) fn too_old<H: AttachedRest>(version: &str) -> Option<String> {
 }
 
 async fn not_one(title: &str, socket: &Path, error: BackendError) -> VisitError {
-    match stranger::who(socket).await {
+    match identify::who(socket).await {
         Some(other) if !other.starts_with(title) => {
             VisitError::Refused(format!("what listens there is not {title}: it is {other}"))
         }

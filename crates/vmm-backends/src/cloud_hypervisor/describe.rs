@@ -7,7 +7,7 @@ use vmm_core::config::{
 };
 use vmm_core::id::is_name;
 
-use crate::attached::tell::{count, flag, list, number, others, text};
+use crate::attached::native::{count, flag, list, number, others, text};
 
 /// What `vm.info` tells of a VM, and what of that a configuration cannot say.
 pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {

@@ -8,7 +8,7 @@ use vmm_host::path::find_program;
 use vmm_libvirt_wire::{Failure, FailureKind};
 
 use super::link::Down;
-use crate::words;
+use crate::sanitize;
 
 /// The program's name.
 pub const PROGRAM: &str = "vmm-libvirt-helper";
@@ -43,7 +43,7 @@ fn beside(wanted: &Path, own: Option<&Path>) -> Option<PathBuf> {
 
 /// What it means that the helper ended without a word on its stdout: `exit` is how, `said` its last words on stderr.
 pub(super) fn ended(exit: &str, said: &str) -> Down {
-    let said = words::sentence(said.trim());
+    let said = sanitize::sentence(said.trim());
     if said.contains("libvirt") && said.contains("shared librar") {
         return Down {
             kind: BackendErrorKind::NotInstalled,
@@ -70,7 +70,7 @@ pub(super) fn impossible(uri: &str, is_root: bool) -> Option<Down> {
 
 /// What it means that libvirt cannot be reached at `uri`.
 pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
-    let said = words::sentence(&failure.message);
+    let said = sanitize::sentence(&failure.message);
     let lower = said.to_lowercase();
     let is_missing =
         lower.contains("no such file") || lower.contains("refused") || lower.contains("unable to fork");

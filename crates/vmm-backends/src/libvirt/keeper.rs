@@ -14,7 +14,7 @@ use vmm_libvirt_wire::{MAX_LINE, Message};
 
 use super::helper;
 use super::link::{Down, Event, Inner, State, Stray};
-use crate::words;
+use crate::sanitize;
 
 /// The first and the longest pause between two helpers.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -145,12 +145,15 @@ async fn listen(
         };
         match message {
             Message::Ready { libvirt, hypervisor } => {
-                inner.connected(words::version(&libvirt), words::version(&hypervisor), sender.clone());
+                inner.connected(sanitize::version(&libvirt), sanitize::version(&hypervisor), sender.clone());
             }
             Message::Unreachable { failure } => return Some(helper::unreachable(&inner.uri, &failure)),
             Message::Closed { why } => {
-                let message =
-                    format!("the connection to libvirt at {} was lost: {}", inner.uri, words::sentence(&why));
+                let message = format!(
+                    "the connection to libvirt at {} was lost: {}",
+                    inner.uri,
+                    sanitize::sentence(&why)
+                );
                 return Some(Down { kind: BackendErrorKind::Unreachable, message });
             }
             Message::Answer { id, ok, failed } => inner.answered(id, ok, failed),
@@ -173,7 +176,7 @@ async fn read_last_words(stderr: impl AsyncRead + Unpin) -> String {
         match (&mut lines).take(LAST_WORDS as u64).read_until(b'\n', &mut line).await {
             Ok(0) | Err(_) => return last,
             Ok(_) => {
-                last = words::sentence(String::from_utf8_lossy(&line).trim());
+                last = sanitize::sentence(String::from_utf8_lossy(&line).trim());
                 info!(said = last, "the libvirt helper has something to say");
             }
         }

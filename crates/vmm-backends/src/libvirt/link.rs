@@ -26,7 +26,7 @@ use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Lifecycle, MAX_LINE, Req
 
 use super::domain::LOOKING;
 use super::keeper::keep;
-use crate::words;
+use crate::sanitize;
 
 /// Events that wait for one VM's watch.
 const EVENTS: usize = 256;
@@ -242,7 +242,7 @@ pub(super) enum CallError {
     #[error("the libvirt helper has not taken {name} within {within:?}: too many calls wait for it")]
     Full { name: &'static str, within: Duration },
     /// libvirt said no.
-    #[error("libvirt says: {}", words::sentence(&.0.message))]
+    #[error("libvirt says: {}", sanitize::sentence(&.0.message))]
     Failed(Failure),
     /// The helper's answer, or our question, is none.
     #[error("the libvirt helper and the daemon do not understand each other: {0}")]

@@ -35,7 +35,7 @@ use super::describe;
 use super::link::{CONNECTING, Link};
 use super::qmp::{Qmp, QmpError, QmpEvent};
 use super::{NAME, capabilities};
-use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, stranger};
+use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, identify};
 use crate::program::Version;
 
 /// The oldest QEMU whose events say why it ends.
@@ -215,7 +215,7 @@ fn holding(status: RunState) -> Option<Guest> {
 }
 
 async fn not_one(socket: &Path, error: &QmpError) -> VisitError {
-    match stranger::who(socket).await {
+    match identify::who(socket).await {
         Some(other) if !other.starts_with("QEMU") => {
             VisitError::Refused(format!("what listens there is not QEMU: it is {other}"))
         }

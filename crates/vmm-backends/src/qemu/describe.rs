@@ -7,8 +7,8 @@ use vmm_core::config::{
 use vmm_core::id::is_name;
 
 use super::qmp::Qmp;
-use crate::attached::tell::{MAX_DEVICES, flag, number, text};
-use crate::words;
+use crate::attached::native::{MAX_DEVICES, flag, number, text};
+use crate::sanitize;
 
 /// What was told.
 pub(super) struct Told {
@@ -60,7 +60,7 @@ async fn ask(qmp: &Qmp, command: &'static str) -> Value {
 async fn property(qmp: &Qmp, name: &str) -> String {
     let answer: Result<String, _> =
         qmp.execute("qom-get", json!({ "path": "/machine", "property": name })).await;
-    answer.map(|value| words::value(&value)).unwrap_or_default()
+    answer.map(|value| sanitize::value(&value)).unwrap_or_default()
 }
 
 /// A disk that has something in it; an empty drive is none.

@@ -29,7 +29,7 @@ use tokio::time::timeout;
 use tracing::{Instrument, debug, warn};
 
 use crate::program::Version;
-use crate::words;
+use crate::sanitize;
 
 /// How long a command may take where the caller does not say.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
@@ -359,7 +359,10 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
             // A QEMU that floods costs a line of the log for each doubling.
             let dropped = shared.dropped.fetch_add(1, Ordering::Relaxed).saturating_add(1);
             if dropped.is_power_of_two() {
-                warn!(event = words::version(&name), dropped, "an event of QEMU was dropped: too many wait");
+                warn!(
+                    event = sanitize::version(&name),
+                    dropped, "an event of QEMU was dropped: too many wait"
+                );
             }
         }
         return Ok(());
@@ -367,8 +370,8 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
     let answer = match (message.remove("return"), message.remove("error")) {
         (Some(value), None) => Answer::Return(value),
         (None, Some(error)) => Answer::Error(match error.get("desc").and_then(Value::as_str) {
-            Some(desc) => words::sentence(desc),
-            None => words::quote(error.to_string().as_bytes()),
+            Some(desc) => sanitize::sentence(desc),
+            None => sanitize::quote(error.to_string().as_bytes()),
         }),
         (Some(_), Some(_)) | (None, None) => return Err(garbage("neither an answer nor an event")),
     };

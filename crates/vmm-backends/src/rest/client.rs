@@ -31,7 +31,7 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState};
 
-use crate::{connecting, words};
+use crate::{connecting, sanitize};
 
 /// The time limit of a call, including its answer.
 pub const CALL: Duration = Duration::from_secs(5);
@@ -139,7 +139,7 @@ impl RestClient {
         let answer = self.call(&call).await?;
         serde_json::from_slice(&answer).map_err(|error| {
             // The message of serde quotes the answer, so it is sanitized.
-            let why = words::sentence(&error.to_string());
+            let why = sanitize::sentence(&error.to_string());
             let message = format!("the VMM's answer to {} makes no sense: {why}", call.name());
             BackendError::new(BackendErrorKind::Protocol, Effect::NotApplied, message).caused_by(error)
         })
@@ -307,9 +307,9 @@ impl RestClient {
             return Ok(answer);
         }
         let said = match (self.explain)(&answer) {
-            Some(said) => words::sentence(&said),
+            Some(said) => sanitize::sentence(&said),
             None if answer.trim_ascii().is_empty() => format!("{status}, without a reason"),
-            None => format!("{status}, {}", words::quote(&answer)),
+            None => format!("{status}, {}", sanitize::quote(&answer)),
         };
         let message = format!("the VMM refused {}: {said}", call.name());
         // A client error (4xx) means that the request was not carried out. A server that failed

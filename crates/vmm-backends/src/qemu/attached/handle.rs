@@ -18,7 +18,7 @@ use super::super::link::Link;
 use super::super::qmp::{Qmp, QmpError, QmpEvent};
 use super::super::watch::{Owner, Watch};
 use crate::attached::force::{self, End};
-use crate::attached::seat::Held;
+use crate::attached::socket::Held;
 use crate::attached::{Guest, Parts};
 use crate::counters;
 use crate::ladder::{self, Call, Means};

@@ -14,9 +14,9 @@ use super::Hypervisor;
 
 /// One socket of an attached VMM.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct AttachedSocket {
     /// The socket's path.
-    pub(super) socket: PathBuf,
+    pub(super) path: PathBuf,
     /// The socket's path as text, which is the place of the VM behind it.
     pub(super) place: String,
     /// The right to speak to the VMM. A look must not take a start that is in progress for a VM of
@@ -50,37 +50,37 @@ pub(super) enum View {
 /// Held by the handle of a running VM. While it exists, the scanner does not examine the socket.
 #[derive(Debug)]
 pub(crate) struct Held {
-    seat: Arc<Seat>,
+    socket: Arc<AttachedSocket>,
     _kept: Arc<()>,
 }
 
 impl Held {
     /// Records that the VMM's process has ended, so that the health is right before the next look.
     pub(crate) fn ended(&self) {
-        let text = format!("no VMM listens on {} any more: its process has ended", self.seat.endpoint());
-        self.seat.note(View::Fails(text));
+        let text = format!("no VMM listens on {} any more: its process has ended", self.socket.endpoint());
+        self.socket.note(View::Fails(text));
     }
 
     /// Records the answer of the VMM to the handle, because the scanner does not ask meanwhile.
     pub(crate) fn answered<T>(&self, version: &str, answer: &Result<T, BackendError>) {
-        self.seat.note(match answer {
+        self.socket.note(match answer {
             Ok(_) => View::Serves(version.to_owned()),
-            Err(error) => View::Fails(format!("{} cannot be used: {error}", self.seat.endpoint())),
+            Err(error) => View::Fails(format!("{} cannot be used: {error}", self.socket.endpoint())),
         });
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.seat.left.notify_one();
+        self.socket.left.notify_one();
     }
 }
 
-impl Seat {
-    pub(super) fn new(socket: PathBuf) -> Self {
+impl AttachedSocket {
+    pub(super) fn new(path: PathBuf) -> Self {
         Self {
-            place: socket.to_string_lossy().into_owned(),
-            socket,
+            place: path.to_string_lossy().into_owned(),
+            path,
             turn: tokio::sync::Mutex::default(),
             holder: Mutex::default(),
             view: Mutex::default(),
@@ -94,14 +94,14 @@ impl Seat {
     }
 
     pub(super) fn endpoint(&self) -> String {
-        format!("unix://{}", self.socket.display())
+        format!("unix://{}", self.path.display())
     }
 
     /// Reserves the socket for a handle, until the returned value is dropped.
     pub(super) fn hold(self: &Arc<Self>) -> Held {
         let kept = Arc::new(());
         *self.holder.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&kept);
-        Held { seat: Arc::clone(self), _kept: kept }
+        Held { socket: Arc::clone(self), _kept: kept }
     }
 
     /// Returns true if a handle holds the socket.
@@ -131,7 +131,7 @@ impl Seat {
     pub(super) fn failure<H: Hypervisor>(&self, kind: &H, error: &VisitError) -> String {
         match error {
             VisitError::Nobody(_) => {
-                let (title, start) = (kind.title(), kind.how_to_start(&self.socket));
+                let (title, start) = (kind.title(), kind.how_to_start(&self.path));
                 format!("no {title} listens on {}: start one there ({start})", self.endpoint())
             }
             VisitError::Refused(why) | VisitError::Failed(why) => {
@@ -142,6 +142,6 @@ impl Seat {
 }
 
 /// Returns the socket of a VM of `kind`.
-pub(super) fn find<'a>(seats: &'a [Arc<Seat>], kind: &VmKind) -> Option<&'a Arc<Seat>> {
-    seats.iter().find(|seat| kind.socket() == Some(&seat.place))
+pub(super) fn find<'a>(sockets: &'a [Arc<AttachedSocket>], kind: &VmKind) -> Option<&'a Arc<AttachedSocket>> {
+    sockets.iter().find(|socket| kind.socket() == Some(&socket.place))
 }

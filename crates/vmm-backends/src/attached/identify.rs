@@ -10,7 +10,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use crate::rest::client::RestClient;
-use crate::words;
+use crate::sanitize;
 
 /// The longest wait for QEMU's greeting. The other hypervisors send nothing by themselves.
 const GREETING: Duration = Duration::from_millis(300);
@@ -37,7 +37,7 @@ pub(crate) async fn who(socket: &Path) -> Option<String> {
 }
 
 fn text(answer: Option<Value>, field: &str) -> Option<String> {
-    answer.and_then(|answer| answer.get(field)?.as_str().map(words::version))
+    answer.and_then(|answer| answer.get(field)?.as_str().map(sanitize::version))
 }
 
 async fn greets_as_qemu(socket: &Path) -> bool {

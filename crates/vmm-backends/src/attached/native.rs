@@ -3,14 +3,14 @@
 
 use serde_json::{Map, Value};
 
-use crate::words;
+use crate::sanitize;
 
 /// The most devices of one kind that are read.
 pub(crate) const MAX_DEVICES: usize = 64;
 
 /// Returns the text of a field, or an empty text if there is none.
 pub(crate) fn text(of: &Value, field: &str) -> String {
-    of.get(field).and_then(Value::as_str).map(words::value).unwrap_or_default()
+    of.get(field).and_then(Value::as_str).map(sanitize::value).unwrap_or_default()
 }
 
 /// Returns the number of a field, at most [`i64::MAX`], or 0 if there is none.
@@ -48,7 +48,11 @@ pub(crate) fn others(
         if known.contains(&name.as_str()) || is_default || is_nothing(value) {
             continue;
         }
-        untold.push(words::version(&if what.is_empty() { name.clone() } else { format!("{what} {name}") }));
+        untold.push(sanitize::version(&if what.is_empty() {
+            name.clone()
+        } else {
+            format!("{what} {name}")
+        }));
     }
 }
 

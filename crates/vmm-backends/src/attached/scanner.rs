@@ -20,7 +20,7 @@ use vmm_host::process::age;
 use vmm_host::socket::DirWatch;
 
 use super::backend::new_run;
-use super::seat::{Memory, Seat, View};
+use super::socket::{AttachedSocket, Memory, View};
 use super::{Guest, Hypervisor, Met, Parts, place};
 
 /// The most findings that wait for the receiver.
@@ -41,32 +41,36 @@ const FIRST_LOOK: Duration = Duration::from_secs(6);
 /// goes on.
 pub(super) async fn begin<H: Hypervisor>(
     kind: &Arc<H>,
-    seats: &[Arc<Seat>],
+    sockets: &[Arc<AttachedSocket>],
     interval: Duration,
 ) -> Discovery {
     let (sender, later) = mpsc::channel(QUEUE);
-    let first = seats.iter().map(async |seat| {
-        let looked = tokio::time::timeout(FIRST_LOOK, look(&**kind, seat)).await;
+    let first = sockets.iter().map(async |socket| {
+        let looked = tokio::time::timeout(FIRST_LOOK, look(&**kind, socket)).await;
         looked.ok().and_then(|look| look.found)
     });
     let present = futures::future::join_all(first).await.into_iter().flatten().collect();
-    for seat in seats {
-        let patrol =
-            Patrol { kind: Arc::clone(kind), seat: Arc::clone(seat), interval, findings: sender.clone() };
-        let span = tracing::info_span!(parent: None, "patrol", place = seat.place);
-        tokio::spawn(patrol.run().instrument(span));
+    for socket in sockets {
+        let scanner = SocketScanner {
+            kind: Arc::clone(kind),
+            socket: Arc::clone(socket),
+            interval,
+            findings: sender.clone(),
+        };
+        let span = tracing::info_span!(parent: None, "scanner", place = socket.place);
+        tokio::spawn(scanner.run().instrument(span));
     }
     Discovery { present, later }
 }
 
-struct Patrol<H> {
+struct SocketScanner<H> {
     kind: Arc<H>,
-    seat: Arc<Seat>,
+    socket: Arc<AttachedSocket>,
     interval: Duration,
     findings: mpsc::Sender<Finding>,
 }
 
-impl<H: Hypervisor> Patrol<H> {
+impl<H: Hypervisor> SocketScanner<H> {
     async fn run(self) {
         let mut watch = self.watch();
         let mut eager_until = Instant::now();
@@ -77,7 +81,7 @@ impl<H: Hypervisor> Patrol<H> {
             let signed = tokio::select! {
                 () = self.findings.closed() => return,
                 () = tokio::time::sleep(pause) => false,
-                () = self.seat.left() => true,
+                () = self.socket.left() => true,
                 changed = appeared(watch.as_ref()) => {
                     if changed.is_err() {
                         watch = None;
@@ -91,7 +95,7 @@ impl<H: Hypervisor> Patrol<H> {
             }
             // The folder of the socket may have been created after the daemon started.
             watch = watch.or_else(|| self.watch());
-            let look = look(&*self.kind, &self.seat).await;
+            let look = look(&*self.kind, &self.socket).await;
             if look.settled {
                 eager_until = Instant::now();
                 met_last = eager_until;
@@ -114,7 +118,7 @@ impl<H: Hypervisor> Patrol<H> {
     }
 
     fn watch(&self) -> Option<DirWatch> {
-        let watch = DirWatch::for_file(&self.seat.socket);
+        let watch = DirWatch::for_file(&self.socket.path);
         watch.inspect_err(|error| tracing::debug!(%error, "the socket's folder cannot be watched")).ok()
     }
 }
@@ -136,31 +140,31 @@ struct Look {
     settled: bool,
 }
 
-async fn look<H: Hypervisor>(kind: &H, seat: &Arc<Seat>) -> Look {
-    if seat.is_held() {
+async fn look<H: Hypervisor>(kind: &H, socket: &Arc<AttachedSocket>) -> Look {
+    if socket.is_held() {
         return Look::default();
     }
-    let mut memory = seat.turn.lock().await;
+    let mut memory = socket.turn.lock().await;
     // The operation that had the turn before may have given the socket to a handle.
-    if seat.is_held() {
+    if socket.is_held() {
         return Look::default();
     }
-    let before = seat.view();
-    let (met, view) = meet(kind, seat).await;
+    let before = socket.view();
+    let (met, view) = meet(kind, socket).await;
     let is_news = before != Some(view);
     let settled = met.is_ok();
-    let found = met.ok().and_then(|met| found(kind, seat, &mut memory, met));
+    let found = met.ok().and_then(|met| found(kind, socket, &mut memory, met));
     Look { found, is_news, settled }
 }
 
 /// Visits the VMM at a socket, and records the result. The caller has the turn.
 pub(super) async fn meet<H: Hypervisor>(
     kind: &H,
-    seat: &Arc<Seat>,
+    socket: &Arc<AttachedSocket>,
 ) -> (Result<Met<H::Client>, VisitError>, View) {
-    let met = match endpoint::visit(&seat.socket).await {
+    let met = match endpoint::visit(&socket.path).await {
         Ok(visit) => {
-            tokio::time::timeout(MEETING, kind.meet(&seat.socket, visit)).await.unwrap_or_else(|_| {
+            tokio::time::timeout(MEETING, kind.meet(&socket.path, visit)).await.unwrap_or_else(|_| {
                 let seconds = MEETING.as_secs();
                 Err(VisitError::Failed(format!(
                     "its VMM did not answer within {seconds} s; it may be stopped or stuck"
@@ -171,12 +175,12 @@ pub(super) async fn meet<H: Hypervisor>(
     };
     let view = match &met {
         Ok(met) => View::Serves(met.version.clone()),
-        Err(error) => View::Fails(seat.failure(kind, error)),
+        Err(error) => View::Fails(socket.failure(kind, error)),
     };
-    if seat.note(view.clone()) {
+    if socket.note(view.clone()) {
         match &view {
-            View::Serves(version) => tracing::info!(place = seat.place, version, "a VMM listens"),
-            View::Fails(why) => tracing::warn!(place = seat.place, why, "no VMM can be used"),
+            View::Serves(version) => tracing::info!(place = socket.place, version, "a VMM listens"),
+            View::Fails(why) => tracing::warn!(place = socket.place, why, "no VMM can be used"),
         }
     }
     (met, view)
@@ -184,7 +188,7 @@ pub(super) async fn meet<H: Hypervisor>(
 
 fn found<H: Hypervisor>(
     kind: &H,
-    seat: &Arc<Seat>,
+    socket: &Arc<AttachedSocket>,
     memory: &mut Memory,
     met: Met<H::Client>,
 ) -> Option<Found> {
@@ -210,14 +214,19 @@ fn found<H: Hypervisor>(
         // The start of the guest is not known. The start of its VMM is the earliest possible time.
         let age = age(met.process.identity()).unwrap_or_default();
         let started = now_ms().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(0));
-        let parts =
-            Parts { run: new_run(seat, &met, started), guest, dir: None, held: seat.hold(), console: None };
+        let parts = Parts {
+            run: new_run(socket, &met, started),
+            guest,
+            dir: None,
+            held: socket.hold(),
+            console: None,
+        };
         kind.attend(met, parts)
     });
     Some(Found {
-        place: seat.kind(),
+        place: socket.kind(),
         uid: None,
-        names: place::names(&seat.socket),
+        names: place::names(&socket.path),
         config,
         untold,
         state,
