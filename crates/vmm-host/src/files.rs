@@ -13,11 +13,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use vmm_core::limit::HostLimit;
 use vmm_core::store::{DiskKey, HostClaim};
 
 use crate::block::{self, Layers};
 
-pub use crate::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
 use crate::qcow2::{self, Qcow2Header};
 
 /// The intended use of a file.
@@ -106,6 +106,20 @@ pub enum FileProblem {
         /// The kernel's error. It is part of the text, because a client sees nothing but the text.
         cause: io::Error,
     },
+}
+
+impl FileProblem {
+    /// Returns the limit of the host that kept the file from being looked at. Such a problem is none of the file's.
+    pub fn limit(&self) -> Option<HostLimit> {
+        match self {
+            Self::Io { cause, .. } => HostLimit::of(cause),
+            Self::Missing(_)
+            | Self::WrongKind { .. }
+            | Self::Denied { .. }
+            | Self::ReadOnly(_)
+            | Self::Busy(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for Access {
@@ -238,7 +252,7 @@ fn open(path: &Path, access: Access) -> io::Result<File> {
         .open(path)
 }
 
-fn open_regular_or_block(path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular_or_block(path: &Path) -> io::Result<File> {
     let wrong = |problem: FileProblem| io::Error::new(io::ErrorKind::InvalidInput, problem.to_string());
     kind(path, &std::fs::metadata(path)?).map_err(wrong)?;
     let file = open(path, Access::Read)?;

@@ -1,16 +1,30 @@
-//! Telling kernels by how they begin.
+//! Telling kernels by their headers, wherever in the file those lie.
 
-/// The bytes of a file that [`kernel_kind`] wants to see. With more it finds more.
-pub const HEAD_BYTES: usize = 4096;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-/// What kind of kernel a file holds.
+use crate::files;
+
+/// The most program headers that are looked at. Linux has five or so.
+const MAX_HEADERS: u64 = 512;
+/// The most bytes of one note segment that are read. Linux has some hundred.
+const MAX_NOTES: u64 = 1 << 20;
+/// The length of an ELF header, in bytes; that of a program header is stated in it.
+const ELF_HEADER: usize = 64;
+/// The length of the part of a program header that matters.
+const PROGRAM_HEADER: usize = 56;
+/// The length of the part of a bzImage that tells it from other files.
+const BZ_IMAGE: usize = 0x206;
+
+/// The kind of kernel that a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelKind {
     /// An uncompressed ELF kernel for x86-64.
     ElfX86_64 {
-        /// Whether it has the note with the PVH entry point, by which Cloud Hypervisor and QEMU start it. `None` where the
-        /// notes are not in the part that was read.
-        pvh: Option<bool>,
+        /// True if the kernel has the note with the PVH entry point, by which Cloud Hypervisor and QEMU start it.
+        pvh: bool,
     },
     /// A compressed Linux image for x86.
     BzImage,
@@ -18,20 +32,49 @@ pub enum KernelKind {
     Other,
 }
 
-/// Says what kind of kernel begins with `head`.
-pub fn kernel_kind(head: &[u8]) -> KernelKind {
-    if is_elf_x86_64(head) {
-        KernelKind::ElfX86_64 { pvh: has_pvh_note(head) }
+/// Returns the kind of kernel in the regular file or block device at `path`. Blocks.
+///
+/// # Errors
+/// Returns the kernel's error; `InvalidInput` for any other kind of file.
+pub fn read_kind(path: &Path) -> io::Result<KernelKind> {
+    kind_of(&files::open_regular_or_block(path)?)
+}
+
+fn kind_of(file: &File) -> io::Result<KernelKind> {
+    let head = read(file, 0, BZ_IMAGE)?;
+    Ok(if is_elf_x86_64(&head) {
+        KernelKind::ElfX86_64 { pvh: has_pvh_note(file, &head)? }
     } else if head.get(0x1fe..0x200) == Some(&[0x55, 0xaa]) && head.get(0x202..0x206) == Some(b"HdrS") {
         KernelKind::BzImage
     } else {
         KernelKind::Other
+    })
+}
+
+/// Reads `length` bytes from `offset`, or fewer where the file is shorter.
+fn read(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    let mut filled = 0;
+    while filled < length {
+        let at = offset.saturating_add(filled as u64);
+        // No file reaches further than a signed offset, and the kernel calls such an offset invalid.
+        if i64::try_from(at).is_err() {
+            break;
+        }
+        match file.read_at(&mut bytes[filled..], at) {
+            Ok(0) => break,
+            Ok(more) => filled += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
+    bytes.truncate(filled);
+    Ok(bytes)
 }
 
 /// 64 bits, little endian, machine 62.
 fn is_elf_x86_64(head: &[u8]) -> bool {
-    head.starts_with(b"\x7fELF\x02\x01") && head.get(18..20) == Some(&[62, 0])
+    head.len() >= ELF_HEADER && head.starts_with(b"\x7fELF\x02\x01") && head.get(18..20) == Some(&[62, 0])
 }
 
 /// Program headers of type PT_NOTE.
@@ -40,23 +83,25 @@ const PT_NOTE: u64 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`, owned by "Xen".
 const PHYS32_ENTRY: u64 = 18;
 
-fn has_pvh_note(head: &[u8]) -> Option<bool> {
-    let headers = usize::try_from(number(head, 32, 8)?).ok()?;
-    let size = usize::try_from(number(head, 54, 2)?).ok()?;
-    let count = usize::try_from(number(head, 56, 2)?).ok()?;
-    for index in 0..count {
-        let header = headers.checked_add(index.checked_mul(size)?)?;
-        if number(head, header, 4)? != PT_NOTE {
+/// Looks through the note segments, whose program headers say where in the file they lie.
+fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
+    let field = |at, length| number(head, at, length).unwrap_or_default();
+    let (headers, size, count) = (field(32, 8), field(54, 2), field(56, 2));
+    for index in 0..count.min(MAX_HEADERS) {
+        let header = read(file, headers.saturating_add(index * size), PROGRAM_HEADER)?;
+        if header.len() < PROGRAM_HEADER {
+            break;
+        }
+        let field = |at| number(&header, at, 8).unwrap_or_default();
+        if number(&header, 0, 4) != Some(PT_NOTE) {
             continue;
         }
-        let from = usize::try_from(number(head, header.checked_add(8)?, 8)?).ok()?;
-        let length = usize::try_from(number(head, header.checked_add(32)?, 8)?).ok()?;
-        let notes = head.get(from..from.checked_add(length)?)?;
-        if notes_have_pvh(notes) {
-            return Some(true);
+        let length = usize::try_from(field(32).min(MAX_NOTES)).unwrap_or_default();
+        if notes_have_pvh(&read(file, field(8), length)?) {
+            return Ok(true);
         }
     }
-    Some(false)
+    Ok(false)
 }
 
 /// A note is three lengths of four bytes (owner, content, type), then owner and content, each padded to four.
@@ -89,54 +134,83 @@ fn number(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// An ELF header with one program header of type `kind` behind it, and behind that `notes`.
-    fn elf(kind: u8, notes: &[u8]) -> Vec<u8> {
-        let mut elf = vec![0; 120];
+    /// An ELF file with one program header of type `kind` at `header`, and `notes` at `at`.
+    fn elf_with(kind: u8, notes: &[u8], header: usize, at: usize) -> Vec<u8> {
+        let mut elf = vec![0; (header + 56).max(at + notes.len())];
         elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
-        (elf[18], elf[32], elf[54], elf[56]) = (62, 64, 56, 1);
-        (elf[64], elf[72], elf[96]) = (kind, 120, u8::try_from(notes.len()).unwrap());
-        elf.extend_from_slice(notes);
+        (elf[18], elf[54], elf[56]) = (62, 56, 1);
+        elf[32..40].copy_from_slice(&(header as u64).to_le_bytes());
+        elf[header] = kind;
+        elf[header + 8..header + 16].copy_from_slice(&(at as u64).to_le_bytes());
+        elf[header + 32] = u8::try_from(notes.len()).unwrap();
+        elf[at..at + notes.len()].copy_from_slice(notes);
         elf
+    }
+
+    fn elf(kind: u8, notes: &[u8]) -> Vec<u8> {
+        elf_with(kind, notes, 64, 120)
+    }
+
+    fn kind(bytes: &[u8]) -> KernelKind {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        read_kind(file.path()).unwrap()
     }
 
     const OTHER_NOTE: &[u8] = b"\x04\0\0\0\x05\0\0\0\x03\0\0\0GNU\0abcde\0\0\0";
     const PVH_NOTE: &[u8] = b"\x04\0\0\0\x04\0\0\0\x12\0\0\0Xen\0\0\0\x10\0";
+    const PVH: KernelKind = KernelKind::ElfX86_64 { pvh: true };
+    const PLAIN: KernelKind = KernelKind::ElfX86_64 { pvh: false };
 
     #[test]
     fn kernels_are_told_apart() {
         let mut image = vec![0; 0x210];
         image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
         image[0x202..0x206].copy_from_slice(b"HdrS");
-        assert_eq!(kernel_kind(&image), KernelKind::BzImage);
-        assert_eq!(kernel_kind(&image[..0x204]), KernelKind::Other);
-        assert_eq!(kernel_kind(b""), KernelKind::Other);
-        assert_eq!(kernel_kind(b"#!/bin/sh"), KernelKind::Other);
+        assert_eq!(kind(&image), KernelKind::BzImage);
+        assert_eq!(kind(&image[..0x204]), KernelKind::Other);
+        assert_eq!(kind(b""), KernelKind::Other);
+        assert_eq!(kind(b"#!/bin/sh"), KernelKind::Other);
         let mut for_arm = elf(4, PVH_NOTE);
         for_arm[18] = 183;
-        assert_eq!(kernel_kind(&for_arm), KernelKind::Other);
+        assert_eq!(kind(&for_arm), KernelKind::Other);
     }
 
     #[test]
     fn the_pvh_note_is_found_behind_others() {
         let both = [OTHER_NOTE, PVH_NOTE].concat();
-        assert_eq!(kernel_kind(&elf(4, &both)), KernelKind::ElfX86_64 { pvh: Some(true) });
-        assert_eq!(kernel_kind(&elf(4, OTHER_NOTE)), KernelKind::ElfX86_64 { pvh: Some(false) });
-        assert_eq!(kernel_kind(&elf(1, PVH_NOTE)), KernelKind::ElfX86_64 { pvh: Some(false) });
+        assert_eq!(kind(&elf(4, &both)), PVH);
+        assert_eq!(kind(&elf(4, OTHER_NOTE)), PLAIN);
+        assert_eq!(kind(&elf(1, PVH_NOTE)), PLAIN);
     }
 
     #[test]
-    fn what_was_not_read_is_not_known() {
-        let whole = elf(4, PVH_NOTE);
-        for length in 20..whole.len() {
-            assert_eq!(kernel_kind(&whole[..length]), KernelKind::ElfX86_64 { pvh: None }, "{length}");
+    fn the_pvh_note_is_found_wherever_the_headers_and_the_notes_lie() {
+        for (header, at) in [(64, 5_000), (64, 40_000_000), (9_000, 64), (30_000_000, 20_000_000)] {
+            assert_eq!(kind(&elf_with(4, PVH_NOTE, header, at)), PVH, "{header} {at}");
+            assert_eq!(kind(&elf_with(4, OTHER_NOTE, header, at)), PLAIN, "{header} {at}");
         }
+    }
+
+    #[test]
+    fn a_file_that_was_cut_short_has_no_note() {
+        let whole = elf(4, PVH_NOTE);
+        // The owner's name is the last part of a note that counts.
+        for length in ELF_HEADER..120 + 12 + 4 {
+            assert_eq!(kind(&whole[..length]), PLAIN, "{length}");
+        }
+        assert_eq!(kind(&whole[..ELF_HEADER - 1]), KernelKind::Other);
     }
 
     #[test]
     fn hostile_lengths_are_harmless() {
         let mut hostile = elf(4, &[0xff; 16]);
-        assert_eq!(kernel_kind(&hostile), KernelKind::ElfX86_64 { pvh: Some(false) });
+        assert_eq!(kind(&hostile), PLAIN);
+        for at in [96, 72, 56, 54, 32] {
+            hostile[at..at + 2].fill(0xff);
+            assert_eq!(kind(&hostile), PLAIN, "{at}");
+        }
         hostile[32..40].fill(0xff);
-        assert_eq!(kernel_kind(&hostile), KernelKind::ElfX86_64 { pvh: None });
+        assert_eq!(kind(&hostile), PLAIN);
     }
 }

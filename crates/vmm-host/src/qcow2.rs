@@ -26,8 +26,20 @@ const HEADER_V3: u64 = 104;
 const MAX_NAME: u32 = 1023;
 /// The most extensions that are read. QEMU writes a handful.
 const MAX_EXTENSIONS: usize = 64;
-/// The bit of the incompatible features that says: the data lies in another file.
+/// The bit of the incompatible features that says: the image was not closed. Every backend opens such an image.
+const DIRTY: u64 = 1;
+/// The bit that says: the image contradicts itself. No backend opens such an image to write.
+const CORRUPT: u64 = 1 << 1;
+/// The bit that says: the data lies in another file.
 const EXTERNAL_DATA: u64 = 1 << 2;
+/// The bit that says: the clusters are compressed by the method that the header names.
+const COMPRESSION: u64 = 1 << 3;
+/// The bit that says: the entries of the second table are twice as long.
+const EXTENDED_L2: u64 = 1 << 4;
+/// The bits that this program knows.
+const KNOWN: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
+/// The number of the last method of compression that is known, zstd.
+const ZSTD: u8 = 1;
 /// The type of the extension that names the format of the backing file.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
@@ -42,6 +54,14 @@ pub struct Qcow2Header {
     pub encrypted: bool,
     /// True if the guest's data lies in another file, which the header names.
     pub external_data: bool,
+    /// True if the image says that its tables contradict themselves.
+    pub corrupt: bool,
+    /// True if the image has extended entries in its second table, which Cloud Hypervisor does not read.
+    pub extended_l2: bool,
+    /// The features without which the image cannot be read and that this program does not know, as bits.
+    pub unknown_features: u64,
+    /// The method of compression, where this program does not know it.
+    pub unknown_compression: Option<u8>,
 }
 
 /// The file that an image is based on, as the header names it.
@@ -99,7 +119,23 @@ pub fn read_header(file: &File) -> io::Result<Option<Qcow2Header>> {
         backing,
         encrypted: u32_at(file, 32)? != 0,
         external_data: features & EXTERNAL_DATA != 0,
+        corrupt: features & CORRUPT != 0,
+        extended_l2: features & EXTENDED_L2 != 0,
+        unknown_features: features & !KNOWN,
+        unknown_compression: unknown_compression(file, features)?,
     }))
+}
+
+/// Returns the method of compression that a header of version 3 names, if it is not a known one.
+fn unknown_compression(file: &File, features: u64) -> io::Result<Option<u8>> {
+    if features & COMPRESSION == 0 {
+        return Ok(None);
+    }
+    let mut method = [0];
+    match read_fully(file, &mut method, HEADER_V3)? {
+        true => Ok(Some(method[0]).filter(|method| *method > ZSTD)),
+        false => Err(invalid("its header is cut short".to_owned())),
+    }
 }
 
 fn name(file: &File, offset: u64) -> io::Result<String> {
@@ -189,8 +225,22 @@ mod tests {
         let at = |name: &str| dir.path().join(name);
         qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "alone", "1M"]);
         let alone = header(&at("alone")).unwrap().unwrap();
-        let expected = Qcow2Header { version: 3, backing: None, encrypted: false, external_data: false };
+        let expected = Qcow2Header {
+            version: 3,
+            backing: None,
+            encrypted: false,
+            external_data: false,
+            corrupt: false,
+            extended_l2: false,
+            unknown_features: 0,
+            unknown_compression: None,
+        };
         assert_eq!(alone, expected);
+        for (option, extended_l2) in [("extended_l2=on", true), ("compression_type=zstd", false)] {
+            qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", option, "special", "1M"]);
+            let special = header(&at("special")).unwrap().unwrap();
+            assert_eq!(special, Qcow2Header { extended_l2, ..expected.clone() }, "{option}");
+        }
         qemu_img(dir.path(), &["create", "-q", "-f", "raw", "base", "1M"]);
         for (compat, version) in [("0.10", 2), ("1.1", 3)] {
             let compat = format!("compat={compat}");
@@ -228,6 +278,10 @@ mod tests {
             changes.iter().for_each(|(at, byte)| changed[*at] = *byte);
             changed
         };
+        let features = |low: u8| read(&with(&[(79, low), (104, 7)])).unwrap().unwrap();
+        assert!(features(2).corrupt && !features(1).corrupt);
+        assert_eq!((features(0x60).unknown_features, features(0x1f).unknown_features), (0x60, 0));
+        assert_eq!((features(8).unknown_compression, features(0).unknown_compression), (Some(7), None));
         assert!(read(&with(&[(7, 4)])).unwrap_err().contains("version 4"));
         assert!(read(&with(&[(103, 8)])).unwrap_err().contains("8 bytes long"));
         assert!(read(&with(&[(14, 16), (18, 255)])).unwrap_err().contains("backing file is"));

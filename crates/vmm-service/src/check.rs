@@ -13,12 +13,13 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use vmm_core::backend::KernelFormat;
+use vmm_core::backend::{Capabilities, KernelFormat};
+use vmm_core::limit::HostLimit;
 use vmm_core::report::Report;
 use vmm_core::spec::{Console, Disk, NamedFiles, VmSpec};
 use vmm_core::store::HostClaim;
 use vmm_host::files::{self, Access, FileFacts};
-use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
+use vmm_host::kernel::{self, KernelKind};
 use vmm_host::mounts::Mounts;
 
 use looks::{Limits, Looks, Visitor};
@@ -53,15 +54,29 @@ impl Purpose {
     }
 }
 
-/// The purpose of a look at the files.
+/// The purpose of a look at the files, and what the backend takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms {
     /// The reason for the look.
     pub(crate) purpose: Purpose,
     /// The kernels that the backend boots, where the backend is known.
     pub(crate) kernels: Option<&'static [KernelFormat]>,
+    /// True if the backend reads extended entries of qcow2 images, where the backend is known.
+    pub(crate) extended_l2: Option<bool>,
     /// True if this VM made the console's file itself.
     pub(crate) owns_output: bool,
+}
+
+impl Terms {
+    /// Returns the terms of a look for a VM of the backend with `capabilities`, where that is known. The VM has made no file.
+    pub(crate) fn of(purpose: Purpose, capabilities: Option<&Capabilities>) -> Self {
+        Self {
+            purpose,
+            kernels: capabilities.map(|capabilities| capabilities.kernel_formats),
+            extended_l2: capabilities.map(|capabilities| capabilities.extended_l2),
+            owns_output: false,
+        }
+    }
 }
 
 /// The finding of a look.
@@ -71,6 +86,33 @@ pub(crate) struct HostFacts {
     pub(crate) report: Report,
     /// The disks and backing files that the VM would hold while it runs.
     pub(crate) claims: Vec<HostClaim>,
+    /// The limit of the host that kept a file from being looked at. The violations say nothing of that file then.
+    pub(crate) limit: Option<HostLimit>,
+}
+
+impl HostFacts {
+    /// Looks at one file. What is wrong with the file is a violation of `field`.
+    fn inspect(&mut self, visitor: &Visitor, field: &str, path: &Path, access: Access) -> Option<FileFacts> {
+        if !visitor.may_touch(path) {
+            return None;
+        }
+        match files::inspect(path, access) {
+            Ok(facts) => return Some(facts),
+            Err(problem) => match problem.limit() {
+                Some(limit) => self.limit = Some(limit),
+                None => self.report.reject(field, problem.to_string()),
+            },
+        }
+        None
+    }
+
+    /// Notes that the contents of the file at `path` cannot be read.
+    fn unreadable(&mut self, field: impl Into<String>, path: &Path, error: &std::io::Error) {
+        match HostLimit::of(error) {
+            Some(limit) => self.limit = Some(limit),
+            None => self.report.reject(field, format!("{} cannot be read: {error}", path.display())),
+        }
+    }
 }
 
 /// The files did not answer within [`LOOK_DEADLINE`], or too many earlier looks still wait for theirs.
@@ -110,67 +152,46 @@ pub(crate) async fn look(files: NamedFiles, terms: Terms) -> Result<HostFacts, F
 }
 
 fn look_blocking(visitor: &Visitor, files: &NamedFiles, terms: Terms) -> HostFacts {
-    let NamedFiles { kernel, initrd, disks, console } = files;
-    let mut report = Report::default();
+    let NamedFiles { kernel, initrd, disks, console, names_root } = files;
+    let mut found = HostFacts { report: Report::default(), claims: Vec::new(), limit: None };
     if let Some(kernel) = kernel {
-        look_at_kernel(visitor, &mut report, kernel, terms.kernels);
+        look_at_kernel(visitor, &mut found, kernel, terms.kernels);
     }
     if let Some(initrd) = initrd {
-        inspect(visitor, &mut report, "config.boot.initrd_path", initrd, Access::Read);
+        found.inspect(visitor, "config.boot.initrd_path", initrd, Access::Read);
     }
-    let mut claims = Vec::new();
     for disk in disks {
-        disk::look_at(visitor, &mut report, &mut claims, disk, terms.purpose);
+        let adds_root = disk.is_root && !names_root;
+        disk::look_at(visitor, &mut found, disk, adds_root, terms);
     }
     if let Console::File(path) = console {
-        look_at_output(visitor, &mut report, path, terms.owns_output);
+        look_at_output(visitor, &mut found.report, path, terms.owns_output);
     }
-    HostFacts { report, claims }
+    found
 }
 
-fn inspect(
-    visitor: &Visitor,
-    report: &mut Report,
-    field: &str,
-    path: &Path,
-    access: Access,
-) -> Option<FileFacts> {
-    if !visitor.may_touch(path) {
-        return None;
-    }
-    match files::inspect(path, access) {
-        Ok(facts) => Some(facts),
-        Err(problem) => {
-            report.reject(field, problem.to_string());
-            None
-        }
-    }
-}
-
-fn look_at_kernel(visitor: &Visitor, report: &mut Report, path: &Path, accepted: Option<&[KernelFormat]>) {
+fn look_at_kernel(visitor: &Visitor, found: &mut HostFacts, path: &Path, accepted: Option<&[KernelFormat]>) {
     const FIELD: &str = "config.boot.kernel_path";
-    if inspect(visitor, report, FIELD, path, Access::Read).is_none() {
+    if found.inspect(visitor, FIELD, path, Access::Read).is_none() {
         return;
     }
     let Some(accepted) = accepted else { return };
-    let kind = match files::head(path, HEAD_BYTES) {
-        Ok(head) => kernel_kind(&head),
-        Err(error) => {
-            report.reject(FIELD, format!("{} cannot be read: {error}", path.display()));
-            return;
-        }
+    let kind = match kernel::read_kind(path) {
+        Ok(kind) => kind,
+        Err(error) => return found.unreadable(FIELD, path, &error),
     };
-    let (usable_as, found): (&[KernelFormat], _) = match kind {
+    let (usable_as, what): (&[KernelFormat], _) = match kind {
         KernelKind::BzImage => (&[KernelFormat::BzImage], KernelFormat::BzImage.as_str()),
-        KernelKind::ElfX86_64 { pvh: Some(false) } => (&[KernelFormat::Elf], KernelFormat::Elf.as_str()),
-        KernelKind::ElfX86_64 { pvh: Some(true) | None } => {
+        KernelKind::ElfX86_64 { pvh: false } => (&[KernelFormat::Elf], KernelFormat::Elf.as_str()),
+        KernelKind::ElfX86_64 { pvh: true } => {
             (&[KernelFormat::Elf, KernelFormat::PvhElf], KernelFormat::PvhElf.as_str())
         }
         KernelKind::Other => (&[], "neither a bzImage nor an x86-64 ELF file"),
     };
     if !usable_as.iter().any(|format| accepted.contains(format)) {
         let wanted = accepted.iter().map(|format| format.as_str()).collect::<Vec<_>>().join(" or ");
-        report.reject(FIELD, format!("{} is {found}; this backend boots {wanted}", path.display()));
+        let message = format!("{} is {what}; this backend boots {wanted}", path.display());
+        found.report.reject(FIELD, message);
     }
 }
 

@@ -40,7 +40,8 @@ pub(crate) struct Checked {
 ///
 /// # Errors
 ///
-/// [`ServiceError::Unavailable`] where nothing else is wrong and the host's files do not answer.
+/// Where nothing else is wrong: [`ServiceError::Unavailable`] if the host's files do not answer, [`ServiceError::Exhausted`] if a
+/// limit of the host is in the way.
 pub(crate) async fn check_config(
     shared: &Shared,
     uid: VmUid,
@@ -61,11 +62,16 @@ pub(crate) async fn check_config(
     if let Some(spec) = &spec {
         check_network(shared, &mut report, spec, uid);
     }
-    let kernels = backend.as_ref().map(|backend| backend.capabilities().kernel_formats);
-    let terms = Terms { purpose: Purpose::Create, kernels, owns_output: false };
+    let terms = Terms::of(Purpose::Create, backend.as_ref().map(|backend| backend.capabilities()));
     match check::look(files, terms).await {
-        Ok(facts) => report.merge(facts.report),
-        Err(silent) if report.is_ok() => return Err(ServiceError::Unavailable(silent.to_string())),
+        Ok(facts) => {
+            report.merge(facts.report);
+            if let Some(limit) = facts.limit.filter(|_| report.is_ok()) {
+                let text = format!("the host's files could not be looked at: {}", limit.advice());
+                return Err(ServiceError::exhausted(text));
+            }
+        }
+        Err(silent) if report.is_ok() => return Err(ServiceError::unavailable(silent.to_string())),
         // The client has to mend the request first.
         Err(_) => {}
     }

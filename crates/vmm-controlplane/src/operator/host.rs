@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, OFlags, accessat, statvfs};
 use rustix::process::geteuid;
 use vmm_core::backend::KernelFormat;
-use vmm_host::kernel::{HEAD_BYTES, KernelKind, kernel_kind};
+use vmm_host::kernel::{self, KernelKind};
 use vmm_host::kvm::{self, NoKvm};
 use vmm_host::{descriptors, run_dir};
 
@@ -216,8 +216,8 @@ pub(super) fn default_boot(
         )];
     };
     let remedy = "correct UNKEY_VMCP_DEFAULT_KERNEL, or let the daemon's user read the file";
-    let mut checks = vec![match head(kernel) {
-        Ok(head) if boots(kernel_kind(&head), formats) => {
+    let mut checks = vec![match readable(kernel).and_then(|()| kernel::read_kind(kernel)) {
+        Ok(kind) if boots(kind, formats) => {
             Check::ok("default kernel", format!("{} can be read", kernel.display()))
         }
         Ok(_) => {
@@ -232,8 +232,8 @@ pub(super) fn default_boot(
         Err(error) => Check::warn("default kernel", format!("{}: {error}", kernel.display()), remedy),
     }];
     if let Some(initrd) = initrd {
-        checks.push(match head(initrd) {
-            Ok(_) => Check::ok("default initrd", format!("{} can be read", initrd.display())),
+        checks.push(match readable(initrd) {
+            Ok(()) => Check::ok("default initrd", format!("{} can be read", initrd.display())),
             Err(error) => Check::warn(
                 "default initrd",
                 format!("{}: {error}", initrd.display()),
@@ -244,25 +244,22 @@ pub(super) fn default_boot(
     checks
 }
 
-/// The first bytes of a regular file.
-fn head(path: &Path) -> std::io::Result<Vec<u8>> {
+/// Reads a byte of a regular file.
+fn readable(path: &Path) -> std::io::Result<()> {
     let file: File =
         OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(std::io::Error::other("not a file"));
     }
-    let mut head = Vec::new();
-    file.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
-    Ok(head)
+    file.take(1).read_to_end(&mut Vec::new())?;
+    Ok(())
 }
 
 fn boots(kind: KernelKind, formats: &[KernelFormat]) -> bool {
     let has = |format| formats.contains(&format);
     match kind {
         KernelKind::BzImage => has(KernelFormat::BzImage),
-        KernelKind::ElfX86_64 { pvh } => {
-            has(KernelFormat::Elf) || (pvh != Some(false) && has(KernelFormat::PvhElf))
-        }
+        KernelKind::ElfX86_64 { pvh } => has(KernelFormat::Elf) || (pvh && has(KernelFormat::PvhElf)),
         KernelKind::Other => false,
     }
 }

@@ -243,6 +243,8 @@ pub struct NamedFiles {
     pub disks: Vec<Disk>,
     /// The serial console, whose output may go to a file.
     pub console: Console,
+    /// True if the kernel's arguments name a root file system themselves.
+    pub names_root: bool,
 }
 
 impl NamedFiles {
@@ -251,12 +253,13 @@ impl NamedFiles {
         // The structs are taken apart without `..`, so a new field does not compile until this
         // function treats it.
         let VmSpec { cpu: _, memory: _, boot, disks, nics: _, console, restart: _, options: _ } = spec;
-        let Boot { kernel, initrd, args: _ } = boot;
+        let Boot { kernel, initrd, args } = boot;
         Self {
             kernel: Some(kernel.clone()),
             initrd: initrd.clone(),
             disks: disks.clone(),
             console: console.clone(),
+            names_root: names_root(args),
         }
     }
 }
@@ -289,6 +292,11 @@ pub enum RestartMode {
 /// The number of restarts where the client sets none.
 pub const DEFAULT_MAX_RESTARTS: u32 = 5;
 
+/// Returns true if the kernel's arguments name a root file system.
+fn names_root(args: &str) -> bool {
+    kernel_words(args).any(|word| word.starts_with("root="))
+}
+
 impl VmSpec {
     /// Returns true if the kernel command line makes a Linux guest reset itself when its kernel
     /// panics: a `panic=` with another value than 0. The last of several `panic=` counts.
@@ -314,7 +322,7 @@ impl VmSpec {
         let args = self.boot.args.as_str();
         // The root is inserted before a lone `--`, because Linux would pass it to init behind one.
         let (for_kernel, for_init) = args.split_at(kernels_part(args).len());
-        let has_root = kernel_words(args).any(|word| word.starts_with("root="));
+        let has_root = names_root(args);
         let Some(disk) = self.disks.first().filter(|disk| disk.is_root && !has_root) else {
             return args.to_owned();
         };

@@ -11,6 +11,7 @@ use super::options::{
 use super::{
     Boot, Console, Cpu, DEFAULT_MAX_RESTARTS, Disk, DiskCache, DiskFormat, FIRMWARE_FIELD, MAX_KERNEL_ARGS,
     MIB, MacAddr, Memory, NamedFiles, Nic, PageSize, RestartMode, RestartPolicy, Topology, VmSpec,
+    names_root,
 };
 use crate::config::{
     BootConfig, ConsoleConfig, CpuConfig, MemoryConfig, NetworkInterface, Options, RestartPolicyConfig,
@@ -64,6 +65,7 @@ impl VmSpec {
             initrd: boot.initrd.clone(),
             disks: disks.clone(),
             console: console.clone(),
+            names_root: names_root(&boot.args),
         };
         let parsed = match (cpu, memory, boot.kernel, restart) {
             (Some(cpu), Some(memory), Some(kernel), Some(restart)) if report.is_ok() => {

@@ -8,39 +8,94 @@
 
 use std::path::{Path, PathBuf};
 
-use vmm_core::report::Report;
 use vmm_core::spec::{Disk, DiskFormat};
 use vmm_core::store::{DiskKey, HostClaim};
-use vmm_host::files::{self, Access};
+use vmm_host::files::{self, Access, FileFacts};
 use vmm_host::qcow2::{self, Backing, Qcow2Header};
+use vmm_host::{host_use, partitions};
 
 use super::looks::Visitor;
-use super::{Purpose, inspect};
+use super::{HostFacts, Purpose, Terms};
 
 /// The most backing files of one image. A longer chain reads slowly, and is a mistake.
 const MAX_CHAIN: usize = 32;
 
-/// Looks at `disk`, and adds the claims on its image and on each of its backing files.
-pub(super) fn look_at(
-    visitor: &Visitor,
-    report: &mut Report,
-    claims: &mut Vec<HostClaim>,
-    disk: &Disk,
-    purpose: Purpose,
-) {
+/// The number of bytes of a sector, the unit in which a guest sees a disk.
+const SECTOR: u64 = 512;
+/// The largest block that direct I/O needs on usual disks, in bytes.
+const DIRECT_BLOCK: u64 = 4096;
+
+/// Looks at `disk`, and adds the claims on its image and on each of its backing files. `adds_root` is true if the kernel's
+/// arguments will name the whole disk as the root file system.
+pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, adds_root: bool, terms: Terms) {
     let field = format!("{}.path", disk.field());
     let access = if disk.read_only { Access::Read } else { Access::ReadWrite };
-    let Some(facts) = inspect(visitor, report, &field, &disk.path, access) else { return };
-    claim(report, claims, &field, facts.claim(&disk.path, access));
-    match (disk.format, purpose) {
-        (DiskFormat::Raw, Purpose::Create) => probe_raw(report, disk),
+    let Some(facts) = found.inspect(visitor, &field, &disk.path, access) else { return };
+    claim(found, &field, facts.claim(&disk.path, access));
+    // A guest that only reads can at worst see a file system in the middle of a change.
+    if access == Access::ReadWrite
+        && let Some(using) = host_use::of(&disk.path, &facts)
+    {
+        let message = format!(
+            "{} {using}: a guest would write beside the host, which destroys what is there; free the device, or set read_only",
+            disk.path.display()
+        );
+        found.report.reject(&field, message);
+    }
+    match (disk.format, terms.purpose) {
+        (DiskFormat::Raw, Purpose::Create) => {
+            probe_raw(found, disk);
+            advise_of_size(found, disk, &facts);
+            if adds_root {
+                advise_of_partitions(found, disk);
+            }
+        }
         // The image was declared raw. From then on its contents are the guest's.
         (DiskFormat::Raw, Purpose::Boot) => {}
         (DiskFormat::Qcow2, _) => {
-            if let Some(header) = read_qcow2(report, &format_field(disk), &disk.path) {
-                Chain { visitor, report, claims, disk, purpose }.walk(header, (facts.device, facts.inode));
+            if let Some(header) = read_qcow2(found, &format_field(disk), &disk.path) {
+                Chain { visitor, found, disk, terms }.walk(header, (facts.device, facts.inode));
             }
         }
+    }
+}
+
+/// Warns of bytes at the end of a raw image that a guest may not see: hypervisors cut or fill the last sector, each in its own
+/// way.
+fn advise_of_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
+    let (shown, size) = (disk.path.display(), facts.size);
+    let message = if size == 0 {
+        format!(
+            "{shown} is empty, so the guest finds a disk without a sector: give it a size (truncate -s SIZE)"
+        )
+    } else if size % SECTOR != 0 {
+        format!(
+            "{shown} is {size} bytes long, which is no multiple of {SECTOR}: the hypervisor cuts or fills the last sector; \
+             make it longer (truncate -s %{SECTOR})"
+        )
+    } else if disk.direct_io && size % DIRECT_BLOCK != 0 {
+        format!(
+            "{shown} is {size} bytes long, which is no multiple of {DIRECT_BLOCK}: with direct_io its last sectors may be out of \
+             reach on a disk with blocks of that size; make it longer (truncate -s %{DIRECT_BLOCK})"
+        )
+    } else {
+        return;
+    };
+    found.report.advise(format!("{}.path", disk.field()), message);
+}
+
+/// Warns of a root device that has partitions, where the arguments name the whole disk.
+fn advise_of_partitions(found: &mut HostFacts, disk: &Disk) {
+    // A file that cannot be read has been rejected.
+    if let Ok(head) = files::head(&disk.path, partitions::HEAD_BYTES)
+        && partitions::has_table(&head)
+    {
+        let message = format!(
+            "{} has a partition table, and the root file system is looked for on the whole disk: name the partition in \
+             kernel_args, as in root=/dev/vda1",
+            disk.path.display()
+        );
+        found.report.advise(format!("{}.is_root_device", disk.field()), message);
     }
 }
 
@@ -48,29 +103,33 @@ fn format_field(disk: &Disk) -> String {
     format!("{}.options[\"format\"]", disk.field())
 }
 
-fn probe_raw(report: &mut Report, disk: &Disk) {
+fn probe_raw(found: &mut HostFacts, disk: &Disk) {
     let shown = disk.path.display();
     match files::head(&disk.path, qcow2::MAGIC.len()) {
-        Ok(head) if head == qcow2::MAGIC => report.reject(
+        Ok(head) if head == qcow2::MAGIC => found.report.reject(
             format_field(disk),
             format!(
                 "{shown} begins as a qcow2 image, and raw would hand the guest its header: set format to \"qcow2\""
             ),
         ),
         Ok(_) => {}
-        Err(error) => {
-            report.reject(format!("{}.path", disk.field()), format!("{shown} cannot be read: {error}"));
-        }
+        Err(error) => found.unreadable(format!("{}.path", disk.field()), &disk.path, &error),
     }
 }
 
-fn read_qcow2(report: &mut Report, field: &str, path: &Path) -> Option<Qcow2Header> {
+fn read_qcow2(found: &mut HostFacts, field: &str, path: &Path) -> Option<Qcow2Header> {
     let shown = path.display();
     match files::qcow2_header(path) {
         Ok(Some(header)) => return Some(header),
-        Ok(None) => report
+        Ok(None) => found
+            .report
             .reject(field, format!("{shown} is not a qcow2 image: set format to \"raw\" or leave it out")),
-        Err(error) => report.reject(field, format!("{shown} cannot be used as a qcow2 image: {error}")),
+        Err(error) if error.kind() != std::io::ErrorKind::InvalidData => {
+            found.unreadable(field, path, &error);
+        }
+        Err(error) => {
+            found.report.reject(field, format!("{shown} cannot be used as a qcow2 image: {error}"));
+        }
     }
     None
 }
@@ -78,10 +137,9 @@ fn read_qcow2(report: &mut Report, field: &str, path: &Path) -> Option<Qcow2Head
 /// The walk from one image along its backing files.
 struct Chain<'a> {
     visitor: &'a Visitor,
-    report: &'a mut Report,
-    claims: &'a mut Vec<HostClaim>,
+    found: &'a mut HostFacts,
     disk: &'a Disk,
-    purpose: Purpose,
+    terms: Terms,
 }
 
 impl Chain<'_> {
@@ -106,20 +164,9 @@ impl Chain<'_> {
 
     /// Returns the backing file that the header of the image at `path` names, if it may be used.
     fn backing_of(&mut self, path: &Path, header: Qcow2Header) -> Option<Backing> {
-        let Qcow2Header { version: _, backing, encrypted, external_data } = header;
+        self.reject_features(path, &header);
+        let backing = header.backing?;
         let shown = path.display();
-        if encrypted {
-            let message =
-                format!("{shown} is encrypted, and no backend here is given its key: decrypt it first");
-            self.report.reject(format_field(self.disk), message);
-        }
-        if external_data {
-            let message = format!(
-                "{shown} keeps its data in another file, which is not served: convert it (qemu-img convert)"
-            );
-            self.report.reject(format_field(self.disk), message);
-        }
-        let backing = backing?;
         if !self.disk.backing_files {
             self.reject(format!(
                 "{shown} names a backing file, which the guest would read: set backing_files to \"true\" to allow it"
@@ -127,6 +174,49 @@ impl Chain<'_> {
             return None;
         }
         Some(backing)
+    }
+
+    /// Rejects an image that the backend cannot open, or would open wrongly.
+    fn reject_features(&mut self, path: &Path, header: &Qcow2Header) {
+        let Qcow2Header {
+            version: _,
+            backing: _,
+            encrypted,
+            external_data,
+            corrupt,
+            extended_l2,
+            unknown_features,
+            unknown_compression,
+        } = header;
+        let shown = path.display();
+        let mut reject = |message: String| self.found.report.reject(format_field(self.disk), message);
+        if *encrypted {
+            reject(format!("{shown} is encrypted, and no backend here is given its key: decrypt it first"));
+        }
+        if *external_data {
+            reject(format!(
+                "{shown} keeps its data in another file, which is not served: convert it (qemu-img convert)"
+            ));
+        }
+        if *corrupt {
+            reject(format!("{shown} is marked as corrupt: repair it (qemu-img check -r all)"));
+        }
+        if *extended_l2 && self.terms.extended_l2 == Some(false) {
+            reject(format!(
+                "{shown} has extended L2 entries, which this backend does not read: convert it (qemu-img convert -O qcow2)"
+            ));
+        }
+        if *unknown_features != 0 {
+            reject(format!(
+                "{shown} needs features that this program does not know (bits {unknown_features:#x} of its header): convert it \
+                 with the program that made it"
+            ));
+        }
+        if let Some(method) = unknown_compression {
+            reject(format!(
+                "{shown} is compressed by a method that this program does not know ({method}): convert it (qemu-img convert)"
+            ));
+        }
     }
 
     /// Claims the backing file of the image at `path`. Returns the file with its header where it is an image too.
@@ -142,17 +232,17 @@ impl Chain<'_> {
             return None;
         };
         let field = self.field();
-        let facts = inspect(self.visitor, self.report, &field, &next, Access::Read)?;
+        let facts = self.found.inspect(self.visitor, &field, &next, Access::Read)?;
         let file = (facts.device, facts.inode);
         if seen.contains(&file) {
             self.reject(format!("{} is based on itself", next.display()));
             return None;
         }
         seen.push(file);
-        claim(self.report, self.claims, &field, facts.claim(&next, Access::Read));
-        match (backing.format.as_deref(), self.purpose) {
+        claim(self.found, &field, facts.claim(&next, Access::Read));
+        match (backing.format.as_deref(), self.terms.purpose) {
             (Some("raw"), _) => None,
-            (Some("qcow2"), _) => read_qcow2(self.report, &field, &next).map(|header| (next, header)),
+            (Some("qcow2"), _) => read_qcow2(self.found, &field, &next).map(|header| (next, header)),
             (Some(other), _) => {
                 self.reject(format!(
                     "{shown} names a backing file of the format {other}; raw and qcow2 are served"
@@ -178,16 +268,16 @@ impl Chain<'_> {
     }
 
     fn reject(&mut self, message: String) {
-        self.report.reject(self.field(), message);
+        self.found.report.reject(self.field(), message);
     }
 }
 
 /// Adds one claim, and rejects a file that the VM itself uses twice with a writer.
-fn claim(report: &mut Report, claims: &mut Vec<HostClaim>, field: &str, claim: HostClaim) {
-    if let Some(problem) = conflict(claims, &claim) {
-        report.reject(field, problem);
+fn claim(found: &mut HostFacts, field: &str, claim: HostClaim) {
+    if let Some(problem) = conflict(&found.claims, &claim) {
+        found.report.reject(field, problem);
     }
-    claims.push(claim);
+    found.claims.push(claim);
 }
 
 /// Returns why `claim` cannot stand beside `earlier` ones of the same VM: a disk that is written is there once.

@@ -242,6 +242,74 @@ async fn each_fault_of_a_chain_of_backing_files_is_named() {
     }
 }
 
+/// The warnings of a VM whose only disk is `disk`, which ValidateVm calls ok.
+async fn warnings_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> Vec<(String, String)> {
+    let config = VmConfig { storage: vec![disk], ..bed.config() };
+    let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
+    assert!(report.is_ok(), "{report:?}");
+    report.warnings.into_iter().map(|warning| (warning.field, warning.message)).collect()
+}
+
+#[tokio::test]
+async fn a_size_that_a_hypervisor_cuts_or_fills_is_a_warning() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let sized = |bytes: u64, direct_io: bool| {
+        let path = bed.path("sized");
+        std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+        let options = direct_io.then(|| ("direct_io".to_owned(), "true".to_owned())).into_iter().collect();
+        StorageDevice { path, options, ..StorageDevice::default() }
+    };
+    for (bytes, direct_io, expected) in [
+        (0, false, "is empty"),
+        (1_000_000, false, "no multiple of 512"),
+        (1_000_000, true, "no multiple of 512"),
+        (1_000_448, true, "no multiple of 4096"),
+    ] {
+        let found = warnings_of(&bed, &vms, sized(bytes, direct_io)).await;
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0].0, "config.storage[0].path");
+        assert!(found[0].1.contains(expected), "{found:?}");
+    }
+    assert_eq!(warnings_of(&bed, &vms, sized(1_000_448, false)).await, []);
+    assert_eq!(warnings_of(&bed, &vms, sized(1 << 20, true)).await, []);
+}
+
+#[tokio::test]
+async fn a_partition_table_under_a_root_that_is_added_is_a_warning() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let mut head = vec![0; 1 << 20];
+    head[512..520].copy_from_slice(b"EFI PART");
+    std::fs::write(bed.path("gpt"), head).unwrap();
+    let disk =
+        |is_root_device| StorageDevice { path: bed.path("gpt"), is_root_device, ..StorageDevice::default() };
+    let found = warnings_of(&bed, &vms, disk(true)).await;
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].0, "config.storage[0].is_root_device");
+    assert!(found[0].1.contains("root=/dev/vda1"), "{found:?}");
+    assert_eq!(warnings_of(&bed, &vms, disk(false)).await, []);
+    let mut config = VmConfig { storage: vec![disk(true)], ..bed.config() };
+    config.boot.as_mut().unwrap().kernel_args = "root=/dev/vda1".to_owned();
+    let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
+    assert_eq!(report.warnings, []);
+}
+
+#[tokio::test]
+async fn an_image_with_features_that_cannot_be_read_is_refused() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    for (features, expected) in [(0x02, "is marked as corrupt"), (0x40, "bits 0x40"), (0x60, "bits 0x60")] {
+        let disk = bed.qcow2("special", None);
+        let mut image = std::fs::read(&disk.path).unwrap();
+        image[79] = features;
+        std::fs::write(&disk.path, image).unwrap();
+        let (field, message) = violation_of(&bed, &vms, disk).await;
+        assert_eq!(field, "config.storage[0].options[\"format\"]");
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
 #[tokio::test]
 async fn an_image_that_reaches_out_or_is_encrypted_is_refused() {
     let bed = Bed::new();
