@@ -97,14 +97,26 @@ fn encode_tombstone(tombstone: &Tombstone) -> Result<String, StoreError> {
     })
 }
 
-/// Parses the JSON of a tombstone.
-///
-/// # Errors
-///
-/// [`StoreErrorKind::Corrupt`] if the JSON cannot be read.
-pub(crate) fn decode_tombstone(path: &Path, key: &str, json: &str) -> Result<Tombstone, StoreError> {
-    serde_json::from_str(json)
-        .map_err(|error| corrupt(path, format_args!("the tombstone {key} cannot be read")).caused_by(error))
+/// Parses the JSON of the tombstone of the VM `uid`, or its readable part. Returns `None` where no
+/// process and no claim can be read; the row stays as it is.
+pub(crate) fn decode_tombstone(uid: &str, json: &str) -> Option<Tombstone> {
+    let why = match serde_json::from_str(json) {
+        Ok(tombstone) => return Some(tombstone),
+        Err(error) => unreadable(&error),
+    };
+    let part = salvage::tombstone(uid, json);
+    match &part {
+        Some(part) => {
+            let vm_id = part.vm.vm_id.as_str();
+            tracing::warn!(uid, vm_id, why, "the record of a deleted VM's process can be read in part only");
+        }
+        None => tracing::error!(
+            uid,
+            why,
+            "the record of a deleted VM's process cannot be read, so that no disk is held for that process"
+        ),
+    }
+    part
 }
 
 /// Converts a record to a row.

@@ -146,7 +146,8 @@ fn tombstones(conn: &Connection, path: &Path) -> Result<Vec<Tombstone>, StoreErr
         .collect()
     };
     let rows = rows().map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))?;
-    rows.iter().map(|(key, json)| decode_tombstone(path, key, json)).collect()
+    let uid = |key: &str| key.strip_prefix(TOMBSTONES).unwrap_or(key).to_owned();
+    Ok(rows.iter().filter_map(|(key, json)| decode_tombstone(&uid(key), json)).collect())
 }
 
 fn vm_row(row: &Row<'_>) -> rusqlite::Result<EncodedRecord> {

@@ -11,8 +11,9 @@ use vmm_core::caller::Caller;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::intent::{Intent, IntentKind};
+use vmm_core::reason::Reason;
 use vmm_core::state::{Phase, Status, VmState};
-use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, Sent, VmRecord};
+use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, Sent, Tombstone, VmRecord};
 
 use crate::codec::{EncodedEvent, EncodedRecord};
 
@@ -46,6 +47,22 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         imported: object.get("imported").unwrap_or(false),
         untold: object.get("untold").unwrap_or_default(),
     })
+}
+
+/// Returns the readable part of a tombstone: each claim, and the VM's process. `None` if the key is
+/// not legal, or neither can be read.
+pub(crate) fn tombstone(uid: &str, json: &str) -> Option<Tombstone> {
+    let object = Fields::of(json);
+    let vm = Fields(object.0.get("vm").and_then(Value::as_object).cloned().unwrap_or_default());
+    let row = EncodedRecord {
+        uid: uid.to_owned(),
+        vm_id: vm.get("vm_id").unwrap_or_else(|| uid.to_owned()),
+        generation: vm.get("generation").unwrap_or(0),
+        format: 0,
+        json: Value::Object(vm.0).to_string(),
+    };
+    let part = Tombstone { vm: record(&row)?, claims: claims(&object) };
+    (part.vm.run.is_some() || !part.claims.is_empty()).then_some(part)
 }
 
 /// Returns the readable part of an operation under way. An operation of an unknown kind is taken
@@ -88,8 +105,8 @@ pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
     let object = Fields::of(&row.json);
     let state = object.get("state").unwrap_or(VmState::Shutdown);
     let mut status = status(&object, state);
-    if status.reason.is_empty() {
-        status.reason = "unreadable-event".to_owned();
+    if status.reason.is_nothing() {
+        status.reason = Reason::UnreadableEvent;
     }
     if status.message.is_empty() {
         status.message = format!("this program cannot read the event: {why}");

@@ -15,7 +15,8 @@ use vmm_core::event::{EventKind, EventSeq, VmEvent};
 use vmm_core::intent::IntentKind;
 use vmm_core::state::VmState;
 use vmm_core::store::{
-    Commit, EventQuery, HostClaim, Snapshot, Store, StoreError, StoreErrorKind, Unreadable, VmRecord,
+    Change, Commit, EventQuery, HostClaim, Snapshot, Store, StoreError, StoreErrorKind, Tombstone,
+    Unreadable, VmRecord,
 };
 use vmm_store::{DATABASE_FILE, SqliteStore};
 use vmm_testkit::store_suite::{all_events, insert, next, record, update};
@@ -317,6 +318,35 @@ fn a_record_that_makes_no_sense_is_named_and_hides_no_other() {
 }
 
 #[test]
+fn a_tombstone_that_makes_no_sense_hides_no_vm_and_keeps_what_can_be_read_of_it() {
+    let bury = |dir: &Path, vms: &[VmRecord]| {
+        let claims = vec![HostClaim::Tap { name: "tap0".to_owned() }];
+        let grave = Tombstone { vm: vms[3].clone(), claims };
+        commit(dir, Commit { change: Change::Bury(Box::new(grave)), event: None });
+    };
+    for (sql, kept) in [
+        ("value = replace(value, '\"state\":\"', '\"state\":\"hibernated-')", true),
+        ("value = json_set(value, '$.vm.backend', 7)", true),
+        ("value = json_remove(value, '$.vm')", true),
+        ("value = '{'", false),
+        ("value = ''", false),
+    ] {
+        let (dir, path, vms, _) = filled();
+        bury(dir.path(), &vms);
+        tamper(&path, &format!("UPDATE meta SET {sql} WHERE key LIKE 'tombstone:%'"));
+        let (snapshot, _) = read_all(dir.path()).unwrap();
+        assert_eq!(snapshot.vms.len(), vms.len() - 1, "{sql}");
+        let found = snapshot.tombstones.iter().map(|it| (it.vm.uid, it.claims.len())).collect::<Vec<_>>();
+        assert_eq!(found, if kept { vec![(vms[3].uid, 1)] } else { vec![] }, "{sql}");
+        let rows: i64 = rusqlite::Connection::open(&path)
+            .unwrap()
+            .query_row("SELECT count(*) FROM meta WHERE key LIKE 'tombstone:%'", [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(rows, 1, "{sql}: the row stays for the program that understands it");
+    }
+}
+
+#[test]
 fn an_event_that_cannot_be_read_keeps_its_place() {
     for sql in [
         "SET event = '{}'",
@@ -335,7 +365,7 @@ fn an_event_that_cannot_be_read_keeps_its_place() {
         );
         let others = |log: &[VmEvent]| log.iter().filter(|it| it.seq.0 != 4).cloned().collect::<Vec<_>>();
         assert_eq!(others(&log), others(&events), "{sql}");
-        assert_eq!(log[3].event.status.reason, "unreadable-event", "{sql}");
+        assert_eq!(log[3].event.status.reason.as_str(), "unreadable-event", "{sql}");
         if sql.contains("migrated") {
             assert_eq!((log[3].event.kind, log[3].event.uid), (EventKind::Unknown, events[3].event.uid));
         }
