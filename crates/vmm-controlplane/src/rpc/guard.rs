@@ -1,7 +1,7 @@
 //! What holds for every call, whatever its protocol: interceptors, so that each client gets the error in its own framing.
 
 use std::any::Any;
-use std::future::Future as _;
+use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::task::Poll;
 
@@ -30,11 +30,7 @@ impl Interceptor for CatchPanics {
         next: Next<'_>,
     ) -> Result<UnaryResponse, ConnectError> {
         let id = request_id(&req.ctx);
-        // The state that a panic may leave half changed is the handler's own, dropped with it.
-        match AssertUnwindSafe(next.run(req)).catch_unwind().await {
-            Ok(result) => result,
-            Err(panic) => Err(panicked(&*panic, &id)),
-        }
+        caught(&id, next.run(req)).await
     }
 
     async fn intercept_streaming(
@@ -44,16 +40,22 @@ impl Interceptor for CatchPanics {
         next: NextStream<'_>,
     ) -> Result<StreamResponse, ConnectError> {
         let id = request_id(&req.ctx);
-        match AssertUnwindSafe(next.run(req, inbound)).catch_unwind().await {
-            Ok(result) => result.map(|response| {
-                response.map_body(|items| -> PayloadStream {
-                    let items = AssertUnwindSafe(items).catch_unwind();
-                    Box::pin(items.map(move |item| item.unwrap_or_else(|panic| Err(panicked(&*panic, &id)))))
-                })
-            }),
-            Err(panic) => Err(panicked(&*panic, &id)),
-        }
+        let response = caught(&id, next.run(req, inbound)).await?;
+        Ok(response.map_body(|items| -> PayloadStream {
+            let items = AssertUnwindSafe(items).catch_unwind();
+            Box::pin(items.map(move |item| item.unwrap_or_else(|panic| Err(panicked(&*panic, &id)))))
+        }))
     }
+}
+
+/// Runs a handler, and turns its panic into an error. The state that a panic may leave half changed is the handler's own,
+/// dropped with it.
+async fn caught<T>(
+    request_id: &str,
+    handler: impl Future<Output = Result<T, ConnectError>>,
+) -> Result<T, ConnectError> {
+    let ended = AssertUnwindSafe(handler).catch_unwind().await;
+    ended.unwrap_or_else(|panic| Err(panicked(&*panic, request_id)))
 }
 
 fn request_id(ctx: &RequestContext) -> String {
@@ -123,29 +125,25 @@ fn until_drain(mut items: PayloadStream, mut draining: watch::Receiver<bool>) ->
     }))
 }
 
-/// Refuses `Authorization`: a caller whose credentials are ignored would believe that somebody had checked them.
-pub(super) struct RefuseCredentials;
+/// Refuses a call by its headers, before the handler sees the call.
+pub(super) struct Refuse(fn(&RequestContext) -> Result<(), ConnectError>);
 
-impl RefuseCredentials {
-    fn check(ctx: &RequestContext) -> Result<(), ConnectError> {
-        if ctx.header(AUTHORIZATION).is_none() {
-            return Ok(());
-        }
-        Err(ConnectError::unauthenticated(
-            "this daemon authenticates nobody, so the Authorization header cannot be checked: send the request without \
-             it; until a version that authenticates, access is a matter of who reaches the daemon's address",
-        ))
-    }
+impl Refuse {
+    /// Refuses `Authorization`: a caller whose credentials are ignored would believe that somebody had checked them.
+    pub(super) const CREDENTIALS: Self = Self(credentials);
+    /// Refuses `Idempotency-Key` on methods that change something, because a key that is ignored would promise what is not
+    /// kept.
+    pub(super) const IDEMPOTENCY_KEY: Self = Self(idempotency_key);
 }
 
 #[async_trait]
-impl Interceptor for RefuseCredentials {
+impl Interceptor for Refuse {
     async fn intercept_unary(
         &self,
         req: UnaryRequest,
         next: Next<'_>,
     ) -> Result<UnaryResponse, ConnectError> {
-        Self::check(&req.ctx)?;
+        (self.0)(&req.ctx)?;
         next.run(req).await
     }
 
@@ -155,35 +153,35 @@ impl Interceptor for RefuseCredentials {
         inbound: PayloadStream,
         next: NextStream<'_>,
     ) -> Result<StreamResponse, ConnectError> {
-        Self::check(&req.ctx)?;
+        (self.0)(&req.ctx)?;
         next.run(req, inbound).await
     }
 }
 
-/// Refuses `Idempotency-Key` on methods that change something: a key that is ignored would promise what is not kept.
-pub(super) struct RefuseIdempotencyKey;
+fn credentials(ctx: &RequestContext) -> Result<(), ConnectError> {
+    if ctx.header(AUTHORIZATION).is_none() {
+        return Ok(());
+    }
+    Err(ConnectError::unauthenticated(
+        "this daemon authenticates nobody, so the Authorization header cannot be checked: send the request without \
+         it; until a version that authenticates, access is a matter of who reaches the daemon's address",
+    ))
+}
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// Unary methods that change nothing though they are not marked as free of side effects.
-const READS: [&str; 2] = ["ValidateVm", "WaitVm"];
+/// Methods that change nothing though they are not marked as free of side effects.
+const READS: [&str; 4] = ["ValidateVm", "WaitVm", "WatchVms", "StreamConsole"];
 
-#[async_trait]
-impl Interceptor for RefuseIdempotencyKey {
-    async fn intercept_unary(
-        &self,
-        req: UnaryRequest,
-        next: Next<'_>,
-    ) -> Result<UnaryResponse, ConnectError> {
-        if req.ctx.header(IDEMPOTENCY_KEY).is_some() && changes_something(&req.ctx) {
-            return Err(ConnectError::unimplemented(
-                "the Idempotency-Key header is not served yet: send the request without it (CreateVm with the same \
-                 vm_id and configuration, and every other method except RebootVm and WriteConsole, may be repeated with the \
-                 same effect as once)",
-            ));
-        }
-        next.run(req).await
+fn idempotency_key(ctx: &RequestContext) -> Result<(), ConnectError> {
+    if ctx.header(IDEMPOTENCY_KEY).is_none() || !changes_something(ctx) {
+        return Ok(());
     }
+    Err(ConnectError::unimplemented(
+        "the Idempotency-Key header is not served yet: send the request without it (CreateVm with the same \
+         vm_id and configuration, and every other method except RebootVm and WriteConsole, may be repeated with the \
+         same effect as once)",
+    ))
 }
 
 fn changes_something(ctx: &RequestContext) -> bool {

@@ -133,7 +133,7 @@ fn rpc_service(
         .with_interceptor(guard::CatchPanics)
         .with_interceptor(guard::EndStreams::new(draining))
         .with_interceptor(outcome::ReportErrors)
-        .with_interceptor(guard::RefuseCredentials)
-        .with_interceptor(guard::RefuseIdempotencyKey)
+        .with_interceptor(guard::Refuse::CREDENTIALS)
+        .with_interceptor(guard::Refuse::IDEMPOTENCY_KEY)
         .with_interceptor(strict_json))
 }
