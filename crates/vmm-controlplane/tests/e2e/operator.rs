@@ -142,6 +142,32 @@ fn beside_a_daemon_everything_is_listed_with_its_owner_and_nothing_is_touched() 
 }
 
 #[test]
+fn nothing_is_restored_into_a_directory_that_others_may_write() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mut world = World::started(&[]);
+    let copy = world.dir.path().join("copy");
+    let copy = copy.to_str().unwrap();
+    assert_eq!(run(&world, &["backup", copy]).code, 0);
+    world.stop(Signal::TERM);
+    let state = world.dir.path().join("state");
+    let names = || {
+        let entries = std::fs::read_dir(&state).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect::<std::collections::BTreeSet<_>>()
+    };
+    let before = names();
+    std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let refused = run(&world, &["restore", copy]);
+    assert!(refused.code == 1 && refused.err.contains("may be written by other users"), "{}", refused.err);
+    assert_eq!(names(), before, "nothing was changed");
+    std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!(run(&world, &["restore", copy]).code, 0);
+    // A directory that is missing is made, and for its owner alone.
+    std::fs::remove_dir_all(&state).unwrap();
+    assert_eq!(run(&world, &["restore", copy]).code, 0);
+    assert_eq!(std::fs::metadata(&state).unwrap().permissions().mode() & 0o777, 0o700);
+}
+
+#[test]
 fn what_an_older_backup_does_not_know_is_ended_only_when_asked() {
     needs_qemu!();
     let mut world = World::started(&[]);
