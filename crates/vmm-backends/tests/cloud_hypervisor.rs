@@ -4,12 +4,12 @@ mod rest_support;
 
 use std::time::{Duration, Instant};
 
-use rest_support::{Bench, FORCE, GUEST_REBOOT, NEVER, PATIENCE, Tap, UNSET, ask_for, usable};
+use rest_support::{Bench, FORCE, GUEST_REBOOT, NEVER, PATIENCE, Run, Tap, UNSET, ask_for, usable};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use vmm_backends::cloud_hypervisor::CloudHypervisor;
 use vmm_core::backend::{
-    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Reset, VmmEvent,
+    AdoptRequest, Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Reset, VmmEvent,
 };
 use vmm_core::state::EndedBy;
 use vmm_host::process::Signal;
@@ -100,6 +100,71 @@ async fn a_reset_is_done_in_place_and_is_no_event() {
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
     assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Vmm);
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
+}
+
+/// Resets the guest at the VMM's own socket, as a daemon does that ends before it reads the event of the reset.
+async fn reset_from_outside(socket: &std::path::Path) {
+    let mut stream = UnixStream::connect(socket).await.expect("the VMM listens");
+    let call = b"PUT /api/v1/vm.reboot HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
+    stream.write_all(call).await.expect("the VMM reads");
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).await.expect("the VMM answers");
+    assert_eq!(&answer, b"HTTP/1.1 204");
+}
+
+#[tokio::test]
+async fn a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption() {
+    let bench = bench!("a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption", Guest::Idle, NEVER);
+    let first = bench.launch().await;
+    let record = first.vmm.run().clone();
+    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    drop(first);
+    reset_from_outside(&record.socket).await;
+    bench.console_shows(&Guest::Idle.banner(), 2).await;
+    let adopt = async |changed_ms| {
+        let request = AdoptRequest { changed_ms, ..bench.adoption(Some(record.clone())) };
+        match bench.backend.adopt(request).await.unwrap() {
+            Adoption::Alive { launched, guest: GuestState::Running } => Run::from(launched),
+            other => panic!("{other:?}"),
+        }
+    };
+    // The record was changed after the reset.
+    let mut run = adopt(vmm_host::clock::now_ms()).await;
+    assert_eq!(run.vmm.reset().await.unwrap(), Reset::InPlace);
+    bench.console_shows(&Guest::Idle.banner(), 3).await;
+    run.no_event();
+    drop(run);
+    // The record was changed before the reset, which ends the run now.
+    reset_from_outside(&record.socket).await;
+    bench.console_shows(&Guest::Idle.banner(), 4).await;
+    let mut run = adopt(0).await;
+    assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
+    assert_eq!(bench.processes(), 0);
+}
+
+#[tokio::test]
+async fn extended_l2_entries_are_refused_as_its_capabilities_say() {
+    let mut bench = bench!("extended_l2_entries_are_refused_as_its_capabilities_say", Guest::Idle, UNSET);
+    assert!(!bench.backend.capabilities().extended_l2);
+    let images = [("extended_l2=on", false), ("compression_type=zstd", true)];
+    for (option, opens) in images {
+        let path = bench.dir().join("image.qcow2");
+        let made = std::process::Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-o", option, path.to_str().unwrap(), "1M"])
+            .status();
+        assert!(made.unwrap().success());
+        bench.config.storage = vec![vmm_core::config::StorageDevice {
+            id: "disk".to_owned(),
+            path: path.to_str().unwrap().to_owned(),
+            options: [("format".to_owned(), "qcow2".to_owned())].into(),
+            ..Default::default()
+        }];
+        let launched = bench.backend.launch(bench.request()).await;
+        assert_eq!(launched.is_ok(), opens, "{option}: {launched:?}");
+        if let Ok(launched) = launched {
+            launched.vmm.kill().await.unwrap();
+        }
+    }
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ use vmm_backends::libvirt::convert::{Inputs, Label, UnfitPath, domain};
 use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
 use vmm_backends::qemu::convert::{Accelerator, ImageKind};
 use vmm_core::backend::Backend as _;
+use vmm_core::capabilities::{EndpointMode, MachineFact};
 use vmm_core::config::{
     BootConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, Options, RestartPolicyConfig,
     StorageDevice, VmConfig,
@@ -151,8 +152,8 @@ fn a_path_that_xml_cannot_carry_is_refused() {
 fn the_backend_says_what_it_is() {
     let backend = LibvirtBackend::new(LibvirtOptions::new("qemu:///system"));
     let capabilities = backend.capabilities();
-    assert_eq!((capabilities.name.as_str(), capabilities.endpoint_mode), ("qemu", "libvirt"));
-    assert_eq!(capabilities.facts["machines"], "q35");
+    assert_eq!((capabilities.name.as_str(), capabilities.endpoint_mode), ("qemu", EndpointMode::Libvirt));
+    assert_eq!(capabilities.facts.machines, Some(&[MachineFact::Q35][..]));
     assert_eq!(backend.places(), Places::Made);
     let uid: VmUid = "0193f0de-0000-7000-8000-000000000001".parse().unwrap();
     let kind = backend.kind_of_new(uid);

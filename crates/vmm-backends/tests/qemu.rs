@@ -262,7 +262,7 @@ async fn a_vmm_that_stands_still_is_told_from_a_dead_one() {
     drop(run);
     match bench.backend.adopt(bench.adoption(Some(record))).await.unwrap() {
         Adoption::Unreachable { reason, launched: Some(launched), .. } => {
-            assert_eq!(reason, "vmm-does-not-answer");
+            assert_eq!(reason.as_str(), "vmm-does-not-answer");
             let mut run = Run::from(launched);
             let error = run.vmm.pause().await.unwrap_err();
             assert_eq!((error.kind, error.effect), (BackendErrorKind::Unreachable, Effect::NotApplied));

@@ -1,56 +1,70 @@
-//! Reads the events that Cloud Hypervisor writes to its event file: JSON objects, one after the
-//! other.
+//! What Cloud Hypervisor tells of itself, in a file of its own: JSON objects, one after the other.
 //!
-//! The file outlives the daemon, so the next daemon can read the events of the time between. The
-//! part that was read is freed by punching a hole, which keeps offsets valid. A hole reads as zero
-//! bytes, which no event contains. The read position is stored in a second file, because not every
-//! file system supports holes and an event must not be reported twice.
+//! The file survives the daemon, so that the next one can read what happened meanwhile. What was read is given back to the
+//! host by punching a hole, which keeps offsets true; such a hole reads as zero bytes, which no event contains. How far the
+//! reading has come is kept beside it, because not every file system takes holes: an event that is read twice is told twice.
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use vmm_host::tail::{Limits, Tail, Taken};
 
 /// The file's name in the run folder.
 pub(super) const EVENTS: &str = "events";
-/// The name in the run folder of the file that records how far [`EVENTS`] was read.
+/// The name in the run folder of the file that says how far [`EVENTS`] was read.
 const READ: &str = "events.read";
-/// The most bytes that are read in one round. A longer event is skipped.
+/// The most bytes that are read in one round. A longer event is passed over.
 const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
-/// The bytes at the end of the file that a daemon reads when it takes over.
+/// How much of the file's end a daemon that takes over looks at, in bytes.
 const TAIL: u64 = 256 << 10;
 
-/// An event of a VM or its VMM.
+/// What happened to a VM or its VMM, as far as it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ChEvent {
-    /// The guest is being reset.
+    /// The guest's machine is being reset.
     Rebooting,
     /// The guest's CPUs were stopped.
     Paused,
-    /// The guest's CPUs were started again.
+    /// The guest's CPUs were let go on.
     Resumed,
     /// The guest has powered off, or the VM was shut down.
     Shutdown,
     /// The guest's kernel has panicked, and no other kernel takes over.
     Panicked,
-    /// Any other event.
+    /// Something else.
     Other,
+}
+
+impl ChEvent {
+    /// Returns true for an event that ends the run. The age of such an event does not matter.
+    const fn is_final(self) -> bool {
+        matches!(self, Self::Shutdown | Self::Panicked)
+    }
 }
 
 #[derive(Deserialize)]
 struct Written {
+    #[serde(default)]
+    timestamp: Timestamp,
     source: String,
     event: String,
     properties: Option<Properties>,
 }
 
-/// The properties of an event that are used.
+/// The properties of an event that matter here.
 #[derive(Deserialize)]
 struct Properties {
-    /// The event that the guest's panic device reported. A guest also reports the load of a crash
-    /// kernel there.
+    /// The word that the guest's panic device was given: a guest also tells it that a kernel for crash dumps takes over.
     event: Option<String>,
+}
+
+/// The time since the VMM began to write events, on a clock that nobody sets.
+#[derive(Clone, Copy, Default, Deserialize)]
+struct Timestamp {
+    secs: u64,
+    nanos: u32,
 }
 
 impl Written {
@@ -68,23 +82,30 @@ impl Written {
             _ => ChEvent::Other,
         }
     }
+
+    /// Returns the time since the VMM began to write events.
+    fn time(&self) -> Duration {
+        Duration::from_secs(self.timestamp.secs)
+            .saturating_add(Duration::from_nanos(self.timestamp.nanos.into()))
+    }
 }
 
-/// Reads the event file of one run, each event once.
+/// Reads the file of one run, each event once.
 #[derive(Clone, Debug)]
 pub(super) struct EventFile {
     path: PathBuf,
     tail: Tail,
+    /// The age of the VMM up to which the VM's record knows of all that happened.
+    known_until: Duration,
 }
 
 impl EventFile {
-    /// Returns a reader that begins at the first event of the run in `dir`.
+    /// Begins at the first event of the run in `dir`.
     pub(super) fn from_start(dir: &Path) -> Self {
         Self::at(dir.join(EVENTS), 0)
     }
 
-    /// Returns a reader that begins at the stored position, or near the end of the file if none is
-    /// stored. Blocks.
+    /// Begins where the daemon before has stopped, or where that is not known near the end of what is there. Blocks.
     pub(super) fn near_end(dir: &Path) -> Self {
         let path = dir.join(EVENTS);
         let len = std::fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
@@ -94,10 +115,16 @@ impl EventFile {
     }
 
     fn at(path: PathBuf, offset: u64) -> Self {
-        Self { tail: Tail::new(path.clone(), offset, LIMITS), path }
+        Self { tail: Tail::new(path.clone(), offset, LIMITS), path, known_until: Duration::ZERO }
     }
 
-    /// Removes the files of an earlier run. Blocks.
+    /// Passes over events from before the VMM had the age `known_until`, unless an event ended the run.
+    pub(super) fn known_until(mut self, known_until: Duration) -> Self {
+        self.known_until = known_until;
+        self
+    }
+
+    /// Removes what an earlier run left. Blocks.
     ///
     /// # Errors
     /// Returns the kernel's error.
@@ -111,7 +138,7 @@ impl EventFile {
         Ok(())
     }
 
-    /// Reads at most `most` events after the last position. Blocks.
+    /// Reads at most `most` events that were written since the last time. Blocks.
     ///
     /// # Errors
     /// Returns the kernel's error.
@@ -119,19 +146,30 @@ impl EventFile {
         let (begin, skipped) = (self.tail.offset(), self.tail.skipped());
         let mut events = Vec::new();
         self.tail.read(|bytes| {
-            let (some, used) = parse(bytes, most - events.len());
-            events.extend(some);
+            let mut used = 0;
+            loop {
+                let room = most - events.len();
+                let (some, more) = parse(&bytes[used..], room);
+                used += more;
+                let all = some.len() < room;
+                let fresh =
+                    some.into_iter().filter(|(event, time)| event.is_final() || *time >= self.known_until);
+                events.extend(fresh.map(|(event, _)| event));
+                if all || events.len() == most {
+                    break;
+                }
+            }
             Ok(if events.len() < most { Taken::Bytes(used) } else { Taken::Enough(used) })
         })?;
         if self.tail.skipped() > skipped {
-            tracing::warn!(path = %self.path.display(), "a part of the event file that is too long for an event was skipped");
+            tracing::warn!(path = %self.path.display(), "what is too long for an event was passed over");
         }
         if self.tail.offset() > begin {
             if let Err(error) = self.keep_place() {
-                tracing::debug!(path = %self.path.display(), %error, "the read position of the events cannot be stored");
+                tracing::debug!(path = %self.path.display(), %error, "how far the events were read cannot be kept");
             }
             if let Err(error) = self.tail.give_back() {
-                tracing::debug!(path = %self.path.display(), %error, "the file system does not support holes; the event file grows");
+                tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
             }
         }
         Ok(events)
@@ -144,14 +182,13 @@ impl EventFile {
     }
 }
 
-/// Returns the complete events in `bytes`, at most `most`, and the length of `bytes` up to the end
-/// of the last one.
-pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
+/// Returns the whole events in `bytes`, at most `most`, each with the time since the VMM began to write, and how many bytes
+/// they take with what stands before them.
+pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(ChEvent, Duration)>, usize) {
     let mut events = Vec::new();
     let mut used = 0;
     while events.len() < most {
-        // The bytes before an object are a hole, the blank between two events, or the rest of an
-        // event whose beginning was not read.
+        // Past a hole, the blank between two events, or the second half of one whose first was not read.
         let Some(begin) = bytes[used..].windows(2).position(|pair| pair == b"{\n") else {
             let kept = usize::from(bytes.last() == Some(&b'{'));
             let rest = bytes[used..].iter().all(|byte| byte.is_ascii_whitespace() || *byte == 0);
@@ -162,11 +199,11 @@ pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
         match stream.next() {
             Some(Ok(event)) => {
                 used = from + stream.byte_offset();
-                events.push(event.kind());
+                events.push((event.kind(), event.time()));
             }
-            // The rest of this event is still being written.
+            // The rest of it is still being written.
             Some(Err(error)) if error.is_eof() => return (events, from),
-            // The match was an inner object or is no event, so the search goes on behind it.
+            // An inner object, or nonsense: try behind it.
             Some(Err(_)) | None => used = from + 1,
         }
     }
@@ -179,9 +216,31 @@ mod tests {
 
     /// As Cloud Hypervisor 53 writes it.
     fn event(source: &str, event: &str) -> String {
+        event_at(0, source, event)
+    }
+
+    fn event_at(secs: u64, source: &str, event: &str) -> String {
         format!(
-            "{{\n  \"timestamp\": {{\n    \"secs\": 0,\n    \"nanos\": 7\n  }},\n  \"source\": \"{source}\",\n  \"event\": \"{event}\",\n  \"properties\": null\n}}\n\n"
+            "{{\n  \"timestamp\": {{\n    \"secs\": {secs},\n    \"nanos\": 7\n  }},\n  \"source\": \"{source}\",\n  \"event\": \"{event}\",\n  \"properties\": null\n}}\n\n"
         )
+    }
+
+    fn kinds(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
+        let (events, used) = parse(bytes, most);
+        (events.into_iter().map(|(event, _)| event).collect(), used)
+    }
+
+    #[test]
+    fn events_that_the_record_knows_of_are_passed_over_but_an_end_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = [(4, "rebooting"), (5, "shutdown"), (6, "paused"), (7, "resumed")]
+            .map(|(secs, name)| event_at(secs, "vm", name))
+            .concat();
+        std::fs::write(dir.path().join(EVENTS), text).unwrap();
+        let read = |known| EventFile::from_start(dir.path()).known_until(Duration::from_secs(known)).read(10);
+        assert_eq!(read(7).unwrap(), [ChEvent::Shutdown, ChEvent::Resumed]);
+        std::fs::write(dir.path().join(EVENTS), event_at(4, "vm", "rebooting")).unwrap();
+        assert_eq!(read(4).unwrap(), [ChEvent::Rebooting]);
     }
 
     #[test]
@@ -189,8 +248,8 @@ mod tests {
         let text =
             format!("{}{}{}", event("vm", "rebooting"), event("vmm", "starting"), event("vm", "paused"));
         for cut in 0..text.len() {
-            let (mut events, used) = parse(&text.as_bytes()[..cut], 100);
-            let (rest, _) = parse(&text.as_bytes()[used..], 100);
+            let (mut events, used) = kinds(&text.as_bytes()[..cut], 100);
+            let (rest, _) = kinds(&text.as_bytes()[used..], 100);
             events.extend(rest);
             assert_eq!(events, [ChEvent::Rebooting, ChEvent::Other, ChEvent::Paused], "cut at {cut}");
         }
@@ -201,9 +260,9 @@ mod tests {
         for (word, expected) in [("panic", ChEvent::Panicked), ("crash_loaded", ChEvent::Other)] {
             let told =
                 event("guest", "panic").replace("null", &format!("{{\n    \"event\": \"{word}\"\n  }}"));
-            assert_eq!(parse(told.as_bytes(), 100).0, [expected], "{told}");
+            assert_eq!(kinds(told.as_bytes(), 100).0, [expected], "{told}");
         }
-        assert_eq!(parse(event("guest", "panic").as_bytes(), 100).0, [ChEvent::Other]);
+        assert_eq!(kinds(event("guest", "panic").as_bytes(), 100).0, [ChEvent::Other]);
     }
 
     #[test]
@@ -213,10 +272,10 @@ mod tests {
             event("vm", "paused"),
             event("vm", "resumed")
         );
-        assert_eq!(parse(text.as_bytes(), 100).0, [ChEvent::Paused, ChEvent::Resumed]);
-        assert_eq!(parse(text.as_bytes(), 1).0, [ChEvent::Paused]);
-        assert_eq!(parse(&[0; 5000], 100), (vec![], 5000));
-        assert_eq!(parse(b"", 100), (vec![], 0));
+        assert_eq!(kinds(text.as_bytes(), 100).0, [ChEvent::Paused, ChEvent::Resumed]);
+        assert_eq!(kinds(text.as_bytes(), 1).0, [ChEvent::Paused]);
+        assert_eq!(kinds(&[0; 5000], 100), (vec![], 5000));
+        assert_eq!(kinds(b"", 100), (vec![], 0));
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! One running Cloud Hypervisor: its handle, and the task that reports its events.
+//! One running Cloud Hypervisor: its handle, and the task that tells what it does by itself.
 //!
 //! ```text
 //!   Handle ── client ──► API socket            one connection, closed after each sample
 //!      │
-//!      ├───── expected ──────────────┐         events of this daemon's own orders are not reported
+//!      ├───── expected ──────────────┐         what this daemon has ordered is no news
 //!      │                             ▼
 //!      │        events file ──► Monitor ──► GuestReset, Paused, Resumed
 //!      └───── process ─► pidfd ──►  │  └──► Gone(cause), the end
@@ -11,31 +11,33 @@
 //!                          └─ kill ─┘          a reset of the guest, where the restart policy is NEVER; a panic of the guest
 //! ```
 //!
-//! Cloud Hypervisor always resets a guest in place and cannot be configured to end. Therefore the
-//! monitor kills the VMM when it reads a reset that must end the run. The guest may run for some
-//! milliseconds of its next boot. A guest's power-off ends the process with exit status 0, as
-//! SIGTERM does, so the status does not show the cause. A guest that has panicked does not end its
-//! VMM, so the monitor kills the VMM then, too.
+//! Cloud Hypervisor cannot be told that a guest's reset ends the run: it resets in place. So the monitor ends the run as soon
+//! as it reads of the reset; the guest may get some milliseconds into its next boot. A guest's power-off ends the process by
+//! itself, with exit status 0, as SIGTERM does; which of the two it was is not told. A guest that has panicked runs on, and so
+//! the monitor ends that run too.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, Ladder, Launched, NetworkCounters,
-    Reset, Sample, StorageCounters, Vmm, VmmEvent,
+    AdoptRequest, BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, Ladder, Launched,
+    NetworkCounters, Reset, Sample, StorageCounters, Vmm, VmmEvent,
 };
 use vmm_core::state::EndedBy;
-use vmm_core::store::RunRecord;
+use vmm_core::store::{ProcessIdentity, RunRecord};
+use vmm_host::clock::now_ms;
 use vmm_host::growth::{Watched, Watcher};
 use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
 
 use super::client::{Client, Counters};
 use super::events::{ChEvent, EVENTS, EventFile};
+use super::reset_ends;
 use crate::counters;
 use crate::ladder::{self, Call, Means};
 use crate::launch::kill;
@@ -43,12 +45,12 @@ use crate::rest::adopt::{LOG, exit_message, or_gone};
 use crate::rest::backend::Run;
 use crate::throttle::{Throttle, due};
 
-/// The most events that wait for the VM's owner.
+/// Events that wait for the VM's owner.
 const QUEUE: usize = 64;
-/// The most events that are read at once.
+/// Events that are read at once.
 const BATCH: usize = 64;
 
-/// The orders of this daemon whose events were not read yet.
+/// What this daemon has ordered and the VMM has not told of yet.
 #[derive(Debug, Default)]
 struct Expected {
     ending: AtomicBool,
@@ -57,7 +59,7 @@ struct Expected {
     resumes: AtomicU32,
 }
 
-/// Decrements `count` and returns true, or returns false if it is 0.
+/// Takes one from `count`, if there is one.
 fn take(count: &AtomicU32) -> bool {
     count.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| count.checked_sub(1)).is_ok()
 }
@@ -72,8 +74,7 @@ struct Handle {
     totals: Mutex<Totals>,
 }
 
-/// Sums the counters of a run, because the VMM's counters restart at 0 when the guest is reset in
-/// place.
+/// Counters begin anew when the guest is reset in place; these do not.
 #[derive(Debug, Default)]
 struct Totals {
     before: [u64; 8],
@@ -81,7 +82,7 @@ struct Totals {
 }
 
 impl Totals {
-    /// Records the present counters and returns those of the whole run.
+    /// Takes the counters as they are now, and answers with those of the whole run.
     fn update(&mut self, now: [u64; 8]) -> [u64; 8] {
         if now.iter().zip(self.last).any(|(now, last)| *now < last) {
             for (before, last) in self.before.iter_mut().zip(self.last) {
@@ -97,16 +98,21 @@ impl Totals {
     }
 }
 
-/// Returns the handle of a running Cloud Hypervisor, and starts the task that watches it.
-/// `reset_ends` is true if a reset of the guest ends the run.
+/// Makes the handle of a Cloud Hypervisor that runs, and watches over it. `reset_ends` says whether a reset of the guest ends
+/// the run.
 pub(super) fn attend(run: Run<'_, Client>, reset_ends: bool, watcher: &Watcher) -> Launched {
-    let Run { record, process, client, dir, spec: _, is_new } = run;
+    let Run { record, process, client, dir, spec: _, is_new, changed_ms } = run;
+    let file = if is_new {
+        EventFile::from_start(dir)
+    } else {
+        EventFile::near_end(dir).known_until(known_until(&record.process, changed_ms, now_ms()))
+    };
     let (sender, events) = mpsc::channel(QUEUE);
     let expected = Arc::new(Expected::default());
     let span = tracing::info_span!(parent: None, "cloud-hypervisor", pid = process.pid());
     let monitor = Monitor {
         process: process.clone(),
-        file: if is_new { EventFile::from_start(dir) } else { EventFile::near_end(dir) },
+        file,
         watched: watcher.watch(&dir.join(EVENTS)),
         expected: Arc::clone(&expected),
         log: dir.join(LOG),
@@ -121,7 +127,7 @@ pub(super) fn attend(run: Run<'_, Client>, reset_ends: bool, watcher: &Watcher) 
     Launched { vmm: Arc::new(handle), events }
 }
 
-/// The events of a run that show how it ended.
+/// What was read of a run's events that says how it ended.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
     shutdown: bool,
@@ -130,7 +136,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Adds a panic as the reason to the message about an end.
+    /// Says in an end's message that a panic was its reason.
     fn explain(self, message: String) -> String {
         if self.panic { format!("the guest panicked, and its VMM was ended: {message}") } else { message }
     }
@@ -144,10 +150,9 @@ struct Monitor {
     log: PathBuf,
     reset_ends: bool,
     seen: Seen,
-    /// Limits the reports of a VMM that pauses and resumes its guest without end, because each
-    /// report is stored.
+    /// Keeps a VMM that pauses and resumes its guest without end from filling the log of events.
     throttle: Throttle,
-    /// The last change that the throttle has delayed, and the time of its report.
+    /// The last such change that the throttle has held up, and when to tell of it.
     moved: Option<(VmmEvent, Instant)>,
     sender: mpsc::Sender<VmmEvent>,
 }
@@ -155,15 +160,9 @@ struct Monitor {
 impl Monitor {
     async fn run(mut self) {
         let exit = loop {
-            // The file is read before each wait, because events that were written before the watch
-            // began cause no wake-up.
+            // First what is there: the watch began after the first events.
             self.read_events().await;
             let held_up = self.moved.as_ref().map(|(_, at)| *at);
-            // The order matters. A delayed change is due at a fixed time and must not be starved by
-            // a file that grows without end. Growth comes before the end of the process, so that
-            // the events which explain the end are read first; the read after the loop takes those
-            // that were written in between. If the receiver has been dropped, another daemon will
-            // read on from the stored position.
             tokio::select! {
                 biased;
                 () = due(held_up) => {
@@ -172,7 +171,7 @@ impl Monitor {
                     }
                 }
                 () = self.watched.grown() => {}
-                // Whoever adopts the VMM next reads on from the stored position.
+                // Whoever adopts the VMM again reads on where this one stops.
                 () = self.sender.closed() => return,
                 exit = self.process.wait() => break exit,
             }
@@ -200,9 +199,6 @@ impl Monitor {
 
     async fn take(&mut self, event: ChEvent) {
         match event {
-            // Each event is compared with the orders of this daemon first. An order increments its
-            // count before the call, so its event finds the count even if the event is read before
-            // the answer.
             ChEvent::Rebooting if take(&self.expected.resets) => {}
             ChEvent::Rebooting if self.reset_ends => {
                 self.seen.ending_reset = true;
@@ -234,8 +230,7 @@ impl Monitor {
         }
     }
 
-    /// Reports that another client has stopped or started the guest's CPUs. Of a flood only the
-    /// last change is reported.
+    /// Tells that somebody else has stopped the guest's CPUs or let them go on. Of a flood only the last change is told.
     async fn tell_moved(&mut self, event: VmmEvent) {
         if let Some((held_up, _)) = &mut self.moved {
             *held_up = event;
@@ -247,8 +242,7 @@ impl Monitor {
         }
     }
 
-    /// Sends an event. A dropped receiver is no error, because the next daemon reads the same state
-    /// from the VMM.
+    /// Nobody may listen any more; what happened is found out by whoever looks next.
     async fn tell(&self, event: VmmEvent) {
         let _ = self.sender.send(event).await;
     }
@@ -266,10 +260,27 @@ async fn read(mut file: EventFile) -> (Vec<ChEvent>, EventFile) {
     read.await.unwrap_or((Vec::new(), spare))
 }
 
-/// Returns the cause of a run's end that no daemon watched, read from the files in its folder.
-pub(super) async fn explain_past(dir: &Path, reset_ends: bool) -> Exit {
+/// Returns the age that the VMM `process` had at `changed_ms`, the last change of its VM's record: the record knows of all that
+/// happened before. Both times are Unix milliseconds. Zero where the clock was set back since, because then nothing is known.
+fn known_until(process: &ProcessIdentity, changed_ms: i64, now_ms: i64) -> Duration {
+    let since = u64::try_from(now_ms.saturating_sub(changed_ms)).map(Duration::from_millis);
+    match (vmm_host::process::age(process), since) {
+        (Some(age), Ok(since)) => age.saturating_sub(since),
+        (None, _) | (_, Err(_)) => Duration::ZERO,
+    }
+}
+
+/// Says how a run ended that nobody watched, from the files in its folder.
+pub(super) async fn explain_past(request: &AdoptRequest) -> Exit {
+    let (dir, reset_ends) = (request.dir.as_path(), reset_ends(&request.spec));
+    let run = request.run.as_ref();
+    let known_until =
+        run.map_or(Duration::ZERO, |run| known_until(&run.process, request.changed_ms, now_ms()));
     let owned = dir.to_path_buf();
-    let read = tokio::task::spawn_blocking(move || EventFile::near_end(&owned).read(usize::MAX)).await;
+    let read = tokio::task::spawn_blocking(move || {
+        EventFile::near_end(&owned).known_until(known_until).read(usize::MAX)
+    })
+    .await;
     let events = read.unwrap_or_else(|_| Ok(Vec::new())).unwrap_or_default();
     let seen = Seen {
         shutdown: events.contains(&ChEvent::Shutdown),
@@ -281,9 +292,6 @@ pub(super) async fn explain_past(dir: &Path, reset_ends: bool) -> Exit {
 }
 
 fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
-    // The events come first, because they are more precise than the exit status: a run that the
-    // monitor killed after a reset or a panic ended by SIGKILL of this daemon. An order of this
-    // daemon comes next. The exit status decides only an end that nobody announced.
     if seen.ending_reset {
         return ExitCause::GuestReset;
     }
@@ -294,8 +302,7 @@ fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
         return ExitCause::Requested;
     }
     match exit.status {
-        // Exit status 0 is a power-off even without its event, because a separate thread of the VMM
-        // writes the event and may not get to it before the process ends.
+        // It tells of a power-off in a thread of its own, and may have ended before that has come to writing.
         Some(ExitStatus::Code(0)) => ExitCause::GuestPowerOff,
         None if seen.shutdown => ExitCause::GuestPowerOff,
         Some(ExitStatus::Code(_) | ExitStatus::Signal(_)) => ExitCause::VmmFailed,
@@ -304,13 +311,8 @@ fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
 }
 
 impl Handle {
-    /// Makes `call`, whose event will be counted in `count`. Returns success if the VMM refuses the
-    /// call because the guest is already in the state `wanted`.
+    /// Orders what the VMM will tell of as `count`, and calls it done where the guest is `wanted` already.
     async fn order(&self, count: &AtomicU32, call: Call<'_>, wanted: GuestState) -> Result<(), BackendError> {
-        // The count is incremented before the call, because the monitor may read the event before
-        // the answer arrives. It is decremented again if no event can follow. A call with an
-        // unknown effect keeps its count: a later event of this kind is then taken for the order's
-        // own.
         count.fetch_add(1, Ordering::AcqRel);
         let Err(error) = call.await else { return Ok(()) };
         if error.kind != BackendErrorKind::Rejected {
@@ -320,7 +322,7 @@ impl Handle {
             return Err(or_gone(&self.process, error));
         }
         take(count);
-        // Cloud Hypervisor refuses to pause a paused guest. Such a refusal is a success here.
+        // To stop what stands still is an error there, and none here.
         match self.client.state().await {
             Ok(state) if state == wanted => Ok(()),
             Ok(_) | Err(_) => Err(or_gone(&self.process, error)),
@@ -331,7 +333,7 @@ impl Handle {
         self.order(&self.expected.resumes, Box::pin(self.client.resume()), GuestState::Running).await
     }
 
-    /// Returns the counters of the whole run, across resets in place.
+    /// Adds what the devices counted before the guest was last reset in place.
     fn totals(&self, now: &Counters) -> (NetworkCounters, StorageCounters) {
         let (net, disk) = (now.network(), now.storage());
         let now = [
@@ -376,7 +378,7 @@ impl Means for Handle {
 
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
         let call: Call<'_> = Box::pin(async {
-            // A paused guest does not react to its power button, so it is resumed first.
+            // A guest that stands still hears nothing.
             if self.client.state().await? == GuestState::Paused {
                 self.wake().await?;
             }
@@ -451,6 +453,17 @@ impl Vmm for Handle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_record_knows_of_nothing_where_the_clock_was_set_back() {
+        let process = vmm_host::process::identify(std::process::id()).unwrap();
+        let now = 1_800_000_000_000;
+        assert_eq!(known_until(&process, now + 1, now), Duration::ZERO);
+        assert_eq!(known_until(&process, 0, now), Duration::ZERO, "the change is older than the process");
+        assert!(known_until(&process, now, now) <= vmm_host::process::age(&process).unwrap());
+        let elsewhere = ProcessIdentity { boot_id: "another".to_owned(), ..process };
+        assert_eq!(known_until(&elsewhere, now, now), Duration::ZERO);
+    }
 
     #[test]
     fn counters_outlive_a_reset() {

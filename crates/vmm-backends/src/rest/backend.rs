@@ -17,6 +17,7 @@ use vmm_core::backend::{
     Launched, SpareRequest, SpareVmms, SweepRequest,
 };
 use vmm_core::id::VmUid;
+use vmm_core::reason::Reason;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
@@ -62,9 +63,8 @@ pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
     /// Returns the handle of a running VM, and starts a task that watches the VM.
     fn attend(&self, run: Run<'_, Self::Client>) -> Launched;
 
-    /// Returns the cause of a run's end that no daemon watched, read from the files that the VMM
-    /// left in `dir`.
-    async fn explain_past(dir: &Path, spec: &VmSpec) -> Exit;
+    /// Returns the cause of the end of the run of `request` that no daemon watched, read from the files that the VMM left.
+    async fn explain_past(request: &AdoptRequest) -> Exit;
 }
 
 /// The parts of a handle.
@@ -81,6 +81,8 @@ pub struct Run<'a, C> {
     pub spec: &'a VmSpec,
     /// False where an earlier daemon started the VMM.
     pub is_new: bool,
+    /// The time of the record's last change, in Unix milliseconds, where an earlier daemon started the VMM.
+    pub changed_ms: i64,
 }
 
 /// The backend that starts VMMs of the hypervisor `H`.
@@ -146,14 +148,15 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         }
         let process = guard.keep();
         let record = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
-        Ok(self.hypervisor.attend(Run { record, process, client, dir, spec: &request.spec, is_new: true }))
+        let (spec, is_new, changed_ms) = (&request.spec, true, 0);
+        Ok(self.hypervisor.attend(Run { record, process, client, dir, spec, is_new, changed_ms }))
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
         let (dir, spec) = (request.dir.as_path(), &request.spec);
         let (process, mut record) = match look(&request, self.program.running_names().await).await {
             Trace::Alive(process, run) => (process, *run),
-            Trace::Gone => return Ok(Adoption::Gone { exit: H::explain_past(dir, spec).await }),
+            Trace::Gone => return Ok(Adoption::Gone { exit: H::explain_past(&request).await }),
             Trace::Unprovable(Unproven { reason, message }) => {
                 return Ok(Adoption::Unreachable { reason, message, launched: None });
             }
@@ -164,16 +167,17 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         let client = H::Client::of_process(&record.socket, process.pid());
         let answer = client.instance().await;
         if has_ended(&process, &answer).await {
-            return Ok(Adoption::Gone { exit: H::explain_past(dir, spec).await });
+            return Ok(Adoption::Gone { exit: H::explain_past(&request).await });
         }
         if let Ok((_, version)) = &answer {
             record.version.clone_from(version);
         }
-        let launched = self.hypervisor.attend(Run { record, process, client, dir, spec, is_new: false });
+        let (is_new, changed_ms) = (false, request.changed_ms);
+        let launched = self.hypervisor.attend(Run { record, process, client, dir, spec, is_new, changed_ms });
         Ok(match answer {
             Ok((guest, _)) => Adoption::Alive { launched, guest },
             Err(error) => Adoption::Unreachable {
-                reason: "vmm-silent",
+                reason: Reason::VmmSilent,
                 message: error.message,
                 launched: Some(launched),
             },

@@ -176,6 +176,7 @@ impl Bench {
             run,
             kind: VmKind::Managed,
             imported: false,
+            changed_ms: 0,
         }
     }
 

@@ -169,6 +169,7 @@ impl<B: Backend> Bench<B> {
             run,
             kind: VmKind::Managed,
             imported: false,
+            changed_ms: 0,
         }
     }
 
