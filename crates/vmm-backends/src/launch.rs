@@ -65,7 +65,7 @@ pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> 
             (BackendErrorKind::NotInstalled, "install it, or correct the configured path")
         };
         let message = format!("{} could not be started: {error}; {advice}", program.display());
-        BackendError::new(kind, Effect::NotApplied, message)
+        BackendError::new(kind, Effect::NotApplied, message).caused_by(error)
     })?;
     point(FaultPoint::LaunchSpawned);
     Ok(started)
@@ -114,7 +114,7 @@ pub async fn wait_for_socket(
         biased;
         connected = connect_when_there(path) => connected.inspect(|_| point(FaultPoint::LaunchConnected)).map_err(|error| {
             let message = format!("the VMM's socket {} cannot be used: {error}", path.display());
-            BackendError::new(BackendErrorKind::Host, Effect::Unknown, message)
+            BackendError::new(BackendErrorKind::Host, Effect::Unknown, message).caused_by(error)
         }),
         exit = process.wait() => {
             let message = format!("the VMM ended before its socket {} was there: {exit}", path.display());
@@ -258,7 +258,9 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, BackendError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(host_error(format!("the run folder's users cannot be cleared: {error}"))),
+        Ok(Err(error)) => {
+            Err(host_error(format!("the run folder's users cannot be cleared: {error}")).caused_by(error))
+        }
         Err(error) => Err(host_error("the clearing of a run folder was broken off").caused_by(error)),
     }
 }

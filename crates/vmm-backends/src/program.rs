@@ -152,7 +152,7 @@ impl Program {
         if let Some(installed) = self.remembered(&stamp) {
             return Ok(installed);
         }
-        let version = self.ask(&stamp.path).await.map_err(|why| self.unusable(&why))?;
+        let version = self.ask(&stamp.path).await?;
         let installed = Installed { stamp, version };
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(installed.clone());
         Ok(installed)
@@ -192,21 +192,25 @@ impl Program {
         last.as_ref().filter(|last| last.stamp == *stamp).cloned()
     }
 
-    async fn ask(&self, program: &Path) -> Result<Version, String> {
+    async fn ask(&self, program: &Path) -> Result<Version, BackendError> {
         let (shown, Kind { title, oldest, .. }) = (program.display(), self.kind);
         let said = match tokio::time::timeout(SAYING, said_by(program)).await {
             Ok(Ok(said)) => said,
-            Ok(Err(error)) => return Err(format!("{shown} cannot be run: {error}")),
-            Err(_) => return Err(format!("{shown} --version did not answer within {SAYING:?}")),
+            Ok(Err(error)) => {
+                return Err(self.unusable(&format!("{shown} cannot be run: {error}")).caused_by(error));
+            }
+            Err(_) => {
+                return Err(self.unusable(&format!("{shown} --version did not answer within {SAYING:?}")));
+            }
         };
         match (self.kind.read_version)(&said) {
-            Some(version) if version < oldest => Err(format!(
+            Some(version) if version < oldest => Err(self.unusable(&format!(
                 "{shown} is {title} {version}, and {oldest} is the oldest that can be used; upgrade it"
-            )),
+            ))),
             Some(version) => Ok(version),
             None => {
                 let said: String = said.trim().chars().take(200).collect();
-                Err(format!("{shown} does not look like {title}: --version says {said:?}"))
+                Err(self.unusable(&format!("{shown} does not look like {title}: --version says {said:?}")))
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Finds the VMM of a launch that was interrupted before its process was on record.
 
 use std::path::Path;
+use vmm_core::reason::Reason;
 
 use vmm_host::process::{Found, find_by_argument};
 
@@ -8,7 +9,7 @@ use vmm_host::process::{Found, find_by_argument};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Unproven {
     /// Machine-readable cause in kebab-case.
-    pub(crate) reason: &'static str,
+    pub(crate) reason: Reason,
     /// The reason as a sentence for people.
     pub(crate) message: String,
 }
@@ -23,7 +24,7 @@ pub(crate) struct Unproven {
 pub(crate) async fn user_of(dir: &Path, names: Vec<String>) -> Result<Option<Found>, Unproven> {
     let owned = dir.to_path_buf();
     let hidden = |error: &dyn std::fmt::Display| Unproven {
-        reason: "processes-hidden",
+        reason: Reason::ProcessesHidden,
         message: format!("the host's processes cannot be listed: {error}"),
     };
     let users = match tokio::task::spawn_blocking(move || find_by_argument(&owned)).await {
@@ -39,12 +40,12 @@ fn one_of(users: Vec<Found>, names: &[String]) -> Result<Option<Found>, Unproven
     let pid = found.identity.pid;
     if let Some(other) = ours.next() {
         let message = format!("processes {pid} and {} both use the run folder", other.identity.pid);
-        return Err(Unproven { reason: "several-vmms", message });
+        return Err(Unproven { reason: Reason::SeveralVmms, message });
     }
     if found.exe.is_none() {
         let message =
             format!("process {pid} uses the run folder, but its program is hidden from the daemon's user");
-        return Err(Unproven { reason: "identity-unproven", message });
+        return Err(Unproven { reason: Reason::IdentityUnproven, message });
     }
     Ok(Some(found))
 }
@@ -70,7 +71,7 @@ mod tests {
         let ours = || found(5, Some("/usr/bin/vmm"));
         assert_eq!(reason(vec![ours(), found(6, Some("/bin/tail"))]).unwrap().unwrap().identity.pid, 5);
         assert!(reason(vec![found(6, Some("/bin/tail"))]).unwrap().is_none());
-        assert_eq!(reason(vec![ours(), found(7, Some("/opt/vmm"))]).unwrap_err(), "several-vmms");
-        assert_eq!(reason(vec![found(5, None)]).unwrap_err(), "identity-unproven");
+        assert_eq!(reason(vec![ours(), found(7, Some("/opt/vmm"))]).unwrap_err(), Reason::SeveralVmms);
+        assert_eq!(reason(vec![found(5, None)]).unwrap_err(), Reason::IdentityUnproven);
     }
 }

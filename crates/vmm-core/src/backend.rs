@@ -29,11 +29,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-pub use crate::capabilities::{Capabilities, KernelFormat};
+pub use crate::capabilities::{Capabilities, EndpointMode, KernelFormat};
 use crate::gate::Gate;
 use crate::id::{InstanceId, VmId, VmUid};
 use crate::kind::VmKind;
+use crate::limit::HostLimit;
 use crate::place::{Discover, Places};
+use crate::reason::Reason;
 use crate::report::Report;
 pub use crate::spare::{SpareRequest, SpareVmms};
 use crate::spec::VmSpec;
@@ -216,6 +218,8 @@ pub struct AdoptRequest {
     pub kind: VmKind,
     /// True if another program made the VM.
     pub imported: bool,
+    /// The time of the record's last change, in Unix milliseconds. The record knows of all that the VMM did before.
+    pub changed_ms: i64,
 }
 
 /// The result of an adoption.
@@ -235,8 +239,8 @@ pub enum Adoption {
     },
     /// The VMM may run, but is not proven to be this VM's, or does not answer. Nothing was changed.
     Unreachable {
-        /// Machine-readable cause in kebab-case.
-        reason: &'static str,
+        /// The cause as programs read it.
+        reason: Reason,
         /// The reason as a sentence for people.
         message: String,
         /// A handle that can still kill the VMM, where its process is proven to be this VM's.
@@ -316,15 +320,15 @@ pub enum ExitCause {
 }
 
 impl ExitCause {
-    /// The reason of a status, in kebab-case.
-    pub const fn reason(self) -> &'static str {
+    /// Returns the reason of the status after such an end.
+    pub const fn reason(self) -> Reason {
         match self {
-            Self::GuestPowerOff => "guest-power-off",
-            Self::GuestReset => "guest-reset",
-            Self::GuestCrash => "guest-crash",
-            Self::Requested => "vmm-told-to-end",
-            Self::VmmFailed => "vmm-failed",
-            Self::Unknown => "unknown",
+            Self::GuestPowerOff => Reason::GuestPowerOff,
+            Self::GuestReset => Reason::GuestReset,
+            Self::GuestCrash => Reason::GuestCrash,
+            Self::Requested => Reason::VmmToldToEnd,
+            Self::VmmFailed => Reason::VmmFailed,
+            Self::Unknown => Reason::Unknown,
         }
     }
 
@@ -408,7 +412,7 @@ pub enum Effect {
 }
 
 /// Why a hypervisor could not do as asked.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct BackendError {
     /// The kind, for decisions.
@@ -419,7 +423,7 @@ pub struct BackendError {
     pub message: String,
     /// The cause.
     #[source]
-    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 /// Kinds of [`BackendError`].
@@ -433,6 +437,8 @@ pub enum BackendErrorKind {
     Rejected,
     /// The host lacks something: a device, a permission, room.
     Host,
+    /// The daemon or the host has no file descriptor or no memory left.
+    Exhausted,
     /// The VMM does not answer within its deadline. It may be alive.
     Timeout,
     /// The VMM cannot be reached. It may be alive.
@@ -464,7 +470,9 @@ impl BackendErrorKind {
         match self {
             Self::Timeout | Self::Unreachable | Self::Protocol => ContactProof::Lost,
             Self::Rejected | Self::Unsupported(_) | Self::StillRuns => ContactProof::Made,
-            Self::Host | Self::NotInstalled | Self::Gone | Self::NotServed => ContactProof::None,
+            Self::Host | Self::Exhausted | Self::NotInstalled | Self::Gone | Self::NotServed => {
+                ContactProof::None
+            }
         }
     }
 }
@@ -475,9 +483,17 @@ impl BackendError {
         Self { kind, effect, message: message.into(), source: None }
     }
 
-    /// The same error with its cause.
+    /// Returns the error with its cause. Where the cause is a limit of the host, the kind becomes
+    /// [`BackendErrorKind::Exhausted`] and the message says what to raise.
     pub fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+        let source: Arc<dyn std::error::Error + Send + Sync> = Arc::from(source.into());
+        if let Some(limit) = HostLimit::reached(&*source) {
+            self.kind = BackendErrorKind::Exhausted;
+            if !self.message.contains(limit.advice()) {
+                self.message = format!("{}; {}", self.message, limit.advice());
+            }
+        }
+        self.source = Some(source);
         self
     }
 }

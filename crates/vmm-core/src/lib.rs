@@ -12,14 +12,16 @@
 
 pub mod backend;
 pub mod caller;
-mod capabilities;
+pub mod capabilities;
 pub mod config;
 pub mod event;
 pub mod gate;
 pub mod id;
 pub mod intent;
 pub mod kind;
+pub mod limit;
 pub mod place;
+pub mod reason;
 pub mod report;
 mod spare;
 pub mod spec;

@@ -21,6 +21,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::reason::Reason;
+
 /// The four states that clients see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -252,8 +254,8 @@ impl Phase {
 pub struct Status {
     /// The activity.
     pub phase: Phase,
-    /// Machine-readable cause in kebab-case; empty where there is nothing to say.
-    pub reason: String,
+    /// The cause as programs read it.
+    pub reason: Reason,
     /// The same for people.
     pub message: String,
     /// When this was last observed to be true, in Unix milliseconds.
@@ -265,12 +267,12 @@ pub struct Status {
 impl Status {
     /// A status without a cause, observed at `now_ms` (Unix milliseconds).
     pub fn plain(phase: Phase, now_ms: i64) -> Self {
-        Self { phase, reason: String::new(), message: String::new(), observed_at_ms: now_ms, restarts: 0 }
+        Self { phase, reason: Reason::Nothing, message: String::new(), observed_at_ms: now_ms, restarts: 0 }
     }
 
     /// The same status with a machine-readable `reason` and a `message` for people.
-    pub fn because(mut self, reason: impl Into<String>, message: impl Into<String>) -> Self {
-        self.reason = reason.into();
+    pub fn because(mut self, reason: Reason, message: impl Into<String>) -> Self {
+        self.reason = reason;
         self.message = message.into();
         self
     }

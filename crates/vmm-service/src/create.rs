@@ -8,6 +8,7 @@ use vmm_core::caller::Caller;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{VmId, VmUid};
+use vmm_core::reason::Reason;
 use vmm_core::report::{Report, Warning};
 use vmm_core::spec::{FIRMWARE_FIELD, VmSpec};
 use vmm_core::state::{Phase, Status, VmState};
@@ -182,7 +183,7 @@ fn show(
 async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
     let event = NewEvent {
         kind: EventKind::Deleted,
-        status: created.status.clone().because("create-failed", "the creation could not be recorded"),
+        status: created.status.clone().because(Reason::CreateFailed, "the creation could not be recorded"),
         ..created
     };
     let removal = Commit { change: Change::Remove(record.uid), event: Some(event) };
@@ -194,7 +195,7 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
 /// A feature that no backend serves yet is UNIMPLEMENTED only where nothing else is wrong.
 fn refusal(report: Report) -> ServiceError {
     match report.violations.as_slice() {
-        [only] if only.field == FIRMWARE_FIELD => ServiceError::Unsupported(only.to_string()),
+        [only] if only.field == FIRMWARE_FIELD => ServiceError::unsupported(only.to_string()),
         _ => ServiceError::Invalid(report.into_violations()),
     }
 }
@@ -206,7 +207,7 @@ fn repeat(shared: &Shared, existing: Arc<VmRecord>, requested: &Requested) -> Re
     }
     let leaving = existing.intent.as_ref().is_some_and(Intent::is_deletion);
     if leaving {
-        return Err(ServiceError::Unavailable(format!(
+        return Err(ServiceError::unavailable(format!(
             "VM \"{}\" is being deleted; try again when it is gone",
             existing.vm_id
         )));

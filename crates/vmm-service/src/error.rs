@@ -1,5 +1,9 @@
 //! Why a use case failed, in terms that clients can act on.
 
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
 use vmm_core::backend::{BackendError, BackendErrorKind};
 use vmm_core::id::VmId;
 use vmm_core::report::FieldReport;
@@ -31,32 +35,102 @@ pub enum ServiceError {
         request: Request,
     },
     /// Something on the host, or the VM's own state, stands in the way.
-    #[error("{0}")]
-    Precondition(String),
+    #[error(transparent)]
+    Precondition(Failure),
     /// The VM, or what holds it, cannot be reached now; trying again may help.
-    #[error("{0}")]
-    Unavailable(String),
+    #[error(transparent)]
+    Unavailable(Failure),
     /// The backend truly cannot.
-    #[error("{0}")]
-    Unsupported(String),
+    #[error(transparent)]
+    Unsupported(Failure),
     /// It took too long.
-    #[error("{0}")]
-    Deadline(String),
+    #[error(transparent)]
+    Deadline(Failure),
     /// A forced operation pre-empted this one.
-    #[error("{0}")]
-    Aborted(String),
+    #[error(transparent)]
+    Aborted(Failure),
     /// No room is left.
-    #[error("{0}")]
-    Exhausted(String),
+    #[error(transparent)]
+    Exhausted(Failure),
     /// What was asked for is no longer kept.
-    #[error("{0}")]
-    OutOfRange(String),
+    #[error(transparent)]
+    OutOfRange(Failure),
     /// A fault of this program.
-    #[error("{0}")]
-    Internal(String),
+    #[error(transparent)]
+    Internal(Failure),
+}
+
+/// The account of a failure: a sentence for clients, and the error below it, which the log shows.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    text: String,
+    source: Option<Arc<dyn Error + Send + Sync>>,
+}
+
+impl Failure {
+    /// Adds the error below.
+    pub(crate) fn caused_by(mut self, source: impl Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Arc::new(source));
+        self
+    }
+
+    /// Returns the sentence for clients.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    fn and(mut self, more: &str) -> Self {
+        self.text = format!("{}. {more}", self.text);
+        self
+    }
+}
+
+impl<T: Into<String>> From<T> for Failure {
+    fn from(text: T) -> Self {
+        Self { text: text.into(), source: None }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Error for Failure {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_ref().map(|source| &**source as &(dyn Error + 'static))
+    }
+}
+
+macro_rules! constructors {
+    ($($(#[$doc:meta])* $name:ident => $variant:ident,)*) => {
+        $($(#[$doc])* pub(crate) fn $name(failure: impl Into<Failure>) -> Self {
+            Self::$variant(failure.into())
+        })*
+    };
 }
 
 impl ServiceError {
+    constructors! {
+        /// Makes a [`ServiceError::Precondition`].
+        precondition => Precondition,
+        /// Makes a [`ServiceError::Unavailable`].
+        unavailable => Unavailable,
+        /// Makes a [`ServiceError::Unsupported`].
+        unsupported => Unsupported,
+        /// Makes a [`ServiceError::Deadline`].
+        deadline => Deadline,
+        /// Makes a [`ServiceError::Aborted`].
+        aborted => Aborted,
+        /// Makes a [`ServiceError::Exhausted`].
+        exhausted => Exhausted,
+        /// Makes a [`ServiceError::OutOfRange`].
+        out_of_range => OutOfRange,
+        /// Makes a [`ServiceError::Internal`].
+        internal => Internal,
+    }
+
     /// One violation of one field.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid(vec![FieldReport::new(field, message)])
@@ -73,41 +147,60 @@ impl ServiceError {
     /// The same failure, where more came of it than the store knows.
     pub(crate) fn but(self, more: &str) -> Self {
         match self {
-            Self::Exhausted(text) => Self::Exhausted(format!("{text}. {more}")),
-            Self::Unavailable(text) => Self::Unavailable(format!("{text}. {more}")),
-            Self::Internal(text) => Self::Internal(format!("{text}. {more}")),
+            Self::Exhausted(failure) => Self::Exhausted(failure.and(more)),
+            Self::Unavailable(failure) => Self::Unavailable(failure.and(more)),
+            Self::Internal(failure) => Self::Internal(failure.and(more)),
             other => other,
         }
     }
 
-    /// What a client is told of a backend's failure to `what` the VM.
+    /// Returns what a client is told of a backend's failure to `what` the VM.
     pub(crate) fn from_backend(what: &str, vm_id: &VmId, error: &BackendError) -> Self {
         let text = format!("could not {what} VM \"{vm_id}\": {error}");
+        let failure = Failure::from(text).caused_by(error.clone());
         match error.kind {
-            BackendErrorKind::Unsupported(_) => Self::Unsupported(text),
+            BackendErrorKind::Unsupported(_) => Self::Unsupported(failure),
             BackendErrorKind::NotInstalled
             | BackendErrorKind::Rejected
             | BackendErrorKind::Host
             | BackendErrorKind::NotServed
-            | BackendErrorKind::Gone => Self::Precondition(text),
+            | BackendErrorKind::Gone => Self::Precondition(failure),
+            BackendErrorKind::Exhausted => Self::Exhausted(failure),
             BackendErrorKind::Timeout | BackendErrorKind::Unreachable | BackendErrorKind::Protocol => {
-                Self::Unavailable(text)
+                Self::Unavailable(failure)
             }
-            BackendErrorKind::StillRuns => Self::Deadline(text),
+            BackendErrorKind::StillRuns => Self::Deadline(failure),
         }
+    }
+
+    /// Returns the errors below this one that say more than the errors above them, the nearest first.
+    pub fn causes(&self) -> Vec<String> {
+        let mut said = self.to_string();
+        let mut causes = Vec::new();
+        let mut next = self.source();
+        while let Some(error) = next {
+            let text = error.to_string();
+            if !said.contains(&text) {
+                said.push_str(&text);
+                causes.push(text);
+            }
+            next = error.source();
+        }
+        causes
     }
 }
 
 impl From<StoreError> for ServiceError {
     fn from(error: StoreError) -> Self {
-        let text = format!("the change could not be recorded: {error}");
-        match error.kind {
-            StoreErrorKind::Full => Self::Exhausted(text),
-            StoreErrorKind::Io | StoreErrorKind::Closed => Self::Unavailable(text),
+        let kind = error.kind;
+        let failure = Failure::from(format!("the change could not be recorded: {error}")).caused_by(error);
+        match kind {
+            StoreErrorKind::Full => Self::Exhausted(failure),
+            StoreErrorKind::Io | StoreErrorKind::Closed => Self::Unavailable(failure),
             StoreErrorKind::NameTaken
             | StoreErrorKind::Conflict
             | StoreErrorKind::Corrupt
-            | StoreErrorKind::Newer => Self::Internal(text),
+            | StoreErrorKind::Newer => Self::Internal(failure),
         }
     }
 }
@@ -118,4 +211,38 @@ fn list(violations: &[FieldReport]) -> String {
 
 fn legal(state: VmState) -> String {
     legal_requests(state).map(Request::name).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_core::backend::Effect;
+
+    use super::*;
+
+    #[test]
+    fn the_causes_of_a_failure_are_kept_to_the_last_one() {
+        let kernel = std::io::Error::from_raw_os_error(13);
+        let error =
+            BackendError::new(BackendErrorKind::Host, Effect::NotApplied, "no socket").caused_by(kernel);
+        let error = ServiceError::from_backend("boot", &"a".parse().unwrap(), &error);
+        assert_eq!(error.to_string(), "could not boot VM \"a\": no socket");
+        assert_eq!(error.causes(), ["Permission denied (os error 13)"], "what the text says is not repeated");
+        assert!(matches!(error, ServiceError::Precondition(_)));
+    }
+
+    #[test]
+    fn a_limit_of_the_host_is_resource_exhausted_and_says_what_to_raise() {
+        for (number, advice) in [(24, "LimitNOFILE="), (23, "fs.file-max"), (12, "MemoryMax=")] {
+            let kernel = std::io::Error::from_raw_os_error(number);
+            for kind in
+                [BackendErrorKind::Host, BackendErrorKind::Unreachable, BackendErrorKind::NotInstalled]
+            {
+                let error = BackendError::new(kind, Effect::NotApplied, "x")
+                    .caused_by(std::io::Error::from_raw_os_error(kernel.raw_os_error().unwrap()));
+                let error = ServiceError::from_backend("boot", &"a".parse().unwrap(), &error);
+                assert!(matches!(error, ServiceError::Exhausted(_)), "{error:?}");
+                assert!(error.to_string().contains(advice), "{error}");
+            }
+        }
+    }
 }

@@ -45,7 +45,7 @@ mod wait;
 
 pub use backends::{BackendFamily, BackendStatus, Backends, MakeBackend};
 pub use create::{CreateRequest, Created};
-pub use error::ServiceError;
+pub use error::{Failure, ServiceError};
 pub use events::{EventsPage, EventsQuery, Notice, Present, Recorded, Watch, WatchQuery};
 pub use index::VmView;
 pub use listing::{ListQuery, Page};

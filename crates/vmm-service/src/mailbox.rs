@@ -208,7 +208,7 @@ impl ActorHandle {
                 if force { (&mut queues.forced, FORCED_LIMIT) } else { (&mut queues.asked, ASKED_LIMIT) };
             if queue.len() >= limit {
                 let hint = if force { "" } else { ", or use force" };
-                return Some(Err(ServiceError::Unavailable(format!(
+                return Some(Err(ServiceError::unavailable(format!(
                     "{limit} operations already wait for this VM; try again when some have ended{hint}"
                 ))));
             }

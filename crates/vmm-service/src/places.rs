@@ -22,6 +22,7 @@ use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::place::{Discovery, Finding, Found, Places};
+use vmm_core::reason::Reason;
 use vmm_core::spec::{NamedFiles, VmSpec};
 use vmm_core::state::{Phase, Request, Status};
 use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, Sent, VmRecord};
@@ -40,7 +41,7 @@ const CAUSE: &str = "imported";
 /// Refuses to create a VM where VMs come from elsewhere only.
 pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceError> {
     match backend.places() {
-        Places::Imported { why, .. } => Err(ServiceError::Unsupported(why)),
+        Places::Imported { why, .. } => Err(ServiceError::unsupported(why)),
         Places::Made | Places::Fixed(_) => Ok(()),
     }
 }
@@ -58,14 +59,14 @@ pub(crate) async fn claim<'a>(
 ) -> Result<Option<Claim<'a>>, ServiceError> {
     let places = match backend.places() {
         Places::Made => return Ok(None),
-        Places::Imported { why, .. } => return Err(ServiceError::Unsupported(why)),
+        Places::Imported { why, .. } => return Err(ServiceError::unsupported(why)),
         Places::Fixed(places) => places,
     };
     let name = &backend.capabilities().name;
     let alone = shared.places.lock().await;
     match places.iter().find(|place| shared.index.at_place(name, place).is_none()) {
         Some(place) => Ok(Some(Claim { place: place.clone(), _alone: alone })),
-        None => Err(ServiceError::Exhausted(format!(
+        None => Err(ServiceError::exhausted(format!(
             "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in the \
              endpoint setting of {name}",
             places.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
@@ -172,7 +173,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         None => None,
     };
     let Some((vm_id, _creating)) = free_name(shared, &found.names).await else {
-        return Err(ServiceError::Precondition(format!("every name for it is taken: {:?}", found.names)));
+        return Err(ServiceError::precondition(format!("every name for it is taken: {:?}", found.names)));
     };
     let _no_place_is_given_out = shared.places.lock().await;
     if let Some(handle) = owner(shared, backend, &found) {
@@ -189,8 +190,10 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         requested: Sent::pack(&Requested { backend: name.to_string(), config: found.config.clone() }),
         config: found.config,
         state: found.state,
-        status: Status::plain(Phase::at_rest(found.state), now)
-            .because(CAUSE, format!("it was found at {} as it is, made by somebody else", found.place)),
+        status: Status::plain(Phase::at_rest(found.state), now).because(
+            Reason::Imported,
+            format!("it was found at {} as it is, made by somebody else", found.place),
+        ),
         generation: 1,
         created_ms: shared.index.creation_time(now),
         modified_ms: now,
@@ -243,8 +246,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
 
 /// Returns the run with what it holds of the host, as far as the host shows it.
 pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: RunRecord) -> RunRecord {
-    let kernels = Some(backend.capabilities().kernel_formats);
-    let terms = Terms { purpose: Purpose::Boot, kernels, owns_output: true };
+    let terms = Terms { owns_output: true, ..Terms::of(Purpose::Boot, Some(backend.capabilities())) };
     run.claims = match check::look(NamedFiles::of(spec), terms).await {
         Ok(facts) => facts.claims,
         Err(silent) => {

@@ -205,7 +205,7 @@ impl VmService {
         };
         let task = tokio::spawn(creating.in_current_span());
         task.await
-            .map_err(|error| ServiceError::Internal(format!("creating the VM ended abnormally: {error}")))?
+            .map_err(|error| ServiceError::internal(format!("creating the VM ended abnormally: {error}")))?
     }
 
     /// Runs CreateVm's checks and touches nothing.
@@ -390,7 +390,7 @@ impl VmService {
         answer.unwrap_or_else(|| match self.get(vm_id) {
             Err(not_found) => Err(not_found),
             Ok(view) if view.record.uid != uid => Err(ServiceError::not_found(vm_id)),
-            Ok(_) => Err(ServiceError::Internal(format!(
+            Ok(_) => Err(ServiceError::internal(format!(
                 "the operation on VM \"{vm_id}\" ended abnormally; restart the daemon, which loses nothing"
             ))),
         })

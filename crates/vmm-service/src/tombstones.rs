@@ -104,6 +104,7 @@ async fn adopted(shared: &Shared, backend: &dyn Backend, vm: &VmRecord) -> Optio
         run: vm.run.clone(),
         kind: vm.kind.clone(),
         imported: vm.imported,
+        changed_ms: vm.modified_ms,
     };
     tokio::time::timeout(LOOK_LIMIT, backend.adopt(request)).await.ok()?.ok()
 }

@@ -11,11 +11,12 @@ use vmm_core::backend::{
     LaunchRequest, Launched, Sweep, SweepRequest,
 };
 use vmm_core::kind::VmKind;
+use vmm_core::reason::Reason;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 
 /// The reason in the status of a VM that may run.
-const REASON: &str = "endpoint-not-configured";
+const REASON: Reason = Reason::EndpointNotConfigured;
 
 /// Touches nothing, and says which setting is missing.
 pub(crate) struct Unserved {

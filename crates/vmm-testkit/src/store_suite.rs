@@ -231,7 +231,7 @@ pub async fn everything_survives_reopening(place: &impl Place) {
         run: None,
         ended_by: None,
         state: VmState::Shutdown,
-        status: Status::plain(Phase::Failed, 9).because("why", "because"),
+        status: Status::plain(Phase::Failed, 9).because(vmm_core::reason::Reason::BootFailed, "because"),
         ..next(&a)
     };
     let silent = Commit { change: Change::Update(Box::new(changed.clone())), event: None };

@@ -12,6 +12,7 @@ use vmm_core::backend::{
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
 use vmm_core::place::{Discover, Discovery, Places};
+use vmm_core::reason::Reason;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
@@ -171,7 +172,7 @@ impl<H: Hypervisor> Attached<H> {
         let process = match adopt(&run.process) {
             Lookup::Alive(process) => process,
             Lookup::Gone => return gone("its VMM ended while nobody watched; why is not known"),
-            Lookup::Unprovable(message) => return unreachable("identity-unproven", message, None),
+            Lookup::Unprovable(message) => return unreachable(Reason::IdentityUnproven, message, None),
         };
         let error = match self.meet(socket).await {
             Ok(met) if met.process.identity() == process.identity() => {
@@ -184,7 +185,7 @@ impl<H: Hypervisor> Attached<H> {
                     socket.endpoint(),
                     process.pid()
                 );
-                return unreachable("socket-taken", message, None);
+                return unreachable(Reason::SocketTaken, message, None);
             }
             Err(error) => error,
         };
@@ -194,7 +195,7 @@ impl<H: Hypervisor> Attached<H> {
         let message = socket.failure(&*self.kind, &error);
         let met = self.kind.silent(&socket.path, &process);
         let parts = self.parts(socket, run, Guest::Running, &request.dir);
-        unreachable("vmm-silent", message, Some(self.kind.attend(met, parts)))
+        unreachable(Reason::VmmSilent, message, Some(self.kind.attend(met, parts)))
     }
 
     fn adopt_met(
@@ -225,7 +226,7 @@ impl<H: Hypervisor> Attached<H> {
             Err(VisitError::Nobody(_)) => return gone("no VMM listens at its place"),
             Err(error) => {
                 let message = socket.failure(&*self.kind, &error);
-                return unreachable("vmm-silent", message, None);
+                return unreachable(Reason::VmmSilent, message, None);
             }
         };
         let ours = |holds: &Holding| {
@@ -364,7 +365,7 @@ fn gone(message: &str) -> Adoption {
     Adoption::Gone { exit: Exit { cause: ExitCause::Unknown, message: message.to_owned() } }
 }
 
-fn unreachable(reason: &'static str, message: String, launched: Option<Launched>) -> Adoption {
+fn unreachable(reason: Reason, message: String, launched: Option<Launched>) -> Adoption {
     Adoption::Unreachable { reason, message, launched }
 }
 

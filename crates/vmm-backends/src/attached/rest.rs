@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use vmm_core::backend::{BackendError, Capabilities, LaunchRequest, Launched, SweepRequest};
+use vmm_core::capabilities::{EndpointMode, Facts};
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
@@ -24,8 +25,8 @@ use crate::rest::client::RestApi;
 /// ones.
 #[async_trait]
 pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
-    /// The facts that differ from those of managed VMMs.
-    const FACTS: &'static [(&'static str, &'static str)];
+    /// Returns the facts, of which those of managed VMMs are `managed`.
+    fn facts(managed: Facts) -> Facts;
 
     /// The oldest version that can be used.
     const OLDEST: Version;
@@ -71,10 +72,8 @@ pub(crate) struct Rest<H> {
 impl<H: AttachedRest> Rest<H> {
     pub(crate) fn new() -> Self {
         let mut capabilities = H::capabilities();
-        capabilities.endpoint_mode = "attached";
-        for (name, fact) in H::FACTS {
-            capabilities.facts.insert(name, (*fact).to_owned());
-        }
+        capabilities.endpoint_mode = EndpointMode::Attached;
+        capabilities.facts = H::facts(capabilities.facts);
         Self { capabilities, hypervisor: PhantomData }
     }
 }

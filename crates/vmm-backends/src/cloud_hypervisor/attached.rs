@@ -1,9 +1,8 @@
-//! Cloud Hypervisors that another program started.
+//! Cloud Hypervisors that somebody else started.
 //!
-//! A VM is created in a waiting VMM by `vm.create` and `vm.boot`. When the VM ends, the VMM waits
-//! again with the VM in it, so the VM can be booted any number of times. If the guest itself powers
-//! off, the process ends as well. The console is a file that [`crate::attached`] copies. The VMM's
-//! stdout and event monitor belong to the program that started it.
+//! A VM is made in one that waits (`vm.create`, `vm.boot`), and its end leaves the VMM waiting again with the VM in it, so it can
+//! be booted any number of times. Only where the guest itself powers off the process ends too. Its console is a file that is
+//! copied (by [`crate::attached`]); nothing of its own stdout or event monitor is ours.
 
 use std::path::Path;
 
@@ -11,6 +10,9 @@ use async_trait::async_trait;
 use serde_json::Value;
 use vmm_core::backend::{
     BackendError, BackendErrorKind, Effect, GuestState, LaunchRequest, NetworkCounters, StorageCounters,
+};
+use vmm_core::capabilities::{
+    ConsoleFact, Facts, PanicFact, PowerOffFact, ResetFact, StateFact, TripleFaultFact, VmmFailureFact,
 };
 use vmm_core::id::VmUid;
 use vmm_core::report::Report;
@@ -33,23 +35,26 @@ use crate::rest::options::check_taps;
 
 #[async_trait]
 impl AttachedRest for Hypervisor {
-    const FACTS: &'static [(&'static str, &'static str)] = &[
-        ("console", "serial, without input; of an imported VM none"),
-        ("guest-panic", "not seen: have the guest reset itself (panic=1)"),
-        ("guest-power-off", "ends the run, and the VMM; why is not told"),
-        ("guest-reset", "in place, and not seen"),
-        ("guest-triple-fault", "as a reset"),
-        ("state", "asked for at the metrics interval"),
-        ("vmm-failure", "ends the run; another VMM on the same socket can boot the VM again"),
-    ];
-
     const OLDEST: Version = OLDEST;
 
     const NAMES_CONSOLE_AT_START: bool = false;
 
+    fn facts(managed: Facts) -> Facts {
+        Facts {
+            console: Some(ConsoleFact::OutputUnlessImported),
+            guest_panic: Some(PanicFact::Unseen),
+            guest_power_off: Some(PowerOffFact::EndsVmmUntold),
+            guest_reset: Some(ResetFact::InPlaceUnseen),
+            guest_triple_fault: Some(TripleFaultFact::AsReset),
+            state: Some(StateFact::Polled),
+            vmm_failure: Some(VmmFailureFact::NeedsAnotherVmm),
+            ..managed
+        }
+    }
+
     fn how_to_start(socket: &Path) -> String {
         let (left, socket) = (socket.to_string_lossy(), path_option(socket).to_string_lossy().into_owned());
-        // Old versions refuse to listen on a socket that an ended VMM left behind.
+        // Not every version takes the place of a socket that another one left behind.
         format!("rm -f {} && cloud-hypervisor --api-socket {}", shell_word(&left), shell_word(&socket))
     }
 
@@ -97,7 +102,7 @@ impl AttachedRest for Hypervisor {
             return Ok(());
         };
         if make && let Err(left) = met.client.delete().await {
-            tracing::warn!(error = %left, "a VM that failed to start could not be deleted from its VMM");
+            tracing::warn!(error = %left, "what a start that failed has made is still in the VMM");
             return Err(BackendError { effect: Effect::Unknown, ..error });
         }
         Err(error)
@@ -153,8 +158,7 @@ impl Api for Client {
     }
 }
 
-/// Returns success for an error that means that the guest is already in the state `wanted`, because
-/// Cloud Hypervisor refuses to pause a paused guest.
+/// To stop what stands still is an error there, and none here.
 async fn or_done(
     client: &Client,
     answer: Result<(), BackendError>,

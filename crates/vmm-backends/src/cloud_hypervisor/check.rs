@@ -1,5 +1,4 @@
-//! Returns the violations and warnings about a [`VmSpec`] on Cloud Hypervisor. Reads nothing but
-//! the specification.
+//! The findings about a [`VmSpec`] on Cloud Hypervisor: violations, and values that are ignored. Pure.
 
 use vmm_core::report::Report;
 use vmm_core::spec::{
@@ -9,13 +8,11 @@ use vmm_core::spec::{
 use crate::kernel_args::check_length;
 use crate::rest::options::check_keys;
 
-/// The most vCPUs. Cloud Hypervisor's own limit is higher, but KVM without a changed interrupt
-/// controller stops here.
+/// The most vCPUs. Cloud Hypervisor's own limit is higher, but KVM without a changed interrupt controller stops here.
 pub(super) const MAX_VCPUS: u32 = 254;
-/// The most disks and network interfaces together: the slots of its one PCI bus, less those of its
-/// own devices.
+/// The most disks and network interfaces together: the slots of its one PCI bus, less those of its own devices.
 pub(super) const MAX_DEVICES: usize = 28;
-/// The unit of memory hot-plug, in bytes.
+/// What memory hot-plug counts in, in bytes.
 const HOTPLUG_UNIT: u64 = 128 << 20;
 
 /// Returns the findings about `spec`.

@@ -1,9 +1,7 @@
-//! Converts a [`VmSpec`] into Cloud Hypervisor's own configuration. A pure function: equal requests
-//! give equal bytes.
+//! From a [`VmSpec`] to Cloud Hypervisor's own configuration. Pure: the same request gives the same bytes.
 //!
-//! Devices are named by their position (`disk0`, `net0`), because Cloud Hypervisor requires names
-//! that are unique over all kinds of devices. The client's name of a disk becomes its serial
-//! number, which the guest can see.
+//! Devices are named by their place (`disk0`, `net0`), because Cloud Hypervisor wants names that no two devices of any kind
+//! share; what the client calls a disk is its serial number, which the guest can see.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -16,7 +14,7 @@ use vmm_core::spec::{
 
 use crate::rest::options::RateLimiter;
 
-/// The bytes of a virtio disk's serial number. A longer id is cut.
+/// Bytes of a virtio disk's serial number; a longer id is cut.
 const SERIAL_LEN: usize = 20;
 
 /// The body of `vm.create`.
@@ -73,8 +71,7 @@ struct DiskConfig {
     path: String,
     readonly: bool,
     direct: bool,
-    /// Always set, so that the format is never detected from the image, whose first bytes the guest
-    /// can write.
+    /// Always stated, so that the image is never probed: its first bytes are the guest's to write.
     image_type: &'static str,
     backing_files: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -98,15 +95,13 @@ struct Port {
 }
 
 impl Config {
-    /// Returns the configuration of `spec`, whose network interfaces use `taps` in their order.
-    /// `spec` has passed the check.
+    /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
         let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
-        // The handle applies `restart`, because a guest's reset happens in place.
+        // A guest's reset happens in place; `restart` is carried out by the handle.
         let RestartPolicy { mode: _, max_restarts: _ } = restart;
         let Boot { kernel, initrd, args: _ } = boot;
-        // "Tty" is the VMM's stdout, which is the console's file; see the picture in the parent
-        // module.
+        // "Tty" is the VMM's stdout, which is the console's file; see the module's drawing.
         let serial = match console {
             Console::Off => "Off",
             Console::Kept | Console::File(_) => "Tty",
@@ -132,29 +127,27 @@ impl Config {
         }
     }
 
-    /// Adds the device by which a guest reports a panic of its kernel, unless `spec` makes the
-    /// guest reset itself. Only for a VMM whose events are read.
+    /// Adds the device by which a guest tells that its kernel has panicked, unless `spec` has the guest reset itself then. For a
+    /// VMM whose events are read.
     pub fn with_panic_device(mut self, spec: &VmSpec) -> Self {
         self.pvpanic = !spec.resets_on_panic();
         self
     }
 
-    /// Sends the serial port's output to `file`, which the VMM empties at each boot. Used for an
-    /// attached VMM, because its stdout belongs to the program that started it.
+    /// The same with the serial port's output in `file`, which begins anew at each boot: the stdout of a VMM that somebody else
+    /// started is his.
     pub fn with_console_in(mut self, file: &Path) -> Self {
         self.serial = Port { mode: "File", file: Some(text(file)) };
         self
     }
 }
 
-/// Returns Cloud Hypervisor's arguments. Its log is its stderr, and its stdout is the serial
-/// console.
+/// Cloud Hypervisor's arguments. Its log is its stderr; its stdout is the serial console.
 pub fn arguments(socket: &Path, events: &Path) -> Vec<OsString> {
     vec!["--api-socket".into(), path_option(socket), "--event-monitor".into(), path_option(events)]
 }
 
-/// Returns `path=` and the path. The path is quoted if it contains a character that separates Cloud
-/// Hypervisor's options.
+/// Writes `path=` and the path, in quotes where it has a character that Cloud Hypervisor's options are divided by.
 pub(crate) fn path_option(path: &Path) -> OsString {
     let divides = |byte: &u8| matches!(byte, b',' | b'[' | b']' | b'=');
     let quote = if path.as_os_str().as_bytes().iter().any(divides) { "\"" } else { "" };
@@ -188,7 +181,7 @@ fn backed(memory: &Memory) -> MemoryConfig {
 }
 
 fn drive(place: usize, disk: &Disk) -> DiskConfig {
-    // An unsafe cache has no effect here; the check warns about it.
+    // The check warns that an unsafe cache has no effect.
     let Disk {
         index: _,
         id,
@@ -226,7 +219,7 @@ fn interface(place: usize, nic: &Nic, tap: &str) -> NetConfig {
     }
 }
 
-/// Returns `path` as text without loss, because paths come from a configuration that is text.
+/// Paths come from a configuration that is text, so nothing is lost.
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }

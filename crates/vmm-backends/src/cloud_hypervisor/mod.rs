@@ -6,11 +6,10 @@
 //!                       └──────────────────┘ --event-monitor ──► events
 //! ```
 //!
-//! **Console.** Of the serial port modes of version 53 only `Tty` keeps all output without help.
-//! The port writes to the VMM's own stdout, which is the console's file, opened for appending.
-//! Therefore the first message of the boot is kept, resets in place and later runs are appended,
-//! and no daemon is needed. `File` truncates the file at every boot. `Pty` and `Socket` keep 1 MiB
-//! without a reader and lose it if the VMM ends. `Tty` takes no input.
+//! **Console.** Of the ways in which version 53 offers the serial port, only `Tty` keeps everything by itself: it writes to the
+//! VMM's own stdout, which is the console's file, opened for appending. So the first message of the boot is there, resets in
+//! place and later runs are appended, and no daemon is needed for a byte to be kept. `File` truncates at every boot; `Pty` and
+//! `Socket` keep 1 MiB while nobody reads, and lose it where the VMM ends meanwhile. `Tty` takes no input.
 //!
 //! **Events** go to a file for the same reason.
 
@@ -28,10 +27,16 @@ use std::io;
 use std::path::Path;
 
 use async_trait::async_trait;
-use vmm_core::backend::{BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, Launched};
+use vmm_core::backend::{
+    AdoptRequest, BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, Launched,
+};
+use vmm_core::capabilities::{
+    AcceleratorFact, ConsoleFact, CpuTimeFact, EndpointMode, Facts, PanicFact, PowerOffFact, RebootFact,
+    ResetFact, ShutdownFact, TripleFaultFact,
+};
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
-use vmm_core::spec::{RestartMode, VmSpec};
+use vmm_core::spec::{DiskFormat, RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::growth::Watcher;
 use vmm_host::process::Command;
@@ -45,13 +50,12 @@ use crate::rest::backend::{RestBackend, RestHypervisor, Run};
 
 /// The backend's name.
 pub const NAME: &str = "cloudhypervisor";
-/// The oldest Cloud Hypervisor that accepts an explicit image format and forbids backing files by
-/// default.
+/// The oldest Cloud Hypervisor that lets images' formats be stated, and forbids backing files unless they are asked for.
 pub(crate) const OLDEST: Version = Version::new(51, 0, 0);
-/// The backend that starts Cloud Hypervisors.
+/// The backend of Cloud Hypervisors that this program starts.
 pub type CloudHypervisor = RestBackend<Hypervisor>;
 
-/// Cloud Hypervisor as a [`RestHypervisor`].
+/// Cloud Hypervisor.
 #[derive(Debug, Default)]
 pub struct Hypervisor {
     watcher: Watcher,
@@ -71,27 +75,29 @@ impl RestHypervisor for Hypervisor {
     };
 
     fn capabilities() -> Capabilities {
-        let facts = [
-            ("accelerator", "kvm"),
-            ("console", "serial, without input"),
-            ("cpu-time", "of the VMM's process"),
-            ("disk-formats", "raw, qcow2"),
-            ("disk-rate-limits", "yes"),
-            ("guest-panic", "ends the run, as a failure"),
-            ("guest-power-off", "ends the run"),
-            ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
-            ("guest-triple-fault", "as a reset"),
-            ("network-rate-limits", "yes"),
-            ("reboot", "in place"),
-            ("shutdown", "ACPI power button"),
-        ];
+        let facts = Facts {
+            accelerator: Some(AcceleratorFact::Kvm),
+            console: Some(ConsoleFact::Output),
+            cpu_time: Some(CpuTimeFact::OfProcess),
+            disk_formats: Some(&[DiskFormat::Raw, DiskFormat::Qcow2]),
+            disk_rate_limits: Some(true),
+            guest_panic: Some(PanicFact::EndsRun),
+            guest_power_off: Some(PowerOffFact::EndsRun),
+            guest_reset: Some(ResetFact::InPlaceUnlessNever),
+            guest_triple_fault: Some(TripleFaultFact::AsReset),
+            network_rate_limits: Some(true),
+            reboot: Some(RebootFact::InPlace),
+            shutdown: Some(ShutdownFact::PowerButton),
+            ..Facts::default()
+        };
         let limits = [("max-devices", check::MAX_DEVICES as i64), ("max-vcpus", i64::from(check::MAX_VCPUS))];
         Capabilities {
             name: BackendName::new(NAME),
-            endpoint_mode: "managed",
+            endpoint_mode: EndpointMode::Managed,
             default_restart_mode: RestartMode::GuestReboot,
             kernel_formats: &[KernelFormat::BzImage, KernelFormat::PvhElf],
-            facts: facts.map(|(name, fact)| (name, fact.to_owned())).into_iter().collect(),
+            extended_l2: false,
+            facts,
             limits: limits.into_iter().collect(),
         }
     }
@@ -119,12 +125,12 @@ impl RestHypervisor for Hypervisor {
         vmm::attend(run, reset_ends, &self.watcher)
     }
 
-    async fn explain_past(dir: &Path, spec: &VmSpec) -> Exit {
-        vmm::explain_past(dir, reset_ends(spec)).await
+    async fn explain_past(request: &AdoptRequest) -> Exit {
+        vmm::explain_past(request).await
     }
 }
 
-/// Returns true if a reset of the guest ends its run.
+/// Says whether a reset of the guest ends its run.
 fn reset_ends(spec: &VmSpec) -> bool {
     spec.restart.mode == Some(RestartMode::Never)
 }

@@ -1,4 +1,4 @@
-//! Firecracker's API as Rust methods, one for each request in use.
+//! Firecracker's API, typed: one method for each request that is made.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::rest::client::{BOOT, CALL, Explain, RestApi, RestClient};
 #[derive(Debug)]
 pub struct Client(RestClient);
 
-/// Firecracker's answer about itself.
+/// What Firecracker says of itself.
 #[derive(Debug, Deserialize)]
 struct Instance {
     state: InstanceState,
@@ -50,7 +50,7 @@ struct State {
     state: &'static str,
 }
 
-/// An error answer of Firecracker.
+/// An error, in Firecracker's words.
 #[derive(Deserialize)]
 struct Fault {
     fault_message: String,
@@ -82,15 +82,15 @@ impl RestApi for Client {
 }
 
 impl Client {
-    /// Closes the connection as [`RestClient::hang_up`] does.
+    /// Closes the connection, as [`RestClient::hang_up`].
     pub(crate) fn hang_up(&self) {
         self.0.hang_up();
     }
 
-    /// Sends the configuration of a VM without starting it.
+    /// Tells Firecracker what to run, without running it.
     ///
     /// # Errors
-    /// Fails as [`RestClient::put`] does. The same holds for all methods below.
+    /// As [`RestClient::put`], which holds for all that follow.
     pub(crate) async fn configure(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/machine-config", Some(&config.machine), CALL).await?;
         self.0.put("/boot-source", Some(&config.boot), CALL).await?;
@@ -105,43 +105,42 @@ impl Client {
         Ok(())
     }
 
-    /// Sets the file of the serial port's output. Firecracker writes from the beginning of the
-    /// file.
+    /// Tells Firecracker where the serial port's output goes. It writes from the beginning of the file.
     pub(crate) async fn write_console_to(&self, file: &Path) -> Result<(), BackendError> {
         self.0.put("/serial", Some(&Serial { serial_out_path: file }), CALL).await
     }
 
-    /// Sets the file of the counters.
+    /// Tells Firecracker where its counters go.
     pub(crate) async fn write_metrics_to(&self, file: &Path) -> Result<(), BackendError> {
         self.0.put("/metrics", Some(&MetricsFile { metrics_path: file }), CALL).await
     }
 
-    /// Reads the VM's configuration in Firecracker's own form.
+    /// Asks what it was told to run, in its own words.
     pub(crate) async fn describe(&self) -> Result<serde_json::Value, BackendError> {
         self.0.get("/vm/config").await
     }
 
-    /// Starts the guest. Its CPUs run when this returns.
+    /// Starts the guest; its CPUs run when this answers.
     pub(crate) async fn start(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "InstanceStart" }), BOOT).await
     }
 
-    /// Stops the guest's CPUs. Succeeds if they are stopped already.
+    /// Stops the guest's CPUs. Harmless where they stand still.
     pub(crate) async fn pause(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Paused" }).await
     }
 
-    /// Starts the guest's CPUs. Succeeds if they run already.
+    /// Lets the guest's CPUs go on. Harmless where they run.
     pub(crate) async fn resume(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Resumed" }).await
     }
 
-    /// Presses Ctrl+Alt+Del. Success does not mean that the guest reacts.
+    /// Presses Ctrl+Alt+Del. Says nothing about what the guest makes of it.
     pub(crate) async fn ctrl_alt_del(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "SendCtrlAltDel" }), CALL).await
     }
 
-    /// Makes Firecracker write its counters to the metrics file.
+    /// Writes the counters to the metrics file.
     pub(crate) async fn flush_metrics(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "FlushMetrics" }), CALL).await
     }

@@ -1,9 +1,7 @@
-//! Converts a [`VmSpec`] into Firecracker's own configuration. A pure function: equal requests give
-//! equal bytes.
+//! From a [`VmSpec`] to Firecracker's own configuration. Pure: the same request gives the same bytes.
 //!
-//! Firecracker's API is a sequence of PUT requests, one for each device or setting. [`Config`]
-//! holds their bodies. Devices are named by their position (`disk0`, `net0`), because Firecracker
-//! accepts only letters, digits and underscores in names and a client may use more.
+//! Firecracker's API is a sequence of PUTs, one for each thing; [`Config`] holds their bodies. Devices are named by their place
+//! (`disk0`, `net0`), because Firecracker takes letters, digits and underscores only, where the client may write more.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -16,8 +14,7 @@ use vmm_core::spec::{
 
 use crate::rest::options::RateLimiter;
 
-/// Makes Linux end a run by a reset of the keyboard controller, the only reset that Firecracker
-/// sees.
+/// What makes Linux end a run by the one reset that Firecracker sees: the keyboard controller's.
 const REBOOT: &str = "reboot=k";
 
 /// The bodies of the requests that configure a VM.
@@ -40,7 +37,7 @@ pub struct Machine {
     pub vcpu_count: u32,
     /// Memory in MiB.
     pub mem_size_mib: u64,
-    /// True if two CPUs share a core.
+    /// Whether two CPUs share a core.
     pub smt: bool,
     /// `2M` for huge pages.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,24 +52,24 @@ pub struct BootSource {
     /// The initial RAM disk on the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<String>,
-    /// The whole command line. Firecracker has a default only if this is missing.
+    /// The whole command line; Firecracker has a default only where this is left out.
     pub boot_args: String,
 }
 
 /// A disk.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct Drive {
-    /// The drive's name in Firecracker.
+    /// Its name at Firecracker.
     pub drive_id: String,
     /// The image on the host.
     pub path_on_host: String,
-    /// Always false, because true would add a `root=` that overrides the client's own.
+    /// Always false: true would add a `root=` that overrides the client's own.
     pub is_root_device: bool,
-    /// True if the guest may only read.
+    /// Whether the guest may only read.
     pub is_read_only: bool,
     /// `Writeback` obeys the guest's flushes, `Unsafe` does not.
     pub cache_type: &'static str,
-    /// The limits of the disk.
+    /// Ceilings.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
 }
@@ -80,25 +77,24 @@ pub struct Drive {
 /// A network interface.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct Interface {
-    /// The interface's name in Firecracker.
+    /// Its name at Firecracker.
     pub iface_id: String,
     /// The TAP on the host.
     pub host_dev_name: String,
     /// The guest's hardware address.
     pub guest_mac: String,
-    /// The limits of received data.
+    /// Ceilings for what the guest receives.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,
-    /// The limits of sent data.
+    /// Ceilings for what the guest sends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 impl Config {
-    /// Returns the configuration of `spec`, whose network interfaces use `taps` in their order.
-    /// `spec` has passed the check.
+    /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
-        // The console is the VMM's stdout, and the service applies `restart`.
+        // The console is the VMM's stdout, and `restart` is carried out by the service.
         let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = spec;
         let RestartPolicy { mode: _, max_restarts: _ } = restart;
         let Cpu { count, max: _, topology: _ } = *cpu;
@@ -127,8 +123,7 @@ impl Config {
     }
 }
 
-/// Returns Firecracker's arguments. `--log-path` keeps its log off its stdout, which is the serial
-/// console.
+/// Firecracker's arguments. `--log-path` keeps its log off its stdout, which is the serial console.
 pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<OsString> {
     vec![
         "--id".into(),
@@ -137,7 +132,7 @@ pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<O
         socket.into(),
         "--log-path".into(),
         log.into(),
-        // A lower level logs every call and every unknown port that a guest writes to, without end.
+        // Below this level every call is logged, for ever, and whatever odd port a guest writes to.
         "--level".into(),
         "Error".into(),
         "--metrics-path".into(),
@@ -145,21 +140,20 @@ pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<O
     ]
 }
 
-/// Returns true if the guest's CPUs share cores in pairs.
+/// Tells whether the guest's CPUs share cores in pairs.
 pub fn wants_smt(cpu: &Cpu) -> bool {
     cpu.topology.is_some_and(|topology| topology.threads == 2)
 }
 
-/// Returns true if `reboot=k` must be added so that a guest's reboot is seen.
+/// Says whether `reboot=k` has to be added for a guest's reboot to be seen.
 pub fn needs_reboot_argument(spec: &VmSpec) -> bool {
     cfg!(target_arch = "x86_64") && !kernel_words(&spec.boot.args).any(|word| word.starts_with("reboot="))
 }
 
-/// Returns the whole command line, except for the words that Firecracker adds.
+/// The command line in force.
 pub fn kernel_args(spec: &VmSpec) -> String {
     let args = spec.kernel_args();
-    // The word is added in front, because the words after a lone "--" belong to the guest's first
-    // program.
+    // What follows a lone "--" is not the kernel's but its first program's.
     if !needs_reboot_argument(spec) {
         args
     } else if args.is_empty() {
@@ -169,9 +163,8 @@ pub fn kernel_args(spec: &VmSpec) -> String {
     }
 }
 
-/// Returns the bytes that Firecracker adds to the command line of a guest with `devices` disks and
-/// interfaces: one word that disables PCI, and one word for each virtio-mmio device with its
-/// address and interrupt.
+/// Returns the bytes that Firecracker adds to the command line of a guest with `devices` disks and interfaces: one word that
+/// there is no PCI, and one for each virtio-mmio device, which names the device's address and interrupt.
 pub(super) fn added_by_firecracker(devices: usize) -> usize {
     const FIRST_ADDRESS: usize = 0xc000_1000;
     const FIRST_INTERRUPT: usize = 5;
@@ -220,7 +213,7 @@ fn interface(place: usize, nic: &Nic, tap: &str) -> Interface {
     }
 }
 
-/// Returns `path` as text without loss, because paths come from a configuration that is text.
+/// Paths come from a configuration that is text, so nothing is lost.
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }

@@ -1,4 +1,4 @@
-//! Converts the answer of `/vm/config` into a [`VmConfig`].
+//! The configuration of a VM that a Firecracker holds, as far as `/vm/config` tells it.
 
 use serde_json::{Value, json};
 use vmm_core::config::{
@@ -9,8 +9,7 @@ use vmm_core::spec::MIB;
 
 use crate::attached::native::{count, flag, list, number, others, text};
 
-/// Returns the configuration that `/vm/config` reports, and the settings that a [`VmConfig`] cannot
-/// express.
+/// What `/vm/config` tells of a VM, and what of that a configuration cannot say.
 pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
     let mut untold = Vec::new();
     let nothing = Value::Null;
@@ -36,7 +35,7 @@ pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
             .collect(),
         ..VmConfig::default()
     };
-    // The log and the counters belong to the VMM, not to the VM.
+    // The log and the counters are the VMM's, not the VM's.
     let known = ["machine-config", "boot-source", "drives", "network-interfaces", "logger", "metrics"];
     others(native, &known, &[], &mut untold, "");
     (config, untold)
@@ -95,7 +94,7 @@ fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterf
     }
 }
 
-/// Converts a limiter into options if it fills once a second and allows no burst.
+/// A limiter as options, where it is one that fills once a second and allows no burst.
 fn limits(told: &Value, field: &str, per_second: &str, options: &mut Options, untold: &mut Vec<String>) {
     let Some(limiter) = told.get(field).filter(|limiter| !limiter.is_null()) else { return };
     for (bucket, key) in [("bandwidth", "rate_limit.bytes_per_second"), ("ops", per_second)] {
@@ -127,7 +126,7 @@ pub(super) mod unit_tests {
         VmSpec::parse(&config.unwrap()).unwrap()
     }
 
-    /// Returns the answer of `/vm/config` to the configuration of `spec`.
+    /// As `/vm/config` shows what it was told.
     pub(in super::super) fn native(spec: &VmSpec) -> Value {
         let config = Config::of(spec, &["tap0".to_owned()]);
         json!({

@@ -6,11 +6,9 @@
 //!           api.sock ◄──────────────────└─────────────┘ --metrics-path ──► metrics
 //! ```
 //!
-//! Firecracker's serial console is its stdin and stdout. stdout is the console's file itself,
-//! opened for appending, so no daemon is needed to keep the output. stdin is a FIFO that
-//! Firecracker holds open for reading and writing. A person who types opens `console.in` in the run
-//! folder for writing, under this daemon or the next, and a writer that closes it causes no end of
-//! input for the guest.
+//! Its serial console is its stdin and stdout. stdout is the console's file itself, opened for appending, so that no daemon is
+//! needed for a byte to be kept. stdin is a FIFO that Firecracker holds open at both ends: whoever wants to type opens
+//! `console.in` in the run folder for writing, whether this daemon or the next, and when he goes the guest sees no end of input.
 
 pub(crate) mod attached;
 mod check;
@@ -28,10 +26,16 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use rustix::fs::{FileType, Mode, OFlags};
-use vmm_core::backend::{BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, Launched};
+use vmm_core::backend::{
+    AdoptRequest, BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, Launched,
+};
+use vmm_core::capabilities::{
+    AcceleratorFact, ConsoleFact, CpuTimeFact, EndpointMode, Facts, PanicFact, PowerOffFact, RebootFact,
+    ResetFact, ShutdownFact, TripleFaultFact,
+};
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
-use vmm_core::spec::{RestartMode, VmSpec};
+use vmm_core::spec::{DiskFormat, RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, ProcessExit, Stdin};
 
@@ -44,18 +48,17 @@ use crate::rest::backend::{RestBackend, RestHypervisor, Run};
 
 /// The backend's name.
 pub const NAME: &str = "firecracker";
-/// The FIFO in the run folder that receives console input.
+/// The FIFO in the run folder that takes what is typed at the console.
 pub const CONSOLE_INPUT: &str = "console.in";
 
-/// Firecracker's own log in the run folder. A separate file from its stderr's, because Firecracker
-/// does not append.
+/// Firecracker's own log in the run folder. Not its stderr's file, because Firecracker does not append.
 const OWN_LOG: &str = "firecracker.log";
-/// The oldest Firecracker with all features in use; `huge_pages` came last.
+/// The oldest Firecracker with everything that is used; `huge_pages` came last.
 const OLDEST: Version = Version::new(1, 7, 0);
-/// The backend that starts Firecrackers.
+/// The backend of Firecrackers that this program starts.
 pub type Firecracker = RestBackend<Hypervisor>;
 
-/// Firecracker as a [`RestHypervisor`].
+/// Firecracker.
 #[derive(Debug, Default)]
 pub struct Hypervisor;
 
@@ -73,27 +76,29 @@ impl RestHypervisor for Hypervisor {
     };
 
     fn capabilities() -> Capabilities {
-        let facts = [
-            ("accelerator", "kvm"),
-            ("console", "serial, with input"),
-            ("cpu-time", "of the VMM's process"),
-            ("disk-formats", "raw"),
-            ("disk-rate-limits", "yes"),
-            ("guest-panic", "not seen: have the guest reset itself (panic=1)"),
-            ("guest-power-off", "not seen on x86: the VM stays RUNNING; let guests end by a reset"),
-            ("guest-reset", "ends the run"),
-            ("guest-triple-fault", "ends the run, as a failure"),
-            ("network-rate-limits", "yes"),
-            ("reboot", "a new process"),
-            ("shutdown", "Ctrl+Alt+Del, on x86 only"),
-        ];
+        let facts = Facts {
+            accelerator: Some(AcceleratorFact::Kvm),
+            console: Some(ConsoleFact::InputAndOutput),
+            cpu_time: Some(CpuTimeFact::OfProcess),
+            disk_formats: Some(&[DiskFormat::Raw]),
+            disk_rate_limits: Some(true),
+            guest_panic: Some(PanicFact::Unseen),
+            guest_power_off: Some(PowerOffFact::UnseenOnX86),
+            guest_reset: Some(ResetFact::EndsRun),
+            guest_triple_fault: Some(TripleFaultFact::EndsRun),
+            network_rate_limits: Some(true),
+            reboot: Some(RebootFact::NewProcess),
+            shutdown: Some(ShutdownFact::CtrlAltDel),
+            ..Facts::default()
+        };
         let limits = [("max-devices", check::MAX_DEVICES as i64), ("max-vcpus", i64::from(check::MAX_VCPUS))];
         Capabilities {
             name: BackendName::new(NAME),
-            endpoint_mode: "managed",
+            endpoint_mode: EndpointMode::Managed,
             default_restart_mode: RestartMode::Never,
             kernel_formats: &[KernelFormat::Elf, KernelFormat::PvhElf],
-            facts: facts.map(|(name, fact)| (name, fact.to_owned())).into_iter().collect(),
+            extended_l2: false,
+            facts,
             limits: limits.into_iter().collect(),
         }
     }
@@ -107,7 +112,7 @@ impl RestHypervisor for Hypervisor {
         Metrics::begin(dir)?;
         let arguments = convert::arguments(uid, &dir.join(SOCKET), &dir.join(OWN_LOG), &dir.join(METRICS));
         Ok(Command {
-            // Firecracker has a serial port even if the specification turns the console off.
+            // Firecracker has a serial port even where nobody wants one.
             stdin: Stdin::File(console_input(&dir.join(CONSOLE_INPUT))?),
             ..Command::new(program, arguments, dir.join(LOG))
         })
@@ -125,19 +130,20 @@ impl RestHypervisor for Hypervisor {
         vmm::attend(run)
     }
 
-    async fn explain_past(dir: &Path, _spec: &VmSpec) -> Exit {
+    async fn explain_past(request: &AdoptRequest) -> Exit {
+        let dir = request.dir.as_path();
         vmm::explain(ProcessExit::UNKNOWN, false, &Metrics::new(dir), dir).await
     }
 }
 
-/// Creates the FIFO for console input, and opens it as Firecracker's stdin.
+/// Makes the FIFO of what is typed, and opens it as Firecracker's input.
 fn console_input(path: &Path) -> io::Result<OwnedFd> {
     match rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
         Err(error) => return Err(error.into()),
     }
-    // Opened for reading and writing, because Firecracker then never reads an end of file.
-    // Non-blocking, because Firecracker reads on the thread that serves its API.
+    // For reading and writing, so that there is always somebody who may write, and Firecracker never reads an end.
+    // Non-blocking, because it reads on the thread that serves its API.
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }

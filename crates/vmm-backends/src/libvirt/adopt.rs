@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 use vmm_core::backend::{AdoptRequest, Adoption, BackendError, BackendErrorKind, Exit, ExitCause, Vmm as _};
+use vmm_core::reason::Reason;
 use vmm_host::process::{self, Lookup, Process};
 use vmm_libvirt_wire::{Call, Domain, DomainState};
 
@@ -29,7 +30,7 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
     let watched = backend.link.watch(domain);
     let process = match find_qemu(domain, &backend.options.emulator).await {
         Ok(process) => process,
-        Err(why) => return unreachable("identity-unproven", why),
+        Err(why) => return unreachable(Reason::IdentityUnproven, why),
     };
     let connected = backend.link.ready(CONNECTING).await;
     let version = match (&connected, &request.run) {
@@ -59,11 +60,11 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
     match (known, process) {
         (Ok(known), Some(process)) => found.with_process(known, process).await,
         (Ok(Some(known)), None) if is_active(known.state) => unreachable(
-            "identity-unproven",
+            Reason::IdentityUnproven,
             "libvirt says that the domain runs, but no such process is to be seen here",
         ),
         (Ok(_), None) => gone("libvirt says that the domain does not run"),
-        (Err(error), Some(process)) => found.silent("libvirt-unreachable", error, process),
+        (Err(error), Some(process)) => found.silent(Reason::LibvirtUnreachable, error, process),
         (Err(error), None) => without_libvirt(&request, &error),
     }
 }
@@ -109,12 +110,12 @@ impl Found<'_> {
             let lost = "its QEMU runs, but libvirt says that it does not; restarting libvirtd may help";
             let error =
                 BackendError::new(BackendErrorKind::Unreachable, vmm_core::backend::Effect::NotApplied, lost);
-            return self.silent("libvirt-lost-it", error, process);
+            return self.silent(Reason::LibvirtLostIt, error, process);
         };
         let ours = owner(&known) == Owner::Instance(self.request.instance);
         if !ours && !self.request.imported {
             return unreachable(
-                "domain-not-ours",
+                Reason::DomainNotOurs,
                 "the domain bears this VM's UUID, but not this program's mark",
             );
         }
@@ -135,7 +136,7 @@ impl Found<'_> {
             Ok(guest) => Adoption::Alive { launched, guest },
             Err(error) if error.kind == BackendErrorKind::Gone => gone("the domain ended just now"),
             Err(error) => Adoption::Unreachable {
-                reason: "vmm-does-not-answer",
+                reason: Reason::VmmDoesNotAnswer,
                 message: error.message,
                 launched: Some(launched),
             },
@@ -143,7 +144,7 @@ impl Found<'_> {
     }
 
     /// There is a QEMU of which libvirt says nothing: the handle can end it, if need be.
-    fn silent(self, reason: &'static str, error: BackendError, process: Process) -> Adoption {
+    fn silent(self, reason: Reason, error: BackendError, process: Process) -> Adoption {
         let run = self.run(&process);
         let (_, launched) =
             assemble(&self.backend.link, self.watched, process, self.facts, run, DomainState::Running);
@@ -164,10 +165,11 @@ impl Found<'_> {
 fn without_libvirt(request: &AdoptRequest, error: &BackendError) -> Adoption {
     match request.run.as_ref().map(|run| process::adopt(&run.process)) {
         None | Some(Lookup::Gone) => gone("no QEMU of the domain runs"),
-        Some(Lookup::Alive(_)) => {
-            unreachable("identity-unproven", "its process does not look like a QEMU of libvirt's any more")
-        }
-        Some(Lookup::Unprovable(why)) => unreachable("identity-unproven", format!("{why}; and {error}")),
+        Some(Lookup::Alive(_)) => unreachable(
+            Reason::IdentityUnproven,
+            "its process does not look like a QEMU of libvirt's any more",
+        ),
+        Some(Lookup::Unprovable(why)) => unreachable(Reason::IdentityUnproven, format!("{why}; and {error}")),
     }
 }
 
@@ -175,6 +177,6 @@ fn gone(message: &str) -> Adoption {
     Adoption::Gone { exit: Exit { cause: ExitCause::Unknown, message: message.to_owned() } }
 }
 
-fn unreachable(reason: &'static str, message: impl Into<String>) -> Adoption {
+fn unreachable(reason: Reason, message: impl Into<String>) -> Adoption {
     Adoption::Unreachable { reason, message: message.into(), launched: None }
 }

@@ -38,6 +38,7 @@ use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
     Sweep, SweepRequest,
 };
+use vmm_core::capabilities::{EndpointMode, MachineFact, PanicFact};
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
 use vmm_core::place::Discover;
@@ -149,9 +150,9 @@ impl LibvirtBackend {
 
 fn capabilities(accelerator: Accelerator) -> Capabilities {
     let mut capabilities = qemu::capabilities(accelerator);
-    capabilities.endpoint_mode = "libvirt";
-    capabilities.facts.insert("guest-panic", "ends the run, as a failure".to_owned());
-    capabilities.facts.insert("machines", "q35".to_owned());
+    capabilities.endpoint_mode = EndpointMode::Libvirt;
+    capabilities.facts.guest_panic = Some(PanicFact::EndsRun);
+    capabilities.facts.machines = Some(&[MachineFact::Q35]);
     capabilities.limits.remove("max-microvm-devices");
     capabilities
 }

@@ -217,7 +217,8 @@ async fn note_definition(dir: &Path, xml: &str) -> Result<(), BackendError> {
     match tokio::task::spawn_blocking(move || std::fs::write(file, xml)).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {
-            Err(host_error(format!("{DEFINITION} cannot be written to the run folder: {error}")))
+            let message = format!("{DEFINITION} cannot be written to the run folder: {error}");
+            Err(host_error(message).caused_by(error))
         }
         Err(error) => Err(host_error(error.to_string())),
     }
@@ -270,7 +271,9 @@ pub(super) async fn clear(dir: &Path) -> Result<(), BackendError> {
     let dir = dir.to_path_buf();
     match tokio::task::spawn_blocking(move || run_dir::remove_sockets(&dir)).await {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(host_error(format!("the run folder cannot be cleared: {error}"))),
+        Ok(Err(error)) => {
+            Err(host_error(format!("the run folder cannot be cleared: {error}")).caused_by(error))
+        }
         Err(error) => Err(host_error(error.to_string())),
     }
 }

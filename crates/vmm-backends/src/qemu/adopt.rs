@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause};
+use vmm_core::reason::Reason;
 use vmm_core::store::{ProcessIdentity, RunRecord};
 use vmm_host::clock::now_ms;
 use vmm_host::process::{self, Found, Lookup, Process};
@@ -26,7 +27,7 @@ pub(super) async fn adopt(request: AdoptRequest, names: Vec<String>, accelerator
     match process::adopt(&identity) {
         Lookup::Gone => gone(&gone_because(&identity)),
         Lookup::Unprovable(message) => {
-            Adoption::Unreachable { reason: "identity-unproven", message, launched: None }
+            Adoption::Unreachable { reason: Reason::IdentityUnproven, message, launched: None }
         }
         Lookup::Alive(process) => take_over(request, process, run).await,
     }
@@ -62,7 +63,7 @@ async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) 
         Err(error) => match process.exit() {
             Some(_) => gone(&gone_because(process.identity())),
             None => Adoption::Unreachable {
-                reason: "vmm-does-not-answer",
+                reason: Reason::VmmDoesNotAnswer,
                 message: error.message,
                 launched: Some(parts.assemble(request.uid, run, spec, true)),
             },

@@ -20,6 +20,9 @@ use tokio::sync::mpsc;
 use vmm_core::backend::{
     BackendError, BackendErrorKind, Capabilities, Effect, GuestState, LaunchRequest, Launched, SweepRequest,
 };
+use vmm_core::capabilities::{
+    AcceleratorFact, ConsoleFact, CreateFact, EndpointMode, Facts, PanicFact, RebootFact, ResetFact,
+};
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
 use vmm_core::place::Places;
@@ -74,20 +77,20 @@ impl Qemu {
     /// Makes it.
     pub(crate) fn new() -> Self {
         let mut capabilities = capabilities(Accelerator::Tcg);
-        capabilities.endpoint_mode = "attached";
-        for (name, fact) in [
-            ("accelerator", "as it was started"),
-            ("console", "none: it is where QEMU was told to put it"),
-            ("create", "no: a running QEMU is imported"),
-            ("guest-panic", "as QEMU was told"),
-            ("guest-reset", "in place, or as QEMU was told"),
-            ("reboot", "in place, at once"),
-        ] {
-            capabilities.facts.insert(name, fact.to_owned());
-        }
-        for made_by_us in ["machines", "disk-formats", "disk-rate-limits", "network-rate-limits"] {
-            capabilities.facts.remove(made_by_us);
-        }
+        capabilities.endpoint_mode = EndpointMode::Attached;
+        capabilities.facts = Facts {
+            accelerator: Some(AcceleratorFact::AsStarted),
+            console: Some(ConsoleFact::Elsewhere),
+            create: Some(CreateFact::ImportOnly),
+            disk_formats: None,
+            disk_rate_limits: None,
+            guest_panic: Some(PanicFact::AsTold),
+            guest_reset: Some(ResetFact::InPlaceUnlessToldOtherwise),
+            machines: None,
+            network_rate_limits: None,
+            reboot: Some(RebootFact::InPlaceAtOnce),
+            ..capabilities.facts
+        };
         Self { capabilities }
     }
 }

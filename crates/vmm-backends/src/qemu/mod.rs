@@ -40,9 +40,13 @@ use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
     KernelFormat, LaunchRequest, Launched, SpareRequest, SpareVmms, SweepRequest,
 };
+use vmm_core::capabilities::{
+    AcceleratorFact, ConsoleFact, EndpointMode, Facts, MachineFact, PanicFact, PowerOffFact, RebootFact,
+    ResetFact, ShutdownFact,
+};
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
-use vmm_core::spec::VmSpec;
+use vmm_core::spec::{DiskFormat, VmSpec};
 
 use convert::Accelerator;
 pub use convert::CONSOLE_SOCKET;
@@ -149,19 +153,23 @@ pub(crate) fn accelerator(kvm: KvmMode) -> Accelerator {
 }
 
 pub(crate) fn capabilities(accelerator: Accelerator) -> Capabilities {
-    let facts = [
-        ("accelerator", accelerator.as_str()),
-        ("console", "serial, with input"),
-        ("disk-formats", "raw, qcow2"),
-        ("disk-rate-limits", "yes"),
-        ("guest-panic", "ends the run, as a failure; on microvm not seen"),
-        ("guest-power-off", "ends the run"),
-        ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
-        ("machines", "q35, microvm"),
-        ("network-rate-limits", "no"),
-        ("reboot", "in place"),
-        ("shutdown", "ACPI power button"),
-    ];
+    let facts = Facts {
+        accelerator: Some(match accelerator {
+            Accelerator::Kvm => AcceleratorFact::Kvm,
+            Accelerator::Tcg => AcceleratorFact::Tcg,
+        }),
+        console: Some(ConsoleFact::InputAndOutput),
+        disk_formats: Some(&[DiskFormat::Raw, DiskFormat::Qcow2]),
+        disk_rate_limits: Some(true),
+        guest_panic: Some(PanicFact::EndsRunButOnMicrovm),
+        guest_power_off: Some(PowerOffFact::EndsRun),
+        guest_reset: Some(ResetFact::InPlaceUnlessNever),
+        machines: Some(&[MachineFact::Q35, MachineFact::Microvm]),
+        network_rate_limits: Some(false),
+        reboot: Some(RebootFact::InPlace),
+        shutdown: Some(ShutdownFact::PowerButton),
+        ..Facts::default()
+    };
     let limits = [
         ("max-disks", check::MAX_Q35_DEVICES as i64),
         ("max-microvm-devices", check::MAX_MICROVM_DEVICES as i64),
@@ -170,10 +178,11 @@ pub(crate) fn capabilities(accelerator: Accelerator) -> Capabilities {
     ];
     Capabilities {
         name: BackendName::new(NAME),
-        endpoint_mode: "managed",
+        endpoint_mode: EndpointMode::Managed,
         default_restart_mode: convert::DEFAULT_RESTART,
         kernel_formats: &[KernelFormat::BzImage, KernelFormat::PvhElf],
-        facts: facts.into_iter().map(|(name, fact)| (name, fact.to_owned())).collect(),
+        extended_l2: true,
+        facts,
         limits: BTreeMap::from(limits),
     }
 }

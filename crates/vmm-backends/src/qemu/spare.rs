@@ -70,9 +70,9 @@ pub(super) async fn start(
         let words = convert::ahead(&AheadInputs { uid: request.uid, accelerator, dir: &request.dir });
         start_waiting(program, words, &request.dir)
     });
-    started
-        .await
-        .unwrap_or_else(|error| Err(host_error(format!("the start of a spare QEMU was broken off: {error}"))))
+    started.await.unwrap_or_else(|error| {
+        Err(host_error(format!("the start of a spare QEMU was broken off: {error}")).caused_by(error))
+    })
 }
 
 /// Blocks.
@@ -82,7 +82,8 @@ fn start_waiting(
     dir: &Path,
 ) -> Result<Spare, BackendError> {
     clear(dir)?;
-    let no_pipe = |error: io::Error| host_error(format!("no pipe for a spare QEMU: {error}"));
+    let no_pipe =
+        |error: io::Error| host_error(format!("no pipe for a spare QEMU: {error}")).caused_by(error);
     let (output, input) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| no_pipe(error.into()))?;
     let mut command = Command::new(program.path(), words.clone(), dir.join(LOG));
     command.stdin = Stdin::File(output.try_clone().map_err(no_pipe)?);

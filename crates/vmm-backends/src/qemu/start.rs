@@ -268,7 +268,7 @@ pub(super) fn clear(dir: &Path) -> Result<(), BackendError> {
     };
     run_dir::remove_sockets(dir)
         .and_then(|()| log())
-        .map_err(|error| host_error(format!("the run folder cannot be cleared: {error}")))
+        .map_err(|error| host_error(format!("the run folder cannot be cleared: {error}")).caused_by(error))
 }
 
 /// Connects to a QEMU that was just started, and lets its guest run.

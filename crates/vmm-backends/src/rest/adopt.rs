@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use vmm_core::backend::{AdoptRequest, BackendError, BackendErrorKind, Effect};
+use vmm_core::reason::Reason;
 use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
 use vmm_host::process::{Lookup, Process, ProcessExit, adopt};
@@ -46,7 +47,9 @@ pub(crate) async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
     match adopt(&identity) {
         Lookup::Alive(process) => Trace::Alive(process, Box::new(run)),
         Lookup::Gone => Trace::Gone,
-        Lookup::Unprovable(message) => Trace::Unprovable(Unproven { reason: "identity-unproven", message }),
+        Lookup::Unprovable(message) => {
+            Trace::Unprovable(Unproven { reason: Reason::IdentityUnproven, message })
+        }
     }
 }
 

@@ -87,14 +87,14 @@ where
                 Ok(Command { stdout: Some(console), ..prepare(program, &dir_of)? })
             })
         });
-        match visit.await.map_err(|error| host_error(&io::Error::other(error)))?? {
+        match visit.await.map_err(|error| host_error(io::Error::other(error)))?? {
             Visit::Started(guard, known) => return Ok((guard, known)),
             Visit::UnknownVersion => drop(program.find().await?),
             Visit::StaleSocket => launch::sweep(dir, &program.running_names().await).await?,
         }
     }
     let why = io::Error::other("the program, or the VM's socket, is replaced all the time");
-    Err(host_error(&why))
+    Err(host_error(why))
 }
 
 fn visit(
@@ -106,11 +106,11 @@ fn visit(
     if dir.join(SOCKET).try_exists().unwrap_or(true) {
         return Ok(Visit::StaleSocket);
     }
-    let command = prepare(known.path()).map_err(|error| host_error(&error))?;
+    let command = prepare(known.path()).map_err(host_error)?;
     launch::start_blocking(command).map(|guard| Visit::Started(guard, known))
 }
 
-fn host_error(error: &io::Error) -> BackendError {
+fn host_error(error: io::Error) -> BackendError {
     let message = format!("the run folder cannot be prepared: {error}; look at its room and rights");
-    BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
+    BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error)
 }

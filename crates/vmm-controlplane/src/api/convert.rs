@@ -11,6 +11,7 @@ use vmm_core::store::{RunRecord, VmRecord};
 use vmm_proto::v1 as pb;
 use vmm_service::{BackendStatus, Metrics, VmView};
 
+use super::capabilities::{endpoint_mode, words};
 use super::size;
 
 /// Unix milliseconds as Unix seconds.
@@ -223,7 +224,7 @@ pub(super) fn reports_to_pb<T: Into<FieldReport>>(reports: Vec<T>) -> Vec<pb::Fi
 pub(super) fn status_to_pb(status: &Status) -> pb::VmStatus {
     pb::VmStatus {
         phase: status.phase.as_str().to_owned(),
-        reason: status.reason.clone(),
+        reason: status.reason.as_str().to_owned(),
         message: status.message.clone(),
         observed_at: seconds(status.observed_at_ms),
         restarts: i32::try_from(status.restarts).unwrap_or(i32::MAX),
@@ -341,8 +342,8 @@ pub(super) fn backend_to_pb(status: BackendStatus) -> pb::Backend {
         available,
         reason,
         version,
-        endpoint_mode: capabilities.endpoint_mode.to_owned(),
-        capabilities: capabilities.facts.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        endpoint_mode: endpoint_mode(capabilities.endpoint_mode).to_owned(),
+        capabilities: words(&capabilities.facts),
         limits: capabilities.limits.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
         ..Default::default()
     }

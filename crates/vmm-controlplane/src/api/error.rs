@@ -9,6 +9,7 @@ use crate::rpc::error::invalid_argument;
 pub(super) fn to_connect(error: ServiceError) -> ConnectError {
     // The server cuts a text that is too long and cleans one that quotes control characters.
     let text = error.to_string();
+    log_causes(&error);
     match error {
         ServiceError::Invalid(violations) => {
             invalid_argument(violations.into_iter().map(|violation| (violation.field, violation.message)))
@@ -25,5 +26,13 @@ pub(super) fn to_connect(error: ServiceError) -> ConnectError {
         ServiceError::Exhausted(_) => ConnectError::resource_exhausted(text),
         ServiceError::OutOfRange(_) => ConnectError::out_of_range(text),
         ServiceError::Internal(_) => ConnectError::internal(text),
+    }
+}
+
+/// Logs the errors below a failure, which neither its text for clients nor the log line of the call shows.
+fn log_causes(error: &ServiceError) {
+    let causes = error.causes();
+    if !causes.is_empty() {
+        tracing::info!(causes = causes.join(": "), "the errors below a failed call");
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder, Sweep, Vmm};
 use vmm_core::event::EventKind;
 use vmm_core::kind::VmKind;
+use vmm_core::reason::Reason;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
 use vmm_core::store::{Change, Commit, IntentKind, Tombstone, VmRecord};
@@ -119,7 +120,7 @@ impl Actor {
                 let state = observe(self.record.state, Observation::VmmGone);
                 let status = self
                     .status(Phase::at_rest(state))
-                    .because("shutdown", "ended by force, which could not be recorded");
+                    .because(Reason::Shutdown, "ended by force, which could not be recorded");
                 let why = Why::asked(operation.request, &operation.caller).ended_by(Some(EndedBy::Sigkill));
                 let turn = Turn::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
                 let _ = self.conclude(budget, turn).await;
@@ -197,7 +198,7 @@ impl Actor {
         } else {
             self.let_go_and_release();
         }
-        let status = self.status(turn_to).because("delete-failed", error);
+        let status = self.status(turn_to).because(Reason::DeleteFailed, error);
         let mut turn = Turn::new(EventKind::OperationFailed, why, status);
         if let Some(observed) = observed {
             turn = turn.observing(observed);

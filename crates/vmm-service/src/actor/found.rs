@@ -12,6 +12,7 @@ use vmm_core::backend::Launched;
 use vmm_core::config::VmConfig;
 use vmm_core::event::EventKind;
 use vmm_core::place::Found;
+use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, VmState, observe};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Lookup, adopt};
@@ -22,9 +23,6 @@ use super::hold::Hold;
 use super::journal::{Turn, Why};
 use crate::check::LOOK_DEADLINE;
 use crate::places;
-
-/// The reason of a status: at this VM's place runs another one.
-const PLACE_TAKEN: &str = "place-taken";
 
 impl Actor {
     /// Takes up what was found at this VM's place.
@@ -82,7 +80,7 @@ impl Actor {
         let observation = if standing { Observation::StandsStill } else { Observation::Runs };
         let status = self
             .status(Phase::at_rest(observe(self.record.state, observation)))
-            .because("started-from-outside", "it was found running at its place");
+            .because(Reason::StartedFromOutside, "it was found running at its place");
         let kind = if was_lost { EventKind::Reachable } else { EventKind::StateChanged };
         let turn = Turn::new(kind, Why::by_itself("started-from-outside"), status)
             .observing(observation)
@@ -92,18 +90,18 @@ impl Actor {
 
     /// What runs at the place of a VM that never ran is another VM.
     async fn place_is_taken(&mut self) {
-        if self.record.status.reason == PLACE_TAKEN {
+        if self.record.status.reason == Reason::PlaceTaken {
             return;
         }
         let place = &self.record.kind;
         let status = self.status(Phase::Created).because(
-            PLACE_TAKEN,
+            Reason::PlaceTaken,
             format!(
                 "somebody else runs a VM in the VMM at {place}, so this one cannot boot there: end that VM, or delete this \
                  one to have that one imported"
             ),
         );
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(PLACE_TAKEN), status);
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(Reason::PlaceTaken.as_str()), status);
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmm_core::event::EventKind;
+use vmm_core::reason::Reason;
 use vmm_core::state::Phase;
 use vmm_core::store::{HostClaim, RunRecord};
 
@@ -56,7 +57,7 @@ impl Actor {
             // Recorded with the next change.
             return;
         }
-        let status = self.status(Phase::at_rest(self.record.state)).because("files-answer", "");
+        let status = self.status(Phase::at_rest(self.record.state)).because(Reason::FilesAnswer, "");
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("files-answer"), status)
             .intending(self.record.intent.clone());
         let _ = self.conclude(budget, turn).await;

@@ -79,6 +79,7 @@ pub(super) fn launched_nothing(error: &BackendError) -> bool {
             BackendErrorKind::NotInstalled
             | BackendErrorKind::NotServed
             | BackendErrorKind::Host
+            | BackendErrorKind::Exhausted
             | BackendErrorKind::Unsupported(_) => true,
             BackendErrorKind::Rejected
             | BackendErrorKind::Timeout
@@ -108,7 +109,9 @@ async fn prepare(
     let failed = |text: String| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, text);
     match made {
         Ok(Ok(())) => Ok(()),
-        Ok(Err((path, error))) => Err(failed(format!("{} could not be made: {error}", path.display()))),
+        Ok(Err((path, error))) => {
+            Err(failed(format!("{} could not be made: {error}", path.display())).caused_by(error))
+        }
         Err(error) => Err(failed(format!("the run folder could not be made: {error}"))),
     }
 }

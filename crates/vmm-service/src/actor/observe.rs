@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_core::event::EventKind;
 use vmm_core::intent::Recovery;
+use vmm_core::reason::Reason;
 use vmm_core::state::{EndedBy, Observation, Phase, observe};
 
 use super::Actor;
@@ -37,8 +38,8 @@ impl Actor {
         match event {
             VmmEvent::GuestReset => self.guest_reset().await,
             VmmEvent::ResetFromOutside => self.reset_from_outside().await,
-            VmmEvent::Paused => self.moved(Observation::StandsStill, "paused-from-outside").await,
-            VmmEvent::Resumed => self.moved(Observation::Runs, "resumed-from-outside").await,
+            VmmEvent::Paused => self.moved(Observation::StandsStill, Reason::PausedFromOutside).await,
+            VmmEvent::Resumed => self.moved(Observation::Runs, Reason::ResumedFromOutside).await,
             VmmEvent::GuestFailed(message) => {
                 let exit = Exit { cause: ExitCause::GuestCrash, message };
                 self.end_failed_run(exit, "guest-failed").await;
@@ -48,15 +49,16 @@ impl Actor {
     }
 
     /// The state changed without an operation of ours.
-    async fn moved(&mut self, observation: Observation, cause: &str) {
+    async fn moved(&mut self, observation: Observation, reason: Reason) {
         let state = observe(self.record.state, observation);
         if state == self.record.state && self.record.status.phase == Phase::at_rest(state) {
             return;
         }
         // A VMM that tells of its guest answers.
         self.speak();
-        let status = self.status(Phase::at_rest(state)).because(cause, "");
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(cause), status).observing(observation);
+        let status = self.status(Phase::at_rest(state)).because(reason.clone(), "");
+        let why = Why::by_itself(reason.as_str());
+        let turn = Turn::new(EventKind::StateChanged, why, status).observing(observation);
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
@@ -67,7 +69,7 @@ impl Actor {
         let state = observe(self.record.state, Observation::ResetInPlace);
         let status = self
             .status(Phase::at_rest(state))
-            .because("reset-from-outside", "somebody else reset the guest, at its VMM");
+            .because(Reason::ResetFromOutside, "somebody else reset the guest, at its VMM");
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("reset-from-outside"), status)
             .observing(Observation::ResetInPlace);
         let _ = self.conclude(Budget::of_own_step(), turn).await;
@@ -81,7 +83,7 @@ impl Actor {
         {
             tracing::error!(%error, "a VMM that is to end could not be killed");
             self.fall_silent();
-            let status = self.status(Phase::Unreachable).because("vmm-does-not-end", error.to_string());
+            let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotEnd, error.to_string());
             let _ =
                 self.conclude(budget, Turn::new(EventKind::Unreachable, Why::by_itself(cause), status)).await;
             return;
@@ -112,9 +114,9 @@ impl Actor {
         let ended_by = by_guest.then_some(EndedBy::Guest);
         let (cause, phase) = (exit.cause.reason(), decision.status.phase.as_str());
         if exit.cause.is_failure() || decision.status.phase == Phase::Failed {
-            tracing::warn!(cause, detail = exit.message, phase, "the VM's run ended by a failure");
+            tracing::warn!(%cause, detail = exit.message, phase, "the VM's run ended by a failure");
         } else {
-            tracing::info!(cause, detail = exit.message, phase, "the VM's run ended");
+            tracing::info!(%cause, detail = exit.message, phase, "the VM's run ended");
         }
         let turn = Turn::new(EventKind::VmmExited, why.ended_by(ended_by), decision.status)
             .observing(Observation::VmmGone)
@@ -131,7 +133,7 @@ impl Actor {
         match (contact, &self.hold) {
             (Contact::Lost(message), Hold::Vmm(_)) => {
                 self.fall_silent();
-                let status = self.status(Phase::Unreachable).because("vmm-does-not-answer", message);
+                let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotAnswer, message);
                 let why = Why::by_itself("vmm-does-not-answer");
                 let turn =
                     Turn::new(EventKind::Unreachable, why, status).intending(self.record.intent.clone());
@@ -177,7 +179,7 @@ impl Actor {
             return self.take_up_unfinished(&intent, observation).await;
         }
         let state = observe(self.record.state, observation);
-        let status = self.status(Phase::at_rest(state)).because("reachable-again", "");
+        let status = self.status(Phase::at_rest(state)).because(Reason::ReachableAgain, "");
         let why = Why::by_itself("reachable-again");
         let turn = Turn::new(EventKind::Reachable, why, status).observing(observation);
         let _ = self.conclude(budget, turn).await;

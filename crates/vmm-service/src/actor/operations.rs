@@ -8,6 +8,7 @@ use vmm_core::backend::{
 };
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
+use vmm_core::reason::Reason;
 use vmm_core::state::{Admission, EndedBy, Observation, Phase, Request, admit};
 use vmm_core::store::{IntentKind, RunRecord};
 use vmm_host::fault::{FaultPoint, point};
@@ -87,7 +88,7 @@ impl Actor {
         self.let_go_and_release();
         let status = self
             .status(Phase::at_rest(self.record.state))
-            .because("shutdown", "what an earlier start had left was ended by force");
+            .because(Reason::Shutdown, "what an earlier start had left was ended by force");
         let why = Why::asked(operation.request, &operation.caller);
         Ok(self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?)
     }
@@ -96,7 +97,7 @@ impl Actor {
     pub(super) fn error_of(&self, what: &str, request: Request, broken: &Broken) -> ServiceError {
         match broken {
             Broken::Backend(error) => ServiceError::from_backend(what, &self.record.vm_id, error),
-            Broken::Preempted(_) => ServiceError::Aborted(format!(
+            Broken::Preempted(_) => ServiceError::aborted(format!(
                 "{} of VM \"{}\" was pre-empted by a forced operation",
                 request.name(),
                 self.record.vm_id
@@ -105,7 +106,7 @@ impl Actor {
     }
 
     fn unreachable(&self) -> ServiceError {
-        ServiceError::Unavailable(format!(
+        ServiceError::unavailable(format!(
             "VM \"{}\" is unreachable ({}): its VMM may still run it. Try again, or use force to end it",
             self.record.vm_id, self.record.status.message
         ))
@@ -115,7 +116,7 @@ impl Actor {
         let stopped = operation.request == Request::Shutdown;
         let restarts = self.record.status.phase == Phase::Restarting;
         if stopped && (self.next.call_off_restart() || restarts) {
-            let status = self.status(Phase::Stopped).because("shutdown", "shut down as asked");
+            let status = self.status(Phase::Stopped).because(Reason::Shutdown, "shut down as asked");
             let why = Why::asked(operation.request, &operation.caller);
             self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?;
         }
@@ -170,7 +171,7 @@ impl Actor {
         let reserved = self.reserve(budget).await?;
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
         self.shared.claims.acquire(uid, vm_id, &reserved.claims).map_err(|taken| {
-            ServiceError::Precondition(format!("VM \"{vm_id}\" cannot be rebooted: {taken}"))
+            ServiceError::precondition(format!("VM \"{vm_id}\" cannot be rebooted: {taken}"))
         })?;
         let kind = IntentKind::Reboot { ask_guest_for, claims: reserved.claims.clone() };
         if let Err(error) = self.intend(budget, kind, Phase::Rebooting, caller).await {
@@ -208,7 +209,7 @@ impl Actor {
         };
         restarted.map_err(|error| match error {
             ServiceError::Aborted(_) => error,
-            other => ServiceError::Precondition(format!(
+            other => ServiceError::precondition(format!(
                 "VM \"{}\" was shut down but could not be booted again, and is {} now: {other}",
                 self.record.vm_id,
                 self.record.state.name()
@@ -285,7 +286,7 @@ impl Actor {
             Broken::Preempted(forced) => {
                 let error = self.error_of(what, request, &broken);
                 let message = format!("{} was pre-empted by a forced operation", request.name());
-                let status = self.status(Phase::at_rest(self.record.state)).because("aborted", message);
+                let status = self.status(Phase::at_rest(self.record.state)).because(Reason::Aborted, message);
                 let _ = self.conclude(forced, Turn::new(EventKind::OperationFailed, why, status)).await;
                 return error;
             }
@@ -293,7 +294,7 @@ impl Actor {
         };
         if error.kind == BackendErrorKind::Gone {
             self.hear_last_word(budget, request, caller).await;
-            return ServiceError::Precondition(format!(
+            return ServiceError::precondition(format!(
                 "could not {what} VM \"{}\": it ended meanwhile and is {} now ({})",
                 self.record.vm_id,
                 self.record.state.name(),
@@ -305,13 +306,13 @@ impl Actor {
             .observation
             .map_or(self.record.state, |seen| vmm_core::state::observe(self.record.state, seen));
         let status = match seen.unreachable {
-            Some(message) => self.status(Phase::Unreachable).because("vmm-does-not-answer", message),
+            Some(message) => self.status(Phase::Unreachable).because(Reason::VmmDoesNotAnswer, message),
             None if self.hold.is_out_of_reach() => self
                 .status(Phase::Unreachable)
-                .because("vmm-does-not-answer", format!("could not {what}: {error}")),
+                .because(Reason::VmmDoesNotAnswer, format!("could not {what}: {error}")),
             None => self
                 .status(Phase::at_rest(state))
-                .because("operation-failed", format!("could not {what}: {error}")),
+                .because(Reason::OperationFailed, format!("could not {what}: {error}")),
         };
         let mut turn = Turn::new(EventKind::OperationFailed, why, status);
         if let Some(observation) = seen.observation {

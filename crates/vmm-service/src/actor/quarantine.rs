@@ -17,7 +17,9 @@ use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
     LaunchRequest, Launched, SweepRequest,
 };
+use vmm_core::capabilities::{EndpointMode, Facts};
 use vmm_core::event::EventKind;
+use vmm_core::reason::Reason;
 use vmm_core::report::Report;
 use vmm_core::spec::{
     BackendOptions, Boot, Console, Cpu, MIB, Memory, PageSize, RestartMode, RestartPolicy, VmSpec,
@@ -32,8 +34,8 @@ use super::journal::{Turn, Why};
 use super::{Actor, Flow};
 use crate::error::ServiceError;
 
-/// The reason in the status of such a VM.
-pub(super) const REASON: &str = "not-taken-up";
+/// The cause of the events of such a VM.
+const CAUSE: &str = "not-taken-up";
 
 impl Actor {
     /// Shows the VM as it was last proven, and why nothing can be done with it. Writes nothing.
@@ -47,14 +49,14 @@ impl Actor {
         if let Some(leaving) = leaving {
             return self.go_on_deleting(leaving).await;
         }
-        let status = self.status(Phase::Unreachable).because(REASON, why);
-        self.show(Turn::new(EventKind::Unreachable, Why::by_itself(REASON), status).intending(intent));
+        let status = self.status(Phase::Unreachable).because(Reason::NotTakenUp, why);
+        self.show(Turn::new(EventKind::Unreachable, Why::by_itself(CAUSE), status).intending(intent));
         Flow::GoOn
     }
 
     /// The refusal of all that is not forced, of a VM that cannot be taken up.
     pub(super) fn quarantined(&self, why: &str) -> ServiceError {
-        ServiceError::Unavailable(format!(
+        ServiceError::unavailable(format!(
             "VM \"{}\" cannot be used by this program: {why}. Serve it by the program that made it, or end and delete it with \
              force",
             self.record.vm_id
@@ -73,10 +75,11 @@ impl Nobody {
     pub(super) fn new(record: &VmRecord, known: Option<Arc<dyn Backend>>, why: String) -> Self {
         let capabilities = Capabilities {
             name: record.backend.clone(),
-            endpoint_mode: "managed",
+            endpoint_mode: EndpointMode::Managed,
             default_restart_mode: RestartMode::Never,
             kernel_formats: &[],
-            facts: BTreeMap::new(),
+            extended_l2: false,
+            facts: Facts::default(),
             limits: BTreeMap::new(),
         };
         Self { capabilities, known, why }
@@ -98,7 +101,7 @@ impl Backend for Nobody {
     }
 
     async fn adopt(&self, _: AdoptRequest) -> Result<Adoption, BackendError> {
-        Ok(Adoption::Unreachable { reason: REASON, message: self.why.clone(), launched: None })
+        Ok(Adoption::Unreachable { reason: Reason::NotTakenUp, message: self.why.clone(), launched: None })
     }
 
     /// Ends the process on record. Others that use the run folder may be somebody's who only looks: they are named.

@@ -19,6 +19,7 @@ use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::intent::Recovery;
 use vmm_core::kind::VmKind;
+use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
 use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
 
@@ -55,7 +56,7 @@ impl Actor {
         if self.host_rebooted() {
             let exit =
                 Exit { cause: ExitCause::Unknown, message: "the host was restarted while it ran".to_owned() };
-            self.ended_unwatched(exit, intent.as_ref(), Some("host-reboot")).await;
+            self.ended_unwatched(exit, intent.as_ref(), Some(Reason::HostReboot)).await;
             return Flow::GoOn;
         }
         self.find(intent).await;
@@ -82,7 +83,7 @@ impl Actor {
             return;
         }
         if let Err(Broken::Backend(error)) = self.sweep(Budget::of_own_step(), Sweep::Clear, None).await {
-            self.found_unreachable("vmm-does-not-end", error.to_string(), None).await;
+            self.found_unreachable(Reason::VmmDoesNotEnd, error.to_string(), None).await;
         }
     }
 
@@ -126,7 +127,7 @@ impl Actor {
                 self.found_unreachable(reason, message, launched).await;
             }
             Err(Broken::Backend(error)) => {
-                self.found_unreachable("vmm-does-not-answer", error.to_string(), None).await;
+                self.found_unreachable(Reason::VmmDoesNotAnswer, error.to_string(), None).await;
             }
             // The forced operation that came settles it.
             Err(Broken::Preempted(_)) => {}
@@ -163,6 +164,7 @@ impl Actor {
             run: self.record.run.clone(),
             kind: self.record.kind.clone(),
             imported: self.record.imported,
+            changed_ms: self.record.modified_ms,
         };
         let adopting = async move { backend.adopt(request).await };
         self.interruptible(Budget::of_own_step(), ADOPT_LIMIT, adopting).await
@@ -179,7 +181,7 @@ impl Actor {
         if started_here {
             match self.claims_of_found(intent.as_ref()).await {
                 Ok(claims) => run.claims = claims,
-                Err(message) => return self.found_unreachable("files-do-not-answer", message, None).await,
+                Err(message) => return self.found_unreachable(Reason::FilesDoNotAnswer, message, None).await,
             }
         }
         let observation = match guest {
@@ -196,7 +198,7 @@ impl Actor {
         let phase = Phase::at_rest(state);
         let status = match &intent {
             Some(intent) if intent.recovery() != Recovery::ShutdownAnswered => self.status(phase).because(
-                "operation-interrupted",
+                Reason::OperationInterrupted,
                 format!("the daemon ended during {}; the VM is as shown", intent.request().name()),
             ),
             Some(_) | None => self.status(phase),
@@ -211,7 +213,7 @@ impl Actor {
     async fn end_found(&mut self, launched: Launched, intent: Option<Intent>) {
         let budget = Budget::of_own_step();
         if let Err(error) = self.kill(budget, &*launched.vmm).await {
-            return self.found_unreachable("vmm-does-not-end", error.to_string(), Some(launched)).await;
+            return self.found_unreachable(Reason::VmmDoesNotEnd, error.to_string(), Some(launched)).await;
         }
         let _ = self.sweep(budget, Sweep::Clear, self.record.run.clone()).await;
         let exit =
@@ -244,7 +246,7 @@ impl Actor {
         &mut self,
         exit: Exit,
         intent: Option<&Intent>,
-        reason: Option<&str>,
+        reason: Option<Reason>,
     ) {
         if reason.is_none() && self.starts_after_all(intent).await {
             return;
@@ -257,17 +259,17 @@ impl Actor {
             self.let_go_and_release();
             let status = self
                 .status(Phase::Stopped)
-                .because("shutdown", "shut down as asked, which was seen only when it had ended");
+                .because(Reason::Shutdown, "shut down as asked, which was seen only when it had ended");
             let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status)
                 .observing(Observation::VmmGone);
             let _ = self.conclude(budget, turn).await;
             return;
         }
         let mut decision = self.decide_restart(&exit);
-        if let Some(reason) = reason {
-            reason.clone_into(&mut decision.status.reason);
+        let why = Why::by_itself(reason.as_ref().map_or("vmm-gone-at-start", Reason::as_str));
+        if let Some(reason) = &reason {
+            decision.status.reason.clone_from(reason);
         }
-        let why = Why::by_itself(reason.unwrap_or("vmm-gone-at-start"));
         self.end_of_run(budget, &exit, decision, why).await;
     }
 
@@ -281,9 +283,12 @@ impl Actor {
         }
         self.let_go_and_release();
         let (reason, message) = if intent.is_some() {
-            ("boot-interrupted", "the VM's start was not carried to its end; nothing of that start is left")
+            (
+                Reason::BootInterrupted,
+                "the VM's start was not carried to its end; nothing of that start is left",
+            )
         } else {
-            ("vmm-gone", "no process of the VM is left")
+            (Reason::VmmGone, "no process of the VM is left")
         };
         let status = self.status(Phase::at_rest(self.record.state)).because(reason, message);
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status);
@@ -293,11 +298,11 @@ impl Actor {
     /// The VMM may live, and cannot be reached. The intent stays on record, because the look that finds the VMM needs it.
     pub(super) async fn found_unreachable(
         &mut self,
-        reason: &str,
+        reason: Reason,
         message: String,
         launched: Option<Launched>,
     ) {
-        tracing::warn!(reason, detail = message, "the VM's VMM cannot be reached; the VM is left alone");
+        tracing::warn!(%reason, detail = message, "the VM's VMM cannot be reached; the VM is left alone");
         let known = self.record.status.phase == Phase::Unreachable && self.record.status.reason == reason;
         let never_ran = self.never_ran();
         let live = launched.map(|launched| {

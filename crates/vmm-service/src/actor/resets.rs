@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause};
 use vmm_core::event::EventKind;
+use vmm_core::reason::Reason;
 use vmm_core::spec::RestartMode;
 use vmm_core::state::{Observation, Phase};
 
@@ -96,7 +97,7 @@ impl Actor {
         };
         tracing::info!(times, restarts, "the guest reset itself in place and runs again");
         let state = vmm_core::state::observe(self.record.state, Observation::ResetInPlace);
-        let mut status = self.status(Phase::at_rest(state)).because("guest-reset", message);
+        let mut status = self.status(Phase::at_rest(state)).because(Reason::GuestReset, message);
         status.restarts = restarts;
         let turn = Turn::new(EventKind::GuestReset, Why::by_itself("guest-reset"), status)
             .observing(Observation::ResetInPlace);

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause};
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
+use vmm_core::reason::Reason;
 use vmm_core::spec::RestartMode;
 use vmm_core::state::{Phase, Request, Status};
 
@@ -81,11 +82,11 @@ impl Actor {
         self.schedule(restarts, reason, &exit.message)
     }
 
-    fn schedule(&self, restarts: u32, reason: &str, message: &str) -> Decision {
+    fn schedule(&self, restarts: u32, reason: Reason, message: &str) -> Decision {
         let allowed = self.allowed_restarts();
         if restarts > allowed {
             let mut status = self.status(Phase::Failed).because(
-                "restart-loop",
+                Reason::RestartLoop,
                 format!("it was started again {allowed} times without a quiet minute between; the last end: {message}"),
             );
             status.restarts = restarts.saturating_sub(1);
@@ -134,12 +135,12 @@ impl Actor {
     /// A start that launched nothing is no restart: what it lacked may be there in a while, however often it was not.
     async fn restart_later(&mut self, budget: Budget, restarts: u32, error: &ServiceError) {
         let message = error.to_string();
-        let mut status = self.status(Phase::Restarting).because("start-not-begun", message);
+        let mut status = self.status(Phase::Restarting).because(Reason::StartNotBegun, message);
         status.restarts = restarts;
         self.next = Next::RestartAt(Instant::now() + MAX_DELAY);
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("restart-policy"), status);
         let shown = &self.record.status;
-        if shown.phase == Phase::Restarting && shown.reason == "start-not-begun" {
+        if shown.phase == Phase::Restarting && shown.reason == Reason::StartNotBegun {
             // Tried again and found as before: shown, not recorded.
             self.show(turn);
         } else {
@@ -151,9 +152,9 @@ impl Actor {
         tracing::warn!(%error, "the restart policy could not start the VM again");
         let message = error.to_string();
         let decision = if self.restart_mode() >= RestartMode::OnFailure {
-            self.schedule(restarts.saturating_add(1), "boot-failed", &message)
+            self.schedule(restarts.saturating_add(1), Reason::BootFailed, &message)
         } else {
-            let status = self.status(Phase::Failed).because("boot-failed", message);
+            let status = self.status(Phase::Failed).because(Reason::BootFailed, message);
             Decision { status, next: Next::Idle }
         };
         self.next = decision.next;

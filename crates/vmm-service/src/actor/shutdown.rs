@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use vmm_core::backend::{BackendErrorKind, Ladder, Sweep};
 use vmm_core::event::EventKind;
+use vmm_core::reason::Reason;
 use vmm_core::state::{EndedBy, Observation, Phase, Request, VmState};
 use vmm_core::store::IntentKind;
 use vmm_host::fault::{FaultPoint, point};
@@ -36,7 +37,7 @@ impl Actor {
         };
         point(FaultPoint::ShutdownApplied);
         self.let_go_and_release();
-        let mut status = self.status(Phase::Stopped).because("shutdown", "shut down as asked");
+        let mut status = self.status(Phase::Stopped).because(Reason::Shutdown, "shut down as asked");
         status.restarts = 0;
         let why = Why::asked(Request::Shutdown, &operation.caller).ended_by(Some(ended_by));
         let turn = Turn::new(EventKind::StateChanged, why, status)

@@ -19,6 +19,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Launched, Sweep}
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::gate::Gate;
+use vmm_core::reason::Reason;
 use vmm_core::spec::NamedFiles;
 use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
 use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
@@ -185,7 +186,7 @@ impl Actor {
             return Ok(());
         }
         let problems = ServiceError::Invalid(report.into_violations());
-        Err(ServiceError::Precondition(format!("VM \"{}\" cannot boot: {problems}", self.record.vm_id)))
+        Err(ServiceError::precondition(format!("VM \"{}\" cannot boot: {problems}", self.record.vm_id)))
     }
 
     /// Looks at the host once more, and returns what the VM needs for itself.
@@ -194,20 +195,24 @@ impl Actor {
     pub(super) async fn reserve(&mut self, budget: Budget) -> Result<Reserved, ServiceError> {
         self.check_again()?;
         let room = descriptors::Start::reserve().map_err(|full| {
-            ServiceError::Exhausted(format!("VM \"{}\" cannot boot: {full}", self.record.vm_id))
+            ServiceError::exhausted(format!("VM \"{}\" cannot boot: {full}", self.record.vm_id))
         })?;
         let mut facts = match self.look(budget, self.record.owns_console_output).await {
             Ok(Ok(facts)) => facts,
             Ok(Err(silent)) => {
                 let text = format!("VM \"{}\" cannot boot: {silent}", self.record.vm_id);
-                return Err(ServiceError::Unavailable(text));
+                return Err(ServiceError::unavailable(text));
             }
             Err(broken) => return Err(self.error_of("boot", Request::Boot, &broken)),
         };
+        if let Some(limit) = facts.limit {
+            let text = format!("VM \"{}\" cannot boot: {}", self.record.vm_id, limit.advice());
+            return Err(ServiceError::exhausted(text));
+        }
         // Of what somebody else made, its VMM knows the files: they may not be where this program sees them.
         if !facts.report.is_ok() && !self.record.imported {
             let problems = ServiceError::Invalid(facts.report.into_violations());
-            return Err(ServiceError::Precondition(format!(
+            return Err(ServiceError::precondition(format!(
                 "VM \"{}\" cannot boot as the host is now: {problems}",
                 self.record.vm_id
             )));
@@ -222,8 +227,7 @@ impl Actor {
         budget: Budget,
         owns_output: bool,
     ) -> Result<Result<HostFacts, FilesSilent>, Broken> {
-        let kernels = Some(self.backend.capabilities().kernel_formats);
-        let terms = Terms { purpose: Purpose::Boot, kernels, owns_output };
+        let terms = Terms { owns_output, ..Terms::of(Purpose::Boot, Some(self.backend.capabilities())) };
         let look = check::look(NamedFiles::of(&self.spec()), terms);
         let slot = self.slot.take();
         let looking = async move { Ok(check::without_slot_if_slow(slot, look).await) };
@@ -243,7 +247,7 @@ impl Actor {
         self.shared
             .claims
             .exchange(self.record.uid, vm_id, &reserved.claims)
-            .map_err(|taken| ServiceError::Precondition(format!("VM \"{vm_id}\" cannot boot: {taken}")))
+            .map_err(|taken| ServiceError::precondition(format!("VM \"{vm_id}\" cannot boot: {taken}")))
     }
 
     /// Reserved → TapsProvided.
@@ -318,7 +322,7 @@ impl Actor {
         self.take_hold(Hold::Leftover);
         let message =
             format!("a process that was started for it could not be ended, and runs no guest: {left}");
-        let status = self.status(Phase::Failed).because("vmm-does-not-end", message);
+        let status = self.status(Phase::Failed).because(Reason::VmmDoesNotEnd, message);
         let why = Why::asked(start.request, start.caller);
         let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
         error
@@ -356,7 +360,8 @@ impl Actor {
         let aborted = matches!(error, ServiceError::Aborted(_));
         let began = if ran { observe(self.record.state, Observation::Runs) } else { self.record.state };
         let at_rest = Phase::at_rest(observe(began, Observation::VmmGone));
-        let (phase, reason) = if aborted { (at_rest, "aborted") } else { (Phase::Failed, "boot-failed") };
+        let (phase, reason) =
+            if aborted { (at_rest, Reason::Aborted) } else { (Phase::Failed, Reason::BootFailed) };
         let status = self.status(phase).because(reason, error.to_string());
         let why = Why::asked(start.request, start.caller);
         let mut turn = Turn::new(EventKind::OperationFailed, why, status);
@@ -459,7 +464,7 @@ impl Actor {
         self.next = Next::look();
         let kind = IntentKind::Boot { claims: reserved.claims };
         let intent = Intent { kind, caller: start.caller.clone(), since_ms: now_ms() };
-        let status = self.status(Phase::Unreachable).because("vmm-does-not-end", left.to_string());
+        let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotEnd, left.to_string());
         let why = Why::asked(start.request, start.caller);
         let turn = Turn::new(EventKind::OperationFailed, why, status)
             .observing(Observation::VmmGone)

@@ -22,6 +22,7 @@ use tracing::Instrument as _;
 use vmm_core::backend::{Backend, Launched};
 use vmm_core::event::EventSeq;
 use vmm_core::id::VmUid;
+use vmm_core::reason::Reason;
 use vmm_core::state::{Phase, Status};
 use vmm_core::store::VmRecord;
 
@@ -120,8 +121,8 @@ impl Seed {
         self.shared.index.publish(Arc::new(as_after_a_panic(&record)));
         let force = self.mailbox.forced();
         let _ = tokio::time::timeout(AFTER_A_PANIC, force).await;
-        let beginning = match record.status.reason.as_str() {
-            super::quarantine::REASON => Beginning::Quarantined { why: record.status.message.clone() },
+        let beginning = match record.status.reason {
+            Reason::NotTakenUp => Beginning::Quarantined { why: record.status.message.clone() },
             _ => Beginning::Recovered { in_use: true },
         };
         Some((record, beginning))
@@ -194,7 +195,10 @@ impl Actor {
 /// Returns a record as it is shown until the actor has found out what is true of the VM.
 fn as_after_a_panic(record: &VmRecord) -> VmRecord {
     let status = Status { restarts: record.status.restarts, ..Status::plain(Phase::Unreachable, now_ms()) }
-        .because("internal", "this program failed while it looked after the VM, and takes the VM up again");
+        .because(
+            Reason::Internal,
+            "this program failed while it looked after the VM, and takes the VM up again",
+        );
     VmRecord { status, ..record.clone() }
 }
 

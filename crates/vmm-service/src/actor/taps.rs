@@ -86,7 +86,7 @@ impl Actor {
                     );
                 }
                 if let Err(error) = provided {
-                    return Err(refused(index, &error));
+                    return Err(refused(index, error));
                 }
             }
             Ok(())
@@ -151,9 +151,9 @@ impl Actor {
     }
 }
 
-fn refused(index: usize, error: &TapError) -> BackendError {
+fn refused(index: usize, error: TapError) -> BackendError {
     let message = format!("config.network[{index}].tap_device: {error}");
-    BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
+    BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message).caused_by(error)
 }
 
 fn too_late(name: &str) -> BackendError {

@@ -15,6 +15,7 @@
 use tokio::time::Instant;
 use vmm_core::event::EventKind;
 use vmm_core::intent::Recovery;
+use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, Request};
 use vmm_core::store::Intent;
 
@@ -44,7 +45,7 @@ impl Actor {
         let phase = if intent.request() == Request::Reboot { Phase::Rebooting } else { Phase::Stopping };
         let method = intent.request().name();
         let status = self.status(phase).because(
-            "operation-interrupted",
+            Reason::OperationInterrupted,
             format!("the daemon ended during {method}, which is carried on now"),
         );
         if let Some(operation) = operation(intent) {
@@ -74,7 +75,7 @@ impl Actor {
             // Refused before it began, as of a VM that stands still by now: it is not tried for ever.
             let status = self
                 .status(Phase::at_rest(self.record.state))
-                .because("operation-failed", format!("{method} could not be carried on: {error}"));
+                .because(Reason::OperationFailed, format!("{method} could not be carried on: {error}"));
             let why = Why::asked(operation.request, &operation.caller);
             let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
         }
@@ -95,8 +96,8 @@ impl Actor {
     pub(super) async fn starts_after_all(&mut self, intent: Option<&Intent>) -> bool {
         let Some(intent) = intent else { return false };
         let reason = match intent.recovery() {
-            Recovery::Reboot { .. } => "reboot-interrupted",
-            Recovery::Start { again: true } => "boot-interrupted",
+            Recovery::Reboot { .. } => Reason::RebootInterrupted,
+            Recovery::Start { again: true } => Reason::BootInterrupted,
             Recovery::Start { again: false }
             | Recovery::AsFound
             | Recovery::Shutdown { .. }

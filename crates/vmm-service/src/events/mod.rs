@@ -164,7 +164,7 @@ impl Events {
     async fn settled_up_to(&self, place: EventSeq) -> Result<(), ServiceError> {
         let settled = self.settled.subscribe().wait_for(|settled| *settled >= place).await.map(drop);
         settled.map_err(|_| {
-            ServiceError::Unavailable("the daemon is stopping: watch again when it is back".to_owned())
+            ServiceError::unavailable("the daemon is stopping: watch again when it is back".to_owned())
         })
     }
 
@@ -184,7 +184,7 @@ impl Events {
     }
 
     fn too_old(&self) -> ServiceError {
-        ServiceError::OutOfRange(format!(
+        ServiceError::out_of_range(format!(
             "events since that token are no longer kept (they are for {} s): begin again without a resume_token, which tells \
              the present state of every VM first",
             self.retention.as_secs()
@@ -205,11 +205,11 @@ fn parse_vm_id(text: &str) -> Result<Option<VmId>, ServiceError> {
 fn unreadable(error: StoreError) -> ServiceError {
     let text = format!("the events could not be read: {error}");
     match error.kind {
-        StoreErrorKind::Full | StoreErrorKind::Io | StoreErrorKind::Closed => ServiceError::Unavailable(text),
+        StoreErrorKind::Full | StoreErrorKind::Io | StoreErrorKind::Closed => ServiceError::unavailable(text),
         StoreErrorKind::NameTaken
         | StoreErrorKind::Conflict
         | StoreErrorKind::Corrupt
-        | StoreErrorKind::Newer => ServiceError::Internal(text),
+        | StoreErrorKind::Newer => ServiceError::internal(text),
     }
 }
 

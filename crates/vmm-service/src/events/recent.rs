@@ -73,7 +73,8 @@ mod tests {
             uid: "00000000-0000-7000-8000-000000000001".parse().unwrap(),
             kind: EventKind::StateChanged,
             state: VmState::Running,
-            status: Status::plain(Phase::Running, 0).because("", "x".repeat(text)),
+            status: Status::plain(Phase::Running, 0)
+                .because(vmm_core::reason::Reason::Nothing, "x".repeat(text)),
             cause: String::new(),
             caller: Caller::named(""),
             ended_by: None,

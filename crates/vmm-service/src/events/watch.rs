@@ -154,12 +154,12 @@ impl Watch {
             if self.cursor >= settled {
                 self.caught_up = true;
                 self.settled.changed().await.map_err(|_| {
-                    ServiceError::Unavailable("the daemon is stopping: resume with the last token".to_owned())
+                    ServiceError::unavailable("the daemon is stopping: resume with the last token".to_owned())
                 })?;
                 continue;
             }
             if self.caught_up && settled.0 - self.cursor.0 > u64::from(RECENT) {
-                return Err(ServiceError::Exhausted(format!(
+                return Err(ServiceError::exhausted(format!(
                     "this watch fell more than {RECENT} events behind and was cut off: read faster or filter more, and resume \
                      with the token of the last event received, which loses nothing"
                 )));
@@ -212,7 +212,7 @@ impl Events {
     }
 
     fn unknown_log(&self, why: &str) -> ServiceError {
-        ServiceError::OutOfRange(format!(
+        ServiceError::out_of_range(format!(
             "resume_token: {why}, so what happened since cannot be told: begin again without a resume_token, which tells the \
              present state of every VM first"
         ))

@@ -290,7 +290,7 @@ impl Vms {
     }
 
     pub(crate) fn reason(&self, vm_id: &str) -> String {
-        self.record(vm_id).status.reason.clone()
+        self.record(vm_id).status.reason.to_string()
     }
 
     pub(crate) fn machine(&self, vm_id: &str) -> MachineControl {

@@ -124,6 +124,7 @@ fn after_a_reboot_of_the_host_the_restart_policies_do_not_start_all_vms_together
         let most = most_starting.load(Ordering::Relaxed);
         assert!(most < VMS / 4, "{most} were being started at once");
     });
-    let failed = bed.store.log().into_iter().filter(|it| it.event.status.reason == "boot-failed").count();
+    let failed =
+        bed.store.log().into_iter().filter(|it| it.event.status.reason.as_str() == "boot-failed").count();
     assert_eq!(failed, 0);
 }

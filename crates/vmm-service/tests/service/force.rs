@@ -415,7 +415,7 @@ async fn a_vm_whose_actor_panics_is_taken_up_again() {
         let result = if method == Method::Pause { vms.pause("a").await } else { vms.boot("a").await };
         refused(result, "internal");
         assert_eq!(vms.reason("a"), "internal");
-        vms.until("a", |record| record.status.reason != "internal").await;
+        vms.until("a", |record| record.status.reason.as_str() != "internal").await;
         assert_eq!((vms.state("a"), &vms.record("a").intent), (state, &None));
         vms.boot("a").await.unwrap();
         vms.pause("a").await.unwrap();

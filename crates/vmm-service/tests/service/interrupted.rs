@@ -158,7 +158,7 @@ fn an_interrupted_operation_leaves_the_vm_as_its_vmm_says() {
                 let record = vms.record("a");
                 let expected = if guest == GuestState::Paused { VmState::Paused } else { VmState::Running };
                 assert_eq!((record.state, &record.intent), (expected, &None), "{request:?}");
-                assert_eq!(record.status.reason, "operation-interrupted");
+                assert_eq!(record.status.reason.as_str(), "operation-interrupted");
                 assert!(record.status.message.contains(request.name()));
                 vms.force_shutdown("a").await.unwrap();
             });
@@ -248,7 +248,7 @@ fn an_interrupted_shutdown_that_came_about_is_never_undone() {
         bed.life(async |vms| {
             let record = vms.record("a");
             assert_eq!((record.state, record.status.phase), (VmState::Shutdown, Phase::Stopped));
-            assert_eq!(record.status.reason, "shutdown");
+            assert_eq!(record.status.reason.as_str(), "shutdown");
             tokio::time::sleep(Duration::from_secs(120)).await;
             assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0));
         });

@@ -213,7 +213,7 @@ fn a_kind_without_a_way_names_the_setting() {
     life(&bed, managed(&bed), async |vms| {
         let record = vms.record("runs");
         assert_eq!((record.state, record.status.phase), (VmState::Running, Phase::Unreachable));
-        assert_eq!(record.status.reason, "endpoint-not-configured");
+        assert_eq!(record.status.reason.as_str(), "endpoint-not-configured");
         assert!(record.status.message.contains("UNKEY_VMCP_FAKE_ENDPOINT"), "{}", record.status.message);
         refused(vms.pause("runs").await, "unavailable");
         let deleted = vms.force_delete("runs").await.unwrap();

@@ -86,7 +86,7 @@ async fn what_others_do_to_a_vm_is_followed() {
     let machine = vms.run("a", bed.config()).await;
     machine.pause();
     let record = vms.until("a", |record| record.state == VmState::Paused).await;
-    assert_eq!(record.status.reason, "paused-from-outside");
+    assert_eq!(record.status.reason.as_str(), "paused-from-outside");
     machine.resume();
     vms.until("a", |record| record.state == VmState::Running).await;
     let generation = vms.record("a").generation;

@@ -223,7 +223,7 @@ fn a_vm_that_somebody_else_starts_again_runs_again() {
         let back = found(&bed, "/a", &["ignored"], VmState::Running).await;
         tell.send(Finding::Found(Box::new(back))).await.unwrap();
         let record = vms.until("vm", |record| record.state == VmState::Running).await;
-        assert_eq!(record.status.reason, "started-from-outside");
+        assert_eq!(record.status.reason.as_str(), "started-from-outside");
         assert!(!record.imported, "it is the machine that it was");
         vms.pause("vm").await.unwrap();
         vms.force_delete("vm").await.unwrap();
@@ -255,7 +255,7 @@ fn a_vm_that_never_ran_is_not_taken_for_what_runs_in_its_place() {
         vms.create("mine", bed.config()).await;
         let other = found(&bed, "/a", &["other"], VmState::Running).await;
         tell.send(Finding::Found(Box::new(other))).await.unwrap();
-        let record = vms.until("mine", |record| record.status.reason == "place-taken").await;
+        let record = vms.until("mine", |record| record.status.reason.as_str() == "place-taken").await;
         assert_eq!((record.state, record.status.phase), (VmState::Created, Phase::Created));
         vms.delete("mine").await.unwrap();
         let other = found(&bed, "/a", &["other"], VmState::Running).await;

@@ -79,7 +79,7 @@ fn a_vm_that_ended_meanwhile_is_down_with_its_reason() {
         bed.life(async |vms| {
             let record = vms.record("a");
             assert_eq!((record.state, record.status.phase), (VmState::Shutdown, phase));
-            assert_eq!((record.status.reason.as_str(), &record.run), (cause.reason(), &None));
+            assert_eq!((record.status.reason.as_str(), &record.run), (cause.reason().as_str(), &None));
             assert_eq!(bed.stored("a"), *record);
             vms.boot("a").await.expect("its disk is free");
         });
@@ -119,7 +119,7 @@ fn after_a_restart_of_the_host_all_that_ran_is_down() {
             let expected = if state.is_live() { VmState::Shutdown } else { state };
             assert_eq!(record.state, expected);
             if state.is_live() {
-                assert_eq!(record.status.reason, "host-reboot");
+                assert_eq!(record.status.reason.as_str(), "host-reboot");
                 assert_eq!(vms.world.calls(Method::Adopt), 0, "no pid of another boot means anything");
             }
             assert_eq!(bed.stored("a"), *record, "the reason is on record too");
@@ -170,7 +170,7 @@ fn a_vmm_that_cannot_be_proven_ours_is_looked_for_again() {
     let machine = bed.world.machine("a").unwrap();
     machine.set_unprovable(true);
     bed.life(async |vms| {
-        assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Running, "identity-not-proven"));
+        assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Running, "identity-unproven"));
         let generation = vms.record("a").generation;
         tokio::time::sleep(std::time::Duration::from_secs(120)).await;
         assert_eq!(vms.record("a").generation, generation, "looking again writes nothing");

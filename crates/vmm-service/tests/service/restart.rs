@@ -106,8 +106,10 @@ async fn a_start_that_fails_is_tried_again_and_counts() {
     assert_eq!(record.status.phase, Phase::Running);
     vms.world.always(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     vms.machine("a").end(ExitCause::VmmFailed);
-    vms.until("a", |record| record.status.phase == Phase::Failed && record.status.reason == "restart-loop")
-        .await;
+    vms.until("a", |record| {
+        record.status.phase == Phase::Failed && record.status.reason.as_str() == "restart-loop"
+    })
+    .await;
     assert_eq!(bed.stored("a"), *vms.record("a"));
 }
 

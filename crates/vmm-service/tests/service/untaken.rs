@@ -111,7 +111,7 @@ fn a_record_that_cannot_be_read_concerns_its_own_vm_alone() {
     bed.life(async |vms| {
         let shown = vms.record("a");
         assert_eq!((shown.state, shown.status.phase), (VmState::Running, Phase::Unreachable));
-        assert_eq!(shown.status.reason, "not-taken-up");
+        assert_eq!(shown.status.reason.as_str(), "not-taken-up");
         assert!(shown.status.message.contains("newer release"), "{}", shown.status.message);
         refused(vms.try_create("a", bed.config()).await, "already-exists");
         refused(vms.shutdown("a").await, "unavailable");

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use vmm_core::backend::{Backend, Capabilities};
+use vmm_core::capabilities::{EndpointMode, PanicFact, PowerOffFact, ShutdownFact, TripleFaultFact};
 use vmm_core::config::VmConfig;
 use vmm_core::state::EndedBy;
 use vmm_core::store::VmRecord;
@@ -139,8 +140,10 @@ pub(super) fn version(column: &dyn Column) -> Result<String, String> {
 pub(super) struct Facts {
     /// True if a guest's power-off ends its run.
     pub(super) power_off_seen: bool,
-    /// The backend's text about a power-off.
-    pub(super) power_off: String,
+    /// True if such an end is told from others.
+    pub(super) power_off_told: bool,
+    /// The effect of a power-off in words, for the report.
+    pub(super) power_off: &'static str,
     /// True if a guest's reset can continue in the same process.
     pub(super) reset_in_place: bool,
     /// True if a triple fault may be distinguished from a reset.
@@ -161,33 +164,42 @@ pub(super) struct Facts {
     pub(super) reboots: bool,
     /// True if a guest's reset is seen.
     pub(super) reset_seen: bool,
-    /// The backend's text about a reset.
-    pub(super) reset: String,
+    /// The effect of a reset in words, for the report.
+    pub(super) reset: &'static str,
 }
 
 impl Facts {
     pub(super) fn of(capabilities: &Capabilities) -> Self {
-        let fact = |name: &str| capabilities.facts.get(name).cloned().unwrap_or_default();
+        let told = &capabilities.facts;
+        let reset = told.guest_reset.expect("a backend tells what a reset does");
+        let reboot = told.reboot.expect("a backend tells how it reboots");
+        let power_off = told.guest_power_off.expect("a backend tells what a power-off does");
         // A hypervisor without a power button has no order to power off either: see the ladder in
         // vmm-backends.
-        let (asked, ordered) = if fact("shutdown").starts_with("Ctrl+Alt+Del") {
-            (EndedBy::CtrlAltDel, EndedBy::Sigterm)
-        } else {
-            (EndedBy::Acpi, EndedBy::Vmm)
+        let (asked, ordered) = match told.shutdown.expect("a backend tells how it asks a guest") {
+            ShutdownFact::CtrlAltDel => (EndedBy::CtrlAltDel, EndedBy::Sigterm),
+            ShutdownFact::PowerButton => (EndedBy::Acpi, EndedBy::Vmm),
         };
-        let attached = capabilities.endpoint_mode == "attached";
+        let attached = capabilities.endpoint_mode == EndpointMode::Attached;
         Self {
             attached,
             powers_off: !attached || capabilities.name.as_str() == "cloudhypervisor",
-            reboots: !fact("reboot").starts_with("no"),
-            reset_seen: !fact("guest-reset").contains("not seen"),
-            reset: fact("guest-reset"),
-            power_off_seen: fact("guest-power-off").starts_with("ends the run"),
-            power_off: fact("guest-power-off"),
-            reset_in_place: fact("guest-reset").starts_with("in place"),
-            triple_fault_fails: fact("guest-triple-fault").contains("failure"),
-            panic_seen: fact("guest-panic").starts_with("ends the run"),
-            reboot_in_place: fact("reboot").starts_with("in place"),
+            reboots: reboot.is_served(),
+            reset_seen: reset.is_seen(),
+            reset: if reset.is_seen() { "seen" } else { "in place, and not seen" },
+            power_off_seen: power_off.is_seen(),
+            power_off_told: power_off.is_told(),
+            power_off: match power_off {
+                PowerOffFact::EndsRun => "ends the run",
+                PowerOffFact::EndsVmmUntold => "ends the run, and the VMM; why is not told",
+                PowerOffFact::UnseenOnX86 => {
+                    "not seen on x86: the VM stays RUNNING; let guests end by a reset"
+                }
+            },
+            reset_in_place: reset.is_in_place(),
+            triple_fault_fails: told.guest_triple_fault.is_some_and(TripleFaultFact::is_failure),
+            panic_seen: told.guest_panic.is_some_and(PanicFact::is_seen),
+            reboot_in_place: reboot.is_in_place(),
             asked,
             ordered,
         }

@@ -66,7 +66,7 @@ pub(super) async fn find_dead(vms: Vms) -> Verdict {
     // A VMM that has not quite ended yet is unreachable for a moment.
     let down = vms.until_down(VM).await;
     assert_eq!((down.state, down.status.phase), (VmState::Shutdown, Phase::Failed), "{down:#?}");
-    assert_ne!(down.status.reason, "", "it says why, or that it is unknown");
+    assert_ne!(down.status.reason.as_str(), "", "it says why, or that it is unknown");
     vms.boot_again(VM).await.expect("BootVm succeeds");
     vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
     Verdict::Served

@@ -118,10 +118,10 @@ pub(super) async fn guest_powers_off(vms: Vms) -> Verdict {
         // The run continues, and operations on the VM succeed.
         vms.pause(VM).await.expect("PauseVm succeeds");
         assert_eq!(vms.resume(VM).await.expect("ResumeVm succeeds").record.state, VmState::Running);
-        return Verdict::NotApplicable(vms.facts.power_off.clone());
+        return Verdict::NotApplicable(vms.facts.power_off.to_owned());
     }
     let down = vms.until_down(VM).await;
-    let told = !vms.facts.power_off.contains("not told");
+    let told = vms.facts.power_off_told;
     if told {
         assert_end(&down, Phase::Stopped, "guest-power-off", Some(EndedBy::Guest));
     } else {
@@ -133,12 +133,12 @@ pub(super) async fn guest_powers_off(vms: Vms) -> Verdict {
     }
     vms.boot_again(VM).await.expect("it can be booted again");
     vms.console_shows(VM, &Guest::PowerOff.banner(), 2).await;
-    if told { Verdict::Served } else { Verdict::Emulated(vms.facts.power_off.clone()) }
+    if told { Verdict::Served } else { Verdict::Emulated(vms.facts.power_off.to_owned()) }
 }
 
 pub(super) async fn power_off_under_always(vms: Vms) -> Verdict {
     if !vms.facts.power_off_seen {
-        return Verdict::NotApplicable(vms.facts.power_off.clone());
+        return Verdict::NotApplicable(vms.facts.power_off.to_owned());
     }
     if let Err(refused) = run_with_policy(&vms, Guest::PowerOff, ALWAYS, 1).await {
         return refused;
@@ -306,7 +306,7 @@ async fn resets_unseen(vms: &Vms, guest: Guest) -> Verdict {
     vms.console_shows(VM, &guest.banner(), 4).await;
     let record = vms.record(VM);
     assert_eq!((record.state, record.status.restarts), (VmState::Running, 0), "{record:#?}");
-    Verdict::NotApplicable(vms.facts.reset.clone())
+    Verdict::NotApplicable(vms.facts.reset.to_owned())
 }
 
 fn restarted(vms: &Vms) -> Verdict {

@@ -51,7 +51,7 @@ async fn refused(vms: Vms) -> Verdict {
     assert!(judged.violations.iter().any(|found| found.field == "backend"), "{judged:?}");
     match vms.try_create(VM, config).await {
         Err(ServiceError::Unsupported(why)) => {
-            assert!(why.contains("imported"), "{why}");
+            assert!(why.text().contains("imported"), "{why}");
             Verdict::Rejected("CreateVm is UNIMPLEMENTED: a running QEMU is imported, not created".to_owned())
         }
         other => panic!("it must not be created: {other:?}"),

@@ -129,7 +129,7 @@ fn reboot_is_refused(answer: Result<Outcome, ServiceError>) -> Verdict {
     let Err(ServiceError::Unavailable(why)) = answer else {
         panic!("a reboot takes another VMM: {answer:?}")
     };
-    assert!(why.contains("start another VMM there"), "it says what to do: {why}");
+    assert!(why.text().contains("start another VMM there"), "it says what to do: {why}");
     Verdict::Rejected("RebootVm is UNAVAILABLE, naming the socket to start another VMM on".to_owned())
 }
 

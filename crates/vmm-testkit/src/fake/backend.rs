@@ -9,7 +9,11 @@ use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
     Exit, ExitCause, KernelFormat, LaunchRequest, Launched, SpareRequest, SpareVmms, SweepRequest, VmmEvent,
 };
+use vmm_core::capabilities::{
+    EndpointMode, Facts, PanicFact, PowerOffFact, RebootFact, ResetFact, ShutdownFact,
+};
 use vmm_core::id::{BackendName, VmUid};
+use vmm_core::reason::Reason;
 use vmm_core::report::Report;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::store::RunRecord;
@@ -40,18 +44,18 @@ impl FakeBackend {
     pub fn in_world(name: &str, world: &World) -> Self {
         let capabilities = Capabilities {
             name: BackendName::new(name),
-            endpoint_mode: "managed",
+            endpoint_mode: EndpointMode::Managed,
             default_restart_mode: RestartMode::GuestReboot,
             kernel_formats: &[KernelFormat::Elf, KernelFormat::PvhElf],
-            facts: [
-                ("guest-panic", "ends the run, as a failure"),
-                ("guest-power-off", "ends the run"),
-                ("guest-reset", "in place, or ends the run where restart_policy is NEVER"),
-                ("reboot", "in place"),
-                ("shutdown", "ACPI power button"),
-            ]
-            .map(|(name, fact)| (name, fact.to_owned()))
-            .into(),
+            extended_l2: true,
+            facts: Facts {
+                guest_panic: Some(PanicFact::EndsRun),
+                guest_power_off: Some(PowerOffFact::EndsRun),
+                guest_reset: Some(ResetFact::InPlaceUnlessNever),
+                reboot: Some(RebootFact::InPlace),
+                shutdown: Some(ShutdownFact::PowerButton),
+                ..Facts::default()
+            },
             limits: BTreeMap::from([("max-vcpus", i64::from(MAX_VCPUS))]),
         };
         Self { world: world.clone(), capabilities, single_use: false }
@@ -60,7 +64,7 @@ impl FakeBackend {
     /// Changes the hypervisor so that a process can be used once: a reset needs another process.
     pub fn single_use(mut self) -> Self {
         self.single_use = true;
-        self.capabilities.facts.insert("reboot", "a new process".to_owned());
+        self.capabilities.facts.reboot = Some(RebootFact::NewProcess);
         self
     }
 
@@ -103,7 +107,7 @@ impl FakeBackend {
         // machine that does not answer is proven, so the service gets a handle and can kill it.
         if unprovable {
             return Adoption::Unreachable {
-                reason: "identity-not-proven",
+                reason: Reason::IdentityUnproven,
                 message: "the process cannot be proven ours".to_owned(),
                 launched: None,
             };
@@ -111,7 +115,7 @@ impl FakeBackend {
         let launched = self.handle(run.clone(), self.world.listen(run.process.pid));
         if silent {
             return Adoption::Unreachable {
-                reason: "vmm-does-not-answer",
+                reason: Reason::VmmDoesNotAnswer,
                 message: "the process lives and does not answer".to_owned(),
                 launched: Some(launched),
             };
