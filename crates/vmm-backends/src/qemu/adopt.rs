@@ -1,4 +1,4 @@
-//! Finding the QEMU of an earlier run again.
+//! Adopts the QEMU that an earlier daemon started.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,8 @@ use super::convert::{Accelerator, Machine, QMP_SOCKET, reboot_action};
 use super::start::Parts;
 use crate::search::{self, Unproven};
 
-/// Looks for the QEMU that `request` means, among programs called one of `names`. Kills nothing.
+/// Adopts the QEMU of `request`: by its recorded identity, or by its run folder among the programs
+/// `names` if a launch was interrupted. Ends no process.
 pub(super) async fn adopt(request: AdoptRequest, names: Vec<String>, accelerator: Accelerator) -> Adoption {
     let (identity, run) = match &request.run {
         Some(run) => (run.process.clone(), run.clone()),
@@ -44,13 +45,13 @@ fn gone_because(identity: &ProcessIdentity) -> String {
     }
 }
 
-/// Connects to a QEMU that is proven the right one.
+/// Connects to a QEMU whose identity is proven.
 async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) -> Adoption {
     let spec = &request.spec;
     let parts = Parts::of_running(process.clone(), &request.dir, spec.tap_names(request.uid));
     let asked = async {
         let qmp = parts.link.connect().await?;
-        // A daemon that died in the middle of a reset may have left the other action.
+        // A daemon that ended during a reset may have left the other action.
         qmp.set_reboot_action(reboot_action(spec)).await?;
         Ok::<_, vmm_core::backend::BackendError>((qmp.version(), qmp.query_status().await?.guest_state()))
     };
@@ -71,7 +72,7 @@ async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) 
     }
 }
 
-/// The record of a run whose launch was interrupted before it was recorded.
+/// Returns the record of a run whose launch was interrupted before its record was written.
 fn reconstructed(request: &AdoptRequest, found: &Found, configured: Accelerator) -> RunRecord {
     let after = |flag: &str| {
         let mut args = found.args.iter().skip_while(|arg| arg.as_os_str() != flag);
@@ -85,7 +86,8 @@ fn reconstructed(request: &AdoptRequest, found: &Found, configured: Accelerator)
         version: String::new(),
         accelerator: after("-accel").unwrap_or_else(|| configured.as_str().to_owned()),
         machine: machine.as_str().to_owned(),
-        // Nobody wrote down when it began; the launch was under way when the daemon ended.
+        // The true start was not recorded. The launch was in progress when the earlier daemon
+        // ended.
         started_ms: now_ms(),
         claims: Vec::new(),
         taps: Vec::new(),

@@ -1,4 +1,5 @@
-//! A QEMU that somebody else started, reached by its QMP socket: import only.
+//! QEMUs that another program started, reached by their QMP socket. They are imported, never
+//! created.
 //!
 //! ```text
 //!   Vmm ── Link ── QMP ──► the QEMU of somebody else        one client: while the daemon holds it, nobody else is served
@@ -6,8 +7,9 @@
 //!    └──── Watch ◄── events ────┘  RESET, STOP, RESUME, SHUTDOWN
 //! ```
 //!
-//! QEMU tells of everything that its guest does, so nothing is polled. What ends its process (`quit`, a signal) is for force
-//! alone, and a reset is refused where QEMU was started in a way that makes one end it.
+//! QEMU sends an event for every change of its guest, so nothing is polled. Calls that end the
+//! process (`quit`, a signal) are left to force. A reset is refused if QEMU's command line makes a
+//! reset end the process.
 
 mod handle;
 
@@ -41,12 +43,12 @@ use super::{NAME, capabilities};
 use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, identify};
 use crate::program::Version;
 
-/// The oldest QEMU whose events say why it ends.
+/// The oldest QEMU whose events give the reason of its end.
 const OLDEST: Version = Version::new(4, 2, 0);
-/// Events of QEMU that wait to be read.
+/// The most events of QEMU that wait to be read.
 const QMP_EVENTS: usize = 256;
 
-/// QEMU, as attached.
+/// QEMU with processes that another program started.
 #[derive(Debug)]
 pub(crate) struct Qemu {
     capabilities: Capabilities,
@@ -68,13 +70,13 @@ impl Connection {
 
     fn take_events(&self) -> mpsc::Receiver<QmpEvent> {
         let taken = self.events.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Without them there is nothing to hear, as of a channel that nobody sends to.
+        // The events were already taken. The returned channel has no sender, so it reports nothing.
         taken.unwrap_or_else(|| mpsc::channel(1).1)
     }
 }
 
 impl Qemu {
-    /// Makes it.
+    /// Returns the hypervisor with its capabilities.
     pub(crate) fn new() -> Self {
         let mut capabilities = capabilities(Accelerator::Tcg);
         capabilities.endpoint_mode = EndpointMode::Attached;
@@ -193,7 +195,7 @@ impl Hypervisor for Qemu {
         }
     }
 
-    /// Only force comes here, or the end of a start, which there is none of.
+    /// Called by force only, because a VM is never started here and so no start is undone.
     async fn power_off(&self, client: &Connection) -> Result<bool, BackendError> {
         let qmp = match client.link.get() {
             Ok(qmp) => qmp,
@@ -208,7 +210,8 @@ impl Hypervisor for Qemu {
     }
 }
 
-/// What a QEMU in this state holds; one whose guest has ended holds nothing that could be used.
+/// Returns the state of the guest in a QEMU with this status, or `None` if the guest has ended and
+/// cannot be used.
 fn holding(status: RunState) -> Option<Guest> {
     match status.guest_state_of_another() {
         GuestState::Running => Some(Guest::Running),

@@ -1,4 +1,5 @@
-//! The findings about a [`VmSpec`] on QEMU: violations, and values that are ignored. Pure.
+//! Returns the violations and warnings about a [`VmSpec`] on QEMU. Reads nothing but the
+//! specification.
 
 use vmm_core::report::Report;
 use vmm_core::spec::{Boot, Console, Cpu, Disk, Memory, Nic, RestartPolicy, VmSpec, kernel_words};
@@ -7,7 +8,8 @@ use super::convert::{Accelerator, Machine};
 use super::options::{MACHINE_KEY, VmOptions};
 use crate::kernel_args::{check_length, check_panic};
 
-/// The most vCPUs. QEMU's machines say 288, but more than 255 need an interrupt controller in KVM with x2APIC.
+/// The most vCPUs. QEMU's machines accept 288, but more than 255 need an interrupt controller in
+/// KVM with x2APIC.
 pub(crate) const MAX_VCPUS: u32 = 255;
 /// The most disks, and the most network interfaces, on q35.
 pub(crate) const MAX_Q35_DEVICES: usize = 64;
@@ -21,7 +23,7 @@ pub(crate) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
     match check_common(&mut report, spec, accelerator).machine {
         Some(Machine::Q35) => check_q35(&mut report, spec),
         Some(Machine::Microvm) => check_microvm(&mut report, spec, accelerator),
-        // Its violation is in the report.
+        // The report already contains the violation.
         None => {}
     }
     report
@@ -36,7 +38,7 @@ pub(crate) fn check_common<'a>(
     let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
     let options = VmOptions::read(spec, report);
     check_cpu(report, cpu, &options, accelerator);
-    // QEMU serves all of these as they are; only microvm has less, which `check_microvm` says.
+    // QEMU serves all of these fields. microvm serves fewer, which `check_microvm` reports.
     let Memory { size_bytes: _, hotplug_max_bytes: _, pages: _, shared: _ } = memory;
     let Boot { kernel: _, initrd: _, args: _ } = boot;
     check_length(report, spec, spec.kernel_args().len());

@@ -1,4 +1,4 @@
-//! QEMU's commands, typed: only those that are used, and of their answers only what is needed.
+//! QEMU's commands as Rust methods: only those in use, with only the used parts of their answers.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -8,7 +8,7 @@ use super::qmp::{Closed, Qmp, QmpError};
 use crate::connecting;
 use crate::program::Version;
 
-/// What QEMU does when its guest resets, and when it is told to reset its guest.
+/// QEMU's action for a reset, both for a reset by the guest and for `system_reset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RebootAction {
     /// The guest starts again in the same process.
@@ -18,7 +18,7 @@ pub enum RebootAction {
 }
 
 impl RebootAction {
-    /// QEMU's word.
+    /// Returns QEMU's name of the action.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Reset => "reset",
@@ -27,7 +27,7 @@ impl RebootAction {
     }
 }
 
-/// What QEMU's guest is doing, in QEMU's words.
+/// The state of QEMU's guest, by QEMU's names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunState {
@@ -49,27 +49,27 @@ pub enum RunState {
     FinishMigrate,
     /// Stopped to restore a snapshot.
     RestoreVm,
-    /// Its CPUs run.
+    /// The guest's CPUs run.
     Running,
     /// Stopped to save a snapshot.
     SaveVm,
-    /// It has powered off.
+    /// The guest has powered off.
     Shutdown,
-    /// It sleeps.
+    /// The guest sleeps.
     Suspended,
-    /// Its watchdog stopped it.
+    /// The guest's watchdog stopped it.
     Watchdog,
-    /// It panicked.
+    /// The guest panicked.
     GuestPanicked,
     /// Stopped to replicate.
     Colo,
 }
 
 impl RunState {
-    /// The same in the domain's terms.
+    /// Returns the state of the guest in the terms of the port.
     pub const fn guest_state(self) -> GuestState {
         match self {
-            // A sleeping guest is woken by its own devices: for the host it runs.
+            // A sleeping guest is woken by its own devices, so it counts as running.
             Self::Running | Self::Suspended => GuestState::Running,
             Self::Debug
             | Self::Inmigrate
@@ -86,7 +86,8 @@ impl RunState {
         }
     }
 
-    /// The same of a QEMU that somebody else started: what has failed there stands still, for its owner to look at.
+    /// Returns the state of the guest in a QEMU that another program started. A guest that has
+    /// failed counts as paused, because its owner may examine it.
     pub const fn guest_state_of_another(self) -> GuestState {
         match self.failure() {
             Some(_) => GuestState::Paused,
@@ -94,7 +95,8 @@ impl RunState {
         }
     }
 
-    /// Why a guest in this state cannot go on; `None` where it can, or has ended in order.
+    /// Returns the reason for which a guest in this state cannot continue, or `None` if it can or
+    /// has powered off.
     pub const fn failure(self) -> Option<&'static str> {
         match self {
             Self::InternalError => Some("the accelerator could not go on with the guest (internal-error)"),
@@ -151,11 +153,11 @@ impl Qmp {
         Ok(())
     }
 
-    /// Lets the guest's CPUs run.
+    /// Starts the guest's CPUs.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`]; so for all commands here.
+    /// Fails as [`Qmp::execute`] does. The same holds for all commands below.
     pub async fn cont(&self) -> Result<(), QmpError> {
         self.order("cont", Value::Null).await
     }
@@ -164,25 +166,25 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn stop(&self) -> Result<(), QmpError> {
         self.order("stop", Value::Null).await
     }
 
-    /// Asks what the guest is doing.
+    /// Asks for the state of the guest.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn query_status(&self) -> Result<RunState, QmpError> {
         Ok(self.execute::<Status>("query-status", Value::Null).await?.status)
     }
 
-    /// Presses the guest's power button. Answers at once; the guest may ignore it.
+    /// Presses the guest's power button. Returns at once. The guest may ignore the button.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn system_powerdown(&self) -> Result<(), QmpError> {
         self.order("system_powerdown", Value::Null).await
     }
@@ -191,16 +193,16 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn system_reset(&self) -> Result<(), QmpError> {
         self.order("system_reset", Value::Null).await
     }
 
-    /// Sets what a reset does from now on.
+    /// Sets the action of all later resets.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn set_reboot_action(&self, action: RebootAction) -> Result<(), QmpError> {
         self.order("set-action", json!({ "reboot": action.as_str() })).await
     }
@@ -209,16 +211,16 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn quit(&self) -> Result<(), QmpError> {
         self.order("quit", Value::Null).await
     }
 
-    /// Reads QEMU's version again; the cheapest question there is.
+    /// Reads QEMU's version again. The cheapest command.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn query_version(&self) -> Result<Version, QmpError> {
         Ok(self.execute::<AskedVersion>("query-version", Value::Null).await?.qemu)
     }
@@ -227,7 +229,7 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// As [`Qmp::execute`].
+    /// Fails as [`Qmp::execute`] does.
     pub async fn query_blockstats(&self) -> Result<StorageCounters, QmpError> {
         let disks: Vec<BlockStats> = self.execute("query-blockstats", Value::Null).await?;
         Ok(disks.iter().fold(StorageCounters::default(), |sum, disk| StorageCounters {

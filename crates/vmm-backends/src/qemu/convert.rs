@@ -1,21 +1,23 @@
-//! From a [`VmSpec`] to QEMU's command line, or for a QEMU that waits, to the rest of it. Pure: the same request gives the same
-//! words.
+//! Converts a [`VmSpec`] into QEMU's command line, or into the command line and the later file of a
+//! spare QEMU. A pure function: equal requests give equal words.
 //!
 //! ```text
 //!   VmSpec ──► options ─┬─► arguments          all of them on the command line
-//!                       └─► ahead … told       what suits every VM on the command line, the rest in a file read later
+//!                       └─► ahead … told       options of every VM on the command line, the rest in a later file
 //! ```
 //!
-//! What a client names (paths, kernel arguments) goes where QEMU parses nothing, or into JSON; only `-chardev` has no JSON
-//! form, and there commas are doubled. Images are opened by `-blockdev`, whose format is stated and so never probed:
+//! Values of a client (paths, kernel arguments) are passed where QEMU parses nothing, or in JSON.
+//! Only `-chardev` has no JSON form, so its commas are doubled. Images are opened by `-blockdev`
+//! with an explicit format, so no format is detected:
 //!
 //! ```text
 //!   virtio-blk ──► [throttle diskN] ──► raw|qcow2 diskN-format ──► file|host_device diskN-file ──► the image
 //! ```
 //!
-//! Devices have fixed places, so that a disk added to a configuration renames no network interface in its guest: on q35,
-//! disks are the functions of PCI slots 2 to 9 and interfaces those of slots 16 to 23; on microvm, which has 23 virtio-mmio
-//! transports that work, disks come first and interfaces follow.
+//! Devices have fixed places, so a disk that is added to a configuration does not rename a network
+//! interface in the guest. On q35, disks are the functions of PCI slots 2 to 9 and interfaces those
+//! of slots 16 to 23. On microvm, which has 23 usable virtio-mmio transports, disks come first and
+//! interfaces follow.
 
 mod disk;
 mod file;
@@ -37,30 +39,32 @@ use option::Opt;
 
 /// The QMP socket's name in the run folder.
 pub const QMP_SOCKET: &str = "qmp.sock";
-/// The console socket's name in the run folder: what is written there the guest reads from its serial port.
+/// The console socket's name in the run folder. The guest reads from its serial port what is
+/// written to this socket.
 ///
-/// QEMU also sends the guest's output there, while somebody is connected, and the guest waits once some 270 bytes lie unread.
-/// Whoever connects reads all the time, or is quick.
+/// QEMU also sends the guest's output to a connected client, and the guest stops once some 270
+/// bytes are unread. A client must therefore read all the time, or disconnect soon.
 pub const CONSOLE_SOCKET: &str = "console.sock";
-/// The process id file's name in the run folder.
+/// The name of the file with the process id in the run folder.
 const PID_FILE: &str = "qemu.pid";
 
-/// The virtio-mmio transport of microvm's first device. QEMU lists them to the guest from the last to the first, so devices go
-/// downwards, and stop before 0: its interrupts get lost, because they arrive at pin 0 of the second interrupt controller, and
-/// QEMU (7.2) takes any pin 0 for the timer's and raises pin 2.
+/// The virtio-mmio transport of microvm's first device. QEMU lists the transports to the guest from
+/// the last to the first, so devices are placed downwards. Transport 0 is not used, because its
+/// interrupts are lost: they arrive at pin 0 of the second interrupt controller, and QEMU (7.2)
+/// takes any pin 0 for the timer's and raises pin 2.
 const FIRST_TRANSPORT: usize = 23;
 
-/// What runs the guest's CPUs.
+/// The accelerator of the guest's CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
-    /// The processor, by way of KVM.
+    /// The host's CPUs, by KVM.
     Kvm,
     /// Software emulation.
     Tcg,
 }
 
 impl Accelerator {
-    /// QEMU's word.
+    /// Returns QEMU's name of the accelerator.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Kvm => "kvm",
@@ -79,7 +83,7 @@ pub enum Machine {
 }
 
 impl Machine {
-    /// QEMU's word.
+    /// Returns QEMU's name of the machine.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Q35 => "q35",
@@ -87,7 +91,7 @@ impl Machine {
         }
     }
 
-    /// Returns the machine that `spec` asks for; `None` where there is no such machine.
+    /// Returns the machine of `spec`, or `None` if there is no such machine.
     pub fn of(spec: &VmSpec) -> Option<Self> {
         VmOptions::of(spec).machine
     }
@@ -97,7 +101,7 @@ impl Machine {
         [Self::Q35, Self::Microvm].into_iter().find(|machine| machine.as_str() == name)
     }
 
-    /// The ending of a virtio device's name on this machine.
+    /// Returns the ending of a virtio device's name on this machine.
     const fn virtio(self) -> &'static str {
         match self {
             Self::Q35 => "pci",
@@ -105,12 +109,13 @@ impl Machine {
         }
     }
 
-    /// The firmware, where it is not the machine's own.
+    /// Returns the firmware, or `None` for the machine's default.
     const fn firmware(self) -> Option<&'static str> {
         match self {
-            // The usual one, SeaBIOS, answers each reset of a q35 with one or two of its own, because q35 leaves the firmware's
-            // writable copy mapped. They cannot be told from the guest's, and end QEMU where a guest may not reset itself.
-            // qboot, which QEMU brings along for microvm, boots kernels only, sooner, and does no such thing.
+            // SeaBIOS, the default, answers each reset of a q35 with one or two of its own, because
+            // q35 leaves the firmware's writable copy mapped. These resets look like the guest's,
+            // and end QEMU if a guest may not reset itself. qboot, which QEMU ships for microvm,
+            // boots only kernels, boots sooner, and does not reset.
             Self::Q35 => Some("qboot.rom"),
             Self::Microvm => None,
         }
@@ -118,7 +123,8 @@ impl Machine {
 
     const fn properties(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            // Nothing of a PC that no other backend's guest has: no SATA, USB, SMBus, VMware port or SMM.
+            // No PC device that guests of the other backends lack: no SATA, USB, SMBus, VMware port
+            // or SMM.
             Self::Q35 => &[
                 ("usb", "off"),
                 ("sata", "off"),
@@ -127,7 +133,8 @@ impl Machine {
                 ("smm", "off"),
                 ("dump-guest-core", "off"),
             ],
-            // ACPI brings the power button, the reset register and the list of virtio-mmio devices.
+            // ACPI provides the power button, the reset register and the list of virtio-mmio
+            // devices.
             Self::Microvm => &[
                 ("acpi", "on"),
                 ("pit", "on"),
@@ -142,7 +149,7 @@ impl Machine {
     }
 }
 
-/// What lies at a disk's path.
+/// The kind of file at a disk's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageKind {
     /// A regular file.
@@ -151,35 +158,35 @@ pub enum ImageKind {
     BlockDevice,
 }
 
-/// Everything the command line depends on.
+/// The inputs of the command line.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
-    /// The VM's creation: the mark in the process list.
+    /// The uid, which marks the process in the process list.
     pub uid: VmUid,
     /// The VM's name.
     pub vm_id: &'a VmId,
-    /// What to run.
+    /// The specification of the VM.
     pub spec: &'a VmSpec,
-    /// The machine to run it on.
+    /// The machine model.
     pub machine: Machine,
-    /// What runs its CPUs.
+    /// The accelerator of the guest's CPUs.
     pub accelerator: Accelerator,
     /// The run folder.
     pub dir: &'a Path,
-    /// Where console output goes.
+    /// The file of the console's output.
     pub console: Option<&'a Path>,
     /// The TAP of each network interface.
     pub taps: &'a [String],
-    /// What lies at each disk's path.
+    /// The kind of file at each disk's path.
     pub images: &'a [ImageKind],
 }
 
-/// A path that JSON cannot carry.
+/// A path that JSON cannot express.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("QEMU cannot be given the path {0:?}: it is not UTF-8; rename it")]
 pub struct PathNotUtf8(pub PathBuf);
 
-/// What a guest's own reset does under `spec`: by default it starts again.
+/// Returns the action of a reset by the guest under `spec`. By default the guest starts again.
 pub fn reboot_action(spec: &VmSpec) -> RebootAction {
     match spec.restart.mode.unwrap_or(DEFAULT_RESTART) {
         RestartMode::Never => RebootAction::Shutdown,
@@ -187,36 +194,37 @@ pub fn reboot_action(spec: &VmSpec) -> RebootAction {
     }
 }
 
-/// What `restart_policy` means where it is not set.
+/// The restart mode if `restart_policy` is not set.
 pub const DEFAULT_RESTART: RestartMode = RestartMode::GuestReboot;
 
-/// Where a QEMU that waits reads what it is to run: its own input.
+/// The file that a spare QEMU reads its VM from: its own standard input.
 const INPUT: &str = "/proc/self/fd/0";
 
-/// Writes the command line, without the program's name.
+/// Returns the command line, without the program's name.
 ///
-/// The guest waits for `cont` (`-S`): a guest that ends within milliseconds would otherwise end unseen.
+/// The guest waits for `cont` (`-S`), because a guest that ends within milliseconds would otherwise
+/// end unseen.
 ///
 /// # Errors
 ///
-/// [`PathNotUtf8`] for a disk.
+/// [`PathNotUtf8`] for the path of a disk.
 pub fn arguments(inputs: &Inputs<'_>) -> Result<Vec<OsString>, PathNotUtf8> {
     Ok(words(options(inputs)?.iter()))
 }
 
-/// Everything that the command line of a QEMU which waits depends on.
+/// The inputs of the command line of a spare QEMU.
 #[derive(Clone, Copy, Debug)]
 pub struct AheadInputs<'a> {
     /// The uid of the VM to come.
     pub uid: VmUid,
-    /// What runs its CPUs.
+    /// The accelerator of the guest's CPUs.
     pub accelerator: Accelerator,
-    /// Its run folder.
+    /// The run folder of the VM to come.
     pub dir: &'a Path,
 }
 
-/// Writes the command line of a QEMU that reads from its input what it is to run: a [`Told::file`]. Where that ends before its
-/// last line, QEMU ends with an error, because its serial port has nothing behind it.
+/// Returns the command line of a QEMU that reads its VM from its input, as [`Told::file`]. If the
+/// input ends early, QEMU exits with an error, because its serial port has no backend.
 pub fn ahead(inputs: &AheadInputs<'_>) -> Vec<OsString> {
     let mut options = Vec::new();
     identity(&mut options, inputs.uid);
@@ -226,21 +234,22 @@ pub fn ahead(inputs: &AheadInputs<'_>) -> Vec<OsString> {
     ahead_of(&options)
 }
 
-/// What a QEMU that waits is told, and whether it is one that may be.
+/// The VM in the form for a spare QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Told {
-    /// The command line with which it must have been started, as [`ahead`] writes it. Another CPU model than the usual one, or no
-    /// console, makes it another one, for a file has no words for them.
+    /// The command line that the spare must have been started with, as [`ahead`] returns it.
+    /// Another CPU model than the default, or a disabled console, needs another command line,
+    /// because a file cannot express these.
     pub ahead: Vec<OsString>,
-    /// What it is to read, for the same machine as [`arguments`].
+    /// The file that the spare reads, for the same machine as [`arguments`].
     pub file: String,
 }
 
-/// Writes what a QEMU that waits is told.
+/// Returns the VM in the form for a spare QEMU.
 ///
 /// # Errors
 ///
-/// [`Untellable`] where only the command line can carry a value.
+/// [`Untellable`] if only the command line can express a value.
 pub fn told(inputs: &Inputs<'_>) -> Result<Told, Untellable> {
     let options = options(inputs)?;
     Ok(Told { ahead: ahead_of(&options), file: file::write(&options)? })
@@ -261,7 +270,7 @@ fn ahead_of(options: &[Opt]) -> Vec<OsString> {
 }
 
 fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
-    // The console comes with the request, which knows its file.
+    // The request names the console's file.
     let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = inputs.spec;
     let RestartPolicy { mode: _, max_restarts: _ } = restart;
     let mut options = Vec::new();
@@ -281,7 +290,8 @@ fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
         add_nic(&mut options, inputs.machine, disks.len(), place, nic, tap);
     }
     if inputs.machine == Machine::Q35 && !inputs.spec.resets_on_panic() {
-        // The device by which a guest tells of its panic. The ISA form takes no PCI slot, and libvirt 9.0 has no other.
+        // The device by which a guest reports a panic. The ISA form needs no PCI slot, and libvirt
+        // 9.0 supports no other.
         options.push(Opt::device(json!({ "driver": "pvpanic", "id": "pvpanic" })));
     }
     console(&mut options, inputs);
@@ -303,7 +313,7 @@ fn identity(options: &mut Vec<Opt>, uid: VmUid) {
         Opt::Ahead { flag: "-nodefaults", value: None },
         Opt::Ahead { flag: "-no-user-config", value: None },
         Opt::ahead("-display", "none"),
-        // QEMU starts no helpers here: the TAPs exist, and no script runs.
+        // QEMU starts no helper here, because the TAPs exist and no script runs.
         Opt::ahead("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
     ]);
 }
@@ -353,7 +363,7 @@ fn processor(options: &mut Vec<Opt>, accelerator: Accelerator, model: Option<&st
     options.push(Opt::ahead("-cpu", model.unwrap_or(default_model(accelerator))));
 }
 
-/// The CPU model where the client picks none: all that the accelerator has.
+/// Returns the CPU model if the client names none, which has all features of the accelerator.
 const fn default_model(accelerator: Accelerator) -> &'static str {
     match accelerator {
         Accelerator::Kvm => "host",
@@ -362,7 +372,7 @@ const fn default_model(accelerator: Accelerator) -> &'static str {
 }
 
 fn add_boot(options: &mut Vec<Opt>, boot: &Boot, args: String) {
-    // `args` is the command line in force.
+    // `args` is the whole command line.
     let Boot { kernel, initrd, args: _ } = boot;
     options.push(Opt::Property { flag: "-kernel", key: "kernel", value: kernel.into() });
     if let Some(initrd) = initrd {
@@ -376,7 +386,7 @@ fn add_boot(options: &mut Vec<Opt>, boot: &Boot, args: String) {
 fn add_nic(options: &mut Vec<Opt>, machine: Machine, disks: usize, place: usize, nic: &Nic, tap: &str) {
     // The check warns that QEMU cannot limit an interface.
     let Nic { id: _, mac, tap: _, limits: _ } = nic;
-    // QEMU before 7.2 takes no JSON here.
+    // QEMU before 7.2 accepts no JSON here.
     options.push(Opt::Pairs {
         flag: "-netdev",
         group: "netdev",
@@ -393,13 +403,13 @@ fn add_nic(options: &mut Vec<Opt>, machine: Machine, disks: usize, place: usize,
         "netdev": format!("tap{place}"), "mac": mac.to_string(),
     });
     if machine == Machine::Q35 {
-        // No boot from the network, so no ROM for it.
+        // Guests do not boot from the network, so the ROM is left out.
         device["romfile"] = "".into();
     }
     options.push(Opt::device(merged(device, &address(machine, NIC_SLOT, place, disks + place))));
 }
 
-/// Where a device sits: a PCI function on q35, a virtio-mmio transport on microvm.
+/// Returns the place of a device: a PCI function on q35, a virtio-mmio transport on microvm.
 fn address(machine: Machine, first_slot: usize, place: usize, transport: usize) -> Value {
     match machine {
         Machine::Q35 => {
@@ -418,7 +428,7 @@ fn address(machine: Machine, first_slot: usize, place: usize, transport: usize) 
 
 fn console(options: &mut Vec<Opt>, inputs: &Inputs<'_>) {
     if let Some(output) = inputs.console {
-        // The log is written whether or not anybody is connected, so the console needs no daemon.
+        // QEMU writes the log also without a client, so the console needs no daemon.
         let mut pairs = listening("console", &inputs.dir.join(CONSOLE_SOCKET));
         pairs.extend([("logfile", output.into()), ("logappend", "on".into())]);
         let kind = Some(("backend", "socket".into()));
@@ -437,13 +447,14 @@ fn control(options: &mut Vec<Opt>, dir: &Path) {
     options.push(Opt::ahead("-chardev", option::joined(Some(&kind), &socket)));
     options.push(Opt::ahead("-mon", "chardev=qmp,mode=control"));
     if dir.as_os_str().as_bytes().contains(&b',') {
-        // Names the run folder as it is, with single commas: by that the process is found when its record was lost. Elsewhere
-        // the sockets' paths do, and save QEMU the file.
+        // The file's path names the run folder with single commas, which the search for a process
+        // without a record needs. Other run folders are found by the paths of the sockets, so QEMU
+        // need not write the file.
         options.push(Opt::ahead("-pidfile", dir.join(PID_FILE)));
     }
 }
 
-/// A socket that QEMU listens on, without waiting for anybody.
+/// Returns the options of a socket that QEMU listens on without waiting for a client.
 fn listening(id: &str, path: &Path) -> Vec<(&'static str, OsString)> {
     vec![("id", id.into()), ("server", "on".into()), ("wait", "off".into()), ("path", path.into())]
 }

@@ -1,4 +1,4 @@
-//! What a running QEMU tells of its VM. Every question may fail, and then there is one thing less to show.
+//! Reads the configuration of a running QEMU's VM. A question that fails leaves its value empty.
 
 use serde_json::{Value, json};
 use vmm_core::config::{
@@ -10,14 +10,14 @@ use super::qmp::Qmp;
 use crate::attached::native::{MAX_DEVICES, flag, number, text};
 use crate::sanitize;
 
-/// What was told.
+/// The configuration that QEMU reports.
 pub(super) struct Told {
     pub(super) config: VmConfig,
     pub(super) accelerator: String,
     pub(super) machine: String,
 }
 
-/// Asks for all that is shown.
+/// Asks QEMU for the values of a [`VmConfig`].
 pub(super) async fn describe(qmp: &Qmp) -> Told {
     let cpus = ask(qmp, "query-cpus-fast").await;
     let memory = ask(qmp, "query-memory-size-summary").await;
@@ -63,7 +63,7 @@ async fn property(qmp: &Qmp, name: &str) -> String {
     answer.map(|value| sanitize::value(&value)).unwrap_or_default()
 }
 
-/// A disk that has something in it; an empty drive is none.
+/// Returns a disk, or `None` for an empty drive.
 fn storage((at, told): (usize, &Value)) -> Option<StorageDevice> {
     let inserted = told.get("inserted").filter(|inserted| !inserted.is_null())?;
     let mut options = Options::new();

@@ -1,7 +1,8 @@
-//! The end of a QEMU that has told of it, and may not come to it.
+//! Makes sure that a QEMU which has announced its shutdown really exits.
 //!
-//! QEMU 7.2 hangs in its own end where it was just answering a command, as when a guest powers off while its counters are read. A
-//! signal wakes it; by then one only sets a flag, so this neither kills it nor disturbs what it still writes.
+//! QEMU 7.2 hangs at its end if it was answering a command at that moment, for example if a guest
+//! powers off while its counters are read. A signal wakes it. At that point SIGTERM only sets a
+//! flag, so the signal neither kills QEMU nor disturbs its last writes.
 
 use std::time::Duration;
 
@@ -9,31 +10,32 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
 use vmm_host::process::{Process, Signal};
 
-/// How long a QEMU may take in all to end after it said so, until it is killed. Closing its disks takes as long as the host takes to
-/// write; what has not ended after this long has hung in a way that no signal wakes it from.
+/// The longest time from the announcement to SIGKILL. Closing the disks takes as long as the host
+/// takes to write. A QEMU that still runs after this time hangs in a way that no signal ends.
 pub(crate) const ENDING: Duration = Duration::from_secs(30);
 
-/// How long a QEMU may take to end after it said so.
+/// The time limits for a QEMU that has announced its shutdown.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
-    /// Until it is woken.
+    /// The time until the first SIGTERM.
     pub(crate) first: Duration,
-    /// Until it is woken again.
+    /// The time between two signals.
     pub(crate) again: Duration,
-    /// Until it is killed, from the beginning.
+    /// The time from the announcement to SIGKILL.
     pub(crate) last: Duration,
 }
 
 impl Patience {
-    /// With a QEMU that nobody else looks after.
+    /// For a QEMU that this program started.
     pub(crate) const WITH_OURS: Self =
         Self { first: Duration::from_millis(300), again: Duration::from_secs(1), last: ENDING };
-    /// With one of libvirt's. libvirt ends it by one such signal itself; or it resets the guest instead, which takes it a moment.
+    /// For a QEMU that libvirt started. libvirt sends such a signal itself, or resets the guest
+    /// instead, which takes it a moment.
     pub(crate) const WITH_LIBVIRTS: Self =
         Self { first: Duration::from_secs(5), again: Duration::from_secs(1), last: ENDING };
 }
 
-/// The end of a QEMU that has told of it: when to send the next signal, and from when on it is SIGKILL.
+/// The schedule of signals to a QEMU that has announced its shutdown.
 #[derive(Debug)]
 pub(crate) struct End {
     next: Instant,
@@ -42,13 +44,13 @@ pub(crate) struct End {
 }
 
 impl End {
-    /// It has been told now.
+    /// Returns the schedule that begins now.
     pub(crate) fn told(patience: Patience) -> Self {
         let now = Instant::now();
         Self { next: now + patience.first, again: patience.again, last: now + patience.last }
     }
 
-    /// Waits until a signal is due, and answers which: for ever, where there is no end. May be cancelled.
+    /// Waits until a signal is due, and returns it. Waits for ever without a schedule. Cancel-safe.
     pub(crate) async fn is_due(end: &mut Option<Self>) -> Signal {
         let Some(end) = end else { return std::future::pending().await };
         sleep_until(end.next.min(end.last)).await;
@@ -62,12 +64,12 @@ impl End {
     }
 }
 
-/// Wakes or kills a QEMU whose end is due.
+/// Sends the due signal to a QEMU.
 pub(crate) fn hasten(process: &Process, signal: Signal) {
     if signal == Signal::KILL {
-        warn!("QEMU has not ended though it said so, and nothing wakes it; killing it");
+        warn!("QEMU announced its shutdown and still runs after several signals; killing it");
     } else {
-        debug!("QEMU has not ended though it said so; waking it");
+        debug!("QEMU announced its shutdown and still runs; waking it with SIGTERM");
     }
     if let Err(error) = process.signal(signal) {
         warn!(%error, "QEMU could not be signalled");

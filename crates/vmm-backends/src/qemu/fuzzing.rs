@@ -1,5 +1,5 @@
-//! QEMU's words: what it sends on a QMP connection, from the greeting on. After each command of ours come the lines up to
-//! the next one that looks like an answer.
+//! Fuzz target for QEMU's side of a QMP connection, from the greeting on. After each command QEMU
+//! sends the lines up to the next one that looks like an answer.
 
 use std::time::Duration;
 
@@ -14,21 +14,21 @@ use super::qmp::{Qmp, QmpError};
 use super::watch::{Reset, shutdown_reason};
 use crate::fuzzing::{check_error, run};
 
-/// Events that are kept; more are dropped.
+/// The most events that are kept.
 const EVENTS: usize = 64;
 
-/// Takes one input.
+/// Runs one input.
 ///
 /// # Panics
 ///
-/// When a promise is broken: that is the finding.
+/// If a guarantee is broken, which is the finding.
 pub fn qemu(input: &[u8]) {
     let whole = run(conversation(input, usize::MAX));
     let pieces = run(conversation(input, 11));
     assert_eq!(whole, pieces, "it matters how the bytes arrive");
 }
 
-/// What came of a conversation with a QEMU that sends `input` in pieces of `size` bytes.
+/// Returns the outcome of a conversation with a QEMU that sends `input` in pieces of `size` bytes.
 async fn conversation(input: &[u8], size: usize) -> Vec<String> {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair can be made");
     let (outcome, ()) = tokio::join!(calls(ours), serve(theirs, input, size));
@@ -39,11 +39,11 @@ async fn serve(stream: UnixStream, input: &[u8], size: usize) {
     let (read, mut write) = stream.into_split();
     let mut commands = BufReader::new(read).lines();
     let mut lines = input.split_inclusive(|byte| *byte == b'\n');
-    // The greeting waits for nothing.
+    // QEMU sends the greeting without a command.
     let mut next: Vec<u8> = lines.next().unwrap_or_default().to_vec();
     loop {
         for piece in next.chunks(size.min(next.len().max(1))) {
-            // A client that has heard enough hangs up: then this fails, and so does the next reading.
+            // A client that closes the connection makes this write fail, and the next read.
             if write.write_all(piece).await.is_err() {
                 break;
             }
@@ -93,11 +93,11 @@ async fn calls(stream: UnixStream) -> Vec<String> {
     outcome
 }
 
-/// The result as text, and what a client would be told of a failure.
+/// Returns the result as text, and checks the error that a client would get.
 fn told<T: std::fmt::Debug>(result: Result<T, QmpError>, asks: bool) -> String {
     let text = format!("{result:?}");
     if let Err(error) = result {
-        // An answer that makes no sense may follow a change; a question changes nothing, but then nobody retries it either.
+        // A malformed answer may follow a change, so its effect is unknown even for a question.
         let asks = asks && !matches!(error, QmpError::Malformed { .. });
         let unsent =
             matches!(error, QmpError::Timeout { sent: true, .. } | QmpError::Closed { sent: true, .. });

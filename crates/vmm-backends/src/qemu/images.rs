@@ -1,8 +1,9 @@
-//! What lies behind a disk's path, and what a qcow2 image would open besides itself.
+//! Examines the file behind a disk's path, and refuses a qcow2 image that would make QEMU open
+//! other files.
 //!
-//! A qcow2 header can name other files of the host: a backing file, whose content the guest reads, and a data file, whose
-//! content it reads and writes. QEMU opens them without asking, so an image that was prepared for it could reach any file that
-//! the daemon's user can.
+//! A qcow2 header can name other files of the host: a backing file, which the guest reads, and a
+//! data file, which the guest reads and writes. QEMU opens both without asking, so a prepared image
+//! could reach any file that the daemon's user can open.
 
 use vmm_core::spec::{Disk, DiskFormat, VmSpec};
 use vmm_host::files::{self, Access, FileKind};
@@ -10,11 +11,11 @@ use vmm_host::qcow2::Qcow2Header;
 
 use super::convert::ImageKind;
 
-/// Looks at every disk of `spec`. Blocks for as long as the kernel takes.
+/// Examines every disk of `spec`. Blocks.
 ///
 /// # Errors
 ///
-/// What cannot be used and why, for people.
+/// A sentence for people that names the disk and the reason.
 pub(crate) fn inspect(spec: &VmSpec) -> Result<Vec<ImageKind>, String> {
     spec.disks
         .iter()
@@ -41,7 +42,7 @@ fn inspect_one(disk: &Disk) -> Result<ImageKind, String> {
     })
 }
 
-/// Names the other file that QEMU opens for an image with this header.
+/// Returns the kind of the other file that QEMU would open for an image with this header.
 fn reaches_out(header: &Qcow2Header) -> Option<&'static str> {
     match header {
         Qcow2Header { backing: Some(_), .. } => Some("a backing file"),

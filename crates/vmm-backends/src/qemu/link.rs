@@ -1,4 +1,4 @@
-//! The connection of one VM's handle to its QEMU, made again when it is lost.
+//! The connection of one VM's handle to its QEMU, which is restored when it is lost.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,16 +10,16 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 
 use super::qmp::{Qmp, QmpError, QmpEvent};
 
-/// How long a connection may take, the greeting included.
+/// The longest time of a connection, including the greeting.
 pub(crate) const CONNECTING: Duration = Duration::from_secs(2);
 /// The first and the longest pause between attempts to connect again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// The place of the connection: there is one, or there is none for now.
+/// The connection to one QEMU, if there is one now.
 #[derive(Debug)]
 pub(crate) struct Link {
     socket: PathBuf,
-    /// The process that must listen there.
+    /// The process that must listen on the socket.
     pid: u32,
     events: mpsc::Sender<QmpEvent>,
     current: Mutex<Option<Arc<Qmp>>>,
@@ -30,9 +30,9 @@ impl Link {
         Self { socket, pid, events, current: Mutex::new(None) }
     }
 
-    /// Takes a connection into use.
+    /// Stores a connection, if the process of this QEMU listens on its other end.
     pub(crate) fn set(&self, qmp: Qmp) -> Result<Arc<Qmp>, BackendError> {
-        // A pid of 0 is one of another namespace, which proves nothing.
+        // Pid 0 stands for a process of another namespace, which proves nothing.
         let listener = qmp.peer_pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
         if let Some(listener) = listener
             && listener != self.pid
@@ -52,7 +52,7 @@ impl Link {
         Ok(qmp)
     }
 
-    /// The connection.
+    /// Returns the connection.
     ///
     /// # Errors
     ///
@@ -76,7 +76,7 @@ impl Link {
         self.set(qmp.map_err(|error: QmpError| BackendError::from(error))?)
     }
 
-    /// Waits until the connection is lost, and then until there is one again. May be cancelled.
+    /// Waits until the connection is lost, and then until a new one exists. Cancel-safe.
     pub(crate) async fn restored(&self) -> Arc<Qmp> {
         let current = self.slot().clone();
         if let Some(qmp) = current {
@@ -97,7 +97,8 @@ impl Link {
         }
     }
 
-    /// Waits until the present connection, if there is one, has ended and all its events have been handed out.
+    /// Waits until the present connection, if there is one, has ended and all its events were
+    /// delivered.
     pub(crate) async fn drained(&self) {
         let current = self.slot().clone();
         if let Some(qmp) = current {

@@ -1,17 +1,18 @@
-//! QEMU: one process per VM, spoken to over QMP.
+//! QEMU: one process per VM, controlled over QMP.
 //!
 //! ```text
 //!   QemuBackend ── check ──► Report                                convert, check: pure
 //!      │ launch: start, connect, cont          adopt: prove, connect
-//!      │    └─ or tell a spare                   │
+//!      │    └─ or use a spare                   │
 //!      ▼                                         ▼
 //!   QemuVmm ── Link ── Qmp ──► qmp.sock ──► qemu-system-x86_64 ──► console.sock + console log
 //!   Watch ◄── events ──┘                            │
 //!      └──────────────── pidfd ◄────────────────────┘
 //! ```
 //!
-//! QEMU is started with its guest stopped and is told `cont` once its events are listened to, so that nothing a guest does goes
-//! unseen. A guest's reset and power-off are told apart by QEMU's own words, not by an exit status.
+//! QEMU is started with a stopped guest, and receives `cont` once the events are read, so that no
+//! event is missed. A guest's reset and its power-off differ in QEMU's events, not in the exit
+//! status.
 
 mod adopt;
 pub(crate) mod attached;
@@ -55,10 +56,11 @@ use spare::Spare;
 use crate::program::{Installed, Kind, Program, Version};
 use crate::spares::Spares;
 
-/// The name by which clients pick this backend.
+/// The name of this backend for clients.
 pub const NAME: &str = "qemu";
 
-/// The program. The oldest that understands the command line of [`convert`]: JSON after `-device` came with it.
+/// The program. The oldest usable version is the first with JSON after `-device`, which [`convert`]
+/// writes.
 const PROGRAM: Kind = Kind {
     backend: NAME,
     title: "QEMU",
@@ -68,29 +70,30 @@ const PROGRAM: Kind = Kind {
     remedy: "Debian and Ubuntu have it in the package qemu-system-x86; UNKEY_VMCP_QEMU_BINARY names another",
 };
 
-/// Reads `QEMU emulator version 7.2.22 (Debian …)`.
+/// Reads the version from `QEMU emulator version 7.2.22 (Debian …)`.
 fn read_version(said: &str) -> Option<Version> {
     Version::leading(said.split_once("QEMU emulator version ")?.1)
 }
 
-/// Whether guests run on the host's own CPUs.
+/// The choice between KVM and emulation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvmMode {
-    /// Where `/dev/kvm` can be opened and the CPU shows `vmx` or `svm`; a KVM in software is slower than emulation.
+    /// KVM if `/dev/kvm` can be opened and the CPU shows `vmx` or `svm`, because KVM in software is
+    /// slower than emulation.
     #[default]
     Auto,
-    /// Always: without it the backend cannot serve.
+    /// KVM always. The backend cannot serve without it.
     On,
-    /// Never.
+    /// Emulation always.
     Off,
 }
 
-/// How QEMU is used.
+/// The settings of the backend.
 #[derive(Clone, Debug)]
 pub struct QemuOptions {
-    /// The program: a name, looked up on PATH, or a path.
+    /// The program: a name on the PATH, or a path.
     pub binary: PathBuf,
-    /// Whether KVM is used.
+    /// The choice between KVM and emulation.
     pub kvm: KvmMode,
 }
 
@@ -111,7 +114,7 @@ pub struct QemuBackend {
 }
 
 impl QemuBackend {
-    /// Makes the backend. What [`KvmMode::Auto`] means is decided here, once.
+    /// Returns the backend. The accelerator of [`KvmMode::Auto`] is chosen here, once.
     pub fn new(options: QemuOptions) -> Self {
         let accelerator = accelerator(options.kvm);
         Self {
@@ -123,7 +126,7 @@ impl QemuBackend {
         }
     }
 
-    /// The program, if it and the host can serve.
+    /// Returns the program, if it is usable and the host serves the configured accelerator.
     async fn ready(&self) -> Result<Installed, BackendError> {
         let program = self.program.find().await?;
         kvm_as_ordered(self.kvm)
@@ -140,7 +143,7 @@ fn kvm_as_ordered(kvm: KvmMode) -> Result<(), String> {
     }
 }
 
-/// What runs guests' CPUs under `kvm`, on this host and now.
+/// Returns the accelerator under `kvm`, on this host and at this time.
 pub(crate) fn accelerator(kvm: KvmMode) -> Accelerator {
     match kvm {
         KvmMode::On => Accelerator::Kvm,

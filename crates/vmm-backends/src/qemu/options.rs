@@ -1,4 +1,4 @@
-//! The keys of a [`VmSpec`] that concern QEMU alone, read in one place.
+//! Reads the keys of a [`VmSpec`] that concern only QEMU.
 
 use vmm_core::report::Report;
 use vmm_core::spec::{BackendOption, OptionPlace, VmSpec};
@@ -7,24 +7,24 @@ use super::convert::Machine;
 
 /// The prefix of QEMU's keys.
 const PREFIX: &str = "qemu.";
-/// The key of `boot_options` that picks the machine.
+/// The key of `boot_options` that selects the machine.
 pub(crate) const MACHINE_KEY: &str = "qemu.machine";
-/// The key of `cpu.features` that picks the CPU model.
+/// The key of `cpu.features` that selects the CPU model.
 pub(crate) const MODEL_KEY: &str = "qemu.model";
 
 /// QEMU's own settings of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct VmOptions<'a> {
-    /// The machine; `None` where the client names one that does not exist, which the report says.
+    /// The machine, or `None` if the client names an unknown one, which is in the report.
     pub(crate) machine: Option<Machine>,
-    /// The CPU model with its features, where the client picks one.
+    /// The CPU model with its features, if the client names one.
     pub(crate) model: Option<Model<'a>>,
 }
 
 /// A CPU model as the client wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Model<'a> {
-    /// QEMU's words for it.
+    /// The model in QEMU's syntax.
     pub(crate) text: &'a str,
     option: &'a BackendOption,
 }
@@ -42,7 +42,7 @@ impl Model<'_> {
 }
 
 impl<'a> VmOptions<'a> {
-    /// Reads the settings of `spec`, and reports what is wrong with them and what concerns another backend.
+    /// Reads the settings of `spec`. Reports invalid ones and keys of other backends.
     pub(crate) fn read(spec: &'a VmSpec, report: &mut Report) -> Self {
         let mut read = Self { machine: Some(Machine::Q35), model: None };
         for option in spec.options.own(PREFIX, report) {
@@ -68,7 +68,7 @@ impl<'a> VmOptions<'a> {
         read
     }
 
-    /// Reads the settings of a `spec` whose check reports what is wrong with them.
+    /// Reads the settings of a `spec` that has passed the check.
     pub(crate) fn of(spec: &'a VmSpec) -> Self {
         Self::read(spec, &mut Report::default())
     }

@@ -7,9 +7,10 @@
 //!                               events ◄──────┘       ▼ QEMU
 //! ```
 //!
-//! Commands carry an id, so any number may be under way at once. What comes in is not trusted, because a VMM hosts the
-//! guest: a line has a longest length, anything that is not an answer or an event ends the connection with the reason, and
-//! every wait has a deadline. QEMU serves one client at a time; a second one is accepted by the kernel and never greeted.
+//! Commands carry an id, so several may be in progress at once. Input is not trusted, because a VMM
+//! hosts the guest: a line has a maximum length, a line that is neither an answer nor an event ends
+//! the connection with the reason, and every wait has a deadline. QEMU serves one client at a time.
+//! The kernel accepts the connection of a second client, which gets no greeting.
 
 use std::collections::HashMap;
 use std::io;
@@ -31,15 +32,17 @@ use tracing::{Instrument, debug, warn};
 use crate::program::Version;
 use crate::sanitize;
 
-/// How long a command may take where the caller does not say.
+/// The time limit of a command without its own limit.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The longest line that is read, in bytes. The longest honest one, block statistics of 64 disks, is about a third of it.
+/// The longest line that is read, in bytes. The longest legitimate line, block statistics of 64
+/// disks, has about a third of this.
 pub const MAX_LINE: usize = 1 << 20;
 
-/// Commands that wait to be written; more wait in their callers.
+/// The most commands that wait to be written. More wait in their callers.
 const QUEUE: usize = 16;
-/// Bytes that are read ahead. Every running VM holds a buffer of this size, and most of QEMU's lines are shorter.
+/// The bytes that are read ahead. Every running VM holds a buffer of this size, and most of QEMU's
+/// lines are shorter.
 const READ_AHEAD: usize = 1024;
 
 /// One connection to one QEMU. Dropping it ends the connection.
@@ -52,24 +55,24 @@ pub struct Qmp {
     tasks: [AbortHandle; 2],
 }
 
-/// Something that QEMU told without being asked.
+/// A message of QEMU that is not an answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QmpEvent {
-    /// Its name, such as `SHUTDOWN`.
+    /// The event's name, such as `SHUTDOWN`.
     pub name: String,
-    /// When it happened by the host's clock, as a time since the Unix epoch.
+    /// The time of the event by the host's clock, since the Unix epoch.
     pub at: Duration,
-    /// What belongs to it; `Null` where nothing does.
+    /// The data of the event, or `Null`.
     pub data: Value,
 }
 
-/// Why a command, or the connection, failed.
+/// The failure of a command or of the connection.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// The socket could not be connected to.
     #[error("cannot connect to QEMU's socket")]
     Connect(#[source] io::Error),
-    /// Nobody greeted in time: QEMU stands still, or serves another client.
+    /// No greeting came in time, because QEMU is paused or serves another client.
     #[error("QEMU did not greet within {0:?}: it stands still, or another client holds its QMP socket")]
     NoGreeting(Duration),
     /// The command was not answered in time.
@@ -77,9 +80,9 @@ pub enum QmpError {
     Timeout {
         /// The command.
         command: &'static str,
-        /// How long was waited.
+        /// The time limit.
         after: Duration,
-        /// Whether QEMU may have read it.
+        /// True if QEMU may have read the command.
         sent: bool,
     },
     /// QEMU refused the command.
@@ -87,29 +90,29 @@ pub enum QmpError {
     Refused {
         /// The command.
         command: &'static str,
-        /// QEMU's words.
+        /// QEMU's message.
         desc: String,
     },
     /// The connection has ended.
     #[error("the connection to QEMU has ended: {reason}")]
     Closed {
-        /// Why.
+        /// The reason.
         reason: Closed,
-        /// Whether QEMU may have read the command.
+        /// True if QEMU may have read the command.
         sent: bool,
     },
-    /// The answer is not what the command answers.
+    /// The answer has another form than the command's.
     #[error("QEMU's answer to {command} makes no sense")]
     Malformed {
         /// The command.
         command: &'static str,
-        /// What is wrong with it.
+        /// The error of the parser.
         #[source]
         source: serde_json::Error,
     },
 }
 
-/// Why a connection ended.
+/// The reason for the end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Closed {
     /// QEMU closed it.
@@ -130,7 +133,7 @@ pub enum Closed {
 struct Shared {
     state: Mutex<State>,
     closed: watch::Sender<bool>,
-    /// Events that found no room.
+    /// The number of events that were dropped because the receiver was full.
     dropped: AtomicU64,
 }
 
@@ -148,7 +151,7 @@ enum Answer {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        // The state stays legal at every point where a holder could panic.
+        // The state is valid at every point at which a holder could panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -171,13 +174,14 @@ impl Shared {
 }
 
 impl Qmp {
-    /// Connects to the socket at `path`, waits for the greeting and enters command mode, each within `deadline`.
+    /// Connects to the socket at `path`, waits for the greeting and enters command mode, each
+    /// within `deadline`.
     ///
-    /// Events go to `events`; one that finds no room there is dropped, with a warning in the log.
+    /// Events go to `events`. An event is dropped with a warning in the log if `events` is full.
     ///
     /// # Errors
     ///
-    /// [`QmpError::Connect`], [`QmpError::NoGreeting`], or what the connection died of.
+    /// [`QmpError::Connect`], [`QmpError::NoGreeting`], or the error that ended the connection.
     pub async fn connect(
         path: &Path,
         deadline: Duration,
@@ -191,11 +195,12 @@ impl Qmp {
         }
     }
 
-    /// Waits for the greeting on a fresh connection and enters command mode, within `deadline`. Events as in [`Qmp::connect`].
+    /// Waits for the greeting on a fresh connection and enters command mode, within `deadline`.
+    /// Events are handled as in [`Qmp::connect`].
     ///
     /// # Errors
     ///
-    /// [`QmpError::NoGreeting`], or what the connection died of.
+    /// [`QmpError::NoGreeting`], or the error that ended the connection.
     pub async fn over(
         stream: UnixStream,
         deadline: Duration,
@@ -203,7 +208,7 @@ impl Qmp {
     ) -> Result<Self, QmpError> {
         let entering = async {
             let qmp = Self::greeted(stream, events).await?;
-            // The deadline around both ends first.
+            // The deadline of the outer wait expires first.
             qmp.execute_within("qmp_capabilities", Value::Null, 2 * deadline).await?;
             Ok(qmp)
         };
@@ -229,28 +234,29 @@ impl Qmp {
         Ok(Self { version, peer_pid, queue, shared, tasks })
     }
 
-    /// QEMU's version.
+    /// Returns QEMU's version.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The process that listens on the other side, where the kernel says.
+    /// Returns the process at the other end, if the kernel reports it.
     pub fn peer_pid(&self) -> Option<i32> {
         self.peer_pid
     }
 
-    /// Waits until the connection has ended and everything that came before its end has been handed out.
+    /// Waits until the connection has ended and every message before its end was delivered.
     pub async fn closed(&self) {
         let mut closed = self.shared.closed.subscribe();
-        // The sender lives in `self.shared`, so this cannot fail before it is true.
+        // The sender lives in `self.shared`, so this wait cannot fail before the value is true.
         let _ = closed.wait_for(|closed| *closed).await;
     }
 
-    /// Executes `command` with `arguments` (`Null` for none) and reads its answer as `T`.
+    /// Executes `command` with `arguments` (`Null` for none) and parses the answer as `T`.
     ///
     /// # Errors
     ///
-    /// [`QmpError::Timeout`] after [`COMMAND_DEADLINE`], [`QmpError::Refused`], [`QmpError::Closed`] or [`QmpError::Malformed`].
+    /// [`QmpError::Timeout`] after [`COMMAND_DEADLINE`], [`QmpError::Refused`],
+    /// [`QmpError::Closed`] or [`QmpError::Malformed`].
     pub async fn execute<T: DeserializeOwned>(
         &self,
         command: &'static str,
@@ -267,7 +273,7 @@ impl Qmp {
         after: Duration,
     ) -> Result<Value, QmpError> {
         let (id, answer) = self.register()?;
-        // Forgets the command when its caller gives up, so that silence costs no memory.
+        // Removes the pending command if its caller gives up, so that a silent QEMU uses no memory.
         let _forget = Forget { shared: &self.shared, id };
         let mut line = match arguments {
             Value::Null => json!({ "execute": command, "id": id }),
@@ -326,13 +332,14 @@ impl Drop for Forget<'_> {
 async fn write_lines(mut socket: OwnedWriteHalf, mut queued: mpsc::Receiver<Vec<u8>>, shared: Arc<Shared>) {
     while let Some(line) = queued.recv().await {
         if let Err(error) = socket.write_all(&line).await {
-            // The reader may still find answers and events that were sent before the end; it closes the connection.
+            // The reader may still find answers and events that QEMU sent before the end, so the
+            // reader closes the connection.
             debug!(%error, "writing to QEMU failed");
             break;
         }
     }
     let mut closed = shared.closed.subscribe();
-    // Keeps this half open: closing it would make QEMU drop what it has not sent yet.
+    // This half stays open, because closing it would make QEMU drop its unsent output.
     let _ = closed.wait_for(|closed| *closed).await;
 }
 
@@ -356,7 +363,7 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
         let event = parse_event(Value::Object(message))?;
         let name = event.name.clone();
         if let Err(mpsc::error::TrySendError::Full(_)) = events.try_send(event) {
-            // A QEMU that floods costs a line of the log for each doubling.
+            // A QEMU that floods the connection causes a log line at each doubling only.
             let dropped = shared.dropped.fetch_add(1, Ordering::Relaxed).saturating_add(1);
             if dropped.is_power_of_two() {
                 warn!(
@@ -381,7 +388,8 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
     match &mut *shared.state() {
         State::Open { last_id, .. } if id == 0 || id > *last_id => Err(garbage("an answer nobody asked for")),
         State::Open { pending, .. } => {
-            // No entry: whoever asked has given up. A refused send is the same a moment later.
+            // No entry means that the caller has given up. A caller that gives up now makes the
+            // send fail, which is the same.
             if let Some(waiting) = pending.remove(&id) {
                 let _ = waiting.send(answer);
             }
@@ -411,7 +419,7 @@ fn parse_event(message: Value) -> Result<QmpEvent, Closed> {
         microseconds: i64,
     }
     let wire: Wire = serde_json::from_value(message).map_err(|_| garbage("a malformed event"))?;
-    // QEMU writes -1 where the host has no clock.
+    // QEMU writes -1 on a host without a clock.
     let at = Duration::from_secs(u64::try_from(wire.timestamp.seconds).unwrap_or(0))
         .saturating_add(Duration::from_micros(u64::try_from(wire.timestamp.microseconds).unwrap_or(0)));
     Ok(QmpEvent { name: wire.event, at, data: wire.data })
@@ -444,7 +452,8 @@ impl Lines {
             let chunk = match self.socket.fill_buf().await {
                 Ok([]) => return Err(Closed::Eof),
                 Ok(chunk) => chunk,
-                // What QEMU had not read when it ended: an end like any other.
+                // The kernel reports a reset if QEMU ended with unread input. This is an ordinary
+                // end.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Closed::Eof),
                 Err(error) => return Err(Closed::Io(error.to_string())),
             };

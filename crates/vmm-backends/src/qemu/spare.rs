@@ -11,11 +11,13 @@
 //!             QEMU makes the VM, and is one like any other
 //! ```
 //!
-//! Half of the time until QEMU answers goes by before it looks at its options, and none of that depends on the VM. The pipe is
-//! QEMU's standard input, so it has no name that must be made and removed, opening it blocks nobody, and it is at its end for QEMU
-//! as soon as the daemon is gone, be that before QEMU has come to opening it.
+//! Half of the time until QEMU answers passes before QEMU reads its options, and none of that work
+//! depends on the VM. The pipe is QEMU's standard input: it has no name that must be created and
+//! removed, opening it blocks no process, and QEMU reads its end as soon as the daemon has ended,
+//! even if QEMU had not opened it by then.
 //!
-//! What was not read has not been told: as long as QEMU has read nothing, an ordinary start can take its place.
+//! Unread input has no effect. As long as QEMU has read nothing, an ordinary start can take its
+//! place.
 
 use std::fmt::Display;
 use std::io;
@@ -38,21 +40,22 @@ use crate::program::{Installed, Version};
 
 /// The oldest version whose VMs were compared with those of an ordinary start.
 const OLDEST: Version = Version::new(7, 2, 0);
-/// How long a spare may take until it reads what it is told. One that is not stopped takes less than a millisecond.
+/// The longest time until a spare reads its input. A spare that is not stopped takes less than a
+/// millisecond.
 const READING: Duration = Duration::from_secs(2);
 
-/// A QEMU that has been told nothing. Dropped, it is killed.
+/// A QEMU without a VM. Killed when dropped.
 #[derive(Debug)]
 pub(super) struct Spare {
     guarded: Guarded,
     input: OwnedFd,
-    /// The same pipe's other end, to see what is left in it.
+    /// The other end of the same pipe, by which the unread bytes are counted.
     output: OwnedFd,
     program: Installed,
     words: Vec<std::ffi::OsString>,
 }
 
-/// Starts a QEMU that waits for the VM of `request`'s uid.
+/// Starts a QEMU that waits for the VM with the uid of `request`.
 pub(super) async fn start(
     program: Installed,
     accelerator: Accelerator,
@@ -75,7 +78,7 @@ pub(super) async fn start(
     })
 }
 
-/// Blocks.
+/// Starts the process. Blocks.
 fn start_waiting(
     program: Installed,
     words: Vec<std::ffi::OsString>,
@@ -91,7 +94,7 @@ fn start_waiting(
 }
 
 impl Spare {
-    /// Says why this spare cannot serve, be it with a `program` that is still the one it runs.
+    /// Returns the reason why this spare cannot serve a VM of `program`, or `None` if it can.
     pub(super) fn unfit(&self, program: &Installed) -> Option<&'static str> {
         if self.guarded.has_ended() {
             Some("it has ended")
@@ -102,12 +105,13 @@ impl Spare {
         }
     }
 
-    /// Says whether it was started as `told` wants it.
+    /// Returns true if the spare was started with the command line that `told` requires.
     pub(super) fn was_started_for(&self, told: &Told) -> bool {
         self.words == told.ahead
     }
 
-    /// Tells it its VM, to the end. `None` where it did not listen: it has been ended then.
+    /// Writes the VM to the spare's input. Returns `None` if the spare did not read it; the spare
+    /// has been ended then.
     pub(super) async fn tell(self, file: &str) -> Option<Informed> {
         let Self { guarded, input, output, .. } = self;
         let telling = async { Sender::from_owned_fd(input)?.write_all(file.as_bytes()).await };
@@ -119,18 +123,18 @@ impl Spare {
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("it did not read to the end within {READING:?}"),
         };
-        // Without an end of the file QEMU has acted on nothing of it.
+        // QEMU has not seen the end of the file, so it has applied nothing.
         end(guarded, &failure).await;
         None
     }
 
-    /// Ends it, and waits until it has gone.
+    /// Kills the spare, and waits for its end.
     pub(super) async fn end(self, why: impl Display) {
         end(self.guarded, why).await;
     }
 }
 
-/// A QEMU that can read what it is to run. Dropped, it is killed.
+/// A QEMU that has its VM in its input. Killed when dropped.
 #[derive(Debug)]
 pub(super) struct Informed {
     pub(super) guarded: Guarded,
@@ -139,12 +143,12 @@ pub(super) struct Informed {
 }
 
 impl Informed {
-    /// Says whether it has read nothing yet of what there is to read.
+    /// Returns true if QEMU has read nothing of its input yet.
     pub(super) fn knows_nothing(&self) -> bool {
         rustix::io::ioctl_fionread(&self.output).is_ok_and(|unread| unread == self.bytes)
     }
 
-    /// Waits until it has had time to read something and has not. Else it waits for ever.
+    /// Returns an error if QEMU has read nothing within [`READING`]. Otherwise never returns.
     pub(super) async fn left_unread(&self) -> BackendError {
         tokio::time::sleep(READING).await;
         if !self.knows_nothing() {
@@ -154,7 +158,7 @@ impl Informed {
         BackendError::new(BackendErrorKind::Timeout, Effect::NotApplied, message)
     }
 
-    /// Ends it, and waits until it has gone.
+    /// Kills QEMU, and waits for its end.
     pub(super) async fn end(self, why: impl Display) {
         end(self.guarded, why).await;
     }
@@ -164,7 +168,7 @@ async fn end(guarded: Guarded, why: impl Display) {
     let pid = guarded.pid();
     tracing::info!(pid, %why, "a spare QEMU is ended");
     if let Err(error) = guarded.kill_and_wait(KILLING).await {
-        // It runs nothing any more, whenever the kernel lets go of it.
-        tracing::warn!(pid, %error, "a spare QEMU is not gone yet");
+        // A spare runs no guest, so its late end does no harm.
+        tracing::warn!(pid, %error, "a spare QEMU has not ended yet");
     }
 }

@@ -1,8 +1,8 @@
-//! Starting a QEMU, and taking one into hand that runs already.
+//! Starts a QEMU, and assembles the handle of one that runs.
 //!
 //! ```text
-//!   launch ─┬─ a spare waits ──► tell it ───┬──► connect ──► gate ──► cont ──► Launched
-//!           │     cannot or does not hear   │
+//!   launch ─┬─ a spare waits ──► its VM  ───┬──► connect ──► gate ──► cont ──► Launched
+//!           │     cannot, or does not read   │
 //!           │             ▼ ended           │
 //!           └─────────► start ──────────────┘
 //! ```
@@ -39,16 +39,17 @@ use crate::throttle::Throttle;
 
 /// The log's name in the run folder.
 pub(super) const LOG: &str = "qemu.log";
-/// How long a start may take in all.
+/// The time limit of a whole start.
 const STARTING: Duration = Duration::from_secs(20);
-/// How long QEMU may take until it listens, and how long until it greets.
+/// The time limit until QEMU listens, and the time limit until its greeting.
 const LISTENING: Duration = Duration::from_secs(15);
-/// Events of QEMU that wait to be read.
+/// The most events of QEMU that wait to be read.
 const QMP_EVENTS: usize = 1024;
-/// Events that wait for the VM's owner.
+/// The most events that wait for the VM's owner.
 const EVENTS: usize = 256;
 
-/// Starts QEMU for `request`, or uses the `spare` that was, and lets its guest run. Nothing runs after an error.
+/// Starts QEMU for `request`, or uses `spare`, and starts the guest. No process runs after an
+/// error.
 pub(super) async fn launch(
     program: Installed,
     accelerator: Accelerator,
@@ -101,7 +102,8 @@ impl Start {
         }
     }
 
-    /// `None` where the spare cannot serve or does not hear: it has been told nothing then, and has gone.
+    /// Launches with the spare. Returns `None` if the spare cannot serve the VM or does not read
+    /// it. The spare has received nothing then and has ended, so an ordinary start may follow.
     async fn with_spare(
         self: &Arc<Self>,
         spare: Spare,
@@ -138,13 +140,13 @@ impl Start {
         }
     }
 
-    /// Writes the command line. Blocks.
+    /// Returns the command line. Blocks.
     fn arguments(&self) -> Result<Vec<OsString>, BackendError> {
         let images = images::inspect(&self.request.spec).map_err(host_error)?;
         convert::arguments(&self.inputs(&images)).map_err(|error| rejected(&error.to_string()))
     }
 
-    /// Writes what a spare is told, or why it cannot be.
+    /// Returns the VM in the form for a spare, or the reason why there is none.
     async fn told(self: Arc<Self>) -> Result<Told, String> {
         if self.request.spec.disks.is_empty() {
             return convert::told(&self.inputs(&[])).map_err(|error| error.to_string());
@@ -170,7 +172,7 @@ impl Start {
         }
     }
 
-    /// Connects to a QEMU that knows its VM, and lets its guest run.
+    /// Connects to a QEMU that has its VM, and starts the guest.
     async fn bring_up(&self, process: &Process) -> Result<Connected, BackendError> {
         let (sender, events) = mpsc::channel(QMP_EVENTS);
         let connecting = connect(process, &self.socket, &self.log, sender, &self.request.gate);
@@ -207,7 +209,7 @@ impl Start {
     }
 }
 
-/// What a handle and its watch are made of.
+/// The parts of a handle and its watch.
 pub(super) struct Parts {
     process: Process,
     pub(super) link: Arc<Link>,
@@ -217,14 +219,14 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// For a QEMU that runs already, not connected yet.
+    /// Returns the parts for a running QEMU, without a connection.
     pub(super) fn of_running(process: Process, dir: &Path, taps: Vec<String>) -> Self {
         let (qmp_sender, qmp_events) = mpsc::channel(QMP_EVENTS);
         let link = Arc::new(Link::new(dir.join(QMP_SOCKET), process.pid(), qmp_sender));
         Self { process, link, qmp_events, taps, log: dir.join(LOG) }
     }
 
-    /// Puts them together and begins to watch.
+    /// Returns the handle, and starts the task that watches QEMU.
     pub(super) fn assemble(self, uid: VmUid, run: RunRecord, spec: &VmSpec, runs: bool) -> Launched {
         let (sender, events) = mpsc::channel(EVENTS);
         let guest = Arc::new(Ordered::new(runs));
@@ -259,8 +261,8 @@ impl Parts {
     }
 }
 
-/// Removes what an earlier run in this folder left: its sockets, and its log, whose last words would be taken for this run's.
-/// Blocks.
+/// Removes the sockets and the log that an earlier run left in this folder, so that errors do not
+/// quote an old log. Blocks.
 pub(super) fn clear(dir: &Path) -> Result<(), BackendError> {
     let log = || match std::fs::remove_file(dir.join(LOG)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
@@ -271,7 +273,7 @@ pub(super) fn clear(dir: &Path) -> Result<(), BackendError> {
         .map_err(|error| host_error(format!("the run folder cannot be cleared: {error}")).caused_by(error))
 }
 
-/// Connects to a QEMU that was just started, and lets its guest run.
+/// Connects to a QEMU that was just started, and starts the guest.
 async fn connect(
     process: &Process,
     socket: &Path,
@@ -296,12 +298,12 @@ async fn connect(
     }
 }
 
-/// Says whether `error` is what the end of a process looks like from outside.
+/// Returns true if `error` is the error of a call to a process that has ended.
 fn ended(error: &BackendError) -> bool {
     matches!(error.kind, BackendErrorKind::Gone | BackendErrorKind::Unreachable)
 }
 
-/// Ends a QEMU that did not start well.
+/// Kills a QEMU whose start failed, and returns the error of the start.
 async fn end(guarded: Guarded, mut error: BackendError) -> BackendError {
     match guarded.kill_and_wait(KILLING).await {
         Ok(_) => error.effect = Effect::NotApplied,

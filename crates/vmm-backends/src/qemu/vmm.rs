@@ -22,7 +22,7 @@ use crate::ladder::{self, Call, Means};
 use crate::launch;
 use crate::ordered::Ordered;
 
-/// The handle.
+/// The handle of one QEMU.
 #[derive(Debug)]
 pub(super) struct QemuVmm {
     pub(super) run: RunRecord,
@@ -31,7 +31,7 @@ pub(super) struct QemuVmm {
     pub(super) guest: Arc<Ordered>,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
-    /// Tells the watch, by being dropped, that this handle has been.
+    /// Dropped together with the handle, which the watch notices.
     pub(super) _wanted: oneshot::Sender<()>,
 }
 
@@ -79,7 +79,8 @@ impl Vmm for QemuVmm {
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
         if self.guest.has_shut_down() {
-            // Its end is near, and told by others: there is no silence to report.
+            // The end of this QEMU is near and is reported by the watch, so a missing answer is no
+            // failure.
             let _ = self.process.wait_for(ENDING).await;
         }
         let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
@@ -113,7 +114,7 @@ impl QemuVmm {
             return Err(self.gone(Effect::NotApplied));
         }
         if self.guest.has_shut_down() {
-            // A command that is under way while QEMU (7.2) ends makes it hang in its own clean-up.
+            // A command in progress while QEMU (7.2) ends makes QEMU hang in its own clean-up.
             return Err(ending(Effect::NotApplied));
         }
         self.link.get()
@@ -126,13 +127,15 @@ impl QemuVmm {
         point(FaultPoint::ResetPrepared);
         let reset = qmp.system_reset().await;
         point(FaultPoint::ResetOrdered);
-        // QEMU has decided by now: the action counts when the reset is asked for.
+        // QEMU uses the action that is set when the reset is requested, so the action may be
+        // restored now.
         let restored = qmp.set_reboot_action(RebootAction::Shutdown).await;
         reset.map_err(|error| self.explain(error))?;
         restored.map_err(|error| BackendError { effect: Effect::Applied, ..self.explain(error) })
     }
 
-    /// Says what a failed command means: of a QEMU that has gone, that it has.
+    /// Replaces the error of a command by [`BackendErrorKind::Gone`] if QEMU has ended or is about
+    /// to.
     fn explain(&self, error: QmpError) -> BackendError {
         let error = BackendError::from(error);
         match self.process.exit() {
@@ -152,7 +155,7 @@ impl QemuVmm {
     }
 }
 
-/// What becomes of a command to a QEMU that has told that its guest is shut down.
+/// Returns the error of a command to a QEMU that has announced its shutdown.
 fn ending(effect: Effect) -> BackendError {
     BackendError::new(BackendErrorKind::Gone, effect, "QEMU's guest has shut down, and QEMU ends with it")
 }

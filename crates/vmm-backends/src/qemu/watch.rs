@@ -1,4 +1,4 @@
-//! Watching one QEMU: from its events, its connection and its process to [`VmmEvent`]s.
+//! Watches one QEMU, and turns its events, its connection and its process into [`VmmEvent`]s.
 //!
 //! ```text
 //!   QMP events ──────► SHUTDOWN, and GUEST_PANICKED where    │
@@ -30,10 +30,11 @@ use crate::launch::last_words;
 use crate::ordered::{Ordered, unwanted};
 use crate::throttle::{Throttle, due};
 
-/// How long the end of a connection may take after the end of its process: as good as none, for the kernel closes it.
+/// The longest wait for the end of a connection after the end of its process. The kernel closes the
+/// connection at once.
 const DRAINING: Duration = Duration::from_secs(1);
 
-/// The task's state.
+/// The state of the task.
 pub(crate) struct Watch {
     pub(crate) process: Process,
     pub(crate) link: Arc<Link>,
@@ -45,24 +46,26 @@ pub(crate) struct Watch {
     pub(crate) shutdown: Option<ShutdownReason>,
     /// Ends when the VM's handle is dropped.
     pub(crate) handle: oneshot::Receiver<()>,
-    /// Whose QEMU it is.
+    /// The owner of the QEMU.
     pub(crate) owner: Owner,
-    /// Keeps a QEMU that stops and resumes its guest without end from filling the log of events.
+    /// Limits the reports of a QEMU that stops and resumes its guest without end, because each
+    /// report is stored.
     pub(crate) throttle: Throttle,
-    /// When to compare again, where the throttle has held a change up.
+    /// The time of the next comparison, if the throttle has delayed one.
     pub(crate) compare_at: Option<Instant>,
 }
 
-/// Whose QEMU is watched.
+/// The owner of the watched QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// This program's.
+    /// This program.
     Us,
-    /// Somebody else's: it is neither signalled nor told how to behave, and may live on when its guest has ended.
+    /// Another program. Its QEMU is neither signalled nor configured, and may run on after its
+    /// guest has ended.
     Another,
 }
 
-/// Why QEMU ends, in its own words.
+/// The reason for QEMU's end, by QEMU's names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum ShutdownReason {
@@ -78,7 +81,7 @@ pub(crate) enum ShutdownReason {
     HostQmpSystemReset,
     /// SIGTERM, SIGINT or SIGHUP.
     HostSignal,
-    /// A window that nobody opens here.
+    /// A window, which this program never opens.
     HostUi,
     /// QEMU cannot go on.
     HostError,
@@ -128,7 +131,8 @@ pub(super) struct Reset {
 }
 
 impl Watch {
-    /// Watches until the process has gone and that has been told, or nobody is there to be told.
+    /// Watches until the end of the process was reported, or until both receiver and handle are
+    /// dropped.
     pub(crate) async fn run(mut self) {
         let (process, link) = (self.process.clone(), Arc::clone(&self.link));
         let mut end: Option<End> = None;
@@ -138,11 +142,16 @@ impl Watch {
             }
             let compare_at = self.compare_at;
             tokio::select! {
+                // The order of the arms is the order of precedence. Events come before the end of
+                // the process, because the event that explains the end is usually already there.
+                // The connection comes last: a lost connection alone does not mean that QEMU has
+                // ended, so `restored` reconnects, and then the state is compared because events
+                // may have been lost in the gap.
                 biased;
                 () = due(compare_at) => self.compare_if_due().await,
                 event = self.qmp_events.recv() => match event {
                     Some(event) => self.take(event).await,
-                    // Cannot be: the link holds a sender.
+                    // Unreachable, because the link holds a sender.
                     None => break,
                 },
                 _ = process.wait() => break,
@@ -151,6 +160,9 @@ impl Watch {
                 qmp = link.restored() => self.catch_up(&qmp).await,
             }
         }
+        // QEMU has ended. The kernel closes its connection, and the reader delivers the remaining
+        // events, so the reason for the end is known before `Gone` is sent. Only the reason matters
+        // now, because a reset or a pause of an ended guest is no news.
         let exit = process.wait().await;
         if tokio::time::timeout(DRAINING, link.drained()).await.is_err() {
             debug!("QEMU has gone, but its connection has not ended; going on without");
@@ -159,7 +171,7 @@ impl Watch {
             self.note_shutdown(&event);
         }
         let gone = VmmEvent::Gone(self.describe(exit).await);
-        // A receiver that was dropped wants to know nothing.
+        // A dropped receiver is no error.
         let _ = self.events.send(gone).await;
     }
 
@@ -168,24 +180,28 @@ impl Watch {
         match event.name.as_str() {
             "RESET" => match Reset::deserialize(&event.data) {
                 Ok(reset) if reset.guest => self.tell(VmmEvent::GuestReset),
-                // Nobody else speaks to a QEMU that is ours.
+                // No other client speaks to a QEMU that this program started, so the reset is this
+                // program's own.
                 Ok(_) if self.owner == Owner::Another && self.guest.resets.is_anothers() => {
                     self.tell(VmmEvent::ResetFromOutside);
                 }
                 Ok(_) => {}
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
             },
-            // One that is held up is looked at later, whatever comes until then.
+            // A change that the throttle has delayed is compared later, whatever follows until
+            // then.
             "STOP" | "RESUME" if self.compare_at.is_some() => {}
             "STOP" | "RESUME" => self.compare_if_due().await,
             name => debug!(name, "event of QEMU without meaning here"),
         }
     }
 
-    /// Remembers why QEMU ends. The first reason counts.
+    /// Records the reason for QEMU's end. The first reason counts.
     fn note_shutdown(&mut self, event: &QmpEvent) {
         match event.name.as_str() {
-            // QEMU stops its guest's CPUs between GUEST_PANICKED and SHUTDOWN, and is asked nothing about that.
+            // QEMU stops its guest's CPUs between GUEST_PANICKED and SHUTDOWN. A question about
+            // that stop could make QEMU hang at its end, so the record is set before the STOP event
+            // is handled.
             "SHUTDOWN" | "GUEST_PANICKED" if shutdown_reason(event).is_some() => {
                 self.guest.note_shut_down(true)
             }
@@ -197,12 +213,14 @@ impl Watch {
         }
     }
 
-    /// Says whether QEMU, which is to end with its guest, has told that this one has shut down: then it is asked nothing more.
+    /// Returns true if a QEMU that ends with its guest has reported the guest's shutdown. Such a
+    /// QEMU is not asked any more.
     fn is_ending(&self) -> bool {
         self.owner == Owner::Us && self.guest.has_shut_down()
     }
 
-    /// After a gap in the events: sets what a broken call may have left, and looks what has changed.
+    /// Restores the state after a gap in the events: sets the reboot action that an interrupted
+    /// call may have changed, and compares.
     async fn catch_up(&mut self, qmp: &Qmp) {
         if self.is_ending() {
             return;
@@ -215,7 +233,7 @@ impl Watch {
         self.compare(qmp).await;
     }
 
-    /// Compares now, or once the throttle lets a change through again.
+    /// Compares now, or when the throttle allows the next change.
     async fn compare_if_due(&mut self) {
         self.compare_at = self.throttle.pass().err();
         if self.compare_at.is_none()
@@ -226,14 +244,16 @@ impl Watch {
         }
     }
 
-    /// Asks what the guest is doing, and tells where that is not what was ordered.
+    /// Asks for the state of the guest, and reports a difference from the last order. The lock on
+    /// the record is held during the question, so that no order of the handle changes the state in
+    /// between.
     async fn compare(&mut self, qmp: &Qmp) {
         let event = {
             let change = self.guest.change().await;
             let status = match qmp.query_status().await {
                 Ok(status) => status,
-                // Its end, if that is what this is, shows otherwise.
-                Err(error) => return debug!(%error, "QEMU does not say what its guest is doing"),
+                // If this error is QEMU's end, the process or the connection shows it.
+                Err(error) => return debug!(%error, "QEMU does not report its guest's state"),
             };
             let event = match self.owner {
                 Owner::Us => difference(status, change.runs()),
@@ -251,7 +271,8 @@ impl Watch {
         }
     }
 
-    /// The same of a QEMU that somebody else started: it may hold on to a guest that has ended.
+    /// Returns the event for a QEMU that another program started, which may run on after its guest
+    /// has ended.
     fn difference_of_another(&self, status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
         match (status.guest_state_of_another(), thought_to_run) {
             (GuestState::Ended, _) if self.guest.is_to_end() => None,
@@ -265,7 +286,8 @@ impl Watch {
         }
     }
 
-    /// Tells without waiting: whoever falls that far behind learns the rest by asking, but never misses the end.
+    /// Sends an event without waiting. If the receiver is full, the event is dropped and the
+    /// receiver reads the state at its next sample. The end is sent by `run`, which waits for room.
     fn tell(&self, event: VmmEvent) {
         if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
             warn!(?event, "an event of the VMM was dropped: too many wait");
@@ -284,7 +306,7 @@ impl Watch {
     }
 }
 
-/// Returns the reason for which QEMU ends, where `event` says that QEMU ends.
+/// Returns the reason for which QEMU ends, or `None` if `event` does not announce an end.
 pub(super) fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
     match event.name.as_str() {
         "SHUTDOWN" => {
@@ -299,7 +321,7 @@ pub(super) fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
     }
 }
 
-/// What to tell of a guest that is in `status` while it was thought to run, or not to.
+/// Returns the event for a guest in `status` that was thought to run, or not to.
 fn difference(status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
     if let Some(why) = status.failure() {
         return thought_to_run.then(|| VmmEvent::GuestFailed(why.to_owned()));
@@ -311,13 +333,13 @@ fn difference(status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
     }
 }
 
-/// Why a QEMU ended that left this reason, if any, and this status.
+/// Returns the cause of an end with the reason `told`, if there was one, and this exit status.
 fn exit_cause(told: Option<ShutdownReason>, exit: ProcessExit) -> ExitCause {
     match (told, exit.status) {
         (Some(reason), _) => reason.cause(),
         (None, Some(ExitStatus::Signal(_))) => ExitCause::VmmFailed,
         (None, Some(ExitStatus::Code(code))) if code != 0 => ExitCause::VmmFailed,
-        // In order, but nobody heard why.
+        // Exit status 0 or an unknown status, without a recorded reason.
         (None, Some(ExitStatus::Code(_)) | None) => ExitCause::Unknown,
     }
 }

@@ -1,4 +1,4 @@
-//! The handle of a VM in a QEMU that somebody else started.
+//! The handle of a VM in a QEMU that another program started.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,10 +27,10 @@ use crate::patience::REPORTING;
 use crate::rest::adopt::or_gone;
 use crate::throttle::Throttle;
 
-/// Events that wait for the VM's owner.
+/// The most events that wait for the VM's owner.
 const EVENTS: usize = 64;
 
-/// The handle.
+/// The handle of one VM.
 #[derive(Debug)]
 struct Handle {
     run: RunRecord,
@@ -39,11 +39,11 @@ struct Handle {
     link: Arc<Link>,
     guest: Arc<Ordered>,
     held: Held,
-    /// Tells the watch, by being dropped, that this handle has been.
+    /// Dropped together with the handle, which the watch notices.
     _wanted: oneshot::Sender<()>,
 }
 
-/// Makes the handle, and begins to watch.
+/// Returns the handle of a VM in QEMU, and starts the task that watches QEMU.
 pub(super) fn attend(
     link: Arc<Link>,
     qmp_events: mpsc::Receiver<QmpEvent>,
@@ -107,10 +107,10 @@ impl Handle {
         ended
     }
 
-    /// Refuses a reset that would end QEMU, as far as its command line tells.
+    /// Returns an error if QEMU's command line shows that a reset would end QEMU.
     async fn reset_is_harmless(&self) -> Result<(), BackendError> {
         let process = self.process.clone();
-        // Reading the arguments of a process takes as long as that process holds its memory map.
+        // Reads of a process's arguments wait for the lock on its memory map, so they block.
         let read = tokio::task::spawn_blocking(move || arguments_of(&process));
         let started_so = read.await.ok().and_then(Result::ok).unwrap_or_default();
         let ends = |word: &str| {
@@ -137,7 +137,7 @@ impl Means for Handle {
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
         let call: Call<'_> = Box::pin(async {
             let qmp = self.qmp()?;
-            // A guest that stands still hears nothing.
+            // A paused guest does not react to its power button, so it is resumed first.
             if qmp.query_status().await?.guest_state() == GuestState::Paused {
                 qmp.cont().await?;
             }
@@ -147,12 +147,14 @@ impl Means for Handle {
     }
 
     fn power_off(&self, forced: bool) -> Option<Call<'_>> {
-        // It ends QEMU's process, which is not ours.
+        // `quit` ends QEMU's process, which belongs to another program, so it is offered by force
+        // only.
         forced.then(|| -> Call<'_> { Box::pin(async { Ok(self.qmp()?.quit().await?) }) })
     }
 
     async fn has_ended(&self) -> bool {
-        // QEMU tells. It is not asked: a command that is under way while QEMU ends makes it (7.2) hang in its own clean-up.
+        // QEMU reports the end of its guest by an event and is not asked, because a command in
+        // progress while QEMU (7.2) ends makes it hang in its own clean-up.
         if !self.guest.has_shut_down() || self.process.wait_for(REPORTING).await.is_some() {
             return self.process.has_ended();
         }
@@ -192,7 +194,7 @@ impl Vmm for Handle {
     }
 
     async fn reboot(&self, _ladder: Ladder) -> Result<Reset, BackendError> {
-        // A guest that obeys its power button takes QEMU along.
+        // A guest that obeys its power button ends QEMU as well.
         self.reset().await
     }
 
@@ -203,7 +205,7 @@ impl Vmm for Handle {
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
-        // As in `has_ended`: what ends is not asked.
+        // As in `has_ended`, a QEMU that is ending is not asked.
         if self.guest.has_shut_down() {
             let _ = self.process.wait_for(REPORTING).await;
         }

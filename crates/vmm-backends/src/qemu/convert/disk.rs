@@ -1,4 +1,4 @@
-//! A disk's block nodes and its device.
+//! Converts a disk into its block nodes and its device.
 
 use serde_json::{Value, json};
 use vmm_core::spec::{Disk, DiskCache, DiskFormat, RateLimit};
@@ -7,7 +7,7 @@ use super::option::DiskOption;
 use super::{ImageKind, Machine, PathNotUtf8, address, merged};
 use crate::qemu::layout::{DISK_SLOT, SERIAL_LEN};
 
-/// What becomes of a disk.
+/// Returns the block nodes and the device of a disk.
 ///
 /// # Errors
 ///
@@ -36,7 +36,7 @@ pub(super) fn option(
     });
     let mut format_node = json!({ "driver": format.as_str(), "node-name": format!("disk{place}-format") });
     if *format == DiskFormat::Qcow2 && !backing_files {
-        // Whatever the image's header says, no other file is opened.
+        // Without this line QEMU would open the backing file that the image's header names.
         format_node["backing"] = Value::Null;
     }
     let mut nodes = vec![merged(file_node, &common), merged(format_node, &common)];
@@ -47,7 +47,8 @@ pub(super) fn option(
             "read-only": read_only,
         }));
     }
-    // Ids are ASCII; a fault of the disk is the guest's to handle, as on the other backends.
+    // Ids are ASCII, so bytes and characters agree. A fault of the disk is reported to the guest,
+    // as on the other backends.
     let serial: String = id.chars().take(SERIAL_LEN).collect();
     let device = json!({
         "driver": format!("virtio-blk-{}", machine.virtio()), "id": format!("disk{place}"),

@@ -1,16 +1,18 @@
-//! A configuration file of QEMU, as `-readconfig` reads it: the language in which a spare is told its VM.
+//! Writes a configuration file of QEMU for `-readconfig`, by which a spare receives its VM.
 //!
 //! ```text
-//!   [device "disk0"]            a group, and the id of one of it
-//!    driver = "virtio-blk-pci"  its keys; what is nested gets a dotted name
+//!   [device "disk0"]            a group, and the id of its member
+//!    driver = "virtio-blk-pci"  its keys; nested keys get a dotted name
 //! ```
 //!
-//! The file has no word for a block node. It has `drive`, which makes one by the rules of old: it inherits, and it probes what
-//! is not stated. So all nodes of a disk are stated within one another, in the JSON that a drive's file name can be, and what a
-//! drive presumes of the topmost node is stated beside it. What comes of it differs from the command line by a name alone: the
-//! backend between device and nodes is called after the disk, where there it has no name.
+//! The file has no form for a block node. Its `drive` creates one by old rules: a drive inherits
+//! settings, and it detects the format unless one is given. Therefore all nodes of a disk are
+//! nested in the JSON text that a drive's file name may be, and the defaults of a drive for the
+//! topmost node are overridden beside it. The result differs from the command line in one name: the
+//! backend between device and nodes is named after the disk here and has no name there.
 //!
-//! QEMU reads the file line by line, without escapes: a value ends at the next quotation mark, a line at 1,023 bytes.
+//! QEMU reads the file line by line, without escapes. A value ends at the next quotation mark, and
+//! a line at 1,023 bytes.
 
 use std::error::Error;
 use std::ffi::OsStr;
@@ -23,33 +25,34 @@ use serde_json::{Value, json};
 use super::PathNotUtf8;
 use super::option::{DiskOption, Opt};
 
-/// The most that QEMU reads as one line, its end included, in bytes.
+/// The longest line that QEMU reads, with its end, in bytes.
 const MAX_LINE: usize = 1023;
-/// The group without which no QEMU of ours gets ready, because its serial port is one of these.
+/// The group without which QEMU does not start, because its serial port needs one of these.
 const NEEDED: &str = "chardev";
 
-/// Why a VM cannot be told by a configuration file, though it can be by the command line.
+/// The reason for which a configuration file cannot express a VM that the command line can.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Untellable {
     /// A path that the command line cannot carry either.
     #[error(transparent)]
     NotUtf8(#[from] PathNotUtf8),
-    /// A value.
+    /// A value that the file cannot express.
     #[error("QEMU's configuration file cannot carry the {key} of {of}: {why}")]
     Value {
-        /// Whose value it is.
+        /// The group and the id of the value.
         of: String,
-        /// Its name.
+        /// The key of the value.
         key: String,
-        /// What is wrong with it.
+        /// The reason.
         why: &'static str,
     },
 }
 
-/// Writes what a file can say of `options`. Whatever of it is cut off, QEMU does not get ready with what is left.
+/// Writes the options that a file can express. If QEMU reads only the beginning of the file, it
+/// refuses to start.
 pub(super) fn write(options: &[Opt]) -> Result<String, Untellable> {
     let mut file = File::default();
-    // The rest of a file that is cut off must be refused, so what is needed comes last.
+    // A file that is cut off must be refused, so the part that QEMU needs comes last.
     let (last, first): (Vec<&Opt>, Vec<&Opt>) =
         options.iter().partition(|option| matches!(option, Opt::Pairs { group, .. } if *group == NEEDED));
     for option in first.into_iter().chain(last) {
@@ -62,7 +65,7 @@ pub(super) fn write(options: &[Opt]) -> Result<String, Untellable> {
             Opt::Pairs { group, kind, pairs, .. } => {
                 let id = pairs.iter().find(|(key, _)| *key == "id");
                 file.begin(group, id.map(|(key, id)| utf8(id, group, key)).transpose()?)?;
-                // The kind comes last, because without it nothing is made.
+                // The kind comes last, because QEMU creates nothing without it.
                 for (key, value) in pairs.iter().filter(|(key, _)| *key != "id").chain(kind) {
                     file.setting(key, utf8(value, group, key)?)?;
                 }
@@ -74,7 +77,7 @@ pub(super) fn write(options: &[Opt]) -> Result<String, Untellable> {
     Ok(file.text)
 }
 
-/// A drive with everything below it, and its device.
+/// Writes a drive with all nodes below it, and its device.
 fn write_disk(file: &mut File, disk: &DiskOption) -> Result<(), Untellable> {
     if let Some(limit) = &disk.limit {
         file.object("object", limit)?;
@@ -86,8 +89,8 @@ fn write_disk(file: &mut File, disk: &DiskOption) -> Result<(), Untellable> {
         top = node;
     }
     let backend = format!("{}-drive", top["node-name"].as_str().unwrap_or_default());
-    // A drive's own settings come before those of its file name, and it has defaults for these. That a disk which cannot be
-    // written is opened all the same is one of them.
+    // A drive's own settings precede those in its file name, and have defaults. One of the defaults
+    // opens a disk read-only if it cannot be written.
     let nodes = single_quoted(&top).map_err(|_| file.untellable("file", "it cannot be written as JSON"))?;
     let drive = json!({
         "id": backend, "if": "none", "auto-read-only": false,
@@ -105,7 +108,7 @@ fn write_disk(file: &mut File, disk: &DiskOption) -> Result<(), Untellable> {
 #[derive(Default)]
 struct File {
     text: String,
-    /// What is being told of.
+    /// The group and the id of the present option, for errors.
     of: String,
 }
 
@@ -179,7 +182,7 @@ fn utf8<'a>(value: &'a OsStr, of: &str, key: &str) -> Result<&'a str, Untellable
     })
 }
 
-/// Writes JSON without a quotation mark: QEMU takes strings in apostrophes as well.
+/// Writes JSON without a quotation mark, because QEMU accepts strings in apostrophes as well.
 fn single_quoted(value: &Value) -> Result<String, Box<dyn Error>> {
     let mut text = Vec::new();
     value.serialize(&mut Serializer::with_formatter(&mut text, Apostrophes))?;

@@ -1,4 +1,5 @@
-//! QEMU's options before they are written in one of its two languages: the command line, or a configuration file.
+//! QEMU's options before they are written in one of two languages: the command line, or a
+//! configuration file.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -8,27 +9,27 @@ use serde_json::Value;
 /// One option.
 #[derive(Clone, Debug)]
 pub(super) enum Opt {
-    /// One that a spare is started with. It has no form in a file.
+    /// An option that a spare is started with. It has no form in a file.
     Ahead {
-        /// Its name on the command line.
+        /// The option's name on the command line.
         flag: &'static str,
-        /// What follows it there.
+        /// The value on the command line.
         value: Option<OsString>,
     },
     /// A property of the machine with an option of its own, whose value is not parsed.
     Property {
-        /// Its name on the command line.
+        /// The option's name on the command line.
         flag: &'static str,
         /// The property's name.
         key: &'static str,
         /// The property's value.
         value: OsString,
     },
-    /// Keys with values. One that is called `id` is the option's name.
+    /// Keys with values. A key `id` is the option's name.
     Pairs {
-        /// Its name on the command line.
+        /// The option's name on the command line.
         flag: &'static str,
-        /// Its name in a file.
+        /// The option's name in a file.
         group: &'static str,
         /// The pair whose key the command line leaves out.
         kind: Option<(&'static str, OsString)>,
@@ -37,45 +38,45 @@ pub(super) enum Opt {
     },
     /// A device or an object, in JSON. A key `id` is its name.
     Json {
-        /// Its name on the command line.
+        /// The option's name on the command line.
         flag: &'static str,
-        /// Its name in a file.
+        /// The option's name in a file.
         group: &'static str,
-        /// What it is.
+        /// The device or the object.
         value: Value,
     },
     /// A disk.
     Disk(DiskOption),
 }
 
-/// A disk: what its content passes through, and the device that the guest sees.
+/// A disk: its block nodes, and the device that the guest sees.
 #[derive(Clone, Debug)]
 pub(super) struct DiskOption {
-    /// Block nodes, the image's first. What each has below it is not in them.
+    /// The block nodes, the image's first. Each omits the reference to the node below it.
     pub(super) nodes: Vec<Value>,
-    /// The object that the last node needs, if it needs one.
+    /// The throttle group that the last node needs, if it needs one.
     pub(super) limit: Option<Value>,
     /// The device, without its `drive`.
     pub(super) device: Value,
 }
 
 impl Opt {
-    /// A flag or option that a spare is started with.
+    /// Returns an option that a spare is started with.
     pub(super) fn ahead(flag: &'static str, value: impl Into<OsString>) -> Self {
         Self::Ahead { flag, value: Some(value.into()) }
     }
 
-    /// A device.
+    /// Returns a device.
     pub(super) const fn device(value: Value) -> Self {
         Self::Json { flag: "-device", group: "device", value }
     }
 
-    /// An object.
+    /// Returns an object.
     pub(super) const fn object(value: Value) -> Self {
         Self::Json { flag: "-object", group: "object", value }
     }
 
-    /// Appends its words on the command line.
+    /// Appends the option's words on the command line.
     pub(super) fn write_words(&self, words: &mut Vec<OsString>) {
         match self {
             Self::Ahead { flag, value } => {
@@ -93,7 +94,7 @@ impl Opt {
 }
 
 impl DiskOption {
-    /// The block nodes, each of which names the one below it.
+    /// Appends the block nodes, each of which names the node below it, and the device.
     fn write_words(&self, words: &mut Vec<OsString>) {
         let mut below = None;
         let top = self.nodes.len().saturating_sub(1);
@@ -115,7 +116,7 @@ impl DiskOption {
     }
 }
 
-/// Joins pairs as the command line has them.
+/// Returns the pairs in the form of the command line.
 pub(super) fn joined(
     kind: Option<&(&'static str, OsString)>,
     pairs: &[(&'static str, OsString)],
@@ -135,7 +136,7 @@ pub(super) fn joined(
     text
 }
 
-/// Doubles the commas, as QEMU's option syntax wants.
+/// Returns `text` with each comma doubled, as QEMU's option syntax requires.
 fn escaped(text: &OsStr) -> OsString {
     let mut bytes = Vec::with_capacity(text.len());
     for byte in text.as_bytes() {
