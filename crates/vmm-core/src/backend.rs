@@ -218,7 +218,8 @@ pub struct AdoptRequest {
     pub kind: VmKind,
     /// True if another program made the VM.
     pub imported: bool,
-    /// The time of the record's last change, in Unix milliseconds. The record knows of all that the VMM did before.
+    /// The time of the record's last change, in Unix milliseconds. The record covers every earlier
+    /// act of the VMM.
     pub changed_ms: i64,
 }
 

@@ -1,4 +1,4 @@
-//! The abilities of a hypervisor as values. The API puts them into words, and nothing reads those words.
+//! The abilities of a hypervisor as values. Only the API words them, so no code reads its words.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::spec::{DiskFormat, RestartMode};
 pub struct Capabilities {
     /// The backend's name.
     pub name: BackendName,
-    /// Where the VMMs of new VMs come from.
+    /// The source of the VMMs of new VMs.
     pub endpoint_mode: EndpointMode,
     /// The meaning of a `restart_policy` that is not set.
     pub default_restart_mode: RestartMode,
@@ -18,24 +18,24 @@ pub struct Capabilities {
     pub kernel_formats: &'static [KernelFormat],
     /// True if qcow2 images with extended entries in their second table can be used.
     pub extended_l2: bool,
-    /// The facts that clients are told.
+    /// The facts that clients see.
     pub facts: Facts,
     /// Numeric limits by name, in kebab-case.
     pub limits: BTreeMap<&'static str, i64>,
 }
 
-/// Where the VMMs of a backend come from.
+/// The source of the VMMs of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndpointMode {
     /// The daemon starts a process for each VM.
     Managed,
-    /// Somebody else starts the processes.
+    /// Another program starts the processes.
     Attached,
     /// libvirt starts the processes.
     Libvirt,
 }
 
-/// The facts of a backend. A fact that is `None` is not told.
+/// The facts of a backend. A fact that is `None` is not shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// The accelerator of new VMs.
@@ -68,7 +68,7 @@ pub struct Facts {
     pub shutdown: Option<ShutdownFact>,
     /// The source of a VM's state, where the VMM sends no events.
     pub state: Option<StateFact>,
-    /// The effect of a VMM's failure, where somebody else starts the VMMs.
+    /// The effect of a VMM's failure, where another program starts the VMMs.
     pub vmm_failure: Option<VmmFailureFact>,
 }
 
@@ -79,7 +79,7 @@ pub enum AcceleratorFact {
     Kvm,
     /// Software emulation.
     Tcg,
-    /// The accelerator that somebody else has chosen.
+    /// The accelerator that another program has chosen.
     AsStarted,
 }
 
@@ -92,7 +92,7 @@ pub enum ConsoleFact {
     Output,
     /// Output alone, and nothing of a VM that was found.
     OutputUnlessImported,
-    /// The console is where somebody else has put it.
+    /// The console is where another program has put it.
     Elsewhere,
 }
 
@@ -119,7 +119,7 @@ pub enum PanicFact {
     EndsRunButOnMicrovm,
     /// Nothing is seen of a panic.
     Unseen,
-    /// The effect is as QEMU was told.
+    /// The effect is the one that QEMU was started with.
     AsTold,
 }
 
@@ -135,7 +135,7 @@ impl PanicFact {
 pub enum PowerOffFact {
     /// The run ends.
     EndsRun,
-    /// The run ends, and the VMM of somebody else with it, without the cause.
+    /// The run ends, and with it the VMM of another program, without showing the cause.
     EndsVmmUntold,
     /// Nothing is seen of it on x86.
     UnseenOnX86,
@@ -147,7 +147,7 @@ impl PowerOffFact {
         !matches!(self, Self::UnseenOnX86)
     }
 
-    /// Returns true where the end can be told from other ends.
+    /// Returns true where the end can be distinguished from other ends.
     pub const fn is_told(self) -> bool {
         matches!(self, Self::EndsRun)
     }
@@ -158,13 +158,13 @@ impl PowerOffFact {
 pub enum ResetFact {
     /// The guest goes on in the same process, unless the restart policy is NEVER.
     InPlaceUnlessNever,
-    /// The guest goes on in the same process, unless QEMU was told otherwise.
+    /// The guest runs on in the same process, unless QEMU was started otherwise.
     InPlaceUnlessToldOtherwise,
     /// The guest goes on in the same process, and nothing is seen of it.
     InPlaceUnseen,
     /// The run ends.
     EndsRun,
-    /// The run ends, and the VMM of somebody else with it.
+    /// The run ends, and with it the VMM of another program.
     EndsVmm,
 }
 
@@ -186,11 +186,11 @@ impl ResetFact {
 /// The effect of a guest's triple fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TripleFaultFact {
-    /// That of a reset.
+    /// The effect of a reset.
     AsReset,
     /// The run ends with a failure.
     EndsRun,
-    /// The run ends with a failure, and the VMM of somebody else with it.
+    /// The run ends with a failure, and with it the VMM of another program.
     EndsVmm,
 }
 
@@ -213,9 +213,9 @@ pub enum MachineFact {
 /// The way of a reboot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RebootFact {
-    /// The same process goes on.
+    /// The guest is reset in the same process.
     InPlace,
-    /// The same process goes on, and the guest is not asked.
+    /// The guest is reset in the same process without being asked.
     InPlaceAtOnce,
     /// Another process is started.
     NewProcess,
@@ -258,7 +258,7 @@ pub enum VmmFailureFact {
     NeedsAnotherVmm,
 }
 
-/// How a kernel image is laid out.
+/// The format of a kernel image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelFormat {
     /// x86 Linux's self-extracting image, as distributions ship it.

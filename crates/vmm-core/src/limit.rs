@@ -1,4 +1,4 @@
-//! The limits of a host that an operation can run into, told from other failures by the kernel's error number.
+//! The limits of a host that an operation can reach, recognised by the kernel's error number.
 
 use std::error::Error;
 use std::io;
@@ -20,7 +20,7 @@ pub enum HostLimit {
 }
 
 impl HostLimit {
-    /// Returns the limit that `error`, or an error below it, has run into.
+    /// Returns the limit that `error`, or an error below it, reports.
     pub fn reached(error: &(dyn Error + 'static)) -> Option<Self> {
         let mut next = Some(error);
         while let Some(error) = next {

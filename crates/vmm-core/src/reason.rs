@@ -1,7 +1,7 @@
 //! The machine-readable cause of a VM's [`Status`](crate::state::Status).
 //!
-//! Clients read the words of this table on the wire, and earlier releases have written them into records, so a word never
-//! changes. Code compares variants, never words.
+//! Clients read the words of this table on the wire, and earlier releases have written them into
+//! records. Therefore a word never changes. Code compares variants, never words.
 
 use std::fmt;
 
@@ -9,11 +9,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $word:literal,)*) => {
-        /// Why a VM is in its phase.
+        /// The cause of a VM's phase.
         #[derive(Clone, Debug, Default, PartialEq, Eq)]
         pub enum Reason {
             $($(#[$doc])* $name,)*
-            /// A word that another release has written and that this one does not know. Never made here.
+            /// A word of another release that this one does not know. Only read, never made.
             Other(Box<str>),
         }
 
@@ -40,7 +40,7 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// There is nothing to say.
+    /// No cause.
     #[default]
     Nothing = "",
     /// Force pre-empted the operation.
@@ -71,7 +71,7 @@ reasons! {
     HostReboot = "host-reboot",
     /// A process may be the VM's, which cannot be proven.
     IdentityUnproven = "identity-unproven",
-    /// The VM was found as somebody else had made it.
+    /// The VM was found as another program had made it.
     Imported = "imported",
     /// This program failed.
     Internal = "internal",
@@ -85,7 +85,7 @@ reasons! {
     OperationFailed = "operation-failed",
     /// An operation was cut short by the end of the daemon.
     OperationInterrupted = "operation-interrupted",
-    /// Somebody else stopped the guest's CPUs.
+    /// Another program stopped the guest's CPUs.
     PausedFromOutside = "paused-from-outside",
     /// At the VM's place runs another VM.
     PlaceTaken = "place-taken",
@@ -95,11 +95,11 @@ reasons! {
     ReachableAgain = "reachable-again",
     /// A reboot was cut short by the end of the daemon.
     RebootInterrupted = "reboot-interrupted",
-    /// Somebody else reset the guest.
+    /// Another program reset the guest.
     ResetFromOutside = "reset-from-outside",
     /// The guest was started too often without a quiet minute.
     RestartLoop = "restart-loop",
-    /// Somebody else let the guest's CPUs go on.
+    /// Another program resumed the guest's CPUs.
     ResumedFromOutside = "resumed-from-outside",
     /// Several processes may be the VM's.
     SeveralVmms = "several-vmms",
@@ -109,7 +109,7 @@ reasons! {
     SocketTaken = "socket-taken",
     /// A start by policy could not even begin.
     StartNotBegun = "start-not-begun",
-    /// Somebody else started the VM at its place.
+    /// Another program started the VM at its place.
     StartedFromOutside = "started-from-outside",
     /// Nothing proves the cause of the end.
     Unknown = "unknown",
@@ -125,12 +125,12 @@ reasons! {
     VmmGone = "vmm-gone",
     /// The VMM did not answer when the daemon looked for it.
     VmmSilent = "vmm-silent",
-    /// The VMM was told to end by its own interface.
+    /// The VMM was ordered to end through its own interface.
     VmmToldToEnd = "vmm-told-to-end",
 }
 
 impl Reason {
-    /// Returns true where there is nothing to say.
+    /// Returns true where there is no cause.
     pub fn is_nothing(&self) -> bool {
         *self == Self::Nothing
     }

@@ -256,7 +256,7 @@ pub struct Status {
     pub phase: Phase,
     /// The cause as programs read it.
     pub reason: Reason,
-    /// The same for people.
+    /// The cause for people.
     pub message: String,
     /// When this was last observed to be true, in Unix milliseconds.
     pub observed_at_ms: i64,
@@ -270,7 +270,7 @@ impl Status {
         Self { phase, reason: Reason::Nothing, message: String::new(), observed_at_ms: now_ms, restarts: 0 }
     }
 
-    /// The same status with a machine-readable `reason` and a `message` for people.
+    /// Returns the status with a machine-readable `reason` and a `message` for people.
     pub fn because(mut self, reason: Reason, message: impl Into<String>) -> Self {
         self.reason = reason;
         self.message = message.into();

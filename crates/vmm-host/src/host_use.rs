@@ -1,8 +1,9 @@
-//! Block devices that the host itself uses: mounted, swapped to, or part of another device.
+//! Finds block devices that the host itself uses: mounted, swapped to, or part of another device.
 //!
-//! The kernel keeps one exclusive holder of each block device, and a mount, a swap area, a RAID and the device mapper are such
-//! holders. An exclusive open for reading asks for the same place, changes nothing, and fails where the place is taken. The
-//! kernel counts a disk and its partitions together.
+//! The kernel keeps one exclusive holder of each block device. A mount, a swap area, a RAID and the
+//! device mapper are such holders. An exclusive open for reading asks for the same place, changes
+//! nothing, and fails where the place is taken. The kernel counts a disk and its partitions
+//! together.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -13,8 +14,8 @@ use rustix::io::Errno;
 
 use crate::files::{FileFacts, FileKind};
 
-/// Says, for a message, how the host uses the disk at `path`; `None` where the host does not use the disk. A regular file is in
-/// use where a loop device of the file is. Blocks.
+/// Returns the host's use of the disk at `path`, for a message; `None` where the host does not use
+/// the disk. A regular file is in use where a loop device of the file is. Blocks.
 pub fn of(path: &Path, facts: &FileFacts) -> Option<String> {
     match facts.kind {
         FileKind::Block => is_held(path).then(|| used(facts.rdev)),

@@ -1,4 +1,4 @@
-//! Telling kernels by their headers, wherever in the file those lie.
+//! Recognises kernels by their headers, which may lie anywhere in the file.
 
 use std::fs::File;
 use std::io;
@@ -7,15 +7,15 @@ use std::path::Path;
 
 use crate::files;
 
-/// The most program headers that are looked at. Linux has five or so.
+/// The most program headers that are examined. Linux has about five.
 const MAX_HEADERS: u64 = 512;
 /// The most bytes of one note segment that are read. Linux has some hundred.
 const MAX_NOTES: u64 = 1 << 20;
-/// The length of an ELF header, in bytes; that of a program header is stated in it.
+/// The length of an ELF header, in bytes. The header states the length of a program header.
 const ELF_HEADER: usize = 64;
 /// The length of the part of a program header that matters.
 const PROGRAM_HEADER: usize = 56;
-/// The length of the part of a bzImage that tells it from other files.
+/// The length of the part of a bzImage that distinguishes it from other files, in bytes.
 const BZ_IMAGE: usize = 0x206;
 
 /// The kind of kernel that a file holds.
@@ -23,12 +23,13 @@ const BZ_IMAGE: usize = 0x206;
 pub enum KernelKind {
     /// An uncompressed ELF kernel for x86-64.
     ElfX86_64 {
-        /// True if the kernel has the note with the PVH entry point, by which Cloud Hypervisor and QEMU start it.
+        /// True if the kernel has the note with the PVH entry point, by which Cloud Hypervisor and
+        /// QEMU start it.
         pvh: bool,
     },
     /// A compressed Linux image for x86.
     BzImage,
-    /// Neither.
+    /// A file of another format.
     Other,
 }
 
@@ -57,7 +58,7 @@ fn read(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
     let mut filled = 0;
     while filled < length {
         let at = offset.saturating_add(filled as u64);
-        // No file reaches further than a signed offset, and the kernel calls such an offset invalid.
+        // No file reaches beyond a signed offset, and the kernel reports such an offset as invalid.
         if i64::try_from(at).is_err() {
             break;
         }
@@ -72,18 +73,19 @@ fn read(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// 64 bits, little endian, machine 62.
+/// Returns true for an ELF header with 64 bits, little endian, and machine 62 (x86-64).
 fn is_elf_x86_64(head: &[u8]) -> bool {
     head.len() >= ELF_HEADER && head.starts_with(b"\x7fELF\x02\x01") && head.get(18..20) == Some(&[62, 0])
 }
 
-/// Program headers of type PT_NOTE.
+/// The type of the program headers of note segments.
 const PT_NOTE: u64 = 4;
 
 /// `XEN_ELFNOTE_PHYS32_ENTRY`, owned by "Xen".
 const PHYS32_ENTRY: u64 = 18;
 
-/// Looks through the note segments, whose program headers say where in the file they lie.
+/// Searches the note segments for the PVH entry point. Program headers state the place of the
+/// segments.
 fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
     let field = |at, length| number(head, at, length).unwrap_or_default();
     let (headers, size, count) = (field(32, 8), field(54, 2), field(56, 2));
@@ -104,7 +106,8 @@ fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
     Ok(false)
 }
 
-/// A note is three lengths of four bytes (owner, content, type), then owner and content, each padded to four.
+/// Searches notes for the PVH entry point. A note has three numbers of four bytes (length of the
+/// owner, length of the content, type), and then owner and content, each padded to four bytes.
 fn notes_have_pvh(mut notes: &[u8]) -> bool {
     let step = |notes: &[u8]| -> Option<(bool, usize)> {
         let owner = usize::try_from(number(notes, 0, 4)?).ok()?;

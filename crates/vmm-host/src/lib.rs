@@ -1,11 +1,16 @@
 //! The Linux host, as far as running VMs needs it.
 //!
-//! Each module is one thing of the host: a [`process`] and the proof of which one it is, the [`run_dir`] of a VM, the
-//! [`lock`] of a state directory, the [`ledger`] of what bears the program's mark, [`files`] that a client names, [`net`]
-//! interfaces, [`kvm`], its [`memory`], file [`descriptors`], programs on the [`path`], the birth of a [`socket`], the [`clock`], the [`growth`]
-//! and the [`tail`] of a file that another process appends to, the [`endpoint`] that somebody else made, and the [`fault`] points of
-//! tests. No module knows a hypervisor. A function that reads files or `/proc` blocks for as long as
-//! the kernel takes. Callers run functions that are not `async` in `spawn_blocking` wherever a client
+//! - A VM on the host: its [`process`] with the proof of identity, its [`run_dir`], its [`socket`],
+//!   its [`net`] interfaces, and the [`files`] that a client names.
+//! - The host itself: [`kvm`], [`memory`], [`mounts`], the [`clock`], file [`descriptors`], and
+//!   programs on the [`path`].
+//! - The daemon's own order: the [`lock`] of a state directory, the [`ledger`] of the program's
+//!   traces, and the [`fault`] points of tests.
+//! - Other programs: the [`endpoint`] that another program made, and the [`growth`] and the
+//!   [`tail`] of a file that another process appends to.
+//!
+//! No module knows a hypervisor. A function that reads files or `/proc` blocks for as long as the
+//! kernel takes. Callers run functions that are not `async` in `spawn_blocking` wherever a client
 //! chose the path.
 
 mod block;

@@ -1,10 +1,10 @@
-//! Partition tables, told by the first sectors of a disk.
+//! Recognises partition tables by the first sectors of a disk.
 
-/// The bytes of a disk that [`has_table`] wants to see: the header of a GPT begins in the second sector, which has 512 or 4,096
-/// bytes.
+/// The number of bytes of a disk that [`has_table`] needs. The header of a GPT begins in the second
+/// sector, which has 512 or 4,096 bytes.
 pub const HEAD_BYTES: usize = 4096 + 8;
 
-/// Where the four entries of a DOS partition table begin.
+/// The offset of the four entries of a DOS partition table.
 const ENTRIES: usize = 446;
 
 /// Returns true if the disk that begins with `head` has a partition table, GPT or DOS.
@@ -13,7 +13,8 @@ pub fn has_table(head: &[u8]) -> bool {
     gpt(512) || gpt(4096) || has_dos_table(head)
 }
 
-/// A boot sector of a FAT or NTFS file system has the same signature, and code where the entries would be.
+/// Returns true if the four entries are those of a DOS partition table. The boot sector of a FAT or
+/// NTFS file system has the same signature, and code in the place of the entries.
 fn has_dos_table(head: &[u8]) -> bool {
     if head.get(510..512) != Some(&[0x55, 0xaa]) {
         return false;

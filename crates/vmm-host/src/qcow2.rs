@@ -26,15 +26,16 @@ const HEADER_V3: u64 = 104;
 const MAX_NAME: u32 = 1023;
 /// The most extensions that are read. QEMU writes a handful.
 const MAX_EXTENSIONS: usize = 64;
-/// The bit of the incompatible features that says: the image was not closed. Every backend opens such an image.
+/// The bit of the incompatible features for an image that was not closed. Every backend opens such
+/// an image.
 const DIRTY: u64 = 1;
-/// The bit that says: the image contradicts itself. No backend opens such an image to write.
+/// The bit for an image that contradicts itself. No backend opens such an image for writing.
 const CORRUPT: u64 = 1 << 1;
-/// The bit that says: the data lies in another file.
+/// The bit for data that lies in another file.
 const EXTERNAL_DATA: u64 = 1 << 2;
-/// The bit that says: the clusters are compressed by the method that the header names.
+/// The bit for clusters that are compressed by the method in the header.
 const COMPRESSION: u64 = 1 << 3;
-/// The bit that says: the entries of the second table are twice as long.
+/// The bit for entries of the second table that are twice as long.
 const EXTENDED_L2: u64 = 1 << 4;
 /// The bits that this program knows.
 const KNOWN: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
@@ -54,11 +55,12 @@ pub struct Qcow2Header {
     pub encrypted: bool,
     /// True if the guest's data lies in another file, which the header names.
     pub external_data: bool,
-    /// True if the image says that its tables contradict themselves.
+    /// True if the image is marked as one whose tables contradict themselves.
     pub corrupt: bool,
-    /// True if the image has extended entries in its second table, which Cloud Hypervisor does not read.
+    /// True if the image has extended entries in its second table, which Cloud Hypervisor does not
+    /// read.
     pub extended_l2: bool,
-    /// The features without which the image cannot be read and that this program does not know, as bits.
+    /// The unknown features without which the image cannot be read, as bits.
     pub unknown_features: u64,
     /// The method of compression, where this program does not know it.
     pub unknown_compression: Option<u8>,

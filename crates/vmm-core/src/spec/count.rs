@@ -16,7 +16,8 @@ const MAX_KEYS: usize = 64;
 const MAX_TEXT: usize = 16 << 10;
 /// The most bytes of all texts of one configuration.
 ///
-/// GetVmInfo returns the configuration, and default clients take 4 MiB. In JSON a text may have six times its length.
+/// GetVmInfo returns the configuration, and default clients take 4 MiB. In JSON a text may have six
+/// times its length.
 const MAX_CONFIG: usize = 512 << 10;
 
 /// Returns the violations of a configuration that holds too much to be checked; `None` for any
@@ -109,7 +110,7 @@ impl Count {
     }
 
     fn whole(&mut self) {
-        // A longer list of findings would say the same twice.
+        // Other findings refuse the configuration already, and the sum would only repeat them.
         if self.size > MAX_CONFIG && self.report.is_ok() {
             let size = self.size;
             self.report
