@@ -1,8 +1,9 @@
-//! Cloud Hypervisors that somebody else started.
+//! Cloud Hypervisors that another program started.
 //!
-//! A VM is made in one that waits (`vm.create`, `vm.boot`), and its end leaves the VMM waiting again with the VM in it, so it can
-//! be booted any number of times. Only where the guest itself powers off the process ends too. Its console is a file that is
-//! copied (by [`crate::attached`]); nothing of its own stdout or event monitor is ours.
+//! A VM is created in a waiting VMM by `vm.create` and `vm.boot`. When the VM ends, the VMM waits
+//! again with the VM in it, so the VM can be booted any number of times. If the guest itself powers
+//! off, the process ends as well. The console is a file that [`crate::attached`] copies. The VMM's
+//! stdout and event monitor belong to the program that started it.
 
 use std::path::Path;
 
@@ -54,7 +55,7 @@ impl AttachedRest for Hypervisor {
 
     fn how_to_start(socket: &Path) -> String {
         let (left, socket) = (socket.to_string_lossy(), path_option(socket).to_string_lossy().into_owned());
-        // Not every version takes the place of a socket that another one left behind.
+        // Old versions refuse to listen on a socket that an ended VMM left behind.
         format!("rm -f {} && cloud-hypervisor --api-socket {}", shell_word(&left), shell_word(&socket))
     }
 
@@ -102,7 +103,7 @@ impl AttachedRest for Hypervisor {
             return Ok(());
         };
         if make && let Err(left) = met.client.delete().await {
-            tracing::warn!(error = %left, "what a start that failed has made is still in the VMM");
+            tracing::warn!(error = %left, "a VM that failed to start could not be deleted from its VMM");
             return Err(BackendError { effect: Effect::Unknown, ..error });
         }
         Err(error)
@@ -158,7 +159,8 @@ impl Api for Client {
     }
 }
 
-/// To stop what stands still is an error there, and none here.
+/// Returns success for an error that means that the guest is already in the state `wanted`, because
+/// Cloud Hypervisor refuses to pause a paused guest.
 async fn or_done(
     client: &Client,
     answer: Result<(), BackendError>,

@@ -1,4 +1,5 @@
-//! The findings about a [`VmSpec`] on Cloud Hypervisor: violations, and values that are ignored. Pure.
+//! Returns the violations and warnings about a [`VmSpec`] on Cloud Hypervisor. Reads nothing but
+//! the specification.
 
 use vmm_core::report::Report;
 use vmm_core::spec::{
@@ -8,11 +9,13 @@ use vmm_core::spec::{
 use crate::kernel_args::check_length;
 use crate::rest::options::check_keys;
 
-/// The most vCPUs. Cloud Hypervisor's own limit is higher, but KVM without a changed interrupt controller stops here.
+/// The most vCPUs. Cloud Hypervisor's own limit is higher, but KVM without a changed interrupt
+/// controller stops here.
 pub(super) const MAX_VCPUS: u32 = 254;
-/// The most disks and network interfaces together: the slots of its one PCI bus, less those of its own devices.
+/// The most disks and network interfaces together: the slots of its one PCI bus, less those of its
+/// own devices.
 pub(super) const MAX_DEVICES: usize = 28;
-/// What memory hot-plug counts in, in bytes.
+/// The unit of memory hot-plug, in bytes.
 const HOTPLUG_UNIT: u64 = 128 << 20;
 
 /// Returns the findings about `spec`.

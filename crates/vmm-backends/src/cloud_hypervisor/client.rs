@@ -1,4 +1,4 @@
-//! Cloud Hypervisor's API, typed: one method for each request that is made.
+//! Cloud Hypervisor's API as Rust methods, one for each request in use.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use crate::rest::client::{BOOT, CALL, Explain, RestApi, RestClient};
 #[derive(Debug)]
 pub struct Client(RestClient);
 
-/// What a request without a body carries.
+/// The body of a request without one.
 type Nothing = ();
 
 #[derive(Debug, Deserialize)]
@@ -33,7 +33,7 @@ enum State {
     Running,
     Shutdown,
     Paused,
-    /// In a debugger's hands.
+    /// Stopped by a debugger.
     BreakPoint,
 }
 
@@ -53,12 +53,12 @@ struct Description {
     config: serde_json::Value,
 }
 
-/// Counters by device, and by name.
+/// Counters by device, and then by name.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Counters(BTreeMap<String, BTreeMap<String, u64>>);
 
 impl Counters {
-    /// Disk counters over all disks.
+    /// Returns the disk counters, summed over all disks.
     pub(crate) fn storage(&self) -> StorageCounters {
         StorageCounters {
             bytes_read: self.sum("read_bytes"),
@@ -68,7 +68,7 @@ impl Counters {
         }
     }
 
-    /// Network counters over all interfaces.
+    /// Returns the network counters, summed over all interfaces.
     pub(crate) fn network(&self) -> NetworkCounters {
         NetworkCounters {
             bytes_received: self.sum("rx_bytes"),
@@ -78,7 +78,8 @@ impl Counters {
         }
     }
 
-    /// Each kind of device has counters of its own names; what the devices are called somebody else may have decided.
+    /// Sums a counter over all devices. The name of the counter selects the kind of device, because
+    /// another client may have chosen the names of the devices.
     fn sum(&self, counter: &str) -> u64 {
         self.0
             .values()
@@ -107,30 +108,31 @@ impl RestApi for Client {
 }
 
 impl Client {
-    /// Closes the connection, as [`RestClient::hang_up`].
+    /// Closes the connection as [`RestClient::hang_up`] does.
     pub(crate) fn hang_up(&self) {
         self.0.hang_up();
     }
 
-    /// Makes the VM, without running it.
+    /// Creates the VM without starting it.
     ///
     /// # Errors
-    /// Fails as [`RestClient::get`] and [`RestClient::put`] do, as all that follow.
+    /// Fails as [`RestClient::get`] and [`RestClient::put`] do. The same holds for all methods
+    /// below.
     pub(crate) async fn create(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.create", Some(config), CALL).await
     }
 
-    /// Starts the guest; its CPUs run when this answers.
+    /// Starts the guest. Its CPUs run when this returns.
     pub(crate) async fn boot(&self) -> Result<(), BackendError> {
         self.0.put("/api/v1/vm.boot", None::<&Nothing>, BOOT).await
     }
 
-    /// Stops the guest's CPUs; an error where they stand still.
+    /// Stops the guest's CPUs. Returns an error if they are stopped already.
     pub(crate) async fn pause(&self) -> Result<(), BackendError> {
         self.order("vm.pause").await
     }
 
-    /// Lets the guest's CPUs go on; an error where they run.
+    /// Starts the guest's CPUs. Returns an error if they run already.
     pub(crate) async fn resume(&self) -> Result<(), BackendError> {
         self.order("vm.resume").await
     }
@@ -140,12 +142,12 @@ impl Client {
         self.0.put("/api/v1/vm.reboot", None::<&Nothing>, BOOT).await
     }
 
-    /// Presses the ACPI power button. Says nothing about what the guest makes of it.
+    /// Presses the ACPI power button. Success does not mean that the guest reacts.
     pub(crate) async fn power_button(&self) -> Result<(), BackendError> {
         self.order("vm.power-button").await
     }
 
-    /// Powers the VM off. The VMM holds it on, ready to be booted again.
+    /// Powers the VM off. The VMM keeps the VM, which can be booted again.
     pub(crate) async fn shutdown(&self) -> Result<(), BackendError> {
         self.order("vm.shutdown").await
     }
@@ -155,7 +157,8 @@ impl Client {
         self.order("vm.delete").await
     }
 
-    /// Asks what the VMM holds, with its configuration in the VMM's own words; `None` where it holds nothing.
+    /// Asks which VM the VMM holds. Returns the state and the configuration in the VMM's own form,
+    /// or `None` without a VM.
     pub(crate) async fn describe(&self) -> Result<Option<(GuestState, serde_json::Value)>, BackendError> {
         match self.0.get::<Description>("/api/v1/vm.info").await {
             Ok(told) => Ok(Some((told.state.guest(), told.config))),
@@ -169,7 +172,7 @@ impl Client {
         self.order("vmm.shutdown").await
     }
 
-    /// Asks what the guest is doing. One that was made and does not run, or was never made, counts as ended.
+    /// Asks for the state of the guest. A VM that does not run, or does not exist, counts as ended.
     pub(crate) async fn state(&self) -> Result<GuestState, BackendError> {
         let info: Info = match self.0.get("/api/v1/vm.info").await {
             Err(error) if is_no_vm(&error) => return Ok(GuestState::Ended),
@@ -188,17 +191,17 @@ impl Client {
     }
 }
 
-/// What a VMM says that was started and given nothing to run, as after a launch that was cut short.
+/// The error message of a VMM that has no VM, as after an interrupted launch.
 const NO_VM: &str = "VM is not created";
 
 fn is_no_vm(error: &BackendError) -> bool {
     error.kind == BackendErrorKind::Rejected && error.message.contains(NO_VM)
 }
 
-/// An error is a list of sentences, from the general to the particular.
+/// Joins the sentences of an error answer, which go from the general to the particular.
 fn explain(body: &[u8]) -> Option<String> {
     let chain: Vec<String> = serde_json::from_slice(body).ok()?;
-    // The first says "Error from API" and nothing else.
+    // The first sentence is always "Error from API", so it is left out.
     let told = if chain.len() > 1 { &chain[1..] } else { &chain[..] };
     (!told.is_empty()).then(|| told.join(": "))
 }

@@ -1,7 +1,9 @@
-//! From a [`VmSpec`] to Cloud Hypervisor's own configuration. Pure: the same request gives the same bytes.
+//! Converts a [`VmSpec`] into Cloud Hypervisor's own configuration. A pure function: equal requests
+//! give equal bytes.
 //!
-//! Devices are named by their place (`disk0`, `net0`), because Cloud Hypervisor wants names that no two devices of any kind
-//! share; what the client calls a disk is its serial number, which the guest can see.
+//! Devices are named by their position (`disk0`, `net0`), because Cloud Hypervisor requires names
+//! that are unique over all kinds of devices. The client's name of a disk becomes its serial
+//! number, which the guest can see.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -14,7 +16,7 @@ use vmm_core::spec::{
 
 use crate::rest::options::RateLimiter;
 
-/// Bytes of a virtio disk's serial number; a longer id is cut.
+/// The bytes of a virtio disk's serial number. A longer id is cut.
 const SERIAL_LEN: usize = 20;
 
 /// The body of `vm.create`.
@@ -71,7 +73,8 @@ struct DiskConfig {
     path: String,
     readonly: bool,
     direct: bool,
-    /// Always stated, so that the image is never probed: its first bytes are the guest's to write.
+    /// Always set, so that the format is never detected from the image, whose first bytes the guest
+    /// can write.
     image_type: &'static str,
     backing_files: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -95,13 +98,15 @@ struct Port {
 }
 
 impl Config {
-    /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
+    /// Returns the configuration of `spec`, whose network interfaces use `taps` in their order.
+    /// `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
         let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
-        // A guest's reset happens in place; `restart` is carried out by the handle.
+        // The handle applies `restart`, because a guest's reset happens in place.
         let RestartPolicy { mode: _, max_restarts: _ } = restart;
         let Boot { kernel, initrd, args: _ } = boot;
-        // "Tty" is the VMM's stdout, which is the console's file; see the module's drawing.
+        // "Tty" is the VMM's stdout, which is the console's file; see the picture in the parent
+        // module.
         let serial = match console {
             Console::Off => "Off",
             Console::Kept | Console::File(_) => "Tty",
@@ -127,27 +132,29 @@ impl Config {
         }
     }
 
-    /// Adds the device by which a guest tells that its kernel has panicked, unless `spec` has the guest reset itself then. For a
-    /// VMM whose events are read.
+    /// Adds the device by which a guest reports a panic of its kernel, unless `spec` makes the
+    /// guest reset itself. Only for a VMM whose events are read.
     pub fn with_panic_device(mut self, spec: &VmSpec) -> Self {
         self.pvpanic = !spec.resets_on_panic();
         self
     }
 
-    /// The same with the serial port's output in `file`, which begins anew at each boot: the stdout of a VMM that somebody else
-    /// started is his.
+    /// Sends the serial port's output to `file`, which the VMM empties at each boot. Used for an
+    /// attached VMM, because its stdout belongs to the program that started it.
     pub fn with_console_in(mut self, file: &Path) -> Self {
         self.serial = Port { mode: "File", file: Some(text(file)) };
         self
     }
 }
 
-/// Cloud Hypervisor's arguments. Its log is its stderr; its stdout is the serial console.
+/// Returns Cloud Hypervisor's arguments. Its log is its stderr, and its stdout is the serial
+/// console.
 pub fn arguments(socket: &Path, events: &Path) -> Vec<OsString> {
     vec!["--api-socket".into(), path_option(socket), "--event-monitor".into(), path_option(events)]
 }
 
-/// Writes `path=` and the path, in quotes where it has a character that Cloud Hypervisor's options are divided by.
+/// Returns `path=` and the path. The path is quoted if it contains a character that separates Cloud
+/// Hypervisor's options.
 pub(crate) fn path_option(path: &Path) -> OsString {
     let divides = |byte: &u8| matches!(byte, b',' | b'[' | b']' | b'=');
     let quote = if path.as_os_str().as_bytes().iter().any(divides) { "\"" } else { "" };
@@ -181,7 +188,7 @@ fn backed(memory: &Memory) -> MemoryConfig {
 }
 
 fn drive(place: usize, disk: &Disk) -> DiskConfig {
-    // The check warns that an unsafe cache has no effect.
+    // An unsafe cache has no effect here; the check warns about it.
     let Disk {
         index: _,
         id,
@@ -219,7 +226,7 @@ fn interface(place: usize, nic: &Nic, tap: &str) -> NetConfig {
     }
 }
 
-/// Paths come from a configuration that is text, so nothing is lost.
+/// Returns `path` as text without loss, because paths come from a configuration that is text.
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }

@@ -1,4 +1,4 @@
-//! The configuration of a VM that a Cloud Hypervisor holds, as far as `vm.info` tells it.
+//! Converts the answer of `vm.info` into a [`VmConfig`].
 
 use serde_json::{Value, json};
 use vmm_core::config::{
@@ -9,7 +9,8 @@ use vmm_core::id::is_name;
 
 use crate::attached::native::{count, flag, list, number, others, text};
 
-/// What `vm.info` tells of a VM, and what of that a configuration cannot say.
+/// Returns the configuration that `vm.info` reports, and the settings that a [`VmConfig`] cannot
+/// express.
 pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
     let mut untold = Vec::new();
     let nothing = Value::Null;
@@ -80,7 +81,7 @@ fn boot(told: &Value, untold: &mut Vec<String>) -> BootConfig {
     }
 }
 
-/// What the client called a device that this program made, or what its place says.
+/// Returns the first of `fields` that is a legal name, or a name from the device's position.
 fn device_id(told: &Value, fields: &[&str], kind: &str, at: usize) -> String {
     let ids = fields.iter().map(|field| text(told, field));
     ids.into_iter().find(|id| is_name(id)).unwrap_or_else(|| format!("{kind}{at}"))
@@ -132,7 +133,7 @@ fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterf
     ];
     others(told, &known, &defaults, untold, "net");
     if text(told, "tap").is_empty() && !flag(told, "vhost_user") {
-        // The VMM makes a TAP for itself when it boots the VM, and does not tell its name.
+        // The VMM creates a TAP itself when it boots the VM, and does not report its name.
         untold.push("net with a TAP that the VMM makes".to_owned());
     }
     NetworkInterface {

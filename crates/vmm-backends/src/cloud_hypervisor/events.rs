@@ -1,8 +1,10 @@
-//! What Cloud Hypervisor tells of itself, in a file of its own: JSON objects, one after the other.
+//! Reads the events that Cloud Hypervisor writes to its event file: JSON objects, one after the
+//! other.
 //!
-//! The file survives the daemon, so that the next one can read what happened meanwhile. What was read is given back to the
-//! host by punching a hole, which keeps offsets true; such a hole reads as zero bytes, which no event contains. How far the
-//! reading has come is kept beside it, because not every file system takes holes: an event that is read twice is told twice.
+//! The file outlives the daemon, so the next daemon can read the events of the time between. The
+//! part that was read is freed by punching a hole, which keeps offsets valid. A hole reads as zero
+//! bytes, which no event contains. The read position is stored in a second file, because not every
+//! file system supports holes and an event must not be reported twice.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,27 +15,27 @@ use vmm_host::tail::{Limits, Tail, Taken};
 
 /// The file's name in the run folder.
 pub(super) const EVENTS: &str = "events";
-/// The name in the run folder of the file that says how far [`EVENTS`] was read.
+/// The name in the run folder of the file that records how far [`EVENTS`] was read.
 const READ: &str = "events.read";
-/// The most bytes that are read in one round. A longer event is passed over.
+/// The most bytes that are read in one round. A longer event is skipped.
 const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
-/// How much of the file's end a daemon that takes over looks at, in bytes.
+/// The bytes at the end of the file that a daemon reads when it takes over.
 const TAIL: u64 = 256 << 10;
 
-/// What happened to a VM or its VMM, as far as it matters here.
+/// An event of a VM or its VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ChEvent {
-    /// The guest's machine is being reset.
+    /// The guest is being reset.
     Rebooting,
     /// The guest's CPUs were stopped.
     Paused,
-    /// The guest's CPUs were let go on.
+    /// The guest's CPUs were started again.
     Resumed,
     /// The guest has powered off, or the VM was shut down.
     Shutdown,
     /// The guest's kernel has panicked, and no other kernel takes over.
     Panicked,
-    /// Something else.
+    /// Any other event.
     Other,
 }
 
@@ -53,10 +55,11 @@ struct Written {
     properties: Option<Properties>,
 }
 
-/// The properties of an event that matter here.
+/// The properties of an event that are used.
 #[derive(Deserialize)]
 struct Properties {
-    /// The word that the guest's panic device was given: a guest also tells it that a kernel for crash dumps takes over.
+    /// The event that the guest's panic device reported. A guest also reports the load of a crash
+    /// kernel there.
     event: Option<String>,
 }
 
@@ -90,7 +93,7 @@ impl Written {
     }
 }
 
-/// Reads the file of one run, each event once.
+/// Reads the event file of one run, each event once.
 #[derive(Clone, Debug)]
 pub(super) struct EventFile {
     path: PathBuf,
@@ -100,12 +103,13 @@ pub(super) struct EventFile {
 }
 
 impl EventFile {
-    /// Begins at the first event of the run in `dir`.
+    /// Returns a reader that begins at the first event of the run in `dir`.
     pub(super) fn from_start(dir: &Path) -> Self {
         Self::at(dir.join(EVENTS), 0)
     }
 
-    /// Begins where the daemon before has stopped, or where that is not known near the end of what is there. Blocks.
+    /// Returns a reader that begins at the stored position, or near the end of the file if none is
+    /// stored. Blocks.
     pub(super) fn near_end(dir: &Path) -> Self {
         let path = dir.join(EVENTS);
         let len = std::fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
@@ -124,7 +128,7 @@ impl EventFile {
         self
     }
 
-    /// Removes what an earlier run left. Blocks.
+    /// Removes the files of an earlier run. Blocks.
     ///
     /// # Errors
     /// Returns the kernel's error.
@@ -138,7 +142,7 @@ impl EventFile {
         Ok(())
     }
 
-    /// Reads at most `most` events that were written since the last time. Blocks.
+    /// Reads at most `most` events after the last position. Blocks.
     ///
     /// # Errors
     /// Returns the kernel's error.
@@ -162,14 +166,14 @@ impl EventFile {
             Ok(if events.len() < most { Taken::Bytes(used) } else { Taken::Enough(used) })
         })?;
         if self.tail.skipped() > skipped {
-            tracing::warn!(path = %self.path.display(), "what is too long for an event was passed over");
+            tracing::warn!(path = %self.path.display(), "a part of the event file that is too long for an event was skipped");
         }
         if self.tail.offset() > begin {
             if let Err(error) = self.keep_place() {
-                tracing::debug!(path = %self.path.display(), %error, "how far the events were read cannot be kept");
+                tracing::debug!(path = %self.path.display(), %error, "the read position of the events cannot be stored");
             }
             if let Err(error) = self.tail.give_back() {
-                tracing::debug!(path = %self.path.display(), %error, "the file system takes no holes; the events' file grows");
+                tracing::debug!(path = %self.path.display(), %error, "the file system does not support holes; the event file grows");
             }
         }
         Ok(events)
@@ -188,7 +192,8 @@ pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(ChEvent, Duration)>, usi
     let mut events = Vec::new();
     let mut used = 0;
     while events.len() < most {
-        // Past a hole, the blank between two events, or the second half of one whose first was not read.
+        // The bytes before an object are a hole, the blank between two events, or the rest of an
+        // event whose beginning was not read.
         let Some(begin) = bytes[used..].windows(2).position(|pair| pair == b"{\n") else {
             let kept = usize::from(bytes.last() == Some(&b'{'));
             let rest = bytes[used..].iter().all(|byte| byte.is_ascii_whitespace() || *byte == 0);
@@ -201,9 +206,9 @@ pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(ChEvent, Duration)>, usi
                 used = from + stream.byte_offset();
                 events.push((event.kind(), event.time()));
             }
-            // The rest of it is still being written.
+            // The rest of this event is still being written.
             Some(Err(error)) if error.is_eof() => return (events, from),
-            // An inner object, or nonsense: try behind it.
+            // The match was an inner object or is no event, so the search goes on behind it.
             Some(Err(_)) | None => used = from + 1,
         }
     }

@@ -1,5 +1,5 @@
-//! Cloud Hypervisor's words. The input is an answer (see [`Says::of`]), and what stands in the events' file. What it tells of
-//! a VM that somebody else made becomes a configuration of ours.
+//! Fuzz target for the answers and the event file of Cloud Hypervisor. The input is an answer (see
+//! [`Says::of`]) and also the content of the event file.
 
 use std::path::Path;
 
@@ -11,20 +11,20 @@ use super::events::{ChEvent, EVENTS, EventFile, parse};
 use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
 use crate::rest::client::RestApi;
 
-/// How many of the calls of [`ask`] change nothing.
+/// The calls of [`ask`] that change nothing.
 const QUESTIONS: usize = 4;
 
-/// Takes one input.
+/// Runs one input.
 ///
 /// # Panics
 ///
-/// When a promise is broken: that is the finding.
+/// If a guarantee is broken, which is the finding.
 pub fn cloud_hypervisor(input: &[u8]) {
     let all: Vec<usize> = (0..=QUESTIONS).collect();
     for says in Says::of(input) {
         match says {
             Says::Always(_) => run(calls(says, &all)),
-            // Each on a connection of its own, and once more on what the answer has left of that.
+            // Each call gets its own connection, and is repeated on the rest of that connection.
             Says::Once(_) => all.iter().for_each(|call| run(calls(says.clone(), &[*call, *call]))),
         }
     }
@@ -59,7 +59,7 @@ async fn ask(client: &Client, call: usize) -> Result<(), BackendError> {
     }
 }
 
-/// Whatever stands in the file is read once, to its end, and alike wherever a reading stops.
+/// Checks that any content of the file is read once, to its end, and equally from every stop.
 fn events(input: &[u8]) {
     let (whole, used) = parse(input, usize::MAX);
     assert!(used <= input.len());

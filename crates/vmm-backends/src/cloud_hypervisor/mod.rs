@@ -6,10 +6,11 @@
 //!                       └──────────────────┘ --event-monitor ──► events
 //! ```
 //!
-//! **Console.** Of the ways in which version 53 offers the serial port, only `Tty` keeps everything by itself: it writes to the
-//! VMM's own stdout, which is the console's file, opened for appending. So the first message of the boot is there, resets in
-//! place and later runs are appended, and no daemon is needed for a byte to be kept. `File` truncates at every boot; `Pty` and
-//! `Socket` keep 1 MiB while nobody reads, and lose it where the VMM ends meanwhile. `Tty` takes no input.
+//! **Console.** Of the serial port modes of version 53 only `Tty` keeps all output without help.
+//! The port writes to the VMM's own stdout, which is the console's file, opened for appending.
+//! Therefore the first message of the boot is kept, resets in place and later runs are appended,
+//! and no daemon is needed. `File` truncates the file at every boot. `Pty` and `Socket` keep 1 MiB
+//! without a reader and lose it if the VMM ends. `Tty` takes no input.
 //!
 //! **Events** go to a file for the same reason.
 
@@ -50,12 +51,13 @@ use crate::rest::backend::{RestBackend, RestHypervisor, Run};
 
 /// The backend's name.
 pub const NAME: &str = "cloudhypervisor";
-/// The oldest Cloud Hypervisor that lets images' formats be stated, and forbids backing files unless they are asked for.
+/// The oldest Cloud Hypervisor that accepts an explicit image format and forbids backing files by
+/// default.
 pub(crate) const OLDEST: Version = Version::new(51, 0, 0);
-/// The backend of Cloud Hypervisors that this program starts.
+/// The backend that starts Cloud Hypervisors.
 pub type CloudHypervisor = RestBackend<Hypervisor>;
 
-/// Cloud Hypervisor.
+/// Cloud Hypervisor as a [`RestHypervisor`].
 #[derive(Debug, Default)]
 pub struct Hypervisor {
     watcher: Watcher,
@@ -130,7 +132,7 @@ impl RestHypervisor for Hypervisor {
     }
 }
 
-/// Says whether a reset of the guest ends its run.
+/// Returns true if a reset of the guest ends its run.
 fn reset_ends(spec: &VmSpec) -> bool {
     spec.restart.mode == Some(RestartMode::Never)
 }

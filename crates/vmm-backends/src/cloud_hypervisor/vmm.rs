@@ -1,9 +1,9 @@
-//! One running Cloud Hypervisor: its handle, and the task that tells what it does by itself.
+//! One running Cloud Hypervisor: its handle, and the task that reports its events.
 //!
 //! ```text
 //!   Handle ── client ──► API socket            one connection, closed after each sample
 //!      │
-//!      ├───── expected ──────────────┐         what this daemon has ordered is no news
+//!      ├───── expected ──────────────┐         events of this daemon's own orders are not reported
 //!      │                             ▼
 //!      │        events file ──► Monitor ──► GuestReset, Paused, Resumed
 //!      └───── process ─► pidfd ──►  │  └──► Gone(cause), the end
@@ -11,10 +11,11 @@
 //!                          └─ kill ─┘          a reset of the guest, where the restart policy is NEVER; a panic of the guest
 //! ```
 //!
-//! Cloud Hypervisor cannot be told that a guest's reset ends the run: it resets in place. So the monitor ends the run as soon
-//! as it reads of the reset; the guest may get some milliseconds into its next boot. A guest's power-off ends the process by
-//! itself, with exit status 0, as SIGTERM does; which of the two it was is not told. A guest that has panicked runs on, and so
-//! the monitor ends that run too.
+//! Cloud Hypervisor always resets a guest in place and cannot be configured to end. Therefore the
+//! monitor kills the VMM when it reads a reset that must end the run. The guest may run for some
+//! milliseconds of its next boot. A guest's power-off ends the process with exit status 0, as
+//! SIGTERM does, so the status does not show the cause. A guest that has panicked does not end its
+//! VMM, so the monitor kills the VMM then, too.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -45,12 +46,12 @@ use crate::rest::adopt::{LOG, exit_message, or_gone};
 use crate::rest::backend::Run;
 use crate::throttle::{Throttle, due};
 
-/// Events that wait for the VM's owner.
+/// The most events that wait for the VM's owner.
 const QUEUE: usize = 64;
-/// Events that are read at once.
+/// The most events that are read at once.
 const BATCH: usize = 64;
 
-/// What this daemon has ordered and the VMM has not told of yet.
+/// The orders of this daemon whose events were not read yet.
 #[derive(Debug, Default)]
 struct Expected {
     ending: AtomicBool,
@@ -59,7 +60,7 @@ struct Expected {
     resumes: AtomicU32,
 }
 
-/// Takes one from `count`, if there is one.
+/// Decrements `count` and returns true, or returns false if it is 0.
 fn take(count: &AtomicU32) -> bool {
     count.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| count.checked_sub(1)).is_ok()
 }
@@ -74,7 +75,8 @@ struct Handle {
     totals: Mutex<Totals>,
 }
 
-/// Counters begin anew when the guest is reset in place; these do not.
+/// Sums the counters of a run, because the VMM's counters restart at 0 when the guest is reset in
+/// place.
 #[derive(Debug, Default)]
 struct Totals {
     before: [u64; 8],
@@ -82,7 +84,7 @@ struct Totals {
 }
 
 impl Totals {
-    /// Takes the counters as they are now, and answers with those of the whole run.
+    /// Records the present counters and returns those of the whole run.
     fn update(&mut self, now: [u64; 8]) -> [u64; 8] {
         if now.iter().zip(self.last).any(|(now, last)| *now < last) {
             for (before, last) in self.before.iter_mut().zip(self.last) {
@@ -98,8 +100,8 @@ impl Totals {
     }
 }
 
-/// Makes the handle of a Cloud Hypervisor that runs, and watches over it. `reset_ends` says whether a reset of the guest ends
-/// the run.
+/// Returns the handle of a running Cloud Hypervisor, and starts the task that watches it.
+/// `reset_ends` is true if a reset of the guest ends the run.
 pub(super) fn attend(run: Run<'_, Client>, reset_ends: bool, watcher: &Watcher) -> Launched {
     let Run { record, process, client, dir, spec: _, is_new, changed_ms } = run;
     let file = if is_new {
@@ -127,7 +129,7 @@ pub(super) fn attend(run: Run<'_, Client>, reset_ends: bool, watcher: &Watcher) 
     Launched { vmm: Arc::new(handle), events }
 }
 
-/// What was read of a run's events that says how it ended.
+/// The events of a run that show how it ended.
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
     shutdown: bool,
@@ -136,7 +138,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Says in an end's message that a panic was its reason.
+    /// Adds a panic as the reason to the message about an end.
     fn explain(self, message: String) -> String {
         if self.panic { format!("the guest panicked, and its VMM was ended: {message}") } else { message }
     }
@@ -150,9 +152,10 @@ struct Monitor {
     log: PathBuf,
     reset_ends: bool,
     seen: Seen,
-    /// Keeps a VMM that pauses and resumes its guest without end from filling the log of events.
+    /// Limits the reports of a VMM that pauses and resumes its guest without end, because each
+    /// report is stored.
     throttle: Throttle,
-    /// The last such change that the throttle has held up, and when to tell of it.
+    /// The last change that the throttle has delayed, and the time of its report.
     moved: Option<(VmmEvent, Instant)>,
     sender: mpsc::Sender<VmmEvent>,
 }
@@ -160,9 +163,15 @@ struct Monitor {
 impl Monitor {
     async fn run(mut self) {
         let exit = loop {
-            // First what is there: the watch began after the first events.
+            // The file is read before each wait, because events that were written before the watch
+            // began cause no wake-up.
             self.read_events().await;
             let held_up = self.moved.as_ref().map(|(_, at)| *at);
+            // The order matters. A delayed change is due at a fixed time and must not be starved by
+            // a file that grows without end. Growth comes before the end of the process, so that
+            // the events which explain the end are read first; the read after the loop takes those
+            // that were written in between. If the receiver has been dropped, another daemon will
+            // read on from the stored position.
             tokio::select! {
                 biased;
                 () = due(held_up) => {
@@ -171,7 +180,7 @@ impl Monitor {
                     }
                 }
                 () = self.watched.grown() => {}
-                // Whoever adopts the VMM again reads on where this one stops.
+                // Whoever adopts the VMM next reads on from the stored position.
                 () = self.sender.closed() => return,
                 exit = self.process.wait() => break exit,
             }
@@ -199,6 +208,9 @@ impl Monitor {
 
     async fn take(&mut self, event: ChEvent) {
         match event {
+            // Each event is compared with the orders of this daemon first. An order increments its
+            // count before the call, so its event finds the count even if the event is read before
+            // the answer.
             ChEvent::Rebooting if take(&self.expected.resets) => {}
             ChEvent::Rebooting if self.reset_ends => {
                 self.seen.ending_reset = true;
@@ -230,7 +242,8 @@ impl Monitor {
         }
     }
 
-    /// Tells that somebody else has stopped the guest's CPUs or let them go on. Of a flood only the last change is told.
+    /// Reports that another client has stopped or started the guest's CPUs. Of a flood only the
+    /// last change is reported.
     async fn tell_moved(&mut self, event: VmmEvent) {
         if let Some((held_up, _)) = &mut self.moved {
             *held_up = event;
@@ -242,7 +255,8 @@ impl Monitor {
         }
     }
 
-    /// Nobody may listen any more; what happened is found out by whoever looks next.
+    /// Sends an event. A dropped receiver is no error, because the next daemon reads the same state
+    /// from the VMM.
     async fn tell(&self, event: VmmEvent) {
         let _ = self.sender.send(event).await;
     }
@@ -260,8 +274,9 @@ async fn read(mut file: EventFile) -> (Vec<ChEvent>, EventFile) {
     read.await.unwrap_or((Vec::new(), spare))
 }
 
-/// Returns the age that the VMM `process` had at `changed_ms`, the last change of its VM's record: the record knows of all that
-/// happened before. Both times are Unix milliseconds. Zero where the clock was set back since, because then nothing is known.
+/// Returns the age that the VMM `process` had at `changed_ms`, the last change of its VM's record,
+/// because the record includes every event before. Both times are Unix milliseconds. Returns zero
+/// if the clock was set back since, because then the order of the events is unknown.
 fn known_until(process: &ProcessIdentity, changed_ms: i64, now_ms: i64) -> Duration {
     let since = u64::try_from(now_ms.saturating_sub(changed_ms)).map(Duration::from_millis);
     match (vmm_host::process::age(process), since) {
@@ -270,7 +285,7 @@ fn known_until(process: &ProcessIdentity, changed_ms: i64, now_ms: i64) -> Durat
     }
 }
 
-/// Says how a run ended that nobody watched, from the files in its folder.
+/// Returns the cause of a run's end that no daemon watched, read from the files in its folder.
 pub(super) async fn explain_past(request: &AdoptRequest) -> Exit {
     let (dir, reset_ends) = (request.dir.as_path(), reset_ends(&request.spec));
     let run = request.run.as_ref();
@@ -292,6 +307,9 @@ pub(super) async fn explain_past(request: &AdoptRequest) -> Exit {
 }
 
 fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
+    // The events come first, because they are more precise than the exit status: a run that the
+    // monitor killed after a reset or a panic ended by SIGKILL of this daemon. An order of this
+    // daemon comes next. The exit status decides only an end that nobody announced.
     if seen.ending_reset {
         return ExitCause::GuestReset;
     }
@@ -302,7 +320,8 @@ fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
         return ExitCause::Requested;
     }
     match exit.status {
-        // It tells of a power-off in a thread of its own, and may have ended before that has come to writing.
+        // Exit status 0 is a power-off even without its event, because a separate thread of the VMM
+        // writes the event and may not get to it before the process ends.
         Some(ExitStatus::Code(0)) => ExitCause::GuestPowerOff,
         None if seen.shutdown => ExitCause::GuestPowerOff,
         Some(ExitStatus::Code(_) | ExitStatus::Signal(_)) => ExitCause::VmmFailed,
@@ -311,8 +330,13 @@ fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
 }
 
 impl Handle {
-    /// Orders what the VMM will tell of as `count`, and calls it done where the guest is `wanted` already.
+    /// Makes `call`, whose event will be counted in `count`. Returns success if the VMM refuses the
+    /// call because the guest is already in the state `wanted`.
     async fn order(&self, count: &AtomicU32, call: Call<'_>, wanted: GuestState) -> Result<(), BackendError> {
+        // The count is incremented before the call, because the monitor may read the event before
+        // the answer arrives. It is decremented again if no event can follow. A call with an
+        // unknown effect keeps its count: a later event of this kind is then taken for the order's
+        // own.
         count.fetch_add(1, Ordering::AcqRel);
         let Err(error) = call.await else { return Ok(()) };
         if error.kind != BackendErrorKind::Rejected {
@@ -322,7 +346,7 @@ impl Handle {
             return Err(or_gone(&self.process, error));
         }
         take(count);
-        // To stop what stands still is an error there, and none here.
+        // Cloud Hypervisor refuses to pause a paused guest. Such a refusal is a success here.
         match self.client.state().await {
             Ok(state) if state == wanted => Ok(()),
             Ok(_) | Err(_) => Err(or_gone(&self.process, error)),
@@ -333,7 +357,7 @@ impl Handle {
         self.order(&self.expected.resumes, Box::pin(self.client.resume()), GuestState::Running).await
     }
 
-    /// Adds what the devices counted before the guest was last reset in place.
+    /// Returns the counters of the whole run, across resets in place.
     fn totals(&self, now: &Counters) -> (NetworkCounters, StorageCounters) {
         let (net, disk) = (now.network(), now.storage());
         let now = [
@@ -378,7 +402,7 @@ impl Means for Handle {
 
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
         let call: Call<'_> = Box::pin(async {
-            // A guest that stands still hears nothing.
+            // A paused guest does not react to its power button, so it is resumed first.
             if self.client.state().await? == GuestState::Paused {
                 self.wake().await?;
             }

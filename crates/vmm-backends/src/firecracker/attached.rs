@@ -1,9 +1,10 @@
-//! Firecrackers that somebody else started.
+//! Firecrackers that another program started.
 //!
-//! One that waits is configured and started, once: its process ends with its guest, and whatever starts the guest again needs
-//! another on the same socket. A configuration that was begun cannot be taken back either, so a VMM that holds parts of another
-//! VM is refused. Its console is a file that is copied (by [`crate::attached`]); nothing of its own stdin, stdout and log is ours.
-//! Its last counters tell why it ended.
+//! A waiting VMM is configured and started once. Its process ends with its guest, so each new start
+//! of the guest needs another VMM on the same socket. A configuration cannot be undone, so a VMM
+//! that holds parts of another VM is refused. The console is a file that [`crate::attached`]
+//! copies. The VMM's stdin, stdout and log belong to the program that started it. Its last counters
+//! show why it ended.
 
 use std::path::{Path, PathBuf};
 
@@ -37,8 +38,8 @@ use crate::program::Version;
 use crate::rest::client::RestApi as _;
 use crate::rest::options::check_taps;
 
-/// The oldest Firecracker that can be used where somebody else has started it: only since then a VMM that runs is told where its
-/// serial port writes to (`PUT /serial`).
+/// The oldest usable Firecracker that another program started. Older versions cannot redirect the
+/// serial port of a running VMM (`PUT /serial`).
 const OLDEST: Version = Version::new(1, 14, 0);
 
 #[async_trait]
@@ -61,7 +62,7 @@ impl AttachedRest for Hypervisor {
 
     fn how_to_start(socket: &Path) -> String {
         let socket = shell_word(&socket.to_string_lossy());
-        // A socket that another one left behind is in its way.
+        // Firecracker refuses to listen on a socket that an ended VMM left behind.
         format!("rm -f {socket} && firecracker --api-sock {socket}")
     }
 
@@ -77,7 +78,8 @@ impl AttachedRest for Hypervisor {
         for warning in
             report.warnings.iter_mut().filter(|warning| warning.field == "config.restart_policy.mode")
         {
-            // What can be set instead where Firecrackers are started cannot be set here.
+            // The advice of the managed backend does not hold here, because no other mode can be
+            // set.
             "is RESTART_MODE_NEVER on firecracker, where a reset is how a guest ends"
                 .clone_into(&mut warning.message);
         }
@@ -88,7 +90,8 @@ impl AttachedRest for Hypervisor {
         Ok(holding(state.into(), client.describe().await?))
     }
 
-    /// What was begun of our own may be a part of it, for it is configured piece by piece.
+    /// Accepts a part of the VM as well, because Firecracker is configured piece by piece and an
+    /// interrupted start leaves a part.
     fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, _console: Option<&Path>) -> bool {
         let config = Config::of(spec, &spec.tap_names(uid));
         let (Ok(drives), Ok(interfaces)) = (to_list(&config.drives), to_list(&config.interfaces)) else {
@@ -123,8 +126,9 @@ impl AttachedRest for Hypervisor {
                 met.client.write_console_to(console).await?;
             }
             if let Err(error) = met.client.write_metrics_to(&metrics).await {
-                // Somebody else has a use of them, or it may not write there.
-                tracing::warn!(%error, "Firecracker does not count for us what the VM's devices move");
+                // Another client may use the counters, or the VMM may not write to the run folder.
+                // The VM runs without them.
+                tracing::warn!(%error, "Firecracker refused the file for its counters; the VM has no device counters");
             }
             met.client.configure(&Config::of(&request.spec, &request.taps)).await?;
             point(FaultPoint::LaunchConfigured);
@@ -147,7 +151,7 @@ fn to_list<T: serde::Serialize>(items: &[T]) -> serde_json::Result<Vec<Value>> {
     items.iter().map(serde_json::to_value).collect()
 }
 
-/// Makes room for the counters, and answers with their path.
+/// Removes the counters of an earlier run, and returns the path of the new ones.
 async fn prepare(request: &LaunchRequest) -> Result<PathBuf, BackendError> {
     let dir = request.dir.clone();
     let prepared = tokio::task::spawn_blocking(move || {
@@ -178,7 +182,7 @@ impl Api for Client {
     }
 
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
-        // On other processors Firecracker has no keyboard.
+        // Only Firecracker on x86-64 has a keyboard controller.
         let call = || -> Call<'_> { Box::pin(self.ctrl_alt_del()) };
         cfg!(target_arch = "x86_64").then(|| (EndedBy::CtrlAltDel, call()))
     }
@@ -217,7 +221,7 @@ impl Api for Client {
     }
 }
 
-/// What a VMM holds; `None` where nothing of a VM was said to it yet.
+/// Returns the VM that a VMM holds, or `None` if the VMM has no configuration yet.
 fn holding(guest: Guest, native: Value) -> Option<Holding> {
     let (config, untold) = configuration(&native);
     let startable = config.boot.as_ref().is_some_and(|boot| !boot.kernel_path.is_empty());

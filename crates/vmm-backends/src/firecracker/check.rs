@@ -1,4 +1,5 @@
-//! The findings about a [`VmSpec`] on Firecracker: violations, and values that are ignored or changed. Pure.
+//! Returns the violations and warnings about a [`VmSpec`] on Firecracker. Reads nothing but the
+//! specification.
 
 use vmm_core::report::Report;
 use vmm_core::spec::{
@@ -11,7 +12,8 @@ use crate::rest::options::check_keys;
 
 /// The most vCPUs.
 pub(super) const MAX_VCPUS: u32 = 32;
-/// The most disks and network interfaces together: the interrupt lines of its machine, less those of its own devices.
+/// The most disks and network interfaces together: the interrupt lines of the machine, less those
+/// of its own devices.
 pub(super) const MAX_DEVICES: usize = 16;
 
 /// Returns the findings about `spec`.

@@ -1,4 +1,4 @@
-//! Firecracker's API, typed: one method for each request that is made.
+//! Firecracker's API as Rust methods, one for each request in use.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::rest::client::{BOOT, CALL, Explain, RestApi, RestClient};
 #[derive(Debug)]
 pub struct Client(RestClient);
 
-/// What Firecracker says of itself.
+/// Firecracker's answer about itself.
 #[derive(Debug, Deserialize)]
 struct Instance {
     state: InstanceState,
@@ -50,7 +50,7 @@ struct State {
     state: &'static str,
 }
 
-/// An error, in Firecracker's words.
+/// An error answer of Firecracker.
 #[derive(Deserialize)]
 struct Fault {
     fault_message: String,
@@ -82,15 +82,15 @@ impl RestApi for Client {
 }
 
 impl Client {
-    /// Closes the connection, as [`RestClient::hang_up`].
+    /// Closes the connection as [`RestClient::hang_up`] does.
     pub(crate) fn hang_up(&self) {
         self.0.hang_up();
     }
 
-    /// Tells Firecracker what to run, without running it.
+    /// Sends the configuration of a VM without starting it.
     ///
     /// # Errors
-    /// As [`RestClient::put`], which holds for all that follow.
+    /// Fails as [`RestClient::put`] does. The same holds for all methods below.
     pub(crate) async fn configure(&self, config: &Config) -> Result<(), BackendError> {
         self.0.put("/machine-config", Some(&config.machine), CALL).await?;
         self.0.put("/boot-source", Some(&config.boot), CALL).await?;
@@ -105,42 +105,43 @@ impl Client {
         Ok(())
     }
 
-    /// Tells Firecracker where the serial port's output goes. It writes from the beginning of the file.
+    /// Sets the file of the serial port's output. Firecracker writes from the beginning of the
+    /// file.
     pub(crate) async fn write_console_to(&self, file: &Path) -> Result<(), BackendError> {
         self.0.put("/serial", Some(&Serial { serial_out_path: file }), CALL).await
     }
 
-    /// Tells Firecracker where its counters go.
+    /// Sets the file of the counters.
     pub(crate) async fn write_metrics_to(&self, file: &Path) -> Result<(), BackendError> {
         self.0.put("/metrics", Some(&MetricsFile { metrics_path: file }), CALL).await
     }
 
-    /// Asks what it was told to run, in its own words.
+    /// Reads the VM's configuration in Firecracker's own form.
     pub(crate) async fn describe(&self) -> Result<serde_json::Value, BackendError> {
         self.0.get("/vm/config").await
     }
 
-    /// Starts the guest; its CPUs run when this answers.
+    /// Starts the guest. Its CPUs run when this returns.
     pub(crate) async fn start(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "InstanceStart" }), BOOT).await
     }
 
-    /// Stops the guest's CPUs. Harmless where they stand still.
+    /// Stops the guest's CPUs. Succeeds if they are stopped already.
     pub(crate) async fn pause(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Paused" }).await
     }
 
-    /// Lets the guest's CPUs go on. Harmless where they run.
+    /// Starts the guest's CPUs. Succeeds if they run already.
     pub(crate) async fn resume(&self) -> Result<(), BackendError> {
         self.0.patch("/vm", &State { state: "Resumed" }).await
     }
 
-    /// Presses Ctrl+Alt+Del. Says nothing about what the guest makes of it.
+    /// Presses Ctrl+Alt+Del. Success does not mean that the guest reacts.
     pub(crate) async fn ctrl_alt_del(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "SendCtrlAltDel" }), CALL).await
     }
 
-    /// Writes the counters to the metrics file.
+    /// Makes Firecracker write its counters to the metrics file.
     pub(crate) async fn flush_metrics(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&Action { action_type: "FlushMetrics" }), CALL).await
     }

@@ -1,7 +1,9 @@
-//! From a [`VmSpec`] to Firecracker's own configuration. Pure: the same request gives the same bytes.
+//! Converts a [`VmSpec`] into Firecracker's own configuration. A pure function: equal requests give
+//! equal bytes.
 //!
-//! Firecracker's API is a sequence of PUTs, one for each thing; [`Config`] holds their bodies. Devices are named by their place
-//! (`disk0`, `net0`), because Firecracker takes letters, digits and underscores only, where the client may write more.
+//! Firecracker's API is a sequence of PUT requests, one for each device or setting. [`Config`]
+//! holds their bodies. Devices are named by their position (`disk0`, `net0`), because Firecracker
+//! accepts only letters, digits and underscores in names and a client may use more.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -14,7 +16,8 @@ use vmm_core::spec::{
 
 use crate::rest::options::RateLimiter;
 
-/// What makes Linux end a run by the one reset that Firecracker sees: the keyboard controller's.
+/// Makes Linux end a run by a reset of the keyboard controller, the only reset that Firecracker
+/// sees.
 const REBOOT: &str = "reboot=k";
 
 /// The bodies of the requests that configure a VM.
@@ -37,7 +40,7 @@ pub struct Machine {
     pub vcpu_count: u32,
     /// Memory in MiB.
     pub mem_size_mib: u64,
-    /// Whether two CPUs share a core.
+    /// True if two CPUs share a core.
     pub smt: bool,
     /// `2M` for huge pages.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -52,24 +55,24 @@ pub struct BootSource {
     /// The initial RAM disk on the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<String>,
-    /// The whole command line; Firecracker has a default only where this is left out.
+    /// The whole command line. Firecracker has a default only if this is missing.
     pub boot_args: String,
 }
 
 /// A disk.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct Drive {
-    /// Its name at Firecracker.
+    /// The drive's name in Firecracker.
     pub drive_id: String,
     /// The image on the host.
     pub path_on_host: String,
-    /// Always false: true would add a `root=` that overrides the client's own.
+    /// Always false, because true would add a `root=` that overrides the client's own.
     pub is_root_device: bool,
-    /// Whether the guest may only read.
+    /// True if the guest may only read.
     pub is_read_only: bool,
     /// `Writeback` obeys the guest's flushes, `Unsafe` does not.
     pub cache_type: &'static str,
-    /// Ceilings.
+    /// The limits of the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
 }
@@ -77,24 +80,25 @@ pub struct Drive {
 /// A network interface.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct Interface {
-    /// Its name at Firecracker.
+    /// The interface's name in Firecracker.
     pub iface_id: String,
     /// The TAP on the host.
     pub host_dev_name: String,
     /// The guest's hardware address.
     pub guest_mac: String,
-    /// Ceilings for what the guest receives.
+    /// The limits of received data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,
-    /// Ceilings for what the guest sends.
+    /// The limits of sent data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 impl Config {
-    /// The configuration of `spec`, whose network interfaces use `taps` in their order. `spec` has passed the check.
+    /// Returns the configuration of `spec`, whose network interfaces use `taps` in their order.
+    /// `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
-        // The console is the VMM's stdout, and `restart` is carried out by the service.
+        // The console is the VMM's stdout, and the service applies `restart`.
         let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = spec;
         let RestartPolicy { mode: _, max_restarts: _ } = restart;
         let Cpu { count, max: _, topology: _ } = *cpu;
@@ -123,7 +127,8 @@ impl Config {
     }
 }
 
-/// Firecracker's arguments. `--log-path` keeps its log off its stdout, which is the serial console.
+/// Returns Firecracker's arguments. `--log-path` keeps its log off its stdout, which is the serial
+/// console.
 pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<OsString> {
     vec![
         "--id".into(),
@@ -132,7 +137,7 @@ pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<O
         socket.into(),
         "--log-path".into(),
         log.into(),
-        // Below this level every call is logged, for ever, and whatever odd port a guest writes to.
+        // A lower level logs every call and every unknown port that a guest writes to, without end.
         "--level".into(),
         "Error".into(),
         "--metrics-path".into(),
@@ -140,20 +145,21 @@ pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<O
     ]
 }
 
-/// Tells whether the guest's CPUs share cores in pairs.
+/// Returns true if the guest's CPUs share cores in pairs.
 pub fn wants_smt(cpu: &Cpu) -> bool {
     cpu.topology.is_some_and(|topology| topology.threads == 2)
 }
 
-/// Says whether `reboot=k` has to be added for a guest's reboot to be seen.
+/// Returns true if `reboot=k` must be added so that a guest's reboot is seen.
 pub fn needs_reboot_argument(spec: &VmSpec) -> bool {
     cfg!(target_arch = "x86_64") && !kernel_words(&spec.boot.args).any(|word| word.starts_with("reboot="))
 }
 
-/// The command line in force.
+/// Returns the whole command line, except for the words that Firecracker adds.
 pub fn kernel_args(spec: &VmSpec) -> String {
     let args = spec.kernel_args();
-    // What follows a lone "--" is not the kernel's but its first program's.
+    // The word is added in front, because the words after a lone "--" belong to the guest's first
+    // program.
     if !needs_reboot_argument(spec) {
         args
     } else if args.is_empty() {
@@ -163,8 +169,9 @@ pub fn kernel_args(spec: &VmSpec) -> String {
     }
 }
 
-/// Returns the bytes that Firecracker adds to the command line of a guest with `devices` disks and interfaces: one word that
-/// there is no PCI, and one for each virtio-mmio device, which names the device's address and interrupt.
+/// Returns the bytes that Firecracker adds to the command line of a guest with `devices` disks and
+/// interfaces: one word that disables PCI, and one word for each virtio-mmio device with its
+/// address and interrupt.
 pub(super) fn added_by_firecracker(devices: usize) -> usize {
     const FIRST_ADDRESS: usize = 0xc000_1000;
     const FIRST_INTERRUPT: usize = 5;
@@ -213,7 +220,7 @@ fn interface(place: usize, nic: &Nic, tap: &str) -> Interface {
     }
 }
 
-/// Paths come from a configuration that is text, so nothing is lost.
+/// Returns `path` as text without loss, because paths come from a configuration that is text.
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }

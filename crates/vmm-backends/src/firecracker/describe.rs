@@ -1,4 +1,4 @@
-//! The configuration of a VM that a Firecracker holds, as far as `/vm/config` tells it.
+//! Converts the answer of `/vm/config` into a [`VmConfig`].
 
 use serde_json::{Value, json};
 use vmm_core::config::{
@@ -9,7 +9,8 @@ use vmm_core::spec::MIB;
 
 use crate::attached::native::{count, flag, list, number, others, text};
 
-/// What `/vm/config` tells of a VM, and what of that a configuration cannot say.
+/// Returns the configuration that `/vm/config` reports, and the settings that a [`VmConfig`] cannot
+/// express.
 pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
     let mut untold = Vec::new();
     let nothing = Value::Null;
@@ -35,7 +36,7 @@ pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
             .collect(),
         ..VmConfig::default()
     };
-    // The log and the counters are the VMM's, not the VM's.
+    // The log and the counters belong to the VMM, not to the VM.
     let known = ["machine-config", "boot-source", "drives", "network-interfaces", "logger", "metrics"];
     others(native, &known, &[], &mut untold, "");
     (config, untold)
@@ -94,7 +95,7 @@ fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterf
     }
 }
 
-/// A limiter as options, where it is one that fills once a second and allows no burst.
+/// Converts a limiter into options if it fills once a second and allows no burst.
 fn limits(told: &Value, field: &str, per_second: &str, options: &mut Options, untold: &mut Vec<String>) {
     let Some(limiter) = told.get(field).filter(|limiter| !limiter.is_null()) else { return };
     for (bucket, key) in [("bandwidth", "rate_limit.bytes_per_second"), ("ops", per_second)] {
@@ -126,7 +127,7 @@ pub(super) mod unit_tests {
         VmSpec::parse(&config.unwrap()).unwrap()
     }
 
-    /// As `/vm/config` shows what it was told.
+    /// Returns the answer of `/vm/config` to the configuration of `spec`.
     pub(in super::super) fn native(spec: &VmSpec) -> Value {
         let config = Config::of(spec, &["tap0".to_owned()]);
         json!({

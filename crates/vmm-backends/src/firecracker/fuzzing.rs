@@ -1,5 +1,5 @@
-//! Firecracker's words. The input is an answer (see [`Says::of`]), and what stands in the metrics' file. What it tells of a VM
-//! that somebody else made becomes a configuration of ours.
+//! Fuzz target for the answers and the metrics file of Firecracker. The input is an answer (see
+//! [`Says::of`]) and also the content of the metrics file.
 
 use std::io;
 use std::path::Path;
@@ -12,20 +12,20 @@ use super::metrics::{METRICS, Sums, fold};
 use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
 use crate::rest::client::RestApi;
 
-/// How many of the calls of [`ask`] change nothing.
+/// The calls of [`ask`] that change nothing.
 const QUESTIONS: usize = 2;
 
-/// Takes one input.
+/// Runs one input.
 ///
 /// # Panics
 ///
-/// When a promise is broken: that is the finding.
+/// If a guarantee is broken, which is the finding.
 pub fn firecracker(input: &[u8]) {
     let all: Vec<usize> = (0..=QUESTIONS).collect();
     for says in Says::of(input) {
         match says {
             Says::Always(_) => run(calls(says, &all)),
-            // Each on a connection of its own, and once more on what the answer has left of that.
+            // Each call gets its own connection, and is repeated on the rest of that connection.
             Says::Once(_) => all.iter().for_each(|call| run(calls(says.clone(), &[*call, *call]))),
         }
     }
@@ -55,7 +55,7 @@ async fn ask(client: &Client, call: usize) -> Result<(), BackendError> {
     }
 }
 
-/// Whatever stands in the file is summed up once, and alike wherever a reading stops.
+/// Checks that any content of the file is summed once, and equally from every stop.
 fn metrics(input: &[u8]) {
     let whole = summed(&[input]);
     let (begin, end) = input.split_at(input.len() / 2);
@@ -66,7 +66,7 @@ fn metrics(input: &[u8]) {
     }
 }
 
-/// Writes the pieces one after the other, and reads after each, as if by another daemon.
+/// Writes the pieces one after the other, and reads after each as another daemon would.
 fn summed(pieces: &[&[u8]]) -> io::Result<Sums> {
     let dir = tempfile::tempdir()?;
     let mut written = Vec::new();

@@ -1,4 +1,4 @@
-//! Firecracker's counters, which it writes to a file as differences.
+//! Sums Firecracker's counters, which Firecracker writes to a file as differences.
 //!
 //! ```text
 //!   metrics   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒ line │ line │ lin…      one line per flush: ours, one a minute, and one at the end
@@ -6,12 +6,14 @@
 //!   metrics.sum   { offset, sums of all lines before it }   replaced as a whole
 //! ```
 //!
-//! Each line says what happened since the line before, so the sum of all of them is needed, over restarts of the daemon
-//! too: lines that were summed up are recorded with their sum, and their room is given back by punching a hole. The last
-//! line, written as Firecracker ends, also tells a reset from a crash to a daemon that is not its parent.
+//! Each line counts the time since the line before, so all lines must be summed, also across
+//! restarts of the daemon. Lines that were summed are recorded with their sum, and their space is
+//! freed by punching a hole. Firecracker writes the last line as it ends. That line also
+//! distinguishes a reset from a crash for a daemon that is not its parent.
 //!
-//! A full file system cuts a line: Firecracker keeps up to 1 KiB of such a line and writes the next object right behind the half
-//! one. What a half line counted is lost; the whole object at its end is counted.
+//! A full file system cuts a line. Firecracker keeps up to 1 KiB of such a line and writes the next
+//! object directly behind it. The counts of the cut line are lost, and the complete object at its
+//! end is counted.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -25,14 +27,15 @@ use vmm_host::tail::{Limits, Tail, Taken};
 
 /// The file's name in the run folder.
 pub(crate) const METRICS: &str = "metrics";
-/// The sums' name in the run folder.
+/// The name of the file of sums in the run folder.
 const SUMS: &str = "metrics.sum";
-/// The most bytes that are read in one round. A line has about 6,000 bytes, and some for each device.
+/// The most bytes that are read in one round. A line has about 6,000 bytes, and more for each
+/// device.
 const LIMITS: Limits = Limits { record: 128 << 10, round: 8 << 20 };
 /// The first bytes of each object that Firecracker writes.
 const OBJECT: &[u8] = b"{\"utc_timestamp_ms\"";
 
-/// What one line holds, as far as it is used.
+/// The used fields of one line.
 #[derive(Debug, Deserialize)]
 struct Line {
     block: Block,
@@ -58,7 +61,7 @@ struct Net {
     tx_packets_count: u64,
 }
 
-/// The keyboard controller, which x86 alone has.
+/// The keyboard controller, which only x86 has.
 #[derive(Debug, Default, Deserialize)]
 struct I8042 {
     reset_count: u64,
@@ -72,7 +75,7 @@ struct Vcpu {
 /// Sums over a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Sums {
-    /// Where the first line begins that is not in the sums, in bytes.
+    /// The position of the first line that is not in the sums, in bytes.
     offset: u64,
     read_bytes: u64,
     write_bytes: u64,
@@ -84,23 +87,23 @@ pub(crate) struct Sums {
     tx_packets: u64,
     resets: u64,
     failures: u64,
-    /// Lines, or parts of lines, that made no sense.
+    /// The lines, or parts of lines, that could not be parsed.
     #[serde(default)]
     missed: u64,
 }
 
 impl Sums {
-    /// Says whether the guest has reset itself.
+    /// Returns true if the guest has reset itself.
     pub(crate) fn guest_reset(&self) -> bool {
         self.resets > 0
     }
 
-    /// Says whether a virtual CPU has failed, as it does on a triple fault.
+    /// Returns true if a virtual CPU has failed, as it does after a triple fault.
     pub(crate) fn cpu_failed(&self) -> bool {
         self.failures > 0
     }
 
-    /// Network counters, seen from the guest.
+    /// Returns the network counters, seen from the guest.
     pub(crate) fn network(&self) -> NetworkCounters {
         NetworkCounters {
             bytes_received: self.rx_bytes,
@@ -110,7 +113,7 @@ impl Sums {
         }
     }
 
-    /// Disk counters.
+    /// Returns the disk counters.
     pub(crate) fn storage(&self) -> StorageCounters {
         StorageCounters {
             bytes_read: self.read_bytes,
@@ -120,9 +123,9 @@ impl Sums {
         }
     }
 
-    /// Adds what one line counted, or the whole object at the end of one that was cut.
+    /// Adds the counts of one line, or of the complete object at the end of a line that was cut.
     fn add_line(&mut self, line: &[u8]) {
-        // A hole reads as zeros.
+        // A hole reads as zeros, so zeros before the line are skipped.
         let from = line.iter().position(|byte| *byte != 0).unwrap_or(line.len());
         let line = line[from..].trim_ascii();
         if line.is_empty() {
@@ -161,17 +164,18 @@ impl Sums {
 #[derive(Clone, Debug)]
 pub(crate) struct Metrics {
     dir: Arc<Path>,
-    /// The sums, once they were read. One reader at a time, or lines would be counted twice.
+    /// The sums after the first read. Locked while the file is read, because two readers would
+    /// count a line twice.
     known: Arc<Mutex<Option<Sums>>>,
 }
 
 impl Metrics {
-    /// The counters of the run in `dir`.
+    /// Returns the counters of the run in `dir`.
     pub(crate) fn new(dir: &Path) -> Self {
         Self { dir: dir.into(), known: Arc::default() }
     }
 
-    /// Makes room for a new run: removes what the one before left. Blocks.
+    /// Removes the files of an earlier run. Blocks.
     ///
     /// # Errors
     /// Returns the kernel's error.
@@ -186,10 +190,10 @@ impl Metrics {
         Ok(())
     }
 
-    /// Adds what was written since the last time, and answers with the sums.
+    /// Adds the lines that were written since the last call, and returns the sums.
     ///
     /// # Errors
-    /// [`BackendErrorKind::Host`] where the file is not there or cannot be read.
+    /// [`BackendErrorKind::Host`] if the file is missing or cannot be read.
     pub(crate) async fn sums(&self) -> Result<Sums, BackendError> {
         let metrics = self.clone();
         let summed = tokio::task::spawn_blocking(move || {
@@ -208,7 +212,8 @@ impl Metrics {
     }
 }
 
-/// Adds the lines in `dir` that are not in the sums yet, and keeps the sums there. `known` is what the last call answered.
+/// Adds the lines in `dir` that are not in the sums yet, and stores the sums there. `known` is the
+/// result of the last call.
 pub(crate) fn fold(dir: &Path, known: Option<Sums>) -> io::Result<Sums> {
     let path = dir.join(METRICS);
     if !path.try_exists()? {
@@ -230,14 +235,16 @@ pub(crate) fn fold(dir: &Path, known: Option<Sums>) -> io::Result<Sums> {
     sums.offset = tail.offset();
     sums.missed = sums.missed.saturating_add(tail.skipped());
     if sums.missed > missed {
-        tracing::warn!(path = %dir.display(), missed = sums.missed, "lines of Firecracker's counters make no sense");
+        tracing::warn!(path = %dir.display(), missed = sums.missed, "lines of Firecracker's counters cannot be parsed");
     }
     if sums.offset > begin {
         match save(dir, &sums) {
-            // Only now: a crash in between counts nothing twice, and loses nothing.
+            // The space is freed only after the sums are stored, so a crash in between counts no
+            // line twice and loses none.
             Ok(()) => give_back(&tail),
-            // As without room. The lines stay in the file until their sums can be kept.
-            Err(error) => tracing::debug!(%error, "the sums of Firecracker's counters cannot be kept"),
+            // The lines stay in the file until their sums can be stored, for example because the
+            // disk is full now.
+            Err(error) => tracing::debug!(%error, "the sums of Firecracker's counters cannot be stored"),
         }
     }
     Ok(sums)
@@ -245,11 +252,11 @@ pub(crate) fn fold(dir: &Path, known: Option<Sums>) -> io::Result<Sums> {
 
 fn give_back(tail: &Tail) {
     if let Err(error) = tail.give_back() {
-        tracing::debug!(%error, "the file system takes no holes; the counters' file grows");
+        tracing::debug!(%error, "the file system does not support holes; the file of counters grows");
     }
 }
 
-/// Reads the sums of an earlier daemon. Sums that make no sense are begun anew.
+/// Reads the sums of an earlier daemon. Sums that cannot be parsed begin at 0 again.
 fn load(path: &Path) -> io::Result<Sums> {
     match std::fs::read(path) {
         Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {

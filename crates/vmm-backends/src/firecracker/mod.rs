@@ -6,9 +6,11 @@
 //!           api.sock ◄──────────────────└─────────────┘ --metrics-path ──► metrics
 //! ```
 //!
-//! Its serial console is its stdin and stdout. stdout is the console's file itself, opened for appending, so that no daemon is
-//! needed for a byte to be kept. stdin is a FIFO that Firecracker holds open at both ends: whoever wants to type opens
-//! `console.in` in the run folder for writing, whether this daemon or the next, and when he goes the guest sees no end of input.
+//! Firecracker's serial console is its stdin and stdout. stdout is the console's file itself,
+//! opened for appending, so no daemon is needed to keep the output. stdin is a FIFO that
+//! Firecracker holds open for reading and writing. A person who types opens `console.in` in the run
+//! folder for writing, under this daemon or the next, and a writer that closes it causes no end of
+//! input for the guest.
 
 pub(crate) mod attached;
 mod check;
@@ -48,17 +50,18 @@ use crate::rest::backend::{RestBackend, RestHypervisor, Run};
 
 /// The backend's name.
 pub const NAME: &str = "firecracker";
-/// The FIFO in the run folder that takes what is typed at the console.
+/// The FIFO in the run folder that receives console input.
 pub const CONSOLE_INPUT: &str = "console.in";
 
-/// Firecracker's own log in the run folder. Not its stderr's file, because Firecracker does not append.
+/// Firecracker's own log in the run folder. A separate file from its stderr's, because Firecracker
+/// does not append.
 const OWN_LOG: &str = "firecracker.log";
-/// The oldest Firecracker with everything that is used; `huge_pages` came last.
+/// The oldest Firecracker with all features in use; `huge_pages` came last.
 const OLDEST: Version = Version::new(1, 7, 0);
-/// The backend of Firecrackers that this program starts.
+/// The backend that starts Firecrackers.
 pub type Firecracker = RestBackend<Hypervisor>;
 
-/// Firecracker.
+/// Firecracker as a [`RestHypervisor`].
 #[derive(Debug, Default)]
 pub struct Hypervisor;
 
@@ -112,7 +115,7 @@ impl RestHypervisor for Hypervisor {
         Metrics::begin(dir)?;
         let arguments = convert::arguments(uid, &dir.join(SOCKET), &dir.join(OWN_LOG), &dir.join(METRICS));
         Ok(Command {
-            // Firecracker has a serial port even where nobody wants one.
+            // Firecracker has a serial port even if the specification turns the console off.
             stdin: Stdin::File(console_input(&dir.join(CONSOLE_INPUT))?),
             ..Command::new(program, arguments, dir.join(LOG))
         })
@@ -136,14 +139,14 @@ impl RestHypervisor for Hypervisor {
     }
 }
 
-/// Makes the FIFO of what is typed, and opens it as Firecracker's input.
+/// Creates the FIFO for console input, and opens it as Firecracker's stdin.
 fn console_input(path: &Path) -> io::Result<OwnedFd> {
     match rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
         Err(error) => return Err(error.into()),
     }
-    // For reading and writing, so that there is always somebody who may write, and Firecracker never reads an end.
-    // Non-blocking, because it reads on the thread that serves its API.
+    // Opened for reading and writing, because Firecracker then never reads an end of file.
+    // Non-blocking, because Firecracker reads on the thread that serves its API.
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }

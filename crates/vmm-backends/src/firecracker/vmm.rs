@@ -1,4 +1,4 @@
-//! One running Firecracker: its handle, and the task that tells of its end.
+//! One running Firecracker: its handle, and the task that reports its end.
 //!
 //! ```text
 //!   Handle ── client ──► API socket          one connection, closed after each sample
@@ -7,8 +7,9 @@
 //!                                     └─ exit status, or the last line of the counters
 //! ```
 //!
-//! Firecracker sends no events, so the only one there is here is the end. Its exit status says why: 0 after a reset of the
-//! guest, 1 after a triple fault, other numbers and signals when it failed itself. A power-off of the guest is not seen at all on x86.
+//! Firecracker sends no events, so the end is the only event here. The exit status shows the cause:
+//! 0 after a reset of the guest, 1 after a triple fault, other numbers and signals after a failure
+//! of Firecracker itself. A guest's power-off is not seen at all on x86.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,7 +35,7 @@ use crate::rest::adopt::{LOG, exit_message, or_gone};
 use crate::rest::backend::Run;
 use crate::rest::client::RestApi as _;
 
-/// A run has one event.
+/// The most events that wait. A run has one event.
 const EVENTS: usize = 4;
 
 /// The handle of one Firecracker.
@@ -44,11 +45,11 @@ struct Handle {
     process: Process,
     client: Client,
     metrics: Metrics,
-    /// Whether this daemon has told it to end.
+    /// True if this daemon has ordered the end.
     ending: Arc<AtomicBool>,
 }
 
-/// Makes the handle of a Firecracker that runs, and watches over it.
+/// Returns the handle of a running Firecracker, and starts the task that watches it.
 pub(super) fn attend(run: Run<'_, Client>) -> Launched {
     let Run { record: run, process, client, dir, spec: _, is_new: _, changed_ms: _ } = run;
     let (sender, events) = mpsc::channel(EVENTS);
@@ -77,7 +78,7 @@ impl Monitor {
         let exit = tokio::select! {
             biased;
             exit = self.process.wait() => exit,
-            // Nobody listens any more; the end is found out by whoever adopts the VMM again.
+            // The receiver has been dropped. The daemon that adopts the VMM next sees the end.
             () = events.closed() => return,
         };
         let asked = self.ending.load(Ordering::Acquire);
@@ -86,10 +87,11 @@ impl Monitor {
     }
 }
 
-/// Says how a run ended, from its exit status and what it left in its folder.
+/// Returns the cause of a run's end, from its exit status and the files in its folder.
 pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, dir: &Path) -> Exit {
     let sums = if asked {
-        // Nothing is left to find out, and reading them writes to a folder that may be about to go.
+        // The cause is known, and a read of the counters would write to a folder that may be about
+        // to be deleted.
         None
     } else {
         metrics.sums().await.inspect_err(|error| tracing::debug!(%error, "the last counters are lost")).ok()
@@ -105,6 +107,9 @@ fn cause(exit: ProcessExit, asked: bool, sums: Option<Sums>) -> ExitCause {
     if asked {
         return ExitCause::Requested;
     }
+    // The exit status comes first. The counters decide only where the status is missing, because
+    // the process was not a child of this daemon, or ambiguous: status 1 is a triple fault only if
+    // a virtual CPU has failed.
     match exit.status {
         Some(ExitStatus::Code(0)) => ExitCause::GuestReset,
         Some(ExitStatus::Code(1)) if crashed => ExitCause::GuestCrash,
@@ -124,12 +129,12 @@ impl Means for Handle {
     fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
         let call = || -> Call<'_> {
             Box::pin(async {
-                // A guest that stands still hears nothing.
+                // A paused guest does not react, so it is resumed first.
                 self.client.resume().await?;
                 self.client.ctrl_alt_del().await
             })
         };
-        // On other processors Firecracker has no keyboard.
+        // Only Firecracker on x86-64 has a keyboard controller.
         cfg!(target_arch = "x86_64").then(|| (EndedBy::CtrlAltDel, call()))
     }
 

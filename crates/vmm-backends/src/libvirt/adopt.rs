@@ -1,4 +1,4 @@
-//! Finding the domain of an earlier run again.
+//! Adopts the domain of an earlier run.
 
 use std::time::Duration;
 
@@ -15,16 +15,17 @@ use super::link::CallError;
 use super::run::{Facts, assemble, live_taps};
 use super::{LibvirtBackend, domain_of};
 
-/// How long libvirt may take to be connected to, and to answer; the service waits five seconds for all of it.
+/// The time limits of the connection to libvirt and of its answer. The service waits five seconds
+/// for all of an adoption.
 const CONNECTING: Duration = Duration::from_secs(2);
 const LOOKING: Duration = Duration::from_millis(1500);
-/// How long libvirt may take to notice that a QEMU has gone, and how long between two looks.
+/// The time in which libvirt must notice the end of a QEMU, and the pause between two looks.
 const NOTICING: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long a QEMU may take to go of which libvirt says that it has.
+/// The time in which a QEMU must end that libvirt reports as ended.
 const GOING: Duration = Duration::from_millis(500);
 
-/// Looks for the domain that `request` means. Kills nothing.
+/// Adopts the domain of `request`. Ends no process.
 pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Adoption {
     let domain = domain_of(&request.kind, request.uid);
     let watched = backend.link.watch(domain);
@@ -69,8 +70,8 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
     }
 }
 
-/// Returns the TAPs of a run as far as they are known without libvirt: those on record, or those that follow from the
-/// configuration of a VM that this program made.
+/// Returns the TAPs of a run without libvirt's help: those on record, or those that follow from the
+/// configuration of a VM that this program created.
 fn known_taps(request: &AdoptRequest) -> Vec<String> {
     if request.imported {
         return request.run.as_ref().map(|run| run.taps.clone()).unwrap_or_default();
@@ -78,7 +79,8 @@ fn known_taps(request: &AdoptRequest) -> Vec<String> {
     request.spec.tap_names(request.uid)
 }
 
-/// Asks libvirt for the domain. It is given a moment to notice the end of a QEMU that has `gone`.
+/// Asks libvirt for the domain. With `gone`, the QEMU has ended, and libvirt gets a moment to
+/// notice.
 async fn look(backend: &LibvirtBackend, domain: Uuid, gone: bool) -> Result<Option<Domain>, CallError> {
     let deadline = Instant::now() + NOTICING;
     loop {
@@ -91,7 +93,7 @@ async fn look(backend: &LibvirtBackend, domain: Uuid, gone: bool) -> Result<Opti
     }
 }
 
-/// What a QEMU was found for.
+/// An adoption for which a QEMU was found.
 struct Found<'a> {
     backend: &'a LibvirtBackend,
     request: &'a AdoptRequest,
@@ -100,10 +102,10 @@ struct Found<'a> {
 }
 
 impl Found<'_> {
-    /// There is a QEMU, and libvirt has said what it knows.
+    /// Adopts a QEMU whose domain libvirt has reported.
     async fn with_process(self, known: Option<Domain>, process: Process) -> Adoption {
         let Some(known) = known.filter(|known| is_active(known.state)) else {
-            // It is about to go, or libvirt has lost it.
+            // Either the QEMU is about to end, or libvirt has lost the domain.
             if process.wait_for(GOING).await.is_some() {
                 return gone("libvirt says that the domain does not run");
             }
@@ -124,10 +126,10 @@ impl Found<'_> {
         let facts = self.facts;
         let (vmm, launched) = assemble(&backend.link, self.watched, process, facts, run, known.state);
         let asked = async {
-            // Not only libvirt: QEMU must answer too.
+            // The probe reaches QEMU as well, because libvirt answers for a QEMU that hangs.
             let guest = vmm.probe().await?;
             if ours {
-                // A daemon that died in the middle of a reset may have left the other action.
+                // A daemon that ended during a reset may have left the other action.
                 backend.link.order(Call::OnReboot { uuid, restart: restarts }, LOOKING).await?;
             }
             Ok::<_, BackendError>(guest)
@@ -143,7 +145,7 @@ impl Found<'_> {
         }
     }
 
-    /// There is a QEMU of which libvirt says nothing: the handle can end it, if need be.
+    /// Returns an unreachable adoption with a handle, by which the QEMU can still be ended.
     fn silent(self, reason: Reason, error: BackendError, process: Process) -> Adoption {
         let run = self.run(&process);
         let (_, launched) =
@@ -151,7 +153,8 @@ impl Found<'_> {
         Adoption::Unreachable { reason, message: error.message, launched: Some(launched) }
     }
 
-    /// The record of the run: the recorded one, unless somebody has started the domain anew since.
+    /// Returns the record of the run: the stored one, or a new one if the domain was started anew
+    /// since.
     fn run(&self, process: &Process) -> vmm_core::store::RunRecord {
         let recorded = self.request.run.clone();
         match recorded.filter(|run| run.process == *process.identity()) {
@@ -161,7 +164,7 @@ impl Found<'_> {
     }
 }
 
-/// Nobody can be asked, and no QEMU bears the domain's UUID.
+/// Returns the adoption if libvirt does not answer and no QEMU bears the domain's UUID.
 fn without_libvirt(request: &AdoptRequest, error: &BackendError) -> Adoption {
     match request.run.as_ref().map(|run| process::adopt(&run.process)) {
         None | Some(Lookup::Gone) => gone("no QEMU of the domain runs"),

@@ -1,4 +1,5 @@
-//! The findings about a [`VmSpec`] on QEMU through libvirt: those about QEMU, and what libvirt has no word for. Pure.
+//! Returns the violations and warnings about a [`VmSpec`] on QEMU through libvirt: those of QEMU,
+//! and the settings that libvirt cannot express. Reads nothing but the specification.
 
 use vmm_core::report::Report;
 use vmm_core::spec::{DiskCache, VmSpec};
@@ -19,7 +20,7 @@ pub(super) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
             format!("config.boot.boot_options[\"{MACHINE_KEY}\"]"),
             "libvirt has no microvm: use \"q35\", or unset UNKEY_VMCP_QEMU_ENDPOINT to have QEMU started without libvirt",
         ),
-        // Its violation is in the report.
+        // The report already contains the violation.
         None => {}
     }
     if let Some(model) = options.model
@@ -30,7 +31,7 @@ pub(super) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
             format!("libvirt has no word for \"{part}\": name a model, and features as +name, -name, name=on or name=off"),
         );
     }
-    // `check_common` takes the rest of the specification apart: QEMU serves it here too.
+    // `check_common` covers the other fields, which QEMU serves here, too.
     let VmSpec { cpu: _, memory: _, boot, disks, nics: _, console: _, restart: _, options: _ } = spec;
     if !can_carry(&boot.args) {
         report.reject("config.boot.kernel_args", "has a control character, which libvirt's XML cannot carry");

@@ -1,7 +1,7 @@
-//! From a [`VmSpec`] to a libvirt domain. Pure: the same request gives the same XML.
+//! Converts a [`VmSpec`] into a libvirt domain. A pure function: equal requests give equal XML.
 //!
-//! The machine is the one that QEMU gets from this program where it starts it itself ([`crate::qemu::convert`]): the same
-//! firmware, devices in the same places, images whose format is stated and never probed. What differs is libvirt's:
+//! The machine equals that of a QEMU that this program starts ([`crate::qemu::convert`]): the
+//! firmware, the places of the devices, and images with an explicit format. The frame is libvirt's:
 //!
 //! ```text
 //!   <domain>  name = vm_id, uuid = uid, <metadata> = our mark
@@ -27,59 +27,60 @@ use crate::qemu::convert::{Accelerator, DEFAULT_RESTART, ImageKind};
 use crate::qemu::layout::{DISK_SLOT, FUNCTIONS, MEMORY_SLOTS, NIC_SLOT, SERIAL_LEN};
 use crate::qemu::options::VmOptions;
 
-/// The console socket's name in the run folder: what is written there the guest reads from its serial port.
+/// The console socket's name in the run folder. The guest reads from its serial port what is
+/// written to this socket.
 pub const CONSOLE_SOCKET: &str = crate::qemu::convert::CONSOLE_SOCKET;
 
 /// The user that QEMU runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label {
-    /// The user.
+    /// The user id.
     pub uid: u32,
-    /// Its group.
+    /// The group id.
     pub gid: u32,
 }
 
-/// Everything the domain depends on.
+/// The inputs of the domain.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
-    /// This installation.
+    /// The instance of the daemon.
     pub instance: InstanceId,
-    /// The VM's creation, which is the domain's UUID.
+    /// The VM's uid, which is the domain's UUID.
     pub uid: VmUid,
-    /// The VM's name, which is the domain's.
+    /// The VM's name, which is the domain's name.
     pub vm_id: &'a VmId,
-    /// What to run.
+    /// The specification of the VM.
     pub spec: &'a VmSpec,
-    /// What runs its CPUs.
+    /// The accelerator of the guest's CPUs.
     pub accelerator: Accelerator,
-    /// The QEMU to use, where it is not libvirt's own choice.
+    /// The QEMU to use, or `None` for libvirt's own choice.
     pub emulator: Option<&'a Path>,
-    /// Where qboot is.
+    /// The path of qboot.
     pub firmware: &'a Path,
-    /// The user that QEMU runs as, where libvirt lets one choose.
+    /// The user that QEMU runs as, if libvirt offers a choice.
     pub label: Option<Label>,
     /// The run folder.
     pub dir: &'a Path,
-    /// Where console output goes.
+    /// The file of the console's output.
     pub console: Option<&'a Path>,
     /// The TAP of each network interface.
     pub taps: &'a [String],
-    /// What lies at each disk's path.
+    /// The kind of file at each disk's path.
     pub images: &'a [ImageKind],
 }
 
-/// A path that XML cannot carry.
+/// A path that XML cannot express.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("libvirt cannot be given the path {0:?}: it is not UTF-8, or has control characters; rename it")]
 pub struct UnfitPath(pub PathBuf);
 
-/// Writes the domain.
+/// Returns the XML of the domain.
 ///
 /// # Errors
 /// [`UnfitPath`] for any of the paths.
 pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
     let paths = Paths::of(inputs)?;
-    // The console comes with the request, which knows its file.
+    // The request names the console's file.
     let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = inputs.spec;
     let kind = match inputs.accelerator {
         Accelerator::Kvm => "kvm",
@@ -108,7 +109,8 @@ pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
             }
         });
         if let Some(label) = inputs.label {
-            // Root reaches every file as it is; of any other user's QEMU libvirt has to give it what it may use.
+            // Root reaches every file without a label. For any other user libvirt must change the
+            // owner of the files that QEMU uses.
             let relabel = if label.uid == 0 { "no" } else { "yes" };
             xml.element("seclabel", &[("type", "static"), ("model", "dac"), ("relabel", relabel)], |xml| {
                 xml.text("label", &[], &format!("+{}:+{}", label.uid, label.gid));
@@ -118,7 +120,7 @@ pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
     Ok(xml.finish())
 }
 
-/// Tells whether a guest that resets itself starts again.
+/// Returns true if a guest that resets itself starts again.
 pub(super) fn restarts(policy: &RestartPolicy) -> bool {
     let RestartPolicy { mode, max_restarts: _ } = policy;
     match mode.unwrap_or(DEFAULT_RESTART) {
@@ -127,7 +129,7 @@ pub(super) fn restarts(policy: &RestartPolicy) -> bool {
     }
 }
 
-/// Our mark: whose domain it is.
+/// Writes the mark of the instance that owns the domain.
 fn mark(xml: &mut Xml, instance: InstanceId) {
     xml.empty("vmcp:vm", &[("xmlns:vmcp", MARK_NAMESPACE), ("instance", &instance.to_string())]);
 }
@@ -182,13 +184,13 @@ fn add_memory(xml: &mut Xml, memory: &Memory) {
     }
 }
 
-/// Returns the ceiling of the memory in MiB, where it is more than there is.
+/// Returns the ceiling of the memory in MiB, if it exceeds the size.
 fn ceiling_mib(memory: &Memory) -> Option<u64> {
     memory.hotplug_max_bytes.filter(|ceiling| *ceiling > memory.size_bytes).map(|ceiling| ceiling / MIB)
 }
 
 fn add_boot(xml: &mut Xml, boot: &Boot, args: &str, paths: &Paths<'_>) {
-    // `args` is the command line in force, and `paths` has the files.
+    // `args` is the whole command line, and `paths` has the files.
     let Boot { kernel: _, initrd: _, args: _ } = boot;
     xml.element("os", &[], |xml| {
         xml.text("type", &[("arch", "x86_64"), ("machine", "q35")], "hvm");
@@ -218,7 +220,7 @@ fn add_cpu(xml: &mut Xml, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memory) {
         let topology = [("sockets", &*sockets), ("dies", "1"), ("cores", &*cores), ("threads", &*threads)];
         xml.empty("topology", &topology);
         if ceiling_mib(memory).is_some() {
-            // libvirt plugs memory into NUMA nodes only: one that holds everything.
+            // libvirt plugs memory only into NUMA nodes, so one node holds everything.
             let (cpus, size) = (format!("0-{}", max - 1), memory.size_mib().to_string());
             xml.element("numa", &[], |xml| {
                 xml.empty("cell", &[("id", "0"), ("cpus", &cpus), ("memory", &size), ("unit", "MiB")]);
@@ -273,13 +275,13 @@ fn add_disk(xml: &mut Xml, place: usize, disk: &Disk, path: &str, image: ImageKi
     };
     let discard = if *read_only { "ignore" } else { "unmap" };
     xml.element("disk", &[("type", kind), ("device", "disk")], |xml| {
-        // A fault of the disk is the guest's to handle, as on the other backends.
+        // A fault of the disk is reported to the guest, as on the other backends.
         let driver = [("name", "qemu"), ("type", format.as_str()), ("cache", cache), ("discard", discard)];
         let faults = [("error_policy", "report"), ("rerror_policy", "report")];
         xml.empty("driver", &[&driver[..], &faults[..]].concat());
         xml.empty("source", &[(source, path)]);
         if *format == DiskFormat::Qcow2 && !backing_files {
-            // Whatever the image's header says, no other file is opened.
+            // Without this line QEMU would open the backing file that the image's header names.
             xml.empty("backingStore", &[]);
         }
         xml.empty("target", &[("dev", &disk_name(place)), ("bus", "virtio")]);
@@ -307,7 +309,7 @@ fn throttle(xml: &mut Xml, limits: RateLimit) {
     });
 }
 
-/// What libvirt calls a disk: vda to vdz, then vdaa and so on, as Linux does.
+/// Returns libvirt's name of a disk: vda to vdz, then vdaa and so on, as in Linux.
 fn disk_name(place: usize) -> String {
     const LETTERS: usize = 26;
     let letter = |at: usize| char::from(b'a' + u8::try_from(at % LETTERS).unwrap_or(0));
@@ -322,16 +324,17 @@ fn add_nic(xml: &mut Xml, place: usize, nic: &Nic, tap: &str) {
     let Nic { id: _, mac, tap: _, limits: _ } = nic;
     xml.element("interface", &[("type", "ethernet")], |xml| {
         xml.empty("mac", &[("address", &mac.to_string())]);
-        // The TAP exists, and is not libvirt's to make or remove.
+        // The TAP exists, so libvirt must neither create nor remove it.
         xml.empty("target", &[("dev", tap), ("managed", "no")]);
         xml.empty("model", &[("type", "virtio")]);
-        // No boot from the network, so no ROM for it.
+        // Guests do not boot from the network, so the ROM is left out.
         xml.empty("rom", &[("enabled", "no")]);
         address(xml, NIC_SLOT, place);
     });
 }
 
-/// Where a device sits, so that a disk added to a configuration renames no network interface in its guest.
+/// Writes the place of a device. Places are fixed, so that a disk that is added to a configuration
+/// does not rename a network interface in the guest.
 fn address(xml: &mut Xml, first_slot: usize, place: usize) {
     let (slot, function) = (first_slot + place / FUNCTIONS, place % FUNCTIONS);
     let (slot, function) = (format!("0x{slot:02x}"), format!("0x{function:x}"));

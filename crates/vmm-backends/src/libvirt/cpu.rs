@@ -1,4 +1,5 @@
-//! The CPU model: from QEMU's way to write it, which `cpu.features["qemu.model"]` takes, to libvirt's.
+//! Converts a CPU model from QEMU's syntax, which `cpu.features["qemu.model"]` takes, into
+//! libvirt's.
 
 use super::xml::Xml;
 use crate::qemu::convert::Accelerator;
@@ -7,12 +8,12 @@ use crate::qemu::convert::Accelerator;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct CpuModel {
     name: String,
-    /// Each with whether the guest has it.
+    /// The features, each with true if the guest has it.
     features: Vec<(String, bool)>,
 }
 
 impl CpuModel {
-    /// The model where the client picks none: all that the accelerator has.
+    /// Returns the model if the client names none, which has all features of the accelerator.
     pub(super) fn of(accelerator: Accelerator) -> Self {
         let name = match accelerator {
             Accelerator::Kvm => "host",
@@ -21,10 +22,10 @@ impl CpuModel {
         Self { name: name.to_owned(), features: Vec::new() }
     }
 
-    /// Reads `name,+feature,-feature,feature=on,feature=off`.
+    /// Parses `name,+feature,-feature,feature=on,feature=off`.
     ///
     /// # Errors
-    /// The part that libvirt has no word for.
+    /// Returns the part that libvirt cannot express.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',');
         let name = parts.next().unwrap_or_default();
@@ -46,7 +47,7 @@ impl CpuModel {
         Ok(Self { name: name.to_owned(), features: features.collect::<Result<_, _>>()? })
     }
 
-    /// Writes the element, with what `inside` adds to it.
+    /// Writes the element, with the content that `inside` writes.
     pub(super) fn write(&self, xml: &mut Xml, inside: impl FnOnce(&mut Xml)) {
         let mode = match self.name.as_str() {
             "max" => "maximum",

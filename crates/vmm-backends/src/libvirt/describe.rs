@@ -1,6 +1,7 @@
-//! From libvirt's XML of a domain to a configuration, as far as a configuration can say it. Pure.
+//! Converts libvirt's XML of a domain into a [`VmConfig`]. A pure function.
 //!
-//! What it cannot say is listed by name, so that nobody takes the rest for the whole.
+//! Settings that a [`VmConfig`] cannot express are listed by name, so that the result is not taken
+//! for the whole.
 
 use roxmltree::{Document, Node};
 use vmm_core::config::{
@@ -10,7 +11,7 @@ use vmm_core::config::{
 
 /// The most devices of a kind that are read.
 const DEVICES: usize = 256;
-/// Devices that every VM here has, or that do nothing.
+/// Devices that every VM here has, or that have no effect.
 const PLAIN_DEVICES: [&str; 10] = [
     "emulator",
     "controller",
@@ -24,15 +25,15 @@ const PLAIN_DEVICES: [&str; 10] = [
     "rng",
 ];
 
-/// What libvirt tells of a domain.
+/// The content of a domain's XML.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Described {
     pub(super) config: VmConfig,
-    /// What the configuration does not say.
+    /// The settings that the configuration does not express.
     pub(super) untold: Vec<String>,
     /// The TAPs of a running domain.
     pub(super) taps: Vec<String>,
-    /// Whether a guest that resets itself starts again.
+    /// True if a guest that resets itself starts again.
     pub(super) restarts: bool,
     pub(super) accelerator: String,
     pub(super) machine: String,
@@ -41,7 +42,7 @@ pub(super) struct Described {
 /// Reads a domain.
 ///
 /// # Errors
-/// What is wrong with the XML.
+/// Returns the fault of the XML.
 pub(super) fn describe(xml: &str) -> Result<Described, String> {
     let document = Document::parse(xml).map_err(|error| error.to_string())?;
     let domain = document.root_element();
@@ -95,7 +96,7 @@ fn children<'a, 'input>(
     node.children().filter(move |child| child.tag_name().name() == name).take(DEVICES)
 }
 
-/// The text of a child element; empty where there is none.
+/// Returns the text of a child element, or an empty text if there is none.
 fn text<'a>(node: Node<'a, '_>, name: &str) -> &'a str {
     child(node, name).and_then(|child| child.text()).unwrap_or_default().trim()
 }
@@ -134,7 +135,7 @@ fn memory(domain: Node<'_, '_>) -> MemoryConfig {
     }
 }
 
-/// A size with its unit; libvirt itself always says KiB.
+/// Returns a size in bytes. libvirt itself always writes KiB.
 fn bytes(domain: Node<'_, '_>, name: &str) -> Option<i64> {
     let element = child(domain, name)?;
     let number: i64 = element.text()?.trim().parse().ok()?;
@@ -161,7 +162,7 @@ fn boot(os: Option<Node<'_, '_>>, untold: &mut Vec<String>) -> BootConfig {
     BootConfig {
         kernel_path: kernel.to_owned(),
         initrd_path: text(os, "initrd").to_owned(),
-        // Blanks at its ends are the kernel's.
+        // Blanks at the ends belong to the kernel's command line.
         kernel_args: child(os, "cmdline").and_then(|line| line.text()).unwrap_or_default().to_owned(),
         ..BootConfig::default()
     }
@@ -201,12 +202,12 @@ fn storage(devices: Node<'_, '_>, untold: &mut Vec<String>) -> Vec<StorageDevice
     storage
 }
 
-/// The network interfaces, and the TAPs that they have now.
+/// Returns the network interfaces, and the TAPs that they have now.
 fn network(devices: Node<'_, '_>, untold: &mut Vec<String>) -> (Vec<NetworkInterface>, Vec<String>) {
     let (mut network, mut taps) = (Vec::new(), Vec::new());
     for (place, interface) in children(devices, "interface").enumerate() {
         let kind = interface.attribute("type").unwrap_or_default();
-        // The others have no TAP: a process, a card, another program's socket.
+        // The other kinds have no TAP. They use a process, a card, or another program's socket.
         let has_tap = matches!(kind, "ethernet" | "bridge" | "network");
         let tap = if has_tap { attribute(interface, "target", "dev") } else { "" };
         if kind != "ethernet" {
@@ -225,7 +226,7 @@ fn network(devices: Node<'_, '_>, untold: &mut Vec<String>) -> (Vec<NetworkInter
     (network, taps)
 }
 
-/// Names the devices for which a configuration has no place.
+/// Lists the devices that a configuration cannot express.
 fn note_devices(devices: Node<'_, '_>, untold: &mut Vec<String>) {
     let mut seen = Vec::new();
     for device in devices.children().filter(Node::is_element) {

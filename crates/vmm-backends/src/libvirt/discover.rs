@@ -1,10 +1,10 @@
-//! Domains that somebody else made, or started again.
+//! Finds domains that another client of libvirt created, or started again.
 //!
 //! ```text
 //!   at first, and after each gap: the list ──┐
-//!   an event of a domain that nobody watches ┴─► look ──┬─ ours, and runs ──► found, by the uid that it bears
-//!                                                       ├─ a stranger's ────► found, where strangers are imported
-//!                                                       └─ none any more ───► lost, where it was one of those
+//!   an event of a domain without a watch ────┴─► look ──┬─ ours, and runs ──► found, by the uid that it bears
+//!                                                       ├─ another's ───────► found, if the setting imports domains
+//!                                                       └─ undefined ───────► lost, if it had been found
 //! ```
 
 use std::collections::BTreeSet;
@@ -26,12 +26,13 @@ use super::domain::{LOOKING, Owner, find_qemu, guest_state, is_active, owner};
 use super::link::Stray;
 use super::run::{Facts, assemble};
 
-/// Findings that wait to be taken up.
+/// The most findings that wait for the receiver.
 const FINDINGS: usize = 64;
 
-/// Looks at what is there, and goes on looking.
+/// Returns the present domains, and starts a task that reports later ones.
 async fn discover(backend: LibvirtBackend) -> Discovery {
-    // Before the first look, so that nothing falls between.
+    // The channel is created before the first look, because an event between the look and a later
+    // channel would be lost.
     let strays = backend.link.strays();
     let mut seen = Seen { backend, strangers: BTreeSet::new() };
     let present = seen.everything().await.unwrap_or_default();
@@ -42,7 +43,7 @@ async fn discover(backend: LibvirtBackend) -> Discovery {
     Discovery { present, later }
 }
 
-/// Leaves out repeated news of a domain, because one look shows the outcome of all of them.
+/// Drops repeated news of a domain, because one look shows the outcome of all of them.
 fn once_each(strays: impl Iterator<Item = Stray>) -> Vec<Stray> {
     let mut domains = BTreeSet::new();
     strays
@@ -53,10 +54,10 @@ fn once_each(strays: impl Iterator<Item = Stray>) -> Vec<Stray> {
         .collect()
 }
 
-/// What has been seen so far.
+/// The domains that were seen so far.
 struct Seen {
     backend: LibvirtBackend,
-    /// Domains of others that were told of.
+    /// The reported domains of other clients.
     strangers: BTreeSet<Uuid>,
 }
 
@@ -84,7 +85,8 @@ impl Seen {
         }
     }
 
-    /// After a gap: health, what is there, and what is not any more.
+    /// Returns the findings after a gap in the events: the health, the present domains, and those
+    /// that were lost.
     async fn all_again(&mut self) -> Vec<Finding> {
         let before = self.strangers.clone();
         let mut findings = vec![Finding::Health];
@@ -97,7 +99,7 @@ impl Seen {
         findings
     }
 
-    /// Everything that is there now; `None` where libvirt does not say.
+    /// Returns all present domains, or `None` if libvirt does not answer.
     async fn everything(&mut self) -> Option<Vec<Found>> {
         let domains = match self.backend.link.call(Call::List, LOOKING).await {
             Ok(Got::Domains { domains }) => domains,
@@ -118,7 +120,7 @@ impl Seen {
         Some(found)
     }
 
-    /// What became of one domain.
+    /// Returns the findings about one domain that has changed.
     async fn one(&mut self, uuid: Uuid) -> Vec<Finding> {
         match self.backend.link.look(uuid, LOOKING).await {
             Ok(Some(domain)) => {
@@ -135,7 +137,7 @@ impl Seen {
         }
     }
 
-    /// Says whether a domain is worth telling of, and what there is to tell.
+    /// Returns the domain in the form of a finding, or `None` if it needs no report.
     async fn judge(&mut self, domain: Domain) -> Option<Found> {
         let uuid = domain.uuid;
         let ours = match owner(&domain) {
@@ -211,18 +213,19 @@ impl Seen {
     }
 }
 
-/// What to call a stranger's domain: its name, if VMs may have such names, or its UUID.
+/// Returns the names for a domain of another client: its own name if a VM may have it, and its
+/// UUID.
 fn names(domain: &Domain) -> Vec<VmId> {
     let fallback = format!("libvirt-{}", domain.uuid);
     [domain.name.clone(), fallback].into_iter().filter_map(|name| name.parse().ok()).collect()
 }
 
-/// The link is shared, and so is all that is cloned here.
+/// The clone shares the link with the backend.
 #[async_trait]
 impl Discover for LibvirtBackend {
     async fn discover(&self) -> Discovery {
         let shared = Self { link: Arc::clone(&self.link), ..self.clone() };
-        // What there is to find may take longer than a start of the daemon may wait.
+        // The first look may take longer than the start of the daemon may wait.
         let _ = shared.link.ready(super::CONNECTING).await;
         debug!(backend = %self.capabilities().name, "looking for domains");
         discover(shared).await

@@ -1,4 +1,4 @@
-//! Domains as libvirt tells of them: whose they are, what they do, and which process is theirs.
+//! Reads libvirt's answers about domains: the owner, the state, and the process.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,24 +12,24 @@ use vmm_libvirt_wire::{Call, Domain, DomainState, Got, MARK_NAMESPACE};
 
 use super::link::{CallError, Link};
 
-/// How long libvirt may take over what needs no QEMU.
+/// The time limit of a libvirt call that needs no QEMU.
 pub(super) const LOOKING: Duration = Duration::from_secs(5);
 
-/// Whose a domain is.
+/// The owner of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
-    /// A VM of this program bears the domain's UUID; it was made by this installation.
+    /// An instance of this program created the domain for the VM whose uid is the domain's UUID.
     Instance(InstanceId),
-    /// Somebody else's.
+    /// Another client of libvirt.
     Stranger,
 }
 
-/// Reads our mark.
+/// Returns the owner of a domain, from the mark in its metadata.
 pub(super) fn owner(domain: &Domain) -> Owner {
     let Some(mark) = &domain.mark else { return Owner::Stranger };
     let Ok(document) = roxmltree::Document::parse(mark) else { return Owner::Stranger };
     let root = document.root_element();
-    // libvirt may hand it out without its namespace, which was what it was found by.
+    // libvirt may return the mark without the namespace by which it was found.
     let is_ours = root.tag_name().namespace().is_none_or(|namespace| namespace == MARK_NAMESPACE);
     let instance = root.attribute("instance").and_then(|text| text.parse().ok());
     match instance {
@@ -38,12 +38,12 @@ pub(super) fn owner(domain: &Domain) -> Owner {
     }
 }
 
-/// Says whether a domain has a QEMU.
+/// Returns true if a domain has a QEMU.
 pub(super) const fn is_active(state: DomainState) -> bool {
     !matches!(state, DomainState::Off)
 }
 
-/// What a domain's guest is doing.
+/// Returns the state of a domain's guest.
 pub(super) const fn guest_state(state: DomainState) -> GuestState {
     match state {
         DomainState::Running => GuestState::Running,
@@ -56,7 +56,8 @@ pub(super) const fn guest_state(state: DomainState) -> GuestState {
     }
 }
 
-/// Why a guest in this state cannot go on; `None` where it can, or has ended in order.
+/// Returns the reason for which a guest in this state cannot continue, or `None` if it can or has
+/// ended in order.
 pub(super) const fn failure(state: DomainState) -> Option<&'static str> {
     match state {
         DomainState::IoError => Some("a disk of the guest failed, and libvirt stopped it"),
@@ -71,17 +72,17 @@ pub(super) const fn failure(state: DomainState) -> Option<&'static str> {
 }
 
 impl Link {
-    /// Looks at one domain; `None` where there is none.
+    /// Reads one domain, or returns `None` if there is none.
     pub(super) async fn look(&self, uuid: Uuid, within: Duration) -> Result<Option<Domain>, CallError> {
         one(self.call(Call::Look { uuid }, within).await?)
     }
 
-    /// Looks at the domain of a name.
+    /// Reads the domain with a name.
     pub(super) async fn look_by_name(&self, name: &str) -> Result<Option<Domain>, CallError> {
         one(self.call(Call::LookByName { name: name.to_owned() }, LOOKING).await?)
     }
 
-    /// Makes a call that has no result but success.
+    /// Makes a call that returns nothing but success.
     pub(super) async fn order(&self, call: Call, within: Duration) -> Result<(), CallError> {
         match self.call(call, within).await? {
             Got::Done => Ok(()),
@@ -97,15 +98,17 @@ fn one(got: Got) -> Result<Option<Domain>, CallError> {
     }
 }
 
-/// An answer to another question.
+/// Returns the error for an answer to another question.
 pub(super) fn senseless(got: &Got) -> CallError {
     CallError::Senseless(format!("an answer to another question: {got:?}").chars().take(200).collect())
 }
 
-/// Finds the QEMU of a domain, whose UUID libvirt puts in its arguments; `None` where there is none.
+/// Finds the QEMU of a domain, whose UUID libvirt puts into its arguments. Returns `None` if there
+/// is none.
 ///
 /// # Errors
-/// Where nothing proves which process it is. Whatever runs is to be left alone then.
+/// Returns the reason if the process cannot be identified. The caller must not end any process
+/// then.
 pub(super) async fn find_qemu(uuid: Uuid, emulator: &Path) -> Result<Option<Process>, String> {
     let own = real_name(emulator);
     let found = tokio::task::spawn_blocking(move || find_by_option("-uuid", &uuid.to_string())).await;
@@ -134,7 +137,7 @@ pub(super) async fn find_qemu(uuid: Uuid, emulator: &Path) -> Result<Option<Proc
     }
 }
 
-/// A process that is there while nothing proves whose it is.
+/// Returns the error for a process whose owner is not proven.
 pub(super) fn unproven(why: String) -> BackendError {
     BackendError::new(
         BackendErrorKind::Host,

@@ -1,4 +1,4 @@
-//! The helper's program: where it is, and what its failures mean.
+//! Finds the helper's program, and explains its failures.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,11 @@ use crate::sanitize;
 
 /// The program's name.
 pub const PROGRAM: &str = "vmm-libvirt-helper";
-/// Where packages put it, seen from the daemon's folder.
+/// The folder into which packages install the helper, relative to the daemon's folder.
 const LIBEXEC: &str = "../libexec/vmm-controlplane";
 
-/// Finds the helper: beside the daemon, where packages put it, on PATH, or where `wanted` says.
+/// Finds the helper: at `wanted` if it is an absolute path, or else beside the daemon, in the
+/// packages' folder, or on PATH.
 pub(super) fn find(wanted: &Path) -> Result<PathBuf, Down> {
     let path = std::env::var_os("PATH");
     let found = if wanted.is_absolute() {
@@ -41,7 +42,8 @@ fn beside(wanted: &Path, own: Option<&Path>) -> Option<PathBuf> {
         .find_map(|folder| find_program(folder.join(wanted), None).ok())
 }
 
-/// What it means that the helper ended without a word on its stdout: `exit` is how, `said` its last words on stderr.
+/// Explains the end of a helper that wrote no reason to its stdout. `exit` is its exit status, and
+/// `said` the end of its stderr.
 pub(super) fn ended(exit: &str, said: &str) -> Down {
     let said = sanitize::sentence(said.trim());
     if said.contains("libvirt") && said.contains("shared librar") {
@@ -56,9 +58,10 @@ pub(super) fn ended(exit: &str, said: &str) -> Down {
     Down { kind: BackendErrorKind::Unreachable, message: format!("{PROGRAM} ended ({exit}){said}") }
 }
 
-/// What it means that `uri` is for a user who can have no such libvirtd, if it is.
+/// Returns an error if the user of the daemon can have no libvirtd at `uri`.
 pub(super) fn impossible(uri: &str, is_root: bool) -> Option<Down> {
-    // A libvirtd that root starts is the system's, and one of another user runs QEMU as that user.
+    // A libvirtd that root starts is the system's, and another user's libvirtd runs QEMU as that
+    // user.
     (is_root && is_session(uri)).then(|| Down {
         kind: BackendErrorKind::Host,
         message: format!(
@@ -68,7 +71,7 @@ pub(super) fn impossible(uri: &str, is_root: bool) -> Option<Down> {
     })
 }
 
-/// What it means that libvirt cannot be reached at `uri`.
+/// Explains the failure to reach libvirt at `uri`.
 pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
     let said = sanitize::sentence(&failure.message);
     let lower = said.to_lowercase();
@@ -109,7 +112,7 @@ pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
     Down { kind, message: format!("libvirt cannot be used at {uri}: {said}; {advice}") }
 }
 
-/// The socket behind a URI, for people; libvirt finds it by itself, from the same variables.
+/// Returns the socket behind a URI, for people. libvirt finds it itself, from the same variables.
 pub(super) fn socket_of(uri: &str, variable: impl Fn(&str) -> Option<OsString>) -> PathBuf {
     let query = uri.split_once('?').map(|(_, query)| query).unwrap_or_default();
     let named = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
@@ -126,7 +129,7 @@ pub(super) fn socket_of(uri: &str, variable: impl Fn(&str) -> Option<OsString>) 
     run.join("libvirt/libvirt-sock")
 }
 
-/// Says whether a URI means the user's own libvirtd, whose QEMUs run as that user whatever is asked for.
+/// Returns true if a URI names a user's own libvirtd, whose QEMUs always run as that user.
 pub(super) fn is_session(uri: &str) -> bool {
     uri.split('?').next().is_some_and(|address| address.ends_with("/session"))
 }

@@ -1,4 +1,4 @@
-//! Keeping a helper: it is started, listened to, and started again when it ends.
+//! Keeps a helper running: starts it, reads its messages, and starts another one when it ends.
 
 use std::process::Stdio;
 use std::sync::Arc;
@@ -18,14 +18,14 @@ use crate::sanitize;
 
 /// The first and the longest pause between two helpers.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// How long the helper may take to end once it has nothing to say any more.
+/// The time in which the helper must end once its output has ended.
 const ENDING: Duration = Duration::from_secs(1);
-/// Requests that wait to be written.
+/// The most requests that wait to be written.
 const OUTGOING: usize = 256;
-/// How much of the helper's stderr is kept, in bytes.
+/// The most bytes of the last line of the helper's stderr.
 const LAST_WORDS: usize = 2048;
 
-/// Keeps a helper, for as long as the link lives.
+/// Keeps a helper running for as long as the link exists.
 pub(super) async fn keep(inner: Arc<Inner>) {
     let mut pause = PAUSES.0;
     for attempt in 1.. {
@@ -33,7 +33,7 @@ pub(super) async fn keep(inner: Arc<Inner>) {
         let (was_up, down) = run_once(&inner).await;
         inner.disconnected();
         if was_up {
-            warn!(reason = down.message, "the connection to libvirt is lost; it is tried again");
+            warn!(reason = down.message, "the connection to libvirt is lost; connecting again");
             pause = PAUSES.0;
         } else {
             debug!(reason = down.message, "libvirt cannot be used");
@@ -48,7 +48,7 @@ pub(super) async fn keep(inner: Arc<Inner>) {
     }
 }
 
-/// Runs one helper to its end. Answers whether it was connected, and why it ended.
+/// Runs one helper to its end. Returns true if it was connected, and the reason for its end.
 async fn run_once(inner: &Arc<Inner>) -> (bool, Down) {
     if let Some(down) = helper::impossible(&inner.uri, rustix::process::geteuid().is_root()) {
         return (false, down);
@@ -62,7 +62,8 @@ async fn run_once(inner: &Arc<Inner>) -> (bool, Down) {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // Ctrl-C at the daemon's terminal is the daemon's to handle.
+        // A process group of its own keeps Ctrl-C at the daemon's terminal away from the helper,
+        // because the daemon ends the helper itself.
         .process_group(0)
         .kill_on_drop(true)
         .spawn();
@@ -97,7 +98,7 @@ async fn run_once(inner: &Arc<Inner>) -> (bool, Down) {
     (was_up, ended.unwrap_or_else(|| helper::ended(&exit, &said)))
 }
 
-/// Waits for the helper to end, and has it end if it does not.
+/// Waits for the end of the helper, and kills it after [`ENDING`]. Returns the exit status as text.
 async fn end(child: &mut Child) -> String {
     let status = match tokio::time::timeout(ENDING, child.wait()).await {
         Ok(status) => status,
@@ -111,19 +112,20 @@ async fn end(child: &mut Child) -> String {
     status.map_or_else(|error| error.to_string(), |status| status.to_string())
 }
 
-/// Writes requests until the helper takes no more.
+/// Writes requests until the helper closes its stdin.
 async fn write(mut stdin: ChildStdin, mut outgoing: mpsc::Receiver<Vec<u8>>) {
     while let Some(line) = outgoing.recv().await {
         if let Err(error) = stdin.write_all(&line).await {
-            debug!(%error, "the libvirt helper takes no more requests");
+            debug!(%error, "the libvirt helper does not read its requests any more");
             return;
         }
     }
-    // The other end is dropped only with everything else.
+    // The sender is dropped together with this task.
     std::future::pending().await
 }
 
-/// Takes what the helper says, until it says why it ends or ends without a word.
+/// Handles the helper's messages until one gives the reason for its end. Returns `None` if its
+/// output ended without a reason.
 async fn listen(
     inner: &Inner,
     stdout: impl AsyncRead + Unpin,

@@ -1,15 +1,17 @@
-//! The helper and its connection: one of each for all VMs, started again when they end.
+//! The helper and its connection to libvirt. All VMs share one of each. Both are started again when
+//! they end.
 //!
 //! ```text
-//!   Starting ── ready ──► Up ── closed, or the helper died ──► Down ── a pause, or somebody asks ──► Starting …
+//!   Starting ── ready ──► Up ── closed, or the helper died ──► Down ── a pause, or `ready` ──► Starting …
 //!       └── unreachable, no helper ──────────────────────────►
 //!
 //!   call ──► stdin of the helper ──► … ──► its answer, by id
-//!   events ──► the watch of their domain ── or, where it has none, discovery
+//!   events ──► the watch of their domain ── or discovery, if there is no watch
 //! ```
 //!
-//! How long connecting takes is libvirt's to say: at its first use it looks at QEMU, which takes half a minute where the host's
-//! KVM is one in software. Who needs the connection waits for as long as it can, and is told so.
+//! libvirt decides how long connecting takes: at its first use it examines QEMU, which takes half a
+//! minute with KVM in software. A caller that needs the connection waits for its own time limit and
+//! then gets an error with this explanation.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -28,7 +30,7 @@ use super::domain::LOOKING;
 use super::keeper::keep;
 use crate::sanitize;
 
-/// Events that wait for one VM's watch.
+/// The most events that wait for one VM's watch.
 const EVENTS: usize = 256;
 
 /// The state of the connection.
@@ -38,18 +40,18 @@ pub(super) enum State {
     Starting,
     /// libvirt answers.
     Up(Up),
-    /// There is no connection; the attempt counts from 1.
+    /// There is no connection. The number of the failed attempt counts from 1.
     Down(u64, Down),
 }
 
-/// What libvirt said of itself.
+/// The versions that libvirt reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Up {
     pub(super) libvirt: String,
     pub(super) hypervisor: String,
 }
 
-/// Why there is no connection, and what to do.
+/// The reason for the missing connection, and the advice.
 #[derive(Clone, Debug)]
 pub(super) struct Down {
     pub(super) kind: BackendErrorKind,
@@ -62,27 +64,27 @@ impl From<Down> for BackendError {
     }
 }
 
-/// What a VM's watch hears.
+/// An event for a VM's watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// libvirt's own.
+    /// An event of libvirt.
     Lifecycle(Lifecycle),
-    /// QEMU's own: its name and data.
+    /// An event of QEMU: its name and data.
     Monitor(String, String),
-    /// There is a connection again: what came in between is lost.
+    /// A new connection. The events since the last one are lost.
     Connected,
 }
 
-/// What discovery hears.
+/// An event for discovery, which receives the events of all domains without a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Stray {
-    /// Something happened to a domain that nobody watches.
+    /// The state of a domain without a watch has changed.
     Changed(Uuid),
     /// A domain was undefined.
     Undefined(Uuid),
-    /// There is a connection again.
+    /// A new connection.
     Connected,
-    /// There is none any more.
+    /// The connection was lost.
     Lost,
 }
 
@@ -93,23 +95,24 @@ pub(super) struct Link {
     task: OnceLock<AbortHandle>,
 }
 
-/// The parts that the task shares which keeps the helper.
+/// The parts of the link that the task of the helper shares.
 #[derive(Debug)]
 pub(super) struct Inner {
     pub(super) uri: String,
     pub(super) program: PathBuf,
     pub(super) state: watch::Sender<State>,
-    /// Somebody waits for a connection.
+    /// Notified when a caller waits for a connection.
     pub(super) retry: Notify,
     next: AtomicU64,
     pending: Mutex<HashMap<u64, oneshot::Sender<Result<Got, Failure>>>>,
     outgoing: Mutex<Option<mpsc::Sender<Vec<u8>>>>,
     watches: Mutex<HashMap<Uuid, mpsc::Sender<Event>>>,
     strays: Mutex<Option<mpsc::UnboundedSender<Stray>>>,
-    /// A read has not come back: whoever hangs, the helper or libvirtd, a new helper finds it out.
+    /// Set when a call was not answered that needs neither QEMU nor the host. Then the helper or
+    /// libvirtd hangs, and a new helper replaces the connection.
     pub(super) hangs: AtomicBool,
     hung: Notify,
-    /// Whether that is being found out.
+    /// Set while a test call is in progress.
     suspected: AtomicBool,
 }
 
@@ -140,7 +143,8 @@ impl Link {
         Self { inner: Arc::new(inner), task: OnceLock::new() }
     }
 
-    /// Starts the task that keeps a helper; the first use does, because only then there is surely a runtime.
+    /// Starts the task that keeps a helper. Every use of the link calls this, because only then
+    /// there surely is a runtime.
     fn start(&self) {
         self.task.get_or_init(|| {
             let task = keep(Arc::clone(&self.inner));
@@ -149,16 +153,22 @@ impl Link {
         });
     }
 
-    /// The connection's state now.
+    /// Returns the state of the connection.
     pub(super) fn state(&self) -> State {
         self.start();
         self.inner.state.borrow().clone()
     }
 
-    /// Waits for a connection; one that was lost is tried again at once.
+    /// Waits until there is a connection, for at most `within`. A lost connection is tried again at
+    /// once.
     pub(super) async fn ready(&self, within: Duration) -> Result<Up, Down> {
         self.start();
         let mut states = self.inner.state.subscribe();
+        // The attempt counter distinguishes a failure before this call from a later one. Without it
+        // the old `Down` state would end the wait at once, although the notification below starts a
+        // new attempt whose result counts. `Starting` counts as attempt 0, so its failure ends the
+        // wait, too. A permit of `notify_one` is kept if the task does not wait at this moment, so
+        // the notification cannot be lost.
         let known = match &*states.borrow_and_update() {
             State::Up(up) => return Ok(up.clone()),
             State::Down(attempt, _) => *attempt,
@@ -180,25 +190,26 @@ impl Link {
         }
     }
 
-    /// Makes one call over the connection that there is.
+    /// Makes one call over the present connection.
     pub(super) async fn call(&self, call: Call, within: Duration) -> Result<Got, CallError> {
         self.start();
         self.inner.call(call, within).await
     }
 
-    /// Has the events of one domain sent to the receiver, until it is dropped.
+    /// Sends the events of one domain to the returned receiver, until it is dropped.
     pub(super) fn watch(&self, domain: Uuid) -> Watched {
         let (sender, events) = mpsc::channel(EVENTS);
         lock(&self.inner.watches).insert(domain, sender);
         Watched { inner: Arc::clone(&self.inner), domain, events }
     }
 
-    /// Says whether somebody watches a domain.
+    /// Returns true if a domain has a watch.
     pub(super) fn is_watched(&self, domain: Uuid) -> bool {
         lock(&self.inner.watches).get(&domain).is_some_and(|watch| !watch.is_closed())
     }
 
-    /// Has the rest of the events sent to the receiver. There is one; a second one takes over.
+    /// Sends the events of all domains without a watch to the returned receiver. A second receiver
+    /// replaces the first.
     pub(super) fn strays(&self) -> mpsc::UnboundedReceiver<Stray> {
         self.start();
         let (sender, strays) = mpsc::unbounded_channel();
@@ -209,7 +220,7 @@ impl Link {
 
 #[cfg(test)]
 impl Link {
-    /// A connection to a libvirt that gives `answer`s.
+    /// Returns a connection to a libvirt that answers each call with `answer`.
     pub(super) fn scripted(answer: impl Fn(Call) -> Got + Send + 'static) -> Self {
         let link = Self::new("test:///scripted".to_owned(), PathBuf::new());
         let (sender, mut asked) = mpsc::channel::<Vec<u8>>(EVENTS);
@@ -226,7 +237,7 @@ impl Link {
     }
 }
 
-/// Why a call has no result.
+/// The failure of a call.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
     /// There is no connection.
@@ -235,22 +246,22 @@ pub(super) enum CallError {
     /// The connection was lost before the answer came.
     #[error("the connection to libvirt was lost during {name}; it is made again")]
     Lost { name: &'static str, only_reads: bool },
-    /// The answer has not come in time.
+    /// The answer did not come in time.
     #[error("libvirt has not answered {name} within {within:?}")]
     Silent { name: &'static str, only_reads: bool, within: Duration },
-    /// The helper has taken none of the calls that wait for it, this one included.
+    /// The helper did not read the call in time, because too many calls wait.
     #[error("the libvirt helper has not taken {name} within {within:?}: too many calls wait for it")]
     Full { name: &'static str, within: Duration },
-    /// libvirt said no.
+    /// libvirt refused the call.
     #[error("libvirt says: {}", sanitize::sentence(&.0.message))]
     Failed(Failure),
-    /// The helper's answer, or our question, is none.
+    /// The helper's answer, or the daemon's request, is malformed.
     #[error("the libvirt helper and the daemon do not understand each other: {0}")]
     Senseless(String),
 }
 
 impl CallError {
-    /// The kind of libvirt's own refusal, if it was one.
+    /// Returns the kind of libvirt's refusal, if libvirt refused the call.
     pub(super) fn refusal(&self) -> Option<FailureKind> {
         match self {
             Self::Failed(failure) => Some(failure.kind),
@@ -276,7 +287,8 @@ impl From<CallError> for BackendError {
                 FailureKind::WrongState | FailureKind::Other => {
                     (BackendErrorKind::Rejected, Effect::NotApplied)
                 }
-                // libvirt was not asked, so that nothing is known of the VM.
+                // The helper did not pass the call on to libvirt, so the call says nothing about
+                // the VM.
                 FailureKind::Busy => (BackendErrorKind::Host, Effect::NotApplied),
                 FailureKind::Timeout => (BackendErrorKind::Timeout, Effect::NotApplied),
                 FailureKind::NoConnection => (BackendErrorKind::Unreachable, Effect::Unknown),
@@ -289,7 +301,7 @@ impl From<CallError> for BackendError {
     }
 }
 
-/// The place of an answer that is waited for, given up when dropped.
+/// The entry of a call that waits for its answer. Removed when dropped.
 struct Pending<'a> {
     inner: &'a Inner,
     id: u64,
@@ -310,7 +322,7 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    /// The domain.
+    /// Returns the domain.
     pub(super) fn domain(&self) -> Uuid {
         self.domain
     }
@@ -326,7 +338,7 @@ impl Drop for Watched {
                 watches.remove(&self.domain);
             }
         }
-        // What nobody read may be the start of the next run.
+        // An unread start event may belong to the next run, so discovery receives it.
         while let Ok(event) = self.events.try_recv() {
             if event == Event::Lifecycle(Lifecycle::Started) {
                 self.inner.stray(Stray::Changed(self.domain));
@@ -349,6 +361,9 @@ impl Inner {
             return Err(CallError::Senseless("the request is too long".to_owned()));
         }
         let (reply, answer) = oneshot::channel();
+        // The entry exists before the request is written, because the answer may come before `send`
+        // returns. `_pending` removes the entry on every path, so a late answer finds none and is
+        // dropped.
         lock(&self.pending).insert(id, reply);
         let _pending = Pending { inner: self, id };
         let deadline = tokio::time::Instant::now() + within;
@@ -362,6 +377,9 @@ impl Inner {
             Ok(Ok(Err(failure))) => Err(CallError::Failed(failure)),
             Ok(Err(_)) => Err(CallError::Lost { name, only_reads }),
             Err(_) => {
+                // A call that needs neither QEMU nor the host must be answered at once, so its
+                // silence means that the helper or libvirtd hangs. Silence of any other call may be
+                // the fault of one QEMU, so a test call decides.
                 match waits_for {
                     WaitsFor::Nothing => {
                         self.hangs.store(true, Ordering::Relaxed);
@@ -374,14 +392,16 @@ impl Inner {
         }
     }
 
-    /// Finds out which hangs: one QEMU, or everything before it.
+    /// Starts a test call that finds out whether one QEMU hangs, or the helper or libvirtd. At most
+    /// one runs at a time.
     fn suspect(self: &Arc<Self>) {
         if self.suspected.swap(true, Ordering::Relaxed) {
             return;
         }
         let inner = Arc::clone(self);
         tokio::spawn(async move {
-            // No domain has this UUID. That the answer comes is what counts.
+            // No domain has this UUID. Any answer proves that libvirtd answers. Silence sets
+            // `hangs` in `call`.
             let _ = Box::pin(inner.call(Call::Look { uuid: Uuid::nil() }, LOOKING)).await;
             inner.suspected.store(false, Ordering::Relaxed);
         });
@@ -404,28 +424,28 @@ impl Inner {
         }
     }
 
-    /// The helper has gone, and with it every call that is under way.
+    /// Ends every call that is in progress, because the helper has ended.
     pub(super) fn disconnected(&self) {
         *lock(&self.outgoing) = None;
         lock(&self.pending).clear();
     }
 
-    /// libvirt is there: calls go to `sender` from now on.
+    /// Records a new connection, whose calls go to `sender`.
     pub(super) fn connected(&self, libvirt: String, hypervisor: String, sender: mpsc::Sender<Vec<u8>>) {
         info!(libvirt, hypervisor, "connected to libvirt");
         *lock(&self.outgoing) = Some(sender);
         self.state.send_replace(State::Up(Up { libvirt, hypervisor }));
         for watch in lock(&self.watches).values() {
-            // Whoever is that far behind looks anyway.
+            // A watch whose queue is full compares the state anyway.
             let _ = watch.try_send(Event::Connected);
         }
         self.stray(Stray::Connected);
     }
 
-    /// Hands an answer to who waits for it.
+    /// Passes an answer to the call that waits for it.
     pub(super) fn answered(&self, id: u64, ok: Option<Got>, failed: Option<Failure>) {
         let waiting = lock(&self.pending).remove(&id);
-        // Nobody waits for an answer that came too late.
+        // The call has given up before its answer came.
         let Some(waiting) = waiting else { return };
         let answer = match (ok, failed) {
             (Some(got), None) => Ok(got),
@@ -438,7 +458,7 @@ impl Inner {
         let _ = waiting.send(answer);
     }
 
-    /// Hands an event to its domain's watch, or to discovery.
+    /// Passes an event to the watch of its domain, or to discovery.
     pub(super) fn happened(&self, domain: Uuid, event: Event) {
         if event == Event::Lifecycle(Lifecycle::Undefined) {
             self.stray(Stray::Undefined(domain));
@@ -453,14 +473,14 @@ impl Inner {
         }
     }
 
-    /// Tells discovery.
+    /// Sends an event to discovery.
     pub(super) fn stray(&self, stray: Stray) {
         if let Some(strays) = &*lock(&self.strays) {
             let _ = strays.send(stray);
         }
     }
 
-    /// Waits until somebody has found out that nothing answers.
+    /// Waits until libvirt was found to hang.
     pub(super) async fn hung_up(&self) {
         while !self.hangs.load(Ordering::Relaxed) {
             self.hung.notified().await;

@@ -1,4 +1,4 @@
-//! QEMU through libvirt: one domain per VM, made, started and ended by libvirtd.
+//! QEMU through libvirt: one domain per VM, which libvirtd defines, starts and ends.
 //!
 //! ```text
 //!   LibvirtBackend ── check ──► Report                                     check, convert, cpu: pure
@@ -8,9 +8,10 @@
 //!      └───────────── pidfd ───────────────────────────────────────────────┘
 //! ```
 //!
-//! The daemon does not link libvirt: [`helper`] is a program of its own that does, and that is missing where libvirt is. A
-//! domain bears its VM's uid as UUID, its vm_id as name, and a mark of this installation in its metadata; it stays defined until
-//! the VM is deleted, so that others can start it, and that is seen. What bears no such mark is left alone.
+//! The daemon does not link libvirt. [`helper`] finds a separate program that does, so the daemon
+//! also runs on a host without libvirt. A domain bears its VM's uid as UUID, its vm_id as name, and
+//! a mark of this instance in its metadata. The domain stays defined until the VM is deleted, so
+//! other clients can start it, which discovery reports. Domains without the mark are not touched.
 
 mod adopt;
 mod check;
@@ -53,32 +54,33 @@ use link::{Link, State};
 
 pub use crate::qemu::NAME;
 
-/// How long a look at libvirt's health may wait for a connection.
+/// The longest wait of a health check for a connection.
 const CONNECTING: Duration = Duration::from_secs(3);
-/// How long libvirt may take over all of a sweep; the service waits two seconds, and ten where a VM is deleted without force.
+/// The time limit of libvirt in a sweep. The service waits two seconds, and ten for a deletion
+/// without force.
 const SWEEPING: Duration = Duration::from_millis(1800);
-/// The same where a VM is deleted without force. What libvirt writes then waits for a disk.
+/// The time limit of libvirt in a deletion without force, because libvirt waits for a disk then.
 const DELETING: Duration = Duration::from_secs(9);
-/// How long of that it may take to end a domain, before its QEMU is killed.
+/// The part of these limits for the end of a domain, before its QEMU is killed.
 const DESTROYING: Duration = Duration::from_millis(500);
 
-/// How libvirt is used.
+/// The settings of the backend.
 #[derive(Clone, Debug)]
 pub struct LibvirtOptions {
     /// The connection's URI: `qemu:///system`, `qemu:///session` or `qemu+unix://…`.
     pub uri: String,
-    /// The helper: a name, looked for beside the daemon and on PATH, or a path.
+    /// The helper: a name that is searched beside the daemon and on PATH, or a path.
     pub helper: PathBuf,
     /// The QEMU: an absolute path, or a name, which leaves the choice to libvirt.
     pub emulator: PathBuf,
-    /// Whether KVM is used.
+    /// The choice between KVM and emulation.
     pub kvm: KvmMode,
-    /// Whether domains that somebody else made are shown.
+    /// True if domains of other clients are imported.
     pub import: bool,
 }
 
 impl LibvirtOptions {
-    /// The usual options for a URI.
+    /// Returns the default options for a URI.
     pub fn new(uri: impl Into<String>) -> Self {
         Self {
             uri: uri.into(),
@@ -95,19 +97,19 @@ impl LibvirtOptions {
 pub struct LibvirtBackend {
     options: LibvirtOptions,
     accelerator: Accelerator,
-    /// The user that QEMU is to run as.
+    /// The user that QEMU runs as, or `None` for libvirt's choice.
     label: Option<Label>,
-    /// Where libvirtd listens.
+    /// The socket of libvirtd.
     socket: PathBuf,
     link: Arc<Link>,
     capabilities: Capabilities,
 }
 
 impl LibvirtBackend {
-    /// Makes the backend. Nothing is connected before it is first used.
+    /// Returns the backend. The first use connects.
     pub fn new(options: LibvirtOptions) -> Self {
         let accelerator = qemu::accelerator(options.kvm);
-        // A libvirtd of one user has no other to give.
+        // A user's own libvirtd runs every QEMU as that user.
         let label = (!helper::is_session(&options.uri)).then(|| Label {
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
@@ -127,7 +129,7 @@ impl LibvirtBackend {
         VmKind::Libvirt { uri: self.options.uri.clone(), domain }
     }
 
-    /// The version of QEMU, if libvirt has said it.
+    /// Returns the version of QEMU, or an empty text without a connection.
     fn hypervisor(&self) -> String {
         match self.link.state() {
             State::Up(up) => up.hypervisor,
@@ -139,7 +141,7 @@ impl LibvirtBackend {
         matches!(self.link.state(), State::Up(_))
     }
 
-    /// Forgets the definition of a domain. One that is not there is forgotten already.
+    /// Removes the definition of a domain. Succeeds if there is none.
     async fn undefine(&self, uuid: Uuid, everything: bool, within: Duration) -> Result<(), BackendError> {
         match self.link.order(Call::Undefine { uuid, everything }, within).await {
             Err(error) if error.refusal() == Some(FailureKind::NoDomain) => Ok(()),
@@ -185,7 +187,7 @@ impl Backend for LibvirtBackend {
         let limit = if request.purpose == Sweep::Delete { DELETING } else { SWEEPING };
         if request.imported && !request.purpose.is_forced() {
             return match request.purpose {
-                // What somebody else has made or started since goes on.
+                // A domain of another client goes on, because this program did not start it.
                 Sweep::Clear | Sweep::End => Ok(()),
                 Sweep::Delete | Sweep::ForceDelete => self.undefine(uuid, false, limit).await,
             };
@@ -194,7 +196,8 @@ impl Backend for LibvirtBackend {
         let was_defined = request.imported || self.is_up() || start::was_defined(&request.dir);
         let undefines = deletes && was_defined;
         let runs = !matches!(domain::find_qemu(uuid, &self.options.emulator).await, Ok(None));
-        // First, so that nobody can start it in between; one that runs is forgotten when it ends.
+        // The definition is removed first, so that no other client can start the domain in between.
+        // A running domain disappears when it ends.
         let patience = if runs { limit / 2 } else { limit };
         let undefined =
             if undefines { self.undefine(uuid, !request.imported, patience).await } else { Ok(()) };

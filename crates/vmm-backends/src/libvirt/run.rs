@@ -1,4 +1,4 @@
-//! Taking a QEMU that libvirt has started into hand.
+//! Assembles the handle and the watch of a QEMU that libvirt has started.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,10 +22,10 @@ use crate::ordered::Ordered;
 use crate::qemu::ending::Patience;
 use crate::throttle::Throttle;
 
-/// Events that wait for the VM's owner.
+/// The most events that wait for the VM's owner.
 const EVENTS: usize = 256;
 
-/// What is known of a run, besides its process.
+/// The facts about a run other than its process.
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
     pub(super) domain: Uuid,
@@ -33,15 +33,15 @@ pub(super) struct Facts {
     pub(super) version: String,
     pub(super) accelerator: String,
     pub(super) machine: String,
-    /// Whether a guest that resets itself starts again.
+    /// True if a guest that resets itself starts again.
     pub(super) restarts: bool,
-    /// Whether somebody else made the domain.
+    /// True if another client created the domain.
     pub(super) imported: bool,
     pub(super) taps: Vec<String>,
 }
 
 impl Facts {
-    /// Puts in the TAPs that libvirt has given to an imported domain for this run.
+    /// Returns the facts with the TAPs that libvirt has given to an imported domain for this run.
     pub(super) async fn with_live_taps(mut self, link: &Link) -> Self {
         if self.imported {
             self.taps = live_taps(link, self.domain, LOOKING).await.unwrap_or_default();
@@ -49,7 +49,7 @@ impl Facts {
         self
     }
 
-    /// The run's record, of a run that begins now.
+    /// Returns the record of a run that begins now.
     pub(super) fn record(&self, process: &Process) -> RunRecord {
         RunRecord {
             process: process.identity().clone(),
@@ -64,7 +64,7 @@ impl Facts {
     }
 }
 
-/// Asks libvirt for the TAPs that a running domain has now; `None` where libvirt does not say.
+/// Returns the TAPs that a running domain has now, or `None` if libvirt does not report them.
 pub(super) async fn live_taps(link: &Link, domain: Uuid, within: Duration) -> Option<Vec<String>> {
     let told = match link.call(Call::Xml { uuid: domain }, within).await {
         Ok(Got::Xml { xml }) => describe(&xml),
@@ -76,7 +76,8 @@ pub(super) async fn live_taps(link: &Link, domain: Uuid, within: Duration) -> Op
         .ok()
 }
 
-/// Makes the handle and begins to watch. `state` is what the domain is thought to be doing.
+/// Returns the handle, and starts the task that watches the domain. `state` is the last known state
+/// of the domain.
 pub(super) fn assemble(
     link: &Arc<Link>,
     watched: Watched,
@@ -96,7 +97,7 @@ pub(super) fn assemble(
         events: sender,
         reason: None,
         ended: None,
-        // Somebody else's is ended by force, or not at all.
+        // An imported domain is ended by force only, so a hanging QEMU is not woken there.
         patience: (!facts.imported).then_some(Patience::WITH_LIBVIRTS),
         end: None,
         handle,

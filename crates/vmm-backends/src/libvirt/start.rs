@@ -1,9 +1,9 @@
-//! Starting a domain: define, start with its CPUs standing still, find its process, let it go on.
+//! Starts a domain: defines it, starts it with stopped CPUs, finds its process, and resumes it.
 //!
 //! ```text
-//!   by uuid ── running ─────────────────► taken over: somebody has started it already
+//!   by uuid ── running ─────────────────► taken over: another client has started it
 //!      │ off, or none
-//!   by name ── somebody else's ─────────► refused, naming it
+//!   by name ── of another client ─────────► refused, naming it
 //!      │ free
 //!   define ─► start ─► find its QEMU ─► resume      any failure: destroyed again
 //! ```
@@ -26,21 +26,22 @@ use super::run::{Facts, assemble};
 use super::{LibvirtBackend, domain_of};
 use crate::qemu::images;
 
-/// How long libvirt may take to be connected to; with the rest of a start it stays below what the service allows.
+/// The time limit of the connection to libvirt. The whole start stays below the service's limit.
 const CONNECTING: Duration = Duration::from_secs(15);
-/// How long libvirt may take to define or start a domain. It looks at a QEMU anew that was replaced meanwhile.
+/// The time limit of libvirt for a definition or a start. libvirt examines a QEMU again that was
+/// replaced.
 const STARTING: Duration = Duration::from_secs(18);
-/// How long libvirt may take to notice that the QEMU before has gone.
+/// The time in which libvirt must notice the end of the QEMU of the run before.
 const NOTICING: Duration = Duration::from_secs(5);
-/// The file in the run folder that holds what was defined.
+/// The file in the run folder with the last definition.
 const DEFINITION: &str = "domain.xml";
-/// How long between two looks for that.
+/// The pause between two looks for the end of that QEMU.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Where QEMU's packages put qboot.
+/// The folders into which QEMU's packages install qboot.
 const FIRMWARE: [&str; 3] =
     ["/usr/share/qemu/qboot.rom", "/usr/share/qemu-kvm/qboot.rom", "/usr/local/share/qemu/qboot.rom"];
 
-/// Starts the domain of `request`. Nothing of it runs after an error, as far as the error does not say otherwise.
+/// Starts the domain of `request`. No QEMU of it runs after an error, unless the error reports one.
 pub(super) async fn launch(
     backend: &LibvirtBackend,
     request: LaunchRequest,
@@ -82,7 +83,7 @@ pub(super) async fn launch(
     start(backend, watched, facts).await
 }
 
-/// Starts a domain that is defined, up to its handle.
+/// Starts a defined domain, and returns its handle.
 async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Result<Launched, BackendError> {
     let uuid = facts.domain;
     let begun = async {
@@ -104,7 +105,8 @@ async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Resu
     Ok(launched)
 }
 
-/// Takes a domain into hand that somebody else has started meanwhile: it runs, which is what was asked for.
+/// Takes over a domain that another client has started meanwhile, because a running domain is the
+/// requested result.
 async fn take_over(
     backend: &LibvirtBackend,
     watched: Watched,
@@ -133,7 +135,7 @@ async fn qemu_of(backend: &LibvirtBackend, uuid: Uuid) -> Result<Process, Backen
     }
 }
 
-/// Ends what a start that broke has left.
+/// Ends the domain of a start that failed, and returns the error of the start.
 async fn undo(backend: &LibvirtBackend, uuid: Uuid, mut error: BackendError) -> BackendError {
     error.effect = match backend.end(uuid, Duration::from_secs(2)).await {
         Ok(()) => Effect::NotApplied,
@@ -145,7 +147,7 @@ async fn undo(backend: &LibvirtBackend, uuid: Uuid, mut error: BackendError) -> 
     error
 }
 
-/// What libvirt knows of the domain, once it has noticed the end of a QEMU that has gone.
+/// Returns the domain once libvirt has noticed the end of its last QEMU.
 async fn settled(link: &Link, uuid: Uuid) -> Result<Option<Domain>, BackendError> {
     let deadline = Instant::now() + NOTICING;
     loop {
@@ -161,7 +163,7 @@ async fn settled(link: &Link, uuid: Uuid) -> Result<Option<Domain>, BackendError
     }
 }
 
-/// Defines the domain as `request` wants it. What has its name and is not ours stays.
+/// Defines the domain of `request`. A domain of another owner with the same name stays.
 async fn define(
     backend: &LibvirtBackend,
     request: &LaunchRequest,
@@ -172,7 +174,8 @@ async fn define(
     if let Some(domain) = &known
         && domain.name != name
     {
-        // Somebody has renamed it. libvirt gives a domain no other name by defining it.
+        // Another client has renamed the domain. A new definition cannot change the name of an
+        // existing domain.
         backend.link.order(Call::Undefine { uuid, everything: true }, LOOKING).await?;
     }
     let namesake = backend.link.look_by_name(name).await?.filter(|domain| domain.uuid != uuid);
@@ -190,7 +193,7 @@ async fn define(
                 namesake.uuid
             )));
         }
-        // A deletion that libvirt did not hear of.
+        // The namesake is left of a VM that was deleted while libvirt could not be reached.
         backend.link.order(Call::Undefine { uuid: namesake.uuid, everything: true }, LOOKING).await?;
     }
     let xml = xml_of(backend, request).await?;
@@ -198,7 +201,7 @@ async fn define(
     backend.link.order(Call::Define { xml }, STARTING).await.map_err(slow)
 }
 
-/// Explains why libvirt may take so long over what it does in milliseconds elsewhere.
+/// Adds the known reason if libvirt takes seconds for a call that takes milliseconds elsewhere.
 fn slow(error: CallError) -> BackendError {
     let is_silent = matches!(error, CallError::Silent { .. });
     let mut error = BackendError::from(error);
@@ -211,7 +214,7 @@ fn slow(error: CallError) -> BackendError {
     error
 }
 
-/// Notes what is about to be defined: for people, and for a deletion that libvirt cannot be asked about.
+/// Writes the definition to the run folder, for people and for a deletion without libvirt.
 async fn note_definition(dir: &Path, xml: &str) -> Result<(), BackendError> {
     let (file, xml) = (dir.join(DEFINITION), xml.to_owned());
     match tokio::task::spawn_blocking(move || std::fs::write(file, xml)).await {
@@ -224,7 +227,7 @@ async fn note_definition(dir: &Path, xml: &str) -> Result<(), BackendError> {
     }
 }
 
-/// Says whether a domain may ever have been defined for the run folder.
+/// Returns true if a domain may have been defined for the run folder.
 pub(super) fn was_defined(dir: &Path) -> bool {
     dir.join(DEFINITION).exists()
 }
@@ -244,7 +247,7 @@ async fn xml_of(backend: &LibvirtBackend, request: &LaunchRequest) -> Result<Str
         vm_id: &request.vm_id,
         spec: &request.spec,
         accelerator: backend.accelerator,
-        // A bare name is libvirt's to find: its own choice may be the only one that it may start.
+        // libvirt resolves a bare name, because it may be allowed to start its own choice only.
         emulator: emulator.is_absolute().then_some(emulator),
         firmware: &firmware,
         label: backend.label,
@@ -266,7 +269,7 @@ fn firmware() -> Result<PathBuf, String> {
     })
 }
 
-/// Removes the sockets that an earlier run in this folder left.
+/// Removes the sockets of an earlier run in this folder.
 pub(super) async fn clear(dir: &Path) -> Result<(), BackendError> {
     let dir = dir.to_path_buf();
     match tokio::task::spawn_blocking(move || run_dir::remove_sockets(&dir)).await {
@@ -300,7 +303,7 @@ impl LibvirtBackend {
         }
     }
 
-    /// Ends a domain by libvirt, or what runs of it by its proven process. Answers once nothing runs.
+    /// Ends a domain by libvirt, or else its proven process. Returns once no QEMU of it runs.
     pub(super) async fn end(&self, uuid: Uuid, patience: Duration) -> Result<(), BackendError> {
         let ended = self.link.order(Call::Destroy { uuid }, patience).await;
         if let Err(error) = &ended {

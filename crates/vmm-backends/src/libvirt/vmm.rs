@@ -22,16 +22,17 @@ use crate::ladder::{self, Means};
 use crate::ordered::Ordered;
 use crate::patience::ENDING;
 
-/// How long libvirt may take over what needs QEMU. QEMU answers in milliseconds, libvirtd on a busy host in a second or two.
+/// The time limit of a libvirt call that needs QEMU. QEMU answers in milliseconds, libvirtd on a
+/// busy host in a second or two.
 const ORDERING: Duration = Duration::from_secs(10);
-/// How long the question may take by which it is found out whether QEMU answers at all.
+/// The time limit of the call that finds out whether QEMU answers.
 pub(super) const ASKING: Duration = Duration::from_millis(2500);
-/// The time that libvirt has to end a domain by force, because all of it must be over within two seconds.
+/// The time limit of libvirt for a forced end, which must complete within two seconds.
 const DESTROYING_AT_ONCE: Duration = Duration::from_millis(900);
-/// How long libvirt may take to clear up behind a QEMU that has gone.
+/// The time in which libvirt cleans up after the end of a QEMU.
 const SETTLING: Duration = Duration::from_millis(800);
 
-/// The handle.
+/// The handle of one domain.
 #[derive(Debug)]
 pub(super) struct LibvirtVmm {
     pub(super) domain: Uuid,
@@ -39,12 +40,13 @@ pub(super) struct LibvirtVmm {
     pub(super) process: Process,
     pub(super) link: Arc<Link>,
     pub(super) guest: Arc<Ordered>,
-    /// Whether a guest that resets itself starts again.
+    /// True if a guest that resets itself starts again.
     pub(super) restarts: bool,
-    /// Whether somebody else made the domain: then libvirt ends it or nobody does, unless force is used.
+    /// True if another client created the domain. Then only libvirt ends the domain, except by
+    /// force.
     pub(super) imported: bool,
     pub(super) taps: Vec<String>,
-    /// Tells the watch, by being dropped, that this handle has been.
+    /// Dropped together with the handle, which the watch notices.
     pub(super) _wanted: oneshot::Sender<()>,
 }
 
@@ -83,7 +85,8 @@ impl Vmm for LibvirtVmm {
         point(FaultPoint::ResetPrepared);
         let reset = self.guest.resets.order(self.order(Call::Reset { uuid })).await;
         point(FaultPoint::ResetOrdered);
-        // QEMU has decided by now: what counts is the action at the time of the reset.
+        // QEMU uses the action that is set when the reset is requested, so the action may be
+        // restored now.
         let restored = self.order(Call::OnReboot { uuid, restart: false }).await;
         reset?;
         restored.map_err(|error| BackendError { effect: Effect::Applied, ..error })?;
@@ -97,7 +100,8 @@ impl Vmm for LibvirtVmm {
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
-        // libvirt remembers what a domain was doing. Whether its QEMU answers shows only a question that reaches it.
+        // libvirt answers from its memory of the domain's state. Only a call that reaches QEMU
+        // shows that QEMU answers.
         self.block_stats().await?;
         match self.link.look(self.domain, LOOKING).await {
             Ok(Some(domain)) => Ok(guest_state(domain.state)),
@@ -126,7 +130,8 @@ impl Means for LibvirtVmm {
             .then(|| Box::pin(self.order(Call::Destroy { uuid: self.domain })) as ladder::Call<'_>)
     }
 
-    /// The process is proven by libvirt's own mark in its arguments, and held by its pidfd.
+    /// Kills QEMU's process, of an imported domain by force only. libvirt's mark in the arguments
+    /// proves the process, and the pidfd still names it.
     async fn end_process(&self, forced: bool, _reached: EndedBy) -> Result<EndedBy, BackendError> {
         if self.imported && !forced {
             let message = "the guest has not shut down, and somebody else made the domain: use force to have libvirt end it";
@@ -137,11 +142,13 @@ impl Means for LibvirtVmm {
 }
 
 impl LibvirtVmm {
-    /// Waits a moment for libvirt to clear up behind a domain that it has ended, because the next call would wait for that.
+    /// Waits until libvirt has cleaned up after a domain that it has ended, because the next call
+    /// would wait for that.
     async fn settle(&self) {
         let cleared = async {
-            // libvirt may answer only when it has cleared up. A call that outlives its own time has the connection taken for
-            // dead, so this one gets the usual time and is given up from outside.
+            // libvirt may answer only after its clean-up. A call that exceeds its own limit marks
+            // the connection as hanging, so the call gets the usual limit and is dropped from
+            // outside.
             while let Ok(Some(domain)) = self.link.look(self.domain, LOOKING).await
                 && is_active(domain.state)
             {
@@ -151,7 +158,8 @@ impl LibvirtVmm {
         let _ = tokio::time::timeout(SETTLING, cleared).await;
     }
 
-    /// Has libvirt end the domain within `patience`, and else ends its QEMU. Answers once it has gone.
+    /// Ends the domain by libvirt within `patience`, or else kills its QEMU. Returns once QEMU has
+    /// ended.
     async fn end(&self, patience: Duration) -> Result<EndedBy, BackendError> {
         if self.process.has_ended() {
             return self.gone_by(EndedBy::Guest).await;
@@ -164,7 +172,7 @@ impl LibvirtVmm {
             answer = &mut ordered => Some(answer),
             _ = self.process.wait() => {
                 point(FaultPoint::LadderOrdered);
-                // libvirt clears up behind it. What is asked of it next would wait for that.
+                // libvirt cleans up now. The next call would wait for that.
                 let _ = tokio::time::timeout(SETTLING, ordered).await;
                 return Ok(EndedBy::Vmm);
             }
@@ -172,7 +180,7 @@ impl LibvirtVmm {
         };
         point(FaultPoint::LadderOrdered);
         match answered {
-            // What remains is that the kernel says the same.
+            // libvirt has ended the domain, so only the kernel's report is missing.
             Some(Ok(())) if self.process.wait_for(ENDING).await.is_some() => return Ok(EndedBy::Vmm),
             Some(Err(error)) => tracing::warn!(%error, "libvirt did not end the domain"),
             Some(Ok(())) | None => tracing::warn!("libvirt has not ended the domain in time"),
@@ -188,7 +196,7 @@ impl LibvirtVmm {
         killed
     }
 
-    /// The pidfd has shown the end; what remains is that it is published.
+    /// Waits until the exit of an ended process is published. Returns `rung`.
     async fn gone_by(&self, rung: EndedBy) -> Result<EndedBy, BackendError> {
         self.process.wait_for(ENDING).await.map(|_| rung).ok_or_else(|| {
             BackendError::new(
@@ -219,7 +227,7 @@ impl LibvirtVmm {
         self.link.order(call, ORDERING).await.map_err(|error| self.explain(error))
     }
 
-    /// Says what a failed call means: of a QEMU that has gone, that it has.
+    /// Replaces the error of a call by [`BackendErrorKind::Gone`] if the domain has ended.
     fn explain(&self, error: CallError) -> BackendError {
         let refusal = error.refusal();
         let error = BackendError::from(error);
@@ -227,7 +235,7 @@ impl LibvirtVmm {
             return self.gone(error.effect).caused_by(error);
         }
         match refusal {
-            // It has ended for libvirt, and is about to for the kernel.
+            // libvirt has ended the domain, and the kernel is about to report the end.
             Some(FailureKind::NoDomain) => self.gone(error.effect).caused_by(error),
             Some(_) | None => error,
         }

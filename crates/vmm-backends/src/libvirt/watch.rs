@@ -1,4 +1,4 @@
-//! Watching one run of a domain: from libvirt's events and QEMU's process to [`VmmEvent`]s.
+//! Watches one run of a domain, and turns libvirt's events and QEMU's process into [`VmmEvent`]s.
 //!
 //! ```text
 //!   monitor   RESET ─► GuestReset, if the guest's; ResetFromOutside, if neither its nor ours
@@ -7,7 +7,7 @@
 //!   lifecycle suspended, resumed ─► asks, compares, tells; of a flood the last state
 //!             ended ─► remembers how; the process follows
 //!   connected again ─► asks, compares, tells
-//!   process gone ─► waits a moment for libvirt's word ─► Gone(why), the end
+//!   process gone ─► waits a moment for libvirt's report ─► Gone(why), the end
 //! ```
 
 use std::sync::Arc;
@@ -28,29 +28,30 @@ use crate::qemu::ending::{End, Patience, hasten};
 use crate::qemu::watch::ShutdownReason;
 use crate::throttle::{Throttle, due};
 
-/// How long libvirt may take to say how a domain ended whose QEMU has gone, where it is connected.
+/// The time in which a connected libvirt must report how a domain ended whose QEMU has ended.
 const LAST_WORD: Duration = Duration::from_secs(3);
 
-/// The task's state.
+/// The state of the task.
 pub(super) struct Watch {
     pub(super) watched: Watched,
     pub(super) process: Process,
     pub(super) link: Arc<Link>,
     pub(super) guest: Arc<Ordered>,
     pub(super) events: mpsc::Sender<VmmEvent>,
-    /// Why QEMU ends, in its own words.
+    /// The reason for QEMU's end, as QEMU reported it.
     pub(super) reason: Option<ShutdownReason>,
-    /// How the domain ended, in libvirt's.
+    /// The end of the domain, as libvirt reported it.
     pub(super) ended: Option<Lifecycle>,
-    /// How long QEMU may take to end after it said so; `None` where that is not ours to say.
+    /// The time limits of QEMU's end, or `None` if this program must not end it.
     pub(super) patience: Option<Patience>,
-    /// The end that QEMU has told of.
+    /// The end that QEMU has announced.
     pub(super) end: Option<End>,
     /// Ends when the VM's handle is dropped.
     pub(super) handle: oneshot::Receiver<()>,
-    /// Keeps a domain that is stopped and resumed without end from asking libvirt, and filling the log of events, without end.
+    /// Limits the comparisons of a domain that is stopped and resumed without end, because each
+    /// asks libvirt and may store an event.
     pub(super) throttle: Throttle,
-    /// The time to compare again, where the throttle has held a change up.
+    /// The time of the next comparison, if the throttle has delayed one.
     pub(super) compare_at: Option<Instant>,
 }
 
@@ -67,17 +68,21 @@ struct ResetData {
 }
 
 impl Watch {
-    /// Watches until the process has gone and that has been told, or nobody is there to be told.
+    /// Watches until the end of the process was reported, or until both receiver and handle are
+    /// dropped.
     pub(super) async fn run(mut self) {
         let process = self.process.clone();
         loop {
             let compare_at = self.compare_at;
+            // The order of the arms is the order of precedence. Events come before the end of the
+            // process, because they explain that end. The signal to a hanging QEMU comes last,
+            // because an event may cancel it.
             tokio::select! {
                 biased;
                 () = due(compare_at) => self.compare_if_due().await,
                 event = self.watched.events.recv() => match event {
                     Some(event) => self.take(event).await,
-                    // Another watch of the same domain has taken over.
+                    // Another watch of the same domain has replaced this one.
                     None => return,
                 },
                 _ = process.wait() => break,
@@ -87,7 +92,7 @@ impl Watch {
         }
         self.hear_last_word().await;
         let gone = VmmEvent::Gone(self.describe());
-        // A receiver that was dropped wants to know nothing.
+        // A dropped receiver is no error.
         let _ = self.events.send(gone).await;
     }
 
@@ -98,7 +103,8 @@ impl Watch {
                 Ok(reset) => self.was_reset(reset.guest),
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
             },
-            // A change that is held up is looked at later, whatever comes until then.
+            // A change that the throttle has delayed is compared later, whatever follows until
+            // then.
             Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected
                 if self.compare_at.is_some() => {}
             Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected => {
@@ -114,7 +120,8 @@ impl Watch {
     }
 
     fn was_reset(&mut self, by_guest: bool) {
-        // libvirt reboots a guest by having it shut down and resetting it then: it goes on after all.
+        // libvirt reboots a guest by a shutdown and a reset after it, so the announced end does not
+        // follow.
         self.reason = None;
         self.ending(false);
         if by_guest {
@@ -124,7 +131,8 @@ impl Watch {
         }
     }
 
-    /// Signals a QEMU that does not come to its end, if libvirt says so too: an event may have been missed.
+    /// Signals a QEMU that has announced its end and still runs, if libvirt waits for that end,
+    /// too. The cancelling event may have been missed.
     async fn hasten(&mut self, signal: Signal) {
         let known = self.link.look(self.watched.domain(), LOOKING).await;
         match known.map(|domain| domain.map(|known| known.state)) {
@@ -135,7 +143,7 @@ impl Watch {
         }
     }
 
-    /// Says whether QEMU is to end now.
+    /// Records whether QEMU is about to end. [`hasten`](Self::hasten) follows if it does not.
     pub(super) fn ending(&mut self, ends: bool) {
         if !ends {
             self.end = None;
@@ -144,7 +152,7 @@ impl Watch {
         }
     }
 
-    /// Remembers why the domain ends. The first reason counts.
+    /// Records the reason for the domain's end. The first reason counts.
     fn note_end(&mut self, event: &Event) {
         match event {
             Event::Monitor(name, data) if name == "SHUTDOWN" => {
@@ -152,7 +160,7 @@ impl Watch {
                 self.reason = self.reason.or(Some(read.map_or(ShutdownReason::Other, |data| data.reason)));
                 self.ending(true);
             }
-            // libvirt stops the guest's CPUs and ends QEMU then, by a signal.
+            // libvirt stops the guest's CPUs after a panic, and then ends QEMU by a signal.
             Event::Monitor(name, _) if name == "GUEST_PANICKED" && self.patience.is_some() => {
                 self.reason = self.reason.or(Some(ShutdownReason::GuestPanic));
             }
@@ -167,7 +175,7 @@ impl Watch {
         }
     }
 
-    /// Compares now, or once the throttle lets a change through again.
+    /// Compares now, or when the throttle allows the next change.
     async fn compare_if_due(&mut self) {
         self.compare_at = self.throttle.pass().err();
         if self.compare_at.is_none() {
@@ -175,8 +183,9 @@ impl Watch {
         }
     }
 
-    /// Asks what the guest is doing, and tells where that is not what was ordered. A guest that has panicked stands still until
-    /// libvirt has ended QEMU, and its end is told.
+    /// Asks for the state of the guest, and reports a difference from the last order. A guest that
+    /// has panicked is not compared, because libvirt stops it before it ends QEMU, and only the end
+    /// is reported.
     async fn compare(&mut self) {
         if self.reason == Some(ShutdownReason::GuestPanic) {
             return;
@@ -185,7 +194,7 @@ impl Watch {
             let change = self.guest.change().await;
             let state = match self.link.look(self.watched.domain(), LOOKING).await {
                 Ok(Some(domain)) => domain.state,
-                // Its end shows otherwise.
+                // The end of the domain is reported by its process.
                 Ok(None) => return,
                 Err(error) => return debug!(%error, "libvirt does not say what the guest is doing"),
             };
@@ -205,14 +214,16 @@ impl Watch {
         }
     }
 
-    /// Tells without waiting: whoever falls that far behind learns the rest by asking, but never misses the end.
+    /// Sends an event without waiting. If the receiver is full, the event is dropped and the
+    /// receiver reads the state at its next sample. The end is sent by `run`, which waits for room.
     fn tell(&self, event: VmmEvent) {
         if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
             warn!(?event, "an event of the VMM was dropped: too many wait");
         }
     }
 
-    /// QEMU has gone: waits until libvirt says how, where it can.
+    /// Waits after the end of QEMU until libvirt has reported how the domain ended, if libvirt is
+    /// connected.
     async fn hear_last_word(&mut self) {
         if !matches!(self.link.state(), State::Up(_)) {
             return;
@@ -224,7 +235,8 @@ impl Watch {
             }
         });
         if heard.await.is_err() && self.reason.is_none() {
-            // A QEMU that ends by itself says so first, and libvirt passes that on at once.
+            // A QEMU that ends by itself announces it first, and libvirt passes the announcement on
+            // at once. Without one QEMU has failed.
             debug!("libvirt has not said how the domain ended, and QEMU neither");
             self.ended = Some(Lifecycle::Failed);
         }
@@ -250,7 +262,7 @@ impl Watch {
     }
 }
 
-/// What to tell of a guest in `state` while it was thought to run, or not to.
+/// Returns the event for a guest in `state` that was thought to run, or not to.
 fn difference(state: DomainState, thought_to_run: bool) -> Option<VmmEvent> {
     if let Some(why) = failure(state) {
         return thought_to_run.then(|| VmmEvent::GuestFailed(why.to_owned()));
@@ -262,10 +274,10 @@ fn difference(state: DomainState, thought_to_run: bool) -> Option<VmmEvent> {
     }
 }
 
-/// Why a domain ended that left these words.
+/// Returns the cause of an end with the reason `reason` and the report `ended`.
 fn exit_cause(reason: Option<ShutdownReason>, ended: Option<Lifecycle>) -> ExitCause {
     match (ended, reason) {
-        // libvirt ends a QEMU by a signal, which QEMU reports as somebody's.
+        // libvirt ends a QEMU by a signal, which QEMU reports as a signal of the host.
         (Some(Lifecycle::Destroyed | Lifecycle::Moved), _) => ExitCause::Requested,
         (Some(Lifecycle::Crashed), _) => ExitCause::GuestCrash,
         (_, Some(reason)) => reason.cause(),

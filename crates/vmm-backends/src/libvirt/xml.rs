@@ -1,4 +1,4 @@
-//! Writing XML: elements in order, every value escaped.
+//! Writes XML, with every value escaped.
 
 use std::fmt::Write as _;
 
@@ -10,13 +10,13 @@ pub(super) struct Xml {
 }
 
 impl Xml {
-    /// An element with attributes only.
+    /// Writes an element with attributes only.
     pub(super) fn empty(&mut self, name: &str, attributes: &[(&str, &str)]) {
         self.open_tag(name, attributes);
         self.text.push_str("/>\n");
     }
 
-    /// An element with attributes and a text.
+    /// Writes an element with attributes and a text.
     pub(super) fn text(&mut self, name: &str, attributes: &[(&str, &str)], text: &str) {
         self.open_tag(name, attributes);
         self.text.push('>');
@@ -24,7 +24,7 @@ impl Xml {
         let _ = writeln!(self.text, "</{name}>");
     }
 
-    /// An element with attributes and what `inside` writes.
+    /// Writes an element with attributes and the content that `inside` writes.
     pub(super) fn element(
         &mut self,
         name: &str,
@@ -40,7 +40,7 @@ impl Xml {
         let _ = writeln!(self.text, "</{name}>");
     }
 
-    /// The whole text.
+    /// Returns the whole text.
     pub(super) fn finish(self) -> String {
         self.text
     }
@@ -67,7 +67,7 @@ impl Xml {
                 '>' => self.text.push_str("&gt;"),
                 '\'' => self.text.push_str("&apos;"),
                 '"' => self.text.push_str("&quot;"),
-                // Readers make blanks of them otherwise.
+                // Readers replace these letters by blanks unless they are escaped.
                 '\t' | '\n' | '\r' => {
                     let _ = write!(self.text, "&#{};", u32::from(letter));
                 }
@@ -77,7 +77,7 @@ impl Xml {
     }
 }
 
-/// Says whether XML can carry a text at all.
+/// Returns true if XML can express a text.
 pub(super) fn can_carry(text: &str) -> bool {
     text.chars().all(|letter| match letter {
         '\t' | '\n' | '\r' => true,
