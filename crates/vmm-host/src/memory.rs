@@ -4,7 +4,7 @@
 #[must_use]
 pub fn total() -> u64 {
     let info = rustix::system::sysinfo();
-    // The kernel counts in units, so that the number fits on hosts with narrow integers.
+    // The kernel counts in units, because a number of bytes may not fit into a narrow integer.
     info.totalram.saturating_mul(u64::from(info.mem_unit.max(1)))
 }
 

@@ -216,7 +216,7 @@ pub(crate) fn open_ours(at: impl std::os::fd::AsFd, name: &Path, path: &Path) ->
         }
         Err(error) => return Err(named(path, &error.into())),
     };
-    // The owner is read from the open folder, so nobody can exchange the folder after the check.
+    // The owner is read from the open folder, so the folder cannot be exchanged after the check.
     let owner = rustix::fs::fstat(&folder)?.st_uid;
     let ours = rustix::process::geteuid().as_raw();
     if owner != ours {

@@ -139,8 +139,8 @@ fn watch_exit(pidfd: OwnedFd, identity: &ProcessIdentity) -> io::Result<Process>
     let task = async move {
         let seen = tokio::select! {
             seen = watched.readable() => seen.map(drop),
-            // The last handle was dropped, so nobody can ask about the process any more. The pidfd
-            // is closed with this task.
+            // The last handle was dropped, so no caller can ask about the process any more. This
+            // task closes the pidfd.
             () = ended.closed() => return,
         };
         match seen {

@@ -188,7 +188,7 @@ pub fn start_guarded(command: Command) -> io::Result<Guarded> {
     }
 }
 
-/// Makes a handle of a child that nobody has waited for. The pid means this child, because the
+/// Makes a handle of a child that was not waited for. The pid means this child, because the
 /// kernel keeps the number of a zombie until its parent waits.
 fn watch_child(child: Pid) -> io::Result<Process> {
     let pidfd = rustix::process::pidfd_open(child, PidfdFlags::empty())?;
@@ -264,7 +264,7 @@ fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
     let watched = ready::readable(Arc::clone(&pidfd))?;
     let task = async move {
         // The pidfd becomes readable when the process has ended. The zombie keeps the pid until
-        // waitid has taken the exit status, so nobody else can get the pid before.
+        // waitid has taken the exit status, so no other process can get the pid before.
         if let Err(error) = watched.readable().await {
             // Nothing is published, because the process may still run.
             tracing::error!(%error, "a process can no longer be watched");
@@ -292,7 +292,7 @@ fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
 /// Opens a regular file for appending. O_APPEND keeps the child's writes at the end of the file
 /// when the daemon truncates or punches the file meanwhile.
 fn append_to(path: &Path) -> io::Result<File> {
-    // Without O_NONBLOCK the open of a FIFO would block until somebody reads it.
+    // Without O_NONBLOCK the open of a FIFO would block until another process reads it.
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = OpenOptions::new()
         .append(true)
@@ -301,7 +301,7 @@ fn append_to(path: &Path) -> io::Result<File> {
         .custom_flags(flags.bits().cast_signed())
         .open(path)
         .map_err(|error| named(path, &error))?;
-    // The check is made on the open file, so nobody can exchange the file after the check.
+    // The check is made on the open file, so the file cannot be exchanged after the check.
     if !file.metadata()?.is_file() {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
         return Err(named(path, &error));
