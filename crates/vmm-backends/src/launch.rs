@@ -186,6 +186,9 @@ async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
 /// process cannot be identified or killed. The sockets stay after an error.
 pub async fn sweep(dir: &Path, executable_names: &[impl AsRef<str> + Sync]) -> Result<(), BackendError> {
     let mut swept = 0;
+    // The processes are searched again after each end, because a process may have started another
+    // one just before it ended. The number is limited, because a program that starts new ones
+    // faster would keep the sweep busy for ever.
     while let Some(found) = first_user_of(dir, executable_names).await? {
         if swept == SWEPT_AT_MOST {
             let message = format!(
@@ -197,6 +200,8 @@ pub async fn sweep(dir: &Path, executable_names: &[impl AsRef<str> + Sync]) -> R
         swept += 1;
         end(&found, dir).await?;
     }
+    // The sockets are removed last. A socket that is removed while its VMM lives would leave a VMM
+    // that no daemon can reach.
     let owned = dir.to_path_buf();
     blocking(move || run_dir::remove_sockets(&owned)).await
 }
@@ -209,6 +214,8 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
         Lookup::Gone => return Ok(()),
         Lookup::Unprovable(why) => return Err(host_error(format!("{why}; end it by hand and try again"))),
     };
+    // Any local user can start a program with this folder among its arguments. Without the
+    // executable's name only those arguments speak for the process, so it is not killed.
     if found.exe.is_none() {
         return Err(host_error(format!(
             "process {} uses {}, but its program is hidden from the daemon's user; end it by hand and try again",

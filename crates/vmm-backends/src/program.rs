@@ -149,6 +149,8 @@ impl Program {
             Ok(stamp) => stamp.map_err(|why| self.unusable(&why))?,
             Err(error) => return Err(self.unusable(&format!("the search was broken off: {error}"))),
         };
+        // The stamp names the inode and the time of its last change, so an upgrade in place is
+        // noticed and an unchanged executable is not run again.
         if let Some(installed) = self.remembered(&stamp) {
             return Ok(installed);
         }

@@ -83,12 +83,16 @@ impl<H: Hypervisor> Attached<H> {
         socket: &Arc<AttachedSocket>,
         request: &LaunchRequest,
     ) -> Result<Launched, BackendError> {
+        // The turn is held for the whole start. A look in between would find a VM that no record
+        // names yet, and would import it.
         let mut memory = socket.turn.lock().await;
         let met = self.meet(socket).await.map_err(|error| self.unavailable(socket, &error))?;
         let make = self.may_start(socket, &met, request)?;
         // For a VM that another program created, the VMM itself reports the file of its console.
         let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
         let console = if make || !request.imported { begin_console(request, anew).await? } else { None };
+        // Recorded before the first change to the VMM, because the sweep after a failed or dropped
+        // start finds its work by this record.
         memory.started = Some((request.uid, met.process.identity().clone()));
         point(FaultPoint::LaunchConnected);
         self.kind.start(&met, request, console.as_deref(), make).await?;
@@ -249,6 +253,8 @@ impl<H: Hypervisor> Attached<H> {
         request: &SweepRequest,
     ) -> Result<(), BackendError> {
         let Some((uid, process)) = memory.started.clone() else { return Ok(()) };
+        // Only the VM of this very start is undone. Another start in between owns the VMM now, and
+        // a VMM that has ended holds nothing.
         if uid != request.uid || matches!(adopt(&process), Lookup::Gone) {
             return Ok(());
         }

@@ -93,6 +93,8 @@ pub(super) fn begin(dir: &Path, to: &Path, anew: bool) -> io::Result<PathBuf> {
             Ok(()) | Err(_) => {}
         }
     }
+    // `save_all` has appended the rest of the last boot, so the target's length is where the next
+    // boot begins.
     let base = std::fs::metadata(to)?.len();
     save(dir, &At { to: to.to_path_buf(), base, given_back: 0 })?;
     if !anew {
@@ -196,6 +198,9 @@ impl Copier {
         // appended bytes.
         let copied = log.metadata()?.len().saturating_sub(at.base);
         let mut from = copied;
+        // The VMM emptied its file, so the copy starts at its beginning and the base moves to the
+        // present end of the target. The base is stored before the first byte is copied, because a
+        // crash in between must not count bytes of the old file as bytes of the new one.
         if copied > 0 && has_begun_anew(&boot, &log, &at, copied, *state)? {
             at.base = log.metadata()?.len();
             at.given_back = 0;

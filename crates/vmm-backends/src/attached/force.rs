@@ -56,6 +56,8 @@ pub(super) async fn kill(
     program: &str,
     manner: Manner,
 ) -> Result<EndedBy, BackendError> {
+    // A process that is exiting has closed its socket and hides its executable, so the proof fails
+    // although nothing is wrong. It gets a moment to end before the error counts.
     if let Err(Unproven { error, leaving }) = prove(process, socket, program).await {
         return process.wait_for(leaving).await.map(|_| EndedBy::Sigkill).ok_or(error);
     }

@@ -138,6 +138,7 @@ impl<A: Api> Monitor<A> {
             Some(dir) => self.api.explain(dir).await,
             None => None,
         };
+        // An end that this daemon ordered is its own work, whatever the files say.
         let asked = self.ending.load(Ordering::Acquire);
         let cause = if asked { ExitCause::Requested } else { told.unwrap_or(ExitCause::Unknown) };
         let message = format!(
@@ -154,6 +155,7 @@ impl<A: Api> Handle<A> {
         let mut known = self.known.lock().await;
         let state = self.api.state().await.map_err(|error| or_gone(&self.process, error))?;
         let seen = Guest::from(state);
+        // A change during an ordered end is part of that end and is reported by it.
         if seen == *known || self.ending.load(Ordering::Acquire) {
             return Ok(state);
         }

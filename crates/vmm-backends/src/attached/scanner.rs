@@ -45,6 +45,9 @@ pub(super) async fn begin<H: Hypervisor>(
     interval: Duration,
 ) -> Discovery {
     let (sender, later) = mpsc::channel(QUEUE);
+    // The sockets are examined in parallel, because one VMM that does not answer must not delay the
+    // others or the start of the daemon. A look that times out is repeated by the task of its
+    // socket.
     let first = sockets.iter().map(async |socket| {
         let looked = tokio::time::timeout(FIRST_LOOK, look(&**kind, socket)).await;
         looked.ok().and_then(|look| look.found)
@@ -76,6 +79,9 @@ impl<H: Hypervisor> SocketScanner<H> {
         let mut eager_until = Instant::now();
         let mut met_last = Instant::now();
         loop {
+            // Three signs cause a look: the interval, a handle that was dropped, and a change in
+            // the socket's folder. The last two often come before the new VMM listens, so the looks
+            // repeat at a short interval for 2 s, or until a VMM was met.
             let pause = if Instant::now() < eager_until { EAGER.0 } else { self.interval };
             let not_before = met_last + SPACING;
             let signed = tokio::select! {

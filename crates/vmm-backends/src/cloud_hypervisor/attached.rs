@@ -102,6 +102,8 @@ impl AttachedRest for Hypervisor {
             point(FaultPoint::LaunchStarted);
             return Ok(());
         };
+        // The VM that this start created must not stay in the VMM, because the next scan would
+        // report it as found.
         if make && let Err(left) = met.client.delete().await {
             tracing::warn!(error = %left, "a VM that failed to start could not be deleted from its VMM");
             return Err(BackendError { effect: Effect::Unknown, ..error });

@@ -63,7 +63,7 @@ struct Properties {
     event: Option<String>,
 }
 
-/// The time since the VMM began to write events, on a clock that nobody sets.
+/// The time since the VMM began to write events, on a monotonic clock.
 #[derive(Clone, Copy, Default, Deserialize)]
 struct Timestamp {
     secs: u64,
@@ -98,7 +98,7 @@ impl Written {
 pub(super) struct EventFile {
     path: PathBuf,
     tail: Tail,
-    /// The age of the VMM up to which the VM's record knows of all that happened.
+    /// The age of the VMM up to which the VM's record includes every event.
     known_until: Duration,
 }
 
@@ -122,7 +122,7 @@ impl EventFile {
         Self { tail: Tail::new(path.clone(), offset, LIMITS), path, known_until: Duration::ZERO }
     }
 
-    /// Passes over events from before the VMM had the age `known_until`, unless an event ended the run.
+    /// Skips events from before the VMM had the age `known_until`, unless an event ended the run.
     pub(super) fn known_until(mut self, known_until: Duration) -> Self {
         self.known_until = known_until;
         self
@@ -186,8 +186,8 @@ impl EventFile {
     }
 }
 
-/// Returns the whole events in `bytes`, at most `most`, each with the time since the VMM began to write, and how many bytes
-/// they take with what stands before them.
+/// Returns the complete events in `bytes`, at most `most`, each with the time since the VMM began
+/// to write, and the length of `bytes` up to the end of the last event.
 pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(ChEvent, Duration)>, usize) {
     let mut events = Vec::new();
     let mut used = 0;

@@ -104,6 +104,8 @@ impl AttachedRest for Hypervisor {
         let kernel = holds.native.get("boot-source").map(|boot| text(boot, "kernel_image_path"));
         let same_kernel =
             kernel.is_none_or(|kernel| kernel.is_empty() || kernel == config.boot.kernel_image_path);
+        // A running VM must have all devices of the specification. A stopped one may have a part,
+        // because an interrupted start is continued.
         let all = holds.guest == Guest::AtRest
             || (list(&holds.native, "drives").count() == drives.len()
                 && list(&holds.native, "network-interfaces").count() == interfaces.len());

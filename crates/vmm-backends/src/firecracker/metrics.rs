@@ -224,6 +224,8 @@ pub(crate) fn fold(dir: &Path, known: Option<Sums>) -> io::Result<Sums> {
         None => load(&dir.join(SUMS))?,
     };
     let (begin, missed) = (sums.offset, sums.missed);
+    // Only complete lines are summed. The rest of the file is read again after Firecracker has
+    // written the end of its line.
     let mut tail = Tail::new(path, sums.offset, LIMITS);
     tail.read(|bytes| {
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);

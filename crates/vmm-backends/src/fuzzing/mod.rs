@@ -1,8 +1,8 @@
-//! The fuzz targets for what VMMs say: they host guests, so nothing they say is trusted. Run by `make fuzz`, and over the kept
-//! corpora by the tests.
+//! The fuzz targets for the answers of VMMs, which are not trusted because VMMs host guests. Run by
+//! `make fuzz`, and over the kept corpora by the tests.
 //!
-//! Each drives the real client over a socket pair, under a clock that stands still while anything is left to do: a wait for a
-//! VMM that says no more ends at once.
+//! Each target drives the real client over a socket pair, under a paused clock: a wait for a VMM
+//! that sends nothing more ends at once.
 
 use std::cell::RefCell;
 
@@ -31,17 +31,18 @@ pub(crate) fn run<T>(work: impl Future<Output = T>) -> T {
     RUNTIME.with_borrow(|runtime| runtime.block_on(work))
 }
 
-/// What a VMM sends on one connection.
+/// The bytes that a VMM sends on one connection.
 #[derive(Clone)]
 pub(crate) enum Says {
-    /// This after the first request, then nothing more.
+    /// These bytes after the first request, then nothing more.
     Once(Vec<u8>),
-    /// This after each request.
+    /// These bytes after each request.
     Always(Vec<u8>),
 }
 
 impl Says {
-    /// What the input means to a REST client: an answer as it is on the wire, or else bodies of answers of three kinds.
+    /// Returns the input as answers for a REST client: as it is on the wire, or else as the body of
+    /// three kinds of answers.
     pub(crate) fn of(input: &[u8]) -> Vec<Self> {
         if input.starts_with(b"HTTP/") {
             return vec![Self::Once(input.to_vec())];
@@ -55,7 +56,7 @@ impl Says {
     }
 }
 
-/// Calls a VMM that says this. `calls` must drop its stream.
+/// Connects `calls` to a VMM that sends `says`. `calls` must drop its stream.
 pub(crate) async fn with_vmm(says: Says, calls: impl AsyncFnOnce(UnixStream)) {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair can be made");
     tokio::join!(calls(ours), serve(theirs, says));
@@ -71,7 +72,7 @@ async fn serve(mut stream: UnixStream, says: Says) {
             continue;
         }
         request.clear();
-        // A client that has heard enough hangs up: then this fails, and so does the next reading.
+        // A client that closes the connection makes this write fail, and the next read.
         let _ = match &says {
             Says::Always(answer) => stream.write_all(answer).await,
             Says::Once(answer) if first => match stream.write_all(answer).await {
@@ -91,7 +92,7 @@ fn is_whole(request: &[u8]) -> bool {
     body.len() >= length.and_then(|length| length.parse().ok()).unwrap_or(0)
 }
 
-/// What went wrong is one of the kinds that a VMM can bring about, and is told in words that can be shown.
+/// Checks that an error has a kind that a VMM can cause, and a message that can be shown.
 pub(crate) fn check_error(error: &BackendError, only_asks: bool) {
     let kinds = [
         BackendErrorKind::Rejected,
@@ -104,7 +105,7 @@ pub(crate) fn check_error(error: &BackendError, only_asks: bool) {
     check_words(&error.message, MAX_MESSAGE);
 }
 
-/// A VM that a VMM tells of is written down as one that a client sent, whatever the VMM may have made up.
+/// Checks that the description of a VM is as bounded and as valid as a client's request.
 pub(crate) fn check_description(config: &VmConfig, untold: &[String]) {
     untold.iter().for_each(|what| check_words(what, MAX_MESSAGE));
     for text in config.boot.iter().flat_map(|boot| [&boot.kernel_path, &boot.initrd_path, &boot.kernel_args])
@@ -117,13 +118,13 @@ pub(crate) fn check_description(config: &VmConfig, untold: &[String]) {
         "{config:?}"
     );
     assert!(!config.cpu.iter().any(|it| it.vcpu_count < 0 || it.max_vcpu_count < 0), "{config:?}");
-    // It need not be one that could be started here, but it has to be judged.
+    // The VM need not be startable here, but the parser must accept or refuse it.
     if let Err(report) = VmSpec::parse(config) {
         assert!(!report.is_ok());
     }
 }
 
-/// A text of a VMM's that is shown or stored is bounded and harmless.
+/// Checks that a text from a VMM is bounded and has no control characters.
 pub(crate) fn check_words(text: &str, most: usize) {
     assert!(text.len() <= most, "{} bytes", text.len());
     assert!(!text.chars().any(char::is_control), "{text:?}");

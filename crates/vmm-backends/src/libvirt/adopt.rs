@@ -28,6 +28,7 @@ const GOING: Duration = Duration::from_millis(500);
 /// Adopts the domain of `request`. Ends no process.
 pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Adoption {
     let domain = domain_of(&request.kind, request.uid);
+    // The watch begins before the first look, so that no event falls between the two.
     let watched = backend.link.watch(domain);
     let process = match find_qemu(domain, &backend.options.emulator).await {
         Ok(process) => process,
@@ -53,6 +54,10 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         imported: request.imported,
         taps: taps.unwrap_or_else(|| known_taps(&request)),
     };
+    // Two sources are compared: libvirt's state of the domain, and the QEMU process with the
+    // domain's UUID. The domain runs, or has ended, only if both agree. A process of which libvirt
+    // does not know gets a handle that can end it. A running domain without a process is
+    // unreachable, because the daemon may not see the host's processes.
     let known = match connected {
         Ok(_) => look(backend, domain, process.is_none()).await.map_err(BackendError::from),
         Err(down) => Err(down.into()),

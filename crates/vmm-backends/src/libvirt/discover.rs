@@ -69,6 +69,8 @@ impl Seen {
                 () = sender.closed() => return,
             };
             let Some(first) = first else { return };
+            // News that waits already is taken together, because a busy libvirt sends several
+            // events for one change.
             let waiting = std::iter::from_fn(|| strays.try_recv().ok());
             for stray in once_each(std::iter::once(first).chain(waiting)) {
                 let findings = match stray {
@@ -149,6 +151,8 @@ impl Seen {
             Owner::Stranger => return None,
         };
         let live = is_active(domain.state);
+        // A watched domain has a handle. A stopped domain of this program has a record that says
+        // so.
         if self.backend.link.is_watched(uuid) || ours && !live {
             return None;
         }

@@ -90,6 +90,7 @@ async fn run_once(inner: &Arc<Inner>) -> (bool, Down) {
             Some(Down { kind: BackendErrorKind::Timeout, message })
         }
     };
+    // Read before the end of the helper, because the caller replaces the state afterwards.
     let was_up = matches!(*inner.state.borrow(), State::Up(_));
     let exit = end(&mut child).await;
     let said = tokio::time::timeout(ENDING, &mut last_words).await;

@@ -192,6 +192,8 @@ impl Backend for LibvirtBackend {
                 Sweep::Delete | Sweep::ForceDelete => self.undefine(uuid, false, limit).await,
             };
         }
+        // Without a connection to libvirt, the file in the run folder shows whether there is a
+        // definition to remove. A VM that was never defined can be deleted without libvirt.
         let deletes = matches!(request.purpose, Sweep::Delete | Sweep::ForceDelete);
         let was_defined = request.imported || self.is_up() || start::was_defined(&request.dir);
         let undefines = deletes && was_defined;
@@ -204,6 +206,8 @@ impl Backend for LibvirtBackend {
         if runs {
             self.end(uuid, DESTROYING).await?;
         }
+        // The failure to remove the definition is returned last, because the QEMU must be ended and
+        // the folder cleared in any case.
         start::clear(&request.dir).await?;
         undefined
     }

@@ -49,8 +49,11 @@ pub(super) async fn launch(
     request.gate.passed().await?;
     let up = backend.link.ready(CONNECTING).await?;
     let facts = backend.facts(&request, up.hypervisor);
+    // The watch begins before the domain is defined or started, because a guest may end within
+    // milliseconds and discovery would otherwise take its events for those of another client.
     let watched = backend.link.watch(facts.domain);
     clear(&request.dir).await?;
+    // libvirt may not have noticed the end of the last run yet, and would refuse a new start then.
     let known = settled(&backend.link, facts.domain).await?;
     if let Some(domain) = &known
         && !request.imported
@@ -93,6 +96,8 @@ async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Resu
     };
     let process = match begun.await {
         Ok(process) => process,
+        // The call may have timed out at the daemon and succeeded at libvirt, so the domain is
+        // ended after every error.
         Err(error) => return Err(undo(backend, uuid, error).await),
     };
     let facts = facts.with_live_taps(&backend.link).await;
@@ -178,6 +183,9 @@ async fn define(
         // existing domain.
         backend.link.order(Call::Undefine { uuid, everything: true }, LOOKING).await?;
     }
+    // libvirt identifies domains by UUID and requires unique names. A running or foreign namesake
+    // is not touched. A stopped one with this instance's mark belongs to a VM that does not exist
+    // any more.
     let namesake = backend.link.look_by_name(name).await?.filter(|domain| domain.uuid != uuid);
     if let Some(namesake) = namesake {
         let ours = owner(&namesake) == Owner::Instance(request.instance);
@@ -305,6 +313,8 @@ impl LibvirtBackend {
 
     /// Ends a domain by libvirt, or else its proven process. Returns once no QEMU of it runs.
     pub(super) async fn end(&self, uuid: Uuid, patience: Duration) -> Result<(), BackendError> {
+        // libvirt ends the domain properly and frees what it holds for it. The process is killed
+        // only if it still runs afterwards, whatever libvirt answered.
         let ended = self.link.order(Call::Destroy { uuid }, patience).await;
         if let Err(error) = &ended {
             tracing::debug!(%error, domain = %uuid, "libvirt did not end the domain");

@@ -167,6 +167,9 @@ impl LibvirtVmm {
         self.guest.order_end(true);
         let mut ordered =
             std::pin::pin!(self.link.order(Call::Destroy { uuid: self.domain }, patience + SETTLING));
+        // The end of the process counts, not libvirt's answer: libvirt may hang, and it may answer
+        // before or after the end. The call outlives `patience` by the time of the clean-up,
+        // because a call that expires marks the connection as hanging.
         let answered = tokio::select! {
             biased;
             answer = &mut ordered => Some(answer),

@@ -134,6 +134,8 @@ impl Watch {
     /// Signals a QEMU that has announced its end and still runs, if libvirt waits for that end,
     /// too. The cancelling event may have been missed.
     async fn hasten(&mut self, signal: Signal) {
+        // libvirt cancels an announced end for a reboot. A signal to a QEMU whose guest goes on
+        // would kill a healthy VM.
         let known = self.link.look(self.watched.domain(), LOOKING).await;
         match known.map(|domain| domain.map(|known| known.state)) {
             Ok(Some(DomainState::ShuttingDown)) => hasten(&self.process, signal),
@@ -190,6 +192,8 @@ impl Watch {
         if self.reason == Some(ShutdownReason::GuestPanic) {
             return;
         }
+        // The record is locked during the question. Otherwise an order of the handle could change
+        // the state in between, and its own change would be reported as another client's.
         let (state, event) = {
             let change = self.guest.change().await;
             let state = match self.link.look(self.watched.domain(), LOOKING).await {

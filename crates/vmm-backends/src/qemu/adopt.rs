@@ -17,6 +17,8 @@ use crate::search::{self, Unproven};
 pub(super) async fn adopt(request: AdoptRequest, names: Vec<String>, accelerator: Accelerator) -> Adoption {
     let (identity, run) = match &request.run {
         Some(run) => (run.process.clone(), run.clone()),
+        // The launch was interrupted before its record. The run folder in the arguments finds its
+        // QEMU.
         None => match search::user_of(&request.dir, names).await {
             Ok(Some(found)) => (found.identity.clone(), reconstructed(&request, &found, accelerator)),
             Ok(None) => return gone("no QEMU uses the run folder"),
@@ -49,6 +51,7 @@ fn gone_because(identity: &ProcessIdentity) -> String {
 async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) -> Adoption {
     let spec = &request.spec;
     let parts = Parts::of_running(process.clone(), &request.dir, spec.tap_names(request.uid));
+    // A QEMU that does not answer keeps its handle, because force can still end it by its process.
     let asked = async {
         let qmp = parts.link.connect().await?;
         // A daemon that ended during a reset may have left the other action.

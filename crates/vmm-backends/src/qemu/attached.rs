@@ -137,6 +137,8 @@ impl Hypervisor for Qemu {
             Err(error) => return Err(not_one(socket, &error).await),
         };
         let failed = |error: BackendError| VisitError::Failed(error.message);
+        // The link keeps the connection for the handle, because QEMU accepts no second client
+        // meanwhile.
         let qmp = connection.link.set(qmp).map_err(failed)?;
         let version = qmp.version();
         if version < OLDEST {

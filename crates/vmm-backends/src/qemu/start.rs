@@ -113,6 +113,8 @@ impl Start {
             spare.end(why).await;
             return None;
         }
+        // Every reason against the spare is found before the first byte is written to it, because a
+        // spare that has read a part of its input cannot be used for an ordinary start any more.
         let told = match Arc::clone(self).told().await {
             Ok(told) if spare.was_started_for(&told) => told,
             Ok(_) => {
@@ -125,6 +127,9 @@ impl Start {
             }
         };
         let informed = spare.tell(&told.file).await?;
+        // The write succeeded as soon as the pipe had room, so a QEMU that hangs may still have
+        // read nothing. In that case the guest cannot have started, and an ordinary start may
+        // follow. Once QEMU has read a byte, the outcome of the connection decides.
         let outcome = tokio::select! {
             biased;
             outcome = self.bring_up(&informed.guarded) => outcome,
@@ -132,6 +137,8 @@ impl Start {
         };
         match outcome {
             Ok(connected) => Some(Ok(self.launched(informed.guarded, connected))),
+            // Nothing was read, so no tap or disk is in use, and the launch begins again with a new
+            // process.
             Err(error) if informed.knows_nothing() => {
                 informed.end(&error).await;
                 None
@@ -286,6 +293,8 @@ async fn connect(
         let stream = wait_for_socket(process, socket, LISTENING).await?;
         let qmp = link.set(Qmp::over(stream, LISTENING, events).await?)?;
         point(FaultPoint::LaunchConfigured);
+        // QEMU is ready and its guest is stopped. The guest may run only after the VM's record is
+        // durable, which opens the gate.
         pass(gate, process).await?;
         qmp.cont().await?;
         point(FaultPoint::LaunchStarted);

@@ -122,6 +122,9 @@ impl QemuVmm {
 
     /// Resets a guest whose own resets end QEMU.
     async fn reset_despite_shutdown(&self) -> Result<(), BackendError> {
+        // With `reboot=shutdown` QEMU would end at any reset, also at an ordered one. So the action
+        // is changed for the moment of this reset. If the daemon ends in between, the adoption sets
+        // the action of the VM's policy again.
         let qmp = self.qmp()?;
         qmp.set_reboot_action(RebootAction::Reset).await.map_err(|error| self.explain(error))?;
         point(FaultPoint::ResetPrepared);

@@ -115,6 +115,8 @@ pub async fn has_ended<T>(process: &Process, answer: &Result<T, BackendError>) -
 /// by itself, the error quotes the last lines of its log.
 pub async fn failed(guard: Guarded, error: BackendError, log: &Path) -> BackendError {
     let lost = matches!(error.kind, BackendErrorKind::Gone | BackendErrorKind::Unreachable);
+    // A VMM that ended by itself explains the failure better than the broken call does. A lost
+    // connection is usually the first sign of that end, so the exit gets a moment to appear.
     if guard.exit().is_some() || (lost && guard.wait_for(REAPING).await.is_some()) {
         return launch::died_early(guard.process(), log, "while it started").await;
     }

@@ -131,6 +131,8 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
         check_taps(&request.spec, &request.taps)?;
         let dir = request.dir.as_path();
+        // From here on the VMM belongs to this launch. Its guard kills the process if this future
+        // is dropped, for example because a forced operation pre-empts the launch.
         let fresh = match self.spares.take_for(&request, &self.program).await {
             Some(spare) => spare,
             None => self.begin(request.uid, dir, request.console.clone()).await?,
@@ -146,6 +148,7 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         if let Err(error) = configured.await {
             return Err(failed(guard, error, &dir.join(LOG)).await);
         }
+        // The guest runs, so the process must outlive this daemon from now on.
         let process = guard.keep();
         let record = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
         let (spec, is_new, changed_ms) = (&request.spec, true, 0);
@@ -166,6 +169,8 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         // time.
         let client = H::Client::of_process(&record.socket, process.pid());
         let answer = client.instance().await;
+        // The identity was proven before the call. A failed call may mean that the process ended in
+        // between, so the end is checked again before the VM counts as unreachable.
         if has_ended(&process, &answer).await {
             return Ok(Adoption::Gone { exit: H::explain_past(&request).await });
         }

@@ -34,6 +34,8 @@ impl<C: RestApi> Spares<Fresh<C>> {
     /// VMM that cannot serve is ended.
     pub(crate) async fn take_for(&self, request: &LaunchRequest, program: &Arc<Program>) -> Option<Fresh<C>> {
         let spare = self.take(request.uid)?;
+        // The console and the executable are fixed at the start of a VMM, so a difference cannot be
+        // repaired. The call is last, because it costs time.
         let why = if spare.console != request.console {
             "the VM has another console"
         } else if !is_installed(program, &spare.program).await {

@@ -78,6 +78,10 @@ where
     P: Fn(&Path, &Path) -> io::Result<Command> + Clone + Send + 'static,
 {
     let console = console.unwrap_or_else(|| PathBuf::from("/dev/null"));
+    // In the usual case the first task starts the process. Two obstacles need a step outside the
+    // blocking task: an unknown version runs the program, and a stale socket needs a sweep, which
+    // waits for processes. Each is removed once, and then the task is repeated. A third obstacle
+    // means that another program interferes.
     for _ in 0..VISITS {
         let (program_of, dir_of, console, prepare) =
             (Arc::clone(program), dir.to_path_buf(), console.clone(), prepare.clone());
@@ -103,6 +107,8 @@ fn visit(
     prepare: impl FnOnce(&Path) -> io::Result<Command>,
 ) -> Result<Visit, BackendError> {
     let Some(known) = program.known()? else { return Ok(Visit::UnknownVersion) };
+    // A path that cannot be examined counts as a stale socket, because the sweep reports the
+    // reason.
     if dir.join(SOCKET).try_exists().unwrap_or(true) {
         return Ok(Visit::StaleSocket);
     }
