@@ -2,7 +2,7 @@
 //! managed and attached, use this one ladder.
 //!
 //! ```text
-//!   ask the guest, again every 3 s ──► power off ──► end the process: SIGTERM ──► SIGKILL ──► error: still there
+//!   ask the guest, again every 3 s ──► power off ──► SIGTERM ──► SIGKILL ──► error: still there
 //!   for all the time it is given │     1.2 s + 1 s   1 s         1 s
 //!                                │     └─ forced: begins here, 5 s at most ─┘
 //!                                └─ the VMM answered no request: error, and the VM runs on
@@ -95,7 +95,7 @@ pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, Backend
     let mut reached = EndedBy::Guest;
     // Rung 1: ask the guest, for as long as the caller gives it. If the VMM answered no request,
     // the ladder stops with an error, because the guest may never have been asked and the next
-    // rungs would take its power away. The caller who wants that uses force, which begins at rung 2.
+    // rungs would take its power away. Force begins at rung 2 instead.
     if let Some(patience) = ladder.ask_guest_for {
         match ask(means, patience).await {
             Asked::Ended(rung) => return Ok(rung),

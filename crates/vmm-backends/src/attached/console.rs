@@ -1,8 +1,9 @@
 //! Copies the console of a VM whose VMM overwrites its output file at each boot.
 //!
 //! ```text
-//!   the VMM ──► console.boot   Cloud Hypervisor empties it at each boot and reset, Firecracker writes from its beginning
-//!                    │ copied as it grows, then given back to the host by a hole
+//!   the VMM ──► console.boot   emptied by Cloud Hypervisor at each boot and reset,
+//!                    │         written from its beginning by Firecracker
+//!                    │ copied as it grows, then freed by a hole
 //!                    ▼
 //!               the console's file, appended to: all boots, one after the other
 //!

@@ -24,6 +24,8 @@ pub(crate) async fn who(socket: &Path) -> Option<String> {
         return Some("QEMU, whose endpoint is UNKEY_VMCP_QEMU_ENDPOINT".to_owned());
     }
     tokio::time::timeout(ASKING, async {
+        // The questions change nothing at any of the hypervisors. Each has its own path for the
+        // version.
         let client = RestClient::new(socket, |_| None);
         if let Some(version) = text(client.get("/").await.ok(), "vmm_version") {
             return Some(format!("Firecracker {version}, whose endpoint is UNKEY_VMCP_FC_ENDPOINT"));

@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   Attached ── one AttachedSocket for each socket ────────────────────────────────────┐
-//!      │                                                                               │ visit: proven who listens
+//!      │                                                                               │ visit
 //!      │ launch   the VMM waits ──► configured and started                             ▼
 //!      │ adopt    the VMM on record, and no other ──► Handle            ┌──────────────────────┐
-//!      │ sweep    what a broken start made; by force the VM             │ a VMM of another's   │
+//!      │ sweep    what a broken start made; by force the VM             │ an attached VMM:     │
 //!      └ discover ──► SocketScanner: every socket without a handle ─────┤ no run folder, no    │
 //!                                                                       │ log, not our child   │
 //!                                                                       └──────────────────────┘

@@ -43,6 +43,7 @@ pub(crate) fn others(
     what: &str,
 ) {
     let Some(fields) = of.as_object() else { return };
+    // The number is limited, because a VMM may report fields without end.
     for (name, value) in fields.iter().take(MAX_DEVICES) {
         let is_default = defaults.iter().any(|(field, default)| field == name && default == value);
         if known.contains(&name.as_str()) || is_default || is_nothing(value) {

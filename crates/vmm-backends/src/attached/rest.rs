@@ -109,6 +109,8 @@ impl<H: AttachedRest> Hypervisor for Rest<H> {
     async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<H::Client>, VisitError> {
         let failed = |error: BackendError| VisitError::Failed(error.message);
         let client = H::Client::over(socket, visit.stream, visit.process.pid()).await.map_err(failed)?;
+        // The version is asked for first, because a program that is no VMM of this kind fails here,
+        // before anything else is read from it.
         let version = match client.version().await {
             Ok(version) => version,
             Err(error) => return Err(not_one(self.title(), socket, error).await),

@@ -22,6 +22,8 @@ const HOTPLUG_UNIT: u64 = 128 << 20;
 pub(super) fn check(spec: &VmSpec) -> Report {
     let mut report = Report::default();
     check_keys(&mut report, spec, "ch.");
+    // Each struct is taken apart without `..`, so that a new field compiles only after this check
+    // covers or ignores it.
     let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
     check_cpu(&mut report, cpu);
     check_memory(&mut report, memory);

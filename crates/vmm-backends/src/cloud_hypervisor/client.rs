@@ -174,6 +174,8 @@ impl Client {
 
     /// Asks for the state of the guest. A VM that does not run, or does not exist, counts as ended.
     pub(crate) async fn state(&self) -> Result<GuestState, BackendError> {
+        // A VMM without a VM answers with an error. It holds nothing that runs, so it counts as
+        // ended.
         let info: Info = match self.0.get("/api/v1/vm.info").await {
             Err(error) if is_no_vm(&error) => return Ok(GuestState::Ended),
             answer => answer?,

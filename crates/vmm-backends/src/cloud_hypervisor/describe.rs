@@ -24,6 +24,8 @@ pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
         console: Some(console(part("serial"))),
         ..VmConfig::default()
     };
+    // Every other field that differs from its default is listed, so that the shown configuration is
+    // not taken for the whole one.
     let known = ["cpus", "memory", "payload", "disks", "net", "serial", "console", "debug_console"];
     let defaults =
         [("rng", json!({"pci_segment": 0, "src": "/dev/urandom"})), ("rng", json!({"src": "/dev/urandom"}))];

@@ -8,7 +8,8 @@
 //!      │        events file ──► Monitor ──► GuestReset, Paused, Resumed
 //!      └───── process ─► pidfd ──►  │  └──► Gone(cause), the end
 //!                          ▲        │
-//!                          └─ kill ─┘          a reset of the guest, where the restart policy is NEVER; a panic of the guest
+//!                          └─ kill ─┘          after a reset of the guest whose restart policy is
+//!                                              NEVER, and after a panic of the guest
 //! ```
 //!
 //! Cloud Hypervisor always resets a guest in place and cannot be configured to end. Therefore the

@@ -20,6 +20,8 @@ pub(super) const MAX_DEVICES: usize = 16;
 pub(super) fn check(spec: &VmSpec) -> Report {
     let mut report = Report::default();
     check_keys(&mut report, spec, "fc.");
+    // Each struct is taken apart without `..`, so that a new field compiles only after this check
+    // covers or ignores it.
     let VmSpec { cpu, memory, boot, disks, nics, console, restart, options: _ } = spec;
     check_cpu(&mut report, cpu);
     check_memory(&mut report, memory);
@@ -48,6 +50,8 @@ pub(super) fn check(spec: &VmSpec) -> Report {
         Console::Off | Console::Kept | Console::File(_) => {}
     }
     let RestartPolicy { mode, max_restarts: _ } = restart;
+    // The default differs from the other backends, so the client is warned although nothing is
+    // wrong.
     if mode.is_none() {
         report.emulate(
             "config.restart_policy.mode",

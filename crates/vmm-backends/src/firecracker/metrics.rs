@@ -1,8 +1,8 @@
 //! Sums Firecracker's counters, which Firecracker writes to a file as differences.
 //!
 //! ```text
-//!   metrics   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒ line │ line │ lin…      one line per flush: ours, one a minute, and one at the end
-//!             given back to the host ↑ offset
+//!   metrics   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒ line │ line │ lin…   one line per flush: at each sample,
+//!             freed by a hole ↑ offset             once a minute, and at the end
 //!   metrics.sum   { offset, sums of all lines before it }   replaced as a whole
 //! ```
 //!

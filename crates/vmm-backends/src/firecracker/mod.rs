@@ -1,9 +1,10 @@
 //! Firecracker: one process per run, driven by REST on a unix socket.
 //!
 //! ```text
-//!   launch: console.in (FIFO) ──► stdin ┌─────────────┐ stdout ──► the console's file, appended to
-//!                                       │ firecracker │ stderr ──► vmm.log, --log-path ──► firecracker.log
-//!           api.sock ◄──────────────────└─────────────┘ --metrics-path ──► metrics
+//!   console.in (FIFO) ──► stdin ┌─────────────┐ stdout ──► the console's file, appended to
+//!                               │ firecracker │ stderr ──► vmm.log
+//!   api.sock ◄──────────────────│             │ --log-path ──► firecracker.log
+//!                               └─────────────┘ --metrics-path ──► metrics
 //! ```
 //!
 //! Firecracker's serial console is its stdin and stdout. stdout is the console's file itself,

@@ -108,6 +108,8 @@ pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
                 xml.empty("panic", &[("model", "isa")]);
             }
         });
+        // The system's libvirtd would run QEMU as a user of its own, who may not open the files of
+        // the run folder.
         if let Some(label) = inputs.label {
             // Root reaches every file without a label. For any other user libvirt must change the
             // owner of the files that QEMU uses.

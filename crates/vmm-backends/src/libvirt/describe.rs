@@ -51,6 +51,8 @@ pub(super) fn describe(xml: &str) -> Result<Described, String> {
     }
     let mut untold = Vec::new();
     let devices = child(domain, "devices");
+    // A device without a counterpart in a `VmConfig` is listed instead of skipped, so that the
+    // shown configuration is not taken for the whole one.
     let (storage, network, taps) = match devices {
         Some(devices) => {
             note_devices(devices, &mut untold);

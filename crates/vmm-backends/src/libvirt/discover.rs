@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   at first, and after each gap: the list ──┐
-//!   an event of a domain without a watch ────┴─► look ──┬─ ours, and runs ──► found, by the uid that it bears
-//!                                                       ├─ another's ───────► found, if the setting imports domains
-//!                                                       └─ undefined ───────► lost, if it had been found
+//!   an event of a domain without a watch ────┴─► look ─┬─ marked, runs ─► found, by its uid
+//!                                                      ├─ no mark ──────► found, if imported
+//!                                                      └─ undefined ────► lost, if it was found
 //! ```
 
 use std::collections::BTreeSet;

@@ -117,6 +117,8 @@ pub(super) async fn find_qemu(uuid: Uuid, emulator: &Path) -> Result<Option<Proc
         Ok(Err(error)) => return Err(format!("the host's processes cannot be listed: {error}")),
         Err(error) => return Err(error.to_string()),
     };
+    // Any local user can start a program with this UUID among its arguments, so the name of the
+    // executable is checked, too.
     let is_qemu = |name: &str| {
         name.starts_with("qemu-system-") || matches!(name, "qemu-kvm" | "kvm") || own.as_deref() == Some(name)
     };
@@ -124,6 +126,8 @@ pub(super) async fn find_qemu(uuid: Uuid, emulator: &Path) -> Result<Option<Proc
         .into_iter()
         .filter(|found| found.program_name().and_then(|name| name.to_str()).is_some_and(is_qemu));
     let Some(qemu) = ours.next() else { return Ok(None) };
+    // Two processes with one UUID cannot be told apart here. Neither is touched, because one of
+    // them may be another user's.
     if let Some(other) = ours.next() {
         return Err(format!(
             "processes {} and {} both claim to be the domain {uuid}",

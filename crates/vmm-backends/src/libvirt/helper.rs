@@ -75,6 +75,8 @@ pub(super) fn impossible(uri: &str, is_root: bool) -> Option<Down> {
 pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
     let said = sanitize::sentence(&failure.message);
     let lower = said.to_lowercase();
+    // libvirt reports these causes by text only. The advice depends on them, but the error's kind
+    // stays usable if a later version changes the text.
     let is_missing =
         lower.contains("no such file") || lower.contains("refused") || lower.contains("unable to fork");
     let (kind, advice) = if is_session(uri) && lower.contains("directory '") {

@@ -2,8 +2,8 @@
 //! they end.
 //!
 //! ```text
-//!   Starting ── ready ──► Up ── closed, or the helper died ──► Down ── a pause, or `ready` ──► Starting …
-//!       └── unreachable, no helper ──────────────────────────►
+//!   Starting ── ready ──► Up ── closed, or helper ended ──► Down ── a pause, `ready` ──► Starting
+//!       └── unreachable, no helper ───────────────────────►
 //!
 //!   call ──► stdin of the helper ──► … ──► its answer, by id
 //!   events ──► the watch of their domain ── or discovery, if there is no watch

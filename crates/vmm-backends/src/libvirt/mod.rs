@@ -1,7 +1,7 @@
 //! QEMU through libvirt: one domain per VM, which libvirtd defines, starts and ends.
 //!
 //! ```text
-//!   LibvirtBackend ── check ──► Report                                     check, convert, cpu: pure
+//!   LibvirtBackend ── check ──► Report                        check, convert, cpu: pure
 //!      │ launch: define, start, resume     adopt: look, prove      discover: list, events
 //!      ▼                                     ▼                       ▼
 //!   LibvirtVmm, Watch ──► Link ──► vmm-libvirt-helper ──► libvirtd ──► qemu-system-x86_64

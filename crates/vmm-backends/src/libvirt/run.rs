@@ -89,6 +89,8 @@ pub(super) fn assemble(
     let (sender, events) = mpsc::channel(EVENTS);
     let guest = Arc::new(Ordered::new(guest_state(state) == GuestState::Running));
     let (wanted, handle) = oneshot::channel();
+    // The handle and the watch share `guest`, so that the events of an order are not reported as
+    // another client's.
     let mut watch = Watch {
         watched,
         process: process.clone(),

@@ -1,12 +1,12 @@
 //! Watches one run of a domain, and turns libvirt's events and QEMU's process into [`VmmEvent`]s.
 //!
 //! ```text
-//!   monitor   RESET ─► GuestReset, if the guest's; ResetFromOutside, if neither its nor ours
-//!             GUEST_PANICKED ─► remembers why
-//!             SHUTDOWN ─► remembers why; if nothing comes of it, wakes QEMU, and kills it in the end
-//!   lifecycle suspended, resumed ─► asks, compares, tells; of a flood the last state
-//!             ended ─► remembers how; the process follows
-//!   connected again ─► asks, compares, tells
+//!   monitor   RESET ─► GuestReset, if the guest's; ResetFromOutside, if another client's
+//!             GUEST_PANICKED ─► records the reason
+//!             SHUTDOWN ─► records the reason; if QEMU does not end, wakes it, and then kills it
+//!   lifecycle suspended, resumed ─► asks, compares, reports; of a flood the last state
+//!             ended ─► records the end; the process follows
+//!   connected again ─► asks, compares, reports
 //!   process gone ─► waits a moment for libvirt's report ─► Gone(why), the end
 //! ```
 

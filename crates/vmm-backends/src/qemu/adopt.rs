@@ -77,6 +77,7 @@ async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) 
 
 /// Returns the record of a run whose launch was interrupted before its record was written.
 fn reconstructed(request: &AdoptRequest, found: &Found, configured: Accelerator) -> RunRecord {
+    // The launch's record is lost, so its facts are read from the arguments of the process.
     let after = |flag: &str| {
         let mut args = found.args.iter().skip_while(|arg| arg.as_os_str() != flag);
         args.nth(1).map(|value| value.to_string_lossy().into_owned())

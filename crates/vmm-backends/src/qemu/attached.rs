@@ -2,7 +2,7 @@
 //! created.
 //!
 //! ```text
-//!   Vmm ── Link ── QMP ──► the QEMU of somebody else        one client: while the daemon holds it, nobody else is served
+//!   Vmm ── Link ── QMP ──► the attached QEMU     serves one client at a time, which is the daemon
 //!    ▲                          │
 //!    └──── Watch ◄── events ────┘  RESET, STOP, RESUME, SHUTDOWN
 //! ```

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   VmSpec ──► options ─┬─► arguments          all of them on the command line
-//!                       └─► ahead … told       options of every VM on the command line, the rest in a later file
+//!                       └─► ahead … told       options of every VM, and the rest in a later file
 //! ```
 //!
 //! Values of a client (paths, kernel arguments) are passed where QEMU parses nothing, or in JSON.
@@ -11,7 +11,7 @@
 //! with an explicit format, so no format is detected:
 //!
 //! ```text
-//!   virtio-blk ──► [throttle diskN] ──► raw|qcow2 diskN-format ──► file|host_device diskN-file ──► the image
+//!   virtio-blk ──► [throttle diskN] ──► raw|qcow2 diskN-format ──► file|host_device diskN-file
 //! ```
 //!
 //! Devices have fixed places, so a disk that is added to a configuration does not rename a network

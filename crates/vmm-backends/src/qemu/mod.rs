@@ -149,6 +149,8 @@ pub(crate) fn accelerator(kvm: KvmMode) -> Accelerator {
         KvmMode::On => Accelerator::Kvm,
         KvmMode::Off => Accelerator::Tcg,
         KvmMode::Auto => {
+            // /dev/kvm may open although KVM is emulated in software, and then QEMU's own emulation
+            // is faster.
             let hardware = vmm_host::kvm::hardware_virtualisation();
             if hardware && vmm_host::kvm::kvm_usable().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg }
         }
@@ -201,6 +203,7 @@ impl Backend for QemuBackend {
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+        // The spare is taken before the checks, so that a launch that fails ends it.
         let spare = self.spares.take(request.uid);
         match (self.ready().await, spare) {
             (Ok(program), spare) => start::launch(program, self.accelerator, spare, request).await,

@@ -272,6 +272,8 @@ impl Qmp {
         arguments: Value,
         after: Duration,
     ) -> Result<Value, QmpError> {
+        // The command is registered before it is written, because the answer may come before the
+        // write returns.
         let (id, answer) = self.register()?;
         // Removes the pending command if its caller gives up, so that a silent QEMU uses no memory.
         let _forget = Forget { shared: &self.shared, id };
@@ -386,6 +388,8 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
         return Err(garbage("an answer without an id"));
     };
     match &mut *shared.state() {
+        // An id that was never used is an answer in advance, which only a QEMU that a guest has
+        // taken over sends.
         State::Open { last_id, .. } if id == 0 || id > *last_id => Err(garbage("an answer nobody asked for")),
         State::Open { pending, .. } => {
             // No entry means that the caller has given up. A caller that gives up now makes the
@@ -459,6 +463,8 @@ impl Lines {
             };
             let end = chunk.iter().position(|byte| *byte == b'\n');
             let taken = end.map_or(chunk.len(), |end| end + 1);
+            // Checked before the bytes are stored, so a line without an end uses no more memory
+            // than this limit.
             if line.len() + taken > MAX_LINE {
                 return Err(Closed::LineTooLong);
             }

@@ -1,14 +1,14 @@
 //! A QEMU that waits for its VM.
 //!
 //! ```text
-//!   start ──► QEMU: linked, its types registered; reads its options' last part from its input ──┐ a pipe, whose other
-//!               │                                                                               │ end the daemon has
-//!               │   the daemon dies, at any moment: end of file, no console ──► it exits        │
+//!   start ──► QEMU: linked, its types registered; reads the rest of its options from its input ─┐
+//!               │                                     a pipe, whose other end the daemon has    │
+//!               │   the daemon ends at any moment: end of file, no console ──► QEMU exits       │
 //!               ├── end, or dropped: killed                                                     │
 //!               ▼                                                                               │
 //!   tell ────► the file of convert::told, end of file ◄─────────────────────────────────────────┘
 //!               ▼
-//!             QEMU makes the VM, and is one like any other
+//!             QEMU creates the VM, and is a QEMU like any other
 //! ```
 //!
 //! Half of the time until QEMU answers passes before QEMU reads its options, and none of that work

@@ -31,7 +31,7 @@ pub(super) struct QemuVmm {
     pub(super) guest: Arc<Ordered>,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
-    /// Dropped together with the handle, which the watch notices.
+    /// Dropped together with the handle, which ends the watch.
     pub(super) _wanted: oneshot::Sender<()>,
 }
 

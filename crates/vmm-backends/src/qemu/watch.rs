@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   QMP events ──────► SHUTDOWN, and GUEST_PANICKED where    │
-//!                      QEMU ends: remembers why, nudges ─────┤
+//!                      QEMU ends: records the reason, and    │
+//!                      signals a QEMU that hangs ────────────┤
 //!                      RESET:    GuestReset, if the guest's; │
-//!                                else whose it was           │
-//!                      STOP, RESUME: asks, compares, tells;  │
+//!                                else by whom it was ordered │
+//!                      STOP, RESUME: asks, compares, reports;│
 //!                                of a flood the last state   │
 //!   connection lost ─► connects again, asks, compares        │
 //!   process gone ────► reads what is left of the events ─────┴──► Gone(why), the end

@@ -63,7 +63,8 @@ pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
     /// Returns the handle of a running VM, and starts a task that watches the VM.
     fn attend(&self, run: Run<'_, Self::Client>) -> Launched;
 
-    /// Returns the cause of the end of the run of `request` that no daemon watched, read from the files that the VMM left.
+    /// Returns the cause of the end of the run of `request`, which no daemon watched. The cause is
+    /// read from the files that the VMM left.
     async fn explain_past(request: &AdoptRequest) -> Exit;
 }
 
@@ -79,9 +80,10 @@ pub struct Run<'a, C> {
     pub dir: &'a Path,
     /// The specification that the VM was started with.
     pub spec: &'a VmSpec,
-    /// False where an earlier daemon started the VMM.
+    /// False if an earlier daemon started the VMM.
     pub is_new: bool,
-    /// The time of the record's last change, in Unix milliseconds, where an earlier daemon started the VMM.
+    /// The time of the record's last change, in Unix milliseconds, if an earlier daemon started the
+    /// VMM.
     pub changed_ms: i64,
 }
 

@@ -1,15 +1,17 @@
 //! An HTTP/1.1 client for the API socket of one VMM.
 //!
 //! ```text
-//!   call ──► the kept connection, or a new one ──► request ──► answer, whole and in time ──► connection kept
-//!                                                     │                                  │
-//!                                                     │                                  └── hang_up: closed
-//!                                                     └── late, broken, too long, or nobody waits: connection closed
+//!   call ──► the kept connection, or a new one ──► request ─┬─► answer, whole and in time
+//!                 ▲                                         │             │
+//!                 └──────── kept, until hang_up ◄───────────┼─────────────┘
+//!                                                           └─► late, broken, too long, or
+//!                                                               dropped: connection closed
 //! ```
 //!
-//! A VMM hosts a guest that may have taken it over, so nothing it says is trusted: an answer has a deadline that covers its
-//! last byte, a limit in bytes, and a strict form. A connection whose answer was not read to its end is never used again,
-//! because the next answer on it would belong to the call before.
+//! A VMM hosts a guest that may have taken it over, so its answers are not trusted: an answer has a
+//! deadline that covers its last byte, a limit in bytes, and a strict form. A connection whose
+//! answer was not read to its end is never used again, because the next answer on it would belong
+//! to the call before.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -238,6 +240,8 @@ impl RestClient {
     }
 
     fn right_listener(&self, stream: &UnixStream) -> Result<(), BackendError> {
+        // The path of a socket names no process. After the VMM has ended, another program may
+        // listen there, and the VM's configuration must not be sent to it.
         let Some(expected) = self.listener else { return Ok(()) };
         match vmm_host::endpoint::listener(stream, &self.socket) {
             Ok(pid) if pid == expected => Ok(()),
@@ -290,6 +294,7 @@ impl RestClient {
             let effect = if error.is_canceled() { Effect::NotApplied } else { call.effect() };
             self.broken(call, effect, error)
         })?;
+        // An error answer carries only a message, so its limit is smaller.
         let status = answer.status();
         let limit = if status.is_success() { MAX_ANSWER } else { MAX_ERROR };
         match Limited::new(answer.into_body(), limit).collect().await {

@@ -1,9 +1,9 @@
 //! Starts the program of a VMM, up to the point where the VMM waits for its configuration.
 //!
 //! ```text
-//!   one task of blocking work:       program ─► no stale socket ─► files ─► process ──► it listens: Fresh
-//!                                       │            │
-//!   between two tasks, if necessary:  ask its version  sweep
+//!   one task of blocking work:  program ─► no stale socket ─► files ─► process ─► Fresh
+//!                                  │            │
+//!   between two tasks, if needed: ask version  sweep
 //! ```
 //!
 //! All blocking work is done in one task, because each task costs two wake-ups, which take longer
