@@ -20,7 +20,7 @@ pub(crate) async fn of_host(process: &Process, taps: Option<&[String]>) -> Sampl
     let (process, taps) = (process.clone(), taps.map(<[String]>::to_vec));
     let read = tokio::task::spawn_blocking(move || read(&process, taps.as_deref()));
     read.await.unwrap_or_else(|error| Sample {
-        missing: vec![format!("reading the host's counters was broken off: {error}")],
+        missing: vec![format!("reading the host's counters was interrupted: {error}")],
         ..Sample::default()
     })
 }

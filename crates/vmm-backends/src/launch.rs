@@ -48,7 +48,7 @@ where
         Err(error) => Err(BackendError::new(
             BackendErrorKind::Host,
             Effect::NotApplied,
-            format!("the start of the VMM was broken off: {error}"),
+            format!("the start of the VMM was interrupted: {error}"),
         )),
     }
 }
@@ -137,7 +137,7 @@ pub async fn pass(gate: &Gate, process: &Process) -> Result<(), BackendError> {
         biased;
         passed = gate.passed() => passed,
         exit = process.wait() => {
-            let message = format!("the VMM ended before it was told what to run: {exit}");
+            let message = format!("the VMM ended before it received its configuration: {exit}");
             Err(BackendError::new(BackendErrorKind::Gone, Effect::NotApplied, message))
         }
     }
@@ -268,7 +268,7 @@ async fn blocking<T: Send + 'static>(
         Ok(Err(error)) => {
             Err(host_error(format!("the run folder's users cannot be cleared: {error}")).caused_by(error))
         }
-        Err(error) => Err(host_error("the clearing of a run folder was broken off").caused_by(error)),
+        Err(error) => Err(host_error("the clearing of a run folder was interrupted").caused_by(error)),
     }
 }
 

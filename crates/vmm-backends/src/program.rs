@@ -147,7 +147,7 @@ impl Program {
         let wanted = self.wanted.clone();
         let stamp = match tokio::task::spawn_blocking(move || stamp(&wanted)).await {
             Ok(stamp) => stamp.map_err(|why| self.unusable(&why))?,
-            Err(error) => return Err(self.unusable(&format!("the search was broken off: {error}"))),
+            Err(error) => return Err(self.unusable(&format!("the search was interrupted: {error}"))),
         };
         // The stamp names the inode and the time of its last change, so an upgrade in place is
         // noticed and an unchanged executable is not run again.

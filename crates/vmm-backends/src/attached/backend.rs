@@ -175,7 +175,7 @@ impl<H: Hypervisor> Attached<H> {
         // force.
         let process = match adopt(&run.process) {
             Lookup::Alive(process) => process,
-            Lookup::Gone => return gone("its VMM ended while nobody watched; why is not known"),
+            Lookup::Gone => return gone("its VMM ended while no daemon watched it; the cause is not known"),
             Lookup::Unprovable(message) => return unreachable(Reason::IdentityUnproven, message, None),
         };
         let error = match self.meet(socket).await {
@@ -213,7 +213,7 @@ impl<H: Hypervisor> Attached<H> {
             Some(Guest::Running) => GuestState::Running,
             Some(Guest::Paused) => GuestState::Paused,
             Some(Guest::AtRest) | None => {
-                let message = "somebody else ended it at its VMM, which lives on".to_owned();
+                let message = "another client of its VMM ended it, and the VMM runs on".to_owned();
                 return Adoption::Gone { exit: Exit { cause: ExitCause::Requested, message } };
             }
         };

@@ -165,12 +165,12 @@ impl<A: Api> Handle<A> {
             Guest::Paused => VmmEvent::Paused,
             Guest::AtRest => VmmEvent::Gone(Exit {
                 cause: ExitCause::Requested,
-                message: "somebody else ended it at its VMM, which lives on".to_owned(),
+                message: "another client of its VMM ended it, and the VMM runs on".to_owned(),
             }),
         };
         // A receiver that is that far behind reads the state at its next sample.
         if let Err(error) = self.events.try_send(event) {
-            tracing::warn!(%error, "a change of the VM could not be told");
+            tracing::warn!(%error, "a change of the VM could not be reported");
         }
         Ok(state)
     }

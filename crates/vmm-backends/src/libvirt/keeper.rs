@@ -167,7 +167,9 @@ async fn listen(
 }
 
 fn senseless(why: &str) -> Down {
-    let message = format!("the libvirt helper says what makes no sense ({why}); is it as new as the daemon?");
+    let message = format!(
+        "the libvirt helper sent a message that cannot be parsed ({why}); is it as new as the daemon?"
+    );
     Down { kind: BackendErrorKind::Protocol, message }
 }
 
@@ -180,7 +182,7 @@ async fn read_last_words(stderr: impl AsyncRead + Unpin) -> String {
             Ok(0) | Err(_) => return last,
             Ok(_) => {
                 last = sanitize::sentence(String::from_utf8_lossy(&line).trim());
-                info!(said = last, "the libvirt helper has something to say");
+                info!(said = last, "the libvirt helper wrote to its stderr");
             }
         }
     }

@@ -43,7 +43,7 @@ fn gone(message: &str) -> Adoption {
 fn gone_because(identity: &ProcessIdentity) -> String {
     match process::boot_id() {
         Ok(boot) if boot != identity.boot_id => "the host has been booted since".to_owned(),
-        Ok(_) | Err(_) => format!("QEMU (process {}) ended while nobody watched", identity.pid),
+        Ok(_) | Err(_) => format!("QEMU (process {}) ended while no daemon watched it", identity.pid),
     }
 }
 

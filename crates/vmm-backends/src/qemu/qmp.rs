@@ -102,7 +102,7 @@ pub enum QmpError {
         sent: bool,
     },
     /// The answer has another form than the command's.
-    #[error("QEMU's answer to {command} makes no sense")]
+    #[error("QEMU's answer to {command} cannot be parsed")]
     Malformed {
         /// The command.
         command: &'static str,

@@ -74,7 +74,7 @@ pub(super) async fn start(
         start_waiting(program, words, &request.dir)
     });
     started.await.unwrap_or_else(|error| {
-        Err(host_error(format!("the start of a spare QEMU was broken off: {error}")).caused_by(error))
+        Err(host_error(format!("the start of a spare QEMU was interrupted: {error}")).caused_by(error))
     })
 }
 

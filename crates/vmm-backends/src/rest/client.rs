@@ -142,7 +142,7 @@ impl RestClient {
         serde_json::from_slice(&answer).map_err(|error| {
             // The message of serde quotes the answer, so it is sanitized.
             let why = sanitize::sentence(&error.to_string());
-            let message = format!("the VMM's answer to {} makes no sense: {why}", call.name());
+            let message = format!("the VMM's answer to {} cannot be parsed: {why}", call.name());
             BackendError::new(BackendErrorKind::Protocol, Effect::NotApplied, message).caused_by(error)
         })
     }
