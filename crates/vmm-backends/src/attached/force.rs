@@ -137,7 +137,7 @@ async fn executable(process: &Process) -> std::io::Result<String> {
 
 fn still_runs(process: &Process, socket: &Path) -> BackendError {
     let message = format!(
-        "it still runs: neither its guest nor its VMM obeyed, and another program started process {} behind {}. Try again, or \
+        "it still runs: neither its guest nor its VMM obeyed, and process {} behind {} is not ours to kill. Try again, or \
          use force, which ends the VMM's process",
         process.pid(),
         socket.display()
