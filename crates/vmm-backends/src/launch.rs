@@ -296,7 +296,7 @@ mod tests {
         start_vmm(move || Ok(command)).await
     }
 
-    /// A process that has `argument` among its arguments for as long as it lives.
+    /// Starts a process that has `argument` among its arguments.
     async fn tail(dir: &Path, argument: &Path) -> Guarded {
         let args: [OsString; 2] = ["-f".into(), argument.into()];
         start(Command::new(tail_program(), args, dir.join("tail.log"))).await.unwrap()
@@ -348,7 +348,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
-        // The first poll of the wait finds nothing; then the socket comes.
+        // The first poll of the wait finds no socket, and then the socket appears.
         let (connected, _listener) = tokio::join!(wait_for_socket(&vmm, &path, LONG), async {
             std::fs::write(dir.path().join("another"), "").unwrap();
             tokio::task::yield_now().await;
@@ -363,7 +363,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
-        // A socket that nobody listens on any more looks like one that nobody listens on yet.
+        // A socket without a listener looks the same before and after its listener exists.
         drop(UnixListener::bind(&path).unwrap());
         let (connected, _listener) = tokio::join!(wait_for_socket(&vmm, &path, LONG), async {
             tokio::time::sleep(Duration::from_millis(20)).await;

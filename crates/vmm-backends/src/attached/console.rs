@@ -325,7 +325,7 @@ mod unit_tests {
             copier.catch_up().unwrap();
         }
         assert_eq!(bench.log(), "earlier\none\ntwo\n");
-        // The next daemon goes on.
+        // The next daemon continues.
         append(&boot, "three\n");
         bench.copier().catch_up().unwrap();
         assert_eq!(bench.log(), "earlier\none\ntwo\nthree\n");
@@ -351,7 +351,8 @@ mod unit_tests {
         let copier = bench.copier();
         std::fs::write(&boot, "same length\n").unwrap();
         copier.catch_up().unwrap();
-        // As Cloud Hypervisor does at a reset: emptied, and as long as before when anybody looks.
+        // Cloud Hypervisor does this at a reset: it empties the file, which has the same length
+        // again at the next look.
         std::fs::write(&boot, "same length\n").unwrap();
         copier.catch_up().unwrap();
         std::fs::write(&boot, "x").unwrap();
@@ -365,7 +366,7 @@ mod unit_tests {
         let boot = bench.begin();
         append(&boot, "same words\n");
         bench.copier().catch_up().unwrap();
-        // The guest was reset, and the daemon ended before it had copied what came then.
+        // The guest was reset, and the daemon ended before it had copied the new output.
         std::fs::write(&boot, "same words\n").unwrap();
         bench.copier().catch_up().unwrap();
         assert_eq!(bench.log(), "earlier\nsame words\nsame words\n");
@@ -376,7 +377,7 @@ mod unit_tests {
         let bench = Bench::new();
         let boot = bench.begin();
         append(&boot, "one\n");
-        // A daemon that died between the copy and the hole.
+        // The earlier daemon ended between the copy and the hole.
         append(&bench.dir.path().join("console.log"), "one\n");
         append(&boot, "two\n");
         bench.copier().catch_up().unwrap();

@@ -219,7 +219,7 @@ pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(ChEvent, Duration)>, usi
 mod tests {
     use super::*;
 
-    /// As Cloud Hypervisor 53 writes it.
+    /// Returns an event in the form of Cloud Hypervisor 53.
     fn event(source: &str, event: &str) -> String {
         event_at(0, source, event)
     }
@@ -305,11 +305,11 @@ mod tests {
         let text = event("vm", "paused");
         std::fs::write(&path, &text).unwrap();
         assert_eq!(EventFile::from_start(dir.path()).read(10).unwrap(), [ChEvent::Paused]);
-        // As if no hole had been made.
+        // The file keeps its first bytes, as on a file system without holes.
         std::fs::write(&path, text + &event("vm", "resumed")).unwrap();
         assert_eq!(EventFile::near_end(dir.path()).read(10).unwrap(), [ChEvent::Resumed]);
         assert!(EventFile::near_end(dir.path()).read(10).unwrap().is_empty());
-        // The next run begins anew.
+        // The next run starts with no events.
         EventFile::begin(dir.path()).unwrap();
         std::fs::write(&path, event("vm", "rebooting")).unwrap();
         assert_eq!(EventFile::near_end(dir.path()).read(10).unwrap(), [ChEvent::Rebooting]);

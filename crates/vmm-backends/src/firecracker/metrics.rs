@@ -332,7 +332,7 @@ mod tests {
     async fn a_line_that_a_full_disk_has_cut_costs_what_it_counted_and_no_more() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS);
-        // The half object, and right behind it the next one.
+        // A half object is followed directly by the next object.
         let text = format!("{}\n{}{}\n{}\n", stamped(1), &stamped(2)[..1024], stamped(4), stamped(8));
         std::fs::write(&path, text).unwrap();
         let sums = Metrics::new(dir.path()).sums().await.unwrap();
@@ -360,7 +360,7 @@ mod tests {
     async fn sums_that_cannot_be_kept_are_told_all_the_same() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(METRICS), format!("{}\n", line(1))).unwrap();
-        // In the way of the file that is written first, also for root.
+        // A folder at the path of the temporary file makes the write fail, also for root.
         std::fs::create_dir(dir.path().join("metrics.new")).unwrap();
         let metrics = Metrics::new(dir.path());
         assert_eq!(metrics.sums().await.unwrap().storage().bytes_read, 1);

@@ -8,35 +8,36 @@ const PATIENT: Ladder = Ladder { ask_guest_for: Some(Duration::from_secs(60)) };
 const HASTY: Ladder = Ladder { ask_guest_for: Some(Duration::from_millis(1)) };
 const FORCED: Ladder = Ladder { ask_guest_for: None };
 
-/// The behaviour of a VMM that is called.
+/// The behaviour of a fake VMM during a call.
 #[derive(Clone, Copy, Debug)]
 enum Play {
-    /// Passes it on, and answers.
+    /// Sends the signal to the process, and answers.
     Obeys(Signal),
-    /// Answers, and nothing comes of it.
+    /// Answers without an effect.
     Loses,
-    /// Fails so.
+    /// Fails with this error.
     Fails(BackendErrorKind, Effect),
-    /// Ends, and fails so.
+    /// Ends the process, and fails with this effect.
     EndsOver(Effect),
     /// Does not answer.
     Hangs,
-    /// Is not to be called.
+    /// Fails the test if it is called.
     Forbidden,
-    /// Has no such call.
+    /// Offers no such call.
     Missing,
 }
 
 use Play::{EndsOver, Fails, Forbidden, Hangs, Loses, Missing, Obeys};
 
-/// The signals by which a guest obeys its power button here, and a VMM its order.
+/// The signal by which the fake guest obeys its power button, and the one by which the fake VMM
+/// obeys its order.
 const BUTTON: Play = Obeys(Signal::USR1);
 const ORDER: Play = Obeys(Signal::USR2);
 
 /// A stand-in for a VMM.
 struct FakeVmm {
     guard: Guarded,
-    /// One play for each request to the guest; the last one for all that follow.
+    /// The behaviour at each request to the guest. The last one holds for all later requests.
     asked: Vec<Play>,
     order: Play,
     requests: AtomicUsize,
@@ -44,7 +45,7 @@ struct FakeVmm {
 }
 
 impl FakeVmm {
-    /// Starts it once `traps` are set.
+    /// Starts the process once `traps` are set.
     async fn start(traps: &str, asked: &[Play], order: Play) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
@@ -77,7 +78,8 @@ impl FakeVmm {
         }))
     }
 
-    /// Climbs, and checks that the process has gone exactly where the answer says so.
+    /// Climbs the ladder, and checks that the process has ended if and only if the result is a
+    /// success.
     async fn climb(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
         let ended_by = climb(self, ladder).await;
         assert_eq!(self.guard.exit().is_some(), ended_by.is_ok());
@@ -204,12 +206,12 @@ async fn what_had_ended_was_the_guest() {
 
 #[tokio::test]
 async fn what_ends_before_the_question_arrives_was_the_guest() {
-    // As a connection breaks: the process has ended, and nobody has reaped it yet.
+    // A connection breaks like this if the process has ended and was not reaped yet.
     let vmm = FakeVmm::start(":", &[EndsOver(Effect::NotApplied)], Forbidden).await;
     assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Guest);
 }
 
-/// A process that was adopted, without any means but signals.
+/// An adopted process that offers signals only.
 struct Adopted(Process);
 
 #[async_trait]

@@ -7,15 +7,15 @@ use vmm_libvirt_wire::{Domain, Got};
 
 use super::*;
 
-/// So short that no test waits for it, and so long that none sees it.
+/// A duration that is too short to delay a test and long enough to order two events.
 const SOON: Duration = Duration::from_millis(20);
 const NEVER: Duration = Duration::from_secs(3600);
 
-/// A watch of a process that runs `script`, and a libvirt that says the domain is in `state` whenever it is asked.
+/// A watch of a process that runs `script`, with a libvirt that reports the domain in `state`.
 struct Scene {
     watch: Watch,
     state: Arc<Mutex<DomainState>>,
-    /// The number of questions that libvirt was asked.
+    /// The number of calls that libvirt received.
     asked: Arc<AtomicUsize>,
     happened: mpsc::Receiver<VmmEvent>,
     qemu: Guarded,
@@ -54,12 +54,12 @@ async fn scene(script: &str, state: DomainState, patience: Option<Patience>) -> 
     Scene { watch, state, asked, happened, qemu, _handle: handle, _dir: dir }
 }
 
-/// What QEMU says when its guest has reset itself and may not.
+/// Returns QEMU's event after a reset by a guest that may not reset itself.
 fn shut_down() -> Event {
     Event::Monitor("SHUTDOWN".to_owned(), r#"{"guest":true,"reason":"guest-reset"}"#.to_owned())
 }
 
-/// The signal that ends a QEMU which has told of its end.
+/// Returns the signal that ends a QEMU which has announced its end.
 async fn ended_by(script: &str, patience: Patience) -> i32 {
     let Scene { mut watch, mut happened, qemu, _handle, _dir, .. } =
         scene(script, DomainState::ShuttingDown, Some(patience)).await;
@@ -82,7 +82,7 @@ async fn one_that_hangs_in_its_end_is_woken() {
 
 #[tokio::test]
 async fn one_that_nothing_wakes_is_killed() {
-    // However often it is woken before.
+    // The earlier signals only wake QEMU, so SIGKILL comes at `last` for any number of them.
     let patience = Patience { first: SOON, again: SOON, last: 5 * SOON };
     let deaf = "trap '' TERM; exec sleep 600";
     assert_eq!(ended_by(deaf, patience).await, Signal::KILL.as_raw());
@@ -119,7 +119,7 @@ async fn a_guest_that_panicked_is_not_taken_for_one_that_somebody_paused() {
     scene.watch.take(panicked()).await;
     scene.watch.take(Event::Lifecycle(Lifecycle::Suspended)).await;
     assert!(scene.happened.try_recv().is_err(), "its end is told");
-    // Somebody else's domain may be kept by libvirt as it is.
+    // An imported domain is not ended by this program, so libvirt may keep it paused after a panic.
     scene.watch.patience = None;
     scene.watch.reason = None;
     scene.watch.take(panicked()).await;
@@ -155,7 +155,7 @@ async fn of_a_thousand_changes_a_burst_is_asked_about_and_the_last_one() {
     let told: Vec<_> = std::iter::from_fn(|| scene.happened.try_recv().ok()).collect();
     assert_eq!((scene.asked.load(Ordering::Relaxed), told.len()), (16, 16));
     assert_eq!(told.last(), Some(&VmmEvent::Resumed));
-    // The guest stands still since the last event, which the throttle held up.
+    // The guest is paused since the last event, which the throttle delayed.
     let Scene { watch, asked, mut happened, qemu, _handle, .. } = scene;
     let watching = tokio::spawn(watch.run());
     assert_eq!(happened.recv().await, Some(VmmEvent::Paused));

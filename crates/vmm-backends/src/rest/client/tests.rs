@@ -1,4 +1,4 @@
-//! The client against servers that lie, stall and babble.
+//! Tests the client against servers that send malformed, late and endless answers.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use super::{CALL, RestClient};
 
 const SOON: Duration = Duration::from_millis(300);
 
-/// Answers each request of each connection with the next of `answers`; the last one is repeated for ever, byte by byte, if
-/// `endless`. Counts the connections.
+/// Answers each request of each connection with the next of `answers`. With `endless` repeats the
+/// last answer byte by byte. Counts the connections.
 struct Fake {
     dir: tempfile::TempDir,
     server: tokio::task::JoinHandle<()>,
@@ -51,7 +51,7 @@ impl Fake {
     }
 }
 
-/// Answers until the client hangs up. Without an answer left it keeps silent.
+/// Answers until the client closes the connection. Sends nothing when no answer is left.
 async fn serve(mut stream: UnixStream, answers: &mut impl Iterator<Item = Vec<u8>>, endless: bool) {
     let mut request = Vec::new();
     loop {
