@@ -102,8 +102,10 @@ async fn a_reset_is_done_in_place_and_is_no_event() {
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
 }
 
-/// Resets the guest at the VMM's own socket, as a daemon does that ends before it reads the event of the reset.
+/// Resets the guest at the VMM's own socket, as a daemon does that ends before it reads the event of the reset. The handles of
+/// the VMM are dropped, and their monitors get the time to end: one that still ran would read the event.
 async fn reset_from_outside(socket: &std::path::Path) {
+    tokio::time::sleep(Duration::from_millis(500)).await;
     let mut stream = UnixStream::connect(socket).await.expect("the VMM listens");
     let call = b"PUT /api/v1/vm.reboot HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
     stream.write_all(call).await.expect("the VMM reads");
