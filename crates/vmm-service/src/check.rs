@@ -4,7 +4,7 @@
 //! files change, and takes the claims that keep two running VMs apart.
 //!
 //! Files may lie where nothing answers: [`looks`] bounds the threads that wait for them, and a deadline the caller's wait. Only
-//! the paths of clients pass through here: the daemon's own files never wait for a seat.
+//! the paths of clients pass through here: the daemon's own files never wait for a permit.
 
 mod disk;
 mod looks;
@@ -26,8 +26,9 @@ use looks::{Limits, Looks, Visitor};
 
 /// No look takes longer.
 pub(crate) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
-/// The seats of looks for one purpose. The runtime has some 500 threads for everything.
-const SEATS: Limits = Limits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
+/// The permits of looks for one purpose. The runtime has some 500 threads for everything.
+const PERMITS: Limits =
+    Limits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
 
 /// The reason for a look at files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,14 +40,14 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    /// Returns the seats for looks of this purpose. Each purpose has its own, so that calls of CreateVm and ValidateVm which
+    /// Returns the permits for looks of this purpose. Each purpose has its own, so that calls of CreateVm and ValidateVm which
     /// hang keep no VM from starting.
     fn looks(self) -> &'static Arc<Looks> {
-        fn seats() -> Arc<Looks> {
-            Arc::new(Looks::new(SEATS, |path| Mounts::read().served_by(path)))
+        fn permits() -> Arc<Looks> {
+            Arc::new(Looks::new(PERMITS, |path| Mounts::read().served_by(path)))
         }
-        static CREATE: LazyLock<Arc<Looks>> = LazyLock::new(seats);
-        static BOOT: LazyLock<Arc<Looks>> = LazyLock::new(seats);
+        static CREATE: LazyLock<Arc<Looks>> = LazyLock::new(permits);
+        static BOOT: LazyLock<Arc<Looks>> = LazyLock::new(permits);
         match self {
             Self::Create => &CREATE,
             Self::Boot => &BOOT,
@@ -129,10 +130,10 @@ pub(crate) fn claims_by_path(spec: &VmSpec) -> Vec<HostClaim> {
 }
 
 /// Waits for `look`, and gives up `slot` where the look is slow: a slot bounds the VMs that need processor time together, and
-/// one that waits for its files needs none. Those are bounded by the seats of looks.
+/// one that waits for its files needs none. Those are bounded by the permits of looks.
 pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output = T>) -> (T, Option<S>) {
     let mut look = std::pin::pin!(look);
-    match tokio::time::timeout(SEATS.after, &mut look).await {
+    match tokio::time::timeout(PERMITS.after, &mut look).await {
         Ok(found) => (found, Some(slot)),
         Err(_) => {
             drop(slot);

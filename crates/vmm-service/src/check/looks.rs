@@ -1,16 +1,16 @@
 //! The threads that look at files, and what bounds them.
 //!
 //! ```text
-//!   look ─► a quick seat (32) ─► thread ── done within 250 ms ────────────────► answer
+//!   look ─► a quick permit (32) ─► thread ── done within 250 ms ────────────────► answer
 //!                                   │
-//!                                   └── slow: the quick seat is free again, and the thread has
-//!                                       a slow seat (160, at most 16 of one mount) ─► answer, or silence after 3 s
+//!                                   └── slow: the quick permit is free again, and the thread has
+//!                                       a slow permit (160, at most 16 of one mount) ─► answer, or silence after 3 s
 //! ```
 //!
 //! A file may lie on a server that does not answer, and then the thread that looks at it hangs for as long as the server is
-//! silent. Nothing can end such a thread. The quick seats bound the looks that cost processor time, and the slow seats bound the
-//! threads that wait: a mount that hangs holds no quick seat for longer than a moment, and has at most its part of the slow
-//! ones. A look that leads into a mount with no slow seat left touches nothing there, and waits without a thread.
+//! silent. Nothing can end such a thread. The quick permits bound the looks that cost processor time, and the slow permits bound the
+//! threads that wait: a mount that hangs holds no quick permit for longer than a moment, and has at most its part of the slow
+//! ones. A look that leads into a mount with no slow permit left touches nothing there, and waits without a thread.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use super::FilesSilent;
 
-/// The numbers of seats, and the time after which a look is slow.
+/// The numbers of permits, and the time after which a look is slow.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub(super) quick: usize,
@@ -31,13 +31,13 @@ pub(super) struct Limits {
     pub(super) after: Duration,
 }
 
-/// The seats of looks for one purpose.
+/// The permits of looks for one purpose.
 pub(super) struct Looks {
     limits: Limits,
     mount_of: fn(&Path) -> Option<PathBuf>,
     quick: Arc<Semaphore>,
     slow: Mutex<Slow>,
-    /// Told when a slow seat gets free.
+    /// Told when a slow permit gets free.
     freed: Notify,
 }
 
@@ -47,11 +47,11 @@ struct Slow {
     by_mount: HashMap<PathBuf, usize>,
 }
 
-/// The mount whose slow seats are all taken.
+/// The mount whose slow permits are all taken.
 struct Crowded;
 
 impl Looks {
-    /// Makes the seats. `mount_of` tells which mount of somebody else's files a path leads into, and touches nothing there.
+    /// Makes the permits. `mount_of` tells which mount of somebody else's files a path leads into, and touches nothing there.
     pub(super) fn new(limits: Limits, mount_of: fn(&Path) -> Option<PathBuf>) -> Self {
         let quick = Arc::new(Semaphore::new(limits.quick));
         Self { limits, mount_of, quick, slow: Mutex::default(), freed: Notify::new() }
@@ -71,10 +71,10 @@ impl Looks {
         let until = Instant::now() + deadline;
         loop {
             let freed = self.freed.notified();
-            let seat = tokio::time::timeout_at(until, Arc::clone(&self.quick).acquire_owned()).await;
-            let Ok(Ok(seat)) = seat else { return Err(FilesSilent) };
-            // A task of its own, because the seat must change hands also where nobody waits for the answer any more.
-            let attempt = tokio::spawn(attempt(Visitor::new(self, seat), work.clone()));
+            let permit = tokio::time::timeout_at(until, Arc::clone(&self.quick).acquire_owned()).await;
+            let Ok(Ok(permit)) = permit else { return Err(FilesSilent) };
+            // A task of its own, because the permit must change hands also where nobody waits for the answer any more.
+            let attempt = tokio::spawn(attempt(Visitor::new(self, permit), work.clone()));
             match tokio::time::timeout_at(until, attempt).await {
                 Ok(Ok(Ok(done))) => return Ok(done),
                 Ok(Ok(Err(Crowded))) if tokio::time::timeout_at(until, freed).await.is_ok() => {}
@@ -102,7 +102,7 @@ async fn attempt<T: Send + 'static>(
     let done = match tokio::time::timeout(after, &mut thread).await {
         Ok(done) => done,
         Err(_) => {
-            watched.take_slow_seat();
+            watched.take_slow_permit();
             thread.await
         }
     };
@@ -117,22 +117,22 @@ pub(super) struct Visitor {
 }
 
 struct State {
-    seat: Seat,
+    permit: Permit,
     /// The mount that the look has led into.
     mount: Option<PathBuf>,
-    /// The look led into a mount with no slow seat left, and has seen nothing there.
+    /// The look led into a mount with no slow permit left, and has seen nothing there.
     crowded: bool,
 }
 
-enum Seat {
-    Quick(#[expect(dead_code, reason = "held for as long as the seat is")] OwnedSemaphorePermit),
+enum Permit {
+    Quick(#[expect(dead_code, reason = "held for as long as the permit is")] OwnedSemaphorePermit),
     Slow,
     Left,
 }
 
 impl Visitor {
-    fn new(looks: &Arc<Looks>, seat: OwnedSemaphorePermit) -> Arc<Self> {
-        let state = State { seat: Seat::Quick(seat), mount: None, crowded: false };
+    fn new(looks: &Arc<Looks>, permit: OwnedSemaphorePermit) -> Arc<Self> {
+        let state = State { permit: Permit::Quick(permit), mount: None, crowded: false };
         Arc::new(Self { looks: Arc::clone(looks), state: Mutex::new(state) })
     }
 
@@ -152,7 +152,7 @@ impl Visitor {
             state.crowded = true;
             return false;
         }
-        if matches!(state.seat, Seat::Slow) {
+        if matches!(state.permit, Permit::Slow) {
             slow.leave(state.mount.as_ref());
             slow.take(mount.as_ref());
         }
@@ -160,19 +160,19 @@ impl Visitor {
         true
     }
 
-    /// Frees the quick seat, where a slow one is left. How many of them one mount has is asked when a look is about to enter.
-    fn take_slow_seat(&self) {
+    /// Frees the quick permit, where a slow one is left. How many of them one mount has is asked when a look is about to enter.
+    fn take_slow_permit(&self) {
         let mut state = self.state();
         let mut slow = self.looks.slow();
-        if matches!(state.seat, Seat::Quick(_)) && slow.taken < self.looks.limits.slow {
+        if matches!(state.permit, Permit::Quick(_)) && slow.taken < self.looks.limits.slow {
             slow.take(state.mount.as_ref());
-            state.seat = Seat::Slow;
+            state.permit = Permit::Slow;
         }
     }
 
     fn leave(&self) {
         let mut state = self.state();
-        if matches!(std::mem::replace(&mut state.seat, Seat::Left), Seat::Slow) {
+        if matches!(std::mem::replace(&mut state.permit, Permit::Left), Permit::Slow) {
             self.looks.slow().leave(state.mount.as_ref());
             self.looks.freed.notify_waiters();
         }
@@ -189,7 +189,7 @@ impl Drop for Visit {
 }
 
 impl Slow {
-    /// Returns the slow seats of one mount. Files that lie in none are bounded by the number of all slow seats alone.
+    /// Returns the slow permits of one mount. Files that lie in none are bounded by the number of all slow permits alone.
     fn of(&self, mount: Option<&PathBuf>) -> usize {
         mount.and_then(|mount| self.by_mount.get(mount)).copied().unwrap_or_default()
     }
@@ -224,7 +224,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(100);
     const LIMITS: Limits = Limits { quick: 1, slow: 3, slow_of_a_mount: 2, after: Duration::from_millis(10) };
 
-    /// Seats where everything below `/hung` lies in a mount.
+    /// Permits where everything below `/hung` lies in a mount.
     fn looks() -> Arc<Looks> {
         Arc::new(Looks::new(LIMITS, |path| path.starts_with("/hung").then(|| "/hung".into())))
     }
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn looks_that_hang_leave_the_quick_seat_to_others() {
+    async fn looks_that_hang_leave_the_quick_permit_to_others() {
         let (looks, (let_go, hung)) = (looks(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
             assert_eq!(hung.look(&looks, "/hung/a").await, Err(FilesSilent));
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_look_waits_for_a_seat_of_its_mount() {
+    async fn a_look_waits_for_a_permit_of_its_mount() {
         let (looks, (let_go, hung)) = (looks(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
             assert_eq!(hung.look(&looks, "/hung/a").await, Err(FilesSilent));
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_look_that_nobody_waits_for_leaves_its_quick_seat_too() {
+    async fn a_look_that_nobody_waits_for_leaves_its_quick_permit_too() {
         let (looks, (let_go, hung)) = (looks(), Hung::new());
         let look = tokio::spawn({
             let looks = Arc::clone(&looks);
