@@ -122,7 +122,7 @@ impl Generator {
             assert!(made.expect("qemu-img is there; `make setup` installs it").status.success());
             options.insert("format".to_owned(), json!(self.mostly(&["qcow2"], "raw")));
         } else if !self.rarely(12) {
-            let size = self.one(&[4096, 1 << 20]);
+            let size = self.one(&[0, 100, 512, 1000, 4096, 1 << 20, (1 << 20) + 100]);
             File::create(&path).unwrap().set_len(size).unwrap();
         }
         let legal = [("cache", "unsafe"), ("direct_io", "true"), ("rate_limit.bytes_per_second", "1000000")];

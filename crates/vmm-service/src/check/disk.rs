@@ -45,7 +45,7 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
     match (disk.format, terms.purpose) {
         (DiskFormat::Raw, Purpose::Create) => {
             probe_raw(found, disk);
-            advise_of_size(found, disk, &facts);
+            check_size(found, disk, &facts);
             if adds_root {
                 advise_of_partitions(found, disk);
             }
@@ -60,28 +60,37 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
     }
 }
 
-/// Warns of bytes at the end of a raw image that a guest may not see: hypervisors cut or fill the last sector, each in its own
-/// way.
-fn advise_of_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
-    let (shown, size) = (disk.path.display(), facts.size);
-    let message = if size == 0 {
-        format!(
-            "{shown} is empty, so the guest finds a disk without a sector: give it a size (truncate -s SIZE)"
-        )
+/// Refuses a raw image whose size some hypervisor does not start with, on every backend alike: Cloud Hypervisor reads the first
+/// sector, and QEMU writes with direct I/O in whole sectors only. Warns of bytes at the end that a guest may not see, because
+/// hypervisors cut or fill the last sector, each in its own way.
+fn check_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
+    let (shown, size, field) = (disk.path.display(), facts.size, format!("{}.path", disk.field()));
+    let longer = |step: u64| format!("make it longer (truncate -s %{step} {shown})");
+    if size < SECTOR {
+        let message = format!(
+            "{shown} has {size} bytes, which is less than a sector: give it a size (truncate -s SIZE)"
+        );
+        found.report.reject(field, message);
+    } else if size % SECTOR != 0 && disk.direct_io && !disk.read_only {
+        let message = format!(
+            "{shown} has {size} bytes, which is no multiple of {SECTOR}, as direct_io needs: {}",
+            longer(SECTOR)
+        );
+        found.report.reject(field, message);
     } else if size % SECTOR != 0 {
-        format!(
-            "{shown} is {size} bytes long, which is no multiple of {SECTOR}: the hypervisor cuts or fills the last sector; \
-             make it longer (truncate -s %{SECTOR})"
-        )
+        let message = format!(
+            "{shown} has {size} bytes, which is no multiple of {SECTOR}: the hypervisor cuts or fills the last sector; {}",
+            longer(SECTOR)
+        );
+        found.report.advise(field, message);
     } else if disk.direct_io && size % DIRECT_BLOCK != 0 {
-        format!(
-            "{shown} is {size} bytes long, which is no multiple of {DIRECT_BLOCK}: with direct_io its last sectors may be out of \
-             reach on a disk with blocks of that size; make it longer (truncate -s %{DIRECT_BLOCK})"
-        )
-    } else {
-        return;
-    };
-    found.report.advise(format!("{}.path", disk.field()), message);
+        let message = format!(
+            "{shown} has {size} bytes, which is no multiple of {DIRECT_BLOCK}: with direct_io its last sectors may be out of \
+             reach on a disk with blocks of that size; {}",
+            longer(DIRECT_BLOCK)
+        );
+        found.report.advise(field, message);
+    }
 }
 
 /// Warns of a root device that has partitions, where the arguments name the whole disk.

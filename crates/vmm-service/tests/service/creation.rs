@@ -251,7 +251,7 @@ async fn warnings_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> Vec<(String, 
 }
 
 #[tokio::test]
-async fn a_size_that_a_hypervisor_cuts_or_fills_is_a_warning() {
+async fn a_size_that_no_hypervisor_starts_with_is_refused_and_one_that_is_cut_is_a_warning() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let sized = |bytes: u64, direct_io: bool| {
@@ -261,16 +261,26 @@ async fn a_size_that_a_hypervisor_cuts_or_fills_is_a_warning() {
         StorageDevice { path, options, ..StorageDevice::default() }
     };
     for (bytes, direct_io, expected) in [
-        (0, false, "is empty"),
-        (1_000_000, false, "no multiple of 512"),
-        (1_000_000, true, "no multiple of 512"),
-        (1_000_448, true, "no multiple of 4096"),
+        (0, false, "less than a sector"),
+        (511, false, "less than a sector"),
+        (1_000_000, true, "as direct_io needs"),
     ] {
+        let config = VmConfig { storage: vec![sized(bytes, direct_io)], ..bed.config() };
+        let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
+        let [violation] = &report.violations[..] else { panic!("{report:?}") };
+        assert_eq!(violation.field, "config.storage[0].path");
+        assert!(violation.message.contains(expected), "{violation}");
+    }
+    for (bytes, direct_io, expected) in
+        [(1_000_000, false, "no multiple of 512"), (1_000_448, true, "no multiple of 4096")]
+    {
         let found = warnings_of(&bed, &vms, sized(bytes, direct_io)).await;
         assert_eq!(found.len(), 1, "{found:?}");
         assert_eq!(found[0].0, "config.storage[0].path");
         assert!(found[0].1.contains(expected), "{found:?}");
     }
+    let read_only = StorageDevice { read_only: true, ..sized(1_000_000, true) };
+    assert_eq!(warnings_of(&bed, &vms, read_only).await.len(), 1);
     assert_eq!(warnings_of(&bed, &vms, sized(1_000_448, false)).await, []);
     assert_eq!(warnings_of(&bed, &vms, sized(1 << 20, true)).await, []);
 }
