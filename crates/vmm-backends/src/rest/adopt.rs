@@ -105,7 +105,7 @@ pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
 }
 
 /// Returns true if the process that gave this `answer` has ended. If its socket cannot be reached,
-/// waits up to [`REAPING`] for the end, because an exiting process closes its socket first.
+/// waits up to 1 s for the end, because an exiting process closes its socket first.
 pub async fn has_ended<T>(process: &Process, answer: &Result<T, BackendError>) -> bool {
     let lost = matches!(answer, Err(error) if error.kind == BackendErrorKind::Unreachable);
     process.exit().is_some() || (lost && process.wait_for(REAPING).await.is_some())
