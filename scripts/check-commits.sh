@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 # The first commit that follows the rule has this parent.
 SINCE=7b04836
 MAX_SUBJECT=72
+ROOM='[a-z][a-z0-9/-]*'
 
 if ! git merge-base --is-ancestor "$SINCE" HEAD 2> /dev/null; then
     echo "the history back to $SINCE is not here, so that no message is checked" >&2
@@ -22,7 +23,7 @@ complain() {
 for commit in $(git rev-list --no-merges "$SINCE..HEAD"); do
     subject=$(git log -1 --format=%s "$commit")
     [ "${#subject}" -le "$MAX_SUBJECT" ] || complain "$commit" "the subject has ${#subject} characters; at most $MAX_SUBJECT are allowed: $subject"
-    [[ $subject =~ ^[a-z][a-z0-9/-]*:\ [^\ ] ]] || complain "$commit" "the subject begins with no room, as in \"qemu: retry the power button\": $subject"
+    [[ $subject =~ ^$ROOM(,\ $ROOM)*:\ [^\ ] ]] || complain "$commit" "the subject begins with no room, as in \"qemu: retry the power button\": $subject"
     [ -n "$(git log -1 --format=%b "$commit")" ] || complain "$commit" "a body is missing that gives the reason: $subject"
 done
 exit "$bad"
