@@ -198,7 +198,7 @@ async fn a_guest_that_ignores_the_power_button_is_powered_off() {
     let bench = bench!("a_guest_that_ignores_the_power_button_is_powered_off", Guest::Idle, UNSET);
     let mut run = bench.launch().await;
     run.vmm.pause().await.unwrap();
-    assert_eq!(run.vmm.shutdown(ask_for(Duration::from_millis(100))).await.unwrap(), EndedBy::Vmm);
+    assert_eq!(run.vmm.shutdown(ask_for(Duration::from_secs(2))).await.unwrap(), EndedBy::Vmm);
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
 }
 

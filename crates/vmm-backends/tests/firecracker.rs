@@ -126,7 +126,7 @@ async fn a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused() {
 async fn a_guest_that_ignores_the_request_is_ended() {
     let bench = bench!("a_guest_that_ignores_the_request_is_ended", Guest::Idle);
     let mut run = bench.launch().await;
-    assert_eq!(run.vmm.shutdown(ask_for(Duration::from_millis(100))).await.unwrap(), EndedBy::Sigterm);
+    assert_eq!(run.vmm.shutdown(ask_for(Duration::from_secs(2))).await.unwrap(), EndedBy::Sigterm);
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
 }
 

@@ -11,14 +11,15 @@
 mod count;
 mod imported;
 mod kernel_line;
+mod mac;
 mod options;
 mod parse;
 
-use std::fmt;
 use std::path::PathBuf;
 
 pub use count::too_many;
 pub use kernel_line::{kernel_words, kernels_part};
+pub use mac::MacAddr;
 pub use options::{
     BACKING_KEYS, BOOT_KEYS, BackendOption, BackendOptions, CPU_KEYS, DISK_KEYS, NIC_KEYS, OptionPlace,
     prefix_of,
@@ -202,23 +203,6 @@ pub struct Nic {
     pub tap: Option<String>,
     /// The ceilings on the interface's traffic, for each direction.
     pub limits: RateLimit,
-}
-
-/// A hardware address.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct MacAddr(pub [u8; 6]);
-
-impl fmt::Display for MacAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl fmt::Debug for MacAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
 }
 
 /// The serial console.

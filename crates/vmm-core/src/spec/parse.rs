@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use super::kernel_line::kernels_part;
 use super::options::{
@@ -337,7 +336,7 @@ pub(super) fn parse_nic(report: &mut Report, index: usize, nic: &NetworkInterfac
     if let Err(message) = check_tap_name(&nic.tap_device) {
         report.reject(format!("{field}.tap_device"), message);
     }
-    match parse_mac(&nic.mac_address) {
+    match nic.mac_address.parse::<MacAddr>() {
         Ok(mac) => Some(Nic {
             id: nic.id.clone(),
             mac,
@@ -362,40 +361,6 @@ fn check_tap_name(name: &str) -> Result<(), String> {
     } else {
         Ok(())
     }
-}
-
-/// Parses a hardware address. An empty text is an error, because the service fills in generated
-/// addresses before it parses.
-impl FromStr for MacAddr {
-    /// The rule that the text breaks, for people.
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        parse_mac(text)
-    }
-}
-
-fn parse_mac(text: &str) -> Result<MacAddr, String> {
-    let problem =
-        || format!("must be six pairs of hexadecimal digits such as 02:00:00:00:00:01, not \"{text}\"");
-    let mut mac = [0_u8; 6];
-    let mut parts = text.split([':', '-']);
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2).ok_or_else(problem)?;
-        if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return Err(problem());
-        }
-        *byte = u8::from_str_radix(part, 16).map_err(|_| problem())?;
-    }
-    if parts.next().is_some() {
-        return Err(problem());
-    }
-    if mac == [0; 6] || mac[0] & 1 == 1 {
-        return Err(format!(
-            "must be a unicast address, not \"{text}\": the first pair must be even, and not all zero"
-        ));
-    }
-    Ok(MacAddr(mac))
 }
 
 fn parse_console(report: &mut Report, console: Option<&ConsoleConfig>) -> Console {

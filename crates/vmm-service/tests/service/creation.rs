@@ -4,7 +4,6 @@ use crate::common::*;
 use vmm_core::config::{
     BootConfig, ConsoleConfig, CpuConfig, MemoryConfig, NetworkInterface, StorageDevice, VmConfig,
 };
-use vmm_core::state::VmState;
 use vmm_core::store::{Requested, StoreErrorKind};
 use vmm_service::DefaultBoot;
 use vmm_testkit::fake::{Act, Method};
@@ -140,7 +139,7 @@ async fn what_the_host_and_the_backend_find_is_told_together() {
 }
 
 /// The one violation of a kernel or disk at `path`.
-async fn only_violation(vms: &Vms, config: VmConfig) -> (String, String) {
+pub(crate) async fn only_violation(vms: &Vms, config: VmConfig) -> (String, String) {
     let mut found = violations(vms.try_create("a", config).await);
     assert_eq!(found.len(), 1, "{found:?}");
     found.remove(0)
@@ -173,183 +172,6 @@ async fn a_kernel_must_be_one_that_the_backend_boots() {
         assert_eq!(field, "config.boot.kernel_path");
         assert!(message.contains(expected), "{message} says {expected:?}");
     }
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_image_must_be_what_its_format_says() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    bed.disk("base");
-    bed.qcow2("plain.qcow2", None);
-    bed.qcow2("backed.qcow2", Some(("base", "raw")));
-    let with = |name: &str, options: &[(&str, &str)]| {
-        let mut config = bed.with_disk(name);
-        config.storage[0].options = options.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
-        config
-    };
-    let (field, message) = only_violation(&vms, with("plain.qcow2", &[])).await;
-    assert_eq!(field, "config.storage[0].options[\"format\"]");
-    assert!(message.contains("set format to \"qcow2\""), "{message}");
-    let (_, message) = only_violation(&vms, with("raw", &[("format", "qcow2")])).await;
-    assert!(message.contains("is not a qcow2 image"), "{message}");
-    let (field, message) = only_violation(&vms, with("backed.qcow2", &[("format", "qcow2")])).await;
-    assert_eq!(field, "config.storage[0].options[\"backing_files\"]");
-    assert!(message.contains("backing_files"), "{message}");
-    vms.create("b", with("plain.qcow2", &[("format", "qcow2")])).await;
-    vms.create("c", with("backed.qcow2", &[("format", "qcow2"), ("backing_files", "true")])).await;
-}
-
-/// The violation of the only disk of a VM, which is `disk`.
-async fn violation_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> (String, String) {
-    only_violation(vms, VmConfig { storage: vec![disk], ..bed.config() }).await
-}
-
-#[tokio::test]
-async fn each_fault_of_a_chain_of_backing_files_is_named() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    let rebase = |name: &str, base: &str| {
-        let mut command = std::process::Command::new("qemu-img");
-        command.args(["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, name]);
-        assert!(command.current_dir(bed.dir.path()).status().unwrap().success());
-    };
-    bed.disk("base");
-    let mut names = vec!["base".to_owned()];
-    for number in 0..34 {
-        let name = format!("link{number}");
-        let format = if number == 0 { "raw" } else { "qcow2" };
-        bed.qcow2(&name, Some((names[number].as_str(), format)));
-        names.push(name);
-    }
-    let chained =
-        |name: &str| StorageDevice { path: bed.path(name), ..bed.qcow2("top", Some(("base", "raw"))) };
-    let (field, message) = violation_of(&bed, &vms, chained("link33")).await;
-    assert_eq!(field, "config.storage[0].options[\"backing_files\"]");
-    assert!(message.contains("more than 32 files"), "{message}");
-    vms.create("deep", VmConfig { storage: vec![chained("link31")], ..bed.config() }).await;
-    rebase("link1", "link3");
-    let (_, message) = violation_of(&bed, &vms, chained("link2")).await;
-    assert!(message.contains("is based on itself"), "{message}");
-    for (base, expected) in [
-        ("gone", "does not exist"),
-        ("base", "is not a qcow2 image"),
-        ("nbd://host/x", "which is no path"),
-        ("json:{}", "which is no path"),
-    ] {
-        rebase("link0", base);
-        let (_, message) = violation_of(&bed, &vms, chained("link0")).await;
-        assert!(message.contains(expected), "{message}");
-    }
-}
-
-/// The warnings of a VM whose only disk is `disk`, which ValidateVm calls ok.
-async fn warnings_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> Vec<(String, String)> {
-    let config = VmConfig { storage: vec![disk], ..bed.config() };
-    let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
-    assert!(report.is_ok(), "{report:?}");
-    report.warnings.into_iter().map(|warning| (warning.field, warning.message)).collect()
-}
-
-#[tokio::test]
-async fn a_size_that_no_hypervisor_starts_with_is_refused_and_one_that_is_cut_is_a_warning() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    let sized = |bytes: u64, direct_io: bool| {
-        let path = bed.path("sized");
-        std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
-        let options = direct_io.then(|| ("direct_io".to_owned(), "true".to_owned())).into_iter().collect();
-        StorageDevice { path, options, ..StorageDevice::default() }
-    };
-    for (bytes, direct_io, expected) in [
-        (0, false, "less than a sector"),
-        (511, false, "less than a sector"),
-        (1_000_000, true, "as direct_io needs"),
-    ] {
-        let config = VmConfig { storage: vec![sized(bytes, direct_io)], ..bed.config() };
-        let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
-        let [violation] = &report.violations[..] else { panic!("{report:?}") };
-        assert_eq!(violation.field, "config.storage[0].path");
-        assert!(violation.message.contains(expected), "{violation}");
-    }
-    for (bytes, direct_io, expected) in
-        [(1_000_000, false, "no multiple of 512"), (1_000_448, true, "no multiple of 4096")]
-    {
-        let found = warnings_of(&bed, &vms, sized(bytes, direct_io)).await;
-        assert_eq!(found.len(), 1, "{found:?}");
-        assert_eq!(found[0].0, "config.storage[0].path");
-        assert!(found[0].1.contains(expected), "{found:?}");
-    }
-    let read_only = StorageDevice { read_only: true, ..sized(1_000_000, true) };
-    assert_eq!(warnings_of(&bed, &vms, read_only).await.len(), 1);
-    assert_eq!(warnings_of(&bed, &vms, sized(1_000_448, false)).await, []);
-    assert_eq!(warnings_of(&bed, &vms, sized(1 << 20, true)).await, []);
-}
-
-#[tokio::test]
-async fn a_partition_table_under_a_root_that_is_added_is_a_warning() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    let mut head = vec![0; 1 << 20];
-    head[512..520].copy_from_slice(b"EFI PART");
-    std::fs::write(bed.path("gpt"), head).unwrap();
-    let disk =
-        |is_root_device| StorageDevice { path: bed.path("gpt"), is_root_device, ..StorageDevice::default() };
-    let found = warnings_of(&bed, &vms, disk(true)).await;
-    assert_eq!(found.len(), 1, "{found:?}");
-    assert_eq!(found[0].0, "config.storage[0].is_root_device");
-    assert!(found[0].1.contains("root=/dev/vda1"), "{found:?}");
-    assert_eq!(warnings_of(&bed, &vms, disk(false)).await, []);
-    let mut config = VmConfig { storage: vec![disk(true)], ..bed.config() };
-    config.boot.as_mut().unwrap().kernel_args = "root=/dev/vda1".to_owned();
-    let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
-    assert_eq!(report.warnings, []);
-}
-
-#[tokio::test]
-async fn an_image_with_features_that_cannot_be_read_is_refused() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    for (features, expected) in [(0x02, "is marked as corrupt"), (0x40, "bits 0x40"), (0x60, "bits 0x60")] {
-        let disk = bed.qcow2("special", None);
-        let mut image = std::fs::read(&disk.path).unwrap();
-        image[79] = features;
-        std::fs::write(&disk.path, image).unwrap();
-        let (field, message) = violation_of(&bed, &vms, disk).await;
-        assert_eq!(field, "config.storage[0].options[\"format\"]");
-        assert!(message.contains(expected), "{message}");
-    }
-}
-
-#[tokio::test]
-async fn an_image_that_reaches_out_or_is_encrypted_is_refused() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    let secret = ["--object", "secret,id=key,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=key"];
-    for (options, expected) in
-        [(&["-o", "data_file=data"][..], "keeps its data in another file"), (&secret[..], "is encrypted")]
-    {
-        let mut command = std::process::Command::new("qemu-img");
-        command.args(["create", "-q", "-f", "qcow2"]).args(options).args(["image", "1M"]);
-        assert!(command.current_dir(bed.dir.path()).status().unwrap().success());
-        let disk = StorageDevice { path: bed.path("image"), ..bed.qcow2("other", None) };
-        let (field, message) = violation_of(&bed, &vms, disk).await;
-        assert_eq!(field, "config.storage[0].options[\"format\"]");
-        assert!(message.contains(expected), "{message}");
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn what_a_guest_writes_to_its_raw_disk_keeps_no_vm_from_booting() {
-    let bed = Bed::new();
-    let vms = bed.start().await;
-    vms.run("a", bed.with_disk("d")).await;
-    std::fs::write(bed.path("d"), b"QFI\xfb\0\0\0\x03 written by the guest").unwrap();
-    vms.reboot("a").await.expect("the disk was declared raw");
-    vms.machine("a").power_off();
-    vms.until("a", |record| record.state == VmState::Shutdown).await;
-    vms.boot("a").await.expect("the disk was declared raw");
-    let found = violations(vms.try_create("b", bed.with_disk("d")).await);
-    assert_eq!(found[0].0, "config.storage[0].options[\"format\"]", "a new VM must say which it is");
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,6 +11,7 @@ mod common;
 mod concurrency;
 mod creation;
 mod crowd;
+mod disks;
 mod event_log;
 mod events;
 mod fake_taps;
