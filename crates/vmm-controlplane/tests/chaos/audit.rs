@@ -60,9 +60,10 @@ pub(crate) fn last_effect(
         return Some(first.time);
     }
     let mut same = events[place + 1..].iter().filter(|event| event.uid == first.uid);
-    // Told again, or taken up by the next daemon: still under way.
+    // Told again, taken up by the next daemon, or kept by it until the VMM answers: still under way.
     let under_way = |event: &Event| {
         event.kind == "operation-started"
+            || (event.kind == "unreachable" && event.cause == "daemon-started")
             || (event.kind == "adopted" && matches!(event.phase.as_str(), "stopping" | "rebooting"))
     };
     Some(same.find(|event| !under_way(event)).map_or(Micros::MAX, |end| end.time))
@@ -132,6 +133,9 @@ struct Story {
     open: Option<String>,
     /// A new daemon has said that it goes on with it.
     taken_up: bool,
+    /// The shutdown or reboot that a new daemon keeps on record, because the VMM does not answer. It comes about when the VMM answers or
+    /// ends, unless force or another operation is faster.
+    kept: Option<String>,
     last: Micros,
 }
 
@@ -142,7 +146,7 @@ impl Story {
         }
         let Some(to) = event.state else { return Err("it tells no state".to_owned()) };
         let from = self.state.replace(to);
-        let open = self.open.take();
+        let (open, kept) = (self.open.take(), self.kept.take());
         let since = std::mem::replace(&mut self.last, event.time);
         self.phase.clone_from(&event.phase);
         let Some(from) = from else {
@@ -161,7 +165,9 @@ impl Story {
                 .iter()
                 .any(|life| life.killed.is_some_and(|at| at + COMMIT > since && at < event.time + SECOND))
         };
-        let started = open.as_deref();
+        let in_doubt = open.as_ref().or(kept.as_ref());
+        let started =
+            if event.kind == "operation-started" { open.as_deref() } else { in_doubt.map(String::as_str) };
         let step = Step { from, to, started, cause: &event.cause };
         let legal = match event.kind.as_str() {
             "operation-started" => {
@@ -183,7 +189,15 @@ impl Story {
                 }
                 to.is_live() && died() && (from.is_live() || started == Some("BootVm"))
             }
-            "unreachable" => from == to,
+            "unreachable" => {
+                let may_be_kept = |method: &&String| matches!(method.as_str(), "ShutdownVm" | "RebootVm");
+                if event.cause == "daemon-started" || open.is_none() {
+                    self.kept = in_doubt.filter(may_be_kept).cloned();
+                    // The death of the daemon still counts for the change that is yet to come.
+                    self.last = if self.kept.is_some() { since } else { self.last };
+                }
+                from == to
+            }
             "reachable" => from.is_live() && to.is_live(),
             "guest-reset" => from == State::Running && to == State::Running,
             "deleted" => {

@@ -44,6 +44,12 @@ impl Tale {
         self
     }
 
+    /// The last call had no answer.
+    fn lost(mut self) -> Self {
+        self.calls.last_mut().unwrap().answer = Answer::Lost;
+        self
+    }
+
     /// The daemon is killed and comes back after the last event.
     fn crash(mut self) -> Self {
         let at = self.events.last().map_or(0, |event| event.time) + 10 * SECOND;
@@ -106,6 +112,26 @@ fn a_plain_life_is_fine() {
         .call(Op::Delete { force: false }, None)
         .is_fine();
     Tale::new().is_fine();
+}
+
+#[test]
+fn a_shutdown_that_a_crash_cut_short_is_kept_while_its_vmm_is_silent() {
+    let cut_short = || {
+        Tale::running()
+            .event("operation-started", "ShutdownVm", State::Running)
+            .call(Op::Shutdown { force: false }, None)
+            .lost()
+            .crash()
+            .event("unreachable", "daemon-started", State::Running)
+    };
+    let came_about =
+        |tale: Tale| tale.event("state-changed", "daemon-started", State::Shutdown).now(State::Shutdown);
+    came_about(cut_short()).is_fine();
+    came_about(cut_short().event("unreachable", "lost", State::Running)).is_fine();
+    cut_short().now(State::Running).is_fine();
+    // Without a shutdown on record nothing ends by itself.
+    let silent = Tale::running().crash().event("unreachable", "daemon-started", State::Running);
+    came_about(silent).fails_with("with nothing under way to SHUTDOWN");
 }
 
 #[test]
@@ -192,8 +218,7 @@ fn what_a_start_of_the_daemon_finds_takes_a_death_of_the_one_before() {
 fn what_was_taken_up_after_a_crash_is_told_once_more() {
     let begun = || {
         let mut tale = Tale::running().event("operation-started", "ShutdownVm", State::Running);
-        tale = tale.call(Op::Shutdown { force: false }, None).crash();
-        tale.calls.last_mut().unwrap().answer = Answer::Lost;
+        tale = tale.call(Op::Shutdown { force: false }, None).lost().crash();
         tale.event("adopted", "daemon-started", State::Running)
     };
     let again = |phase: &str| {
