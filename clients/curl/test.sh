@@ -126,7 +126,7 @@ lifecycle() {
     method "BootVm" 200 '. == {success: true, state: "VM_STATE_RUNNING"}' BootVm "$id"
     method "PauseVm" 200 '. == {success: true, state: "VM_STATE_PAUSED"}' PauseVm "$id"
     method "ResumeVm" 200 '. == {success: true, state: "VM_STATE_RUNNING"}' ResumeVm "$id"
-    method "RebootVm" 200 '. == {success: true, state: "VM_STATE_RUNNING"}' RebootVm '{"vm_id": "snake", "force": true}'
+    method "RebootVm" 200 '. == {success: true, state: "VM_STATE_RUNNING", ended_by: "vmm"}' RebootVm '{"vm_id": "snake", "force": true}'
     method "ShutdownVm asks, then powers off" 200 '.success and .state == "VM_STATE_SHUTDOWN" and (.ended_by | length > 0)' \
         ShutdownVm '{"vm_id": "snake", "timeout_seconds": 1}'
     method "DeleteVm" 200 '. == {success: true}' DeleteVm "$id"
