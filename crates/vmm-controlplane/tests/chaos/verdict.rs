@@ -139,8 +139,10 @@ fn event(json: &Value) -> Event {
 fn answers(calls: &[Call]) -> Vec<(u64, String)> {
     let mut found = Vec::new();
     for call in calls {
+        // A forced call pre-empts before the log knows of it, so that it counts until its end even where the daemon died first.
         let near = |wanted: &dyn Fn(&Call) -> bool| {
-            calls.iter().any(|other| wanted(other) && other.begin <= call.end && other.latest() >= call.begin)
+            let until = |other: &Call| other.latest().max(other.end);
+            calls.iter().any(|other| wanted(other) && other.begin <= call.end && until(other) >= call.begin)
         };
         let problem = match &call.answer {
             Answer::Illegal(text) => Some(text.clone()),
@@ -245,4 +247,23 @@ fn of_one_vm(vm: &Vm, now: &Present, there: &Found) -> Vec<String> {
         found.push(format!("{} is {:?} and has {taps} TAPs", vm.name, now.state));
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(op: Op, begin: u64, end: u64, answer: Answer) -> Call {
+        Call { client: 1, vm: 0, op, begin, end, settled: 0, answer }
+    }
+
+    #[test]
+    fn a_forced_call_that_the_log_does_not_know_may_have_pre_empted_another() {
+        let aborted = Answer::Failed { code: "aborted".to_owned(), message: "pre-empted".to_owned() };
+        let shutdown = call(Op::Shutdown { force: false }, 10, 90, aborted);
+        let forced = |begin| call(Op::Delete { force: true }, begin, 99, Answer::Lost);
+        assert_eq!(answers(&[shutdown.clone(), forced(50)]), []);
+        assert_eq!(answers(&[shutdown.clone(), forced(95)]).len(), 1, "it came later");
+        assert_eq!(answers(&[shutdown]).len(), 1);
+    }
 }
