@@ -51,7 +51,11 @@ impl Actor {
     /// The state changed without an operation of ours.
     async fn moved(&mut self, observation: Observation, reason: Reason) {
         let state = observe(self.record.state, observation);
-        if state == self.record.state && self.record.status.phase == Phase::at_rest(state) {
+        if state == self.record.state {
+            // The guest is where the record says. Of a VM that was unreachable the event only shows that its VMM answers.
+            if self.record.status.phase != Phase::at_rest(state) {
+                self.reached_again().await;
+            }
             return;
         }
         // A VMM that tells of its guest answers.

@@ -193,6 +193,21 @@ async fn a_vmm_that_answers_again_is_asked_where_its_guest_is() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_event_that_repeats_the_state_of_a_silent_vm_only_makes_it_reachable() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let machine = vms.run("a", bed.config()).await;
+    vms.pause("a").await.unwrap();
+    machine.stop();
+    refused(vms.resume("a").await, "unavailable");
+    assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Paused, Phase::Unreachable));
+    machine.go_on();
+    machine.pause();
+    let record = vms.until_phase("a", Phase::Paused).await;
+    assert_eq!(record.status.reason.as_str(), "reachable-again");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_silent_vmm_that_ends_is_down() {
     let bed = Bed::new();
     let vms = bed.start().await;
