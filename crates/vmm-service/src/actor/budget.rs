@@ -1,13 +1,13 @@
-//! Budgets: how long an operation has in all, whatever its steps take, and what ends it sooner.
+//! Budgets: the total time of an operation, and the events that end it sooner.
 //!
 //! ```text
 //!   asked ────────────────────────────────────────────────────────► until
-//!     │ effect, at most its own limit, less what the winding up needs │ winding up
-//!     └─ force comes: the operation winds up in the budget of what has come
+//!     │ effect, at most its own limit, less the time for the undo     │ undo
+//!     └─ force comes: the operation is undone in the budget of the forced one
 //! ```
 //!
-//! An operation gets one budget when it is taken up, and every step is handed it. A step has a limit of its own beside it, so
-//! that one step that hangs leaves time for those that clear up after it.
+//! An operation gets one budget when it begins, and passes it to every step. A step has a limit of
+//! its own besides, so that a step that hangs leaves time for the steps that undo the operation.
 
 use std::time::Duration;
 
@@ -16,55 +16,59 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Vmm};
 
 use super::Actor;
 
-/// No operation takes longer, the time that a guest is given excepted.
+/// The time that an operation may take, without the time that a guest is given.
 const OPERATION_LIMIT: Duration = Duration::from_secs(30);
-/// A forced operation answers so long after it was asked for, commits excepted.
+/// The time from the request of a forced operation to its answer, without commits.
 pub(super) const FORCE_LIMIT: Duration = Duration::from_millis(4800);
-/// The part of a budget that is kept for the steps that undo an effect: a kill, a sweep, the TAPs.
+/// The part of a budget that is reserved for the steps that undo an effect: a kill, a sweep, the
+/// TAPs.
 const WIND_UP_LIMIT: Duration = Duration::from_secs(5);
-/// The least that each step gets, however little is left.
+/// The least time that each step gets, even if the budget is used up.
 const LEAST: Duration = Duration::from_millis(50);
-/// The time that a killed VMM has to go. With a sweep after it, this leaves a forced operation within its 5 s.
+/// The time that a killed VMM has to end. With a sweep after it, a forced operation stays within
+/// its 5 s.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(2);
 
-/// The time that an operation has in all.
+/// The total time of an operation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Budget {
     until: Instant,
-    /// True if a client forces the operation: then nothing pre-empts it, and the store has room for it.
+    /// True if a client forces the operation. A forced operation is not pre-empted, and the store
+    /// keeps room for it.
     pub(super) forced: bool,
 }
 
-/// Why an effect was not carried through.
+/// The reason why an effect was not completed.
 pub(super) enum Broken {
-    /// A forced operation came. What was under way winds up in its budget.
+    /// A forced operation came. The interrupted operation is undone in its budget.
     Preempted(Budget),
-    /// The backend failed, or its time passed.
+    /// The backend failed, or the limit passed.
     Backend(BackendError),
 }
 
 impl Budget {
-    /// Returns the budget of an operation that begins now, whose guest has `patience` on top.
+    /// Returns the budget of an operation that begins now. The guest has `patience` in addition.
     pub(super) fn of_operation(patience: Option<Duration>) -> Self {
         Self { until: Instant::now() + OPERATION_LIMIT + patience.unwrap_or_default(), forced: false }
     }
 
-    /// Returns the budget of what the program does by itself, beginning now.
+    /// Returns the budget of a step that the program takes without a request, beginning now.
     pub(super) fn of_own_step() -> Self {
         Self::of_operation(None)
     }
 
-    /// Returns the budget of a forced operation that was asked for at `asked`. It may have waited behind another one.
+    /// Returns the budget of a forced operation that was requested at `asked`. The operation may
+    /// have waited behind another one.
     pub(super) fn of_force(asked: Instant) -> Self {
         Self { until: asked + FORCE_LIMIT, forced: true }
     }
 
-    /// Returns `limit`, or what is left where that is less.
+    /// Returns `limit`, or the time that is left if that is less.
     pub(super) fn at_most(self, limit: Duration) -> Duration {
         limit.min(self.until.saturating_duration_since(Instant::now())).max(LEAST)
     }
 
-    /// Returns `limit`, or what is left without the time for winding up where that is less.
+    /// Returns `limit`, or the time that is left without the time for the undo if that is less.
     pub(super) fn at_most_before_wind_up(self, limit: Duration) -> Duration {
         let until = self.until.checked_sub(WIND_UP_LIMIT).unwrap_or(self.until);
         limit.min(until.saturating_duration_since(Instant::now())).max(LEAST)
@@ -72,7 +76,7 @@ impl Budget {
 }
 
 impl Broken {
-    /// Returns the failure, of what nothing can pre-empt.
+    /// Returns the backend's failure, or `None` after a pre-emption.
     pub(super) fn backend(self) -> Option<BackendError> {
         match self {
             Self::Backend(error) => Some(error),
@@ -80,7 +84,8 @@ impl Broken {
         }
     }
 
-    /// Returns the budget in which to wind up: that of the forced operation that has come, or what is left of `own`.
+    /// Returns the budget for the undo: that of the forced operation that has come, or the rest of
+    /// `own`.
     pub(super) fn wind_up(&self, own: Budget) -> Budget {
         match self {
             Self::Preempted(forced) => *forced,
@@ -90,10 +95,11 @@ impl Broken {
 }
 
 impl Actor {
-    /// Carries an effect through, unless a forced operation comes or `limit` passes.
+    /// Runs an effect, unless a forced operation comes or `limit` passes.
     ///
-    /// The forced operation stays in the mailbox: it is the actor's next step once this one has wound up. A budget that is
-    /// forced itself is not pre-empted, because forced operations are carried out in the order in which they came.
+    /// The forced operation stays in the mailbox: it is the actor's next step after this operation
+    /// has been undone. A forced operation is not pre-empted itself, because forced operations are
+    /// carried out in the order in which they came.
     pub(super) async fn interruptible<T>(
         &mut self,
         budget: Budget,
@@ -125,12 +131,13 @@ impl Actor {
         }
     }
 
-    /// Kills a VMM. A backend promises to answer in time; nobody waits for one that breaks its promise.
+    /// Kills a VMM. A backend promises to answer in time, and a limit applies if it breaks that
+    /// promise.
     pub(super) async fn kill(&self, budget: Budget, vmm: &dyn Vmm) -> Result<(), BackendError> {
         self.in_time(budget, KILL_LIMIT, vmm.kill()).await
     }
 
-    /// Waits at most for `limit` for a VMM that is to end. Nothing interrupts this.
+    /// Waits at most `limit` for a VMM that is to end. No operation interrupts this wait.
     pub(super) async fn in_time<T>(
         &self,
         budget: Budget,

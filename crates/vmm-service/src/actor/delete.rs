@@ -1,9 +1,10 @@
-//! DeleteVm: ends what runs, removes what the program made, and frees the name.
+//! DeleteVm: ends the VM's process, removes everything that the program made for the VM, and frees
+//! the name.
 //!
 //! ```text
 //!   intent ─► run ended ─► TAPs freed ─► folder removed ─► record removed, claims given back
 //!                 │ by force, and it does not end
-//!                 └─► … ─► record buried: a tombstone keeps the claims until the process has provably gone
+//!                 └─► … ─► record buried: a tombstone keeps the claims until the process is gone
 //! ```
 
 use std::time::Duration;
@@ -25,16 +26,18 @@ use crate::error::ServiceError;
 use crate::mailbox::{Operation, Outcome};
 use crate::{spares, tombstones};
 
-/// How long a VM may take to end whose VMM somebody else started: that has its time to power it off before it is killed. With a
-/// sweep after it, this leaves a forced deletion within its 5 s.
+/// The time that a VMM of another program may take to end. It needs time to power the VM off before
+/// it is killed. With a sweep after it, a forced deletion stays within its 5 s.
 const FOREIGN_END_LIMIT: Duration = Duration::from_secs(3);
-/// The time that the removal of a run folder may take. A folder that is not gone by then is named in the answer.
+/// The time that the removal of a run folder may take. The answer names a folder that still exists
+/// after that time.
 const REMOVE_FOLDER_LIMIT: Duration = Duration::from_secs(1);
 
 impl Actor {
-    /// Removes the VM. With `force`, what cannot be freed is named in the answer and stops nothing.
+    /// Removes the VM. With force, a resource that cannot be freed is named in the answer and does
+    /// not stop the deletion.
     ///
-    /// A deletion that a restart of the daemon has cut short has its intent on record already.
+    /// A deletion that a restart of the daemon has interrupted has its intent on record already.
     pub(super) async fn delete(
         &mut self,
         budget: Budget,
@@ -46,7 +49,7 @@ impl Actor {
             return Err(self.end_unrecorded(budget, operation, error).await);
         }
         self.next.call_off_restart();
-        // What the process may still use, should it outlive this.
+        // The claims and the run that the process keeps if it outlives the deletion.
         let (claims, run) = (self.shared.claims.held_by(self.record.uid), self.known_run());
         let mut left_behind = Vec::new();
         let purpose = if forced { Sweep::ForceDelete } else { Sweep::Delete };
@@ -75,7 +78,7 @@ impl Actor {
         Ok(outcome)
     }
 
-    /// Ends what runs by its handle, and by its run folder what no handle ends.
+    /// Ends the VM's process by its handle, or by its run folder if no handle ends it.
     async fn end_what_runs(&mut self, budget: Budget, purpose: Sweep) -> Result<(), Broken> {
         self.shared.spares.forget(&self.backend.capabilities().name, self.record.uid);
         spares::dismiss(&*self.backend, self.record.uid).await;
@@ -90,7 +93,7 @@ impl Actor {
                 Err(error) => tracing::warn!(%error, "the VMM could not be killed by its handle"),
             }
         }
-        // Another program knows the VM, and must forget it.
+        // Another program knows the VM, and must remove it too.
         let leaves =
             matches!(purpose, Sweep::Delete | Sweep::ForceDelete) && self.record.kind != VmKind::Managed;
         if process || leaves {
@@ -101,9 +104,10 @@ impl Actor {
         Ok(())
     }
 
-    /// The store cannot record what is forced, not even in the room that it keeps for that. What runs is ended all the same:
-    /// who uses force wants that above all, and a VM that is on record as running while nothing runs is found out at the next
-    /// start. Nothing else is touched.
+    /// Ends the VM's process although the store cannot record the forced operation, not even in the
+    /// room that it keeps for such operations. The client wants the process ended above all, and
+    /// the next start of the daemon corrects a record that shows a VM as running while nothing
+    /// runs. Nothing else is touched.
     pub(super) async fn end_unrecorded(
         &mut self,
         budget: Budget,
@@ -131,7 +135,7 @@ impl Actor {
         }
     }
 
-    /// Kills the VMM; of one that this program did not start, as much as force allows.
+    /// Kills the VMM. A VMM that another program started is ended only as far as force permits.
     async fn end_by_force(&self, budget: Budget, vmm: &dyn Vmm) -> Result<(), BackendError> {
         if !(self.record.imported || matches!(self.record.kind, VmKind::Attached { .. })) {
             return self.kill(budget, vmm).await;
@@ -139,7 +143,8 @@ impl Actor {
         self.in_time(budget, FOREIGN_END_LIMIT, vmm.shutdown(Ladder { ask_guest_for: None })).await.map(drop)
     }
 
-    /// Removes the run folder. The removal goes on by itself where it takes too long: nothing waits for a disk that hangs.
+    /// Removes the run folder. A removal that takes too long continues on its own, because the
+    /// deletion must not wait for a disk that hangs.
     async fn remove_dir(&self, budget: Budget) -> Result<(), String> {
         let dir = self.dir();
         let removal = tokio::task::spawn_blocking(move || vmm_host::run_dir::remove(&dir));
@@ -150,7 +155,8 @@ impl Actor {
         }
     }
 
-    /// Takes the VM off the record. From then on a tombstone, where there is one, holds what its process may still use.
+    /// Removes the VM from the record. A tombstone, if there is one, then holds the claims that its
+    /// process may still use.
     async fn remove_record(
         &mut self,
         budget: Budget,
@@ -168,7 +174,8 @@ impl Actor {
         let commit = Commit { change, event };
         let mut removed = self.send(budget, commit.clone()).await;
         if removed.as_ref().is_err_and(|error| error.effect == Effect::Unknown) {
-            // Removing twice is harmless, and the only way to know.
+            // A second removal is harmless, and it is the only way to find out whether the first
+            // one was written.
             removed = self.send(budget, commit).await;
         }
         let committed = match removed {

@@ -1,9 +1,10 @@
-//! A VM that is found at its place by itself: its VMM came back, or somebody else started it.
+//! A VM that is found at its place without an operation: its VMM came back, or another program
+//! started it.
 //!
 //! ```text
-//!   found running ──┬─ CREATED, made by this program ──► somebody else's VM has the place: said, not taken
-//!                   └─ otherwise ──► RUNNING or PAUSED, as found; the configuration is the one that is found
-//!   found at rest ──► a VM that counts as running is looked for once more
+//!   found running ──┬─ CREATED, made by this program ──► another VM has the place: reported
+//!                   └─ otherwise ──► RUNNING or PAUSED, with the configuration that is found
+//!   found at rest ──► a VM that counts as running is searched for again
 //! ```
 
 use std::sync::Arc;
@@ -25,10 +26,10 @@ use crate::check::LOOK_DEADLINE;
 use crate::places;
 
 impl Actor {
-    /// Takes up what was found at this VM's place.
+    /// Takes up a VM that was found at this VM's place.
     pub(super) async fn found(&mut self, mut found: Found) {
         if self.hold.vmm().is_some() {
-            // The handle that is held tells more than a look from outside.
+            // The handle that is held knows more than a look from outside.
             return;
         }
         match found.launched.take() {
@@ -61,7 +62,8 @@ impl Actor {
         let found_run = launched.vmm.run().clone();
         let claiming = async move { places::claimed(&spec, &backend, found_run).await };
         let budget = Budget::of_own_step();
-        // The files may be on a server that does not answer, and force must not wait for that. What runs is found again.
+        // The files may be on a server that does not answer, and a forced operation must not wait
+        // for that. A VM that runs is found again later.
         let Ok(run) = self.interruptible(budget, 2 * LOOK_DEADLINE, async move { Ok(claiming.await) }).await
         else {
             tracing::warn!(
@@ -88,7 +90,7 @@ impl Actor {
         let _ = self.conclude(budget, turn).await;
     }
 
-    /// What runs at the place of a VM that never ran is another VM.
+    /// Records that another VM runs at the place of a VM that never ran.
     async fn place_is_taken(&mut self) {
         if self.record.status.reason == Reason::PlaceTaken {
             return;
@@ -105,7 +107,8 @@ impl Actor {
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
-    /// A VM that somebody else started is what its VMM says, not what is on record.
+    /// Replaces the configuration on record by the one that the VMM reports, if another program
+    /// started the VM with another machine.
     fn take_configuration(&mut self, found: &Found) {
         if !self.record.imported && is_same_machine(&self.record.config, &found.config) {
             return;
@@ -121,7 +124,7 @@ impl Actor {
     }
 }
 
-/// Says whether two configurations describe the same machine, as far as every VMM tells.
+/// Returns true if two configurations describe the same machine, as far as every VMM reports it.
 fn is_same_machine(ours: &VmConfig, theirs: &VmConfig) -> bool {
     let size = |config: &VmConfig| {
         let cpus = config.cpu.as_ref().map(|cpu| cpu.vcpu_count);
@@ -132,7 +135,7 @@ fn is_same_machine(ours: &VmConfig, theirs: &VmConfig) -> bool {
     let disks = |config: &VmConfig| {
         let mut disks: Vec<_> =
             config.storage.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect();
-        // One side may list the root device first.
+        // One of the two may list the root device first.
         disks.sort();
         disks
     };

@@ -1,7 +1,7 @@
-//! The files of a VM that was found running while they did not answer.
+//! The files of a VM that was found running while its files did not answer.
 //!
 //! ```text
-//!   found running ── files silent ──► claims by path, on record ── each 30 s: look ──► claims by device and inode, on record
+//!   found running ── files silent ──► claims by path ── look each 30 s ──► claims by device, inode
 //! ```
 
 use std::time::Duration;
@@ -17,15 +17,16 @@ use super::budget::Budget;
 use super::hold::Hold;
 use super::journal::{Turn, Why};
 
-/// The time between two looks. Each may keep the actor from its operations for three seconds.
+/// The time between two looks. A look may keep the actor from its operations for three seconds.
 const INTERVAL: Duration = Duration::from_secs(30);
 
-/// Returns when the files of `run` are looked at again; `None` where all of its disks are known.
+/// Returns the instant of the next look at the files of `run`, or `None` if all of its disks are
+/// known by device and inode.
 pub(super) fn next_look(run: &RunRecord) -> Option<Instant> {
     run.claims.iter().any(|claim| path_of(claim).is_some()).then(|| Instant::now() + INTERVAL)
 }
 
-/// Returns the path of a disk that is known by nothing else.
+/// Returns the path of a disk that is known by its path alone.
 fn path_of(claim: &HostClaim) -> Option<&std::path::Path> {
     match claim {
         HostClaim::Path { path, .. } => Some(path),
@@ -34,7 +35,7 @@ fn path_of(claim: &HostClaim) -> Option<&std::path::Path> {
 }
 
 impl Actor {
-    /// Looks at the files again, and claims the disks as what they are where the files answer.
+    /// Looks at the files again. Disks whose files answer are claimed by device and inode.
     pub(super) async fn claim_files(&mut self) {
         if let Some(live) = self.hold.live_mut() {
             live.files_due = Some(Instant::now() + INTERVAL);
@@ -54,7 +55,7 @@ impl Actor {
         live.files_due = None;
         tracing::info!("the files of a VM answer; its disks are claimed as what they are");
         if !matches!(self.hold, Hold::Vmm(_)) {
-            // Recorded with the next change.
+            // The next change records the claims.
             return;
         }
         let status = self.status(Phase::at_rest(self.record.state)).because(Reason::FilesAnswer, "");

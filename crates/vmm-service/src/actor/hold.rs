@@ -1,4 +1,4 @@
-//! Hold and Next: what an actor has of its VM's process, and what it does next without being asked.
+//! Hold and Next: the actor's hold on its VM's process, and the next step that no client requests.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -14,56 +14,59 @@ use crate::clock::now_ms;
 use crate::mailbox::Operation;
 use crate::metrics::{MetricsCell, News, Sampler};
 
-/// Time between two looks for a process that may live and of which no handle is held.
+/// The time between two searches for a process that may live and of which no handle is held.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The actor's hold on its VM's process. Admission of operations depends on the hold, and not on the status that is shown.
+/// The actor's hold on its VM's process. The admission of operations depends on the hold, and not
+/// on the status that is shown.
 pub(super) enum Hold {
     /// No process of the VM exists.
     Nothing,
-    /// A VMM runs the VM, and answers.
+    /// A VMM runs the VM and answers.
     Vmm(Box<Live>),
-    /// A VMM runs the VM, and does not answer. It may be killed.
+    /// A VMM runs the VM and does not answer. It may be killed.
     Silent(Box<Live>),
     /// The VMM on record may run the VM. No handle is held.
     Lost,
-    /// A start has left a process, or may have, and its guest may run. The VM counts as not running.
+    /// A start has left a process, or may have, and its guest may run. The VM counts as not
+    /// running.
     Orphan(Option<Box<Live>>),
-    /// A start was called off before its VMM was told anything, and the process may be left. It runs no guest.
+    /// A start was cancelled before its VMM received any data, and the process may be left. It runs
+    /// no guest.
     Leftover,
     /// This program cannot take up the record.
     Quarantined {
-        /// Why.
+        /// The reason.
         why: String,
-        /// Says whether a process of the VM may exist.
+        /// True if a process of the VM may exist.
         process: bool,
     },
 }
 
-/// The next step of an actor that no client asks for.
+/// The next step of an actor that no client requests.
 pub(super) enum Next {
     /// The actor waits.
     Idle,
     /// The actor starts the VM by its restart policy.
     RestartAt(Instant),
-    /// The actor looks for a process that may live and of which no handle is held.
+    /// The actor searches for a process that may live and of which no handle is held.
     LookAt(Instant),
-    /// The actor carries on an operation that the death of a daemon cut short.
+    /// The actor carries on an operation that the death of a daemon interrupted.
     Finish(Box<Operation>),
 }
 
-/// A VMM that is held, and what comes from it.
+/// A VMM that is held, with its events and samples.
 pub(super) struct Live {
     pub(super) vmm: Arc<dyn Vmm>,
     pub(super) events: mpsc::Receiver<VmmEvent>,
     sampler: Sampler,
     /// The run as it goes on record.
     pub(super) run: RunRecord,
-    /// Since when the VMM has run without a reset of its guest in place.
+    /// The instant since which the VMM has run without a reset of its guest in place.
     pub(super) quiet_since: Instant,
     /// Resets in place that are not on record yet.
     pub(super) resets: Resets,
-    /// When the files are looked at again, where disks are claimed by their paths.
+    /// The instant of the next look at the files, if disks are claimed by their paths.
     pub(super) files_due: Option<Instant>,
 }
 
@@ -102,9 +105,10 @@ impl Hold {
         self.live().map(|live| &live.run)
     }
 
-    /// Returns the run that goes on record, where what is on record is `recorded`.
+    /// Returns the run for the next record. `recorded` is the run on record now.
     ///
-    /// An orphan's process is no run of the VM: what its process may use is on record with the intent of its start.
+    /// The process of an orphan is no run of the VM. The intent of its start records what that
+    /// process may use.
     pub(super) fn run_on_record(&self, recorded: Option<RunRecord>) -> Option<RunRecord> {
         match self {
             Self::Vmm(live) | Self::Silent(live) => Some(live.run.clone()),
@@ -115,12 +119,13 @@ impl Hold {
         }
     }
 
-    /// Returns since when the VMM has run without a reset of its guest in place.
+    /// Returns the instant since which the VMM has run without a reset of its guest in place.
     pub(super) fn quiet_since(&self) -> Option<Instant> {
         self.live().map(|live| live.quiet_since)
     }
 
-    /// Says whether nothing but force may touch the VM, because its process does not answer or is not held.
+    /// Returns true if only a forced operation may touch the VM, because its process does not
+    /// answer or is not held.
     pub(super) fn is_out_of_reach(&self) -> bool {
         match self {
             Self::Silent(_) | Self::Lost | Self::Orphan(_) => true,
@@ -128,42 +133,43 @@ impl Hold {
         }
     }
 
-    /// Says whether a process of the VM may exist.
+    /// Returns true if a process of the VM may exist.
     pub(super) fn may_be_a_process(&self) -> bool {
         !matches!(self, Self::Nothing | Self::Quarantined { process: false, .. })
     }
 
-    /// Waits for what comes from the VMM.
+    /// Waits for the next sign of the VMM. Waits for ever if no VMM is held.
     pub(super) async fn sign(&mut self) -> Sign {
         match self.live_mut() {
             None => pending().await,
             Some(live) => tokio::select! {
                 biased;
-                // A backend promises that `Gone` is its last word; a channel that ends without it says nothing more.
+                // A backend promises that `Gone` is the last event. A channel that closes without
+                // it is ignored.
                 Some(event) = live.events.recv() => Sign::Event(event),
                 news = live.sampler.news() => Sign::News(news),
             },
         }
     }
 
-    /// Returns when the files of the VM are to be looked at again.
+    /// Returns the instant of the next look at the VM's files.
     pub(super) fn files_due(&self) -> Option<Instant> {
         self.live().and_then(|live| live.files_due)
     }
 
-    /// Returns when resets in place are to be recorded.
+    /// Returns the instant at which the resets in place are to be recorded.
     pub(super) fn resets_due(&self) -> Option<Instant> {
         self.live().and_then(|live| live.resets.due())
     }
 }
 
 impl Next {
-    /// Returns a look for a process in a while.
+    /// Returns the next search for a process, after [`LOOK_INTERVAL`].
     pub(super) fn look() -> Self {
         Self::LookAt(Instant::now() + LOOK_INTERVAL)
     }
 
-    /// Says whether a restart by policy is waited for, and calls it off.
+    /// Cancels a restart by policy. Returns true if one was due.
     pub(super) fn call_off_restart(&mut self) -> bool {
         let waits = matches!(self, Self::RestartAt(_));
         if waits {
@@ -174,7 +180,7 @@ impl Next {
 }
 
 impl Actor {
-    /// Makes a VMM that was launched or found ready to be held. `run` is what the record is to know of it.
+    /// Makes a `Live` of a VMM that was launched or found. `run` is the run for the record.
     pub(super) fn live(&self, launched: Launched, run: RunRecord) -> Box<Live> {
         let Launched { vmm, events } = launched;
         let interval = self.shared.settings.metrics_interval;
@@ -187,19 +193,19 @@ impl Actor {
         Box::new(Live { vmm, events, sampler, run, quiet_since, resets: Resets::default(), files_due })
     }
 
-    /// Takes hold of something else. What was to be done next belonged to what was held before.
+    /// Replaces the hold. The next step is cleared, because it belonged to the hold before.
     pub(super) fn take_hold(&mut self, hold: Hold) {
         self.hold = hold;
         self.next = Next::Idle;
     }
 
-    /// Lets go of a VMM that has provably gone, and gives back what it held on the host.
+    /// Gives up a VMM that has provably gone, and releases its claims on the host.
     pub(super) fn let_go_and_release(&mut self) {
         self.let_go_keeping_claims();
         self.shared.claims.release(self.record.uid);
     }
 
-    /// Lets go of a VMM that has provably gone. What it held on the host stays claimed.
+    /// Gives up a VMM that has provably gone. Its claims on the host stay.
     pub(super) fn let_go_keeping_claims(&mut self) {
         let nothing = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Quarantined { why, .. } => Hold::Quarantined { why, process: false },
@@ -208,7 +214,7 @@ impl Actor {
         self.take_hold(nothing);
     }
 
-    /// A VMM that is held does not answer any more.
+    /// Marks a held VMM as silent.
     pub(super) fn fall_silent(&mut self) {
         self.hold = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Vmm(live) => Hold::Silent(live),
@@ -216,12 +222,13 @@ impl Actor {
         };
     }
 
-    /// A VMM that is held answers.
+    /// Marks a held VMM as one that answers.
     pub(super) fn speak(&mut self) {
         self.hold = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Silent(live) => Hold::Vmm(live),
             Hold::Orphan(Some(mut live)) => {
-                // The process becomes a run of the VM, and goes on record with all that is claimed for it.
+                // The process becomes a run of the VM, and goes on record with all claims of its
+                // start.
                 live.run.claims = self.shared.claims.held_by(self.record.uid);
                 Hold::Vmm(live)
             }
@@ -229,7 +236,7 @@ impl Actor {
         };
     }
 
-    /// Has a process that may live looked for, where nothing else will tell of it.
+    /// Schedules a search for a process that may live, if no handle will report it.
     pub(super) fn keep_looking(&mut self) {
         let unseen = matches!(self.hold, Hold::Lost | Hold::Orphan(None));
         if unseen && matches!(self.next, Next::Idle | Next::RestartAt(_)) {
@@ -238,7 +245,8 @@ impl Actor {
     }
 }
 
-/// Returns when a run began, as far back as it matters. Its process may be older, where a spare VMM runs it.
+/// Returns the instant at which a run began, at most [`restart::QUIET`] ago. The process may be
+/// older than the run, because a spare VMM may run it.
 pub(super) fn begun(run: &RunRecord) -> Instant {
     let since = u64::try_from(now_ms().saturating_sub(run.started_ms)).unwrap_or_default();
     let age = vmm_host::process::age(&run.process).unwrap_or_default();

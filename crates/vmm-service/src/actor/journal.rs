@@ -1,16 +1,17 @@
-//! The journal: the one way in which a VM's record changes.
+//! The journal: the only way in which a VM's record changes.
 //!
 //! ```text
-//!   Turn (observation, status, intent, run) ──► record ─┬─► store, with one event ──► shown ──► watchers hear of it
-//!                                                       │       │ refused
-//!                                 an intent: taken back ┴─ an outcome: shown all the same, its event kept
-//!                                                                                     │ after 1 s, doubled up to 30 s,
-//!                                                                                     └ or before the next commit
+//!   Turn (observation, status, intent, run) ─► record ─┬─► store, with one event ─► shown ─► watchers
+//!                                                      │       │ refused
+//!                               an intent: undone ─────┴─ an outcome: shown, its event kept
+//!                                                                │ after 1 s, doubled up to 30 s,
+//!                                                                └ or before the next commit
 //! ```
 //!
-//! State, status, intent and run change together, with the event that tells of it, in [`Turn::apply`] and nowhere else. What is
-//! shown is true even where the store refuses it. What the store refused is written as soon as it can be, in its order, so that
-//! the log lacks nothing that was shown.
+//! State, status, intent and run change together, with the event that reports the change, in
+//! [`Turn::apply`] and nowhere else. Readers see the true state even if the store refuses it. A
+//! refused outcome is written as soon as possible and in its order, so that the log contains every
+//! event that readers saw.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,43 +32,45 @@ use crate::error::ServiceError;
 use crate::events::Committed;
 use crate::mailbox::Outcome;
 
-/// The wait before a refused outcome is written again.
+/// The wait before a refused outcome is written again for the first time.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
-/// The longest wait.
+/// The longest wait before a refused outcome is written again.
 const MAX_RETRY: Duration = Duration::from_secs(30);
-/// Refused outcomes that are kept. Of a VM that goes on changing for long while nothing can be written the oldest are dropped.
+/// The number of refused outcomes that are kept. The oldest are dropped if a VM continues to change
+/// for a long time while nothing can be written.
 const MAX_UNWRITTEN: usize = 64;
 
-/// Why a change comes about, for the audit trail.
+/// The reason for a change, for the audit trail.
 #[derive(Clone, Copy)]
 pub(super) struct Why<'a> {
-    /// A method's name, or what was observed (kebab-case).
+    /// The name of a method, or of an observation (kebab-case).
     pub(super) cause: &'a str,
-    /// The caller; `None` where nobody asked.
+    /// The caller, or `None` if no client requested the change.
     pub(super) caller: Option<&'a Caller>,
-    /// The rung that ended the run, where the run ended.
+    /// The rung that ended the run, if the run ended.
     pub(super) ended_by: Option<EndedBy>,
 }
 
 impl<'a> Why<'a> {
-    /// A change that nobody asked for.
+    /// Returns the reason of a change that no client requested.
     pub(super) const fn by_itself(cause: &'a str) -> Self {
         Self { cause, caller: None, ended_by: None }
     }
 
-    /// A change that `caller` asked for.
+    /// Returns the reason of a change that `caller` requested.
     pub(super) const fn asked(request: Request, caller: &'a Caller) -> Self {
         Self { cause: request.name(), caller: Some(caller), ended_by: None }
     }
 
-    /// The same, with what ended the run.
+    /// Returns this reason with the rung that ended the run.
     pub(super) const fn ended_by(mut self, ended_by: Option<EndedBy>) -> Self {
         self.ended_by = ended_by;
         self
     }
 }
 
-/// One change of a VM: everything of its record that changes, and the event that tells of it.
+/// One change of a VM: every part of its record that changes, and the event that reports the
+/// change.
 pub(super) struct Turn<'a> {
     kind: EventKind,
     why: Why<'a>,
@@ -78,12 +81,12 @@ pub(super) struct Turn<'a> {
 }
 
 impl<'a> Turn<'a> {
-    /// A change after which nothing is under way. The state stays.
+    /// Creates a change after which no operation is in progress. The state stays.
     pub(super) const fn new(kind: EventKind, why: Why<'a>, status: Status) -> Self {
         Self { kind, why, status, observations: [None; 2], intent: None, ended_by: None }
     }
 
-    /// Moves the state as `observation` does, after an earlier one.
+    /// Moves the state by `observation`, after an earlier one.
     pub(super) const fn observing(mut self, observation: Observation) -> Self {
         self.observations = [self.observations[1], Some(observation)];
         self
@@ -95,7 +98,7 @@ impl<'a> Turn<'a> {
         self
     }
 
-    /// Replaces what ended the last run.
+    /// Replaces the rung that ended the last run.
     pub(super) const fn ending(mut self, ended_by: Option<EndedBy>) -> Self {
         self.ended_by = Some(ended_by);
         self
@@ -107,7 +110,7 @@ impl<'a> Turn<'a> {
         let mut next = record.clone();
         next.state = self.observations.into_iter().flatten().fold(next.state, observe);
         next.status = self.status;
-        // From the moment that the intent of a start says so, the console's file is this VM's own.
+        // The console's file belongs to this VM as soon as the intent of a start is on record.
         next.owns_console_output |= self.intent.as_ref().is_some_and(Intent::is_start);
         next.intent = self.intent;
         next.run = actor.hold.run_on_record(next.run.take());
@@ -131,19 +134,20 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// The outcomes that the store has not recorded, or may not have.
+/// The outcomes that the store has not recorded, or may not have recorded.
 #[derive(Default)]
 pub(super) struct Journal {
-    /// The number of failed commits since the last success that may have been written all the same.
+    /// The number of failed commits since the last success that the store may have written
+    /// nevertheless.
     uncertain: u64,
-    /// The outcomes that were shown and refused, the oldest first.
+    /// The events of outcomes that were shown and refused, the oldest first.
     unwritten: VecDeque<Unwritten>,
     retry: Option<Retry>,
 }
 
 struct Unwritten {
     event: NewEvent,
-    /// The generation with which it may have been written all the same.
+    /// The generation with which the store may have written the event nevertheless.
     uncertain_at: Option<u64>,
 }
 
@@ -153,21 +157,24 @@ struct Retry {
 }
 
 impl Journal {
-    /// Returns the journal of an actor that cannot tell whether its predecessor's last commit was written.
+    /// Returns the journal of an actor that does not know whether its predecessor's last commit was
+    /// written.
     pub(super) fn after_a_panic() -> Self {
         Self { uncertain: 1, ..Self::default() }
     }
 
-    /// Returns when refused outcomes are to be written again.
+    /// Returns the instant at which refused outcomes are to be written again.
     pub(super) fn retry_at(&self) -> Option<Instant> {
         self.retry.as_ref().map(|retry| retry.at)
     }
 }
 
 impl Actor {
-    /// Commits that `kind` is about to be carried out for `caller`. Nothing may be touched before this has answered.
+    /// Commits that the operation `kind` of `caller` begins. The operation must touch nothing
+    /// before this call has returned.
     ///
-    /// A refused intent is taken back, in memory too: nothing was done, and so nothing has changed.
+    /// A refused intent is undone in memory too, because nothing was done and so nothing has
+    /// changed.
     pub(super) async fn intend(
         &mut self,
         budget: Budget,
@@ -190,16 +197,18 @@ impl Actor {
         Ok(self.commit(budget, next, event).await?)
     }
 
-    /// Commits what came of something. Readers see the truth even where the store fails: then the commit is late, not the fact.
+    /// Commits an outcome. Readers see the outcome even if the store fails, because the outcome is
+    /// a fact and only its commit is late.
     ///
     /// # Errors
     ///
-    /// The store's, where the outcome is shown and not recorded yet.
+    /// Returns the store's error if the outcome is shown and not recorded yet.
     pub(super) async fn conclude(&mut self, budget: Budget, turn: Turn<'_>) -> Result<(), StoreError> {
         let refused = self.write_what_was_refused(budget).await;
         let (next, event) = turn.apply(self, &self.record);
         let result = match refused {
-            // The log keeps the order in which things came about, so this outcome waits behind those before it.
+            // The log keeps the order of the outcomes, so this outcome waits behind those before
+            // it.
             Err(error) => Err(Box::new(Refused { error, next, event, generation: None })),
             Ok(()) => self.commit(budget, next, event).await,
         };
@@ -217,8 +226,8 @@ impl Actor {
         Err(error)
     }
 
-    /// Writes the outcomes that the store has refused, in their order. Each is written with the record as it is now, because
-    /// only the events are a history.
+    /// Writes the outcomes that the store has refused, in their order. Each is written with the
+    /// present record, because only the events are a history.
     pub(super) async fn write_what_was_refused(&mut self, budget: Budget) -> Result<(), StoreError> {
         while let Some(Unwritten { event, uncertain_at }) = self.journal.unwritten.pop_front() {
             let next = VmRecord::clone(&self.record);
@@ -232,9 +241,12 @@ impl Actor {
         Ok(())
     }
 
-    /// Writes an outcome once more. Where an earlier try of it may have been written with the generation `uncertain_at`, exactly
-    /// that generation is tried: a conflict then proves that the earlier try was written, since nobody else writes this
-    /// record. Any other generation could write the event twice.
+    /// Writes an outcome again.
+    ///
+    /// If an earlier attempt may have been written with the generation `uncertain_at`, this attempt
+    /// uses exactly that generation. A conflict then proves that the earlier attempt was written,
+    /// because no other process writes this record. Any other generation could write the event
+    /// twice.
     async fn commit_again(
         &mut self,
         budget: Budget,
@@ -250,7 +262,8 @@ impl Actor {
             Err(error) if error.kind == StoreErrorKind::Conflict => {
                 self.journal.uncertain = 0;
                 self.record = Arc::new(next);
-                // The event's place is not known, so the record says nothing of it: whoever watches reads the log.
+                // The position of the event in the log is not known, so the record is published
+                // without one, and watchers read the log.
                 self.publish();
                 Ok(())
             }
@@ -267,11 +280,12 @@ impl Actor {
         self.journal.retry = Some(Retry { at: Instant::now() + wait, wait });
     }
 
-    /// Writes the record and an event in one transaction, then shows it to readers.
+    /// Writes the record and an event in one transaction, then shows the record to readers.
     ///
-    /// The store takes a record only if its generation follows the stored one. After a commit that failed without saying whether
-    /// it was written, nobody knows which generation is stored: it is one of `uncertain + 1`. So the next ones are tried
-    /// in turn, and only as many as commits may have been written unseen: one conflict more would mean that somebody else writes
+    /// The store takes a record only if its generation is the stored one plus 1. A commit that
+    /// failed without a definite answer may have been written, so that the stored generation is one
+    /// of `uncertain + 1` values. The loop tries the next generations in turn, and at most as many
+    /// as there are uncertain commits. One conflict more would mean that another process writes
     /// this record, and then nothing may be overwritten.
     async fn commit(
         &mut self,
@@ -279,10 +293,17 @@ impl Actor {
         mut next: VmRecord,
         event: NewEvent,
     ) -> Result<(), Box<Refused>> {
+        // `unseen` is the number of earlier commits that this attempt assumes to be written. It
+        // starts at 0, the usual case: the stored generation is that of `self.record`, and the
+        // first attempt succeeds.
         let mut unseen = 0;
         let result = loop {
             next.generation = self.record.generation + 1 + unseen;
             let result = self.write(budget, &next, &event).await;
+            // A conflict means that the stored generation is not the assumed one. It can be higher
+            // only by the commits that may have been written, so that the next attempt assumes one
+            // more of them. Every other result ends the loop: a success is certain, and another
+            // error would be the same for each generation.
             let conflicts = result.as_ref().is_err_and(|error| error.kind == StoreErrorKind::Conflict);
             if !conflicts || unseen == self.journal.uncertain {
                 break result;
@@ -295,10 +316,17 @@ impl Actor {
                 Ok(())
             }
             Err(error) => {
+                // An error with an unknown effect makes this attempt uncertain as well. The attempt
+                // assumed `unseen` written commits before it, so that `unseen + 1` may be written
+                // now. A bound that is already higher stays, because this failure disproves none of
+                // the earlier ones.
                 let unknown = error.effect == Effect::Unknown;
                 if unknown {
                     self.journal.uncertain = self.journal.uncertain.max(unseen + 1);
                 }
+                // The caller gets the generation of an uncertain attempt, because a later attempt
+                // must use exactly this one (see `commit_again`). The record that goes back keeps
+                // the generation of `self.record`, because memory counts proven commits only.
                 let generation = unknown.then_some(next.generation);
                 next.generation = self.record.generation;
                 Err(Box::new(Refused { error, next, event, generation }))
@@ -322,7 +350,7 @@ impl Actor {
         self.send(budget, Commit { change, event: Some(event.clone()) }).await
     }
 
-    /// Hands a commit to the store, which keeps room for what is forced.
+    /// Hands a commit to the store. The store keeps room for commits of forced operations.
     pub(super) async fn send(&self, budget: Budget, commit: Commit) -> Result<Committed, StoreError> {
         if budget.forced {
             self.shared.events.commit_forced(commit).await
@@ -331,12 +359,13 @@ impl Actor {
         }
     }
 
-    /// Returns the event that tells of `turn`, which is not applied.
+    /// Returns the event that reports `turn`, and does not apply the turn.
     pub(super) fn event_of(&self, turn: Turn<'_>) -> NewEvent {
         turn.apply(self, &self.record).1
     }
 
-    /// Shows `turn` to readers and records nothing: fresh knowledge that is no change.
+    /// Shows `turn` to readers and records nothing, because the turn is newer knowledge and no
+    /// change.
     pub(super) fn show(&mut self, turn: Turn<'_>) {
         let (next, _) = turn.apply(self, &self.record);
         self.record = Arc::new(VmRecord { modified_ms: self.record.modified_ms, ..next });
@@ -348,12 +377,12 @@ impl Actor {
         self.shared.index.publish(Arc::clone(&self.record));
     }
 
-    /// The answer of an operation that succeeded.
+    /// Returns the answer of an operation that succeeded.
     pub(super) fn outcome(&self, ended_by: Option<EndedBy>) -> Outcome {
         Outcome { record: Arc::clone(&self.record), ended_by, left_behind: Vec::new() }
     }
 
-    /// A status without a cause, now.
+    /// Returns a status without a cause, observed now.
     pub(super) fn status(&self, phase: Phase) -> Status {
         Status { restarts: self.record.status.restarts, ..Status::plain(phase, now_ms()) }
     }
@@ -364,7 +393,7 @@ struct Refused {
     error: StoreError,
     next: VmRecord,
     event: NewEvent,
-    /// The generation with which it may have been written all the same.
+    /// The generation with which the store may have written the commit nevertheless.
     generation: Option<u64>,
 }
 

@@ -1,4 +1,4 @@
-//! The launch of a VMM: what is started, where, and behind which gate.
+//! The launch of a VMM: the request to the backend, the run folder, and the gate.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use super::Actor;
 use crate::error::ServiceError;
 use crate::run_folders::{KEPT_CONSOLE, touch};
 
-/// A launch under way. Dropped, it may leave a process, which a sweep finds.
+/// A launch in progress. If it is dropped, it may leave a process, which a sweep finds.
 pub(super) type Launching = BoxFuture<'static, Result<Launched, BackendError>>;
 
 impl Actor {
-    /// Returns the spec to start, and the reason where the spec does not suffice to make the VM anew.
+    /// Returns the spec to start, and the reason where that spec is not enough to make the VM anew.
     fn what_to_start(&self) -> (VmSpec, Option<String>) {
         if !self.record.imported {
             return (self.spec(), None);
@@ -31,8 +31,9 @@ impl Actor {
         }
     }
 
-    /// Returns the start of a VMM whose guest waits behind `gate`. Everything that is made before that bears the VM's uid, which
-    /// is on record since its creation, so the recovery finds it with or without an intent.
+    /// Returns the start of a VMM whose guest waits behind `gate`. Everything that is made before
+    /// the gate opens bears the VM's uid, which is on record since the VM's creation. The recovery
+    /// therefore finds it with or without an intent.
     pub(super) fn begin_launch(&self, gate: Gate) -> Launching {
         let name = self.backend.capabilities().name.clone();
         self.shared.spares.forget(&name, self.record.uid);
@@ -43,7 +44,8 @@ impl Actor {
             Console::Kept => Some(dir.join(KEPT_CONSOLE)),
             Console::File(path) => Some(path.clone()),
         };
-        // A file of the client's own is this VM's from the moment that the intent says so.
+        // A console file that the client named belongs to this VM only after the intent is on
+        // record, so the launch waits for the gate before it creates the file.
         let waits = matches!(spec.console, Console::File(_)) && !self.record.owns_console_output;
         let request = LaunchRequest {
             instance: self.shared.instance,
@@ -72,7 +74,7 @@ impl Actor {
     }
 }
 
-/// Says whether a launch failed before there was a process.
+/// Returns true if a launch failed before a process existed.
 pub(super) fn launched_nothing(error: &BackendError) -> bool {
     error.effect == Effect::NotApplied
         && match error.kind {
@@ -90,7 +92,8 @@ pub(super) fn launched_nothing(error: &BackendError) -> bool {
         }
 }
 
-/// Makes the run folder and the console's file. If a spare VMM waits there it will be told what to run: its mark goes.
+/// Makes the run folder and the console's file. The mark of a spare VMM in the folder is removed,
+/// because the spare will now run this VM.
 async fn prepare(
     runtime_dir: PathBuf,
     uid: VmUid,

@@ -1,11 +1,11 @@
-//! One actor per VM: the only writer of its record.
+//! The actor of a VM: one task per VM, and the only writer of that VM's record.
 //!
 //! ```text
 //!             ┌──────────────── one step at a time ────────────────┐
 //!  force  ───►│ 1. forced operations                               │
-//!             │ 2. an operation that was cut short                 │
-//!  VMM    ───►│ 3. what the VMM did by itself, lost contact        │──► commit ──► publish ──► answer
-//!  timer  ───►│ 4. a restart, a look, what the store has refused   │
+//!             │ 2. an interrupted operation                        │
+//!  VMM    ───►│ 3. VMM events, lost contact                        │─► commit ─► publish ─► answer
+//!  timer  ───►│ 4. a restart, a search, refused outcomes           │
 //!  inbox  ───►│ 5. operations, in the order they came              │
 //!             └────────────────────────────────────────────────────┘
 //! ```
@@ -17,17 +17,19 @@
 //!   Nothing ──────────────────────► Vmm ◄────────────────────► Silent
 //!     ▲ ▲ ▲                          │ ▲  answers                 │
 //!     │ │ └── gone ─────────────────┴─┼─────────────── gone ─────┘
-//!     │ │                             │ found                     the daemon starts
-//!     │ └── gone ──── Lost ───────────┤ ◄──────────────────────── a run is on record
-//!     │ └── gone ──── Orphan ─────────┘ ◄──────────────────────── a start is on record, or left a process
-//!     └─── swept ──── Leftover ◄───────────────────────────────── a start that told its VMM nothing
+//!     │ │                             │ found                   the daemon starts
+//!     │ └── gone ──── Lost ───────────┤ ◄────────────────────── a run is on record
+//!     │ └── gone ──── Orphan ─────────┘ ◄─ a start is on record, or has left a process
+//!     └─── swept ──── Leftover ◄──────────────────── a start whose VMM has received no data
 //!
-//!   Nothing, Vmm, Leftover: every operation that the state admits.   Silent, Lost, Orphan, Quarantined: force alone.
+//!   Nothing, Vmm, Leftover: every operation that the state admits.
+//!   Silent, Lost, Orphan, Quarantined: forced operations alone.
 //! ```
 //!
-//! Every operation is intent → effect → outcome. Only the effect can be interrupted, by a forced operation or by its budget
-//! ([`budget`]); commits are never cut short, so memory and store cannot part. Force does not wait behind a stuck call, it ends
-//! it. State, status and event change together ([`journal`]).
+//! Every operation has three steps: intent, effect, outcome. A forced operation or the end of the
+//! budget ([`budget`]) can interrupt the effect alone. A commit is never interrupted, because
+//! memory and store must hold the same record. A forced operation does not wait behind a call that
+//! hangs, because it cancels that call. State, status and event change together ([`journal`]).
 
 mod budget;
 mod delete;
@@ -73,10 +75,11 @@ use quarantine::no_spec;
 pub(crate) use supervise::{Beginning, NewActor};
 pub(crate) use taps::remove_orphans;
 
-/// After so many signs of a VMM one operation has its turn, so that no guest keeps its own operations from being carried out.
+/// The number of signs of a VMM after which one operation has its turn, because a guest that sends
+/// signs without end must not block the operations on its own VM.
 const SIGNS_IN_A_ROW: u8 = 4;
 
-/// Whether the actor goes on after a step.
+/// The decision to continue the actor's loop or to leave it after a step.
 enum Flow {
     GoOn,
     /// The VM has been deleted.
@@ -85,39 +88,40 @@ enum Flow {
 
 struct Actor {
     shared: Arc<Shared>,
-    /// The VM as readers see it. Shared with the index.
+    /// The VM as readers see it. The index holds the same `Arc`.
     record: Arc<VmRecord>,
     journal: Journal,
     backend: Arc<dyn Backend>,
     mailbox: Arc<Mailbox>,
     hold: Hold,
     next: Next,
-    /// When the VMM last proved that it is there, by the answer to an operation. News that was asked for before is out of date.
+    /// The instant of the VMM's last answer to an operation. News that was requested before this
+    /// instant is out of date.
     answered: Option<Instant>,
-    /// Signs of the VMM since an operation had its turn.
+    /// The number of signs of the VMM since an operation last had its turn.
     signs_in_a_row: u8,
-    /// The slot of the recovery or start under way, see [`crate::check::without_slot_if_slow`].
+    /// The slot of the recovery or start in progress, see [`crate::check::without_slot_if_slow`].
     slot: Option<OwnedSemaphorePermit>,
 }
 
-/// One thing that an actor does next.
+/// The next step of an actor.
 enum Step {
     Forced(Box<QueuedOperation>),
     Asked(Box<QueuedOperation>),
     Sign(Sign),
-    /// An operation that was cut short is carried on.
+    /// An interrupted operation continues.
     Finish(Box<Operation>),
-    /// A restart that is due, with its slot.
+    /// A restart by policy is due. The step owns the slot for it.
     Restart(OwnedSemaphorePermit),
-    /// A process that may live is looked for.
+    /// The actor searches for a process that may live.
     Look,
     /// A VM was found at this VM's place.
     Found(Box<Found>),
-    /// Resets in place are recorded.
+    /// The resets in place that are not on record yet are recorded.
     Resets,
-    /// The files of a VM whose disks are claimed by their paths are looked at again.
+    /// The files of a VM whose disks are claimed by path are looked at again.
     Files,
-    /// An outcome that the store has refused is written again.
+    /// An outcome that the store refused is written again.
     Rewrite,
 }
 
@@ -135,6 +139,8 @@ impl Actor {
     async fn run(&mut self) {
         loop {
             let step = self.next_step().await;
+            // The step is boxed, because most actors are idle and a step takes more room than the
+            // wait for one.
             // Boxed, because most actors are idle and a step takes more room than the wait for one.
             let span = self.span();
             if let Flow::End = Box::pin(self.take(step).instrument(span)).await {
@@ -144,13 +150,14 @@ impl Actor {
         }
     }
 
-    /// Returns the span of one step. An idle actor has none, because a span takes as much memory as the actor.
+    /// Returns the span of one step. An idle actor holds no span, because a span takes as much
+    /// memory as the actor.
     fn span(&self) -> tracing::Span {
         tracing::info_span!("vm", vm_id = %self.record.vm_id, uid = %self.record.uid)
     }
 
-    /// Returns the checked form of the configuration in force. The form is made where it is used and not kept, because it takes
-    /// as much memory as the configuration, and most VMs are idle.
+    /// Returns the checked form of the configuration in force. The form is made for each use and
+    /// not kept, because it takes as much memory as the configuration, and most VMs are idle.
     fn spec(&self) -> VmSpec {
         match &self.hold {
             Hold::Quarantined { .. } => no_spec(),
@@ -187,23 +194,39 @@ impl Actor {
         Flow::GoOn
     }
 
-    /// Waits for the next thing to do. Signs of the VMM come before operations, because an operation must not be admitted on a
-    /// state that is over; but a guest that makes signs without end must not starve them.
+    /// Waits for the next step.
+    ///
+    /// The sources are asked in the order of the module's picture. Signs of the VMM come before
+    /// operations, because an operation must not be admitted on a state that has ended. A guest
+    /// that sends signs without end must not starve the operations, so that the order is reversed
+    /// once after [`SIGNS_IN_A_ROW`] signs.
     async fn next_step(&mut self) -> Step {
+        // A forced operation comes first, because it must answer within 5 s.
         if let Some(queued) = self.mailbox.take_forced() {
             return Step::Forced(queued);
         }
+        // An operation that a crash of the daemon interrupted comes before new ones, because it was
+        // admitted before them. The `let` matches by reference first, so that no other `Next` is
+        // replaced by `Idle`.
         if let Next::Finish(_) = self.next
             && let Next::Finish(operation) = std::mem::replace(&mut self.next, Next::Idle)
         {
             return Step::Finish(operation);
         }
+        // The signs have had their turns, so one queued operation is taken although signs may wait.
+        // The counter restarts in both cases: with no operation queued, nothing is starved.
         if self.signs_in_a_row >= SIGNS_IN_A_ROW {
             self.signs_in_a_row = 0;
             if let Some(queued) = self.mailbox.take_asked() {
                 return Step::Asked(queued);
             }
         }
+        // From here on the actor waits. `biased` makes the select ask its branches in order: a sign
+        // before a timer, because a timer acts on the state that the sign ends, and both before the
+        // mailbox. All three futures can be dropped without loss: a message that was not received
+        // stays in its channel or in the mailbox, and a timer is computed anew from the actor's
+        // fields on the next call. A forced operation that arrives during the wait wakes
+        // `mailbox.next()`, which returns forced operations before others.
         let mailbox = Arc::clone(&self.mailbox);
         let due = timers(&self.hold, &self.next, self.journal.retry_at(), &self.shared.policy_starts);
         let due = async {
@@ -230,13 +253,14 @@ impl Actor {
                 ended_by = outcome.ended_by.map(|rung| rung.as_str()),
                 "operation done"
             ),
-            // The server logs what it answers, as a warning.
+            // The server logs its answers as warnings, so that this line is for debugging only.
             Err(error) => {
                 tracing::debug!(operation = operation.request.name(), %error, "operation refused or failed")
             }
         });
         let deleted = outcome.is_ok() && matches!(operation.request, Request::Delete | Request::ForceDelete);
-        // The client may have left; the operation has been carried out all the same.
+        // The reply cannot be sent if the client has left. The operation has been carried out
+        // nevertheless.
         if let Err(Err(error)) = reply.send(outcome) {
             let operation = operation.request.name();
             span.in_scope(|| tracing::warn!(operation, %error, "an operation failed whose client has left"));
@@ -245,13 +269,14 @@ impl Actor {
         if deleted { Flow::End } else { Flow::GoOn }
     }
 
-    /// The folder of sockets, log and console.
+    /// Returns the folder of sockets, log and console.
     fn dir(&self) -> PathBuf {
         self.record.uid.run_dir(&self.shared.settings.runtime_dir)
     }
 }
 
-/// Returns the wait for the first timer that is due; `None` where no timer is set. Boxed, because most actors have none.
+/// Returns the wait for the first timer that is due, or `None` where no timer is set. The wait is
+/// boxed, because most actors have none.
 fn timers(
     hold: &Hold,
     next: &Next,
@@ -278,17 +303,18 @@ fn timers(
     }))
 }
 
-/// Waits until a restart is due and one of `slots` is free. Until then the VM can be started, shut down and deleted by a client.
+/// Waits until a restart is due and one of `slots` is free. Until then a client can start, shut
+/// down and delete the VM.
 async fn slot_at(at: Option<Instant>, slots: Arc<Semaphore>) -> OwnedSemaphorePermit {
     until(at).await;
     match slots.acquire_owned().await {
         Ok(slot) => slot,
-        // Nobody closes the semaphore.
+        // No code closes the semaphore.
         Err(_) => pending().await,
     }
 }
 
-/// Waits until `at`, or for ever.
+/// Waits until `at`, or for ever if `at` is `None`.
 async fn until(at: Option<Instant>) {
     match at {
         Some(at) if at <= Instant::now() => {}

@@ -1,4 +1,4 @@
-//! Observes a VM: ends, failures, silence, and changes by other programs.
+//! The observation of a VM: ends, failures, silence, and changes by other programs.
 
 use std::time::Duration;
 
@@ -17,9 +17,10 @@ use super::journal::{Turn, Why};
 use super::restart::Decision;
 use crate::metrics::{Contact, News};
 
-/// So long after a shutdown that has failed an answer of the VMM proves nothing: what ends the VMM may be on its way.
+/// The time after a failed shutdown in which an answer of the VMM proves nothing, because its end
+/// may still be in progress.
 const ENDING_GRACE: Duration = Duration::from_secs(5);
-/// How long a VMM that answers again may take to say how its guest is.
+/// The time that a VMM which answers again may take to report its guest's state.
 const PROBE_LIMIT: Duration = Duration::from_secs(3);
 
 impl Actor {
@@ -32,7 +33,7 @@ impl Actor {
 
     async fn on_event(&mut self, event: VmmEvent) {
         if self.interrupted().is_some() && !matches!(event, VmmEvent::Gone(_)) {
-            // A VMM that was silent speaks, so that what was cut short can go on.
+            // A VMM that was silent sends an event, so that the interrupted operation can continue.
             return self.reached_again().await;
         }
         match event {
@@ -48,7 +49,7 @@ impl Actor {
         }
     }
 
-    /// The state changed without an operation of ours.
+    /// Records a change of the state that no operation of this daemon caused.
     async fn moved(&mut self, observation: Observation, reason: Reason) {
         let state = observe(self.record.state, observation);
         if state == self.record.state {
@@ -58,7 +59,7 @@ impl Actor {
             }
             return;
         }
-        // A VMM that tells of its guest answers.
+        // A VMM that sends an event about its guest answers.
         self.speak();
         let status = self.status(Phase::at_rest(state)).because(reason.clone(), "");
         let why = Why::by_itself(reason.as_str());
@@ -66,8 +67,9 @@ impl Actor {
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
-    /// Somebody else reset the guest. That is an operator's act, as RebootVm is: the restart policy is about what a guest does
-    /// by itself, and neither forbids nor counts it.
+    /// Records that another program reset the guest. That is the act of an operator, as RebootVm
+    /// is. The restart policy is about resets by the guest itself, so it neither forbids nor counts
+    /// this one.
     async fn reset_from_outside(&mut self) {
         self.speak();
         let state = observe(self.record.state, Observation::ResetInPlace);
@@ -79,7 +81,7 @@ impl Actor {
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
-    /// Kills a VMM whose guest is to run no longer, and records the end.
+    /// Kills a VMM whose guest must not run any longer, and records the end.
     pub(super) async fn end_failed_run(&mut self, exit: Exit, cause: &str) {
         let budget = Budget::of_own_step();
         if let Some(vmm) = self.hold.vmm()
@@ -95,7 +97,8 @@ impl Actor {
         self.ended_by_itself(exit, cause).await;
     }
 
-    /// The VMM has gone between two operations, or while one that was cut short waited for it.
+    /// Records that the VMM has gone between two operations, or while an interrupted operation
+    /// waited for it.
     async fn ended_by_itself(&mut self, exit: Exit, cause: &str) {
         let intent = self.record.intent.clone();
         if intent.is_some() || matches!(self.hold, Hold::Orphan(_)) {
@@ -104,13 +107,13 @@ impl Actor {
         self.run_ended(Budget::of_own_step(), exit, Why::by_itself(cause)).await;
     }
 
-    /// The VMM has provably gone: the VM is down, until policy starts it again.
+    /// Records that the VMM has provably gone. The VM is down until the policy starts it again.
     pub(super) async fn run_ended(&mut self, budget: Budget, exit: Exit, why: Why<'_>) {
         let decision = self.decide_restart(&exit);
         self.end_of_run(budget, &exit, decision, why).await;
     }
 
-    /// Records the end of a run and what is to follow it.
+    /// Records the end of a run and the next step.
     pub(super) async fn end_of_run(&mut self, budget: Budget, exit: &Exit, decision: Decision, why: Why<'_>) {
         self.let_go_and_release();
         self.next = decision.next;
@@ -128,8 +131,9 @@ impl Actor {
         let _ = self.conclude(budget, turn).await;
     }
 
-    /// Takes news of the contact with the VMM. News that was asked for before the VMM answered an operation is out of date:
-    /// the silence of a VMM that was busy with that operation is over.
+    /// Processes news of the contact with the VMM. News that was requested before the VMM last
+    /// answered an operation is out of date, because the VMM was busy with that operation and is
+    /// not silent any more.
     async fn on_news(&mut self, News { asked, contact }: News) {
         if self.answered.is_some_and(|answered| asked < answered) {
             return;
@@ -149,8 +153,10 @@ impl Actor {
         }
     }
 
-    /// A VMM that answers a while after a ShutdownVm was answered with a failure has outlived it, so that its end, whenever it
-    /// comes, is no outcome of that any more. Otherwise this is fresh knowledge and no change: shown, not recorded.
+    /// Records or shows that a VMM answers. A VMM that answers some time after a failed ShutdownVm
+    /// has outlived it, so that its later end is no outcome of that shutdown any more, and the
+    /// intent is removed. In all other cases the answer is newer knowledge and no change, so it is
+    /// shown and not recorded.
     async fn seen_alive(&mut self, asked: Instant) {
         let settled = self.answered.is_none_or(|answered| asked >= answered + ENDING_GRACE);
         let answered =
@@ -190,7 +196,7 @@ impl Actor {
     }
 }
 
-/// Waits for the event that tells how a VMM ended.
+/// Waits for the event that reports how a VMM ended.
 pub(super) async fn last_word(events: &mut mpsc::Receiver<VmmEvent>, deadline: Duration) -> Exit {
     let heard = tokio::time::timeout(deadline, async {
         while let Some(event) = events.recv().await {
@@ -203,7 +209,7 @@ pub(super) async fn last_word(events: &mut mpsc::Receiver<VmmEvent>, deadline: D
     heard.await.unwrap_or_else(|_| no_word())
 }
 
-/// The end of a VMM of which nothing more is known.
+/// Returns the end of a VMM about which nothing more is known.
 pub(super) fn no_word() -> Exit {
     Exit { cause: ExitCause::Unknown, message: "its VMM has gone without a word".to_owned() }
 }

@@ -1,4 +1,4 @@
-//! What each request does.
+//! The operations: the code for each request of a client.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,27 +21,31 @@ use super::start::Start;
 use crate::error::ServiceError;
 use crate::mailbox::{Operation, Outcome};
 
-/// No VMM may take longer over one operation; a shutdown has its guest's time on top.
+/// The time that a VMM may take for one operation. A shutdown has the guest's time in addition.
 pub(super) const EFFECT_LIMIT: Duration = Duration::from_secs(20);
-/// How long a VMM that outlived force may take to say how its guest is.
+/// The time that a VMM may take to report its guest's state after a forced operation failed.
 const FORCED_PROBE_LIMIT: Duration = Duration::from_millis(400);
-/// How long a sweep may take. A start that was pre-empted and the deletion that did it take one each.
+/// The time that a sweep may take. A start that was pre-empted and the deletion that pre-empted it
+/// take one sweep each.
 const SWEEP_LIMIT: Duration = Duration::from_secs(2);
-/// The same of a deletion without force, for which nobody is in a hurry.
+/// The time that the sweep of a deletion without force may take. Such a deletion has no 5 s limit.
 const DELETION_LIMIT: Duration = Duration::from_secs(10);
-/// How long a VMM may take to say how its guest is, after something went wrong.
+/// The time that a VMM may take to report its guest's state after an operation failed.
 const PROBE_LIMIT: Duration = Duration::from_secs(3);
-/// How long the last word of a VMM that has gone may take.
+/// The time to wait for the last event of a VMM that has gone.
 const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
 
 impl Actor {
-    /// Carries out what was asked for, if the VM admits it: first as far as its process can be reached, then by its state.
+    /// Carries out an operation if the VM admits it. The hold on the VM's process is checked first,
+    /// and the VM's state second.
     pub(super) async fn carry_out(
         &mut self,
         budget: Budget,
         operation: &Operation,
     ) -> Result<Outcome, ServiceError> {
         let request = operation.request;
+        // A forced operation passes the first check, because it is the way to end a VM that cannot
+        // be reached.
         if !budget.forced {
             match &self.hold {
                 Hold::Quarantined { why, .. } => return Err(self.quarantined(why)),
@@ -49,6 +53,9 @@ impl Actor {
                 _ => {}
             }
         }
+        // A VM that counts as not running can still have a process: a start has left it. The state
+        // alone would answer that the VM is shut down already, which is false while the process
+        // lives.
         if request == Request::Shutdown && !self.record.state.is_live() && self.hold.may_be_a_process() {
             self.end_orphan(budget, operation).await?;
         }
@@ -74,8 +81,8 @@ impl Actor {
         }
     }
 
-    /// Ends a process that a start has left, of a VM that counts as not running: it is not shut down while that process lives,
-    /// whether or not a handle of it is held.
+    /// Ends a process that a start has left, of a VM that counts as not running. The VM is not shut
+    /// down while that process lives, whether or not the actor holds a handle of it.
     async fn end_orphan(&mut self, budget: Budget, operation: &Operation) -> Result<(), ServiceError> {
         let killed = match self.hold.vmm() {
             Some(vmm) => self.kill(budget, &*vmm).await.is_ok(),
@@ -93,7 +100,7 @@ impl Actor {
         Ok(self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?)
     }
 
-    /// Returns what the client of `request` is told where an effect, to `what` the VM, did not come off.
+    /// Returns the client's error for an effect that failed. `what` is the verb of the message.
     pub(super) fn error_of(&self, what: &str, request: Request, broken: &Broken) -> ServiceError {
         match broken {
             Broken::Backend(error) => ServiceError::from_backend(what, &self.record.vm_id, error),
@@ -112,6 +119,8 @@ impl Actor {
         ))
     }
 
+    /// Answers an operation whose result holds already. A ShutdownVm also cancels a restart that is
+    /// due, because otherwise the VM would start again after the answer.
     async fn already_done(&mut self, budget: Budget, operation: &Operation) -> Result<Outcome, ServiceError> {
         let stopped = operation.request == Request::Shutdown;
         let restarts = self.record.status.phase == Phase::Restarting;
@@ -123,7 +132,7 @@ impl Actor {
         Ok(self.outcome(stopped.then_some(EndedBy::AlreadyStopped)))
     }
 
-    /// PauseVm and ResumeVm.
+    /// Carries out PauseVm and ResumeVm.
     async fn move_guest(
         &mut self,
         budget: Budget,
@@ -141,7 +150,7 @@ impl Actor {
         self.settle(budget, Start::new(request, caller), achieved, result).await
     }
 
-    /// Records what came of an effect that leaves the VMM in place.
+    /// Records the outcome of an effect that leaves the VMM in place.
     async fn settle(
         &mut self,
         budget: Budget,
@@ -162,18 +171,28 @@ impl Actor {
         Ok(self.outcome(ended_by))
     }
 
-    /// RebootVm. What the second half needs is looked at and claimed before the first half ends anything, so that a kernel that
-    /// is missing costs no run. Until the run has ended the VM holds both what it uses and what it will use.
+    /// Carries out RebootVm.
+    ///
+    /// The files of the second half are looked at and claimed before the first half ends anything,
+    /// so that a missing kernel costs no run. Until the run has ended, the VM holds the claims of
+    /// the run and the claims of the next one.
+    ///
+    /// A VMM can reset its guest in place, and then the reboot has no second half. Otherwise the
+    /// run ends as by a shutdown, and `start_reserved` starts the next one under the intent of the
+    /// reboot.
     async fn reboot(&mut self, budget: Budget, operation: &Operation) -> Result<Outcome, ServiceError> {
         let Operation { request, ask_guest_for, caller } = operation;
         let (ask_guest_for, start) = (*ask_guest_for, Start::new(*request, caller));
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let reserved = self.reserve(budget).await?;
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
+        // `acquire` adds to the present claims, because the old run still uses them.
         self.shared.claims.acquire(uid, vm_id, &reserved.claims).map_err(|taken| {
             ServiceError::precondition(format!("VM \"{vm_id}\" cannot be rebooted: {taken}"))
         })?;
         let kind = IntentKind::Reboot { ask_guest_for, claims: reserved.claims.clone() };
+        // Nothing has been touched if the intent is refused, so that the run keeps its claims and
+        // loses the additional ones.
         if let Err(error) = self.intend(budget, kind, Phase::Rebooting, caller).await {
             self.claim_for_run_only();
             return Err(error);
@@ -183,7 +202,8 @@ impl Actor {
         match self.interruptible(budget, limit, async move { vmm.reboot(ladder).await }).await {
             Ok(Reset::InPlace) => {
                 self.claim_for_run_only();
-                // The guest was cut off: a guest that obeys ends its run, and needs a new start.
+                // The ladder was the VMM's, because the guest did not end the run itself. A guest
+                // that obeys ends its run and needs a new start.
                 let start = Start { ended_by: Some(EndedBy::Vmm), ..start };
                 return self.settle(budget, start, Observation::Runs, Ok(())).await;
             }
@@ -196,8 +216,10 @@ impl Actor {
         };
         let start = Start { ended_by: Some(ended_by), ..start };
         point(FaultPoint::RebootApplied);
-        // Nobody may take its disks and TAPs between the halves.
+        // The claims stay, because no other VM may take the disks and TAPs between the halves.
         self.let_go_keeping_claims();
+        // `take_reserved` drops the claims of the old run alone. Both results keep the intent of
+        // the reboot on record until `start_reserved` or `refused_start` ends it.
         let restarted = match self.take_reserved(&reserved) {
             Ok(()) => {
                 self.start_reserved(budget, start, reserved).await.map_err(|failed| failed.into_error())
@@ -218,22 +240,25 @@ impl Actor {
         Ok(self.outcome(Some(ended_by)))
     }
 
+    /// Records that a reboot failed before its run ended, and releases the claims of the second
+    /// half.
     async fn give_up_reboot(&mut self, budget: Budget, start: Start<'_>, broken: Broken) -> ServiceError {
         let error = self.give_up(budget, start.request, start.caller, broken).await;
         self.claim_for_run_only();
         error
     }
 
-    /// Gives back what a start that does not come about had claimed beside the run that goes on.
+    /// Releases the claims of a start that does not take place. The claims of the run that
+    /// continues stay.
     fn claim_for_run_only(&self) {
         if let Some(run) = &self.record.run {
-            // What is held already is in nobody's way.
+            // The run's own claims are a subset of the present ones, so the exchange cannot fail.
             let _ = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &run.claims);
         }
     }
 
-    /// Ends whatever process belongs to the run folder, or what `purpose` allows of the VM at its place. `run` is the process as
-    /// far as it is known.
+    /// Ends every process that belongs to the run folder, or as much as `purpose` permits for the
+    /// VM at its place. `run` is the process as far as it is known.
     pub(super) async fn sweep(
         &mut self,
         budget: Budget,
@@ -252,7 +277,7 @@ impl Actor {
         };
         let sweeping = async move { backend.sweep(request).await };
         match purpose {
-            // This may take long, so force need not wait for it.
+            // A deletion without force may take long, so a forced operation can pre-empt it.
             Sweep::Delete => self.interruptible(budget, DELETION_LIMIT, sweeping).await,
             Sweep::Clear | Sweep::End | Sweep::ForceDelete => {
                 let swept = tokio::time::timeout(budget.at_most(SWEEP_LIMIT), sweeping).await;
@@ -265,7 +290,8 @@ impl Actor {
         }
     }
 
-    /// Finds out where the VM is after an effect did not come off, records it, and returns what the client is told.
+    /// Determines the state of the VM after an effect failed, records it, and returns the client's
+    /// error.
     pub(super) async fn give_up(
         &mut self,
         budget: Budget,
@@ -292,6 +318,8 @@ impl Actor {
             }
             Broken::Backend(error) => error,
         };
+        // A VMM that has gone leaves one certain state: its run has ended. The event with the
+        // reason may still be in the channel.
         if error.kind == BackendErrorKind::Gone {
             self.hear_last_word(budget, request, caller).await;
             return ServiceError::precondition(format!(
@@ -301,6 +329,8 @@ impl Actor {
                 self.record.status.reason
             ));
         }
+        // In every other case the VMM may live, and only the VMM itself knows whether the effect
+        // was applied.
         let seen = self.look_again(budget, error.effect).await;
         let state = seen
             .observation
@@ -322,11 +352,13 @@ impl Actor {
         ServiceError::from_backend(what, &self.record.vm_id, &error)
     }
 
-    /// Returns the intent that outlives a ShutdownVm which was answered with a failure.
+    /// Returns the intent that stays on record after a ShutdownVm which was answered with a
+    /// failure.
     ///
-    /// The VMM may still end because of that shutdown: it may be writing a dirty image back, or giving gigabytes back. Its end is
-    /// then the outcome of the shutdown, and a restart policy must not undo it, in this life of the daemon or in the next. The
-    /// intent goes with the next operation, and with the next sample that the VMM answers.
+    /// The VMM may still end because of that shutdown, for example while it writes an image back or
+    /// frees gigabytes of memory. Its end is then the outcome of the shutdown, and a restart policy
+    /// must not undo that, neither under this daemon nor under the next. The next operation ends
+    /// the intent, and so does the next sample that the VMM answers.
     fn still_ending(&self, request: Request, effect: Effect) -> Option<vmm_core::store::Intent> {
         let intent = self.record.intent.clone()?;
         if request != Request::Shutdown || effect == Effect::NotApplied || !self.hold.may_be_a_process() {
@@ -337,9 +369,12 @@ impl Actor {
         Some(vmm_core::store::Intent { kind, ..intent })
     }
 
-    /// After a failure whose effect is not known, asks the VMM where its guest is. Never guesses. What was to be forced may have
-    /// been out of reach before, and still is.
+    /// Asks the VMM for its guest's state after a failure whose effect is not known. The state is
+    /// never guessed. A VM that a forced operation tried to end may have been out of reach before,
+    /// and still is.
     async fn look_again(&mut self, budget: Budget, effect: Effect) -> Seen {
+        // The effect was not applied, so that the state on record is still true. A forced operation
+        // asks nevertheless, because its VM may have been out of reach before.
         if effect == Effect::NotApplied && !budget.forced {
             return Seen::default();
         }
@@ -355,7 +390,7 @@ impl Actor {
         let observation = match self.interruptible(budget, limit, async move { vmm.probe().await }).await {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,
-            // Its end arrives as an event.
+            // The end of the VMM arrives as an event.
             Ok(GuestState::Ended) | Err(Broken::Preempted(_)) => return Seen::default(),
             Err(Broken::Backend(error)) => {
                 self.fall_silent();
@@ -366,7 +401,7 @@ impl Actor {
         Seen { observation: Some(observation), unreachable: None }
     }
 
-    /// Waits for the event that tells how a VMM ended, and records the end.
+    /// Waits for the event that reports how a VMM ended, and records the end.
     async fn hear_last_word(&mut self, budget: Budget, request: Request, caller: &Caller) {
         let gone = match self.hold.live_mut() {
             Some(live) => super::observe::last_word(&mut live.events, budget.at_most(LAST_WORD_LIMIT)).await,
@@ -376,11 +411,11 @@ impl Actor {
     }
 }
 
-/// The finding of a look at the guest after a failure.
+/// The result of a question to the VMM after a failure.
 #[derive(Default)]
 struct Seen {
     observation: Option<Observation>,
-    /// Why the VMM is out of reach, where it is.
+    /// The reason why the VMM is out of reach, if it is.
     unreachable: Option<String>,
 }
 

@@ -1,13 +1,14 @@
-//! A VM on record that this program cannot run: its configuration or its backend is none that it knows, as after a step back to
-//! an older release.
+//! The quarantine of a VM on record that this program cannot run, because it does not know the VM's
+//! configuration or backend. This happens after a step back to an older release.
 //!
 //! ```text
 //!   listed, inspected, its name and its disks taken ── force ShutdownVm ──► its VMM is ended
-//!        │                                          └─ force DeleteVm ────► and everything of it removed
+//!        │                                          └─ force DeleteVm ────► and all of it removed
 //!        └─ any other operation ──► UNAVAILABLE, with the reason
 //! ```
 //!
-//! Its record is left as it is until force comes, for a program that knows more of it.
+//! The record stays as it is until a forced operation comes, because a newer program can still use
+//! it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -38,12 +39,13 @@ use crate::error::ServiceError;
 const CAUSE: &str = "not-taken-up";
 
 impl Actor {
-    /// Shows the VM as it was last proven, and why nothing can be done with it. Writes nothing.
+    /// Shows the last proven state of the VM and the reason why the VM cannot be used. Writes
+    /// nothing.
     pub(super) async fn quarantine(&mut self, why: String) -> Flow {
         self.claim_what_is_on_record();
         let intent = self.record.intent.clone();
         let leaving = intent.as_ref().filter(|intent| intent.is_deletion()).cloned();
-        // A deletion that was cut short may have left a process, whatever is on record.
+        // An interrupted deletion may have left a process, whatever is on record.
         let process = self.record.run.is_some() || intent.is_some();
         self.hold = Hold::Quarantined { why: why.clone(), process };
         if let Some(leaving) = leaving {
@@ -54,7 +56,7 @@ impl Actor {
         Flow::GoOn
     }
 
-    /// The refusal of all that is not forced, of a VM that cannot be taken up.
+    /// Returns the refusal of an operation without force, for a VM that cannot be taken up.
     pub(super) fn quarantined(&self, why: &str) -> ServiceError {
         ServiceError::unavailable(format!(
             "VM \"{}\" cannot be used by this program: {why}. Serve it by the program that made it, or end and delete it with \
@@ -64,7 +66,8 @@ impl Actor {
     }
 }
 
-/// Stands in for the backend of a VM that cannot be taken up: starts nothing, finds nothing, and ends what is proven the VM's.
+/// The backend of a VM that cannot be taken up. It starts nothing and finds nothing. It ends a
+/// process that is proven to be the VM's.
 pub(super) struct Nobody {
     capabilities: Capabilities,
     known: Option<Arc<dyn Backend>>,
@@ -104,7 +107,8 @@ impl Backend for Nobody {
         Ok(Adoption::Unreachable { reason: Reason::NotTakenUp, message: self.why.clone(), launched: None })
     }
 
-    /// Ends the process on record. Others that use the run folder may be somebody's who only looks: they are named.
+    /// Ends the process on record. Other processes that use the run folder may only read it, so the
+    /// error names them.
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
         if let Some(known) = &self.known {
             return known.sweep(request).await;
@@ -140,7 +144,7 @@ impl Backend for Nobody {
     }
 }
 
-/// Returns the spec of a VM whose configuration is not understood. Nothing is ever started from it.
+/// Returns the spec of a VM whose configuration is not understood. No VMM is ever started from it.
 pub(super) fn no_spec() -> VmSpec {
     VmSpec {
         cpu: Cpu { count: 1, max: 1, topology: None },

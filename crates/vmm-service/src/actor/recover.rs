@@ -1,11 +1,12 @@
-//! After a restart of the daemon: what became of the VM, and of what was being done to it.
+//! The recovery of a VM after a restart of the daemon, by the VM's record and by its process.
 //!
 //! ```text
-//!   nothing recorded as running, nothing under way, no process that uses its folder ──► as it was
+//!   no run, no intent and no process that uses the run folder ──► as it was
 //!   otherwise claim what is on record, and ask the backend:
-//!     alive       ──► carry on; an interrupted boot stands if the guest runs, a shutdown and a reboot go on (unfinished)
-//!     gone        ──► SHUTDOWN with the reason; a first boot that never came about: CREATED; a reboot boots
-//!     unreachable ──► the last proven state, marked so, touched by nobody but force, an interrupted one included
+//!     alive       ──► held; a boot stands if the guest runs, a shutdown and a reboot go on
+//!                     (unfinished.rs)
+//!     gone        ──► SHUTDOWN with the reason; an interrupted first boot: CREATED; a reboot boots
+//!     unreachable ──► the last proven state, marked so; nothing but force touches it
 //!   an interrupted delete is finished, by force only if it was forced
 //! ```
 
@@ -34,10 +35,14 @@ use crate::mailbox::Operation;
 const ADOPT_LIMIT: Duration = Duration::from_secs(5);
 
 impl Actor {
-    /// Finds out what is true of the VM. `in_use` says that a process may use its run folder.
+    /// Recovers the VM from its record and its process. `in_use` is true if a process may use the
+    /// VM's run folder.
     pub(super) async fn recover(&mut self, in_use: bool) -> Flow {
         let intent = self.record.intent.clone();
         let lost = self.record.status.phase == Phase::Unreachable;
+        // Nothing on record means that the last daemon left the VM without a process. The exception
+        // is a start whose intent never became durable, and only such a start leaves a process in
+        // the folder.
         if intent.is_none() && self.record.run.is_none() && !lost {
             if in_use {
                 self.clear_unrecorded_start().await;
@@ -48,11 +53,16 @@ impl Actor {
             }
             return Flow::GoOn;
         }
+        // The claims come first, before any wait, because other VMs recover and start at the same
+        // time. Until `find` has an answer, the VM counts as lost or as an orphan, so that only
+        // force is admitted.
         self.claim_what_is_on_record();
         self.hold = if self.record.run.is_some() { Hold::Lost } else { Hold::Orphan(None) };
+        // A deletion goes on whether or not a process lives, because it ends the process itself.
         if let Some(leaving) = intent.as_ref().filter(|intent| intent.is_deletion()) {
             return self.go_on_deleting(leaving.clone()).await;
         }
+        // No process survives a restart of the host, so that no search is necessary.
         if self.host_rebooted() {
             let exit =
                 Exit { cause: ExitCause::Unknown, message: "the host was restarted while it ran".to_owned() };
@@ -63,9 +73,10 @@ impl Actor {
         Flow::GoOn
     }
 
-    /// Claims what the VM's process may use, as the first act of every recovery: what its run holds, and what a start that was
-    /// cut short had claimed. Nothing needs to look at the host's files for that, so a file server that does not answer leaves
-    /// no gap in which another VM could take a disk.
+    /// Claims what the VM's process may use: the claims of its run, and the claims of an
+    /// interrupted start. Every recovery does this first. The claims come from the record and need
+    /// no look at the host's files, so that a file server that does not answer leaves no time in
+    /// which another VM could take a disk.
     pub(super) fn claim_what_is_on_record(&self) {
         let run = self.record.run.iter().flat_map(|run| &run.claims);
         let intent = self.record.intent.iter().flat_map(|intent| intent.claims());
@@ -75,11 +86,11 @@ impl Actor {
         }
     }
 
-    /// Ends a VMM that was started while the intent was on its way to the disk, and never got there. It was told nothing of the
-    /// VM yet, so the VM is as it was.
+    /// Ends a VMM that was started while its intent was on the way to the disk and did not get
+    /// there. The VMM received nothing of the VM yet, so the VM is as it was.
     async fn clear_unrecorded_start(&mut self) {
         if self.record.kind != VmKind::Managed {
-            // There a launch touches nothing before its intent is on record.
+            // A launch of such a VM touches nothing before its intent is on record.
             return;
         }
         if let Err(Broken::Backend(error)) = self.sweep(Budget::of_own_step(), Sweep::Clear, None).await {
@@ -87,27 +98,36 @@ impl Actor {
         }
     }
 
-    /// Looks for a lost VMM once more.
+    /// Searches again for a lost VMM.
     pub(super) async fn look_for_it(&mut self) {
         self.next = Next::Idle;
         let intent = self.record.intent.clone();
         self.find(intent).await;
     }
 
-    /// Looks for the VMM, and says of the VM what follows.
+    /// Searches for the VMM, and records what follows for the VM.
+    ///
+    /// A reboot can have died between its halves. Then the process on record is gone and a second
+    /// process may exist, which the first search cannot find because the record names the old one.
+    /// The function therefore forgets the old run and searches a second time.
     async fn find(&mut self, intent: Option<Intent>) {
         let mut adopted = self.adopt().await;
+        // The old VMM of a reboot is gone. The record now names no run, so that the second search
+        // accepts any process of the VM's run folder.
         if matches!(adopted, Ok(Adoption::Gone { .. })) && self.first_half_is_done(intent.as_ref()) {
             adopted = self.adopt().await;
         }
         if let Ok(Adoption::Alive { launched, .. }) = &adopted
             && self.record.run.as_ref().is_some_and(|run| run.process != launched.vmm.run().process)
         {
-            // Where a VM is not found by its process, a reboot's second half shows at once.
+            // Some backends find a VM by its place and not by its process. They find the new VMM at
+            // the first search, and the old run must still be forgotten.
             self.first_half_is_done(intent.as_ref());
         }
         match adopted {
             Ok(Adoption::Alive { launched, guest }) => self.found_alive(launched, guest, intent).await,
+            // Gone is a proof, so that the remains of the run may be cleared. A sweep that fails is
+            // logged alone, because the process itself is gone.
             Ok(Adoption::Gone { exit }) => {
                 let run = self.record.run.clone();
                 if let Err(Broken::Backend(error)) =
@@ -117,7 +137,9 @@ impl Actor {
                 }
                 self.ended_unwatched(exit, intent.as_ref(), None).await;
             }
-            // A start that was cut short before its VMM could answer: proven ours, and acknowledged to nobody.
+            // The VMM of an interrupted start does not answer yet. It is proven to be this
+            // daemon's, and no client has an answer about its start, so that it may be ended:
+            // `GuestState::Ended` takes that path.
             Ok(Adoption::Unreachable { launched: Some(launched), .. })
                 if self.never_ran() && intent.as_ref().is_some_and(Intent::is_start) =>
             {
@@ -129,7 +151,7 @@ impl Actor {
             Err(Broken::Backend(error)) => {
                 self.found_unreachable(Reason::VmmDoesNotAnswer, error.to_string(), None).await;
             }
-            // The forced operation that came settles it.
+            // The forced operation that pre-empted the search decides what becomes of the VM.
             Err(Broken::Preempted(_)) => {}
         }
     }
@@ -141,18 +163,21 @@ impl Actor {
         }
     }
 
-    /// Whether no run of the VM was ever recorded as begun, or none since the last one ended.
+    /// Returns true if no run of the VM was ever recorded as begun, or none since the last run
+    /// ended.
     fn never_ran(&self) -> bool {
         self.record.run.is_none() && !self.record.state.is_live()
     }
 
-    /// The run on record has ended. What follows is recorded with it.
+    /// Removes the run on record and moves the state to that of a VM whose VMM has gone. The next
+    /// commit records both.
     pub(super) fn forget_run_and_state(&mut self) {
         let record = Arc::make_mut(&mut self.record);
         record.run = None;
         record.state = observe(record.state, Observation::VmmGone);
     }
 
+    /// Asks the backend for the VM's process, within [`ADOPT_LIMIT`].
     async fn adopt(&mut self) -> Result<Adoption, Broken> {
         let backend = Arc::clone(&self.backend);
         let request = AdoptRequest {
@@ -170,6 +195,11 @@ impl Actor {
         self.interruptible(Budget::of_own_step(), ADOPT_LIMIT, adopting).await
     }
 
+    /// Takes hold of a VMM that was found alive, or ends it.
+    ///
+    /// A VMM whose guest has ended is ended. A VMM of an interrupted start is ended too unless its
+    /// guest runs, because the client of that start has no answer yet. Otherwise the daemon holds
+    /// the VMM and carries on.
     async fn found_alive(&mut self, launched: Launched, guest: GuestState, intent: Option<Intent>) {
         let recorded = self.record.run.clone();
         let started_here = recorded.is_none();
@@ -178,6 +208,8 @@ impl Actor {
             return self.end_found(launched, intent).await;
         }
         let mut run = run_of(recorded, &launched);
+        // Without a run on record the claims are not on record either, so that they come from the
+        // intent or from a look at the files.
         if started_here {
             match self.claims_of_found(intent.as_ref()).await {
                 Ok(claims) => run.claims = claims,
@@ -190,6 +222,8 @@ impl Actor {
         };
         let live = self.live(launched, run);
         self.take_hold(Hold::Vmm(live));
+        // A shutdown or a reboot waits for its VMM, which is found now. With no run on record the
+        // intent is that of a start, or its first half is done.
         let unfinished = intent.as_ref().filter(|intent| !started_here && intent.recovery().waits_for_vmm());
         if let Some(intent) = unfinished {
             return self.take_up_unfinished(intent, observation).await;
@@ -209,7 +243,7 @@ impl Actor {
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
-    /// Ends a VMM whose guest has ended, or whose start was cut short before the guest ran.
+    /// Ends a VMM whose guest has ended, or whose start was interrupted before the guest ran.
     async fn end_found(&mut self, launched: Launched, intent: Option<Intent>) {
         let budget = Budget::of_own_step();
         if let Err(error) = self.kill(budget, &*launched.vmm).await {
@@ -221,14 +255,16 @@ impl Actor {
         self.ended_unwatched(exit, intent.as_ref(), None).await;
     }
 
-    /// Returns what a VMM holds that runs without a run on record: what the intent of its start says. An earlier release has
-    /// recorded no claims, and somebody else may have started the VM: then its files say what it uses.
+    /// Returns the claims of a VMM that runs without a run on record: those of the intent of its
+    /// start. An earlier release recorded no claims, and another program may have started the VM.
+    /// In these cases the VM's files show its claims.
     async fn claims_of_found(&mut self, intent: Option<&Intent>) -> Result<Vec<HostClaim>, String> {
         if let Some(intent) = intent.filter(|intent| !intent.claims().is_empty()) {
             return Ok(intent.claims().to_vec());
         }
         let Ok(Ok(facts)) = self.look(Budget::of_own_step(), true).await else {
-            // Without its claims another VM might write its disks, so it counts as not found; and force finds it.
+            // Without its claims another VM could write to its disks, so the VM counts as
+            // unreachable, and a forced operation can still find it.
             return Err(
                 "it runs, but the files that it uses do not answer, so nothing can keep others off them"
                     .to_owned(),
@@ -241,7 +277,7 @@ impl Actor {
         Ok(claims)
     }
 
-    /// The run ended while no daemon watched, or never came about.
+    /// Records that the run ended while no daemon watched, or that it never began.
     pub(super) async fn ended_unwatched(
         &mut self,
         exit: Exit,
@@ -273,9 +309,11 @@ impl Actor {
         self.end_of_run(budget, &exit, decision, why).await;
     }
 
-    /// A start was cut short, and its process has provably gone: the VM is as it was before.
+    /// Records that a start was interrupted and that its process has provably gone. The VM is as it
+    /// was before.
     async fn start_never_came_about(&mut self, budget: Budget, intent: Option<&Intent>) {
-        // One that has run before keeps its TAPs, and what others have put on them.
+        // A VM that has run before keeps its TAPs, because other programs may have added addresses
+        // or rules to them.
         if self.record.state == VmState::Created {
             for left in self.free_taps(budget).await {
                 tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
@@ -295,7 +333,8 @@ impl Actor {
         let _ = self.conclude(budget, turn).await;
     }
 
-    /// The VMM may live, and cannot be reached. The intent stays on record, because the look that finds the VMM needs it.
+    /// Records that the VMM may live and cannot be reached. The intent stays on record, because the
+    /// search that finds the VMM needs it.
     pub(super) async fn found_unreachable(
         &mut self,
         reason: Reason,
@@ -320,22 +359,24 @@ impl Actor {
         let turn =
             Turn::new(EventKind::Unreachable, Why::by_itself("daemon-started"), status).intending(intent);
         if known {
-            // Looked for again and found as before: shown, not recorded.
+            // An unchanged result of a repeated search is shown and not recorded.
             self.show(turn);
         } else {
             let _ = self.conclude(Budget::of_own_step(), turn).await;
         }
     }
 
-    /// Returns the intent of a start whose process may live, where another intent has taken its place.
+    /// Returns the intent of a start whose process may live, for a record in which another intent
+    /// has replaced it.
     pub(super) fn orphan_intent(&self, caller: Option<&Caller>) -> Option<Intent> {
         let claims = self.shared.claims.held_by(self.record.uid);
         let caller = caller.cloned().unwrap_or_else(|| Caller::named("unknown"));
         Some(Intent { kind: IntentKind::Boot { claims }, caller, since_ms: now_ms() })
     }
 
-    /// Finishes a deletion that was under way, because its name must not stay taken. A deletion that was asked for without force
-    /// is finished without force: meanwhile somebody may have started the VM again, and then the VM is shown as it is found.
+    /// Finishes a deletion that was in progress, because its name must not stay taken. A deletion
+    /// without force is finished without force: another program may have started the VM again
+    /// meanwhile, and then the VM is shown as it is found.
     pub(super) async fn go_on_deleting(&mut self, intent: Intent) -> Flow {
         let force = intent.recovery() == Recovery::Delete { force: true };
         let budget = if force { Budget::of_force(Instant::now()) } else { Budget::of_operation(None) };
@@ -350,7 +391,8 @@ impl Actor {
     }
 }
 
-/// The run that was found: as it was recorded, unless somebody has started the VM anew since. It holds what it held.
+/// Returns the run that was found: the recorded one, unless another program has started the VM
+/// again since. The claims stay those of the record.
 fn run_of(recorded: Option<RunRecord>, launched: &Launched) -> RunRecord {
     let found = launched.vmm.run();
     match recorded {

@@ -1,13 +1,14 @@
-//! Resets in place: counted in memory, and on record at most once a second.
+//! Resets in place: counted in memory, and recorded at most once a second.
 //!
 //! ```text
 //!   reset ──► counted ──┬─ more than the policy allows ──► the run ends
 //!                       ├─ none on record this second ───► on record at once
-//!                       └─ otherwise ────────────────────► on record with the others, a second after the last record
+//!                       └─ otherwise ────────────────────► on record 1 s after the last record
 //! ```
 //!
-//! A guest decides how often it resets itself, hundreds of times a second if it likes. Each record is an event that is kept for
-//! days, in a log that all VMs share, so the number of records must not be the guest's choice.
+//! A guest decides how often it resets itself, which can be hundreds of times a second. Each record
+//! is an event that is kept for days, in a log that all VMs share, so the guest must not decide the
+//! number of records.
 
 use std::time::Duration;
 
@@ -22,24 +23,26 @@ use super::Actor;
 use super::budget::Budget;
 use super::journal::{Turn, Why};
 
-/// Resets are on record at most so often.
+/// The least time between two records of resets.
 const RECORD_INTERVAL: Duration = Duration::from_secs(1);
-/// No VM that a client made resets itself more often than this without a quiet minute, whatever its policy says.
+/// The number of restarts without a quiet minute that no VM of a client may exceed, whatever its
+/// policy allows.
 const MAX_RESTARTS: u32 = 1000;
 
-/// Resets in place of one run.
+/// The resets in place of one run.
 #[derive(Default)]
 pub(super) struct Resets {
-    /// The resets that are not on record yet.
+    /// The number of resets that are not on record yet.
     unrecorded: u32,
-    /// The restarts without a quiet minute between, these included. Meaningful while some are unrecorded.
+    /// The number of restarts without a quiet minute between, with these resets included.
+    /// Meaningful only while some are unrecorded.
     restarts: u32,
-    /// When the last record was made.
+    /// The instant of the last record.
     recorded: Option<Instant>,
 }
 
 impl Resets {
-    /// Returns when those that are not on record are to be recorded.
+    /// Returns the instant at which the unrecorded resets are to be recorded.
     pub(super) fn due(&self) -> Option<Instant> {
         let begin = self.recorded.map(|recorded| recorded + RECORD_INTERVAL);
         (self.unrecorded > 0).then(|| begin.unwrap_or_else(Instant::now))
@@ -47,8 +50,8 @@ impl Resets {
 }
 
 impl Actor {
-    /// Returns the restarts without a quiet minute between that are counted so far, those in place included that are not on
-    /// record yet.
+    /// Returns the number of restarts without a quiet minute between, with the resets in place that
+    /// are not on record yet.
     pub(super) fn restarts_so_far(&mut self) -> u32 {
         match self.hold.live_mut() {
             Some(live) if live.resets.unrecorded > 0 => live.resets.restarts,
@@ -56,14 +59,15 @@ impl Actor {
         }
     }
 
-    /// Returns how many restarts the policy allows without a quiet minute between. How often the guest of an imported VM resets
-    /// itself is the business of the VM's owner.
+    /// Returns the number of restarts that the policy allows without a quiet minute between. An
+    /// imported VM has no further limit, because its owner decides how often its guest resets
+    /// itself.
     pub(super) fn allowed_restarts(&self) -> u32 {
         let wanted = self.spec().restart.max_restarts;
         if self.record.imported { wanted } else { wanted.min(MAX_RESTARTS) }
     }
 
-    /// The guest reset itself in place, which counts as a restart.
+    /// Counts a reset in place as a restart, and ends the run if the policy does not allow it.
     pub(super) async fn guest_reset(&mut self) {
         if self.restart_mode() == RestartMode::Never {
             let exit = Exit { cause: ExitCause::GuestReset, message: "the guest reset itself".to_owned() };

@@ -1,15 +1,15 @@
-//! Whether, and when, a VM whose run has ended is started again.
+//! The restart policy: it decides if and when a VM whose run has ended is started again.
 //!
 //! ```text
-//!   run ends ──► does the policy want it? ──no──► stopped / failed
+//!   run ends ──► does the policy want a restart? ──no──► stopped / failed
 //!                     │ yes
 //!                     ▼
 //!               restarts left? ──no──► failed: restart-loop
 //!                     │ yes
 //!                     ▼
-//!               restarting (SHUTDOWN) ── 0.2 s · 2ⁿ, at most 30 s ──► start ──┬─ taken back ────► counts, as the end of a run
-//!                     ▲                                                      ├─ left something ► unreachable, looked for
-//!                     └────────────────────── 30 s, not counted ─────────────┴─ not begun
+//!               restarting (SHUTDOWN) ── 0.2 s · 2ⁿ, up to 30 s ─► start ─┬─ taken back ─► counts
+//!                   ▲                                                     ├─ left something ► unreachable
+//!                   └────────────────────── 30 s, not counted ────────────┴─ not begun
 //! ```
 
 use std::time::Duration;
@@ -29,35 +29,35 @@ use super::journal::{Turn, Why};
 use super::start::{NotStarted, Start};
 use crate::error::ServiceError;
 
-/// After so long without a restart, the count begins anew.
+/// The time without a restart after which the count begins at 1 again.
 pub(super) const QUIET: Duration = Duration::from_secs(60);
 /// The wait before the first restart.
 const FIRST_DELAY: Duration = Duration::from_millis(200);
-/// The longest wait.
+/// The longest wait before a restart.
 const MAX_DELAY: Duration = Duration::from_secs(30);
 
-/// What follows the end of a run.
+/// The decision about a VM whose run has ended.
 pub(super) struct Decision {
-    /// What the record says.
+    /// The status for the record.
     pub(super) status: Status,
-    /// The next step.
+    /// The next step of the actor.
     pub(super) next: Next,
 }
 
 impl Actor {
-    /// The policy in force.
+    /// Returns the policy in force.
     pub(super) fn restart_mode(&self) -> RestartMode {
         self.spec().restart.mode.unwrap_or(self.backend.capabilities().default_restart_mode)
     }
 
-    /// Returns the number of this restart, counting those without a quiet minute between.
+    /// Returns the number of this restart, counted since the last quiet minute.
     pub(super) fn count_restart(&mut self) -> u32 {
         let begun = || self.record.run.as_ref().map(begun);
         let quiet = self.hold.quiet_since().or_else(begun).is_some_and(|since| since.elapsed() >= QUIET);
         if quiet { 1 } else { self.restarts_so_far().saturating_add(1) }
     }
 
-    /// Lets the count of restarts go on from `restarts`.
+    /// Sets the count of restarts to `restarts`.
     pub(super) fn count_from(&mut self, restarts: u32) {
         if self.record.status.restarts != restarts {
             std::sync::Arc::make_mut(&mut self.record).status.restarts = restarts;
@@ -97,12 +97,13 @@ impl Actor {
         Decision { status, next: Next::RestartAt(Instant::now() + delay(restarts)) }
     }
 
-    /// Takes up a wait for a restart that a daemon before this one had begun.
+    /// Begins the wait for a restart again that an earlier daemon had begun.
     pub(super) fn resume_restart(&mut self) {
         self.next = Next::RestartAt(Instant::now() + delay(self.record.status.restarts));
     }
 
-    /// A restart is due. What the start has left decides what follows, because a text could not.
+    /// Carries out a restart that is due. The next step depends on what the start has left
+    /// ([`NotStarted`]), because the text of an error is no reliable criterion.
     pub(super) async fn restart_by_policy(&mut self) {
         self.next = Next::Idle;
         let budget = Budget::of_own_step();
@@ -111,12 +112,13 @@ impl Actor {
         let start = Start::new(Request::Boot, &caller);
         match self.start(budget, start).await {
             Ok(()) => tracing::info!(restarts, "started again by its restart policy"),
-            // Force has come, and decides what becomes of the VM.
+            // A forced operation has come, and decides what becomes of the VM.
             Err(NotStarted::TakenBack(ServiceError::Aborted(_))) => {}
             Err(NotStarted::NotBegun(error)) if self.waits_to_begin() => {
                 self.restart_later(budget, restarts, &error).await;
             }
-            // A process may live: the VM is shown as unreachable, and nothing is started beside that process.
+            // A process may live. The VM is shown as unreachable, and no start takes place beside
+            // that process.
             Err(NotStarted::LeftSomething(error)) => {
                 tracing::warn!(%error, "a start by the restart policy has left a process");
             }
@@ -126,13 +128,14 @@ impl Actor {
         }
     }
 
-    /// Says whether a start that was not begun is waited for: a reset of the guest is answered by one start, which its guest
-    /// has asked for, while the other modes keep the VM running.
+    /// Returns true if a start that launched nothing is tried again later. A reset of the guest is
+    /// answered by one start, because the guest requested one. The other modes keep the VM running.
     fn waits_to_begin(&self) -> bool {
         self.restart_mode() >= RestartMode::OnFailure || self.record.status.phase == Phase::Restarting
     }
 
-    /// A start that launched nothing is no restart: what it lacked may be there in a while, however often it was not.
+    /// Schedules another start after a start that launched nothing. Such a start does not count as
+    /// a restart, because the missing resource may be available later, however often it was not.
     async fn restart_later(&mut self, budget: Budget, restarts: u32, error: &ServiceError) {
         let message = error.to_string();
         let mut status = self.status(Phase::Restarting).because(Reason::StartNotBegun, message);
@@ -141,7 +144,7 @@ impl Actor {
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("restart-policy"), status);
         let shown = &self.record.status;
         if shown.phase == Phase::Restarting && shown.reason == Reason::StartNotBegun {
-            // Tried again and found as before: shown, not recorded.
+            // An unchanged result of a repeated start is shown and not recorded.
             self.show(turn);
         } else {
             let _ = self.conclude(budget, turn).await;

@@ -1,4 +1,4 @@
-//! ShutdownVm: ends the run by the ladder, and says what ended it.
+//! ShutdownVm: ends the run by the ladder, and records the rung that ended it.
 
 use std::time::Duration;
 
@@ -16,7 +16,8 @@ use super::operations::EFFECT_LIMIT;
 use crate::error::ServiceError;
 use crate::mailbox::{Operation, Outcome};
 
-/// A forced ladder ends so long after it was begun: commits and one more look at the guest come after it within 5 s.
+/// The time that a forced ladder may take. The commits and one more question to the guest follow
+/// within 5 s.
 const FORCED_LADDER_LIMIT: Duration = Duration::from_millis(4300);
 
 impl Actor {
@@ -48,14 +49,17 @@ impl Actor {
         Ok(self.outcome(Some(ended_by)))
     }
 
-    /// Ends the run by the ladder, or by the run folder where no handle is held. Answers once the VMM has really gone.
+    /// Ends the run by the ladder, or by the run folder if no handle is held. Returns after the VMM
+    /// has really gone.
     ///
-    /// The ladder has the guest's time and [`EFFECT_LIMIT`] on top. The guest's time is the client's to give: it is no limit on
-    /// the VMM, so a VMM that is slow to answer does not cost the guest any of it. The backend climbs the rungs and kills only
-    /// where it may; if the limit passes here, nothing is killed in its place, because without force a VMM that has answered
-    /// nothing is not killed. The caller then finds out where the VM is, and says so.
+    /// The ladder has the guest's time and [`EFFECT_LIMIT`] in addition. The client gives the
+    /// guest's time, which is no limit on the VMM, so a VMM that answers slowly does not shorten
+    /// it. The backend climbs the rungs and kills only where it may. If the limit passes here,
+    /// nothing is killed, because without force a VMM that has answered nothing is not killed. The
+    /// caller then determines the state of the VM and reports it.
     ///
-    /// A VMM that has gone before its ladder was climbed is an end that the guest brought about: it is what was asked for.
+    /// A VMM that has gone before its ladder was climbed counts as ended by the guest, because that
+    /// is the result that the client requested.
     pub(super) async fn end_run(
         &mut self,
         budget: Budget,
@@ -71,7 +75,7 @@ impl Actor {
         let ladder = Ladder { ask_guest_for };
         let climbing = async move {
             if resume_first && let Err(error) = vmm.resume().await {
-                // A guest that stands still cannot obey; the ladder goes on without it.
+                // A guest that stands still cannot obey, so the ladder goes on without it.
                 tracing::warn!(%error, "could not resume the VM before asking it to shut down");
             }
             if resume_first {

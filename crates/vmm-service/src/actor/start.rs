@@ -1,15 +1,17 @@
-//! Starting a VMM: the one path for first boot, boot after shutdown, reboot and restart by policy.
+//! The start of a VMM: one path for first boot, boot after shutdown, reboot and restart by policy.
 //!
 //! ```text
-//!   reserve ─► Reserved ─► provide TAPs ─► TapsProvided ─► intent ─► Intended ─► launch ─► Launched ─► outcome
-//!                 │ undo: claims given back    │ undo: TAPs removed    │ undo: swept      │ undo: killed, swept
-//!                 ▼                            ▼                       ▼                  ▼
-//!              NotBegun                     NotBegun            NotBegun, Leftover   TakenBack, LeftSomething
+//!  reserve ─► Reserved ─► provide TAPs ─► TapsProvided ─► intent ─► Intended ─► launch ─► Launched
+//!               │ claims released           │ TAPs removed            │ swept               │ killed
+//!               ▼                           ▼                         ▼                     ▼
+//!            NotBegun                    NotBegun                  NotBegun             TakenBack
+//!                                                                 (Leftover)         (LeftSomething)
 //! ```
 //!
-//! Each phase is a value that only the phase before it makes, and that its way back takes. What a failed start has left is its
-//! result, [`NotStarted`], because callers decide by it: a restart policy counts starts that launched something, and nobody
-//! launches beside a process that may live.
+//! Each phase is a value that only the phase before it can make, and that the undo of the phase
+//! consumes. [`NotStarted`] describes what a failed start has left, because callers decide by it: a
+//! restart policy counts only starts that launched a process, and nothing is launched beside a
+//! process that may live.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -37,21 +39,21 @@ use crate::error::ServiceError;
 use crate::mailbox::Outcome;
 use crate::spares;
 
-/// No launch may take longer. With the look before it and the sweep after it, a boot fails within 30 s.
+/// The time limit of a launch. A boot with its look and its sweep fails within 30 s.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(25);
 
-/// Why a VM was not started, and what the start has left.
+/// The error of a start that failed, by what the start has left.
 pub(super) enum NotStarted {
-    /// Nothing was launched.
+    /// The start launched nothing.
     NotBegun(ServiceError),
-    /// A VMM was launched, or may have been, and nothing of it is left.
+    /// The start launched a VMM, or may have, and nothing of it is left.
     TakenBack(ServiceError),
-    /// A process may be left: the VM is unreachable, and looked for.
+    /// The start may have left a process. The VM is unreachable.
     LeftSomething(ServiceError),
 }
 
 impl NotStarted {
-    /// Returns what a client is told.
+    /// Returns the error for the client.
     pub(super) fn into_error(self) -> ServiceError {
         match self {
             Self::NotBegun(error) | Self::TakenBack(error) | Self::LeftSomething(error) => error,
@@ -59,13 +61,13 @@ impl NotStarted {
     }
 }
 
-/// The caller who starts the VM, and the operation.
+/// The operation that starts the VM, and its caller.
 #[derive(Clone, Copy)]
 pub(super) struct Start<'a> {
     /// BootVm, or RebootVm for its second half.
     pub(super) request: Request,
     pub(super) caller: &'a Caller,
-    /// What ended the run before, if RebootVm ended it.
+    /// The rung that ended the run before, if RebootVm ended it.
     pub(super) ended_by: Option<EndedBy>,
 }
 
@@ -75,34 +77,34 @@ impl<'a> Start<'a> {
     }
 }
 
-/// The disks and TAPs of the VM are claimed.
+/// The phase in which the disks and TAPs of the VM are claimed.
 pub(super) struct Reserved {
     pub(super) claims: Vec<HostClaim>,
-    /// The descriptors that the start may open.
+    /// The file descriptors that the start may open.
     _room: descriptors::Start,
 }
 
-/// Besides, every TAP exists.
+/// The phase in which every TAP exists besides.
 struct TapsProvided {
     reserved: Reserved,
-    /// The TAPs that this start has made.
+    /// The names of the TAPs that this start has made.
     made: Vec<String>,
 }
 
-/// Besides, a launch is under way, and what it is for is on record.
+/// The phase in which a launch is in progress and its intent is on record.
 struct Intended {
     taps: TapsProvided,
     launching: Launching,
 }
 
-/// A VMM runs the guest.
+/// The phase in which a VMM runs the guest.
 struct Launch {
     taps: TapsProvided,
     launched: Launched,
 }
 
 impl Actor {
-    /// BootVm: a start that a client asked for ends any count of restarts, and any wait for one.
+    /// Carries out BootVm. Resets the count of restarts and cancels the wait for one.
     pub(super) async fn boot_as_asked(
         &mut self,
         budget: Budget,
@@ -117,14 +119,14 @@ impl Actor {
         if let NotStarted::NotBegun(_) = failure {
             self.count_from(restarts);
             if self.record.status.phase == Phase::Restarting {
-                // Nothing is recorded of this start, so the policy's own start is still to come.
+                // This start left nothing on record, so the start by policy is still due.
                 self.next = waiting;
             }
         }
         Err(failure.into_error())
     }
 
-    /// Starts the VMM and its guest. Everything is claimed here.
+    /// Claims what the VM needs, and starts the VMM and its guest.
     pub(super) async fn start(&mut self, budget: Budget, start: Start<'_>) -> Result<(), NotStarted> {
         self.clear_leftover(budget).await.map_err(NotStarted::NotBegun)?;
         let reserved = self.reserve(budget).await.map_err(NotStarted::NotBegun)?;
@@ -134,13 +136,14 @@ impl Actor {
         self.start_reserved(budget, start, reserved).await
     }
 
-    /// Starts the VMM and its guest, for which everything is claimed. A reboot has recorded its intent already.
+    /// Starts the VMM and its guest under the claims of `reserved`. A reboot's intent is on record.
     ///
-    /// To start the VMM's process and to put the intent on the disk take their time, and neither needs the other, so both are
-    /// under way at once. What keeps this safe is the gate in the launch: before it opens, the process has been told nothing of
-    /// the VM, writes no disk and uses no TAP. If the daemon dies before the intent is durable, the next one finds the process
-    /// by its run folder and ends it, and no guest has noticed. So the gate opens after the intent has answered, and not
-    /// before; a keeper that is dropped calls the launch off.
+    /// The start of the process and the commit of the intent run at the same time, because each
+    /// takes time and neither needs the other. The gate in the launch makes this safe: until the
+    /// gate opens, the process has received nothing of the VM, writes no disk and uses no TAP. If
+    /// the daemon dies before the intent is durable, the next daemon finds the process by its run
+    /// folder and ends it, and no guest has run. The gate therefore opens only after the commit of
+    /// the intent has succeeded. A keeper that is dropped cancels the launch.
     pub(super) async fn start_reserved(
         &mut self,
         budget: Budget,
@@ -148,13 +151,21 @@ impl Actor {
         reserved: Reserved,
     ) -> Result<(), NotStarted> {
         point(FaultPoint::StartReserved);
+        // An error returns before a process exists. `provide` has removed the TAPs then.
         let taps = self.provide(budget, start, reserved).await?;
         point(FaultPoint::StartTapsProvided);
+        // From here on a process may start, but its guest waits at the gate. The `?` below drops
+        // `keeper`, so that a refused intent cancels the launch. `record_intent` drops the launch
+        // itself before its sweep.
         let (keeper, gate) = Gate::shut();
         let launching = self.begin_launch(gate);
         let mut intended = self.record_intent(budget, start, taps, launching).await?;
+        // The intent is durable, so the next daemon knows what the guest may use.
         keeper.open();
         let limit = budget.at_most_before_wind_up(LAUNCH_LIMIT);
+        // Three results are possible. The launch succeeds. The launch fails or its time passes. A
+        // forced operation pre-empts it. In the last two cases a process may exist, so that
+        // `launch_failed` sweeps before it releases anything. The limit leaves time for that sweep.
         match self.interruptible(budget, limit, &mut intended.launching).await {
             Ok(launched) => {
                 point(FaultPoint::StartLaunched);
@@ -164,7 +175,7 @@ impl Actor {
         }
     }
 
-    /// Makes sure that nothing is left of a start that was called off before its VMM was told anything.
+    /// Removes the rest of a start that was cancelled before its VMM received any data.
     async fn clear_leftover(&mut self, budget: Budget) -> Result<(), ServiceError> {
         if !matches!(self.hold, Hold::Leftover) {
             return Ok(());
@@ -178,8 +189,9 @@ impl Actor {
         }
     }
 
-    /// Refuses a configuration that the VM's backend does not take, as CreateVm does. The backend or its host may have changed
-    /// since the VM was created. Of an imported VM the configuration is what its VMM says, and is not checked.
+    /// Checks the configuration again, as CreateVm does, because the backend or its host may have
+    /// changed since the VM was created. The configuration of an imported VM comes from its VMM and
+    /// is not checked.
     fn check_again(&self) -> Result<(), ServiceError> {
         let report = self.backend.check(&self.spec());
         if report.is_ok() || self.record.imported {
@@ -189,9 +201,10 @@ impl Actor {
         Err(ServiceError::precondition(format!("VM \"{}\" cannot boot: {problems}", self.record.vm_id)))
     }
 
-    /// Looks at the host once more, and returns what the VM needs for itself.
+    /// Looks at the host's files again, and returns what the VM must claim.
     ///
-    /// The look can be interrupted, because a file may be on a server that does not answer.
+    /// A forced operation can interrupt the look, because a file may be on a server that does not
+    /// answer.
     pub(super) async fn reserve(&mut self, budget: Budget) -> Result<Reserved, ServiceError> {
         self.check_again()?;
         let room = descriptors::Start::reserve().map_err(|full| {
@@ -209,7 +222,7 @@ impl Actor {
             let text = format!("VM \"{}\" cannot boot: {}", self.record.vm_id, limit.advice());
             return Err(ServiceError::exhausted(text));
         }
-        // Of what somebody else made, its VMM knows the files: they may not be where this program sees them.
+        // Only its VMM knows the files of an imported VM. This program may not see them.
         if !facts.report.is_ok() && !self.record.imported {
             let problems = ServiceError::Invalid(facts.report.into_violations());
             return Err(ServiceError::precondition(format!(
@@ -231,17 +244,17 @@ impl Actor {
         let look = check::look(NamedFiles::of(&self.spec()), terms);
         let slot = self.slot.take();
         let looking = async move { Ok(check::without_slot_if_slow(slot, look).await) };
-        // The look keeps a deadline of its own, which is the shorter one.
+        // The look has a deadline of its own, which is shorter.
         let answered = self.answered;
         let looked = self.interruptible(budget, 2 * LOOK_DEADLINE, looking).await;
-        // The files have answered, and not the VMM.
+        // The files have answered, and not the VMM, so its last answer is restored.
         self.answered = answered;
         let (found, slot) = looked?;
         self.slot = slot.flatten();
         Ok(found)
     }
 
-    /// Claims what a start needs, in place of what the VM holds.
+    /// Claims what a start needs, in place of the VM's present claims.
     pub(super) fn take_reserved(&self, reserved: &Reserved) -> Result<(), ServiceError> {
         let vm_id = &self.record.vm_id;
         self.shared
@@ -250,7 +263,7 @@ impl Actor {
             .map_err(|taken| ServiceError::precondition(format!("VM \"{vm_id}\" cannot boot: {taken}")))
     }
 
-    /// Reserved → TapsProvided.
+    /// Provides the TAPs: the step from Reserved to TapsProvided.
     async fn provide(
         &mut self,
         budget: Budget,
@@ -264,12 +277,12 @@ impl Actor {
         let error = self.error_of("boot", start.request, &broken);
         let wind_up = broken.wind_up(budget);
         self.undo_taps(wind_up, TapsProvided { reserved, made }).await;
-        // A reboot has its intent on record, which ends with this.
+        // A reboot has its intent on record, which this commit ends.
         let error = self.refused_start(wind_up, start, error).await;
         Err(NotStarted::NotBegun(error))
     }
 
-    /// TapsProvided → Intended.
+    /// Records the intent of a BootVm: the step from TapsProvided to Intended.
     async fn record_intent(
         &mut self,
         budget: Budget,
@@ -284,9 +297,12 @@ impl Actor {
         let mut failed = None;
         let intended = {
             let intending = pin!(self.intend(budget, kind, Phase::Starting, start.caller));
+            // Both futures must be polled, because the launch makes progress only while it is
+            // polled.
             match select(intending, &mut launching).await {
                 Either::Left((intended, _)) => intended,
-                // Before the gate is open a launch can only fail. The failure is told when its intent is on record.
+                // A launch can only fail before the gate is open. The failure is reported after its
+                // intent is on record.
                 Either::Right((early, intending)) => {
                     failed = Some(early);
                     intending.await
@@ -305,8 +321,9 @@ impl Actor {
         }
     }
 
-    /// The intent could not be recorded, so the VMM is told nothing, and goes again. Where that cannot be proven, the process is
-    /// a leftover: it runs no guest, so the VM is not out of reach, and the next operation ends the process first.
+    /// Cancels a launch whose intent could not be recorded. The VMM receives no data, and its
+    /// process is ended. If the sweep cannot prove that, the process is a leftover: it runs no
+    /// guest, so the VM stays within reach, and the next operation ends the process first.
     async fn call_off(
         &mut self,
         budget: Budget,
@@ -328,7 +345,7 @@ impl Actor {
         error
     }
 
-    /// The way back from TapsProvided, and with it from Reserved.
+    /// Undoes TapsProvided, and with it Reserved.
     async fn undo_taps(&mut self, budget: Budget, taps: TapsProvided) {
         for left in self.remove_taps(budget, taps.made).await {
             tracing::warn!(%left, "a TAP of a start that failed stays until the VM is deleted");
@@ -336,7 +353,8 @@ impl Actor {
         self.shared.claims.release(self.record.uid);
     }
 
-    /// A start was refused that had changed nothing of its own. A reboot has an intent on record, and its VM is down.
+    /// Returns the error of a start that was refused before it changed anything. A reboot has an
+    /// intent on record and its VM is down, so this failure is recorded.
     pub(super) async fn refused_start(
         &mut self,
         budget: Budget,
@@ -349,7 +367,8 @@ impl Actor {
         error
     }
 
-    /// Records why there is no VMM. `ran` says that the guest may have run, however briefly: then the VM is not as it was created.
+    /// Records the reason why there is no VMM. `ran` is true if the guest may have run, however
+    /// briefly: then the VM is not in the state in which it was created.
     async fn record_failed_start(
         &mut self,
         budget: Budget,
@@ -371,7 +390,7 @@ impl Actor {
         let _ = self.conclude(budget, turn.observing(Observation::VmmGone)).await;
     }
 
-    /// Launched → on record. A VM that is not on record must not run, because nobody would find it after a crash.
+    /// Records a launch. A VM that is not on record must not run, because a crash would lose it.
     async fn started(&mut self, budget: Budget, start: Start<'_>, launch: Launch) -> Result<(), NotStarted> {
         let Launch { taps, launched } = launch;
         let mut run = launched.vmm.run().clone();
@@ -400,7 +419,7 @@ impl Actor {
         broken: Broken,
     ) -> NotStarted {
         let Intended { taps, launching } = intended;
-        // From here on nothing more is started: a process that was under way is found by the sweep.
+        // Nothing more starts after this line. The sweep finds a process that exists already.
         drop(launching);
         let error = self.error_of("boot", start.request, &broken);
         let wind_up = broken.wind_up(budget);
@@ -412,13 +431,13 @@ impl Actor {
         }
     }
 
-    /// The way back from Launched and from Intended: takes back everything that a start has done, and records why there is no
-    /// VMM.
+    /// Takes back a start from Launched or Intended, and records why there is no VMM.
     ///
-    /// The order is the reverse of the start's. First the VMM: by its handle where there is one, and in any case by its run
-    /// folder where that is not proof enough. Only a sweep that succeeds proves that no process is left, and only then may the
-    /// TAPs be removed and the claims be given back, because a process that lives uses both. Where the sweep fails everything
-    /// stays claimed, and the VM is an orphan's.
+    /// The order is the reverse of the start. The VMM is ended by its handle if there is one, and
+    /// by a sweep of its run folder if that gives no proof. Only a successful kill or sweep proves
+    /// that no process is left, and only then may the TAPs be removed and the claims released,
+    /// because a living process uses both. If the sweep fails, everything stays claimed, and the VM
+    /// is an orphan.
     async fn take_back(
         &mut self,
         budget: Budget,
@@ -443,10 +462,11 @@ impl Actor {
         NotStarted::TakenBack(error)
     }
 
-    /// Nothing proves that the process of a start has gone, so the claims of the start stay.
+    /// Records that the process of a start may live, and keeps the claims of the start.
     ///
-    /// The intent stays on record as that of a boot, also where a reboot has failed in its second half: it says what the process
-    /// may use, to the next daemon too, and a look that finds the process goes on from there as after an interrupted boot.
+    /// The intent stays on record as that of a boot, even if a reboot failed in its second half. It
+    /// gives the claims of the process to the next daemon too, and a search that finds the process
+    /// continues as after an interrupted boot.
     async fn leave_orphan(
         &mut self,
         budget: Budget,
@@ -473,7 +493,7 @@ impl Actor {
         NotStarted::LeftSomething(error)
     }
 
-    /// Returns what an earlier run or start is known by, for those that end its process.
+    /// Returns the run that is held, or else the run on record. It identifies the process to end.
     pub(super) fn known_run(&self) -> Option<RunRecord> {
         self.hold.run().or(self.record.run.as_ref()).cloned()
     }

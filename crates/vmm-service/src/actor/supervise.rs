@@ -1,15 +1,16 @@
-//! Starts actors, and starts an actor again after a panic.
+//! The start of actors, and their restart after a panic.
 //!
 //! ```text
-//!   NewActor ─► into the index, with the way to its mailbox ─► Beginning ─► run ──► the VM is deleted: the mailbox is closed
-//!                                                                 ▲          │ panic
-//!                                                                 └─ recover ┘ from the record that readers see
+//!   NewActor ─► entry in the index, with mailbox ─► Beginning ─► run ──► VM deleted: mailbox closed
+//!                                                     ▲          │ panic
+//!                                                     └─ recover ┘ from the record readers see
 //! ```
 //!
-//! There is one way to start an actor, in one order: what the actor publishes or removes must find its entry in the index.
+//! There is one way to start an actor, and its order is fixed, because every record that the actor
+//! publishes or removes must find its entry in the index.
 //!
-//! A panic is a fault of this program, and costs the operation that met it, not the VM: the record and the process are still
-//! there, so the VM is taken up again as after a restart of the daemon.
+//! A panic is a fault of this program. It ends the operation in which it occurred, and not the VM:
+//! the record and the process still exist, so the VM is recovered as after a restart of the daemon.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -34,35 +35,35 @@ use crate::clock::now_ms;
 use crate::mailbox::{ActorHandle, Mailbox};
 use crate::shared::Shared;
 
-/// The wait before an actor that has panicked is made anew. Force does not wait.
+/// The wait before an actor that has panicked is made again. A forced operation ends the wait.
 const AFTER_A_PANIC: Duration = Duration::from_secs(1);
 
-/// The way in which the actor of a VM begins.
+/// The situation in which the actor of a VM begins.
 pub(crate) enum Beginning {
-    /// The VM was just created.
+    /// A client has just created the VM.
     Created,
-    /// A daemon before this one knew the VM. `in_use` says that a process may use its run folder.
+    /// An earlier daemon knew the VM. `in_use` is true if a process may use its run folder.
     Recovered { in_use: bool },
-    /// Somebody else made the VM, and runs it where there is a handle.
+    /// Another program made the VM. The VM runs if there is a handle.
     Imported { launched: Option<Launched> },
-    /// This program cannot take up the record. `why` says why.
+    /// This program cannot take up the record. `why` is the reason.
     Quarantined { why: String },
 }
 
-/// An actor that is to begin.
+/// The parts of an actor that is to begin.
 pub(crate) struct NewActor {
     pub(crate) shared: Arc<Shared>,
     /// The VM as it is on record.
     pub(crate) record: Arc<VmRecord>,
     pub(crate) backend: Arc<dyn Backend>,
-    /// The event that the record shows.
+    /// The last event that the record shows.
     pub(crate) committed: EventSeq,
     pub(crate) beginning: Beginning,
 }
 
 impl NewActor {
-    /// Returns the actor of a VM that this program cannot take up. `known` is its backend, where only its configuration is not
-    /// understood.
+    /// Returns the actor of a VM that this program cannot take up. `known` is the VM's backend, if
+    /// only the configuration is not understood.
     pub(crate) fn quarantined(
         shared: Arc<Shared>,
         record: VmRecord,
@@ -74,7 +75,8 @@ impl NewActor {
         Self { shared, record, backend, committed, beginning: Beginning::Quarantined { why } }
     }
 
-    /// Puts the VM into the index and starts its actor. The receiver hears when the VM's fate is known.
+    /// Puts the VM into the index and starts its actor. The receiver gets a message when the
+    /// recovery of the VM has a result.
     pub(crate) fn start(self) -> oneshot::Receiver<()> {
         let Self { shared, record, backend, committed, beginning } = self;
         let mailbox = Arc::<Mailbox>::default();
@@ -87,7 +89,7 @@ impl NewActor {
     }
 }
 
-/// The parts from which every life of an actor is made.
+/// The parts from which the actor is made, at first and after each panic.
 struct Seed {
     shared: Arc<Shared>,
     uid: VmUid,
@@ -96,8 +98,8 @@ struct Seed {
 }
 
 impl Seed {
-    /// Lives until the VM is deleted, through panics. The awaited futures are boxed, because most actors are idle and a step
-    /// takes more room than the wait for one.
+    /// Runs the actor until the VM is deleted, through panics. The awaited futures are boxed,
+    /// because most actors are idle and a step takes more room than the wait for one.
     async fn live_on(self, record: Arc<VmRecord>, beginning: Beginning, known: oneshot::Sender<()>) {
         let mut known = Some(known);
         let mut life = self.life(record, beginning, Journal::default(), &mut known);
@@ -109,8 +111,9 @@ impl Seed {
         self.mailbox.close();
     }
 
-    /// Waits until the life that follows a panic is to begin, and returns how. `None` means that the VM is deleted, as far as
-    /// readers know, which is after the commit.
+    /// Waits until the actor is to run again after a panic, and returns the record and the
+    /// beginning. Returns `None` if readers see the VM as deleted, which is the case only after the
+    /// commit.
     async fn after_a_panic(&self) -> Option<(Arc<VmRecord>, Beginning)> {
         let record = self.shared.index.record(self.uid)?;
         tracing::error!(
@@ -128,7 +131,8 @@ impl Seed {
         Some((record, beginning))
     }
 
-    /// Returns one life of the actor. `known` is told when the VM's fate is known.
+    /// Returns one run of the actor, until its end or a panic. `known` gets a message when the
+    /// recovery of the VM has a result.
     fn life<'a>(
         &self,
         record: Arc<VmRecord>,
@@ -175,7 +179,8 @@ impl Actor {
         match beginning {
             Beginning::Created => Flow::GoOn,
             Beginning::Recovered { in_use } => {
-                // The budgets of a recovery begin when it has its slot.
+                // The budgets of a recovery begin after it has its slot, because the wait for the
+                // slot must not use them up.
                 self.slot = Arc::clone(&self.shared.recoveries).acquire_owned().await.ok();
                 let flow = self.recover(in_use).await;
                 self.slot = None;
@@ -192,7 +197,7 @@ impl Actor {
     }
 }
 
-/// Returns a record as it is shown until the actor has found out what is true of the VM.
+/// Returns the record that is shown until the actor has determined the true state.
 fn as_after_a_panic(record: &VmRecord) -> VmRecord {
     let status = Status { restarts: record.status.restarts, ..Status::plain(Phase::Unreachable, now_ms()) }
         .because(

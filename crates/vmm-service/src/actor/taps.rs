@@ -1,15 +1,16 @@
-//! The TAPs of a VM: there before its VMM starts, gone when the VM is deleted.
+//! The TAPs of a VM. They exist before its VMM starts, and are removed when the VM is deleted.
 //!
 //! ```text
-//!   BootVm ── claim ── provide ── intent, launch ──► runs            the VM keeps its TAPs through shutdown, reboot and
-//!                                   └── fails ──► what this start    restart: addresses, bridges and rules that somebody
-//!                                                 made goes again    put on them stay
-//!   DeleteVm ── VMM ends ── remove what bears this VM's label
+//!   BootVm ── claim ── provide ── intent, launch ──► runs           the VM keeps its TAPs through
+//!                                   └── fails ──► its new TAPs      shutdown, reboot and restart,
+//!                                                 are removed       with addresses and rules
+//!   DeleteVm ── VMM ends ── remove the TAPs with this VM's label
 //! ```
 //!
-//! Which TAPs a VM may have made follows from its record, and which of them it did make from their labels
-//! ([`vmm_host::net::tap`]), so a start or a deletion that a crash cut short needs no list of its own. Every TAP is touched
-//! under its claim, so that no other VM boots on one that is about to go.
+//! The VM's record determines the TAPs that the VM may have made, and their labels
+//! ([`vmm_host::net::tap`]) determine the TAPs that it did make. A start or a deletion that a crash
+//! interrupted therefore needs no list of its own. Every TAP is touched under its claim, so that no
+//! other VM boots on a TAP that is being removed.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -26,19 +27,21 @@ use super::Actor;
 use super::budget::{Broken, Budget};
 use super::hold::Hold;
 
-/// The time that all TAPs of one VM may take to be made. Making one takes a tenth of a millisecond.
+/// The time in which all TAPs of one VM are to be made. One takes a tenth of a millisecond.
 const PROVIDE_LIMIT: Duration = Duration::from_secs(2);
-/// Removing one takes some 16 ms, of which many run side by side.
+/// The time in which all TAPs of one VM are to be removed. One takes some 16 ms, and many run side
+/// by side.
 const REMOVE_LIMIT: Duration = Duration::from_secs(5);
-/// The same within the 5 s of a forced operation.
+/// The time for the same removal within the 5 s of a forced operation.
 const FORCED_REMOVE_LIMIT: Duration = Duration::from_millis(700);
 
 impl Actor {
-    /// Returns the TAP of each network interface, in their order, and who named it.
+    /// Returns the TAP of each network interface, in their order, and the party that named it.
     ///
-    /// An imported VM is started as it is, so it has only the TAPs that its VMM told by name: its other interfaces are no TAPs,
-    /// or have TAPs that the VMM makes for itself. Such a VM is never made anew, because its VMM did not tell enough. A domain
-    /// of libvirt has none, because libvirt gives it new ones with each run.
+    /// An imported VM is started as it is, so it has only the TAPs that its VMM reported by name.
+    /// Its other interfaces are no TAPs, or have TAPs that the VMM makes for itself. Such a VM is
+    /// never made anew, because its VMM did not report enough. A libvirt domain has no TAPs here,
+    /// because libvirt gives it new ones with each run.
     pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
         if self.record.imported && self.record.kind.domain().is_some() {
             return Vec::new();
@@ -56,14 +59,16 @@ impl Actor {
         self.spec().tap_names(uid).into_iter().map(named).collect()
     }
 
-    /// What keeps other running VMs off this VM's TAPs.
+    /// Returns the claims that keep other running VMs off this VM's TAPs.
     pub(super) fn tap_claims(&self) -> impl Iterator<Item = HostClaim> {
         self.taps().into_iter().map(|(name, _)| HostClaim::Tap { name })
     }
 
-    /// Makes sure that every TAP exists: a VMM that runs as root would make a missing one itself, and nobody would remove it.
-    /// The claims are held. `made` gets the TAPs that this has made, or may have: a TAP that has not answered when the time has
-    /// passed, or when force comes, may be there in a moment all the same.
+    /// Makes sure that every TAP exists, because a VMM that runs as root would make a missing one
+    /// itself, and that one would never be removed. The claims are held.
+    ///
+    /// `made` receives the names of the TAPs that this call has made, or may have made: a TAP whose
+    /// creation is cut off by the time limit or by a forced operation may still appear.
     pub(super) async fn provide_taps(
         &mut self,
         budget: Budget,
@@ -99,13 +104,14 @@ impl Actor {
         }
     }
 
-    /// Removes every TAP that was made for this VM, and returns what could not be removed. The claims stay held.
+    /// Removes every TAP that was made for this VM, and returns the TAPs that could not be removed.
+    /// The claims stay held.
     pub(super) async fn free_taps(&self, budget: Budget) -> Vec<FieldReport> {
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
         let mut free = Vec::new();
         for name in self.taps_to_free(budget).await {
             let claim = HostClaim::Tap { name: name.clone() };
-            // What another VM runs on has passed to it.
+            // A TAP on which another VM runs belongs to that VM now.
             if self.shared.claims.acquire(uid, vm_id, &[claim]).is_ok() {
                 free.push(name);
             }
@@ -113,8 +119,9 @@ impl Actor {
         self.remove_taps(budget, free).await
     }
 
-    /// The TAPs that may be this VM's: by its configuration; or by their labels, where that is not understood or is not the one
-    /// that they were made for, because somebody else started another VM in its place.
+    /// Returns the TAPs that may be this VM's. The configuration lists them. Where it is not
+    /// understood, or is not the one that they were made for because another program started
+    /// another VM in its place, the labels list them.
     async fn taps_to_free(&self, budget: Budget) -> Vec<String> {
         if !matches!(self.hold, Hold::Quarantined { .. }) && !self.record.imported {
             return self.taps().into_iter().map(|(name, _)| name).collect();
@@ -125,12 +132,13 @@ impl Actor {
                 let ours = labelled.into_iter().filter(|tap| tap.owner.uid == self.record.uid);
                 ours.map(|tap| tap.name).collect()
             }
-            // The next start of the daemon removes them: they are orphans then.
+            // The next start of the daemon removes them as orphans.
             Ok(Err(_)) | Err(_) => Vec::new(),
         }
     }
 
-    /// Removes those of `names` that bear this VM's label, and returns what could not be removed. No VMM of it is left.
+    /// Removes those of `names` that bear this VM's label, and returns the ones that could not be
+    /// removed. No VMM of this VM is left.
     pub(super) async fn remove_taps(&self, budget: Budget, names: Vec<String>) -> Vec<FieldReport> {
         let owner = self.tap_owner();
         let deadline = budget.at_most(if budget.forced { FORCED_REMOVE_LIMIT } else { REMOVE_LIMIT });
@@ -161,8 +169,8 @@ fn too_late(name: &str) -> BackendError {
     BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message)
 }
 
-/// Removes the TAPs of this installation whose VM is not among `known`: it is on record no more, as after a deletion that could
-/// not remove them, or was never started.
+/// Removes the TAPs of this installation whose VM is not among `known`. Such a VM is not on record
+/// any more because its deletion could not remove them, or it never ran.
 pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known: &HashSet<VmUid>) {
     let labelled = match tokio::time::timeout(REMOVE_LIMIT, taps.of_instance(instance)).await {
         Ok(Ok(labelled)) => labelled,

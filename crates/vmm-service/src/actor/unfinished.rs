@@ -1,16 +1,17 @@
-//! Operations that the death of a daemon cut short and that the next one carries to their end.
+//! The operations that the death of a daemon interrupted and that the next daemon finishes.
 //!
 //! ```text
-//!   ShutdownVm, RebootVm ── its VMM lives ──► carried out once more, with the time that the guest was given
-//!                        ── its VMM is silent ──► by force: carried out once more; else: when the VMM answers again
+//!   ShutdownVm, RebootVm ─ its VMM lives ───► carried out again, with the time of its guest
+//!                        ─ its VMM is silent ► by force: at once; else: when the VMM answers
 //!   RebootVm ── the old VMM has gone ──┬─ a new one runs ──► it stands
-//!                                      └─ none does ───────► SHUTDOWN, restarting: booted as soon as VMs are served
+//!                                      └─ none does ───────► SHUTDOWN, restarting: booted by the policy
 //!   a start by policy that did not come about ─────────────► restarting, as before
 //! ```
 //!
-//! What was admitted is carried out, whoever goes away meanwhile: a guest that was asked to power off does so in the end, and
-//! what follows must be what the client wanted, not what the restart policy makes of it. The other operations need nothing:
-//! a BootVm that did not come about leaves the VM where it was, and a PauseVm has stopped the guest or has not.
+//! An admitted operation is carried out even if the daemon or the client goes away. A guest that
+//! was asked to power off does so in the end, and the result must be that of the client's request
+//! and not that of the restart policy. The other operations need nothing: a BootVm that was
+//! interrupted leaves the VM as it was, and a PauseVm has stopped the guest or has not.
 
 use tokio::time::Instant;
 use vmm_core::event::EventKind;
@@ -26,12 +27,13 @@ use super::journal::{Turn, Why};
 use crate::mailbox::Operation;
 
 impl Actor {
-    /// The operation that was cut short and waits for its VMM to be found, if one does. Its intent stays on record until then.
+    /// Returns the interrupted operation that waits for its VMM to be found, if there is one. Its
+    /// intent stays on record until then.
     pub(super) fn interrupted(&self) -> Option<Intent> {
         self.record.intent.clone().filter(|intent| intent.recovery().waits_for_vmm())
     }
 
-    /// Has a shutdown by force that was cut short carried out once more, for which no VMM need answer.
+    /// Schedules an interrupted shutdown by force again. No VMM has to answer for it.
     pub(super) fn take_up_force(&mut self) {
         let operation = self.record.intent.as_ref().and_then(operation);
         if let Some(operation) = operation.filter(is_forced) {
@@ -39,8 +41,8 @@ impl Actor {
         }
     }
 
-    /// Records that the VM is held again, where its guest is, and what is still to be done. The intent stays on record until
-    /// then.
+    /// Records that the VM is held again, the state of its guest, and the operation that is still
+    /// to be done. The intent stays on record until that operation is done.
     pub(super) async fn take_up_unfinished(&mut self, intent: &Intent, observation: Observation) {
         let phase = if intent.request() == Request::Reboot { Phase::Rebooting } else { Phase::Stopping };
         let method = intent.request().name();
@@ -58,7 +60,8 @@ impl Actor {
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
-    /// Carries an operation to its end for a client who has gone, by force as it was forced when it was cut short.
+    /// Finishes an operation whose client has gone. The operation is forced if it was forced when
+    /// it was interrupted.
     pub(super) async fn finish(&mut self, operation: Operation) {
         let method = operation.request.name();
         let budget = if is_forced(&operation) {
@@ -72,7 +75,8 @@ impl Actor {
         };
         tracing::warn!(operation = method, %error, "an operation that was cut short failed");
         if self.interrupted().is_some() {
-            // Refused before it began, as of a VM that stands still by now: it is not tried for ever.
+            // The operation was refused before it began, for example because the guest is paused
+            // now. The intent ends here, because otherwise the operation would be tried for ever.
             let status = self
                 .status(Phase::at_rest(self.record.state))
                 .because(Reason::OperationFailed, format!("{method} could not be carried on: {error}"));
@@ -81,7 +85,8 @@ impl Actor {
         }
     }
 
-    /// Says whether a reboot was under way whose old VMM, on record as running, has gone. From then on a new one is looked for.
+    /// Returns true if a reboot was in progress and its old VMM, on record as running, has gone.
+    /// The old run is forgotten then, and the next search is for a new VMM.
     pub(super) fn first_half_is_done(&mut self, intent: Option<&Intent>) -> bool {
         let rebooting = intent.is_some_and(|intent| intent.request() == Request::Reboot);
         if !rebooting || self.record.run.is_none() {
@@ -92,7 +97,8 @@ impl Actor {
         true
     }
 
-    /// Has a start that was cut short made once more, where more than a waiting client relies on it. Says whether it has.
+    /// Schedules an interrupted start again if more than a waiting client depends on it. Returns
+    /// true if the start is scheduled.
     pub(super) async fn starts_after_all(&mut self, intent: Option<&Intent>) -> bool {
         let Some(intent) = intent else { return false };
         let reason = match intent.recovery() {
@@ -111,18 +117,18 @@ impl Actor {
         self.next = Next::RestartAt(Instant::now());
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status)
             .observing(Observation::VmmGone);
-        // What cannot be recorded is logged, and done all the same.
+        // A refused commit is logged, and the start takes place nevertheless.
         let _ = self.conclude(Budget::of_own_step(), turn).await;
         true
     }
 }
 
-/// Says whether an operation needs no answer of a VMM.
+/// Returns true if an operation needs no answer of a VMM.
 fn is_forced(operation: &Operation) -> bool {
     operation.request == Request::Shutdown && operation.ask_guest_for.is_none()
 }
 
-/// Returns the operation that is carried on, where one is.
+/// Returns the operation that is carried on, if there is one.
 fn operation(intent: &Intent) -> Option<Operation> {
     let caller = intent.caller.clone();
     match intent.recovery() {
