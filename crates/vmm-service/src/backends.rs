@@ -1,12 +1,12 @@
-//! The backends of this daemon, and what is known of their health.
+//! The backends of this daemon, and their health as far as it is known.
 //!
 //! ```text
 //!   name ──► BackendFamily ──┬─ current: new VMs, discovery, health
-//!                            └─ of(kind): the object that runs VMs of that kind, made when a VM on record needs it
+//!                            └─ of(kind): the object for VMs of that kind, made on demand
 //! ```
 //!
-//! The configuration chooses the current backend of each hypervisor. A VM on record keeps its kind, and therefore it may need
-//! another object of the same hypervisor than the current one.
+//! The configuration chooses the current backend of each hypervisor. A VM on record keeps its kind,
+//! so it may need another object of the same hypervisor than the current one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +19,7 @@ use vmm_core::kind::VmKind;
 
 use crate::unserved::Unserved;
 
-/// How long a backend may take to say how it is.
+/// The time that a backend may take to report its health.
 const PING_DEADLINE: Duration = Duration::from_secs(4);
 
 /// All backends by name, one of them the default.
@@ -29,20 +29,22 @@ pub struct Backends {
     default: BackendName,
 }
 
-/// Makes the backend object for VMs of a kind that the current one does not run, or says why there can be none.
+/// A function that makes the backend object for VMs of a kind that the current one does not run.
+/// Its error is the reason why there can be none.
 pub type MakeBackend = dyn Fn(&VmKind) -> Result<Arc<dyn Backend>, String> + Send + Sync;
 
 /// The backend objects of one hypervisor.
 pub struct BackendFamily {
     current: Arc<dyn Backend>,
     make: Box<MakeBackend>,
-    /// Objects of other kinds that VMs on record have needed.
+    /// The objects of other kinds that VMs on record have needed.
     others: Mutex<Vec<Arc<dyn Backend>>>,
 }
 
 impl BackendFamily {
-    /// Puts a family together. `current` runs the VMs that are created from now on; `make` is asked for the object of any other
-    /// kind of VM that is on record, and its error is the reason that such a VM shows.
+    /// Creates a family. `current` runs the VMs that are created from now on. `make` makes the
+    /// object for any other kind of VM that is on record, and its error is the reason that such a
+    /// VM shows.
     pub fn new(
         current: Arc<dyn Backend>,
         make: impl Fn(&VmKind) -> Result<Arc<dyn Backend>, String> + Send + Sync + 'static,
@@ -50,7 +52,8 @@ impl BackendFamily {
         Self { current, make: Box::new(make), others: Mutex::default() }
     }
 
-    /// Returns the object that runs VMs of `kind`. Where there can be none, that is one which touches nothing.
+    /// Returns the object that runs VMs of `kind`. If there can be none, the returned object
+    /// touches nothing.
     fn of(&self, kind: &VmKind) -> Arc<dyn Backend> {
         if self.current.serves(kind) {
             return Arc::clone(&self.current);
@@ -69,7 +72,7 @@ impl BackendFamily {
 }
 
 impl From<Arc<dyn Backend>> for BackendFamily {
-    /// Makes a family of one: VMs of every other kind are left alone.
+    /// Makes a family with one object. VMs of every other kind are not touched.
     fn from(current: Arc<dyn Backend>) -> Self {
         let name = current.capabilities().name.clone();
         let make = move |kind: &VmKind| {
@@ -95,15 +98,15 @@ struct Entry {
 /// One backend as clients see it.
 #[derive(Clone, Debug)]
 pub struct BackendStatus {
-    /// What it can do.
+    /// The capabilities of the backend.
     pub capabilities: Capabilities,
-    /// How it is.
+    /// The health of the backend.
     pub health: BackendHealth,
 }
 
 impl Backends {
-    /// Puts the backends together. `default` serves VMs that name none; it need not be among `families`, and then such VMs
-    /// are refused.
+    /// Creates the set of backends. `default` serves VMs that name none. It need not be among
+    /// `families`, and then such VMs are refused.
     pub fn new<F: Into<BackendFamily>>(default: BackendName, families: impl IntoIterator<Item = F>) -> Self {
         let unknown = BackendHealth::from(Err("it has not been asked yet".to_owned()));
         let entries = families
@@ -117,22 +120,22 @@ impl Backends {
         Self { entries: Arc::new(entries), default }
     }
 
-    /// The backend of VMs that name none.
+    /// Returns the name of the backend of VMs that name none.
     pub fn default_name(&self) -> &BackendName {
         &self.default
     }
 
-    /// Finds the backend of new VMs; an empty name means the default.
+    /// Finds the backend of new VMs. An empty name means the default.
     ///
     /// # Errors
     ///
-    /// Text that lists the backends there are.
+    /// Returns a text that lists the backends that exist.
     pub fn get(&self, name: &str) -> Result<Arc<dyn Backend>, String> {
         self.family(name).map(|family| Arc::clone(&family.current))
     }
 
-    /// Finds the backend of VMs of `kind`. Where the configuration names no way to them, that is one which touches nothing and
-    /// says so.
+    /// Finds the backend of VMs of `kind`. If the configuration does not name a way to them, the
+    /// returned backend touches nothing and reports the missing setting.
     ///
     /// # Errors
     ///
@@ -155,19 +158,20 @@ impl Backends {
         })
     }
 
-    /// Asks every backend how it is, all at once.
+    /// Asks every backend for its health, all at the same time.
     pub async fn refresh(&self) {
         futures::future::join_all(self.entries.values().map(Entry::refresh)).await;
     }
 
-    /// Asks one backend how it is.
+    /// Asks one backend for its health.
     pub(crate) async fn refresh_one(&self, name: &BackendName) {
         if let Some(entry) = self.entries.get(name) {
             entry.refresh().await;
         }
     }
 
-    /// Returns every object in use: the current one of each hypervisor, and those that VMs on record have needed.
+    /// Returns every object in use: the current one of each hypervisor, and the objects that VMs on
+    /// record have needed.
     pub(crate) fn objects(&self) -> Vec<Arc<dyn Backend>> {
         self.entries
             .values()
@@ -178,12 +182,12 @@ impl Backends {
             .collect()
     }
 
-    /// What is known of every backend, by name.
+    /// Returns the capabilities and the last known health of every backend, by name.
     pub fn statuses(&self) -> Vec<BackendStatus> {
         self.entries.values().map(Entry::status).collect()
     }
 
-    /// What is known of one backend.
+    /// Returns the capabilities and the last known health of one backend.
     pub fn status(&self, name: &BackendName) -> Option<BackendStatus> {
         self.entries.get(name).map(Entry::status)
     }

@@ -1,10 +1,13 @@
-//! The files on the host that a configuration names: whether each is there and is what the configuration says.
+//! The files on the host that a configuration names: checks that each exists and is of the kind
+//! that the configuration states.
 //!
-//! CreateVm and ValidateVm look before anything is touched, and what they find are violations. BootVm looks again, because
-//! files change, and takes the claims that keep two running VMs apart.
+//! CreateVm and ValidateVm look before anything is touched, and report their findings as
+//! violations. BootVm looks again, because files change, and takes the claims that keep two running
+//! VMs apart.
 //!
-//! Files may lie where nothing answers: [`looks`] bounds the threads that wait for them, and a deadline the caller's wait. Only
-//! the paths of clients pass through here: the daemon's own files never wait for a permit.
+//! Files may lie on a device or server that does not answer. [`looks`] bounds the threads that wait
+//! for them, and a deadline bounds the caller's wait. Only the paths of clients pass through this
+//! module, and the daemon's own files never wait for a permit.
 
 mod disk;
 mod looks;
@@ -24,24 +27,24 @@ use vmm_host::mounts::Mounts;
 
 use looks::{Limits, Looks, Visitor};
 
-/// No look takes longer.
+/// The time that a look may take.
 pub(crate) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
-/// The permits of looks for one purpose. The runtime has some 500 threads for everything.
+/// The permits of looks for one purpose. The runtime has some 500 threads in all.
 const PERMITS: Limits =
     Limits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
 
 /// The reason for a look at files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// A client wants to create a VM: a raw disk must not begin as an image of another format.
+    /// A client creates a VM: a raw disk must not begin as an image of another format.
     Create,
-    /// A VM is started, or was found running: a raw disk's contents are the guest's business.
+    /// A VM is started, or was found running: the guest may have written anything to a raw disk.
     Boot,
 }
 
 impl Purpose {
-    /// Returns the permits for looks of this purpose. Each purpose has its own, so that calls of CreateVm and ValidateVm which
-    /// hang keep no VM from starting.
+    /// Returns the permits for looks of this purpose. Each purpose has its own, so that hanging
+    /// calls of CreateVm and ValidateVm keep no VM from starting.
     fn looks(self) -> &'static Arc<Looks> {
         fn permits() -> Arc<Looks> {
             Arc::new(Looks::new(PERMITS, |path| Mounts::read().served_by(path)))
@@ -55,21 +58,23 @@ impl Purpose {
     }
 }
 
-/// The purpose of a look at the files, and what the backend takes.
+/// The purpose of a look at the files, and the formats that the backend accepts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms {
     /// The reason for the look.
     pub(crate) purpose: Purpose,
-    /// The kernels that the backend boots, where the backend is known.
+    /// The kernel formats that the backend boots, if the backend is known.
     pub(crate) kernels: Option<&'static [KernelFormat]>,
-    /// True if the backend reads extended entries of qcow2 images, where the backend is known.
+    /// True if the backend reads extended entries of qcow2 images. `None` if the backend is not
+    /// known.
     pub(crate) extended_l2: Option<bool>,
     /// True if this VM made the console's file itself.
     pub(crate) owns_output: bool,
 }
 
 impl Terms {
-    /// Returns the terms of a look for a VM of the backend with `capabilities`, where that is known. The VM has made no file.
+    /// Returns the terms of a look for a VM of the backend with `capabilities`, if that is known.
+    /// The VM has made no file.
     pub(crate) fn of(purpose: Purpose, capabilities: Option<&Capabilities>) -> Self {
         Self {
             purpose,
@@ -80,19 +85,20 @@ impl Terms {
     }
 }
 
-/// The finding of a look.
+/// The findings of a look.
 #[derive(Debug)]
 pub(crate) struct HostFacts {
-    /// Violations.
+    /// The violations.
     pub(crate) report: Report,
     /// The disks and backing files that the VM would hold while it runs.
     pub(crate) claims: Vec<HostClaim>,
-    /// The limit of the host that kept a file from being looked at. The violations say nothing of that file then.
+    /// The limit of the host that kept a file from being looked at. The violations do not cover
+    /// that file then.
     pub(crate) limit: Option<HostLimit>,
 }
 
 impl HostFacts {
-    /// Looks at one file. What is wrong with the file is a violation of `field`.
+    /// Looks at one file. A problem with the file is a violation of `field`.
     fn inspect(&mut self, visitor: &Visitor, field: &str, path: &Path, access: Access) -> Option<FileFacts> {
         if !visitor.may_touch(path) {
             return None;
@@ -116,21 +122,24 @@ impl HostFacts {
     }
 }
 
-/// The files did not answer within [`LOOK_DEADLINE`], or too many earlier looks still wait for theirs.
+/// The error of a look whose files did not answer within [`LOOK_DEADLINE`], or that found too many
+/// earlier looks still waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the host's files do not answer: check the devices and servers that hold the kernel and the disks, and try again"
 )]
 pub(crate) struct FilesSilent;
 
-/// Returns the claims on the disks of a VM that runs while its files do not answer: by the paths on record.
+/// Returns the claims on the disks of a VM that runs while its files do not answer. The disks are
+/// claimed by the paths on record.
 pub(crate) fn claims_by_path(spec: &VmSpec) -> Vec<HostClaim> {
     let claim = |disk: &Disk| HostClaim::Path { path: disk.path.clone(), writable: !disk.read_only };
     spec.disks.iter().map(claim).collect()
 }
 
-/// Waits for `look`, and gives up `slot` where the look is slow: a slot bounds the VMs that need processor time together, and
-/// one that waits for its files needs none. Those are bounded by the permits of looks.
+/// Waits for `look`, and drops `slot` if the look is slow. A slot limits the VMs that need
+/// processor time together, and a VM that waits for its files needs none. The permits of looks
+/// limit those VMs.
 pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output = T>) -> (T, Option<S>) {
     let mut look = std::pin::pin!(look);
     match tokio::time::timeout(PERMITS.after, &mut look).await {
@@ -142,11 +151,11 @@ pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output
     }
 }
 
-/// Looks at every file of `files`, and answers within [`LOOK_DEADLINE`].
+/// Looks at every file of `files`, and returns within [`LOOK_DEADLINE`].
 ///
 /// # Errors
 ///
-/// [`FilesSilent`].
+/// Returns [`FilesSilent`] if the files do not answer in time.
 pub(crate) async fn look(files: NamedFiles, terms: Terms) -> Result<HostFacts, FilesSilent> {
     let looking = move |visitor: &Visitor| look_blocking(visitor, &files, terms);
     terms.purpose.looks().within(LOOK_DEADLINE, looking).await

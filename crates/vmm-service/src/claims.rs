@@ -1,5 +1,6 @@
-//! What serves one running VM at a time: writable disks, by device and inode, and TAPs, by name. A disk whose file does not
-//! answer is known by its path until the file does.
+//! The claims of running VMs: writable disks, by device and inode, and TAPs, by name. Each serves
+//! one running VM at a time. A disk whose file does not answer is claimed by its path until the
+//! file answers.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -8,14 +9,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::store::{DiskKey, HostClaim};
 
-/// Who holds what. Read-only users share a disk; a writer has it alone.
+/// The claims of all VMs and their holders. Read-only users share a disk, and a writer has it
+/// alone.
 #[derive(Default)]
 pub(crate) struct Claims {
     holders: Mutex<Holders>,
 }
 
-/// The two maps say the same from both sides, so that neither a look nor a release walks over the VMs that have nothing to do
-/// with it.
+/// The claims by key and by VM. The two maps hold the same claims, so that neither a check nor a
+/// release has to walk over VMs that do not take part.
 #[derive(Default)]
 struct Holders {
     by_key: HashMap<Key, Vec<Holder>>,
@@ -33,20 +35,21 @@ struct Holder {
     uid: VmUid,
     vm_id: VmId,
     exclusive: bool,
-    /// True if the VM holds only something that lies on this: a partition of this disk, say, or the file that this path led to.
-    /// Partitions are in nobody's way but that of the whole disk, and two files that bore one name are two.
+    /// True if the VM holds only something that lies on this key, for example a partition of this
+    /// disk or the file to which this path led. Partitions conflict with the whole disk only, and
+    /// two files that had one name are two files.
     part: bool,
     claim: HostClaim,
-    /// The process that holds it, where the VM itself is deleted.
+    /// The process that holds the claim, if the VM itself is deleted.
     left: Option<Arc<str>>,
 }
 
 impl Claims {
-    /// Takes all of `claims` for one VM beside what it holds, or none of them.
+    /// Takes all of `claims` for one VM in addition to its present claims, or none of them.
     ///
     /// # Errors
     ///
-    /// Text that names what is taken and the VM that holds it.
+    /// Returns a text that names the taken claim and the VM that holds it.
     pub(crate) fn acquire(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) -> Result<(), String> {
         let mut holders = self.lock();
         check(&holders, uid, claims)?;
@@ -54,25 +57,28 @@ impl Claims {
         Ok(())
     }
 
-    /// Takes all of `claims` for one VM in place of what it holds; or nothing changes.
+    /// Takes all of `claims` for one VM in place of its present claims, or changes nothing.
     ///
     /// # Errors
     ///
-    /// Text that names what is taken and the VM that holds it.
+    /// Returns a text that names the taken claim and the VM that holds it.
     pub(crate) fn exchange(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) -> Result<(), String> {
         let mut holders = self.lock();
+        // The check comes before the removal, and both happen under one lock. A refusal therefore
+        // leaves the old claims in place, and no other VM can take a claim between the two steps.
         check(&holders, uid, claims)?;
         remove(&mut holders, uid);
         insert(&mut holders, uid, vm_id, claims);
         Ok(())
     }
 
-    /// Gives back everything that one VM holds. Harmless when repeated.
+    /// Releases everything that one VM holds. A repeated call is harmless.
     pub(crate) fn release(&self, uid: VmUid) {
         remove(&mut self.lock(), uid);
     }
 
-    /// Leaves `claims` to a process that the deleted VM `uid` has left, which `process` names for people.
+    /// Assigns `claims` to a process that the deleted VM `uid` has left. `process` is the name of
+    /// that process for people.
     pub(crate) fn leave_to(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim], process: &str) {
         let mut holders = self.lock();
         remove(&mut holders, uid);
@@ -83,13 +89,13 @@ impl Claims {
         }
     }
 
-    /// Lists everything that one VM holds.
+    /// Returns everything that one VM holds.
     pub(crate) fn held_by(&self, uid: VmUid) -> Vec<HostClaim> {
         let holders = self.lock();
         let keys = holders.by_uid.get(&uid).into_iter().flatten();
         let held =
             keys.filter_map(|key| holders.by_key.get(key)).flatten().filter(|holder| holder.uid == uid);
-        // One claim has several keys where one disk lies on another.
+        // One claim has several keys if one disk lies on another.
         held.map(|holder| holder.claim.clone()).collect::<HashSet<_>>().into_iter().collect()
     }
 
@@ -99,6 +105,10 @@ impl Claims {
 }
 
 fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), String> {
+    // A claim conflicts with a claim of another VM on the same key if one of the two is exclusive,
+    // so that readers share a disk. The exception are two claims that both hold only a part of the
+    // key: two partitions of one disk do not overlap. The VM's own claims never conflict here,
+    // because `exchange` replaces them and `acquire` adds to them.
     for claim in claims {
         let exclusive = is_exclusive(claim);
         let other = keys_of(claim).find_map(|(key, part)| {
@@ -152,7 +162,8 @@ fn remove(holders: &mut Holders, uid: VmUid) {
     }
 }
 
-/// Lists what a claim is of, and then what lies below that and the path that led there, which are marked with `true`.
+/// Returns the keys of a claim: the key of the resource itself, and then the keys of the disks
+/// below it and of the path that led to it. These latter keys are marked with `true`.
 fn keys_of(claim: &HostClaim) -> impl Iterator<Item = (Key, bool)> + '_ {
     let (own, below, path): (_, &[DiskKey], _) = match claim {
         HostClaim::Disk { device, inode, lies_on, path, writable: _ } => {

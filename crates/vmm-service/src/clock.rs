@@ -1,3 +1,3 @@
-//! The wall clock, as records and events use it.
+//! The wall clock that records and events use.
 
 pub(crate) use vmm_host::clock::now_ms;

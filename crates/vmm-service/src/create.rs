@@ -1,4 +1,4 @@
-//! CreateVm: check, record, reserve. Nothing is started.
+//! CreateVm: check, record, reserve. No VMM is started.
 
 use std::sync::Arc;
 
@@ -24,27 +24,27 @@ use crate::shared::Shared;
 use crate::spares::{self, Promise};
 use crate::validate::{Checked, check_config, check_network};
 
-/// What CreateVm is asked for.
+/// The request of a CreateVm.
 #[derive(Clone, Debug)]
 pub struct CreateRequest {
-    /// The name; empty asks for a generated one.
+    /// The name. An empty name requests a generated one.
     pub vm_id: String,
-    /// What to create.
+    /// The backend and the configuration as requested.
     pub requested: Requested,
     /// The caller.
     pub caller: Caller,
 }
 
-/// What CreateVm answers.
+/// The answer to a CreateVm.
 #[derive(Clone, Debug)]
 pub struct Created {
-    /// The VM, new or as it is.
+    /// The VM, new or as it exists.
     pub record: Arc<VmRecord>,
-    /// What its backend ignores or emulates.
+    /// The parts of the configuration that the backend ignores or emulates.
     pub warnings: Vec<Warning>,
 }
 
-/// Creates a VM, or finds the one that the same call created before.
+/// Creates a VM, or finds the VM that the same call created before.
 pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Result<Created, ServiceError> {
     let fresh = VmUid::new(Uuid::now_v7());
     let vm_id = match request.vm_id.as_str() {
@@ -61,7 +61,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     }
     let mut spare = None;
     if let Ok(backend) = shared.backends.get(&request.requested.backend) {
-        // Where none can be created, what else is wrong does not matter.
+        // If the backend cannot create VMs at all, the other problems of the request do not matter.
         places::refuse_import_only(&*backend)?;
         spare = spares::promise(shared, &backend);
     }
@@ -81,7 +81,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     Ok(Created { record: shown, warnings: report.warnings })
 }
 
-/// Refuses a name that is not legal, together with everything else that is wrong with the request.
+/// Refuses a name that is not legal, together with all other problems of the request.
 async fn refuse_name(shared: &Shared, uid: VmUid, request: &CreateRequest, invalid: &str) -> ServiceError {
     let mut report = Report::default();
     report.reject("vm_id", invalid);
@@ -122,7 +122,8 @@ fn new_record(
     }
 }
 
-/// Commits a new VM and its event. The spare VMM that was promised to it is redeemed, or discarded where it may be lost.
+/// Commits a new VM and its event. The spare VMM that was promised to it is redeemed, or discarded
+/// if it may be lost.
 async fn put_on_record(
     shared: &Shared,
     record: &VmRecord,
@@ -178,8 +179,8 @@ fn show(
     shown
 }
 
-/// Removes a VM that may have been recorded though its creation failed, so that its name is free. The log may tell of its
-/// creation, so it tells of its end too.
+/// Removes a VM that may have been recorded although its creation failed, so that its name is free.
+/// The log may contain its creation, so it gets its deletion too.
 async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
     let event = NewEvent {
         kind: EventKind::Deleted,
@@ -192,7 +193,8 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
     }
 }
 
-/// A feature that no backend serves yet is UNIMPLEMENTED only where nothing else is wrong.
+/// Returns the refusal of a configuration. A feature that no backend serves yet is UNIMPLEMENTED
+/// only if there is no other violation.
 fn refusal(report: Report) -> ServiceError {
     match report.violations.as_slice() {
         [only] if only.field == FIRMWARE_FIELD => ServiceError::unsupported(only.to_string()),

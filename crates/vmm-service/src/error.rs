@@ -1,4 +1,4 @@
-//! Why a use case failed, in terms that clients can act on.
+//! The errors of the use cases, in terms that clients can act on.
 
 use std::error::Error;
 use std::fmt;
@@ -10,16 +10,16 @@ use vmm_core::report::FieldReport;
 use vmm_core::state::{Request, VmState, legal_requests};
 use vmm_core::store::{StoreError, StoreErrorKind};
 
-/// A failed use case. Its text is meant for clients: it says what happened and what to do next.
+/// A failed use case. Its text is for clients, and describes the failure and the next action.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    /// The request cannot be served as it is; every violation is listed.
+    /// The request cannot be served as it is. The text lists every violation.
     #[error("{}", list(.0))]
     Invalid(Vec<FieldReport>),
-    /// There is no such VM.
+    /// No VM has this name.
     #[error("there is no VM \"{0}\"; ListVms shows those that exist")]
     NotFound(String),
-    /// The name is taken by a VM with another configuration.
+    /// A VM with another configuration has the name.
     #[error(
         "a VM \"{0}\" exists with another configuration or backend; delete it first, or choose another vm_id"
     )]
@@ -29,30 +29,30 @@ pub enum ServiceError {
     IllegalState {
         /// The VM.
         vm_id: VmId,
-        /// Where it is.
+        /// The VM's state.
         state: VmState,
-        /// What was asked.
+        /// The operation that the client requested.
         request: Request,
     },
-    /// Something on the host, or the VM's own state, stands in the way.
+    /// Something on the host, or the VM's own state, prevents the operation.
     #[error(transparent)]
     Precondition(Failure),
-    /// The VM, or what holds it, cannot be reached now; trying again may help.
+    /// The VM, or its VMM or files, cannot be reached now. Another attempt may succeed.
     #[error(transparent)]
     Unavailable(Failure),
-    /// The backend truly cannot.
+    /// The backend does not support the operation or the configuration.
     #[error(transparent)]
     Unsupported(Failure),
-    /// It took too long.
+    /// The operation took too long.
     #[error(transparent)]
     Deadline(Failure),
     /// A forced operation pre-empted this one.
     #[error(transparent)]
     Aborted(Failure),
-    /// No room is left.
+    /// A limit is reached or the store is full.
     #[error(transparent)]
     Exhausted(Failure),
-    /// What was asked for is no longer kept.
+    /// The requested events are no longer kept.
     #[error(transparent)]
     OutOfRange(Failure),
     /// A fault of this program.
@@ -131,12 +131,12 @@ impl ServiceError {
         internal => Internal,
     }
 
-    /// One violation of one field.
+    /// Returns the error for one violation of one field.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid(vec![FieldReport::new(field, message)])
     }
 
-    /// There is no VM with this name, or no name was given.
+    /// Returns the error for a name that no VM has, or for an empty name.
     pub(crate) fn not_found(vm_id: &str) -> Self {
         if vm_id.is_empty() {
             return Self::invalid("vm_id", "is required: name a VM, one of those that ListVms shows");
@@ -144,7 +144,7 @@ impl ServiceError {
         Self::NotFound(vm_id.to_owned())
     }
 
-    /// The same failure, where more came of it than the store knows.
+    /// Adds `more` to the text of a store's failure, because more happened than the store knows.
     pub(crate) fn but(self, more: &str) -> Self {
         match self {
             Self::Exhausted(failure) => Self::Exhausted(failure.and(more)),
@@ -154,7 +154,7 @@ impl ServiceError {
         }
     }
 
-    /// Returns what a client is told of a backend's failure to `what` the VM.
+    /// Returns the client's error for a failure of the backend. `what` is the verb of the message.
     pub(crate) fn from_backend(what: &str, vm_id: &VmId, error: &BackendError) -> Self {
         let text = format!("could not {what} VM \"{vm_id}\": {error}");
         let failure = Failure::from(text).caused_by(error.clone());
@@ -173,7 +173,7 @@ impl ServiceError {
         }
     }
 
-    /// Returns the errors below this one that say more than the errors above them, the nearest first.
+    /// Returns the errors below this one whose text adds information, the nearest first.
     pub fn causes(&self) -> Vec<String> {
         let mut said = self.to_string();
         let mut causes = Vec::new();

@@ -1,6 +1,8 @@
-//! The fuzz target for tokens: whatever a client brings back is a place in the log or the list, or is refused by name.
+//! The fuzz target for tokens: every text of a client is a place in the log or the list, or is
+//! refused by name.
 //!
-//! Its input is two lines: a token, and what the listing filters by. Run by `make fuzz`, and over the kept corpus by the tests.
+//! The input has two lines: a token, and the filter of the listing. `make fuzz` runs the target,
+//! and the tests run it over the kept corpus.
 
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -19,9 +21,9 @@ use crate::events::{Events, EventsQuery, Notice, Watch, WatchQuery};
 use crate::index::{Age, Index};
 use crate::listing::{ListQuery, fingerprint, list, page_token, read_token};
 
-/// Which events the log still holds; those before have expired.
+/// The events that the log still holds. Those before have expired.
 const KEPT: std::ops::RangeInclusive<u64> = 5..=12;
-/// Whose log it is. Fixed, so that tokens in the corpus stay valid.
+/// The instance of the log. It is fixed, so that tokens in the corpus stay valid.
 const INSTANCE: u128 = 0x5eed;
 
 /// A log that never changes.
@@ -82,11 +84,11 @@ fn event(seq: u64) -> VmEvent {
     VmEvent { seq: EventSeq(seq), event }
 }
 
-/// Takes one input.
+/// Runs one input.
 ///
 /// # Panics
 ///
-/// When a promise is broken: that is the finding.
+/// Panics if a promise is broken, which is the finding.
 pub fn tokens(input: &[u8]) {
     let Ok(input) = std::str::from_utf8(input) else { return };
     let (token, filter) = input.split_once('\n').unwrap_or((input, ""));
@@ -160,7 +162,7 @@ fn resumption(token: &str) {
     }
 }
 
-/// Whatever token was issued resumes right behind its event.
+/// Checks that every issued token resumes right behind its event.
 fn issued(which: usize) {
     let page = now(EVENTS.list(&EventsQuery::default()));
     let events = page.map(|page| page.events).unwrap_or_default();
@@ -186,7 +188,7 @@ fn check_refusal(field: &str, error: Option<&ServiceError>) {
     }
 }
 
-/// Nothing here waits, as the log is in memory.
+/// Returns the result of a future that never waits, because the log is in memory.
 fn now<T>(work: impl Future<Output = T>) -> T {
     work.now_or_never().expect("a log in memory answers at once")
 }

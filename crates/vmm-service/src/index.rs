@@ -1,13 +1,15 @@
-//! What is known of every VM, in memory: the only thing that reads touch.
+//! The index: every VM in memory. Reads touch nothing else.
 //!
 //! ```text
-//!   a name, a place ──► uid ──► entry: the record, those who wait for it, its metrics, its actor
-//!   a filter ──► order (index/order.rs): uids by backend, state and label, oldest first ──► entries
+//!   a name, a place ──► uid ──► entry: the record, its waiters, its metrics, its actor
+//!   a filter ──► order (index/order.rs): uids by backend, state, label, oldest first ──► entries
 //! ```
 //!
-//! One lock guards the maps, and each entry has a small one for its record. A reader holds the lock of the maps while it copies
-//! at most [`CHUNK`] pointers, whatever it lists. A writer takes it exclusively only where a VM comes, leaves or changes in what
-//! VMs are found by; any other change replaces the record under the entry's own lock, beside all readers.
+//! One lock guards the maps, and each entry has a small lock for its record. A reader holds the
+//! lock of the maps while it copies at most [`CHUNK`] pointers, for any listing. A writer takes
+//! that lock exclusively only if a VM is added or removed, or if it changes in a property by which
+//! VMs are found. Any other change replaces the record under the entry's own lock, beside all
+//! readers.
 
 mod macs;
 mod order;
@@ -33,7 +35,7 @@ pub(crate) use order::Filter;
 use order::Order;
 use waiters::{Waiter, Waiters};
 
-/// The most records that are copied under one hold of the lock.
+/// The largest number of records that are copied under one hold of the lock.
 const CHUNK: usize = 128;
 
 /// Some states, in the order of [`VmState::ALL`].
@@ -42,19 +44,19 @@ pub(crate) type States = [bool; 4];
 /// One VM at one moment.
 #[derive(Clone, Debug)]
 pub struct VmView {
-    /// Its record, as last committed.
+    /// The record, as last committed.
     pub record: Arc<VmRecord>,
-    /// Its last sample, while it runs.
+    /// The last sample, while the VM runs.
     pub metrics: Option<Metrics>,
 }
 
-/// Where a VM stands in the order of lists: the older first. A uid alone would not do, because the uid of a VM for which a spare
-/// VMM waited is older than the VM.
+/// The position of a VM in the order of lists: the older first. A uid alone is not enough, because
+/// the uid of a VM for which a spare VMM waited is older than the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Age {
-    /// When the VM was created, in Unix milliseconds.
+    /// The time at which the VM was created, in Unix milliseconds.
     pub(crate) created_ms: i64,
-    /// Which of those of one millisecond it is.
+    /// The uid, which orders the VMs of one millisecond.
     pub(crate) uid: VmUid,
 }
 
@@ -68,7 +70,7 @@ impl Age {
 #[derive(Default)]
 pub(crate) struct Index {
     inner: RwLock<Inner>,
-    /// When the youngest VM was created, in Unix milliseconds.
+    /// The time at which the youngest VM was created, in Unix milliseconds.
     youngest_ms: AtomicI64,
 }
 
@@ -99,7 +101,7 @@ struct Shown {
 pub(crate) enum Wait {
     /// The VM is in one of the states.
     Over(Arc<VmRecord>),
-    /// The VM is in none of the states; the waiter hears when it is.
+    /// The VM is in none of the states. The waiter gets the record when it is.
     Begun(VmUid, Waiter),
 }
 
@@ -118,7 +120,7 @@ impl Inner {
         self.by_name.get(vm_id).and_then(|uid| self.by_uid.get(uid))
     }
 
-    /// Has `record` found by everything that it is looked for by.
+    /// Enters `record` into every map by which VMs are found.
     fn file(&mut self, record: &VmRecord) {
         self.by_name.insert(record.vm_id.clone(), record.uid);
         if let Some(key) = place_of(record) {
@@ -144,7 +146,7 @@ impl Inner {
 }
 
 impl Index {
-    /// Adds a VM, as it is after the event `seq`, with the actor that writes it.
+    /// Adds a VM with its state after the event `seq`, and the actor that writes it.
     pub(crate) fn insert(&self, record: Arc<VmRecord>, seq: EventSeq, actor: ActorHandle) {
         self.youngest_ms.fetch_max(record.created_ms, Ordering::Relaxed);
         let mut inner = self.write();
@@ -154,20 +156,21 @@ impl Index {
         inner.by_uid.insert(uid, Entry { shown, actor });
     }
 
-    /// Returns the time of creation of a new VM, in Unix milliseconds: `now_ms`, or later where the clock was set back, so that
-    /// the VM is younger than every other one.
+    /// Returns the time of creation for a new VM, in Unix milliseconds: `now_ms`, or a later time
+    /// if the clock was set back, so that the VM is younger than every other one.
     pub(crate) fn creation_time(&self, now_ms: i64) -> i64 {
         let next = |youngest: i64| now_ms.max(youngest.saturating_add(1));
         let before = self.youngest_ms.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |it| Some(next(it)));
         before.map_or(now_ms, next)
     }
 
-    /// Replaces a VM's record by one that no event tells of. Called by its actor alone.
+    /// Replaces a VM's record without an event. Only the VM's actor calls this.
     pub(crate) fn publish(&self, record: Arc<VmRecord>) {
         self.publish_at(record, EventSeq::default());
     }
 
-    /// Replaces a VM's record by that of the event `seq`. Called by its actor alone, after the commit and before the answer.
+    /// Replaces a VM's record by that of the event `seq`. Only the VM's actor calls this, after the
+    /// commit and before the answer.
     pub(crate) fn publish_at(&self, record: Arc<VmRecord>, seq: EventSeq) {
         {
             let inner = self.read();
@@ -181,7 +184,7 @@ impl Index {
         }
         let woken = {
             let mut inner = self.write();
-            // Between the two locks nothing changes, because a VM has one actor.
+            // Nothing changes between the two locks, because a VM has one actor.
             let Some(before) = inner.by_uid.get(&record.uid).map(Entry::record) else { return };
             inner.unfile(&before);
             inner.file(&record);
@@ -194,14 +197,14 @@ impl Index {
         woken.tell(&record);
     }
 
-    /// Shows the samples of a run that begins. Called by the VM's actor alone.
+    /// Shows the samples of a run that begins. Only the VM's actor calls this.
     pub(crate) fn measure(&self, uid: VmUid, metrics: MetricsCell) {
         if let Some(entry) = self.read().by_uid.get(&uid) {
             entry.shown().metrics = Some(metrics);
         }
     }
 
-    /// Forgets a VM; its name is free.
+    /// Removes a VM, so that its name is free.
     pub(crate) fn remove(&self, uid: VmUid) {
         let mut inner = self.write();
         let Some(entry) = inner.by_uid.remove(&uid) else { return };
@@ -250,7 +253,8 @@ impl Index {
         self.read().named(vm_id).map(|entry| entry.actor.clone())
     }
 
-    /// Begins to wait until the VM that bears `vm_id` now is in one of `states`. `None` means that there is no such VM.
+    /// Begins to wait until the VM that bears `vm_id` now is in one of `states`. Returns `None` if
+    /// there is no such VM.
     pub(crate) fn wait(&self, vm_id: &VmId, states: States) -> Option<Wait> {
         let inner = self.read();
         let mut shown = inner.named(vm_id)?.shown();
@@ -260,7 +264,8 @@ impl Index {
         Some(Wait::Begun(shown.record.uid, shown.waiters.add(states)))
     }
 
-    /// Reads up to `limit` records that follow `after` in the order of uids, each with the last event that it shows.
+    /// Reads up to `limit` records that follow `after` in the order of uids, each with the last
+    /// event that it shows.
     pub(crate) fn walk(&self, after: Option<VmUid>, limit: usize) -> Vec<(Arc<VmRecord>, EventSeq)> {
         let inner = self.read();
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
@@ -268,8 +273,8 @@ impl Index {
         entries.map(|(_, entry)| entry.shown()).map(|shown| (Arc::clone(&shown.record), shown.seq)).collect()
     }
 
-    /// Reads what matches `filter`, oldest first, behind `after`. The number says how many match in all, where that is known
-    /// without a look at each.
+    /// Reads the VMs that match `filter`, oldest first, behind `after`. The number is the count of
+    /// all VMs that match, if it is known without a look at each.
     pub(crate) fn list<'a>(&'a self, filter: &'a Filter, after: Option<Age>) -> (Listed<'a>, Option<usize>) {
         let inner = self.read();
         let selection = inner.order.select(filter);
@@ -287,8 +292,8 @@ impl Index {
     }
 }
 
-/// The records that match a filter, read a chunk at a time. Between two chunks VMs may come, leave and change, so each record is
-/// as it was when its chunk was read.
+/// The records that match a filter, read one chunk at a time. VMs may be added, removed and changed
+/// between two chunks, so each record is as it was when its chunk was read.
 pub(crate) struct Listed<'a> {
     index: &'a Index,
     filter: &'a Filter,
@@ -325,12 +330,12 @@ fn place_of(record: &VmRecord) -> Option<(BackendName, String)> {
     record.kind.place().map(|place| (record.backend.clone(), place))
 }
 
-/// Says whether `state` is one of `states`.
+/// Returns true if `state` is one of `states`.
 fn contains(states: States, state: VmState) -> bool {
     VmState::ALL.iter().zip(states).any(|(it, wanted)| *it == state && wanted)
 }
 
-/// Says whether two records of one VM are found by the same.
+/// Returns true if two records of one VM are found by the same properties.
 fn is_filed_alike(before: &VmRecord, after: &VmRecord) -> bool {
     before.state == after.state
         && before.backend == after.backend

@@ -1,4 +1,4 @@
-//! The kinds of VMs whose records were written by a release that kept none.
+//! The kinds of VMs whose records were written by a release that did not record a kind.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -8,8 +8,8 @@ use vmm_core::store::{Change, Commit, VmRecord};
 
 use crate::shared::Shared;
 
-/// Settles the kind of every record that has none, as the configuration of this start says, and writes it. Later configurations
-/// change nothing about it.
+/// Determines the kind of every record that has none, from the configuration of this start, and
+/// writes it. Later configurations do not change it.
 pub(crate) async fn settle(shared: &Shared, vms: Vec<VmRecord>) -> Vec<VmRecord> {
     futures::future::join_all(vms.into_iter().map(|record| settle_one(shared, record))).await
 }
@@ -34,7 +34,7 @@ async fn settle_one(shared: &Shared, mut record: VmRecord) -> VmRecord {
     }
 }
 
-/// Returns the kind of a VM: the one on record, or what that is settled as.
+/// Returns the kind of a VM: the one on record, or the one that the configuration determines.
 pub(crate) fn kind_of(shared: &Shared, record: &VmRecord) -> VmKind {
     let kind = record.kind.clone();
     if !matches!(kind, VmKind::Unrecorded { .. }) {
@@ -45,7 +45,8 @@ pub(crate) fn kind_of(shared: &Shared, record: &VmRecord) -> VmKind {
     kind.settled(runs_in_folder, backend.kind_of_new(record.uid))
 }
 
-/// Returns true if `socket` lies in the run folder of the VM, whatever folder holds the run folders.
+/// Returns true if `socket` lies in the run folder of the VM, whatever folder holds the run
+/// folders.
 fn is_in_folder_of(record: &VmRecord, socket: &Path) -> bool {
     socket.parent().and_then(Path::file_name) == Some(OsStr::new(&record.uid.to_string()))
 }

@@ -1,18 +1,20 @@
-//! The use cases: what the methods of the API mean, whatever hypervisor runs a VM.
+//! The use cases: the methods of the API, for every hypervisor.
 //!
 //! ```text
-//!   api ──► VmService ──► mailbox ► Actor (one per VM, the only writer of its record) ──► Backend / Vmm
+//!   api ──► VmService ──► mailbox ► Actor (one per VM, only writer of its record) ──► Backend / Vmm
 //!              │                      │  intent ► effect ► outcome
 //!              │ reads                ▼
 //!              └────────► Index ◄── Store
 //! ```
 //!
-//! Reads come from the [`index`] and never pass an actor or a VMM. Changes go through the [`mailbox`] of the VM's [`actor`], one
-//! at a time; only `force` pre-empts what is under way. Every commit goes through [`events`], which tells watchers of it in the
-//! order of the log. [`check`] looks at the host before anything is touched, [`claims`] keeps two running VMs off one disk or
-//! TAP, and [`tombstones`] keep the claims of processes that deleted VMs have left.
+//! Reads come from the [`index`] and never pass an actor or a VMM. Changes go through the
+//! [`mailbox`] of the VM's [`actor`], one at a time, and only `force` pre-empts the operation in
+//! progress. Every commit goes through [`events`], which sends it to watchers in the order of the
+//! log. [`check`] looks at the host before anything is touched, [`claims`] keeps two running VMs
+//! off one disk or TAP, and [`tombstones`] keep the claims of processes that deleted VMs have left.
 //!
-//! The modules use each other in one direction: [`service`], the use cases, [`shared`], [`index`], [`mailbox`].
+//! The modules depend on each other in one direction: [`service`], the use cases, [`shared`],
+//! [`index`], [`mailbox`].
 
 mod actor;
 mod backends;

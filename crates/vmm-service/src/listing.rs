@@ -1,11 +1,12 @@
 //! ListVms: filters, and pages whose tokens stay valid across restarts.
 //!
-//! A token names the age of the last VM of its page, and the filter it belongs to. VMs are ordered by age, so a token means the
-//! same place whatever was created or deleted since.
+//! A token names the age of the last VM of its page, and the filter of the listing. VMs are ordered
+//! by age, so a token names the same position whatever is created or deleted later.
 //!
-//! The cost of a page does not grow with the number of VMs, because the index keeps the VMs of each state, backend and label in
-//! order and counted. There is one exception: with two labels or more the VMs that bear the rarest of them are all compared,
-//! because `total_count` must tell how many bear the others as well.
+//! The cost of a page does not grow with the number of VMs, because the index keeps the VMs of each
+//! state, backend and label in order and counted. There is one exception: with two labels or more,
+//! all VMs with the rarest of them are compared, because `total_count` is the number of VMs that
+//! have the other labels as well.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,23 +17,23 @@ use vmm_core::store::VmRecord;
 use crate::error::ServiceError;
 use crate::index::{Age, Filter, Index};
 
-/// Page size where the client gives none.
+/// The page size if the client gives none.
 const DEFAULT_PAGE: usize = 100;
-/// Largest page.
+/// The largest page size.
 const MAX_PAGE: usize = 1000;
 
-/// What to list.
+/// The selection of the VMs to list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ListQuery {
-    /// Only these states; empty means all.
+    /// The states of the VMs to list. Empty means all.
     pub states: Vec<VmState>,
-    /// Only VMs that bear all of these labels.
+    /// The labels that a VM must bear, all of them.
     pub metadata: BTreeMap<String, String>,
-    /// Only VMs of this backend; empty means all.
+    /// The backend of the VMs to list. Empty means all.
     pub backend: String,
-    /// At most so many; 0 means 100, more than 1,000 means 1,000.
+    /// The largest number of VMs: 0 means 100, and more than 1,000 means 1,000.
     pub page_size: i32,
-    /// Where to go on; empty means at the start.
+    /// The token of the page before. Empty begins with the oldest VM.
     pub page_token: String,
 }
 
@@ -41,13 +42,13 @@ pub struct ListQuery {
 pub struct Page {
     /// The VMs, oldest first.
     pub vms: Vec<Arc<VmRecord>>,
-    /// The next page's token; empty at the end.
+    /// The token of the next page. Empty on the last page.
     pub next_page_token: String,
-    /// How many VMs match on all pages.
+    /// The number of VMs that match on all pages.
     pub total_count: usize,
 }
 
-/// Lists what `query` matches.
+/// Lists the VMs that match `query`.
 pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceError> {
     let size = match usize::try_from(query.page_size) {
         Ok(0) => DEFAULT_PAGE,
@@ -89,12 +90,12 @@ fn walk(index: &Index, filter: &Filter, after: Option<Age>, limit: usize) -> (Ve
     (vms, count)
 }
 
-/// The token of a page that ends with `last`, of a listing with this filter.
+/// Returns the token of a page that ends with `last`, for a listing with this filter.
 pub(crate) fn page_token(filter: u64, last: Age) -> String {
     format!("{filter:016x}{:016x}{}", last.created_ms, last.uid.as_uuid().simple())
 }
 
-/// The last VM of the page before. A token has one spelling: that of [`page_token`].
+/// Returns the last VM of the page before. A token has one spelling: that of [`page_token`].
 pub(crate) fn read_token(token: &str, expected: u64) -> Result<Age, ServiceError> {
     let bad = |why: &str| {
         ServiceError::invalid(
@@ -103,7 +104,7 @@ pub(crate) fn read_token(token: &str, expected: u64) -> Result<Age, ServiceError
         )
     };
     let stranger = || bad("is not a token of this service");
-    // Parsing numbers alone would let signs and capitals through.
+    // The number parser alone would accept signs and capitals.
     let plain = token.len() == 64 && token.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let (filter, age) = token.split_at_checked(16).filter(|_| plain).ok_or_else(stranger)?;
     let (created_ms, uid) = age.split_at_checked(16).ok_or_else(stranger)?;
@@ -116,7 +117,8 @@ pub(crate) fn read_token(token: &str, expected: u64) -> Result<Age, ServiceError
     Ok(Age { created_ms, uid })
 }
 
-/// Identifies a filter. FNV-1a, because a token must mean the same in the next release, which std's hashers do not promise.
+/// Returns the FNV-1a hash of a filter. The hashers of std do not promise the same value in the
+/// next release, and a token must stay valid.
 pub(crate) fn fingerprint(query: &ListQuery) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut feed = |text: &str| {

@@ -1,12 +1,13 @@
-//! The mailbox of an actor: what clients ask of one VM, and the way to it.
+//! The mailbox of an actor: the operations that clients request for one VM, and the handle to it.
 //!
 //! ```text
 //!   ask ───► asked  (32) ─┐
-//!   force ─► forced (16) ─┼─► Actor, which takes what is forced first; `forced` also ends what is under way
+//!   force ─► forced (16) ─┼─► Actor, forced ones first; `forced` also ends the one in progress
 //!   found ─► found   (1) ─┘
 //! ```
 //!
-//! The queues take no memory while they are empty, because most VMs are asked nothing most of the time.
+//! The queues use no memory while they are empty, because most VMs get no requests most of the
+//! time.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,17 +25,18 @@ use vmm_core::store::VmRecord;
 use crate::error::ServiceError;
 use crate::under_way::UnderWay;
 
-/// Operations that may wait for one VM.
+/// The number of operations that may wait for one VM.
 const ASKED_LIMIT: usize = 32;
-/// Forced operations that may wait for one VM.
+/// The number of forced operations that may wait for one VM.
 const FORCED_LIMIT: usize = 16;
 
 /// An operation on one VM.
 #[derive(Clone, Debug)]
 pub(crate) struct Operation {
-    /// The operation.
+    /// The operation that the client requests.
     pub(crate) request: Request,
-    /// The time that the guest has to obey a shutdown or reboot; `None` means that the guest is not asked.
+    /// The time that the guest has to obey a shutdown or reboot. `None` means that the guest is not
+    /// asked.
     pub(crate) ask_guest_for: Option<Duration>,
     /// The caller.
     pub(crate) caller: Caller,
@@ -43,22 +45,22 @@ pub(crate) struct Operation {
 /// The answer to a change.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The VM as it is now, or as it was last where it is gone.
+    /// The VM as it is now, or its last record if it is deleted.
     pub record: Arc<VmRecord>,
-    /// The rung that ended the VM, where one did.
+    /// The rung that ended the VM, if one did.
     pub ended_by: Option<EndedBy>,
     /// The things on the host that could not be freed.
     pub left_behind: Vec<FieldReport>,
 }
 
-/// An operation that waits for its actor, with the way back to its client.
+/// An operation that waits for its actor, with the channel to its client.
 pub(crate) struct QueuedOperation {
     pub(crate) operation: Operation,
     pub(crate) reply: oneshot::Sender<Result<Outcome, ServiceError>>,
     pub(crate) span: tracing::Span,
-    /// When the operation was asked for. A forced operation has its time from then on.
+    /// The instant of the request. The time of a forced operation counts from this instant.
     pub(crate) asked: Instant,
-    /// Held until the operation has ended, whether or not the client waits.
+    /// The counter entry, held until the operation has ended, whether or not the client waits.
     pub(crate) under_way: UnderWay,
 }
 
@@ -111,20 +113,21 @@ impl Mailbox {
         self.queues().asked.pop_front()
     }
 
-    /// Waits for the next message and takes it: what is forced first, then the VM that was found at this VM's place. Nothing is
-    /// lost if the wait is given up. Only the actor may wait, because one waiter is woken.
+    /// Waits for the next message and takes it: a forced operation first, then the VM that was
+    /// found at this VM's place. Nothing is lost if the wait is cancelled. Only the actor may wait,
+    /// because one waiter is woken.
     pub(crate) async fn next(&self) -> Mail {
         loop {
             if let Some(mail) = self.queues().take() {
                 return mail;
             }
-            // What came since has left a permit, with which this wait ends at once.
+            // A message that came since has left a permit, with which this wait ends at once.
             self.news.notified().await;
         }
     }
 
-    /// Waits until a forced operation waits, and returns when it was asked for. The operation stays in its queue. Only the
-    /// actor may wait, because one waiter is woken.
+    /// Waits until a forced operation is queued, and returns the instant of its request. The
+    /// operation stays in its queue. Only the actor may wait, because one waiter is woken.
     pub(crate) async fn forced(&self) -> Instant {
         loop {
             if let Some(forced) = self.queues().forced.front() {
@@ -134,7 +137,8 @@ impl Mailbox {
         }
     }
 
-    /// Refuses everything from now on, and drops what waits: nobody will answer it.
+    /// Refuses every message from now on, and drops the queued ones, because no actor will answer
+    /// them.
     pub(crate) fn close(&self) {
         let dropped = {
             let mut queues = self.queues();
@@ -145,10 +149,11 @@ impl Mailbox {
     }
 }
 
-/// The way to one VM's actor.
+/// The handle to one VM's actor.
 #[derive(Clone)]
 pub(crate) struct ActorHandle {
-    /// The creation that this actor writes; its name may belong to a later one by the time the actor answers.
+    /// The uid of the VM that this actor writes. The VM's name may belong to a later VM by the time
+    /// the actor answers.
     pub(crate) uid: VmUid,
     mailbox: Arc<Mailbox>,
 }
@@ -158,8 +163,8 @@ impl ActorHandle {
         Self { uid, mailbox }
     }
 
-    /// Tells of the VM that was found at its place. While one waits to be looked at, another one is dropped: what still is
-    /// there is found again.
+    /// Sends the VM that was found at the place of this one. A second find is dropped while one
+    /// waits, because a VM that is still there is found again.
     pub(crate) fn found(&self, found: Found) {
         {
             let mut queues = self.mailbox.queues();
@@ -171,7 +176,7 @@ impl ActorHandle {
         self.mailbox.news.notify_one();
     }
 
-    /// Queues an operation and waits for its outcome. `None` means that the actor ended first.
+    /// Queues an operation and waits for its outcome. Returns `None` if the actor ended first.
     pub(crate) async fn ask(
         &self,
         operation: Operation,
@@ -180,7 +185,8 @@ impl ActorHandle {
         self.queue(operation, under_way, false).await
     }
 
-    /// Pre-empts what is under way, and waits for the outcome. `None` means that the actor ended first.
+    /// Queues a forced operation, which pre-empts the operation in progress, and waits for its
+    /// outcome. Returns `None` if the actor ended first.
     pub(crate) async fn force(
         &self,
         operation: Operation,

@@ -1,13 +1,14 @@
-//! Contact with running VMMs and their metrics, kept up beside the actor so that a VMM that hangs delays nobody.
+//! The contact with running VMMs and their metrics. Both are updated beside the actor, so that a
+//! VMM that hangs delays no operation.
 //!
 //! ```text
-//!   each interval ──► probe ──┬─ answered ──► Contact::Made ──► sample ──► metrics, each part as far as it can be read
+//!   each interval ──► probe ──┬─ answered ──► Contact::Made ──► sample ──► metrics
 //!                             ├─ silent ────► Contact::Lost
-//!                             └─ not asked ─► nothing: the host lacks something, or the VMM has ended
+//!                             └─ not asked ─► nothing: a limit of the host, or the VMM has ended
 //! ```
 //!
-//! The probe alone decides whether a VMM is there. Counters are optional: a TAP that was renamed, or a folder without room,
-//! says nothing about the VMM.
+//! The probe alone determines whether a VMM is there. Counters are optional: a TAP that was
+//! renamed, or a folder without room, proves nothing about the VMM.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,34 +22,36 @@ use vmm_core::id::VmId;
 
 use crate::clock::now_ms;
 
-/// The first sample is taken so soon after a start, so that a new VM does not stay without numbers for a whole interval.
+/// The time from a start to the first sample. It is short, so that a new VM has numbers before a
+/// whole interval has passed.
 const FIRST_SAMPLE: Duration = Duration::from_secs(1);
-/// A VMM that has not answered a probe within this time is out of contact.
+/// The time within which a VMM must answer a probe. After that, contact is lost.
 const PROBE_DEADLINE: Duration = Duration::from_secs(10);
-/// No VMM may take longer over the counters of one sample.
+/// The time that a VMM may take for the counters of one sample.
 const SAMPLE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The last sample of a running VM.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metrics {
-    /// Share of all the VM's vCPUs since the sample before, 0 to 100. 0 where it could not be read.
+    /// The share of all the VM's vCPUs since the sample before, 0 to 100. It is 0 if it could not
+    /// be read.
     pub cpu_usage_percent: f64,
-    /// Resident memory of the VMM, in bytes; `None` where it could not be read.
+    /// The resident memory of the VMM in bytes, or `None` if it could not be read.
     pub memory_bytes: Option<u64>,
-    /// Network counters since the run began; `None` where none could be read.
+    /// The network counters since the run began, or `None` if none could be read.
     pub network: Option<NetworkCounters>,
-    /// Disk counters since the run began; `None` where none could be read.
+    /// The disk counters since the run began, or `None` if none could be read.
     pub storage: Option<StorageCounters>,
-    /// When the sample was taken, in Unix milliseconds.
+    /// The time of the sample, in Unix milliseconds.
     pub observed_ms: i64,
 }
 
-/// The place where a sampler leaves its last sample.
+/// The place where a sampler stores its last sample.
 #[derive(Clone, Default)]
 pub(crate) struct MetricsCell(Arc<Mutex<Option<Metrics>>>);
 
 impl MetricsCell {
-    /// The last sample; `None` while nothing runs.
+    /// Returns the last sample, or `None` while nothing runs.
     pub(crate) fn get(&self) -> Option<Metrics> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -59,10 +62,11 @@ impl MetricsCell {
     }
 }
 
-/// News of the contact with a VMM. The actor may read it late, so each carries the time of its question.
+/// A message about the contact with a VMM. The actor may read it late, so each message carries the
+/// instant of its probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct News {
-    /// When the VMM was asked.
+    /// The instant at which the VMM was asked.
     pub(crate) asked: Instant,
     /// The answer.
     pub(crate) contact: Contact,
@@ -71,7 +75,7 @@ pub(crate) struct News {
 /// Contact with a VMM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Contact {
-    /// The VMM did not answer; the text says how.
+    /// The VMM did not answer. The text is the error.
     Lost(String),
     /// The VMM answers.
     Made,
@@ -93,7 +97,8 @@ impl Sampler {
         interval: Duration,
         cell: MetricsCell,
     ) -> Self {
-        // Only the newest news counts, so a busy actor neither holds the sampler up nor reads what is out of date.
+        // Only the newest message counts, so a busy actor neither delays the sampler nor reads old
+        // messages.
         let (tell, news) = watch::channel(None);
         let pid = vmm.run().process.pid;
         let sampling =
@@ -124,8 +129,9 @@ impl Drop for Sampler {
     }
 }
 
-/// Returns a number from 0 up to 1 for each process, far apart for processes that were started one after the other. VMs that a
-/// daemon adopts together are so not all sampled at the same moment.
+/// Returns a number from 0 up to 1 for each process. The numbers of processes that were started one
+/// after the other are far apart, so that VMs that a daemon adopts together are not all sampled at
+/// the same moment.
 fn spread(pid: u32) -> f64 {
     // Multiples of the golden ratio fill the range evenly.
     const GOLDEN: u32 = 0x9E37_79B9;
@@ -146,10 +152,12 @@ struct Sampling {
 }
 
 impl Sampling {
-    /// Probes and samples at each `interval`. `spread` (0 to 1) moves this run's moments away from those of others.
+    /// Probes and samples at each `interval`. `spread` (0 to 1) moves the moments of this run away
+    /// from those of other runs.
     async fn forever(mut self, interval: Duration, spread: f64) {
         let mut wait = FIRST_SAMPLE.min(interval);
-        // The second comes after a part of the interval, and all the others are a whole one apart.
+        // The second sample comes after a part of the interval, and all later ones are a whole
+        // interval apart.
         let mut next = interval.mul_f64(0.5 + spread / 2.0);
         loop {
             tokio::time::sleep(wait).await;
@@ -160,7 +168,8 @@ impl Sampling {
         }
     }
 
-    /// Asks the VMM for a sign of life, and tells of the answer. Returns whether the VMM may be asked for its counters.
+    /// Probes the VMM and publishes the result. Returns true if the VMM may be asked for its
+    /// counters.
     async fn probe(&self) -> bool {
         let asked = Instant::now();
         let contact = match tokio::time::timeout(PROBE_DEADLINE, self.vmm.probe()).await {
@@ -200,7 +209,7 @@ impl Sampling {
     }
 }
 
-/// Makes metrics of a sample; `None` where nothing of it could be read.
+/// Returns the metrics of a sample, or `None` if no counter could be read.
 fn metrics_of(
     sample: &Sample,
     before: Option<(Instant, Duration)>,

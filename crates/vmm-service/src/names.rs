@@ -1,11 +1,13 @@
-//! Locks of names: of two calls that create a VM of one name, the second sees what became of the first.
+//! The locks of names. Of two calls that create a VM of one name, the second waits for the result
+//! of the first.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_core::id::VmId;
 
-/// One lock per name that is being created, so that of two calls the second sees what became of the first.
+/// One lock for each name that is being created, so that the second of two calls waits for the
+/// result of the first.
 #[derive(Default)]
 pub(crate) struct NameLocks {
     locks: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,

@@ -1,14 +1,16 @@
-//! VMs that live where somebody else says: who has which place, and what is found at a place by itself.
+//! VMs at places that the operator or another program determines: the holder of each place, and the
+//! VMs that are found at a place.
 //!
 //! ```text
 //!   CreateVm ── claims the first free place ──┐
 //!                                             ├──► one lock, so that a place has one record
-//!   Backend ── Found ──┬─ nobody's place ─────┘    (import: a record, an event, an actor)
-//!                      └─ a record's ─────────► its actor decides (actor/found.rs)
+//!   Backend ── Found ──┬─ place of no record ─┘    (import: a record, an event, an actor)
+//!                      └─ place of a record ──► its actor decides (actor/found.rs)
 //! ```
 //!
-//! Two locks are held together: that of a name, and that of the places. CreateVm and an import both take the name's first.
-//! Nothing else that may take long is done under the lock of the places, the look at a VM's files included.
+//! Two locks are held together: the lock of a name, and the lock of the places. CreateVm and an
+//! import both take the lock of the name first. No other action that may take long happens under
+//! the lock of the places, and the look at a VM's files does not either.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -35,10 +37,10 @@ use crate::error::ServiceError;
 use crate::mailbox::{ActorHandle, Operation};
 use crate::shared::Shared;
 
-/// Why a change came about that a look at the host has brought.
+/// The cause of the events of imported VMs.
 const CAUSE: &str = "imported";
 
-/// Refuses to create a VM where VMs come from elsewhere only.
+/// Refuses to create a VM if the backend only imports VMs.
 pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceError> {
     match backend.places() {
         Places::Imported { why, .. } => Err(ServiceError::unsupported(why)),
@@ -46,13 +48,14 @@ pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceErr
     }
 }
 
-/// A place for a new VM. Nobody else gets one while this is held, which is until the VM's record is in the index.
+/// A place for a new VM. No other VM gets a place while this value is held, which is until the VM's
+/// record is in the index.
 pub(crate) struct Claim<'a> {
     pub(crate) place: VmKind,
     _alone: MutexGuard<'a, ()>,
 }
 
-/// Finds a place for a new VM of `backend`; `None` where it needs none.
+/// Finds a place for a new VM of `backend`. Returns `None` if it needs none.
 pub(crate) async fn claim<'a>(
     shared: &'a Shared,
     backend: &dyn Backend,
@@ -74,7 +77,8 @@ pub(crate) async fn claim<'a>(
     }
 }
 
-/// Takes up what every backend has found so far, and goes on listening. Every VM on record has been adopted.
+/// Takes up the VMs that every backend has found so far, and continues to listen. Every VM on
+/// record has been adopted before.
 pub(crate) async fn discover_all(shared: &Arc<Shared>) {
     let discoveries = shared.backends.objects().into_iter().map(async |backend| {
         let Some(discovery) = backend.discovery() else { return };
@@ -93,8 +97,9 @@ pub(crate) async fn discover_all(shared: &Arc<Shared>) {
     futures::future::join_all(discoveries).await;
 }
 
-/// The places whose VM is being taken off the record, each with the task that does it. A VM that is shut down for an hour may
-/// hold up its removal for so long; what is found at other places does not wait for that.
+/// The places whose VM is being removed from the record, each with the task that removes it. A VM
+/// that is shut down for an hour may delay its removal for an hour, and VMs that are found at other
+/// places do not wait for that.
 type Leaving = HashMap<VmKind, JoinHandle<()>>;
 
 async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding, leaving: &mut Leaving) {
@@ -103,7 +108,7 @@ async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding
     match finding {
         Finding::Found(found) => match leaving.remove(&found.place) {
             None => take_up(&shared, &backend, *found).await,
-            // What is found at a place after its loss is taken up after the removal.
+            // A VM that is found at a place after its loss is taken up after the removal.
             Some(removal) => {
                 let place = found.place.clone();
                 let after_it = async move {
@@ -128,7 +133,7 @@ async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding
     }
 }
 
-/// Gives what was found to whom it belongs, or a record of its own.
+/// Passes a found VM to its owner, or imports it.
 async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) {
     let Some(found) = give_to_owner(shared, backend, found).await else { return };
     if found.uid.is_some() {
@@ -144,7 +149,8 @@ async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found)
     }
 }
 
-/// Gives what was found to the VM on record that it belongs to. Returns what belongs to none.
+/// Passes a found VM to the VM on record that it belongs to. Returns the found VM if it belongs to
+/// none.
 async fn give_to_owner(shared: &Shared, backend: &Arc<dyn Backend>, found: Found) -> Option<Found> {
     let _no_place_is_given_out = shared.places.lock().await;
     match owner(shared, backend, &found) {
@@ -164,7 +170,7 @@ fn owner(shared: &Shared, backend: &Arc<dyn Backend>, found: &Found) -> Option<A
     holder.and_then(|record| shared.index.actor(&record.vm_id))
 }
 
-/// Puts a VM on record that somebody else made.
+/// Records a VM that another program made.
 async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) -> Result<(), ServiceError> {
     let uid = VmUid::new(Uuid::now_v7());
     let spec = VmSpec::imported(&found.config);
@@ -177,7 +183,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
     };
     let _no_place_is_given_out = shared.places.lock().await;
     if let Some(handle) = owner(shared, backend, &found) {
-        // A client has created a VM at this place while the files were looked at.
+        // A client has created a VM at this place during the look at the files.
         handle.found(found);
         return Ok(());
     }
@@ -244,7 +250,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
     Ok(())
 }
 
-/// Returns the run with what it holds of the host, as far as the host shows it.
+/// Returns the run with its claims on the host, as far as the host shows them.
 pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: RunRecord) -> RunRecord {
     let terms = Terms { owns_output: true, ..Terms::of(Purpose::Boot, Some(backend.capabilities())) };
     run.claims = match check::look(NamedFiles::of(spec), terms).await {
@@ -262,7 +268,7 @@ pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: 
     run
 }
 
-/// The first of `names` that no VM has, with the lock that keeps it free.
+/// Returns the first of `names` that no VM has, with the lock that keeps it free.
 async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync::OwnedMutexGuard<()>)> {
     for name in names {
         let guard = shared.names.of(name).lock_owned().await;
@@ -273,7 +279,7 @@ async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync
     None
 }
 
-/// Removes the record of what was imported from a place that is no more.
+/// Removes the record of a VM that was imported from a place which does not exist any more.
 async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };

@@ -1,7 +1,8 @@
-//! Run folders: what is made in them before a VMM, and which of them processes use when the daemon starts.
+//! Run folders: the files that are made in them before a VMM, and the folders that processes use
+//! when the daemon starts.
 //!
-//! A start begins its VMM while its intent is on its way to the disk. If the daemon dies there, a VMM is left that no record
-//! tells of; but its arguments name the run folder, and so the VM.
+//! A start begins its VMM while its intent is on the way to the disk. If the daemon dies at that
+//! moment, a VMM is left that no record mentions. Its arguments name the run folder, and so the VM.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -15,31 +16,31 @@ use uuid::Uuid;
 use vmm_core::id::VmUid;
 use vmm_host::process::find_by_argument;
 
-/// The time that listing this host's processes may take at the start. The kernel holds up a reader of the arguments of a
-/// process whose memory is being paged in from a server that is gone.
+/// The time that the list of this host's processes may take at the start. The kernel blocks a
+/// reader of the arguments of a process whose memory is being paged in from a server that is gone.
 const LISTING: Duration = Duration::from_secs(5);
 
-/// The console's file, where the client names none.
+/// The name of the console's file if the client names none.
 pub(crate) const KEPT_CONSOLE: &str = "console.log";
 
-/// Makes a file that only the owner reads, or leaves the one that is there. Blocks.
+/// Makes a file that only the owner reads, or keeps the one that exists. Blocks.
 pub(crate) fn touch(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     std::fs::OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o600)
-        // A FIFO that took the file's place must not hold whoever opens it.
+        // A FIFO in place of the file must not block the open call.
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(path)
         .map(|_| ())
 }
 
-/// The names of the run folders that are in use; `None` where that cannot be told.
+/// The names of the run folders that processes use, or `None` if they are not known.
 pub(crate) struct RunFolders(Option<BTreeSet<OsString>>);
 
 impl RunFolders {
-    /// Looks through the processes of this host, once for all VMs.
+    /// Lists the processes of this host, once for all VMs.
     pub(crate) async fn in_use(runtime_dir: &Path) -> Self {
         // Every run folder has the same parent.
         let Some(folders) = VmUid::new(Uuid::nil()).run_dir(runtime_dir).parent().map(Path::to_path_buf)
@@ -55,7 +56,7 @@ impl RunFolders {
         Self::told(names).await
     }
 
-    /// Waits for the names, and does without them where they do not come.
+    /// Waits for the names. Without them, every run folder counts as used.
     async fn told(names: impl Future<Output = Result<io::Result<BTreeSet<OsString>>, JoinError>>) -> Self {
         let Ok(names) = tokio::time::timeout(LISTING, names).await else {
             tracing::warn!(
@@ -77,7 +78,7 @@ impl RunFolders {
         }
     }
 
-    /// Says whether a process may use the run folder of `uid`.
+    /// Returns true if a process may use the run folder of `uid`.
     pub(crate) fn contains(&self, uid: VmUid) -> bool {
         let Some(names) = &self.0 else { return true };
         uid.run_dir(Path::new("/")).file_name().is_some_and(|name| names.contains(name))

@@ -36,58 +36,60 @@ use crate::under_way::Counter;
 use crate::validate;
 use crate::wait;
 
-/// How long a guest has to obey ShutdownVm where the client does not say.
+/// The time that a guest has to obey ShutdownVm if the client gives none.
 pub(crate) use vmm_core::intent::DEFAULT_PATIENCE as DEFAULT_SHUTDOWN;
-/// The longest a client may let a guest take.
+/// The longest time that a client may give a guest.
 const MAX_SHUTDOWN_SECONDS: i32 = 3600;
-/// How often backends are asked how they are.
+/// The time between two health checks of the backends.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// VMs that are recovered at once when the daemon starts. Each recovery has a deadline of a few seconds, which 1,000 of them on
-/// two cores would miss together.
+/// The number of VMs that are recovered at the same time when the daemon starts. Each recovery has
+/// a deadline of a few seconds, which 1,000 recoveries on two cores would miss together.
 pub(crate) const RECOVERIES: usize = 64;
-/// VMs that their restart policies start at once. After a reboot of the host all of them are due together.
+/// The number of VMs that their restart policies start at the same time. After a reboot of the host
+/// all restarts are due together.
 pub(crate) const POLICY_STARTS: usize = 16;
 
-/// The start waits so long for VMs that others started to be imported. Their files may lie where nothing answers.
+/// The time that the start of the daemon waits for the import of VMs of other programs. Their files
+/// may lie on a server that does not answer.
 const DISCOVERY_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What the service is told at start.
+/// The settings of the service.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Folder of sockets, logs and consoles.
+    /// The folder of sockets, logs and consoles.
     pub runtime_dir: PathBuf,
     /// The kernel of VMs that name none.
     pub default_boot: DefaultBoot,
-    /// Time between two samples of a running VM.
+    /// The time between two samples of a running VM.
     pub metrics_interval: Duration,
-    /// How long events are kept.
+    /// The time for which events are kept.
     pub event_retention: Duration,
-    /// How many VMMs wait for VMs to come, of each backend that has started one. Zero means that none does.
+    /// The number of spare VMMs of each backend that has started a VM. Zero means none.
     pub spare_vmms: usize,
 }
 
 /// The kernel of VMs that name none. An empty `kernel` means that there is no default.
 #[derive(Clone, Debug, Default)]
 pub struct DefaultBoot {
-    /// Kernel image on the host.
+    /// The path of the kernel image on the host.
     pub kernel: String,
-    /// Initial RAM disk on the host, or empty.
+    /// The path of the initial RAM disk on the host, or empty.
     pub initrd: String,
-    /// Kernel command line, or empty.
+    /// The kernel command line, or empty.
     pub kernel_args: String,
 }
 
-/// How to shut down.
+/// The options of a shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShutdownOptions {
-    /// Start at the last rung, and pre-empt what is under way.
+    /// True to start at the last rung, and to pre-empt the operation in progress.
     pub force: bool,
-    /// Seconds that the guest has to obey; 0 means 30.
+    /// The seconds that the guest has to obey. 0 means 30.
     pub timeout_seconds: i32,
 }
 
 impl ShutdownOptions {
-    /// How long the guest is asked for; `None` means not at all.
+    /// Returns the time for which the guest is asked, or `None` if it is not asked.
     fn ask_guest_for(self) -> Result<Option<Duration>, ServiceError> {
         let seconds = match self.timeout_seconds {
             0 => DEFAULT_SHUTDOWN,
@@ -103,19 +105,20 @@ impl ShutdownOptions {
     }
 }
 
-/// The service. Cheap to clone.
+/// The service. It is cheap to clone.
 #[derive(Clone)]
 pub struct VmService {
     shared: Arc<Shared>,
 }
 
 impl VmService {
-    /// Takes up every VM of `store`: finds the VMMs that outlived the last daemon, and says of each VM what is true. Answers
-    /// when that is known, which is bounded by the backends' own deadlines.
+    /// Recovers every VM of `store`: finds the VMMs that outlived the last daemon, and determines
+    /// the state of each VM. Returns when the states are known. The deadlines of the backends limit
+    /// this time.
     ///
     /// # Errors
     ///
-    /// The store cannot be read.
+    /// Returns an error if the store cannot be read.
     pub async fn start(
         store: Arc<dyn Store>,
         backends: Backends,
@@ -124,11 +127,11 @@ impl VmService {
         Self::start_with_taps(store, backends, settings, Arc::new(HostTaps)).await
     }
 
-    /// The same with other TAPs than the host's, which take privileges.
+    /// Starts the service with other TAPs than the host's, because those require privileges.
     ///
     /// # Errors
     ///
-    /// The store cannot be read.
+    /// Returns an error if the store cannot be read.
     pub async fn start_with_taps(
         store: Arc<dyn Store>,
         backends: Backends,
@@ -138,7 +141,8 @@ impl VmService {
         let Snapshot { instance, vms, unreadable, last_event, tombstones } = store.load().await?;
         let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
         tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
-        // A VM that never ran and is not being started owns no TAP: what bears its label was made by a start that died.
+        // A VM that never ran and is not being started owns no TAP. A TAP with its label was made
+        // by a start that died.
         let owners = vms.iter().filter(|vm| vm.state != VmState::Created || vm.intent.is_some());
         let owners = owners.map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
         actor::remove_orphans(&*taps, instance, &owners.collect()).await;
@@ -168,12 +172,14 @@ impl VmService {
         });
         let on_record = vms.iter().map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
         spares::clear(&shared, on_record.collect()).await;
-        // Before any VM is taken up, so that none starts on what a process of a deleted VM may use.
+        // The tombstones come before any VM is recovered, so that no VM starts on a resource that a
+        // process of a deleted VM may use.
         for tombstone in tombstones {
             tombstones::keep(&shared, tombstone);
         }
         let in_use = RunFolders::in_use(&shared.settings.runtime_dir).await;
-        // Before the others: an operation of theirs that is finished must find these VMs' disks taken.
+        // These VMs come before the others, because an operation of the others that is finished
+        // must find the disks of these VMs claimed.
         let left_alone = unreadable.into_iter().map(|vm| leave_alone(&shared, *vm.record, vm.why));
         futures::future::join_all(left_alone.collect::<Vec<_>>()).await;
         let vms = kinds::settle(&shared, vms).await;
@@ -195,7 +201,8 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// [`ServiceError::Invalid`] with every violation, [`ServiceError::AlreadyExists`], or the store's failure.
+    /// Returns [`ServiceError::Invalid`] with every violation, [`ServiceError::AlreadyExists`], or
+    /// the store's failure.
     pub async fn create(&self, request: CreateRequest) -> Result<Created, ServiceError> {
         let shared = Arc::clone(&self.shared);
         let counted = shared.under_way.begin();
@@ -212,7 +219,8 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// [`ServiceError::Unavailable`] where nothing else is wrong and the host's files do not answer.
+    /// Returns [`ServiceError::Unavailable`] if there is no other violation and the host's files do
+    /// not answer.
     pub async fn validate(&self, requested: &Requested) -> Result<Report, ServiceError> {
         let checked = validate::check_config(&self.shared, VmUid::new(Uuid::now_v7()), requested).await?;
         Ok(checked.report)
@@ -222,16 +230,17 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// The state forbids it, something it needs is taken or gone, or its backend failed.
+    /// Returns an error if the state forbids it, a resource is taken or missing, or the backend
+    /// failed.
     pub async fn boot(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
         self.ask(vm_id, Request::Boot, None, caller).await
     }
 
-    /// Shuts a VM down; success means that its VMM has gone.
+    /// Shuts a VM down. Success means that its VMM has gone.
     ///
     /// # Errors
     ///
-    /// The state forbids it, or the VMM does not end.
+    /// Returns an error if the state forbids it, or the VMM does not end.
     pub async fn shutdown(
         &self,
         vm_id: &str,
@@ -249,25 +258,26 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// The state forbids it, or its VMM failed.
+    /// Returns an error if the state forbids it, or the VMM failed.
     pub async fn pause(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
         self.ask(vm_id, Request::Pause, None, caller).await
     }
 
-    /// Lets a VM's CPUs go on.
+    /// Lets a VM's CPUs continue.
     ///
     /// # Errors
     ///
-    /// The state forbids it, or its VMM failed.
+    /// Returns an error if the state forbids it, or the VMM failed.
     pub async fn resume(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
         self.ask(vm_id, Request::Resume, None, caller).await
     }
 
-    /// Shuts a VM down and boots it; with `force` resets it at once.
+    /// Shuts a VM down and boots it. With `force` the VM is reset at once.
     ///
     /// # Errors
     ///
-    /// The state forbids it, or its VMM failed. If the second half failed the VM is shut down, and the error says so.
+    /// Returns an error if the state forbids it, or the VMM failed. If the second half failed, the
+    /// VM is shut down, and the error states that.
     pub async fn reboot(
         &self,
         vm_id: &str,
@@ -282,7 +292,8 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// Without `force`: the state forbids it. With it, only an unknown name or a store that fails.
+    /// Returns an error without `force` if the state forbids it. With `force`, only an unknown name
+    /// or a failure of the store is an error.
     pub async fn delete(&self, vm_id: &str, force: bool, caller: Caller) -> Result<Outcome, ServiceError> {
         if force {
             return self.force(vm_id, Request::ForceDelete, caller).await;
@@ -294,7 +305,7 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// [`ServiceError::NotFound`].
+    /// Returns [`ServiceError::NotFound`] if no VM has the name.
     pub fn get(&self, vm_id: &str) -> Result<VmView, ServiceError> {
         vm_id
             .parse::<VmId>()
@@ -307,25 +318,26 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// The page token or size is not valid.
+    /// Returns an error if the page token or size is not valid.
     pub fn list(&self, query: &ListQuery) -> Result<Page, ServiceError> {
         listing::list(&self.shared.index, query)
     }
 
-    /// Watches what happens to VMs.
+    /// Watches the changes of VMs.
     ///
     /// # Errors
     ///
-    /// The token is not one ([`ServiceError::Invalid`]) or too old ([`ServiceError::OutOfRange`]), or the store fails.
+    /// Returns an error if the token is malformed ([`ServiceError::Invalid`]) or too old
+    /// ([`ServiceError::OutOfRange`]), or the store fails.
     pub async fn watch(&self, query: WatchQuery) -> Result<Watch, ServiceError> {
         Watch::start(Arc::clone(&self.shared.events), Arc::clone(&self.shared.index), query).await
     }
 
-    /// Lists what has happened to VMs, oldest first.
+    /// Lists the events of VMs, oldest first.
     ///
     /// # Errors
     ///
-    /// The page token or size is not valid, or the store fails.
+    /// Returns an error if the page token or size is not valid, or the store fails.
     pub async fn list_events(&self, query: &EventsQuery) -> Result<EventsPage, ServiceError> {
         self.shared.events.list(query).await
     }
@@ -334,7 +346,8 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// [`ServiceError::Deadline`] with the state that it is in, [`ServiceError::NotFound`] also if it is deleted meanwhile.
+    /// Returns [`ServiceError::Deadline`] with the VM's state after `deadline`, and
+    /// [`ServiceError::NotFound`] also if the VM is deleted meanwhile.
     pub async fn wait(
         &self,
         vm_id: &str,
@@ -344,18 +357,18 @@ impl VmService {
         wait::wait(&self.shared.index, vm_id, states, deadline).await
     }
 
-    /// Every backend, and how it is.
+    /// Returns the backends and their health.
     pub fn backends(&self) -> &Backends {
         &self.shared.backends
     }
 
-    /// How the default backend is; `None` if this program has no such backend.
+    /// Returns the health of the default backend, or `None` if this program has no such backend.
     pub fn default_backend(&self) -> Option<BackendStatus> {
         self.shared.backends.status(self.shared.backends.default_name())
     }
 
-    /// Ends the VMMs that wait for VMs to come, and waits until no operation is under way, at most until `deadline`. Answers how
-    /// many were left.
+    /// Ends the spare VMMs, and waits until no operation is in progress, at most until `deadline`.
+    /// Returns the number of operations that are left.
     pub async fn drain(&self, deadline: Duration) -> usize {
         self.shared.under_way.drain(self.shared.spares.stop(&self.shared), deadline).await
     }
@@ -380,7 +393,8 @@ impl VmService {
         self.answer(vm_id, handle.uid, answer)
     }
 
-    /// An actor that ends without answering has deleted its VM, unless the same creation of it is still there.
+    /// Returns the answer of an actor. An actor that ends without an answer has deleted its VM,
+    /// unless the VM with the same uid still exists.
     fn answer(
         &self,
         vm_id: &str,
@@ -405,7 +419,8 @@ impl VmService {
     }
 }
 
-/// Puts a stored VM into the index and starts its actor; the future ends when its VMM's fate is known.
+/// Puts a stored VM into the index and starts its actor. The future ends when the recovery of the
+/// VM has a result.
 fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl Future<Output = ()> + use<> {
     let spec =
         if record.imported { Ok(VmSpec::imported(&record.config)) } else { VmSpec::parse(&record.config) };
@@ -431,14 +446,14 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
     fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }
 
-/// Shows a VM whose record cannot be read as a whole; the future ends when that is done.
+/// Shows a VM whose record cannot be read as a whole. The future ends when that is done.
 fn leave_alone(shared: &Arc<Shared>, record: VmRecord, why: String) -> impl Future<Output = ()> + use<> {
     tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be read by this program; it is left as it is");
     let known = shared.backends.of_kind(record.backend.as_str(), &kinds::kind_of(shared, &record)).ok();
     fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }
 
-/// Starts an actor. The future ends when the fate of its VM is known.
+/// Starts an actor. The future ends when the recovery of its VM has a result.
 fn fate(actor: NewActor) -> impl Future<Output = ()> + use<> {
     let known = actor.start();
     async move {

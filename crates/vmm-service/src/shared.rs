@@ -1,4 +1,4 @@
-//! Shared: what every actor and use case works with.
+//! Shared: the parts that every actor and use case works with.
 
 use std::sync::Arc;
 
@@ -26,12 +26,12 @@ pub(crate) struct Shared {
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
     pub(crate) spares: Spares,
-    /// Held from the choice of a place to the record that holds it.
+    /// The lock of the places, held from the choice of a place to the record that holds it.
     pub(crate) places: tokio::sync::Mutex<()>,
-    /// Slots of recoveries, see [`crate::service::RECOVERIES`].
+    /// The slots of recoveries, see [`crate::service::RECOVERIES`].
     pub(crate) recoveries: Arc<Semaphore>,
-    /// Slots of starts by a restart policy, see [`crate::service::POLICY_STARTS`].
+    /// The slots of starts by a restart policy, see [`crate::service::POLICY_STARTS`].
     pub(crate) policy_starts: Arc<Semaphore>,
-    /// Operations under way, so that the end of the daemon can wait for them.
+    /// The count of operations in progress, so that the end of the daemon can wait for them.
     pub(crate) under_way: Counter,
 }

@@ -1,13 +1,14 @@
-//! The pool of spare VMMs as data: which of them are free, which are promised to VMs, and whether more are wanted.
+//! The pool of spare VMMs as data: the free ones, the ones that are promised to VMs, and the number
+//! that is wanted.
 //!
 //! ```text
-//!   begin_filling ─► add ─► free ── take ─► (held) ── promise ─► promised ── forget ─► a VM uses it
-//!                            ▲                 │                     └─ too many: the oldest is returned, to be ended
+//!   begin_filling ─► add ─► free ── take ─► (held) ── promise ─► promised ── forget ► a VM uses it
+//!                            ▲                 │                   └─ too many: the oldest is ended
 //!                            └── give_back ────┘
-//!   stop: all that wait are returned, and from then on everything that comes is
+//!   stop: all that wait are returned, and so is every one that comes later
 //! ```
 //!
-//! The pool starts and ends nothing: [`crate::spares`] does what its answers say.
+//! The pool starts and ends no process. [`crate::spares`] acts on its answers.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -16,7 +17,7 @@ use vmm_core::id::{BackendName, VmUid};
 /// The spare VMMs of every backend.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    /// How many are to be free, of each backend in use.
+    /// The number that is to be free, of each backend in use.
     wanted: usize,
     shelves: BTreeMap<BackendName, Shelf>,
     stopped: bool,
@@ -28,7 +29,7 @@ struct Shelf {
     free: VecDeque<VmUid>,
     promised: VecDeque<VmUid>,
     filling: bool,
-    /// Whether this backend has said that it cannot start a VMM ahead.
+    /// True if this backend has answered that it cannot start a spare VMM.
     has_none: bool,
 }
 
@@ -36,14 +37,14 @@ struct Shelf {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Left {
     pub(crate) backend: BackendName,
-    /// Those whose folders belong to VMs on record.
+    /// The VMMs whose folders belong to VMs on record.
     pub(crate) promised: Vec<VmUid>,
-    /// Those whose folders belong to no VM.
+    /// The VMMs whose folders belong to no VM.
     pub(crate) free: Vec<VmUid>,
 }
 
 impl Pool {
-    /// Makes an empty pool, in which `wanted` spare VMMs of each backend are to be free.
+    /// Creates an empty pool, in which `wanted` spare VMMs of each backend are to be free.
     pub(crate) fn new(wanted: usize) -> Self {
         Self { wanted, ..Self::default() }
     }
@@ -53,7 +54,8 @@ impl Pool {
         self.shelves.get_mut(backend)?.free.pop_front()
     }
 
-    /// Puts back one that was taken and not used. Returns the one that is to be ended, where the pool has been stopped.
+    /// Puts back one that was taken and not used. Returns the one that must be ended, if the pool
+    /// has been stopped.
     pub(crate) fn give_back(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
         if self.stopped {
             return Some(uid);
@@ -62,8 +64,8 @@ impl Pool {
         None
     }
 
-    /// Promises one that was taken to its VM. Returns the one whose promise is broken, where too many wait for their BootVm or
-    /// the pool has been stopped.
+    /// Promises one that was taken to its VM. Returns the one whose promise is broken, if too many
+    /// wait for their BootVm or the pool has been stopped.
     pub(crate) fn promise(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
         if self.stopped {
             return Some(uid);
@@ -74,14 +76,15 @@ impl Pool {
         if promised.len() > wanted { promised.pop_front() } else { None }
     }
 
-    /// No longer counts the VMM of `uid`: a VM uses it, or it has been ended.
+    /// Removes the VMM of `uid` from the count, because a VM uses it or it has been ended.
     pub(crate) fn forget(&mut self, backend: &BackendName, uid: VmUid) {
         if let Some(shelf) = self.shelves.get_mut(backend) {
             shelf.promised.retain(|promised| *promised != uid);
         }
     }
 
-    /// Says whether the caller is to fill the shelf of `backend`. One caller at a time is.
+    /// Returns true if the caller must fill the shelf of `backend`. Only one caller at a time gets
+    /// true.
     pub(crate) fn begin_filling(&mut self, backend: &BackendName) -> bool {
         if self.stopped || self.wanted == 0 {
             return false;
@@ -93,11 +96,11 @@ impl Pool {
         begins
     }
 
-    /// Adds one that was started. Returns whether another one is wanted.
+    /// Adds one that was started. Returns true if another one is wanted.
     ///
     /// # Errors
     ///
-    /// The pool has been stopped, and nobody wants this one any more.
+    /// Returns the uid if the pool has been stopped and the VMM is not wanted any more.
     pub(crate) fn add(&mut self, backend: &BackendName, uid: VmUid) -> Result<bool, VmUid> {
         if self.stopped {
             return Err(uid);
@@ -109,7 +112,8 @@ impl Pool {
         Ok(shelf.filling)
     }
 
-    /// The caller that filled the shelf of `backend` has given up. `for_ever` says that this backend has no spare VMMs.
+    /// Notes that the caller that filled the shelf of `backend` has given up. `for_ever` is true if
+    /// this backend has no spare VMMs.
     pub(crate) fn end_filling(&mut self, backend: &BackendName, for_ever: bool) {
         if let Some(shelf) = self.shelves.get_mut(backend) {
             shelf.filling = false;
@@ -117,7 +121,7 @@ impl Pool {
         }
     }
 
-    /// Hands over all that wait, and takes no more.
+    /// Returns all that wait, and accepts no more.
     pub(crate) fn stop(&mut self) -> Vec<Left> {
         self.stopped = true;
         let shelves = std::mem::take(&mut self.shelves).into_iter();

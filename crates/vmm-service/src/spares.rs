@@ -1,4 +1,4 @@
-//! Spare VMMs: processes that are started before their VM is created, where the operator wants some.
+//! Spare VMMs: processes that are started before their VM is created, if the operator wants some.
 //!
 //! ```text
 //!              ┌──────────── a VM was started: refill ───────────┐
@@ -8,14 +8,16 @@
 //!                                     the daemon ends └───────────┴─► dismissed
 //! ```
 //!
-//! What waits has a uid of its own, and with it a run folder, so that CreateVm need only give this uid to the VM: it starts nothing,
-//! and no name on the host ever changes. A promise is broken, the oldest first, where so many others are waiting for their
-//! BootVm that processes would pile up; such a VM is started in the ordinary way.
+//! A spare VMM has a uid of its own, and with it a run folder. CreateVm gives this uid to the VM,
+//! so that it starts nothing and no name on the host ever changes. A promise is broken, the oldest
+//! first, if so many others wait for their BootVm that processes would accumulate. Such a VM is
+//! started in the ordinary way.
 //!
-//! A spare VMM has been told nothing and has no guest. It ends with the daemon; should the daemon die, the mark in its run folder
-//! says whose it was, and the next daemon ends it: the mark goes before the VMM is told anything.
+//! A spare VMM has received no data and has no guest. It ends with the daemon. If the daemon dies,
+//! the mark in the run folder names the owner, and the next daemon ends the VMM. The mark is
+//! removed before the VMM receives any data, so that a marked VMM never runs a guest.
 //!
-//! [`crate::spare_pool`] keeps account of them; here they are started and ended.
+//! [`crate::spare_pool`] counts the spare VMMs, and this module starts and ends them.
 
 use std::collections::HashSet;
 use std::io;
@@ -36,9 +38,10 @@ use crate::run_folders;
 use crate::shared::Shared;
 use crate::spare_pool::{Left, Pool};
 
-/// What a client was just answered goes on its way before a process is started.
+/// The time between an answer to a client and the start of a process, so that the answer is sent
+/// first.
 const AFTER_AN_ANSWER: Duration = Duration::from_millis(5);
-/// How long one that a dead daemon left may take to end.
+/// The time that a spare VMM of a dead daemon may take to end.
 const CLEARING: Duration = Duration::from_secs(5);
 
 /// The spare VMMs of every backend.
@@ -54,18 +57,18 @@ impl Spares {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// No longer counts the VMM of `uid`: it is being used, or has been ended.
+    /// Removes the VMM of `uid` from the count, because a VM uses it or it has been ended.
     pub(crate) fn forget(&self, backend: &BackendName, uid: VmUid) {
         self.pool().forget(backend, uid);
     }
 
-    /// Ends all that wait, and starts no more.
+    /// Ends all spare VMMs, and starts no more.
     pub(crate) async fn stop(&self, shared: &Arc<Shared>) {
         let left = self.pool().stop();
         for Left { backend, promised, free } in left {
             let Ok(backend) = shared.backends.get(backend.as_str()) else { continue };
             for uid in promised {
-                // The folder is that of a VM on record.
+                // The folder belongs to a VM on record, so only the VMM is ended.
                 dismiss(&*backend, uid).await;
             }
             for uid in free {
@@ -75,28 +78,32 @@ impl Spares {
     }
 }
 
-/// A spare VMM that is held for a VM which is being created. Dropped, it is free again.
+/// A spare VMM that is held for a VM which is being created. If the promise is dropped, the VMM is
+/// free again.
 pub(crate) struct Promise {
     shared: Arc<Shared>,
     backend: Arc<dyn Backend>,
     uid: Option<VmUid>,
 }
 
-/// Holds a spare VMM of `backend`, if one is free.
+/// Takes a spare VMM of `backend`, if one is free.
 pub(crate) fn promise(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) -> Option<Promise> {
     let uid = shared.spares.pool().take(&backend.capabilities().name)?;
     Some(Promise { shared: Arc::clone(shared), backend: Arc::clone(backend), uid: Some(uid) })
 }
 
 impl Promise {
-    /// The uid that the VM gets; `None` once it is known what became of the promise.
+    /// Returns the uid that the VM gets, or `None` after the promise was redeemed or discarded.
     pub(crate) fn uid(&self) -> Option<VmUid> {
         self.uid
     }
 
-    /// The VM is on record: its BootVm finds the VMM waiting, unless too many others wait as well.
+    /// Keeps the promise, because the VM is on record. Its BootVm finds the VMM waiting, unless too
+    /// many others wait as well.
     pub(crate) fn redeem(mut self) {
         let Some(uid) = self.uid.take() else { return };
+        // The pool may break a promise, that of this VM included. The VMM of a broken promise is
+        // ended and its folder stays, because the folder belongs to a VM on record.
         let broken = self.shared.spares.pool().promise(&self.backend.capabilities().name, uid);
         if let Some(uid) = broken {
             let backend = Arc::clone(&self.backend);
@@ -104,7 +111,8 @@ impl Promise {
         }
     }
 
-    /// Nobody can tell whether a VM has this uid: it is not given out again.
+    /// Ends the VMM of a promise whose VM may be on record. The uid is not used again, because
+    /// nobody knows whether a VM has it.
     pub(crate) async fn discard(mut self) {
         if let Some(uid) = self.uid.take() {
             discard(&self.shared, &*self.backend, uid).await;
@@ -115,6 +123,8 @@ impl Promise {
 impl Drop for Promise {
     fn drop(&mut self) {
         let Some(uid) = self.uid.take() else { return };
+        // The creation has failed for certain, so that the VMM is free again. A pool that was
+        // stopped meanwhile does not take it back, and then it is ended with its folder.
         let unwanted = self.shared.spares.pool().give_back(&self.backend.capabilities().name, uid);
         let Some(uid) = unwanted else { return };
         let (shared, backend) = (Arc::clone(&self.shared), Arc::clone(&self.backend));
@@ -122,10 +132,12 @@ impl Drop for Promise {
     }
 }
 
-/// Sees to it that as many VMMs of `backend` wait as are wanted. Answers at once.
+/// Starts a task that starts as many spare VMMs of `backend` as are wanted. Returns at once.
 pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
     let name = &backend.capabilities().name;
-    // A spare waits for a new VM, and is of no use to a kind of which none is created.
+    // A spare waits for a new VM, so a kind of which no new VMs are created needs none.
+    // `begin_filling` returns true to one caller at a time, so that two starts at once do not fill
+    // the shelf twice.
     if !shared.backends.is_current(backend) || !shared.spares.pool().begin_filling(name) {
         return;
     }
@@ -136,7 +148,7 @@ pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
     });
 }
 
-/// Runs a task that the end of the daemon waits for.
+/// Runs a task for which the end of the daemon waits.
 fn spawn(shared: &Shared, task: impl Future<Output = ()> + Send + 'static) {
     let under_way = shared.under_way.begin();
     let span = tracing::info_span!(parent: None, "spares");
@@ -149,6 +161,11 @@ fn spawn(shared: &Shared, task: impl Future<Output = ()> + Send + 'static) {
     );
 }
 
+/// Starts spare VMMs until enough are free.
+///
+/// The first failure ends the attempt. A backend that has no spare VMMs is not asked again, and any
+/// other failure is tried again after the next start of a VM. The pool may have been stopped while
+/// a VMM was started, and then that VMM is ended here.
 async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
     let name = &backend.capabilities().name;
     loop {
@@ -169,20 +186,22 @@ async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
     }
 }
 
-/// Why there is no spare VMM.
+/// The reason why there is no spare VMM.
 enum NotStarted {
-    /// There can be none of this backend.
+    /// The backend cannot start spare VMMs.
     Unsupported,
-    /// For people; another attempt may do better.
+    /// The start failed, and another attempt may succeed. The text is for people.
     Problem(String),
 }
 
-/// Starts one VMM in the run folder of `uid`. Where that fails nothing is left.
+/// Starts one VMM in the run folder of `uid`. If that fails, nothing is left.
 async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> Result<(), NotStarted> {
     let Some(spares) = backend.spares() else { return Err(NotStarted::Unsupported) };
     let name = &backend.capabilities().name;
     let mark = SpareMark { instance: shared.instance, backend: name.clone() };
     let runtime_dir = shared.settings.runtime_dir.clone();
+    // The folder gets its mark before the VMM starts, so that the next daemon can attribute the VMM
+    // at every moment.
     let made = tokio::task::spawn_blocking(move || make_folder(&runtime_dir, uid, &mark)).await;
     let failed = match made.map_err(|error| error.to_string()).and_then(|made| made) {
         Ok((dir, console)) => match spares.start_spare(SpareRequest { uid, dir, console }).await {
@@ -200,7 +219,7 @@ async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> Resul
     Err(failed)
 }
 
-/// The folder, before its VMM is started, and the console's file in it.
+/// Makes the run folder of a spare VMM with its mark, and the console's file in it.
 fn make_folder(runtime_dir: &Path, uid: VmUid, mark: &SpareMark) -> Result<(PathBuf, PathBuf), String> {
     let dir = run_dir::create(runtime_dir, uid).map_err(|error| error.to_string())?;
     point(FaultPoint::SpareFolderMade);
@@ -217,7 +236,7 @@ async fn discard(shared: &Shared, backend: &dyn Backend, uid: VmUid) {
     remove(uid.run_dir(&shared.settings.runtime_dir)).await;
 }
 
-/// Ends the VMM that waits for `uid`, if one does.
+/// Ends the spare VMM of `uid`, if there is one.
 pub(crate) async fn dismiss(backend: &dyn Backend, uid: VmUid) {
     if let Some(spares) = backend.spares() {
         spares.dismiss_spare(uid).await;
@@ -231,8 +250,8 @@ async fn remove(dir: PathBuf) {
     }
 }
 
-/// Ends what a daemon that died has left of spare VMMs: what bears this installation's mark has been told nothing. Of a VM that
-/// had been promised one, the folder stays.
+/// Ends the spare VMMs that a dead daemon has left. A VMM whose folder has this installation's mark
+/// has received no data. If a VM on record had been promised the VMM, its folder stays.
 pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
     let (runtime_dir, instance) = (shared.settings.runtime_dir.clone(), shared.instance);
     let left = tokio::task::spawn_blocking(move || {
@@ -244,6 +263,8 @@ pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
         Ok(Err(error)) => return tracing::warn!(%error, "spare VMMs that were left cannot be looked for"),
         Err(error) => return tracing::warn!(%error, "the look for spare VMMs that were left broke off"),
     };
+    // A VMM is ended before its mark or folder is removed. If the daemon dies in between, the mark
+    // is still there, and the next start repeats the sweep.
     for (uid, dir, mark) in left {
         let Ok(backend) = shared.backends.of_kind(mark.backend.as_str(), &VmKind::Managed) else {
             tracing::warn!(backend = %mark.backend, dir = %dir.display(), "a spare VMM was left of a backend that this daemon does not serve; `reconcile` tells of it");
@@ -262,11 +283,12 @@ pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
 }
 
 async fn unmark(dir: PathBuf, mark: SpareMark) {
-    // BootVm takes it off as well.
+    // BootVm removes the mark as well, so a failure is harmless.
     let _ = tokio::task::spawn_blocking(move || mark.take_off(&dir)).await;
 }
 
-/// The folders with this installation's mark. Those of no VM whose making was cut short are removed.
+/// Returns the folders with this installation's mark. Removes empty folders that belong to no VM,
+/// because they were left by an interrupted start of a spare.
 fn left_behind(
     runtime_dir: &Path,
     instance: InstanceId,
@@ -277,7 +299,8 @@ fn left_behind(
     for (uid, dir) in run_dir::list(runtime_dir)? {
         match SpareMark::read(&dir) {
             Ok(Some(mark)) if mark.instance == instance => left.push((uid, dir, mark)),
-            // Only a folder that is empty goes; what is in any other is somebody's.
+            // Only an empty folder is removed, because the contents of any other belong to another
+            // program.
             Ok(None) if ours_alone && !on_record.contains(&uid) => drop(std::fs::remove_dir(&dir)),
             Ok(Some(_) | None) | Err(_) => {}
         }

@@ -1,12 +1,14 @@
-//! Tombstones: deleted VMs whose processes could not be ended, and what those processes may still use.
+//! Tombstones: deleted VMs whose processes could not be ended, and the claims that those processes
+//! may still use.
 //!
 //! ```text
-//!   DeleteVm with force, a process outlives it ─► tombstone on record ─► claims held under the process's name
-//!                                                        │ looked at after 1 s, doubled up to 10 s, and at each start
-//!                                                        └─ provably gone ─► off the record, claims given back
+//!   DeleteVm with force, a process outlives it ─► tombstone on record ─► claims held for it
+//!                                           │ looked at after 1 s, doubled up to 10 s
+//!                                           └─ provably gone ─► off the record, claims released
 //! ```
 //!
-//! The name of a deleted VM is free at once. A disk that its process may write is not: two writers would destroy it.
+//! The name of a deleted VM is free at once. A disk that its process may write is not free, because
+//! two writers would destroy it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,10 +26,11 @@ use crate::shared::Shared;
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 /// The longest wait between two looks.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
-/// The time that one look, or one more kill, may take.
+/// The time that one look, or one further kill, may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
 
-/// Holds what the process of a deleted VM may use until that process has provably gone. The tombstone is on record.
+/// Holds the claims that the process of a deleted VM may use until that process has provably gone.
+/// The tombstone is on record.
 pub(crate) fn keep(shared: &Arc<Shared>, tombstone: Tombstone) {
     let process = tombstone.vm.run.as_ref().map(|run| run.process.pid);
     let holder = match process {
@@ -37,7 +40,7 @@ pub(crate) fn keep(shared: &Arc<Shared>, tombstone: Tombstone) {
     shared.claims.leave_to(tombstone.vm.uid, &tombstone.vm.vm_id, &tombstone.claims, &holder);
     let span =
         tracing::info_span!(parent: None, "tombstone", vm_id = %tombstone.vm.vm_id, uid = %tombstone.vm.uid);
-    // Weak, so that a service that has ended is not kept alive by what it watches.
+    // The reference is weak, so that this task does not keep a service alive that has ended.
     let shared = Arc::downgrade(shared);
     let watching = async move {
         let mut wait = FIRST_LOOK;
@@ -53,7 +56,8 @@ pub(crate) fn keep(shared: &Arc<Shared>, tombstone: Tombstone) {
     tokio::spawn(watching.instrument(span));
 }
 
-/// Takes a tombstone off the record, and gives back what it held. Says whether that could be recorded.
+/// Removes a tombstone from the record, and releases its claims. Returns true if that could be
+/// recorded.
 async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
     let uid = tombstone.vm.uid;
     let unbury = Commit { change: Change::Unbury(uid), event: None };
@@ -71,10 +75,11 @@ async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
     }
 }
 
-/// Says whether the process of a deleted VM has provably gone. A process of this program's own is killed once more.
+/// Returns true if the process of a deleted VM has provably gone. A process that this program
+/// started is killed again.
 ///
-/// If the VMM was external, its place may have another VM by now, which nobody may touch: there the process alone
-/// is asked for, and never killed.
+/// If the VMM was external, another VM may be at its place by now, which must not be touched. In
+/// that case the process alone is looked at, and never killed.
 async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
     let known = shared.backends.of_kind(vm.backend.as_str(), &vm.kind).ok();
     match (&vm.run, known) {

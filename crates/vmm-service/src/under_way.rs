@@ -1,14 +1,14 @@
-//! Counts the operations under way, so that the end of the daemon can wait for them.
+//! Counts the operations in progress, so that the end of the daemon can wait for them.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-/// The number of operations under way.
+/// The number of operations in progress.
 #[derive(Clone)]
 pub(crate) struct Counter(watch::Sender<usize>);
 
-/// An operation under way: it counts until it is dropped.
+/// An operation in progress. It is counted until this value is dropped.
 pub(crate) struct UnderWay(watch::Sender<usize>);
 
 impl Default for Counter {
@@ -24,12 +24,13 @@ impl Counter {
         UnderWay(self.0.clone())
     }
 
-    /// Waits until no operation is under way.
+    /// Waits until no operation is in progress.
     pub(crate) async fn idle(&self) {
         let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
     }
 
-    /// Waits for `first`, and then until no operation is under way, at most until `deadline`. Returns how many are left.
+    /// Waits for `first`, and then until no operation is in progress, at most until `deadline`.
+    /// Returns the number of operations that are left.
     pub(crate) async fn drain(&self, first: impl Future<Output = ()>, deadline: Duration) -> usize {
         let drained = async {
             first.await;

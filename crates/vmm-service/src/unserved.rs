@@ -1,8 +1,8 @@
-//! The backend of VMs to which the configuration names no way any more.
+//! The backend of VMs to which the configuration does not name a way any more.
 //!
 //! ```text
-//!   adopt ──► unreachable, endpoint-not-configured      launch ──► refused by check, FAILED_PRECONDITION
-//!   sweep ──► a run that has ended: nothing to do       deletion ──► left_behind names what was not looked at
+//!   adopt ──► unreachable, endpoint-not-configured      launch ──► FAILED_PRECONDITION, by check
+//!   sweep ──► a run that has ended: nothing to do       deletion ──► left_behind names the rest
 //! ```
 
 use async_trait::async_trait;
@@ -18,7 +18,7 @@ use vmm_core::spec::VmSpec;
 /// The reason in the status of a VM that may run.
 const REASON: Reason = Reason::EndpointNotConfigured;
 
-/// Touches nothing, and says which setting is missing.
+/// A backend that touches nothing and reports the missing setting.
 pub(crate) struct Unserved {
     capabilities: Capabilities,
     kind: VmKind,

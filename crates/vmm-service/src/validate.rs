@@ -1,4 +1,5 @@
-//! The checks of CreateVm, which ValidateVm runs alone: from a configuration as sent to the one in force.
+//! The checks of CreateVm, from the configuration of the client to the one in force. ValidateVm
+//! runs these checks alone.
 //!
 //! ```text
 //!   count ──► resolve ──► parse ──► the backend's check ──► look at the host's files
@@ -23,25 +24,27 @@ use crate::places;
 use crate::service::DefaultBoot;
 use crate::shared::Shared;
 
-/// Less memory than this starts no Linux guest.
+/// The amount of memory, in bytes, below which no Linux guest starts.
 const SMALL_MEMORY: u64 = 16 << 20;
 
 /// The findings of all checks.
 pub(crate) struct Checked {
     /// The configuration in force.
     pub(crate) config: VmConfig,
-    /// Everything found.
+    /// The violations and warnings.
     pub(crate) report: Report,
-    /// The parsed configuration and its backend, where both could be made out.
+    /// The backend, if both it and the configuration are valid.
     pub(crate) accepted: Option<Arc<dyn Backend>>,
 }
 
-/// Runs every check of CreateVm and collects every finding. Touches nothing, and takes time linear in the request.
+/// Runs every check of CreateVm and collects every finding. Touches nothing, and takes time linear
+/// in the request.
 ///
 /// # Errors
 ///
-/// Where nothing else is wrong: [`ServiceError::Unavailable`] if the host's files do not answer, [`ServiceError::Exhausted`] if a
-/// limit of the host is in the way.
+/// Returns [`ServiceError::Unavailable`] if the host's files do not answer, and
+/// [`ServiceError::Exhausted`] if a limit of the host prevents the look, in both cases only if
+/// there is no other violation.
 pub(crate) async fn check_config(
     shared: &Shared,
     uid: VmUid,
@@ -72,13 +75,13 @@ pub(crate) async fn check_config(
             }
         }
         Err(silent) if report.is_ok() => return Err(ServiceError::unavailable(silent.to_string())),
-        // The client has to mend the request first.
+        // The client has to correct the request first.
         Err(_) => {}
     }
     Ok(Checked { config, report, accepted: spec.and(backend) })
 }
 
-/// Adds what the backend says of `spec`, and whether it can serve now.
+/// Adds the backend's findings on `spec`, and a warning if the backend cannot serve now.
 fn check_backend(shared: &Shared, report: &mut Report, backend: &dyn Backend, spec: Option<&VmSpec>) {
     if let Err(error) = places::refuse_import_only(backend) {
         report.reject("backend", error.to_string());
@@ -92,8 +95,8 @@ fn check_backend(shared: &Shared, report: &mut Report, backend: &dyn Backend, sp
     }
 }
 
-/// Warns of network interfaces that would work in another way than the client may expect: their TAP does not exist and so is in no
-/// bridge, or their address is that of another VM.
+/// Warns about network interfaces that may not work as the client expects: their TAP does not exist
+/// and so is in no bridge, or another VM has their address.
 pub(crate) fn check_network(shared: &Shared, report: &mut Report, spec: &VmSpec, uid: VmUid) {
     for (index, nic) in spec.nics.iter().enumerate() {
         let Nic { id: _, mac, tap, limits: _ } = nic;
@@ -118,7 +121,7 @@ pub(crate) fn check_network(shared: &Shared, report: &mut Report, spec: &VmSpec,
     }
 }
 
-/// What the host has.
+/// The memory and the CPUs of the host.
 #[derive(Clone, Copy)]
 struct Capacity {
     memory: u64,
@@ -128,13 +131,13 @@ struct Capacity {
 impl Capacity {
     fn of_this_host() -> Self {
         let memory = vmm_host::memory::total();
-        // Where the number is not known nothing is said about it.
+        // If the number is not known, there is no warning.
         let cpus = std::thread::available_parallelism().map_or(usize::MAX, std::num::NonZero::get);
         Self { memory, cpus }
     }
 }
 
-/// Warns of a size that is legal and that this host, or any guest, can hardly serve.
+/// Warns about a size that is legal but that this host, or any guest, can hardly serve.
 fn advise_on_capacity(report: &mut Report, spec: &VmSpec, host: Capacity) {
     let size = spec.memory.size_bytes;
     if size > host.memory {
@@ -164,7 +167,8 @@ fn advise_on_capacity(report: &mut Report, spec: &VmSpec, host: Capacity) {
     }
 }
 
-/// Fills in what the client left to the program: the default kernel, device ids, MACs and TAP names.
+/// Fills in the values that the client left to the program: the default kernel, device ids, MACs
+/// and TAP names.
 fn resolve(sent: &VmConfig, uid: VmUid, defaults: &DefaultBoot) -> VmConfig {
     let mut config = sent.clone();
     let boot = config.boot.get_or_insert_with(BootConfig::default);
@@ -191,11 +195,12 @@ fn resolve(sent: &VmConfig, uid: VmUid, defaults: &DefaultBoot) -> VmConfig {
     config
 }
 
-/// Names devices `disk0`, `disk1` … by their place, passing over names that are taken.
+/// Names devices `disk0`, `disk1` … by their position, and skips names that are taken.
 fn fill_ids<'a>(ids: impl Iterator<Item = &'a mut String>, prefix: &str) {
     let ids: Vec<&mut String> = ids.collect();
     let mut taken: HashSet<String> = ids.iter().map(|id| id.to_string()).collect();
-    // A number that is taken for one device is taken for all that follow, so the numbers are gone through once.
+    // A number that is taken for one device is taken for all that follow, so the numbers are walked
+    // once.
     let mut next = 0;
     for (place, id) in ids.into_iter().enumerate() {
         if !id.is_empty() {

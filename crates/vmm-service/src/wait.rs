@@ -1,4 +1,5 @@
-//! WaitVm: until a VM is in a state. The index tells those who wait when that is so, and nobody asks again and again.
+//! WaitVm: waits until a VM is in a state. The index wakes the waiting calls, so none of them
+//! polls.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,8 @@ use vmm_core::store::VmRecord;
 use crate::error::ServiceError;
 use crate::index::{Index, Wait};
 
-/// Waits until the VM that bears `vm_id` now is in one of `states`, at most for `deadline`. A later namesake is another VM.
+/// Waits until the VM that bears `vm_id` now is in one of `states`, at most for `deadline`. A later
+/// VM of the same name is another VM.
 pub(crate) async fn wait(
     index: &Index,
     vm_id: &str,

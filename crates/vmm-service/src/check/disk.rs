@@ -1,4 +1,4 @@
-//! One disk: the image, and the files that a qcow2 image is based on.
+//! One disk: the image, and the backing files of a qcow2 image.
 //!
 //! ```text
 //!   image ──► backing file ──► … ──► a raw file, or an image without a backing file
@@ -17,7 +17,7 @@ use vmm_host::{host_use, partitions};
 use super::looks::Visitor;
 use super::{HostFacts, Purpose, Terms};
 
-/// The most backing files of one image. A longer chain reads slowly, and is a mistake.
+/// The largest number of backing files of one image. A longer chain reads slowly, and is a mistake.
 const MAX_CHAIN: usize = 32;
 
 /// The number of bytes of a sector, the unit in which a guest sees a disk.
@@ -25,8 +25,8 @@ const SECTOR: u64 = 512;
 /// The largest block that direct I/O needs on usual disks, in bytes.
 const DIRECT_BLOCK: u64 = 4096;
 
-/// Looks at `disk`, and adds the claims on its image and on each of its backing files. `adds_root` is true if the kernel's
-/// arguments will name the whole disk as the root file system.
+/// Looks at `disk`, and adds the claims on its image and on each of its backing files. `adds_root`
+/// is true if the kernel's arguments will name the whole disk as the root file system.
 pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, adds_root: bool, terms: Terms) {
     let field = format!("{}.path", disk.field());
     let access = if disk.read_only { Access::Read } else { Access::ReadWrite };
@@ -50,7 +50,8 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
                 advise_of_partitions(found, disk);
             }
         }
-        // The image was declared raw. From then on its contents are the guest's.
+        // The image was declared raw when the VM was created. Its contents are the guest's from
+        // then on.
         (DiskFormat::Raw, Purpose::Boot) => {}
         (DiskFormat::Qcow2, _) => {
             if let Some(header) = read_qcow2(found, &format_field(disk), &disk.path) {
@@ -60,9 +61,10 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
     }
 }
 
-/// Refuses a raw image whose size some hypervisor does not start with, on every backend alike: Cloud Hypervisor reads the first
-/// sector, and QEMU writes with direct I/O in whole sectors only. Warns of bytes at the end that a guest may not see, because
-/// hypervisors cut or fill the last sector, each in its own way.
+/// Refuses a raw image whose size some hypervisor does not start with, on every backend alike.
+/// Cloud Hypervisor reads the first sector, and QEMU writes with direct I/O in whole sectors only.
+/// Warns about bytes at the end that a guest may not see, because each hypervisor cuts or fills the
+/// last sector in its own way.
 fn check_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
     let (shown, size, field) = (disk.path.display(), facts.size, format!("{}.path", disk.field()));
     let longer = |step: u64| format!("make it longer (truncate -s %{step} {shown})");
@@ -93,9 +95,9 @@ fn check_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
     }
 }
 
-/// Warns of a root device that has partitions, where the arguments name the whole disk.
+/// Warns about a root device that has partitions while the arguments name the whole disk.
 fn advise_of_partitions(found: &mut HostFacts, disk: &Disk) {
-    // A file that cannot be read has been rejected.
+    // A file that cannot be read has been rejected already.
     if let Ok(head) = files::head(&disk.path, partitions::HEAD_BYTES)
         && partitions::has_table(&head)
     {
@@ -185,7 +187,7 @@ impl Chain<'_> {
         Some(backing)
     }
 
-    /// Rejects an image that the backend cannot open, or would open wrongly.
+    /// Rejects an image that the backend cannot open, or would open in a wrong way.
     fn reject_features(&mut self, path: &Path, header: &Qcow2Header) {
         let Qcow2Header {
             version: _,
@@ -228,7 +230,8 @@ impl Chain<'_> {
         }
     }
 
-    /// Claims the backing file of the image at `path`. Returns the file with its header where it is an image too.
+    /// Claims the backing file of the image at `path`. Returns the file with its header if it is an
+    /// image too.
     fn step(
         &mut self,
         path: &Path,
@@ -258,7 +261,8 @@ impl Chain<'_> {
                 ));
                 None
             }
-            // Where the format is not stated, a VMM would guess it from contents that another guest may have written.
+            // If the format is not stated, a VMM would guess it from contents that another guest
+            // may have written.
             (None, Purpose::Create) => {
                 self.reject(format!(
                     "{shown} does not say which format its backing file has: state it (qemu-img rebase -u -b FILE -F FORMAT)"
@@ -289,7 +293,8 @@ fn claim(found: &mut HostFacts, field: &str, claim: HostClaim) {
     found.claims.push(claim);
 }
 
-/// Returns why `claim` cannot stand beside `earlier` ones of the same VM: a disk that is written is there once.
+/// Returns the reason why `claim` conflicts with `earlier` ones of the same VM. A disk that is
+/// written may be used only once.
 fn conflict(earlier: &[HostClaim], claim: &HostClaim) -> Option<String> {
     let HostClaim::Disk { device, inode, writable, path, lies_on } = claim else { return None };
     let key = DiskKey { device: *device, inode: *inode };

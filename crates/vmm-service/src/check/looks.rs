@@ -1,16 +1,18 @@
-//! The threads that look at files, and what bounds them.
+//! The threads that look at files, and the permits that limit them.
 //!
 //! ```text
 //!   look ─► a quick permit (32) ─► thread ── done within 250 ms ────────────────► answer
 //!                                   │
 //!                                   └── slow: the quick permit is free again, and the thread has
-//!                                       a slow permit (160, at most 16 of one mount) ─► answer, or silence after 3 s
+//!                                       a slow permit (160, at most 16 of one mount)
+//!                                       ─► answer, or silence after 3 s
 //! ```
 //!
-//! A file may lie on a server that does not answer, and then the thread that looks at it hangs for as long as the server is
-//! silent. Nothing can end such a thread. The quick permits bound the looks that cost processor time, and the slow permits bound the
-//! threads that wait: a mount that hangs holds no quick permit for longer than a moment, and has at most its part of the slow
-//! ones. A look that leads into a mount with no slow permit left touches nothing there, and waits without a thread.
+//! A file may lie on a server that does not answer, and then the thread that looks at it hangs for
+//! as long as the server is silent. Nothing can end such a thread. The quick permits limit the
+//! looks that use processor time, and the slow permits limit the threads that wait. A mount that
+//! hangs holds a quick permit only for a moment, and at most its part of the slow ones. A look that
+//! leads into a mount with no slow permit left touches nothing there, and waits without a thread.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -37,7 +39,7 @@ pub(super) struct Looks {
     mount_of: fn(&Path) -> Option<PathBuf>,
     quick: Arc<Semaphore>,
     slow: Mutex<Slow>,
-    /// Told when a slow permit gets free.
+    /// Notified when a slow permit becomes free.
     freed: Notify,
 }
 
@@ -47,22 +49,26 @@ struct Slow {
     by_mount: HashMap<PathBuf, usize>,
 }
 
-/// The mount whose slow permits are all taken.
+/// The error of a look that led into a mount whose slow permits are all taken.
 struct Crowded;
 
 impl Looks {
-    /// Makes the permits. `mount_of` tells which mount of somebody else's files a path leads into, and touches nothing there.
+    /// Creates the permits. `mount_of` returns the mount of foreign files into which a path leads,
+    /// and touches nothing there.
     pub(super) fn new(limits: Limits, mount_of: fn(&Path) -> Option<PathBuf>) -> Self {
         let quick = Arc::new(Semaphore::new(limits.quick));
         Self { limits, mount_of, quick, slow: Mutex::default(), freed: Notify::new() }
     }
 
-    /// Runs `work` on a thread of its own, and answers within `deadline`. `work` tells its [`Visitor`] of each path before it
-    /// touches the path.
+    /// Runs `work` on a thread of its own, and returns within `deadline`. `work` asks its
+    /// [`Visitor`] about each path before it touches the path.
+    ///
+    /// An attempt that finds a crowded mount has touched nothing on it. It is made again when a
+    /// slow permit becomes free, until the deadline.
     ///
     /// # Errors
     ///
-    /// [`FilesSilent`].
+    /// Returns [`FilesSilent`] if there is no answer within `deadline`.
     pub(super) async fn within<T: Send + 'static>(
         self: &Arc<Self>,
         deadline: Duration,
@@ -70,12 +76,22 @@ impl Looks {
     ) -> Result<T, FilesSilent> {
         let until = Instant::now() + deadline;
         loop {
+            // The future is made before the attempt, so that a permit that becomes free during the
+            // attempt is not missed. `notify_waiters` wakes every future that exists at that
+            // moment, polled or not.
             let freed = self.freed.notified();
+            // A quick permit limits the looks that run at once. The wait for it counts against the
+            // deadline, because many slow looks may stand in front for up to `limits.after` each.
             let permit = tokio::time::timeout_at(until, Arc::clone(&self.quick).acquire_owned()).await;
             let Ok(Ok(permit)) = permit else { return Err(FilesSilent) };
-            // A task of its own, because the permit must change hands also where nobody waits for the answer any more.
+            // The attempt is a task of its own, because the permit must change hands even if the
+            // caller has stopped waiting. At the deadline the caller leaves, and the task and its
+            // thread go on until the file answers.
             let attempt = tokio::spawn(attempt(Visitor::new(self, permit), work.clone()));
             match tokio::time::timeout_at(until, attempt).await {
+                // Three results are possible. The work is done. The mount is crowded: the loop
+                // repeats if a slow permit becomes free in time. The deadline passed, or the task
+                // failed: the files count as silent.
                 Ok(Ok(Ok(done))) => return Ok(done),
                 Ok(Ok(Err(Crowded))) if tokio::time::timeout_at(until, freed).await.is_ok() => {}
                 Ok(Ok(Err(Crowded)) | Err(_)) | Err(_) => return Err(FilesSilent),
@@ -88,6 +104,11 @@ impl Looks {
     }
 }
 
+/// Runs `work` on a blocking thread, and exchanges the quick permit for a slow one if the work
+/// takes longer than `limits.after`.
+///
+/// The `Visit` inside the thread returns the permit when the thread ends, also by a panic. The task
+/// outside the thread only watches the time.
 async fn attempt<T: Send + 'static>(
     visitor: Arc<Visitor>,
     work: impl Fn(&Visitor) -> T + Send + 'static,
@@ -106,11 +127,11 @@ async fn attempt<T: Send + 'static>(
             thread.await
         }
     };
-    // The work has panicked: as far as its caller knows, the files are silent.
+    // The work has panicked. The caller treats this as files that are silent.
     done.unwrap_or(Err(Crowded))
 }
 
-/// One look, as its thread and its task see it.
+/// One look, shared by its thread and its task.
 pub(super) struct Visitor {
     looks: Arc<Looks>,
     state: Mutex<State>,
@@ -118,9 +139,9 @@ pub(super) struct Visitor {
 
 struct State {
     permit: Permit,
-    /// The mount that the look has led into.
+    /// The mount into which the look has led.
     mount: Option<PathBuf>,
-    /// The look led into a mount with no slow permit left, and has seen nothing there.
+    /// True if the look led into a mount with no slow permit left, and so touched nothing there.
     crowded: bool,
 }
 
@@ -140,10 +161,17 @@ impl Visitor {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says whether the look may touch `path`. Where it may not, the look is made again later.
+    /// Returns true if the look may touch `path`. If it returns false, the look is made again
+    /// later.
+    ///
+    /// A look that is quick so far also needs a free slow permit of the mount, because the next
+    /// access may hang. The count of a mount may exceed its limit by the quick looks that entered
+    /// it at the same time.
     pub(super) fn may_touch(&self, path: &Path) -> bool {
         let mount = (self.looks.mount_of)(path);
         let mut state = self.state();
+        // A crowded look touches nothing more. A path on the same mount as before needs no new
+        // check.
         if state.crowded || mount == state.mount {
             return !state.crowded;
         }
@@ -152,6 +180,8 @@ impl Visitor {
             state.crowded = true;
             return false;
         }
+        // A look that is slow already takes its permit along to the new mount, because its thread
+        // may hang there now.
         if matches!(state.permit, Permit::Slow) {
             slow.leave(state.mount.as_ref());
             slow.take(mount.as_ref());
@@ -160,10 +190,14 @@ impl Visitor {
         true
     }
 
-    /// Frees the quick permit, where a slow one is left. How many of them one mount has is asked when a look is about to enter.
+    /// Exchanges the quick permit for a slow one, if a slow one is left. The limit of one mount is
+    /// checked in [`Visitor::may_touch`] before a look enters the mount.
     fn take_slow_permit(&self) {
         let mut state = self.state();
         let mut slow = self.looks.slow();
+        // With no slow permit left the look keeps its quick one. New looks then wait for quick
+        // permits, which bounds the threads in all. A look that has ended meanwhile has the permit
+        // `Left`, and takes none.
         if matches!(state.permit, Permit::Quick(_)) && slow.taken < self.looks.limits.slow {
             slow.take(state.mount.as_ref());
             state.permit = Permit::Slow;
@@ -179,7 +213,7 @@ impl Visitor {
     }
 }
 
-/// The time that a look has a thread.
+/// The time in which a look has a thread.
 struct Visit(Arc<Visitor>);
 
 impl Drop for Visit {
@@ -189,7 +223,8 @@ impl Drop for Visit {
 }
 
 impl Slow {
-    /// Returns the slow permits of one mount. Files that lie in none are bounded by the number of all slow permits alone.
+    /// Returns the number of slow permits in use for one mount. Files outside such mounts are
+    /// limited by the number of all slow permits alone.
     fn of(&self, mount: Option<&PathBuf>) -> usize {
         mount.and_then(|mount| self.by_mount.get(mount)).copied().unwrap_or_default()
     }

@@ -1,7 +1,8 @@
 //! ListVmEvents: the log, page by page.
 //!
-//! A token names the last event of its page and the filter it belongs to. Places never change, so it means the same whatever has
-//! happened since; what has expired meanwhile is passed over.
+//! A token names the last event of its page and the filter of the listing. Places in the log never
+//! change, so a token stays valid whatever happens later. Events that have expired meanwhile are
+//! skipped.
 
 use std::sync::Arc;
 
@@ -12,19 +13,19 @@ use super::token::{Kind, Token, check_of_filter};
 use super::{Events, Recorded, parse_vm_id, unreadable};
 use crate::error::ServiceError;
 
-/// Page size where the client gives none.
+/// The page size if the client gives none.
 const DEFAULT_PAGE: usize = 100;
-/// Largest page.
+/// The largest page size.
 const MAX_PAGE: usize = 1000;
 
-/// Which events to list.
+/// The selection of the events to list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EventsQuery {
-    /// Only this VM, which may be gone; empty means all.
+    /// The VM whose events are listed. The VM may be deleted. Empty means all VMs.
     pub vm_id: String,
-    /// At most so many; 0 means 100, more than 1,000 means 1,000.
+    /// The largest number of events: 0 means 100, and more than 1,000 means 1,000.
     pub page_size: i32,
-    /// Where to go on; empty means at the oldest that is kept.
+    /// The token of the page before. Empty begins with the oldest event that is kept.
     pub page_token: String,
 }
 
@@ -33,12 +34,13 @@ pub struct EventsQuery {
 pub struct EventsPage {
     /// The events, oldest first.
     pub events: Vec<Recorded>,
-    /// The next page's token; empty at the end.
+    /// The token of the next page. Empty on the last page.
     pub next_page_token: String,
 }
 
 impl Events {
-    /// Lists what `query` matches. Everything that has been answered is in it.
+    /// Lists the events that match `query`. Every change that was answered before the call is
+    /// included.
     pub(crate) async fn list(&self, query: &EventsQuery) -> Result<EventsPage, ServiceError> {
         let vm_id = parse_vm_id(&query.vm_id)?;
         let size = match usize::try_from(query.page_size) {

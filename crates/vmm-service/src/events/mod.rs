@@ -1,4 +1,4 @@
-//! What happened, told to those who watch and to those who ask later.
+//! The events: the log of all changes, for watchers and for later queries.
 //!
 //! ```text
 //!   actors ── commit ──► store: the log, in one order, without gaps
@@ -9,13 +9,15 @@
 //!                          └──── older pages ────────────────────┘
 //! ```
 //!
-//! The log in the store is the only source: a watcher is a cursor into it, so nothing is lost, nothing comes twice, and the
-//! order is that of the places, whoever is answered first. What goes from writers to watchers is a single number, how far the
-//! log is [`settled`]. A commit that failed, or whose outcome nobody knows, therefore blocks nobody: the log says what became of
-//! it. Watchers pull, and nothing is kept for one that does not, at its beginning neither; one that has fallen too far behind is
-//! told so and ends.
+//! The log in the store is the only source. A watcher is a cursor into it, so that no event is
+//! lost, none comes twice, and the order is that of the places in the log, whichever commit is
+//! answered first. Writers pass a single number to watchers: the place up to which the log is
+//! [`settled`]. A commit that failed, or whose result is unknown, therefore blocks no watcher,
+//! because the log contains the result. Watchers pull, and nothing is kept for a watcher that does
+//! not, not even at its beginning. A watcher that has fallen too far behind gets an error and ends.
 //!
-//! [`watch`] is WatchVms, [`present`] its beginning, [`audit`] ListVmEvents, [`retention`] removes what is old.
+//! [`watch`] is WatchVms, [`present`] its beginning, [`audit`] ListVmEvents, and [`retention`]
+//! removes old events.
 
 mod audit;
 mod present;
@@ -43,17 +45,18 @@ pub use watch::{Notice, Watch, WatchQuery};
 
 pub(crate) use retention::expire_for_ever;
 
-/// Events that are read at once.
+/// The number of events that are read at once.
 const BATCH: usize = 256;
-/// Events that are kept in memory, and so many that a watch may fall behind once it has caught up.
+/// The number of events that are kept in memory. A watch that has caught up may fall behind by the
+/// same number.
 const RECENT: u16 = 4096;
-/// Bytes of text that they may have together.
+/// The bytes of text that the events in memory may have together.
 const RECENT_BYTES: usize = 16 << 20;
 
 /// An event with its token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recorded {
-    /// Resumes a watch after this event. Empty before [`Notice::Synced`].
+    /// The token that resumes a watch after this event. Empty before [`Notice::Synced`].
     pub token: String,
     /// The event.
     pub event: Arc<VmEvent>,
@@ -62,15 +65,17 @@ pub struct Recorded {
 /// The log of one state directory.
 pub(crate) struct Events {
     store: Arc<dyn Store>,
-    /// Marks tokens as this log's.
+    /// The fingerprint of the instance, with which tokens of this log are marked.
     instance: u64,
     retention: Duration,
     settled: Arc<Settled>,
-    /// Locked while the store is read, so that of many watchers one reads for all.
+    /// The end of the log in memory. Locked while the store is read, so that one of many watchers
+    /// reads for all.
     recent: tokio::sync::Mutex<Recent>,
 }
 
-/// A change that was committed and is not shown to readers yet. Drop it when it is.
+/// A change that was committed and is not shown to readers yet. The owner drops it when readers see
+/// the change.
 #[must_use = "watchers wait for it to be dropped"]
 #[derive(Debug)]
 pub(crate) struct Committed {
@@ -88,7 +93,7 @@ impl Committed {
 }
 
 impl Events {
-    /// Takes up the log of `store`, which ends with `last`.
+    /// Creates the log of `store`, which ends with `last`.
     pub(crate) fn new(
         store: Arc<dyn Store>,
         instance: InstanceId,
@@ -104,34 +109,37 @@ impl Events {
         }
     }
 
-    /// Commits a change. Watchers hear of it when the answer is dropped, which is to be when readers see the change.
+    /// Commits a change. Watchers receive its event when the answer is dropped, which must happen
+    /// when readers see the change.
     ///
     /// # Errors
     ///
-    /// The store's.
+    /// Returns the store's error.
     pub(crate) async fn commit(&self, commit: Commit) -> Result<Committed, StoreError> {
         let open = self.settled.open();
         let seq = self.store.commit(commit).await?;
         Ok(Committed::at(seq, open))
     }
 
-    /// The same for what a client forces, for which the store keeps room.
+    /// Commits a change of a forced operation, for which the store keeps room.
     ///
     /// # Errors
     ///
-    /// The store's.
+    /// Returns the store's error.
     pub(crate) async fn commit_forced(&self, commit: Commit) -> Result<Committed, StoreError> {
         let open = self.settled.open();
         let seq = self.store.commit_forced(commit).await?;
         Ok(Committed::at(seq, open))
     }
 
-    /// Reads what follows `after`, at least one event, of a log that is settled up to `until`, a later place.
+    /// Reads the events that follow `after`, at least one, from a log that is settled up to
+    /// `until`. `until` is a later place than `after`.
     async fn read(&self, after: EventSeq, until: EventSeq) -> Result<Vec<Arc<VmEvent>>, ServiceError> {
         let mut recent = self.recent.lock().await;
         match recent.after(after, BATCH) {
             Some(known) if !known.is_empty() => return Ok(known),
-            // Before the stretch in memory: the watcher reads for itself.
+            // `after` lies before the stretch in memory, so the watcher reads from the store and
+            // releases the lock.
             None if after < recent.head() => drop(recent),
             Some(_) | None => {
                 let page = self.read_store(after, until).await?;
@@ -148,11 +156,11 @@ impl Events {
         let without_gap = (after.0 + 1..).zip(found).take_while(|(place, event)| event.seq.0 == *place);
         let page: Vec<_> =
             without_gap.map(|(_, event)| Arc::new(event)).take_while(|event| event.seq <= until).collect();
-        // Places have no gaps, so what is missing has expired.
+        // Places have no gaps, so an event that is missing has expired.
         if page.is_empty() { Err(self.too_old()) } else { Ok(page) }
     }
 
-    /// The event at a place, if it is still kept.
+    /// Returns the event at a place, if it is still kept.
     async fn event_at(&self, seq: EventSeq) -> Result<Option<VmEvent>, ServiceError> {
         let Some(before) = seq.0.checked_sub(1) else { return Ok(None) };
         let query = EventQuery { after: EventSeq(before), vm_id: None, limit: 1 };
@@ -160,7 +168,7 @@ impl Events {
         Ok(found.into_iter().next().filter(|event| event.seq == seq))
     }
 
-    /// Waits until the log is settled up to `place`, which has been answered.
+    /// Waits until the log is settled up to `place`, with which a commit has been answered.
     async fn settled_up_to(&self, place: EventSeq) -> Result<(), ServiceError> {
         let settled = self.settled.subscribe().wait_for(|settled| *settled >= place).await.map(drop);
         settled.map_err(|_| {
@@ -168,8 +176,8 @@ impl Events {
         })
     }
 
-    /// An event at the beginning of a watch. It bears no token: whoever resumed from there would miss the VMs that had not been
-    /// told yet.
+    /// Returns an event for the beginning of a watch. It has no token, because a client that
+    /// resumed from there would miss the VMs that were not sent yet.
     fn recorded_without_token(event: Arc<VmEvent>) -> Recorded {
         Recorded { token: String::new(), event }
     }
@@ -192,7 +200,7 @@ impl Events {
     }
 }
 
-/// The name to filter by; `None` for all.
+/// Returns the name to filter by, or `None` for all VMs.
 fn parse_vm_id(text: &str) -> Result<Option<VmId>, ServiceError> {
     match text {
         "" => Ok(None),

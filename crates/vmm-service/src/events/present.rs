@@ -1,28 +1,31 @@
-//! The beginning of a watch: every VM as it is, up to the marker `synced`.
+//! The beginning of a watch: every VM with its present state, up to the marker `synced`.
 //!
-//! The VMs are read from the index in the order of their uids, a page at a time, as the client reads. Meanwhile they change. So
-//! a beginning has two places, and one sentence is always true: *every VM up to the place in the index has been told, and is as
-//! told at the place in the log.*
+//! The VMs are read from the index in the order of their uids, one page at a time, as fast as the
+//! client reads. They change meanwhile. A beginning therefore has two places, and one sentence is
+//! always true: *every VM up to the place in the index has been sent, with its state at the place
+//! in the log.*
 //!
 //! ```text
 //!   index (uids):  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓┃░░░░ page ░░░░┃               the rest is read later
-//!                  told           told next
+//!                  sent           sent next
 //!   log:           … 41 ┃ 42  43  44  45 ┃ 46 …
 //!                     place             fence
-//!                       ┃ replayed       ┃ the place, when the page has been told
+//!                       ┃ replayed       ┃ the place, when the page has been sent
 //! ```
 //!
-//! A page is read under the index's lock, but what it shows is of no one place: changes of different VMs are answered in any
-//! order. It surely shows everything up to the place, and nothing behind the fence, the last answer after it was read. So the log
-//! is replayed from the place to the fence:
+//! A page is read under the index's lock, but it does not show the state at one place, because
+//! changes of different VMs are answered in any order. It certainly shows everything up to the
+//! place, and nothing behind the fence, which is the last answer after the page was read. The log
+//! is therefore replayed from the place to the fence:
 //!
-//! - A change of a VM that has been told is told as a change.
-//! - A change of a VM of the page is worked into the page, unless the page shows it already.
-//! - A change of a VM behind the page is passed over, because the index shows it by the time that VM is read.
+//! - A change of a VM that has been sent is sent as a change.
+//! - A change of a VM of the page is applied to the page, unless the page shows it already.
+//! - A change of a VM behind the page is skipped, because the index shows it by the time that VM is
+//!   read.
 //!
-//! Then the page is true at the fence, and is told. When the index has ended, the marker is told, whose token is the place; the
-//! watch goes on from there. Nothing is kept but two places and at most one page, however many VMs there are and however slowly
-//! the client reads.
+//! After that, the page is true at the fence, and is sent. At the end of the index the marker is
+//! sent, whose token is the place, and the watch goes on from there. A beginning keeps two places
+//! and at most one page, for any number of VMs and any speed of the client.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -36,20 +39,20 @@ use super::watch::{Filter, Notice};
 use crate::error::ServiceError;
 use crate::index::Index;
 
-/// One VM as it is.
+/// The present state of one VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Present {
     /// The name.
     pub vm_id: VmId,
-    /// The creation.
+    /// The uid.
     pub uid: VmUid,
-    /// When it came to be so, in Unix milliseconds.
+    /// The time of the change that led to this state, in Unix milliseconds.
     pub time_ms: i64,
     /// The state.
     pub state: VmState,
     /// The status.
     pub status: Status,
-    /// What ended the last run.
+    /// The rung that ended the last run.
     pub ended_by: Option<EndedBy>,
 }
 
@@ -79,16 +82,16 @@ impl Present {
     }
 }
 
-/// VMs that are read from the index at once.
+/// The number of VMs that are read from the index at once.
 const PAGE: usize = 64;
 
 /// The progress of a beginning.
 pub(super) enum Beginning {
-    /// Every VM up to this one has been told.
+    /// Every VM up to this one has been sent.
     Told(Option<VmUid>),
     /// A page has been read, and the log is being replayed up to the fence.
     Replaying(Page),
-    /// Every VM has been told, the marker has not.
+    /// Every VM has been sent, and the marker has not.
     Ended,
 }
 
@@ -97,8 +100,8 @@ impl Beginning {
         Self::Told(None)
     }
 
-    /// Takes one step, of which `place` is the place in the log, and returns what is to be told next, if anything. A step that
-    /// is given up has changed nothing.
+    /// Takes one step, and returns the notices to send next, which may be none. `place` is the
+    /// place of the beginning in the log. A step that is cancelled has changed nothing.
     pub(super) async fn step(
         &mut self,
         events: &Events,
@@ -109,7 +112,8 @@ impl Beginning {
         match self {
             Self::Told(last) => {
                 let page = Page::read(index, events, filter, *last);
-                // Commits that were under way; a store takes milliseconds over them.
+                // Some commits up to the fence may be in progress. A store takes milliseconds for
+                // them.
                 events.settled_up_to(page.fence).await?;
                 *self = Self::Replaying(page);
                 Ok(Vec::new())
@@ -136,21 +140,22 @@ impl Beginning {
     }
 }
 
-/// Some VMs that follow each other in the index, and what is made of them.
+/// Some VMs that follow each other in the index, with the changes of the replay.
 pub(super) struct Page {
     /// The last VM before the page.
     after: Option<VmUid>,
-    /// The last VM of the page. `None` means that the page holds all that follow, those that do not exist yet included.
+    /// The last VM of the page. `None` means that the page holds all VMs that follow, including
+    /// those that do not exist yet.
     last: Option<VmUid>,
     matching: BTreeMap<VmUid, Present>,
-    /// The last event that each VM of the page, matching or not, shows.
+    /// The last event that each VM of the page shows, whether or not the VM matches the filter.
     up_to: HashMap<VmUid, EventSeq>,
     fence: EventSeq,
 }
 
 impl Page {
     fn read(index: &Index, events: &Events, filter: &Filter, after: Option<VmUid>) -> Self {
-        // At most one VM bears a name, so a filter by name needs one page.
+        // At most one VM has a name, so a filter by name needs one page.
         let records = match &filter.vm_id {
             Some(vm_id) => index.get_at(vm_id).into_iter().collect(),
             None => index.walk(after, PAGE),
@@ -166,8 +171,8 @@ impl Page {
         Self { after, last, matching, up_to, fence }
     }
 
-    /// Works an event into the page. Answers `true` where the event is to be told as a change instead, because the VM has been
-    /// told before.
+    /// Applies an event to the page. Returns true if the event must be sent as a change instead,
+    /// because the VM has been sent before.
     fn replay(&mut self, event: &VmEvent, filter: &Filter) -> bool {
         let uid = event.event.uid;
         if self.after.is_some_and(|after| uid <= after) {
@@ -179,7 +184,8 @@ impl Page {
         if event.event.kind == EventKind::Created {
             self.up_to.entry(uid).or_default();
         }
-        // A VM that neither was there nor is created here had been removed before the page was read.
+        // A VM that is not on the page and is not created by this event was removed before the page
+        // was read.
         let Some(seen) = self.up_to.get_mut(&uid).filter(|seen| **seen < event.seq) else { return false };
         *seen = event.seq;
         if event.event.kind == EventKind::Deleted {

@@ -1,41 +1,43 @@
-//! The end of the log in memory, so that a thousand watchers cost one read of the store.
+//! The end of the log in memory. A thousand watchers cost one read of the store because of it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use vmm_core::event::{EventSeq, VmEvent};
 
-/// A stretch of the log without gaps: everything after `base` up to `head`.
+/// A stretch of the log without gaps: every event after `base` up to `head`.
 #[derive(Debug)]
 pub(super) struct Recent {
     base: EventSeq,
     events: VecDeque<Arc<VmEvent>>,
-    /// The most events.
+    /// The largest number of events.
     capacity: usize,
-    /// The most bytes of text in them.
+    /// The largest number of bytes of text in the events.
     room: usize,
     used: usize,
 }
 
 impl Recent {
-    /// Begins, empty, at the end of the log.
+    /// Creates an empty stretch at the end of the log.
     pub(super) fn new(end: EventSeq, capacity: usize, room: usize) -> Self {
         Self { base: end, events: VecDeque::new(), capacity, room, used: 0 }
     }
 
-    /// The last place that it reaches to.
+    /// Returns the last place in the stretch.
     pub(super) fn head(&self) -> EventSeq {
         self.events.back().map_or(self.base, |event| event.seq)
     }
 
-    /// Up to `limit` events after `after`; `None` if the stretch does not reach so far back, or not so far forward.
+    /// Returns up to `limit` events after `after`, or `None` if the stretch does not reach that far
+    /// back or forward.
     pub(super) fn after(&self, after: EventSeq, limit: usize) -> Option<Vec<Arc<VmEvent>>> {
         let skipped = usize::try_from(after.0.checked_sub(self.base.0)?).ok()?;
         (skipped <= self.events.len())
             .then(|| self.events.iter().skip(skipped).take(limit).map(Arc::clone).collect())
     }
 
-    /// Appends `page`, which begins right after `after`. Where that is not the head, the stretch begins anew there.
+    /// Appends `page`, which begins right after `after`. If `after` is not the head, the stretch
+    /// begins anew there.
     pub(super) fn append(&mut self, after: EventSeq, page: &[Arc<VmEvent>]) {
         if after != self.head() {
             self.events.clear();
@@ -52,7 +54,7 @@ impl Recent {
     }
 }
 
-/// The bytes of an event whose number is up to clients and VMMs.
+/// Returns the bytes of an event whose number clients and VMMs determine.
 fn text_of(event: &VmEvent) -> usize {
     let metadata = event.event.metadata.iter().map(|(key, value)| key.len() + value.len());
     event.event.status.message.len() + metadata.sum::<usize>()

@@ -1,7 +1,8 @@
-//! Removes events that have been kept for long enough.
+//! Removes events whose retention has passed.
 //!
-//! The wall clock alone decides nothing, because somebody may set it. Events go in the order of the log, and the cutoff moves
-//! forward only as fast as time passes for this daemon:
+//! The wall clock alone does not determine the removal, because an operator may set it. Events are
+//! removed in the order of the log, and the cutoff moves forward only as fast as time passes for
+//! this daemon:
 //!
 //! ```text
 //!   the time of the oldest event, at the start ──┐
@@ -9,9 +10,10 @@
 //!   now − retention, by the wall clock ──────────┘
 //! ```
 //!
-//! A clock that jumps forward by years removes nothing at once, and a clock that was set back removes nothing too early. Where
-//! everything before a pause has gone, the cutoff passes over the pause, since there is nothing in it. The price: what became
-//! too old while no daemon ran is kept a while longer.
+//! A clock that jumps forward by years removes nothing at once, and a clock that was set back
+//! removes nothing too early. If every event before a pause has been removed, the cutoff skips the
+//! pause, because the pause contains no event. As a consequence, an event that expired while no
+//! daemon ran is kept a while longer.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -23,13 +25,13 @@ use vmm_core::store::{EventQuery, StoreError};
 use super::Events;
 use crate::clock::now_ms;
 
-/// The least time between two removals.
+/// The shortest time between two removals.
 const OFTEN: Duration = Duration::from_secs(1);
-/// The most.
+/// The longest time between two removals.
 const SELDOM: Duration = Duration::from_secs(600);
 
-/// Removes old events again and again, for as long as the log is used. An event outlives its time by a twentieth of it, or by ten
-/// minutes where that is less.
+/// Removes old events repeatedly, for as long as the log is used. An event is kept for a twentieth
+/// of its retention longer, or for ten minutes if that is less.
 pub(crate) async fn expire_for_ever(events: Weak<Events>) {
     let mut cutoff = Cutoff::default();
     while let Some(events) = events.upgrade() {
@@ -54,26 +56,27 @@ async fn expire(events: &Arc<Events>, cutoff: &mut Cutoff) {
     }
 }
 
-/// When the oldest event happened, in Unix milliseconds by the clock of then.
+/// Returns the time of the oldest event, in Unix milliseconds of the clock at that time.
 async fn oldest(events: &Events) -> Result<Option<i64>, StoreError> {
     let query = EventQuery { after: EventSeq(0), vm_id: None, limit: 1 };
     Ok(events.store.events(query).await?.first().map(|event| event.event.time_ms))
 }
 
-/// Events before this time may go.
+/// The time before which events may be removed.
 #[derive(Debug, Default)]
 struct Cutoff {
-    /// The time, in Unix milliseconds, and when it was right.
+    /// The last cutoff in Unix milliseconds, and the instant at which it was correct.
     last: Option<(i64, Instant)>,
 }
 
 impl Cutoff {
-    /// The cutoff at the moment `now`, where `oldest_ms` is the time of the oldest event and `wall_ms` what the wall clock says.
+    /// Returns the cutoff at the instant `now`. `oldest_ms` is the time of the oldest event, and
+    /// `wall_ms` the wall clock less the retention.
     fn at(&mut self, now: Instant, oldest_ms: i64, wall_ms: i64) -> i64 {
         let moved = self.last.map_or(oldest_ms, |(time_ms, then)| {
             time_ms.saturating_add(millis(now.saturating_duration_since(then)))
         });
-        // To pass over a time in which nothing happened removes nothing.
+        // A skip over a time without events removes nothing.
         let cutoff = moved.max(oldest_ms).min(wall_ms);
         self.last = Some((cutoff, now));
         cutoff

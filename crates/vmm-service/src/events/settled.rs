@@ -1,9 +1,12 @@
-//! How far the log is settled: up to where every event is committed, and every read shows what it tells of.
+//! The place up to which the log is settled: every event up to there is committed, and every read
+//! shows the changes of these events.
 //!
-//! Commits of different VMs are answered in any order, and between its commit and its answer a change is not yet shown to
-//! readers. A watcher that ran ahead would tell of what GetVmInfo does not know. So each commit is open from before it is sent
-//! until the index shows it, and remembers the last place that had been answered when it began, its floor: its own event comes
-//! after that. The log is settled up to the lowest floor of what is open, and up to the last answer if nothing is.
+//! Commits of different VMs are answered in any order, and between its commit and its answer a
+//! change is not yet shown to readers. A watcher that ran ahead would report a change that
+//! GetVmInfo does not show. Each commit is therefore open from before it is sent until the index
+//! shows it. It remembers its floor: the last place that had been answered when it began. Its own
+//! event comes after its floor. The log is settled up to the lowest floor of the open commits, or
+//! up to the last answer if none is open.
 //!
 //! ```text
 //!   log:   … 6   7   8   9  10  11
@@ -12,8 +15,8 @@
 //!                    └ settled: a commit that began when 8 was the last answer is still open
 //! ```
 //!
-//! Nothing waits for a place to be filled. A commit that fails closes like any other, and what the log then holds is read from
-//! the log.
+//! No watcher waits for a place to be filled. A commit that fails closes like any other, and its
+//! result is read from the log.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 use vmm_core::event::EventSeq;
 
-/// Keeps account of the commits under way.
+/// The account of the commits in progress.
 #[derive(Debug)]
 pub(super) struct Settled {
     ledger: Mutex<Ledger>,
@@ -30,15 +33,16 @@ pub(super) struct Settled {
 
 #[derive(Debug)]
 struct Ledger {
-    /// The last place that a commit was answered with.
+    /// The last place with which a commit was answered.
     answered: EventSeq,
-    /// The floors of what is open, in the order in which they began; so the first is the lowest.
+    /// The floors of the open commits, in the order in which they began, so that the first is the
+    /// lowest.
     open: BTreeMap<u64, EventSeq>,
     next: u64,
 }
 
 impl Settled {
-    /// Begins with a log that is settled up to `last`.
+    /// Creates the account of a log that is settled up to `last`.
     pub(super) fn new(last: EventSeq) -> Self {
         let ledger = Ledger { answered: last, open: BTreeMap::new(), next: 0 };
         Self { ledger: Mutex::new(ledger), place: watch::Sender::new(last) }
@@ -54,12 +58,12 @@ impl Settled {
         Open { settled: Arc::clone(self), number }
     }
 
-    /// The last place that a commit was answered with; it may not be settled yet.
+    /// Returns the last place with which a commit was answered. It may not be settled yet.
     pub(super) fn answered(&self) -> EventSeq {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner).answered
     }
 
-    /// Tells how far the log is settled, now and whenever that moves.
+    /// Returns a receiver of the place up to which the log is settled.
     pub(super) fn subscribe(&self) -> watch::Receiver<EventSeq> {
         self.place.subscribe()
     }
@@ -76,7 +80,7 @@ impl Settled {
     }
 }
 
-/// A commit under way. It closes when it is dropped.
+/// A commit in progress. It closes when it is dropped.
 #[derive(Debug)]
 pub(super) struct Open {
     settled: Arc<Settled>,
@@ -84,7 +88,7 @@ pub(super) struct Open {
 }
 
 impl Open {
-    /// Takes note of the place that the commit's event got.
+    /// Notes the place of the commit's event.
     pub(super) fn answered(&self, seq: EventSeq) {
         let mut ledger = self.settled.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         ledger.answered = ledger.answered.max(seq);
@@ -123,7 +127,8 @@ mod tests {
     }
 
     proptest! {
-        /// Commits begin, are written, answered and shown in any order the rules allow; some fail, some are written unheard.
+        /// Commits begin, are written, answered and shown in any order the rules allow; some fail,
+        /// some are written unheard.
         #[test]
         fn whatever_is_settled_is_shown(steps in prop::collection::vec((0..4_u8, 0..8_usize), 0..200)) {
             let settled = Arc::new(Settled::new(EventSeq(0)));

@@ -1,15 +1,16 @@
-//! Tokens: places in the log that clients keep and bring back.
+//! Tokens: places in the log that clients keep and send back.
 //!
 //! ```text
 //!   e 1f2e3d4c5b6a7988 00000000000004d2 0badcafe
-//!   │ │                │                └ check: of what lies at that place
+//!   │ │                │                └ check: of the event at that place
 //!   │ │                └ the place
-//!   │ └ whose log it is
+//!   │ └ the instance whose log it is
 //!   └ kind: e an event, s the marker "synced", p the last event of a page
 //! ```
 //!
-//! A token outlives restarts, because instance and place do. The check tells when the log is no longer the one that the token
-//! was made from: a backup that was put back gives the same places to other events.
+//! A token outlives restarts, because instance and place do. The check reveals that the log is not
+//! the one from which the token was made: after a backup is restored, the same places hold other
+//! events.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +18,7 @@ use std::str::FromStr;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::{InstanceId, VmId};
 
-/// What a token was given out with.
+/// The kind of the message that carried a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// An event.
@@ -32,15 +33,16 @@ pub(super) enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Token {
     pub(super) kind: Kind,
-    /// Whose log; see [`fingerprint`].
+    /// The instance of the log, see [`fingerprint`].
     pub(super) instance: u64,
-    /// Everything up to here has been seen.
+    /// The last place that the client has seen.
     pub(super) seq: EventSeq,
-    /// Of the event at that place, or 0 where there is none; of a page, its filter.
+    /// The check of the event at that place, or 0 if there is none. The token of a page has the
+    /// check of its filter.
     pub(super) check: u32,
 }
 
-/// Says why a text is not a [`Token`].
+/// The error for a text that is not a [`Token`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NotAToken;
 
@@ -78,18 +80,19 @@ impl FromStr for Token {
     }
 }
 
-/// Whose log a token is of.
+/// Returns the mark of an instance in tokens.
 pub(super) fn fingerprint(instance: InstanceId) -> u64 {
     fnv([instance.to_string().as_bytes()])
 }
 
-/// What tells an event from another one that a restored log has in its place. Never 0, which stands for no event.
+/// Returns a number that distinguishes an event from another one at the same place of a restored
+/// log. The number is never 0, which stands for no event.
 pub(super) fn check_of(event: &VmEvent) -> u32 {
     let told = &event.event;
     short([told.uid.to_string().as_bytes(), told.kind.as_str().as_bytes(), &told.time_ms.to_be_bytes()])
 }
 
-/// What tells the filter of a page from others.
+/// Returns a number that distinguishes the filter of a page from others.
 pub(super) fn check_of_filter(vm_id: Option<&VmId>) -> u32 {
     short([vm_id.map_or("", VmId::as_str).as_bytes()])
 }
@@ -99,7 +102,8 @@ fn short<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u32 {
     u32::try_from((hash >> 32) ^ (hash & 0xffff_ffff)).unwrap_or_default().max(1)
 }
 
-/// FNV-1a, because a token must mean the same in the next release, which std's hashers do not promise.
+/// Returns the FNV-1a hash. The hashers of std do not promise the same value in the next release,
+/// and a token must stay valid.
 fn fnv<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u64 {
     let bytes = parts.into_iter().flat_map(|part| part.iter().copied().chain([0xff]));
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))

@@ -1,4 +1,4 @@
-//! WatchVms: one watcher, a cursor into the log with a filter.
+//! WatchVms: a watcher is a cursor into the log with a filter.
 //!
 //! ```text
 //!   without a token ──► present states, "synced" ──┐    (present.rs)
@@ -24,38 +24,40 @@ use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::index::Index;
 
-/// The pause after the first page of a beginning. What serves the watch sends nothing while there is more to be had at once,
-/// up to a quarter of a MiB, so without a pause the first of many VMs waits for the thousandth.
+/// The pause after the first page of a beginning. The server sends nothing while more notices are
+/// ready, up to a quarter of a MiB, so that without a pause the first of many VMs would wait for
+/// the thousandth.
 const HAND_OVER: Duration = Duration::from_millis(1);
 
-/// What to watch.
+/// The selection of the VMs to watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WatchQuery {
-    /// Token of the last event seen; empty begins with the present state.
+    /// The token of the last event seen. Empty begins with the present state.
     pub resume_token: String,
-    /// Only this VM, which need not exist; empty means all.
+    /// The VM to watch, which need not exist. Empty means all VMs.
     pub vm_id: String,
-    /// Only VMs that bear all of these labels.
+    /// The labels that a VM must bear, all of them.
     pub metadata: BTreeMap<String, String>,
 }
 
-/// What a watcher is told.
+/// A message to a watcher.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// The present state of one VM, at the beginning of a watch without a token.
     Present(Present),
-    /// Every present state has been told.
+    /// The marker after the last present state.
     Synced {
-        /// Resumes a watch from here.
+        /// The token that resumes a watch from here.
         token: String,
-        /// When, in Unix milliseconds.
+        /// The time of the marker, in Unix milliseconds.
         time_ms: i64,
     },
-    /// Something happened. Before [`Notice::Synced`] it happened to a VM whose state was told, and bears no token.
+    /// A change of a VM. Before [`Notice::Synced`] it is a change of a VM whose state was sent, and
+    /// has no token.
     Change(Recorded),
 }
 
-/// Which VMs a watcher wants to hear of.
+/// The filter of a watcher.
 #[derive(Clone, Debug)]
 pub(super) struct Filter {
     pub(super) vm_id: Option<VmId>,
@@ -73,36 +75,37 @@ impl Filter {
     }
 }
 
-/// A watch. Nothing is kept for it but its place in the log and, at its beginning, its place among the VMs: a client that does
-/// not ask takes no more room than the few notices in `ready`.
+/// A watch. The service keeps its place in the log and, at its beginning, its place among the VMs.
+/// A client that does not read uses no more memory than the few notices in `ready`.
 pub struct Watch {
     events: Arc<Events>,
     index: Arc<Index>,
     filter: Filter,
     settled: watch::Receiver<EventSeq>,
-    /// The part that is told before the changes; `None` once the marker has been told.
+    /// The part that is sent before the changes. `None` after the marker has been sent.
     beginning: Option<Beginning>,
-    /// Everything up to here is told, or lies in `ready`.
+    /// The place up to which every event was sent or lies in `ready`.
     cursor: EventSeq,
-    /// Whether it has been at the end of the log. Before that it may be as far behind as its token is old.
+    /// True if the watch has been at the end of the log. Before that it may be as far behind as its
+    /// token is old.
     caught_up: bool,
     ready: VecDeque<Notice>,
     first_page: FirstPage,
 }
 
-/// How far the first page of a beginning has come.
+/// The progress of the first page of a beginning.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum FirstPage {
-    /// It has not been read.
+    /// The page has not been read.
     Ahead,
-    /// It has been read, and others follow. It is to be sent before them.
+    /// The page has been read, and others follow. It must be sent before them.
     Read,
-    /// It has been sent, as far as this watch knows.
+    /// The page has been sent, as far as this watch knows.
     Behind,
 }
 
 impl Watch {
-    /// Begins to watch. Reads nothing of the VMs: that is done as the client reads.
+    /// Begins to watch. Does not read the VMs, because they are read as the client reads.
     pub(crate) async fn start(
         events: Arc<Events>,
         index: Arc<Index>,
@@ -120,12 +123,13 @@ impl Watch {
         Ok(Self { events, index, filter, settled, beginning, cursor, caught_up: false, ready, first_page })
     }
 
-    /// Waits for the next notice. Nothing is lost if the wait is given up.
+    /// Waits for the next notice. Nothing is lost if the wait is cancelled.
     ///
     /// # Errors
     ///
-    /// The watch is over: [`ServiceError::Exhausted`] if it fell behind, [`ServiceError::OutOfRange`] if what it was to tell
-    /// next has expired, or the store's failure. It can be resumed from the last token.
+    /// Ends the watch with [`ServiceError::Exhausted`] if it fell behind,
+    /// [`ServiceError::OutOfRange`] if its next event has expired, or the store's failure. The
+    /// watch can be resumed from the last token.
     pub async fn next(&mut self) -> Result<Notice, ServiceError> {
         loop {
             if let Some(notice) = self.ready.pop_front() {
@@ -146,7 +150,7 @@ impl Watch {
                     self.first_page = FirstPage::Read;
                 }
                 self.ready.extend(told);
-                // A filter that matches few of many VMs takes many steps before there is something to tell.
+                // A filter that matches few of many VMs takes many steps before there is a notice.
                 tokio::task::coop::consume_budget().await;
                 continue;
             }
@@ -175,13 +179,13 @@ impl Watch {
 }
 
 impl Events {
-    /// The marker of a beginning that is true at `place`.
+    /// Returns the marker of a beginning that is true at `place`.
     async fn marker(&self, place: EventSeq) -> Result<Notice, ServiceError> {
         let check = self.event_at(place).await?.as_ref().map_or(0, token::check_of);
         Ok(Notice::Synced { token: self.token(Kind::Synced, place, check), time_ms: now_ms() })
     }
 
-    /// The place that a token names, if everything after it is still kept.
+    /// Returns the place that a token names, if every event after it is still kept.
     async fn resume(&self, text: &str) -> Result<EventSeq, ServiceError> {
         let malformed = |why: &str| {
             let what_to_do =
@@ -205,7 +209,7 @@ impl Events {
             None if seq > answered => {
                 Err(self.unknown_log("is ahead of the log, as after a restored backup"))
             }
-            // Its own event has expired; the one after it must not have.
+            // The event of the token has expired, so the next one must still exist.
             None if seq < answered => self.read_store(seq, answered).await.map(|_| seq),
             None => Ok(seq),
         }

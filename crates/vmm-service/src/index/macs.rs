@@ -1,5 +1,5 @@
-//! The hardware addresses that clients chose, with the VMs that have them. An address that the program chose is unique, because 40 of
-//! its bits are random, and takes no room here.
+//! The hardware addresses that clients chose, with the VMs that have them. An address that the
+//! program chose is unique, because 40 of its bits are random, and is not stored here.
 
 use std::collections::HashMap;
 

@@ -1,7 +1,9 @@
-//! The VMs of the index in the order of their creation, by everything that a listing filters by.
+//! The VMs of the index in the order of their creation, by every property that a listing filters
+//! by.
 //!
-//! One ordered set holds each VM once for itself and once for each of its labels. The key begins with what a filter names, and
-//! ends with the VM's age, so that the VMs that match lie side by side, and a page begins in the middle by a search:
+//! One ordered set holds each VM once for itself and once for each of its labels. The key begins
+//! with the properties that a filter names, and ends with the VM's age. The VMs that match are
+//! therefore adjacent, and a page begins in the middle by a search:
 //!
 //! ```text
 //!   (all)        fake  CREATED  ─► oldest … youngest
@@ -10,8 +12,9 @@
 //!   └ group      └ shelf: group, backend and state     └ age
 //! ```
 //!
-//! A filter of state, backend and at most one label is a merge of few shelves, and their counts add up to the number of VMs that
-//! match. With several labels the shelves of the rarest label are walked, and the others are compared VM by VM.
+//! A filter of state, backend and at most one label is a merge of few shelves, and their counts add
+//! up to the number of VMs that match. With several labels the shelves of the rarest label are
+//! walked, and the other labels are compared for each VM.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -26,16 +29,16 @@ use super::{Age, States, contains};
 /// A filter of ListVms.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Filter {
-    /// Which states match, in the order of [`VmState::ALL`]; none of them means all.
+    /// The states that match, in the order of [`VmState::ALL`]. None of them means all.
     pub(crate) states: States,
-    /// The backend; empty means all.
+    /// The backend. Empty means all.
     pub(crate) backend: String,
-    /// Labels that a VM must bear, all of them.
+    /// The labels that a VM must bear, all of them.
     pub(crate) labels: BTreeMap<String, String>,
 }
 
 impl Filter {
-    /// Says whether `record` has the labels. The shelves answer for state and backend.
+    /// Returns true if `record` has the labels. The shelves select by state and backend.
     pub(super) fn has_labels(&self, record: &VmRecord) -> bool {
         self.labels.iter().all(|(key, value)| record.config.metadata.get(key) == Some(value))
     }
@@ -45,8 +48,9 @@ impl Filter {
     }
 }
 
-/// All VMs, or those that bear one label. A label is known by two hashes of it with keys that are made at each start of the
-/// daemon: a hundred and twenty-eight bits, which two labels never share by accident or by intent.
+/// All VMs, or the VMs with one label. A label is identified by two hashes with keys that are made
+/// at each start of the daemon. Their 128 bits do not collide by accident, and no client can cause
+/// a collision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Group(u64, u64);
 
@@ -56,9 +60,9 @@ const ALL: Group = Group(0, 0);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Shelf {
     group: Group,
-    /// The place in [`Order::backends`].
+    /// The position in [`Order::backends`].
     backend: u16,
-    /// The place in [`VmState::ALL`].
+    /// The position in [`VmState::ALL`].
     state: u8,
 }
 
@@ -66,13 +70,13 @@ pub(super) struct Shelf {
 #[derive(Debug)]
 pub(super) struct Selection {
     shelves: Vec<Shelf>,
-    /// The number of VMs in the ranges.
+    /// The number of VMs on the shelves.
     pub(super) count: usize,
-    /// True if all of them match. Otherwise their labels are yet to be compared.
+    /// True if all of them match. Otherwise their labels must still be compared.
     pub(super) exact: bool,
 }
 
-/// See the module.
+/// The ordered set of all VMs, see the module.
 #[derive(Debug, Default)]
 pub(super) struct Order {
     set: BTreeSet<(Shelf, Age)>,
@@ -154,7 +158,7 @@ impl Order {
         })
     }
 
-    /// The groups that a VM belongs to.
+    /// Returns the groups that a VM belongs to.
     fn groups(&self, record: &VmRecord) -> Vec<Group> {
         let labels = record.config.metadata.iter().map(|(key, value)| self.label(key, value));
         std::iter::once(ALL).chain(labels).collect()
@@ -162,7 +166,7 @@ impl Order {
 
     fn label(&self, key: &str, value: &str) -> Group {
         let [a, b] = &self.keys;
-        // Never that of all VMs.
+        // The lowest bit is set, so that no label has the group of all VMs.
         Group(a.hash_one((key, value)) | 1, b.hash_one((key, value)))
     }
 
@@ -176,7 +180,7 @@ impl Order {
     }
 }
 
-/// The place of a state in [`VmState::ALL`].
+/// Returns the position of a state in [`VmState::ALL`].
 fn place(state: VmState) -> u8 {
     let position = (0..).zip(VmState::ALL).find(|(_, it)| *it == state);
     position.map_or(0, |(place, _)| place)
@@ -213,7 +217,8 @@ mod tests {
     }
 
     proptest! {
-        /// A selection holds what a walk over all VMs finds, in the same order, from wherever it begins.
+        /// A selection holds what a walk over all VMs finds, in the same order, from wherever it
+        /// begins.
         #[test]
         fn a_selection_is_a_walk_that_passes_over_the_others(
             vms in prop::collection::vec((0..6_i64, 0..4_usize, 0..2_usize, any::<[bool; 3]>(), any::<bool>()), 0..40),

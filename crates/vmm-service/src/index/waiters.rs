@@ -1,5 +1,6 @@
-//! The calls of WaitVm for one VM. They stand in groups by the states they wait for, at most fifteen, so that a change wakes
-//! those whose wait is over and does not walk over the others.
+//! The calls of WaitVm for one VM. They are grouped by the states that they wait for, in at most
+//! fifteen groups. A change therefore wakes the calls whose wait is over and does not walk over the
+//! others.
 
 use std::sync::Arc;
 
@@ -9,10 +10,11 @@ use vmm_core::store::VmRecord;
 
 use super::{States, contains};
 
-/// Hears once: of the record that ended the wait. Its sender is dropped with the VM.
+/// The receiver of a waiting call. It gets one message, the record that ended the wait. Its sender
+/// is dropped with the VM.
 pub(crate) type Waiter = watch::Receiver<Option<Arc<VmRecord>>>;
 
-/// The groups of one VM. Takes no room where nobody waits.
+/// The groups of one VM. They take no memory if no call waits.
 #[derive(Debug, Default)]
 pub(super) struct Waiters(Vec<(States, watch::Sender<Option<Arc<VmRecord>>>)>);
 
@@ -35,12 +37,12 @@ impl Waiters {
     }
 }
 
-/// Groups whose wait is over, to be told when no lock is held.
+/// The groups whose wait is over. They are woken after all locks are released.
 #[must_use = "a group that is dropped takes its VM for removed"]
 pub(super) struct Woken(Vec<watch::Sender<Option<Arc<VmRecord>>>>);
 
 impl Woken {
-    /// Tells every waiter of `record`.
+    /// Sends `record` to every waiter.
     pub(super) fn tell(self, record: &Arc<VmRecord>) {
         for group in self.0 {
             group.send_replace(Some(Arc::clone(record)));
