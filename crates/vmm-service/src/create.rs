@@ -54,6 +54,8 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
             Err(invalid) => return Err(refuse_name(shared, fresh, &request, &invalid.to_string()).await),
         },
     };
+    // The lock is held to the end of the call. Of two calls with one name, the second therefore
+    // sees the VM of the first and is answered as a repetition.
     let lock = shared.names.of(&vm_id);
     let _creating = lock.lock().await;
     if let Some(existing) = shared.index.get(&vm_id) {
@@ -65,11 +67,15 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         places::refuse_import_only(&*backend)?;
         spare = spares::promise(shared, &backend);
     }
+    // The uid is chosen before the checks, because MACs and TAP names are derived from it. If a
+    // check fails, the promise is dropped and the spare VMM is free again.
     let uid = spare.as_ref().and_then(Promise::uid).unwrap_or(fresh);
     let Checked { config, report, accepted } = check_config(shared, uid, &request.requested).await?;
     let Some(backend) = accepted.filter(|_| report.is_ok()) else {
         return Err(refusal(report));
     };
+    // The lock of the places in `claim` is held until the VM is in the index, so that no other VM
+    // gets the same place.
     let claim = places::claim(shared, &*backend).await?;
     let mut record = new_record(shared, uid, vm_id, &*backend, request.requested, config);
     if let Some(claim) = &claim {
@@ -146,6 +152,9 @@ async fn put_on_record(
     let committed = match shared.events.commit(insert).await {
         Ok(committed) => committed,
         Err(error) => {
+            // The VM may be on record although the client gets an error. The spare VMM is ended,
+            // because its uid may be in use, and the record is removed, because the client believes
+            // that there is no VM.
             if error.effect != Effect::NotApplied {
                 if let Some(spare) = spare {
                     spare.discard().await;

@@ -16,7 +16,7 @@ pub enum ServiceError {
     /// The request cannot be served as it is. The text lists every violation.
     #[error("{}", list(.0))]
     Invalid(Vec<FieldReport>),
-    /// No VM has this name.
+    /// The name belongs to no VM.
     #[error("there is no VM \"{0}\"; ListVms shows those that exist")]
     NotFound(String),
     /// A VM with another configuration has the name.

@@ -176,6 +176,8 @@ impl Index {
             let inner = self.read();
             let Some(entry) = inner.by_uid.get(&record.uid) else { return };
             let mut shown = entry.shown();
+            // The usual change keeps every key of the maps, so the lock of the entry is enough and
+            // other readers go on. Waiters wait for states, and the state is the same here.
             if is_filed_alike(&shown.record, &record) {
                 shown.seq = shown.seq.max(seq);
                 shown.record = record;
@@ -194,6 +196,8 @@ impl Index {
             shown.record = Arc::clone(&record);
             shown.waiters.take(record.state)
         };
+        // The waiters are woken after both locks are released, so that none of them meets a held
+        // lock.
         woken.tell(&record);
     }
 

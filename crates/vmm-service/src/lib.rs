@@ -1,7 +1,7 @@
 //! The use cases: the methods of the API, for every hypervisor.
 //!
 //! ```text
-//!   api ──► VmService ──► mailbox ► Actor (one per VM, only writer of its record) ──► Backend / Vmm
+//!   api ──► VmService ──► mailbox ► Actor (one per VM, writes its record) ──► Backend / Vmm
 //!              │                      │  intent ► effect ► outcome
 //!              │ reads                ▼
 //!              └────────► Index ◄── Store

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Two locks are held together: the lock of a name, and the lock of the places. CreateVm and an
-//! import both take the lock of the name first. No other action that may take long happens under
-//! the lock of the places, and the look at a VM's files does not either.
+//! import both take the lock of the name first. Apart from commits, no action that may take long
+//! happens under the lock of the places. The look at a VM's files happens outside it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -119,6 +119,7 @@ async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding
             }
         },
         Finding::Lost { place } => {
+            // Removals at one place run one after the other, in the order of the findings.
             let before = leaving.remove(&place);
             let lost = place.clone();
             let removal = async move {

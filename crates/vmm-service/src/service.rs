@@ -162,6 +162,8 @@ impl VmService {
             policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),
             under_way: Counter::default(),
         });
+        // The backends are asked before any VM is recovered, so that the first clients see a known
+        // health.
         shared.backends.refresh().await;
         let pings = shared.backends.clone();
         tokio::spawn(async move {
@@ -177,6 +179,8 @@ impl VmService {
         for tombstone in tombstones {
             tombstones::keep(&shared, tombstone);
         }
+        // One walk over the processes of the host serves all recoveries, because a walk for each VM
+        // would cost the square of their number.
         let in_use = RunFolders::in_use(&shared.settings.runtime_dir).await;
         // These VMs come before the others, because an operation of the others that is finished
         // must find the disks of these VMs claimed.
@@ -185,6 +189,8 @@ impl VmService {
         let vms = kinds::settle(&shared, vms).await;
         let recoveries = vms.into_iter().map(|record| take_up(&shared, record, &in_use));
         futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
+        // The search for VMs of other programs comes last, because a VM that is found belongs to a
+        // VM on record if its place does. It goes on in its task after the deadline.
         let discovering = tokio::spawn({
             let shared = Arc::clone(&shared);
             async move { places::discover_all(&shared).await }

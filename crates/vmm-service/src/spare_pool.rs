@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   begin_filling ─► add ─► free ── take ─► (held) ── promise ─► promised ── forget ► a VM uses it
-//!                            ▲                 │                   └─ too many: the oldest is ended
+//!                            ▲                 │                     └─ too many: the oldest ends
 //!                            └── give_back ────┘
 //!   stop: all that wait are returned, and so is every one that comes later
 //! ```

@@ -83,6 +83,9 @@ async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
 async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
     let known = shared.backends.of_kind(vm.backend.as_str(), &vm.kind).ok();
     match (&vm.run, known) {
+        // The first branch covers external VMMs. The next asks the backend, which can also find a
+        // process that the record does not name. The last two serve VMs whose backend this daemon
+        // does not have.
         (Some(run), _) if vm.kind != VmKind::Managed => matches!(adopt(&run.process), Lookup::Gone),
         (_, Some(backend)) => match adopted(shared, &*backend, vm).await {
             Some(Adoption::Gone { .. }) => true,

@@ -65,6 +65,8 @@ pub(crate) async fn check_config(
     if let Some(spec) = &spec {
         check_network(shared, &mut report, spec, uid);
     }
+    // The files are looked at even if the configuration is refused already, so that the client gets
+    // every problem at once.
     let terms = Terms::of(Purpose::Create, backend.as_ref().map(|backend| backend.capabilities()));
     match check::look(files, terms).await {
         Ok(facts) => {

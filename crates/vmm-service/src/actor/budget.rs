@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!   asked ────────────────────────────────────────────────────────► until
-//!     │ effect, at most its own limit, less the time for the undo     │ undo
-//!     └─ force comes: the operation is undone in the budget of the forced one
+//!     │ effect, at most its own limit, less the time for the cleanup  │ cleanup
+//!     └─ force comes: the operation cleans up in the budget of the forced one
 //! ```
 //!
 //! An operation gets one budget when it begins, and passes it to every step. A step has a limit of
-//! its own besides, so that a step that hangs leaves time for the steps that undo the operation.
+//! its own besides, so that a step that hangs leaves time for the steps that clean up.
 
 use std::time::Duration;
 
@@ -20,8 +20,7 @@ use super::Actor;
 const OPERATION_LIMIT: Duration = Duration::from_secs(30);
 /// The time from the request of a forced operation to its answer, without commits.
 pub(super) const FORCE_LIMIT: Duration = Duration::from_millis(4800);
-/// The part of a budget that is reserved for the steps that undo an effect: a kill, a sweep, the
-/// TAPs.
+/// The part of a budget that is reserved for the cleanup: a kill, a sweep, the TAPs.
 const WIND_UP_LIMIT: Duration = Duration::from_secs(5);
 /// The least time that each step gets, even if the budget is used up.
 const LEAST: Duration = Duration::from_millis(50);
@@ -40,7 +39,7 @@ pub(super) struct Budget {
 
 /// The reason why an effect was not completed.
 pub(super) enum Broken {
-    /// A forced operation came. The interrupted operation is undone in its budget.
+    /// A forced operation came. The interrupted operation cleans up within its budget.
     Preempted(Budget),
     /// The backend failed, or the limit passed.
     Backend(BackendError),
@@ -68,7 +67,7 @@ impl Budget {
         limit.min(self.until.saturating_duration_since(Instant::now())).max(LEAST)
     }
 
-    /// Returns `limit`, or the time that is left without the time for the undo if that is less.
+    /// Returns `limit`, or the time that is left without the time for the cleanup if that is less.
     pub(super) fn at_most_before_wind_up(self, limit: Duration) -> Duration {
         let until = self.until.checked_sub(WIND_UP_LIMIT).unwrap_or(self.until);
         limit.min(until.saturating_duration_since(Instant::now())).max(LEAST)
@@ -84,8 +83,8 @@ impl Broken {
         }
     }
 
-    /// Returns the budget for the undo: that of the forced operation that has come, or the rest of
-    /// `own`.
+    /// Returns the budget for the cleanup: that of the forced operation that has come, or the rest
+    /// of `own`.
     pub(super) fn wind_up(&self, own: Budget) -> Budget {
         match self {
             Self::Preempted(forced) => *forced,
@@ -98,7 +97,7 @@ impl Actor {
     /// Runs an effect, unless a forced operation comes or `limit` passes.
     ///
     /// The forced operation stays in the mailbox: it is the actor's next step after this operation
-    /// has been undone. A forced operation is not pre-empted itself, because forced operations are
+    /// has cleaned up. A forced operation is not pre-empted itself, because forced operations are
     /// carried out in the order in which they came.
     pub(super) async fn interruptible<T>(
         &mut self,

@@ -54,6 +54,11 @@ impl Actor {
         let mut left_behind = Vec::new();
         let purpose = if forced { Sweep::ForceDelete } else { Sweep::Delete };
         let process = self.hold.may_be_a_process();
+        // The process ends first, because a living process uses the TAPs, the folder and the disks
+        // that are freed after it. Without force a process that does not end stops the deletion,
+        // and the VM stays on record. With force the deletion goes on, and a tombstone keeps the
+        // claims. A VM to which the configuration names no way is deleted in the same manner,
+        // because no attempt could end its process.
         let tombstone = match self.end_what_runs(budget, purpose).await {
             Ok(()) => None,
             Err(Broken::Backend(error)) if forced || error.kind == BackendErrorKind::NotServed => {
@@ -72,6 +77,8 @@ impl Actor {
             left_behind.push(FieldReport::new(format!("folder {}", self.dir().display()), error));
         }
         point(FaultPoint::DeleteFolderRemoved);
+        // The record goes last, because until then the next daemon finds the intent on record and
+        // repeats the steps before. Each of them can be repeated.
         self.remove_record(budget, operation, tombstone).await?;
         let mut outcome = self.outcome(None);
         outcome.left_behind = left_behind;
@@ -198,6 +205,8 @@ impl Actor {
     async fn record_failed_removal(&mut self, budget: Budget, why: Why<'_>, process_left: bool, error: &str) {
         let mut turn_to = Phase::at_rest(observe(self.record.state, Observation::VmmGone));
         let mut observed = Some(Observation::VmmGone);
+        // The VM is still on record. If its process outlived the deletion, the VM is out of reach.
+        // Otherwise nothing runs, and its claims are released.
         if process_left && self.hold.may_be_a_process() {
             self.fall_silent();
             turn_to = if self.hold.is_out_of_reach() { Phase::Unreachable } else { Phase::Failed };

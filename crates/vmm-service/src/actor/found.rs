@@ -52,6 +52,8 @@ impl Actor {
             );
             return;
         }
+        // A VM without this program's mark that runs at the place of a VM which never ran cannot be
+        // that VM.
         if self.record.state == VmState::Created && !self.record.imported && found.uid.is_none() {
             return self.place_is_taken().await;
         }
@@ -107,8 +109,9 @@ impl Actor {
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
-    /// Replaces the configuration on record by the one that the VMM reports, if another program
-    /// started the VM with another machine.
+    /// Replaces the configuration on record by the one that the VMM reports, because another
+    /// program started the VM. A VM that this program made keeps its configuration if the machine
+    /// is the same.
     fn take_configuration(&mut self, found: &Found) {
         if !self.record.imported && is_same_machine(&self.record.config, &found.config) {
             return;

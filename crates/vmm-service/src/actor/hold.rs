@@ -20,7 +20,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// The actor's hold on its VM's process. The admission of operations depends on the hold, and not
 /// on the status that is shown.
 pub(super) enum Hold {
-    /// No process of the VM exists.
+    /// The VM has no process.
     Nothing,
     /// A VMM runs the VM and answers.
     Vmm(Box<Live>),
@@ -199,13 +199,13 @@ impl Actor {
         self.next = Next::Idle;
     }
 
-    /// Gives up a VMM that has provably gone, and releases its claims on the host.
+    /// Drops the hold on a VMM that has provably gone, and releases its claims on the host.
     pub(super) fn let_go_and_release(&mut self) {
         self.let_go_keeping_claims();
         self.shared.claims.release(self.record.uid);
     }
 
-    /// Gives up a VMM that has provably gone. Its claims on the host stay.
+    /// Drops the hold on a VMM that has provably gone. Its claims on the host stay.
     pub(super) fn let_go_keeping_claims(&mut self) {
         let nothing = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Quarantined { why, .. } => Hold::Quarantined { why, process: false },

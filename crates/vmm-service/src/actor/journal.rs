@@ -1,7 +1,7 @@
 //! The journal: the only way in which a VM's record changes.
 //!
 //! ```text
-//!   Turn (observation, status, intent, run) ─► record ─┬─► store, with one event ─► shown ─► watchers
+//!   Turn (observation, status, intent, run) ─► record ─┬─► store and event ─► shown ─► watchers
 //!                                                      │       │ refused
 //!                               an intent: undone ─────┴─ an outcome: shown, its event kept
 //!                                                                │ after 1 s, doubled up to 30 s,
@@ -233,6 +233,9 @@ impl Actor {
             let next = VmRecord::clone(&self.record);
             let Err(refused) = self.commit_again(budget, next, event, uncertain_at).await else { continue };
             let Refused { error, event, generation, .. } = *refused;
+            // The event goes back to the front of the queue. An attempt that was uncertain once
+            // stays uncertain, because a later refusal does not prove that the first attempt was
+            // not written.
             self.journal.unwritten.push_front(Unwritten { event, uncertain_at: uncertain_at.or(generation) });
             self.retry_later();
             return Err(error);

@@ -36,6 +36,7 @@ impl Actor {
     /// therefore finds it with or without an intent.
     pub(super) fn begin_launch(&self, gate: Gate) -> Launching {
         let name = self.backend.capabilities().name.clone();
+        // The launch uses the spare VMM of this uid, if there is one, so the pool must not end it.
         self.shared.spares.forget(&name, self.record.uid);
         let dir = self.dir();
         let (spec, incomplete) = self.what_to_start();

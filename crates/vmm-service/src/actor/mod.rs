@@ -265,6 +265,8 @@ impl Actor {
             let operation = operation.request.name();
             span.in_scope(|| tracing::warn!(operation, %error, "an operation failed whose client has left"));
         }
+        // The count of operations falls after the answer is sent, because the end of the daemon
+        // waits for the count.
         drop(under_way);
         if deleted { Flow::End } else { Flow::GoOn }
     }

@@ -101,6 +101,8 @@ impl Actor {
     /// waited for it.
     async fn ended_by_itself(&mut self, exit: Exit, cause: &str) {
         let intent = self.record.intent.clone();
+        // An intent on record, or an orphan, means that the end belongs to an interrupted operation
+        // or start. The end is then handled as one that a new daemon finds.
         if intent.is_some() || matches!(self.hold, Hold::Orphan(_)) {
             return self.ended_unwatched(exit, intent.as_ref(), None).await;
         }
@@ -138,6 +140,9 @@ impl Actor {
         if self.answered.is_some_and(|answered| asked < answered) {
             return;
         }
+        // A silent VMM changes only the hold and the status. It is never killed for its silence,
+        // because its guest may still run. A first answer after silence leads to a new probe,
+        // because the guest may have changed its state meanwhile.
         match (contact, &self.hold) {
             (Contact::Lost(message), Hold::Vmm(_)) => {
                 self.fall_silent();

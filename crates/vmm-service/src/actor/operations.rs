@@ -202,8 +202,8 @@ impl Actor {
         match self.interruptible(budget, limit, async move { vmm.reboot(ladder).await }).await {
             Ok(Reset::InPlace) => {
                 self.claim_for_run_only();
-                // The ladder was the VMM's, because the guest did not end the run itself. A guest
-                // that obeys ends its run and needs a new start.
+                // The VMM reset the guest by itself. A guest that obeys ends its run instead, and
+                // then needs a new start.
                 let start = Start { ended_by: Some(EndedBy::Vmm), ..start };
                 return self.settle(budget, start, Observation::Runs, Ok(())).await;
             }
@@ -252,7 +252,7 @@ impl Actor {
     /// continues stay.
     fn claim_for_run_only(&self) {
         if let Some(run) = &self.record.run {
-            // The run's own claims are a subset of the present ones, so the exchange cannot fail.
+            // The VM holds the claims of its run already, so no other VM is in the way.
             let _ = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &run.claims);
         }
     }
@@ -280,6 +280,8 @@ impl Actor {
             // A deletion without force may take long, so a forced operation can pre-empt it.
             Sweep::Delete => self.interruptible(budget, DELETION_LIMIT, sweeping).await,
             Sweep::Clear | Sweep::End | Sweep::ForceDelete => {
+                // These sweeps are part of the cleanup, so a forced operation waits for them. Their
+                // limit is short enough for its 5 s.
                 let swept = tokio::time::timeout(budget.at_most(SWEEP_LIMIT), sweeping).await;
                 let too_late = || {
                     let message = "its VMM did not end in time";

@@ -31,7 +31,7 @@ use super::{Actor, Flow};
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
 
-/// How long a VMM may take to prove that it is alive.
+/// The time that a VMM may take to prove that it is alive.
 const ADOPT_LIMIT: Duration = Duration::from_secs(5);
 
 impl Actor {
@@ -41,8 +41,7 @@ impl Actor {
         let intent = self.record.intent.clone();
         let lost = self.record.status.phase == Phase::Unreachable;
         // Nothing on record means that the last daemon left the VM without a process. The exception
-        // is a start whose intent never became durable, and only such a start leaves a process in
-        // the folder.
+        // is a start whose intent never became durable: its process uses the run folder.
         if intent.is_none() && self.record.run.is_none() && !lost {
             if in_use {
                 self.clear_unrecorded_start().await;
@@ -113,7 +112,7 @@ impl Actor {
     async fn find(&mut self, intent: Option<Intent>) {
         let mut adopted = self.adopt().await;
         // The old VMM of a reboot is gone. The record now names no run, so that the second search
-        // accepts any process of the VM's run folder.
+        // accepts a new VMM of the VM.
         if matches!(adopted, Ok(Adoption::Gone { .. })) && self.first_half_is_done(intent.as_ref()) {
             adopted = self.adopt().await;
         }
@@ -284,6 +283,9 @@ impl Actor {
         intent: Option<&Intent>,
         reason: Option<Reason>,
     ) {
+        // Four cases follow each other. An interrupted reboot or restart is started again, unless
+        // the host was restarted. A VM that never ran is as it was. An interrupted shutdown has its
+        // result. The restart policy decides about every other end.
         if reason.is_none() && self.starts_after_all(intent).await {
             return;
         }
@@ -348,11 +350,14 @@ impl Actor {
             let run = run_of(self.record.run.clone(), &launched);
             self.live(launched, run)
         });
+        // A VM that never ran has no run on record, so its process counts as an orphan. The handle
+        // of a recorded run is kept, because its VMM may answer again.
         self.take_hold(match (live, never_ran) {
             (live, true) => Hold::Orphan(live),
             (Some(live), false) => Hold::Silent(live),
             (None, false) => Hold::Lost,
         });
+        // A shutdown by force needs no answer, so it continues although the VMM is silent.
         self.take_up_force();
         let status = self.status(Phase::Unreachable).because(reason, message);
         let intent = self.record.intent.clone();
@@ -383,6 +388,7 @@ impl Actor {
         let operation = Operation { request: intent.request(), ask_guest_for: None, caller: intent.caller };
         let Err(error) = self.delete(budget, &operation).await else { return Flow::End };
         tracing::error!(%error, "an interrupted delete could not be finished");
+        // The deletion failed, so the VM stays, and the search determines its state.
         if !matches!(self.hold, Hold::Quarantined { .. }) {
             let intent = self.record.intent.clone();
             self.find(intent).await;

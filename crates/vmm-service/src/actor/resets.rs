@@ -79,6 +79,7 @@ impl Actor {
         live.quiet_since = Instant::now();
         live.resets.restarts = restarts;
         live.resets.unrecorded = live.resets.unrecorded.saturating_add(1);
+        // The count is kept in `live` before this check, so that the end of the run counts from it.
         if restarts > allowed {
             let exit =
                 Exit { cause: ExitCause::GuestReset, message: "the guest reset itself again".to_owned() };

@@ -8,7 +8,7 @@
 //!                     │ yes
 //!                     ▼
 //!               restarting (SHUTDOWN) ── 0.2 s · 2ⁿ, up to 30 s ─► start ─┬─ taken back ─► counts
-//!                   ▲                                                     ├─ left something ► unreachable
+//!                   ▲                                                     ├─ left ─► unreachable
 //!                   └────────────────────── 30 s, not counted ────────────┴─ not begun
 //! ```
 
@@ -53,6 +53,8 @@ impl Actor {
     /// Returns the number of this restart, counted since the last quiet minute.
     pub(super) fn count_restart(&mut self) -> u32 {
         let begun = || self.record.run.as_ref().map(begun);
+        // A run that is held knows its last reset. Without a hold only the start of the run on
+        // record is known, which is an upper bound of the quiet time.
         let quiet = self.hold.quiet_since().or_else(begun).is_some_and(|since| since.elapsed() >= QUIET);
         if quiet { 1 } else { self.restarts_so_far().saturating_add(1) }
     }
@@ -72,6 +74,8 @@ impl Actor {
             ExitCause::GuestCrash | ExitCause::VmmFailed | ExitCause::Unknown => RestartMode::OnFailure,
             ExitCause::GuestPowerOff | ExitCause::Requested => RestartMode::Always,
         };
+        // The modes are ordered by the ends that they cover: a guest reboot, then failures, then
+        // every end.
         if self.restart_mode() < wanted {
             let phase = if exit.cause.is_failure() { Phase::Failed } else { Phase::Stopped };
             let mut status = self.status(phase).because(reason, exit.message.as_str());

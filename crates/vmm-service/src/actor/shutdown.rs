@@ -68,6 +68,7 @@ impl Actor {
         let Some(vmm) = self.hold.vmm() else {
             let purpose = if budget.forced { Sweep::End } else { Sweep::Clear };
             let run = self.known_run();
+            // A sweep that succeeds proves that no process of the VM is left.
             return self.sweep(budget, purpose, run).await.map(|()| EndedBy::Sigkill);
         };
         let resume_first = self.record.state == VmState::Paused && ask_guest_for.is_some();

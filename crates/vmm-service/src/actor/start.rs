@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!  reserve ─► Reserved ─► provide TAPs ─► TapsProvided ─► intent ─► Intended ─► launch ─► Launched
-//!               │ claims released           │ TAPs removed            │ swept               │ killed
-//!               ▼                           ▼                         ▼                     ▼
-//!            NotBegun                    NotBegun                  NotBegun             TakenBack
-//!                                                                 (Leftover)         (LeftSomething)
+//!               │ claims released           │ TAPs removed            │ swept            killed │
+//!               ▼                           ▼                         ▼                        ▼
+//!            NotBegun                    NotBegun                  NotBegun    TakenBack or
+//!                                                                  (Leftover)       LeftSomething
 //! ```
 //!
 //! Each phase is a value that only the phase before it can make, and that the undo of the phase

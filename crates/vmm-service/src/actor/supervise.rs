@@ -1,7 +1,7 @@
 //! The start of actors, and their restart after a panic.
 //!
 //! ```text
-//!   NewActor ─► entry in the index, with mailbox ─► Beginning ─► run ──► VM deleted: mailbox closed
+//!   NewActor ─► entry in the index, with mailbox ─► Beginning ─► run ──► VM deleted, mailbox shut
 //!                                                     ▲          │ panic
 //!                                                     └─ recover ┘ from the record readers see
 //! ```
@@ -81,6 +81,8 @@ impl NewActor {
         let Self { shared, record, backend, committed, beginning } = self;
         let mailbox = Arc::<Mailbox>::default();
         let handle = ActorHandle::new(record.uid, Arc::clone(&mailbox));
+        // The entry must exist before the task runs, because the first act of the actor may be to
+        // publish its record or to remove it.
         shared.index.insert(Arc::clone(&record), committed, handle);
         let (known, fate) = oneshot::channel();
         let seed = Seed { shared, uid: record.uid, backend, mailbox };
@@ -103,6 +105,11 @@ impl Seed {
     async fn live_on(self, record: Arc<VmRecord>, beginning: Beginning, known: oneshot::Sender<()>) {
         let mut known = Some(known);
         let mut life = self.life(record, beginning, Journal::default(), &mut known);
+        // A panic drops the actor and its handle of the VMM. The record is in the index, the claims
+        // are in `Shared`, and the process is found again by the recovery, so nothing else is lost.
+        // The mailbox outlives the panic, and the operations that wait in it are carried out
+        // afterwards. The new journal assumes one uncertain commit, because the panic may have come
+        // between a commit and its answer.
         while let Err(panic) = AssertUnwindSafe(life).catch_unwind().await {
             drop(panic);
             let Some((record, beginning)) = Box::pin(self.after_a_panic()).await else { break };
@@ -124,6 +131,8 @@ impl Seed {
         self.shared.index.publish(Arc::new(as_after_a_panic(&record)));
         let force = self.mailbox.forced();
         let _ = tokio::time::timeout(AFTER_A_PANIC, force).await;
+        // The recovery must assume that a process uses the run folder, because the panic may have
+        // come in the middle of a start.
         let beginning = match record.status.reason {
             Reason::NotTakenUp => Beginning::Quarantined { why: record.status.message.clone() },
             _ => Beginning::Recovered { in_use: true },
@@ -131,8 +140,8 @@ impl Seed {
         Some((record, beginning))
     }
 
-    /// Returns one run of the actor, until its end or a panic. `known` gets a message when the
-    /// recovery of the VM has a result.
+    /// Returns the future of the actor, which ends with the actor or by a panic. `known` gets a
+    /// message when the recovery of the VM has a result.
     fn life<'a>(
         &self,
         record: Arc<VmRecord>,

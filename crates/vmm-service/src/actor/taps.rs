@@ -78,6 +78,8 @@ impl Actor {
         let (taps, names) = (Arc::clone(&self.shared.taps), self.taps());
         let providing = async {
             for (index, (name, by)) in names.into_iter().enumerate() {
+                // The name is noted before the call, because the call can be cancelled, and is
+                // removed after it if the TAP is not new.
                 made.push(name.clone());
                 let provided = taps.provide(&name, by, owner).await;
                 if !matches!(provided, Ok(Provided::Made)) {

@@ -4,7 +4,7 @@
 //!   ShutdownVm, RebootVm ─ its VMM lives ───► carried out again, with the time of its guest
 //!                        ─ its VMM is silent ► by force: at once; else: when the VMM answers
 //!   RebootVm ── the old VMM has gone ──┬─ a new one runs ──► it stands
-//!                                      └─ none does ───────► SHUTDOWN, restarting: booted by the policy
+//!                                      └─ none does ───────► SHUTDOWN, restarting: booted soon
 //!   a start by policy that did not come about ─────────────► restarting, as before
 //! ```
 //!

@@ -153,6 +153,9 @@ impl Events {
     async fn read_store(&self, after: EventSeq, until: EventSeq) -> Result<Vec<Arc<VmEvent>>, ServiceError> {
         let query = EventQuery { after, vm_id: None, limit: BATCH };
         let found = self.store.events(query).await.map_err(unreadable)?;
+        // Events expire from the oldest on. If the next one has expired, the first event found is a
+        // later place, and the page stays empty. The page ends at `until`, because the store may
+        // hold events that are not settled yet.
         let without_gap = (after.0 + 1..).zip(found).take_while(|(place, event)| event.seq.0 == *place);
         let page: Vec<_> =
             without_gap.map(|(_, event)| Arc::new(event)).take_while(|event| event.seq <= until).collect();

@@ -120,6 +120,8 @@ impl Beginning {
             }
             Self::Replaying(page) if *place < page.fence => {
                 let fence = page.fence;
+                // The changes up to the fence are applied in batches, so that a step holds one
+                // batch at most.
                 let batch = events.read(*place, fence).await?;
                 let mut changes = Vec::new();
                 for event in batch.into_iter().take_while(|event| event.seq <= fence) {

@@ -71,6 +71,8 @@ impl Settled {
     fn close(&self, number: u64) {
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         ledger.open.remove(&number);
+        // The open commits are numbered in the order in which they began, and the last answer never
+        // decreases. The first floor is therefore the lowest.
         let place = ledger.open.values().next().copied().unwrap_or(ledger.answered);
         self.place.send_if_modified(|settled| {
             let moved = place > *settled;

@@ -155,6 +155,7 @@ impl Watch {
                 continue;
             }
             let settled = *self.settled.borrow_and_update();
+            // The watch is at the end of the log. The channel closes when the daemon stops.
             if self.cursor >= settled {
                 self.caught_up = true;
                 self.settled.changed().await.map_err(|_| {
@@ -162,6 +163,9 @@ impl Watch {
                 })?;
                 continue;
             }
+            // A watch that has not caught up may read at any pace, because its token may be old. A
+            // watch that has caught up is limited to the events in memory, because each watcher
+            // behind them would read the store by itself.
             if self.caught_up && settled.0 - self.cursor.0 > u64::from(RECENT) {
                 return Err(ServiceError::exhausted(format!(
                     "this watch fell more than {RECENT} events behind and was cut off: read faster or filter more, and resume \
