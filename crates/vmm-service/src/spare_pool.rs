@@ -1,14 +1,4 @@
-//! The pool of spare VMMs as data: the free ones, the ones that are promised to VMs, and the number
-//! that is wanted.
-//!
-//! ```text
-//!   begin_filling ─► add ─► free ── take ─► (held) ── promise ─► promised ── forget ► a VM uses it
-//!                            ▲                 │                     └─ too many: the oldest ends
-//!                            └── give_back ────┘
-//!   stop: all that wait are returned, and so is every one that comes later
-//! ```
-//!
-//! The pool starts and ends no process. [`crate::spares`] acts on its answers.
+//! The pool of spare VMMs as data: the free ones, the promised ones, and the number to have ready.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -17,7 +7,7 @@ use vmm_core::id::{BackendName, VmUid};
 /// The spare VMMs of every backend.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    /// The number that is to be free, of each backend in use.
+    /// The number of VMMs that are to be free, for each backend in use.
     wanted: usize,
     shelves: BTreeMap<BackendName, Shelf>,
     stopped: bool,
@@ -49,13 +39,13 @@ impl Pool {
         Self { wanted, ..Self::default() }
     }
 
-    /// Takes the free one that has waited longest.
+    /// Takes the free VMM that has waited longest.
     pub(crate) fn take(&mut self, backend: &BackendName) -> Option<VmUid> {
         self.shelves.get_mut(backend)?.free.pop_front()
     }
 
-    /// Puts back one that was taken and not used. Returns the one that must be ended, if the pool
-    /// has been stopped.
+    /// Puts back a VMM that was taken and not used. Returns the VMM if it must be ended, because
+    /// the pool has been stopped.
     pub(crate) fn give_back(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
         if self.stopped {
             return Some(uid);
@@ -64,8 +54,8 @@ impl Pool {
         None
     }
 
-    /// Promises one that was taken to its VM. Returns the one whose promise is broken, if too many
-    /// wait for their BootVm or the pool has been stopped.
+    /// Promises a VMM that was taken to its VM. Returns the VMM whose promise is broken, if too
+    /// many wait for their BootVm or the pool has been stopped.
     pub(crate) fn promise(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
         if self.stopped {
             return Some(uid);
@@ -96,11 +86,11 @@ impl Pool {
         begins
     }
 
-    /// Adds one that was started. Returns true if another one is wanted.
+    /// Adds a VMM that was started. Returns true if another one is needed.
     ///
     /// # Errors
     ///
-    /// Returns the uid if the pool has been stopped and the VMM is not wanted any more.
+    /// Returns the uid if the pool has been stopped, because the VMM is not needed any more.
     pub(crate) fn add(&mut self, backend: &BackendName, uid: VmUid) -> Result<bool, VmUid> {
         if self.stopped {
             return Err(uid);
@@ -121,7 +111,7 @@ impl Pool {
         }
     }
 
-    /// Returns all that wait, and accepts no more.
+    /// Returns all waiting VMMs, and accepts no more.
     pub(crate) fn stop(&mut self) -> Vec<Left> {
         self.stopped = true;
         let shelves = std::mem::take(&mut self.shelves).into_iter();
@@ -153,7 +143,7 @@ mod tests {
         BackendName::new("fake")
     }
 
-    /// A pool that wants so many, and has them.
+    /// Returns a pool with `wanted` free VMMs.
     fn full(wanted: usize) -> Pool {
         let mut pool = Pool::new(wanted);
         assert!(pool.begin_filling(&fake()));

@@ -141,7 +141,6 @@ impl Actor {
             let step = self.next_step().await;
             // The step is boxed, because most actors are idle and a step takes more room than the
             // wait for one.
-            // Boxed, because most actors are idle and a step takes more room than the wait for one.
             let span = self.span();
             if let Flow::End = Box::pin(self.take(step).instrument(span)).await {
                 return;

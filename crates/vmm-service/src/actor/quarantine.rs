@@ -35,7 +35,7 @@ use super::journal::{Turn, Why};
 use super::{Actor, Flow};
 use crate::error::ServiceError;
 
-/// The cause of the events of such a VM.
+/// The cause of the events of a VM in quarantine.
 const CAUSE: &str = "not-taken-up";
 
 impl Actor {

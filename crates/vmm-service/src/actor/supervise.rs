@@ -227,7 +227,8 @@ mod tests {
 
     #[test]
     fn an_idle_actor_is_small() {
-        // There are as many as VMs. What a step needs is boxed for as long as the step takes.
+        // Each VM has one actor and one such future. A step boxes what it needs, for the time that
+        // it takes.
         let (actor, waits) = (size_of::<Actor>(), size_of_future(Actor::run));
         assert!(actor <= 256 && waits <= 448, "{actor} bytes, and {waits} to wait");
     }

@@ -264,7 +264,7 @@ mod tests {
         Arc::new(Looks::new(LIMITS, |path| path.starts_with("/hung").then(|| "/hung".into())))
     }
 
-    /// Files that hang until they are let go.
+    /// Files that hang until the test releases them.
     #[derive(Clone)]
     struct Hung(Arc<Mutex<mpsc::Receiver<()>>>);
 

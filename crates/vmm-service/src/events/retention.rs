@@ -93,7 +93,7 @@ mod tests {
 
     const YEAR: i64 = 365 * 86_400_000;
 
-    /// A cutoff, and the clock that nobody sets.
+    /// A cutoff, with a monotonic clock.
     struct Bed {
         cutoff: Cutoff,
         start: Instant,
@@ -123,7 +123,7 @@ mod tests {
         bed.at(0, 1_000, 500);
         assert_eq!(bed.at(100, 1_000, 9 * YEAR), 1_000, "the oldest stays");
         assert_eq!(bed.at(700, 1_000, 9 * YEAR), 1_600, "only as time passes");
-        // A daemon that is started after the jump knows no better, and begins at the oldest event.
+        // A daemon that starts after the jump does not know of it, and begins at the oldest event.
         assert_eq!(Bed::new().at(0, 1_000, 9 * YEAR), 1_000);
     }
 
