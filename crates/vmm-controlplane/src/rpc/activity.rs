@@ -1,4 +1,4 @@
-//! The activity of one connection: requests under way, and since when there is none.
+//! The activity of one connection: the requests under way, and the time since when there is none.
 //!
 //! ```text
 //!   idle ──first byte of a head──► head ──► request ──last byte of the answer──► idle
@@ -7,8 +7,9 @@
 //!                                   └── header_timeout
 //! ```
 //!
-//! The HTTP library has one timer for both of the first two, so that a keep-alive connection would be closed as soon as a
-//! head that comes too slowly. Over HTTP/2 the library keeps heads to itself; there the idle time bounds a head too.
+//! The HTTP library has one timer for an idle connection and for a slow head, so a keep-alive
+//! connection would be closed as early as a slow head. Over HTTP/2 the library does not show when a
+//! head begins, and there the idle time bounds a head too.
 
 use std::io;
 use std::pin::Pin;
@@ -24,18 +25,19 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
-/// The time for which a connection may be idle.
+/// The timeouts of an idle connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
-    /// From the first byte of a request's head to its last one.
+    /// The time from the first byte of a request's head to its last one.
     pub(super) header: Duration,
-    /// From one answer to the next request.
+    /// The time from one answer to the next request.
     pub(super) idle: Duration,
     /// True if the connection ends with its first answer.
     pub(super) once: bool,
 }
 
-/// The activity of one connection. Shared between its task, its requests, and the admission of other connections.
+/// The activity of one connection. It is shared between the connection's task, its requests, and
+/// the admission of other connections.
 pub(super) struct Activity {
     state: Mutex<State>,
     changed: Notify,
@@ -50,25 +52,25 @@ struct State {
 }
 
 impl Activity {
-    /// The activity of a connection that has just been accepted.
+    /// Returns the activity of a connection that has just been accepted.
     pub(super) fn new() -> Arc<Self> {
         let state = Mutex::new(State::new(Instant::now()));
         Arc::new(Self { state, changed: Notify::new(), evicted: Notify::new() })
     }
 
-    /// Notes that a request has begun. The request ends, and its `permit` is given back, when the guard is dropped.
+    /// Counts a request. The request ends, and its `permit` is returned, when the guard is dropped.
     pub(super) fn begin(self: &Arc<Self>, permit: Option<OwnedSemaphorePermit>) -> Underway {
         self.state().begin();
         Underway { activity: Arc::clone(self), _permit: permit }
     }
 
-    /// Returns since when there has been no request, if there is none.
+    /// Returns the time since when there has been no request, if there is none.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         let state = self.state();
         (state.requests == 0).then_some(state.idle_since)
     }
 
-    /// Returns when the connection is to be closed, as things are now.
+    /// Returns the time at which the connection is to be closed if nothing changes before.
     pub(super) fn deadline(&self, patience: Patience) -> Option<Instant> {
         self.state().deadline(patience)
     }
@@ -78,12 +80,12 @@ impl Activity {
         self.changed.notified().await;
     }
 
-    /// Tells the connection to make room for another one.
+    /// Asks the connection to make room for another one.
     pub(super) fn evict(&self) {
         self.evicted.notify_one();
     }
 
-    /// Waits until the connection is to make room for another one.
+    /// Waits until the connection is asked to make room for another one.
     pub(super) async fn evicted(&self) {
         self.evicted.notified().await;
     }
@@ -115,7 +117,7 @@ impl State {
         self.head_since = None;
     }
 
-    /// Notes bytes of a head. Tells whether they are its first ones.
+    /// Records bytes of a head. Returns true if they are its first ones.
     fn bytes_came(&mut self, now: Instant) -> bool {
         let begins = self.requests == 0 && self.head_since.is_none();
         if begins {
@@ -124,7 +126,7 @@ impl State {
         begins
     }
 
-    /// Notes the end of a request. Tells whether the connection is idle now.
+    /// Records the end of a request. Returns true if the connection is idle now.
     fn ended(&mut self, now: Instant) -> bool {
         self.requests -= 1;
         self.answered = true;
@@ -147,7 +149,7 @@ impl State {
     }
 }
 
-/// A request under way, and its share of those that are served at once.
+/// A request under way, with its share of the limit on requests.
 pub(super) struct Underway {
     activity: Arc<Activity>,
     _permit: Option<OwnedSemaphorePermit>,
@@ -160,13 +162,13 @@ impl Drop for Underway {
 }
 
 impl Underway {
-    /// Lets the request last until `body` has been sent.
+    /// Keeps the request under way until `body` has been sent.
     pub(super) fn until_sent(self, body: Body) -> Body {
         Body::new(Answer { body, _underway: self })
     }
 }
 
-/// The body of an answer, with the request that it belongs to.
+/// The body of an answer. It holds the request that it belongs to.
 struct Answer {
     body: Body,
     _underway: Underway,
@@ -199,7 +201,7 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    /// Watches `stream` where an `activity` is given.
+    /// Wraps `stream`. Bytes are reported only if an `activity` is given.
     pub(super) fn new(stream: TcpStream, activity: Option<Arc<Activity>>) -> Self {
         Self { stream, activity }
     }

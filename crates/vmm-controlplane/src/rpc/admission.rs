@@ -1,4 +1,5 @@
-//! The admission of connections: who gets one of the places, and what is left for health and force.
+//! The admission of connections: which connections get a place, and which are served as a last
+//! resort.
 //!
 //! ```text
 //!   accepted ── a place is free, and the peer has its share ──────────► a regular connection
@@ -8,8 +9,9 @@
 //!      └─────── else ──► a connection of last resort: one answer, in a short time, to health and force alone
 //! ```
 //!
-//! A peer is an IP address, or a /64 of IPv6, because one host has all of that. Addresses of this host are not counted,
-//! because all its clients share one; there the eviction of idle connections and the last resort must do.
+//! A peer is an IPv4 address or a /64 network of IPv6, because one host usually has a whole /64.
+//! Connections from this host have no limit per peer, because all local clients share one address.
+//! Between local clients only the eviction of idle connections and the last resort make room.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::activity::Activity;
 
-/// The connections that are closing at the same time to make room for others.
+/// The most connections that may be closing at the same time to make room for others.
 const MOST_LEAVING: usize = 32;
 
 /// The places of one server.
@@ -38,11 +40,11 @@ struct State {
 struct Open {
     peer: Peer,
     activity: Arc<Activity>,
-    /// The place belongs to another connection already.
+    /// True once the place belongs to another connection and this one is closing.
     leaving: bool,
 }
 
-/// The identity by which connections count as those of one client.
+/// The identity under which connections count as those of one client.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Peer {
     ThisHost,
@@ -68,10 +70,17 @@ impl Admission {
         Arc::new(Self { places, places_per_peer, state: Mutex::default() })
     }
 
-    /// Gives a connection a place, at the expense of an idle one if need be. `None`: every place is in use.
+    /// Gives a connection a place, if necessary by closing an idle connection. Returns `None` if
+    /// there is no free place and no idle connection.
     pub(super) fn admit(self: &Arc<Self>, address: SocketAddr, activity: &Arc<Activity>) -> Option<Place> {
         let peer = Peer::of(address);
         let mut state = self.state();
+        // The peer's share is checked before the places of the server. A peer that has used up its
+        // share may replace only an idle connection of its own, so one peer cannot evict the idle
+        // connections of others. A peer within its share takes a free place, or replaces the
+        // connection that has been idle longest, whoever owns it. A connection that is leaving has
+        // given its place away already and is not counted. All of this happens under one lock, so
+        // two new connections cannot take the same place.
         let of_peer = state.peers.get(&peer).copied().unwrap_or(0);
         if peer != Peer::ThisHost && of_peer >= self.places_per_peer {
             state.evict(|open| open.peer == peer)?;
@@ -91,8 +100,11 @@ impl Admission {
 }
 
 impl State {
-    /// Tells the connection that has been idle longest, of those that `may` go, to close. `None` if there is none.
+    /// Asks the connection that has been idle longest, of those for which `may` is true, to close.
+    /// Returns `None` if there is none.
     fn evict(&mut self, may: impl Fn(&Open) -> bool) -> Option<()> {
+        // A leaving connection keeps its socket for up to a second after its place was given away.
+        // This bound keeps the number of open sockets from growing far beyond the number of places.
         if self.leaving >= MOST_LEAVING {
             return None;
         }
@@ -101,6 +113,9 @@ impl State {
             Some((since, open))
         });
         let (_, open) = idle.min_by_key(|(since, _)| *since)?;
+        // The place and the share of the peer are given away now and not when the connection is
+        // closed, because the new connection must not wait for the old one. `Place::drop` sees
+        // `leaving` and does not release the share a second time.
         open.leaving = true;
         open.activity.evict();
         let peer = open.peer;
@@ -119,7 +134,7 @@ impl State {
     }
 }
 
-/// A place that one connection has. Dropping it frees the place.
+/// The place of one connection. Dropping it frees the place.
 pub(super) struct Place {
     admission: Arc<Admission>,
     number: u64,
@@ -141,7 +156,7 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
-    /// A connection: its activity, and its place if it got one.
+    /// Opens a connection. Returns its activity, and its place if it got one.
     fn connect(admission: &Arc<Admission>, address: &str) -> (Arc<Activity>, Option<Place>) {
         let activity = Activity::new();
         let place = admission.admit(address.parse().unwrap(), &activity);
@@ -162,7 +177,7 @@ mod tests {
         let (next, next_place) = connect(&admission, "127.0.0.1:3");
         assert!(next_place.is_some() && is_evicted(&idle).await && !is_evicted(&busy).await);
 
-        // The place was handed over, so the end of the evicted connection frees none.
+        // The place was handed over, so the end of the evicted connection frees no place.
         let _next_request = next.begin(None);
         drop(idle_place);
         assert!(connect(&admission, "127.0.0.1:4").1.is_none(), "both places are in use");

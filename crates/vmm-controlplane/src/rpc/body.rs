@@ -1,8 +1,10 @@
-//! Request bodies that neither stall for ever, nor fill the memory, nor break off the answer.
+//! Limits on request bodies: the pause between pieces, the whole time, the length, and the memory
+//! of all bodies together.
 //!
-//! Over HTTP/1.1 a server that answers before it has read the whole request closes a socket with unread bytes in it.
-//! The kernel then resets the connection, and the client may see the reset instead of the answer. So a body that
-//! is too long is read to its end, within reason, before its reader learns that it is too long.
+//! Over HTTP/1.1 a server that answers before it has read the whole request closes a socket with
+//! unread bytes in it. The kernel then resets the connection, and the client may see the reset
+//! instead of the answer. Therefore a body that is too long is read on, up to 64 MiB beyond the
+//! limit, before its reader learns that it is too long.
 //!
 //! ```text
 //!   Incoming ── Patient ── Watched ──► the RPC library
@@ -28,13 +30,14 @@ use tokio::time::{self, Instant, Sleep};
 
 use super::ServeOptions;
 
-/// The bytes beyond the limit that are read and thrown away for the sake of the answer.
+/// The number of bytes beyond the limit that are read and thrown away, so that the client receives
+/// the answer.
 const PATIENCE: usize = 64 << 20;
 
-/// The longest that a refused request is read on for the sake of its answer.
+/// The longest time for which the rest of a refused request is read.
 const FINISHING: Duration = Duration::from_secs(10);
 
-/// The memory that is kept for the bodies of vital calls, in bytes.
+/// The number of bytes reserved for the bodies of vital calls.
 const VITAL_BYTES: usize = 1 << 20;
 
 /// The limits of all bodies of one server.
@@ -57,14 +60,18 @@ impl Bodies {
         }
     }
 
-    /// Prepares a request's body. Its faults, and its share of the memory, are in the [`Reading`] among the extensions.
+    /// Puts the limits around a request's body. The body's faults and its share of the memory are
+    /// in the [`Reading`] that is put among the extensions.
     pub(super) fn guard<B>(&self, request: http::Request<B>, is_vital: bool) -> Request
     where
         B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
         B::Error: std::error::Error + Send + Sync + 'static,
     {
-        // HTTP/2 ends one stream without touching the connection.
+        // HTTP/2 ends one stream and keeps the connection, so the answer arrives though the rest is
+        // unread.
         let patience = if is_http1(request.version()) { PATIENCE } else { 0 };
+        // Vital calls use the common memory as long as there is some. Their own reserve comes last,
+        // so that it is still there when other bodies have taken everything.
         let mut stores = vec![Arc::clone(&self.bytes)];
         if is_vital {
             stores.push(Arc::clone(&self.vital_bytes));
@@ -86,11 +93,12 @@ impl Bodies {
     }
 }
 
-/// Reads the rest of a request that is refused, for a limited time, and gives back its headers.
+/// Reads the rest of a refused request for at most [`FINISHING`], and returns its headers.
 pub(super) async fn finish(request: Request) -> HeaderMap {
     let (parts, mut body) = request.into_parts();
     if is_http1(parts.version) {
-        // An error or the end of the time ends the reading as well as the body's end does: the answer is the same.
+        // The body's end, an error and the timeout all have the same consequence: the answer is
+        // sent now.
         let rest = async { while let Some(Ok(_)) = body.frame().await {} };
         let _ended = time::timeout(FINISHING, rest).await;
     }
@@ -103,7 +111,8 @@ fn is_http1(version: Version) -> bool {
 
 /// The state of a request's body, shared between the body and the dispatcher.
 ///
-/// The memory that the body was granted is given back when the last clone goes: after the answer is ready.
+/// The memory granted to the body is returned when the last clone is dropped, which is after the
+/// answer is ready.
 #[derive(Clone, Default)]
 pub(super) struct Reading(Arc<Mutex<Progress>>);
 
@@ -114,7 +123,7 @@ struct Progress {
 }
 
 impl Reading {
-    /// Returns the error that the client is told, if the body was given up.
+    /// Returns the error for the client, if the body was given up.
     pub(super) fn fault(&self) -> Option<ConnectError> {
         self.lock().fault.map(Fault::error)
     }
@@ -124,7 +133,8 @@ impl Reading {
         fault
     }
 
-    /// Takes memory for `bytes` out of the first store that has so much left.
+    /// Takes `bytes` bytes of memory from the first of `stores` that has so many left. The body is
+    /// given up if none has.
     fn grant(&self, stores: &[Arc<Semaphore>], bytes: usize) -> Result<(), Fault> {
         let wanted = u32::try_from(bytes).unwrap_or(u32::MAX);
         let granted = stores.iter().find_map(|store| Arc::clone(store).try_acquire_many_owned(wanted).ok());
@@ -138,7 +148,7 @@ impl Reading {
     }
 }
 
-/// Why a body was given up.
+/// The reason for which a body was given up.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     Stalled(Duration),
@@ -178,7 +188,8 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// A body that is given up when it pauses, when it takes too long as a whole, and when there is no memory for it.
+/// A body that ends with a fault if it pauses too long, takes too long as a whole, or needs memory
+/// that is not there.
 struct Watched<B> {
     inner: Patient<B>,
     pause: Duration,
@@ -202,9 +213,16 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
         let this = &mut *self;
+        // The whole time is checked before the inner body, because a peer that always has one more
+        // piece ready would otherwise never be stopped.
         if this.end.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Some(Err(this.reading.give_up(Fault::TooSlow(this.whole)).into())));
         }
+        // Progress is measured by the bytes that `Patient` has seen and not by the frames that it
+        // hands out. Beyond the limit `Patient` reads pieces and returns `Pending`, and such a peer
+        // is not stalled. Polling `paused` only when nothing came registers the waker for the next
+        // pause. Memory is taken for a frame that is handed out, because only such a frame is kept;
+        // the pieces that `Patient` throws away need none.
         let before = this.inner.seen;
         let polled = Pin::new(&mut this.inner).poll_frame(cx);
         if this.inner.seen > before {
@@ -233,7 +251,7 @@ where
     }
 }
 
-/// A body that holds back the piece that exceeds the limit until the rest has arrived.
+/// A body that holds back the piece which exceeds the limit until the rest has arrived.
 struct Patient<B> {
     inner: B,
     seen: usize,
@@ -248,7 +266,7 @@ impl<B> Patient<B> {
         Self { inner, seen: 0, limit, patience, excess: None, ended: false }
     }
 
-    /// Ends the body with the piece held back, if there is one.
+    /// Ends the body, with the piece held back as the last one, if there is one.
     fn end<E>(&mut self) -> Option<Result<Frame<Bytes>, E>> {
         self.ended = true;
         self.excess.take().map(|data| Ok(Frame::data(data)))
@@ -267,6 +285,12 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         let this = &mut *self;
+        // A piece within the limit is passed on at once. The first piece beyond the limit is kept,
+        // and the later ones are dropped, so a long body takes no memory. The kept piece is handed
+        // out when the peer has nothing more to send, when the connection breaks, or when more than
+        // `patience` bytes beyond the limit have come. The reader has the same limit, so that piece
+        // makes it refuse the request as too long. The kept piece takes precedence over the error
+        // of a broken connection, because the request was too long before the connection broke.
         while !this.ended {
             let frame = match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,
@@ -312,7 +336,8 @@ mod tests {
 
     use super::*;
 
-    /// Sends `pieces` of 10 bytes through a limit of 25; answers what the reader got, and how many pieces were read.
+    /// Sends `pieces` of 10 bytes through a limit of 25. Returns the result of the reader and the
+    /// number of pieces that were read.
     async fn read(pieces: usize, patience: usize) -> (Result<usize, ()>, usize) {
         let taken = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&taken);

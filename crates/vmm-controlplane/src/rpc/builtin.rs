@@ -12,7 +12,7 @@ use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 use super::ServeOptions;
 use super::options::IsHealthy;
 
-/// The interval at which the health is looked at for the clients that watch it.
+/// The interval at which the health is checked for the clients that watch it.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Adds `grpc.health.v1.Health` and both versions of `grpc.reflection` to the caller's services.
@@ -24,12 +24,14 @@ pub(super) fn install(router: Router, health: LiveChecker) -> Result<Router, Ref
     Ok(connectrpc_reflection::install(router, reflector))
 }
 
-/// Answers the gRPC health service with what the health page says, until the server ends.
+/// Answers the gRPC health service with the state that the health page shows, until the server
+/// ends.
 #[derive(Clone)]
 pub(super) struct LiveChecker {
     known: Arc<StaticChecker>,
     is_healthy: Option<IsHealthy>,
-    /// True once the server has been told to end. Held while the health is set, so that the end has the last word.
+    /// True once the server ends. The lock is held while the health is set, so that a late check
+    /// cannot overwrite NOT_SERVING.
     ended: Arc<Mutex<bool>>,
 }
 
@@ -42,14 +44,14 @@ impl LiveChecker {
         }
     }
 
-    /// Says NOT_SERVING from now on, because the server ends.
+    /// Reports NOT_SERVING from now on, because the server ends.
     pub(super) fn end(&self) {
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         *ended = true;
         self.known.shutdown();
     }
 
-    /// Looks at the health again and again, so that watches are told of a change.
+    /// Checks the health at every [`LOOK`], so that clients that watch it receive a change.
     pub(super) async fn look_forever(self) {
         loop {
             self.look();

@@ -1,4 +1,4 @@
-//! Connections: how many, how patient, and how they end.
+//! The life of one connection: its start, its timeouts and its end.
 //!
 //! ```text
 //!   accepted ──first bytes──► serving ──drain, eviction, idle──► closing ──► closed
@@ -8,8 +8,8 @@
 //!                                └── no answer to a ping (HTTP/2)
 //! ```
 //!
-//! Which connections are served is decided in [`admission`](super::admission), how long an idle one lasts in
-//! [`activity`](super::activity).
+//! The module [`admission`](super::admission) decides which connections get a place. The module
+//! [`activity`](super::activity) computes how long a connection may be idle.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -39,32 +39,36 @@ use super::admission::Admission;
 use super::body::Bodies;
 use super::vital::{self, Scarcity};
 
-/// What an HTTP/2 client sends first.
+/// The first bytes that every HTTP/2 client sends.
 const H2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How long to wait for the rest of a preface that arrived in pieces, which hardly ever happens.
+/// The interval between two looks at a preface that arrived in pieces, which hardly ever happens.
 const PREFACE_PAUSE: Duration = Duration::from_millis(10);
 
-/// How long to wait after the kernel refused a connection, usually for want of file descriptors.
+/// The pause after the kernel refused a connection, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The time that a connection has to take leave of its peer, when it is closed for idleness or makes room.
+/// The longest time from the start of a graceful close to the cut, when a connection is closed for
+/// idleness or makes room.
 const LEAVING: Duration = Duration::from_secs(1);
 
-/// The connections of last resort that are served at once, beyond those that have a place.
+/// The number of connections without a place that are served at once.
 const LAST_RESORT: usize = 32;
 
-/// The times of a connection of last resort: a forced call is answered within 5 s.
+/// The timeouts of a connection of last resort. They are short because a forced call is answered
+/// within 5 s.
 const LAST_RESORT_PATIENCE: Patience =
     Patience { header: Duration::from_secs(2), idle: Duration::from_secs(2), once: true };
 const LAST_RESORT_TIME: Duration = Duration::from_secs(10);
 
-/// When the kernel asks a silent peer whether it is still there, how often, and how many times before it gives up.
+/// The TCP keep-alive settings: the silence before the first probe, the interval between probes,
+/// and the number of unanswered probes after which the kernel closes the connection.
 const PEER_SILENT: Duration = Duration::from_secs(60);
 const PEER_ASKED: Duration = Duration::from_secs(20);
 const PEER_TRIES: u32 = 3;
 
-/// Serves connections until `shutdown` resolves, then lets those under way finish within the drain timeout.
+/// Serves connections until `shutdown` resolves. The connections that are open then may finish
+/// within the drain timeout.
 pub(super) async fn run(
     listener: TcpListener,
     app: axum::Router,
@@ -78,6 +82,9 @@ pub(super) async fn run(
     let mut shutdown = pin!(shutdown);
     loop {
         tokio::select! {
+            // The order matters. Shutdown comes first, so that a flood of new connections cannot
+            // delay it. Ended connections come second, so that their results do not pile up.
+            // `accept` may be dropped by the other two branches, because it loses nothing.
             biased;
             () = &mut shutdown => break,
             Some(ended) = connections.join_next() => report(ended),
@@ -86,11 +93,14 @@ pub(super) async fn run(
             }
         }
     }
+    // The listener closes before the wait, so that a new client is refused at once instead of
+    // waiting in the backlog of a server that will not accept it.
     drop(listener);
     finish(connections, options.drain_timeout).await;
 }
 
-/// Waits for the connections to end by themselves, and cuts those that do not in time.
+/// Waits for the connections to end by themselves, and cuts those that are still open after
+/// `timeout`.
 async fn finish(mut connections: JoinSet<()>, timeout: Duration) {
     let all_ended = async {
         while let Some(ended) = connections.join_next().await {
@@ -113,13 +123,17 @@ fn report(ended: Result<(), JoinError>) {
     }
 }
 
-/// Waits until one more connection can be dealt with, then for a connection. Safe to drop at any point: nothing accepted
-/// is lost.
+/// Takes a permit of last resort, then accepts a connection. The future may be dropped at any
+/// point, because nothing that was accepted is lost.
 async fn accept(
     listener: &TcpListener,
     last_resort: &Arc<Semaphore>,
 ) -> (TcpStream, SocketAddr, Option<OwnedSemaphorePermit>) {
-    // Closed never: the semaphore lives as long as the server. Without a permit the connection is served all the same.
+    // The permit is taken before the connection is accepted, because only after the accept is it
+    // known whether the connection gets a place. So there is always room to serve it as a last
+    // resort, and at most LAST_RESORT connections without a place exist at once. Further clients
+    // wait in the kernel's backlog. `ok()` hides only the error of a closed semaphore. Nobody
+    // closes it, and without a permit the connection would be served all the same.
     let permit = Arc::clone(last_resort).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
@@ -132,7 +146,7 @@ async fn accept(
     }
 }
 
-/// What all connections share.
+/// The state that all connections share.
 struct Server {
     app: axum::Router,
     http: auto::Builder<TokioExecutor>,
@@ -143,7 +157,7 @@ struct Server {
     requests: Arc<Semaphore>,
 }
 
-/// One connection, as its requests see it.
+/// The facts about one connection that its requests need.
 struct Connection {
     peer: SocketAddr,
     activity: Arc<Activity>,
@@ -153,7 +167,8 @@ struct Connection {
 impl Server {
     fn new(app: axum::Router, options: &ServeOptions, draining: watch::Receiver<bool>) -> Self {
         let mut http = auto::Builder::new(TokioExecutor::new());
-        // The idle time and the time of a head are told apart in `Activity`.
+        // The HTTP/1.1 timer of the library is off, because it has one duration for an idle
+        // connection and for a slow head. `Activity` distinguishes the two.
         http.http1().timer(TokioTimer::new()).header_read_timeout(None);
         http.http2()
             .timer(TokioTimer::new())
@@ -171,7 +186,7 @@ impl Server {
         }
     }
 
-    /// Serves one connection to its end, in a place of its own or as a last resort.
+    /// Serves one connection to its end, with a place of its own or as a last resort.
     async fn serve(
         self: Arc<Self>,
         stream: TcpStream,
@@ -180,6 +195,10 @@ impl Server {
     ) {
         let _descriptor = descriptors::Client::new();
         let activity = Activity::new();
+        // A connection with a place returns its permit at once, because the permits are for
+        // connections without one. A connection without a place keeps its permit to its end. Its
+        // own timeouts are short, and LAST_RESORT_TIME bounds it as a whole, because a peer that
+        // sends a body slowly could otherwise hold one of the few permits for long.
         if let Some(_place) = self.admission.admit(peer, &activity) {
             drop(permit);
             let connection = Connection { peer, activity, is_last_resort: false };
@@ -193,10 +212,14 @@ impl Server {
         }
     }
 
-    /// Speaks HTTP on a connection. Its errors are the peer's doing, so they are worth no more than a debug line.
+    /// Speaks HTTP on a connection until it ends. Errors are logged at level DEBUG only, because
+    /// the peer causes them.
     async fn talk(&self, stream: TcpStream, connection: &Connection, patience: Patience) {
         let peer = connection.peer;
         let mut draining = self.draining.clone();
+        // Until the first bytes have come there is no HTTP connection that could be closed
+        // gracefully. So a drain or an eviction simply drops the socket here. No request has been
+        // read by then.
         let begun = tokio::select! {
             begun = time::timeout(patience.header, first_bytes(&stream)) => begun,
             () = drain(&mut draining) => return,
@@ -211,10 +234,20 @@ impl Server {
         if let Err(error) = tune(&stream) {
             tracing::debug!(%peer, %error, "could not set the options of a socket");
         }
+        // Only the bytes of HTTP/1.1 show when a head begins, because the bytes of HTTP/2 may
+        // belong to any stream or to a ping. So `Activity` sees none of HTTP/2.
         let heads = (http == Http::One).then(|| Arc::clone(&connection.activity));
         let stream = TokioIo::new(Watched::new(stream, heads));
         let service = service_fn(|request| self.answer(request, connection));
         let mut talk = pin!(self.http.serve_connection(stream, service));
+        // Five events can come, in any order. (1) The connection ends by itself: nothing is left to
+        // do. (2) The server drains: the library is asked once to take no further request, and the
+        // loop goes on, because requests under way may finish; `finish` cuts the connection at the
+        // drain timeout. (3) The activity changed: the loop computes the deadline anew. (4) The
+        // deadline is reached. A request that begins sends no notice, so the deadline that this
+        // turn sleeps for may be outdated, and it is computed once more before the connection is
+        // closed. (5) Admission evicts this connection. `Notify` keeps a notice that comes while
+        // nobody waits, so neither (3) nor (5) is lost between two turns.
         let mut is_draining = false;
         loop {
             let deadline = connection.activity.deadline(patience);
@@ -243,17 +276,24 @@ impl Server {
             }
         }
         talk.as_mut().graceful_shutdown();
-        // A peer that does not answer the goodbye is cut off.
+        // A request may have begun between the decision to close and this line. It has LEAVING to
+        // end. A peer that does not close its side within that time is cut off by dropping the
+        // connection.
         let _left = time::timeout(LEAVING, talk).await;
     }
 
-    /// Answers one request.
+    /// Starts the answer to one request.
     fn answer(
         &self,
         request: http::Request<Incoming>,
         connection: &Connection,
     ) -> impl Future<Output = Result<Response, Infallible>> + Send + use<> {
         let is_vital = vital::is_vital(request.uri().path());
+        // The request is counted here and not in the future below, because the future may wait
+        // before its first poll and the limit must hold from the head on. A request without a
+        // permit is not refused here: it carries its `Scarcity`, and `vital::check` refuses it
+        // unless it is vital. `underway` moves into the body of the answer, so that a stream counts
+        // as a request until its last byte has been sent.
         let permit = Arc::clone(&self.requests).try_acquire_owned().ok();
         let scarcity = match &permit {
             _ if connection.is_last_resort => Some(Scarcity::NoPlace),
@@ -271,7 +311,7 @@ impl Server {
     }
 }
 
-/// Waits for a moment, or for ever if there is none.
+/// Waits for `deadline`, or for ever if there is none.
 async fn reached(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => time::sleep_until(deadline).await,
@@ -279,32 +319,36 @@ async fn reached(deadline: Option<Instant>) {
     }
 }
 
-/// Waits for the drain to begin. The sender outlives the server; should it go first, that is a shutdown too.
+/// Waits for the drain to begin. The sender outlives the server. If it is dropped first, that
+/// counts as a shutdown too.
 async fn drain(draining: &mut watch::Receiver<bool>) {
     let _ended_either_way = draining.wait_for(|draining| *draining).await.is_ok();
 }
 
 /// Sets the options of an accepted socket.
 fn tune(stream: &TcpStream) -> io::Result<()> {
-    // Answers are small: without this the kernel would hold some back for 40 ms.
+    // Answers are small, and without this option the kernel would hold some back for 40 ms.
     stream.set_nodelay(true)?;
-    // A peer that lost its power closes nothing. HTTP/2 has pings; a watch over HTTP/1.1 has only this.
+    // A peer that lost its power closes nothing. HTTP/2 has pings to detect that, but a watch over
+    // HTTP/1.1 has only TCP keep-alive.
     sockopt::set_tcp_keepidle(stream, PEER_SILENT)?;
     sockopt::set_tcp_keepintvl(stream, PEER_ASKED)?;
     sockopt::set_tcp_keepcnt(stream, PEER_TRIES)?;
     Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
-/// The versions of HTTP that are told apart.
+/// The versions of HTTP between which a connection's treatment differs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Http {
     One,
     Two,
 }
 
-/// Waits until the peer has sent enough to tell HTTP/1.1 from HTTP/2; `None` if it left instead.
+/// Waits until the first bytes show whether the peer speaks HTTP/1.1 or HTTP/2. Returns `None` if
+/// the peer closed the connection instead.
 ///
-/// The library has timeouts for what comes after, and none for this.
+/// The bytes are peeked at and stay in the socket for the library. The caller bounds this wait,
+/// because the library has timeouts only for what follows.
 async fn first_bytes(stream: &TcpStream) -> io::Result<Option<Http>> {
     let mut seen = [0; H2_PREFACE.len()];
     loop {
@@ -312,13 +356,17 @@ async fn first_bytes(stream: &TcpStream) -> io::Result<Option<Http>> {
         if count == 0 {
             return Ok(None);
         }
+        // Three cases are left. Bytes that differ from the preface are HTTP/1.1. The whole preface
+        // is HTTP/2. A beginning of the preface could still become either, so more bytes are
+        // needed.
         if !H2_PREFACE.starts_with(&seen[..count]) {
             return Ok(Some(Http::One));
         }
         if count == seen.len() {
             return Ok(Some(Http::Two));
         }
-        // peek() returns at once while there is anything to see, so waiting for more is done here.
+        // `peek` returns at once as long as any byte is unread, so it cannot wait for further
+        // bytes.
         time::sleep(PREFACE_PAUSE).await;
     }
 }

@@ -1,8 +1,9 @@
 //! The limit on list and map entries of one request.
 //!
-//! A request of 1 MB may hold 300,000 empty list entries. What is done with a configuration later is not linear in their
-//! number, and some of it happens before a deadline can be looked at. So requests with more entries than any VM needs are
-//! refused while they are still bytes, in time linear in their length.
+//! A request of 1 MB may hold 300,000 empty list entries. Later work on a configuration is not
+//! linear in their number, and some of it happens before a deadline is checked. Therefore requests
+//! with more entries than any VM needs are refused while they are still bytes, in time linear in
+//! their length.
 
 use buffa_descriptor::{DescriptorPool, FieldKind, MessageDescriptor, ScalarType, SingularKind};
 use connectrpc::ConnectError;
@@ -11,18 +12,19 @@ use super::error::invalid_argument;
 
 /// The entries that all lists and maps of one request may have together.
 ///
-/// A configuration has at most 64 disks and 64 interfaces; this leaves 30 options for each.
+/// A configuration has at most 64 disks and 64 interfaces. This limit leaves 30 options for each.
 pub(crate) const MAX_ENTRIES: usize = 4096;
 
-/// A deeper message is the decoder's to refuse.
+/// The depth at which the count stops. The decoder refuses deeper messages.
 const MAX_DEPTH: usize = 100;
 
-/// Says what is wrong with a list or map that has the entry which is one too many.
+/// Returns the error about the list or map whose entry exceeds the limit.
 pub(super) fn too_many() -> String {
     format!("has too many entries: all lists and maps of a request may have {MAX_ENTRIES} together")
 }
 
-/// Refuses a message in the wire format that has too many entries. A message that is broken is the decoder's to refuse.
+/// Refuses a message in the wire format that has too many entries. The decoder refuses a message
+/// that is broken.
 ///
 /// # Errors
 ///
@@ -39,7 +41,7 @@ pub(super) fn check(
     }
 }
 
-/// Why the count ended early.
+/// The reason for which the count ended early.
 enum Stop {
     Broken,
     TooMany,
@@ -48,7 +50,8 @@ enum Stop {
 struct Count<'a> {
     pool: &'a DescriptorPool,
     left: usize,
-    /// The present count; stays as it is when the limit is passed.
+    /// The path of the field that is being counted. It keeps its value when the limit is passed, so
+    /// that the error can name it.
     path: Vec<&'a str>,
 }
 
@@ -80,22 +83,25 @@ impl<'a> Count<'a> {
     }
 }
 
-/// Counts the entries in one occurrence of a list. Numbers are packed: many in one occurrence.
+/// Counts the entries in one occurrence of a list. One occurrence holds many numbers, because
+/// numbers are packed.
 fn entries_of(kind: SingularKind, value: Option<&[u8]>) -> usize {
     match (kind, value) {
         (SingularKind::Message(_) | SingularKind::Scalar(ScalarType::String | ScalarType::Bytes), _)
         | (_, None) => 1,
         (SingularKind::Scalar(_) | SingularKind::Enum(_), Some(packed)) => {
-            // Each number of variable length ends with a byte whose first bit is clear; one of fixed length has at most 8.
+            // A number of variable length ends with a byte whose highest bit is clear, and a number
+            // of fixed length has at most 8 bytes.
             let ends = packed.iter().filter(|byte| **byte < 0x80).count();
             ends.max(packed.len().div_ceil(8))
         }
     }
 }
 
-/// Takes one field off the front: its number, and its bytes if they have a length.
+/// Takes one field off the front of `rest`. Returns its number, and its bytes if it has a length.
 ///
-/// The fields of a group count as those of the message around it: a group is no way past the limit.
+/// The fields of a group count as those of the message around it, so a group cannot bypass the
+/// limit.
 fn field<'b>(rest: &mut &'b [u8]) -> Result<(u32, Option<&'b [u8]>), Stop> {
     let tag = varint(rest)?;
     let number = u32::try_from(tag >> 3).map_err(|_| Stop::Broken)?;
@@ -175,7 +181,7 @@ mod tests {
         };
         let message = checked("vmm.v1.ListVmsRequest", &states.encode_to_vec()).unwrap();
         assert!(message.starts_with("state_filter: has too many entries"), "{message}");
-        // Field 1000 as a group around the whole request.
+        // The request is wrapped into field 1000 as a group.
         let grouped = [&[0xc3, 0x3e][..], &create(MAX_ENTRIES + 1, 0), &[0xc4, 0x3e]].concat();
         assert!(checked("vmm.v1.CreateVmRequest", &grouped).is_some());
     }

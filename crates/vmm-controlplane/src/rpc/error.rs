@@ -9,28 +9,30 @@ const BAD_REQUEST: &str = "google.rpc.BadRequest";
 
 /// The longest text of an error, as [`wire_length`] counts it.
 ///
-/// gRPC carries an error in trailers. Many clients refuse trailers of more than 8 KiB and then report another code. An error's
-/// message is there three times: percent-encoded in `grpc-message` of the headers and of the trailers, which some clients add
-/// up, and in base64 in `grpc-status-details-bin`. So a text of this length takes 3⅓ times its length, 7.3 KB, and the other
-/// headers have the rest.
+/// gRPC carries an error in trailers. Many clients refuse trailers of more than 8 KiB and then
+/// report another code. An error's message is sent three times: percent-encoded in `grpc-message`
+/// of the headers and of the trailers, which some clients add up, and in base64 in
+/// `grpc-status-details-bin`. A text of this length therefore takes 3⅓ times its length, 7.3 KB,
+/// and the rest is left for the other headers.
 const MAX_TEXT: usize = 2200;
 
 /// The longest text of all violations together, as [`wire_length`] counts it.
 ///
-/// The violations are in the message and in the details, so a text of this length takes 4⅔ times its length.
+/// The violations are in the message and in the details, so a text of this length takes 4⅔ times
+/// its length.
 const MAX_VIOLATIONS: usize = 1600;
 
-/// What a violation takes in trailers besides its text: separators, tags and lengths.
+/// The bytes that a violation takes in trailers besides its text, for separators, tags and lengths.
 const PER_VIOLATION: usize = 6;
 
 /// The longest name of a field in a violation.
 const MAX_FIELD: usize = MAX_VIOLATIONS / 3;
 
-/// Builds an INVALID_ARGUMENT from `(field path, what is wrong and what to do)` pairs.
+/// Builds an INVALID_ARGUMENT from pairs of a field path and a text with the fault and the advice.
 ///
-/// The message names every violation, since curl users see nothing else; the same violations go along as
-/// `google.rpc.BadRequest` details, encoded as each protocol wants them. Of very many violations the first are
-/// given, and the number of the others; a very long one is cut.
+/// The message names every violation, because users of curl see nothing else. The same violations
+/// are sent as `google.rpc.BadRequest` details, encoded as each protocol requires. Of very many
+/// violations the first are sent, with the number of the others. A very long violation is cut.
 pub fn invalid_argument<F, D>(violations: impl IntoIterator<Item = (F, D)>) -> ConnectError
 where
     F: Into<String>,
@@ -60,9 +62,10 @@ where
     error.with_detail(ErrorDetail::from_message(BAD_REQUEST, &detail))
 }
 
-/// Cuts the message of an error that would not fit into a client's limit on trailers.
+/// Cuts the message of an error that would exceed a client's limit on trailers.
 ///
-/// An error with details keeps them: only [`invalid_argument`] makes such errors, and their length is bounded there.
+/// An error with details is not cut, because only [`invalid_argument`] makes such errors and it
+/// bounds their length.
 pub(super) fn fit(mut error: ConnectError) -> ConnectError {
     if error.details.is_empty() {
         error.message = error.message.map(|text| shown(text, MAX_TEXT));
@@ -70,8 +73,8 @@ pub(super) fn fit(mut error: ConnectError) -> ConnectError {
     error
 }
 
-/// Makes a text that may quote the request, or a VMM, fit to be sent back: cut where its [`wire_length`] passes `most`, and
-/// without control characters.
+/// Makes a text that may quote the request or a VMM safe to send. The text is cut where its
+/// [`wire_length`] exceeds `most` bytes, and control characters are replaced.
 pub(crate) fn shown(text: String, most: usize) -> String {
     if wire_length(&text) <= most && !text.contains(char::is_control) {
         return text;
@@ -90,7 +93,8 @@ pub(crate) fn shown(text: String, most: usize) -> String {
     shown
 }
 
-/// Returns the bytes that a text takes in `grpc-message`, where `%` and what is not ASCII is percent-encoded.
+/// Returns the number of bytes that a text takes in `grpc-message`, where `%` and every character
+/// outside ASCII are percent-encoded.
 fn wire_length(text: &str) -> usize {
     text.chars().map(letter_length).sum()
 }
@@ -130,7 +134,8 @@ mod tests {
         assert_eq!(error.details[0].type_url, "google.rpc.BadRequest");
     }
 
-    /// The bytes of an error in gRPC's headers and trailers: `grpc-message` in both, and `grpc-status-details-bin` in base64.
+    /// Returns the bytes of an error in gRPC's headers and trailers: `grpc-message` in both, and
+    /// `grpc-status-details-bin` in base64.
     fn in_trailers(error: &ConnectError) -> usize {
         let message = error.message.as_deref().unwrap_or_default();
         let details: usize =
@@ -177,7 +182,8 @@ mod tests {
             }],
             ..Default::default()
         };
-        // Field 1, length-delimited, holding fields 1 and 2: what every google.rpc library reads.
+        // The expected bytes are field 1, length-delimited, with fields 1 and 2 in it, which every
+        // google.rpc library reads.
         assert_eq!(detail.encode_to_vec(), [0x0a, 6, 0x0a, 1, b'a', 0x12, 1, b'b']);
     }
 }

@@ -1,4 +1,5 @@
-//! What holds for every call, whatever its protocol: interceptors, so that each client gets the error in its own framing.
+//! Interceptors for every call of every protocol. They are interceptors so that each client
+//! receives an error in its own framing.
 
 use std::any::Any;
 use std::future::Future;
@@ -19,7 +20,7 @@ use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
 use super::RequestId;
 
-/// Turns a handler's panic into INTERNAL: the other calls go on.
+/// Turns a handler's panic into INTERNAL, so that the other calls go on.
 pub(super) struct CatchPanics;
 
 #[async_trait]
@@ -48,8 +49,8 @@ impl Interceptor for CatchPanics {
     }
 }
 
-/// Runs a handler, and turns its panic into an error. The state that a panic may leave half changed is the handler's own,
-/// dropped with it.
+/// Runs a handler, and turns its panic into an error. The state that a panic may leave half changed
+/// belongs to the handler and is dropped with it.
 async fn caught<T>(
     request_id: &str,
     handler: impl Future<Output = Result<T, ConnectError>>,
@@ -74,7 +75,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
-/// Answers for a page (not a call) that panicked.
+/// Returns the answer for a page (not a call) that panicked.
 pub(super) fn page_panicked(panic: Box<dyn Any + Send>) -> Response {
     tracing::error!(panic = panic_text(&*panic), "a page panicked: a defect of this program");
     ConnectError::internal("a defect in the daemon ended this request; its log says more")
@@ -82,7 +83,8 @@ pub(super) fn page_panicked(panic: Box<dyn Any + Send>) -> Response {
         .map(Body::new)
 }
 
-/// Ends every stream with UNAVAILABLE when the server begins to drain: a watch would outlast any deadline.
+/// Ends every stream with UNAVAILABLE when the server begins to drain, because a watch would
+/// outlast any deadline.
 pub(super) struct EndStreams {
     draining: watch::Receiver<bool>,
 }
@@ -108,7 +110,8 @@ impl Interceptor for EndStreams {
 }
 
 fn until_drain(mut items: PayloadStream, mut draining: watch::Receiver<bool>) -> PayloadStream {
-    // The sender lives as long as the server; should it go first, that is a shutdown too.
+    // The sender lives as long as the server. If it is dropped first, that counts as a shutdown
+    // too.
     let mut drain = Box::pin(async move { draining.wait_for(|draining| *draining).await.is_ok() });
     let mut over = false;
     Box::pin(stream::poll_fn(move |cx| {
@@ -129,10 +132,11 @@ fn until_drain(mut items: PayloadStream, mut draining: watch::Receiver<bool>) ->
 pub(super) struct Refuse(fn(&RequestContext) -> Result<(), ConnectError>);
 
 impl Refuse {
-    /// Refuses `Authorization`: a caller whose credentials are ignored would believe that somebody had checked them.
+    /// Refuses `Authorization`, because a caller whose credentials are ignored would believe that
+    /// somebody had checked them.
     pub(super) const CREDENTIALS: Self = Self(credentials);
-    /// Refuses `Idempotency-Key` on methods that change something, because a key that is ignored would promise what is not
-    /// kept.
+    /// Refuses `Idempotency-Key` on methods that change something, because a key that is ignored
+    /// would promise a guarantee that is not kept.
     pub(super) const IDEMPOTENCY_KEY: Self = Self(idempotency_key);
 }
 
@@ -170,7 +174,7 @@ fn credentials(ctx: &RequestContext) -> Result<(), ConnectError> {
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// Methods that change nothing though they are not marked as free of side effects.
+/// The methods that change nothing though they are not marked as free of side effects.
 const READS: [&str; 4] = ["ValidateVm", "WaitVm", "WatchVms", "StreamConsole"];
 
 fn idempotency_key(ctx: &RequestContext) -> Result<(), ConnectError> {

@@ -1,8 +1,10 @@
-//! The Host check: keeps web pages from reaching a daemon without authentication.
+//! The check of the Host header, which keeps web pages from reaching a daemon without
+//! authentication.
 //!
-//! A page from anywhere may point its own name at 127.0.0.1 (DNS rebinding) and then talk to the daemon as its own
-//! origin, which no CORS rule stops. Its requests carry the page's name as Host, so only names that can't be
-//! somebody else's are served: IP addresses, loopback names, and what the operator configured.
+//! A page from anywhere may point its own name at 127.0.0.1 (DNS rebinding) and then call the
+//! daemon as its own origin, which no CORS rule stops. Its requests carry the page's name as Host.
+//! Therefore only names are served that cannot belong to a foreign page: IP addresses, loopback
+//! names, and the names that the operator configured.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
@@ -17,12 +19,13 @@ use http::uri::Authority;
 
 use super::{outcome, vital};
 
-/// Which names the server answers to.
+/// The names that the server answers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostPolicy {
-    /// Every name: for where each request is authenticated.
+    /// Every name, for servers that authenticate each request.
     Any,
-    /// IP addresses, `localhost`, names that end in `.localhost`, and these names; ports do not matter.
+    /// IP addresses, `localhost`, names that end in `.localhost`, and these names; ports do not
+    /// matter.
     Known(Vec<String>),
 }
 
@@ -33,7 +36,8 @@ impl Default for HostPolicy {
 }
 
 impl HostPolicy {
-    /// Tells whether a request for `host` is served. `host` has no port; IPv6 addresses stand in brackets.
+    /// Returns true if a request for `host` is served. `host` has no port, and IPv6 addresses stand
+    /// in brackets.
     fn allows(&self, host: &str) -> bool {
         let Self::Known(names) = self else { return true };
         let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
@@ -46,17 +50,18 @@ impl HostPolicy {
             || names.iter().any(|name| name.trim_end_matches('.').eq_ignore_ascii_case(&host))
     }
 
-    /// Says why a request is refused, or nothing.
+    /// Returns the reason for which a request is refused, or nothing.
     fn objection(&self, request: &Request) -> Option<String> {
         if *self == Self::Any {
             return None;
         }
-        // HTTP/2 puts the name into :authority, which hyper shows in the URI, and may send Host as well.
+        // HTTP/2 puts the name into `:authority`, which hyper shows in the URI. An HTTP/2 client
+        // may send Host as well.
         let in_uri = request.uri().authority().map(|authority| authority.as_str());
         let in_headers = request.headers().get_all(HOST).iter().map(|value| value.to_str().unwrap_or(""));
         let named: Vec<&str> = in_uri.into_iter().chain(in_headers).collect();
         if named.is_empty() {
-            // HTTP/1.0 has no Host and no browser speaks it.
+            // HTTP/1.0 has no Host, and no browser uses it.
             let required = request.version() > Version::HTTP_10;
             return required.then(|| "the request names no Host".to_owned());
         }
@@ -73,13 +78,13 @@ impl HostPolicy {
     }
 }
 
-/// The standard health service of gRPC, which has no other methods than those that tell of health.
+/// The standard health service of gRPC, all of whose methods report health.
 const HEALTH_SERVICE: &str = "/grpc.health.v1.Health/";
 
 /// Answers PERMISSION_DENIED, HTTP 403, to a request whose Host is not served.
 ///
-/// Health is told under every name, because balancers ask for it under names of their own, and because a page that learns
-/// by a rebound name that the daemon is healthy can do nothing with it.
+/// Health is reported under every name, because load balancers ask for it under names of their own,
+/// and because a page that learns by a rebound name that the daemon is healthy gains nothing.
 pub(super) async fn check(State(policy): State<Arc<HostPolicy>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     if vital::is_health(path) || path.starts_with(HEALTH_SERVICE) {

@@ -1,8 +1,9 @@
-//! The HTTP server in front of the API: everything about the wire, nothing about virtual machines.
+//! The HTTP server in front of the API. It concerns the wire and knows nothing of virtual machines.
 //!
-//! One port answers Connect (JSON and binary, GET for reads), gRPC and gRPC-Web, over HTTP/1.1 and cleartext
-//! HTTP/2; the standard gRPC health and reflection services; and the plain pages the caller brings. The caller
-//! registers its services on a [`connectrpc::Router`] and hands it to [`serve`].
+//! One port answers Connect (JSON and binary, GET for reads), gRPC and gRPC-Web, over HTTP/1.1 and
+//! cleartext HTTP/2. It also answers the standard gRPC health and reflection services, and the
+//! plain pages of the caller. The caller registers its services on a [`connectrpc::Router`] and
+//! passes it to [`serve`].
 //!
 //! ```text
 //!   socket ── connection.rs   header timeouts, idle time, keep-alive pings, drain at shutdown
@@ -60,28 +61,30 @@ pub use options::{IsHealthy, ServeOptions};
 pub use request_id::{RequestId, record_vm_id};
 pub use vital::require_force;
 
-/// Why the server could not begin to serve.
+/// The reason for which the server could not begin to serve.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The compiled-in description of the API is of no use to the reflection service: a defect of the build.
+    /// The reflection service cannot use the compiled-in description of the API, which is a defect
+    /// of the build.
     #[error("the API's built-in description can't be served; this build is broken, install another")]
     Reflection(#[from] connectrpc_reflection::ReflectionError),
-    /// The compiled-in description of the API can't be read: a defect of the build.
+    /// The compiled-in description of the API cannot be read, which is a defect of the build.
     #[error("the API's built-in description can't be read; this build is broken, install another")]
     Description(#[from] buffa_descriptor::PoolError),
 }
 
 /// Serves `router` and the pages of `http` on `listener` until `shutdown` resolves, then drains.
 ///
-/// At shutdown the health service turns to NOT_SERVING, no new connection is taken, streams end with
-/// UNAVAILABLE, and calls under way have `options.drain_timeout` to finish before their connections are cut. An
-/// operation that a handler started in a task of its own is not affected.
+/// At shutdown the health service turns to NOT_SERVING, no new connection is accepted, and streams
+/// end with UNAVAILABLE. Calls under way have `options.drain_timeout` to finish before their
+/// connections are cut. An operation that a handler started in a task of its own is not affected.
 ///
-/// A fallback set on `http` is replaced: unknown paths are answered here.
+/// A fallback set on `http` is replaced, because this server answers unknown paths.
 ///
 /// # Errors
 ///
-/// Only before the first connection is taken. Errors of single connections are logged.
+/// Errors occur only before the first connection is accepted. Errors of single connections are
+/// logged.
 pub async fn serve(
     listener: TcpListener,
     router: connectrpc::Router,
@@ -123,8 +126,8 @@ fn rpc_service(
     let limits = Limits::default()
         .with_max_message_size(options.max_message_bytes)
         .with_max_request_body_size(options.max_body_bytes());
-    // A call without a deadline gets the longest one: nothing holds a connection for ever. Streams are bounded
-    // only until their first message, for a watch is meant to last.
+    // A call without a deadline gets the longest one, so that nothing holds a connection for ever.
+    // A stream is bounded only until its first message, because a watch is meant to last.
     let deadlines =
         DeadlinePolicy::new().with_max(options.max_deadline).with_default_timeout(options.max_deadline);
     Ok(ConnectRpcService::new(router)

@@ -1,4 +1,4 @@
-//! The outcome of a request that failed: an error that fits into every client's limits, and one line of log.
+//! The outcome of a failed request: an error that fits every client's limits, and one log line.
 //!
 //! ```text
 //!   request_id.rs ── puts an Outcome among the request's extensions
@@ -8,8 +8,9 @@
 //!        └── the RPC library, before any handler ── unreached ─► line, answer as it is
 //! ```
 //!
-//! A client that fails in a loop must not push everything else out of the log. So of the failures of one method with one code
-//! the first [`PER_WINDOW`] of a second are warnings, and the others are of level DEBUG. The next warning has their number.
+//! A client that fails in a loop must not displace everything else from the log. Therefore the
+//! first [`PER_WINDOW`] failures of one method with one code in a second are warnings, and the
+//! others have level DEBUG. The next warning gives their number.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -31,14 +32,15 @@ use http_body_util::{BodyExt as _, Full};
 use super::body;
 use super::error::{fit, shown};
 
-/// How many failures of one method with one code are warnings within [`WINDOW`].
+/// The number of failures of one method with one code that are logged as warnings within
+/// [`WINDOW`].
 const PER_WINDOW: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
 
 /// The longest text of an error in the log, in bytes.
 const MAX_TEXT: usize = 2000;
 
-/// What the server logs of one request, if the request fails. Stands among the request's extensions.
+/// The log of one request's failure. It is among the request's extensions.
 #[derive(Clone)]
 pub(super) struct Outcome {
     lines: Lines,
@@ -54,20 +56,20 @@ impl Outcome {
         extensions.get::<Self>().cloned()
     }
 
-    /// Tells whether the call has come as far as the interceptors, which log its errors.
+    /// Returns true if the call has reached the interceptors, which log its errors.
     pub(super) fn is_reached(&self) -> bool {
         self.is_reached.load(Ordering::Relaxed)
     }
 }
 
-/// Answers a request with an error, and logs that.
+/// Answers a request with an error, and logs the error.
 pub(super) async fn refuse(request: Request, error: ConnectError) -> Response {
     let outcome = Outcome::of(request.extensions());
     let headers = body::finish(request).await;
     answer(outcome.as_ref(), &headers, error)
 }
 
-/// Turns an error into the answer to a request whose body has been read, and logs that.
+/// Turns an error into the answer to a request whose body has been read, and logs the error.
 pub(super) fn answer(outcome: Option<&Outcome>, headers: &HeaderMap, error: ConnectError) -> Response {
     let error = fit(error);
     if let Some(outcome) = outcome {
@@ -78,7 +80,7 @@ pub(super) fn answer(outcome: Option<&Outcome>, headers: &HeaderMap, error: Conn
 
 /// Logs an answer with which the RPC library refused a request before any method was called.
 ///
-/// The library makes such an answer whole, so reading its body waits for nothing.
+/// The library makes such an answer as a whole, so reading its body does not wait.
 pub(super) async fn unreached(outcome: &Outcome, response: Response) -> Response {
     let (parts, body) = response.into_parts();
     let Ok(body) = body.collect().await else { return Response::from_parts(parts, Body::empty()) };
@@ -93,10 +95,11 @@ pub(super) async fn unreached(outcome: &Outcome, response: Response) -> Response
     Response::from_parts(parts, Body::new(Full::new(bytes).with_trailers(trailers)))
 }
 
-/// Logs every error of a handler or of an inner interceptor, and makes the error fit into trailers.
+/// Logs every error of a handler or of an inner interceptor, and shortens the error to fit into
+/// trailers.
 pub(super) struct ReportErrors;
 
-/// Notes that a call has reached its method.
+/// Marks a call as having reached its method.
 fn reach(ctx: &RequestContext) -> Option<(Outcome, String)> {
     let outcome = Outcome::of(ctx.extensions())?;
     outcome.is_reached.store(true, Ordering::Relaxed);
@@ -136,22 +139,24 @@ impl Interceptor for ReportErrors {
     }
 }
 
-/// How many failures of each method and code were logged of late. Clones share one count.
+/// The number of failures of each method and code that were logged recently. Clones share one
+/// count.
 #[derive(Clone, Default)]
 pub(super) struct Lines(Arc<Mutex<HashMap<(String, ErrorCode), Window>>>);
 
-/// The failures since the window began.
+/// The number of failures since the window began.
 struct Window {
     began: Instant,
     count: u32,
 }
 
 impl Lines {
-    /// Logs a failure. `procedure` is a method of this server, or empty: the number of windows stays small.
+    /// Logs a failure. `procedure` is a method of this server or empty, so the number of windows
+    /// stays small.
     fn failed(&self, procedure: &str, error: &ConnectError) {
         let code = error.code.as_str();
         let text = shown(error.message.clone().unwrap_or_default(), MAX_TEXT);
-        // A wait that did not see its state is an answer that the client asked for.
+        // A wait that ended at its deadline is an answer that the client asked for, and no failure.
         let is_answer = procedure.ends_with("/WaitVm") && error.code == ErrorCode::DeadlineExceeded;
         match self.admit(procedure, error.code, Instant::now()) {
             None => tracing::debug!(code, error = text, "a call failed"),
@@ -161,7 +166,8 @@ impl Lines {
         }
     }
 
-    /// Tells whether there is room for one more line at `now`: if so, how many had no room in the window before.
+    /// Returns the number of lines suppressed in the window before, if one more line may be logged
+    /// at `now`.
     fn admit(&self, procedure: &str, code: ErrorCode, now: Instant) -> Option<u32> {
         let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let window = windows.entry((procedure.to_owned(), code)).or_insert(Window { began: now, count: 0 });
@@ -186,7 +192,7 @@ mod tests {
         let admitted = |at, procedure: &str, code| lines.admit(procedure, code, begin + at);
         let flood: Vec<_> = (0..1000).map(|_| admitted(Duration::ZERO, "/a", ErrorCode::NotFound)).collect();
         assert_eq!(flood.iter().filter(|line| **line == Some(0)).count(), 10);
-        // Other methods and other codes have lines of their own.
+        // Other methods and other codes are counted separately.
         assert_eq!(admitted(Duration::ZERO, "/b", ErrorCode::NotFound), Some(0));
         assert_eq!(admitted(Duration::ZERO, "/a", ErrorCode::Internal), Some(0));
         assert_eq!(admitted(WINDOW, "/a", ErrorCode::NotFound), Some(990));

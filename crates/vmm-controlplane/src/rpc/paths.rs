@@ -1,4 +1,4 @@
-//! Where a request goes, and what those are told that lead nowhere.
+//! Routes requests by path, and answers those whose path, verb or content type is wrong.
 
 use std::convert::Infallible;
 use std::task::{Context, Poll};
@@ -16,12 +16,13 @@ use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 use super::body::{self, Reading};
 use super::outcome::{self, Outcome};
 
-/// The service of the Cloud Hypervisor-only predecessor. Its methods have the same names in ours.
+/// The service of the predecessor, which knew only Cloud Hypervisor. The methods there have the
+/// same names as here.
 const PREDECESSOR: &str = "cloudhypervisor.v1.VmService";
 
 const ACCEPT_POST: HeaderName = HeaderName::from_static("accept-post");
 
-/// Hands calls to the RPC services, and answers everything else with an error that says what to do.
+/// Passes calls to the RPC services, and answers everything else with an error and advice.
 #[derive(Clone)]
 pub(super) struct Dispatch {
     rpc: ConnectRpcService,
@@ -32,7 +33,8 @@ impl Dispatch {
         Self { rpc }
     }
 
-    /// Finds what is wrong with a request before any of its body is read.
+    /// Returns the error about a request's path, verb or content type, before any of its body is
+    /// read.
     fn objection(&self, request: &Request) -> Option<Refusal> {
         let path = request.uri().path().trim_start_matches('/');
         let Some(method) = self.rpc.dispatcher().lookup(path) else {
@@ -47,7 +49,8 @@ impl Dispatch {
         }
     }
 
-    /// Says what is at fault in a path that leads nowhere: the predecessor's name, the method, or all of it.
+    /// Returns the error about a path that leads nowhere. The error names the cause: the
+    /// predecessor's name, an unknown method, or the whole path.
     fn nowhere(&self, path: &str) -> Refusal {
         let (service, method) = path.split_once('/').unwrap_or((path, ""));
         let mut methods: Vec<&str> = self
@@ -78,7 +81,7 @@ fn wrong_verb(verb: &Method, path: &str, readable: bool) -> Refusal {
     Refusal { error, header: Some((ALLOW, HeaderValue::from_static(allowed))) }
 }
 
-/// Objects to a GET without a message, as a browser sends when somebody types the path.
+/// Refuses a GET without a message, as a browser sends when somebody types the path.
 fn no_message(request: &Request, path: &str) -> Option<Refusal> {
     let query = request.uri().query().unwrap_or_default();
     let has = |name: &str| query.split('&').any(|part| part.split('=').next() == Some(name));
@@ -92,12 +95,12 @@ fn no_message(request: &Request, path: &str) -> Option<Refusal> {
     Some(error.into())
 }
 
-/// Objects to a Content-Type that no protocol has, or that does not fit the kind of method.
+/// Refuses a Content-Type that belongs to no protocol, or that does not fit the kind of method.
 fn wrong_content_type(request: &Request, path: &str, unary: bool) -> Option<Refusal> {
     let given = request.headers().get(CONTENT_TYPE).map(HeaderValue::to_str);
     let given = match given {
         None => "",
-        // gRPC clients are told in gRPC's own terms, by the library.
+        // The library answers gRPC clients, because it frames the error as gRPC.
         Some(Ok(grpc)) if grpc.starts_with("application/grpc") => return None,
         Some(text) => text.unwrap_or("?"),
     };
@@ -134,7 +137,7 @@ impl Refusal {
         let outcome = request.extensions().get::<Outcome>().cloned();
         let mut headers = body::finish(request).await;
         if self.error.http_status() == StatusCode::UNSUPPORTED_MEDIA_TYPE {
-            // The type is what is wrong, so the answer is not framed by it.
+            // The Content-Type is wrong, so it must not decide the framing of the answer.
             headers.remove(CONTENT_TYPE);
         }
         let mut response = outcome::answer(outcome.as_ref(), &headers, self.error);
@@ -165,7 +168,8 @@ impl Service<Request> for Dispatch {
         Box::pin(async move {
             let response = call.await?.map(Body::new);
             Ok(match (reading.fault(), outcome) {
-                // The library calls every broken body an internal error.
+                // The library reports every broken body as an internal error, so its answer is
+                // replaced.
                 (Some(fault), outcome) => outcome::answer(outcome.as_ref(), &headers, fault),
                 (None, Some(outcome)) if !outcome.is_reached() => {
                     outcome::unreached(&outcome, response).await

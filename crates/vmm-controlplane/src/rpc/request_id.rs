@@ -1,4 +1,5 @@
-//! One id and one tracing span for each request. The span bears the caller's trace, where the caller names one.
+//! Gives each request an id and a tracing span. The span bears the caller's trace if the request
+//! names one.
 
 use std::sync::Arc;
 
@@ -15,17 +16,18 @@ use super::trace_context::TraceParent;
 
 const HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The longest id that is taken from a client.
+/// The longest id that is accepted from a client.
 const MAX_LEN: usize = 128;
 
 /// The id of a request: the client's own `X-Request-Id`, or a new time-ordered one.
 ///
-/// Handlers find it in the extensions of their [`RequestContext`]; it is in the answer and in the log.
+/// Handlers find the id in the extensions of their [`RequestContext`]. The id is also in the answer
+/// and in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestId(Arc<str>);
 
 impl RequestId {
-    /// Takes the client's id if it is sane, else makes one.
+    /// Returns the client's id if it is valid, else a new one.
     fn of(request: &Request) -> Self {
         let given = request.headers().get(HEADER).and_then(|value| value.to_str().ok());
         match given.filter(|id| is_sane(id)) {
@@ -41,13 +43,14 @@ impl RequestId {
     }
 }
 
-/// What may stand in logs, headers and shell commands without being escaped.
+/// Returns true if `id` may stand in logs, headers and shell commands without being escaped.
 fn is_sane(id: &str) -> bool {
     (1..=MAX_LEN).contains(&id.len())
         && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/+=@".contains(&b))
 }
 
-/// The span of the request, kept where a handler finds it whatever spans were opened in between.
+/// The span of a request. It is kept in the extensions, because a handler may run inside other
+/// spans.
 #[derive(Clone)]
 struct RequestSpan(Span);
 
@@ -58,7 +61,7 @@ pub fn record_vm_id(ctx: &RequestContext, vm_id: &str) {
     }
 }
 
-/// Gives a request its id and span, and the answer the id.
+/// Adds the id and the span to a request, and the id to the answer.
 pub(super) async fn attach(State(lines): State<Lines>, mut request: Request, next: Next) -> Response {
     let id = RequestId::of(&request);
     let trace = TraceParent::of(request.headers());
@@ -74,7 +77,8 @@ pub(super) async fn attach(State(lines): State<Lines>, mut request: Request, nex
     request.extensions_mut().insert(RequestSpan(span.clone()));
     request.extensions_mut().insert(Outcome::new(&lines));
     let mut response = next.run(request).instrument(span).await;
-    // Always valid: a client's id arrived as a header, and a UUID is plain ASCII.
+    // The value is always valid, because a client's id arrived as a header and a UUID is plain
+    // ASCII.
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {
         response.headers_mut().insert(HEADER, value);
     }

@@ -1,10 +1,13 @@
-//! Checks the shape of requests against the `.proto`, before they are decoded.
+//! Checks the shape of requests against the `.proto` before they are decoded.
 //!
-//! The generated decoder of JSON refuses an unknown field too, but it stops at the first, gives a line and a column where a
-//! caller needs a path, takes a JSON array for a message, and takes the last of the values of a key that stands in a map
-//! twice. Here every unknown field, every repeated key and every value of a wrong type is reported at once, with its path and
-//! with the names that would have been right. What a value may be is asked of the decoder; see [`values`](super::values). In
-//! both codecs the number of entries is limited; see [`entries`].
+//! The generated JSON decoder refuses an unknown field too. But it stops at the first one, gives a
+//! line and a column where a caller needs a path, accepts a JSON array as a message, and takes the
+//! last value of a key that stands twice in a map.
+//!
+//! This check reports every unknown field, every repeated key and every value of a wrong type at
+//! once, with its path and with the names that are valid there. The decoder's own functions decide
+//! which values are valid; see [`values`](super::values). The number of entries is limited in both
+//! codecs; see [`entries`].
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -23,10 +26,11 @@ use super::entries::{self, MAX_ENTRIES};
 use super::error::invalid_argument;
 use super::values::{Value, cut};
 
-/// How many violations are remembered: far more than an answer has room for.
+/// The most violations that are kept, which is far more than an answer has room for.
 const MAX_VIOLATIONS: usize = 1000;
 
-/// Refuses requests whose shape is not that of the method's request message, or that have too many entries.
+/// Refuses requests whose shape is not that of the method's request message, or that have too many
+/// entries.
 pub(crate) struct StrictJson {
     pool: DescriptorPool,
     /// Request messages by procedure, `/vmm.v1.VmService/CreateVm`.
@@ -34,7 +38,7 @@ pub(crate) struct StrictJson {
 }
 
 impl StrictJson {
-    /// Reads the shapes from a wire-format `FileDescriptorSet`.
+    /// Reads the shapes of the messages from a wire-format `FileDescriptorSet`.
     pub(crate) fn new(descriptor_set: &[u8]) -> Result<Self, PoolError> {
         let pool = DescriptorPool::decode(descriptor_set)?;
         let requests = pool
@@ -67,7 +71,9 @@ fn check_json(pool: &DescriptorPool, message: &MessageDescriptor, json: &[u8]) -
     }
     let mut report = Report { path: String::new(), violations: Vec::new(), entries: 0 };
     let shape = Shape { pool, expected: Expected::Message(message), report: &mut report };
-    // What is not JSON at all is the decoder's to report; what was found until there counts.
+    // The result is ignored because an error means one of two things. The text is not JSON: then
+    // the decoder refuses it later, unless a violation was found before the error. Or there are too
+    // many entries: then the walk has added that violation itself.
     let _syntax = shape.deserialize(&mut serde_json::Deserializer::from_slice(json));
     if report.violations.is_empty() { Ok(()) } else { Err(invalid_argument(report.violations)) }
 }
@@ -92,7 +98,7 @@ impl Interceptor for StrictJson {
         if !req.ctx.path().is_some_and(|procedure| self.requests.contains_key(procedure)) {
             return next.run(req, inbound).await;
         }
-        // None of our methods takes a stream of messages, so looking at the first looks at all.
+        // No method of this API takes a stream of messages, so the first message is the only one.
         let Some(first) = inbound.next().await else { return next.run(req, inbound).await };
         let first = first?;
         self.check(req.ctx.path(), &first)?;
@@ -100,11 +106,11 @@ impl Interceptor for StrictJson {
     }
 }
 
-/// Where the walk is, and what it found.
+/// The place where the walk is, and the violations found so far.
 struct Report {
     path: String,
     violations: Vec<(String, String)>,
-    /// The entries of all lists and maps so far.
+    /// The number of entries of all lists and maps so far.
     entries: usize,
 }
 
@@ -116,11 +122,11 @@ impl Report {
         }
     }
 
-    /// Counts an entry of the list or map where the walk is.
+    /// Counts one entry of the list or map at the present path.
     ///
     /// # Errors
     ///
-    /// There are too many, and the walk ends.
+    /// The limit on entries is passed. The error ends the walk.
     fn count<E: de::Error>(&mut self) -> Result<(), E> {
         self.entries += 1;
         if self.entries <= MAX_ENTRIES {
@@ -130,7 +136,7 @@ impl Report {
         Err(E::custom("too many entries"))
     }
 
-    /// Runs `step` with `segment` at the end of the path.
+    /// Runs `step` with `segment` appended to the path.
     fn within<T>(&mut self, segment: &str, step: impl FnOnce(&mut Self) -> T) -> T {
         let length = self.path.len();
         if !self.path.is_empty() && !segment.starts_with('[') {
@@ -143,14 +149,14 @@ impl Report {
     }
 }
 
-/// What the `.proto` says should stand at a place.
+/// The kind of value that the `.proto` defines for a place.
 #[derive(Clone, Copy)]
 enum Expected<'a> {
     Message(&'a MessageDescriptor),
     List(SingularKind),
     Map(SingularKind),
     Value(Value<'a>),
-    /// Whatever stands below an unknown field.
+    /// Any value: the place is below an unknown field.
     Anything,
 }
 
@@ -163,7 +169,7 @@ impl<'a> Expected<'a> {
         }
     }
 
-    /// Says what should stand there, for a place where something else stands.
+    /// Describes the expected value, for a violation at a place where another kind of value stands.
     fn wanted(self) -> String {
         match self {
             Self::Message(_) | Self::Map(_) => "an object is expected: write { … }".to_owned(),
@@ -182,7 +188,11 @@ impl<'a> Expected<'a> {
     }
 }
 
-/// One step of the walk: a place in the JSON and what should stand there.
+/// One step of the walk: a place in the JSON and the kind of value expected there.
+///
+/// `serde_json` calls the visitor method that fits the value in the text. Each method adds
+/// violations to the report and returns `Ok`, so that the walk goes on and finds the other
+/// violations. It returns `Err` only for a syntax error and for too many entries.
 struct Shape<'a, 'r> {
     pool: &'a DescriptorPool,
     expected: Expected<'a>,
@@ -205,6 +215,8 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        // An object in a wrong place is one violation. Its members are still read, because the text
+        // behind it must be walked too, but `member` checks nothing in them.
         if matches!(self.expected, Expected::List(_) | Expected::Value(_)) {
             self.report.add(format!("is an object where {}", self.expected.wanted()));
         }
@@ -227,6 +239,9 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
             while list.next_element::<IgnoredAny>()?.is_some() {}
             return Ok(());
         };
+        // The end of a list is known only after an attempt to read the next element. So an element
+        // is counted after it was walked, and the violation of the limit stands at the list's own
+        // path.
         let expected = Expected::one(self.pool, kind);
         let Self { pool, report, .. } = self;
         for index in 0_usize.. {
@@ -241,7 +256,8 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
         Ok(())
     }
 
-    // A plain value is right or wrong by its type, which the decoder knows.
+    // A plain value is compared by its type alone, which the decoder's functions decide. `null` is
+    // always accepted, because the decoder reads it as an unset field.
     fn visit_unit<E: de::Error>(self) -> Result<(), E> {
         Ok(())
     }
@@ -268,7 +284,7 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
 }
 
 impl Shape<'_, '_> {
-    /// Looks at a number, a text or a truth value. `given` is how the client spelt it.
+    /// Checks a number, a text or a truth value. `given` is the value as the client spelt it.
     fn value<'de>(self, given: &dyn fmt::Display, json: impl Deserializer<'de, Error = de::value::Error>) {
         match self.expected {
             Expected::Anything => {}
@@ -281,7 +297,8 @@ impl Shape<'_, '_> {
         }
     }
 
-    /// Reports a key that stands in an object twice. A field of a message has two spellings and is one key.
+    /// Reports a key that stands in an object twice. The two spellings of a message's field, such
+    /// as `vm_id` and `vmId`, count as one key.
     fn refuse_repetition(&mut self, key: &str, seen: &mut HashSet<String>) {
         let name = match self.expected {
             Expected::Map(_) => key,
@@ -296,8 +313,12 @@ impl Shape<'_, '_> {
         }
     }
 
-    /// Looks at one member of an object.
+    /// Walks one member of an object.
     fn member<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        // The path gets the field's name in the `.proto` and not the client's spelling, so that one
+        // field has one path. An unknown key is reported once, and everything below it is skipped,
+        // because nothing is known about its shape. The values of a map have one expected kind and
+        // are walked under their keys.
         let Self { pool, expected, report } = self;
         let expected = match *expected {
             Expected::Map(kind) => Expected::one(pool, kind),
@@ -345,9 +366,9 @@ mod tests {
             "null",
             r#"{"vm_id":"a","config":{"cpu":null,"storage":[{"path":"/d","isRootDevice":true,"options":{"any":"v"}}]}}"#,
             r#"{"config":{"metadata":{"anything goes":"x"},"restartPolicy":{"mode":4}}}"#,
-            // Not ours to report.
+            // The decoder reports a syntax error.
             r#"{"config":"#,
-            // Every spelling of a value that the decoder takes.
+            // All of these spellings of values are accepted by the decoder.
             r#"{"config":{"cpu":{"vcpu_count":"2"},"memory":{"size_bytes":2.0}}}"#,
             r#"{"config":{"cpu":{"vcpu_count":1e1},"memory":{"size_bytes":"-1","hotplug_enabled":true}}}"#,
             r#"{"vm_id":null,"config":{"cpu":{"vcpu_count":null},"restart_policy":{"mode":null}}}"#,

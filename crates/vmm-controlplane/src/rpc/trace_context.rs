@@ -1,4 +1,4 @@
-//! `traceparent`, the header in which a caller names the trace that its request belongs to (W3C Trace Context).
+//! The header `traceparent`, in which a caller names the trace of its request (W3C Trace Context).
 
 use http::HeaderMap;
 
@@ -14,7 +14,7 @@ pub(super) struct TraceParent<'a> {
 }
 
 impl<'a> TraceParent<'a> {
-    /// Reads the header. A header that is not valid counts as none, as the recommendation demands.
+    /// Reads the header. A header that is not valid is ignored, as the recommendation demands.
     pub(super) fn of(headers: &'a HeaderMap) -> Option<Self> {
         let mut all = headers.get_all(HEADER).iter();
         match (all.next(), all.next()) {

@@ -1,4 +1,4 @@
-//! The single values of JSON requests: numbers, texts, truth values and names of enums.
+//! Plain values in JSON requests: numbers, texts, truth values and names of enums.
 
 use std::fmt::Display;
 
@@ -8,10 +8,10 @@ use serde::de::{self, Deserialize, Deserializer};
 
 use super::error::shown;
 
-/// The longest part of a value that is quoted.
+/// The longest part of a value that an error quotes.
 const MAX_QUOTED: usize = 64;
 
-/// A value of the `.proto` that is no message, no list and no map.
+/// A type of the `.proto` that is no message, no list and no map.
 #[derive(Clone, Copy)]
 pub(super) enum Value<'a> {
     Scalar(ScalarType),
@@ -19,7 +19,7 @@ pub(super) enum Value<'a> {
 }
 
 impl Value<'_> {
-    /// Says what stands there, with its article.
+    /// Describes the expected value, with its article.
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Enum(_) => "the name of a value",
@@ -30,7 +30,8 @@ impl Value<'_> {
         }
     }
 
-    /// Returns what is wrong with a value, or nothing if the decoder takes it. `given` is how the client spelt it.
+    /// Returns the error about a value, or nothing if the decoder accepts the value. `given` is the
+    /// value as the client spelt it.
     pub(super) fn objection<'de, D>(self, given: &dyn Display, json: D) -> Option<String>
     where
         D: Deserializer<'de, Error = de::value::Error>,
@@ -56,7 +57,8 @@ impl Value<'_> {
     }
 }
 
-/// Asks the decoder's own functions, so that nothing is refused here that the decoder takes.
+/// Calls the decoder's own functions, so that every value that the decoder accepts is accepted
+/// here.
 fn takes<'de, D>(scalar: ScalarType, json: D) -> bool
 where
     D: Deserializer<'de, Error = de::value::Error>,
@@ -69,12 +71,13 @@ where
         ScalarType::Uint32 | ScalarType::Fixed32 => uint32::deserialize(json).is_ok(),
         ScalarType::Uint64 | ScalarType::Fixed64 => uint64::deserialize(json).is_ok(),
         ScalarType::Double | ScalarType::Float => double::deserialize(json).is_ok(),
-        // Whether a text is base64 is left to the decoder.
+        // The decoder itself checks that a text is base64.
         ScalarType::Bytes => String::deserialize(json).is_ok(),
     }
 }
 
-/// A number that is no value of the enum is an unknown value, which the service refuses with the names.
+/// Returns true for the name of a value and for any 32-bit number. A number that is no value of the
+/// enum passes, because the service refuses it with the list of names.
 fn takes_enum<'de, D>(names: &EnumDescriptor, json: D) -> bool
 where
     D: Deserializer<'de, Error = de::value::Error>,
@@ -99,7 +102,7 @@ const fn bits(scalar: ScalarType) -> u32 {
     }
 }
 
-/// Quotes a value as the client spelt it, but no more of it than a person reads.
+/// Returns a value as the client spelt it, shortened for an error message.
 pub(super) fn cut(given: &dyn Display) -> String {
     shown(given.to_string(), MAX_QUOTED)
 }

@@ -1,4 +1,4 @@
-//! The requests that must be answered when everything else is refused: health, and `force`.
+//! The requests that are answered even when all others are refused: health, and calls with `force`.
 
 use axum::extract::Request;
 use axum::middleware::Next;
@@ -8,9 +8,10 @@ use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
 use super::outcome;
 
-/// Tells whether a path is served where connections or requests are scarce.
+/// Returns true if a path is served where connections or requests are scarce.
 ///
-/// ShutdownVm and DeleteVm are vital with `force` only, which is in the body; [`require_force`] looks at that.
+/// ShutdownVm and DeleteVm are vital only with `force`, which is in the body. [`require_force`]
+/// checks that.
 pub(super) fn is_vital(path: &str) -> bool {
     is_health(path)
         || path
@@ -19,12 +20,13 @@ pub(super) fn is_vital(path: &str) -> bool {
             .is_some_and(|method| matches!(method, "/ShutdownVm" | "/DeleteVm"))
 }
 
-/// Tells whether a path is one of those that answer a single question: is the daemon healthy.
+/// Returns true if a path answers only the question of the daemon's health.
 pub(super) fn is_health(path: &str) -> bool {
     matches!(path, "/_/health" | "/health" | "/grpc.health.v1.Health/Check")
 }
 
-/// The resource that is short. Stands among the extensions of a request that is served only if it is vital.
+/// The resource that is scarce. It is among the extensions of a request that is served only if it
+/// is vital.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Scarcity {
     /// The request came on a connection of last resort.
@@ -48,7 +50,7 @@ impl Scarcity {
     }
 }
 
-/// Answers RESOURCE_EXHAUSTED to a request that there is no room for and that is not vital.
+/// Answers RESOURCE_EXHAUSTED to a request for which there is no room, unless it is vital.
 pub(super) async fn check(request: Request, next: Next) -> Response {
     match request.extensions().get::<Scarcity>().copied() {
         Some(scarcity) if !is_vital(request.uri().path()) => outcome::refuse(request, scarcity.error()).await,
@@ -56,11 +58,12 @@ pub(super) async fn check(request: Request, next: Next) -> Response {
     }
 }
 
-/// Refuses a call without `force` where connections or requests are scarce, because the call may take long.
+/// Refuses a call without `force` where connections or requests are scarce, because the call may
+/// take long.
 ///
 /// # Errors
 ///
-/// RESOURCE_EXHAUSTED, which says why.
+/// RESOURCE_EXHAUSTED, which names the scarce resource.
 pub fn require_force(ctx: &RequestContext, force: bool) -> Result<(), ConnectError> {
     match ctx.extensions().get::<Scarcity>() {
         Some(scarcity) if !force => Err(scarcity.error()),
