@@ -1,4 +1,4 @@
-//! The registry: every hypervisor of this program, and what differs between them outside their own rooms.
+//! The registry of hypervisors, with the differences between them that concern other modules.
 //!
 //! ```text
 //!   ALL ──┬─ backends(config) ──► the daemon and doctor      current: what the endpoint says
@@ -22,18 +22,18 @@ use vmm_service::{BackendFamily, Backends};
 
 use crate::config::{BackendName, Config, Endpoint, Kvm, Setting};
 
-/// One hypervisor.
+/// The entry of one hypervisor.
 pub(crate) struct Registration {
-    /// Its name in the configuration and on the wire.
+    /// The name in the configuration and on the wire.
     pub(crate) name: BackendName,
-    /// The beginning of the keys in free maps that concern this hypervisor alone.
+    /// The prefix of the keys in free maps that concern this hypervisor alone.
     #[cfg_attr(not(test), expect(dead_code, reason = "a test holds vmm-core's list against it"))]
     pub(crate) prefix: &'static str,
-    /// The usual name of its program.
+    /// The usual name of the program.
     pub(crate) program: &'static str,
-    /// The way in which the program comes onto a host.
+    /// The advice for installing the program.
     pub(crate) install: &'static str,
-    /// The setting that names VMMs of others.
+    /// The setting that names VMMs which another program started.
     pub(crate) endpoint: Setting,
     /// Returns true if VMMs that the daemon starts cannot do without /dev/kvm.
     pub(crate) needs_kvm: fn(&Config) -> bool,
@@ -42,7 +42,8 @@ pub(crate) struct Registration {
     libvirt: Option<MakeLibvirt>,
 }
 
-/// Makes the backend of the libvirtd at a URI, and says whether domains of others are to be imported.
+/// Makes the backend of the libvirtd at a URI. The flag is true if domains that another program
+/// made are imported.
 type MakeLibvirt = fn(&Config, &str, bool) -> Arc<dyn Backend>;
 
 /// Every hypervisor.
@@ -95,7 +96,7 @@ pub(crate) static ALL: [Registration; 3] = [
     },
 ];
 
-/// Makes the backends that `config` asks for, with a way to those of other kinds.
+/// Makes the backends that `config` names, and a constructor for the backends of other kinds.
 pub(crate) fn backends(config: &Config) -> Backends {
     let families = ALL.iter().map(|registration| registration.family(config));
     Backends::new(id::BackendName::new(config.default_backend.as_str()), families)
@@ -117,8 +118,11 @@ impl Registration {
         BackendFamily::new(current, move |kind| self.of_kind(&config, kind))
     }
 
-    /// Makes the backend of VMs of a kind that the endpoint does not ask for. A socket that no endpoint names is left alone,
-    /// because the daemon attaches only where it was told to; libvirt and the daemon's own VMMs prove whose they are.
+    /// Makes the backend for VMs of a kind other than the one that the endpoint names.
+    ///
+    /// A socket that no endpoint names any more is left alone, because the daemon attaches only to
+    /// the sockets in its configuration. Libvirt domains and the daemon's own VMMs prove their
+    /// owner and are served on.
     fn of_kind(&self, config: &Config, kind: &VmKind) -> Result<Arc<dyn Backend>, String> {
         match (kind, self.libvirt) {
             (VmKind::Managed, _) => Ok((self.managed)(config)),

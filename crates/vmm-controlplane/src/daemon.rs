@@ -1,4 +1,4 @@
-//! The daemon, from its configuration to its end.
+//! The life of the daemon, from its configuration to its end.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,26 +24,36 @@ use crate::notify::ServiceManager;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
 
-/// Operations whose clients have left may take so long to end after the signal.
+/// The longest time after the signal in which operations whose clients have left may end.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// Serves until SIGTERM or SIGINT. VMs go on running.
+/// Serves until SIGTERM or SIGINT. The VMs go on running after that.
 ///
 /// # Errors
 ///
-/// The state directory is taken or unusable, or the address cannot be bound.
+/// Another daemon holds the state directory, the state directory is unusable, or the address cannot
+/// be bound.
 pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     let Loaded { config, warnings, .. } = loaded;
     for warning in &warnings {
         tracing::warn!("{warning}");
     }
+    // The limit on open files is raised before anything is opened and before any VMM is started,
+    // because VMMs inherit it. The signal handlers come next, so that a signal during the start
+    // stops the daemon in the regular way: it is kept until `stop` is awaited.
     let connections = connections();
     let stop = stop_signal()?;
     let manager = Arc::new(ServiceManager::of_this_process());
+    // The lock keeps a second daemon from this state directory, so it is taken before anything
+    // there is read. It is declared before the store and is therefore released after it. The
+    // address is bound before the service starts, so that an address in use ends the program before
+    // any VM is touched. Clients that connect meanwhile wait in the backlog of the socket.
     let _lock = StateLock::acquire(&config.state_dir)?;
     let listener = bind(&config).await?;
     let store = SqliteStore::open(&config.state_dir)
         .with_context(|| format!("the state in {} cannot be opened", config.state_dir.display()))?;
+    // The runtime directory is signed before the service starts, because the service makes run
+    // folders there. `VmService::start` then takes over the VMs that are on record.
     sign(&config, store.instance());
     let store = Arc::new(store);
     let service = VmService::start(Arc::clone(&store) as _, backends(&config), settings(&config)).await?;
@@ -52,6 +62,8 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
     let router = Arc::new(Api::new(service.clone())).register(connectrpc::Router::new());
     let pages = health::pages(service.clone(), exposure(address).into_iter().collect());
+    // Looking for leftovers reads the whole host and takes time, so it runs beside the daemon. It
+    // only writes to the log.
     let healthy = service.clone();
     tokio::spawn(operator::report_leftovers(config.clone()).instrument(tracing::info_span!("leftovers")));
     let options = ServeOptions {
@@ -59,6 +71,8 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
         is_healthy: Some(Arc::new(move || health::problem(&healthy).is_none())),
         ..connections
     };
+    // The service manager gets "ready" when the socket is bound and the VMs are known. A call that
+    // arrives from now on is answered.
     manager.ready();
     let alive = tokio::spawn({
         let manager = Arc::clone(&manager);
@@ -68,6 +82,9 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
         stop.await;
         manager.stopping();
     };
+    // `serve` returns when the calls are answered or cut. An operation runs in a task of its own
+    // and outlives its call, so the service is drained afterwards. The watchdog is served until
+    // that drain is over, because the drain may last longer than the watchdog's interval.
     rpc::serve(listener, router, pages, options, stop).await?;
 
     match service.drain(DRAIN).await {
@@ -75,14 +92,16 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
         left => tracing::warn!(left, "stopped with operations under way; the next start settles them"),
     }
     alive.abort();
-    // What is still to be recorded is recorded, and a successor finds an empty log and no lock.
+    // Closing the database writes the changes that are still queued. The next daemon then finds an
+    // empty log and no lock.
     if let Err(error) = store.close().await {
         tracing::warn!(%error, "the database was not closed; the next start takes up its log");
     }
     Ok(())
 }
 
-/// Notes whose the run folders are that will be made; without the note `reconcile` removes none of them.
+/// Records in the runtime directory that this state directory uses it. Without that record
+/// `reconcile` removes no run folder.
 fn sign(config: &Config, instance: InstanceId) {
     let dir = config.runtime_dir.display();
     match ledger::sign(&config.runtime_dir, instance) {
@@ -115,10 +134,10 @@ fn settings(config: &Config) -> Settings {
     }
 }
 
-/// Raises the limit on descriptors, and shares them out: how many connections are served follows from the limit.
+/// Raises the limit on descriptors, and derives the number of connections from it.
 ///
-/// VMMs inherit the raised limit. A VMM with many vCPUs, disks and queues needs it too, and none of the three waits with
-/// `select`, for which alone high numbers would be a danger.
+/// VMMs inherit the raised limit. A VMM with many vCPUs, disks and queues needs it too. High
+/// descriptor numbers are a danger only for `select`, which none of the three hypervisors uses.
 fn connections() -> ServeOptions {
     let limit = match descriptors::raise_limit() {
         Ok((before, now)) => {
@@ -145,13 +164,14 @@ async fn bind(config: &Config) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// What the health page says for as long as anybody on the network can do anything.
+/// Returns the warning of the health page for an address that other hosts can reach.
 fn exposure(address: SocketAddr) -> Option<String> {
     (!is_loopback(address.ip()))
         .then(|| format!("{address} is reachable from other hosts, and nothing authenticates who calls"))
 }
 
-/// A future that ends at the first SIGTERM or SIGINT. A second one ends the process at once.
+/// Returns a future that ends at the first SIGTERM or SIGINT. A second signal ends the process at
+/// once.
 fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;

@@ -1,6 +1,7 @@
 //! The health pages: `/_/health` in full, `/health` in short.
 //!
-//! Healthy means that the default backend can serve. The answer comes from what is known, and asks no VMM.
+//! Healthy means that the default backend can serve. The answer comes from memory, and no VMM is
+//! asked.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,14 +20,14 @@ struct Health {
     warnings: Vec<String>,
 }
 
-/// The first four keys are the contract; the others may grow.
+/// The body of `/_/health`. The first four keys are the contract; the others may grow.
 #[derive(Serialize)]
 struct Page {
     status: &'static str,
     backend: String,
     uptime_seconds: u64,
     version: &'static str,
-    /// Why the default backend cannot serve.
+    /// The reason for which the default backend cannot serve.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     backends: Vec<BackendLine>,
@@ -44,7 +45,7 @@ struct BackendLine {
     reason: Option<String>,
 }
 
-/// The pages. `warnings` are said for as long as the daemon runs.
+/// Returns the pages. The full page shows `warnings` for as long as the daemon runs.
 pub fn pages(service: VmService, warnings: Vec<String>) -> Router {
     let health = Arc::new(Health { service, started: Instant::now(), warnings });
     Router::new().route("/_/health", get(full)).route("/health", get(short)).with_state(health)
@@ -81,7 +82,8 @@ async fn short(State(health): State<Arc<Health>>) -> Response {
     (code(reason.as_ref()), Json(serde_json::json!({ "status": word(reason.as_ref()) }))).into_response()
 }
 
-/// Returns why the default backend cannot serve, if it cannot. From memory: no VMM is asked.
+/// Returns the reason for which the default backend cannot serve, if it cannot. The answer comes
+/// from memory, and no VMM is asked.
 pub fn problem(service: &VmService) -> Option<String> {
     match service.default_backend() {
         Some(status) => status.health.version.err(),

@@ -1,9 +1,10 @@
-//! The daemon: what of the program is about this process and this wire, and not about VMs.
+//! The daemon: the parts of the program that concern this process and its wire protocol, and not
+//! VMs.
 //!
-//! `main.rs` reads the command line, [`config`] settles what it means, `backends` is the registry of hypervisors, [`daemon`] puts
-//! the parts together, [`rpc`] is the
-//! HTTP server, [`api`] the handlers, [`health`] the health pages, [`operator`] the subcommands of a person on the host and
-//! [`telemetry`] the log.
+//! `main.rs` reads the command line, [`config`] loads the settings, and `backends` is the registry
+//! of hypervisors. [`daemon`] puts the parts together. [`rpc`] is the HTTP server, [`api`] has the
+//! handlers, and [`health`] the health pages. [`operator`] has the subcommands for a person on the
+//! host, and [`telemetry`] the log.
 
 pub mod api;
 mod backends;

@@ -46,7 +46,8 @@ fn operate(command: &Command, loaded: &Loaded) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(answer.code))
 }
 
-/// Serves until a signal. An error is written behind the log, which must not be overtaken or blocked by it.
+/// Serves until a signal. An error is written through the log, so that it stands behind the last
+/// log line and cannot block on stderr.
 fn serve(loaded: Loaded) -> ExitCode {
     let log = match telemetry::start() {
         Ok(log) => log,
@@ -65,11 +66,11 @@ fn serve(loaded: Loaded) -> ExitCode {
 }
 
 fn run(loaded: Loaded) -> anyhow::Result<()> {
-    // VMMs live where the daemon lives, and must not keep a file system from being unmounted.
+    // VMMs inherit the working directory, which must not keep a file system from being unmounted.
     std::env::set_current_dir("/")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(daemon::run(loaded));
-    // What still runs holds nothing that a restart would miss.
+    // The tasks that still run hold nothing that a restart needs, so nobody waits for them.
     runtime.shutdown_background();
     result
 }
@@ -79,12 +80,14 @@ fn answer(text: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Prints the answer of a subcommand. A reader that has gone, as in `| head`, has what it wanted.
+/// Prints the answer of a subcommand. An error is ignored, because a reader that has gone, as in `|
+/// head`, needs no more text.
 fn say(text: &str) {
     let _gone = writeln!(std::io::stdout(), "{}", text.trim_end());
 }
 
-/// Prints the reason of a start that failed before there is a log. Where nobody reads it, the exit code remains.
+/// Prints the reason of a start that failed before the log existed. An error is ignored, because
+/// the exit code shows the failure too.
 fn complain(error: &anyhow::Error) {
     let _gone = writeln!(std::io::stderr(), "vmm-controlplane: {error:#}");
 }

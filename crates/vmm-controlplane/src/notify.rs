@@ -1,7 +1,9 @@
-//! What the daemon tells the service manager that started it: that it is ready, that it is alive, and that it stops.
+//! Messages to the service manager that started the daemon: the daemon is ready, is alive, or
+//! stops.
 //!
-//! systemd names a datagram socket in `NOTIFY_SOCKET`, and with `WatchdogSec=` the longest silence in `WATCHDOG_USEC`. Each
-//! message is one datagram of text. Where no socket is named nobody is told anything.
+//! systemd names a datagram socket in `NOTIFY_SOCKET`, and with `WatchdogSec=` the longest
+//! permitted silence in `WATCHDOG_USEC`. Each message is one datagram of text. No message is sent
+//! if no socket is named.
 
 use std::ffi::OsStr;
 use std::io;
@@ -10,14 +12,15 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
-/// The way to the service manager, if there is one.
+/// The connection to the service manager, if there is one.
 pub(crate) struct ServiceManager {
     way: Option<(UnixDatagram, SocketAddr)>,
     watchdog: Option<Duration>,
 }
 
 impl ServiceManager {
-    /// Reads the variables that the service manager sets. A socket that cannot be used is logged and left.
+    /// Reads the variables that the service manager sets. A socket that cannot be used is logged
+    /// and ignored.
     #[must_use]
     pub(crate) fn of_this_process() -> Self {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
@@ -34,17 +37,18 @@ impl ServiceManager {
         Self { way, watchdog }
     }
 
-    /// Says that the daemon serves.
+    /// Reports that the daemon serves.
     pub(crate) fn ready(&self) {
         self.tell("READY=1\nSTATUS=serving");
     }
 
-    /// Says that the daemon stops, so that the time of its end is not held against the watchdog.
+    /// Reports that the daemon stops, so that the watchdog does not end it during the shutdown.
     pub(crate) fn stopping(&self) {
         self.tell("STOPPING=1\nSTATUS=stopping; the VMs go on running");
     }
 
-    /// Tells the watchdog, for ever, that the daemon is alive: twice in the longest silence.
+    /// Reports to the watchdog for ever that the daemon is alive, twice in the longest permitted
+    /// silence.
     pub(crate) async fn stay_alive(&self) {
         let Some(longest) = self.watchdog.filter(|_| self.way.is_some()) else {
             return std::future::pending().await;
@@ -64,7 +68,7 @@ impl ServiceManager {
     }
 }
 
-/// Opens a socket from which `name` can be told something. A name that begins with `@` is one in the abstract namespace.
+/// Opens a socket for sending to `name`. A name that begins with `@` is in the abstract namespace.
 fn way_to(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddr)> {
     let address = match name.as_bytes() {
         [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
@@ -96,7 +100,7 @@ mod tests {
             let length = socket.recv(&mut told).unwrap();
             assert_eq!(&told[..length], b"READY=1\nSTATUS=serving");
         }
-        // A name that nobody listens at is no reason to fail.
+        // Nobody listens at this name, which is not an error.
         let way = Some(way_to(OsStr::new("/nonexistent/notify")).unwrap());
         ServiceManager { way, watchdog: None }.stopping();
     }

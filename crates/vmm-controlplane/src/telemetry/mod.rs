@@ -1,6 +1,7 @@
-//! The log: JSON for machines, text on a terminal. Both go to stderr, and `RUST_LOG` chooses the level.
+//! The log: JSON for machines, text on a terminal. Both go to stderr, and `RUST_LOG` chooses the
+//! level.
 //!
-//! No thread that serves a call writes to stderr: see [`queue`].
+//! Threads that serve calls never write to stderr; see [`queue`].
 
 mod queue;
 
@@ -14,21 +15,21 @@ use tracing_subscriber::fmt::format::FmtSpan;
 
 use queue::Queue;
 
-/// The level where `RUST_LOG` is unset.
+/// The level if `RUST_LOG` is unset, empty or not valid.
 const DEFAULT: &str = "info";
-/// The memory for lines that wait to be written, in bytes: some 2,000 lines.
+/// The memory for lines that wait to be written, in bytes. Some 2,000 lines fit.
 const CAPACITY: usize = 1 << 20;
-/// The end of the program waits for the last lines at most so long.
+/// The longest time for which the end of the program waits for the last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// The log of this process. Dropping it waits for the last lines, for at most a second.
+/// The log of this process. Dropping it waits for the last lines for at most a second.
 pub struct Log {
     queue: Queue,
 }
 
-/// Starts logging. To be called once, before anything is logged.
+/// Starts logging. Must be called once, before anything is logged.
 ///
-/// Panics are logged from then on as well, because the standard report of a panic blocks on stderr.
+/// From then on panics are logged as well, because the standard report of a panic blocks on stderr.
 ///
 /// # Errors
 ///
@@ -43,7 +44,8 @@ pub fn start() -> io::Result<Log> {
         },
         _ => (EnvFilter::new(DEFAULT), None),
     };
-    // The formatter would report its own errors with `eprintln!`, which panics where stderr is broken.
+    // The formatter would report its own errors with `eprintln!`, which panics where stderr is
+    // broken.
     let log = tracing_subscriber::fmt()
         .log_internal_errors(false)
         .with_env_filter(filter)
@@ -61,7 +63,7 @@ pub fn start() -> io::Result<Log> {
 }
 
 impl Log {
-    /// Writes a line that is meant for a person, behind all that was logged.
+    /// Writes a line for a person behind everything that was logged.
     pub fn say(&self, line: &str) {
         self.queue.push(format!("{line}\n").as_bytes());
     }
@@ -80,7 +82,7 @@ fn report_dropped(dropped: u64) {
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let text = panic.payload_as_str().unwrap_or("no message");
     let place = panic.location().map(ToString::to_string).unwrap_or_default();
-    // RUST_BACKTRACE says whether there is a backtrace.
+    // RUST_BACKTRACE decides whether a backtrace is captured.
     let backtrace = Backtrace::capture();
     let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| backtrace.to_string());
     tracing::error!(panic = text, place, backtrace, "a thread panicked: a defect of this program");

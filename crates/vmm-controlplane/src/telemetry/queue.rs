@@ -6,12 +6,13 @@
 //!                   └── full: the line is dropped and counted          └── fails: the same
 //! ```
 //!
-//! A write to stderr blocks for as long as its reader likes: a pipe that nobody reads, a terminal that was stopped by Ctrl-S,
-//! a journal on a full disk. Only the writer's thread waits for it. A line that finds the queue full is dropped, because the
-//! alternative is a call that hangs. The number of dropped lines is logged as soon as a write succeeds and the queue has room.
+//! A write to stderr blocks for as long as its reader likes: a pipe that nobody reads, a terminal
+//! that was stopped by Ctrl-S, a journal on a full disk. Only the writer's thread waits for it. A
+//! line that finds the queue full is dropped, because the alternative is a call that hangs. The
+//! number of dropped lines is logged as soon as a write succeeds and half of the queue is free.
 //!
-//! `tracing-appender` is not used, because its guard prints to stdout when the queue is full at the end of the program:
-//! where stdout and stderr are one pipe, the end would hang.
+//! `tracing-appender` is not used, because its guard prints to stdout when the queue is full at the
+//! end of the program. Where stdout and stderr are one pipe, that print would hang.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -35,9 +36,9 @@ struct Shared {
 struct State {
     lines: VecDeque<Vec<u8>>,
     bytes: usize,
-    /// Lines that nobody will see and that no line has told of.
+    /// The number of lines that were dropped and that no report has counted yet.
     dropped: u64,
-    /// The writer has a line in its hands.
+    /// True while the writer's thread writes a line that it has taken out of `lines`.
     writing: bool,
 }
 
@@ -50,7 +51,8 @@ impl Queue {
 
     /// Starts the thread that writes the lines to `out`.
     ///
-    /// `report` is called on that thread with the number of lines that were dropped, when the queue has room again.
+    /// `report` is called on that thread with the number of dropped lines, once the queue has room
+    /// again.
     ///
     /// # Errors
     ///
@@ -65,28 +67,39 @@ impl Queue {
         Ok(())
     }
 
-    /// Adds a line, or drops and counts it. Never blocks.
+    /// Adds a line, or drops and counts it if the queue is full. Waits for the lock only, which
+    /// nobody holds during a write.
     pub(super) fn push(&self, line: &[u8]) {
         let mut state = self.state();
         if state.bytes.saturating_add(line.len()) > self.0.capacity {
             state.dropped += 1;
             return;
         }
+        // `bytes` counts the lines in the queue and not the one that is being written, so the
+        // memory is at most the capacity and one line.
         state.bytes += line.len();
         state.lines.push_back(line.to_vec());
         drop(state);
+        // All waiters are woken, because the writer and `flush` wait on the same condition
+        // variable. Waking only one could wake `flush` and leave the writer asleep.
         self.0.changed.notify_all();
     }
 
     /// Waits until every line has been written, for at most `patience`.
     pub(super) fn flush(&self, patience: Duration) {
         let unwritten = |state: &mut State| state.writing || !state.lines.is_empty();
-        // A poisoned lock or the end of the patience make no difference: the caller leaves.
+        // The result is ignored, because the caller ends in any case: after the last line, after a
+        // timeout and after a poisoned lock.
         let _written = self.0.changed.wait_timeout_while(self.state(), patience, unwritten);
     }
 
     fn write_forever(&self, mut out: impl Write, report: impl Fn(u64)) {
         loop {
+            // The lock is held in `next` and in `written` but not during the write, so that `push`
+            // never waits for stderr. `report` logs, which calls `push` on this same thread. That
+            // cannot hang, because no lock is held here and `push` drops a line rather than wait. A
+            // write error drops its line; nothing else can be done about it, because stderr is
+            // where it would be reported.
             let line = self.next();
             let result = out.write_all(&line).and_then(|()| out.flush());
             if let Some(dropped) = self.written(result.is_ok()) {
@@ -108,12 +121,17 @@ impl Queue {
         }
     }
 
-    /// Notes how the write of a line ended. Returns the number of dropped lines when it is time to report them.
+    /// Records how the write of a line ended. Returns the number of dropped lines if it is time to
+    /// report them.
     fn written(&self, succeeded: bool) -> Option<u64> {
         let mut state = self.state();
+        // A failed write counts as a dropped line. The count is taken out only after a success,
+        // because a report written to a stderr that fails would be lost and the count with it. If
+        // other threads fill the queue before the report is pushed, the report is dropped and
+        // counted as one line.
         state.writing = false;
         let due = if succeeded {
-            // Half of the queue is free, so the report itself finds room.
+            // Half of the queue must be free, so that the report finds room.
             let has_room = state.bytes <= self.0.capacity / 2;
             (has_room && state.dropped > 0).then(|| std::mem::take(&mut state.dropped))
         } else {
@@ -130,7 +148,7 @@ impl Queue {
     }
 }
 
-/// Writes one event. The formatter hands each event over in one piece.
+/// Queues one event. The formatter passes each event in one piece.
 impl Write for Queue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.push(line);
@@ -156,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    /// Far longer than anything here takes: only a hang gets there.
+    /// A timeout far longer than anything here takes. Only a test that hangs reaches it.
     const FOREVER: Duration = Duration::from_secs(60);
 
     /// A writer whose every write waits for the test: `true` lets it succeed, `false` fails it.
@@ -199,7 +217,7 @@ mod tests {
             queue.push(b"12345");
         }
         queue.flush(Duration::from_millis(10));
-        // One line may be in the writer's hands, and two fit into the queue.
+        // The writer may hold one line, and two fit into the queue.
         assert!(queue.state().dropped >= 997, "{}", queue.state().dropped);
         assert!(queue.state().bytes <= 10);
         assert!(lines.try_recv().is_err(), "nothing was written");
