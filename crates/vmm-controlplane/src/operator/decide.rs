@@ -1,4 +1,4 @@
-//! What is to become of each thing that bears our mark: pure, from the facts alone.
+//! Decides about each thing that bears our mark. The functions are pure and use the facts alone.
 //!
 //! ```text
 //!                       owner on record   no owner, proven ours    of a spare VMM of ours           not proven
@@ -9,12 +9,14 @@
 //!                                                                    else remove, unless in use
 //! ```
 //!
-//! A VMM that lives may be doing somebody's work though nobody has it on record, as after an older backup was put back. So it
-//! is reported, and ended only where a person asks for that by `--kill-orphans`.
+//! A live VMM may be running somebody's guest though no VM on record owns it, as after an older
+//! backup was restored. Therefore it is reported, and it is ended only if a person asks for that
+//! with `--kill-orphans`.
 //!
-//! A spare VMM runs no guest: its folder bears the mark of an installation, which comes off before the VMM is told anything. The
-//! daemon that started it ends it, so one without a daemon was left by a daemon that was killed. The folder of one that a VM on
-//! record had been promised is that VM's.
+//! A spare VMM runs no guest. Its folder bears the mark of an installation, and the daemon removes
+//! the mark before it gives the VMM a guest. The daemon that started a spare VMM ends it, so a
+//! spare VMM without a daemon was left by a daemon that was killed. The folder of a spare VMM that
+//! was promised to a VM on record belongs to that VM.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -29,12 +31,12 @@ use vmm_host::run_dir::SpareMark;
 
 use super::facts::Facts;
 
-/// The sockets by which VMMs are told what to do. A process that names another one's folder for any other reason does not
-/// name these.
+/// The names of the sockets by which VMMs are controlled. A process that names a run folder for
+/// another reason, such as a console client, does not name these.
 const CONTROL_SOCKETS: [&str; 2] =
     [vmm_backends::rest::adopt::SOCKET, vmm_backends::qemu::convert::QMP_SOCKET];
 
-/// What kind of thing an item is.
+/// The kind of an item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Kind {
@@ -44,24 +46,24 @@ pub(super) enum Kind {
     Folder,
 }
 
-/// What is to become of it.
+/// The decision about an item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Decision {
-    /// It has an owner, or is none of our business.
+    /// The item has an owner, or is no concern of this program.
     Keep,
-    /// It is proven ours and nobody's.
+    /// The item is proven to be of this state directory, and no VM on record owns it.
     Remove,
-    /// A person should look at it.
+    /// A person should look at the item.
     Report,
 }
 
-/// How to get at it.
+/// The handle by which an item is removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     Process(ProcessIdentity),
     Tap(TapOwner),
-    /// Goes with the run folder that holds it.
+    /// A socket, which is removed with the run folder that holds it.
     Within(PathBuf),
     Folder(PathBuf),
 }
@@ -72,21 +74,24 @@ pub(super) struct Item {
     pub(super) kind: Kind,
     /// A process id, an interface or a path.
     pub(super) name: String,
-    /// The VM on record that it belongs to.
+    /// The VM on record that owns the item.
     pub(super) vm_id: Option<String>,
-    /// The creation of a VM that its mark names.
+    /// The `uid` of the VM that the item's mark names.
     pub(super) uid: Option<String>,
     pub(super) decision: Decision,
     pub(super) reason: String,
-    /// What was done: `removed`, or why not.
+    /// The result of the removal: `removed`, or the reason of the failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) outcome: Option<String>,
     #[serde(skip)]
     pub(super) target: Target,
 }
 
-/// Decides on everything, processes first.
+/// Decides about every item, processes first.
 pub(super) fn decide(facts: &Facts, kill_orphans: bool) -> Vec<Item> {
+    // Processes are judged first, because the other verdicts depend on them: a TAP or a folder that
+    // a process uses can be removed only if that process is to end. `doomed` has the process ids of
+    // those. `act::carry_out` works in the same order.
     let judge = Judge { facts, kill_orphans };
     let processes: Vec<Item> = facts.survey.users.iter().map(|user| judge.process(user)).collect();
     let doomed = processes.iter().filter(|item| item.decision == Decision::Remove);
@@ -107,6 +112,8 @@ struct Judge<'a> {
 impl Judge<'_> {
     fn process(&self, user: &User) -> Item {
         let uids = user.uids();
+        // A process may name the folders of several VMs in its arguments. The VM whose control
+        // socket it was given is the one that it runs, so that VM is preferred.
         let commanded = uids.iter().copied().find(|uid| commands(user, *uid));
         let uid = commanded.or_else(|| uids.iter().next().copied());
         let (decision, reason) = self.judge_process(user, uid);
@@ -115,6 +122,13 @@ impl Judge<'_> {
     }
 
     fn judge_process(&self, user: &User, uid: Option<VmUid>) -> Verdict {
+        // The questions go from the harmless to the final. (1) A program that is no hypervisor,
+        // such as an editor or a console client, is never touched. (2) Without a `uid` nothing
+        // connects the process to a VM. (3) A VM on record owns its processes, so its own rules
+        // apply. (4) The folder must be proven to be of this state directory. (5) The process must
+        // have been given the control socket and have a readable executable, because a hypervisor
+        // that another program started may name a folder of ours too. Only then is it a spare VMM
+        // or an orphan. An orphan may be running a guest, so a person must ask for its end.
         let program = program(user);
         if !self.facts.programs.contains(&program) {
             return (Decision::Keep, format!("runs {program}, which is no hypervisor: left alone"));
@@ -147,6 +161,9 @@ impl Judge<'_> {
 
     fn tap(&self, tap: &OwnedTap, doomed: &BTreeSet<String>) -> Item {
         let uid = tap.owner.uid;
+        // Only TAPs whose label names this state directory are listed, so no further proof is
+        // needed here. A TAP that a process holds is removed only if all processes of that VM are
+        // to end.
         let verdict = if let Some(record) = self.facts.records.get(&uid) {
             (Decision::Keep, format!("of VM {}", record.vm_id))
         } else if tap.attached && !self.all_end(uid, doomed) {
@@ -157,7 +174,8 @@ impl Judge<'_> {
         self.item(Kind::Tap, tap.name.clone(), Some(uid), verdict, Target::Tap(tap.owner))
     }
 
-    /// A folder and the sockets in it.
+    /// Returns the items of a folder and of the sockets in it. The sockets share the folder's
+    /// decision.
     fn folder(&self, folder: &RunFolder, doomed: &BTreeSet<String>) -> Vec<Item> {
         let (decision, reason) = self.judge_folder(folder, doomed);
         let within = folder.sockets.iter().map(|socket| {
@@ -178,6 +196,12 @@ impl Judge<'_> {
     }
 
     fn judge_folder(&self, folder: &RunFolder, doomed: &BTreeSet<String>) -> Verdict {
+        // A folder is removed only if five things hold: its name is that of a run folder, no VM on
+        // record has that name, this user owns it, the whole runtime directory or the mark in the
+        // folder is proven to be of this state directory, and no process uses it or a socket in it.
+        // The use is checked twice, because a process is found by its arguments, while a socket may
+        // be held by a process whose arguments name no folder. A process that is to end does not
+        // count as a user.
         let Some(uid) = folder.uid else {
             let why = "lies among the run folders and is not called as one: not made by this program";
             return (Decision::Report, why.to_owned());
@@ -213,7 +237,8 @@ impl Judge<'_> {
         })
     }
 
-    /// What is to become of a spare VMM of ours, and of its folder where no VM on record has that.
+    /// Returns the verdict on a spare VMM of this state directory, and on its folder if no VM on
+    /// record owns that.
     fn spare(&self, mark: &SpareMark) -> Verdict {
         let backend = &mark.backend;
         if self.facts.daemon {
@@ -226,8 +251,14 @@ impl Judge<'_> {
         (Decision::Remove, why)
     }
 
-    /// A VMM in the folder of a VM that is on record.
+    /// Returns the verdict on a VMM in the folder of a VM that is on record.
     fn of_known_vm(&self, user: &User, record: &VmRecord) -> Verdict {
+        // The VMM that the record names is kept. If an operation is under way or the VM is
+        // unreachable, the record is about to change, and the daemon will settle it. A VM without a
+        // run may have been promised a spare VMM; that one waits beside a daemon, and without a
+        // daemon the same rules hold as for every spare VMM. Any other VMM in the folder
+        // contradicts the record. It is reported and not removed, because the daemon ends it at the
+        // VM's next boot.
         let vm = &record.vm_id;
         let on_record = record.run.as_ref().map(|run| &run.process);
         if on_record == Some(&user.found.identity) {
@@ -254,13 +285,17 @@ impl Judge<'_> {
         (Decision::Report, why)
     }
 
-    /// The mark of a spare VMM on the run folder of `uid`.
+    /// Returns the mark of a spare VMM on the run folder of `uid`.
     fn mark(&self, uid: VmUid) -> Option<&SpareMark> {
         self.facts.survey.folders.iter().find(|folder| folder.uid == Some(uid))?.mark.as_ref()
     }
 
-    /// Whether a run folder, with this mark, is this state directory's, or why that is not proven.
+    /// Checks that a run folder with this mark belongs to this state directory. The error gives the
+    /// reason for which that is not proven.
     fn whose(&self, mark: Option<&SpareMark>) -> Result<(), &'static str> {
+        // A mark in the folder names one installation and is stronger than the note on the whole
+        // runtime directory. Without a mark the note decides, and it proves ownership only if this
+        // state directory is the only one that ever used the runtime directory.
         match (self.facts.instance, mark, &self.facts.served) {
             (None, _, _) => Err("without a database nothing proves whose it is"),
             (Some(ours), Some(mark), _) if mark.instance == ours => Ok(()),
@@ -276,7 +311,7 @@ impl Judge<'_> {
         }
     }
 
-    /// Whether there are processes of this VM, and all of them are to end.
+    /// Returns true if this VM has processes and all of them are to end.
     fn all_end(&self, uid: VmUid, doomed: &BTreeSet<String>) -> bool {
         let mut users = self.facts.survey.users.iter().filter(|user| user.uids().contains(&uid)).peekable();
         users.peek().is_some() && users.all(|user| doomed.contains(&user.found.identity.pid.to_string()))
@@ -298,7 +333,7 @@ impl Judge<'_> {
     }
 }
 
-/// Says whether a process was given the control socket of a VM.
+/// Returns true if a process was given the control socket of a VM.
 pub(super) fn commands(user: &User, uid: VmUid) -> bool {
     CONTROL_SOCKETS.iter().any(|socket| user.names(uid, socket))
 }

@@ -204,7 +204,7 @@ fn a_spare_vmm_waits_beside_its_daemon_and_without_one_it_goes() {
     for kill in [false, true] {
         let (mut facts, uid) = (facts(), uid());
         let ours = facts.instance.unwrap();
-        // The mark proves whose it is, whoever else uses the runtime folder.
+        // The mark proves the owner, whichever other state directories use the runtime folder.
         facts.served = Served::Many;
         facts.survey = Survey { folders: vec![marked(uid, true, ours)], users: vec![vmm(5, uid)] };
         let told = |facts: &Facts, decision, why: &str| {
