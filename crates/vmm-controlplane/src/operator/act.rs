@@ -1,4 +1,5 @@
-//! Doing what was decided. Everything is proven once more at the moment it is removed.
+//! Carries out the decisions. Every proof is repeated at the moment of the removal, because the
+//! host may have changed since the decision.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -12,13 +13,14 @@ use vmm_host::run_dir;
 
 use super::decide::{Decision, Item, Kind, Target};
 
-/// How long a killed VMM may take to go.
+/// The longest wait for the end of a killed VMM.
 const KILLING: Duration = Duration::from_secs(5);
-/// What an outcome says of success.
+/// The outcome of a successful removal.
 pub(super) const REMOVED: &str = "removed";
 
-/// Removes every item that is to be, processes first, and notes what came of it.
+/// Removes every item with the decision `Remove`, processes first, and sets the items' outcomes.
 pub(super) async fn carry_out(items: &mut [Item], runtime_dir: &Path, programs: &BTreeSet<String>) {
+    // A process holds its TAP and its folder, so it must end before they can be removed.
     for kind in [Kind::Process, Kind::Tap, Kind::Folder] {
         let chosen = items.iter_mut().filter(|item| item.kind == kind && item.decision == Decision::Remove);
         for item in chosen {
@@ -40,7 +42,8 @@ pub(super) async fn carry_out(items: &mut [Item], runtime_dir: &Path, programs: 
     sockets_follow(items);
 }
 
-/// A socket goes with its folder, or stays with it.
+/// Copies the outcome of each folder to the sockets in it, because a socket is removed with its
+/// folder.
 fn sockets_follow(items: &mut [Item]) {
     let folders: BTreeMap<PathBuf, Option<String>> = items
         .iter()
@@ -57,6 +60,8 @@ fn sockets_follow(items: &mut [Item]) {
 }
 
 async fn end(identity: &ProcessIdentity, programs: &BTreeSet<String>) -> Result<(), String> {
+    // The identity has the start time, so a process that took over the id is not killed. The
+    // program is checked once more, because a process may have executed another program since.
     let process = match adopt(identity) {
         Lookup::Alive(process) => process,
         Lookup::Gone => return Ok(()),
@@ -73,6 +78,8 @@ async fn end(identity: &ProcessIdentity, programs: &BTreeSet<String>) -> Result<
 async fn remove_folder(path: &Path, runtime_dir: &Path) -> Result<(), String> {
     let (path, runtime_dir) = (path.to_path_buf(), runtime_dir.to_path_buf());
     let removing = move || {
+        // The runtime directory is read anew, because a process may have begun to use the folder
+        // since the decision.
         let now = ledger::survey(&runtime_dir).map_err(|error| error.to_string())?;
         let Some(folder) = now.folders.iter().find(|folder| folder.path == path) else { return Ok(()) };
         if let Some(user) =

@@ -14,7 +14,7 @@ pub(super) enum Verdict {
     Fail,
 }
 
-/// One line.
+/// A line of `doctor`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Check {
     /// The thing that was looked at.

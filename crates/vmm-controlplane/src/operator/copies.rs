@@ -1,4 +1,5 @@
-//! `backup` and `restore`: the database, copied beside a running daemon and put back where none runs.
+//! The subcommands `backup`, which copies the database beside a running daemon, and `restore`,
+//! which replaces it while no daemon runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -19,7 +20,7 @@ use crate::config::Config;
 ///
 /// # Errors
 ///
-/// The file is there already or cannot be written, or there is no sound database.
+/// The file exists already or cannot be written, or there is no sound database.
 pub(super) fn backup(config: &Config, file: &Path) -> anyhow::Result<Answer> {
     let Copied { instance, vms, bytes } = vmm_store::backup(&config.state_dir, file)?;
     Ok(Answer::fine(format!(
@@ -29,11 +30,12 @@ pub(super) fn backup(config: &Config, file: &Path) -> anyhow::Result<Answer> {
     )))
 }
 
-/// Puts a backup in the place of the database.
+/// Replaces the database by a backup.
 ///
 /// # Errors
 ///
-/// A daemon runs, the backup is not fit, or a VMM runs that it would disown. Nothing was changed.
+/// A daemon runs, the backup is not valid, or a VMM runs that the backup would disown. Nothing was
+/// changed in these cases.
 pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answer> {
     refuse_another_user(&config.state_dir)?;
     let _lock = match StateLock::acquire(&config.state_dir) {
@@ -76,7 +78,8 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
     Ok(Answer::fine(text))
 }
 
-/// The VMMs that run, by VM. A spare one that still waits is not among them: it runs no guest.
+/// Returns the running VMMs by VM. A spare VMM that still waits is left out, because it runs no
+/// guest.
 fn running(config: &Config) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessIdentity>>> {
     let names = running_names(&programs(config));
     let mut running: BTreeMap<VmUid, Vec<ProcessIdentity>> = BTreeMap::new();
@@ -95,8 +98,8 @@ fn running(config: &Config) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessIdentit
     Ok(running)
 }
 
-/// Makes the record of a VM agree with the VMM that runs for it: the daemon would take one that is not on record for the
-/// remains of a broken start, and end it.
+/// Changes the record of a VM to name the VMM that runs for it. Without that the daemon would take
+/// the VMM for the rest of a broken start and end it. Returns true if the record was changed.
 fn relink(record: &mut VmRecord, found: &[ProcessIdentity]) -> Result<bool, String> {
     let vm = record.vm_id.clone();
     let refused = |what: &str| {
@@ -107,6 +110,11 @@ fn relink(record: &mut VmRecord, found: &[ProcessIdentity]) -> Result<bool, Stri
             pids.join(", ")
         ))
     };
+    // No VMM runs: the record is restored as it is, and the daemon finds that the run has ended.
+    // The VMM on record runs: nothing is to be changed. The record names an ended process and
+    // exactly one other VMM runs: the VM was started again since the backup, and the record gets
+    // that process. More than one VMM, or a VMM for a VM that was not running in the backup, cannot
+    // be recorded truthfully, so a person must shut the VM down first.
     match (&mut record.run, found) {
         (_, []) => Ok(false),
         (Some(run), found) if found.contains(&run.process) => Ok(false),

@@ -1,12 +1,14 @@
 //! Decides about each thing that bears our mark. The functions are pure and use the facts alone.
 //!
 //! ```text
-//!                       owner on record   no owner, proven ours    of a spare VMM of ours           not proven
-//!   a process             keep              report, while it lives   beside a daemon keep,            report
-//!                                                                    else remove
-//!   a TAP                 keep              remove, unless in use    (none)                           (not listed: another's)
-//!   a folder, a socket    keep              remove, unless in use    beside a daemon keep,            report
-//!                                                                    else remove, unless in use
+//!                      owner on   no owner,              a spare VMM           not proven ours
+//!                      record     proven ours            of ours
+//!   process            keep       report while alive     beside a daemon       report
+//!                                                        keep, else remove
+//!   TAP                keep       remove unless in use   (none)                (not listed)
+//!   folder, socket     keep       remove unless in use   beside a daemon       report
+//!                                                        keep, else remove
+//!                                                        unless in use
 //! ```
 //!
 //! A live VMM may be running somebody's guest though no VM on record owns it, as after an older

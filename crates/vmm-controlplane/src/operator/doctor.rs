@@ -1,4 +1,5 @@
-//! `doctor`: what this host can do for VMs, and the remedy for what it cannot.
+//! The subcommand `doctor`, which checks this host for the abilities that VMs need and gives a
+//! remedy for each fault.
 
 use serde::Serialize;
 use vmm_core::id::BackendName;
@@ -11,21 +12,21 @@ use super::{Answer, host, spares};
 use crate::backends;
 use crate::config::{self, Config, Endpoint, Loaded};
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Diagnosis<'a> {
     version: &'a str,
     default_backend: &'a str,
-    /// Whether the default backend can serve.
+    /// True if the default backend can serve.
     can_serve: bool,
     checks: &'a [Check],
 }
 
-/// Looks at everything; exit code 1 where the default backend cannot serve.
+/// Checks everything. The exit code is 1 if the default backend cannot serve.
 ///
 /// # Errors
 ///
-/// None today but a program's own fault: what is wrong with the host is the answer.
+/// A defect of this program. A fault of the host is part of the answer and no error.
 pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     let config = loaded.config.clone();
     let (hypervisors, formats) = hypervisors(&config).await;
@@ -57,7 +58,8 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     Ok(Answer { text, code: u8::from(!can_serve) })
 }
 
-/// Says whether the daemon's user needs /dev/kvm: not where somebody else starts the VMMs.
+/// Returns true if the daemon's user needs /dev/kvm. An attached VMM has its own user, so it does
+/// not count.
 fn needs_kvm(config: &Config) -> bool {
     if config.hypervisor(config.default_backend).endpoint != Endpoint::Managed {
         return false;
@@ -105,7 +107,7 @@ fn database(config: &Config) -> Check {
     }
 }
 
-/// The lines of each hypervisor, and what the default one boots.
+/// Returns the lines of each hypervisor, and the kernel formats that the default one boots.
 async fn hypervisors(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::KernelFormat>) {
     let held = held::by_daemon(config);
     let (asked, asks_qemu) = without(config, &held);
@@ -137,7 +139,8 @@ async fn hypervisors(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::Ker
     }
 }
 
-/// The configuration without the sockets that are not to be asked, and whether there is any QEMU left to ask.
+/// Returns the configuration without the sockets that must not be asked, and true if a QEMU is left
+/// to ask.
 fn without(config: &Config, held: &[Held]) -> (Config, bool) {
     let mut asked = config.clone();
     if let Endpoint::Unix(sockets) = &mut asked.qemu.endpoint {
@@ -160,7 +163,8 @@ fn held_line(held: &Held, is_needed: bool) -> Check {
     }
 }
 
-/// How it is told that something cannot be used.
+/// Returns the constructor of a line about something that cannot be used: a failure if it is
+/// needed, else a warning.
 fn failing(is_needed: bool) -> fn(String, String, String) -> Check {
     if is_needed { Check::fail } else { Check::warn }
 }

@@ -1,8 +1,10 @@
-//! What is there: on the host, and on record.
+//! Collects the facts from the host and from the database.
 //!
-//! A daemon may be at work meanwhile, so the order matters. The host is looked at before the database: whatever was seen had
-//! its record by then, since a record is written before anything is made, or the mark of a spare VMM. And once more after it:
-//! what has gone by then was being removed, and what has come was being made.
+//! A daemon may be working at the same time, so the order of the reads matters. The host is read
+//! before the database. Everything seen there had its record, or the mark of a spare VMM, by the
+//! time the database is read, because a record or a mark is written before anything is made. The
+//! host is read once more after the database. Things that have disappeared by then were being
+//! removed, and things that have appeared were being made; neither is judged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -17,28 +19,28 @@ use vmm_host::path::{find_program, real_name};
 use crate::backends::ALL;
 use crate::config::Config;
 
-/// Everything that decisions follow from.
+/// The facts from which decisions follow.
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
-    /// This state directory; `None` where there is no database.
+    /// The identity of this state directory; `None` if there is no database.
     pub(super) instance: Option<InstanceId>,
     /// Every VM on record.
     pub(super) records: BTreeMap<VmUid, VmRecord>,
-    /// Whether a daemon runs on this state directory.
+    /// True if a daemon runs on this state directory.
     pub(super) daemon: bool,
-    /// Whose the run folders are.
+    /// The state directories that have used the runtime directory.
     pub(super) served: Served,
-    /// Folders, sockets and processes.
+    /// The folders, sockets and processes.
     pub(super) survey: Survey,
-    /// TAPs whose label names this state directory.
+    /// The TAPs whose label names this state directory.
     pub(super) taps: Vec<OwnedTap>,
     /// The names under which hypervisors run.
     pub(super) programs: BTreeSet<String>,
-    /// What could not be looked at.
+    /// The things that could not be read.
     pub(super) notes: Vec<String>,
 }
 
-/// Looks at everything, and touches nothing. `daemon` says whether a daemon runs on this state directory.
+/// Reads all facts, and changes nothing. `daemon` is true if a daemon runs on this state directory.
 pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Facts> {
     let (runtime_dir, state_dir) = (config.runtime_dir.clone(), config.state_dir.clone());
     let before = survey(&runtime_dir).await?;
@@ -79,14 +81,15 @@ async fn survey(runtime_dir: &Path) -> anyhow::Result<Survey> {
     looked.with_context(|| format!("what lies in {} cannot be listed", runtime_dir.display()))
 }
 
-/// The hypervisors' programs: as they are usually called, and as they are configured.
+/// Returns the programs of the hypervisors: the usual ones and the configured ones.
 pub(super) fn programs(config: &Config) -> Vec<PathBuf> {
     let configured = ALL.iter().map(|registration| config.hypervisor(registration.name).binary.clone());
     let usual = ALL.iter().map(|registration| PathBuf::from(registration.program));
     configured.chain(usual).collect()
 }
 
-/// The names that running programs have: as they are called, and what that leads to.
+/// Returns the names under which the programs run: their file names, and the names of the files to
+/// which links lead.
 pub(super) fn running_names(programs: &[PathBuf]) -> BTreeSet<String> {
     let path = std::env::var_os("PATH");
     let called =

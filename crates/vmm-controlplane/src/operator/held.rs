@@ -1,5 +1,8 @@
-//! The QEMUs that a running daemon is attached to. QMP serves one client, and that is the daemon: whoever else connected would wait
-//! in vain, and be in its way when it connects anew. What the daemon has written down says how they are.
+//! The QEMUs that a running daemon is attached to.
+//!
+//! QMP serves one client, and that client is the daemon. Another client would wait in vain, and
+//! would be in the daemon's way when it reconnects. Therefore the state of these QEMUs is read from
+//! the daemon's records.
 
 use std::path::{Path, PathBuf};
 
@@ -10,21 +13,22 @@ use vmm_host::process::{Lookup, adopt};
 
 use crate::config::{BackendName, Config, Endpoint};
 
-/// One of them.
+/// A QEMU that the daemon is attached to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Held {
-    /// Its QMP socket.
+    /// The QMP socket.
     pub(super) socket: PathBuf,
-    /// How the daemon finds it: what is to be shown, or why it cannot be used.
+    /// The finding from the daemon's records: the text to show, or the reason for which the QEMU
+    /// cannot be used.
     pub(super) found: Result<String, String>,
 }
 
-/// Those of this configuration's sockets that a daemon on this state directory is attached to. Connects to none. Must be called
-/// inside a Tokio runtime.
+/// Returns the sockets of this configuration that a daemon on this state directory is attached to.
+/// The function connects to none of them. It must be called inside a Tokio runtime.
 pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
     let Endpoint::Unix(sockets) = &config.qemu.endpoint else { return Vec::new() };
     let runs = lock::holder(&config.state_dir).is_ok_and(|holder| holder.is_some());
-    // What is wrong with the database has a line of its own.
+    // An error of the database has a line of its own in the output of `doctor`.
     let Some(snapshot) = runs.then(|| vmm_store::peek(&config.state_dir)).and_then(Result::ok).flatten()
     else {
         return Vec::new();
@@ -34,7 +38,7 @@ pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
     sockets.iter().filter_map(|socket| Some(held(socket, holder_of(socket, &vms)?))).collect()
 }
 
-/// The VM that the daemon runs behind `socket`, if it does.
+/// Returns the VM that the daemon runs behind `socket`, if there is one.
 fn holder_of<'a>(socket: &Path, vms: &'a [VmRecord]) -> Option<&'a VmRecord> {
     vms.iter().find(|vm| {
         let is_there = vm.kind.socket().is_some_and(|named| Path::new(named) == socket);

@@ -1,4 +1,5 @@
-//! What `doctor` asks of the host. Each function makes one or a few lines, and changes nothing.
+//! The checks of the host for `doctor`. Each function returns one or a few lines and changes
+//! nothing.
 
 use std::fs::{File, OpenOptions};
 use std::io::Read as _;
@@ -16,17 +17,18 @@ use super::check::Check;
 
 /// The bit of CAP_NET_ADMIN in a set of capabilities.
 const CAP_NET_ADMIN: u32 = 12;
-/// Below this the store may soon be full, in bytes.
+/// The free bytes below which the store may soon be full.
 const LITTLE_ROOM: u64 = 256 << 20;
-/// Below this a limit on descriptors is worth a warning.
+/// The number of further VMs below which the limit on descriptors causes a warning.
 const FEW_VMS: u64 = 50;
-/// The remedy for too few of them.
+/// The remedy for a limit on descriptors that is too low.
 const MORE_FILES: &str =
     "start the daemon with a higher hard limit: `ulimit -Hn`, or LimitNOFILE= of its systemd unit";
-/// Below this the store does not even hold its log, in bytes.
+/// The free bytes below which the store cannot even hold its log.
 const NO_ROOM: u64 = 16 << 20;
 
-/// `/dev/kvm`, and what is behind it. `needed` where the default backend runs nothing without.
+/// Checks `/dev/kvm` and the CPU's virtualisation. `needed` is true if the default backend runs
+/// nothing without KVM.
 pub(super) fn kvm(needed: bool) -> Vec<Check> {
     let device = match kvm::kvm_usable() {
         Ok(()) => Check::ok("/dev/kvm", "can be opened"),
@@ -48,7 +50,7 @@ pub(super) fn kvm(needed: bool) -> Vec<Check> {
     vec![device, hardware]
 }
 
-/// Whether TAPs can be made.
+/// Checks that TAPs can be made.
 pub(super) fn network() -> Vec<Check> {
     let tun = match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
         Ok(_) => Check::ok("/dev/net/tun", "can be opened"),
@@ -78,7 +80,7 @@ fn has_capability(number: u32) -> bool {
         .is_some_and(|mask| mask >> number & 1 == 1)
 }
 
-/// Which control groups there are. Nothing of this version fails without them.
+/// Reports the version of control groups. Nothing in this version fails without them.
 pub(super) fn cgroups() -> Check {
     let root = Path::new("/sys/fs/cgroup");
     let needless = "this version puts no VMM into a group";
@@ -95,7 +97,7 @@ pub(super) fn cgroups() -> Check {
     Check::ok("cgroups", format!("version 2; this user {may} make groups in {}; {needless}", group.display()))
 }
 
-/// A directory of the daemon's: whether it can be used, by whom, and how much room it has.
+/// Checks a directory of the daemon: its access, its owner and its free space.
 pub(super) fn directory(name: &'static str, variable: &str, dir: &Path) -> Vec<Check> {
     let advice = format!("give it to the daemon's user, or name another with {variable}");
     let Some(there) = dir.ancestors().find(|path| path.exists()) else {
@@ -156,7 +158,8 @@ fn room(name: &'static str, shown: &str, there: &Path) -> Check {
     }
 }
 
-/// Counts the VMs that the limit on descriptors admits: the limit of the daemon that runs, else of this process.
+/// Counts the VMs that the limit on descriptors allows. The limit is that of the running daemon, or
+/// of this process if there is none.
 pub(super) fn open_files(daemon: Option<u32>) -> Check {
     const NAME: &str = "open files";
     let process = daemon.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
@@ -183,7 +186,8 @@ pub(super) fn open_files(daemon: Option<u32>) -> Check {
     }
 }
 
-/// Reads the hard limit on open files out of `/proc/PID/limits`. The daemon raises its soft limit to that.
+/// Returns the hard limit on open files from the text of `/proc/PID/limits`. The hard limit counts
+/// because the daemon raises its soft limit to it.
 fn hard_limit(limits: &str) -> Option<u64> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
     match line.split_whitespace().nth(1)? {
@@ -192,9 +196,10 @@ fn hard_limit(limits: &str) -> Option<u64> {
     }
 }
 
-/// Whether the sockets of a VM get names that the kernel takes.
+/// Checks that the socket paths of a VM are short enough for the kernel.
 pub(super) fn socket_names(runtime_dir: &Path) -> Check {
-    // The longest name of a socket in a run folder, and of any VM's folder.
+    // This is the longest path, because CONSOLE_SOCKET is the longest socket name and all folder
+    // names have 32 digits.
     let longest = runtime_dir.join("vms").join("0".repeat(32)).join(vmm_backends::qemu::CONSOLE_SOCKET);
     let length = longest.as_os_str().len();
     match run_dir::socket_path_fits(&longest) {
@@ -203,7 +208,7 @@ pub(super) fn socket_names(runtime_dir: &Path) -> Check {
     }
 }
 
-/// The kernel and the initial RAM disk of VMs that name none.
+/// Checks the kernel and the initial RAM disk of VMs that name none.
 pub(super) fn default_boot(
     kernel: Option<&PathBuf>,
     initrd: Option<&PathBuf>,
@@ -244,7 +249,7 @@ pub(super) fn default_boot(
     checks
 }
 
-/// Reads a byte of a regular file.
+/// Reads a byte of a regular file, to prove that it can be read.
 fn readable(path: &Path) -> std::io::Result<()> {
     let file: File =
         OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;

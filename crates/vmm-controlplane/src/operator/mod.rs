@@ -1,16 +1,20 @@
-//! The operator's subcommands: what a person on the host asks beside the daemon, not through its API.
+//! The operator's subcommands, which a person runs on the host beside the daemon and not through
+//! its API.
 //!
 //! ```text
-//!   doctor ────► what the host can do, and the remedy for what it cannot            never writes
-//!   reconcile ─► facts (host, then database, then host again) ─► decide ─► act      acts only where no daemon runs
-//!   backup ────► a copy of the database, also beside a running daemon
-//!   restore ───► the database from a copy, only where no daemon runs
+//!   doctor ────► the abilities of the host, with remedies                 never writes
+//!   reconcile ─► facts (host, database, host again) ─► decide ─► act      acts only without a daemon
+//!   backup ────► a copy of the database                                   also beside a daemon
+//!   restore ───► the database from a copy                                 only without a daemon
 //! ```
 //!
-//! None of them needs the daemon. What they may do beside one follows from the lock of the state directory: `doctor`,
-//! `backup` and `reconcile --dry-run` read; `reconcile` and `restore` take the lock first, or refuse. Exit codes: 0 all is
-//! well, 1 it could not be done (or `doctor`: the default backend cannot serve), 3 `reconcile` left or found something that
-//! a person should look at.
+//! No subcommand needs the daemon. `doctor`, `backup` and `reconcile --dry-run` only read the
+//! state, so they may run beside it. `reconcile` and `restore` first take the lock of the state
+//! directory, and refuse if a daemon holds it.
+//!
+//! The exit code is 0 on success. It is 1 if the work could not be done, and for `doctor` if the
+//! default backend cannot serve. It is 3 if `reconcile` left or found something that a person
+//! should look at.
 
 mod act;
 mod check;
@@ -32,13 +36,13 @@ use rustix::process::geteuid;
 
 use crate::config::{Command, Loaded};
 
-/// Something is left that a person should look at.
+/// The exit code if something is left that a person should look at.
 const ATTENTION: u8 = 3;
 
-/// What a subcommand prints, and its exit code.
+/// The output and the exit code of a subcommand.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// For standard output.
+    /// The text for standard output.
     pub text: String,
     /// The exit code.
     pub code: u8,
@@ -50,11 +54,11 @@ impl Answer {
     }
 }
 
-/// Carries out a subcommand of the operator's; any other prints nothing.
+/// Runs a subcommand of the operator. Any other subcommand prints nothing.
 ///
 /// # Errors
 ///
-/// It could not be done; the text says why and what to do.
+/// The work could not be done. The text gives the reason and the advice.
 pub fn run(command: &Command, loaded: &Loaded) -> anyhow::Result<Answer> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let config = &loaded.config;
@@ -69,7 +73,8 @@ pub fn run(command: &Command, loaded: &Loaded) -> anyhow::Result<Answer> {
     })
 }
 
-/// Refuses to write into a directory of another user: what is made there would be closed to the daemon.
+/// Refuses to write into a directory of another user, because the daemon could not access files
+/// made there.
 fn refuse_another_user(dir: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::MetadataExt as _;
     let Ok(facts) = std::fs::metadata(dir) else { return Ok(()) };

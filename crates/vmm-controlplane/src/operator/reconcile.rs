@@ -1,4 +1,5 @@
-//! `reconcile`: the ledger of everything that bears our mark, and the end of what is proven nobody's.
+//! The subcommand `reconcile`, which lists everything that bears our mark and removes the items
+//! that are proven to have no owner.
 
 use anyhow::bail;
 use serde::Serialize;
@@ -10,10 +11,10 @@ use super::facts::{Facts, gather};
 use super::{ATTENTION, Answer, refuse_another_user};
 use crate::config::{Config, Reconcile};
 
-/// At most so many things are named in the log of a start.
+/// The most items that the log of a start names.
 const LOGGED: usize = 20;
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Ledger<'a> {
     dry_run: bool,
@@ -21,21 +22,23 @@ struct Ledger<'a> {
     runtime_dir: String,
     /// The identity of the state directory; null where there is no database.
     instance: Option<String>,
-    /// The daemon that runs meanwhile.
+    /// The process id of the daemon that runs at the same time.
     daemon_pid: Option<u32>,
     items: &'a [Item],
     notes: &'a [String],
 }
 
-/// Lists, and without `dry_run` removes.
+/// Lists all items, and removes those with the decision `Remove` unless `dry_run` is set.
 ///
 /// # Errors
 ///
-/// A daemon runs and this is no dry run, the database cannot be read, or the host cannot be looked at. Nothing was touched.
+/// A daemon runs and this is no dry run, the database cannot be read, or the host cannot be read.
+/// Nothing was changed in these cases.
 pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answer> {
-    // Held to the end: a daemon that started meanwhile would make and adopt what is being judged.
+    // The lock is held to the end, because a daemon that started meanwhile would make and adopt the
+    // items that are being judged.
     let _lock = if how.dry_run { None } else { take_lock(config)? };
-    // Without the dry run this holds the lock itself.
+    // Without the dry run this process itself holds the lock, so no daemon runs.
     let daemon = if how.dry_run { lock::holder(&config.state_dir).ok().flatten() } else { None };
     let facts = gather(config, daemon.is_some()).await?;
     let mut items = decide(&facts, how.kill_orphans);
@@ -62,7 +65,7 @@ pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answe
     Ok(Answer { text, code })
 }
 
-/// Keeps a daemon from starting, where there is a state directory to start on.
+/// Takes the lock, which keeps a daemon from starting, if there is a state directory.
 fn take_lock(config: &Config) -> anyhow::Result<Option<StateLock>> {
     if !config.state_dir.exists() {
         return Ok(None);
@@ -107,7 +110,7 @@ fn table(ledger: &Ledger<'_>) -> String {
     text
 }
 
-/// Puts rows under each other; the last column is as long as it is.
+/// Formats rows as a table. The last column is not padded.
 pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..N.saturating_sub(1)).map(width).collect();
@@ -124,7 +127,8 @@ pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     text
 }
 
-/// Says in the log what bears our mark and has no owner, as at the start of the daemon. Touches nothing.
+/// Logs the items that bear our mark and have no owner, at the start of the daemon. Changes
+/// nothing.
 pub async fn report_leftovers(config: Config) {
     let facts: Facts = match gather(&config, true).await {
         Ok(facts) => facts,

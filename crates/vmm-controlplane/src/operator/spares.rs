@@ -1,4 +1,5 @@
-//! What `doctor` says of spare VMMs: how many are kept, how many wait, and what a daemon that was killed has left of them.
+//! The line of `doctor` about spare VMMs: the number kept, the number waiting, and those left by a
+//! daemon that was killed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,12 +10,12 @@ use vmm_host::lock;
 use super::check::Check;
 use crate::config::Config;
 
-/// The line's name.
+/// The name of the line.
 const NAME: &str = "spare VMMs";
 
-/// Looks at the marks of run folders, and touches nothing.
+/// Reads the marks of run folders, and changes nothing.
 pub(super) fn line(config: &Config) -> Check {
-    // What is wrong with the database has a line of its own.
+    // An error of the database has a line of its own.
     let Some(snapshot) = vmm_store::peek(&config.state_dir).ok().flatten() else {
         return judge(config.spare_vmms, false, &BTreeMap::new());
     };
@@ -31,7 +32,7 @@ pub(super) fn line(config: &Config) -> Check {
     judge(config.spare_vmms, daemon, &waiting(&survey.folders, snapshot.instance, &on_record))
 }
 
-/// How many spare VMMs of `instance` no VM has been given, by backend.
+/// Counts the spare VMMs of `instance` that no VM has been given, by backend.
 fn waiting(
     folders: &[RunFolder],
     instance: InstanceId,

@@ -21,7 +21,7 @@ fn identity(pid: u32) -> ProcessIdentity {
     ProcessIdentity { pid, start_ticks: 7, boot_id: "now".to_owned(), namespaces: None }
 }
 
-/// A process with these arguments, of this program.
+/// Makes a process of this program with these arguments.
 fn user(pid: u32, exe: &str, args: &[String]) -> User {
     let found = Found {
         identity: identity(pid),
@@ -45,13 +45,13 @@ fn folder(uid: VmUid, held: bool) -> RunFolder {
     RunFolder { path, uid: Some(uid), own: true, sockets, mark: None }
 }
 
-/// The folder of a spare VMM of `instance`.
+/// Makes the folder of a spare VMM of `instance`.
 fn marked(uid: VmUid, held: bool, instance: InstanceId) -> RunFolder {
     let mark = SpareMark { instance, backend: BackendName::new("qemu") };
     RunFolder { mark: Some(mark), ..folder(uid, held) }
 }
 
-/// A host of which this state directory alone has used the runtime folder.
+/// Makes a host whose runtime folder only this state directory has used.
 fn facts() -> Facts {
     let instance = InstanceId::new(Uuid::now_v7());
     Facts {
@@ -264,11 +264,11 @@ fn a_record_counts_for_more_than_a_mark() {
     let process = |facts: &Facts| decide(facts, true).remove(0);
     let folder = |facts: &Facts| decide(facts, true).remove(2).decision;
     assert_eq!((process(&facts).decision, folder(&facts)), (Decision::Remove, Decision::Keep));
-    // Given to a VM that has not been booted yet.
+    // The spare VMM was given to a VM that has not been booted yet.
     facts.daemon = true;
     assert_eq!((process(&facts).decision, folder(&facts)), (Decision::Keep, Decision::Keep));
     assert!(process(&facts).reason.contains("waits for the boot of VM vm"));
-    // A mark makes no second VMM of a VM that runs a spare one.
+    // A second VMM of a VM that already runs a spare one is not excused by the mark.
     known(&mut facts, uid, Some(identity(4)));
     assert_eq!(process(&facts).decision, Decision::Report);
 }
