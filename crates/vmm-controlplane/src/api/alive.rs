@@ -1,4 +1,4 @@
-//! Signs of life on streams that have nothing to say.
+//! Signs of life on streams that have no items to send.
 
 use std::future::Future as _;
 use std::pin::Pin;
@@ -8,10 +8,10 @@ use std::time::Duration;
 use futures::{Stream, StreamExt as _, stream};
 use tokio::time::{Instant, sleep_until};
 
-/// The longest silence of a stream. Proxies cut streams that are silent for a minute.
+/// The longest silence of a stream, because proxies cut streams that are silent for a minute.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Puts what `sign` makes between the items of a stream whenever none has come for [`SILENCE`].
+/// Returns `items` with an item made by `sign` whenever none has come for [`SILENCE`].
 pub(super) fn with_signs_of_life<T: Send + 'static>(
     items: impl Stream<Item = T> + Send + 'static,
     sign: impl Fn() -> T + Send + 'static,

@@ -1,4 +1,4 @@
-//! The abilities of a backend in words, as ListBackends tells them.
+//! The abilities of a backend in words, for ListBackends.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ pub(super) const fn endpoint_mode(mode: EndpointMode) -> &'static str {
     }
 }
 
-/// Returns `facts` as the map that clients read, without the facts that are not told.
+/// Returns `facts` as the map that clients read. Facts that are not published are left out.
 pub(super) fn words(facts: &Facts) -> BTreeMap<String, String> {
     let Facts {
         accelerator,
@@ -181,7 +181,7 @@ const fn vmm_failure(fact: VmmFailureFact) -> &'static str {
 mod tests {
     use super::*;
 
-    /// The texts that clients read, one list for each fact.
+    /// The texts that clients read, in one list for each fact.
     #[test]
     fn the_words_are_those_that_clients_know() {
         use EndpointMode as E;

@@ -1,4 +1,5 @@
-//! Between messages and the domain. Configurations go both ways field by field; everything else goes out only.
+//! Conversions between messages and the domain. Configurations are converted in both directions
+//! field by field; everything else is only converted into messages.
 
 use vmm_core::backend::BackendHealth;
 use vmm_core::config::{
@@ -14,12 +15,12 @@ use vmm_service::{BackendStatus, Metrics, VmView};
 use super::capabilities::{endpoint_mode, words};
 use super::size;
 
-/// Unix milliseconds as Unix seconds.
+/// Converts Unix milliseconds to Unix seconds.
 fn seconds(ms: i64) -> i64 {
     ms.div_euclid(1000)
 }
 
-/// A count that cannot be negative, as the wire's signed type.
+/// Converts a count, which cannot be negative, to the wire's signed type.
 fn count(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
@@ -33,7 +34,7 @@ pub(super) fn state_to_pb(state: VmState) -> pb::VmState {
     }
 }
 
-/// The domain's state; `None` for UNSPECIFIED.
+/// Returns the domain's state, or `None` for UNSPECIFIED.
 fn state_from_pb(state: pb::VmState) -> Option<VmState> {
     match state {
         pb::VmState::Unspecified => None,
@@ -44,7 +45,8 @@ fn state_from_pb(state: pb::VmState) -> Option<VmState> {
     }
 }
 
-/// Reads the states that a request names in `field`. Each is returned once, however often the request names it.
+/// Reads the states that a request names in `field`. Each state is returned once, even if the
+/// request names it several times.
 ///
 /// # Errors
 ///
@@ -232,7 +234,7 @@ pub(super) fn status_to_pb(status: &Status) -> pb::VmStatus {
     }
 }
 
-/// One line of ListVms.
+/// Converts a record to its entry in ListVms.
 pub(super) fn summary_to_pb(record: &VmRecord) -> pb::VmInfo {
     pb::VmInfo {
         vm_id: record.vm_id.to_string(),
@@ -250,7 +252,7 @@ pub(super) fn summary_to_pb(record: &VmRecord) -> pb::VmInfo {
     }
 }
 
-/// Everything about one VM, at `now_ms` (Unix milliseconds).
+/// Converts everything about one VM, at `now_ms` (Unix milliseconds).
 pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
     let record = &view.record;
     let metrics = view.metrics.map(|metrics| {
@@ -274,9 +276,10 @@ pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
     }
 }
 
-/// Returns the time that a run has lasted, in milliseconds. The wall clock may have been set since the run began, so the
-/// difference of two readings counts only as far as it is possible: no run is older than its process, whose age comes from a
-/// clock that nobody sets.
+/// Returns the time that a run has lasted, in milliseconds. The wall clock may have been set since
+/// the run began. Therefore the difference of two readings is used only if it is possible: it is
+/// not negative, and not greater than the age of the process, which comes from a clock that nobody
+/// sets. Otherwise the age of the process is returned.
 fn uptime_ms(run: &RunRecord, now_ms: i64) -> i64 {
     let age = vmm_host::process::age(&run.process).unwrap_or_default();
     let age_ms = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
@@ -353,7 +356,7 @@ pub(super) fn backend_to_pb(status: BackendStatus) -> pb::Backend {
 mod tests {
     use super::*;
 
-    /// A configuration with every field set to something of its own.
+    /// Makes a configuration in which every field has a value of its own.
     fn full() -> pb::VmConfig {
         let json = r#"{
             "cpu": {"vcpu_count": 2, "max_vcpu_count": 4, "features": {"a": "b"},

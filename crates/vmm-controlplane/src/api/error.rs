@@ -1,13 +1,14 @@
-//! Which code a failed use case has on the wire.
+//! The codes of failed use cases on the wire.
 
 use connectrpc::ConnectError;
 use vmm_service::ServiceError;
 
 use crate::rpc::error::invalid_argument;
 
-/// The error that a client sees.
+/// Returns the error for the client.
 pub(super) fn to_connect(error: ServiceError) -> ConnectError {
-    // The server cuts a text that is too long and cleans one that quotes control characters.
+    // The text is passed on unchanged, because the server cuts long texts and replaces control
+    // characters.
     let text = error.to_string();
     log_causes(&error);
     match error {
@@ -29,7 +30,8 @@ pub(super) fn to_connect(error: ServiceError) -> ConnectError {
     }
 }
 
-/// Logs the errors below a failure, which neither its text for clients nor the log line of the call shows.
+/// Logs the errors below a failure. Neither the client's text nor the log line of the call shows
+/// them.
 fn log_causes(error: &ServiceError) {
     let causes = error.causes();
     if !causes.is_empty() {

@@ -1,4 +1,4 @@
-//! WatchVms, ListVmEvents and WaitVm.
+//! The handlers of WatchVms, ListVmEvents and WaitVm.
 
 use std::time::Duration;
 
@@ -16,7 +16,8 @@ use super::{alive, size};
 
 /// The longest wait that a client may ask for.
 const MAX_WAIT_SECONDS: i32 = 3600;
-/// So long before the call's deadline a wait gives up, if it can: the answer then says in which state the VM is.
+/// The time before the call's deadline at which a wait gives up, so that the answer can still name
+/// the VM's state.
 const MARGIN: Duration = Duration::from_millis(250);
 
 pub(super) async fn watch(
@@ -29,7 +30,7 @@ pub(super) async fn watch(
         metadata: request.metadata_filter,
     };
     let watch = service.watch(query).await.map_err(to_connect)?;
-    // The first error is the last item.
+    // The stream ends after the first error.
     let events = stream::unfold(Some(watch), |watch| async {
         let mut watch = watch?;
         match watch.next().await {
@@ -40,7 +41,8 @@ pub(super) async fn watch(
     Ok(alive::with_signs_of_life(events, || Ok(sign_of_life())))
 }
 
-/// Tells a client, and the proxies on the way to it, that the watch is still there. A sign has no token: it changes nothing.
+/// Returns the event that shows a client, and the proxies on the way, that the watch still runs.
+/// The event has no token, because it changes nothing.
 fn sign_of_life() -> pb::VmEvent {
     pb::VmEvent { time: now_ms(), r#type: "alive".to_owned(), ..Default::default() }
 }
@@ -58,7 +60,7 @@ pub(super) async fn list(
         if fitting == events.len() {
             return Ok(pb::ListVmEventsResponse { events, next_page_token, ..Default::default() });
         }
-        // Fewer with each turn, and one always fits.
+        // The page shrinks with each turn, and one event always fits, so the loop ends.
         query.page_size = i32::try_from(fitting).unwrap_or(1);
     }
 }
@@ -82,7 +84,7 @@ pub(super) async fn wait(
     Ok(reached_to_pb(&record))
 }
 
-/// How long to wait: as long as asked for, but not past the call's own deadline.
+/// Returns the time to wait: the requested time, but less than the call's own deadline.
 fn wait_deadline(seconds: i32, remaining: Option<Duration>) -> Result<Duration, FieldReport> {
     let longest = Duration::from_secs(u64::from(MAX_WAIT_SECONDS.unsigned_abs()));
     let asked = match seconds {
@@ -118,7 +120,8 @@ fn notice_to_pb(notice: Notice) -> pb::VmEvent {
     }
 }
 
-/// A present state has no token: whoever is cut off before "synced" has not heard of every VM, and must begin again.
+/// Converts a present state. The event has no token, because a client that is cut off before
+/// "synced" has not received every VM and must begin again.
 fn present_to_pb(present: Present) -> pb::VmEvent {
     let Present { vm_id, uid, time_ms, state, status, ended_by } = present;
     pb::VmEvent {

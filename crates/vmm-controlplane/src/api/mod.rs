@@ -1,8 +1,10 @@
-//! The API's handlers: from protobuf to the domain and back, and nothing else.
+//! The API's handlers, which convert protobuf to the domain and back, and decide nothing.
 //!
-//! [`vm`] has one function per method, and [`events`] those of the methods about events. [`convert`] turns configurations and
-//! records into messages and back. [`capabilities`] puts the abilities of backends into words. [`error`] turns failures into
-//! codes. [`size`] keeps answers within what default clients take, and [`alive`] streams from falling silent.
+//! [`vm`] has one function per method, and [`events`] has the functions of the methods about
+//! events. [`convert`] turns configurations and records into messages and back. [`capabilities`]
+//! describes the abilities of backends in words. [`error`] turns failures into codes. [`size`]
+//! keeps answers within the limit of default clients, and [`alive`] keeps streams from falling
+//! silent.
 
 mod alive;
 mod capabilities;

@@ -1,4 +1,5 @@
-//! The size of answers: default clients of gRPC take 4 MiB, so a page whose entries are large ends early, with a token.
+//! Limits the size of answers. Default clients of gRPC accept 4 MiB, so a page whose entries are
+//! large ends early, with a token.
 
 use std::io::{self, Write};
 
@@ -6,21 +7,24 @@ use buffa::Message;
 use serde::Serialize;
 use vmm_core::report::FieldReport;
 
-/// The most bytes that the entries of one answer may have, in the larger of the two encodings.
+/// The most bytes that the entries of one answer may take, in the larger of the two encodings.
 ///
-/// The distance to 4 MiB is room for the rest of the answer.
+/// The difference to 4 MiB is left for the rest of the answer.
 pub(super) const MAX_ENTRIES_BYTES: usize = 3 << 20;
 
-/// Bytes of JSON per byte of the wire format at most: a control character becomes `\u001f`.
+/// The most bytes of JSON per byte of the wire format, because a control character becomes
+/// `\u001f`.
 const JSON_PER_BYTE: usize = 6;
 
-/// Bytes of JSON that an entry has besides: the names of its fields.
+/// The bytes of JSON that an entry takes for the names of its fields.
 const JSON_NAMES: usize = 1000;
 
-/// Returns how many of `entries`, from the first, fit into one answer: all, or fewer, but at least one.
+/// Returns the number of `entries`, from the first, that fit into one answer. The number is at
+/// least one.
 pub(super) fn fitting<T: Message + Serialize>(entries: &[T]) -> usize {
     let wire = |entry: &T| entry.encoded_len() as usize;
-    // Measuring JSON costs as much as writing it, and pages of ordinary entries are far from the limit.
+    // The upper bound is checked first, because measuring JSON costs as much as writing it and
+    // ordinary pages are far from the limit.
     let most: usize = entries.iter().map(|entry| JSON_PER_BYTE * wire(entry) + JSON_NAMES).sum();
     if most <= MAX_ENTRIES_BYTES {
         return entries.len();
@@ -48,16 +52,17 @@ fn json_len<T: Serialize>(entry: &T) -> usize {
         }
     }
     let mut counter = Counter(0);
-    // An entry that cannot be written fits nowhere, and the library says why when it writes the answer.
+    // An entry that cannot be written counts as too large. The library reports the error when it
+    // writes the answer.
     match serde_json::to_writer(&mut counter, entry) {
         Ok(()) => counter.0,
         Err(_) => MAX_ENTRIES_BYTES,
     }
 }
 
-/// Drops the reports that do not fit into one answer, and puts their number in their place.
+/// Drops the reports that do not fit into one answer, and adds a report with their number.
 pub(super) fn bounded(mut reports: Vec<FieldReport>) -> Vec<FieldReport> {
-    // Two lists of reports stand in one answer.
+    // One answer has two lists of reports, so each gets half.
     let mut left = MAX_ENTRIES_BYTES / JSON_PER_BYTE / 2;
     let fits = |report: &&FieldReport| {
         let size = report.field.len() + report.message.len() + 16;

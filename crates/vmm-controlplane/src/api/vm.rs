@@ -1,4 +1,4 @@
-//! `vmm.v1.VmService`: one method per call.
+//! The handlers of `vmm.v1.VmService`, one method per call.
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use vmm_core::caller::Caller;
@@ -14,7 +14,7 @@ use super::error::to_connect;
 use super::{events, size};
 use crate::rpc::{record_vm_id, require_force};
 
-/// The API on top of the use cases.
+/// The handlers, which call the use cases.
 pub struct Api {
     service: VmService,
 }
@@ -26,12 +26,13 @@ impl Api {
     }
 }
 
-/// Returns who asks, for the audit trail. Nobody proves a name yet, so the peer's address is all that is known.
+/// Returns the caller for the audit trail. Only the peer's address is known, because no caller
+/// proves a name yet.
 fn caller(ctx: &RequestContext) -> Caller {
     Caller::anonymous(ctx.peer_addr().map(|peer| peer.ip().to_string()))
 }
 
-/// A method whose time has not come says so instead of pretending.
+/// Returns the error of a method that this version does not serve yet.
 fn not_yet(method: &str) -> ConnectError {
     ConnectError::unimplemented(format!("{method} is not served by this version; a later one will serve it"))
 }
@@ -178,12 +179,12 @@ impl pb::VmService for Api {
             metadata: request.metadata_filter,
             backend: request.backend,
             page_size: request.page_size,
-            // A token belongs to a filter, so without one it cannot be judged.
+            // A token belongs to a filter, so it cannot be checked without a valid filter.
             page_token: if violations.is_empty() { request.page_token } else { String::new() },
         };
         let page = self.service.list(&query);
         if !violations.is_empty() {
-            // Whatever else is wrong is named with the states.
+            // All other violations are reported together with those of the states.
             if let Err(ServiceError::Invalid(more)) = page {
                 violations.extend(more);
             }
@@ -194,7 +195,7 @@ impl pb::VmService for Api {
         while let fitting = size::fitting(&vms)
             && fitting < vms.len()
         {
-            // Fewer with each turn, and one always fits.
+            // The page shrinks with each turn, and one entry always fits, so the loop ends.
             query.page_size = i32::try_from(fitting).unwrap_or(1);
             page = self.service.list(&query).map_err(to_connect)?;
             vms = page.vms.iter().map(|record| summary_to_pb(record)).collect();
