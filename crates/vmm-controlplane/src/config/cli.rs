@@ -1,7 +1,8 @@
-//! The command line, built from the table of settings.
+//! The command line, which is built from the table of settings.
 //!
-//! A flag has no default here: one that was not typed is absent, so it can never override a variable or the
-//! file. The environment is not read here either; each flag's help names its variable and its default.
+//! A flag has no default here, so a flag that was not typed is absent and cannot override a
+//! variable or the file. The environment is not read here either. Each flag's help names its
+//! variable and its default.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -35,50 +36,50 @@ Examples:
   vmm-controlplane reconcile --dry-run
   eval \"$(vmm-controlplane migrate-env)\"";
 
-/// What the program was asked to do.
+/// The subcommand that was typed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Command {
-    /// Serve the API: also what happens without a subcommand.
+    /// Serves the API; also chosen without a subcommand.
     #[default]
     Serve,
-    /// Check the configuration, print it, and end.
+    /// Checks the configuration, prints it, and ends.
     CheckConfig,
-    /// Print the exports that take the place of the retired variables, and end.
+    /// Prints the exports that replace the retired variables, and ends.
     MigrateEnv,
-    /// Say what this host can do.
+    /// Checks the abilities of this host.
     Doctor {
-        /// Print JSON.
+        /// Prints JSON.
         json: bool,
     },
-    /// List, and remove, what bears our mark and is nobody's.
+    /// Lists the things that bear our mark, and removes those without an owner.
     Reconcile(Reconcile),
-    /// Copy the database.
+    /// Copies the database.
     Backup {
         /// The new file.
         file: PathBuf,
     },
-    /// Put a copy of the database back.
+    /// Replaces the database by a copy.
     Restore {
         /// The copy.
         file: PathBuf,
     },
 }
 
-/// How `reconcile` goes about it.
+/// The flags of `reconcile`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Reconcile {
-    /// List, and touch nothing.
+    /// Lists everything and changes nothing.
     pub dry_run: bool,
-    /// Print JSON.
+    /// Prints JSON.
     pub json: bool,
-    /// End VMMs that are proven ours, live, and have no owner.
+    /// Ends VMMs that are proven ours, are alive, and have no owner.
     pub kill_orphans: bool,
 }
 
 /// The parsed command line; use [`clap::Parser::parse`] or [`clap::Parser::try_parse_from`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Cli {
-    /// What to do.
+    /// The subcommand.
     pub command: Command,
     /// The configuration file that `--config` names.
     pub config: Option<OsString>,
@@ -122,7 +123,8 @@ impl CommandFactory for Cli {
 
 impl FromArgMatches for Cli {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        // Global flags typed after the subcommand reach both matches; the inner ones were typed last.
+        // Global flags typed after the subcommand reach both matches. The inner ones were typed
+        // last, so they count.
         let (name, matches) = matches.subcommand().unwrap_or((SERVE, matches));
         let command = match name {
             CHECK_CONFIG => Command::CheckConfig,
@@ -190,11 +192,12 @@ fn operator() -> [clap::Command; 4] {
 }
 
 fn file_of(matches: &ArgMatches) -> PathBuf {
-    // Required, so clap has refused a command line without it.
+    // The argument is required, so clap has refused a command line without it.
     matches.get_one::<PathBuf>(FILE).cloned().unwrap_or_default()
 }
 
-/// Builds a setting's flag. It takes the raw text: the loader reads all sources with one parser.
+/// Builds a setting's flag. The flag accepts the raw text, because the loader reads all sources
+/// with one parser.
 fn flag(setting: Setting) -> Arg {
     let spec = setting.spec();
     let default = match spec.default {

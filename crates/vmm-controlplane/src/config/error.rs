@@ -1,4 +1,4 @@
-//! What is wrong with a configuration, told in full: every error at once, each with its origin and its cure.
+//! The errors of a configuration: all at once, each with its origin and its remedy.
 //!
 //! ```text
 //!   failed to load config: 2 errors
@@ -11,7 +11,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-/// Where the value of a setting came from.
+/// The origin of a setting's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
     /// A flag on the command line, with its dashes.
@@ -24,10 +24,10 @@ pub enum Origin {
         path: PathBuf,
         /// The line, from 1.
         line: usize,
-        /// The key as it stands there, its section included; empty where the place is not a value.
+        /// The key as it is written there, with its section. Empty if the place is not a value.
         key: String,
     },
-    /// Nobody gave one.
+    /// The default, because nobody gave a value.
     Default,
 }
 
@@ -44,16 +44,16 @@ impl fmt::Display for Origin {
     }
 }
 
-/// One thing that is wrong.
+/// One error in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
-    /// What happened.
+    /// The error.
     pub message: String,
-    /// Where the bad value came from; `None` where the matter is not a value.
+    /// The origin of the bad value; `None` if the error does not concern a value.
     pub origin: Option<Origin>,
-    /// What to do next, naming the variable to set.
+    /// The advice, which names the variable to set.
     pub advice: String,
-    /// Whether a retired variable is set while its successor is not.
+    /// True if a retired variable is set while its successor is not.
     pub(super) retired: bool,
 }
 
@@ -74,7 +74,7 @@ impl ConfigError {
     }
 }
 
-/// Everything that is wrong; its `Display` is the whole text for a person, over several lines.
+/// All errors. The `Display` is the whole text for a person, over several lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigErrors(pub(super) Vec<ConfigError>);
 

@@ -1,7 +1,9 @@
-//! The configuration file: TOML whose keys are flat (`ch_endpoint = …`) or in sections (`[ch]` `endpoint = …`).
+//! The configuration file: TOML with keys that are flat (`ch_endpoint = …`) or in sections (`[ch]`
+//! `endpoint = …`).
 //!
-//! A section is a prefix and nothing more: the names on the way to a value, joined by underscores, are the
-//! setting's key. Values keep the text they were written with, so that one parser reads them from all sources.
+//! A section is only a prefix: the names on the way to a value, joined by underscores, are the
+//! setting's key. Values keep the text with which they were written, so that one parser reads them
+//! from all sources.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -15,7 +17,7 @@ use super::settings::{CONFIG_KEY, Setting, nearest};
 /// The values found in a file, each with its place.
 pub(super) type FileValues = BTreeMap<Setting, (String, Origin)>;
 
-/// Reads a file's text; what cannot be read is added to `errors`, and the rest is returned.
+/// Reads a file's text. Errors are added to `errors`, and the values without errors are returned.
 pub(super) fn read(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> FileValues {
     let (document, faults) = DeTable::parse_recoverable(text);
     let mut reader = Reader { path, text, values: FileValues::new(), errors };
@@ -27,7 +29,8 @@ pub(super) fn read(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> Fi
             "correct the TOML syntax there",
         ));
     }
-    // A document with a syntax error is recovered by guesswork; complaints about the guesses would mislead.
+    // After a syntax error the parser guesses the rest of the document, and errors about the
+    // guesses would mislead.
     if faults.is_empty() {
         reader.table("", document.get_ref());
     }
@@ -114,19 +117,22 @@ impl Reader<'_> {
     }
 }
 
-/// Tells whether some setting's key begins with these names, so that an empty or misspelt section is an error.
+/// Returns true if some setting's key begins with these names. An empty or misspelt section is
+/// therefore an error.
 fn is_section(path: &str) -> bool {
     let prefix = format!("{}_", path.replace('.', "_"));
     Setting::ALL.iter().any(|setting| setting.key().starts_with(&prefix))
 }
 
-/// Returns a value as the text that a variable would hold; `None` for what no setting takes.
+/// Returns a value as the text that a variable would hold, or `None` for a type that no setting
+/// accepts.
 fn scalar(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.to_string()),
         DeValue::Integer(number) => match i64::from_str_radix(number.as_str(), number.radix()) {
             Ok(number) => Some(number.to_string()),
-            // Too large for any setting: its own parser says so, and shows it as it was written.
+            // The number is too large for any setting. The setting's own parser refuses it and
+            // shows it as it was written.
             Err(_) => Some(number.to_string()),
         },
         DeValue::Float(number) => Some(number.as_str().to_owned()),

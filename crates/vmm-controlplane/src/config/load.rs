@@ -1,4 +1,5 @@
-//! From given texts to a [`Config`]: every setting is parsed, whatever became of the others.
+//! Parses the given texts into a [`Config`]. Every setting is parsed, even after an error in
+//! another one, so that all errors are reported at once.
 
 use std::path::PathBuf;
 
@@ -10,24 +11,26 @@ use super::values::{self, BackendName, Endpoint, Fault, Listen};
 use super::{BootDefaults, Cli, Config, Effective, Hypervisor, Loaded, Otel, notices, retired, sockets};
 use std::time::Duration;
 
-/// The name of the program's folder in directories that it shares.
+/// The name of the program's folder in shared directories.
 const FOLDER: &str = "vmm-controlplane";
-/// Longest time between two samples: a day.
+/// The longest time between two samples: a day.
 const METRICS_INTERVAL_MAX: Duration = Duration::from_secs(86_400);
-/// The most spare VMMs of one backend: each is a process that waits.
+/// The most spare VMMs of one backend, because each is a process that waits.
 const SPARE_VMMS_MAX: usize = 16;
-/// Longest time that events are kept: ten years.
+/// The longest time for which events are kept: ten years.
 const EVENT_RETENTION_MAX: Duration = Duration::from_secs(3_650 * 86_400);
 
 impl Config {
-    /// Loads the configuration from the command line, the environment, the file that they name, and the defaults.
+    /// Loads the configuration from the command line, the environment, the file that they name, and
+    /// the defaults.
     ///
-    /// A configuration that asks for what this version does not do yet loads, so that it can be shown; call
-    /// [`Loaded::require_served`] before serving.
+    /// A configuration that asks for a feature which this version does not have is loaded, so that
+    /// it can be shown. Call [`Loaded::require_served`] before serving.
     ///
     /// # Errors
     ///
-    /// Everything that is wrong, at once. Where something is, what this version does not do yet is listed too.
+    /// All errors at once. If there is any, the features that this version does not have are listed
+    /// too.
     pub fn load(cli: &Cli, env: &Environment, host: &dyn Host) -> Result<Loaded, ConfigErrors> {
         let mut errors = Vec::new();
         let given = sources::collect(cli, env, host, &mut errors);
@@ -55,7 +58,8 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    /// Parses every setting in the table's order; `None` if one is bad, and then there is an error about it.
+    /// Parses every setting in the table's order. Returns `None` if one is invalid, and then an
+    /// error about it was added.
     fn config(&mut self) -> Option<Config> {
         use Setting as S;
         let host = self.text(S::Address, values::address);
@@ -151,7 +155,8 @@ impl Loader<'_> {
         self.parse(setting, text, origin, parse)
     }
 
-    /// Parses a setting that may be unset. An empty flag or key unsets what a weaker source says.
+    /// Parses a setting that may be unset. An empty flag or key unsets the value of a weaker
+    /// source.
     fn optional<T>(
         &mut self,
         setting: Setting,
@@ -198,7 +203,8 @@ impl Loader<'_> {
         if let Some(base) = self.folder("XDG_RUNTIME_DIR").or_else(session) {
             return self.default_dir(setting, base.join(FOLDER), values::runtime_dir);
         }
-        // A shared directory such as /tmp would let another user get there first.
+        // The state directory is used, because in a shared directory such as /tmp another user
+        // could make the folder first.
         let fallback = state_dir?.join("run");
         self.warnings.push(format!(
             "XDG_RUNTIME_DIR is not set: sockets go below {}; set {} to choose another place",
@@ -225,7 +231,8 @@ impl Loader<'_> {
         }
     }
 
-    /// Returns a directory that a variable of the user's session names; a relative one must be ignored.
+    /// Returns the directory that a variable of the user's session names. A relative path is
+    /// ignored, as the XDG specification demands.
     fn folder(&self, variable: &str) -> Option<PathBuf> {
         set(self.env, variable).map(PathBuf::from).filter(|path| path.is_absolute())
     }
@@ -254,7 +261,8 @@ impl Loader<'_> {
                 };
                 let variable = setting.variable();
                 let advice = match origin {
-                    // A flag hides the variable, so setting the variable alone would change nothing.
+                    // A flag overrides the variable, so setting only the variable would have no
+                    // effect.
                     Origin::Flag(_) => format!("set it, or {variable} in its stead, to {}", fault.want),
                     Origin::Variable(_) | Origin::File { .. } | Origin::Default => {
                         format!("set {variable} to {}", fault.want)

@@ -1,4 +1,5 @@
-//! The daemon's configuration: many sources in, one typed value out, or every error at once.
+//! The daemon's configuration: several sources are merged into one typed value, or every error is
+//! returned at once.
 //!
 //! ```text
 //!   command line ──┐
@@ -8,8 +9,9 @@
 //!                                                          └─ ConfigErrors
 //! ```
 //!
-//! [`Setting`] is the table from which flags, variables, file keys and help texts are made. The loader is a pure
-//! function of the command line, an environment map and a [`Host`]: it never looks at the process by itself.
+//! [`Setting`] is the table from which flags, variables, file keys and help texts are made. The
+//! loader is a pure function of the command line, an environment map and a [`Host`], and never
+//! reads the process by itself.
 
 mod cli;
 mod error;
@@ -35,16 +37,17 @@ pub use settings::{Fallback, PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting, Spec
 pub use sources::{Environment, Host, ThisHost};
 pub use values::{BackendName, Endpoint, Kvm, Listen, UnsupportedBackend, is_loopback};
 
-/// One hypervisor: how to reach it, and what to start where there is nothing to reach.
+/// The configuration of one hypervisor: its endpoint, and the program to start if there is no
+/// endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hypervisor {
-    /// Whether processes are started, or somebody else's are used.
+    /// The choice between VMMs that the daemon starts and VMMs of another program.
     pub endpoint: Endpoint,
     /// The executable: a bare name to look up on PATH, or an absolute path.
     pub binary: PathBuf,
 }
 
-/// What a VM boots that names neither a kernel nor a firmware.
+/// The boot files of a VM that names neither a kernel nor a firmware.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootDefaults {
     /// The kernel's absolute path.
@@ -58,17 +61,17 @@ pub struct BootDefaults {
 /// OpenTelemetry, and the Prometheus page.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Otel {
-    /// Whether anything is sent.
+    /// True if telemetry is sent.
     pub enabled: bool,
-    /// The service's name in what is sent.
+    /// The service's name in the telemetry.
     pub service_name: String,
-    /// The service's version in what is sent.
+    /// The service's version in the telemetry.
     pub service_version: String,
     /// The share of traces that is sent, from 0.0 to 1.0.
     pub sampling_rate: f64,
     /// The OTLP/HTTP collector: `HOST:PORT`, or a URL.
     pub endpoint: String,
-    /// Whether the Prometheus page is served; independent of `enabled`.
+    /// True if the Prometheus page is served; independent of `enabled`.
     pub prometheus_enabled: bool,
     /// The TCP port of the Prometheus page; 0 lets the system choose.
     pub prometheus_port: u16,
@@ -77,11 +80,11 @@ pub struct Otel {
 /// The daemon's configuration, valid in itself.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Where the API listens.
+    /// The address on which the API listens.
     pub listen: Listen,
-    /// Names besides localhost and IP addresses that are served as Host; lower case.
+    /// The names besides localhost and IP addresses that are served as Host, in lower case.
     pub allowed_hosts: Vec<String>,
-    /// Origins whose web pages may call the API; lower case.
+    /// The origins whose web pages may call the API, in lower case.
     pub cors_origins: Vec<String>,
     /// The backend of a VM that names none.
     pub default_backend: BackendName,
@@ -91,21 +94,22 @@ pub struct Config {
     pub fc: Hypervisor,
     /// QEMU.
     pub qemu: Hypervisor,
-    /// Whether QEMU uses KVM.
+    /// The use of KVM by QEMU.
     pub qemu_kvm: Kvm,
-    /// Whether libvirt domains that are not ours are listed.
+    /// True if libvirt domains that another program made are listed.
     pub qemu_import: bool,
-    /// What a VM boots that does not say.
+    /// The boot files of a VM that names none.
     pub defaults: BootDefaults,
-    /// Time between two samples of a running VM.
+    /// The time between two samples of a running VM.
     pub metrics_interval: Duration,
-    /// How long events are kept.
+    /// The time for which events are kept.
     pub event_retention: Duration,
-    /// How many spare VMMs are kept per backend that has started a VM.
+    /// The number of spare VMMs that are kept per backend that has started a VM.
     pub spare_vmms: usize,
-    /// Durable state; an absolute path, which need not exist yet.
+    /// The directory of durable state: an absolute path, which need not exist yet.
     pub state_dir: PathBuf,
-    /// Sockets, process ids, consoles; an absolute path, short enough for socket names below it.
+    /// The directory of sockets, process ids and consoles: an absolute path, short enough for
+    /// socket names below it.
     pub runtime_dir: PathBuf,
     /// Telemetry.
     pub otel: Otel,
@@ -127,19 +131,19 @@ impl Config {
 pub struct Effective {
     /// The setting.
     pub setting: Setting,
-    /// Its value as text; `None` where it is unset.
+    /// The value as text; `None` if the setting is unset.
     pub value: Option<String>,
-    /// Who gave the value.
+    /// The origin of the value.
     pub origin: Origin,
 }
 
-/// A configuration that loaded, and what is to be said about it.
+/// A configuration that loaded, with its warnings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
     /// The configuration.
     pub config: Config,
     /// Every setting, in the table's order.
     pub effective: Vec<Effective>,
-    /// What does not stop the start but deserves a line in the log.
+    /// The warnings, which do not stop the start and are logged.
     pub warnings: Vec<String>,
 }

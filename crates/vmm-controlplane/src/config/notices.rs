@@ -1,4 +1,5 @@
-//! What is said about a configuration that parses: settings that this version does not serve yet, and warnings.
+//! The notices about a configuration that parses: settings that this version does not serve yet,
+//! and warnings.
 
 use super::error::{ConfigError, ConfigErrors, Origin};
 use super::settings::Setting;
@@ -7,23 +8,24 @@ use super::values::{BackendName, Endpoint};
 use super::{Config, Loaded, retired};
 use std::path::Path;
 
-/// The values on which it depends whether this version can serve a configuration; `None` did not parse.
+/// The values that decide if this version can serve a configuration. A value that did not parse is
+/// `None`.
 pub(super) struct Demands<'a> {
     pub(super) cors_origins: Option<&'a [String]>,
     pub(super) otel_enabled: Option<bool>,
 }
 
-/// A setting that asks for what this version does not do.
+/// A setting that asks for a feature which this version does not have.
 pub(super) struct Unserved {
     pub(super) setting: Setting,
-    /// What it asks for; ends the sentence "this version cannot yet …".
+    /// The feature; it ends the sentence "this version cannot yet …".
     what: &'static str,
-    /// What happens where the setting is unset.
+    /// The consequence if the setting is unset.
     without: &'static str,
 }
 
 impl Unserved {
-    /// Says so, and how to do without.
+    /// Returns the error about the setting, with the advice for doing without it.
     pub(super) fn error(&self, origin: Option<Origin>) -> ConfigError {
         let variable = self.setting.variable();
         let message = format!("{variable}: this version cannot yet {}", self.what);
@@ -38,7 +40,8 @@ impl Unserved {
 }
 
 impl Demands<'_> {
-    /// Returns the settings that ask for what this version does not do. A feature that arrives leaves this list.
+    /// Returns the settings that ask for a feature which this version does not have. A feature that
+    /// is added leaves this list.
     pub(super) fn unserved(&self) -> Vec<Unserved> {
         let cors = self.cors_origins.is_some_and(|origins| !origins.is_empty());
         let asked = [
@@ -56,8 +59,9 @@ impl Demands<'_> {
 }
 
 impl Config {
-    /// Returns the settings that ask for what this version does not do; the daemon must not start while there are
-    /// any. [`Loaded::require_served`] says so to a person.
+    /// Returns the settings that ask for a feature which this version does not have. The daemon
+    /// must not start while there are any. [`Loaded::require_served`] gives them as errors for a
+    /// person.
     pub fn unserved(&self) -> Vec<Setting> {
         self.demands().into_iter().map(|unserved| unserved.setting).collect()
     }
@@ -68,11 +72,12 @@ impl Config {
 }
 
 impl Loaded {
-    /// Refuses a configuration that asks for what this version does not do.
+    /// Refuses a configuration that asks for a feature which this version does not have.
     ///
     /// # Errors
     ///
-    /// One for each setting of [`Config::unserved`], with its origin and what to do without it.
+    /// One error for each setting of [`Config::unserved`], with its origin and the advice for doing
+    /// without it.
     pub fn require_served(&self) -> Result<(), ConfigErrors> {
         let origin = |setting| {
             self.effective.iter().find(|entry| entry.setting == setting).map(|entry| entry.origin.clone())
@@ -83,7 +88,7 @@ impl Loaded {
     }
 }
 
-/// Collects what does not stop the start but deserves a line in the log.
+/// Collects the warnings, which do not stop the start and are logged.
 pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: &dyn Host) -> Vec<String> {
     let mut warnings = Vec::new();
     if !config.listen.is_loopback() {
@@ -136,16 +141,17 @@ pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: 
     warnings
 }
 
-/// Warns, in one line, of the given ones among these settings.
+/// Returns one warning about those of `settings` that were given, if any.
 fn without_effect(given: &Given, why: &str, settings: &[Setting]) -> Option<String> {
     let set: Vec<_> =
         settings.iter().filter(|setting| given.contains_key(setting)).map(|s| s.variable()).collect();
     (!set.is_empty()).then(|| format!("no effect: {} ({why})", set.join(", ")))
 }
 
-/// Warns if the default backend's socket of old is there while nothing says whether to use it.
+/// Returns a warning if the socket that the predecessor attached to by default exists and the
+/// endpoint of the default backend is unset.
 ///
-/// The predecessor attached to these by default. This program does not: anybody may put a socket into /tmp.
+/// This program does not attach to it by itself, because anybody may put a socket into /tmp.
 fn old_socket(config: &Config, host: &dyn Host) -> Option<String> {
     let backend = config.default_backend;
     let (paths, setting, value): (&[&str], _, _) = match backend {
@@ -153,7 +159,8 @@ fn old_socket(config: &Config, host: &dyn Host) -> Option<String> {
         BackendName::Firecracker => {
             (&["/tmp/firecracker.sock"], Setting::FcEndpoint, "unix:///tmp/firecracker.sock")
         }
-        // libvirt in one daemon, and libvirt in a daemon for each hypervisor.
+        // The first socket is that of libvirt as one daemon, the second that of libvirt with a
+        // daemon for each hypervisor.
         BackendName::Qemu => (
             &["/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"],
             Setting::QemuEndpoint,

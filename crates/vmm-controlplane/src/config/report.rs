@@ -1,4 +1,4 @@
-//! What `check-config` prints: every setting in effect, and who set it.
+//! The output of `check-config`: every setting in effect, with its origin.
 
 use std::fmt::Write as _;
 
@@ -6,7 +6,8 @@ use super::Loaded;
 use super::error::printable;
 
 impl Loaded {
-    /// Returns the text of a good configuration: OK, each setting with its origin, and the warnings.
+    /// Returns the text of a good configuration: OK, each setting with its origin, and the
+    /// warnings.
     pub fn report(&self) -> String {
         let rows: Vec<[String; 3]> = self
             .effective

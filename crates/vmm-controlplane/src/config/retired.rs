@@ -1,7 +1,9 @@
-//! The variables of the program's predecessor, `CHCP_*`: no longer read, never dropped in silence.
+//! The variables of the program's predecessor, `CHCP_*`. They are no longer read, and the user is
+//! always informed of them.
 //!
-//! A retired variable has the same name as its successor but for the prefix. Where one is set and its successor
-//! is not, the daemon does not start; `migrate-env` prints what to set instead.
+//! A retired variable has the same name as its successor except for the prefix. If one is set and
+//! its successor is not, the daemon does not start. `migrate-env` prints the exports to set
+//! instead.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -21,7 +23,7 @@ fn retired(env: &Environment) -> impl Iterator<Item = (&str, &OsStr, Option<Sett
     })
 }
 
-/// Complains of each retired variable whose successor nobody gave.
+/// Returns an error for each retired variable whose successor nobody gave.
 pub(super) fn check(env: &Environment, given: &Given) -> Vec<ConfigError> {
     let orphans = retired(env).filter_map(|(name, _, successor)| Some((name, successor?)));
     orphans
@@ -40,7 +42,7 @@ pub(super) fn check(env: &Environment, given: &Given) -> Vec<ConfigError> {
         .collect()
 }
 
-/// Warns of retired variables that never had a successor.
+/// Returns a warning for each retired variable that never had a successor.
 pub(super) fn warnings(env: &Environment) -> Vec<String> {
     let strangers = retired(env).filter(|(_, _, successor)| successor.is_none());
     strangers
@@ -48,10 +50,11 @@ pub(super) fn warnings(env: &Environment) -> Vec<String> {
         .collect()
 }
 
-/// Returns the shell text that `migrate-env` prints: exports to be evaluated, and explanations as comments.
+/// Returns the shell text that `migrate-env` prints: exports to be evaluated, and explanations as
+/// comments.
 ///
-/// A successor that is already set is left alone. The backend is fixed to Cloud Hypervisor, the only one that the
-/// predecessor knew, unless one is chosen.
+/// A successor that is already set is left alone. The backend is set to Cloud Hypervisor, the only
+/// one that the predecessor knew, unless one is chosen.
 pub fn migrate_env(env: &Environment) -> String {
     let mut exports = String::new();
     let mut notes = String::new();
@@ -64,7 +67,8 @@ pub fn migrate_env(env: &Environment) -> String {
     for (name, value, successor) in retired(env) {
         // Writing to a String cannot fail.
         let _ = match (successor, value.to_str()) {
-            // The name is foreign and this is a comment that a shell evaluates: nothing may break out of the line.
+            // The name comes from outside, and a shell evaluates this comment, so nothing may break
+            // out of the line.
             (None, _) => writeln!(notes, "# {} has no successor: it is ignored.", printable(name)),
             (Some(setting), _) if let Some(by) = taken(setting) => {
                 writeln!(notes, "# {name}: nothing to do, {by} is already set.")

@@ -10,23 +10,24 @@
 //! ```
 //!
 //! The command line, the file reader, the error messages, `check-config`, and the test over
-//! `docs/configuration.md` all walk this table, so a setting added here exists everywhere at once.
+//! `docs/configuration.md` all read this table, so a setting that is added here exists everywhere
+//! at once.
 
-/// Prefix of the variables that the program reads first.
+/// The prefix of the variables that the program reads first.
 pub const PREFIX: &str = "UNKEY_VMCP_";
-/// Prefix of the variables that the program reads where the first one is not set.
+/// The prefix of the variables that the program reads if the first one is not set.
 pub const SHORT_PREFIX: &str = "VMCP_";
-/// Prefix of the variables of the program's predecessor, which are no longer read.
+/// The prefix of the variables of the program's predecessor, which are no longer read.
 pub const RETIRED_PREFIX: &str = "CHCP_";
-/// Key of the configuration file's own name; it cannot stand in the file itself.
+/// The key of the configuration file's own name, which cannot stand in the file itself.
 pub(super) const CONFIG_KEY: &str = "config";
 
-/// What a setting falls back to when nobody gives it.
+/// The value of a setting that nobody gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fallback {
     /// The setting stays unset.
     Unset,
-    /// This text, read by the same parser as a given one.
+    /// This text, which is read by the same parser as a given one.
     Text(&'static str),
     /// A directory that depends on the user; the text is root's.
     Directory(&'static str),
@@ -39,11 +40,11 @@ pub struct Spec {
     pub key: &'static str,
     /// The heading in the help text under which the flag stands.
     pub heading: &'static str,
-    /// What the help text calls the value.
+    /// The name of the value in the help text.
     pub value_name: &'static str,
-    /// The value when none is given.
+    /// The value if none is given.
     pub default: Fallback,
-    /// What the setting does, in one or two sentences.
+    /// The purpose of the setting, in one or two sentences.
     pub help: &'static str,
 }
 
@@ -156,7 +157,7 @@ impl Setting {
         self.spec().key
     }
 
-    /// Returns the variable that people are told to set, such as `UNKEY_VMCP_CH_ENDPOINT`.
+    /// Returns the variable that messages name, such as `UNKEY_VMCP_CH_ENDPOINT`.
     pub fn variable(self) -> String {
         variable(PREFIX, self.key())
     }
@@ -176,7 +177,8 @@ impl Setting {
         self.key().replace('_', "-")
     }
 
-    /// Tells whether the setting takes several values: an array in the file, a comma-separated text elsewhere.
+    /// Returns true if the setting takes several values: an array in the file, a comma-separated
+    /// text elsewhere.
     pub const fn is_list(self) -> bool {
         matches!(
             self,
@@ -200,7 +202,8 @@ pub(super) fn variable(prefix: &str, key: &str) -> String {
     format!("{prefix}{}", key.to_ascii_uppercase())
 }
 
-/// Returns the candidate that looks most like `typed`, if one looks like a slip of the finger.
+/// Returns the candidate that is most similar to `typed`, if one is similar enough to be a typing
+/// error.
 pub(super) fn nearest<'a>(typed: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     // Below this similarity a suggestion misleads more often than it helps.
     const ALIKE: f64 = 0.8;

@@ -1,4 +1,5 @@
-//! One socket serves one VM of one backend: endpoints that lead to the same one are an error, however they are spelled.
+//! The check that no socket is named twice. One socket serves one VM of one backend, so two
+//! endpoints that lead to the same socket are an error, however they are spelled.
 
 use std::path::{Path, PathBuf};
 
@@ -7,10 +8,10 @@ use super::settings::Setting;
 use super::sources::Host;
 use super::values::Endpoint;
 
-/// An endpoint setting, what it says, and who said so.
+/// An endpoint setting, its value and its origin.
 pub(super) type Named<'a> = (Setting, Option<&'a Endpoint>, Option<Origin>);
 
-/// Finds the sockets that are named twice, be it by another path.
+/// Returns an error for each socket that is named twice, even by another path.
 pub(super) fn named_twice(endpoints: &[Named<'_>], host: &dyn Host) -> Vec<ConfigError> {
     let mut seen: Vec<(String, Setting, &Path)> = Vec::new();
     let mut errors = Vec::new();
@@ -41,7 +42,8 @@ fn same(setting: Setting, socket: &Path, first: Setting, path: &Path, origin: Op
     ConfigError::new(message, origin, format!("leave it out of {}", setting.variable()))
 }
 
-/// What `path` leads to, links followed: two paths with the same answer are one file, be it there or not.
+/// Returns the identity of the file that `path` leads to, with links followed. Two paths with the
+/// same identity are one file, even if it does not exist yet.
 pub(super) fn identity(path: &Path) -> String {
     use std::os::unix::fs::MetadataExt;
     if let Ok(facts) = std::fs::metadata(path) {
@@ -77,7 +79,7 @@ mod tests {
         };
         assert_eq!(twice(&[real.join("s")], &[link.join("s")]), 1);
         assert_eq!(twice(&[real.join("s"), dir.path().join("hard")], &[]), 1);
-        // Of sockets that are not there yet the folders tell.
+        // The folders decide for sockets that do not exist yet.
         assert_eq!(twice(&[real.join("t")], &[link.join("t")]), 1);
         assert_eq!(twice(&[real.join("t")], &[real.join("u")]), 0);
         assert_eq!(twice(&[PathBuf::from("/nowhere//x")], &[PathBuf::from("/nowhere/x")]), 1);

@@ -1,11 +1,11 @@
-//! Where settings come from: for each one, the first source that has it.
+//! The sources of settings. For each setting the first source that has it counts.
 //!
 //! ```text
 //!   flag  >  UNKEY_VMCP_X  >  VMCP_X  >  file  >  default
 //! ```
 //!
-//! Nothing here touches the process: the environment is a map, and files, the user and the existence of old
-//! sockets are asked of a [`Host`].
+//! This module does not read the process: the environment is a map, and a [`Host`] answers for
+//! files, the user and the existence of old sockets.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -21,21 +21,22 @@ use super::sockets;
 /// The environment variables, by name.
 pub type Environment = BTreeMap<OsString, OsString>;
 
-/// What the loader asks of the machine; tests answer in its place.
+/// The questions of the loader to the machine. Tests answer them in its place.
 pub trait Host {
     /// Returns the effective user id.
     fn uid(&self) -> u32;
-    /// Reads a file whole.
+    /// Reads a whole file.
     fn read_file(&self, path: &Path) -> io::Result<Vec<u8>>;
-    /// Tells whether a path exists.
+    /// Returns true if a path exists.
     fn exists(&self, path: &Path) -> bool;
-    /// Returns what a path leads to: two paths with the same answer are one file.
+    /// Returns the identity of the file that a path leads to. Two paths with the same identity are
+    /// one file.
     fn identity(&self, path: &Path) -> String {
         path.to_string_lossy().into_owned()
     }
 }
 
-/// The machine that the program runs on.
+/// The machine on which the program runs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ThisHost;
 
@@ -57,18 +58,19 @@ impl Host for ThisHost {
     }
 }
 
-/// The file that is read where it exists and nobody names another, so that a subcommand which a person types has the
-/// configuration of the service.
+/// The file that is read if it exists and no other is named, so that a subcommand which a person
+/// types has the configuration of the service.
 const DEFAULT_FILE: &str = "/etc/vmm-controlplane/config.toml";
 
-/// The text that was given for each setting, and by whom; a setting that nobody gave is absent.
+/// The text that was given for each setting, with its origin. A setting that nobody gave is absent.
 pub(super) type Given = BTreeMap<Setting, (String, Origin)>;
 
-/// Collects what was given; whatever cannot be read is added to `errors`.
+/// Collects the given texts. Values that cannot be read are added to `errors`.
 pub(super) fn collect(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<ConfigError>) -> Given {
     let mut given = read_file(cli, env, host, errors);
     for setting in Setting::ALL.iter().copied() {
-        // From the weakest to the strongest: each replaces what stands there.
+        // The sources are read from the weakest to the strongest, and each replaces the value of
+        // the one before.
         for prefix in [SHORT_PREFIX, PREFIX] {
             let name = setting.variable_with(prefix);
             if let Some(value) = set(env, &name) {
@@ -82,7 +84,7 @@ pub(super) fn collect(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mu
     given
 }
 
-/// Returns a variable's value, unless it is unset or empty, which is the same.
+/// Returns a variable's value. An empty variable counts as unset.
 pub(super) fn set<'a>(env: &'a Environment, name: &str) -> Option<&'a OsStr> {
     env.get(OsStr::new(name)).map(OsString::as_os_str).filter(|value| !value.is_empty())
 }
@@ -125,7 +127,8 @@ fn read_file(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<Con
     Given::new()
 }
 
-/// The beginnings of variables of this repository's scripts, tests and client, which have the short prefix and are no settings.
+/// The beginnings of the variables of this repository's scripts, tests and client, which have the
+/// short prefix and are no settings.
 const NO_SETTINGS: [&str; 12] = [
     "VMCP_BACKEND_MATRIX",
     "VMCP_BENCH_",
@@ -141,7 +144,8 @@ const NO_SETTINGS: [&str; 12] = [
     "VMCP_URL",
 ];
 
-/// Names the variables that look like settings and are none, each with the one that was probably meant.
+/// Returns a warning for each variable that looks like a setting and is none, with the setting that
+/// was probably meant.
 pub(super) fn unknown_variables(env: &Environment) -> Vec<String> {
     let known = |suffix: &str| suffix == variable("", CONFIG_KEY) || Setting::from_suffix(suffix).is_some();
     let names = env.keys().filter_map(|name| name.to_str());

@@ -1,4 +1,4 @@
-//! Tests of the loader as a whole: precedence, errors, warnings.
+//! Tests of the whole loader: precedence, errors and warnings.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A machine made of values.
+/// A machine with given answers.
 #[derive(Default)]
 struct FakeHost {
     uid: u32,
@@ -118,7 +118,7 @@ fn the_strongest_source_wins() {
 
 #[test]
 fn flags_that_were_not_typed_never_override_variables() {
-    // The ancestor's documented endpoint variable lost against the default of its flag.
+    // The predecessor's documented endpoint variable lost against the default of its flag.
     let values = [
         (Setting::Address, "localhost"),
         (Setting::Port, "9"),
@@ -266,7 +266,7 @@ fn the_file_in_etc_is_read_where_nobody_names_another() {
         shown.contains("cannot read the configuration file /etc/vmm-controlplane/config.toml"),
         "{shown}"
     );
-    // Another file replaces it; an empty one switches it off.
+    // Another file replaces the default one.
     let other = load(&["--config=/a"], &[], &in_etc).unwrap();
     assert!(other.report().contains("/a:1 (port)"), "{}", other.report());
 }
@@ -305,7 +305,7 @@ fn what_is_not_served_yet_stops_the_start() {
             "{shown}"
         );
         assert!(shown.contains(&format!("from {name};")), "{shown}");
-        // Beside another error it is told in the same breath.
+        // Together with another error this one is reported too.
         assert!(bad(&["--port=x"], &[(&name, value)]).contains("this version cannot yet "));
     }
     for (name, value) in [

@@ -1,7 +1,7 @@
 //! The types of the settings, and the pure parsers that read them from text.
 //!
-//! A parser answers a [`Fault`]: what is wrong with the text, and what to set instead. Which setting it was,
-//! and where the text came from, is the loader's to add.
+//! A parser returns a [`Fault`], with the error in the text and the valid values. The loader adds
+//! the setting and the origin of the text.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -11,24 +11,25 @@ use std::time::Duration;
 
 use super::error::printable;
 
-/// Longest path of a Unix socket that Linux takes, in bytes.
+/// The longest path of a Unix socket that Linux accepts, in bytes.
 pub(super) const SOCKET_PATH_MAX: usize = 107;
-/// Bytes kept for the names that the program makes below its runtime directory.
+/// The bytes reserved for the names that the program makes below its runtime directory.
 pub(super) const SOCKET_NAMES_MAX: usize = 48;
 
-/// Why a text is not a value of its setting.
+/// The reason for which a text is not a value of its setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fault {
-    /// What is wrong.
+    /// The error in the text.
     pub(super) message: String,
-    /// What the setting takes; it ends the sentence "set UNKEY_VMCP_X to …".
+    /// The values that the setting accepts; it ends the sentence "set UNKEY_VMCP_X to …".
     pub(super) want: String,
-    /// Whether the message is whole, a text that users know; else the setting's key is put before it.
+    /// True if the message is complete, because users know it from the predecessor. Otherwise the
+    /// setting's key is put before it.
     pub(super) verbatim: bool,
 }
 
 impl Fault {
-    /// Says that `text` is not what the setting takes.
+    /// Makes a fault whose message begins with `text` in quotes.
     fn not(text: &str, what: &str, want: impl Into<String>) -> Self {
         Self::of(format!("\"{}\" {what}", printable(text)), want)
     }
@@ -66,7 +67,7 @@ impl BackendName {
         }
     }
 
-    /// The name in the errors about this backend's endpoint.
+    /// Returns the name in the errors about this backend's endpoint.
     const fn in_errors(self) -> &'static str {
         match self {
             Self::CloudHypervisor => "cloud hypervisor",
@@ -82,7 +83,7 @@ impl fmt::Display for BackendName {
     }
 }
 
-/// A name that no backend bears.
+/// The error about a name that no backend has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnsupportedBackend(pub String);
 
@@ -103,21 +104,22 @@ impl FromStr for BackendName {
     }
 }
 
-/// How a hypervisor is reached.
+/// The way in which a hypervisor is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Endpoint {
     /// The daemon starts a process for each VM.
     Managed,
-    /// Somebody else's VMMs listen on these sockets; each serves one VM. Never empty.
+    /// Another program's VMMs listen on these sockets, and each serves one VM. The list is never
+    /// empty.
     Unix(Vec<PathBuf>),
     /// libvirt, by its connection URI; QEMU only.
     Libvirt(String),
 }
 
-/// Whether QEMU uses KVM.
+/// The use of KVM by QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kvm {
-    /// Where /dev/kvm opens and the CPU shows vmx or svm.
+    /// KVM is used if /dev/kvm opens and the CPU shows vmx or svm.
     Auto,
     /// Always.
     On,
@@ -125,22 +127,23 @@ pub enum Kvm {
     Off,
 }
 
-/// Where the daemon listens.
+/// The address on which the daemon listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
-    /// An IP address without brackets, or a host name, to be resolved at bind.
+    /// An IP address without brackets, or a host name, which is resolved at bind.
     pub host: String,
     /// The TCP port; 0 lets the system choose.
     pub port: u16,
 }
 
 impl Listen {
-    /// Returns the address where it is an IP address and so needs no resolving.
+    /// Returns the socket address if the host is an IP address, which needs no resolving.
     pub fn socket_addr(&self) -> Option<SocketAddr> {
         self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
     }
 
-    /// Tells whether only this machine can reach the address. A name counts as loopback only if it is localhost.
+    /// Returns true if only this machine can reach the address. A name counts as loopback only if
+    /// it is `localhost`.
     pub fn is_loopback(&self) -> bool {
         match self.host.parse::<IpAddr>() {
             Ok(ip) => is_loopback(ip),
@@ -149,7 +152,8 @@ impl Listen {
     }
 }
 
-/// Tells whether only this machine can reach an address. An IPv4 address in the form of IPv6 is the IPv4 address.
+/// Returns true if only this machine can reach an address. An IPv4 address in the form of IPv6
+/// counts as the IPv4 address.
 pub fn is_loopback(ip: IpAddr) -> bool {
     ip.to_canonical().is_loopback()
 }
@@ -206,7 +210,7 @@ pub(super) fn endpoint(backend: BackendName, text: &str) -> Result<Endpoint, Fau
     Ok(Endpoint::Unix(sockets))
 }
 
-/// Tells whether this is one of the libvirt URIs that are reached without leaving the machine.
+/// Returns true if `text` is one of the libvirt URIs that are reached without leaving the machine.
 fn is_libvirt(text: &str) -> bool {
     let (address, _query) = text.split_once('?').unwrap_or((text, ""));
     let local = address.strip_prefix("qemu://").or_else(|| address.strip_prefix("qemu+unix://"));
@@ -247,7 +251,7 @@ fn is_host_name(name: &str) -> bool {
             && !label.starts_with('-')
             && !label.ends_with('-')
     };
-    // A name that ends in a number is an IP address gone wrong, such as 127.0.0.256.
+    // A name that ends in a number is a wrong IP address, such as 127.0.0.256.
     let numeric = name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
     name.len() <= 253 && name.split('.').all(label) && !numeric
 }
@@ -291,7 +295,8 @@ fn pieces(text: &str, read: impl Fn(&str) -> Result<String, Fault>) -> Result<Ve
     Ok(list)
 }
 
-/// Tells whether an authority is a host and at most a port: credentials in a URL end up in logs.
+/// Returns true if an authority is a host and at most a port. Credentials are refused, because they
+/// would get into logs.
 fn is_plain(authority: &http::uri::Authority) -> bool {
     let rest = authority.as_str().strip_prefix(authority.host()).unwrap_or(":");
     let port_is_sound = rest.is_empty() || authority.port_u16().is_some_and(|port| port > 0);
@@ -339,7 +344,8 @@ pub(super) fn kvm(text: &str) -> Result<Kvm, Fault> {
     choice.map_err(|_| Fault::not(text, "is none of auto, true and false", "auto, true or false"))
 }
 
-/// Reads a whole number with an optional unit (s, m, h, d); no less than a second, no more than `most`.
+/// Reads a whole number with an optional unit (s, m, h, d); no less than a second, no more than
+/// `most`.
 pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
     let want = || {
         let days = most.as_secs() / 86_400;
@@ -359,7 +365,7 @@ pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
     in_range.ok_or_else(|| Fault::not(text, "is out of range", want()))
 }
 
-/// Reads how many there are to be: a whole number, no more than `most`.
+/// Reads a count: a whole number of at most `most`.
 pub(super) fn count(text: &str, most: usize) -> Result<usize, Fault> {
     let want = || format!("a whole number from 0 to {most}");
     let number = text.parse::<usize>().map_err(|_| Fault::not(text, "is not a number", want()))?;
@@ -399,7 +405,7 @@ pub(super) fn binary(text: &str) -> Result<PathBuf, Fault> {
     Err(Fault::not(text, "is not a program", "a name to look up on PATH, or an absolute path"))
 }
 
-/// Reads a text that must fit on one line and say something.
+/// Reads a text that must fit on one line and must not be empty.
 pub(super) fn line(text: &str) -> Result<String, Fault> {
     if text.trim().is_empty() || text.contains(char::is_control) {
         return Err(Fault::not(text, "is empty or has control characters", "a text on one line"));
