@@ -1,10 +1,10 @@
 //! The registry of hypervisors, with the differences between them that concern other modules.
 //!
 //! ```text
-//!   ALL ──┬─ backends(config) ──► the daemon and doctor      current: what the endpoint says
-//!         │                                                  any other kind: made when a VM on record needs it
+//!   ALL ──┬─ backends(config) ──► the daemon and doctor   current: the kind of the endpoint
+//!         │                                               others: made when a VM needs one
 //!         ├─ program, install ──► reconcile and doctor
-//!         └─ prefix, columns ───► the tests that hold the lists of other crates against this one
+//!         └─ prefix, columns ───► the tests that compare the lists of other crates with this one
 //! ```
 
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! The configuration: command line, environment and file.
+//! The fuzz target for the configuration: command line, environment and file.
 //!
 //! ```text
 //!   --port=9000                      a flag
@@ -18,17 +18,18 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 
 use crate::config::{Cli, Config, Environment, Host, PREFIX, migrate_env};
 
-/// What parts the variables from the file.
+/// The line between the variables and the file.
 const FENCE: &[u8] = b"\n---\n";
 /// The variable that names the file.
 const FILE: &str = "UNKEY_VMCP_CONFIG";
 
 thread_local! {
-    /// The command line's definition, whose making takes longer than all the rest.
+    /// The definition of the command line. It is made once, because making it takes longer than
+    /// everything else.
     static COMMAND: RefCell<clap::Command> = RefCell::new(Cli::command());
 }
 
-/// A machine made of values.
+/// A machine with given answers.
 struct Values<'a> {
     uid: u32,
     file: &'a [u8],
@@ -48,11 +49,11 @@ impl Host for Values<'_> {
     }
 }
 
-/// Takes one input.
+/// Runs one input.
 ///
 /// # Panics
 ///
-/// When a promise is broken: that is the finding.
+/// A broken promise panics, which is the finding.
 pub fn configuration(input: &[u8]) {
     let fence = input.windows(FENCE.len()).position(|window| window == FENCE);
     let (head, file) = match fence {
@@ -65,7 +66,7 @@ pub fn configuration(input: &[u8]) {
     }
     check_migration(&env);
     let Some(cli) = command_line(args) else { return };
-    // Whoever has a home is not root here.
+    // A user with a home directory is not root here.
     let uid = if env.contains_key(OsStr::new("HOME")) { 1000 } else { 0 };
     let host = Values { uid, file: file.unwrap_or_default() };
     match Config::load(&cli, &env, &host) {
@@ -95,7 +96,7 @@ pub fn configuration(input: &[u8]) {
     }
 }
 
-/// Reads flags and variables, one a line.
+/// Reads flags and variables, one per line.
 fn given(head: &[u8]) -> (Vec<OsString>, Environment) {
     let mut args = Vec::new();
     let mut env = Environment::new();
@@ -121,12 +122,13 @@ fn command_line(args: Vec<OsString>) -> Option<Cli> {
         .with_borrow_mut(|command| Cli::from_arg_matches(&command.try_get_matches_from_mut(args).ok()?).ok())
 }
 
-/// What is printed to a terminal carries no control sequences.
+/// Checks that text for a terminal has no control sequences.
 fn check_text(text: &str) {
     assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
 }
 
-/// What a shell evaluates is exports of ours, whatever stood in the variables.
+/// Checks that a shell evaluates only exports of this program's variables, whatever the input
+/// variables contain.
 fn check_migration(env: &Environment) {
     let text = migrate_env(env);
     let evaluated = evaluated(&text);
@@ -139,7 +141,7 @@ fn check_migration(env: &Environment) {
     assert!(evaluated.lines().all(|line| line.is_empty() || export(line)), "{evaluated} in {text}");
 }
 
-/// Leaves out what a POSIX shell takes for comments and quoted text.
+/// Removes the parts of a text that a POSIX shell reads as comments and quoted text.
 fn evaluated(text: &str) -> String {
     let mut left = String::new();
     let mut letters = text.chars();

@@ -1,5 +1,5 @@
-//! The fuzz targets for what clients and operators write: requests and configurations. Run by `make fuzz`, and over the kept
-//! corpora by the tests.
+//! The fuzz targets for the input of clients and operators: requests and configurations. `make
+//! fuzz` runs them, and the tests run them over the kept corpora.
 
 mod configuration;
 mod request;

@@ -1,6 +1,8 @@
-//! A request: from the body of a call to the domain, and on to what the hypervisors are given.
+//! The fuzz target for a request: from the body of a call to the domain, and on to the input of the
+//! hypervisors.
 //!
-//! The input's first line names the method and the codec, `CreateVm json` or `CreateVm proto`; the rest is the body.
+//! The input's first line names the method and the codec, `CreateVm json` or `CreateVm proto`; the
+//! rest is the body.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -27,7 +29,7 @@ use crate::api::convert::{config_from_pb, config_to_pb, states_from_pb};
 use crate::rpc::error::invalid_argument;
 use crate::rpc::strict_json::StrictJson;
 
-/// The longest message of an error, in bytes: gRPC's clients refuse trailers of more than 16 KiB.
+/// The longest message of an error, in bytes. gRPC's clients refuse trailers of more than 16 KiB.
 const MAX_MESSAGE: usize = 8 << 10;
 
 static STRICT_JSON: LazyLock<StrictJson> = LazyLock::new(|| {
@@ -39,11 +41,11 @@ static BACKENDS: LazyLock<(CloudHypervisor, Firecracker, QemuBackend)> = LazyLoc
     (CloudHypervisor::new("cloud-hypervisor"), Firecracker::new("firecracker"), QemuBackend::new(qemu))
 });
 
-/// Takes one input.
+/// Runs one input.
 ///
 /// # Panics
 ///
-/// When a promise is broken: that is the finding.
+/// A broken promise panics, which is the finding.
 pub fn request(input: &[u8]) {
     let Some(end) = input.iter().position(|byte| *byte == b'\n') else { return };
     let (line, body) = (&input[..end], Bytes::copy_from_slice(&input[end + 1..]));
@@ -79,7 +81,7 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Decodes the body as the server does, and hands the message on.
+    /// Decodes the body as the server does, and passes the message on.
     fn read<M>(self, next: impl FnOnce(M))
     where
         M: Message + MessageName + HasMessageView + Serialize + DeserializeOwned + Debug + PartialEq,
@@ -91,7 +93,8 @@ impl Call<'_> {
             let decoded = serde_json::from_slice::<M>(&self.body);
             if let Err(refused) = check(self.body) {
                 check_error(&refused);
-                // The decoder takes a list for a message, a key twice in a map, and any number of entries.
+                // The decoder accepts a list as a message, a repeated key in a map, and any number
+                // of entries.
                 let text = refused.message.unwrap_or_default();
                 let stricter = ["is a list where an object", "is given twice", "has too many entries"];
                 let stricter = stricter.iter().any(|reason| text.contains(reason));
@@ -160,7 +163,7 @@ fn config(sent: Option<pb::VmConfig>) {
     }
 }
 
-/// A refusal names each field at fault by a path, and is short enough to be sent.
+/// Checks that a refusal names each wrong field by a path, and is short enough to be sent.
 fn check_report(report: &Report) {
     assert!(!report.is_ok(), "a refusal has a reason");
     let warnings = report.warnings.iter().cloned().map(FieldReport::from);
@@ -211,7 +214,8 @@ fn check_spec(config: &VmConfig, spec: &VmSpec) {
     }
 }
 
-/// The kernel's own words of its command line, as Linux takes it apart: quotes hold a word together, and a lone `--` ends them.
+/// Splits a kernel command line into words as Linux does: quotes hold a word together, and a lone
+/// `--` ends the list.
 fn kernel_words(args: &str) -> Vec<String> {
     let mut words = Vec::new();
     let (mut word, mut quoted) = (String::new(), false);
@@ -234,7 +238,7 @@ fn kernel_words(args: &str) -> Vec<String> {
     words
 }
 
-/// What each hypervisor would be given, if it takes this.
+/// Converts the request for each hypervisor that accepts it.
 fn hypervisors(spec: &VmSpec) {
     let (ch, fc, qemu) = &*BACKENDS;
     let taps: Vec<String> = (0..spec.nics.len()).map(|place| format!("tap{place}")).collect();
@@ -259,7 +263,7 @@ fn hypervisors(spec: &VmSpec) {
     }
 }
 
-/// Nothing that a client names becomes an option of QEMU's.
+/// Checks that no name from a client becomes an option of QEMU.
 fn qemu_arguments(spec: &VmSpec, taps: &[String]) {
     let uid = VmUid::new(uuid::Uuid::from_u128(7));
     let images: Vec<_> = spec.disks.iter().map(|_| ImageKind::File).collect();

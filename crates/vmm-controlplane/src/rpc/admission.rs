@@ -2,11 +2,12 @@
 //! resort.
 //!
 //! ```text
-//!   accepted ── a place is free, and the peer has its share ──────────► a regular connection
+//!   accepted ── a place is free, and the peer has its share ──► a regular connection
 //!      │
-//!      ├─────── else a connection is idle: it is closed, its place goes over ──► a regular connection
+//!      ├─────── else a connection is idle: it closes and gives its place away
+//!      │                 └─────────────────────────────────────► a regular connection
 //!      │
-//!      └─────── else ──► a connection of last resort: one answer, in a short time, to health and force alone
+//!      └─────── else ──► a connection of last resort: one answer, soon, to health and force alone
 //! ```
 //!
 //! A peer is an IPv4 address or a /64 network of IPv6, because one host usually has a whole /64.

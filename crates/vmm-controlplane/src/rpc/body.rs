@@ -9,7 +9,7 @@
 //! ```text
 //!   Incoming ── Patient ── Watched ──► the RPC library
 //!               (excess)   (pause, whole time, bytes of all requests)
-//!                             └── a fault is noted in Reading, from which paths.rs makes the answer
+//!                             └── a fault is recorded in Reading; paths.rs answers with it
 //! ```
 
 use std::fmt;

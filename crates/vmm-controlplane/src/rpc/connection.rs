@@ -3,8 +3,8 @@
 //! ```text
 //!   accepted ──first bytes──► serving ──drain, eviction, idle──► closing ──► closed
 //!      │                         │                                  │
-//!      └── header_timeout        ├── header_timeout (HTTP/1.1)      └── LEAVING, or drain_timeout: cut
-//!                                ├── idle_timeout
+//!      └── header_timeout        ├── header_timeout (HTTP/1.1)      └── cut after LEAVING
+//!                                ├── idle_timeout                       or drain_timeout
 //!                                └── no answer to a ping (HTTP/2)
 //! ```
 //!

@@ -8,21 +8,22 @@
 //! ```text
 //!   socket ── connection.rs   header timeouts, idle time, keep-alive pings, drain at shutdown
 //!      │      ├ admission.rs   places, shares of peers, the last resort for health and force
-//!      │      └ activity.rs    since when a connection is idle
+//!      │      └ activity.rs    the time since when a connection is idle
 //!      │
-//!      ├───── body.rs         timeouts and memory; an oversized body is read to its end so that the answer arrives
+//!      ├───── body.rs         timeouts and memory; reads a body that is too long to its end
 //!      ├───── request_id.rs   X-Request-Id in and out, traceparent, one tracing span per request
 //!      ├───── host.rs         the Host check against DNS rebinding
-//!      ├───── vital.rs        where there is no room only health and force are served
-//!      ├───── outcome.rs      one line of log for each failure, and errors that fit into trailers
+//!      ├───── vital.rs        without room only health and force are served
+//!      ├───── outcome.rs      one log line for each failure, and errors that fit into trailers
 //!      ▼
 //!   paths.rs ── /_/health …  ─────────────► the caller's pages
-//!      │    └── /cloudhypervisor.v1.… , unknown path, wrong verb, wrong Content-Type ──► an error that says so
+//!      │    └── /cloudhypervisor.v1.… , unknown path, wrong verb or Content-Type ──► an error
 //!      ▼
-//!   connectrpc ── guard.rs    panics → INTERNAL, Authorization and Idempotency-Key refused, streams end at shutdown
+//!   connectrpc ── guard.rs    panics → INTERNAL, streams end at shutdown,
+//!      │                      Authorization and Idempotency-Key are refused
 //!      │
-//!      │    entries.rs       requests with too many entries refused, on the bytes
-//!      │    strict_json.rs   unknown and repeated JSON fields and wrong values refused, all at once and by path
+//!      │    entries.rs       refuses requests with too many entries
+//!      │    strict_json.rs   refuses unknown and repeated JSON fields and wrong values
 //!      ├── builtin.rs         grpc.health.v1.Health, grpc.reflection.v1 and v1alpha
 //!      └── vmm.v1.VmService   the caller's handlers
 //! ```

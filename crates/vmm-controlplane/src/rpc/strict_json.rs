@@ -33,7 +33,7 @@ const MAX_VIOLATIONS: usize = 1000;
 /// entries.
 pub(crate) struct StrictJson {
     pool: DescriptorPool,
-    /// Request messages by procedure, `/vmm.v1.VmService/CreateVm`.
+    /// The names of the request messages by procedure, such as `/vmm.v1.VmService/CreateVm`.
     requests: HashMap<String, String>,
 }
 

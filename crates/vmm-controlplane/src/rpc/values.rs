@@ -1,4 +1,4 @@
-//! Plain values in JSON requests: numbers, texts, truth values and names of enums.
+//! The plain values in JSON requests: numbers, texts, truth values and names of enums.
 
 use std::fmt::Display;
 

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Log lines on their way to a writer. Clones share one queue.
+/// The log lines that wait for the writer. Clones share one queue.
 #[derive(Clone)]
 pub(super) struct Queue(Arc<Shared>);
 
