@@ -113,6 +113,9 @@ impl State {
     }
 
     fn begin(&mut self) {
+        // The head is complete once its request begins. The connection's task is not woken, because
+        // a request only removes the deadline, and the task computes the deadline anew before it
+        // closes the connection.
         self.requests += 1;
         self.head_since = None;
     }
@@ -138,6 +141,9 @@ impl State {
     }
 
     fn deadline(&self, patience: Patience) -> Option<Instant> {
+        // A request has timeouts of its own for its body and its call, so the connection has no
+        // deadline while one is under way. A head that has begun must be complete within the header
+        // time, and also within the idle time, which runs from the last answer.
         if self.requests > 0 {
             return None;
         }

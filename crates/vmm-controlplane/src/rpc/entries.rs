@@ -57,6 +57,10 @@ struct Count<'a> {
 
 impl<'a> Count<'a> {
     fn message(&mut self, message: &'a MessageDescriptor, bytes: &[u8]) -> Result<(), Stop> {
+        // The path grows by one name for each level, so its length is the depth. It is shortened
+        // only after success, so that it names the field at which the count stopped. Each byte is
+        // looked at once, because a field of the message around skips the bytes of the message
+        // inside.
         if self.path.len() > MAX_DEPTH {
             return Err(Stop::Broken);
         }

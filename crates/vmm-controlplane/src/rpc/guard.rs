@@ -118,6 +118,8 @@ fn until_drain(mut items: PayloadStream, mut draining: watch::Receiver<bool>) ->
         if over {
             return Poll::Ready(None);
         }
+        // The drain is polled before the items, so that a stream which always has an item ready
+        // ends too.
         if drain.as_mut().poll(cx).is_ready() {
             over = true;
             return Poll::Ready(Some(Err(ConnectError::unavailable(

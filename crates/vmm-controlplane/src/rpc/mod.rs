@@ -97,6 +97,9 @@ pub async fn serve(
     let live = builtin::LiveChecker::new(&options);
     let router = builtin::install(router, live.clone())?;
     let rpc = rpc_service(router, &options, draining.clone())?;
+    // A layer that is added later is further outside. So each request first gets its id and log
+    // span, then the guard against panics, then the Host check, and then the check for vital
+    // requests. Every refusal therefore carries the id and is logged with it.
     let app = http
         .fallback_service(paths::Dispatch::new(rpc))
         .layer(axum::middleware::from_fn(vital::check))
@@ -107,6 +110,8 @@ pub async fn serve(
     let ending = live.clone();
     let shutdown = async move {
         shutdown.await;
+        // The health changes before the drain begins, because the drain ends the streams on which
+        // clients watch the health.
         ending.end();
         drain.send_replace(true);
     };

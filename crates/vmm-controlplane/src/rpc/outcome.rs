@@ -170,6 +170,9 @@ impl Lines {
     /// at `now`.
     fn admit(&self, procedure: &str, code: ErrorCode, now: Instant) -> Option<u32> {
         let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // The count includes the failures that were not logged. When a window has passed, those
+        // beyond PER_WINDOW are the number that the next line reports, and a new window begins with
+        // this failure.
         let window = windows.entry((procedure.to_owned(), code)).or_insert(Window { began: now, count: 0 });
         let mut missed = 0;
         if now.duration_since(window.began) >= WINDOW {

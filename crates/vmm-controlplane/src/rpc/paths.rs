@@ -37,6 +37,8 @@ impl Dispatch {
     /// read.
     fn objection(&self, request: &Request) -> Option<Refusal> {
         let path = request.uri().path().trim_start_matches('/');
+        // The path is checked first, then the verb, then the content type, because each check needs
+        // the result of the one before: the verbs and content types that fit depend on the method.
         let Some(method) = self.rpc.dispatcher().lookup(path) else {
             return Some(self.nowhere(path));
         };
@@ -166,6 +168,10 @@ impl Service<Request> for Dispatch {
         let headers = request.headers().clone();
         let call = self.rpc.call(request);
         Box::pin(async move {
+            // Three kinds of answers arrive here. If the body was given up, the reason is in
+            // `Reading`. If no interceptor saw the call, the library refused it by itself and
+            // nobody has logged that yet. Any other answer comes from a handler, and the
+            // interceptors have logged its error.
             let response = call.await?.map(Body::new);
             Ok(match (reading.fault(), outcome) {
                 // The library reports every broken body as an internal error, so its answer is
