@@ -35,7 +35,7 @@ pub(crate) struct Registration {
     pub(crate) install: &'static str,
     /// The setting that names VMMs which another program started.
     pub(crate) endpoint: Setting,
-    /// Returns true if VMMs that the daemon starts cannot do without /dev/kvm.
+    /// Returns true if the VMMs that the daemon starts need /dev/kvm.
     pub(crate) needs_kvm: fn(&Config) -> bool,
     managed: fn(&Config) -> Arc<dyn Backend>,
     attached: fn(&Config, Vec<PathBuf>) -> Arc<dyn Backend>,
@@ -110,6 +110,8 @@ pub(crate) fn find(name: &id::BackendName) -> Option<&'static Registration> {
 impl Registration {
     fn family(&'static self, config: &Config) -> BackendFamily {
         let current = match (&config.hypervisor(self.name).endpoint, self.libvirt) {
+            // The loader accepts a libvirt URI for QEMU only, so the last arm's libvirt case never
+            // occurs. Starting VMMs is the safe answer there.
             (Endpoint::Unix(sockets), _) => (self.attached)(config, sockets.clone()),
             (Endpoint::Libvirt(uri), Some(libvirt)) => libvirt(config, uri, config.qemu_import),
             (Endpoint::Managed, _) | (Endpoint::Libvirt(_), None) => (self.managed)(config),

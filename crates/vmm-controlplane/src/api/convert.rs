@@ -50,7 +50,7 @@ fn state_from_pb(state: pb::VmState) -> Option<VmState> {
 ///
 /// # Errors
 ///
-/// A violation for each entry that is no state.
+/// One violation for each entry that is no state.
 pub(crate) fn states_from_pb(
     field: &str,
     states: impl Iterator<Item = Option<pb::VmState>>,

@@ -104,7 +104,7 @@ impl fmt::Display for ConfigErrors {
 
 impl std::error::Error for ConfigErrors {}
 
-/// Makes a foreign text safe to show on a terminal: control characters are spelled out.
+/// Makes a foreign text safe to show on a terminal by escaping control characters.
 pub(super) fn printable(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
         if c.is_control() {

@@ -99,6 +99,10 @@ impl Loader<'_> {
             let unserved: Vec<_> = unserved.into_iter().map(|it| it.error(origin(it.setting))).collect();
             self.errors.extend(unserved);
         }
+        // The `?` below come after all settings have been parsed, because an early return would
+        // hide the errors of later settings. Features that this version does not have are errors
+        // here only beside another error. Without one the configuration loads, so that it can be
+        // shown, and `require_served` reports them.
         Some(Config {
             listen: Listen { host: host?, port: port? },
             allowed_hosts: allowed_hosts?,

@@ -58,7 +58,7 @@ pub struct BootDefaults {
     pub kernel_args: Option<String>,
 }
 
-/// OpenTelemetry, and the Prometheus page.
+/// The settings of OpenTelemetry and of the Prometheus page.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Otel {
     /// True if telemetry is sent.

@@ -46,6 +46,9 @@ fn same(setting: Setting, socket: &Path, first: Setting, path: &Path, origin: Op
 /// same identity are one file, even if it does not exist yet.
 pub(super) fn identity(path: &Path) -> String {
     use std::os::unix::fs::MetadataExt;
+    // A socket that exists is identified by its device and inode, so links and bind mounts make no
+    // difference. A socket that does not exist yet is identified by its real folder and its name.
+    // If the folder does not exist either, the path itself is compared.
     if let Ok(facts) = std::fs::metadata(path) {
         return format!("{}:{}", facts.dev(), facts.ino());
     }

@@ -126,7 +126,7 @@ impl Call<'_> {
         assert_eq!(M::decode_from_slice(&message.encode_to_vec()).ok().as_ref(), Some(&message));
         let json = serde_json::to_vec(&message).expect("a message can be written as JSON");
         assert!(check(Bytes::copy_from_slice(&json)).is_ok(), "we refuse our own JSON");
-        // JSON has no room for unknown fields.
+        // The JSON encoding drops unknown fields.
         let known: M = serde_json::from_slice(&json).expect("our own JSON can be read");
         assert_eq!(serde_json::to_vec(&known).ok(), Some(json));
         next(known);

@@ -23,7 +23,7 @@ pub(super) struct Check {
     pub(super) verdict: Verdict,
     /// The finding.
     pub(super) finding: String,
-    /// The remedy; null where there is nothing to do.
+    /// The remedy; null if there is nothing to do.
     pub(super) remedy: Option<String>,
 }
 

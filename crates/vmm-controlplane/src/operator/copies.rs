@@ -45,6 +45,10 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
         }
         Err(error) => return Err(error.into()),
     };
+    // The lock is held from here to the end, so no daemon can start VMs in between. The running
+    // VMMs are listed before the records change, because each record is compared with them.
+    // `vmm_store::restore` calls `amend` for each record of the copy and replaces the database only
+    // if no call failed.
     let running = running(config)?;
     let mut relinked = Vec::new();
     let mut amend = |record: &mut VmRecord| {

@@ -31,6 +31,8 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     let config = loaded.config.clone();
     let (hypervisors, formats) = hypervisors(&config).await;
     let warnings = loaded.warnings.clone();
+    // The checks below read files and directories, which may block, so they run on a thread of
+    // their own.
     let (for_host, known) = (config.clone(), formats);
     let mut checks = tokio::task::spawn_blocking(move || {
         let mut checks = vec![daemon_line(&for_host), database(&for_host)];

@@ -40,6 +40,8 @@ pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
 
 /// Returns the VM that the daemon runs behind `socket`, if there is one.
 fn holder_of<'a>(socket: &Path, vms: &'a [VmRecord]) -> Option<&'a VmRecord> {
+    // A record alone does not prove that the daemon is attached, because the VMM may have ended
+    // since. So its process must not be gone.
     vms.iter().find(|vm| {
         let is_there = vm.kind.socket().is_some_and(|named| Path::new(named) == socket);
         let process = vm.run.as_ref().map(|run| &run.process);

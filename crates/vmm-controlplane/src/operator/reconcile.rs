@@ -20,7 +20,7 @@ struct Ledger<'a> {
     dry_run: bool,
     state_dir: String,
     runtime_dir: String,
-    /// The identity of the state directory; null where there is no database.
+    /// The identity of the state directory; null if there is no database.
     instance: Option<String>,
     /// The process id of the daemon that runs at the same time.
     daemon_pid: Option<u32>,
