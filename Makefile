@@ -1,4 +1,4 @@
-# What a newcomer types. Each target does all that it needs, and is quick when that is done already.
+# The commands of a newcomer. Each target does everything that it needs, and skips what is already done.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build libvirt-helper demo test bench fuzz chaos
@@ -14,7 +14,7 @@ build: ## build the daemon, ./vmm-controlplane
 	@# A rename, because a running daemon's file cannot be written to.
 	@cp "$${CARGO_TARGET_DIR:-target}/release/vmm-controlplane" vmm-controlplane.new
 	@mv -f vmm-controlplane.new vmm-controlplane
-	@# The daemon neither needs nor links libvirt; where it is there, so is the helper.
+	@# The daemon does not link libvirt. The helper is built only if libvirt is installed.
 	@if pkg-config --exists libvirt libvirt-qemu 2> /dev/null; then $(MAKE) --no-print-directory libvirt-helper; fi
 
 libvirt-helper: ## build ./vmm-libvirt-helper, which links libvirt (package libvirt-dev)
@@ -29,13 +29,13 @@ demo: setup build ## boot a guest through the API and watch its console; ONCE=1 
 test: setup ## run every check and test; the last line counts them
 	@scripts/test.sh
 
-bench: setup ## CreateVm + BootVm against each VMM by hand, and 100,000 VMs against 100: prints the ratios
+bench: setup ## measure CreateVm + BootVm against each VMM by hand, and 100,000 VMs against 100; print the ratios
 	@cargo bench -p vmm-controlplane --bench boot
 	@cargo bench -p vmm-controlplane --bench scale
 
-fuzz: ## look for input that breaks a promise, ten minutes for each kind; FUZZ_SECONDS=60 for less
+fuzz: ## search for input that breaks a promise, ten minutes for each target; FUZZ_SECONDS=60 for less
 	@scripts/fuzz.sh
 
-chaos: setup ## kill the daemon 200 times under load, and 1,000 VMs come and go on each hypervisor (10 minutes)
+chaos: setup ## kill the daemon 200 times under load, and create and delete 1,000 VMs on each hypervisor (10 minutes)
 	@VMCP_CHAOS_KILLS=$${VMCP_CHAOS_KILLS:-200} VMCP_CHAOS_CYCLES=$${VMCP_CHAOS_CYCLES:-1000} \
 		cargo test -p vmm-controlplane --test chaos -- --nocapture --test-threads=1 randomised cycles

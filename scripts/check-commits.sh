@@ -10,7 +10,7 @@ MAX_SUBJECT=72
 ROOM='[a-z][a-z0-9/-]*'
 
 if ! git merge-base --is-ancestor "$SINCE" HEAD 2> /dev/null; then
-    echo "the history back to $SINCE is not here, so that no message is checked" >&2
+    echo "the history back to $SINCE is missing, so no message is checked" >&2
     exit 77
 fi
 

@@ -6,15 +6,15 @@
 # Environment:
 #   VMCP_DEMO_PORT   port of the daemon on 127.0.0.1 (8080)
 #   VMCP_DAEMON      the daemon to start (./vmm-controlplane)
-#   ONCE=1           ends once the guest is up; the exit status is 0 only if it really came up
+#   ONCE=1           ends when the guest is up; the exit status is 0 only if the guest came up
 #
-# Everything it makes lies in one temporary folder, which is removed at the end, however that end comes.
+# Everything that the script makes is in one temporary folder, which is removed at every end of the script.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 PORT=${VMCP_DEMO_PORT:-8080}
-# Kept short: the daemon makes Unix sockets below it, and their paths end at 107 bytes.
+# The path is short, because the daemon makes Unix sockets below it and their paths have at most 107 bytes.
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/vmcp-demo.XXXXXX")
 CONSOLE=$WORK/console.log
 VM_ID=
@@ -50,12 +50,12 @@ need_linux_guest
 ! port_taken "$PORT" || die "port $PORT on 127.0.0.1 is taken by another program" \
     "choose another one: VMCP_DEMO_PORT=8090 make demo"
 
-# The migration guide's 2 GiB, unless this machine has not that much to spare.
+# Prints the migration guide's 2 GiB, or 256 MiB if this machine has less memory free.
 memory_bytes() {
     local available_kib
     available_kib=$(sed -n 's/^MemAvailable: *\([0-9]*\) kB/\1/p' /proc/meminfo)
     if [ "$available_kib" -gt $((2560 * 1024)) ]; then echo 2147483648; else
-        step "only $((available_kib / 1024)) MiB of memory are free: the guest gets 256 MiB, not 2 GiB"
+        step "only $((available_kib / 1024)) MiB of memory are free: the guest gets 256 MiB instead of 2 GiB"
         echo 268435456
     fi
 }
@@ -76,7 +76,7 @@ guest_is_up_or_over() { guest_is_up || [ "$(vm_state)" != VM_STATE_RUNNING ]; }
 vm_state() { api GetVmInfo "{\"vm_id\": \"$VM_ID\"}" | jq -r .state; }
 
 step "starting the daemon on http://127.0.0.1:$PORT (backend qemu, log $WORK/daemon.log)"
-# The demo starts its own hypervisor, whatever the caller's environment attaches to.
+# The demo starts its own hypervisor, even if the caller's environment has an endpoint.
 unset UNKEY_VMCP_QEMU_ENDPOINT VMCP_QEMU_ENDPOINT
 start_daemon qemu "$PORT"
 jq -c . <(curl -s "$BASE_URL/_/health")
@@ -88,17 +88,17 @@ CREATED=$(api CreateVm "$CONFIG") || die "CreateVm failed: $CREATED"
 jq -c . <<< "$CREATED"
 VM_ID=$(jq -r .vm_id <<< "$CREATED")
 
-step "booting $VM_ID (about 5 to 20 seconds where the CPU is emulated); its console:"
+step "booting $VM_ID (about 5 to 20 seconds on an emulated CPU); its console:"
 BOOTED=$(api BootVm "{\"vm_id\": \"$VM_ID\"}") || die "BootVm failed: $BOOTED"
 VMM_PID=$(vmm_pid "$VM_ID")
-# Asked for often: without inotify, tail looks once a second only.
+# The interval is short, because without inotify tail looks once a second only.
 tail -s 0.2 -n +1 -F "$CONSOLE" 2> /dev/null > >(sed -u 's/^/    | /') &
 TAIL_PID=$!
 wait_for 120 guest_is_up_or_over || die "the guest did not come up within two minutes; its console is above"
 guest_is_up || die "the guest ended before it was up ($(vm_state)); its console is above"
 sleep 0.6
 STATE=$(vm_state)
-[ "$STATE" = VM_STATE_RUNNING ] || die "the guest came up, yet the API says $STATE"
+[ "$STATE" = VM_STATE_RUNNING ] || die "the guest came up, but the API reports $STATE"
 step "the guest is up: $(grep -a '^vmcp-guest: up' "$CONSOLE" | tr -d '\r')"
 [ "${ONCE:-}" != 1 ] || exit 0
 

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Looks for inputs that break a promise: `make fuzz`. Runs every fuzz target, one after the other, from its seeds and the
-# inputs kept so far; a finding ends the run. fuzz/README.md says what to do then.
+# Searches for inputs that break a promise: `make fuzz`. Runs every fuzz target, one after the other, from its seeds and the
+# kept inputs. A finding ends the run; fuzz/README.md says what to do then.
 #
 # Environment:
-#   FUZZ_SECONDS   how long to run each target (600)
-#   FUZZ_TARGETS   which ones, by name (all)
-#   FUZZ_MINIMISE  1: afterwards put the best of the inputs found into fuzz/corpus, 8 KiB a target (0)
+#   FUZZ_SECONDS   the seconds for each target (600)
+#   FUZZ_TARGETS   the targets, by name (all)
+#   FUZZ_MINIMISE  1: put the best of the inputs found into fuzz/corpus afterwards, 8 KiB a target (0)
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 SECONDS_EACH=${FUZZ_SECONDS:-600}
 FUZZ=$ROOT/fuzz
-# An input is small, needs little memory and is dealt with at once; what is not is a finding.
+# An input is small, needs little memory and is handled at once. An input that breaks these limits is a finding.
 LIMITS=(-max_len=16384 -rss_limit_mb=1024 -timeout=10)
 
-# cargo-fuzz passes the compiler options that only nightly takes, or a stable one that is told to.
+# cargo-fuzz passes compiler options of nightly. This variable lets the stable compiler accept them.
 export RUSTC_BOOTSTRAP=1
-# What a target writes goes to memory, where there is a file system for it.
+# The files of a target are in memory, if there is a file system for that.
 [ ! -w /dev/shm ] || export TMPDIR=/dev/shm
 
-# Rust's own checks are enough here, and the sanitizers' need nightly's standard library.
+# Rust's own checks are enough, because the sanitizers need the standard library of nightly.
 cargo_fuzz() { (cd "$FUZZ" && nice -n 19 cargo fuzz "$1" --sanitizer none "${@:2}"); }
 
 install_cargo_fuzz() {
@@ -50,16 +50,16 @@ pack() {
         tar --null -T - --owner=0 --group=0 --numeric-owner --mode=0644 --mtime=@0 --format=ustar -cf "$FUZZ/corpus/$1.tar")
 }
 
-# Inputs that are found go to a folder of their own: the archive of the kept ones changes only when it is minimised.
+# Inputs that are found go to a folder of their own, because the archive of kept inputs changes only when it is minimised.
 run() {
     local name=$1 found=$FUZZ/target/corpus/$1 log=$FUZZ/target/$1.log kept=()
     mkdir -p "$found"
     for folder in "$FUZZ/seeds/$name" "$(unpack "$name")"; do [ ! -d "$folder" ] || kept+=("$folder"); done
     step "$name: $SECONDS_EACH s (log: ${log#"$ROOT/"})"
-    # By itself, so that a target that does not build is not taken for a finding.
+    # The build is a step of its own, so that a build that fails is not taken for a finding.
     cargo_fuzz build "$name" > "$log" 2>&1 || {
         grep -A 8 '^error' "$log" >&2 || tail -n 40 "$log" >&2
-        die "$name cannot be built; the compiler's words are above, and all of them in ${log#"$ROOT/"}"
+        die "$name cannot be built; the compiler's errors are above, and its whole output is in ${log#"$ROOT/"}"
     }
     cargo_fuzz run "$name" "$found" "${kept[@]}" -- "${LIMITS[@]}" -max_total_time="$SECONDS_EACH" \
         -print_final_stats=1 > "$log" 2>&1 || {
@@ -70,7 +70,7 @@ run() {
     [ "${FUZZ_MINIMISE:-0}" = 0 ] || minimise "$name" "$found"
 }
 
-# Weighs the inputs found and keeps few of them; see fuzz/keep.py.
+# Keeps the few inputs that reach the most code for their size; see fuzz/keep.py.
 minimise() {
     local name=$1 found=$2 control=$FUZZ/target/$1.merge merged
     merged=$(mktemp -d "$FUZZ/target/$name.XXXXXX")
@@ -78,7 +78,7 @@ minimise() {
     cargo_fuzz run "$name" "$merged" "$FUZZ/seeds/$name" "$(unpack "$name")" "$found" -- -merge=1 -set_cover_merge=1 \
         -use_counters=0 -max_len=2048 -merge_control_file="$control" > "$FUZZ/target/$name.merge.log" 2>&1
     rm -rf "$merged"
-    # The kept ones are among those that were weighed, so they are replaced only now.
+    # The kept inputs were weighed too, so they are replaced only now.
     merged=$(mktemp -d "$FUZZ/target/$name.XXXXXX")
     python3 "$FUZZ/keep.py" "$control" "$merged" 8192
     pack "$name" "$merged"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the project's scripts share: where things are, how they speak, how they ask the daemon. Sourced, never run.
+# The common part of the project's scripts: paths, messages, and calls to the daemon. The file is sourced, never run.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Made by scripts/setup.sh: vmlinuz, initramfs.cpio.gz.
@@ -14,7 +14,7 @@ DAEMON=${VMCP_DAEMON:-$ROOT/vmm-controlplane}
 # Prints one line of progress.
 step() { printf '==> %s\n' "$*" >&2; }
 
-# Prints what went wrong and what to do next, and ends the script.
+# Prints the error and what to do next, and ends the script.
 die() {
     printf 'error: %s\n' "$1" >&2
     shift
@@ -23,12 +23,12 @@ die() {
 }
 
 need_daemon() {
-    [ -x "$DAEMON" ] || die "the daemon is not built: ${DAEMON#"$ROOT"/} is not there" "run 'make build'"
+    [ -x "$DAEMON" ] || die "the daemon is not built: ${DAEMON#"$ROOT"/} does not exist" "run 'make build'"
 }
 
 need_linux_guest() {
     if [ ! -e "$GUEST_DIR/vmlinuz" ] || [ ! -e "$GUEST_DIR/initramfs.cpio.gz" ]; then
-        die "the guest's kernel is not there" "run 'make setup'"
+        die "the guest's kernel is missing" "run 'make setup'"
     fi
 }
 
@@ -42,7 +42,7 @@ api() {
     [ "$status" = 200 ]
 }
 
-# Tells whether something listens on a TCP port of 127.0.0.1.
+# Succeeds if a program listens on a TCP port of 127.0.0.1.
 port_taken() { (exec 3<> "/dev/tcp/127.0.0.1/$1") 2> /dev/null; }
 
 # Waits until `$2...` succeeds, for at most $1 seconds.
@@ -55,7 +55,7 @@ wait_for() {
     done
 }
 
-# The daemon answers at all: a 503 means that it runs but its default backend does not serve, which callers report.
+# Succeeds if the daemon answers. A 503 means that the daemon runs but its default backend cannot serve, which callers report.
 daemon_answers() { curl -s -o /dev/null --max-time 2 "$BASE_URL/_/health"; }
 daemon_is_healthy() { curl -sf -o /dev/null --max-time 2 "$BASE_URL/_/health"; }
 
@@ -64,8 +64,8 @@ start_daemon() {
     local backend=$1 port=$2
     BASE_URL=http://127.0.0.1:$port
     mkdir -p "$WORK/state" "$WORK/run"
-    # A session of its own, or Ctrl-C at the terminal would end the daemon before its caller has deleted its VMs. setsid does
-    # not fork here, so $! is the daemon.
+    # The daemon has a session of its own, because Ctrl-C at the terminal would otherwise end it before its caller has deleted its
+    # VMs. setsid does not fork here, so $! is the daemon.
     setsid env UNKEY_VMCP_ADDRESS=127.0.0.1 UNKEY_VMCP_PORT="$port" UNKEY_VMCP_BACKEND="$backend" \
         UNKEY_VMCP_STATE_DIR="$WORK/state" UNKEY_VMCP_RUNTIME_DIR="$WORK/run" \
         UNKEY_VMCP_OTEL_PROMETHEUS_ENABLED=false \
@@ -78,7 +78,7 @@ start_daemon() {
         tail -n 20 "$WORK/daemon.log" >&2
         die "the daemon did not come up on $BASE_URL; the end of its log is above"
     fi
-    # libvirtd looks at QEMU at its first use, which can take half a minute.
+    # libvirtd examines QEMU at its first use, which can take half a minute.
     case ${UNKEY_VMCP_QEMU_ENDPOINT:-${VMCP_QEMU_ENDPOINT:-}} in
         qemu*) wait_for 90 daemon_is_healthy || true ;;
     esac
@@ -104,8 +104,8 @@ stop_daemon() {
 vmm_pid() { api GetVmInfo "{\"vm_id\": \"$1\"}" | jq -r '.backend_info.pid // empty'; }
 
 # Ends a VMM that was left behind because its daemon died: kill_leftover_vmm PID. VMMs outlive the daemon by design, so a
-# script that only stopped the daemon would leave its guest running. A pid may have been given to another program since:
-# only a process with a file of $WORK in its command line or open is ours.
+# script that only stopped the daemon would leave its guest running. Another program may have the pid by now, so only a process
+# with a file of $WORK in its command line or open is ended.
 kill_leftover_vmm() {
     [ -n "$1" ] && [ -d "/proc/$1" ] || return 0
     if tr '\0' ' ' < "/proc/$1/cmdline" | grep -qF "$WORK/" || readlink "/proc/$1/fd/"* 2> /dev/null | grep -qF "$WORK/"; then

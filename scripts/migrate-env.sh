@@ -6,11 +6,11 @@
 #
 # `vmm-controlplane migrate-env` prints the same as export lines, to be evaluated or kept in a file.
 #
-# The old variables stay set and are copied to chcp-backup.env in the current directory. A backup that is already
-# there is never overwritten: the next free name is used. A new variable that is already set is left alone.
+# The old variables stay set and are copied to chcp-backup.env in the current directory. A backup that exists is never overwritten:
+# the next free name is used. A new variable that is already set is not changed.
 #
-# Sourced, this runs in somebody's interactive shell, which may be dash or zsh, or have nounset or errexit on:
-# hence POSIX only, no `exit`, no options changed, and nothing left behind but the exports.
+# If the script is sourced, it runs in an interactive shell, which may be dash or zsh, or have nounset or errexit on. The script
+# therefore uses POSIX only, calls no `exit`, changes no options, and leaves nothing but the exports.
 
 _vmcp_backup() {
     _vmcp_old=$(env | grep '^CHCP_') || :
@@ -20,7 +20,7 @@ _vmcp_backup() {
     fi
     _vmcp_file=chcp-backup.env
     _vmcp_n=0
-    # The name is only taken if nothing is there (noclobber), not even somebody's link; the copy is private.
+    # The name is used only if nothing has it (noclobber), not even a link. The copy is readable by its owner only.
     until (umask 077 && set -C && printf '%s\n' "$_vmcp_old" >"$_vmcp_file") 2>/dev/null; do
         if [ -f "$_vmcp_file" ] && [ "$(cat "$_vmcp_file" 2>/dev/null)" = "$_vmcp_old" ]; then
             return 0
@@ -70,7 +70,7 @@ fi
 echo "Migration complete. New variables:"
 env | grep 'UNKEY_VMCP_' || :
 
-# zsh gives a sourced file its own name in $0, and says so in ZSH_EVAL_CONTEXT.
+# In zsh $0 of a sourced file is the file's own name, and ZSH_EVAL_CONTEXT shows that it is sourced.
 case "${ZSH_EVAL_CONTEXT-}/$0" in
 *:file*) ;;
 */migrate-env.sh)

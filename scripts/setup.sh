@@ -4,8 +4,8 @@
 #   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/tools (cargo-deny)
 #       ──► .cache/guest/{vmlinuz,initramfs.cpio.gz}
 #
-# May be run again at any time; where all is in place it takes a fraction of a second and changes nothing. Nothing is
-# installed on the host but packages of the distribution; the guest's kernel is unpacked into .cache and never installed.
+# The script may run again at any time. If everything is in place, it takes a fraction of a second and changes nothing. It installs only
+# packages of the distribution on the host; the guest's kernel is unpacked into .cache and never installed.
 #
 # Environment:
 #   VMCP_GUEST_DEB   a linux-image-*-cloud-amd64 .deb to take the guest's kernel from, instead of downloading one
@@ -13,7 +13,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-# A command that must be there, and the Debian package that has it.
+# Pairs of a command that must exist and the Debian package that has it.
 NEEDED="qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils curl:curl jq:jq ip:iproute2 python3:python3 cc:build-essential make:make shellcheck:shellcheck"
 KERNEL_PACKAGE=linux-image-cloud-amd64
 CARGO_DENY=0.20.2
@@ -37,8 +37,8 @@ missing_packages() {
     missing_libvirt
 }
 
-# What the libvirt helper is built with, and what its tests start. libvirtd lies where other users' PATH does not reach, and its
-# user comes with libvirt-daemon-system.
+# Prints the packages that the libvirt helper and its tests need. libvirtd is outside the PATH of other users, and its user comes with
+# libvirt-daemon-system.
 missing_libvirt() {
     command -v pkg-config > /dev/null || echo pkg-config
     pkg-config --exists libvirt libvirt-qemu 2> /dev/null || echo libvirt-dev
@@ -49,7 +49,7 @@ missing_libvirt() {
     [ -e /usr/lib/*/libvirt/connection-driver/libvirt_driver_qemu.so ] || echo libvirt-daemon-driver-qemu
 }
 
-# Debian's other busybox package is linked dynamically, and would not start in a guest that has no libraries.
+# Debian's other busybox package is linked dynamically, so it would not start in a guest without libraries.
 busybox_is_static() {
     command -v busybox > /dev/null && ! ldd "$(command -v busybox)" > /dev/null 2>&1
 }
@@ -59,7 +59,7 @@ install_packages() {
     missing=$(missing_packages | tr '\n' ' ')
     [ -n "${missing// /}" ] || return 0
     command -v apt-get > /dev/null ||
-        die "these are missing: $missing" "this script knows apt only; install them with your package manager and run it again"
+        die "these packages are missing: $missing" "this script uses apt only; install them with your package manager and run it again"
     step "installing packages (some minutes): $missing"
     as_root apt-get update -q
     # shellcheck disable=SC2086  # a list of words on purpose
@@ -87,7 +87,7 @@ install_cargo_deny() {
     }
 }
 
-# Prints the package that the unversioned kernel package stands for at present.
+# Prints the package on which the unversioned kernel package depends at present.
 resolve_kernel() {
     apt-cache depends "$KERNEL_PACKAGE" 2> /dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1
 }
@@ -104,7 +104,7 @@ download_kernel() {
         step "downloading the guest's kernel, $package (27 MB)"
         (cd "$1" && apt-get "${options[@]}" download -q "$package" >&2) && return
     fi
-    # Either the package lists are empty, or they are so old that the archive has moved on.
+    # The package lists are empty, or so old that the archive no longer has the package.
     step "refreshing the package lists"
     as_root apt-get update -q >&2
     package=$(resolve_kernel)
@@ -114,7 +114,7 @@ download_kernel() {
     (cd "$1" && apt-get "${options[@]}" download -q "$package" >&2)
 }
 
-# Unpacks the kernel's image and modules; installing the package would make it a kernel of the host.
+# Unpacks the kernel's image and modules. The package is not installed, because it would become a kernel of the host.
 prepare_kernel() {
     local deb=${VMCP_GUEST_DEB:-}
     [ ! -e "$GUEST_DIR/vmlinuz" ] || [ ! -d "$GUEST_DIR/modules" ] || [ -n "$deb" ] || return 0
@@ -132,7 +132,7 @@ prepare_kernel() {
     mv "$TEMP"/kernel/boot/vmlinuz-* "$GUEST_DIR/vmlinuz"
 }
 
-# The stamp holds what the initramfs was made from, so that a changed init is a new initramfs.
+# The stamp has the hash of the initramfs's sources, so that a changed init makes a new initramfs.
 prepare_initramfs() {
     local stamp
     stamp=$(cat "$ROOT/guests/linux/init" "$ROOT/guests/linux/build.py" "$(command -v busybox)" | sha256sum)
@@ -148,7 +148,7 @@ install_packages
 check_rust
 mkdir -p "$GUEST_DIR"
 install_cargo_deny
-# Inside .cache, so that the moves below stay on one file system.
+# The folder is inside .cache, so that the moves below stay on one file system.
 TEMP=$(mktemp -d "$ROOT/.cache/setup.XXXXXX")
 trap 'rm -rf "$TEMP"' EXIT
 prepare_kernel

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Takes one VM through its whole life over the API, and says PASS or FAIL by step.
+# Takes one VM through its whole life over the API, and prints PASS or FAIL for each step.
 #
 #   Create ─► Boot ─► Info, List ─► Pause ─► Resume ─► Reboot ─► Shutdown ─► Boot again ─► Delete
 #
 # Usage: scripts/test-vm-lifecycle.sh --backend cloudhypervisor|firecracker|qemu [--address URL] [--guest linux|tiny]
 #
 #   --address   a running daemon, such as http://127.0.0.1:8080. Without it, the daemon at UNKEY_VMCP_ADDRESS and _PORT is used
-#               if either is set and it answers; else one is started here, on a free port, and stopped at the end
-#   --guest     linux (the default on qemu) shuts down when asked to; tiny (the default on the others) boots in milliseconds
-#               and never does what it is asked, so it exercises the end of the shutdown ladder
+#               if either is set and that daemon answers; else the script starts one on a free port and stops it at the end
+#   --guest     linux (the default on qemu) shuts down when asked; tiny (the default on the others) boots in milliseconds and
+#               ignores every request, so it exercises the end of the shutdown ladder
 #
-# Where the daemon has an endpoint, the VMM that somebody else started there is used. What needs another VMM is refused then, which is
-# a step, and the command that the refusal names is run, as somebody else would. On Firecracker the tiny guest is one that obeys.
+# If the daemon has an endpoint, the script uses the VMM that another program started there. An operation that needs another VMM is
+# then refused, which is a step, and the script runs the command that the refusal names. On Firecracker the tiny guest obeys.
 #
-# Every answer's state is checked, as is what GetVmInfo says afterwards and that the guest really printed to its console.
+# The script checks the state in every answer, the answer of GetVmInfo afterwards, and the guest's output on its console.
 # The exit status is 0 if every step passed, 1 if one failed, 2 if the arguments are wrong.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh

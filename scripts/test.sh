@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every check and every test: `make test`. All of them run even where one fails; the last line printed is
+# Runs every check and every test: `make test`. All of them run even if one fails. The last line is
 #
 #   N passed, N failed, N skipped
 #
@@ -32,7 +32,7 @@ check() {
     "$@" || status=$?
     case $status in
         0) passed ;;
-        77) skipped "$name" "said so itself, above" ;;
+        77) skipped "$name" "the check gave the reason above" ;;
         *) failed "$name" ;;
     esac
 }
@@ -44,7 +44,7 @@ check_with() {
     if command -v "$tool" > /dev/null; then check "$@"; else skipped "$1" "$tool is not installed"; fi
 }
 
-# The libvirt helper is no member of the workspace, and needs libvirt-dev; the tests of the daemon use what is built here.
+# Checks and builds the libvirt helper, which is no member of the workspace and needs libvirt-dev. The tests of the daemon use it.
 libvirt_helper() {
     local manifest=crates/vmm-libvirt-helper/Cargo.toml name="libvirt helper"
     if ! pkg-config --exists libvirt libvirt-qemu 2> /dev/null; then
@@ -59,7 +59,7 @@ libvirt_helper() {
     check_with cargo-deny "$name: licences, bans and sources" cargo deny --manifest-path "$manifest" check licenses bans sources
 }
 
-# Runs all Rust tests and adds up what their programs report. Tests that were skipped at run time were counted as passed.
+# Runs all Rust tests and adds up the counts of their programs. Tests that were skipped at run time were counted as passed there.
 rust_tests() {
     local log=$WORK/cargo-test status=0 ok bad ignored at_run_time
     step "cargo test --workspace (builds first; some minutes)"
@@ -73,7 +73,7 @@ rust_tests() {
     SKIPPED=$((SKIPPED + ignored + at_run_time))
     FAILED=$((FAILED + bad))
     [ "$bad" = 0 ] || FAILURES+=("cargo test: $bad, see 'failures:' above")
-    # It did not build, or a test program died before it could count.
+    # The tests did not build, or a test program died before its count.
     if [ "$status" != 0 ] && [ "$bad" = 0 ]; then failed "cargo test: exit status $status"; fi
 }
 
