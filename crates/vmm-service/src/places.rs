@@ -146,7 +146,7 @@ async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found)
     }
     let place = found.place.clone();
     if let Err(error) = import(shared, backend, found).await {
-        tracing::error!(%place, %error, "a VM that somebody else made could not be imported");
+        tracing::error!(%place, %error, "a VM that another program made could not be imported");
     }
 }
 
@@ -199,7 +199,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         state: found.state,
         status: Status::plain(Phase::at_rest(found.state), now).because(
             Reason::Imported,
-            format!("it was found at {} as it is, made by somebody else", found.place),
+            format!("it was found at {} as it is, made by another program", found.place),
         ),
         generation: 1,
         created_ms: shared.index.creation_time(now),

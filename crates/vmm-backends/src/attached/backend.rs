@@ -118,7 +118,7 @@ impl<H: Hypervisor> Attached<H> {
         match &met.holds {
             Some(holds) if holds.guest.is_live() => refused(
                 BackendErrorKind::Rejected,
-                format!("somebody else runs a VM in the VMM at {}: end that one first", socket.endpoint()),
+                format!("another program runs a VM in the VMM at {}: end that one first", socket.endpoint()),
             ),
             Some(holds)
                 if request.imported || self.is_ours(holds, request.uid, &request.spec, &request.dir) =>
@@ -128,7 +128,7 @@ impl<H: Hypervisor> Attached<H> {
             Some(_) => refused(
                 BackendErrorKind::Rejected,
                 format!(
-                    "the VMM at {} holds a VM that somebody else made, or a part of one, and that is not this VM: take it away, \
+                    "the VMM at {} holds a VM that another program made, or a part of one, and that is not this VM: take it away, \
                      or end that VMM and start another there ({})",
                     socket.endpoint(),
                     self.kind.how_to_start(&socket.path)
@@ -327,7 +327,7 @@ impl<H: Hypervisor> Attached<H> {
         }
         if holds.guest.is_live() {
             let message = format!(
-                "it runs again: somebody else has started it in the VMM at {}; shut it down first, or use force",
+                "it runs again: another program has started it in the VMM at {}; shut it down first, or use force",
                 socket.endpoint()
             );
             return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));

@@ -68,7 +68,7 @@ pub(super) async fn kill(
             tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled");
             continue;
         }
-        tracing::info!(pid = process.pid(), ?signal, "force: signalled a VMM that somebody else started");
+        tracing::info!(pid = process.pid(), ?signal, "force: signalled a VMM that another program started");
         point(FaultPoint::LadderSignalled);
         if process.wait_for(limit).await.is_some() {
             return Ok(rung);
@@ -93,7 +93,7 @@ struct Unproven {
 async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Unproven> {
     let unproven_for = |leaving: Duration, why: String| {
         let message = format!(
-            "process {} was not killed: {why}; it was started by somebody else, so it is ended only where it is proven to be \
+            "process {} was not killed: {why}; it was started by another program, so it is ended only where it is proven to be \
              the VM's VMM. End it by hand",
             process.pid()
         );

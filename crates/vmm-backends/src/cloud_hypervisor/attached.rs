@@ -63,7 +63,7 @@ impl AttachedRest for Hypervisor {
         if let Some(RestartMode::Never | RestartMode::OnFailure | RestartMode::Always) = spec.restart.mode {
             report.reject(
                 "config.restart_policy.mode",
-                "must be unset or RESTART_MODE_GUEST_REBOOT where Cloud Hypervisor was started by somebody else: its guest's resets \
+                "must be unset or RESTART_MODE_GUEST_REBOOT where Cloud Hypervisor was started by another program: its guest's resets \
                  are not seen there, and no VMM can be started in the place of one that has ended",
             );
         }

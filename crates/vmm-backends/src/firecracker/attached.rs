@@ -71,7 +71,7 @@ impl AttachedRest for Hypervisor {
             None | Some(RestartMode::Never) => {}
             Some(RestartMode::GuestReboot | RestartMode::OnFailure | RestartMode::Always) => report.reject(
                 "config.restart_policy.mode",
-                "must be unset or RESTART_MODE_NEVER where Firecracker was started by somebody else: every new start needs a \
+                "must be unset or RESTART_MODE_NEVER where Firecracker was started by another program: every new start needs a \
                  VMM that this program may not start",
             ),
         }
@@ -195,7 +195,7 @@ impl Api for Client {
 
     async fn reset(&self, socket: &Path) -> Result<(), BackendError> {
         let message = format!(
-            "Firecracker starts a guest once, and the one on unix://{} was started by somebody else: shut the VM down, start \
+            "Firecracker starts a guest once, and the one on unix://{} was started by another program: shut the VM down, start \
              another VMM there ({}), and boot the VM",
             socket.display(),
             Hypervisor::how_to_start(socket)

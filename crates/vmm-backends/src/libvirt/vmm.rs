@@ -134,7 +134,7 @@ impl Means for LibvirtVmm {
     /// proves the process, and the pidfd still names it.
     async fn end_process(&self, forced: bool, _reached: EndedBy) -> Result<EndedBy, BackendError> {
         if self.imported && !forced {
-            let message = "the guest has not shut down, and somebody else made the domain: use force to have libvirt end it";
+            let message = "the guest has not shut down, and another program made the domain: use force to have libvirt end it";
             return Err(BackendError::new(BackendErrorKind::StillRuns, Effect::NotApplied, message));
         }
         self.kill_process().await

@@ -122,7 +122,7 @@ impl Hypervisor for Qemu {
         Places::Imported {
             places: sockets,
             why: format!(
-                "{NAME} is attached to QEMUs that somebody else started, and a running QEMU is imported, not created: start one \
+                "{NAME} is attached to QEMUs that another program started, and a running QEMU is imported, not created: start one \
                  with the socket that UNKEY_VMCP_QEMU_ENDPOINT names, or unset that to have QEMUs started"
             ),
         }
@@ -176,7 +176,7 @@ impl Hypervisor for Qemu {
         _make: bool,
     ) -> Result<(), BackendError> {
         let message =
-            "a QEMU that somebody else started runs its guest once: start another on the same socket";
+            "a QEMU that another program started runs its guest once: start another on the same socket";
         Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
     }
 

@@ -117,7 +117,7 @@ const fn panic(fact: PanicFact) -> &'static str {
 const fn power_off(fact: PowerOffFact) -> &'static str {
     match fact {
         PowerOffFact::EndsRun => "ends the run",
-        PowerOffFact::EndsVmmUntold => "ends the run, and the VMM; why is not told",
+        PowerOffFact::EndsVmmUntold => "ends the run and the VMM; the reason is not known",
         PowerOffFact::UnseenOnX86 => "not seen on x86: the VM stays RUNNING; let guests end by a reset",
     }
 }
@@ -216,7 +216,7 @@ mod tests {
             [P::EndsRun, P::EndsVmmUntold, P::UnseenOnX86].map(power_off),
             [
                 "ends the run",
-                "ends the run, and the VMM; why is not told",
+                "ends the run and the VMM; the reason is not known",
                 "not seen on x86: the VM stays RUNNING; let guests end by a reset",
             ]
         );

@@ -101,7 +101,7 @@ impl Actor {
         let status = self.status(Phase::Created).because(
             Reason::PlaceTaken,
             format!(
-                "somebody else runs a VM in the VMM at {place}, so this one cannot boot there: end that VM, or delete this \
+                "another program runs a VM in the VMM at {place}, so this one cannot boot there: end that VM, or delete this \
                  one to have that one imported"
             ),
         );

@@ -75,7 +75,7 @@ impl Actor {
         let state = observe(self.record.state, Observation::ResetInPlace);
         let status = self
             .status(Phase::at_rest(state))
-            .because(Reason::ResetFromOutside, "somebody else reset the guest, at its VMM");
+            .because(Reason::ResetFromOutside, "another program reset the guest, at its VMM");
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("reset-from-outside"), status)
             .observing(Observation::ResetInPlace);
         let _ = self.conclude(Budget::of_own_step(), turn).await;

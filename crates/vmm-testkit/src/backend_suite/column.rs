@@ -191,7 +191,7 @@ impl Facts {
             power_off_told: power_off.is_told(),
             power_off: match power_off {
                 PowerOffFact::EndsRun => "ends the run",
-                PowerOffFact::EndsVmmUntold => "ends the run, and the VMM; why is not told",
+                PowerOffFact::EndsVmmUntold => "ends the run and the VMM; the reason is not known",
                 PowerOffFact::UnseenOnX86 => {
                     "not seen on x86: the VM stays RUNNING; let guests end by a reset"
                 }

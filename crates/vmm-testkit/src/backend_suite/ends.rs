@@ -89,7 +89,7 @@ pub(super) async fn guest_ignores_shutdown(vms: Vms) -> Verdict {
         let refused = vms.shutdown(VM, 1).await;
         assert!(matches!(refused, Err(ServiceError::Deadline(_))), "{refused:?}");
         assert_eq!(vms.record(VM).state, VmState::Running, "it runs on");
-        let text = "DEADLINE_EXCEEDED: a process of somebody else's is ended by `force` alone";
+        let text = "DEADLINE_EXCEEDED: only `force` ends a process that another program started";
         return Verdict::Rejected(text.to_owned());
     }
     let down = vms.shutdown(VM, 1).await.expect("ShutdownVm succeeds");
@@ -238,7 +238,7 @@ async fn panic_under(vms: Vms, mode: i32, reason: &str, boots: usize) -> Verdict
     vms.console_shows(VM, &banner, 1).await;
     vms.pause(VM).await.expect("PauseVm succeeds");
     assert_eq!(vms.resume(VM).await.expect("ResumeVm succeeds").record.state, VmState::Running);
-    Verdict::NotApplicable("its machine has no device by which a guest tells of its panic".to_owned())
+    Verdict::NotApplicable("its machine has no device that reports a panic".to_owned())
 }
 
 /// A killed VMM is a failure, so ON_FAILURE starts a new process.
@@ -295,7 +295,7 @@ async fn run_with_policy(
     match judge(vms, &config, "config.restart_policy").await {
         Judgement::Accepted(_) => Ok(vms.boot(VM).await.expect("BootVm succeeds").record),
         Judgement::Refused(verdict) => {
-            assert!(vms.facts.attached, "only somebody else's VMMs cannot be started again: {verdict:?}");
+            assert!(vms.facts.attached, "only an attached VMM cannot be started again: {verdict:?}");
             Err(verdict)
         }
     }

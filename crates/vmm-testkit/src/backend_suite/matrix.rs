@@ -76,7 +76,7 @@ fn render(columns: &[(&str, Option<ColumnResults>)]) -> String {
             let _ = writeln!(text, "| {} | {} |", case.title, cells.collect::<Vec<_>>().join(" | "));
         }
     }
-    text.push_str("\n## What stands behind the cells\n");
+    text.push_str("\n## The reasons for the cells\n");
     for (heading, found) in columns {
         let said = CASES.iter().filter_map(|case| {
             let verdict = cell(found.as_ref(), case);

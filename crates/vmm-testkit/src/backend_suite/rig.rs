@@ -33,7 +33,8 @@ const ME: &str = "suite";
 /// The interval between two samples.
 const METRICS_INTERVAL: Duration = Duration::from_millis(300);
 /// The text of the verdict if a case needed another attached VMM.
-const ANOTHER: &str = "a VMM that has ended is somebody else's to start again: UNAVAILABLE until there is another on the socket";
+const ANOTHER: &str =
+    "the daemon does not start an attached VMM again: UNAVAILABLE until another VMM is on the socket";
 /// The name of the VM in cases with one VM.
 pub(super) const VM: &str = "vm";
 
