@@ -1,12 +1,12 @@
-//! The documents say what the program does: their examples are read as the program reads them, and what they must name is taken
-//! from the code.
+//! Compares the documents with the program: the program's own parsers read the examples, and the
+//! names that the documents must have come from the code.
 //!
-//! A fenced block says behind its language what it is, which readers do not see:
+//! The words after the language of a fenced block, which readers do not see, say what the block is:
 //!
 //! ```text
-//!   ```json CreateVmResponse      a message of the API, read strictly
-//!   ```rust crates/x/src/y.rs     an excerpt, found in that file
-//!   ```bash                       the body of each curl call is the request of the method it names
+//!   ```json CreateVmResponse      a message of the API, parsed strictly
+//!   ```rust crates/x/src/y.rs     an excerpt of that file
+//!   ```bash                       the body of each curl call is the request of its method
 //! ```
 
 #![allow(
@@ -51,7 +51,7 @@ fn files(folder: &Path, ending: &str, into: &mut Vec<PathBuf>) {
     }
 }
 
-/// Every page, by its path from the repository.
+/// Returns every page with its path from the repository.
 fn pages() -> Vec<(String, String)> {
     let root = repository();
     let mut paths = Vec::new();
@@ -72,6 +72,8 @@ struct Block {
     language: String,
     about: String,
     text: String,
+    /// The columns of the fence, by which a block in a list is indented.
+    indent: usize,
 }
 
 fn blocks(page: &str, text: &str) -> Vec<Block> {
@@ -86,11 +88,13 @@ fn blocks(page: &str, text: &str) -> Vec<Block> {
                     language: language.to_owned(),
                     about: about.to_owned(),
                     text: String::new(),
+                    indent: line.len() - line.trim_start().len(),
                 });
             }
             (Some(_), Some(done)) => blocks.push(done),
             (None, Some(mut block)) => {
-                block.text.push_str(line);
+                let margin = line.bytes().take(block.indent).take_while(|byte| *byte == b' ').count();
+                block.text.push_str(&line[margin..]);
                 block.text.push('\n');
                 open = Some(block);
             }
@@ -101,7 +105,7 @@ fn blocks(page: &str, text: &str) -> Vec<Block> {
     blocks
 }
 
-/// The page without its blocks.
+/// Returns the page without its blocks.
 fn prose(text: &str) -> String {
     let mut inside = false;
     let mut kept = String::new();
@@ -116,7 +120,7 @@ fn prose(text: &str) -> String {
     kept
 }
 
-/// The headings of a page, as the anchors that forges make of them.
+/// Returns the anchors that forges make of the headings of a page.
 fn anchors(text: &str) -> BTreeSet<String> {
     let slug = |heading: &str| {
         let letters = heading.trim().to_lowercase();
@@ -131,7 +135,8 @@ fn anchors(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Reads `json` as the message `name`, as strictly as the daemon does; `None` if that is no message.
+/// Parses `json` as the message `name`, as strictly as the daemon does. `None` if there is no such
+/// message.
 fn parse_message(name: &str, json: &str) -> Option<Result<(), serde_json::Error>> {
     macro_rules! among {
         ($($message:ident)+) => {
@@ -154,7 +159,7 @@ fn pool() -> DescriptorPool {
     DescriptorPool::decode(vmm_proto::FILE_DESCRIPTOR_SET).unwrap()
 }
 
-/// The names of a message's fields, and of those of the messages in it.
+/// Collects the names of a message's fields and of the fields of the messages in it.
 fn fields_below(pool: &DescriptorPool, message: &MessageDescriptor, into: &mut BTreeSet<String>) {
     for field in message.fields() {
         into.insert(field.name().to_owned());
@@ -190,7 +195,8 @@ fn every_json_block_parses_as_what_it_says_it_is() {
     }
 }
 
-/// What stands in a shell's single quotes, where `'$PWD'` or `'"$PWD"'` puts in what only the shell knows.
+/// Returns the text in a shell's single quotes. `'$PWD'` or `'"$PWD"'` inside is kept as it is,
+/// because only the shell knows its value.
 fn single_quoted(text: &str) -> String {
     let (mut body, mut rest) = text.split_once('\'').unwrap_or((text, ""));
     let mut whole = body.to_owned();
@@ -224,7 +230,8 @@ fn the_body_of_every_curl_call_is_a_request_of_its_method() {
     assert!(calls > 10, "only {calls} calls were found: the search has gone blind");
 }
 
-/// The configuration of an example as the domain sees it, with what the service would fill in.
+/// Returns the configuration of an example in the form of the domain, with the values that the
+/// service fills in.
 fn domain_config(block: &Block) -> (String, VmConfig) {
     let request: pb::CreateVmRequest = serde_json::from_str(&block.text).unwrap();
     let mode =
@@ -267,7 +274,7 @@ fn every_example_of_a_configuration_is_accepted_by_its_backend() {
     assert_eq!(named, BTreeSet::from(expected), "an example without a backend, and one for each");
 }
 
-/// The keys with a prefix that the backends' code names outside its tests.
+/// Returns the keys with a prefix that the backends' code names outside its tests.
 fn prefixed_keys() -> BTreeSet<String> {
     let mut paths = Vec::new();
     files(&repository().join("crates/vmm-backends/src"), "rs", &mut paths);
@@ -298,7 +305,7 @@ fn every_key_and_every_field_of_a_configuration_is_documented() {
     assert!(prefixed.contains("qemu.machine"), "the search has gone blind: {prefixed:?}");
     let plain = [CPU_KEYS, BACKING_KEYS, BOOT_KEYS, DISK_KEYS, NIC_KEYS].concat();
     let keys = plain.into_iter().map(str::to_owned).chain(prefixed);
-    // A row of a table: said with its values and what each backend makes of it, not in passing.
+    // The key must have a row of a table, because a row has its values and the behaviour of each backend.
     let missing: Vec<_> = keys.filter(|key| !text.contains(&format!("\n| `{key}` |"))).collect();
     assert!(missing.is_empty(), "{CONFIGURATION} has no row for {missing:?}");
 
@@ -396,22 +403,90 @@ fn every_relative_link_leads_somewhere() {
 }
 
 #[test]
-fn every_excerpt_and_every_path_of_the_developers_page_is_real() {
-    let text = read(NEW_BACKEND);
-    let mut excerpts = 0;
-    for block in
-        blocks(NEW_BACKEND, &text).iter().filter(|block| block.language == "rust" && !block.about.is_empty())
-    {
-        let code = read(&block.about);
-        assert!(code.contains(&block.text), "{}: {} does not say this any more", block.place, block.about);
-        excerpts += 1;
+fn every_excerpt_is_in_the_file_that_its_block_names() {
+    for (page, text) in pages() {
+        let blocks = blocks(&page, &text);
+        let excerpts: Vec<_> =
+            blocks.iter().filter(|block| block.language == "rust" && !block.about.is_empty()).collect();
+        for block in &excerpts {
+            let code = read(&block.about);
+            assert!(code.contains(&block.text), "{}: {} no longer has this", block.place, block.about);
+        }
+        let developers = page == NEW_BACKEND;
+        assert!(!developers || excerpts.len() > 5, "{page}: the search has gone blind");
     }
-    assert!(excerpts > 5);
-    let words = prose(&text);
-    for path in words
-        .split('`')
-        .filter(|word| ["crates/", "scripts/", "packaging/"].iter().any(|at| word.starts_with(at)))
-    {
-        assert!(repository().join(path).exists(), "{NEW_BACKEND}: there is no {path}");
+}
+
+/// Returns the paths that a page cites in code marks: those that begin with a folder of the repository.
+fn cited(text: &str) -> Vec<String> {
+    let folders = ["clients/", "crates/", "docs/", "fuzz/", "guests/", "packaging/", "proto/", "scripts/"];
+    let words = prose(text);
+    let cited = words.split('`').skip(1).step_by(2).map(|word| word.split("::").next().unwrap());
+    // A crate is also cited without the folder `crates`.
+    let cited =
+        cited.map(|word| if word.starts_with("vmm-") { format!("crates/{word}") } else { word.into() });
+    cited
+        .filter(|word: &String| folders.iter().any(|folder| word.starts_with(folder)))
+        .filter(|word| word.matches('/').count() > 1 || !word.starts_with("crates/"))
+        // Placeholders, and the packages of generated Go code, which are not in the repository.
+        .filter(|word| !word.contains([' ', '<', '*', '…', '=']) && !word.contains("/gen/"))
+        .collect()
+}
+
+#[test]
+fn every_path_that_a_page_cites_exists() {
+    let mut count = 0;
+    let mut missing = Vec::new();
+    for (page, text) in pages() {
+        for path in cited(&text) {
+            count += 1;
+            if !repository().join(&path).exists() {
+                missing.push(format!("{page}: {path}"));
+            }
+        }
+    }
+    assert!(count > 300, "only {count} paths were found: the search has gone blind");
+    assert!(missing.is_empty(), "pages cite what does not exist: {missing:#?}");
+}
+
+/// Returns the crate, the target and the filter of a call of `cargo test` in code marks.
+fn cargo_test(code: &str) -> Option<(&str, &str, &str)> {
+    let (crate_name, rest) = code.split_once("cargo test -p ")?.1.split_once(" --test ")?;
+    let mut words = rest.split(' ').filter(|word| !word.starts_with('-'));
+    Some((crate_name, words.next()?, words.next().unwrap_or_default().trim_matches('"')))
+}
+
+#[test]
+fn every_call_of_cargo_test_names_a_target_and_a_test_that_exist() {
+    let mut code = String::new();
+    let mut paths = Vec::new();
+    files(&repository().join("crates"), "rs", &mut paths);
+    for path in paths {
+        code.push_str(&std::fs::read_to_string(path).unwrap());
+    }
+    let mut calls = 0;
+    for (page, text) in pages() {
+        let words = prose(&text);
+        for (crate_name, target, filter) in words.split('`').skip(1).step_by(2).filter_map(cargo_test) {
+            let tests = repository().join("crates").join(crate_name).join("tests");
+            let exists =
+                tests.join(format!("{target}.rs")).exists() || tests.join(target).join("main.rs").exists();
+            assert!(exists, "{page}: {crate_name} has no test target {target}");
+            for name in filter.split("::").filter(|name| !name.is_empty()) {
+                assert!(code.contains(name), "{page}: there is no test {name} in {crate_name}");
+            }
+            calls += 1;
+        }
+    }
+    assert!(calls >= 5, "only {calls} calls were found: the search has gone blind");
+}
+
+#[test]
+fn every_page_begins_with_its_reader() {
+    for (page, text) in pages() {
+        let exempt =
+            page.starts_with("docs/adr/") || ["README.md", "docs/glossary.md"].contains(&page.as_str());
+        let first = text.split("\n\n").nth(1).unwrap_or_default();
+        assert!(exempt || first.starts_with("For "), "{page}: the first paragraph says for whom the page is");
     }
 }
