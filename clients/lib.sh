@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the client tests share: a daemon of their own with a guest that boots in milliseconds, and its end. Sourced, never run.
+# The common part of the client tests: a daemon of their own with a guest that boots in milliseconds, and its end. Sourced, never run.
 #
-#   need TOOL… ──► use_daemon ──► launch ──► the clients, at $BASE_URL ──► cleanup (however the script ends)
+#   need TOOL… ──► use_daemon ──► launch ──► the clients, at $BASE_URL ──► cleanup (at every end of the script)
 
 set -euo pipefail
 CLIENTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -17,7 +17,7 @@ export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
 export NO_PROXY=$no_proxy
 
 DAEMON_PID=
-# Kept short: the daemon makes Unix sockets below it, and their paths end at 107 bytes.
+# The path is short, because the daemon makes Unix sockets below it and their paths have at most 107 bytes.
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/vmcp-cl.XXXXXX")
 FAILURES=0
 
@@ -34,7 +34,7 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The VMMs that outlived the daemon: the processes that name a file of $WORK. This grep does too, and has ended by then.
+# Prints the VMMs that outlived the daemon: the processes that name a file of $WORK. This grep names one too, and has ended by then.
 left_behind() { grep -lsF -- "$WORK/" /proc/[0-9]*/cmdline | sed -n 's,^/proc/\([0-9]*\)/cmdline$,\1,p' || true; }
 
 # Deletes the VMs that a failed test left, then stops the daemon.
@@ -61,10 +61,10 @@ need() {
     done
 }
 
-# Runs a command for at most $1 seconds. In the foreground, so that Ctrl-C reaches it.
+# Runs a command for at most $1 seconds, in the foreground, so that Ctrl-C reaches it.
 bounded() { timeout --foreground -k 10 "$@"; }
 
-# Finds the daemon and makes the guest. An old binary would test yesterday's program, so without VMCP_DAEMON it is built.
+# Finds the daemon and makes the guest. Without VMCP_DAEMON the daemon is built, because an old binary would be tested otherwise.
 use_daemon() {
     local built=${CARGO_TARGET_DIR:-$ROOT/target}/debug
     need cargo qemu-system-x86_64 curl jq setsid timeout
@@ -80,7 +80,7 @@ use_daemon() {
     KERNEL=$WORK/tiny-idle.elf
 }
 
-# Starts the daemon on a port that nobody has: launch [NAME=VALUE…] adds to its environment.
+# Starts the daemon on a free port: launch [NAME=VALUE…] adds to its environment.
 launch() {
     local port
     until port=$((20000 + RANDOM % 10000)) && ! port_taken "$port"; do :; done
@@ -92,13 +92,13 @@ launch() {
 
 ok() { printf 'ok %s\n' "$1"; }
 
-# fail NAME WHY
+# Prints a failure: fail NAME WHY
 fail() {
     printf 'FAIL %s: %s\n' "$1" "$2"
     FAILURES=$((FAILURES + 1))
 }
 
-# The last line of a test: the log of the daemon belongs to a failure.
+# Ends the script with its result, and prints the log of the daemon after a failure.
 finish() {
     [ "$FAILURES" = 0 ] && return 0
     echo "the end of the daemon's log:" >&2

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Keeps, of many inputs of a fuzz target, few that reach much: keep.py CONTROL_FILE FOLDER BYTES.
+"""Keeps the few inputs of a fuzz target that reach the most code: keep.py CONTROL_FILE FOLDER BYTES.
 
 CONTROL_FILE is what libFuzzer's -merge_control_file leaves with -set_cover_merge=1: for each input the places in the code that
 it reaches. What the seeds do not reach is collected: the inputs that add the most places for their size are copied to FOLDER,
@@ -30,7 +30,7 @@ def choose(inputs, budget):
     """Yields paths, the one with the most new places for its size first."""
     seen = set().union(*(places for path, _, places in inputs if "/seeds/" in path))
     while True:
-        # A file costs a little, however short it is.
+        # A file has a fixed cost, even if it is short.
         gains = [(len(places - seen) / (size + 32), -size, path, places) for path, size, places in inputs if size <= budget]
         best = max(gains, default=(0, 0, None, None))
         if best[0] == 0:

@@ -2,8 +2,8 @@
 """Refuses every import between the project's crates that is not in the table below.
 
 vmm-service, vmm-backends and vmm-store never import each other, so that each can be read, tested and replaced alone. Only the daemon
-imports all of them, and nothing imports the daemon. The manifests are read through `cargo metadata`. A crate can use nothing that its
-manifest does not list, so this is the whole check. ARCHITECTURE.md draws the table; the drawing is compared, too.
+imports all of them, and nothing imports the daemon. The manifests are read through `cargo metadata`. A crate can use only what its
+manifest lists, so this is the whole check. ARCHITECTURE.md has a drawing of the table, which is compared too.
 
 Exits 1 and names every wrong import. With --draw prints the drawing for ARCHITECTURE.md.
 """
@@ -21,13 +21,13 @@ ALLOWED = {
     "vmm-store": {"vmm-core"},
     "vmm-service": {"vmm-core", "vmm-host"},
     "vmm-backends": {"vmm-core", "vmm-host", "vmm-libvirt-wire"},
-    # What the daemon and its libvirt helper say to each other. The helper itself is no member of the workspace.
+    # The messages between the daemon and its libvirt helper. The helper itself is no member of the workspace.
     "vmm-libvirt-wire": set(),
     # Its backend suite drives a backend through the service, as clients do.
     "vmm-testkit": {"vmm-core", "vmm-host", "vmm-service"},
     "vmm-controlplane": {"vmm-service", "vmm-backends", "vmm-store", "vmm-host", "vmm-proto", "vmm-core"},
 }
-# What any crate may import for its tests. (A test of the daemon may use all that the daemon uses.)
+# The crates that every crate may import for its tests. (A test of the daemon may use everything that the daemon uses.)
 TEST_ONLY = {"vmm-testkit"}
 
 

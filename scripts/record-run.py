@@ -3,8 +3,8 @@
 
     daemon up ──► STEPS, typed into one bash ──► text with times ──► SVG whose lines appear in that order
 
-Needs a built daemon (VMCP_DAEMON, ./vmm-controlplane by default), the three hypervisors, jq, column and cargo. All that is made lies in
-one temporary folder. VMs and daemons are ended by pid before the script ends, however that end comes.
+Needs a built daemon (VMCP_DAEMON, ./vmm-controlplane by default), the three hypervisors, jq, column and cargo. Everything that the script
+makes is in one temporary folder. VMs and daemons are ended by pid at every end of the script.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DAEMON = pathlib.Path(os.environ.get("VMCP_DAEMON", ROOT / "vmm-controlplane")).resolve()
 
-# What the bash knows before the recording begins. The daemon writes its log to a file, so that the recording shows the commands.
+# The functions of the recorded shell. The daemon writes its log to a file, so that the recording shows the commands.
 PRELUDE = r"""
 set -u
 cd "$WORK"
@@ -90,7 +90,7 @@ def environment(work):
 
 
 def draw(lines):
-    """Returns the SVG. Each line appears a moment after the one before, and the drawing stands when all are there."""
+    """Returns the SVG. Each line appears a moment after the one before, and the drawing stays when all lines are shown."""
     width, height, top = 760, 19, 52
     parts, at = [], 0.4
     for number, (kind, text) in enumerate(lines):

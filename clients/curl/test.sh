@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The migration guide's curl commands as it prints them, address and paths aside, and what the API's JSON promises beside them.
+# Tests the migration guide's curl commands as printed, except address and paths, and the other promises of the API's JSON.
 # shellcheck disable=SC2016  # the $names in single quotes are jq's
 # shellcheck source=clients/lib.sh
 . "$(dirname "$0")/../lib.sh"
 
-# call NAME STATUS CONDITION CURL-ARGUMENT…: the answer must have this HTTP status, and fulfil a jq condition.
+# call NAME STATUS CONDITION CURL-ARGUMENT…: the answer must have this HTTP status and satisfy a jq condition.
 call() {
     local name=$1 wanted=$2 condition=$3 status
     shift 3
@@ -23,7 +23,7 @@ method() {
     call "$1" "$2" "$3" -X POST "$URL/vmm.v1.VmService/$4" -H "Content-Type: application/json" -d "$5"
 }
 
-# The id in the last answer.
+# Prints the id in the last answer.
 last_id() { jq -r '.vm_id // "none"' "$WORK/answer"; }
 
 CREATED='.state == "VM_STATE_CREATED" and (.vm_id | startswith("vm-"))'
@@ -141,7 +141,7 @@ use_daemon
 DISK=$WORK/vm.img
 truncate -s 1M "$DISK"
 launch UNKEY_VMCP_DEFAULT_KERNEL="$KERNEL"
-# The name that the guide uses.
+# The id that the guide uses.
 URL=${BASE_URL/127.0.0.1/localhost}
 guide_examples
 health_and_paths

@@ -19,7 +19,7 @@ type life struct {
 	kernel string
 }
 
-// answer is what the answers of all operations that change a state have in common.
+// answer has the common fields of the answers of all operations that change a state.
 type answer interface {
 	GetSuccess() bool
 	GetState() vmmv1.VmState
@@ -63,7 +63,7 @@ func (l life) create(ctx context.Context) error {
 	return nil
 }
 
-// look reads the VM in both ways.
+// look reads the VM by both reads.
 func (l life) look(ctx context.Context, state vmmv1.VmState) error {
 	info, err := l.client.GetVmInfo(ctx, connect.NewRequest(&vmmv1.GetVmInfoRequest{VmId: l.id}))
 	if err != nil {
@@ -86,7 +86,7 @@ func (l life) look(ctx context.Context, state vmmv1.VmState) error {
 	return nil
 }
 
-// run makes every step, and stops at the first that is wrong.
+// run makes every step, and stops at the first that fails.
 func (l life) run(ctx context.Context) error {
 	const running, shutdown = vmmv1.VmState_VM_STATE_RUNNING, vmmv1.VmState_VM_STATE_SHUTDOWN
 	boot := func() error {

@@ -1,6 +1,6 @@
-// The API as a Go program sees it, over every protocol that connect-go speaks.
+// The program tests the API from Go, over every protocol of connect-go.
 //
-// It is told by the environment where the daemon is (VMCP_TEST_URL) and which kernel is its default (VMCP_TEST_KERNEL),
+// The environment gives the daemon's address (VMCP_TEST_URL) and its default kernel (VMCP_TEST_KERNEL). The program
 // prints "ok NAME" or "FAIL NAME: WHY", and ends with status 1 if something failed.
 package main
 
@@ -36,7 +36,7 @@ func main() {
 		}
 		fmt.Println("ok", name)
 	}
-	// The name that the guide uses.
+	// The id that the guide uses.
 	report("guide: createVM", guide(ctx, strings.Replace(address, "127.0.0.1", "localhost", 1), kernel))
 	for i, dialect := range dialects() {
 		client, recorder := dialect.connectTo(address)
@@ -109,7 +109,7 @@ func violations(ctx context.Context, dialect dialect, address string) error {
 	return nil
 }
 
-// manyViolations names 64 disks that do not exist: the error must fit into the metadata that clients take.
+// manyViolations names 64 disks that do not exist: the error must fit into the metadata that clients accept.
 func manyViolations(ctx context.Context, dialect dialect, address, kernel string) error {
 	client, _ := dialect.connectTo(address)
 	var disks []*vmmv1.StorageDevice

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The API over connect-go, with code generated from the .proto file by Go modules alone.
+# Tests the API over connect-go, with code generated from the .proto file by Go modules alone.
 # shellcheck source=clients/lib.sh
 . "$(dirname "$0")/../lib.sh"
 
@@ -13,7 +13,7 @@ rm -rf gen
 bounded 300 go run ./internal/generate "$ROOT/proto" vmm/v1/vm.proto || die "no code could be generated; the reason is above"
 step "building the Go client"
 bounded 300 go build -o "$WORK/go-client" . || die "the client does not build; the reason is above"
-# The client's code, but not the generated code, has to be clean.
+# The client's own code must be clean; the generated code need not.
 bounded 120 go vet . ./internal/... || fail "go vet" "see above"
 [ -z "$(gofmt -l ./*.go internal)" ] || fail gofmt "run gofmt -w clients/go"
 

@@ -10,13 +10,13 @@ import (
 	"vmm-controlplane/gen/vmm/v1/vmmv1connect"
 )
 
-// dialect is one way to speak to the daemon.
+// dialect is one protocol with its encoding.
 type dialect struct {
 	name string
-	// http2 says whether the daemon is spoken to in cleartext HTTP/2 with prior knowledge, else HTTP/1.1.
+	// http2 is true for cleartext HTTP/2 with prior knowledge, and false for HTTP/1.1.
 	http2   bool
 	options []connect.ClientOption
-	// contentType is what unary calls must have sent, so that no dialect is tested under another's name. The answer's begins
+	// contentType is the type that unary calls must have sent, so that each test proves its dialect. The answer's begins
 	// with it: gRPC allows "application/grpc+proto" for "application/grpc".
 	contentType string
 }
@@ -33,7 +33,7 @@ func dialects() []dialect {
 	}
 }
 
-// recorder is an HTTP client that remembers what its calls looked like.
+// recorder is an HTTP client that records the form of its calls.
 type recorder struct {
 	client *http.Client
 	mutex  sync.Mutex
@@ -60,14 +60,14 @@ func (r *recorder) Do(request *http.Request) (*http.Response, error) {
 	return response, err
 }
 
-// connectTo makes a client that speaks this dialect.
+// connectTo makes a client of this dialect.
 func (d dialect) connectTo(address string, more ...connect.ClientOption) (vmmv1connect.VmServiceClient, *recorder) {
 	recorder := newRecorder(d.http2)
 	options := append(append([]connect.ClientOption{}, d.options...), more...)
 	return vmmv1connect.NewVmServiceClient(recorder, address, options...), recorder
 }
 
-// proveSpoken fails unless a call was really made in this dialect.
+// proveSpoken fails unless a call was made in this dialect.
 func (d dialect) proveSpoken(recorder *recorder) error {
 	version := 1
 	if d.http2 {

@@ -1,5 +1,5 @@
-// Asks the daemon's reflection service for the API's descriptors and runs protoc-gen-es on them: no protoc and no buf is
-// fetched, and reflection is tested by being used.
+// Asks the daemon's reflection service for the API's descriptors and runs protoc-gen-es on them: neither protoc nor buf is
+// needed, and the use of reflection tests it.
 //
 //   daemon ── grpc.reflection.v1 ──► descriptors ──► protoc-gen-es ──► gen/vmm/v1/vm_pb.js, gen/google/rpc/…_pb.js
 //

@@ -1,6 +1,6 @@
-// The API as a Node program sees it, over every protocol that connect-es speaks.
+// Tests the API from Node, over every protocol of connect-es.
 //
-// It is told by the environment where the daemon is (VMCP_TEST_URL) and which kernel is its default (VMCP_TEST_KERNEL),
+// The environment gives the daemon's address (VMCP_TEST_URL) and its default kernel (VMCP_TEST_KERNEL). The program
 // prints "ok NAME" or "FAIL NAME: WHY", and ends with status 1 if something failed.
 
 import assert from "node:assert/strict";

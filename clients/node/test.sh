@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The API over connect-es, with code generated from what the daemon's reflection service describes.
+# Tests the API over connect-es, with code generated from the daemon's reflection service.
 # shellcheck source=clients/lib.sh
 . "$(dirname "$0")/../lib.sh"
 
@@ -8,7 +8,7 @@ cd "$CLIENTS/node"
 [ "$(node -p 'Number(process.versions.node.split(".")[0]) >= 20')" = true ] || skip "Node $(node --version) is too old: 20 is needed"
 use_daemon
 
-# Installed once, and again where the lock file or Node changed.
+# The packages are installed once, and again if the lock file or Node changed.
 stamp=$(cat package-lock.json <(node --version) | sha256sum)
 if [ "$(cat node_modules/.stamp 2> /dev/null)" != "$stamp" ]; then
     step "fetching 7 npm packages (once)"

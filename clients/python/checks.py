@@ -1,4 +1,4 @@
-"""What the Python tests share: where the daemon is, and how a check is reported."""
+"""The common part of the Python tests: the daemon's address, and the report of a check."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The API as a Python program sees it: the migration guide's example, plain JSON, and gRPC.
+"""Tests the API from Python: the migration guide's example, plain JSON, and gRPC.
 
 The environment says where the daemon is (VMCP_TEST_URL) and which kernel is its default (VMCP_TEST_KERNEL).
 """

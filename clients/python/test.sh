@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The API from Python: requests, urllib, and grpcio with stubs generated from the .proto file.
+# Tests the API from Python: requests, urllib, and grpcio with stubs generated from the .proto file.
 # shellcheck source=clients/lib.sh
 . "$(dirname "$0")/../lib.sh"
 
@@ -9,13 +9,13 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || skip "$(python3
 python3 -c 'import venv, ensurepip' 2> /dev/null || skip "Python's venv is not installed (Debian: python3-venv)"
 use_daemon
 
-# Installed once, and again where the requirements or Python changed.
+# The packages are installed once, and again if the requirements or Python changed.
 stamp=$(cat requirements.txt <(python3 -VV) | sha256sum)
 if [ "$(cat .venv/.stamp 2> /dev/null)" != "$stamp" ]; then
     step "fetching 14 Python packages (once)"
     rm -rf .venv
     bounded 120 python3 -m venv .venv
-    # Wheels only: grpcio would take half an hour to compile.
+    # Wheels only, because compiling grpcio takes half an hour.
     bounded 300 .venv/bin/pip install -q --disable-pip-version-check --no-input --only-binary :all: --no-deps -r requirements.txt ||
         die "pip could not install what requirements.txt names"
     .venv/bin/pip check -q --disable-pip-version-check || die "requirements.txt contradicts itself; the reason is above"

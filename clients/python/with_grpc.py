@@ -1,4 +1,4 @@
-"""The API over gRPC, with generated stubs, and what every gRPC server is expected to have: health and reflection."""
+"""Tests the API over gRPC, with generated stubs, and the standard services for health and reflection."""
 
 from urllib.parse import urlsplit
 
@@ -29,7 +29,7 @@ def refused(code: grpc.StatusCode, method: grpc.UnaryUnaryMultiCallable, request
 
 
 def expect(method: grpc.UnaryUnaryMultiCallable, request: object, state: int) -> None:
-    """Calls a method that changes the state, and checks its answer and what is read afterwards."""
+    """Calls a method that changes the state, and checks its answer and the reads after it."""
     answer = method(request, timeout=TIMEOUT)
     equal((answer.success, answer.state), (True, state))
     equal(vms.GetVmInfo(pb.GetVmInfoRequest(vm_id=request.vm_id), timeout=TIMEOUT).state, state)
@@ -148,7 +148,7 @@ def stream() -> None:
 
 
 def health() -> None:
-    """The whole daemon and the service are both said to serve, and an unknown service is not found."""
+    """Checks that the health service reports the daemon and the service as serving, and an unknown service as not found."""
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", "vmm.v1.VmService"):
         answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT)

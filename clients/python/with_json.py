@@ -1,4 +1,4 @@
-"""The API as JSON over HTTP, with the standard library alone."""
+"""Tests the API as JSON over HTTP, with only the standard library."""
 
 import json
 import urllib.error
@@ -23,7 +23,7 @@ def call(method: str, **request: object) -> tuple[int, dict]:
 
 
 def expect(method: str, state: str, **request: object) -> None:
-    """Calls a method that changes the state, and checks its answer and what is read afterwards."""
+    """Calls a method that changes the state, and checks its answer and the reads after it."""
     status, answer = call(method, **request)
     equal((status, answer.get("success"), answer.get("state")), (200, True, state))
     equal(call("GetVmInfo", vm_id=request["vm_id"])[1]["state"], state)

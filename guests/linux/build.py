@@ -20,13 +20,13 @@ import stat
 import sys
 from pathlib import Path
 
-# What the guest needs in order to see its disks, its network cards and its power button, and to tell of a panic. A kernel may have any of them
-# built in; those are skipped. Everything they depend on is added by reading the modules themselves.
+# The modules for the guest's disks, network cards and power button, and for the report of a panic. A module that the kernel has built in is
+# skipped. The dependencies are added, as the modules themselves name them.
 WANTED = ["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "evdev", "button", "pvpanic_mmio", "pvpanic_pci"]
 
 
 class Archive:
-    """A cpio archive in the "newc" format, the one that Linux unpacks as its first root file system."""
+    """A cpio archive in the "newc" format, which Linux unpacks as its first root file system."""
 
     def __init__(self):
         self._out = bytearray()
@@ -57,12 +57,12 @@ class Archive:
 
 
 def module_key(path):
-    """The name the kernel knows a module by: no folder, no suffix, and no difference between - and _."""
+    """Returns the kernel's name of a module: no folder, no suffix, and _ for -."""
     return re.sub(r"\.ko(\.xz|\.gz)?$", "", os.path.basename(path)).replace("-", "_")
 
 
 def read_module(path):
-    """Returns a module's bytes, unpacked: the guest's insmod shall not have to do it."""
+    """Returns a module's bytes, unpacked, because the guest's insmod does not unpack."""
     data = path.read_bytes()
     if path.suffix == ".xz":
         return lzma.decompress(data)
@@ -72,14 +72,14 @@ def read_module(path):
 
 
 def dependencies(data):
-    """Reads the names that a module says it depends on, from its .modinfo strings."""
+    """Reads the names of a module's dependencies from its .modinfo strings."""
     match = re.search(rb"\0depends=([^\0]*)\0", data)
     names = match.group(1).decode() if match else ""
     return [name.replace("-", "_") for name in names.split(",") if name]
 
 
 def load_order(folder):
-    """Returns [(file name, bytes)] of the wanted modules and all they need, each after what it depends on."""
+    """Returns [(file name, bytes)] of the wanted modules and their dependencies, each after its dependencies."""
     files = {module_key(path): path for path in folder.rglob("*.ko*")}
     builtin_list = folder / "modules.builtin"
     builtin = {module_key(line) for line in builtin_list.read_text().split()} if builtin_list.exists() else set()
@@ -105,7 +105,7 @@ def build(modules, busybox, init):
     archive = Archive()
     for folder in ("bin", "dev", "etc", "lib", "lib/modules"):
         archive.directory(folder)
-    # Without this node the kernel gives init no standard output, and nothing it says is seen.
+    # Without this node the kernel gives init no standard output, so its messages are lost.
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive.executable("bin/busybox", busybox.read_bytes())
     archive.add("bin/sh", stat.S_IFLNK | 0o777, b"busybox")
