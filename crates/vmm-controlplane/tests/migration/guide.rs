@@ -102,7 +102,7 @@ impl Step {
     }
 }
 
-/// Every command block, in order.
+/// Returns every command block, in order.
 pub(crate) fn steps() -> Vec<Step> {
     let text = std::fs::read_to_string(repository().join(PAGE)).unwrap();
     let mut steps: Vec<Step> = Vec::new();
@@ -127,6 +127,8 @@ pub(crate) fn steps() -> Vec<Step> {
                     Shown::Json(serde_json::from_str(&body).unwrap_or_else(|error| panic!("{at}: {error}")))
                 });
             }
+            // A drawing is neither run nor printed.
+            "mermaid" => {}
             _ => panic!("{at}: nothing runs a block of {language:?}"),
         }
     }
