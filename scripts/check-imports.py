@@ -2,8 +2,9 @@
 """Refuses every import between the project's crates that is not in the table below.
 
 vmm-service, vmm-backends and vmm-store never import each other, so that each can be read, tested and replaced alone. Only the daemon
-imports all of them, and nothing imports the daemon. The manifests are read through `cargo metadata`. A crate can use only what its
-manifest lists, so this is the whole check. ARCHITECTURE.md has a drawing of the table, which is compared too.
+imports all of them, and only the tests of the command line import the daemon, because they run it. The manifests are read through
+`cargo metadata`. A crate can use only what its manifest lists, so this is the whole check. ARCHITECTURE.md has a drawing of the table,
+which is compared too.
 
 Exits 1 and names every wrong import. With --draw prints the drawing for ARCHITECTURE.md.
 """
@@ -26,9 +27,13 @@ ALLOWED = {
     # Its backend suite drives a backend through the service, as clients do.
     "vmm-testkit": {"vmm-core", "vmm-host", "vmm-service"},
     "vmm-controlplane": {"vmm-service", "vmm-backends", "vmm-store", "vmm-host", "vmm-proto", "vmm-core"},
+    # A client like any other: it knows the API and nothing of the daemon.
+    "vmcp": {"vmm-proto"},
 }
 # The crates that every crate may import for its tests. (A test of the daemon may use everything that the daemon uses.)
 TEST_ONLY = {"vmm-testkit"}
+# crate → the crates that it alone may import for its tests. (The tests of the command line run the daemon.)
+TESTED_WITH = {"vmcp": {"vmm-controlplane"}}
 
 
 def violations(packages):
@@ -43,7 +48,8 @@ def violations(packages):
             target = dependency["name"]
             if target not in names:
                 continue
-            allowed = ALLOWED[name] | (TEST_ONLY if dependency["kind"] == "dev" else set())
+            for_tests = TEST_ONLY | TESTED_WITH.get(name, set()) if dependency["kind"] == "dev" else set()
+            allowed = ALLOWED[name] | for_tests
             if target not in allowed:
                 kind = f"{dependency['kind']}-dependency" if dependency["kind"] else "dependency"
                 may = ", ".join(sorted(allowed)) or "nothing of this workspace"

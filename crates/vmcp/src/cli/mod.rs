@@ -1,0 +1,171 @@
+//! The command line. The comments on commands and arguments are what `--help` and the man pages
+//! show.
+
+mod create;
+mod lifecycle;
+mod look;
+mod values;
+
+use clap::builder::styling::Styles;
+use clap::{Args, Parser, Subcommand};
+
+pub(crate) use create::{Config, Create, Flags, Validate};
+pub(crate) use lifecycle::{Delete, Names, Reboot, Shutdown};
+pub(crate) use look::{Api, Backends, Events, Get, List, Man, Wait, Watch};
+pub(crate) use values::Pair;
+
+use crate::output::Format;
+
+const AFTER_HELP: &str = "\
+A VM is named by its name, or by the beginning of its name or uid if no other VM begins like that.
+
+Exit codes: 0 done; 1 a failure on this side; 2 a wrong command line; else 10 plus the number of the Connect code, as \
+13 invalid_argument, 15 not_found, 19 failed_precondition, 24 unavailable.
+
+Examples:
+  vmcp backends
+  vmcp create web-1 --memory 1GiB --kernel /opt/kernels/vmlinux --disk /srv/web.img,root
+  vmcp boot web-1
+  vmcp list
+  vmcp events web-1
+  vmcp delete web-1 --force";
+
+/// Creates, runs and watches virtual machines through a vmm-controlplane daemon.
+#[derive(Debug, Parser)]
+#[command(name = "vmcp", version, after_help = AFTER_HELP, styles = Styles::plain())]
+#[command(disable_help_subcommand = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The options of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// The daemon: http://HOST:PORT [env: VMCP_SERVER] [default: http://127.0.0.1:8080]
+    #[arg(long, global = true, value_name = "URL", help_heading = "Everywhere")]
+    pub(crate) server: Option<String>,
+    /// A server by its name in the contexts file [env: VMCP_CONTEXT]
+    #[arg(long, global = true, value_name = "NAME", conflicts_with = "server", help_heading = "Everywhere")]
+    pub(crate) context: Option<String>,
+    /// The form of the output; json and yaml are the API's messages
+    #[arg(
+        short = 'o',
+        long,
+        global = true,
+        value_enum,
+        value_name = "FORM",
+        default_value = "table",
+        hide_default_value = true,
+        help_heading = "Everywhere"
+    )]
+    pub(crate) output: Format,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Records a VM, from flags or from a file; starts nothing
+    Create(Box<Create>),
+    /// Makes the checks of create, and touches nothing
+    Validate(Box<Validate>),
+    /// Starts VMs
+    Boot(Names),
+    /// Ends guests: asks them, and powers off those that do not go in time
+    Shutdown(Shutdown),
+    /// Stops the processors of guests; memory and devices stay
+    Pause(Names),
+    /// Lets paused guests run on
+    Resume(Names),
+    /// Ends guests as shutdown does, and boots them again
+    Reboot(Reboot),
+    /// Forgets VMs; files that you named stay
+    Delete(Delete),
+    /// Lists VMs, oldest first
+    List(List),
+    /// Shows all that is known of one VM
+    Get(Get),
+    /// Waits until a VM is in a state
+    Wait(Wait),
+    /// Shows what happens to VMs, as it happens
+    Watch(Watch),
+    /// Shows what happened to VMs, deleted ones included
+    Events(Events),
+    /// Lists the hypervisors of the daemon, or shows one
+    Backends(Backends),
+    /// Says whether the daemon can serve
+    Health,
+    /// Calls a method of the API with JSON
+    Api(Api),
+    /// Prints what makes a shell complete commands and names of VMs
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+    /// Prints the manual page of vmcp, or writes all pages
+    Man(Man),
+}
+
+/// A shell that can complete.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum Shell {
+    /// GNU Bash
+    Bash,
+    /// Z shell
+    Zsh,
+    /// fish
+    Fish,
+    /// Elvish
+    Elvish,
+}
+
+impl Shell {
+    /// Returns the name that the completion library knows.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Bash => "bash",
+            Self::Zsh => "zsh",
+            Self::Fish => "fish",
+            Self::Elvish => "elvish",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_argument_has_a_help() {
+        for command in Cli::command().get_subcommands() {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn global_options_stand_before_or_behind_the_command() {
+        for line in [["vmcp", "-o", "json", "list"], ["vmcp", "list", "-o", "json"]] {
+            assert_eq!(Cli::try_parse_from(line).unwrap().global.output, Format::Json);
+        }
+    }
+
+    #[test]
+    fn unknown_words_are_refused() {
+        for line in [&["vmcp"][..], &["vmcp", "lst"], &["vmcp", "list", "--oputput=json"], &["vmcp", "boot"]]
+        {
+            assert!(Cli::try_parse_from(line).is_err(), "{line:?}");
+        }
+    }
+}

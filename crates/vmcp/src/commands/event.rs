@@ -1,0 +1,64 @@
+//! An event in a few words, for `watch` and `events`.
+
+use vmm_proto::v1 as pb;
+
+use crate::output::{units, words};
+
+/// The headings of [`cells`].
+pub(super) const HEADING: [&str; 6] = ["TIME", "NAME", "EVENT", "STATE", "STATUS", "CAUSE"];
+
+/// Returns the cells of an event.
+pub(super) fn cells(event: &pb::VmEvent) -> [String; 6] {
+    let cause = match (event.cause.as_str(), event.actor.as_str()) {
+        (cause, "" | "system") => cause.to_owned(),
+        (cause, actor) => format!("{cause} by {actor}"),
+    };
+    let cause = match event.ended_by.as_str() {
+        "" => cause,
+        rung => format!("{cause}, ended by {rung}"),
+    };
+    [
+        units::time(event.time),
+        event.vm_id.clone(),
+        event.r#type.clone(),
+        words::state(&event.state),
+        words::status(&event.state, &event.status),
+        cause,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_says_when_who_what_and_why() {
+        let event = pb::VmEvent {
+            time: 1_795_323_329_384,
+            vm_id: "web-1".into(),
+            r#type: "vmm-exited".into(),
+            state: pb::VmState::Shutdown.into(),
+            status: pb::VmStatus {
+                phase: "stopped".into(),
+                reason: "guest-power-off".into(),
+                ..Default::default()
+            }
+            .into(),
+            cause: "ShutdownVm".into(),
+            actor: "anonymous@127.0.0.1".into(),
+            ended_by: "acpi".into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            cells(&event),
+            [
+                "2026-11-22T04:55:29Z",
+                "web-1",
+                "vmm-exited",
+                "shutdown",
+                "guest-power-off",
+                "ShutdownVm by anonymous@127.0.0.1, ended by acpi"
+            ]
+        );
+    }
+}

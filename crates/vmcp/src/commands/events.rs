@@ -1,0 +1,64 @@
+//! `vmcp events`: the audit trail.
+
+use connectrpc::{ConnectError, ErrorCode};
+use vmm_proto::v1 as pb;
+
+use super::{Session, event};
+use crate::cli::Events;
+use crate::connect::{Client, names};
+use crate::failure::Failure;
+use crate::output::Table;
+
+/// The events in a page, the most that the server gives.
+const PAGE_SIZE: i32 = 1000;
+
+pub(super) async fn run(session: &mut Session, arguments: &Events) -> Result<(), Failure> {
+    let vm_id = match &arguments.name {
+        Some(name) => present_or_deleted(&session.client, name).await?,
+        None => String::new(),
+    };
+    let mut answer = all(&session.client, &vm_id).await?;
+    if !vm_id.is_empty() && answer.events.is_empty() {
+        let message = format!("no VM is named \"{vm_id}\", and no event of one is kept");
+        return Err(ConnectError::not_found(message).into());
+    }
+    if let Some(last) = arguments.last {
+        answer.events.drain(..answer.events.len().saturating_sub(last));
+    }
+    let names: Vec<_> = answer.events.iter().map(|event| event.vm_id.as_str()).collect();
+    session.output.answer(&answer, &names, |width| {
+        let mut table = Table::new(width, event::HEADING);
+        for event in &answer.events {
+            table.row(event::cells(event));
+        }
+        table.render()
+    })
+}
+
+/// Returns the VM that a name means. A deleted VM has its events still, so a name that no VM has is
+/// taken as it is.
+pub(super) async fn present_or_deleted(client: &Client, name: &str) -> Result<String, Failure> {
+    match names::resolve(client, name).await {
+        Err(failure) if failure.code() == Some(ErrorCode::NotFound) => Ok(name.to_owned()),
+        outcome => outcome,
+    }
+}
+
+async fn all(client: &Client, vm_id: &str) -> Result<pb::ListVmEventsResponse, ConnectError> {
+    let mut whole = pb::ListVmEventsResponse::default();
+    let mut page_token = String::new();
+    loop {
+        let request = pb::ListVmEventsRequest {
+            vm_id: vm_id.to_owned(),
+            page_size: PAGE_SIZE,
+            page_token,
+            ..Default::default()
+        };
+        let page = client.list_vm_events(request).await?.into_owned();
+        whole.events.extend(page.events);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return Ok(whole);
+        }
+    }
+}

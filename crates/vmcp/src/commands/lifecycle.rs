@@ -1,0 +1,131 @@
+//! `vmcp boot`, `shutdown`, `pause`, `resume`, `reboot` and `delete`.
+//!
+//! Each takes several VMs, one after the other. One that fails does not keep the others from being
+//! carried out; the exit code is that of the first failure.
+
+use buffa::EnumValue;
+use connectrpc::ConnectError;
+use serde::Serialize;
+use vmm_proto::v1 as pb;
+
+use super::Session;
+use crate::cli::{Delete, Names, Reboot, Shutdown};
+use crate::connect::{Client, names, patient};
+use crate::failure::Failure;
+use crate::output::progress::Progress;
+use crate::output::{escape, problem, remark, words};
+
+pub(super) async fn boot(session: &mut Session, names: &Names) -> Result<(), Failure> {
+    let call = async |client: &Client, vm_id: &str| {
+        let request = pb::BootVmRequest { vm_id: vm_id.to_owned(), ..Default::default() };
+        Ok::<_, ConnectError>(client.boot_vm_with_options(request, patient()).await?.into_owned())
+    };
+    each(session, names, call, |vm_id, done| line(vm_id, &done.state, "")).await
+}
+
+pub(super) async fn shutdown(session: &mut Session, arguments: &Shutdown) -> Result<(), Failure> {
+    let call = async |client: &Client, vm_id: &str| {
+        let request = pb::ShutdownVmRequest {
+            vm_id: vm_id.to_owned(),
+            force: arguments.force,
+            timeout_seconds: arguments.timeout.unwrap_or_default(),
+            ..Default::default()
+        };
+        Ok::<_, ConnectError>(client.shutdown_vm_with_options(request, patient()).await?.into_owned())
+    };
+    each(session, &arguments.names, call, |vm_id, done| line(vm_id, &done.state, &done.ended_by)).await
+}
+
+pub(super) async fn pause(session: &mut Session, names: &Names) -> Result<(), Failure> {
+    let call = async |client: &Client, vm_id: &str| {
+        let request = pb::PauseVmRequest { vm_id: vm_id.to_owned(), ..Default::default() };
+        Ok::<_, ConnectError>(client.pause_vm_with_options(request, patient()).await?.into_owned())
+    };
+    each(session, names, call, |vm_id, done| line(vm_id, &done.state, "")).await
+}
+
+pub(super) async fn resume(session: &mut Session, names: &Names) -> Result<(), Failure> {
+    let call = async |client: &Client, vm_id: &str| {
+        let request = pb::ResumeVmRequest { vm_id: vm_id.to_owned(), ..Default::default() };
+        Ok::<_, ConnectError>(client.resume_vm_with_options(request, patient()).await?.into_owned())
+    };
+    each(session, names, call, |vm_id, done| line(vm_id, &done.state, "")).await
+}
+
+pub(super) async fn reboot(session: &mut Session, arguments: &Reboot) -> Result<(), Failure> {
+    let call = async |client: &Client, vm_id: &str| {
+        let request = pb::RebootVmRequest {
+            vm_id: vm_id.to_owned(),
+            force: arguments.force,
+            timeout_seconds: arguments.timeout.unwrap_or_default(),
+            ..Default::default()
+        };
+        Ok::<_, ConnectError>(client.reboot_vm_with_options(request, patient()).await?.into_owned())
+    };
+    each(session, &arguments.names, call, |vm_id, done| line(vm_id, &done.state, &done.ended_by)).await
+}
+
+pub(super) async fn delete(session: &mut Session, arguments: &Delete) -> Result<(), Failure> {
+    let call = async |client: &Client, vm_id: &str| {
+        let request =
+            pb::DeleteVmRequest { vm_id: vm_id.to_owned(), force: arguments.force, ..Default::default() };
+        let done = client.delete_vm_with_options(request, patient()).await?.into_owned();
+        for left in &done.left_behind {
+            remark(&format!(
+                "warning: left behind: {}: {}",
+                escape::line(&left.field),
+                escape::line(&left.message)
+            ));
+        }
+        Ok::<_, ConnectError>(done)
+    };
+    each(session, &arguments.names, call, |vm_id, _| format!("{}: deleted", escape::line(vm_id))).await
+}
+
+/// Carries out `call` for each VM, and prints the answers with `people`.
+async fn each<M: Serialize>(
+    session: &mut Session,
+    names: &Names,
+    call: impl AsyncFn(&Client, &str) -> Result<M, ConnectError>,
+    people: impl Fn(&str, &M) -> String,
+) -> Result<(), Failure> {
+    let mut first_failure = None;
+    for name in &names.names {
+        match one(session, name, &call, &people).await {
+            Ok(()) => {}
+            // The last words of a single VM are printed by the caller.
+            Err(failure) if names.names.len() == 1 => return Err(failure),
+            Err(Failure::Output(error)) => return Err(Failure::Output(error)),
+            Err(failure) => {
+                let server = session.server.to_string();
+                if let Some(text) = problem::text(&failure, session.output.format(), &server) {
+                    remark(&text);
+                }
+                first_failure.get_or_insert(failure.exit_number());
+            }
+        }
+    }
+    first_failure.map_or(Ok(()), |number| Err(Failure::Reported(number)))
+}
+
+async fn one<M: Serialize>(
+    session: &mut Session,
+    name: &str,
+    call: &impl AsyncFn(&Client, &str) -> Result<M, ConnectError>,
+    people: &impl Fn(&str, &M) -> String,
+) -> Result<(), Failure> {
+    let vm_id = names::resolve(&session.client, name).await?;
+    let progress = Progress::of_vm(&session.client, &vm_id);
+    let outcome = call(&session.client, &vm_id).await;
+    drop(progress);
+    let answer = outcome?;
+    session.output.answer(&answer, &[&vm_id], |_| people(&vm_id, &answer))
+}
+
+fn line(vm_id: &str, state: &EnumValue<pb::VmState>, ended_by: &str) -> String {
+    let mut line = format!("{}: {}", escape::line(vm_id), words::state(state));
+    if !ended_by.is_empty() {
+        line.push_str(&format!(", the guest was ended by {}", escape::line(ended_by)));
+    }
+    line
+}

@@ -1,0 +1,47 @@
+//! The connection to the daemon.
+//!
+//! - [`client`]: the generated client, which speaks Connect with binary messages. Binary messages
+//!   of a later release can have fields that this program does not know; JSON could not.
+//! - [`names`]: the VM that a name or a prefix means.
+//! - [`raw`]: a call with JSON as it is typed, and the pages beside the API.
+//! - [`retry`]: the pauses before a connection is tried again.
+
+pub(crate) mod names;
+pub(crate) mod raw;
+pub(crate) mod retry;
+
+use std::time::Duration;
+
+use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
+use vmm_proto::v1::VmServiceClient;
+
+use crate::config::Server;
+
+/// The longest time for a connection to be made, because a person waits for it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The longest time for an answer that comes from the daemon's memory.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest time for an operation and for a stream: the daemon takes no later deadline.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// The client of the daemon.
+pub(crate) type Client = VmServiceClient<HttpClient>;
+
+/// Returns a client of a server. Nothing is sent yet.
+pub(crate) fn client(server: &Server) -> Client {
+    VmServiceClient::new(transport(), ClientConfig::new(server.uri()).with_default_timeout(ANSWER_TIMEOUT))
+}
+
+/// Returns the options of a call that waits for a guest, for other operations or for events.
+pub(crate) fn patient() -> CallOptions {
+    CallOptions::default().with_timeout(LONGEST_TIMEOUT)
+}
+
+/// Returns what carries requests.
+pub(crate) fn transport() -> HttpClient {
+    HttpClient::builder()
+        .tcp_connect_timeout(CONNECT_TIMEOUT)
+        .establishment_timeout(CONNECT_TIMEOUT)
+        .plaintext()
+}

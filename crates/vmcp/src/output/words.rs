@@ -1,0 +1,67 @@
+//! The API's enums and messages in a few words.
+
+use buffa::EnumValue;
+use vmm_proto::v1 as pb;
+
+/// Returns a state as people type it: `running`.
+pub(crate) fn state(state: &EnumValue<pb::VmState>) -> String {
+    match state.as_known() {
+        Some(pb::VmState::VM_STATE_UNSPECIFIED) | None => format!("unknown ({})", state.to_i32()),
+        Some(known) => name(known).to_owned(),
+    }
+}
+
+/// Returns a state's name without its prefix.
+pub(crate) fn name(state: pb::VmState) -> &'static str {
+    match state {
+        pb::VmState::VM_STATE_UNSPECIFIED => "unspecified",
+        pb::VmState::VM_STATE_CREATED => "created",
+        pb::VmState::VM_STATE_RUNNING => "running",
+        pb::VmState::VM_STATE_PAUSED => "paused",
+        pb::VmState::VM_STATE_SHUTDOWN => "shutdown",
+    }
+}
+
+/// Returns what a status says beyond the state: `failed: boot-failed`, or nothing.
+pub(crate) fn status(state: &EnumValue<pb::VmState>, status: &pb::VmStatus) -> String {
+    // These phases are the names of the states themselves.
+    let same = matches!(
+        (state.as_known(), status.phase.as_str()),
+        (Some(pb::VmState::VM_STATE_CREATED), "created")
+            | (Some(pb::VmState::VM_STATE_RUNNING), "running")
+            | (Some(pb::VmState::VM_STATE_PAUSED), "paused")
+            | (Some(pb::VmState::VM_STATE_SHUTDOWN), "stopped")
+    );
+    let phase = if same { "" } else { status.phase.as_str() };
+    let parts = [phase, status.reason.as_str()];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": ")
+}
+
+/// Returns pairs as people type them: `team=web,tier=1`.
+pub(crate) fn pairs<'a>(pairs: impl IntoIterator<Item = (&'a String, &'a String)>) -> String {
+    let pairs: Vec<_> = pairs.into_iter().map(|(key, value)| format!("{key}={value}")).collect();
+    pairs.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_says_only_what_the_state_does_not() {
+        let say = |state: pb::VmState, phase: &str, reason: &str| {
+            let full = pb::VmStatus { phase: phase.into(), reason: reason.into(), ..Default::default() };
+            status(&state.into(), &full)
+        };
+        assert_eq!(say(pb::VmState::VM_STATE_RUNNING, "running", ""), "");
+        assert_eq!(say(pb::VmState::VM_STATE_SHUTDOWN, "stopped", "guest-power-off"), "guest-power-off");
+        assert_eq!(say(pb::VmState::VM_STATE_SHUTDOWN, "failed", "boot-failed"), "failed: boot-failed");
+        assert_eq!(say(pb::VmState::VM_STATE_RUNNING, "stopping", ""), "stopping");
+    }
+
+    #[test]
+    fn a_state_of_a_later_release_is_shown_by_its_number() {
+        assert_eq!(state(&EnumValue::from(9)), "unknown (9)");
+        assert_eq!(state(&pb::VmState::VM_STATE_PAUSED.into()), "paused");
+    }
+}

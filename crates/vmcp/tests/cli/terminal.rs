@@ -1,0 +1,214 @@
+//! `vmcp` in a terminal: what stands on the screen, and what is sent to it.
+
+use std::io::Read as _;
+use std::process::Child;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use pty_process::Size;
+use pty_process::blocking::{Command, open};
+use serde_json::json;
+use vmm_testkit::guests::Guest;
+
+use crate::trials;
+use crate::world::{PATIENCE, World, has_qemu, pause};
+
+trials![
+    a_table_fits_into_the_terminal,
+    a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean,
+    a_remark_does_not_stand_in_the_spinners_line,
+    a_spinner_is_only_where_both_outputs_are_terminals,
+    text_of_others_cannot_draw_on_the_screen,
+];
+
+/// The rows of every terminal here.
+const ROWS: u16 = 40;
+
+/// A terminal with `vmcp` in it.
+struct Terminal {
+    child: Child,
+    /// Every byte that was sent to the terminal.
+    sent: Arc<Mutex<Vec<u8>>>,
+    columns: u16,
+}
+
+impl Terminal {
+    /// Runs `vmcp` in a terminal; `redirect` leads its standard error or output elsewhere.
+    fn run(world: &World, columns: u16, arguments: &[&str], redirect: Redirect) -> Self {
+        let (mut pty, pts) = open().unwrap();
+        pty.resize(Size::new(ROWS, columns)).unwrap();
+        let mut command = Command::from(world.command(arguments)).env("TERM", "xterm");
+        match redirect {
+            Redirect::Nothing => {}
+            Redirect::Stdout => command = command.stdout(std::process::Stdio::null()),
+            Redirect::Stderr => command = command.stderr(std::process::Stdio::null()),
+        }
+        let child = command.spawn(pts).unwrap();
+        let sent = Arc::new(Mutex::new(Vec::new()));
+        let into = Arc::clone(&sent);
+        std::thread::spawn(move || {
+            let mut part = [0; 4096];
+            // The read fails when the program has ended and its terminal is closed.
+            while let Ok(length) = pty.read(&mut part) {
+                into.lock().unwrap().extend_from_slice(&part[..length]);
+                if length == 0 {
+                    break;
+                }
+            }
+        });
+        Self { child, sent, columns }
+    }
+
+    /// Returns the screen as a person sees it, after everything that was sent.
+    fn screen(&self) -> String {
+        let mut parser = vt100::Parser::new(nonzero(ROWS), nonzero(self.columns), 0);
+        parser.process(&self.sent.lock().unwrap());
+        parser.screen().contents()
+    }
+
+    /// Returns everything that was sent to the terminal.
+    fn sent(&self) -> String {
+        String::from_utf8_lossy(&self.sent.lock().unwrap()).into_owned()
+    }
+
+    /// Waits until the screen has `text`.
+    #[track_caller]
+    fn wait_for(&self, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let screen = self.screen();
+            if screen.contains(text) {
+                return screen;
+            }
+            assert!(Instant::now() < deadline, "{text:?} never stood on the screen:\n{screen}");
+            pause();
+        }
+    }
+
+    /// Waits until the program has ended, and returns its exit code.
+    fn code(&mut self) -> i32 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                // The last bytes may still be on their way to the reader.
+                let mut before = None;
+                while before != Some(self.sent().len()) {
+                    before = Some(self.sent().len());
+                    pause();
+                    pause();
+                }
+                return status.code().expect("no signal ended it");
+            }
+            assert!(Instant::now() < deadline, "vmcp does not end:\n{}", self.screen());
+            pause();
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn nonzero(number: u16) -> std::num::NonZero<u16> {
+    number.try_into().unwrap()
+}
+
+/// The output that does not go to the terminal.
+enum Redirect {
+    Nothing,
+    Stdout,
+    Stderr,
+}
+
+/// Makes a VM run whose guest ignores the power button, so that a shutdown takes its whole time.
+fn with_a_deaf_guest(vm_id: &str) -> World {
+    let world = World::started(&[]);
+    world.create(vm_id, Guest::Idle);
+    world.run(&["boot", vm_id]).ok();
+    world
+}
+
+fn a_table_fits_into_the_terminal() {
+    let world =
+        World::started(&[("UNKEY_VMCP_QEMU_BINARY", "/nonexistent/a/long/way/to/qemu-system-x86_64")]);
+    let mut narrow = Terminal::run(&world, 60, &["backends"], Redirect::Nothing);
+    assert_eq!(narrow.code(), 0);
+    let screen = narrow.screen();
+    assert!(screen.starts_with("NAME"), "{screen}");
+    // A cell that is too long goes on in its own column, so no line begins in the middle of one.
+    let beginnings: Vec<_> = screen.lines().filter(|line| !line.starts_with(' ')).collect();
+    assert!(
+        beginnings.iter().all(|line| {
+            ["NAME", "cloudhypervisor", "firecracker", "qemu"].iter().any(|name| line.starts_with(name))
+                || line.is_empty()
+        }),
+        "{screen}"
+    );
+    assert!(screen.lines().count() > 4, "{screen}");
+    let mut wide = Terminal::run(&world, 400, &["backends"], Redirect::Nothing);
+    wide.code();
+    assert_eq!(wide.screen().lines().count(), 4, "{}", wide.screen());
+}
+
+fn a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean() {
+    if !has_qemu("terminal::a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean") {
+        return;
+    }
+    let world = with_a_deaf_guest("deaf");
+    let mut terminal = Terminal::run(&world, 80, &["shutdown", "deaf", "--timeout", "3s"], Redirect::Nothing);
+    terminal.wait_for("deaf: stopping");
+    assert_eq!(terminal.code(), 0);
+    let screen = terminal.screen();
+    assert!(screen.starts_with("deaf: shutdown, the guest was ended by "), "{screen}");
+    assert_eq!(screen.trim_end().lines().count(), 1, "nothing of the spinner is left: {screen}");
+    let sent = terminal.sent();
+    assert!(!sent.contains("\u{1b}[?25l") || sent.ends_with("\u{1b}[?25h"), "the cursor is there: {sent:?}");
+}
+
+fn a_remark_does_not_stand_in_the_spinners_line() {
+    let mut world = World::started(&[]);
+    world.create("vm", Guest::Idle);
+    let terminal = Terminal::run(&world, 100, &["wait", "vm", "running"], Redirect::Nothing);
+    terminal.wait_for("vm: created");
+    world.stop(rustix::process::Signal::KILL);
+    let screen = terminal.wait_for("connecting again");
+    let remark =
+        screen.lines().find(|line| line.contains("connecting again") || line.contains("vmcp: lost")).unwrap();
+    assert!(remark.starts_with("vmcp: lost http://"), "{screen}");
+}
+
+fn a_spinner_is_only_where_both_outputs_are_terminals() {
+    if !has_qemu("terminal::a_spinner_is_only_where_both_outputs_are_terminals") {
+        return;
+    }
+    let world = with_a_deaf_guest("deaf");
+    let arguments = ["shutdown", "deaf", "--timeout", "2s"];
+    let mut piped = Terminal::run(&world, 80, &arguments, Redirect::Stdout);
+    assert_eq!(piped.code(), 0);
+    assert_eq!(piped.sent(), "", "standard output is no terminal");
+    world.run(&["boot", "deaf"]).ok();
+    let mut silent = Terminal::run(&world, 80, &arguments, Redirect::Stderr);
+    assert_eq!(silent.code(), 0);
+    let sent = silent.sent();
+    assert!(!sent.contains('\u{1b}') && sent.starts_with("deaf: shutdown"), "{sent:?}");
+}
+
+fn text_of_others_cannot_draw_on_the_screen() {
+    let world = World::started(&[]);
+    let mut config = world.tiny(Guest::Idle);
+    config["metadata"] = json!({"note": "\u{1b}[2J\u{1b}[Hforged\u{9b}7m", "\u{7}": "x"});
+    world.call("CreateVm", &json!({"vm_id": "vm", "config": config}));
+    for arguments in [&["get", "vm"][..], &["get", "vm", "-o", "json"], &["get", "vm", "-o", "yaml"]] {
+        let mut terminal = Terminal::run(&world, 120, arguments, Redirect::Nothing);
+        assert_eq!(terminal.code(), 0);
+        assert!(
+            !terminal.sent().contains(['\u{1b}', '\u{9b}', '\u{7}']),
+            "{arguments:?}: {:?}",
+            terminal.sent()
+        );
+        assert!(terminal.screen().contains("forged"), "{}", terminal.screen());
+    }
+}
