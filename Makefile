@@ -9,11 +9,12 @@ help: ## list the targets
 setup: ## install what is missing and prepare the guest that demo and tests boot
 	@scripts/setup.sh
 
-build: ## build the daemon, ./vmm-controlplane
-	cargo build --release -p vmm-controlplane
-	@# A rename, because a running daemon's file cannot be written to.
-	@cp "$${CARGO_TARGET_DIR:-target}/release/vmm-controlplane" vmm-controlplane.new
-	@mv -f vmm-controlplane.new vmm-controlplane
+build: ## build the daemon, ./vmm-controlplane, and the command line, ./vmcp
+	cargo build --release -p vmm-controlplane -p vmcp
+	@# A rename, because a running program's file cannot be written to.
+	@for program in vmm-controlplane vmcp; do \
+		cp "$${CARGO_TARGET_DIR:-target}/release/$$program" $$program.new && mv -f $$program.new $$program || exit 1; \
+	done
 	@# The daemon does not link libvirt. The helper is built only if libvirt is installed.
 	@if pkg-config --exists libvirt libvirt-qemu 2> /dev/null; then $(MAKE) --no-print-directory libvirt-helper; fi
 
