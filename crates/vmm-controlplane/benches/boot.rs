@@ -291,9 +291,7 @@ fn address_in(log: &Path) -> String {
     while Instant::now() < deadline {
         let said = std::fs::read_to_string(log).unwrap();
         let lines = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        if let Some(address) =
-            lines.filter_map(|line| Some(line["fields"]["address"].as_str()?.to_owned())).next()
-        {
+        if let Some(address) = lines.filter_map(|line| Some(line["address"].as_str()?.to_owned())).next() {
             return address;
         }
         std::thread::sleep(Duration::from_millis(20));

@@ -36,7 +36,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     let Loaded { config, warnings, .. } = loaded;
     for warning in &warnings {
-        tracing::warn!("{warning}");
+        tracing::warn!(detail = %warning, "the configuration has a problem");
     }
     // The limit on open files is raised before anything is opened and before any VMM is started,
     // because VMMs inherit it. The signal handlers come next, so that a signal during the start
@@ -88,8 +88,11 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     rpc::serve(listener, router, pages, options, stop).await?;
 
     match service.drain(DRAIN).await {
-        0 => tracing::info!("stopped; the VMs go on running"),
-        left => tracing::warn!(left, "stopped with operations under way; the next start settles them"),
+        0 => tracing::info!("the daemon has stopped; the VMs go on running"),
+        left => tracing::warn!(
+            left,
+            "the daemon has stopped with operations in progress; the next start finishes them"
+        ),
     }
     alive.abort();
     // Closing the database writes the changes that are still queued. The next daemon then finds an
@@ -107,8 +110,8 @@ fn sign(config: &Config, instance: InstanceId) {
     match ledger::sign(&config.runtime_dir, instance) {
         Ok(Served::Many) => tracing::warn!(
             runtime_dir = %dir,
-            "more than one state directory has used this runtime directory, so nothing there is ever proven a leftover; give \
-             each daemon its own with UNKEY_VMCP_RUNTIME_DIR"
+            "more than one state directory has used this runtime directory, so `reconcile` removes nothing there; give each \
+             daemon its own with UNKEY_VMCP_RUNTIME_DIR"
         ),
         Ok(Served::One(_) | Served::Nobody) => {}
         Err(error) => {
@@ -141,7 +144,7 @@ fn settings(config: &Config) -> Settings {
 fn connections() -> ServeOptions {
     let limit = match descriptors::raise_limit() {
         Ok((before, now)) => {
-            tracing::info!(before, now, "the limit on open files is the hard one");
+            tracing::debug!(before, now, "the soft limit on open files was raised to the hard limit");
             now
         }
         Err(error) => {
@@ -167,7 +170,7 @@ async fn bind(config: &Config) -> anyhow::Result<TcpListener> {
 /// Returns the warning of the health page for an address that other hosts can reach.
 fn exposure(address: SocketAddr) -> Option<String> {
     (!is_loopback(address.ip()))
-        .then(|| format!("{address} is reachable from other hosts, and nothing authenticates who calls"))
+        .then(|| format!("{address} is reachable from other hosts, and no caller is authenticated"))
 }
 
 /// Returns a future that ends at the first SIGTERM or SIGINT. A second signal ends the process at
@@ -180,10 +183,13 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
         };
-        tracing::info!(signal = name, "stopping: no new calls are taken, those under way may end");
+        tracing::info!(
+            signal = name,
+            "the daemon stops: new calls are refused, and calls in progress may end"
+        );
         tokio::spawn(async move {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-            tracing::warn!("a second signal: stopping at once");
+            tracing::warn!("the daemon stops at once, because a second signal came");
             std::process::exit(130);
         });
     })

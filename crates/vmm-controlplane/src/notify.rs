@@ -27,7 +27,7 @@ impl ServiceManager {
         let way = variable("NOTIFY_SOCKET").and_then(|name| match way_to(&name) {
             Ok(way) => Some(way),
             Err(error) => {
-                tracing::warn!(%error, socket = ?name, "the socket in NOTIFY_SOCKET cannot be used; the service manager is told nothing");
+                tracing::warn!(%error, socket = ?name, "the socket in NOTIFY_SOCKET cannot be used; the service manager gets no messages");
                 None
             }
         });
@@ -63,7 +63,7 @@ impl ServiceManager {
     fn tell(&self, message: &str) {
         let Some((socket, address)) = &self.way else { return };
         if let Err(error) = socket.send_to_addr(message.as_bytes(), address) {
-            tracing::warn!(%error, "the service manager could not be told {message:?}");
+            tracing::warn!(%error, sent = message, "a message to the service manager could not be sent");
         }
     }
 }

@@ -76,7 +76,7 @@ impl From<Arc<dyn Backend>> for BackendFamily {
     fn from(current: Arc<dyn Backend>) -> Self {
         let name = current.capabilities().name.clone();
         let make = move |kind: &VmKind| {
-            Err(format!("it lives at {kind}, which the endpoints of {name} do not name any more"))
+            Err(format!("the VM lives at {kind}, which is no longer among the endpoints of {name}"))
         };
         Self::new(current, make)
     }

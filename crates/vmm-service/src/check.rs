@@ -225,7 +225,7 @@ fn look_at_output(visitor: &Visitor, report: &mut Report, path: &Path, owned: bo
                     .reject(FIELD, format!("the folder of {} does not exist: make it first", path.display()));
             }
         }
-        Err(error) => report.reject(FIELD, format!("{} cannot be looked at: {error}", path.display())),
+        Err(error) => report.reject(FIELD, format!("{} cannot be examined: {error}", path.display())),
     }
 }
 

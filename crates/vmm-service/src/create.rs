@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
 use uuid::Uuid;
 use vmm_core::backend::{Backend, Effect};
 use vmm_core::caller::Caller;
@@ -19,10 +20,15 @@ use crate::actor::{Beginning, NewActor};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::events::Committed;
+use crate::mailbox::Outcome;
+use crate::operation_log::Ending;
 use crate::places;
 use crate::shared::Shared;
 use crate::spares::{self, Promise};
 use crate::validate::{Checked, check_config, check_network};
+
+/// The name of the method.
+const OPERATION: &str = "CreateVm";
 
 /// The request of a CreateVm.
 #[derive(Clone, Debug)]
@@ -44,8 +50,27 @@ pub struct Created {
     pub warnings: Vec<Warning>,
 }
 
-/// Creates a VM, or finds the VM that the same call created before.
+/// Creates a VM, or finds the VM that the same call created before, and logs a success.
 pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Result<Created, ServiceError> {
+    let (asked, caller) = (Instant::now(), request.caller.clone());
+    let created = create_or_find(shared, request).await?;
+    let ending = Ending { operation: OPERATION, actor: &caller, record: &created.record, asked };
+    ending.done(&Outcome { record: Arc::clone(&created.record), ended_by: None, left_behind: Vec::new() });
+    Ok(created)
+}
+
+/// Logs a failure whose client has left. The span of the request has the other keys.
+pub(crate) fn log_unread_failure(error: &ServiceError) {
+    tracing::warn!(
+        operation = OPERATION,
+        outcome = "failed",
+        reason = error.code(),
+        detail = %error,
+        "operation failed"
+    );
+}
+
+async fn create_or_find(shared: &Arc<Shared>, request: CreateRequest) -> Result<Created, ServiceError> {
     let fresh = VmUid::new(Uuid::now_v7());
     let vm_id = match request.vm_id.as_str() {
         "" => VmId::generated(fresh),
@@ -143,7 +168,7 @@ async fn put_on_record(
         kind: EventKind::Created,
         state: record.state,
         status: record.status.clone(),
-        cause: "CreateVm".to_owned(),
+        cause: OPERATION.to_owned(),
         caller,
         ended_by: None,
         metadata: record.config.metadata.clone(),
@@ -184,7 +209,6 @@ fn show(
     NewActor { shared: Arc::clone(shared), record, backend, committed: seq, beginning }.start();
     drop(committed);
     point(FaultPoint::CreateShown);
-    tracing::info!(vm_id = %shown.vm_id, uid = %shown.uid, backend = %shown.backend, "VM created");
     shown
 }
 
@@ -198,7 +222,7 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
     };
     let removal = Commit { change: Change::Remove(record.uid), event: Some(event) };
     if let Err(error) = shared.events.commit(removal).await {
-        tracing::error!(uid = %record.uid, %error, "a VM whose creation failed may be on record all the same");
+        tracing::error!(uid = %record.uid, %error, "a VM whose creation failed may be on record; look for it with ListVms and delete it");
     }
 }
 

@@ -173,6 +173,23 @@ impl ServiceError {
         }
     }
 
+    /// Returns the word for this error in the log, which is the code of the answer on the wire.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "invalid_argument",
+            Self::NotFound(_) => "not_found",
+            Self::AlreadyExists(_) => "already_exists",
+            Self::IllegalState { .. } | Self::Precondition(_) => "failed_precondition",
+            Self::Unavailable(_) => "unavailable",
+            Self::Unsupported(_) => "unimplemented",
+            Self::Deadline(_) => "deadline_exceeded",
+            Self::Aborted(_) => "aborted",
+            Self::Exhausted(_) => "resource_exhausted",
+            Self::OutOfRange(_) => "out_of_range",
+            Self::Internal(_) => "internal",
+        }
+    }
+
     /// Returns the errors below this one whose text adds information, the nearest first.
     pub fn causes(&self) -> Vec<String> {
         let mut said = self.to_string();

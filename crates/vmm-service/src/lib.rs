@@ -33,6 +33,7 @@ mod listing;
 mod mailbox;
 mod metrics;
 mod names;
+mod operation_log;
 mod places;
 mod run_folders;
 mod service;

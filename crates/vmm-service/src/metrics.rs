@@ -178,7 +178,7 @@ impl Sampling {
                 ContactProof::Made => Contact::Made,
                 ContactProof::Lost => Contact::Lost(error.to_string()),
                 ContactProof::None => {
-                    tracing::debug!(vm_id = %self.vm_id, %error, "the VMM could not be asked for a sign of life");
+                    tracing::debug!(vm_id = %self.vm_id, %error, "the VMM could not be asked for an answer");
                     return true;
                 }
             },

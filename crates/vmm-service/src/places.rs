@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use tokio::sync::MutexGuard;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use uuid::Uuid;
 use vmm_core::backend::Backend;
 use vmm_core::caller::Caller;
@@ -35,6 +36,7 @@ use crate::check::{self, Purpose, Terms};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::mailbox::{ActorHandle, Operation};
+use crate::operation_log::{self, Ending};
 use crate::shared::Shared;
 
 /// The cause of the events of imported VMs.
@@ -139,8 +141,8 @@ async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found)
     let Some(found) = give_to_owner(shared, backend, found).await else { return };
     if found.uid.is_some() {
         tracing::warn!(
-            ?found,
-            "a VM was found that bears the mark of one that is not on record; it is left alone"
+            found = ?found,
+            "a VM was found that bears the mark of a VM which is not on record; it is left alone"
         );
         return;
     }
@@ -180,7 +182,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         None => None,
     };
     let Some((vm_id, _creating)) = free_name(shared, &found.names).await else {
-        return Err(ServiceError::precondition(format!("every name for it is taken: {:?}", found.names)));
+        return Err(ServiceError::precondition(format!("every name for the VM is taken: {:?}", found.names)));
     };
     let _no_place_is_given_out = shared.places.lock().await;
     if let Some(handle) = owner(shared, backend, &found) {
@@ -215,7 +217,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
     if let Some(run) = &record.run
         && let Err(taken) = shared.claims.acquire(uid, &vm_id, &run.claims)
     {
-        tracing::error!(taken, "a VM that was found holds what another one holds");
+        tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
     }
     let event = NewEvent {
         time_ms: now,
@@ -230,7 +232,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         metadata: record.config.metadata.clone(),
     };
     point(FaultPoint::ImportTaken);
-    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event) };
+    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event.clone()) };
     let committed = match shared.events.commit(insert).await {
         Ok(committed) => committed,
         Err(error) => {
@@ -239,7 +241,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         }
     };
     point(FaultPoint::ImportCommitted);
-    tracing::info!(%vm_id, %uid, backend = %name, kind = %record.kind, state = record.state.name(), "imported a VM");
+    operation_log::unrequested(&event, &record.backend, shared.beginnings.count(event.kind));
     NewActor {
         shared: Arc::clone(shared),
         record: Arc::new(record),
@@ -259,7 +261,7 @@ pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: 
         Err(silent) => {
             tracing::error!(
                 pid = run.process.pid,
-                %silent,
+                error = %silent,
                 "a VM was found running whose files do not answer; its disks are claimed by their paths until they do"
             );
             check::claims_by_path(spec)
@@ -285,7 +287,9 @@ async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
     let operation = Operation { request: Request::Delete, ask_guest_for: None, caller: Caller::system() };
+    let (actor, asked) = (operation.caller.clone(), Instant::now());
+    let ending = Ending { operation: Request::Delete.name(), actor: &actor, record: &record, asked };
     if let Some(Err(error)) = handle.ask(operation, shared.under_way.begin()).await {
-        tracing::warn!(vm_id = %record.vm_id, %error, "a VM that is no more could not be taken off the record");
+        ending.failed(&error);
     }
 }

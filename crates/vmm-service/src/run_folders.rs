@@ -60,19 +60,19 @@ impl RunFolders {
     async fn told(names: impl Future<Output = Result<io::Result<BTreeSet<OsString>>, JoinError>>) -> Self {
         let Ok(names) = tokio::time::timeout(LISTING, names).await else {
             tracing::warn!(
-                "the processes of this host could not be listed within {LISTING:?}: one of them hangs in the kernel, as on a \
-                 disk that does not answer; every VM is looked for"
+                "the processes of this host could not be listed in time, because one of them hangs in the kernel, for example \
+                 on a disk that does not answer; every VM is searched for"
             );
             return Self(None);
         };
         match names {
             Ok(Ok(names)) => Self(Some(names)),
             Ok(Err(error)) => {
-                tracing::warn!(%error, "the processes of this host could not be listed; every VM is looked for");
+                tracing::warn!(%error, "the processes of this host could not be listed; every VM is searched for");
                 Self(None)
             }
             Err(error) => {
-                tracing::warn!(%error, "the listing of this host's processes broke off; every VM is looked for");
+                tracing::warn!(%error, "the processes of this host could not be listed; every VM is searched for");
                 Self(None)
             }
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tracing::Instrument as _;
 use uuid::Uuid;
 use vmm_core::caller::Caller;
@@ -27,6 +27,7 @@ use crate::kinds;
 use crate::listing::{self, ListQuery, Page};
 use crate::mailbox::{ActorHandle, Operation, Outcome};
 use crate::names::NameLocks;
+use crate::operation_log::Beginnings;
 use crate::places;
 use crate::run_folders::RunFolders;
 use crate::shared::Shared;
@@ -139,6 +140,7 @@ impl VmService {
         taps: Arc<dyn Taps>,
     ) -> Result<Self, ServiceError> {
         let Snapshot { instance, vms, unreadable, last_event, tombstones } = store.load().await?;
+        let vms_on_record = vms.len() + unreadable.len();
         let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
         tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
         // A VM that never ran and is not being started owns no TAP. A TAP with its label was made
@@ -161,6 +163,7 @@ impl VmService {
             recoveries: Arc::new(Semaphore::new(RECOVERIES)),
             policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),
             under_way: Counter::default(),
+            beginnings: Beginnings::default(),
         });
         // The backends are asked before any VM is recovered, so that the first clients see a known
         // health.
@@ -197,13 +200,14 @@ impl VmService {
         });
         if tokio::time::timeout(DISCOVERY_DEADLINE, discovering).await.is_err() {
             tracing::warn!(
-                "VMs that others started are still being looked for; they appear as they are found"
+                "the search for VMs of other programs takes long; it goes on, and each VM appears when it is found"
             );
         }
+        shared.beginnings.end(vms_on_record);
         Ok(Self { shared })
     }
 
-    /// Creates a VM. Runs to its end even if the caller goes away.
+    /// Creates a VM. The creation runs to its end even if the caller goes away.
     ///
     /// # Errors
     ///
@@ -212,13 +216,20 @@ impl VmService {
     pub async fn create(&self, request: CreateRequest) -> Result<Created, ServiceError> {
         let shared = Arc::clone(&self.shared);
         let counted = shared.under_way.begin();
+        let (reply, answer) = oneshot::channel();
         let creating = async move {
             let _counted = counted;
-            create::create(&shared, request).await
+            let created = create::create(&shared, request).await;
+            // The server logs the failure of a call whose client waits. Nobody reads this one.
+            if let Err(Err(error)) = reply.send(created) {
+                create::log_unread_failure(&error);
+            }
         };
-        let task = tokio::spawn(creating.in_current_span());
-        task.await
-            .map_err(|error| ServiceError::internal(format!("creating the VM ended abnormally: {error}")))?
+        tokio::spawn(creating.in_current_span());
+        // The sender is dropped without an answer only by a panic.
+        let abnormal =
+            |_| ServiceError::internal("the creation of the VM ended abnormally; the log has the panic");
+        answer.await.map_err(abnormal)?
     }
 
     /// Runs CreateVm's checks and touches nothing.
@@ -448,13 +459,13 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
         }
         (Ok(_) | Err(_), Err(problem)) => (None, problem),
     };
-    tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be taken up by this program; it is left as it is");
+    tracing::error!(vm_id = %record.vm_id, uid = %record.uid, detail = why, "the configuration or backend of a VM on record is not known to this program; the VM is left as it is");
     fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }
 
 /// Shows a VM whose record cannot be read as a whole. The future ends when that is done.
 fn leave_alone(shared: &Arc<Shared>, record: VmRecord, why: String) -> impl Future<Output = ()> + use<> {
-    tracing::error!(vm_id = %record.vm_id, uid = %record.uid, why, "a stored VM cannot be read by this program; it is left as it is");
+    tracing::error!(vm_id = %record.vm_id, uid = %record.uid, detail = why, "the record of a VM cannot be read by this program; the VM is left as it is");
     let known = shared.backends.of_kind(record.backend.as_str(), &kinds::kind_of(shared, &record)).ok();
     fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }

@@ -11,6 +11,7 @@ use crate::claims::Claims;
 use crate::events::Events;
 use crate::index::Index;
 use crate::names::NameLocks;
+use crate::operation_log::Beginnings;
 use crate::service::Settings;
 use crate::spares::Spares;
 use crate::under_way::Counter;
@@ -34,4 +35,6 @@ pub(crate) struct Shared {
     pub(crate) policy_starts: Arc<Semaphore>,
     /// The count of operations in progress, so that the end of the daemon can wait for them.
     pub(crate) under_way: Counter,
+    /// The changes that the recovery of the VMs has found, for the log.
+    pub(crate) beginnings: Beginnings,
 }

@@ -172,7 +172,7 @@ async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
         let uid = VmUid::new(Uuid::now_v7());
         if let Err(failed) = start(shared, backend, uid).await {
             if let NotStarted::Problem(problem) = &failed {
-                tracing::warn!(backend = %name, problem, "no spare VMM could be started; the next VM starts its own");
+                tracing::warn!(backend = %name, error = problem, "no spare VMM could be started; the next VM starts its own");
             }
             shared.spares.pool().end_filling(name, matches!(failed, NotStarted::Unsupported));
             return;
@@ -246,7 +246,7 @@ pub(crate) async fn dismiss(backend: &dyn Backend, uid: VmUid) {
 async fn remove(dir: PathBuf) {
     let removed = tokio::task::spawn_blocking(move || run_dir::remove(&dir)).await;
     if let Ok(Err(problem)) = removed {
-        tracing::warn!(%problem, "the folder of a spare VMM could not be removed; `reconcile` tells of it");
+        tracing::warn!(error = %problem, "the folder of a spare VMM could not be removed; `reconcile` lists it");
     }
 }
 
@@ -260,14 +260,18 @@ pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
     });
     let (left, on_record) = match left.await {
         Ok(Ok(found)) => found,
-        Ok(Err(error)) => return tracing::warn!(%error, "spare VMMs that were left cannot be looked for"),
-        Err(error) => return tracing::warn!(%error, "the look for spare VMMs that were left broke off"),
+        Ok(Err(error)) => {
+            return tracing::warn!(%error, "the spare VMMs of an earlier daemon could not be listed");
+        }
+        Err(error) => {
+            return tracing::warn!(%error, "the spare VMMs of an earlier daemon could not be listed");
+        }
     };
     // A VMM is ended before its mark or folder is removed. If the daemon dies in between, the mark
     // is still there, and the next start repeats the sweep.
     for (uid, dir, mark) in left {
         let Ok(backend) = shared.backends.of_kind(mark.backend.as_str(), &VmKind::Managed) else {
-            tracing::warn!(backend = %mark.backend, dir = %dir.display(), "a spare VMM was left of a backend that this daemon does not serve; `reconcile` tells of it");
+            tracing::warn!(backend = %mark.backend, dir = %dir.display(), "a spare VMM of an earlier daemon has a backend that this daemon does not serve; `reconcile` lists it");
             continue;
         };
         let sweeping = backend.sweep(SweepRequest::of_folder(uid, &dir));
@@ -275,9 +279,11 @@ pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
             Ok(Ok(())) if on_record.contains(&uid) => unmark(dir, mark).await,
             Ok(Ok(())) => remove(dir).await,
             Ok(Err(error)) => {
-                tracing::warn!(%error, dir = %dir.display(), "a spare VMM that was left could not be ended");
+                tracing::warn!(%error, dir = %dir.display(), "a spare VMM of an earlier daemon could not be ended");
             }
-            Err(_) => tracing::warn!(dir = %dir.display(), "a spare VMM that was left did not end in time"),
+            Err(_) => {
+                tracing::warn!(dir = %dir.display(), "a spare VMM of an earlier daemon did not end in time")
+            }
         }
     }
 }

@@ -65,11 +65,11 @@ async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
         Ok(committed) => {
             drop(committed);
             shared.claims.release(uid);
-            tracing::info!("the process of a deleted VM has gone; what it used is free");
+            tracing::info!("the process of a deleted VM has ended; its disks and TAPs are free");
             true
         }
         Err(error) => {
-            tracing::warn!(%error, "a process of a deleted VM has gone, which could not be recorded yet");
+            tracing::warn!(%error, "the process of a deleted VM has ended, which could not be recorded yet");
             false
         }
     }

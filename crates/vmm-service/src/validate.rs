@@ -72,7 +72,7 @@ pub(crate) async fn check_config(
         Ok(facts) => {
             report.merge(facts.report);
             if let Some(limit) = facts.limit.filter(|_| report.is_ok()) {
-                let text = format!("the host's files could not be looked at: {}", limit.advice());
+                let text = format!("the host's files could not be examined: {}", limit.advice());
                 return Err(ServiceError::exhausted(text));
             }
         }
@@ -105,10 +105,7 @@ pub(crate) fn check_network(shared: &Shared, report: &mut Report, spec: &VmSpec,
         if let Some(tap) = tap.as_deref().filter(|tap| !uid.made_tap_name(tap) && !shared.taps.exists(tap)) {
             report.advise(
                 format!("config.network[{index}].tap_device"),
-                format!(
-                    "{tap} does not exist: BootVm makes it, and it will be in no bridge and have no address until \
-                     somebody gives it one"
-                ),
+                format!("{tap} does not exist: BootVm makes it, without a bridge and without an address"),
             );
         }
         if let Some(other) = shared.index.other_with_mac(*mac, uid) {

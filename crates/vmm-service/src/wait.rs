@@ -37,7 +37,7 @@ pub(crate) async fn wait(
     let wanted: Vec<_> = VmState::ALL.into_iter().filter(|state| states.contains(state)).collect();
     let wanted: Vec<_> = wanted.iter().map(|state| state.name()).collect();
     Err(ServiceError::deadline(format!(
-        "VM \"{vm_id}\" is in state {} ({}), and did not come to {} within {:.1} s; wait again, or see what keeps it with GetVmInfo",
+        "VM \"{vm_id}\" is in state {} ({}), and did not come to {} within {:.1} s; wait again, or see the reason with GetVmInfo",
         record.state.name(),
         record.status.phase.as_str(),
         wanted.join(" or "),

@@ -85,10 +85,8 @@ impl Daemon {
         while Instant::now() < deadline && self.child.try_wait().unwrap().is_none() {
             let said = std::fs::read_to_string(log).unwrap();
             let mut lines = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-            let serving = lines.rfind(|line| line["fields"]["message"] == "serving");
-            if let Some(address) =
-                serving.and_then(|line| Some(line["fields"]["address"].as_str()?.to_owned()))
-            {
+            let serving = lines.rfind(|line| line["message"] == "serving");
+            if let Some(address) = serving.and_then(|line| Some(line["address"].as_str()?.to_owned())) {
                 return address;
             }
             std::thread::sleep(Duration::from_millis(5));

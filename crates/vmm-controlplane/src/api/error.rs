@@ -10,7 +10,7 @@ pub(super) fn to_connect(error: ServiceError) -> ConnectError {
     // The text is passed on unchanged, because the server cuts long texts and replaces control
     // characters.
     let text = error.to_string();
-    log_causes(&error);
+    record_causes(&error);
     match error {
         ServiceError::Invalid(violations) => {
             invalid_argument(violations.into_iter().map(|violation| (violation.field, violation.message)))
@@ -30,11 +30,42 @@ pub(super) fn to_connect(error: ServiceError) -> ConnectError {
     }
 }
 
-/// Logs the errors below a failure. Neither the client's text nor the log line of the call shows
-/// them.
-fn log_causes(error: &ServiceError) {
+/// Adds the errors below a failure to the log line of the call, because the client's text does not
+/// contain them. A handler runs in the span of its request.
+fn record_causes(error: &ServiceError) {
     let causes = error.causes();
     if !causes.is_empty() {
-        tracing::info!(causes = causes.join(": "), "the errors below a failed call");
+        tracing::Span::current().record("causes", causes.join(": "));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_names_an_error_by_the_code_of_its_answer() {
+        let text = || "x".to_owned().into();
+        for error in [
+            ServiceError::Invalid(Vec::new()),
+            ServiceError::NotFound("x".to_owned()),
+            ServiceError::AlreadyExists("x".parse().unwrap()),
+            ServiceError::IllegalState {
+                vm_id: "x".parse().unwrap(),
+                state: vmm_core::state::VmState::Created,
+                request: vmm_core::state::Request::Pause,
+            },
+            ServiceError::Precondition(text()),
+            ServiceError::Unavailable(text()),
+            ServiceError::Unsupported(text()),
+            ServiceError::Deadline(text()),
+            ServiceError::Aborted(text()),
+            ServiceError::Exhausted(text()),
+            ServiceError::OutOfRange(text()),
+            ServiceError::Internal(text()),
+        ] {
+            let code = error.code();
+            assert_eq!(to_connect(error).code.as_str(), code);
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! The handlers of `vmm.v1.VmService`, one method per call.
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
-use vmm_core::caller::Caller;
 use vmm_core::store::Requested;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
@@ -12,7 +11,7 @@ use super::convert::{
 };
 use super::error::to_connect;
 use super::{events, size};
-use crate::rpc::{record_vm_id, require_force};
+use crate::rpc::{caller, record_vm_id, require_force};
 
 /// The handlers, which call the use cases.
 pub struct Api {
@@ -24,12 +23,6 @@ impl Api {
     pub fn new(service: VmService) -> Self {
         Self { service }
     }
-}
-
-/// Returns the caller for the audit trail. Only the peer's address is known, because no caller
-/// proves a name yet.
-fn caller(ctx: &RequestContext) -> Caller {
-    Caller::anonymous(ctx.peer_addr().map(|peer| peer.ip().to_string()))
 }
 
 /// Returns the error of a method that this version does not serve yet.
@@ -48,7 +41,7 @@ impl pb::VmService for Api {
         let request = request.to_owned_message();
         let config = config_from_pb(request.config.into_option().unwrap_or_default());
         let requested = Requested { backend: request.backend, config };
-        let create = CreateRequest { vm_id: request.vm_id, requested, caller: caller(&ctx) };
+        let create = CreateRequest { vm_id: request.vm_id, requested, caller: caller(ctx.extensions()) };
         let created = self.service.create(create).await.map_err(to_connect)?;
         record_vm_id(&ctx, created.record.vm_id.as_str());
         Response::ok(pb::CreateVmResponse {
@@ -67,8 +60,11 @@ impl pb::VmService for Api {
     ) -> ServiceResult<pb::DeleteVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         require_force(&ctx, request.force)?;
-        let outcome =
-            self.service.delete(request.vm_id, request.force, caller(&ctx)).await.map_err(to_connect)?;
+        let outcome = self
+            .service
+            .delete(request.vm_id, request.force, caller(ctx.extensions()))
+            .await
+            .map_err(to_connect)?;
         Response::ok(pb::DeleteVmResponse {
             success: true,
             left_behind: reports_to_pb(outcome.left_behind),
@@ -82,7 +78,7 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::BootVmRequest>,
     ) -> ServiceResult<pb::BootVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome = self.service.boot(request.vm_id, caller(&ctx)).await.map_err(to_connect)?;
+        let outcome = self.service.boot(request.vm_id, caller(ctx.extensions())).await.map_err(to_connect)?;
         Response::ok(pb::BootVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -98,8 +94,11 @@ impl pb::VmService for Api {
         record_vm_id(&ctx, request.vm_id);
         require_force(&ctx, request.force)?;
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
-        let outcome =
-            self.service.shutdown(request.vm_id, options, caller(&ctx)).await.map_err(to_connect)?;
+        let outcome = self
+            .service
+            .shutdown(request.vm_id, options, caller(ctx.extensions()))
+            .await
+            .map_err(to_connect)?;
         Response::ok(pb::ShutdownVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -114,7 +113,8 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::PauseVmRequest>,
     ) -> ServiceResult<pb::PauseVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome = self.service.pause(request.vm_id, caller(&ctx)).await.map_err(to_connect)?;
+        let outcome =
+            self.service.pause(request.vm_id, caller(ctx.extensions())).await.map_err(to_connect)?;
         Response::ok(pb::PauseVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -128,7 +128,8 @@ impl pb::VmService for Api {
         request: ServiceRequest<'_, pb::ResumeVmRequest>,
     ) -> ServiceResult<pb::ResumeVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome = self.service.resume(request.vm_id, caller(&ctx)).await.map_err(to_connect)?;
+        let outcome =
+            self.service.resume(request.vm_id, caller(ctx.extensions())).await.map_err(to_connect)?;
         Response::ok(pb::ResumeVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
@@ -143,7 +144,11 @@ impl pb::VmService for Api {
     ) -> ServiceResult<pb::RebootVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
-        let outcome = self.service.reboot(request.vm_id, options, caller(&ctx)).await.map_err(to_connect)?;
+        let outcome = self
+            .service
+            .reboot(request.vm_id, options, caller(ctx.extensions()))
+            .await
+            .map_err(to_connect)?;
         Response::ok(pb::RebootVmResponse {
             success: true,
             state: state_to_pb(outcome.record.state).into(),

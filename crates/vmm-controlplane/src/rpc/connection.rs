@@ -111,7 +111,7 @@ async fn finish(mut connections: JoinSet<()>, timeout: Duration) {
         tracing::warn!(
             connections = connections.len(),
             seconds = timeout.as_secs_f64(),
-            "cutting connections whose calls did not finish in time"
+            "connections were cut, because their calls did not end in time"
         );
         connections.shutdown().await;
     }
@@ -119,7 +119,7 @@ async fn finish(mut connections: JoinSet<()>, timeout: Duration) {
 
 fn report(ended: Result<(), JoinError>) {
     if let Err(error) = ended {
-        tracing::error!(%error, "a connection ended in a defect of this program");
+        tracing::error!(%error, "the task of a connection panicked, which is a defect of this program");
     }
 }
 
@@ -139,7 +139,7 @@ async fn accept(
         match listener.accept().await {
             Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) => {
-                tracing::warn!(%error, "could not accept a connection; trying again");
+                tracing::warn!(%error, "a connection could not be accepted; the daemon tries again");
                 time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -204,11 +204,11 @@ impl Server {
             let connection = Connection { peer, activity, is_last_resort: false };
             return self.talk(stream, &connection, self.patience).await;
         }
-        tracing::debug!(%peer, "every connection is in use: this one gets one answer");
+        tracing::debug!(%peer, "no connection is free; this one gets one answer");
         let connection = Connection { peer, activity, is_last_resort: true };
         let talk = self.talk(stream, &connection, LAST_RESORT_PATIENCE);
         if time::timeout(LAST_RESORT_TIME, talk).await.is_err() {
-            tracing::debug!(%peer, "connection cut: as a last resort it took too long");
+            tracing::debug!(%peer, "the connection was cut, because its one answer took too long");
         }
     }
 
@@ -228,11 +228,13 @@ impl Server {
         let http = match begun {
             Ok(Ok(Some(http))) => http,
             Ok(Ok(None)) => return,
-            Ok(Err(error)) => return tracing::debug!(%peer, %error, "connection failed"),
-            Err(_elapsed) => return tracing::debug!(%peer, "connection closed: it sent no request in time"),
+            Ok(Err(error)) => return tracing::debug!(%peer, %error, "the connection failed"),
+            Err(_elapsed) => {
+                return tracing::debug!(%peer, "the connection was closed, because it sent no request in time");
+            }
         };
         if let Err(error) = tune(&stream) {
-            tracing::debug!(%peer, %error, "could not set the options of a socket");
+            tracing::debug!(%peer, %error, "the options of a socket could not be set");
         }
         // Only the bytes of HTTP/1.1 show when a head begins, because the bytes of HTTP/2 may
         // belong to any stream or to a ping. So `Activity` sees none of HTTP/2.
@@ -254,7 +256,7 @@ impl Server {
             tokio::select! {
                 result = talk.as_mut() => {
                     if let Err(error) = result {
-                        tracing::debug!(%peer, error = &*error, "connection ended early");
+                        tracing::debug!(%peer, error = &*error, "the connection ended early");
                     }
                     return;
                 }
@@ -265,12 +267,12 @@ impl Server {
                 () = connection.activity.changed() => {}
                 () = reached(deadline) => {
                     if connection.activity.deadline(patience).is_some_and(|deadline| deadline <= Instant::now()) {
-                        tracing::debug!(%peer, "connection closed: it was idle");
+                        tracing::debug!(%peer, "the connection was closed, because it was idle");
                         break;
                     }
                 }
                 () = connection.activity.evicted() => {
-                    tracing::debug!(%peer, "connection closed: it was idle, and others wait");
+                    tracing::debug!(%peer, "the connection was closed, because it was idle and others wait");
                     break;
                 }
             }

@@ -64,7 +64,11 @@ fn request_id(ctx: &RequestContext) -> String {
 }
 
 fn panicked(panic: &(dyn Any + Send), request_id: &str) -> ConnectError {
-    tracing::error!(panic = panic_text(panic), request_id, "a handler panicked: a defect of this program");
+    tracing::error!(
+        panic = panic_text(panic),
+        request_id,
+        "a handler panicked, which is a defect of this program"
+    );
     ConnectError::internal(format!(
         "a defect in the daemon ended this call; its log says more under request id {request_id}"
     ))
@@ -77,7 +81,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 
 /// Returns the answer for a page (not a call) that panicked.
 pub(super) fn page_panicked(panic: Box<dyn Any + Send>) -> Response {
-    tracing::error!(panic = panic_text(&*panic), "a page panicked: a defect of this program");
+    tracing::error!(panic = panic_text(&*panic), "a page panicked, which is a defect of this program");
     ConnectError::internal("a defect in the daemon ended this request; its log says more")
         .into_http_response(&HeaderMap::new())
         .map(Body::new)
@@ -170,7 +174,7 @@ fn credentials(ctx: &RequestContext) -> Result<(), ConnectError> {
     }
     Err(ConnectError::unauthenticated(
         "this daemon authenticates nobody, so the Authorization header cannot be checked: send the request without \
-         it; until a version that authenticates, access is a matter of who reaches the daemon's address",
+         it; until a version that authenticates, every program that reaches the daemon's address has access",
     ))
 }
 

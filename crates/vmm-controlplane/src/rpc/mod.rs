@@ -59,7 +59,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 pub use connectrpc_health::{StaticChecker, Status};
 pub use host::HostPolicy;
 pub use options::{IsHealthy, ServeOptions};
-pub use request_id::{RequestId, record_vm_id};
+pub use request_id::{RequestId, caller, record_vm_id};
 pub use vital::require_force;
 
 /// The reason for which the server could not begin to serve.

@@ -28,6 +28,7 @@ use connectrpc::{
 use futures::StreamExt as _;
 use http::{Extensions, HeaderMap};
 use http_body_util::{BodyExt as _, Full};
+use tracing::Span;
 
 use super::body;
 use super::error::{fit, shown};
@@ -45,11 +46,20 @@ const MAX_TEXT: usize = 2000;
 pub(super) struct Outcome {
     lines: Lines,
     is_reached: Arc<AtomicBool>,
+    /// The span of the request. The items of a stream are sent outside it.
+    span: Span,
+    began: Instant,
 }
 
 impl Outcome {
-    pub(super) fn new(lines: &Lines) -> Self {
-        Self { lines: lines.clone(), is_reached: Arc::default() }
+    pub(super) fn new(lines: &Lines, span: Span) -> Self {
+        Self { lines: lines.clone(), is_reached: Arc::default(), span, began: Instant::now() }
+    }
+
+    /// Logs that the request has failed with `error`.
+    fn failed(&self, procedure: &str, error: &ConnectError) {
+        let duration_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.span.in_scope(|| self.lines.failed(procedure, error, duration_ms));
     }
 
     fn of(extensions: &Extensions) -> Option<Self> {
@@ -73,7 +83,7 @@ pub(super) async fn refuse(request: Request, error: ConnectError) -> Response {
 pub(super) fn answer(outcome: Option<&Outcome>, headers: &HeaderMap, error: ConnectError) -> Response {
     let error = fit(error);
     if let Some(outcome) = outcome {
-        outcome.lines.failed("", &error);
+        outcome.failed("", &error);
     }
     error.into_http_response(headers).map(Body::new)
 }
@@ -90,7 +100,7 @@ pub(super) async fn unreached(outcome: &Outcome, response: Response) -> Response
     let in_body = String::from_utf8_lossy(&bytes);
     let text = in_trailers.unwrap_or(&in_body);
     let error = ConnectError::invalid_argument(format!("HTTP status {}: {text}", parts.status.as_u16()));
-    outcome.lines.failed("", &error);
+    outcome.failed("", &error);
     let trailers = async { trailers.map(Ok::<_, Infallible>) };
     Response::from_parts(parts, Body::new(Full::new(bytes).with_trailers(trailers)))
 }
@@ -103,13 +113,16 @@ pub(super) struct ReportErrors;
 fn reach(ctx: &RequestContext) -> Option<(Outcome, String)> {
     let outcome = Outcome::of(ctx.extensions())?;
     outcome.is_reached.store(true, Ordering::Relaxed);
-    Some((outcome, ctx.path().unwrap_or_default().to_owned()))
+    let procedure = ctx.path().unwrap_or_default().to_owned();
+    // Only the name of a method that exists counts as an operation.
+    outcome.span.record("operation", procedure.rsplit('/').next());
+    Some((outcome, procedure))
 }
 
 fn reported(call: Option<&(Outcome, String)>, error: ConnectError) -> ConnectError {
     let error = fit(error);
     if let Some((outcome, procedure)) = call {
-        outcome.lines.failed(procedure, &error);
+        outcome.failed(procedure, &error);
     }
     error
 }
@@ -153,16 +166,23 @@ struct Window {
 impl Lines {
     /// Logs a failure. `procedure` is a method of this server or empty, so the number of windows
     /// stays small.
-    fn failed(&self, procedure: &str, error: &ConnectError) {
-        let code = error.code.as_str();
-        let text = shown(error.message.clone().unwrap_or_default(), MAX_TEXT);
+    fn failed(&self, procedure: &str, error: &ConnectError, duration_ms: u64) {
+        let (reason, outcome) = (error.code.as_str(), "failed");
+        let detail = shown(error.message.clone().unwrap_or_default(), MAX_TEXT);
         // A wait that ended at its deadline is an answer that the client asked for, and no failure.
         let is_answer = procedure.ends_with("/WaitVm") && error.code == ErrorCode::DeadlineExceeded;
         match self.admit(procedure, error.code, Instant::now()) {
-            None => tracing::debug!(code, error = text, "a call failed"),
-            Some(_) if is_answer => tracing::info!(code, error = text, "a wait ended"),
-            Some(0) => tracing::warn!(code, error = text, "a call failed"),
-            Some(more) => tracing::warn!(code, error = text, more, "a call failed, as did others before"),
+            None => tracing::debug!(outcome, reason, detail, duration_ms, "operation failed"),
+            Some(_) if is_answer => {
+                tracing::info!(outcome, reason, detail, duration_ms, "the wait ended without the state");
+            }
+            Some(_) if procedure.is_empty() => {
+                tracing::warn!(outcome, reason, detail, duration_ms, "request refused");
+            }
+            Some(missed) => {
+                let more = (missed > 0).then_some(missed);
+                tracing::warn!(outcome, reason, detail, duration_ms, more, "operation failed");
+            }
         }
     }
 

@@ -7,9 +7,11 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use connectrpc::RequestContext;
-use http::{HeaderName, HeaderValue};
+use connectrpc::server::PeerAddr;
+use http::{Extensions, HeaderName, HeaderValue};
 use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
+use vmm_core::caller::Caller;
 
 use super::outcome::{Lines, Outcome};
 use super::trace_context::TraceParent;
@@ -54,6 +56,12 @@ fn is_sane(id: &str) -> bool {
 #[derive(Clone)]
 struct RequestSpan(Span);
 
+/// Returns the caller for the audit trail. Only the peer's address is known, because no caller
+/// proves a name yet.
+pub fn caller(extensions: &Extensions) -> Caller {
+    Caller::anonymous(extensions.get::<PeerAddr>().map(|peer| peer.0.ip().to_string()))
+}
+
 /// Puts the VM's id into the log span of the request that `ctx` belongs to.
 pub fn record_vm_id(ctx: &RequestContext, vm_id: &str) {
     if let Some(RequestSpan(span)) = ctx.extensions().get() {
@@ -65,17 +73,25 @@ pub fn record_vm_id(ctx: &RequestContext, vm_id: &str) {
 pub(super) async fn attach(State(lines): State<Lines>, mut request: Request, next: Next) -> Response {
     let id = RequestId::of(&request);
     let trace = TraceParent::of(request.headers());
-    let span = tracing::info_span!(
+    // The actor is the caller of the audit trail. The keys without a value are recorded when they
+    // are known: the operation by `outcome.rs`, the VM by its handler and its actor. The span has
+    // the level ERROR, so that a filter that shows any line shows its keys, too.
+    let span = tracing::error_span!(
         "request",
         request_id = id.as_str(),
-        method = request.uri().path(),
+        path = request.uri().path(),
+        actor = %caller(request.extensions()),
         trace_id = trace.map(|trace| trace.trace_id),
         parent_id = trace.map(|trace| trace.parent_id),
+        operation = field::Empty,
         vm_id = field::Empty,
+        uid = field::Empty,
+        backend = field::Empty,
+        causes = field::Empty,
     );
     request.extensions_mut().insert(id.clone());
     request.extensions_mut().insert(RequestSpan(span.clone()));
-    request.extensions_mut().insert(Outcome::new(&lines));
+    request.extensions_mut().insert(Outcome::new(&lines, span.clone()));
     let mut response = next.run(request).instrument(span).await;
     // The value is always valid, because a client's id arrived as a header and a UUID is plain
     // ASCII.

@@ -3,6 +3,7 @@
 //!
 //! Threads that serve calls never write to stderr; see [`queue`].
 
+mod line;
 mod queue;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
@@ -11,8 +12,9 @@ use std::panic::PanicHookInfo;
 use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::fmt::format::JsonFields;
 
+use line::Form;
 use queue::Queue;
 
 /// The level if `RUST_LOG` is unset, empty or not valid.
@@ -44,20 +46,20 @@ pub fn start() -> io::Result<Log> {
         },
         _ => (EnvFilter::new(DEFAULT), None),
     };
+    let is_terminal = io::stderr().is_terminal();
     // The formatter would report its own errors with `eprintln!`, which panics where stderr is
     // broken.
-    let log = tracing_subscriber::fmt()
+    tracing_subscriber::fmt()
         .log_internal_errors(false)
+        .with_ansi(is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()))
         .with_env_filter(filter)
-        .with_writer(queue.clone());
-    if io::stderr().is_terminal() {
-        log.with_target(false).init();
-    } else {
-        log.json().with_current_span(true).with_span_list(true).with_span_events(FmtSpan::NONE).init();
-    }
+        .fmt_fields(JsonFields::new())
+        .event_format(if is_terminal { Form::Text } else { Form::Json })
+        .with_writer(queue.clone())
+        .init();
     std::panic::set_hook(Box::new(log_panic));
     if let Some(error) = problem {
-        tracing::warn!(%error, "RUST_LOG is not valid and is ignored; the level is info");
+        tracing::warn!(%error, "RUST_LOG is not valid and is ignored; the level is `info`");
     }
     Ok(Log { queue })
 }
@@ -85,5 +87,5 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     // RUST_BACKTRACE decides whether a backtrace is captured.
     let backtrace = Backtrace::capture();
     let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| backtrace.to_string());
-    tracing::error!(panic = text, place, backtrace, "a thread panicked: a defect of this program");
+    tracing::error!(panic = text, place, backtrace, "a thread panicked, which is a defect of this program");
 }

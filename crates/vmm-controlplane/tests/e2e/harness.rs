@@ -178,8 +178,8 @@ impl World {
                 return Err(seen);
             };
             let parsed: Value = serde_json::from_str(&line).unwrap_or_default();
-            if parsed["fields"]["message"] == "serving" {
-                break parsed["fields"]["address"].as_str().unwrap().to_owned();
+            if parsed["message"] == "serving" {
+                break parsed["address"].as_str().unwrap().to_owned();
             }
             seen.push(line);
         };

@@ -29,6 +29,7 @@ mod libvirt;
 mod libvirt_session;
 mod lifecycle;
 mod log;
+mod log_lines;
 mod operator;
 mod recovery;
 mod scarcity;

@@ -131,7 +131,7 @@ impl Actor {
                 let state = observe(self.record.state, Observation::VmmGone);
                 let status = self
                     .status(Phase::at_rest(state))
-                    .because(Reason::Shutdown, "ended by force, which could not be recorded");
+                    .because(Reason::Shutdown, "the VM was ended by force, which could not be recorded");
                 let why = Why::asked(operation.request, &operation.caller).ended_by(Some(EndedBy::Sigkill));
                 let turn = Turn::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
                 let _ = self.conclude(budget, turn).await;

@@ -48,7 +48,7 @@ impl Actor {
             tracing::warn!(
                 pid = process.pid,
                 recorded = run.process.pid,
-                "another VMM has taken the VM's place, while its own may live; it is left alone"
+                "another VMM runs at the VM's place, and the VM's own VMM may live; the other VMM is left alone"
             );
             return;
         }
@@ -69,12 +69,12 @@ impl Actor {
         let Ok(run) = self.interruptible(budget, 2 * LOOK_DEADLINE, async move { Ok(claiming.await) }).await
         else {
             tracing::warn!(
-                "the files of a VM that was found do not answer; it is looked at again when it is found again"
+                "the files of a VM that was found do not answer; the VM is taken up when it is found again"
             );
             return;
         };
         if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
-            tracing::error!(taken, "a VM found running holds what another one holds");
+            tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
         }
         let was_lost = self.hold.is_out_of_reach();
         let live = self.live(launched, run);
@@ -84,7 +84,7 @@ impl Actor {
         let observation = if standing { Observation::StandsStill } else { Observation::Runs };
         let status = self
             .status(Phase::at_rest(observe(self.record.state, observation)))
-            .because(Reason::StartedFromOutside, "it was found running at its place");
+            .because(Reason::StartedFromOutside, "the VM was found running at its place");
         let kind = if was_lost { EventKind::Reachable } else { EventKind::StateChanged };
         let turn = Turn::new(kind, Why::by_itself("started-from-outside"), status)
             .observing(observation)

@@ -47,13 +47,13 @@ impl Actor {
         let kept = run.claims.iter().filter(|claim| !path_of(claim).is_some_and(answered));
         let claims: Vec<_> = kept.chain(&facts.claims).cloned().collect();
         if let Err(taken) = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &claims) {
-            tracing::error!(taken, "a VM found running holds what another one holds");
+            tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
             return;
         }
         let Some(live) = self.hold.live_mut() else { return };
         live.run.claims = claims;
         live.files_due = None;
-        tracing::info!("the files of a VM answer; its disks are claimed as what they are");
+        tracing::debug!("the files of a VM answer again; its disks are claimed by device and inode");
         if !matches!(self.hold, Hold::Vmm(_)) {
             // The next change records the claims.
             return;

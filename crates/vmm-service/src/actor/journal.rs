@@ -31,6 +31,7 @@ use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::events::Committed;
 use crate::mailbox::Outcome;
+use crate::operation_log;
 
 /// The wait before a refused outcome is written again for the first time.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -205,7 +206,14 @@ impl Actor {
     /// Returns the store's error if the outcome is shown and not recorded yet.
     pub(super) async fn conclude(&mut self, budget: Budget, turn: Turn<'_>) -> Result<(), StoreError> {
         let refused = self.write_what_was_refused(budget).await;
+        // A request of a client has a log line of its own. The end of a run has one even if a
+        // request met it, because the answer to the request does not tell how the run ended.
+        let is_unrequested = turn.why.caller.is_none() || turn.kind == EventKind::VmmExited;
         let (next, event) = turn.apply(self, &self.record);
+        if is_unrequested {
+            let is_logged = self.shared.beginnings.count(event.kind);
+            operation_log::unrequested(&event, &self.record.backend, is_logged);
+        }
         let result = match refused {
             // The log keeps the order of the outcomes, so this outcome waits behind those before
             // it.
@@ -214,12 +222,12 @@ impl Actor {
         };
         let Err(refused) = result else { return Ok(()) };
         let Refused { error, next, event, generation: uncertain_at } = *refused;
-        tracing::error!(%error, kind = ?error.kind, "an outcome could not be recorded yet");
+        tracing::error!(%error, kind = ?error.kind, "the outcome could not be recorded yet; it is shown, and writing is tried again");
         self.record = Arc::new(next);
         self.publish();
         if self.journal.unwritten.len() == MAX_UNWRITTEN {
             self.journal.unwritten.pop_front();
-            tracing::error!("an event is lost, because nothing could be recorded for too long");
+            tracing::error!("the oldest unwritten event was dropped, because the store has refused too many");
         }
         self.journal.unwritten.push_back(Unwritten { event, uncertain_at });
         self.retry_later();

@@ -65,6 +65,7 @@ use vmm_core::state::Request;
 use vmm_core::store::VmRecord;
 
 use crate::mailbox::{Mail, Mailbox, Operation, QueuedOperation};
+use crate::operation_log::Ending;
 use crate::shared::Shared;
 
 use budget::Budget;
@@ -152,7 +153,9 @@ impl Actor {
     /// Returns the span of one step. An idle actor holds no span, because a span takes as much
     /// memory as the actor.
     fn span(&self) -> tracing::Span {
-        tracing::info_span!("vm", vm_id = %self.record.vm_id, uid = %self.record.uid)
+        // The span has the level ERROR, so that a filter that shows any line shows its keys, too.
+        let record = &self.record;
+        tracing::error_span!("vm", vm_id = %record.vm_id, uid = %record.uid, backend = %record.backend)
     }
 
     /// Returns the checked form of the configuration in force. The form is made for each use and
@@ -243,26 +246,21 @@ impl Actor {
     }
 
     async fn operate(&mut self, budget: Budget, queued: Box<QueuedOperation>) -> Flow {
-        let QueuedOperation { operation, reply, span, under_way, .. } = *queued;
+        let QueuedOperation { operation, reply, span, under_way, asked } = *queued;
+        // The server logs the failure of this request, and knows the VM's name only.
+        span.record("uid", tracing::field::display(self.record.uid));
+        span.record("backend", tracing::field::display(&self.record.backend));
         let outcome = self.carry_out(budget, &operation).instrument(span.clone()).await;
-        span.in_scope(|| match &outcome {
-            Ok(outcome) => tracing::info!(
-                operation = operation.request.name(),
-                state = outcome.record.state.name(),
-                ended_by = outcome.ended_by.map(|rung| rung.as_str()),
-                "operation done"
-            ),
-            // The server logs its answers as warnings, so that this line is for debugging only.
-            Err(error) => {
-                tracing::debug!(operation = operation.request.name(), %error, "operation refused or failed")
-            }
-        });
-        let deleted = outcome.is_ok() && matches!(operation.request, Request::Delete | Request::ForceDelete);
+        let (request, record) = (operation.request, Arc::clone(&self.record));
+        let ending = Ending { operation: request.name(), actor: &operation.caller, record: &record, asked };
+        if let Ok(outcome) = &outcome {
+            span.in_scope(|| ending.done(outcome));
+        }
+        let deleted = outcome.is_ok() && matches!(request, Request::Delete | Request::ForceDelete);
         // The reply cannot be sent if the client has left. The operation has been carried out
-        // nevertheless.
+        // nevertheless, and nobody else logs its failure.
         if let Err(Err(error)) = reply.send(outcome) {
-            let operation = operation.request.name();
-            span.in_scope(|| tracing::warn!(operation, %error, "an operation failed whose client has left"));
+            span.in_scope(|| ending.failed(&error));
         }
         // The count of operations falls after the answer is sent, because the end of the daemon
         // waits for the count.

@@ -87,7 +87,6 @@ impl Actor {
         if let Some(vmm) = self.hold.vmm()
             && let Err(error) = self.kill(budget, &*vmm).await
         {
-            tracing::error!(%error, "a VMM that is to end could not be killed");
             self.fall_silent();
             let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotEnd, error.to_string());
             let _ =
@@ -121,12 +120,6 @@ impl Actor {
         self.next = decision.next;
         let by_guest = matches!(exit.cause, ExitCause::GuestPowerOff | ExitCause::GuestReset);
         let ended_by = by_guest.then_some(EndedBy::Guest);
-        let (cause, phase) = (exit.cause.reason(), decision.status.phase.as_str());
-        if exit.cause.is_failure() || decision.status.phase == Phase::Failed {
-            tracing::warn!(%cause, detail = exit.message, phase, "the VM's run ended by a failure");
-        } else {
-            tracing::info!(%cause, detail = exit.message, phase, "the VM's run ended");
-        }
         let turn = Turn::new(EventKind::VmmExited, why.ended_by(ended_by), decision.status)
             .observing(Observation::VmmGone)
             .ending(ended_by);
@@ -184,7 +177,7 @@ impl Actor {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,
             Ok(GuestState::Ended) => {
-                let exit = Exit { cause: ExitCause::Unknown, message: "its guest had ended".to_owned() };
+                let exit = Exit { cause: ExitCause::Unknown, message: "the guest had ended".to_owned() };
                 return self.end_failed_run(exit, "guest-ended").await;
             }
             Err(Broken::Preempted(_) | Broken::Backend(_)) => return,
@@ -216,5 +209,5 @@ pub(super) async fn last_word(events: &mut mpsc::Receiver<VmmEvent>, deadline: D
 
 /// Returns the end of a VMM about which nothing more is known.
 pub(super) fn no_word() -> Exit {
-    Exit { cause: ExitCause::Unknown, message: "its VMM has gone without a word".to_owned() }
+    Exit { cause: ExitCause::Unknown, message: "the VMM has gone and reported no cause".to_owned() }
 }

@@ -95,7 +95,7 @@ impl Actor {
         self.let_go_and_release();
         let status = self
             .status(Phase::at_rest(self.record.state))
-            .because(Reason::Shutdown, "what an earlier start had left was ended by force");
+            .because(Reason::Shutdown, "the process of an earlier start was ended by force");
         let why = Why::asked(operation.request, &operation.caller);
         Ok(self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?)
     }
@@ -384,7 +384,7 @@ impl Actor {
             if self.record.state.is_live() && matches!(self.hold, Hold::Nothing | Hold::Lost) {
                 self.take_hold(Hold::Lost);
                 self.next = Next::look();
-                return Seen::unreachable("nothing proves what became of its VMM".to_owned());
+                return Seen::unreachable("nothing proves if the VMM has ended".to_owned());
             }
             return Seen::default();
         };

@@ -59,8 +59,7 @@ impl Actor {
     /// Returns the refusal of an operation without force, for a VM that cannot be taken up.
     pub(super) fn quarantined(&self, why: &str) -> ServiceError {
         ServiceError::unavailable(format!(
-            "VM \"{}\" cannot be used by this program: {why}. Serve it by the program that made it, or end and delete it with \
-             force",
+            "VM \"{}\" cannot be used by this program: {why}. Run the release that made the VM, or end and delete the VM with force",
             self.record.vm_id
         ))
     }

@@ -30,6 +30,7 @@ use super::journal::{Turn, Why};
 use super::{Actor, Flow};
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
+use crate::operation_log::Ending;
 
 /// The time that a VMM may take to prove that it is alive.
 const ADOPT_LIMIT: Duration = Duration::from_secs(5);
@@ -63,8 +64,10 @@ impl Actor {
         }
         // No process survives a restart of the host, so that no search is necessary.
         if self.host_rebooted() {
-            let exit =
-                Exit { cause: ExitCause::Unknown, message: "the host was restarted while it ran".to_owned() };
+            let exit = Exit {
+                cause: ExitCause::Unknown,
+                message: "the host was restarted while the VM ran".to_owned(),
+            };
             self.ended_unwatched(exit, intent.as_ref(), Some(Reason::HostReboot)).await;
             return Flow::GoOn;
         }
@@ -81,7 +84,7 @@ impl Actor {
         let intent = self.record.intent.iter().flat_map(|intent| intent.claims());
         let claims: Vec<_> = run.chain(intent).cloned().collect::<HashSet<_>>().into_iter().collect();
         if let Err(taken) = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &claims) {
-            tracing::error!(taken, "two VMs on record hold the same thing");
+            tracing::error!(detail = taken, "two VMs on record have claimed the same disk or TAP");
         }
     }
 
@@ -132,7 +135,7 @@ impl Actor {
                 if let Err(Broken::Backend(error)) =
                     self.sweep(Budget::of_own_step(), Sweep::Clear, run).await
                 {
-                    tracing::warn!(%error, "what the last run left could not be cleared");
+                    tracing::warn!(%error, "the remains of the last run could not be removed");
                 }
                 self.ended_unwatched(exit, intent.as_ref(), None).await;
             }
@@ -236,7 +239,6 @@ impl Actor {
             ),
             Some(_) | None => self.status(phase),
         };
-        tracing::info!(state = state.name(), "found the VM's VMM, and carry on");
         let turn =
             Turn::new(EventKind::Adopted, Why::by_itself("daemon-started"), status).observing(observation);
         let _ = self.conclude(Budget::of_own_step(), turn).await;
@@ -249,8 +251,7 @@ impl Actor {
             return self.found_unreachable(Reason::VmmDoesNotEnd, error.to_string(), Some(launched)).await;
         }
         let _ = self.sweep(budget, Sweep::Clear, self.record.run.clone()).await;
-        let exit =
-            Exit { cause: ExitCause::Unknown, message: "its guest was not running any more".to_owned() };
+        let exit = Exit { cause: ExitCause::Unknown, message: "the guest was no longer running".to_owned() };
         self.ended_unwatched(exit, intent.as_ref(), None).await;
     }
 
@@ -265,13 +266,13 @@ impl Actor {
             // Without its claims another VM could write to its disks, so the VM counts as
             // unreachable, and a forced operation can still find it.
             return Err(
-                "it runs, but the files that it uses do not answer, so nothing can keep others off them"
+                "the VM runs, but its files do not answer, so other VMs cannot be kept off its disks"
                     .to_owned(),
             );
         };
         let claims: Vec<_> = facts.claims.into_iter().chain(self.tap_claims()).collect();
         if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &claims) {
-            tracing::error!(taken, "a VM found running holds what another one holds");
+            tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
         }
         Ok(claims)
     }
@@ -297,7 +298,7 @@ impl Actor {
             self.let_go_and_release();
             let status = self
                 .status(Phase::Stopped)
-                .because(Reason::Shutdown, "shut down as asked, which was seen only when it had ended");
+                .because(Reason::Shutdown, "shut down as asked; the daemon saw the end only afterwards");
             let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status)
                 .observing(Observation::VmmGone);
             let _ = self.conclude(budget, turn).await;
@@ -318,15 +319,12 @@ impl Actor {
         // or rules to them.
         if self.record.state == VmState::Created {
             for left in self.free_taps(budget).await {
-                tracing::warn!(%left, "a TAP of a start that was cut short stays until the VM is deleted");
+                tracing::warn!(error = %left, "a TAP of an interrupted start could not be removed; DeleteVm removes it");
             }
         }
         self.let_go_and_release();
         let (reason, message) = if intent.is_some() {
-            (
-                Reason::BootInterrupted,
-                "the VM's start was not carried to its end; nothing of that start is left",
-            )
+            (Reason::BootInterrupted, "the start of the VM was interrupted; nothing of that start is left")
         } else {
             (Reason::VmmGone, "no process of the VM is left")
         };
@@ -343,7 +341,6 @@ impl Actor {
         message: String,
         launched: Option<Launched>,
     ) {
-        tracing::warn!(%reason, detail = message, "the VM's VMM cannot be reached; the VM is left alone");
         let known = self.record.status.phase == Phase::Unreachable && self.record.status.reason == reason;
         let never_ran = self.never_ran();
         let live = launched.map(|launched| {
@@ -386,8 +383,18 @@ impl Actor {
         let force = intent.recovery() == Recovery::Delete { force: true };
         let budget = if force { Budget::of_force(Instant::now()) } else { Budget::of_operation(None) };
         let operation = Operation { request: intent.request(), ask_guest_for: None, caller: intent.caller };
-        let Err(error) = self.delete(budget, &operation).await else { return Flow::End };
-        tracing::error!(%error, "an interrupted delete could not be finished");
+        let asked = Instant::now();
+        let result = self.delete(budget, &operation).await;
+        let record = Arc::clone(&self.record);
+        let ending =
+            Ending { operation: operation.request.name(), actor: &operation.caller, record: &record, asked };
+        match result {
+            Ok(outcome) => {
+                ending.done(&outcome);
+                return Flow::End;
+            }
+            Err(error) => ending.failed(&error),
+        }
         // The deletion failed, so the VM stays, and the search determines its state.
         if !matches!(self.hold, Hold::Quarantined { .. }) {
             let intent = self.record.intent.clone();

@@ -100,7 +100,6 @@ impl Actor {
             1 => "the guest reset itself and runs again".to_owned(),
             times => format!("the guest reset itself {times} times and runs again"),
         };
-        tracing::info!(times, restarts, "the guest reset itself in place and runs again");
         let state = vmm_core::state::observe(self.record.state, Observation::ResetInPlace);
         let mut status = self.status(Phase::at_rest(state)).because(Reason::GuestReset, message);
         status.restarts = restarts;

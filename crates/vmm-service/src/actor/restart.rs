@@ -12,6 +12,7 @@
 //!                   └────────────────────── 30 s, not counted ────────────┴─ not begun
 //! ```
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -28,6 +29,7 @@ use super::hold::{Next, begun};
 use super::journal::{Turn, Why};
 use super::start::{NotStarted, Start};
 use crate::error::ServiceError;
+use crate::operation_log::{Ending, RESTART_POLICY};
 
 /// The time without a restart after which the count begins at 1 again.
 pub(super) const QUIET: Duration = Duration::from_secs(60);
@@ -62,7 +64,7 @@ impl Actor {
     /// Sets the count of restarts to `restarts`.
     pub(super) fn count_from(&mut self, restarts: u32) {
         if self.record.status.restarts != restarts {
-            std::sync::Arc::make_mut(&mut self.record).status.restarts = restarts;
+            Arc::make_mut(&mut self.record).status.restarts = restarts;
         }
     }
 
@@ -91,7 +93,7 @@ impl Actor {
         if restarts > allowed {
             let mut status = self.status(Phase::Failed).because(
                 Reason::RestartLoop,
-                format!("it was started again {allowed} times without a quiet minute between; the last end: {message}"),
+                format!("the VM was started again {allowed} times without a quiet minute between; the last end: {message}"),
             );
             status.restarts = restarts.saturating_sub(1);
             return Decision { status, next: Next::Idle };
@@ -114,19 +116,25 @@ impl Actor {
         let restarts = self.record.status.restarts;
         let caller = Caller::system();
         let start = Start::new(Request::Boot, &caller);
-        match self.start(budget, start).await {
-            Ok(()) => tracing::info!(restarts, "started again by its restart policy"),
+        let asked = Instant::now();
+        let result = self.start(budget, start).await;
+        let record = Arc::clone(&self.record);
+        let ending = Ending { operation: Request::Boot.name(), actor: &"policy", record: &record, asked };
+        match result {
+            Ok(()) => ending.done(&self.outcome(None)),
             // A forced operation has come, and decides what becomes of the VM.
             Err(NotStarted::TakenBack(ServiceError::Aborted(_))) => {}
             Err(NotStarted::NotBegun(error)) if self.waits_to_begin() => {
+                ending.failed(&error);
                 self.restart_later(budget, restarts, &error).await;
             }
             // A process may live. The VM is shown as unreachable, and no start takes place beside
             // that process.
             Err(NotStarted::LeftSomething(error)) => {
-                tracing::warn!(%error, "a start by the restart policy has left a process");
+                ending.failed(&error);
             }
             Err(NotStarted::TakenBack(error) | NotStarted::NotBegun(error)) => {
+                ending.failed(&error);
                 self.restart_failed(budget, restarts, &error).await;
             }
         }
@@ -145,7 +153,7 @@ impl Actor {
         let mut status = self.status(Phase::Restarting).because(Reason::StartNotBegun, message);
         status.restarts = restarts;
         self.next = Next::RestartAt(Instant::now() + MAX_DELAY);
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("restart-policy"), status);
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(RESTART_POLICY), status);
         let shown = &self.record.status;
         if shown.phase == Phase::Restarting && shown.reason == Reason::StartNotBegun {
             // An unchanged result of a repeated start is shown and not recorded.
@@ -156,7 +164,6 @@ impl Actor {
     }
 
     async fn restart_failed(&mut self, budget: Budget, restarts: u32, error: &ServiceError) {
-        tracing::warn!(%error, "the restart policy could not start the VM again");
         let message = error.to_string();
         let decision = if self.restart_mode() >= RestartMode::OnFailure {
             self.schedule(restarts.saturating_add(1), Reason::BootFailed, &message)
@@ -165,7 +172,7 @@ impl Actor {
             Decision { status, next: Next::Idle }
         };
         self.next = decision.next;
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("restart-policy"), decision.status);
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(RESTART_POLICY), decision.status);
         let _ = self.conclude(budget, turn).await;
     }
 }

@@ -77,7 +77,7 @@ impl Actor {
         let climbing = async move {
             if resume_first && let Err(error) = vmm.resume().await {
                 // A guest that stands still cannot obey, so the ladder goes on without it.
-                tracing::warn!(%error, "could not resume the VM before asking it to shut down");
+                tracing::warn!(%error, "the VM could not be resumed before its shutdown");
             }
             if resume_first {
                 point(FaultPoint::LadderResumed);

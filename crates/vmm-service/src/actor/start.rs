@@ -335,7 +335,7 @@ impl Actor {
             self.undo_taps(budget, taps).await;
             return error;
         };
-        tracing::error!(error = %left, "what a start left that could not be recorded could not be ended");
+        tracing::error!(error = %left, "the process of a start that could not be recorded could not be ended");
         self.take_hold(Hold::Leftover);
         let message =
             format!("a process that was started for it could not be ended, and runs no guest: {left}");
@@ -348,7 +348,7 @@ impl Actor {
     /// Undoes TapsProvided, and with it Reserved.
     async fn undo_taps(&mut self, budget: Budget, taps: TapsProvided) {
         for left in self.remove_taps(budget, taps.made).await {
-            tracing::warn!(%left, "a TAP of a start that failed stays until the VM is deleted");
+            tracing::warn!(error = %left, "a TAP of a failed start could not be removed; DeleteVm removes it");
         }
         self.shared.claims.release(self.record.uid);
     }
@@ -475,7 +475,7 @@ impl Actor {
         error: ServiceError,
         left: &BackendError,
     ) -> NotStarted {
-        tracing::error!(error = %left, "what a broken start left could not be ended; it is looked for again");
+        tracing::error!(error = %left, "the process of a failed start could not be ended; the daemon searches for it again");
         let handle = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Vmm(live) | Hold::Silent(live) => Some(live),
             _ => None,

@@ -126,7 +126,7 @@ impl Seed {
         tracing::error!(
             vm_id = %record.vm_id,
             uid = %record.uid,
-            "the actor of a VM has panicked, which is a fault of this program; the VM is taken up again"
+            "the actor of a VM panicked, which is a defect of this program; the VM is recovered"
         );
         self.shared.index.publish(Arc::new(as_after_a_panic(&record)));
         let force = self.mailbox.forced();
@@ -209,10 +209,7 @@ impl Actor {
 /// Returns the record that is shown until the actor has determined the true state.
 fn as_after_a_panic(record: &VmRecord) -> VmRecord {
     let status = Status { restarts: record.status.restarts, ..Status::plain(Phase::Unreachable, now_ms()) }
-        .because(
-            Reason::Internal,
-            "this program failed while it looked after the VM, and takes the VM up again",
-        );
+        .because(Reason::Internal, "a defect of this program ended the task of the VM; the VM is recovered");
     VmRecord { status, ..record.clone() }
 }
 

@@ -176,20 +176,24 @@ fn too_late(name: &str) -> BackendError {
 pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known: &HashSet<VmUid>) {
     let labelled = match tokio::time::timeout(REMOVE_LIMIT, taps.of_instance(instance)).await {
         Ok(Ok(labelled)) => labelled,
-        Ok(Err(error)) => return tracing::warn!(%error, "the host's TAPs could not be listed"),
-        Err(_) => return tracing::warn!("the host's TAPs were not listed in time"),
+        Ok(Err(error)) => {
+            return tracing::warn!(%error, "the host's TAPs could not be listed; a TAP of a deleted VM may stay");
+        }
+        Err(_) => {
+            return tracing::warn!("the host's TAPs were not listed in time; a TAP of a deleted VM may stay");
+        }
     };
     let orphans = labelled.into_iter().filter(|tap| !known.contains(&tap.owner.uid));
     let removals = orphans.map(async |tap| {
         let (name, uid) = (&tap.name, tap.owner.uid);
         if tap.attached {
-            tracing::warn!(tap = name, %uid, "a TAP of a VM that is gone is still held by a process; it is left alone");
+            tracing::warn!(tap = name, %uid, "the TAP of a deleted VM is used by a process; it is left alone");
             return;
         }
         match tokio::time::timeout(REMOVE_LIMIT, taps.remove(name, tap.owner)).await {
-            Ok(Ok(_)) => tracing::info!(tap = name, %uid, "removed the TAP of a VM that is gone"),
-            Ok(Err(error)) => tracing::warn!(tap = name, %uid, %error, "the TAP of a VM that is gone stays"),
-            Err(_) => tracing::warn!(tap = name, %uid, "the TAP of a VM that is gone was not removed in time"),
+            Ok(Ok(_)) => tracing::info!(tap = name, %uid, "the TAP of a deleted VM was removed"),
+            Ok(Err(error)) => tracing::warn!(tap = name, %uid, %error, "the TAP of a deleted VM could not be removed"),
+            Err(_) => tracing::warn!(tap = name, %uid, "the TAP of a deleted VM was not removed in time"),
         }
     });
     join_all(removals).await;

@@ -13,6 +13,8 @@
 //! and not that of the restart policy. The other operations need nothing: a BootVm that was
 //! interrupted leaves the VM as it was, and a PauseVm has stopped the guest or has not.
 
+use std::sync::Arc;
+
 use tokio::time::Instant;
 use vmm_core::event::EventKind;
 use vmm_core::intent::Recovery;
@@ -25,6 +27,7 @@ use super::budget::Budget;
 use super::hold::Next;
 use super::journal::{Turn, Why};
 use crate::mailbox::Operation;
+use crate::operation_log::Ending;
 
 impl Actor {
     /// Returns the interrupted operation that waits for its VMM to be found, if there is one. Its
@@ -48,12 +51,11 @@ impl Actor {
         let method = intent.request().name();
         let status = self.status(phase).because(
             Reason::OperationInterrupted,
-            format!("the daemon ended during {method}, which is carried on now"),
+            format!("the daemon ended during {method}, which continues now"),
         );
         if let Some(operation) = operation(intent) {
             self.next = Next::Finish(Box::new(operation));
         }
-        tracing::info!(operation = method, "found the VM's VMM, and carry on with what was under way");
         let turn = Turn::new(EventKind::Adopted, Why::by_itself("daemon-started"), status)
             .observing(observation)
             .intending(Some(intent.clone()));
@@ -69,17 +71,21 @@ impl Actor {
         } else {
             Budget::of_operation(operation.ask_guest_for)
         };
-        let error = match self.carry_out(budget, &operation).await {
-            Ok(_) => return tracing::info!(operation = method, "an operation that was cut short is done"),
+        let asked = Instant::now();
+        let result = self.carry_out(budget, &operation).await;
+        let record = Arc::clone(&self.record);
+        let ending = Ending { operation: method, actor: &operation.caller, record: &record, asked };
+        let error = match result {
+            Ok(outcome) => return ending.done(&outcome),
             Err(error) => error,
         };
-        tracing::warn!(operation = method, %error, "an operation that was cut short failed");
+        ending.failed(&error);
         if self.interrupted().is_some() {
             // The operation was refused before it began, for example because the guest is paused
             // now. The intent ends here, because otherwise the operation would be tried for ever.
             let status = self
                 .status(Phase::at_rest(self.record.state))
-                .because(Reason::OperationFailed, format!("{method} could not be carried on: {error}"));
+                .because(Reason::OperationFailed, format!("{method} could not be continued: {error}"));
             let why = Why::asked(operation.request, &operation.caller);
             let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
         }

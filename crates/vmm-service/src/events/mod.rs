@@ -196,8 +196,7 @@ impl Events {
 
     fn too_old(&self) -> ServiceError {
         ServiceError::out_of_range(format!(
-            "events since that token are no longer kept (they are for {} s): begin again without a resume_token, which tells \
-             the present state of every VM first",
+            "events since that token are no longer kept (they are for {} s): begin again without a resume_token, which first sends the present state of every VM",
             self.retention.as_secs()
         ))
     }

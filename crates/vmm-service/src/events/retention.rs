@@ -52,7 +52,9 @@ async fn expire(events: &Arc<Events>, cutoff: &mut Cutoff) {
     match removed.await {
         Ok(0) => {}
         Ok(removed) => tracing::info!(removed, "events past their retention were removed"),
-        Err(error) => tracing::warn!(%error, "old events could not be removed; trying again later"),
+        Err(error) => {
+            tracing::warn!(%error, "events past their retention could not be removed; the daemon tries again later")
+        }
     }
 }
 

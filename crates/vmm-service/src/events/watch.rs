@@ -221,8 +221,7 @@ impl Events {
 
     fn unknown_log(&self, why: &str) -> ServiceError {
         ServiceError::out_of_range(format!(
-            "resume_token: {why}, so what happened since cannot be told: begin again without a resume_token, which tells the \
-             present state of every VM first"
+            "resume_token: {why}, so the events since then cannot be found: begin again without a resume_token, which first sends the present state of every VM"
         ))
     }
 }

@@ -20,6 +20,7 @@ mod interrupted;
 mod kinds;
 mod lifecycle;
 mod listing;
+mod log;
 mod observe;
 mod places;
 mod recover;
