@@ -130,7 +130,7 @@ impl Registration {
             (VmKind::Managed, _) => Ok((self.managed)(config)),
             (VmKind::Libvirt { uri, .. }, Some(libvirt)) => Ok(libvirt(config, uri, false)),
             (VmKind::Attached { .. } | VmKind::Libvirt { .. } | VmKind::Unrecorded { .. }, _) => {
-                Err(format!("it lives at {kind}, which {} does not name any more", self.endpoint.variable()))
+                Err(format!("the VM lives at {kind}, which {} no longer names", self.endpoint.variable()))
             }
         }
     }

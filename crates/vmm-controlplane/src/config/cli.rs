@@ -107,11 +107,10 @@ impl CommandFactory for Cli {
             .subcommands([
                 clap::Command::new(SERVE).about("Serves the API (the default)"),
                 clap::Command::new(CHECK_CONFIG).about(
-                    "Checks the configuration and prints each setting with where it came from; exit code 1 with \
-                     every error if it is not usable",
+                    "Checks the configuration and prints each setting with its origin; prints every error and exits with code 1 if the configuration is not usable",
                 ),
                 clap::Command::new(MIGRATE_ENV)
-                    .about("Prints shell exports that take the place of the CHCP_ variables, which are no longer read"),
+                    .about("Prints shell exports that replace the CHCP_ variables, which are no longer read"),
             ])
             .subcommands(operator())
     }
@@ -168,25 +167,23 @@ fn operator() -> [clap::Command; 4] {
     [
         clap::Command::new(DOCTOR)
             .about(
-                "Says what this host can do, with the remedy for what it cannot; exit code 1 if the default backend cannot \
-                 serve",
+                "Checks this host and prints a remedy for each problem; exits with code 1 if the default backend cannot serve",
             )
             .arg(json()),
         clap::Command::new(RECONCILE)
             .about(
-                "Lists every process, TAP, socket and folder that bears our mark, with its owner, decision and reason, and \
-                 removes what is proven ours, dead and nobody's; exit code 3 if something is left to look at",
+                "Lists every process, TAP, socket and folder that bears the program's mark, with its owner, decision and reason, and removes each that is proven to be this program's, unused and without an owner; exits with code 3 if something is left that a person should look at",
             )
             .args([
-                flag(DRY_RUN, "Touch nothing; may run beside the daemon"),
-                flag(KILL_ORPHANS, "Also end VMMs that are proven ours and that no VM on record owns"),
+                flag(DRY_RUN, "Only list, and remove nothing; allowed while the daemon runs"),
+                flag(KILL_ORPHANS, "Also end VMMs that are proven to be this program's and that belong to no VM on record"),
                 json(),
             ]),
         clap::Command::new(BACKUP)
-            .about("Copies the database to a new file; may run beside the daemon")
-            .arg(file("The new file; one that is there is refused")),
+            .about("Copies the database to a new file; allowed while the daemon runs")
+            .arg(file("The new file; an existing file is refused")),
         clap::Command::new(RESTORE)
-            .about("Puts a backup in the place of the database, which is kept beside it; the daemon must be stopped")
+            .about("Replaces the database by a backup, and keeps the old database beside it; the daemon must be stopped")
             .arg(file("The backup")),
     ]
 }

@@ -93,7 +93,7 @@ pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: 
     let mut warnings = Vec::new();
     if !config.listen.is_loopback() {
         warnings.push(format!(
-            "listening on {} with no authentication configured: whoever reaches it controls every VM; set {} to \
+            "listening on {} with no authentication configured: every program that reaches this address controls every VM; set {} to \
              127.0.0.1, or let only trusted machines through the firewall",
             config.listen,
             Setting::Address.variable(),
@@ -172,7 +172,7 @@ fn old_socket(config: &Config, host: &dyn Host) -> Option<String> {
     found.filter(|_| unset).map(|path| {
         format!(
             "{path} exists and is not used: {} is unset, so {backend} processes are started, one per VM; \
-             {}={value} is what attaches to it",
+             {}={value} attaches to it",
             setting.variable(),
             setting.variable(),
         )

@@ -96,11 +96,11 @@ settings! {
     "Backends" {
         /// Backend of a VM that names none: cloudhypervisor, firecracker or qemu.
         Backend = "backend" <"BACKEND"> Text("cloudhypervisor");
-        /// Cloud Hypervisor sockets to attach to, comma-separated unix:///path; unset: one process is started per VM.
+        /// Cloud Hypervisor sockets to attach to, comma-separated unix:///path; if unset, the daemon starts one process per VM.
         ChEndpoint = "ch_endpoint" <"ENDPOINT"> Unset;
-        /// Firecracker sockets to attach to, comma-separated unix:///path; unset: one process is started per VM.
+        /// Firecracker sockets to attach to, comma-separated unix:///path; if unset, the daemon starts one process per VM.
         FcEndpoint = "fc_endpoint" <"ENDPOINT"> Unset;
-        /// QMP socket of a running QEMU (unix:///path), or libvirt (qemu:///system, qemu:///session, qemu+unix://...); unset: one process is started per VM.
+        /// QMP socket of a running QEMU (unix:///path), or libvirt (qemu:///system, qemu:///session, qemu+unix://...); if unset, the daemon starts one process per VM.
         QemuEndpoint = "qemu_endpoint" <"ENDPOINT"> Unset;
         /// Cloud Hypervisor executable: a name looked up on PATH, or an absolute path.
         ChBinary = "ch_binary" <"PROGRAM"> Text("cloud-hypervisor");
@@ -108,9 +108,9 @@ settings! {
         FcBinary = "fc_binary" <"PROGRAM"> Text("firecracker");
         /// QEMU executable: a name looked up on PATH, or an absolute path.
         QemuBinary = "qemu_binary" <"PROGRAM"> Text("qemu-system-x86_64");
-        /// Whether QEMU uses KVM: true, false, or auto, which uses it where /dev/kvm opens and the CPU has vmx or svm.
+        /// Use of KVM by QEMU: true, false, or auto, which uses KVM if /dev/kvm opens and the CPU has vmx or svm.
         QemuKvm = "qemu_kvm" <"auto|true|false"> Text("auto");
-        /// Whether libvirt domains that another program made are listed too.
+        /// Import of the libvirt domains that another program made.
         QemuImport = "qemu_import" <"true|false"> Text("false");
     }
     "Defaults for VMs" {
@@ -124,27 +124,27 @@ settings! {
     "Running" {
         /// Time between two samples of a running VM's metrics; a bare number is seconds.
         MetricsInterval = "metrics_interval" <"DURATION"> Text("10");
-        /// How long the events of a VM are kept, such as 7d, 12h or 30m; a bare number is seconds.
+        /// Time for which events are kept, such as 7d, 12h or 30m; a bare number is seconds.
         EventRetention = "event_retention" <"DURATION"> Text("7d");
-        /// How many spare VMMs are kept started per backend, once it has started a VM; 0 keeps none.
+        /// Number of spare VMMs for each backend that has started a VM; 0 keeps none.
         SpareVmms = "spare_vmms" <"COUNT"> Text("0");
-        /// Directory of what must survive a reboot; not root: $XDG_STATE_HOME/vmm-controlplane.
+        /// Directory of the database, which must survive a reboot of the host; for a user other than root $XDG_STATE_HOME/vmm-controlplane.
         StateDir = "state_dir" <"DIR"> Directory("/var/lib/vmm-controlplane");
-        /// Directory of sockets, process ids and consoles; not root: $XDG_RUNTIME_DIR/vmm-controlplane.
+        /// Directory of sockets, logs and consoles; for a user other than root $XDG_RUNTIME_DIR/vmm-controlplane.
         RuntimeDir = "runtime_dir" <"DIR"> Directory("/run/vmm-controlplane");
     }
     "Telemetry" {
-        /// Whether traces and metrics are sent over OTLP.
+        /// Sending of traces and metrics over OTLP.
         OtelEnabled = "otel_enabled" <"true|false"> Text("false");
-        /// Service name in what is sent.
+        /// Service name in the telemetry.
         OtelServiceName = "otel_service_name" <"NAME"> Text("vmm-controlplane");
-        /// Service version in what is sent; the program's own by default.
+        /// Service version in the telemetry; the program's own by default.
         OtelServiceVersion = "otel_service_version" <"VERSION"> Text(env!("CARGO_PKG_VERSION"));
-        /// Share of the traces that is sent, from 0.0 to 1.0.
+        /// Share of the traces that are sent, from 0.0 to 1.0.
         OtelSamplingRate = "otel_sampling_rate" <"RATE"> Text("1.0");
         /// OTLP/HTTP collector: HOST:PORT, or an http:// or https:// URL.
         OtelEndpoint = "otel_endpoint" <"ENDPOINT"> Text("localhost:4318");
-        /// Whether a Prometheus page is served at /metrics, whatever otel_enabled says.
+        /// Serving of a Prometheus page at /metrics, independent of otel_enabled.
         OtelPrometheusEnabled = "otel_prometheus_enabled" <"true|false"> Text("true");
         /// TCP port of the Prometheus page; 0 lets the system choose a free one.
         OtelPrometheusPort = "otel_prometheus_port" <"PORT"> Text("9464");

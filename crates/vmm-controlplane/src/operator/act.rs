@@ -67,7 +67,7 @@ async fn end(identity: &ProcessIdentity, programs: &BTreeSet<String>) -> Result<
         Lookup::Gone => return Ok(()),
         Lookup::Unprovable(why) => return Err(why),
     };
-    let runs = process.executable().map_err(|error| format!("its program cannot be told: {error}"))?;
+    let runs = process.executable().map_err(|error| format!("its program cannot be read: {error}"))?;
     let name = runs.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     if !programs.contains(&name) {
         return Err(format!("it runs {name} now, which is no hypervisor"));

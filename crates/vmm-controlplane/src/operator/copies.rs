@@ -67,7 +67,7 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
     }
     for vm in relinked {
         text.push_str(&format!(
-            "VM {vm} has been started again since the backup; its record names its VMM of now\n"
+            "VM {vm} has been started again since the backup; its record names the VMM that runs now\n"
         ));
     }
     let facts = gather(config, false).await?;
@@ -78,7 +78,7 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
              `vmm-controlplane reconcile --dry-run` lists them\n"
         ));
     }
-    text.push_str("start the daemon: it finds out what is true of every VM\n");
+    text.push_str("start the daemon, which determines the state of every VM\n");
     Ok(Answer::fine(text))
 }
 
@@ -127,6 +127,6 @@ fn relink(record: &mut VmRecord, found: &[ProcessIdentity]) -> Result<bool, Stri
             Ok(true)
         }
         (Some(_), _) => refused("by more than one VMM"),
-        (None, _) => refused("the backup is from a time when it did not"),
+        (None, _) => refused("the backup has it as not running"),
     }
 }

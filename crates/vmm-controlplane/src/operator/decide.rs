@@ -205,14 +205,14 @@ impl Judge<'_> {
         // be held by a process whose arguments name no folder. A process that is to end does not
         // count as a user.
         let Some(uid) = folder.uid else {
-            let why = "lies among the run folders and is not called as one: not made by this program";
+            let why = "lies among the run folders without the name of one: not made by this program";
             return (Decision::Report, why.to_owned());
         };
         if let Some(record) = self.facts.records.get(&uid) {
             return (Decision::Keep, format!("of VM {}", record.vm_id));
         }
         if !folder.own {
-            let why = "is called as a run folder, but is no folder of this user's: not made by this daemon";
+            let why = "has the name of a run folder, but is no folder of this user: not made by this daemon";
             return (Decision::Report, why.to_owned());
         }
         if let Err(why) = self.whose(folder.mark.as_ref()) {
@@ -299,17 +299,17 @@ impl Judge<'_> {
         // runtime directory. Without a mark the note decides, and it proves ownership only if this
         // state directory is the only one that ever used the runtime directory.
         match (self.facts.instance, mark, &self.facts.served) {
-            (None, _, _) => Err("without a database nothing proves whose it is"),
+            (None, _, _) => Err("without a database no owner can be proven"),
             (Some(ours), Some(mark), _) if mark.instance == ours => Ok(()),
             (Some(_), Some(_), _) => Err("it bears the mark of another installation's spare VMM"),
             (Some(ours), None, Served::One(theirs)) if ours == *theirs => Ok(()),
             (Some(_), None, Served::One(_)) => Err("another state directory has used this runtime folder"),
             (Some(_), None, Served::Nobody) => {
-                Err("nothing tells which state directory has used this runtime folder")
+                Err("no list names the state directory that has used this runtime folder")
             }
-            (Some(_), None, Served::Many) => Err(
-                "more than one state directory has used this runtime folder, and nothing tells whose it is",
-            ),
+            (Some(_), None, Served::Many) => {
+                Err("more than one state directory has used this runtime folder, so no owner can be proven")
+            }
         }
     }
 

@@ -37,7 +37,11 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     let mut checks = tokio::task::spawn_blocking(move || {
         let mut checks = vec![daemon_line(&for_host), database(&for_host)];
         checks.extend(warnings.into_iter().map(|warning| {
-            Check::warn("configuration", warning, "`vmm-controlplane check-config` shows who set what")
+            Check::warn(
+                "configuration",
+                warning,
+                "`vmm-controlplane check-config` shows the origin of each setting",
+            )
         }));
         checks.extend(host::kvm(needs_kvm(&for_host)));
         checks.extend(host::network());
@@ -82,11 +86,9 @@ fn daemon_line(config: &Config) -> Check {
             Check::ok("daemon", format!("runs on this state directory, process id {pid}"))
         }
         Ok(None) => Check::ok("daemon", "does not run on this state directory"),
-        Err(error) => Check::warn(
-            "daemon",
-            format!("whether one runs cannot be told: {error}"),
-            "run doctor as the daemon's user",
-        ),
+        Err(error) => {
+            Check::warn("daemon", format!("cannot be looked for: {error}"), "run doctor as the daemon's user")
+        }
     }
 }
 

@@ -55,7 +55,7 @@ pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Fact
         }
         None => {
             notes.push(format!(
-                "there is no database in {}: nothing can be proven ours",
+                "there is no database in {}: no owner can be proven",
                 config.state_dir.display()
             ));
             (None, BTreeMap::new())
@@ -69,7 +69,8 @@ pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Fact
         None => Vec::new(),
     };
     let survey = before.lasting(survey(&runtime_dir).await?);
-    let served = ledger::served(&runtime_dir).context("whose the run folders are cannot be told")?;
+    let served =
+        ledger::served(&runtime_dir).context("the owners of the run folders cannot be determined")?;
     let names = programs(config);
     let programs = tokio::task::spawn_blocking(move || running_names(&names)).await?;
     Ok(Facts { instance, records, daemon, served, survey, taps, programs, notes })
@@ -78,7 +79,7 @@ pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Fact
 async fn survey(runtime_dir: &Path) -> anyhow::Result<Survey> {
     let dir = runtime_dir.to_path_buf();
     let looked = tokio::task::spawn_blocking(move || ledger::survey(&dir)).await?;
-    looked.with_context(|| format!("what lies in {} cannot be listed", runtime_dir.display()))
+    looked.with_context(|| format!("the contents of {} cannot be listed", runtime_dir.display()))
 }
 
 /// Returns the programs of the hypervisors: the usual ones and the configured ones.

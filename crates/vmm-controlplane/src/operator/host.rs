@@ -42,7 +42,7 @@ pub(super) fn kvm(needed: bool) -> Vec<Check> {
     } else {
         Check::warn(
             "virtualisation",
-            "the CPUs show neither vmx nor svm: a KVM here is one in software, which runs a common Linux kernel far too slowly",
+            "the CPUs show neither vmx nor svm: a KVM on this host emulates in software, and runs a common Linux kernel far too slowly",
             "enable virtualisation in the firmware, or nested virtualisation where this is a VM; else use qemu with \
              UNKEY_VMCP_QEMU_KVM=auto, which emulates",
         )
@@ -61,11 +61,11 @@ pub(super) fn network() -> Vec<Check> {
         ),
     };
     let capability = if has_capability(CAP_NET_ADMIN) {
-        Check::ok("CAP_NET_ADMIN", "is there: TAPs can be made")
+        Check::ok("CAP_NET_ADMIN", "is present: the daemon can make TAPs")
     } else {
         Check::warn(
             "CAP_NET_ADMIN",
-            "is missing: only TAPs that exist and belong to the daemon's user can be used",
+            "is missing: VMs can use only TAPs that exist and belong to the daemon's user",
             "give it to the daemon (systemd: AmbientCapabilities=CAP_NET_ADMIN), or make TAPs beforehand and name them in \
              tap_device (`ip tuntap add dev NAME mode tap user USER`)",
         )
@@ -130,7 +130,7 @@ fn ownership(name: &'static str, dir: &Path, facts: &std::fs::Metadata, advice: 
         return Some(Check::warn(
             name,
             finding,
-            "run doctor as the daemon's user: what it may is what counts",
+            "run doctor as the daemon's user, because only that user's permissions matter",
         ));
     }
     let open = facts.mode() & 0o077 != 0;
@@ -144,7 +144,7 @@ fn room(name: &'static str, shown: &str, there: &Path) -> Check {
         Err(error) => {
             return Check::warn(
                 name,
-                format!("{shown}: its room cannot be told ({error})"),
+                format!("{shown}: its free space cannot be read ({error})"),
                 "look at its mount",
             );
         }
@@ -165,7 +165,11 @@ pub(super) fn open_files(daemon: Option<u32>) -> Check {
     let process = daemon.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
     let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).unwrap_or_default();
     let (Some(limit), Ok(used)) = (hard_limit(&limits), descriptors::in_use(&process)) else {
-        return Check::warn(NAME, "the daemon's cannot be counted", "run doctor as the daemon's user");
+        return Check::warn(
+            NAME,
+            "the open files of the daemon cannot be counted",
+            "run doctor as the daemon's user",
+        );
     };
     let used = if daemon.is_some() { used } else { descriptors::DAEMON };
     let more = descriptors::vms_that_fit(limit, used);

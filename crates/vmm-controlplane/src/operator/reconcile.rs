@@ -1,4 +1,4 @@
-//! The subcommand `reconcile`, which lists everything that bears our mark and removes the items
+//! The subcommand `reconcile`, which lists everything that bears the program's mark and removes the items
 //! that are proven to have no owner.
 
 use anyhow::bail;
@@ -74,8 +74,7 @@ fn take_lock(config: &Config) -> anyhow::Result<Option<StateLock>> {
     match StateLock::acquire(&config.state_dir) {
         Ok(lock) => Ok(Some(lock)),
         Err(LockError::Held { pid, .. }) => bail!(
-            "the daemon {} runs on {}, and what it is about to make would look like a leftover; nothing was touched. Look with \
-             `reconcile --dry-run`, which may run beside it; to remove, stop the daemon first: its VMs go on running",
+            "the daemon {} runs on {}, and a thing that it is about to make would look like a leftover; nothing was touched. `reconcile --dry-run` lists beside a running daemon; to remove, stop the daemon first: its VMs go on running",
             pid.map_or_else(|| "of another process".to_owned(), |pid| format!("with process id {pid}")),
             config.state_dir.display()
         ),
@@ -133,7 +132,10 @@ pub async fn report_leftovers(config: Config) {
     let facts: Facts = match gather(&config, true).await {
         Ok(facts) => facts,
         Err(error) => {
-            tracing::warn!(error = format!("{error:#}"), "what bears our mark could not be listed");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the things on this host that bear the program's mark could not be listed"
+            );
             return;
         }
     };
@@ -143,10 +145,10 @@ pub async fn report_leftovers(config: Config) {
         return;
     }
     for item in open.iter().take(LOGGED) {
-        tracing::warn!(kind = ?item.kind, what = item.name, reason = item.reason, "nobody's, and left alone");
+        tracing::warn!(kind = ?item.kind, name = item.name, detail = item.reason, "a thing on this host bears the program's mark and has no owner; it is left alone");
     }
     tracing::warn!(
         count = open.len(),
-        "things on this host bear our mark and have no owner; `vmm-controlplane reconcile --dry-run` lists them"
+        "things on this host bear the program's mark and have no owner; `vmm-controlplane reconcile --dry-run` lists them"
     );
 }

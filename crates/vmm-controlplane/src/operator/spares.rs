@@ -22,7 +22,7 @@ pub(super) fn line(config: &Config) -> Check {
     let survey = match ledger::survey(&config.runtime_dir) {
         Ok(survey) => survey,
         Err(error) => {
-            let finding = format!("which wait cannot be told: {error}");
+            let finding = format!("the spare VMMs that wait cannot be counted: {error}");
             return Check::warn(NAME, finding, "run doctor as the daemon's user");
         }
     };
@@ -52,7 +52,7 @@ fn judge(wanted: usize, daemon: bool, waiting: &BTreeMap<BackendName, usize>) ->
     let each: Vec<String> = waiting.iter().map(|(backend, count)| format!("{backend}: {count}")).collect();
     let each = each.join(", ");
     let kept = match wanted {
-        0 => "none is kept (UNKEY_VMCP_SPARE_VMMS sets how many)".to_owned(),
+        0 => "none is kept (UNKEY_VMCP_SPARE_VMMS sets the number)".to_owned(),
         wanted => format!("{wanted} kept per backend that has started a VM"),
     };
     match (waiting.is_empty(), daemon) {
