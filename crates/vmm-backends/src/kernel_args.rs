@@ -31,7 +31,7 @@ pub(crate) fn check_panic(report: &mut Report, spec: &VmSpec, machine: &str) {
         report.advise(
             "config.boot.kernel_args",
             format!(
-                "{machine} is not told that its guest panics, so restart_policy does not act on a panic: add panic=1 to have Linux reset itself"
+                "{machine} does not see that its guest panics, so restart_policy does not act on a panic: add panic=1 to have Linux reset itself"
             ),
         );
     }

@@ -297,12 +297,12 @@ async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str
         answer = call => answer,
         _ = process.wait() => return Called::Taken,
         () = tokio::time::sleep(limit) => {
-            tracing::warn!(pid = process.pid(), "the VMM does not answer the call to {what}");
+            tracing::warn!(pid = process.pid(), call = what, "the VMM does not answer a call");
             return Called::Silent;
         }
     };
     let Err(error) = answer else { return Called::Taken };
-    tracing::warn!(pid = process.pid(), %error, "the VMM did not accept the call to {what}");
+    tracing::warn!(pid = process.pid(), call = what, %error, "the VMM refused a call");
     match error.effect {
         Effect::Applied => Called::Taken,
         Effect::Unknown => Called::Lost,

@@ -82,7 +82,7 @@ pub async fn died_early(process: &Process, log: &Path, what: &str) -> BackendErr
     let message = if said.is_empty() {
         format!("the VMM ended {what} ({exit}) and left nothing in its log")
     } else {
-        format!("the VMM ended {what} ({exit}); its last words: {said}")
+        format!("the VMM ended {what} ({exit}); its log ends with: {said}")
     };
     BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message)
 }
@@ -192,7 +192,7 @@ pub async fn sweep(dir: &Path, executable_names: &[impl AsRef<str> + Sync]) -> R
     while let Some(found) = first_user_of(dir, executable_names).await? {
         if swept == SWEPT_AT_MOST {
             let message = format!(
-                "new processes that use {} are started all the time; end who starts them",
+                "new processes that use {} are started all the time; end the program that starts them",
                 dir.display()
             );
             return Err(host_error(message));
@@ -223,7 +223,7 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
             dir.display()
         )));
     }
-    tracing::info!(pid = process.pid(), dir = %dir.display(), "ending an orphaned VMM");
+    tracing::info!(pid = process.pid(), dir = %dir.display(), "an orphaned VMM is ended");
     kill_within(&process, SWEEPING).await
 }
 

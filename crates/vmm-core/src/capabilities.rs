@@ -229,7 +229,7 @@ impl RebootFact {
         !matches!(self, Self::NeedsAnotherVmm)
     }
 
-    /// Returns true where the process stays.
+    /// Returns true if the VMM's process stays the same.
     pub const fn is_in_place(self) -> bool {
         matches!(self, Self::InPlace | Self::InPlaceAtOnce)
     }

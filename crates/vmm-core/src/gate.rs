@@ -43,7 +43,7 @@ impl Gate {
             Err(_) => Err(BackendError::new(
                 BackendErrorKind::Rejected,
                 Effect::NotApplied,
-                "the start was called off before its guest could run",
+                "the start was cancelled before the guest could run",
             )),
         }
     }

@@ -119,7 +119,8 @@ impl Report {
     pub fn into_violations(self) -> Vec<FieldReport> {
         let Report { mut violations, warnings: _, unlisted } = self;
         if unlisted > 0 {
-            let message = format!("has {unlisted} more violations, which are not listed: mend these first");
+            let message =
+                format!("has {unlisted} more violations, which are not listed: correct these first");
             violations.push(FieldReport::new("config", message));
         }
         violations

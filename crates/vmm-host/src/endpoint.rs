@@ -57,7 +57,7 @@ pub fn examine(path: &Path) -> Result<(), VisitError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(VisitError::Nobody(shown.to_string()));
         }
-        Err(error) => return Err(VisitError::Failed(format!("{shown} cannot be looked at: {error}"))),
+        Err(error) => return Err(VisitError::Failed(format!("{shown} cannot be examined: {error}"))),
     };
     if facts.file_type().is_symlink() {
         return Err(VisitError::Refused(format!(
@@ -126,7 +126,7 @@ pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
     let stream = connect(path).await?;
     if listener(&stream, path)? != first {
         return Err(VisitError::Failed(format!(
-            "another process has begun to listen on {} just now; it is looked at again",
+            "another process has just begun to listen on {}; that process is examined again",
             path.display()
         )));
     }

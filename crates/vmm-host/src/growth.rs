@@ -46,7 +46,7 @@ impl Watcher {
         let kept = match self.begin(path, &grown) {
             Ok(kept) => Some(kept),
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "the file cannot be watched; looking at it once a second");
+                tracing::warn!(path = %path.display(), %error, "the file cannot be watched; it is read once a second");
                 None
             }
         };
@@ -102,7 +102,7 @@ impl Instance {
                     Err(rustix::io::Errno::INTR) => {}
                     Err(error) => {
                         if error != rustix::io::Errno::AGAIN {
-                            tracing::warn!(%error, "the file watcher cannot read");
+                            tracing::warn!(%error, "the file watcher cannot read its events");
                         }
                         ready.clear_ready();
                         break;

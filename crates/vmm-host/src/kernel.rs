@@ -13,7 +13,7 @@ const MAX_HEADERS: u64 = 512;
 const MAX_NOTES: u64 = 1 << 20;
 /// The length of an ELF header, in bytes. The header states the length of a program header.
 const ELF_HEADER: usize = 64;
-/// The length of the part of a program header that matters.
+/// The length of a program header of a 64-bit ELF file, in bytes.
 const PROGRAM_HEADER: usize = 56;
 /// The length of the part of a bzImage that distinguishes it from other files, in bytes.
 const BZ_IMAGE: usize = 0x206;

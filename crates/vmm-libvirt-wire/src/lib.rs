@@ -289,7 +289,7 @@ pub enum Got {
     Done,
     /// The domains that were asked for.
     Domains {
-        /// All of them; empty where there is none.
+        /// One description for each domain; empty if there is none.
         domains: Vec<Domain>,
     },
     /// A configuration.

@@ -7,7 +7,7 @@
 //! - [`rpc`]: the standard error detail `google.rpc.BadRequest`.
 //! - [`FILE_DESCRIPTOR_SET`]: what server reflection answers from.
 
-// Lint groups are silenced for generated code only: nobody edits it, and its shape is the generator's.
+// Lint groups are silenced for generated code only, because the generator chooses its shape.
 #[allow(
     missing_docs,
     unreachable_pub,

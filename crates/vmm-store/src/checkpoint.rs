@@ -37,7 +37,7 @@ pub(crate) struct Quiet {
     wake: Receiver<()>,
 }
 
-/// Returns both sides.
+/// Returns the writer's side and the checkpointer's side.
 pub(crate) fn channel() -> (Log, Quiet) {
     let pages = Arc::new(AtomicU32::new(0));
     // One place is enough, because the message is the same each time.

@@ -108,11 +108,16 @@ pub(crate) fn decode_tombstone(uid: &str, json: &str) -> Option<Tombstone> {
     match &part {
         Some(part) => {
             let vm_id = part.vm.vm_id.as_str();
-            tracing::warn!(uid, vm_id, why, "the record of a deleted VM's process can be read in part only");
+            tracing::warn!(
+                uid,
+                vm_id,
+                detail = why,
+                "the record of a deleted VM's process can be read in part only"
+            );
         }
         None => tracing::error!(
             uid,
-            why,
+            detail = why,
             "the record of a deleted VM's process cannot be read, so that no disk is held for that process"
         ),
     }
@@ -195,7 +200,12 @@ pub(crate) fn decode_event(
     let event = match read_event(row, format) {
         Ok(event) => event,
         Err(why) => {
-            tracing::warn!(seq, vm_id = row.vm_id, why, "an event of the log is only partly readable");
+            tracing::warn!(
+                seq,
+                vm_id = row.vm_id,
+                detail = why,
+                "an event of the event log can be read in part only"
+            );
             salvage::event(row, &why).ok_or_else(no_key)?
         }
     };

@@ -42,8 +42,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The extent of the check of a database before its use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Depth {
-    /// The owner and the version only. Enough for a database that was closed in order and not
-    /// touched since.
+    /// The owner and the version only, which is enough for a database that was closed in order and
+    /// not touched since.
     Head,
     /// Every page too, which takes as long as reading the file.
     Whole,
@@ -239,7 +239,7 @@ fn create(path: &Path, migrations: &[Migration]) -> Result<(), StoreError> {
     for dir in path.ancestors().skip(1).take(2).filter(|dir| !dir.as_os_str().is_empty()) {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| io_error("writing", dir, error))?;
     }
-    tracing::info!(database = %path.display(), "made a new database");
+    tracing::info!(database = %path.display(), "a new database was made");
     Ok(())
 }
 

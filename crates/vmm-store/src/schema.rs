@@ -65,7 +65,7 @@ pub(crate) fn migrate(
     let found = version(conn, path)?;
     for step in migrations.iter().filter(|step| step.to > found) {
         take(conn, step).map_err(|error| from_sqlite(path, "upgrading", Effect::NotApplied, error))?;
-        tracing::info!(version = step.to, what = step.what, "upgraded the schema of the database");
+        tracing::info!(version = step.to, step = step.what, "the schema of the database was upgraded");
     }
     Ok(())
 }

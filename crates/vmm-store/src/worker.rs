@@ -36,7 +36,10 @@ impl Worker {
             Err(RecvTimeoutError::Timeout) => false,
             Ok(()) | Err(RecvTimeoutError::Disconnected) => {
                 if self.thread.join().is_err() {
-                    tracing::error!(thread = self.name, "a thread of the store has panicked");
+                    tracing::error!(
+                        thread = self.name,
+                        "a thread of the store panicked, which is a defect of this program"
+                    );
                 }
                 true
             }

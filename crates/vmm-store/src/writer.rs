@@ -215,7 +215,10 @@ impl Writer {
             }
             Err(Broken::NotApplied(error)) => {
                 let error = from_sqlite(&self.path, "writing to", Effect::NotApplied, error);
-                tracing::error!(error = &error as &dyn std::error::Error, "a commit failed");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the store could not write a change"
+                );
                 answer(group, vec![Err(error)]);
             }
             Err(Broken::InDoubt { error, outcomes, proof }) => {
@@ -275,7 +278,7 @@ impl Writer {
             Ok(false) => Effect::NotApplied,
             Err(_) => Effect::Unknown,
         };
-        tracing::error!(%error, ?effect, commits = outcomes.len(), "a transaction failed on its way to the disk");
+        tracing::error!(%error, ?effect, commits = outcomes.len(), "a transaction failed on the way to the disk");
         let code = error.sqlite_error().copied();
         let failure = |effect| {
             // All members share the cause, but SQLite's error cannot be cloned. Each member gets an

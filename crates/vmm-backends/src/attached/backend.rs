@@ -139,8 +139,7 @@ impl<H: Hypervisor> Attached<H> {
                 Some(why) => refused(
                     BackendErrorKind::Rejected,
                     format!(
-                        "its VMM has gone, and what that told does not suffice to make the VM anew in the one at {} ({why}): \
-                         delete this VM, and create one with the configuration that is meant",
+                        "the VM's VMM has gone, and the configuration that it reported does not suffice to make the VM again in the VMM at {} ({why}): delete this VM, and create one with the full configuration",
                         socket.endpoint()
                     ),
                 ),
@@ -175,7 +174,7 @@ impl<H: Hypervisor> Attached<H> {
         // force.
         let process = match adopt(&run.process) {
             Lookup::Alive(process) => process,
-            Lookup::Gone => return gone("its VMM ended while no daemon watched it; the cause is not known"),
+            Lookup::Gone => return gone("the VMM ended while no daemon watched; the cause is not known"),
             Lookup::Unprovable(message) => return unreachable(Reason::IdentityUnproven, message, None),
         };
         let error = match self.meet(socket).await {
@@ -194,7 +193,7 @@ impl<H: Hypervisor> Attached<H> {
             Err(error) => error,
         };
         if process.has_ended() {
-            return gone("its VMM has just ended");
+            return gone("the VMM has just ended");
         }
         let message = socket.failure(&*self.kind, &error);
         let met = self.kind.silent(&socket.path, &process);
@@ -213,7 +212,7 @@ impl<H: Hypervisor> Attached<H> {
             Some(Guest::Running) => GuestState::Running,
             Some(Guest::Paused) => GuestState::Paused,
             Some(Guest::AtRest) | None => {
-                let message = "another client of its VMM ended it, and the VMM runs on".to_owned();
+                let message = "another client of the VMM ended the VM, and the VMM runs on".to_owned();
                 return Adoption::Gone { exit: Exit { cause: ExitCause::Requested, message } };
             }
         };
@@ -227,7 +226,7 @@ impl<H: Hypervisor> Attached<H> {
     async fn adopt_start(&self, socket: &Arc<AttachedSocket>, request: &AdoptRequest) -> Adoption {
         let met = match self.meet(socket).await {
             Ok(met) => met,
-            Err(VisitError::Nobody(_)) => return gone("no VMM listens at its place"),
+            Err(VisitError::Nobody(_)) => return gone("no VMM listens at the VM's place"),
             Err(error) => {
                 let message = socket.failure(&*self.kind, &error);
                 return unreachable(Reason::VmmSilent, message, None);
@@ -241,7 +240,7 @@ impl<H: Hypervisor> Attached<H> {
             let run = new_run(socket, &met, now_ms());
             return self.adopt_met(socket, run, request, met);
         }
-        gone("what runs at its place, if anything does, is not this VM")
+        gone("no process at the VM's place is this VM")
     }
 
     /// Undoes an interrupted start: powers off and forgets the VM that this backend created for the
@@ -265,8 +264,7 @@ impl<H: Hypervisor> Attached<H> {
         let runs = met.holds.as_ref().is_some_and(|holds| holds.guest.is_live());
         if runs && !self.kind.power_off(&met.client).await? {
             let message = format!(
-                "the start could not be taken back: what it has started runs on in the VMM at {}, which was started by somebody \
-                 else; use force to end it",
+                "the start could not be undone: its guest runs on in the VMM at {}, which another program started; use force to end the VM",
                 socket.endpoint()
             );
             return Err(BackendError::new(BackendErrorKind::StillRuns, Effect::Unknown, message));
@@ -285,7 +283,7 @@ impl<H: Hypervisor> Attached<H> {
             Lookup::Alive(process) => process,
             Lookup::Gone => return Ok(()),
             Lookup::Unprovable(why) => {
-                let message = format!("{why}; it is left alone, end it by hand");
+                let message = format!("{why}; the process is left alone, end it by hand");
                 return Err(BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message));
             }
         };

@@ -165,7 +165,7 @@ async fn run(copier: &Arc<Copier>, copy: fn(&Copier) -> io::Result<Round>) -> Ro
     match copied.await {
         Ok(Ok(round)) => round,
         Ok(Err(error)) => {
-            tracing::warn!(%error, "a console cannot be copied");
+            tracing::warn!(%error, "the console of an attached VM cannot be copied");
             Round::Done
         }
         // The task fails only if the runtime is shutting down.

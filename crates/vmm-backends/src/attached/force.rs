@@ -68,7 +68,7 @@ pub(super) async fn kill(
             tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled");
             continue;
         }
-        tracing::info!(pid = process.pid(), ?signal, "force: signalled a VMM that another program started");
+        tracing::debug!(pid = process.pid(), ?signal, "force: signalled a VMM that another program started");
         point(FaultPoint::LadderSignalled);
         if process.wait_for(limit).await.is_some() {
             return Ok(rung);
@@ -107,7 +107,7 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
     let runs = executable(process).await.map_err(|error| {
         let is_leaving = error.kind() == std::io::ErrorKind::NotFound;
         let leaving = if is_leaving { KILLING } else { Duration::ZERO };
-        unproven_for(leaving, format!("its program is not shown ({error})"))
+        unproven_for(leaving, format!("its program cannot be read ({error})"))
     })?;
     if !runs.starts_with(program) {
         return Err(unproven(format!("it runs {runs}, not {program}")));
@@ -118,7 +118,7 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
             Err(unproven(format!("process {} listens on {}", visit.process.pid(), socket.display())))
         }
         Err(VisitError::Nobody(place)) => {
-            Err(unproven_for(REPORTING, format!("nobody listens on {place} any more")))
+            Err(unproven_for(REPORTING, format!("no process listens on {place} any more")))
         }
         Err(VisitError::Refused(why)) => Err(unproven(why)),
         // A paused QEMU may refuse one more connection, so a failed connection proves nothing
@@ -137,8 +137,7 @@ async fn executable(process: &Process) -> std::io::Result<String> {
 
 fn still_runs(process: &Process, socket: &Path) -> BackendError {
     let message = format!(
-        "it still runs: neither its guest nor its VMM obeyed, and process {} behind {} is not ours to kill. Try again, or \
-         use force, which ends the VMM's process",
+        "the VM still runs: neither its guest nor its VMM obeyed, and another program started process {} behind {}. Try again, or use force, which ends the VMM's process",
         process.pid(),
         socket.display()
     );

@@ -165,7 +165,7 @@ impl<A: Api> Handle<A> {
             Guest::Paused => VmmEvent::Paused,
             Guest::AtRest => VmmEvent::Gone(Exit {
                 cause: ExitCause::Requested,
-                message: "another client of its VMM ended it, and the VMM runs on".to_owned(),
+                message: "another client of the VMM ended the VM, and the VMM runs on".to_owned(),
             }),
         };
         // A receiver that is that far behind reads the state at its next sample.

@@ -185,8 +185,12 @@ pub(super) async fn meet<H: Hypervisor>(
     };
     if socket.note(view.clone()) {
         match &view {
-            View::Serves(version) => tracing::info!(place = socket.place, version, "a VMM listens"),
-            View::Fails(why) => tracing::warn!(place = socket.place, why, "no VMM can be used"),
+            View::Serves(version) => {
+                tracing::info!(place = socket.place, version, "a VMM answers at the endpoint")
+            }
+            View::Fails(why) => {
+                tracing::warn!(place = socket.place, detail = why, "the endpoint has no usable VMM")
+            }
         }
     }
     (met, view)

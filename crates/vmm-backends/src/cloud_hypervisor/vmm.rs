@@ -216,14 +216,14 @@ impl Monitor {
             ChEvent::Rebooting if self.reset_ends => {
                 self.seen.ending_reset = true;
                 if let Err(error) = self.process.signal(Signal::KILL) {
-                    tracing::error!(%error, "the guest reset itself, and its run cannot be ended");
+                    tracing::error!(%error, "the guest reset itself, and its VMM could not be killed");
                     self.tell(VmmEvent::GuestReset).await;
                 }
             }
             ChEvent::Panicked => {
                 self.seen.panic = true;
                 if let Err(error) = self.process.signal(Signal::KILL) {
-                    tracing::error!(%error, "the guest has panicked, and its run cannot be ended");
+                    tracing::error!(%error, "the guest has panicked, and its VMM could not be killed");
                     self.tell(VmmEvent::GuestFailed("the guest panicked".to_owned())).await;
                 }
             }

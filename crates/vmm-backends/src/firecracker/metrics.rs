@@ -262,7 +262,7 @@ fn give_back(tail: &Tail) {
 fn load(path: &Path) -> io::Result<Sums> {
     match std::fs::read(path) {
         Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
-            tracing::warn!(path = %path.display(), %error, "the sums of Firecracker's counters begin anew");
+            tracing::warn!(path = %path.display(), %error, "the sums of Firecracker's counters could not be read; they begin at 0");
             Sums::default()
         })),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Sums::default()),

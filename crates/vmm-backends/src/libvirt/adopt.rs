@@ -67,9 +67,9 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         (Ok(known), Some(process)) => found.with_process(known, process).await,
         (Ok(Some(known)), None) if is_active(known.state) => unreachable(
             Reason::IdentityUnproven,
-            "libvirt says that the domain runs, but no such process is to be seen here",
+            "libvirt reports that the domain runs, but this host shows no such process",
         ),
-        (Ok(_), None) => gone("libvirt says that the domain does not run"),
+        (Ok(_), None) => gone("libvirt reports that the domain does not run"),
         (Err(error), Some(process)) => found.silent(Reason::LibvirtUnreachable, error, process),
         (Err(error), None) => without_libvirt(&request, &error),
     }
@@ -112,9 +112,10 @@ impl Found<'_> {
         let Some(known) = known.filter(|known| is_active(known.state)) else {
             // Either the QEMU is about to end, or libvirt has lost the domain.
             if process.wait_for(GOING).await.is_some() {
-                return gone("libvirt says that the domain does not run");
+                return gone("libvirt reports that the domain does not run");
             }
-            let lost = "its QEMU runs, but libvirt says that it does not; restarting libvirtd may help";
+            let lost =
+                "the domain's QEMU runs, but libvirt reports that it does not; restarting libvirtd may help";
             let error =
                 BackendError::new(BackendErrorKind::Unreachable, vmm_core::backend::Effect::NotApplied, lost);
             return self.silent(Reason::LibvirtLostIt, error, process);
@@ -173,10 +174,9 @@ impl Found<'_> {
 fn without_libvirt(request: &AdoptRequest, error: &BackendError) -> Adoption {
     match request.run.as_ref().map(|run| process::adopt(&run.process)) {
         None | Some(Lookup::Gone) => gone("no QEMU of the domain runs"),
-        Some(Lookup::Alive(_)) => unreachable(
-            Reason::IdentityUnproven,
-            "its process does not look like a QEMU of libvirt's any more",
-        ),
+        Some(Lookup::Alive(_)) => {
+            unreachable(Reason::IdentityUnproven, "the domain's process is no longer a QEMU of libvirt")
+        }
         Some(Lookup::Unprovable(why)) => unreachable(Reason::IdentityUnproven, format!("{why}; and {error}")),
     }
 }

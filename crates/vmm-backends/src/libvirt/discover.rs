@@ -106,11 +106,11 @@ impl Seen {
         let domains = match self.backend.link.call(Call::List, LOOKING).await {
             Ok(Got::Domains { domains }) => domains,
             Ok(other) => {
-                warn!(?other, "libvirt's list of domains is none");
+                warn!(answer = ?other, "libvirt's answer is no list of domains");
                 return None;
             }
             Err(error) => {
-                debug!(%error, "libvirt does not list its domains now");
+                debug!(%error, "libvirt does not list its domains");
                 return None;
             }
         };
@@ -133,7 +133,7 @@ impl Seen {
             }
             Ok(None) => Vec::new(),
             Err(error) => {
-                debug!(%error, %uuid, "a domain that has changed cannot be looked at");
+                debug!(%error, %uuid, "a changed domain cannot be read from libvirt");
                 Vec::new()
             }
         }
@@ -159,7 +159,7 @@ impl Seen {
         match self.examine(&domain, ours).await {
             Ok(found) => Some(found),
             Err(why) => {
-                warn!(%uuid, name = domain.name, why, "a domain of libvirt cannot be taken up");
+                warn!(%uuid, name = domain.name, detail = why, "a domain of libvirt cannot be imported");
                 None
             }
         }
@@ -169,7 +169,7 @@ impl Seen {
         let uuid = domain.uuid;
         let got =
             self.backend.link.call(Call::Xml { uuid }, LOOKING).await.map_err(|error| error.to_string())?;
-        let Got::Xml { xml } = got else { return Err("libvirt's answer is none".to_owned()) };
+        let Got::Xml { xml } = got else { return Err("libvirt's answer cannot be used".to_owned()) };
         let told = describe(&xml)?;
         let state = match guest_state(domain.state) {
             GuestState::Running => VmState::Running,
@@ -200,7 +200,7 @@ impl Seen {
         let (backend, uuid) = (&self.backend, domain.uuid);
         let watched = backend.link.watch(uuid);
         let process = find_qemu(uuid, &backend.options.emulator).await?;
-        let process = process.ok_or("it runs, but no such process is to be seen here")?;
+        let process = process.ok_or("the domain runs, but this host shows no such process")?;
         let facts = Facts {
             domain: uuid,
             socket: backend.socket.clone(),
@@ -231,7 +231,7 @@ impl Discover for LibvirtBackend {
         let shared = Self { link: Arc::clone(&self.link), ..self.clone() };
         // The first look may take longer than the start of the daemon may wait.
         let _ = shared.link.ready(super::CONNECTING).await;
-        debug!(backend = %self.capabilities().name, "looking for domains");
+        debug!(backend = %self.capabilities().name, "the daemon searches for domains");
         discover(shared).await
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn find(wanted: &Path) -> Result<PathBuf, Down> {
     found.map_err(|problem| Down {
         kind: BackendErrorKind::NotInstalled,
         message: format!(
-            "libvirt is spoken to by a program of its own, and that is missing: {problem}. It belongs beside vmm-controlplane; \
+            "the libvirt helper is missing: {problem}. The helper belongs beside vmm-controlplane; \
              `make libvirt-helper` builds it, with the Debian packages libvirt-dev and pkg-config"
         ),
     })

@@ -33,10 +33,10 @@ pub(super) async fn keep(inner: Arc<Inner>) {
         let (was_up, down) = run_once(&inner).await;
         inner.disconnected();
         if was_up {
-            warn!(reason = down.message, "the connection to libvirt is lost; connecting again");
+            warn!(detail = down.message, "the connection to libvirt was lost; the daemon connects again");
             pause = PAUSES.0;
         } else {
-            debug!(reason = down.message, "libvirt cannot be used");
+            debug!(detail = down.message, "libvirt cannot be used");
         }
         inner.state.send_replace(State::Down(attempt, down));
         inner.stray(Stray::Lost);
@@ -86,7 +86,7 @@ async fn run_once(inner: &Arc<Inner>) -> (bool, Down) {
         ended = listen(inner, stdout, sender) => ended,
         () = write(stdin, outgoing) => None,
         () = inner.hung_up() => {
-            let message = format!("libvirt at {} does not answer; it is connected to anew", inner.uri);
+            let message = format!("libvirt at {} does not answer; the daemon connects again", inner.uri);
             Some(Down { kind: BackendErrorKind::Timeout, message })
         }
     };
@@ -105,7 +105,7 @@ async fn end(child: &mut Child) -> String {
         Ok(status) => status,
         Err(_) => {
             if let Err(error) = child.start_kill() {
-                warn!(%error, "the libvirt helper cannot be ended");
+                warn!(%error, "the libvirt helper could not be killed");
             }
             child.wait().await
         }
@@ -117,7 +117,7 @@ async fn end(child: &mut Child) -> String {
 async fn write(mut stdin: ChildStdin, mut outgoing: mpsc::Receiver<Vec<u8>>) {
     while let Some(line) = outgoing.recv().await {
         if let Err(error) = stdin.write_all(&line).await {
-            debug!(%error, "the libvirt helper does not read its requests any more");
+            debug!(%error, "the libvirt helper no longer reads its requests");
             return;
         }
     }
@@ -182,7 +182,7 @@ async fn read_last_words(stderr: impl AsyncRead + Unpin) -> String {
             Ok(0) | Err(_) => return last,
             Ok(_) => {
                 last = sanitize::sentence(String::from_utf8_lossy(&line).trim());
-                info!(said = last, "the libvirt helper wrote to its stderr");
+                info!(detail = last, "the libvirt helper wrote to its stderr");
             }
         }
     }

@@ -244,7 +244,7 @@ pub(super) enum CallError {
     #[error("{}", .0.message)]
     Down(Down),
     /// The connection was lost before the answer came.
-    #[error("the connection to libvirt was lost during {name}; it is made again")]
+    #[error("the connection to libvirt was lost during {name}; the daemon connects again")]
     Lost { name: &'static str, only_reads: bool },
     /// The answer did not come in time.
     #[error("libvirt has not answered {name} within {within:?}")]
@@ -432,7 +432,7 @@ impl Inner {
 
     /// Records a new connection, whose calls go to `sender`.
     pub(super) fn connected(&self, libvirt: String, hypervisor: String, sender: mpsc::Sender<Vec<u8>>) {
-        info!(libvirt, hypervisor, "connected to libvirt");
+        info!(libvirt, hypervisor, "the daemon is connected to libvirt");
         *lock(&self.outgoing) = Some(sender);
         self.state.send_replace(State::Up(Up { libvirt, hypervisor }));
         for watch in lock(&self.watches).values() {
@@ -467,7 +467,7 @@ impl Inner {
         match watch.map(|watch| watch.try_send(event)) {
             Some(Ok(())) => {}
             Some(Err(mpsc::error::TrySendError::Full(event))) => {
-                warn!(%domain, ?event, "an event of libvirt was dropped: too many wait");
+                warn!(%domain, ?event, "an event of libvirt was dropped, because too many events wait");
             }
             Some(Err(mpsc::error::TrySendError::Closed(_))) | None => self.stray(Stray::Changed(domain)),
         }

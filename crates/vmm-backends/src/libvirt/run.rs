@@ -72,7 +72,7 @@ pub(super) async fn live_taps(link: &Link, domain: Uuid, within: Duration) -> Op
         Err(error) => Err(error.to_string()),
     };
     told.map(|told| told.taps)
-        .inspect_err(|why| tracing::warn!(%domain, why, "the TAPs of the domain are not known; its network counters are missing"))
+        .inspect_err(|why| tracing::warn!(%domain, detail = why, "the TAPs of the domain are not known; its network counters are missing"))
         .ok()
 }
 

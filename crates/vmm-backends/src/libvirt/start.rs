@@ -119,7 +119,7 @@ async fn take_over(
     state: DomainState,
 ) -> Result<Launched, BackendError> {
     let process = qemu_of(backend, facts.domain).await?;
-    tracing::info!(domain = %facts.domain, "the domain runs already; taking it over");
+    tracing::debug!(domain = %facts.domain, "the domain runs already and is taken over");
     let facts = facts.with_live_taps(&backend.link).await;
     let run = facts.record(&process);
     let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, state);
@@ -132,8 +132,7 @@ async fn qemu_of(backend: &LibvirtBackend, uuid: Uuid) -> Result<Process, Backen
     match find_qemu(uuid, &backend.options.emulator).await {
         Ok(Some(process)) => Ok(process),
         Ok(None) => Err(host(
-            "libvirt has started the domain, but no such process is to be seen here: libvirtd and the daemon must share the \
-             host's processes"
+            "libvirt has started the domain, but the daemon sees no such process: libvirtd and the daemon must share the host's processes"
                 .to_owned(),
         )),
         Err(why) => Err(host(format!("libvirt has started the domain, but {why}"))),

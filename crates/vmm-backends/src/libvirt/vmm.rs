@@ -46,7 +46,7 @@ pub(super) struct LibvirtVmm {
     /// force.
     pub(super) imported: bool,
     pub(super) taps: Vec<String>,
-    /// Dropped together with the handle, which the watch notices.
+    /// The watch notices the drop of this sender, which is dropped together with the handle.
     pub(super) _wanted: oneshot::Sender<()>,
 }
 

@@ -112,7 +112,7 @@ impl Watch {
             }
             Event::Lifecycle(Lifecycle::Undefined) => {
                 info!(
-                    "the domain was undefined from outside; it goes on, and the next start defines it again"
+                    "another program undefined the domain; its guest goes on, and the next start defines the domain again"
                 );
             }
             Event::Lifecycle(_) | Event::Monitor(..) => {}
@@ -141,7 +141,9 @@ impl Watch {
             Ok(Some(DomainState::ShuttingDown)) => hasten(&self.process, signal),
             Ok(Some(DomainState::Running | DomainState::Paused)) => self.ending(false),
             Ok(other) => debug!(?other, "QEMU has not ended, and libvirt does not wait for that"),
-            Err(error) => debug!(%error, "QEMU has not ended, and libvirt does not say whether it is to"),
+            Err(error) => {
+                debug!(%error, "QEMU has not ended, and libvirt does not report the state of the domain")
+            }
         }
     }
 
@@ -200,7 +202,7 @@ impl Watch {
                 Ok(Some(domain)) => domain.state,
                 // The end of the domain is reported by its process.
                 Ok(None) => return,
-                Err(error) => return debug!(%error, "libvirt does not say what the guest is doing"),
+                Err(error) => return debug!(%error, "libvirt does not report the guest's state"),
             };
             let event = difference(state, change.runs());
             match event {
@@ -222,7 +224,7 @@ impl Watch {
     /// receiver reads the state at its next sample. The end is sent by `run`, which waits for room.
     fn tell(&self, event: VmmEvent) {
         if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
-            warn!(?event, "an event of the VMM was dropped: too many wait");
+            warn!(?event, "an event of the VMM was dropped, because too many events wait");
         }
     }
 
@@ -241,7 +243,7 @@ impl Watch {
         if heard.await.is_err() && self.reason.is_none() {
             // A QEMU that ends by itself announces it first, and libvirt passes the announcement on
             // at once. Without one QEMU has failed.
-            debug!("libvirt has not said how the domain ended, and QEMU neither");
+            debug!("neither libvirt nor QEMU has reported how the domain ended");
             self.ended = Some(Lifecycle::Failed);
         }
     }
@@ -254,12 +256,12 @@ impl Watch {
                 "the guest was reset through libvirt, where its restart policy lets no reset go on (on_reboot is destroy)"
             }
             (ExitCause::VmmFailed, _) => {
-                "QEMU failed or was killed; its last words are in libvirt's log of the domain (by default below \
+                "QEMU failed or was killed; libvirt's log of the domain may have the cause (by default below \
                  /var/log/libvirt/qemu)"
             }
             (_, Some(Lifecycle::Destroyed)) => "the domain was destroyed through libvirt",
             (_, Some(Lifecycle::Moved)) => "the domain was saved or moved through libvirt",
-            (ExitCause::Unknown, _) => "the domain ended, and libvirt has not said why",
+            (ExitCause::Unknown, _) => "the domain ended, and libvirt reported no cause",
             (_, _) => "the domain ended",
         };
         Exit { cause, message: message.to_owned() }

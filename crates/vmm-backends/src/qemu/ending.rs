@@ -67,9 +67,9 @@ impl End {
 /// Sends the due signal to a QEMU.
 pub(crate) fn hasten(process: &Process, signal: Signal) {
     if signal == Signal::KILL {
-        warn!("QEMU announced its shutdown and still runs after several signals; killing it");
+        warn!("QEMU announced its shutdown and still runs after several signals, so QEMU is killed");
     } else {
-        debug!("QEMU announced its shutdown and still runs; waking it with SIGTERM");
+        debug!("QEMU announced its shutdown and still runs, so QEMU gets SIGTERM");
     }
     if let Err(error) = process.signal(signal) {
         warn!(%error, "QEMU could not be signalled");

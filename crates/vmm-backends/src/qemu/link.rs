@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tracing::{debug, info};
+use tracing::debug;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 
 use super::qmp::{Qmp, QmpError, QmpEvent};
@@ -88,7 +88,7 @@ impl Link {
             tokio::time::sleep(pause).await;
             match self.connect().await {
                 Ok(qmp) => {
-                    info!(pid = self.pid, "connected to QEMU again");
+                    debug!(pid = self.pid, "the daemon is connected to QEMU again");
                     return qmp;
                 }
                 Err(error) => debug!(pid = self.pid, %error, "QEMU cannot be connected to"),

@@ -246,7 +246,7 @@ impl SpareVmms for QemuBackend {
 
     async fn dismiss_spare(&self, uid: VmUid) {
         if let Some(spare) = self.spares.take(uid) {
-            spare.end("it is not wanted any more").await;
+            spare.end("it is no longer needed").await;
         }
     }
 }

@@ -115,7 +115,7 @@ pub enum QmpError {
 /// The reason for the end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Closed {
-    /// QEMU closed it.
+    /// QEMU closed the connection.
     #[error("QEMU closed it")]
     Eof,
     /// Reading or writing failed.
@@ -125,7 +125,7 @@ pub enum Closed {
     #[error("QEMU sent a line of more than {MAX_LINE} bytes")]
     LineTooLong,
     /// A line was not QMP.
-    #[error("QEMU sent what is not QMP: {0}")]
+    #[error("QEMU sent a line that is not QMP: {0}")]
     Garbage(String),
 }
 
@@ -355,7 +355,7 @@ async fn read_lines(mut lines: Lines, events: mpsc::Sender<QmpEvent>, shared: Ar
             break reason;
         }
     };
-    debug!(%reason, "the connection to QEMU has ended");
+    debug!(detail = %reason, "the connection to QEMU has ended");
     shared.close(reason);
 }
 
@@ -370,7 +370,7 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
             if dropped.is_power_of_two() {
                 warn!(
                     event = sanitize::version(&name),
-                    dropped, "an event of QEMU was dropped: too many wait"
+                    dropped, "an event of QEMU was dropped, because too many events wait"
                 );
             }
         }
@@ -390,7 +390,7 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
     match &mut *shared.state() {
         // An id that was never used is an answer in advance, which only a QEMU that a guest has
         // taken over sends.
-        State::Open { last_id, .. } if id == 0 || id > *last_id => Err(garbage("an answer nobody asked for")),
+        State::Open { last_id, .. } if id == 0 || id > *last_id => Err(garbage("an answer to no request")),
         State::Open { pending, .. } => {
             // No entry means that the caller has given up. A caller that gives up now makes the
             // send fail, which is the same.

@@ -166,7 +166,7 @@ impl Informed {
 
 async fn end(guarded: Guarded, why: impl Display) {
     let pid = guarded.pid();
-    tracing::info!(pid, %why, "a spare QEMU is ended");
+    tracing::debug!(pid, detail = %why, "a spare QEMU is ended");
     if let Err(error) = guarded.kill_and_wait(KILLING).await {
         // A spare runs no guest, so its late end does no harm.
         tracing::warn!(pid, %error, "a spare QEMU has not ended yet");

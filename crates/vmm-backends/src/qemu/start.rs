@@ -147,7 +147,7 @@ impl Start {
         }
     }
 
-    /// Returns the command line. Blocks.
+    /// Returns QEMU's arguments. Blocks, because it reads the headers of the images.
     fn arguments(&self) -> Result<Vec<OsString>, BackendError> {
         let images = images::inspect(&self.request.spec).map_err(host_error)?;
         convert::arguments(&self.inputs(&images)).map_err(|error| rejected(&error.to_string()))

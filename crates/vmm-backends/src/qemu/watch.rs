@@ -166,7 +166,9 @@ impl Watch {
         // now, because a reset or a pause of an ended guest is no news.
         let exit = process.wait().await;
         if tokio::time::timeout(DRAINING, link.drained()).await.is_err() {
-            debug!("QEMU has gone, but its connection has not ended; going on without");
+            debug!(
+                "QEMU has gone, but its connection has not ended; the watch goes on without the connection"
+            );
         }
         while let Ok(event) = self.qmp_events.try_recv() {
             self.note_shutdown(&event);
@@ -193,7 +195,7 @@ impl Watch {
             // then.
             "STOP" | "RESUME" if self.compare_at.is_some() => {}
             "STOP" | "RESUME" => self.compare_if_due().await,
-            name => debug!(name, "event of QEMU without meaning here"),
+            name => debug!(name, "an event of QEMU is not used"),
         }
     }
 
@@ -291,7 +293,7 @@ impl Watch {
     /// receiver reads the state at its next sample. The end is sent by `run`, which waits for room.
     fn tell(&self, event: VmmEvent) {
         if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
-            warn!(?event, "an event of the VMM was dropped: too many wait");
+            warn!(?event, "an event of the VMM was dropped, because too many events wait");
         }
     }
 
@@ -301,7 +303,7 @@ impl Watch {
         let mut message = exit.to_string();
         let said = last_words(&self.log).await;
         if !said.is_empty() {
-            message = format!("{message}; QEMU's last words: {said}");
+            message = format!("{message}; QEMU's log ends with: {said}");
         }
         Exit { cause, message }
     }

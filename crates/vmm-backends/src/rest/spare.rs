@@ -45,7 +45,11 @@ impl<C: RestApi> Spares<Fresh<C>> {
         } else {
             return Some(spare);
         };
-        tracing::info!(pid = spare.guard.pid(), why, "a spare VMM cannot be used; another VMM is started");
+        tracing::debug!(
+            pid = spare.guard.pid(),
+            detail = why,
+            "a spare VMM cannot be used; another VMM is started"
+        );
         end(spare).await;
         None
     }

@@ -152,7 +152,7 @@ fn parse_memory(report: &mut Report, memory: Option<&MemoryConfig>) -> Option<Me
     if memory.hotplug_enabled && ceiling == 0 {
         report.reject(
             "config.memory.max_size_bytes",
-            "must be set where hotplug_enabled is true: it is the ceiling",
+            "must be set where hotplug_enabled is true, because it limits the memory of the guest",
         );
     }
     let hotplug_max_bytes = memory.hotplug_enabled.then_some(ceiling.unsigned_abs());

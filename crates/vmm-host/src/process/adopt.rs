@@ -150,7 +150,9 @@ fn watch_exit(pidfd: OwnedFd, identity: &ProcessIdentity) -> io::Result<Process>
                 ended.send_replace(Some(ProcessExit::UNKNOWN));
             }
             // A runtime that ends proves nothing about the process, so no exit is published.
-            Err(error) => tracing::debug!(%error, "the runtime ends; the process is no longer watched"),
+            Err(error) => {
+                tracing::debug!(%error, "the process is no longer watched, because the runtime ends")
+            }
         }
     };
     tokio::spawn(task.instrument(tracing::debug_span!(parent: None, "adopted process", pid)));

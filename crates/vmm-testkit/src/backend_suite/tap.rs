@@ -1,4 +1,4 @@
-//! TAPs for the cases.
+//! Makes TAPs for the cases of the backend suite.
 
 use std::path::Path;
 use std::process::Command;

@@ -110,7 +110,7 @@ impl Code {
         // The keyboard controller pulses the CPU's reset line: q35, Cloud Hypervisor, Firecracker.
         self.emit(&[0xb0, 0xfe]); //                          mov al, 0xfe
         self.emit(&[0xe6, 0x64]); //                          out 0x64, al
-        // QEMU microvm without one: the reset register of its generic event device.
+        // A QEMU microvm without a keyboard controller: the reset register of its generic event device.
         self.emit(&[0xc6, 0x05, 0x02, 0x02, 0xa0, 0xfe, 0x42]); // mov byte [0xfea00202], 0x42
     }
 

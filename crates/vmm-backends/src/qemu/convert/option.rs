@@ -29,7 +29,7 @@ pub(super) enum Opt {
     Pairs {
         /// The option's name on the command line.
         flag: &'static str,
-        /// The option's name in a file.
+        /// The name of the option's group in QEMU's configuration file.
         group: &'static str,
         /// The pair whose key the command line leaves out.
         kind: Option<(&'static str, OsString)>,
@@ -40,7 +40,7 @@ pub(super) enum Opt {
     Json {
         /// The option's name on the command line.
         flag: &'static str,
-        /// The option's name in a file.
+        /// The name of the option's group in QEMU's configuration file.
         group: &'static str,
         /// The device or the object.
         value: Value,
