@@ -27,6 +27,7 @@ pub(crate) mod images;
 pub(crate) mod layout;
 pub(crate) mod link;
 pub(crate) mod options;
+mod orders;
 pub mod qmp;
 mod spare;
 mod start;

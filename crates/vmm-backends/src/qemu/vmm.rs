@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
-use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sample, StorageCounters, Vmm,
-};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sample, Vmm};
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::fault::{FaultPoint, point};
@@ -15,6 +13,7 @@ use vmm_host::process::Process;
 use super::client::RebootAction;
 use super::ending::ENDING;
 use super::link::Link;
+use super::orders::{self, Commands};
 use super::qmp::{Qmp, QmpError};
 use super::start::LOG;
 use crate::counters;
@@ -42,13 +41,11 @@ impl Vmm for QemuVmm {
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        let order = async { self.qmp()?.stop().await.map_err(|error| self.explain(error)) };
-        self.guest.order_runs(false, order).await
+        orders::pause(self).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        let order = async { self.qmp()?.cont().await.map_err(|error| self.explain(error)) };
-        self.guest.order_runs(true, order).await
+        orders::resume(self).await
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
@@ -73,7 +70,7 @@ impl Vmm for QemuVmm {
     async fn sample(&self) -> Sample {
         counters::trim_logs(vec![self.run.socket.with_file_name(LOG)]).await;
         let mut sample = counters::of_host(&self.process, Some(&self.taps)).await;
-        sample.storage = counters::or_missing(&mut sample, "disks", self.block_counters().await);
+        sample.storage = counters::or_missing(&mut sample, "disks", orders::block_counters(self).await);
         sample
     }
 
@@ -108,7 +105,11 @@ impl Means for QemuVmm {
     }
 }
 
-impl QemuVmm {
+impl Commands for QemuVmm {
+    fn guest(&self) -> &Ordered {
+        &self.guest
+    }
+
     fn qmp(&self) -> Result<Arc<Qmp>, BackendError> {
         if self.process.exit().is_some() {
             return Err(self.gone(Effect::NotApplied));
@@ -120,6 +121,19 @@ impl QemuVmm {
         self.link.get()
     }
 
+    /// Replaces the error of a command by [`BackendErrorKind::Gone`] if QEMU has ended or is about
+    /// to.
+    fn explain(&self, error: QmpError) -> BackendError {
+        let error = BackendError::from(error);
+        match self.process.exit() {
+            Some(_) => self.gone(error.effect).caused_by(error),
+            None if self.guest.has_shut_down() => ending(error.effect).caused_by(error),
+            None => error,
+        }
+    }
+}
+
+impl QemuVmm {
     /// Resets a guest whose own resets end QEMU.
     async fn reset_despite_shutdown(&self) -> Result<(), BackendError> {
         // With `reboot=shutdown` QEMU would end at any reset, also at an ordered one. So the action
@@ -137,24 +151,9 @@ impl QemuVmm {
         restored.map_err(|error| BackendError { effect: Effect::Applied, ..self.explain(error) })
     }
 
-    /// Replaces the error of a command by [`BackendErrorKind::Gone`] if QEMU has ended or is about
-    /// to.
-    fn explain(&self, error: QmpError) -> BackendError {
-        let error = BackendError::from(error);
-        match self.process.exit() {
-            Some(_) => self.gone(error.effect).caused_by(error),
-            None if self.guest.has_shut_down() => ending(error.effect).caused_by(error),
-            None => error,
-        }
-    }
-
     fn gone(&self, effect: Effect) -> BackendError {
         let exit = self.process.exit().map_or_else(String::new, |exit| format!(": {exit}"));
         BackendError::new(BackendErrorKind::Gone, effect, format!("QEMU has ended{exit}"))
-    }
-
-    async fn block_counters(&self) -> Result<StorageCounters, BackendError> {
-        self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))
     }
 }
 

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Launched, Reset, Sample, StorageCounters, Vmm,
+    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Launched, Reset, Sample, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
@@ -15,6 +15,7 @@ use vmm_host::process::{Process, arguments_of};
 
 use super::super::client::RebootAction;
 use super::super::link::Link;
+use super::super::orders::{self, Commands};
 use super::super::qmp::{Qmp, QmpError, QmpEvent};
 use super::super::watch::{Owner, Watch};
 use crate::attached::force::{self, End};
@@ -74,7 +75,11 @@ pub(super) fn attend(
     Launched { vmm: Arc::new(handle), events }
 }
 
-impl Handle {
+impl Commands for Handle {
+    fn guest(&self) -> &Ordered {
+        &self.guest
+    }
+
     fn qmp(&self) -> Result<Arc<Qmp>, BackendError> {
         self.link.get().map_err(|error| or_gone(&self.process, error))
     }
@@ -82,11 +87,9 @@ impl Handle {
     fn explain(&self, error: QmpError) -> BackendError {
         or_gone(&self.process, error.into())
     }
+}
 
-    async fn block_counters(&self) -> Result<StorageCounters, BackendError> {
-        self.qmp()?.query_blockstats().await.map_err(|error| self.explain(error))
-    }
-
+impl Handle {
     async fn guest_state(&self) -> Result<GuestState, BackendError> {
         let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
         Ok(status.guest_state_of_another())
@@ -173,13 +176,11 @@ impl Vmm for Handle {
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        let order = async { self.qmp()?.stop().await.map_err(|error| self.explain(error)) };
-        self.guest.order_runs(false, order).await
+        orders::pause(self).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        let order = async { self.qmp()?.cont().await.map_err(|error| self.explain(error)) };
-        self.guest.order_runs(true, order).await
+        orders::resume(self).await
     }
 
     async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
@@ -200,7 +201,7 @@ impl Vmm for Handle {
 
     async fn sample(&self) -> Sample {
         let mut sample = counters::of_host(&self.process, None).await;
-        sample.storage = counters::or_missing(&mut sample, "disks", self.block_counters().await);
+        sample.storage = counters::or_missing(&mut sample, "disks", orders::block_counters(self).await);
         sample
     }
 
