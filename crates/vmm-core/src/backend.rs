@@ -1,7 +1,7 @@
 //! The port to a hypervisor.
 //!
 //! ```text
-//!   Backend ── check(spec) ──► Report       pure: rejected, ignored, emulated
+//!   Backend ── check(spec) ──► Report       rejected, ignored, emulated
 //!      │
 //!      ├─ launch(request) ──► Launched ─┐   the one path for first boot, boot after shutdown, reboot
 //!      │    └ ─ ─ spares()              │   may use a VMM that was started ahead
@@ -31,6 +31,7 @@ use tokio::sync::mpsc;
 
 pub use crate::capabilities::{Capabilities, EndpointMode, KernelFormat};
 use crate::gate::Gate;
+pub use crate::health::BackendHealth;
 use crate::id::{InstanceId, VmId, VmUid};
 use crate::kind::VmKind;
 use crate::limit::HostLimit;
@@ -49,9 +50,15 @@ pub trait Backend: Send + Sync + 'static {
     /// Returns the abilities of this hypervisor. Constant for the life of the daemon.
     fn capabilities(&self) -> &Capabilities;
 
-    /// Finds the parts of `spec` that this hypervisor rejects, ignores or emulates. Pure: reads
-    /// nothing but `spec`.
+    /// Finds the parts of `spec` that this hypervisor rejects, ignores or emulates. Reads nothing
+    /// but `spec` and, where the hypervisor has a choice, the accelerator that a VM would get now.
     fn check(&self, spec: &VmSpec) -> Report;
+
+    /// Adds warnings about a VM of `spec` that boots on this host as the host is now. Does not
+    /// block.
+    fn advise_on_host(&self, spec: &VmSpec, report: &mut Report) {
+        let _ = (spec, report);
+    }
 
     /// Starts a VMM and its guest. The guest's CPUs run when the call returns.
     ///
@@ -382,22 +389,6 @@ pub struct StorageCounters {
     pub read_operations: u64,
     /// Write requests.
     pub write_operations: u64,
-}
-
-/// The ability of a hypervisor to serve, with the reasons and remedies where it cannot.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BackendHealth {
-    /// `Ok` with the version, or the reason why the hypervisor cannot serve.
-    pub version: Result<String, String>,
-    /// The parts that cannot serve, each with the reason, where the rest can; one of several
-    /// sockets, for example.
-    pub problems: Vec<String>,
-}
-
-impl From<Result<String, String>> for BackendHealth {
-    fn from(version: Result<String, String>) -> Self {
-        Self { version, problems: Vec::new() }
-    }
 }
 
 /// The knowledge of whether a failed call had an effect. After `Unknown` the caller must look again

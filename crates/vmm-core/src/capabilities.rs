@@ -38,7 +38,7 @@ pub enum EndpointMode {
 /// The facts of a backend. A fact that is `None` is not shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// The accelerator of new VMs.
+    /// The accelerator of new VMs. `None` where each start chooses, which the health reports.
     pub accelerator: Option<AcceleratorFact>,
     /// The serial console.
     pub console: Option<ConsoleFact>,

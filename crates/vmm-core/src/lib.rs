@@ -16,6 +16,7 @@ pub mod capabilities;
 pub mod config;
 pub mod event;
 pub mod gate;
+mod health;
 pub mod id;
 pub mod intent;
 pub mod kind;

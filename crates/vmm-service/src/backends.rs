@@ -203,10 +203,12 @@ impl Entry {
     }
 
     fn status(&self) -> BackendStatus {
-        BackendStatus {
-            capabilities: self.family.current.capabilities().clone(),
-            health: lock(&self.health).clone(),
+        let mut capabilities = self.family.current.capabilities().clone();
+        let health = lock(&self.health).clone();
+        if health.accelerator.is_some() {
+            capabilities.facts.accelerator = health.accelerator;
         }
+        BackendStatus { capabilities, health }
     }
 }
 

@@ -252,6 +252,7 @@ fn repeat(shared: &Shared, existing: Arc<VmRecord>, requested: &Requested) -> Re
         (VmSpec::parse(&existing.config), shared.backends.get(existing.backend.as_str()))
     {
         report.merge(backend.check(&spec));
+        backend.advise_on_host(&spec, &mut report);
         check_network(shared, &mut report, &spec, existing.uid);
     }
     Ok(Created { record: existing, warnings: report.warnings })

@@ -90,6 +90,7 @@ fn check_backend(shared: &Shared, report: &mut Report, backend: &dyn Backend, sp
     }
     let Some(spec) = spec else { return };
     report.merge(backend.check(spec));
+    backend.advise_on_host(spec, report);
     advise_on_capacity(report, spec, Capacity::of_this_host());
     let name = &backend.capabilities().name;
     if let Some(Err(reason)) = shared.backends.status(name).map(|status| status.health.version) {

@@ -439,7 +439,7 @@ impl<H: Hypervisor> Backend for Attached<H> {
             }
         }
         match serving {
-            Some(version) => BackendHealth { version: Ok(version), problems },
+            Some(version) => BackendHealth { problems, ..BackendHealth::from(Ok(version)) },
             None => BackendHealth::from(Err(problems.join("; "))),
         }
     }

@@ -44,11 +44,17 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         Ok(_) if request.imported => live_taps(&backend.link, domain, LOOKING).await,
         Ok(_) | Err(_) => None,
     };
+    // The run on record has the accelerator that it was started with. The host may offer another
+    // one by now.
+    let accelerator = match &request.run {
+        Some(run) => run.accelerator.clone(),
+        None => backend.accelerator().as_str().to_owned(),
+    };
     let facts = Facts {
         domain,
         socket: backend.socket.clone(),
         version,
-        accelerator: backend.accelerator.as_str().to_owned(),
+        accelerator,
         machine: "q35".to_owned(),
         restarts: restarts(&request.spec.restart),
         imported: request.imported,

@@ -96,7 +96,6 @@ impl LibvirtOptions {
 #[derive(Clone, Debug)]
 pub struct LibvirtBackend {
     options: LibvirtOptions,
-    accelerator: Accelerator,
     /// The user that QEMU runs as, or `None` for libvirt's choice.
     label: Option<Label>,
     /// The socket of libvirtd.
@@ -108,18 +107,16 @@ pub struct LibvirtBackend {
 impl LibvirtBackend {
     /// Returns the backend. The first use connects.
     pub fn new(options: LibvirtOptions) -> Self {
-        let accelerator = qemu::accelerator(options.kvm);
         // A user's own libvirtd runs every QEMU as that user.
         let label = (!helper::is_session(&options.uri)).then(|| Label {
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
         });
         Self {
-            accelerator,
             label,
             socket: helper::socket_of(&options.uri, |name| std::env::var_os(name)),
             link: Arc::new(Link::new(options.uri.clone(), options.helper.clone())),
-            capabilities: capabilities(accelerator),
+            capabilities: capabilities(),
             options,
         }
     }
@@ -137,6 +134,11 @@ impl LibvirtBackend {
         }
     }
 
+    /// Returns the accelerator of a domain that starts now.
+    fn accelerator(&self) -> Accelerator {
+        self.options.kvm.choose().accelerator
+    }
+
     fn is_up(&self) -> bool {
         matches!(self.link.state(), State::Up(_))
     }
@@ -150,8 +152,8 @@ impl LibvirtBackend {
     }
 }
 
-fn capabilities(accelerator: Accelerator) -> Capabilities {
-    let mut capabilities = qemu::capabilities(accelerator);
+fn capabilities() -> Capabilities {
+    let mut capabilities = qemu::capabilities();
     capabilities.endpoint_mode = EndpointMode::Libvirt;
     capabilities.facts.guest_panic = Some(PanicFact::EndsRun);
     capabilities.facts.machines = Some(&[MachineFact::Q35]);
@@ -171,7 +173,11 @@ impl Backend for LibvirtBackend {
     }
 
     fn check(&self, spec: &VmSpec) -> Report {
-        check::check(spec, self.accelerator)
+        check::check(spec, self.accelerator())
+    }
+
+    fn advise_on_host(&self, _spec: &VmSpec, report: &mut Report) {
+        self.options.kvm.choose().advise(report);
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
@@ -214,10 +220,13 @@ impl Backend for LibvirtBackend {
 
     async fn ping(&self) -> BackendHealth {
         let version = match self.link.ready(CONNECTING).await {
-            Ok(up) => Ok(format!("{} (libvirt {})", up.hypervisor, up.libvirt)),
+            Ok(up) => {
+                let firmware = start::look_for_firmware().await;
+                firmware.map(|()| format!("{} (libvirt {})", up.hypervisor, up.libvirt))
+            }
             Err(down) => Err(down.message),
         };
-        BackendHealth::from(version)
+        BackendHealth { accelerator: Some(self.accelerator().into()), ..BackendHealth::from(version) }
     }
 
     fn kind_of_new(&self, uid: VmUid) -> VmKind {

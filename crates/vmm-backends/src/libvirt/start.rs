@@ -24,6 +24,7 @@ use super::domain::{LOOKING, Owner, find_qemu, is_active, owner};
 use super::link::{CallError, Link, Watched};
 use super::run::{Facts, assemble};
 use super::{LibvirtBackend, domain_of};
+use crate::qemu::convert::Accelerator;
 use crate::qemu::images;
 
 /// The time limit of the connection to libvirt. The whole start stays below the service's limit.
@@ -48,7 +49,11 @@ pub(super) async fn launch(
 ) -> Result<Launched, BackendError> {
     request.gate.passed().await?;
     let up = backend.link.ready(CONNECTING).await?;
-    let facts = backend.facts(&request, up.hypervisor);
+    let choice = backend.options.kvm.choose();
+    if !request.imported {
+        choice.log();
+    }
+    let facts = backend.facts(&request, up.hypervisor, choice.accelerator);
     // The watch begins before the domain is defined or started, because a guest may end within
     // milliseconds and discovery would otherwise take its events for those of another client.
     let watched = backend.link.watch(facts.domain);
@@ -80,7 +85,7 @@ pub(super) async fn launch(
             return Err(rejected(message));
         }
     } else {
-        define(backend, &request, known).await?;
+        define(backend, &request, choice.accelerator, known).await?;
     }
     point(FaultPoint::LaunchConfigured);
     start(backend, watched, facts).await
@@ -171,6 +176,7 @@ async fn settled(link: &Link, uuid: Uuid) -> Result<Option<Domain>, BackendError
 async fn define(
     backend: &LibvirtBackend,
     request: &LaunchRequest,
+    accelerator: Accelerator,
     known: Option<Domain>,
 ) -> Result<(), BackendError> {
     let uuid = *request.uid.as_uuid();
@@ -203,7 +209,7 @@ async fn define(
         // The namesake is left of a VM that was deleted while libvirt could not be reached.
         backend.link.order(Call::Undefine { uuid: namesake.uuid, everything: true }, LOOKING).await?;
     }
-    let xml = xml_of(backend, request).await?;
+    let xml = xml_of(backend, request, accelerator).await?;
     note_definition(&request.dir, &xml).await?;
     backend.link.order(Call::Define { xml }, STARTING).await.map_err(slow)
 }
@@ -239,7 +245,11 @@ pub(super) fn was_defined(dir: &Path) -> bool {
     dir.join(DEFINITION).exists()
 }
 
-async fn xml_of(backend: &LibvirtBackend, request: &LaunchRequest) -> Result<String, BackendError> {
+async fn xml_of(
+    backend: &LibvirtBackend,
+    request: &LaunchRequest,
+    accelerator: Accelerator,
+) -> Result<String, BackendError> {
     let (spec, socket) = (request.spec.clone(), request.dir.join(convert::CONSOLE_SOCKET));
     run_dir::socket_path_fits(&socket).map_err(host_error)?;
     let looked = tokio::task::spawn_blocking(move || Ok((images::inspect(&spec)?, firmware()?)));
@@ -253,7 +263,7 @@ async fn xml_of(backend: &LibvirtBackend, request: &LaunchRequest) -> Result<Str
         uid: request.uid,
         vm_id: &request.vm_id,
         spec: &request.spec,
-        accelerator: backend.accelerator,
+        accelerator,
         // libvirt resolves a bare name, because it may be allowed to start its own choice only.
         emulator: emulator.is_absolute().then_some(emulator),
         firmware: &firmware,
@@ -266,6 +276,16 @@ async fn xml_of(backend: &LibvirtBackend, request: &LaunchRequest) -> Result<Str
     convert::domain(&inputs).map_err(|error| rejected(error.to_string()))
 }
 
+/// Looks for the firmware of a domain.
+///
+/// # Errors
+/// Returns the missing file and its package.
+pub(super) async fn look_for_firmware() -> Result<(), String> {
+    let looked = tokio::task::spawn_blocking(firmware).await;
+    looked.unwrap_or_else(|error| Err(error.to_string())).map(drop)
+}
+
+/// Returns the path of the firmware. Blocks.
 fn firmware() -> Result<PathBuf, String> {
     let known = FIRMWARE.iter().map(PathBuf::from).find(|path| path.is_file());
     known.ok_or_else(|| {
@@ -297,12 +317,12 @@ fn host_error(message: impl Into<String>) -> BackendError {
 }
 
 impl LibvirtBackend {
-    fn facts(&self, request: &LaunchRequest, version: String) -> Facts {
+    fn facts(&self, request: &LaunchRequest, version: String, accelerator: Accelerator) -> Facts {
         Facts {
             domain: domain_of(&request.kind, request.uid),
             socket: self.socket.clone(),
             version,
-            accelerator: self.accelerator.as_str().to_owned(),
+            accelerator: accelerator.as_str().to_owned(),
             machine: "q35".to_owned(),
             restarts: convert::restarts(&request.spec.restart),
             imported: request.imported,

@@ -35,7 +35,6 @@ use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
 use super::client::RunState;
-use super::convert::Accelerator;
 use super::describe;
 use super::link::{CONNECTING, Link};
 use super::qmp::{Qmp, QmpError, QmpEvent};
@@ -78,7 +77,7 @@ impl Connection {
 impl Qemu {
     /// Returns the hypervisor with its capabilities.
     pub(crate) fn new() -> Self {
-        let mut capabilities = capabilities(Accelerator::Tcg);
+        let mut capabilities = capabilities();
         capabilities.endpoint_mode = EndpointMode::Attached;
         capabilities.facts = Facts {
             accelerator: Some(AcceleratorFact::AsStarted),

@@ -14,6 +14,7 @@
 //! event is missed. A guest's reset and its power-off differ in QEMU's events, not in the exit
 //! status.
 
+mod accelerator;
 mod adopt;
 pub(crate) mod attached;
 pub(crate) mod check;
@@ -43,14 +44,14 @@ use vmm_core::backend::{
     KernelFormat, LaunchRequest, Launched, SpareRequest, SpareVmms, SweepRequest,
 };
 use vmm_core::capabilities::{
-    AcceleratorFact, ConsoleFact, EndpointMode, Facts, MachineFact, PanicFact, PowerOffFact, RebootFact,
-    ResetFact, ShutdownFact,
+    ConsoleFact, EndpointMode, Facts, MachineFact, PanicFact, PowerOffFact, RebootFact, ResetFact,
+    ShutdownFact,
 };
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::Report;
 use vmm_core::spec::{DiskFormat, VmSpec};
 
-use convert::Accelerator;
+pub use accelerator::KvmMode;
 pub use convert::CONSOLE_SOCKET;
 use spare::Spare;
 
@@ -76,19 +77,6 @@ fn read_version(said: &str) -> Option<Version> {
     Version::leading(said.split_once("QEMU emulator version ")?.1)
 }
 
-/// The choice between KVM and emulation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KvmMode {
-    /// KVM if `/dev/kvm` can be opened and the CPU shows `vmx` or `svm`, because KVM in software is
-    /// slower than emulation.
-    #[default]
-    Auto,
-    /// KVM always. The backend cannot serve without it.
-    On,
-    /// Emulation always.
-    Off,
-}
-
 /// The settings of the backend.
 #[derive(Clone, Debug)]
 pub struct QemuOptions {
@@ -109,20 +97,17 @@ impl Default for QemuOptions {
 pub struct QemuBackend {
     program: Program,
     kvm: KvmMode,
-    accelerator: Accelerator,
     capabilities: Capabilities,
     spares: Spares<Spare>,
 }
 
 impl QemuBackend {
-    /// Returns the backend. The accelerator of [`KvmMode::Auto`] is chosen here, once.
+    /// Returns the backend.
     pub fn new(options: QemuOptions) -> Self {
-        let accelerator = accelerator(options.kvm);
         Self {
             program: Program::new(options.binary, PROGRAM),
             kvm: options.kvm,
-            accelerator,
-            capabilities: capabilities(accelerator),
+            capabilities: capabilities(),
             spares: Spares::default(),
         }
     }
@@ -130,40 +115,16 @@ impl QemuBackend {
     /// Returns the program, if it is usable and the host serves the configured accelerator.
     async fn ready(&self) -> Result<Installed, BackendError> {
         let program = self.program.find().await?;
-        kvm_as_ordered(self.kvm)
+        self.kvm
+            .as_ordered()
             .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
         Ok(program)
     }
 }
 
-fn kvm_as_ordered(kvm: KvmMode) -> Result<(), String> {
-    match kvm {
-        KvmMode::On => vmm_host::kvm::kvm_usable()
-            .map_err(|problem| format!("UNKEY_VMCP_QEMU_KVM is true, but {problem}")),
-        KvmMode::Auto | KvmMode::Off => Ok(()),
-    }
-}
-
-/// Returns the accelerator under `kvm`, on this host and at this time.
-pub(crate) fn accelerator(kvm: KvmMode) -> Accelerator {
-    match kvm {
-        KvmMode::On => Accelerator::Kvm,
-        KvmMode::Off => Accelerator::Tcg,
-        KvmMode::Auto => {
-            // /dev/kvm may open although KVM is emulated in software, and then QEMU's own emulation
-            // is faster.
-            let hardware = vmm_host::kvm::hardware_virtualisation();
-            if hardware && vmm_host::kvm::kvm_usable().is_ok() { Accelerator::Kvm } else { Accelerator::Tcg }
-        }
-    }
-}
-
-pub(crate) fn capabilities(accelerator: Accelerator) -> Capabilities {
+/// Returns the capabilities, without the accelerator, which each start chooses.
+pub(crate) fn capabilities() -> Capabilities {
     let facts = Facts {
-        accelerator: Some(match accelerator {
-            Accelerator::Kvm => AcceleratorFact::Kvm,
-            Accelerator::Tcg => AcceleratorFact::Tcg,
-        }),
         console: Some(ConsoleFact::InputAndOutput),
         disk_formats: Some(&[DiskFormat::Raw, DiskFormat::Qcow2]),
         disk_rate_limits: Some(true),
@@ -200,14 +161,22 @@ impl Backend for QemuBackend {
     }
 
     fn check(&self, spec: &VmSpec) -> Report {
-        check::check(spec, self.accelerator)
+        check::check(spec, self.kvm.choose().accelerator)
+    }
+
+    fn advise_on_host(&self, _spec: &VmSpec, report: &mut Report) {
+        self.kvm.choose().advise(report);
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
         // The spare is taken before the checks, so that a launch that fails ends it.
         let spare = self.spares.take(request.uid);
         match (self.ready().await, spare) {
-            (Ok(program), spare) => start::launch(program, self.accelerator, spare, request).await,
+            (Ok(program), spare) => {
+                let choice = self.kvm.choose();
+                choice.log();
+                start::launch(program, choice.accelerator, spare, request).await
+            }
             (Err(error), None) => Err(error),
             (Err(error), Some(spare)) => {
                 spare.end(&error).await;
@@ -217,7 +186,8 @@ impl Backend for QemuBackend {
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
-        Ok(adopt::adopt(request, self.program.running_names().await, self.accelerator).await)
+        let accelerator = self.kvm.choose().accelerator;
+        Ok(adopt::adopt(request, self.program.running_names().await, accelerator).await)
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
@@ -226,8 +196,10 @@ impl Backend for QemuBackend {
     }
 
     async fn ping(&self) -> BackendHealth {
+        let accelerator = self.kvm.choose().accelerator;
         let kvm = self.kvm;
-        self.program.health(move || kvm_as_ordered(kvm)).await
+        let health = self.program.health(move || kvm.as_ordered()).await;
+        BackendHealth { accelerator: Some(accelerator.into()), ..health }
     }
 
     fn spares(&self) -> Option<&dyn SpareVmms> {
@@ -241,13 +213,14 @@ impl SpareVmms for QemuBackend {
         let program = self.ready().await?;
         self.dismiss_spare(request.uid).await;
         let uid = request.uid;
-        self.spares.keep(uid, spare::start(program, self.accelerator, request).await?);
+        let accelerator = self.kvm.choose().accelerator;
+        self.spares.keep(uid, spare::start(program, accelerator, request).await?);
         Ok(())
     }
 
     async fn dismiss_spare(&self, uid: VmUid) {
         if let Some(spare) = self.spares.take(uid) {
-            spare.end("it is no longer needed").await;
+            spare.end("it is not wanted any more").await;
         }
     }
 }

@@ -335,7 +335,9 @@ fn backend_info(record: &VmRecord) -> std::collections::BTreeMap<String, String>
 }
 
 pub(super) fn backend_to_pb(status: BackendStatus) -> pb::Backend {
-    let BackendStatus { capabilities, health: BackendHealth { version, problems } } = status;
+    // `capabilities` already names the accelerator of a VM that starts now.
+    let BackendHealth { version, problems, accelerator: _ } = status.health;
+    let capabilities = status.capabilities;
     let (available, version, reason) = match version {
         Ok(version) => (true, version, problems.join("; ")),
         Err(reason) => (false, String::new(), reason),
