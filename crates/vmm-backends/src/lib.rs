@@ -13,7 +13,7 @@
 //! - `attached.rs` serves VMMs of this hypervisor that another program started.
 //!
 //! The files beside the folders are shared. A launch uses [`program`] (finds the executable and its
-//! version), [`launch`] (starts the process and waits for its socket), `spares` and, for a VMM with
+//! version, which `output` reads), [`launch`] (starts the process and waits for its socket), `spares` and, for a VMM with
 //! a REST API, [`rest`]. A shutdown uses the [`ladder`], with the deadlines of `patience`. A
 //! restarted daemon uses `search` to find the VMM of a launch that was interrupted. The watch of a
 //! running VM uses `ordered`, `resets` and `throttle`. Text that comes from a VMM passes `sanitize`
@@ -32,6 +32,7 @@ pub mod ladder;
 pub mod launch;
 pub mod libvirt;
 mod ordered;
+mod output;
 mod patience;
 pub mod program;
 pub mod qemu;

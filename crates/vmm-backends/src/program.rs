@@ -2,23 +2,20 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::io::{AsyncRead, AsyncReadExt};
 use vmm_core::backend::{BackendError, BackendErrorKind, BackendHealth, Effect};
 use vmm_host::path;
-use vmm_host::process::{environment, starting};
 
+use crate::output::{self, Output};
 use crate::sanitize;
 
 /// The longest time that a program may take to print its version.
 const SAYING: Duration = Duration::from_secs(10);
-/// The most bytes that are read of its output.
-const MAX_SAID: u64 = 4096;
 
 /// A version of three numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
@@ -90,6 +87,7 @@ struct Stamp {
     device: u64,
     inode: u64,
     modified: Option<SystemTime>,
+    size: u64,
 }
 
 /// An executable file of a usable version.
@@ -149,8 +147,8 @@ impl Program {
             Ok(stamp) => stamp.map_err(|why| self.unusable(&why))?,
             Err(error) => return Err(self.unusable(&format!("the search was interrupted: {error}"))),
         };
-        // The stamp names the inode and the time of its last change, so an upgrade in place is
-        // noticed and an unchanged executable is not run again.
+        // The stamp names the inode, its size and the time of its last change, so an upgrade in
+        // place is noticed and an unchanged executable is not run again.
         if let Some(installed) = self.remembered(&stamp) {
             return Ok(installed);
         }
@@ -196,13 +194,19 @@ impl Program {
 
     async fn ask(&self, program: &Path) -> Result<Version, BackendError> {
         let (shown, Kind { title, oldest, .. }) = (program.display(), self.kind);
-        let said = match tokio::time::timeout(SAYING, said_by(program)).await {
-            Ok(Ok(said)) => said,
-            Ok(Err(error)) => {
-                return Err(self.unusable(&format!("{shown} cannot be run: {error}")).caused_by(error));
+        let said = match output::of(program, &["--version".into()], &[], SAYING).await {
+            Ok(Output { stdout, stderr, .. }) => {
+                if stdout.trim().is_empty() {
+                    stderr
+                } else {
+                    stdout
+                }
             }
-            Err(_) => {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
                 return Err(self.unusable(&format!("{shown} --version did not answer within {SAYING:?}")));
+            }
+            Err(error) => {
+                return Err(self.unusable(&format!("{shown} cannot be run: {error}")).caused_by(error));
             }
         };
         match (self.kind.read_version)(&said) {
@@ -227,39 +231,8 @@ fn stamp(wanted: &OsStr) -> Result<Stamp, String> {
     let path = path::find_program(wanted, std::env::var_os("PATH").as_deref())?;
     let facts = std::fs::metadata(&path)
         .map_err(|error| format!("{} cannot be examined: {error}", path.display()))?;
-    Ok(Stamp { path, device: facts.dev(), inode: facts.ino(), modified: facts.modified().ok() })
-}
-
-/// Runs `program --version` and returns the beginning of its standard output, or of its standard
-/// error if the former is empty.
-async fn said_by(program: &Path) -> std::io::Result<String> {
-    let mut command = tokio::process::Command::new(program);
-    command
-        .arg("--version")
-        .env_clear()
-        .envs(environment())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
-    let mut child = {
-        let _starting = starting();
-        command.spawn()?
-    };
-    let (said, complaint) = tokio::try_join!(beginning(child.stdout.take()), beginning(child.stderr.take()))?;
-    // Both pipes are closed by now, because the reads above consumed them. A program that goes on
-    // to write gets SIGPIPE, so this wait ends.
-    child.wait().await?;
-    Ok(if said.trim().is_empty() { complaint } else { said })
-}
-
-async fn beginning(output: Option<impl AsyncRead + Unpin>) -> std::io::Result<String> {
-    let mut said = Vec::new();
-    if let Some(output) = output {
-        output.take(MAX_SAID).read_to_end(&mut said).await?;
-    }
-    Ok(String::from_utf8_lossy(&said).into_owned())
+    let (device, inode, size) = (facts.dev(), facts.ino(), facts.len());
+    Ok(Stamp { path, device, inode, modified: facts.modified().ok(), size })
 }
 
 #[cfg(test)]

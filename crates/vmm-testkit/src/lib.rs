@@ -7,6 +7,7 @@
 //!   guests        ── tiny kernels: deaf ones, ones that obey the power button, ones that crash
 //!   logs          ── the room that a VMM's log takes
 //!   libvirtd, libvirt_session ── a libvirt for one test
+//!   qemu_copy     ── a QEMU from which a test takes parts
 //!   by_hand       ── each VMM driven without the daemon, for tests and benchmarks
 //! ```
 
@@ -19,5 +20,6 @@ pub mod libvirt_session;
 pub mod libvirtd;
 pub mod logs;
 pub mod memory_store;
+pub mod qemu_copy;
 pub mod skip;
 pub mod store_suite;

@@ -22,6 +22,7 @@
 mod disk;
 mod file;
 mod option;
+mod trial;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -36,6 +37,7 @@ use super::layout::{FUNCTIONS, MEMORY_SLOTS, NIC_SLOT};
 use super::options::VmOptions;
 pub use file::Untellable;
 use option::Opt;
+pub(super) use trial::{MADE, trial};
 
 /// The QMP socket's name in the run folder.
 pub const QMP_SOCKET: &str = "qmp.sock";
@@ -290,9 +292,7 @@ fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
         add_nic(&mut options, inputs.machine, disks.len(), place, nic, tap);
     }
     if inputs.machine == Machine::Q35 && !inputs.spec.resets_on_panic() {
-        // The device by which a guest reports a panic. The ISA form needs no PCI slot, and libvirt
-        // 9.0 supports no other.
-        options.push(Opt::device(json!({ "driver": "pvpanic", "id": "pvpanic" })));
+        options.push(panic_device());
     }
     console(&mut options, inputs);
     control(&mut options, inputs.dir);
@@ -304,6 +304,12 @@ fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
         pairs: vec![("reboot", reboot.into()), ("shutdown", "poweroff".into()), ("panic", "shutdown".into())],
     });
     Ok(options)
+}
+
+/// Returns the device by which a guest reports a panic. The ISA form needs no PCI slot, and libvirt
+/// 9.0 supports no other.
+fn panic_device() -> Opt {
+    Opt::device(json!({ "driver": "pvpanic", "id": "pvpanic" }))
 }
 
 fn identity(options: &mut Vec<Opt>, uid: VmUid) {
@@ -322,16 +328,7 @@ fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memo
     let Cpu { count, max, topology } = *cpu;
     let Memory { size_bytes, hotplug_max_bytes, pages, shared } = *memory;
     let huge = pages == PageSize::Huge;
-    let mut properties: Vec<(&str, OsString)> =
-        inputs.machine.properties().iter().map(|(key, value)| (*key, value.into())).collect();
-    if huge || shared {
-        properties.push(("memory-backend", "ram".into()));
-    }
-    let kind = Some(("type", inputs.machine.as_str().into()));
-    options.push(Opt::Pairs { flag: "-machine", group: "machine", kind, pairs: properties });
-    if let Some(firmware) = inputs.machine.firmware() {
-        options.push(Opt::Property { flag: "-bios", key: "firmware", value: firmware.into() });
-    }
+    model(options, inputs.machine, (huge || shared).then_some(("memory-backend", "ram")));
     let model = VmOptions::of(inputs.spec).model.map(|model| model.text);
     processor(options, inputs.accelerator, model);
     let (sockets, cores, threads) = match topology {
@@ -355,6 +352,17 @@ fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memo
             "qom-type": "memory-backend-memfd", "id": "ram", "size": size_bytes,
             "hugetlb": huge, "share": shared,
         })));
+    }
+}
+
+/// Adds the machine model and its firmware. `more` is a property that only some VMs have.
+fn model(options: &mut Vec<Opt>, machine: Machine, more: Option<(&'static str, &'static str)>) {
+    let properties = machine.properties().iter().copied().chain(more);
+    let pairs = properties.map(|(key, value)| (key, value.into())).collect();
+    let kind = Some(("type", machine.as_str().into()));
+    options.push(Opt::Pairs { flag: "-machine", group: "machine", kind, pairs });
+    if let Some(firmware) = machine.firmware() {
+        options.push(Opt::Property { flag: "-bios", key: "firmware", value: firmware.into() });
     }
 }
 

@@ -32,6 +32,7 @@ mod orders;
 pub mod qmp;
 mod spare;
 mod start;
+mod trial;
 pub(crate) mod vmm;
 pub(crate) mod watch;
 
@@ -53,7 +54,9 @@ use vmm_core::spec::{DiskFormat, VmSpec};
 
 pub use accelerator::KvmMode;
 pub use convert::CONSOLE_SOCKET;
+use convert::{Accelerator, Machine};
 use spare::Spare;
+use trial::{Trials, Verdict};
 
 use crate::program::{Installed, Kind, Program, Version};
 use crate::spares::Spares;
@@ -97,6 +100,7 @@ impl Default for QemuOptions {
 pub struct QemuBackend {
     program: Program,
     kvm: KvmMode,
+    trials: Trials,
     capabilities: Capabilities,
     spares: Spares<Spare>,
 }
@@ -107,6 +111,7 @@ impl QemuBackend {
         Self {
             program: Program::new(options.binary, PROGRAM),
             kvm: options.kvm,
+            trials: Trials::default(),
             capabilities: capabilities(),
             spares: Spares::default(),
         }
@@ -119,6 +124,22 @@ impl QemuBackend {
             .as_ordered()
             .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
         Ok(program)
+    }
+
+    /// Returns the version of the program, and the machine models that do not start.
+    async fn proven(&self, accelerator: Accelerator) -> BackendHealth {
+        let program = match self.ready().await {
+            Ok(program) => program,
+            Err(error) => return BackendHealth::from(Err(error.message)),
+        };
+        match self.trials.verdict(&program, accelerator).await {
+            // VMs that name no machine get a q35, so the backend cannot serve without this model.
+            Ok(Verdict { q35: Err(why), microvm: _ }) | Err(why) => BackendHealth::from(Err(why)),
+            Ok(Verdict { q35: Ok(()), microvm }) => BackendHealth {
+                problems: microvm.err().into_iter().collect(),
+                ..BackendHealth::from(Ok(program.version.to_string()))
+            },
+        }
     }
 }
 
@@ -164,8 +185,15 @@ impl Backend for QemuBackend {
         check::check(spec, self.kvm.choose().accelerator)
     }
 
-    fn advise_on_host(&self, _spec: &VmSpec, report: &mut Report) {
+    fn advise_on_host(&self, spec: &VmSpec, report: &mut Report) {
         self.kvm.choose().advise(report);
+        // A q35 that does not start is the health of the whole backend, which the service reports.
+        if Machine::of(spec) == Some(Machine::Microvm)
+            && let Some(why) = self.trials.failure(Machine::Microvm)
+        {
+            let field = format!("config.boot.boot_options[\"{}\"]", options::MACHINE_KEY);
+            report.advise(field, format!("BootVm will fail: {why}"));
+        }
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
@@ -175,7 +203,11 @@ impl Backend for QemuBackend {
             (Ok(program), spare) => {
                 let choice = self.kvm.choose();
                 choice.log();
-                start::launch(program, choice.accelerator, spare, request).await
+                let launched = start::launch(program, choice.accelerator, spare, request).await;
+                if launched.as_ref().is_err_and(|error| error.kind == BackendErrorKind::Rejected) {
+                    self.trials.forget();
+                }
+                launched
             }
             (Err(error), None) => Err(error),
             (Err(error), Some(spare)) => {
@@ -197,8 +229,7 @@ impl Backend for QemuBackend {
 
     async fn ping(&self) -> BackendHealth {
         let accelerator = self.kvm.choose().accelerator;
-        let kvm = self.kvm;
-        let health = self.program.health(move || kvm.as_ordered()).await;
+        let health = self.proven(accelerator).await;
         BackendHealth { accelerator: Some(accelerator.into()), ..health }
     }
 
@@ -220,7 +251,7 @@ impl SpareVmms for QemuBackend {
 
     async fn dismiss_spare(&self, uid: VmUid) {
         if let Some(spare) = self.spares.take(uid) {
-            spare.end("it is not wanted any more").await;
+            spare.end("it is no longer needed").await;
         }
     }
 }

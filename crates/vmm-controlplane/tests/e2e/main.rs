@@ -37,6 +37,7 @@ mod service_manager;
 mod shutdown;
 mod signals;
 mod spares;
+mod startable;
 mod taps;
 mod trouble;
 mod valid;
