@@ -57,16 +57,18 @@ pub(crate) struct Flags {
     /// A boot option, as qemu.machine=microvm; may be given again
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Configuration by flags")]
     pub(crate) boot_option: Vec<Pair>,
-    /// A disk: PATH[,root][,ro][,id=ID][,KEY=VALUE]…, as /srv/a.qcow2,root,format=qcow2; may be given again
+    /// A disk: PATH[,root][,ro][,id=ID][,KEY=VALUE]…, as /srv/a.qcow2,root,format=qcow2; may be
+    /// given again
     #[arg(long, value_name = "DISK", help_heading = "Configuration by flags")]
     pub(crate) disk: Vec<Disk>,
-    /// A network interface: auto, or any of tap=NAME, mac=ADDRESS, id=ID with commas between; may be given again
+    /// A network interface: auto, or any of tap=NAME, mac=ADDRESS, id=ID with commas between; may be
+    /// given again
     #[arg(long, value_name = "INTERFACE", help_heading = "Configuration by flags")]
     pub(crate) net: Vec<Nic>,
     /// A pair of metadata; may be given again
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Configuration by flags")]
     pub(crate) metadata: Vec<Pair>,
-    /// When the guest is started again by itself
+    /// The reasons for which the daemon starts the guest again
     #[arg(long, value_name = "MODE", value_parser = restart(), help_heading = "Configuration by flags")]
     pub(crate) restart: Option<pb::RestartMode>,
 }

@@ -20,7 +20,7 @@ pub(crate) struct Shutdown {
     /// Power off at once, without asking the guest
     #[arg(long, conflicts_with = "timeout")]
     pub(crate) force: bool,
-    /// How long the guest has, as 90s or 5m; at most an hour [default: 30s]
+    /// The time that the guest has, as 90s or 5m; at most an hour [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = seconds)]
     pub(crate) timeout: Option<i32>,
 }
@@ -33,7 +33,7 @@ pub(crate) struct Reboot {
     /// Reset at once, without asking the guest
     #[arg(long, conflicts_with = "timeout")]
     pub(crate) force: bool,
-    /// How long the guest has, as 90s or 5m; at most an hour [default: 30s]
+    /// The time that the guest has, as 90s or 5m; at most an hour [default: 30s]
     #[arg(long, value_name = "TIME", value_parser = seconds)]
     pub(crate) timeout: Option<i32>,
 }

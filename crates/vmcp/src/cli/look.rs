@@ -39,7 +39,7 @@ pub(crate) struct Wait {
     /// The states, any of which ends the wait
     #[arg(required = true, value_name = "STATE", value_parser = state())]
     pub(crate) states: Vec<pb::VmState>,
-    /// How long to wait, as 90s or 5m [default: for ever]
+    /// The longest time to wait, as 90s or 5m [default: for ever]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
 }

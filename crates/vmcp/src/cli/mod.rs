@@ -155,6 +155,18 @@ mod tests {
     }
 
     #[test]
+    fn the_page_of_the_command_line_has_every_command() {
+        let page = include_str!("../../../../docs/vmcp.md");
+        let rows: Vec<_> = page.lines().filter(|line| line.starts_with("| `")).collect();
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            let is_word =
+                |word: &str| word.trim_matches(|letter: char| !letter.is_ascii_alphanumeric()) == name;
+            assert!(rows.iter().any(|row| row.split_whitespace().any(is_word)), "{name}");
+        }
+    }
+
+    #[test]
     fn global_options_stand_before_or_behind_the_command() {
         for line in [["vmcp", "-o", "json", "list"], ["vmcp", "list", "-o", "json"]] {
             assert_eq!(Cli::try_parse_from(line).unwrap().global.output, Format::Json);

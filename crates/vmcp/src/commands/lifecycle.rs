@@ -95,7 +95,8 @@ async fn each<M: Serialize>(
             Ok(()) => {}
             // The last words of a single VM are printed by the caller.
             Err(failure) if names.names.len() == 1 => return Err(failure),
-            Err(Failure::Output(error)) => return Err(Failure::Output(error)),
+            // Nobody reads any more, or the user pressed Ctrl-C.
+            Err(failure @ (Failure::Output(_) | Failure::Reported(_))) => return Err(failure),
             Err(failure) => {
                 let server = session.server.to_string();
                 if let Some(text) = problem::text(&failure, session.output.format(), &server) {
@@ -116,10 +117,16 @@ async fn one<M: Serialize>(
 ) -> Result<(), Failure> {
     let vm_id = names::resolve(&session.client, name).await?;
     let progress = Progress::of_vm(&session.client, &vm_id);
-    let outcome = call(&session.client, &vm_id).await;
+    let outcome = progress.during(call(&session.client, &vm_id)).await;
     drop(progress);
-    let answer = outcome?;
+    let answer = outcome.inspect_err(|_| told_of_interrupt(&vm_id))??;
     session.output.answer(&answer, &[&vm_id], |_| people(&vm_id, &answer))
+}
+
+/// Says that Ctrl-C ended this program alone: the daemon carries out what it has admitted.
+fn told_of_interrupt(vm_id: &str) {
+    let vm_id = escape::line(vm_id);
+    remark(&format!("vmcp: the daemon goes on with the operation; `vmcp get {vm_id}` shows how it ends"));
 }
 
 fn line(vm_id: &str, state: &EnumValue<pb::VmState>, ended_by: &str) -> String {

@@ -14,9 +14,9 @@ use crate::failure::Failure;
 use crate::output::progress::Progress;
 use crate::output::{escape, words};
 
-/// How long one call waits. A server that has gone without a word is noticed after that.
+/// The time that one call waits. A server that vanishes without a word is noticed after that time.
 const TURN_INTERVAL: Duration = Duration::from_secs(30);
-/// How much longer than the turn the answer may take.
+/// The time that the answer may take beyond the turn.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 
 pub(super) async fn run(session: &mut Session, arguments: &Wait) -> Result<(), Failure> {
@@ -25,9 +25,9 @@ pub(super) async fn run(session: &mut Session, arguments: &Wait) -> Result<(), F
     let uid = uid_of(&session.client, &vm_id).await?;
     let progress = Progress::of_vm(&session.client, &vm_id);
     let waiter = Waiter { session, arguments, vm_id, uid, deadline };
-    let outcome = waiter.wait(&progress).await;
+    let outcome = progress.during(waiter.wait(&progress)).await;
     drop(progress);
-    let answer = outcome?;
+    let answer = outcome??;
     session.output.answer(&answer, &[&answer.vm_id], |_| {
         let status = words::status(&answer.state, &answer.status);
         let status = if status.is_empty() { status } else { format!(" ({})", escape::line(&status)) };

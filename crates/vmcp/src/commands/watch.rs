@@ -30,7 +30,7 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(75);
 struct Watcher {
     request: pb::WatchVmsRequest,
     retry: Retry,
-    /// Whether the server has taken the watch once. Before that an error is the user's to mend.
+    /// True once the server has taken the watch. Before that the user must mend the error.
     was_taken: bool,
 }
 

@@ -3,7 +3,8 @@
 //! The first of these that is there counts:
 //!
 //! ```text
-//!   --server URL  ►  --context NAME  ►  VMCP_SERVER  ►  VMCP_CONTEXT  ►  `current` of the file  ►  http://127.0.0.1:8080
+//!   --server URL ► --context NAME ► VMCP_SERVER ► VMCP_CONTEXT ► `current` of the contexts file
+//!                                                             ► http://127.0.0.1:8080
 //! ```
 
 mod contexts;

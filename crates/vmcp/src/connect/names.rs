@@ -8,7 +8,7 @@ use crate::failure::Failure;
 
 /// The VMs in a page, the most that the server gives.
 const PAGE_SIZE: i32 = 1000;
-/// How many of several matches an error names.
+/// The number of matches that an error names.
 const NAMED_MATCHES: usize = 5;
 
 /// Returns the `vm_id` that `given` means.

@@ -48,7 +48,7 @@ pub(crate) struct Output {
     format: Format,
     /// The columns of the terminal; none where the output is no terminal.
     width: Option<u16>,
-    /// How many YAML documents were written, because a marker stands between two.
+    /// The number of YAML documents written so far, because a marker stands between two.
     documents: usize,
 }
 

@@ -8,9 +8,13 @@ use vmm_proto::v1 as pb;
 
 use super::{escape, is_interactive, remark};
 use crate::connect::{Client, patient};
+use crate::failure::Failure;
 
-/// How often the spinner turns.
+/// The time between two turns of the spinner.
 const TURN_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The exit code after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
 
 /// A spinner for as long as this lives; nothing where stdout or stderr is no terminal.
 pub(crate) struct Progress {
@@ -31,6 +35,19 @@ impl Progress {
         bar.enable_steady_tick(TURN_INTERVAL);
         let follower = tokio::spawn(follow(client.clone(), vm_id.to_owned(), bar.clone()));
         Self { shown: Some((bar, follower)) }
+    }
+
+    /// Waits for `work`. Ctrl-C ends the wait where a spinner is shown, so that the spinner does not
+    /// stand in the line of the prompt. Elsewhere Ctrl-C ends the process in the usual way.
+    ///
+    /// # Errors
+    ///
+    /// The user pressed Ctrl-C.
+    pub(crate) async fn during<T>(&self, work: impl Future<Output = T>) -> Result<T, Failure> {
+        tokio::select! {
+            outcome = work => Ok(outcome),
+            _ = tokio::signal::ctrl_c(), if self.shown.is_some() => Err(Failure::Reported(INTERRUPTED)),
+        }
     }
 
     /// Prints a remark beside the spinner, not into its line.

@@ -5,7 +5,7 @@ use std::process::Command;
 use vmm_testkit::guests::Guest;
 
 use crate::trials;
-use crate::world::{World, finish, skipped, vmcp};
+use crate::world::{World, finish, vmcp};
 
 trials![
     bash_completes_commands_options_and_names_of_vms,
@@ -77,10 +77,4 @@ fn every_command_has_a_manual_page() {
     }
     let page = finish(vmcp(&["man"]), "").ok();
     assert!(page.contains(".TH vmcp 1") && page.contains("Exit codes"), "{page}");
-    if !crate::world::on_path("mandoc") && !crate::world::on_path("man") {
-        skipped(
-            "completion::every_command_has_a_manual_page with a reader",
-            "neither mandoc nor man is installed",
-        );
-    }
 }

@@ -1,12 +1,12 @@
 //! `vmcp` in a terminal: what stands on the screen, and what is sent to it.
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use pty_process::Size;
-use pty_process::blocking::{Command, open};
+use pty_process::blocking::{Command, Pty, open};
 use serde_json::json;
 use vmm_testkit::guests::Guest;
 
@@ -17,6 +17,7 @@ trials![
     a_table_fits_into_the_terminal,
     a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean,
     a_remark_does_not_stand_in_the_spinners_line,
+    ctrl_c_ends_the_command_and_leaves_the_operation_under_way,
     a_spinner_is_only_where_both_outputs_are_terminals,
     text_of_others_cannot_draw_on_the_screen,
 ];
@@ -26,6 +27,7 @@ const ROWS: u16 = 40;
 
 /// A terminal with `vmcp` in it.
 struct Terminal {
+    pty: Arc<Pty>,
     child: Child,
     /// Every byte that was sent to the terminal.
     sent: Arc<Mutex<Vec<u8>>>,
@@ -35,7 +37,7 @@ struct Terminal {
 impl Terminal {
     /// Runs `vmcp` in a terminal; `redirect` leads its standard error or output elsewhere.
     fn run(world: &World, columns: u16, arguments: &[&str], redirect: Redirect) -> Self {
-        let (mut pty, pts) = open().unwrap();
+        let (pty, pts) = open().unwrap();
         pty.resize(Size::new(ROWS, columns)).unwrap();
         let mut command = Command::from(world.command(arguments)).env("TERM", "xterm");
         match redirect {
@@ -44,19 +46,19 @@ impl Terminal {
             Redirect::Stderr => command = command.stderr(std::process::Stdio::null()),
         }
         let child = command.spawn(pts).unwrap();
-        let sent = Arc::new(Mutex::new(Vec::new()));
-        let into = Arc::clone(&sent);
+        let (pty, sent) = (Arc::new(pty), Arc::new(Mutex::new(Vec::new())));
+        let (terminal, into) = (Arc::clone(&pty), Arc::clone(&sent));
         std::thread::spawn(move || {
             let mut part = [0; 4096];
             // The read fails when the program has ended and its terminal is closed.
-            while let Ok(length) = pty.read(&mut part) {
+            while let Ok(length) = (&*terminal).read(&mut part) {
                 into.lock().unwrap().extend_from_slice(&part[..length]);
                 if length == 0 {
                     break;
                 }
             }
         });
-        Self { child, sent, columns }
+        Self { pty, child, sent, columns }
     }
 
     /// Returns the screen as a person sees it, after everything that was sent.
@@ -66,9 +68,21 @@ impl Terminal {
         parser.screen().contents()
     }
 
+    /// Returns the rows of the screen. The screen's text has one line for rows that wrap.
+    fn rows(&self) -> Vec<String> {
+        let mut parser = vt100::Parser::new(nonzero(ROWS), nonzero(self.columns), 0);
+        parser.process(&self.sent.lock().unwrap());
+        parser.screen().rows(0, self.columns).map(|row| row.trim_end().to_owned()).collect()
+    }
+
     /// Returns everything that was sent to the terminal.
     fn sent(&self) -> String {
         String::from_utf8_lossy(&self.sent.lock().unwrap()).into_owned()
+    }
+
+    /// Types text into the terminal.
+    fn type_in(&self, text: &str) {
+        (&*self.pty).write_all(text.as_bytes()).unwrap();
     }
 
     /// Waits until the screen has `text`.
@@ -178,6 +192,27 @@ fn a_remark_does_not_stand_in_the_spinners_line() {
     let remark =
         screen.lines().find(|line| line.contains("connecting again") || line.contains("vmcp: lost")).unwrap();
     assert!(remark.starts_with("vmcp: lost http://"), "{screen}");
+}
+
+fn ctrl_c_ends_the_command_and_leaves_the_operation_under_way() {
+    if !has_qemu("terminal::ctrl_c_ends_the_command_and_leaves_the_operation_under_way") {
+        return;
+    }
+    let world = with_a_deaf_guest("deaf");
+    let mut terminal =
+        Terminal::run(&world, 100, &["shutdown", "deaf", "--timeout", "5s"], Redirect::Nothing);
+    terminal.wait_for("deaf: stopping");
+    terminal.type_in("\u{3}");
+    assert_eq!(terminal.code(), 130);
+    let rows = terminal.rows();
+    let remark = rows.iter().position(|row| row.starts_with("vmcp: the daemon goes on with the operation"));
+    let remark = remark.unwrap_or_else(|| panic!("the remark has a row of its own: {rows:#?}"));
+    assert!(rows[remark + 1].is_empty(), "the prompt comes on a clean row: {rows:#?}");
+    assert_eq!(world.run(&["wait", "deaf", "shutdown", "-o", "name"]).ok(), "deaf\n");
+    let mut wait = Terminal::run(&world, 100, &["wait", "deaf", "running"], Redirect::Nothing);
+    wait.wait_for("deaf: stopped");
+    wait.type_in("\u{3}");
+    assert_eq!(wait.code(), 130);
 }
 
 fn a_spinner_is_only_where_both_outputs_are_terminals() {

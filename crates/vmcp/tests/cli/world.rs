@@ -38,7 +38,7 @@ pub(crate) struct World {
     env: Vec<(String, String)>,
 }
 
-/// What a command printed, and how it ended.
+/// The output and the exit code of a command.
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) code: i32,
