@@ -76,7 +76,7 @@ impl StateLock {
             let path = path.to_path_buf();
             move |source| LockError::Io { path, source }
         };
-        DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(failed(state_dir))?;
+        make_dir(state_dir, |dir| File::open(dir)?.sync_all()).map_err(failed(state_dir))?;
         check_private(state_dir)?;
         let path = state_dir.join(FILE_NAME);
         let mut file = OpenOptions::new()
@@ -109,6 +109,19 @@ impl StateLock {
         write_pid(&mut file).map_err(failed(&path))?;
         Ok(Self { file })
     }
+}
+
+/// Makes the state directory and its missing parents, each with mode 0700. `force` has been called
+/// for every directory with a new name in it when the function returns, because a database must not
+/// vanish with a directory that the host forgot in a power failure.
+fn make_dir(state_dir: &Path, force: impl FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
+    let missing = state_dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists());
+    let parents = missing.filter_map(Path::parent);
+    // The missing directories are listed before they are made, because none is missing afterwards.
+    let changed: Vec<&Path> =
+        parents.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).collect();
+    DirBuilder::new().recursive(true).mode(0o700).create(state_dir)?;
+    changed.into_iter().try_for_each(force)
 }
 
 /// Refuses a state directory in which another user could put files, because the daemon believes its
@@ -246,6 +259,31 @@ mod tests {
         assert_eq!(holder(&dir.path().join("none")).unwrap(), None);
         assert!(!dir.path().join("none").exists());
         StateLock::acquire(&state_dir).unwrap();
+    }
+
+    #[test]
+    fn every_directory_with_a_new_name_in_it_is_forced_to_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let state_dir = dir.path().join("a/b/c");
+        let forced = |state_dir: &Path| {
+            let mut forced = Vec::new();
+            let record = |dir: &Path| {
+                forced.push(dir.to_path_buf());
+                Ok(())
+            };
+            make_dir(state_dir, record).unwrap();
+            forced
+        };
+        assert_eq!(forced(&state_dir), ["a/b", "a", ""].map(|name| dir.path().join(name)));
+        assert_eq!(std::fs::metadata(&state_dir).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(forced(&state_dir), Vec::<PathBuf>::new(), "no name is new any more");
+    }
+
+    #[test]
+    fn a_state_directory_that_cannot_be_forced_to_the_disk_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let refuse = |_: &Path| Err(io::Error::from_raw_os_error(rustix::io::Errno::IO.raw_os_error()));
+        assert!(make_dir(&dir.path().join("a"), refuse).is_err());
     }
 
     #[test]

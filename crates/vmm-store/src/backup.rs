@@ -131,7 +131,7 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
     Ok(Copied { instance, vms, bytes })
 }
 
-/// Replaces the database in `state_dir` by the backup `file`. No daemon may use the directory. The
+/// Replaces the database in `state_dir`, which exists, by the backup `file`. No daemon may use the directory. The
 /// replaced database stays beside the new one under a name with the date.
 ///
 /// # Errors
@@ -141,7 +141,6 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
 /// [`StoreErrorKind::Conflict`] if the backup belongs to another state directory or `amend` refuses
 /// it. After an error the database is unchanged.
 pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<Restored, StoreError> {
-    open::make_dir(state_dir)?;
     let _lock = open::lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     refuse_itself(file, &path)?;

@@ -85,8 +85,8 @@ struct Queues {
 }
 
 impl SqliteStore {
-    /// Opens the store in `state_dir`, and makes the directory and the database if they do not
-    /// exist. Blocks while it checks the database. The check reads every page unless the last
+    /// Opens the store in the directory `state_dir`, and makes the database if it does not exist.
+    /// Blocks while it checks the database. The check reads every page unless the last
     /// daemon closed the database in order.
     ///
     /// # Errors

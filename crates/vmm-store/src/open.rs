@@ -13,9 +13,9 @@
 //! damaged by another program, and is refused, because a silent new beginning would orphan every
 //! running VM. Nothing is written before all questions are answered.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -62,10 +62,9 @@ pub(crate) struct Opened {
     pub(crate) reserve: Reserve,
 }
 
-/// Opens the database in `state_dir`, and makes the directory and the database if they do not
-/// exist.
+/// Opens the database in `state_dir`, and makes the database if it does not exist. The caller has
+/// made the directory when it took the lock of the daemon.
 pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened, StoreError> {
-    make_dir(state_dir)?;
     let lock = lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     let reserve = Reserve::of(&path);
@@ -145,26 +144,6 @@ fn refuse_cut_short(path: &Path, length: u64) -> Result<(), StoreError> {
         0 => Ok(()),
         missing => Err(corrupt(path, format_args!("its last {missing} bytes are missing"))),
     }
-}
-
-/// Makes the state directory and its missing parents, each with mode 0700. Every new name has been
-/// forced to the disk when the function returns, because a database must not vanish with a
-/// directory that the host forgot in a power failure.
-pub(crate) fn make_dir(state_dir: &Path) -> Result<(), StoreError> {
-    let failed = |error| io_error("making the state directory", state_dir, error);
-    let missing: Vec<&Path> = parents_to_force(state_dir);
-    DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(failed)?;
-    for dir in missing {
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
-    }
-    Ok(())
-}
-
-/// Returns the directories that get a new entry when `state_dir` is made, the lowest first.
-fn parents_to_force(state_dir: &Path) -> Vec<&Path> {
-    let missing = state_dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists());
-    let parents = missing.filter_map(Path::parent);
-    parents.map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).collect()
 }
 
 /// Locks the state directory until the file is closed. The lock excludes a second daemon, because
@@ -378,17 +357,6 @@ mod tests {
             assert_eq!(mode, "wal");
         }
         opened.reader.execute("DELETE FROM events", []).unwrap_err();
-    }
-
-    #[test]
-    fn every_directory_with_a_new_name_in_it_is_forced_to_the_disk() {
-        let dir = tempfile::tempdir().unwrap();
-        let state = dir.path().join("a/b/c");
-        let forced = ["a/b", "a", ""].map(|name| dir.path().join(name));
-        assert_eq!(parents_to_force(&state), forced.each_ref().map(PathBuf::as_path));
-        make_dir(&state).unwrap();
-        assert_eq!(parents_to_force(&state), Vec::<&Path>::new(), "nothing is new any more");
-        assert_eq!(parents_to_force(Path::new("not-there/x")), [Path::new("not-there"), Path::new(".")]);
     }
 
     #[test]

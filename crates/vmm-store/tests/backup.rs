@@ -78,6 +78,7 @@ fn a_copy_is_of_one_moment_though_somebody_writes() {
             let copied = backup(&dir.path().join("state"), &file).unwrap();
             assert_eq!((copied.instance, copied.vms), (store.instance(), 1));
             let other = dir.path().join(format!("other-{number}"));
+            std::fs::create_dir(&other).unwrap();
             restore(&file, &other, &mut as_it_is).unwrap();
             // A record and its event are committed together, so a copy has both or neither.
             let restored = open(&other);

@@ -22,8 +22,9 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
         .block_on(future)
 }
 
-/// Opens the store in `dir`.
+/// Opens the store in `dir`, and makes the directory if it does not exist.
 pub(crate) fn open(dir: &Path) -> SqliteStore {
+    std::fs::create_dir_all(dir).unwrap();
     SqliteStore::open(dir).unwrap_or_else(|error| {
         let cause = std::error::Error::source(&error).map(ToString::to_string);
         unreachable!("opening {} failed: {error} ({cause:?})", dir.display())
