@@ -124,7 +124,7 @@ impl Actor {
             Ok(()) => ending.done(&self.outcome(None)),
             // A forced operation has come, and decides what becomes of the VM.
             Err(NotStarted::TakenBack(ServiceError::Aborted(_))) => {}
-            Err(NotStarted::NotBegun(error)) if self.waits_to_begin() => {
+            Err(NotStarted::NotBegun(error)) => {
                 ending.failed(&error);
                 self.restart_later(budget, restarts, &error).await;
             }
@@ -133,17 +133,11 @@ impl Actor {
             Err(NotStarted::LeftSomething(error)) => {
                 ending.failed(&error);
             }
-            Err(NotStarted::TakenBack(error) | NotStarted::NotBegun(error)) => {
+            Err(NotStarted::TakenBack(error)) => {
                 ending.failed(&error);
                 self.restart_failed(budget, restarts, &error).await;
             }
         }
-    }
-
-    /// Returns true if a start that launched nothing is tried again later. A reset of the guest is
-    /// answered by one start, because the guest requested one. The other modes keep the VM running.
-    fn waits_to_begin(&self) -> bool {
-        self.restart_mode() >= RestartMode::OnFailure || self.record.status.phase == Phase::Restarting
     }
 
     /// Schedules another start after a start that launched nothing. Such a start does not count as

@@ -114,14 +114,30 @@ async fn a_start_that_fails_is_tried_again_and_counts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_reboot_that_cannot_be_served_fails() {
+async fn a_guest_reboot_whose_start_fails_is_not_tried_again() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(GUEST_REBOOT, 0)).await;
-    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     vms.machine("a").end(ExitCause::GuestReset);
     let record = vms.until_phase("a", Phase::Failed).await;
     assert_eq!((record.state, record.status.reason.as_str()), (VmState::Shutdown, "boot-failed"));
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (2, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_reboot_that_launches_nothing_is_tried_again_later() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_policy(GUEST_REBOOT, 1)).await;
+    for _ in 0..3 {
+        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+    }
+    vms.machine("a").end(ExitCause::GuestReset);
+    vms.until("a", |record| record.status.reason.as_str() == "start-not-begun").await;
+    let record = vms.until("a", |record| record.state == VmState::Running).await;
+    assert_eq!((record.status.restarts, vms.world.calls(Method::Launch)), (1, 5));
 }
 
 /// A VM that waits for its restart.
