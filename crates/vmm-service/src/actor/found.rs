@@ -14,6 +14,7 @@ use vmm_core::config::VmConfig;
 use vmm_core::event::EventKind;
 use vmm_core::place::Found;
 use vmm_core::reason::Reason;
+use vmm_core::spec::VmSpec;
 use vmm_core::state::{Observation, Phase, VmState, observe};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Lookup, adopt};
@@ -57,10 +58,9 @@ impl Actor {
         if self.record.state == VmState::Created && !self.record.imported && found.uid.is_none() {
             return self.place_is_taken().await;
         }
-        if found.uid.is_none() {
-            self.take_configuration(&found);
-        }
-        let (spec, backend) = (self.spec(), Arc::clone(&self.backend));
+        let taken = self.configuration_of(&found);
+        let spec = taken.as_ref().map_or_else(|| self.spec(), VmSpec::imported);
+        let backend = Arc::clone(&self.backend);
         let found_run = launched.vmm.run().clone();
         let claiming = async move { places::claimed(&spec, &backend, found_run).await };
         let budget = Budget::of_own_step();
@@ -75,6 +75,14 @@ impl Actor {
         };
         if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
             tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
+        }
+        // The configuration changes only now, because nothing from here on can be pre-empted: the
+        // outcome below records the configuration together with the run that it belongs to.
+        if let Some(config) = taken {
+            let record = Arc::make_mut(&mut self.record);
+            record.imported = true;
+            record.untold.clone_from(&found.untold);
+            record.config = config;
         }
         let was_lost = self.hold.is_out_of_reach();
         let live = self.live(launched, run);
@@ -109,21 +117,17 @@ impl Actor {
         let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
-    /// Replaces the configuration on record by the one that the VMM reports, because another
-    /// program started the VM. A VM that this program made keeps its configuration if the machine
-    /// is the same.
-    fn take_configuration(&mut self, found: &Found) {
-        if !self.record.imported && is_same_machine(&self.record.config, &found.config) {
-            return;
-        }
-        let record = Arc::make_mut(&mut self.record);
-        record.imported = true;
-        record.untold.clone_from(&found.untold);
-        record.config = VmConfig {
-            metadata: std::mem::take(&mut record.config.metadata),
-            restart_policy: record.config.restart_policy.take(),
+    /// Returns the configuration that replaces the one on record, because another program started
+    /// the VM, or `None` if the one on record stays. A VM that this program made keeps its
+    /// configuration if the machine is the same.
+    fn configuration_of(&self, found: &Found) -> Option<VmConfig> {
+        let ours = found.uid.is_some()
+            || (!self.record.imported && is_same_machine(&self.record.config, &found.config));
+        (!ours).then(|| VmConfig {
+            metadata: self.record.config.metadata.clone(),
+            restart_policy: self.record.config.restart_policy.clone(),
             ..found.config.clone()
-        };
+        })
     }
 }
 
