@@ -150,6 +150,11 @@ pub trait Vmm: Send + Sync + 'static {
     /// of contact.
     async fn sample(&self) -> Sample;
 
+    /// Frees the disk space of all but the end of each log that this program keeps of the VMM. Asks
+    /// the VMM nothing, so that a VMM that does not answer cannot fill the run folder. A VMM that
+    /// another program started has no such log.
+    async fn trim_logs(&self) {}
+
     /// Asks the VMM for the state of its guest. This question alone decides the contact with the
     /// VMM ([`BackendErrorKind::contact`]), so the answer of the VMM itself is the only thing that
     /// is read.

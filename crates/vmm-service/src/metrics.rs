@@ -2,9 +2,10 @@
 //! VMM that hangs delays no operation.
 //!
 //! ```text
-//!   each interval ──► probe ──┬─ answered ──► Contact::Made ──► sample ──► metrics
-//!                             ├─ silent ────► Contact::Lost
-//!                             └─ not asked ─► nothing: a limit of the host, or the VMM has ended
+//!   each interval ──► trim logs ──► probe ──┬─ answered ──► Contact::Made ──► sample ──► metrics
+//!                                           ├─ silent ────► Contact::Lost
+//!                                           └─ not asked ─► nothing: a limit of the host, or the
+//!                                                           VMM has ended
 //! ```
 //!
 //! The probe alone determines whether a VMM is there. Counters are optional: a TAP that was
@@ -162,6 +163,8 @@ impl Sampling {
         loop {
             tokio::time::sleep(wait).await;
             (wait, next) = (next, interval);
+            // A VMM that does not answer can still write to its log.
+            self.vmm.trim_logs().await;
             if self.probe().await {
                 self.sample().await;
             }

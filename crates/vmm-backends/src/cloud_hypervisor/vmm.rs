@@ -453,8 +453,11 @@ impl Vmm for Handle {
         }
     }
 
-    async fn sample(&self) -> Sample {
+    async fn trim_logs(&self) {
         counters::trim_logs(vec![self.run.socket.with_file_name(LOG)]).await;
+    }
+
+    async fn sample(&self) -> Sample {
         let mut sample = counters::of_host(&self.process, None).await;
         let counted = self.client.counters().await.map_err(|error| or_gone(&self.process, error));
         let now = counters::or_missing(&mut sample, "devices", counted);

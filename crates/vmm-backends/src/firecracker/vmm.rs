@@ -183,8 +183,11 @@ impl Vmm for Handle {
         Ok(Reset::NeedsRelaunch)
     }
 
-    async fn sample(&self) -> Sample {
+    async fn trim_logs(&self) {
         counters::trim_logs([LOG, OWN_LOG].map(|log| self.run.socket.with_file_name(log)).to_vec()).await;
+    }
+
+    async fn sample(&self) -> Sample {
         let mut sample = counters::of_host(&self.process, None).await;
         let sums = counters::or_missing(&mut sample, "devices", self.device_counters().await);
         sample.network = sums.map(|sums| sums.network());

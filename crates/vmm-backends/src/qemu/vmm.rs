@@ -67,8 +67,11 @@ impl Vmm for QemuVmm {
         Ok(Reset::InPlace)
     }
 
-    async fn sample(&self) -> Sample {
+    async fn trim_logs(&self) {
         counters::trim_logs(vec![self.run.socket.with_file_name(LOG)]).await;
+    }
+
+    async fn sample(&self) -> Sample {
         let mut sample = counters::of_host(&self.process, Some(&self.taps)).await;
         sample.storage = counters::or_missing(&mut sample, "disks", orders::block_counters(self).await);
         sample

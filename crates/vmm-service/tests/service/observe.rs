@@ -143,6 +143,19 @@ async fn a_guest_that_cannot_go_on_and_a_vmm_that_does_not_end_is_unreachable() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_log_of_a_silent_vmm_is_trimmed() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.config()).await;
+    vms.machine("a").stop();
+    vms.until_phase("a", Phase::Unreachable).await;
+    let (trimmed, sampled) = (vms.world.calls(Method::TrimLogs), vms.world.calls(Method::Sample));
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert!(vms.world.calls(Method::TrimLogs) > trimmed);
+    assert_eq!(vms.world.calls(Method::Sample), sampled, "a silent VMM is not asked for counters");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_silent_vmm_keeps_its_state_and_refuses_all_but_force() {
     let bed = Bed::new();
     let vms = bed.start().await;

@@ -29,6 +29,8 @@ pub enum Method {
     Reset,
     /// `Vmm::sample`. A failing act makes every counter missing.
     Sample,
+    /// `Vmm::trim_logs`.
+    TrimLogs,
     /// `Vmm::probe`.
     Probe,
     /// `Vmm::kill`.
