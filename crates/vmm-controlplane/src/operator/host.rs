@@ -177,13 +177,13 @@ pub(super) fn open_files(daemon: Option<u32>) -> Check {
     match daemon {
         Some(_) => {
             let finding = format!(
-                "the daemon may have {limit}, and {used} are in use: some {more} more VMs fit, beside {clients} connections"
+                "the daemon may open {limit} files, and {used} are open: some {more} more VMs fit, beside {clients} connections"
             );
             if more < FEW_VMS { Check::warn(NAME, finding, MORE_FILES) } else { Check::ok(NAME, finding) }
         }
         None => {
             let finding = format!(
-                "a daemon started from here may have {limit}: some {more} VMs fit, beside {clients} connections"
+                "a daemon started from here may open {limit} files: some {more} VMs fit, beside {clients} connections"
             );
             if more < FEW_VMS { Check::warn(NAME, finding, MORE_FILES) } else { Check::ok(NAME, finding) }
         }

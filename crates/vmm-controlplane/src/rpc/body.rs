@@ -170,7 +170,7 @@ impl fmt::Display for Fault {
         match self {
             Self::Stalled(pause) => write!(
                 f,
-                "nothing more of the request's body came for {} s; send it again, without a pause",
+                "no more of the request's body came for {} s; send it again, without a pause",
                 pause.as_secs_f64()
             ),
             Self::TooSlow(whole) => write!(

@@ -173,7 +173,7 @@ fn credentials(ctx: &RequestContext) -> Result<(), ConnectError> {
         return Ok(());
     }
     Err(ConnectError::unauthenticated(
-        "this daemon authenticates nobody, so the Authorization header cannot be checked: send the request without \
+        "this daemon does not authenticate callers, so the Authorization header cannot be checked: send the request without \
          it; until a version that authenticates, every program that reaches the daemon's address has access",
     ))
 }

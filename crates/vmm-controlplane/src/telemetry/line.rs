@@ -25,7 +25,7 @@ use tracing_subscriber::registry::LookupSpan;
 const FIRST_KEYS: [&str; 9] =
     ["operation", "vm_id", "actor", "outcome", "reason", "detail", "error", "state", "duration_ms"];
 /// The keys at the end of a text line, because a person seldom reads them.
-const LAST_KEYS: [&str; 3] = ["backend", "uid", "request_id"];
+const LAST_KEYS: [&str; 4] = ["backend", "uid", "path", "request_id"];
 
 const BOLD: &str = "\x1b[1m";
 const DIM: &str = "\x1b[2m";
