@@ -204,7 +204,7 @@ fn unanswered(patience: Duration, last: Option<BackendError>) -> BackendError {
     };
     let why = last.as_ref().map_or_else(String::new, |error| format!(" ({error})"));
     let message = format!(
-        "its VMM has answered nothing for {} s{why}, so its guest may not have been asked, and it runs on: try again, or use \
+        "the VMM has not answered for {} s{why}, so the guest may not have been asked, and the VM runs on: try again, or use \
          force, which ends a VMM that does not answer",
         patience.as_secs()
     );

@@ -76,7 +76,7 @@ pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> 
 pub async fn died_early(process: &Process, log: &Path, what: &str) -> BackendError {
     let exit = match process.wait_for(REAPING).await {
         Some(exit) => exit.to_string(),
-        None => "it closed its socket, but its process is still there".to_owned(),
+        None => "the VMM closed its socket, but its process is still there".to_owned(),
     };
     let said = last_words(log).await;
     let message = if said.is_empty() {

@@ -108,7 +108,7 @@ impl Backends {
     /// Creates the set of backends. `default` serves VMs that name none. It need not be among
     /// `families`, and then such VMs are refused.
     pub fn new<F: Into<BackendFamily>>(default: BackendName, families: impl IntoIterator<Item = F>) -> Self {
-        let unknown = BackendHealth::from(Err("it has not been asked yet".to_owned()));
+        let unknown = BackendHealth::from(Err("the backend has not been asked yet".to_owned()));
         let entries = families
             .into_iter()
             .map(|family| {
@@ -197,7 +197,10 @@ impl Entry {
     async fn refresh(&self) {
         let health =
             tokio::time::timeout(PING_DEADLINE, self.family.current.ping()).await.unwrap_or_else(|_| {
-                BackendHealth::from(Err(format!("it did not answer within {} s", PING_DEADLINE.as_secs())))
+                BackendHealth::from(Err(format!(
+                    "the backend did not answer within {} s",
+                    PING_DEADLINE.as_secs()
+                )))
             });
         *lock(&self.health) = health;
     }

@@ -185,7 +185,7 @@ impl Sampling {
                     return true;
                 }
             },
-            Err(_) => Contact::Lost(format!("it did not answer within {} s", PROBE_DEADLINE.as_secs())),
+            Err(_) => Contact::Lost(format!("the VMM did not answer within {} s", PROBE_DEADLINE.as_secs())),
         };
         let made = contact == Contact::Made;
         self.tell.send_replace(Some(News { asked, contact }));
@@ -195,7 +195,7 @@ impl Sampling {
     async fn sample(&mut self) {
         let sampled = tokio::time::timeout(SAMPLE_DEADLINE, self.vmm.sample()).await;
         let sample = sampled.unwrap_or_else(|_| Sample {
-            missing: vec![format!("its counters were not read within {} s", SAMPLE_DEADLINE.as_secs())],
+            missing: vec![format!("the VMM's counters were not read within {} s", SAMPLE_DEADLINE.as_secs())],
             ..Sample::default()
         });
         let now = Instant::now();

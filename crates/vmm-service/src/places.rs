@@ -201,7 +201,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         state: found.state,
         status: Status::plain(Phase::at_rest(found.state), now).because(
             Reason::Imported,
-            format!("it was found at {} as it is, made by another program", found.place),
+            format!("another program made the VM, which was found at {}", found.place),
         ),
         generation: 1,
         created_ms: shared.index.creation_time(now),

@@ -455,7 +455,7 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
         }
         (Err(report), Ok(backend)) => {
             let violations = ServiceError::Invalid(report.into_violations());
-            (Some(backend), format!("its configuration is not understood: {violations}"))
+            (Some(backend), format!("the configuration of the VM is not understood: {violations}"))
         }
         (Ok(_) | Err(_), Err(problem)) => (None, problem),
     };

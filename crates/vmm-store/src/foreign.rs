@@ -27,7 +27,7 @@ pub(crate) struct Foreign {
 #[derive(Debug)]
 struct Row {
     stored: Map<String, Value>,
-    /// The record as this program read it, in the form in which it would write it.
+    /// The record as this program has read it, in the form in which this program writes it.
     understood: Map<String, Value>,
     /// True if everything but the foreign fields could be read.
     readable: bool,

@@ -91,7 +91,7 @@ impl<H: Hypervisor> Attached<H> {
         // For a VM that another program created, the VMM itself reports the file of its console.
         let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
         let console = if make || !request.imported { begin_console(request, anew).await? } else { None };
-        // Recorded before the first change to the VMM, because the sweep after a failed or dropped
+        // The start is recorded before the first change to the VMM, because the sweep after a failed or dropped
         // start finds its work by this record.
         memory.started = Some((request.uid, met.process.identity().clone()));
         point(FaultPoint::LaunchConnected);
@@ -325,7 +325,7 @@ impl<H: Hypervisor> Attached<H> {
         }
         if holds.guest.is_live() {
             let message = format!(
-                "it runs again: another program has started it in the VMM at {}; shut it down first, or use force",
+                "the VM runs again: another program has started it in the VMM at {}; shut the VM down first, or use force",
                 socket.endpoint()
             );
             return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));

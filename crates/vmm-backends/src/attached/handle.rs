@@ -142,7 +142,7 @@ impl<A: Api> Monitor<A> {
         let asked = self.ending.load(Ordering::Acquire);
         let cause = if asked { ExitCause::Requested } else { told.unwrap_or(ExitCause::Unknown) };
         let message = format!(
-            "its VMM, process {}, has ended; its exit status is not known of a process that another program started",
+            "the VMM, process {}, has ended; the exit status is not known, because another program started the process",
             self.process.pid()
         );
         let _ = self.sender.send(VmmEvent::Gone(Exit { cause, message })).await;

@@ -184,7 +184,7 @@ pub(crate) fn too_old<H: AttachedRest>(version: &str) -> Option<String> {
 async fn not_one(title: &str, socket: &Path, error: BackendError) -> VisitError {
     match identify::who(socket).await {
         Some(other) if !other.starts_with(title) => {
-            VisitError::Refused(format!("what listens there is not {title}: it is {other}"))
+            VisitError::Refused(format!("the process that listens there is not {title} but {other}"))
         }
         Some(_) | None => VisitError::Failed(error.message),
     }

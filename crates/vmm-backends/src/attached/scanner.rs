@@ -173,7 +173,7 @@ pub(super) async fn meet<H: Hypervisor>(
             tokio::time::timeout(MEETING, kind.meet(&socket.path, visit)).await.unwrap_or_else(|_| {
                 let seconds = MEETING.as_secs();
                 Err(VisitError::Failed(format!(
-                    "its VMM did not answer within {seconds} s; it may be stopped or stuck"
+                    "the VMM did not answer within {seconds} s; it may be stopped or stuck"
                 )))
             })
         }

@@ -224,7 +224,7 @@ fn holding(status: RunState) -> Option<Guest> {
 async fn not_one(socket: &Path, error: &QmpError) -> VisitError {
     match identify::who(socket).await {
         Some(other) if !other.starts_with("QEMU") => {
-            VisitError::Refused(format!("what listens there is not QEMU: it is {other}"))
+            VisitError::Refused(format!("the process that listens there is not QEMU but {other}"))
         }
         Some(_) | None => match error {
             QmpError::NoGreeting(_) => VisitError::Failed(

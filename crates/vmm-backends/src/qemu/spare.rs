@@ -99,7 +99,7 @@ impl Spare {
         if self.guarded.has_ended() {
             Some("it has ended")
         } else if self.program != *program {
-            Some("its program has been replaced")
+            Some("the program of the VMM has been replaced")
         } else {
             None
         }
@@ -121,7 +121,7 @@ impl Spare {
                 return Some(Informed { guarded, output, bytes });
             }
             Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("it did not read to the end within {READING:?}"),
+            Err(_) => format!("QEMU did not read its configuration to the end within {READING:?}"),
         };
         // QEMU has not seen the end of the file, so it has applied nothing.
         end(guarded, &failure).await;
@@ -154,7 +154,7 @@ impl Informed {
         if !self.knows_nothing() {
             std::future::pending::<()>().await;
         }
-        let message = format!("it did not begin to read what it is to run within {READING:?}");
+        let message = format!("QEMU did not begin to read its configuration within {READING:?}");
         BackendError::new(BackendErrorKind::Timeout, Effect::NotApplied, message)
     }
 

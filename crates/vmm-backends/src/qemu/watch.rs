@@ -281,7 +281,7 @@ impl Watch {
             (GuestState::Ended, _) if self.guest.is_to_end() => None,
             (GuestState::Ended, _) => Some(VmmEvent::Gone(Exit {
                 cause: self.shutdown.map_or(ExitCause::Unknown, ShutdownReason::cause),
-                message: "its guest has ended, and its QEMU was started to live on".to_owned(),
+                message: "the guest has ended, and its QEMU was started to live on".to_owned(),
             })),
             (GuestState::Paused, true) => Some(VmmEvent::Paused),
             (GuestState::Running, false) => Some(VmmEvent::Resumed),

@@ -39,9 +39,9 @@ impl<C: RestApi> Spares<Fresh<C>> {
         let why = if spare.console != request.console {
             "the VM has another console"
         } else if !is_installed(program, &spare.program).await {
-            "its program has been replaced"
+            "the program of the VMM has been replaced"
         } else if !matches!(tokio::time::timeout(ANSWERING, spare.client.version()).await, Ok(Ok(_))) {
-            "it does not answer"
+            "the VMM does not answer"
         } else {
             return Some(spare);
         };

@@ -125,7 +125,7 @@ impl Actor {
             Err(_) => Err(Broken::Backend(BackendError::new(
                 BackendErrorKind::Timeout,
                 Effect::Unknown,
-                format!("it took longer than {:.1} s", limit.as_secs_f64()),
+                format!("the call took longer than {:.1} s", limit.as_secs_f64()),
             ))),
         }
     }
@@ -145,7 +145,7 @@ impl Actor {
     ) -> Result<T, BackendError> {
         let limit = budget.at_most(limit);
         tokio::time::timeout(limit, ending).await.unwrap_or_else(|_| {
-            let text = format!("its VMM did not end within {:.1} s of being killed", limit.as_secs_f64());
+            let text = format!("the VMM did not end within {:.1} s after it was killed", limit.as_secs_f64());
             Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, text))
         })
     }

@@ -27,7 +27,7 @@ impl Actor {
         match VmSpec::parse(&self.record.config) {
             Err(report) => (self.spec(), Some(ServiceError::Invalid(report.into_violations()).to_string())),
             Ok(spec) if self.record.untold.is_empty() => (spec, None),
-            Ok(spec) => (spec, Some(format!("it also had {}", self.record.untold.join(", ")))),
+            Ok(spec) => (spec, Some(format!("the VM also had {}", self.record.untold.join(", ")))),
         }
     }
 

@@ -284,7 +284,7 @@ impl Actor {
                 // limit is short enough for its 5 s.
                 let swept = tokio::time::timeout(budget.at_most(SWEEP_LIMIT), sweeping).await;
                 let too_late = || {
-                    let message = "its VMM did not end in time";
+                    let message = "the VMM did not end in time";
                     Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
                 };
                 swept.unwrap_or_else(|_| too_late()).map_err(Broken::Backend)

@@ -129,7 +129,7 @@ impl Backend for Nobody {
             Ok(users) => {
                 let pids: Vec<_> = users.iter().map(|user| user.identity.pid.to_string()).collect();
                 Err(failed(format!(
-                    "nothing proves whether process {}, which uses {}, is its VMM: end it by hand",
+                    "process {}, which uses {}, is not proven to be the VM's VMM: end it by hand",
                     pids.join(", "),
                     request.dir.display()
                 )))

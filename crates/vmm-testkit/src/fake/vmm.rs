@@ -70,7 +70,7 @@ impl FakeVmm {
         Err(BackendError::new(
             BackendErrorKind::Timeout,
             Effect::Unknown,
-            format!("it did not answer within {} s", ANSWER_TIMEOUT.as_secs()),
+            format!("the VMM did not answer within {} s", ANSWER_TIMEOUT.as_secs()),
         ))
     }
 

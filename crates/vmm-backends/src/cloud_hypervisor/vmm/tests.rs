@@ -45,7 +45,7 @@ async fn of_a_flood_of_changes_a_burst_is_told_and_the_last_one() {
     };
     tokio::spawn(monitor.run());
     let mut told = Vec::new();
-    // The last comes a second after the burst.
+    // The last event comes a second after the burst.
     while told.len() < 17 {
         told.push(events.recv().await.unwrap());
     }
