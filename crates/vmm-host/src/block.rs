@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use rustix::fs::makedev;
 use vmm_core::store::DiskKey;
@@ -53,13 +54,35 @@ fn sysfs(rdev: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
 }
 
-/// Returns the device itself, or the backing file of a loop device that still has its name.
+/// Returns the device itself, or the backing file of a loop device.
 fn key_of(rdev: u64) -> DiskKey {
-    let backing = fs::read_to_string(sysfs(rdev).join("loop/backing_file"));
-    match backing.and_then(|path| fs::metadata(path.trim_end_matches('\n'))) {
+    let itself = DiskKey { device: rdev, inode: 0 };
+    let Ok(backing) = fs::read_to_string(sysfs(rdev).join("loop/backing_file")) else { return itself };
+    match fs::metadata(backing.trim_end_matches('\n')) {
         Ok(file) if file.is_file() => DiskKey { device: file.dev(), inode: file.ino() },
-        Ok(_) | Err(_) => DiskKey { device: rdev, inode: 0 },
+        // The file has lost this name. Another hard link or another loop device may lead to it.
+        Ok(_) | Err(_) => backing_by_number(rdev).unwrap_or(itself),
     }
+}
+
+/// Asks the kernel for the backing file of a loop device, by the program `losetup`, because only an
+/// ioctl tells the inode of a file without a name. `None` where the program is missing, where this
+/// user may not open the device, and for a device that is no loop device any more.
+fn backing_by_number(rdev: u64) -> Option<DiskKey> {
+    let device = sysfs(rdev).canonicalize().ok()?;
+    let path = Path::new("/dev").join(device.file_name()?);
+    // A service may have a PATH without the folders of administration programs.
+    let output = ["losetup", "/usr/sbin/losetup", "/sbin/losetup"].into_iter().find_map(|program| {
+        let mut losetup = Command::new(program);
+        losetup.args(["--noheadings", "--output", "MAJ:MIN,BACK-INO,BACK-MAJ:MIN"]).arg(&path);
+        losetup.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()
+    })?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let mut fields = text.split_whitespace();
+    // The name in /dev may lead to another device than sysfs, so the number is compared.
+    let (this, inode, file_system) = (fields.next()?, fields.next()?, fields.next()?);
+    (parse_number(this)? == rdev).then_some(())?;
+    Some(DiskKey { device: parse_number(file_system)?, inode: inode.parse().ok()? })
 }
 
 /// Lists the devices right below the one at `dir`, by number.
@@ -78,15 +101,16 @@ fn lower_devices(dir: &Path) -> Vec<u64> {
 
 /// Reads the number of the device at `dir`, as in `8:1`.
 fn number(dir: &Path) -> Option<u64> {
-    let text = fs::read_to_string(dir.join("dev")).ok()?;
-    let (major, minor) = text.trim().split_once(':')?;
+    parse_number(fs::read_to_string(dir.join("dev")).ok()?.trim())
+}
+
+fn parse_number(text: &str) -> Option<u64> {
+    let (major, minor) = text.split_once(':')?;
     Some(makedev(major.parse().ok()?, minor.parse().ok()?))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
-
     use super::*;
     use crate::files::{Access, inspect};
 
@@ -122,6 +146,35 @@ mod tests {
             assert_eq!((facts.device, facts.inode), (itself.device, itself.inode), "{}", device.0);
             assert_eq!((facts.size, facts.lies_on), (1 << 20, vec![]));
         }
+    }
+
+    #[test]
+    fn a_loop_device_whose_file_was_unlinked_is_still_that_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("disk"), dir.path().join("link"));
+        std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+        std::fs::hard_link(&file, &link).unwrap();
+        let (Some(first), Some(second)) = (Loop::of(&file), Loop::of(&file)) else {
+            let why = "losetup makes no loop devices here: it needs root and /dev/loop-control";
+            return vmm_testkit::skip::skipped(
+                "a_loop_device_whose_file_was_unlinked_is_still_that_file",
+                why,
+            );
+        };
+        let key = |path: &Path| {
+            let facts = inspect(path, Access::ReadWrite).unwrap();
+            (facts.device, facts.inode)
+        };
+        let itself = key(&file);
+        std::fs::remove_file(&file).unwrap();
+        for device in [&first, &second] {
+            assert_eq!(key(Path::new(&device.0)), itself, "{}", device.0);
+        }
+        assert_eq!(key(&link), itself);
+        // Another file by the old name is another disk.
+        std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+        assert_eq!(key(Path::new(&first.0)), itself);
+        assert_ne!(key(&file), itself);
     }
 
     #[test]
