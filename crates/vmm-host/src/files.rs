@@ -194,6 +194,28 @@ pub fn qcow2_header(path: &Path) -> io::Result<Option<Qcow2Header>> {
     qcow2::read_header(&open_regular_or_block(path)?)
 }
 
+/// Checks that the daemon's user may write the file at `path`. Opens nothing.
+///
+/// # Errors
+/// Returns the kernel's error: `PermissionDenied` without the permission, `ReadOnlyFilesystem` on a
+/// read-only file system.
+pub fn may_write(path: &Path) -> io::Result<()> {
+    permits(path, rustix::fs::Access::WRITE_OK)
+}
+
+/// Checks that the daemon's user may make a file in `folder`. Makes nothing.
+///
+/// # Errors
+/// Fails as [`may_write`] does.
+pub fn may_write_into(folder: &Path) -> io::Result<()> {
+    permits(folder, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
+}
+
+fn permits(path: &Path, access: rustix::fs::Access) -> io::Result<()> {
+    // The effective user counts, because the kernel checks it when the file is opened.
+    Ok(rustix::fs::accessat(rustix::fs::CWD, path, access, rustix::fs::AtFlags::EACCESS)?)
+}
+
 /// Reads the last lines of a log for people: at most `max_bytes` bytes and `max_lines` lines.
 /// Invalid UTF-8 is replaced and control characters are left out. Returns an empty text where the
 /// file cannot be read, because a log only completes another error.

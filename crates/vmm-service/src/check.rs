@@ -205,27 +205,42 @@ fn look_at_kernel(visitor: &Visitor, found: &mut HostFacts, path: &Path, accepte
     }
 }
 
+/// Looks at the file that receives the console, and at the folder in which BootVm makes that file.
 fn look_at_output(visitor: &Visitor, report: &mut Report, path: &Path, owned: bool) {
     const FIELD: &str = "config.console.output";
     if !visitor.may_touch(path) {
         return;
     }
+    let refuse = |report: &mut Report, why: String| report.reject(FIELD, why);
     match std::fs::symlink_metadata(path) {
-        Ok(found) if owned && found.is_file() => {}
-        Ok(_) => report.reject(
-            FIELD,
-            format!(
-                "{} exists and was not made by this VM: name a new file, or leave output empty",
-                path.display()
-            ),
-        ),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            if !path.parent().is_some_and(Path::is_dir) {
-                report
-                    .reject(FIELD, format!("the folder of {} does not exist: make it first", path.display()));
+        Ok(found) if owned && found.is_file() => {
+            if let Err(error) = files::may_write(path) {
+                let why = format!("the daemon's user may not write {}: {error}", path.display());
+                refuse(report, format!("{why}; give it to the daemon's user, or remove it"));
             }
         }
-        Err(error) => report.reject(FIELD, format!("{} cannot be examined: {error}", path.display())),
+        Ok(found) if found.is_dir() => {
+            refuse(report, format!("{} is a directory: name a new file in it", path.display()));
+        }
+        Ok(_) => {
+            let why = format!("{} exists and was not made by this VM", path.display());
+            refuse(report, format!("{why}: name a new file, or leave output empty"));
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // The kernel makes no file by a name that ends in a slash.
+            if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+                return refuse(report, format!("{} names a directory: name a file", path.display()));
+            }
+            let Some(folder) = path.parent().filter(|folder| folder.is_dir()) else {
+                let why = format!("the folder of {} does not exist: make it first", path.display());
+                return refuse(report, why);
+            };
+            if let Err(error) = files::may_write_into(folder) {
+                let why = format!("the daemon's user may not make a file in {}: {error}", folder.display());
+                refuse(report, format!("{why}; let that user write there, or name another folder"));
+            }
+        }
+        Err(error) => refuse(report, format!("{} cannot be examined: {error}", path.display())),
     }
 }
 

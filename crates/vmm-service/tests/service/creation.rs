@@ -241,9 +241,19 @@ async fn a_console_file_must_be_new_or_the_vms_own() {
     let vms = bed.start().await;
     std::fs::write(bed.path("precious"), "data").unwrap();
     std::os::unix::fs::symlink(bed.path("nowhere"), bed.path("link")).unwrap();
-    for taken in ["precious", "link", "run-not-there/console"] {
+    std::fs::create_dir(bed.path("folder")).unwrap();
+    for (taken, why) in [
+        ("precious", "was not made by this VM"),
+        ("link", "was not made by this VM"),
+        ("run-not-there/console", "does not exist"),
+        ("folder", "is a directory"),
+        ("new/", "names a directory"),
+        ("precious/console", "cannot be examined"),
+    ] {
         let config = VmConfig { console: console(bed.path(taken)), ..bed.config() };
-        assert_eq!(only_violation(&vms, config).await.0, "config.console.output", "{taken}");
+        let (field, message) = only_violation(&vms, config).await;
+        assert_eq!(field, "config.console.output", "{taken}");
+        assert!(message.contains(why), "{taken}: {message}");
     }
     let config = VmConfig { console: console(bed.path("out")), ..bed.config() };
     vms.run("a", config.clone()).await;
