@@ -18,8 +18,8 @@
 //! ```
 //!
 //! The code is assembled here by hand, with its source beside the bytes, because building the
-//! project must not need an assembler. The code needs no stack, no memory beyond its own, and no
-//! interrupts.
+//! project must not need an assembler. The code needs no stack and no interrupts, and only
+//! [`Guest::Clock`] uses memory behind its own.
 
 mod code;
 
@@ -63,11 +63,13 @@ pub enum Guest {
     /// Powers off when the ACPI power button is pressed. QEMU q35 only. It polls, and so keeps one
     /// host CPU busy.
     Button,
+    /// Prints kvm-clock and the processor's counter for ever; [`clocks`] reads a line. Needs KVM.
+    Clock,
 }
 
 impl Guest {
     /// Every guest, in the order of their documentation.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Idle,
         Self::PowerOff,
         Self::Reset,
@@ -76,6 +78,7 @@ impl Guest {
         Self::Echo,
         Self::Obey,
         Self::Button,
+        Self::Clock,
     ];
 
     /// Returns the short name, which is also the stem of the file that [`Guest::write_to`] makes.
@@ -90,6 +93,7 @@ impl Guest {
             Self::Echo => "echo",
             Self::Obey => "obey",
             Self::Button => "button",
+            Self::Clock => "clock",
         }
     }
 
@@ -134,6 +138,7 @@ impl Guest {
             Self::Echo => code.echo(false),
             Self::Obey => code.echo(true),
             Self::Button => code.await_button(),
+            Self::Clock => code.clock(),
         }
         code.halt();
         let text = LOAD_ADDRESS + CODE_OFFSET + u32::try_from(code.0.len()).unwrap_or(u32::MAX);
@@ -141,6 +146,39 @@ impl Guest {
         code.0.extend(format!("{}\r\n\0", self.banner()).bytes());
         code.0
     }
+}
+
+/// The two clocks on a line of [`Guest::Clock`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Clocks {
+    /// The time on kvm-clock in nanoseconds.
+    pub kvm_clock: u64,
+    /// The processor's counter, in the same unit: scaled as kvm-clock scales it.
+    pub counter: u64,
+}
+
+/// Reads a line of [`Guest::Clock`]; `None` for another line.
+#[must_use]
+pub fn clocks(line: &str) -> Option<Clocks> {
+    let digits = line.trim();
+    if digits.len() != 80 || !digits.is_ascii() {
+        return None;
+    }
+    let byte = |at: usize| u8::from_str_radix(digits.get(2 * at..2 * at + 2)?, 16).ok();
+    let number = |at: usize, size: usize| {
+        (at..at + size).rev().try_fold(0_u64, |number, at| Some((number << 8) | u64::from(byte(at)?)))
+    };
+    // The layout of pvclock_vcpu_time_info: version, padding, the counter at the last update, the
+    // time then, and the scale from the counter to nanoseconds. The counter of now follows.
+    let (then, time, scale, now) = (number(8, 8)?, number(16, 8)?, number(24, 4)?, number(32, 8)?);
+    let shift = byte(28)?.cast_signed();
+    let scaled = |ticks: u64| {
+        let ticks = u128::from(ticks);
+        let amount = u32::from(shift.unsigned_abs());
+        let shifted = if shift < 0 { ticks >> amount } else { ticks << amount };
+        u64::try_from((shifted * u128::from(scale)) >> 32).ok()
+    };
+    Some(Clocks { kvm_clock: time + scaled(now.checked_sub(then)?)?, counter: scaled(now)? })
 }
 
 /// Returns the ELF header, both program headers and the note, for a file with `code_size` bytes of
@@ -201,6 +239,23 @@ mod tests {
 
     fn u64_at(bytes: &[u8], at: usize) -> u64 {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    #[test]
+    fn a_line_of_clocks_is_read_as_kvm_means_it() {
+        let line = |shift: &str, now: u64| {
+            let now: String = now.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+            // Version 2, the counter was 1000, the time 5000, the scale a half.
+            format!("0200000000000000e8030000000000008813000000000000{}{shift}010000{now}", "00000080")
+        };
+        let read = |shift, now| clocks(&line(shift, now)).unwrap();
+        assert_eq!(read("00", 1000), Clocks { kvm_clock: 5000, counter: 500 });
+        assert_eq!(read("00", 3000), Clocks { kvm_clock: 6000, counter: 1500 });
+        assert_eq!(read("ff", 3000), Clocks { kvm_clock: 5500, counter: 750 });
+        assert_eq!(read("01", 3000), Clocks { kvm_clock: 7000, counter: 3000 });
+        for other in ["", "vmcp-tiny: up kind=clock", &"x".repeat(80), &"ä".repeat(40)] {
+            assert_eq!(clocks(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -5,8 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::json;
+use vmm_testkit::guests::{Clocks, Guest, clocks};
 
-use crate::harness::{World, eventually, linux, skipped};
+use crate::harness::{World, eventually, hypervisors, linux, skipped};
 use crate::needs_qemu;
 
 /// The length of the pause.
@@ -80,4 +81,43 @@ fn after_a_pause_qemus_guest_is_behind_and_its_hardware_clock_is_right() {
     world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
     reading.join().unwrap();
     world.assert_nothing_left();
+}
+
+/// The clocks that a guest has printed, in order.
+fn printed(world: &World) -> Vec<Clocks> {
+    world.console("vm").lines().filter_map(clocks).collect()
+}
+
+#[test]
+fn during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on() {
+    const TEST: &str = "during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on";
+    for backend in hypervisors(TEST).into_iter().filter(|backend| *backend != "qemu") {
+        let world = World::started(&[]);
+        world.create_on(backend, "vm", Guest::Clock);
+        world.boot("vm");
+        let info = world.info("vm");
+        let version = info["backend_info"]["version"].as_str().unwrap().trim_start_matches('v');
+        let major: u32 = version.split('.').next().unwrap().parse().unwrap();
+        if backend == "cloudhypervisor" && major < 53 {
+            skipped(&format!("{TEST} on {backend}"), &format!("version {version} does not move the clock"));
+            continue;
+        }
+        eventually("the guest tells its clocks", || printed(&world).len() > 1);
+        world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
+        let before = printed(&world);
+        let paused = Instant::now();
+        eventually("the pause is over", || paused.elapsed() > PAUSE);
+        world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
+        // The guest may have read the clocks of the next line before the pause.
+        eventually("the guest tells its clocks again", || printed(&world).len() > before.len() + 1);
+        let (before, after) = (before[before.len() - 1], *printed(&world).last().unwrap());
+        for (clock, before, after) in
+            [("kvm-clock", before.kvm_clock, after.kvm_clock), ("the counter", before.counter, after.counter)]
+        {
+            let gone = Duration::from_nanos(after - before);
+            assert!(gone >= PAUSE, "{backend}: {clock} has gone on by {gone:?} in a pause of {PAUSE:?}");
+        }
+        world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+        world.assert_nothing_left();
+    }
 }

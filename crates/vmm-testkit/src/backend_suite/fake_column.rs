@@ -111,7 +111,7 @@ impl Played {
         print(request, guest);
         match guest {
             Guest::Idle | Guest::Echo => machine.ignore_shutdown(),
-            Guest::Obey | Guest::Button => {}
+            Guest::Obey | Guest::Button | Guest::Clock => {}
             Guest::PowerOff => machine.power_off(),
             Guest::Panic => machine.fail_guest("the guest panicked"),
             Guest::Reset | Guest::TripleFault if request.spec.restart.mode == Some(RestartMode::Never) => {
