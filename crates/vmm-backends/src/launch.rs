@@ -214,15 +214,6 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
         Lookup::Gone => return Ok(()),
         Lookup::Unprovable(why) => return Err(host_error(format!("{why}; end it by hand and try again"))),
     };
-    // Any local user can start a program with this folder among its arguments. Without the
-    // executable's name only those arguments speak for the process, so it is not killed.
-    if found.exe.is_none() {
-        return Err(host_error(format!(
-            "process {} uses {}, but its program is hidden from the daemon's user; end it by hand and try again",
-            process.pid(),
-            dir.display()
-        )));
-    }
     tracing::info!(pid = process.pid(), dir = %dir.display(), "an orphaned VMM is ended");
     kill_within(&process, SWEEPING).await
 }

@@ -17,10 +17,12 @@ pub(crate) struct Unproven {
 /// Returns the one process that has the run folder `dir` among its arguments and runs one of the
 /// programs `names`, or `None` if there is no such process.
 ///
+/// A VMM with file capabilities hides its executable from a daemon without capabilities of its own.
+/// The name in its arguments counts then. [`find_by_argument`] returns processes of the daemon's
+/// user only, and no other user can start one of those, so the arguments are not a stranger's.
+///
 /// # Errors
-/// [`Unproven`] if processes cannot be listed, if several processes use the folder, or if the
-/// executable of the one process is hidden from the daemon's user. In the last case only the
-/// arguments name the process, and every local user can forge arguments.
+/// [`Unproven`] if processes cannot be listed, or if several processes use the folder.
 pub(crate) async fn user_of(dir: &Path, names: Vec<String>) -> Result<Option<Found>, Unproven> {
     let owned = dir.to_path_buf();
     let hidden = |error: &dyn std::fmt::Display| Unproven {
@@ -42,11 +44,6 @@ fn one_of(users: Vec<Found>, names: &[String]) -> Result<Option<Found>, Unproven
         let message = format!("processes {pid} and {} both use the run folder", other.identity.pid);
         return Err(Unproven { reason: Reason::SeveralVmms, message });
     }
-    if found.exe.is_none() {
-        let message =
-            format!("process {pid} uses the run folder, but its program is hidden from the daemon's user");
-        return Err(Unproven { reason: Reason::IdentityUnproven, message });
-    }
     Ok(Some(found))
 }
 
@@ -65,13 +62,23 @@ mod tests {
     }
 
     #[test]
-    fn only_one_process_whose_program_is_shown_is_taken() {
+    fn one_process_that_runs_a_vmm_is_taken_and_two_are_not() {
         let names = ["vmm".to_owned()];
-        let reason = |users| one_of(users, &names).map_err(|unproven| unproven.reason);
+        let pid = |users| one_of(users, &names).unwrap().map(|found| found.identity.pid);
         let ours = || found(5, Some("/usr/bin/vmm"));
-        assert_eq!(reason(vec![ours(), found(6, Some("/bin/tail"))]).unwrap().unwrap().identity.pid, 5);
-        assert!(reason(vec![found(6, Some("/bin/tail"))]).unwrap().is_none());
-        assert_eq!(reason(vec![ours(), found(7, Some("/opt/vmm"))]).unwrap_err(), Reason::SeveralVmms);
-        assert_eq!(reason(vec![found(5, None)]).unwrap_err(), Reason::IdentityUnproven);
+        assert_eq!(pid(vec![ours(), found(6, Some("/bin/tail"))]), Some(5));
+        assert_eq!(pid(vec![found(6, Some("/bin/tail"))]), None);
+        assert_eq!(pid(vec![found(5, None)]), Some(5), "its arguments name the program");
+        for other in [Some("/opt/vmm"), None] {
+            let error = one_of(vec![ours(), found(7, other)], &names).unwrap_err();
+            assert_eq!(error.reason, Reason::SeveralVmms);
+        }
+    }
+
+    #[test]
+    fn a_hidden_program_of_another_name_is_none() {
+        let mut console = found(5, None);
+        console.args[0] = "/usr/bin/socat".into();
+        assert_eq!(one_of(vec![console], &["vmm".to_owned()]), Ok(None));
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use vmm_core::store::ProcessIdentity;
 use vmm_host::ledger;
 use vmm_host::net::tap::{HostTaps, Taps as _};
-use vmm_host::process::{Lookup, adopt};
+use vmm_host::process::{Lookup, adopt, program_name_of};
 use vmm_host::run_dir;
 
 use super::decide::{Decision, Item, Kind, Target};
@@ -67,8 +67,8 @@ async fn end(identity: &ProcessIdentity, programs: &BTreeSet<String>) -> Result<
         Lookup::Gone => return Ok(()),
         Lookup::Unprovable(why) => return Err(why),
     };
-    let runs = process.executable().map_err(|error| format!("its program cannot be read: {error}"))?;
-    let name = runs.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = program_name_of(&process).map_err(|error| format!("its program cannot be read: {error}"))?;
+    let name = name.to_string_lossy().into_owned();
     if !programs.contains(&name) {
         return Err(format!("it runs {name} now, which is no hypervisor"));
     }

@@ -14,7 +14,7 @@ use vmm_testkit::guests::Guest;
 use crate::harness::{World, eventually, hypervisors, is_alive, signal, vmm_pid};
 
 /// Changes the record of `vm` in the state directory of a daemon that has ended.
-fn tamper(world: &World, change: impl FnOnce(&mut VmRecord)) {
+pub(crate) fn tamper(world: &World, change: impl FnOnce(&mut VmRecord)) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let store = SqliteStore::open(&world.dir.path().join("state")).unwrap();

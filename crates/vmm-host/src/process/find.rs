@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use vmm_core::store::ProcessIdentity;
 
-use super::procfs;
+use super::{Process, procfs};
 
 /// The age up to which a process may not have exec'ed yet.
 const EXEC_LIMIT: Duration = Duration::from_secs(1);
@@ -21,7 +21,8 @@ const EXEC_POLL_INTERVAL: Duration = Duration::from_millis(1);
 pub struct Found {
     /// The identity of the process. [`super::adopt`] makes a handle of it.
     pub identity: ProcessIdentity,
-    /// The program's real path; `None` where the kernel hides it, as for another user's process.
+    /// The program's real path; `None` where the kernel hides it, as for another user's process and
+    /// for a program with file capabilities.
     pub exe: Option<PathBuf>,
     /// The arguments, beginning with the program's name.
     pub args: Vec<OsString>,
@@ -32,11 +33,7 @@ impl Found {
     /// path is hidden. A program that a distribution has wrapped into a script (`.NAME-wrapped` on
     /// NixOS) has the name of the script.
     pub fn program_name(&self) -> Option<&OsStr> {
-        let name = match &self.exe {
-            Some(exe) => exe.file_name(),
-            None => self.args.first().and_then(|name| Path::new(name).file_name()),
-        };
-        name.map(unwrapped)
+        program_name(self.exe.as_deref(), &self.args)
     }
 
     /// Returns true if the program is called one of `names`.
@@ -51,6 +48,28 @@ impl Found {
         let dir = dir.as_os_str().as_bytes();
         self.args.iter().flat_map(|arg| paths_below(arg.as_bytes(), dir)).collect()
     }
+}
+
+/// Returns the file name of the program that `process` runs, as [`Found::program_name`] does.
+///
+/// # Errors
+/// Returns the kernel's error; `NotFound` where the process has ended.
+pub fn program_name_of(process: &Process) -> io::Result<OsString> {
+    let exe = match process.executable() {
+        Ok(exe) => Some(exe),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
+        Err(error) => return Err(error),
+    };
+    let args = procfs::arguments_of(process)?;
+    Ok(program_name(exe.as_deref(), &args).unwrap_or_default().to_owned())
+}
+
+fn program_name<'a>(exe: Option<&'a Path>, args: &'a [OsString]) -> Option<&'a OsStr> {
+    let name = match exe {
+        Some(exe) => exe.file_name(),
+        None => args.first().and_then(|name| Path::new(name).file_name()),
+    };
+    name.map(unwrapped)
 }
 
 fn unwrapped(name: &OsStr) -> &OsStr {

@@ -39,7 +39,7 @@ pub use adopt::{Lookup, adopt};
 pub(crate) use command::close_for_good;
 pub use command::{Command, Guarded, Stdin, environment, spawn, spawn_guarded, start_guarded, starting};
 pub use exit::{ExitStatus, ProcessExit};
-pub use find::{Found, find_by_argument, find_by_option};
+pub use find::{Found, find_by_argument, find_by_option, program_name_of};
 pub use procfs::{Usage, age, arguments_of, boot_id, exe_of, identify, usage};
 
 /// A handle of one process. Clones are handles of the same process, and dropping all of them leaves
@@ -151,7 +151,8 @@ impl Process {
     /// Returns the real path of the program that the process runs.
     ///
     /// # Errors
-    /// Returns the kernel's error; `NotFound` where the process has ended.
+    /// Returns the kernel's error: `NotFound` where the process has ended, `PermissionDenied` where
+    /// the kernel hides the program.
     pub fn executable(&self) -> io::Result<PathBuf> {
         let executable = exe_of(self.pid())?;
         self.still_the_same()?;

@@ -142,7 +142,7 @@ pub fn age(identity: &ProcessIdentity) -> Option<Duration> {
 ///
 /// # Errors
 /// Returns the kernel's error: `NotFound` where there is no such process, `PermissionDenied` where
-/// it belongs to another user.
+/// it belongs to another user or its program has file capabilities that the daemon lacks.
 pub fn exe_of(pid: u32) -> io::Result<PathBuf> {
     let link = fs::read_link(format!("/proc/{pid}/exe")).map_err(gone_is_not_found)?;
     Ok(without_deleted(&link))
