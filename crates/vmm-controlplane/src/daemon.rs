@@ -8,9 +8,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Instrument as _;
-use vmm_core::id::InstanceId;
 use vmm_host::descriptors;
-use vmm_host::ledger::{self, Served};
 use vmm_host::lock::StateLock;
 use vmm_proto::v1::VmServiceExt as _;
 use vmm_service::{DefaultBoot, Settings, VmService};
@@ -23,6 +21,7 @@ use crate::health;
 use crate::notify::ServiceManager;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
+use crate::runtime_dir;
 
 /// The longest time after the signal in which operations whose clients have left may end.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -54,7 +53,7 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
         .with_context(|| format!("the state in {} cannot be opened", config.state_dir.display()))?;
     // The runtime directory is signed before the service starts, because the service makes run
     // folders there. `VmService::start` then takes over the VMs that are on record.
-    sign(&config, store.instance());
+    runtime_dir::sign(&config, store.instance());
     let store = Arc::new(store);
     let service = VmService::start(Arc::clone(&store) as _, backends(&config), settings(&config)).await?;
 
@@ -101,23 +100,6 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
         tracing::warn!(%error, "the database was not closed; the next start takes up its log");
     }
     Ok(())
-}
-
-/// Records in the runtime directory that this state directory uses it. Without that record
-/// `reconcile` removes no run folder.
-fn sign(config: &Config, instance: InstanceId) {
-    let dir = config.runtime_dir.display();
-    match ledger::sign(&config.runtime_dir, instance) {
-        Ok(Served::Many) => tracing::warn!(
-            runtime_dir = %dir,
-            "more than one state directory has used this runtime directory, so `reconcile` removes nothing there; give each \
-             daemon its own with UNKEY_VMCP_RUNTIME_DIR"
-        ),
-        Ok(Served::One(_) | Served::Nobody) => {}
-        Err(error) => {
-            tracing::warn!(%error, runtime_dir = %dir, "the runtime directory cannot be used; VMs will not boot")
-        }
-    }
 }
 
 fn settings(config: &Config) -> Settings {

@@ -4,7 +4,7 @@
 //! `main.rs` reads the command line, [`config`] loads the settings, and `backends` is the registry
 //! of hypervisors. [`daemon`] puts the parts together. [`rpc`] is the HTTP server, [`api`] has the
 //! handlers, and [`health`] the health pages. [`operator`] has the subcommands for a person on the
-//! host, and [`telemetry`] the log.
+//! host, `runtime_dir` has the warnings about that directory, and [`telemetry`] the log.
 
 pub mod api;
 mod backends;
@@ -17,6 +17,7 @@ pub mod health;
 mod notify;
 pub mod operator;
 pub mod rpc;
+mod runtime_dir;
 pub mod telemetry;
 
 /// The version of this program.

@@ -149,7 +149,7 @@ impl FromStr for VmUid {
 
 /// The identity of one state directory, made with the directory. It distinguishes the leftovers of
 /// this daemon from those of another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct InstanceId(Uuid);
 

@@ -107,6 +107,8 @@ reasons! {
     Shutdown = "shutdown",
     /// The socket of the VM is served by another process.
     SocketTaken = "socket-taken",
+    /// The VMM lives, and its control socket or the folder of that socket is gone.
+    SocketsGone = "sockets-gone",
     /// A start by policy could not even begin.
     StartNotBegun = "start-not-begun",
     /// Another program started the VM at its place.
@@ -159,7 +161,7 @@ mod tests {
     use super::*;
 
     /// The words that clients read and that records of earlier releases hold.
-    const WORDS: [&str; 43] = [
+    const WORDS: [&str; 44] = [
         "",
         "aborted",
         "boot-failed",
@@ -193,6 +195,7 @@ mod tests {
         "several-vmms",
         "shutdown",
         "socket-taken",
+        "sockets-gone",
         "start-not-begun",
         "started-from-outside",
         "unknown",

@@ -4,38 +4,35 @@
 //! ```text
 //!   <runtime>/
 //!     served           the state directories that have used this folder, one a line
-//!     vms/<uid>/ ────► Survey.folders: sockets and their holders, the mark of a spare VMM
+//!     vms/<uid>/ ────► Survey.folders: sockets and their holders, the owner, the mark of a spare
 //!          ▲
 //!          └── named by the arguments of a process ──► Survey.users
 //! ```
 //!
-//! A run folder bears only the uid of its VM. Its owner follows from its place: where one state
-//! directory alone has used a runtime folder, all run folders there belong to that directory. Where
-//! two have used it, or the list is missing, no owner is proven. The folder of a spare VMM is the
-//! exception, because its mark names the instance. Every function here only reads, except [`sign`].
-//! TAPs bear their owner in their own label: [`crate::net::tap`].
+//! A run folder bears the mark of its owner: [`run_dir::owner`], or the mark of a spare VMM. A
+//! folder of an earlier release bears none, and its owner follows from its place: where one state
+//! directory alone has used a runtime folder, all unmarked run folders there belong to that
+//! directory. Where two have used it, or the list is missing, no owner of an unmarked folder is
+//! proven. Every function here only reads, except [`sign`]. TAPs bear their owner in their own
+//! label: [`crate::net::tap`].
+
+mod list;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
 use vmm_core::id::{InstanceId, VmUid};
 
 use crate::named::named;
 use crate::process::{Found, find_by_argument};
 use crate::run_dir::{self, SpareMark, folder_uid, vms_dir};
 
-/// The name of the list of state directories in the runtime folder.
-const SERVED: &str = "served";
-/// The line that stands for users of the folder from before the list existed.
-const UNKNOWN: &str = "unknown";
-/// The longest list that is read, in bytes. A list in good faith is shorter.
-const MAX_SERVED: u64 = 64 * 1024;
+pub use list::{Served, Signature, Signed, served, sign, signatures};
 
 /// The traces of VMs that were found at one moment.
 #[derive(Clone, Debug, Default)]
@@ -57,6 +54,8 @@ pub struct RunFolder {
     pub own: bool,
     /// The sockets in the folder.
     pub sockets: Vec<RunSocket>,
+    /// The state directory whose mark the folder bears.
+    pub owner: Option<InstanceId>,
     /// The mark of a spare VMM, if the folder bears one.
     pub mark: Option<SpareMark>,
 }
@@ -161,8 +160,9 @@ fn look(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>>
     }
     sockets.sort_by(|one, other| one.path.cmp(&other.path));
     let mark = own.then(|| SpareMark::read(path).ok()).flatten().flatten();
+    let owner = own.then(|| run_dir::owner(path).ok()).flatten().flatten();
     let uid = path.file_name().and_then(folder_uid);
-    Ok(Some(RunFolder { path: path.to_path_buf(), uid, own, sockets, mark }))
+    Ok(Some(RunFolder { path: path.to_path_buf(), uid, own, sockets, owner, mark }))
 }
 
 /// Returns the paths in `/proc/net/unix`. A line has seven fields and then the path, which may hold
@@ -173,86 +173,6 @@ fn held_sockets(table: &[u8]) -> BTreeSet<OsString> {
         Some(std::ffi::OsStr::from_bytes(&line[at..]).to_owned())
     };
     table.split(|&byte| byte == b'\n').filter_map(path).collect()
-}
-
-/// The users of a runtime folder.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Served {
-    /// No state directory has signed. This program made nothing there, or the list was removed.
-    Nobody,
-    /// One state directory alone has used the folder.
-    One(InstanceId),
-    /// Several state directories have used the folder, or an unknown one.
-    Many,
-}
-
-/// Reads which state directories have used `runtime_dir`.
-///
-/// # Errors
-/// Returns the kernel's error with the path.
-pub fn served(runtime_dir: &Path) -> io::Result<Served> {
-    let path = runtime_dir.join(SERVED);
-    let opened = options().read(true).open(&path);
-    let text = match opened.and_then(|file| {
-        let mut text = String::new();
-        file.take(MAX_SERVED).read_to_string(&mut text).map(|_| text)
-    }) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Served::Nobody),
-        Err(error) => return Err(named(&path, &error)),
-    };
-    let lines: BTreeSet<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let mut lines = lines.into_iter();
-    Ok(match (lines.next().map(str::parse), lines.next()) {
-        (None, _) => Served::Nobody,
-        (Some(Ok(instance)), None) => Served::One(instance),
-        (Some(_), _) => Served::Many,
-    })
-}
-
-/// Records that the state directory `instance` makes run folders below `runtime_dir`. Creates a
-/// missing runtime folder. Must be called before the first run folder is made, and may be repeated.
-/// Returns the users with this one.
-///
-/// # Errors
-/// Returns the kernel's error with the path.
-pub fn sign(runtime_dir: &Path, instance: InstanceId) -> io::Result<Served> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(runtime_dir)
-        .map_err(|error| named(runtime_dir, &error))?;
-    // `create` follows symbolic links. `open_ours` refuses a link and a folder of another user.
-    drop(run_dir::open_ours(rustix::fs::CWD, runtime_dir, runtime_dir)?);
-    let before = served(runtime_dir)?;
-    let vms = vms_dir(runtime_dir);
-    let line = match before {
-        Served::One(there) if there == instance => return Ok(before),
-        // Run folders without a list may be of any state directory, as of one whose release kept no
-        // list.
-        Served::Nobody if fs::read_dir(&vms).is_ok_and(|mut entries| entries.next().is_some()) => {
-            format!("{UNKNOWN}\n{instance}\n")
-        }
-        Served::Nobody | Served::One(_) => format!("{instance}\n"),
-        // The list proves no owner any more, so another line would change nothing.
-        Served::Many => return Ok(before),
-    };
-    let path = runtime_dir.join(SERVED);
-    let mut file = options().append(true).create(true).mode(0o600).open(&path);
-    // One write at the end of the file: a daemon that signs at the same moment loses nothing.
-    file.as_mut()
-        .map_err(|error| io::Error::new(error.kind(), error.to_string()))
-        .and_then(|file| file.write_all(line.as_bytes()))
-        .map_err(|error| named(&path, &error))?;
-    // The list is read again, because another daemon may have signed between the first reading and
-    // the write. The later of the two then sees `Many`.
-    served(runtime_dir)
-}
-
-fn options() -> fs::OpenOptions {
-    let mut options = fs::OpenOptions::new();
-    options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
-    options
 }
 
 #[cfg(test)]
@@ -266,32 +186,6 @@ mod tests {
 
     fn instance() -> InstanceId {
         InstanceId::new(Uuid::now_v7())
-    }
-
-    #[test]
-    fn a_folder_is_one_state_directorys_until_another_signs() {
-        let dir = tempfile::tempdir().unwrap();
-        let runtime = dir.path().join("run");
-        let (one, other) = (instance(), instance());
-        assert_eq!(served(&runtime).unwrap(), Served::Nobody);
-        assert_eq!(sign(&runtime, one).unwrap(), Served::One(one));
-        assert_eq!(sign(&runtime, one).unwrap(), Served::One(one), "again");
-        assert_eq!(sign(&runtime, other).unwrap(), Served::Many);
-        assert_eq!(sign(&runtime, one).unwrap(), Served::Many, "for ever");
-    }
-
-    #[test]
-    fn what_was_there_before_the_list_is_nobodys() {
-        let dir = tempfile::tempdir().unwrap();
-        run_dir::create(dir.path(), VmUid::new(Uuid::now_v7())).unwrap();
-        assert_eq!(sign(dir.path(), instance()).unwrap(), Served::Many);
-    }
-
-    #[test]
-    fn a_list_that_leads_elsewhere_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/nowhere/else", dir.path().join(SERVED)).unwrap();
-        assert!(sign(dir.path(), instance()).is_err());
     }
 
     #[test]

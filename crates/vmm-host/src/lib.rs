@@ -5,7 +5,7 @@
 //! - The host itself: [`kvm`], [`memory`], [`mounts`], the [`clock`], file [`descriptors`], and
 //!   programs on the [`path`].
 //! - The daemon's own order: the [`lock`] of a state directory, the [`ledger`] of the program's
-//!   traces, and the [`fault`] points of tests.
+//!   traces, a runtime folder that is [`lasting`] or not, and the [`fault`] points of tests.
 //! - Other programs: the [`endpoint`] that another program made, and the [`growth`] and the
 //!   [`tail`] of a file that another process appends to.
 //!
@@ -23,6 +23,7 @@ pub mod growth;
 pub mod host_use;
 pub mod kernel;
 pub mod kvm;
+pub mod lasting;
 pub mod ledger;
 pub mod lock;
 pub mod memory;

@@ -9,6 +9,7 @@
 //! Every step opens a folder relative to one that is already open and follows no symbolic link, so
 //! that a user who can write nearby cannot lead the daemon elsewhere.
 
+mod owner;
 mod spare;
 
 use std::ffi::CString;
@@ -25,6 +26,7 @@ use vmm_core::id::VmUid;
 
 use crate::named::named;
 
+pub use owner::{own, owner};
 pub use spare::SpareMark;
 
 /// The longest path that a unix socket can have, in bytes.

@@ -39,6 +39,7 @@ mod places;
 mod run_folders;
 mod service;
 mod shared;
+mod sockets;
 mod spare_pool;
 mod spares;
 mod tombstones;

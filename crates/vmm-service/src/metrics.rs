@@ -22,6 +22,7 @@ use vmm_core::backend::{ContactProof, NetworkCounters, Sample, StorageCounters, 
 use vmm_core::id::VmId;
 
 use crate::clock::now_ms;
+use crate::sockets::Sockets;
 
 /// The time from a start to the first sample. It is short, so that a new VM has numbers before a
 /// whole interval has passed.
@@ -71,6 +72,8 @@ pub(crate) struct News {
     pub(crate) asked: Instant,
     /// The answer.
     pub(crate) contact: Contact,
+    /// The message about a control socket that is gone.
+    pub(crate) sockets_gone: Option<String>,
 }
 
 /// Contact with a VMM.
@@ -91,10 +94,11 @@ pub(crate) struct Sampler {
 
 impl Sampler {
     /// Starts to probe and sample `vmm`, which runs `vm_id` with `vcpus` CPUs, at each `interval`.
+    /// `sockets` is given for a VMM that this program started.
     pub(crate) fn start(
         vmm: Arc<dyn Vmm>,
-        vm_id: VmId,
-        vcpus: u32,
+        sockets: Option<Sockets>,
+        (vm_id, vcpus): (VmId, u32),
         interval: Duration,
         cell: MetricsCell,
     ) -> Self {
@@ -102,8 +106,16 @@ impl Sampler {
         // messages.
         let (tell, news) = watch::channel(None);
         let pid = vmm.run().process.pid;
-        let sampling =
-            Sampling { vmm, vm_id, vcpus, cell: cell.clone(), before: None, missing: Vec::new(), tell };
+        let sampling = Sampling {
+            vmm,
+            sockets,
+            vm_id,
+            vcpus,
+            cell: cell.clone(),
+            before: None,
+            missing: Vec::new(),
+            tell,
+        };
         let task = sampling.forever(interval, spread(pid));
         let task =
             tokio::spawn(task.instrument(tracing::debug_span!(parent: None, "sampler", pid))).abort_handle();
@@ -141,6 +153,7 @@ fn spread(pid: u32) -> f64 {
 
 struct Sampling {
     vmm: Arc<dyn Vmm>,
+    sockets: Option<Sockets>,
     /// The VM, for the log.
     vm_id: VmId,
     vcpus: u32,
@@ -188,7 +201,12 @@ impl Sampling {
             Err(_) => Contact::Lost(format!("the VMM did not answer within {} s", PROBE_DEADLINE.as_secs())),
         };
         let made = contact == Contact::Made;
-        self.tell.send_replace(Some(News { asked, contact }));
+        let sockets_gone = match self.sockets.clone() {
+            Some(sockets) if made => sockets.gone_beside_a_connection().await,
+            Some(sockets) => sockets.gone().await,
+            None => None,
+        };
+        self.tell.send_replace(Some(News { asked, contact, sockets_gone }));
         made
     }
 

@@ -98,7 +98,9 @@ pub(crate) fn unrequested(event: &NewEvent, backend: &BackendName, is_logged: bo
     let failed = match event.kind {
         EventKind::Unreachable | EventKind::OperationFailed => true,
         EventKind::VmmExited => status.phase == Phase::Failed || is_failure(&status.reason),
-        _ => status.phase == Phase::Failed || status.reason == Reason::PlaceTaken,
+        _ => {
+            status.phase == Phase::Failed || matches!(status.reason, Reason::PlaceTaken | Reason::SocketsGone)
+        }
     };
     let (operation, actor, state) = (event.kind.as_str(), actor_of(event), event.state.name());
     let (reason, detail) = (status.reason.as_str(), status.message.as_str());

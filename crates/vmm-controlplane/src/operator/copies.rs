@@ -13,7 +13,7 @@ use vmm_store::{Copied, Restored};
 
 use super::decide::{Decision, commands, decide};
 use super::facts::{gather, programs, running_names};
-use super::{Answer, refuse_another_user};
+use super::{Answer, looked_at, refuse_another_user};
 use crate::config::Config;
 
 /// Copies the database to a new file.
@@ -24,7 +24,8 @@ use crate::config::Config;
 pub(super) fn backup(config: &Config, file: &Path) -> anyhow::Result<Answer> {
     let Copied { instance, vms, bytes } = vmm_store::backup(&config.state_dir, file)?;
     Ok(Answer::fine(format!(
-        "{} holds {vms} VMs of {} (instance {instance}), {bytes} bytes; read back and whole",
+        "{}{} holds {vms} VMs of {} (instance {instance}), {bytes} bytes; read back and whole",
+        looked_at(config),
         file.display(),
         config.state_dir.display()
     )))
@@ -61,7 +62,8 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
     };
     let Restored { copied, replaced } = vmm_store::restore(file, &config.state_dir, &mut amend)?;
 
-    let mut text = format!("{} VMs are on record again, as in {}\n", copied.vms, file.display());
+    let mut text = looked_at(config);
+    text.push_str(&format!("{} VMs are on record again, as in {}\n", copied.vms, file.display()));
     if let Some(replaced) = replaced {
         text.push_str(&format!("the database that was there is kept as {}\n", replaced.display()));
     }

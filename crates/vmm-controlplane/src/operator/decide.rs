@@ -24,7 +24,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vmm_core::id::VmUid;
+use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::state::Phase;
 use vmm_core::store::{ProcessIdentity, VmRecord};
 use vmm_host::ledger::{RunFolder, Served, User};
@@ -128,9 +128,9 @@ impl Judge<'_> {
         // such as an editor or a console client, is never touched. (2) Without a `uid` nothing
         // connects the process to a VM. (3) A VM on record owns its processes, so its own rules
         // apply. (4) The folder must be proven to be of this state directory. (5) The process must
-        // have been given the control socket and have a readable executable, because a hypervisor
-        // that another program started may name a folder of ours too. Only then is it a spare VMM
-        // or an orphan. An orphan may be running a guest, so a person must ask for its end.
+        // have been given the control socket, because a hypervisor that another program started may
+        // name a folder of ours too. Only then is it a spare VMM or an orphan. An orphan may be
+        // running a guest, so a person must ask for its end.
         let program = program(user);
         if !self.facts.programs.contains(&program) {
             return (Decision::Keep, format!("runs {program}, which is no hypervisor: left alone"));
@@ -141,15 +141,14 @@ impl Judge<'_> {
         if let Some(record) = self.facts.records.get(&uid) {
             return self.of_known_vm(user, record);
         }
-        let mark = self.mark(uid);
-        if let Err(why) = self.whose(mark) {
+        if let Err(why) = self.whose(self.folder_of(uid)) {
             return (Decision::Report, format!("lives, and no VM on record owns it; {why}"));
         }
-        if !commands(user, uid) || user.found.exe.is_none() {
+        if !commands(user, uid) {
             let why = "names a run folder of ours, but is not proven to be a VMM that this program started";
             return (Decision::Report, why.to_owned());
         }
-        if let Some(mark) = mark {
+        if let Some(mark) = self.mark(uid) {
             return self.spare(mark);
         }
         if self.kill_orphans {
@@ -215,7 +214,7 @@ impl Judge<'_> {
             let why = "has the name of a run folder, but is no folder of this user: not made by this daemon";
             return (Decision::Report, why.to_owned());
         }
-        if let Err(why) = self.whose(folder.mark.as_ref()) {
+        if let Err(why) = self.whose(Some(folder)) {
             return (Decision::Report, format!("no VM on record owns it; {why}"));
         }
         let spare = folder.mark.as_ref().map(|mark| self.spare(mark));
@@ -274,7 +273,7 @@ impl Judge<'_> {
         }
         let promised = if on_record.is_none() { self.mark(record.uid) } else { None };
         if let Some(mark) =
-            promised.filter(|mark| self.whose(Some(mark)).is_ok() && commands(user, record.uid))
+            promised.filter(|mark| Some(mark.instance) == self.facts.instance && commands(user, record.uid))
         {
             let waits = || (Decision::Keep, format!("a spare VMM, which waits for the boot of VM {vm}"));
             return if self.facts.daemon { waits() } else { self.spare(mark) };
@@ -287,29 +286,49 @@ impl Judge<'_> {
         (Decision::Report, why)
     }
 
-    /// Returns the mark of a spare VMM on the run folder of `uid`.
-    fn mark(&self, uid: VmUid) -> Option<&SpareMark> {
-        self.facts.survey.folders.iter().find(|folder| folder.uid == Some(uid))?.mark.as_ref()
+    fn folder_of(&self, uid: VmUid) -> Option<&RunFolder> {
+        self.facts.survey.folders.iter().find(|folder| folder.uid == Some(uid))
     }
 
-    /// Checks that a run folder with this mark belongs to this state directory. The error gives the
-    /// reason for which that is not proven.
-    fn whose(&self, mark: Option<&SpareMark>) -> Result<(), &'static str> {
-        // A mark in the folder names one installation and is stronger than the note on the whole
-        // runtime directory. Without a mark the note decides, and it proves ownership only if this
+    /// Returns the mark of a spare VMM on the run folder of `uid`.
+    fn mark(&self, uid: VmUid) -> Option<&SpareMark> {
+        self.folder_of(uid)?.mark.as_ref()
+    }
+
+    /// Checks that a run folder belongs to this state directory. The error gives the reason for
+    /// which that is not proven. `None` stands for the run folder of a process that is gone itself.
+    fn whose(&self, folder: Option<&RunFolder>) -> Result<(), String> {
+        // A mark in the folder names one state directory and is stronger than the list of the whole
+        // runtime directory. Without a mark the list decides, and it proves ownership only if this
         // state directory is the only one that ever used the runtime directory.
-        match (self.facts.instance, mark, &self.facts.served) {
-            (None, _, _) => Err("without a database no owner can be proven"),
-            (Some(ours), Some(mark), _) if mark.instance == ours => Ok(()),
-            (Some(_), Some(_), _) => Err("it bears the mark of another installation's spare VMM"),
-            (Some(ours), None, Served::One(theirs)) if ours == *theirs => Ok(()),
-            (Some(_), None, Served::One(_)) => Err("another state directory has used this runtime folder"),
-            (Some(_), None, Served::Nobody) => {
-                Err("no list names the state directory that has used this runtime folder")
+        let Some(ours) = self.facts.instance else {
+            return Err("without a database no owner can be proven".to_owned());
+        };
+        let mark = folder.and_then(|folder| Some(folder.mark.as_ref()?.instance));
+        let owner = mark.or_else(|| folder.and_then(|folder| folder.owner));
+        match (owner, &self.facts.served) {
+            (Some(owner), _) if owner == ours => Ok(()),
+            (Some(owner), _) => Err(format!("it bears the mark of {}", self.named(owner))),
+            (None, Served::One(theirs)) if ours == *theirs => Ok(()),
+            (None, Served::One(theirs)) => {
+                Err(format!("{} has used this runtime folder", self.named(*theirs)))
             }
-            (Some(_), None, Served::Many) => {
-                Err("more than one state directory has used this runtime folder, so no owner can be proven")
+            (None, Served::Nobody) => {
+                Err("no list names the state directory that has used this runtime folder".to_owned())
             }
+            (None, Served::Many) => Err("it bears no mark, and more than one state directory has used this \
+                 runtime folder, so no owner can be proven"
+                .to_owned()),
+        }
+    }
+
+    /// Returns the words for another state directory, with its path if that is known.
+    fn named(&self, instance: InstanceId) -> String {
+        let mut signatures = self.facts.signatures.iter();
+        let signature = signatures.find(|signature| signature.instance == Some(instance));
+        match signature.and_then(|signature| signature.state_dir.as_ref()) {
+            Some(path) => format!("another state directory, {} (instance {instance})", path.display()),
+            None => format!("another state directory (instance {instance})"),
         }
     }
 

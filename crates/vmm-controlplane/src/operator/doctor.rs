@@ -8,14 +8,17 @@ use vmm_host::path::find_program;
 
 use super::check::{Check, Verdict};
 use super::held::{self, Held};
-use super::{Answer, host, spares};
+use super::{Answer, host, looked_at, spares};
 use crate::backends;
 use crate::config::{self, Config, Endpoint, Loaded};
+use crate::runtime_dir;
 
 /// The output of `--json`.
 #[derive(Serialize)]
 struct Diagnosis<'a> {
     version: &'a str,
+    state_dir: String,
+    runtime_dir: String,
     default_backend: &'a str,
     /// True if the default backend can serve.
     can_serve: bool,
@@ -49,6 +52,7 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
         checks.push(host::open_files(daemon_pid(&for_host)));
         checks.extend(host::directory("state directory", "UNKEY_VMCP_STATE_DIR", &for_host.state_dir));
         checks.extend(host::directory("runtime directory", "UNKEY_VMCP_RUNTIME_DIR", &for_host.runtime_dir));
+        checks.extend(lasting_lines(&for_host));
         checks.push(host::socket_names(&for_host.runtime_dir));
         checks.push(spares::line(&for_host));
         let defaults = &for_host.defaults;
@@ -59,8 +63,19 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     checks.extend(hypervisors);
     let can_serve = checks.iter().all(|check| check.verdict != Verdict::Fail);
     let default_backend = config.default_backend.as_str();
-    let diagnosis = Diagnosis { version: crate::VERSION, default_backend, can_serve, checks: &checks };
-    let text = if json { serde_json::to_string_pretty(&diagnosis)? } else { table(&diagnosis) };
+    let diagnosis = Diagnosis {
+        version: crate::VERSION,
+        state_dir: config.state_dir.display().to_string(),
+        runtime_dir: config.runtime_dir.display().to_string(),
+        default_backend,
+        can_serve,
+        checks: &checks,
+    };
+    let text = if json {
+        serde_json::to_string_pretty(&diagnosis)?
+    } else {
+        looked_at(&config) + &table(&diagnosis)
+    };
     Ok(Answer { text, code: u8::from(!can_serve) })
 }
 
@@ -90,6 +105,14 @@ fn daemon_line(config: &Config) -> Check {
             Check::warn("daemon", format!("cannot be looked for: {error}"), "run doctor as the daemon's user")
         }
     }
+}
+
+/// Returns a line for each reason for which VMs may lose their sockets in the runtime directory.
+fn lasting_lines(config: &Config) -> Vec<Check> {
+    // A database that cannot be read has a line of its own.
+    let instance = vmm_store::peek(&config.state_dir).ok().flatten().map(|snapshot| snapshot.instance);
+    let dangers = runtime_dir::dangers(config, instance, daemon_pid(config)).into_iter();
+    dangers.map(|danger| Check::warn("runtime directory", danger.finding, danger.remedy)).collect()
 }
 
 fn database(config: &Config) -> Check {

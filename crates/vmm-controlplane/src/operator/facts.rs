@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::store::VmRecord;
-use vmm_host::ledger::{self, Served, Survey};
+use vmm_host::ledger::{self, Served, Signature, Survey};
 use vmm_host::net::tap::{HostTaps, OwnedTap, Taps as _};
 use vmm_host::path::{find_program, real_name};
 
@@ -30,6 +30,8 @@ pub(super) struct Facts {
     pub(super) daemon: bool,
     /// The state directories that have used the runtime directory.
     pub(super) served: Served,
+    /// The lines of the runtime directory's list, with the paths of the state directories.
+    pub(super) signatures: BTreeSet<Signature>,
     /// The folders, sockets and processes.
     pub(super) survey: Survey,
     /// The TAPs whose label names this state directory.
@@ -69,11 +71,12 @@ pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Fact
         None => Vec::new(),
     };
     let survey = before.lasting(survey(&runtime_dir).await?);
-    let served =
-        ledger::served(&runtime_dir).context("the owners of the run folders cannot be determined")?;
+    let told = || "the owners of the run folders cannot be determined";
+    let served = ledger::served(&runtime_dir).with_context(told)?;
+    let signatures = ledger::signatures(&runtime_dir).with_context(told)?;
     let names = programs(config);
     let programs = tokio::task::spawn_blocking(move || running_names(&names)).await?;
-    Ok(Facts { instance, records, daemon, served, survey, taps, programs, notes })
+    Ok(Facts { instance, records, daemon, served, signatures, survey, taps, programs, notes })
 }
 
 async fn survey(runtime_dir: &Path) -> anyhow::Result<Survey> {

@@ -34,7 +34,7 @@ use std::path::Path;
 use anyhow::bail;
 use rustix::process::geteuid;
 
-use crate::config::{Command, Loaded};
+use crate::config::{Command, Config, Loaded};
 
 /// The exit code if something is left that a person should look at.
 const ATTENTION: u8 = 3;
@@ -71,6 +71,16 @@ pub fn run(command: &Command, loaded: &Loaded) -> anyhow::Result<Answer> {
             Command::Serve | Command::CheckConfig | Command::MigrateEnv => Ok(Answer::fine(String::new())),
         }
     })
+}
+
+/// Returns the first line of a subcommand's output: the directories that it looks at. Without the
+/// settings of the daemon a subcommand looks at other directories than the daemon uses.
+fn looked_at(config: &Config) -> String {
+    format!(
+        "state directory {}, runtime directory {}\n",
+        config.state_dir.display(),
+        config.runtime_dir.display()
+    )
 }
 
 /// Refuses to write into a directory of another user, because the daemon could not access files

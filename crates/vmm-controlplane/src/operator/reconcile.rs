@@ -4,11 +4,12 @@
 use anyhow::bail;
 use serde::Serialize;
 use vmm_host::lock::{self, LockError, StateLock};
+use vmm_host::run_dir;
 
 use super::act::{REMOVED, carry_out};
 use super::decide::{Decision, Item, decide};
 use super::facts::{Facts, gather};
-use super::{ATTENTION, Answer, refuse_another_user};
+use super::{ATTENTION, Answer, looked_at, refuse_another_user};
 use crate::config::{Config, Reconcile};
 
 /// The most items that the log of a start names.
@@ -61,7 +62,8 @@ pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answe
         items: &items,
         notes: &facts.notes,
     };
-    let text = if how.json { serde_json::to_string_pretty(&ledger)? } else { table(&ledger) };
+    let text =
+        if how.json { serde_json::to_string_pretty(&ledger)? } else { looked_at(config) + &table(&ledger) };
     Ok(Answer { text, code })
 }
 
@@ -126,8 +128,20 @@ pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     text
 }
 
-/// Logs the items that bear our mark and have no owner, at the start of the daemon. Changes
-/// nothing.
+/// Marks the run folders of VMs on record that bear no mark, as those of an earlier release. The
+/// record proves the owner. Blocks for a moment.
+fn mark_known(facts: &Facts) {
+    let Some(instance) = facts.instance else { return };
+    let unmarked = facts.survey.folders.iter().filter(|folder| folder.own && folder.owner.is_none());
+    for folder in unmarked.filter(|folder| folder.uid.is_some_and(|uid| facts.records.contains_key(&uid))) {
+        if let Err(error) = run_dir::own(&folder.path, instance) {
+            tracing::debug!(%error, "a run folder could not be marked; its next boot marks it");
+        }
+    }
+}
+
+/// Logs the items that bear our mark and have no owner, at the start of the daemon. Changes nothing
+/// but the marks of run folders.
 pub async fn report_leftovers(config: Config) {
     let facts: Facts = match gather(&config, true).await {
         Ok(facts) => facts,
@@ -139,6 +153,7 @@ pub async fn report_leftovers(config: Config) {
             return;
         }
     };
+    mark_known(&facts);
     let items = decide(&facts, false);
     let open: Vec<&Item> = items.iter().filter(|item| item.decision != Decision::Keep).collect();
     if open.is_empty() {

@@ -83,6 +83,7 @@ mod tests {
             uid: Some(uid),
             own: true,
             sockets: Vec::new(),
+            owner: None,
             mark: mark.map(|instance| SpareMark { instance, backend: BackendName::new("firecracker") }),
         };
         let folders = [

@@ -74,6 +74,8 @@ pub(crate) struct World {
 struct Daemon {
     child: Child,
     url: String,
+    /// The lines of the log from before the daemon served.
+    at_start: Vec<String>,
     /// Reads the daemon's log until it ends, so that it never blocks on a full pipe.
     log: Receiver<String>,
 }
@@ -183,7 +185,7 @@ impl World {
             }
             seen.push(line);
         };
-        self.daemon = Some(Daemon { child, url: format!("http://{address}"), log });
+        self.daemon = Some(Daemon { child, url: format!("http://{address}"), at_start: seen, log });
         Ok(())
     }
 
@@ -226,6 +228,14 @@ impl World {
         kill_process(pid_of(&daemon.child), signal).unwrap();
         let status = daemon.child.wait().unwrap();
         (status.code(), daemon.log.iter().collect())
+    }
+
+    /// The warnings that the daemon logged before it served, as JSON.
+    #[allow(dead_code, reason = "as above")]
+    pub(crate) fn warnings_at_start(&self) -> Vec<Value> {
+        let lines = self.daemon.as_ref().expect("a daemon runs").at_start.iter();
+        let parsed = lines.filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        parsed.filter(|line| line["level"] == "WARN").collect()
     }
 
     /// The daemon's process id.

@@ -13,6 +13,7 @@ use super::{Actor, found_files, resets::Resets, restart};
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
 use crate::metrics::{MetricsCell, News, Sampler};
+use crate::sockets::Sockets;
 
 /// The time between two searches for a process that may live and of which no handle is held.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -187,7 +188,8 @@ impl Actor {
         let metrics = MetricsCell::default();
         self.shared.index.measure(self.record.uid, metrics.clone());
         let (vm_id, vcpus) = (self.record.vm_id.clone(), self.spec().cpu.count);
-        let sampler = Sampler::start(Arc::clone(&vmm), vm_id, vcpus, interval, metrics);
+        let sockets = Sockets::of(&self.record, &run, self.dir());
+        let sampler = Sampler::start(Arc::clone(&vmm), sockets, (vm_id, vcpus), interval, metrics);
         let quiet_since = begun(&run);
         let files_due = found_files::next_look(&run);
         Box::new(Live { vmm, events, sampler, run, quiet_since, resets: Resets::default(), files_due })

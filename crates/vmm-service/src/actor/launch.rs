@@ -93,8 +93,8 @@ pub(super) fn launched_nothing(error: &BackendError) -> bool {
         }
 }
 
-/// Makes the run folder and the console's file. The mark of a spare VMM in the folder is removed,
-/// because the spare will now run this VM.
+/// Makes the run folder with the mark of its owner, and the console's file. The mark of a spare VMM
+/// in the folder is removed, because the spare will now run this VM.
 async fn prepare(
     runtime_dir: PathBuf,
     uid: VmUid,
@@ -103,6 +103,7 @@ async fn prepare(
 ) -> Result<(), BackendError> {
     let made = tokio::task::spawn_blocking(move || {
         let dir = run_dir::create(&runtime_dir, uid).map_err(|error| (runtime_dir, error))?;
+        run_dir::own(&dir, mark.instance).map_err(|error| (dir.clone(), error))?;
         mark.take_off(&dir).map_err(|error| (dir, error))?;
         match console {
             Some(console) => touch(&console).map_err(|error| (console, error)),

@@ -129,7 +129,7 @@ impl Actor {
     /// Processes news of the contact with the VMM. News that was requested before the VMM last
     /// answered an operation is out of date, because the VMM was busy with that operation and is
     /// not silent any more.
-    async fn on_news(&mut self, News { asked, contact }: News) {
+    async fn on_news(&mut self, News { asked, contact, sockets_gone }: News) {
         if self.answered.is_some_and(|answered| asked < answered) {
             return;
         }
@@ -139,13 +139,17 @@ impl Actor {
         match (contact, &self.hold) {
             (Contact::Lost(message), Hold::Vmm(_)) => {
                 self.fall_silent();
-                let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotAnswer, message);
-                let why = Why::by_itself("vmm-does-not-answer");
+                let (reason, message) = match sockets_gone {
+                    Some(gone) => (Reason::SocketsGone, gone),
+                    None => (Reason::VmmDoesNotAnswer, message),
+                };
+                let status = self.status(Phase::Unreachable).because(reason.clone(), message);
+                let why = Why::by_itself(reason.as_str());
                 let turn =
                     Turn::new(EventKind::Unreachable, why, status).intending(self.record.intent.clone());
                 let _ = self.conclude(Budget::of_own_step(), turn).await;
             }
-            (Contact::Made, Hold::Vmm(_)) => self.seen_alive(asked).await,
+            (Contact::Made, Hold::Vmm(_)) => self.seen_alive(asked, sockets_gone).await,
             (Contact::Made, _) => self.reached_again().await,
             (Contact::Lost(_), _) => {}
         }
@@ -155,7 +159,12 @@ impl Actor {
     /// has outlived it, so that its later end is no outcome of that shutdown any more, and the
     /// intent is removed. In all other cases the answer is newer knowledge and no change, so it is
     /// shown and not recorded.
-    async fn seen_alive(&mut self, asked: Instant) {
+    async fn seen_alive(&mut self, asked: Instant, sockets_gone: Option<String>) {
+        // The status tells of sockets that are gone, and of their return, once each.
+        let told = self.record.status.reason == Reason::SocketsGone;
+        if sockets_gone.is_some() != told && self.record.intent.is_none() {
+            return self.sockets_changed(sockets_gone).await;
+        }
         let settled = self.answered.is_none_or(|answered| asked >= answered + ENDING_GRACE);
         let answered =
             |intent: &vmm_core::store::Intent| settled && intent.recovery() == Recovery::ShutdownAnswered;
@@ -167,6 +176,17 @@ impl Actor {
         } else {
             self.show(turn.intending(self.record.intent.clone()));
         }
+    }
+
+    /// Records that the control socket of a VMM that answers is gone, or is there again.
+    async fn sockets_changed(&mut self, gone: Option<String>) {
+        let status = self.status(Phase::at_rest(self.record.state));
+        let (status, cause) = match gone {
+            Some(message) => (status.because(Reason::SocketsGone, message), "sockets-gone"),
+            None => (status, "sockets-back"),
+        };
+        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(cause), status);
+        let _ = self.conclude(Budget::of_own_step(), turn).await;
     }
 
     async fn reached_again(&mut self) {

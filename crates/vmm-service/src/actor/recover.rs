@@ -31,6 +31,7 @@ use super::{Actor, Flow};
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
 use crate::operation_log::Ending;
+use crate::sockets::Sockets;
 
 /// The time that a VMM may take to prove that it is alive.
 const ADOPT_LIMIT: Duration = Duration::from_secs(5);
@@ -341,6 +342,10 @@ impl Actor {
         message: String,
         launched: Option<Launched>,
     ) {
+        let (reason, message) = match self.sockets_gone(&reason, launched.as_ref()).await {
+            Some(gone) => (Reason::SocketsGone, gone),
+            None => (reason, message),
+        };
         let known = self.record.status.phase == Phase::Unreachable && self.record.status.reason == reason;
         let never_ran = self.never_ran();
         let live = launched.map(|launched| {
@@ -366,6 +371,13 @@ impl Actor {
         } else {
             let _ = self.conclude(Budget::of_own_step(), turn).await;
         }
+    }
+
+    /// Returns the message about a VMM that lives and does not answer because its socket is gone.
+    async fn sockets_gone(&self, reason: &Reason, launched: Option<&Launched>) -> Option<String> {
+        let silent = matches!(reason, Reason::VmmDoesNotAnswer | Reason::VmmSilent);
+        let run = launched.filter(|_| silent)?.vmm.run();
+        Sockets::of(&self.record, run, self.dir())?.gone().await
     }
 
     /// Returns the intent of a start whose process may live, for a record in which another intent

@@ -152,6 +152,8 @@ impl World {
             claims: Vec::new(),
             taps: Vec::new(),
         };
+        // A VM whose socket is not there counts as one whose folder was removed.
+        let _ = std::fs::write(&run.socket, "");
         let writes = request.spec.disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.path.clone());
         let machine = Machine {
             uid: request.uid,

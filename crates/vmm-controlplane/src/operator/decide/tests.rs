@@ -1,11 +1,11 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use uuid::Uuid;
 use vmm_core::caller::Caller;
 use vmm_core::id::{BackendName, InstanceId};
 use vmm_core::store::{Intent, IntentKind, RunRecord};
-use vmm_host::ledger::{RunSocket, Survey};
+use vmm_host::ledger::{RunSocket, Signature, Survey};
 use vmm_host::process::Found;
 use vmm_testkit::store_suite;
 
@@ -42,7 +42,7 @@ fn vmm(pid: u32, uid: VmUid) -> User {
 fn folder(uid: VmUid, held: bool) -> RunFolder {
     let path = PathBuf::from(dir(uid));
     let sockets = vec![RunSocket { path: path.join("qmp.sock"), held }];
-    RunFolder { path, uid: Some(uid), own: true, sockets, mark: None }
+    RunFolder { path, uid: Some(uid), own: true, sockets, owner: None, mark: None }
 }
 
 /// Makes the folder of a spare VMM of `instance`.
@@ -59,6 +59,7 @@ fn facts() -> Facts {
         records: BTreeMap::new(),
         daemon: false,
         served: Served::One(instance),
+        signatures: BTreeSet::new(),
         survey: Survey::default(),
         taps: Vec::new(),
         programs: BTreeSet::from(["qemu".to_owned()]),
@@ -160,12 +161,41 @@ fn strangers_that_mention_a_folder_are_left_alone_and_keep_it() {
 fn a_hypervisor_without_our_control_socket_is_not_proven_ours() {
     let (mut facts, uid) = (facts(), uid());
     let own_disk = vec![format!("file={}/disk.img", dir(uid))];
-    facts.survey.users = vec![user(6, "/usr/bin/qemu", &own_disk), vmm(7, uid)];
-    facts.survey.users[1].found.exe = None;
-    facts.survey.users[1].found.args.insert(0, "qemu".into());
+    facts.survey.users = vec![user(6, "/usr/bin/qemu", &own_disk)];
     facts.survey.folders = vec![folder(uid, false)];
     let items = decide(&facts, true);
     assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+}
+
+#[test]
+fn the_mark_of_a_folder_tells_its_owner_whoever_else_uses_the_runtime_folder() {
+    let (mut facts, uid) = (facts(), uid());
+    let theirs = InstanceId::new(Uuid::now_v7());
+    let signature = Signature { instance: Some(theirs), state_dir: Some("/var/lib/other".into()) };
+    facts.signatures = BTreeSet::from([signature]);
+    let of = |owner: Option<InstanceId>| RunFolder { owner, ..folder(uid, false) };
+    for served in [Served::Many, Served::Nobody, Served::One(theirs)] {
+        facts.served = served;
+        facts.survey = Survey { folders: vec![of(facts.instance)], users: vec![vmm(5, uid)] };
+        assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Remove));
+    }
+    facts.served = Served::One(facts.instance.unwrap());
+    facts.survey.folders = vec![of(Some(theirs))];
+    let items = decide(&facts, true);
+    assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+    assert!(items[0].reason.contains("/var/lib/other"), "{items:?}");
+}
+
+#[test]
+fn a_hypervisor_that_hides_its_program_is_told_by_its_arguments() {
+    let (mut facts, uid) = (facts(), uid());
+    let mut hidden = vmm(7, uid);
+    hidden.found.exe = None;
+    for (name, decision) in [("/opt/qemu", Decision::Remove), ("/usr/bin/socat", Decision::Keep)] {
+        hidden.found.args.insert(0, name.into());
+        facts.survey.users = vec![hidden.clone()];
+        assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, decision)], "{name}");
+    }
 }
 
 #[test]
@@ -193,7 +223,7 @@ fn a_socket_held_by_somebody_hidden_keeps_its_folder() {
 fn what_this_program_does_not_make_is_reported() {
     let (mut facts, uid) = (facts(), uid());
     let path = format!("{VMS}/lost+found").into();
-    let strange = RunFolder { path, uid: None, own: true, sockets: Vec::new(), mark: None };
+    let strange = RunFolder { path, uid: None, own: true, sockets: Vec::new(), owner: None, mark: None };
     let anothers = RunFolder { own: false, sockets: Vec::new(), ..folder(uid, false) };
     facts.survey.folders = vec![strange, anothers];
     assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Report));
@@ -230,7 +260,7 @@ fn a_spare_vmm_that_is_not_proven_ours_is_reported() {
         facts.survey = Survey { folders: vec![anothers], users: vec![vmm(5, uid)] };
         let items = decide(&facts, true);
         assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
-        assert!(items[0].reason.contains("another installation"), "{items:?}");
+        assert!(items[0].reason.contains("another state directory"), "{items:?}");
 
         facts.survey.folders = vec![marked(uid, true, ours)];
         facts.instance = None;
