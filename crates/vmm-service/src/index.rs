@@ -120,13 +120,13 @@ impl Inner {
         self.by_name.get(vm_id).and_then(|uid| self.by_uid.get(uid))
     }
 
-    /// Enters `record` into every map by which VMs are found.
+    /// Enters `record` into the maps by name and place and into the order. The addresses have a
+    /// map of their own kind ([`Macs`]), because a change of the state leaves them alone.
     fn file(&mut self, record: &VmRecord) {
         self.by_name.insert(record.vm_id.clone(), record.uid);
         if let Some(key) = place_of(record) {
             self.by_place.insert(key, record.uid);
         }
-        self.by_mac.insert(record);
         self.order.insert(record);
     }
 
@@ -140,7 +140,6 @@ impl Inner {
         {
             self.by_place.remove(&key);
         }
-        self.by_mac.remove(record);
         self.order.remove(record);
     }
 }
@@ -151,6 +150,7 @@ impl Index {
         self.youngest_ms.fetch_max(record.created_ms, Ordering::Relaxed);
         let mut inner = self.write();
         inner.file(&record);
+        inner.by_mac.insert(&record);
         let uid = record.uid;
         let shown = Mutex::new(Shown { record, seq, waiters: Waiters::default(), metrics: None });
         inner.by_uid.insert(uid, Entry { shown, actor });
@@ -190,6 +190,10 @@ impl Index {
             let Some(before) = inner.by_uid.get(&record.uid).map(Entry::record) else { return };
             inner.unfile(&before);
             inner.file(&record);
+            if before.config.network != record.config.network {
+                inner.by_mac.remove(&before);
+                inner.by_mac.insert(&record);
+            }
             let Some(entry) = inner.by_uid.get(&record.uid) else { return };
             let mut shown = entry.shown();
             shown.seq = shown.seq.max(seq);
@@ -212,7 +216,9 @@ impl Index {
     pub(crate) fn remove(&self, uid: VmUid) {
         let mut inner = self.write();
         let Some(entry) = inner.by_uid.remove(&uid) else { return };
-        inner.unfile(&entry.record());
+        let record = entry.record();
+        inner.unfile(&record);
+        inner.by_mac.remove(&record);
         drop(inner);
     }
 
@@ -347,4 +353,56 @@ fn is_filed_alike(before: &VmRecord, after: &VmRecord) -> bool {
         && before.vm_id == after.vm_id
         && before.kind == after.kind
         && before.config.metadata == after.config.metadata
+        && before.config.network == after.config.network
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_core::config::NetworkInterface;
+    use vmm_testkit::store_suite::record;
+
+    use super::*;
+
+    const MAC: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
+
+    fn vm(name: &str, mac: &str) -> VmRecord {
+        let mut vm = record(name);
+        vm.config.network = vec![with_mac(mac)];
+        vm
+    }
+
+    fn with_mac(mac: &str) -> NetworkInterface {
+        NetworkInterface { mac_address: mac.to_owned(), ..NetworkInterface::default() }
+    }
+
+    fn index_of(vms: &[&VmRecord]) -> Index {
+        let index = Index::default();
+        for vm in vms {
+            let actor = ActorHandle::new(vm.uid, Arc::default());
+            index.insert(Arc::new((*vm).clone()), EventSeq::default(), actor);
+        }
+        index
+    }
+
+    #[test]
+    fn a_change_of_state_leaves_the_order_of_the_holders_of_an_address() {
+        let [mut first, second, third] = ["a", "b", "c"].map(|name| vm(name, "02:00:00:00:00:01"));
+        let index = index_of(&[&first, &second]);
+        first.state = VmState::Running;
+        index.publish(Arc::new(first.clone()));
+        assert_eq!(index.other_with_mac(MAC, third.uid), Some(first.vm_id));
+        index.remove(first.uid);
+        assert_eq!(index.other_with_mac(MAC, third.uid), Some(second.vm_id));
+    }
+
+    #[test]
+    fn a_changed_configuration_changes_the_addresses() {
+        let (mut changed, other) = (vm("a", "02:00:00:00:00:01"), vm("b", "02:00:00:00:00:02"));
+        let index = index_of(&[&changed]);
+        // The state is as before, so the network alone decides that the VM is filed anew.
+        changed.config.network = vec![with_mac("02:00:00:00:00:03")];
+        index.publish(Arc::new(changed.clone()));
+        assert_eq!(index.other_with_mac(MAC, other.uid), None);
+        assert_eq!(index.other_with_mac(MacAddr([2, 0, 0, 0, 0, 3]), other.uid), Some(changed.vm_id));
+    }
 }
