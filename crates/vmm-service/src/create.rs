@@ -25,7 +25,7 @@ use crate::operation_log::Ending;
 use crate::places;
 use crate::shared::Shared;
 use crate::spares::{self, Promise};
-use crate::validate::{Checked, check_config, check_network};
+use crate::validate::{Checked, check_config, check_spec};
 
 /// The name of the method.
 const OPERATION: &str = "CreateVm";
@@ -247,13 +247,13 @@ fn repeat(shared: &Shared, existing: Arc<VmRecord>, requested: &Requested) -> Re
             existing.vm_id
         )));
     }
-    let mut report = Report::default();
-    if let (Ok(spec), Ok(backend)) =
-        (VmSpec::parse(&existing.config), shared.backends.get(existing.backend.as_str()))
-    {
-        report.merge(backend.check(&spec));
-        backend.advise_on_host(&spec, &mut report);
-        check_network(shared, &mut report, &spec, existing.uid);
-    }
-    Ok(Created { record: existing, warnings: report.warnings })
+    let warnings = match VmSpec::parse(&existing.config) {
+        Ok(spec) => {
+            let backend = shared.backends.get(existing.backend.as_str()).ok();
+            check_spec(shared, backend.as_deref(), &spec, existing.uid).warnings
+        }
+        // A release that does not understand the configuration has no warnings about it.
+        Err(_) => Vec::new(),
+    };
+    Ok(Created { record: existing, warnings })
 }

@@ -59,11 +59,11 @@ pub(crate) async fn check_config(
         shared.backends.get(&requested.backend).map_err(|problem| report.reject("backend", problem)).ok();
     let (spec, files) = VmSpec::parse_with_files(&config);
     let spec = spec.map_err(|violations| report.merge(violations)).ok();
-    if let Some(backend) = &backend {
-        check_backend(shared, &mut report, &**backend, spec.as_ref());
+    if let Some(Err(import_only)) = backend.as_deref().map(places::refuse_import_only) {
+        report.reject("backend", import_only.to_string());
     }
     if let Some(spec) = &spec {
-        check_network(shared, &mut report, spec, uid);
+        report.merge(check_spec(shared, backend.as_deref(), spec, uid));
     }
     // The files are looked at even if the configuration is refused already, so that the client gets
     // every problem at once.
@@ -83,24 +83,32 @@ pub(crate) async fn check_config(
     Ok(Checked { config, report, accepted: spec.and(backend) })
 }
 
-/// Adds the backend's findings on `spec`, and a warning if the backend cannot serve now.
-fn check_backend(shared: &Shared, report: &mut Report, backend: &dyn Backend, spec: Option<&VmSpec>) {
-    if let Err(error) = places::refuse_import_only(backend) {
-        report.reject("backend", error.to_string());
+/// Returns every finding on `spec` that needs no look at files: those of the backend, and the
+/// warnings about the host and about other VMs. CreateVm, its repetition and ValidateVm therefore
+/// give the same warnings.
+pub(crate) fn check_spec(
+    shared: &Shared,
+    backend: Option<&dyn Backend>,
+    spec: &VmSpec,
+    uid: VmUid,
+) -> Report {
+    let mut report = Report::default();
+    if let Some(backend) = backend {
+        report.merge(backend.check(spec));
+        backend.advise_on_host(spec, &mut report);
+        advise_on_capacity(&mut report, spec, Capacity::of_this_host());
+        let name = &backend.capabilities().name;
+        if let Some(Err(reason)) = shared.backends.status(name).map(|status| status.health.version) {
+            report.advise("backend", format!("{name} cannot serve now, and BootVm will fail: {reason}"));
+        }
     }
-    let Some(spec) = spec else { return };
-    report.merge(backend.check(spec));
-    backend.advise_on_host(spec, report);
-    advise_on_capacity(report, spec, Capacity::of_this_host());
-    let name = &backend.capabilities().name;
-    if let Some(Err(reason)) = shared.backends.status(name).map(|status| status.health.version) {
-        report.advise("backend", format!("{name} cannot serve now, and BootVm will fail: {reason}"));
-    }
+    advise_on_network(shared, &mut report, spec, uid);
+    report
 }
 
 /// Warns about network interfaces that may not work as the client expects: their TAP does not exist
 /// and so is in no bridge, or another VM has their address.
-pub(crate) fn check_network(shared: &Shared, report: &mut Report, spec: &VmSpec, uid: VmUid) {
+fn advise_on_network(shared: &Shared, report: &mut Report, spec: &VmSpec, uid: VmUid) {
     for (index, nic) in spec.nics.iter().enumerate() {
         let Nic { id: _, mac, tap, limits: _ } = nic;
         if let Some(tap) = tap.as_deref().filter(|tap| !uid.made_tap_name(tap) && !shared.taps.exists(tap)) {

@@ -306,12 +306,16 @@ async fn firmware_is_unimplemented_unless_more_is_wrong() {
 async fn validation_finds_the_same_and_touches_nothing() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    let mut config = bed.config();
+    // The backend, the host's capacity and the network each have a warning.
+    let mut config = bed.with_tap("tap0");
     config.cpu = Some(CpuConfig { vcpu_count: 1, max_vcpu_count: 4, ..CpuConfig::default() });
+    config.memory = Some(MemoryConfig { size_bytes: 1 << 20, ..MemoryConfig::default() });
     let requested = Requested { backend: String::new(), config: config.clone() };
     let report = vms.service.validate(&requested).await.expect("the files answer");
     assert!(report.is_ok());
-    assert_eq!(report.warnings[0].field, "config.cpu.max_vcpu_count");
+    let fields: Vec<_> = report.warnings.iter().map(|warning| warning.field.as_str()).collect();
+    let expected = ["config.cpu.max_vcpu_count", "config.memory.size_bytes", "config.network[0].tap_device"];
+    assert_eq!(fields, expected);
     assert!(bed.store.vms().is_empty());
     let created = vms.try_create("a", config.clone()).await.unwrap();
     assert_eq!(created.warnings, report.warnings);
