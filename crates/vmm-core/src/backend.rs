@@ -315,6 +315,20 @@ pub struct Exit {
     pub message: String,
 }
 
+impl Exit {
+    /// Returns the account of the end for people. The exit status of a VMM whose guest ended by
+    /// itself explains nothing, so it is left to the log.
+    pub fn account(&self) -> &str {
+        match self.cause {
+            ExitCause::GuestPowerOff => "the guest powered itself off",
+            ExitCause::GuestReset => "the guest reset itself",
+            ExitCause::GuestCrash | ExitCause::Requested | ExitCause::VmmFailed | ExitCause::Unknown => {
+                &self.message
+            }
+        }
+    }
+}
+
 /// The cause of the end of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitCause {

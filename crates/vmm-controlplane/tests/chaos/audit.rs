@@ -283,7 +283,10 @@ impl Step<'_> {
             }
             (_, from, to) => from == to,
         };
-        self.concludes() && fits
+        // A start that the host forbids begins nothing, and its refusal is told nevertheless.
+        let refused =
+            self.started.is_none() && self.from == self.to && matches!(self.cause, "BootVm" | "RebootVm");
+        (self.concludes() || refused) && fits
     }
 }
 

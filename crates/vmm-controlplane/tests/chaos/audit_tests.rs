@@ -115,6 +115,32 @@ fn a_plain_life_is_fine() {
 }
 
 #[test]
+fn a_start_that_the_host_forbids_fails_without_a_beginning() {
+    let refused = |cause, before: Tale, state| before.event("operation-failed", cause, state);
+    refused("BootVm", Tale::created(), State::Created)
+        .call(Op::Boot, None)
+        .lost()
+        .now(State::Created)
+        .is_fine();
+    refused("RebootVm", Tale::running(), State::Running)
+        .call(Op::Reboot { force: false }, None)
+        .lost()
+        .now(State::Running)
+        .is_fine();
+    // Every other operation begins before it fails, and a refusal moves nothing.
+    refused("PauseVm", Tale::running(), State::Running)
+        .call(Op::Pause, None)
+        .lost()
+        .now(State::Running)
+        .fails_with("does not follow");
+    refused("RebootVm", Tale::running(), State::Shutdown)
+        .call(Op::Reboot { force: false }, None)
+        .lost()
+        .now(State::Shutdown)
+        .fails_with("does not follow");
+}
+
+#[test]
 fn a_shutdown_that_a_crash_cut_short_is_kept_while_its_vmm_is_silent() {
     let cut_short = || {
         Tale::running()

@@ -9,7 +9,8 @@ use tokio::time::Instant;
 use vmm_core::backend::{Launched, Vmm, VmmEvent};
 use vmm_core::store::RunRecord;
 
-use super::{Actor, found_files, resets::Resets, restart};
+use super::restart::{self, LastEnd};
+use super::{Actor, found_files, resets::Resets};
 use crate::clock::now_ms;
 use crate::mailbox::Operation;
 use crate::metrics::{MetricsCell, News, Sampler};
@@ -48,8 +49,8 @@ pub(super) enum Hold {
 pub(super) enum Next {
     /// The actor waits.
     Idle,
-    /// The actor starts the VM by its restart policy.
-    RestartAt(Instant),
+    /// The actor starts the VM by its restart policy, because its last run ended.
+    RestartAt(Instant, Box<LastEnd>),
     /// The actor searches for a process that may live and of which no handle is held.
     LookAt(Instant),
     /// The actor carries on an operation that the death of a daemon interrupted.
@@ -172,7 +173,7 @@ impl Next {
 
     /// Cancels a restart by policy. Returns true if one was due.
     pub(super) fn call_off_restart(&mut self) -> bool {
-        let waits = matches!(self, Self::RestartAt(_));
+        let waits = matches!(self, Self::RestartAt(..));
         if waits {
             *self = Self::Idle;
         }
@@ -241,7 +242,7 @@ impl Actor {
     /// Schedules a search for a process that may live, if no handle will report it.
     pub(super) fn keep_looking(&mut self) {
         let unseen = matches!(self.hold, Hold::Lost | Hold::Orphan(None));
-        if unseen && matches!(self.next, Next::Idle | Next::RestartAt(_)) {
+        if unseen && matches!(self.next, Next::Idle | Next::RestartAt(..)) {
             self.next = Next::look();
         }
     }

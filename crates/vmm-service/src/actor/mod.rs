@@ -284,7 +284,7 @@ fn timers(
 ) -> Option<BoxFuture<'static, Step>> {
     let (look_at, restart_at) = match next {
         Next::Idle | Next::Finish(_) => (None, None),
-        Next::RestartAt(at) => (None, Some(*at)),
+        Next::RestartAt(at, _) => (None, Some(*at)),
         Next::LookAt(at) => (Some(*at), None),
     };
     let (resets, files) = (hold.resets_due(), hold.files_due());

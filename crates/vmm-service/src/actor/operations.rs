@@ -17,7 +17,7 @@ use super::Actor;
 use super::budget::{Broken, Budget};
 use super::hold::{Hold, Next};
 use super::journal::{Turn, Why};
-use super::start::Start;
+use super::start::{Reserved, Start};
 use crate::error::ServiceError;
 use crate::mailbox::{Operation, Outcome};
 
@@ -154,7 +154,7 @@ impl Actor {
     async fn settle(
         &mut self,
         budget: Budget,
-        Start { request, caller, ended_by }: Start<'_>,
+        Start { request, caller, ended_by, after: _ }: Start<'_>,
         achieved: Observation,
         result: Result<(), Broken>,
     ) -> Result<Outcome, ServiceError> {
@@ -184,12 +184,10 @@ impl Actor {
         let Operation { request, ask_guest_for, caller } = operation;
         let (ask_guest_for, start) = (*ask_guest_for, Start::new(*request, caller));
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
-        let reserved = self.reserve(budget).await?;
-        let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
-        // `acquire` adds to the present claims, because the old run still uses them.
-        self.shared.claims.acquire(uid, vm_id, &reserved.claims).map_err(|taken| {
-            ServiceError::precondition(format!("VM \"{vm_id}\" cannot be rebooted: {taken}"))
-        })?;
+        let reserved = match self.reserve_next_run(budget).await {
+            Ok(reserved) => reserved,
+            Err(error) => return Err(self.refused_reboot(budget, start, error).await),
+        };
         let kind = IntentKind::Reboot { ask_guest_for, claims: reserved.claims.clone() };
         // Nothing has been touched if the intent is refused, so that the run keeps its claims and
         // loses the additional ones.
@@ -238,6 +236,33 @@ impl Actor {
             )),
         })?;
         Ok(self.outcome(Some(ended_by)))
+    }
+
+    /// Claims what the run after a reboot needs, in addition to the claims of the run that lasts.
+    async fn reserve_next_run(&mut self, budget: Budget) -> Result<Reserved, ServiceError> {
+        let reserved = self.reserve(budget).await?;
+        let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
+        self.shared.claims.acquire(uid, vm_id, &reserved.claims).map_err(|taken| {
+            ServiceError::precondition(format!("VM \"{vm_id}\" cannot be rebooted: {taken}"))
+        })?;
+        Ok(reserved)
+    }
+
+    /// Records that a reboot was refused before it touched anything, and returns its error. A
+    /// forced operation that pre-empted the reboot records what becomes of the VM by itself.
+    async fn refused_reboot(
+        &mut self,
+        budget: Budget,
+        start: Start<'_>,
+        error: ServiceError,
+    ) -> ServiceError {
+        if !matches!(error, ServiceError::Aborted(_)) {
+            let phase = Phase::at_rest(self.record.state);
+            let status = self.status(phase).because(Reason::OperationFailed, error.to_string());
+            let why = Why::asked(start.request, start.caller);
+            let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
+        }
+        error
     }
 
     /// Records that a reboot failed before its run ended, and releases the claims of the second

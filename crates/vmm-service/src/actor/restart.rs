@@ -38,6 +38,32 @@ const FIRST_DELAY: Duration = Duration::from_millis(200);
 /// The longest wait before a restart.
 const MAX_DELAY: Duration = Duration::from_secs(30);
 
+/// The account of the end of a VM's last run. The VM shows this account while the restart policy
+/// starts the VM again and while the new run lasts, beside the count of restarts.
+#[derive(Clone)]
+pub(super) struct LastEnd {
+    reason: Reason,
+    message: String,
+}
+
+impl LastEnd {
+    /// Returns the end that a status on record shows. The failure of a start is not the end of a
+    /// run, so it gives an empty account.
+    pub(super) fn on_record(status: &Status) -> Self {
+        match status.reason {
+            Reason::StartNotBegun | Reason::BootFailed => {
+                Self { reason: Reason::Nothing, message: String::new() }
+            }
+            _ => Self { reason: status.reason.clone(), message: status.message.clone() },
+        }
+    }
+
+    /// Returns `status` with this account.
+    pub(super) fn shown_in(&self, status: Status) -> Status {
+        status.because(self.reason.clone(), self.message.as_str())
+    }
+}
+
 /// The decision about a VM whose run has ended.
 pub(super) struct Decision {
     /// The status for the record.
@@ -70,7 +96,7 @@ impl Actor {
 
     /// Decides what follows `exit`.
     pub(super) fn decide_restart(&mut self, exit: &Exit) -> Decision {
-        let reason = exit.cause.reason();
+        let end = LastEnd { reason: exit.cause.reason(), message: exit.account().to_owned() };
         let wanted = match exit.cause {
             ExitCause::GuestReset => RestartMode::GuestReboot,
             ExitCause::GuestCrash | ExitCause::VmmFailed | ExitCause::Unknown => RestartMode::OnFailure,
@@ -80,15 +106,19 @@ impl Actor {
         // every end.
         if self.restart_mode() < wanted {
             let phase = if exit.cause.is_failure() { Phase::Failed } else { Phase::Stopped };
-            let mut status = self.status(phase).because(reason, exit.message.as_str());
+            let mut status = end.shown_in(self.status(phase));
             status.restarts = self.restarts_so_far();
             return Decision { status, next: Next::Idle };
         }
         let restarts = self.count_restart();
-        self.schedule(restarts, reason, &exit.message)
+        let (reason, message) = (end.reason.clone(), end.message.clone());
+        self.schedule(restarts, reason, &message, Box::new(end))
     }
 
-    fn schedule(&self, restarts: u32, reason: Reason, message: &str) -> Decision {
+    /// Schedules the next start, unless the policy allows no more. `reason` and `message` are the
+    /// cause of this start: the end of the last run, which is `after`, or the failure of a start
+    /// since then.
+    fn schedule(&self, restarts: u32, reason: Reason, message: &str, after: Box<LastEnd>) -> Decision {
         let allowed = self.allowed_restarts();
         if restarts > allowed {
             let mut status = self.status(Phase::Failed).because(
@@ -100,22 +130,24 @@ impl Actor {
         }
         let mut status = self.status(Phase::Restarting).because(reason, message);
         status.restarts = restarts;
-        Decision { status, next: Next::RestartAt(Instant::now() + delay(restarts)) }
+        Decision { status, next: Next::RestartAt(Instant::now() + delay(restarts), after) }
     }
 
     /// Begins the wait for a restart again that an earlier daemon had begun.
     pub(super) fn resume_restart(&mut self) {
-        self.next = Next::RestartAt(Instant::now() + delay(self.record.status.restarts));
+        let status = &self.record.status;
+        let at = Instant::now() + delay(status.restarts);
+        self.next = Next::RestartAt(at, Box::new(LastEnd::on_record(status)));
     }
 
     /// Carries out a restart that is due. The next step depends on what the start has left
     /// ([`NotStarted`]), because the text of an error is no reliable criterion.
     pub(super) async fn restart_by_policy(&mut self) {
-        self.next = Next::Idle;
+        let Next::RestartAt(_, after) = std::mem::replace(&mut self.next, Next::Idle) else { return };
         let budget = Budget::of_own_step();
         let restarts = self.record.status.restarts;
         let caller = Caller::system();
-        let start = Start::new(Request::Boot, &caller);
+        let start = Start { after: Some(&after), ..Start::new(Request::Boot, &caller) };
         let asked = Instant::now();
         let result = self.start(budget, start).await;
         let record = Arc::clone(&self.record);
@@ -126,7 +158,7 @@ impl Actor {
             Err(NotStarted::TakenBack(ServiceError::Aborted(_))) => {}
             Err(NotStarted::NotBegun(error)) => {
                 ending.failed(&error);
-                self.restart_later(budget, restarts, &error).await;
+                self.restart_later(budget, restarts, &error, after).await;
             }
             // A process may live. The VM is shown as unreachable, and no start takes place beside
             // that process.
@@ -135,18 +167,24 @@ impl Actor {
             }
             Err(NotStarted::TakenBack(error)) => {
                 ending.failed(&error);
-                self.restart_failed(budget, restarts, &error).await;
+                self.restart_failed(budget, restarts, &error, after).await;
             }
         }
     }
 
     /// Schedules another start after a start that launched nothing. Such a start does not count as
     /// a restart, because the missing resource may be available later, however often it was not.
-    async fn restart_later(&mut self, budget: Budget, restarts: u32, error: &ServiceError) {
+    async fn restart_later(
+        &mut self,
+        budget: Budget,
+        restarts: u32,
+        error: &ServiceError,
+        after: Box<LastEnd>,
+    ) {
         let message = error.to_string();
         let mut status = self.status(Phase::Restarting).because(Reason::StartNotBegun, message);
         status.restarts = restarts;
-        self.next = Next::RestartAt(Instant::now() + MAX_DELAY);
+        self.next = Next::RestartAt(Instant::now() + MAX_DELAY, after);
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself(RESTART_POLICY), status);
         let shown = &self.record.status;
         if shown.phase == Phase::Restarting && shown.reason == Reason::StartNotBegun {
@@ -157,10 +195,16 @@ impl Actor {
         }
     }
 
-    async fn restart_failed(&mut self, budget: Budget, restarts: u32, error: &ServiceError) {
+    async fn restart_failed(
+        &mut self,
+        budget: Budget,
+        restarts: u32,
+        error: &ServiceError,
+        after: Box<LastEnd>,
+    ) {
         let message = error.to_string();
         let decision = if self.restart_mode() >= RestartMode::OnFailure {
-            self.schedule(restarts.saturating_add(1), Reason::BootFailed, &message)
+            self.schedule(restarts.saturating_add(1), Reason::BootFailed, &message, after)
         } else {
             let status = self.status(Phase::Failed).because(Reason::BootFailed, message);
             Decision { status, next: Next::Idle }

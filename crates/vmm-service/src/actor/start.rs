@@ -9,22 +9,23 @@
 //! ```
 //!
 //! Each phase is a value that only the phase before it can make, and that the undo of the phase
-//! consumes. [`NotStarted`] describes what a failed start has left, because callers decide by it: a
+//! ([`undo`]) consumes. [`NotStarted`] describes what a failed start has left, because callers decide by it: a
 //! restart policy counts only starts that launched a process, and nothing is launched beside a
 //! process that may live.
+
+mod undo;
 
 use std::pin::pin;
 use std::time::Duration;
 
 use futures::future::{Either, select};
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Launched, Sweep};
+use vmm_core::backend::{Launched, Sweep};
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::gate::Gate;
-use vmm_core::reason::Reason;
 use vmm_core::spec::NamedFiles;
-use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
-use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
+use vmm_core::state::{EndedBy, Observation, Phase, Request};
+use vmm_core::store::{HostClaim, IntentKind, RunRecord};
 use vmm_host::descriptors;
 use vmm_host::fault::{FaultPoint, point};
 
@@ -32,7 +33,8 @@ use super::Actor;
 use super::budget::{Broken, Budget};
 use super::hold::{Hold, Next};
 use super::journal::{Turn, Why};
-use super::launch::{Launching, launched_nothing};
+use super::launch::Launching;
+use super::restart::LastEnd;
 use crate::check::{self, FilesSilent, HostFacts, LOOK_DEADLINE, Purpose, Terms};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
@@ -69,11 +71,13 @@ pub(super) struct Start<'a> {
     pub(super) caller: &'a Caller,
     /// The rung that ended the run before, if RebootVm ended it.
     pub(super) ended_by: Option<EndedBy>,
+    /// The end of the last run, if the restart policy starts the VM again because of it.
+    pub(super) after: Option<&'a LastEnd>,
 }
 
 impl<'a> Start<'a> {
     pub(super) const fn new(request: Request, caller: &'a Caller) -> Self {
-        Self { request, caller, ended_by: None }
+        Self { request, caller, ended_by: None, after: None }
     }
 }
 
@@ -104,7 +108,8 @@ struct Launch {
 }
 
 impl Actor {
-    /// Carries out BootVm. Resets the count of restarts and cancels the wait for one.
+    /// Carries out BootVm. The intent of the start resets the count of restarts, and the start
+    /// cancels the wait for one.
     pub(super) async fn boot_as_asked(
         &mut self,
         budget: Budget,
@@ -112,14 +117,13 @@ impl Actor {
     ) -> Result<Outcome, ServiceError> {
         let waiting = std::mem::replace(&mut self.next, Next::Idle);
         let restarts = self.record.status.restarts;
-        self.count_from(0);
         let Err(failure) = self.start(budget, Start::new(Request::Boot, caller)).await else {
             return Ok(self.outcome(None));
         };
         if let NotStarted::NotBegun(_) = failure {
             self.count_from(restarts);
             if self.record.status.phase == Phase::Restarting {
-                // This start left nothing on record, so the start by policy is still due.
+                // The record still says that the VM waits for a start by policy.
                 self.next = waiting;
             }
         }
@@ -128,12 +132,20 @@ impl Actor {
 
     /// Claims what the VM needs, and starts the VMM and its guest.
     pub(super) async fn start(&mut self, budget: Budget, start: Start<'_>) -> Result<(), NotStarted> {
-        self.clear_leftover(budget).await.map_err(NotStarted::NotBegun)?;
-        let reserved = self.reserve(budget).await.map_err(NotStarted::NotBegun)?;
-        if let Err(error) = self.take_reserved(&reserved) {
-            return Err(NotStarted::NotBegun(error));
-        }
+        let reserved = match self.prepare(budget).await {
+            Ok(reserved) => reserved,
+            Err(error) => return Err(NotStarted::NotBegun(self.refused_start(budget, start, error).await)),
+        };
         self.start_reserved(budget, start, reserved).await
+    }
+
+    /// Takes the first step of a start: nothing of an earlier start is left, and what the VM needs
+    /// is claimed.
+    async fn prepare(&mut self, budget: Budget) -> Result<Reserved, ServiceError> {
+        self.clear_leftover(budget).await?;
+        let reserved = self.reserve(budget).await?;
+        self.take_reserved(&reserved)?;
+        Ok(reserved)
     }
 
     /// Starts the VMM and its guest under the claims of `reserved`. A reboot's intent is on record.
@@ -293,6 +305,9 @@ impl Actor {
         if start.request != Request::Boot {
             return Ok(Intended { taps, launching });
         }
+        if start.after.is_none() {
+            self.count_from(0);
+        }
         let kind = IntentKind::Boot { claims: taps.reserved.claims.clone() };
         let mut failed = None;
         let intended = {
@@ -321,75 +336,6 @@ impl Actor {
         }
     }
 
-    /// Cancels a launch whose intent could not be recorded. The VMM receives no data, and its
-    /// process is ended. If the sweep cannot prove that, the process is a leftover: it runs no
-    /// guest, so the VM stays within reach, and the next operation ends the process first.
-    async fn call_off(
-        &mut self,
-        budget: Budget,
-        start: Start<'_>,
-        taps: TapsProvided,
-        error: ServiceError,
-    ) -> ServiceError {
-        let Err(Broken::Backend(left)) = self.sweep(budget, Sweep::Clear, None).await else {
-            self.undo_taps(budget, taps).await;
-            return error;
-        };
-        tracing::error!(error = %left, "the process of a start that could not be recorded could not be ended");
-        self.take_hold(Hold::Leftover);
-        let message =
-            format!("a process that was started for it could not be ended, and runs no guest: {left}");
-        let status = self.status(Phase::Failed).because(Reason::VmmDoesNotEnd, message);
-        let why = Why::asked(start.request, start.caller);
-        let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
-        error
-    }
-
-    /// Undoes TapsProvided, and with it Reserved.
-    async fn undo_taps(&mut self, budget: Budget, taps: TapsProvided) {
-        for left in self.remove_taps(budget, taps.made).await {
-            tracing::warn!(error = %left, "a TAP of a failed start could not be removed; DeleteVm removes it");
-        }
-        self.shared.claims.release(self.record.uid);
-    }
-
-    /// Returns the error of a start that was refused before it changed anything. A reboot has an
-    /// intent on record and its VM is down, so this failure is recorded.
-    pub(super) async fn refused_start(
-        &mut self,
-        budget: Budget,
-        start: Start<'_>,
-        error: ServiceError,
-    ) -> ServiceError {
-        if start.request == Request::Reboot {
-            self.record_failed_start(budget, start, &error, false).await;
-        }
-        error
-    }
-
-    /// Records the reason why there is no VMM. `ran` is true if the guest may have run, however
-    /// briefly: then the VM is not in the state in which it was created.
-    async fn record_failed_start(
-        &mut self,
-        budget: Budget,
-        start: Start<'_>,
-        error: &ServiceError,
-        ran: bool,
-    ) {
-        let aborted = matches!(error, ServiceError::Aborted(_));
-        let began = if ran { observe(self.record.state, Observation::Runs) } else { self.record.state };
-        let at_rest = Phase::at_rest(observe(began, Observation::VmmGone));
-        let (phase, reason) =
-            if aborted { (at_rest, Reason::Aborted) } else { (Phase::Failed, Reason::BootFailed) };
-        let status = self.status(phase).because(reason, error.to_string());
-        let why = Why::asked(start.request, start.caller);
-        let mut turn = Turn::new(EventKind::OperationFailed, why, status);
-        if ran {
-            turn = turn.observing(Observation::Runs);
-        }
-        let _ = self.conclude(budget, turn.observing(Observation::VmmGone)).await;
-    }
-
     /// Records a launch. A VM that is not on record must not run, because a crash would lose it.
     async fn started(&mut self, budget: Budget, start: Start<'_>, launch: Launch) -> Result<(), NotStarted> {
         let Launch { taps, launched } = launch;
@@ -400,97 +346,17 @@ impl Actor {
         live.quiet_since = tokio::time::Instant::now();
         self.take_hold(Hold::Vmm(live));
         let why = Why::asked(start.request, start.caller).ended_by(start.ended_by);
-        let turn = Turn::new(EventKind::StateChanged, why, self.status(Phase::Running))
-            .observing(Observation::Runs)
-            .ending(None);
+        let mut status = self.status(Phase::Running);
+        if let Some(end) = start.after {
+            status = end.shown_in(status);
+        }
+        let turn = Turn::new(EventKind::StateChanged, why, status).observing(Observation::Runs).ending(None);
         if let Err(error) = self.try_to_conclude(budget, turn).await {
             return Err(self.take_back(budget, start, taps, error.into(), false).await);
         }
         point(FaultPoint::outcome_committed(start.request));
         spares::refill(&self.shared, &self.backend);
         Ok(())
-    }
-
-    async fn launch_failed(
-        &mut self,
-        budget: Budget,
-        start: Start<'_>,
-        intended: Intended,
-        broken: Broken,
-    ) -> NotStarted {
-        let Intended { taps, launching } = intended;
-        // Nothing more starts after this line. The sweep finds a process that exists already.
-        drop(launching);
-        let error = self.error_of("boot", start.request, &broken);
-        let wind_up = broken.wind_up(budget);
-        let preempted = matches!(broken, Broken::Preempted(_));
-        let never_launched = broken.backend().is_some_and(|error| launched_nothing(&error));
-        match self.take_back(wind_up, start, taps, error, preempted).await {
-            NotStarted::TakenBack(error) if never_launched => NotStarted::NotBegun(error),
-            other => other,
-        }
-    }
-
-    /// Takes back a start from Launched or Intended, and records why there is no VMM.
-    ///
-    /// The order is the reverse of the start. The VMM is ended by its handle if there is one, and
-    /// by a sweep of its run folder if that gives no proof. Only a successful kill or sweep proves
-    /// that no process is left, and only then may the TAPs be removed and the claims released,
-    /// because a living process uses both. If the sweep fails, everything stays claimed, and the VM
-    /// is an orphan.
-    async fn take_back(
-        &mut self,
-        budget: Budget,
-        start: Start<'_>,
-        taps: TapsProvided,
-        error: ServiceError,
-        ran: bool,
-    ) -> NotStarted {
-        let killed = match self.hold.vmm() {
-            Some(vmm) => self.kill(budget, &*vmm).await,
-            None => Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, "no handle is held")),
-        };
-        if killed.is_err() {
-            let run = self.hold.run().cloned();
-            if let Err(Broken::Backend(left)) = self.sweep(budget, Sweep::Clear, run).await {
-                return self.leave_orphan(budget, start, taps.reserved, error, &left).await;
-            }
-        }
-        self.let_go_keeping_claims();
-        self.undo_taps(budget, taps).await;
-        self.record_failed_start(budget, start, &error, ran).await;
-        NotStarted::TakenBack(error)
-    }
-
-    /// Records that the process of a start may live, and keeps the claims of the start.
-    ///
-    /// The intent stays on record as that of a boot, even if a reboot failed in its second half. It
-    /// gives the claims of the process to the next daemon too, and a search that finds the process
-    /// continues as after an interrupted boot.
-    async fn leave_orphan(
-        &mut self,
-        budget: Budget,
-        start: Start<'_>,
-        reserved: Reserved,
-        error: ServiceError,
-        left: &BackendError,
-    ) -> NotStarted {
-        tracing::error!(error = %left, "the process of a failed start could not be ended; the daemon searches for it again");
-        let handle = match std::mem::replace(&mut self.hold, Hold::Nothing) {
-            Hold::Vmm(live) | Hold::Silent(live) => Some(live),
-            _ => None,
-        };
-        self.take_hold(Hold::Orphan(handle));
-        self.next = Next::look();
-        let kind = IntentKind::Boot { claims: reserved.claims };
-        let intent = Intent { kind, caller: start.caller.clone(), since_ms: now_ms() };
-        let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotEnd, left.to_string());
-        let why = Why::asked(start.request, start.caller);
-        let turn = Turn::new(EventKind::OperationFailed, why, status)
-            .observing(Observation::VmmGone)
-            .intending(Some(intent));
-        let _ = self.conclude(budget, turn).await;
-        NotStarted::LeftSomething(error)
     }
 
     /// Returns the run that is held, or else the run on record. It identifies the process to end.

@@ -26,6 +26,7 @@ use super::Actor;
 use super::budget::Budget;
 use super::hold::Next;
 use super::journal::{Turn, Why};
+use super::restart::LastEnd;
 use crate::mailbox::Operation;
 use crate::operation_log::Ending;
 
@@ -120,7 +121,7 @@ impl Actor {
         let status = self
             .status(Phase::Restarting)
             .because(reason, "the daemon ended while the VM was being started again, which is done now");
-        self.next = Next::RestartAt(Instant::now());
+        self.next = Next::RestartAt(Instant::now(), Box::new(LastEnd::on_record(&status)));
         let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status)
             .observing(Observation::VmmGone);
         // A refused commit is logged, and the start takes place nevertheless.

@@ -2,17 +2,38 @@
 
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::config::{StorageDevice, VmConfig};
-use vmm_core::state::VmState;
+use vmm_core::event::EventKind;
+use vmm_core::state::{Phase, VmState};
 use vmm_testkit::fake::{Act, Method};
 
 use crate::common::*;
 
-/// VM `b` cannot boot while `a` holds what both want.
-async fn b_is_refused(vms: &Vms, what: &str) {
+/// VM `b` cannot boot while `a` holds what both want. The refusal is on record.
+async fn b_is_refused(bed: &Bed, vms: &Vms, what: &str) {
     let before = vms.world.calls(Method::Launch);
     let text = refused(vms.boot("b").await, "precondition");
     assert!(text.contains("VM \"a\"") && text.contains(what), "{text} names {what} and its holder");
     assert_eq!((vms.state("b"), vms.world.calls(Method::Launch)), (VmState::Created, before));
+    let status = bed.stored("b").status;
+    assert_eq!((status.phase, status.reason.as_str()), (Phase::Failed, "boot-failed"));
+    assert_eq!(status.message, text);
+    let last = bed.store.log().pop().unwrap().event;
+    assert_eq!((last.kind, last.cause.as_str(), last.caller), (EventKind::OperationFailed, "BootVm", me()));
+    assert_eq!(last.status, status);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reboot_that_is_refused_is_on_record_and_the_vm_runs_on() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    vms.run("a", bed.with_disk("d")).await;
+    std::fs::remove_file(bed.path("vmlinux")).unwrap();
+    let text = refused(vms.reboot("a").await, "precondition");
+    let record = bed.stored("a");
+    assert_eq!((record.state, record.status.phase), (VmState::Running, Phase::Running));
+    assert_eq!((record.status.reason.as_str(), &record.status.message), ("operation-failed", &text));
+    let last = bed.store.log().pop().unwrap().event;
+    assert_eq!((last.kind, last.cause.as_str()), (EventKind::OperationFailed, "RebootVm"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -22,12 +43,12 @@ async fn what_one_vm_holds_another_cannot_have() {
         let vms = bed.start().await;
         vms.create("b", config.clone()).await;
         vms.run("a", config).await;
-        b_is_refused(&vms, &what).await;
+        b_is_refused(&bed, &vms, &what).await;
         vms.pause("a").await.unwrap();
-        b_is_refused(&vms, &what).await;
+        b_is_refused(&bed, &vms, &what).await;
         vms.resume("a").await.unwrap();
         vms.reboot("a").await.unwrap();
-        b_is_refused(&vms, &what).await;
+        b_is_refused(&bed, &vms, &what).await;
         vms.shutdown("a").await.unwrap();
         vms.boot("b").await.expect("it is free");
         refused(vms.boot("a").await, "precondition");
@@ -47,7 +68,7 @@ async fn the_files_of_a_backing_chain_are_held_read_only() {
     vms.run("a", with(bed.qcow2("top", Some(("middle", "qcow2"))))).await;
     for (disk, name) in [(&base, "base"), (&middle, "middle")] {
         vms.create("b", with(disk.clone())).await;
-        b_is_refused(&vms, &bed.path(name)).await;
+        b_is_refused(&bed, &vms, &bed.path(name)).await;
         vms.delete("b").await.unwrap();
         vms.run("reader", with(StorageDevice { read_only: true, ..disk.clone() })).await;
         vms.force_delete("reader").await.unwrap();
@@ -98,7 +119,7 @@ async fn every_end_frees_what_was_held() {
     vms.create("b", bed.with_disk("d")).await;
     for end in 0..5 {
         let machine = vms.run("a", bed.with_disk("d")).await;
-        b_is_refused(&vms, "d").await;
+        b_is_refused(&bed, &vms, "d").await;
         match end {
             0 => machine.power_off(),
             1 => machine.end(ExitCause::VmmFailed),
@@ -167,11 +188,11 @@ fn what_a_running_vm_holds_it_holds_across_restarts() {
         vms.run("a", bed.with_disk("d")).await;
     });
     bed.life(async |vms| {
-        b_is_refused(&vms, "d").await;
+        b_is_refused(&bed, &vms, "d").await;
         vms.machine("a").stop();
     });
     bed.life(async |vms| {
-        b_is_refused(&vms, "d").await;
+        b_is_refused(&bed, &vms, "d").await;
         vms.force_shutdown("a").await.unwrap();
         vms.boot("b").await.unwrap();
     });

@@ -16,6 +16,7 @@ async fn a_guest_that_powers_off_ends_its_run() {
     vms.run("a", bed.config()).await.power_off();
     let record = vms.until("a", |record| record.state == VmState::Shutdown).await;
     assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Stopped, "guest-power-off"));
+    assert_eq!(record.status.message, "the guest powered itself off");
     assert_eq!((record.ended_by, &record.run), (Some(EndedBy::Guest), &None));
     assert_eq!(bed.stored("a"), *record);
     assert!(vms.service.get("a").unwrap().metrics.is_none());

@@ -34,8 +34,11 @@ async fn each_mode_undoes_its_own_ends() {
             let in_force = if mode == 0 { GUEST_REBOOT } else { mode };
             if in_force >= least {
                 assert_eq!((record.status.phase, record.status.restarts), (Phase::Restarting, 1), "{vm_id}");
-                vms.until_phase(&vm_id, Phase::Running).await;
-                assert_eq!(vms.record(&vm_id).status.restarts, 1);
+                let running = vms.until_phase(&vm_id, Phase::Running).await;
+                assert_eq!(running.status.restarts, 1);
+                // The status keeps the reason for which the guest was started again.
+                assert_eq!(running.status.reason, record.status.reason, "{vm_id}");
+                assert_eq!(running.status.message, record.status.message, "{vm_id}");
             } else {
                 let expected = if cause.is_failure() { Phase::Failed } else { Phase::Stopped };
                 assert_eq!(record.status.phase, expected, "{vm_id}");
@@ -103,7 +106,7 @@ async fn a_start_that_fails_is_tried_again_and_counts() {
     vms.machine("a").end(ExitCause::VmmFailed);
     let record =
         vms.until("a", |record| record.status.restarts == 3 && record.state == VmState::Running).await;
-    assert_eq!(record.status.phase, Phase::Running);
+    assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Running, "vmm-failed"));
     vms.world.always(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     vms.machine("a").end(ExitCause::VmmFailed);
     vms.until("a", |record| {
@@ -153,7 +156,8 @@ async fn a_client_starts_it_at_once() {
     let vms = bed.start().await;
     waiting(&bed, &vms).await;
     let outcome = vms.boot("a").await.unwrap();
-    assert_eq!((outcome.record.state, outcome.record.status.restarts), (VmState::Running, 0));
+    let status = &outcome.record.status;
+    assert_eq!((outcome.record.state, status.restarts, status.reason.as_str()), (VmState::Running, 0, ""));
     tokio::time::sleep(Duration::from_secs(120)).await;
     assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (2, 1));
 }
@@ -188,7 +192,11 @@ async fn a_refused_call_does_not_call_it_off() {
     waiting(&bed, &vms).await;
     std::fs::rename(bed.path("vmlinux"), bed.path("away")).unwrap();
     refused(vms.boot("a").await, "precondition");
-    assert_eq!(vms.phase("a"), Phase::Restarting);
+    let status = vms.record("a").status.clone();
+    assert_eq!(
+        (status.phase, status.restarts, status.reason.as_str()),
+        (Phase::Restarting, 1, "boot-failed")
+    );
     std::fs::rename(bed.path("away"), bed.path("vmlinux")).unwrap();
     vms.until_phase("a", Phase::Running).await;
     // … nor one or a deletion that cannot be recorded.
@@ -220,8 +228,8 @@ fn a_restart_that_was_due_is_due_after_a_restart_of_the_daemon() {
     let bed = Bed::new();
     bed.life(async |vms| waiting(&bed, &vms).await);
     bed.life(async |vms| {
-        vms.until_phase("a", Phase::Running).await;
-        assert_eq!(vms.record("a").status.restarts, 1);
+        let status = vms.until_phase("a", Phase::Running).await.status.clone();
+        assert_eq!((status.restarts, status.reason.as_str()), (1, "guest-power-off"));
     });
 }
 
