@@ -60,6 +60,12 @@ pub trait Backend: Send + Sync + 'static {
         let _ = (spec, report);
     }
 
+    /// Returns the kernel command line that this hypervisor is given for `spec`:
+    /// [`VmSpec::kernel_args`], with the words that guests of this hypervisor need. Pure.
+    fn kernel_args(&self, spec: &VmSpec) -> String {
+        spec.kernel_args()
+    }
+
     /// Starts a VMM and its guest. The guest's CPUs run when the call returns.
     ///
     /// The VMM's process may start at once. It is configured only after

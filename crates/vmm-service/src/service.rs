@@ -331,6 +331,21 @@ impl VmService {
             .ok_or_else(|| ServiceError::not_found(vm_id))
     }
 
+    /// Returns the kernel command line with which the guest of a VM boots, as its hypervisor is
+    /// given it. The line is empty if the VM has none, or if this program does not understand the
+    /// record. Never waits for a VMM.
+    pub fn kernel_args(&self, record: &VmRecord) -> String {
+        if record.imported {
+            // The VMM itself has told this line.
+            return record.config.boot.as_ref().map(|boot| boot.kernel_args.clone()).unwrap_or_default();
+        }
+        let backend = self.shared.backends.of_kind(record.backend.as_str(), &record.kind);
+        match (backend, VmSpec::parse(&record.config)) {
+            (Ok(backend), Ok(spec)) => backend.kernel_args(&spec),
+            (_, _) => String::new(),
+        }
+    }
+
     /// Lists VMs, oldest first. Never waits for a VMM.
     ///
     /// # Errors

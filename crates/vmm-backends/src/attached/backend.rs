@@ -385,6 +385,10 @@ impl<H: Hypervisor> Backend for Attached<H> {
         report
     }
 
+    fn kernel_args(&self, spec: &VmSpec) -> String {
+        self.managed.kernel_args(spec)
+    }
+
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
         // The gate is awaited before the VMM is contacted, because the process already runs and
         // belongs to another program. There is no spare VMM whose preparation could overlap.

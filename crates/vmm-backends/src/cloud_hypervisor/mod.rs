@@ -108,6 +108,10 @@ impl RestHypervisor for Hypervisor {
         check::check(spec)
     }
 
+    fn kernel_args(spec: &VmSpec) -> String {
+        spec.kernel_args()
+    }
+
     fn prepare(program: &Path, _uid: VmUid, dir: &Path) -> io::Result<Command> {
         EventFile::begin(dir)?;
         let arguments = convert::arguments(&dir.join(SOCKET), &dir.join(EVENTS));

@@ -111,6 +111,10 @@ impl RestHypervisor for Hypervisor {
         check::check(spec)
     }
 
+    fn kernel_args(spec: &VmSpec) -> String {
+        convert::kernel_args(spec)
+    }
+
     fn prepare(program: &Path, uid: VmUid, dir: &Path) -> io::Result<Command> {
         set_aside(dir, OWN_LOG)?;
         Metrics::begin(dir)?;

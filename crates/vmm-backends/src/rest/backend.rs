@@ -49,6 +49,9 @@ pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
     /// Returns the findings about `spec`. Reads nothing but `spec`.
     fn check(spec: &VmSpec) -> Report;
 
+    /// Returns the kernel command line that a VMM is given for `spec`.
+    fn kernel_args(spec: &VmSpec) -> String;
+
     /// Creates the files of a VMM in the run folder `dir` of `uid`, and returns the command that
     /// starts `program` there. Blocks.
     ///
@@ -128,6 +131,10 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
 
     fn check(&self, spec: &VmSpec) -> Report {
         H::check(spec)
+    }
+
+    fn kernel_args(&self, spec: &VmSpec) -> String {
+        H::kernel_args(spec)
     }
 
     async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {

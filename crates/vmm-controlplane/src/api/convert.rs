@@ -252,8 +252,9 @@ pub(super) fn summary_to_pb(record: &VmRecord) -> pb::VmInfo {
     }
 }
 
-/// Converts everything about one VM, at `now_ms` (Unix milliseconds).
-pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
+/// Converts everything about one VM, at `now_ms` (Unix milliseconds). `kernel_args` is the kernel
+/// command line in force.
+pub(super) fn info_to_pb(view: &VmView, kernel_args: String, now_ms: i64) -> pb::GetVmInfoResponse {
     let record = &view.record;
     let metrics = view.metrics.map(|metrics| {
         let uptime_ms = record.run.as_ref().map_or(0, |run| uptime_ms(run, now_ms));
@@ -264,7 +265,7 @@ pub(super) fn info_to_pb(view: &VmView, now_ms: i64) -> pb::GetVmInfoResponse {
         config: config_to_pb(&record.config).into(),
         state: state_to_pb(record.state).into(),
         metrics: metrics.into(),
-        backend_info: backend_info(record),
+        backend_info: backend_info(record, kernel_args),
         backend: record.backend.to_string(),
         status: status_to_pb(&record.status).into(),
         generation: count(record.generation),
@@ -314,8 +315,8 @@ fn metrics_to_pb(metrics: &Metrics, uptime_seconds: i64) -> pb::VmMetrics {
     }
 }
 
-fn backend_info(record: &VmRecord) -> std::collections::BTreeMap<String, String> {
-    let mut info = vec![("backend", record.backend.to_string())];
+fn backend_info(record: &VmRecord, kernel_args: String) -> std::collections::BTreeMap<String, String> {
+    let mut info = vec![("backend", record.backend.to_string()), ("kernel_args", kernel_args)];
     if let Some(run) = &record.run {
         info.extend([
             ("version", run.version.clone()),

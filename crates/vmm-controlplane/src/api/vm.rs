@@ -164,7 +164,8 @@ impl pb::VmService for Api {
     ) -> ServiceResult<pb::GetVmInfoResponse> {
         record_vm_id(&ctx, request.vm_id);
         let view = self.service.get(request.vm_id).map_err(to_connect)?;
-        Response::ok(info_to_pb(&view, now_ms()))
+        let kernel_args = self.service.kernel_args(&view.record);
+        Response::ok(info_to_pb(&view, kernel_args, now_ms()))
     }
 
     async fn list_vms(

@@ -113,6 +113,35 @@ fn every_cell_of_the_state_table() {
 }
 
 #[test]
+fn the_kernels_arguments_in_force_are_shown_beside_the_given_ones() {
+    needs_qemu!();
+    let world = World::started(&[]);
+    let disk = world.dir.path().join("disk");
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut config = world.tiny(Guest::Idle);
+    config["boot"]["kernel_args"] = json!("console=ttyS0 -- single");
+    config["storage"] = json!([{"path": disk, "is_root_device": true}]);
+    for (backend, in_force) in [
+        ("qemu", "console=ttyS0 root=/dev/vda rw -- single"),
+        ("cloudhypervisor", "console=ttyS0 root=/dev/vda rw -- single"),
+        ("firecracker", "reboot=k console=ttyS0 root=/dev/vda rw -- single"),
+    ] {
+        let request = json!({"vm_id": backend, "backend": backend, "config": config});
+        world.call("CreateVm", &request).ok();
+        let info = world.info(backend);
+        assert_eq!(info["config"]["boot"]["kernel_args"], "console=ttyS0 -- single");
+        assert_eq!(info["backend_info"]["kernel_args"], in_force, "{backend}");
+    }
+    world.boot("qemu");
+    let info = world.info("qemu");
+    let command = std::fs::read_to_string(format!("/proc/{}/cmdline", vmm_pid(&info))).unwrap();
+    let line = info["backend_info"]["kernel_args"].as_str().unwrap();
+    assert!(command.split('\0').any(|argument| argument == line), "{command:?} has {line}");
+    world.call("DeleteVm", &json!({"vm_id": "qemu", "force": true})).ok();
+    world.assert_nothing_left();
+}
+
+#[test]
 fn microvm_lives_the_same_life() {
     needs_qemu!();
     let world = World::started(&[]);
