@@ -18,7 +18,7 @@ use vmm_core::store::{DiskKey, HostClaim};
 
 use crate::block::{self, Layers};
 
-use crate::qcow2::{self, Qcow2Header};
+use crate::qcow2::{self, Head, Qcow2Header};
 
 /// The intended use of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -192,6 +192,20 @@ pub fn head(path: &Path, n: usize) -> io::Result<Vec<u8>> {
 /// broken header.
 pub fn qcow2_header(path: &Path) -> io::Result<Option<Qcow2Header>> {
     qcow2::read_header(&open_regular_or_block(path)?)
+}
+
+/// Takes the bytes that are missing in `head` from a regular file or block device: from the qcow2
+/// image with `header`, or from a raw disk if there is no header.
+///
+/// # Errors
+/// Returns the kernel's error; `InvalidInput` for any other kind of file, and the errors of
+/// [`Head::fill_from_qcow2`].
+pub fn fill_head(head: &mut Head, path: &Path, header: Option<&Qcow2Header>) -> io::Result<()> {
+    let file = open_regular_or_block(path)?;
+    match header {
+        Some(header) => head.fill_from_qcow2(&file, header),
+        None => head.fill_from_raw(&file),
+    }
 }
 
 /// Checks that the daemon's user may write the file at `path`. Opens nothing.

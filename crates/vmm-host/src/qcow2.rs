@@ -4,17 +4,24 @@
 //! ```text
 //!   byte 0   magic "QFI\xfb"          8   offset of the backing file's name (0: none)
 //!        4   version (2 or 3)        16   length of that name, at most 1023 bytes
+//!       20   bits of a cluster's size
 //!       32   encryption (0: none)    72   incompatible features   (version 3)
+//!       36   entries of the L1 table 40   offset of the L1 table
 //!                                   100   length of the header    (version 3; 72 in version 2)
 //!   then extensions, each a type, a length and data, which fill up whole 8 bytes; type 0 ends them
 //! ```
 //!
 //! A guest cannot write the header of its image, because the guest sees the image's contents only.
+//! [`Head`] reads the first bytes of these contents.
+
+mod head;
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+
+pub use head::{Head, Tables};
 
 /// The first bytes of every image.
 pub const MAGIC: &[u8; 4] = b"QFI\xfb";
@@ -41,6 +48,8 @@ const EXTENDED_L2: u64 = 1 << 4;
 const KNOWN: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
 /// The number of the last method of compression that is known, zstd.
 const ZSTD: u8 = 1;
+/// The sizes of a cluster, as powers of two.
+const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// The type of the extension that names the format of the backing file.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
@@ -64,6 +73,8 @@ pub struct Qcow2Header {
     pub unknown_features: u64,
     /// The method of compression, where this program does not know it.
     pub unknown_compression: Option<u8>,
+    /// The place of the tables. `None` if the size of a cluster is not valid.
+    pub tables: Option<Tables>,
 }
 
 /// The file that an image is based on, as the header names it.
@@ -116,6 +127,7 @@ pub fn read_header(file: &File) -> io::Result<Option<Qcow2Header>> {
         0 => None,
         _ => Some(Backing { name: name(file, name_at)?, format: backing_format(file, length, name_at)? }),
     };
+    let compression = compression(file, features)?;
     Ok(Some(Qcow2Header {
         version,
         backing,
@@ -124,20 +136,33 @@ pub fn read_header(file: &File) -> io::Result<Option<Qcow2Header>> {
         corrupt: features & CORRUPT != 0,
         extended_l2: features & EXTENDED_L2 != 0,
         unknown_features: features & !KNOWN,
-        unknown_compression: unknown_compression(file, features)?,
+        unknown_compression: Some(compression).filter(|method| *method > ZSTD),
+        tables: tables(file, compression)?,
     }))
 }
 
-/// Returns the method of compression that a header of version 3 names, if it is not a known one.
-fn unknown_compression(file: &File, features: u64) -> io::Result<Option<u8>> {
+/// Returns the method of compression that a header of version 3 names; 0, deflate, if it names
+/// none.
+fn compression(file: &File, features: u64) -> io::Result<u8> {
     if features & COMPRESSION == 0 {
-        return Ok(None);
+        return Ok(0);
     }
     let mut method = [0];
     match read_fully(file, &mut method, HEADER_V3)? {
-        true => Ok(Some(method[0]).filter(|method| *method > ZSTD)),
+        true => Ok(method[0]),
         false => Err(invalid("its header is cut short".to_owned())),
     }
+}
+
+/// Returns the place of the tables, or `None` if the size of a cluster is not valid.
+fn tables(file: &File, compression: u8) -> io::Result<Option<Tables>> {
+    let tables = Tables {
+        cluster_bits: u32_at(file, 20)?,
+        l1_entries: u32_at(file, 36)?,
+        l1_offset: u64_at(file, 40)?,
+        other_compression: compression != 0,
+    };
+    Ok(Some(tables).filter(|tables| CLUSTER_BITS.contains(&tables.cluster_bits)))
 }
 
 fn name(file: &File, offset: u64) -> io::Result<String> {
@@ -212,7 +237,7 @@ mod tests {
 
     use super::*;
 
-    fn qemu_img(dir: &Path, arguments: &[&str]) {
+    pub(super) fn qemu_img(dir: &Path, arguments: &[&str]) {
         let ran = Command::new("qemu-img").args(arguments).current_dir(dir).output().expect("qemu-img runs");
         assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     }
@@ -236,12 +261,15 @@ mod tests {
             extended_l2: false,
             unknown_features: 0,
             unknown_compression: None,
+            tables: alone.tables,
         };
         assert_eq!(alone, expected);
+        assert_eq!(alone.tables.unwrap().cluster_bits, 16);
         for (option, extended_l2) in [("extended_l2=on", true), ("compression_type=zstd", false)] {
             qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", option, "special", "1M"]);
             let special = header(&at("special")).unwrap().unwrap();
-            assert_eq!(special, Qcow2Header { extended_l2, ..expected.clone() }, "{option}");
+            let expected = Qcow2Header { extended_l2, tables: special.tables, ..expected.clone() };
+            assert_eq!(special, expected, "{option}");
         }
         qemu_img(dir.path(), &["create", "-q", "-f", "raw", "base", "1M"]);
         for (compat, version) in [("0.10", 2), ("1.1", 3)] {

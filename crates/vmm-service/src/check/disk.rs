@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use vmm_core::spec::{Disk, DiskFormat};
 use vmm_core::store::{DiskKey, HostClaim};
 use vmm_host::files::{self, Access, FileFacts};
-use vmm_host::qcow2::{self, Backing, Qcow2Header};
+use vmm_host::qcow2::{self, Backing, Head, Qcow2Header};
 use vmm_host::{host_use, partitions};
 
 use super::looks::Visitor;
@@ -47,15 +47,24 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
             probe_raw(found, disk);
             check_size(found, disk, &facts);
             if adds_root {
-                advise_of_partitions(found, disk);
+                let mut head = Head::new(partitions::HEAD_BYTES);
+                // A file that cannot be read has been rejected already.
+                if files::fill_head(&mut head, &disk.path, None).is_ok() {
+                    advise_of_partitions(found, disk, &head);
+                }
             }
         }
         // The image was declared raw when the VM was created. Its contents are the guest's from
         // then on.
         (DiskFormat::Raw, Purpose::Boot) => {}
-        (DiskFormat::Qcow2, _) => {
-            if let Some(header) = read_qcow2(found, &format_field(disk), &disk.path) {
-                Chain { visitor, found, disk, terms }.walk(header, (facts.device, facts.inode));
+        (DiskFormat::Qcow2, purpose) => {
+            let Some(header) = read_qcow2(found, &format_field(disk), &disk.path) else { return };
+            let wanted = adds_root && purpose == Purpose::Create;
+            let head = wanted.then(|| Head::new(partitions::HEAD_BYTES));
+            let mut chain = Chain { visitor, found, disk, terms, head };
+            chain.walk(header, (facts.device, facts.inode));
+            if let Some(head) = chain.head.take() {
+                advise_of_partitions(found, disk, &head);
             }
         }
     }
@@ -95,12 +104,10 @@ fn check_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
     }
 }
 
-/// Warns about a root device that has partitions while the arguments name the whole disk.
-fn advise_of_partitions(found: &mut HostFacts, disk: &Disk) {
-    // A file that cannot be read has been rejected already.
-    if let Ok(head) = files::head(&disk.path, partitions::HEAD_BYTES)
-        && partitions::has_table(&head)
-    {
+/// Warns about a root device whose `head` has a partition table while the arguments name the whole
+/// disk.
+fn advise_of_partitions(found: &mut HostFacts, disk: &Disk, head: &Head) {
+    if partitions::has_table(head.bytes()) {
         let message = format!(
             "{} has a partition table, and the root file system is looked for on the whole disk: name the partition in \
              kernel_args, as in root=/dev/vda1",
@@ -151,6 +158,9 @@ struct Chain<'a> {
     found: &'a mut HostFacts,
     disk: &'a Disk,
     terms: Terms,
+    /// The first bytes of the disk as the guest sees them, if they are wanted. They become `None`
+    /// at an image whose data cannot be read here.
+    head: Option<Head>,
 }
 
 impl Chain<'_> {
@@ -159,6 +169,7 @@ impl Chain<'_> {
         let (mut path, mut header) = (self.disk.path.clone(), first);
         let mut seen = vec![image];
         loop {
+            self.read_head(&path, Some(&header));
             let Some(backing) = self.backing_of(&path, header) else { return };
             if seen.len() > MAX_CHAIN {
                 return self.reject(format!(
@@ -170,6 +181,17 @@ impl Chain<'_> {
                 Some((next, next_header)) => (path, header) = (next, next_header),
                 None => return,
             }
+        }
+    }
+
+    /// Takes the first bytes of the disk from the file at `path`, as far as no file above it has
+    /// given them. An image whose data cannot be read here is no reason to refuse the disk, because
+    /// the bytes are wanted for a warning only.
+    fn read_head(&mut self, path: &Path, header: Option<&Qcow2Header>) {
+        if let Some(head) = &mut self.head
+            && files::fill_head(head, path, header).is_err()
+        {
+            self.head = None;
         }
     }
 
@@ -198,6 +220,7 @@ impl Chain<'_> {
             extended_l2,
             unknown_features,
             unknown_compression,
+            tables: _,
         } = header;
         let shown = path.display();
         let mut reject = |message: String| self.found.report.reject(format_field(self.disk), message);
@@ -253,7 +276,10 @@ impl Chain<'_> {
         seen.push(file);
         claim(self.found, &field, facts.claim(&next, Access::Read));
         match (backing.format.as_deref(), self.terms.purpose) {
-            (Some("raw"), _) => None,
+            (Some("raw"), _) => {
+                self.read_head(&next, None);
+                None
+            }
             (Some("qcow2"), _) => read_qcow2(self.found, &field, &next).map(|header| (next, header)),
             (Some(other), _) => {
                 self.reject(format!(

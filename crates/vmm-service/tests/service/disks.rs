@@ -137,6 +137,51 @@ async fn a_partition_table_under_a_root_that_is_added_is_a_warning() {
 }
 
 #[tokio::test]
+async fn a_partition_table_inside_an_image_is_a_warning_too() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    let mut head = vec![0; 1 << 20];
+    head[512..520].copy_from_slice(b"EFI PART");
+    std::fs::write(bed.path("gpt"), head).unwrap();
+    let convert = |options: &[&str], name: &str| {
+        let mut command = std::process::Command::new("qemu-img");
+        command.args(["convert", "-f", "raw", "-O", "qcow2"]).args(options).args(["gpt", name]);
+        let made = command.current_dir(bed.dir.path()).output().expect("qemu-img is there");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    };
+    convert(&[], "plain");
+    convert(&["-c", "-o", "cluster_size=4096"], "compressed");
+    convert(&["-c", "-o", "compression_type=zstd"], "zstd");
+    let image = |name: &str, backing_files: &str| StorageDevice {
+        path: bed.path(name),
+        is_root_device: true,
+        options: [("format", "qcow2"), ("backing_files", backing_files)]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into(),
+        ..StorageDevice::default()
+    };
+    bed.qcow2("on-raw", Some(("gpt", "raw")));
+    bed.qcow2("on-image", Some(("compressed", "qcow2")));
+    for (name, backing_files) in
+        [("plain", "false"), ("compressed", "false"), ("on-raw", "true"), ("on-image", "true")]
+    {
+        let found = warnings_of(&bed, &vms, image(name, backing_files)).await;
+        let [(field, message)] = &found[..] else { panic!("{name}: {found:?}") };
+        assert_eq!(field, "config.storage[0].is_root_device");
+        assert!(message.contains("root=/dev/vda1"), "{message}");
+    }
+    bed.qcow2("empty", None);
+    for without in [
+        StorageDevice { is_root_device: false, ..image("plain", "false") },
+        image("empty", "false"),
+        // The data of such an image is not read here.
+        image("zstd", "false"),
+    ] {
+        assert_eq!(warnings_of(&bed, &vms, without).await, []);
+    }
+}
+
+#[tokio::test]
 async fn an_image_with_features_that_cannot_be_read_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
