@@ -168,21 +168,20 @@ impl Monitor {
             // began cause no wake-up.
             self.read_events().await;
             let held_up = self.moved.as_ref().map(|(_, at)| *at);
-            // The order matters. A delayed change is due at a fixed time and must not be starved by
-            // a file that grows without end. Growth comes before the end of the process, so that
-            // the events which explain the end are read first; the read after the loop takes those
-            // that were written in between. If the receiver has been dropped, another daemon will
-            // read on from the stored position.
+            // The order matters. The end of the handle comes first, because the VMM may have
+            // another owner from then on, whose orders this task does not know. A delayed change is
+            // due at a fixed time and must not be starved by a file that grows without end. Growth
+            // comes before the end of the process, so that the events which explain the end are
+            // read first; the read after the loop takes those that were written in between.
             tokio::select! {
                 biased;
+                () = self.sender.closed() => return,
                 () = due(held_up) => {
                     if let Some((event, _)) = self.moved.take() {
                         self.tell_moved(event).await;
                     }
                 }
                 () = self.watched.grown() => {}
-                // Whoever adopts the VMM next reads on from the stored position.
-                () = self.sender.closed() => return,
                 exit = self.process.wait() => break exit,
             }
         };
@@ -199,6 +198,11 @@ impl Monitor {
             self.file = file;
             let all = events.len() < BATCH;
             for event in events {
+                // The next owner of the VMM reads on from the position on record, and decides what
+                // the event means.
+                if self.sender.is_closed() {
+                    return;
+                }
                 self.take(event).await;
             }
             if all {

@@ -1,5 +1,7 @@
 //! Tests of the monitor's decisions.
 
+use std::path::Path;
+
 use super::*;
 
 #[test]
@@ -22,6 +24,22 @@ fn counters_outlive_a_reset() {
     assert_eq!(totals.update([u64::MAX; 8]), [u64::MAX; 8]);
 }
 
+/// Returns the monitor of a VMM, which reads the events in `dir` from their start.
+fn monitor_of(process: &Process, dir: &Path, sender: mpsc::Sender<VmmEvent>) -> Monitor {
+    Monitor {
+        process: process.clone(),
+        file: EventFile::from_start(dir),
+        watched: Watcher::default().watch(&dir.join(EVENTS)),
+        expected: Arc::default(),
+        log: dir.join(LOG),
+        reset_ends: false,
+        seen: Seen::default(),
+        throttle: Throttle::new(),
+        moved: None,
+        sender,
+    }
+}
+
 #[tokio::test]
 async fn of_a_flood_of_changes_a_burst_is_told_and_the_last_one() {
     let dir = tempfile::tempdir().unwrap();
@@ -31,19 +49,7 @@ async fn of_a_flood_of_changes_a_burst_is_told_and_the_last_one() {
     let command = vmm_host::process::Command::new("/bin/sleep", ["600"], dir.path().join("log"));
     let guard = vmm_host::process::spawn_guarded(command).await.unwrap();
     let (sender, mut events) = mpsc::channel(QUEUE);
-    let monitor = Monitor {
-        process: guard.process().clone(),
-        file: EventFile::from_start(dir.path()),
-        watched: Watcher::default().watch(&dir.path().join(EVENTS)),
-        expected: Arc::default(),
-        log: dir.path().join(LOG),
-        reset_ends: false,
-        seen: Seen::default(),
-        throttle: Throttle::new(),
-        moved: None,
-        sender,
-    };
-    tokio::spawn(monitor.run());
+    tokio::spawn(monitor_of(guard.process(), dir.path(), sender).run());
     let mut told = Vec::new();
     // The last event comes a second after the burst.
     while told.len() < 17 {
@@ -52,6 +58,28 @@ async fn of_a_flood_of_changes_a_burst_is_told_and_the_last_one() {
     assert_eq!(told.last(), Some(&VmmEvent::Resumed));
     guard.signal(Signal::KILL).unwrap();
     assert!(matches!(events.recv().await, Some(VmmEvent::Gone(_))), "and nothing more");
+}
+
+#[tokio::test]
+async fn a_monitor_whose_handle_was_dropped_ends_no_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let reboot = "{\n\"source\": \"vm\",\n\"event\": \"rebooting\"\n}\n";
+    for dropped in [true, false] {
+        // A reader takes what it has read out of the file.
+        std::fs::write(dir.path().join(EVENTS), reboot).unwrap();
+        let command = vmm_host::process::Command::new("/bin/sleep", ["600"], dir.path().join("log"));
+        let guard = vmm_host::process::spawn_guarded(command).await.unwrap();
+        let (sender, events) = mpsc::channel(QUEUE);
+        let monitor = Monitor { reset_ends: true, ..monitor_of(guard.process(), dir.path(), sender) };
+        let events = (!dropped).then_some(events);
+        monitor.run().await;
+        // The process ends by the first signal that was sent to it.
+        let _ = guard.signal(Signal::TERM);
+        let exit = guard.process().wait().await;
+        let expected = if dropped { Signal::TERM } else { Signal::KILL };
+        assert_eq!(exit.status, Some(ExitStatus::Signal(expected.as_raw())), "dropped: {dropped}");
+        drop(events);
+    }
 }
 
 #[test]
