@@ -84,7 +84,7 @@ pub async fn died_early(process: &Process, log: &Path, what: &str) -> BackendErr
     } else {
         format!("the VMM ended {what} ({exit}); its log ends with: {said}")
     };
-    BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message)
+    BackendError::refused(Effect::NotApplied, message)
 }
 
 /// Returns the last lines of a VMM's log for a message, or an empty text if there is no log.

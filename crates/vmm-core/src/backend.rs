@@ -438,6 +438,8 @@ pub struct BackendError {
     pub effect: Effect,
     /// The fault and the remedy, for people. Quotes the VMM where it gave a text.
     pub message: String,
+    /// The limit of the host that the VMM has reached, as the VMM's own words say.
+    pub vmm_limit: Option<HostLimit>,
     /// The cause.
     #[source]
     pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -497,7 +499,18 @@ impl BackendErrorKind {
 impl BackendError {
     /// Returns an error without an underlying cause.
     pub fn new(kind: BackendErrorKind, effect: Effect, message: impl Into<String>) -> Self {
-        Self { kind, effect, message: message.into(), source: None }
+        Self { kind, effect, message: message.into(), vmm_limit: None, source: None }
+    }
+
+    /// Returns the refusal of a VMM, whose words are in `message`. Where they name a limit on open
+    /// files, the message says what to raise.
+    pub fn refused(effect: Effect, message: impl Into<String>) -> Self {
+        let mut error = Self::new(BackendErrorKind::Rejected, effect, message);
+        error.vmm_limit = HostLimit::quoted_in(&error.message);
+        if let Some(limit) = error.vmm_limit {
+            error.message = format!("{}; {}", error.message, limit.advice_for_vmm());
+        }
+        error
     }
 
     /// Returns the error with its cause. Where the cause is a limit of the host, the kind becomes

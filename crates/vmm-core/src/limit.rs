@@ -42,6 +42,32 @@ impl HostLimit {
         }
     }
 
+    /// Returns the limit on open files that a VMM names in its own words. A VMM passes no error
+    /// number on, so the words are those that the C library has for the number.
+    ///
+    /// The words for ENOMEM are no limit here, because a VM that asks for more memory than there is
+    /// asks for too much.
+    pub fn quoted_in(words: &str) -> Option<Self> {
+        if words.contains("Too many open files in system") {
+            Some(Self::OpenFiles)
+        } else if words.contains("Too many open files") {
+            Some(Self::Descriptors)
+        } else {
+            None
+        }
+    }
+
+    /// Returns the remedy where a VMM has reached the limit, for the end of a message.
+    pub const fn advice_for_vmm(self) -> &'static str {
+        match self {
+            Self::Descriptors => {
+                "the VMM has no file descriptor left: raise the limit of the program that starts the VMM (LimitNOFILE= of its \
+                 unit, or ulimit -n), or name fewer disks and interfaces"
+            }
+            Self::OpenFiles | Self::Memory => self.advice(),
+        }
+    }
+
     /// Returns the remedy, for the end of a message.
     pub const fn advice(self) -> &'static str {
         match self {
@@ -78,6 +104,22 @@ mod tests {
             assert_eq!(HostLimit::reached(&Above(io::Error::from_raw_os_error(number))), None);
         }
         assert_eq!(HostLimit::reached(&io::Error::other("Too many open files")), None);
+    }
+
+    #[test]
+    fn a_limit_that_a_vmm_names_is_found_in_its_words() {
+        let refused = |words| BackendError::refused(Effect::NotApplied, words);
+        for (words, limit, advice) in [
+            ("Could not open '/d': Too many open files", HostLimit::Descriptors, "starts the VMM"),
+            ("Too many open files (os error 24)", HostLimit::Descriptors, "LimitNOFILE="),
+            ("Too many open files in system", HostLimit::OpenFiles, "fs.file-max"),
+        ] {
+            let error = refused(words);
+            assert_eq!((error.kind, error.vmm_limit), (BackendErrorKind::Rejected, Some(limit)));
+            assert!(error.message.starts_with(words) && error.message.contains(advice), "{error}");
+        }
+        let error = refused("Cannot allocate memory");
+        assert_eq!((error.vmm_limit, error.message.as_str()), (None, "Cannot allocate memory"));
     }
 
     #[test]

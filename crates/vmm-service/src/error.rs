@@ -158,6 +158,9 @@ impl ServiceError {
     pub(crate) fn from_backend(what: &str, vm_id: &VmId, error: &BackendError) -> Self {
         let text = format!("could not {what} VM \"{vm_id}\": {error}");
         let failure = Failure::from(text).caused_by(error.clone());
+        if error.vmm_limit.is_some() {
+            return Self::Exhausted(failure);
+        }
         match error.kind {
             BackendErrorKind::Unsupported(_) => Self::Unsupported(failure),
             BackendErrorKind::NotInstalled
@@ -261,5 +264,10 @@ mod tests {
                 assert!(error.to_string().contains(advice), "{error}");
             }
         }
+        // A VMM reports the same limit in its own words.
+        let error = BackendError::refused(Effect::NotApplied, "its last words: Too many open files");
+        let error = ServiceError::from_backend("boot", &"a".parse().unwrap(), &error);
+        assert!(matches!(error, ServiceError::Exhausted(_)), "{error:?}");
+        assert!(error.to_string().contains("LimitNOFILE="), "{error}");
     }
 }

@@ -285,7 +285,7 @@ impl From<CallError> for BackendError {
             CallError::Failed(failure) => match failure.kind {
                 FailureKind::NoDomain => (BackendErrorKind::Gone, Effect::NotApplied),
                 FailureKind::WrongState | FailureKind::Other => {
-                    (BackendErrorKind::Rejected, Effect::NotApplied)
+                    return Self::refused(Effect::NotApplied, error.to_string()).caused_by(error);
                 }
                 // The helper did not pass the call on to libvirt, so the call says nothing about
                 // the VM.

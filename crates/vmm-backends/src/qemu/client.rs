@@ -248,7 +248,9 @@ impl From<QmpError> for BackendError {
             QmpError::Connect(error) => (connecting::failure(error), Effect::NotApplied),
             QmpError::NoGreeting(_) => (BackendErrorKind::Timeout, Effect::NotApplied),
             QmpError::Timeout { sent, .. } => (BackendErrorKind::Timeout, unless_sent(*sent)),
-            QmpError::Refused { .. } => (BackendErrorKind::Rejected, Effect::NotApplied),
+            QmpError::Refused { .. } => {
+                return Self::refused(Effect::NotApplied, error.to_string()).caused_by(error);
+            }
             QmpError::Closed { reason: Closed::Eof | Closed::Io(_), sent } => {
                 (BackendErrorKind::Unreachable, unless_sent(*sent))
             }

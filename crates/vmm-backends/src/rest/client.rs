@@ -320,12 +320,11 @@ impl RestClient {
         // A client error (4xx) means that the request was not carried out. A server that failed
         // (5xx) may have begun.
         let effect = if status.is_client_error() { Effect::NotApplied } else { call.effect() };
-        let kind = if status.is_client_error() || status.is_server_error() {
-            BackendErrorKind::Rejected
+        Err(if status.is_client_error() || status.is_server_error() {
+            BackendError::refused(effect, message)
         } else {
-            BackendErrorKind::Protocol
-        };
-        Err(BackendError::new(kind, effect, message))
+            BackendError::new(BackendErrorKind::Protocol, effect, message)
+        })
     }
 
     fn too_late(&self, call: &Call, effect: Effect) -> BackendError {

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use vmm_testkit::guests::Guest;
 
 use crate::harness::{World, call, eventually, hypervisors, is_alive, post, vmm_pid};
+use crate::needs_qemu;
 
 /// A world whose daemons have these limits on descriptors.
 fn limited(soft: u64, hard: u64, env: &[(&str, &str)]) -> World {
@@ -96,6 +97,37 @@ fn at_the_hard_limit_boots_are_refused_and_what_runs_runs_on() {
         // What was freed serves another VM.
         world.boot("vm-0");
     }
+}
+
+#[test]
+fn a_vmm_without_a_descriptor_left_is_told_as_the_daemon_is() {
+    needs_qemu!();
+    // Each of these disks has as many backing files as may be, and QEMU opens every one of them.
+    let world = limited(64, 104, &[]);
+    let folder = world.dir.path();
+    std::fs::write(folder.join("link0"), vec![0; 1 << 20]).unwrap();
+    let make = |base: &str, format: &str, name: &str| {
+        let arguments = ["create", "-q", "-f", "qcow2", "-b", base, "-F", format, name];
+        let made =
+            std::process::Command::new("qemu-img").args(arguments).current_dir(folder).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    };
+    for link in 1..=31 {
+        let format = if link == 1 { "raw" } else { "qcow2" };
+        make(&format!("link{}", link - 1), format, &format!("link{link}"));
+    }
+    let mut config = world.tiny(Guest::Idle);
+    let disks = ["a", "b", "c", "d"].map(|name| {
+        make("link31", "qcow2", name);
+        json!({"path": folder.join(name), "options": {"format": "qcow2", "backing_files": "true"}})
+    });
+    config["storage"] = json!(disks);
+    world.create("vm", &config);
+    let said = world.call("BootVm", &json!({"vm_id": "vm"})).error("resource_exhausted");
+    assert!(said.contains("Too many open files") && said.contains("LimitNOFILE="), "{said}");
+    assert_eq!(world.info("vm")["state"], "VM_STATE_CREATED");
+    world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+    world.assert_nothing_left();
 }
 
 #[test]
