@@ -62,7 +62,9 @@ pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> 
                           processes and open files";
             (BackendErrorKind::Host, advice)
         } else {
-            (BackendErrorKind::NotInstalled, "install it, or correct the configured path")
+            let advice = "install it, or set UNKEY_VMCP_CH_BINARY, UNKEY_VMCP_FC_BINARY or UNKEY_VMCP_QEMU_BINARY to where \
+                          it is";
+            (BackendErrorKind::NotInstalled, advice)
         };
         let message = format!("{} could not be started: {error}; {advice}", program.display());
         BackendError::new(kind, Effect::NotApplied, message).caused_by(error)

@@ -29,7 +29,12 @@ pub enum Places {
     /// A VMM is started for each VM, so CreateVm needs no place.
     Made,
     /// Each place takes one VM. CreateVm takes the first one that no record holds.
-    Fixed(Vec<VmKind>),
+    Fixed {
+        /// The places.
+        places: Vec<VmKind>,
+        /// The variable of the setting that names the places; for people.
+        setting: &'static str,
+    },
     /// Each place takes one VM that another program made. CreateVm is refused.
     Imported {
         /// The places.
@@ -44,7 +49,7 @@ impl Places {
     pub fn contains(&self, kind: &VmKind) -> bool {
         match self {
             Self::Made => false,
-            Self::Fixed(places) | Self::Imported { places, .. } => places.contains(kind),
+            Self::Fixed { places, .. } | Self::Imported { places, .. } => places.contains(kind),
         }
     }
 }

@@ -46,7 +46,7 @@ const CAUSE: &str = "imported";
 pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceError> {
     match backend.places() {
         Places::Imported { why, .. } => Err(ServiceError::unsupported(why)),
-        Places::Made | Places::Fixed(_) => Ok(()),
+        Places::Made | Places::Fixed { .. } => Ok(()),
     }
 }
 
@@ -62,18 +62,18 @@ pub(crate) async fn claim<'a>(
     shared: &'a Shared,
     backend: &dyn Backend,
 ) -> Result<Option<Claim<'a>>, ServiceError> {
-    let places = match backend.places() {
+    let (places, setting) = match backend.places() {
         Places::Made => return Ok(None),
         Places::Imported { why, .. } => return Err(ServiceError::unsupported(why)),
-        Places::Fixed(places) => places,
+        Places::Fixed { places, setting } => (places, setting),
     };
     let name = &backend.capabilities().name;
     let alone = shared.places.lock().await;
     match places.iter().find(|place| shared.index.at_place(name, place).is_none()) {
         Some(place) => Ok(Some(Claim { place: place.clone(), _alone: alone })),
         None => Err(ServiceError::exhausted(format!(
-            "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in the \
-             endpoint setting of {name}",
+            "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in \
+             {setting}",
             places.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
         ))),
     }

@@ -69,7 +69,8 @@ pub(crate) async fn check_config(
     // every problem at once.
     let terms = Terms::of(Purpose::Create, backend.as_ref().map(|backend| backend.capabilities()));
     match check::look(files, terms).await {
-        Ok(facts) => {
+        Ok(mut facts) => {
+            name_default_boot(&mut facts.report, &requested.config, &config);
             report.merge(facts.report);
             if let Some(limit) = facts.limit.filter(|_| report.is_ok()) {
                 let text = format!("the host's files could not be examined: {}", limit.advice());
@@ -81,6 +82,24 @@ pub(crate) async fn check_config(
         Err(_) => {}
     }
     Ok(Checked { config, report, accepted: spec.and(backend) })
+}
+
+/// Names the settings in the violations of files that the host named instead of the client.
+/// `config` is the configuration that `sent` was resolved to.
+fn name_default_boot(report: &mut Report, sent: &VmConfig, config: &VmConfig) {
+    // The default kernel and the default initial RAM disk are used together.
+    let kernel = |config: &VmConfig| config.boot.as_ref().map(|boot| boot.kernel_path.clone());
+    if kernel(sent).unwrap_or_default() == kernel(config).unwrap_or_default() {
+        return;
+    }
+    for violation in &mut report.violations {
+        let setting = match violation.field.as_str() {
+            "config.boot.kernel_path" => "UNKEY_VMCP_DEFAULT_KERNEL",
+            "config.boot.initrd_path" => "UNKEY_VMCP_DEFAULT_INITRD",
+            _ => continue,
+        };
+        violation.message.push_str(&format!("; the host names this file by {setting}"));
+    }
 }
 
 /// Returns every finding on `spec` that needs no look at files: those of the backend, and the

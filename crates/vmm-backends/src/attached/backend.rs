@@ -69,7 +69,7 @@ impl<H: Hypervisor> Attached<H> {
 
     fn socket(&self, kind: &VmKind) -> Result<&Arc<AttachedSocket>, BackendError> {
         socket::find(&self.sockets, kind).ok_or_else(|| {
-            let message = format!("{kind} is not among this daemon's endpoints");
+            let message = format!("{kind} is not among the sockets that {} names", self.kind.setting());
             BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message)
         })
     }

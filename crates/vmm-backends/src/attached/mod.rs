@@ -98,6 +98,9 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// VMM listens there.
     fn how_to_start(&self, socket: &Path) -> String;
 
+    /// Returns the variable of the setting that names the sockets, for messages.
+    fn setting(&self) -> &'static str;
+
     /// Returns the places of new VMs among `sockets`.
     fn places(&self, sockets: Vec<VmKind>) -> Places;
 

@@ -28,6 +28,9 @@ pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
     /// Returns the facts, of which those of managed VMMs are `managed`.
     fn facts(managed: Facts) -> Facts;
 
+    /// The variable of the setting that names the sockets.
+    const SETTING: &'static str;
+
     /// The oldest version that can be used.
     const OLDEST: Version;
 
@@ -98,8 +101,12 @@ impl<H: AttachedRest> Hypervisor for Rest<H> {
         H::how_to_start(socket)
     }
 
-    fn places(&self, sockets: Vec<VmKind>) -> Places {
-        Places::Fixed(sockets)
+    fn setting(&self) -> &'static str {
+        H::SETTING
+    }
+
+    fn places(&self, places: Vec<VmKind>) -> Places {
+        Places::Fixed { places, setting: H::SETTING }
     }
 
     fn check(&self, spec: &VmSpec, report: &mut Report) {

@@ -36,6 +36,8 @@ use crate::rest::options::check_taps;
 
 #[async_trait]
 impl AttachedRest for Hypervisor {
+    const SETTING: &'static str = "UNKEY_VMCP_CH_ENDPOINT";
+
     const OLDEST: Version = OLDEST;
 
     const NAMES_CONSOLE_AT_START: bool = false;
@@ -64,7 +66,8 @@ impl AttachedRest for Hypervisor {
             report.reject(
                 "config.restart_policy.mode",
                 "must be unset or RESTART_MODE_GUEST_REBOOT where Cloud Hypervisor was started by another program: its guest's resets \
-                 are not seen there, and no VMM can be started in the place of one that has ended",
+                 are not seen there, and no VMM can be started in the place of one that has ended; unset UNKEY_VMCP_CH_ENDPOINT to have \
+                 VMMs started",
             );
         }
     }

@@ -44,6 +44,8 @@ const OLDEST: Version = Version::new(1, 14, 0);
 
 #[async_trait]
 impl AttachedRest for Hypervisor {
+    const SETTING: &'static str = "UNKEY_VMCP_FC_ENDPOINT";
+
     const OLDEST: Version = OLDEST;
 
     const NAMES_CONSOLE_AT_START: bool = true;
@@ -72,7 +74,7 @@ impl AttachedRest for Hypervisor {
             Some(RestartMode::GuestReboot | RestartMode::OnFailure | RestartMode::Always) => report.reject(
                 "config.restart_policy.mode",
                 "must be unset or RESTART_MODE_NEVER where Firecracker was started by another program: every new start needs a \
-                 VMM that this program may not start",
+                 VMM that this program may not start; unset UNKEY_VMCP_FC_ENDPOINT to have VMMs started",
             ),
         }
         for warning in

@@ -42,6 +42,9 @@ use super::{NAME, capabilities};
 use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, identify};
 use crate::program::Version;
 
+/// The variable of the setting that names the sockets.
+const SETTING: &str = "UNKEY_VMCP_QEMU_ENDPOINT";
+
 /// The oldest QEMU whose events give the reason of its end.
 const OLDEST: Version = Version::new(4, 2, 0);
 /// The most events of QEMU that wait to be read.
@@ -117,12 +120,16 @@ impl Hypervisor for Qemu {
         format!("qemu-system-x86_64 … -qmp {}", shell_word(&socket))
     }
 
+    fn setting(&self) -> &'static str {
+        SETTING
+    }
+
     fn places(&self, sockets: Vec<VmKind>) -> Places {
         Places::Imported {
             places: sockets,
             why: format!(
                 "{NAME} is attached to QEMUs that another program started, and a running QEMU is imported, not created: start one \
-                 with the socket that UNKEY_VMCP_QEMU_ENDPOINT names, or unset that to have QEMUs started"
+                 with the socket that {SETTING} names, or unset that to have QEMUs started"
             ),
         }
     }

@@ -35,6 +35,7 @@ mod recovery;
 mod run_folders;
 mod scarcity;
 mod service_manager;
+mod settings;
 mod shutdown;
 mod signals;
 mod spares;

@@ -196,7 +196,8 @@ impl Events {
 
     fn too_old(&self) -> ServiceError {
         ServiceError::out_of_range(format!(
-            "events since that token are no longer kept (they are for {} s): begin again without a resume_token, which first sends the present state of every VM",
+            "events since that token are no longer kept (they are for {} s): begin again without a resume_token, which first \
+             sends the present state of every VM; UNKEY_VMCP_EVENT_RETENTION sets how long events are kept",
             self.retention.as_secs()
         ))
     }

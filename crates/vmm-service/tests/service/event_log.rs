@@ -24,6 +24,7 @@ async fn what_has_expired_cannot_be_resumed() {
     for old in [&all[0], &all[all.len() - 2]] {
         let text = refused(vms.service.watch(from(&old.token)).await.map(|_| ()), "out-of-range");
         assert!(text.contains("without a resume_token"), "{text}");
+        assert!(text.contains("UNKEY_VMCP_EVENT_RETENTION"), "the setting that keeps events longer: {text}");
     }
     refused(under_way.next().await, "out-of-range");
     for current in [&all[all.len() - 1].token, &marker] {

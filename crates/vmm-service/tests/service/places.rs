@@ -105,7 +105,8 @@ async fn start_finding(
 }
 
 fn fixed(places: &[&str]) -> Places {
-    Places::Fixed(places.iter().map(|place| VmKind::attached(*place)).collect())
+    let places = places.iter().map(|place| VmKind::attached(*place)).collect();
+    Places::Fixed { places, setting: "UNKEY_VMCP_FAKE_ENDPOINT" }
 }
 
 /// A VM that somebody else has made at `place`; it runs, unless it is `CREATED`.
