@@ -45,7 +45,7 @@ pub enum Places {
 }
 
 impl Places {
-    /// Returns true if `kind` is one of these.
+    /// Returns true if `kind` is one of these places. Made VMMs have none.
     pub fn contains(&self, kind: &VmKind) -> bool {
         match self {
             Self::Made => false,

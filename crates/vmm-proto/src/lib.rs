@@ -5,7 +5,7 @@
 //!
 //! - [`v1`]: the messages, [`v1::VmService`] (the trait), [`v1::VmServiceClient`].
 //! - [`rpc`]: the standard error detail `google.rpc.BadRequest`.
-//! - [`FILE_DESCRIPTOR_SET`]: what server reflection answers from.
+//! - [`FILE_DESCRIPTOR_SET`]: the description of the API that server reflection serves.
 
 // Lint groups are silenced for generated code only, because the generator chooses its shape.
 #[allow(

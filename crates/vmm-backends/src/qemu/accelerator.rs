@@ -82,7 +82,7 @@ fn has_virtualisation() -> bool {
 }
 
 impl Choice {
-    /// Adds a warning if the CPUs are emulated although nobody ordered that.
+    /// Adds a warning if the CPUs are emulated although the configuration does not order that.
     pub(crate) fn advise(&self, report: &mut Report) {
         if let Some(why) = &self.unasked {
             report.emulate(
@@ -95,7 +95,7 @@ impl Choice {
         }
     }
 
-    /// Writes a line into the log if the CPUs are emulated although nobody ordered that.
+    /// Writes a line into the log if the CPUs are emulated although the configuration does not order that.
     pub(crate) fn log(&self) {
         if let Some(why) = &self.unasked {
             tracing::warn!(detail = why, "the CPUs of a VM that starts are emulated in software");

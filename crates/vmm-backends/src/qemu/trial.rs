@@ -144,7 +144,7 @@ async fn start(program: &Path, machine: Machine, accelerator: Accelerator) -> Re
         }
         Err(error) => format!("it could not be run: {error}"),
     };
-    tracing::debug!(program = %program.display(), ?machine, why, "a trial start of QEMU failed");
+    tracing::debug!(program = %program.display(), ?machine, detail = why, "a trial start of QEMU failed");
     Err(format!("{} starts no VM on the machine {}: {why}", program.display(), machine.as_str()))
 }
 
