@@ -103,8 +103,8 @@ impl World {
         let mut seen = Vec::new();
         while let Ok(line) = log.recv_timeout(PATIENCE) {
             let parsed: Value = serde_json::from_str(&line).unwrap_or_default();
-            if parsed["fields"]["message"] == "serving" {
-                let address = parsed["fields"]["address"].as_str().unwrap();
+            if parsed["message"] == "serving" {
+                let address = parsed["address"].as_str().unwrap();
                 self.port = address.rsplit_once(':').unwrap().1.parse().unwrap();
                 return;
             }
