@@ -10,8 +10,10 @@ pub(crate) mod names;
 pub(crate) mod raw;
 pub(crate) mod retry;
 
+use std::error::Error;
 use std::time::Duration;
 
+use connectrpc::ConnectError;
 use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
 use vmm_proto::v1::VmServiceClient;
 
@@ -36,6 +38,19 @@ pub(crate) fn client(server: &Server) -> Client {
 /// Returns the options of a call that waits for a guest, for other operations or for events.
 pub(crate) fn patient() -> CallOptions {
     CallOptions::default().with_timeout(LONGEST_TIMEOUT)
+}
+
+/// Returns the reason of an error: the deepest cause where the server was not reached, as
+/// "Connection refused", and else the server's own words.
+pub(crate) fn reason(error: &ConnectError) -> String {
+    let mut cause = error.source();
+    while let Some(deeper) = cause.and_then(Error::source) {
+        cause = Some(deeper);
+    }
+    match cause {
+        Some(cause) => format!("the server cannot be reached: {cause}"),
+        None => error.message.clone().unwrap_or_else(|| "the server gives no reason".to_owned()),
+    }
 }
 
 /// Returns what carries requests.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use connectrpc::{ConnectError, ErrorCode};
 
+use super::reason;
 use crate::output::escape;
 
 /// The first pause. It is doubled up to [`LONGEST_PAUSE`].
@@ -39,9 +40,8 @@ impl Retry {
     /// Notes that the connection was lost. Returns the pause before the next attempt, and once for
     /// each loss a remark for people.
     pub(crate) fn lost(&mut self, server: &str, error: &ConnectError) -> (Duration, Option<String>) {
-        let reason = error.message.as_deref().unwrap_or(error.code.as_str());
         let remark = (self.failed == 0)
-            .then(|| format!("vmcp: lost {server} ({}); connecting again", escape::line(reason)));
+            .then(|| format!("vmcp: lost {server} ({}); connecting again", escape::line(&reason(error))));
         let pause = FIRST_PAUSE.saturating_mul(1 << self.failed.min(10)).min(LONGEST_PAUSE);
         self.failed = self.failed.saturating_add(1);
         (pause, remark)

@@ -9,6 +9,7 @@ use connectrpc::{ConnectError, ErrorCode};
 use vmm_proto::rpc::BadRequest;
 
 use super::{Format, escape};
+use crate::connect::reason;
 use crate::failure::Failure;
 
 /// The detail that names the wrong fields.
@@ -58,8 +59,7 @@ fn api(error: &ConnectError, server: &str) -> String {
         let noun = if number == 1 { "field is" } else { "fields are" };
         return fields(&format!("error: {number} {noun} wrong ({code})"), pairs);
     }
-    let message = error.message.as_deref().unwrap_or("the server gives no reason");
-    plain(&format!("{message} ({code})"), advice(error, server).as_deref())
+    plain(&format!("{} ({code})", reason(error)), advice(error, server).as_deref())
 }
 
 /// Returns what a caller can do about an error whose message cannot know this program.
@@ -137,6 +137,10 @@ mod tests {
     fn a_server_that_cannot_be_reached_is_named_with_what_to_do() {
         let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
         let text = shown(&ConnectError::unavailable_from_transport("HTTP request failed", refused).into());
+        assert!(
+            text.starts_with("error: the server cannot be reached: connection refused (unavailable)"),
+            "{text}"
+        );
         assert!(text.contains("the server is http://127.0.0.1:8080"), "{text}");
         assert!(text.contains("--server"), "{text}");
         let text = shown(&ConnectError::unavailable("the VMM does not answer").into());

@@ -25,6 +25,7 @@ fn a_server_that_is_not_there_is_named_with_what_to_do() {
     let url = nowhere();
     for arguments in [&["list"][..], &["boot", "a"], &["watch"], &["wait", "a", "running"], &["health"]] {
         let error = finish(vmcp(&[&["--server", &url], arguments].concat()), "").failed(24);
+        assert!(error.starts_with("error: the server cannot be reached: Connection refused"), "{error}");
         assert!(error.contains("(unavailable)"), "{error}");
         assert!(error.contains(&format!("hint: the server is {url}")), "{error}");
     }
