@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_core::gate::Gate;
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::process::{Command, Found, KillError, Lookup, Process, adopt, find_by_argument};
+use vmm_host::process::{Command, Found, KillError, Lookup, Process, adopt, search_by_argument};
 use vmm_host::socket::DirWatch;
 use vmm_host::{files, run_dir};
 
@@ -248,8 +248,7 @@ async fn first_user_of(
     dir: &Path,
     executable_names: &[impl AsRef<str>],
 ) -> Result<Option<Found>, BackendError> {
-    let dir = dir.to_path_buf();
-    let users = blocking(move || find_by_argument(&dir)).await?;
+    let users = search_by_argument(dir.to_path_buf()).await.map_err(not_cleared)?;
     Ok(users.into_iter().find(|user| user.runs_one_of(executable_names)))
 }
 
@@ -258,11 +257,13 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, BackendError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => {
-            Err(host_error(format!("the run folder's users cannot be cleared: {error}")).caused_by(error))
-        }
+        Ok(Err(error)) => Err(not_cleared(error)),
         Err(error) => Err(host_error("the clearing of a run folder was interrupted").caused_by(error)),
     }
+}
+
+fn not_cleared(error: io::Error) -> BackendError {
+    host_error(format!("the run folder's users cannot be cleared: {error}")).caused_by(error)
 }
 
 fn host_error(message: impl Into<String>) -> BackendError {

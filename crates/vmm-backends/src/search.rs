@@ -3,7 +3,7 @@
 use std::path::Path;
 use vmm_core::reason::Reason;
 
-use vmm_host::process::{Found, find_by_argument};
+use vmm_host::process::{Found, search_by_argument};
 
 /// The reason for which no process is proven to be the VMM of a run, though one may be.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,15 +24,10 @@ pub(crate) struct Unproven {
 /// # Errors
 /// [`Unproven`] if processes cannot be listed, or if several processes use the folder.
 pub(crate) async fn user_of(dir: &Path, names: Vec<String>) -> Result<Option<Found>, Unproven> {
-    let owned = dir.to_path_buf();
-    let hidden = |error: &dyn std::fmt::Display| Unproven {
+    let users = search_by_argument(dir.to_path_buf()).await.map_err(|error| Unproven {
         reason: Reason::ProcessesHidden,
         message: format!("the host's processes cannot be listed: {error}"),
-    };
-    let users = match tokio::task::spawn_blocking(move || find_by_argument(&owned)).await {
-        Ok(users) => users.map_err(|error| hidden(&error))?,
-        Err(error) => return Err(hidden(&error)),
-    };
+    })?;
     one_of(users, &names)
 }
 

@@ -18,7 +18,7 @@ use vmm_core::backend::{AdoptRequest, Adoption, Backend, Launched};
 use vmm_core::kind::VmKind;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::{Change, Commit, Tombstone, VmRecord};
-use vmm_host::process::{Lookup, adopt, find_by_argument};
+use vmm_host::process::{Lookup, adopt, search_by_argument};
 
 use crate::shared::Shared;
 
@@ -123,6 +123,5 @@ async fn kill(launched: Launched) {
 
 async fn nobody_uses_the_folder(shared: &Shared, vm: &VmRecord) -> bool {
     let dir = vm.uid.run_dir(&shared.settings.runtime_dir);
-    let users = tokio::task::spawn_blocking(move || find_by_argument(&dir)).await;
-    matches!(users, Ok(Ok(users)) if users.is_empty())
+    matches!(search_by_argument(dir).await, Ok(users) if users.is_empty())
 }

@@ -20,6 +20,7 @@ mod command;
 mod exit;
 mod find;
 mod procfs;
+mod search;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +42,7 @@ pub use command::{Command, Guarded, Stdin, environment, spawn, spawn_guarded, st
 pub use exit::{ExitStatus, ProcessExit};
 pub use find::{Found, find_by_argument, find_by_option, program_name_of};
 pub use procfs::{Usage, age, arguments_of, boot_id, exe_of, identify, usage};
+pub use search::{search_by_argument, search_by_option};
 
 /// A handle of one process. Clones are handles of the same process, and dropping all of them leaves
 /// the process running.

@@ -27,7 +27,7 @@ use vmm_core::spec::{
 };
 use vmm_core::state::Phase;
 use vmm_core::store::VmRecord;
-use vmm_host::process::{Lookup, find_by_argument};
+use vmm_host::process::{Lookup, search_by_argument};
 
 use super::budget::KILL_LIMIT;
 use super::hold::Hold;
@@ -122,9 +122,7 @@ impl Backend for Nobody {
                 Lookup::Unprovable(why) => return Err(failed(why)),
             }
         }
-        let dir = request.dir.clone();
-        let users = tokio::task::spawn_blocking(move || find_by_argument(&dir)).await;
-        match users.map_err(|error| failed(error.to_string()))? {
+        match search_by_argument(request.dir.clone()).await {
             Ok(users) if users.is_empty() => Ok(()),
             Ok(users) => {
                 let pids: Vec<_> = users.iter().map(|user| user.identity.pid.to_string()).collect();
