@@ -78,15 +78,21 @@ async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
 /// Returns true if the process of a deleted VM has provably gone. A process that this program
 /// started is killed again.
 ///
-/// If the VMM was external, another VM may be at its place by now, which must not be touched. In
-/// that case the process alone is looked at, and never killed.
+/// If the VMM was external, another VM may be at its place by now, which must not be touched. Such a
+/// process is therefore never killed.
 async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
     let known = shared.backends.of_kind(vm.backend.as_str(), &vm.kind).ok();
     match (&vm.run, known) {
-        // The first branch covers external VMMs. The next asks the backend, which can also find a
-        // process that the record does not name. The last two serve VMs whose backend this daemon
+        // The first two branches cover external VMMs. The next asks the backend, which can also find
+        // a process that the record does not name. The last two serve VMs whose backend this daemon
         // does not have.
         (Some(run), _) if vm.kind != VmKind::Managed => matches!(adopt(&run.process), Lookup::Gone),
+        (None, Some(backend)) if vm.kind != VmKind::Managed => {
+            // Without a run, the place alone shows whether something of the VM runs. A VM on record
+            // has the watch of its place, which a look would take away.
+            let taken = shared.index.at_place(&vm.backend, &vm.kind).is_some();
+            !taken && matches!(adopted(shared, &*backend, vm).await, Some(Adoption::Gone { .. }))
+        }
         (_, Some(backend)) => match adopted(shared, &*backend, vm).await {
             Some(Adoption::Gone { .. }) => true,
             Some(

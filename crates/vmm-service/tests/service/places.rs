@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
-    SweepRequest,
+    AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
+    LaunchRequest, Launched, SweepRequest,
 };
 use vmm_core::config::VmConfig;
 use vmm_core::gate::Gate;
@@ -19,7 +19,7 @@ use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
 use vmm_service::ShutdownOptions;
-use vmm_testkit::fake::FakeBackend;
+use vmm_testkit::fake::{Act, FakeBackend, Method};
 
 use crate::common::*;
 
@@ -51,8 +51,17 @@ impl Backend for Landlord {
         self.fake.launch(request).await
     }
 
+    /// Adopts the VM itself. Without a run on record and without such a VM, adopts what runs at the
+    /// place, as a backend does that finds a VM by its socket.
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
-        self.fake.adopt(request).await
+        let adopted = self.fake.adopt(request.clone()).await?;
+        let owner = self.fake.world().living_uids().first().copied();
+        match (adopted, owner) {
+            (Adoption::Gone { .. }, Some(uid)) if request.run.is_none() => {
+                self.fake.adopt(AdoptRequest { uid, ..request }).await
+            }
+            (adopted, _) => Ok(adopted),
+        }
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
@@ -350,4 +359,30 @@ fn a_vm_in_a_place_that_is_not_served_is_left_alone() {
             assert_eq!(bed.world.living(), living, "nothing was touched");
         });
     }
+}
+
+#[test]
+fn what_the_owner_of_a_place_starts_there_outlives_the_tombstone_of_a_deleted_vm() {
+    let bed = Bed::new();
+    on_a_paused_clock(async {
+        let (vms, _tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
+        vms.create("vm", bed.with_disk("d")).await;
+        // A start leaves a process that neither its own clean-up nor a forced deletion can end.
+        bed.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
+        bed.world.always(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        vms.boot("vm").await.unwrap_err();
+        assert_eq!(vms.force_delete("vm").await.unwrap().left_behind.len(), 1);
+        let tombstones = bed.store.tombstones();
+        assert!(
+            matches!(&tombstones[..], [one] if one.vm.run.is_none() && one.vm.kind == VmKind::attached("/a"))
+        );
+        bed.world.behave();
+        // That process ends, and the owner of the place starts a VM of its own there.
+        bed.world.host_dies();
+        let _theirs = foreign(&bed, &bed.config()).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(bed.world.living(), 1, "what runs there now is not this program's to kill");
+        bed.world.host_dies();
+        eventually("the tombstone has gone", || bed.store.tombstones().is_empty()).await;
+    });
 }
