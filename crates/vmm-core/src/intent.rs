@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::caller::Caller;
 use crate::state::Request;
-use crate::store::HostClaim;
+use crate::store::{HostClaim, ProcessScope};
 
 /// An operation that was admitted and has not ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +29,11 @@ pub struct Intent {
     pub caller: Caller,
     /// The time of the admission in Unix milliseconds.
     pub since_ms: i64,
+    /// The scope of the process that the operation may start, or of a process that an earlier
+    /// operation may have left. `None` in records of earlier releases. It serves where no run on
+    /// record identifies the process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<ProcessScope>,
 }
 
 /// An operation, with the data that its recovery needs.
@@ -210,6 +215,11 @@ mod millis {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Namespaces;
+
+    fn scope() -> ProcessScope {
+        ProcessScope { boot_id: "boot".to_owned(), namespaces: Namespaces { pid: 1, time: 2 } }
+    }
 
     fn disk() -> HostClaim {
         HostClaim::Disk { device: 1, inode: 2, writable: true, path: "/d".into(), lies_on: Vec::new() }
@@ -235,9 +245,11 @@ mod tests {
         for (kind, caller) in
             every_kind().into_iter().flat_map(|kind| callers.clone().map(|c| (kind.clone(), c)))
         {
-            let intent = Intent { kind, caller, since_ms: -1 };
-            let json = serde_json::to_string(&intent).unwrap();
-            assert_eq!(serde_json::from_str::<Intent>(&json).unwrap(), intent, "{json}");
+            for scope in [None, Some(scope())] {
+                let intent = Intent { kind: kind.clone(), caller: caller.clone(), since_ms: -1, scope };
+                let json = serde_json::to_string(&intent).unwrap();
+                assert_eq!(serde_json::from_str::<Intent>(&json).unwrap(), intent, "{json}");
+            }
         }
     }
 
@@ -265,6 +277,7 @@ mod tests {
         for (json, recovery) in cases {
             let intent: Intent = serde_json::from_str(json).unwrap();
             assert_eq!((intent.recovery(), intent.since_ms), (recovery, 1), "{json}");
+            assert_eq!(intent.scope, None, "{json}");
             let caller = intent.caller.to_string();
             assert!(json.contains(&format!("\"actor\":\"{caller}\"")), "{json} is of {caller}");
         }
@@ -281,7 +294,8 @@ mod tests {
             patience_ms: Option<u64>,
         }
         for kind in every_kind() {
-            let intent = Intent { kind, caller: Caller::anonymous(Some("::1".to_owned())), since_ms: 5 };
+            let caller = Caller::anonymous(Some("::1".to_owned()));
+            let intent = Intent { kind, caller, since_ms: 5, scope: Some(scope()) };
             let earlier: Earlier = serde_json::from_str(&serde_json::to_string(&intent).unwrap()).unwrap();
             assert_eq!(earlier.request, intent.request());
             assert_eq!((earlier.actor.as_str(), earlier.since_ms), ("anonymous@::1", 5));

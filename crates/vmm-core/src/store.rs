@@ -138,6 +138,24 @@ pub struct Namespaces {
     pub time: u64,
 }
 
+/// The boot and the namespaces in which a process was started. No process survives its boot. Within
+/// the boot, a search proves that there is no such process only in the same namespaces.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessScope {
+    /// The host's boot, as in [`ProcessIdentity::boot_id`].
+    pub boot_id: String,
+    /// The namespaces of the daemon that started the process.
+    pub namespaces: Namespaces,
+}
+
+impl ProcessIdentity {
+    /// Returns the scope in which the process was seen; `None` in records of earlier releases.
+    pub fn scope(&self) -> Option<ProcessScope> {
+        let namespaces = self.namespaces?;
+        Some(ProcessScope { boot_id: self.boot_id.clone(), namespaces })
+    }
+}
+
 /// The VMM of one run, the way to reach it, and its claims on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunRecord {
@@ -218,7 +236,8 @@ pub struct Commit {
 /// use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
-    /// The last record of the VM. Its run identifies the process, where the process is known.
+    /// The last record of the VM. Its run identifies the process, where the process is known. Its
+    /// intent tells the scope of the process otherwise.
     pub vm: VmRecord,
     /// The claims of the process. No other VM may use them until the process has provably ended.
     pub claims: Vec<HostClaim>,

@@ -18,7 +18,7 @@ use vmm_core::backend::{AdoptRequest, Adoption, Backend, Launched};
 use vmm_core::kind::VmKind;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::{Change, Commit, Tombstone, VmRecord};
-use vmm_host::process::{Lookup, adopt, search_by_argument};
+use vmm_host::process::{Lookup, adopt, can_search, search_by_argument};
 
 use crate::shared::Shared;
 
@@ -81,6 +81,11 @@ async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
 /// If the VMM was external, another VM may be at its place by now, which must not be touched. Such a
 /// process is therefore never killed.
 async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
+    let scope = vm.intent.as_ref().and_then(|intent| intent.scope.as_ref());
+    if vm.run.is_none() && can_search(scope).is_err() {
+        // The process may live where the daemon does not see it.
+        return false;
+    }
     let known = shared.backends.of_kind(vm.backend.as_str(), &vm.kind).ok();
     match (&vm.run, known) {
         // The first two branches cover external VMMs. The next asks the backend, which can also find

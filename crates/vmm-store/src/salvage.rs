@@ -74,6 +74,7 @@ fn intent(intent: &Value) -> Intent {
         kind: IntentKind::Boot { claims: claims(&object) },
         caller: read(intent).unwrap_or_else(|| Caller::named("")),
         since_ms: object.get("since_ms").unwrap_or(0),
+        scope: object.get("scope"),
     })
 }
 

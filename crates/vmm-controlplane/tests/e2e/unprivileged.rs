@@ -112,7 +112,7 @@ impl Unprivileged {
             record.run = None;
             record.state = VmState::Created;
             let kind = IntentKind::Boot { claims: Vec::new() };
-            record.intent = Some(Intent { kind, caller: Caller::system(), since_ms: 0 });
+            record.intent = Some(Intent { kind, caller: Caller::system(), since_ms: 0, scope: None });
         });
         // The test wrote as root.
         give_all(&self.world.dir.path().join("state"));

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 use tokio::sync::watch;
 use tracing::Instrument;
-use vmm_core::store::ProcessIdentity;
+use vmm_core::store::{Namespaces, ProcessIdentity, ProcessScope};
 
 use super::{Process, ProcessExit, boot_id, has_ended, procfs};
 use crate::ready;
@@ -75,16 +75,52 @@ pub fn adopt(identity: &ProcessIdentity) -> Lookup {
 /// be of the present ones.
 fn same_namespaces(identity: &ProcessIdentity) -> Result<(), String> {
     let Some(recorded) = identity.namespaces else { return Ok(()) };
-    let here =
-        procfs::namespaces().map_err(|error| format!("the daemon's namespaces cannot be read: {error}"))?;
-    if recorded == here {
-        return Ok(());
-    }
-    let kind = if recorded.pid == here.pid { "time" } else { "PID" };
+    let Some(kind) = other_namespace(recorded)? else { return Ok(()) };
     Err(format!(
         "process {} was recorded in another {kind} namespace than the one the daemon is in now, so its number proves nothing \
          here; run the daemon where it ran then, or end the process by hand and use force",
         identity.pid
+    ))
+}
+
+/// Returns the kind of the namespace in which the daemon is no longer, or `None` if the daemon is in
+/// the recorded namespaces.
+fn other_namespace(recorded: Namespaces) -> Result<Option<&'static str>, String> {
+    let here =
+        procfs::namespaces().map_err(|error| format!("the daemon's namespaces cannot be read: {error}"))?;
+    Ok(match recorded == here {
+        true => None,
+        false if recorded.pid == here.pid => Some("time"),
+        false => Some("PID"),
+    })
+}
+
+/// Returns the scope of the processes that this daemon starts.
+///
+/// # Errors
+/// Returns the kernel's error for `/proc/self/ns` or for the boot id.
+pub fn scope() -> io::Result<ProcessScope> {
+    Ok(ProcessScope { boot_id: boot_id()?, namespaces: procfs::namespaces()? })
+}
+
+/// Checks that a search of this daemon among the host's processes can prove that no process of
+/// `scope` lives. `None` stands for a record of an earlier release, whose processes are taken to be
+/// of the present namespaces.
+///
+/// # Errors
+/// Returns the reason if such a process may live where this daemon does not see it.
+pub fn can_search(scope: Option<&ProcessScope>) -> Result<(), String> {
+    let Some(scope) = scope else { return Ok(()) };
+    // Every process of an earlier boot has ended, whatever its namespace was.
+    match boot_id() {
+        Ok(boot) if boot != scope.boot_id => return Ok(()),
+        Ok(_) => {}
+        Err(error) => return Err(format!("the host's boot id cannot be read: {error}")),
+    }
+    let Some(kind) = other_namespace(scope.namespaces)? else { return Ok(()) };
+    Err(format!(
+        "its process was started in another {kind} namespace than the one the daemon is in now, so that a search here proves \
+         nothing; run the daemon where it ran then, or end the process by hand and delete the VM with force"
     ))
 }
 

@@ -36,7 +36,7 @@ pub use rustix::process::Signal;
 use tokio::sync::watch;
 use vmm_core::store::ProcessIdentity;
 
-pub use adopt::{Lookup, adopt};
+pub use adopt::{Lookup, adopt, can_search, scope};
 pub(crate) use command::close_for_good;
 pub use command::{Command, Guarded, Stdin, environment, spawn, spawn_guarded, start_guarded, starting};
 pub use exit::{ExitStatus, ProcessExit};

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Pid;
-use vmm_core::store::Namespaces;
+use vmm_core::store::{Namespaces, ProcessScope};
 
 use super::*;
 
@@ -260,6 +260,23 @@ async fn a_process_recorded_in_another_namespace_is_not_proven_anything() {
     }
     let older = ProcessIdentity { namespaces: None, ..identity };
     assert!(matches!(adopt(&older), Lookup::Alive(_)), "records of earlier releases do not tell");
+}
+
+#[test]
+fn a_search_proves_nothing_about_another_namespace() {
+    let here = scope().unwrap();
+    let namespaces = here.namespaces;
+    for other in [
+        Namespaces { pid: namespaces.pid + 1, ..namespaces },
+        Namespaces { time: namespaces.time + 1, ..namespaces },
+    ] {
+        let elsewhere = ProcessScope { namespaces: other, ..here.clone() };
+        assert!(can_search(Some(&elsewhere)).unwrap_err().contains("namespace"), "{elsewhere:?}");
+        let rebooted = ProcessScope { boot_id: "another boot".to_owned(), ..elsewhere };
+        assert_eq!(can_search(Some(&rebooted)), Ok(()), "no process outlives its host");
+    }
+    assert_eq!(can_search(Some(&here)), Ok(()));
+    assert_eq!(can_search(None), Ok(()), "records of earlier releases do not tell");
 }
 
 #[test]

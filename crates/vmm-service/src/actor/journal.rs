@@ -24,6 +24,7 @@ use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::state::{EndedBy, Observation, Phase, Request, Status, observe};
 use vmm_core::store::{Change, Commit, Intent, IntentKind, StoreError, StoreErrorKind, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
+use vmm_host::process;
 
 use super::Actor;
 use super::budget::Budget;
@@ -184,11 +185,19 @@ impl Actor {
         caller: &Caller,
     ) -> Result<(), ServiceError> {
         let request = kind.request();
-        let intent = Intent { kind, caller: caller.clone(), since_ms: now_ms() };
+        let intent = self.new_intent(kind, caller.clone());
         let turn = Turn::new(EventKind::OperationStarted, Why::asked(request, caller), self.status(phase));
         self.try_to_conclude(budget, turn.intending(Some(intent))).await?;
         point(FaultPoint::intent_committed(request));
         Ok(())
+    }
+
+    /// Returns an intent that begins now. Its scope is that of a process which an earlier operation
+    /// may have left, or else that of the processes which this daemon starts.
+    pub(super) fn new_intent(&self, kind: IntentKind, caller: Caller) -> Intent {
+        let before = self.record.intent.as_ref().and_then(|intent| intent.scope.clone());
+        let left = before.filter(|_| self.hold.may_be_a_process());
+        Intent { kind, caller, since_ms: now_ms(), scope: left.or_else(|| process::scope().ok()) }
     }
 
     /// Commits a change, or leaves everything as it was.

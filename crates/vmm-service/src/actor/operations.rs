@@ -290,6 +290,11 @@ impl Actor {
         purpose: Sweep,
         run: Option<RunRecord>,
     ) -> Result<(), Broken> {
+        // A process in another namespace would outlive a sweep that finds nothing.
+        if let Err(why) = self.can_search(run.as_ref()) {
+            let error = BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why);
+            return Err(Broken::Backend(error));
+        }
         let backend = Arc::clone(&self.backend);
         let request = SweepRequest {
             uid: self.record.uid,

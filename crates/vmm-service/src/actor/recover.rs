@@ -23,12 +23,12 @@ use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, Request, VmState, observe};
 use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
+use vmm_host::process;
 
 use super::budget::{Broken, Budget};
 use super::hold::{Hold, Next};
 use super::journal::{Turn, Why};
 use super::{Actor, Flow};
-use crate::clock::now_ms;
 use crate::mailbox::Operation;
 use crate::operation_log::Ending;
 use crate::sockets::Sockets;
@@ -159,8 +159,22 @@ impl Actor {
         }
     }
 
+    /// Checks that a search in the daemon's namespaces can prove the end of the VM's process. The
+    /// process is that of `run`, or else that of the start whose intent is on record.
+    ///
+    /// # Errors
+    /// Returns the reason if the process may live in another namespace, where the daemon does not
+    /// see it.
+    pub(super) fn can_search(&self, run: Option<&RunRecord>) -> Result<(), String> {
+        let scope = match run {
+            Some(run) => run.process.scope(),
+            None => self.record.intent.as_ref().and_then(|intent| intent.scope.clone()),
+        };
+        process::can_search(scope.as_ref())
+    }
+
     fn host_rebooted(&self) -> bool {
-        match (&self.record.run, vmm_host::process::boot_id()) {
+        match (&self.record.run, process::boot_id()) {
             (Some(run), Ok(now)) => run.process.boot_id != now,
             (Some(_) | None, _) => false,
         }
@@ -182,6 +196,12 @@ impl Actor {
 
     /// Asks the backend for the VM's process, within [`ADOPT_LIMIT`].
     async fn adopt(&mut self) -> Result<Adoption, Broken> {
+        // The backend compares the namespaces of a recorded run itself, and may know more.
+        if self.record.run.is_none()
+            && let Err(message) = self.can_search(None)
+        {
+            return Ok(Adoption::Unreachable { reason: Reason::IdentityUnproven, message, launched: None });
+        }
         let backend = Arc::clone(&self.backend);
         let request = AdoptRequest {
             instance: self.shared.instance,
@@ -385,7 +405,7 @@ impl Actor {
     pub(super) fn orphan_intent(&self, caller: Option<&Caller>) -> Option<Intent> {
         let claims = self.shared.claims.held_by(self.record.uid);
         let caller = caller.cloned().unwrap_or_else(|| Caller::named("unknown"));
-        Some(Intent { kind: IntentKind::Boot { claims }, caller, since_ms: now_ms() })
+        Some(self.new_intent(IntentKind::Boot { claims }, caller))
     }
 
     /// Finishes a deletion that was in progress, because its name must not stay taken. A deletion

@@ -5,7 +5,7 @@ use std::time::Duration;
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause, GuestState};
 use vmm_core::intent::DEFAULT_PATIENCE;
 use vmm_core::state::{Phase, Request, Status, VmState};
-use vmm_core::store::{Intent, IntentKind, VmRecord};
+use vmm_core::store::{Intent, IntentKind, Namespaces, ProcessScope, VmRecord};
 use vmm_testkit::fake::{Act, Method};
 
 use crate::common::*;
@@ -32,7 +32,7 @@ fn intent_of(request: Request, ask_guest_for: Option<Duration>) -> IntentKind {
 fn interrupt_by(bed: &Bed, kind: IntentKind, phase: Phase) {
     let before = bed.stored("a");
     bed.store.put(VmRecord {
-        intent: Some(Intent { kind, caller: me(), since_ms: 1 }),
+        intent: Some(Intent { kind, caller: me(), since_ms: 1, scope: None }),
         status: Status::plain(phase, 1),
         generation: before.generation + 1,
         ..before
@@ -422,4 +422,55 @@ fn an_interrupted_plain_deletion_is_finished_without_force() {
         !causes.is_empty() && causes.iter().all(|cause| *cause == "DeleteVm"),
         "nobody asked for force: {causes:?}"
     );
+}
+
+/// The scope of a process that a daemon in another PID namespace has started.
+fn elsewhere() -> ProcessScope {
+    let here = vmm_host::process::scope().unwrap();
+    ProcessScope { namespaces: Namespaces { pid: here.namespaces.pid + 1, ..here.namespaces }, ..here }
+}
+
+/// Changes the scope of the intent on record.
+fn move_daemon(bed: &Bed, scope: Option<ProcessScope>) {
+    let before = bed.stored("a");
+    let intent = before.intent.clone().map(|intent| Intent { scope, ..intent });
+    bed.store.put(VmRecord { intent, generation: before.generation + 1, ..before });
+}
+
+#[test]
+fn a_start_in_another_pid_namespace_holds_its_disk_though_a_search_finds_nothing() {
+    let bed = Bed::new();
+    boot_dies_after_launch(&bed);
+    let here = bed.stored("a").intent.unwrap().scope;
+    assert_eq!(here, Some(vmm_host::process::scope().unwrap()), "a start is recorded with its scope");
+    move_daemon(&bed, Some(elsewhere()));
+    // The daemon does not see the processes of the other namespace.
+    bed.world.host_dies();
+    bed.life(async |vms| {
+        assert_eq!((vms.phase("a"), vms.reason("a").as_str()), (Phase::Unreachable, "identity-unproven"));
+        let text = refused(vms.boot("b").await, "precondition");
+        assert!(text.contains("VM \"a\""), "{text}");
+        // Force cannot prove the end either, and the disk stays held after the VM is gone.
+        assert_eq!(vms.force_delete("a").await.unwrap().left_behind[0].field, "process");
+        refused(vms.boot("b").await, "precondition");
+    });
+    for _ in 0..2 {
+        bed.life(async |vms| {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            refused(vms.boot("b").await, "precondition");
+            assert_eq!(bed.store.tombstones().len(), 1);
+        });
+    }
+}
+
+#[test]
+fn a_start_of_an_earlier_boot_of_the_host_has_ended_in_every_namespace() {
+    let bed = Bed::new();
+    boot_dies_after_launch(&bed);
+    move_daemon(&bed, Some(ProcessScope { boot_id: "an earlier one".to_owned(), ..elsewhere() }));
+    bed.world.host_dies();
+    bed.life(async |vms| {
+        assert_eq!(vms.reason("a"), "boot-interrupted");
+        vms.boot("b").await.expect("the disk is free");
+    });
 }

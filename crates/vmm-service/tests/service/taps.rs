@@ -285,7 +285,7 @@ fn a_deletion_that_a_crash_cut_short_removes_the_taps() {
     });
     let before = bed.stored("a");
     bed.store.put(VmRecord {
-        intent: Some(Intent { kind: IntentKind::Delete, caller: me(), since_ms: 1 }),
+        intent: Some(Intent { kind: IntentKind::Delete, caller: me(), since_ms: 1, scope: None }),
         generation: before.generation + 1,
         ..before
     });

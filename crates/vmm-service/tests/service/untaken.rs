@@ -187,7 +187,7 @@ fn a_deletion_that_was_under_way_is_finished() {
         let bed = Bed::new();
         left_unknown(&bed, VmState::Created, |record| {
             unknown(record);
-            record.intent = Some(Intent { kind: IntentKind::Delete, caller: me(), since_ms: 1 });
+            record.intent = Some(Intent { kind: IntentKind::Delete, caller: me(), since_ms: 1, scope: None });
         });
         bed.life(async |vms| {
             refused(vms.service.get("a").map(drop), "not-found");

@@ -13,7 +13,7 @@ use vmm_core::kind::VmKind;
 use vmm_core::state::{EndedBy, Phase, Status, VmState};
 use vmm_core::store::{
     Change, Commit, DiskKey, EventQuery, HostClaim, Intent, IntentKind, Namespaces, ProcessIdentity,
-    Requested, RunRecord, Sent, Snapshot, Store, StoreError, StoreErrorKind, VmRecord,
+    ProcessScope, Requested, RunRecord, Sent, Snapshot, Store, StoreError, StoreErrorKind, VmRecord,
 };
 
 /// Returns the record of a new VM called `name`, with a value in every field.
@@ -49,6 +49,10 @@ pub fn record(name: &str) -> VmRecord {
             },
             caller: Caller::anonymous(Some("10.0.0.1".to_owned())),
             since_ms: -1,
+            scope: Some(ProcessScope {
+                boot_id: "boot".to_owned(),
+                namespaces: Namespaces { pid: u64::MAX, time: 0 },
+            }),
         }),
         run: Some(RunRecord {
             process: ProcessIdentity {

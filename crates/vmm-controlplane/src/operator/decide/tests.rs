@@ -207,8 +207,8 @@ fn a_second_vmm_of_a_known_vm_is_reported_unless_the_daemon_is_about_to_settle_i
         assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, Decision::Report)]);
     }
     let record = facts.records.get_mut(&uid).unwrap();
-    record.intent =
-        Some(Intent { kind: IntentKind::Boot { claims: Vec::new() }, caller: Caller::system(), since_ms: 0 });
+    let kind = IntentKind::Boot { claims: Vec::new() };
+    record.intent = Some(Intent { kind, caller: Caller::system(), since_ms: 0, scope: None });
     assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, Decision::Keep)]);
 }
 

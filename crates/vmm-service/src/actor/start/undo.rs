@@ -4,7 +4,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Sweep};
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, Request, observe};
-use vmm_core::store::{Intent, IntentKind};
+use vmm_core::store::IntentKind;
 
 use super::{Intended, NotStarted, Reserved, Start, TapsProvided};
 use crate::actor::Actor;
@@ -12,7 +12,6 @@ use crate::actor::budget::{Broken, Budget};
 use crate::actor::hold::{Hold, Next};
 use crate::actor::journal::{Turn, Why};
 use crate::actor::launch::launched_nothing;
-use crate::clock::now_ms;
 use crate::error::ServiceError;
 
 impl Actor {
@@ -170,7 +169,7 @@ impl Actor {
         self.take_hold(Hold::Orphan(handle));
         self.next = Next::look();
         let kind = IntentKind::Boot { claims: reserved.claims };
-        let intent = Intent { kind, caller: start.caller.clone(), since_ms: now_ms() };
+        let intent = self.new_intent(kind, start.caller.clone());
         let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotEnd, left.to_string());
         let why = Why::asked(start.request, start.caller);
         let turn = Turn::new(EventKind::OperationFailed, why, status)
