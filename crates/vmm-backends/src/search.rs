@@ -51,6 +51,7 @@ mod tests {
     fn found(pid: u32, exe: Option<&str>) -> Found {
         Found {
             identity: ProcessIdentity { pid, start_ticks: 1, boot_id: "boot".to_owned(), namespaces: None },
+            uid: 0,
             args: vec!["/usr/bin/vmm".into(), "/run/x/s".into()],
             exe: exe.map(Into::into),
         }

@@ -10,8 +10,9 @@ use vmm_host::process::{self, Lookup, Process};
 use vmm_libvirt_wire::{Call, Domain, DomainState};
 
 use super::convert::restarts;
-use super::domain::{Owner, find_qemu, is_active, owner};
+use super::domain::{Owner, is_active, owner};
 use super::link::CallError;
+use super::process::Sought;
 use super::run::{Facts, assemble, live_taps};
 use super::{LibvirtBackend, domain_of};
 
@@ -30,7 +31,9 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
     let domain = domain_of(&request.kind, request.uid);
     // The watch begins before the first look, so that no event falls between the two.
     let watched = backend.link.watch(domain);
-    let process = match find_qemu(domain, &backend.options.emulator).await {
+    let recorded = request.run.as_ref().map(|run| &run.process);
+    let sought = Sought { domain, imported: request.imported, recorded };
+    let process = match backend.find_qemu(sought, LOOKING).await {
         Ok(process) => process,
         Err(why) => return unreachable(Reason::IdentityUnproven, why),
     };

@@ -22,8 +22,9 @@ use vmm_libvirt_wire::{Call, Domain, Got};
 
 use super::LibvirtBackend;
 use super::describe::{Described, describe};
-use super::domain::{LOOKING, Owner, find_qemu, guest_state, is_active, owner};
+use super::domain::{LOOKING, Owner, guest_state, is_active, owner};
 use super::link::Stray;
+use super::process::Sought;
 use super::run::{Facts, assemble};
 
 /// The most findings that wait for the receiver.
@@ -199,7 +200,8 @@ impl Seen {
     ) -> Result<vmm_core::backend::Launched, String> {
         let (backend, uuid) = (&self.backend, domain.uuid);
         let watched = backend.link.watch(uuid);
-        let process = find_qemu(uuid, &backend.options.emulator).await?;
+        let sought = Sought { domain: uuid, imported: !ours, recorded: None };
+        let process = backend.find_qemu(sought, LOOKING).await?;
         let process = process.ok_or("the domain runs, but this host shows no such process")?;
         let facts = Facts {
             domain: uuid,

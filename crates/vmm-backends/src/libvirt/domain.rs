@@ -1,13 +1,10 @@
-//! Reads libvirt's answers about domains: the owner, the state, and the process.
+//! Reads libvirt's answers about domains: the owner and the state.
 
-use std::path::Path;
 use std::time::Duration;
 
 use uuid::Uuid;
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState};
+use vmm_core::backend::GuestState;
 use vmm_core::id::InstanceId;
-use vmm_host::path::real_name;
-use vmm_host::process::{self, Lookup, Process, find_by_option};
 use vmm_libvirt_wire::{Call, Domain, DomainState, Got, MARK_NAMESPACE};
 
 use super::link::{CallError, Link};
@@ -101,53 +98,6 @@ fn one(got: Got) -> Result<Option<Domain>, CallError> {
 /// Returns the error for an answer to another question.
 pub(super) fn senseless(got: &Got) -> CallError {
     CallError::Senseless(format!("an answer to another question: {got:?}").chars().take(200).collect())
-}
-
-/// Finds the QEMU of a domain, whose UUID libvirt puts into its arguments. Returns `None` if there
-/// is none.
-///
-/// # Errors
-/// Returns the reason if the process cannot be identified. The caller must not end any process
-/// then.
-pub(super) async fn find_qemu(uuid: Uuid, emulator: &Path) -> Result<Option<Process>, String> {
-    let own = real_name(emulator);
-    let found = tokio::task::spawn_blocking(move || find_by_option("-uuid", &uuid.to_string())).await;
-    let found = match found {
-        Ok(Ok(found)) => found,
-        Ok(Err(error)) => return Err(format!("the host's processes cannot be listed: {error}")),
-        Err(error) => return Err(error.to_string()),
-    };
-    // Any local user can start a program with this UUID among its arguments, so the name of the
-    // executable is checked, too.
-    let is_qemu = |name: &str| {
-        name.starts_with("qemu-system-") || matches!(name, "qemu-kvm" | "kvm") || own.as_deref() == Some(name)
-    };
-    let mut ours = found
-        .into_iter()
-        .filter(|found| found.program_name().and_then(|name| name.to_str()).is_some_and(is_qemu));
-    let Some(qemu) = ours.next() else { return Ok(None) };
-    // Two processes with one UUID cannot be told apart here. Neither is touched, because one of
-    // them may be another user's.
-    if let Some(other) = ours.next() {
-        return Err(format!(
-            "processes {} and {} both claim to be the domain {uuid}",
-            qemu.identity.pid, other.identity.pid
-        ));
-    }
-    match process::adopt(&qemu.identity) {
-        Lookup::Alive(process) => Ok(Some(process)),
-        Lookup::Gone => Ok(None),
-        Lookup::Unprovable(why) => Err(why),
-    }
-}
-
-/// Returns the error for a process whose owner is not proven.
-pub(super) fn unproven(why: String) -> BackendError {
-    BackendError::new(
-        BackendErrorKind::Host,
-        Effect::NotApplied,
-        format!("{why}; end it by hand and try again"),
-    )
 }
 
 #[cfg(test)]

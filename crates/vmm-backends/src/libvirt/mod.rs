@@ -23,8 +23,10 @@ mod domain;
 pub mod helper;
 mod keeper;
 mod link;
+mod process;
 mod run;
 mod start;
+mod sweep;
 mod vmm;
 mod watch;
 mod xml;
@@ -37,7 +39,7 @@ use async_trait::async_trait;
 use uuid::Uuid;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
-    Sweep, SweepRequest,
+    SweepRequest,
 };
 use vmm_core::capabilities::{EndpointMode, MachineFact, PanicFact};
 use vmm_core::id::VmUid;
@@ -45,7 +47,6 @@ use vmm_core::kind::VmKind;
 use vmm_core::place::Discover;
 use vmm_core::report::Report;
 use vmm_core::spec::VmSpec;
-use vmm_libvirt_wire::{Call, FailureKind};
 
 use crate::qemu::convert::Accelerator;
 use crate::qemu::{self, KvmMode};
@@ -56,14 +57,6 @@ pub use crate::qemu::NAME;
 
 /// The longest wait of a health check for a connection.
 const CONNECTING: Duration = Duration::from_secs(3);
-/// The time limit of libvirt in a sweep. The service waits two seconds, and ten for a deletion
-/// without force.
-const SWEEPING: Duration = Duration::from_millis(1800);
-/// The time limit of libvirt in a deletion without force, because libvirt waits for a disk then.
-const DELETING: Duration = Duration::from_secs(9);
-/// The part of these limits for the end of a domain, before its QEMU is killed.
-const DESTROYING: Duration = Duration::from_millis(500);
-
 /// The settings of the backend.
 #[derive(Clone, Debug)]
 pub struct LibvirtOptions {
@@ -142,14 +135,6 @@ impl LibvirtBackend {
     fn is_up(&self) -> bool {
         matches!(self.link.state(), State::Up(_))
     }
-
-    /// Removes the definition of a domain. Succeeds if there is none.
-    async fn undefine(&self, uuid: Uuid, everything: bool, within: Duration) -> Result<(), BackendError> {
-        match self.link.order(Call::Undefine { uuid, everything }, within).await {
-            Err(error) if error.refusal() == Some(FailureKind::NoDomain) => Ok(()),
-            result => Ok(result?),
-        }
-    }
 }
 
 fn capabilities() -> Capabilities {
@@ -189,33 +174,7 @@ impl Backend for LibvirtBackend {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        let uuid = domain_of(&request.kind, request.uid);
-        let limit = if request.purpose == Sweep::Delete { DELETING } else { SWEEPING };
-        if request.imported && !request.purpose.is_forced() {
-            return match request.purpose {
-                // A domain of another client goes on, because this program did not start it.
-                Sweep::Clear | Sweep::End => Ok(()),
-                Sweep::Delete | Sweep::ForceDelete => self.undefine(uuid, false, limit).await,
-            };
-        }
-        // Without a connection to libvirt, the file in the run folder shows whether there is a
-        // definition to remove. A VM that was never defined can be deleted without libvirt.
-        let deletes = matches!(request.purpose, Sweep::Delete | Sweep::ForceDelete);
-        let was_defined = request.imported || self.is_up() || start::was_defined(&request.dir);
-        let undefines = deletes && was_defined;
-        let runs = !matches!(domain::find_qemu(uuid, &self.options.emulator).await, Ok(None));
-        // The definition is removed first, so that no other client can start the domain in between.
-        // A running domain disappears when it ends.
-        let patience = if runs { limit / 2 } else { limit };
-        let undefined =
-            if undefines { self.undefine(uuid, !request.imported, patience).await } else { Ok(()) };
-        if runs {
-            self.end(uuid, DESTROYING).await?;
-        }
-        // The failure to remove the definition is returned last, because the QEMU must be ended and
-        // the folder cleared in any case.
-        start::clear(&request.dir).await?;
-        undefined
+        sweep::sweep(self, request).await
     }
 
     async fn ping(&self) -> BackendHealth {

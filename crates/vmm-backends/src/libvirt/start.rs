@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use uuid::Uuid;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Vmm as _};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
@@ -20,8 +19,9 @@ use vmm_host::run_dir;
 use vmm_libvirt_wire::{Call, Domain, DomainState};
 
 use super::convert::{self, Inputs};
-use super::domain::{LOOKING, Owner, find_qemu, is_active, owner};
-use super::link::{CallError, Link, Watched};
+use super::domain::{LOOKING, Owner, is_active, owner};
+use super::link::{CallError, Watched};
+use super::process::{Sought, unproven};
 use super::run::{Facts, assemble};
 use super::{LibvirtBackend, domain_of};
 use crate::qemu::convert::Accelerator;
@@ -59,7 +59,7 @@ pub(super) async fn launch(
     let watched = backend.link.watch(facts.domain);
     clear(&request.dir).await?;
     // libvirt may not have noticed the end of the last run yet, and would refuse a new start then.
-    let known = settled(&backend.link, facts.domain).await?;
+    let known = settled(backend, sought(&facts)).await?;
     if let Some(domain) = &known
         && !request.imported
         && owner(domain) != Owner::Instance(request.instance)
@@ -97,19 +97,21 @@ async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Resu
     let begun = async {
         backend.link.order(Call::Start { uuid }, STARTING).await.map_err(slow)?;
         point(FaultPoint::LaunchSpawned);
-        qemu_of(backend, uuid).await
+        qemu_of(backend, sought(&facts)).await
     };
     let process = match begun.await {
         Ok(process) => process,
         // The call may have timed out at the daemon and succeeded at libvirt, so the domain is
         // ended after every error.
-        Err(error) => return Err(undo(backend, uuid, error).await),
+        Err(error) => return Err(undo(backend, sought(&facts), error).await),
     };
     let facts = facts.with_live_taps(&backend.link).await;
     let run = facts.record(&process);
-    let (vmm, launched) = assemble(&backend.link, watched, process, facts, run, DomainState::Paused);
+    let imported = facts.imported;
+    let (vmm, launched) = assemble(&backend.link, watched, process.clone(), facts, run, DomainState::Paused);
     if let Err(error) = vmm.resume().await {
-        return Err(undo(backend, uuid, error).await);
+        let sought = Sought { domain: uuid, imported, recorded: Some(process.identity()) };
+        return Err(undo(backend, sought, error).await);
     }
     point(FaultPoint::LaunchStarted);
     Ok(launched)
@@ -123,7 +125,7 @@ async fn take_over(
     facts: Facts,
     state: DomainState,
 ) -> Result<Launched, BackendError> {
-    let process = qemu_of(backend, facts.domain).await?;
+    let process = qemu_of(backend, sought(&facts)).await?;
     tracing::debug!(domain = %facts.domain, "the domain runs already and is taken over");
     let facts = facts.with_live_taps(&backend.link).await;
     let run = facts.record(&process);
@@ -132,9 +134,14 @@ async fn take_over(
     Ok(launched)
 }
 
-async fn qemu_of(backend: &LibvirtBackend, uuid: Uuid) -> Result<Process, BackendError> {
+/// Returns the search for the QEMU of a run that is not on record.
+const fn sought(facts: &Facts) -> Sought<'static> {
+    Sought { domain: facts.domain, imported: facts.imported, recorded: None }
+}
+
+async fn qemu_of(backend: &LibvirtBackend, sought: Sought<'_>) -> Result<Process, BackendError> {
     let host = |message: String| BackendError::new(BackendErrorKind::Host, Effect::Applied, message);
-    match find_qemu(uuid, &backend.options.emulator).await {
+    match backend.find_qemu(sought, LOOKING).await {
         Ok(Some(process)) => Ok(process),
         Ok(None) => Err(host(
             "libvirt has started the domain, but the daemon sees no such process: libvirtd and the daemon must share the host's processes"
@@ -145,8 +152,8 @@ async fn qemu_of(backend: &LibvirtBackend, uuid: Uuid) -> Result<Process, Backen
 }
 
 /// Ends the domain of a start that failed, and returns the error of the start.
-async fn undo(backend: &LibvirtBackend, uuid: Uuid, mut error: BackendError) -> BackendError {
-    error.effect = match backend.end(uuid, Duration::from_secs(2)).await {
+async fn undo(backend: &LibvirtBackend, sought: Sought<'_>, mut error: BackendError) -> BackendError {
+    error.effect = match backend.end(sought, Duration::from_secs(2)).await {
         Ok(()) => Effect::NotApplied,
         Err(stuck) => {
             error.message = format!("{}; and what it left could not be ended: {stuck}", error.message);
@@ -157,14 +164,17 @@ async fn undo(backend: &LibvirtBackend, uuid: Uuid, mut error: BackendError) -> 
 }
 
 /// Returns the domain once libvirt has noticed the end of its last QEMU.
-async fn settled(link: &Link, uuid: Uuid) -> Result<Option<Domain>, BackendError> {
+pub(super) async fn settled(
+    backend: &LibvirtBackend,
+    sought: Sought<'_>,
+) -> Result<Option<Domain>, BackendError> {
     let deadline = Instant::now() + NOTICING;
     loop {
-        let known = link.look(uuid, LOOKING).await?;
+        let known = backend.link.look(sought.domain, LOOKING).await?;
         let Some(domain) = &known else { return Ok(None) };
         let is_ending = is_active(domain.state)
             && (domain.state == DomainState::ShuttingDown
-                || matches!(find_qemu(uuid, Path::new("")).await, Ok(None)));
+                || matches!(backend.find_qemu(sought, LOOKING).await, Ok(None)));
         if !is_ending || Instant::now() > deadline {
             return Ok(known);
         }
@@ -331,14 +341,15 @@ impl LibvirtBackend {
     }
 
     /// Ends a domain by libvirt, or else its proven process. Returns once no QEMU of it runs.
-    pub(super) async fn end(&self, uuid: Uuid, patience: Duration) -> Result<(), BackendError> {
+    pub(super) async fn end(&self, sought: Sought<'_>, patience: Duration) -> Result<(), BackendError> {
         // libvirt ends the domain properly and frees what it holds for it. The process is killed
         // only if it still runs afterwards, whatever libvirt answered.
+        let uuid = sought.domain;
         let ended = self.link.order(Call::Destroy { uuid }, patience).await;
         if let Err(error) = &ended {
             tracing::debug!(%error, domain = %uuid, "libvirt did not end the domain");
         }
-        match find_qemu(uuid, &self.options.emulator).await {
+        match self.find_qemu(sought, patience).await {
             Ok(None) => Ok(()),
             Ok(Some(process)) => {
                 process.kill_and_wait(Duration::from_secs(1)).await.map(|_| ()).map_err(|error| {
@@ -346,7 +357,7 @@ impl LibvirtBackend {
                         .caused_by(error)
                 })
             }
-            Err(why) => Err(super::domain::unproven(why)),
+            Err(why) => Err(unproven(why)),
         }
     }
 }

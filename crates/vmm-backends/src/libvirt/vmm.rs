@@ -130,8 +130,8 @@ impl Means for LibvirtVmm {
             .then(|| Box::pin(self.order(Call::Destroy { uuid: self.domain })) as ladder::Call<'_>)
     }
 
-    /// Kills QEMU's process, of an imported domain by force only. libvirt's mark in the arguments
-    /// proves the process, and the pidfd still names it.
+    /// Kills QEMU's process, of an imported domain by force only. The user of the process and the
+    /// UUID in its arguments have proven the process, and the pidfd still names it.
     async fn end_process(&self, forced: bool, _reached: EndedBy) -> Result<EndedBy, BackendError> {
         if self.imported && !forced {
             let message = "the guest has not shut down, and another program made the domain: use force to have libvirt end it";

@@ -22,6 +22,7 @@ macro_rules! libvirtd_or_skip {
     };
 }
 
+mod foreign;
 mod interfaces;
 mod kinds;
 mod shutdown;

@@ -21,6 +21,9 @@ const EXEC_POLL_INTERVAL: Duration = Duration::from_millis(1);
 pub struct Found {
     /// The identity of the process. [`super::adopt`] makes a handle of it.
     pub identity: ProcessIdentity,
+    /// The real user id of the process. No user can start a process with another user's id, so this
+    /// is the one fact here that cannot be forged.
+    pub uid: u32,
     /// The program's real path; `None` where the kernel hides it, as for another user's process and
     /// for a program with file capabilities.
     pub exe: Option<PathBuf>,
@@ -122,14 +125,14 @@ pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
     };
     let ours = rustix::process::getuid().as_raw();
     let mut found = find(is_wanted, may_become)?;
-    // An ended process has no user id, and is left out too.
-    found.retain(|found| procfs::real_uid(found.identity.pid).is_ok_and(|uid| uid == ours));
+    found.retain(|found| found.uid == ours);
     Ok(found)
 }
 
 /// Finds every process, this daemon excepted, that has the argument `option` followed by `value`,
 /// as in `-uuid UUID`. Processes of other users are included, because libvirt runs its VMMs under a
-/// user of its own and confirms which process is which.
+/// user of its own. The caller must compare [`Found::uid`] with the user of the process that is
+/// meant, because any user can start a program with any arguments.
 ///
 /// # Errors
 /// Fails as [`find_by_argument`] does.
@@ -173,10 +176,11 @@ fn examine(
     let start_ticks = procfs::stat(pid).ok()?.start_ticks;
     let args = procfs::arguments(pid).ok()?;
     let exe = procfs::exe_of(pid).ok();
+    let uid = procfs::real_uid(pid).ok()?;
     if !is_wanted(&args) || procfs::stat(pid).ok()?.start_ticks != start_ticks {
         return None;
     }
-    Some(Found { identity: procfs::identity(pid, start_ticks).ok()?, exe, args })
+    Some(Found { identity: procfs::identity(pid, start_ticks).ok()?, uid, exe, args })
 }
 
 /// Returns true if `text` names the path `needle` or a path below it.

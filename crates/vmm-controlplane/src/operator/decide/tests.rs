@@ -25,6 +25,7 @@ fn identity(pid: u32) -> ProcessIdentity {
 fn user(pid: u32, exe: &str, args: &[String]) -> User {
     let found = Found {
         identity: identity(pid),
+        uid: 0,
         exe: Some(PathBuf::from(exe)),
         args: args.iter().map(Into::into).collect(),
     };

@@ -1,0 +1,92 @@
+//! Clears up after a domain, within the limits of what a sweep may end.
+//!
+//! ```text
+//!              own domain                        domain of another client
+//!   Clear      ended                             left alone
+//!   End        ended                             ended
+//!   Delete     undefined and ended               undefined
+//!   ForceDelete  undefined and ended             undefined and ended
+//! ```
+
+use std::time::Duration;
+
+use vmm_core::backend::{BackendError, Sweep, SweepRequest};
+use vmm_libvirt_wire::{Call, FailureKind};
+
+use super::process::Sought;
+use super::{LibvirtBackend, domain_of, start};
+
+/// The time limit of libvirt in a sweep. The service waits two seconds, and ten for a deletion
+/// without force.
+const SWEEPING: Duration = Duration::from_millis(1800);
+/// The time limit of libvirt in a deletion without force, because libvirt waits for a disk then.
+const DELETING: Duration = Duration::from_secs(9);
+/// The part of these limits for the end of a domain, before its QEMU is killed.
+const DESTROYING: Duration = Duration::from_millis(500);
+
+/// The time limit of libvirt for the user of an imported domain's QEMU.
+const TELLING: Duration = Duration::from_millis(300);
+
+/// Clears up after the domain of `request`.
+pub(super) async fn sweep(backend: &LibvirtBackend, request: SweepRequest) -> Result<(), BackendError> {
+    let domain = domain_of(&request.kind, request.uid);
+    let recorded = request.run.as_ref().map(|run| &run.process);
+    let sought = Sought { domain, imported: request.imported, recorded };
+    // Without a connection to libvirt, the file in the run folder shows whether there is a
+    // definition to remove. A VM that was never defined can be deleted without libvirt.
+    let may_be_defined = request.imported || backend.is_up() || start::was_defined(&request.dir);
+    match request.purpose {
+        // A domain of another client goes on, because this program did not start it.
+        Sweep::Clear if request.imported => Ok(()),
+        Sweep::Clear | Sweep::End => {
+            if may_run(backend, sought).await {
+                backend.end(sought, DESTROYING).await?;
+            }
+            start::clear(&request.dir).await
+        }
+        Sweep::Delete => {
+            let runs = !request.imported && may_run(backend, sought).await;
+            let undefined = if may_be_defined { undefine(backend, sought, DELETING).await } else { Ok(()) };
+            if runs {
+                backend.end(sought, DESTROYING).await?;
+            }
+            if !request.imported {
+                start::clear(&request.dir).await?;
+            }
+            undefined
+        }
+        Sweep::ForceDelete => {
+            let runs = may_run(backend, sought).await;
+            // The definition is removed first, so that no other client can start the domain in
+            // between. A running domain disappears when it ends.
+            let patience = if runs { SWEEPING / 2 } else { SWEEPING };
+            let undefined = if may_be_defined { undefine(backend, sought, patience).await } else { Ok(()) };
+            if runs {
+                backend.end(sought, DESTROYING).await?;
+            }
+            // The failure to remove the definition is returned last, because the QEMU must be ended
+            // and the folder cleared in any case.
+            start::clear(&request.dir).await?;
+            undefined
+        }
+    }
+}
+
+/// Returns true unless the domain provably has no QEMU.
+async fn may_run(backend: &LibvirtBackend, sought: Sought<'_>) -> bool {
+    !matches!(backend.find_qemu(sought, TELLING).await, Ok(None))
+}
+
+/// Removes the definition of a domain. Succeeds if there is none. libvirt's own files of a domain
+/// that another client created stay.
+async fn undefine(
+    backend: &LibvirtBackend,
+    sought: Sought<'_>,
+    within: Duration,
+) -> Result<(), BackendError> {
+    let call = Call::Undefine { uuid: sought.domain, everything: !sought.imported };
+    match backend.link.order(call, within).await {
+        Err(error) if error.refusal() == Some(FailureKind::NoDomain) => Ok(()),
+        result => Ok(result?),
+    }
+}
