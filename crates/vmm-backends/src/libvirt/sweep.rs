@@ -4,16 +4,18 @@
 //!              own domain                        domain of another client
 //!   Clear      ended                             left alone
 //!   End        ended                             ended
-//!   Delete     undefined and ended               undefined
+//!   Delete     refused while it runs, or else    refused while it runs, or else
+//!              undefined                         undefined
 //!   ForceDelete  undefined and ended             undefined and ended
 //! ```
 
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, Sweep, SweepRequest};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Sweep, SweepRequest};
 use vmm_libvirt_wire::{Call, FailureKind};
 
-use super::process::Sought;
+use super::domain::{LOOKING, is_active};
+use super::process::{Sought, unproven};
 use super::{LibvirtBackend, domain_of, start};
 
 /// The time limit of libvirt in a sweep. The service waits two seconds, and ten for a deletion
@@ -26,6 +28,8 @@ const DESTROYING: Duration = Duration::from_millis(500);
 
 /// The time limit of libvirt for the user of an imported domain's QEMU.
 const TELLING: Duration = Duration::from_millis(300);
+/// The time in which a QEMU must end that libvirt reports as ended.
+const GOING: Duration = Duration::from_millis(500);
 
 /// Clears up after the domain of `request`.
 pub(super) async fn sweep(backend: &LibvirtBackend, request: SweepRequest) -> Result<(), BackendError> {
@@ -45,15 +49,11 @@ pub(super) async fn sweep(backend: &LibvirtBackend, request: SweepRequest) -> Re
             start::clear(&request.dir).await
         }
         Sweep::Delete => {
-            let runs = !request.imported && may_run(backend, sought).await;
-            let undefined = if may_be_defined { undefine(backend, sought, DELETING).await } else { Ok(()) };
-            if runs {
-                backend.end(sought, DESTROYING).await?;
+            refuse_if_it_runs(backend, sought, may_be_defined).await?;
+            if may_be_defined {
+                undefine(backend, sought, DELETING).await?;
             }
-            if !request.imported {
-                start::clear(&request.dir).await?;
-            }
-            undefined
+            if request.imported { Ok(()) } else { start::clear(&request.dir).await }
         }
         Sweep::ForceDelete => {
             let runs = may_run(backend, sought).await;
@@ -75,6 +75,31 @@ pub(super) async fn sweep(backend: &LibvirtBackend, request: SweepRequest) -> Re
 /// Returns true unless the domain provably has no QEMU.
 async fn may_run(backend: &LibvirtBackend, sought: Sought<'_>) -> bool {
     !matches!(backend.find_qemu(sought, TELLING).await, Ok(None))
+}
+
+/// Refuses a deletion without force of a domain that runs. Another client of libvirt has started
+/// that domain since this program last saw it, as an operator does while no daemon runs. Its
+/// definition stays too, because the removal would make it a transient domain.
+async fn refuse_if_it_runs(
+    backend: &LibvirtBackend,
+    sought: Sought<'_>,
+    may_be_defined: bool,
+) -> Result<(), BackendError> {
+    let known = if may_be_defined { start::settled(backend, sought).await? } else { None };
+    let runs = match known {
+        Some(domain) if is_active(domain.state) => true,
+        Some(_) | None => match backend.find_qemu(sought, LOOKING).await {
+            Ok(None) => false,
+            Ok(Some(process)) => process.wait_for(GOING).await.is_none(),
+            Err(why) => return Err(unproven(why)),
+        },
+    };
+    if !runs {
+        return Ok(());
+    }
+    let message =
+        "it runs again: another client of libvirt has started its domain; shut it down first, or use force";
+    Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message))
 }
 
 /// Removes the definition of a domain. Succeeds if there is none. libvirt's own files of a domain

@@ -22,6 +22,7 @@ macro_rules! libvirtd_or_skip {
     };
 }
 
+mod deletion;
 mod foreign;
 mod interfaces;
 mod kinds;
