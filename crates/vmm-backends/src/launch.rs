@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(error.kind, BackendErrorKind::Rejected);
         assert_eq!(
             error.message,
-            "the VMM ended while it started (exit status 2); its last words: no such disk"
+            "the VMM ended while it started (exit status 2); its log ends with: no such disk"
         );
         let silent = died_early(&process, &dir.path().join("none"), "while it started").await;
         assert!(silent.message.ends_with("left nothing in its log"), "{silent}");

@@ -18,7 +18,7 @@ pub(crate) struct Unproven {
 /// programs `names`, or `None` if there is no such process.
 ///
 /// A VMM with file capabilities hides its executable from a daemon without capabilities of its own.
-/// The name in its arguments counts then. [`find_by_argument`] returns processes of the daemon's
+/// The name in its arguments counts then. [`search_by_argument`] returns processes of the daemon's
 /// user only, and no other user can start one of those, so the arguments are not a stranger's.
 ///
 /// # Errors
