@@ -24,37 +24,39 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::time::Instant;
-use vmm_core::backend::{BackendError, BackendErrorKind, ContactProof, Effect, Ladder};
+use vmm_core::backend::{BackendError, BackendErrorKind, ContactProof, Effect, LadderOptions};
 use vmm_core::state::EndedBy;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Process, Signal};
 
-use crate::patience::{ENDING, REPORTING};
+use crate::timeouts::{END_TIMEOUT, EXIT_REPORT_TIMEOUT};
 
 /// A call to a VMM that was not made yet.
-pub type Call<'a> = Pin<Box<dyn Future<Output = Result<(), BackendError>> + Send + 'a>>;
+pub type UnsentCall<'a> = Pin<Box<dyn Future<Output = Result<(), BackendError>> + Send + 'a>>;
 
 /// The pause between the answer to one request to the guest and the next request.
-const ASKING_AGAIN: Duration = Duration::from_secs(3);
-/// The longest wait for the answer to the order to power off: without force, and by force.
-const ORDERING: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(1200));
+const ASK_INTERVAL: Duration = Duration::from_secs(3);
+/// The longest wait for the answer to the order to power off, without force.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same wait by force.
+const FORCED_ORDER_TIMEOUT: Duration = Duration::from_millis(1200);
 /// The interval at which a VMM that outlives its VM is asked whether the VM has ended.
-const LOOKING_AGAIN: Duration = Duration::from_millis(200);
+const END_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The ways to end one VM.
 #[async_trait]
-pub trait Means: Send + Sync {
+pub trait LadderRungs: Send + Sync {
     /// Returns the VMM's process.
     fn process(&self) -> &Process;
 
     /// Returns a request to the guest to shut down with the name of its rung, or `None` if the
     /// guest cannot be asked. Each call returns a new request. The request first resumes a paused
     /// guest, because a paused guest does not react.
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)>;
 
     /// Returns the order to the VMM to power the VM off, or `None` if there is no such order. An
     /// attached VMM that would exit after the order offers the order by force only.
-    fn power_off(&self, forced: bool) -> Option<Call<'_>>;
+    fn power_off(&self, forced: bool) -> Option<UnsentCall<'_>>;
 
     /// Returns true if the VM has ended while its VMM runs on.
     async fn has_ended(&self) -> bool {
@@ -68,7 +70,7 @@ pub trait Means: Send + Sync {
     /// Fails as [`climb`] does.
     async fn end_process(&self, forced: bool, reached: EndedBy) -> Result<EndedBy, BackendError> {
         let _ = forced;
-        signal_down(self.process(), reached).await
+        end_by_signals(self.process(), reached).await
     }
 }
 
@@ -84,7 +86,7 @@ pub trait Means: Send + Sync {
 /// device of the host.
 ///
 /// The effect of each error is [`Effect::Unknown`].
-pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, BackendError> {
+pub async fn climb(means: &dyn LadderRungs, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
     let process = means.process();
     // A process that has ended already is checked first, because a call to its socket would wait in
     // vain and would be taken for a VMM that does not answer.
@@ -98,18 +100,18 @@ pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, Backend
     // rungs would take its power away. Force begins at rung 2 instead.
     if let Some(patience) = ladder.ask_guest_for {
         match ask(means, patience).await {
-            Asked::Ended(rung) => return Ok(rung),
-            Asked::RunsOn(rung) => reached = rung,
-            Asked::Unanswered(error) => return Err(error),
+            AskOutcome::Ended(rung) => return Ok(rung),
+            AskOutcome::RunsOn(rung) => reached = rung,
+            AskOutcome::Unanswered(error) => return Err(error),
         }
     }
     // Rung 2: order the VMM to power off. A refused order leaves `reached` unchanged, because the
     // VM did not receive it. Every other outcome may have reached the VM, so an end that follows is
-    // attributed to this rung. The wait depends on the outcome, see `Called::patience`.
+    // attributed to this rung. The wait depends on the outcome, see `CallOutcome::patience`.
     if let Some(call) = means.power_off(forced) {
-        let limit = if forced { ORDERING.1 } else { ORDERING.0 };
+        let limit = if forced { FORCED_ORDER_TIMEOUT } else { ORDER_TIMEOUT };
         let called = call_vmm(process, limit, call, "power the VM off").await;
-        reached = if called == Called::Refused { reached } else { EndedBy::Vmm };
+        reached = if called == CallOutcome::Refused { reached } else { EndedBy::Vmm };
         point(FaultPoint::LadderOrdered);
         if ends_within(means, called.patience()).await {
             return Ok(reached);
@@ -124,7 +126,7 @@ pub async fn climb(means: &dyn Means, ladder: Ladder) -> Result<EndedBy, Backend
 }
 
 /// The outcome of the requests to a guest to shut down.
-enum Asked {
+enum AskOutcome {
     /// The VM has ended. The rung is the last one that had reached it.
     Ended(EndedBy),
     /// The VM runs on, or its guest cannot be asked. The rung is the last one that reached the VM.
@@ -134,7 +136,7 @@ enum Asked {
 }
 
 /// Asks the guest repeatedly and waits for the end of the VM, for `patience` in all.
-async fn ask(means: &dyn Means, patience: Duration) -> Asked {
+async fn ask(means: &dyn LadderRungs, patience: Duration) -> AskOutcome {
     // `ended` is one future for the whole function, because it polls the VMM and a new one for each
     // request would start its interval again.
     let deadline = Instant::now() + patience;
@@ -153,7 +155,7 @@ async fn ask(means: &dyn Means, patience: Duration) -> Asked {
                 if first {
                     point(FaultPoint::LadderAsked);
                 }
-                return Asked::Ended(rung);
+                return AskOutcome::Ended(rung);
             }
             () = tokio::time::sleep_until(deadline) => None,
         };
@@ -179,10 +181,10 @@ async fn ask(means: &dyn Means, patience: Duration) -> Asked {
         }
         // The next request follows 3 s after this answer, or the deadline ends the wait earlier.
         // The end of the VM is watched during the pause, so a guest that obeys is not asked again.
-        let again = (Instant::now() + ASKING_AGAIN).min(deadline);
+        let again = (Instant::now() + ASK_INTERVAL).min(deadline);
         tokio::select! {
             biased;
-            () = &mut ended => return Asked::Ended(reached),
+            () = &mut ended => return AskOutcome::Ended(reached),
             () = tokio::time::sleep_until(again) => {}
         }
         if Instant::now() >= deadline {
@@ -190,14 +192,18 @@ async fn ask(means: &dyn Means, patience: Duration) -> Asked {
         }
     }
     if means.process().has_ended() {
-        return Asked::Ended(reached);
+        return AskOutcome::Ended(reached);
     }
     // A guest that cannot be asked at all (`ask` returned `None` at once) has a VMM that was never
     // called, so a missing answer means nothing there.
-    if answered || first { Asked::RunsOn(reached) } else { Asked::Unanswered(unanswered(patience, last)) }
+    if answered || first {
+        AskOutcome::RunsOn(reached)
+    } else {
+        AskOutcome::Unanswered(unanswered_error(patience, last))
+    }
 }
 
-fn unanswered(patience: Duration, last: Option<BackendError>) -> BackendError {
+fn unanswered_error(patience: Duration, last: Option<BackendError>) -> BackendError {
     let kind = match &last {
         Some(error) if error.kind.contact() == ContactProof::Lost => error.kind,
         Some(_) | None => BackendErrorKind::Timeout,
@@ -219,8 +225,8 @@ fn unanswered(patience: Duration, last: Option<BackendError>) -> BackendError {
 /// the VMM has no such order, the guest is asked once.
 ///
 /// # Errors
-/// Fails as [`Means::end_process`] does without force.
-pub(crate) async fn order_off(means: &dyn Means) -> Result<EndedBy, BackendError> {
+/// Fails as [`LadderRungs::end_process`] does without force.
+pub(crate) async fn power_off(means: &dyn LadderRungs) -> Result<EndedBy, BackendError> {
     let process = means.process();
     if process.has_ended() {
         return gone(process, EndedBy::Guest).await;
@@ -228,8 +234,8 @@ pub(crate) async fn order_off(means: &dyn Means) -> Result<EndedBy, BackendError
     let order = means.power_off(false).map(|call| (EndedBy::Vmm, call)).or_else(|| means.ask());
     let mut reached = EndedBy::Guest;
     if let Some((rung, call)) = order {
-        let called = call_vmm(process, ORDERING.0, call, "power the VM off").await;
-        reached = if called == Called::Refused { reached } else { rung };
+        let called = call_vmm(process, ORDER_TIMEOUT, call, "power the VM off").await;
+        reached = if called == CallOutcome::Refused { reached } else { rung };
         point(FaultPoint::LadderOrdered);
         if ends_within(means, called.patience()).await {
             return Ok(reached);
@@ -242,7 +248,7 @@ pub(crate) async fn order_off(means: &dyn Means) -> Result<EndedBy, BackendError
 ///
 /// # Errors
 /// [`BackendErrorKind::Timeout`] where the process outlives SIGKILL.
-async fn signal_down(process: &Process, mut reached: EndedBy) -> Result<EndedBy, BackendError> {
+async fn end_by_signals(process: &Process, mut reached: EndedBy) -> Result<EndedBy, BackendError> {
     for (signal, rung) in [(Signal::TERM, EndedBy::Sigterm), (Signal::KILL, EndedBy::Sigkill)] {
         if process.has_ended() {
             return gone(process, reached).await;
@@ -254,7 +260,7 @@ async fn signal_down(process: &Process, mut reached: EndedBy) -> Result<EndedBy,
             Err(error) => tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled"),
         }
         point(FaultPoint::LadderSignalled);
-        if reached == rung && process.wait_for(ENDING).await.is_some() {
+        if reached == rung && process.wait_for(END_TIMEOUT).await.is_some() {
             return Ok(reached);
         }
     }
@@ -264,7 +270,7 @@ async fn signal_down(process: &Process, mut reached: EndedBy) -> Result<EndedBy,
 /// The outcome of an order. Every variant except [`Self::Refused`] may have reached the VM, because
 /// a VM that obeys at once ends together with its VMM before the VMM has answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Called {
+enum CallOutcome {
     /// The VMM accepted the order, or ended during the call.
     Taken,
     /// The connection broke without an answer.
@@ -275,12 +281,12 @@ enum Called {
     Refused,
 }
 
-impl Called {
+impl CallOutcome {
     /// Returns the time to wait for the end of the VM after this outcome.
     fn patience(self) -> Duration {
         match self {
-            Self::Taken | Self::Lost => ENDING,
-            Self::Refused => REPORTING,
+            Self::Taken | Self::Lost => END_TIMEOUT,
+            Self::Refused => EXIT_REPORT_TIMEOUT,
             // The wait for the answer was also a wait for the end, and the next rung needs no
             // answer.
             Self::Silent => Duration::ZERO,
@@ -291,31 +297,31 @@ impl Called {
 /// Makes a call to the VMM and waits for the answer for at most `limit`, or until the process ends,
 /// because the socket of a dead VMM may stay silent. `what` completes the log line "does not answer
 /// the call to …".
-async fn call_vmm(process: &Process, limit: Duration, call: Call<'_>, what: &str) -> Called {
+async fn call_vmm(process: &Process, limit: Duration, call: UnsentCall<'_>, what: &str) -> CallOutcome {
     let answer = tokio::select! {
         biased;
         answer = call => answer,
-        _ = process.wait() => return Called::Taken,
+        _ = process.wait() => return CallOutcome::Taken,
         () = tokio::time::sleep(limit) => {
             tracing::warn!(pid = process.pid(), call = what, "the VMM does not answer a call");
-            return Called::Silent;
+            return CallOutcome::Silent;
         }
     };
-    let Err(error) = answer else { return Called::Taken };
+    let Err(error) = answer else { return CallOutcome::Taken };
     tracing::warn!(pid = process.pid(), call = what, %error, "the VMM refused a call");
     match error.effect {
-        Effect::Applied => Called::Taken,
-        Effect::Unknown => Called::Lost,
-        Effect::NotApplied => Called::Refused,
+        Effect::Applied => CallOutcome::Taken,
+        Effect::Unknown => CallOutcome::Lost,
+        Effect::NotApplied => CallOutcome::Refused,
     }
 }
 
 /// Waits until the VM has ended, either together with its process or alone while its VMM runs on.
-async fn end_of(means: &dyn Means) {
+async fn end_of(means: &dyn LadderRungs) {
     let looking = async {
         // The process may end during the question, so both are awaited side by side.
         while !means.has_ended().await {
-            tokio::time::sleep(LOOKING_AGAIN).await;
+            tokio::time::sleep(END_POLL_INTERVAL).await;
         }
     };
     tokio::select! {
@@ -325,14 +331,14 @@ async fn end_of(means: &dyn Means) {
     }
 }
 
-async fn ends_within(means: &dyn Means, limit: Duration) -> bool {
+async fn ends_within(means: &dyn LadderRungs, limit: Duration) -> bool {
     tokio::time::timeout(limit, end_of(means)).await.is_ok() || means.process().has_ended()
 }
 
 /// Waits until the exit of an ended process is published, because the pidfd shows the end of a
 /// process before its exit status is known. Returns `reached`.
 async fn gone(process: &Process, reached: EndedBy) -> Result<EndedBy, BackendError> {
-    if process.wait_for(ENDING).await.is_some() { Ok(reached) } else { Err(still_there(process)) }
+    if process.wait_for(END_TIMEOUT).await.is_some() { Ok(reached) } else { Err(still_there(process)) }
 }
 
 fn still_there(process: &Process) -> BackendError {

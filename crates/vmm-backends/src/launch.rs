@@ -2,7 +2,7 @@
 //! left.
 //!
 //! ```text
-//!   start_vmm ──► Guarded ──► wait_for_socket ──► configure ──► keep() ──► Process
+//!   start_vmm ─► ProcessGuard ─► wait_for_socket ─► configure ─► keep() ─► Process
 //!                   │ dropped on the way: killed and reaped
 //!                   ▼
 //!   sweep: whatever a dead daemon's launch left, found by the run folder in its arguments
@@ -15,15 +15,15 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
-use vmm_core::gate::Gate;
+use vmm_core::run_permit::RunPermit;
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::process::{Command, Found, KillError, Lookup, Process, adopt, search_by_argument};
+use vmm_host::process::{Command, KillError, Lookup, Process, ProcessMatch, adopt, search_by_argument};
 use vmm_host::socket::DirWatch;
 use vmm_host::{files, run_dir};
 
-pub use vmm_host::process::Guarded;
+pub use vmm_host::process::ProcessGuard;
 
-use crate::patience::{KILLING, REAPING, SWEEPING};
+use crate::timeouts::{KILL_TIMEOUT, REAP_TIMEOUT, SWEEP_KILL_TIMEOUT};
 
 /// The most processes that one sweep ends. More of them mean that another program starts new ones.
 const SWEPT_AT_MOST: usize = 16;
@@ -33,13 +33,13 @@ const LOG_BYTES: usize = 2048;
 const LOG_LINES: usize = 8;
 
 /// Starts a VMM by the command that `prepare` returns. `prepare` may block. The process is killed
-/// if the returned guard is dropped before [`Guarded::keep`].
+/// if the returned guard is dropped before [`ProcessGuard::keep`].
 ///
 /// # Errors
 /// Returns the error of `prepare`; [`BackendErrorKind::NotInstalled`] if the program does not
 /// exist; [`BackendErrorKind::Host`] if the program exists and cannot be run. No process runs after
 /// an error.
-pub async fn start_vmm<P>(prepare: P) -> Result<Guarded, BackendError>
+pub async fn start_vmm<P>(prepare: P) -> Result<ProcessGuard, BackendError>
 where
     P: FnOnce() -> Result<Command, BackendError> + Send + 'static,
 {
@@ -54,7 +54,7 @@ where
 }
 
 /// Starts a VMM as [`start_vmm`] does, on the calling thread. Blocks.
-pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> {
+pub(crate) fn start_blocking(command: Command) -> Result<ProcessGuard, BackendError> {
     let program = command.program.clone();
     let started = vmm_host::process::start_guarded(command).map_err(|error| {
         let (kind, advice) = if program.is_file() {
@@ -75,12 +75,12 @@ pub(crate) fn start_blocking(command: Command) -> Result<Guarded, BackendError> 
 
 /// Returns the error for a VMM that ended too early: its exit status and the last lines of its log.
 /// `what` names the moment of the end, as in "while it started".
-pub async fn died_early(process: &Process, log: &Path, what: &str) -> BackendError {
-    let exit = match process.wait_for(REAPING).await {
+pub async fn early_exit_error(process: &Process, log: &Path, what: &str) -> BackendError {
+    let exit = match process.wait_for(REAP_TIMEOUT).await {
         Some(exit) => exit.to_string(),
         None => "the VMM closed its socket, but its process is still there".to_owned(),
     };
-    let said = last_words(log).await;
+    let said = log_tail(log).await;
     let message = if said.is_empty() {
         format!("the VMM ended {what} ({exit}) and left nothing in its log")
     } else {
@@ -90,7 +90,7 @@ pub async fn died_early(process: &Process, log: &Path, what: &str) -> BackendErr
 }
 
 /// Returns the last lines of a VMM's log for a message, or an empty text if there is no log.
-pub async fn last_words(log: &Path) -> String {
+pub async fn log_tail(log: &Path) -> String {
     let log = log.to_path_buf();
     let read = tokio::task::spawn_blocking(move || files::tail_lines(&log, LOG_BYTES, LOG_LINES));
     read.await.unwrap_or_default()
@@ -101,8 +101,8 @@ pub async fn last_words(log: &Path) -> String {
 ///
 /// # Errors
 /// [`BackendErrorKind::Gone`] as soon as the process has ended, so that the caller calls
-/// [`died_early`]; [`BackendErrorKind::Timeout`] after `within`; [`BackendErrorKind::Host`] if the
-/// socket cannot be used.
+/// [`early_exit_error`]; [`BackendErrorKind::Timeout`] after `within`; [`BackendErrorKind::Host`]
+/// if the socket cannot be used.
 pub async fn wait_for_socket(
     process: &Process,
     path: &Path,
@@ -114,7 +114,7 @@ pub async fn wait_for_socket(
     // exit comes before the deadline because it is the better explanation if both have happened.
     tokio::select! {
         biased;
-        connected = connect_when_there(path) => connected.inspect(|_| point(FaultPoint::LaunchConnected)).map_err(|error| {
+        connected = connect_when_ready(path) => connected.inspect(|_| point(FaultPoint::LaunchConnected)).map_err(|error| {
             let message = format!("the VMM's socket {} cannot be used: {error}", path.display());
             BackendError::new(BackendErrorKind::Host, Effect::Unknown, message).caused_by(error)
         }),
@@ -132,12 +132,12 @@ pub async fn wait_for_socket(
 /// Waits until `gate` is open or `process` has ended. A spare VMM may end during this wait.
 ///
 /// # Errors
-/// Returns the error of [`Gate::passed`]; [`BackendErrorKind::Gone`] if the process has ended, so
-/// that the caller calls [`died_early`].
-pub async fn pass(gate: &Gate, process: &Process) -> Result<(), BackendError> {
+/// Returns the error of [`RunPermit::wait`]; [`BackendErrorKind::Gone`] if the process has ended,
+/// so that the caller calls [`early_exit_error`].
+pub async fn wait_for_permit(permit: &RunPermit, process: &Process) -> Result<(), BackendError> {
     tokio::select! {
         biased;
-        passed = gate.passed() => passed,
+        passed = permit.wait() => passed,
         exit = process.wait() => {
             let message = format!("the VMM ended before it received its configuration: {exit}");
             Err(BackendError::new(BackendErrorKind::Gone, Effect::NotApplied, message))
@@ -145,11 +145,12 @@ pub async fn pass(gate: &Gate, process: &Process) -> Result<(), BackendError> {
     }
 }
 
-/// The first and the longest pause between two attempts to connect, if no event announces the
-/// socket.
-const PAUSES: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(5));
+/// The first pause between two attempts to connect, if no event announces the socket.
+const FIRST_CONNECT_DELAY: Duration = Duration::from_micros(200);
+/// The longest pause between two such attempts.
+const MAX_CONNECT_DELAY: Duration = Duration::from_millis(5);
 
-async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
+async fn connect_when_ready(path: &Path) -> io::Result<UnixStream> {
     // The watch begins before the first attempt, because a socket that appears between an attempt
     // and a later watch would cause no event. If the kernel refuses the watch (it allows a user
     // about 128), the loop retries after pauses of 0.2 ms to 5 ms instead.
@@ -160,7 +161,7 @@ async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
             None
         }
     });
-    let mut pause = PAUSES.0;
+    let mut pause = FIRST_CONNECT_DELAY;
     loop {
         let error = match UnixStream::connect(path).await {
             Ok(stream) => return Ok(stream),
@@ -172,7 +173,7 @@ async fn connect_when_there(path: &Path) -> io::Result<UnixStream> {
             // full. The kernel reports no event at the end of either state, so the loop pauses.
             (io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock | io::ErrorKind::NotFound, _) => {
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSES.1);
+                pause = (pause * 2).min(MAX_CONNECT_DELAY);
             }
             _ => return Err(error),
         }
@@ -210,14 +211,14 @@ pub async fn sweep(dir: &Path, executable_names: &[impl AsRef<str> + Sync]) -> R
 
 /// Ends one process that uses a run folder, if the identity that was found still names the same
 /// process.
-async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
+async fn end(found: &ProcessMatch, dir: &Path) -> Result<(), BackendError> {
     let process = match adopt(&found.identity) {
         Lookup::Alive(process) => process,
         Lookup::Gone => return Ok(()),
         Lookup::Unprovable(why) => return Err(host_error(format!("{why}; end it by hand and try again"))),
     };
     tracing::info!(pid = process.pid(), dir = %dir.display(), "an orphaned VMM is ended");
-    kill_within(&process, SWEEPING).await
+    kill_within(&process, SWEEP_KILL_TIMEOUT).await
 }
 
 /// Kills a VMM and waits until the process has ended.
@@ -226,7 +227,7 @@ async fn end(found: &Found, dir: &Path) -> Result<(), BackendError> {
 /// [`BackendErrorKind::Host`] if the signal is refused; [`BackendErrorKind::Timeout`] if the
 /// process outlives SIGKILL.
 pub(crate) async fn kill(process: &Process) -> Result<(), BackendError> {
-    kill_within(process, KILLING).await
+    kill_within(process, KILL_TIMEOUT).await
 }
 
 async fn kill_within(process: &Process, limit: Duration) -> Result<(), BackendError> {
@@ -247,7 +248,7 @@ async fn kill_within(process: &Process, limit: Duration) -> Result<(), BackendEr
 async fn first_user_of(
     dir: &Path,
     executable_names: &[impl AsRef<str>],
-) -> Result<Option<Found>, BackendError> {
+) -> Result<Option<ProcessMatch>, BackendError> {
     let users = search_by_argument(dir.to_path_buf()).await.map_err(not_cleared)?;
     Ok(users.into_iter().find(|user| user.runs_one_of(executable_names)))
 }
@@ -286,12 +287,12 @@ mod tests {
         Command::new("/bin/sh", ["-c", script], dir.join("log"))
     }
 
-    async fn start(command: Command) -> Result<Guarded, BackendError> {
+    async fn start(command: Command) -> Result<ProcessGuard, BackendError> {
         start_vmm(move || Ok(command)).await
     }
 
     /// Starts a process that has `argument` among its arguments.
-    async fn tail(dir: &Path, argument: &Path) -> Guarded {
+    async fn tail(dir: &Path, argument: &Path) -> ProcessGuard {
         let args: [OsString; 2] = ["-f".into(), argument.into()];
         start(Command::new(tail_program(), args, dir.join("tail.log"))).await.unwrap()
     }
@@ -327,13 +328,13 @@ mod tests {
     async fn an_early_death_is_explained() {
         let dir = tempfile::tempdir().unwrap();
         let process = start(sh(dir.path(), "echo no such disk >&2; exit 2")).await.unwrap().keep();
-        let error = died_early(&process, &dir.path().join("log"), "while it started").await;
+        let error = early_exit_error(&process, &dir.path().join("log"), "while it started").await;
         assert_eq!(error.kind, BackendErrorKind::Rejected);
         assert_eq!(
             error.message,
             "the VMM ended while it started (exit status 2); its log ends with: no such disk"
         );
-        let silent = died_early(&process, &dir.path().join("none"), "while it started").await;
+        let silent = early_exit_error(&process, &dir.path().join("none"), "while it started").await;
         assert!(silent.message.ends_with("left nothing in its log"), "{silent}");
     }
 

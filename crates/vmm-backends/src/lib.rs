@@ -21,19 +21,18 @@
 
 pub mod attached;
 pub mod cloud_hypervisor;
-mod connecting;
+mod connect_errors;
 mod counters;
 pub mod firecracker;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod guest_orders;
 mod kernel_args;
 pub mod ladder;
 pub mod launch;
 pub mod libvirt;
-mod ordered;
 mod output;
-mod patience;
 pub mod program;
 pub mod qemu;
 mod resets;
@@ -42,3 +41,4 @@ mod sanitize;
 mod search;
 mod spares;
 mod throttle;
+mod timeouts;

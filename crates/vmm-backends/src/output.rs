@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
-use vmm_host::process::{environment, starting};
+use vmm_host::process::{environment, exec_guard};
 
 /// The most bytes that are read of each output. A program that writes more gets SIGPIPE.
 const MAX_BYTES: u64 = 64 << 10;
@@ -50,7 +50,7 @@ pub(crate) async fn of(
         .process_group(group.as_ref().map_or(0, Group::id))
         .kill_on_drop(true);
     let child = {
-        let _starting = starting();
+        let _starting = exec_guard();
         command.spawn()?
     };
     match tokio::time::timeout(within, finish(child, input)).await {
@@ -93,7 +93,7 @@ impl Group {
             .stderr(Stdio::null())
             .process_group(0)
             .kill_on_drop(true);
-        let _starting = starting();
+        let _starting = exec_guard();
         Ok(Self { leader: command.spawn()? })
     }
 

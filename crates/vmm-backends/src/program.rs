@@ -15,7 +15,7 @@ use crate::output::{self, Output};
 use crate::sanitize;
 
 /// The longest time that a program may take to print its version.
-const SAYING: Duration = Duration::from_secs(10);
+const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A version of three numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Deserialize)]
@@ -58,14 +58,14 @@ impl Version {
 
 /// Returns the version that a VMM reports of itself, in the form of [`Version`]. Text in another
 /// form is sanitized and returned.
-pub fn told_version(text: &str) -> String {
+pub fn reported_version(text: &str) -> String {
     let told = Version::leading(text.trim_start_matches('v'));
     told.map_or_else(|| sanitize::version(text), |version| version.to_string())
 }
 
 /// The fixed facts about a hypervisor's program.
 #[derive(Clone, Copy, Debug)]
-pub struct Kind {
+pub struct ProgramSpec {
     /// The backend that runs the program.
     pub backend: &'static str,
     /// The hypervisor's name for people.
@@ -82,7 +82,7 @@ pub struct Kind {
 
 /// Identifies an executable file, so that one that replaced it at the same path is recognized.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Stamp {
+struct FileStamp {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -92,13 +92,13 @@ struct Stamp {
 
 /// An executable file of a usable version.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Installed {
-    stamp: Stamp,
+pub struct InstalledProgram {
+    stamp: FileStamp,
     /// The version that the program printed.
     pub version: Version,
 }
 
-impl Installed {
+impl InstalledProgram {
     /// Returns the path of the executable.
     pub fn path(&self) -> &Path {
         &self.stamp.path
@@ -110,14 +110,14 @@ impl Installed {
 #[derive(Debug)]
 pub struct Program {
     wanted: OsString,
-    kind: Kind,
-    last: Mutex<Option<Installed>>,
+    kind: ProgramSpec,
+    last: Mutex<Option<InstalledProgram>>,
 }
 
 impl Program {
     /// Returns the program `wanted`, which is a name on the PATH or a path. Does not search for it
     /// yet.
-    pub fn new(wanted: impl Into<OsString>, kind: Kind) -> Self {
+    pub fn new(wanted: impl Into<OsString>, kind: ProgramSpec) -> Self {
         Self { wanted: wanted.into(), kind, last: Mutex::new(None) }
     }
 
@@ -141,7 +141,7 @@ impl Program {
     ///
     /// # Errors
     /// [`BackendErrorKind::NotInstalled`], with advice for the user.
-    pub async fn find(&self) -> Result<Installed, BackendError> {
+    pub async fn find(&self) -> Result<InstalledProgram, BackendError> {
         let wanted = self.wanted.clone();
         let stamp = match tokio::task::spawn_blocking(move || stamp(&wanted)).await {
             Ok(stamp) => stamp.map_err(|why| self.unusable(&why))?,
@@ -153,7 +153,7 @@ impl Program {
             return Ok(installed);
         }
         let version = self.ask(&stamp.path).await?;
-        let installed = Installed { stamp, version };
+        let installed = InstalledProgram { stamp, version };
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(installed.clone());
         Ok(installed)
     }
@@ -163,7 +163,7 @@ impl Program {
     ///
     /// # Errors
     /// Fails as [`Self::find`] does.
-    pub(crate) fn known(&self) -> Result<Option<Installed>, BackendError> {
+    pub(crate) fn known(&self) -> Result<Option<InstalledProgram>, BackendError> {
         let stamp = stamp(&self.wanted).map_err(|why| self.unusable(&why))?;
         Ok(self.remembered(&stamp))
     }
@@ -187,14 +187,14 @@ impl Program {
     }
 
     /// Returns the cached version if the executable on disk still matches `stamp`.
-    fn remembered(&self, stamp: &Stamp) -> Option<Installed> {
+    fn remembered(&self, stamp: &FileStamp) -> Option<InstalledProgram> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.as_ref().filter(|last| last.stamp == *stamp).cloned()
     }
 
     async fn ask(&self, program: &Path) -> Result<Version, BackendError> {
-        let (shown, Kind { title, oldest, .. }) = (program.display(), self.kind);
-        let said = match output::of(program, &["--version".into()], &[], SAYING).await {
+        let (shown, ProgramSpec { title, oldest, .. }) = (program.display(), self.kind);
+        let said = match output::of(program, &["--version".into()], &[], VERSION_TIMEOUT).await {
             Ok(Output { stdout, stderr, .. }) => {
                 if stdout.trim().is_empty() {
                     stderr
@@ -203,7 +203,9 @@ impl Program {
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-                return Err(self.unusable(&format!("{shown} --version did not answer within {SAYING:?}")));
+                return Err(
+                    self.unusable(&format!("{shown} --version did not answer within {VERSION_TIMEOUT:?}"))
+                );
             }
             Err(error) => {
                 return Err(self.unusable(&format!("{shown} cannot be run: {error}")).caused_by(error));
@@ -227,19 +229,19 @@ impl Program {
     }
 }
 
-fn stamp(wanted: &OsStr) -> Result<Stamp, String> {
+fn stamp(wanted: &OsStr) -> Result<FileStamp, String> {
     let path = path::find_program(wanted, std::env::var_os("PATH").as_deref())?;
     let facts = std::fs::metadata(&path)
         .map_err(|error| format!("{} cannot be examined: {error}", path.display()))?;
     let (device, inode, size) = (facts.dev(), facts.ino(), facts.len());
-    Ok(Stamp { path, device, inode, modified: facts.modified().ok(), size })
+    Ok(FileStamp { path, device, inode, modified: facts.modified().ok(), size })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const KIND: Kind = Kind {
+    const KIND: ProgramSpec = ProgramSpec {
         backend: "test",
         title: "Hypervisor",
         usual_name: "usual",
@@ -257,7 +259,7 @@ mod tests {
         assert_eq!(Version::find("v99999999999"), None);
         assert_eq!(Version::find(""), None);
         assert_eq!(
-            [told_version("53.0"), told_version("v1.16.1"), told_version("odd\n")],
+            [reported_version("53.0"), reported_version("v1.16.1"), reported_version("odd\n")],
             ["53.0.0", "1.16.1", "odd "]
         );
     }

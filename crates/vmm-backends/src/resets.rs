@@ -15,25 +15,25 @@ use tokio::sync::Notify;
 
 /// The longest wait for the event of a reset that was carried out. The reset is complete without
 /// the event.
-const SEEN: Duration = Duration::from_secs(2);
+const RESET_EVENT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The resets of one guest. At most one is in progress, because the owner of the VM's handle makes
 /// one call at a time.
 #[derive(Debug, Default)]
-pub(crate) struct Resets {
+pub(crate) struct ResetTracker {
     awaited: AtomicBool,
     seen: Notify,
 }
 
-impl Resets {
+impl ResetTracker {
     /// Carries out `order` and waits until its event was seen, so that a later event is not taken
     /// for this one. Returns the error of `order`.
     pub(crate) async fn order<E>(&self, order: impl Future<Output = Result<(), E>>) -> Result<(), E> {
         self.awaited.store(true, Ordering::Relaxed);
-        let _expected = Expected(self);
+        let _expected = ExpectedReset(self);
         order.await?;
         // A lost event costs only the time of the wait, because the order itself has succeeded.
-        let _ = tokio::time::timeout(SEEN, async {
+        let _ = tokio::time::timeout(RESET_EVENT_TIMEOUT, async {
             while self.awaited.load(Ordering::Relaxed) {
                 self.seen.notified().await;
             }
@@ -52,9 +52,9 @@ impl Resets {
 }
 
 /// Ends the wait for an event when dropped, also if the order fails or its future is dropped.
-struct Expected<'a>(&'a Resets);
+struct ExpectedReset<'a>(&'a ResetTracker);
 
-impl Drop for Expected<'_> {
+impl Drop for ExpectedReset<'_> {
     fn drop(&mut self) {
         self.0.awaited.store(false, Ordering::Relaxed);
     }
@@ -66,7 +66,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn only_what_was_not_ordered_is_anothers() {
-        let resets = Resets::default();
+        let resets = ResetTracker::default();
         assert!(resets.is_anothers());
         for _ in 0..2 {
             let told = async {
@@ -81,7 +81,7 @@ mod tests {
         assert!(resets.is_anothers(), "what failed is not waited for");
         let begun = tokio::time::Instant::now();
         resets.order(std::future::ready(Ok::<_, ()>(()))).await.unwrap();
-        assert_eq!(begun.elapsed(), SEEN, "an event that was lost holds nobody up for long");
+        assert_eq!(begun.elapsed(), RESET_EVENT_TIMEOUT, "an event that was lost holds nobody up for long");
         assert!(resets.is_anothers());
     }
 }

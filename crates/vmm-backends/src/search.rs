@@ -3,11 +3,11 @@
 use std::path::Path;
 use vmm_core::reason::Reason;
 
-use vmm_host::process::{Found, search_by_argument};
+use vmm_host::process::{ProcessMatch, search_by_argument};
 
 /// The reason for which no process is proven to be the VMM of a run, though one may be.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Unproven {
+pub(crate) struct UnprovenVmm {
     /// Machine-readable cause in kebab-case.
     pub(crate) reason: Reason,
     /// The reason as a sentence for people.
@@ -22,22 +22,22 @@ pub(crate) struct Unproven {
 /// user only, and no other user can start one of those, so the arguments are not a stranger's.
 ///
 /// # Errors
-/// [`Unproven`] if processes cannot be listed, or if several processes use the folder.
-pub(crate) async fn user_of(dir: &Path, names: Vec<String>) -> Result<Option<Found>, Unproven> {
-    let users = search_by_argument(dir.to_path_buf()).await.map_err(|error| Unproven {
+/// [`UnprovenVmm`] if processes cannot be listed, or if several processes use the folder.
+pub(crate) async fn user_of(dir: &Path, names: Vec<String>) -> Result<Option<ProcessMatch>, UnprovenVmm> {
+    let users = search_by_argument(dir.to_path_buf()).await.map_err(|error| UnprovenVmm {
         reason: Reason::ProcessesHidden,
         message: format!("the host's processes cannot be listed: {error}"),
     })?;
     one_of(users, &names)
 }
 
-fn one_of(users: Vec<Found>, names: &[String]) -> Result<Option<Found>, Unproven> {
+fn one_of(users: Vec<ProcessMatch>, names: &[String]) -> Result<Option<ProcessMatch>, UnprovenVmm> {
     let mut ours = users.into_iter().filter(|user| user.runs_one_of(names));
     let Some(found) = ours.next() else { return Ok(None) };
     let pid = found.identity.pid;
     if let Some(other) = ours.next() {
         let message = format!("processes {pid} and {} both use the run folder", other.identity.pid);
-        return Err(Unproven { reason: Reason::SeveralVmms, message });
+        return Err(UnprovenVmm { reason: Reason::SeveralVmms, message });
     }
     Ok(Some(found))
 }
@@ -48,8 +48,8 @@ mod tests {
 
     use super::*;
 
-    fn found(pid: u32, exe: Option<&str>) -> Found {
-        Found {
+    fn found(pid: u32, exe: Option<&str>) -> ProcessMatch {
+        ProcessMatch {
             identity: ProcessIdentity { pid, start_ticks: 1, boot_id: "boot".to_owned(), namespaces: None },
             uid: 0,
             args: vec!["/usr/bin/vmm".into(), "/run/x/s".into()],

@@ -7,9 +7,9 @@ use std::sync::{Mutex, PoisonError};
 use vmm_core::id::VmUid;
 
 /// Spare VMMs of one backend. A `T` ends its process when it is dropped.
-pub(crate) struct Spares<T>(Mutex<HashMap<VmUid, T>>);
+pub(crate) struct SpareTable<T>(Mutex<HashMap<VmUid, T>>);
 
-impl<T> Spares<T> {
+impl<T> SpareTable<T> {
     /// Stores a VMM until [`Self::take`] removes it.
     pub(crate) fn keep(&self, uid: VmUid, spare: T) {
         self.waiting().insert(uid, spare);
@@ -26,13 +26,13 @@ impl<T> Spares<T> {
     }
 }
 
-impl<T> Default for Spares<T> {
+impl<T> Default for SpareTable<T> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<T> fmt::Debug for Spares<T> {
+impl<T> fmt::Debug for SpareTable<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Spares").field(&self.waiting().len()).finish()
     }

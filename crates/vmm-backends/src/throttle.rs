@@ -8,9 +8,9 @@ use tokio::time::Instant;
 /// The number of changes that may be reported at once.
 const BURST: u32 = 16;
 /// The interval after which one more change may be reported.
-const REFILL: Duration = Duration::from_secs(1);
+const REFILL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Allows a burst of [`BURST`] changes, and then one change for each [`REFILL`].
+/// Allows a burst of [`BURST`] changes, and then one change for each [`REFILL_INTERVAL`].
 #[derive(Debug)]
 pub(crate) struct Throttle {
     /// The number of changes that may be reported now.
@@ -29,11 +29,11 @@ impl Throttle {
     /// # Errors
     /// Returns the time of the next attempt if no change may be reported now. The caller then
     /// reports the state at that time, so the states in between are left out.
-    pub(crate) fn pass(&mut self) -> Result<(), Instant> {
+    pub(crate) fn admit(&mut self) -> Result<(), Instant> {
         let now = Instant::now();
-        while self.left < BURST && now.saturating_duration_since(self.since) >= REFILL {
+        while self.left < BURST && now.saturating_duration_since(self.since) >= REFILL_INTERVAL {
             self.left += 1;
-            self.since += REFILL;
+            self.since += REFILL_INTERVAL;
         }
         if self.left == BURST {
             self.since = now;
@@ -43,13 +43,13 @@ impl Throttle {
                 self.left = left;
                 Ok(())
             }
-            None => Err(self.since + REFILL),
+            None => Err(self.since + REFILL_INTERVAL),
         }
     }
 }
 
 /// Waits until `at`, or for ever if there is no `at`.
-pub(crate) async fn due(at: Option<Instant>) {
+pub(crate) async fn wait_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
@@ -65,20 +65,20 @@ mod tests {
         let mut throttle = Throttle::new();
         tokio::time::sleep(Duration::from_secs(100)).await;
         for _ in 0..BURST {
-            throttle.pass().unwrap();
+            throttle.admit().unwrap();
         }
-        let again = throttle.pass().unwrap_err();
-        assert_eq!(again, Instant::now() + REFILL);
+        let again = throttle.admit().unwrap_err();
+        assert_eq!(again, Instant::now() + REFILL_INTERVAL);
         tokio::time::sleep_until(again).await;
-        throttle.pass().unwrap();
-        throttle.pass().unwrap_err();
+        throttle.admit().unwrap();
+        throttle.admit().unwrap_err();
         let mut told = 0;
         for _ in 0..1000 {
-            told += u32::from(throttle.pass().is_ok());
+            told += u32::from(throttle.admit().is_ok());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         assert!((9..=10).contains(&told), "{told} in 10 s");
         tokio::time::sleep(Duration::from_secs(3600)).await;
-        assert_eq!((0..1000).filter(|_| throttle.pass().is_ok()).count(), BURST as usize);
+        assert_eq!((0..1000).filter(|_| throttle.admit().is_ok()).count(), BURST as usize);
     }
 }

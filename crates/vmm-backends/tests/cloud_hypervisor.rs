@@ -4,22 +4,22 @@ mod rest_support;
 
 use std::time::{Duration, Instant};
 
-use rest_support::{Bench, FORCE, GUEST_REBOOT, NEVER, PATIENCE, Run, Tap, UNSET, ask_for, usable};
+use rest_support::{Bench, FORCE, GUEST_REBOOT, NEVER, Run, Tap, UNSET, WAIT_TIMEOUT, ask_for, usable};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use vmm_backends::cloud_hypervisor::CloudHypervisor;
+use vmm_backends::cloud_hypervisor::CloudHypervisorBackend;
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Reset, VmmEvent,
+    AdoptRequest, Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, ResetOutcome, VmmEvent,
 };
 use vmm_core::state::EndedBy;
 use vmm_host::process::Signal;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::logs::a_silent_vmm_is_trimmed;
 
 /// A bench for a guest, or the end of a test that is skipped.
 macro_rules! bench {
     ($test:literal, $guest:expr, $restart:expr) => {
-        match usable($test, CloudHypervisor::new("cloud-hypervisor")).await {
+        match usable($test, CloudHypervisorBackend::new("cloud-hypervisor")).await {
             Some(backend) => Bench::new(backend, $guest, $restart),
             None => return,
         }
@@ -28,16 +28,16 @@ macro_rules! bench {
 
 #[tokio::test]
 async fn nothing_is_told_to_a_vmm_before_the_gate_is_open() {
-    let bench = bench!("nothing_is_told_to_a_vmm_before_the_gate_is_open", Guest::Idle, UNSET);
+    let bench = bench!("nothing_is_told_to_a_vmm_before_the_gate_is_open", TinyGuest::Idle, UNSET);
     bench.keeps_the_gate().await;
 }
 
 #[tokio::test]
 async fn a_guest_runs_pauses_goes_on_and_is_killed() {
-    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", Guest::Idle, UNSET);
+    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
-    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
     for _ in 0..2 {
         run.vmm.pause().await.unwrap();
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
@@ -46,7 +46,11 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
         run.vmm.resume().await.unwrap();
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
     }
-    assert_eq!(bench.console(), format!("{}\r\n", Guest::Idle.banner()), "the guest's words and no others");
+    assert_eq!(
+        bench.console(),
+        format!("{}\r\n", TinyGuest::Idle.banner()),
+        "the guest's words and no others"
+    );
     assert_eq!(run.vmm.run().accelerator, "kvm");
     assert!(run.vmm.run().version.starts_with(|c: char| c.is_ascii_digit()), "{}", run.vmm.run().version);
     run.no_event();
@@ -62,11 +66,11 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
 #[tokio::test]
 async fn a_power_off_ends_the_run_and_the_next_appends_to_the_console() {
     let bench =
-        bench!("a_power_off_ends_the_run_and_the_next_appends_to_the_console", Guest::PowerOff, UNSET);
+        bench!("a_power_off_ends_the_run_and_the_next_appends_to_the_console", TinyGuest::PowerOff, UNSET);
     for times in 1..=2 {
         let mut run = bench.launch().await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
-        bench.console_shows(&Guest::PowerOff.banner(), times).await;
+        bench.console_shows(&TinyGuest::PowerOff.banner(), times).await;
         let adoption = bench.backend.adopt(bench.adoption(Some(run.vmm.run().clone()))).await.unwrap();
         assert!(matches!(adoption, Adoption::Gone { .. }));
     }
@@ -74,7 +78,7 @@ async fn a_power_off_ends_the_run_and_the_next_appends_to_the_console() {
 
 #[tokio::test]
 async fn a_power_off_that_nobody_watched_is_told_by_the_events() {
-    let bench = bench!("a_power_off_that_nobody_watched_is_told_by_the_events", Guest::PowerOff, UNSET);
+    let bench = bench!("a_power_off_that_nobody_watched_is_told_by_the_events", TinyGuest::PowerOff, UNSET);
     let mut run = bench.launch().await;
     let record = run.vmm.run().clone();
     run.gone().await;
@@ -90,12 +94,12 @@ async fn a_power_off_that_nobody_watched_is_told_by_the_events() {
 
 #[tokio::test]
 async fn a_reset_is_done_in_place_and_is_no_event() {
-    let bench = bench!("a_reset_is_done_in_place_and_is_no_event", Guest::Idle, NEVER);
+    let bench = bench!("a_reset_is_done_in_place_and_is_no_event", TinyGuest::Idle, NEVER);
     let mut run = bench.launch().await;
     for boots in 2..=4 {
-        bench.console_shows(&Guest::Idle.banner(), boots - 1).await;
-        assert_eq!(run.vmm.reset().await.unwrap(), Reset::InPlace);
-        bench.console_shows(&Guest::Idle.banner(), boots).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), boots - 1).await;
+        assert_eq!(run.vmm.reset().await.unwrap(), ResetOutcome::InPlace);
+        bench.console_shows(&TinyGuest::Idle.banner(), boots).await;
     }
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
     assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Vmm);
@@ -116,13 +120,14 @@ async fn reset_from_outside(socket: &std::path::Path) {
 
 #[tokio::test]
 async fn a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption() {
-    let bench = bench!("a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption", Guest::Idle, NEVER);
+    let bench =
+        bench!("a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption", TinyGuest::Idle, NEVER);
     let first = bench.launch().await;
     let record = first.vmm.run().clone();
-    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
     drop(first);
     reset_from_outside(&record.socket).await;
-    bench.console_shows(&Guest::Idle.banner(), 2).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 2).await;
     let adopt = async |changed_ms| {
         let request = AdoptRequest { changed_ms, ..bench.adoption(Some(record.clone())) };
         match bench.backend.adopt(request).await.unwrap() {
@@ -132,13 +137,13 @@ async fn a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption() {
     };
     // The record was changed after the reset.
     let mut run = adopt(vmm_host::clock::now_ms()).await;
-    assert_eq!(run.vmm.reset().await.unwrap(), Reset::InPlace);
-    bench.console_shows(&Guest::Idle.banner(), 3).await;
+    assert_eq!(run.vmm.reset().await.unwrap(), ResetOutcome::InPlace);
+    bench.console_shows(&TinyGuest::Idle.banner(), 3).await;
     run.no_event();
     drop(run);
     // The record was changed before the reset, which ends the run now.
     reset_from_outside(&record.socket).await;
-    bench.console_shows(&Guest::Idle.banner(), 4).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 4).await;
     let mut run = adopt(0).await;
     assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
     assert_eq!(bench.processes(), 0);
@@ -146,7 +151,7 @@ async fn a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption() {
 
 #[tokio::test]
 async fn extended_l2_entries_are_refused_as_its_capabilities_say() {
-    let mut bench = bench!("extended_l2_entries_are_refused_as_its_capabilities_say", Guest::Idle, UNSET);
+    let mut bench = bench!("extended_l2_entries_are_refused_as_its_capabilities_say", TinyGuest::Idle, UNSET);
     assert!(!bench.backend.capabilities().extended_l2);
     let images = [("extended_l2=on", false), ("compression_type=zstd", true)];
     for (option, opens) in images {
@@ -171,7 +176,7 @@ async fn extended_l2_entries_are_refused_as_its_capabilities_say() {
 
 #[tokio::test]
 async fn a_guest_that_resets_itself_goes_on() {
-    for guest in [Guest::Reset, Guest::TripleFault] {
+    for guest in [TinyGuest::Reset, TinyGuest::TripleFault] {
         let bench = bench!("a_guest_that_resets_itself_goes_on", guest, GUEST_REBOOT);
         let mut run = bench.launch().await;
         for _ in 0..3 {
@@ -185,7 +190,7 @@ async fn a_guest_that_resets_itself_goes_on() {
 
 #[tokio::test]
 async fn a_guest_that_resets_itself_ends_where_the_policy_says_so() {
-    for guest in [Guest::Reset, Guest::TripleFault] {
+    for guest in [TinyGuest::Reset, TinyGuest::TripleFault] {
         let bench = bench!("a_guest_that_resets_itself_ends_where_the_policy_says_so", guest, NEVER);
         let mut run = bench.launch().await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
@@ -195,7 +200,7 @@ async fn a_guest_that_resets_itself_ends_where_the_policy_says_so() {
 
 #[tokio::test]
 async fn a_guest_that_ignores_the_power_button_is_powered_off() {
-    let bench = bench!("a_guest_that_ignores_the_power_button_is_powered_off", Guest::Idle, UNSET);
+    let bench = bench!("a_guest_that_ignores_the_power_button_is_powered_off", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     run.vmm.pause().await.unwrap();
     assert_eq!(run.vmm.shutdown(ask_for(Duration::from_secs(2))).await.unwrap(), EndedBy::Vmm);
@@ -204,7 +209,7 @@ async fn a_guest_that_ignores_the_power_button_is_powered_off() {
 
 #[tokio::test]
 async fn a_paused_guest_is_powered_off() {
-    let bench = bench!("a_paused_guest_is_powered_off", Guest::Idle, UNSET);
+    let bench = bench!("a_paused_guest_is_powered_off", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     run.vmm.pause().await.unwrap();
     assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Vmm);
@@ -213,7 +218,7 @@ async fn a_paused_guest_is_powered_off() {
 
 #[tokio::test]
 async fn what_somebody_else_orders_is_told() {
-    let bench = bench!("what_somebody_else_orders_is_told", Guest::Idle, UNSET);
+    let bench = bench!("what_somebody_else_orders_is_told", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     let socket = run.vmm.run().socket.clone();
     let order = async |name: &str| {
@@ -234,7 +239,7 @@ async fn what_somebody_else_orders_is_told() {
 
 #[tokio::test]
 async fn counters_cover_all_disks() {
-    let mut bench = bench!("counters_cover_all_disks", Guest::Idle, UNSET);
+    let mut bench = bench!("counters_cover_all_disks", TinyGuest::Idle, UNSET);
     bench.add_disk("root");
     bench.add_disk("data");
     let run = bench.launch().await;
@@ -248,7 +253,7 @@ async fn counters_cover_all_disks() {
 
 #[tokio::test]
 async fn a_stopped_vmm_times_out_and_is_still_killed() {
-    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", Guest::Idle, UNSET);
+    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     run.stop().await;
     let error = run.vmm.pause().await.unwrap_err();
@@ -262,7 +267,7 @@ async fn a_stopped_vmm_times_out_and_is_still_killed() {
 
 #[tokio::test]
 async fn a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way() {
-    let bench = bench!("a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way", Guest::Idle, UNSET);
+    let bench = bench!("a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     run.signal(Signal::KILL);
     let exit = run.gone().await;
@@ -273,7 +278,7 @@ async fn a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way() {
 
 #[tokio::test]
 async fn a_running_vmm_is_adopted() {
-    let bench = bench!("a_running_vmm_is_adopted", Guest::Idle, UNSET);
+    let bench = bench!("a_running_vmm_is_adopted", TinyGuest::Idle, UNSET);
     let first = bench.launch().await;
     first.vmm.pause().await.unwrap();
     let record = first.vmm.run().clone();
@@ -297,7 +302,7 @@ async fn a_running_vmm_is_adopted() {
 
 #[tokio::test]
 async fn a_launch_that_fails_says_why_and_leaves_nothing() {
-    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", Guest::Idle, UNSET);
+    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", TinyGuest::Idle, UNSET);
     let kernel = bench.dir().join("not-a-kernel");
     std::fs::write(&kernel, "not a kernel").unwrap();
     bench.config.boot.as_mut().unwrap().kernel_path = kernel.to_str().unwrap().to_owned();
@@ -311,11 +316,11 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
 
 #[tokio::test]
 async fn a_launch_that_is_dropped_is_swept() {
-    let bench = bench!("a_launch_that_is_dropped_is_swept", Guest::Idle, UNSET);
+    let bench = bench!("a_launch_that_is_dropped_is_swept", TinyGuest::Idle, UNSET);
     for millis in [0, 1, 3, 10, 30] {
         let _ = tokio::time::timeout(Duration::from_millis(millis), bench.try_launch()).await;
         bench.sweep().await;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         while bench.processes() > 0 {
             assert!(Instant::now() < deadline, "still there after {millis} ms");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -325,7 +330,7 @@ async fn a_launch_that_is_dropped_is_swept() {
 
 #[tokio::test]
 async fn a_missing_program_is_no_surprise() {
-    let bench = Bench::new(CloudHypervisor::new("/nowhere/cloud-hypervisor"), Guest::Idle, UNSET);
+    let bench = Bench::new(CloudHypervisorBackend::new("/nowhere/cloud-hypervisor"), TinyGuest::Idle, UNSET);
     let error = bench.try_launch().await.err().unwrap();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
     assert!(bench.backend.ping().await.version.unwrap_err().contains("/nowhere/cloud-hypervisor"));
@@ -333,7 +338,7 @@ async fn a_missing_program_is_no_surprise() {
 
 #[tokio::test]
 async fn as_many_devices_as_are_allowed_are_served() {
-    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", Guest::Idle, UNSET);
+    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", TinyGuest::Idle, UNSET);
     for index in 0..bench.backend.capabilities().limits["max-devices"] {
         bench.add_disk(&format!("d{index}"));
     }
@@ -345,7 +350,7 @@ async fn as_many_devices_as_are_allowed_are_served() {
 
 #[tokio::test]
 async fn memory_growth_and_topology_are_taken() {
-    let mut bench = bench!("memory_growth_and_topology_are_taken", Guest::Idle, UNSET);
+    let mut bench = bench!("memory_growth_and_topology_are_taken", TinyGuest::Idle, UNSET);
     let memory = bench.config.memory.as_mut().unwrap();
     memory.size_bytes = 128 << 20;
     memory.hotplug_enabled = true;
@@ -356,13 +361,13 @@ async fn memory_growth_and_topology_are_taken() {
     cpu.topology =
         Some(vmm_core::config::CpuTopology { sockets: 1, cores_per_socket: 2, threads_per_core: 2 });
     let run = bench.launch().await;
-    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
     run.vmm.kill().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_network_interface_is_served_by_its_tap() {
-    let mut bench = bench!("a_network_interface_is_served_by_its_tap", Guest::Idle, UNSET);
+    let mut bench = bench!("a_network_interface_is_served_by_its_tap", TinyGuest::Idle, UNSET);
     let Some(tap) = Tap::new("a_network_interface_is_served_by_its_tap", "vmcpch") else { return };
     bench.add_nic(&tap);
     bench.add_disk("net");
@@ -381,7 +386,7 @@ async fn a_network_interface_is_served_by_its_tap() {
 
 #[tokio::test]
 async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
-    let bench = bench!("the_log_of_a_vmm_that_does_not_answer_is_trimmed", Guest::Idle, UNSET);
+    let bench = bench!("the_log_of_a_vmm_that_does_not_answer_is_trimmed", TinyGuest::Idle, UNSET);
     let run = bench.launch().await;
     a_silent_vmm_is_trimmed(&*run.vmm, &bench.dir().join("vmm.log")).await;
     run.vmm.kill().await.unwrap();
@@ -389,7 +394,7 @@ async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
 
 #[tokio::test]
 async fn nothing_is_sent_to_who_has_taken_the_socket() {
-    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", Guest::Idle, UNSET);
+    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", TinyGuest::Idle, UNSET);
     bench.nothing_is_sent_to_another_listener().await;
 }
 
@@ -397,10 +402,12 @@ async fn nothing_is_sent_to_who_has_taken_the_socket() {
 async fn a_run_folder_may_be_called_anything() {
     const TEST: &str = "a_run_folder_may_be_called_anything";
     for prefix in ["a,b-", "a[b-", "a]b,c=d-"] {
-        let Some(backend) = usable(TEST, CloudHypervisor::new("cloud-hypervisor")).await else { return };
-        let bench = Bench::in_folder(backend, prefix, Guest::Idle, UNSET);
+        let Some(backend) = usable(TEST, CloudHypervisorBackend::new("cloud-hypervisor")).await else {
+            return;
+        };
+        let bench = Bench::in_folder(backend, prefix, TinyGuest::Idle, UNSET);
         let run = bench.launch().await;
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         assert_eq!(bench.processes(), 1, "{prefix}: it is found by its run folder");
         run.vmm.kill().await.unwrap();
     }
@@ -408,6 +415,6 @@ async fn a_run_folder_may_be_called_anything() {
 
 #[tokio::test]
 async fn samples_leave_no_connection_open() {
-    let bench = bench!("samples_leave_no_connection_open", Guest::Idle, UNSET);
+    let bench = bench!("samples_leave_no_connection_open", TinyGuest::Idle, UNSET);
     bench.samples_leave_no_connection().await;
 }

@@ -5,20 +5,20 @@ mod rest_support;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use rest_support::{Bench, FORCE, PATIENCE, Tap, UNSET, ask_for, usable};
-use vmm_backends::firecracker::{CONSOLE_INPUT, Firecracker};
+use rest_support::{Bench, FORCE, Tap, UNSET, WAIT_TIMEOUT, ask_for, usable};
+use vmm_backends::firecracker::{CONSOLE_INPUT, FirecrackerBackend};
 use vmm_core::backend::{
-    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, KernelFormat, Reset,
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, KernelFormat, ResetOutcome,
 };
 use vmm_core::state::EndedBy;
 use vmm_host::process::Signal;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::logs::a_silent_vmm_is_trimmed;
 
 /// A bench for a guest, or the end of a test that is skipped.
 macro_rules! bench {
     ($test:literal, $guest:expr) => {
-        match usable($test, Firecracker::new("firecracker")).await {
+        match usable($test, FirecrackerBackend::new("firecracker")).await {
             Some(backend) => Bench::new(backend, $guest, UNSET),
             None => return,
         }
@@ -27,16 +27,16 @@ macro_rules! bench {
 
 #[tokio::test]
 async fn nothing_is_told_to_a_vmm_before_the_gate_is_open() {
-    let bench = bench!("nothing_is_told_to_a_vmm_before_the_gate_is_open", Guest::Idle);
+    let bench = bench!("nothing_is_told_to_a_vmm_before_the_gate_is_open", TinyGuest::Idle);
     bench.keeps_the_gate().await;
 }
 
 #[tokio::test]
 async fn a_guest_runs_pauses_goes_on_and_is_killed() {
-    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", Guest::Idle);
+    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", TinyGuest::Idle);
     let mut run = bench.launch().await;
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
-    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
     for _ in 0..2 {
         run.vmm.pause().await.unwrap();
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
@@ -45,10 +45,14 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
         run.vmm.resume().await.unwrap();
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
     }
-    assert_eq!(bench.console(), format!("{}\r\n", Guest::Idle.banner()), "the guest's words and no others");
+    assert_eq!(
+        bench.console(),
+        format!("{}\r\n", TinyGuest::Idle.banner()),
+        "the guest's words and no others"
+    );
     assert_eq!(run.vmm.run().accelerator, "kvm");
     assert!(run.vmm.run().version.starts_with("1."), "{}", run.vmm.run().version);
-    assert_eq!(run.vmm.reset().await.unwrap(), Reset::NeedsRelaunch);
+    assert_eq!(run.vmm.reset().await.unwrap(), ResetOutcome::NeedsRelaunch);
     run.no_event();
     run.vmm.kill().await.unwrap();
     run.vmm.kill().await.unwrap();
@@ -61,17 +65,18 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
 
 #[tokio::test]
 async fn a_reset_of_the_guest_ends_the_run_and_the_next_appends_to_the_console() {
-    let bench = bench!("a_reset_of_the_guest_ends_the_run_and_the_next_appends_to_the_console", Guest::Reset);
+    let bench =
+        bench!("a_reset_of_the_guest_ends_the_run_and_the_next_appends_to_the_console", TinyGuest::Reset);
     for times in 1..=2 {
         let mut run = bench.launch().await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
-        bench.console_shows(&Guest::Reset.banner(), times).await;
+        bench.console_shows(&TinyGuest::Reset.banner(), times).await;
     }
 }
 
 #[tokio::test]
 async fn a_triple_fault_ends_the_run() {
-    let bench = bench!("a_triple_fault_ends_the_run", Guest::TripleFault);
+    let bench = bench!("a_triple_fault_ends_the_run", TinyGuest::TripleFault);
     let exit = bench.launch().await.gone().await;
     // A KVM in software makes a reset of some triple faults.
     assert!(matches!(exit.cause, ExitCause::GuestCrash | ExitCause::GuestReset), "{exit:?}");
@@ -82,7 +87,7 @@ async fn the_longest_kernel_arguments_that_pass_the_check_start_and_longer_ones_
     for disks in [0, 1, 9] {
         let mut bench = bench!(
             "the_longest_kernel_arguments_that_pass_the_check_start_and_longer_ones_do_not",
-            Guest::Idle
+            TinyGuest::Idle
         );
         (0..disks).for_each(|disk| bench.add_disk(&format!("d{disk}")));
         let mut passes = |length: usize| {
@@ -102,9 +107,9 @@ async fn the_longest_kernel_arguments_that_pass_the_check_start_and_longer_ones_
 
 #[tokio::test]
 async fn a_power_off_is_not_seen() {
-    let bench = bench!("a_power_off_is_not_seen", Guest::PowerOff);
+    let bench = bench!("a_power_off_is_not_seen", TinyGuest::PowerOff);
     let mut run = bench.launch().await;
-    bench.console_shows(&Guest::PowerOff.banner(), 1).await;
+    bench.console_shows(&TinyGuest::PowerOff.banner(), 1).await;
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
     run.no_event();
     assert_eq!(run.vmm.shutdown(FORCE).await.unwrap(), EndedBy::Sigterm);
@@ -113,18 +118,18 @@ async fn a_power_off_is_not_seen() {
 
 #[tokio::test]
 async fn a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused() {
-    let bench = bench!("a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused", Guest::Obey);
+    let bench = bench!("a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused", TinyGuest::Obey);
     let mut run = bench.launch().await;
-    bench.console_shows(&Guest::Obey.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Obey.banner(), 1).await;
     run.vmm.pause().await.unwrap();
-    assert_eq!(run.vmm.shutdown(ask_for(PATIENCE)).await.unwrap(), EndedBy::CtrlAltDel);
+    assert_eq!(run.vmm.shutdown(ask_for(WAIT_TIMEOUT)).await.unwrap(), EndedBy::CtrlAltDel);
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
     assert_eq!(bench.processes(), 0);
 }
 
 #[tokio::test]
 async fn a_guest_that_ignores_the_request_is_ended() {
-    let bench = bench!("a_guest_that_ignores_the_request_is_ended", Guest::Idle);
+    let bench = bench!("a_guest_that_ignores_the_request_is_ended", TinyGuest::Idle);
     let mut run = bench.launch().await;
     assert_eq!(run.vmm.shutdown(ask_for(Duration::from_secs(2))).await.unwrap(), EndedBy::Sigterm);
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
@@ -132,9 +137,9 @@ async fn a_guest_that_ignores_the_request_is_ended() {
 
 #[tokio::test]
 async fn the_console_takes_input_and_its_writer_may_go_and_come() {
-    let bench = bench!("the_console_takes_input_and_its_writer_may_go_and_come", Guest::Echo);
+    let bench = bench!("the_console_takes_input_and_its_writer_may_go_and_come", TinyGuest::Echo);
     let mut run = bench.launch().await;
-    bench.console_shows(&Guest::Echo.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Echo.banner(), 1).await;
     for word in ["hello", "again"] {
         let mut input =
             std::fs::OpenOptions::new().write(true).open(bench.dir().join(CONSOLE_INPUT)).unwrap();
@@ -148,7 +153,7 @@ async fn the_console_takes_input_and_its_writer_may_go_and_come() {
 
 #[tokio::test]
 async fn counters_are_sums_and_cost_no_room() {
-    let mut bench = bench!("counters_are_sums_and_cost_no_room", Guest::Idle);
+    let mut bench = bench!("counters_are_sums_and_cost_no_room", TinyGuest::Idle);
     bench.add_disk("root");
     bench.config.storage[0].is_root_device = true;
     let run = bench.launch().await;
@@ -167,7 +172,7 @@ async fn counters_are_sums_and_cost_no_room() {
 
 #[tokio::test]
 async fn a_stopped_vmm_times_out_and_is_still_killed() {
-    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", Guest::Idle);
+    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", TinyGuest::Idle);
     let mut run = bench.launch().await;
     run.stop().await;
     let error = run.vmm.pause().await.unwrap_err();
@@ -181,7 +186,7 @@ async fn a_stopped_vmm_times_out_and_is_still_killed() {
 
 #[tokio::test]
 async fn a_vmm_that_was_stopped_for_a_while_answers_again() {
-    let bench = bench!("a_vmm_that_was_stopped_for_a_while_answers_again", Guest::Idle);
+    let bench = bench!("a_vmm_that_was_stopped_for_a_while_answers_again", TinyGuest::Idle);
     let run = bench.launch().await;
     run.stop().await;
     assert_eq!(run.vmm.probe().await.unwrap_err().kind, BackendErrorKind::Timeout);
@@ -192,7 +197,7 @@ async fn a_vmm_that_was_stopped_for_a_while_answers_again() {
 
 #[tokio::test]
 async fn a_killed_vmm_is_a_failure() {
-    let bench = bench!("a_killed_vmm_is_a_failure", Guest::Idle);
+    let bench = bench!("a_killed_vmm_is_a_failure", TinyGuest::Idle);
     let mut run = bench.launch().await;
     run.signal(Signal::KILL);
     let exit = run.gone().await;
@@ -204,7 +209,7 @@ async fn a_killed_vmm_is_a_failure() {
 
 #[tokio::test]
 async fn a_running_vmm_is_adopted() {
-    let bench = bench!("a_running_vmm_is_adopted", Guest::Idle);
+    let bench = bench!("a_running_vmm_is_adopted", TinyGuest::Idle);
     let first = bench.launch().await;
     first.vmm.pause().await.unwrap();
     let record = first.vmm.run().clone();
@@ -228,7 +233,7 @@ async fn a_running_vmm_is_adopted() {
 
 #[tokio::test]
 async fn a_reset_that_nobody_watched_is_told_by_the_counters() {
-    let bench = bench!("a_reset_that_nobody_watched_is_told_by_the_counters", Guest::Reset);
+    let bench = bench!("a_reset_that_nobody_watched_is_told_by_the_counters", TinyGuest::Reset);
     let mut run = bench.launch().await;
     let record = run.vmm.run().clone();
     run.gone().await;
@@ -241,7 +246,7 @@ async fn a_reset_that_nobody_watched_is_told_by_the_counters() {
 
 #[tokio::test]
 async fn a_launch_that_fails_says_why_and_leaves_nothing() {
-    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", Guest::Idle);
+    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", TinyGuest::Idle);
     let kernel = bench.dir().join("not-a-kernel");
     std::fs::write(&kernel, "not a kernel").unwrap();
     bench.config.boot.as_mut().unwrap().kernel_path = kernel.to_str().unwrap().to_owned();
@@ -255,11 +260,11 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
 
 #[tokio::test]
 async fn a_launch_that_is_dropped_is_swept() {
-    let bench = bench!("a_launch_that_is_dropped_is_swept", Guest::Idle);
+    let bench = bench!("a_launch_that_is_dropped_is_swept", TinyGuest::Idle);
     for millis in [0, 1, 3, 10, 30] {
         let _ = tokio::time::timeout(Duration::from_millis(millis), bench.try_launch()).await;
         bench.sweep().await;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         while bench.processes() > 0 {
             assert!(Instant::now() < deadline, "still there after {millis} ms");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -269,7 +274,7 @@ async fn a_launch_that_is_dropped_is_swept() {
 
 #[tokio::test]
 async fn a_missing_program_is_no_surprise() {
-    let bench = Bench::new(Firecracker::new("/nowhere/firecracker"), Guest::Idle, UNSET);
+    let bench = Bench::new(FirecrackerBackend::new("/nowhere/firecracker"), TinyGuest::Idle, UNSET);
     let error = bench.try_launch().await.err().unwrap();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
     assert!(bench.backend.ping().await.version.unwrap_err().contains("/nowhere/firecracker"));
@@ -278,7 +283,7 @@ async fn a_missing_program_is_no_surprise() {
 
 #[tokio::test]
 async fn as_many_devices_as_are_allowed_are_served() {
-    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", Guest::Idle);
+    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", TinyGuest::Idle);
     for index in 0..bench.backend.capabilities().limits["max-devices"] {
         bench.add_disk(&format!("d{index}"));
     }
@@ -290,7 +295,7 @@ async fn as_many_devices_as_are_allowed_are_served() {
 
 #[tokio::test]
 async fn a_network_interface_is_served_by_its_tap() {
-    let mut bench = bench!("a_network_interface_is_served_by_its_tap", Guest::Idle);
+    let mut bench = bench!("a_network_interface_is_served_by_its_tap", TinyGuest::Idle);
     let Some(tap) = Tap::new("a_network_interface_is_served_by_its_tap", "vmcpfc") else { return };
     bench.add_nic(&tap);
     bench.add_disk("net");
@@ -309,7 +314,7 @@ async fn a_network_interface_is_served_by_its_tap() {
 
 #[tokio::test]
 async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
-    let bench = bench!("the_log_of_a_vmm_that_does_not_answer_is_trimmed", Guest::Idle);
+    let bench = bench!("the_log_of_a_vmm_that_does_not_answer_is_trimmed", TinyGuest::Idle);
     let run = bench.launch().await;
     a_silent_vmm_is_trimmed(&*run.vmm, &bench.dir().join("firecracker.log")).await;
     run.vmm.kill().await.unwrap();
@@ -317,12 +322,12 @@ async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
 
 #[tokio::test]
 async fn nothing_is_sent_to_who_has_taken_the_socket() {
-    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", Guest::Idle);
+    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", TinyGuest::Idle);
     bench.nothing_is_sent_to_another_listener().await;
 }
 
 #[tokio::test]
 async fn samples_leave_no_connection_open() {
-    let bench = bench!("samples_leave_no_connection_open", Guest::Idle);
+    let bench = bench!("samples_leave_no_connection_open", TinyGuest::Idle);
     bench.samples_leave_no_connection().await;
 }

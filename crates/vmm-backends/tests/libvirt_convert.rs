@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use vmm_backends::libvirt::convert::{Inputs, Label, UnfitPath, domain};
+use vmm_backends::libvirt::convert::{DomainInputs, PathUnfitForXml, QemuUser, domain};
 use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
 use vmm_backends::qemu::convert::{Accelerator, ImageKind};
 use vmm_core::backend::Backend as _;
@@ -19,9 +19,9 @@ use vmm_core::config::{
     BootConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, Options, RestartPolicyConfig,
     StorageDevice, VmConfig,
 };
+use vmm_core::discovery::Places;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::Places;
 use vmm_core::spec::VmSpec;
 
 fn options(pairs: &[(&str, &str)]) -> Options {
@@ -86,7 +86,7 @@ fn full() -> VmConfig {
     config
 }
 
-fn xml(config: &VmConfig, console: Option<&str>, label: Option<Label>) -> Result<String, UnfitPath> {
+fn xml(config: &VmConfig, console: Option<&str>, label: Option<QemuUser>) -> Result<String, PathUnfitForXml> {
     xml_in(Path::new("/run/vm/0a"), config, console, label)
 }
 
@@ -94,8 +94,8 @@ fn xml_in(
     dir: &Path,
     config: &VmConfig,
     console: Option<&str>,
-    label: Option<Label>,
-) -> Result<String, UnfitPath> {
+    label: Option<QemuUser>,
+) -> Result<String, PathUnfitForXml> {
     let spec = VmSpec::parse(config).unwrap();
     let is_block = |path: &PathBuf| path.starts_with("/dev");
     let images: Vec<ImageKind> = spec
@@ -104,7 +104,7 @@ fn xml_in(
         .map(|disk| if is_block(&disk.path) { ImageKind::BlockDevice } else { ImageKind::File })
         .collect();
     let taps: Vec<String> = (0..spec.nics.len()).map(|index| format!("vmt{index}")).collect();
-    domain(&Inputs {
+    domain(&DomainInputs {
         instance: "01890000-0000-7000-8000-0000000000ff".parse().unwrap(),
         uid: "01890000-0000-7000-8000-0000000000aa".parse().unwrap(),
         vm_id: &"web-1".parse().unwrap(),
@@ -127,13 +127,13 @@ fn a_small_vm() {
 
 #[test]
 fn a_vm_with_everything() {
-    let label = Some(Label { uid: 0, gid: 0 });
+    let label = Some(QemuUser { uid: 0, gid: 0 });
     insta::assert_snapshot!(xml(&full(), Some("/tmp/my console.log"), label).unwrap());
 }
 
 #[test]
 fn a_console_that_is_off_is_none() {
-    let text = xml(&small(), None, Some(Label { uid: 1000, gid: 100 })).unwrap();
+    let text = xml(&small(), None, Some(QemuUser { uid: 1000, gid: 100 })).unwrap();
     assert!(!text.contains("<serial") && !text.contains("console"), "{text}");
     // Another user's QEMU reaches only what libvirt gives it.
     assert!(text.contains("relabel='yes'") && text.contains("<label>+1000:+100</label>"), "{text}");

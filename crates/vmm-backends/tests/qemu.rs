@@ -12,24 +12,24 @@ mod qemu_support;
 use std::time::Duration;
 
 use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, ask_for, qemu};
-use vmm_backends::qemu::convert::Machine;
+use vmm_backends::qemu::convert::QemuMachine;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
-    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, LaunchRequest, Reset,
-    VmmEvent,
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, LadderOptions, LaunchRequest,
+    ResetOutcome, VmmEvent,
 };
 use vmm_core::config::StorageDevice;
-use vmm_core::gate::Gate;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::state::EndedBy;
 use vmm_host::process::Signal;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::logs::a_silent_vmm_is_trimmed;
 
 const MACHINES: [&str; 2] = ["q35", "microvm"];
-const FORCE: Ladder = Ladder { ask_guest_for: None };
+const FORCE: LadderOptions = LadderOptions { ask_guest_for: None };
 
 /// A bench per machine; none where QEMU is missing, after saying that `test` is skipped.
-async fn benches(test: &str, guest: Guest, restart: i32) -> Vec<Bench> {
+async fn benches(test: &str, guest: TinyGuest, restart: i32) -> Vec<Bench> {
     let mut benches = Vec::new();
     for machine in MACHINES {
         let Some(backend) = qemu(test).await else { break };
@@ -40,11 +40,11 @@ async fn benches(test: &str, guest: Guest, restart: i32) -> Vec<Bench> {
 
 #[tokio::test]
 async fn a_guest_runs_pauses_goes_on_and_is_killed() {
-    for bench in benches("a_guest_runs_pauses_goes_on_and_is_killed", Guest::Idle, GUEST_REBOOT).await {
+    for bench in benches("a_guest_runs_pauses_goes_on_and_is_killed", TinyGuest::Idle, GUEST_REBOOT).await {
         let mut run = bench.launch().await;
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
-        assert!(bench.console().starts_with(&Guest::Idle.banner()), "no firmware before the guest");
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
+        assert!(bench.console().starts_with(&TinyGuest::Idle.banner()), "no firmware before the guest");
         run.vmm.pause().await.unwrap();
         run.vmm.pause().await.unwrap();
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
@@ -66,9 +66,9 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
 
 #[tokio::test]
 async fn no_guest_runs_before_the_gate_is_open() {
-    for bench in benches("no_guest_runs_before_the_gate_is_open", Guest::Idle, GUEST_REBOOT).await {
-        let (keeper, gate) = Gate::shut();
-        let launching = bench.backend.launch(LaunchRequest { gate, ..bench.request() });
+    for bench in benches("no_guest_runs_before_the_gate_is_open", TinyGuest::Idle, GUEST_REBOOT).await {
+        let (issuer, permit) = RunPermit::pending();
+        let launching = bench.backend.launch(LaunchRequest { permit, ..bench.request() });
         let opening = async {
             while !bench.dir().join("qmp.sock").exists() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -76,15 +76,15 @@ async fn no_guest_runs_before_the_gate_is_open() {
             // Much longer than a guest that ran would take to say its first word.
             tokio::time::sleep(Duration::from_millis(300)).await;
             assert_eq!((bench.processes(), bench.console().as_str()), (1, ""));
-            keeper.open();
+            issuer.grant();
         };
         let (launched, ()) = tokio::join!(launching, opening);
         let run = launched.unwrap();
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         run.vmm.kill().await.unwrap();
 
-        let (_, gate) = Gate::shut();
-        let called_off = bench.backend.launch(LaunchRequest { gate, ..bench.request() }).await.unwrap_err();
+        let (_, permit) = RunPermit::pending();
+        let called_off = bench.backend.launch(LaunchRequest { permit, ..bench.request() }).await.unwrap_err();
         assert_eq!((called_off.effect, bench.processes()), (Effect::NotApplied, 0), "{called_off}");
     }
 }
@@ -92,24 +92,24 @@ async fn no_guest_runs_before_the_gate_is_open() {
 #[tokio::test]
 async fn a_second_run_in_the_same_folder_appends_to_the_console() {
     for bench in
-        benches("a_second_run_in_the_same_folder_appends_to_the_console", Guest::PowerOff, NEVER).await
+        benches("a_second_run_in_the_same_folder_appends_to_the_console", TinyGuest::PowerOff, NEVER).await
     {
         for times in 1..=2 {
             let mut run = bench.launch().await;
             assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
-            bench.console_shows(&Guest::PowerOff.banner(), times).await;
+            bench.console_shows(&TinyGuest::PowerOff.banner(), times).await;
         }
     }
 }
 
 #[tokio::test]
 async fn a_reset_is_done_in_place_and_is_no_event() {
-    for bench in benches("a_reset_is_done_in_place_and_is_no_event", Guest::Idle, GUEST_REBOOT).await {
+    for bench in benches("a_reset_is_done_in_place_and_is_no_event", TinyGuest::Idle, GUEST_REBOOT).await {
         let mut run = bench.launch().await;
         for boots in 2..=4 {
-            bench.console_shows(&Guest::Idle.banner(), boots - 1).await;
-            assert_eq!(run.vmm.reset().await.unwrap(), Reset::InPlace);
-            bench.console_shows(&Guest::Idle.banner(), boots).await;
+            bench.console_shows(&TinyGuest::Idle.banner(), boots - 1).await;
+            assert_eq!(run.vmm.reset().await.unwrap(), ResetOutcome::InPlace);
+            bench.console_shows(&TinyGuest::Idle.banner(), boots).await;
         }
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
         run.no_event();
@@ -120,11 +120,11 @@ async fn a_reset_is_done_in_place_and_is_no_event() {
 #[tokio::test]
 async fn a_reset_works_though_the_guest_may_not_reset_itself() {
     let test = "a_reset_works_though_the_guest_may_not_reset_itself";
-    for bench in benches(test, Guest::Obey, NEVER).await {
+    for bench in benches(test, TinyGuest::Obey, NEVER).await {
         let mut run = bench.launch().await;
-        bench.console_shows(&Guest::Obey.banner(), 1).await;
-        assert_eq!(run.vmm.reset().await.unwrap(), Reset::InPlace);
-        bench.console_shows(&Guest::Obey.banner(), 2).await;
+        bench.console_shows(&TinyGuest::Obey.banner(), 1).await;
+        assert_eq!(run.vmm.reset().await.unwrap(), ResetOutcome::InPlace);
+        bench.console_shows(&TinyGuest::Obey.banner(), 2).await;
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
         run.no_event();
         // The guest's own reset still ends the run.
@@ -144,7 +144,7 @@ async fn type_at_console(bench: &Bench, bytes: &[u8]) {
 #[tokio::test]
 async fn a_guest_that_ignores_its_power_button_is_powered_off() {
     let test = "a_guest_that_ignores_its_power_button_is_powered_off";
-    for bench in benches(test, Guest::Idle, GUEST_REBOOT).await {
+    for bench in benches(test, TinyGuest::Idle, GUEST_REBOOT).await {
         for ladder in [ask_for(1), FORCE] {
             let mut run = bench.launch().await;
             assert_eq!(run.vmm.shutdown(ladder).await.unwrap(), EndedBy::Vmm);
@@ -158,9 +158,9 @@ async fn a_guest_that_ignores_its_power_button_is_powered_off() {
 async fn a_guest_that_obeys_its_power_button_ends_by_it() {
     let test = "a_guest_that_obeys_its_power_button_ends_by_it";
     let Some(backend) = qemu(test).await else { return };
-    let bench = Bench::new(backend, "q35", Guest::Button, GUEST_REBOOT);
+    let bench = Bench::new(backend, "q35", TinyGuest::Button, GUEST_REBOOT);
     let mut run = bench.launch().await;
-    bench.console_shows(&Guest::Button.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Button.banner(), 1).await;
     assert_eq!(run.vmm.shutdown(ask_for(30)).await.unwrap(), EndedBy::Acpi);
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
 }
@@ -169,9 +169,9 @@ async fn a_guest_that_obeys_its_power_button_ends_by_it() {
 async fn a_guest_that_ends_by_itself_says_how() {
     let test = "a_guest_that_ends_by_itself_says_how";
     let ends = [
-        (Guest::PowerOff, ExitCause::GuestPowerOff),
-        (Guest::Reset, ExitCause::GuestReset),
-        (Guest::TripleFault, ExitCause::GuestReset),
+        (TinyGuest::PowerOff, ExitCause::GuestPowerOff),
+        (TinyGuest::Reset, ExitCause::GuestReset),
+        (TinyGuest::TripleFault, ExitCause::GuestReset),
     ];
     for (guest, cause) in ends {
         for bench in benches(test, guest, NEVER).await {
@@ -186,7 +186,7 @@ async fn a_guest_that_ends_by_itself_says_how() {
 
 #[tokio::test]
 async fn a_guest_that_may_reset_itself_starts_again_in_place() {
-    for guest in [Guest::Reset, Guest::TripleFault] {
+    for guest in [TinyGuest::Reset, TinyGuest::TripleFault] {
         for bench in benches("a_guest_that_may_reset_itself_starts_again_in_place", guest, GUEST_REBOOT).await
         {
             let mut run = bench.launch().await;
@@ -201,14 +201,14 @@ async fn a_guest_that_may_reset_itself_starts_again_in_place() {
 
 #[tokio::test]
 async fn one_reset_of_a_guest_is_one_event() {
-    for bench in benches("one_reset_of_a_guest_is_one_event", Guest::Obey, GUEST_REBOOT).await {
+    for bench in benches("one_reset_of_a_guest_is_one_event", TinyGuest::Obey, GUEST_REBOOT).await {
         let mut run = bench.launch().await;
         for boots in 1..=3 {
-            bench.console_shows(&Guest::Obey.banner(), boots).await;
+            bench.console_shows(&TinyGuest::Obey.banner(), boots).await;
             type_at_console(&bench, b"R").await;
             assert_eq!(run.event().await, VmmEvent::GuestReset);
         }
-        bench.console_shows(&Guest::Obey.banner(), 4).await;
+        bench.console_shows(&TinyGuest::Obey.banner(), 4).await;
         // Answered after every event that was sent before.
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
         run.no_event();
@@ -219,7 +219,7 @@ async fn one_reset_of_a_guest_is_one_event() {
 
 #[tokio::test]
 async fn a_killed_vmm_is_gone_with_its_signal() {
-    for bench in benches("a_killed_vmm_is_gone_with_its_signal", Guest::Idle, GUEST_REBOOT).await {
+    for bench in benches("a_killed_vmm_is_gone_with_its_signal", TinyGuest::Idle, GUEST_REBOOT).await {
         let mut run = bench.launch().await;
         run.signal(Signal::KILL);
         let exit = run.gone().await;
@@ -236,7 +236,8 @@ async fn a_killed_vmm_is_gone_with_its_signal() {
 /// QEMU 7.2 hangs in its end where it was just answering; enough tries find that.
 #[tokio::test]
 async fn an_end_in_the_middle_of_a_question_is_an_end() {
-    for bench in benches("an_end_in_the_middle_of_a_question_is_an_end", Guest::Idle, GUEST_REBOOT).await {
+    for bench in benches("an_end_in_the_middle_of_a_question_is_an_end", TinyGuest::Idle, GUEST_REBOOT).await
+    {
         for _ in 0..10 {
             let mut run = bench.launch().await;
             let vmm = run.vmm.clone();
@@ -253,7 +254,7 @@ async fn an_end_in_the_middle_of_a_question_is_an_end() {
 async fn a_vmm_that_stands_still_is_told_from_a_dead_one() {
     let test = "a_vmm_that_stands_still_is_told_from_a_dead_one";
     let Some(backend) = qemu(test).await else { return };
-    let bench = Bench::new(backend, "microvm", Guest::Idle, GUEST_REBOOT);
+    let bench = Bench::new(backend, "microvm", TinyGuest::Idle, GUEST_REBOOT);
     let run = bench.launch().await;
     run.signal(Signal::STOP);
     let error = run.vmm.probe().await.unwrap_err();
@@ -277,7 +278,7 @@ async fn a_vmm_that_stands_still_is_told_from_a_dead_one() {
 async fn a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time() {
     let test = "a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time";
     let Some(backend) = qemu(test).await else { return };
-    let bench = Bench::new(backend, "microvm", Guest::Idle, GUEST_REBOOT);
+    let bench = Bench::new(backend, "microvm", TinyGuest::Idle, GUEST_REBOOT);
     let mut run = bench.launch().await;
     run.signal(Signal::STOP);
     let forced = tokio::time::timeout(Duration::from_secs(5), run.vmm.shutdown(FORCE)).await;
@@ -287,9 +288,9 @@ async fn a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time() {
 
 #[tokio::test]
 async fn a_vmm_outlives_its_handle_and_is_adopted() {
-    for bench in benches("a_vmm_outlives_its_handle_and_is_adopted", Guest::Obey, NEVER).await {
+    for bench in benches("a_vmm_outlives_its_handle_and_is_adopted", TinyGuest::Obey, NEVER).await {
         let first = bench.launch().await;
-        bench.console_shows(&Guest::Obey.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Obey.banner(), 1).await;
         first.vmm.pause().await.unwrap();
         let record = first.vmm.run().clone();
         drop(first);
@@ -327,7 +328,8 @@ async fn a_missing_program_and_a_dead_start_are_explained() {
     let why = not_qemu.ping().await.version.unwrap_err();
     assert!(why.contains("does not look like QEMU"), "{why}");
 
-    for mut bench in benches("a_missing_program_and_a_dead_start_are_explained", Guest::Idle, NEVER).await {
+    for mut bench in benches("a_missing_program_and_a_dead_start_are_explained", TinyGuest::Idle, NEVER).await
+    {
         let error = missing.launch(bench.request()).await.unwrap_err();
         assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
         let features = &mut bench.config.cpu.as_mut().unwrap().features;
@@ -342,7 +344,7 @@ async fn a_missing_program_and_a_dead_start_are_explained() {
 #[tokio::test]
 async fn a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found() {
     let test = "a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found";
-    for bench in benches(test, Guest::Idle, NEVER).await {
+    for bench in benches(test, TinyGuest::Idle, NEVER).await {
         let found = bench.backend.adopt(bench.adoption(None)).await.unwrap();
         assert!(matches!(found, Adoption::Gone { .. }), "{found:?}");
         let mut run = bench.launch().await;
@@ -359,7 +361,7 @@ async fn a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found() {
 #[tokio::test]
 async fn a_qcow2_that_opens_other_files_is_refused() {
     let test = "a_qcow2_that_opens_other_files_is_refused";
-    for mut bench in benches(test, Guest::Idle, NEVER).await {
+    for mut bench in benches(test, TinyGuest::Idle, NEVER).await {
         let (base, top) = (bench.dir().join("base"), bench.dir().join("top"));
         qemu_support::make_image(&base, "raw", 1 << 20);
         let made = std::process::Command::new("qemu-img")
@@ -385,8 +387,8 @@ async fn a_qcow2_that_opens_other_files_is_refused() {
 
 #[tokio::test]
 async fn every_place_for_a_device_exists() {
-    for mut bench in benches("every_place_for_a_device_exists", Guest::Idle, NEVER).await {
-        let count = if Machine::of(&bench.spec()) == Some(Machine::Q35) { 64 } else { 23 };
+    for mut bench in benches("every_place_for_a_device_exists", TinyGuest::Idle, NEVER).await {
+        let count = if QemuMachine::of(&bench.spec()) == Some(QemuMachine::Q35) { 64 } else { 23 };
         let path = bench.dir().join("disk");
         qemu_support::make_image(&path, "raw", 1 << 20);
         for index in 0..count {
@@ -398,7 +400,7 @@ async fn every_place_for_a_device_exists() {
             });
         }
         let run = bench.launch().await;
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         assert_eq!(run.vmm.sample().await.missing, [""; 0]);
         run.vmm.kill().await.unwrap();
     }
@@ -417,17 +419,17 @@ async fn kvm_is_used_where_it_is_ordered() {
     }
     for machine in MACHINES {
         let backend = QemuBackend::new(QemuOptions { kvm: KvmMode::On, ..QemuOptions::default() });
-        let bench = Bench::new(backend, machine, Guest::Idle, GUEST_REBOOT);
+        let bench = Bench::new(backend, machine, TinyGuest::Idle, GUEST_REBOOT);
         let run = bench.launch().await;
         assert_eq!(run.vmm.run().accelerator, "kvm");
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         run.vmm.kill().await.unwrap();
     }
 }
 
 #[tokio::test]
 async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
-    for bench in benches("the_log_of_a_vmm_that_does_not_answer_is_trimmed", Guest::Idle, NEVER).await {
+    for bench in benches("the_log_of_a_vmm_that_does_not_answer_is_trimmed", TinyGuest::Idle, NEVER).await {
         let run = bench.launch().await;
         a_silent_vmm_is_trimmed(&*run.vmm, &bench.dir().join("qemu.log")).await;
         run.vmm.kill().await.unwrap();

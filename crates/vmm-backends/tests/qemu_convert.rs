@@ -11,7 +11,8 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use vmm_backends::qemu::convert::{
-    Accelerator, AheadInputs, ImageKind, Inputs, Machine, Told, Untellable, ahead, arguments, told,
+    Accelerator, ImageKind, InexpressibleVm, QemuInputs, QemuMachine, SpareQemuConfig, SpareQemuInputs,
+    arguments, spare_arguments, spare_config,
 };
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
@@ -98,8 +99,8 @@ fn told_in(
     config: &VmConfig,
     accelerator: Accelerator,
     console: Option<&str>,
-) -> Result<Told, Untellable> {
-    with_inputs(dir, config, accelerator, console, told)
+) -> Result<SpareQemuConfig, InexpressibleVm> {
+    with_inputs(dir, config, accelerator, console, spare_config)
 }
 
 fn with_inputs<T>(
@@ -107,7 +108,7 @@ fn with_inputs<T>(
     config: &VmConfig,
     accelerator: Accelerator,
     console: Option<&str>,
-    convert: impl FnOnce(&Inputs<'_>) -> T,
+    convert: impl FnOnce(&QemuInputs<'_>) -> T,
 ) -> T {
     let spec = VmSpec::parse(config).unwrap();
     let images: Vec<ImageKind> = spec
@@ -116,11 +117,11 @@ fn with_inputs<T>(
         .map(|disk| if disk.path.starts_with("/dev") { ImageKind::BlockDevice } else { ImageKind::File })
         .collect();
     let taps: Vec<String> = (0..spec.nics.len()).map(|index| format!("vmt{index}")).collect();
-    convert(&Inputs {
+    convert(&QemuInputs {
         uid: UID.parse().unwrap(),
         vm_id: &"web-1".parse().unwrap(),
         spec: &spec,
-        machine: Machine::of(&spec).unwrap(),
+        machine: QemuMachine::of(&spec).unwrap(),
         accelerator,
         dir: Path::new(dir),
         console: console.map(Path::new),
@@ -180,7 +181,11 @@ fn devices_keep_their_places() {
 #[test]
 fn what_a_spare_is_started_with() {
     let words = |dir: &str, accelerator| {
-        lines(ahead(&AheadInputs { uid: UID.parse().unwrap(), accelerator, dir: Path::new(dir) }))
+        lines(spare_arguments(&SpareQemuInputs {
+            uid: UID.parse().unwrap(),
+            accelerator,
+            dir: Path::new(dir),
+        }))
     };
     insta::assert_snapshot!(words("/run/vm/0a", Accelerator::Kvm));
     let comma = words("/run/v,m/0a", Accelerator::Tcg);
@@ -214,7 +219,11 @@ fn everything_is_told_on_microvm() {
 #[test]
 fn a_spare_suits_the_vm_that_it_was_started_for() {
     let (dir, tcg) = ("/run/vm/0a", Accelerator::Tcg);
-    let spare = ahead(&AheadInputs { uid: UID.parse().unwrap(), accelerator: tcg, dir: Path::new(dir) });
+    let spare = spare_arguments(&SpareQemuInputs {
+        uid: UID.parse().unwrap(),
+        accelerator: tcg,
+        dir: Path::new(dir),
+    });
     let suits = |dir: &str, config: &VmConfig, accelerator, console| {
         told_in(dir, config, accelerator, console).unwrap().ahead == spare
     };

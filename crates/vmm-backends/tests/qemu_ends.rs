@@ -20,7 +20,7 @@ use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{BackendErrorKind, Exit, ExitCause};
 use vmm_core::state::EndedBy;
 use vmm_testkit::fake::qemu::LATE;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use qemu_support::{Bench, NEVER, Run, ask_for};
 
@@ -52,7 +52,7 @@ fn bench(script: &str) -> (tempfile::TempDir, Bench) {
     let binary = folder.path().join(FAKE_VMM);
     symlink(std::env::current_exe().unwrap(), &binary).unwrap();
     let backend = QemuBackend::new(QemuOptions { binary, kvm: KvmMode::Off });
-    let mut bench = Bench::new(backend, "q35", Guest::Idle, NEVER);
+    let mut bench = Bench::new(backend, "q35", TinyGuest::Idle, NEVER);
     script.clone_into(&mut bench.config.boot.as_mut().unwrap().kernel_args);
     (folder, bench)
 }

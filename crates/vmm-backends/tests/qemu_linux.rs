@@ -15,14 +15,14 @@ use qemu_support::{Bench, GUEST_REBOOT, Tap, ask_for, linux, make_image, qemu, s
 use vmm_core::backend::{ExitCause, VmmEvent};
 use vmm_core::config::{NetworkInterface, StorageDevice};
 use vmm_core::state::EndedBy;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 #[tokio::test]
 async fn linux_sees_its_disks_and_the_counters_see_linux() {
     let test = "linux_sees_its_disks_and_the_counters_see_linux";
     let Some(files) = linux(test) else { return };
     let Some(backend) = qemu(test).await else { return };
-    let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
+    let mut bench = Bench::new(backend, "q35", TinyGuest::Idle, GUEST_REBOOT)
         .with_linux(&files, "vmcp.do=writedisk,readdisk,idle");
     for (name, size, format, read_only, root) in [
         ("data,1", 8, "raw", true, false),
@@ -75,7 +75,7 @@ async fn linux_obeys_the_power_button_of_microvm() {
         .lines()
         .find_map(|line| line.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok())
         .unwrap();
-    let mut bench = Bench::new(backend, "microvm", Guest::Idle, GUEST_REBOOT)
+    let mut bench = Bench::new(backend, "microvm", TinyGuest::Idle, GUEST_REBOOT)
         .with_linux(&files, &format!("tsc_early_khz={:.0}", mhz * 1000.0));
     for (name, size) in [("a", 8), ("b", 16)] {
         let path = bench.dir().join(name);
@@ -102,7 +102,7 @@ async fn network_counters_are_the_guests() {
     let Some(tap) = Tap::new("vmtest").filter(Tap::set_up) else {
         return skipped(test, "no TAP can be made here (needs CAP_NET_ADMIN and the program ip)");
     };
-    let mut bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT)
+    let mut bench = Bench::new(backend, "q35", TinyGuest::Idle, GUEST_REBOOT)
         .with_linux(&files, "vmcp.ip=192.0.2.2/24 vmcp.peer=192.0.2.1 vmcp.do=ping,idle");
     bench.config.network.push(NetworkInterface {
         id: "n".to_owned(),
@@ -124,15 +124,15 @@ async fn a_panic_of_linux_ends_its_run_or_resets_it() {
     let test = "a_panic_of_linux_ends_its_run_or_resets_it";
     let Some(files) = linux(test) else { return };
     let Some(backend) = qemu(test).await else { return };
-    let bench = Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT).with_linux(&files, "vmcp.do=panic");
+    let bench = Bench::new(backend, "q35", TinyGuest::Idle, GUEST_REBOOT).with_linux(&files, "vmcp.do=panic");
     let mut run = bench.launch().await;
     bench.console_shows("vmcp-guest: panic", 1).await;
     let exit = run.gone().await;
     assert_eq!(exit.cause, ExitCause::GuestCrash, "{exit:?}");
 
     let Some(backend) = qemu(test).await else { return };
-    let resetting =
-        Bench::new(backend, "q35", Guest::Idle, GUEST_REBOOT).with_linux(&files, "panic=-1 vmcp.do=panic");
+    let resetting = Bench::new(backend, "q35", TinyGuest::Idle, GUEST_REBOOT)
+        .with_linux(&files, "panic=-1 vmcp.do=panic");
     let mut run = resetting.launch().await;
     assert_eq!(run.event().await, VmmEvent::GuestReset);
     resetting.console_shows("vmcp-guest: panic", 2).await;

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vmm_backends::program::Version;
 use vmm_backends::qemu::client::RunState;
-use vmm_backends::qemu::qmp::{Closed, MAX_LINE, Qmp, QmpError, QmpEvent};
+use vmm_backends::qemu::qmp::{CloseReason, MAX_LINE, Qmp, QmpError, QmpEvent};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, StorageCounters};
 
 const GREETING: &str = concat!(
@@ -26,8 +26,8 @@ const GREETING: &str = concat!(
     r#""capabilities": ["oob"]}}"#,
     "\r\n"
 );
-const SHORT: Duration = Duration::from_millis(200);
-const LONG: Duration = Duration::from_secs(20);
+const SHORT_TIMEOUT: Duration = Duration::from_millis(200);
+const LONG_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A peer that plays QEMU.
 struct Peer {
@@ -120,7 +120,7 @@ async fn an_honest_conversation() {
         .await;
         peer.hold().await;
     });
-    let (qmp, mut events) = stage.connect(LONG).await.unwrap();
+    let (qmp, mut events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     assert_eq!(qmp.version(), Version::new(7, 2, 22));
     assert_eq!(qmp.peer_pid().and_then(|pid| u32::try_from(pid).ok()), Some(std::process::id()));
     qmp.stop().await.unwrap();
@@ -160,7 +160,7 @@ async fn answers_find_their_commands_in_any_order() {
         }
         peer.hold().await;
     });
-    let (qmp, _events) = stage.connect(LONG).await.unwrap();
+    let (qmp, _events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     let mut calls = tokio::task::JoinSet::new();
     let qmp = std::sync::Arc::new(qmp);
     for number in 0..20 {
@@ -180,7 +180,7 @@ async fn a_missing_socket_and_a_refusing_one_cannot_be_connected_to() {
         if path.ends_with("dead") {
             drop(UnixListener::bind(&path).unwrap());
         }
-        let error = Qmp::connect(&path, LONG, mpsc::channel(1).0).await.unwrap_err();
+        let error = Qmp::connect(&path, LONG_TIMEOUT, mpsc::channel(1).0).await.unwrap_err();
         assert!(matches!(error, QmpError::Connect(_)), "{error:?}");
         assert_eq!(BackendError::from(error).kind, BackendErrorKind::Unreachable);
     }
@@ -189,7 +189,7 @@ async fn a_missing_socket_and_a_refusing_one_cannot_be_connected_to() {
 #[tokio::test]
 async fn nobody_who_is_silent_holds_a_caller() {
     let silent = stage(Peer::hold);
-    let error = silent.connect(SHORT).await.unwrap_err();
+    let error = silent.connect(SHORT_TIMEOUT).await.unwrap_err();
     assert!(matches!(error, QmpError::NoGreeting(_)), "{error:?}");
     assert_eq!(BackendError::from(error).kind, BackendErrorKind::Timeout);
 
@@ -197,7 +197,7 @@ async fn nobody_who_is_silent_holds_a_caller() {
         peer.say(GREETING).await;
         peer.hold().await;
     });
-    let error = greets.connect(SHORT).await.unwrap_err();
+    let error = greets.connect(SHORT_TIMEOUT).await.unwrap_err();
     assert!(matches!(error, QmpError::NoGreeting(_)), "{error:?}");
 }
 
@@ -213,7 +213,7 @@ async fn a_command_without_an_answer_times_out_and_a_late_answer_harms_nothing()
         peer.answer(json!({}), second).await;
         peer.hold().await;
     });
-    let (qmp, _events) = stage.connect(LONG).await.unwrap();
+    let (qmp, _events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     let error = qmp.stop().await.unwrap_err();
     assert!(matches!(error, QmpError::Timeout { command: "stop", sent: true, .. }), "{error:?}");
     let error = BackendError::from(error);
@@ -243,10 +243,10 @@ async fn what_is_not_qmp_ends_the_connection_with_the_reason() {
             peer.say(line).await;
             peer.hold().await;
         });
-        let (qmp, _events) = stage.connect(LONG).await.unwrap();
+        let (qmp, _events) = stage.connect(LONG_TIMEOUT).await.unwrap();
         let error = qmp.stop().await.unwrap_err();
         assert!(
-            matches!(error, QmpError::Closed { reason: Closed::Garbage(_), sent: true }),
+            matches!(error, QmpError::Closed { reason: CloseReason::Garbage(_), sent: true }),
             "{line:?}: {error:?}"
         );
         let error = BackendError::from(error);
@@ -266,7 +266,7 @@ async fn a_refusal_in_another_form_is_quoted() {
         peer.say(&format!("{}\n", json!({ "error": error, "id": id }))).await;
         peer.hold().await;
     });
-    let (qmp, _events) = stage.connect(LONG).await.unwrap();
+    let (qmp, _events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     let error = BackendError::from(qmp.stop().await.unwrap_err());
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
     assert!(error.message.contains("because") && error.message.contains("moon"), "{error}");
@@ -283,7 +283,7 @@ async fn the_words_of_a_refusal_are_cut_and_cleaned() {
             .await;
         peer.hold().await;
     });
-    let (qmp, _events) = stage.connect(LONG).await.unwrap();
+    let (qmp, _events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     let error = BackendError::from(qmp.stop().await.unwrap_err());
     assert_eq!(error.kind, BackendErrorKind::Rejected);
     assert!(!error.message.contains('\u{1b}') && error.message.len() < 4096, "{}", error.message.len());
@@ -296,9 +296,9 @@ async fn a_greeting_that_is_none_is_refused() {
             peer.say(greeting).await;
             peer.hold().await;
         });
-        let error = stage.connect(LONG).await.unwrap_err();
+        let error = stage.connect(LONG_TIMEOUT).await.unwrap_err();
         assert!(
-            matches!(error, QmpError::Closed { reason: Closed::Garbage(_), .. }),
+            matches!(error, QmpError::Closed { reason: CloseReason::Garbage(_), .. }),
             "{greeting:?}: {error:?}"
         );
     }
@@ -314,7 +314,7 @@ async fn an_answer_of_the_wrong_shape_is_no_answer() {
         }
         peer.hold().await;
     });
-    let (qmp, _events) = stage.connect(LONG).await.unwrap();
+    let (qmp, _events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     for _ in 0..2 {
         let error = qmp.query_status().await.unwrap_err();
         assert!(matches!(error, QmpError::Malformed { command: "query-status", .. }), "{error:?}");
@@ -334,12 +334,12 @@ async fn an_endless_line_is_cut_off() {
         }
         assert!(written < 2 * MAX_LINE, "{written} bytes were taken");
     });
-    let (qmp, _events) = stage.connect(LONG).await.unwrap();
-    tokio::time::timeout(LONG, qmp.closed()).await.unwrap();
+    let (qmp, _events) = stage.connect(LONG_TIMEOUT).await.unwrap();
+    tokio::time::timeout(LONG_TIMEOUT, qmp.closed()).await.unwrap();
     let error = qmp.stop().await.unwrap_err();
-    assert!(matches!(error, QmpError::Closed { reason: Closed::LineTooLong, .. }), "{error:?}");
+    assert!(matches!(error, QmpError::Closed { reason: CloseReason::LineTooLong, .. }), "{error:?}");
     drop(qmp);
-    tokio::time::timeout(LONG, stage.play).await.unwrap().unwrap();
+    tokio::time::timeout(LONG_TIMEOUT, stage.play).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -349,9 +349,9 @@ async fn an_end_fails_what_is_under_way_and_all_that_follows() {
         peer.hear().await;
         peer.say("{\"event\": \"SHUTDOWN\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 0}, \"data\": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\n").await;
     });
-    let (qmp, mut events) = stage.connect(LONG).await.unwrap();
+    let (qmp, mut events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     let error = qmp.cont().await.unwrap_err();
-    assert!(matches!(error, QmpError::Closed { reason: Closed::Eof, sent: true }), "{error:?}");
+    assert!(matches!(error, QmpError::Closed { reason: CloseReason::Eof, sent: true }), "{error:?}");
     assert_eq!(BackendError::from(error).effect, Effect::Unknown);
     qmp.closed().await;
     assert_eq!(events.try_recv().unwrap().name, "SHUTDOWN", "what came before the end was handed out");
@@ -370,7 +370,7 @@ async fn a_flood_of_events_delays_no_answer() {
         peer.answer(json!({}), id).await;
         peer.hold().await;
     });
-    let (qmp, mut events) = stage.connect(LONG).await.unwrap();
+    let (qmp, mut events) = stage.connect(LONG_TIMEOUT).await.unwrap();
     qmp.stop().await.unwrap();
     let mut kept = 0;
     while events.try_recv().is_ok() {

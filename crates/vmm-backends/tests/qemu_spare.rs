@@ -13,24 +13,24 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use qemu_support::{Bench, GUEST_REBOOT, NEVER, PATIENCE, Run, make_image, qemu};
-use vmm_backends::qemu::convert::Machine;
+use qemu_support::{Bench, GUEST_REBOOT, NEVER, Run, WAIT_TIMEOUT, make_image, qemu};
+use vmm_backends::qemu::convert::QemuMachine;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
-    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, Ladder, LaunchRequest, SpareRequest,
-    SpareVmms,
+    Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, LadderOptions, LaunchRequest,
+    SpareRequest, SpareVmms,
 };
 use vmm_core::config::{ConsoleConfig, StorageDevice};
-use vmm_core::gate::Gate;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::state::EndedBy;
 use vmm_host::process::{Lookup, Process, Signal, adopt, find_by_argument};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 const MACHINES: [&str; 2] = ["q35", "microvm"];
-const FORCE: Ladder = Ladder { ask_guest_for: None };
+const FORCE: LadderOptions = LadderOptions { ask_guest_for: None };
 
 /// A bench per machine; none where QEMU is missing, after saying that `test` is skipped.
-async fn benches(test: &str, guest: Guest) -> Vec<Bench> {
+async fn benches(test: &str, guest: TinyGuest) -> Vec<Bench> {
     let mut benches = Vec::new();
     for machine in MACHINES {
         let Some(backend) = qemu(test).await else { break };
@@ -61,7 +61,7 @@ async fn only_process(bench: &Bench) -> Process {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    let found = tokio::time::timeout(PATIENCE, found).await.expect("a process");
+    let found = tokio::time::timeout(WAIT_TIMEOUT, found).await.expect("a process");
     let [found] = found.as_slice() else { panic!("{found:?}") };
     match adopt(&found.identity) {
         Lookup::Alive(process) => process,
@@ -93,25 +93,25 @@ async fn is_still(process: &Process) {
 }
 
 async fn ends(process: &Process) {
-    process.wait_for(PATIENCE).await.expect("it ends");
+    process.wait_for(WAIT_TIMEOUT).await.expect("it ends");
 }
 
 #[tokio::test]
 async fn a_launch_uses_the_one_that_waits() {
-    for bench in benches("a_launch_uses_the_one_that_waits", Guest::Idle).await {
+    for bench in benches("a_launch_uses_the_one_that_waits", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         waits(&spare).await;
         assert!(!bench.dir().join("qmp.sock").exists(), "it has been told nothing");
         let mut run = bench.launch().await;
         assert_eq!((run.vmm.run().process.pid, bench.processes()), (spare.pid(), 1));
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
-        assert!(bench.console().starts_with(&Guest::Idle.banner()), "no firmware before the guest");
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
+        assert!(bench.console().starts_with(&TinyGuest::Idle.banner()), "no firmware before the guest");
         run.vmm.pause().await.unwrap();
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
         run.vmm.resume().await.unwrap();
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
         run.vmm.reset().await.unwrap();
-        bench.console_shows(&Guest::Idle.banner(), 2).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 2).await;
         run.no_event();
         assert_eq!(
             std::fs::read_to_string(bench.dir().join("qemu.log")).unwrap(),
@@ -124,17 +124,17 @@ async fn a_launch_uses_the_one_that_waits() {
 
         let again = bench.launch().await;
         assert_ne!(again.vmm.run().process.pid, spare.pid());
-        bench.console_shows(&Guest::Idle.banner(), 3).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 3).await;
         again.vmm.kill().await.unwrap();
     }
 }
 
 #[tokio::test]
 async fn the_vm_is_adopted_like_any_other() {
-    for bench in benches("the_vm_is_adopted_like_any_other", Guest::Idle).await {
+    for bench in benches("the_vm_is_adopted_like_any_other", TinyGuest::Idle).await {
         start(&bench).await;
         let first = bench.launch().await;
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         let record = first.vmm.run().clone();
         drop(first);
         for known in [Some(record.clone()), None] {
@@ -151,21 +151,21 @@ async fn the_vm_is_adopted_like_any_other() {
 
 #[tokio::test]
 async fn one_that_was_just_started_is_told_as_well() {
-    for bench in benches("one_that_was_just_started_is_told_as_well", Guest::PowerOff).await {
+    for bench in benches("one_that_was_just_started_is_told_as_well", TinyGuest::PowerOff).await {
         let spare = start(&bench).await;
         let mut run = bench.launch().await;
         assert_eq!(run.vmm.run().process.pid, spare.pid());
         assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
-        bench.console_shows(&Guest::PowerOff.banner(), 1).await;
+        bench.console_shows(&TinyGuest::PowerOff.banner(), 1).await;
     }
 }
 
 #[tokio::test]
 async fn no_guest_runs_before_the_gate_is_open() {
-    for bench in benches("no_guest_runs_before_the_gate_is_open", Guest::Idle).await {
+    for bench in benches("no_guest_runs_before_the_gate_is_open", TinyGuest::Idle).await {
         let spare = start(&bench).await;
-        let (keeper, gate) = Gate::shut();
-        let launching = bench.backend.launch(LaunchRequest { gate, ..bench.request() });
+        let (issuer, permit) = RunPermit::pending();
+        let launching = bench.backend.launch(LaunchRequest { permit, ..bench.request() });
         let opening = async {
             while !bench.dir().join("qmp.sock").exists() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -173,24 +173,24 @@ async fn no_guest_runs_before_the_gate_is_open() {
             // Much longer than a guest that ran would take to say its first word.
             tokio::time::sleep(Duration::from_millis(300)).await;
             assert_eq!((bench.processes(), bench.console().as_str()), (1, ""));
-            keeper.open();
+            issuer.grant();
         };
         let (launched, ()) = tokio::join!(launching, opening);
         let run = launched.unwrap();
         assert_eq!(run.vmm.run().process.pid, spare.pid());
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         run.vmm.kill().await.unwrap();
 
         waits(&start(&bench).await).await;
-        let (_, gate) = Gate::shut();
-        let called_off = bench.backend.launch(LaunchRequest { gate, ..bench.request() }).await.unwrap_err();
+        let (_, permit) = RunPermit::pending();
+        let called_off = bench.backend.launch(LaunchRequest { permit, ..bench.request() }).await.unwrap_err();
         assert_eq!((called_off.effect, bench.processes()), (Effect::NotApplied, 0), "{called_off}");
     }
 }
 
 #[tokio::test]
 async fn one_that_has_died_or_hangs_spoils_no_launch() {
-    for bench in benches("one_that_has_died_or_hangs_spoils_no_launch", Guest::Idle).await {
+    for bench in benches("one_that_has_died_or_hangs_spoils_no_launch", TinyGuest::Idle).await {
         for signal in [Signal::KILL, Signal::STOP] {
             let spare = start(&bench).await;
             waits(&spare).await;
@@ -200,7 +200,7 @@ async fn one_that_has_died_or_hangs_spoils_no_launch() {
             assert!(spare.has_ended(), "{signal:?}");
             assert_ne!(run.vmm.run().process.pid, spare.pid());
             assert_eq!(bench.processes(), 1);
-            bench.console_shows(&Guest::Idle.banner(), 1).await;
+            bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
             run.vmm.kill().await.unwrap();
         }
     }
@@ -208,7 +208,7 @@ async fn one_that_has_died_or_hangs_spoils_no_launch() {
 
 #[tokio::test]
 async fn what_cannot_be_told_is_started_as_ever() {
-    for mut bench in benches("what_cannot_be_told_is_started_as_ever", Guest::Idle).await {
+    for mut bench in benches("what_cannot_be_told_is_started_as_ever", TinyGuest::Idle).await {
         let plain = bench.config.clone();
         let edits: [fn(&mut Bench); 4] = [
             |bench| bench.config.boot.as_mut().unwrap().kernel_args = "a".repeat(1100),
@@ -236,18 +236,18 @@ async fn what_cannot_be_told_is_started_as_ever() {
 
 #[tokio::test]
 async fn a_console_of_the_clients_can_be_told() {
-    for bench in benches("a_console_of_the_clients_can_be_told", Guest::Idle).await {
+    for bench in benches("a_console_of_the_clients_can_be_told", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         let output = bench.dir().join("a file, of the client's");
         let request = LaunchRequest { console: Some(output.clone()), ..bench.request() };
         let run = Run::from(bench.backend.launch(request).await.unwrap());
         assert_eq!(run.vmm.run().process.pid, spare.pid());
         let shown = async {
-            while !std::fs::read_to_string(&output).unwrap_or_default().contains(&Guest::Idle.banner()) {
+            while !std::fs::read_to_string(&output).unwrap_or_default().contains(&TinyGuest::Idle.banner()) {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, shown).await.expect("its first line");
+        tokio::time::timeout(WAIT_TIMEOUT, shown).await.expect("its first line");
         assert_eq!(bench.console(), "");
         run.vmm.kill().await.unwrap();
     }
@@ -255,7 +255,7 @@ async fn a_console_of_the_clients_can_be_told() {
 
 #[tokio::test]
 async fn what_qemu_refuses_is_told_in_its_words() {
-    for mut bench in benches("what_qemu_refuses_is_told_in_its_words", Guest::Idle).await {
+    for mut bench in benches("what_qemu_refuses_is_told_in_its_words", TinyGuest::Idle).await {
         let nonsense = bench.dir().join("kernel");
         std::fs::write(&nonsense, "no kernel at all").unwrap();
         bench.config.boot.as_mut().unwrap().kernel_path = nonsense.to_str().unwrap().to_owned();
@@ -270,8 +270,8 @@ async fn what_qemu_refuses_is_told_in_its_words() {
 
 #[tokio::test]
 async fn every_place_for_a_disk_can_be_told() {
-    for mut bench in benches("every_place_for_a_disk_can_be_told", Guest::Idle).await {
-        let count = if Machine::of(&bench.spec()) == Some(Machine::Q35) { 64 } else { 23 };
+    for mut bench in benches("every_place_for_a_disk_can_be_told", TinyGuest::Idle).await {
+        let count = if QemuMachine::of(&bench.spec()) == Some(QemuMachine::Q35) { 64 } else { 23 };
         let path = bench.dir().join("disk");
         make_image(&path, "raw", 1 << 20);
         for index in 0..count {
@@ -285,14 +285,14 @@ async fn every_place_for_a_disk_can_be_told() {
         let spare = start(&bench).await;
         let run = bench.launch().await;
         assert_eq!(run.vmm.run().process.pid, spare.pid());
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         run.vmm.kill().await.unwrap();
     }
 }
 
 #[tokio::test]
 async fn it_can_be_dismissed_and_swept() {
-    for bench in benches("it_can_be_dismissed_and_swept", Guest::Idle).await {
+    for bench in benches("it_can_be_dismissed_and_swept", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         bench.backend.dismiss_spare(bench.uid).await;
         bench.backend.dismiss_spare(bench.uid).await;
@@ -320,7 +320,7 @@ async fn start_again(bench: &Bench, first: &Process) -> Process {
 
 #[tokio::test]
 async fn it_ends_with_its_backend() {
-    for mut bench in benches("it_ends_with_its_backend", Guest::Idle).await {
+    for mut bench in benches("it_ends_with_its_backend", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         bench.backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
         ends(&spare).await;
@@ -343,7 +343,7 @@ async fn a_program_that_was_replaced_meanwhile_is_not_used() {
     };
     install("one");
     let backend = QemuBackend::new(QemuOptions { binary: binary.clone(), kvm: KvmMode::Off });
-    let bench = Bench::new(backend, "microvm", Guest::Idle, NEVER);
+    let bench = Bench::new(backend, "microvm", TinyGuest::Idle, NEVER);
     let spare = start(&bench).await;
     install("two");
     let run = bench.launch().await;
@@ -379,7 +379,7 @@ async fn it_ends_with_a_daemon_that_is_killed() {
     // A spare that waits, and one that has not come to it.
     for while_it_waits in [true, false] {
         let Some(backend) = qemu(test).await else { return };
-        let bench = Bench::new(backend, "q35", Guest::Idle, NEVER);
+        let bench = Bench::new(backend, "q35", TinyGuest::Idle, NEVER);
         let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_daemon_that_holds_a_spare", "--ignored"])
             .env(DAEMON_DIR, bench.dir())
@@ -391,7 +391,7 @@ async fn it_ends_with_a_daemon_that_is_killed() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        let started = tokio::time::timeout(PATIENCE, started).await;
+        let started = tokio::time::timeout(WAIT_TIMEOUT, started).await;
         if started.is_ok() && while_it_waits {
             waits(&only_process(&bench).await).await;
         }
@@ -403,7 +403,7 @@ async fn it_ends_with_a_daemon_that_is_killed() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, gone).await.expect("it ends by itself");
+        tokio::time::timeout(WAIT_TIMEOUT, gone).await.expect("it ends by itself");
         let log = std::fs::read_to_string(bench.dir().join("qemu.log")).unwrap();
         assert!(log.contains("chardev:console"), "it says what it lacks: {log}");
     }

@@ -18,11 +18,11 @@ use std::time::Duration;
 use qemu_support::{Bench, GUEST_REBOOT, NEVER, Tap, make_image, qemu, skipped};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
-use vmm_backends::qemu::convert::Machine;
+use vmm_backends::qemu::convert::QemuMachine;
 use vmm_backends::qemu::qmp::Qmp;
 use vmm_core::backend::{SpareRequest, SpareVmms};
 use vmm_core::config::{CpuTopology, NetworkInterface, StorageDevice};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 /// What QEMU is asked, and answers alike.
 const QUESTIONS: [&str; 14] = [
@@ -103,7 +103,8 @@ async fn facts(bench: &Bench) -> Facts {
         asker.object(part.to_owned(), &mut facts).await;
     }
     for (place, _) in bench.config.storage.iter().enumerate() {
-        let backend = if Machine::of(&bench.spec()) == Some(Machine::Q35) { "/virtio-backend" } else { "" };
+        let backend =
+            if QemuMachine::of(&bench.spec()) == Some(QemuMachine::Q35) { "/virtio-backend" } else { "" };
         let line = format!("qemu-io -d /machine/peripheral/disk{place}{backend} \"discard 0 1M\"");
         // How long it took is in the second line.
         let said = asker.look(&line).await.lines().next().unwrap_or_default().to_owned();
@@ -189,7 +190,7 @@ fn furnish(bench: &mut Bench) -> Vec<(PathBuf, &'static [u8])> {
 async fn shown(bench: &Bench, make_images: impl Fn()) -> (u32, Facts) {
     make_images();
     let run = bench.launch().await;
-    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
     std::fs::write(bench.console_file(), "").unwrap();
     let pid = run.vmm.run().process.pid;
     drop(run);
@@ -203,7 +204,7 @@ async fn shown(bench: &Bench, make_images: impl Fn()) -> (u32, Facts) {
     (pid, facts)
 }
 
-async fn told(bench: &Bench) {
+async fn begin_spare(bench: &Bench) {
     let request =
         SpareRequest { uid: bench.uid, dir: bench.dir().to_path_buf(), console: bench.console_file() };
     bench.backend.start_spare(request).await.unwrap();
@@ -224,7 +225,7 @@ async fn the_vm_is_the_same() {
     let test = "the_vm_is_the_same";
     for machine in ["q35", "microvm"] {
         let Some(backend) = qemu(test).await else { return };
-        let mut bench = Bench::new(backend, machine, Guest::Idle, NEVER);
+        let mut bench = Bench::new(backend, machine, TinyGuest::Idle, NEVER);
         let images = furnish(&mut bench);
         let tap = Tap::new("vmspare");
         match &tap {
@@ -240,7 +241,7 @@ async fn the_vm_is_the_same() {
         }
         let fill_all = || images.iter().for_each(|(image, beginning)| fill(image, beginning));
         let (_, ordinary) = shown(&bench, fill_all).await;
-        told(&bench).await;
+        begin_spare(&bench).await;
         let waiting = vmm_host::process::find_by_argument(bench.dir()).unwrap();
         let (pid, told) = shown(&bench, fill_all).await;
         assert_eq!(waiting.iter().map(|found| found.identity.pid).collect::<Vec<_>>(), [pid]);
@@ -259,7 +260,7 @@ async fn a_qcow2_disk_is_the_same() {
     }
     for machine in ["q35", "microvm"] {
         let Some(backend) = qemu(test).await else { return };
-        let mut bench = Bench::new(backend, machine, Guest::Idle, GUEST_REBOOT);
+        let mut bench = Bench::new(backend, machine, TinyGuest::Idle, GUEST_REBOOT);
         let plain = add_disk(&mut bench, "plain", false, &[("format", "qcow2")]);
         let base = bench.dir().join("base");
         make_image(&base, "raw", 1 << 20);
@@ -274,7 +275,7 @@ async fn a_qcow2_disk_is_the_same() {
             assert!(made.unwrap().success());
         };
         let (_, ordinary) = shown(&bench, make_images).await;
-        told(&bench).await;
+        begin_spare(&bench).await;
         let (_, told) = shown(&bench, make_images).await;
         assert_equal(&ordinary, &told);
         let opened = |image: &PathBuf| {

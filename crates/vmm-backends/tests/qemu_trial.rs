@@ -19,9 +19,9 @@ use qemu_support::{Bench, NEVER, skipped};
 use tempfile::TempDir;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend as _;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::qemu_copy::QemuCopy;
 
 /// The machines of a trial.
@@ -63,7 +63,7 @@ fn script(folder: &Path, body: &str) -> PathBuf {
 
 /// Returns the messages of the warnings about the host for a VM on `machine`.
 fn warned(bench: &Bench) -> Vec<String> {
-    let mut report = Report::default();
+    let mut report = CheckReport::default();
     bench.backend.advise_on_host(&VmSpec::parse(&bench.config).unwrap(), &mut report);
     assert!(report.is_ok());
     report.warnings.into_iter().map(|warning| warning.message).collect()
@@ -112,7 +112,7 @@ async fn a_machine_that_does_not_start_is_a_warning_for_its_vms_only() {
     let Some((_folder, copy)) = whole_copy(TEST).await else { return };
     copy.take("bios-microvm.bin").unwrap();
     for machine in MACHINES {
-        let bench = Bench::new(backend(copy.program()), machine, Guest::Idle, NEVER);
+        let bench = Bench::new(backend(copy.program()), machine, TinyGuest::Idle, NEVER);
         assert_eq!(warned(&bench), [""; 0], "nothing is known before the trial");
         let health = bench.backend.ping().await;
         assert!(health.version.is_ok());
@@ -139,7 +139,7 @@ async fn a_machine_that_does_not_start_is_a_warning_for_its_vms_only() {
 async fn a_failed_launch_ends_the_trust_in_an_earlier_proof() {
     const TEST: &str = "a_failed_launch_ends_the_trust_in_an_earlier_proof";
     let Some((_folder, copy)) = whole_copy(TEST).await else { return };
-    let bench = Bench::new(backend(copy.program()), "q35", Guest::Idle, NEVER);
+    let bench = Bench::new(backend(copy.program()), "q35", TinyGuest::Idle, NEVER);
     assert!(bench.backend.ping().await.version.is_ok());
     copy.take("qboot.rom").unwrap();
     assert!(bench.backend.ping().await.version.is_ok(), "the program's file has not changed");

@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rest_support::{Bench, FORCE, UNSET, usable};
-use vmm_backends::cloud_hypervisor::CloudHypervisor;
-use vmm_backends::firecracker::Firecracker;
+use vmm_backends::cloud_hypervisor::CloudHypervisorBackend;
+use vmm_backends::firecracker::FirecrackerBackend;
 use vmm_core::backend::{
     Backend, BackendErrorKind, ExitCause, GuestState, LaunchRequest, SpareRequest, SpareVmms,
 };
 use vmm_host::process::{Lookup, Process, Signal, adopt, find_by_argument};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 /// Makes a test of each backend of one that takes the backend's maker.
 macro_rules! on_both {
@@ -47,17 +47,17 @@ on_both! {
     a_start_that_fails_leaves_nothing
 }
 
-fn firecracker(program: &Path) -> Firecracker {
-    Firecracker::new(program)
+fn firecracker(program: &Path) -> FirecrackerBackend {
+    FirecrackerBackend::new(program)
 }
 
-fn cloud_hypervisor(program: &Path) -> CloudHypervisor {
-    CloudHypervisor::new(program)
+fn cloud_hypervisor(program: &Path) -> CloudHypervisorBackend {
+    CloudHypervisorBackend::new(program)
 }
 
 /// A bench of a backend of `program`, or `None` after saying that `test` is skipped.
 async fn bench<B: Backend + SpareVmms>(test: &str, program: &str, make: fn(&Path) -> B) -> Option<Bench<B>> {
-    Some(Bench::new(usable(test, make(Path::new(program))).await?, Guest::Idle, UNSET))
+    Some(Bench::new(usable(test, make(Path::new(program))).await?, TinyGuest::Idle, UNSET))
 }
 
 fn request<B: Backend + SpareVmms>(bench: &Bench<B>) -> SpareRequest {
@@ -88,14 +88,14 @@ async fn a_launch_uses_the_one_that_waits<B: Backend + SpareVmms>(
     assert_eq!(bench.console(), "", "no guest runs");
     let mut run = bench.launch().await;
     assert_eq!(run.vmm.run().process.pid, spare.pid());
-    bench.console_shows(&Guest::Idle.banner(), 1).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
     run.vmm.pause().await.unwrap();
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Paused);
     run.vmm.shutdown(FORCE).await.unwrap();
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
 
     let mut again = bench.launch().await;
-    bench.console_shows(&Guest::Idle.banner(), 2).await;
+    bench.console_shows(&TinyGuest::Idle.banner(), 2).await;
     again.vmm.kill().await.unwrap();
     again.gone().await;
 }
@@ -131,7 +131,7 @@ async fn one_that_has_died_or_hangs_spoils_no_launch<B: Backend + SpareVmms>(
         let mut run = bench.launch().await;
         assert!(spare.has_ended());
         assert_eq!(bench.processes(), 1);
-        bench.console_shows(&Guest::Idle.banner(), 1).await;
+        bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
         run.vmm.kill().await.unwrap();
         run.gone().await;
     }
@@ -175,7 +175,7 @@ async fn a_program_that_was_replaced_meanwhile_is_not_used<B: Backend + SpareVmm
         std::fs::rename(&fresh, &path).unwrap();
     };
     install();
-    let bench = Bench::new(make(&path), Guest::Idle, UNSET);
+    let bench = Bench::new(make(&path), TinyGuest::Idle, UNSET);
     let spare = start(&bench).await;
     install();
     let mut run = bench.launch().await;
@@ -190,7 +190,7 @@ async fn a_start_that_fails_leaves_nothing<B: Backend + SpareVmms>(
     make: fn(&Path) -> B,
 ) {
     let Some(found) = bench(test, program, make).await else { return };
-    let bench = Bench::new(make(&found.dir().join("nothing")), Guest::Idle, UNSET);
+    let bench = Bench::new(make(&found.dir().join("nothing")), TinyGuest::Idle, UNSET);
     let error = bench.backend.start_spare(request(&bench)).await.unwrap_err();
     assert_eq!(error.kind, BackendErrorKind::NotInstalled);
     assert_eq!(bench.processes(), 0);

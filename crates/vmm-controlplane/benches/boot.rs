@@ -32,17 +32,17 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use uuid::Uuid;
-use vmm_backends::qemu::convert::{self, Accelerator, Inputs, Machine, QMP_SOCKET};
+use vmm_backends::qemu::convert::{self, Accelerator, QMP_SOCKET, QemuInputs, QemuMachine};
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, VmConfig};
 use vmm_core::id::VmUid;
 use vmm_core::spec::VmSpec;
 use vmm_host::process::find_by_argument;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 /// Memory of every guest.
 const MIB: u64 = 64;
 /// What the end of one side leaves to be cleared away is not to slow down the other.
-const QUIET: Duration = Duration::from_millis(20);
+const QUIET_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a spare VMM may take to be there again.
 const SPARE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -132,7 +132,7 @@ fn measure(vmm: &Vmm, rounds: usize) -> Times {
     let dir = tempfile::Builder::new().prefix("vmcpb").tempdir().unwrap();
     // As on a host: the state is on a disk, and what a running VMM needs in memory.
     let run = tempfile::Builder::new().prefix("vmcpb").tempdir_in(in_memory()).unwrap();
-    let kernel = Guest::Idle.write_to(dir.path()).unwrap();
+    let kernel = TinyGuest::Idle.write_to(dir.path()).unwrap();
     let mut plain = Daemon::start(&dir.path().join("plain"), &run.path().join("plain"), vmm.backend, 0);
     let mut ahead = Daemon::start(&dir.path().join("ahead"), &run.path().join("ahead"), vmm.backend, 1);
     let config = json!({
@@ -159,7 +159,7 @@ fn measure(vmm: &Vmm, rounds: usize) -> Times {
 
         let folder = run.path().join(format!("hand{round}"));
         std::fs::create_dir(&folder).unwrap();
-        std::thread::sleep(QUIET);
+        std::thread::sleep(QUIET_INTERVAL);
         let start = Instant::now();
         let mut child = (vmm.by_hand)(&folder, &kernel);
         let by_hand = start.elapsed();
@@ -217,7 +217,7 @@ impl Daemon {
     /// One VM from nothing to RUNNING, and away again: how long it took to get there, and the process that ran it.
     fn round(&mut self, round: usize, config: &Value) -> (Duration, u32) {
         let vm_id = format!("bench{round}");
-        std::thread::sleep(QUIET);
+        std::thread::sleep(QUIET_INTERVAL);
         let start = Instant::now();
         self.call("CreateVm", &json!({"vm_id": vm_id, "config": config}));
         self.call("BootVm", &json!({"vm_id": vm_id}));
@@ -238,7 +238,7 @@ impl Daemon {
                 return Some(pid);
             }
             before = now;
-            std::thread::sleep(QUIET);
+            std::thread::sleep(QUIET_INTERVAL);
         }
         None
     }
@@ -265,7 +265,7 @@ impl Drop for Daemon {
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         let deadline = Instant::now() + SPARE_LIMIT;
         while Instant::now() < deadline && self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
-            std::thread::sleep(QUIET);
+            std::thread::sleep(QUIET_INTERVAL);
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -330,16 +330,16 @@ fn cloud_hypervisor(dir: &Path, kernel: &Path) -> Child {
 }
 
 fn qemu_microvm(dir: &Path, kernel: &Path) -> Child {
-    qemu(Machine::Microvm, dir, kernel)
+    qemu(QemuMachine::Microvm, dir, kernel)
 }
 
 fn qemu_q35(dir: &Path, kernel: &Path) -> Child {
-    qemu(Machine::Q35, dir, kernel)
+    qemu(QemuMachine::Q35, dir, kernel)
 }
 
 /// The very machine that the API's VM gets, its CPUs running from the start. QEMU greets before its machine is built; its
 /// first answer comes from the main loop, and then the guest runs.
-fn qemu(machine: Machine, dir: &Path, kernel: &Path) -> Child {
+fn qemu(machine: QemuMachine, dir: &Path, kernel: &Path) -> Child {
     let boot = BootConfig { kernel_path: kernel.display().to_string(), ..BootConfig::default() };
     let config = VmConfig {
         cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
@@ -347,7 +347,7 @@ fn qemu(machine: Machine, dir: &Path, kernel: &Path) -> Child {
         boot: Some(boot),
         ..VmConfig::default()
     };
-    let inputs = Inputs {
+    let inputs = QemuInputs {
         uid: VmUid::new(Uuid::now_v7()),
         vm_id: &"hand".parse().unwrap(),
         spec: &VmSpec::parse(&config).unwrap(),

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use vmm_backends::attached;
-use vmm_backends::cloud_hypervisor::CloudHypervisor;
-use vmm_backends::firecracker::Firecracker;
+use vmm_backends::cloud_hypervisor::CloudHypervisorBackend;
+use vmm_backends::firecracker::FirecrackerBackend;
 use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
@@ -20,12 +20,12 @@ use vmm_core::id;
 use vmm_core::kind::VmKind;
 use vmm_service::{BackendFamily, Backends};
 
-use crate::config::{BackendName, Config, Endpoint, Kvm, Setting};
+use crate::config::{BackendChoice, DaemonConfig, Endpoint, KvmSetting, Setting};
 
 /// The entry of one hypervisor.
 pub(crate) struct Registration {
     /// The name in the configuration and on the wire.
-    pub(crate) name: BackendName,
+    pub(crate) name: BackendChoice,
     /// The prefix of the keys in free maps that concern this hypervisor alone.
     #[cfg_attr(not(test), expect(dead_code, reason = "a test holds vmm-core's list against it"))]
     pub(crate) prefix: &'static str,
@@ -36,53 +36,53 @@ pub(crate) struct Registration {
     /// The setting that names VMMs which another program started.
     pub(crate) endpoint: Setting,
     /// Returns true if the VMMs that the daemon starts need /dev/kvm.
-    pub(crate) needs_kvm: fn(&Config) -> bool,
-    managed: fn(&Config) -> Arc<dyn Backend>,
-    attached: fn(&Config, Vec<PathBuf>) -> Arc<dyn Backend>,
+    pub(crate) needs_kvm: fn(&DaemonConfig) -> bool,
+    managed: fn(&DaemonConfig) -> Arc<dyn Backend>,
+    attached: fn(&DaemonConfig, Vec<PathBuf>) -> Arc<dyn Backend>,
     libvirt: Option<MakeLibvirt>,
 }
 
 /// Makes the backend of the libvirtd at a URI. The flag is true if domains that another program
 /// made are imported.
-type MakeLibvirt = fn(&Config, &str, bool) -> Arc<dyn Backend>;
+type MakeLibvirt = fn(&DaemonConfig, &str, bool) -> Arc<dyn Backend>;
 
 /// Every hypervisor.
 pub(crate) static ALL: [Registration; 3] = [
     Registration {
-        name: BackendName::CloudHypervisor,
+        name: BackendChoice::CloudHypervisor,
         prefix: "ch.",
         program: "cloud-hypervisor",
         install: "install its release for this CPU, or set UNKEY_VMCP_CH_BINARY to where it is",
         endpoint: Setting::ChEndpoint,
         needs_kvm: |_| true,
-        managed: |config| Arc::new(CloudHypervisor::new(&config.ch.binary)),
+        managed: |config| Arc::new(CloudHypervisorBackend::new(&config.ch.binary)),
         attached: |config, sockets| {
-            let managed = CloudHypervisor::new(&config.ch.binary);
+            let managed = CloudHypervisorBackend::new(&config.ch.binary);
             Arc::new(attached::cloud_hypervisor(sockets, managed, config.metrics_interval))
         },
         libvirt: None,
     },
     Registration {
-        name: BackendName::Firecracker,
+        name: BackendChoice::Firecracker,
         prefix: "fc.",
         program: "firecracker",
         install: "install its release for this CPU, or set UNKEY_VMCP_FC_BINARY to where it is",
         endpoint: Setting::FcEndpoint,
         needs_kvm: |_| true,
-        managed: |config| Arc::new(Firecracker::new(&config.fc.binary)),
+        managed: |config| Arc::new(FirecrackerBackend::new(&config.fc.binary)),
         attached: |config, sockets| {
-            let managed = Firecracker::new(&config.fc.binary);
+            let managed = FirecrackerBackend::new(&config.fc.binary);
             Arc::new(attached::firecracker(sockets, managed, config.metrics_interval))
         },
         libvirt: None,
     },
     Registration {
-        name: BackendName::Qemu,
+        name: BackendChoice::Qemu,
         prefix: "qemu.",
         program: "qemu-system-x86_64",
         install: "install it (Debian and Ubuntu: the package qemu-system-x86), or set UNKEY_VMCP_QEMU_BINARY to where it is",
         endpoint: Setting::QemuEndpoint,
-        needs_kvm: |config| config.qemu_kvm == Kvm::On,
+        needs_kvm: |config| config.qemu_kvm == KvmSetting::On,
         managed: |config| Arc::new(qemu(config)),
         attached: |config, sockets| Arc::new(attached::qemu(sockets, qemu(config), config.metrics_interval)),
         libvirt: Some(|config, uri, import| {
@@ -97,7 +97,7 @@ pub(crate) static ALL: [Registration; 3] = [
 ];
 
 /// Makes the backends that `config` names, and a constructor for the backends of other kinds.
-pub(crate) fn backends(config: &Config) -> Backends {
+pub(crate) fn backends(config: &DaemonConfig) -> Backends {
     let families = ALL.iter().map(|registration| registration.family(config));
     Backends::new(id::BackendName::new(config.default_backend.as_str()), families)
 }
@@ -108,7 +108,7 @@ pub(crate) fn find(name: &id::BackendName) -> Option<&'static Registration> {
 }
 
 impl Registration {
-    fn family(&'static self, config: &Config) -> BackendFamily {
+    fn family(&'static self, config: &DaemonConfig) -> BackendFamily {
         let current = match (&config.hypervisor(self.name).endpoint, self.libvirt) {
             // The loader accepts a libvirt URI for QEMU only, so the last arm's libvirt case never
             // occurs. Starting VMMs is the safe answer there.
@@ -125,7 +125,7 @@ impl Registration {
     /// A socket that no endpoint names any more is left alone, because the daemon attaches only to
     /// the sockets in its configuration. Libvirt domains and the daemon's own VMMs prove their
     /// owner and are served on.
-    fn of_kind(&self, config: &Config, kind: &VmKind) -> Result<Arc<dyn Backend>, String> {
+    fn of_kind(&self, config: &DaemonConfig, kind: &VmKind) -> Result<Arc<dyn Backend>, String> {
         match (kind, self.libvirt) {
             (VmKind::Managed, _) => Ok((self.managed)(config)),
             (VmKind::Libvirt { uri, .. }, Some(libvirt)) => Ok(libvirt(config, uri, false)),
@@ -136,15 +136,15 @@ impl Registration {
     }
 }
 
-fn qemu(config: &Config) -> QemuBackend {
+fn qemu(config: &DaemonConfig) -> QemuBackend {
     QemuBackend::new(QemuOptions { binary: config.qemu.binary.clone(), kvm: kvm(config) })
 }
 
-fn kvm(config: &Config) -> KvmMode {
+fn kvm(config: &DaemonConfig) -> KvmMode {
     match config.qemu_kvm {
-        Kvm::Auto => KvmMode::Auto,
-        Kvm::On => KvmMode::On,
-        Kvm::Off => KvmMode::Off,
+        KvmSetting::Auto => KvmMode::Auto,
+        KvmSetting::On => KvmMode::On,
+        KvmSetting::Off => KvmMode::Off,
     }
 }
 
@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn the_configuration_knows_the_same_hypervisors() {
         let names = ALL.each_ref().map(|registration| registration.name);
-        assert_eq!(names, BackendName::ALL);
+        assert_eq!(names, BackendChoice::ALL);
         for name in names {
             assert!(find(&id::BackendName::new(name.as_str())).is_some());
         }

@@ -14,9 +14,9 @@ use vmm_proto::v1::VmServiceExt as _;
 use vmm_service::{DefaultBoot, Settings, VmService};
 use vmm_store::SqliteStore;
 
-use crate::api::Api;
+use crate::api::VmHandlers;
 use crate::backends::backends;
-use crate::config::{Config, Loaded, is_loopback};
+use crate::config::{DaemonConfig, LoadedConfig, is_loopback};
 use crate::health;
 use crate::notify::ServiceManager;
 use crate::operator;
@@ -24,7 +24,7 @@ use crate::rpc::{self, HostPolicy, ServeOptions};
 use crate::runtime_dir;
 
 /// The longest time after the signal in which operations whose clients have left may end.
-const DRAIN: Duration = Duration::from_secs(30);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Serves until SIGTERM or SIGINT. The VMs go on running after that.
 ///
@@ -32,8 +32,8 @@ const DRAIN: Duration = Duration::from_secs(30);
 ///
 /// Another daemon holds the state directory, the state directory is unusable, or the address cannot
 /// be bound.
-pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
-    let Loaded { config, warnings, .. } = loaded;
+pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
+    let LoadedConfig { config, warnings, .. } = loaded;
     for warning in &warnings {
         tracing::warn!(detail = %warning, "the configuration has a problem");
     }
@@ -59,7 +59,7 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
 
     let address = listener.local_addr()?;
     tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
-    let router = Arc::new(Api::new(service.clone())).register(connectrpc::Router::new());
+    let router = Arc::new(VmHandlers::new(service.clone())).register(connectrpc::Router::new());
     let pages = health::pages(service.clone(), exposure(address).into_iter().collect());
     // Looking for leftovers reads the whole host and takes time, so it runs beside the daemon. It
     // only writes to the log.
@@ -86,7 +86,7 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     // that drain is over, because the drain may last longer than the watchdog's interval.
     rpc::serve(listener, router, pages, options, stop).await?;
 
-    match service.drain(DRAIN).await {
+    match service.drain(DRAIN_TIMEOUT).await {
         0 => tracing::info!("the daemon has stopped; the VMs go on running"),
         left => tracing::warn!(
             left,
@@ -102,7 +102,7 @@ pub async fn run(loaded: Loaded) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn settings(config: &Config) -> Settings {
+fn settings(config: &DaemonConfig) -> Settings {
     let path = |path: &Option<std::path::PathBuf>| {
         path.as_ref().map(|path| path.display().to_string()).unwrap_or_default()
     };
@@ -142,7 +142,7 @@ fn connections() -> ServeOptions {
     }
 }
 
-async fn bind(config: &Config) -> anyhow::Result<TcpListener> {
+async fn bind(config: &DaemonConfig) -> anyhow::Result<TcpListener> {
     let listen = &config.listen;
     TcpListener::bind((listen.host.as_str(), listen.port)).await.with_context(|| {
         format!("cannot listen on {listen}; set UNKEY_VMCP_ADDRESS and UNKEY_VMCP_PORT to an address of this host and a free port")

@@ -14,7 +14,7 @@ use axum::{Json, Router};
 use serde::Serialize;
 use vmm_service::VmService;
 
-struct Health {
+struct HealthState {
     service: VmService,
     started: Instant,
     warnings: Vec<String>,
@@ -22,7 +22,7 @@ struct Health {
 
 /// The body of `/_/health`. The first four keys are the contract; the others may grow.
 #[derive(Serialize)]
-struct Page {
+struct HealthPage {
     status: &'static str,
     backend: String,
     uptime_seconds: u64,
@@ -47,11 +47,11 @@ struct BackendLine {
 
 /// Returns the pages. The full page shows `warnings` for as long as the daemon runs.
 pub fn pages(service: VmService, warnings: Vec<String>) -> Router {
-    let health = Arc::new(Health { service, started: Instant::now(), warnings });
+    let health = Arc::new(HealthState { service, started: Instant::now(), warnings });
     Router::new().route("/_/health", get(full)).route("/health", get(short)).with_state(health)
 }
 
-async fn full(State(health): State<Arc<Health>>) -> Response {
+async fn full(State(health): State<Arc<HealthState>>) -> Response {
     let reason = problem(&health.service);
     let backends = health.service.backends().statuses().into_iter().map(|status| {
         let (version, reason) = match status.health.version {
@@ -65,8 +65,8 @@ async fn full(State(health): State<Arc<Health>>) -> Response {
             reason,
         }
     });
-    let page = Page {
-        status: word(reason.as_ref()),
+    let page = HealthPage {
+        status: status_word(reason.as_ref()),
         backend: health.service.backends().default_name().to_string(),
         uptime_seconds: health.started.elapsed().as_secs(),
         version: crate::VERSION,
@@ -77,9 +77,10 @@ async fn full(State(health): State<Arc<Health>>) -> Response {
     (code(page.reason.as_ref()), Json(page)).into_response()
 }
 
-async fn short(State(health): State<Arc<Health>>) -> Response {
+async fn short(State(health): State<Arc<HealthState>>) -> Response {
     let reason = problem(&health.service);
-    (code(reason.as_ref()), Json(serde_json::json!({ "status": word(reason.as_ref()) }))).into_response()
+    (code(reason.as_ref()), Json(serde_json::json!({ "status": status_word(reason.as_ref()) })))
+        .into_response()
 }
 
 /// Returns the reason for which the default backend cannot serve, if it cannot. The answer comes
@@ -94,7 +95,7 @@ pub fn problem(service: &VmService) -> Option<String> {
     }
 }
 
-fn word(problem: Option<&String>) -> &'static str {
+fn status_word(problem: Option<&String>) -> &'static str {
     if problem.is_some() { "unhealthy" } else { "healthy" }
 }
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use vmm_controlplane::config::{
-    Cli, Command, Config, ConfigErrors, Environment, Loaded, ThisHost, migrate_env,
+    Cli, ConfigErrors, DaemonConfig, Environment, LoadedConfig, Subcommand, ThisHost, migrate_env,
 };
 use vmm_controlplane::{daemon, operator, telemetry};
 
@@ -13,59 +13,59 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let environment: Environment = std::env::vars_os().collect();
     let outcome = match &cli.command {
-        Command::MigrateEnv => Ok(answer(&migrate_env(&environment))),
-        Command::CheckConfig => {
-            load(&cli, &environment).map(|loaded| answer(&loaded.report())).map_err(Into::into)
+        Subcommand::MigrateEnv => Ok(print_answer(&migrate_env(&environment))),
+        Subcommand::CheckConfig => {
+            load(&cli, &environment).map(|loaded| print_answer(&loaded.report())).map_err(Into::into)
         }
-        Command::Serve => load(&cli, &environment).map_err(Into::into).map(serve),
-        command @ (Command::Doctor { .. }
-        | Command::Reconcile(_)
-        | Command::Backup { .. }
-        | Command::Restore { .. }) => {
+        Subcommand::Serve => load(&cli, &environment).map_err(Into::into).map(serve),
+        command @ (Subcommand::Doctor { .. }
+        | Subcommand::Reconcile(_)
+        | Subcommand::Backup { .. }
+        | Subcommand::Restore { .. }) => {
             load(&cli, &environment).map_err(Into::into).and_then(|loaded| operate(command, &loaded))
         }
     };
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            complain(&error);
+            print_start_error(&error);
             ExitCode::FAILURE
         }
     }
 }
 
-fn load(cli: &Cli, environment: &Environment) -> Result<Loaded, ConfigErrors> {
-    let loaded = Config::load(cli, environment, &ThisHost)?;
+fn load(cli: &Cli, environment: &Environment) -> Result<LoadedConfig, ConfigErrors> {
+    let loaded = DaemonConfig::load(cli, environment, &ThisHost)?;
     loaded.require_served()?;
     Ok(loaded)
 }
 
-fn operate(command: &Command, loaded: &Loaded) -> anyhow::Result<ExitCode> {
+fn operate(command: &Subcommand, loaded: &LoadedConfig) -> anyhow::Result<ExitCode> {
     let answer = operator::run(command, loaded)?;
-    say(&answer.text);
+    print_text(&answer.text);
     Ok(ExitCode::from(answer.code))
 }
 
 /// Serves until a signal. An error is written through the log, so that it stands behind the last
 /// log line and cannot block on stderr.
-fn serve(loaded: Loaded) -> ExitCode {
+fn serve(loaded: LoadedConfig) -> ExitCode {
     let log = match telemetry::start() {
         Ok(log) => log,
         Err(error) => {
-            complain(&error.into());
+            print_start_error(&error.into());
             return ExitCode::FAILURE;
         }
     };
     match run(loaded) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            log.say(&format!("vmm-controlplane: {error:#}"));
+            log.print_line(&format!("vmm-controlplane: {error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(loaded: Loaded) -> anyhow::Result<()> {
+fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
     // VMMs inherit the working directory, which must not keep a file system from being unmounted.
     std::env::set_current_dir("/")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -75,19 +75,19 @@ fn run(loaded: Loaded) -> anyhow::Result<()> {
     result
 }
 
-fn answer(text: &str) -> ExitCode {
-    say(text);
+fn print_answer(text: &str) -> ExitCode {
+    print_text(text);
     ExitCode::SUCCESS
 }
 
 /// Prints the answer of a subcommand. An error is ignored, because a reader that has gone, as in `|
 /// head`, needs no more text.
-fn say(text: &str) {
+fn print_text(text: &str) {
     let _gone = writeln!(std::io::stdout(), "{}", text.trim_end());
 }
 
 /// Prints the reason of a start that failed before the log existed. An error is ignored, because
 /// the exit code shows the failure too.
-fn complain(error: &anyhow::Error) {
+fn print_start_error(error: &anyhow::Error) {
     let _gone = writeln!(std::io::stderr(), "vmm-controlplane: {error:#}");
 }

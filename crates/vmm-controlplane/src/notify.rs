@@ -24,7 +24,7 @@ impl ServiceManager {
     #[must_use]
     pub(crate) fn of_this_process() -> Self {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let way = variable("NOTIFY_SOCKET").and_then(|name| match way_to(&name) {
+        let way = variable("NOTIFY_SOCKET").and_then(|name| match open_notify_socket(&name) {
             Ok(way) => Some(way),
             Err(error) => {
                 tracing::warn!(%error, socket = ?name, "the socket in NOTIFY_SOCKET cannot be used; the service manager gets no messages");
@@ -39,12 +39,12 @@ impl ServiceManager {
 
     /// Reports that the daemon serves.
     pub(crate) fn ready(&self) {
-        self.tell("READY=1\nSTATUS=serving");
+        self.send("READY=1\nSTATUS=serving");
     }
 
     /// Reports that the daemon stops, so that the watchdog does not end it during the shutdown.
     pub(crate) fn stopping(&self) {
-        self.tell("STOPPING=1\nSTATUS=stopping; the VMs go on running");
+        self.send("STOPPING=1\nSTATUS=stopping; the VMs go on running");
     }
 
     /// Reports to the watchdog for ever that the daemon is alive, twice in the longest permitted
@@ -56,11 +56,11 @@ impl ServiceManager {
         let mut ticks = tokio::time::interval((longest / 2).max(Duration::from_millis(1)));
         loop {
             ticks.tick().await;
-            self.tell("WATCHDOG=1");
+            self.send("WATCHDOG=1");
         }
     }
 
-    fn tell(&self, message: &str) {
+    fn send(&self, message: &str) {
         let Some((socket, address)) = &self.way else { return };
         if let Err(error) = socket.send_to_addr(message.as_bytes(), address) {
             tracing::warn!(%error, sent = message, "a message to the service manager could not be sent");
@@ -69,7 +69,7 @@ impl ServiceManager {
 }
 
 /// Opens a socket for sending to `name`. A name that begins with `@` is in the abstract namespace.
-fn way_to(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddr)> {
+fn open_notify_socket(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddr)> {
     let address = match name.as_bytes() {
         [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
         _ => SocketAddr::from_pathname(name)?,
@@ -94,14 +94,14 @@ mod tests {
             UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&abstract_name).unwrap()).unwrap();
         for (name, socket) in [(path.into_os_string(), named), (format!("@{abstract_name}").into(), unnamed)]
         {
-            let way = Some(way_to(&name).unwrap());
+            let way = Some(open_notify_socket(&name).unwrap());
             ServiceManager { way, watchdog: None }.ready();
             let mut told = [0; 100];
             let length = socket.recv(&mut told).unwrap();
             assert_eq!(&told[..length], b"READY=1\nSTATUS=serving");
         }
         // Nobody listens at this name, which is not an error.
-        let way = Some(way_to(OsStr::new("/nonexistent/notify")).unwrap());
+        let way = Some(open_notify_socket(OsStr::new("/nonexistent/notify")).unwrap());
         ServiceManager { way, watchdog: None }.stopping();
     }
 }

@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use vmm_core::id::InstanceId;
 use vmm_host::lasting::{self, Danger, REMEDY};
-use vmm_host::ledger::{self, Signature, Signed};
 use vmm_host::process::boot_id;
+use vmm_host::survey::{self, Signature, Signed};
 
-use crate::config::Config;
+use crate::config::DaemonConfig;
 
 /// The name of the file in the state directory.
 const FILE: &str = "runtime-dir";
@@ -34,9 +34,9 @@ struct Last {
 
 /// Records that this state directory uses the runtime directory, and logs all that endangers the
 /// sockets in it. Without that record `reconcile` removes no run folder of an earlier release.
-pub(crate) fn sign(config: &Config, instance: InstanceId) {
+pub(crate) fn sign(config: &DaemonConfig, instance: InstanceId) {
     let runtime_dir = config.runtime_dir.display();
-    let signed = match ledger::sign(&config.runtime_dir, instance, &config.state_dir) {
+    let signed = match survey::record_user(&config.runtime_dir, instance, &config.state_dir) {
         Ok(signed) => signed,
         Err(error) => {
             return tracing::warn!(%error, %runtime_dir, "the runtime directory cannot be used; VMs will not boot");
@@ -58,8 +58,12 @@ pub(crate) fn sign(config: &Config, instance: InstanceId) {
 
 /// Returns the findings for `doctor`. `daemon` is the process id of the daemon that runs on the
 /// state directory. Blocks.
-pub(crate) fn dangers(config: &Config, instance: Option<InstanceId>, daemon: Option<u32>) -> Vec<Danger> {
-    let signatures = ledger::signatures(&config.runtime_dir).unwrap_or_default();
+pub(crate) fn dangers(
+    config: &DaemonConfig,
+    instance: Option<InstanceId>,
+    daemon: Option<u32>,
+) -> Vec<Danger> {
+    let signatures = survey::signatures(&config.runtime_dir).unwrap_or_default();
     let is_ours = |signature: &Signature| instance.is_some() && signature.instance == instance;
     let known = signatures.iter().any(is_ours);
     let others: Vec<Signature> = signatures.into_iter().filter(|signature| !is_ours(signature)).collect();
@@ -71,7 +75,7 @@ pub(crate) fn dangers(config: &Config, instance: Option<InstanceId>, daemon: Opt
 
 /// Returns the finding that the runtime directory is not the one of the last start. `known` is true
 /// if the runtime directory had the line of this state directory.
-fn changed(config: &Config, known: bool) -> Option<Danger> {
+fn changed(config: &DaemonConfig, known: bool) -> Option<Danger> {
     let last = read(&config.state_dir)?;
     // A host that was booted since has no VMM left, and its /run is empty by intent.
     if boot_id().ok()? != last.boot_id {
@@ -96,7 +100,7 @@ fn changed(config: &Config, known: bool) -> Option<Danger> {
 }
 
 /// Returns the finding that other state directories may use the runtime directory.
-fn shared(config: &Config, signed: &Signed) -> Option<Danger> {
+fn shared(config: &DaemonConfig, signed: &Signed) -> Option<Danger> {
     if signed.others.is_empty() {
         return None;
     }
@@ -136,7 +140,7 @@ fn read(state_dir: &Path) -> Option<Last> {
 
 /// Writes the runtime directory's name into the state directory, if it is not there yet. A loss of
 /// the file only costs a warning, so it is not forced to the disk.
-fn remember(config: &Config) -> io::Result<()> {
+fn remember(config: &DaemonConfig) -> io::Result<()> {
     let last = Last { runtime_dir: config.runtime_dir.clone(), boot_id: boot_id()? };
     if read(&config.state_dir).as_ref() == Some(&last) {
         return Ok(());

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use vmm_controlplane::config::{Cli, Config, Environment, Fallback, Host, Loaded, Setting, migrate_env};
+use vmm_controlplane::config::{
+    Cli, DaemonConfig, Environment, LoadedConfig, LoaderHost, Setting, SettingDefault, migrate_env,
+};
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
@@ -19,7 +21,7 @@ fn read(path: &str) -> String {
 /// Root on a machine with one file.
 struct OneFile(String);
 
-impl Host for OneFile {
+impl LoaderHost for OneFile {
     fn uid(&self) -> u32 {
         0
     }
@@ -33,9 +35,9 @@ impl Host for OneFile {
     }
 }
 
-fn load_file(text: String) -> Loaded {
+fn load_file(text: String) -> LoadedConfig {
     let cli = Cli { config: Some("f.toml".into()), ..Cli::default() };
-    Config::load(&cli, &Environment::new(), &OneFile(text)).unwrap()
+    DaemonConfig::load(&cli, &Environment::new(), &OneFile(text)).unwrap()
 }
 
 #[test]
@@ -49,12 +51,12 @@ fn the_documentation_lists_every_setting_with_its_default() {
     assert_eq!(rows.len(), Setting::ALL.len());
     for (setting, row) in Setting::ALL.iter().zip(rows) {
         let default = match setting.spec().default {
-            Fallback::Unset => "unset".to_owned(),
-            Fallback::Text("") => "none".to_owned(),
-            Fallback::Text(_) if *setting == Setting::OtelServiceVersion => {
+            SettingDefault::Unset => "unset".to_owned(),
+            SettingDefault::Text("") => "none".to_owned(),
+            SettingDefault::Text(_) if *setting == Setting::OtelServiceVersion => {
                 "the program's version".to_owned()
             }
-            Fallback::Text(text) | Fallback::Directory(text) => format!("`{text}`"),
+            SettingDefault::Text(text) | SettingDefault::Directory(text) => format!("`{text}`"),
         };
         let names =
             [setting.flag(), setting.variable(), setting.key().to_owned()].map(|name| format!("`{name}`"));

@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 
 use buffa_descriptor::{DescriptorPool, FieldKind, MessageDescriptor, SingularKind};
 use serde_json::Value;
-use vmm_backends::cloud_hypervisor::CloudHypervisor;
-use vmm_backends::firecracker::Firecracker;
+use vmm_backends::cloud_hypervisor::CloudHypervisorBackend;
+use vmm_backends::firecracker::FirecrackerBackend;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::config::VmConfig;
@@ -173,8 +173,8 @@ fn fields_below(pool: &DescriptorPool, message: &MessageDescriptor, into: &mut B
 
 fn backends() -> Vec<Box<dyn Backend>> {
     vec![
-        Box::new(CloudHypervisor::new("cloud-hypervisor")),
-        Box::new(Firecracker::new("firecracker")),
+        Box::new(CloudHypervisorBackend::new("cloud-hypervisor")),
+        Box::new(FirecrackerBackend::new("firecracker")),
         Box::new(QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() })),
     ]
 }

@@ -1,13 +1,13 @@
 //! The port to a hypervisor.
 //!
 //! ```text
-//!   Backend ── check(spec) ──► Report       rejected, ignored, emulated
+//!   Backend ── check(spec) ──► CheckReport  rejected, ignored, emulated
 //!      │
-//!      ├─ launch(request) ──► Launched ─┐   the one path for first boot, boot after shutdown, reboot
-//!      │    └ ─ ─ spares()              │   may use a VMM that was started ahead
-//!      ├─ adopt(run) ───────► Adoption ─┤   after a restart of the daemon
-//!      └─ sweep(request)                │   kills what a broken launch left
-//!                                       ▼
+//!      ├─ launch(request) ─► LaunchedVmm ─┐  the one path for first boot, later boots, reboot
+//!      │    └ ─ ─ spares()                │  may use a VMM that was started ahead
+//!      ├─ adopt(run) ──────► Adoption ────┤  after a restart of the daemon
+//!      └─ sweep(request)                  │  kills what a broken launch left
+//!                                         ▼
 //!                         Vmm (a handle of one run)  +  events
 //!                         pause resume shutdown reset sample probe kill
 //! ```
@@ -15,10 +15,10 @@
 //! A [`Backend`] makes whole VMs only. Its product, a [`Vmm`], lives as long as one process,
 //! because the process of one hypervisor can be used once only. A second run (a reboot there, a
 //! boot after shutdown everywhere) is a second [`Backend::launch`]. A method that a hypervisor
-//! lacks returns a typed value ([`Reset::NeedsRelaunch`]) or [`BackendErrorKind::Unsupported`],
-//! never success.
+//! lacks returns a typed value ([`ResetOutcome::NeedsRelaunch`]) or
+//! [`BackendErrorKind::Unsupported`], never success.
 //!
-//! An ability of some hypervisors is a trait of its own ([`SpareVmms`], [`Discover`]), and the
+//! An ability of some hypervisors is a trait of its own ([`SpareVmms`], [`Discoverer`]), and the
 //! [`Backend`] returns the object that has the ability.
 
 use std::fmt;
@@ -30,19 +30,19 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 pub use crate::capabilities::{Capabilities, EndpointMode, KernelFormat};
-use crate::gate::Gate;
+use crate::discovery::{Discoverer, Places};
 pub use crate::health::BackendHealth;
 use crate::id::{InstanceId, VmId, VmUid};
 use crate::kind::VmKind;
 use crate::limit::HostLimit;
-use crate::place::{Discover, Places};
 use crate::reason::Reason;
-use crate::report::Report;
+use crate::report::CheckReport;
+use crate::run_permit::RunPermit;
 pub use crate::spare::{SpareRequest, SpareVmms};
 use crate::spec::VmSpec;
 use crate::state::EndedBy;
 use crate::store::RunRecord;
-pub use crate::sweep::{Sweep, SweepRequest};
+pub use crate::sweep::{SweepPurpose, SweepRequest};
 
 /// A hypervisor that can start VMs.
 #[async_trait]
@@ -52,11 +52,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Finds the parts of `spec` that this hypervisor rejects, ignores or emulates. Reads nothing
     /// but `spec` and, where the hypervisor has a choice, the accelerator that a VM would get now.
-    fn check(&self, spec: &VmSpec) -> Report;
+    fn check(&self, spec: &VmSpec) -> CheckReport;
 
     /// Adds warnings about a VM of `spec` that boots on this host as the host is now. Does not
     /// block.
-    fn advise_on_host(&self, spec: &VmSpec, report: &mut Report) {
+    fn advise_on_host(&self, spec: &VmSpec, report: &mut CheckReport) {
         let _ = (spec, report);
     }
 
@@ -69,11 +69,11 @@ pub trait Backend: Send + Sync + 'static {
     /// Starts a VMM and its guest. The guest's CPUs run when the call returns.
     ///
     /// The VMM's process may start at once. It is configured only after
-    /// [`LaunchRequest::gate`] has opened.
+    /// [`LaunchRequest::permit`] was granted.
     ///
     /// A failed launch leaves nothing running. A launch that is dropped half-way may leave a
     /// process, which [`Backend::sweep`] finds.
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError>;
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError>;
 
     /// Finds the VMM of an earlier run for a restarted daemon. Kills nothing.
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError>;
@@ -115,7 +115,7 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Returns the ability to find VMs that another program made or started, where there can be
     /// such VMs. Constant.
-    fn discovery(&self) -> Option<&dyn Discover> {
+    fn discovery(&self) -> Option<&dyn Discoverer> {
         None
     }
 }
@@ -137,18 +137,18 @@ pub trait Vmm: Send + Sync + 'static {
 
     /// Climbs the shutdown ladder, and returns the rung that ended the VM after its process has
     /// really ended. The caller resumes a paused guest first, because a paused guest cannot obey.
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError>;
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError>;
 
     /// Resets the guest at once, without asking it. Sends no event, because the caller reports the
     /// reset.
-    async fn reset(&self) -> Result<Reset, BackendError>;
+    async fn reset(&self) -> Result<ResetOutcome, BackendError>;
 
     /// Starts the guest again. A guest that is asked first is shut down and launched again
-    /// ([`Reset::NeedsRelaunch`]), unless the hypervisor has a way of its own.
-    async fn reboot(&self, ladder: Ladder) -> Result<Reset, BackendError> {
+    /// ([`ResetOutcome::NeedsRelaunch`]), unless the hypervisor has a way of its own.
+    async fn reboot(&self, ladder: LadderOptions) -> Result<ResetOutcome, BackendError> {
         match ladder.ask_guest_for {
             None => self.reset().await,
-            Some(_) => Ok(Reset::NeedsRelaunch),
+            Some(_) => Ok(ResetOutcome::NeedsRelaunch),
         }
     }
 
@@ -188,9 +188,9 @@ pub struct LaunchRequest {
     pub dir: PathBuf,
     /// The file for console output; `None` means no console.
     pub console: Option<PathBuf>,
-    /// The gate. Before it opens, the guest must not run, and nothing may change but a process of
-    /// this VM.
-    pub gate: Gate,
+    /// The permit. Before it is granted, the guest must not run, and nothing may change but a
+    /// process of this VM.
+    pub permit: RunPermit,
     /// The TAPs of the network interfaces, in the order of the interfaces. They exist.
     pub taps: Vec<String>,
     /// The kind of the VM.
@@ -203,14 +203,14 @@ pub struct LaunchRequest {
 }
 
 /// A VMM that was just started or found.
-pub struct Launched {
+pub struct LaunchedVmm {
     /// The VMM's handle.
     pub vmm: Arc<dyn Vmm>,
     /// The VMM's events. The last one is [`VmmEvent::Gone`].
     pub events: mpsc::Receiver<VmmEvent>,
 }
 
-impl fmt::Debug for Launched {
+impl fmt::Debug for LaunchedVmm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Launched").field("run", self.vmm.run()).finish_non_exhaustive()
     }
@@ -247,7 +247,7 @@ pub enum Adoption {
     /// The VMM runs on and answers.
     Alive {
         /// The VMM's handle and events.
-        launched: Launched,
+        launched: LaunchedVmm,
         /// The state of the guest.
         guest: GuestState,
     },
@@ -263,20 +263,20 @@ pub enum Adoption {
         /// The reason as a sentence for people.
         message: String,
         /// A handle that can still kill the VMM, where its process is proven to be this VM's.
-        launched: Option<Launched>,
+        launched: Option<LaunchedVmm>,
     },
 }
 
 /// The extent of a shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ladder {
+pub struct LadderOptions {
     /// The guest's time to obey; `None` begins at the last rung without asking the guest.
     pub ask_guest_for: Option<Duration>,
 }
 
 /// The way in which a reset was done, or is left to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reset {
+pub enum ResetOutcome {
     /// The guest starts again in the same VMM.
     InPlace,
     /// The process of this hypervisor can be used once. The caller ends it and launches another.

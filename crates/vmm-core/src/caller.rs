@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// The JSON form has two parts. `actor` is the text of the wire, which every release has written.
 /// `caller` has the fields. A record without `caller` reads as a caller with that text as its name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(from = "Stored", into = "Stored")]
+#[serde(from = "StoredCaller", into = "StoredCaller")]
 pub struct Caller {
     /// The caller's name: `anonymous` where no name is proven, `system` for the program itself.
     pub name: String,
@@ -67,24 +67,24 @@ impl fmt::Display for Caller {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Stored {
+struct StoredCaller {
     actor: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    caller: Option<Fields>,
+    caller: Option<CallerFields>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Fields {
+struct CallerFields {
     name: String,
     method: CallerMethod,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     address: Option<String>,
 }
 
-impl From<Stored> for Caller {
-    fn from(stored: Stored) -> Self {
+impl From<StoredCaller> for Caller {
+    fn from(stored: StoredCaller) -> Self {
         match stored.caller {
-            Some(Fields { name, method, address }) => Self { name, method, address },
+            Some(CallerFields { name, method, address }) => Self { name, method, address },
             // Earlier releases wrote the text alone, and `system` for the program itself.
             None if stored.actor == "system" => Self::system(),
             None => Self::named(stored.actor),
@@ -92,11 +92,11 @@ impl From<Stored> for Caller {
     }
 }
 
-impl From<Caller> for Stored {
+impl From<Caller> for StoredCaller {
     fn from(caller: Caller) -> Self {
         let actor = caller.to_string();
         let Caller { name, method, address } = caller;
-        Self { actor, caller: Some(Fields { name, method, address }) }
+        Self { actor, caller: Some(CallerFields { name, method, address }) }
     }
 }
 

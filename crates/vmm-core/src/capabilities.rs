@@ -19,7 +19,7 @@ pub struct Capabilities {
     /// True if qcow2 images with extended entries in their second table can be used.
     pub extended_l2: bool,
     /// The facts that clients see.
-    pub facts: Facts,
+    pub facts: BackendFacts,
     /// Numeric limits by name, in kebab-case.
     pub limits: BTreeMap<&'static str, i64>,
 }
@@ -37,7 +37,7 @@ pub enum EndpointMode {
 
 /// The facts of a backend. A fact that is `None` is not shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Facts {
+pub struct BackendFacts {
     /// The accelerator of new VMs. `None` where each start chooses, which the health reports.
     pub accelerator: Option<AcceleratorFact>,
     /// The serial console.
@@ -120,7 +120,7 @@ pub enum PanicFact {
     /// Nothing is seen of a panic.
     Unseen,
     /// The effect is the one that QEMU was started with.
-    AsTold,
+    AsConfigured,
 }
 
 impl PanicFact {
@@ -136,7 +136,7 @@ pub enum PowerOffFact {
     /// The run ends.
     EndsRun,
     /// The run ends, and with it the VMM of another program, without showing the cause.
-    EndsVmmUntold,
+    EndsVmmWithoutCause,
     /// Nothing is seen of it on x86.
     UnseenOnX86,
 }
@@ -148,7 +148,7 @@ impl PowerOffFact {
     }
 
     /// Returns true where the end can be distinguished from other ends.
-    pub const fn is_told(self) -> bool {
+    pub const fn is_reported(self) -> bool {
         matches!(self, Self::EndsRun)
     }
 }
@@ -159,7 +159,7 @@ pub enum ResetFact {
     /// The guest goes on in the same process, unless the restart policy is NEVER.
     InPlaceUnlessNever,
     /// The guest runs on in the same process, unless QEMU was started otherwise.
-    InPlaceUnlessToldOtherwise,
+    InPlaceUnlessConfiguredOtherwise,
     /// The guest goes on in the same process, and nothing is seen of it.
     InPlaceUnseen,
     /// The run ends.
@@ -172,7 +172,7 @@ impl ResetFact {
     /// Returns true where the guest can go on in the same process.
     pub const fn is_in_place(self) -> bool {
         match self {
-            Self::InPlaceUnlessNever | Self::InPlaceUnlessToldOtherwise | Self::InPlaceUnseen => true,
+            Self::InPlaceUnlessNever | Self::InPlaceUnlessConfiguredOtherwise | Self::InPlaceUnseen => true,
             Self::EndsRun | Self::EndsVmm => false,
         }
     }

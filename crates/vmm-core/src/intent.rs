@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::caller::Caller;
-use crate::state::Request;
+use crate::state::VmOperation;
 use crate::store::{HostClaim, ProcessScope};
 
 /// An operation that was admitted and has not ended.
@@ -77,11 +77,11 @@ pub enum IntentKind {
 }
 
 /// The guest's time to obey where the client gives none.
-pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+pub const DEFAULT_GUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The actions of a restarted daemon on an intent that is on record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recovery {
+pub enum RecoveryAction {
     /// Nothing is carried on. The VM's state is the one that its VMM reports.
     AsFound,
     /// A start whose guest runs stands. A start that failed is undone, and made once more with
@@ -111,7 +111,7 @@ pub enum Recovery {
     },
 }
 
-impl Recovery {
+impl RecoveryAction {
     /// Returns true if the operation is carried on once its VMM is found.
     pub const fn waits_for_vmm(self) -> bool {
         match self {
@@ -123,25 +123,27 @@ impl Recovery {
 
 impl Intent {
     /// Returns the recovery of this intent.
-    pub fn recovery(&self) -> Recovery {
+    pub fn recovery(&self) -> RecoveryAction {
         match self.kind {
             // A client that asked for the start can ask again. A start by the restart policy has no
             // client, so the next daemon repeats it.
-            IntentKind::Boot { .. } => Recovery::Start { again: self.caller.is_system() },
+            IntentKind::Boot { .. } => RecoveryAction::Start { again: self.caller.is_system() },
             // Both are one call to the VMM, which either came about or not. The VMM's state shows
             // which.
-            IntentKind::Pause | IntentKind::Resume => Recovery::AsFound,
+            IntentKind::Pause | IntentKind::Resume => RecoveryAction::AsFound,
             // The client has its answer, so the shutdown is not repeated behind its back.
-            IntentKind::Shutdown { answered: true, .. } => Recovery::ShutdownAnswered,
-            IntentKind::Shutdown { ask_guest_for, answered: false } => Recovery::Shutdown { ask_guest_for },
-            IntentKind::Reboot { ask_guest_for, .. } => Recovery::Reboot { ask_guest_for },
-            IntentKind::Delete => Recovery::Delete { force: false },
-            IntentKind::ForceDelete => Recovery::Delete { force: true },
+            IntentKind::Shutdown { answered: true, .. } => RecoveryAction::ShutdownAnswered,
+            IntentKind::Shutdown { ask_guest_for, answered: false } => {
+                RecoveryAction::Shutdown { ask_guest_for }
+            }
+            IntentKind::Reboot { ask_guest_for, .. } => RecoveryAction::Reboot { ask_guest_for },
+            IntentKind::Delete => RecoveryAction::Delete { force: false },
+            IntentKind::ForceDelete => RecoveryAction::Delete { force: true },
         }
     }
 
     /// Returns the operation.
-    pub const fn request(&self) -> Request {
+    pub const fn request(&self) -> VmOperation {
         self.kind.request()
     }
 
@@ -170,15 +172,15 @@ impl Intent {
 
 impl IntentKind {
     /// Returns the operation.
-    pub const fn request(&self) -> Request {
+    pub const fn request(&self) -> VmOperation {
         match self {
-            Self::Boot { .. } => Request::Boot,
-            Self::Pause => Request::Pause,
-            Self::Resume => Request::Resume,
-            Self::Shutdown { .. } => Request::Shutdown,
-            Self::Reboot { .. } => Request::Reboot,
-            Self::Delete => Request::Delete,
-            Self::ForceDelete => Request::ForceDelete,
+            Self::Boot { .. } => VmOperation::Boot,
+            Self::Pause => VmOperation::Pause,
+            Self::Resume => VmOperation::Resume,
+            Self::Shutdown { .. } => VmOperation::Shutdown,
+            Self::Reboot { .. } => VmOperation::Reboot,
+            Self::Delete => VmOperation::Delete,
+            Self::ForceDelete => VmOperation::ForceDelete,
         }
     }
 }
@@ -186,7 +188,7 @@ impl IntentKind {
 // serde's `default` needs a function that returns the field's type, an `Option`.
 #[expect(clippy::unnecessary_wraps, reason = "serde asks for the type of the field")]
 const fn default_patience() -> Option<Duration> {
-    Some(DEFAULT_PATIENCE)
+    Some(DEFAULT_GUEST_TIMEOUT)
 }
 
 /// Serialises a time as milliseconds. 0 stands for a guest that is not asked, as in every release.
@@ -256,23 +258,29 @@ mod tests {
     #[test]
     fn what_earlier_releases_wrote_is_read() {
         let cases = [
-            (r#"{"request":"boot","actor":"system","since_ms":1}"#, Recovery::Start { again: true }),
-            (r#"{"request":"boot","actor":"anonymous@::1","since_ms":1}"#, Recovery::Start { again: false }),
-            (r#"{"request":"pause","actor":"a","since_ms":1}"#, Recovery::AsFound),
+            (r#"{"request":"boot","actor":"system","since_ms":1}"#, RecoveryAction::Start { again: true }),
+            (
+                r#"{"request":"boot","actor":"anonymous@::1","since_ms":1}"#,
+                RecoveryAction::Start { again: false },
+            ),
+            (r#"{"request":"pause","actor":"a","since_ms":1}"#, RecoveryAction::AsFound),
             (
                 r#"{"request":"shutdown","actor":"a","since_ms":1}"#,
-                Recovery::Shutdown { ask_guest_for: Some(DEFAULT_PATIENCE) },
+                RecoveryAction::Shutdown { ask_guest_for: Some(DEFAULT_GUEST_TIMEOUT) },
             ),
             (
                 r#"{"request":"shutdown","actor":"a","since_ms":1,"patience_ms":0}"#,
-                Recovery::Shutdown { ask_guest_for: None },
+                RecoveryAction::Shutdown { ask_guest_for: None },
             ),
             (
                 r#"{"request":"reboot","actor":"a","since_ms":1,"patience_ms":7}"#,
-                Recovery::Reboot { ask_guest_for: Some(Duration::from_millis(7)) },
+                RecoveryAction::Reboot { ask_guest_for: Some(Duration::from_millis(7)) },
             ),
-            (r#"{"request":"delete","actor":"a","since_ms":1}"#, Recovery::Delete { force: false }),
-            (r#"{"request":"force-delete","actor":"a","since_ms":1}"#, Recovery::Delete { force: true }),
+            (r#"{"request":"delete","actor":"a","since_ms":1}"#, RecoveryAction::Delete { force: false }),
+            (
+                r#"{"request":"force-delete","actor":"a","since_ms":1}"#,
+                RecoveryAction::Delete { force: true },
+            ),
         ];
         for (json, recovery) in cases {
             let intent: Intent = serde_json::from_str(json).unwrap();
@@ -287,7 +295,7 @@ mod tests {
     fn earlier_releases_can_read_what_is_written() {
         #[derive(Deserialize)]
         struct Earlier {
-            request: Request,
+            request: VmOperation,
             actor: String,
             since_ms: i64,
             #[serde(default)]
@@ -299,7 +307,7 @@ mod tests {
             let earlier: Earlier = serde_json::from_str(&serde_json::to_string(&intent).unwrap()).unwrap();
             assert_eq!(earlier.request, intent.request());
             assert_eq!((earlier.actor.as_str(), earlier.since_ms), ("anonymous@::1", 5));
-            let has_patience = matches!(intent.request(), Request::Shutdown | Request::Reboot);
+            let has_patience = matches!(intent.request(), VmOperation::Shutdown | VmOperation::Reboot);
             assert_eq!(earlier.patience_ms.is_some(), has_patience);
         }
     }

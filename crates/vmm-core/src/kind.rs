@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 /// The origin of a VM's VMM. Constant for the life of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "type", from = "Stored")]
+#[serde(rename_all = "kebab-case", tag = "type", from = "StoredKind")]
 pub enum VmKind {
     /// The daemon starts a VMM for each run.
     Managed,
@@ -115,33 +115,33 @@ impl fmt::Display for VmKind {
 /// The forms of a kind on disk.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Stored {
+enum StoredKind {
     /// The form of early releases: the path of a socket, or the UUID of an imported libvirt domain.
     Place(String),
     /// The present form.
-    Kind(Tagged),
+    Kind(TaggedKind),
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "type")]
-enum Tagged {
+enum TaggedKind {
     Managed,
     Attached { socket: String },
     Libvirt { uri: String, domain: Uuid },
     Unrecorded { domain: Option<Uuid> },
 }
 
-impl From<Stored> for VmKind {
-    fn from(stored: Stored) -> Self {
+impl From<StoredKind> for VmKind {
+    fn from(stored: StoredKind) -> Self {
         match stored {
-            Stored::Place(place) => match place.parse() {
+            StoredKind::Place(place) => match place.parse() {
                 Ok(domain) => Self::Unrecorded { domain: Some(domain) },
                 Err(_) => Self::Attached { socket: place },
             },
-            Stored::Kind(Tagged::Managed) => Self::Managed,
-            Stored::Kind(Tagged::Attached { socket }) => Self::Attached { socket },
-            Stored::Kind(Tagged::Libvirt { uri, domain }) => Self::Libvirt { uri, domain },
-            Stored::Kind(Tagged::Unrecorded { domain }) => Self::Unrecorded { domain },
+            StoredKind::Kind(TaggedKind::Managed) => Self::Managed,
+            StoredKind::Kind(TaggedKind::Attached { socket }) => Self::Attached { socket },
+            StoredKind::Kind(TaggedKind::Libvirt { uri, domain }) => Self::Libvirt { uri, domain },
+            StoredKind::Kind(TaggedKind::Unrecorded { domain }) => Self::Unrecorded { domain },
         }
     }
 }

@@ -89,7 +89,7 @@ mod tests {
 
     #[derive(Debug, thiserror::Error)]
     #[error("it could not be done")]
-    struct Above(#[source] io::Error);
+    struct WrappedIoError(#[source] io::Error);
 
     #[test]
     fn a_limit_is_found_at_any_depth_and_nothing_else_is_called_one() {
@@ -98,10 +98,10 @@ mod tests {
         {
             let error = || io::Error::from_raw_os_error(number);
             assert_eq!(HostLimit::reached(&error()), Some(limit));
-            assert_eq!(HostLimit::reached(&Above(error())), Some(limit));
+            assert_eq!(HostLimit::reached(&WrappedIoError(error())), Some(limit));
         }
         for number in [2, 13, 28, 111] {
-            assert_eq!(HostLimit::reached(&Above(io::Error::from_raw_os_error(number))), None);
+            assert_eq!(HostLimit::reached(&WrappedIoError(io::Error::from_raw_os_error(number))), None);
         }
         assert_eq!(HostLimit::reached(&io::Error::other("Too many open files")), None);
     }

@@ -70,7 +70,7 @@ impl From<Warning> for FieldReport {
 /// All findings of one check: the reasons to refuse a configuration, and remarks that are no such
 /// reasons.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct CheckReport {
     /// The reasons to refuse the configuration, at most [`MAX_FINDINGS`]. Without any the
     /// configuration can be served.
     pub violations: Vec<FieldReport>,
@@ -80,7 +80,7 @@ pub struct Report {
     unlisted: usize,
 }
 
-impl Report {
+impl CheckReport {
     /// Adds a reason to refuse, unless an equal one is listed.
     pub fn reject(&mut self, field: impl Into<String>, message: impl Into<String>) {
         self.add(FieldReport::new(field, message));
@@ -102,8 +102,8 @@ impl Report {
     }
 
     /// Adds all findings of `other` that are not listed here yet.
-    pub fn merge(&mut self, other: Report) {
-        let Report { violations, warnings, unlisted } = other;
+    pub fn merge(&mut self, other: CheckReport) {
+        let CheckReport { violations, warnings, unlisted } = other;
         self.unlisted += unlisted;
         violations.into_iter().for_each(|finding| self.add(finding));
         warnings.into_iter().for_each(|warning| self.add_warning(warning));
@@ -117,7 +117,7 @@ impl Report {
     /// Returns the violations for a client. If more were found than are listed, the last one has
     /// their number.
     pub fn into_violations(self) -> Vec<FieldReport> {
-        let Report { mut violations, warnings: _, unlisted } = self;
+        let CheckReport { mut violations, warnings: _, unlisted } = self;
         if unlisted > 0 {
             let message =
                 format!("has {unlisted} more violations, which are not listed: correct these first");
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_report_lists_a_hundred_and_counts_the_rest() {
-        let mut report = Report::default();
+        let mut report = CheckReport::default();
         for number in 0..400_000 {
             report.reject(format!("config.storage[{number}].path"), "is required");
         }
@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_finding_is_listed_once() {
-        let mut report = Report::default();
+        let mut report = CheckReport::default();
         report.reject("config.cpu", "is required");
         report.ignore("config.boot", "has no effect");
         let mut merged = report.clone();

@@ -63,7 +63,7 @@ impl VmState {
 /// A request of a client to an existing VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Request {
+pub enum VmOperation {
     /// BootVm.
     Boot,
     /// ShutdownVm.
@@ -80,7 +80,7 @@ pub enum Request {
     ForceDelete,
 }
 
-impl Request {
+impl VmOperation {
     /// Every request, in the order that messages list them.
     pub const ALL: [Self; 7] = [
         Self::Boot,
@@ -118,39 +118,40 @@ pub enum Admission {
 }
 
 /// Decides whether `request` is legal for a VM in `state`.
-pub const fn admit(state: VmState, request: Request) -> Admission {
+pub const fn admit(state: VmState, request: VmOperation) -> Admission {
     use Admission::{AlreadyDone, Denied, Do};
     match (state, request) {
-        (VmState::Created | VmState::Shutdown, Request::Boot) => Do,
-        (VmState::Running, Request::Boot) => AlreadyDone,
-        (VmState::Paused, Request::Boot) => Denied,
+        (VmState::Created | VmState::Shutdown, VmOperation::Boot) => Do,
+        (VmState::Running, VmOperation::Boot) => AlreadyDone,
+        (VmState::Paused, VmOperation::Boot) => Denied,
 
-        (VmState::Running | VmState::Paused, Request::Shutdown) => Do,
-        (VmState::Shutdown, Request::Shutdown) => AlreadyDone,
-        (VmState::Created, Request::Shutdown) => Denied,
+        (VmState::Running | VmState::Paused, VmOperation::Shutdown) => Do,
+        (VmState::Shutdown, VmOperation::Shutdown) => AlreadyDone,
+        (VmState::Created, VmOperation::Shutdown) => Denied,
 
-        (VmState::Running, Request::Pause) => Do,
-        (VmState::Paused, Request::Pause) => AlreadyDone,
-        (VmState::Created | VmState::Shutdown, Request::Pause) => Denied,
+        (VmState::Running, VmOperation::Pause) => Do,
+        (VmState::Paused, VmOperation::Pause) => AlreadyDone,
+        (VmState::Created | VmState::Shutdown, VmOperation::Pause) => Denied,
 
-        (VmState::Paused, Request::Resume) => Do,
-        (VmState::Running, Request::Resume) => AlreadyDone,
-        (VmState::Created | VmState::Shutdown, Request::Resume) => Denied,
+        (VmState::Paused, VmOperation::Resume) => Do,
+        (VmState::Running, VmOperation::Resume) => AlreadyDone,
+        (VmState::Created | VmState::Shutdown, VmOperation::Resume) => Denied,
 
-        (VmState::Running, Request::Reboot) => Do,
-        (VmState::Created | VmState::Paused | VmState::Shutdown, Request::Reboot) => Denied,
+        (VmState::Running, VmOperation::Reboot) => Do,
+        (VmState::Created | VmState::Paused | VmState::Shutdown, VmOperation::Reboot) => Denied,
 
-        (VmState::Created | VmState::Shutdown, Request::Delete) => Do,
-        (VmState::Running | VmState::Paused, Request::Delete) => Denied,
-        (VmState::Created | VmState::Running | VmState::Paused | VmState::Shutdown, Request::ForceDelete) => {
-            Do
-        }
+        (VmState::Created | VmState::Shutdown, VmOperation::Delete) => Do,
+        (VmState::Running | VmState::Paused, VmOperation::Delete) => Denied,
+        (
+            VmState::Created | VmState::Running | VmState::Paused | VmState::Shutdown,
+            VmOperation::ForceDelete,
+        ) => Do,
     }
 }
 
 /// Lists the requests that `state` admits, for the message of a refusal.
-pub fn legal_requests(state: VmState) -> impl Iterator<Item = Request> {
-    Request::ALL.into_iter().filter(move |request| !matches!(admit(state, *request), Admission::Denied))
+pub fn legal_requests(state: VmState) -> impl Iterator<Item = VmOperation> {
+    VmOperation::ALL.into_iter().filter(move |request| !matches!(admit(state, *request), Admission::Denied))
 }
 
 /// An observation of a VM or its VMM. The observed change may have been requested or not.
@@ -323,8 +324,8 @@ mod tests {
         proptest::sample::select(VmState::ALL.to_vec())
     }
 
-    fn any_request() -> impl Strategy<Value = Request> {
-        proptest::sample::select(Request::ALL.to_vec())
+    fn any_request() -> impl Strategy<Value = VmOperation> {
+        proptest::sample::select(VmOperation::ALL.to_vec())
     }
 
     fn any_observation() -> impl Strategy<Value = Observation> {
@@ -337,19 +338,19 @@ mod tests {
     }
 
     /// The state that a request leads to when it succeeds; `None` means that the VM is gone.
-    fn target(state: VmState, request: Request) -> Option<VmState> {
+    fn target(state: VmState, request: VmOperation) -> Option<VmState> {
         match request {
-            Request::Boot | Request::Resume | Request::Reboot => Some(VmState::Running),
-            Request::Shutdown => Some(observe(state, Observation::VmmGone)),
-            Request::Pause => Some(VmState::Paused),
-            Request::Delete | Request::ForceDelete => None,
+            VmOperation::Boot | VmOperation::Resume | VmOperation::Reboot => Some(VmState::Running),
+            VmOperation::Shutdown => Some(observe(state, Observation::VmmGone)),
+            VmOperation::Pause => Some(VmState::Paused),
+            VmOperation::Delete | VmOperation::ForceDelete => None,
         }
     }
 
     #[test]
     fn the_table_of_the_contract() {
         use Admission::{AlreadyDone as Same, Denied as No, Do as Yes};
-        use Request as R;
+        use VmOperation as R;
         let table = [
             (R::Boot, [Yes, Same, No, Yes]),
             (R::Shutdown, [No, Yes, Yes, Same]),
@@ -383,7 +384,7 @@ mod tests {
                 if state.is_live() {
                     state = observe(state, observation);
                 }
-                prop_assert_eq!(admit(state, Request::ForceDelete), Admission::Do);
+                prop_assert_eq!(admit(state, VmOperation::ForceDelete), Admission::Do);
                 prop_assert!(legal_requests(state).count() >= 2, "every state has a way out");
             }
         }
@@ -392,7 +393,7 @@ mod tests {
         fn doing_a_thing_twice_is_nothing_or_denied(state in any_state(), request in any_request()) {
             if admit(state, request) == Admission::Do
                 && let Some(next) = target(state, request)
-                && request != Request::Reboot
+                && request != VmOperation::Reboot
             {
                 prop_assert_eq!(admit(next, request), Admission::AlreadyDone);
             }

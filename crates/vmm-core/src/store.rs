@@ -22,7 +22,7 @@ pub struct VmRecord {
     /// The backend that runs the VM.
     pub backend: BackendName,
     /// The request of CreateVm, which serves to recognise a repeated call.
-    pub requested: Sent,
+    pub requested: PackedVmRequest,
     /// The configuration in force: as sent, with ids, MACs and the default kernel filled in.
     pub config: VmConfig,
     /// The state.
@@ -53,14 +53,14 @@ pub struct VmRecord {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub imported: bool,
     /// The properties of an imported VM that its configuration cannot express; see
-    /// [`crate::place::Found::untold`].
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub untold: Vec<String>,
+    /// [`crate::discovery::DiscoveredVm::unrepresented`].
+    #[serde(default, rename = "untold", skip_serializing_if = "Vec::is_empty")]
+    pub unrepresented: Vec<String>,
 }
 
 /// The request of CreateVm.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Requested {
+pub struct VmRequest {
     /// The backend as sent; empty means the default.
     pub backend: String,
     /// The configuration as sent.
@@ -68,35 +68,35 @@ pub struct Requested {
 }
 
 /// The request of CreateVm in the least room, because every VM keeps its request and only a
-/// repeated call reads it. In memory the request is one text, in a database it is the [`Requested`]
+/// repeated call reads it. In memory the request is one text, in a database it is the [`VmRequest`]
 /// itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sent(Box<str>);
+pub struct PackedVmRequest(Box<str>);
 
-impl Sent {
+impl PackedVmRequest {
     /// Packs a request. Equal requests give equal texts, because the maps of a configuration have
     /// one order.
-    pub fn pack(requested: &Requested) -> Self {
+    pub fn pack(requested: &VmRequest) -> Self {
         // JSON has a form for each text and number, so the serialisation cannot fail.
         Self(serde_json::to_string(requested).unwrap_or_default().into())
     }
 
     /// Unpacks the request.
-    pub fn unpack(&self) -> Requested {
+    pub fn unpack(&self) -> VmRequest {
         // `pack` made the text, so it can be parsed.
         serde_json::from_str(&self.0).unwrap_or_default()
     }
 }
 
-impl Serialize for Sent {
+impl Serialize for PackedVmRequest {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.unpack().serialize(serializer)
     }
 }
 
-impl<'de> Deserialize<'de> for Sent {
+impl<'de> Deserialize<'de> for PackedVmRequest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Requested::deserialize(deserializer).map(|requested| Self::pack(&requested))
+        VmRequest::deserialize(deserializer).map(|requested| Self::pack(&requested))
     }
 }
 
@@ -227,7 +227,7 @@ pub struct DiskKey {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Commit {
     /// The change of the record.
-    pub change: Change,
+    pub change: RecordChange,
     /// The event, committed in the same transaction.
     pub event: Option<NewEvent>,
 }
@@ -245,7 +245,7 @@ pub struct Tombstone {
 
 /// A change of a record.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Change {
+pub enum RecordChange {
     /// Inserts a new VM. Fails with [`StoreErrorKind::NameTaken`] if a living record has the name.
     Insert(Box<VmRecord>),
     /// Replaces a VM. Fails with [`StoreErrorKind::Conflict`] unless the stored generation is one
@@ -362,9 +362,13 @@ mod tests {
     #[test]
     fn what_was_sent_is_stored_as_it_always_was() {
         let stored = r#"{"backend":"qemu","config":{"cpu":{"vcpu_count":2},"metadata":{"b":"2","a":"1"}}}"#;
-        let sent: Sent = serde_json::from_str(stored).unwrap();
-        let requested: Requested = serde_json::from_str(stored).unwrap();
-        assert_eq!(sent, Sent::pack(&requested), "packed alike, whatever its fields and keys were sorted by");
+        let sent: PackedVmRequest = serde_json::from_str(stored).unwrap();
+        let requested: VmRequest = serde_json::from_str(stored).unwrap();
+        assert_eq!(
+            sent,
+            PackedVmRequest::pack(&requested),
+            "packed alike, whatever its fields and keys were sorted by"
+        );
         assert_eq!(sent.unpack(), requested);
         let written = serde_json::to_string(&sent).unwrap();
         assert_eq!(written, serde_json::to_string(&requested).unwrap());

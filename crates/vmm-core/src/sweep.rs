@@ -24,7 +24,7 @@ pub struct SweepRequest {
     /// True if another program made the VM.
     pub imported: bool,
     /// The purpose. It decides what a sweep may do to a VMM that this program did not start.
-    pub purpose: Sweep,
+    pub purpose: SweepPurpose,
 }
 
 impl SweepRequest {
@@ -37,14 +37,14 @@ impl SweepRequest {
             kind: VmKind::Managed,
             spec: None,
             imported: false,
-            purpose: Sweep::Clear,
+            purpose: SweepPurpose::Clear,
         }
     }
 }
 
 /// The purpose of a sweep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sweep {
+pub enum SweepPurpose {
     /// A start failed or a run has ended. The remains of that start are removed.
     Clear,
     /// The VM ends by force and stays on record.
@@ -55,7 +55,7 @@ pub enum Sweep {
     ForceDelete,
 }
 
-impl Sweep {
+impl SweepPurpose {
     /// Returns true if a VMM that another program started may be killed once it is proven to hold
     /// the VM.
     pub const fn is_forced(self) -> bool {

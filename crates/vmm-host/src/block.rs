@@ -21,7 +21,7 @@ const MAX_DEPTH: usize = 16;
 
 /// A block device, and everything below it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Layers {
+pub(crate) struct BlockLayers {
     /// The device itself, or the backing file of a loop device.
     pub(crate) key: DiskKey,
     /// The devices and files below, without `key`.
@@ -30,21 +30,21 @@ pub(crate) struct Layers {
 
 /// Finds the layers below the block device with the number `rdev`. A layer that cannot be read is
 /// left out, and a device that the kernel does not show has no layers.
-pub(crate) fn layers(rdev: u64) -> Layers {
+pub(crate) fn layers(rdev: u64) -> BlockLayers {
     let key = key_of(rdev);
     let mut below = BTreeSet::new();
-    descend(rdev, 0, &mut below);
+    collect_below(rdev, 0, &mut below);
     below.remove(&key);
-    Layers { key, lies_on: below.into_iter().collect() }
+    BlockLayers { key, lies_on: below.into_iter().collect() }
 }
 
-fn descend(rdev: u64, depth: usize, below: &mut BTreeSet<DiskKey>) {
+fn collect_below(rdev: u64, depth: usize, below: &mut BTreeSet<DiskKey>) {
     if depth == MAX_DEPTH {
         return;
     }
     for lower in lower_devices(&sysfs(rdev)) {
         if below.insert(key_of(lower)) {
-            descend(lower, depth + 1, below);
+            collect_below(lower, depth + 1, below);
         }
     }
 }
@@ -200,6 +200,9 @@ mod tests {
     #[test]
     fn a_device_that_the_kernel_does_not_show_lies_on_nothing() {
         let nobody = makedev(4095, 1);
-        assert_eq!(layers(nobody), Layers { key: DiskKey { device: nobody, inode: 0 }, lies_on: vec![] });
+        assert_eq!(
+            layers(nobody),
+            BlockLayers { key: DiskKey { device: nobody, inode: 0 }, lies_on: vec![] }
+        );
     }
 }

@@ -89,9 +89,9 @@ pub fn in_use(process: &str) -> io::Result<u64> {
 }
 
 /// A connected client, counted while the value lives.
-pub struct Client(());
+pub struct CountedClient(());
 
-impl Client {
+impl CountedClient {
     /// Counts a client until the value is dropped.
     #[expect(clippy::new_without_default, reason = "a default value must not count a client")]
     pub fn new() -> Self {
@@ -100,7 +100,7 @@ impl Client {
     }
 }
 
-impl Drop for Client {
+impl Drop for CountedClient {
     fn drop(&mut self) {
         CLIENTS.fetch_sub(1, Ordering::Relaxed);
     }
@@ -108,16 +108,16 @@ impl Drop for Client {
 
 /// The descriptors of a VM that is being started.
 #[derive(Debug)]
-pub struct Start(());
+pub struct StartDescriptors(());
 
-impl Start {
+impl StartDescriptors {
     /// Reserves descriptors for a start until the value is dropped. Blocks for as long as `/proc`
     /// takes.
     ///
     /// # Errors
     ///
-    /// Returns [`NoRoom`] where too few are left.
-    pub fn reserve() -> Result<Self, NoRoom> {
+    /// Returns [`TooFewDescriptors`] where too few are left.
+    pub fn reserve() -> Result<Self, TooFewDescriptors> {
         // The counter rises before the check, so the later of two concurrent starts counts the
         // earlier one, and they cannot both take the last room. `start` exists before the check as
         // well: if the check fails, its drop lowers the counter again.
@@ -128,11 +128,11 @@ impl Start {
         // count itself needs one.
         let used = in_use("self").unwrap_or(limit);
         let clients = CLIENTS.load(Ordering::Relaxed);
-        if fits(limit, used, clients, starts) { Ok(start) } else { Err(NoRoom { limit, used }) }
+        if fits(limit, used, clients, starts) { Ok(start) } else { Err(TooFewDescriptors { limit, used }) }
     }
 }
 
-impl Drop for Start {
+impl Drop for StartDescriptors {
     fn drop(&mut self) {
         STARTS.fetch_sub(1, Ordering::Relaxed);
     }
@@ -147,12 +147,12 @@ fn fits(limit: u64, used: u64, clients: u64, other_starts: u64) -> bool {
 
 /// The error that too few descriptors are left for another VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoRoom {
+pub struct TooFewDescriptors {
     limit: u64,
     used: u64,
 }
 
-impl fmt::Display for NoRoom {
+impl fmt::Display for TooFewDescriptors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -163,7 +163,7 @@ impl fmt::Display for NoRoom {
     }
 }
 
-impl std::error::Error for NoRoom {}
+impl std::error::Error for TooFewDescriptors {}
 
 #[cfg(test)]
 mod tests {
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_message_names_the_limit_and_the_remedy() {
-        let text = NoRoom { limit: 160, used: 130 }.to_string();
+        let text = TooFewDescriptors { limit: 160, used: 130 }.to_string();
         assert!(text.contains("160 open files") && text.contains("LimitNOFILE="), "{text}");
     }
 }

@@ -24,7 +24,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A connection, and the process that is proven to listen at its other end.
 #[derive(Debug)]
-pub struct Visit {
+pub struct EndpointConnection {
     /// The connection.
     pub stream: UnixStream,
     /// The listener.
@@ -33,7 +33,7 @@ pub struct Visit {
 
 /// The reason why a socket cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum VisitError {
+pub enum EndpointError {
     /// No process listens: there is no socket, or one that was left behind.
     #[error("no process listens on {0}")]
     Nobody(String),
@@ -49,29 +49,29 @@ pub enum VisitError {
 /// exchanged.
 ///
 /// # Errors
-/// Returns [`VisitError`], as its variants describe.
-pub fn examine(path: &Path) -> Result<(), VisitError> {
+/// Returns [`EndpointError`], as its variants describe.
+pub fn examine(path: &Path) -> Result<(), EndpointError> {
     let shown = path.display();
     let facts = match std::fs::symlink_metadata(path) {
         Ok(facts) => facts,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(VisitError::Nobody(shown.to_string()));
+            return Err(EndpointError::Nobody(shown.to_string()));
         }
-        Err(error) => return Err(VisitError::Failed(format!("{shown} cannot be examined: {error}"))),
+        Err(error) => return Err(EndpointError::Failed(format!("{shown} cannot be examined: {error}"))),
     };
     if facts.file_type().is_symlink() {
-        return Err(VisitError::Refused(format!(
+        return Err(EndpointError::Refused(format!(
             "{shown} is a symbolic link, which its owner can point at another socket: name the socket itself"
         )));
     }
     if !facts.file_type().is_socket() {
-        return Err(VisitError::Refused(format!(
+        return Err(EndpointError::Refused(format!(
             "{shown} is not a socket: name the one that the VMM listens on"
         )));
     }
     // The owner of a socket can put another socket in its place at any time.
     if !is_trusted(facts.uid()) {
-        return Err(VisitError::Refused(format!(
+        return Err(EndpointError::Refused(format!(
             "{shown} belongs to another user (uid {}): have the VMM started by root or by the daemon's user",
             facts.uid()
         )));
@@ -81,7 +81,7 @@ pub fn examine(path: &Path) -> Result<(), VisitError> {
     // otherwise.
     let everybody = facts.mode() & 0o002 != 0;
     if everybody && facts.uid() != rustix::process::geteuid().as_raw() {
-        return Err(VisitError::Refused(format!(
+        return Err(EndpointError::Refused(format!(
             "{shown} is writable by everybody and belongs to another user (uid {}): take the right away (chmod o-w), or have the \
              VMM started by the daemon's user",
             facts.uid()
@@ -99,13 +99,13 @@ fn is_trusted(uid: u32) -> bool {
 /// Connects to the socket at `path` and proves which process listens.
 ///
 /// # Errors
-/// Returns [`VisitError`], as its variants describe.
-pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
+/// Returns [`EndpointError`], as its variants describe.
+pub async fn visit(path: &Path) -> Result<EndpointConnection, EndpointError> {
     let owned = path.to_path_buf();
     // The look at the file may block on a slow file system, so it happens on a thread for blocking
     // work.
     let examined = tokio::task::spawn_blocking(move || examine(&owned)).await;
-    examined.map_err(|error| VisitError::Failed(error.to_string()))??;
+    examined.map_err(|error| EndpointError::Failed(error.to_string()))??;
     // The first connection shows only a pid. Between this answer and the opening of the pidfd the
     // process could end and its pid pass to another one.
     let first = listener(&connect(path).await?, path)?;
@@ -113,11 +113,11 @@ pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
     let identity = match identified {
         Ok(Ok(identity)) => identity,
         Ok(Err(error)) => return Err(hidden(path, first, &error.to_string())),
-        Err(error) => return Err(VisitError::Failed(error.to_string())),
+        Err(error) => return Err(EndpointError::Failed(error.to_string())),
     };
     let process = match process::adopt(&identity) {
         Lookup::Alive(process) => process,
-        Lookup::Gone => return Err(VisitError::Nobody(path.display().to_string())),
+        Lookup::Gone => return Err(EndpointError::Nobody(path.display().to_string())),
         Lookup::Unprovable(why) => return Err(hidden(path, first, &why)),
     };
     // The pidfd is open now, and `adopt` has proven that it means the identified process. A second
@@ -125,63 +125,65 @@ pub async fn visit(path: &Path) -> Result<Visit, VisitError> {
     // lived, so the listener is this process. A different pid means that the socket changed hands.
     let stream = connect(path).await?;
     if listener(&stream, path)? != first {
-        return Err(VisitError::Failed(format!(
+        return Err(EndpointError::Failed(format!(
             "another process has just begun to listen on {}; that process is examined again",
             path.display()
         )));
     }
-    Ok(Visit { stream, process })
+    Ok(EndpointConnection { stream, process })
 }
 
-async fn connect(path: &Path) -> Result<UnixStream, VisitError> {
+async fn connect(path: &Path) -> Result<UnixStream, EndpointError> {
     let shown = path.display();
     match tokio::time::timeout(CONNECT_TIMEOUT, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => match error.kind() {
             io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
-                Err(VisitError::Nobody(shown.to_string()))
+                Err(EndpointError::Nobody(shown.to_string()))
             }
-            io::ErrorKind::PermissionDenied => Err(VisitError::Refused(format!(
+            io::ErrorKind::PermissionDenied => Err(EndpointError::Refused(format!(
                 "{shown} may not be connected to by the daemon's user: give it the right to write there"
             ))),
-            io::ErrorKind::WouldBlock => Err(VisitError::Failed(format!(
+            io::ErrorKind::WouldBlock => Err(EndpointError::Failed(format!(
                 "{shown} takes no connection: its queue is full, so its VMM is stuck, or has more clients than it serves"
             ))),
-            _ => Err(VisitError::Failed(format!("{shown} cannot be connected to: {error}"))),
+            _ => Err(EndpointError::Failed(format!("{shown} cannot be connected to: {error}"))),
         },
-        Err(_) => Err(VisitError::Failed(format!("{shown} was not connected within {CONNECT_TIMEOUT:?}"))),
+        Err(_) => Err(EndpointError::Failed(format!("{shown} was not connected within {CONNECT_TIMEOUT:?}"))),
     }
 }
 
 /// Returns the pid of the process that listens at the other end of `stream`.
 ///
 /// # Errors
-/// Returns [`VisitError::Refused`] where the kernel shows no process that could be a VMM.
-pub fn listener(stream: &UnixStream, path: &Path) -> Result<u32, VisitError> {
+/// Returns [`EndpointError::Refused`] where the kernel shows no process that could be a VMM.
+pub fn listener(stream: &UnixStream, path: &Path) -> Result<u32, EndpointError> {
     let shown = path.display();
     let credentials = stream.peer_cred().map_err(|error| {
-        VisitError::Failed(format!("the kernel does not name the process that listens on {shown}: {error}"))
+        EndpointError::Failed(format!(
+            "the kernel does not name the process that listens on {shown}: {error}"
+        ))
     })?;
     if !is_trusted(credentials.uid()) {
-        return Err(VisitError::Refused(format!(
+        return Err(EndpointError::Refused(format!(
             "{shown} is served by another user (uid {}): have the VMM started by root or by the daemon's user",
             credentials.uid()
         )));
     }
     match credentials.pid().and_then(|pid| u32::try_from(pid).ok()) {
         Some(pid) if pid > 1 => Ok(pid),
-        Some(1) => Err(VisitError::Refused(format!(
+        Some(1) => Err(EndpointError::Refused(format!(
             "{shown} was opened by process 1, not by a VMM: let the VMM make its socket itself"
         ))),
-        Some(_) | None => Err(VisitError::Refused(format!(
+        Some(_) | None => Err(EndpointError::Refused(format!(
             "the process that listens on {shown} is in another PID namespace, so its identity cannot be proven: run the \
              daemon where it sees the VMM's process"
         ))),
     }
 }
 
-fn hidden(path: &Path, pid: u32, why: &str) -> VisitError {
-    VisitError::Refused(format!(
+fn hidden(path: &Path, pid: u32, why: &str) -> EndpointError {
+    EndpointError::Refused(format!(
         "process {pid}, which listens on {}, cannot be identified: {why}; run the daemon as a user that may see it",
         path.display()
     ))
@@ -197,7 +199,7 @@ mod tests {
 
     fn refusal(path: &Path) -> String {
         match examine(path) {
-            Err(VisitError::Refused(why)) => why,
+            Err(EndpointError::Refused(why)) => why,
             other => panic!("{other:?}"),
         }
     }
@@ -206,12 +208,12 @@ mod tests {
     async fn the_listener_is_proven() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        assert_eq!(visit(&path).await.unwrap_err(), VisitError::Nobody(path.display().to_string()));
+        assert_eq!(visit(&path).await.unwrap_err(), EndpointError::Nobody(path.display().to_string()));
         let listening = UnixListener::bind(&path).unwrap();
         let visit_to_it = visit(&path).await.unwrap();
         assert_eq!(visit_to_it.process.pid(), std::process::id());
         drop(listening);
-        assert_eq!(visit(&path).await.unwrap_err(), VisitError::Nobody(path.display().to_string()));
+        assert_eq!(visit(&path).await.unwrap_err(), EndpointError::Nobody(path.display().to_string()));
     }
 
     #[tokio::test]
@@ -270,7 +272,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let refused = async || match visit(&path).await {
-            Err(VisitError::Refused(why)) => why,
+            Err(EndpointError::Refused(why)) => why,
             other => panic!("{other:?}"),
         };
         assert!(refused().await.contains("belongs to another user (uid 12345)"));

@@ -21,7 +21,7 @@
 //! process by SIGKILL, because no code of the process can soften that, and `1*off->return` does so
 //! at the second passage. `FAULTS_PASSED` names a file that gets a line for each passed point.
 
-use vmm_core::state::Request;
+use vmm_core::state::VmOperation;
 
 /// Declares the points and the list of all points.
 macro_rules! points {
@@ -152,39 +152,39 @@ points! {
 
 impl FaultPoint {
     /// Returns the point behind the commit of the intent of `request`.
-    pub const fn intent_committed(request: Request) -> Self {
+    pub const fn intent_committed(request: VmOperation) -> Self {
         match request {
-            Request::Boot => Self::BootIntentCommitted,
-            Request::Pause => Self::PauseIntentCommitted,
-            Request::Resume => Self::ResumeIntentCommitted,
-            Request::Shutdown => Self::ShutdownIntentCommitted,
-            Request::Reboot => Self::RebootIntentCommitted,
-            Request::Delete | Request::ForceDelete => Self::DeleteIntentCommitted,
+            VmOperation::Boot => Self::BootIntentCommitted,
+            VmOperation::Pause => Self::PauseIntentCommitted,
+            VmOperation::Resume => Self::ResumeIntentCommitted,
+            VmOperation::Shutdown => Self::ShutdownIntentCommitted,
+            VmOperation::Reboot => Self::RebootIntentCommitted,
+            VmOperation::Delete | VmOperation::ForceDelete => Self::DeleteIntentCommitted,
         }
     }
 
     /// Returns the point behind the effect of `request` on a VMM. A boot has its own,
     /// [`FaultPoint::StartLaunched`].
-    pub const fn applied(request: Request) -> Self {
+    pub const fn applied(request: VmOperation) -> Self {
         match request {
-            Request::Boot => Self::StartLaunched,
-            Request::Pause => Self::PauseApplied,
-            Request::Resume => Self::ResumeApplied,
-            Request::Shutdown => Self::ShutdownApplied,
-            Request::Reboot => Self::RebootApplied,
-            Request::Delete | Request::ForceDelete => Self::DeleteVmmEnded,
+            VmOperation::Boot => Self::StartLaunched,
+            VmOperation::Pause => Self::PauseApplied,
+            VmOperation::Resume => Self::ResumeApplied,
+            VmOperation::Shutdown => Self::ShutdownApplied,
+            VmOperation::Reboot => Self::RebootApplied,
+            VmOperation::Delete | VmOperation::ForceDelete => Self::DeleteVmmEnded,
         }
     }
 
     /// Returns the point behind the commit of the outcome of `request`.
-    pub const fn outcome_committed(request: Request) -> Self {
+    pub const fn outcome_committed(request: VmOperation) -> Self {
         match request {
-            Request::Boot => Self::BootOutcomeCommitted,
-            Request::Pause => Self::PauseOutcomeCommitted,
-            Request::Resume => Self::ResumeOutcomeCommitted,
-            Request::Shutdown => Self::ShutdownOutcomeCommitted,
-            Request::Reboot => Self::RebootOutcomeCommitted,
-            Request::Delete | Request::ForceDelete => Self::DeleteOutcomeCommitted,
+            VmOperation::Boot => Self::BootOutcomeCommitted,
+            VmOperation::Pause => Self::PauseOutcomeCommitted,
+            VmOperation::Resume => Self::ResumeOutcomeCommitted,
+            VmOperation::Shutdown => Self::ShutdownOutcomeCommitted,
+            VmOperation::Reboot => Self::RebootOutcomeCommitted,
+            VmOperation::Delete | VmOperation::ForceDelete => Self::DeleteOutcomeCommitted,
         }
     }
 }

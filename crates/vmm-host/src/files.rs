@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use vmm_core::limit::HostLimit;
 use vmm_core::store::{DiskKey, HostClaim};
 
-use crate::block::{self, Layers};
+use crate::block::{self, BlockLayers};
 
 use crate::qcow2::{self, Head, Qcow2Header};
 
@@ -161,7 +161,7 @@ pub fn inspect(path: &Path, access: Access) -> Result<FileFacts, FileProblem> {
             rdev: 0,
         },
         FileKind::Block => {
-            let Layers { key, lies_on } = block::layers(metadata.rdev());
+            let BlockLayers { key, lies_on } = block::layers(metadata.rdev());
             FileFacts {
                 device: key.device,
                 inode: key.inode,

@@ -13,28 +13,28 @@
 //! kernel takes. Callers run functions that are not `async` in `spawn_blocking` wherever a client
 //! chose the path.
 
+mod async_fd;
 mod block;
 pub mod clock;
 pub mod descriptors;
 pub mod endpoint;
 pub mod fault;
+pub mod file_watch;
 pub mod files;
-pub mod growth;
 pub mod host_use;
 pub mod kernel;
 pub mod kvm;
 pub mod lasting;
-pub mod ledger;
 pub mod lock;
 pub mod memory;
 pub mod mounts;
-mod named;
 pub mod net;
 pub mod partitions;
 pub mod path;
+mod path_errors;
 pub mod process;
 pub mod qcow2;
-mod ready;
 pub mod run_dir;
 pub mod socket;
+pub mod survey;
 pub mod tail;

@@ -162,7 +162,7 @@ pub fn check_private(state_dir: &Path) -> Result<(), LockError> {
 ///
 /// # Errors
 /// Returns the kernel's error, as where this user may not read the lock's file.
-pub fn holder(state_dir: &Path) -> io::Result<Option<Holder>> {
+pub fn holder(state_dir: &Path) -> io::Result<Option<LockHolder>> {
     let opened = OpenOptions::new()
         .read(true)
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
@@ -174,14 +174,14 @@ pub fn holder(state_dir: &Path) -> io::Result<Option<Holder>> {
     };
     match file.try_lock_shared() {
         Ok(()) => file.unlock().map(|()| None),
-        Err(TryLockError::WouldBlock) => Ok(Some(Holder { pid: read_pid(&mut file) })),
+        Err(TryLockError::WouldBlock) => Ok(Some(LockHolder { pid: read_pid(&mut file) })),
         Err(TryLockError::Error(error)) => Err(error),
     }
 }
 
 /// The daemon that holds a state directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Holder {
+pub struct LockHolder {
     /// The process id; `None` where the daemon has not written it yet.
     pub pid: Option<u32>,
 }
@@ -253,7 +253,7 @@ mod tests {
         let text = StateLock::acquire(&state_dir).unwrap_err().to_string();
         assert!(text.contains(&format!("process id {}", std::process::id())), "{text}");
         assert!(text.contains("UNKEY_VMCP_STATE_DIR"), "{text}");
-        assert_eq!(holder(&state_dir).unwrap(), Some(Holder { pid: Some(std::process::id()) }));
+        assert_eq!(holder(&state_dir).unwrap(), Some(LockHolder { pid: Some(std::process::id()) }));
         drop(lock);
         assert_eq!(holder(&state_dir).unwrap(), None);
         assert_eq!(holder(&dir.path().join("none")).unwrap(), None);

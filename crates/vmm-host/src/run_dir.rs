@@ -24,7 +24,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use vmm_core::id::VmUid;
 
-use crate::named::named;
+use crate::path_errors::named;
 
 pub use owner::{own, owner};
 pub use spare::SpareMark;
@@ -44,7 +44,7 @@ const MAX_REMOVALS: u32 = 8;
 /// Returns the kernel's error with the path: `InvalidInput` where a symbolic link or a file is in
 /// the way, `PermissionDenied` where a folder belongs to another user.
 pub fn create(runtime_dir: &Path, uid: VmUid) -> io::Result<PathBuf> {
-    let runtime_dir = &tidy(runtime_dir);
+    let runtime_dir = &without_trailing_slash(runtime_dir);
     let dir = uid.run_dir(runtime_dir);
     DirBuilder::new()
         .recursive(true)
@@ -93,7 +93,7 @@ pub fn list(runtime_dir: &Path) -> io::Result<Vec<(VmUid, PathBuf)>> {
 /// Returns the folder that holds the run folders.
 pub(crate) fn vms_dir(runtime_dir: &Path) -> PathBuf {
     // Trailing slashes are removed, because the arguments of VMMs have none.
-    tidy(runtime_dir).join("vms")
+    without_trailing_slash(runtime_dir).join("vms")
 }
 
 /// Parses the name of a run folder: 32 hexadecimal digits in lower case. The other forms of a UUID
@@ -110,7 +110,7 @@ pub(crate) fn folder_uid(name: &std::ffi::OsStr) -> Option<VmUid> {
 /// # Errors
 /// Returns the kernel's error with the path.
 pub fn remove_sockets(dir: &Path) -> io::Result<()> {
-    let dir = &tidy(dir);
+    let dir = &without_trailing_slash(dir);
     let folder = match open_ours(rustix::fs::CWD, dir, dir) {
         Ok(folder) => folder,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -140,7 +140,7 @@ pub fn remove_sockets(dir: &Path) -> io::Result<()> {
 /// # Errors
 /// Returns the kernel's error with the path; `InvalidInput` where `dir` is not a run folder.
 pub fn remove(dir: &Path) -> io::Result<()> {
-    let dir = &tidy(dir);
+    let dir = &without_trailing_slash(dir);
     let Some((parent, name)) = run_folder_name(dir) else {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "not a run folder, so it is left alone");
         return Err(named(dir, &error));
@@ -194,7 +194,7 @@ fn below<'a>(dir: &'a Path, base: &Path) -> impl Iterator<Item = &'a std::ffi::O
 }
 
 /// Removes trailing slashes, because with one the kernel follows a link even under O_NOFOLLOW.
-fn tidy(path: &Path) -> PathBuf {
+fn without_trailing_slash(path: &Path) -> PathBuf {
     path.components().collect()
 }
 

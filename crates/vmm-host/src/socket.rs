@@ -12,7 +12,7 @@ use rustix::fs::inotify;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
-use crate::ready;
+use crate::async_fd;
 
 /// Reports that an entry of a folder, or one certain file in it, has appeared.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ impl DirWatch {
             | inotify::WatchFlags::ATTRIB
             | inotify::WatchFlags::ONLYDIR;
         inotify::add_watch(&fd, dir, events)?;
-        Ok(Self { fd: Some(ready::readable(Arc::new(fd))?), name: None })
+        Ok(Self { fd: Some(async_fd::readable(Arc::new(fd))?), name: None })
     }
 
     /// Begins to watch the folder of `path` for the file at `path`. Changes of its neighbours are

@@ -20,7 +20,7 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
 /// The bounds of one round.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct TailLimits {
     /// The longest record, in bytes. A longer one is passed over.
     pub record: usize,
     /// The most bytes that one round reads.
@@ -29,7 +29,7 @@ pub struct Limits {
 
 /// A reader's use of the bytes that it got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum TailUse {
     /// The first so many bytes are used up: whole records, and invalid bytes. 0 asks for more
     /// bytes.
     Bytes(usize),
@@ -39,7 +39,7 @@ pub enum Taken {
 
 /// The outcome of one round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Round {
+pub enum RoundOutcome {
     /// The round has reached the end of the file.
     Done,
     /// The round has reached its limit, or the reader wants no more. More bytes may be there.
@@ -51,14 +51,14 @@ pub enum Round {
 pub struct Tail {
     path: PathBuf,
     offset: u64,
-    limits: Limits,
+    limits: TailLimits,
     skipped: u64,
-    content: Content,
+    content: TailContent,
 }
 
 /// The form of a file's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Content {
+enum TailContent {
     /// Records. Holes hold none, and a shorter file was begun anew.
     Records,
     /// Bytes, each of which counts, holes as zeros. The reader handles a file that has become
@@ -69,13 +69,13 @@ enum Content {
 impl Tail {
     /// Returns a tail of the file of records at `path`, which may not exist yet. Everything before
     /// `offset`, in bytes, was read earlier.
-    pub fn new(path: PathBuf, offset: u64, limits: Limits) -> Self {
-        Self { path, offset, limits, skipped: 0, content: Content::Records }
+    pub fn new(path: PathBuf, offset: u64, limits: TailLimits) -> Self {
+        Self { path, offset, limits, skipped: 0, content: TailContent::Records }
     }
 
     /// Returns a tail of a file without records. Every byte counts.
-    pub fn of_bytes(path: PathBuf, offset: u64, limits: Limits) -> Self {
-        Self { content: Content::Bytes, ..Self::new(path, offset, limits) }
+    pub fn of_bytes(path: PathBuf, offset: u64, limits: TailLimits) -> Self {
+        Self { content: TailContent::Bytes, ..Self::new(path, offset, limits) }
     }
 
     /// Returns the offset at which the next round begins, in bytes.
@@ -94,9 +94,9 @@ impl Tail {
     ///
     /// # Errors
     /// Returns the kernel's error, and the error of `take`. A missing file counts as empty.
-    pub fn read(&mut self, mut take: impl FnMut(&[u8]) -> io::Result<Taken>) -> io::Result<Round> {
-        let Some(file) = open(&self.path)? else { return Ok(Round::Done) };
-        if self.content == Content::Records {
+    pub fn read(&mut self, mut take: impl FnMut(&[u8]) -> io::Result<TailUse>) -> io::Result<RoundOutcome> {
+        let Some(file) = open(&self.path)? else { return Ok(RoundOutcome::Done) };
+        if self.content == TailContent::Records {
             if file.metadata()?.len() < self.offset {
                 self.offset = 0;
             }
@@ -112,21 +112,21 @@ impl Tail {
             // record that is still being written.
             let read = file.read_at(&mut buffer, self.offset)?;
             let used = match take(&buffer[..read])? {
-                Taken::Enough(used) => {
+                TailUse::Enough(used) => {
                     self.offset += used.min(read) as u64;
-                    return Ok(Round::More);
+                    return Ok(RoundOutcome::More);
                 }
-                Taken::Bytes(used) => used.min(read),
+                TailUse::Bytes(used) => used.min(read),
             };
             self.offset += used as u64;
             if used == 0 && read == buffer.len() {
                 self.offset += read as u64;
                 self.skipped += 1;
             } else if used == 0 || read < buffer.len() && used == read {
-                return Ok(Round::Done);
+                return Ok(RoundOutcome::Done);
             }
         }
-        Ok(Round::More)
+        Ok(RoundOutcome::More)
     }
 
     /// Gives the space of everything that was read back to the host. Blocks.
@@ -191,7 +191,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { record: 16, round: 64 };
+    const LIMITS: TailLimits = TailLimits { record: 16, round: 64 };
 
     struct Written {
         dir: tempfile::TempDir,
@@ -218,12 +218,12 @@ mod tests {
     }
 
     /// Takes whole lines.
-    fn lines(tail: &mut Tail) -> (Vec<String>, Round) {
+    fn lines(tail: &mut Tail) -> (Vec<String>, RoundOutcome) {
         let mut lines = Vec::new();
         let round = tail.read(|bytes| {
             let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
             lines.extend(String::from_utf8_lossy(&bytes[..whole]).lines().map(str::to_owned));
-            Ok(Taken::Bytes(whole))
+            Ok(TailUse::Bytes(whole))
         });
         (lines, round.unwrap())
     }
@@ -232,7 +232,7 @@ mod tests {
     fn each_record_is_read_once_and_one_that_is_being_written_later() {
         let file = Written::new(b"one\ntwo\nthr");
         let mut tail = file.tail();
-        assert_eq!(lines(&mut tail), (vec!["one".to_owned(), "two".to_owned()], Round::Done));
+        assert_eq!(lines(&mut tail), (vec!["one".to_owned(), "two".to_owned()], RoundOutcome::Done));
         assert_eq!(lines(&mut tail).0, [""; 0]);
         file.append(b"ee\n");
         assert_eq!(lines(&mut tail).0, ["three"]);
@@ -256,13 +256,13 @@ mod tests {
             let (some, round) = lines(&mut tail);
             assert!(some.len() <= 16, "{}", some.len());
             all += some.len();
-            if round == Round::Done {
+            if round == RoundOutcome::Done {
                 break;
             }
         }
         assert_eq!(all, 100);
-        let round = file.tail().read(|bytes| Ok(Taken::Enough(bytes.len().min(5)))).unwrap();
-        assert_eq!(round, Round::More);
+        let round = file.tail().read(|bytes| Ok(TailUse::Enough(bytes.len().min(5)))).unwrap();
+        assert_eq!(round, RoundOutcome::More);
     }
 
     #[test]
@@ -273,13 +273,13 @@ mod tests {
         std::fs::write(file.path(), b"new\n").unwrap();
         assert_eq!(lines(&mut tail).0, ["new"]);
         std::fs::remove_file(file.path()).unwrap();
-        assert_eq!(lines(&mut tail), (vec![], Round::Done));
+        assert_eq!(lines(&mut tail), (vec![], RoundOutcome::Done));
     }
 
     #[test]
     fn room_is_given_back_and_holes_are_skipped() {
         let file = Written::new("line\n".repeat(4000).as_bytes());
-        let limits = Limits { record: 16, round: u64::MAX };
+        let limits = TailLimits { record: 16, round: u64::MAX };
         let mut tail = Tail::new(file.path(), 0, limits);
         assert_eq!(lines(&mut tail).0.len(), 4000);
         tail.give_back().unwrap();
@@ -297,16 +297,16 @@ mod tests {
     fn where_each_byte_counts_no_hole_is_skipped() {
         let file = Written::new(b"");
         OpenOptions::new().write(true).open(file.path()).unwrap().set_len(8192).unwrap();
-        let mut tail = Tail::of_bytes(file.path(), 0, Limits { record: 1000, round: 5000 });
+        let mut tail = Tail::of_bytes(file.path(), 0, TailLimits { record: 1000, round: 5000 });
         let mut count = 0;
         let mut read = || {
             tail.read(|bytes| {
                 count += bytes.len();
-                Ok(Taken::Bytes(bytes.len()))
+                Ok(TailUse::Bytes(bytes.len()))
             })
             .unwrap()
         };
-        assert_eq!((read(), read()), (Round::More, Round::Done));
+        assert_eq!((read(), read()), (RoundOutcome::More, RoundOutcome::Done));
         assert_eq!(count, 8192);
     }
 

@@ -5,10 +5,10 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
-use vmm_libvirt_wire::{Call, Domain as Facts, DomainState, Failure, FailureKind, Got, MARK_NAMESPACE};
+use vmm_libvirt_wire::{Call, Domain as Facts, DomainState, CallFailure, CallFailureKind, CallResult, MARK_NAMESPACE};
 
 use crate::ffi;
-use crate::say::cut;
+use crate::output::cut;
 
 /// The longest error message or domain name that is passed on, in bytes. A longer one is cut.
 const MESSAGE: usize = 4096;
@@ -18,22 +18,22 @@ const MARK: usize = 1024;
 const XML: usize = 1 << 20;
 
 /// Makes one call over `connect` and returns libvirt's answer or error.
-pub(crate) fn run(connect: &Connect, call: &Call) -> Result<Got, Error> {
+pub(crate) fn run(connect: &Connect, call: &Call) -> Result<CallResult, Error> {
     match call {
         Call::List => {
             let all = connect.list_all_domains(0)?;
             // A domain that disappears between the list and the look at it is left out, because the
             // list describes the moment at which the answer is sent.
             let domains = all.iter().filter_map(|domain| facts(domain).ok()).collect();
-            Ok(Got::Domains { domains })
+            Ok(CallResult::Domains { domains })
         }
-        Call::Look { uuid } => one(find(connect, *uuid)),
-        Call::LookByName { name } => one(Domain::lookup_by_name(connect, name)),
+        Call::Look { uuid } => single_domain(find(connect, *uuid)),
+        Call::LookByName { name } => single_domain(Domain::lookup_by_name(connect, name)),
         Call::Xml { uuid } => {
             let domain = find(connect, *uuid)?;
-            Ok(Got::Xml { xml: cut(domain.get_xml_desc(0)?, XML) })
+            Ok(CallResult::Xml { xml: cut(domain.get_xml_desc(0)?, XML) })
         }
-        Call::Define { xml } => Domain::define_xml(connect, xml).map(|_| Got::Done),
+        Call::Define { xml } => Domain::define_xml(connect, xml).map(|_| CallResult::Done),
         Call::Start { uuid } => done(find(connect, *uuid)?.create_with_flags(sys::VIR_DOMAIN_START_PAUSED)),
         Call::Suspend { uuid } => done(find(connect, *uuid)?.suspend()),
         Call::Resume { uuid } => resume(&find(connect, *uuid)?),
@@ -42,7 +42,7 @@ pub(crate) fn run(connect: &Connect, call: &Call) -> Result<Got, Error> {
         }
         Call::Reset { uuid } => done(find(connect, *uuid)?.reset()),
         Call::OnReboot { uuid, restart } => {
-            ffi::set_reboot_action(&find(connect, *uuid)?, *restart).map(|()| Got::Done)
+            ffi::set_reboot_action(&find(connect, *uuid)?, *restart).map(|()| CallResult::Done)
         }
         Call::Destroy { uuid } => destroy(&find(connect, *uuid)?),
         Call::Undefine { uuid, everything } => undefine(&find(connect, *uuid)?, *everything),
@@ -54,14 +54,14 @@ fn find(connect: &Connect, uuid: Uuid) -> Result<Domain, Error> {
     Domain::lookup_by_uuid(connect, uuid)
 }
 
-fn done(result: Result<u32, Error>) -> Result<Got, Error> {
-    result.map(|_| Got::Done)
+fn done(result: Result<u32, Error>) -> Result<CallResult, Error> {
+    result.map(|_| CallResult::Done)
 }
 
-fn one(found: Result<Domain, Error>) -> Result<Got, Error> {
+fn single_domain(found: Result<Domain, Error>) -> Result<CallResult, Error> {
     match found.and_then(|domain| facts(&domain)) {
-        Ok(facts) => Ok(Got::Domains { domains: vec![facts] }),
-        Err(error) if kind_of(&error) == FailureKind::NoDomain => Ok(Got::Domains { domains: Vec::new() }),
+        Ok(facts) => Ok(CallResult::Domains { domains: vec![facts] }),
+        Err(error) if kind_of(&error) == CallFailureKind::NoDomain => Ok(CallResult::Domains { domains: Vec::new() }),
         Err(error) => Err(error),
     }
 }
@@ -103,10 +103,10 @@ fn state_of(state: sys::virDomainState, reason: i32) -> DomainState {
 }
 
 /// Resumes the guest. A guest that runs already is no error.
-fn resume(domain: &Domain) -> Result<Got, Error> {
+fn resume(domain: &Domain) -> Result<CallResult, Error> {
     match domain.resume() {
-        Err(error) if kind_of(&error) == FailureKind::WrongState => match domain.get_state() {
-            Ok((sys::VIR_DOMAIN_RUNNING, _)) => Ok(Got::Done),
+        Err(error) if kind_of(&error) == CallFailureKind::WrongState => match domain.get_state() {
+            Ok((sys::VIR_DOMAIN_RUNNING, _)) => Ok(CallResult::Done),
             Ok(_) | Err(_) => Err(error),
         },
         result => done(result),
@@ -114,10 +114,10 @@ fn resume(domain: &Domain) -> Result<Got, Error> {
 }
 
 /// Ends a domain at once. A domain that does not run is no error.
-fn destroy(domain: &Domain) -> Result<Got, Error> {
+fn destroy(domain: &Domain) -> Result<CallResult, Error> {
     match domain.destroy_flags(sys::VIR_DOMAIN_DESTROY_DEFAULT) {
-        Err(error) if kind_of(&error) == FailureKind::WrongState && !domain.is_active().unwrap_or(true) => {
-            Ok(Got::Done)
+        Err(error) if kind_of(&error) == CallFailureKind::WrongState && !domain.is_active().unwrap_or(true) => {
+            Ok(CallResult::Done)
         }
         result => done(result),
     }
@@ -125,9 +125,9 @@ fn destroy(domain: &Domain) -> Result<Got, Error> {
 
 /// Removes a domain from libvirt's configuration. A domain that was never defined is no error.
 /// `everything` also removes the saved memory, snapshot records and firmware variables.
-fn undefine(domain: &Domain, everything: bool) -> Result<Got, Error> {
+fn undefine(domain: &Domain, everything: bool) -> Result<CallResult, Error> {
     if !domain.is_persistent()? {
-        return Ok(Got::Done);
+        return Ok(CallResult::Done);
     }
     let flags = if everything {
         sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
@@ -139,15 +139,15 @@ fn undefine(domain: &Domain, everything: bool) -> Result<Got, Error> {
         // wanted, because the caller did not ask for their removal.
         sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
     };
-    domain.undefine_flags(flags).map(|()| Got::Done)
+    domain.undefine_flags(flags).map(|()| CallResult::Done)
 }
 
-fn block_stats(domain: &Domain) -> Result<Got, Error> {
+fn block_stats(domain: &Domain) -> Result<CallResult, Error> {
     // libvirt takes the empty name for all disks together.
     let all = domain.get_block_stats("")?;
     // libvirt returns a negative number for a counter that QEMU does not keep.
     let count = |number: i64| u64::try_from(number).unwrap_or(0);
-    Ok(Got::Block {
+    Ok(CallResult::Block {
         read_bytes: count(all.rd_bytes),
         written_bytes: count(all.wr_bytes),
         reads: count(all.rd_req),
@@ -156,30 +156,30 @@ fn block_stats(domain: &Domain) -> Result<Got, Error> {
 }
 
 /// Converts an error of libvirt into the form that the daemon reads, with its text cut to size.
-pub(crate) fn failure(error: &Error) -> Failure {
-    Failure { kind: kind_of(error), message: cut(error.message().to_owned(), MESSAGE) }
+pub(crate) fn failure(error: &Error) -> CallFailure {
+    CallFailure { kind: kind_of(error), message: cut(error.message().to_owned(), MESSAGE) }
 }
 
-fn kind_of(error: &Error) -> FailureKind {
+fn kind_of(error: &Error) -> CallFailureKind {
     match error.code().to_raw() {
-        sys::VIR_ERR_NO_DOMAIN => FailureKind::NoDomain,
-        sys::VIR_ERR_OPERATION_INVALID => FailureKind::WrongState,
-        sys::VIR_ERR_OPERATION_TIMEOUT => FailureKind::Timeout,
+        sys::VIR_ERR_NO_DOMAIN => CallFailureKind::NoDomain,
+        sys::VIR_ERR_OPERATION_INVALID => CallFailureKind::WrongState,
+        sys::VIR_ERR_OPERATION_TIMEOUT => CallFailureKind::Timeout,
         sys::VIR_ERR_NO_CONNECT
         | sys::VIR_ERR_INVALID_CONN
         | sys::VIR_ERR_RPC
         | sys::VIR_ERR_SYSTEM_ERROR
-        | sys::VIR_ERR_NO_SERVER => FailureKind::NoConnection,
+        | sys::VIR_ERR_NO_SERVER => CallFailureKind::NoConnection,
         sys::VIR_ERR_AUTH_FAILED
         | sys::VIR_ERR_AUTH_CANCELLED
         | sys::VIR_ERR_AUTH_UNAVAILABLE
         | sys::VIR_ERR_ACCESS_DENIED
-        | sys::VIR_ERR_OPERATION_DENIED => FailureKind::Denied,
+        | sys::VIR_ERR_OPERATION_DENIED => CallFailureKind::Denied,
         sys::VIR_ERR_NO_SUPPORT
         | sys::VIR_ERR_OPERATION_UNSUPPORTED
         | sys::VIR_ERR_ARGUMENT_UNSUPPORTED
-        | sys::VIR_ERR_CONFIG_UNSUPPORTED => FailureKind::Unsupported,
-        _ => FailureKind::Other,
+        | sys::VIR_ERR_CONFIG_UNSUPPORTED => CallFailureKind::Unsupported,
+        _ => CallFailureKind::Other,
     }
 }
 

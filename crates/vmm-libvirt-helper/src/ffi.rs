@@ -14,9 +14,9 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
-use vmm_libvirt_wire::{Lifecycle, Message};
+use vmm_libvirt_wire::{Lifecycle, HelperMessage};
 
-use crate::say::{cut, say};
+use crate::output::{cut, write_message};
 
 /// QEMU's own events that carry more than libvirt's: the cause of a reset, and the reason for
 /// QEMU's end.
@@ -40,7 +40,7 @@ pub(crate) fn start_event_loop() -> Result<(), Error> {
 }
 
 /// Registers for every event about a domain and for the end of the connection. Each one is sent to
-/// the daemon as a [`Message`].
+/// the daemon as a [`HelperMessage`].
 pub(crate) fn watch(connect: &Connect) -> Result<(), Error> {
     let lifecycle: unsafe extern "C" fn(_, _, _, _, _) -> c_int = on_lifecycle;
     // SAFETY: libvirt registers callbacks of all kinds through this one type. It casts the callback
@@ -125,7 +125,7 @@ unsafe extern "C" fn on_lifecycle(
     _opaque: *mut c_void,
 ) -> c_int {
     if let Some(uuid) = uuid_of(domain) {
-        say(&Message::Lifecycle { uuid, event: lifecycle_of(event.cast_unsigned(), detail.cast_unsigned()) });
+        write_message(&HelperMessage::Lifecycle { uuid, event: lifecycle_of(event.cast_unsigned(), detail.cast_unsigned()) });
     }
     0
 }
@@ -164,7 +164,7 @@ unsafe extern "C" fn on_monitor(
 ) {
     if let Some(uuid) = uuid_of(domain) {
         let (event, details) = (text(event), text(details));
-        say(&Message::Monitor { uuid, event: cut(event, DETAILS), details: cut(details, DETAILS) });
+        write_message(&HelperMessage::Monitor { uuid, event: cut(event, DETAILS), details: cut(details, DETAILS) });
     }
 }
 
@@ -185,7 +185,7 @@ unsafe extern "C" fn on_close(_connect: sys::virConnectPtr, reason: c_int, _opaq
         sys::VIR_CONNECT_CLOSE_REASON_CLIENT => "the helper closed the connection",
         _ => "the connection broke",
     };
-    say(&Message::Closed { why: why.to_owned() });
+    write_message(&HelperMessage::Closed { why: why.to_owned() });
     std::process::exit(0);
 }
 

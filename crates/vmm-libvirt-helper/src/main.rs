@@ -13,10 +13,10 @@
 //! lines are those of [`vmm_libvirt_wire`]; stderr is for people.
 
 mod calls;
-mod desk;
+mod call_queue;
 mod ffi;
-mod lanes;
-mod say;
+mod connections;
+mod output;
 
 use std::io::{self, BufReader};
 use std::process::ExitCode;
@@ -24,10 +24,10 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use virt::connect::Connect;
 use virt::error::Error;
-use vmm_libvirt_wire::{Failure, Got, Message, Request};
+use vmm_libvirt_wire::{CallFailure, CallResult, HelperMessage, CallRequest};
 
-use desk::Desk;
-use lanes::Lanes;
+use call_queue::CallQueue;
+use connections::Connections;
 
 /// The most requests that wait while the helper connects to libvirt.
 const WAITING: usize = 64;
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     match serve(&uri) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say::say(&Message::Unreachable { failure: calls::failure(&error) });
+            output::write_message(&HelperMessage::Unreachable { failure: calls::failure(&error) });
             ExitCode::FAILURE
         }
     }
@@ -63,29 +63,29 @@ fn serve(uri: &str) -> Result<(), Error> {
     });
     ffi::start_event_loop()?;
     let main = Connect::open(Some(uri))?;
-    lanes::keep_alive(&main)?;
+    connections::keep_alive(&main)?;
     ffi::watch(&main)?;
     // libvirt examines its QEMU at the first question about it, which can take half a minute. The
     // question is asked here, because otherwise the first start of a VM would wait for it.
-    let hypervisor = lanes::version(main.get_hyp_version()?);
-    say::say(&Message::Ready { libvirt: lanes::version(main.get_lib_version()?), hypervisor });
-    let lanes = Lanes::new(uri.to_owned(), main);
-    let desk = Desk::new(move |call| lanes.make(call), answer);
+    let hypervisor = connections::version(main.get_hyp_version()?);
+    output::write_message(&HelperMessage::Ready { libvirt: connections::version(main.get_lib_version()?), hypervisor });
+    let lanes = Connections::new(uri.to_owned(), main);
+    let desk = CallQueue::new(move |call| lanes.make(call), answer);
     for request in inbox {
         desk.take(request);
     }
     Ok(())
 }
 
-fn answer(id: u64, got: Result<Got, Failure>) {
+fn answer(id: u64, got: Result<CallResult, CallFailure>) {
     let (ok, failed) = match got {
         Ok(got) => (Some(got), None),
         Err(failure) => (None, Some(failure)),
     };
-    say::say(&Message::Answer { id, ok, failed });
+    output::write_message(&HelperMessage::Answer { id, ok, failed });
 }
 
-fn read_requests(requests: &SyncSender<Request>) -> io::Result<()> {
+fn read_requests(requests: &SyncSender<CallRequest>) -> io::Result<()> {
     let mut stdin = BufReader::new(io::stdin());
     let mut line = Vec::new();
     while vmm_libvirt_wire::read_line(&mut stdin, &mut line)?.is_some() {

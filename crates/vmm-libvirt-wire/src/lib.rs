@@ -27,7 +27,7 @@ pub const MARK_NAMESPACE: &str = "urn:vmm-controlplane:libvirt:1";
 
 /// A call of the daemon, and the data to answer it by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Request {
+pub struct CallRequest {
     /// The number of the request. The daemon chooses it, and the answer repeats it.
     pub id: u64,
     /// The time for which the daemon waits for the answer, in milliseconds. The helper does not
@@ -167,7 +167,7 @@ impl Call {
 
     /// Returns the order in which the call is made among others. Calls that end, ask or forget a
     /// guest are made at once, because they must get past calls that hang.
-    pub const fn rank(&self) -> Rank {
+    pub const fn rank(&self) -> CallRank {
         match self {
             Self::List
             | Self::Look { .. }
@@ -176,13 +176,13 @@ impl Call {
             | Self::Define { .. }
             | Self::Undefine { .. }
             | Self::Shutdown { .. }
-            | Self::Destroy { .. } => Rank::Free,
+            | Self::Destroy { .. } => CallRank::Free,
             Self::Start { uuid }
             | Self::Suspend { uuid }
             | Self::Resume { uuid }
             | Self::Reset { uuid }
-            | Self::OnReboot { uuid, .. } => Rank::Orders(*uuid),
-            Self::BlockStats { uuid } => Rank::Samples(*uuid),
+            | Self::OnReboot { uuid, .. } => CallRank::Orders(*uuid),
+            Self::BlockStats { uuid } => CallRank::Samples(*uuid),
         }
     }
 
@@ -221,7 +221,7 @@ pub enum WaitsFor {
 
 /// The order in which a call is made among other calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rank {
+pub enum CallRank {
     /// The call is made at once.
     Free,
     /// The call waits for others that need the domain's QEMU.
@@ -234,7 +234,7 @@ pub enum Rank {
 /// A line that the helper writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "says", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Message {
+pub enum HelperMessage {
     /// libvirt is connected, has examined its QEMU, and sends its events from now on.
     Ready {
         /// The version of libvirt.
@@ -245,7 +245,7 @@ pub enum Message {
     /// libvirt cannot be reached. The helper ends after this line.
     Unreachable {
         /// libvirt's error.
-        failure: Failure,
+        failure: CallFailure,
     },
     /// The connection to libvirt is lost. The helper ends after this line.
     Closed {
@@ -258,10 +258,10 @@ pub enum Message {
         id: u64,
         /// The result, if the call succeeded.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        ok: Option<Got>,
+        ok: Option<CallResult>,
         /// The failure, if the call failed.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        failed: Option<Failure>,
+        failed: Option<CallFailure>,
     },
     /// A domain began, ended or changed.
     Lifecycle {
@@ -284,7 +284,7 @@ pub enum Message {
 /// The result of a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "got", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Got {
+pub enum CallResult {
     /// The call was carried out.
     Done,
     /// The domains that were asked for.
@@ -382,17 +382,17 @@ pub enum Lifecycle {
 /// The reason why libvirt did not carry out a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Failure {
+pub struct CallFailure {
     /// The kind, for decisions.
-    pub kind: FailureKind,
+    pub kind: CallFailureKind,
     /// libvirt's text, for people.
     pub message: String,
 }
 
-/// Kinds of [`Failure`].
+/// Kinds of [`CallFailure`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum FailureKind {
+pub enum CallFailureKind {
     /// There is no such domain.
     NoDomain,
     /// The domain's state does not allow the call.

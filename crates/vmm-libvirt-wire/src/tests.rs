@@ -15,24 +15,24 @@ fn there_and_back<T: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt:
 #[test]
 fn lines_are_as_drawn() {
     there_and_back(
-        Request { id: 7, within_ms: None, call: Call::Suspend { uuid: UUID } },
+        CallRequest { id: 7, within_ms: None, call: Call::Suspend { uuid: UUID } },
         r#"{"id":7,"call":"suspend","uuid":"0193f0de-0000-7000-8000-000000000001"}"#,
     );
     there_and_back(
-        Request { id: 8, within_ms: Some(9), call: Call::List },
+        CallRequest { id: 8, within_ms: Some(9), call: Call::List },
         r#"{"id":8,"within_ms":9,"call":"list"}"#,
     );
     there_and_back(
-        Message::Answer { id: 7, ok: Some(Got::Done), failed: None },
+        HelperMessage::Answer { id: 7, ok: Some(CallResult::Done), failed: None },
         r#"{"says":"answer","id":7,"ok":{"got":"done"}}"#,
     );
-    let failure = Failure { kind: FailureKind::NoDomain, message: "no".to_owned() };
+    let failure = CallFailure { kind: CallFailureKind::NoDomain, message: "no".to_owned() };
     there_and_back(
-        Message::Answer { id: 7, ok: None, failed: Some(failure) },
+        HelperMessage::Answer { id: 7, ok: None, failed: Some(failure) },
         r#"{"says":"answer","id":7,"failed":{"kind":"no-domain","message":"no"}}"#,
     );
     there_and_back(
-        Message::Lifecycle { uuid: UUID, event: Lifecycle::Destroyed },
+        HelperMessage::Lifecycle { uuid: UUID, event: Lifecycle::Destroyed },
         r#"{"says":"lifecycle","uuid":"0193f0de-0000-7000-8000-000000000001","event":"destroyed"}"#,
     );
 }
@@ -65,8 +65,8 @@ fn calls_that_wait_their_turn_are_those_that_need_the_qemu_of_that_domain() {
     ] {
         let rank = call.rank();
         assert_eq!(named(call.waits_for()), waits_for, "{call:?}");
-        assert_eq!(rank != Rank::Free, waits_its_turn, "{call:?}");
-        if let Rank::Orders(uuid) | Rank::Samples(uuid) = rank {
+        assert_eq!(rank != CallRank::Free, waits_its_turn, "{call:?}");
+        if let CallRank::Orders(uuid) | CallRank::Samples(uuid) = rank {
             assert!(call.needs_qemu() && uuid == UUID, "{call:?}");
         }
     }
@@ -82,7 +82,7 @@ fn what_is_unknown_is_an_error() {
         "[]",
         "",
     ] {
-        assert!(serde_json::from_str::<Message>(line).is_err(), "{line}");
+        assert!(serde_json::from_str::<HelperMessage>(line).is_err(), "{line}");
     }
 }
 

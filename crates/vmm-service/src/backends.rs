@@ -17,15 +17,15 @@ use vmm_core::backend::{Backend, BackendHealth, Capabilities};
 use vmm_core::id::BackendName;
 use vmm_core::kind::VmKind;
 
-use crate::unserved::Unserved;
+use crate::unconfigured::UnconfiguredBackend;
 
 /// The time that a backend may take to report its health.
-const PING_DEADLINE: Duration = Duration::from_secs(4);
+const PING_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// All backends by name, one of them the default.
 #[derive(Clone)]
 pub struct Backends {
-    entries: Arc<BTreeMap<BackendName, Entry>>,
+    entries: Arc<BTreeMap<BackendName, BackendEntry>>,
     default: BackendName,
 }
 
@@ -64,7 +64,7 @@ impl BackendFamily {
         }
         let made = (self.make)(kind).unwrap_or_else(|why| {
             let capabilities = self.current.capabilities().clone();
-            Arc::new(Unserved::new(capabilities, kind.clone(), why))
+            Arc::new(UnconfiguredBackend::new(capabilities, kind.clone(), why))
         });
         others.push(Arc::clone(&made));
         made
@@ -90,7 +90,7 @@ impl fmt::Debug for BackendFamily {
     }
 }
 
-struct Entry {
+struct BackendEntry {
     family: BackendFamily,
     health: Mutex<BackendHealth>,
 }
@@ -114,7 +114,7 @@ impl Backends {
             .map(|family| {
                 let family: BackendFamily = family.into();
                 let name = family.current.capabilities().name.clone();
-                (name, Entry { family, health: Mutex::new(unknown.clone()) })
+                (name, BackendEntry { family, health: Mutex::new(unknown.clone()) })
             })
             .collect();
         Self { entries: Arc::new(entries), default }
@@ -160,7 +160,7 @@ impl Backends {
 
     /// Asks every backend for its health, all at the same time.
     pub async fn refresh(&self) {
-        futures::future::join_all(self.entries.values().map(Entry::refresh)).await;
+        futures::future::join_all(self.entries.values().map(BackendEntry::refresh)).await;
     }
 
     /// Asks one backend for its health.
@@ -175,7 +175,7 @@ impl Backends {
     pub(crate) fn objects(&self) -> Vec<Arc<dyn Backend>> {
         self.entries
             .values()
-            .flat_map(|Entry { family, .. }| {
+            .flat_map(|BackendEntry { family, .. }| {
                 let others = lock(&family.others).clone();
                 std::iter::once(Arc::clone(&family.current)).chain(others)
             })
@@ -184,22 +184,22 @@ impl Backends {
 
     /// Returns the capabilities and the last known health of every backend, by name.
     pub fn statuses(&self) -> Vec<BackendStatus> {
-        self.entries.values().map(Entry::status).collect()
+        self.entries.values().map(BackendEntry::status).collect()
     }
 
     /// Returns the capabilities and the last known health of one backend.
     pub fn status(&self, name: &BackendName) -> Option<BackendStatus> {
-        self.entries.get(name).map(Entry::status)
+        self.entries.get(name).map(BackendEntry::status)
     }
 }
 
-impl Entry {
+impl BackendEntry {
     async fn refresh(&self) {
         let health =
-            tokio::time::timeout(PING_DEADLINE, self.family.current.ping()).await.unwrap_or_else(|_| {
+            tokio::time::timeout(PING_TIMEOUT, self.family.current.ping()).await.unwrap_or_else(|_| {
                 BackendHealth::from(Err(format!(
                     "the backend did not answer within {} s",
-                    PING_DEADLINE.as_secs()
+                    PING_TIMEOUT.as_secs()
                 )))
             });
         *lock(&self.health) = health;

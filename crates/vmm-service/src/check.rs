@@ -5,12 +5,12 @@
 //! violations. BootVm looks again, because files change, and takes the claims that keep two running
 //! VMs apart.
 //!
-//! Files may lie on a device or server that does not answer. [`looks`] bounds the threads that wait
-//! for them, and a deadline bounds the caller's wait. Only the paths of clients pass through this
-//! module, and the daemon's own files never wait for a permit.
+//! Files may lie on a device or server that does not answer. [`permits`] bounds the threads that
+//! wait for them, and a deadline bounds the caller's wait. Only the paths of clients pass through
+//! this module, and the daemon's own files never wait for a permit.
 
 mod disk;
-mod looks;
+mod permits;
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -18,39 +18,39 @@ use std::time::Duration;
 
 use vmm_core::backend::{Capabilities, KernelFormat};
 use vmm_core::limit::HostLimit;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{Console, Disk, NamedFiles, VmSpec};
 use vmm_core::store::HostClaim;
 use vmm_host::files::{self, Access, FileFacts};
 use vmm_host::kernel::{self, KernelKind};
 use vmm_host::mounts::Mounts;
 
-use looks::{Limits, Looks, Visitor};
+use permits::{FileCheck, FileCheckPermits, PermitLimits};
 
 /// The time that a look may take.
-pub(crate) const LOOK_DEADLINE: Duration = Duration::from_secs(3);
+pub(crate) const FILE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 /// The permits of looks for one purpose. The runtime has some 500 threads in all.
-const PERMITS: Limits =
-    Limits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
+const PERMITS: PermitLimits =
+    PermitLimits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
 
 /// The reason for a look at files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Purpose {
+pub(crate) enum FileCheckPurpose {
     /// A client creates a VM: a raw disk must not begin as an image of another format.
     Create,
     /// A VM is started, or was found running: the guest may have written anything to a raw disk.
     Boot,
 }
 
-impl Purpose {
+impl FileCheckPurpose {
     /// Returns the permits for looks of this purpose. Each purpose has its own, so that hanging
     /// calls of CreateVm and ValidateVm keep no VM from starting.
-    fn looks(self) -> &'static Arc<Looks> {
-        fn permits() -> Arc<Looks> {
-            Arc::new(Looks::new(PERMITS, |path| Mounts::read().served_by(path)))
+    fn permits(self) -> &'static Arc<FileCheckPermits> {
+        fn permits() -> Arc<FileCheckPermits> {
+            Arc::new(FileCheckPermits::new(PERMITS, |path| Mounts::read().served_by(path)))
         }
-        static CREATE: LazyLock<Arc<Looks>> = LazyLock::new(permits);
-        static BOOT: LazyLock<Arc<Looks>> = LazyLock::new(permits);
+        static CREATE: LazyLock<Arc<FileCheckPermits>> = LazyLock::new(permits);
+        static BOOT: LazyLock<Arc<FileCheckPermits>> = LazyLock::new(permits);
         match self {
             Self::Create => &CREATE,
             Self::Boot => &BOOT,
@@ -60,9 +60,9 @@ impl Purpose {
 
 /// The purpose of a look at the files, and the formats that the backend accepts.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Terms {
+pub(crate) struct FileCheckTerms {
     /// The reason for the look.
-    pub(crate) purpose: Purpose,
+    pub(crate) purpose: FileCheckPurpose,
     /// The kernel formats that the backend boots, if the backend is known.
     pub(crate) kernels: Option<&'static [KernelFormat]>,
     /// True if the backend reads extended entries of qcow2 images. `None` if the backend is not
@@ -72,10 +72,10 @@ pub(crate) struct Terms {
     pub(crate) owns_output: bool,
 }
 
-impl Terms {
+impl FileCheckTerms {
     /// Returns the terms of a look for a VM of the backend with `capabilities`, if that is known.
     /// The VM has made no file.
-    pub(crate) fn of(purpose: Purpose, capabilities: Option<&Capabilities>) -> Self {
+    pub(crate) fn of(purpose: FileCheckPurpose, capabilities: Option<&Capabilities>) -> Self {
         Self {
             purpose,
             kernels: capabilities.map(|capabilities| capabilities.kernel_formats),
@@ -87,9 +87,9 @@ impl Terms {
 
 /// The findings of a look.
 #[derive(Debug)]
-pub(crate) struct HostFacts {
+pub(crate) struct FileFindings {
     /// The violations.
-    pub(crate) report: Report,
+    pub(crate) report: CheckReport,
     /// The disks and backing files that the VM would hold while it runs.
     pub(crate) claims: Vec<HostClaim>,
     /// The limit of the host that kept a file from being looked at. The violations do not cover
@@ -97,10 +97,16 @@ pub(crate) struct HostFacts {
     pub(crate) limit: Option<HostLimit>,
 }
 
-impl HostFacts {
+impl FileFindings {
     /// Looks at one file. A problem with the file is a violation of `field`.
-    fn inspect(&mut self, visitor: &Visitor, field: &str, path: &Path, access: Access) -> Option<FileFacts> {
-        if !visitor.may_touch(path) {
+    fn inspect(
+        &mut self,
+        file_check: &FileCheck,
+        field: &str,
+        path: &Path,
+        access: Access,
+    ) -> Option<FileFacts> {
+        if !file_check.may_open(path) {
             return None;
         }
         match files::inspect(path, access) {
@@ -122,13 +128,13 @@ impl HostFacts {
     }
 }
 
-/// The error of a look whose files did not answer within [`LOOK_DEADLINE`], or that found too many
-/// earlier looks still waiting.
+/// The error of a look whose files did not answer within [`FILE_CHECK_TIMEOUT`], or that found too
+/// many earlier looks still waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the host's files do not answer: check the devices and servers that hold the kernel and the disks, and try again"
 )]
-pub(crate) struct FilesSilent;
+pub(crate) struct FilesTimedOut;
 
 /// Returns the claims on the disks of a VM that runs while its files do not answer. The disks are
 /// claimed by the paths on record.
@@ -137,7 +143,7 @@ pub(crate) fn claims_by_path(spec: &VmSpec) -> Vec<HostClaim> {
     spec.disks.iter().map(claim).collect()
 }
 
-/// Waits for `look`, and drops `slot` if the look is slow. A slot limits the VMs that need
+/// Waits for `check_files`, and drops `slot` if the look is slow. A slot limits the VMs that need
 /// processor time together, and a VM that waits for its files needs none. The permits of looks
 /// limit those VMs.
 pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output = T>) -> (T, Option<S>) {
@@ -151,38 +157,46 @@ pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output
     }
 }
 
-/// Looks at every file of `files`, and returns within [`LOOK_DEADLINE`].
+/// Looks at every file of `files`, and returns within [`FILE_CHECK_TIMEOUT`].
 ///
 /// # Errors
 ///
-/// Returns [`FilesSilent`] if the files do not answer in time.
-pub(crate) async fn look(files: NamedFiles, terms: Terms) -> Result<HostFacts, FilesSilent> {
-    let looking = move |visitor: &Visitor| look_blocking(visitor, &files, terms);
-    terms.purpose.looks().within(LOOK_DEADLINE, looking).await
+/// Returns [`FilesTimedOut`] if the files do not answer in time.
+pub(crate) async fn check_files(
+    files: NamedFiles,
+    terms: FileCheckTerms,
+) -> Result<FileFindings, FilesTimedOut> {
+    let looking = move |file_check: &FileCheck| check_files_blocking(file_check, &files, terms);
+    terms.purpose.permits().run_within(FILE_CHECK_TIMEOUT, looking).await
 }
 
-fn look_blocking(visitor: &Visitor, files: &NamedFiles, terms: Terms) -> HostFacts {
+fn check_files_blocking(file_check: &FileCheck, files: &NamedFiles, terms: FileCheckTerms) -> FileFindings {
     let NamedFiles { kernel, initrd, disks, console, names_root } = files;
-    let mut found = HostFacts { report: Report::default(), claims: Vec::new(), limit: None };
+    let mut found = FileFindings { report: CheckReport::default(), claims: Vec::new(), limit: None };
     if let Some(kernel) = kernel {
-        look_at_kernel(visitor, &mut found, kernel, terms.kernels);
+        check_kernel(file_check, &mut found, kernel, terms.kernels);
     }
     if let Some(initrd) = initrd {
-        found.inspect(visitor, "config.boot.initrd_path", initrd, Access::Read);
+        found.inspect(file_check, "config.boot.initrd_path", initrd, Access::Read);
     }
     for disk in disks {
         let adds_root = disk.is_root && !names_root;
-        disk::look_at(visitor, &mut found, disk, adds_root, terms);
+        disk::check_disk(file_check, &mut found, disk, adds_root, terms);
     }
     if let Console::File(path) = console {
-        look_at_output(visitor, &mut found.report, path, terms.owns_output);
+        check_output(file_check, &mut found.report, path, terms.owns_output);
     }
     found
 }
 
-fn look_at_kernel(visitor: &Visitor, found: &mut HostFacts, path: &Path, accepted: Option<&[KernelFormat]>) {
+fn check_kernel(
+    file_check: &FileCheck,
+    found: &mut FileFindings,
+    path: &Path,
+    accepted: Option<&[KernelFormat]>,
+) {
     const FIELD: &str = "config.boot.kernel_path";
-    if found.inspect(visitor, FIELD, path, Access::Read).is_none() {
+    if found.inspect(file_check, FIELD, path, Access::Read).is_none() {
         return;
     }
     let Some(accepted) = accepted else { return };
@@ -206,12 +220,12 @@ fn look_at_kernel(visitor: &Visitor, found: &mut HostFacts, path: &Path, accepte
 }
 
 /// Looks at the file that receives the console, and at the folder in which BootVm makes that file.
-fn look_at_output(visitor: &Visitor, report: &mut Report, path: &Path, owned: bool) {
+fn check_output(file_check: &FileCheck, report: &mut CheckReport, path: &Path, owned: bool) {
     const FIELD: &str = "config.console.output";
-    if !visitor.may_touch(path) {
+    if !file_check.may_open(path) {
         return;
     }
-    let refuse = |report: &mut Report, why: String| report.reject(FIELD, why);
+    let refuse = |report: &mut CheckReport, why: String| report.reject(FIELD, why);
     match std::fs::symlink_metadata(path) {
         Ok(found) if owned && found.is_file() => {
             if let Err(error) = files::may_write(path) {
@@ -258,7 +272,7 @@ mod tests {
         assert_eq!(slots.available_permits(), 0, "the VM goes on with it");
         drop(quick);
         let slow = async {
-            tokio::time::sleep(LOOK_DEADLINE).await;
+            tokio::time::sleep(FILE_CHECK_TIMEOUT).await;
             slots.available_permits()
         };
         let slow = without_slot_if_slow(slots.acquire().await.unwrap(), slow).await;

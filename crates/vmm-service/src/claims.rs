@@ -13,25 +13,25 @@ use vmm_core::store::{DiskKey, HostClaim};
 /// alone.
 #[derive(Default)]
 pub(crate) struct Claims {
-    holders: Mutex<Holders>,
+    holders: Mutex<ClaimTable>,
 }
 
 /// The claims by key and by VM. The two maps hold the same claims, so that neither a check nor a
 /// release has to walk over VMs that do not take part.
 #[derive(Default)]
-struct Holders {
-    by_key: HashMap<Key, Vec<Holder>>,
-    by_uid: HashMap<VmUid, Vec<Key>>,
+struct ClaimTable {
+    by_key: HashMap<ClaimKey, Vec<ClaimHolder>>,
+    by_uid: HashMap<VmUid, Vec<ClaimKey>>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
-enum Key {
+enum ClaimKey {
     Disk(DiskKey),
     Path(PathBuf),
     Tap(String),
 }
 
-struct Holder {
+struct ClaimHolder {
     uid: VmUid,
     vm_id: VmId,
     exclusive: bool,
@@ -99,12 +99,12 @@ impl Claims {
         held.map(|holder| holder.claim.clone()).collect::<HashSet<_>>().into_iter().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Holders> {
+    fn lock(&self) -> MutexGuard<'_, ClaimTable> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), String> {
+fn check(holders: &ClaimTable, uid: VmUid, claims: &[HostClaim]) -> Result<(), String> {
     // A claim conflicts with a claim of another VM on the same key if one of the two is exclusive,
     // so that readers share a disk. The exception are two claims that both hold only a part of the
     // key: two partitions of one disk do not overlap. The VM's own claims never conflict here,
@@ -134,11 +134,11 @@ fn check(holders: &Holders, uid: VmUid, claims: &[HostClaim]) -> Result<(), Stri
     Ok(())
 }
 
-fn insert(holders: &mut Holders, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) {
+fn insert(holders: &mut ClaimTable, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) {
     for claim in claims {
         for (key, part) in keys_of(claim) {
             holders.by_uid.entry(uid).or_default().push(key.clone());
-            let holder = Holder {
+            let holder = ClaimHolder {
                 uid,
                 vm_id: vm_id.clone(),
                 exclusive: is_exclusive(claim),
@@ -151,7 +151,7 @@ fn insert(holders: &mut Holders, uid: VmUid, vm_id: &VmId, claims: &[HostClaim])
     }
 }
 
-fn remove(holders: &mut Holders, uid: VmUid) {
+fn remove(holders: &mut ClaimTable, uid: VmUid) {
     for key in holders.by_uid.remove(&uid).unwrap_or_default() {
         if let Some(list) = holders.by_key.get_mut(&key) {
             list.retain(|holder| holder.uid != uid);
@@ -164,16 +164,16 @@ fn remove(holders: &mut Holders, uid: VmUid) {
 
 /// Returns the keys of a claim: the key of the resource itself, and then the keys of the disks
 /// below it and of the path that led to it. These latter keys are marked with `true`.
-fn keys_of(claim: &HostClaim) -> impl Iterator<Item = (Key, bool)> + '_ {
+fn keys_of(claim: &HostClaim) -> impl Iterator<Item = (ClaimKey, bool)> + '_ {
     let (own, below, path): (_, &[DiskKey], _) = match claim {
         HostClaim::Disk { device, inode, lies_on, path, writable: _ } => {
-            (Key::Disk(DiskKey { device: *device, inode: *inode }), lies_on, Some(path))
+            (ClaimKey::Disk(DiskKey { device: *device, inode: *inode }), lies_on, Some(path))
         }
-        HostClaim::Path { path, writable: _ } => (Key::Path(path.clone()), &[], None),
-        HostClaim::Tap { name } => (Key::Tap(name.clone()), &[], None),
+        HostClaim::Path { path, writable: _ } => (ClaimKey::Path(path.clone()), &[], None),
+        HostClaim::Tap { name } => (ClaimKey::Tap(name.clone()), &[], None),
     };
-    let below = below.iter().map(|key| Key::Disk(*key));
-    let below = below.chain(path.map(|path| Key::Path(path.clone())));
+    let below = below.iter().map(|key| ClaimKey::Disk(*key));
+    let below = below.chain(path.map(|path| ClaimKey::Path(path.clone())));
     std::iter::once((own, false)).chain(below.map(|key| (key, true)))
 }
 

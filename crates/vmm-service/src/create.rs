@@ -10,22 +10,22 @@ use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::reason::Reason;
-use vmm_core::report::{Report, Warning};
+use vmm_core::report::{CheckReport, Warning};
 use vmm_core::spec::{FIRMWARE_FIELD, VmSpec};
 use vmm_core::state::{Phase, Status, VmState};
-use vmm_core::store::{Change, Commit, Intent, Requested, Sent, VmRecord};
+use vmm_core::store::{Commit, Intent, PackedVmRequest, RecordChange, VmRecord, VmRequest};
 use vmm_host::fault::{FaultPoint, point};
 
-use crate::actor::{Beginning, NewActor};
+use crate::actor::{ActorOrigin, NewActor};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::events::Committed;
-use crate::mailbox::Outcome;
+use crate::events::CommitReceipt;
+use crate::mailbox::OperationOutcome;
 use crate::operation_log::Ending;
 use crate::places;
 use crate::shared::Shared;
-use crate::spares::{self, Promise};
-use crate::validate::{Checked, check_config, check_spec};
+use crate::spares::{self, SpareReservation};
+use crate::validate::{CheckedRequest, check_config, check_spec};
 
 /// The name of the method.
 const OPERATION: &str = "CreateVm";
@@ -36,7 +36,7 @@ pub struct CreateRequest {
     /// The name. An empty name requests a generated one.
     pub vm_id: String,
     /// The backend and the configuration as requested.
-    pub requested: Requested,
+    pub requested: VmRequest,
     /// The caller.
     pub caller: Caller,
 }
@@ -55,7 +55,11 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
     let (asked, caller) = (Instant::now(), request.caller.clone());
     let created = create_or_find(shared, request).await?;
     let ending = Ending { operation: OPERATION, actor: &caller, record: &created.record, asked };
-    ending.done(&Outcome { record: Arc::clone(&created.record), ended_by: None, left_behind: Vec::new() });
+    ending.done(&OperationOutcome {
+        record: Arc::clone(&created.record),
+        ended_by: None,
+        left_behind: Vec::new(),
+    });
     Ok(created)
 }
 
@@ -84,18 +88,18 @@ async fn create_or_find(shared: &Arc<Shared>, request: CreateRequest) -> Result<
     let lock = shared.names.of(&vm_id);
     let _creating = lock.lock().await;
     if let Some(existing) = shared.index.get(&vm_id) {
-        return repeat(shared, existing.record, &request.requested);
+        return answer_repeated_call(shared, existing.record, &request.requested);
     }
     let mut spare = None;
     if let Ok(backend) = shared.backends.get(&request.requested.backend) {
         // If the backend cannot create VMs at all, the other problems of the request do not matter.
         places::refuse_import_only(&*backend)?;
-        spare = spares::promise(shared, &backend);
+        spare = spares::reserve(shared, &backend);
     }
     // The uid is chosen before the checks, because MACs and TAP names are derived from it. If a
     // check fails, the promise is dropped and the spare VMM is free again.
-    let uid = spare.as_ref().and_then(Promise::uid).unwrap_or(fresh);
-    let Checked { config, report, accepted } = check_config(shared, uid, &request.requested).await?;
+    let uid = spare.as_ref().and_then(SpareReservation::uid).unwrap_or(fresh);
+    let CheckedRequest { config, report, accepted } = check_config(shared, uid, &request.requested).await?;
     let Some(backend) = accepted.filter(|_| report.is_ok()) else {
         return Err(refusal(report));
     };
@@ -108,13 +112,13 @@ async fn create_or_find(shared: &Arc<Shared>, request: CreateRequest) -> Result<
     }
     point(FaultPoint::CreateChecked);
     let committed = put_on_record(shared, &record, request.caller, spare).await?;
-    let shown = show(shared, record, backend, committed);
+    let shown = start_actor(shared, record, backend, committed);
     Ok(Created { record: shown, warnings: report.warnings })
 }
 
 /// Refuses a name that is not legal, together with all other problems of the request.
 async fn refuse_name(shared: &Shared, uid: VmUid, request: &CreateRequest, invalid: &str) -> ServiceError {
-    let mut report = Report::default();
+    let mut report = CheckReport::default();
     report.reject("vm_id", invalid);
     if let Ok(checked) = check_config(shared, uid, &request.requested).await {
         report.merge(checked.report);
@@ -128,7 +132,7 @@ fn new_record(
     uid: VmUid,
     vm_id: VmId,
     backend: &dyn Backend,
-    requested: Requested,
+    requested: VmRequest,
     config: VmConfig,
 ) -> VmRecord {
     let now = now_ms();
@@ -136,7 +140,7 @@ fn new_record(
         uid,
         vm_id,
         backend: backend.capabilities().name.clone(),
-        requested: Sent::pack(&requested),
+        requested: PackedVmRequest::pack(&requested),
         config,
         state: VmState::Created,
         status: Status::plain(Phase::Created, now),
@@ -149,7 +153,7 @@ fn new_record(
         ended_by: None,
         kind: backend.kind_of_new(uid),
         imported: false,
-        untold: Vec::new(),
+        unrepresented: Vec::new(),
     }
 }
 
@@ -159,8 +163,8 @@ async fn put_on_record(
     shared: &Shared,
     record: &VmRecord,
     caller: Caller,
-    spare: Option<Promise>,
-) -> Result<Committed, ServiceError> {
+    spare: Option<SpareReservation>,
+) -> Result<CommitReceipt, ServiceError> {
     let event = NewEvent {
         time_ms: record.modified_ms,
         vm_id: record.vm_id.clone(),
@@ -173,7 +177,8 @@ async fn put_on_record(
         ended_by: None,
         metadata: record.config.metadata.clone(),
     };
-    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event.clone()) };
+    let insert =
+        Commit { change: RecordChange::Insert(Box::new(record.clone())), event: Some(event.clone()) };
     let committed = match shared.events.commit(insert).await {
         Ok(committed) => committed,
         Err(error) => {
@@ -191,22 +196,22 @@ async fn put_on_record(
     };
     point(FaultPoint::CreateCommitted);
     if let Some(spare) = spare {
-        spare.redeem();
+        spare.keep_for_boot();
     }
     Ok(committed)
 }
 
 /// Starts the actor of a VM that is on record, and puts the VM into the index.
-fn show(
+fn start_actor(
     shared: &Arc<Shared>,
     record: VmRecord,
     backend: Arc<dyn Backend>,
-    committed: Committed,
+    committed: CommitReceipt,
 ) -> Arc<VmRecord> {
     let shown = Arc::new(record);
     let (record, seq) = (Arc::clone(&shown), committed.seq);
-    let beginning = Beginning::Created;
-    NewActor { shared: Arc::clone(shared), record, backend, committed: seq, beginning }.start();
+    let origin = ActorOrigin::Created;
+    NewActor { shared: Arc::clone(shared), record, backend, committed: seq, origin }.start();
     drop(committed);
     point(FaultPoint::CreateShown);
     shown
@@ -220,7 +225,7 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
         status: created.status.clone().because(Reason::CreateFailed, "the creation could not be recorded"),
         ..created
     };
-    let removal = Commit { change: Change::Remove(record.uid), event: Some(event) };
+    let removal = Commit { change: RecordChange::Remove(record.uid), event: Some(event) };
     if let Err(error) = shared.events.commit(removal).await {
         tracing::error!(uid = %record.uid, %error, "a VM whose creation failed may be on record; look for it with ListVms and delete it");
     }
@@ -228,7 +233,7 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
 
 /// Returns the refusal of a configuration. A feature that no backend serves yet is UNIMPLEMENTED
 /// only if there is no other violation.
-fn refusal(report: Report) -> ServiceError {
+fn refusal(report: CheckReport) -> ServiceError {
     match report.violations.as_slice() {
         [only] if only.field == FIRMWARE_FIELD => ServiceError::unsupported(only.to_string()),
         _ => ServiceError::Invalid(report.into_violations()),
@@ -236,8 +241,12 @@ fn refusal(report: Report) -> ServiceError {
 }
 
 /// Answers a call for a name that exists.
-fn repeat(shared: &Shared, existing: Arc<VmRecord>, requested: &Requested) -> Result<Created, ServiceError> {
-    if existing.requested != Sent::pack(requested) {
+fn answer_repeated_call(
+    shared: &Shared,
+    existing: Arc<VmRecord>,
+    requested: &VmRequest,
+) -> Result<Created, ServiceError> {
+    if existing.requested != PackedVmRequest::pack(requested) {
         return Err(ServiceError::AlreadyExists(existing.vm_id.clone()));
     }
     let leaving = existing.intent.as_ref().is_some_and(Intent::is_deletion);

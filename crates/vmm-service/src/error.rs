@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vmm_core::backend::{BackendError, BackendErrorKind};
 use vmm_core::id::VmId;
 use vmm_core::report::FieldReport;
-use vmm_core::state::{Request, VmState, legal_requests};
+use vmm_core::state::{VmOperation, VmState, legal_requests};
 use vmm_core::store::{StoreError, StoreErrorKind};
 
 /// A failed use case. Its text is for clients, and describes the failure and the next action.
@@ -32,42 +32,42 @@ pub enum ServiceError {
         /// The VM's state.
         state: VmState,
         /// The operation that the client requested.
-        request: Request,
+        request: VmOperation,
     },
     /// Something on the host, or the VM's own state, prevents the operation.
     #[error(transparent)]
-    Precondition(Failure),
+    Precondition(FailureAccount),
     /// The VM, or its VMM or files, cannot be reached now. Another attempt may succeed.
     #[error(transparent)]
-    Unavailable(Failure),
+    Unavailable(FailureAccount),
     /// The backend does not support the operation or the configuration.
     #[error(transparent)]
-    Unsupported(Failure),
+    Unsupported(FailureAccount),
     /// The operation took too long.
     #[error(transparent)]
-    Deadline(Failure),
+    Deadline(FailureAccount),
     /// A forced operation pre-empted this one.
     #[error(transparent)]
-    Aborted(Failure),
+    Aborted(FailureAccount),
     /// A limit is reached or the store is full.
     #[error(transparent)]
-    Exhausted(Failure),
+    Exhausted(FailureAccount),
     /// The requested events are no longer kept.
     #[error(transparent)]
-    OutOfRange(Failure),
+    OutOfRange(FailureAccount),
     /// A fault of this program.
     #[error(transparent)]
-    Internal(Failure),
+    Internal(FailureAccount),
 }
 
 /// The account of a failure: a sentence for clients, and the error below it, which the log shows.
 #[derive(Clone, Debug)]
-pub struct Failure {
+pub struct FailureAccount {
     text: String,
     source: Option<Arc<dyn Error + Send + Sync>>,
 }
 
-impl Failure {
+impl FailureAccount {
     /// Adds the error below.
     pub(crate) fn caused_by(mut self, source: impl Error + Send + Sync + 'static) -> Self {
         self.source = Some(Arc::new(source));
@@ -85,19 +85,19 @@ impl Failure {
     }
 }
 
-impl<T: Into<String>> From<T> for Failure {
+impl<T: Into<String>> From<T> for FailureAccount {
     fn from(text: T) -> Self {
         Self { text: text.into(), source: None }
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for FailureAccount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
     }
 }
 
-impl Error for Failure {
+impl Error for FailureAccount {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.source.as_ref().map(|source| &**source as &(dyn Error + 'static))
     }
@@ -105,7 +105,7 @@ impl Error for Failure {
 
 macro_rules! constructors {
     ($($(#[$doc:meta])* $name:ident => $variant:ident,)*) => {
-        $($(#[$doc])* pub(crate) fn $name(failure: impl Into<Failure>) -> Self {
+        $($(#[$doc])* pub(crate) fn $name(failure: impl Into<FailureAccount>) -> Self {
             Self::$variant(failure.into())
         })*
     };
@@ -157,7 +157,7 @@ impl ServiceError {
     /// Returns the client's error for a failure of the backend. `what` is the verb of the message.
     pub(crate) fn from_backend(what: &str, vm_id: &VmId, error: &BackendError) -> Self {
         let text = format!("could not {what} VM \"{vm_id}\": {error}");
-        let failure = Failure::from(text).caused_by(error.clone());
+        let failure = FailureAccount::from(text).caused_by(error.clone());
         if error.vmm_limit.is_some() {
             return Self::Exhausted(failure);
         }
@@ -213,7 +213,8 @@ impl ServiceError {
 impl From<StoreError> for ServiceError {
     fn from(error: StoreError) -> Self {
         let kind = error.kind;
-        let failure = Failure::from(format!("the change could not be recorded: {error}")).caused_by(error);
+        let failure =
+            FailureAccount::from(format!("the change could not be recorded: {error}")).caused_by(error);
         match kind {
             StoreErrorKind::Full => Self::Exhausted(failure),
             StoreErrorKind::Io | StoreErrorKind::Closed => Self::Unavailable(failure),
@@ -230,7 +231,7 @@ fn list(violations: &[FieldReport]) -> String {
 }
 
 fn legal(state: VmState) -> String {
-    legal_requests(state).map(Request::name).collect::<Vec<_>>().join(", ")
+    legal_requests(state).map(VmOperation::name).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

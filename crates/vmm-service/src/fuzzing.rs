@@ -17,8 +17,8 @@ use vmm_core::state::{Phase, Status, VmState};
 use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError};
 
 use crate::error::ServiceError;
-use crate::events::{Events, EventsQuery, Notice, Watch, WatchQuery};
-use crate::index::{Age, Index};
+use crate::events::{Events, EventsQuery, Watch, WatchMessage, WatchQuery};
+use crate::index::{Index, ListPosition};
 use crate::listing::{ListQuery, fingerprint, list, page_token, read_token};
 
 /// The events that the log still holds. Those before have expired.
@@ -27,10 +27,10 @@ const KEPT: std::ops::RangeInclusive<u64> = 5..=12;
 const INSTANCE: u128 = 0x5eed;
 
 /// A log that never changes.
-struct Log(Vec<VmEvent>);
+struct FixedLog(Vec<VmEvent>);
 
 #[async_trait]
-impl Store for Log {
+impl Store for FixedLog {
     async fn load(&self) -> Result<Snapshot, StoreError> {
         Ok(Snapshot {
             instance: instance(),
@@ -58,7 +58,7 @@ impl Store for Log {
 }
 
 static EVENTS: LazyLock<Arc<Events>> = LazyLock::new(|| {
-    let log = Arc::new(Log(KEPT.map(event).collect()));
+    let log = Arc::new(FixedLog(KEPT.map(event).collect()));
     let retention = Duration::from_secs(3600);
     Arc::new(Events::new(log, instance(), EventSeq(*KEPT.end()), retention))
 });
@@ -119,7 +119,7 @@ fn listing(token: &str, filter: &str) {
     let mut uid = [0; 16];
     uid.iter_mut().zip(token.bytes()).for_each(|(place, byte)| *place = byte);
     let created_ms = filter.cast_signed().rotate_left(7);
-    let age = Age { created_ms, uid: VmUid::new(Uuid::from_bytes(uid)) };
+    let age = ListPosition { created_ms, uid: VmUid::new(Uuid::from_bytes(uid)) };
     let issued = page_token(filter, age);
     assert_eq!(read_token(&issued, filter).ok(), Some(age));
     assert!(read_token(&issued, !filter).is_err(), "it belongs to another filter");
@@ -148,8 +148,8 @@ fn resumption(token: &str) {
             let changes: Vec<_> = told
                 .take(16)
                 .filter_map(|told| match told {
-                    Ok(Notice::Change(change)) => Some(change.event.seq.0),
-                    Ok(Notice::Synced { .. } | Notice::Present(_)) => None,
+                    Ok(WatchMessage::Change(change)) => Some(change.event.seq.0),
+                    Ok(WatchMessage::Synced { .. } | WatchMessage::Present(_)) => None,
                     Err(error) => unreachable!("a token that was taken holds: {error}"),
                 })
                 .collect();
@@ -172,8 +172,8 @@ fn issued(which: usize) {
     let watch = now(Watch::start(Arc::clone(&EVENTS), Arc::default(), query));
     let next = watch.ok().and_then(|mut watch| watch.next().now_or_never());
     let next = next.and_then(Result::ok).map(|notice| match notice {
-        Notice::Change(change) => change.event.seq.0,
-        Notice::Present(_) | Notice::Synced { .. } => 0,
+        WatchMessage::Change(change) => change.event.seq.0,
+        WatchMessage::Present(_) | WatchMessage::Synced { .. } => 0,
     });
     assert_eq!(next, Some(chosen.event.seq.0 + 1).filter(|seq| KEPT.contains(seq)));
 }

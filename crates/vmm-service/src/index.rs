@@ -30,16 +30,16 @@ use vmm_core::store::VmRecord;
 use crate::mailbox::ActorHandle;
 use crate::metrics::{Metrics, MetricsCell};
 
-use macs::Macs;
-pub(crate) use order::Filter;
-use order::Order;
+use macs::MacTable;
+pub(crate) use order::ListFilter;
+use order::VmOrder;
 use waiters::{Waiter, Waiters};
 
 /// The largest number of records that are copied under one hold of the lock.
 const CHUNK: usize = 128;
 
 /// Some states, in the order of [`VmState::ALL`].
-pub(crate) type States = [bool; 4];
+pub(crate) type StateList = [bool; 4];
 
 /// One VM at one moment.
 #[derive(Clone, Debug)]
@@ -53,14 +53,14 @@ pub struct VmView {
 /// The position of a VM in the order of lists: the older first. A uid alone is not enough, because
 /// the uid of a VM for which a spare VMM waited is older than the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Age {
+pub(crate) struct ListPosition {
     /// The time at which the VM was created, in Unix milliseconds.
     pub(crate) created_ms: i64,
     /// The uid, which orders the VMs of one millisecond.
     pub(crate) uid: VmUid,
 }
 
-impl Age {
+impl ListPosition {
     pub(crate) fn of(record: &VmRecord) -> Self {
         Self { created_ms: record.created_ms, uid: record.uid }
     }
@@ -69,26 +69,26 @@ impl Age {
 /// Every VM.
 #[derive(Default)]
 pub(crate) struct Index {
-    inner: RwLock<Inner>,
+    inner: RwLock<IndexTables>,
     /// The time at which the youngest VM was created, in Unix milliseconds.
     youngest_ms: AtomicI64,
 }
 
 #[derive(Default)]
-struct Inner {
-    by_uid: BTreeMap<VmUid, Entry>,
+struct IndexTables {
+    by_uid: BTreeMap<VmUid, IndexEntry>,
     by_name: HashMap<VmId, VmUid>,
     by_place: HashMap<(BackendName, String), VmUid>,
-    by_mac: Macs,
-    order: Order,
+    by_mac: MacTable,
+    order: VmOrder,
 }
 
-struct Entry {
-    shown: Mutex<Shown>,
+struct IndexEntry {
+    shown: Mutex<ShownVm>,
     actor: ActorHandle,
 }
 
-struct Shown {
+struct ShownVm {
     record: Arc<VmRecord>,
     /// The last event that the record shows.
     seq: EventSeq,
@@ -98,15 +98,15 @@ struct Shown {
 }
 
 /// The answer to a WaitVm.
-pub(crate) enum Wait {
+pub(crate) enum WaitAnswer {
     /// The VM is in one of the states.
     Over(Arc<VmRecord>),
     /// The VM is in none of the states. The waiter gets the record when it is.
     Begun(VmUid, Waiter),
 }
 
-impl Entry {
-    fn shown(&self) -> MutexGuard<'_, Shown> {
+impl IndexEntry {
+    fn shown(&self) -> MutexGuard<'_, ShownVm> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -115,14 +115,14 @@ impl Entry {
     }
 }
 
-impl Inner {
-    fn named(&self, vm_id: &VmId) -> Option<&Entry> {
+impl IndexTables {
+    fn named(&self, vm_id: &VmId) -> Option<&IndexEntry> {
         self.by_name.get(vm_id).and_then(|uid| self.by_uid.get(uid))
     }
 
     /// Enters `record` into the maps by name and place and into the order. The addresses have a
-    /// map of their own kind ([`Macs`]), because a change of the state leaves them alone.
-    fn file(&mut self, record: &VmRecord) {
+    /// map of their own kind ([`MacTable`]), because a change of the state leaves them alone.
+    fn add_to_maps(&mut self, record: &VmRecord) {
         self.by_name.insert(record.vm_id.clone(), record.uid);
         if let Some(key) = place_of(record) {
             self.by_place.insert(key, record.uid);
@@ -130,8 +130,8 @@ impl Inner {
         self.order.insert(record);
     }
 
-    /// Undoes [`Inner::file`].
-    fn unfile(&mut self, record: &VmRecord) {
+    /// Undoes [`IndexTables::add_to_maps`].
+    fn remove_from_maps(&mut self, record: &VmRecord) {
         if self.by_name.get(&record.vm_id) == Some(&record.uid) {
             self.by_name.remove(&record.vm_id);
         }
@@ -149,11 +149,11 @@ impl Index {
     pub(crate) fn insert(&self, record: Arc<VmRecord>, seq: EventSeq, actor: ActorHandle) {
         self.youngest_ms.fetch_max(record.created_ms, Ordering::Relaxed);
         let mut inner = self.write();
-        inner.file(&record);
+        inner.add_to_maps(&record);
         inner.by_mac.insert(&record);
         let uid = record.uid;
-        let shown = Mutex::new(Shown { record, seq, waiters: Waiters::default(), metrics: None });
-        inner.by_uid.insert(uid, Entry { shown, actor });
+        let shown = Mutex::new(ShownVm { record, seq, waiters: Waiters::default(), metrics: None });
+        inner.by_uid.insert(uid, IndexEntry { shown, actor });
     }
 
     /// Returns the time of creation for a new VM, in Unix milliseconds: `now_ms`, or a later time
@@ -187,9 +187,9 @@ impl Index {
         let woken = {
             let mut inner = self.write();
             // Nothing changes between the two locks, because a VM has one actor.
-            let Some(before) = inner.by_uid.get(&record.uid).map(Entry::record) else { return };
-            inner.unfile(&before);
-            inner.file(&record);
+            let Some(before) = inner.by_uid.get(&record.uid).map(IndexEntry::record) else { return };
+            inner.remove_from_maps(&before);
+            inner.add_to_maps(&record);
             if before.config.network != record.config.network {
                 inner.by_mac.remove(&before);
                 inner.by_mac.insert(&record);
@@ -202,11 +202,11 @@ impl Index {
         };
         // The waiters are woken after both locks are released, so that none of them meets a held
         // lock.
-        woken.tell(&record);
+        woken.send(&record);
     }
 
     /// Shows the samples of a run that begins. Only the VM's actor calls this.
-    pub(crate) fn measure(&self, uid: VmUid, metrics: MetricsCell) {
+    pub(crate) fn show_metrics(&self, uid: VmUid, metrics: MetricsCell) {
         if let Some(entry) = self.read().by_uid.get(&uid) {
             entry.shown().metrics = Some(metrics);
         }
@@ -217,7 +217,7 @@ impl Index {
         let mut inner = self.write();
         let Some(entry) = inner.by_uid.remove(&uid) else { return };
         let record = entry.record();
-        inner.unfile(&record);
+        inner.remove_from_maps(&record);
         inner.by_mac.remove(&record);
         drop(inner);
     }
@@ -240,7 +240,7 @@ impl Index {
 
     /// Finds the record of one creation.
     pub(crate) fn record(&self, uid: VmUid) -> Option<Arc<VmRecord>> {
-        self.read().by_uid.get(&uid).map(Entry::record)
+        self.read().by_uid.get(&uid).map(IndexEntry::record)
     }
 
     /// Finds the VM that lives at a place of a backend.
@@ -248,7 +248,7 @@ impl Index {
         let place = place.place()?;
         let inner = self.read();
         let uid = inner.by_place.get(&(backend.clone(), place))?;
-        inner.by_uid.get(uid).map(Entry::record)
+        inner.by_uid.get(uid).map(IndexEntry::record)
     }
 
     /// Finds a VM other than `uid` for which a client chose this hardware address.
@@ -265,13 +265,13 @@ impl Index {
 
     /// Begins to wait until the VM that bears `vm_id` now is in one of `states`. Returns `None` if
     /// there is no such VM.
-    pub(crate) fn wait(&self, vm_id: &VmId, states: States) -> Option<Wait> {
+    pub(crate) fn wait(&self, vm_id: &VmId, states: StateList) -> Option<WaitAnswer> {
         let inner = self.read();
         let mut shown = inner.named(vm_id)?.shown();
         if contains(states, shown.record.state) {
-            return Some(Wait::Over(Arc::clone(&shown.record)));
+            return Some(WaitAnswer::Over(Arc::clone(&shown.record)));
         }
-        Some(Wait::Begun(shown.record.uid, shown.waiters.add(states)))
+        Some(WaitAnswer::Begun(shown.record.uid, shown.waiters.add(states)))
     }
 
     /// Reads up to `limit` records that follow `after` in the order of uids, each with the last
@@ -285,34 +285,38 @@ impl Index {
 
     /// Reads the VMs that match `filter`, oldest first, behind `after`. The number is the count of
     /// all VMs that match, if it is known without a look at each.
-    pub(crate) fn list<'a>(&'a self, filter: &'a Filter, after: Option<Age>) -> (Listed<'a>, Option<usize>) {
+    pub(crate) fn list<'a>(
+        &'a self,
+        filter: &'a ListFilter,
+        after: Option<ListPosition>,
+    ) -> (ListedRecords<'a>, Option<usize>) {
         let inner = self.read();
         let selection = inner.order.select(filter);
         let count = selection.exact.then_some(selection.count);
         drop(inner);
-        (Listed { index: self, filter, after, chunk: Vec::new().into_iter(), ended: false }, count)
+        (ListedRecords { index: self, filter, after, chunk: Vec::new().into_iter(), ended: false }, count)
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+    fn read(&self) -> RwLockReadGuard<'_, IndexTables> {
         self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, Inner> {
+    fn write(&self) -> RwLockWriteGuard<'_, IndexTables> {
         self.inner.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The records that match a filter, read one chunk at a time. VMs may be added, removed and changed
 /// between two chunks, so each record is as it was when its chunk was read.
-pub(crate) struct Listed<'a> {
+pub(crate) struct ListedRecords<'a> {
     index: &'a Index,
-    filter: &'a Filter,
-    after: Option<Age>,
+    filter: &'a ListFilter,
+    after: Option<ListPosition>,
     chunk: std::vec::IntoIter<Arc<VmRecord>>,
     ended: bool,
 }
 
-impl Iterator for Listed<'_> {
+impl Iterator for ListedRecords<'_> {
     type Item = Arc<VmRecord>;
 
     fn next(&mut self) -> Option<Arc<VmRecord>> {
@@ -327,10 +331,10 @@ impl Iterator for Listed<'_> {
             let selection = inner.order.select(self.filter);
             let ages = inner.order.after(&selection, self.after).take(CHUNK);
             let chunk: Vec<_> =
-                ages.filter_map(|age| inner.by_uid.get(&age.uid)).map(Entry::record).collect();
+                ages.filter_map(|age| inner.by_uid.get(&age.uid)).map(IndexEntry::record).collect();
             drop(inner);
             self.ended = chunk.len() < CHUNK;
-            self.after = chunk.last().map(|record| Age::of(record)).or(self.after);
+            self.after = chunk.last().map(|record| ListPosition::of(record)).or(self.after);
             self.chunk = chunk.into_iter();
         }
     }
@@ -341,7 +345,7 @@ fn place_of(record: &VmRecord) -> Option<(BackendName, String)> {
 }
 
 /// Returns true if `state` is one of `states`.
-fn contains(states: States, state: VmState) -> bool {
+fn contains(states: StateList, state: VmState) -> bool {
     VmState::ALL.iter().zip(states).any(|(it, wanted)| *it == state && wanted)
 }
 

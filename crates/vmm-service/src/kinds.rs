@@ -4,17 +4,17 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use vmm_core::kind::VmKind;
-use vmm_core::store::{Change, Commit, VmRecord};
+use vmm_core::store::{Commit, RecordChange, VmRecord};
 
 use crate::shared::Shared;
 
 /// Determines the kind of every record that has none, from the configuration of this start, and
 /// writes it. Later configurations do not change it.
-pub(crate) async fn settle(shared: &Shared, vms: Vec<VmRecord>) -> Vec<VmRecord> {
-    futures::future::join_all(vms.into_iter().map(|record| settle_one(shared, record))).await
+pub(crate) async fn record_kinds(shared: &Shared, vms: Vec<VmRecord>) -> Vec<VmRecord> {
+    futures::future::join_all(vms.into_iter().map(|record| record_kind(shared, record))).await
 }
 
-async fn settle_one(shared: &Shared, mut record: VmRecord) -> VmRecord {
+async fn record_kind(shared: &Shared, mut record: VmRecord) -> VmRecord {
     let settled = kind_of(shared, &record);
     if settled == record.kind {
         return record;
@@ -23,7 +23,7 @@ async fn settle_one(shared: &Shared, mut record: VmRecord) -> VmRecord {
     let changed = VmRecord { generation: record.generation + 1, ..record.clone() };
     match shared
         .events
-        .commit(Commit { change: Change::Update(Box::new(changed.clone())), event: None })
+        .commit(Commit { change: RecordChange::Update(Box::new(changed.clone())), event: None })
         .await
     {
         Ok(_) => changed,

@@ -15,7 +15,7 @@ use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::index::{Age, Filter, Index};
+use crate::index::{Index, ListFilter, ListPosition};
 
 /// The page size if the client gives none.
 const DEFAULT_PAGE: usize = 100;
@@ -39,7 +39,7 @@ pub struct ListQuery {
 
 /// One page.
 #[derive(Clone, Debug)]
-pub struct Page {
+pub struct VmPage {
     /// The VMs, oldest first.
     pub vms: Vec<Arc<VmRecord>>,
     /// The token of the next page. Empty on the last page.
@@ -49,7 +49,7 @@ pub struct Page {
 }
 
 /// Lists the VMs that match `query`.
-pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceError> {
+pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<VmPage, ServiceError> {
     let size = match usize::try_from(query.page_size) {
         Ok(0) => DEFAULT_PAGE,
         Ok(size) => size.min(MAX_PAGE),
@@ -59,7 +59,7 @@ pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceErro
         "" => None,
         token => Some(read_token(token, fingerprint(query))?),
     };
-    let filter = Filter {
+    let filter = ListFilter {
         states: VmState::ALL.map(|state| query.states.contains(&state)),
         backend: query.backend.clone(),
         labels: query.metadata.clone(),
@@ -71,19 +71,24 @@ pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<Page, ServiceErro
     let more = vms.len() > size;
     vms.truncate(size);
     let next_page_token = match vms.last() {
-        Some(last) if more => page_token(fingerprint(query), Age::of(last)),
+        Some(last) if more => page_token(fingerprint(query), ListPosition::of(last)),
         Some(_) | None => String::new(),
     };
-    Ok(Page { vms, next_page_token, total_count })
+    Ok(VmPage { vms, next_page_token, total_count })
 }
 
 /// Reads every VM that matches, keeps the first `limit` behind `after`, and counts them all.
-fn walk(index: &Index, filter: &Filter, after: Option<Age>, limit: usize) -> (Vec<Arc<VmRecord>>, usize) {
+fn walk(
+    index: &Index,
+    filter: &ListFilter,
+    after: Option<ListPosition>,
+    limit: usize,
+) -> (Vec<Arc<VmRecord>>, usize) {
     let mut vms = Vec::new();
     let mut count = 0;
     for record in index.list(filter, None).0 {
         count += 1;
-        if vms.len() < limit && after.is_none_or(|after| Age::of(&record) > after) {
+        if vms.len() < limit && after.is_none_or(|after| ListPosition::of(&record) > after) {
             vms.push(record);
         }
     }
@@ -91,12 +96,12 @@ fn walk(index: &Index, filter: &Filter, after: Option<Age>, limit: usize) -> (Ve
 }
 
 /// Returns the token of a page that ends with `last`, for a listing with this filter.
-pub(crate) fn page_token(filter: u64, last: Age) -> String {
+pub(crate) fn page_token(filter: u64, last: ListPosition) -> String {
     format!("{filter:016x}{:016x}{}", last.created_ms, last.uid.as_uuid().simple())
 }
 
 /// Returns the last VM of the page before. A token has one spelling: that of [`page_token`].
-pub(crate) fn read_token(token: &str, expected: u64) -> Result<Age, ServiceError> {
+pub(crate) fn read_token(token: &str, expected: u64) -> Result<ListPosition, ServiceError> {
     let bad = |why: &str| {
         ServiceError::invalid(
             "page_token",
@@ -114,7 +119,7 @@ pub(crate) fn read_token(token: &str, expected: u64) -> Result<Age, ServiceError
     if filter != expected {
         return Err(bad("belongs to a listing with another filter"));
     }
-    Ok(Age { created_ms, uid })
+    Ok(ListPosition { created_ms, uid })
 }
 
 /// Returns the FNV-1a hash of a filter. The hashers of std do not promise the same value in the
@@ -144,7 +149,7 @@ mod tests {
     #[test]
     fn a_token_has_one_spelling() {
         let uid = "0192f3a4-b5c6-7d8e-9fa0-b1c2d3e4f5a6".parse().unwrap();
-        let age = Age { created_ms: -5, uid };
+        let age = ListPosition { created_ms: -5, uid };
         let token = page_token(0xab, age);
         assert_eq!(read_token(&token, 0xab).unwrap(), age);
         let signed = format!("+{}", &token[1..]);

@@ -16,14 +16,14 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use vmm_core::caller::Caller;
+use vmm_core::discovery::DiscoveredVm;
 use vmm_core::id::VmUid;
-use vmm_core::place::Found;
 use vmm_core::report::FieldReport;
-use vmm_core::state::{EndedBy, Request};
+use vmm_core::state::{EndedBy, VmOperation};
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::under_way::UnderWay;
+use crate::operation_count::OperationGuard;
 
 /// The number of operations that may wait for one VM.
 const ASKED_LIMIT: usize = 32;
@@ -32,9 +32,9 @@ const FORCED_LIMIT: usize = 16;
 
 /// An operation on one VM.
 #[derive(Clone, Debug)]
-pub(crate) struct Operation {
+pub(crate) struct OperationRequest {
     /// The operation that the client requests.
-    pub(crate) request: Request,
+    pub(crate) request: VmOperation,
     /// The time that the guest has to obey a shutdown or reboot. `None` means that the guest is not
     /// asked.
     pub(crate) ask_guest_for: Option<Duration>,
@@ -44,7 +44,7 @@ pub(crate) struct Operation {
 
 /// The answer to a change.
 #[derive(Clone, Debug)]
-pub struct Outcome {
+pub struct OperationOutcome {
     /// The VM as it is now, or its last record if it is deleted.
     pub record: Arc<VmRecord>,
     /// The rung that ended the VM, if one did.
@@ -55,51 +55,51 @@ pub struct Outcome {
 
 /// An operation that waits for its actor, with the channel to its client.
 pub(crate) struct QueuedOperation {
-    pub(crate) operation: Operation,
-    pub(crate) reply: oneshot::Sender<Result<Outcome, ServiceError>>,
+    pub(crate) operation: OperationRequest,
+    pub(crate) reply: oneshot::Sender<Result<OperationOutcome, ServiceError>>,
     pub(crate) span: tracing::Span,
     /// The instant of the request. The time of a forced operation counts from this instant.
     pub(crate) asked: Instant,
     /// The counter entry, held until the operation has ended, whether or not the client waits.
-    pub(crate) under_way: UnderWay,
+    pub(crate) under_way: OperationGuard,
 }
 
 /// The messages that wait for one actor.
 #[derive(Default)]
 pub(crate) struct Mailbox {
-    queues: Mutex<Queues>,
+    queues: Mutex<MailboxQueues>,
     news: Notify,
 }
 
 #[derive(Default)]
-struct Queues {
+struct MailboxQueues {
     asked: VecDeque<Box<QueuedOperation>>,
     forced: VecDeque<Box<QueuedOperation>>,
-    found: Option<Box<Found>>,
+    found: Option<Box<DiscoveredVm>>,
     closed: bool,
 }
 
 /// A message that an actor has taken from its mailbox.
-pub(crate) enum Mail {
+pub(crate) enum MailboxMessage {
     /// A forced operation.
     Forced(Box<QueuedOperation>),
     /// The VM that was found at this VM's place.
-    Found(Box<Found>),
+    Found(Box<DiscoveredVm>),
     /// An operation that is not forced.
     Asked(Box<QueuedOperation>),
 }
 
-impl Queues {
-    fn take(&mut self) -> Option<Mail> {
-        let forced = self.forced.pop_front().map(Mail::Forced);
+impl MailboxQueues {
+    fn take(&mut self) -> Option<MailboxMessage> {
+        let forced = self.forced.pop_front().map(MailboxMessage::Forced);
         forced
-            .or_else(|| self.found.take().map(Mail::Found))
-            .or_else(|| self.asked.pop_front().map(Mail::Asked))
+            .or_else(|| self.found.take().map(MailboxMessage::Found))
+            .or_else(|| self.asked.pop_front().map(MailboxMessage::Asked))
     }
 }
 
 impl Mailbox {
-    fn queues(&self) -> MutexGuard<'_, Queues> {
+    fn queues(&self) -> MutexGuard<'_, MailboxQueues> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -116,7 +116,7 @@ impl Mailbox {
     /// Waits for the next message and takes it: a forced operation first, then the VM that was
     /// found at this VM's place. Nothing is lost if the wait is cancelled. Only the actor may wait,
     /// because one waiter is woken.
-    pub(crate) async fn next(&self) -> Mail {
+    pub(crate) async fn next(&self) -> MailboxMessage {
         loop {
             if let Some(mail) = self.queues().take() {
                 return mail;
@@ -165,7 +165,7 @@ impl ActorHandle {
 
     /// Sends the VM that was found at the place of this one. A second find is dropped while one
     /// waits, because a VM that is still there is found again.
-    pub(crate) fn found(&self, found: Found) {
+    pub(crate) fn found(&self, found: DiscoveredVm) {
         {
             let mut queues = self.mailbox.queues();
             if queues.closed || queues.found.is_some() {
@@ -179,9 +179,9 @@ impl ActorHandle {
     /// Queues an operation and waits for its outcome. Returns `None` if the actor ended first.
     pub(crate) async fn ask(
         &self,
-        operation: Operation,
-        under_way: UnderWay,
-    ) -> Option<Result<Outcome, ServiceError>> {
+        operation: OperationRequest,
+        under_way: OperationGuard,
+    ) -> Option<Result<OperationOutcome, ServiceError>> {
         self.queue(operation, under_way, false).await
     }
 
@@ -189,18 +189,18 @@ impl ActorHandle {
     /// outcome. Returns `None` if the actor ended first.
     pub(crate) async fn force(
         &self,
-        operation: Operation,
-        under_way: UnderWay,
-    ) -> Option<Result<Outcome, ServiceError>> {
+        operation: OperationRequest,
+        under_way: OperationGuard,
+    ) -> Option<Result<OperationOutcome, ServiceError>> {
         self.queue(operation, under_way, true).await
     }
 
     async fn queue(
         &self,
-        operation: Operation,
-        under_way: UnderWay,
+        operation: OperationRequest,
+        under_way: OperationGuard,
         force: bool,
-    ) -> Option<Result<Outcome, ServiceError>> {
+    ) -> Option<Result<OperationOutcome, ServiceError>> {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
         let span = tracing::Span::current();
@@ -231,28 +231,28 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::under_way::Counter;
+    use crate::operation_count::OperationCounter;
 
-    fn operation(request: Request) -> Operation {
-        Operation { request, ask_guest_for: None, caller: Caller::system() }
+    fn operation(request: VmOperation) -> OperationRequest {
+        OperationRequest { request, ask_guest_for: None, caller: Caller::system() }
     }
 
     #[tokio::test]
     async fn what_is_forced_is_seen_without_being_taken_and_a_closed_mailbox_answers_nobody() {
-        let (mailbox, counter) = (Arc::<Mailbox>::default(), Counter::default());
+        let (mailbox, counter) = (Arc::<Mailbox>::default(), OperationCounter::default());
         let handle = ActorHandle::new(VmUid::new(Uuid::now_v7()), Arc::clone(&mailbox));
-        let mut asks = std::pin::pin!(handle.ask(operation(Request::Pause), counter.begin()));
+        let mut asks = std::pin::pin!(handle.ask(operation(VmOperation::Pause), counter.begin()));
         assert!(asks.as_mut().now_or_never().is_none());
         assert!(mailbox.forced().now_or_never().is_none(), "what is asked is not forced");
-        let mut forces = std::pin::pin!(handle.force(operation(Request::Shutdown), counter.begin()));
+        let mut forces = std::pin::pin!(handle.force(operation(VmOperation::Shutdown), counter.begin()));
         assert!(forces.as_mut().now_or_never().is_none());
         for _ in 0..2 {
             mailbox.forced().now_or_never().expect("it waits, and goes on waiting");
         }
-        assert_eq!(mailbox.take_forced().unwrap().operation.request, Request::Shutdown);
+        assert_eq!(mailbox.take_forced().unwrap().operation.request, VmOperation::Shutdown);
         mailbox.close();
         assert!(asks.await.is_none() && forces.await.is_none());
-        assert!(handle.ask(operation(Request::Pause), counter.begin()).await.is_none());
+        assert!(handle.ask(operation(VmOperation::Pause), counter.begin()).await.is_none());
         counter.idle().await;
     }
 }

@@ -26,11 +26,11 @@ use crate::sockets::Sockets;
 
 /// The time from a start to the first sample. It is short, so that a new VM has numbers before a
 /// whole interval has passed.
-const FIRST_SAMPLE: Duration = Duration::from_secs(1);
+const FIRST_SAMPLE_DELAY: Duration = Duration::from_secs(1);
 /// The time within which a VMM must answer a probe. After that, contact is lost.
-const PROBE_DEADLINE: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time that a VMM may take for the counters of one sample.
-const SAMPLE_DEADLINE: Duration = Duration::from_secs(10);
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The last sample of a running VM.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,7 +67,7 @@ impl MetricsCell {
 /// A message about the contact with a VMM. The actor may read it late, so each message carries the
 /// instant of its probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct News {
+pub(crate) struct ContactReport {
     /// The instant at which the VMM was asked.
     pub(crate) asked: Instant,
     /// The answer.
@@ -89,7 +89,7 @@ pub(crate) enum Contact {
 pub(crate) struct Sampler {
     task: AbortHandle,
     cell: MetricsCell,
-    news: watch::Receiver<Option<News>>,
+    news: watch::Receiver<Option<ContactReport>>,
 }
 
 impl Sampler {
@@ -106,7 +106,7 @@ impl Sampler {
         // messages.
         let (tell, news) = watch::channel(None);
         let pid = vmm.run().process.pid;
-        let sampling = Sampling {
+        let sampling = SamplerTask {
             vmm,
             sockets,
             vm_id,
@@ -116,14 +116,14 @@ impl Sampler {
             missing: Vec::new(),
             tell,
         };
-        let task = sampling.forever(interval, spread(pid));
+        let task = sampling.run(interval, sample_offset(pid));
         let task =
             tokio::spawn(task.instrument(tracing::debug_span!(parent: None, "sampler", pid))).abort_handle();
         Self { task, cell, news }
     }
 
     /// Waits for the next news of the contact.
-    pub(crate) async fn news(&mut self) -> News {
+    pub(crate) async fn news(&mut self) -> ContactReport {
         loop {
             if self.news.changed().await.is_err() {
                 return std::future::pending().await;
@@ -145,13 +145,13 @@ impl Drop for Sampler {
 /// Returns a number from 0 up to 1 for each process. The numbers of processes that were started one
 /// after the other are far apart, so that VMs that a daemon adopts together are not all sampled at
 /// the same moment.
-fn spread(pid: u32) -> f64 {
+fn sample_offset(pid: u32) -> f64 {
     // Multiples of the golden ratio fill the range evenly.
     const GOLDEN: u32 = 0x9E37_79B9;
     f64::from(pid.wrapping_mul(GOLDEN)) / (f64::from(u32::MAX) + 1.0)
 }
 
-struct Sampling {
+struct SamplerTask {
     vmm: Arc<dyn Vmm>,
     sockets: Option<Sockets>,
     /// The VM, for the log.
@@ -162,14 +162,14 @@ struct Sampling {
     before: Option<(Instant, Duration)>,
     /// The counters that the sample before could not read, so that a lasting fault is logged once.
     missing: Vec<String>,
-    tell: watch::Sender<Option<News>>,
+    tell: watch::Sender<Option<ContactReport>>,
 }
 
-impl Sampling {
-    /// Probes and samples at each `interval`. `spread` (0 to 1) moves the moments of this run away
-    /// from those of other runs.
-    async fn forever(mut self, interval: Duration, spread: f64) {
-        let mut wait = FIRST_SAMPLE.min(interval);
+impl SamplerTask {
+    /// Probes and samples at each `interval`. `sample_offset` (0 to 1) moves the moments of this
+    /// run away from those of other runs.
+    async fn run(mut self, interval: Duration, spread: f64) {
+        let mut wait = FIRST_SAMPLE_DELAY.min(interval);
         // The second sample comes after a part of the interval, and all later ones are a whole
         // interval apart.
         let mut next = interval.mul_f64(0.5 + spread / 2.0);
@@ -188,7 +188,7 @@ impl Sampling {
     /// counters.
     async fn probe(&self) -> bool {
         let asked = Instant::now();
-        let contact = match tokio::time::timeout(PROBE_DEADLINE, self.vmm.probe()).await {
+        let contact = match tokio::time::timeout(PROBE_TIMEOUT, self.vmm.probe()).await {
             Ok(Ok(_)) => Contact::Made,
             Ok(Err(error)) => match error.kind.contact() {
                 ContactProof::Made => Contact::Made,
@@ -198,7 +198,7 @@ impl Sampling {
                     return true;
                 }
             },
-            Err(_) => Contact::Lost(format!("the VMM did not answer within {} s", PROBE_DEADLINE.as_secs())),
+            Err(_) => Contact::Lost(format!("the VMM did not answer within {} s", PROBE_TIMEOUT.as_secs())),
         };
         let made = contact == Contact::Made;
         let sockets_gone = match self.sockets.clone() {
@@ -206,14 +206,14 @@ impl Sampling {
             Some(sockets) => sockets.gone().await,
             None => None,
         };
-        self.tell.send_replace(Some(News { asked, contact, sockets_gone }));
+        self.tell.send_replace(Some(ContactReport { asked, contact, sockets_gone }));
         made
     }
 
     async fn sample(&mut self) {
-        let sampled = tokio::time::timeout(SAMPLE_DEADLINE, self.vmm.sample()).await;
+        let sampled = tokio::time::timeout(SAMPLE_TIMEOUT, self.vmm.sample()).await;
         let sample = sampled.unwrap_or_else(|_| Sample {
-            missing: vec![format!("the VMM's counters were not read within {} s", SAMPLE_DEADLINE.as_secs())],
+            missing: vec![format!("the VMM's counters were not read within {} s", SAMPLE_TIMEOUT.as_secs())],
             ..Sample::default()
         });
         let now = Instant::now();
@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn processes_that_are_started_together_are_sampled_apart() {
-        let mut moments: Vec<f64> = (1000..1100).map(spread).collect();
+        let mut moments: Vec<f64> = (1000..1100).map(sample_offset).collect();
         moments.sort_by(f64::total_cmp);
         assert!(moments.iter().all(|moment| (0.0..1.0).contains(moment)), "{moments:?}");
         let gaps = moments.windows(2).map(|pair| pair[1] - pair[0]);

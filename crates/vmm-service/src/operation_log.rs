@@ -23,7 +23,7 @@ use vmm_core::state::Phase;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::mailbox::Outcome;
+use crate::mailbox::OperationOutcome;
 
 /// The cause of the changes that a restart policy makes.
 pub(crate) const RESTART_POLICY: &str = "restart-policy";
@@ -45,7 +45,7 @@ pub(crate) struct Ending<'a> {
 
 impl Ending<'_> {
     /// Logs that the operation has succeeded.
-    pub(crate) fn done(&self, outcome: &Outcome) {
+    pub(crate) fn done(&self, outcome: &OperationOutcome) {
         let Self { operation, actor, record, .. } = self;
         let (vm_id, uid, backend, duration_ms) = self.keys();
         let state = record.state.name();

@@ -2,10 +2,10 @@
 //! VMs that are found at a place.
 //!
 //! ```text
-//!   CreateVm ── claims the first free place ──┐
-//!                                             ├──► one lock, so that a place has one record
-//!   Backend ── Found ──┬─ place of no record ─┘    (import: a record, an event, an actor)
-//!                      └─ place of a record ──► its actor decides (actor/found.rs)
+//!   CreateVm ── claims the first free place ────────┐
+//!                                                   ├──► one lock, so that a place has one record
+//!   Backend ── DiscoveredVm ─┬─ place of no record ─┘    (import: a record, an event, an actor)
+//!                            └─ place of a record ──► its actor decides (actor/discovered.rs)
 //! ```
 //!
 //! Two locks are held together: the lock of a name, and the lock of the places. CreateVm and an
@@ -21,21 +21,21 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use vmm_core::backend::Backend;
 use vmm_core::caller::Caller;
+use vmm_core::discovery::{DiscoveredVm, Discovery, DiscoveryEvent, Places};
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
-use vmm_core::place::{Discovery, Finding, Found, Places};
 use vmm_core::reason::Reason;
 use vmm_core::spec::{NamedFiles, VmSpec};
-use vmm_core::state::{Phase, Request, Status};
-use vmm_core::store::{Change, Commit, HostClaim, Requested, RunRecord, Sent, VmRecord};
+use vmm_core::state::{Phase, Status, VmOperation};
+use vmm_core::store::{Commit, HostClaim, PackedVmRequest, RecordChange, RunRecord, VmRecord, VmRequest};
 use vmm_host::fault::{FaultPoint, point};
 
-use crate::actor::{Beginning, NewActor};
-use crate::check::{self, Purpose, Terms};
+use crate::actor::{ActorOrigin, NewActor};
+use crate::check::{self, FileCheckPurpose, FileCheckTerms};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::mailbox::{ActorHandle, Operation};
+use crate::mailbox::{ActorHandle, OperationRequest};
 use crate::operation_log::{self, Ending};
 use crate::shared::Shared;
 
@@ -52,7 +52,7 @@ pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceErr
 
 /// A place for a new VM. No other VM gets a place while this value is held, which is until the VM's
 /// record is in the index.
-pub(crate) struct Claim<'a> {
+pub(crate) struct PlaceClaim<'a> {
     pub(crate) place: VmKind,
     _alone: MutexGuard<'a, ()>,
 }
@@ -61,7 +61,7 @@ pub(crate) struct Claim<'a> {
 pub(crate) async fn claim<'a>(
     shared: &'a Shared,
     backend: &dyn Backend,
-) -> Result<Option<Claim<'a>>, ServiceError> {
+) -> Result<Option<PlaceClaim<'a>>, ServiceError> {
     let (places, setting) = match backend.places() {
         Places::Made => return Ok(None),
         Places::Imported { why, .. } => return Err(ServiceError::unsupported(why)),
@@ -70,7 +70,7 @@ pub(crate) async fn claim<'a>(
     let name = &backend.capabilities().name;
     let alone = shared.places.lock().await;
     match places.iter().find(|place| shared.index.at_place(name, place).is_none()) {
-        Some(place) => Ok(Some(Claim { place: place.clone(), _alone: alone })),
+        Some(place) => Ok(Some(PlaceClaim { place: place.clone(), _alone: alone })),
         None => Err(ServiceError::exhausted(format!(
             "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in \
              {setting}",
@@ -86,13 +86,13 @@ pub(crate) async fn discover_all(shared: &Arc<Shared>) {
         let Some(discovery) = backend.discovery() else { return };
         let Discovery { present, mut later } = discovery.discover().await;
         for found in present {
-            take_up(shared, &backend, found).await;
+            accept(shared, &backend, found).await;
         }
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
-            let mut leaving = Leaving::default();
+            let mut leaving = PlaceRemovals::default();
             while let Some(finding) = later.recv().await {
-                heed(&shared, &backend, finding, &mut leaving).await;
+                follow_discovery(&shared, &backend, finding, &mut leaving).await;
             }
         });
     });
@@ -102,25 +102,30 @@ pub(crate) async fn discover_all(shared: &Arc<Shared>) {
 /// The places whose VM is being removed from the record, each with the task that removes it. A VM
 /// that is shut down for an hour may delay its removal for an hour, and VMs that are found at other
 /// places do not wait for that.
-type Leaving = HashMap<VmKind, JoinHandle<()>>;
+type PlaceRemovals = HashMap<VmKind, JoinHandle<()>>;
 
-async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding, leaving: &mut Leaving) {
+async fn follow_discovery(
+    shared: &Arc<Shared>,
+    backend: &Arc<dyn Backend>,
+    finding: DiscoveryEvent,
+    leaving: &mut PlaceRemovals,
+) {
     leaving.retain(|_, task| !task.is_finished());
     let (shared, backend) = (Arc::clone(shared), Arc::clone(backend));
     match finding {
-        Finding::Found(found) => match leaving.remove(&found.place) {
-            None => take_up(&shared, &backend, *found).await,
+        DiscoveryEvent::Found(found) => match leaving.remove(&found.place) {
+            None => accept(&shared, &backend, *found).await,
             // A VM that is found at a place after its loss is taken up after the removal.
             Some(removal) => {
                 let place = found.place.clone();
                 let after_it = async move {
                     let _ = removal.await;
-                    take_up(&shared, &backend, *found).await;
+                    accept(&shared, &backend, *found).await;
                 };
                 leaving.insert(place, tokio::spawn(after_it));
             }
         },
-        Finding::Lost { place } => {
+        DiscoveryEvent::Lost { place } => {
             // Removals at one place run one after the other, in the order of the findings.
             let before = leaving.remove(&place);
             let lost = place.clone();
@@ -132,12 +137,12 @@ async fn heed(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, finding: Finding
             };
             leaving.insert(place, tokio::spawn(removal));
         }
-        Finding::Health => shared.backends.refresh_one(&backend.capabilities().name).await,
+        DiscoveryEvent::Health => shared.backends.refresh_one(&backend.capabilities().name).await,
     }
 }
 
 /// Passes a found VM to its owner, or imports it.
-async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) {
+async fn accept(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: DiscoveredVm) {
     let Some(found) = give_to_owner(shared, backend, found).await else { return };
     if found.uid.is_some() {
         tracing::warn!(
@@ -154,7 +159,11 @@ async fn take_up(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found)
 
 /// Passes a found VM to the VM on record that it belongs to. Returns the found VM if it belongs to
 /// none.
-async fn give_to_owner(shared: &Shared, backend: &Arc<dyn Backend>, found: Found) -> Option<Found> {
+async fn give_to_owner(
+    shared: &Shared,
+    backend: &Arc<dyn Backend>,
+    found: DiscoveredVm,
+) -> Option<DiscoveredVm> {
     let _no_place_is_given_out = shared.places.lock().await;
     match owner(shared, backend, &found) {
         Some(handle) => {
@@ -165,7 +174,7 @@ async fn give_to_owner(shared: &Shared, backend: &Arc<dyn Backend>, found: Found
     }
 }
 
-fn owner(shared: &Shared, backend: &Arc<dyn Backend>, found: &Found) -> Option<ActorHandle> {
+fn owner(shared: &Shared, backend: &Arc<dyn Backend>, found: &DiscoveredVm) -> Option<ActorHandle> {
     let holder = match found.uid {
         Some(uid) => shared.index.record(uid).filter(|record| record.kind.place() == found.place.place()),
         None => shared.index.at_place(&backend.capabilities().name, &found.place),
@@ -174,7 +183,11 @@ fn owner(shared: &Shared, backend: &Arc<dyn Backend>, found: &Found) -> Option<A
 }
 
 /// Records a VM that another program made.
-async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) -> Result<(), ServiceError> {
+async fn import(
+    shared: &Arc<Shared>,
+    backend: &Arc<dyn Backend>,
+    found: DiscoveredVm,
+) -> Result<(), ServiceError> {
     let uid = VmUid::new(Uuid::now_v7());
     let spec = VmSpec::imported(&found.config);
     let run = match &found.launched {
@@ -196,7 +209,10 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         uid,
         vm_id: vm_id.clone(),
         backend: name.clone(),
-        requested: Sent::pack(&Requested { backend: name.to_string(), config: found.config.clone() }),
+        requested: PackedVmRequest::pack(&VmRequest {
+            backend: name.to_string(),
+            config: found.config.clone(),
+        }),
         config: found.config,
         state: found.state,
         status: Status::plain(Phase::at_rest(found.state), now).because(
@@ -212,7 +228,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         ended_by: None,
         kind: found.place,
         imported: true,
-        untold: found.untold,
+        unrepresented: found.unrepresented,
     };
     if let Some(run) = &record.run
         && let Err(taken) = shared.claims.acquire(uid, &vm_id, &run.claims)
@@ -232,7 +248,8 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         metadata: record.config.metadata.clone(),
     };
     point(FaultPoint::ImportTaken);
-    let insert = Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event.clone()) };
+    let insert =
+        Commit { change: RecordChange::Insert(Box::new(record.clone())), event: Some(event.clone()) };
     let committed = match shared.events.commit(insert).await {
         Ok(committed) => committed,
         Err(error) => {
@@ -247,7 +264,7 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
         record: Arc::new(record),
         backend: Arc::clone(backend),
         committed: committed.seq,
-        beginning: Beginning::Imported { launched: found.launched },
+        origin: ActorOrigin::Imported { launched: found.launched },
     }
     .start();
     Ok(())
@@ -255,8 +272,11 @@ async fn import(shared: &Arc<Shared>, backend: &Arc<dyn Backend>, found: Found) 
 
 /// Returns the run with its claims on the host, as far as the host shows them.
 pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: RunRecord) -> RunRecord {
-    let terms = Terms { owns_output: true, ..Terms::of(Purpose::Boot, Some(backend.capabilities())) };
-    run.claims = match check::look(NamedFiles::of(spec), terms).await {
+    let terms = FileCheckTerms {
+        owns_output: true,
+        ..FileCheckTerms::of(FileCheckPurpose::Boot, Some(backend.capabilities()))
+    };
+    run.claims = match check::check_files(NamedFiles::of(spec), terms).await {
         Ok(facts) => facts.claims,
         Err(silent) => {
             tracing::error!(
@@ -286,9 +306,10 @@ async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync
 async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
-    let operation = Operation { request: Request::Delete, ask_guest_for: None, caller: Caller::system() };
+    let operation =
+        OperationRequest { request: VmOperation::Delete, ask_guest_for: None, caller: Caller::system() };
     let (actor, asked) = (operation.caller.clone(), Instant::now());
-    let ending = Ending { operation: Request::Delete.name(), actor: &actor, record: &record, asked };
+    let ending = Ending { operation: VmOperation::Delete.name(), actor: &actor, record: &record, asked };
     if let Some(Err(error)) = handle.ask(operation, shared.under_way.begin()).await {
         ending.failed(&error);
     }

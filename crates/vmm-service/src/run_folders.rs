@@ -18,13 +18,13 @@ use vmm_host::process::find_by_argument;
 
 /// The time that the list of this host's processes may take at the start. The kernel blocks a
 /// reader of the arguments of a process whose memory is being paged in from a server that is gone.
-const LISTING: Duration = Duration::from_secs(5);
+const PROCESS_LIST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The name of the console's file if the client names none.
 pub(crate) const KEPT_CONSOLE: &str = "console.log";
 
 /// Makes a file that only the owner reads, or keeps the one that exists. Blocks.
-pub(crate) fn touch(path: &Path) -> io::Result<()> {
+pub(crate) fn create_private_file(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     std::fs::OpenOptions::new()
         .append(true)
@@ -37,9 +37,9 @@ pub(crate) fn touch(path: &Path) -> io::Result<()> {
 }
 
 /// The names of the run folders that processes use, or `None` if they are not known.
-pub(crate) struct RunFolders(Option<BTreeSet<OsString>>);
+pub(crate) struct UsedRunFolders(Option<BTreeSet<OsString>>);
 
-impl RunFolders {
+impl UsedRunFolders {
     /// Lists the processes of this host, once for all VMs.
     pub(crate) async fn in_use(runtime_dir: &Path) -> Self {
         // Every run folder has the same parent.
@@ -53,12 +53,14 @@ impl RunFolders {
             let first = below.filter_map(|path| path.iter().next().map(OsString::from));
             Ok::<_, io::Error>(first.collect())
         });
-        Self::told(names).await
+        Self::from_list(names).await
     }
 
     /// Waits for the names. Without them, every run folder counts as used.
-    async fn told(names: impl Future<Output = Result<io::Result<BTreeSet<OsString>>, JoinError>>) -> Self {
-        let Ok(names) = tokio::time::timeout(LISTING, names).await else {
+    async fn from_list(
+        names: impl Future<Output = Result<io::Result<BTreeSet<OsString>>, JoinError>>,
+    ) -> Self {
+        let Ok(names) = tokio::time::timeout(PROCESS_LIST_TIMEOUT, names).await else {
             tracing::warn!(
                 "the processes of this host could not be listed in time, because one of them hangs in the kernel, for example \
                  on a disk that does not answer; every VM is searched for"
@@ -92,8 +94,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_listing_that_hangs_makes_every_vm_be_looked_for() {
         let uid = VmUid::new(Uuid::now_v7());
-        assert!(RunFolders::told(std::future::pending()).await.contains(uid));
-        let nobody = RunFolders::told(std::future::ready(Ok(Ok(BTreeSet::new())))).await;
+        assert!(UsedRunFolders::from_list(std::future::pending()).await.contains(uid));
+        let nobody = UsedRunFolders::from_list(std::future::ready(Ok(Ok(BTreeSet::new())))).await;
         assert!(!nobody.contains(uid));
     }
 }

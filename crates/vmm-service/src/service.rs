@@ -10,13 +10,13 @@ use uuid::Uuid;
 use vmm_core::caller::Caller;
 use vmm_core::event::EventSeq;
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
-use vmm_core::state::{Request, VmState};
-use vmm_core::store::{Requested, Snapshot, Store, VmRecord};
+use vmm_core::state::{VmOperation, VmState};
+use vmm_core::store::{Snapshot, Store, VmRecord, VmRequest};
 use vmm_host::net::tap::{HostTaps, Taps};
 
-use crate::actor::{self, Beginning, NewActor};
+use crate::actor::{self, ActorOrigin, NewActor};
 use crate::backends::{BackendStatus, Backends};
 use crate::claims::Claims;
 use crate::create::{self, CreateRequest, Created};
@@ -24,21 +24,21 @@ use crate::error::ServiceError;
 use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
 use crate::index::VmView;
 use crate::kinds;
-use crate::listing::{self, ListQuery, Page};
-use crate::mailbox::{ActorHandle, Operation, Outcome};
+use crate::listing::{self, ListQuery, VmPage};
+use crate::mailbox::{ActorHandle, OperationOutcome, OperationRequest};
 use crate::names::NameLocks;
+use crate::operation_count::OperationCounter;
 use crate::operation_log::Beginnings;
 use crate::places;
-use crate::run_folders::RunFolders;
+use crate::run_folders::UsedRunFolders;
 use crate::shared::Shared;
-use crate::spares::{self, Spares};
+use crate::spares::{self, SpareManager};
 use crate::tombstones;
-use crate::under_way::Counter;
 use crate::validate;
 use crate::wait;
 
 /// The time that a guest has to obey ShutdownVm if the client gives none.
-pub(crate) use vmm_core::intent::DEFAULT_PATIENCE as DEFAULT_SHUTDOWN;
+pub(crate) use vmm_core::intent::DEFAULT_GUEST_TIMEOUT as DEFAULT_SHUTDOWN;
 /// The longest time that a client may give a guest.
 const MAX_SHUTDOWN_SECONDS: i32 = 3600;
 /// The time between two health checks of the backends.
@@ -52,7 +52,7 @@ pub(crate) const POLICY_STARTS: usize = 16;
 
 /// The time that the start of the daemon waits for the import of VMs of other programs. Their files
 /// may lie on a server that does not answer.
-const DISCOVERY_DEADLINE: Duration = Duration::from_secs(20);
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The settings of the service.
 #[derive(Clone, Debug)]
@@ -148,7 +148,7 @@ impl VmService {
         let owners = vms.iter().filter(|vm| vm.state != VmState::Created || vm.intent.is_some());
         let owners = owners.map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
         actor::remove_orphans(&*taps, instance, &owners.collect()).await;
-        let spares = Spares::new(settings.spare_vmms);
+        let spares = SpareManager::new(settings.spare_vmms);
         let shared = Arc::new(Shared {
             events,
             backends,
@@ -162,7 +162,7 @@ impl VmService {
             places: tokio::sync::Mutex::default(),
             recoveries: Arc::new(Semaphore::new(RECOVERIES)),
             policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),
-            under_way: Counter::default(),
+            under_way: OperationCounter::default(),
             beginnings: Beginnings::default(),
         });
         // The backends are asked before any VM is recovered, so that the first clients see a known
@@ -180,17 +180,17 @@ impl VmService {
         // The tombstones come before any VM is recovered, so that no VM starts on a resource that a
         // process of a deleted VM may use.
         for tombstone in tombstones {
-            tombstones::keep(&shared, tombstone);
+            tombstones::hold_claims(&shared, tombstone);
         }
         // One walk over the processes of the host serves all recoveries, because a walk for each VM
         // would cost the square of their number.
-        let in_use = RunFolders::in_use(&shared.settings.runtime_dir).await;
+        let in_use = UsedRunFolders::in_use(&shared.settings.runtime_dir).await;
         // These VMs come before the others, because an operation of the others that is finished
         // must find the disks of these VMs claimed.
-        let left_alone = unreadable.into_iter().map(|vm| leave_alone(&shared, *vm.record, vm.why));
+        let left_alone = unreadable.into_iter().map(|vm| quarantine_vm(&shared, *vm.record, vm.why));
         futures::future::join_all(left_alone.collect::<Vec<_>>()).await;
-        let vms = kinds::settle(&shared, vms).await;
-        let recoveries = vms.into_iter().map(|record| take_up(&shared, record, &in_use));
+        let vms = kinds::record_kinds(&shared, vms).await;
+        let recoveries = vms.into_iter().map(|record| restore_vm(&shared, record, &in_use));
         futures::future::join_all(recoveries.collect::<Vec<_>>()).await;
         // The search for VMs of other programs comes last, because a VM that is found belongs to a
         // VM on record if its place does. It goes on in its task after the deadline.
@@ -198,7 +198,7 @@ impl VmService {
             let shared = Arc::clone(&shared);
             async move { places::discover_all(&shared).await }
         });
-        if tokio::time::timeout(DISCOVERY_DEADLINE, discovering).await.is_err() {
+        if tokio::time::timeout(DISCOVERY_TIMEOUT, discovering).await.is_err() {
             tracing::warn!(
                 "the search for VMs of other programs takes long; it goes on, and each VM appears when it is found"
             );
@@ -238,7 +238,7 @@ impl VmService {
     ///
     /// Returns [`ServiceError::Unavailable`] if there is no other violation and the host's files do
     /// not answer.
-    pub async fn validate(&self, requested: &Requested) -> Result<Report, ServiceError> {
+    pub async fn validate(&self, requested: &VmRequest) -> Result<CheckReport, ServiceError> {
         let checked = validate::check_config(&self.shared, VmUid::new(Uuid::now_v7()), requested).await?;
         Ok(checked.report)
     }
@@ -249,8 +249,8 @@ impl VmService {
     ///
     /// Returns an error if the state forbids it, a resource is taken or missing, or the backend
     /// failed.
-    pub async fn boot(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
-        self.ask(vm_id, Request::Boot, None, caller).await
+    pub async fn boot(&self, vm_id: &str, caller: Caller) -> Result<OperationOutcome, ServiceError> {
+        self.ask(vm_id, VmOperation::Boot, None, caller).await
     }
 
     /// Shuts a VM down. Success means that its VMM has gone.
@@ -263,12 +263,12 @@ impl VmService {
         vm_id: &str,
         options: ShutdownOptions,
         caller: Caller,
-    ) -> Result<Outcome, ServiceError> {
+    ) -> Result<OperationOutcome, ServiceError> {
         let ask_guest_for = options.ask_guest_for()?;
         if options.force {
-            return self.force(vm_id, Request::Shutdown, caller).await;
+            return self.force(vm_id, VmOperation::Shutdown, caller).await;
         }
-        self.ask(vm_id, Request::Shutdown, ask_guest_for, caller).await
+        self.ask(vm_id, VmOperation::Shutdown, ask_guest_for, caller).await
     }
 
     /// Stops a VM's CPUs.
@@ -276,8 +276,8 @@ impl VmService {
     /// # Errors
     ///
     /// Returns an error if the state forbids it, or the VMM failed.
-    pub async fn pause(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
-        self.ask(vm_id, Request::Pause, None, caller).await
+    pub async fn pause(&self, vm_id: &str, caller: Caller) -> Result<OperationOutcome, ServiceError> {
+        self.ask(vm_id, VmOperation::Pause, None, caller).await
     }
 
     /// Lets a VM's CPUs continue.
@@ -285,8 +285,8 @@ impl VmService {
     /// # Errors
     ///
     /// Returns an error if the state forbids it, or the VMM failed.
-    pub async fn resume(&self, vm_id: &str, caller: Caller) -> Result<Outcome, ServiceError> {
-        self.ask(vm_id, Request::Resume, None, caller).await
+    pub async fn resume(&self, vm_id: &str, caller: Caller) -> Result<OperationOutcome, ServiceError> {
+        self.ask(vm_id, VmOperation::Resume, None, caller).await
     }
 
     /// Shuts a VM down and boots it. With `force` the VM is reset at once.
@@ -300,9 +300,9 @@ impl VmService {
         vm_id: &str,
         options: ShutdownOptions,
         caller: Caller,
-    ) -> Result<Outcome, ServiceError> {
+    ) -> Result<OperationOutcome, ServiceError> {
         let ask_guest_for = options.ask_guest_for()?;
-        self.ask(vm_id, Request::Reboot, ask_guest_for, caller).await
+        self.ask(vm_id, VmOperation::Reboot, ask_guest_for, caller).await
     }
 
     /// Removes a VM and everything that the program made for it.
@@ -311,11 +311,16 @@ impl VmService {
     ///
     /// Returns an error without `force` if the state forbids it. With `force`, only an unknown name
     /// or a failure of the store is an error.
-    pub async fn delete(&self, vm_id: &str, force: bool, caller: Caller) -> Result<Outcome, ServiceError> {
+    pub async fn delete(
+        &self,
+        vm_id: &str,
+        force: bool,
+        caller: Caller,
+    ) -> Result<OperationOutcome, ServiceError> {
         if force {
-            return self.force(vm_id, Request::ForceDelete, caller).await;
+            return self.force(vm_id, VmOperation::ForceDelete, caller).await;
         }
-        self.ask(vm_id, Request::Delete, None, caller).await
+        self.ask(vm_id, VmOperation::Delete, None, caller).await
     }
 
     /// Finds a VM. Never waits for a VMM.
@@ -351,7 +356,7 @@ impl VmService {
     /// # Errors
     ///
     /// Returns an error if the page token or size is not valid.
-    pub fn list(&self, query: &ListQuery) -> Result<Page, ServiceError> {
+    pub fn list(&self, query: &ListQuery) -> Result<VmPage, ServiceError> {
         listing::list(&self.shared.index, query)
     }
 
@@ -408,18 +413,23 @@ impl VmService {
     async fn ask(
         &self,
         vm_id: &str,
-        request: Request,
+        request: VmOperation,
         ask_guest_for: Option<Duration>,
         caller: Caller,
-    ) -> Result<Outcome, ServiceError> {
-        let message = Operation { request, ask_guest_for, caller };
+    ) -> Result<OperationOutcome, ServiceError> {
+        let message = OperationRequest { request, ask_guest_for, caller };
         let handle = self.handle(vm_id)?;
         let answer = handle.ask(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)
     }
 
-    async fn force(&self, vm_id: &str, request: Request, caller: Caller) -> Result<Outcome, ServiceError> {
-        let message = Operation { request, ask_guest_for: None, caller };
+    async fn force(
+        &self,
+        vm_id: &str,
+        request: VmOperation,
+        caller: Caller,
+    ) -> Result<OperationOutcome, ServiceError> {
+        let message = OperationRequest { request, ask_guest_for: None, caller };
         let handle = self.handle(vm_id)?;
         let answer = handle.force(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)
@@ -431,8 +441,8 @@ impl VmService {
         &self,
         vm_id: &str,
         uid: VmUid,
-        answer: Option<Result<Outcome, ServiceError>>,
-    ) -> Result<Outcome, ServiceError> {
+        answer: Option<Result<OperationOutcome, ServiceError>>,
+    ) -> Result<OperationOutcome, ServiceError> {
         answer.unwrap_or_else(|| match self.get(vm_id) {
             Err(not_found) => Err(not_found),
             Ok(view) if view.record.uid != uid => Err(ServiceError::not_found(vm_id)),
@@ -453,19 +463,23 @@ impl VmService {
 
 /// Puts a stored VM into the index and starts its actor. The future ends when the recovery of the
 /// VM has a result.
-fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl Future<Output = ()> + use<> {
+fn restore_vm(
+    shared: &Arc<Shared>,
+    record: VmRecord,
+    in_use: &UsedRunFolders,
+) -> impl Future<Output = ()> + use<> {
     let spec =
         if record.imported { Ok(VmSpec::imported(&record.config)) } else { VmSpec::parse(&record.config) };
     let backend = shared.backends.of_kind(record.backend.as_str(), &record.kind);
     let (known, why) = match (spec, backend) {
         (Ok(_), Ok(backend)) => {
             let in_use = in_use.contains(record.uid);
-            return fate(NewActor {
+            return start_actor(NewActor {
                 shared: Arc::clone(shared),
                 record: Arc::new(record),
                 backend,
                 committed: EventSeq::default(),
-                beginning: Beginning::Recovered { in_use },
+                origin: ActorOrigin::Recovered { in_use },
             });
         }
         (Err(report), Ok(backend)) => {
@@ -475,18 +489,18 @@ fn take_up(shared: &Arc<Shared>, record: VmRecord, in_use: &RunFolders) -> impl 
         (Ok(_) | Err(_), Err(problem)) => (None, problem),
     };
     tracing::error!(vm_id = %record.vm_id, uid = %record.uid, detail = why, "the configuration or backend of a VM on record is not known to this program; the VM is left as it is");
-    fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
+    start_actor(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }
 
 /// Shows a VM whose record cannot be read as a whole. The future ends when that is done.
-fn leave_alone(shared: &Arc<Shared>, record: VmRecord, why: String) -> impl Future<Output = ()> + use<> {
+fn quarantine_vm(shared: &Arc<Shared>, record: VmRecord, why: String) -> impl Future<Output = ()> + use<> {
     tracing::error!(vm_id = %record.vm_id, uid = %record.uid, detail = why, "the record of a VM cannot be read by this program; the VM is left as it is");
     let known = shared.backends.of_kind(record.backend.as_str(), &kinds::kind_of(shared, &record)).ok();
-    fate(NewActor::quarantined(Arc::clone(shared), record, known, why))
+    start_actor(NewActor::quarantined(Arc::clone(shared), record, known, why))
 }
 
 /// Starts an actor. The future ends when the recovery of its VM has a result.
-fn fate(actor: NewActor) -> impl Future<Output = ()> + use<> {
+fn start_actor(actor: NewActor) -> impl Future<Output = ()> + use<> {
     let known = actor.start();
     async move {
         let _ = known.await;

@@ -11,10 +11,10 @@ use crate::claims::Claims;
 use crate::events::Events;
 use crate::index::Index;
 use crate::names::NameLocks;
+use crate::operation_count::OperationCounter;
 use crate::operation_log::Beginnings;
 use crate::service::Settings;
-use crate::spares::Spares;
-use crate::under_way::Counter;
+use crate::spares::SpareManager;
 
 /// The state that every actor and use case shares.
 pub(crate) struct Shared {
@@ -26,7 +26,7 @@ pub(crate) struct Shared {
     pub(crate) index: Arc<Index>,
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
-    pub(crate) spares: Spares,
+    pub(crate) spares: SpareManager,
     /// The lock of the places, held from the choice of a place to the record that holds it.
     pub(crate) places: tokio::sync::Mutex<()>,
     /// The slots of recoveries, see [`crate::service::RECOVERIES`].
@@ -34,7 +34,7 @@ pub(crate) struct Shared {
     /// The slots of starts by a restart policy, see [`crate::service::POLICY_STARTS`].
     pub(crate) policy_starts: Arc<Semaphore>,
     /// The count of operations in progress, so that the end of the daemon can wait for them.
-    pub(crate) under_way: Counter,
+    pub(crate) under_way: OperationCounter,
     /// The changes that the recovery of the VMs has found, for the log.
     pub(crate) beginnings: Beginnings,
 }

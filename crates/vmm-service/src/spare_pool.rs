@@ -1,4 +1,4 @@
-//! The pool of spare VMMs as data: the free ones, the promised ones, and the number to have ready.
+//! The pool of spare VMMs as data: the free ones, the reserved ones, and the number to have ready.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -6,18 +6,18 @@ use vmm_core::id::{BackendName, VmUid};
 
 /// The spare VMMs of every backend.
 #[derive(Debug, Default)]
-pub(crate) struct Pool {
+pub(crate) struct SparePool {
     /// The number of VMMs that are to be free, for each backend in use.
     wanted: usize,
-    shelves: BTreeMap<BackendName, Shelf>,
+    backends: BTreeMap<BackendName, BackendSpares>,
     stopped: bool,
 }
 
 /// The spare VMMs of one backend, the oldest first.
 #[derive(Debug, Default)]
-struct Shelf {
+struct BackendSpares {
     free: VecDeque<VmUid>,
-    promised: VecDeque<VmUid>,
+    reserved: VecDeque<VmUid>,
     filling: bool,
     /// True if this backend has answered that it cannot start a spare VMM.
     has_none: bool,
@@ -25,15 +25,15 @@ struct Shelf {
 
 /// The spare VMMs of one backend that waited when the pool was stopped.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Left {
+pub(crate) struct RemainingSpares {
     pub(crate) backend: BackendName,
     /// The VMMs whose folders belong to VMs on record.
-    pub(crate) promised: Vec<VmUid>,
+    pub(crate) reserved: Vec<VmUid>,
     /// The VMMs whose folders belong to no VM.
     pub(crate) free: Vec<VmUid>,
 }
 
-impl Pool {
+impl SparePool {
     /// Creates an empty pool, in which `wanted` spare VMMs of each backend are to be free.
     pub(crate) fn new(wanted: usize) -> Self {
         Self { wanted, ..Self::default() }
@@ -41,7 +41,7 @@ impl Pool {
 
     /// Takes the free VMM that has waited longest.
     pub(crate) fn take(&mut self, backend: &BackendName) -> Option<VmUid> {
-        self.shelves.get_mut(backend)?.free.pop_front()
+        self.backends.get_mut(backend)?.free.pop_front()
     }
 
     /// Puts back a VMM that was taken and not used. Returns the VMM if it must be ended, because
@@ -50,26 +50,26 @@ impl Pool {
         if self.stopped {
             return Some(uid);
         }
-        self.shelf(backend).free.push_front(uid);
+        self.entry(backend).free.push_front(uid);
         None
     }
 
-    /// Promises a VMM that was taken to its VM. Returns the VMM whose promise is broken, if too
+    /// Promises a VMM that was taken to its VM. Returns the VMM whose reservation is broken, if too
     /// many wait for their BootVm or the pool has been stopped.
-    pub(crate) fn promise(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
+    pub(crate) fn reserve(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
         if self.stopped {
             return Some(uid);
         }
         let wanted = self.wanted;
-        let promised = &mut self.shelf(backend).promised;
-        promised.push_back(uid);
-        if promised.len() > wanted { promised.pop_front() } else { None }
+        let reserved = &mut self.entry(backend).reserved;
+        reserved.push_back(uid);
+        if reserved.len() > wanted { reserved.pop_front() } else { None }
     }
 
     /// Removes the VMM of `uid` from the count, because a VM uses it or it has been ended.
     pub(crate) fn forget(&mut self, backend: &BackendName, uid: VmUid) {
-        if let Some(shelf) = self.shelves.get_mut(backend) {
-            shelf.promised.retain(|promised| *promised != uid);
+        if let Some(spares) = self.backends.get_mut(backend) {
+            spares.reserved.retain(|reserved| *reserved != uid);
         }
     }
 
@@ -80,9 +80,9 @@ impl Pool {
             return false;
         }
         let wanted = self.wanted;
-        let shelf = self.shelf(backend);
-        let begins = !shelf.filling && !shelf.has_none && shelf.free.len() < wanted;
-        shelf.filling |= begins;
+        let spares = self.entry(backend);
+        let begins = !spares.filling && !spares.has_none && spares.free.len() < wanted;
+        spares.filling |= begins;
         begins
     }
 
@@ -96,36 +96,36 @@ impl Pool {
             return Err(uid);
         }
         let wanted = self.wanted;
-        let shelf = self.shelf(backend);
-        shelf.free.push_back(uid);
-        shelf.filling = shelf.free.len() < wanted;
-        Ok(shelf.filling)
+        let spares = self.entry(backend);
+        spares.free.push_back(uid);
+        spares.filling = spares.free.len() < wanted;
+        Ok(spares.filling)
     }
 
     /// Notes that the caller that filled the shelf of `backend` has given up. `for_ever` is true if
     /// this backend has no spare VMMs.
     pub(crate) fn end_filling(&mut self, backend: &BackendName, for_ever: bool) {
-        if let Some(shelf) = self.shelves.get_mut(backend) {
-            shelf.filling = false;
-            shelf.has_none = for_ever;
+        if let Some(spares) = self.backends.get_mut(backend) {
+            spares.filling = false;
+            spares.has_none = for_ever;
         }
     }
 
     /// Returns all waiting VMMs, and accepts no more.
-    pub(crate) fn stop(&mut self) -> Vec<Left> {
+    pub(crate) fn stop(&mut self) -> Vec<RemainingSpares> {
         self.stopped = true;
-        let shelves = std::mem::take(&mut self.shelves).into_iter();
-        shelves
-            .map(|(backend, shelf)| Left {
+        let backends = std::mem::take(&mut self.backends).into_iter();
+        backends
+            .map(|(backend, spares)| RemainingSpares {
                 backend,
-                promised: shelf.promised.into(),
-                free: shelf.free.into(),
+                reserved: spares.reserved.into(),
+                free: spares.free.into(),
             })
             .collect()
     }
 
-    fn shelf(&mut self, backend: &BackendName) -> &mut Shelf {
-        self.shelves.entry(backend.clone()).or_default()
+    fn entry(&mut self, backend: &BackendName) -> &mut BackendSpares {
+        self.backends.entry(backend.clone()).or_default()
     }
 }
 
@@ -144,8 +144,8 @@ mod tests {
     }
 
     /// Returns a pool with `wanted` free VMMs.
-    fn full(wanted: usize) -> Pool {
-        let mut pool = Pool::new(wanted);
+    fn full(wanted: usize) -> SparePool {
+        let mut pool = SparePool::new(wanted);
         assert!(pool.begin_filling(&fake()));
         for number in 1..=wanted {
             assert_eq!(pool.add(&fake(), uid(number as u128)), Ok(number < wanted));
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn one_caller_fills_a_shelf_until_it_is_full() {
-        let mut pool = Pool::new(2);
+        let mut pool = SparePool::new(2);
         assert!(pool.begin_filling(&fake()));
         assert!(!pool.begin_filling(&fake()), "one fills it already");
         assert!(pool.begin_filling(&BackendName::new("other")), "each backend has its own");
@@ -165,12 +165,12 @@ mod tests {
         assert!(!pool.begin_filling(&fake()), "it is full");
         assert_eq!(pool.take(&fake()), Some(uid(1)), "the oldest");
         assert!(pool.begin_filling(&fake()));
-        assert!(!Pool::new(0).begin_filling(&fake()), "none is wanted");
+        assert!(!SparePool::new(0).begin_filling(&fake()), "none is wanted");
     }
 
     #[test]
     fn after_a_failure_the_next_caller_tries_again_unless_the_backend_has_none() {
-        let mut pool = Pool::new(1);
+        let mut pool = SparePool::new(1);
         for for_ever in [false, true] {
             assert!(pool.begin_filling(&fake()));
             pool.end_filling(&fake(), for_ever);
@@ -191,23 +191,23 @@ mod tests {
     #[test]
     fn the_oldest_promise_is_broken_where_more_wait_than_are_wanted() {
         let mut pool = full(2);
-        assert_eq!(pool.promise(&fake(), uid(1)), None);
-        assert_eq!(pool.promise(&fake(), uid(2)), None);
-        assert_eq!(pool.promise(&fake(), uid(3)), Some(uid(1)));
+        assert_eq!(pool.reserve(&fake(), uid(1)), None);
+        assert_eq!(pool.reserve(&fake(), uid(2)), None);
+        assert_eq!(pool.reserve(&fake(), uid(3)), Some(uid(1)));
         pool.forget(&fake(), uid(2));
         pool.forget(&fake(), uid(2));
-        assert_eq!(pool.promise(&fake(), uid(4)), None, "one of them is in use and counts no more");
+        assert_eq!(pool.reserve(&fake(), uid(4)), None, "one of them is in use and counts no more");
     }
 
     #[test]
     fn a_stopped_pool_hands_over_all_and_takes_none() {
         let mut pool = full(3);
         let taken = [pool.take(&fake()).unwrap(), pool.take(&fake()).unwrap()];
-        assert_eq!(pool.promise(&fake(), taken[0]), None);
-        let left = Left { backend: fake(), promised: vec![taken[0]], free: vec![uid(3)] };
+        assert_eq!(pool.reserve(&fake(), taken[0]), None);
+        let left = RemainingSpares { backend: fake(), reserved: vec![taken[0]], free: vec![uid(3)] };
         assert_eq!(pool.stop(), [left]);
         assert_eq!(pool.give_back(&fake(), taken[1]), Some(taken[1]));
-        assert_eq!(pool.promise(&fake(), taken[1]), Some(taken[1]));
+        assert_eq!(pool.reserve(&fake(), taken[1]), Some(taken[1]));
         assert_eq!(pool.add(&fake(), uid(4)), Err(uid(4)));
         assert!(!pool.begin_filling(&fake()));
         assert_eq!(pool.stop(), []);

@@ -3,15 +3,15 @@
 //! ```text
 //!              ┌──────────── a VM was started: refill ───────────┐
 //!              ▼                                                 │
-//!   a new uid, its folder, a mark ─► start_spare ─► free ─► promised ─► launch uses it
+//!   a new uid, its folder, a mark ─► start_spare ─► free ─► reserved ─► launch uses it
 //!                                                    │ CreateVm  │ BootVm
 //!                                     the daemon ends └───────────┴─► dismissed
 //! ```
 //!
 //! A spare VMM has a uid of its own, and with it a run folder. CreateVm gives this uid to the VM,
-//! so that it starts nothing and no name on the host ever changes. A promise is broken, the oldest
-//! first, if so many others wait for their BootVm that processes would accumulate. Such a VM is
-//! started in the ordinary way.
+//! so that it starts nothing and no name on the host ever changes. A reservation is broken, the
+//! oldest first, if so many others wait for their BootVm that processes would accumulate. Such a VM
+//! is started in the ordinary way.
 //!
 //! A spare VMM has received no data and has no guest. It ends with the daemon. If the daemon dies,
 //! the mark in the run folder names the owner, and the next daemon ends the VMM. The mark is
@@ -31,29 +31,29 @@ use vmm_core::backend::{Backend, BackendErrorKind, SpareRequest, SweepRequest};
 use vmm_core::id::{BackendName, InstanceId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::ledger::{self, Served};
 use vmm_host::run_dir::{self, SpareMark};
+use vmm_host::survey::{self, RuntimeDirUsers};
 
 use crate::run_folders;
 use crate::shared::Shared;
-use crate::spare_pool::{Left, Pool};
+use crate::spare_pool::{RemainingSpares, SparePool};
 
 /// The time between an answer to a client and the start of a process, so that the answer is sent
 /// first.
-const AFTER_AN_ANSWER: Duration = Duration::from_millis(5);
+const REFILL_DELAY: Duration = Duration::from_millis(5);
 /// The time that a spare VMM of a dead daemon may take to end.
-const CLEARING: Duration = Duration::from_secs(5);
+const CLEAR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The spare VMMs of every backend.
 #[derive(Default)]
-pub(crate) struct Spares(Mutex<Pool>);
+pub(crate) struct SpareManager(Mutex<SparePool>);
 
-impl Spares {
+impl SpareManager {
     pub(crate) fn new(wanted: usize) -> Self {
-        Self(Mutex::new(Pool::new(wanted)))
+        Self(Mutex::new(SparePool::new(wanted)))
     }
 
-    fn pool(&self) -> MutexGuard<'_, Pool> {
+    fn pool(&self) -> MutexGuard<'_, SparePool> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -65,9 +65,9 @@ impl Spares {
     /// Ends all spare VMMs, and starts no more.
     pub(crate) async fn stop(&self, shared: &Arc<Shared>) {
         let left = self.pool().stop();
-        for Left { backend, promised, free } in left {
+        for RemainingSpares { backend, reserved, free } in left {
             let Ok(backend) = shared.backends.get(backend.as_str()) else { continue };
-            for uid in promised {
+            for uid in reserved {
                 // The folder belongs to a VM on record, so only the VMM is ended.
                 dismiss(&*backend, uid).await;
             }
@@ -78,40 +78,40 @@ impl Spares {
     }
 }
 
-/// A spare VMM that is held for a VM which is being created. If the promise is dropped, the VMM is
-/// free again.
-pub(crate) struct Promise {
+/// A spare VMM that is held for a VM which is being created. If the reservation is dropped, the VMM
+/// is free again.
+pub(crate) struct SpareReservation {
     shared: Arc<Shared>,
     backend: Arc<dyn Backend>,
     uid: Option<VmUid>,
 }
 
 /// Takes a spare VMM of `backend`, if one is free.
-pub(crate) fn promise(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) -> Option<Promise> {
+pub(crate) fn reserve(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) -> Option<SpareReservation> {
     let uid = shared.spares.pool().take(&backend.capabilities().name)?;
-    Some(Promise { shared: Arc::clone(shared), backend: Arc::clone(backend), uid: Some(uid) })
+    Some(SpareReservation { shared: Arc::clone(shared), backend: Arc::clone(backend), uid: Some(uid) })
 }
 
-impl Promise {
-    /// Returns the uid that the VM gets, or `None` after the promise was redeemed or discarded.
+impl SpareReservation {
+    /// Returns the uid that the VM gets, or `None` after the reservation was redeemed or discarded.
     pub(crate) fn uid(&self) -> Option<VmUid> {
         self.uid
     }
 
-    /// Keeps the promise, because the VM is on record. Its BootVm finds the VMM waiting, unless too
-    /// many others wait as well.
-    pub(crate) fn redeem(mut self) {
+    /// Keeps the reservation, because the VM is on record. Its BootVm finds the VMM waiting, unless
+    /// too many others wait as well.
+    pub(crate) fn keep_for_boot(mut self) {
         let Some(uid) = self.uid.take() else { return };
-        // The pool may break a promise, that of this VM included. The VMM of a broken promise is
-        // ended and its folder stays, because the folder belongs to a VM on record.
-        let broken = self.shared.spares.pool().promise(&self.backend.capabilities().name, uid);
+        // The pool may break a reservation, that of this VM included. The VMM of a broken
+        // reservation is ended and its folder stays, because the folder belongs to a VM on record.
+        let broken = self.shared.spares.pool().reserve(&self.backend.capabilities().name, uid);
         if let Some(uid) = broken {
             let backend = Arc::clone(&self.backend);
             spawn(&self.shared, async move { dismiss(&*backend, uid).await });
         }
     }
 
-    /// Ends the VMM of a promise whose VM may be on record. The uid is not used again, because
+    /// Ends the VMM of a reservation whose VM may be on record. The uid is not used again, because
     /// nobody knows whether a VM has it.
     pub(crate) async fn discard(mut self) {
         if let Some(uid) = self.uid.take() {
@@ -120,7 +120,7 @@ impl Promise {
     }
 }
 
-impl Drop for Promise {
+impl Drop for SpareReservation {
     fn drop(&mut self) {
         let Some(uid) = self.uid.take() else { return };
         // The creation has failed for certain, so that the VMM is free again. A pool that was
@@ -143,7 +143,7 @@ pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
     }
     let (shared_with, backend) = (Arc::clone(shared), Arc::clone(backend));
     spawn(shared, async move {
-        tokio::time::sleep(AFTER_AN_ANSWER).await;
+        tokio::time::sleep(REFILL_DELAY).await;
         fill(&shared_with, &*backend).await;
     });
 }
@@ -171,10 +171,10 @@ async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
     loop {
         let uid = VmUid::new(Uuid::now_v7());
         if let Err(failed) = start(shared, backend, uid).await {
-            if let NotStarted::Problem(problem) = &failed {
+            if let NoSpareReason::Problem(problem) = &failed {
                 tracing::warn!(backend = %name, error = problem, "no spare VMM could be started; the next VM starts its own");
             }
-            shared.spares.pool().end_filling(name, matches!(failed, NotStarted::Unsupported));
+            shared.spares.pool().end_filling(name, matches!(failed, NoSpareReason::Unsupported));
             return;
         }
         let added = shared.spares.pool().add(name, uid);
@@ -187,7 +187,7 @@ async fn fill(shared: &Arc<Shared>, backend: &dyn Backend) {
 }
 
 /// The reason why there is no spare VMM.
-enum NotStarted {
+enum NoSpareReason {
     /// The backend cannot start spare VMMs.
     Unsupported,
     /// The start failed, and another attempt may succeed. The text is for people.
@@ -195,8 +195,8 @@ enum NotStarted {
 }
 
 /// Starts one VMM in the run folder of `uid`. If that fails, nothing is left.
-async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> Result<(), NotStarted> {
-    let Some(spares) = backend.spares() else { return Err(NotStarted::Unsupported) };
+async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> Result<(), NoSpareReason> {
+    let Some(spares) = backend.spares() else { return Err(NoSpareReason::Unsupported) };
     let name = &backend.capabilities().name;
     let mark = SpareMark { instance: shared.instance, backend: name.clone() };
     let runtime_dir = shared.settings.runtime_dir.clone();
@@ -210,10 +210,12 @@ async fn start(shared: &Arc<Shared>, backend: &dyn Backend, uid: VmUid) -> Resul
                 tracing::debug!(backend = %name, %uid, "a spare VMM waits for a VM");
                 return Ok(());
             }
-            Err(error) if matches!(error.kind, BackendErrorKind::Unsupported(_)) => NotStarted::Unsupported,
-            Err(error) => NotStarted::Problem(error.to_string()),
+            Err(error) if matches!(error.kind, BackendErrorKind::Unsupported(_)) => {
+                NoSpareReason::Unsupported
+            }
+            Err(error) => NoSpareReason::Problem(error.to_string()),
         },
-        Err(problem) => NotStarted::Problem(problem),
+        Err(problem) => NoSpareReason::Problem(problem),
     };
     discard(shared, backend, uid).await;
     Err(failed)
@@ -226,7 +228,7 @@ fn make_folder(runtime_dir: &Path, uid: VmUid, mark: &SpareMark) -> Result<(Path
     mark.put(&dir).map_err(|error| error.to_string())?;
     point(FaultPoint::SpareMarked);
     let console = dir.join(run_folders::KEPT_CONSOLE);
-    run_folders::touch(&console).map_err(|error| format!("{}: {error}", console.display()))?;
+    run_folders::create_private_file(&console).map_err(|error| format!("{}: {error}", console.display()))?;
     Ok((dir, console))
 }
 
@@ -251,7 +253,7 @@ async fn remove(dir: PathBuf) {
 }
 
 /// Ends the spare VMMs that a dead daemon has left. A VMM whose folder has this installation's mark
-/// has received no data. If a VM on record had been promised the VMM, its folder stays.
+/// has received no data. If a VM on record had been reserved the VMM, its folder stays.
 pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
     let (runtime_dir, instance) = (shared.settings.runtime_dir.clone(), shared.instance);
     let left = tokio::task::spawn_blocking(move || {
@@ -275,7 +277,7 @@ pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
             continue;
         };
         let sweeping = backend.sweep(SweepRequest::of_folder(uid, &dir));
-        match tokio::time::timeout(CLEARING, sweeping).await {
+        match tokio::time::timeout(CLEAR_TIMEOUT, sweeping).await {
             Ok(Ok(())) if on_record.contains(&uid) => unmark(dir, mark).await,
             Ok(Ok(())) => remove(dir).await,
             Ok(Err(error)) => {
@@ -300,7 +302,8 @@ fn left_behind(
     instance: InstanceId,
     on_record: &HashSet<VmUid>,
 ) -> io::Result<Vec<(VmUid, PathBuf, SpareMark)>> {
-    let ours_alone = matches!(ledger::served(runtime_dir), Ok(Served::One(owner)) if owner == instance);
+    let ours_alone =
+        matches!(survey::users_of(runtime_dir), Ok(RuntimeDirUsers::One(owner)) if owner == instance);
     let mut left = Vec::new();
     for (uid, dir) in run_dir::list(runtime_dir)? {
         match SpareMark::read(&dir) {

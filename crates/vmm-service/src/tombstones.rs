@@ -14,24 +14,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::Instrument as _;
-use vmm_core::backend::{AdoptRequest, Adoption, Backend, Launched};
+use vmm_core::backend::{AdoptRequest, Adoption, Backend, LaunchedVmm};
 use vmm_core::kind::VmKind;
 use vmm_core::spec::VmSpec;
-use vmm_core::store::{Change, Commit, Tombstone, VmRecord};
+use vmm_core::store::{Commit, RecordChange, Tombstone, VmRecord};
 use vmm_host::process::{Lookup, adopt, can_search, search_by_argument};
 
 use crate::shared::Shared;
 
 /// The wait before the first look at a process that was left.
-const FIRST_LOOK: Duration = Duration::from_secs(1);
+const FIRST_CHECK_DELAY: Duration = Duration::from_secs(1);
 /// The longest wait between two looks.
-const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// The time that one look, or one further kill, may take.
-const LOOK_LIMIT: Duration = Duration::from_secs(5);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Holds the claims that the process of a deleted VM may use until that process has provably gone.
 /// The tombstone is on record.
-pub(crate) fn keep(shared: &Arc<Shared>, tombstone: Tombstone) {
+pub(crate) fn hold_claims(shared: &Arc<Shared>, tombstone: Tombstone) {
     let process = tombstone.vm.run.as_ref().map(|run| run.process.pid);
     let holder = match process {
         Some(pid) => format!("process {pid}, left by the deleted VM \"{}\"", tombstone.vm.vm_id),
@@ -43,12 +43,12 @@ pub(crate) fn keep(shared: &Arc<Shared>, tombstone: Tombstone) {
     // The reference is weak, so that this task does not keep a service alive that has ended.
     let shared = Arc::downgrade(shared);
     let watching = async move {
-        let mut wait = FIRST_LOOK;
+        let mut wait = FIRST_CHECK_DELAY;
         loop {
             tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(LOOK_INTERVAL);
+            wait = (wait * 2).min(CHECK_INTERVAL);
             let Some(shared) = shared.upgrade() else { return };
-            if is_gone(&shared, &tombstone.vm).await && take_away(&shared, &tombstone).await {
+            if is_gone(&shared, &tombstone.vm).await && remove(&shared, &tombstone).await {
                 return;
             }
         }
@@ -58,9 +58,9 @@ pub(crate) fn keep(shared: &Arc<Shared>, tombstone: Tombstone) {
 
 /// Removes a tombstone from the record, and releases its claims. Returns true if that could be
 /// recorded.
-async fn take_away(shared: &Shared, tombstone: &Tombstone) -> bool {
+async fn remove(shared: &Shared, tombstone: &Tombstone) -> bool {
     let uid = tombstone.vm.uid;
-    let unbury = Commit { change: Change::Unbury(uid), event: None };
+    let unbury = Commit { change: RecordChange::Unbury(uid), event: None };
     match shared.events.commit(unbury).await {
         Ok(committed) => {
             drop(committed);
@@ -125,11 +125,11 @@ async fn adopted(shared: &Shared, backend: &dyn Backend, vm: &VmRecord) -> Optio
         imported: vm.imported,
         changed_ms: vm.modified_ms,
     };
-    tokio::time::timeout(LOOK_LIMIT, backend.adopt(request)).await.ok()?.ok()
+    tokio::time::timeout(CHECK_TIMEOUT, backend.adopt(request)).await.ok()?.ok()
 }
 
-async fn kill(launched: Launched) {
-    let _ = tokio::time::timeout(LOOK_LIMIT, launched.vmm.kill()).await;
+async fn kill(launched: LaunchedVmm) {
+    let _ = tokio::time::timeout(CHECK_TIMEOUT, launched.vmm.kill()).await;
 }
 
 async fn nobody_uses_the_folder(shared: &Shared, vm: &VmRecord) -> bool {

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use vmm_core::backend::Backend;
 use vmm_core::config::{BootConfig, VmConfig};
 use vmm_core::id::VmUid;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{MacAddr, Nic, VmSpec, too_many};
-use vmm_core::store::Requested;
+use vmm_core::store::VmRequest;
 
-use crate::check::{self, Purpose, Terms};
+use crate::check::{self, FileCheckPurpose, FileCheckTerms};
 use crate::error::ServiceError;
 use crate::places;
 use crate::service::DefaultBoot;
@@ -28,11 +28,11 @@ use crate::shared::Shared;
 const SMALL_MEMORY: u64 = 16 << 20;
 
 /// The findings of all checks.
-pub(crate) struct Checked {
+pub(crate) struct CheckedRequest {
     /// The configuration in force.
     pub(crate) config: VmConfig,
     /// The violations and warnings.
-    pub(crate) report: Report,
+    pub(crate) report: CheckReport,
     /// The backend, if both it and the configuration are valid.
     pub(crate) accepted: Option<Arc<dyn Backend>>,
 }
@@ -48,13 +48,13 @@ pub(crate) struct Checked {
 pub(crate) async fn check_config(
     shared: &Shared,
     uid: VmUid,
-    requested: &Requested,
-) -> Result<Checked, ServiceError> {
+    requested: &VmRequest,
+) -> Result<CheckedRequest, ServiceError> {
     if let Some(report) = too_many(&requested.config) {
-        return Ok(Checked { config: VmConfig::default(), report, accepted: None });
+        return Ok(CheckedRequest { config: VmConfig::default(), report, accepted: None });
     }
     let config = resolve(&requested.config, uid, &shared.settings.default_boot);
-    let mut report = Report::default();
+    let mut report = CheckReport::default();
     let backend =
         shared.backends.get(&requested.backend).map_err(|problem| report.reject("backend", problem)).ok();
     let (spec, files) = VmSpec::parse_with_files(&config);
@@ -67,8 +67,9 @@ pub(crate) async fn check_config(
     }
     // The files are looked at even if the configuration is refused already, so that the client gets
     // every problem at once.
-    let terms = Terms::of(Purpose::Create, backend.as_ref().map(|backend| backend.capabilities()));
-    match check::look(files, terms).await {
+    let terms =
+        FileCheckTerms::of(FileCheckPurpose::Create, backend.as_ref().map(|backend| backend.capabilities()));
+    match check::check_files(files, terms).await {
         Ok(mut facts) => {
             name_default_boot(&mut facts.report, &requested.config, &config);
             report.merge(facts.report);
@@ -81,12 +82,12 @@ pub(crate) async fn check_config(
         // The client has to correct the request first.
         Err(_) => {}
     }
-    Ok(Checked { config, report, accepted: spec.and(backend) })
+    Ok(CheckedRequest { config, report, accepted: spec.and(backend) })
 }
 
 /// Names the settings in the violations of files that the host named instead of the client.
 /// `config` is the configuration that `sent` was resolved to.
-fn name_default_boot(report: &mut Report, sent: &VmConfig, config: &VmConfig) {
+fn name_default_boot(report: &mut CheckReport, sent: &VmConfig, config: &VmConfig) {
     // The default kernel and the default initial RAM disk are used together.
     let kernel = |config: &VmConfig| config.boot.as_ref().map(|boot| boot.kernel_path.clone());
     if kernel(sent).unwrap_or_default() == kernel(config).unwrap_or_default() {
@@ -110,12 +111,12 @@ pub(crate) fn check_spec(
     backend: Option<&dyn Backend>,
     spec: &VmSpec,
     uid: VmUid,
-) -> Report {
-    let mut report = Report::default();
+) -> CheckReport {
+    let mut report = CheckReport::default();
     if let Some(backend) = backend {
         report.merge(backend.check(spec));
         backend.advise_on_host(spec, &mut report);
-        advise_on_capacity(&mut report, spec, Capacity::of_this_host());
+        advise_on_capacity(&mut report, spec, HostCapacity::of_this_host());
         let name = &backend.capabilities().name;
         if let Some(Err(reason)) = shared.backends.status(name).map(|status| status.health.version) {
             report.advise("backend", format!("{name} cannot serve now, and BootVm will fail: {reason}"));
@@ -127,7 +128,7 @@ pub(crate) fn check_spec(
 
 /// Warns about network interfaces that may not work as the client expects: their TAP does not exist
 /// and so is in no bridge, or another VM has their address.
-fn advise_on_network(shared: &Shared, report: &mut Report, spec: &VmSpec, uid: VmUid) {
+fn advise_on_network(shared: &Shared, report: &mut CheckReport, spec: &VmSpec, uid: VmUid) {
     for (index, nic) in spec.nics.iter().enumerate() {
         let Nic { id: _, mac, tap, limits: _ } = nic;
         if let Some(tap) = tap.as_deref().filter(|tap| !uid.made_tap_name(tap) && !shared.taps.exists(tap)) {
@@ -150,12 +151,12 @@ fn advise_on_network(shared: &Shared, report: &mut Report, spec: &VmSpec, uid: V
 
 /// The memory and the CPUs of the host.
 #[derive(Clone, Copy)]
-struct Capacity {
+struct HostCapacity {
     memory: u64,
     cpus: usize,
 }
 
-impl Capacity {
+impl HostCapacity {
     fn of_this_host() -> Self {
         let memory = vmm_host::memory::total();
         // If the number is not known, there is no warning.
@@ -165,7 +166,7 @@ impl Capacity {
 }
 
 /// Warns about a size that is legal but that this host, or any guest, can hardly serve.
-fn advise_on_capacity(report: &mut Report, spec: &VmSpec, host: Capacity) {
+fn advise_on_capacity(report: &mut CheckReport, spec: &VmSpec, host: HostCapacity) {
     let size = spec.memory.size_bytes;
     if size > host.memory {
         report.advise(
@@ -284,7 +285,7 @@ mod tests {
     #[test]
     fn sizes_that_this_host_can_hardly_serve_are_warnings() {
         use vmm_core::config::{CpuConfig, MemoryConfig};
-        let host = Capacity { memory: 4 << 30, cpus: 2 };
+        let host = HostCapacity { memory: 4 << 30, cpus: 2 };
         let warned = |vcpus, bytes| {
             let boot = BootConfig { kernel_path: "/k".to_owned(), ..BootConfig::default() };
             let config = VmConfig {
@@ -293,7 +294,7 @@ mod tests {
                 boot: Some(boot),
                 ..VmConfig::default()
             };
-            let mut report = Report::default();
+            let mut report = CheckReport::default();
             advise_on_capacity(&mut report, &VmSpec::parse(&config).unwrap(), host);
             assert!(report.is_ok());
             report.warnings.into_iter().map(|warning| warning.field).collect::<Vec<_>>()
@@ -303,7 +304,7 @@ mod tests {
         assert_eq!(warned(2, 16 << 20), [""; 0]);
         assert_eq!(warned(1, 1 << 20), [memory]);
         assert_eq!(warned(200, 1 << 40), [memory, cpu]);
-        assert!(Capacity::of_this_host().memory > 0 && Capacity::of_this_host().cpus > 0);
+        assert!(HostCapacity::of_this_host().memory > 0 && HostCapacity::of_this_host().cpus > 0);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::index::{Index, Wait};
+use crate::index::{Index, WaitAnswer};
 
 /// Waits until the VM that bears `vm_id` now is in one of `states`, at most for `deadline`. A later
 /// VM of the same name is another VM.
@@ -25,8 +25,8 @@ pub(crate) async fn wait(
     let wanted = VmState::ALL.map(|state| states.contains(&state));
     let wait = vm_id.parse().ok().and_then(|id| index.wait(&id, wanted)).ok_or_else(unknown)?;
     let (uid, mut waiter) = match wait {
-        Wait::Over(record) => return Ok(record),
-        Wait::Begun(uid, waiter) => (uid, waiter),
+        WaitAnswer::Over(record) => return Ok(record),
+        WaitAnswer::Begun(uid, waiter) => (uid, waiter),
     };
     match tokio::time::timeout(deadline, waiter.wait_for(Option::is_some)).await {
         Ok(Ok(told)) => return told.clone().ok_or_else(unknown),

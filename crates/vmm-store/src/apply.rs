@@ -11,14 +11,14 @@ use crate::labels;
 
 /// The reason why a commit was not applied.
 #[derive(Debug)]
-pub(crate) enum Failure {
+pub(crate) enum ApplyError {
     /// The commit is not legal. Its neighbours in the group are not concerned.
     Refused(StoreError),
     /// The database failed, so the whole transaction has.
     Sqlite(rusqlite::Error),
 }
 
-impl From<rusqlite::Error> for Failure {
+impl From<rusqlite::Error> for ApplyError {
     fn from(error: rusqlite::Error) -> Self {
         Self::Sqlite(error)
     }
@@ -26,7 +26,7 @@ impl From<rusqlite::Error> for Failure {
 
 /// Applies `commit` and returns the place of its event. On an error the commit may be half applied,
 /// and the caller undoes it by its savepoint.
-pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<EventSeq>, Failure> {
+pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<EventSeq>, ApplyError> {
     match &commit.change {
         EncodedChange::Insert(record) => insert(conn, record)?,
         EncodedChange::Update(record) => update(conn, record)?,
@@ -60,7 +60,7 @@ pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<
     }
     // The row that ends the labels comes after the last event, because that event still bears them.
     if let EncodedChange::Remove { uid } | EncodedChange::Bury { uid, .. } = &commit.change {
-        labels::end(conn, uid)?;
+        labels::record_end(conn, uid)?;
     }
     Ok(seq)
 }
@@ -79,7 +79,7 @@ fn remove(conn: &Connection, uid: &str) -> rusqlite::Result<bool> {
     Ok(conn.prepare_cached("DELETE FROM vms WHERE uid = ?1")?.execute([uid])? > 0)
 }
 
-fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
+fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), ApplyError> {
     // The index `vms_name` would refuse the name too. The question comes first because the error
     // names the VM that has the name.
     if let Some(holder) = uid_of_name(conn, &record.vm_id)? {
@@ -98,7 +98,7 @@ fn insert(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
     Ok(())
 }
 
-fn update(conn: &Connection, record: &EncodedRecord) -> Result<(), Failure> {
+fn update(conn: &Connection, record: &EncodedRecord) -> Result<(), ApplyError> {
     // The stored generation must be one less. Any other number means that this record was made from
     // an outdated copy, and writing it would lose the change in between.
     let previous = record.generation.saturating_sub(1);
@@ -149,20 +149,20 @@ fn generation_of(conn: &Connection, uid: &str) -> rusqlite::Result<Option<i64>> 
         .optional()
 }
 
-fn name_taken(vm_id: &str, holder: &str) -> Failure {
+fn name_taken(vm_id: &str, holder: &str) -> ApplyError {
     let message = format!(
         "the name {vm_id} is taken by the VM with uid {holder}. Delete that VM or choose another name"
     );
-    Failure::Refused(store_error(StoreErrorKind::NameTaken, Effect::NotApplied, message))
+    ApplyError::Refused(store_error(StoreErrorKind::NameTaken, Effect::NotApplied, message))
 }
 
-fn conflict(message: String) -> Failure {
-    Failure::Refused(store_error(StoreErrorKind::Conflict, Effect::NotApplied, message))
+fn conflict(message: String) -> ApplyError {
+    ApplyError::Refused(store_error(StoreErrorKind::Conflict, Effect::NotApplied, message))
 }
 
 /// A fact in the database that distinguishes an applied commit from one that was rolled back.
 #[derive(Debug)]
-pub(crate) enum Proof {
+pub(crate) enum CommitProof {
     /// The event at this place is in the log.
     Event(EventSeq),
     /// The VM is recorded with this generation.
@@ -171,7 +171,7 @@ pub(crate) enum Proof {
     Gone(String),
 }
 
-impl Proof {
+impl CommitProof {
     /// Returns the proof of `commit`, whose event got the place `seq`.
     pub(crate) fn of(commit: &EncodedCommit, seq: Option<EventSeq>) -> Self {
         match (&commit.change, seq) {

@@ -28,8 +28,8 @@ use vmm_core::store::{Snapshot, StoreError, StoreErrorKind, Unreadable, VmRecord
 
 use crate::codec::encode_record;
 use crate::error::{CausedBy, REMEDY, corrupt, from_sqlite, store_error};
-use crate::foreign::Foreign;
-use crate::open::{self, DATABASE_FILE, Depth, connect, connect_to_read, io_error, with_suffix};
+use crate::foreign::ForeignFields;
+use crate::open::{self, CheckDepth, DATABASE_FILE, connect, connect_to_read, io_error, with_suffix};
 use crate::reader;
 use crate::schema::{self, MIGRATIONS};
 
@@ -39,7 +39,7 @@ const UNKNOWN_EVENTS: u64 = 1 << 32;
 
 /// The content of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Copied {
+pub struct CopySummary {
     /// The identity of the state directory that the copy belongs to.
     pub instance: InstanceId,
     /// The number of recorded VMs.
@@ -50,9 +50,9 @@ pub struct Copied {
 
 /// The result of a restore.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Restored {
+pub struct RestoreSummary {
     /// The content of the database that is in use now.
-    pub copied: Copied,
+    pub copied: CopySummary,
     /// The path of the replaced database, if there was one.
     pub replaced: Option<PathBuf>,
 }
@@ -60,7 +60,7 @@ pub struct Restored {
 /// A function that sees each VM of a backup before the restore and may correct its record by the
 /// state of the host. It returns true if it changed the record. An error is a message for people
 /// and stops the restore.
-pub type Amend<'a> = dyn FnMut(&mut VmRecord) -> Result<bool, String> + 'a;
+pub type AmendRecord<'a> = dyn FnMut(&mut VmRecord) -> Result<bool, String> + 'a;
 
 /// Reads the database in `state_dir` without changing it, also beside a daemon that uses it.
 /// Returns `None` if there is no database. If no daemon uses the database, SQLite leaves an empty
@@ -76,7 +76,7 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
         return Ok(None);
     }
     let mut conn = connect_to_read(&path).map_err(|error| open::unusable(&path, error))?;
-    open::check(&conn, &path, MIGRATIONS, Depth::Whole)?;
+    open::check(&conn, &path, MIGRATIONS, CheckDepth::Whole)?;
     let newest = MIGRATIONS.last().map_or(0, |step| step.to);
     if schema::version(&conn, &path)? < newest {
         return Err(store_error(
@@ -89,7 +89,7 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
         ));
     }
     let instance = open::instance(&conn, &path)?;
-    reader::load(&mut conn, &path, instance, &Foreign::default()).map(Some)
+    reader::load(&mut conn, &path, instance, &ForeignFields::default()).map(Some)
 }
 
 /// Copies the database in `state_dir`, as it is at one moment, to the new file `target`. Only the
@@ -100,7 +100,7 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
 /// [`StoreErrorKind::Conflict`] if `target` exists, [`StoreErrorKind::Corrupt`] if the database is
 /// damaged, [`StoreErrorKind::Io`] if there is no database, and the errors of the disk. After an
 /// error there is no `target`.
-pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
+pub fn backup(state_dir: &Path, target: &Path) -> Result<CopySummary, StoreError> {
     let path = state_dir.join(DATABASE_FILE);
     if target.symlink_metadata().is_ok() {
         return Err(taken(target));
@@ -113,12 +113,12 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         Some(_) | None => Path::new("."),
     };
-    let draft = draft_in(folder)?;
+    let draft = unnamed_file_in(folder)?;
     copy(&path, &draft)?;
     let conn = connect(&draft).map_err(|error| open::unusable(&draft, error))?;
     // The copy is checked rather than the source, because the copy is the file that must be sound.
     let (instance, vms) = verify(&conn, &path)?;
-    seal(conn, &draft)?;
+    close_copy(conn, &draft)?;
     let bytes = size(&draft)?;
     // The earlier check of `target` only saves work. This call alone guarantees that no file is
     // replaced.
@@ -127,8 +127,8 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
         Err(refused) if refused.error.kind() == ErrorKind::AlreadyExists => return Err(taken(target)),
         Err(refused) => return Err(io_error("naming", target, refused.error)),
     }
-    force(folder)?;
-    Ok(Copied { instance, vms, bytes })
+    sync(folder)?;
+    Ok(CopySummary { instance, vms, bytes })
 }
 
 /// Replaces the database in `state_dir`, which exists, by the backup `file`. No daemon may use the directory. The
@@ -140,19 +140,23 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<Copied, StoreError> {
 /// [`StoreErrorKind::Newer`] if the backup is damaged, another program's or from a newer program,
 /// [`StoreErrorKind::Conflict`] if the backup belongs to another state directory or `amend` refuses
 /// it. After an error the database is unchanged.
-pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<Restored, StoreError> {
+pub fn restore(
+    file: &Path,
+    state_dir: &Path,
+    amend: &mut AmendRecord<'_>,
+) -> Result<RestoreSummary, StoreError> {
     let _lock = open::lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     refuse_itself(file, &path)?;
-    let present = Present::of(&path);
+    let present = ReplacedDatabase::of(&path);
 
-    let draft = draft_in(state_dir)?;
+    let draft = unnamed_file_in(state_dir)?;
     copy(file, &draft).map_err(|error| unfit(file, error))?;
     let mut conn = connect(&draft).map_err(|error| open::unusable(&draft, error))?;
     let (instance, _) = verify(&conn, file).map_err(|error| unfit(file, error))?;
     // The identity is compared only if the present database can be read. A damaged database has
     // none to compare, and replacing a damaged database is the purpose of a backup.
-    if let Present::Readable(there) = &present
+    if let ReplacedDatabase::Readable(there) = &present
         && there.instance != instance
     {
         return Err(of_another(file, state_dir));
@@ -161,33 +165,33 @@ pub fn restore(file: &Path, state_dir: &Path, amend: &mut Amend<'_>) -> Result<R
     // that is still to be renamed, and the log would not follow it.
     without_log(&conn, &draft)?;
     schema::migrate(&mut conn, &draft, MIGRATIONS)?;
-    let foreign = Foreign::default();
+    let foreign = ForeignFields::default();
     let snapshot = reader::load(&mut conn, file, instance, &foreign).map_err(|error| unfit(file, error))?;
     refuse_unreadable(&snapshot, file)?;
     let vms = snapshot.vms.len();
     skip_places(&conn, &draft, &snapshot, &present)?;
-    correct(&conn, file, &draft, snapshot, &foreign, amend)?;
-    let date = date(&conn, &draft)?;
-    seal(conn, &draft)?;
+    amend_records(&conn, file, &draft, snapshot, &foreign, amend)?;
+    let date = timestamp(&conn, &draft)?;
+    close_copy(conn, &draft)?;
     let bytes = size(&draft)?;
 
     // No later step can refuse the backup. The old database gets its second name
     // before the new one replaces the first name, so at every moment a database has that name.
     let replaced = present.set_aside(&path, &date)?;
     draft.persist(&path).map_err(|refused| io_error("naming", &path, refused.error))?;
-    force(state_dir)?;
-    Ok(Restored { copied: Copied { instance, vms, bytes }, replaced })
+    sync(state_dir)?;
+    Ok(RestoreSummary { copied: CopySummary { instance, vms, bytes }, replaced })
 }
 
 /// The database that a restore replaces.
-enum Present {
+enum ReplacedDatabase {
     None,
     Readable(Box<Snapshot>),
     /// The database is damaged or from a newer program. It is kept byte for byte.
     Unreadable,
 }
 
-impl Present {
+impl ReplacedDatabase {
     fn of(path: &Path) -> Self {
         let there = path.symlink_metadata().is_ok() || with_suffix(path, "-wal").symlink_metadata().is_ok();
         if !there {
@@ -253,7 +257,7 @@ fn is_there(path: &Path) -> Result<bool, StoreError> {
 
 /// Makes an empty file in `folder` that only its owner may read. The file is deleted when it is
 /// dropped without a name.
-fn draft_in(folder: &Path) -> Result<TempPath, StoreError> {
+fn unnamed_file_in(folder: &Path) -> Result<TempPath, StoreError> {
     let draft = tempfile::Builder::new().prefix(".vmm-controlplane-copy-").tempfile_in(folder);
     // The handle is closed before SQLite opens the file, because closing it later would release
     // SQLite's locks on the file.
@@ -285,7 +289,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), StoreError> {
 /// Checks every page of a copy. Returns the identity of its state directory and the number of its
 /// VMs. Errors name the file `shown`.
 fn verify(conn: &Connection, shown: &Path) -> Result<(InstanceId, usize), StoreError> {
-    open::check(conn, shown, MIGRATIONS, Depth::Whole)?;
+    open::check(conn, shown, MIGRATIONS, CheckDepth::Whole)?;
     let failed = |error| from_sqlite(shown, "reading", Effect::NotApplied, error);
     let finding: String =
         conn.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(failed)?;
@@ -307,10 +311,17 @@ fn refuse_unreadable(snapshot: &Snapshot, file: &Path) -> Result<(), StoreError>
 
 /// Moves the end of the event log past every place that was given since the backup, because a token
 /// of the event log stands for one event for ever.
-fn skip_places(conn: &Connection, path: &Path, copy: &Snapshot, present: &Present) -> Result<(), StoreError> {
+fn skip_places(
+    conn: &Connection,
+    path: &Path,
+    copy: &Snapshot,
+    present: &ReplacedDatabase,
+) -> Result<(), StoreError> {
     let next = match present {
-        Present::Readable(there) => there.last_event.0.max(copy.last_event.0),
-        Present::None | Present::Unreadable => copy.last_event.0.saturating_add(UNKNOWN_EVENTS),
+        ReplacedDatabase::Readable(there) => there.last_event.0.max(copy.last_event.0),
+        ReplacedDatabase::None | ReplacedDatabase::Unreadable => {
+            copy.last_event.0.saturating_add(UNKNOWN_EVENTS)
+        }
     };
     let next = i64::try_from(next).unwrap_or(i64::MAX);
     let failed = |error| from_sqlite(path, "writing", Effect::NotApplied, error);
@@ -320,13 +331,13 @@ fn skip_places(conn: &Connection, path: &Path, copy: &Snapshot, present: &Presen
 }
 
 /// Passes every VM to `amend` and writes the records that it changed.
-fn correct(
+fn amend_records(
     conn: &Connection,
     shown: &Path,
     path: &Path,
     snapshot: Snapshot,
-    foreign: &Foreign,
-    amend: &mut Amend<'_>,
+    foreign: &ForeignFields,
+    amend: &mut AmendRecord<'_>,
 ) -> Result<(), StoreError> {
     // All refusals are collected, because a person wants to see every VM that is in the way at
     // once.
@@ -355,10 +366,10 @@ fn correct(
 }
 
 /// Closes the copy as one file without a log, and forces it to the disk.
-fn seal(conn: Connection, path: &Path) -> Result<(), StoreError> {
+fn close_copy(conn: Connection, path: &Path) -> Result<(), StoreError> {
     without_log(&conn, path)?;
     conn.close().map_err(|(_, error)| from_sqlite(path, "closing", Effect::NotApplied, error))?;
-    force(path)
+    sync(path)
 }
 
 /// Moves the log into the database and leaves write-ahead mode, which deletes the log.
@@ -369,7 +380,7 @@ fn without_log(conn: &Connection, path: &Path) -> Result<(), StoreError> {
 }
 
 /// Forces a file or a folder to the disk.
-fn force(path: &Path) -> Result<(), StoreError> {
+fn sync(path: &Path) -> Result<(), StoreError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(|error| io_error("writing", path, error))
 }
 
@@ -378,7 +389,7 @@ fn size(path: &Path) -> Result<u64, StoreError> {
 }
 
 /// Returns the present time in UTC, to the millisecond, in a form that suits the name of a file.
-fn date(conn: &Connection, path: &Path) -> Result<String, StoreError> {
+fn timestamp(conn: &Connection, path: &Path) -> Result<String, StoreError> {
     conn.query_row("SELECT strftime('%Y%m%dT%H%M%fZ', 'now')", [], |row| row.get(0))
         .map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))
 }

@@ -3,7 +3,7 @@
 //! A passive checkpoint and the writer do not wait for each other. A checkpoint runs when no commit
 //! has come for a while, or when the log has grown past [`PRESSURE_PAGES`]. Under a load without
 //! pauses the checkpoints may never catch up with the writer. Past [`LIMIT_PAGES`] the writer
-//! therefore moves the log itself ([`Log::must_stop_writing`]), which bounds the log.
+//! therefore moves the log itself ([`LogPressure::must_stop_writing`]), which bounds the log.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -25,27 +25,27 @@ const LIMIT_PAGES: u32 = 16_000;
 
 /// The writer's side: the length of the log, and the channel that wakes the checkpointer.
 #[derive(Clone, Debug)]
-pub(crate) struct Log {
+pub(crate) struct LogPressure {
     pages: Arc<AtomicU32>,
     wake: SyncSender<()>,
 }
 
 /// The checkpointer's side.
 #[derive(Debug)]
-pub(crate) struct Quiet {
+pub(crate) struct Checkpointer {
     pages: Arc<AtomicU32>,
     wake: Receiver<()>,
 }
 
 /// Returns the writer's side and the checkpointer's side.
-pub(crate) fn channel() -> (Log, Quiet) {
+pub(crate) fn channel() -> (LogPressure, Checkpointer) {
     let pages = Arc::new(AtomicU32::new(0));
     // One place is enough, because the message is the same each time.
     let (waker, wake) = sync_channel(1);
-    (Log { pages: Arc::clone(&pages), wake: waker }, Quiet { pages, wake })
+    (LogPressure { pages: Arc::clone(&pages), wake: waker }, Checkpointer { pages, wake })
 }
 
-impl Log {
+impl LogPressure {
     /// Notes that the log has `pages` after a commit, and wakes the checkpointer.
     pub(crate) fn committed(&self, pages: i32) {
         self.pages.store(pages.unsigned_abs(), Ordering::Relaxed);
@@ -61,7 +61,7 @@ impl Log {
 }
 
 /// Runs checkpoints until the writer has ended, and makes the reserve again if it was used.
-pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
+pub(crate) fn run(conn: &Connection, quiet: &Checkpointer, reserve: &Reserve) {
     loop {
         match quiet.wake.recv_timeout(RESERVE_INTERVAL) {
             Ok(()) => {}
@@ -79,13 +79,13 @@ pub(crate) fn run(conn: &Connection, quiet: &Quiet, reserve: &Reserve) {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }
-        passive(conn);
+        move_available_log(conn);
         reserve.keep();
     }
 }
 
 /// Moves the whole log into the database. Returns true if that was done.
-pub(crate) fn empty(conn: &Connection) -> bool {
+pub(crate) fn move_whole_log(conn: &Connection) -> bool {
     match conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0)) {
         Ok(busy) => busy == 0,
         Err(error) => {
@@ -96,7 +96,7 @@ pub(crate) fn empty(conn: &Connection) -> bool {
 }
 
 /// Moves as much of the log as is possible without waiting for a reader or the writer.
-pub(crate) fn passive(conn: &Connection) {
+pub(crate) fn move_available_log(conn: &Connection) {
     if let Err(error) = conn.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| row.get::<_, i64>(0)) {
         // Nothing is lost: the log still holds the pages, and the next checkpoint tries again.
         tracing::warn!(%error, "the write-ahead log could not be moved into the database; check the disk of the state directory");

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, NewEvent, VmEvent};
-use vmm_core::store::{Change, Commit, StoreError, StoreErrorKind, Tombstone, Unreadable, VmRecord};
+use vmm_core::store::{Commit, RecordChange, StoreError, StoreErrorKind, Tombstone, Unreadable, VmRecord};
 
 use crate::error::{CausedBy, corrupt, store_error};
-use crate::foreign::Foreign;
+use crate::foreign::ForeignFields;
 use crate::labels::EncodedLabels;
 use crate::salvage;
 
@@ -28,7 +28,7 @@ pub(crate) struct EncodedCommit {
     pub(crate) labels: Option<EncodedLabels>,
 }
 
-/// A [`Change`] as a row.
+/// A [`RecordChange`] as a row.
 #[derive(Debug)]
 pub(crate) enum EncodedChange {
     Insert(EncodedRecord),
@@ -70,20 +70,20 @@ pub(crate) struct EncodedEvent {
 ///
 /// [`StoreErrorKind::Io`] if the commit holds a value that JSON cannot hold, which is a path that
 /// is not UTF-8.
-pub(crate) fn encode(commit: Commit, foreign: &Foreign) -> Result<EncodedCommit, StoreError> {
+pub(crate) fn encode(commit: Commit, foreign: &ForeignFields) -> Result<EncodedCommit, StoreError> {
     let change = match commit.change {
-        Change::Insert(record) => EncodedChange::Insert(encode_record(&record)?),
-        Change::Update(record) => {
+        RecordChange::Insert(record) => EncodedChange::Insert(encode_record(&record)?),
+        RecordChange::Update(record) => {
             let mut encoded = encode_record(&record)?;
             foreign.put_back(&record, &mut encoded);
             EncodedChange::Update(encoded)
         }
-        Change::Remove(uid) => EncodedChange::Remove { uid: uid.to_string() },
-        Change::Bury(tombstone) => EncodedChange::Bury {
+        RecordChange::Remove(uid) => EncodedChange::Remove { uid: uid.to_string() },
+        RecordChange::Bury(tombstone) => EncodedChange::Bury {
             uid: tombstone.vm.uid.to_string(),
             tombstone: encode_tombstone(&tombstone)?,
         },
-        Change::Unbury(uid) => EncodedChange::Unbury { uid: uid.to_string() },
+        RecordChange::Unbury(uid) => EncodedChange::Unbury { uid: uid.to_string() },
     };
     let (event, labels) = commit.event.map(encode_event).transpose()?.unzip();
     Ok(EncodedCommit { change, event, labels })
@@ -157,14 +157,14 @@ fn encode_event(mut event: NewEvent) -> Result<(EncodedEvent, EncodedLabels), St
 }
 
 /// A row of `vms` as this program understands it: the whole record, or its readable part.
-pub(crate) type Decoded = Result<VmRecord, Unreadable>;
+pub(crate) type DecodedRecord = Result<VmRecord, Unreadable>;
 
 /// Converts a row of `vms` to a record, or to the readable part of one.
 ///
 /// # Errors
 ///
 /// [`StoreErrorKind::Corrupt`] if the key of the row is not legal.
-pub(crate) fn decode_record(path: &Path, row: &EncodedRecord) -> Result<Decoded, StoreError> {
+pub(crate) fn decode_record(path: &Path, row: &EncodedRecord) -> Result<DecodedRecord, StoreError> {
     let why = match read_record(row) {
         Ok(record) => return Ok(Ok(record)),
         Err(why) => why,

@@ -19,13 +19,13 @@ use crate::codec::{EncodedRecord, FORMAT};
 
 /// The rows with foreign fields. A row that this program understands in full takes no room here.
 #[derive(Debug, Default)]
-pub(crate) struct Foreign {
-    rows: Mutex<HashMap<VmUid, Row>>,
+pub(crate) struct ForeignFields {
+    rows: Mutex<HashMap<VmUid, ForeignRow>>,
 }
 
 /// A row as it was read.
 #[derive(Debug)]
-struct Row {
+struct ForeignRow {
     stored: Map<String, Value>,
     /// The record as this program has read it, in the form in which this program writes it.
     understood: Map<String, Value>,
@@ -34,7 +34,7 @@ struct Row {
     format: i64,
 }
 
-impl Foreign {
+impl ForeignFields {
     /// Notes the foreign fields of a row that was read as `record`.
     pub(crate) fn note(&self, row: &EncodedRecord, record: &VmRecord, readable: bool) {
         let written = serde_json::to_string(record).unwrap_or_default();
@@ -45,7 +45,7 @@ impl Foreign {
         let stored: Map<String, Value> = serde_json::from_str(&row.json).unwrap_or_default();
         let understood: Map<String, Value> = serde_json::from_str(&written).unwrap_or_default();
         if !readable || has_more(&stored, &understood) {
-            self.lock().insert(record.uid, Row { stored, understood, readable, format: row.format });
+            self.lock().insert(record.uid, ForeignRow { stored, understood, readable, format: row.format });
         }
     }
 
@@ -80,12 +80,12 @@ impl Foreign {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<VmUid, Row>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmUid, ForeignRow>> {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn merge(row: &Row, new: Map<String, Value>) -> Map<String, Value> {
+fn merge(row: &ForeignRow, new: Map<String, Value>) -> Map<String, Value> {
     let mut merged = row.stored.clone();
     for (key, value) in new {
         // Only a field that this program changed replaces the stored one.

@@ -41,7 +41,7 @@ pub(crate) fn note(conn: &Connection, labels: &EncodedLabels, seq: EventSeq) -> 
 }
 
 /// Records that the VM is deleted, so later events do not need its labels.
-pub(crate) fn end(conn: &Connection, uid: &str) -> rusqlite::Result<()> {
+pub(crate) fn record_end(conn: &Connection, uid: &str) -> rusqlite::Result<()> {
     if last(conn, uid)?.is_none_or(|last| last == NONE) {
         return Ok(());
     }
@@ -49,7 +49,7 @@ pub(crate) fn end(conn: &Connection, uid: &str) -> rusqlite::Result<()> {
 }
 
 /// Fills in the labels of an event that does not hold them itself.
-pub(crate) fn give(conn: &Connection, event: &mut VmEvent) -> rusqlite::Result<()> {
+pub(crate) fn fill_in(conn: &Connection, event: &mut VmEvent) -> rusqlite::Result<()> {
     if event.event.metadata.is_empty() {
         event.event.metadata = at(conn, event.event.uid, event.seq)?;
     }

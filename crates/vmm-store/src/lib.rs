@@ -24,11 +24,11 @@
 mod apply;
 mod backup;
 mod checkpoint;
+mod clean_shutdown;
 mod codec;
 mod error;
 mod foreign;
 mod labels;
-mod mark;
 mod open;
 mod reader;
 mod reserve;
@@ -49,10 +49,10 @@ use vmm_core::id::InstanceId;
 use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind};
 
 use crate::error::{CausedBy, store_error};
-use crate::foreign::Foreign;
+use crate::foreign::ForeignFields;
 use crate::worker::Worker;
 
-pub use crate::backup::{Amend, Copied, Restored, backup, peek, restore};
+pub use crate::backup::{AmendRecord, CopySummary, RestoreSummary, backup, peek, restore};
 pub use crate::open::DATABASE_FILE;
 pub use crate::reader::MAX_EVENTS;
 
@@ -71,17 +71,17 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct SqliteStore {
     path: PathBuf,
     instance: InstanceId,
-    queues: Mutex<Option<Queues>>,
-    foreign: Arc<Foreign>,
+    queues: Mutex<Option<JobQueues>>,
+    foreign: Arc<ForeignFields>,
     workers: Arc<Mutex<Vec<Worker>>>,
 }
 
 /// The senders of both job queues. A thread ends when the last clone is dropped and every job that
 /// was sent has been done.
 #[derive(Clone, Debug)]
-struct Queues {
-    writer: mpsc::Sender<writer::Job>,
-    reader: mpsc::Sender<reader::Job>,
+struct JobQueues {
+    writer: mpsc::Sender<writer::WriteJob>,
+    reader: mpsc::Sender<reader::ReadJob>,
 }
 
 impl SqliteStore {
@@ -96,7 +96,7 @@ impl SqliteStore {
     /// cannot be reached or another process has it open, [`StoreErrorKind::Full`] if there is no
     /// room to make the database. An error means that nothing was changed.
     pub fn open(state_dir: &Path) -> Result<Self, StoreError> {
-        let open::Opened { path, instance, lock, writer, reader, checkpointer, reserve } =
+        let open::OpenDatabase { path, instance, lock, writer, reader, checkpointer, reserve } =
             open::open(state_dir, schema::MIGRATIONS)?;
         let failed = |error: std::io::Error| {
             store_error(
@@ -107,7 +107,7 @@ impl SqliteStore {
             .caused_by(error)
         };
 
-        let foreign = Arc::new(Foreign::default());
+        let foreign = Arc::new(ForeignFields::default());
         let (log, quiet) = checkpoint::channel();
         let (writer_queue, jobs) = mpsc::channel(QUEUED_COMMITS);
         let (reader_queue, reads) = mpsc::channel(QUEUED_READS);
@@ -132,20 +132,20 @@ impl SqliteStore {
                 // reader is awaited here: nothing is ever sent on this channel, and `recv` returns
                 // when the reader's thread has dropped its connection and its sender.
                 let _ = read.recv();
-                let emptied = checkpoint::empty(&checkpointer);
+                let emptied = checkpoint::move_whole_log(&checkpointer);
                 // The last connection closes before the lock is released, because a successor must
                 // find an empty log.
                 drop(checkpointer);
                 // The mark is left only if the log is in the database, because the next daemon
                 // trusts the mark and then skips the check of every page.
                 if emptied {
-                    mark::leave(&lock, &database);
+                    clean_shutdown::write_mark(&lock, &database);
                 }
                 drop(lock);
             })
             .map_err(failed)?,
         ];
-        let queues = Queues { writer: writer_queue, reader: reader_queue };
+        let queues = JobQueues { writer: writer_queue, reader: reader_queue };
         let (queues, workers) = (Mutex::new(Some(queues)), Arc::new(Mutex::new(workers)));
         Ok(Self { path, instance, queues, foreign, workers })
     }
@@ -189,14 +189,14 @@ impl SqliteStore {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    fn queues(&self) -> Result<Queues, StoreError> {
+    fn queues(&self) -> Result<JobQueues, StoreError> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         queues.clone().ok_or_else(|| closed(Effect::NotApplied))
     }
 
     async fn write<T>(
         &self,
-        job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> writer::Job,
+        job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> writer::WriteJob,
     ) -> Result<T, StoreError> {
         let (reply, answer) = oneshot::channel();
         self.queues()?.writer.send(job(reply)).await.map_err(|_| closed(Effect::NotApplied))?;
@@ -207,7 +207,7 @@ impl SqliteStore {
 
     async fn read<T>(
         &self,
-        job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> reader::Job,
+        job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> reader::ReadJob,
     ) -> Result<T, StoreError> {
         let (reply, answer) = oneshot::channel();
         self.queues()?.reader.send(job(reply)).await.map_err(|_| closed(Effect::NotApplied))?;
@@ -220,26 +220,26 @@ impl SqliteStore {
 #[async_trait]
 impl Store for SqliteStore {
     async fn load(&self) -> Result<Snapshot, StoreError> {
-        self.read(|reply| reader::Job::Load { reply }).await
+        self.read(|reply| reader::ReadJob::Load { reply }).await
     }
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
         // Encoding runs in the caller's task, because the writer's thread is shared by all VMs.
         let commit = codec::encode(commit, &self.foreign)?;
-        self.write(|reply| writer::Job::Commit { commit, forced: false, reply }).await
+        self.write(|reply| writer::WriteJob::Commit { commit, forced: false, reply }).await
     }
 
     async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
         let commit = codec::encode(commit, &self.foreign)?;
-        self.write(|reply| writer::Job::Commit { commit, forced: true, reply }).await
+        self.write(|reply| writer::WriteJob::Commit { commit, forced: true, reply }).await
     }
 
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {
-        self.read(|reply| reader::Job::Events { query, reply }).await
+        self.read(|reply| reader::ReadJob::Events { query, reply }).await
     }
 
     async fn expire_events(&self, before_ms: i64) -> Result<u64, StoreError> {
-        self.write(|reply| writer::Job::Expire { before_ms, reply }).await
+        self.write(|reply| writer::WriteJob::Expire { before_ms, reply }).await
     }
 }
 

@@ -27,8 +27,8 @@ use vmm_core::backend::Effect;
 use vmm_core::id::InstanceId;
 use vmm_core::store::{StoreError, StoreErrorKind};
 
+use crate::clean_shutdown;
 use crate::error::{CausedBy, corrupt, from_sqlite, store_error};
-use crate::mark;
 use crate::reserve::Reserve;
 use crate::schema::{self, APPLICATION_ID, Migration};
 
@@ -41,7 +41,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The extent of the check of a database before its use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Depth {
+pub(crate) enum CheckDepth {
     /// The owner and the version only, which is enough for a database that was closed in order and
     /// not touched since.
     Head,
@@ -51,7 +51,7 @@ pub(crate) enum Depth {
 
 /// An opened database with its connections.
 #[derive(Debug)]
-pub(crate) struct Opened {
+pub(crate) struct OpenDatabase {
     pub(crate) path: PathBuf,
     pub(crate) instance: InstanceId,
     /// The lock of the state directory, held as long as any connection may write.
@@ -64,13 +64,13 @@ pub(crate) struct Opened {
 
 /// Opens the database in `state_dir`, and makes the database if it does not exist. The caller has
 /// made the directory when it took the lock of the daemon.
-pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened, StoreError> {
+pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<OpenDatabase, StoreError> {
     let lock = lock(state_dir)?;
     let path = state_dir.join(DATABASE_FILE);
     let reserve = Reserve::of(&path);
     // The mark is taken away before anything is written. A daemon that dies from here on leaves no
     // mark, so its successor checks every page.
-    let depth = if mark::take(&lock, &path) { Depth::Head } else { Depth::Whole };
+    let depth = if clean_shutdown::remove_mark(&lock, &path) { CheckDepth::Head } else { CheckDepth::Whole };
     let opened = match open_locked(&path, migrations, depth) {
         // SQLite needs room for the index of its log, and a daemon must be able to start on a full
         // disk, because otherwise nothing could end the VMs there. An `Io` error counts as well,
@@ -83,7 +83,7 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
         opened => opened,
     };
     let (instance, [writer, reader, checkpointer]) = opened?;
-    Ok(Opened { path, instance, lock, writer, reader, checkpointer, reserve })
+    Ok(OpenDatabase { path, instance, lock, writer, reader, checkpointer, reserve })
 }
 
 /// Returns the identity of the state directory, and the connections of the writer, the reader and
@@ -91,7 +91,7 @@ pub(crate) fn open(state_dir: &Path, migrations: &[Migration]) -> Result<Opened,
 fn open_locked(
     path: &Path,
     migrations: &[Migration],
-    depth: Depth,
+    depth: CheckDepth,
 ) -> Result<(InstanceId, [Connection; 3]), StoreError> {
     // These questions are asked of the file, because SQLite takes an empty file for a new database
     // and zeros for the missing end of a shortened one.
@@ -267,7 +267,7 @@ pub(crate) fn check(
     conn: &Connection,
     path: &Path,
     migrations: &[Migration],
-    depth: Depth,
+    depth: CheckDepth,
 ) -> Result<(), StoreError> {
     let mark: i32 = conn
         .pragma_query_value(None, "application_id", |row| row.get(0))
@@ -276,7 +276,7 @@ pub(crate) fn check(
         return Err(corrupt(path, "it is an SQLite database of another program"));
     }
     schema::refuse_newer(conn, path, migrations)?;
-    if depth == Depth::Head {
+    if depth == CheckDepth::Head {
         return Ok(());
     }
     let finding: String = conn

@@ -14,7 +14,7 @@ use vmm_core::store::{EventQuery, Snapshot, StoreError, Tombstone};
 use crate::apply::TOMBSTONES;
 use crate::codec::{EncodedEvent, EncodedRecord, decode_event, decode_record, decode_tombstone};
 use crate::error::{CausedBy, corrupt, from_sqlite};
-use crate::foreign::Foreign;
+use crate::foreign::ForeignFields;
 use crate::labels;
 
 /// The largest number of events in one answer, whatever limit the query has.
@@ -22,7 +22,7 @@ pub const MAX_EVENTS: usize = 10_000;
 
 /// A request to the reader.
 #[derive(Debug)]
-pub(crate) enum Job {
+pub(crate) enum ReadJob {
     Load { reply: oneshot::Sender<Result<Snapshot, StoreError>> },
     Events { query: EventQuery, reply: oneshot::Sender<Result<Vec<VmEvent>, StoreError>> },
 }
@@ -33,29 +33,34 @@ pub(crate) struct Reader {
     conn: Connection,
     path: PathBuf,
     instance: InstanceId,
-    foreign: Arc<Foreign>,
+    foreign: Arc<ForeignFields>,
 }
 
 impl Reader {
-    pub(crate) fn new(conn: Connection, path: PathBuf, instance: InstanceId, foreign: Arc<Foreign>) -> Self {
+    pub(crate) fn new(
+        conn: Connection,
+        path: PathBuf,
+        instance: InstanceId,
+        foreign: Arc<ForeignFields>,
+    ) -> Self {
         Self { conn, path, instance, foreign }
     }
 
     /// Answers requests until the queue is closed.
-    pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+    pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<ReadJob>) {
         // A failed send means that the caller has gone away, so the answer is dropped.
         while let Some(job) = jobs.blocking_recv() {
             match job {
-                Job::Load { reply } => {
+                ReadJob::Load { reply } => {
                     let loaded = load(&mut self.conn, &self.path, self.instance, &self.foreign);
                     drop(reply.send(loaded));
                 }
-                Job::Events { query, reply } if !reply.is_closed() => {
+                ReadJob::Events { query, reply } if !reply.is_closed() => {
                     let events = events(&mut self.conn, &self.path, &query);
                     drop(reply.send(events));
                 }
                 // The caller has gone away while the request was queued.
-                Job::Events { .. } => {}
+                ReadJob::Events { .. } => {}
             }
         }
     }
@@ -68,7 +73,7 @@ fn events(conn: &mut Connection, path: &Path, query: &EventQuery) -> Result<Vec<
     let rows = event_rows(&transaction, query).map_err(failed)?;
     let events = rows.iter().map(|(seq, row, format)| {
         let mut event = decode_event(path, *seq, row, *format)?;
-        labels::give(&transaction, &mut event).map_err(failed)?;
+        labels::fill_in(&transaction, &mut event).map_err(failed)?;
         Ok(event)
     });
     events.collect()
@@ -100,7 +105,7 @@ pub(crate) fn load(
     conn: &mut Connection,
     path: &Path,
     instance: InstanceId,
-    foreign: &Foreign,
+    foreign: &ForeignFields,
 ) -> Result<Snapshot, StoreError> {
     let failed = |error| from_sqlite(path, "reading", Effect::NotApplied, error);
     // One transaction, because the VMs and the end of the log must belong to the same moment.

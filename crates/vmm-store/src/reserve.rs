@@ -63,7 +63,7 @@ impl Reserve {
 
     /// Gives up a piece of the reserve and calls `work`, which failed before for lack of room.
     /// Returns `None` without a call if only the part for opening is left.
-    pub(crate) fn spend<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+    pub(crate) fn release_for<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         self.give_up(PIECE, FOR_OPENING, work)
     }
 
@@ -155,7 +155,7 @@ mod tests {
             assert_eq!(file.len(), BYTES);
             assert!(file.blocks() * 512 >= BYTES, "the room is really taken");
             let mut sizes = Vec::new();
-            while let Some(size) = reserve.spend(|| fs::metadata(&path).unwrap().len()) {
+            while let Some(size) = reserve.release_for(|| fs::metadata(&path).unwrap().len()) {
                 sizes.push(size);
             }
             assert_eq!((sizes[0], sizes.len(), sizes[7]), (BYTES - PIECE, 8, FOR_OPENING));

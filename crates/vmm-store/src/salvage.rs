@@ -13,7 +13,9 @@ use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::intent::{Intent, IntentKind};
 use vmm_core::reason::Reason;
 use vmm_core::state::{Phase, Status, VmState};
-use vmm_core::store::{HostClaim, ProcessIdentity, Requested, RunRecord, Sent, Tombstone, VmRecord};
+use vmm_core::store::{
+    HostClaim, PackedVmRequest, ProcessIdentity, RunRecord, Tombstone, VmRecord, VmRequest,
+};
 
 use crate::codec::{EncodedEvent, EncodedRecord};
 
@@ -21,7 +23,7 @@ use crate::codec::{EncodedEvent, EncodedRecord};
 pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
     let uid: VmUid = row.uid.parse().ok()?;
     let vm_id: VmId = row.vm_id.parse().ok()?;
-    let object = Fields::of(&row.json);
+    let object = JsonFields::of(&row.json);
     let run = object.0.get("run").filter(|run| !run.is_null()).map(run_record);
     // A recorded VMM means that the VM ran. Calling it running lets a client force it off, and a
     // forced call asks the process itself.
@@ -31,7 +33,7 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         uid,
         vm_id,
         backend: object.get("backend").unwrap_or_else(|| BackendName::new("unknown")),
-        requested: object.get("requested").unwrap_or_else(|| Sent::pack(&Requested::default())),
+        requested: object.get("requested").unwrap_or_else(|| PackedVmRequest::pack(&VmRequest::default())),
         config: object.get("config").unwrap_or_default(),
         state,
         status: status(&object, state),
@@ -45,15 +47,15 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         // Releases before kinds recorded a place.
         kind: object.get("kind").or_else(|| object.get("place")).unwrap_or_default(),
         imported: object.get("imported").unwrap_or(false),
-        untold: object.get("untold").unwrap_or_default(),
+        unrepresented: object.get("untold").unwrap_or_default(),
     })
 }
 
 /// Returns the readable part of a tombstone: each claim, and the VM's process. `None` if the key is
 /// not legal, or neither can be read.
 pub(crate) fn tombstone(uid: &str, json: &str) -> Option<Tombstone> {
-    let object = Fields::of(json);
-    let vm = Fields(object.0.get("vm").and_then(Value::as_object).cloned().unwrap_or_default());
+    let object = JsonFields::of(json);
+    let vm = JsonFields(object.0.get("vm").and_then(Value::as_object).cloned().unwrap_or_default());
     let row = EncodedRecord {
         uid: uid.to_owned(),
         vm_id: vm.get("vm_id").unwrap_or_else(|| uid.to_owned()),
@@ -69,7 +71,7 @@ pub(crate) fn tombstone(uid: &str, json: &str) -> Option<Tombstone> {
 /// for a start, because a start may have left a process, and the claims of that process must stay.
 /// No operation of an unreadable VM is continued.
 fn intent(intent: &Value) -> Intent {
-    let object = Fields(intent.as_object().cloned().unwrap_or_default());
+    let object = JsonFields(intent.as_object().cloned().unwrap_or_default());
     read(intent).unwrap_or_else(|| Intent {
         kind: IntentKind::Boot { claims: claims(&object) },
         caller: read(intent).unwrap_or_else(|| Caller::named("")),
@@ -79,14 +81,14 @@ fn intent(intent: &Value) -> Intent {
 }
 
 /// Returns the claims that can be read.
-fn claims(object: &Fields) -> Vec<HostClaim> {
+fn claims(object: &JsonFields) -> Vec<HostClaim> {
     object.0.get("claims").and_then(Value::as_array).into_iter().flatten().filter_map(read).collect()
 }
 
 /// Returns the readable part of a run. The process matters most, because a forced call ends it, and
 /// then the claims, because no other VM may have them.
 fn run_record(run: &Value) -> RunRecord {
-    let object = Fields(run.as_object().cloned().unwrap_or_default());
+    let object = JsonFields(run.as_object().cloned().unwrap_or_default());
     // Process 0 does not exist, so its identity is never proven and nothing is signalled.
     let nobody = || ProcessIdentity { pid: 0, start_ticks: 0, boot_id: String::new(), namespaces: None };
     RunRecord {
@@ -103,7 +105,7 @@ fn run_record(run: &Value) -> RunRecord {
 
 /// Returns the readable part of an event. Its status states `why` the rest cannot be read.
 pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
-    let object = Fields::of(&row.json);
+    let object = JsonFields::of(&row.json);
     let state = object.get("state").unwrap_or(VmState::Shutdown);
     let mut status = status(&object, state);
     if status.reason.is_nothing() {
@@ -126,9 +128,9 @@ pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
     })
 }
 
-fn status(object: &Fields, state: VmState) -> Status {
+fn status(object: &JsonFields, state: VmState) -> Status {
     let status = object.0.get("status").and_then(Value::as_object).cloned().unwrap_or_default();
-    let status = Fields(status);
+    let status = JsonFields(status);
     Status {
         phase: status.get("phase").unwrap_or(Phase::at_rest(state)),
         reason: status.get("reason").unwrap_or_default(),
@@ -139,9 +141,9 @@ fn status(object: &Fields, state: VmState) -> Status {
 }
 
 /// A JSON object whose fields are read one by one.
-struct Fields(Map<String, Value>);
+struct JsonFields(Map<String, Value>);
 
-impl Fields {
+impl JsonFields {
     /// Parses the object in `json`. Text that is no object gives one without fields.
     fn of(json: &str) -> Self {
         Self(serde_json::from_str(json).unwrap_or_default())

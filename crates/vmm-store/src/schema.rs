@@ -64,13 +64,13 @@ pub(crate) fn migrate(
     refuse_newer(conn, path, migrations)?;
     let found = version(conn, path)?;
     for step in migrations.iter().filter(|step| step.to > found) {
-        take(conn, step).map_err(|error| from_sqlite(path, "upgrading", Effect::NotApplied, error))?;
+        apply_step(conn, step).map_err(|error| from_sqlite(path, "upgrading", Effect::NotApplied, error))?;
         tracing::info!(version = step.to, step = step.what, "the schema of the database was upgraded");
     }
     Ok(())
 }
 
-fn take(conn: &mut Connection, step: &Migration) -> rusqlite::Result<()> {
+fn apply_step(conn: &mut Connection, step: &Migration) -> rusqlite::Result<()> {
     let transaction = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
     transaction.execute_batch(step.sql)?;
     // The version changes in the transaction of the step, because a step that fails must leave both

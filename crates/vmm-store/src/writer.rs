@@ -26,8 +26,8 @@ use vmm_core::backend::Effect;
 use vmm_core::event::EventSeq;
 use vmm_core::store::{StoreError, StoreErrorKind};
 
-use crate::apply::{Failure, Proof, apply};
-use crate::checkpoint::{self, Log};
+use crate::apply::{ApplyError, CommitProof, apply};
+use crate::checkpoint::{self, LogPressure};
 use crate::codec::EncodedCommit;
 use crate::error::{from_sqlite, kind_of, proves_not_committed};
 use crate::labels;
@@ -45,44 +45,44 @@ const VACUUM_STEP: i64 = 500;
 /// The number of free pages that stay in the file for new events.
 const FREE_PAGES: i64 = 2_500;
 
-type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
-type Outcome = Result<Option<EventSeq>, StoreError>;
+type ReplySender<T> = oneshot::Sender<Result<T, StoreError>>;
+type CommitResult = Result<Option<EventSeq>, StoreError>;
 
 /// A request to the writer.
 #[derive(Debug)]
-pub(crate) enum Job {
+pub(crate) enum WriteJob {
     /// A commit to carry out. A `forced` one may use the reserve.
     Commit {
         commit: EncodedCommit,
         forced: bool,
-        reply: Answer<Option<EventSeq>>,
+        reply: ReplySender<Option<EventSeq>>,
     },
     Expire {
         before_ms: i64,
-        reply: Answer<u64>,
+        reply: ReplySender<u64>,
     },
 }
 
 /// A commit, and the channel on which its caller waits.
 #[derive(Debug)]
-struct Waiting {
+struct WaitingCommit {
     commit: EncodedCommit,
     forced: bool,
-    reply: Answer<Option<EventSeq>>,
+    reply: ReplySender<Option<EventSeq>>,
 }
 
 /// An expiry under way.
 #[derive(Debug)]
 struct Expiry {
-    until: Until,
+    until: ExpiryExtent,
     removed: u64,
     /// The caller of the expiry. `None` if the writer itself began the expiry to bound the log.
-    reply: Option<Answer<u64>>,
+    reply: Option<ReplySender<u64>>,
 }
 
 /// The extent of an expiry, which begins at the oldest event.
 #[derive(Clone, Copy, Debug)]
-enum Until {
+enum ExpiryExtent {
     /// Stops at the first event that is not older than this time, in Unix milliseconds.
     Time(i64),
     /// Stops when at most this many bytes of events are left.
@@ -91,12 +91,12 @@ enum Until {
 
 /// The failure of a transaction.
 #[derive(Debug)]
-enum Broken {
+enum TransactionError {
     /// Nothing of the transaction was applied.
     NotApplied(rusqlite::Error),
     /// The COMMIT failed half-way. `outcomes` are the answers if the transaction turns out to be
     /// applied.
-    InDoubt { error: rusqlite::Error, outcomes: Vec<Outcome>, proof: Option<Proof> },
+    InDoubt { error: rusqlite::Error, outcomes: Vec<CommitResult>, proof: Option<CommitProof> },
 }
 
 /// The state of the writing thread.
@@ -104,7 +104,7 @@ enum Broken {
 pub(crate) struct Writer {
     conn: Connection,
     path: PathBuf,
-    log: Log,
+    log: LogPressure,
     reserve: Reserve,
     expiries: VecDeque<Expiry>,
     /// The size of the text of all events, in bytes.
@@ -116,7 +116,7 @@ impl Writer {
     pub(crate) fn new(
         mut conn: Connection,
         path: PathBuf,
-        log: Log,
+        log: LogPressure,
         reserve: Reserve,
     ) -> Result<Self, StoreError> {
         let hook = {
@@ -144,7 +144,7 @@ impl Writer {
     }
 
     /// Works until the queue is closed and every accepted job is done.
-    pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+    pub(crate) fn run(mut self, mut jobs: mpsc::Receiver<WriteJob>) {
         while let Some(group) = self.next_group(&mut jobs) {
             if !group.is_empty() {
                 self.commit_group(group);
@@ -157,14 +157,14 @@ impl Writer {
             // The checkpointer has not caught up, because commits come without a pause. The writer
             // moves the log itself and thereby holds back the commits that wait.
             if self.log.must_stop_writing() {
-                checkpoint::passive(&self.conn);
+                checkpoint::move_available_log(&self.conn);
             }
         }
     }
 
     /// Takes all commits that wait. Blocks for a job if no expiry is under way. Returns `None` when
     /// the queue is closed and nothing is left to do.
-    fn next_group(&mut self, jobs: &mut mpsc::Receiver<Job>) -> Option<Vec<Waiting>> {
+    fn next_group(&mut self, jobs: &mut mpsc::Receiver<WriteJob>) -> Option<Vec<WaitingCommit>> {
         let mut group = Vec::new();
         // An expiry under way is work, so the writer only looks into the queue then and does not
         // block.
@@ -172,9 +172,11 @@ impl Writer {
             if self.expiries.is_empty() { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
         while let Some(job) = next {
             match job {
-                Job::Commit { commit, forced, reply } => group.push(Waiting { commit, forced, reply }),
-                Job::Expire { before_ms, reply } => {
-                    let until = Until::Time(before_ms);
+                WriteJob::Commit { commit, forced, reply } => {
+                    group.push(WaitingCommit { commit, forced, reply })
+                }
+                WriteJob::Expire { before_ms, reply } => {
+                    let until = ExpiryExtent::Time(before_ms);
                     self.expiries.push_back(Expiry { until, removed: 0, reply: Some(reply) });
                 }
             }
@@ -183,7 +185,7 @@ impl Writer {
         Some(group)
     }
 
-    fn commit_group(&mut self, group: Vec<Waiting>) {
+    fn commit_group(&mut self, group: Vec<WaitingCommit>) {
         // Four outcomes are possible. (1) All of it is committed. (2) Nothing was applied and the
         // group has several members: each is tried alone. (3) Nothing was applied and the group is
         // one commit: this commit fails. (4) The COMMIT failed half-way, and `resolve` finds out
@@ -194,9 +196,10 @@ impl Writer {
         // ordinary commits that fill the reserve up. The loop gives up one piece at a time, because
         // another program may take the freed room first, and ends when the reserve has nothing left
         // or the error changes.
-        while let ([Waiting { forced: true, .. }], Err(Broken::NotApplied(error))) = (&group[..], &result)
+        while let ([WaitingCommit { forced: true, .. }], Err(TransactionError::NotApplied(error))) =
+            (&group[..], &result)
             && kind_of(error) == StoreErrorKind::Full
-            && let Some(again) = reserve.spend(|| self.try_group(&group))
+            && let Some(again) = reserve.release_for(|| self.try_group(&group))
         {
             result = again;
         }
@@ -208,12 +211,12 @@ impl Writer {
             // One member may be the reason, for example because it is too big for the room that is
             // left, and the others may fit. The recursion is one level deep, because each new group
             // has one member.
-            Err(Broken::NotApplied(_)) if group.len() > 1 => {
+            Err(TransactionError::NotApplied(_)) if group.len() > 1 => {
                 for waiting in group {
                     self.commit_group(vec![waiting]);
                 }
             }
-            Err(Broken::NotApplied(error)) => {
+            Err(TransactionError::NotApplied(error)) => {
                 let error = from_sqlite(&self.path, "writing to", Effect::NotApplied, error);
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
@@ -221,7 +224,7 @@ impl Writer {
                 );
                 answer(group, vec![Err(error)]);
             }
-            Err(Broken::InDoubt { error, outcomes, proof }) => {
+            Err(TransactionError::InDoubt { error, outcomes, proof }) => {
                 let outcomes = self.resolve(&error, outcomes, proof);
                 self.bound_log(&group, &outcomes);
                 answer(group, outcomes);
@@ -229,39 +232,39 @@ impl Writer {
         }
     }
 
-    fn try_group(&mut self, group: &[Waiting]) -> Result<Vec<Outcome>, Broken> {
+    fn try_group(&mut self, group: &[WaitingCommit]) -> Result<Vec<CommitResult>, TransactionError> {
         // Immediate, because the transaction is known to write: a deferred one would take the write
         // lock at its first change and could fail there as busy.
         let mut transaction = self
             .conn
             .transaction_with_behavior(TransactionBehavior::Immediate)
-            .map_err(Broken::NotApplied)?;
+            .map_err(TransactionError::NotApplied)?;
         let mut outcomes = Vec::with_capacity(group.len());
         let mut proof = None;
-        for Waiting { commit, .. } in group {
-            let savepoint = transaction.savepoint().map_err(Broken::NotApplied)?;
+        for WaitingCommit { commit, .. } in group {
+            let savepoint = transaction.savepoint().map_err(TransactionError::NotApplied)?;
             match apply(&savepoint, commit) {
                 // One proof is enough for the group, because the members of a transaction are
                 // applied together or not at all.
                 Ok(seq) => {
-                    savepoint.commit().map_err(Broken::NotApplied)?;
-                    proof.get_or_insert_with(|| Proof::of(commit, seq));
+                    savepoint.commit().map_err(TransactionError::NotApplied)?;
+                    proof.get_or_insert_with(|| CommitProof::of(commit, seq));
                     outcomes.push(Ok(seq));
                 }
                 // The commit is not legal. Finishing the savepoint undoes this commit only.
-                Err(Failure::Refused(error)) => {
-                    savepoint.finish().map_err(Broken::NotApplied)?;
+                Err(ApplyError::Refused(error)) => {
+                    savepoint.finish().map_err(TransactionError::NotApplied)?;
                     outcomes.push(Err(error));
                 }
                 // The whole group fails. Dropping the transaction rolls it back, if SQLite has not
                 // done so already.
-                Err(Failure::Sqlite(error)) => return Err(Broken::NotApplied(error)),
+                Err(ApplyError::Sqlite(error)) => return Err(TransactionError::NotApplied(error)),
             }
         }
         match transaction.commit() {
             Ok(()) => Ok(outcomes),
-            Err(error) if proves_not_committed(&error) => Err(Broken::NotApplied(error)),
-            Err(error) => Err(Broken::InDoubt { error, outcomes, proof }),
+            Err(error) if proves_not_committed(&error) => Err(TransactionError::NotApplied(error)),
+            Err(error) => Err(TransactionError::InDoubt { error, outcomes, proof }),
         }
     }
 
@@ -270,10 +273,10 @@ impl Writer {
     fn resolve(
         &mut self,
         error: &rusqlite::Error,
-        outcomes: Vec<Outcome>,
-        proof: Option<Proof>,
-    ) -> Vec<Outcome> {
-        let effect = match self.settle(proof.as_ref()) {
+        outcomes: Vec<CommitResult>,
+        proof: Option<CommitProof>,
+    ) -> Vec<CommitResult> {
+        let effect = match self.determine_outcome(proof.as_ref()) {
             Ok(true) => return outcomes,
             Ok(false) => Effect::NotApplied,
             Err(_) => Effect::Unknown,
@@ -296,7 +299,7 @@ impl Writer {
 
     /// Returns whether the transaction that `proof` belongs to was applied, and makes the answer
     /// final.
-    fn settle(&mut self, proof: Option<&Proof>) -> rusqlite::Result<bool> {
+    fn determine_outcome(&mut self, proof: Option<&CommitProof>) -> rusqlite::Result<bool> {
         let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let applied = proof.map_or(Ok(false), |proof| proof.holds(&transaction))?;
         // The change itself means nothing. It gives the transaction a page to write, and the commit
@@ -342,25 +345,25 @@ impl Writer {
     /// Counts the events of a committed group, and begins an expiry if the log has become too long.
     /// The expiry removes a tenth of the log, because otherwise each later commit would begin one
     /// of its own.
-    fn bound_log(&mut self, group: &[Waiting], outcomes: &[Outcome]) {
+    fn bound_log(&mut self, group: &[WaitingCommit], outcomes: &[CommitResult]) {
         for (waiting, outcome) in group.iter().zip(outcomes) {
             if let (Some(event), Ok(Some(_))) = (&waiting.commit.event, outcome) {
                 self.event_bytes += event.json.len() as u64;
             }
         }
-        let under_way = self.expiries.iter().any(|expiry| matches!(expiry.until, Until::Bytes(_)));
+        let under_way = self.expiries.iter().any(|expiry| matches!(expiry.until, ExpiryExtent::Bytes(_)));
         if self.event_bytes > self.max_event_bytes && !under_way {
-            let until = Until::Bytes(self.max_event_bytes / 10 * 9);
+            let until = ExpiryExtent::Bytes(self.max_event_bytes / 10 * 9);
             self.expiries.push_back(Expiry { until, removed: 0, reply: None });
         }
     }
 
     /// Removes the events of one step, oldest first, and returns their number. Earlier steps of the
     /// same expiry have removed `before` events.
-    fn remove_events(&mut self, until: Until, before: u64) -> rusqlite::Result<u64> {
+    fn remove_events(&mut self, until: ExpiryExtent, before: u64) -> rusqlite::Result<u64> {
         let excess = match until {
-            Until::Time(_) => u64::MAX,
-            Until::Bytes(left) => self.event_bytes.saturating_sub(left),
+            ExpiryExtent::Time(_) => u64::MAX,
+            ExpiryExtent::Bytes(left) => self.event_bytes.saturating_sub(left),
         };
         let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let (last, bytes) = oldest_to_go(&transaction, until, excess)?;
@@ -375,14 +378,14 @@ impl Writer {
         self.event_bytes = self.event_bytes.saturating_sub(bytes);
         // The vacuum is a transaction of its own, because the events are gone whether or not it
         // succeeds.
-        give_back(&self.conn)?;
+        return_free_pages(&self.conn)?;
         Ok(removed)
     }
 }
 
 /// Returns the place of the last event that one step may remove, and the bytes of all events up to
 /// that place. The place is 0 if no event may be removed.
-fn oldest_to_go(conn: &Connection, until: Until, excess: u64) -> rusqlite::Result<(i64, u64)> {
+fn oldest_to_go(conn: &Connection, until: ExpiryExtent, excess: u64) -> rusqlite::Result<(i64, u64)> {
     let mut oldest =
         conn.prepare_cached("SELECT seq, time_ms, octet_length(event) FROM events ORDER BY seq LIMIT ?1")?;
     let mut rows = oldest.query([EXPIRY_STEP.cast_signed()])?;
@@ -391,7 +394,7 @@ fn oldest_to_go(conn: &Connection, until: Until, excess: u64) -> rusqlite::Resul
         let time_ms: i64 = row.get(1)?;
         // The loop stops at the first event that stays and looks no further, because the log must
         // not get a hole: a later event can have an earlier time if the host's clock was set back.
-        if matches!(until, Until::Time(before_ms) if time_ms >= before_ms) || bytes >= excess {
+        if matches!(until, ExpiryExtent::Time(before_ms) if time_ms >= before_ms) || bytes >= excess {
             break;
         }
         last = row.get(0)?;
@@ -402,7 +405,7 @@ fn oldest_to_go(conn: &Connection, until: Until, excess: u64) -> rusqlite::Resul
 
 /// Returns some free pages to the file system if the file has many of them. A database of an
 /// earlier release keeps its pages, because only a new file can have incremental vacuum.
-fn give_back(conn: &Connection) -> rusqlite::Result<()> {
+fn return_free_pages(conn: &Connection) -> rusqlite::Result<()> {
     let free: i64 = conn.pragma_query_value(None, "freelist_count", |row| row.get(0))?;
     let pages = (free - FREE_PAGES).min(VACUUM_STEP);
     if pages <= 0 {
@@ -416,7 +419,7 @@ fn give_back(conn: &Connection) -> rusqlite::Result<()> {
 
 /// Answers each of `group`. A caller that went away gets no answer, and its commit stands all the
 /// same.
-fn answer(group: Vec<Waiting>, outcomes: Vec<Outcome>) {
+fn answer(group: Vec<WaitingCommit>, outcomes: Vec<CommitResult>) {
     for (waiting, outcome) in group.into_iter().zip(outcomes) {
         let _ = waiting.reply.send(outcome);
     }

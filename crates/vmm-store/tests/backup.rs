@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{block_on, open};
 use vmm_core::event::EventSeq;
-use vmm_core::store::{Change, Commit, Snapshot, Store, StoreErrorKind, VmRecord};
+use vmm_core::store::{Commit, RecordChange, Snapshot, Store, StoreErrorKind, VmRecord};
 use vmm_store::{DATABASE_FILE, backup, peek, restore};
 use vmm_testkit::store_suite::{all_events, insert, next, record, update};
 
@@ -291,5 +291,5 @@ fn a_record_can_be_corrected_on_its_way_back() {
     for vm in &vms {
         assert_eq!(vm.modified_ms == 42, vm.vm_id.as_str() == "b");
     }
-    block_on(store.commit(Commit { change: Change::Remove(vms[0].uid), event: None })).unwrap();
+    block_on(store.commit(Commit { change: RecordChange::Remove(vms[0].uid), event: None })).unwrap();
 }

@@ -15,7 +15,7 @@ use vmm_core::event::{EventKind, EventSeq, VmEvent};
 use vmm_core::intent::IntentKind;
 use vmm_core::state::VmState;
 use vmm_core::store::{
-    Change, Commit, EventQuery, HostClaim, Snapshot, Store, StoreError, StoreErrorKind, Tombstone,
+    Commit, EventQuery, HostClaim, RecordChange, Snapshot, Store, StoreError, StoreErrorKind, Tombstone,
     Unreadable, VmRecord,
 };
 use vmm_store::{DATABASE_FILE, SqliteStore};
@@ -322,7 +322,7 @@ fn a_tombstone_that_makes_no_sense_hides_no_vm_and_keeps_what_can_be_read_of_it(
     let bury = |dir: &Path, vms: &[VmRecord]| {
         let claims = vec![HostClaim::Tap { name: "tap0".to_owned() }];
         let grave = Tombstone { vm: vms[3].clone(), claims };
-        commit(dir, Commit { change: Change::Bury(Box::new(grave)), event: None });
+        commit(dir, Commit { change: RecordChange::Bury(Box::new(grave)), event: None });
     };
     for (sql, kept) in [
         ("value = replace(value, '\"state\":\"', '\"state\":\"hibernated-')", true),

@@ -1,7 +1,7 @@
 //! VMMs that a test starts by hand, like another program would: on a socket, without the daemon's
 //! files.
 //!
-//! A [`ByHand`] is killed when it is dropped.
+//! A [`ByHandVmm`] is killed when it is dropped.
 
 #![allow(
     clippy::expect_used,
@@ -26,7 +26,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A hypervisor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ByHandProgram {
     /// Cloud Hypervisor.
     CloudHypervisor,
     /// Firecracker.
@@ -35,7 +35,7 @@ pub enum Kind {
     Qemu,
 }
 
-impl Kind {
+impl ByHandProgram {
     /// Every hypervisor.
     pub const ALL: [Self; 3] = [Self::CloudHypervisor, Self::Firecracker, Self::Qemu];
 
@@ -82,7 +82,7 @@ impl Kind {
 
 /// The guest of a VMM.
 #[derive(Clone, Debug)]
-pub struct Guest {
+pub struct ByHandGuest {
     /// The kernel.
     pub kernel: PathBuf,
     /// The file that receives the output of the serial port.
@@ -93,34 +93,34 @@ pub struct Guest {
 
 /// A VMM that was started by hand.
 #[derive(Debug)]
-pub struct ByHand {
+pub struct ByHandVmm {
     /// The hypervisor.
-    pub kind: Kind,
+    pub kind: ByHandProgram,
     /// The control socket.
     pub socket: PathBuf,
     child: Child,
 }
 
-impl ByHand {
+impl ByHandVmm {
     /// Starts a VMM without a guest. QEMU cannot start without one.
     #[must_use]
-    pub fn waits(kind: Kind, socket: &Path) -> Self {
+    pub fn waits(kind: ByHandProgram, socket: &Path) -> Self {
         Self::start(kind, Path::new(kind.program()), socket, None, &[])
     }
 
     /// Starts a VMM without a guest from the given program file.
     #[must_use]
-    pub fn waits_as(kind: Kind, program: &Path, socket: &Path) -> Self {
+    pub fn waits_as(kind: ByHandProgram, program: &Path, socket: &Path) -> Self {
         Self::start(kind, program, socket, None, &[])
     }
 
     /// Starts a VMM and configures `guest` without running it.
     #[must_use]
-    pub fn holds(kind: Kind, socket: &Path, guest: &Guest) -> Self {
+    pub fn holds(kind: ByHandProgram, socket: &Path, guest: &ByHandGuest) -> Self {
         match kind {
             // QEMU cannot get a guest later. `-S` keeps the guest's CPUs stopped.
-            Kind::Qemu => Self::start(kind, Path::new(kind.program()), socket, Some(guest), &["-S"]),
-            Kind::CloudHypervisor | Kind::Firecracker => {
+            ByHandProgram::Qemu => Self::start(kind, Path::new(kind.program()), socket, Some(guest), &["-S"]),
+            ByHandProgram::CloudHypervisor | ByHandProgram::Firecracker => {
                 let vmm = Self::start(kind, Path::new(kind.program()), socket, Some(guest), &[]);
                 vmm.configure(guest);
                 vmm
@@ -130,8 +130,8 @@ impl ByHand {
 
     /// Starts a VMM that runs `guest`.
     #[must_use]
-    pub fn runs(kind: Kind, socket: &Path, guest: &Guest) -> Self {
-        if kind == Kind::Qemu {
+    pub fn runs(kind: ByHandProgram, socket: &Path, guest: &ByHandGuest) -> Self {
+        if kind == ByHandProgram::Qemu {
             return Self::start(kind, Path::new(kind.program()), socket, Some(guest), &[]);
         }
         let vmm = Self::holds(kind, socket, guest);
@@ -139,7 +139,13 @@ impl ByHand {
         vmm
     }
 
-    fn start(kind: Kind, program: &Path, socket: &Path, guest: Option<&Guest>, more: &[&str]) -> Self {
+    fn start(
+        kind: ByHandProgram,
+        program: &Path,
+        socket: &Path,
+        guest: Option<&ByHandGuest>,
+        more: &[&str],
+    ) -> Self {
         // Leftovers of an earlier VMM are removed, because a VMM cannot bind a path that exists.
         for left in [socket.to_path_buf(), PathBuf::from(format!("{}.lock", socket.display()))] {
             let _ = std::fs::remove_file(left);
@@ -147,9 +153,13 @@ impl ByHand {
         let mut command = Command::new(program);
         let shown = socket.display();
         match kind {
-            Kind::CloudHypervisor => drop(command.args(["--api-socket", &format!("path={shown}")])),
-            Kind::Firecracker => drop(command.arg("--api-sock").arg(socket).args(["--level", "Error"])),
-            Kind::Qemu => {
+            ByHandProgram::CloudHypervisor => {
+                command.args(["--api-socket", &format!("path={shown}")]);
+            }
+            ByHandProgram::Firecracker => {
+                command.arg("--api-sock").arg(socket).args(["--level", "Error"]);
+            }
+            ByHandProgram::Qemu => {
                 let guest = guest.expect("QEMU gets its guest when it is started");
                 command.args([
                     "-machine",
@@ -173,7 +183,7 @@ impl ByHand {
         }
         // Firecracker writes the serial port to its standard output.
         let output = match guest {
-            Some(guest) if kind == Kind::Firecracker => Stdio::from(
+            Some(guest) if kind == ByHandProgram::Firecracker => Stdio::from(
                 File::options().append(true).create(true).open(&guest.serial).expect("a file can be made"),
             ),
             Some(_) | None => Stdio::null(),
@@ -195,8 +205,10 @@ impl ByHand {
             // QEMU serves one client at a time, so a test connection could take the place of the
             // daemon's.
             let listens = match self.kind {
-                Kind::Qemu => self.socket.exists(),
-                Kind::CloudHypervisor | Kind::Firecracker => UnixStream::connect(&self.socket).is_ok(),
+                ByHandProgram::Qemu => self.socket.exists(),
+                ByHandProgram::CloudHypervisor | ByHandProgram::Firecracker => {
+                    UnixStream::connect(&self.socket).is_ok()
+                }
             };
             if listens {
                 return;
@@ -206,9 +218,9 @@ impl ByHand {
         }
     }
 
-    fn configure(&self, guest: &Guest) {
+    fn configure(&self, guest: &ByHandGuest) {
         match self.kind {
-            Kind::CloudHypervisor => self.put(
+            ByHandProgram::CloudHypervisor => self.put(
                 "/api/v1/vm.create",
                 &json!({
                     "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
@@ -218,41 +230,41 @@ impl ByHand {
                     "console": {"mode": "Off"},
                 }),
             ),
-            Kind::Firecracker => {
+            ByHandProgram::Firecracker => {
                 self.put("/machine-config", &json!({"vcpu_count": 1, "mem_size_mib": 64}));
                 self.put(
                     "/boot-source",
                     &json!({"kernel_image_path": guest.kernel, "boot_args": "from=hand"}),
                 );
             }
-            Kind::Qemu => {}
+            ByHandProgram::Qemu => {}
         }
     }
 
     /// Starts the guest of a VMM that holds one.
     pub fn boot(&self) {
         match self.kind {
-            Kind::CloudHypervisor => self.put("/api/v1/vm.boot", &Value::Null),
-            Kind::Firecracker => self.put("/actions", &json!({"action_type": "InstanceStart"})),
-            Kind::Qemu => panic!("QEMU is told by QMP"),
+            ByHandProgram::CloudHypervisor => self.put("/api/v1/vm.boot", &Value::Null),
+            ByHandProgram::Firecracker => self.put("/actions", &json!({"action_type": "InstanceStart"})),
+            ByHandProgram::Qemu => panic!("QEMU is told by QMP"),
         }
     }
 
     /// Pauses the guest without the daemon's knowledge.
     pub fn pause(&self) {
         match self.kind {
-            Kind::CloudHypervisor => self.put("/api/v1/vm.pause", &Value::Null),
-            Kind::Firecracker => drop(self.request("PATCH", "/vm", &json!({"state": "Paused"}))),
-            Kind::Qemu => panic!("QEMU is told by QMP"),
+            ByHandProgram::CloudHypervisor => self.put("/api/v1/vm.pause", &Value::Null),
+            ByHandProgram::Firecracker => drop(self.request("PATCH", "/vm", &json!({"state": "Paused"}))),
+            ByHandProgram::Qemu => panic!("QEMU is told by QMP"),
         }
     }
 
     /// Resumes the guest without the daemon's knowledge.
     pub fn resume(&self) {
         match self.kind {
-            Kind::CloudHypervisor => self.put("/api/v1/vm.resume", &Value::Null),
-            Kind::Firecracker => drop(self.request("PATCH", "/vm", &json!({"state": "Resumed"}))),
-            Kind::Qemu => panic!("QEMU is told by QMP"),
+            ByHandProgram::CloudHypervisor => self.put("/api/v1/vm.resume", &Value::Null),
+            ByHandProgram::Firecracker => drop(self.request("PATCH", "/vm", &json!({"state": "Resumed"}))),
+            ByHandProgram::Qemu => panic!("QEMU is told by QMP"),
         }
     }
 
@@ -270,7 +282,7 @@ impl ByHand {
     /// Returns whether the VMM runs a guest, paused or not. `None` if the VMM does not answer.
     #[must_use]
     pub fn runs_a_guest(&self) -> Option<bool> {
-        if self.kind == Kind::Qemu {
+        if self.kind == ByHandProgram::Qemu {
             return Some(true);
         }
         self.guest_state().map(|state| state == "Running" || state == "Paused")
@@ -281,9 +293,9 @@ impl ByHand {
     #[must_use]
     pub fn guest_state(&self) -> Option<String> {
         let page = match self.kind {
-            Kind::CloudHypervisor => "/api/v1/vm.info",
-            Kind::Firecracker => "/",
-            Kind::Qemu => return None,
+            ByHandProgram::CloudHypervisor => "/api/v1/vm.info",
+            ByHandProgram::Firecracker => "/",
+            ByHandProgram::Qemu => return None,
         };
         match self.request("GET", page, &Value::Null) {
             (0, _) => None,
@@ -320,7 +332,7 @@ impl ByHand {
     }
 }
 
-impl Drop for ByHand {
+impl Drop for ByHandVmm {
     fn drop(&mut self) {
         self.end();
     }

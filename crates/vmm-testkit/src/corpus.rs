@@ -19,7 +19,7 @@ pub fn replay(name: &str, target: impl Fn(&[u8])) -> usize {
     inputs.extend(corpus(&fuzz.join("corpus").join(name).with_extension("tar")));
     for (path, input) in &inputs {
         // A panic of the target drops `named` while it unwinds, which prints the path.
-        let named = Named(path);
+        let named = InputNamer(path);
         target(input);
         drop(named);
     }
@@ -49,9 +49,9 @@ fn corpus(archive: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 /// Prints the name of the input if its target panics.
-struct Named<'a>(&'a Path);
+struct InputNamer<'a>(&'a Path);
 
-impl Drop for Named<'_> {
+impl Drop for InputNamer<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             #[expect(clippy::print_stderr, reason = "a panic's message goes there too")]

@@ -2,8 +2,8 @@
 //!
 //! Linux proves that real guests run, and takes seconds. Most tests ask a smaller question. Is a
 //! guest running? Does its console output arrive? What happens when it powers off, resets or dies?
-//! Each [`Guest`] answers one such question. A guest prints its [`banner`](Guest::banner) on the
-//! first serial port once per boot, so that a console counts the boots, and then does its one
+//! Each [`TinyGuest`] answers one such question. A guest prints its [`banner`](Guest::banner) on
+//! the first serial port once per boot, so that a console counts the boots, and then does its one
 //! thing.
 //!
 //! ```text
@@ -19,14 +19,14 @@
 //!
 //! The code is assembled here by hand, with its source beside the bytes, because building the
 //! project must not need an assembler. The code needs no stack and no interrupts, and only
-//! [`Guest::Clock`] uses memory behind its own.
+//! [`TinyGuest::Clock`] uses memory behind its own.
 
 mod code;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use self::code::Code;
+use self::code::MachineCode;
 
 /// The physical address at which the file is loaded, the lowest that all three hypervisors accept.
 const LOAD_ADDRESS: u32 = 0x0010_0000;
@@ -39,7 +39,7 @@ const NOTE_PHYS32_ENTRY: u32 = 18;
 
 /// A guest that does one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Guest {
+pub enum TinyGuest {
     /// Halts for ever without CPU use. Only its VMM can end it, because it ignores the power
     /// button.
     Idle,
@@ -57,7 +57,7 @@ pub enum Guest {
     /// Sends back every byte that it receives on the serial port. It polls, and so keeps one host
     /// CPU busy.
     Echo,
-    /// Does the work of [`Guest::Echo`], and obeys `P` (powers off), `R` (resets), `F` (triple
+    /// Does the work of [`TinyGuest::Echo`], and obeys `P` (powers off), `R` (resets), `F` (triple
     /// fault) and Ctrl+Alt+Del (resets).
     Obey,
     /// Powers off when the ACPI power button is pressed. QEMU q35 only. It polls, and so keeps one
@@ -67,7 +67,7 @@ pub enum Guest {
     Clock,
 }
 
-impl Guest {
+impl TinyGuest {
     /// Every guest, in the order of their documentation.
     pub const ALL: [Self; 9] = [
         Self::Idle,
@@ -81,7 +81,8 @@ impl Guest {
         Self::Clock,
     ];
 
-    /// Returns the short name, which is also the stem of the file that [`Guest::write_to`] makes.
+    /// Returns the short name, which is also the stem of the file that [`TinyGuest::write_to`]
+    /// makes.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -127,7 +128,7 @@ impl Guest {
     /// Assembles everything after the headers: the banner loop, the guest's own part, and the text
     /// of the banner.
     fn code(self) -> Vec<u8> {
-        let mut code = Code::default();
+        let mut code = MachineCode::default();
         let text_address = code.print();
         match self {
             Self::Idle => {}
@@ -148,7 +149,7 @@ impl Guest {
     }
 }
 
-/// The two clocks on a line of [`Guest::Clock`].
+/// The two clocks on a line of [`TinyGuest::Clock`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Clocks {
     /// The time on kvm-clock in nanoseconds.
@@ -157,7 +158,7 @@ pub struct Clocks {
     pub counter: u64,
 }
 
-/// Reads a line of [`Guest::Clock`]; `None` for another line.
+/// Reads a line of [`TinyGuest::Clock`]; `None` for another line.
 #[must_use]
 pub fn clocks(line: &str) -> Option<Clocks> {
     let digits = line.trim();
@@ -260,7 +261,7 @@ mod tests {
 
     #[test]
     fn elf_header_is_that_of_a_64_bit_executable() {
-        for guest in Guest::ALL {
+        for guest in TinyGuest::ALL {
             let file = guest.elf();
             assert_eq!(&file[..7], b"\x7fELF\x02\x01\x01", "{guest:?}");
             assert_eq!((u16_at(&file, 16), u16_at(&file, 18)), (2, 62), "{guest:?}");
@@ -271,7 +272,7 @@ mod tests {
 
     #[test]
     fn load_segment_covers_the_whole_file() {
-        for guest in Guest::ALL {
+        for guest in TinyGuest::ALL {
             let file = guest.elf();
             assert_eq!(u32_at(&file, 64), 1, "{guest:?}");
             assert_eq!(u64_at(&file, 64 + 24), 0x0010_0000, "{guest:?}");
@@ -282,7 +283,7 @@ mod tests {
 
     #[test]
     fn note_names_the_entry_point() {
-        for guest in Guest::ALL {
+        for guest in TinyGuest::ALL {
             let file = guest.elf();
             assert_eq!(u32_at(&file, 120), 4, "{guest:?}");
             let note = usize::try_from(u64_at(&file, 120 + 8)).unwrap();
@@ -295,7 +296,7 @@ mod tests {
 
     #[test]
     fn code_points_at_its_banner() {
-        for guest in Guest::ALL {
+        for guest in TinyGuest::ALL {
             let file = guest.elf();
             // cli; cld; mov esi, imm32 are the first bytes of every guest.
             assert_eq!(&file[0x100..0x103], &[0xfa, 0xfc, 0xbe], "{guest:?}");
@@ -308,13 +309,13 @@ mod tests {
     fn written_file_has_the_bytes_and_a_name_of_its_own() {
         let folder = tempfile::tempdir().unwrap();
         let mut paths = Vec::new();
-        for guest in Guest::ALL {
+        for guest in TinyGuest::ALL {
             let path = guest.write_to(folder.path()).unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), guest.elf());
             paths.push(path);
         }
         paths.sort();
         paths.dedup();
-        assert_eq!(paths.len(), Guest::ALL.len());
+        assert_eq!(paths.len(), TinyGuest::ALL.len());
     }
 }

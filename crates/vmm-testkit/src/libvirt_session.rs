@@ -30,14 +30,14 @@ const SCRIPT: &str = "virtlogd & exec libvirtd";
 
 /// The libvirt of a user, and its folder.
 #[derive(Debug)]
-pub struct Session {
+pub struct UserLibvirt {
     dir: TempDir,
     uid: u32,
     gid: u32,
     reaper: Option<Child>,
 }
 
-impl Session {
+impl UserLibvirt {
     /// Makes the folders and starts nothing, because libvirt starts its own libvirtd for its first
     /// client.
     ///
@@ -178,7 +178,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for UserLibvirt {
     fn drop(&mut self) {
         // The processes are found by their environment, because libvirt's daemons can leave the
         // reaper's group.

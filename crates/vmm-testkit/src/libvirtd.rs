@@ -202,7 +202,7 @@ impl Libvirtd {
     ///
     /// # Panics
     /// If virsh fails.
-    pub fn run_stranger(&self, name: &str, kernel: &Path) {
+    pub fn run_foreign_domain(&self, name: &str, kernel: &Path) {
         let xml = format!(
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel></os>\
@@ -297,18 +297,18 @@ fn cache_dir() -> PathBuf {
 }
 
 /// The cache folder, with its lock while the cache is being filled.
-struct Cache {
+struct LibvirtCache {
     dir: PathBuf,
     _lock: File,
 }
 
-impl Cache {
+impl LibvirtCache {
     fn path(&self) -> &Path {
         &self.dir
     }
 }
 
-fn warm_cache() -> Result<Cache, String> {
+fn warm_cache() -> Result<LibvirtCache, String> {
     let dir = cache_dir();
     fs::create_dir_all(&dir).map_err(|error| error.to_string())?;
     let lock = File::create(dir.with_extension("lock")).map_err(|error| error.to_string())?;
@@ -318,7 +318,7 @@ fn warm_cache() -> Result<Cache, String> {
     if dir.join("qemu/capabilities").is_dir() {
         lock.unlock().map_err(|error| error.to_string())?;
     }
-    Ok(Cache { dir, _lock: lock })
+    Ok(LibvirtCache { dir, _lock: lock })
 }
 
 /// Sleeps 10 ms. The callers poll, because the processes that they wait for send no notification.

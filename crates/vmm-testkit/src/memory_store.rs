@@ -9,7 +9,8 @@ use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::store::{
-    Change, Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, Unreadable, VmRecord,
+    Commit, EventQuery, RecordChange, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, Unreadable,
+    VmRecord,
 };
 
 /// The store. Its data exists as long as the value, so a second service on the value finds the data
@@ -17,23 +18,23 @@ use vmm_core::store::{
 #[derive(Debug)]
 pub struct MemoryStore {
     instance: InstanceId,
-    inner: Mutex<Inner>,
+    inner: Mutex<StoreState>,
 }
 
 #[derive(Debug, Default)]
-struct Inner {
+struct StoreState {
     vms: BTreeMap<VmUid, VmRecord>,
     unreadable: BTreeMap<VmUid, String>,
     tombstones: BTreeMap<VmUid, Tombstone>,
     events: Vec<VmEvent>,
     last_event: EventSeq,
-    next: VecDeque<Verdict>,
-    always: Option<Verdict>,
+    next: VecDeque<CommitTreatment>,
+    always: Option<CommitTreatment>,
 }
 
 /// The treatment of a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum CommitTreatment {
     /// The commit is applied if the rules allow it.
     Pass,
     /// The commit is refused, and nothing is written.
@@ -57,12 +58,12 @@ impl MemoryStore {
     }
 
     /// Sets the treatment of the next commits that the rules allow, in their order.
-    pub fn next(&self, verdicts: impl IntoIterator<Item = Verdict>) {
+    pub fn next(&self, verdicts: impl IntoIterator<Item = CommitTreatment>) {
         self.lock().next.extend(verdicts);
     }
 
     /// Sets the treatment of every commit for which [`MemoryStore::next`] has none left.
-    pub fn always(&self, verdict: Verdict) {
+    pub fn always(&self, verdict: CommitTreatment) {
         self.lock().always = Some(verdict);
     }
 
@@ -110,7 +111,7 @@ impl MemoryStore {
         inner.unreadable.extend(found.map(|uid| (uid, why.to_owned())));
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, StoreState> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -162,13 +163,13 @@ impl MemoryStore {
         let mut inner = self.lock();
         // The rules come first, because an illegal commit must not use up a scripted treatment.
         inner.judge(&commit.change)?;
-        let verdict = inner.next.pop_front().or(inner.always).unwrap_or(Verdict::Pass);
+        let verdict = inner.next.pop_front().or(inner.always).unwrap_or(CommitTreatment::Pass);
         match verdict {
-            Verdict::Pass => Ok(inner.apply(commit)),
-            Verdict::Refuse(StoreErrorKind::Full) if forced => Ok(inner.apply(commit)),
-            Verdict::Refuse(kind) => Err(error(kind, Effect::NotApplied, "the script refuses it")),
-            Verdict::Lose(kind) => Err(error(kind, Effect::Unknown, "the script loses it")),
-            Verdict::WriteAndFail(kind) => {
+            CommitTreatment::Pass => Ok(inner.apply(commit)),
+            CommitTreatment::Refuse(StoreErrorKind::Full) if forced => Ok(inner.apply(commit)),
+            CommitTreatment::Refuse(kind) => Err(error(kind, Effect::NotApplied, "the script refuses it")),
+            CommitTreatment::Lose(kind) => Err(error(kind, Effect::Unknown, "the script loses it")),
+            CommitTreatment::WriteAndFail(kind) => {
                 inner.apply(commit);
                 Err(error(kind, Effect::Unknown, "the script loses the answer"))
             }
@@ -176,39 +177,39 @@ impl MemoryStore {
     }
 }
 
-impl Inner {
+impl StoreState {
     /// Checks whether the rules of the port allow a change.
-    fn judge(&self, change: &Change) -> Result<(), StoreError> {
+    fn judge(&self, change: &RecordChange) -> Result<(), StoreError> {
         let (allowed, kind, message) = match change {
-            Change::Insert(new) => (
+            RecordChange::Insert(new) => (
                 self.vms.values().all(|vm| vm.vm_id != new.vm_id && vm.uid != new.uid),
                 StoreErrorKind::NameTaken,
                 "the name is taken",
             ),
-            Change::Update(new) => (
+            RecordChange::Update(new) => (
                 self.vms.get(&new.uid).is_some_and(|vm| vm.generation + 1 == new.generation),
                 StoreErrorKind::Conflict,
                 "the record has changed",
             ),
-            Change::Remove(_) | Change::Bury(_) | Change::Unbury(_) => return Ok(()),
+            RecordChange::Remove(_) | RecordChange::Bury(_) | RecordChange::Unbury(_) => return Ok(()),
         };
         if allowed { Ok(()) } else { Err(error(kind, Effect::NotApplied, message)) }
     }
 
     fn apply(&mut self, commit: Commit) -> Option<EventSeq> {
         match commit.change {
-            Change::Insert(new) | Change::Update(new) => {
+            RecordChange::Insert(new) | RecordChange::Update(new) => {
                 self.vms.insert(new.uid, *new);
             }
-            Change::Remove(uid) => {
+            RecordChange::Remove(uid) => {
                 // A removal of nothing logs no event, as the port demands.
                 self.vms.remove(&uid)?;
             }
-            Change::Bury(tombstone) => {
+            RecordChange::Bury(tombstone) => {
                 self.vms.remove(&tombstone.vm.uid)?;
                 self.tombstones.insert(tombstone.vm.uid, *tombstone);
             }
-            Change::Unbury(uid) => {
+            RecordChange::Unbury(uid) => {
                 self.tombstones.remove(&uid);
             }
         }

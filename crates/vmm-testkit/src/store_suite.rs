@@ -1,9 +1,9 @@
 //! The suite that every [`Store`] must pass.
 //!
-//! A case gets a [`Place`], which keeps the data of a store so that the store can be opened again.
-//! Put `vmm_testkit::store_suite!(make_place);` into a test file, where `make_place` is a function
-//! that makes an empty place. Each case becomes a test there (which needs `tokio` with `macros` and
-//! `rt-multi-thread`).
+//! A case gets a [`StorePlace`], which keeps the data of a store so that the store can be opened
+//! again. Put `vmm_testkit::store_suite!(make_place);` into a test file, where `make_place` is a
+//! function that makes an empty place. Each case becomes a test there (which needs `tokio` with
+//! `macros` and `rt-multi-thread`).
 
 mod events;
 mod records;
@@ -19,7 +19,7 @@ pub use records::*;
 pub use samples::{all_events, event, insert, next, record, remove, update};
 
 /// A place that keeps the data of a store.
-pub trait Place: Send + Sync {
+pub trait StorePlace: Send + Sync {
     /// Opens the store of this place, with the data that the previous one left.
     fn open(&self) -> impl Future<Output = Arc<dyn Store>> + Send;
 }

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use vmm_core::backend::Backend;
 use vmm_core::store::VmRecord;
 use vmm_host::process::Signal;
-use vmm_testkit::backend_suite::{Column, FakeColumn, Linux, Obeying, run};
+use vmm_testkit::backend_suite::{Column, FakeColumn, LinuxGuest, ObeyingGuest, run};
 
 /// The fake, with a fault.
 struct Faulty {
@@ -36,11 +36,11 @@ impl Column for Faulty {
         self.fake.backend()
     }
 
-    fn obeying(&self) -> Obeying {
+    fn obeying(&self) -> ObeyingGuest {
         self.fake.obeying()
     }
 
-    fn linux(&self) -> Result<Linux, String> {
+    fn linux(&self) -> Result<LinuxGuest, String> {
         self.fake.linux()
     }
 

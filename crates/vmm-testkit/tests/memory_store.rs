@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use vmm_core::store::Store;
 use vmm_testkit::memory_store::MemoryStore;
-use vmm_testkit::store_suite::Place;
+use vmm_testkit::store_suite::StorePlace;
 
 struct Memory(Arc<MemoryStore>);
 
-impl Place for Memory {
+impl StorePlace for Memory {
     async fn open(&self) -> Arc<dyn Store> {
         Arc::clone(&self.0) as Arc<dyn Store>
     }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
 use crate::world::{World, finish, vmcp};
@@ -35,9 +35,9 @@ fn offered(server: &str, words: &[&str]) -> Vec<String> {
 
 fn bash_completes_commands_options_and_names_of_vms() {
     let world = World::started(&[]);
-    world.create("web-1", Guest::Idle);
-    world.create("web-2", Guest::Idle);
-    world.create("db", Guest::Idle);
+    world.create("web-1", TinyGuest::Idle);
+    world.create("web-2", TinyGuest::Idle);
+    world.create("db", TinyGuest::Idle);
     assert_eq!(offered(&world.url(), &["vmcp", "shut"]), ["shutdown"]);
     for command in
         ["boot", "shutdown", "pause", "resume", "reboot", "delete", "get", "wait", "watch", "events"]

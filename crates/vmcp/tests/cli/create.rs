@@ -1,7 +1,7 @@
 //! `create` and `validate`: files, standard input, and what is refused.
 
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
 use crate::world::World;
@@ -18,7 +18,7 @@ trials![
 
 /// Returns the same configuration as YAML and as JSON.
 fn both_forms(world: &World) -> [String; 2] {
-    let kernel = world.kernel(Guest::Idle).display().to_string();
+    let kernel = world.kernel(TinyGuest::Idle).display().to_string();
     let yaml = format!(
         "# A comment.\nvm_id: from-file\nbackend: qemu\nconfig:\n  cpu: {{vcpu_count: 1}}\n  memory:\n    \
          size_bytes: 67108864\n  boot:\n    kernel_path: {kernel}\n  metadata: {{team: web}}\n"
@@ -56,7 +56,7 @@ fn a_yaml_file_a_json_file_and_standard_input_make_the_same_vm() {
 
 fn a_generated_name_is_printed() {
     let world = World::started(&[]);
-    let kernel = world.kernel(Guest::Idle).display().to_string();
+    let kernel = world.kernel(TinyGuest::Idle).display().to_string();
     let name = world.run(&["create", "--kernel", &kernel, "--memory", "64MiB", "-o", "name"]).ok();
     assert!(name.starts_with("vm-") && name.lines().count() == 1, "{name}");
     assert_eq!(world.run(&["list", "-o", "name"]).ok(), name);
@@ -91,7 +91,7 @@ fn every_violation_has_a_line() {
 
 fn validate_says_what_create_would_say_and_makes_nothing() {
     let world = World::started(&[]);
-    let kernel = world.kernel(Guest::Idle).display().to_string();
+    let kernel = world.kernel(TinyGuest::Idle).display().to_string();
     let valid = ["validate", "--backend", "qemu", "--kernel", &kernel, "--memory", "64MiB"];
     assert_eq!(world.run(&valid).ok(), "the configuration is valid\n");
     let wrong = ["validate", "--kernel", &kernel, "--cpus", "0"];
@@ -107,7 +107,7 @@ fn validate_says_what_create_would_say_and_makes_nothing() {
 
 fn warnings_are_told_beside_the_answer() {
     let world = World::started(&[]);
-    let kernel = world.kernel(Guest::Idle).display().to_string();
+    let kernel = world.kernel(TinyGuest::Idle).display().to_string();
     let ran = world.run(&["create", "a", "--kernel", &kernel, "--memory", "8MiB", "-o", "name"]);
     assert_eq!((ran.code, ran.stdout.as_str()), (0, "a\n"), "{ran:#?}");
     assert!(ran.stderr.starts_with("warning: config.memory.size_bytes: "), "{ran:#?}");

@@ -1,7 +1,7 @@
 //! The life of a VM by `vmcp` alone, on each hypervisor.
 
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
 use crate::world::{World, has_qemu, hypervisors};
@@ -16,7 +16,7 @@ trials![
 fn a_vm_lives_on_each_hypervisor() {
     for backend in hypervisors("lifecycle::a_vm_lives_on_each_hypervisor") {
         let world = World::started(&[]);
-        let kernel = world.kernel(Guest::Idle).display().to_string();
+        let kernel = world.kernel(TinyGuest::Idle).display().to_string();
         let created =
             world.run(&["create", "vm", "--backend", backend, "--memory", "64MiB", "--kernel", &kernel]);
         assert_eq!(created.ok(), "vm: created\n", "{backend}");
@@ -42,8 +42,8 @@ fn several_vms_are_served_one_after_the_other() {
         return;
     }
     let world = World::started(&[]);
-    world.create("a", Guest::Idle);
-    world.create("b", Guest::Idle);
+    world.create("a", TinyGuest::Idle);
+    world.create("b", TinyGuest::Idle);
     // One that is not there does not keep the others from being served.
     let ran = world.run(&["boot", "a", "nobody", "b"]);
     assert_eq!((ran.code, ran.stdout.as_str()), (15, "a: running\nb: running\n"), "{ran:#?}");
@@ -58,7 +58,7 @@ fn several_vms_are_served_one_after_the_other() {
 
 fn what_the_state_does_not_admit_is_refused_with_what_it_does() {
     let world = World::started(&[]);
-    world.create("vm", Guest::Idle);
+    world.create("vm", TinyGuest::Idle);
     let error = world.run(&["pause", "vm"]).failed(19);
     assert!(error.contains("PauseVm is not legal") && error.contains("legal now: "), "{error}");
     assert!(error.contains("(failed_precondition)"), "{error}");
@@ -66,7 +66,7 @@ fn what_the_state_does_not_admit_is_refused_with_what_it_does() {
 
 fn a_failed_boot_says_why() {
     let world = World::started(&[("UNKEY_VMCP_QEMU_BINARY", "/nonexistent/qemu")]);
-    world.create("vm", Guest::Idle);
+    world.create("vm", TinyGuest::Idle);
     let error = world.run(&["boot", "vm"]).failed(19);
     assert!(error.contains("/nonexistent/qemu"), "{error}");
     let table = world.run(&["list"]).ok();

@@ -1,7 +1,7 @@
 //! `list`, `get`, `backends`, `health`, `events`: what they print is what the API says.
 
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
 use crate::world::{World, has_qemu};
@@ -22,8 +22,8 @@ trials![
 fn a_list_is_a_table_for_people_and_the_message_for_programs() {
     let world = World::started(&[]);
     assert_eq!(world.run(&["list"]).ok(), "NAME  STATE  BACKEND  VCPUS  MEMORY  AGE  STATUS\n");
-    world.create("web-1", Guest::Idle);
-    world.create("db", Guest::Idle);
+    world.create("web-1", TinyGuest::Idle);
+    world.create("db", TinyGuest::Idle);
     let table = world.run(&["list"]).ok();
     let rows: Vec<_> = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
     assert_eq!(rows[1][..6], ["web-1", "created", "qemu", "1", "64", "MiB"]);
@@ -38,7 +38,7 @@ fn a_list_is_a_table_for_people_and_the_message_for_programs() {
 
 fn every_page_of_a_list_is_read() {
     let world = World::started(&[]);
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     for number in 0..1003 {
         world.call("CreateVm", &json!({"vm_id": format!("vm-{number}"), "config": config}));
     }
@@ -56,7 +56,7 @@ fn every_page_of_a_list_is_read() {
 fn filters_reach_the_server() {
     let world = World::started(&[]);
     let create = |vm_id: &str, team: &str| {
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config["metadata"] = json!({"team": team});
         world.call("CreateVm", &json!({"vm_id": vm_id, "config": config}));
     };
@@ -71,9 +71,9 @@ fn filters_reach_the_server() {
 
 fn one_vm_is_shown_by_name_prefix_or_uid() {
     let world = World::started(&[]);
-    world.create("web-1", Guest::Idle);
-    world.create("web", Guest::Idle);
-    world.create("db", Guest::Idle);
+    world.create("web-1", TinyGuest::Idle);
+    world.create("web", TinyGuest::Idle);
+    world.create("db", TinyGuest::Idle);
     let message = world.call("GetVmInfo", &json!({"vm_id": "db"}));
     assert_eq!(world.run(&["get", "d", "-o", "json"]).json(), message);
     let uid = message["uid"].as_str().unwrap();
@@ -132,7 +132,7 @@ fn a_backend_that_cannot_serve_makes_health_fail() {
 
 fn events_outlive_their_vm() {
     let world = World::started(&[]);
-    world.create("gone", Guest::Idle);
+    world.create("gone", TinyGuest::Idle);
     world.run(&["delete", "gone"]).ok();
     let table = world.run(&["events", "gone"]).ok();
     let kinds: Vec<_> = table.lines().map(|line| line.split_whitespace().nth(2).unwrap()).collect();
@@ -148,7 +148,7 @@ fn events_outlive_their_vm() {
 fn control_bytes_of_others_are_shown_and_not_obeyed() {
     let world = World::started(&[]);
     let nasty = "\u{1b}[2J\u{1b}]0;owned\u{7}\u{9b}31m\u{202e}\r\n";
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["metadata"] = json!({"note": nasty});
     world.call("CreateVm", &json!({"vm_id": "a", "config": config}));
     for form in ["table", "json", "yaml", "name"] {

@@ -1,7 +1,7 @@
 //! `api`: a call as it is typed.
 
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
 use crate::world::{Running, World};
@@ -15,7 +15,7 @@ trials![
 
 fn a_call_answers_what_the_api_answers() {
     let world = World::started(&[]);
-    world.create("a", Guest::Idle);
+    world.create("a", TinyGuest::Idle);
     assert_eq!(world.run(&["api", "ListVms"]).json(), world.call("ListVms", &json!({})));
     let request = r#"{"vm_id": "a"}"#;
     let wanted = world.call("GetVmInfo", &json!({"vm_id": "a"}));
@@ -27,7 +27,7 @@ fn a_call_answers_what_the_api_answers() {
 
 fn a_stream_answers_message_by_message() {
     let world = World::started(&[]);
-    world.create("a", Guest::Idle);
+    world.create("a", TinyGuest::Idle);
     let stream = Running::start(world.command(&["api", "WatchVms"]));
     let lines = Running::until(&stream.stdout, "synced");
     let kinds: Vec<Value> =

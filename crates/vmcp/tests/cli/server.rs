@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
 use crate::world::{World, finish, vmcp};
@@ -44,7 +44,7 @@ fn a_scheme_that_the_daemon_does_not_serve_is_refused() {
 
 fn a_context_names_a_server() {
     let world = World::started(&[]);
-    world.create("here", Guest::Idle);
+    world.create("here", TinyGuest::Idle);
     let contexts = format!(
         "current = \"off\"\n[contexts.lab]\nserver = \"{}\"\n[contexts.off]\nserver = \"{}\"\n",
         world.url(),

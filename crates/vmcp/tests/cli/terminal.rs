@@ -8,10 +8,10 @@ use std::time::Instant;
 use pty_process::Size;
 use pty_process::blocking::{Command, Pty, open};
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
-use crate::world::{PATIENCE, World, has_qemu, pause};
+use crate::world::{WAIT_TIMEOUT, World, has_qemu, pause};
 
 trials![
     a_table_fits_into_the_terminal,
@@ -88,7 +88,7 @@ impl Terminal {
     /// Waits until the screen has `text`.
     #[track_caller]
     fn wait_for(&self, text: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             let screen = self.screen();
             if screen.contains(text) {
@@ -101,7 +101,7 @@ impl Terminal {
 
     /// Waits until the program has ended, and returns its exit code.
     fn code(&mut self) -> i32 {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 // The last bytes may still be on their way to the reader.
@@ -140,7 +140,7 @@ enum Redirect {
 /// Makes a VM run whose guest ignores the power button, so that a shutdown takes its whole time.
 fn with_a_deaf_guest(vm_id: &str) -> World {
     let world = World::started(&[]);
-    world.create(vm_id, Guest::Idle);
+    world.create(vm_id, TinyGuest::Idle);
     world.run(&["boot", vm_id]).ok();
     world
 }
@@ -184,7 +184,7 @@ fn a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean() {
 
 fn a_remark_does_not_stand_in_the_spinners_line() {
     let mut world = World::started(&[]);
-    world.create("vm", Guest::Idle);
+    world.create("vm", TinyGuest::Idle);
     let terminal = Terminal::run(&world, 100, &["wait", "vm", "running"], Redirect::Nothing);
     terminal.wait_for("vm: created");
     world.stop(rustix::process::Signal::KILL);
@@ -233,7 +233,7 @@ fn a_spinner_is_only_where_both_outputs_are_terminals() {
 
 fn text_of_others_cannot_draw_on_the_screen() {
     let world = World::started(&[]);
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["metadata"] = json!({"note": "\u{1b}[2J\u{1b}[Hforged\u{9b}7m", "\u{7}": "x"});
     world.call("CreateVm", &json!({"vm_id": "vm", "config": config}));
     for arguments in [&["get", "vm"][..], &["get", "vm", "-o", "json"], &["get", "vm", "-o", "yaml"]] {

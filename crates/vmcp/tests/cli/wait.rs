@@ -2,10 +2,10 @@
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
-use crate::world::{PATIENCE, Running, World, has_qemu, pause};
+use crate::world::{Running, WAIT_TIMEOUT, World, has_qemu, pause};
 
 trials![
     a_wait_ends_when_the_state_is_reached,
@@ -19,7 +19,7 @@ fn a_wait_ends_when_the_state_is_reached() {
         return;
     }
     let world = World::started(&[]);
-    world.create("vm", Guest::PowerOff);
+    world.create("vm", TinyGuest::PowerOff);
     let mut wait = Running::start(world.command(&["wait", "vm", "shutdown", "-o", "json"]));
     world.run(&["boot", "vm"]).ok();
     assert_eq!(wait.code(), 0);
@@ -32,7 +32,7 @@ fn a_wait_ends_when_the_state_is_reached() {
 
 fn a_wait_that_takes_too_long_names_the_state() {
     let world = World::started(&[]);
-    world.create("vm", Guest::Idle);
+    world.create("vm", TinyGuest::Idle);
     let error = world.run(&["wait", "vm", "running", "--timeout", "1s"]).failed(14);
     assert!(error.contains("CREATED") && error.contains("(deadline_exceeded)"), "{error}");
 }
@@ -42,7 +42,7 @@ fn a_wait_goes_on_when_the_server_comes_back() {
         return;
     }
     let mut world = World::started(&[]);
-    world.create("vm", Guest::Idle);
+    world.create("vm", TinyGuest::Idle);
     world.run(&["boot", "vm"]).ok();
     let (mut wait, said) = wait_that_lost_its_server(&mut world);
     assert!(said.starts_with(&format!("vmcp: lost {}", world.url())), "{said}");
@@ -61,7 +61,7 @@ fn wait_that_lost_its_server(world: &mut World) -> (Running, String) {
         (0..turns * 10).for_each(|_| pause());
         world.stop(Signal::KILL);
         world.start();
-        let said = wait.stderr.recv_timeout(PATIENCE).expect("the wait says something");
+        let said = wait.stderr.recv_timeout(WAIT_TIMEOUT).expect("the wait says something");
         if said.starts_with("vmcp: ") {
             return (wait, said);
         }
@@ -71,7 +71,7 @@ fn wait_that_lost_its_server(world: &mut World) -> (Running, String) {
 
 fn a_wait_for_a_vm_that_is_deleted_is_not_found() {
     let world = World::started(&[]);
-    world.create("vm", Guest::Idle);
+    world.create("vm", TinyGuest::Idle);
     let mut wait = Running::start(world.command(&["wait", "vm", "running", "shutdown"]));
     world.run(&["delete", "vm"]).ok();
     assert_eq!(wait.code(), 15);

@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::trials;
 use crate::world::{Running, World, has_qemu};
@@ -34,10 +34,10 @@ fn a_watch_shows_a_guest_come_and_go() {
         return;
     }
     let world = World::started(&[]);
-    world.create("old", Guest::Idle);
+    world.create("old", TinyGuest::Idle);
     let watch = Running::start(world.command(&["watch"]));
     Running::until(&watch.stdout, "present");
-    world.create("vm", Guest::PowerOff);
+    world.create("vm", TinyGuest::PowerOff);
     world.run(&["boot", "vm"]).ok();
     let lines = Running::until(&watch.stdout, "vmm-exited");
     assert!(
@@ -56,7 +56,7 @@ fn a_watch_goes_on_without_a_gap_when_the_server_comes_back() {
     let mut lines = Running::until(&watch.stdout, "\"synced\"");
     for signal in [Signal::KILL, Signal::TERM] {
         let name = format!("before-{}", signal.as_raw());
-        world.create(&name, Guest::Idle);
+        world.create(&name, TinyGuest::Idle);
         lines.extend(Running::until(&watch.stdout, &name));
         world.stop(signal);
         let said = Running::until(&watch.stderr, "lost");
@@ -64,7 +64,7 @@ fn a_watch_goes_on_without_a_gap_when_the_server_comes_back() {
         world.start();
         // The first event after the loss is what tells that the server is back.
         let name = format!("after-{}", signal.as_raw());
-        world.create(&name, Guest::Idle);
+        world.create(&name, TinyGuest::Idle);
         lines.extend(Running::until(&watch.stdout, &name));
         Running::until(&watch.stderr, "again");
     }
@@ -83,16 +83,16 @@ fn a_watch_of_a_vm_waits_for_a_name_that_nobody_has_yet() {
     let world = World::started(&[]);
     let watch = Running::start(world.command(&["watch", "later", "-o", "json"]));
     Running::until(&watch.stdout, "\"synced\"");
-    world.create("other", Guest::Idle);
-    world.create("later", Guest::Idle);
+    world.create("other", TinyGuest::Idle);
+    world.create("later", TinyGuest::Idle);
     let lines = Running::until(&watch.stdout, "\"later\"");
     assert!(lines.iter().all(|line| !line.contains("other")), "{lines:?}");
 }
 
 fn a_watch_can_begin_behind_an_event() {
     let world = World::started(&[]);
-    world.create("a", Guest::Idle);
-    world.create("b", Guest::Idle);
+    world.create("a", TinyGuest::Idle);
+    world.create("b", TinyGuest::Idle);
     let recorded = world.run(&["events", "a", "-o", "json"]).json();
     let token = recorded["events"][0]["token"].as_str().unwrap();
     let watch = Running::start(world.command(&["watch", "--resume-token", token, "-o", "name"]));

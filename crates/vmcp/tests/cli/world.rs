@@ -9,19 +9,19 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmm_controlplane::config::{Cli, Config, Environment, ThisHost};
-use vmm_testkit::guests::Guest;
+use vmm_controlplane::config::{Cli, DaemonConfig, Environment, ThisHost};
+use vmm_testkit::guests::TinyGuest;
 pub(crate) use vmm_testkit::skip::skipped;
 
 /// The variable that makes this program the daemon.
 pub(crate) const BE_THE_DAEMON: &str = "VMCP_TEST_BE_THE_DAEMON";
 /// Longer than anything here takes on a busy machine; only a hang reaches it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const WAIT_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Serves as `vmm-controlplane` does.
 pub(crate) fn daemon() -> ExitCode {
     let environment: Environment = std::env::vars_os().collect();
-    let loaded = Config::load(&Cli::default(), &environment, &ThisHost).unwrap();
+    let loaded = DaemonConfig::load(&Cli::default(), &environment, &ThisHost).unwrap();
     let _log = vmm_controlplane::telemetry::start().unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let outcome = runtime.block_on(vmm_controlplane::daemon::run(loaded));
@@ -101,7 +101,7 @@ impl World {
         let log = lines(child.stderr.take().unwrap());
         self.daemon = Some(child);
         let mut seen = Vec::new();
-        while let Ok(line) = log.recv_timeout(PATIENCE) {
+        while let Ok(line) = log.recv_timeout(WAIT_TIMEOUT) {
             let parsed: Value = serde_json::from_str(&line).unwrap_or_default();
             if parsed["message"] == "serving" {
                 let address = parsed["address"].as_str().unwrap();
@@ -145,20 +145,21 @@ impl World {
     /// Calls the API without `vmcp`.
     pub(crate) fn call(&self, method: &str, request: &Value) -> Value {
         let url = format!("{}/vmm.v1.VmService/{method}", self.url());
-        let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).build().into();
+        let agent: ureq::Agent =
+            ureq::Agent::config_builder().timeout_global(Some(WAIT_TIMEOUT)).build().into();
         let sent = agent.post(&url).header("content-type", "application/json").send(request.to_string());
         let text = sent.unwrap().body_mut().read_to_string().unwrap();
         serde_json::from_str(&text).unwrap()
     }
 
     /// Creates a VM with a tiny guest.
-    pub(crate) fn create(&self, vm_id: &str, guest: Guest) {
+    pub(crate) fn create(&self, vm_id: &str, guest: TinyGuest) {
         let config = self.tiny(guest);
         self.call("CreateVm", &json!({"vm_id": vm_id, "config": config}));
     }
 
     /// Returns the configuration of a VM with a tiny guest.
-    pub(crate) fn tiny(&self, guest: Guest) -> Value {
+    pub(crate) fn tiny(&self, guest: TinyGuest) -> Value {
         json!({
             "cpu": {"vcpu_count": 1},
             "memory": {"size_bytes": "67108864"},
@@ -167,7 +168,7 @@ impl World {
     }
 
     /// Writes a tiny guest, and returns its path.
-    pub(crate) fn kernel(&self, guest: Guest) -> PathBuf {
+    pub(crate) fn kernel(&self, guest: TinyGuest) -> PathBuf {
         guest.write_to(self.dir.path()).unwrap()
     }
 
@@ -225,7 +226,7 @@ impl Running {
     #[track_caller]
     pub(crate) fn until(output: &Receiver<String>, text: &str) -> Vec<String> {
         let mut seen = Vec::new();
-        while let Ok(line) = output.recv_timeout(PATIENCE) {
+        while let Ok(line) = output.recv_timeout(WAIT_TIMEOUT) {
             let is_last = line.contains(text);
             seen.push(line);
             if is_last {
@@ -237,7 +238,7 @@ impl Running {
 
     /// Waits until the program has ended by itself, and returns its exit code.
     pub(crate) fn code(&mut self) -> i32 {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code().expect("no signal ended it");

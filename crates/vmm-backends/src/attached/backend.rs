@@ -7,39 +7,41 @@ use std::time::Duration;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    Exit, ExitCause, GuestState, LaunchRequest, Launched, Sweep, SweepRequest,
+    Exit, ExitCause, GuestState, LaunchRequest, LaunchedVmm, SweepPurpose, SweepRequest,
 };
+use vmm_core::discovery::{Discoverer, Discovery, Places};
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::{Discover, Discovery, Places};
 use vmm_core::reason::Reason;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
-use vmm_host::endpoint::{self, VisitError};
+use vmm_host::endpoint::{self, EndpointError};
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::growth::Watcher;
+use vmm_host::file_watch::FileWatcher;
 use vmm_host::process::{Lookup, Process, adopt};
 
-use super::console::{self, Mirror};
-use super::force::Manner;
-use super::socket::{self, AttachedSocket, Memory, View};
-use super::{Guest, Holding, Hypervisor, Met, Parts, force, scanner};
+use super::console::{self, ConsoleCopy};
+use super::force::KillManner;
+use super::socket::{self, AttachedSocket, ScanMemory, SocketHealth};
+use super::{
+    AttachedHypervisor, AttachedVmFacts, AttachedVmmParts, GuestPhase, IdentifiedVmm, force, scanner,
+};
 
 /// The time that a forced end waits for the VMM to power its VM off, before it ends the process.
-const FORCED_CALL: Duration = Duration::from_millis(700);
+const FORCED_POWER_OFF_TIMEOUT: Duration = Duration::from_millis(700);
 /// The time that a forced deletion waits for its turn to make the VMM forget the VM.
-const FORCED_TURN: Duration = Duration::from_millis(500);
+const FORCED_TURN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The VMMs of one hypervisor that another program started.
 #[derive(Debug)]
-pub(crate) struct Attached<H> {
+pub(crate) struct AttachedBackend<H> {
     pub(super) kind: Arc<H>,
     pub(super) sockets: Vec<Arc<AttachedSocket>>,
     managed: Arc<dyn ManagedSibling>,
     interval: Duration,
-    watcher: Watcher,
+    watcher: FileWatcher,
 }
 
 /// The backend that starts processes of the same hypervisor. Its rules about configurations hold
@@ -48,7 +50,7 @@ pub(crate) trait ManagedSibling: Backend + std::fmt::Debug {}
 
 impl<B: Backend + std::fmt::Debug> ManagedSibling for B {}
 
-impl<H: Hypervisor> Attached<H> {
+impl<H: AttachedHypervisor> AttachedBackend<H> {
     /// Returns the backend of the VMMs behind `sockets`. Each socket without a running VM is
     /// examined every `interval`. The rules of `managed` about configurations hold here, too.
     pub(crate) fn new(
@@ -63,7 +65,7 @@ impl<H: Hypervisor> Attached<H> {
             sockets,
             managed: Arc::new(managed),
             interval,
-            watcher: Watcher::default(),
+            watcher: FileWatcher::default(),
         }
     }
 
@@ -74,19 +76,19 @@ impl<H: Hypervisor> Attached<H> {
         })
     }
 
-    fn is_ours(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, dir: &Path) -> bool {
-        self.kind.is_made_of(holds, uid, spec, console::file(dir, spec).as_deref())
+    fn is_ours(&self, holds: &AttachedVmFacts, uid: VmUid, spec: &VmSpec, dir: &Path) -> bool {
+        self.kind.equals_request(holds, uid, spec, console::file(dir, spec).as_deref())
     }
 
     async fn start(
         &self,
         socket: &Arc<AttachedSocket>,
         request: &LaunchRequest,
-    ) -> Result<Launched, BackendError> {
+    ) -> Result<LaunchedVmm, BackendError> {
         // The turn is held for the whole start. A look in between would find a VM that no record
         // names yet, and would import it.
         let mut memory = socket.turn.lock().await;
-        let met = self.meet(socket).await.map_err(|error| self.unavailable(socket, &error))?;
+        let met = self.identify(socket).await.map_err(|error| self.unavailable(socket, &error))?;
         let make = self.may_start(socket, &met, request)?;
         // For a VM that another program created, the VMM itself reports the file of its console.
         let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
@@ -97,13 +99,19 @@ impl<H: Hypervisor> Attached<H> {
         point(FaultPoint::LaunchConnected);
         self.kind.start(&met, request, console.as_deref(), make).await?;
         let run = new_run(socket, &met, now_ms());
-        Ok(self.kind.attend(met, self.parts(socket, run, Guest::Running, &request.dir)))
+        Ok(self.kind.attend(met, self.parts(socket, run, GuestPhase::Running, &request.dir)))
     }
 
     /// Returns the parts of a handle other than the connection to the VMM.
-    fn parts(&self, socket: &Arc<AttachedSocket>, run: RunRecord, guest: Guest, dir: &Path) -> Parts {
-        let console = Mirror::start(dir, &self.watcher);
-        Parts { run, guest, dir: Some(dir.to_path_buf()), held: socket.hold(), console }
+    fn parts(
+        &self,
+        socket: &Arc<AttachedSocket>,
+        run: RunRecord,
+        guest: GuestPhase,
+        dir: &Path,
+    ) -> AttachedVmmParts {
+        let console = ConsoleCopy::start(dir, &self.watcher);
+        AttachedVmmParts { run, guest, dir: Some(dir.to_path_buf()), held: socket.lease(), console }
     }
 
     /// Returns true if a new VM must be created, and false if the VM that the VMM holds must be
@@ -111,7 +119,7 @@ impl<H: Hypervisor> Attached<H> {
     fn may_start(
         &self,
         socket: &Arc<AttachedSocket>,
-        met: &Met<H::Client>,
+        met: &IdentifiedVmm<H::Client>,
         request: &LaunchRequest,
     ) -> Result<bool, BackendError> {
         let refused = |kind, message| Err(BackendError::new(kind, Effect::NotApplied, message));
@@ -147,15 +155,18 @@ impl<H: Hypervisor> Attached<H> {
         }
     }
 
-    pub(super) async fn meet(&self, socket: &Arc<AttachedSocket>) -> Result<Met<H::Client>, VisitError> {
-        scanner::meet(&*self.kind, socket).await.0
+    pub(super) async fn identify(
+        &self,
+        socket: &Arc<AttachedSocket>,
+    ) -> Result<IdentifiedVmm<H::Client>, EndpointError> {
+        scanner::identify(&*self.kind, socket).await.0
     }
 
-    fn unavailable(&self, socket: &Arc<AttachedSocket>, error: &VisitError) -> BackendError {
+    fn unavailable(&self, socket: &Arc<AttachedSocket>, error: &EndpointError) -> BackendError {
         let message = socket.failure(&*self.kind, error);
         let kind = match error {
-            VisitError::Nobody(_) | VisitError::Failed(_) => BackendErrorKind::Unreachable,
-            VisitError::Refused(_) => BackendErrorKind::Host,
+            EndpointError::Nobody(_) | EndpointError::Failed(_) => BackendErrorKind::Unreachable,
+            EndpointError::Refused(_) => BackendErrorKind::Host,
         };
         BackendError::new(kind, Effect::NotApplied, message)
     }
@@ -177,9 +188,9 @@ impl<H: Hypervisor> Attached<H> {
             Lookup::Gone => return gone("the VMM ended while no daemon watched; the cause is not known"),
             Lookup::Unprovable(message) => return unreachable(Reason::IdentityUnproven, message, None),
         };
-        let error = match self.meet(socket).await {
+        let error = match self.identify(socket).await {
             Ok(met) if met.process.identity() == process.identity() => {
-                return self.adopt_met(socket, run, request, met);
+                return self.adopt_identified(socket, run, request, met);
             }
             Ok(met) => {
                 let message = format!(
@@ -196,49 +207,49 @@ impl<H: Hypervisor> Attached<H> {
             return gone("the VMM has just ended");
         }
         let message = socket.failure(&*self.kind, &error);
-        let met = self.kind.silent(&socket.path, &process);
-        let parts = self.parts(socket, run, Guest::Running, &request.dir);
+        let met = self.kind.unanswering(&socket.path, &process);
+        let parts = self.parts(socket, run, GuestPhase::Running, &request.dir);
         unreachable(Reason::VmmSilent, message, Some(self.kind.attend(met, parts)))
     }
 
-    fn adopt_met(
+    fn adopt_identified(
         &self,
         socket: &Arc<AttachedSocket>,
         mut run: RunRecord,
         request: &AdoptRequest,
-        met: Met<H::Client>,
+        met: IdentifiedVmm<H::Client>,
     ) -> Adoption {
         let guest = match met.holds.as_ref().map(|holds| holds.guest) {
-            Some(Guest::Running) => GuestState::Running,
-            Some(Guest::Paused) => GuestState::Paused,
-            Some(Guest::AtRest) | None => {
+            Some(GuestPhase::Running) => GuestState::Running,
+            Some(GuestPhase::Paused) => GuestState::Paused,
+            Some(GuestPhase::AtRest) | None => {
                 let message = "another client of the VMM ended the VM, and the VMM runs on".to_owned();
                 return Adoption::Gone { exit: Exit { cause: ExitCause::Requested, message } };
             }
         };
         run.version.clone_from(&met.version);
-        let seen = if guest == GuestState::Paused { Guest::Paused } else { Guest::Running };
+        let seen = if guest == GuestState::Paused { GuestPhase::Paused } else { GuestPhase::Running };
         let parts = self.parts(socket, run, seen, &request.dir);
         Adoption::Alive { launched: self.kind.attend(met, parts), guest }
     }
 
     /// Adopts a run whose start was interrupted before its process was on record.
     async fn adopt_start(&self, socket: &Arc<AttachedSocket>, request: &AdoptRequest) -> Adoption {
-        let met = match self.meet(socket).await {
+        let met = match self.identify(socket).await {
             Ok(met) => met,
-            Err(VisitError::Nobody(_)) => return gone("no VMM listens at the VM's place"),
+            Err(EndpointError::Nobody(_)) => return gone("no VMM listens at the VM's place"),
             Err(error) => {
                 let message = socket.failure(&*self.kind, &error);
                 return unreachable(Reason::VmmSilent, message, None);
             }
         };
-        let ours = |holds: &Holding| {
-            holds.guest == Guest::Running
+        let ours = |holds: &AttachedVmFacts| {
+            holds.guest == GuestPhase::Running
                 && (request.imported || self.is_ours(holds, request.uid, &request.spec, &request.dir))
         };
         if met.holds.as_ref().is_some_and(ours) {
             let run = new_run(socket, &met, now_ms());
-            return self.adopt_met(socket, run, request, met);
+            return self.adopt_identified(socket, run, request, met);
         }
         gone("no process at the VM's place is this VM")
     }
@@ -248,7 +259,7 @@ impl<H: Hypervisor> Attached<H> {
     async fn clear(
         &self,
         socket: &Arc<AttachedSocket>,
-        memory: &mut Memory,
+        memory: &mut ScanMemory,
         request: &SweepRequest,
     ) -> Result<(), BackendError> {
         let Some((uid, process)) = memory.started.clone() else { return Ok(()) };
@@ -257,7 +268,7 @@ impl<H: Hypervisor> Attached<H> {
         if uid != request.uid || matches!(adopt(&process), Lookup::Gone) {
             return Ok(());
         }
-        let met = self.meet(socket).await.map_err(|error| self.unavailable(socket, &error))?;
+        let met = self.identify(socket).await.map_err(|error| self.unavailable(socket, &error))?;
         if *met.process.identity() != process {
             return Ok(());
         }
@@ -290,7 +301,7 @@ impl<H: Hypervisor> Attached<H> {
         if self.power_off(socket, &process).await {
             return Ok(());
         }
-        force::kill(&process, &socket.path, self.kind.program(), Manner::AtOnce).await.map(drop)
+        force::kill(&process, &socket.path, self.kind.program(), KillManner::AtOnce).await.map(drop)
     }
 
     async fn power_off(&self, socket: &Arc<AttachedSocket>, process: &Process) -> bool {
@@ -299,10 +310,10 @@ impl<H: Hypervisor> Attached<H> {
             if visit.process.identity() != process.identity() {
                 return None;
             }
-            let met = self.kind.silent(&socket.path, process);
+            let met = self.kind.unanswering(&socket.path, process);
             self.kind.power_off(&met.client).await.ok()
         };
-        let asked = tokio::time::timeout(FORCED_CALL, asked).await;
+        let asked = tokio::time::timeout(FORCED_POWER_OFF_TIMEOUT, asked).await;
         matches!(asked, Ok(Some(true))) || process.has_ended()
     }
 
@@ -310,17 +321,17 @@ impl<H: Hypervisor> Attached<H> {
     async fn forget(
         &self,
         socket: &Arc<AttachedSocket>,
-        memory: &mut Memory,
+        memory: &mut ScanMemory,
         request: &SweepRequest,
     ) -> Result<(), BackendError> {
-        let Ok(met) = self.meet(socket).await else { return Ok(()) };
+        let Ok(met) = self.identify(socket).await else { return Ok(()) };
         let process = met.process.identity().clone();
         let Some(holds) = &met.holds else { return Ok(()) };
         let is_it = request.imported
             || request.spec.as_ref().is_some_and(|spec| self.is_ours(holds, request.uid, spec, &request.dir));
         if !is_it {
             // The VMM holds another VM by now, which the next scan must report.
-            memory.told = None;
+            memory.reported = None;
             return Ok(());
         }
         if holds.guest.is_live() {
@@ -331,7 +342,7 @@ impl<H: Hypervisor> Attached<H> {
             return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));
         }
         if !self.kind.forget(&met.client, request).await? {
-            memory.told = Some(process);
+            memory.reported = Some(process);
         }
         Ok(())
     }
@@ -352,7 +363,7 @@ async fn begin_console(request: &LaunchRequest, anew: bool) -> Result<Option<Pat
 
 /// Returns the record of a run that began at `started_ms`, as far as is known. The caller fills in
 /// the claims.
-pub(super) fn new_run<C>(socket: &Arc<AttachedSocket>, met: &Met<C>, started_ms: i64) -> RunRecord {
+pub(super) fn new_run<C>(socket: &Arc<AttachedSocket>, met: &IdentifiedVmm<C>, started_ms: i64) -> RunRecord {
     RunRecord {
         process: met.process.identity().clone(),
         socket: socket.path.clone(),
@@ -369,17 +380,17 @@ fn gone(message: &str) -> Adoption {
     Adoption::Gone { exit: Exit { cause: ExitCause::Unknown, message: message.to_owned() } }
 }
 
-fn unreachable(reason: Reason, message: String, launched: Option<Launched>) -> Adoption {
+fn unreachable(reason: Reason, message: String, launched: Option<LaunchedVmm>) -> Adoption {
     Adoption::Unreachable { reason, message, launched }
 }
 
 #[async_trait]
-impl<H: Hypervisor> Backend for Attached<H> {
+impl<H: AttachedHypervisor> Backend for AttachedBackend<H> {
     fn capabilities(&self) -> &Capabilities {
         self.kind.capabilities()
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         let mut report = self.managed.check(spec);
         self.kind.check(spec, &mut report);
         report
@@ -389,10 +400,10 @@ impl<H: Hypervisor> Backend for Attached<H> {
         self.managed.kernel_args(spec)
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
-        // The gate is awaited before the VMM is contacted, because the process already runs and
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
+        // The permit is awaited before the VMM is contacted, because the process already runs and
         // belongs to another program. There is no spare VMM whose preparation could overlap.
-        request.gate.passed().await?;
+        request.permit.wait().await?;
         self.start(self.socket(&request.kind)?, &request).await
     }
 
@@ -413,33 +424,35 @@ impl<H: Hypervisor> Backend for Attached<H> {
             self.end(socket, &request).await?;
         }
         let turn = match request.purpose {
-            Sweep::End => return Ok(()),
-            Sweep::ForceDelete => tokio::time::timeout(FORCED_TURN, socket.turn.lock()).await.ok(),
-            Sweep::Clear | Sweep::Delete => Some(socket.turn.lock().await),
+            SweepPurpose::End => return Ok(()),
+            SweepPurpose::ForceDelete => {
+                tokio::time::timeout(FORCED_TURN_TIMEOUT, socket.turn.lock()).await.ok()
+            }
+            SweepPurpose::Clear | SweepPurpose::Delete => Some(socket.turn.lock().await),
         };
         let Some(mut memory) = turn else { return Ok(()) };
         match request.purpose {
-            Sweep::Clear => self.clear(socket, &mut memory, &request).await,
-            Sweep::End | Sweep::Delete | Sweep::ForceDelete => {
+            SweepPurpose::Clear => self.clear(socket, &mut memory, &request).await,
+            SweepPurpose::End | SweepPurpose::Delete | SweepPurpose::ForceDelete => {
                 self.forget(socket, &mut memory, &request).await
             }
         }
     }
 
     async fn ping(&self) -> BackendHealth {
-        let views = self.sockets.iter().map(async |socket| match socket.view() {
+        let views = self.sockets.iter().map(async |socket| match socket.health() {
             Some(view) => view,
             None => {
                 let _turn = socket.turn.lock().await;
-                scanner::meet(&*self.kind, socket).await.1
+                scanner::identify(&*self.kind, socket).await.1
             }
         });
         let mut serving = None;
         let mut problems = Vec::new();
         for view in futures::future::join_all(views).await {
             match view {
-                View::Serves(version) => serving = serving.or(Some(version)),
-                View::Fails(why) => problems.push(why),
+                SocketHealth::Serves(version) => serving = serving.or(Some(version)),
+                SocketHealth::Fails(why) => problems.push(why),
             }
         }
         match serving {
@@ -451,17 +464,17 @@ impl<H: Hypervisor> Backend for Attached<H> {
     fn places(&self) -> Places {
         // A new VM is placed where a VMM already waits, if there is one.
         let mut sockets: Vec<_> = self.sockets.iter().collect();
-        sockets.sort_by_key(|socket| !matches!(socket.view(), Some(View::Serves(_))));
+        sockets.sort_by_key(|socket| !matches!(socket.health(), Some(SocketHealth::Serves(_))));
         self.kind.places(sockets.into_iter().map(|socket| socket.kind()).collect())
     }
 
-    fn discovery(&self) -> Option<&dyn Discover> {
+    fn discovery(&self) -> Option<&dyn Discoverer> {
         Some(self)
     }
 }
 
 #[async_trait]
-impl<H: Hypervisor> Discover for Attached<H> {
+impl<H: AttachedHypervisor> Discoverer for AttachedBackend<H> {
     async fn discover(&self) -> Discovery {
         scanner::begin(&self.kind, &self.sockets, self.interval).await
     }

@@ -26,26 +26,26 @@ use serde::{Deserialize, Serialize};
 use tokio::task::AbortHandle;
 use tracing::Instrument;
 use vmm_core::spec::{Console, VmSpec};
-use vmm_host::growth::Watcher;
-use vmm_host::tail::{Limits, Round, Tail, Taken};
+use vmm_host::file_watch::FileWatcher;
+use vmm_host::tail::{RoundOutcome, Tail, TailLimits, TailUse};
 
 /// The file in the run folder that the VMM writes to.
 const BOOT: &str = "console.boot";
 /// The file in the run folder that records the target of the copy.
 const AT: &str = "console.at";
 /// The pause between a growth of the file and its copy, in which more output collects.
-const COALESCING: Duration = Duration::from_millis(10);
+const COALESCE_DELAY: Duration = Duration::from_millis(10);
 /// The most bytes that are copied in one round, before another copy may run.
-const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
+const LIMITS: TailLimits = TailLimits { record: 64 << 10, round: 8 << 20 };
 /// The most rounds that are saved before the VMM begins its file anew. Bytes beyond these rounds
 /// are lost.
 const ROUNDS: usize = 8;
 /// The longest time that an operation waits for the copy.
-const SAVING: Duration = Duration::from_secs(2);
+const SAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The state of a copy that must survive restarts of the daemon.
 #[derive(Debug, Serialize, Deserialize)]
-struct At {
+struct CopyPosition {
     /// The console's file.
     to: PathBuf,
     /// The length of the console's file when the present `console.boot` began, in bytes.
@@ -57,20 +57,20 @@ struct At {
 
 /// Copies one VM's console until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Mirror {
-    copier: Arc<Copier>,
+pub(crate) struct ConsoleCopy {
+    copier: Arc<ConsoleCopier>,
     task: AbortHandle,
 }
 
 #[derive(Debug)]
-struct Copier {
+struct ConsoleCopier {
     dir: PathBuf,
     /// The knowledge about the part of the file that was already copied.
-    state: Mutex<State>,
+    state: Mutex<CopyState>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum CopyState {
     /// An earlier daemon may have copied bytes and ended before it freed them.
     New,
     /// The copied part reads as zeros.
@@ -86,7 +86,7 @@ enum State {
 /// # Errors
 /// Returns the kernel's error.
 pub(super) fn begin(dir: &Path, to: &Path, anew: bool) -> io::Result<PathBuf> {
-    Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) }.save_all()?;
+    ConsoleCopier { dir: dir.to_path_buf(), state: Mutex::new(CopyState::New) }.save_all()?;
     let boot = dir.join(BOOT);
     if anew {
         match std::fs::remove_file(&boot) {
@@ -97,7 +97,7 @@ pub(super) fn begin(dir: &Path, to: &Path, anew: bool) -> io::Result<PathBuf> {
     // `save_all` has appended the rest of the last boot, so the target's length is where the next
     // boot begins.
     let base = std::fs::metadata(to)?.len();
-    save(dir, &At { to: to.to_path_buf(), base, given_back: 0 })?;
+    save(dir, &CopyPosition { to: to.to_path_buf(), base, given_back: 0 })?;
     if !anew {
         return Ok(boot);
     }
@@ -120,24 +120,24 @@ pub(super) fn file(dir: &Path, spec: &VmSpec) -> Option<PathBuf> {
     }
 }
 
-impl Mirror {
+impl ConsoleCopy {
     /// Starts to copy the console of the VM with the run folder `dir`. Returns `None` if there is
     /// no `console.boot`.
-    pub(super) fn start(dir: &Path, watcher: &Watcher) -> Option<Self> {
+    pub(super) fn start(dir: &Path, watcher: &FileWatcher) -> Option<Self> {
         let boot = dir.join(BOOT);
         if !boot.exists() {
             return None;
         }
         let watched = watcher.watch(&boot);
-        let copier = Arc::new(Copier { dir: dir.to_path_buf(), state: Mutex::new(State::New) });
+        let copier = Arc::new(ConsoleCopier { dir: dir.to_path_buf(), state: Mutex::new(CopyState::New) });
         let working = Arc::clone(&copier);
         let work = async move {
             loop {
-                while run(&working, Copier::catch_up).await == Round::More {}
+                while run(&working, ConsoleCopier::catch_up).await == RoundOutcome::More {}
                 watched.grown().await;
                 // A serial port writes byte by byte, so a copy at each growth would copy single
                 // bytes.
-                tokio::time::sleep(COALESCING).await;
+                tokio::time::sleep(COALESCE_DELAY).await;
             }
         };
         let task =
@@ -145,52 +145,55 @@ impl Mirror {
         Some(Self { copier, task })
     }
 
-    /// Copies the present content, at most [`ROUNDS`] rounds and for at most [`SAVING`].
+    /// Copies the present content, at most [`ROUNDS`] rounds and for at most [`SAVE_TIMEOUT`].
     pub(super) async fn catch_up(&self) {
-        if tokio::time::timeout(SAVING, run(&self.copier, Copier::save_all)).await.is_err() {
+        if tokio::time::timeout(SAVE_TIMEOUT, run(&self.copier, ConsoleCopier::save_all)).await.is_err() {
             tracing::warn!("the console was not copied in time; the copy goes on");
         }
     }
 }
 
-impl Drop for Mirror {
+impl Drop for ConsoleCopy {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-async fn run(copier: &Arc<Copier>, copy: fn(&Copier) -> io::Result<Round>) -> Round {
+async fn run(
+    copier: &Arc<ConsoleCopier>,
+    copy: fn(&ConsoleCopier) -> io::Result<RoundOutcome>,
+) -> RoundOutcome {
     let copier = Arc::clone(copier);
     let copied = tokio::task::spawn_blocking(move || copy(&copier));
     match copied.await {
         Ok(Ok(round)) => round,
         Ok(Err(error)) => {
             tracing::warn!(%error, "the console of an attached VM cannot be copied");
-            Round::Done
+            RoundOutcome::Done
         }
         // The task fails only if the runtime is shutting down.
-        Err(_) => Round::Done,
+        Err(_) => RoundOutcome::Done,
     }
 }
 
-impl Copier {
+impl ConsoleCopier {
     /// Copies rounds until everything is copied, at most [`ROUNDS`].
-    fn save_all(&self) -> io::Result<Round> {
+    fn save_all(&self) -> io::Result<RoundOutcome> {
         for _ in 0..ROUNDS {
-            if self.catch_up()? == Round::Done {
-                return Ok(Round::Done);
+            if self.catch_up()? == RoundOutcome::Done {
+                return Ok(RoundOutcome::Done);
             }
         }
         tracing::warn!(dir = %self.dir.display(), "a console grows faster than it is copied");
-        Ok(Round::More)
+        Ok(RoundOutcome::More)
     }
 
     /// Copies one round.
-    fn catch_up(&self) -> io::Result<Round> {
+    fn catch_up(&self) -> io::Result<RoundOutcome> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.dir.join(BOOT);
         let (Some(mut at), Some(boot)) = (load(&self.dir)?, open(&path)?) else {
-            return Ok(Round::Done);
+            return Ok(RoundOutcome::Done);
         };
         let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
         let mut log = OpenOptions::new().read(true).append(true).custom_flags(flags).open(&at.to)?;
@@ -211,14 +214,14 @@ impl Copier {
         let mut tail = Tail::of_bytes(path, from, LIMITS);
         let round = tail.read(|bytes| {
             log.write_all(bytes)?;
-            Ok(Taken::Bytes(bytes.len()))
+            Ok(TailUse::Bytes(bytes.len()))
         })?;
         if tail.offset() > 0 {
             *state = match tail.give_back() {
-                Ok(()) => State::Punched,
-                Err(_) => State::NoHoles,
+                Ok(()) => CopyState::Punched,
+                Err(_) => CopyState::NoHoles,
             };
-            if *state == State::Punched && at.given_back != tail.offset() {
+            if *state == CopyState::Punched && at.given_back != tail.offset() {
                 at.given_back = tail.offset();
                 save(&self.dir, &at)?;
             }
@@ -229,7 +232,13 @@ impl Copier {
 
 /// Returns true if the VMM has emptied its file, of which `copied` bytes were copied, and has
 /// written it again.
-fn has_begun_anew(boot: &File, log: &File, at: &At, copied: u64, state: State) -> io::Result<bool> {
+fn has_begun_anew(
+    boot: &File,
+    log: &File,
+    at: &CopyPosition,
+    copied: u64,
+    state: CopyState,
+) -> io::Result<bool> {
     if boot.metadata()?.len() < copied {
         return Ok(true);
     }
@@ -243,10 +252,10 @@ fn has_begun_anew(boot: &File, log: &File, at: &At, copied: u64, state: State) -
     // a new daemon has only the record, or else compares the bytes with the copy.
     match state {
         _ if is_hole => Ok(false),
-        State::Punched => Ok(true),
-        State::NoHoles => Ok(false),
-        State::New if at.given_back >= copied => Ok(true),
-        State::New => {
+        CopyState::Punched => Ok(true),
+        CopyState::NoHoles => Ok(false),
+        CopyState::New if at.given_back >= copied => Ok(true),
+        CopyState::New => {
             // The bytes were either copied and not freed, or written anew. A comparison with the
             // copy decides.
             let mut before = [0; 256];
@@ -266,7 +275,7 @@ fn open(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-fn load(dir: &Path) -> io::Result<Option<At>> {
+fn load(dir: &Path) -> io::Result<Option<CopyPosition>> {
     match std::fs::read(dir.join(AT)) {
         Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -274,7 +283,7 @@ fn load(dir: &Path) -> io::Result<Option<At>> {
     }
 }
 
-fn save(dir: &Path, at: &At) -> io::Result<()> {
+fn save(dir: &Path, at: &CopyPosition) -> io::Result<()> {
     let fresh = dir.join("console.at.new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     file.write_all(&serde_json::to_vec(at)?)?;
@@ -301,8 +310,8 @@ mod unit_tests {
         }
 
         /// Returns a copier in the state of the next daemon.
-        fn copier(&self) -> Copier {
-            Copier { dir: self.dir.path().to_path_buf(), state: Mutex::new(State::New) }
+        fn copier(&self) -> ConsoleCopier {
+            ConsoleCopier { dir: self.dir.path().to_path_buf(), state: Mutex::new(CopyState::New) }
         }
 
         fn log(&self) -> String {
@@ -338,10 +347,10 @@ mod unit_tests {
         let endless = LIMITS.round * (ROUNDS as u64 + 2);
         OpenOptions::new().write(true).open(&boot).unwrap().set_len(endless).unwrap();
         let copier = bench.copier();
-        assert_eq!(copier.catch_up().unwrap(), Round::More);
+        assert_eq!(copier.catch_up().unwrap(), RoundOutcome::More);
         let copied = std::fs::metadata(bench.dir.path().join("console.log")).unwrap().len();
         assert_eq!(copied, LIMITS.round + "earlier\n".len() as u64);
-        assert_eq!(copier.save_all().unwrap(), Round::More, "nobody waits for all of it");
+        assert_eq!(copier.save_all().unwrap(), RoundOutcome::More, "nobody waits for all of it");
     }
 
     #[test]

@@ -4,19 +4,19 @@
 use std::path::Path;
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LadderOptions};
 use vmm_core::state::EndedBy;
-use vmm_host::endpoint::{self, VisitError};
+use vmm_host::endpoint::{self, EndpointError};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Process, Signal};
 
-use crate::patience::{ENDING, KILLING, REPORTING};
+use crate::timeouts::{END_TIMEOUT, EXIT_REPORT_TIMEOUT, KILL_TIMEOUT};
 
 /// The way to end a VM.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum End {
+pub(crate) enum EndMethod {
     /// The whole ladder.
-    Ladder(Ladder),
+    Ladder(LadderOptions),
     /// The VMM's interface alone, without waiting for the guest.
     OrderOff,
 }
@@ -30,7 +30,7 @@ pub(crate) async fn end_process(
     forced: bool,
 ) -> Result<EndedBy, BackendError> {
     if forced {
-        kill(process, socket, program, Manner::Gently).await
+        kill(process, socket, program, KillManner::Gently).await
     } else {
         Err(still_runs(process, socket))
     }
@@ -38,7 +38,7 @@ pub(crate) async fn end_process(
 
 /// The way to end a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Manner {
+pub(super) enum KillManner {
     /// SIGTERM first, then SIGKILL.
     Gently,
     /// SIGKILL at once, because the milder ways were tried or the VMM does not answer.
@@ -54,15 +54,16 @@ pub(super) async fn kill(
     process: &Process,
     socket: &Path,
     program: &str,
-    manner: Manner,
+    manner: KillManner,
 ) -> Result<EndedBy, BackendError> {
     // A process that is exiting has closed its socket and hides its executable, so the proof fails
     // although nothing is wrong. It gets a moment to end before the error counts.
-    if let Err(Unproven { error, leaving }) = prove(process, socket, program).await {
+    if let Err(IdentityProofError { error, leaving }) = prove(process, socket, program).await {
         return process.wait_for(leaving).await.map(|_| EndedBy::Sigkill).ok_or(error);
     }
-    let rungs = [(Signal::TERM, ENDING, EndedBy::Sigterm), (Signal::KILL, KILLING, EndedBy::Sigkill)];
-    let skipped = if manner == Manner::AtOnce { 1 } else { 0 };
+    let rungs =
+        [(Signal::TERM, END_TIMEOUT, EndedBy::Sigterm), (Signal::KILL, KILL_TIMEOUT, EndedBy::Sigkill)];
+    let skipped = if manner == KillManner::AtOnce { 1 } else { 0 };
     for (signal, limit, rung) in rungs.into_iter().skip(skipped) {
         if let Err(error) = process.signal(signal) {
             tracing::warn!(pid = process.pid(), ?signal, %error, "the VMM cannot be signalled");
@@ -81,7 +82,7 @@ pub(super) async fn kill(
 }
 
 /// The failed proof of a process's identity.
-struct Unproven {
+struct IdentityProofError {
     error: BackendError,
     /// The time to wait for the end of the process in case it is exiting, because an exiting
     /// process shows neither its executable nor its socket.
@@ -90,7 +91,7 @@ struct Unproven {
 
 /// Proves that `process`, which a pidfd holds, listens on `socket` and runs an executable whose
 /// name begins with `program`.
-async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Unproven> {
+async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), IdentityProofError> {
     let unproven_for = |leaving: Duration, why: String| {
         let message = format!(
             "process {} was not killed: {why}; it was started by another program, so it is ended only where it is proven to be \
@@ -98,7 +99,7 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
             process.pid()
         );
         let error = BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message);
-        Unproven { error, leaving }
+        IdentityProofError { error, leaving }
     };
     let unproven = |why: String| unproven_for(Duration::ZERO, why);
     if process.pid() <= 1 {
@@ -106,7 +107,7 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
     }
     let runs = executable(process).await.map_err(|error| {
         let is_leaving = error.kind() == std::io::ErrorKind::NotFound;
-        let leaving = if is_leaving { KILLING } else { Duration::ZERO };
+        let leaving = if is_leaving { KILL_TIMEOUT } else { Duration::ZERO };
         unproven_for(leaving, format!("its program cannot be read ({error})"))
     })?;
     if !runs.starts_with(program) {
@@ -117,14 +118,14 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Un
         Ok(visit) => {
             Err(unproven(format!("process {} listens on {}", visit.process.pid(), socket.display())))
         }
-        Err(VisitError::Nobody(place)) => {
-            Err(unproven_for(REPORTING, format!("no process listens on {place} any more")))
+        Err(EndpointError::Nobody(place)) => {
+            Err(unproven_for(EXIT_REPORT_TIMEOUT, format!("no process listens on {place} any more")))
         }
-        Err(VisitError::Refused(why)) => Err(unproven(why)),
+        Err(EndpointError::Refused(why)) => Err(unproven(why)),
         // A paused QEMU may refuse one more connection, so a failed connection proves nothing
         // against it. That this process listens on the socket was proven when it was met, and the
         // pidfd still names the same process.
-        Err(VisitError::Failed(_)) => Ok(()),
+        Err(EndpointError::Failed(_)) => Ok(()),
     }
 }
 

@@ -1,10 +1,10 @@
 //! The handle of a VM that runs in a VMM with a REST API that another program started.
 //!
 //! ```text
-//!   Handle ── Api ──► the VMM's socket          asked for the guest's state at each sample
-//!      │                     │
-//!      │                     └─ differs from the order ──► Paused, Resumed, Gone(requested)
-//!      └───── process ─► pidfd ──► Monitor ────────────► Gone(unknown)
+//!   AttachedVmm ─ AttachedVmmApi ─► the VMM's socket   asked for the guest's state at each sample
+//!      │                               │
+//!      │                               └─ differs from the order ► Paused, Resumed, Gone(requested)
+//!      └───── process ─► pidfd ──► AttachedVmmMonitor ──► Gone(unknown)
 //! ```
 //!
 //! Neither hypervisor sends events on this socket, so a change by another client is seen at the
@@ -19,19 +19,19 @@ use async_trait::async_trait;
 use tokio::sync::{Mutex, mpsc};
 use tracing::Instrument;
 use vmm_core::backend::{
-    BackendError, Exit, ExitCause, GuestState, Ladder, Launched, NetworkCounters, Reset, Sample,
-    StorageCounters, Vmm, VmmEvent,
+    BackendError, Exit, ExitCause, GuestState, LadderOptions, LaunchedVmm, NetworkCounters, ResetOutcome,
+    Sample, StorageCounters, Vmm, VmmEvent,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::Process;
 
-use super::console::Mirror;
-use super::force::{self, End};
-use super::socket::Held;
-use super::{Guest, Parts};
+use super::console::ConsoleCopy;
+use super::force::{self, EndMethod};
+use super::socket::SocketLease;
+use super::{AttachedVmmParts, GuestPhase};
 use crate::counters;
-use crate::ladder::{self, Call, Means};
+use crate::ladder::{self, LadderRungs, UnsentCall};
 use crate::rest::adopt::or_gone;
 
 /// The most events that wait for the VM's owner.
@@ -39,7 +39,7 @@ const QUEUE: usize = 16;
 
 /// The calls of a handle to a VMM.
 #[async_trait]
-pub(crate) trait Api: std::fmt::Debug + Send + Sync + 'static {
+pub(crate) trait AttachedVmmApi: std::fmt::Debug + Send + Sync + 'static {
     /// Returns the state of the guest.
     async fn state(&self) -> Result<GuestState, BackendError>;
     /// Stops the guest's CPUs. Succeeds if they are stopped already.
@@ -48,9 +48,9 @@ pub(crate) trait Api: std::fmt::Debug + Send + Sync + 'static {
     async fn resume(&self) -> Result<(), BackendError>;
     /// Returns a request to the guest to shut down with the name of its rung, or `None` if the
     /// guest cannot be asked.
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)>;
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)>;
     /// Returns the order to power the VM off, or `None` if the VMM has none.
-    fn power_off(&self) -> Option<Call<'_>>;
+    fn power_off(&self) -> Option<UnsentCall<'_>>;
     /// Starts the guest again in the same VMM.
     async fn reset(&self, socket: &Path) -> Result<(), BackendError>;
     /// Returns the cause of the process's end, if the files in the run folder `dir` show it.
@@ -64,7 +64,7 @@ pub(crate) trait Api: std::fmt::Debug + Send + Sync + 'static {
 
 /// The handle of one VM.
 #[derive(Debug)]
-struct Handle<A> {
+struct AttachedVmm<A> {
     run: RunRecord,
     process: Process,
     api: Arc<A>,
@@ -72,21 +72,26 @@ struct Handle<A> {
     dir: Option<PathBuf>,
     /// The state that was ordered last or was seen last. Locked during a call to the VMM, so that
     /// an order and a sample do not overlap.
-    known: Mutex<Guest>,
+    known: Mutex<GuestPhase>,
     events: mpsc::Sender<VmmEvent>,
     ending: Arc<AtomicBool>,
-    console: Option<Arc<Mirror>>,
-    held: Arc<Held>,
+    console: Option<Arc<ConsoleCopy>>,
+    held: Arc<SocketLease>,
 }
 
 /// Returns the handle of a VM that runs in `process`, and starts a task that watches the process.
-pub(crate) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static str, parts: Parts) -> Launched {
+pub(crate) fn attend<A: AttachedVmmApi>(
+    api: Arc<A>,
+    process: Process,
+    program: &'static str,
+    parts: AttachedVmmParts,
+) -> LaunchedVmm {
     let (sender, events) = mpsc::channel(QUEUE);
     let ending = Arc::new(AtomicBool::new(false));
     let span = tracing::info_span!(parent: None, "attached", pid = process.pid());
     let console = parts.console.map(Arc::new);
     let held = Arc::new(parts.held);
-    let monitor = Monitor {
+    let monitor = AttachedVmmMonitor {
         process: process.clone(),
         api: Arc::clone(&api),
         dir: parts.dir.clone(),
@@ -96,7 +101,7 @@ pub(crate) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static st
         sender: sender.clone(),
     };
     tokio::spawn(monitor.run().instrument(span));
-    let handle = Handle {
+    let handle = AttachedVmm {
         run: parts.run,
         process,
         api,
@@ -108,20 +113,20 @@ pub(crate) fn attend<A: Api>(api: Arc<A>, process: Process, program: &'static st
         console,
         held,
     };
-    Launched { vmm: Arc::new(handle), events }
+    LaunchedVmm { vmm: Arc::new(handle), events }
 }
 
-struct Monitor<A> {
+struct AttachedVmmMonitor<A> {
     process: Process,
     api: Arc<A>,
     dir: Option<PathBuf>,
-    console: Option<Arc<Mirror>>,
-    held: Arc<Held>,
+    console: Option<Arc<ConsoleCopy>>,
+    held: Arc<SocketLease>,
     ending: Arc<AtomicBool>,
     sender: mpsc::Sender<VmmEvent>,
 }
 
-impl<A: Api> Monitor<A> {
+impl<A: AttachedVmmApi> AttachedVmmMonitor<A> {
     async fn run(self) {
         tokio::select! {
             biased;
@@ -134,13 +139,13 @@ impl<A: Api> Monitor<A> {
         if let Some(console) = &self.console {
             console.catch_up().await;
         }
-        let told = match &self.dir {
+        let reported = match &self.dir {
             Some(dir) => self.api.explain(dir).await,
             None => None,
         };
         // An end that this daemon ordered is its own work, whatever the files say.
         let asked = self.ending.load(Ordering::Acquire);
-        let cause = if asked { ExitCause::Requested } else { told.unwrap_or(ExitCause::Unknown) };
+        let cause = if asked { ExitCause::Requested } else { reported.unwrap_or(ExitCause::Unknown) };
         let message = format!(
             "the VMM, process {}, has ended; the exit status is not known, because another program started the process",
             self.process.pid()
@@ -149,21 +154,21 @@ impl<A: Api> Monitor<A> {
     }
 }
 
-impl<A: Api> Handle<A> {
+impl<A: AttachedVmmApi> AttachedVmm<A> {
     /// Reads the state of the guest, and reports an event if the state differs from the order.
-    async fn look(&self) -> Result<GuestState, BackendError> {
+    async fn compare_state(&self) -> Result<GuestState, BackendError> {
         let mut known = self.known.lock().await;
         let state = self.api.state().await.map_err(|error| or_gone(&self.process, error))?;
-        let seen = Guest::from(state);
+        let seen = GuestPhase::from(state);
         // A change during an ordered end is part of that end and is reported by it.
         if seen == *known || self.ending.load(Ordering::Acquire) {
             return Ok(state);
         }
         *known = seen;
         let event = match seen {
-            Guest::Running => VmmEvent::Resumed,
-            Guest::Paused => VmmEvent::Paused,
-            Guest::AtRest => VmmEvent::Gone(Exit {
+            GuestPhase::Running => VmmEvent::Resumed,
+            GuestPhase::Paused => VmmEvent::Paused,
+            GuestPhase::AtRest => VmmEvent::Gone(Exit {
                 cause: ExitCause::Requested,
                 message: "another client of the VMM ended the VM, and the VMM runs on".to_owned(),
             }),
@@ -175,22 +180,22 @@ impl<A: Api> Handle<A> {
         Ok(state)
     }
 
-    async fn order(&self, wanted: Guest) -> Result<(), BackendError> {
+    async fn order(&self, wanted: GuestPhase) -> Result<(), BackendError> {
         let mut known = self.known.lock().await;
         let done = match wanted {
-            Guest::Paused => self.api.pause().await,
-            Guest::Running | Guest::AtRest => self.api.resume().await,
+            GuestPhase::Paused => self.api.pause().await,
+            GuestPhase::Running | GuestPhase::AtRest => self.api.resume().await,
         };
         done.map_err(|error| or_gone(&self.process, error))?;
         *known = wanted;
         Ok(())
     }
 
-    async fn end(&self, how: End) -> Result<EndedBy, BackendError> {
+    async fn end(&self, how: EndMethod) -> Result<EndedBy, BackendError> {
         self.ending.store(true, Ordering::Release);
         let ended = match how {
-            End::Ladder(ladder) => ladder::climb(self, ladder).await,
-            End::OrderOff => ladder::order_off(self).await,
+            EndMethod::Ladder(ladder) => ladder::climb(self, ladder).await,
+            EndMethod::OrderOff => ladder::power_off(self).await,
         };
         if ended.is_err() {
             self.ending.store(false, Ordering::Release);
@@ -211,14 +216,14 @@ impl<A: Api> Handle<A> {
 }
 
 #[async_trait]
-impl<A: Api> Means for Handle<A> {
+impl<A: AttachedVmmApi> LadderRungs for AttachedVmm<A> {
     fn process(&self) -> &Process {
         &self.process
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
         let (rung, ask) = self.api.ask()?;
-        let call: Call<'_> = Box::pin(async {
+        let call: UnsentCall<'_> = Box::pin(async {
             // A paused guest does not react, so it is resumed first.
             if self.api.state().await? == GuestState::Paused {
                 self.api.resume().await?;
@@ -228,7 +233,7 @@ impl<A: Api> Means for Handle<A> {
         Some((rung, call))
     }
 
-    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+    fn power_off(&self, _forced: bool) -> Option<UnsentCall<'_>> {
         self.api.power_off()
     }
 
@@ -242,30 +247,30 @@ impl<A: Api> Means for Handle<A> {
 }
 
 #[async_trait]
-impl<A: Api> Vmm for Handle<A> {
+impl<A: AttachedVmmApi> Vmm for AttachedVmm<A> {
     fn run(&self) -> &RunRecord {
         &self.run
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        self.order(Guest::Paused).await
+        self.order(GuestPhase::Paused).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        self.order(Guest::Running).await
+        self.order(GuestPhase::Running).await
     }
 
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        self.end(End::Ladder(ladder)).await
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
+        self.end(EndMethod::Ladder(ladder)).await
     }
 
-    async fn reset(&self) -> Result<Reset, BackendError> {
+    async fn reset(&self) -> Result<ResetOutcome, BackendError> {
         self.save_console().await;
         self.api.reset(&self.run.socket).await.map_err(|error| or_gone(&self.process, error))?;
-        Ok(Reset::InPlace)
+        Ok(ResetOutcome::InPlace)
     }
 
-    async fn reboot(&self, _ladder: Ladder) -> Result<Reset, BackendError> {
+    async fn reboot(&self, _ladder: LadderOptions) -> Result<ResetOutcome, BackendError> {
         // A guest that obeys its power button ends its VMM as well, and this program may not start
         // another one.
         self.reset().await
@@ -281,12 +286,12 @@ impl<A: Api> Vmm for Handle<A> {
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
-        let looked = self.look().await;
+        let looked = self.compare_state().await;
         self.held.answered(&self.run.version, &looked);
         looked
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        self.end(End::OrderOff).await.map(drop)
+        self.end(EndMethod::OrderOff).await.map(drop)
     }
 }

@@ -13,17 +13,17 @@ use crate::rest::client::RestClient;
 use crate::sanitize;
 
 /// The longest wait for QEMU's greeting. The other hypervisors send nothing by themselves.
-const GREETING: Duration = Duration::from_millis(300);
+const GREETING_TIMEOUT: Duration = Duration::from_millis(300);
 /// The longest time of the other questions together.
-const ASKING: Duration = Duration::from_secs(3);
+const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Returns the name of the program on `socket`, in words that complete "it is …", or `None` if the
 /// program is unknown.
-pub(crate) async fn who(socket: &Path) -> Option<String> {
+pub(crate) async fn program_on_socket(socket: &Path) -> Option<String> {
     if greets_as_qemu(socket).await {
         return Some("QEMU, whose endpoint is UNKEY_VMCP_QEMU_ENDPOINT".to_owned());
     }
-    tokio::time::timeout(ASKING, async {
+    tokio::time::timeout(IDENTIFY_TIMEOUT, async {
         // The questions change nothing at any of the hypervisors. Each has its own path for the
         // version.
         let client = RestClient::new(socket, |_| None);
@@ -49,6 +49,6 @@ async fn greets_as_qemu(socket: &Path) -> bool {
         stream.read_exact(&mut head).await.ok()?;
         Some(head)
     };
-    let head = tokio::time::timeout(GREETING, greeting).await.ok().flatten();
+    let head = tokio::time::timeout(GREETING_TIMEOUT, greeting).await.ok().flatten();
     head.is_some_and(|head| head.starts_with(b"{\"QMP\""))
 }

@@ -1,10 +1,10 @@
 //! VMMs that another program started: one socket, one VM.
 //!
 //! ```text
-//!   Attached ── one AttachedSocket for each socket ────────────────────────────────────┐
+//!   AttachedBackend ─ one AttachedSocket for each socket ──────────────────────────────┐
 //!      │                                                                               │ visit
 //!      │ launch   the VMM waits ──► configured and started                             ▼
-//!      │ adopt    the VMM on record, and no other ──► Handle            ┌──────────────────────┐
+//!      │ adopt    the VMM on record, and no other ──► AttachedVmm       ┌──────────────────────┐
 //!      │ sweep    what a broken start made; by force the VM             │ an attached VMM:     │
 //!      └ discover ──► SocketScanner: every socket without a handle ─────┤ no run folder, no    │
 //!                                                                       │ log, not our child   │
@@ -16,20 +16,20 @@
 //! another process that takes over the same socket. Without force a VMM is never signalled: a VM
 //! that still runs after every call of the VMM's API was tried continues to run.
 //!
-//! [`Hypervisor`] is the part in which hypervisors differ: the questions to a VMM
-//! ([`Hypervisor::meet`]), the start of a VM that the VMM holds, and the handle of a running VM.
-//! Each hypervisor implements the trait in `attached.rs` of its own folder.
+//! [`AttachedHypervisor`] is the part in which hypervisors differ: the questions to a VMM
+//! ([`AttachedHypervisor::identify`]), the start of a VM that the VMM holds, and the handle of a
+//! running VM. Each hypervisor implements the trait in `attached.rs` of its own folder.
 
 mod backend;
 mod console;
 pub(crate) mod force;
 pub(crate) mod handle;
 pub(crate) mod identify;
-pub(crate) mod native;
-mod place;
+pub(crate) mod native_config;
 pub(crate) mod rest;
 mod scanner;
 pub(crate) mod socket;
+mod vm_names;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -38,50 +38,60 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use vmm_core::backend::{
-    Backend, BackendError, Capabilities, GuestState, LaunchRequest, Launched, SweepRequest,
+    Backend, BackendError, Capabilities, GuestState, LaunchRequest, LaunchedVmm, SweepRequest,
 };
 use vmm_core::config::VmConfig;
+use vmm_core::discovery::Places;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::Places;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
-use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::endpoint::{EndpointConnection, EndpointError};
 use vmm_host::process::Process;
 
-use backend::Attached;
-use rest::Rest;
+use backend::AttachedBackend;
+use rest::AttachedRestHypervisor;
 
 /// Returns the backend of the Cloud Hypervisors behind `sockets`, each of which is examined every
 /// `interval`. The rules of `managed` about configurations hold there, too.
 pub fn cloud_hypervisor(
     sockets: Vec<PathBuf>,
-    managed: crate::cloud_hypervisor::CloudHypervisor,
+    managed: crate::cloud_hypervisor::CloudHypervisorBackend,
     interval: Duration,
 ) -> impl Backend {
-    Attached::new(Rest::<crate::cloud_hypervisor::Hypervisor>::new(), sockets, managed, interval)
+    AttachedBackend::new(
+        AttachedRestHypervisor::<crate::cloud_hypervisor::CloudHypervisor>::new(),
+        sockets,
+        managed,
+        interval,
+    )
 }
 
 /// Returns the backend of the Firecrackers behind `sockets`, each of which is examined every
 /// `interval`. The rules of `managed` about configurations hold there, too.
 pub fn firecracker(
     sockets: Vec<PathBuf>,
-    managed: crate::firecracker::Firecracker,
+    managed: crate::firecracker::FirecrackerBackend,
     interval: Duration,
 ) -> impl Backend {
-    Attached::new(Rest::<crate::firecracker::Hypervisor>::new(), sockets, managed, interval)
+    AttachedBackend::new(
+        AttachedRestHypervisor::<crate::firecracker::Firecracker>::new(),
+        sockets,
+        managed,
+        interval,
+    )
 }
 
 /// Returns the backend of the QEMUs whose QMP sockets are `sockets`, each of which is examined
 /// every `interval`. The rules of `managed` about configurations hold there, too.
 pub fn qemu(sockets: Vec<PathBuf>, managed: crate::qemu::QemuBackend, interval: Duration) -> impl Backend {
-    Attached::new(crate::qemu::attached::Qemu::new(), sockets, managed, interval)
+    AttachedBackend::new(crate::qemu::attached::AttachedQemu::new(), sockets, managed, interval)
 }
 
 /// The part in which attached hypervisors differ.
 #[async_trait]
-pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
+pub(crate) trait AttachedHypervisor: fmt::Debug + Send + Sync + 'static {
     /// The connection to a VMM, with the facts that the first visit has read.
     type Client: fmt::Debug + Send + Sync + 'static;
 
@@ -105,14 +115,24 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     fn places(&self, sockets: Vec<VmKind>) -> Places;
 
     /// Adds the findings about `spec` that do not hold for a managed VMM.
-    fn check(&self, spec: &VmSpec, report: &mut Report);
+    fn check(&self, spec: &VmSpec, report: &mut CheckReport);
 
     /// Asks the VMM on the connection `visit` for its version and for the VM that it holds.
-    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<Self::Client>, VisitError>;
+    async fn identify(
+        &self,
+        socket: &Path,
+        visit: EndpointConnection,
+    ) -> Result<IdentifiedVmm<Self::Client>, EndpointError>;
 
     /// Returns true if `holds` equals the VM that this program would create of `spec` for `uid`,
     /// with its console in `console`.
-    fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool;
+    fn equals_request(
+        &self,
+        holds: &AttachedVmFacts,
+        uid: VmUid,
+        spec: &VmSpec,
+        console: Option<&Path>,
+    ) -> bool;
 
     /// Starts a VM in the VMM `met`: the VM that the VMM holds, or with `make` a new one. A start
     /// that fails is undone.
@@ -120,7 +140,7 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     /// The output of the VM's console goes to `console`.
     async fn start(
         &self,
-        met: &Met<Self::Client>,
+        met: &IdentifiedVmm<Self::Client>,
         request: &LaunchRequest,
         console: Option<&Path>,
         make: bool,
@@ -133,10 +153,10 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
     }
 
     /// Returns the handle of a running VM, and starts a task that watches the VM.
-    fn attend(&self, met: Met<Self::Client>, parts: Parts) -> Launched;
+    fn attend(&self, met: IdentifiedVmm<Self::Client>, parts: AttachedVmmParts) -> LaunchedVmm;
 
     /// Returns a connection to the VMM `process`, which is proven to be alive and does not answer.
-    fn silent(&self, socket: &Path, process: &Process) -> Met<Self::Client>;
+    fn unanswering(&self, socket: &Path, process: &Process) -> IdentifiedVmm<Self::Client>;
 
     /// Powers a VM off through its VMM's own API within one second. Returns true if the VM has
     /// ended.
@@ -149,7 +169,7 @@ pub(crate) trait Hypervisor: fmt::Debug + Send + Sync + 'static {
 
 /// A VMM that was visited.
 #[derive(Debug)]
-pub(crate) struct Met<C> {
+pub(crate) struct IdentifiedVmm<C> {
     /// The connection to the VMM.
     pub(crate) client: Arc<C>,
     /// The process of the VMM.
@@ -161,18 +181,18 @@ pub(crate) struct Met<C> {
     /// The machine model, if the hypervisor has several.
     pub(crate) machine: String,
     /// The VM that the VMM holds, if there is one.
-    pub(crate) holds: Option<Holding>,
+    pub(crate) holds: Option<AttachedVmFacts>,
 }
 
 /// A VM that a VMM holds.
 #[derive(Clone, Debug)]
-pub(crate) struct Holding {
+pub(crate) struct AttachedVmFacts {
     /// The state of its guest.
-    pub(crate) guest: Guest,
+    pub(crate) guest: GuestPhase,
     /// Its configuration, as far as a [`VmConfig`] can express it.
     pub(crate) config: VmConfig,
     /// The settings that a [`VmConfig`] cannot express.
-    pub(crate) untold: Vec<String>,
+    pub(crate) unrepresented: Vec<String>,
     /// True if the VM is complete and could be started. Only such a VM is reported as found.
     pub(crate) startable: bool,
     /// Its configuration in the VMM's own form.
@@ -181,7 +201,7 @@ pub(crate) struct Holding {
 
 /// The state of the guest of a VM that a VMM holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Guest {
+pub(crate) enum GuestPhase {
     /// The guest was not started, or has ended.
     AtRest,
     /// The guest's CPUs run.
@@ -190,7 +210,7 @@ pub(crate) enum Guest {
     Paused,
 }
 
-impl From<GuestState> for Guest {
+impl From<GuestState> for GuestPhase {
     fn from(state: GuestState) -> Self {
         match state {
             GuestState::Running => Self::Running,
@@ -200,7 +220,7 @@ impl From<GuestState> for Guest {
     }
 }
 
-impl Guest {
+impl GuestPhase {
     /// Returns true if the VMM runs the guest, also if its CPUs are stopped.
     pub(crate) const fn is_live(self) -> bool {
         match self {
@@ -212,15 +232,15 @@ impl Guest {
 
 /// The parts of a handle other than the connection.
 #[derive(Debug)]
-pub(crate) struct Parts {
+pub(crate) struct AttachedVmmParts {
     /// The record of the run.
     pub(crate) run: RunRecord,
     /// The state of the guest when the VMM was visited.
-    pub(crate) guest: Guest,
+    pub(crate) guest: GuestPhase,
     /// The run folder, if this program started the VM.
     pub(crate) dir: Option<PathBuf>,
     /// Keeps the scanner away from the socket for as long as the handle lives.
-    pub(crate) held: socket::Held,
+    pub(crate) held: socket::SocketLease,
     /// The copy of the VM's console, if it is copied.
-    pub(crate) console: Option<console::Mirror>,
+    pub(crate) console: Option<console::ConsoleCopy>,
 }

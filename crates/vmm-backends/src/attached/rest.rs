@@ -1,22 +1,22 @@
-//! Implements [`Hypervisor`] once for all attached VMMs with a REST API.
+//! Implements [`AttachedHypervisor`] once for all attached VMMs with a REST API.
 
 use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use vmm_core::backend::{BackendError, Capabilities, LaunchRequest, Launched, SweepRequest};
-use vmm_core::capabilities::{EndpointMode, Facts};
+use vmm_core::backend::{BackendError, Capabilities, LaunchRequest, LaunchedVmm, SweepRequest};
+use vmm_core::capabilities::{BackendFacts, EndpointMode};
+use vmm_core::discovery::Places;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::Places;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
-use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::endpoint::{EndpointConnection, EndpointError};
 use vmm_host::process::Process;
 
-use super::handle::{self, Api};
-use super::{Holding, Hypervisor, Met, Parts, identify};
+use super::handle::{self, AttachedVmmApi};
+use super::{AttachedHypervisor, AttachedVmFacts, AttachedVmmParts, IdentifiedVmm, identify};
 use crate::program::Version;
 use crate::rest::backend::RestHypervisor;
 use crate::rest::client::RestApi;
@@ -24,9 +24,9 @@ use crate::rest::client::RestApi;
 /// The part in which attached hypervisors with a REST API differ, from each other and from managed
 /// ones.
 #[async_trait]
-pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
+pub(crate) trait AttachedRestApi: RestHypervisor<Client: AttachedVmmApi> {
     /// Returns the facts, of which those of managed VMMs are `managed`.
-    fn facts(managed: Facts) -> Facts;
+    fn facts(managed: BackendFacts) -> BackendFacts;
 
     /// The variable of the setting that names the sockets.
     const SETTING: &'static str;
@@ -41,24 +41,24 @@ pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
     fn how_to_start(socket: &Path) -> String;
 
     /// Adds the findings about `spec` that do not hold for a managed VMM.
-    fn check_attached(spec: &VmSpec, report: &mut Report);
+    fn check_attached(spec: &VmSpec, report: &mut CheckReport);
 
     /// Asks the VMM which VM it holds.
-    async fn holding(client: &Self::Client) -> Result<Option<Holding>, BackendError>;
+    async fn holding(client: &Self::Client) -> Result<Option<AttachedVmFacts>, BackendError>;
 
     /// Returns true if `holds` equals the VM that this program would create of `spec` for `uid`,
     /// with the console in `console`.
-    fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool;
+    fn equals_request(holds: &AttachedVmFacts, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool;
 
-    /// Starts a VM as [`Hypervisor::start`] does.
+    /// Starts a VM as [`AttachedHypervisor::start`] does.
     async fn start(
-        met: &Met<Self::Client>,
+        met: &IdentifiedVmm<Self::Client>,
         request: &LaunchRequest,
         console: Option<&Path>,
         make: bool,
     ) -> Result<(), BackendError>;
 
-    /// Ends a VM as [`Hypervisor::power_off`] does.
+    /// Ends a VM as [`AttachedHypervisor::power_off`] does.
     async fn power_off(client: &Self::Client) -> Result<bool, BackendError>;
 
     /// Makes the VMM forget a VM that does not run. Returns false where the VMM cannot.
@@ -67,12 +67,12 @@ pub(crate) trait AttachedRest: RestHypervisor<Client: Api> {
 
 /// The hypervisor `H` with VMMs that another program started.
 #[derive(Debug)]
-pub(crate) struct Rest<H> {
+pub(crate) struct AttachedRestHypervisor<H> {
     capabilities: Capabilities,
     hypervisor: PhantomData<H>,
 }
 
-impl<H: AttachedRest> Rest<H> {
+impl<H: AttachedRestApi> AttachedRestHypervisor<H> {
     pub(crate) fn new() -> Self {
         let mut capabilities = H::capabilities();
         capabilities.endpoint_mode = EndpointMode::Attached;
@@ -82,7 +82,7 @@ impl<H: AttachedRest> Rest<H> {
 }
 
 #[async_trait]
-impl<H: AttachedRest> Hypervisor for Rest<H> {
+impl<H: AttachedRestApi> AttachedHypervisor for AttachedRestHypervisor<H> {
     type Client = H::Client;
 
     fn capabilities(&self) -> &Capabilities {
@@ -109,33 +109,43 @@ impl<H: AttachedRest> Hypervisor for Rest<H> {
         Places::Fixed { places, setting: H::SETTING }
     }
 
-    fn check(&self, spec: &VmSpec, report: &mut Report) {
+    fn check(&self, spec: &VmSpec, report: &mut CheckReport) {
         H::check_attached(spec, report);
     }
 
-    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<H::Client>, VisitError> {
-        let failed = |error: BackendError| VisitError::Failed(error.message);
+    async fn identify(
+        &self,
+        socket: &Path,
+        visit: EndpointConnection,
+    ) -> Result<IdentifiedVmm<H::Client>, EndpointError> {
+        let failed = |error: BackendError| EndpointError::Failed(error.message);
         let client = H::Client::over(socket, visit.stream, visit.process.pid()).await.map_err(failed)?;
         // The version is asked for first, because a program that is no VMM of this kind fails here,
         // before anything else is read from it.
         let version = match client.version().await {
             Ok(version) => version,
-            Err(error) => return Err(not_one(self.title(), socket, error).await),
+            Err(error) => return Err(not_this_hypervisor(self.title(), socket, error).await),
         };
         if let Some(why) = too_old::<H>(&version) {
-            return Err(VisitError::Refused(why));
+            return Err(EndpointError::Refused(why));
         }
         let holds = H::holding(&client).await.map_err(failed)?;
-        Ok(Met { version, holds, ..met(client, visit.process) })
+        Ok(IdentifiedVmm { version, holds, ..identified(client, visit.process) })
     }
 
-    fn is_made_of(&self, holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool {
-        H::is_made_of(holds, uid, spec, console)
+    fn equals_request(
+        &self,
+        holds: &AttachedVmFacts,
+        uid: VmUid,
+        spec: &VmSpec,
+        console: Option<&Path>,
+    ) -> bool {
+        H::equals_request(holds, uid, spec, console)
     }
 
     async fn start(
         &self,
-        met: &Met<H::Client>,
+        met: &IdentifiedVmm<H::Client>,
         request: &LaunchRequest,
         console: Option<&Path>,
         make: bool,
@@ -147,12 +157,12 @@ impl<H: AttachedRest> Hypervisor for Rest<H> {
         H::NAMES_CONSOLE_AT_START
     }
 
-    fn attend(&self, met: Met<H::Client>, parts: Parts) -> Launched {
+    fn attend(&self, met: IdentifiedVmm<H::Client>, parts: AttachedVmmParts) -> LaunchedVmm {
         handle::attend(met.client, met.process, self.program(), parts)
     }
 
-    fn silent(&self, socket: &Path, process: &Process) -> Met<H::Client> {
-        met(H::Client::of_process(socket, process.pid()), process.clone())
+    fn unanswering(&self, socket: &Path, process: &Process) -> IdentifiedVmm<H::Client> {
+        identified(H::Client::of_process(socket, process.pid()), process.clone())
     }
 
     async fn power_off(&self, client: &H::Client) -> Result<bool, BackendError> {
@@ -165,8 +175,8 @@ impl<H: AttachedRest> Hypervisor for Rest<H> {
 }
 
 /// Returns a VMM of which only the process is known.
-fn met<C>(client: C, process: Process) -> Met<C> {
-    Met {
+fn identified<C>(client: C, process: Process) -> IdentifiedVmm<C> {
+    IdentifiedVmm {
         client: Arc::new(client),
         process,
         version: String::new(),
@@ -178,7 +188,7 @@ fn met<C>(client: C, process: Process) -> Met<C> {
 
 /// Returns the reason why a VMM of this `version` cannot be used, or `None` if it can. A version
 /// that cannot be parsed is accepted.
-pub(crate) fn too_old<H: AttachedRest>(version: &str) -> Option<String> {
+pub(crate) fn too_old<H: AttachedRestApi>(version: &str) -> Option<String> {
     let (found, title, oldest) = (Version::find(&format!("v{version}"))?, H::PROGRAM.title, H::OLDEST);
     (found < oldest).then(|| {
         format!(
@@ -188,11 +198,11 @@ pub(crate) fn too_old<H: AttachedRest>(version: &str) -> Option<String> {
     })
 }
 
-async fn not_one(title: &str, socket: &Path, error: BackendError) -> VisitError {
-    match identify::who(socket).await {
+async fn not_this_hypervisor(title: &str, socket: &Path, error: BackendError) -> EndpointError {
+    match identify::program_on_socket(socket).await {
         Some(other) if !other.starts_with(title) => {
-            VisitError::Refused(format!("the process that listens there is not {title} but {other}"))
+            EndpointError::Refused(format!("the process that listens there is not {title} but {other}"))
         }
-        Some(_) | None => VisitError::Failed(error.message),
+        Some(_) | None => EndpointError::Failed(error.message),
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   a socket appears ─┐
-//!   the interval ─────┼──► visit ─ meet ──┬─ holds a VM ───► Found, with a handle if it runs
-//!   a handle leaves ──┘                   └─ serves, fails ─► Health, where that is news
+//!   the interval ─────┼─► visit ─ meet ─┬─ holds a VM ───► DiscoveredVm, with a handle if it runs
+//!   a handle leaves ──┘                 └─ serves, fails ─► Health, where that is news
 //! ```
 
 use std::sync::Arc;
@@ -12,34 +12,35 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::Instrument;
-use vmm_core::place::{Discovery, Finding, Found};
+use vmm_core::discovery::{DiscoveredVm, Discovery, DiscoveryEvent};
 use vmm_core::state::VmState;
 use vmm_host::clock::now_ms;
-use vmm_host::endpoint::{self, VisitError};
+use vmm_host::endpoint::{self, EndpointError};
 use vmm_host::process::age;
 use vmm_host::socket::DirWatch;
 
 use super::backend::new_run;
-use super::socket::{AttachedSocket, Memory, View};
-use super::{Guest, Hypervisor, Met, Parts, place};
+use super::socket::{AttachedSocket, ScanMemory, SocketHealth};
+use super::{AttachedHypervisor, AttachedVmmParts, GuestPhase, IdentifiedVmm, vm_names};
 
 /// The most findings that wait for the receiver.
 const QUEUE: usize = 64;
-/// The interval of attempts after a sign of change, and the time for which they go on, because the
-/// VMM may not listen yet.
-const EAGER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// The interval of looks after a sign of change, because the VMM may not listen yet.
+const EAGER_SCAN_INTERVAL: Duration = Duration::from_millis(100);
+/// The time for which these looks go on.
+const EAGER_SCAN_LIMIT: Duration = Duration::from_secs(2);
 /// The least time between a look that has met a VMM and the next look that a change of the socket's
 /// file causes, because a local user may change that file as often as desired.
-const SPACING: Duration = Duration::from_secs(1);
+const MIN_SCAN_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time in which a VMM must report its version and its VM. Shorter than the time limit
 /// of an adoption.
-const MEETING: Duration = Duration::from_secs(3);
+const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 /// The longest time of the first look at the start of the daemon, for all sockets in parallel.
-const FIRST_LOOK: Duration = Duration::from_secs(6);
+const FIRST_SCAN_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Examines every socket once and returns the VMs that were found. Starts a task per socket that
 /// goes on.
-pub(super) async fn begin<H: Hypervisor>(
+pub(super) async fn begin<H: AttachedHypervisor>(
     kind: &Arc<H>,
     sockets: &[Arc<AttachedSocket>],
     interval: Duration,
@@ -49,7 +50,7 @@ pub(super) async fn begin<H: Hypervisor>(
     // others or the start of the daemon. A look that times out is repeated by the task of its
     // socket.
     let first = sockets.iter().map(async |socket| {
-        let looked = tokio::time::timeout(FIRST_LOOK, look(&**kind, socket)).await;
+        let looked = tokio::time::timeout(FIRST_SCAN_TIMEOUT, examine(&**kind, socket)).await;
         looked.ok().and_then(|look| look.found)
     });
     let present = futures::future::join_all(first).await.into_iter().flatten().collect();
@@ -70,10 +71,10 @@ struct SocketScanner<H> {
     kind: Arc<H>,
     socket: Arc<AttachedSocket>,
     interval: Duration,
-    findings: mpsc::Sender<Finding>,
+    findings: mpsc::Sender<DiscoveryEvent>,
 }
 
-impl<H: Hypervisor> SocketScanner<H> {
+impl<H: AttachedHypervisor> SocketScanner<H> {
     async fn run(self) {
         let mut watch = self.watch();
         let mut eager_until = Instant::now();
@@ -82,13 +83,13 @@ impl<H: Hypervisor> SocketScanner<H> {
             // Three signs cause a look: the interval, a handle that was dropped, and a change in
             // the socket's folder. The last two often come before the new VMM listens, so the looks
             // repeat at a short interval for 2 s, or until a VMM was met.
-            let pause = if Instant::now() < eager_until { EAGER.0 } else { self.interval };
-            let not_before = met_last + SPACING;
+            let pause = if Instant::now() < eager_until { EAGER_SCAN_INTERVAL } else { self.interval };
+            let not_before = met_last + MIN_SCAN_INTERVAL;
             let signed = tokio::select! {
                 () = self.findings.closed() => return,
                 () = tokio::time::sleep(pause) => false,
-                () = self.socket.left() => true,
-                changed = appeared(watch.as_ref()) => {
+                () = self.socket.wait_for_release() => true,
+                changed = wait_for_socket(watch.as_ref()) => {
                     if changed.is_err() {
                         watch = None;
                     }
@@ -97,28 +98,28 @@ impl<H: Hypervisor> SocketScanner<H> {
                 }
             };
             if signed {
-                eager_until = Instant::now() + EAGER.1;
+                eager_until = Instant::now() + EAGER_SCAN_LIMIT;
             }
             // The folder of the socket may have been created after the daemon started.
             watch = watch.or_else(|| self.watch());
-            let look = look(&*self.kind, &self.socket).await;
+            let look = examine(&*self.kind, &self.socket).await;
             if look.settled {
                 eager_until = Instant::now();
                 met_last = eager_until;
             }
-            if !self.tell(look).await {
+            if !self.report(look).await {
                 return;
             }
         }
     }
 
     /// Sends the findings of a look. Returns false if the receiver has been dropped.
-    async fn tell(&self, look: Look) -> bool {
-        if look.is_news && self.findings.send(Finding::Health).await.is_err() {
+    async fn report(&self, look: ScanResult) -> bool {
+        if look.is_news && self.findings.send(DiscoveryEvent::Health).await.is_err() {
             return false;
         }
         match look.found {
-            Some(found) => self.findings.send(Finding::Found(Box::new(found))).await.is_ok(),
+            Some(found) => self.findings.send(DiscoveryEvent::Found(Box::new(found))).await.is_ok(),
             None => true,
         }
     }
@@ -129,7 +130,7 @@ impl<H: Hypervisor> SocketScanner<H> {
     }
 }
 
-async fn appeared(watch: Option<&DirWatch>) -> std::io::Result<()> {
+async fn wait_for_socket(watch: Option<&DirWatch>) -> std::io::Result<()> {
     match watch {
         Some(watch) => watch.changed().await,
         None => std::future::pending().await,
@@ -138,57 +139,57 @@ async fn appeared(watch: Option<&DirWatch>) -> std::io::Result<()> {
 
 /// The result of one look at a socket.
 #[derive(Default)]
-struct Look {
-    found: Option<Found>,
+struct ScanResult {
+    found: Option<DiscoveredVm>,
     /// True if the usability of the socket has changed.
     is_news: bool,
     /// True if a VMM was met, so the fast attempts can end.
     settled: bool,
 }
 
-async fn look<H: Hypervisor>(kind: &H, socket: &Arc<AttachedSocket>) -> Look {
+async fn examine<H: AttachedHypervisor>(kind: &H, socket: &Arc<AttachedSocket>) -> ScanResult {
     if socket.is_held() {
-        return Look::default();
+        return ScanResult::default();
     }
     let mut memory = socket.turn.lock().await;
     // The operation that had the turn before may have given the socket to a handle.
     if socket.is_held() {
-        return Look::default();
+        return ScanResult::default();
     }
-    let before = socket.view();
-    let (met, view) = meet(kind, socket).await;
+    let before = socket.health();
+    let (met, view) = identify(kind, socket).await;
     let is_news = before != Some(view);
     let settled = met.is_ok();
-    let found = met.ok().and_then(|met| found(kind, socket, &mut memory, met));
-    Look { found, is_news, settled }
+    let found = met.ok().and_then(|met| discovered_vm(kind, socket, &mut memory, met));
+    ScanResult { found, is_news, settled }
 }
 
 /// Visits the VMM at a socket, and records the result. The caller has the turn.
-pub(super) async fn meet<H: Hypervisor>(
+pub(super) async fn identify<H: AttachedHypervisor>(
     kind: &H,
     socket: &Arc<AttachedSocket>,
-) -> (Result<Met<H::Client>, VisitError>, View) {
+) -> (Result<IdentifiedVmm<H::Client>, EndpointError>, SocketHealth) {
     let met = match endpoint::visit(&socket.path).await {
-        Ok(visit) => {
-            tokio::time::timeout(MEETING, kind.meet(&socket.path, visit)).await.unwrap_or_else(|_| {
-                let seconds = MEETING.as_secs();
-                Err(VisitError::Failed(format!(
+        Ok(visit) => tokio::time::timeout(REPORT_TIMEOUT, kind.identify(&socket.path, visit))
+            .await
+            .unwrap_or_else(|_| {
+                let seconds = REPORT_TIMEOUT.as_secs();
+                Err(EndpointError::Failed(format!(
                     "the VMM did not answer within {seconds} s; it may be stopped or stuck"
                 )))
-            })
-        }
+            }),
         Err(error) => Err(error),
     };
     let view = match &met {
-        Ok(met) => View::Serves(met.version.clone()),
-        Err(error) => View::Fails(socket.failure(kind, error)),
+        Ok(met) => SocketHealth::Serves(met.version.clone()),
+        Err(error) => SocketHealth::Fails(socket.failure(kind, error)),
     };
-    if socket.note(view.clone()) {
+    if socket.set_health(view.clone()) {
         match &view {
-            View::Serves(version) => {
+            SocketHealth::Serves(version) => {
                 tracing::info!(place = socket.place, version, "a VMM answers at the endpoint")
             }
-            View::Fails(why) => {
+            SocketHealth::Fails(why) => {
                 tracing::warn!(place = socket.place, detail = why, "the endpoint has no usable VMM")
             }
         }
@@ -196,49 +197,49 @@ pub(super) async fn meet<H: Hypervisor>(
     (met, view)
 }
 
-fn found<H: Hypervisor>(
+fn discovered_vm<H: AttachedHypervisor>(
     kind: &H,
     socket: &Arc<AttachedSocket>,
-    memory: &mut Memory,
-    met: Met<H::Client>,
-) -> Option<Found> {
+    memory: &mut ScanMemory,
+    met: IdentifiedVmm<H::Client>,
+) -> Option<DiscoveredVm> {
     let holds = met.holds.as_ref()?;
     let guest = holds.guest;
     let state = match guest {
-        Guest::AtRest => VmState::Created,
-        Guest::Running => VmState::Running,
-        Guest::Paused => VmState::Paused,
+        GuestPhase::AtRest => VmState::Created,
+        GuestPhase::Running => VmState::Running,
+        GuestPhase::Paused => VmState::Paused,
     };
-    if guest == Guest::AtRest && !holds.startable {
+    if guest == GuestPhase::AtRest && !holds.startable {
         return None;
     }
-    if guest == Guest::AtRest {
+    if guest == GuestPhase::AtRest {
         let process = met.process.identity();
-        if memory.told.as_ref() == Some(process) {
+        if memory.reported.as_ref() == Some(process) {
             return None;
         }
-        memory.told = Some(process.clone());
+        memory.reported = Some(process.clone());
     }
-    let (config, untold) = (holds.config.clone(), holds.untold.clone());
+    let (config, unrepresented) = (holds.config.clone(), holds.unrepresented.clone());
     let launched = guest.is_live().then(|| {
         // The start of the guest is not known. The start of its VMM is the earliest possible time.
         let age = age(met.process.identity()).unwrap_or_default();
         let started = now_ms().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(0));
-        let parts = Parts {
+        let parts = AttachedVmmParts {
             run: new_run(socket, &met, started),
             guest,
             dir: None,
-            held: socket.hold(),
+            held: socket.lease(),
             console: None,
         };
         kind.attend(met, parts)
     });
-    Some(Found {
+    Some(DiscoveredVm {
         place: socket.kind(),
         uid: None,
-        names: place::names(&socket.path),
+        names: vm_names::names(&socket.path),
         config,
-        untold,
+        unrepresented,
         state,
         launched,
     })

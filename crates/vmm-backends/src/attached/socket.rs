@@ -8,9 +8,9 @@ use vmm_core::backend::BackendError;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
 use vmm_core::store::ProcessIdentity;
-use vmm_host::endpoint::VisitError;
+use vmm_host::endpoint::EndpointError;
 
-use super::Hypervisor;
+use super::AttachedHypervisor;
 
 /// One socket of an attached VMM.
 #[derive(Debug)]
@@ -21,26 +21,26 @@ pub(super) struct AttachedSocket {
     pub(super) place: String,
     /// The right to speak to the VMM. A look must not take a start that is in progress for a VM of
     /// another client.
-    pub(super) turn: tokio::sync::Mutex<Memory>,
+    pub(super) turn: tokio::sync::Mutex<ScanMemory>,
     holder: Mutex<Weak<()>>,
-    view: Mutex<Option<View>>,
+    view: Mutex<Option<SocketHealth>>,
     /// Notified when the handle that held the socket has been dropped.
     left: Notify,
 }
 
 /// The knowledge that one owner of the turn leaves for the next.
 #[derive(Debug, Default)]
-pub(super) struct Memory {
+pub(super) struct ScanMemory {
     /// The VM that an unfinished start of this program has begun to create, and the VMM of that
     /// start.
     pub(super) started: Option<(VmUid, ProcessIdentity)>,
     /// The VMM whose stopped VM was already reported. The scanner does not report it again.
-    pub(super) told: Option<ProcessIdentity>,
+    pub(super) reported: Option<ProcessIdentity>,
 }
 
 /// The knowledge about a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum View {
+pub(super) enum SocketHealth {
     /// A VMM of this version listens there.
     Serves(String),
     /// No VMM can be used. The text gives the reason and the remedy.
@@ -49,28 +49,28 @@ pub(super) enum View {
 
 /// Held by the handle of a running VM. While it exists, the scanner does not examine the socket.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct SocketLease {
     socket: Arc<AttachedSocket>,
     _kept: Arc<()>,
 }
 
-impl Held {
+impl SocketLease {
     /// Records that the VMM's process has ended, so that the health is right before the next look.
     pub(crate) fn ended(&self) {
         let text = format!("no VMM listens on {} any more: its process has ended", self.socket.endpoint());
-        self.socket.note(View::Fails(text));
+        self.socket.set_health(SocketHealth::Fails(text));
     }
 
     /// Records the answer of the VMM to the handle, because the scanner does not ask meanwhile.
     pub(crate) fn answered<T>(&self, version: &str, answer: &Result<T, BackendError>) {
-        self.socket.note(match answer {
-            Ok(_) => View::Serves(version.to_owned()),
-            Err(error) => View::Fails(format!("{} cannot be used: {error}", self.socket.endpoint())),
+        self.socket.set_health(match answer {
+            Ok(_) => SocketHealth::Serves(version.to_owned()),
+            Err(error) => SocketHealth::Fails(format!("{} cannot be used: {error}", self.socket.endpoint())),
         });
     }
 }
 
-impl Drop for Held {
+impl Drop for SocketLease {
     fn drop(&mut self) {
         self.socket.left.notify_one();
     }
@@ -98,10 +98,10 @@ impl AttachedSocket {
     }
 
     /// Reserves the socket for a handle, until the returned value is dropped.
-    pub(super) fn hold(self: &Arc<Self>) -> Held {
+    pub(super) fn lease(self: &Arc<Self>) -> SocketLease {
         let kept = Arc::new(());
         *self.holder.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&kept);
-        Held { socket: Arc::clone(self), _kept: kept }
+        SocketLease { socket: Arc::clone(self), _kept: kept }
     }
 
     /// Returns true if a handle holds the socket.
@@ -110,12 +110,12 @@ impl AttachedSocket {
     }
 
     /// Waits until a handle has been dropped. Cancel-safe.
-    pub(super) async fn left(&self) {
+    pub(super) async fn wait_for_release(&self) {
         self.left.notified().await;
     }
 
     /// Records the result of a look, and returns true if it differs from the last one.
-    pub(super) fn note(&self, view: View) -> bool {
+    pub(super) fn set_health(&self, view: SocketHealth) -> bool {
         let mut known = self.view.lock().unwrap_or_else(PoisonError::into_inner);
         let is_news = known.as_ref() != Some(&view);
         *known = Some(view);
@@ -123,18 +123,18 @@ impl AttachedSocket {
     }
 
     /// Returns the last result, or `None` before the first look.
-    pub(super) fn view(&self) -> Option<View> {
+    pub(super) fn health(&self) -> Option<SocketHealth> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns the reason why the socket cannot be used, and the remedy.
-    pub(super) fn failure<H: Hypervisor>(&self, kind: &H, error: &VisitError) -> String {
+    pub(super) fn failure<H: AttachedHypervisor>(&self, kind: &H, error: &EndpointError) -> String {
         match error {
-            VisitError::Nobody(_) => {
+            EndpointError::Nobody(_) => {
                 let (title, start) = (kind.title(), kind.how_to_start(&self.path));
                 format!("no {title} listens on {}: start one there ({start})", self.endpoint())
             }
-            VisitError::Refused(why) | VisitError::Failed(why) => {
+            EndpointError::Refused(why) | EndpointError::Failed(why) => {
                 format!("{} cannot be used: {why}", self.endpoint())
             }
         }

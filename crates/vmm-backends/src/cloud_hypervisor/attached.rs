@@ -13,40 +13,40 @@ use vmm_core::backend::{
     BackendError, BackendErrorKind, Effect, GuestState, LaunchRequest, NetworkCounters, StorageCounters,
 };
 use vmm_core::capabilities::{
-    ConsoleFact, Facts, PanicFact, PowerOffFact, ResetFact, StateFact, TripleFaultFact, VmmFailureFact,
+    BackendFacts, ConsoleFact, PanicFact, PowerOffFact, ResetFact, StateFact, TripleFaultFact, VmmFailureFact,
 };
 use vmm_core::id::VmUid;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::path::shell_word;
 
-use super::client::Client;
-use super::convert::{Config, path_option};
+use super::client::CloudHypervisorClient;
+use super::convert::{CloudHypervisorConfig, path_option};
 use super::describe::configuration;
-use super::{Hypervisor, OLDEST};
-use crate::attached::handle::Api;
-use crate::attached::native::is_in;
-use crate::attached::rest::AttachedRest;
-use crate::attached::{Guest, Holding, Met};
-use crate::ladder::Call;
+use super::{CloudHypervisor, OLDEST};
+use crate::attached::handle::AttachedVmmApi;
+use crate::attached::native_config::contains_values;
+use crate::attached::rest::AttachedRestApi;
+use crate::attached::{AttachedVmFacts, GuestPhase, IdentifiedVmm};
+use crate::ladder::UnsentCall;
 use crate::program::Version;
 use crate::rest::options::check_taps;
 
 #[async_trait]
-impl AttachedRest for Hypervisor {
+impl AttachedRestApi for CloudHypervisor {
     const SETTING: &'static str = "UNKEY_VMCP_CH_ENDPOINT";
 
     const OLDEST: Version = OLDEST;
 
     const NAMES_CONSOLE_AT_START: bool = false;
 
-    fn facts(managed: Facts) -> Facts {
-        Facts {
+    fn facts(managed: BackendFacts) -> BackendFacts {
+        BackendFacts {
             console: Some(ConsoleFact::OutputUnlessImported),
             guest_panic: Some(PanicFact::Unseen),
-            guest_power_off: Some(PowerOffFact::EndsVmmUntold),
+            guest_power_off: Some(PowerOffFact::EndsVmmWithoutCause),
             guest_reset: Some(ResetFact::InPlaceUnseen),
             guest_triple_fault: Some(TripleFaultFact::AsReset),
             state: Some(StateFact::Polled),
@@ -61,7 +61,7 @@ impl AttachedRest for Hypervisor {
         format!("rm -f {} && cloud-hypervisor --api-socket {}", shell_word(&left), shell_word(&socket))
     }
 
-    fn check_attached(spec: &VmSpec, report: &mut Report) {
+    fn check_attached(spec: &VmSpec, report: &mut CheckReport) {
         if let Some(RestartMode::Never | RestartMode::OnFailure | RestartMode::Always) = spec.restart.mode {
             report.reject(
                 "config.restart_policy.mode",
@@ -72,28 +72,28 @@ impl AttachedRest for Hypervisor {
         }
     }
 
-    async fn holding(client: &Client) -> Result<Option<Holding>, BackendError> {
+    async fn holding(client: &CloudHypervisorClient) -> Result<Option<AttachedVmFacts>, BackendError> {
         Ok(client.describe().await?.map(|(state, native)| holding(state.into(), native)))
     }
 
-    fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool {
-        let config = Config::of(spec, &spec.tap_names(uid));
+    fn equals_request(holds: &AttachedVmFacts, uid: VmUid, spec: &VmSpec, console: Option<&Path>) -> bool {
+        let config = CloudHypervisorConfig::of(spec, &spec.tap_names(uid));
         let config = match console {
             Some(file) => config.with_console_in(file),
             None => config,
         };
-        serde_json::to_value(config).is_ok_and(|ours| is_in(&ours, &holds.native))
+        serde_json::to_value(config).is_ok_and(|ours| contains_values(&ours, &holds.native))
     }
 
     async fn start(
-        met: &Met<Client>,
+        met: &IdentifiedVmm<CloudHypervisorClient>,
         request: &LaunchRequest,
         console: Option<&Path>,
         make: bool,
     ) -> Result<(), BackendError> {
         if make {
             check_taps(&request.spec, &request.taps)?;
-            let config = Config::of(&request.spec, &request.taps);
+            let config = CloudHypervisorConfig::of(&request.spec, &request.taps);
             let config = match console {
                 Some(file) => config.with_console_in(file),
                 None => config,
@@ -114,7 +114,7 @@ impl AttachedRest for Hypervisor {
         Err(error)
     }
 
-    async fn power_off(client: &Client) -> Result<bool, BackendError> {
+    async fn power_off(client: &CloudHypervisorClient) -> Result<bool, BackendError> {
         match client.shutdown().await {
             Ok(()) => Ok(true),
             Err(error) if error.kind == BackendErrorKind::Rejected => {
@@ -124,30 +124,30 @@ impl AttachedRest for Hypervisor {
         }
     }
 
-    async fn forget(client: &Client) -> Result<bool, BackendError> {
+    async fn forget(client: &CloudHypervisorClient) -> Result<bool, BackendError> {
         client.delete().await.map(|()| true)
     }
 }
 
 #[async_trait]
-impl Api for Client {
+impl AttachedVmmApi for CloudHypervisorClient {
     async fn state(&self) -> Result<GuestState, BackendError> {
-        Client::state(self).await
+        CloudHypervisorClient::state(self).await
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        or_done(self, Client::pause(self).await, GuestState::Paused).await
+        accept_if_already(self, CloudHypervisorClient::pause(self).await, GuestState::Paused).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        or_done(self, Client::resume(self).await, GuestState::Running).await
+        accept_if_already(self, CloudHypervisorClient::resume(self).await, GuestState::Running).await
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
         Some((EndedBy::Acpi, Box::pin(self.power_button())))
     }
 
-    fn power_off(&self) -> Option<Call<'_>> {
+    fn power_off(&self) -> Option<UnsentCall<'_>> {
         Some(Box::pin(self.shutdown()))
     }
 
@@ -159,27 +159,27 @@ impl Api for Client {
         &self,
         _dir: Option<&Path>,
     ) -> Result<(NetworkCounters, StorageCounters), BackendError> {
-        let counters = Client::counters(self).await?;
+        let counters = CloudHypervisorClient::counters(self).await?;
         Ok((counters.network(), counters.storage()))
     }
 }
 
 /// Returns success for an error that means that the guest is already in the state `wanted`, because
 /// Cloud Hypervisor refuses to pause a paused guest.
-async fn or_done(
-    client: &Client,
+async fn accept_if_already(
+    client: &CloudHypervisorClient,
     answer: Result<(), BackendError>,
     wanted: GuestState,
 ) -> Result<(), BackendError> {
     let Err(error) = answer else { return Ok(()) };
     let is_there = error.kind == BackendErrorKind::Rejected
-        && matches!(Client::state(client).await, Ok(state) if state == wanted);
+        && matches!(CloudHypervisorClient::state(client).await, Ok(state) if state == wanted);
     if is_there { Ok(()) } else { Err(error) }
 }
 
-fn holding(guest: Guest, native: Value) -> Holding {
-    let (config, untold) = configuration(&native);
-    Holding { guest, config, untold, startable: true, native }
+fn holding(guest: GuestPhase, native: Value) -> AttachedVmFacts {
+    let (config, unrepresented) = configuration(&native);
+    AttachedVmFacts { guest, config, unrepresented, startable: true, native }
 }
 
 #[cfg(test)]
@@ -193,19 +193,19 @@ mod unit_tests {
         "0190a000-0000-7000-8000-000000000001".parse().unwrap()
     }
 
-    fn held(native: Value) -> Holding {
-        holding(Guest::AtRest, native)
+    fn held(native: Value) -> AttachedVmFacts {
+        holding(GuestPhase::AtRest, native)
     }
 
     #[test]
     fn our_own_is_told_from_another_vm() {
         let (spec, console) = (large(), Path::new("/run/x/console.boot"));
-        let config = Config::of(&spec, &["tap0".to_owned()]).with_console_in(console);
+        let config = CloudHypervisorConfig::of(&spec, &["tap0".to_owned()]).with_console_in(console);
         let mut native = serde_json::to_value(config).unwrap();
         native["rng"] = json!({"src": "/dev/urandom"});
-        assert!(Hypervisor::is_made_of(&held(native.clone()), uid(), &spec, Some(console)));
+        assert!(CloudHypervisor::equals_request(&held(native.clone()), uid(), &spec, Some(console)));
         assert!(
-            !Hypervisor::is_made_of(&held(native.clone()), uid(), &spec, None),
+            !CloudHypervisor::equals_request(&held(native.clone()), uid(), &spec, None),
             "its console goes elsewhere"
         );
         for (pointer, other) in [
@@ -216,7 +216,10 @@ mod unit_tests {
         ] {
             let mut changed = native.clone();
             *changed.pointer_mut(pointer).unwrap() = other;
-            assert!(!Hypervisor::is_made_of(&held(changed), uid(), &spec, Some(console)), "{pointer}");
+            assert!(
+                !CloudHypervisor::equals_request(&held(changed), uid(), &spec, Some(console)),
+                "{pointer}"
+            );
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Returns the violations and warnings about a [`VmSpec`] on Cloud Hypervisor. Reads nothing but
 //! the specification.
 
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{
     Boot, Console, Cpu, Disk, DiskCache, Memory, Nic, PageSize, RestartPolicy, Topology, VmSpec,
 };
@@ -19,8 +19,8 @@ pub(super) const MAX_DEVICES: usize = 28;
 const HOTPLUG_UNIT: u64 = 128 << 20;
 
 /// Returns the findings about `spec`.
-pub(super) fn check(spec: &VmSpec) -> Report {
-    let mut report = Report::default();
+pub(super) fn check(spec: &VmSpec) -> CheckReport {
+    let mut report = CheckReport::default();
     check_keys(&mut report, spec, "ch.");
     // Each struct is taken apart without `..`, so that a new field compiles only after this check
     // covers or ignores it.
@@ -48,7 +48,7 @@ pub(super) fn check(spec: &VmSpec) -> Report {
     report
 }
 
-fn check_cpu(report: &mut Report, cpu: &Cpu) {
+fn check_cpu(report: &mut CheckReport, cpu: &Cpu) {
     let Cpu { count, max, topology } = *cpu;
     if max > MAX_VCPUS {
         let field = if count > MAX_VCPUS { "config.cpu.vcpu_count" } else { "config.cpu.max_vcpu_count" };
@@ -65,7 +65,7 @@ fn check_cpu(report: &mut Report, cpu: &Cpu) {
     }
 }
 
-fn check_memory(report: &mut Report, memory: &Memory) {
+fn check_memory(report: &mut CheckReport, memory: &Memory) {
     let Memory { size_bytes, hotplug_max_bytes, pages, shared: _ } = *memory;
     if let Some(ceiling) = hotplug_max_bytes
         && !ceiling.saturating_sub(size_bytes).is_multiple_of(HOTPLUG_UNIT)
@@ -80,7 +80,7 @@ fn check_memory(report: &mut Report, memory: &Memory) {
     }
 }
 
-fn check_disk(report: &mut Report, disk: &Disk) {
+fn check_disk(report: &mut CheckReport, disk: &Disk) {
     let Disk {
         index: _,
         id: _,

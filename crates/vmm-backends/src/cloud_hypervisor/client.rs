@@ -6,16 +6,16 @@ use async_trait::async_trait;
 use serde::Deserialize;
 use vmm_core::backend::{BackendError, BackendErrorKind, GuestState, NetworkCounters, StorageCounters};
 
-use super::convert::Config;
-use crate::program::told_version;
-use crate::rest::client::{BOOT, CALL, Explain, RestApi, RestClient};
+use super::convert::CloudHypervisorConfig;
+use crate::program::reported_version;
+use crate::rest::client::{BOOT_TIMEOUT, CALL_TIMEOUT, ErrorText, RestApi, RestClient};
 
 /// The API of one Cloud Hypervisor.
 #[derive(Debug)]
-pub struct Client(RestClient);
+pub struct CloudHypervisorClient(RestClient);
 
 /// The body of a request without one.
-type Nothing = ();
+type NoRequestBody = ();
 
 #[derive(Debug, Deserialize)]
 struct Ping {
@@ -23,12 +23,12 @@ struct Ping {
 }
 
 #[derive(Debug, Deserialize)]
-struct Info {
-    state: State,
+struct VmInfo {
+    state: VmInfoState,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
-enum State {
+enum VmInfoState {
     Created,
     Running,
     Shutdown,
@@ -37,7 +37,7 @@ enum State {
     BreakPoint,
 }
 
-impl State {
+impl VmInfoState {
     fn guest(self) -> GuestState {
         match self {
             Self::Running => GuestState::Running,
@@ -48,16 +48,16 @@ impl State {
 }
 
 #[derive(Debug, Deserialize)]
-struct Description {
-    state: State,
+struct VmDescription {
+    state: VmInfoState,
     config: serde_json::Value,
 }
 
 /// Counters by device, and then by name.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Counters(BTreeMap<String, BTreeMap<String, u64>>);
+pub(crate) struct DeviceCounters(BTreeMap<String, BTreeMap<String, u64>>);
 
-impl Counters {
+impl DeviceCounters {
     /// Returns the disk counters, summed over all disks.
     pub(crate) fn storage(&self) -> StorageCounters {
         StorageCounters {
@@ -88,18 +88,18 @@ impl Counters {
     }
 }
 
-impl From<RestClient> for Client {
+impl From<RestClient> for CloudHypervisorClient {
     fn from(client: RestClient) -> Self {
         Self(client)
     }
 }
 
 #[async_trait]
-impl RestApi for Client {
-    const EXPLAIN: Explain = explain;
+impl RestApi for CloudHypervisorClient {
+    const EXPLAIN: ErrorText = explain;
 
     async fn version(&self) -> Result<String, BackendError> {
-        self.0.get::<Ping>("/api/v1/vmm.ping").await.map(|ping| told_version(&ping.version))
+        self.0.get::<Ping>("/api/v1/vmm.ping").await.map(|ping| reported_version(&ping.version))
     }
 
     async fn instance(&self) -> Result<(GuestState, String), BackendError> {
@@ -107,7 +107,7 @@ impl RestApi for Client {
     }
 }
 
-impl Client {
+impl CloudHypervisorClient {
     /// Closes the connection as [`RestClient::hang_up`] does.
     pub(crate) fn hang_up(&self) {
         self.0.hang_up();
@@ -118,13 +118,13 @@ impl Client {
     /// # Errors
     /// Fails as [`RestClient::get`] and [`RestClient::put`] do. The same holds for all methods
     /// below.
-    pub(crate) async fn create(&self, config: &Config) -> Result<(), BackendError> {
-        self.0.put("/api/v1/vm.create", Some(config), CALL).await
+    pub(crate) async fn create(&self, config: &CloudHypervisorConfig) -> Result<(), BackendError> {
+        self.0.put("/api/v1/vm.create", Some(config), CALL_TIMEOUT).await
     }
 
     /// Starts the guest. Its CPUs run when this returns.
     pub(crate) async fn boot(&self) -> Result<(), BackendError> {
-        self.0.put("/api/v1/vm.boot", None::<&Nothing>, BOOT).await
+        self.0.put("/api/v1/vm.boot", None::<&NoRequestBody>, BOOT_TIMEOUT).await
     }
 
     /// Stops the guest's CPUs. Returns an error if they are stopped already.
@@ -139,7 +139,7 @@ impl Client {
 
     /// Resets the guest in place.
     pub(crate) async fn reboot(&self) -> Result<(), BackendError> {
-        self.0.put("/api/v1/vm.reboot", None::<&Nothing>, BOOT).await
+        self.0.put("/api/v1/vm.reboot", None::<&NoRequestBody>, BOOT_TIMEOUT).await
     }
 
     /// Presses the ACPI power button. Success does not mean that the guest reacts.
@@ -160,7 +160,7 @@ impl Client {
     /// Asks which VM the VMM holds. Returns the state and the configuration in the VMM's own form,
     /// or `None` without a VM.
     pub(crate) async fn describe(&self) -> Result<Option<(GuestState, serde_json::Value)>, BackendError> {
-        match self.0.get::<Description>("/api/v1/vm.info").await {
+        match self.0.get::<VmDescription>("/api/v1/vm.info").await {
             Ok(told) => Ok(Some((told.state.guest(), told.config))),
             Err(error) if is_no_vm(&error) => Ok(None),
             Err(error) => Err(error),
@@ -176,7 +176,7 @@ impl Client {
     pub(crate) async fn state(&self) -> Result<GuestState, BackendError> {
         // A VMM without a VM answers with an error. It holds nothing that runs, so it counts as
         // ended.
-        let info: Info = match self.0.get("/api/v1/vm.info").await {
+        let info: VmInfo = match self.0.get("/api/v1/vm.info").await {
             Err(error) if is_no_vm(&error) => return Ok(GuestState::Ended),
             answer => answer?,
         };
@@ -184,12 +184,12 @@ impl Client {
     }
 
     /// Reads the counters of all devices since the guest last started.
-    pub(crate) async fn counters(&self) -> Result<Counters, BackendError> {
+    pub(crate) async fn counters(&self) -> Result<DeviceCounters, BackendError> {
         self.0.get("/api/v1/vm.counters").await
     }
 
     async fn order(&self, name: &str) -> Result<(), BackendError> {
-        self.0.put(&format!("/api/v1/{name}"), None::<&Nothing>, CALL).await
+        self.0.put(&format!("/api/v1/{name}"), None::<&NoRequestBody>, CALL_TIMEOUT).await
     }
 }
 

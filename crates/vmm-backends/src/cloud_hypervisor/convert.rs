@@ -21,28 +21,28 @@ const SERIAL_LEN: usize = 20;
 
 /// The body of `vm.create`.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-pub struct Config {
-    cpus: Cpus,
+pub struct CloudHypervisorConfig {
+    cpus: CpusConfig,
     memory: MemoryConfig,
-    payload: Payload,
+    payload: PayloadConfig,
     disks: Vec<DiskConfig>,
     net: Vec<NetConfig>,
-    serial: Port,
-    console: Port,
+    serial: PortConfig,
+    console: PortConfig,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pvpanic: bool,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Cpus {
+struct CpusConfig {
     boot_vcpus: u32,
     max_vcpus: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
-    topology: Option<CpuTopology>,
+    topology: Option<CpuTopologyConfig>,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct CpuTopology {
+struct CpuTopologyConfig {
     threads_per_core: u32,
     cores_per_die: u32,
     dies_per_package: u32,
@@ -59,7 +59,7 @@ struct MemoryConfig {
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Payload {
+struct PayloadConfig {
     kernel: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     initramfs: Option<String>,
@@ -91,13 +91,13 @@ struct NetConfig {
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Port {
+struct PortConfig {
     mode: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     file: Option<String>,
 }
 
-impl Config {
+impl CloudHypervisorConfig {
     /// Returns the configuration of `spec`, whose network interfaces use `taps` in their order.
     /// `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
@@ -114,7 +114,7 @@ impl Config {
         Self {
             cpus: cpus(cpu),
             memory: backed(memory),
-            payload: Payload {
+            payload: PayloadConfig {
                 kernel: text(kernel),
                 initramfs: initrd.as_deref().map(text),
                 cmdline: spec.kernel_args(),
@@ -126,8 +126,8 @@ impl Config {
                 .enumerate()
                 .map(|(place, (nic, tap))| interface(place, nic, tap))
                 .collect(),
-            serial: Port { mode: serial, file: None },
-            console: Port { mode: "Off", file: None },
+            serial: PortConfig { mode: serial, file: None },
+            console: PortConfig { mode: "Off", file: None },
             pvpanic: false,
         }
     }
@@ -142,7 +142,7 @@ impl Config {
     /// Sends the serial port's output to `file`, which the VMM empties at each boot. Used for an
     /// attached VMM, because its stdout belongs to the program that started it.
     pub fn with_console_in(mut self, file: &Path) -> Self {
-        self.serial = Port { mode: "File", file: Some(text(file)) };
+        self.serial = PortConfig { mode: "File", file: Some(text(file)) };
         self
     }
 }
@@ -165,15 +165,15 @@ pub(crate) fn path_option(path: &Path) -> OsString {
     option
 }
 
-fn cpus(cpu: &Cpu) -> Cpus {
+fn cpus(cpu: &Cpu) -> CpusConfig {
     let Cpu { count, max, topology } = *cpu;
-    let topology = topology.map(|Topology { sockets, cores, threads }| CpuTopology {
+    let topology = topology.map(|Topology { sockets, cores, threads }| CpuTopologyConfig {
         threads_per_core: threads,
         cores_per_die: cores,
         dies_per_package: 1,
         packages: sockets,
     });
-    Cpus { boot_vcpus: count, max_vcpus: max, topology }
+    CpusConfig { boot_vcpus: count, max_vcpus: max, topology }
 }
 
 fn backed(memory: &Memory) -> MemoryConfig {
@@ -310,7 +310,7 @@ mod tests {
     }
 
     fn written(config: &VmConfig) -> String {
-        serde_json::to_string_pretty(&Config::of(&spec(config), &["vmt0".to_owned()])).unwrap()
+        serde_json::to_string_pretty(&CloudHypervisorConfig::of(&spec(config), &["vmt0".to_owned()])).unwrap()
     }
 
     #[test]
@@ -319,7 +319,8 @@ mod tests {
             let mut config = small();
             config.boot.get_or_insert_default().kernel_args = args.to_owned();
             let spec = spec(&config);
-            let native = serde_json::to_value(Config::of(&spec, &[]).with_panic_device(&spec)).unwrap();
+            let native =
+                serde_json::to_value(CloudHypervisorConfig::of(&spec, &[]).with_panic_device(&spec)).unwrap();
             assert_eq!(native["pvpanic"] == true, has_device, "{args}");
         }
     }

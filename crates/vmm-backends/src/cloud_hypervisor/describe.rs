@@ -7,20 +7,26 @@ use vmm_core::config::{
 };
 use vmm_core::id::is_name;
 
-use crate::attached::native::{count, flag, list, number, others, text};
+use crate::attached::native_config::{count, flag, list, list_unrepresented, number, text};
 
 /// Returns the configuration that `vm.info` reports, and the settings that a [`VmConfig`] cannot
 /// express.
 pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
-    let mut untold = Vec::new();
+    let mut unrepresented = Vec::new();
     let nothing = Value::Null;
     let part = |name: &str| native.get(name).unwrap_or(&nothing);
     let config = VmConfig {
-        cpu: Some(cpus(part("cpus"), &mut untold)),
-        memory: Some(memory(part("memory"), &mut untold)),
-        boot: Some(boot(part("payload"), &mut untold)),
-        storage: list(native, "disks").enumerate().map(|(at, disk)| storage(at, disk, &mut untold)).collect(),
-        network: list(native, "net").enumerate().map(|(at, net)| interface(at, net, &mut untold)).collect(),
+        cpu: Some(cpus(part("cpus"), &mut unrepresented)),
+        memory: Some(memory(part("memory"), &mut unrepresented)),
+        boot: Some(boot(part("payload"), &mut unrepresented)),
+        storage: list(native, "disks")
+            .enumerate()
+            .map(|(at, disk)| storage(at, disk, &mut unrepresented))
+            .collect(),
+        network: list(native, "net")
+            .enumerate()
+            .map(|(at, net)| interface(at, net, &mut unrepresented))
+            .collect(),
         console: Some(console(part("serial"))),
         ..VmConfig::default()
     };
@@ -29,11 +35,11 @@ pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
     let known = ["cpus", "memory", "payload", "disks", "net", "serial", "console", "debug_console"];
     let defaults =
         [("rng", json!({"pci_segment": 0, "src": "/dev/urandom"})), ("rng", json!({"src": "/dev/urandom"}))];
-    others(native, &known, &defaults, &mut untold, "");
-    (config, untold)
+    list_unrepresented(native, &known, &defaults, &mut unrepresented, "");
+    (config, unrepresented)
 }
 
-fn cpus(told: &Value, untold: &mut Vec<String>) -> CpuConfig {
+fn cpus(told: &Value, unrepresented: &mut Vec<String>) -> CpuConfig {
     let vcpu_count = count(told, "boot_vcpus");
     let max = count(told, "max_vcpus");
     let topology = told.get("topology").filter(|topology| !topology.is_null()).map(|topology| CpuTopology {
@@ -43,7 +49,7 @@ fn cpus(told: &Value, untold: &mut Vec<String>) -> CpuConfig {
     });
     let known = ["boot_vcpus", "max_vcpus", "topology", "max_phys_bits", "nested", "core_scheduling"];
     let defaults = [("profile", json!("Host"))];
-    others(told, &known, &defaults, untold, "cpus");
+    list_unrepresented(told, &known, &defaults, unrepresented, "cpus");
     CpuConfig {
         vcpu_count,
         max_vcpu_count: if max == vcpu_count { 0 } else { max },
@@ -52,7 +58,7 @@ fn cpus(told: &Value, untold: &mut Vec<String>) -> CpuConfig {
     }
 }
 
-fn memory(told: &Value, untold: &mut Vec<String>) -> MemoryConfig {
+fn memory(told: &Value, unrepresented: &mut Vec<String>) -> MemoryConfig {
     let zones: i64 = list(told, "zones").map(|zone| number(zone, "size")).fold(0, i64::saturating_add);
     let size_bytes = number(told, "size").saturating_add(zones);
     let room = number(told, "hotplug_size");
@@ -64,7 +70,7 @@ fn memory(told: &Value, untold: &mut Vec<String>) -> MemoryConfig {
     }
     let known = ["size", "hotplug_size", "shared", "hugepages"];
     let defaults = [("hotplug_method", json!("Acpi")), ("thp", json!(true))];
-    others(told, &known, &defaults, untold, "memory");
+    list_unrepresented(told, &known, &defaults, unrepresented, "memory");
     MemoryConfig {
         size_bytes,
         hotplug_enabled: room > 0,
@@ -73,8 +79,8 @@ fn memory(told: &Value, untold: &mut Vec<String>) -> MemoryConfig {
     }
 }
 
-fn boot(told: &Value, untold: &mut Vec<String>) -> BootConfig {
-    others(told, &["kernel", "initramfs", "cmdline"], &[], untold, "payload");
+fn boot(told: &Value, unrepresented: &mut Vec<String>) -> BootConfig {
+    list_unrepresented(told, &["kernel", "initramfs", "cmdline"], &[], unrepresented, "payload");
     BootConfig {
         kernel_path: text(told, "kernel"),
         initrd_path: text(told, "initramfs"),
@@ -89,14 +95,14 @@ fn device_id(told: &Value, fields: &[&str], kind: &str, at: usize) -> String {
     ids.into_iter().find(|id| is_name(id)).unwrap_or_else(|| format!("{kind}{at}"))
 }
 
-fn storage(at: usize, told: &Value, untold: &mut Vec<String>) -> StorageDevice {
+fn storage(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> StorageDevice {
     let mut options = Options::new();
     match text(told, "image_type").as_str() {
         "Qcow2" => {
             options.insert("format".to_owned(), "qcow2".to_owned());
         }
         "Raw" | "" | "Unknown" => {}
-        other => untold.push(format!("a disk in the format {other}")),
+        other => unrepresented.push(format!("a disk in the format {other}")),
     }
     for (key, field) in [("direct_io", "direct"), ("backing_files", "backing_files")] {
         if flag(told, field) {
@@ -110,7 +116,7 @@ fn storage(at: usize, told: &Value, untold: &mut Vec<String>) -> StorageDevice {
         ("sparse", json!(true)),
         ("lock_granularity", json!("ByteRange")),
     ];
-    others(told, &known, &defaults, untold, "disk");
+    list_unrepresented(told, &known, &defaults, unrepresented, "disk");
     StorageDevice {
         id: device_id(told, &["serial", "id"], "disk", at),
         path: text(told, "path"),
@@ -121,7 +127,7 @@ fn storage(at: usize, told: &Value, untold: &mut Vec<String>) -> StorageDevice {
     }
 }
 
-fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterface {
+fn interface(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> NetworkInterface {
     let known = ["id", "tap", "mac", "pci_segment", "host_mac"];
     let defaults = [
         ("ip", json!("192.168.249.1")),
@@ -133,10 +139,10 @@ fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterf
         ("offload_ufo", json!(true)),
         ("offload_csum", json!(true)),
     ];
-    others(told, &known, &defaults, untold, "net");
+    list_unrepresented(told, &known, &defaults, unrepresented, "net");
     if text(told, "tap").is_empty() && !flag(told, "vhost_user") {
         // The VMM creates a TAP itself when it boots the VM, and does not report its name.
-        untold.push("net with a TAP that the VMM makes".to_owned());
+        unrepresented.push("net with a TAP that the VMM makes".to_owned());
     }
     NetworkInterface {
         id: device_id(told, &["id"], "net", at),
@@ -160,7 +166,7 @@ fn console(told: &Value) -> ConsoleConfig {
 pub(super) mod unit_tests {
     use vmm_core::spec::VmSpec;
 
-    use super::super::convert::Config;
+    use super::super::convert::CloudHypervisorConfig;
     use super::*;
 
     fn spec(text: &str) -> VmSpec {
@@ -180,9 +186,9 @@ pub(super) mod unit_tests {
     #[test]
     fn what_was_made_is_told_again() {
         let spec = large();
-        let native = serde_json::to_value(Config::of(&spec, &["tap0".to_owned()])).unwrap();
-        let (told, untold) = configuration(&native);
-        assert_eq!(untold, [""; 0]);
+        let native = serde_json::to_value(CloudHypervisorConfig::of(&spec, &["tap0".to_owned()])).unwrap();
+        let (told, unrepresented) = configuration(&native);
+        assert_eq!(unrepresented, [""; 0]);
         let back = VmSpec::parse(&told).unwrap();
         assert_eq!((&back.cpu, &back.memory, &back.boot), (&spec.cpu, &spec.memory, &spec.boot));
         assert_eq!(
@@ -203,7 +209,7 @@ pub(super) mod unit_tests {
             "vsock": {"cid": 3, "socket": "/v"},
             "watchdog": true,
         });
-        let (told, untold) = configuration(&native);
+        let (told, unrepresented) = configuration(&native);
         assert_eq!(told.memory.unwrap().size_bytes, 128 << 20);
         for named in [
             "cpus kvm_hyperv",
@@ -216,7 +222,7 @@ pub(super) mod unit_tests {
             "vsock",
             "watchdog",
         ] {
-            assert!(untold.iter().any(|text| text == named), "{named} is not in {untold:?}");
+            assert!(unrepresented.iter().any(|text| text == named), "{named} is not in {unrepresented:?}");
         }
     }
 

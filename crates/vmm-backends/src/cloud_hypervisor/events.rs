@@ -11,20 +11,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
-use vmm_host::tail::{Limits, Tail, Taken};
+use vmm_host::tail::{Tail, TailLimits, TailUse};
 
 /// The file's name in the run folder.
 pub(super) const EVENTS: &str = "events";
 /// The name in the run folder of the file that records how far [`EVENTS`] was read.
 const READ: &str = "events.read";
 /// The most bytes that are read in one round. A longer event is skipped.
-const LIMITS: Limits = Limits { record: 64 << 10, round: 8 << 20 };
+const LIMITS: TailLimits = TailLimits { record: 64 << 10, round: 8 << 20 };
 /// The bytes at the end of the file that a daemon reads when it takes over.
 const TAIL: u64 = 256 << 10;
 
 /// An event of a VM or its VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ChEvent {
+pub(super) enum CloudHypervisorEvent {
     /// The guest is being reset.
     Rebooting,
     /// The guest's CPUs were stopped.
@@ -39,7 +39,7 @@ pub(super) enum ChEvent {
     Other,
 }
 
-impl ChEvent {
+impl CloudHypervisorEvent {
     /// Returns true for an event that ends the run. The age of such an event does not matter.
     const fn is_final(self) -> bool {
         matches!(self, Self::Shutdown | Self::Panicked)
@@ -47,17 +47,17 @@ impl ChEvent {
 }
 
 #[derive(Deserialize)]
-struct Written {
+struct EventEntry {
     #[serde(default)]
-    timestamp: Timestamp,
+    timestamp: EventTimestamp,
     source: String,
     event: String,
-    properties: Option<Properties>,
+    properties: Option<EventProperties>,
 }
 
 /// The properties of an event that are used.
 #[derive(Deserialize)]
-struct Properties {
+struct EventProperties {
     /// The event that the guest's panic device reported. A guest also reports the load of a crash
     /// kernel there.
     event: Option<String>,
@@ -65,24 +65,24 @@ struct Properties {
 
 /// The time since the VMM began to write events, on a monotonic clock.
 #[derive(Clone, Copy, Default, Deserialize)]
-struct Timestamp {
+struct EventTimestamp {
     secs: u64,
     nanos: u32,
 }
 
-impl Written {
-    fn word(&self) -> Option<&str> {
+impl EventEntry {
+    fn event_name(&self) -> Option<&str> {
         self.properties.as_ref()?.event.as_deref()
     }
 
-    fn kind(&self) -> ChEvent {
+    fn kind(&self) -> CloudHypervisorEvent {
         match (self.source.as_str(), self.event.as_str()) {
-            ("vm", "rebooting") => ChEvent::Rebooting,
-            ("vm", "paused") => ChEvent::Paused,
-            ("vm", "resumed") => ChEvent::Resumed,
-            ("vm", "shutdown") => ChEvent::Shutdown,
-            ("guest", "panic") if self.word() == Some("panic") => ChEvent::Panicked,
-            _ => ChEvent::Other,
+            ("vm", "rebooting") => CloudHypervisorEvent::Rebooting,
+            ("vm", "paused") => CloudHypervisorEvent::Paused,
+            ("vm", "resumed") => CloudHypervisorEvent::Resumed,
+            ("vm", "shutdown") => CloudHypervisorEvent::Shutdown,
+            ("guest", "panic") if self.event_name() == Some("panic") => CloudHypervisorEvent::Panicked,
+            _ => CloudHypervisorEvent::Other,
         }
     }
 
@@ -110,7 +110,7 @@ impl EventFile {
 
     /// Returns a reader that begins at the stored position, or near the end of the file if none is
     /// stored. Blocks.
-    pub(super) fn near_end(dir: &Path) -> Self {
+    pub(super) fn continue_run(dir: &Path) -> Self {
         let path = dir.join(EVENTS);
         let len = std::fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
         let read = std::fs::read_to_string(dir.join(READ)).ok().and_then(|text| text.parse::<u64>().ok());
@@ -146,7 +146,7 @@ impl EventFile {
     ///
     /// # Errors
     /// Returns the kernel's error.
-    pub(super) fn read(&mut self, most: usize) -> io::Result<Vec<ChEvent>> {
+    pub(super) fn read(&mut self, most: usize) -> io::Result<Vec<CloudHypervisorEvent>> {
         let (begin, skipped) = (self.tail.offset(), self.tail.skipped());
         let mut events = Vec::new();
         self.tail.read(|bytes| {
@@ -163,13 +163,13 @@ impl EventFile {
                     break;
                 }
             }
-            Ok(if events.len() < most { Taken::Bytes(used) } else { Taken::Enough(used) })
+            Ok(if events.len() < most { TailUse::Bytes(used) } else { TailUse::Enough(used) })
         })?;
         if self.tail.skipped() > skipped {
             tracing::warn!(path = %self.path.display(), "a part of the event file that is too long for an event was skipped");
         }
         if self.tail.offset() > begin {
-            if let Err(error) = self.keep_place() {
+            if let Err(error) = self.save_position() {
                 tracing::debug!(path = %self.path.display(), %error, "the read position of the events cannot be stored");
             }
             if let Err(error) = self.tail.give_back() {
@@ -179,7 +179,7 @@ impl EventFile {
         Ok(events)
     }
 
-    fn keep_place(&self) -> io::Result<()> {
+    fn save_position(&self) -> io::Result<()> {
         let fresh = self.path.with_file_name("events.new");
         std::fs::write(&fresh, self.tail.offset().to_string())?;
         std::fs::rename(fresh, self.path.with_file_name(READ))
@@ -188,7 +188,7 @@ impl EventFile {
 
 /// Returns the complete events in `bytes`, at most `most`, each with the time since the VMM began
 /// to write, and the length of `bytes` up to the end of the last event.
-pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(ChEvent, Duration)>, usize) {
+pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(CloudHypervisorEvent, Duration)>, usize) {
     let mut events = Vec::new();
     let mut used = 0;
     while events.len() < most {
@@ -200,7 +200,7 @@ pub(super) fn parse(bytes: &[u8], most: usize) -> (Vec<(ChEvent, Duration)>, usi
             return (events, if rest { bytes.len() } else { bytes.len().saturating_sub(kept).max(used) });
         };
         let from = used + begin;
-        let mut stream = serde_json::Deserializer::from_slice(&bytes[from..]).into_iter::<Written>();
+        let mut stream = serde_json::Deserializer::from_slice(&bytes[from..]).into_iter::<EventEntry>();
         match stream.next() {
             Some(Ok(event)) => {
                 used = from + stream.byte_offset();
@@ -230,7 +230,7 @@ mod tests {
         )
     }
 
-    fn kinds(bytes: &[u8], most: usize) -> (Vec<ChEvent>, usize) {
+    fn kinds(bytes: &[u8], most: usize) -> (Vec<CloudHypervisorEvent>, usize) {
         let (events, used) = parse(bytes, most);
         (events.into_iter().map(|(event, _)| event).collect(), used)
     }
@@ -243,9 +243,9 @@ mod tests {
             .concat();
         std::fs::write(dir.path().join(EVENTS), text).unwrap();
         let read = |known| EventFile::from_start(dir.path()).known_until(Duration::from_secs(known)).read(10);
-        assert_eq!(read(7).unwrap(), [ChEvent::Shutdown, ChEvent::Resumed]);
+        assert_eq!(read(7).unwrap(), [CloudHypervisorEvent::Shutdown, CloudHypervisorEvent::Resumed]);
         std::fs::write(dir.path().join(EVENTS), event_at(4, "vm", "rebooting")).unwrap();
-        assert_eq!(read(4).unwrap(), [ChEvent::Rebooting]);
+        assert_eq!(read(4).unwrap(), [CloudHypervisorEvent::Rebooting]);
     }
 
     #[test]
@@ -256,18 +256,24 @@ mod tests {
             let (mut events, used) = kinds(&text.as_bytes()[..cut], 100);
             let (rest, _) = kinds(&text.as_bytes()[used..], 100);
             events.extend(rest);
-            assert_eq!(events, [ChEvent::Rebooting, ChEvent::Other, ChEvent::Paused], "cut at {cut}");
+            assert_eq!(
+                events,
+                [CloudHypervisorEvent::Rebooting, CloudHypervisorEvent::Other, CloudHypervisorEvent::Paused],
+                "cut at {cut}"
+            );
         }
     }
 
     #[test]
     fn a_panic_is_told_from_a_kernel_for_crash_dumps() {
-        for (word, expected) in [("panic", ChEvent::Panicked), ("crash_loaded", ChEvent::Other)] {
+        for (word, expected) in
+            [("panic", CloudHypervisorEvent::Panicked), ("crash_loaded", CloudHypervisorEvent::Other)]
+        {
             let told =
                 event("guest", "panic").replace("null", &format!("{{\n    \"event\": \"{word}\"\n  }}"));
             assert_eq!(kinds(told.as_bytes(), 100).0, [expected], "{told}");
         }
-        assert_eq!(kinds(event("guest", "panic").as_bytes(), 100).0, [ChEvent::Other]);
+        assert_eq!(kinds(event("guest", "panic").as_bytes(), 100).0, [CloudHypervisorEvent::Other]);
     }
 
     #[test]
@@ -277,8 +283,11 @@ mod tests {
             event("vm", "paused"),
             event("vm", "resumed")
         );
-        assert_eq!(kinds(text.as_bytes(), 100).0, [ChEvent::Paused, ChEvent::Resumed]);
-        assert_eq!(kinds(text.as_bytes(), 1).0, [ChEvent::Paused]);
+        assert_eq!(
+            kinds(text.as_bytes(), 100).0,
+            [CloudHypervisorEvent::Paused, CloudHypervisorEvent::Resumed]
+        );
+        assert_eq!(kinds(text.as_bytes(), 1).0, [CloudHypervisorEvent::Paused]);
         assert_eq!(kinds(&[0; 5000], 100), (vec![], 5000));
         assert_eq!(kinds(b"", 100), (vec![], 0));
     }
@@ -294,7 +303,7 @@ mod tests {
             events.extend(file.read(100).unwrap());
         }
         assert_eq!(events.len(), 500);
-        let mut taken_over = EventFile::near_end(dir.path());
+        let mut taken_over = EventFile::continue_run(dir.path());
         assert!(taken_over.read(10).unwrap().is_empty(), "what was read is a hole by now");
     }
 
@@ -304,15 +313,15 @@ mod tests {
         let path = dir.path().join(EVENTS);
         let text = event("vm", "paused");
         std::fs::write(&path, &text).unwrap();
-        assert_eq!(EventFile::from_start(dir.path()).read(10).unwrap(), [ChEvent::Paused]);
+        assert_eq!(EventFile::from_start(dir.path()).read(10).unwrap(), [CloudHypervisorEvent::Paused]);
         // The file keeps its first bytes, as on a file system without holes.
         std::fs::write(&path, text + &event("vm", "resumed")).unwrap();
-        assert_eq!(EventFile::near_end(dir.path()).read(10).unwrap(), [ChEvent::Resumed]);
-        assert!(EventFile::near_end(dir.path()).read(10).unwrap().is_empty());
+        assert_eq!(EventFile::continue_run(dir.path()).read(10).unwrap(), [CloudHypervisorEvent::Resumed]);
+        assert!(EventFile::continue_run(dir.path()).read(10).unwrap().is_empty());
         // The next run starts with no events.
         EventFile::begin(dir.path()).unwrap();
         std::fs::write(&path, event("vm", "rebooting")).unwrap();
-        assert_eq!(EventFile::near_end(dir.path()).read(10).unwrap(), [ChEvent::Rebooting]);
+        assert_eq!(EventFile::continue_run(dir.path()).read(10).unwrap(), [CloudHypervisorEvent::Rebooting]);
     }
 
     #[test]
@@ -321,7 +330,7 @@ mod tests {
         let endless = format!("{{\n\"source\": \"{}", "x".repeat(2 * LIMITS.record));
         std::fs::write(dir.path().join(EVENTS), format!("{endless}{}", event("vm", "paused"))).unwrap();
         let mut file = EventFile::from_start(dir.path());
-        assert_eq!(file.read(10).unwrap(), [ChEvent::Paused]);
+        assert_eq!(file.read(10).unwrap(), [CloudHypervisorEvent::Paused]);
         assert!(file.read(10).unwrap().is_empty());
     }
 }

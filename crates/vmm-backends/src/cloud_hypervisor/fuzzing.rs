@@ -1,14 +1,14 @@
 //! Fuzz target for the answers and the event file of Cloud Hypervisor. The input is an answer (see
-//! [`Says::of`]) and also the content of the event file.
+//! [`PeerOutput::of`]) and also the content of the event file.
 
 use std::path::Path;
 
 use vmm_core::backend::BackendError;
 
-use super::client::Client;
+use super::client::CloudHypervisorClient;
 use super::describe::configuration;
-use super::events::{ChEvent, EVENTS, EventFile, parse};
-use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
+use super::events::{CloudHypervisorEvent, EVENTS, EventFile, parse};
+use crate::fuzzing::{PeerOutput, check_description, check_error, check_words, run, with_vmm};
 use crate::rest::client::RestApi;
 
 /// The calls of [`ask`] that change nothing.
@@ -21,19 +21,20 @@ const QUESTIONS: usize = 4;
 /// If a guarantee is broken, which is the finding.
 pub fn cloud_hypervisor(input: &[u8]) {
     let all: Vec<usize> = (0..=QUESTIONS).collect();
-    for says in Says::of(input) {
+    for says in PeerOutput::of(input) {
         match says {
-            Says::Always(_) => run(calls(says, &all)),
+            PeerOutput::Always(_) => run(calls(says, &all)),
             // Each call gets its own connection, and is repeated on the rest of that connection.
-            Says::Once(_) => all.iter().for_each(|call| run(calls(says.clone(), &[*call, *call]))),
+            PeerOutput::Once(_) => all.iter().for_each(|call| run(calls(says.clone(), &[*call, *call]))),
         }
     }
     events(input);
 }
 
-async fn calls(says: Says, calls: &[usize]) {
+async fn calls(says: PeerOutput, calls: &[usize]) {
     let talk = async |stream| {
-        let client = Client::over(Path::new("/nobody"), stream, 0).await.expect("it is connected");
+        let client =
+            CloudHypervisorClient::over(Path::new("/nobody"), stream, 0).await.expect("it is connected");
         for call in calls {
             if let Err(error) = ask(&client, *call).await {
                 check_error(&error, *call < QUESTIONS);
@@ -43,7 +44,7 @@ async fn calls(says: Says, calls: &[usize]) {
     with_vmm(says, talk).await;
 }
 
-async fn ask(client: &Client, call: usize) -> Result<(), BackendError> {
+async fn ask(client: &CloudHypervisorClient, call: usize) -> Result<(), BackendError> {
     match call {
         0 => client.version().await.map(|version| check_words(&version, 300)),
         1 => client.state().await.map(drop),
@@ -52,8 +53,8 @@ async fn ask(client: &Client, call: usize) -> Result<(), BackendError> {
         }),
         3 => client.describe().await.map(|told| {
             let Some((_, native)) = told else { return };
-            let (config, untold) = configuration(&native);
-            check_description(&config, &untold);
+            let (config, unrepresented) = configuration(&native);
+            check_description(&config, &unrepresented);
         }),
         _ => client.pause().await,
     }
@@ -73,10 +74,10 @@ fn events(input: &[u8]) {
     let dir = tempfile::tempdir().expect("a folder can be made");
     std::fs::write(dir.path().join(EVENTS), input).expect("a file can be written");
     let mut file = EventFile::from_start(dir.path());
-    let mut read: Vec<ChEvent> = Vec::new();
+    let mut read: Vec<CloudHypervisorEvent> = Vec::new();
     for _ in 0..=whole.len() {
         read.extend(file.read(1).expect("no input is as long as too long an event"));
     }
-    let kinds: Vec<ChEvent> = whole.into_iter().map(|(event, _)| event).collect();
+    let kinds: Vec<CloudHypervisorEvent> = whole.into_iter().map(|(event, _)| event).collect();
     assert_eq!(read, kinds, "one by one");
 }

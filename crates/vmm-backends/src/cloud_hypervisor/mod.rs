@@ -29,25 +29,25 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use vmm_core::backend::{
-    AdoptRequest, BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, Launched,
+    AdoptRequest, BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, LaunchedVmm,
 };
 use vmm_core::capabilities::{
-    AcceleratorFact, ConsoleFact, CpuTimeFact, EndpointMode, Facts, PanicFact, PowerOffFact, RebootFact,
-    ResetFact, ShutdownFact, TripleFaultFact,
+    AcceleratorFact, BackendFacts, ConsoleFact, CpuTimeFact, EndpointMode, PanicFact, PowerOffFact,
+    RebootFact, ResetFact, ShutdownFact, TripleFaultFact,
 };
 use vmm_core::id::{BackendName, VmUid};
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskFormat, RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::growth::Watcher;
+use vmm_host::file_watch::FileWatcher;
 use vmm_host::process::Command;
 
-use self::client::Client;
-use self::convert::Config;
+use self::client::CloudHypervisorClient;
+use self::convert::CloudHypervisorConfig;
 use self::events::{EVENTS, EventFile};
-use crate::program::{Kind, Version};
+use crate::program::{ProgramSpec, Version};
 use crate::rest::adopt::{LOG, SOCKET};
-use crate::rest::backend::{RestBackend, RestHypervisor, Run};
+use crate::rest::backend::{RestBackend, RestHypervisor, RestVmmParts};
 
 /// The backend's name.
 pub const NAME: &str = "cloudhypervisor";
@@ -55,19 +55,19 @@ pub const NAME: &str = "cloudhypervisor";
 /// default.
 pub(crate) const OLDEST: Version = Version::new(51, 0, 0);
 /// The backend that starts Cloud Hypervisors.
-pub type CloudHypervisor = RestBackend<Hypervisor>;
+pub type CloudHypervisorBackend = RestBackend<CloudHypervisor>;
 
 /// Cloud Hypervisor as a [`RestHypervisor`].
 #[derive(Debug, Default)]
-pub struct Hypervisor {
-    watcher: Watcher,
+pub struct CloudHypervisor {
+    watcher: FileWatcher,
 }
 
 #[async_trait]
-impl RestHypervisor for Hypervisor {
-    type Client = Client;
+impl RestHypervisor for CloudHypervisor {
+    type Client = CloudHypervisorClient;
 
-    const PROGRAM: Kind = Kind {
+    const PROGRAM: ProgramSpec = ProgramSpec {
         backend: NAME,
         title: "Cloud Hypervisor",
         usual_name: "cloud-hypervisor",
@@ -77,7 +77,7 @@ impl RestHypervisor for Hypervisor {
     };
 
     fn capabilities() -> Capabilities {
-        let facts = Facts {
+        let facts = BackendFacts {
             accelerator: Some(AcceleratorFact::Kvm),
             console: Some(ConsoleFact::Output),
             cpu_time: Some(CpuTimeFact::OfProcess),
@@ -90,7 +90,7 @@ impl RestHypervisor for Hypervisor {
             network_rate_limits: Some(true),
             reboot: Some(RebootFact::InPlace),
             shutdown: Some(ShutdownFact::PowerButton),
-            ..Facts::default()
+            ..BackendFacts::default()
         };
         let limits = [("max-devices", check::MAX_DEVICES as i64), ("max-vcpus", i64::from(check::MAX_VCPUS))];
         Capabilities {
@@ -104,7 +104,7 @@ impl RestHypervisor for Hypervisor {
         }
     }
 
-    fn check(spec: &VmSpec) -> Report {
+    fn check(spec: &VmSpec) -> CheckReport {
         check::check(spec)
     }
 
@@ -118,15 +118,17 @@ impl RestHypervisor for Hypervisor {
         Ok(Command::new(program, arguments, dir.join(LOG)))
     }
 
-    async fn configure(client: &Client, request: &LaunchRequest) -> Result<(), BackendError> {
-        client.create(&Config::of(&request.spec, &request.taps).with_panic_device(&request.spec)).await?;
+    async fn configure(client: &CloudHypervisorClient, request: &LaunchRequest) -> Result<(), BackendError> {
+        client
+            .create(&CloudHypervisorConfig::of(&request.spec, &request.taps).with_panic_device(&request.spec))
+            .await?;
         point(FaultPoint::LaunchConfigured);
         client.boot().await?;
         point(FaultPoint::LaunchStarted);
         Ok(())
     }
 
-    fn attend(&self, run: Run<'_, Client>) -> Launched {
+    fn attend(&self, run: RestVmmParts<'_, CloudHypervisorClient>) -> LaunchedVmm {
         let reset_ends = reset_ends(run.spec);
         vmm::attend(run, reset_ends, &self.watcher)
     }

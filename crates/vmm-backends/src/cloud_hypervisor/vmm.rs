@@ -1,11 +1,11 @@
 //! One running Cloud Hypervisor: its handle, and the task that reports its events.
 //!
 //! ```text
-//!   Handle ── client ──► API socket            one connection, closed after each sample
+//!   CloudHypervisorVmm ─ client ─► API socket  one connection, closed after each sample
 //!      │
 //!      ├───── expected ──────────────┐         events of this daemon's own orders are not reported
 //!      │                             ▼
-//!      │        events file ──► Monitor ──► GuestReset, Paused, Resumed
+//!      │        events file ──► CloudHypervisorMonitor ─► GuestReset, Paused, Resumed
 //!      └───── process ─► pidfd ──►  │  └──► Gone(cause), the end
 //!                          ▲        │
 //!                          └─ kill ─┘          after a reset of the guest whose restart policy is
@@ -28,24 +28,24 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{
-    AdoptRequest, BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, Ladder, Launched,
-    NetworkCounters, Reset, Sample, StorageCounters, Vmm, VmmEvent,
+    AdoptRequest, BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, LadderOptions,
+    LaunchedVmm, NetworkCounters, ResetOutcome, Sample, StorageCounters, Vmm, VmmEvent,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::{ProcessIdentity, RunRecord};
 use vmm_host::clock::now_ms;
-use vmm_host::growth::{Watched, Watcher};
+use vmm_host::file_watch::{FileWatch, FileWatcher};
 use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
 
-use super::client::{Client, Counters};
-use super::events::{ChEvent, EVENTS, EventFile};
+use super::client::{CloudHypervisorClient, DeviceCounters};
+use super::events::{CloudHypervisorEvent, EVENTS, EventFile};
 use super::reset_ends;
 use crate::counters;
-use crate::ladder::{self, Call, Means};
+use crate::ladder::{self, LadderRungs, UnsentCall};
 use crate::launch::kill;
 use crate::rest::adopt::{LOG, exit_message, or_gone};
-use crate::rest::backend::Run;
-use crate::throttle::{Throttle, due};
+use crate::rest::backend::RestVmmParts;
+use crate::throttle::{Throttle, wait_until};
 
 /// The most events that wait for the VM's owner.
 const QUEUE: usize = 64;
@@ -54,7 +54,7 @@ const BATCH: usize = 64;
 
 /// The orders of this daemon whose events were not read yet.
 #[derive(Debug, Default)]
-struct Expected {
+struct ExpectedEvents {
     ending: AtomicBool,
     resets: AtomicU32,
     pauses: AtomicU32,
@@ -62,29 +62,29 @@ struct Expected {
 }
 
 /// Decrements `count` and returns true, or returns false if it is 0.
-fn take(count: &AtomicU32) -> bool {
+fn decrement(count: &AtomicU32) -> bool {
     count.fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| count.checked_sub(1)).is_ok()
 }
 
 /// The handle of one Cloud Hypervisor.
 #[derive(Debug)]
-struct Handle {
+struct CloudHypervisorVmm {
     run: RunRecord,
     process: Process,
-    client: Client,
-    expected: Arc<Expected>,
-    totals: Mutex<Totals>,
+    client: CloudHypervisorClient,
+    expected: Arc<ExpectedEvents>,
+    totals: Mutex<CounterTotals>,
 }
 
 /// Sums the counters of a run, because the VMM's counters restart at 0 when the guest is reset in
 /// place.
 #[derive(Debug, Default)]
-struct Totals {
+struct CounterTotals {
     before: [u64; 8],
     last: [u64; 8],
 }
 
-impl Totals {
+impl CounterTotals {
     /// Records the present counters and returns those of the whole run.
     fn update(&mut self, now: [u64; 8]) -> [u64; 8] {
         if now.iter().zip(self.last).any(|(now, last)| *now < last) {
@@ -103,56 +103,60 @@ impl Totals {
 
 /// Returns the handle of a running Cloud Hypervisor, and starts the task that watches it.
 /// `reset_ends` is true if a reset of the guest ends the run.
-pub(super) fn attend(run: Run<'_, Client>, reset_ends: bool, watcher: &Watcher) -> Launched {
-    let Run { record, process, client, dir, spec: _, is_new, changed_ms } = run;
+pub(super) fn attend(
+    run: RestVmmParts<'_, CloudHypervisorClient>,
+    reset_ends: bool,
+    watcher: &FileWatcher,
+) -> LaunchedVmm {
+    let RestVmmParts { record, process, client, dir, spec: _, is_new, changed_ms } = run;
     let file = if is_new {
         EventFile::from_start(dir)
     } else {
-        EventFile::near_end(dir).known_until(known_until(&record.process, changed_ms, now_ms()))
+        EventFile::continue_run(dir).known_until(known_until(&record.process, changed_ms, now_ms()))
     };
     let (sender, events) = mpsc::channel(QUEUE);
-    let expected = Arc::new(Expected::default());
+    let expected = Arc::new(ExpectedEvents::default());
     let span = tracing::info_span!(parent: None, "cloud-hypervisor", pid = process.pid());
-    let monitor = Monitor {
+    let monitor = CloudHypervisorMonitor {
         process: process.clone(),
         file,
         watched: watcher.watch(&dir.join(EVENTS)),
         expected: Arc::clone(&expected),
         log: dir.join(LOG),
         reset_ends,
-        seen: Seen::default(),
+        seen: EndEvents::default(),
         throttle: Throttle::new(),
         moved: None,
         sender,
     };
     tokio::spawn(monitor.run().instrument(span));
-    let handle = Handle { run: record, process, client, expected, totals: Mutex::default() };
-    Launched { vmm: Arc::new(handle), events }
+    let handle = CloudHypervisorVmm { run: record, process, client, expected, totals: Mutex::default() };
+    LaunchedVmm { vmm: Arc::new(handle), events }
 }
 
 /// The events of a run that show how it ended.
 #[derive(Clone, Copy, Debug, Default)]
-struct Seen {
+struct EndEvents {
     shutdown: bool,
     ending_reset: bool,
     panic: bool,
 }
 
-impl Seen {
+impl EndEvents {
     /// Adds a panic as the reason to the message about an end.
     fn explain(self, message: String) -> String {
         if self.panic { format!("the guest panicked, and its VMM was ended: {message}") } else { message }
     }
 }
 
-struct Monitor {
+struct CloudHypervisorMonitor {
     process: Process,
     file: EventFile,
-    watched: Watched,
-    expected: Arc<Expected>,
+    watched: FileWatch,
+    expected: Arc<ExpectedEvents>,
     log: PathBuf,
     reset_ends: bool,
-    seen: Seen,
+    seen: EndEvents,
     /// Limits the reports of a VMM that pauses and resumes its guest without end, because each
     /// report is stored.
     throttle: Throttle,
@@ -161,7 +165,7 @@ struct Monitor {
     sender: mpsc::Sender<VmmEvent>,
 }
 
-impl Monitor {
+impl CloudHypervisorMonitor {
     async fn run(mut self) {
         let exit = loop {
             // The file is read before each wait, because events that were written before the watch
@@ -176,9 +180,9 @@ impl Monitor {
             tokio::select! {
                 biased;
                 () = self.sender.closed() => return,
-                () = due(held_up) => {
+                () = wait_until(held_up) => {
                     if let Some((event, _)) = self.moved.take() {
-                        self.tell_moved(event).await;
+                        self.report_change(event).await;
                     }
                 }
                 () = self.watched.grown() => {}
@@ -189,7 +193,7 @@ impl Monitor {
         let asked = self.expected.ending.load(Ordering::Acquire);
         let cause = cause(exit, asked, self.seen);
         let message = self.seen.explain(exit_message(exit, &[&self.log]).await);
-        self.tell(VmmEvent::Gone(Exit { cause, message })).await;
+        self.report(VmmEvent::Gone(Exit { cause, message })).await;
     }
 
     async fn read_events(&mut self) {
@@ -203,7 +207,7 @@ impl Monitor {
                 if self.sender.is_closed() {
                     return;
                 }
-                self.take(event).await;
+                self.on_event(event).await;
             }
             if all {
                 return;
@@ -211,63 +215,63 @@ impl Monitor {
         }
     }
 
-    async fn take(&mut self, event: ChEvent) {
+    async fn on_event(&mut self, event: CloudHypervisorEvent) {
         match event {
             // Each event is compared with the orders of this daemon first. An order increments its
             // count before the call, so its event finds the count even if the event is read before
             // the answer.
-            ChEvent::Rebooting if take(&self.expected.resets) => {}
-            ChEvent::Rebooting if self.reset_ends => {
+            CloudHypervisorEvent::Rebooting if decrement(&self.expected.resets) => {}
+            CloudHypervisorEvent::Rebooting if self.reset_ends => {
                 self.seen.ending_reset = true;
                 if let Err(error) = self.process.signal(Signal::KILL) {
                     tracing::error!(%error, "the guest reset itself, and its VMM could not be killed");
-                    self.tell(VmmEvent::GuestReset).await;
+                    self.report(VmmEvent::GuestReset).await;
                 }
             }
-            ChEvent::Panicked => {
+            CloudHypervisorEvent::Panicked => {
                 self.seen.panic = true;
                 if let Err(error) = self.process.signal(Signal::KILL) {
                     tracing::error!(%error, "the guest has panicked, and its VMM could not be killed");
-                    self.tell(VmmEvent::GuestFailed("the guest panicked".to_owned())).await;
+                    self.report(VmmEvent::GuestFailed("the guest panicked".to_owned())).await;
                 }
             }
-            ChEvent::Rebooting => self.tell(VmmEvent::GuestReset).await,
-            ChEvent::Paused => {
-                if !take(&self.expected.pauses) {
-                    self.tell_moved(VmmEvent::Paused).await;
+            CloudHypervisorEvent::Rebooting => self.report(VmmEvent::GuestReset).await,
+            CloudHypervisorEvent::Paused => {
+                if !decrement(&self.expected.pauses) {
+                    self.report_change(VmmEvent::Paused).await;
                 }
             }
-            ChEvent::Resumed => {
-                if !take(&self.expected.resumes) {
-                    self.tell_moved(VmmEvent::Resumed).await;
+            CloudHypervisorEvent::Resumed => {
+                if !decrement(&self.expected.resumes) {
+                    self.report_change(VmmEvent::Resumed).await;
                 }
             }
-            ChEvent::Shutdown => self.seen.shutdown = true,
-            ChEvent::Other => {}
+            CloudHypervisorEvent::Shutdown => self.seen.shutdown = true,
+            CloudHypervisorEvent::Other => {}
         }
     }
 
     /// Reports that another client has stopped or started the guest's CPUs. Of a flood only the
     /// last change is reported.
-    async fn tell_moved(&mut self, event: VmmEvent) {
+    async fn report_change(&mut self, event: VmmEvent) {
         if let Some((held_up, _)) = &mut self.moved {
             *held_up = event;
             return;
         }
-        match self.throttle.pass() {
-            Ok(()) => self.tell(event).await,
+        match self.throttle.admit() {
+            Ok(()) => self.report(event).await,
             Err(at) => self.moved = Some((event, at)),
         }
     }
 
     /// Sends an event. A dropped receiver is no error, because the next daemon reads the same state
     /// from the VMM.
-    async fn tell(&self, event: VmmEvent) {
+    async fn report(&self, event: VmmEvent) {
         let _ = self.sender.send(event).await;
     }
 }
 
-async fn read(mut file: EventFile) -> (Vec<ChEvent>, EventFile) {
+async fn read(mut file: EventFile) -> (Vec<CloudHypervisorEvent>, EventFile) {
     let spare = file.clone();
     let read = tokio::task::spawn_blocking(move || {
         let events = file.read(BATCH).unwrap_or_else(|error| {
@@ -298,20 +302,20 @@ pub(super) async fn explain_past(request: &AdoptRequest) -> Exit {
         run.map_or(Duration::ZERO, |run| known_until(&run.process, request.changed_ms, now_ms()));
     let owned = dir.to_path_buf();
     let read = tokio::task::spawn_blocking(move || {
-        EventFile::near_end(&owned).known_until(known_until).read(usize::MAX)
+        EventFile::continue_run(&owned).known_until(known_until).read(usize::MAX)
     })
     .await;
     let events = read.unwrap_or_else(|_| Ok(Vec::new())).unwrap_or_default();
-    let seen = Seen {
-        shutdown: events.contains(&ChEvent::Shutdown),
-        ending_reset: reset_ends && events.contains(&ChEvent::Rebooting),
-        panic: events.contains(&ChEvent::Panicked),
+    let seen = EndEvents {
+        shutdown: events.contains(&CloudHypervisorEvent::Shutdown),
+        ending_reset: reset_ends && events.contains(&CloudHypervisorEvent::Rebooting),
+        panic: events.contains(&CloudHypervisorEvent::Panicked),
     };
     let message = seen.explain(exit_message(ProcessExit::UNKNOWN, &[&dir.join(LOG)]).await);
     Exit { cause: cause(ProcessExit::UNKNOWN, false, seen), message }
 }
 
-fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
+fn cause(exit: ProcessExit, asked: bool, seen: EndEvents) -> ExitCause {
     // The events come first, because they are more precise than the exit status: a run that the
     // monitor killed after a reset or a panic ended by SIGKILL of this daemon. An order of this
     // daemon comes next. The exit status decides only an end that nobody announced.
@@ -334,10 +338,15 @@ fn cause(exit: ProcessExit, asked: bool, seen: Seen) -> ExitCause {
     }
 }
 
-impl Handle {
+impl CloudHypervisorVmm {
     /// Makes `call`, whose event will be counted in `count`. Returns success if the VMM refuses the
     /// call because the guest is already in the state `wanted`.
-    async fn order(&self, count: &AtomicU32, call: Call<'_>, wanted: GuestState) -> Result<(), BackendError> {
+    async fn order(
+        &self,
+        count: &AtomicU32,
+        call: UnsentCall<'_>,
+        wanted: GuestState,
+    ) -> Result<(), BackendError> {
         // The count is incremented before the call, because the monitor may read the event before
         // the answer arrives. It is decremented again if no event can follow. A call with an
         // unknown effect keeps its count: a later event of this kind is then taken for the order's
@@ -346,11 +355,11 @@ impl Handle {
         let Err(error) = call.await else { return Ok(()) };
         if error.kind != BackendErrorKind::Rejected {
             if error.effect == Effect::NotApplied {
-                take(count);
+                decrement(count);
             }
             return Err(or_gone(&self.process, error));
         }
-        take(count);
+        decrement(count);
         // Cloud Hypervisor refuses to pause a paused guest. Such a refusal is a success here.
         match self.client.state().await {
             Ok(state) if state == wanted => Ok(()),
@@ -363,7 +372,7 @@ impl Handle {
     }
 
     /// Returns the counters of the whole run, across resets in place.
-    fn totals(&self, now: &Counters) -> (NetworkCounters, StorageCounters) {
+    fn totals(&self, now: &DeviceCounters) -> (NetworkCounters, StorageCounters) {
         let (net, disk) = (now.network(), now.storage());
         let now = [
             net.bytes_received,
@@ -400,13 +409,13 @@ impl Handle {
 }
 
 #[async_trait]
-impl Means for Handle {
+impl LadderRungs for CloudHypervisorVmm {
     fn process(&self) -> &Process {
         &self.process
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
-        let call: Call<'_> = Box::pin(async {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
+        let call: UnsentCall<'_> = Box::pin(async {
             // A paused guest does not react to its power button, so it is resumed first.
             if self.client.state().await? == GuestState::Paused {
                 self.wake().await?;
@@ -416,13 +425,13 @@ impl Means for Handle {
         Some((EndedBy::Acpi, call))
     }
 
-    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+    fn power_off(&self, _forced: bool) -> Option<UnsentCall<'_>> {
         Some(Box::pin(self.client.end()))
     }
 }
 
 #[async_trait]
-impl Vmm for Handle {
+impl Vmm for CloudHypervisorVmm {
     fn run(&self) -> &RunRecord {
         &self.run
     }
@@ -435,7 +444,7 @@ impl Vmm for Handle {
         self.wake().await
     }
 
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
         self.will_end();
         let ended = ladder::climb(self, ladder).await;
         if ended.is_err() {
@@ -444,13 +453,13 @@ impl Vmm for Handle {
         ended
     }
 
-    async fn reset(&self) -> Result<Reset, BackendError> {
+    async fn reset(&self) -> Result<ResetOutcome, BackendError> {
         self.expected.resets.fetch_add(1, Ordering::AcqRel);
         match self.client.reboot().await {
-            Ok(()) => Ok(Reset::InPlace),
+            Ok(()) => Ok(ResetOutcome::InPlace),
             Err(error) => {
                 if error.effect == Effect::NotApplied {
-                    take(&self.expected.resets);
+                    decrement(&self.expected.resets);
                 }
                 Err(or_gone(&self.process, error))
             }

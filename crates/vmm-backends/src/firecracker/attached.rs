@@ -15,25 +15,25 @@ use vmm_core::backend::{
     StorageCounters,
 };
 use vmm_core::capabilities::{
-    ConsoleFact, Facts, RebootFact, ResetFact, StateFact, TripleFaultFact, VmmFailureFact,
+    BackendFacts, ConsoleFact, RebootFact, ResetFact, StateFact, TripleFaultFact, VmmFailureFact,
 };
 use vmm_core::id::VmUid;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::state::EndedBy;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::path::shell_word;
 
-use super::Hypervisor;
-use super::client::Client;
-use super::convert::Config;
+use super::Firecracker;
+use super::client::FirecrackerClient;
+use super::convert::FirecrackerConfig;
 use super::describe::configuration;
-use super::metrics::{METRICS, Metrics};
-use crate::attached::handle::Api;
-use crate::attached::native::{is_in, list, text};
-use crate::attached::rest::AttachedRest;
-use crate::attached::{Guest, Holding, Met};
-use crate::ladder::Call;
+use super::metrics::{FirecrackerMetrics, METRICS};
+use crate::attached::handle::AttachedVmmApi;
+use crate::attached::native_config::{contains_values, list, text};
+use crate::attached::rest::AttachedRestApi;
+use crate::attached::{AttachedVmFacts, GuestPhase, IdentifiedVmm};
+use crate::ladder::UnsentCall;
 use crate::program::Version;
 use crate::rest::client::RestApi as _;
 use crate::rest::options::check_taps;
@@ -43,15 +43,15 @@ use crate::rest::options::check_taps;
 const OLDEST: Version = Version::new(1, 14, 0);
 
 #[async_trait]
-impl AttachedRest for Hypervisor {
+impl AttachedRestApi for Firecracker {
     const SETTING: &'static str = "UNKEY_VMCP_FC_ENDPOINT";
 
     const OLDEST: Version = OLDEST;
 
     const NAMES_CONSOLE_AT_START: bool = true;
 
-    fn facts(managed: Facts) -> Facts {
-        Facts {
+    fn facts(managed: BackendFacts) -> BackendFacts {
+        BackendFacts {
             console: Some(ConsoleFact::OutputUnlessImported),
             guest_reset: Some(ResetFact::EndsVmm),
             guest_triple_fault: Some(TripleFaultFact::EndsVmm),
@@ -68,7 +68,7 @@ impl AttachedRest for Hypervisor {
         format!("rm -f {socket} && firecracker --api-sock {socket}")
     }
 
-    fn check_attached(spec: &VmSpec, report: &mut Report) {
+    fn check_attached(spec: &VmSpec, report: &mut CheckReport) {
         match spec.restart.mode {
             None | Some(RestartMode::Never) => {}
             Some(RestartMode::GuestReboot | RestartMode::OnFailure | RestartMode::Always) => report.reject(
@@ -87,38 +87,39 @@ impl AttachedRest for Hypervisor {
         }
     }
 
-    async fn holding(client: &Client) -> Result<Option<Holding>, BackendError> {
+    async fn holding(client: &FirecrackerClient) -> Result<Option<AttachedVmFacts>, BackendError> {
         let (state, _) = client.instance().await?;
         Ok(holding(state.into(), client.describe().await?))
     }
 
     /// Accepts a part of the VM as well, because Firecracker is configured piece by piece and an
     /// interrupted start leaves a part.
-    fn is_made_of(holds: &Holding, uid: VmUid, spec: &VmSpec, _console: Option<&Path>) -> bool {
-        let config = Config::of(spec, &spec.tap_names(uid));
+    fn equals_request(holds: &AttachedVmFacts, uid: VmUid, spec: &VmSpec, _console: Option<&Path>) -> bool {
+        let config = FirecrackerConfig::of(spec, &spec.tap_names(uid));
         let (Ok(drives), Ok(interfaces)) = (to_list(&config.drives), to_list(&config.interfaces)) else {
             return false;
         };
         let known = |ours: &[Value], field: &str, id: &str| {
-            list(&holds.native, field)
-                .all(|theirs| ours.iter().any(|ours| ours.get(id) == theirs.get(id) && is_in(ours, theirs)))
+            list(&holds.native, field).all(|theirs| {
+                ours.iter().any(|ours| ours.get(id) == theirs.get(id) && contains_values(ours, theirs))
+            })
         };
         let kernel = holds.native.get("boot-source").map(|boot| text(boot, "kernel_image_path"));
         let same_kernel =
             kernel.is_none_or(|kernel| kernel.is_empty() || kernel == config.boot.kernel_image_path);
         // A running VM must have all devices of the specification. A stopped one may have a part,
         // because an interrupted start is continued.
-        let all = holds.guest == Guest::AtRest
+        let all = holds.guest == GuestPhase::AtRest
             || (list(&holds.native, "drives").count() == drives.len()
                 && list(&holds.native, "network-interfaces").count() == interfaces.len());
         all && same_kernel
-            && holds.untold.is_empty()
+            && holds.unrepresented.is_empty()
             && known(&drives, "drives", "drive_id")
             && known(&interfaces, "network-interfaces", "iface_id")
     }
 
     async fn start(
-        met: &Met<Client>,
+        met: &IdentifiedVmm<FirecrackerClient>,
         request: &LaunchRequest,
         console: Option<&Path>,
         _make: bool,
@@ -134,7 +135,7 @@ impl AttachedRest for Hypervisor {
                 // The VM runs without them.
                 tracing::warn!(%error, "Firecracker refused the file for its counters; the VM has no device counters");
             }
-            met.client.configure(&Config::of(&request.spec, &request.taps)).await?;
+            met.client.configure(&FirecrackerConfig::of(&request.spec, &request.taps)).await?;
             point(FaultPoint::LaunchConfigured);
         }
         met.client.start().await?;
@@ -142,11 +143,11 @@ impl AttachedRest for Hypervisor {
         Ok(())
     }
 
-    async fn power_off(client: &Client) -> Result<bool, BackendError> {
+    async fn power_off(client: &FirecrackerClient) -> Result<bool, BackendError> {
         Ok(client.instance().await?.0 == GuestState::Ended)
     }
 
-    async fn forget(_client: &Client) -> Result<bool, BackendError> {
+    async fn forget(_client: &FirecrackerClient) -> Result<bool, BackendError> {
         Ok(false)
     }
 }
@@ -159,7 +160,7 @@ fn to_list<T: serde::Serialize>(items: &[T]) -> serde_json::Result<Vec<Value>> {
 async fn prepare(request: &LaunchRequest) -> Result<PathBuf, BackendError> {
     let dir = request.dir.clone();
     let prepared = tokio::task::spawn_blocking(move || {
-        Metrics::begin(&dir)?;
+        FirecrackerMetrics::begin(&dir)?;
         Ok::<_, std::io::Error>(dir.join(METRICS))
     });
     let error = match prepared.await {
@@ -172,26 +173,26 @@ async fn prepare(request: &LaunchRequest) -> Result<PathBuf, BackendError> {
 }
 
 #[async_trait]
-impl Api for Client {
+impl AttachedVmmApi for FirecrackerClient {
     async fn state(&self) -> Result<GuestState, BackendError> {
         Ok(self.instance().await?.0)
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        Client::pause(self).await
+        FirecrackerClient::pause(self).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        Client::resume(self).await
+        FirecrackerClient::resume(self).await
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
         // Only Firecracker on x86-64 has a keyboard controller.
-        let call = || -> Call<'_> { Box::pin(self.ctrl_alt_del()) };
+        let call = || -> UnsentCall<'_> { Box::pin(self.ctrl_alt_del()) };
         cfg!(target_arch = "x86_64").then(|| (EndedBy::CtrlAltDel, call()))
     }
 
-    fn power_off(&self) -> Option<Call<'_>> {
+    fn power_off(&self) -> Option<UnsentCall<'_>> {
         None
     }
 
@@ -200,13 +201,13 @@ impl Api for Client {
             "Firecracker starts a guest once, and the one on unix://{} was started by another program: shut the VM down, start \
              another VMM there ({}), and boot the VM",
             socket.display(),
-            Hypervisor::how_to_start(socket)
+            Firecracker::how_to_start(socket)
         );
         Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
     }
 
     async fn explain(&self, dir: &Path) -> Option<ExitCause> {
-        let sums = Metrics::new(dir).sums().await.ok()?;
+        let sums = FirecrackerMetrics::new(dir).sums().await.ok()?;
         if sums.cpu_failed() {
             return Some(ExitCause::GuestCrash);
         }
@@ -220,17 +221,18 @@ impl Api for Client {
             return nothing();
         }
         self.flush_metrics().await?;
-        let sums = Metrics::new(dir).sums().await?;
+        let sums = FirecrackerMetrics::new(dir).sums().await?;
         Ok((sums.network(), sums.storage()))
     }
 }
 
 /// Returns the VM that a VMM holds, or `None` if the VMM has no configuration yet.
-fn holding(guest: Guest, native: Value) -> Option<Holding> {
-    let (config, untold) = configuration(&native);
+fn holding(guest: GuestPhase, native: Value) -> Option<AttachedVmFacts> {
+    let (config, unrepresented) = configuration(&native);
     let startable = config.boot.as_ref().is_some_and(|boot| !boot.kernel_path.is_empty());
-    let begun = startable || !config.storage.is_empty() || !config.network.is_empty() || !untold.is_empty();
-    (begun || guest.is_live()).then_some(Holding { guest, config, untold, startable, native })
+    let begun =
+        startable || !config.storage.is_empty() || !config.network.is_empty() || !unrepresented.is_empty();
+    (begun || guest.is_live()).then_some(AttachedVmFacts { guest, config, unrepresented, startable, native })
 }
 
 #[cfg(test)]
@@ -244,9 +246,9 @@ mod unit_tests {
     #[test]
     fn one_that_cannot_be_told_where_its_console_goes_is_refused() {
         for (version, refused) in [("1.7.0", true), ("1.13.1", true), ("1.14.0", false), ("1.16.1", false)] {
-            assert_eq!(too_old::<Hypervisor>(version).is_some(), refused, "{version}");
+            assert_eq!(too_old::<Firecracker>(version).is_some(), refused, "{version}");
         }
-        assert_eq!(too_old::<Hypervisor>("of another kind"), None);
+        assert_eq!(too_old::<Firecracker>("of another kind"), None);
     }
 
     fn uid() -> VmUid {
@@ -256,23 +258,24 @@ mod unit_tests {
     #[test]
     fn nothing_said_is_nothing_held() {
         let empty = json!({"boot-source": {"kernel_image_path": ""}, "drives": [], "machine-config": {"vcpu_count": 1}});
-        assert!(holding(Guest::AtRest, empty.clone()).is_none());
-        assert!(holding(Guest::Running, empty).is_some());
+        assert!(holding(GuestPhase::AtRest, empty.clone()).is_none());
+        assert!(holding(GuestPhase::Running, empty).is_some());
         let begun = json!({"boot-source": {"kernel_image_path": ""}, "drives": [{"drive_id": "x", "path_on_host": "/x"}]});
-        assert!(!holding(Guest::AtRest, begun).unwrap().startable);
+        assert!(!holding(GuestPhase::AtRest, begun).unwrap().startable);
     }
 
     #[test]
     fn a_part_of_ours_is_ours_and_a_part_of_anothers_is_not() {
         let is_ours = |native: Value, guest| {
-            holding(guest, native).is_some_and(|holds| Hypervisor::is_made_of(&holds, uid(), &spec(), None))
+            holding(guest, native)
+                .is_some_and(|holds| Firecracker::equals_request(&holds, uid(), &spec(), None))
         };
         let whole = native(&spec());
-        assert!(is_ours(whole.clone(), Guest::AtRest) && is_ours(whole.clone(), Guest::Running));
+        assert!(is_ours(whole.clone(), GuestPhase::AtRest) && is_ours(whole.clone(), GuestPhase::Running));
         let mut part = whole.clone();
         part["drives"].as_array_mut().unwrap().pop();
-        assert!(is_ours(part.clone(), Guest::AtRest), "it was broken off and can go on");
-        assert!(!is_ours(part, Guest::Running), "what runs must be all of it");
+        assert!(is_ours(part.clone(), GuestPhase::AtRest), "it was broken off and can go on");
+        assert!(!is_ours(part, GuestPhase::Running), "what runs must be all of it");
         for (pointer, other) in [
             ("/drives/0/path_on_host", json!("/other")),
             ("/boot-source/kernel_image_path", json!("/other")),
@@ -281,7 +284,7 @@ mod unit_tests {
         ] {
             let mut changed = whole.clone();
             *changed.pointer_mut(pointer).unwrap() = other;
-            assert!(!is_ours(changed, Guest::AtRest), "{pointer}");
+            assert!(!is_ours(changed, GuestPhase::AtRest), "{pointer}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Returns the violations and warnings about a [`VmSpec`] on Firecracker. Reads nothing but the
 //! specification.
 
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{
     Boot, Console, Cpu, Disk, DiskFormat, Memory, Nic, PageSize, RestartPolicy, Topology, VmSpec,
 };
@@ -17,8 +17,8 @@ pub(super) const MAX_VCPUS: u32 = 32;
 pub(super) const MAX_DEVICES: usize = 16;
 
 /// Returns the findings about `spec`.
-pub(super) fn check(spec: &VmSpec) -> Report {
-    let mut report = Report::default();
+pub(super) fn check(spec: &VmSpec) -> CheckReport {
+    let mut report = CheckReport::default();
     check_keys(&mut report, spec, "fc.");
     // Each struct is taken apart without `..`, so that a new field compiles only after this check
     // covers or ignores it.
@@ -61,7 +61,7 @@ pub(super) fn check(spec: &VmSpec) -> Report {
     report
 }
 
-fn check_cpu(report: &mut Report, cpu: &Cpu) {
+fn check_cpu(report: &mut CheckReport, cpu: &Cpu) {
     let Cpu { count, max, topology } = *cpu;
     if count > MAX_VCPUS {
         report.reject(
@@ -93,7 +93,7 @@ fn check_cpu(report: &mut Report, cpu: &Cpu) {
     }
 }
 
-fn check_memory(report: &mut Report, memory: &Memory) {
+fn check_memory(report: &mut CheckReport, memory: &Memory) {
     let Memory { size_bytes: _, hotplug_max_bytes, pages, shared } = *memory;
     if hotplug_max_bytes.is_some() {
         report.ignore(
@@ -112,7 +112,7 @@ fn check_memory(report: &mut Report, memory: &Memory) {
     }
 }
 
-fn check_disk(report: &mut Report, disk: &Disk) {
+fn check_disk(report: &mut CheckReport, disk: &Disk) {
     let Disk {
         index: _,
         id: _,

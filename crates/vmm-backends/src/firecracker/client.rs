@@ -7,17 +7,17 @@ use serde::{Deserialize, Serialize};
 use vmm_core::backend::{BackendError, GuestState};
 use vmm_host::fault::{FaultPoint, point};
 
-use super::convert::Config;
-use crate::program::told_version;
-use crate::rest::client::{BOOT, CALL, Explain, RestApi, RestClient};
+use super::convert::FirecrackerConfig;
+use crate::program::reported_version;
+use crate::rest::client::{BOOT_TIMEOUT, CALL_TIMEOUT, ErrorText, RestApi, RestClient};
 
 /// The API of one Firecracker.
 #[derive(Debug)]
-pub struct Client(RestClient);
+pub struct FirecrackerClient(RestClient);
 
 /// Firecracker's answer about itself.
 #[derive(Debug, Deserialize)]
-struct Instance {
+struct InstanceInfo {
     state: InstanceState,
     vmm_version: String,
 }
@@ -31,57 +31,57 @@ enum InstanceState {
 }
 
 #[derive(Serialize)]
-struct Action {
+struct ActionBody {
     action_type: &'static str,
 }
 
 #[derive(Serialize)]
-struct Serial<'a> {
+struct SerialBody<'a> {
     serial_out_path: &'a Path,
 }
 
 #[derive(Serialize)]
-struct MetricsFile<'a> {
+struct MetricsBody<'a> {
     metrics_path: &'a Path,
 }
 
 #[derive(Serialize)]
-struct State {
+struct StateBody {
     state: &'static str,
 }
 
 /// An error answer of Firecracker.
 #[derive(Deserialize)]
-struct Fault {
+struct ErrorBody {
     fault_message: String,
 }
 
-impl From<RestClient> for Client {
+impl From<RestClient> for FirecrackerClient {
     fn from(client: RestClient) -> Self {
         Self(client)
     }
 }
 
 #[async_trait]
-impl RestApi for Client {
-    const EXPLAIN: Explain = explain;
+impl RestApi for FirecrackerClient {
+    const EXPLAIN: ErrorText = explain;
 
     async fn version(&self) -> Result<String, BackendError> {
         self.instance().await.map(|(_, version)| version)
     }
 
     async fn instance(&self) -> Result<(GuestState, String), BackendError> {
-        let instance: Instance = self.0.get("/").await?;
+        let instance: InstanceInfo = self.0.get("/").await?;
         let state = match instance.state {
             InstanceState::NotStarted => GuestState::Ended,
             InstanceState::Running => GuestState::Running,
             InstanceState::Paused => GuestState::Paused,
         };
-        Ok((state, told_version(&instance.vmm_version)))
+        Ok((state, reported_version(&instance.vmm_version)))
     }
 }
 
-impl Client {
+impl FirecrackerClient {
     /// Closes the connection as [`RestClient::hang_up`] does.
     pub(crate) fn hang_up(&self) {
         self.0.hang_up();
@@ -91,16 +91,16 @@ impl Client {
     ///
     /// # Errors
     /// Fails as [`RestClient::put`] does. The same holds for all methods below.
-    pub(crate) async fn configure(&self, config: &Config) -> Result<(), BackendError> {
-        self.0.put("/machine-config", Some(&config.machine), CALL).await?;
-        self.0.put("/boot-source", Some(&config.boot), CALL).await?;
+    pub(crate) async fn configure(&self, config: &FirecrackerConfig) -> Result<(), BackendError> {
+        self.0.put("/machine-config", Some(&config.machine), CALL_TIMEOUT).await?;
+        self.0.put("/boot-source", Some(&config.boot), CALL_TIMEOUT).await?;
         point(FaultPoint::LaunchPartlyConfigured);
         for drive in &config.drives {
-            self.0.put(&format!("/drives/{}", drive.drive_id), Some(drive), CALL).await?;
+            self.0.put(&format!("/drives/{}", drive.drive_id), Some(drive), CALL_TIMEOUT).await?;
         }
         for interface in &config.interfaces {
             let path = format!("/network-interfaces/{}", interface.iface_id);
-            self.0.put(&path, Some(interface), CALL).await?;
+            self.0.put(&path, Some(interface), CALL_TIMEOUT).await?;
         }
         Ok(())
     }
@@ -108,12 +108,12 @@ impl Client {
     /// Sets the file of the serial port's output. Firecracker writes from the beginning of the
     /// file.
     pub(crate) async fn write_console_to(&self, file: &Path) -> Result<(), BackendError> {
-        self.0.put("/serial", Some(&Serial { serial_out_path: file }), CALL).await
+        self.0.put("/serial", Some(&SerialBody { serial_out_path: file }), CALL_TIMEOUT).await
     }
 
     /// Sets the file of the counters.
     pub(crate) async fn write_metrics_to(&self, file: &Path) -> Result<(), BackendError> {
-        self.0.put("/metrics", Some(&MetricsFile { metrics_path: file }), CALL).await
+        self.0.put("/metrics", Some(&MetricsBody { metrics_path: file }), CALL_TIMEOUT).await
     }
 
     /// Reads the VM's configuration in Firecracker's own form.
@@ -123,30 +123,30 @@ impl Client {
 
     /// Starts the guest. Its CPUs run when this returns.
     pub(crate) async fn start(&self) -> Result<(), BackendError> {
-        self.0.put("/actions", Some(&Action { action_type: "InstanceStart" }), BOOT).await
+        self.0.put("/actions", Some(&ActionBody { action_type: "InstanceStart" }), BOOT_TIMEOUT).await
     }
 
     /// Stops the guest's CPUs. Succeeds if they are stopped already.
     pub(crate) async fn pause(&self) -> Result<(), BackendError> {
-        self.0.patch("/vm", &State { state: "Paused" }).await
+        self.0.patch("/vm", &StateBody { state: "Paused" }).await
     }
 
     /// Starts the guest's CPUs. Succeeds if they run already.
     pub(crate) async fn resume(&self) -> Result<(), BackendError> {
-        self.0.patch("/vm", &State { state: "Resumed" }).await
+        self.0.patch("/vm", &StateBody { state: "Resumed" }).await
     }
 
     /// Presses Ctrl+Alt+Del. Success does not mean that the guest reacts.
     pub(crate) async fn ctrl_alt_del(&self) -> Result<(), BackendError> {
-        self.0.put("/actions", Some(&Action { action_type: "SendCtrlAltDel" }), CALL).await
+        self.0.put("/actions", Some(&ActionBody { action_type: "SendCtrlAltDel" }), CALL_TIMEOUT).await
     }
 
     /// Makes Firecracker write its counters to the metrics file.
     pub(crate) async fn flush_metrics(&self) -> Result<(), BackendError> {
-        self.0.put("/actions", Some(&Action { action_type: "FlushMetrics" }), CALL).await
+        self.0.put("/actions", Some(&ActionBody { action_type: "FlushMetrics" }), CALL_TIMEOUT).await
     }
 }
 
 fn explain(body: &[u8]) -> Option<String> {
-    serde_json::from_slice::<Fault>(body).ok().map(|fault| fault.fault_message)
+    serde_json::from_slice::<ErrorBody>(body).ok().map(|fault| fault.fault_message)
 }

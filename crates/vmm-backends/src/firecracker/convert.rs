@@ -1,9 +1,10 @@
 //! Converts a [`VmSpec`] into Firecracker's own configuration. A pure function: equal requests give
 //! equal bytes.
 //!
-//! Firecracker's API is a sequence of PUT requests, one for each device or setting. [`Config`]
-//! holds their bodies. Devices are named by their position (`disk0`, `net0`), because Firecracker
-//! accepts only letters, digits and underscores in names and a client may use more.
+//! Firecracker's API is a sequence of PUT requests, one for each device or setting.
+//! [`FirecrackerConfig`] holds their bodies. Devices are named by their position (`disk0`, `net0`),
+//! because Firecracker accepts only letters, digits and underscores in names and a client may use
+//! more.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -22,9 +23,9 @@ const REBOOT: &str = "reboot=k";
 
 /// The bodies of the requests that configure a VM.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-pub struct Config {
+pub struct FirecrackerConfig {
     /// `PUT /machine-config`.
-    pub machine: Machine,
+    pub machine: MachineConfig,
     /// `PUT /boot-source`.
     pub boot: BootSource,
     /// `PUT /drives/{drive_id}`, in the order the guest sees them.
@@ -35,7 +36,7 @@ pub struct Config {
 
 /// CPUs and memory.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-pub struct Machine {
+pub struct MachineConfig {
     /// CPUs.
     pub vcpu_count: u32,
     /// Memory in MiB.
@@ -94,7 +95,7 @@ pub struct Interface {
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
-impl Config {
+impl FirecrackerConfig {
     /// Returns the configuration of `spec`, whose network interfaces use `taps` in their order.
     /// `spec` has passed the check.
     pub fn of(spec: &VmSpec, taps: &[String]) -> Self {
@@ -105,7 +106,7 @@ impl Config {
         let Memory { size_bytes: _, hotplug_max_bytes: _, pages, shared: _ } = *memory;
         let Boot { kernel, initrd, args: _ } = boot;
         Self {
-            machine: Machine {
+            machine: MachineConfig {
                 vcpu_count: count,
                 mem_size_mib: memory.size_mib(),
                 smt: wants_smt(cpu),
@@ -298,7 +299,7 @@ mod tests {
     }
 
     fn written(config: &VmConfig) -> String {
-        serde_json::to_string_pretty(&Config::of(&spec(config), &["vmt0".to_owned()])).unwrap()
+        serde_json::to_string_pretty(&FirecrackerConfig::of(&spec(config), &["vmt0".to_owned()])).unwrap()
     }
 
     #[test]

@@ -7,15 +7,15 @@ use vmm_core::config::{
 use vmm_core::id::is_name;
 use vmm_core::spec::MIB;
 
-use crate::attached::native::{count, flag, list, number, others, text};
+use crate::attached::native_config::{count, flag, list, list_unrepresented, number, text};
 
 /// Returns the configuration that `/vm/config` reports, and the settings that a [`VmConfig`] cannot
 /// express.
 pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
-    let mut untold = Vec::new();
+    let mut unrepresented = Vec::new();
     let nothing = Value::Null;
     let part = |name: &str| native.get(name).unwrap_or(&nothing);
-    let (cpu, memory) = machine(part("machine-config"), &mut untold);
+    let (cpu, memory) = machine(part("machine-config"), &mut unrepresented);
     let boot = part("boot-source");
     let config = VmConfig {
         cpu: Some(cpu),
@@ -28,21 +28,21 @@ pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
         }),
         storage: list(native, "drives")
             .enumerate()
-            .map(|(at, drive)| storage(at, drive, &mut untold))
+            .map(|(at, drive)| storage(at, drive, &mut unrepresented))
             .collect(),
         network: list(native, "network-interfaces")
             .enumerate()
-            .map(|(at, net)| interface(at, net, &mut untold))
+            .map(|(at, net)| interface(at, net, &mut unrepresented))
             .collect(),
         ..VmConfig::default()
     };
     // The log and the counters belong to the VMM, not to the VM.
     let known = ["machine-config", "boot-source", "drives", "network-interfaces", "logger", "metrics"];
-    others(native, &known, &[], &mut untold, "");
-    (config, untold)
+    list_unrepresented(native, &known, &[], &mut unrepresented, "");
+    (config, unrepresented)
 }
 
-fn machine(told: &Value, untold: &mut Vec<String>) -> (CpuConfig, MemoryConfig) {
+fn machine(told: &Value, unrepresented: &mut Vec<String>) -> (CpuConfig, MemoryConfig) {
     let vcpu_count = count(told, "vcpu_count");
     let pairs = flag(told, "smt") && vcpu_count > 1;
     let topology =
@@ -52,20 +52,20 @@ fn machine(told: &Value, untold: &mut Vec<String>) -> (CpuConfig, MemoryConfig) 
         backing.insert("hugepages".to_owned(), "true".to_owned());
     }
     let known = ["vcpu_count", "mem_size_mib", "smt", "huge_pages"];
-    others(told, &known, &[("cpu_template", json!("None"))], untold, "machine");
+    list_unrepresented(told, &known, &[("cpu_template", json!("None"))], unrepresented, "machine");
     let cpu = CpuConfig { vcpu_count, topology, ..CpuConfig::default() };
     let size_bytes = number(told, "mem_size_mib").saturating_mul(i64::try_from(MIB).unwrap_or(i64::MAX));
     (cpu, MemoryConfig { size_bytes, backing, ..MemoryConfig::default() })
 }
 
-fn storage(at: usize, told: &Value, untold: &mut Vec<String>) -> StorageDevice {
+fn storage(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> StorageDevice {
     let mut options = Options::new();
     if text(told, "cache_type") == "Unsafe" {
         options.insert("cache".to_owned(), "unsafe".to_owned());
     }
     let known = ["drive_id", "path_on_host", "is_root_device", "is_read_only", "cache_type", "rate_limiter"];
-    others(told, &known, &[("io_engine", json!("Sync"))], untold, "drive");
-    limits(told, "rate_limiter", "rate_limit.operations_per_second", &mut options, untold);
+    list_unrepresented(told, &known, &[("io_engine", json!("Sync"))], unrepresented, "drive");
+    limits(told, "rate_limiter", "rate_limit.operations_per_second", &mut options, unrepresented);
     let id = text(told, "drive_id");
     StorageDevice {
         id: if is_name(&id) { id } else { format!("disk{at}") },
@@ -77,13 +77,13 @@ fn storage(at: usize, told: &Value, untold: &mut Vec<String>) -> StorageDevice {
     }
 }
 
-fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterface {
+fn interface(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> NetworkInterface {
     let mut options = Options::new();
     let known = ["iface_id", "host_dev_name", "guest_mac", "rx_rate_limiter", "tx_rate_limiter"];
-    others(told, &known, &[], untold, "network interface");
-    limits(told, "rx_rate_limiter", "rate_limit.packets_per_second", &mut options, untold);
+    list_unrepresented(told, &known, &[], unrepresented, "network interface");
+    limits(told, "rx_rate_limiter", "rate_limit.packets_per_second", &mut options, unrepresented);
     if told.get("rx_rate_limiter") != told.get("tx_rate_limiter") {
-        untold.push("different limits for what is sent and received".to_owned());
+        unrepresented.push("different limits for what is sent and received".to_owned());
     }
     let id = text(told, "iface_id");
     NetworkInterface {
@@ -96,14 +96,20 @@ fn interface(at: usize, told: &Value, untold: &mut Vec<String>) -> NetworkInterf
 }
 
 /// Converts a limiter into options if it fills once a second and allows no burst.
-fn limits(told: &Value, field: &str, per_second: &str, options: &mut Options, untold: &mut Vec<String>) {
+fn limits(
+    told: &Value,
+    field: &str,
+    per_second: &str,
+    options: &mut Options,
+    unrepresented: &mut Vec<String>,
+) {
     let Some(limiter) = told.get(field).filter(|limiter| !limiter.is_null()) else { return };
     for (bucket, key) in [("bandwidth", "rate_limit.bytes_per_second"), ("ops", per_second)] {
         let Some(bucket) = limiter.get(bucket).filter(|bucket| !bucket.is_null()) else { continue };
         if number(bucket, "refill_time") == 1000 && number(bucket, "one_time_burst") == 0 {
             options.insert(key.to_owned(), number(bucket, "size").to_string());
         } else {
-            untold.push(format!("a {field} of another kind"));
+            unrepresented.push(format!("a {field} of another kind"));
         }
     }
 }
@@ -112,7 +118,7 @@ fn limits(told: &Value, field: &str, per_second: &str, options: &mut Options, un
 pub(super) mod unit_tests {
     use vmm_core::spec::VmSpec;
 
-    use super::super::convert::Config;
+    use super::super::convert::FirecrackerConfig;
     use super::*;
 
     pub(in super::super) fn spec() -> VmSpec {
@@ -129,7 +135,7 @@ pub(super) mod unit_tests {
 
     /// Returns the answer of `/vm/config` to the configuration of `spec`.
     pub(in super::super) fn native(spec: &VmSpec) -> Value {
-        let config = Config::of(spec, &["tap0".to_owned()]);
+        let config = FirecrackerConfig::of(spec, &["tap0".to_owned()]);
         json!({
             "machine-config": config.machine, "boot-source": config.boot, "drives": config.drives,
             "network-interfaces": config.interfaces, "vsock": null, "balloon": null, "pmem": [],
@@ -139,8 +145,8 @@ pub(super) mod unit_tests {
 
     #[test]
     fn what_was_made_is_told_again() {
-        let (spec, (told, untold)) = (spec(), configuration(&native(&spec())));
-        assert_eq!(untold, [""; 0]);
+        let (spec, (told, unrepresented)) = (spec(), configuration(&native(&spec())));
+        assert_eq!(unrepresented, [""; 0]);
         let back = VmSpec::parse(&told).unwrap();
         assert_eq!((&back.cpu, &back.memory, &back.boot), (&spec.cpu, &spec.memory, &spec.boot));
         let disks = |spec: &VmSpec| -> Vec<_> {

@@ -1,15 +1,15 @@
 //! Fuzz target for the answers and the metrics file of Firecracker. The input is an answer (see
-//! [`Says::of`]) and also the content of the metrics file.
+//! [`PeerOutput::of`]) and also the content of the metrics file.
 
 use std::io;
 use std::path::Path;
 
 use vmm_core::backend::BackendError;
 
-use super::client::Client;
+use super::client::FirecrackerClient;
 use super::describe::configuration;
-use super::metrics::{METRICS, Sums, fold};
-use crate::fuzzing::{Says, check_description, check_error, check_words, run, with_vmm};
+use super::metrics::{METRICS, MetricsSums, fold};
+use crate::fuzzing::{PeerOutput, check_description, check_error, check_words, run, with_vmm};
 use crate::rest::client::RestApi;
 
 /// The calls of [`ask`] that change nothing.
@@ -22,19 +22,19 @@ const QUESTIONS: usize = 2;
 /// If a guarantee is broken, which is the finding.
 pub fn firecracker(input: &[u8]) {
     let all: Vec<usize> = (0..=QUESTIONS).collect();
-    for says in Says::of(input) {
+    for says in PeerOutput::of(input) {
         match says {
-            Says::Always(_) => run(calls(says, &all)),
+            PeerOutput::Always(_) => run(calls(says, &all)),
             // Each call gets its own connection, and is repeated on the rest of that connection.
-            Says::Once(_) => all.iter().for_each(|call| run(calls(says.clone(), &[*call, *call]))),
+            PeerOutput::Once(_) => all.iter().for_each(|call| run(calls(says.clone(), &[*call, *call]))),
         }
     }
     metrics(input);
 }
 
-async fn calls(says: Says, calls: &[usize]) {
+async fn calls(says: PeerOutput, calls: &[usize]) {
     let talk = async |stream| {
-        let client = Client::over(Path::new("/nobody"), stream, 0).await.expect("it is connected");
+        let client = FirecrackerClient::over(Path::new("/nobody"), stream, 0).await.expect("it is connected");
         for call in calls {
             if let Err(error) = ask(&client, *call).await {
                 check_error(&error, *call < QUESTIONS);
@@ -44,12 +44,12 @@ async fn calls(says: Says, calls: &[usize]) {
     with_vmm(says, talk).await;
 }
 
-async fn ask(client: &Client, call: usize) -> Result<(), BackendError> {
+async fn ask(client: &FirecrackerClient, call: usize) -> Result<(), BackendError> {
     match call {
         0 => client.instance().await.map(|(_, version)| check_words(&version, 300)),
         1 => client.describe().await.map(|native| {
-            let (config, untold) = configuration(&native);
-            check_description(&config, &untold);
+            let (config, unrepresented) = configuration(&native);
+            check_description(&config, &unrepresented);
         }),
         _ => client.pause().await,
     }
@@ -67,10 +67,10 @@ fn metrics(input: &[u8]) {
 }
 
 /// Writes the pieces one after the other, and reads after each as another daemon would.
-fn summed(pieces: &[&[u8]]) -> io::Result<Sums> {
+fn summed(pieces: &[&[u8]]) -> io::Result<MetricsSums> {
     let dir = tempfile::tempdir()?;
     let mut written = Vec::new();
-    let mut sums = Ok(Sums::default());
+    let mut sums = Ok(MetricsSums::default());
     for piece in pieces {
         written.extend_from_slice(piece);
         std::fs::write(dir.path().join(METRICS), &written)?;

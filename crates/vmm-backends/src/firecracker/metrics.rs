@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, NetworkCounters, StorageCounters};
-use vmm_host::tail::{Limits, Tail, Taken};
+use vmm_host::tail::{Tail, TailLimits, TailUse};
 
 /// The file's name in the run folder.
 pub(crate) const METRICS: &str = "metrics";
@@ -31,22 +31,22 @@ pub(crate) const METRICS: &str = "metrics";
 const SUMS: &str = "metrics.sum";
 /// The most bytes that are read in one round. A line has about 6,000 bytes, and more for each
 /// device.
-const LIMITS: Limits = Limits { record: 128 << 10, round: 8 << 20 };
+const LIMITS: TailLimits = TailLimits { record: 128 << 10, round: 8 << 20 };
 /// The first bytes of each object that Firecracker writes.
 const OBJECT: &[u8] = b"{\"utc_timestamp_ms\"";
 
 /// The used fields of one line.
 #[derive(Debug, Deserialize)]
-struct Line {
-    block: Block,
-    net: Net,
+struct MetricsLine {
+    block: BlockMetrics,
+    net: NetMetrics,
     #[serde(default)]
-    i8042: I8042,
-    vcpu: Vcpu,
+    i8042: I8042Metrics,
+    vcpu: VcpuMetrics,
 }
 
 #[derive(Debug, Deserialize)]
-struct Block {
+struct BlockMetrics {
     read_bytes: u64,
     write_bytes: u64,
     read_count: u64,
@@ -54,7 +54,7 @@ struct Block {
 }
 
 #[derive(Debug, Deserialize)]
-struct Net {
+struct NetMetrics {
     rx_bytes_count: u64,
     tx_bytes_count: u64,
     rx_packets_count: u64,
@@ -63,18 +63,18 @@ struct Net {
 
 /// The keyboard controller, which only x86 has.
 #[derive(Debug, Default, Deserialize)]
-struct I8042 {
+struct I8042Metrics {
     reset_count: u64,
 }
 
 #[derive(Debug, Deserialize)]
-struct Vcpu {
+struct VcpuMetrics {
     failures: u64,
 }
 
 /// Sums over a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Sums {
+pub(crate) struct MetricsSums {
     /// The position of the first line that is not in the sums, in bytes.
     offset: u64,
     read_bytes: u64,
@@ -92,7 +92,7 @@ pub(crate) struct Sums {
     missed: u64,
 }
 
-impl Sums {
+impl MetricsSums {
     /// Returns true if the guest has reset itself.
     pub(crate) fn guest_reset(&self) -> bool {
         self.resets > 0
@@ -141,7 +141,7 @@ impl Sums {
         }
     }
 
-    fn add(&mut self, line: &Line) {
+    fn add(&mut self, line: &MetricsLine) {
         let pairs = [
             (&mut self.read_bytes, line.block.read_bytes),
             (&mut self.write_bytes, line.block.write_bytes),
@@ -162,14 +162,14 @@ impl Sums {
 
 /// The counters of one run.
 #[derive(Clone, Debug)]
-pub(crate) struct Metrics {
+pub(crate) struct FirecrackerMetrics {
     dir: Arc<Path>,
     /// The sums after the first read. Locked while the file is read, because two readers would
     /// count a line twice.
-    known: Arc<Mutex<Option<Sums>>>,
+    known: Arc<Mutex<Option<MetricsSums>>>,
 }
 
-impl Metrics {
+impl FirecrackerMetrics {
     /// Returns the counters of the run in `dir`.
     pub(crate) fn new(dir: &Path) -> Self {
         Self { dir: dir.into(), known: Arc::default() }
@@ -194,7 +194,7 @@ impl Metrics {
     ///
     /// # Errors
     /// [`BackendErrorKind::Host`] if the file is missing or cannot be read.
-    pub(crate) async fn sums(&self) -> Result<Sums, BackendError> {
+    pub(crate) async fn sums(&self) -> Result<MetricsSums, BackendError> {
         let metrics = self.clone();
         let summed = tokio::task::spawn_blocking(move || {
             let mut known = metrics.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -214,7 +214,7 @@ impl Metrics {
 
 /// Adds the lines in `dir` that are not in the sums yet, and stores the sums there. `known` is the
 /// result of the last call.
-pub(crate) fn fold(dir: &Path, known: Option<Sums>) -> io::Result<Sums> {
+pub(crate) fn fold(dir: &Path, known: Option<MetricsSums>) -> io::Result<MetricsSums> {
     let path = dir.join(METRICS);
     if !path.try_exists()? {
         return Err(io::ErrorKind::NotFound.into());
@@ -232,7 +232,7 @@ pub(crate) fn fold(dir: &Path, known: Option<Sums>) -> io::Result<Sums> {
         for line in bytes[..whole].split_inclusive(|byte| *byte == b'\n') {
             sums.add_line(line);
         }
-        Ok(Taken::Bytes(whole))
+        Ok(TailUse::Bytes(whole))
     })?;
     sums.offset = tail.offset();
     sums.missed = sums.missed.saturating_add(tail.skipped());
@@ -259,18 +259,18 @@ fn give_back(tail: &Tail) {
 }
 
 /// Reads the sums of an earlier daemon. Sums that cannot be parsed begin at 0 again.
-fn load(path: &Path) -> io::Result<Sums> {
+fn load(path: &Path) -> io::Result<MetricsSums> {
     match std::fs::read(path) {
         Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
             tracing::warn!(path = %path.display(), %error, "the sums of Firecracker's counters could not be read; they begin at 0");
-            Sums::default()
+            MetricsSums::default()
         })),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Sums::default()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(MetricsSums::default()),
         Err(error) => Err(error),
     }
 }
 
-fn save(dir: &Path, sums: &Sums) -> io::Result<()> {
+fn save(dir: &Path, sums: &MetricsSums) -> io::Result<()> {
     let fresh: PathBuf = dir.join("metrics.new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     file.write_all(&serde_json::to_vec(sums)?)?;
@@ -294,21 +294,21 @@ mod tests {
     async fn lines_are_summed_once_over_restarts_and_their_room_is_given_back() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS);
-        Metrics::begin(dir.path()).unwrap();
+        FirecrackerMetrics::begin(dir.path()).unwrap();
         std::fs::write(&path, format!("{}\n{}\n{}", line(10), line(20), &line(40)[..100])).unwrap();
-        let sums = Metrics::new(dir.path()).sums().await.unwrap();
+        let sums = FirecrackerMetrics::new(dir.path()).sums().await.unwrap();
         assert_eq!(sums.storage().bytes_read, 30);
         assert_eq!(sums.network().packets_transmitted, 16);
-        assert_eq!(Metrics::new(dir.path()).sums().await.unwrap(), sums, "nothing new");
+        assert_eq!(FirecrackerMetrics::new(dir.path()).sums().await.unwrap(), sums, "nothing new");
 
         let mut file = OpenOptions::new().append(true).open(&path).unwrap();
         file.write_all(format!("{}\n", &line(40)[100..]).as_bytes()).unwrap();
-        let sums = Metrics::new(dir.path()).sums().await.unwrap();
+        let sums = FirecrackerMetrics::new(dir.path()).sums().await.unwrap();
         assert_eq!(sums.storage().bytes_read, 70);
         let facts = std::fs::metadata(&path).unwrap();
         assert!(facts.blocks() * 512 < facts.len(), "{} blocks, {} bytes", facts.blocks(), facts.len());
-        Metrics::begin(dir.path()).unwrap();
-        assert!(Metrics::new(dir.path()).sums().await.is_err(), "no file, so nothing to sum up");
+        FirecrackerMetrics::begin(dir.path()).unwrap();
+        assert!(FirecrackerMetrics::new(dir.path()).sums().await.is_err(), "no file, so nothing to sum up");
     }
 
     /// Returns the first bytes of each object that Firecracker writes.
@@ -322,7 +322,7 @@ mod tests {
         let long = "x".repeat(LIMITS.record + 1);
         let text = format!("garbage\n{}\n{{}}\n{long}\n{}\n", line(1), line(2));
         std::fs::write(dir.path().join(METRICS), text).unwrap();
-        let metrics = Metrics::new(dir.path());
+        let metrics = FirecrackerMetrics::new(dir.path());
         let sums = metrics.sums().await.unwrap();
         assert_eq!((sums.storage().bytes_read, sums.missed), (3, 4));
         assert_eq!(metrics.sums().await.unwrap(), sums, "and not met again");
@@ -335,7 +335,7 @@ mod tests {
         // A half object is followed directly by the next object.
         let text = format!("{}\n{}{}\n{}\n", stamped(1), &stamped(2)[..1024], stamped(4), stamped(8));
         std::fs::write(&path, text).unwrap();
-        let sums = Metrics::new(dir.path()).sums().await.unwrap();
+        let sums = FirecrackerMetrics::new(dir.path()).sums().await.unwrap();
         assert_eq!((sums.storage().bytes_read, sums.missed), (13, 1));
     }
 
@@ -343,17 +343,17 @@ mod tests {
     async fn sums_of_another_release_are_read_and_broken_ones_begun_anew() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(METRICS), format!("{}\n", line(1))).unwrap();
-        let sums = Metrics::new(dir.path()).sums().await.unwrap();
+        let sums = FirecrackerMetrics::new(dir.path()).sums().await.unwrap();
         let mut kept: serde_json::Value =
             serde_json::from_slice(&std::fs::read(dir.path().join(SUMS)).unwrap()).unwrap();
         kept.as_object_mut().unwrap().remove("missed");
         kept["from_a_newer_release"] = 1.into();
         std::fs::write(dir.path().join(SUMS), kept.to_string()).unwrap();
-        assert_eq!(Metrics::new(dir.path()).sums().await.unwrap(), sums);
+        assert_eq!(FirecrackerMetrics::new(dir.path()).sums().await.unwrap(), sums);
         std::fs::write(dir.path().join(SUMS), "{").unwrap();
         let mut more = OpenOptions::new().append(true).open(dir.path().join(METRICS)).unwrap();
         more.write_all(format!("{}\n", line(2)).as_bytes()).unwrap();
-        assert!(Metrics::new(dir.path()).sums().await.unwrap().storage().bytes_read >= 2);
+        assert!(FirecrackerMetrics::new(dir.path()).sums().await.unwrap().storage().bytes_read >= 2);
     }
 
     #[tokio::test]
@@ -362,9 +362,9 @@ mod tests {
         std::fs::write(dir.path().join(METRICS), format!("{}\n", line(1))).unwrap();
         // A folder at the path of the temporary file makes the write fail, also for root.
         std::fs::create_dir(dir.path().join("metrics.new")).unwrap();
-        let metrics = Metrics::new(dir.path());
+        let metrics = FirecrackerMetrics::new(dir.path());
         assert_eq!(metrics.sums().await.unwrap().storage().bytes_read, 1);
         assert_eq!(metrics.sums().await.unwrap().storage().bytes_read, 1, "counted once");
-        assert_eq!(Metrics::new(dir.path()).sums().await.unwrap().storage().bytes_read, 1);
+        assert_eq!(FirecrackerMetrics::new(dir.path()).sums().await.unwrap().storage().bytes_read, 1);
     }
 }

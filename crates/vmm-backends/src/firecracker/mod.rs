@@ -30,24 +30,24 @@ use std::path::Path;
 use async_trait::async_trait;
 use rustix::fs::{FileType, Mode, OFlags};
 use vmm_core::backend::{
-    AdoptRequest, BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, Launched,
+    AdoptRequest, BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, LaunchedVmm,
 };
 use vmm_core::capabilities::{
-    AcceleratorFact, ConsoleFact, CpuTimeFact, EndpointMode, Facts, PanicFact, PowerOffFact, RebootFact,
-    ResetFact, ShutdownFact, TripleFaultFact,
+    AcceleratorFact, BackendFacts, ConsoleFact, CpuTimeFact, EndpointMode, PanicFact, PowerOffFact,
+    RebootFact, ResetFact, ShutdownFact, TripleFaultFact,
 };
 use vmm_core::id::{BackendName, VmUid};
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskFormat, RestartMode, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, ProcessExit, Stdin};
 
-use self::client::Client;
-use self::convert::Config;
-use self::metrics::{METRICS, Metrics};
-use crate::program::{Kind, Version};
-use crate::rest::adopt::{LOG, SOCKET, set_aside};
-use crate::rest::backend::{RestBackend, RestHypervisor, Run};
+use self::client::FirecrackerClient;
+use self::convert::FirecrackerConfig;
+use self::metrics::{FirecrackerMetrics, METRICS};
+use crate::program::{ProgramSpec, Version};
+use crate::rest::adopt::{LOG, SOCKET, rotate_log};
+use crate::rest::backend::{RestBackend, RestHypervisor, RestVmmParts};
 
 /// The backend's name.
 pub const NAME: &str = "firecracker";
@@ -60,17 +60,17 @@ const OWN_LOG: &str = "firecracker.log";
 /// The oldest Firecracker with all features in use; `huge_pages` came last.
 const OLDEST: Version = Version::new(1, 7, 0);
 /// The backend that starts Firecrackers.
-pub type Firecracker = RestBackend<Hypervisor>;
+pub type FirecrackerBackend = RestBackend<Firecracker>;
 
 /// Firecracker as a [`RestHypervisor`].
 #[derive(Debug, Default)]
-pub struct Hypervisor;
+pub struct Firecracker;
 
 #[async_trait]
-impl RestHypervisor for Hypervisor {
-    type Client = Client;
+impl RestHypervisor for Firecracker {
+    type Client = FirecrackerClient;
 
-    const PROGRAM: Kind = Kind {
+    const PROGRAM: ProgramSpec = ProgramSpec {
         backend: NAME,
         title: "Firecracker",
         usual_name: "firecracker",
@@ -80,7 +80,7 @@ impl RestHypervisor for Hypervisor {
     };
 
     fn capabilities() -> Capabilities {
-        let facts = Facts {
+        let facts = BackendFacts {
             accelerator: Some(AcceleratorFact::Kvm),
             console: Some(ConsoleFact::InputAndOutput),
             cpu_time: Some(CpuTimeFact::OfProcess),
@@ -93,7 +93,7 @@ impl RestHypervisor for Hypervisor {
             network_rate_limits: Some(true),
             reboot: Some(RebootFact::NewProcess),
             shutdown: Some(ShutdownFact::CtrlAltDel),
-            ..Facts::default()
+            ..BackendFacts::default()
         };
         let limits = [("max-devices", check::MAX_DEVICES as i64), ("max-vcpus", i64::from(check::MAX_VCPUS))];
         Capabilities {
@@ -107,7 +107,7 @@ impl RestHypervisor for Hypervisor {
         }
     }
 
-    fn check(spec: &VmSpec) -> Report {
+    fn check(spec: &VmSpec) -> CheckReport {
         check::check(spec)
     }
 
@@ -116,8 +116,8 @@ impl RestHypervisor for Hypervisor {
     }
 
     fn prepare(program: &Path, uid: VmUid, dir: &Path) -> io::Result<Command> {
-        set_aside(dir, OWN_LOG)?;
-        Metrics::begin(dir)?;
+        rotate_log(dir, OWN_LOG)?;
+        FirecrackerMetrics::begin(dir)?;
         let arguments = convert::arguments(uid, &dir.join(SOCKET), &dir.join(OWN_LOG), &dir.join(METRICS));
         Ok(Command {
             // Firecracker has a serial port even if the specification turns the console off.
@@ -126,21 +126,21 @@ impl RestHypervisor for Hypervisor {
         })
     }
 
-    async fn configure(client: &Client, request: &LaunchRequest) -> Result<(), BackendError> {
-        client.configure(&Config::of(&request.spec, &request.taps)).await?;
+    async fn configure(client: &FirecrackerClient, request: &LaunchRequest) -> Result<(), BackendError> {
+        client.configure(&FirecrackerConfig::of(&request.spec, &request.taps)).await?;
         point(FaultPoint::LaunchConfigured);
         client.start().await?;
         point(FaultPoint::LaunchStarted);
         Ok(())
     }
 
-    fn attend(&self, run: Run<'_, Client>) -> Launched {
+    fn attend(&self, run: RestVmmParts<'_, FirecrackerClient>) -> LaunchedVmm {
         vmm::attend(run)
     }
 
     async fn explain_past(request: &AdoptRequest) -> Exit {
         let dir = request.dir.as_path();
-        vmm::explain(ProcessExit::UNKNOWN, false, &Metrics::new(dir), dir).await
+        vmm::explain(ProcessExit::UNKNOWN, false, &FirecrackerMetrics::new(dir), dir).await
     }
 }
 

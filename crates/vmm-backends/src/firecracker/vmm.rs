@@ -1,7 +1,7 @@
 //! One running Firecracker: its handle, and the task that reports its end.
 //!
 //! ```text
-//!   Handle ── client ──► API socket          one connection, closed after each sample
+//!   FirecrackerVmm ─ client ─► API socket    one connection, closed after each sample
 //!      │
 //!      └───── process ─► pidfd ◄── monitor ──► VmmEvent::Gone(cause)
 //!                                     └─ exit status, or the last line of the counters
@@ -19,20 +19,21 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use tracing::Instrument;
 use vmm_core::backend::{
-    BackendError, Exit, ExitCause, GuestState, Ladder, Launched, Reset, Sample, Vmm, VmmEvent,
+    BackendError, Exit, ExitCause, GuestState, LadderOptions, LaunchedVmm, ResetOutcome, Sample, Vmm,
+    VmmEvent,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{ExitStatus, Process, ProcessExit};
 
 use super::OWN_LOG;
-use super::client::Client;
-use super::metrics::{Metrics, Sums};
+use super::client::FirecrackerClient;
+use super::metrics::{FirecrackerMetrics, MetricsSums};
 use crate::counters;
-use crate::ladder::{self, Call, Means};
+use crate::ladder::{self, LadderRungs, UnsentCall};
 use crate::launch::kill;
 use crate::rest::adopt::{LOG, exit_message, or_gone};
-use crate::rest::backend::Run;
+use crate::rest::backend::RestVmmParts;
 use crate::rest::client::RestApi as _;
 
 /// The most events that wait. A run has one event.
@@ -40,40 +41,40 @@ const EVENTS: usize = 4;
 
 /// The handle of one Firecracker.
 #[derive(Debug)]
-struct Handle {
+struct FirecrackerVmm {
     run: RunRecord,
     process: Process,
-    client: Client,
-    metrics: Metrics,
+    client: FirecrackerClient,
+    metrics: FirecrackerMetrics,
     /// True if this daemon has ordered the end.
     ending: Arc<AtomicBool>,
 }
 
 /// Returns the handle of a running Firecracker, and starts the task that watches it.
-pub(super) fn attend(run: Run<'_, Client>) -> Launched {
-    let Run { record: run, process, client, dir, spec: _, is_new: _, changed_ms: _ } = run;
+pub(super) fn attend(run: RestVmmParts<'_, FirecrackerClient>) -> LaunchedVmm {
+    let RestVmmParts { record: run, process, client, dir, spec: _, is_new: _, changed_ms: _ } = run;
     let (sender, events) = mpsc::channel(EVENTS);
     let ending = Arc::new(AtomicBool::new(false));
-    let metrics = Metrics::new(dir);
+    let metrics = FirecrackerMetrics::new(dir);
     let span = tracing::info_span!(parent: None, "firecracker", pid = process.pid());
-    let monitor = Monitor {
+    let monitor = FirecrackerMonitor {
         process: process.clone(),
         metrics: metrics.clone(),
         ending: Arc::clone(&ending),
         dir: dir.to_path_buf(),
     };
     tokio::spawn(monitor.watch(sender).instrument(span));
-    Launched { vmm: Arc::new(Handle { run, process, client, metrics, ending }), events }
+    LaunchedVmm { vmm: Arc::new(FirecrackerVmm { run, process, client, metrics, ending }), events }
 }
 
-struct Monitor {
+struct FirecrackerMonitor {
     process: Process,
-    metrics: Metrics,
+    metrics: FirecrackerMetrics,
     ending: Arc<AtomicBool>,
     dir: PathBuf,
 }
 
-impl Monitor {
+impl FirecrackerMonitor {
     async fn watch(self, events: mpsc::Sender<VmmEvent>) {
         let exit = tokio::select! {
             biased;
@@ -88,7 +89,12 @@ impl Monitor {
 }
 
 /// Returns the cause of a run's end, from its exit status and the files in its folder.
-pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, dir: &Path) -> Exit {
+pub(super) async fn explain(
+    exit: ProcessExit,
+    asked: bool,
+    metrics: &FirecrackerMetrics,
+    dir: &Path,
+) -> Exit {
     let sums = if asked {
         // The cause is known, and a read of the counters would write to a folder that may be about
         // to be deleted.
@@ -101,7 +107,7 @@ pub(super) async fn explain(exit: ProcessExit, asked: bool, metrics: &Metrics, d
     Exit { cause: cause(exit, asked, sums), message }
 }
 
-fn cause(exit: ProcessExit, asked: bool, sums: Option<Sums>) -> ExitCause {
+fn cause(exit: ProcessExit, asked: bool, sums: Option<MetricsSums>) -> ExitCause {
     let reset = sums.is_some_and(|sums| sums.guest_reset());
     let crashed = sums.is_some_and(|sums| sums.cpu_failed());
     if asked {
@@ -121,13 +127,13 @@ fn cause(exit: ProcessExit, asked: bool, sums: Option<Sums>) -> ExitCause {
 }
 
 #[async_trait]
-impl Means for Handle {
+impl LadderRungs for FirecrackerVmm {
     fn process(&self) -> &Process {
         &self.process
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
-        let call = || -> Call<'_> {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
+        let call = || -> UnsentCall<'_> {
             Box::pin(async {
                 // A paused guest does not react, so it is resumed first.
                 self.client.resume().await?;
@@ -138,26 +144,26 @@ impl Means for Handle {
         cfg!(target_arch = "x86_64").then(|| (EndedBy::CtrlAltDel, call()))
     }
 
-    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+    fn power_off(&self, _forced: bool) -> Option<UnsentCall<'_>> {
         None
     }
 }
 
-impl Handle {
+impl FirecrackerVmm {
     fn will_end(&self) {
         if self.process.exit().is_none() {
             self.ending.store(true, Ordering::Release);
         }
     }
 
-    async fn device_counters(&self) -> Result<Sums, BackendError> {
+    async fn device_counters(&self) -> Result<MetricsSums, BackendError> {
         self.client.flush_metrics().await.map_err(|error| or_gone(&self.process, error))?;
         self.metrics.sums().await
     }
 }
 
 #[async_trait]
-impl Vmm for Handle {
+impl Vmm for FirecrackerVmm {
     fn run(&self) -> &RunRecord {
         &self.run
     }
@@ -170,7 +176,7 @@ impl Vmm for Handle {
         self.client.resume().await.map_err(|error| or_gone(&self.process, error))
     }
 
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
         self.will_end();
         let ended = ladder::climb(self, ladder).await;
         if ended.is_err() {
@@ -179,8 +185,8 @@ impl Vmm for Handle {
         ended
     }
 
-    async fn reset(&self) -> Result<Reset, BackendError> {
-        Ok(Reset::NeedsRelaunch)
+    async fn reset(&self) -> Result<ResetOutcome, BackendError> {
+        Ok(ResetOutcome::NeedsRelaunch)
     }
 
     async fn trim_logs(&self) {

@@ -33,14 +33,14 @@ pub(crate) fn run<T>(work: impl Future<Output = T>) -> T {
 
 /// The bytes that a VMM sends on one connection.
 #[derive(Clone)]
-pub(crate) enum Says {
+pub(crate) enum PeerOutput {
     /// These bytes after the first request, then nothing more.
     Once(Vec<u8>),
     /// These bytes after each request.
     Always(Vec<u8>),
 }
 
-impl Says {
+impl PeerOutput {
     /// Returns the input as answers for a REST client: as it is on the wire, or else as the body of
     /// three kinds of answers.
     pub(crate) fn of(input: &[u8]) -> Vec<Self> {
@@ -57,12 +57,12 @@ impl Says {
 }
 
 /// Connects `calls` to a VMM that sends `says`. `calls` must drop its stream.
-pub(crate) async fn with_vmm(says: Says, calls: impl AsyncFnOnce(UnixStream)) {
+pub(crate) async fn with_vmm(says: PeerOutput, calls: impl AsyncFnOnce(UnixStream)) {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair can be made");
     tokio::join!(calls(ours), serve(theirs, says));
 }
 
-async fn serve(mut stream: UnixStream, says: Says) {
+async fn serve(mut stream: UnixStream, says: PeerOutput) {
     let mut request = Vec::new();
     let mut some = [0; 4096];
     let mut first = true;
@@ -74,12 +74,12 @@ async fn serve(mut stream: UnixStream, says: Says) {
         request.clear();
         // A client that closes the connection makes this write fail, and the next read.
         let _ = match &says {
-            Says::Always(answer) => stream.write_all(answer).await,
-            Says::Once(answer) if first => match stream.write_all(answer).await {
+            PeerOutput::Always(answer) => stream.write_all(answer).await,
+            PeerOutput::Once(answer) if first => match stream.write_all(answer).await {
                 Ok(()) => stream.shutdown().await,
                 Err(error) => Err(error),
             },
-            Says::Once(_) => Ok(()),
+            PeerOutput::Once(_) => Ok(()),
         };
         first = false;
     }
@@ -106,8 +106,8 @@ pub(crate) fn check_error(error: &BackendError, only_asks: bool) {
 }
 
 /// Checks that the description of a VM is as bounded and as valid as a client's request.
-pub(crate) fn check_description(config: &VmConfig, untold: &[String]) {
-    untold.iter().for_each(|what| check_words(what, MAX_MESSAGE));
+pub(crate) fn check_description(config: &VmConfig, unrepresented: &[String]) {
+    unrepresented.iter().for_each(|what| check_words(what, MAX_MESSAGE));
     for text in config.boot.iter().flat_map(|boot| [&boot.kernel_path, &boot.initrd_path, &boot.kernel_args])
     {
         check_words(text, 5 * 4096);

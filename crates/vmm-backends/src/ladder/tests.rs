@@ -1,12 +1,12 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vmm_host::process::{Command, Guarded, spawn_guarded};
+use vmm_host::process::{Command, ProcessGuard, spawn_guarded};
 
 use super::*;
 
-const PATIENT: Ladder = Ladder { ask_guest_for: Some(Duration::from_secs(60)) };
-const HASTY: Ladder = Ladder { ask_guest_for: Some(Duration::from_millis(1)) };
-const FORCED: Ladder = Ladder { ask_guest_for: None };
+const PATIENT: LadderOptions = LadderOptions { ask_guest_for: Some(Duration::from_secs(60)) };
+const HASTY: LadderOptions = LadderOptions { ask_guest_for: Some(Duration::from_millis(1)) };
+const FORCED: LadderOptions = LadderOptions { ask_guest_for: None };
 
 /// The behaviour of a fake VMM during a call.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +36,7 @@ const ORDER: Play = Obeys(Signal::USR2);
 
 /// A stand-in for a VMM.
 struct FakeVmm {
-    guard: Guarded,
+    guard: ProcessGuard,
     /// The behaviour at each request to the guest. The last one holds for all later requests.
     asked: Vec<Play>,
     order: Play,
@@ -57,7 +57,7 @@ impl FakeVmm {
         Self { guard, asked: asked.to_vec(), order, requests: AtomicUsize::new(0), _dir: dir }
     }
 
-    fn play(&self, play: Play) -> Option<Call<'_>> {
+    fn play(&self, play: Play) -> Option<UnsentCall<'_>> {
         if matches!(play, Missing) {
             return None;
         }
@@ -80,7 +80,7 @@ impl FakeVmm {
 
     /// Climbs the ladder, and checks that the process has ended if and only if the result is a
     /// success.
-    async fn climb(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    async fn climb(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
         let ended_by = climb(self, ladder).await;
         assert_eq!(self.guard.exit().is_some(), ended_by.is_ok());
         ended_by
@@ -88,18 +88,18 @@ impl FakeVmm {
 }
 
 #[async_trait]
-impl Means for FakeVmm {
+impl LadderRungs for FakeVmm {
     fn process(&self) -> &Process {
         self.guard.process()
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
         let count = self.requests.fetch_add(1, Ordering::Relaxed);
         let play = self.asked.get(count).or(self.asked.last()).copied().unwrap_or(Missing);
         Some((EndedBy::Acpi, self.play(play)?))
     }
 
-    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+    fn power_off(&self, _forced: bool) -> Option<UnsentCall<'_>> {
         self.play(self.order)
     }
 }
@@ -215,16 +215,16 @@ async fn what_ends_before_the_question_arrives_was_the_guest() {
 struct Adopted(Process);
 
 #[async_trait]
-impl Means for Adopted {
+impl LadderRungs for Adopted {
     fn process(&self) -> &Process {
         &self.0
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
         None
     }
 
-    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+    fn power_off(&self, _forced: bool) -> Option<UnsentCall<'_>> {
         None
     }
 }

@@ -10,21 +10,20 @@ use vmm_host::process::{self, Lookup, Process};
 use vmm_libvirt_wire::{Call, Domain, DomainState};
 
 use super::convert::restarts;
-use super::domain::{Owner, is_active, owner};
+use super::domain::{DomainOwner, END_POLL_INTERVAL, is_active, owner};
 use super::link::CallError;
 use super::process::Sought;
-use super::run::{Facts, assemble, live_taps};
+use super::run::{DomainRunFacts, assemble, live_taps};
 use super::{LibvirtBackend, domain_of};
 
 /// The time limits of the connection to libvirt and of its answer. The service waits five seconds
 /// for all of an adoption.
-const CONNECTING: Duration = Duration::from_secs(2);
-const LOOKING: Duration = Duration::from_millis(1500);
-/// The time in which libvirt must notice the end of a QEMU, and the pause between two looks.
-const NOTICING: Duration = Duration::from_secs(1);
-const PAUSE: Duration = Duration::from_millis(20);
+const ADOPT_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const ADOPT_CALL_TIMEOUT: Duration = Duration::from_millis(1500);
+/// The time in which libvirt must notice the end of a QEMU.
+const ADOPT_NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The time in which a QEMU must end that libvirt reports as ended.
-const GOING: Duration = Duration::from_millis(500);
+const ADOPT_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Adopts the domain of `request`. Ends no process.
 pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Adoption {
@@ -33,18 +32,18 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
     let watched = backend.link.watch(domain);
     let recorded = request.run.as_ref().map(|run| &run.process);
     let sought = Sought { domain, imported: request.imported, recorded };
-    let process = match backend.find_qemu(sought, LOOKING).await {
+    let process = match backend.find_qemu(sought, ADOPT_CALL_TIMEOUT).await {
         Ok(process) => process,
         Err(why) => return unreachable(Reason::IdentityUnproven, why),
     };
-    let connected = backend.link.ready(CONNECTING).await;
+    let connected = backend.link.ready(ADOPT_CONNECT_TIMEOUT).await;
     let version = match (&connected, &request.run) {
         (Ok(up), _) => up.hypervisor.clone(),
         (Err(_), Some(run)) => run.version.clone(),
         (Err(_), None) => String::new(),
     };
     let taps = match &connected {
-        Ok(_) if request.imported => live_taps(&backend.link, domain, LOOKING).await,
+        Ok(_) if request.imported => live_taps(&backend.link, domain, ADOPT_CALL_TIMEOUT).await,
         Ok(_) | Err(_) => None,
     };
     // The run on record has the accelerator that it was started with. The host may offer another
@@ -53,7 +52,7 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         Some(run) => run.accelerator.clone(),
         None => backend.accelerator().as_str().to_owned(),
     };
-    let facts = Facts {
+    let facts = DomainRunFacts {
         domain,
         socket: backend.socket.clone(),
         version,
@@ -68,10 +67,10 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
     // does not know gets a handle that can end it. A running domain without a process is
     // unreachable, because the daemon may not see the host's processes.
     let known = match connected {
-        Ok(_) => look(backend, domain, process.is_none()).await.map_err(BackendError::from),
+        Ok(_) => find_domain(backend, domain, process.is_none()).await.map_err(BackendError::from),
         Err(down) => Err(down.into()),
     };
-    let found = Found { backend, request: &request, facts, watched };
+    let found = DomainAdoption { backend, request: &request, facts, watched };
     match (known, process) {
         (Ok(known), Some(process)) => found.with_process(known, process).await,
         (Ok(Some(known)), None) if is_active(known.state) => unreachable(
@@ -79,7 +78,9 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
             "libvirt reports that the domain runs, but this host shows no such process",
         ),
         (Ok(_), None) => gone("libvirt reports that the domain does not run"),
-        (Err(error), Some(process)) => found.silent(Reason::LibvirtUnreachable, error, process),
+        (Err(error), Some(process)) => {
+            found.unreachable_with_handle(Reason::LibvirtUnreachable, error, process)
+        }
         (Err(error), None) => without_libvirt(&request, &error),
     }
 }
@@ -95,41 +96,45 @@ fn known_taps(request: &AdoptRequest) -> Vec<String> {
 
 /// Asks libvirt for the domain. With `gone`, the QEMU has ended, and libvirt gets a moment to
 /// notice.
-async fn look(backend: &LibvirtBackend, domain: Uuid, gone: bool) -> Result<Option<Domain>, CallError> {
-    let deadline = Instant::now() + NOTICING;
+async fn find_domain(
+    backend: &LibvirtBackend,
+    domain: Uuid,
+    gone: bool,
+) -> Result<Option<Domain>, CallError> {
+    let deadline = Instant::now() + ADOPT_NOTICE_TIMEOUT;
     loop {
-        let known = backend.link.look(domain, LOOKING).await?;
+        let known = backend.link.look(domain, ADOPT_CALL_TIMEOUT).await?;
         let lags_behind = gone && known.as_ref().is_some_and(|known| is_active(known.state));
         if !lags_behind || Instant::now() > deadline {
             return Ok(known);
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(END_POLL_INTERVAL).await;
     }
 }
 
 /// An adoption for which a QEMU was found.
-struct Found<'a> {
+struct DomainAdoption<'a> {
     backend: &'a LibvirtBackend,
     request: &'a AdoptRequest,
-    facts: Facts,
-    watched: super::link::Watched,
+    facts: DomainRunFacts,
+    watched: super::link::DomainEvents,
 }
 
-impl Found<'_> {
+impl DomainAdoption<'_> {
     /// Adopts a QEMU whose domain libvirt has reported.
     async fn with_process(self, known: Option<Domain>, process: Process) -> Adoption {
         let Some(known) = known.filter(|known| is_active(known.state)) else {
             // Either the QEMU is about to end, or libvirt has lost the domain.
-            if process.wait_for(GOING).await.is_some() {
+            if process.wait_for(ADOPT_EXIT_TIMEOUT).await.is_some() {
                 return gone("libvirt reports that the domain does not run");
             }
             let lost =
                 "the domain's QEMU runs, but libvirt reports that it does not; restarting libvirtd may help";
             let error =
                 BackendError::new(BackendErrorKind::Unreachable, vmm_core::backend::Effect::NotApplied, lost);
-            return self.silent(Reason::LibvirtLostIt, error, process);
+            return self.unreachable_with_handle(Reason::LibvirtLostIt, error, process);
         };
-        let ours = owner(&known) == Owner::Instance(self.request.instance);
+        let ours = owner(&known) == DomainOwner::Instance(self.request.instance);
         if !ours && !self.request.imported {
             return unreachable(
                 Reason::DomainNotOurs,
@@ -145,7 +150,7 @@ impl Found<'_> {
             let guest = vmm.probe().await?;
             if ours {
                 // A daemon that ended during a reset may have left the other action.
-                backend.link.order(Call::OnReboot { uuid, restart: restarts }, LOOKING).await?;
+                backend.link.order(Call::OnReboot { uuid, restart: restarts }, ADOPT_CALL_TIMEOUT).await?;
             }
             Ok::<_, BackendError>(guest)
         };
@@ -161,7 +166,7 @@ impl Found<'_> {
     }
 
     /// Returns an unreachable adoption with a handle, by which the QEMU can still be ended.
-    fn silent(self, reason: Reason, error: BackendError, process: Process) -> Adoption {
+    fn unreachable_with_handle(self, reason: Reason, error: BackendError, process: Process) -> Adoption {
         let run = self.run(&process);
         let (_, launched) =
             assemble(&self.backend.link, self.watched, process, self.facts, run, DomainState::Running);

@@ -1,22 +1,22 @@
 //! Returns the violations and warnings about a [`VmSpec`] on QEMU through libvirt: those of QEMU,
 //! and the settings that libvirt cannot express. Reads nothing but the specification.
 
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskCache, VmSpec};
 
 use super::cpu::CpuModel;
 use super::xml::can_carry;
 use crate::qemu::check as qemu;
-use crate::qemu::convert::{Accelerator, Machine};
+use crate::qemu::convert::{Accelerator, QemuMachine};
 use crate::qemu::options::MACHINE_KEY;
 
 /// Returns the findings about `spec` on `accelerator`.
-pub(super) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
-    let mut report = Report::default();
+pub(super) fn check(spec: &VmSpec, accelerator: Accelerator) -> CheckReport {
+    let mut report = CheckReport::default();
     let options = qemu::check_common(&mut report, spec, accelerator);
     match options.machine {
-        Some(Machine::Q35) => qemu::check_q35(&mut report, spec),
-        Some(Machine::Microvm) => report.reject(
+        Some(QemuMachine::Q35) => qemu::check_q35(&mut report, spec),
+        Some(QemuMachine::Microvm) => report.reject(
             format!("config.boot.boot_options[\"{MACHINE_KEY}\"]"),
             "libvirt has no microvm: use \"q35\", or unset UNKEY_VMCP_QEMU_ENDPOINT to have QEMU started without libvirt",
         ),
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
     use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
 
-    fn checked(change: impl FnOnce(&mut VmConfig)) -> Report {
+    fn checked(change: impl FnOnce(&mut VmConfig)) -> CheckReport {
         let mut config = VmConfig {
             cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
             memory: Some(MemoryConfig { size_bytes: 64 << 20, ..MemoryConfig::default() }),

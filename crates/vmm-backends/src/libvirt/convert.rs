@@ -33,7 +33,7 @@ pub const CONSOLE_SOCKET: &str = crate::qemu::convert::CONSOLE_SOCKET;
 
 /// The user that QEMU runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Label {
+pub struct QemuUser {
     /// The user id.
     pub uid: u32,
     /// The group id.
@@ -42,7 +42,7 @@ pub struct Label {
 
 /// The inputs of the domain.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
+pub struct DomainInputs<'a> {
     /// The instance of the daemon.
     pub instance: InstanceId,
     /// The VM's uid, which is the domain's UUID.
@@ -58,7 +58,7 @@ pub struct Inputs<'a> {
     /// The path of qboot.
     pub firmware: &'a Path,
     /// The user that QEMU runs as, if libvirt offers a choice.
-    pub label: Option<Label>,
+    pub label: Option<QemuUser>,
     /// The run folder.
     pub dir: &'a Path,
     /// The file of the console's output.
@@ -72,14 +72,14 @@ pub struct Inputs<'a> {
 /// A path that XML cannot express.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("libvirt cannot be given the path {0:?}: it is not UTF-8, or has control characters; rename it")]
-pub struct UnfitPath(pub PathBuf);
+pub struct PathUnfitForXml(pub PathBuf);
 
 /// Returns the XML of the domain.
 ///
 /// # Errors
-/// [`UnfitPath`] for any of the paths.
-pub fn domain(inputs: &Inputs<'_>) -> Result<String, UnfitPath> {
-    let paths = Paths::of(inputs)?;
+/// [`PathUnfitForXml`] for any of the paths.
+pub fn domain(inputs: &DomainInputs<'_>) -> Result<String, PathUnfitForXml> {
+    let paths = DomainPaths::of(inputs)?;
     // The request names the console's file.
     let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = inputs.spec;
     let kind = match inputs.accelerator {
@@ -137,7 +137,7 @@ fn mark(xml: &mut Xml, instance: InstanceId) {
 }
 
 /// The paths as text.
-struct Paths<'a> {
+struct DomainPaths<'a> {
     kernel: &'a str,
     initrd: Option<&'a str>,
     firmware: &'a str,
@@ -147,8 +147,8 @@ struct Paths<'a> {
     log: Option<&'a str>,
 }
 
-impl<'a> Paths<'a> {
-    fn of(inputs: &Inputs<'a>) -> Result<Self, UnfitPath> {
+impl<'a> DomainPaths<'a> {
+    fn of(inputs: &DomainInputs<'a>) -> Result<Self, PathUnfitForXml> {
         let spec = inputs.spec;
         let socket = inputs.dir.join(CONSOLE_SOCKET);
         Ok(Self {
@@ -163,8 +163,8 @@ impl<'a> Paths<'a> {
     }
 }
 
-fn fit(path: &Path) -> Result<&str, UnfitPath> {
-    path.to_str().filter(|text| can_carry(text)).ok_or_else(|| UnfitPath(path.to_path_buf()))
+fn fit(path: &Path) -> Result<&str, PathUnfitForXml> {
+    path.to_str().filter(|text| can_carry(text)).ok_or_else(|| PathUnfitForXml(path.to_path_buf()))
 }
 
 fn add_memory(xml: &mut Xml, memory: &Memory) {
@@ -191,7 +191,7 @@ fn ceiling_mib(memory: &Memory) -> Option<u64> {
     memory.hotplug_max_bytes.filter(|ceiling| *ceiling > memory.size_bytes).map(|ceiling| ceiling / MIB)
 }
 
-fn add_boot(xml: &mut Xml, boot: &Boot, args: &str, paths: &Paths<'_>) {
+fn add_boot(xml: &mut Xml, boot: &Boot, args: &str, paths: &DomainPaths<'_>) {
     // `args` is the whole command line, and `paths` has the files.
     let Boot { kernel: _, initrd: _, args: _ } = boot;
     xml.element("os", &[], |xml| {
@@ -208,7 +208,7 @@ fn add_boot(xml: &mut Xml, boot: &Boot, args: &str, paths: &Paths<'_>) {
     });
 }
 
-fn add_cpu(xml: &mut Xml, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memory) {
+fn add_cpu(xml: &mut Xml, inputs: &DomainInputs<'_>, cpu: &Cpu, memory: &Memory) {
     let Cpu { count, max, topology } = *cpu;
     xml.text("vcpu", &[("current", &count.to_string())], &max.to_string());
     let model = VmOptions::of(inputs.spec).model.and_then(|model| CpuModel::parse(model.text).ok());
@@ -231,7 +231,13 @@ fn add_cpu(xml: &mut Xml, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memory) {
     });
 }
 
-fn add_devices(xml: &mut Xml, inputs: &Inputs<'_>, paths: &Paths<'_>, disks: &[Disk], nics: &[Nic]) {
+fn add_devices(
+    xml: &mut Xml,
+    inputs: &DomainInputs<'_>,
+    paths: &DomainPaths<'_>,
+    disks: &[Disk],
+    nics: &[Nic],
+) {
     if let Some(emulator) = paths.emulator {
         xml.text("emulator", &[], emulator);
     }

@@ -27,10 +27,10 @@ const PLAIN_DEVICES: [&str; 10] = [
 
 /// The content of a domain's XML.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Described {
+pub(super) struct DomainDescription {
     pub(super) config: VmConfig,
     /// The settings that the configuration does not express.
-    pub(super) untold: Vec<String>,
+    pub(super) unrepresented: Vec<String>,
     /// The TAPs of a running domain.
     pub(super) taps: Vec<String>,
     /// True if a guest that resets itself starts again.
@@ -43,21 +43,21 @@ pub(super) struct Described {
 ///
 /// # Errors
 /// Returns the fault of the XML.
-pub(super) fn describe(xml: &str) -> Result<Described, String> {
+pub(super) fn describe(xml: &str) -> Result<DomainDescription, String> {
     let document = Document::parse(xml).map_err(|error| error.to_string())?;
     let domain = document.root_element();
     if domain.tag_name().name() != "domain" {
         return Err("it is no domain".to_owned());
     }
-    let mut untold = Vec::new();
+    let mut unrepresented = Vec::new();
     let devices = child(domain, "devices");
     // A device without a counterpart in a `VmConfig` is listed instead of skipped, so that the
     // shown configuration is not taken for the whole one.
     let (storage, network, taps) = match devices {
         Some(devices) => {
-            note_devices(devices, &mut untold);
-            let (network, taps) = network(devices, &mut untold);
-            (storage(devices, &mut untold), network, taps)
+            note_devices(devices, &mut unrepresented);
+            let (network, taps) = network(devices, &mut unrepresented);
+            (storage(devices, &mut unrepresented), network, taps)
         }
         None => Default::default(),
     };
@@ -67,7 +67,7 @@ pub(super) fn describe(xml: &str) -> Result<Described, String> {
     let config = VmConfig {
         cpu: Some(cpu(domain)),
         memory: Some(memory(domain)),
-        boot: Some(boot(os, &mut untold)),
+        boot: Some(boot(os, &mut unrepresented)),
         storage,
         network,
         console: Some(ConsoleConfig {
@@ -77,9 +77,9 @@ pub(super) fn describe(xml: &str) -> Result<Described, String> {
         ..VmConfig::default()
     };
     let kind = domain.attribute("type").unwrap_or_default();
-    Ok(Described {
+    Ok(DomainDescription {
         config,
-        untold,
+        unrepresented,
         taps,
         restarts: text(domain, "on_reboot") != "destroy",
         accelerator: if kind == "qemu" { "tcg".to_owned() } else { kind.to_owned() },
@@ -155,11 +155,11 @@ fn bytes(domain: Node<'_, '_>, name: &str) -> Option<i64> {
     number.checked_mul(factor)
 }
 
-fn boot(os: Option<Node<'_, '_>>, untold: &mut Vec<String>) -> BootConfig {
+fn boot(os: Option<Node<'_, '_>>, unrepresented: &mut Vec<String>) -> BootConfig {
     let Some(os) = os else { return BootConfig::default() };
     let kernel = text(os, "kernel");
     if kernel.is_empty() {
-        untold.push("it boots by its firmware, from a disk or the network".to_owned());
+        unrepresented.push("it boots by its firmware, from a disk or the network".to_owned());
     }
     BootConfig {
         kernel_path: kernel.to_owned(),
@@ -170,7 +170,7 @@ fn boot(os: Option<Node<'_, '_>>, untold: &mut Vec<String>) -> BootConfig {
     }
 }
 
-fn storage(devices: Node<'_, '_>, untold: &mut Vec<String>) -> Vec<StorageDevice> {
+fn storage(devices: Node<'_, '_>, unrepresented: &mut Vec<String>) -> Vec<StorageDevice> {
     let mut storage = Vec::new();
     for disk in children(devices, "disk") {
         let name = attribute(disk, "target", "dev");
@@ -178,17 +178,17 @@ fn storage(devices: Node<'_, '_>, untold: &mut Vec<String>) -> Vec<StorageDevice
         let path = source.and_then(|source| source.attribute("file").or_else(|| source.attribute("dev")));
         let kind = disk.attribute("device").unwrap_or("disk");
         let (Some(path), "disk") = (path, kind) else {
-            untold.push(format!("{kind} {name}"));
+            unrepresented.push(format!("{kind} {name}"));
             continue;
         };
         if attribute(disk, "target", "bus") != "virtio" {
-            untold.push(format!("the bus of disk {name}"));
+            unrepresented.push(format!("the bus of disk {name}"));
         }
         let format = match attribute(disk, "driver", "type") {
             "" => "raw",
             known @ ("raw" | "qcow2") => known,
             other => {
-                untold.push(format!("the format {other} of disk {name}"));
+                unrepresented.push(format!("the format {other} of disk {name}"));
                 continue;
             }
         };
@@ -205,7 +205,7 @@ fn storage(devices: Node<'_, '_>, untold: &mut Vec<String>) -> Vec<StorageDevice
 }
 
 /// Returns the network interfaces, and the TAPs that they have now.
-fn network(devices: Node<'_, '_>, untold: &mut Vec<String>) -> (Vec<NetworkInterface>, Vec<String>) {
+fn network(devices: Node<'_, '_>, unrepresented: &mut Vec<String>) -> (Vec<NetworkInterface>, Vec<String>) {
     let (mut network, mut taps) = (Vec::new(), Vec::new());
     for (place, interface) in children(devices, "interface").enumerate() {
         let kind = interface.attribute("type").unwrap_or_default();
@@ -213,7 +213,7 @@ fn network(devices: Node<'_, '_>, untold: &mut Vec<String>) -> (Vec<NetworkInter
         let has_tap = matches!(kind, "ethernet" | "bridge" | "network");
         let tap = if has_tap { attribute(interface, "target", "dev") } else { "" };
         if kind != "ethernet" {
-            untold.push(format!("network interface {place} is of libvirt's kind {kind}"));
+            unrepresented.push(format!("network interface {place} is of libvirt's kind {kind}"));
         }
         if !tap.is_empty() {
             taps.push(tap.to_owned());
@@ -229,13 +229,13 @@ fn network(devices: Node<'_, '_>, untold: &mut Vec<String>) -> (Vec<NetworkInter
 }
 
 /// Lists the devices that a configuration cannot express.
-fn note_devices(devices: Node<'_, '_>, untold: &mut Vec<String>) {
+fn note_devices(devices: Node<'_, '_>, unrepresented: &mut Vec<String>) {
     let mut seen = Vec::new();
     for device in devices.children().filter(Node::is_element) {
         let name = device.tag_name().name();
         if !PLAIN_DEVICES.contains(&name) && !seen.contains(&name) && seen.len() < DEVICES {
             seen.push(name);
-            untold.push(format!("the device {name}"));
+            unrepresented.push(format!("the device {name}"));
         }
     }
 }
@@ -283,13 +283,13 @@ mod tests {
         assert_eq!(disks, [("vda", "/images/web.qcow2", false, "qcow2"), ("sda", "/dev/sdx", true, "raw")]);
         assert_eq!(told.taps, ["vnet0", "tap7"]);
         assert_eq!((told.restarts, &*told.accelerator, &*told.machine), (true, "kvm", "pc-q35-7.2"));
-        let untold = told.untold.join("; ");
+        let unrepresented = told.unrepresented.join("; ");
         for what in
             ["firmware", "bus of disk sda", "cdrom sdb", "kind network", "device graphics", "device video"]
         {
-            assert!(untold.contains(what), "{what} is not in {untold}");
+            assert!(unrepresented.contains(what), "{what} is not in {unrepresented}");
         }
-        assert_eq!(untold.matches("graphics").count(), 1);
+        assert_eq!(unrepresented.matches("graphics").count(), 1);
     }
 
     #[test]

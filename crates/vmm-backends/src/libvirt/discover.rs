@@ -15,17 +15,17 @@ use tokio::sync::mpsc;
 use tracing::{Instrument as _, debug, warn};
 use uuid::Uuid;
 use vmm_core::backend::{Backend as _, GuestState};
+use vmm_core::discovery::{DiscoveredVm, Discoverer, Discovery, DiscoveryEvent};
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::place::{Discover, Discovery, Finding, Found};
 use vmm_core::state::VmState;
-use vmm_libvirt_wire::{Call, Domain, Got};
+use vmm_libvirt_wire::{Call, CallResult, Domain};
 
 use super::LibvirtBackend;
-use super::describe::{Described, describe};
-use super::domain::{LOOKING, Owner, guest_state, is_active, owner};
-use super::link::Stray;
+use super::describe::{DomainDescription, describe};
+use super::domain::{DomainOwner, QUICK_CALL_TIMEOUT, guest_state, is_active, owner};
+use super::link::UnwatchedEvent;
 use super::process::Sought;
-use super::run::{Facts, assemble};
+use super::run::{DomainRunFacts, assemble};
 
 /// The most findings that wait for the receiver.
 const FINDINGS: usize = 64;
@@ -34,36 +34,40 @@ const FINDINGS: usize = 64;
 async fn discover(backend: LibvirtBackend) -> Discovery {
     // The channel is created before the first look, because an event between the look and a later
     // channel would be lost.
-    let strays = backend.link.strays();
-    let mut seen = Seen { backend, strangers: BTreeSet::new() };
-    let present = seen.everything().await.unwrap_or_default();
+    let strays = backend.link.unwatched_events();
+    let mut seen = DomainScanner { backend, foreign_domains: BTreeSet::new() };
+    let present = seen.examine_all().await.unwrap_or_default();
     let (sender, later) = mpsc::channel(FINDINGS);
     tokio::spawn(
-        seen.go_on(strays, sender).instrument(tracing::info_span!(parent: None, "libvirt-discovery")),
+        seen.follow_events(strays, sender).instrument(tracing::info_span!(parent: None, "libvirt-discovery")),
     );
     Discovery { present, later }
 }
 
 /// Drops repeated news of a domain, because one look shows the outcome of all of them.
-fn once_each(strays: impl Iterator<Item = Stray>) -> Vec<Stray> {
+fn without_repeats(strays: impl Iterator<Item = UnwatchedEvent>) -> Vec<UnwatchedEvent> {
     let mut domains = BTreeSet::new();
     strays
         .filter(|stray| match stray {
-            Stray::Changed(uuid) | Stray::Undefined(uuid) => domains.insert(*uuid),
-            Stray::Connected | Stray::Lost => true,
+            UnwatchedEvent::Changed(uuid) | UnwatchedEvent::Undefined(uuid) => domains.insert(*uuid),
+            UnwatchedEvent::Connected | UnwatchedEvent::Lost => true,
         })
         .collect()
 }
 
 /// The domains that were seen so far.
-struct Seen {
+struct DomainScanner {
     backend: LibvirtBackend,
     /// The reported domains of other clients.
-    strangers: BTreeSet<Uuid>,
+    foreign_domains: BTreeSet<Uuid>,
 }
 
-impl Seen {
-    async fn go_on(mut self, mut strays: mpsc::UnboundedReceiver<Stray>, sender: mpsc::Sender<Finding>) {
+impl DomainScanner {
+    async fn follow_events(
+        mut self,
+        mut strays: mpsc::UnboundedReceiver<UnwatchedEvent>,
+        sender: mpsc::Sender<DiscoveryEvent>,
+    ) {
         loop {
             let first = tokio::select! {
                 stray = strays.recv() => stray,
@@ -73,11 +77,13 @@ impl Seen {
             // News that waits already is taken together, because a busy libvirt sends several
             // events for one change.
             let waiting = std::iter::from_fn(|| strays.try_recv().ok());
-            for stray in once_each(std::iter::once(first).chain(waiting)) {
+            for stray in without_repeats(std::iter::once(first).chain(waiting)) {
                 let findings = match stray {
-                    Stray::Changed(uuid) | Stray::Undefined(uuid) => self.one(uuid).await,
-                    Stray::Connected => self.all_again().await,
-                    Stray::Lost => vec![Finding::Health],
+                    UnwatchedEvent::Changed(uuid) | UnwatchedEvent::Undefined(uuid) => {
+                        self.examine_one(uuid).await
+                    }
+                    UnwatchedEvent::Connected => self.examine_after_gap().await,
+                    UnwatchedEvent::Lost => vec![DiscoveryEvent::Health],
                 };
                 for finding in findings {
                     if sender.send(finding).await.is_err() {
@@ -90,22 +96,22 @@ impl Seen {
 
     /// Returns the findings after a gap in the events: the health, the present domains, and those
     /// that were lost.
-    async fn all_again(&mut self) -> Vec<Finding> {
-        let before = self.strangers.clone();
-        let mut findings = vec![Finding::Health];
-        let Some(found) = self.everything().await else { return findings };
+    async fn examine_after_gap(&mut self) -> Vec<DiscoveryEvent> {
+        let before = self.foreign_domains.clone();
+        let mut findings = vec![DiscoveryEvent::Health];
+        let Some(found) = self.examine_all().await else { return findings };
         let lost = before
-            .difference(&self.strangers)
-            .map(|uuid| Finding::Lost { place: self.backend.kind_of(*uuid) });
+            .difference(&self.foreign_domains)
+            .map(|uuid| DiscoveryEvent::Lost { place: self.backend.kind_of(*uuid) });
         findings.extend(lost);
-        findings.extend(found.into_iter().map(|found| Finding::Found(Box::new(found))));
+        findings.extend(found.into_iter().map(|found| DiscoveryEvent::Found(Box::new(found))));
         findings
     }
 
     /// Returns all present domains, or `None` if libvirt does not answer.
-    async fn everything(&mut self) -> Option<Vec<Found>> {
-        let domains = match self.backend.link.call(Call::List, LOOKING).await {
-            Ok(Got::Domains { domains }) => domains,
+    async fn examine_all(&mut self) -> Option<Vec<DiscoveredVm>> {
+        let domains = match self.backend.link.call(Call::List, QUICK_CALL_TIMEOUT).await {
+            Ok(CallResult::Domains { domains }) => domains,
             Ok(other) => {
                 warn!(answer = ?other, "libvirt's answer is no list of domains");
                 return None;
@@ -115,22 +121,25 @@ impl Seen {
                 return None;
             }
         };
-        self.strangers.clear();
+        self.foreign_domains.clear();
         let mut found = Vec::new();
         for domain in domains {
-            found.extend(self.judge(domain).await);
+            found.extend(self.report_of(domain).await);
         }
         Some(found)
     }
 
     /// Returns the findings about one domain that has changed.
-    async fn one(&mut self, uuid: Uuid) -> Vec<Finding> {
-        match self.backend.link.look(uuid, LOOKING).await {
-            Ok(Some(domain)) => {
-                self.judge(domain).await.into_iter().map(|found| Finding::Found(Box::new(found))).collect()
-            }
-            Ok(None) if self.strangers.remove(&uuid) => {
-                vec![Finding::Lost { place: self.backend.kind_of(uuid) }]
+    async fn examine_one(&mut self, uuid: Uuid) -> Vec<DiscoveryEvent> {
+        match self.backend.link.look(uuid, QUICK_CALL_TIMEOUT).await {
+            Ok(Some(domain)) => self
+                .report_of(domain)
+                .await
+                .into_iter()
+                .map(|found| DiscoveryEvent::Found(Box::new(found)))
+                .collect(),
+            Ok(None) if self.foreign_domains.remove(&uuid) => {
+                vec![DiscoveryEvent::Lost { place: self.backend.kind_of(uuid) }]
             }
             Ok(None) => Vec::new(),
             Err(error) => {
@@ -141,15 +150,15 @@ impl Seen {
     }
 
     /// Returns the domain in the form of a finding, or `None` if it needs no report.
-    async fn judge(&mut self, domain: Domain) -> Option<Found> {
+    async fn report_of(&mut self, domain: Domain) -> Option<DiscoveredVm> {
         let uuid = domain.uuid;
         let ours = match owner(&domain) {
-            Owner::Instance(_) => true,
-            Owner::Stranger if self.backend.options.import => {
-                self.strangers.insert(uuid);
+            DomainOwner::Instance(_) => true,
+            DomainOwner::OtherClient if self.backend.options.import => {
+                self.foreign_domains.insert(uuid);
                 false
             }
-            Owner::Stranger => return None,
+            DomainOwner::OtherClient => return None,
         };
         let live = is_active(domain.state);
         // A watched domain has a handle. A stopped domain of this program has a record that says
@@ -166,11 +175,15 @@ impl Seen {
         }
     }
 
-    async fn examine(&self, domain: &Domain, ours: bool) -> Result<Found, String> {
+    async fn examine(&self, domain: &Domain, ours: bool) -> Result<DiscoveredVm, String> {
         let uuid = domain.uuid;
-        let got =
-            self.backend.link.call(Call::Xml { uuid }, LOOKING).await.map_err(|error| error.to_string())?;
-        let Got::Xml { xml } = got else { return Err("libvirt's answer cannot be used".to_owned()) };
+        let got = self
+            .backend
+            .link
+            .call(Call::Xml { uuid }, QUICK_CALL_TIMEOUT)
+            .await
+            .map_err(|error| error.to_string())?;
+        let CallResult::Xml { xml } = got else { return Err("libvirt's answer cannot be used".to_owned()) };
         let told = describe(&xml)?;
         let state = match guest_state(domain.state) {
             GuestState::Running => VmState::Running,
@@ -181,12 +194,12 @@ impl Seen {
             VmState::Running | VmState::Paused => Some(self.hold(domain, &told, ours).await?),
             VmState::Created | VmState::Shutdown => None,
         };
-        Ok(Found {
+        Ok(DiscoveredVm {
             place: self.backend.kind_of(uuid),
             uid: ours.then(|| VmUid::new(uuid)),
             names: names(domain),
             config: told.config,
-            untold: told.untold,
+            unrepresented: told.unrepresented,
             state,
             launched,
         })
@@ -195,15 +208,15 @@ impl Seen {
     async fn hold(
         &self,
         domain: &Domain,
-        told: &Described,
+        told: &DomainDescription,
         ours: bool,
-    ) -> Result<vmm_core::backend::Launched, String> {
+    ) -> Result<vmm_core::backend::LaunchedVmm, String> {
         let (backend, uuid) = (&self.backend, domain.uuid);
         let watched = backend.link.watch(uuid);
         let sought = Sought { domain: uuid, imported: !ours, recorded: None };
-        let process = backend.find_qemu(sought, LOOKING).await?;
+        let process = backend.find_qemu(sought, QUICK_CALL_TIMEOUT).await?;
         let process = process.ok_or("the domain runs, but this host shows no such process")?;
-        let facts = Facts {
+        let facts = DomainRunFacts {
             domain: uuid,
             socket: backend.socket.clone(),
             version: backend.hypervisor(),
@@ -228,11 +241,11 @@ fn names(domain: &Domain) -> Vec<VmId> {
 
 /// The clone shares the link with the backend.
 #[async_trait]
-impl Discover for LibvirtBackend {
+impl Discoverer for LibvirtBackend {
     async fn discover(&self) -> Discovery {
         let shared = Self { link: Arc::clone(&self.link), ..self.clone() };
         // The first look may take longer than the start of the daemon may wait.
-        let _ = shared.link.ready(super::CONNECTING).await;
+        let _ = shared.link.ready(super::HEALTH_CONNECT_TIMEOUT).await;
         debug!(backend = %self.capabilities().name, "the daemon searches for domains");
         discover(shared).await
     }
@@ -245,11 +258,21 @@ mod tests {
     #[test]
     fn a_domain_that_changed_often_is_looked_at_once() {
         let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let flood = std::iter::repeat_n(Stray::Changed(one), 1000);
-        let rest = [Stray::Undefined(one), Stray::Lost, Stray::Changed(two), Stray::Connected];
+        let flood = std::iter::repeat_n(UnwatchedEvent::Changed(one), 1000);
+        let rest = [
+            UnwatchedEvent::Undefined(one),
+            UnwatchedEvent::Lost,
+            UnwatchedEvent::Changed(two),
+            UnwatchedEvent::Connected,
+        ];
         assert_eq!(
-            once_each(flood.chain(rest)),
-            [Stray::Changed(one), Stray::Lost, Stray::Changed(two), Stray::Connected]
+            without_repeats(flood.chain(rest)),
+            [
+                UnwatchedEvent::Changed(one),
+                UnwatchedEvent::Lost,
+                UnwatchedEvent::Changed(two),
+                UnwatchedEvent::Connected
+            ]
         );
     }
 }

@@ -5,33 +5,35 @@ use std::time::Duration;
 use uuid::Uuid;
 use vmm_core::backend::GuestState;
 use vmm_core::id::InstanceId;
-use vmm_libvirt_wire::{Call, Domain, DomainState, Got, MARK_NAMESPACE};
+use vmm_libvirt_wire::{Call, CallResult, Domain, DomainState, MARK_NAMESPACE};
 
-use super::link::{CallError, Link};
+use super::link::{CallError, LibvirtLink};
 
 /// The time limit of a libvirt call that needs no QEMU.
-pub(super) const LOOKING: Duration = Duration::from_secs(5);
+pub(super) const QUICK_CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// The interval at which libvirt is asked whether it has noticed the end of a QEMU.
+pub(super) const END_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The owner of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Owner {
+pub(super) enum DomainOwner {
     /// An instance of this program created the domain for the VM whose uid is the domain's UUID.
     Instance(InstanceId),
     /// Another client of libvirt.
-    Stranger,
+    OtherClient,
 }
 
 /// Returns the owner of a domain, from the mark in its metadata.
-pub(super) fn owner(domain: &Domain) -> Owner {
-    let Some(mark) = &domain.mark else { return Owner::Stranger };
-    let Ok(document) = roxmltree::Document::parse(mark) else { return Owner::Stranger };
+pub(super) fn owner(domain: &Domain) -> DomainOwner {
+    let Some(mark) = &domain.mark else { return DomainOwner::OtherClient };
+    let Ok(document) = roxmltree::Document::parse(mark) else { return DomainOwner::OtherClient };
     let root = document.root_element();
     // libvirt may return the mark without the namespace by which it was found.
     let is_ours = root.tag_name().namespace().is_none_or(|namespace| namespace == MARK_NAMESPACE);
     let instance = root.attribute("instance").and_then(|text| text.parse().ok());
     match instance {
-        Some(instance) if is_ours && root.tag_name().name() == "vm" => Owner::Instance(instance),
-        Some(_) | None => Owner::Stranger,
+        Some(instance) if is_ours && root.tag_name().name() == "vm" => DomainOwner::Instance(instance),
+        Some(_) | None => DomainOwner::OtherClient,
     }
 }
 
@@ -68,43 +70,43 @@ pub(super) const fn failure(state: DomainState) -> Option<&'static str> {
     }
 }
 
-impl Link {
+impl LibvirtLink {
     /// Reads one domain, or returns `None` if there is none.
     pub(super) async fn look(&self, uuid: Uuid, within: Duration) -> Result<Option<Domain>, CallError> {
-        one(self.call(Call::Look { uuid }, within).await?)
+        domain_in_answer(self.call(Call::Look { uuid }, within).await?)
     }
 
     /// Reads the domain with a name.
     pub(super) async fn look_by_name(&self, name: &str) -> Result<Option<Domain>, CallError> {
-        one(self.call(Call::LookByName { name: name.to_owned() }, LOOKING).await?)
+        domain_in_answer(self.call(Call::LookByName { name: name.to_owned() }, QUICK_CALL_TIMEOUT).await?)
     }
 
     /// Makes a call that returns nothing but success.
     pub(super) async fn order(&self, call: Call, within: Duration) -> Result<(), CallError> {
         match self.call(call, within).await? {
-            Got::Done => Ok(()),
-            other => Err(senseless(&other)),
+            CallResult::Done => Ok(()),
+            other => Err(unexpected_answer(&other)),
         }
     }
 }
 
-fn one(got: Got) -> Result<Option<Domain>, CallError> {
+fn domain_in_answer(got: CallResult) -> Result<Option<Domain>, CallError> {
     match got {
-        Got::Domains { mut domains } if domains.len() <= 1 => Ok(domains.pop()),
-        other => Err(senseless(&other)),
+        CallResult::Domains { mut domains } if domains.len() <= 1 => Ok(domains.pop()),
+        other => Err(unexpected_answer(&other)),
     }
 }
 
 /// Returns the error for an answer to another question.
-pub(super) fn senseless(got: &Got) -> CallError {
-    CallError::Senseless(format!("an answer to another question: {got:?}").chars().take(200).collect())
+pub(super) fn unexpected_answer(got: &CallResult) -> CallError {
+    CallError::Malformed(format!("an answer to another question: {got:?}").chars().take(200).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn marked(mark: Option<&str>) -> Owner {
+    fn marked(mark: Option<&str>) -> DomainOwner {
         owner(&Domain {
             uuid: Uuid::nil(),
             name: "a".to_owned(),
@@ -117,17 +119,17 @@ mod tests {
     #[test]
     fn only_a_whole_mark_is_ours() {
         let id = "0193f0de-0000-7000-8000-000000000001";
-        let ours = Owner::Instance(id.parse().unwrap());
+        let ours = DomainOwner::Instance(id.parse().unwrap());
         assert_eq!(marked(Some(&format!("<vm instance='{id}'/>"))), ours);
         let spelled = format!("<v:vm xmlns:v='{MARK_NAMESPACE}' instance='{id}'/>");
         assert_eq!(marked(Some(&spelled)), ours);
         for other in
             ["", "<vm/>", "<vm instance='x'/>", "vm", "<!DOCTYPE vm [<!ENTITY a 'b'>]><vm instance='&a;'/>"]
         {
-            assert_eq!(marked(Some(other)), Owner::Stranger, "{other}");
+            assert_eq!(marked(Some(other)), DomainOwner::OtherClient, "{other}");
         }
         let foreign = format!("<v:vm xmlns:v='urn:x' instance='{id}'/>");
-        assert_eq!(marked(Some(&foreign)), Owner::Stranger);
-        assert_eq!(marked(None), Owner::Stranger);
+        assert_eq!(marked(Some(&foreign)), DomainOwner::OtherClient);
+        assert_eq!(marked(None), DomainOwner::OtherClient);
     }
 }

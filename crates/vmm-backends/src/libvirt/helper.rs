@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use vmm_core::backend::BackendErrorKind;
 use vmm_host::path::find_program;
-use vmm_libvirt_wire::{Failure, FailureKind};
+use vmm_libvirt_wire::{CallFailure, CallFailureKind};
 
-use super::link::Down;
+use super::link::LinkDown;
 use crate::sanitize;
 
 /// The program's name.
@@ -17,16 +17,16 @@ const LIBEXEC: &str = "../libexec/vmm-controlplane";
 
 /// Finds the helper: at `wanted` if it is an absolute path, or else beside the daemon, in the
 /// packages' folder, or on PATH.
-pub(super) fn find(wanted: &Path) -> Result<PathBuf, Down> {
+pub(super) fn find(wanted: &Path) -> Result<PathBuf, LinkDown> {
     let path = std::env::var_os("PATH");
     let found = if wanted.is_absolute() {
         find_program(wanted, None)
     } else {
         let own = std::env::current_exe().ok();
         let own = own.as_deref().and_then(Path::parent);
-        beside(wanted, own).map_or_else(|| find_program(wanted, path.as_deref()), Ok)
+        helper_beside(wanted, own).map_or_else(|| find_program(wanted, path.as_deref()), Ok)
     };
-    found.map_err(|problem| Down {
+    found.map_err(|problem| LinkDown {
         kind: BackendErrorKind::NotInstalled,
         message: format!(
             "the libvirt helper is missing: {problem}. The helper belongs beside vmm-controlplane; \
@@ -35,7 +35,7 @@ pub(super) fn find(wanted: &Path) -> Result<PathBuf, Down> {
     })
 }
 
-fn beside(wanted: &Path, own: Option<&Path>) -> Option<PathBuf> {
+fn helper_beside(wanted: &Path, own: Option<&Path>) -> Option<PathBuf> {
     let own = own?;
     [own.to_path_buf(), own.join(LIBEXEC)]
         .iter()
@@ -44,10 +44,10 @@ fn beside(wanted: &Path, own: Option<&Path>) -> Option<PathBuf> {
 
 /// Explains the end of a helper that wrote no reason to its stdout. `exit` is its exit status, and
 /// `said` the end of its stderr.
-pub(super) fn ended(exit: &str, said: &str) -> Down {
+pub(super) fn helper_exit_error(exit: &str, said: &str) -> LinkDown {
     let said = sanitize::sentence(said.trim());
     if said.contains("libvirt") && said.contains("shared librar") {
-        return Down {
+        return LinkDown {
             kind: BackendErrorKind::NotInstalled,
             message: format!(
                 "the library libvirt is missing: install it (Debian and Ubuntu: the package libvirt0); {PROGRAM} says: {said}"
@@ -55,14 +55,14 @@ pub(super) fn ended(exit: &str, said: &str) -> Down {
         };
     }
     let said = if said.is_empty() { String::new() } else { format!("; it says: {said}") };
-    Down { kind: BackendErrorKind::Unreachable, message: format!("{PROGRAM} ended ({exit}){said}") }
+    LinkDown { kind: BackendErrorKind::Unreachable, message: format!("{PROGRAM} ended ({exit}){said}") }
 }
 
 /// Returns an error if the user of the daemon can have no libvirtd at `uri`.
-pub(super) fn impossible(uri: &str, is_root: bool) -> Option<Down> {
+pub(super) fn missing_libvirtd(uri: &str, is_root: bool) -> Option<LinkDown> {
     // A libvirtd that root starts is the system's, and another user's libvirtd runs QEMU as that
     // user.
-    (is_root && is_session(uri)).then(|| Down {
+    (is_root && is_session(uri)).then(|| LinkDown {
         kind: BackendErrorKind::Host,
         message: format!(
             "{uri} is the libvirtd of one user, and root has none of that kind: set UNKEY_VMCP_QEMU_ENDPOINT to qemu:///system, or \
@@ -72,7 +72,7 @@ pub(super) fn impossible(uri: &str, is_root: bool) -> Option<Down> {
 }
 
 /// Explains the failure to reach libvirt at `uri`.
-pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
+pub(super) fn unreachable(uri: &str, failure: &CallFailure) -> LinkDown {
     let said = sanitize::sentence(&failure.message);
     let lower = said.to_lowercase();
     // libvirt reports these causes by text only. The advice depends on them, but the error's kind
@@ -90,7 +90,7 @@ pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
             "is libvirtd installed (Debian and Ubuntu: the packages libvirt-daemon and libvirt-daemon-driver-qemu)? libvirt starts it \
              for the daemon's user, unless LIBVIRT_AUTOSTART=0 forbids that",
         )
-    } else if failure.kind == FailureKind::Denied || lower.contains("permission denied") {
+    } else if failure.kind == CallFailureKind::Denied || lower.contains("permission denied") {
         (
             BackendErrorKind::Host,
             "let the daemon's user use libvirt: add it to the group libvirt (usermod -aG libvirt USER), and start the daemon again",
@@ -111,7 +111,7 @@ pub(super) fn unreachable(uri: &str, failure: &Failure) -> Down {
     } else {
         (BackendErrorKind::Unreachable, "look at libvirtd's log, and at UNKEY_VMCP_QEMU_ENDPOINT")
     };
-    Down { kind, message: format!("libvirt cannot be used at {uri}: {said}; {advice}") }
+    LinkDown { kind, message: format!("libvirt cannot be used at {uri}: {said}; {advice}") }
 }
 
 /// Returns the socket behind a URI, for people. libvirt finds it itself, from the same variables.
@@ -143,31 +143,31 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_with_its_package() {
         let refused = |kind, message: &str| {
-            let failure = Failure { kind, message: message.to_owned() };
+            let failure = CallFailure { kind, message: message.to_owned() };
             unreachable("qemu:///system", &failure).message
         };
         let absent = "Failed to connect socket to '/var/run/libvirt/libvirt-sock': No such file or directory";
         let table = [
-            (FailureKind::NoConnection, absent, "libvirt-daemon-system"),
+            (CallFailureKind::NoConnection, absent, "libvirt-daemon-system"),
             (
-                FailureKind::NoConnection,
+                CallFailureKind::NoConnection,
                 "no connection driver available for qemu:///system",
                 "libvirt-daemon-driver-qemu",
             ),
             (
-                FailureKind::NoConnection,
+                CallFailureKind::NoConnection,
                 "Failed to connect socket to '/x': Permission denied",
                 "group libvirt",
             ),
-            (FailureKind::Denied, "authentication unavailable: no polkit agent", "group libvirt"),
-            (FailureKind::Other, "could not find any emulator", "qemu-system-x86"),
+            (CallFailureKind::Denied, "authentication unavailable: no polkit agent", "group libvirt"),
+            (CallFailureKind::Other, "could not find any emulator", "qemu-system-x86"),
         ];
         for (kind, message, advice) in table {
             let told = refused(kind, message);
             assert!(told.contains(advice) && told.contains(message), "{told}");
         }
         let failure =
-            |message: &str| Failure { kind: FailureKind::NoConnection, message: message.to_owned() };
+            |message: &str| CallFailure { kind: CallFailureKind::NoConnection, message: message.to_owned() };
         for (message, advice) in [
             (
                 "Cannot create user runtime directory '/nonexistent/.cache/libvirt': Permission denied",
@@ -178,15 +178,15 @@ mod tests {
             let told = unreachable("qemu:///session", &failure(message)).message;
             assert!(told.contains(advice) && !told.contains("group libvirt"), "{told}");
         }
-        let told = impossible("qemu:///session", true).unwrap().message;
+        let told = missing_libvirtd("qemu:///session", true).unwrap().message;
         assert!(told.contains("qemu:///system"), "{told}");
-        assert!(impossible("qemu:///session", false).is_none());
-        assert!(impossible("qemu:///system", true).is_none());
+        assert!(missing_libvirtd("qemu:///session", false).is_none());
+        assert!(missing_libvirtd("qemu:///system", true).is_none());
         let loader = "error while loading shared libraries: libvirt.so.0: cannot open shared object file";
-        let told = ended("exit status 127", loader);
+        let told = helper_exit_error("exit status 127", loader);
         assert!(told.message.contains("libvirt0"), "{}", told.message);
         assert_eq!(told.kind, BackendErrorKind::NotInstalled);
-        assert!(ended("exit status 1", "").message.ends_with("(exit status 1)"));
+        assert!(helper_exit_error("exit status 1", "").message.ends_with("(exit status 1)"));
         let told = find(Path::new("vmm-no-such-helper")).unwrap_err();
         assert!(told.message.contains("make libvirt-helper"), "{}", told.message);
         assert_eq!(told.kind, BackendErrorKind::NotInstalled);
@@ -197,14 +197,14 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let root = tempfile::tempdir().unwrap();
         let (bin, libexec) = (root.path().join("bin"), root.path().join("libexec/vmm-controlplane"));
-        let mut found = vec![beside(Path::new(PROGRAM), Some(&bin))];
+        let mut found = vec![helper_beside(Path::new(PROGRAM), Some(&bin))];
         for folder in [&libexec, &bin] {
             std::fs::create_dir_all(folder).unwrap();
             std::fs::create_dir_all(&bin).unwrap();
             let program = folder.join(PROGRAM);
             std::fs::write(&program, "").unwrap();
             std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-            found.push(beside(Path::new(PROGRAM), Some(&bin)));
+            found.push(helper_beside(Path::new(PROGRAM), Some(&bin)));
         }
         let shown: Vec<_> = found.iter().map(|path| Some(path.as_ref()?.canonicalize().unwrap())).collect();
         let there = |folder: &Path| Some(folder.join(PROGRAM).canonicalize().unwrap());

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   Starting ── ready ──► Up ── closed, or helper ended ──► Down ── a pause, `ready` ──► Starting
-//!       └── unreachable, no helper ───────────────────────►
+//!       └── unreachable, no helper ──────────────────────────►
 //!
 //!   call ──► stdin of the helper ──► … ──► its answer, by id
 //!   events ──► the watch of their domain ── or discovery, if there is no watch
@@ -24,10 +24,12 @@ use tokio::task::AbortHandle;
 use tracing::{Instrument as _, info, warn};
 use uuid::Uuid;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
-use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Lifecycle, MAX_LINE, Request, WaitsFor, to_line};
+use vmm_libvirt_wire::{
+    Call, CallFailure, CallFailureKind, CallRequest, CallResult, Lifecycle, MAX_LINE, WaitsFor, to_line,
+};
 
-use super::domain::LOOKING;
-use super::keeper::keep;
+use super::domain::QUICK_CALL_TIMEOUT;
+use super::helper_supervisor::supervise;
 use crate::sanitize;
 
 /// The most events that wait for one VM's watch.
@@ -35,38 +37,38 @@ const EVENTS: usize = 256;
 
 /// The state of the connection.
 #[derive(Clone, Debug)]
-pub(super) enum State {
+pub(super) enum LinkState {
     /// A helper is connecting.
     Starting,
     /// libvirt answers.
-    Up(Up),
+    Up(LibvirtVersions),
     /// There is no connection. The number of the failed attempt counts from 1.
-    Down(u64, Down),
+    Down(u64, LinkDown),
 }
 
 /// The versions that libvirt reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Up {
+pub(super) struct LibvirtVersions {
     pub(super) libvirt: String,
     pub(super) hypervisor: String,
 }
 
 /// The reason for the missing connection, and the advice.
 #[derive(Clone, Debug)]
-pub(super) struct Down {
+pub(super) struct LinkDown {
     pub(super) kind: BackendErrorKind,
     pub(super) message: String,
 }
 
-impl From<Down> for BackendError {
-    fn from(down: Down) -> Self {
+impl From<LinkDown> for BackendError {
+    fn from(down: LinkDown) -> Self {
         Self::new(down.kind, Effect::NotApplied, down.message)
     }
 }
 
 /// An event for a VM's watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Event {
+pub(super) enum DomainEvent {
     /// An event of libvirt.
     Lifecycle(Lifecycle),
     /// An event of QEMU: its name and data.
@@ -77,7 +79,7 @@ pub(super) enum Event {
 
 /// An event for discovery, which receives the events of all domains without a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Stray {
+pub(super) enum UnwatchedEvent {
     /// The state of a domain without a watch has changed.
     Changed(Uuid),
     /// A domain was undefined.
@@ -90,24 +92,24 @@ pub(super) enum Stray {
 
 /// The connection of one backend.
 #[derive(Debug)]
-pub(super) struct Link {
-    inner: Arc<Inner>,
+pub(super) struct LibvirtLink {
+    inner: Arc<LinkShared>,
     task: OnceLock<AbortHandle>,
 }
 
 /// The parts of the link that the task of the helper shares.
 #[derive(Debug)]
-pub(super) struct Inner {
+pub(super) struct LinkShared {
     pub(super) uri: String,
     pub(super) program: PathBuf,
-    pub(super) state: watch::Sender<State>,
+    pub(super) state: watch::Sender<LinkState>,
     /// Notified when a caller waits for a connection.
     pub(super) retry: Notify,
     next: AtomicU64,
-    pending: Mutex<HashMap<u64, oneshot::Sender<Result<Got, Failure>>>>,
+    pending: Mutex<HashMap<u64, oneshot::Sender<Result<CallResult, CallFailure>>>>,
     outgoing: Mutex<Option<mpsc::Sender<Vec<u8>>>>,
-    watches: Mutex<HashMap<Uuid, mpsc::Sender<Event>>>,
-    strays: Mutex<Option<mpsc::UnboundedSender<Stray>>>,
+    watches: Mutex<HashMap<Uuid, mpsc::Sender<DomainEvent>>>,
+    strays: Mutex<Option<mpsc::UnboundedSender<UnwatchedEvent>>>,
     /// Set when a call was not answered that needs neither QEMU nor the host. Then the helper or
     /// libvirtd hangs, and a new helper replaces the connection.
     pub(super) hangs: AtomicBool,
@@ -116,7 +118,7 @@ pub(super) struct Inner {
     suspected: AtomicBool,
 }
 
-impl Drop for Link {
+impl Drop for LibvirtLink {
     fn drop(&mut self) {
         if let Some(task) = self.task.get() {
             task.abort();
@@ -124,12 +126,12 @@ impl Drop for Link {
     }
 }
 
-impl Link {
+impl LibvirtLink {
     pub(super) fn new(uri: String, program: PathBuf) -> Self {
-        let inner = Inner {
+        let inner = LinkShared {
             uri,
             program,
-            state: watch::Sender::new(State::Starting),
+            state: watch::Sender::new(LinkState::Starting),
             retry: Notify::new(),
             next: AtomicU64::new(1),
             pending: Mutex::default(),
@@ -147,60 +149,60 @@ impl Link {
     /// there surely is a runtime.
     fn start(&self) {
         self.task.get_or_init(|| {
-            let task = keep(Arc::clone(&self.inner));
+            let task = supervise(Arc::clone(&self.inner));
             tokio::spawn(task.instrument(tracing::info_span!(parent: None, "libvirt", uri = self.inner.uri)))
                 .abort_handle()
         });
     }
 
     /// Returns the state of the connection.
-    pub(super) fn state(&self) -> State {
+    pub(super) fn state(&self) -> LinkState {
         self.start();
         self.inner.state.borrow().clone()
     }
 
     /// Waits until there is a connection, for at most `within`. A lost connection is tried again at
     /// once.
-    pub(super) async fn ready(&self, within: Duration) -> Result<Up, Down> {
+    pub(super) async fn ready(&self, within: Duration) -> Result<LibvirtVersions, LinkDown> {
         self.start();
         let mut states = self.inner.state.subscribe();
         // The attempt counter distinguishes a failure before this call from a later one. Without it
-        // the old `Down` state would end the wait at once, although the notification below starts a
-        // new attempt whose result counts. `Starting` counts as attempt 0, so its failure ends the
-        // wait, too. A permit of `notify_one` is kept if the task does not wait at this moment, so
-        // the notification cannot be lost.
+        // the old `LinkDown` state would end the wait at once, although the notification below
+        // starts a new attempt whose result counts. `Starting` counts as attempt 0, so its failure
+        // ends the wait, too. A permit of `notify_one` is kept if the task does not wait at this
+        // moment, so the notification cannot be lost.
         let known = match &*states.borrow_and_update() {
-            State::Up(up) => return Ok(up.clone()),
-            State::Down(attempt, _) => *attempt,
-            State::Starting => 0,
+            LinkState::Up(up) => return Ok(up.clone()),
+            LinkState::Down(attempt, _) => *attempt,
+            LinkState::Starting => 0,
         };
         self.inner.retry.notify_one();
         let settled = states.wait_for(|state| match state {
-            State::Up(_) => true,
-            State::Down(attempt, _) => *attempt > known,
-            State::Starting => false,
+            LinkState::Up(_) => true,
+            LinkState::Down(attempt, _) => *attempt > known,
+            LinkState::Starting => false,
         });
         match tokio::time::timeout(within, settled).await {
             Ok(Ok(state)) => match &*state {
-                State::Up(up) => Ok(up.clone()),
-                State::Down(_, down) => Err(down.clone()),
-                State::Starting => Err(self.inner.still_connecting()),
+                LinkState::Up(up) => Ok(up.clone()),
+                LinkState::Down(_, down) => Err(down.clone()),
+                LinkState::Starting => Err(self.inner.still_connecting()),
             },
             Ok(Err(_)) | Err(_) => Err(self.inner.still_connecting()),
         }
     }
 
     /// Makes one call over the present connection.
-    pub(super) async fn call(&self, call: Call, within: Duration) -> Result<Got, CallError> {
+    pub(super) async fn call(&self, call: Call, within: Duration) -> Result<CallResult, CallError> {
         self.start();
         self.inner.call(call, within).await
     }
 
     /// Sends the events of one domain to the returned receiver, until it is dropped.
-    pub(super) fn watch(&self, domain: Uuid) -> Watched {
+    pub(super) fn watch(&self, domain: Uuid) -> DomainEvents {
         let (sender, events) = mpsc::channel(EVENTS);
         lock(&self.inner.watches).insert(domain, sender);
-        Watched { inner: Arc::clone(&self.inner), domain, events }
+        DomainEvents { inner: Arc::clone(&self.inner), domain, events }
     }
 
     /// Returns true if a domain has a watch.
@@ -210,7 +212,7 @@ impl Link {
 
     /// Sends the events of all domains without a watch to the returned receiver. A second receiver
     /// replaces the first.
-    pub(super) fn strays(&self) -> mpsc::UnboundedReceiver<Stray> {
+    pub(super) fn unwatched_events(&self) -> mpsc::UnboundedReceiver<UnwatchedEvent> {
         self.start();
         let (sender, strays) = mpsc::unbounded_channel();
         *lock(&self.inner.strays) = Some(sender);
@@ -219,16 +221,16 @@ impl Link {
 }
 
 #[cfg(test)]
-impl Link {
+impl LibvirtLink {
     /// Returns a connection to a libvirt that answers each call with `answer`.
-    pub(super) fn scripted(answer: impl Fn(Call) -> Got + Send + 'static) -> Self {
+    pub(super) fn scripted(answer: impl Fn(Call) -> CallResult + Send + 'static) -> Self {
         let link = Self::new("test:///scripted".to_owned(), PathBuf::new());
         let (sender, mut asked) = mpsc::channel::<Vec<u8>>(EVENTS);
         link.inner.connected("libvirt".to_owned(), "QEMU".to_owned(), sender);
         let inner = Arc::downgrade(&link.inner);
         let task = async move {
             while let (Some(line), Some(inner)) = (asked.recv().await, inner.upgrade()) {
-                let Ok(Request { id, call, .. }) = serde_json::from_slice(&line) else { return };
+                let Ok(CallRequest { id, call, .. }) = serde_json::from_slice(&line) else { return };
                 inner.answered(id, Some(answer(call)), None);
             }
         };
@@ -242,7 +244,7 @@ impl Link {
 pub(super) enum CallError {
     /// There is no connection.
     #[error("{}", .0.message)]
-    Down(Down),
+    Down(LinkDown),
     /// The connection was lost before the answer came.
     #[error("the connection to libvirt was lost during {name}; the daemon connects again")]
     Lost { name: &'static str, only_reads: bool },
@@ -254,22 +256,22 @@ pub(super) enum CallError {
     Full { name: &'static str, within: Duration },
     /// libvirt refused the call.
     #[error("libvirt says: {}", sanitize::sentence(&.0.message))]
-    Failed(Failure),
+    Failed(CallFailure),
     /// The helper's answer, or the daemon's request, is malformed.
     #[error("the libvirt helper and the daemon do not understand each other: {0}")]
-    Senseless(String),
+    Malformed(String),
 }
 
 impl CallError {
     /// Returns the kind of libvirt's refusal, if libvirt refused the call.
-    pub(super) fn refusal(&self) -> Option<FailureKind> {
+    pub(super) fn refusal(&self) -> Option<CallFailureKind> {
         match self {
             Self::Failed(failure) => Some(failure.kind),
             Self::Down(_)
             | Self::Lost { .. }
             | Self::Silent { .. }
             | Self::Full { .. }
-            | Self::Senseless(_) => None,
+            | Self::Malformed(_) => None,
         }
     }
 }
@@ -283,31 +285,31 @@ impl From<CallError> for BackendError {
             CallError::Silent { only_reads, .. } => (BackendErrorKind::Timeout, sent(only_reads)),
             CallError::Full { .. } => (BackendErrorKind::Host, Effect::NotApplied),
             CallError::Failed(failure) => match failure.kind {
-                FailureKind::NoDomain => (BackendErrorKind::Gone, Effect::NotApplied),
-                FailureKind::WrongState | FailureKind::Other => {
+                CallFailureKind::NoDomain => (BackendErrorKind::Gone, Effect::NotApplied),
+                CallFailureKind::WrongState | CallFailureKind::Other => {
                     return Self::refused(Effect::NotApplied, error.to_string()).caused_by(error);
                 }
                 // The helper did not pass the call on to libvirt, so the call says nothing about
                 // the VM.
-                FailureKind::Busy => (BackendErrorKind::Host, Effect::NotApplied),
-                FailureKind::Timeout => (BackendErrorKind::Timeout, Effect::NotApplied),
-                FailureKind::NoConnection => (BackendErrorKind::Unreachable, Effect::Unknown),
-                FailureKind::Denied => (BackendErrorKind::Host, Effect::NotApplied),
-                FailureKind::Unsupported => (BackendErrorKind::Rejected, Effect::NotApplied),
+                CallFailureKind::Busy => (BackendErrorKind::Host, Effect::NotApplied),
+                CallFailureKind::Timeout => (BackendErrorKind::Timeout, Effect::NotApplied),
+                CallFailureKind::NoConnection => (BackendErrorKind::Unreachable, Effect::Unknown),
+                CallFailureKind::Denied => (BackendErrorKind::Host, Effect::NotApplied),
+                CallFailureKind::Unsupported => (BackendErrorKind::Rejected, Effect::NotApplied),
             },
-            CallError::Senseless(_) => (BackendErrorKind::Protocol, Effect::Unknown),
+            CallError::Malformed(_) => (BackendErrorKind::Protocol, Effect::Unknown),
         };
         Self::new(kind, effect, error.to_string()).caused_by(error)
     }
 }
 
 /// The entry of a call that waits for its answer. Removed when dropped.
-struct Pending<'a> {
-    inner: &'a Inner,
+struct PendingCall<'a> {
+    inner: &'a LinkShared,
     id: u64,
 }
 
-impl Drop for Pending<'_> {
+impl Drop for PendingCall<'_> {
     fn drop(&mut self) {
         lock(&self.inner.pending).remove(&self.id);
     }
@@ -315,20 +317,20 @@ impl Drop for Pending<'_> {
 
 /// The events of one domain.
 #[derive(Debug)]
-pub(super) struct Watched {
-    inner: Arc<Inner>,
+pub(super) struct DomainEvents {
+    inner: Arc<LinkShared>,
     domain: Uuid,
-    pub(super) events: mpsc::Receiver<Event>,
+    pub(super) events: mpsc::Receiver<DomainEvent>,
 }
 
-impl Watched {
+impl DomainEvents {
     /// Returns the domain.
     pub(super) fn domain(&self) -> Uuid {
         self.domain
     }
 }
 
-impl Drop for Watched {
+impl Drop for DomainEvents {
     fn drop(&mut self) {
         {
             let mut watches = lock(&self.inner.watches);
@@ -340,32 +342,32 @@ impl Drop for Watched {
         }
         // An unread start event may belong to the next run, so discovery receives it.
         while let Ok(event) = self.events.try_recv() {
-            if event == Event::Lifecycle(Lifecycle::Started) {
-                self.inner.stray(Stray::Changed(self.domain));
+            if event == DomainEvent::Lifecycle(Lifecycle::Started) {
+                self.inner.send_unwatched(UnwatchedEvent::Changed(self.domain));
             }
         }
     }
 }
 
-impl Inner {
-    async fn call(self: &Arc<Self>, call: Call, within: Duration) -> Result<Got, CallError> {
+impl LinkShared {
+    async fn call(self: &Arc<Self>, call: Call, within: Duration) -> Result<CallResult, CallError> {
         let (name, only_reads) = (call.name(), call.only_reads());
         let waits_for = call.waits_for();
         let outgoing = lock(&self.outgoing).clone();
         let Some(outgoing) = outgoing else { return Err(CallError::Down(self.why_down())) };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let within_ms = u64::try_from(within.as_millis()).ok();
-        let line = to_line(&Request { id, within_ms, call })
-            .map_err(|error| CallError::Senseless(error.to_string()))?;
+        let line = to_line(&CallRequest { id, within_ms, call })
+            .map_err(|error| CallError::Malformed(error.to_string()))?;
         if line.len() > MAX_LINE {
-            return Err(CallError::Senseless("the request is too long".to_owned()));
+            return Err(CallError::Malformed("the request is too long".to_owned()));
         }
         let (reply, answer) = oneshot::channel();
         // The entry exists before the request is written, because the answer may come before `send`
         // returns. `_pending` removes the entry on every path, so a late answer finds none and is
         // dropped.
         lock(&self.pending).insert(id, reply);
-        let _pending = Pending { inner: self, id };
+        let _pending = PendingCall { inner: self, id };
         let deadline = tokio::time::Instant::now() + within;
         match tokio::time::timeout_at(deadline, outgoing.send(line)).await {
             Ok(Ok(())) => {}
@@ -385,7 +387,7 @@ impl Inner {
                         self.hangs.store(true, Ordering::Relaxed);
                         self.hung.notify_one();
                     }
-                    WaitsFor::Host | WaitsFor::Qemu(_) => self.suspect(),
+                    WaitsFor::Host | WaitsFor::Qemu(_) => self.test_for_hang(),
                 }
                 Err(CallError::Silent { name, only_reads, within })
             }
@@ -394,7 +396,7 @@ impl Inner {
 
     /// Starts a test call that finds out whether one QEMU hangs, or the helper or libvirtd. At most
     /// one runs at a time.
-    fn suspect(self: &Arc<Self>) {
+    fn test_for_hang(self: &Arc<Self>) {
         if self.suspected.swap(true, Ordering::Relaxed) {
             return;
         }
@@ -402,20 +404,20 @@ impl Inner {
         tokio::spawn(async move {
             // No domain has this UUID. Any answer proves that libvirtd answers. Silence sets
             // `hangs` in `call`.
-            let _ = Box::pin(inner.call(Call::Look { uuid: Uuid::nil() }, LOOKING)).await;
+            let _ = Box::pin(inner.call(Call::Look { uuid: Uuid::nil() }, QUICK_CALL_TIMEOUT)).await;
             inner.suspected.store(false, Ordering::Relaxed);
         });
     }
 
-    fn why_down(&self) -> Down {
+    fn why_down(&self) -> LinkDown {
         match &*self.state.borrow() {
-            State::Down(_, down) => down.clone(),
-            State::Starting | State::Up(_) => self.still_connecting(),
+            LinkState::Down(_, down) => down.clone(),
+            LinkState::Starting | LinkState::Up(_) => self.still_connecting(),
         }
     }
 
-    fn still_connecting(&self) -> Down {
-        Down {
+    fn still_connecting(&self) -> LinkDown {
+        LinkDown {
             kind: BackendErrorKind::Unreachable,
             message: format!(
                 "libvirt at {} has not answered yet; at its first use it looks at QEMU, which may take half a minute: try again",
@@ -434,24 +436,24 @@ impl Inner {
     pub(super) fn connected(&self, libvirt: String, hypervisor: String, sender: mpsc::Sender<Vec<u8>>) {
         info!(libvirt, hypervisor, "the daemon is connected to libvirt");
         *lock(&self.outgoing) = Some(sender);
-        self.state.send_replace(State::Up(Up { libvirt, hypervisor }));
+        self.state.send_replace(LinkState::Up(LibvirtVersions { libvirt, hypervisor }));
         for watch in lock(&self.watches).values() {
             // A watch whose queue is full compares the state anyway.
-            let _ = watch.try_send(Event::Connected);
+            let _ = watch.try_send(DomainEvent::Connected);
         }
-        self.stray(Stray::Connected);
+        self.send_unwatched(UnwatchedEvent::Connected);
     }
 
     /// Passes an answer to the call that waits for it.
-    pub(super) fn answered(&self, id: u64, ok: Option<Got>, failed: Option<Failure>) {
+    pub(super) fn answered(&self, id: u64, ok: Option<CallResult>, failed: Option<CallFailure>) {
         let waiting = lock(&self.pending).remove(&id);
         // The call has given up before its answer came.
         let Some(waiting) = waiting else { return };
         let answer = match (ok, failed) {
             (Some(got), None) => Ok(got),
             (_, Some(failure)) => Err(failure),
-            (None, None) => Err(Failure {
-                kind: FailureKind::Other,
+            (None, None) => Err(CallFailure {
+                kind: CallFailureKind::Other,
                 message: "the helper's answer says neither yes nor no".to_owned(),
             }),
         };
@@ -459,9 +461,9 @@ impl Inner {
     }
 
     /// Passes an event to the watch of its domain, or to discovery.
-    pub(super) fn happened(&self, domain: Uuid, event: Event) {
-        if event == Event::Lifecycle(Lifecycle::Undefined) {
-            self.stray(Stray::Undefined(domain));
+    pub(super) fn pass_on(&self, domain: Uuid, event: DomainEvent) {
+        if event == DomainEvent::Lifecycle(Lifecycle::Undefined) {
+            self.send_unwatched(UnwatchedEvent::Undefined(domain));
         }
         let watch = lock(&self.watches).get(&domain).cloned();
         match watch.map(|watch| watch.try_send(event)) {
@@ -469,19 +471,21 @@ impl Inner {
             Some(Err(mpsc::error::TrySendError::Full(event))) => {
                 warn!(%domain, ?event, "an event of libvirt was dropped, because too many events wait");
             }
-            Some(Err(mpsc::error::TrySendError::Closed(_))) | None => self.stray(Stray::Changed(domain)),
+            Some(Err(mpsc::error::TrySendError::Closed(_))) | None => {
+                self.send_unwatched(UnwatchedEvent::Changed(domain))
+            }
         }
     }
 
     /// Sends an event to discovery.
-    pub(super) fn stray(&self, stray: Stray) {
+    pub(super) fn send_unwatched(&self, stray: UnwatchedEvent) {
         if let Some(strays) = &*lock(&self.strays) {
             let _ = strays.send(stray);
         }
     }
 
     /// Waits until libvirt was found to hang.
-    pub(super) async fn hung_up(&self) {
+    pub(super) async fn wait_for_hang(&self) {
         while !self.hangs.load(Ordering::Relaxed) {
             self.hung.notified().await;
         }

@@ -1,11 +1,11 @@
 //! QEMU through libvirt: one domain per VM, which libvirtd defines, starts and ends.
 //!
 //! ```text
-//!   LibvirtBackend ── check ──► Report                        check, convert, cpu: pure
+//!   LibvirtBackend ── check ──► CheckReport                   check, convert, cpu: pure
 //!      │ launch: define, start, resume     adopt: look, prove      discover: list, events
 //!      ▼                                     ▼                       ▼
-//!   LibvirtVmm, Watch ──► Link ──► vmm-libvirt-helper ──► libvirtd ──► qemu-system-x86_64
-//!      └───────────── pidfd ───────────────────────────────────────────────┘
+//!   LibvirtVmm, DomainMonitor ─► LibvirtLink ─► vmm-libvirt-helper ─► libvirtd ─► QEMU
+//!      └────────────────────────────── pidfd ─────────────────────────────────────┘
 //! ```
 //!
 //! The daemon does not link libvirt. [`helper`] finds a separate program that does, so the daemon
@@ -21,14 +21,14 @@ mod describe;
 mod discover;
 mod domain;
 pub mod helper;
-mod keeper;
+mod helper_supervisor;
 mod link;
+mod monitor;
 mod process;
 mod run;
 mod start;
 mod sweep;
 mod vmm;
-mod watch;
 mod xml;
 
 use std::path::PathBuf;
@@ -38,25 +38,25 @@ use std::time::Duration;
 use async_trait::async_trait;
 use uuid::Uuid;
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, LaunchedVmm,
     SweepRequest,
 };
 use vmm_core::capabilities::{EndpointMode, MachineFact, PanicFact};
+use vmm_core::discovery::Discoverer;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::Discover;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
 
 use crate::qemu::convert::Accelerator;
 use crate::qemu::{self, KvmMode};
-use convert::Label;
-use link::{Link, State};
+use convert::QemuUser;
+use link::{LibvirtLink, LinkState};
 
 pub use crate::qemu::NAME;
 
 /// The longest wait of a health check for a connection.
-const CONNECTING: Duration = Duration::from_secs(3);
+const HEALTH_CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// The settings of the backend.
 #[derive(Clone, Debug)]
 pub struct LibvirtOptions {
@@ -90,10 +90,10 @@ impl LibvirtOptions {
 pub struct LibvirtBackend {
     options: LibvirtOptions,
     /// The user that QEMU runs as, or `None` for libvirt's choice.
-    label: Option<Label>,
+    label: Option<QemuUser>,
     /// The socket of libvirtd.
     socket: PathBuf,
-    link: Arc<Link>,
+    link: Arc<LibvirtLink>,
     capabilities: Capabilities,
 }
 
@@ -101,14 +101,14 @@ impl LibvirtBackend {
     /// Returns the backend. The first use connects.
     pub fn new(options: LibvirtOptions) -> Self {
         // A user's own libvirtd runs every QEMU as that user.
-        let label = (!helper::is_session(&options.uri)).then(|| Label {
+        let label = (!helper::is_session(&options.uri)).then(|| QemuUser {
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
         });
         Self {
             label,
             socket: helper::socket_of(&options.uri, |name| std::env::var_os(name)),
-            link: Arc::new(Link::new(options.uri.clone(), options.helper.clone())),
+            link: Arc::new(LibvirtLink::new(options.uri.clone(), options.helper.clone())),
             capabilities: capabilities(),
             options,
         }
@@ -122,8 +122,8 @@ impl LibvirtBackend {
     /// Returns the version of QEMU, or an empty text without a connection.
     fn hypervisor(&self) -> String {
         match self.link.state() {
-            State::Up(up) => up.hypervisor,
-            State::Starting | State::Down(..) => String::new(),
+            LinkState::Up(up) => up.hypervisor,
+            LinkState::Starting | LinkState::Down(..) => String::new(),
         }
     }
 
@@ -133,7 +133,7 @@ impl LibvirtBackend {
     }
 
     fn is_up(&self) -> bool {
-        matches!(self.link.state(), State::Up(_))
+        matches!(self.link.state(), LinkState::Up(_))
     }
 }
 
@@ -157,15 +157,15 @@ impl Backend for LibvirtBackend {
         &self.capabilities
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         check::check(spec, self.accelerator())
     }
 
-    fn advise_on_host(&self, _spec: &VmSpec, report: &mut Report) {
+    fn advise_on_host(&self, _spec: &VmSpec, report: &mut CheckReport) {
         self.options.kvm.choose().advise(report);
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         start::launch(self, request).await
     }
 
@@ -178,7 +178,7 @@ impl Backend for LibvirtBackend {
     }
 
     async fn ping(&self) -> BackendHealth {
-        let version = match self.link.ready(CONNECTING).await {
+        let version = match self.link.ready(HEALTH_CONNECT_TIMEOUT).await {
             Ok(up) => {
                 let firmware = start::look_for_firmware().await;
                 firmware.map(|()| format!("{} (libvirt {})", up.hypervisor, up.libvirt))
@@ -196,7 +196,7 @@ impl Backend for LibvirtBackend {
         matches!(kind, VmKind::Libvirt { uri, .. } if *uri == self.options.uri)
     }
 
-    fn discovery(&self) -> Option<&dyn Discover> {
+    fn discovery(&self) -> Option<&dyn Discoverer> {
         Some(self)
     }
 }

@@ -18,11 +18,11 @@ use uuid::Uuid;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_core::store::ProcessIdentity;
 use vmm_host::path::real_name;
-use vmm_host::process::{self, Found, Lookup, Process, search_by_option};
-use vmm_libvirt_wire::{Call, FailureKind, Got};
+use vmm_host::process::{self, Lookup, Process, ProcessMatch, search_by_option};
+use vmm_libvirt_wire::{Call, CallFailureKind, CallResult};
 
 use super::LibvirtBackend;
-use super::domain::LOOKING;
+use super::domain::QUICK_CALL_TIMEOUT;
 
 /// A domain whose QEMU is looked for.
 #[derive(Clone, Copy, Debug)]
@@ -80,7 +80,7 @@ impl LibvirtBackend {
 
     /// Returns the processes that have the domain's UUID among their arguments, as libvirt puts it
     /// there, and whose programs are called as a QEMU.
-    async fn claimants(&self, domain: Uuid) -> Result<Vec<Found>, String> {
+    async fn claimants(&self, domain: Uuid) -> Result<Vec<ProcessMatch>, String> {
         let found = search_by_option("-uuid", domain.to_string()).await;
         let mut found = found.map_err(|error| format!("the host's processes cannot be listed: {error}"))?;
         let own = real_name(&self.options.emulator);
@@ -102,11 +102,11 @@ impl LibvirtBackend {
         }
         // The call keeps its usual limit and is dropped from outside, because a call that exceeds
         // its own limit marks the connection as hanging.
-        let xml = self.link.call(Call::Xml { uuid: sought.domain }, LOOKING.max(within));
+        let xml = self.link.call(Call::Xml { uuid: sought.domain }, QUICK_CALL_TIMEOUT.max(within));
         match timeout(within, xml).await {
-            Ok(Ok(Got::Xml { xml })) => user_in(&xml),
+            Ok(Ok(CallResult::Xml { xml })) => user_in(&xml),
             Ok(Ok(_)) => Err("libvirt has answered another question".to_owned()),
-            Ok(Err(error)) if error.refusal() == Some(FailureKind::NoDomain) => Ok(User::NoQemu),
+            Ok(Err(error)) if error.refusal() == Some(CallFailureKind::NoDomain) => Ok(User::NoQemu),
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err(format!("libvirt has not told the user of its QEMU within {within:?}")),
         }
@@ -143,7 +143,7 @@ fn uid_of(name: &str) -> Option<u32> {
     users.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.split(':').nth(1)?.parse().ok())
 }
 
-fn one_of(domain: Uuid, found: Vec<Found>) -> Result<Option<Process>, String> {
+fn one_of(domain: Uuid, found: Vec<ProcessMatch>) -> Result<Option<Process>, String> {
     let mut found = found.into_iter();
     let Some(qemu) = found.next() else { return Ok(None) };
     // Two processes of one user with one UUID cannot be told apart, so that neither is touched.

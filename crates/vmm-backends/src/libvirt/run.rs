@@ -7,19 +7,19 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument as _;
 use uuid::Uuid;
-use vmm_core::backend::{GuestState, Launched};
+use vmm_core::backend::{GuestState, LaunchedVmm};
 use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
 use vmm_host::process::Process;
-use vmm_libvirt_wire::{Call, DomainState, Got};
+use vmm_libvirt_wire::{Call, CallResult, DomainState};
 
 use super::describe::describe;
-use super::domain::{LOOKING, guest_state, senseless};
-use super::link::{Link, Watched};
+use super::domain::{QUICK_CALL_TIMEOUT, guest_state, unexpected_answer};
+use super::link::{DomainEvents, LibvirtLink};
+use super::monitor::DomainMonitor;
 use super::vmm::LibvirtVmm;
-use super::watch::Watch;
-use crate::ordered::Ordered;
-use crate::qemu::ending::Patience;
+use crate::guest_orders::GuestOrders;
+use crate::qemu::exit_schedule::ExitTimeouts;
 use crate::throttle::Throttle;
 
 /// The most events that wait for the VM's owner.
@@ -27,7 +27,7 @@ const EVENTS: usize = 256;
 
 /// The facts about a run other than its process.
 #[derive(Clone, Debug)]
-pub(super) struct Facts {
+pub(super) struct DomainRunFacts {
     pub(super) domain: Uuid,
     pub(super) socket: PathBuf,
     pub(super) version: String,
@@ -40,11 +40,11 @@ pub(super) struct Facts {
     pub(super) taps: Vec<String>,
 }
 
-impl Facts {
+impl DomainRunFacts {
     /// Returns the facts with the TAPs that libvirt has given to an imported domain for this run.
-    pub(super) async fn with_live_taps(mut self, link: &Link) -> Self {
+    pub(super) async fn with_live_taps(mut self, link: &LibvirtLink) -> Self {
         if self.imported {
-            self.taps = live_taps(link, self.domain, LOOKING).await.unwrap_or_default();
+            self.taps = live_taps(link, self.domain, QUICK_CALL_TIMEOUT).await.unwrap_or_default();
         }
         self
     }
@@ -65,10 +65,10 @@ impl Facts {
 }
 
 /// Returns the TAPs that a running domain has now, or `None` if libvirt does not report them.
-pub(super) async fn live_taps(link: &Link, domain: Uuid, within: Duration) -> Option<Vec<String>> {
+pub(super) async fn live_taps(link: &LibvirtLink, domain: Uuid, within: Duration) -> Option<Vec<String>> {
     let told = match link.call(Call::Xml { uuid: domain }, within).await {
-        Ok(Got::Xml { xml }) => describe(&xml),
-        Ok(other) => Err(senseless(&other).to_string()),
+        Ok(CallResult::Xml { xml }) => describe(&xml),
+        Ok(other) => Err(unexpected_answer(&other).to_string()),
         Err(error) => Err(error.to_string()),
     };
     told.map(|told| told.taps)
@@ -79,19 +79,19 @@ pub(super) async fn live_taps(link: &Link, domain: Uuid, within: Duration) -> Op
 /// Returns the handle, and starts the task that watches the domain. `state` is the last known state
 /// of the domain.
 pub(super) fn assemble(
-    link: &Arc<Link>,
-    watched: Watched,
+    link: &Arc<LibvirtLink>,
+    watched: DomainEvents,
     process: Process,
-    facts: Facts,
+    facts: DomainRunFacts,
     run: RunRecord,
     state: DomainState,
-) -> (Arc<LibvirtVmm>, Launched) {
+) -> (Arc<LibvirtVmm>, LaunchedVmm) {
     let (sender, events) = mpsc::channel(EVENTS);
-    let guest = Arc::new(Ordered::new(guest_state(state) == GuestState::Running));
+    let guest = Arc::new(GuestOrders::new(guest_state(state) == GuestState::Running));
     let (wanted, handle) = oneshot::channel();
     // The handle and the watch share `guest`, so that the events of an order are not reported as
     // another client's.
-    let mut watch = Watch {
+    let mut watch = DomainMonitor {
         watched,
         process: process.clone(),
         link: Arc::clone(link),
@@ -100,7 +100,7 @@ pub(super) fn assemble(
         reason: None,
         ended: None,
         // An imported domain is ended by force only, so a hanging QEMU is not woken there.
-        patience: (!facts.imported).then_some(Patience::WITH_LIBVIRTS),
+        patience: (!facts.imported).then_some(ExitTimeouts::WITH_LIBVIRTS),
         end: None,
         handle,
         throttle: Throttle::new(),
@@ -120,5 +120,5 @@ pub(super) fn assemble(
         taps: facts.taps,
         _wanted: wanted,
     });
-    (Arc::clone(&vmm), Launched { vmm, events })
+    (Arc::clone(&vmm), LaunchedVmm { vmm, events })
 }

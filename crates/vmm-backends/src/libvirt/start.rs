@@ -12,32 +12,30 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched, Vmm as _};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, LaunchedVmm, Vmm as _};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
 use vmm_host::run_dir;
 use vmm_libvirt_wire::{Call, Domain, DomainState};
 
-use super::convert::{self, Inputs};
-use super::domain::{LOOKING, Owner, is_active, owner};
-use super::link::{CallError, Watched};
+use super::convert::{self, DomainInputs};
+use super::domain::{DomainOwner, END_POLL_INTERVAL, QUICK_CALL_TIMEOUT, is_active, owner};
+use super::link::{CallError, DomainEvents};
 use super::process::{Sought, unproven};
-use super::run::{Facts, assemble};
+use super::run::{DomainRunFacts, assemble};
 use super::{LibvirtBackend, domain_of};
 use crate::qemu::convert::Accelerator;
 use crate::qemu::images;
 
 /// The time limit of the connection to libvirt. The whole start stays below the service's limit.
-const CONNECTING: Duration = Duration::from_secs(15);
+const START_CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// The time limit of libvirt for a definition or a start. libvirt examines a QEMU again that was
 /// replaced.
-const STARTING: Duration = Duration::from_secs(18);
+const START_CALL_TIMEOUT: Duration = Duration::from_secs(18);
 /// The time in which libvirt must notice the end of the QEMU of the run before.
-const NOTICING: Duration = Duration::from_secs(5);
+const START_NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The file in the run folder with the last definition.
 const DEFINITION: &str = "domain.xml";
-/// The pause between two looks for the end of that QEMU.
-const PAUSE: Duration = Duration::from_millis(20);
 /// The folders into which QEMU's packages install qboot.
 const FIRMWARE: [&str; 3] =
     ["/usr/share/qemu/qboot.rom", "/usr/share/qemu-kvm/qboot.rom", "/usr/local/share/qemu/qboot.rom"];
@@ -46,9 +44,9 @@ const FIRMWARE: [&str; 3] =
 pub(super) async fn launch(
     backend: &LibvirtBackend,
     request: LaunchRequest,
-) -> Result<Launched, BackendError> {
-    request.gate.passed().await?;
-    let up = backend.link.ready(CONNECTING).await?;
+) -> Result<LaunchedVmm, BackendError> {
+    request.permit.wait().await?;
+    let up = backend.link.ready(START_CONNECT_TIMEOUT).await?;
     let choice = backend.options.kvm.choose();
     if !request.imported {
         choice.log();
@@ -59,10 +57,10 @@ pub(super) async fn launch(
     let watched = backend.link.watch(facts.domain);
     clear(&request.dir).await?;
     // libvirt may not have noticed the end of the last run yet, and would refuse a new start then.
-    let known = settled(backend, sought(&facts)).await?;
+    let known = wait_for_domain_end(backend, sought(&facts)).await?;
     if let Some(domain) = &known
         && !request.imported
-        && owner(domain) != Owner::Instance(request.instance)
+        && owner(domain) != DomainOwner::Instance(request.instance)
     {
         return Err(rejected(format!(
             "libvirt has a domain with this VM's UUID ({}) and without this daemon's mark in its <metadata>, so it is left alone: \
@@ -92,10 +90,14 @@ pub(super) async fn launch(
 }
 
 /// Starts a defined domain, and returns its handle.
-async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Result<Launched, BackendError> {
+async fn start(
+    backend: &LibvirtBackend,
+    watched: DomainEvents,
+    facts: DomainRunFacts,
+) -> Result<LaunchedVmm, BackendError> {
     let uuid = facts.domain;
     let begun = async {
-        backend.link.order(Call::Start { uuid }, STARTING).await.map_err(slow)?;
+        backend.link.order(Call::Start { uuid }, START_CALL_TIMEOUT).await.map_err(explain_slow_call)?;
         point(FaultPoint::LaunchSpawned);
         qemu_of(backend, sought(&facts)).await
     };
@@ -121,10 +123,10 @@ async fn start(backend: &LibvirtBackend, watched: Watched, facts: Facts) -> Resu
 /// requested result.
 async fn take_over(
     backend: &LibvirtBackend,
-    watched: Watched,
-    facts: Facts,
+    watched: DomainEvents,
+    facts: DomainRunFacts,
     state: DomainState,
-) -> Result<Launched, BackendError> {
+) -> Result<LaunchedVmm, BackendError> {
     let process = qemu_of(backend, sought(&facts)).await?;
     tracing::debug!(domain = %facts.domain, "the domain runs already and is taken over");
     let facts = facts.with_live_taps(&backend.link).await;
@@ -135,13 +137,13 @@ async fn take_over(
 }
 
 /// Returns the search for the QEMU of a run that is not on record.
-const fn sought(facts: &Facts) -> Sought<'static> {
+const fn sought(facts: &DomainRunFacts) -> Sought<'static> {
     Sought { domain: facts.domain, imported: facts.imported, recorded: None }
 }
 
 async fn qemu_of(backend: &LibvirtBackend, sought: Sought<'_>) -> Result<Process, BackendError> {
     let host = |message: String| BackendError::new(BackendErrorKind::Host, Effect::Applied, message);
-    match backend.find_qemu(sought, LOOKING).await {
+    match backend.find_qemu(sought, QUICK_CALL_TIMEOUT).await {
         Ok(Some(process)) => Ok(process),
         Ok(None) => Err(host(
             "libvirt has started the domain, but the daemon sees no such process: libvirtd and the daemon must share the host's processes"
@@ -164,21 +166,21 @@ async fn undo(backend: &LibvirtBackend, sought: Sought<'_>, mut error: BackendEr
 }
 
 /// Returns the domain once libvirt has noticed the end of its last QEMU.
-pub(super) async fn settled(
+pub(super) async fn wait_for_domain_end(
     backend: &LibvirtBackend,
     sought: Sought<'_>,
 ) -> Result<Option<Domain>, BackendError> {
-    let deadline = Instant::now() + NOTICING;
+    let deadline = Instant::now() + START_NOTICE_TIMEOUT;
     loop {
-        let known = backend.link.look(sought.domain, LOOKING).await?;
+        let known = backend.link.look(sought.domain, QUICK_CALL_TIMEOUT).await?;
         let Some(domain) = &known else { return Ok(None) };
         let is_ending = is_active(domain.state)
             && (domain.state == DomainState::ShuttingDown
-                || matches!(backend.find_qemu(sought, LOOKING).await, Ok(None)));
+                || matches!(backend.find_qemu(sought, QUICK_CALL_TIMEOUT).await, Ok(None)));
         if !is_ending || Instant::now() > deadline {
             return Ok(known);
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(END_POLL_INTERVAL).await;
     }
 }
 
@@ -196,14 +198,14 @@ async fn define(
     {
         // Another client has renamed the domain. A new definition cannot change the name of an
         // existing domain.
-        backend.link.order(Call::Undefine { uuid, everything: true }, LOOKING).await?;
+        backend.link.order(Call::Undefine { uuid, everything: true }, QUICK_CALL_TIMEOUT).await?;
     }
     // libvirt identifies domains by UUID and requires unique names. A running or foreign namesake
     // is not touched. A stopped one with this instance's mark belongs to a VM that does not exist
     // any more.
     let namesake = backend.link.look_by_name(name).await?.filter(|domain| domain.uuid != uuid);
     if let Some(namesake) = namesake {
-        let ours = owner(&namesake) == Owner::Instance(request.instance);
+        let ours = owner(&namesake) == DomainOwner::Instance(request.instance);
         if !ours || is_active(namesake.state) {
             let whose = if ours {
                 "which this program made for a VM that is gone"
@@ -217,15 +219,18 @@ async fn define(
             )));
         }
         // The namesake is left of a VM that was deleted while libvirt could not be reached.
-        backend.link.order(Call::Undefine { uuid: namesake.uuid, everything: true }, LOOKING).await?;
+        backend
+            .link
+            .order(Call::Undefine { uuid: namesake.uuid, everything: true }, QUICK_CALL_TIMEOUT)
+            .await?;
     }
     let xml = xml_of(backend, request, accelerator).await?;
     note_definition(&request.dir, &xml).await?;
-    backend.link.order(Call::Define { xml }, STARTING).await.map_err(slow)
+    backend.link.order(Call::Define { xml }, START_CALL_TIMEOUT).await.map_err(explain_slow_call)
 }
 
 /// Adds the known reason if libvirt takes seconds for a call that takes milliseconds elsewhere.
-fn slow(error: CallError) -> BackendError {
+fn explain_slow_call(error: CallError) -> BackendError {
     let is_silent = matches!(error, CallError::Silent { .. });
     let mut error = BackendError::from(error);
     if is_silent {
@@ -268,7 +273,7 @@ async fn xml_of(
         Err(error) => return Err(host_error(error.to_string())),
     };
     let emulator = &backend.options.emulator;
-    let inputs = Inputs {
+    let inputs = DomainInputs {
         instance: request.instance,
         uid: request.uid,
         vm_id: &request.vm_id,
@@ -327,8 +332,8 @@ fn host_error(message: impl Into<String>) -> BackendError {
 }
 
 impl LibvirtBackend {
-    fn facts(&self, request: &LaunchRequest, version: String, accelerator: Accelerator) -> Facts {
-        Facts {
+    fn facts(&self, request: &LaunchRequest, version: String, accelerator: Accelerator) -> DomainRunFacts {
+        DomainRunFacts {
             domain: domain_of(&request.kind, request.uid),
             socket: self.socket.clone(),
             version,

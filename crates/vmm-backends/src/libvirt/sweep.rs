@@ -11,20 +11,20 @@
 
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Sweep, SweepRequest};
-use vmm_libvirt_wire::{Call, FailureKind};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, SweepPurpose, SweepRequest};
+use vmm_libvirt_wire::{Call, CallFailureKind};
 
-use super::domain::{LOOKING, is_active};
+use super::domain::{QUICK_CALL_TIMEOUT, is_active};
 use super::process::{Sought, unproven};
 use super::{LibvirtBackend, domain_of, start};
 
 /// The time limit of libvirt in a sweep. The service waits two seconds, and ten for a deletion
 /// without force.
-const SWEEPING: Duration = Duration::from_millis(1800);
+const SWEEP_TIMEOUT: Duration = Duration::from_millis(1800);
 /// The time limit of libvirt in a deletion without force, because libvirt waits for a disk then.
-const DELETING: Duration = Duration::from_secs(9);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(9);
 /// The part of these limits for the end of a domain, before its QEMU is killed.
-const DESTROYING: Duration = Duration::from_millis(500);
+const DESTROY_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The time limit of libvirt for the user of an imported domain's QEMU.
 const TELLING: Duration = Duration::from_millis(300);
@@ -41,28 +41,28 @@ pub(super) async fn sweep(backend: &LibvirtBackend, request: SweepRequest) -> Re
     let may_be_defined = request.imported || backend.is_up() || start::was_defined(&request.dir);
     match request.purpose {
         // A domain of another client goes on, because this program did not start it.
-        Sweep::Clear if request.imported => Ok(()),
-        Sweep::Clear | Sweep::End => {
+        SweepPurpose::Clear if request.imported => Ok(()),
+        SweepPurpose::Clear | SweepPurpose::End => {
             if may_run(backend, sought).await {
-                backend.end(sought, DESTROYING).await?;
+                backend.end(sought, DESTROY_TIMEOUT).await?;
             }
             start::clear(&request.dir).await
         }
-        Sweep::Delete => {
+        SweepPurpose::Delete => {
             refuse_if_it_runs(backend, sought, may_be_defined).await?;
             if may_be_defined {
-                undefine(backend, sought, DELETING).await?;
+                undefine(backend, sought, DELETE_TIMEOUT).await?;
             }
             if request.imported { Ok(()) } else { start::clear(&request.dir).await }
         }
-        Sweep::ForceDelete => {
+        SweepPurpose::ForceDelete => {
             let runs = may_run(backend, sought).await;
             // The definition is removed first, so that no other client can start the domain in
             // between. A running domain disappears when it ends.
-            let patience = if runs { SWEEPING / 2 } else { SWEEPING };
+            let patience = if runs { SWEEP_TIMEOUT / 2 } else { SWEEP_TIMEOUT };
             let undefined = if may_be_defined { undefine(backend, sought, patience).await } else { Ok(()) };
             if runs {
-                backend.end(sought, DESTROYING).await?;
+                backend.end(sought, DESTROY_TIMEOUT).await?;
             }
             // The failure to remove the definition is returned last, because the QEMU must be ended
             // and the folder cleared in any case.
@@ -85,10 +85,10 @@ async fn refuse_if_it_runs(
     sought: Sought<'_>,
     may_be_defined: bool,
 ) -> Result<(), BackendError> {
-    let known = if may_be_defined { start::settled(backend, sought).await? } else { None };
+    let known = if may_be_defined { start::wait_for_domain_end(backend, sought).await? } else { None };
     let runs = match known {
         Some(domain) if is_active(domain.state) => true,
-        Some(_) | None => match backend.find_qemu(sought, LOOKING).await {
+        Some(_) | None => match backend.find_qemu(sought, QUICK_CALL_TIMEOUT).await {
             Ok(None) => false,
             Ok(Some(process)) => process.wait_for(GOING).await.is_none(),
             Err(why) => return Err(unproven(why)),
@@ -111,7 +111,7 @@ async fn undefine(
 ) -> Result<(), BackendError> {
     let call = Call::Undefine { uuid: sought.domain, everything: !sought.imported };
     match backend.link.order(call, within).await {
-        Err(error) if error.refusal() == Some(FailureKind::NoDomain) => Ok(()),
+        Err(error) if error.refusal() == Some(CallFailureKind::NoDomain) => Ok(()),
         result => Ok(result?),
     }
 }

@@ -7,30 +7,31 @@ use async_trait::async_trait;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sample, StorageCounters, Vmm,
+    BackendError, BackendErrorKind, Effect, GuestState, LadderOptions, ResetOutcome, Sample, StorageCounters,
+    Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
-use vmm_libvirt_wire::{Call, FailureKind, Got};
+use vmm_libvirt_wire::{Call, CallFailureKind, CallResult};
 
-use super::domain::{LOOKING, guest_state, is_active, senseless};
-use super::link::{CallError, Link};
+use super::domain::{QUICK_CALL_TIMEOUT, guest_state, is_active, unexpected_answer};
+use super::link::{CallError, LibvirtLink};
 use crate::counters;
-use crate::ladder::{self, Means};
-use crate::ordered::Ordered;
-use crate::patience::ENDING;
+use crate::guest_orders::GuestOrders;
+use crate::ladder::{self, LadderRungs};
+use crate::timeouts::END_TIMEOUT;
 
 /// The time limit of a libvirt call that needs QEMU. QEMU answers in milliseconds, libvirtd on a
 /// busy host in a second or two.
-const ORDERING: Duration = Duration::from_secs(10);
+const QEMU_CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time limit of the call that finds out whether QEMU answers.
-pub(super) const ASKING: Duration = Duration::from_millis(2500);
+pub(super) const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
 /// The time limit of libvirt for a forced end, which must complete within two seconds.
-const DESTROYING_AT_ONCE: Duration = Duration::from_millis(900);
+const FORCED_DESTROY_TIMEOUT: Duration = Duration::from_millis(900);
 /// The time in which libvirt cleans up after the end of a QEMU.
-const SETTLING: Duration = Duration::from_millis(800);
+const SETTLE_TIMEOUT: Duration = Duration::from_millis(800);
 
 /// The handle of one domain.
 #[derive(Debug)]
@@ -38,8 +39,8 @@ pub(super) struct LibvirtVmm {
     pub(super) domain: Uuid,
     pub(super) run: RunRecord,
     pub(super) process: Process,
-    pub(super) link: Arc<Link>,
-    pub(super) guest: Arc<Ordered>,
+    pub(super) link: Arc<LibvirtLink>,
+    pub(super) guest: Arc<GuestOrders>,
     /// True if a guest that resets itself starts again.
     pub(super) restarts: bool,
     /// True if another client created the domain. Then only libvirt ends the domain, except by
@@ -64,7 +65,7 @@ impl Vmm for LibvirtVmm {
         self.guest.order_runs(true, self.order(Call::Resume { uuid: self.domain })).await
     }
 
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
         self.guest.order_end(true);
         let ended = ladder::climb(self, ladder).await;
         match &ended {
@@ -75,11 +76,11 @@ impl Vmm for LibvirtVmm {
         ended
     }
 
-    async fn reset(&self) -> Result<Reset, BackendError> {
+    async fn reset(&self) -> Result<ResetOutcome, BackendError> {
         let uuid = self.domain;
         if self.restarts {
             self.guest.resets.order(self.order(Call::Reset { uuid })).await?;
-            return Ok(Reset::InPlace);
+            return Ok(ResetOutcome::InPlace);
         }
         self.order(Call::OnReboot { uuid, restart: true }).await?;
         point(FaultPoint::ResetPrepared);
@@ -90,7 +91,7 @@ impl Vmm for LibvirtVmm {
         let restored = self.order(Call::OnReboot { uuid, restart: false }).await;
         reset?;
         restored.map_err(|error| BackendError { effect: Effect::Applied, ..error })?;
-        Ok(Reset::InPlace)
+        Ok(ResetOutcome::InPlace)
     }
 
     async fn sample(&self) -> Sample {
@@ -103,7 +104,7 @@ impl Vmm for LibvirtVmm {
         // libvirt answers from its memory of the domain's state. Only a call that reaches QEMU
         // shows that QEMU answers.
         self.block_stats().await?;
-        match self.link.look(self.domain, LOOKING).await {
+        match self.link.look(self.domain, QUICK_CALL_TIMEOUT).await {
             Ok(Some(domain)) => Ok(guest_state(domain.state)),
             Ok(None) => Ok(GuestState::Ended),
             Err(error) => Err(self.explain(error)),
@@ -111,23 +112,23 @@ impl Vmm for LibvirtVmm {
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        self.end(DESTROYING_AT_ONCE).await.map(drop)
+        self.end(FORCED_DESTROY_TIMEOUT).await.map(drop)
     }
 }
 
 #[async_trait]
-impl Means for LibvirtVmm {
+impl LadderRungs for LibvirtVmm {
     fn process(&self) -> &Process {
         &self.process
     }
 
-    fn ask(&self) -> Option<(EndedBy, ladder::Call<'_>)> {
+    fn ask(&self) -> Option<(EndedBy, ladder::UnsentCall<'_>)> {
         Some((EndedBy::Acpi, Box::pin(self.order(Call::Shutdown { uuid: self.domain }))))
     }
 
-    fn power_off(&self, forced: bool) -> Option<ladder::Call<'_>> {
+    fn power_off(&self, forced: bool) -> Option<ladder::UnsentCall<'_>> {
         (forced || !self.imported)
-            .then(|| Box::pin(self.order(Call::Destroy { uuid: self.domain })) as ladder::Call<'_>)
+            .then(|| Box::pin(self.order(Call::Destroy { uuid: self.domain })) as ladder::UnsentCall<'_>)
     }
 
     /// Kills QEMU's process, of an imported domain by force only. The user of the process and the
@@ -149,13 +150,13 @@ impl LibvirtVmm {
             // libvirt may answer only after its clean-up. A call that exceeds its own limit marks
             // the connection as hanging, so the call gets the usual limit and is dropped from
             // outside.
-            while let Ok(Some(domain)) = self.link.look(self.domain, LOOKING).await
+            while let Ok(Some(domain)) = self.link.look(self.domain, QUICK_CALL_TIMEOUT).await
                 && is_active(domain.state)
             {
-                tokio::time::sleep(SETTLING / 20).await;
+                tokio::time::sleep(SETTLE_TIMEOUT / 20).await;
             }
         };
-        let _ = tokio::time::timeout(SETTLING, cleared).await;
+        let _ = tokio::time::timeout(SETTLE_TIMEOUT, cleared).await;
     }
 
     /// Ends the domain by libvirt within `patience`, or else kills its QEMU. Returns once QEMU has
@@ -166,7 +167,7 @@ impl LibvirtVmm {
         }
         self.guest.order_end(true);
         let mut ordered =
-            std::pin::pin!(self.link.order(Call::Destroy { uuid: self.domain }, patience + SETTLING));
+            std::pin::pin!(self.link.order(Call::Destroy { uuid: self.domain }, patience + SETTLE_TIMEOUT));
         // The end of the process counts, not libvirt's answer: libvirt may hang, and it may answer
         // before or after the end. The call outlives `patience` by the time of the clean-up,
         // because a call that expires marks the connection as hanging.
@@ -176,7 +177,7 @@ impl LibvirtVmm {
             _ = self.process.wait() => {
                 point(FaultPoint::LadderOrdered);
                 // libvirt cleans up now. The next call would wait for that.
-                let _ = tokio::time::timeout(SETTLING, ordered).await;
+                let _ = tokio::time::timeout(SETTLE_TIMEOUT, ordered).await;
                 return Ok(EndedBy::Vmm);
             }
             () = tokio::time::sleep(patience) => None,
@@ -184,7 +185,7 @@ impl LibvirtVmm {
         point(FaultPoint::LadderOrdered);
         match answered {
             // libvirt has ended the domain, so only the kernel's report is missing.
-            Some(Ok(())) if self.process.wait_for(ENDING).await.is_some() => return Ok(EndedBy::Vmm),
+            Some(Ok(())) if self.process.wait_for(END_TIMEOUT).await.is_some() => return Ok(EndedBy::Vmm),
             Some(Err(error)) => tracing::warn!(%error, "libvirt did not end the domain"),
             Some(Ok(())) | None => tracing::warn!("libvirt has not ended the domain in time"),
         }
@@ -192,16 +193,18 @@ impl LibvirtVmm {
     }
 
     async fn kill_process(&self) -> Result<EndedBy, BackendError> {
-        let killed = self.process.kill_and_wait(ENDING).await.map(|_| EndedBy::Sigkill).map_err(|error| {
-            BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string()).caused_by(error)
-        });
+        let killed =
+            self.process.kill_and_wait(END_TIMEOUT).await.map(|_| EndedBy::Sigkill).map_err(|error| {
+                BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, error.to_string())
+                    .caused_by(error)
+            });
         point(FaultPoint::LadderSignalled);
         killed
     }
 
     /// Waits until the exit of an ended process is published. Returns `rung`.
     async fn gone_by(&self, rung: EndedBy) -> Result<EndedBy, BackendError> {
-        self.process.wait_for(ENDING).await.map(|_| rung).ok_or_else(|| {
+        self.process.wait_for(END_TIMEOUT).await.map(|_| rung).ok_or_else(|| {
             BackendError::new(
                 BackendErrorKind::Timeout,
                 Effect::Unknown,
@@ -211,14 +214,14 @@ impl LibvirtVmm {
     }
 
     async fn block_stats(&self) -> Result<StorageCounters, BackendError> {
-        match self.link.call(Call::BlockStats { uuid: self.domain }, ASKING).await {
-            Ok(Got::Block { read_bytes, written_bytes, reads, writes }) => Ok(StorageCounters {
+        match self.link.call(Call::BlockStats { uuid: self.domain }, PROBE_TIMEOUT).await {
+            Ok(CallResult::Block { read_bytes, written_bytes, reads, writes }) => Ok(StorageCounters {
                 bytes_read: read_bytes,
                 bytes_written: written_bytes,
                 read_operations: reads,
                 write_operations: writes,
             }),
-            Ok(other) => Err(self.explain(senseless(&other))),
+            Ok(other) => Err(self.explain(unexpected_answer(&other))),
             Err(error) => Err(self.explain(error)),
         }
     }
@@ -227,7 +230,7 @@ impl LibvirtVmm {
         if self.process.exit().is_some() {
             return Err(self.gone(Effect::NotApplied));
         }
-        self.link.order(call, ORDERING).await.map_err(|error| self.explain(error))
+        self.link.order(call, QEMU_CALL_TIMEOUT).await.map_err(|error| self.explain(error))
     }
 
     /// Replaces the error of a call by [`BackendErrorKind::Gone`] if the domain has ended.
@@ -239,7 +242,7 @@ impl LibvirtVmm {
         }
         match refusal {
             // libvirt has ended the domain, and the kernel is about to report the end.
-            Some(FailureKind::NoDomain) => self.gone(error.effect).caused_by(error),
+            Some(CallFailureKind::NoDomain) => self.gone(error.effect).caused_by(error),
             Some(_) | None => error,
         }
     }

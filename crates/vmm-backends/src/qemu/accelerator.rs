@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use vmm_core::capabilities::AcceleratorFact;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_host::kvm::{hardware_virtualisation, kvm_usable};
 
 use super::convert::Accelerator;
@@ -83,7 +83,7 @@ fn has_virtualisation() -> bool {
 
 impl Choice {
     /// Adds a warning if the CPUs are emulated although the configuration does not order that.
-    pub(crate) fn advise(&self, report: &mut Report) {
+    pub(crate) fn advise(&self, report: &mut CheckReport) {
         if let Some(why) = &self.unasked {
             report.emulate(
                 "backend",
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn emulation_that_nobody_ordered_is_a_warning_with_the_reason() {
         let warned = |choice: Choice| {
-            let mut report = Report::default();
+            let mut report = CheckReport::default();
             choice.advise(&mut report);
             assert!(report.is_ok());
             report.warnings.into_iter().map(|warning| warning.message).collect::<Vec<_>>()

@@ -6,11 +6,11 @@ use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause};
 use vmm_core::reason::Reason;
 use vmm_core::store::{ProcessIdentity, RunRecord};
 use vmm_host::clock::now_ms;
-use vmm_host::process::{self, Found, Lookup, Process};
+use vmm_host::process::{self, Lookup, Process, ProcessMatch};
 
-use super::convert::{Accelerator, Machine, QMP_SOCKET, reboot_action};
-use super::start::Parts;
-use crate::search::{self, Unproven};
+use super::convert::{Accelerator, QMP_SOCKET, QemuMachine, reboot_action};
+use super::start::QemuVmmParts;
+use crate::search::{self, UnprovenVmm};
 
 /// Adopts the QEMU of `request`: by its recorded identity, or by its run folder among the programs
 /// `names` if a launch was interrupted. Ends no process.
@@ -22,7 +22,7 @@ pub(super) async fn adopt(request: AdoptRequest, names: Vec<String>, accelerator
         None => match search::user_of(&request.dir, names).await {
             Ok(Some(found)) => (found.identity.clone(), reconstructed(&request, &found, accelerator)),
             Ok(None) => return gone("no QEMU uses the run folder"),
-            Err(Unproven { reason, message }) => {
+            Err(UnprovenVmm { reason, message }) => {
                 return Adoption::Unreachable { reason, message, launched: None };
             }
         },
@@ -50,7 +50,7 @@ fn gone_because(identity: &ProcessIdentity) -> String {
 /// Connects to a QEMU whose identity is proven.
 async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) -> Adoption {
     let spec = &request.spec;
-    let parts = Parts::of_running(process.clone(), &request.dir, spec.tap_names(request.uid));
+    let parts = QemuVmmParts::of_running(process.clone(), &request.dir, spec.tap_names(request.uid));
     // A QEMU that does not answer keeps its handle, because force can still end it by its process.
     let asked = async {
         let qmp = parts.link.connect().await?;
@@ -76,13 +76,13 @@ async fn take_over(request: AdoptRequest, process: Process, mut run: RunRecord) 
 }
 
 /// Returns the record of a run whose launch was interrupted before its record was written.
-fn reconstructed(request: &AdoptRequest, found: &Found, configured: Accelerator) -> RunRecord {
+fn reconstructed(request: &AdoptRequest, found: &ProcessMatch, configured: Accelerator) -> RunRecord {
     // The launch's record is lost, so its facts are read from the arguments of the process.
     let after = |flag: &str| {
         let mut args = found.args.iter().skip_while(|arg| arg.as_os_str() != flag);
         args.nth(1).map(|value| value.to_string_lossy().into_owned())
     };
-    let machine = Machine::of(&request.spec).unwrap_or(Machine::Q35);
+    let machine = QemuMachine::of(&request.spec).unwrap_or(QemuMachine::Q35);
     let socket: PathBuf = request.dir.join(QMP_SOCKET);
     RunRecord {
         process: found.identity.clone(),

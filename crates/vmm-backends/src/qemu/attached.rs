@@ -2,9 +2,9 @@
 //! created.
 //!
 //! ```text
-//!   Vmm ── Link ── QMP ──► the attached QEMU     serves one client at a time, which is the daemon
-//!    ▲                          │
-//!    └──── Watch ◄── events ────┘  RESET, STOP, RESUME, SHUTDOWN
+//!   Vmm ── QemuLink ── QMP ──► the attached QEMU   serves one client: the daemon
+//!    ▲                            │
+//!    └── QemuMonitor ◄── events ──┘   RESET, STOP, RESUME, SHUTDOWN
 //! ```
 //!
 //! QEMU sends an event for every change of its guest, so nothing is polled. Calls that end the
@@ -20,26 +20,29 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Capabilities, Effect, GuestState, LaunchRequest, Launched, SweepRequest,
+    BackendError, BackendErrorKind, Capabilities, Effect, GuestState, LaunchRequest, LaunchedVmm,
+    SweepRequest,
 };
 use vmm_core::capabilities::{
-    AcceleratorFact, ConsoleFact, CreateFact, EndpointMode, Facts, PanicFact, RebootFact, ResetFact,
+    AcceleratorFact, BackendFacts, ConsoleFact, CreateFact, EndpointMode, PanicFact, RebootFact, ResetFact,
 };
+use vmm_core::discovery::Places;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
-use vmm_core::place::Places;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
-use vmm_host::endpoint::{Visit, VisitError};
+use vmm_host::endpoint::{EndpointConnection, EndpointError};
 use vmm_host::path::shell_word;
 use vmm_host::process::Process;
 
 use super::client::RunState;
 use super::describe;
-use super::link::{CONNECTING, Link};
+use super::link::{QMP_CONNECT_TIMEOUT, QemuLink};
 use super::qmp::{Qmp, QmpError, QmpEvent};
 use super::{NAME, capabilities};
-use crate::attached::{Guest, Holding, Hypervisor, Met, Parts, identify};
+use crate::attached::{
+    AttachedHypervisor, AttachedVmFacts, AttachedVmmParts, GuestPhase, IdentifiedVmm, identify,
+};
 use crate::program::Version;
 
 /// The variable of the setting that names the sockets.
@@ -52,21 +55,21 @@ const QMP_EVENTS: usize = 256;
 
 /// QEMU with processes that another program started.
 #[derive(Debug)]
-pub(crate) struct Qemu {
+pub(crate) struct AttachedQemu {
     capabilities: Capabilities,
 }
 
 /// The connection to one QEMU.
 #[derive(Debug)]
-pub(crate) struct Connection {
-    link: Arc<Link>,
+pub(crate) struct AttachedQemuConnection {
+    link: Arc<QemuLink>,
     events: Mutex<Option<mpsc::Receiver<QmpEvent>>>,
 }
 
-impl Connection {
+impl AttachedQemuConnection {
     fn new(socket: &Path, process: &Process) -> (Self, mpsc::Sender<QmpEvent>) {
         let (sender, events) = mpsc::channel(QMP_EVENTS);
-        let link = Link::new(socket.to_path_buf(), process.pid(), sender.clone());
+        let link = QemuLink::new(socket.to_path_buf(), process.pid(), sender.clone());
         (Self { link: Arc::new(link), events: Mutex::new(Some(events)) }, sender)
     }
 
@@ -77,19 +80,19 @@ impl Connection {
     }
 }
 
-impl Qemu {
+impl AttachedQemu {
     /// Returns the hypervisor with its capabilities.
     pub(crate) fn new() -> Self {
         let mut capabilities = capabilities();
         capabilities.endpoint_mode = EndpointMode::Attached;
-        capabilities.facts = Facts {
+        capabilities.facts = BackendFacts {
             accelerator: Some(AcceleratorFact::AsStarted),
             console: Some(ConsoleFact::Elsewhere),
             create: Some(CreateFact::ImportOnly),
             disk_formats: None,
             disk_rate_limits: None,
-            guest_panic: Some(PanicFact::AsTold),
-            guest_reset: Some(ResetFact::InPlaceUnlessToldOtherwise),
+            guest_panic: Some(PanicFact::AsConfigured),
+            guest_reset: Some(ResetFact::InPlaceUnlessConfiguredOtherwise),
             machines: None,
             network_rate_limits: None,
             reboot: Some(RebootFact::InPlaceAtOnce),
@@ -100,8 +103,8 @@ impl Qemu {
 }
 
 #[async_trait]
-impl Hypervisor for Qemu {
-    type Client = Connection;
+impl AttachedHypervisor for AttachedQemu {
+    type Client = AttachedQemuConnection;
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
@@ -134,49 +137,59 @@ impl Hypervisor for Qemu {
         }
     }
 
-    fn check(&self, _spec: &VmSpec, _report: &mut Report) {}
+    fn check(&self, _spec: &VmSpec, _report: &mut CheckReport) {}
 
-    async fn meet(&self, socket: &Path, visit: Visit) -> Result<Met<Connection>, VisitError> {
-        let (connection, sender) = Connection::new(socket, &visit.process);
-        let qmp = match Qmp::over(visit.stream, CONNECTING, sender).await {
+    async fn identify(
+        &self,
+        socket: &Path,
+        visit: EndpointConnection,
+    ) -> Result<IdentifiedVmm<AttachedQemuConnection>, EndpointError> {
+        let (connection, sender) = AttachedQemuConnection::new(socket, &visit.process);
+        let qmp = match Qmp::over(visit.stream, QMP_CONNECT_TIMEOUT, sender).await {
             Ok(qmp) => qmp,
-            Err(error) => return Err(not_one(socket, &error).await),
+            Err(error) => return Err(not_qemu(socket, &error).await),
         };
-        let failed = |error: BackendError| VisitError::Failed(error.message);
+        let failed = |error: BackendError| EndpointError::Failed(error.message);
         // The link keeps the connection for the handle, because QEMU accepts no second client
         // meanwhile.
         let qmp = connection.link.set(qmp).map_err(failed)?;
         let version = qmp.version();
         if version < OLDEST {
-            return Err(VisitError::Refused(format!(
+            return Err(EndpointError::Refused(format!(
                 "QEMU {version} listens there, and {OLDEST} is the oldest that can be used: start a newer one"
             )));
         }
-        let status = qmp.query_status().await.map_err(|error| VisitError::Failed(error.to_string()))?;
+        let status = qmp.query_status().await.map_err(|error| EndpointError::Failed(error.to_string()))?;
         let told = describe::describe(&qmp).await;
-        Ok(Met {
+        Ok(IdentifiedVmm {
             client: Arc::new(connection),
             process: visit.process,
             version: version.to_string(),
             accelerator: told.accelerator,
             machine: told.machine,
-            holds: holding(status).map(|guest| Holding {
+            holds: holding(status).map(|guest| AttachedVmFacts {
                 guest,
                 config: told.config,
-                untold: vec!["whatever QEMU's command line says".to_owned()],
+                unrepresented: vec!["whatever QEMU's command line says".to_owned()],
                 startable: false,
                 native: serde_json::Value::Null,
             }),
         })
     }
 
-    fn is_made_of(&self, _holds: &Holding, _uid: VmUid, _spec: &VmSpec, _console: Option<&Path>) -> bool {
+    fn equals_request(
+        &self,
+        _holds: &AttachedVmFacts,
+        _uid: VmUid,
+        _spec: &VmSpec,
+        _console: Option<&Path>,
+    ) -> bool {
         false
     }
 
     async fn start(
         &self,
-        _met: &Met<Connection>,
+        _met: &IdentifiedVmm<AttachedQemuConnection>,
         _request: &LaunchRequest,
         _console: Option<&Path>,
         _make: bool,
@@ -186,14 +199,14 @@ impl Hypervisor for Qemu {
         Err(BackendError::new(BackendErrorKind::Unreachable, Effect::NotApplied, message))
     }
 
-    fn attend(&self, met: Met<Connection>, parts: Parts) -> Launched {
+    fn attend(&self, met: IdentifiedVmm<AttachedQemuConnection>, parts: AttachedVmmParts) -> LaunchedVmm {
         let events = met.client.take_events();
         handle::attend(Arc::clone(&met.client.link), events, met.process, self.program(), parts)
     }
 
-    fn silent(&self, socket: &Path, process: &Process) -> Met<Connection> {
-        let (connection, _) = Connection::new(socket, process);
-        Met {
+    fn unanswering(&self, socket: &Path, process: &Process) -> IdentifiedVmm<AttachedQemuConnection> {
+        let (connection, _) = AttachedQemuConnection::new(socket, process);
+        IdentifiedVmm {
             client: Arc::new(connection),
             process: process.clone(),
             version: String::new(),
@@ -204,7 +217,7 @@ impl Hypervisor for Qemu {
     }
 
     /// Called by force only, because a VM is never started here and so no start is undone.
-    async fn power_off(&self, client: &Connection) -> Result<bool, BackendError> {
+    async fn power_off(&self, client: &AttachedQemuConnection) -> Result<bool, BackendError> {
         let qmp = match client.link.get() {
             Ok(qmp) => qmp,
             Err(_) => client.link.connect().await?,
@@ -213,33 +226,37 @@ impl Hypervisor for Qemu {
         Ok(tokio::time::timeout(Duration::from_millis(500), qmp.closed()).await.is_ok())
     }
 
-    async fn forget(&self, _client: &Connection, _request: &SweepRequest) -> Result<bool, BackendError> {
+    async fn forget(
+        &self,
+        _client: &AttachedQemuConnection,
+        _request: &SweepRequest,
+    ) -> Result<bool, BackendError> {
         Ok(false)
     }
 }
 
 /// Returns the state of the guest in a QEMU with this status, or `None` if the guest has ended and
 /// cannot be used.
-fn holding(status: RunState) -> Option<Guest> {
+fn holding(status: RunState) -> Option<GuestPhase> {
     match status.guest_state_of_another() {
-        GuestState::Running => Some(Guest::Running),
-        GuestState::Paused => Some(Guest::Paused),
+        GuestState::Running => Some(GuestPhase::Running),
+        GuestState::Paused => Some(GuestPhase::Paused),
         GuestState::Ended => None,
     }
 }
 
-async fn not_one(socket: &Path, error: &QmpError) -> VisitError {
-    match identify::who(socket).await {
+async fn not_qemu(socket: &Path, error: &QmpError) -> EndpointError {
+    match identify::program_on_socket(socket).await {
         Some(other) if !other.starts_with("QEMU") => {
-            VisitError::Refused(format!("the process that listens there is not QEMU but {other}"))
+            EndpointError::Refused(format!("the process that listens there is not QEMU but {other}"))
         }
         Some(_) | None => match error {
-            QmpError::NoGreeting(_) => VisitError::Failed(
+            QmpError::NoGreeting(_) => EndpointError::Failed(
                 "QEMU does not greet: QMP serves one client at a time, and another program holds it, or QEMU stands still. End \
                  that client, or start QEMU with a second -qmp socket for this daemon"
                     .to_owned(),
             ),
-            other => VisitError::Failed(other.to_string()),
+            other => EndpointError::Failed(other.to_string()),
         },
     }
 }

@@ -1,10 +1,10 @@
 //! Returns the violations and warnings about a [`VmSpec`] on QEMU. Reads nothing but the
 //! specification.
 
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{Boot, Console, Cpu, Disk, Memory, Nic, RestartPolicy, VmSpec, kernel_words};
 
-use super::convert::{Accelerator, Machine};
+use super::convert::{Accelerator, QemuMachine};
 use super::options::{MACHINE_KEY, VmOptions};
 use crate::kernel_args::{check_length, check_panic};
 
@@ -18,11 +18,11 @@ pub(crate) const MAX_Q35_DEVICES: usize = 64;
 pub(super) const MAX_MICROVM_DEVICES: usize = 23;
 
 /// Returns the findings about `spec` on `accelerator`.
-pub(crate) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
-    let mut report = Report::default();
+pub(crate) fn check(spec: &VmSpec, accelerator: Accelerator) -> CheckReport {
+    let mut report = CheckReport::default();
     match check_common(&mut report, spec, accelerator).machine {
-        Some(Machine::Q35) => check_q35(&mut report, spec),
-        Some(Machine::Microvm) => check_microvm(&mut report, spec, accelerator),
+        Some(QemuMachine::Q35) => check_q35(&mut report, spec),
+        Some(QemuMachine::Microvm) => check_microvm(&mut report, spec, accelerator),
         // The report already contains the violation.
         None => {}
     }
@@ -31,7 +31,7 @@ pub(crate) fn check(spec: &VmSpec, accelerator: Accelerator) -> Report {
 
 /// Adds the findings that do not depend on the machine, and returns QEMU's own settings.
 pub(crate) fn check_common<'a>(
-    report: &mut Report,
+    report: &mut CheckReport,
     spec: &'a VmSpec,
     accelerator: Accelerator,
 ) -> VmOptions<'a> {
@@ -66,7 +66,7 @@ pub(crate) fn check_common<'a>(
     options
 }
 
-fn check_cpu(report: &mut Report, cpu: &Cpu, options: &VmOptions<'_>, accelerator: Accelerator) {
+fn check_cpu(report: &mut CheckReport, cpu: &Cpu, options: &VmOptions<'_>, accelerator: Accelerator) {
     let Cpu { count, max, topology: _ } = *cpu;
     let too_many = |cpus| format!("must be at most {MAX_VCPUS} on the qemu backend, not {cpus}");
     if count > MAX_VCPUS {
@@ -85,7 +85,7 @@ fn check_cpu(report: &mut Report, cpu: &Cpu, options: &VmOptions<'_>, accelerato
     }
 }
 
-fn check_nic(report: &mut Report, index: usize, nic: &Nic) {
+fn check_nic(report: &mut CheckReport, index: usize, nic: &Nic) {
     let Nic { id: _, mac: _, tap: _, limits } = nic;
     let keys = [
         ("rate_limit.bytes_per_second", limits.bytes_per_second),
@@ -99,7 +99,7 @@ fn check_nic(report: &mut Report, index: usize, nic: &Nic) {
     }
 }
 
-pub(crate) fn check_q35(report: &mut Report, spec: &VmSpec) {
+pub(crate) fn check_q35(report: &mut CheckReport, spec: &VmSpec) {
     for (list, count) in [("config.storage", spec.disks.len()), ("config.network", spec.nics.len())] {
         if count > MAX_Q35_DEVICES {
             report.reject(list, format!("must have at most {MAX_Q35_DEVICES} entries on q35, not {count}"));
@@ -107,7 +107,7 @@ pub(crate) fn check_q35(report: &mut Report, spec: &VmSpec) {
     }
 }
 
-fn check_microvm(report: &mut Report, spec: &VmSpec, accelerator: Accelerator) {
+fn check_microvm(report: &mut CheckReport, spec: &VmSpec, accelerator: Accelerator) {
     let devices = spec.disks.len() + spec.nics.len();
     if devices > MAX_MICROVM_DEVICES {
         report.reject(

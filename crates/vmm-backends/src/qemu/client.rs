@@ -4,8 +4,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, StorageCounters};
 
-use super::qmp::{Closed, Qmp, QmpError};
-use crate::connecting;
+use super::qmp::{CloseReason, Qmp, QmpError};
+use crate::connect_errors;
 use crate::program::Version;
 
 /// QEMU's action for a reset, both for a reset by the guest and for `system_reset`.
@@ -122,15 +122,15 @@ impl RunState {
 /// The empty object that a command without an answer returns.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Nothing {}
+struct EmptyReturn {}
 
 #[derive(Debug, Deserialize)]
-struct Status {
+struct StatusReturn {
     status: RunState,
 }
 
 #[derive(Debug, Deserialize)]
-struct AskedVersion {
+struct VersionReturn {
     qemu: Version,
 }
 
@@ -149,7 +149,7 @@ struct BlockCounters {
 
 impl Qmp {
     async fn order(&self, command: &'static str, arguments: Value) -> Result<(), QmpError> {
-        let Nothing {} = self.execute(command, arguments).await?;
+        let EmptyReturn {} = self.execute(command, arguments).await?;
         Ok(())
     }
 
@@ -177,7 +177,7 @@ impl Qmp {
     ///
     /// Fails as [`Qmp::execute`] does.
     pub async fn query_status(&self) -> Result<RunState, QmpError> {
-        Ok(self.execute::<Status>("query-status", Value::Null).await?.status)
+        Ok(self.execute::<StatusReturn>("query-status", Value::Null).await?.status)
     }
 
     /// Presses the guest's power button. Returns at once. The guest may ignore the button.
@@ -222,7 +222,7 @@ impl Qmp {
     ///
     /// Fails as [`Qmp::execute`] does.
     pub async fn query_version(&self) -> Result<Version, QmpError> {
-        Ok(self.execute::<AskedVersion>("query-version", Value::Null).await?.qemu)
+        Ok(self.execute::<VersionReturn>("query-version", Value::Null).await?.qemu)
     }
 
     /// Reads the block counters, summed over all disks.
@@ -245,16 +245,16 @@ impl From<QmpError> for BackendError {
     fn from(error: QmpError) -> Self {
         let unless_sent = |sent: bool| if sent { Effect::Unknown } else { Effect::NotApplied };
         let (kind, effect) = match &error {
-            QmpError::Connect(error) => (connecting::failure(error), Effect::NotApplied),
+            QmpError::Connect(error) => (connect_errors::failure(error), Effect::NotApplied),
             QmpError::NoGreeting(_) => (BackendErrorKind::Timeout, Effect::NotApplied),
             QmpError::Timeout { sent, .. } => (BackendErrorKind::Timeout, unless_sent(*sent)),
             QmpError::Refused { .. } => {
                 return Self::refused(Effect::NotApplied, error.to_string()).caused_by(error);
             }
-            QmpError::Closed { reason: Closed::Eof | Closed::Io(_), sent } => {
+            QmpError::Closed { reason: CloseReason::Eof | CloseReason::Io(_), sent } => {
                 (BackendErrorKind::Unreachable, unless_sent(*sent))
             }
-            QmpError::Closed { reason: Closed::LineTooLong | Closed::Garbage(_), sent } => {
+            QmpError::Closed { reason: CloseReason::LineTooLong | CloseReason::Garbage(_), sent } => {
                 (BackendErrorKind::Protocol, unless_sent(*sent))
             }
             QmpError::Malformed { .. } => (BackendErrorKind::Protocol, Effect::Unknown),

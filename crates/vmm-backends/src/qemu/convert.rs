@@ -35,8 +35,8 @@ use vmm_core::spec::{Boot, Cpu, MIB, Memory, Nic, PageSize, RestartMode, Restart
 use super::client::RebootAction;
 use super::layout::{FUNCTIONS, MEMORY_SLOTS, NIC_SLOT};
 use super::options::VmOptions;
-pub use file::Untellable;
-use option::Opt;
+pub use file::InexpressibleVm;
+use option::QemuOption;
 pub(super) use trial::{MADE, trial};
 
 /// The QMP socket's name in the run folder.
@@ -77,14 +77,14 @@ impl Accelerator {
 
 /// A machine model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Machine {
+pub enum QemuMachine {
     /// A PC with PCI Express.
     Q35,
     /// A small machine with virtio-mmio devices, which starts faster.
     Microvm,
 }
 
-impl Machine {
+impl QemuMachine {
     /// Returns QEMU's name of the machine.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -162,7 +162,7 @@ pub enum ImageKind {
 
 /// The inputs of the command line.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
+pub struct QemuInputs<'a> {
     /// The uid, which marks the process in the process list.
     pub uid: VmUid,
     /// The VM's name.
@@ -170,7 +170,7 @@ pub struct Inputs<'a> {
     /// The specification of the VM.
     pub spec: &'a VmSpec,
     /// The machine model.
-    pub machine: Machine,
+    pub machine: QemuMachine,
     /// The accelerator of the guest's CPUs.
     pub accelerator: Accelerator,
     /// The run folder.
@@ -210,13 +210,13 @@ const INPUT: &str = "/proc/self/fd/0";
 /// # Errors
 ///
 /// [`PathNotUtf8`] for the path of a disk.
-pub fn arguments(inputs: &Inputs<'_>) -> Result<Vec<OsString>, PathNotUtf8> {
-    Ok(words(options(inputs)?.iter()))
+pub fn arguments(inputs: &QemuInputs<'_>) -> Result<Vec<OsString>, PathNotUtf8> {
+    Ok(command_line(options(inputs)?.iter()))
 }
 
 /// The inputs of the command line of a spare QEMU.
 #[derive(Clone, Copy, Debug)]
-pub struct AheadInputs<'a> {
+pub struct SpareQemuInputs<'a> {
     /// The uid of the VM to come.
     pub uid: VmUid,
     /// The accelerator of the guest's CPUs.
@@ -225,22 +225,23 @@ pub struct AheadInputs<'a> {
     pub dir: &'a Path,
 }
 
-/// Returns the command line of a QEMU that reads its VM from its input, as [`Told::file`]. If the
-/// input ends early, QEMU exits with an error, because its serial port has no backend.
-pub fn ahead(inputs: &AheadInputs<'_>) -> Vec<OsString> {
+/// Returns the command line of a QEMU that reads its VM from its input, as
+/// [`SpareQemuConfig::file`]. If the input ends early, QEMU exits with an error, because its serial
+/// port has no backend.
+pub fn spare_arguments(inputs: &SpareQemuInputs<'_>) -> Vec<OsString> {
     let mut options = Vec::new();
     identity(&mut options, inputs.uid);
     processor(&mut options, inputs.accelerator, None);
     serial(&mut options, true);
     control(&mut options, inputs.dir);
-    ahead_of(&options)
+    spare_options(&options)
 }
 
 /// The VM in the form for a spare QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
-    /// The command line that the spare must have been started with, as [`ahead`] returns it.
-    /// Another CPU model than the default, or a disabled console, needs another command line,
+pub struct SpareQemuConfig {
+    /// The command line that the spare must have been started with, as [`spare_arguments`] returns
+    /// it. Another CPU model than the default, or a disabled console, needs another command line,
     /// because a file cannot express these.
     pub ahead: Vec<OsString>,
     /// The file that the spare reads, for the same machine as [`arguments`].
@@ -251,13 +252,13 @@ pub struct Told {
 ///
 /// # Errors
 ///
-/// [`Untellable`] if only the command line can express a value.
-pub fn told(inputs: &Inputs<'_>) -> Result<Told, Untellable> {
+/// [`InexpressibleVm`] if only the command line can express a value.
+pub fn spare_config(inputs: &QemuInputs<'_>) -> Result<SpareQemuConfig, InexpressibleVm> {
     let options = options(inputs)?;
-    Ok(Told { ahead: ahead_of(&options), file: file::write(&options)? })
+    Ok(SpareQemuConfig { ahead: spare_options(&options), file: file::write(&options)? })
 }
 
-fn words<'a>(options: impl Iterator<Item = &'a Opt>) -> Vec<OsString> {
+fn command_line<'a>(options: impl Iterator<Item = &'a QemuOption>) -> Vec<OsString> {
     let mut words = Vec::new();
     for option in options {
         option.write_words(&mut words);
@@ -265,18 +266,18 @@ fn words<'a>(options: impl Iterator<Item = &'a Opt>) -> Vec<OsString> {
     words
 }
 
-fn ahead_of(options: &[Opt]) -> Vec<OsString> {
-    let mut words = words(options.iter().filter(|option| matches!(option, Opt::Ahead { .. })));
+fn spare_options(options: &[QemuOption]) -> Vec<OsString> {
+    let mut words = command_line(options.iter().filter(|option| matches!(option, QemuOption::Ahead { .. })));
     words.extend(["-readconfig".into(), INPUT.into()]);
     words
 }
 
-fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
+fn options(inputs: &QemuInputs<'_>) -> Result<Vec<QemuOption>, PathNotUtf8> {
     // The request names the console's file.
     let VmSpec { cpu, memory, boot, disks, nics, console: _, restart, options: _ } = inputs.spec;
     let RestartPolicy { mode: _, max_restarts: _ } = restart;
     let mut options = Vec::new();
-    options.push(Opt::Pairs {
+    options.push(QemuOption::Pairs {
         flag: "-name",
         group: "name",
         kind: None,
@@ -286,18 +287,18 @@ fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
     machine(&mut options, inputs, cpu, memory);
     add_boot(&mut options, boot, inputs.spec.kernel_args());
     for (place, (disk, image)) in disks.iter().zip(inputs.images).enumerate() {
-        options.push(Opt::Disk(disk::option(inputs.machine, place, disk, *image)?));
+        options.push(QemuOption::Disk(disk::option(inputs.machine, place, disk, *image)?));
     }
     for (place, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
         add_nic(&mut options, inputs.machine, disks.len(), place, nic, tap);
     }
-    if inputs.machine == Machine::Q35 && !inputs.spec.resets_on_panic() {
+    if inputs.machine == QemuMachine::Q35 && !inputs.spec.resets_on_panic() {
         options.push(panic_device());
     }
     console(&mut options, inputs);
     control(&mut options, inputs.dir);
     let reboot = reboot_action(inputs.spec).as_str();
-    options.push(Opt::Pairs {
+    options.push(QemuOption::Pairs {
         flag: "-action",
         group: "action",
         kind: None,
@@ -308,23 +309,26 @@ fn options(inputs: &Inputs<'_>) -> Result<Vec<Opt>, PathNotUtf8> {
 
 /// Returns the device by which a guest reports a panic. The ISA form needs no PCI slot, and libvirt
 /// 9.0 supports no other.
-fn panic_device() -> Opt {
-    Opt::device(json!({ "driver": "pvpanic", "id": "pvpanic" }))
+fn panic_device() -> QemuOption {
+    QemuOption::device(json!({ "driver": "pvpanic", "id": "pvpanic" }))
 }
 
-fn identity(options: &mut Vec<Opt>, uid: VmUid) {
+fn identity(options: &mut Vec<QemuOption>, uid: VmUid) {
     options.extend([
-        Opt::ahead("-uuid", uid.to_string()),
-        Opt::Ahead { flag: "-S", value: None },
-        Opt::Ahead { flag: "-nodefaults", value: None },
-        Opt::Ahead { flag: "-no-user-config", value: None },
-        Opt::ahead("-display", "none"),
+        QemuOption::ahead("-uuid", uid.to_string()),
+        QemuOption::Ahead { flag: "-S", value: None },
+        QemuOption::Ahead { flag: "-nodefaults", value: None },
+        QemuOption::Ahead { flag: "-no-user-config", value: None },
+        QemuOption::ahead("-display", "none"),
         // QEMU starts no helper here, because the TAPs exist and no script runs.
-        Opt::ahead("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        QemuOption::ahead(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        ),
     ]);
 }
 
-fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memory) {
+fn machine(options: &mut Vec<QemuOption>, inputs: &QemuInputs<'_>, cpu: &Cpu, memory: &Memory) {
     let Cpu { count, max, topology } = *cpu;
     let Memory { size_bytes, hotplug_max_bytes, pages, shared } = *memory;
     let huge = pages == PageSize::Huge;
@@ -338,17 +342,17 @@ fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memo
     let counts =
         [("cpus", count), ("maxcpus", max), ("sockets", sockets), ("cores", cores), ("threads", threads)];
     let pairs = counts.map(|(key, count)| (key, count.to_string().into())).to_vec();
-    options.push(Opt::Pairs { flag: "-smp", group: "smp-opts", kind: None, pairs });
+    options.push(QemuOption::Pairs { flag: "-smp", group: "smp-opts", kind: None, pairs });
     let mut size = vec![("size", format!("{}M", memory.size_mib()).into())];
-    if let (Machine::Q35, Some(ceiling)) = (inputs.machine, hotplug_max_bytes)
+    if let (QemuMachine::Q35, Some(ceiling)) = (inputs.machine, hotplug_max_bytes)
         && ceiling > size_bytes
     {
         size.push(("slots", MEMORY_SLOTS.to_string().into()));
         size.push(("maxmem", format!("{}M", ceiling / MIB).into()));
     }
-    options.push(Opt::Pairs { flag: "-m", group: "memory", kind: None, pairs: size });
+    options.push(QemuOption::Pairs { flag: "-m", group: "memory", kind: None, pairs: size });
     if huge || shared {
-        options.push(Opt::object(json!({
+        options.push(QemuOption::object(json!({
             "qom-type": "memory-backend-memfd", "id": "ram", "size": size_bytes,
             "hugetlb": huge, "share": shared,
         })));
@@ -356,19 +360,19 @@ fn machine(options: &mut Vec<Opt>, inputs: &Inputs<'_>, cpu: &Cpu, memory: &Memo
 }
 
 /// Adds the machine model and its firmware. `more` is a property that only some VMs have.
-fn model(options: &mut Vec<Opt>, machine: Machine, more: Option<(&'static str, &'static str)>) {
+fn model(options: &mut Vec<QemuOption>, machine: QemuMachine, more: Option<(&'static str, &'static str)>) {
     let properties = machine.properties().iter().copied().chain(more);
     let pairs = properties.map(|(key, value)| (key, value.into())).collect();
     let kind = Some(("type", machine.as_str().into()));
-    options.push(Opt::Pairs { flag: "-machine", group: "machine", kind, pairs });
+    options.push(QemuOption::Pairs { flag: "-machine", group: "machine", kind, pairs });
     if let Some(firmware) = machine.firmware() {
-        options.push(Opt::Property { flag: "-bios", key: "firmware", value: firmware.into() });
+        options.push(QemuOption::Property { flag: "-bios", key: "firmware", value: firmware.into() });
     }
 }
 
-fn processor(options: &mut Vec<Opt>, accelerator: Accelerator, model: Option<&str>) {
-    options.push(Opt::ahead("-accel", accelerator.as_str()));
-    options.push(Opt::ahead("-cpu", model.unwrap_or(default_model(accelerator))));
+fn processor(options: &mut Vec<QemuOption>, accelerator: Accelerator, model: Option<&str>) {
+    options.push(QemuOption::ahead("-accel", accelerator.as_str()));
+    options.push(QemuOption::ahead("-cpu", model.unwrap_or(default_model(accelerator))));
 }
 
 /// Returns the CPU model if the client names none, which has all features of the accelerator.
@@ -379,23 +383,30 @@ const fn default_model(accelerator: Accelerator) -> &'static str {
     }
 }
 
-fn add_boot(options: &mut Vec<Opt>, boot: &Boot, args: String) {
+fn add_boot(options: &mut Vec<QemuOption>, boot: &Boot, args: String) {
     // `args` is the whole command line.
     let Boot { kernel, initrd, args: _ } = boot;
-    options.push(Opt::Property { flag: "-kernel", key: "kernel", value: kernel.into() });
+    options.push(QemuOption::Property { flag: "-kernel", key: "kernel", value: kernel.into() });
     if let Some(initrd) = initrd {
-        options.push(Opt::Property { flag: "-initrd", key: "initrd", value: initrd.into() });
+        options.push(QemuOption::Property { flag: "-initrd", key: "initrd", value: initrd.into() });
     }
     if !args.is_empty() {
-        options.push(Opt::Property { flag: "-append", key: "append", value: args.into() });
+        options.push(QemuOption::Property { flag: "-append", key: "append", value: args.into() });
     }
 }
 
-fn add_nic(options: &mut Vec<Opt>, machine: Machine, disks: usize, place: usize, nic: &Nic, tap: &str) {
+fn add_nic(
+    options: &mut Vec<QemuOption>,
+    machine: QemuMachine,
+    disks: usize,
+    place: usize,
+    nic: &Nic,
+    tap: &str,
+) {
     // The check warns that QEMU cannot limit an interface.
     let Nic { id: _, mac, tap: _, limits: _ } = nic;
     // QEMU before 7.2 accepts no JSON here.
-    options.push(Opt::Pairs {
+    options.push(QemuOption::Pairs {
         flag: "-netdev",
         group: "netdev",
         kind: Some(("type", "tap".into())),
@@ -410,17 +421,17 @@ fn add_nic(options: &mut Vec<Opt>, machine: Machine, disks: usize, place: usize,
         "driver": format!("virtio-net-{}", machine.virtio()), "id": format!("net{place}"),
         "netdev": format!("tap{place}"), "mac": mac.to_string(),
     });
-    if machine == Machine::Q35 {
+    if machine == QemuMachine::Q35 {
         // Guests do not boot from the network, so the ROM is left out.
         device["romfile"] = "".into();
     }
-    options.push(Opt::device(merged(device, &address(machine, NIC_SLOT, place, disks + place))));
+    options.push(QemuOption::device(merged(device, &address(machine, NIC_SLOT, place, disks + place))));
 }
 
 /// Returns the place of a device: a PCI function on q35, a virtio-mmio transport on microvm.
-fn address(machine: Machine, first_slot: usize, place: usize, transport: usize) -> Value {
+fn address(machine: QemuMachine, first_slot: usize, place: usize, transport: usize) -> Value {
     match machine {
-        Machine::Q35 => {
+        QemuMachine::Q35 => {
             let (slot, function) = (first_slot + place / FUNCTIONS, place % FUNCTIONS);
             let mut address = json!({ "bus": "pcie.0", "addr": format!("{slot:x}.{function}") });
             if function == 0 {
@@ -428,37 +439,37 @@ fn address(machine: Machine, first_slot: usize, place: usize, transport: usize) 
             }
             address
         }
-        Machine::Microvm => {
+        QemuMachine::Microvm => {
             json!({ "bus": format!("virtio-mmio-bus.{}", FIRST_TRANSPORT.saturating_sub(transport)) })
         }
     }
 }
 
-fn console(options: &mut Vec<Opt>, inputs: &Inputs<'_>) {
+fn console(options: &mut Vec<QemuOption>, inputs: &QemuInputs<'_>) {
     if let Some(output) = inputs.console {
         // QEMU writes the log also without a client, so the console needs no daemon.
         let mut pairs = listening("console", &inputs.dir.join(CONSOLE_SOCKET));
         pairs.extend([("logfile", output.into()), ("logappend", "on".into())]);
         let kind = Some(("backend", "socket".into()));
-        options.push(Opt::Pairs { flag: "-chardev", group: "chardev", kind, pairs });
+        options.push(QemuOption::Pairs { flag: "-chardev", group: "chardev", kind, pairs });
     }
     serial(options, inputs.console.is_some());
 }
 
-fn serial(options: &mut Vec<Opt>, console: bool) {
-    options.push(Opt::ahead("-serial", if console { "chardev:console" } else { "none" }));
+fn serial(options: &mut Vec<QemuOption>, console: bool) {
+    options.push(QemuOption::ahead("-serial", if console { "chardev:console" } else { "none" }));
 }
 
-fn control(options: &mut Vec<Opt>, dir: &Path) {
+fn control(options: &mut Vec<QemuOption>, dir: &Path) {
     let kind = ("backend", "socket".into());
     let socket = listening("qmp", &dir.join(QMP_SOCKET));
-    options.push(Opt::ahead("-chardev", option::joined(Some(&kind), &socket)));
-    options.push(Opt::ahead("-mon", "chardev=qmp,mode=control"));
+    options.push(QemuOption::ahead("-chardev", option::joined(Some(&kind), &socket)));
+    options.push(QemuOption::ahead("-mon", "chardev=qmp,mode=control"));
     if dir.as_os_str().as_bytes().contains(&b',') {
         // The file's path names the run folder with single commas, which the search for a process
         // without a record needs. Other run folders are found by the paths of the sockets, so QEMU
         // need not write the file.
-        options.push(Opt::ahead("-pidfile", dir.join(PID_FILE)));
+        options.push(QemuOption::ahead("-pidfile", dir.join(PID_FILE)));
     }
 }
 

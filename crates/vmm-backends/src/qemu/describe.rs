@@ -7,18 +7,18 @@ use vmm_core::config::{
 use vmm_core::id::is_name;
 
 use super::qmp::Qmp;
-use crate::attached::native::{MAX_DEVICES, flag, number, text};
+use crate::attached::native_config::{MAX_DEVICES, flag, number, text};
 use crate::sanitize;
 
 /// The configuration that QEMU reports.
-pub(super) struct Told {
+pub(super) struct QemuDescription {
     pub(super) config: VmConfig,
     pub(super) accelerator: String,
     pub(super) machine: String,
 }
 
 /// Asks QEMU for the values of a [`VmConfig`].
-pub(super) async fn describe(qmp: &Qmp) -> Told {
+pub(super) async fn describe(qmp: &Qmp) -> QemuDescription {
     let cpus = ask(qmp, "query-cpus-fast").await;
     let memory = ask(qmp, "query-memory-size-summary").await;
     let disks = ask(qmp, "query-block").await;
@@ -46,7 +46,7 @@ pub(super) async fn describe(qmp: &Qmp) -> Told {
         network: devices(&filters).iter().take(MAX_DEVICES).enumerate().map(interface).collect(),
         ..VmConfig::default()
     };
-    Told {
+    QemuDescription {
         config,
         accelerator: if flag(&kvm, "enabled") { "kvm" } else { "tcg" }.to_owned(),
         machine: machine.trim_end_matches("-machine").trim_start_matches("pc-").to_owned(),

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use vmm_core::backend::BackendError;
 
 use super::client::RebootAction;
+use super::monitor::{ResetEvent, shutdown_reason};
 use super::qmp::{Qmp, QmpError};
-use super::watch::{Reset, shutdown_reason};
 use crate::fuzzing::{check_error, run};
 
 /// The most events that are kept.
@@ -70,31 +70,31 @@ async fn calls(stream: UnixStream) -> Vec<String> {
     let (sender, mut events) = mpsc::channel(EVENTS);
     let qmp = match Qmp::over(stream, Duration::from_secs(2), sender).await {
         Ok(qmp) => qmp,
-        Err(error) => return vec![told::<()>(Err(error), true)],
+        Err(error) => return vec![checked_text::<()>(Err(error), true)],
     };
     let mut outcome = vec![
         qmp.version().to_string(),
-        told(qmp.query_status().await, true),
-        told(qmp.query_version().await, true),
-        told(qmp.query_blockstats().await, true),
-        told(qmp.set_reboot_action(RebootAction::Shutdown).await, false),
-        told(qmp.stop().await, false),
-        told(qmp.cont().await, false),
-        told(qmp.system_powerdown().await, false),
-        told(qmp.system_reset().await, false),
-        told(qmp.quit().await, false),
+        checked_text(qmp.query_status().await, true),
+        checked_text(qmp.query_version().await, true),
+        checked_text(qmp.query_blockstats().await, true),
+        checked_text(qmp.set_reboot_action(RebootAction::Shutdown).await, false),
+        checked_text(qmp.stop().await, false),
+        checked_text(qmp.cont().await, false),
+        checked_text(qmp.system_powerdown().await, false),
+        checked_text(qmp.system_reset().await, false),
+        checked_text(qmp.quit().await, false),
     ];
     drop(qmp);
     while let Ok(event) = events.try_recv() {
-        let reset =
-            (event.name == "RESET").then(|| Reset::deserialize(&event.data).map(|reset| reset.guest).ok());
+        let reset = (event.name == "RESET")
+            .then(|| ResetEvent::deserialize(&event.data).map(|reset| reset.guest).ok());
         outcome.push(format!("{event:?} {:?} {reset:?}", shutdown_reason(&event)));
     }
     outcome
 }
 
 /// Returns the result as text, and checks the error that a client would get.
-fn told<T: std::fmt::Debug>(result: Result<T, QmpError>, asks: bool) -> String {
+fn checked_text<T: std::fmt::Debug>(result: Result<T, QmpError>, asks: bool) -> String {
     let text = format!("{result:?}");
     if let Err(error) = result {
         // A malformed answer may follow a change, so its effect is unknown even for a question.

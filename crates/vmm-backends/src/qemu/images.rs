@@ -29,7 +29,7 @@ fn inspect_one(disk: &Disk) -> Result<ImageKind, String> {
     if disk.format == DiskFormat::Qcow2 && !disk.backing_files {
         let header = files::qcow2_header(&disk.path)
             .map_err(|error| format!("{} cannot be read: {error}", disk.path.display()))?;
-        if let Some(what) = header.as_ref().and_then(reaches_out) {
+        if let Some(what) = header.as_ref().and_then(other_file_kind) {
             return Err(format!(
                 "{} has {what}; set options.backing_files to \"true\" if the image is trusted",
                 disk.path.display()
@@ -43,7 +43,7 @@ fn inspect_one(disk: &Disk) -> Result<ImageKind, String> {
 }
 
 /// Returns the kind of the other file that QEMU would open for an image with this header.
-fn reaches_out(header: &Qcow2Header) -> Option<&'static str> {
+fn other_file_kind(header: &Qcow2Header) -> Option<&'static str> {
     match header {
         Qcow2Header { backing: Some(_), .. } => Some("a backing file"),
         Qcow2Header { external_data: true, .. } => Some("an external data file"),

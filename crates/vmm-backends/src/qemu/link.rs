@@ -11,13 +11,15 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use super::qmp::{Qmp, QmpError, QmpEvent};
 
 /// The longest time of a connection, including the greeting.
-pub(crate) const CONNECTING: Duration = Duration::from_secs(2);
-/// The first and the longest pause between attempts to connect again.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+pub(crate) const QMP_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// The first pause between two attempts to connect again.
+const FIRST_RECONNECT_DELAY: Duration = Duration::from_millis(100);
+/// The longest pause between two attempts to connect again.
+const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(5);
 
 /// The connection to one QEMU, if there is one now.
 #[derive(Debug)]
-pub(crate) struct Link {
+pub(crate) struct QemuLink {
     socket: PathBuf,
     /// The process that must listen on the socket.
     pid: u32,
@@ -25,7 +27,7 @@ pub(crate) struct Link {
     current: Mutex<Option<Arc<Qmp>>>,
 }
 
-impl Link {
+impl QemuLink {
     pub(crate) fn new(socket: PathBuf, pid: u32, events: mpsc::Sender<QmpEvent>) -> Self {
         Self { socket, pid, events, current: Mutex::new(None) }
     }
@@ -70,9 +72,9 @@ impl Link {
         })
     }
 
-    /// Connects once, within [`CONNECTING`].
+    /// Connects once, within [`QMP_CONNECT_TIMEOUT`].
     pub(crate) async fn connect(&self) -> Result<Arc<Qmp>, BackendError> {
-        let qmp = Qmp::connect(&self.socket, CONNECTING, self.events.clone()).await;
+        let qmp = Qmp::connect(&self.socket, QMP_CONNECT_TIMEOUT, self.events.clone()).await;
         self.set(qmp.map_err(|error: QmpError| BackendError::from(error))?)
     }
 
@@ -83,7 +85,7 @@ impl Link {
             qmp.closed().await;
             *self.slot() = None;
         }
-        let mut pause = PAUSES.0;
+        let mut pause = FIRST_RECONNECT_DELAY;
         loop {
             tokio::time::sleep(pause).await;
             match self.connect().await {
@@ -93,13 +95,13 @@ impl Link {
                 }
                 Err(error) => debug!(pid = self.pid, %error, "QEMU cannot be connected to"),
             }
-            pause = (pause * 2).min(PAUSES.1);
+            pause = (pause * 2).min(MAX_RECONNECT_DELAY);
         }
     }
 
     /// Waits until the present connection, if there is one, has ended and all its events were
     /// delivered.
-    pub(crate) async fn drained(&self) {
+    pub(crate) async fn wait_until_drained(&self) {
         let current = self.slot().clone();
         if let Some(qmp) = current {
             qmp.closed().await;

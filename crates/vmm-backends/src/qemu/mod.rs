@@ -1,13 +1,13 @@
 //! QEMU: one process per VM, controlled over QMP.
 //!
 //! ```text
-//!   QemuBackend ── check ──► Report                                convert, check: pure
+//!   QemuBackend ── check ──► CheckReport                           convert, check: pure
 //!      │ launch: start, connect, cont          adopt: prove, connect
 //!      │    └─ or use a spare                   │
 //!      ▼                                         ▼
-//!   QemuVmm ── Link ── Qmp ──► qmp.sock ──► qemu-system-x86_64 ──► console.sock + console log
-//!   Watch ◄── events ──┘                            │
-//!      └──────────────── pidfd ◄────────────────────┘
+//!   QemuVmm ─ QemuLink ─ Qmp ─► qmp.sock ─► qemu-system-x86_64 ─► console.sock + console log
+//!   QemuMonitor ◄ events ─┘                          │
+//!      └──────────────── pidfd ◄─────────────────────┘
 //! ```
 //!
 //! QEMU is started with a stopped guest, and receives `cont` once the events are read, so that no
@@ -21,12 +21,13 @@ pub(crate) mod check;
 pub mod client;
 pub mod convert;
 mod describe;
-pub(crate) mod ending;
+pub(crate) mod exit_schedule;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 pub(crate) mod images;
 pub(crate) mod layout;
 pub(crate) mod link;
+pub(crate) mod monitor;
 pub(crate) mod options;
 mod orders;
 pub mod qmp;
@@ -34,7 +35,6 @@ mod spare;
 mod start;
 mod trial;
 pub(crate) mod vmm;
-pub(crate) mod watch;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -42,31 +42,31 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    KernelFormat, LaunchRequest, Launched, SpareRequest, SpareVmms, SweepRequest,
+    KernelFormat, LaunchRequest, LaunchedVmm, SpareRequest, SpareVmms, SweepRequest,
 };
 use vmm_core::capabilities::{
-    ConsoleFact, EndpointMode, Facts, MachineFact, PanicFact, PowerOffFact, RebootFact, ResetFact,
+    BackendFacts, ConsoleFact, EndpointMode, MachineFact, PanicFact, PowerOffFact, RebootFact, ResetFact,
     ShutdownFact,
 };
 use vmm_core::id::{BackendName, VmUid};
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskFormat, VmSpec};
 
 pub use accelerator::KvmMode;
 pub use convert::CONSOLE_SOCKET;
-use convert::{Accelerator, Machine};
-use spare::Spare;
+use convert::{Accelerator, QemuMachine};
+use spare::SpareQemu;
 use trial::{Trials, Verdict};
 
-use crate::program::{Installed, Kind, Program, Version};
-use crate::spares::Spares;
+use crate::program::{InstalledProgram, Program, ProgramSpec, Version};
+use crate::spares::SpareTable;
 
 /// The name of this backend for clients.
 pub const NAME: &str = "qemu";
 
 /// The program. The oldest usable version is the first with JSON after `-device`, which [`convert`]
 /// writes.
-const PROGRAM: Kind = Kind {
+const PROGRAM: ProgramSpec = ProgramSpec {
     backend: NAME,
     title: "QEMU",
     usual_name: "qemu-system-x86_64",
@@ -102,7 +102,7 @@ pub struct QemuBackend {
     kvm: KvmMode,
     trials: Trials,
     capabilities: Capabilities,
-    spares: Spares<Spare>,
+    spares: SpareTable<SpareQemu>,
 }
 
 impl QemuBackend {
@@ -113,12 +113,12 @@ impl QemuBackend {
             kvm: options.kvm,
             trials: Trials::default(),
             capabilities: capabilities(),
-            spares: Spares::default(),
+            spares: SpareTable::default(),
         }
     }
 
     /// Returns the program, if it is usable and the host serves the configured accelerator.
-    async fn ready(&self) -> Result<Installed, BackendError> {
+    async fn ready(&self) -> Result<InstalledProgram, BackendError> {
         let program = self.program.find().await?;
         self.kvm
             .as_ordered()
@@ -145,7 +145,7 @@ impl QemuBackend {
 
 /// Returns the capabilities, without the accelerator, which each start chooses.
 pub(crate) fn capabilities() -> Capabilities {
-    let facts = Facts {
+    let facts = BackendFacts {
         console: Some(ConsoleFact::InputAndOutput),
         disk_formats: Some(&[DiskFormat::Raw, DiskFormat::Qcow2]),
         disk_rate_limits: Some(true),
@@ -156,7 +156,7 @@ pub(crate) fn capabilities() -> Capabilities {
         network_rate_limits: Some(false),
         reboot: Some(RebootFact::InPlace),
         shutdown: Some(ShutdownFact::PowerButton),
-        ..Facts::default()
+        ..BackendFacts::default()
     };
     let limits = [
         ("max-disks", check::MAX_Q35_DEVICES as i64),
@@ -181,22 +181,22 @@ impl Backend for QemuBackend {
         &self.capabilities
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         check::check(spec, self.kvm.choose().accelerator)
     }
 
-    fn advise_on_host(&self, spec: &VmSpec, report: &mut Report) {
+    fn advise_on_host(&self, spec: &VmSpec, report: &mut CheckReport) {
         self.kvm.choose().advise(report);
         // A q35 that does not start is the health of the whole backend, which the service reports.
-        if Machine::of(spec) == Some(Machine::Microvm)
-            && let Some(why) = self.trials.failure(Machine::Microvm)
+        if QemuMachine::of(spec) == Some(QemuMachine::Microvm)
+            && let Some(why) = self.trials.failure(QemuMachine::Microvm)
         {
             let field = format!("config.boot.boot_options[\"{}\"]", options::MACHINE_KEY);
             report.advise(field, format!("BootVm will fail: {why}"));
         }
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         // The spare is taken before the checks, so that a launch that fails ends it.
         let spare = self.spares.take(request.uid);
         match (self.ready().await, spare) {

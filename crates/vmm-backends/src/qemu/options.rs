@@ -1,9 +1,9 @@
 //! Reads the keys of a [`VmSpec`] that concern only QEMU.
 
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{BackendOption, OptionPlace, VmSpec};
 
-use super::convert::Machine;
+use super::convert::QemuMachine;
 
 /// The prefix of QEMU's keys.
 const PREFIX: &str = "qemu.";
@@ -16,20 +16,20 @@ pub(crate) const MODEL_KEY: &str = "qemu.model";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct VmOptions<'a> {
     /// The machine, or `None` if the client names an unknown one, which is in the report.
-    pub(crate) machine: Option<Machine>,
+    pub(crate) machine: Option<QemuMachine>,
     /// The CPU model with its features, if the client names one.
-    pub(crate) model: Option<Model<'a>>,
+    pub(crate) model: Option<CpuModelOption<'a>>,
 }
 
 /// A CPU model as the client wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Model<'a> {
+pub(crate) struct CpuModelOption<'a> {
     /// The model in QEMU's syntax.
     pub(crate) text: &'a str,
     option: &'a BackendOption,
 }
 
-impl Model<'_> {
+impl CpuModelOption<'_> {
     /// Returns the path of the key from the request's root.
     pub(crate) fn field(&self) -> String {
         self.option.field()
@@ -43,18 +43,18 @@ impl Model<'_> {
 
 impl<'a> VmOptions<'a> {
     /// Reads the settings of `spec`. Reports invalid ones and keys of other backends.
-    pub(crate) fn read(spec: &'a VmSpec, report: &mut Report) -> Self {
-        let mut read = Self { machine: Some(Machine::Q35), model: None };
+    pub(crate) fn read(spec: &'a VmSpec, report: &mut CheckReport) -> Self {
+        let mut read = Self { machine: Some(QemuMachine::Q35), model: None };
         for option in spec.options.own(PREFIX, report) {
             match (option.place, option.key.as_str()) {
                 (OptionPlace::Boot, MACHINE_KEY) => {
-                    read.machine = Machine::named(&option.value);
+                    read.machine = QemuMachine::named(&option.value);
                     if read.machine.is_none() {
                         report.reject(option.field(), "must be \"q35\" (the default) or \"microvm\"");
                     }
                 }
                 (OptionPlace::Cpu, MODEL_KEY) => {
-                    let model = Model { text: &option.value, option };
+                    let model = CpuModelOption { text: &option.value, option };
                     check_model(report, model);
                     read.model = Some(model);
                 }
@@ -70,15 +70,15 @@ impl<'a> VmOptions<'a> {
 
     /// Reads the settings of a `spec` that has passed the check.
     pub(crate) fn of(spec: &'a VmSpec) -> Self {
-        Self::read(spec, &mut Report::default())
+        Self::read(spec, &mut CheckReport::default())
     }
 }
 
-fn reject_unknown(report: &mut Report, option: &BackendOption, known: &str) {
+fn reject_unknown(report: &mut CheckReport, option: &BackendOption, known: &str) {
     report.reject(option.field(), format!("unknown key of the qemu backend; known keys here: {known}"));
 }
 
-fn check_model(report: &mut Report, model: Model<'_>) {
+fn check_model(report: &mut CheckReport, model: CpuModelOption<'_>) {
     let (text, name) = (model.text, model.name());
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+,=".contains(&byte);
     if name.is_empty() || name == "help" || text.starts_with('-') || !text.bytes().all(legal) {

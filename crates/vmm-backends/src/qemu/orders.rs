@@ -5,12 +5,12 @@ use std::sync::Arc;
 use vmm_core::backend::{BackendError, StorageCounters};
 
 use super::qmp::{Qmp, QmpError};
-use crate::ordered::Ordered;
+use crate::guest_orders::GuestOrders;
 
 /// A handle of a QEMU.
 pub(super) trait Commands: Sync {
     /// Returns the orders that the guest was given.
-    fn guest(&self) -> &Ordered;
+    fn guest(&self) -> &GuestOrders;
 
     /// Returns the connection, if QEMU may be sent a command now.
     fn qmp(&self) -> Result<Arc<Qmp>, BackendError>;

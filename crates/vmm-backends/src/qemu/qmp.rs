@@ -33,7 +33,7 @@ use crate::program::Version;
 use crate::sanitize;
 
 /// The time limit of a command without its own limit.
-pub const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The longest line that is read, in bytes. The longest legitimate line, block statistics of 64
 /// disks, has about a third of this.
@@ -51,7 +51,7 @@ pub struct Qmp {
     version: Version,
     peer_pid: Option<i32>,
     queue: mpsc::Sender<Vec<u8>>,
-    shared: Arc<Shared>,
+    shared: Arc<QmpShared>,
     tasks: [AbortHandle; 2],
 }
 
@@ -97,7 +97,7 @@ pub enum QmpError {
     #[error("the connection to QEMU has ended: {reason}")]
     Closed {
         /// The reason.
-        reason: Closed,
+        reason: CloseReason,
         /// True if QEMU may have read the command.
         sent: bool,
     },
@@ -114,7 +114,7 @@ pub enum QmpError {
 
 /// The reason for the end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Closed {
+pub enum CloseReason {
     /// QEMU closed the connection.
     #[error("QEMU closed it")]
     Eof,
@@ -130,35 +130,35 @@ pub enum Closed {
 }
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct QmpShared {
+    state: Mutex<QmpState>,
     closed: watch::Sender<bool>,
     /// The number of events that were dropped because the receiver was full.
     dropped: AtomicU64,
 }
 
 #[derive(Debug)]
-enum State {
-    Open { pending: HashMap<u64, oneshot::Sender<Answer>>, last_id: u64 },
-    Closed(Closed),
+enum QmpState {
+    Open { pending: HashMap<u64, oneshot::Sender<QmpAnswer>>, last_id: u64 },
+    Closed(CloseReason),
 }
 
 #[derive(Debug)]
-enum Answer {
+enum QmpAnswer {
     Return(Value),
     Error(String),
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl QmpShared {
+    fn state(&self) -> MutexGuard<'_, QmpState> {
         // The state is valid at every point at which a holder could panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn close(&self, reason: Closed) {
+    fn close(&self, reason: CloseReason) {
         let mut state = self.state();
-        if let State::Open { .. } = *state {
-            *state = State::Closed(reason);
+        if let QmpState::Open { .. } = *state {
+            *state = QmpState::Closed(reason);
         }
         drop(state);
         self.closed.send_replace(true);
@@ -166,8 +166,8 @@ impl Shared {
 
     fn closed_as(&self, sent: bool) -> QmpError {
         let reason = match &*self.state() {
-            State::Closed(reason) => reason.clone(),
-            State::Open { .. } => Closed::Eof,
+            QmpState::Closed(reason) => reason.clone(),
+            QmpState::Open { .. } => CloseReason::Eof,
         };
         QmpError::Closed { reason, sent }
     }
@@ -218,11 +218,11 @@ impl Qmp {
     async fn greeted(stream: UnixStream, events: mpsc::Sender<QmpEvent>) -> Result<Self, QmpError> {
         let peer_pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let (read, write) = stream.into_split();
-        let mut lines = Lines::new(read);
+        let mut lines = LineReader::new(read);
         let greeting = lines.next().await.map_err(|reason| QmpError::Closed { reason, sent: false })?;
         let version = parse_greeting(&greeting).map_err(|reason| QmpError::Closed { reason, sent: false })?;
-        let shared = Arc::new(Shared {
-            state: Mutex::new(State::Open { pending: HashMap::new(), last_id: 0 }),
+        let shared = Arc::new(QmpShared {
+            state: Mutex::new(QmpState::Open { pending: HashMap::new(), last_id: 0 }),
             closed: watch::Sender::new(false),
             dropped: AtomicU64::new(0),
         });
@@ -255,14 +255,14 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// [`QmpError::Timeout`] after [`COMMAND_DEADLINE`], [`QmpError::Refused`],
+    /// [`QmpError::Timeout`] after [`COMMAND_TIMEOUT`], [`QmpError::Refused`],
     /// [`QmpError::Closed`] or [`QmpError::Malformed`].
     pub async fn execute<T: DeserializeOwned>(
         &self,
         command: &'static str,
         arguments: Value,
     ) -> Result<T, QmpError> {
-        let answer = self.execute_within(command, arguments, COMMAND_DEADLINE).await?;
+        let answer = self.execute_within(command, arguments, COMMAND_TIMEOUT).await?;
         serde_json::from_value(answer).map_err(|source| QmpError::Malformed { command, source })
     }
 
@@ -276,7 +276,7 @@ impl Qmp {
         // write returns.
         let (id, answer) = self.register()?;
         // Removes the pending command if its caller gives up, so that a silent QEMU uses no memory.
-        let _forget = Forget { shared: &self.shared, id };
+        let _forget = PendingCommand { shared: &self.shared, id };
         let mut line = match arguments {
             Value::Null => json!({ "execute": command, "id": id }),
             arguments => json!({ "execute": command, "arguments": arguments, "id": id }),
@@ -288,8 +288,8 @@ impl Qmp {
             self.queue.send(line.into_bytes()).await.map_err(|_| self.shared.closed_as(false))?;
             sent = true;
             match answer.await {
-                Ok(Answer::Return(value)) => Ok(value),
-                Ok(Answer::Error(desc)) => Err(QmpError::Refused { command, desc }),
+                Ok(QmpAnswer::Return(value)) => Ok(value),
+                Ok(QmpAnswer::Error(desc)) => Err(QmpError::Refused { command, desc }),
                 Err(_) => Err(self.shared.closed_as(true)),
             }
         };
@@ -297,15 +297,15 @@ impl Qmp {
         answered.unwrap_or(Err(QmpError::Timeout { command, after, sent }))
     }
 
-    fn register(&self) -> Result<(u64, oneshot::Receiver<Answer>), QmpError> {
+    fn register(&self) -> Result<(u64, oneshot::Receiver<QmpAnswer>), QmpError> {
         match &mut *self.shared.state() {
-            State::Open { pending, last_id } => {
+            QmpState::Open { pending, last_id } => {
                 *last_id += 1;
                 let (sender, receiver) = oneshot::channel();
                 pending.insert(*last_id, sender);
                 Ok((*last_id, receiver))
             }
-            State::Closed(reason) => Err(QmpError::Closed { reason: reason.clone(), sent: false }),
+            QmpState::Closed(reason) => Err(QmpError::Closed { reason: reason.clone(), sent: false }),
         }
     }
 }
@@ -318,20 +318,24 @@ impl Drop for Qmp {
     }
 }
 
-struct Forget<'a> {
-    shared: &'a Shared,
+struct PendingCommand<'a> {
+    shared: &'a QmpShared,
     id: u64,
 }
 
-impl Drop for Forget<'_> {
+impl Drop for PendingCommand<'_> {
     fn drop(&mut self) {
-        if let State::Open { pending, .. } = &mut *self.shared.state() {
+        if let QmpState::Open { pending, .. } = &mut *self.shared.state() {
             pending.remove(&self.id);
         }
     }
 }
 
-async fn write_lines(mut socket: OwnedWriteHalf, mut queued: mpsc::Receiver<Vec<u8>>, shared: Arc<Shared>) {
+async fn write_lines(
+    mut socket: OwnedWriteHalf,
+    mut queued: mpsc::Receiver<Vec<u8>>,
+    shared: Arc<QmpShared>,
+) {
     while let Some(line) = queued.recv().await {
         if let Err(error) = socket.write_all(&line).await {
             // The reader may still find answers and events that QEMU sent before the end, so the
@@ -345,7 +349,7 @@ async fn write_lines(mut socket: OwnedWriteHalf, mut queued: mpsc::Receiver<Vec<
     let _ = closed.wait_for(|closed| *closed).await;
 }
 
-async fn read_lines(mut lines: Lines, events: mpsc::Sender<QmpEvent>, shared: Arc<Shared>) {
+async fn read_lines(mut lines: LineReader, events: mpsc::Sender<QmpEvent>, shared: Arc<QmpShared>) {
     let reason = loop {
         let handled = match lines.next().await {
             Ok(line) => handle_line(&line, &events, &shared),
@@ -359,7 +363,7 @@ async fn read_lines(mut lines: Lines, events: mpsc::Sender<QmpEvent>, shared: Ar
     shared.close(reason);
 }
 
-fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) -> Result<(), Closed> {
+fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &QmpShared) -> Result<(), CloseReason> {
     let Value::Object(mut message) = parse(line)? else { return Err(garbage("not an object")) };
     if message.contains_key("event") {
         let event = parse_event(Value::Object(message))?;
@@ -377,8 +381,8 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
         return Ok(());
     }
     let answer = match (message.remove("return"), message.remove("error")) {
-        (Some(value), None) => Answer::Return(value),
-        (None, Some(error)) => Answer::Error(match error.get("desc").and_then(Value::as_str) {
+        (Some(value), None) => QmpAnswer::Return(value),
+        (None, Some(error)) => QmpAnswer::Error(match error.get("desc").and_then(Value::as_str) {
             Some(desc) => sanitize::sentence(desc),
             None => sanitize::quote(error.to_string().as_bytes()),
         }),
@@ -390,8 +394,8 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
     match &mut *shared.state() {
         // An id that was never used is an answer in advance, which only a QEMU that a guest has
         // taken over sends.
-        State::Open { last_id, .. } if id == 0 || id > *last_id => Err(garbage("an answer to no request")),
-        State::Open { pending, .. } => {
+        QmpState::Open { last_id, .. } if id == 0 || id > *last_id => Err(garbage("an answer to no request")),
+        QmpState::Open { pending, .. } => {
             // No entry means that the caller has given up. A caller that gives up now makes the
             // send fail, which is the same.
             if let Some(waiting) = pending.remove(&id) {
@@ -399,74 +403,74 @@ fn handle_line(line: &[u8], events: &mpsc::Sender<QmpEvent>, shared: &Shared) ->
             }
             Ok(())
         }
-        State::Closed(reason) => Err(reason.clone()),
+        QmpState::Closed(reason) => Err(reason.clone()),
     }
 }
 
-fn parse_greeting(line: &[u8]) -> Result<Version, Closed> {
+fn parse_greeting(line: &[u8]) -> Result<Version, CloseReason> {
     let greeting = parse(line)?;
     let version = greeting.pointer("/QMP/version/qemu").cloned().ok_or_else(|| garbage("no greeting"))?;
     serde_json::from_value(version).map_err(|_| garbage("a greeting without a version"))
 }
 
-fn parse_event(message: Value) -> Result<QmpEvent, Closed> {
+fn parse_event(message: Value) -> Result<QmpEvent, CloseReason> {
     #[derive(serde::Deserialize)]
-    struct Wire {
+    struct EventLine {
         event: String,
-        timestamp: Timestamp,
+        timestamp: QmpTimestamp,
         #[serde(default)]
         data: Value,
     }
     #[derive(serde::Deserialize)]
-    struct Timestamp {
+    struct QmpTimestamp {
         seconds: i64,
         microseconds: i64,
     }
-    let wire: Wire = serde_json::from_value(message).map_err(|_| garbage("a malformed event"))?;
+    let wire: EventLine = serde_json::from_value(message).map_err(|_| garbage("a malformed event"))?;
     // QEMU writes -1 on a host without a clock.
     let at = Duration::from_secs(u64::try_from(wire.timestamp.seconds).unwrap_or(0))
         .saturating_add(Duration::from_micros(u64::try_from(wire.timestamp.microseconds).unwrap_or(0)));
     Ok(QmpEvent { name: wire.event, at, data: wire.data })
 }
 
-fn parse(line: &[u8]) -> Result<Value, Closed> {
+fn parse(line: &[u8]) -> Result<Value, CloseReason> {
     serde_json::from_slice(line).map_err(|error| {
         let shown = String::from_utf8_lossy(&line[..line.len().min(80)]);
-        Closed::Garbage(format!("{error} in {shown:?}"))
+        CloseReason::Garbage(format!("{error} in {shown:?}"))
     })
 }
 
-fn garbage(what: &str) -> Closed {
-    Closed::Garbage(what.to_owned())
+fn garbage(what: &str) -> CloseReason {
+    CloseReason::Garbage(what.to_owned())
 }
 
 /// Reads lines of at most [`MAX_LINE`] bytes.
-struct Lines {
+struct LineReader {
     socket: BufReader<OwnedReadHalf>,
 }
 
-impl Lines {
+impl LineReader {
     fn new(socket: OwnedReadHalf) -> Self {
         Self { socket: BufReader::with_capacity(READ_AHEAD, socket) }
     }
 
-    async fn next(&mut self) -> Result<Vec<u8>, Closed> {
+    async fn next(&mut self) -> Result<Vec<u8>, CloseReason> {
         let mut line = Vec::new();
         loop {
             let chunk = match self.socket.fill_buf().await {
-                Ok([]) => return Err(Closed::Eof),
+                Ok([]) => return Err(CloseReason::Eof),
                 Ok(chunk) => chunk,
                 // The kernel reports a reset if QEMU ended with unread input. This is an ordinary
                 // end.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Closed::Eof),
-                Err(error) => return Err(Closed::Io(error.to_string())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(CloseReason::Eof),
+                Err(error) => return Err(CloseReason::Io(error.to_string())),
             };
             let end = chunk.iter().position(|byte| *byte == b'\n');
             let taken = end.map_or(chunk.len(), |end| end + 1);
             // Checked before the bytes are stored, so a line without an end uses no more memory
             // than this limit.
             if line.len() + taken > MAX_LINE {
-                return Err(Closed::LineTooLong);
+                return Err(CloseReason::LineTooLong);
             }
             line.extend_from_slice(&chunk[..taken]);
             self.socket.consume(taken);

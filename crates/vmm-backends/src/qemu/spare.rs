@@ -29,38 +29,38 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::unix::pipe::Sender;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, SpareRequest};
-use vmm_host::process::{Command, Guarded, Stdin};
+use vmm_host::process::{Command, ProcessGuard, Stdin};
 use vmm_host::run_dir;
 
-use super::convert::{self, Accelerator, AheadInputs, CONSOLE_SOCKET, QMP_SOCKET, Told};
+use super::convert::{self, Accelerator, CONSOLE_SOCKET, QMP_SOCKET, SpareQemuConfig, SpareQemuInputs};
 use super::start::{LOG, clear, host_error};
 use crate::launch::start_blocking;
-use crate::patience::KILLING;
-use crate::program::{Installed, Version};
+use crate::program::{InstalledProgram, Version};
+use crate::timeouts::KILL_TIMEOUT;
 
 /// The oldest version whose VMs were compared with those of an ordinary start.
 const OLDEST: Version = Version::new(7, 2, 0);
 /// The longest time until a spare reads its input. A spare that is not stopped takes less than a
 /// millisecond.
-const READING: Duration = Duration::from_secs(2);
+const SPARE_READ_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A QEMU without a VM. Killed when dropped.
 #[derive(Debug)]
-pub(super) struct Spare {
-    guarded: Guarded,
+pub(super) struct SpareQemu {
+    guarded: ProcessGuard,
     input: OwnedFd,
     /// The other end of the same pipe, by which the unread bytes are counted.
     output: OwnedFd,
-    program: Installed,
+    program: InstalledProgram,
     words: Vec<std::ffi::OsString>,
 }
 
 /// Starts a QEMU that waits for the VM with the uid of `request`.
 pub(super) async fn start(
-    program: Installed,
+    program: InstalledProgram,
     accelerator: Accelerator,
     request: SpareRequest,
-) -> Result<Spare, BackendError> {
+) -> Result<SpareQemu, BackendError> {
     if program.version < OLDEST {
         let message = format!("QEMU {} keeps no spare VMMs; they need {OLDEST} or newer", program.version);
         let kind = BackendErrorKind::Unsupported("spare VMMs");
@@ -70,7 +70,8 @@ pub(super) async fn start(
         run_dir::socket_path_fits(&request.dir.join(socket)).map_err(host_error)?;
     }
     let started = tokio::task::spawn_blocking(move || {
-        let words = convert::ahead(&AheadInputs { uid: request.uid, accelerator, dir: &request.dir });
+        let words =
+            convert::spare_arguments(&SpareQemuInputs { uid: request.uid, accelerator, dir: &request.dir });
         start_waiting(program, words, &request.dir)
     });
     started.await.unwrap_or_else(|error| {
@@ -80,22 +81,22 @@ pub(super) async fn start(
 
 /// Starts the process. Blocks.
 fn start_waiting(
-    program: Installed,
+    program: InstalledProgram,
     words: Vec<std::ffi::OsString>,
     dir: &Path,
-) -> Result<Spare, BackendError> {
+) -> Result<SpareQemu, BackendError> {
     clear(dir)?;
     let no_pipe =
         |error: io::Error| host_error(format!("no pipe for a spare QEMU: {error}")).caused_by(error);
     let (output, input) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| no_pipe(error.into()))?;
     let mut command = Command::new(program.path(), words.clone(), dir.join(LOG));
     command.stdin = Stdin::File(output.try_clone().map_err(no_pipe)?);
-    Ok(Spare { guarded: start_blocking(command)?, input, output, program, words })
+    Ok(SpareQemu { guarded: start_blocking(command)?, input, output, program, words })
 }
 
-impl Spare {
+impl SpareQemu {
     /// Returns the reason why this spare cannot serve a VM of `program`, or `None` if it can.
-    pub(super) fn unfit(&self, program: &Installed) -> Option<&'static str> {
+    pub(super) fn unfit(&self, program: &InstalledProgram) -> Option<&'static str> {
         if self.guarded.has_ended() {
             Some("it has ended")
         } else if self.program != *program {
@@ -106,22 +107,22 @@ impl Spare {
     }
 
     /// Returns true if the spare was started with the command line that `told` requires.
-    pub(super) fn was_started_for(&self, told: &Told) -> bool {
+    pub(super) fn was_started_for(&self, told: &SpareQemuConfig) -> bool {
         self.words == told.ahead
     }
 
     /// Writes the VM to the spare's input. Returns `None` if the spare did not read it; the spare
     /// has been ended then.
-    pub(super) async fn tell(self, file: &str) -> Option<Informed> {
+    pub(super) async fn configure(self, file: &str) -> Option<ConfiguredSpareQemu> {
         let Self { guarded, input, output, .. } = self;
         let telling = async { Sender::from_owned_fd(input)?.write_all(file.as_bytes()).await };
-        let failure = match tokio::time::timeout(READING, telling).await {
+        let failure = match tokio::time::timeout(SPARE_READ_TIMEOUT, telling).await {
             Ok(Ok(())) => {
                 let bytes = file.len().try_into().unwrap_or(u64::MAX);
-                return Some(Informed { guarded, output, bytes });
+                return Some(ConfiguredSpareQemu { guarded, output, bytes });
             }
             Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("QEMU did not read its configuration to the end within {READING:?}"),
+            Err(_) => format!("QEMU did not read its configuration to the end within {SPARE_READ_TIMEOUT:?}"),
         };
         // QEMU has not seen the end of the file, so it has applied nothing.
         end(guarded, &failure).await;
@@ -136,25 +137,26 @@ impl Spare {
 
 /// A QEMU that has its VM in its input. Killed when dropped.
 #[derive(Debug)]
-pub(super) struct Informed {
-    pub(super) guarded: Guarded,
+pub(super) struct ConfiguredSpareQemu {
+    pub(super) guarded: ProcessGuard,
     output: OwnedFd,
     bytes: u64,
 }
 
-impl Informed {
+impl ConfiguredSpareQemu {
     /// Returns true if QEMU has read nothing of its input yet.
-    pub(super) fn knows_nothing(&self) -> bool {
+    pub(super) fn is_unconfigured(&self) -> bool {
         rustix::io::ioctl_fionread(&self.output).is_ok_and(|unread| unread == self.bytes)
     }
 
-    /// Returns an error if QEMU has read nothing within [`READING`]. Otherwise never returns.
-    pub(super) async fn left_unread(&self) -> BackendError {
-        tokio::time::sleep(READING).await;
-        if !self.knows_nothing() {
+    /// Returns an error if QEMU has read nothing within [`SPARE_READ_TIMEOUT`]. Otherwise never
+    /// returns.
+    pub(super) async fn wait_while_unread(&self) -> BackendError {
+        tokio::time::sleep(SPARE_READ_TIMEOUT).await;
+        if !self.is_unconfigured() {
             std::future::pending::<()>().await;
         }
-        let message = format!("QEMU did not begin to read its configuration within {READING:?}");
+        let message = format!("QEMU did not begin to read its configuration within {SPARE_READ_TIMEOUT:?}");
         BackendError::new(BackendErrorKind::Timeout, Effect::NotApplied, message)
     }
 
@@ -164,10 +166,10 @@ impl Informed {
     }
 }
 
-async fn end(guarded: Guarded, why: impl Display) {
+async fn end(guarded: ProcessGuard, why: impl Display) {
     let pid = guarded.pid();
     tracing::debug!(pid, detail = %why, "a spare QEMU is ended");
-    if let Err(error) = guarded.kill_and_wait(KILLING).await {
+    if let Err(error) = guarded.kill_and_wait(KILL_TIMEOUT).await {
         // A spare runs no guest, so its late end does no harm.
         tracing::warn!(pid, %error, "a spare QEMU has not ended yet");
     }

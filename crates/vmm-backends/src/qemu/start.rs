@@ -1,7 +1,7 @@
 //! Starts a QEMU, and assembles the handle of one that runs.
 //!
 //! ```text
-//!   launch ─┬─ a spare waits ──► its VM  ───┬──► connect ──► gate ──► cont ──► Launched
+//!   launch ─┬─ a spare waits ──► its VM  ───┬──► connect ─► permit ─► cont ─► LaunchedVmm
 //!           │     cannot, or does not read   │
 //!           │             ▼ ended           │
 //!           └─────────► start ──────────────┘
@@ -14,35 +14,37 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched};
-use vmm_core::gate::Gate;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, LaunchedVmm};
 use vmm_core::id::VmUid;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::process::{Command, Guarded, Process};
+use vmm_host::process::{Command, Process, ProcessGuard};
 use vmm_host::run_dir;
 
-use super::convert::{self, Accelerator, ImageKind, Inputs, Machine, QMP_SOCKET, Told, reboot_action};
+use super::convert::{
+    self, Accelerator, ImageKind, QMP_SOCKET, QemuInputs, QemuMachine, SpareQemuConfig, reboot_action,
+};
 use super::images;
-use super::link::Link;
+use super::link::QemuLink;
+use super::monitor::{QemuMonitor, QemuOwner};
 use super::qmp::{Qmp, QmpEvent};
-use super::spare::Spare;
+use super::spare::SpareQemu;
 use super::vmm::QemuVmm;
-use super::watch::{Owner, Watch};
-use crate::launch::{died_early, pass, start_vmm, wait_for_socket};
-use crate::ordered::Ordered;
-use crate::patience::KILLING;
-use crate::program::{Installed, Version};
+use crate::guest_orders::GuestOrders;
+use crate::launch::{early_exit_error, start_vmm, wait_for_permit, wait_for_socket};
+use crate::program::{InstalledProgram, Version};
 use crate::throttle::Throttle;
+use crate::timeouts::KILL_TIMEOUT;
 
 /// The log's name in the run folder.
 pub(super) const LOG: &str = "qemu.log";
 /// The time limit of a whole start.
-const STARTING: Duration = Duration::from_secs(20);
+const QEMU_START_TIMEOUT: Duration = Duration::from_secs(20);
 /// The time limit until QEMU listens, and the time limit until its greeting.
-const LISTENING: Duration = Duration::from_secs(15);
+const QEMU_LISTEN_TIMEOUT: Duration = Duration::from_secs(15);
 /// The most events of QEMU that wait to be read.
 const QMP_EVENTS: usize = 1024;
 /// The most events that wait for the VM's owner.
@@ -51,18 +53,18 @@ const EVENTS: usize = 256;
 /// Starts QEMU for `request`, or uses `spare`, and starts the guest. No process runs after an
 /// error.
 pub(super) async fn launch(
-    program: Installed,
+    program: InstalledProgram,
     accelerator: Accelerator,
-    spare: Option<Spare>,
+    spare: Option<SpareQemu>,
     request: LaunchRequest,
-) -> Result<Launched, BackendError> {
-    let machine = Machine::of(&request.spec).ok_or_else(|| rejected("there is no such machine"))?;
+) -> Result<LaunchedVmm, BackendError> {
+    let machine = QemuMachine::of(&request.spec).ok_or_else(|| rejected("there is no such machine"))?;
     let socket = request.dir.join(QMP_SOCKET);
     for socket in [&socket, &request.dir.join(convert::CONSOLE_SOCKET)] {
         run_dir::socket_path_fits(socket).map_err(host_error)?;
     }
     let log = request.dir.join(LOG);
-    let start = Arc::new(Start { request, machine, accelerator, socket, log });
+    let start = Arc::new(QemuLaunch { request, machine, accelerator, socket, log });
     if let Some(spare) = spare
         && let Some(outcome) = start.with_spare(spare, &program).await
     {
@@ -72,23 +74,23 @@ pub(super) async fn launch(
 }
 
 /// One launch.
-struct Start {
+struct QemuLaunch {
     request: LaunchRequest,
-    machine: Machine,
+    machine: QemuMachine,
     accelerator: Accelerator,
     socket: PathBuf,
     log: PathBuf,
 }
 
 /// A QEMU whose guest runs.
-struct Connected {
-    link: Arc<Link>,
+struct ConnectedQemu {
+    link: Arc<QemuLink>,
     version: Version,
     events: mpsc::Receiver<QmpEvent>,
 }
 
-impl Start {
-    async fn with_new_process(self: Arc<Self>, program: PathBuf) -> Result<Launched, BackendError> {
+impl QemuLaunch {
+    async fn with_new_process(self: Arc<Self>, program: PathBuf) -> Result<LaunchedVmm, BackendError> {
         let start = Arc::clone(&self);
         let guarded = start_vmm(move || {
             let args = start.arguments()?;
@@ -96,7 +98,7 @@ impl Start {
             Ok(Command::new(program, args, &start.log))
         })
         .await?;
-        match self.bring_up(&guarded).await {
+        match self.start_guest(&guarded).await {
             Ok(connected) => Ok(self.launched(guarded, connected)),
             Err(error) => Err(end(guarded, error).await),
         }
@@ -106,16 +108,16 @@ impl Start {
     /// it. The spare has received nothing then and has ended, so an ordinary start may follow.
     async fn with_spare(
         self: &Arc<Self>,
-        spare: Spare,
-        program: &Installed,
-    ) -> Option<Result<Launched, BackendError>> {
+        spare: SpareQemu,
+        program: &InstalledProgram,
+    ) -> Option<Result<LaunchedVmm, BackendError>> {
         if let Some(why) = spare.unfit(program) {
             spare.end(why).await;
             return None;
         }
         // Every reason against the spare is found before the first byte is written to it, because a
         // spare that has read a part of its input cannot be used for an ordinary start any more.
-        let told = match Arc::clone(self).told().await {
+        let told = match Arc::clone(self).spare_config().await {
             Ok(told) if spare.was_started_for(&told) => told,
             Ok(_) => {
                 spare.end("the VM has another CPU model than the usual one, or no console").await;
@@ -126,20 +128,20 @@ impl Start {
                 return None;
             }
         };
-        let informed = spare.tell(&told.file).await?;
+        let informed = spare.configure(&told.file).await?;
         // The write succeeded as soon as the pipe had room, so a QEMU that hangs may still have
         // read nothing. In that case the guest cannot have started, and an ordinary start may
         // follow. Once QEMU has read a byte, the outcome of the connection decides.
         let outcome = tokio::select! {
             biased;
-            outcome = self.bring_up(&informed.guarded) => outcome,
-            unheard = informed.left_unread() => Err(unheard),
+            outcome = self.start_guest(&informed.guarded) => outcome,
+            unheard = informed.wait_while_unread() => Err(unheard),
         };
         match outcome {
             Ok(connected) => Some(Ok(self.launched(informed.guarded, connected))),
             // Nothing was read, so no tap or disk is in use, and the launch begins again with a new
             // process.
-            Err(error) if informed.knows_nothing() => {
+            Err(error) if informed.is_unconfigured() => {
                 informed.end(&error).await;
                 None
             }
@@ -154,19 +156,19 @@ impl Start {
     }
 
     /// Returns the VM in the form for a spare, or the reason why there is none.
-    async fn told(self: Arc<Self>) -> Result<Told, String> {
+    async fn spare_config(self: Arc<Self>) -> Result<SpareQemuConfig, String> {
         if self.request.spec.disks.is_empty() {
-            return convert::told(&self.inputs(&[])).map_err(|error| error.to_string());
+            return convert::spare_config(&self.inputs(&[])).map_err(|error| error.to_string());
         }
         let with_images = move || {
             let images = images::inspect(&self.request.spec)?;
-            convert::told(&self.inputs(&images)).map_err(|error| error.to_string())
+            convert::spare_config(&self.inputs(&images)).map_err(|error| error.to_string())
         };
         tokio::task::spawn_blocking(with_images).await.unwrap_or_else(|error| Err(error.to_string()))
     }
 
-    fn inputs<'a>(&'a self, images: &'a [ImageKind]) -> Inputs<'a> {
-        Inputs {
+    fn inputs<'a>(&'a self, images: &'a [ImageKind]) -> QemuInputs<'a> {
+        QemuInputs {
             uid: self.request.uid,
             vm_id: &self.request.vm_id,
             spec: &self.request.spec,
@@ -180,20 +182,22 @@ impl Start {
     }
 
     /// Connects to a QEMU that has its VM, and starts the guest.
-    async fn bring_up(&self, process: &Process) -> Result<Connected, BackendError> {
+    async fn start_guest(&self, process: &Process) -> Result<ConnectedQemu, BackendError> {
         let (sender, events) = mpsc::channel(QMP_EVENTS);
-        let connecting = connect(process, &self.socket, &self.log, sender, &self.request.gate);
-        match tokio::time::timeout(STARTING, connecting).await {
-            Ok(connected) => connected.map(|(link, version)| Connected { link, version, events }),
+        let connecting = connect(process, &self.socket, &self.log, sender, &self.request.permit);
+        match tokio::time::timeout(QEMU_START_TIMEOUT, connecting).await {
+            Ok(connected) => connected.map(|(link, version)| ConnectedQemu { link, version, events }),
             Err(_) => {
-                let message =
-                    format!("QEMU did not start within {STARTING:?}; look at {}", self.log.display());
+                let message = format!(
+                    "QEMU did not start within {QEMU_START_TIMEOUT:?}; look at {}",
+                    self.log.display()
+                );
                 Err(BackendError::new(BackendErrorKind::Timeout, Effect::NotApplied, message))
             }
         }
     }
 
-    fn launched(&self, guarded: Guarded, connected: Connected) -> Launched {
+    fn launched(&self, guarded: ProcessGuard, connected: ConnectedQemu) -> LaunchedVmm {
         let process = guarded.keep();
         let run = RunRecord {
             process: process.identity().clone(),
@@ -205,7 +209,7 @@ impl Start {
             claims: Vec::new(),
             taps: Vec::new(),
         };
-        let parts = Parts {
+        let parts = QemuVmmParts {
             process,
             link: connected.link,
             qmp_events: connected.events,
@@ -217,29 +221,29 @@ impl Start {
 }
 
 /// The parts of a handle and its watch.
-pub(super) struct Parts {
+pub(super) struct QemuVmmParts {
     process: Process,
-    pub(super) link: Arc<Link>,
+    pub(super) link: Arc<QemuLink>,
     qmp_events: mpsc::Receiver<QmpEvent>,
     taps: Vec<String>,
     log: PathBuf,
 }
 
-impl Parts {
+impl QemuVmmParts {
     /// Returns the parts for a running QEMU, without a connection.
     pub(super) fn of_running(process: Process, dir: &Path, taps: Vec<String>) -> Self {
         let (qmp_sender, qmp_events) = mpsc::channel(QMP_EVENTS);
-        let link = Arc::new(Link::new(dir.join(QMP_SOCKET), process.pid(), qmp_sender));
+        let link = Arc::new(QemuLink::new(dir.join(QMP_SOCKET), process.pid(), qmp_sender));
         Self { process, link, qmp_events, taps, log: dir.join(LOG) }
     }
 
     /// Returns the handle, and starts the task that watches QEMU.
-    pub(super) fn assemble(self, uid: VmUid, run: RunRecord, spec: &VmSpec, runs: bool) -> Launched {
+    pub(super) fn assemble(self, uid: VmUid, run: RunRecord, spec: &VmSpec, runs: bool) -> LaunchedVmm {
         let (sender, events) = mpsc::channel(EVENTS);
-        let guest = Arc::new(Ordered::new(runs));
+        let guest = Arc::new(GuestOrders::new(runs));
         let reboot = reboot_action(spec);
         let (wanted, handle) = oneshot::channel();
-        let watch = Watch {
+        let watch = QemuMonitor {
             process: self.process.clone(),
             link: Arc::clone(&self.link),
             guest: Arc::clone(&guest),
@@ -249,7 +253,7 @@ impl Parts {
             log: self.log,
             shutdown: None,
             handle,
-            owner: Owner::Us,
+            owner: QemuOwner::Us,
             throttle: Throttle::new(),
             compare_at: None,
         };
@@ -264,7 +268,7 @@ impl Parts {
             taps: self.taps,
             _wanted: wanted,
         };
-        Launched { vmm: Arc::new(vmm), events }
+        LaunchedVmm { vmm: Arc::new(vmm), events }
     }
 }
 
@@ -286,35 +290,35 @@ async fn connect(
     socket: &Path,
     log: &Path,
     events: mpsc::Sender<QmpEvent>,
-    gate: &Gate,
-) -> Result<(Arc<Link>, Version), BackendError> {
-    let link = Arc::new(Link::new(socket.to_path_buf(), process.pid(), events.clone()));
+    permit: &RunPermit,
+) -> Result<(Arc<QemuLink>, Version), BackendError> {
+    let link = Arc::new(QemuLink::new(socket.to_path_buf(), process.pid(), events.clone()));
     let connected = async {
-        let stream = wait_for_socket(process, socket, LISTENING).await?;
-        let qmp = link.set(Qmp::over(stream, LISTENING, events).await?)?;
+        let stream = wait_for_socket(process, socket, QEMU_LISTEN_TIMEOUT).await?;
+        let qmp = link.set(Qmp::over(stream, QEMU_LISTEN_TIMEOUT, events).await?)?;
         point(FaultPoint::LaunchConfigured);
         // QEMU is ready and its guest is stopped. The guest may run only after the VM's record is
-        // durable, which opens the gate.
-        pass(gate, process).await?;
+        // durable, which grants the permit.
+        wait_for_permit(permit, process).await?;
         qmp.cont().await?;
         point(FaultPoint::LaunchStarted);
         Ok::<_, BackendError>(qmp.version())
     };
     match connected.await {
         Ok(version) => Ok((link, version)),
-        Err(error) if ended(&error) => Err(died_early(process, log, "while it started").await),
+        Err(error) if is_process_end(&error) => Err(early_exit_error(process, log, "while it started").await),
         Err(error) => Err(error),
     }
 }
 
 /// Returns true if `error` is the error of a call to a process that has ended.
-fn ended(error: &BackendError) -> bool {
+fn is_process_end(error: &BackendError) -> bool {
     matches!(error.kind, BackendErrorKind::Gone | BackendErrorKind::Unreachable)
 }
 
 /// Kills a QEMU whose start failed, and returns the error of the start.
-async fn end(guarded: Guarded, mut error: BackendError) -> BackendError {
-    match guarded.kill_and_wait(KILLING).await {
+async fn end(guarded: ProcessGuard, mut error: BackendError) -> BackendError {
+    match guarded.kill_and_wait(KILL_TIMEOUT).await {
         Ok(_) => error.effect = Effect::NotApplied,
         Err(stuck) => {
             error.effect = Effect::Unknown;

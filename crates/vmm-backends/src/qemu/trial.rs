@@ -22,9 +22,9 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tracing::Instrument;
 
-use super::convert::{self, Accelerator, Machine};
+use super::convert::{self, Accelerator, QemuMachine};
 use crate::output::{self, Output};
-use crate::program::Installed;
+use crate::program::InstalledProgram;
 use crate::sanitize;
 
 /// The time that a call waits for a trial. The service gives a health check 4 s.
@@ -39,7 +39,7 @@ pub(super) struct Trials(Mutex<Option<Trial>>);
 /// The last trial.
 #[derive(Debug)]
 struct Trial {
-    program: Installed,
+    program: InstalledProgram,
     accelerator: Accelerator,
     /// `None` until the starts have ended.
     verdict: watch::Receiver<Option<Verdict>>,
@@ -54,10 +54,10 @@ pub(super) struct Verdict {
 }
 
 impl Verdict {
-    fn of(&self, machine: Machine) -> &Result<(), String> {
+    fn of(&self, machine: QemuMachine) -> &Result<(), String> {
         match machine {
-            Machine::Q35 => &self.q35,
-            Machine::Microvm => &self.microvm,
+            QemuMachine::Q35 => &self.q35,
+            QemuMachine::Microvm => &self.microvm,
         }
     }
 }
@@ -69,7 +69,7 @@ impl Trials {
     /// Returns the reason why there is no verdict yet.
     pub(super) async fn verdict(
         &self,
-        program: &Installed,
+        program: &InstalledProgram,
         accelerator: Accelerator,
     ) -> Result<Verdict, String> {
         let mut verdict = self.due(program, accelerator);
@@ -84,7 +84,7 @@ impl Trials {
     }
 
     /// Returns the reason why `machine` would not start, if the last trial found one.
-    pub(super) fn failure(&self, machine: Machine) -> Option<String> {
+    pub(super) fn failure(&self, machine: QemuMachine) -> Option<String> {
         let last = self.last();
         let verdict = last.as_ref()?.verdict.borrow();
         verdict.as_ref()?.of(machine).clone().err()
@@ -96,7 +96,7 @@ impl Trials {
     }
 
     /// Returns the trial of `program`: the last one, if it goes on or has passed, or a new one.
-    fn due(&self, program: &Installed, accelerator: Accelerator) -> watch::Receiver<Option<Verdict>> {
+    fn due(&self, program: &InstalledProgram, accelerator: Accelerator) -> watch::Receiver<Option<Verdict>> {
         let mut last = self.last();
         let same = last.as_ref().filter(|last| last.program == *program && last.accelerator == accelerator);
         let known = same.and_then(|last| last.verdict.borrow().clone());
@@ -114,7 +114,7 @@ impl Trials {
                 Some(Ok(())) => Ok(()),
                 Some(Err(_)) | None => start(of.path(), machine, accelerator).await,
             };
-            let (q35, microvm) = tokio::join!(again(Machine::Q35), again(Machine::Microvm));
+            let (q35, microvm) = tokio::join!(again(QemuMachine::Q35), again(QemuMachine::Microvm));
             tell.send_replace(Some(Verdict { q35, microvm }));
         };
         // The start goes on in a task of its own, because a call that is dropped would end it.
@@ -132,7 +132,7 @@ impl Trials {
 ///
 /// # Errors
 /// Returns the reason why a VM would not start, and the remedy.
-async fn start(program: &Path, machine: Machine, accelerator: Accelerator) -> Result<(), String> {
+async fn start(program: &Path, machine: QemuMachine, accelerator: Accelerator) -> Result<(), String> {
     let words = convert::trial(machine, accelerator);
     let why = match output::of(program, &words, convert::MADE, START_LIMIT).await {
         Ok(Output { status, stdout, stderr: _ }) if status.success() && has_made(&stdout) => return Ok(()),

@@ -4,30 +4,32 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sample, Vmm};
+use vmm_core::backend::{
+    BackendError, BackendErrorKind, Effect, GuestState, LadderOptions, ResetOutcome, Sample, Vmm,
+};
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::Process;
 
 use super::client::RebootAction;
-use super::ending::ENDING;
-use super::link::Link;
+use super::exit_schedule::EXIT_LIMIT;
+use super::link::QemuLink;
 use super::orders::{self, Commands};
 use super::qmp::{Qmp, QmpError};
 use super::start::LOG;
 use crate::counters;
-use crate::ladder::{self, Call, Means};
+use crate::guest_orders::GuestOrders;
+use crate::ladder::{self, LadderRungs, UnsentCall};
 use crate::launch;
-use crate::ordered::Ordered;
 
 /// The handle of one QEMU.
 #[derive(Debug)]
 pub(super) struct QemuVmm {
     pub(super) run: RunRecord,
     pub(super) process: Process,
-    pub(super) link: Arc<Link>,
-    pub(super) guest: Arc<Ordered>,
+    pub(super) link: Arc<QemuLink>,
+    pub(super) guest: Arc<GuestOrders>,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
     /// Dropped together with the handle, which ends the watch.
@@ -48,7 +50,7 @@ impl Vmm for QemuVmm {
         orders::resume(self).await
     }
 
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
         self.guest.order_end(true);
         let ended = ladder::climb(self, ladder).await;
         if ended.is_err() {
@@ -57,14 +59,14 @@ impl Vmm for QemuVmm {
         ended
     }
 
-    async fn reset(&self) -> Result<Reset, BackendError> {
+    async fn reset(&self) -> Result<ResetOutcome, BackendError> {
         match self.reboot {
             RebootAction::Reset => {
                 self.qmp()?.system_reset().await.map_err(|error| self.explain(error))?;
             }
             RebootAction::Shutdown => self.reset_despite_shutdown().await?,
         }
-        Ok(Reset::InPlace)
+        Ok(ResetOutcome::InPlace)
     }
 
     async fn trim_logs(&self) {
@@ -81,7 +83,7 @@ impl Vmm for QemuVmm {
         if self.guest.has_shut_down() {
             // The end of this QEMU is near and is reported by the watch, so a missing answer is no
             // failure.
-            let _ = self.process.wait_for(ENDING).await;
+            let _ = self.process.wait_for(EXIT_LIMIT).await;
         }
         let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
         Ok(status.guest_state())
@@ -94,22 +96,22 @@ impl Vmm for QemuVmm {
 }
 
 #[async_trait]
-impl Means for QemuVmm {
+impl LadderRungs for QemuVmm {
     fn process(&self) -> &Process {
         &self.process
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
         Some((EndedBy::Acpi, Box::pin(async { Ok(self.qmp()?.system_powerdown().await?) })))
     }
 
-    fn power_off(&self, _forced: bool) -> Option<Call<'_>> {
+    fn power_off(&self, _forced: bool) -> Option<UnsentCall<'_>> {
         Some(Box::pin(async { Ok(self.qmp()?.quit().await?) }))
     }
 }
 
 impl Commands for QemuVmm {
-    fn guest(&self) -> &Ordered {
+    fn guest(&self) -> &GuestOrders {
         &self.guest
     }
 

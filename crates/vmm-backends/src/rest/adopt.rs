@@ -9,9 +9,9 @@ use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
 use vmm_host::process::{Lookup, Process, ProcessExit, adopt};
 
-use crate::launch::{self, Guarded};
-use crate::patience::REAPING;
-use crate::search::{self, Unproven};
+use crate::launch::{self, ProcessGuard};
+use crate::search::{self, UnprovenVmm};
+use crate::timeouts::REAP_TIMEOUT;
 
 /// The socket's name in the run folder. The name is short because a socket's path has at most 107
 /// bytes.
@@ -21,18 +21,18 @@ pub const LOG: &str = "vmm.log";
 
 /// The result of the search for the VMM of an earlier run.
 #[derive(Debug)]
-pub(crate) enum Trace {
+pub(crate) enum VmmSearch {
     /// The process is alive and proven to be the VMM.
     Alive(Process, Box<RunRecord>),
     /// The process is proven to have ended.
     Gone,
     /// The identity of the process cannot be proven.
-    Unprovable(Unproven),
+    Unprovable(UnprovenVmm),
 }
 
 /// Searches the VMM of `request` by its recorded identity, or by its run folder if a launch was
 /// interrupted before the identity was recorded. `names` are the names of the executable.
-pub(crate) async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
+pub(crate) async fn find_vmm(request: &AdoptRequest, names: Vec<String>) -> VmmSearch {
     let (identity, run) = match &request.run {
         Some(run) => (run.process.clone(), run.clone()),
         None => match search::user_of(&request.dir, names).await {
@@ -40,15 +40,15 @@ pub(crate) async fn look(request: &AdoptRequest, names: Vec<String>) -> Trace {
                 let run = new_run(user.identity.clone(), request.dir.join(SOCKET), String::new());
                 (user.identity, run)
             }
-            Ok(None) => return Trace::Gone,
-            Err(unproven) => return Trace::Unprovable(unproven),
+            Ok(None) => return VmmSearch::Gone,
+            Err(unproven) => return VmmSearch::Unprovable(unproven),
         },
     };
     match adopt(&identity) {
-        Lookup::Alive(process) => Trace::Alive(process, Box::new(run)),
-        Lookup::Gone => Trace::Gone,
+        Lookup::Alive(process) => VmmSearch::Alive(process, Box::new(run)),
+        Lookup::Gone => VmmSearch::Gone,
         Lookup::Unprovable(message) => {
-            Trace::Unprovable(Unproven { reason: Reason::IdentityUnproven, message })
+            VmmSearch::Unprovable(UnprovenVmm { reason: Reason::IdentityUnproven, message })
         }
     }
 }
@@ -71,7 +71,7 @@ pub fn new_run(process: vmm_core::store::ProcessIdentity, socket: PathBuf, versi
 pub async fn exit_message(exit: ProcessExit, logs: &[&Path]) -> String {
     let mut message = exit.to_string();
     for log in logs {
-        let said = launch::last_words(log).await;
+        let said = launch::log_tail(log).await;
         if !said.is_empty() {
             message.push_str("; last words: ");
             message.push_str(&said);
@@ -85,7 +85,7 @@ pub async fn exit_message(exit: ProcessExit, logs: &[&Path]) -> String {
 ///
 /// # Errors
 /// Returns the kernel's error.
-pub fn set_aside(dir: &Path, name: &str) -> io::Result<()> {
+pub fn rotate_log(dir: &Path, name: &str) -> io::Result<()> {
     match std::fs::rename(dir.join(name), dir.join(format!("{name}.1"))) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),
@@ -108,17 +108,17 @@ pub fn or_gone(process: &Process, error: BackendError) -> BackendError {
 /// waits up to 1 s for the end, because an exiting process closes its socket first.
 pub async fn has_ended<T>(process: &Process, answer: &Result<T, BackendError>) -> bool {
     let lost = matches!(answer, Err(error) if error.kind == BackendErrorKind::Unreachable);
-    process.exit().is_some() || (lost && process.wait_for(REAPING).await.is_some())
+    process.exit().is_some() || (lost && process.wait_for(REAP_TIMEOUT).await.is_some())
 }
 
 /// Kills the process of a launch that failed, and returns the error of the launch. If the VMM ended
 /// by itself, the error quotes the last lines of its log.
-pub async fn failed(guard: Guarded, error: BackendError, log: &Path) -> BackendError {
+pub async fn failed(guard: ProcessGuard, error: BackendError, log: &Path) -> BackendError {
     let lost = matches!(error.kind, BackendErrorKind::Gone | BackendErrorKind::Unreachable);
     // A VMM that ended by itself explains the failure better than the broken call does. A lost
     // connection is usually the first sign of that end, so the exit gets a moment to appear.
-    if guard.exit().is_some() || (lost && guard.wait_for(REAPING).await.is_some()) {
-        return launch::died_early(guard.process(), log, "while it started").await;
+    if guard.exit().is_some() || (lost && guard.wait_for(REAP_TIMEOUT).await.is_some()) {
+        return launch::early_exit_error(guard.process(), log, "while it started").await;
     }
     match launch::kill(guard.process()).await {
         Ok(()) => BackendError { effect: Effect::NotApplied, ..error },

@@ -1,8 +1,8 @@
 //! The backend that starts VMMs of a hypervisor with a REST API.
 //!
 //! ```text
-//!   launch ── a spare VMM, or a new one ──► Fresh ── gate, configure ──► attend ──► Launched
-//!   adopt  ── the process on record, or of the run folder ── asked ────► attend ──► Adoption
+//!   launch ─ a spare VMM, or a new one ─► UnconfiguredVmm ─ configure ─► attend ─► LaunchedVmm
+//!   adopt  ─ the process on record, or of the run folder ─ asked ─────► attend ─► Adoption
 //! ```
 
 use std::ffi::OsString;
@@ -14,25 +14,25 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, Exit, LaunchRequest,
-    Launched, SpareRequest, SpareVmms, SweepRequest,
+    LaunchedVmm, SpareRequest, SpareVmms, SweepRequest,
 };
 use vmm_core::id::VmUid;
 use vmm_core::reason::Reason;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::kvm::kvm_usable;
 use vmm_host::process::{Command, Process};
 
-use super::adopt::{LOG, SOCKET, Trace, failed, has_ended, look, new_run};
+use super::adopt::{LOG, SOCKET, VmmSearch, failed, find_vmm, has_ended, new_run};
 use super::client::RestApi;
 use super::options::check_taps;
-use super::spare::Fresh;
+use super::spare::UnconfiguredVmm;
 use super::start::start;
 use crate::launch;
-use crate::program::{Kind, Program};
-use crate::search::Unproven;
-use crate::spares::Spares;
+use crate::program::{Program, ProgramSpec};
+use crate::search::UnprovenVmm;
+use crate::spares::SpareTable;
 
 /// The part in which hypervisors with a REST API differ.
 #[async_trait]
@@ -41,13 +41,13 @@ pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
     type Client: RestApi;
 
     /// The program of a VMM.
-    const PROGRAM: Kind;
+    const PROGRAM: ProgramSpec;
 
     /// Returns the capabilities of VMMs that this program starts.
     fn capabilities() -> Capabilities;
 
     /// Returns the findings about `spec`. Reads nothing but `spec`.
-    fn check(spec: &VmSpec) -> Report;
+    fn check(spec: &VmSpec) -> CheckReport;
 
     /// Returns the kernel command line that a VMM is given for `spec`.
     fn kernel_args(spec: &VmSpec) -> String;
@@ -64,7 +64,7 @@ pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
     async fn configure(client: &Self::Client, request: &LaunchRequest) -> Result<(), BackendError>;
 
     /// Returns the handle of a running VM, and starts a task that watches the VM.
-    fn attend(&self, run: Run<'_, Self::Client>) -> Launched;
+    fn attend(&self, run: RestVmmParts<'_, Self::Client>) -> LaunchedVmm;
 
     /// Returns the cause of the end of the run of `request`, which no daemon watched. The cause is
     /// read from the files that the VMM left.
@@ -72,7 +72,7 @@ pub trait RestHypervisor: fmt::Debug + Default + Send + Sync + 'static {
 }
 
 /// The parts of a handle.
-pub struct Run<'a, C> {
+pub struct RestVmmParts<'a, C> {
     /// The run, as it is put on record.
     pub record: RunRecord,
     /// The process of the VMM.
@@ -96,7 +96,7 @@ pub struct RestBackend<H: RestHypervisor> {
     hypervisor: H,
     program: Arc<Program>,
     capabilities: Capabilities,
-    spares: Spares<Fresh<H::Client>>,
+    spares: SpareTable<UnconfiguredVmm<H::Client>>,
 }
 
 impl<H: RestHypervisor> RestBackend<H> {
@@ -106,7 +106,7 @@ impl<H: RestHypervisor> RestBackend<H> {
             hypervisor: H::default(),
             program: Arc::new(Program::new(program, H::PROGRAM)),
             capabilities: H::capabilities(),
-            spares: Spares::default(),
+            spares: SpareTable::default(),
         }
     }
 
@@ -117,7 +117,7 @@ impl<H: RestHypervisor> RestBackend<H> {
         uid: VmUid,
         dir: &Path,
         console: Option<PathBuf>,
-    ) -> Result<Fresh<H::Client>, BackendError> {
+    ) -> Result<UnconfiguredVmm<H::Client>, BackendError> {
         let prepare = move |program: &Path, dir: &Path| H::prepare(program, uid, dir);
         start(&self.program, dir, console, prepare).await
     }
@@ -129,7 +129,7 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         &self.capabilities
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         H::check(spec)
     }
 
@@ -137,7 +137,7 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         H::kernel_args(spec)
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         check_taps(&request.spec, &request.taps)?;
         let dir = request.dir.as_path();
         // From here on the VMM belongs to this launch. Its guard kills the process if this future
@@ -146,12 +146,12 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
             Some(spare) => spare,
             None => self.begin(request.uid, dir, request.console.clone()).await?,
         };
-        let Fresh { guard, client, program, .. } = fresh;
-        // The VMM has started by now, but its configuration waits for the gate, because the VM's
+        let UnconfiguredVmm { guard, client, program, .. } = fresh;
+        // The VMM has started by now, but its configuration waits for the permit, because the VM's
         // record must be durable before a guest runs. A failure from here on must end the process,
         // so it passes `failed`.
         let configured = async {
-            launch::pass(&request.gate, guard.process()).await?;
+            launch::wait_for_permit(&request.permit, guard.process()).await?;
             H::configure(&client, &request).await
         };
         if let Err(error) = configured.await {
@@ -161,15 +161,15 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
         let process = guard.keep();
         let record = new_run(process.identity().clone(), dir.join(SOCKET), program.version.to_string());
         let (spec, is_new, changed_ms) = (&request.spec, true, 0);
-        Ok(self.hypervisor.attend(Run { record, process, client, dir, spec, is_new, changed_ms }))
+        Ok(self.hypervisor.attend(RestVmmParts { record, process, client, dir, spec, is_new, changed_ms }))
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
         let (dir, spec) = (request.dir.as_path(), &request.spec);
-        let (process, mut record) = match look(&request, self.program.running_names().await).await {
-            Trace::Alive(process, run) => (process, *run),
-            Trace::Gone => return Ok(Adoption::Gone { exit: H::explain_past(&request).await }),
-            Trace::Unprovable(Unproven { reason, message }) => {
+        let (process, mut record) = match find_vmm(&request, self.program.running_names().await).await {
+            VmmSearch::Alive(process, run) => (process, *run),
+            VmmSearch::Gone => return Ok(Adoption::Gone { exit: H::explain_past(&request).await }),
+            VmmSearch::Unprovable(UnprovenVmm { reason, message }) => {
                 return Ok(Adoption::Unreachable { reason, message, launched: None });
             }
         };
@@ -187,7 +187,8 @@ impl<H: RestHypervisor> Backend for RestBackend<H> {
             record.version.clone_from(version);
         }
         let (is_new, changed_ms) = (false, request.changed_ms);
-        let launched = self.hypervisor.attend(Run { record, process, client, dir, spec, is_new, changed_ms });
+        let launched =
+            self.hypervisor.attend(RestVmmParts { record, process, client, dir, spec, is_new, changed_ms });
         Ok(match answer {
             Ok((guest, _)) => Adoption::Alive { launched, guest },
             Err(error) => Adoption::Unreachable {

@@ -33,13 +33,13 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState};
 
-use crate::{connecting, sanitize};
+use crate::{connect_errors, sanitize};
 
 /// The time limit of a call, including its answer.
-pub const CALL: Duration = Duration::from_secs(5);
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time limit of the start of a guest. The VMM loads the kernel and the initial RAM disk during
 /// this call.
-pub const BOOT: Duration = Duration::from_secs(20);
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The most bytes of a successful answer.
 const MAX_ANSWER: usize = 1 << 20;
@@ -51,13 +51,13 @@ const MAX_REQUEST: usize = 51_200;
 const MAX_HEAD: usize = 8192;
 
 /// Extracts the message from the body of a VMM's error answer, or returns `None` if there is none.
-pub type Explain = fn(&[u8]) -> Option<String>;
+pub type ErrorText = fn(&[u8]) -> Option<String>;
 
 /// The typed API of one VMM, built on [`RestClient`].
 #[async_trait]
 pub trait RestApi: From<RestClient> + fmt::Debug + Send + Sync + 'static {
     /// Reads an error answer of the VMM.
-    const EXPLAIN: Explain;
+    const EXPLAIN: ErrorText;
 
     /// Returns the API at `socket`. The first call connects. A call fails if another process than
     /// `pid` listens there.
@@ -92,7 +92,7 @@ pub trait RestApi: From<RestClient> + fmt::Debug + Send + Sync + 'static {
 #[derive(Debug)]
 pub struct RestClient {
     socket: PathBuf,
-    explain: Explain,
+    explain: ErrorText,
     /// The process that must listen at the socket, if it is known.
     listener: Option<u32>,
     kept: Mutex<Option<SendRequest<Full<Bytes>>>>,
@@ -100,7 +100,7 @@ pub struct RestClient {
 
 /// One request with its time limit.
 #[derive(Debug)]
-struct Call {
+struct RestCall {
     method: Method,
     path: String,
     body: Option<Bytes>,
@@ -109,7 +109,7 @@ struct Call {
 
 impl RestClient {
     /// Returns a client for `socket`. The first call connects. `explain` reads the VMM's errors.
-    pub fn new(socket: &Path, explain: Explain) -> Self {
+    pub fn new(socket: &Path, explain: ErrorText) -> Self {
         Self { socket: socket.to_path_buf(), explain, listener: None, kept: Mutex::new(None) }
     }
 
@@ -124,7 +124,7 @@ impl RestClient {
     ///
     /// # Errors
     /// [`BackendErrorKind::Unreachable`] if the connection broke at once.
-    pub async fn over(socket: &Path, stream: UnixStream, explain: Explain) -> Result<Self, BackendError> {
+    pub async fn over(socket: &Path, stream: UnixStream, explain: ErrorText) -> Result<Self, BackendError> {
         let client = Self::new(socket, explain);
         let sender = client.handshake(stream).await?;
         *client.kept.lock().await = Some(sender);
@@ -137,7 +137,7 @@ impl RestClient {
     /// Fails as [`Self::put`] does; [`BackendErrorKind::Protocol`] if the answer has another form
     /// than `T`.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, BackendError> {
-        let call = Call { method: Method::GET, path: path.to_owned(), body: None, limit: CALL };
+        let call = RestCall { method: Method::GET, path: path.to_owned(), body: None, limit: CALL_TIMEOUT };
         let answer = self.call(&call).await?;
         serde_json::from_slice(&answer).map_err(|error| {
             // The message of serde quotes the answer, so it is sanitized.
@@ -166,7 +166,7 @@ impl RestClient {
     /// # Errors
     /// Fails as [`Self::put`] does.
     pub async fn patch<T: Serialize + Sync>(&self, path: &str, body: &T) -> Result<(), BackendError> {
-        self.send(Method::PATCH, path, Some(body), CALL).await
+        self.send(Method::PATCH, path, Some(body), CALL_TIMEOUT).await
     }
 
     async fn send<T: Serialize + Sync>(
@@ -189,7 +189,7 @@ impl RestClient {
             );
             return Err(BackendError::new(BackendErrorKind::Rejected, Effect::NotApplied, message));
         }
-        let call = Call { method, path: path.to_owned(), body: body.map(Bytes::from), limit };
+        let call = RestCall { method, path: path.to_owned(), body: body.map(Bytes::from), limit };
         self.call(&call).await.map(drop)
     }
 
@@ -201,7 +201,7 @@ impl RestClient {
         }
     }
 
-    async fn call(&self, call: &Call) -> Result<Bytes, BackendError> {
+    async fn call(&self, call: &RestCall) -> Result<Bytes, BackendError> {
         let deadline = Instant::now() + call.limit;
         let connected = tokio::time::timeout_at(deadline, async {
             // The deadline covers the wait for the connection, because the caller's time limit
@@ -223,7 +223,7 @@ impl RestClient {
                 // every other path `sender` is dropped, which closes the connection, so the next
                 // call cannot read the rest of this answer.
                 *kept = Some(sender);
-                self.judge(call, status, answer)
+                self.check_status(call, status, answer)
             }
             Ok(Err(error)) => Err(error),
             Err(_) => Err(self.too_late(call, call.effect())),
@@ -233,13 +233,13 @@ impl RestClient {
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, BackendError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
             let message = format!("the VMM's socket {} cannot be reached: {error}", self.socket.display());
-            BackendError::new(connecting::failure(&error), Effect::NotApplied, message).caused_by(error)
+            BackendError::new(connect_errors::failure(&error), Effect::NotApplied, message).caused_by(error)
         })?;
-        self.right_listener(&stream)?;
+        self.check_listener(&stream)?;
         self.handshake(stream).await
     }
 
-    fn right_listener(&self, stream: &UnixStream) -> Result<(), BackendError> {
+    fn check_listener(&self, stream: &UnixStream) -> Result<(), BackendError> {
         // The path of a socket names no process. After the VMM has ended, another program may
         // listen there, and the VM's configuration must not be sent to it.
         let Some(expected) = self.listener else { return Ok(()) };
@@ -285,7 +285,7 @@ impl RestClient {
     async fn exchange(
         &self,
         sender: &mut SendRequest<Full<Bytes>>,
-        call: &Call,
+        call: &RestCall,
     ) -> Result<(StatusCode, Bytes), BackendError> {
         sender.ready().await.map_err(|error| self.broken(call, Effect::NotApplied, error))?;
         let request = call.request()?;
@@ -307,7 +307,12 @@ impl RestClient {
         }
     }
 
-    fn judge(&self, call: &Call, status: StatusCode, answer: Bytes) -> Result<Bytes, BackendError> {
+    fn check_status(
+        &self,
+        call: &RestCall,
+        status: StatusCode,
+        answer: Bytes,
+    ) -> Result<Bytes, BackendError> {
         if status.is_success() {
             return Ok(answer);
         }
@@ -327,7 +332,7 @@ impl RestClient {
         })
     }
 
-    fn too_late(&self, call: &Call, effect: Effect) -> BackendError {
+    fn too_late(&self, call: &RestCall, effect: Effect) -> BackendError {
         let message = format!(
             "the VMM did not answer {} on {} within {} s; it may be busy, stopped or stuck",
             call.name(),
@@ -339,7 +344,7 @@ impl RestClient {
 
     fn broken(
         &self,
-        call: &Call,
+        call: &RestCall,
         effect: Effect,
         error: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> BackendError {
@@ -358,7 +363,7 @@ impl RestClient {
     }
 }
 
-impl Call {
+impl RestCall {
     fn name(&self) -> String {
         format!("{} {}", self.method, self.path)
     }

@@ -1,12 +1,12 @@
 //! Checks and conversions that both hypervisors with a REST API share.
 
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{RateLimit, VmSpec};
 
 /// Reports keys that begin with `prefix` (a backend's, with the dot), because none is known, and
 /// keys of other backends.
-pub fn check_keys(report: &mut Report, spec: &VmSpec, prefix: &str) {
+pub fn check_keys(report: &mut CheckReport, spec: &VmSpec, prefix: &str) {
     for option in spec.options.own(prefix, report) {
         report.reject(option.field(), "unknown key: this backend has no keys of its own");
     }

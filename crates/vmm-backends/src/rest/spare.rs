@@ -8,31 +8,35 @@ use vmm_core::backend::LaunchRequest;
 use vmm_core::id::VmUid;
 
 use super::client::RestApi;
-use crate::launch::{self, Guarded};
-use crate::program::{Installed, Program};
-use crate::spares::Spares;
+use crate::launch::{self, ProcessGuard};
+use crate::program::{InstalledProgram, Program};
+use crate::spares::SpareTable;
 
 /// The longest time in which a spare VMM must answer. Another VMM is started otherwise.
-const ANSWERING: Duration = Duration::from_millis(250);
+const SPARE_ANSWER_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// A VMM that listens and has no configuration yet.
 #[derive(Debug)]
-pub(crate) struct Fresh<C> {
+pub(crate) struct UnconfiguredVmm<C> {
     /// The process, which is killed when the guard is dropped.
-    pub(crate) guard: Guarded,
+    pub(crate) guard: ProcessGuard,
     /// The connection to the VMM.
     pub(crate) client: C,
     /// The executable that the process runs.
-    pub(crate) program: Installed,
+    pub(crate) program: InstalledProgram,
     /// The file that receives the console's output, or `None` if the output is discarded.
     pub(crate) console: Option<PathBuf>,
 }
 
-impl<C: RestApi> Spares<Fresh<C>> {
+impl<C: RestApi> SpareTable<UnconfiguredVmm<C>> {
     /// Returns the spare VMM that is reserved for the VM of `request`, if it can serve that VM: the
     /// VMM writes to the right console, runs the executable that is installed now, and answers. A
     /// VMM that cannot serve is ended.
-    pub(crate) async fn take_for(&self, request: &LaunchRequest, program: &Arc<Program>) -> Option<Fresh<C>> {
+    pub(crate) async fn take_for(
+        &self,
+        request: &LaunchRequest,
+        program: &Arc<Program>,
+    ) -> Option<UnconfiguredVmm<C>> {
         let spare = self.take(request.uid)?;
         // The console and the executable are fixed at the start of a VMM, so a difference cannot be
         // repaired. The call is last, because it costs time.
@@ -40,7 +44,10 @@ impl<C: RestApi> Spares<Fresh<C>> {
             "the VM has another console"
         } else if !is_installed(program, &spare.program).await {
             "the program of the VMM has been replaced"
-        } else if !matches!(tokio::time::timeout(ANSWERING, spare.client.version()).await, Ok(Ok(_))) {
+        } else if !matches!(
+            tokio::time::timeout(SPARE_ANSWER_TIMEOUT, spare.client.version()).await,
+            Ok(Ok(_))
+        ) {
             "the VMM does not answer"
         } else {
             return Some(spare);
@@ -62,13 +69,13 @@ impl<C: RestApi> Spares<Fresh<C>> {
     }
 }
 
-async fn end<C>(spare: Fresh<C>) {
+async fn end<C>(spare: UnconfiguredVmm<C>) {
     if let Err(error) = launch::kill(spare.guard.process()).await {
         tracing::warn!(%error, "a spare VMM could not be ended");
     }
 }
 
-async fn is_installed(program: &Arc<Program>, started: &Installed) -> bool {
+async fn is_installed(program: &Arc<Program>, started: &InstalledProgram) -> bool {
     let program = Arc::clone(program);
     let now = tokio::task::spawn_blocking(move || program.known());
     matches!(now.await, Ok(Ok(Some(now))) if now == *started)

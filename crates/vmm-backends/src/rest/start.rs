@@ -1,7 +1,7 @@
 //! Starts the program of a VMM, up to the point where the VMM waits for its configuration.
 //!
 //! ```text
-//!   one task of blocking work:  program ─► no stale socket ─► files ─► process ─► Fresh
+//!   one task of blocking work:  program ─► no stale socket ─► files ─► process ─► UnconfiguredVmm
 //!                                  │            │
 //!   between two tasks, if needed: ask version  sweep
 //! ```
@@ -15,23 +15,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
-use vmm_host::process::{Command, Guarded};
+use vmm_host::process::{Command, ProcessGuard};
 use vmm_host::run_dir;
 
-use super::adopt::{LOG, SOCKET, failed, set_aside};
+use super::adopt::{LOG, SOCKET, failed, rotate_log};
 use super::client::RestApi;
-use super::spare::Fresh;
+use super::spare::UnconfiguredVmm;
 use crate::launch;
-use crate::program::{Installed, Program};
+use crate::program::{InstalledProgram, Program};
 
 /// The most tasks of one start: the version is asked for once, and the run folder is swept once.
 const VISITS: usize = 3;
 /// The longest time in which a VMM must listen on its socket.
-const LISTENING: Duration = Duration::from_secs(5);
+const REST_LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The result of one task of blocking work.
-enum Visit {
-    Started(Guarded, Installed),
+enum StartAttempt {
+    Started(ProcessGuard, InstalledProgram),
     /// The version of this executable is not known yet.
     UnknownVersion,
     /// The socket of an earlier run exists, and perhaps its VMM.
@@ -49,7 +49,7 @@ pub(crate) async fn start<C, P>(
     dir: &Path,
     console: Option<PathBuf>,
     prepare: P,
-) -> Result<Fresh<C>, BackendError>
+) -> Result<UnconfiguredVmm<C>, BackendError>
 where
     C: RestApi,
     P: Fn(&Path, &Path) -> io::Result<Command> + Clone + Send + 'static,
@@ -59,11 +59,11 @@ where
         .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
     let (guard, program) = start_process(program, dir, console.clone(), prepare).await?;
     let connected = async {
-        let stream = launch::wait_for_socket(&guard, &socket, LISTENING).await?;
+        let stream = launch::wait_for_socket(&guard, &socket, REST_LISTEN_TIMEOUT).await?;
         C::over(&socket, stream, guard.pid()).await
     };
     match connected.await {
-        Ok(client) => Ok(Fresh { guard, client, program, console }),
+        Ok(client) => Ok(UnconfiguredVmm { guard, client, program, console }),
         Err(error) => Err(failed(guard, error, &dir.join(LOG)).await),
     }
 }
@@ -73,7 +73,7 @@ async fn start_process<P>(
     dir: &Path,
     console: Option<PathBuf>,
     prepare: P,
-) -> Result<(Guarded, Installed), BackendError>
+) -> Result<(ProcessGuard, InstalledProgram), BackendError>
 where
     P: Fn(&Path, &Path) -> io::Result<Command> + Clone + Send + 'static,
 {
@@ -86,34 +86,34 @@ where
         let (program_of, dir_of, console, prepare) =
             (Arc::clone(program), dir.to_path_buf(), console.clone(), prepare.clone());
         let visit = tokio::task::spawn_blocking(move || {
-            visit(&program_of, &dir_of, |program| {
-                set_aside(&dir_of, LOG)?;
+            attempt(&program_of, &dir_of, |program| {
+                rotate_log(&dir_of, LOG)?;
                 Ok(Command { stdout: Some(console), ..prepare(program, &dir_of)? })
             })
         });
         match visit.await.map_err(|error| host_error(io::Error::other(error)))?? {
-            Visit::Started(guard, known) => return Ok((guard, known)),
-            Visit::UnknownVersion => drop(program.find().await?),
-            Visit::StaleSocket => launch::sweep(dir, &program.running_names().await).await?,
+            StartAttempt::Started(guard, known) => return Ok((guard, known)),
+            StartAttempt::UnknownVersion => drop(program.find().await?),
+            StartAttempt::StaleSocket => launch::sweep(dir, &program.running_names().await).await?,
         }
     }
     let why = io::Error::other("the program, or the VM's socket, is replaced all the time");
     Err(host_error(why))
 }
 
-fn visit(
+fn attempt(
     program: &Program,
     dir: &Path,
     prepare: impl FnOnce(&Path) -> io::Result<Command>,
-) -> Result<Visit, BackendError> {
-    let Some(known) = program.known()? else { return Ok(Visit::UnknownVersion) };
+) -> Result<StartAttempt, BackendError> {
+    let Some(known) = program.known()? else { return Ok(StartAttempt::UnknownVersion) };
     // A path that cannot be examined counts as a stale socket, because the sweep reports the
     // reason.
     if dir.join(SOCKET).try_exists().unwrap_or(true) {
-        return Ok(Visit::StaleSocket);
+        return Ok(StartAttempt::StaleSocket);
     }
     let command = prepare(known.path()).map_err(host_error)?;
-    launch::start_blocking(command).map(|guard| Visit::Started(guard, known))
+    launch::start_blocking(command).map(|guard| StartAttempt::Started(guard, known))
 }
 
 fn host_error(error: io::Error) -> BackendError {

@@ -11,20 +11,21 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::{
-    AdoptRequest, Backend, BackendError, Exit, Ladder, LaunchRequest, Launched, SweepRequest, Vmm, VmmEvent,
+    AdoptRequest, Backend, BackendError, Exit, LadderOptions, LaunchRequest, LaunchedVmm, SweepRequest, Vmm,
+    VmmEvent,
 };
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, StorageDevice, VmConfig};
-use vmm_core::gate::Gate;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::kind::VmKind;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 pub(crate) use vmm_testkit::skip::skipped;
 
 /// Longer than anything honest takes on a busy host.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) const NEVER: i32 = 1;
 pub(crate) const GUEST_REBOOT: i32 = 2;
@@ -54,8 +55,8 @@ pub(crate) fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
     }
 }
 
-pub(crate) fn ask_for(seconds: u64) -> Ladder {
-    Ladder { ask_guest_for: Some(Duration::from_secs(seconds)) }
+pub(crate) fn ask_for(seconds: u64) -> LadderOptions {
+    LadderOptions { ask_guest_for: Some(Duration::from_secs(seconds)) }
 }
 
 /// Makes a disk image of `size` bytes.
@@ -109,7 +110,7 @@ fn ip(args: &[&str]) -> bool {
 
 impl Bench {
     /// A bench for a tiny guest.
-    pub(crate) fn new(backend: QemuBackend, machine: &str, guest: Guest, restart: i32) -> Self {
+    pub(crate) fn new(backend: QemuBackend, machine: &str, guest: TinyGuest, restart: i32) -> Self {
         // One of the folders has a name that QEMU would split if it could.
         let prefix = if machine == "q35" { "vmcp,qemu-" } else { "vmcp-qemu-" };
         let dir = tempfile::Builder::new().prefix(prefix).tempdir().unwrap();
@@ -158,7 +159,7 @@ impl Bench {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             console: Some(self.console_file()),
-            gate: Gate::open(),
+            permit: RunPermit::granted(),
             taps: self.taps.clone(),
             kind: VmKind::Managed,
             imported: false,
@@ -207,7 +208,7 @@ impl Bench {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        if tokio::time::timeout(PATIENCE, shown).await.is_err() {
+        if tokio::time::timeout(WAIT_TIMEOUT, shown).await.is_err() {
             panic!("the console does not show {text:?} {times} times: {}", self.console());
         }
     }
@@ -234,15 +235,15 @@ pub(crate) struct Run {
     pub(crate) events: mpsc::Receiver<VmmEvent>,
 }
 
-impl From<Launched> for Run {
-    fn from(launched: Launched) -> Self {
+impl From<LaunchedVmm> for Run {
+    fn from(launched: LaunchedVmm) -> Self {
         Self { vmm: launched.vmm, events: launched.events }
     }
 }
 
 impl Run {
     pub(crate) async fn event(&mut self) -> VmmEvent {
-        tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("an event").expect("not the end")
+        tokio::time::timeout(WAIT_TIMEOUT, self.events.recv()).await.expect("an event").expect("not the end")
     }
 
     /// The end, which must be the next event and the last.

@@ -17,33 +17,33 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendError, Effect, Exit, GuestState, Ladder, LaunchRequest, Launched,
-    SweepRequest, Vmm, VmmEvent,
+    AdoptRequest, Adoption, Backend, BackendError, Effect, Exit, GuestState, LadderOptions, LaunchRequest,
+    LaunchedVmm, SweepRequest, Vmm, VmmEvent,
 };
 use vmm_core::config::{
     BootConfig, CpuConfig, MemoryConfig, NetworkInterface, RestartPolicyConfig, StorageDevice, VmConfig,
 };
-use vmm_core::gate::Gate;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::kind::VmKind;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Lookup, Signal, adopt, find_by_argument};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 pub use vmm_testkit::skip::skipped;
 
 /// Longer than anything honest takes on a busy host.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Does not ask the guest.
-pub const FORCE: Ladder = Ladder { ask_guest_for: None };
+pub const FORCE: LadderOptions = LadderOptions { ask_guest_for: None };
 
 pub const UNSET: i32 = 0;
 pub const NEVER: i32 = 1;
 pub const GUEST_REBOOT: i32 = 2;
 
 /// Asks the guest, and waits for it.
-pub fn ask_for(time: Duration) -> Ladder {
-    Ladder { ask_guest_for: Some(time) }
+pub fn ask_for(time: Duration) -> LadderOptions {
+    LadderOptions { ask_guest_for: Some(time) }
 }
 
 /// The backend, or `None` after saying that `test` is skipped, where people and scripts see it.
@@ -92,12 +92,12 @@ fn ip(args: &[&str]) -> Result<(), String> {
 
 impl<B: Backend> Bench<B> {
     /// A bench for a tiny guest.
-    pub fn new(backend: B, guest: Guest, restart: i32) -> Self {
+    pub fn new(backend: B, guest: TinyGuest, restart: i32) -> Self {
         Self::in_folder(backend, "vmcp-rest-", guest, restart)
     }
 
     /// The same, whose run folder's name begins with `prefix`.
-    pub fn in_folder(backend: B, prefix: &str, guest: Guest, restart: i32) -> Self {
+    pub fn in_folder(backend: B, prefix: &str, guest: TinyGuest, restart: i32) -> Self {
         let dir = tempfile::Builder::new().prefix(prefix).tempdir().unwrap();
         let kernel = guest.write_to(dir.path()).unwrap();
         let config = VmConfig {
@@ -151,7 +151,7 @@ impl<B: Backend> Bench<B> {
             spec: self.spec(),
             dir: self.dir().to_path_buf(),
             console: Some(self.console_file()),
-            gate: Gate::open(),
+            permit: RunPermit::granted(),
             taps: self.taps.clone(),
             kind: VmKind::Managed,
             imported: false,
@@ -225,10 +225,11 @@ impl<B: Backend> Bench<B> {
         self.try_launch().await.unwrap()
     }
 
-    /// Checks that a VMM is told nothing before the gate is open, and ends where that can never be.
+    /// Checks that a VMM is told nothing before the permit is granted, and ends if that cannot
+    /// happen.
     pub async fn keeps_the_gate(&self) {
-        let (keeper, gate) = Gate::shut();
-        let launching = self.backend.launch(LaunchRequest { gate, ..self.request() });
+        let (issuer, permit) = RunPermit::pending();
+        let launching = self.backend.launch(LaunchRequest { permit, ..self.request() });
         let calling_off = async {
             let socket = self.dir().join("api.sock");
             while tokio::net::UnixStream::connect(&socket).await.is_err() {
@@ -237,7 +238,7 @@ impl<B: Backend> Bench<B> {
             let adopted = self.backend.adopt(self.adoption(None)).await.unwrap();
             assert!(matches!(adopted, Adoption::Alive { guest: GuestState::Ended, .. }), "{adopted:?}");
             assert_eq!(self.processes(), 1);
-            drop(keeper);
+            drop(issuer);
         };
         let (launched, ()) = tokio::join!(launching, calling_off);
         let error = launched.unwrap_err();
@@ -265,7 +266,7 @@ impl<B: Backend> Bench<B> {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        if tokio::time::timeout(PATIENCE, shown).await.is_err() {
+        if tokio::time::timeout(WAIT_TIMEOUT, shown).await.is_err() {
             panic!("the console does not show {text:?} {times} times: {}", self.console());
         }
     }
@@ -292,15 +293,15 @@ pub struct Run {
     pub events: mpsc::Receiver<VmmEvent>,
 }
 
-impl From<Launched> for Run {
-    fn from(launched: Launched) -> Self {
+impl From<LaunchedVmm> for Run {
+    fn from(launched: LaunchedVmm) -> Self {
         Self { vmm: launched.vmm, events: launched.events }
     }
 }
 
 impl Run {
     pub async fn event(&mut self) -> VmmEvent {
-        tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("an event").expect("not the end")
+        tokio::time::timeout(WAIT_TIMEOUT, self.events.recv()).await.expect("an event").expect("not the end")
     }
 
     /// The end, which must be the next event and the last.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use vmm_host::process::find_by_argument;
 
 /// Longer than a daemon takes to start or to end here.
-const LIMIT: Duration = Duration::from_secs(300);
+const START_LIMIT: Duration = Duration::from_secs(300);
 
 /// Folders in which daemons run one after the other.
 pub(crate) struct Host {
@@ -73,7 +73,7 @@ impl Daemon {
             .stderr(std::fs::File::create(&log).unwrap())
             .spawn()
             .unwrap();
-        let agent = ureq::Agent::config_builder().timeout_global(Some(LIMIT)).build().into();
+        let agent = ureq::Agent::config_builder().timeout_global(Some(START_LIMIT)).build().into();
         let mut daemon = Self { child, address: String::new(), agent };
         daemon.address = daemon.serves_on(&log);
         daemon
@@ -81,7 +81,7 @@ impl Daemon {
 
     /// The address that the daemon says it serves on.
     fn serves_on(&mut self, log: &Path) -> String {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + START_LIMIT;
         while Instant::now() < deadline && self.child.try_wait().unwrap().is_none() {
             let said = std::fs::read_to_string(log).unwrap();
             let mut lines = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
@@ -163,7 +163,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + START_LIMIT;
         while Instant::now() < deadline && self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -7,7 +7,7 @@ use futures::{StreamExt as _, stream};
 use uuid::Uuid;
 use vmm_core::id::VmUid;
 use vmm_core::state::VmState;
-use vmm_core::store::{Change, Commit, EventQuery, Store as _};
+use vmm_core::store::{Commit, EventQuery, RecordChange, Store as _};
 use vmm_store::SqliteStore;
 
 /// Commits under way at once, which share their syncs.
@@ -43,7 +43,7 @@ pub(crate) fn fill(state_dir: &Path, vms: usize) {
             let store = Arc::clone(&store);
             async move {
                 store
-                    .commit(Commit { change: Change::Insert(Box::new(record)), event: Some(event) })
+                    .commit(Commit { change: RecordChange::Insert(Box::new(record)), event: Some(event) })
                     .await
                     .unwrap();
             }

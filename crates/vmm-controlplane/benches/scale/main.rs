@@ -22,7 +22,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use daemon::{Daemon, Host};
 
@@ -89,7 +89,7 @@ fn defined(many: usize) {
 
 fn measure(vms: usize) -> Measured {
     let host = Host::new();
-    let kernel = Guest::Idle.write_to(host.path()).unwrap();
+    let kernel = TinyGuest::Idle.write_to(host.path()).unwrap();
     let config = json!({
         "cpu": {"vcpu_count": 1},
         "memory": {"size_bytes": 64 << 20},
@@ -155,7 +155,7 @@ fn running_vms(vmm: &str, many: usize) {
         }
         _ => return println!("| {vmm} | SKIPPED: the program or /dev/kvm is missing |"),
     };
-    let kernel = Guest::Idle.write_to(host.path()).unwrap();
+    let kernel = TinyGuest::Idle.write_to(host.path()).unwrap();
     let config = json!({
         "cpu": {"vcpu_count": 1},
         "memory": {"size_bytes": 64 << 20},

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use vmm_core::capabilities::{
-    AcceleratorFact, ConsoleFact, CpuTimeFact, CreateFact, EndpointMode, Facts, MachineFact, PanicFact,
-    PowerOffFact, RebootFact, ResetFact, ShutdownFact, StateFact, TripleFaultFact, VmmFailureFact,
+    AcceleratorFact, BackendFacts, ConsoleFact, CpuTimeFact, CreateFact, EndpointMode, MachineFact,
+    PanicFact, PowerOffFact, RebootFact, ResetFact, ShutdownFact, StateFact, TripleFaultFact, VmmFailureFact,
 };
 use vmm_core::spec::DiskFormat;
 
@@ -18,8 +18,8 @@ pub(super) const fn endpoint_mode(mode: EndpointMode) -> &'static str {
 }
 
 /// Returns `facts` as the map that clients read. Facts that are not published are left out.
-pub(super) fn words(facts: &Facts) -> BTreeMap<String, String> {
-    let Facts {
+pub(super) fn words(facts: &BackendFacts) -> BTreeMap<String, String> {
+    let BackendFacts {
         accelerator,
         console,
         cpu_time,
@@ -110,14 +110,14 @@ const fn panic(fact: PanicFact) -> &'static str {
         PanicFact::EndsRun => "ends the run, as a failure",
         PanicFact::EndsRunButOnMicrovm => "ends the run, as a failure; on microvm not seen",
         PanicFact::Unseen => "not seen: have the guest reset itself (panic=1)",
-        PanicFact::AsTold => "as QEMU was told",
+        PanicFact::AsConfigured => "as QEMU was told",
     }
 }
 
 const fn power_off(fact: PowerOffFact) -> &'static str {
     match fact {
         PowerOffFact::EndsRun => "ends the run",
-        PowerOffFact::EndsVmmUntold => "ends the run and the VMM; the reason is not known",
+        PowerOffFact::EndsVmmWithoutCause => "ends the run and the VMM; the reason is not known",
         PowerOffFact::UnseenOnX86 => "not seen on x86: the VM stays RUNNING; let guests end by a reset",
     }
 }
@@ -125,7 +125,7 @@ const fn power_off(fact: PowerOffFact) -> &'static str {
 const fn reset(fact: ResetFact) -> &'static str {
     match fact {
         ResetFact::InPlaceUnlessNever => "in place, or ends the run where restart_policy is NEVER",
-        ResetFact::InPlaceUnlessToldOtherwise => "in place, or as QEMU was told",
+        ResetFact::InPlaceUnlessConfiguredOtherwise => "in place, or as QEMU was told",
         ResetFact::InPlaceUnseen => "in place, and not seen",
         ResetFact::EndsRun => "ends the run",
         ResetFact::EndsVmm => "ends the run, and the VMM",
@@ -203,7 +203,7 @@ mod tests {
         );
         use PanicFact as N;
         assert_eq!(
-            [N::EndsRun, N::EndsRunButOnMicrovm, N::Unseen, N::AsTold].map(panic),
+            [N::EndsRun, N::EndsRunButOnMicrovm, N::Unseen, N::AsConfigured].map(panic),
             [
                 "ends the run, as a failure",
                 "ends the run, as a failure; on microvm not seen",
@@ -213,7 +213,7 @@ mod tests {
         );
         use PowerOffFact as P;
         assert_eq!(
-            [P::EndsRun, P::EndsVmmUntold, P::UnseenOnX86].map(power_off),
+            [P::EndsRun, P::EndsVmmWithoutCause, P::UnseenOnX86].map(power_off),
             [
                 "ends the run",
                 "ends the run and the VMM; the reason is not known",
@@ -221,8 +221,13 @@ mod tests {
             ]
         );
         use ResetFact as R;
-        let resets =
-            [R::InPlaceUnlessNever, R::InPlaceUnlessToldOtherwise, R::InPlaceUnseen, R::EndsRun, R::EndsVmm];
+        let resets = [
+            R::InPlaceUnlessNever,
+            R::InPlaceUnlessConfiguredOtherwise,
+            R::InPlaceUnseen,
+            R::EndsRun,
+            R::EndsVmm,
+        ];
         assert_eq!(
             resets.map(reset),
             [
@@ -252,8 +257,8 @@ mod tests {
 
     #[test]
     fn the_names_are_those_that_clients_know_and_an_untold_fact_is_left_out() {
-        assert!(words(&Facts::default()).is_empty());
-        let all = Facts {
+        assert!(words(&BackendFacts::default()).is_empty());
+        let all = BackendFacts {
             accelerator: Some(AcceleratorFact::Kvm),
             console: Some(ConsoleFact::Output),
             cpu_time: Some(CpuTimeFact::OfProcess),

@@ -53,7 +53,7 @@ mod tests {
             ServiceError::IllegalState {
                 vm_id: "x".parse().unwrap(),
                 state: vmm_core::state::VmState::Created,
-                request: vmm_core::state::Request::Pause,
+                request: vmm_core::state::VmOperation::Pause,
             },
             ServiceError::Precondition(text()),
             ServiceError::Unavailable(text()),

@@ -8,17 +8,19 @@ use vmm_core::report::FieldReport;
 use vmm_core::store::VmRecord;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
-use vmm_service::{EventsPage, EventsQuery, Notice, Present, Recorded, ServiceError, VmService, WatchQuery};
+use vmm_service::{
+    EventsPage, EventsQuery, PresentVm, RecordedEvent, ServiceError, VmService, WatchMessage, WatchQuery,
+};
 
 use super::convert::{state_to_pb, states_from_pb, status_to_pb};
 use super::error::to_connect;
-use super::{alive, size};
+use super::{keepalive, size};
 
 /// The longest wait that a client may ask for.
 const MAX_WAIT_SECONDS: i32 = 3600;
 /// The time before the call's deadline at which a wait gives up, so that the answer can still name
 /// the VM's state.
-const MARGIN: Duration = Duration::from_millis(250);
+const ANSWER_MARGIN_LIMIT: Duration = Duration::from_millis(250);
 
 pub(super) async fn watch(
     service: &VmService,
@@ -38,7 +40,7 @@ pub(super) async fn watch(
             Err(error) => Some((Err(to_connect(error)), None)),
         }
     });
-    Ok(alive::with_signs_of_life(events, || Ok(sign_of_life())))
+    Ok(keepalive::with_signs_of_life(events, || Ok(sign_of_life())))
 }
 
 /// Returns the event that shows a client, and the proxies on the way, that the watch still runs.
@@ -98,7 +100,7 @@ fn wait_deadline(seconds: i32, remaining: Option<Duration>) -> Result<Duration, 
         }
     };
     let remaining = remaining.unwrap_or(longest);
-    Ok(asked.min(remaining - MARGIN.min(remaining / 10)))
+    Ok(asked.min(remaining - ANSWER_MARGIN_LIMIT.min(remaining / 10)))
 }
 
 fn reached_to_pb(record: &VmRecord) -> pb::WaitVmResponse {
@@ -110,20 +112,20 @@ fn reached_to_pb(record: &VmRecord) -> pb::WaitVmResponse {
     }
 }
 
-fn notice_to_pb(notice: Notice) -> pb::VmEvent {
+fn notice_to_pb(notice: WatchMessage) -> pb::VmEvent {
     match notice {
-        Notice::Present(present) => present_to_pb(present),
-        Notice::Synced { token, time_ms } => {
+        WatchMessage::Present(present) => present_to_pb(present),
+        WatchMessage::Synced { token, time_ms } => {
             pb::VmEvent { token, time: time_ms, r#type: "synced".to_owned(), ..Default::default() }
         }
-        Notice::Change(recorded) => recorded_to_pb(recorded),
+        WatchMessage::Change(recorded) => recorded_to_pb(recorded),
     }
 }
 
 /// Converts a present state. The event has no token, because a client that is cut off before
 /// "synced" has not received every VM and must begin again.
-fn present_to_pb(present: Present) -> pb::VmEvent {
-    let Present { vm_id, uid, time_ms, state, status, ended_by } = present;
+fn present_to_pb(present: PresentVm) -> pb::VmEvent {
+    let PresentVm { vm_id, uid, time_ms, state, status, ended_by } = present;
     pb::VmEvent {
         time: time_ms,
         vm_id: vm_id.to_string(),
@@ -136,8 +138,8 @@ fn present_to_pb(present: Present) -> pb::VmEvent {
     }
 }
 
-fn recorded_to_pb(recorded: Recorded) -> pb::VmEvent {
-    let Recorded { token, event } = recorded;
+fn recorded_to_pb(recorded: RecordedEvent) -> pb::VmEvent {
+    let RecordedEvent { token, event } = recorded;
     let event = &event.event;
     pb::VmEvent {
         token,
@@ -161,9 +163,9 @@ mod tests {
     #[test]
     fn a_wait_ends_in_time_to_say_how_it_ended() {
         let seconds = Duration::from_secs;
-        assert_eq!(wait_deadline(0, None).unwrap(), seconds(3600) - MARGIN);
+        assert_eq!(wait_deadline(0, None).unwrap(), seconds(3600) - ANSWER_MARGIN_LIMIT);
         assert_eq!(wait_deadline(5, Some(seconds(60))).unwrap(), seconds(5));
-        assert_eq!(wait_deadline(60, Some(seconds(5))).unwrap(), seconds(5) - MARGIN);
+        assert_eq!(wait_deadline(60, Some(seconds(5))).unwrap(), seconds(5) - ANSWER_MARGIN_LIMIT);
         assert_eq!(wait_deadline(0, Some(Duration::from_millis(100))).unwrap(), Duration::from_millis(90));
         assert_eq!(wait_deadline(0, Some(Duration::ZERO)).unwrap(), Duration::ZERO);
         for bad in [-1, MAX_WAIT_SECONDS + 1, i32::MIN] {

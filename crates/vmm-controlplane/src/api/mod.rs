@@ -6,12 +6,12 @@
 //! keeps answers within the limit of default clients, and [`alive`] keeps streams from falling
 //! silent.
 
-mod alive;
 mod capabilities;
 pub(crate) mod convert;
 mod error;
 mod events;
+mod keepalive;
 mod size;
 mod vm;
 
-pub use vm::Api;
+pub use vm::VmHandlers;

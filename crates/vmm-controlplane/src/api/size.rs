@@ -41,8 +41,8 @@ pub(super) fn fitting<T: Message + Serialize>(entries: &[T]) -> usize {
 }
 
 fn json_len<T: Serialize>(entry: &T) -> usize {
-    struct Counter(usize);
-    impl Write for Counter {
+    struct SizeCounter(usize);
+    impl Write for SizeCounter {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0 += bytes.len();
             Ok(bytes.len())
@@ -51,7 +51,7 @@ fn json_len<T: Serialize>(entry: &T) -> usize {
             Ok(())
         }
     }
-    let mut counter = Counter(0);
+    let mut counter = SizeCounter(0);
     // An entry that cannot be written counts as too large. The library reports the error when it
     // writes the answer.
     match serde_json::to_writer(&mut counter, entry) {

@@ -1,7 +1,7 @@
 //! The handlers of `vmm.v1.VmService`, one method per call.
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
-use vmm_core::store::Requested;
+use vmm_core::store::VmRequest;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
 use vmm_service::{CreateRequest, ListQuery, ServiceError, ShutdownOptions, VmService};
@@ -14,11 +14,11 @@ use super::{events, size};
 use crate::rpc::{caller, record_vm_id, require_force};
 
 /// The handlers, which call the use cases.
-pub struct Api {
+pub struct VmHandlers {
     service: VmService,
 }
 
-impl Api {
+impl VmHandlers {
     /// Serves `service`.
     pub fn new(service: VmService) -> Self {
         Self { service }
@@ -31,7 +31,7 @@ fn not_yet(method: &str) -> ConnectError {
 }
 
 #[allow(refining_impl_trait, reason = "the handlers name the messages they answer with")]
-impl pb::VmService for Api {
+impl pb::VmService for VmHandlers {
     async fn create_vm(
         &self,
         ctx: RequestContext,
@@ -40,7 +40,7 @@ impl pb::VmService for Api {
         record_vm_id(&ctx, request.vm_id);
         let request = request.to_owned_message();
         let config = config_from_pb(request.config.into_option().unwrap_or_default());
-        let requested = Requested { backend: request.backend, config };
+        let requested = VmRequest { backend: request.backend, config };
         let create = CreateRequest { vm_id: request.vm_id, requested, caller: caller(ctx.extensions()) };
         let created = self.service.create(create).await.map_err(to_connect)?;
         record_vm_id(&ctx, created.record.vm_id.as_str());
@@ -221,7 +221,7 @@ impl pb::VmService for Api {
     ) -> ServiceResult<pb::ValidateVmResponse> {
         let request = request.to_owned_message();
         let config = config_from_pb(request.config.into_option().unwrap_or_default());
-        let requested = Requested { backend: request.backend, config };
+        let requested = VmRequest { backend: request.backend, config };
         let report = self.service.validate(&requested).await.map_err(to_connect)?;
         Response::ok(pb::ValidateVmResponse {
             ok: report.is_ok(),

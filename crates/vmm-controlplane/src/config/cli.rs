@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 
-use super::settings::{CONFIG_KEY, Fallback, PREFIX, Setting, variable};
+use super::settings::{CONFIG_KEY, PREFIX, Setting, SettingDefault, variable};
 
 const CHECK_CONFIG: &str = "check-config";
 const MIGRATE_ENV: &str = "migrate-env";
@@ -38,7 +38,7 @@ Examples:
 
 /// The subcommand that was typed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Command {
+pub enum Subcommand {
     /// Serves the API; also chosen without a subcommand.
     #[default]
     Serve,
@@ -52,7 +52,7 @@ pub enum Command {
         json: bool,
     },
     /// Lists the things that bear our mark, and removes those without an owner.
-    Reconcile(Reconcile),
+    Reconcile(ReconcileFlags),
     /// Copies the database.
     Backup {
         /// The new file.
@@ -67,7 +67,7 @@ pub enum Command {
 
 /// The flags of `reconcile`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Reconcile {
+pub struct ReconcileFlags {
     /// Lists everything and changes nothing.
     pub dry_run: bool,
     /// Prints JSON.
@@ -80,7 +80,7 @@ pub struct Reconcile {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Cli {
     /// The subcommand.
-    pub command: Command,
+    pub command: Subcommand,
     /// The configuration file that `--config` names.
     pub config: Option<OsString>,
     /// The settings that were typed, as they were typed.
@@ -126,17 +126,17 @@ impl FromArgMatches for Cli {
         // last, so they count.
         let (name, matches) = matches.subcommand().unwrap_or((SERVE, matches));
         let command = match name {
-            CHECK_CONFIG => Command::CheckConfig,
-            MIGRATE_ENV => Command::MigrateEnv,
-            DOCTOR => Command::Doctor { json: matches.get_flag(JSON) },
-            RECONCILE => Command::Reconcile(Reconcile {
+            CHECK_CONFIG => Subcommand::CheckConfig,
+            MIGRATE_ENV => Subcommand::MigrateEnv,
+            DOCTOR => Subcommand::Doctor { json: matches.get_flag(JSON) },
+            RECONCILE => Subcommand::Reconcile(ReconcileFlags {
                 dry_run: matches.get_flag(DRY_RUN),
                 json: matches.get_flag(JSON),
                 kill_orphans: matches.get_flag(KILL_ORPHANS),
             }),
-            BACKUP => Command::Backup { file: file_of(matches) },
-            RESTORE => Command::Restore { file: file_of(matches) },
-            _ => Command::Serve,
+            BACKUP => Subcommand::Backup { file: file_of(matches) },
+            RESTORE => Subcommand::Restore { file: file_of(matches) },
+            _ => Subcommand::Serve,
         };
         let typed = |name: &str| matches.get_one::<OsString>(name).cloned();
         let settings = Setting::ALL
@@ -198,8 +198,8 @@ fn file_of(matches: &ArgMatches) -> PathBuf {
 fn flag(setting: Setting) -> Arg {
     let spec = setting.spec();
     let default = match spec.default {
-        Fallback::Unset | Fallback::Text("") => String::new(),
-        Fallback::Text(text) | Fallback::Directory(text) => format!(" [default: {text}]"),
+        SettingDefault::Unset | SettingDefault::Text("") => String::new(),
+        SettingDefault::Text(text) | SettingDefault::Directory(text) => format!(" [default: {text}]"),
     };
     Arg::new(spec.key)
         .long(setting.long_flag())
@@ -239,23 +239,23 @@ mod tests {
             [&["--port", "1", "check-config", "--config=f"], &["check-config", "--config", "f", "--port=1"]]
         {
             let cli = parse(args);
-            assert_eq!(cli.command, Command::CheckConfig);
+            assert_eq!(cli.command, Subcommand::CheckConfig);
             assert_eq!(cli.config, Some("f".into()));
             assert_eq!(cli.settings, BTreeMap::from([(Setting::Port, "1".into())]));
         }
-        assert_eq!(parse(&["migrate-env"]).command, Command::MigrateEnv);
+        assert_eq!(parse(&["migrate-env"]).command, Subcommand::MigrateEnv);
         assert_eq!(parse(&["--port", "1", "serve", "--port", "2"]).settings[&Setting::Port], "2");
     }
 
     #[test]
     fn the_operators_subcommands_take_their_own_arguments() {
-        assert_eq!(parse(&["doctor", "--json"]).command, Command::Doctor { json: true });
-        let dry = Reconcile { dry_run: true, ..Reconcile::default() };
+        assert_eq!(parse(&["doctor", "--json"]).command, Subcommand::Doctor { json: true });
+        let dry = ReconcileFlags { dry_run: true, ..ReconcileFlags::default() };
         let cli = parse(&["reconcile", "--dry-run", "--state-dir", "/s"]);
-        assert_eq!(cli.command, Command::Reconcile(dry));
+        assert_eq!(cli.command, Subcommand::Reconcile(dry));
         assert_eq!(cli.settings[&Setting::StateDir], "/s");
-        assert_eq!(parse(&["backup", "f"]).command, Command::Backup { file: "f".into() });
-        assert_eq!(parse(&["restore", "f"]).command, Command::Restore { file: "f".into() });
+        assert_eq!(parse(&["backup", "f"]).command, Subcommand::Backup { file: "f".into() });
+        assert_eq!(parse(&["restore", "f"]).command, Subcommand::Restore { file: "f".into() });
         for args in [
             ["vmm-controlplane", "backup"],
             ["vmm-controlplane", "restore"],

@@ -20,7 +20,7 @@ pub(super) type FileValues = BTreeMap<Setting, (String, Origin)>;
 /// Reads a file's text. Errors are added to `errors`, and the values without errors are returned.
 pub(super) fn read(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> FileValues {
     let (document, faults) = DeTable::parse_recoverable(text);
-    let mut reader = Reader { path, text, values: FileValues::new(), errors };
+    let mut reader = FileReader { path, text, values: FileValues::new(), errors };
     for fault in &faults {
         let origin = reader.place(fault.span().unwrap_or(0..0), "");
         reader.errors.push(ConfigError::new(
@@ -37,14 +37,14 @@ pub(super) fn read(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> Fi
     reader.values
 }
 
-struct Reader<'a> {
+struct FileReader<'a> {
     path: &'a Path,
     text: &'a str,
     values: FileValues,
     errors: &'a mut Vec<ConfigError>,
 }
 
-impl Reader<'_> {
+impl FileReader<'_> {
     fn table(&mut self, prefix: &str, table: &DeTable<'_>) {
         for (name, value) in table {
             let path = if prefix.is_empty() {

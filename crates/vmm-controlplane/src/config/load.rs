@@ -1,37 +1,40 @@
-//! Parses the given texts into a [`Config`]. Every setting is parsed, even after an error in
+//! Parses the given texts into a [`DaemonConfig`]. Every setting is parsed, even after an error in
 //! another one, so that all errors are reported at once.
 
 use std::path::PathBuf;
 
 use super::error::{ConfigError, ConfigErrors, Origin};
-use super::notices::Demands;
-use super::settings::{Fallback, Setting};
-use super::sources::{self, Environment, Given, Host, set};
-use super::values::{self, BackendName, Endpoint, Fault, Listen};
-use super::{BootDefaults, Cli, Config, Effective, Hypervisor, Loaded, Otel, notices, retired, sockets};
+use super::notices::DemandedFeatures;
+use super::settings::{Setting, SettingDefault};
+use super::sources::{self, Environment, GivenTexts, LoaderHost, variable_value};
+use super::values::{self, BackendChoice, Endpoint, ListenAddress, ValueError};
+use super::{
+    BootDefaults, Cli, DaemonConfig, EffectiveSetting, HypervisorConfig, LoadedConfig, OtelConfig, notices,
+    retired, sockets,
+};
 use std::time::Duration;
 
 /// The name of the program's folder in shared directories.
 const FOLDER: &str = "vmm-controlplane";
 /// The longest time between two samples: a day.
-const METRICS_INTERVAL_MAX: Duration = Duration::from_secs(86_400);
+const METRICS_INTERVAL_LIMIT: Duration = Duration::from_secs(86_400);
 /// The most spare VMMs of one backend, because each is a process that waits.
 const SPARE_VMMS_MAX: usize = 16;
 /// The longest time for which events are kept: ten years.
-const EVENT_RETENTION_MAX: Duration = Duration::from_secs(3_650 * 86_400);
+const EVENT_RETENTION_LIMIT: Duration = Duration::from_secs(3_650 * 86_400);
 
-impl Config {
+impl DaemonConfig {
     /// Loads the configuration from the command line, the environment, the file that they name, and
     /// the defaults.
     ///
     /// A configuration that asks for a feature which this version does not have is loaded, so that
-    /// it can be shown. Call [`Loaded::require_served`] before serving.
+    /// it can be shown. Call [`LoadedConfig::require_served`] before serving.
     ///
     /// # Errors
     ///
     /// All errors at once. If there is any, the features that this version does not have are listed
     /// too.
-    pub fn load(cli: &Cli, env: &Environment, host: &dyn Host) -> Result<Loaded, ConfigErrors> {
+    pub fn load(cli: &Cli, env: &Environment, host: &dyn LoaderHost) -> Result<LoadedConfig, ConfigErrors> {
         let mut errors = Vec::new();
         let given = sources::collect(cli, env, host, &mut errors);
         errors.splice(0..0, retired::check(env, &given));
@@ -41,7 +44,7 @@ impl Config {
             Some(config) if loader.errors.is_empty() => {
                 let mut warnings = notices::warnings(&config, &given, env, host);
                 warnings.append(&mut loader.warnings);
-                Ok(Loaded { config, effective: loader.effective, warnings })
+                Ok(LoadedConfig { config, effective: loader.effective, warnings })
             }
             _ => Err(ConfigErrors(loader.errors)),
         }
@@ -49,10 +52,10 @@ impl Config {
 }
 
 struct Loader<'a> {
-    given: &'a Given,
+    given: &'a GivenTexts,
     env: &'a Environment,
-    host: &'a dyn Host,
-    effective: Vec<Effective>,
+    host: &'a dyn LoaderHost,
+    effective: Vec<EffectiveSetting>,
     warnings: Vec<String>,
     errors: Vec<ConfigError>,
 }
@@ -60,16 +63,16 @@ struct Loader<'a> {
 impl Loader<'_> {
     /// Parses every setting in the table's order. Returns `None` if one is invalid, and then an
     /// error about it was added.
-    fn config(&mut self) -> Option<Config> {
+    fn config(&mut self) -> Option<DaemonConfig> {
         use Setting as S;
         let host = self.text(S::Address, values::address);
         let port = self.text(S::Port, values::port);
         let allowed_hosts = self.text(S::AllowedHosts, values::allowed_hosts);
         let cors_origins = self.text(S::CorsOrigins, values::cors_origins);
         let default_backend = self.text(S::Backend, values::backend);
-        let ch_endpoint = self.endpoint(S::ChEndpoint, BackendName::CloudHypervisor);
-        let fc_endpoint = self.endpoint(S::FcEndpoint, BackendName::Firecracker);
-        let qemu_endpoint = self.endpoint(S::QemuEndpoint, BackendName::Qemu);
+        let ch_endpoint = self.endpoint(S::ChEndpoint, BackendChoice::CloudHypervisor);
+        let fc_endpoint = self.endpoint(S::FcEndpoint, BackendChoice::Firecracker);
+        let qemu_endpoint = self.endpoint(S::QemuEndpoint, BackendChoice::Qemu);
         let named = [
             (S::ChEndpoint, ch_endpoint.as_ref()),
             (S::FcEndpoint, fc_endpoint.as_ref()),
@@ -84,14 +87,14 @@ impl Loader<'_> {
         let qemu_import = self.text(S::QemuImport, values::boolean);
         let defaults = self.boot_defaults();
         let metrics_interval =
-            self.text(S::MetricsInterval, |text| values::duration(text, METRICS_INTERVAL_MAX));
+            self.text(S::MetricsInterval, |text| values::duration(text, METRICS_INTERVAL_LIMIT));
         let event_retention =
-            self.text(S::EventRetention, |text| values::duration(text, EVENT_RETENTION_MAX));
+            self.text(S::EventRetention, |text| values::duration(text, EVENT_RETENTION_LIMIT));
         let spare_vmms = self.text(S::SpareVmms, |text| values::count(text, SPARE_VMMS_MAX));
         let state_dir = self.state_dir();
         let runtime_dir = self.runtime_dir(state_dir.as_ref());
         let otel_enabled = self.text(S::OtelEnabled, values::boolean);
-        let demands = Demands { cors_origins: cors_origins.as_deref(), otel_enabled };
+        let demands = DemandedFeatures { cors_origins: cors_origins.as_deref(), otel_enabled };
         let unserved = demands.unserved();
         let otel = self.otel(otel_enabled);
         if !self.errors.is_empty() {
@@ -103,14 +106,14 @@ impl Loader<'_> {
         // hide the errors of later settings. Features that this version does not have are errors
         // here only beside another error. Without one the configuration loads, so that it can be
         // shown, and `require_served` reports them.
-        Some(Config {
-            listen: Listen { host: host?, port: port? },
+        Some(DaemonConfig {
+            listen: ListenAddress { host: host?, port: port? },
             allowed_hosts: allowed_hosts?,
             cors_origins: cors_origins?,
             default_backend: default_backend?,
-            ch: Hypervisor { endpoint: ch_endpoint?, binary: ch_binary? },
-            fc: Hypervisor { endpoint: fc_endpoint?, binary: fc_binary? },
-            qemu: Hypervisor { endpoint: qemu_endpoint?, binary: qemu_binary? },
+            ch: HypervisorConfig { endpoint: ch_endpoint?, binary: ch_binary? },
+            fc: HypervisorConfig { endpoint: fc_endpoint?, binary: fc_binary? },
+            qemu: HypervisorConfig { endpoint: qemu_endpoint?, binary: qemu_binary? },
             qemu_kvm: qemu_kvm?,
             qemu_import: qemu_import?,
             defaults: defaults?,
@@ -126,19 +129,19 @@ impl Loader<'_> {
     fn boot_defaults(&mut self) -> Option<BootDefaults> {
         let kernel = self.optional(Setting::DefaultKernel, values::absolute_path);
         let initrd = self.optional(Setting::DefaultInitrd, values::absolute_path);
-        let kernel_args = self.optional(Setting::DefaultKernelArgs, values::line);
+        let kernel_args = self.optional(Setting::DefaultKernelArgs, values::single_line);
         Some(BootDefaults { kernel: kernel?, initrd: initrd?, kernel_args: kernel_args? })
     }
 
-    fn otel(&mut self, enabled: Option<bool>) -> Option<Otel> {
+    fn otel(&mut self, enabled: Option<bool>) -> Option<OtelConfig> {
         use Setting as S;
-        let service_name = self.text(S::OtelServiceName, values::line);
-        let service_version = self.text(S::OtelServiceVersion, values::line);
+        let service_name = self.text(S::OtelServiceName, values::single_line);
+        let service_version = self.text(S::OtelServiceVersion, values::single_line);
         let sampling_rate = self.text(S::OtelSamplingRate, values::sampling_rate);
         let endpoint = self.text(S::OtelEndpoint, values::otel_endpoint);
         let prometheus_enabled = self.text(S::OtelPrometheusEnabled, values::boolean);
         let prometheus_port = self.text(S::OtelPrometheusPort, values::port);
-        Some(Otel {
+        Some(OtelConfig {
             enabled: enabled?,
             service_name: service_name?,
             service_version: service_version?,
@@ -150,10 +153,10 @@ impl Loader<'_> {
     }
 
     /// Parses a setting that always has a value.
-    fn text<T>(&mut self, setting: Setting, parse: impl Fn(&str) -> Result<T, Fault>) -> Option<T> {
+    fn text<T>(&mut self, setting: Setting, parse: impl Fn(&str) -> Result<T, ValueError>) -> Option<T> {
         let default = match setting.spec().default {
-            Fallback::Text(text) | Fallback::Directory(text) => text,
-            Fallback::Unset => "",
+            SettingDefault::Text(text) | SettingDefault::Directory(text) => text,
+            SettingDefault::Unset => "",
         };
         let (text, origin) = self.given(setting).unwrap_or((default.to_owned(), Origin::Default));
         self.parse(setting, text, origin, parse)
@@ -164,7 +167,7 @@ impl Loader<'_> {
     fn optional<T>(
         &mut self,
         setting: Setting,
-        parse: impl Fn(&str) -> Result<T, Fault>,
+        parse: impl Fn(&str) -> Result<T, ValueError>,
     ) -> Option<Option<T>> {
         match self.given(setting) {
             Some((text, origin)) if !text.is_empty() => self.parse(setting, text, origin, parse).map(Some),
@@ -175,7 +178,7 @@ impl Loader<'_> {
         }
     }
 
-    fn endpoint(&mut self, setting: Setting, backend: BackendName) -> Option<Endpoint> {
+    fn endpoint(&mut self, setting: Setting, backend: BackendChoice) -> Option<Endpoint> {
         let Some((text, origin)) = self.given(setting) else {
             self.record(setting, None, Origin::Default);
             return Some(Endpoint::Managed);
@@ -222,7 +225,7 @@ impl Loader<'_> {
         &mut self,
         setting: Setting,
         path: PathBuf,
-        parse: fn(&str) -> Result<PathBuf, Fault>,
+        parse: fn(&str) -> Result<PathBuf, ValueError>,
     ) -> Option<PathBuf> {
         match path.into_os_string().into_string() {
             Ok(text) => self.parse(setting, text, Origin::Default, parse),
@@ -238,7 +241,7 @@ impl Loader<'_> {
     /// Returns the directory that a variable of the user's session names. A relative path is
     /// ignored, as the XDG specification demands.
     fn folder(&self, variable: &str) -> Option<PathBuf> {
-        set(self.env, variable).map(PathBuf::from).filter(|path| path.is_absolute())
+        variable_value(self.env, variable).map(PathBuf::from).filter(|path| path.is_absolute())
     }
 
     fn given(&self, setting: Setting) -> Option<(String, Origin)> {
@@ -250,7 +253,7 @@ impl Loader<'_> {
         setting: Setting,
         text: String,
         origin: Origin,
-        parse: impl Fn(&str) -> Result<T, Fault>,
+        parse: impl Fn(&str) -> Result<T, ValueError>,
     ) -> Option<T> {
         match parse(&text) {
             Ok(value) => {
@@ -279,6 +282,6 @@ impl Loader<'_> {
     }
 
     fn record(&mut self, setting: Setting, value: Option<String>, origin: Origin) {
-        self.effective.push(Effective { setting, value, origin });
+        self.effective.push(EffectiveSetting { setting, value, origin });
     }
 }

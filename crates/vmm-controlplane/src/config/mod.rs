@@ -3,15 +3,15 @@
 //!
 //! ```text
 //!   command line ──┐
-//!   environment  ──┼─ sources ── text and origin ── load ──┬─ Config      typed, valid
+//!   environment  ──┼─ sources ── text and origin ── load ──┬─ DaemonConfig typed, valid
 //!   file         ──┘  (collect)  of each setting   (parse) ├─ warnings    for the log
 //!                                                          ├─ effective   for check-config
 //!                                                          └─ ConfigErrors
 //! ```
 //!
 //! [`Setting`] is the table from which flags, variables, file keys and help texts are made. The
-//! loader is a pure function of the command line, an environment map and a [`Host`], and never
-//! reads the process by itself.
+//! loader is a pure function of the command line, an environment map and a [`LoaderHost`], and
+//! never reads the process by itself.
 
 mod cli;
 mod error;
@@ -30,17 +30,17 @@ mod values;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use cli::{Cli, Command, Reconcile};
+pub use cli::{Cli, ReconcileFlags, Subcommand};
 pub use error::{ConfigError, ConfigErrors, Origin};
 pub use retired::migrate_env;
-pub use settings::{Fallback, PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting, Spec};
-pub use sources::{Environment, Host, ThisHost};
-pub use values::{BackendName, Endpoint, Kvm, Listen, UnsupportedBackend, is_loopback};
+pub use settings::{PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting, SettingDefault, SettingSpec};
+pub use sources::{Environment, LoaderHost, ThisHost};
+pub use values::{BackendChoice, Endpoint, KvmSetting, ListenAddress, UnsupportedBackend, is_loopback};
 
 /// The configuration of one hypervisor: its endpoint, and the program to start if there is no
 /// endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hypervisor {
+pub struct HypervisorConfig {
     /// The choice between VMMs that the daemon starts and VMMs of another program.
     pub endpoint: Endpoint,
     /// The executable: a bare name to look up on PATH, or an absolute path.
@@ -60,7 +60,7 @@ pub struct BootDefaults {
 
 /// The settings of OpenTelemetry and of the Prometheus page.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Otel {
+pub struct OtelConfig {
     /// True if telemetry is sent.
     pub enabled: bool,
     /// The service's name in the telemetry.
@@ -79,23 +79,23 @@ pub struct Otel {
 
 /// The daemon's configuration, valid in itself.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Config {
+pub struct DaemonConfig {
     /// The address on which the API listens.
-    pub listen: Listen,
+    pub listen: ListenAddress,
     /// The names besides localhost and IP addresses that are served as Host, in lower case.
     pub allowed_hosts: Vec<String>,
     /// The origins whose web pages may call the API, in lower case.
     pub cors_origins: Vec<String>,
     /// The backend of a VM that names none.
-    pub default_backend: BackendName,
+    pub default_backend: BackendChoice,
     /// Cloud Hypervisor.
-    pub ch: Hypervisor,
+    pub ch: HypervisorConfig,
     /// Firecracker.
-    pub fc: Hypervisor,
+    pub fc: HypervisorConfig,
     /// QEMU.
-    pub qemu: Hypervisor,
+    pub qemu: HypervisorConfig,
     /// The use of KVM by QEMU.
-    pub qemu_kvm: Kvm,
+    pub qemu_kvm: KvmSetting,
     /// True if libvirt domains that another program made are listed.
     pub qemu_import: bool,
     /// The boot files of a VM that names none.
@@ -112,23 +112,23 @@ pub struct Config {
     /// socket names below it.
     pub runtime_dir: PathBuf,
     /// Telemetry.
-    pub otel: Otel,
+    pub otel: OtelConfig,
 }
 
-impl Config {
+impl DaemonConfig {
     /// Returns the hypervisor of this name.
-    pub fn hypervisor(&self, backend: BackendName) -> &Hypervisor {
+    pub fn hypervisor(&self, backend: BackendChoice) -> &HypervisorConfig {
         match backend {
-            BackendName::CloudHypervisor => &self.ch,
-            BackendName::Firecracker => &self.fc,
-            BackendName::Qemu => &self.qemu,
+            BackendChoice::CloudHypervisor => &self.ch,
+            BackendChoice::Firecracker => &self.fc,
+            BackendChoice::Qemu => &self.qemu,
         }
     }
 }
 
 /// A setting in effect.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Effective {
+pub struct EffectiveSetting {
     /// The setting.
     pub setting: Setting,
     /// The value as text; `None` if the setting is unset.
@@ -139,11 +139,11 @@ pub struct Effective {
 
 /// A configuration that loaded, with its warnings.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Loaded {
+pub struct LoadedConfig {
     /// The configuration.
-    pub config: Config,
+    pub config: DaemonConfig,
     /// Every setting, in the table's order.
-    pub effective: Vec<Effective>,
+    pub effective: Vec<EffectiveSetting>,
     /// The warnings, which do not stop the start and are logged.
     pub warnings: Vec<String>,
 }

@@ -3,20 +3,20 @@
 
 use super::error::{ConfigError, ConfigErrors, Origin};
 use super::settings::Setting;
-use super::sources::{Environment, Given, Host, unknown_variables};
-use super::values::{BackendName, Endpoint};
-use super::{Config, Loaded, retired};
+use super::sources::{Environment, GivenTexts, LoaderHost, unknown_variables};
+use super::values::{BackendChoice, Endpoint};
+use super::{DaemonConfig, LoadedConfig, retired};
 use std::path::Path;
 
 /// The values that decide if this version can serve a configuration. A value that did not parse is
 /// `None`.
-pub(super) struct Demands<'a> {
+pub(super) struct DemandedFeatures<'a> {
     pub(super) cors_origins: Option<&'a [String]>,
     pub(super) otel_enabled: Option<bool>,
 }
 
 /// A setting that asks for a feature which this version does not have.
-pub(super) struct Unserved {
+pub(super) struct UnservedSetting {
     pub(super) setting: Setting,
     /// The feature; it ends the sentence "this version cannot yet …".
     what: &'static str,
@@ -24,7 +24,7 @@ pub(super) struct Unserved {
     without: &'static str,
 }
 
-impl Unserved {
+impl UnservedSetting {
     /// Returns the error about the setting, with the advice for doing without it.
     pub(super) fn error(&self, origin: Option<Origin>) -> ConfigError {
         let variable = self.setting.variable();
@@ -39,10 +39,10 @@ impl Unserved {
     }
 }
 
-impl Demands<'_> {
+impl DemandedFeatures<'_> {
     /// Returns the settings that ask for a feature which this version does not have. A feature that
     /// is added leaves this list.
-    pub(super) fn unserved(&self) -> Vec<Unserved> {
+    pub(super) fn unserved(&self) -> Vec<UnservedSetting> {
         let cors = self.cors_origins.is_some_and(|origins| !origins.is_empty());
         let asked = [
             (cors, Setting::CorsOrigins, "serve web pages of other origins", "only browsers are affected"),
@@ -54,30 +54,31 @@ impl Demands<'_> {
             ),
         ];
         let asked = asked.into_iter().filter(|(asked, ..)| *asked);
-        asked.map(|(_, setting, what, without)| Unserved { setting, what, without }).collect()
+        asked.map(|(_, setting, what, without)| UnservedSetting { setting, what, without }).collect()
     }
 }
 
-impl Config {
+impl DaemonConfig {
     /// Returns the settings that ask for a feature which this version does not have. The daemon
-    /// must not start while there are any. [`Loaded::require_served`] gives them as errors for a
-    /// person.
+    /// must not start while there are any. [`LoadedConfig::require_served`] gives them as errors
+    /// for a person.
     pub fn unserved(&self) -> Vec<Setting> {
         self.demands().into_iter().map(|unserved| unserved.setting).collect()
     }
 
-    fn demands(&self) -> Vec<Unserved> {
-        Demands { cors_origins: Some(&self.cors_origins), otel_enabled: Some(self.otel.enabled) }.unserved()
+    fn demands(&self) -> Vec<UnservedSetting> {
+        DemandedFeatures { cors_origins: Some(&self.cors_origins), otel_enabled: Some(self.otel.enabled) }
+            .unserved()
     }
 }
 
-impl Loaded {
+impl LoadedConfig {
     /// Refuses a configuration that asks for a feature which this version does not have.
     ///
     /// # Errors
     ///
-    /// One error for each setting of [`Config::unserved`], with its origin and the advice for doing
-    /// without it.
+    /// One error for each setting of [`DaemonConfig::unserved`], with its origin and the advice for
+    /// doing without it.
     pub fn require_served(&self) -> Result<(), ConfigErrors> {
         let origin = |setting| {
             self.effective.iter().find(|entry| entry.setting == setting).map(|entry| entry.origin.clone())
@@ -89,7 +90,12 @@ impl Loaded {
 }
 
 /// Collects the warnings, which do not stop the start and are logged.
-pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: &dyn Host) -> Vec<String> {
+pub(super) fn warnings(
+    config: &DaemonConfig,
+    given: &GivenTexts,
+    env: &Environment,
+    host: &dyn LoaderHost,
+) -> Vec<String> {
     let mut warnings = Vec::new();
     if !config.listen.is_loopback() {
         warnings.push(format!(
@@ -142,7 +148,7 @@ pub(super) fn warnings(config: &Config, given: &Given, env: &Environment, host: 
 }
 
 /// Returns one warning about those of `settings` that were given, if any.
-fn without_effect(given: &Given, why: &str, settings: &[Setting]) -> Option<String> {
+fn without_effect(given: &GivenTexts, why: &str, settings: &[Setting]) -> Option<String> {
     let set: Vec<_> =
         settings.iter().filter(|setting| given.contains_key(setting)).map(|s| s.variable()).collect();
     (!set.is_empty()).then(|| format!("no effect: {} ({why})", set.join(", ")))
@@ -152,16 +158,16 @@ fn without_effect(given: &Given, why: &str, settings: &[Setting]) -> Option<Stri
 /// endpoint of the default backend is unset.
 ///
 /// This program does not attach to it by itself, because anybody may put a socket into /tmp.
-fn old_socket(config: &Config, host: &dyn Host) -> Option<String> {
+fn old_socket(config: &DaemonConfig, host: &dyn LoaderHost) -> Option<String> {
     let backend = config.default_backend;
     let (paths, setting, value): (&[&str], _, _) = match backend {
-        BackendName::CloudHypervisor => (&["/tmp/ch.sock"], Setting::ChEndpoint, "unix:///tmp/ch.sock"),
-        BackendName::Firecracker => {
+        BackendChoice::CloudHypervisor => (&["/tmp/ch.sock"], Setting::ChEndpoint, "unix:///tmp/ch.sock"),
+        BackendChoice::Firecracker => {
             (&["/tmp/firecracker.sock"], Setting::FcEndpoint, "unix:///tmp/firecracker.sock")
         }
         // The first socket is that of libvirt as one daemon, the second that of libvirt with a
         // daemon for each hypervisor.
-        BackendName::Qemu => (
+        BackendChoice::Qemu => (
             &["/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"],
             Setting::QemuEndpoint,
             "qemu:///system",

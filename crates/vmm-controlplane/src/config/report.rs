@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use super::Loaded;
+use super::LoadedConfig;
 use super::error::printable;
 
-impl Loaded {
+impl LoadedConfig {
     /// Returns the text of a good configuration: OK, each setting with its origin, and the
     /// warnings.
     pub fn report(&self) -> String {

@@ -12,7 +12,7 @@ use vmm_host::path::shell_word;
 
 use super::error::{ConfigError, Origin, printable};
 use super::settings::{PREFIX, RETIRED_PREFIX, SHORT_PREFIX, Setting};
-use super::sources::{Environment, Given, set};
+use super::sources::{Environment, GivenTexts, variable_value};
 
 /// Returns the retired variables that are set, with their successors where they have one.
 fn retired(env: &Environment) -> impl Iterator<Item = (&str, &OsStr, Option<Setting>)> {
@@ -24,7 +24,7 @@ fn retired(env: &Environment) -> impl Iterator<Item = (&str, &OsStr, Option<Sett
 }
 
 /// Returns an error for each retired variable whose successor nobody gave.
-pub(super) fn check(env: &Environment, given: &Given) -> Vec<ConfigError> {
+pub(super) fn check(env: &Environment, given: &GivenTexts) -> Vec<ConfigError> {
     let orphans = retired(env).filter_map(|(name, _, successor)| Some((name, successor?)));
     orphans
         .filter(|(_, successor)| !given.contains_key(successor))
@@ -62,7 +62,7 @@ pub fn migrate_env(env: &Environment) -> String {
         [PREFIX, SHORT_PREFIX]
             .map(|prefix| setting.variable_with(prefix))
             .into_iter()
-            .find(|name| set(env, name).is_some())
+            .find(|name| variable_value(env, name).is_some())
     };
     for (name, value, successor) in retired(env) {
         // Writing to a String cannot fail.

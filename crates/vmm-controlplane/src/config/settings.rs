@@ -24,7 +24,7 @@ pub(super) const CONFIG_KEY: &str = "config";
 
 /// The value of a setting that nobody gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fallback {
+pub enum SettingDefault {
     /// The setting stays unset.
     Unset,
     /// This text, which is read by the same parser as a given one.
@@ -35,7 +35,7 @@ pub enum Fallback {
 
 /// One row of the table.
 #[derive(Debug, Clone, Copy)]
-pub struct Spec {
+pub struct SettingSpec {
     /// The key in the configuration file, in snake case.
     pub key: &'static str,
     /// The heading in the help text under which the flag stands.
@@ -43,7 +43,7 @@ pub struct Spec {
     /// The name of the value in the help text.
     pub value_name: &'static str,
     /// The value if none is given.
-    pub default: Fallback,
+    pub default: SettingDefault,
     /// The purpose of the setting, in one or two sentences.
     pub help: &'static str,
 }
@@ -65,9 +65,9 @@ macro_rules! settings {
             pub const ALL: &'static [Setting] = &[$($(Setting::$name,)+)+];
 
             /// Returns the setting's row of the table.
-            pub const fn spec(self) -> &'static Spec {
+            pub const fn spec(self) -> &'static SettingSpec {
                 match self {
-                    $($(Setting::$name => &Spec {
+                    $($(Setting::$name => &SettingSpec {
                         key: $key,
                         heading: $heading,
                         value_name: $value,
@@ -80,7 +80,7 @@ macro_rules! settings {
     };
 }
 
-use Fallback::{Directory, Text, Unset};
+use SettingDefault::{Directory, Text, Unset};
 
 settings! {
     "Listening" {

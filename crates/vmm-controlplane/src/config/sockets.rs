@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use super::error::{ConfigError, Origin, printable};
 use super::settings::Setting;
-use super::sources::Host;
+use super::sources::LoaderHost;
 use super::values::Endpoint;
 
 /// An endpoint setting, its value and its origin.
-pub(super) type Named<'a> = (Setting, Option<&'a Endpoint>, Option<Origin>);
+pub(super) type NamedEndpoint<'a> = (Setting, Option<&'a Endpoint>, Option<Origin>);
 
 /// Returns an error for each socket that is named twice, even by another path.
-pub(super) fn named_twice(endpoints: &[Named<'_>], host: &dyn Host) -> Vec<ConfigError> {
+pub(super) fn named_twice(endpoints: &[NamedEndpoint<'_>], host: &dyn LoaderHost) -> Vec<ConfigError> {
     let mut seen: Vec<(String, Setting, &Path)> = Vec::new();
     let mut errors = Vec::new();
     for (setting, endpoint, origin) in endpoints {
@@ -21,7 +21,7 @@ pub(super) fn named_twice(endpoints: &[Named<'_>], host: &dyn Host) -> Vec<Confi
             let identity = host.identity(socket);
             let earlier = seen.iter().find(|(known, ..)| *known == identity);
             if let Some((_, first, path)) = earlier {
-                errors.push(same(*setting, socket, *first, path, origin.clone()));
+                errors.push(same_socket_error(*setting, socket, *first, path, origin.clone()));
             } else {
                 seen.push((identity, *setting, socket));
             }
@@ -30,7 +30,13 @@ pub(super) fn named_twice(endpoints: &[Named<'_>], host: &dyn Host) -> Vec<Confi
     errors
 }
 
-fn same(setting: Setting, socket: &Path, first: Setting, path: &Path, origin: Option<Origin>) -> ConfigError {
+fn same_socket_error(
+    setting: Setting,
+    socket: &Path,
+    first: Setting,
+    path: &Path,
+    origin: Option<Origin>,
+) -> ConfigError {
     let shown = |path: &Path| printable(&path.to_string_lossy());
     let message = format!(
         "{}: unix://{} is the same socket as unix://{} of {}, and one socket serves one VM of one backend",

@@ -4,8 +4,8 @@
 //!   flag  >  UNKEY_VMCP_X  >  VMCP_X  >  file  >  default
 //! ```
 //!
-//! This module does not read the process: the environment is a map, and a [`Host`] answers for
-//! files, the user and the existence of old sockets.
+//! This module does not read the process: the environment is a map, and a [`LoaderHost`] answers
+//! for files, the user and the existence of old sockets.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -22,7 +22,7 @@ use super::sockets;
 pub type Environment = BTreeMap<OsString, OsString>;
 
 /// The questions of the loader to the machine. Tests answer them in its place.
-pub trait Host {
+pub trait LoaderHost {
     /// Returns the effective user id.
     fn uid(&self) -> u32;
     /// Reads a whole file.
@@ -40,7 +40,7 @@ pub trait Host {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ThisHost;
 
-impl Host for ThisHost {
+impl LoaderHost for ThisHost {
     fn uid(&self) -> u32 {
         rustix::process::geteuid().as_raw()
     }
@@ -63,33 +63,44 @@ impl Host for ThisHost {
 const DEFAULT_FILE: &str = "/etc/vmm-controlplane/config.toml";
 
 /// The text that was given for each setting, with its origin. A setting that nobody gave is absent.
-pub(super) type Given = BTreeMap<Setting, (String, Origin)>;
+pub(super) type GivenTexts = BTreeMap<Setting, (String, Origin)>;
 
 /// Collects the given texts. Values that cannot be read are added to `errors`.
-pub(super) fn collect(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<ConfigError>) -> Given {
+pub(super) fn collect(
+    cli: &Cli,
+    env: &Environment,
+    host: &dyn LoaderHost,
+    errors: &mut Vec<ConfigError>,
+) -> GivenTexts {
     let mut given = read_file(cli, env, host, errors);
     for setting in Setting::ALL.iter().copied() {
         // The sources are read from the weakest to the strongest, and each replaces the value of
         // the one before.
         for prefix in [SHORT_PREFIX, PREFIX] {
             let name = setting.variable_with(prefix);
-            if let Some(value) = set(env, &name) {
-                take(&mut given, setting, value, Origin::Variable(name), errors);
+            if let Some(value) = variable_value(env, &name) {
+                insert_text(&mut given, setting, value, Origin::Variable(name), errors);
             }
         }
         if let Some(value) = cli.settings.get(&setting) {
-            take(&mut given, setting, value, Origin::Flag(setting.flag()), errors);
+            insert_text(&mut given, setting, value, Origin::Flag(setting.flag()), errors);
         }
     }
     given
 }
 
 /// Returns a variable's value. An empty variable counts as unset.
-pub(super) fn set<'a>(env: &'a Environment, name: &str) -> Option<&'a OsStr> {
+pub(super) fn variable_value<'a>(env: &'a Environment, name: &str) -> Option<&'a OsStr> {
     env.get(OsStr::new(name)).map(OsString::as_os_str).filter(|value| !value.is_empty())
 }
 
-fn take(given: &mut Given, setting: Setting, value: &OsStr, origin: Origin, errors: &mut Vec<ConfigError>) {
+fn insert_text(
+    given: &mut GivenTexts,
+    setting: Setting,
+    value: &OsStr,
+    origin: Origin,
+    errors: &mut Vec<ConfigError>,
+) {
     match value.to_str() {
         Some(text) => {
             given.insert(setting, (text.to_owned(), origin));
@@ -101,10 +112,17 @@ fn take(given: &mut Given, setting: Setting, value: &OsStr, origin: Origin, erro
     }
 }
 
-fn read_file(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<ConfigError>) -> Given {
+fn read_file(
+    cli: &Cli,
+    env: &Environment,
+    host: &dyn LoaderHost,
+    errors: &mut Vec<ConfigError>,
+) -> GivenTexts {
     let by_variable = || {
         let names = [PREFIX, SHORT_PREFIX].map(|prefix| variable(prefix, CONFIG_KEY));
-        names.into_iter().find_map(|name| set(env, &name).map(|path| (path, Origin::Variable(name))))
+        names
+            .into_iter()
+            .find_map(|name| variable_value(env, &name).map(|path| (path, Origin::Variable(name))))
     };
     let by_place = || {
         let is_there = host.exists(Path::new(DEFAULT_FILE));
@@ -112,7 +130,7 @@ fn read_file(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<Con
     };
     let by_flag = || cli.config.as_deref().map(|path| (path, Origin::Flag(format!("--{CONFIG_KEY}"))));
     let Some((path, origin)) = by_flag().or_else(by_variable).or_else(by_place) else {
-        return Given::new();
+        return GivenTexts::new();
     };
     let path = PathBuf::from(path);
     let fault = match host.read_file(&path).map(String::from_utf8) {
@@ -124,7 +142,7 @@ fn read_file(cli: &Cli, env: &Environment, host: &dyn Host, errors: &mut Vec<Con
         format!("cannot read the configuration file {}: {fault}", printable(&path.to_string_lossy()));
     let advice = format!("set {} to a TOML file that this user can read", variable(PREFIX, CONFIG_KEY));
     errors.push(ConfigError::new(message, origin, advice));
-    Given::new()
+    GivenTexts::new()
 }
 
 /// The beginnings of the variables of this repository's scripts, tests and client, which have the

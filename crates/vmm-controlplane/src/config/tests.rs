@@ -18,7 +18,7 @@ struct FakeHost {
     existing: BTreeSet<&'static str>,
 }
 
-impl Host for FakeHost {
+impl LoaderHost for FakeHost {
     fn uid(&self) -> u32 {
         self.uid
     }
@@ -40,11 +40,11 @@ fn cli(args: &[&str]) -> Cli {
     Cli::try_parse_from([&["vmm-controlplane"], args].concat()).unwrap()
 }
 
-fn load(args: &[&str], variables: &[(&str, &str)], host: &FakeHost) -> Result<Loaded, ConfigErrors> {
-    Config::load(&cli(args), &env(variables), host)
+fn load(args: &[&str], variables: &[(&str, &str)], host: &FakeHost) -> Result<LoadedConfig, ConfigErrors> {
+    DaemonConfig::load(&cli(args), &env(variables), host)
 }
 
-fn good(args: &[&str], variables: &[(&str, &str)]) -> Loaded {
+fn good(args: &[&str], variables: &[(&str, &str)]) -> LoadedConfig {
     load(args, variables, &FakeHost::default()).unwrap()
 }
 
@@ -58,17 +58,17 @@ fn with_file(text: &str) -> FakeHost {
 
 #[test]
 fn the_defaults_are_those_of_the_contract() {
-    let Loaded { config, effective, warnings } = good(&[], &[]);
-    let managed = |binary: &str| Hypervisor { endpoint: Endpoint::Managed, binary: binary.into() };
-    let want = Config {
-        listen: Listen { host: "127.0.0.1".into(), port: 8080 },
+    let LoadedConfig { config, effective, warnings } = good(&[], &[]);
+    let managed = |binary: &str| HypervisorConfig { endpoint: Endpoint::Managed, binary: binary.into() };
+    let want = DaemonConfig {
+        listen: ListenAddress { host: "127.0.0.1".into(), port: 8080 },
         allowed_hosts: vec![],
         cors_origins: vec![],
-        default_backend: BackendName::CloudHypervisor,
+        default_backend: BackendChoice::CloudHypervisor,
         ch: managed("cloud-hypervisor"),
         fc: managed("firecracker"),
         qemu: managed("qemu-system-x86_64"),
-        qemu_kvm: Kvm::Auto,
+        qemu_kvm: KvmSetting::Auto,
         qemu_import: false,
         defaults: BootDefaults { kernel: None, initrd: None, kernel_args: None },
         metrics_interval: Duration::from_secs(10),
@@ -76,7 +76,7 @@ fn the_defaults_are_those_of_the_contract() {
         spare_vmms: 0,
         state_dir: "/var/lib/vmm-controlplane".into(),
         runtime_dir: "/run/vmm-controlplane".into(),
-        otel: Otel {
+        otel: OtelConfig {
             enabled: false,
             service_name: "vmm-controlplane".into(),
             service_version: env!("CARGO_PKG_VERSION").into(),
@@ -150,7 +150,7 @@ fn flags_that_were_not_typed_never_override_variables() {
         (Setting::OtelPrometheusPort, "0"),
     ];
     assert_eq!(values.map(|(setting, _)| setting), *Setting::ALL);
-    let by_source = |origin: &dyn Fn(Setting) -> String, loaded: &Loaded| {
+    let by_source = |origin: &dyn Fn(Setting) -> String, loaded: &LoadedConfig| {
         for ((setting, value), entry) in values.iter().zip(&loaded.effective) {
             assert_eq!((entry.setting, entry.value.as_deref()), (*setting, Some(*value)));
             assert_eq!(entry.origin.to_string(), origin(*setting));
@@ -221,7 +221,7 @@ fn the_texts_of_the_documents_are_kept() {
 fn values_that_are_not_utf8_are_errors() {
     for name in ["UNKEY_VMCP_PORT", "VMCP_PORT"] {
         let variables = Environment::from([(name.into(), std::ffi::OsString::from_vec(vec![0xff]))]);
-        let shown = Config::load(&cli(&[]), &variables, &FakeHost::default()).unwrap_err().to_string();
+        let shown = DaemonConfig::load(&cli(&[]), &variables, &FakeHost::default()).unwrap_err().to_string();
         assert!(shown.contains(&format!("the value of {name} is not UTF-8")), "{shown}");
         assert!(shown.contains("set UNKEY_VMCP_PORT"), "{shown}");
     }
@@ -407,7 +407,7 @@ fn a_plain_user_gets_directories_of_their_own() {
         ),
         (&[("VMCP_STATE_DIR", "/a"), ("VMCP_RUNTIME_DIR", "/b")], &[], "/a", "/b"),
     ] {
-        let Loaded { config, warnings, .. } = load(&[], variables, &user(existing)).unwrap();
+        let LoadedConfig { config, warnings, .. } = load(&[], variables, &user(existing)).unwrap();
         assert_eq!((config.state_dir, config.runtime_dir), (state.into(), runtime.into()));
         assert_eq!(warnings.len(), usize::from(runtime.ends_with("/run")), "{warnings:?}");
     }
@@ -462,7 +462,7 @@ proptest! {
             variables.insert("UNKEY_VMCP_CONFIG".into(), "f.toml".into());
         }
         let host = FakeHost { uid: 1000, file: file.map(String::into_bytes), ..FakeHost::default() };
-        match Config::load(&Cli::default(), &variables, &host) {
+        match DaemonConfig::load(&Cli::default(), &variables, &host) {
             Ok(loaded) => prop_assert!(loaded.report().starts_with("OK\n")),
             Err(errors) => prop_assert!(!errors.errors().is_empty()),
         }

@@ -1,7 +1,7 @@
 //! The types of the settings, and the pure parsers that read them from text.
 //!
-//! A parser returns a [`Fault`], with the error in the text and the valid values. The loader adds
-//! the setting and the origin of the text.
+//! A parser returns a [`ValueError`], with the error in the text and the valid values. The loader
+//! adds the setting and the origin of the text.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +18,7 @@ pub(super) const SOCKET_NAMES_MAX: usize = 48;
 
 /// The reason for which a text is not a value of its setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Fault {
+pub(super) struct ValueError {
     /// The error in the text.
     pub(super) message: String,
     /// The values that the setting accepts; it ends the sentence "set UNKEY_VMCP_X to …".
@@ -28,7 +28,7 @@ pub(super) struct Fault {
     pub(super) verbatim: bool,
 }
 
-impl Fault {
+impl ValueError {
     /// Makes a fault whose message begins with `text` in quotes.
     fn not(text: &str, what: &str, want: impl Into<String>) -> Self {
         Self::of(format!("\"{}\" {what}", printable(text)), want)
@@ -45,7 +45,7 @@ impl Fault {
 
 /// The hypervisors that the program drives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum BackendName {
+pub enum BackendChoice {
     /// Cloud Hypervisor.
     CloudHypervisor,
     /// Firecracker.
@@ -54,9 +54,9 @@ pub enum BackendName {
     Qemu,
 }
 
-impl BackendName {
+impl BackendChoice {
     /// Every backend, the default one first.
-    pub const ALL: [BackendName; 3] = [Self::CloudHypervisor, Self::Firecracker, Self::Qemu];
+    pub const ALL: [BackendChoice; 3] = [Self::CloudHypervisor, Self::Firecracker, Self::Qemu];
 
     /// Returns the name on the wire and in the configuration.
     pub const fn as_str(self) -> &'static str {
@@ -77,7 +77,7 @@ impl BackendName {
     }
 }
 
-impl fmt::Display for BackendName {
+impl fmt::Display for BackendChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -95,7 +95,7 @@ impl fmt::Display for UnsupportedBackend {
 
 impl std::error::Error for UnsupportedBackend {}
 
-impl FromStr for BackendName {
+impl FromStr for BackendChoice {
     type Err = UnsupportedBackend;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -118,7 +118,7 @@ pub enum Endpoint {
 
 /// The use of KVM by QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kvm {
+pub enum KvmSetting {
     /// KVM is used if /dev/kvm opens and the CPU shows vmx or svm.
     Auto,
     /// Always.
@@ -129,14 +129,14 @@ pub enum Kvm {
 
 /// The address on which the daemon listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listen {
+pub struct ListenAddress {
     /// An IP address without brackets, or a host name, which is resolved at bind.
     pub host: String,
     /// The TCP port; 0 lets the system choose.
     pub port: u16,
 }
 
-impl Listen {
+impl ListenAddress {
     /// Returns the socket address if the host is an IP address, which needs no resolving.
     pub fn socket_addr(&self) -> Option<SocketAddr> {
         self.host.parse().ok().map(|ip| SocketAddr::new(ip, self.port))
@@ -158,7 +158,7 @@ pub fn is_loopback(ip: IpAddr) -> bool {
     ip.to_canonical().is_loopback()
 }
 
-impl fmt::Display for Listen {
+impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.socket_addr() {
             Some(address) => address.fmt(f),
@@ -167,24 +167,24 @@ impl fmt::Display for Listen {
     }
 }
 
-pub(super) fn backend(text: &str) -> Result<BackendName, Fault> {
+pub(super) fn backend(text: &str) -> Result<BackendChoice, ValueError> {
     text.parse().map_err(|error: UnsupportedBackend| {
-        Fault::known(error.to_string(), "cloudhypervisor, firecracker or qemu")
+        ValueError::known(error.to_string(), "cloudhypervisor, firecracker or qemu")
     })
 }
 
-pub(super) fn endpoint(backend: BackendName, text: &str) -> Result<Endpoint, Fault> {
+pub(super) fn endpoint(backend: BackendChoice, text: &str) -> Result<Endpoint, ValueError> {
     let fault = |why: &str| {
         let also = match backend {
-            BackendName::Qemu => ", qemu:///system, qemu:///session or qemu+unix:///system",
-            BackendName::CloudHypervisor | BackendName::Firecracker => " (or several, comma-separated)",
+            BackendChoice::Qemu => ", qemu:///system, qemu:///session or qemu+unix:///system",
+            BackendChoice::CloudHypervisor | BackendChoice::Firecracker => " (or several, comma-separated)",
         };
-        Fault::known(
+        ValueError::known(
             format!("{} endpoint is required: {why}", backend.in_errors()),
             format!("unix:///absolute/path{also}, or leave it unset to have processes started"),
         )
     };
-    if backend == BackendName::Qemu && is_libvirt(text) {
+    if backend == BackendChoice::Qemu && is_libvirt(text) {
         return Ok(Endpoint::Libvirt(text.to_owned()));
     }
     let mut sockets = Vec::new();
@@ -217,25 +217,26 @@ fn is_libvirt(text: &str) -> bool {
     matches!(local, Some("/system" | "/session")) && !text.contains(char::is_control)
 }
 
-pub(super) fn port(text: &str) -> Result<u16, Fault> {
-    text.parse().map_err(|_| Fault::not(text, "is not a port", "a number from 0 to 65535"))
+pub(super) fn port(text: &str) -> Result<u16, ValueError> {
+    text.parse().map_err(|_| ValueError::not(text, "is not a port", "a number from 0 to 65535"))
 }
 
-pub(super) fn address(text: &str) -> Result<String, Fault> {
+pub(super) fn address(text: &str) -> Result<String, ValueError> {
     let bare = text.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(text);
     if bare.parse::<IpAddr>().is_ok() {
         return Ok(bare.to_owned());
     }
     if text.parse::<SocketAddr>().is_ok() || text.rsplit_once(':').is_some_and(|(name, _)| is_host_name(name))
     {
-        return Err(Fault::not(
+        return Err(ValueError::not(
             text,
             "names a port too",
             "the address alone, and UNKEY_VMCP_PORT to the port",
         ));
     }
-    host_name(text)
-        .ok_or_else(|| Fault::not(text, "is neither an IP address nor a host name", "one, such as 127.0.0.1"))
+    host_name(text).ok_or_else(|| {
+        ValueError::not(text, "is neither an IP address nor a host name", "one, such as 127.0.0.1")
+    })
 }
 
 /// Returns the name in lower case and without its final dot; `None` if it is not one.
@@ -256,22 +257,22 @@ fn is_host_name(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(label) && !numeric
 }
 
-pub(super) fn allowed_hosts(text: &str) -> Result<Vec<String>, Fault> {
+pub(super) fn allowed_hosts(text: &str) -> Result<Vec<String>, ValueError> {
     pieces(text, |piece| {
         let ip =
             piece.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().map(|ip| ip.to_string());
         ip.ok().or_else(|| host_name(piece)).ok_or_else(|| {
-            Fault::not(piece, "is not a host name", "names without scheme and port, comma-separated")
+            ValueError::not(piece, "is not a host name", "names without scheme and port, comma-separated")
         })
     })
 }
 
-pub(super) fn cors_origins(text: &str) -> Result<Vec<String>, Fault> {
+pub(super) fn cors_origins(text: &str) -> Result<Vec<String>, ValueError> {
     pieces(text, |piece| {
         let fault = || {
             let want = "origins such as https://vms.example.com, comma-separated; each must be named, as * would let \
                         any web page control the VMs";
-            Fault::not(piece, "is not the origin of a web page", want)
+            ValueError::not(piece, "is not the origin of a web page", want)
         };
         let (scheme, authority) = piece.split_once("://").ok_or_else(fault)?;
         let authority = authority.parse::<http::uri::Authority>().map_err(|_| fault())?;
@@ -284,7 +285,7 @@ pub(super) fn cors_origins(text: &str) -> Result<Vec<String>, Fault> {
 }
 
 /// Reads a comma-separated list; an empty text is an empty list, and repeated pieces count once.
-fn pieces(text: &str, read: impl Fn(&str) -> Result<String, Fault>) -> Result<Vec<String>, Fault> {
+fn pieces(text: &str, read: impl Fn(&str) -> Result<String, ValueError>) -> Result<Vec<String>, ValueError> {
     let mut list = Vec::new();
     for piece in text.split(',').map(str::trim).filter(|piece| !piece.is_empty()) {
         let item = read(piece)?;
@@ -303,9 +304,10 @@ fn is_plain(authority: &http::uri::Authority) -> bool {
     !authority.host().is_empty() && port_is_sound && !authority.as_str().contains('@')
 }
 
-pub(super) fn otel_endpoint(text: &str) -> Result<String, Fault> {
-    let fault =
-        |why: &str| Fault::not(text, why, "HOST:PORT, or an http:// or https:// URL without credentials");
+pub(super) fn otel_endpoint(text: &str) -> Result<String, ValueError> {
+    let fault = |why: &str| {
+        ValueError::not(text, why, "HOST:PORT, or an http:// or https:// URL without credentials")
+    };
     match text.split_once("://") {
         None => {
             let authority = text.parse::<http::uri::Authority>().ok().filter(is_plain);
@@ -323,30 +325,30 @@ pub(super) fn otel_endpoint(text: &str) -> Result<String, Fault> {
     Ok(text.to_owned())
 }
 
-pub(super) fn sampling_rate(text: &str) -> Result<f64, Fault> {
+pub(super) fn sampling_rate(text: &str) -> Result<f64, ValueError> {
     let rate = text.parse::<f64>().ok().filter(|rate| (0.0..=1.0).contains(rate));
-    rate.ok_or_else(|| Fault::not(text, "is not a share", "a number from 0.0 to 1.0"))
+    rate.ok_or_else(|| ValueError::not(text, "is not a share", "a number from 0.0 to 1.0"))
 }
 
-pub(super) fn boolean(text: &str) -> Result<bool, Fault> {
+pub(super) fn boolean(text: &str) -> Result<bool, ValueError> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "1" | "yes" | "on" => Ok(true),
         "false" | "0" | "no" | "off" => Ok(false),
-        _ => Err(Fault::not(text, "is neither true nor false", "true or false")),
+        _ => Err(ValueError::not(text, "is neither true nor false", "true or false")),
     }
 }
 
-pub(super) fn kvm(text: &str) -> Result<Kvm, Fault> {
+pub(super) fn kvm(text: &str) -> Result<KvmSetting, ValueError> {
     if text.eq_ignore_ascii_case("auto") {
-        return Ok(Kvm::Auto);
+        return Ok(KvmSetting::Auto);
     }
-    let choice = boolean(text).map(|on| if on { Kvm::On } else { Kvm::Off });
-    choice.map_err(|_| Fault::not(text, "is none of auto, true and false", "auto, true or false"))
+    let choice = boolean(text).map(|on| if on { KvmSetting::On } else { KvmSetting::Off });
+    choice.map_err(|_| ValueError::not(text, "is none of auto, true and false", "auto, true or false"))
 }
 
 /// Reads a whole number with an optional unit (s, m, h, d); no less than a second, no more than
 /// `most`.
-pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
+pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, ValueError> {
     let want = || {
         let days = most.as_secs() / 86_400;
         format!("a whole number of seconds, or one with a unit (30s, 10m, 12h, 7d), from 1s to {days}d")
@@ -357,38 +359,38 @@ pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, Fault> {
         "m" => 60,
         "h" => 3_600,
         "d" => 86_400,
-        _ => return Err(Fault::not(text, "has an unknown unit", want())),
+        _ => return Err(ValueError::not(text, "has an unknown unit", want())),
     };
-    let number = digits.parse::<u64>().map_err(|_| Fault::not(text, "is not a duration", want()))?;
+    let number = digits.parse::<u64>().map_err(|_| ValueError::not(text, "is not a duration", want()))?;
     let duration = number.checked_mul(unit).map(Duration::from_secs);
     let in_range = duration.filter(|duration| (Duration::from_secs(1)..=most).contains(duration));
-    in_range.ok_or_else(|| Fault::not(text, "is out of range", want()))
+    in_range.ok_or_else(|| ValueError::not(text, "is out of range", want()))
 }
 
 /// Reads a count: a whole number of at most `most`.
-pub(super) fn count(text: &str, most: usize) -> Result<usize, Fault> {
+pub(super) fn count(text: &str, most: usize) -> Result<usize, ValueError> {
     let want = || format!("a whole number from 0 to {most}");
-    let number = text.parse::<usize>().map_err(|_| Fault::not(text, "is not a number", want()))?;
+    let number = text.parse::<usize>().map_err(|_| ValueError::not(text, "is not a number", want()))?;
     if number > most {
-        return Err(Fault::not(text, "is out of range", want()));
+        return Err(ValueError::not(text, "is out of range", want()));
     }
     Ok(number)
 }
 
-pub(super) fn absolute_path(text: &str) -> Result<PathBuf, Fault> {
+pub(super) fn absolute_path(text: &str) -> Result<PathBuf, ValueError> {
     let path = Path::new(text);
     if path.is_absolute() && !text.contains(char::is_control) {
         return Ok(path.to_owned());
     }
-    Err(Fault::not(text, "is not an absolute path", "one, beginning with /"))
+    Err(ValueError::not(text, "is not an absolute path", "one, beginning with /"))
 }
 
-pub(super) fn runtime_dir(text: &str) -> Result<PathBuf, Fault> {
+pub(super) fn runtime_dir(text: &str) -> Result<PathBuf, ValueError> {
     let path = absolute_path(text)?;
     let most = SOCKET_PATH_MAX - SOCKET_NAMES_MAX;
     match path.as_os_str().len() {
         length if length <= most => Ok(path),
-        length => Err(Fault::not(
+        length => Err(ValueError::not(
             text,
             &format!("is {length} bytes long, which leaves no room for the names of sockets"),
             format!("a path of {most} bytes at most"),
@@ -396,19 +398,19 @@ pub(super) fn runtime_dir(text: &str) -> Result<PathBuf, Fault> {
     }
 }
 
-pub(super) fn binary(text: &str) -> Result<PathBuf, Fault> {
+pub(super) fn binary(text: &str) -> Result<PathBuf, ValueError> {
     let path = Path::new(text);
     let sound = path.file_name().is_some() && !text.contains(char::is_control) && !text.ends_with('/');
     if sound && (path.is_absolute() || !text.contains('/')) {
         return Ok(path.to_owned());
     }
-    Err(Fault::not(text, "is not a program", "a name to look up on PATH, or an absolute path"))
+    Err(ValueError::not(text, "is not a program", "a name to look up on PATH, or an absolute path"))
 }
 
 /// Reads a text that must fit on one line and must not be empty.
-pub(super) fn line(text: &str) -> Result<String, Fault> {
+pub(super) fn single_line(text: &str) -> Result<String, ValueError> {
     if text.trim().is_empty() || text.contains(char::is_control) {
-        return Err(Fault::not(text, "is empty or has control characters", "a text on one line"));
+        return Err(ValueError::not(text, "is empty or has control characters", "a text on one line"));
     }
     Ok(text.to_owned())
 }

@@ -16,7 +16,7 @@ use std::path::Path;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
 
-use crate::config::{Cli, Config, Environment, Host, PREFIX, migrate_env};
+use crate::config::{Cli, DaemonConfig, Environment, LoaderHost, PREFIX, migrate_env};
 
 /// The line between the variables and the file.
 const FENCE: &[u8] = b"\n---\n";
@@ -30,12 +30,12 @@ thread_local! {
 }
 
 /// A machine with given answers.
-struct Values<'a> {
+struct FuzzHost<'a> {
     uid: u32,
     file: &'a [u8],
 }
 
-impl Host for Values<'_> {
+impl LoaderHost for FuzzHost<'_> {
     fn uid(&self) -> u32 {
         self.uid
     }
@@ -68,8 +68,8 @@ pub fn configuration(input: &[u8]) {
     let Some(cli) = command_line(args) else { return };
     // A user with a home directory is not root here.
     let uid = if env.contains_key(OsStr::new("HOME")) { 1000 } else { 0 };
-    let host = Values { uid, file: file.unwrap_or_default() };
-    match Config::load(&cli, &env, &host) {
+    let host = FuzzHost { uid, file: file.unwrap_or_default() };
+    match DaemonConfig::load(&cli, &env, &host) {
         Ok(loaded) => {
             let report = loaded.report();
             assert!(report.starts_with("OK\n"));
@@ -78,7 +78,7 @@ pub fn configuration(input: &[u8]) {
                 let value = entry.value.as_deref().filter(|value| !value.is_empty())?;
                 Some((entry.setting.variable().into(), value.into()))
             });
-            let again = Config::load(&Cli::default(), &effective.collect(), &host);
+            let again = DaemonConfig::load(&Cli::default(), &effective.collect(), &host);
             let again = again.expect("what is in effect can be set");
             assert_eq!(again.config, loaded.config, "what is shown is what is in effect");
             if let Err(errors) = loaded.require_served() {

@@ -14,31 +14,35 @@ use bytes::Bytes;
 use connectrpc::{CodecFormat, ConnectError, ErrorCode, Payload};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vmm_backends::cloud_hypervisor::{self, CloudHypervisor};
-use vmm_backends::firecracker::{self, Firecracker};
-use vmm_backends::qemu::convert::{Accelerator, ImageKind, Inputs, Machine};
+use vmm_backends::cloud_hypervisor::{self, CloudHypervisorBackend};
+use vmm_backends::firecracker::{self, FirecrackerBackend};
+use vmm_backends::qemu::convert::{Accelerator, ImageKind, QemuInputs, QemuMachine};
 use vmm_backends::qemu::{self, KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend as _;
 use vmm_core::config::VmConfig;
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::report::{FieldReport, Report};
+use vmm_core::report::{CheckReport, FieldReport};
 use vmm_core::spec::{MIB, VmSpec, too_many};
 use vmm_proto::v1 as pb;
 
 use crate::api::convert::{config_from_pb, config_to_pb, states_from_pb};
 use crate::rpc::error::invalid_argument;
-use crate::rpc::strict_json::StrictJson;
+use crate::rpc::strict_json::JsonShapeInterceptor;
 
 /// The longest message of an error, in bytes. gRPC's clients refuse trailers of more than 16 KiB.
 const MAX_MESSAGE: usize = 8 << 10;
 
-static STRICT_JSON: LazyLock<StrictJson> = LazyLock::new(|| {
-    StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET).expect("the built-in description can be read")
+static STRICT_JSON: LazyLock<JsonShapeInterceptor> = LazyLock::new(|| {
+    JsonShapeInterceptor::new(vmm_proto::FILE_DESCRIPTOR_SET).expect("the built-in description can be read")
 });
 
-static BACKENDS: LazyLock<(CloudHypervisor, Firecracker, QemuBackend)> = LazyLock::new(|| {
+static BACKENDS: LazyLock<(CloudHypervisorBackend, FirecrackerBackend, QemuBackend)> = LazyLock::new(|| {
     let qemu = QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() };
-    (CloudHypervisor::new("cloud-hypervisor"), Firecracker::new("firecracker"), QemuBackend::new(qemu))
+    (
+        CloudHypervisorBackend::new("cloud-hypervisor"),
+        FirecrackerBackend::new("firecracker"),
+        QemuBackend::new(qemu),
+    )
 });
 
 /// Runs one input.
@@ -53,8 +57,8 @@ pub fn request(input: &[u8]) {
         return;
     };
     let call = match codec {
-        "json" => Call { method, format: CodecFormat::Json, body },
-        "proto" => Call { method, format: CodecFormat::Proto, body },
+        "json" => FuzzCall { method, format: CodecFormat::Json, body },
+        "proto" => FuzzCall { method, format: CodecFormat::Proto, body },
         _ => return,
     };
     match method {
@@ -74,13 +78,13 @@ pub fn request(input: &[u8]) {
     }
 }
 
-struct Call<'a> {
+struct FuzzCall<'a> {
     method: &'a str,
     format: CodecFormat,
     body: Bytes,
 }
 
-impl Call<'_> {
+impl FuzzCall<'_> {
     /// Decodes the body as the server does, and passes the message on.
     fn read<M>(self, next: impl FnOnce(M))
     where
@@ -164,7 +168,7 @@ fn config(sent: Option<pb::VmConfig>) {
 }
 
 /// Checks that a refusal names each wrong field by a path, and is short enough to be sent.
-fn check_report(report: &Report) {
+fn check_report(report: &CheckReport) {
     assert!(!report.is_ok(), "a refusal has a reason");
     let warnings = report.warnings.iter().cloned().map(FieldReport::from);
     for finding in report.violations.iter().cloned().chain(warnings) {
@@ -248,14 +252,14 @@ fn hypervisors(spec: &VmSpec) {
         }
     }
     if ch.check(spec).is_ok() {
-        let config = cloud_hypervisor::convert::Config::of(spec, &taps);
+        let config = cloud_hypervisor::convert::CloudHypervisorConfig::of(spec, &taps);
         serde_json::to_string(&config).expect("it can be written as JSON");
     }
     if fc.check(spec).is_ok() {
         let args = firecracker::convert::kernel_args(spec);
         let reboots = kernel_words(&args).iter().filter(|word| word.starts_with("reboot=")).count();
         assert!(reboots >= 1, "a guest's reboot is seen: {args:?}");
-        let config = firecracker::convert::Config::of(spec, &taps);
+        let config = firecracker::convert::FirecrackerConfig::of(spec, &taps);
         serde_json::to_string(&config.machine).expect("it can be written as JSON");
     }
     if qemu.check(spec).is_ok() {
@@ -267,11 +271,11 @@ fn hypervisors(spec: &VmSpec) {
 fn qemu_arguments(spec: &VmSpec, taps: &[String]) {
     let uid = VmUid::new(uuid::Uuid::from_u128(7));
     let images: Vec<_> = spec.disks.iter().map(|_| ImageKind::File).collect();
-    let inputs = Inputs {
+    let inputs = QemuInputs {
         uid,
         vm_id: &VmId::generated(uid),
         spec,
-        machine: Machine::of(spec).expect("the check passed"),
+        machine: QemuMachine::of(spec).expect("the check passed"),
         accelerator: Accelerator::Tcg,
         dir: Path::new("/run/v"),
         console: Some(Path::new("/run/v/console")),
@@ -298,7 +302,7 @@ fn qemu_arguments(spec: &VmSpec, taps: &[String]) {
     }
     assert_eq!(counted.get("-netdev").copied().unwrap_or_default(), spec.nics.len());
     // q35 has a device by which a guest reports its panic, unless the guest resets itself on one.
-    let own = usize::from(inputs.machine == Machine::Q35 && !spec.resets_on_panic());
+    let own = usize::from(inputs.machine == QemuMachine::Q35 && !spec.resets_on_panic());
     assert_eq!(
         counted.get("-device").copied().unwrap_or_default(),
         spec.nics.len() + spec.disks.len() + own,

@@ -6,32 +6,33 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vmm_core::store::ProcessIdentity;
-use vmm_host::ledger;
 use vmm_host::net::tap::{HostTaps, Taps as _};
 use vmm_host::process::{Lookup, adopt, program_name_of};
 use vmm_host::run_dir;
+use vmm_host::survey;
 
-use super::decide::{Decision, Item, Kind, Target};
+use super::decide::{Item, ItemDecision, ItemKind, ItemTarget};
 
 /// The longest wait for the end of a killed VMM.
-const KILLING: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The outcome of a successful removal.
 pub(super) const REMOVED: &str = "removed";
 
 /// Removes every item with the decision `Remove`, processes first, and sets the items' outcomes.
 pub(super) async fn carry_out(items: &mut [Item], runtime_dir: &Path, programs: &BTreeSet<String>) {
     // A process holds its TAP and its folder, so it must end before they can be removed.
-    for kind in [Kind::Process, Kind::Tap, Kind::Folder] {
-        let chosen = items.iter_mut().filter(|item| item.kind == kind && item.decision == Decision::Remove);
+    for kind in [ItemKind::Process, ItemKind::Tap, ItemKind::Folder] {
+        let chosen =
+            items.iter_mut().filter(|item| item.kind == kind && item.decision == ItemDecision::Remove);
         for item in chosen {
             let done = match &item.target {
-                Target::Process(identity) => end(identity, programs).await,
-                Target::Tap(owner) => match HostTaps.remove(&item.name, *owner).await {
+                ItemTarget::Process(identity) => end(identity, programs).await,
+                ItemTarget::Tap(owner) => match HostTaps.remove(&item.name, *owner).await {
                     Ok(_) => Ok(()),
                     Err(error) => Err(error.to_string()),
                 },
-                Target::Folder(path) => remove_folder(path, runtime_dir).await,
-                Target::Within(_) => continue,
+                ItemTarget::Folder(path) => remove_folder(path, runtime_dir).await,
+                ItemTarget::Within(_) => continue,
             };
             item.outcome = Some(match done {
                 Ok(()) => REMOVED.to_owned(),
@@ -39,21 +40,21 @@ pub(super) async fn carry_out(items: &mut [Item], runtime_dir: &Path, programs: 
             });
         }
     }
-    sockets_follow(items);
+    copy_outcome_to_sockets(items);
 }
 
 /// Copies the outcome of each folder to the sockets in it, because a socket is removed with its
 /// folder.
-fn sockets_follow(items: &mut [Item]) {
+fn copy_outcome_to_sockets(items: &mut [Item]) {
     let folders: BTreeMap<PathBuf, Option<String>> = items
         .iter()
         .filter_map(|item| match &item.target {
-            Target::Folder(path) => Some((path.clone(), item.outcome.clone())),
-            Target::Process(_) | Target::Tap(_) | Target::Within(_) => None,
+            ItemTarget::Folder(path) => Some((path.clone(), item.outcome.clone())),
+            ItemTarget::Process(_) | ItemTarget::Tap(_) | ItemTarget::Within(_) => None,
         })
         .collect();
     for item in items {
-        if let Target::Within(folder) = &item.target {
+        if let ItemTarget::Within(folder) = &item.target {
             item.outcome = folders.get(folder).cloned().flatten();
         }
     }
@@ -72,7 +73,7 @@ async fn end(identity: &ProcessIdentity, programs: &BTreeSet<String>) -> Result<
     if !programs.contains(&name) {
         return Err(format!("it runs {name} now, which is no hypervisor"));
     }
-    process.kill_and_wait(KILLING).await.map(|_| ()).map_err(|error| error.to_string())
+    process.kill_and_wait(KILL_TIMEOUT).await.map(|_| ()).map_err(|error| error.to_string())
 }
 
 async fn remove_folder(path: &Path, runtime_dir: &Path) -> Result<(), String> {
@@ -80,7 +81,7 @@ async fn remove_folder(path: &Path, runtime_dir: &Path) -> Result<(), String> {
     let removing = move || {
         // The runtime directory is read anew, because a process may have begun to use the folder
         // since the decision.
-        let now = ledger::survey(&runtime_dir).map_err(|error| error.to_string())?;
+        let now = survey::survey(&runtime_dir).map_err(|error| error.to_string())?;
         let Some(folder) = now.folders.iter().find(|folder| folder.path == path) else { return Ok(()) };
         if let Some(user) =
             now.users.iter().find(|user| folder.uid.is_some_and(|uid| user.uids().contains(&uid)))

@@ -5,7 +5,7 @@ use serde::Serialize;
 /// The verdict on one thing that was looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Verdict {
+pub(super) enum CheckVerdict {
     /// The thing is as it should be.
     Ok,
     /// Something cannot be done, and the default backend can serve all the same.
@@ -16,20 +16,20 @@ pub(super) enum Verdict {
 
 /// A line of `doctor`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Check {
+pub(super) struct DoctorCheck {
     /// The thing that was looked at.
     pub(super) name: String,
     /// The verdict.
-    pub(super) verdict: Verdict,
+    pub(super) verdict: CheckVerdict,
     /// The finding.
     pub(super) finding: String,
     /// The remedy; null if there is nothing to do.
     pub(super) remedy: Option<String>,
 }
 
-impl Check {
+impl DoctorCheck {
     pub(super) fn ok(name: impl Into<String>, finding: impl Into<String>) -> Self {
-        Self { name: name.into(), verdict: Verdict::Ok, finding: finding.into(), remedy: None }
+        Self { name: name.into(), verdict: CheckVerdict::Ok, finding: finding.into(), remedy: None }
     }
 
     pub(super) fn warn(
@@ -37,7 +37,7 @@ impl Check {
         finding: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        Self { verdict: Verdict::Warn, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
+        Self { verdict: CheckVerdict::Warn, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
     }
 
     pub(super) fn fail(
@@ -45,6 +45,6 @@ impl Check {
         finding: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        Self { verdict: Verdict::Fail, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
+        Self { verdict: CheckVerdict::Fail, remedy: Some(remedy.into()), ..Self::ok(name, finding) }
     }
 }

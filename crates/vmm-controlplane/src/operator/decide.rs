@@ -27,11 +27,11 @@ use serde::Serialize;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::state::Phase;
 use vmm_core::store::{ProcessIdentity, VmRecord};
-use vmm_host::ledger::{RunFolder, Served, User};
 use vmm_host::net::tap::{OwnedTap, TapOwner};
 use vmm_host::run_dir::SpareMark;
+use vmm_host::survey::{FolderUser, RunFolder, RuntimeDirUsers};
 
-use super::facts::Facts;
+use super::facts::ReconcileFacts;
 
 /// The names of the sockets by which VMMs are controlled. A process that names a run folder for
 /// another reason, such as a console client, does not name these.
@@ -41,7 +41,7 @@ const CONTROL_SOCKETS: [&str; 2] =
 /// The kind of an item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Kind {
+pub(super) enum ItemKind {
     Process,
     Tap,
     Socket,
@@ -51,7 +51,7 @@ pub(super) enum Kind {
 /// The decision about an item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Decision {
+pub(super) enum ItemDecision {
     /// The item has an owner, or is no concern of this program.
     Keep,
     /// The item is proven to be of this state directory, and no VM on record owns it.
@@ -62,7 +62,7 @@ pub(super) enum Decision {
 
 /// The handle by which an item is removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Target {
+pub(super) enum ItemTarget {
     Process(ProcessIdentity),
     Tap(TapOwner),
     /// A socket, which is removed with the run folder that holds it.
@@ -73,30 +73,30 @@ pub(super) enum Target {
 /// One thing that bears our mark.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Item {
-    pub(super) kind: Kind,
+    pub(super) kind: ItemKind,
     /// A process id, an interface or a path.
     pub(super) name: String,
     /// The VM on record that owns the item.
     pub(super) vm_id: Option<String>,
     /// The `uid` of the VM that the item's mark names.
     pub(super) uid: Option<String>,
-    pub(super) decision: Decision,
+    pub(super) decision: ItemDecision,
     pub(super) reason: String,
     /// The result of the removal: `removed`, or the reason of the failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) outcome: Option<String>,
     #[serde(skip)]
-    pub(super) target: Target,
+    pub(super) target: ItemTarget,
 }
 
 /// Decides about every item, processes first.
-pub(super) fn decide(facts: &Facts, kill_orphans: bool) -> Vec<Item> {
+pub(super) fn decide(facts: &ReconcileFacts, kill_orphans: bool) -> Vec<Item> {
     // Processes are judged first, because the other verdicts depend on them: a TAP or a folder that
     // a process uses can be removed only if that process is to end. `doomed` has the process ids of
     // those. `act::carry_out` works in the same order.
-    let judge = Judge { facts, kill_orphans };
+    let judge = DecisionRules { facts, kill_orphans };
     let processes: Vec<Item> = facts.survey.users.iter().map(|user| judge.process(user)).collect();
-    let doomed = processes.iter().filter(|item| item.decision == Decision::Remove);
+    let doomed = processes.iter().filter(|item| item.decision == ItemDecision::Remove);
     let doomed: BTreeSet<String> = doomed.map(|item| item.name.clone()).collect();
     let taps: Vec<Item> = facts.taps.iter().map(|tap| judge.tap(tap, &doomed)).collect();
     let folders = facts.survey.folders.iter().flat_map(|folder| judge.folder(folder, &doomed));
@@ -104,15 +104,15 @@ pub(super) fn decide(facts: &Facts, kill_orphans: bool) -> Vec<Item> {
 }
 
 /// A verdict and its reason.
-type Verdict = (Decision, String);
+type ReasonedDecision = (ItemDecision, String);
 
-struct Judge<'a> {
-    facts: &'a Facts,
+struct DecisionRules<'a> {
+    facts: &'a ReconcileFacts,
     kill_orphans: bool,
 }
 
-impl Judge<'_> {
-    fn process(&self, user: &User) -> Item {
+impl DecisionRules<'_> {
+    fn process(&self, user: &FolderUser) -> Item {
         let uids = user.uids();
         // A process may name the folders of several VMs in its arguments. The VM whose control
         // socket it was given is the one that it runs, so that VM is preferred.
@@ -120,10 +120,16 @@ impl Judge<'_> {
         let uid = commanded.or_else(|| uids.iter().next().copied());
         let (decision, reason) = self.judge_process(user, uid);
         let identity = user.found.identity.clone();
-        self.item(Kind::Process, identity.pid.to_string(), uid, (decision, reason), Target::Process(identity))
+        self.item(
+            ItemKind::Process,
+            identity.pid.to_string(),
+            uid,
+            (decision, reason),
+            ItemTarget::Process(identity),
+        )
     }
 
-    fn judge_process(&self, user: &User, uid: Option<VmUid>) -> Verdict {
+    fn judge_process(&self, user: &FolderUser, uid: Option<VmUid>) -> ReasonedDecision {
         // The questions go from the harmless to the final. (1) A program that is no hypervisor,
         // such as an editor or a console client, is never touched. (2) Without a `uid` nothing
         // connects the process to a VM. (3) A VM on record owns its processes, so its own rules
@@ -133,29 +139,32 @@ impl Judge<'_> {
         // running a guest, so a person must ask for its end.
         let program = program(user);
         if !self.facts.programs.contains(&program) {
-            return (Decision::Keep, format!("runs {program}, which is no hypervisor: left alone"));
+            return (ItemDecision::Keep, format!("runs {program}, which is no hypervisor: left alone"));
         }
         let Some(uid) = uid else {
-            return (Decision::Report, format!("runs {program} and names the runtime folder, but no VM"));
+            return (ItemDecision::Report, format!("runs {program} and names the runtime folder, but no VM"));
         };
         if let Some(record) = self.facts.records.get(&uid) {
             return self.of_known_vm(user, record);
         }
-        if let Err(why) = self.whose(self.folder_of(uid)) {
-            return (Decision::Report, format!("lives, and no VM on record owns it; {why}"));
+        if let Err(why) = self.check_mark_owner(self.folder_of(uid)) {
+            return (ItemDecision::Report, format!("lives, and no VM on record owns it; {why}"));
         }
         if !commands(user, uid) {
             let why = "names a run folder of ours, but is not proven to be a VMM that this program started";
-            return (Decision::Report, why.to_owned());
+            return (ItemDecision::Report, why.to_owned());
         }
         if let Some(mark) = self.mark(uid) {
             return self.spare(mark);
         }
         if self.kill_orphans {
-            return (Decision::Remove, format!("{program} of a VM that is not on record, ended as asked"));
+            return (
+                ItemDecision::Remove,
+                format!("{program} of a VM that is not on record, ended as asked"),
+            );
         }
         (
-            Decision::Report,
+            ItemDecision::Report,
             format!("{program} lives, and no VM on record owns it; `reconcile --kill-orphans` ends it"),
         )
     }
@@ -166,13 +175,16 @@ impl Judge<'_> {
         // needed here. A TAP that a process holds is removed only if all processes of that VM are
         // to end.
         let verdict = if let Some(record) = self.facts.records.get(&uid) {
-            (Decision::Keep, format!("of VM {}", record.vm_id))
+            (ItemDecision::Keep, format!("of VM {}", record.vm_id))
         } else if tap.attached && !self.all_end(uid, doomed) {
-            (Decision::Report, "no VM on record owns it, yet a process holds it".to_owned())
+            (ItemDecision::Report, "no VM on record owns it, yet a process holds it".to_owned())
         } else {
-            (Decision::Remove, "labelled by this state directory for a VM that is not on record".to_owned())
+            (
+                ItemDecision::Remove,
+                "labelled by this state directory for a VM that is not on record".to_owned(),
+            )
         };
-        self.item(Kind::Tap, tap.name.clone(), Some(uid), verdict, Target::Tap(tap.owner))
+        self.item(ItemKind::Tap, tap.name.clone(), Some(uid), verdict, ItemTarget::Tap(tap.owner))
     }
 
     /// Returns the items of a folder and of the sockets in it. The sockets share the folder's
@@ -182,21 +194,21 @@ impl Judge<'_> {
         let within = folder.sockets.iter().map(|socket| {
             let state = if socket.held { "held by a process" } else { "held by nobody" };
             let reason = match decision {
-                Decision::Keep => format!("{reason}; {state}"),
-                Decision::Remove | Decision::Report => format!("as its folder; {state}"),
+                ItemDecision::Keep => format!("{reason}; {state}"),
+                ItemDecision::Remove | ItemDecision::Report => format!("as its folder; {state}"),
             };
             let name = socket.path.display().to_string();
-            let target = Target::Within(folder.path.clone());
-            self.item(Kind::Socket, name, folder.uid, (decision, reason), target)
+            let target = ItemTarget::Within(folder.path.clone());
+            self.item(ItemKind::Socket, name, folder.uid, (decision, reason), target)
         });
         let mut items: Vec<Item> = within.collect();
         let name = folder.path.display().to_string();
-        let target = Target::Folder(folder.path.clone());
-        items.push(self.item(Kind::Folder, name, folder.uid, (decision, reason), target));
+        let target = ItemTarget::Folder(folder.path.clone());
+        items.push(self.item(ItemKind::Folder, name, folder.uid, (decision, reason), target));
         items
     }
 
-    fn judge_folder(&self, folder: &RunFolder, doomed: &BTreeSet<String>) -> Verdict {
+    fn judge_folder(&self, folder: &RunFolder, doomed: &BTreeSet<String>) -> ReasonedDecision {
         // A folder is removed only if five things hold: its name is that of a run folder, no VM on
         // record has that name, this user owns it, the whole runtime directory or the mark in the
         // folder is proven to be of this state directory, and no process uses it or a socket in it.
@@ -205,55 +217,55 @@ impl Judge<'_> {
         // count as a user.
         let Some(uid) = folder.uid else {
             let why = "lies among the run folders without the name of one: not made by this program";
-            return (Decision::Report, why.to_owned());
+            return (ItemDecision::Report, why.to_owned());
         };
         if let Some(record) = self.facts.records.get(&uid) {
-            return (Decision::Keep, format!("of VM {}", record.vm_id));
+            return (ItemDecision::Keep, format!("of VM {}", record.vm_id));
         }
         if !folder.own {
             let why = "has the name of a run folder, but is no folder of this user: not made by this daemon";
-            return (Decision::Report, why.to_owned());
+            return (ItemDecision::Report, why.to_owned());
         }
-        if let Err(why) = self.whose(Some(folder)) {
-            return (Decision::Report, format!("no VM on record owns it; {why}"));
+        if let Err(why) = self.check_mark_owner(Some(folder)) {
+            return (ItemDecision::Report, format!("no VM on record owns it; {why}"));
         }
         let spare = folder.mark.as_ref().map(|mark| self.spare(mark));
-        if let Some(kept @ (Decision::Keep, _)) = spare {
+        if let Some(kept @ (ItemDecision::Keep, _)) = spare {
             return kept;
         }
         let mut users = self.facts.survey.users.iter().filter(|user| user.uids().contains(&uid));
         if let Some(user) = users.find(|user| !doomed.contains(&user.found.identity.pid.to_string())) {
             let (pid, program) = (user.found.identity.pid, program(user));
             return (
-                Decision::Report,
+                ItemDecision::Report,
                 format!("no VM on record owns it, yet process {pid} ({program}) uses it"),
             );
         }
         if folder.sockets.iter().any(|socket| socket.held) && !self.all_end(uid, doomed) {
             let why = "no VM on record owns it, yet a process that cannot be found holds a socket in it";
-            return (Decision::Report, why.to_owned());
+            return (ItemDecision::Report, why.to_owned());
         }
         spare.unwrap_or_else(|| {
-            (Decision::Remove, "made for a VM that is not on record, and no process uses it".to_owned())
+            (ItemDecision::Remove, "made for a VM that is not on record, and no process uses it".to_owned())
         })
     }
 
     /// Returns the verdict on a spare VMM of this state directory, and on its folder if no VM on
     /// record owns that.
-    fn spare(&self, mark: &SpareMark) -> Verdict {
+    fn spare(&self, mark: &SpareMark) -> ReasonedDecision {
         let backend = &mark.backend;
         if self.facts.daemon {
-            return (Decision::Keep, format!("a spare VMM of backend {backend}, which waits for a VM"));
+            return (ItemDecision::Keep, format!("a spare VMM of backend {backend}, which waits for a VM"));
         }
         let why = format!(
             "a spare VMM of backend {backend} that a daemon left when it was killed; no guest runs in it, and the next start of \
              the daemon ends it"
         );
-        (Decision::Remove, why)
+        (ItemDecision::Remove, why)
     }
 
     /// Returns the verdict on a VMM in the folder of a VM that is on record.
-    fn of_known_vm(&self, user: &User, record: &VmRecord) -> Verdict {
+    fn of_known_vm(&self, user: &FolderUser, record: &VmRecord) -> ReasonedDecision {
         // The VMM that the record names is kept. If an operation is under way or the VM is
         // unreachable, the record is about to change, and the daemon will settle it. A VM without a
         // run may have been promised a spare VMM; that one waits beside a daemon, and without a
@@ -263,11 +275,11 @@ impl Judge<'_> {
         let vm = &record.vm_id;
         let on_record = record.run.as_ref().map(|run| &run.process);
         if on_record == Some(&user.found.identity) {
-            return (Decision::Keep, format!("the VMM of VM {vm}"));
+            return (ItemDecision::Keep, format!("the VMM of VM {vm}"));
         }
         if record.intent.is_some() || record.status.phase == Phase::Unreachable {
             return (
-                Decision::Keep,
+                ItemDecision::Keep,
                 format!("in the folder of VM {vm}, which the daemon is about to settle"),
             );
         }
@@ -275,7 +287,7 @@ impl Judge<'_> {
         if let Some(mark) =
             promised.filter(|mark| Some(mark.instance) == self.facts.instance && commands(user, record.uid))
         {
-            let waits = || (Decision::Keep, format!("a spare VMM, which waits for the boot of VM {vm}"));
+            let waits = || (ItemDecision::Keep, format!("a spare VMM, which waits for the boot of VM {vm}"));
             return if self.facts.daemon { waits() } else { self.spare(mark) };
         }
         let instead =
@@ -283,7 +295,7 @@ impl Judge<'_> {
         let why = format!(
             "in the folder of VM {vm}, whose record names {instead}; the VM's next boot ends it, and so does DeleteVm with force"
         );
-        (Decision::Report, why)
+        (ItemDecision::Report, why)
     }
 
     fn folder_of(&self, uid: VmUid) -> Option<&RunFolder> {
@@ -297,7 +309,7 @@ impl Judge<'_> {
 
     /// Checks that a run folder belongs to this state directory. The error gives the reason for
     /// which that is not proven. `None` stands for the run folder of a process that is gone itself.
-    fn whose(&self, folder: Option<&RunFolder>) -> Result<(), String> {
+    fn check_mark_owner(&self, folder: Option<&RunFolder>) -> Result<(), String> {
         // A mark in the folder names one state directory and is stronger than the list of the whole
         // runtime directory. Without a mark the list decides, and it proves ownership only if this
         // state directory is the only one that ever used the runtime directory.
@@ -309,16 +321,18 @@ impl Judge<'_> {
         match (owner, &self.facts.served) {
             (Some(owner), _) if owner == ours => Ok(()),
             (Some(owner), _) => Err(format!("it bears the mark of {}", self.named(owner))),
-            (None, Served::One(theirs)) if ours == *theirs => Ok(()),
-            (None, Served::One(theirs)) => {
+            (None, RuntimeDirUsers::One(theirs)) if ours == *theirs => Ok(()),
+            (None, RuntimeDirUsers::One(theirs)) => {
                 Err(format!("{} has used this runtime folder", self.named(*theirs)))
             }
-            (None, Served::Nobody) => {
+            (None, RuntimeDirUsers::Nobody) => {
                 Err("no list names the state directory that has used this runtime folder".to_owned())
             }
-            (None, Served::Many) => Err("it bears no mark, and more than one state directory has used this \
+            (None, RuntimeDirUsers::Many) => {
+                Err("it bears no mark, and more than one state directory has used this \
                  runtime folder, so no owner can be proven"
-                .to_owned()),
+                    .to_owned())
+            }
         }
     }
 
@@ -338,7 +352,14 @@ impl Judge<'_> {
         users.peek().is_some() && users.all(|user| doomed.contains(&user.found.identity.pid.to_string()))
     }
 
-    fn item(&self, kind: Kind, name: String, uid: Option<VmUid>, verdict: Verdict, target: Target) -> Item {
+    fn item(
+        &self,
+        kind: ItemKind,
+        name: String,
+        uid: Option<VmUid>,
+        verdict: ReasonedDecision,
+        target: ItemTarget,
+    ) -> Item {
         let owner = uid.and_then(|uid| self.facts.records.get(&uid));
         let (decision, reason) = verdict;
         Item {
@@ -355,11 +376,11 @@ impl Judge<'_> {
 }
 
 /// Returns true if a process was given the control socket of a VM.
-pub(super) fn commands(user: &User, uid: VmUid) -> bool {
+pub(super) fn commands(user: &FolderUser, uid: VmUid) -> bool {
     CONTROL_SOCKETS.iter().any(|socket| user.names(uid, socket))
 }
 
-fn program(user: &User) -> String {
+fn program(user: &FolderUser) -> String {
     user.found
         .program_name()
         .map_or_else(|| "an unknown program".into(), |name| name.to_string_lossy().into_owned())

@@ -6,11 +6,11 @@ use vmm_core::id::BackendName;
 use vmm_host::lock;
 use vmm_host::path::find_program;
 
-use super::check::{Check, Verdict};
-use super::held::{self, Held};
-use super::{Answer, host, looked_at, spares};
+use super::check::{CheckVerdict, DoctorCheck};
+use super::held_qemus::{self, HeldQemu};
+use super::{CommandOutput, host, looked_at, spares};
 use crate::backends;
-use crate::config::{self, Config, Endpoint, Loaded};
+use crate::config::{self, DaemonConfig, Endpoint, LoadedConfig};
 use crate::runtime_dir;
 
 /// The output of `--json`.
@@ -22,7 +22,7 @@ struct Diagnosis<'a> {
     default_backend: &'a str,
     /// True if the default backend can serve.
     can_serve: bool,
-    checks: &'a [Check],
+    checks: &'a [DoctorCheck],
 }
 
 /// Checks everything. The exit code is 1 if the default backend cannot serve.
@@ -30,7 +30,7 @@ struct Diagnosis<'a> {
 /// # Errors
 ///
 /// A defect of this program. A fault of the host is part of the answer and no error.
-pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
+pub(super) async fn run(loaded: &LoadedConfig, json: bool) -> anyhow::Result<CommandOutput> {
     let config = loaded.config.clone();
     let (hypervisors, formats) = hypervisors(&config).await;
     let warnings = loaded.warnings.clone();
@@ -40,7 +40,7 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     let mut checks = tokio::task::spawn_blocking(move || {
         let mut checks = vec![daemon_line(&for_host), database(&for_host)];
         checks.extend(warnings.into_iter().map(|warning| {
-            Check::warn(
+            DoctorCheck::warn(
                 "configuration",
                 warning,
                 "`vmm-controlplane check-config` shows the origin of each setting",
@@ -54,14 +54,14 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
         checks.extend(host::directory("runtime directory", "UNKEY_VMCP_RUNTIME_DIR", &for_host.runtime_dir));
         checks.extend(lasting_lines(&for_host));
         checks.push(host::socket_names(&for_host.runtime_dir));
-        checks.push(spares::line(&for_host));
+        checks.push(spares::check_spares(&for_host));
         let defaults = &for_host.defaults;
         checks.extend(host::default_boot(defaults.kernel.as_ref(), defaults.initrd.as_ref(), &known));
         checks
     })
     .await?;
     checks.extend(hypervisors);
-    let can_serve = checks.iter().all(|check| check.verdict != Verdict::Fail);
+    let can_serve = checks.iter().all(|check| check.verdict != CheckVerdict::Fail);
     let default_backend = config.default_backend.as_str();
     let diagnosis = Diagnosis {
         version: crate::VERSION,
@@ -76,12 +76,12 @@ pub(super) async fn run(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     } else {
         looked_at(&config) + &table(&diagnosis)
     };
-    Ok(Answer { text, code: u8::from(!can_serve) })
+    Ok(CommandOutput { text, code: u8::from(!can_serve) })
 }
 
 /// Returns true if the daemon's user needs /dev/kvm. An attached VMM has its own user, so it does
 /// not count.
-fn needs_kvm(config: &Config) -> bool {
+fn needs_kvm(config: &DaemonConfig) -> bool {
     if config.hypervisor(config.default_backend).endpoint != Endpoint::Managed {
         return false;
     }
@@ -90,34 +90,36 @@ fn needs_kvm(config: &Config) -> bool {
 }
 
 /// Returns the process id of the daemon that runs on this state directory.
-fn daemon_pid(config: &Config) -> Option<u32> {
+fn daemon_pid(config: &DaemonConfig) -> Option<u32> {
     lock::holder(&config.state_dir).ok()??.pid
 }
 
-fn daemon_line(config: &Config) -> Check {
+fn daemon_line(config: &DaemonConfig) -> DoctorCheck {
     match lock::holder(&config.state_dir) {
         Ok(Some(holder)) => {
             let pid = holder.pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
-            Check::ok("daemon", format!("runs on this state directory, process id {pid}"))
+            DoctorCheck::ok("daemon", format!("runs on this state directory, process id {pid}"))
         }
-        Ok(None) => Check::ok("daemon", "does not run on this state directory"),
-        Err(error) => {
-            Check::warn("daemon", format!("cannot be looked for: {error}"), "run doctor as the daemon's user")
-        }
+        Ok(None) => DoctorCheck::ok("daemon", "does not run on this state directory"),
+        Err(error) => DoctorCheck::warn(
+            "daemon",
+            format!("cannot be looked for: {error}"),
+            "run doctor as the daemon's user",
+        ),
     }
 }
 
 /// Returns a line for each reason for which VMs may lose their sockets in the runtime directory.
-fn lasting_lines(config: &Config) -> Vec<Check> {
+fn lasting_lines(config: &DaemonConfig) -> Vec<DoctorCheck> {
     // A database that cannot be read has a line of its own.
     let instance = vmm_store::peek(&config.state_dir).ok().flatten().map(|snapshot| snapshot.instance);
     let dangers = runtime_dir::dangers(config, instance, daemon_pid(config)).into_iter();
-    dangers.map(|danger| Check::warn("runtime directory", danger.finding, danger.remedy)).collect()
+    dangers.map(|danger| DoctorCheck::warn("runtime directory", danger.finding, danger.remedy)).collect()
 }
 
-fn database(config: &Config) -> Check {
+fn database(config: &DaemonConfig) -> DoctorCheck {
     match vmm_store::peek(&config.state_dir) {
-        Ok(Some(snapshot)) => Check::ok(
+        Ok(Some(snapshot)) => DoctorCheck::ok(
             "database",
             format!(
                 "whole, with {} VMs on record (instance {})",
@@ -125,8 +127,8 @@ fn database(config: &Config) -> Check {
                 snapshot.instance
             ),
         ),
-        Ok(None) => Check::ok("database", "none yet; the first start makes it"),
-        Err(error) => Check::fail(
+        Ok(None) => DoctorCheck::ok("database", "none yet; the first start makes it"),
+        Err(error) => DoctorCheck::fail(
             "database",
             error.to_string(),
             "`vmm-controlplane restore FILE` puts a backup back, with the daemon stopped",
@@ -135,16 +137,16 @@ fn database(config: &Config) -> Check {
 }
 
 /// Returns the lines of each hypervisor, and the kernel formats that the default one boots.
-async fn hypervisors(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::KernelFormat>) {
-    let held = held::by_daemon(config);
-    let (asked, asks_qemu) = without(config, &held);
+async fn hypervisors(config: &DaemonConfig) -> (Vec<DoctorCheck>, Vec<vmm_core::backend::KernelFormat>) {
+    let held = held_qemus::held_by_daemon(config);
+    let (asked, asks_qemu) = without_held_sockets(config, &held);
     let backends = backends::backends(&asked);
     backends.refresh().await;
     let default = backends.default_name().clone();
     let mut checks = Vec::new();
     for status in backends.statuses() {
-        let is_qemu = status.capabilities.name.as_str() == config::BackendName::Qemu.as_str();
-        let held: &[Held] = if is_qemu { &held } else { &[] };
+        let is_qemu = status.capabilities.name.as_str() == config::BackendChoice::Qemu.as_str();
+        let held: &[HeldQemu] = if is_qemu { &held } else { &[] };
         let is_default = status.capabilities.name == default;
         let others_serve = held.iter().any(|held| held.found.is_ok());
         checks.extend(held.iter().map(|held| held_line(held, is_default && !others_serve)));
@@ -156,7 +158,7 @@ async fn hypervisors(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::Ker
         Some(status) => (checks, status.capabilities.kernel_formats.to_vec()),
         None => {
             let finding = "this version does not serve it";
-            checks.push(Check::fail(
+            checks.push(DoctorCheck::fail(
                 default.to_string(),
                 finding,
                 "set UNKEY_VMCP_BACKEND to one of those listed",
@@ -168,7 +170,7 @@ async fn hypervisors(config: &Config) -> (Vec<Check>, Vec<vmm_core::backend::Ker
 
 /// Returns the configuration without the sockets that must not be asked, and true if a QEMU is left
 /// to ask.
-fn without(config: &Config, held: &[Held]) -> (Config, bool) {
+fn without_held_sockets(config: &DaemonConfig, held: &[HeldQemu]) -> (DaemonConfig, bool) {
     let mut asked = config.clone();
     if let Endpoint::Unix(sockets) = &mut asked.qemu.endpoint {
         sockets.retain(|socket| held.iter().all(|held| held.socket != *socket));
@@ -180,10 +182,10 @@ fn without(config: &Config, held: &[Held]) -> (Config, bool) {
     (asked, true)
 }
 
-fn held_line(held: &Held, is_needed: bool) -> Check {
-    let name = format!("backend {}", config::BackendName::Qemu.as_str());
+fn held_line(held: &HeldQemu, is_needed: bool) -> DoctorCheck {
+    let name = format!("backend {}", config::BackendChoice::Qemu.as_str());
     match &held.found {
-        Ok(shown) => Check::ok(name, shown.as_str()),
+        Ok(shown) => DoctorCheck::ok(name, shown.as_str()),
         Err(why) => {
             failing(is_needed)(name, why.clone(), "look at that process, or end its VM with force".to_owned())
         }
@@ -192,11 +194,15 @@ fn held_line(held: &Held, is_needed: bool) -> Check {
 
 /// Returns the constructor of a line about something that cannot be used: a failure if it is
 /// needed, else a warning.
-fn failing(is_needed: bool) -> fn(String, String, String) -> Check {
-    if is_needed { Check::fail } else { Check::warn }
+fn failing(is_needed: bool) -> fn(String, String, String) -> DoctorCheck {
+    if is_needed { DoctorCheck::fail } else { DoctorCheck::warn }
 }
 
-fn backend_lines(config: &Config, is_needed: bool, status: &vmm_service::BackendStatus) -> Vec<Check> {
+fn backend_lines(
+    config: &DaemonConfig,
+    is_needed: bool,
+    status: &vmm_service::BackendStatus,
+) -> Vec<DoctorCheck> {
     let name = &status.capabilities.name;
     let shown = format!("backend {name}");
     let endpoint = hypervisor(config, name).map(|hypervisor| &hypervisor.endpoint);
@@ -223,16 +229,17 @@ fn backend_lines(config: &Config, is_needed: bool, status: &vmm_service::Backend
                     program().map(|program| format!(" at {}", program.display())).unwrap_or_default()
                 }
             };
-            Check::ok(shown.clone(), format!("version {version}{reached}"))
+            DoctorCheck::ok(shown.clone(), format!("version {version}{reached}"))
         }
         Err(why) => failing(is_needed)(shown.clone(), why.clone(), remedy().to_owned()),
     }];
-    checks
-        .extend(status.health.problems.iter().map(|why| Check::warn(shown.clone(), why.as_str(), remedy())));
+    checks.extend(
+        status.health.problems.iter().map(|why| DoctorCheck::warn(shown.clone(), why.as_str(), remedy())),
+    );
     checks
 }
 
-fn hypervisor<'a>(config: &'a Config, name: &BackendName) -> Option<&'a config::Hypervisor> {
+fn hypervisor<'a>(config: &'a DaemonConfig, name: &BackendName) -> Option<&'a config::HypervisorConfig> {
     Some(config.hypervisor(backends::find(name)?.name))
 }
 
@@ -241,9 +248,9 @@ fn table(diagnosis: &Diagnosis<'_>) -> String {
     let mut text = String::new();
     for check in diagnosis.checks {
         let word = match check.verdict {
-            Verdict::Ok => "ok  ",
-            Verdict::Warn => "warn",
-            Verdict::Fail => "FAIL",
+            CheckVerdict::Ok => "ok  ",
+            CheckVerdict::Warn => "warn",
+            CheckVerdict::Fail => "FAIL",
         };
         text.push_str(&format!("{word}  {:width$}  {}\n", check.name, check.finding));
         if let Some(remedy) = &check.remedy {

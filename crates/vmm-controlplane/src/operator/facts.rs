@@ -12,16 +12,16 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::store::VmRecord;
-use vmm_host::ledger::{self, Served, Signature, Survey};
 use vmm_host::net::tap::{HostTaps, OwnedTap, Taps as _};
 use vmm_host::path::{find_program, real_name};
+use vmm_host::survey::{self, RuntimeDirUsers, Signature, Survey};
 
 use crate::backends::ALL;
-use crate::config::Config;
+use crate::config::DaemonConfig;
 
 /// The facts from which decisions follow.
 #[derive(Clone, Debug)]
-pub(super) struct Facts {
+pub(super) struct ReconcileFacts {
     /// The identity of this state directory; `None` if there is no database.
     pub(super) instance: Option<InstanceId>,
     /// Every VM on record.
@@ -29,7 +29,7 @@ pub(super) struct Facts {
     /// True if a daemon runs on this state directory.
     pub(super) daemon: bool,
     /// The state directories that have used the runtime directory.
-    pub(super) served: Served,
+    pub(super) served: RuntimeDirUsers,
     /// The lines of the runtime directory's list, with the paths of the state directories.
     pub(super) signatures: BTreeSet<Signature>,
     /// The folders, sockets and processes.
@@ -43,7 +43,7 @@ pub(super) struct Facts {
 }
 
 /// Reads all facts, and changes nothing. `daemon` is true if a daemon runs on this state directory.
-pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Facts> {
+pub(super) async fn gather(config: &DaemonConfig, daemon: bool) -> anyhow::Result<ReconcileFacts> {
     let (runtime_dir, state_dir) = (config.runtime_dir.clone(), config.state_dir.clone());
     let before = survey(&runtime_dir).await?;
     let snapshot = tokio::task::spawn_blocking(move || vmm_store::peek(&state_dir)).await??;
@@ -72,21 +72,21 @@ pub(super) async fn gather(config: &Config, daemon: bool) -> anyhow::Result<Fact
     };
     let survey = before.lasting(survey(&runtime_dir).await?);
     let told = || "the owners of the run folders cannot be determined";
-    let served = ledger::served(&runtime_dir).with_context(told)?;
-    let signatures = ledger::signatures(&runtime_dir).with_context(told)?;
+    let served = survey::users_of(&runtime_dir).with_context(told)?;
+    let signatures = survey::signatures(&runtime_dir).with_context(told)?;
     let names = programs(config);
     let programs = tokio::task::spawn_blocking(move || running_names(&names)).await?;
-    Ok(Facts { instance, records, daemon, served, signatures, survey, taps, programs, notes })
+    Ok(ReconcileFacts { instance, records, daemon, served, signatures, survey, taps, programs, notes })
 }
 
 async fn survey(runtime_dir: &Path) -> anyhow::Result<Survey> {
     let dir = runtime_dir.to_path_buf();
-    let looked = tokio::task::spawn_blocking(move || ledger::survey(&dir)).await?;
+    let looked = tokio::task::spawn_blocking(move || survey::survey(&dir)).await?;
     looked.with_context(|| format!("the contents of {} cannot be listed", runtime_dir.display()))
 }
 
 /// Returns the programs of the hypervisors: the usual ones and the configured ones.
-pub(super) fn programs(config: &Config) -> Vec<PathBuf> {
+pub(super) fn programs(config: &DaemonConfig) -> Vec<PathBuf> {
     let configured = ALL.iter().map(|registration| config.hypervisor(registration.name).binary.clone());
     let usual = ALL.iter().map(|registration| PathBuf::from(registration.program));
     configured.chain(usual).collect()

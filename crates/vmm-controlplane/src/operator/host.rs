@@ -13,7 +13,7 @@ use vmm_host::kernel::{self, KernelKind};
 use vmm_host::kvm::{self, NoKvm};
 use vmm_host::{descriptors, run_dir};
 
-use super::check::Check;
+use super::check::DoctorCheck;
 
 /// The bit of CAP_NET_ADMIN in a set of capabilities.
 const CAP_NET_ADMIN: u32 = 12;
@@ -29,18 +29,18 @@ const NO_ROOM: u64 = 16 << 20;
 
 /// Checks `/dev/kvm` and the CPU's virtualisation. `needed` is true if the default backend runs
 /// nothing without KVM.
-pub(super) fn kvm(needed: bool) -> Vec<Check> {
+pub(super) fn kvm(needed: bool) -> Vec<DoctorCheck> {
     let device = match kvm::kvm_usable() {
-        Ok(()) => Check::ok("/dev/kvm", "can be opened"),
+        Ok(()) => DoctorCheck::ok("/dev/kvm", "can be opened"),
         Err(NoKvm { finding, remedy }) => {
-            let check = if needed { Check::fail } else { Check::warn };
+            let check = if needed { DoctorCheck::fail } else { DoctorCheck::warn };
             check("/dev/kvm", finding, remedy)
         }
     };
     let hardware = if kvm::hardware_virtualisation() {
-        Check::ok("virtualisation", "the CPUs show vmx or svm")
+        DoctorCheck::ok("virtualisation", "the CPUs show vmx or svm")
     } else {
-        Check::warn(
+        DoctorCheck::warn(
             "virtualisation",
             "the CPUs show neither vmx nor svm: a KVM on this host emulates in software, and runs a common Linux kernel far too slowly",
             "enable virtualisation in the firmware, or nested virtualisation where this is a VM; else use qemu with \
@@ -51,19 +51,19 @@ pub(super) fn kvm(needed: bool) -> Vec<Check> {
 }
 
 /// Checks that TAPs can be made.
-pub(super) fn network() -> Vec<Check> {
+pub(super) fn network() -> Vec<DoctorCheck> {
     let tun = match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
-        Ok(_) => Check::ok("/dev/net/tun", "can be opened"),
-        Err(error) => Check::warn(
+        Ok(_) => DoctorCheck::ok("/dev/net/tun", "can be opened"),
+        Err(error) => DoctorCheck::warn(
             "/dev/net/tun",
             format!("cannot be opened ({error}): VMs with a network cannot boot"),
             "load the driver (`modprobe tun`), and let the daemon's user read and write the device",
         ),
     };
     let capability = if has_capability(CAP_NET_ADMIN) {
-        Check::ok("CAP_NET_ADMIN", "is present: the daemon can make TAPs")
+        DoctorCheck::ok("CAP_NET_ADMIN", "is present: the daemon can make TAPs")
     } else {
-        Check::warn(
+        DoctorCheck::warn(
             "CAP_NET_ADMIN",
             "is missing: VMs can use only TAPs that exist and belong to the daemon's user",
             "give it to the daemon (systemd: AmbientCapabilities=CAP_NET_ADMIN), or make TAPs beforehand and name them in \
@@ -81,33 +81,36 @@ fn has_capability(number: u32) -> bool {
 }
 
 /// Reports the version of control groups. Nothing in this version fails without them.
-pub(super) fn cgroups() -> Check {
+pub(super) fn cgroups() -> DoctorCheck {
     let root = Path::new("/sys/fs/cgroup");
     let needless = "this version puts no VMM into a group";
     if !root.join("cgroup.controllers").exists() {
         let version =
             if root.join("unified").exists() { "version 1 with 2 beside it" } else { "version 1, or none" };
-        return Check::ok("cgroups", format!("{version}; {needless}"));
+        return DoctorCheck::ok("cgroups", format!("{version}; {needless}"));
     }
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
     let group = root.join(own);
     let writable = accessat(CWD, &group, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
     let may = if writable { "may" } else { "may not" };
-    Check::ok("cgroups", format!("version 2; this user {may} make groups in {}; {needless}", group.display()))
+    DoctorCheck::ok(
+        "cgroups",
+        format!("version 2; this user {may} make groups in {}; {needless}", group.display()),
+    )
 }
 
 /// Checks a directory of the daemon: its access, its owner and its free space.
-pub(super) fn directory(name: &'static str, variable: &str, dir: &Path) -> Vec<Check> {
+pub(super) fn directory(name: &'static str, variable: &str, dir: &Path) -> Vec<DoctorCheck> {
     let advice = format!("give it to the daemon's user, or name another with {variable}");
     let Some(there) = dir.ancestors().find(|path| path.exists()) else {
-        return vec![Check::fail(name, format!("{} cannot be reached", dir.display()), advice)];
+        return vec![DoctorCheck::fail(name, format!("{} cannot be reached", dir.display()), advice)];
     };
     let missing = if there == dir { "" } else { " does not exist yet" };
     let shown = format!("{}{missing}", dir.display());
     if accessat(CWD, there, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS).is_err() {
         let finding = format!("{shown}: user {} may not write into {}", geteuid().as_raw(), there.display());
-        return vec![Check::fail(name, finding, advice)];
+        return vec![DoctorCheck::fail(name, finding, advice)];
     }
     let mut checks = Vec::new();
     if there == dir
@@ -115,19 +118,19 @@ pub(super) fn directory(name: &'static str, variable: &str, dir: &Path) -> Vec<C
     {
         checks.extend(ownership(name, dir, &facts, &advice));
     }
-    checks.push(room(name, &shown, there));
+    checks.push(disk_room(name, &shown, there));
     checks
 }
 
-fn ownership(name: &'static str, dir: &Path, facts: &std::fs::Metadata, advice: &str) -> Option<Check> {
+fn ownership(name: &'static str, dir: &Path, facts: &std::fs::Metadata, advice: &str) -> Option<DoctorCheck> {
     let (owner, this) = (facts.uid(), geteuid().as_raw());
     let shown = dir.display();
     if !facts.is_dir() {
-        return Some(Check::fail(name, format!("{shown} is not a directory"), advice.to_owned()));
+        return Some(DoctorCheck::fail(name, format!("{shown} is not a directory"), advice.to_owned()));
     }
     if owner != this {
         let finding = format!("{shown} belongs to user {owner}, and this is user {this}");
-        return Some(Check::warn(
+        return Some(DoctorCheck::warn(
             name,
             finding,
             "run doctor as the daemon's user, because only that user's permissions matter",
@@ -135,14 +138,14 @@ fn ownership(name: &'static str, dir: &Path, facts: &std::fs::Metadata, advice: 
     }
     let open = facts.mode() & 0o077 != 0;
     let finding = || format!("{shown} is open to other users (mode {:04o})", facts.mode() & 0o7777);
-    open.then(|| Check::warn(name, finding(), format!("`chmod 700 {shown}`")))
+    open.then(|| DoctorCheck::warn(name, finding(), format!("`chmod 700 {shown}`")))
 }
 
-fn room(name: &'static str, shown: &str, there: &Path) -> Check {
+fn disk_room(name: &'static str, shown: &str, there: &Path) -> DoctorCheck {
     let free = match statvfs(there) {
         Ok(facts) => facts.f_bavail.saturating_mul(facts.f_frsize),
         Err(error) => {
-            return Check::warn(
+            return DoctorCheck::warn(
                 name,
                 format!("{shown}: its free space cannot be read ({error})"),
                 "look at its mount",
@@ -152,20 +155,20 @@ fn room(name: &'static str, shown: &str, there: &Path) -> Check {
     let finding = format!("{shown}: {} MiB free", free >> 20);
     let remedy = "free some room there: a full disk fails every operation on a VM";
     match free {
-        ..NO_ROOM => Check::fail(name, finding, remedy),
-        NO_ROOM..LITTLE_ROOM => Check::warn(name, finding, remedy),
-        LITTLE_ROOM.. => Check::ok(name, finding),
+        ..NO_ROOM => DoctorCheck::fail(name, finding, remedy),
+        NO_ROOM..LITTLE_ROOM => DoctorCheck::warn(name, finding, remedy),
+        LITTLE_ROOM.. => DoctorCheck::ok(name, finding),
     }
 }
 
 /// Counts the VMs that the limit on descriptors allows. The limit is that of the running daemon, or
 /// of this process if there is none.
-pub(super) fn open_files(daemon: Option<u32>) -> Check {
+pub(super) fn open_files(daemon: Option<u32>) -> DoctorCheck {
     const NAME: &str = "open files";
     let process = daemon.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
     let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).unwrap_or_default();
     let (Some(limit), Ok(used)) = (hard_limit(&limits), descriptors::in_use(&process)) else {
-        return Check::warn(
+        return DoctorCheck::warn(
             NAME,
             "the open files of the daemon cannot be counted",
             "run doctor as the daemon's user",
@@ -179,13 +182,21 @@ pub(super) fn open_files(daemon: Option<u32>) -> Check {
             let finding = format!(
                 "the daemon may open {limit} files, and {used} are open: some {more} more VMs fit, beside {clients} connections"
             );
-            if more < FEW_VMS { Check::warn(NAME, finding, MORE_FILES) } else { Check::ok(NAME, finding) }
+            if more < FEW_VMS {
+                DoctorCheck::warn(NAME, finding, MORE_FILES)
+            } else {
+                DoctorCheck::ok(NAME, finding)
+            }
         }
         None => {
             let finding = format!(
                 "a daemon started from here may open {limit} files: some {more} VMs fit, beside {clients} connections"
             );
-            if more < FEW_VMS { Check::warn(NAME, finding, MORE_FILES) } else { Check::ok(NAME, finding) }
+            if more < FEW_VMS {
+                DoctorCheck::warn(NAME, finding, MORE_FILES)
+            } else {
+                DoctorCheck::ok(NAME, finding)
+            }
         }
     }
 }
@@ -201,14 +212,14 @@ fn hard_limit(limits: &str) -> Option<u64> {
 }
 
 /// Checks that the socket paths of a VM are short enough for the kernel.
-pub(super) fn socket_names(runtime_dir: &Path) -> Check {
+pub(super) fn socket_names(runtime_dir: &Path) -> DoctorCheck {
     // This is the longest path, because CONSOLE_SOCKET is the longest socket name and all folder
     // names have 32 digits.
     let longest = runtime_dir.join("vms").join("0".repeat(32)).join(vmm_backends::qemu::CONSOLE_SOCKET);
     let length = longest.as_os_str().len();
     match run_dir::socket_path_fits(&longest) {
-        Ok(()) => Check::ok("socket paths", format!("{length} of {} bytes", run_dir::MAX_SOCKET_PATH)),
-        Err(why) => Check::fail("socket paths", why, "set UNKEY_VMCP_RUNTIME_DIR to a shorter path"),
+        Ok(()) => DoctorCheck::ok("socket paths", format!("{length} of {} bytes", run_dir::MAX_SOCKET_PATH)),
+        Err(why) => DoctorCheck::fail("socket paths", why, "set UNKEY_VMCP_RUNTIME_DIR to a shorter path"),
     }
 }
 
@@ -217,33 +228,33 @@ pub(super) fn default_boot(
     kernel: Option<&PathBuf>,
     initrd: Option<&PathBuf>,
     formats: &[KernelFormat],
-) -> Vec<Check> {
+) -> Vec<DoctorCheck> {
     let Some(kernel) = kernel else {
-        return vec![Check::ok(
+        return vec![DoctorCheck::ok(
             "default kernel",
             "none: each VM names its kernel (UNKEY_VMCP_DEFAULT_KERNEL sets one)",
         )];
     };
     let remedy = "correct UNKEY_VMCP_DEFAULT_KERNEL, or let the daemon's user read the file";
     let mut checks = vec![match readable(kernel).and_then(|()| kernel::read_kind(kernel)) {
-        Ok(kind) if boots(kind, formats) => {
-            Check::ok("default kernel", format!("{} can be read", kernel.display()))
+        Ok(kind) if is_bootable(kind, formats) => {
+            DoctorCheck::ok("default kernel", format!("{} can be read", kernel.display()))
         }
         Ok(_) => {
             let wanted = formats.iter().map(|format| format.as_str()).collect::<Vec<_>>().join(" or ");
             let finding = format!("{} is not what the default backend boots: {wanted}", kernel.display());
-            Check::warn(
+            DoctorCheck::warn(
                 "default kernel",
                 finding,
                 "set UNKEY_VMCP_DEFAULT_KERNEL to one, or choose another backend",
             )
         }
-        Err(error) => Check::warn("default kernel", format!("{}: {error}", kernel.display()), remedy),
+        Err(error) => DoctorCheck::warn("default kernel", format!("{}: {error}", kernel.display()), remedy),
     }];
     if let Some(initrd) = initrd {
         checks.push(match readable(initrd) {
-            Ok(()) => Check::ok("default initrd", format!("{} can be read", initrd.display())),
-            Err(error) => Check::warn(
+            Ok(()) => DoctorCheck::ok("default initrd", format!("{} can be read", initrd.display())),
+            Err(error) => DoctorCheck::warn(
                 "default initrd",
                 format!("{}: {error}", initrd.display()),
                 "correct UNKEY_VMCP_DEFAULT_INITRD, or let the daemon's user read the file",
@@ -264,7 +275,7 @@ fn readable(path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn boots(kind: KernelKind, formats: &[KernelFormat]) -> bool {
+fn is_bootable(kind: KernelKind, formats: &[KernelFormat]) -> bool {
     let has = |format| formats.contains(&format);
     match kind {
         KernelKind::BzImage => has(KernelFormat::BzImage),
@@ -275,7 +286,7 @@ fn boots(kind: KernelKind, formats: &[KernelFormat]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::Verdict;
+    use super::super::check::CheckVerdict;
     use super::*;
 
     #[test]
@@ -291,14 +302,14 @@ mod tests {
         assert_eq!(hard_limit(""), None);
         let check = open_files(None);
         assert!(check.finding.contains("VMs fit"), "{check:?}");
-        assert_eq!(open_files(Some(u32::MAX)).verdict, Verdict::Warn, "there is no such process");
+        assert_eq!(open_files(Some(u32::MAX)).verdict, CheckVerdict::Warn, "there is no such process");
     }
 
     #[test]
     fn a_directory_that_cannot_be_used_fails_with_the_variable() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let checks = directory("state", "UNKEY_VMCP_STATE_DIR", file.path());
-        let bad = checks.iter().find(|check| check.verdict == Verdict::Fail).unwrap();
+        let bad = checks.iter().find(|check| check.verdict == CheckVerdict::Fail).unwrap();
         assert!(bad.remedy.as_deref().unwrap().contains("UNKEY_VMCP_STATE_DIR"), "{bad:?}");
     }
 
@@ -325,7 +336,7 @@ mod tests {
         assert!(checks[0].finding.contains("a bzImage"), "{checks:?}");
         let missing = PathBuf::from("/nowhere/vmlinuz");
         let checks = default_boot(Some(&missing), Some(&missing), &[]);
-        assert_eq!(checks.iter().filter(|check| check.verdict == Verdict::Warn).count(), 2);
-        assert_eq!(default_boot(None, None, &[])[0].verdict, Verdict::Ok);
+        assert_eq!(checks.iter().filter(|check| check.verdict == CheckVerdict::Warn).count(), 2);
+        assert_eq!(default_boot(None, None, &[])[0].verdict, CheckVerdict::Ok);
     }
 }

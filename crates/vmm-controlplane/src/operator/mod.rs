@@ -17,12 +17,12 @@
 //! should look at.
 
 mod act;
+mod backup;
 mod check;
-mod copies;
 mod decide;
 mod doctor;
 mod facts;
-mod held;
+mod held_qemus;
 mod host;
 mod reconcile;
 mod spares;
@@ -34,22 +34,22 @@ use std::path::Path;
 use anyhow::bail;
 use rustix::process::geteuid;
 
-use crate::config::{Command, Config, Loaded};
+use crate::config::{DaemonConfig, LoadedConfig, Subcommand};
 
 /// The exit code if something is left that a person should look at.
 const ATTENTION: u8 = 3;
 
 /// The output and the exit code of a subcommand.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct CommandOutput {
     /// The text for standard output.
     pub text: String,
     /// The exit code.
     pub code: u8,
 }
 
-impl Answer {
-    fn fine(text: String) -> Self {
+impl CommandOutput {
+    fn success(text: String) -> Self {
         Self { text, code: 0 }
     }
 }
@@ -59,23 +59,25 @@ impl Answer {
 /// # Errors
 ///
 /// The work could not be done. The text gives the reason and the advice.
-pub fn run(command: &Command, loaded: &Loaded) -> anyhow::Result<Answer> {
+pub fn run(command: &Subcommand, loaded: &LoadedConfig) -> anyhow::Result<CommandOutput> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let config = &loaded.config;
     runtime.block_on(async {
         match command {
-            Command::Doctor { json } => doctor::run(loaded, *json).await,
-            Command::Reconcile(how) => reconcile::run(config, *how).await,
-            Command::Backup { file } => copies::backup(config, file),
-            Command::Restore { file } => copies::restore(config, file).await,
-            Command::Serve | Command::CheckConfig | Command::MigrateEnv => Ok(Answer::fine(String::new())),
+            Subcommand::Doctor { json } => doctor::run(loaded, *json).await,
+            Subcommand::Reconcile(how) => reconcile::run(config, *how).await,
+            Subcommand::Backup { file } => backup::backup(config, file),
+            Subcommand::Restore { file } => backup::restore(config, file).await,
+            Subcommand::Serve | Subcommand::CheckConfig | Subcommand::MigrateEnv => {
+                Ok(CommandOutput::success(String::new()))
+            }
         }
     })
 }
 
 /// Returns the first line of a subcommand's output: the directories that it looks at. Without the
 /// settings of the daemon a subcommand looks at other directories than the daemon uses.
-fn looked_at(config: &Config) -> String {
+fn looked_at(config: &DaemonConfig) -> String {
     format!(
         "state directory {}, runtime directory {}\n",
         config.state_dir.display(),

@@ -7,17 +7,17 @@ use vmm_host::lock::{self, LockError, StateLock};
 use vmm_host::run_dir;
 
 use super::act::{REMOVED, carry_out};
-use super::decide::{Decision, Item, decide};
-use super::facts::{Facts, gather};
-use super::{ATTENTION, Answer, looked_at, refuse_another_user};
-use crate::config::{Config, Reconcile};
+use super::decide::{Item, ItemDecision, decide};
+use super::facts::{ReconcileFacts, gather};
+use super::{ATTENTION, CommandOutput, looked_at, refuse_another_user};
+use crate::config::{DaemonConfig, ReconcileFlags};
 
 /// The most items that the log of a start names.
 const LOGGED: usize = 20;
 
 /// The output of `--json`.
 #[derive(Serialize)]
-struct Ledger<'a> {
+struct ReconcileReport<'a> {
     dry_run: bool,
     state_dir: String,
     runtime_dir: String,
@@ -35,7 +35,7 @@ struct Ledger<'a> {
 ///
 /// A daemon runs and this is no dry run, the database cannot be read, or the host cannot be read.
 /// Nothing was changed in these cases.
-pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answer> {
+pub(super) async fn run(config: &DaemonConfig, how: ReconcileFlags) -> anyhow::Result<CommandOutput> {
     // The lock is held to the end, because a daemon that started meanwhile would make and adopt the
     // items that are being judged.
     let _lock = if how.dry_run { None } else { take_lock(config)? };
@@ -47,13 +47,13 @@ pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answe
         carry_out(&mut items, &config.runtime_dir, &facts.programs).await;
     }
     let settled = |item: &&Item| match item.decision {
-        Decision::Keep => true,
-        Decision::Remove => item.outcome.as_deref() == Some(REMOVED),
-        Decision::Report => false,
+        ItemDecision::Keep => true,
+        ItemDecision::Remove => item.outcome.as_deref() == Some(REMOVED),
+        ItemDecision::Report => false,
     };
     let open = items.iter().filter(|item| !settled(item)).count();
     let code = if open == 0 { 0 } else { ATTENTION };
-    let ledger = Ledger {
+    let ledger = ReconcileReport {
         dry_run: how.dry_run,
         state_dir: config.state_dir.display().to_string(),
         runtime_dir: config.runtime_dir.display().to_string(),
@@ -64,11 +64,11 @@ pub(super) async fn run(config: &Config, how: Reconcile) -> anyhow::Result<Answe
     };
     let text =
         if how.json { serde_json::to_string_pretty(&ledger)? } else { looked_at(config) + &table(&ledger) };
-    Ok(Answer { text, code })
+    Ok(CommandOutput { text, code })
 }
 
 /// Takes the lock, which keeps a daemon from starting, if there is a state directory.
-fn take_lock(config: &Config) -> anyhow::Result<Option<StateLock>> {
+fn take_lock(config: &DaemonConfig) -> anyhow::Result<Option<StateLock>> {
     if !config.state_dir.exists() {
         return Ok(None);
     }
@@ -84,15 +84,15 @@ fn take_lock(config: &Config) -> anyhow::Result<Option<StateLock>> {
     }
 }
 
-fn table(ledger: &Ledger<'_>) -> String {
+fn table(ledger: &ReconcileReport<'_>) -> String {
     let mut rows = vec![["DECISION", "KIND", "VM", "WHAT", "REASON"].map(str::to_owned)];
     rows.extend(ledger.items.iter().map(|item| {
         let decision = match (&item.decision, &item.outcome) {
-            (Decision::Remove, Some(outcome)) if outcome == REMOVED => "removed",
-            (Decision::Remove, Some(_)) => "failed",
-            (Decision::Remove, None) => "remove",
-            (Decision::Keep, _) => "keep",
-            (Decision::Report, _) => "report",
+            (ItemDecision::Remove, Some(outcome)) if outcome == REMOVED => "removed",
+            (ItemDecision::Remove, Some(_)) => "failed",
+            (ItemDecision::Remove, None) => "remove",
+            (ItemDecision::Keep, _) => "keep",
+            (ItemDecision::Report, _) => "report",
         };
         let failure = item.outcome.as_ref().filter(|outcome| *outcome != REMOVED);
         let reason = failure.map_or_else(|| item.reason.clone(), |why| format!("{}; {why}", item.reason));
@@ -101,7 +101,8 @@ fn table(ledger: &Ledger<'_>) -> String {
         [decision.to_owned(), kind, vm, item.name.clone(), reason]
     }));
     let count = |decision| ledger.items.iter().filter(|item| item.decision == decision).count();
-    let (keep, remove, report) = (count(Decision::Keep), count(Decision::Remove), count(Decision::Report));
+    let (keep, remove, report) =
+        (count(ItemDecision::Keep), count(ItemDecision::Remove), count(ItemDecision::Report));
     let mut text = if ledger.items.is_empty() { String::new() } else { columns(&rows) + "\n" };
     for note in ledger.notes {
         text.push_str(&format!("note: {note}\n"));
@@ -130,7 +131,7 @@ pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
 
 /// Marks the run folders of VMs on record that bear no mark, as those of an earlier release. The
 /// record proves the owner. Blocks for a moment.
-fn mark_known(facts: &Facts) {
+fn mark_known(facts: &ReconcileFacts) {
     let Some(instance) = facts.instance else { return };
     let unmarked = facts.survey.folders.iter().filter(|folder| folder.own && folder.owner.is_none());
     for folder in unmarked.filter(|folder| folder.uid.is_some_and(|uid| facts.records.contains_key(&uid))) {
@@ -142,8 +143,8 @@ fn mark_known(facts: &Facts) {
 
 /// Logs the items that bear our mark and have no owner, at the start of the daemon. Changes nothing
 /// but the marks of run folders.
-pub async fn report_leftovers(config: Config) {
-    let facts: Facts = match gather(&config, true).await {
+pub async fn report_leftovers(config: DaemonConfig) {
+    let facts: ReconcileFacts = match gather(&config, true).await {
         Ok(facts) => facts,
         Err(error) => {
             tracing::warn!(
@@ -155,7 +156,7 @@ pub async fn report_leftovers(config: Config) {
     };
     mark_known(&facts);
     let items = decide(&facts, false);
-    let open: Vec<&Item> = items.iter().filter(|item| item.decision != Decision::Keep).collect();
+    let open: Vec<&Item> = items.iter().filter(|item| item.decision != ItemDecision::Keep).collect();
     if open.is_empty() {
         return;
     }

@@ -4,36 +4,36 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use vmm_core::id::{BackendName, InstanceId, VmUid};
-use vmm_host::ledger::{self, RunFolder};
 use vmm_host::lock;
+use vmm_host::survey::{self, RunFolder};
 
-use super::check::Check;
-use crate::config::Config;
+use super::check::DoctorCheck;
+use crate::config::DaemonConfig;
 
 /// The name of the line.
 const NAME: &str = "spare VMMs";
 
 /// Reads the marks of run folders, and changes nothing.
-pub(super) fn line(config: &Config) -> Check {
+pub(super) fn check_spares(config: &DaemonConfig) -> DoctorCheck {
     // An error of the database has a line of its own.
     let Some(snapshot) = vmm_store::peek(&config.state_dir).ok().flatten() else {
-        return judge(config.spare_vmms, false, &BTreeMap::new());
+        return spares_verdict(config.spare_vmms, false, &BTreeMap::new());
     };
-    let survey = match ledger::survey(&config.runtime_dir) {
+    let survey = match survey::survey(&config.runtime_dir) {
         Ok(survey) => survey,
         Err(error) => {
             let finding = format!("the spare VMMs that wait cannot be counted: {error}");
-            return Check::warn(NAME, finding, "run doctor as the daemon's user");
+            return DoctorCheck::warn(NAME, finding, "run doctor as the daemon's user");
         }
     };
     let unreadable = snapshot.unreadable.iter().map(|vm| vm.record.uid);
     let on_record = snapshot.vms.iter().map(|vm| vm.uid).chain(unreadable).collect();
     let daemon = lock::holder(&config.state_dir).is_ok_and(|holder| holder.is_some());
-    judge(config.spare_vmms, daemon, &waiting(&survey.folders, snapshot.instance, &on_record))
+    spares_verdict(config.spare_vmms, daemon, &count_waiting(&survey.folders, snapshot.instance, &on_record))
 }
 
 /// Counts the spare VMMs of `instance` that no VM has been given, by backend.
-fn waiting(
+fn count_waiting(
     folders: &[RunFolder],
     instance: InstanceId,
     on_record: &BTreeSet<VmUid>,
@@ -48,7 +48,7 @@ fn waiting(
     count
 }
 
-fn judge(wanted: usize, daemon: bool, waiting: &BTreeMap<BackendName, usize>) -> Check {
+fn spares_verdict(wanted: usize, daemon: bool, waiting: &BTreeMap<BackendName, usize>) -> DoctorCheck {
     let each: Vec<String> = waiting.iter().map(|(backend, count)| format!("{backend}: {count}")).collect();
     let each = each.join(", ");
     let kept = match wanted {
@@ -56,9 +56,9 @@ fn judge(wanted: usize, daemon: bool, waiting: &BTreeMap<BackendName, usize>) ->
         wanted => format!("{wanted} kept per backend that has started a VM"),
     };
     match (waiting.is_empty(), daemon) {
-        (true, _) => Check::ok(NAME, kept),
-        (false, true) => Check::ok(NAME, format!("{kept}; waiting for VMs now: {each}")),
-        (false, false) => Check::warn(
+        (true, _) => DoctorCheck::ok(NAME, kept),
+        (false, true) => DoctorCheck::ok(NAME, format!("{kept}; waiting for VMs now: {each}")),
+        (false, false) => DoctorCheck::warn(
             NAME,
             format!("left by a daemon that was killed: {each}"),
             "the next start of the daemon ends them, and so does `vmm-controlplane reconcile` now; no guest runs in them",
@@ -71,7 +71,7 @@ mod tests {
     use uuid::Uuid;
     use vmm_host::run_dir::SpareMark;
 
-    use super::super::check::Verdict;
+    use super::super::check::CheckVerdict;
     use super::*;
 
     #[test]
@@ -92,18 +92,18 @@ mod tests {
             folder(uids[2], Some(anothers)),
             folder(uids[3], None),
         ];
-        let count = waiting(&folders, ours, &BTreeSet::from([uids[1]]));
+        let count = count_waiting(&folders, ours, &BTreeSet::from([uids[1]]));
         assert_eq!(count, BTreeMap::from([(BackendName::new("firecracker"), 1)]));
     }
 
     #[test]
     fn one_without_a_daemon_is_left_over() {
         let one = BTreeMap::from([(BackendName::new("qemu"), 1)]);
-        let beside = judge(1, true, &one);
-        assert!(beside.verdict == Verdict::Ok && beside.finding.contains("qemu: 1"), "{beside:?}");
-        let left = judge(0, false, &one);
-        assert!(left.verdict == Verdict::Warn && left.finding.contains("qemu: 1"), "{left:?}");
+        let beside = spares_verdict(1, true, &one);
+        assert!(beside.verdict == CheckVerdict::Ok && beside.finding.contains("qemu: 1"), "{beside:?}");
+        let left = spares_verdict(0, false, &one);
+        assert!(left.verdict == CheckVerdict::Warn && left.finding.contains("qemu: 1"), "{left:?}");
         assert!(left.remedy.unwrap().contains("reconcile"));
-        assert!(judge(0, true, &BTreeMap::new()).finding.contains("UNKEY_VMCP_SPARE_VMMS"));
+        assert!(spares_verdict(0, true, &BTreeMap::new()).finding.contains("UNKEY_VMCP_SPARE_VMMS"));
     }
 }

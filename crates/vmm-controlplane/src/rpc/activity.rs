@@ -27,7 +27,7 @@ use tokio::time::Instant;
 
 /// The timeouts of an idle connection.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
+pub(super) struct IdleTimeouts {
     /// The time from the first byte of a request's head to its last one.
     pub(super) header: Duration,
     /// The time from one answer to the next request.
@@ -38,30 +38,30 @@ pub(super) struct Patience {
 
 /// The activity of one connection. It is shared between the connection's task, its requests, and
 /// the admission of other connections.
-pub(super) struct Activity {
-    state: Mutex<State>,
+pub(super) struct ConnectionActivity {
+    state: Mutex<ActivityState>,
     changed: Notify,
     evicted: Notify,
 }
 
-struct State {
+struct ActivityState {
     requests: usize,
     answered: bool,
     idle_since: Instant,
     head_since: Option<Instant>,
 }
 
-impl Activity {
+impl ConnectionActivity {
     /// Returns the activity of a connection that has just been accepted.
     pub(super) fn new() -> Arc<Self> {
-        let state = Mutex::new(State::new(Instant::now()));
+        let state = Mutex::new(ActivityState::new(Instant::now()));
         Arc::new(Self { state, changed: Notify::new(), evicted: Notify::new() })
     }
 
     /// Counts a request. The request ends, and its `permit` is returned, when the guard is dropped.
-    pub(super) fn begin(self: &Arc<Self>, permit: Option<OwnedSemaphorePermit>) -> Underway {
+    pub(super) fn begin(self: &Arc<Self>, permit: Option<OwnedSemaphorePermit>) -> RequestGuard {
         self.state().begin();
-        Underway { activity: Arc::clone(self), _permit: permit }
+        RequestGuard { activity: Arc::clone(self), _permit: permit }
     }
 
     /// Returns the time since when there has been no request, if there is none.
@@ -71,7 +71,7 @@ impl Activity {
     }
 
     /// Returns the time at which the connection is to be closed if nothing changes before.
-    pub(super) fn deadline(&self, patience: Patience) -> Option<Instant> {
+    pub(super) fn deadline(&self, patience: IdleTimeouts) -> Option<Instant> {
         self.state().deadline(patience)
     }
 
@@ -102,12 +102,12 @@ impl Activity {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, ActivityState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl ActivityState {
     fn new(now: Instant) -> Self {
         Self { requests: 0, answered: false, idle_since: now, head_since: None }
     }
@@ -140,7 +140,7 @@ impl State {
         self.requests == 0
     }
 
-    fn deadline(&self, patience: Patience) -> Option<Instant> {
+    fn deadline(&self, patience: IdleTimeouts) -> Option<Instant> {
         // A request has timeouts of its own for its body and its call, so the connection has no
         // deadline while one is under way. A head that has begun must be complete within the header
         // time, and also within the idle time, which runs from the last answer.
@@ -156,31 +156,31 @@ impl State {
 }
 
 /// A request under way, with its share of the limit on requests.
-pub(super) struct Underway {
-    activity: Arc<Activity>,
+pub(super) struct RequestGuard {
+    activity: Arc<ConnectionActivity>,
     _permit: Option<OwnedSemaphorePermit>,
 }
 
-impl Drop for Underway {
+impl Drop for RequestGuard {
     fn drop(&mut self) {
         self.activity.ended();
     }
 }
 
-impl Underway {
+impl RequestGuard {
     /// Keeps the request under way until `body` has been sent.
     pub(super) fn until_sent(self, body: Body) -> Body {
-        Body::new(Answer { body, _underway: self })
+        Body::new(AnswerBody { body, _underway: self })
     }
 }
 
 /// The body of an answer. It holds the request that it belongs to.
-struct Answer {
+struct AnswerBody {
     body: Body,
-    _underway: Underway,
+    _underway: RequestGuard,
 }
 
-impl HttpBody for Answer {
+impl HttpBody for AnswerBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -201,19 +201,19 @@ impl HttpBody for Answer {
 }
 
 /// A stream that notes when the bytes of an HTTP/1.1 head begin to arrive.
-pub(super) struct Watched {
+pub(super) struct WatchedStream {
     stream: TcpStream,
-    activity: Option<Arc<Activity>>,
+    activity: Option<Arc<ConnectionActivity>>,
 }
 
-impl Watched {
+impl WatchedStream {
     /// Wraps `stream`. Bytes are reported only if an `activity` is given.
-    pub(super) fn new(stream: TcpStream, activity: Option<Arc<Activity>>) -> Self {
+    pub(super) fn new(stream: TcpStream, activity: Option<Arc<ConnectionActivity>>) -> Self {
         Self { stream, activity }
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for WatchedStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -228,7 +228,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for WatchedStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, data)
     }
@@ -258,8 +258,8 @@ impl AsyncWrite for Watched {
 mod tests {
     use super::*;
 
-    const PATIENCE: Patience =
-        Patience { header: Duration::from_secs(10), idle: Duration::from_secs(120), once: false };
+    const IDLE_TIMEOUTS: IdleTimeouts =
+        IdleTimeouts { header: Duration::from_secs(10), idle: Duration::from_secs(120), once: false };
 
     fn after(start: Instant, seconds: u64) -> Instant {
         start + Duration::from_secs(seconds)
@@ -268,25 +268,25 @@ mod tests {
     #[test]
     fn an_idle_connection_and_a_slow_head_have_times_of_their_own() {
         let start = Instant::now();
-        let mut state = State::new(start);
-        assert_eq!(state.deadline(PATIENCE), Some(after(start, 120)));
+        let mut state = ActivityState::new(start);
+        assert_eq!(state.deadline(IDLE_TIMEOUTS), Some(after(start, 120)));
         assert!(state.bytes_came(after(start, 60)));
         assert!(!state.bytes_came(after(start, 65)), "a trickle gains no time");
-        assert_eq!(state.deadline(PATIENCE), Some(after(start, 70)));
+        assert_eq!(state.deadline(IDLE_TIMEOUTS), Some(after(start, 70)));
         state.begin();
-        assert_eq!(state.deadline(PATIENCE), None, "a request has deadlines of its own");
+        assert_eq!(state.deadline(IDLE_TIMEOUTS), None, "a request has deadlines of its own");
         assert!(!state.bytes_came(after(start, 66)), "these are of its body");
         state.begin();
         assert!(!state.ended(after(start, 600)));
         assert!(state.ended(after(start, 660)));
-        assert_eq!(state.deadline(PATIENCE), Some(after(start, 660 + 120)));
+        assert_eq!(state.deadline(IDLE_TIMEOUTS), Some(after(start, 660 + 120)));
     }
 
     #[test]
     fn a_connection_for_one_answer_ends_with_it() {
         let start = Instant::now();
-        let once = Patience { once: true, ..PATIENCE };
-        let mut state = State::new(start);
+        let once = IdleTimeouts { once: true, ..IDLE_TIMEOUTS };
+        let mut state = ActivityState::new(start);
         assert_eq!(state.deadline(once), Some(after(start, 120)));
         state.begin();
         assert!(state.ended(after(start, 1)));

@@ -18,29 +18,29 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::activity::Activity;
+use super::activity::ConnectionActivity;
 
 /// The most connections that may be closing at the same time to make room for others.
 const MOST_LEAVING: usize = 32;
 
 /// The places of one server.
-pub(super) struct Admission {
+pub(super) struct ConnectionAdmission {
     places: usize,
     places_per_peer: usize,
-    state: Mutex<State>,
+    state: Mutex<AdmissionState>,
 }
 
 #[derive(Default)]
-struct State {
+struct AdmissionState {
     last: u64,
-    open: HashMap<u64, Open>,
+    open: HashMap<u64, OpenConnection>,
     peers: HashMap<Peer, usize>,
     leaving: usize,
 }
 
-struct Open {
+struct OpenConnection {
     peer: Peer,
-    activity: Arc<Activity>,
+    activity: Arc<ConnectionActivity>,
     /// True once the place belongs to another connection and this one is closing.
     leaving: bool,
 }
@@ -66,14 +66,18 @@ impl Peer {
     }
 }
 
-impl Admission {
+impl ConnectionAdmission {
     pub(super) fn new(places: usize, places_per_peer: usize) -> Arc<Self> {
         Arc::new(Self { places, places_per_peer, state: Mutex::default() })
     }
 
     /// Gives a connection a place, if necessary by closing an idle connection. Returns `None` if
     /// there is no free place and no idle connection.
-    pub(super) fn admit(self: &Arc<Self>, address: SocketAddr, activity: &Arc<Activity>) -> Option<Place> {
+    pub(super) fn admit(
+        self: &Arc<Self>,
+        address: SocketAddr,
+        activity: &Arc<ConnectionActivity>,
+    ) -> Option<ConnectionPlace> {
         let peer = Peer::of(address);
         let mut state = self.state();
         // The peer's share is checked before the places of the server. A peer that has used up its
@@ -90,20 +94,20 @@ impl Admission {
         }
         state.last += 1;
         let number = state.last;
-        state.open.insert(number, Open { peer, activity: Arc::clone(activity), leaving: false });
+        state.open.insert(number, OpenConnection { peer, activity: Arc::clone(activity), leaving: false });
         *state.peers.entry(peer).or_default() += 1;
-        Some(Place { admission: Arc::clone(self), number })
+        Some(ConnectionPlace { admission: Arc::clone(self), number })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, AdmissionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl AdmissionState {
     /// Asks the connection that has been idle longest, of those for which `may` is true, to close.
     /// Returns `None` if there is none.
-    fn evict(&mut self, may: impl Fn(&Open) -> bool) -> Option<()> {
+    fn evict(&mut self, may: impl Fn(&OpenConnection) -> bool) -> Option<()> {
         // A leaving connection keeps its socket for up to a second after its place was given away.
         // This bound keeps the number of open sockets from growing far beyond the number of places.
         if self.leaving >= MOST_LEAVING {
@@ -115,8 +119,8 @@ impl State {
         });
         let (_, open) = idle.min_by_key(|(since, _)| *since)?;
         // The place and the share of the peer are given away now and not when the connection is
-        // closed, because the new connection must not wait for the old one. `Place::drop` sees
-        // `leaving` and does not release the share a second time.
+        // closed, because the new connection must not wait for the old one. `ConnectionPlace::drop`
+        // sees `leaving` and does not release the share a second time.
         open.leaving = true;
         open.activity.evict();
         let peer = open.peer;
@@ -136,12 +140,12 @@ impl State {
 }
 
 /// The place of one connection. Dropping it frees the place.
-pub(super) struct Place {
-    admission: Arc<Admission>,
+pub(super) struct ConnectionPlace {
+    admission: Arc<ConnectionAdmission>,
     number: u64,
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPlace {
     fn drop(&mut self) {
         let mut state = self.admission.state();
         let Some(open) = state.open.remove(&self.number) else { return };
@@ -158,19 +162,22 @@ mod tests {
     use super::*;
 
     /// Opens a connection. Returns its activity, and its place if it got one.
-    fn connect(admission: &Arc<Admission>, address: &str) -> (Arc<Activity>, Option<Place>) {
-        let activity = Activity::new();
+    fn connect(
+        admission: &Arc<ConnectionAdmission>,
+        address: &str,
+    ) -> (Arc<ConnectionActivity>, Option<ConnectionPlace>) {
+        let activity = ConnectionActivity::new();
         let place = admission.admit(address.parse().unwrap(), &activity);
         (activity, place)
     }
 
-    async fn is_evicted(activity: &Activity) -> bool {
+    async fn is_evicted(activity: &ConnectionActivity) -> bool {
         tokio::time::timeout(std::time::Duration::ZERO, activity.evicted()).await.is_ok()
     }
 
     #[tokio::test]
     async fn the_connection_that_was_idle_longest_makes_room() {
-        let admission = Admission::new(2, 2);
+        let admission = ConnectionAdmission::new(2, 2);
         let (busy, _busy_place) = connect(&admission, "127.0.0.1:1");
         let _request = busy.begin(None);
         let (idle, idle_place) = connect(&admission, "127.0.0.1:2");
@@ -188,7 +195,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_peer_has_a_share_and_makes_room_for_itself() {
-        let admission = Admission::new(10, 1);
+        let admission = ConnectionAdmission::new(10, 1);
         let (first, _first_place) = connect(&admission, "10.0.0.1:1");
         let (second, _second_place) = connect(&admission, "10.0.0.1:2");
         assert!(is_evicted(&first).await);
@@ -200,7 +207,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_network_of_ipv6_is_one_peer_and_this_host_is_none() {
-        let admission = Admission::new(10, 1);
+        let admission = ConnectionAdmission::new(10, 1);
         let (first, _first_place) = connect(&admission, "[2001:db8::1]:1");
         let _request = first.begin(None);
         assert!(connect(&admission, "[2001:db8::2]:1").1.is_none());
@@ -212,7 +219,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_flood_does_not_leave_more_connections_closing_than_there_is_room_for() {
-        let admission = Admission::new(MOST_LEAVING + 8, 1);
+        let admission = ConnectionAdmission::new(MOST_LEAVING + 8, 1);
         let crowd: Vec<_> = (0..MOST_LEAVING + 8).map(|_| connect(&admission, "127.0.0.1:1")).collect();
         assert!(crowd.iter().all(|(_, place)| place.is_some()));
         let flood: Vec<_> = (0..100).map(|_| connect(&admission, "127.0.0.1:2")).collect();

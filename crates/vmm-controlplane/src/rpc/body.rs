@@ -7,9 +7,9 @@
 //! limit, before its reader learns that it is too long.
 //!
 //! ```text
-//!   Incoming ── Patient ── Watched ──► the RPC library
+//!   Incoming ── LengthLimitedBody ─ LimitedBody ─► the RPC library
 //!               (excess)   (pause, whole time, bytes of all requests)
-//!                             └── a fault is recorded in Reading; paths.rs answers with it
+//!                             └── a fault is recorded in BodyReading; paths.rs answers with it
 //! ```
 
 use std::fmt;
@@ -32,16 +32,16 @@ use super::ServeOptions;
 
 /// The number of bytes beyond the limit that are read and thrown away, so that the client receives
 /// the answer.
-const PATIENCE: usize = 64 << 20;
+const DISCARD_LIMIT: usize = 64 << 20;
 
 /// The longest time for which the rest of a refused request is read.
-const FINISHING: Duration = Duration::from_secs(10);
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The number of bytes reserved for the bodies of vital calls.
 const VITAL_BYTES: usize = 1 << 20;
 
 /// The limits of all bodies of one server.
-pub(super) struct Bodies {
+pub(super) struct BodyLimits {
     limit: usize,
     pause: Duration,
     whole: Duration,
@@ -49,7 +49,7 @@ pub(super) struct Bodies {
     vital_bytes: Arc<Semaphore>,
 }
 
-impl Bodies {
+impl BodyLimits {
     pub(super) fn new(options: &ServeOptions) -> Self {
         Self {
             limit: options.max_body_bytes(),
@@ -61,7 +61,7 @@ impl Bodies {
     }
 
     /// Puts the limits around a request's body. The body's faults and its share of the memory are
-    /// in the [`Reading`] that is put among the extensions.
+    /// in the [`BodyReading`] that is put among the extensions.
     pub(super) fn guard<B>(&self, request: http::Request<B>, is_vital: bool) -> Request
     where
         B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
@@ -69,17 +69,17 @@ impl Bodies {
     {
         // HTTP/2 ends one stream and keeps the connection, so the answer arrives though the rest is
         // unread.
-        let patience = if is_http1(request.version()) { PATIENCE } else { 0 };
+        let patience = if is_http1(request.version()) { DISCARD_LIMIT } else { 0 };
         // Vital calls use the common memory as long as there is some. Their own reserve comes last,
         // so that it is still there when other bodies have taken everything.
         let mut stores = vec![Arc::clone(&self.bytes)];
         if is_vital {
             stores.push(Arc::clone(&self.vital_bytes));
         }
-        let reading = Reading::default();
+        let reading = BodyReading::default();
         let mut request = request.map(|inner| {
-            Body::new(Watched {
-                inner: Patient::new(inner, self.limit, patience),
+            Body::new(LimitedBody {
+                inner: LengthLimitedBody::new(inner, self.limit, patience),
                 pause: self.pause,
                 paused: Box::pin(time::sleep(self.pause)),
                 whole: self.whole,
@@ -93,14 +93,14 @@ impl Bodies {
     }
 }
 
-/// Reads the rest of a refused request for at most [`FINISHING`], and returns its headers.
-pub(super) async fn finish(request: Request) -> HeaderMap {
+/// Reads the rest of a refused request for at most [`DISCARD_TIMEOUT`], and returns its headers.
+pub(super) async fn discard_rest(request: Request) -> HeaderMap {
     let (parts, mut body) = request.into_parts();
     if is_http1(parts.version) {
         // The body's end, an error and the timeout all have the same consequence: the answer is
         // sent now.
         let rest = async { while let Some(Ok(_)) = body.frame().await {} };
-        let _ended = time::timeout(FINISHING, rest).await;
+        let _ended = time::timeout(DISCARD_TIMEOUT, rest).await;
     }
     parts.headers
 }
@@ -114,49 +114,49 @@ fn is_http1(version: Version) -> bool {
 /// The memory granted to the body is returned when the last clone is dropped, which is after the
 /// answer is ready.
 #[derive(Clone, Default)]
-pub(super) struct Reading(Arc<Mutex<Progress>>);
+pub(super) struct BodyReading(Arc<Mutex<BodyProgress>>);
 
 #[derive(Default)]
-struct Progress {
-    fault: Option<Fault>,
+struct BodyProgress {
+    fault: Option<BodyFault>,
     granted: Vec<OwnedSemaphorePermit>,
 }
 
-impl Reading {
+impl BodyReading {
     /// Returns the error for the client, if the body was given up.
     pub(super) fn fault(&self) -> Option<ConnectError> {
-        self.lock().fault.map(Fault::error)
+        self.lock().fault.map(BodyFault::error)
     }
 
-    fn give_up(&self, fault: Fault) -> Fault {
+    fn give_up(&self, fault: BodyFault) -> BodyFault {
         self.lock().fault = Some(fault);
         fault
     }
 
     /// Takes `bytes` bytes of memory from the first of `stores` that has so many left. The body is
     /// given up if none has.
-    fn grant(&self, stores: &[Arc<Semaphore>], bytes: usize) -> Result<(), Fault> {
+    fn grant(&self, stores: &[Arc<Semaphore>], bytes: usize) -> Result<(), BodyFault> {
         let wanted = u32::try_from(bytes).unwrap_or(u32::MAX);
         let granted = stores.iter().find_map(|store| Arc::clone(store).try_acquire_many_owned(wanted).ok());
-        let Some(granted) = granted else { return Err(self.give_up(Fault::NoMemory)) };
+        let Some(granted) = granted else { return Err(self.give_up(BodyFault::NoMemory)) };
         self.lock().granted.push(granted);
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Progress> {
+    fn lock(&self) -> MutexGuard<'_, BodyProgress> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The reason for which a body was given up.
 #[derive(Clone, Copy, Debug)]
-enum Fault {
+enum BodyFault {
     Stalled(Duration),
     TooSlow(Duration),
     NoMemory,
 }
 
-impl Fault {
+impl BodyFault {
     fn error(self) -> ConnectError {
         match self {
             Self::Stalled(_) | Self::TooSlow(_) => ConnectError::deadline_exceeded(self.to_string()),
@@ -165,7 +165,7 @@ impl Fault {
     }
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for BodyFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stalled(pause) => write!(
@@ -186,21 +186,21 @@ impl fmt::Display for Fault {
     }
 }
 
-impl std::error::Error for Fault {}
+impl std::error::Error for BodyFault {}
 
 /// A body that ends with a fault if it pauses too long, takes too long as a whole, or needs memory
 /// that is not there.
-struct Watched<B> {
-    inner: Patient<B>,
+struct LimitedBody<B> {
+    inner: LengthLimitedBody<B>,
     pause: Duration,
     paused: Pin<Box<Sleep>>,
     whole: Duration,
     end: Pin<Box<Sleep>>,
     stores: Vec<Arc<Semaphore>>,
-    reading: Reading,
+    reading: BodyReading,
 }
 
-impl<B> HttpBody for Watched<B>
+impl<B> HttpBody for LimitedBody<B>
 where
     B: HttpBody<Data = Bytes> + Unpin,
     B::Error: std::error::Error + Send + Sync + 'static,
@@ -216,13 +216,14 @@ where
         // The whole time is checked before the inner body, because a peer that always has one more
         // piece ready would otherwise never be stopped.
         if this.end.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Some(Err(this.reading.give_up(Fault::TooSlow(this.whole)).into())));
+            return Poll::Ready(Some(Err(this.reading.give_up(BodyFault::TooSlow(this.whole)).into())));
         }
-        // Progress is measured by the bytes that `Patient` has seen and not by the frames that it
-        // hands out. Beyond the limit `Patient` reads pieces and returns `Pending`, and such a peer
-        // is not stalled. Polling `paused` only when nothing came registers the waker for the next
-        // pause. Memory is taken for a frame that is handed out, because only such a frame is kept;
-        // the pieces that `Patient` throws away need none.
+        // Progress is measured by the bytes that `LengthLimitedBody` has seen and not by the frames
+        // that it hands out. Beyond the limit `LengthLimitedBody` reads pieces and returns
+        // `Pending`, and such a peer is not stalled. Polling `paused` only when nothing came
+        // registers the waker for the next pause. Memory is taken for a frame that is handed out,
+        // because only such a frame is kept; the pieces that `LengthLimitedBody` throws away need
+        // none.
         let before = this.inner.seen;
         let polled = Pin::new(&mut this.inner).poll_frame(cx);
         if this.inner.seen > before {
@@ -231,7 +232,7 @@ where
         match polled {
             Poll::Pending => {
                 ready!(this.paused.as_mut().poll(cx));
-                Poll::Ready(Some(Err(this.reading.give_up(Fault::Stalled(this.pause)).into())))
+                Poll::Ready(Some(Err(this.reading.give_up(BodyFault::Stalled(this.pause)).into())))
             }
             Poll::Ready(Some(Ok(frame))) => {
                 let bytes = frame.data_ref().map_or(0, Bytes::len);
@@ -252,7 +253,7 @@ where
 }
 
 /// A body that holds back the piece which exceeds the limit until the rest has arrived.
-struct Patient<B> {
+struct LengthLimitedBody<B> {
     inner: B,
     seen: usize,
     limit: usize,
@@ -261,7 +262,7 @@ struct Patient<B> {
     ended: bool,
 }
 
-impl<B> Patient<B> {
+impl<B> LengthLimitedBody<B> {
     fn new(inner: B, limit: usize, patience: usize) -> Self {
         Self { inner, seen: 0, limit, patience, excess: None, ended: false }
     }
@@ -273,7 +274,7 @@ impl<B> Patient<B> {
     }
 }
 
-impl<B> HttpBody for Patient<B>
+impl<B> HttpBody for LengthLimitedBody<B>
 where
     B: HttpBody<Data = Bytes> + Unpin,
 {
@@ -345,7 +346,7 @@ mod tests {
             counter.fetch_add(1, Ordering::Relaxed);
             Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"0123456789")))
         });
-        let body = Patient::new(StreamBody::new(source), 25, patience);
+        let body = LengthLimitedBody::new(StreamBody::new(source), 25, patience);
         let result = Limited::new(body, 25).collect().await;
         let result = match result {
             Ok(whole) => Ok(whole.to_bytes().len()),

@@ -13,10 +13,10 @@ use super::ServeOptions;
 use super::options::IsHealthy;
 
 /// The interval at which the health is checked for the clients that watch it.
-const LOOK: Duration = Duration::from_secs(1);
+const HEALTH_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Adds `grpc.health.v1.Health` and both versions of `grpc.reflection` to the caller's services.
-pub(super) fn install(router: Router, health: LiveChecker) -> Result<Router, ReflectionError> {
+pub(super) fn install(router: Router, health: LiveHealthChecker) -> Result<Router, ReflectionError> {
     let health = Arc::new(HealthService::new(health));
     let router =
         connectrpc_health::apply_request_limits(health.register(router), connectrpc_health::request_limits());
@@ -27,7 +27,7 @@ pub(super) fn install(router: Router, health: LiveChecker) -> Result<Router, Ref
 /// Answers the gRPC health service with the state that the health page shows, until the server
 /// ends.
 #[derive(Clone)]
-pub(super) struct LiveChecker {
+pub(super) struct LiveHealthChecker {
     known: Arc<StaticChecker>,
     is_healthy: Option<IsHealthy>,
     /// True once the server ends. The lock is held while the health is set, so that a late check
@@ -35,7 +35,7 @@ pub(super) struct LiveChecker {
     ended: Arc<Mutex<bool>>,
 }
 
-impl LiveChecker {
+impl LiveHealthChecker {
     pub(super) fn new(options: &ServeOptions) -> Self {
         Self {
             known: Arc::clone(&options.health),
@@ -51,15 +51,16 @@ impl LiveChecker {
         self.known.shutdown();
     }
 
-    /// Checks the health at every [`LOOK`], so that clients that watch it receive a change.
-    pub(super) async fn look_forever(self) {
+    /// Checks the health at every [`HEALTH_CHECK_INTERVAL`], so that clients that watch it receive
+    /// a change.
+    pub(super) async fn poll_forever(self) {
         loop {
-            self.look();
-            time::sleep(LOOK).await;
+            self.poll_once();
+            time::sleep(HEALTH_CHECK_INTERVAL).await;
         }
     }
 
-    fn look(&self) {
+    fn poll_once(&self) {
         let Some(is_healthy) = &self.is_healthy else { return };
         let status = if is_healthy() { Status::Serving } else { Status::NotServing };
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
@@ -74,14 +75,14 @@ impl LiveChecker {
     }
 }
 
-impl Checker for LiveChecker {
+impl Checker for LiveHealthChecker {
     async fn check(&self, service: &str) -> Result<Status, ConnectError> {
-        self.look();
+        self.poll_once();
         self.known.check(service).await
     }
 
     async fn watch(&self, service: &str) -> Result<StatusStream, ConnectError> {
-        self.look();
+        self.poll_once();
         self.known.watch(service).await
     }
 }
@@ -93,7 +94,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_ends_does_not_serve_however_healthy_it_is() {
         let options = ServeOptions { is_healthy: Some(Arc::new(|| true)), ..ServeOptions::default() };
-        let live = LiveChecker::new(&options);
+        let live = LiveHealthChecker::new(&options);
         assert_eq!(live.check("").await.unwrap(), Status::Serving);
         live.end();
         for service in ["", VM_SERVICE_SERVICE_NAME] {

@@ -3,7 +3,7 @@
 //! ```text
 //!   accepted ──first bytes──► serving ──drain, eviction, idle──► closing ──► closed
 //!      │                         │                                  │
-//!      └── header_timeout        ├── header_timeout (HTTP/1.1)      └── cut after LEAVING
+//!      └── header_timeout        ├── header_timeout (HTTP/1.1)      └── cut after CLOSE_TIMEOUT
 //!                                ├── idle_timeout                       or drain_timeout
 //!                                └── no answer to a ping (HTTP/2)
 //! ```
@@ -34,37 +34,37 @@ use tower::ServiceExt as _;
 use vmm_host::descriptors;
 
 use super::ServeOptions;
-use super::activity::{Activity, Patience, Watched};
-use super::admission::Admission;
-use super::body::Bodies;
-use super::vital::{self, Scarcity};
+use super::activity::{ConnectionActivity, IdleTimeouts, WatchedStream};
+use super::admission::ConnectionAdmission;
+use super::body::BodyLimits;
+use super::vital::{self, ScarceResource};
 
 /// The first bytes that every HTTP/2 client sends.
 const H2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// The interval between two looks at a preface that arrived in pieces, which hardly ever happens.
-const PREFACE_PAUSE: Duration = Duration::from_millis(10);
+const PREFACE_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The pause after the kernel refused a connection, usually for want of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// The longest time from the start of a graceful close to the cut, when a connection is closed for
 /// idleness or makes room.
-const LEAVING: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The number of connections without a place that are served at once.
 const LAST_RESORT: usize = 32;
 
 /// The timeouts of a connection of last resort. They are short because a forced call is answered
 /// within 5 s.
-const LAST_RESORT_PATIENCE: Patience =
-    Patience { header: Duration::from_secs(2), idle: Duration::from_secs(2), once: true };
-const LAST_RESORT_TIME: Duration = Duration::from_secs(10);
+const LAST_RESORT_PATIENCE: IdleTimeouts =
+    IdleTimeouts { header: Duration::from_secs(2), idle: Duration::from_secs(2), once: true };
+const LAST_RESORT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The TCP keep-alive settings: the silence before the first probe, the interval between probes,
 /// and the number of unanswered probes after which the kernel closes the connection.
-const PEER_SILENT: Duration = Duration::from_secs(60);
-const PEER_ASKED: Duration = Duration::from_secs(20);
+const TCP_KEEPALIVE_DELAY: Duration = Duration::from_secs(60);
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const PEER_TRIES: u32 = 3;
 
 /// Serves connections until `shutdown` resolves. The connections that are open then may finish
@@ -76,7 +76,7 @@ pub(super) async fn run(
     draining: watch::Receiver<bool>,
     shutdown: impl Future<Output = ()> + Send,
 ) {
-    let server = Arc::new(Server::new(app, options, draining));
+    let server = Arc::new(ServerState::new(app, options, draining));
     let last_resort = Arc::new(Semaphore::new(LAST_RESORT));
     let mut connections = JoinSet::new();
     let mut shutdown = pin!(shutdown);
@@ -96,12 +96,12 @@ pub(super) async fn run(
     // The listener closes before the wait, so that a new client is refused at once instead of
     // waiting in the backlog of a server that will not accept it.
     drop(listener);
-    finish(connections, options.drain_timeout).await;
+    wait_or_cut(connections, options.drain_timeout).await;
 }
 
 /// Waits for the connections to end by themselves, and cuts those that are still open after
 /// `timeout`.
-async fn finish(mut connections: JoinSet<()>, timeout: Duration) {
+async fn wait_or_cut(mut connections: JoinSet<()>, timeout: Duration) {
     let all_ended = async {
         while let Some(ended) = connections.join_next().await {
             report(ended);
@@ -140,35 +140,35 @@ async fn accept(
             Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted; the daemon tries again");
-                time::sleep(ACCEPT_PAUSE).await;
+                time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
     }
 }
 
 /// The state that all connections share.
-struct Server {
+struct ServerState {
     app: axum::Router,
     http: auto::Builder<TokioExecutor>,
     draining: watch::Receiver<bool>,
-    admission: Arc<Admission>,
-    patience: Patience,
-    bodies: Bodies,
+    admission: Arc<ConnectionAdmission>,
+    patience: IdleTimeouts,
+    bodies: BodyLimits,
     requests: Arc<Semaphore>,
 }
 
 /// The facts about one connection that its requests need.
-struct Connection {
+struct ConnectionFacts {
     peer: SocketAddr,
-    activity: Arc<Activity>,
+    activity: Arc<ConnectionActivity>,
     is_last_resort: bool,
 }
 
-impl Server {
+impl ServerState {
     fn new(app: axum::Router, options: &ServeOptions, draining: watch::Receiver<bool>) -> Self {
         let mut http = auto::Builder::new(TokioExecutor::new());
         // The HTTP/1.1 timer of the library is off, because it has one duration for an idle
-        // connection and for a slow head. `Activity` distinguishes the two.
+        // connection and for a slow head. `ConnectionActivity` distinguishes the two.
         http.http1().timer(TokioTimer::new()).header_read_timeout(None);
         http.http2()
             .timer(TokioTimer::new())
@@ -179,9 +179,13 @@ impl Server {
             app,
             http,
             draining,
-            admission: Admission::new(options.max_connections, options.max_connections_per_peer),
-            patience: Patience { header: options.header_timeout, idle: options.idle_timeout, once: false },
-            bodies: Bodies::new(options),
+            admission: ConnectionAdmission::new(options.max_connections, options.max_connections_per_peer),
+            patience: IdleTimeouts {
+                header: options.header_timeout,
+                idle: options.idle_timeout,
+                once: false,
+            },
+            bodies: BodyLimits::new(options),
             requests: Arc::new(Semaphore::new(options.max_requests)),
         }
     }
@@ -193,28 +197,28 @@ impl Server {
         peer: SocketAddr,
         permit: Option<OwnedSemaphorePermit>,
     ) {
-        let _descriptor = descriptors::Client::new();
-        let activity = Activity::new();
+        let _descriptor = descriptors::CountedClient::new();
+        let activity = ConnectionActivity::new();
         // A connection with a place returns its permit at once, because the permits are for
         // connections without one. A connection without a place keeps its permit to its end. Its
         // own timeouts are short, and LAST_RESORT_TIME bounds it as a whole, because a peer that
         // sends a body slowly could otherwise hold one of the few permits for long.
         if let Some(_place) = self.admission.admit(peer, &activity) {
             drop(permit);
-            let connection = Connection { peer, activity, is_last_resort: false };
-            return self.talk(stream, &connection, self.patience).await;
+            let connection = ConnectionFacts { peer, activity, is_last_resort: false };
+            return self.serve_http(stream, &connection, self.patience).await;
         }
         tracing::debug!(%peer, "no connection is free; this one gets one answer");
-        let connection = Connection { peer, activity, is_last_resort: true };
-        let talk = self.talk(stream, &connection, LAST_RESORT_PATIENCE);
-        if time::timeout(LAST_RESORT_TIME, talk).await.is_err() {
+        let connection = ConnectionFacts { peer, activity, is_last_resort: true };
+        let talk = self.serve_http(stream, &connection, LAST_RESORT_PATIENCE);
+        if time::timeout(LAST_RESORT_TIMEOUT, talk).await.is_err() {
             tracing::debug!(%peer, "the connection was cut, because its one answer took too long");
         }
     }
 
     /// Speaks HTTP on a connection until it ends. Errors are logged at level DEBUG only, because
     /// the peer causes them.
-    async fn talk(&self, stream: TcpStream, connection: &Connection, patience: Patience) {
+    async fn serve_http(&self, stream: TcpStream, connection: &ConnectionFacts, patience: IdleTimeouts) {
         let peer = connection.peer;
         let mut draining = self.draining.clone();
         // Until the first bytes have come there is no HTTP connection that could be closed
@@ -233,19 +237,19 @@ impl Server {
                 return tracing::debug!(%peer, "the connection was closed, because it sent no request in time");
             }
         };
-        if let Err(error) = tune(&stream) {
+        if let Err(error) = set_socket_options(&stream) {
             tracing::debug!(%peer, %error, "the options of a socket could not be set");
         }
         // Only the bytes of HTTP/1.1 show when a head begins, because the bytes of HTTP/2 may
-        // belong to any stream or to a ping. So `Activity` sees none of HTTP/2.
-        let heads = (http == Http::One).then(|| Arc::clone(&connection.activity));
-        let stream = TokioIo::new(Watched::new(stream, heads));
+        // belong to any stream or to a ping. So `ConnectionActivity` sees none of HTTP/2.
+        let heads = (http == HttpVersion::One).then(|| Arc::clone(&connection.activity));
+        let stream = TokioIo::new(WatchedStream::new(stream, heads));
         let service = service_fn(|request| self.answer(request, connection));
         let mut talk = pin!(self.http.serve_connection(stream, service));
         // Five events can come, in any order. (1) The connection ends by itself: nothing is left to
         // do. (2) The server drains: the library is asked once to take no further request, and the
-        // loop goes on, because requests under way may finish; `finish` cuts the connection at the
-        // drain timeout. (3) The activity changed: the loop computes the deadline anew. (4) The
+        // loop goes on, because requests under way may finish; `wait_or_cut` cuts the connection at
+        // the drain timeout. (3) The activity changed: the loop computes the deadline anew. (4) The
         // deadline is reached. A request that begins sends no notice, so the deadline that this
         // turn sleeps for may be outdated, and it is computed once more before the connection is
         // closed. (5) Admission evicts this connection. `Notify` keeps a notice that comes while
@@ -265,7 +269,7 @@ impl Server {
                     talk.as_mut().graceful_shutdown();
                 }
                 () = connection.activity.changed() => {}
-                () = reached(deadline) => {
+                () = wait_until(deadline) => {
                     if connection.activity.deadline(patience).is_some_and(|deadline| deadline <= Instant::now()) {
                         tracing::debug!(%peer, "the connection was closed, because it was idle");
                         break;
@@ -281,25 +285,25 @@ impl Server {
         // A request may have begun between the decision to close and this line. It has LEAVING to
         // end. A peer that does not close its side within that time is cut off by dropping the
         // connection.
-        let _left = time::timeout(LEAVING, talk).await;
+        let _left = time::timeout(CLOSE_TIMEOUT, talk).await;
     }
 
     /// Starts the answer to one request.
     fn answer(
         &self,
         request: http::Request<Incoming>,
-        connection: &Connection,
+        connection: &ConnectionFacts,
     ) -> impl Future<Output = Result<Response, Infallible>> + Send + use<> {
         let is_vital = vital::is_vital(request.uri().path());
         // The request is counted here and not in the future below, because the future may wait
         // before its first poll and the limit must hold from the head on. A request without a
-        // permit is not refused here: it carries its `Scarcity`, and `vital::check` refuses it
-        // unless it is vital. `underway` moves into the body of the answer, so that a stream counts
-        // as a request until its last byte has been sent.
+        // permit is not refused here: it carries its `ScarceResource`, and `vital::check` refuses
+        // it unless it is vital. `underway` moves into the body of the answer, so that a stream
+        // counts as a request until its last byte has been sent.
         let permit = Arc::clone(&self.requests).try_acquire_owned().ok();
         let scarcity = match &permit {
-            _ if connection.is_last_resort => Some(Scarcity::NoPlace),
-            None => Some(Scarcity::TooManyRequests),
+            _ if connection.is_last_resort => Some(ScarceResource::NoPlace),
+            None => Some(ScarceResource::TooManyRequests),
             Some(_) => None,
         };
         let underway = connection.activity.begin(permit);
@@ -314,7 +318,7 @@ impl Server {
 }
 
 /// Waits for `deadline`, or for ever if there is none.
-async fn reached(deadline: Option<Instant>) {
+async fn wait_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => time::sleep_until(deadline).await,
         None => std::future::pending().await,
@@ -328,20 +332,20 @@ async fn drain(draining: &mut watch::Receiver<bool>) {
 }
 
 /// Sets the options of an accepted socket.
-fn tune(stream: &TcpStream) -> io::Result<()> {
+fn set_socket_options(stream: &TcpStream) -> io::Result<()> {
     // Answers are small, and without this option the kernel would hold some back for 40 ms.
     stream.set_nodelay(true)?;
     // A peer that lost its power closes nothing. HTTP/2 has pings to detect that, but a watch over
     // HTTP/1.1 has only TCP keep-alive.
-    sockopt::set_tcp_keepidle(stream, PEER_SILENT)?;
-    sockopt::set_tcp_keepintvl(stream, PEER_ASKED)?;
+    sockopt::set_tcp_keepidle(stream, TCP_KEEPALIVE_DELAY)?;
+    sockopt::set_tcp_keepintvl(stream, TCP_KEEPALIVE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(stream, PEER_TRIES)?;
     Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
 /// The versions of HTTP between which a connection's treatment differs.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Http {
+enum HttpVersion {
     One,
     Two,
 }
@@ -351,7 +355,7 @@ enum Http {
 ///
 /// The bytes are peeked at and stay in the socket for the library. The caller bounds this wait,
 /// because the library has timeouts only for what follows.
-async fn first_bytes(stream: &TcpStream) -> io::Result<Option<Http>> {
+async fn first_bytes(stream: &TcpStream) -> io::Result<Option<HttpVersion>> {
     let mut seen = [0; H2_PREFACE.len()];
     loop {
         let count = stream.peek(&mut seen).await?;
@@ -362,13 +366,13 @@ async fn first_bytes(stream: &TcpStream) -> io::Result<Option<Http>> {
         // is HTTP/2. A beginning of the preface could still become either, so more bytes are
         // needed.
         if !H2_PREFACE.starts_with(&seen[..count]) {
-            return Ok(Some(Http::One));
+            return Ok(Some(HttpVersion::One));
         }
         if count == seen.len() {
-            return Ok(Some(Http::Two));
+            return Ok(Some(HttpVersion::Two));
         }
         // `peek` returns at once as long as any byte is unread, so it cannot wait for further
         // bytes.
-        time::sleep(PREFACE_PAUSE).await;
+        time::sleep(PREFACE_POLL_INTERVAL).await;
     }
 }

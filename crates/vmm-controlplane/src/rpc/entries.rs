@@ -34,20 +34,20 @@ pub(super) fn check(
     message: &MessageDescriptor,
     bytes: &[u8],
 ) -> Result<(), ConnectError> {
-    let mut count = Count { pool, left: MAX_ENTRIES, path: Vec::new() };
+    let mut count = EntryCounter { pool, left: MAX_ENTRIES, path: Vec::new() };
     match count.message(message, bytes) {
-        Ok(()) | Err(Stop::Broken) => Ok(()),
-        Err(Stop::TooMany) => Err(invalid_argument([(count.path.join("."), too_many())])),
+        Ok(()) | Err(CountStop::Broken) => Ok(()),
+        Err(CountStop::TooMany) => Err(invalid_argument([(count.path.join("."), too_many())])),
     }
 }
 
 /// The reason for which the count ended early.
-enum Stop {
+enum CountStop {
     Broken,
     TooMany,
 }
 
-struct Count<'a> {
+struct EntryCounter<'a> {
     pool: &'a DescriptorPool,
     left: usize,
     /// The path of the field that is being counted. It keeps its value when the limit is passed, so
@@ -55,14 +55,14 @@ struct Count<'a> {
     path: Vec<&'a str>,
 }
 
-impl<'a> Count<'a> {
-    fn message(&mut self, message: &'a MessageDescriptor, bytes: &[u8]) -> Result<(), Stop> {
+impl<'a> EntryCounter<'a> {
+    fn message(&mut self, message: &'a MessageDescriptor, bytes: &[u8]) -> Result<(), CountStop> {
         // The path grows by one name for each level, so its length is the depth. It is shortened
         // only after success, so that it names the field at which the count stopped. Each byte is
         // looked at once, because a field of the message around skips the bytes of the message
         // inside.
         if self.path.len() > MAX_DEPTH {
-            return Err(Stop::Broken);
+            return Err(CountStop::Broken);
         }
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -76,7 +76,7 @@ impl<'a> Count<'a> {
             };
             if is_entry {
                 let entries = kind.map_or(1, |kind| entries_of(kind, value));
-                self.left = self.left.checked_sub(entries).ok_or(Stop::TooMany)?;
+                self.left = self.left.checked_sub(entries).ok_or(CountStop::TooMany)?;
             }
             if let (Some(SingularKind::Message(index)), Some(inner)) = (kind, value) {
                 self.message(self.pool.message(index), inner)?;
@@ -106,9 +106,9 @@ fn entries_of(kind: SingularKind, value: Option<&[u8]>) -> usize {
 ///
 /// The fields of a group count as those of the message around it, so a group cannot bypass the
 /// limit.
-fn field<'b>(rest: &mut &'b [u8]) -> Result<(u32, Option<&'b [u8]>), Stop> {
+fn field<'b>(rest: &mut &'b [u8]) -> Result<(u32, Option<&'b [u8]>), CountStop> {
     let tag = varint(rest)?;
-    let number = u32::try_from(tag >> 3).map_err(|_| Stop::Broken)?;
+    let number = u32::try_from(tag >> 3).map_err(|_| CountStop::Broken)?;
     let value = match tag & 7 {
         0 => {
             varint(rest)?;
@@ -116,32 +116,32 @@ fn field<'b>(rest: &mut &'b [u8]) -> Result<(u32, Option<&'b [u8]>), Stop> {
         }
         1 => take(rest, 8).map(|_| None)?,
         2 => {
-            let length = usize::try_from(varint(rest)?).map_err(|_| Stop::Broken)?;
+            let length = usize::try_from(varint(rest)?).map_err(|_| CountStop::Broken)?;
             Some(take(rest, length)?)
         }
         3 | 4 => None,
         5 => take(rest, 4).map(|_| None)?,
-        _ => return Err(Stop::Broken),
+        _ => return Err(CountStop::Broken),
     };
     Ok((number, value))
 }
 
-fn take<'b>(rest: &mut &'b [u8], length: usize) -> Result<&'b [u8], Stop> {
-    let (taken, left) = rest.split_at_checked(length).ok_or(Stop::Broken)?;
+fn take<'b>(rest: &mut &'b [u8], length: usize) -> Result<&'b [u8], CountStop> {
+    let (taken, left) = rest.split_at_checked(length).ok_or(CountStop::Broken)?;
     *rest = left;
     Ok(taken)
 }
 
-fn varint(rest: &mut &[u8]) -> Result<u64, Stop> {
+fn varint(rest: &mut &[u8]) -> Result<u64, CountStop> {
     let mut value = 0_u64;
     for shift in (0..64).step_by(7) {
-        let [byte] = take(rest, 1)? else { return Err(Stop::Broken) };
+        let [byte] = take(rest, 1)? else { return Err(CountStop::Broken) };
         value |= u64::from(byte & 0x7f) << shift;
         if *byte < 0x80 {
             return Ok(value);
         }
     }
-    Err(Stop::Broken)
+    Err(CountStop::Broken)
 }
 
 #[cfg(test)]

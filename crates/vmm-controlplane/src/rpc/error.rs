@@ -43,8 +43,8 @@ where
     let mut left = MAX_VIOLATIONS;
     let mut unnamed = 0_usize;
     for (field, description) in violations {
-        let field = shown(field.into(), MAX_FIELD);
-        let description = shown(description.into(), MAX_VIOLATIONS - MAX_FIELD);
+        let field = sendable_text(field.into(), MAX_FIELD);
+        let description = sendable_text(description.into(), MAX_VIOLATIONS - MAX_FIELD);
         let line = format!("{field}: {description}");
         let length = wire_length(&line) + PER_VIOLATION;
         if unnamed > 0 || (length > left && !lines.is_empty()) {
@@ -66,16 +66,16 @@ where
 ///
 /// An error with details is not cut, because only [`invalid_argument`] makes such errors and it
 /// bounds their length.
-pub(super) fn fit(mut error: ConnectError) -> ConnectError {
+pub(super) fn cut_to_trailer_limit(mut error: ConnectError) -> ConnectError {
     if error.details.is_empty() {
-        error.message = error.message.map(|text| shown(text, MAX_TEXT));
+        error.message = error.message.map(|text| sendable_text(text, MAX_TEXT));
     }
     error
 }
 
 /// Makes a text that may quote the request or a VMM safe to send. The text is cut where its
 /// [`wire_length`] exceeds `most` bytes, and control characters are replaced.
-pub(crate) fn shown(text: String, most: usize) -> String {
+pub(crate) fn sendable_text(text: String, most: usize) -> String {
     if wire_length(&text) <= most && !text.contains(char::is_control) {
         return text;
     }
@@ -157,7 +157,7 @@ mod tests {
         for letter in ["a", "ä", "%", "\n", "\u{1f600}"] {
             let long = || letter.repeat(20_000);
             errors.push(invalid_argument([(long(), long()), ("b".to_owned(), "c".to_owned())]));
-            errors.push(fit(ConnectError::failed_precondition(long())));
+            errors.push(cut_to_trailer_limit(ConnectError::failed_precondition(long())));
         }
         for error in errors {
             let message = error.message.as_deref().unwrap();

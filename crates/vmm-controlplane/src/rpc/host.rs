@@ -17,7 +17,7 @@ use http::Version;
 use http::header::HOST;
 use http::uri::Authority;
 
-use super::{outcome, vital};
+use super::{failure_log, vital};
 
 /// The names that the server answers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +91,7 @@ pub(super) async fn check(State(policy): State<Arc<HostPolicy>>, request: Reques
         return next.run(request).await;
     }
     let Some(objection) = policy.objection(&request) else { return next.run(request).await };
-    outcome::refuse(request, ConnectError::permission_denied(objection)).await
+    failure_log::refuse(request, ConnectError::permission_denied(objection)).await
 }
 
 #[cfg(test)]

@@ -14,12 +14,12 @@
 //!      ├───── request_id.rs   X-Request-Id in and out, traceparent, one tracing span per request
 //!      ├───── host.rs         the Host check against DNS rebinding
 //!      ├───── vital.rs        without room only health and force are served
-//!      ├───── outcome.rs      one log line for each failure, and errors that fit into trailers
+//!      ├───── failure_log.rs  one log line for each failure, and errors that fit into trailers
 //!      ▼
 //!   paths.rs ── /_/health …  ─────────────► the caller's pages
 //!      │    └── /cloudhypervisor.v1.… , unknown path, wrong verb or Content-Type ──► an error
 //!      ▼
-//!   connectrpc ── guard.rs    panics → INTERNAL, streams end at shutdown,
+//!   connectrpc ── interceptors.rs  panics → INTERNAL, streams end at shutdown,
 //!      │                      Authorization and Idempotency-Key are refused
 //!      │
 //!      │    entries.rs       refuses requests with too many entries
@@ -37,10 +37,10 @@ mod builtin;
 mod connection;
 pub(crate) mod entries;
 pub mod error;
-mod guard;
+mod failure_log;
 mod host;
+mod interceptors;
 mod options;
-mod outcome;
 mod paths;
 mod request_id;
 pub(crate) mod strict_json;
@@ -94,18 +94,21 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
     let (drain, draining) = watch::channel(false);
-    let live = builtin::LiveChecker::new(&options);
+    let live = builtin::LiveHealthChecker::new(&options);
     let router = builtin::install(router, live.clone())?;
     let rpc = rpc_service(router, &options, draining.clone())?;
     // A layer that is added later is further outside. So each request first gets its id and log
     // span, then the guard against panics, then the Host check, and then the check for vital
     // requests. Every refusal therefore carries the id and is logged with it.
     let app = http
-        .fallback_service(paths::Dispatch::new(rpc))
+        .fallback_service(paths::Router::new(rpc))
         .layer(axum::middleware::from_fn(vital::check))
         .layer(axum::middleware::from_fn_with_state(Arc::new(options.host_policy.clone()), host::check))
-        .layer(CatchPanicLayer::custom(guard::page_panicked))
-        .layer(axum::middleware::from_fn_with_state(outcome::Lines::default(), request_id::attach));
+        .layer(CatchPanicLayer::custom(interceptors::page_panicked))
+        .layer(axum::middleware::from_fn_with_state(
+            failure_log::FailureCounts::default(),
+            request_id::attach,
+        ));
 
     let ending = live.clone();
     let shutdown = async move {
@@ -117,7 +120,7 @@ pub async fn serve(
     };
     tokio::select! {
         () = connection::run(listener, app, &options, draining, shutdown) => {}
-        () = live.look_forever() => {}
+        () = live.poll_forever() => {}
     }
     Ok(())
 }
@@ -128,7 +131,7 @@ fn rpc_service(
     options: &ServeOptions,
     draining: watch::Receiver<bool>,
 ) -> Result<ConnectRpcService, ServeError> {
-    let strict_json = strict_json::StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET)?;
+    let strict_json = strict_json::JsonShapeInterceptor::new(vmm_proto::FILE_DESCRIPTOR_SET)?;
     let limits = Limits::default()
         .with_max_message_size(options.max_message_bytes)
         .with_max_request_body_size(options.max_body_bytes());
@@ -139,10 +142,10 @@ fn rpc_service(
     Ok(ConnectRpcService::new(router)
         .with_limits(limits)
         .with_deadline_policy(deadlines)
-        .with_interceptor(guard::CatchPanics)
-        .with_interceptor(guard::EndStreams::new(draining))
-        .with_interceptor(outcome::ReportErrors)
-        .with_interceptor(guard::Refuse::CREDENTIALS)
-        .with_interceptor(guard::Refuse::IDEMPOTENCY_KEY)
+        .with_interceptor(interceptors::PanicInterceptor)
+        .with_interceptor(interceptors::DrainInterceptor::new(draining))
+        .with_interceptor(failure_log::ErrorInterceptor)
+        .with_interceptor(interceptors::RefusalInterceptor::CREDENTIALS)
+        .with_interceptor(interceptors::RefusalInterceptor::IDEMPOTENCY_KEY)
         .with_interceptor(strict_json))
 }

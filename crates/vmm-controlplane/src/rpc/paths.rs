@@ -13,8 +13,8 @@ use http::{HeaderName, HeaderValue, Method, StatusCode};
 use tower::Service;
 use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
-use super::body::{self, Reading};
-use super::outcome::{self, Outcome};
+use super::body::{self, BodyReading};
+use super::failure_log::{self, FailureLog};
 
 /// The service of the predecessor, which knew only Cloud Hypervisor. The methods there have the
 /// same names as here.
@@ -24,23 +24,23 @@ const ACCEPT_POST: HeaderName = HeaderName::from_static("accept-post");
 
 /// Passes calls to the RPC services, and answers everything else with an error and advice.
 #[derive(Clone)]
-pub(super) struct Dispatch {
+pub(super) struct Router {
     rpc: ConnectRpcService,
 }
 
-impl Dispatch {
+impl Router {
     pub(super) fn new(rpc: ConnectRpcService) -> Self {
         Self { rpc }
     }
 
     /// Returns the error about a request's path, verb or content type, before any of its body is
     /// read.
-    fn objection(&self, request: &Request) -> Option<Refusal> {
+    fn objection(&self, request: &Request) -> Option<PreparedRefusal> {
         let path = request.uri().path().trim_start_matches('/');
         // The path is checked first, then the verb, then the content type, because each check needs
         // the result of the one before: the verbs and content types that fit depend on the method.
         let Some(method) = self.rpc.dispatcher().lookup(path) else {
-            return Some(self.nowhere(path));
+            return Some(self.unknown_path(path));
         };
         let unary = method.kind == MethodKind::Unary;
         let readable = unary && method.idempotent;
@@ -53,7 +53,7 @@ impl Dispatch {
 
     /// Returns the error about a path that leads nowhere. The error names the cause: the
     /// predecessor's name, an unknown method, or the whole path.
-    fn nowhere(&self, path: &str) -> Refusal {
+    fn unknown_path(&self, path: &str) -> PreparedRefusal {
         let (service, method) = path.split_once('/').unwrap_or((path, ""));
         let mut methods: Vec<&str> = self
             .rpc
@@ -76,15 +76,15 @@ impl Dispatch {
     }
 }
 
-fn wrong_verb(verb: &Method, path: &str, readable: bool) -> Refusal {
+fn wrong_verb(verb: &Method, path: &str, readable: bool) -> PreparedRefusal {
     let allowed = if readable { "GET, POST" } else { "POST" };
     let error =
         ConnectError::method_not_allowed(format!("/{path} is called with {allowed}, not with {verb}"));
-    Refusal { error, header: Some((ALLOW, HeaderValue::from_static(allowed))) }
+    PreparedRefusal { error, header: Some((ALLOW, HeaderValue::from_static(allowed))) }
 }
 
 /// Refuses a GET without a message, as a browser sends when somebody types the path.
-fn no_message(request: &Request, path: &str) -> Option<Refusal> {
+fn no_message(request: &Request, path: &str) -> Option<PreparedRefusal> {
     let query = request.uri().query().unwrap_or_default();
     let has = |name: &str| query.split('&').any(|part| part.split('=').next() == Some(name));
     if has("message") && has("encoding") {
@@ -98,7 +98,7 @@ fn no_message(request: &Request, path: &str) -> Option<Refusal> {
 }
 
 /// Refuses a Content-Type that belongs to no protocol, or that does not fit the kind of method.
-fn wrong_content_type(request: &Request, path: &str, unary: bool) -> Option<Refusal> {
+fn wrong_content_type(request: &Request, path: &str, unary: bool) -> Option<PreparedRefusal> {
     let given = request.headers().get(CONTENT_TYPE).map(HeaderValue::to_str);
     let given = match given {
         None => "",
@@ -119,30 +119,30 @@ fn wrong_content_type(request: &Request, path: &str, unary: bool) -> Option<Refu
     let error = ConnectError::unsupported_media_type(format!(
         "/{path} {what}: its Content-Type is one of {expected} (or gRPC's), not {given:?}"
     ));
-    Some(Refusal { error, header: Some((ACCEPT_POST, HeaderValue::from_static(expected))) })
+    Some(PreparedRefusal { error, header: Some((ACCEPT_POST, HeaderValue::from_static(expected))) })
 }
 
 /// An answer that is ready before the call is made.
-struct Refusal {
+struct PreparedRefusal {
     error: ConnectError,
     header: Option<(HeaderName, HeaderValue)>,
 }
 
-impl From<ConnectError> for Refusal {
+impl From<ConnectError> for PreparedRefusal {
     fn from(error: ConnectError) -> Self {
         Self { error, header: None }
     }
 }
 
-impl Refusal {
+impl PreparedRefusal {
     async fn answer(self, request: Request) -> Response {
-        let outcome = request.extensions().get::<Outcome>().cloned();
-        let mut headers = body::finish(request).await;
+        let outcome = request.extensions().get::<FailureLog>().cloned();
+        let mut headers = body::discard_rest(request).await;
         if self.error.http_status() == StatusCode::UNSUPPORTED_MEDIA_TYPE {
             // The Content-Type is wrong, so it must not decide the framing of the answer.
             headers.remove(CONTENT_TYPE);
         }
-        let mut response = outcome::answer(outcome.as_ref(), &headers, self.error);
+        let mut response = failure_log::answer(outcome.as_ref(), &headers, self.error);
         if let Some((name, value)) = self.header {
             response.headers_mut().insert(name, value);
         }
@@ -150,7 +150,7 @@ impl Refusal {
     }
 }
 
-impl Service<Request> for Dispatch {
+impl Service<Request> for Router {
     type Response = Response;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Response, Infallible>>;
@@ -163,22 +163,22 @@ impl Service<Request> for Dispatch {
         if let Some(refusal) = self.objection(&request) {
             return Box::pin(async move { Ok(refusal.answer(request).await) });
         }
-        let reading = request.extensions().get::<Reading>().cloned().unwrap_or_default();
-        let outcome = request.extensions().get::<Outcome>().cloned();
+        let reading = request.extensions().get::<BodyReading>().cloned().unwrap_or_default();
+        let outcome = request.extensions().get::<FailureLog>().cloned();
         let headers = request.headers().clone();
         let call = self.rpc.call(request);
         Box::pin(async move {
             // Three kinds of answers arrive here. If the body was given up, the reason is in
-            // `Reading`. If no interceptor saw the call, the library refused it by itself and
+            // `BodyReading`. If no interceptor saw the call, the library refused it by itself and
             // nobody has logged that yet. Any other answer comes from a handler, and the
             // interceptors have logged its error.
             let response = call.await?.map(Body::new);
             Ok(match (reading.fault(), outcome) {
                 // The library reports every broken body as an internal error, so its answer is
                 // replaced.
-                (Some(fault), outcome) => outcome::answer(outcome.as_ref(), &headers, fault),
+                (Some(fault), outcome) => failure_log::answer(outcome.as_ref(), &headers, fault),
                 (None, Some(outcome)) if !outcome.is_reached() => {
-                    outcome::unreached(&outcome, response).await
+                    failure_log::unreached(&outcome, response).await
                 }
                 (None, _) => response,
             })

@@ -13,7 +13,7 @@ use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
 use vmm_core::caller::Caller;
 
-use super::outcome::{Lines, Outcome};
+use super::failure_log::{FailureCounts, FailureLog};
 use super::trace_context::TraceParent;
 
 const HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -70,7 +70,7 @@ pub fn record_vm_id(ctx: &RequestContext, vm_id: &str) {
 }
 
 /// Adds the id and the span to a request, and the id to the answer.
-pub(super) async fn attach(State(lines): State<Lines>, mut request: Request, next: Next) -> Response {
+pub(super) async fn attach(State(lines): State<FailureCounts>, mut request: Request, next: Next) -> Response {
     let id = RequestId::of(&request);
     let trace = TraceParent::of(request.headers());
     // The actor is the caller of the audit trail. The keys without a value are recorded when they
@@ -91,7 +91,7 @@ pub(super) async fn attach(State(lines): State<Lines>, mut request: Request, nex
     );
     request.extensions_mut().insert(id.clone());
     request.extensions_mut().insert(RequestSpan(span.clone()));
-    request.extensions_mut().insert(Outcome::new(&lines, span.clone()));
+    request.extensions_mut().insert(FailureLog::new(&lines, span.clone()));
     let mut response = next.run(request).instrument(span).await;
     // The value is always valid, because a client's id arrived as a header and a UUID is plain
     // ASCII.

@@ -24,20 +24,20 @@ use serde::de::{
 
 use super::entries::{self, MAX_ENTRIES};
 use super::error::invalid_argument;
-use super::values::{Value, cut};
+use super::values::{PlainType, shortened};
 
 /// The most violations that are kept, which is far more than an answer has room for.
 const MAX_VIOLATIONS: usize = 1000;
 
 /// Refuses requests whose shape is not that of the method's request message, or that have too many
 /// entries.
-pub(crate) struct StrictJson {
+pub(crate) struct JsonShapeInterceptor {
     pool: DescriptorPool,
     /// The names of the request messages by procedure, such as `/vmm.v1.VmService/CreateVm`.
     requests: HashMap<String, String>,
 }
 
-impl StrictJson {
+impl JsonShapeInterceptor {
     /// Reads the shapes of the messages from a wire-format `FileDescriptorSet`.
     pub(crate) fn new(descriptor_set: &[u8]) -> Result<Self, PoolError> {
         let pool = DescriptorPool::decode(descriptor_set)?;
@@ -69,8 +69,8 @@ fn check_json(pool: &DescriptorPool, message: &MessageDescriptor, json: &[u8]) -
     if json.iter().all(u8::is_ascii_whitespace) {
         return Err(invalid_argument([("request", "the body is empty: send a JSON object, at least {}")]));
     }
-    let mut report = Report { path: String::new(), violations: Vec::new(), entries: 0 };
-    let shape = Shape { pool, expected: Expected::Message(message), report: &mut report };
+    let mut report = ShapeReport { path: String::new(), violations: Vec::new(), entries: 0 };
+    let shape = ShapeStep { pool, expected: ExpectedKind::Message(message), report: &mut report };
     // The result is ignored because an error means one of two things. The text is not JSON: then
     // the decoder refuses it later, unless a violation was found before the error. Or there are too
     // many entries: then the walk has added that violation itself.
@@ -79,7 +79,7 @@ fn check_json(pool: &DescriptorPool, message: &MessageDescriptor, json: &[u8]) -
 }
 
 #[async_trait]
-impl Interceptor for StrictJson {
+impl Interceptor for JsonShapeInterceptor {
     async fn intercept_unary(
         &self,
         req: UnaryRequest,
@@ -107,14 +107,14 @@ impl Interceptor for StrictJson {
 }
 
 /// The place where the walk is, and the violations found so far.
-struct Report {
+struct ShapeReport {
     path: String,
     violations: Vec<(String, String)>,
     /// The number of entries of all lists and maps so far.
     entries: usize,
 }
 
-impl Report {
+impl ShapeReport {
     fn add(&mut self, violation: String) {
         if self.violations.len() < MAX_VIOLATIONS {
             let field = if self.path.is_empty() { "request" } else { &self.path };
@@ -151,26 +151,26 @@ impl Report {
 
 /// The kind of value that the `.proto` defines for a place.
 #[derive(Clone, Copy)]
-enum Expected<'a> {
+enum ExpectedKind<'a> {
     Message(&'a MessageDescriptor),
     List(SingularKind),
     Map(SingularKind),
-    Value(Value<'a>),
+    Value(PlainType<'a>),
     /// Any value: the place is below an unknown field.
     Anything,
 }
 
-impl<'a> Expected<'a> {
+impl<'a> ExpectedKind<'a> {
     fn one(pool: &'a DescriptorPool, kind: SingularKind) -> Self {
         match kind {
             SingularKind::Message(index) => Self::Message(pool.message(index)),
-            SingularKind::Scalar(scalar) => Self::Value(Value::Scalar(scalar)),
-            SingularKind::Enum(index) => Self::Value(Value::Enum(pool.enumeration(index))),
+            SingularKind::Scalar(scalar) => Self::Value(PlainType::Scalar(scalar)),
+            SingularKind::Enum(index) => Self::Value(PlainType::Enum(pool.enumeration(index))),
         }
     }
 
     /// Describes the expected value, for a violation at a place where another kind of value stands.
-    fn wanted(self) -> String {
+    fn description(self) -> String {
         match self {
             Self::Message(_) | Self::Map(_) => "an object is expected: write { … }".to_owned(),
             Self::List(_) => "a list is expected: write [ … ]".to_owned(),
@@ -193,13 +193,13 @@ impl<'a> Expected<'a> {
 /// `serde_json` calls the visitor method that fits the value in the text. Each method adds
 /// violations to the report and returns `Ok`, so that the walk goes on and finds the other
 /// violations. It returns `Err` only for a syntax error and for too many entries.
-struct Shape<'a, 'r> {
+struct ShapeStep<'a, 'r> {
     pool: &'a DescriptorPool,
-    expected: Expected<'a>,
-    report: &'r mut Report,
+    expected: ExpectedKind<'a>,
+    report: &'r mut ShapeReport,
 }
 
-impl<'de> DeserializeSeed<'de> for Shape<'_, '_> {
+impl<'de> DeserializeSeed<'de> for ShapeStep<'_, '_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
@@ -207,7 +207,7 @@ impl<'de> DeserializeSeed<'de> for Shape<'_, '_> {
     }
 }
 
-impl<'de> Visitor<'de> for Shape<'_, '_> {
+impl<'de> Visitor<'de> for ShapeStep<'_, '_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -217,12 +217,12 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
         // An object in a wrong place is one violation. Its members are still read, because the text
         // behind it must be walked too, but `member` checks nothing in them.
-        if matches!(self.expected, Expected::List(_) | Expected::Value(_)) {
-            self.report.add(format!("is an object where {}", self.expected.wanted()));
+        if matches!(self.expected, ExpectedKind::List(_) | ExpectedKind::Value(_)) {
+            self.report.add(format!("is an object where {}", self.expected.description()));
         }
         let mut seen = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
-            if matches!(self.expected, Expected::Map(_)) {
+            if matches!(self.expected, ExpectedKind::Map(_)) {
                 self.report.count()?;
             }
             self.refuse_repetition(&key, &mut seen);
@@ -232,9 +232,9 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        let Expected::List(kind) = self.expected else {
-            if !matches!(self.expected, Expected::Anything) {
-                self.report.add(format!("is a list where {}", self.expected.wanted()));
+        let ExpectedKind::List(kind) = self.expected else {
+            if !matches!(self.expected, ExpectedKind::Anything) {
+                self.report.add(format!("is a list where {}", self.expected.description()));
             }
             while list.next_element::<IgnoredAny>()?.is_some() {}
             return Ok(());
@@ -242,11 +242,11 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
         // The end of a list is known only after an attempt to read the next element. So an element
         // is counted after it was walked, and the violation of the limit stands at the list's own
         // path.
-        let expected = Expected::one(self.pool, kind);
+        let expected = ExpectedKind::one(self.pool, kind);
         let Self { pool, report, .. } = self;
         for index in 0_usize.. {
             let seen = report.within(&format!("[{index}]"), |report| {
-                list.next_element_seed(Shape { pool, expected, report })
+                list.next_element_seed(ShapeStep { pool, expected, report })
             })?;
             if seen.is_none() {
                 break;
@@ -283,17 +283,17 @@ impl<'de> Visitor<'de> for Shape<'_, '_> {
     }
 }
 
-impl Shape<'_, '_> {
+impl ShapeStep<'_, '_> {
     /// Checks a number, a text or a truth value. `given` is the value as the client spelt it.
     fn value<'de>(self, given: &dyn fmt::Display, json: impl Deserializer<'de, Error = de::value::Error>) {
         match self.expected {
-            Expected::Anything => {}
-            Expected::Value(value) => {
+            ExpectedKind::Anything => {}
+            ExpectedKind::Value(value) => {
                 if let Some(objection) = value.objection(given, json) {
                     self.report.add(objection);
                 }
             }
-            other => self.report.add(format!("is {} where {}", cut(given), other.wanted())),
+            other => self.report.add(format!("is {} where {}", shortened(given), other.description())),
         }
     }
 
@@ -301,12 +301,12 @@ impl Shape<'_, '_> {
     /// as `vm_id` and `vmId`, count as one key.
     fn refuse_repetition(&mut self, key: &str, seen: &mut HashSet<String>) {
         let name = match self.expected {
-            Expected::Map(_) => key,
-            Expected::Message(message) => match message.field_by_name(key) {
+            ExpectedKind::Map(_) => key,
+            ExpectedKind::Message(message) => match message.field_by_name(key) {
                 Some(field) => field.name(),
                 None => return,
             },
-            Expected::List(_) | Expected::Value(_) | Expected::Anything => return,
+            ExpectedKind::List(_) | ExpectedKind::Value(_) | ExpectedKind::Anything => return,
         };
         if !seen.insert(name.to_owned()) {
             self.report.within(name, |report| report.add("is given twice; leave one out".to_owned()));
@@ -321,25 +321,25 @@ impl Shape<'_, '_> {
         // are walked under their keys.
         let Self { pool, expected, report } = self;
         let expected = match *expected {
-            Expected::Map(kind) => Expected::one(pool, kind),
-            Expected::Message(message) => match message.field_by_name(key) {
+            ExpectedKind::Map(kind) => ExpectedKind::one(pool, kind),
+            ExpectedKind::Message(message) => match message.field_by_name(key) {
                 Some(field) => {
-                    let expected = Expected::field(pool, field.kind());
+                    let expected = ExpectedKind::field(pool, field.kind());
                     return report.within(field.name(), |report| {
-                        map.next_value_seed(Shape { pool, expected, report })
+                        map.next_value_seed(ShapeStep { pool, expected, report })
                     });
                 }
                 None => {
                     report.within(key, |report| report.add(unknown_field(key, message)));
-                    Expected::Anything
+                    ExpectedKind::Anything
                 }
             },
-            Expected::List(_) | Expected::Value(_) | Expected::Anything => Expected::Anything,
+            ExpectedKind::List(_) | ExpectedKind::Value(_) | ExpectedKind::Anything => ExpectedKind::Anything,
         };
-        if matches!(expected, Expected::Anything) {
+        if matches!(expected, ExpectedKind::Anything) {
             return map.next_value::<IgnoredAny>().map(|_| ());
         }
-        report.within(key, |report| map.next_value_seed(Shape { pool, expected, report }))
+        report.within(key, |report| map.next_value_seed(ShapeStep { pool, expected, report }))
     }
 }
 
@@ -354,7 +354,7 @@ mod tests {
     use super::*;
 
     fn violations(json: &str) -> Option<String> {
-        let strict = StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let strict = JsonShapeInterceptor::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
         let payload = Payload::new(json.to_owned().into(), CodecFormat::Json);
         strict.check(Some("/vmm.v1.VmService/CreateVm"), &payload).err().and_then(|error| error.message)
     }
@@ -445,7 +445,7 @@ mod tests {
 
     #[test]
     fn names_the_states_by_their_names() {
-        let strict = StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let strict = JsonShapeInterceptor::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
         let payload =
             Payload::new(r#"{"state_filter":["VM_STATE_RUNNING","RUNNING"]}"#.into(), CodecFormat::Json);
         let message = strict.check(Some("/vmm.v1.VmService/ListVms"), &payload).unwrap_err().message.unwrap();
@@ -481,7 +481,7 @@ mod tests {
 
     #[test]
     fn leaves_other_codecs_and_methods_alone() {
-        let strict = StrictJson::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let strict = JsonShapeInterceptor::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
         let binary = Payload::new("[]".into(), CodecFormat::Proto);
         assert!(strict.check(Some("/vmm.v1.VmService/CreateVm"), &binary).is_ok());
         let json = Payload::new("[]".into(), CodecFormat::Json);

@@ -6,19 +6,19 @@ use buffa::json_helpers::{double, int32, int64, proto_bool, proto_string, uint32
 use buffa_descriptor::{EnumDescriptor, ScalarType};
 use serde::de::{self, Deserialize, Deserializer};
 
-use super::error::shown;
+use super::error::sendable_text;
 
 /// The longest part of a value that an error quotes.
 const MAX_QUOTED: usize = 64;
 
 /// A type of the `.proto` that is no message, no list and no map.
 #[derive(Clone, Copy)]
-pub(super) enum Value<'a> {
+pub(super) enum PlainType<'a> {
     Scalar(ScalarType),
     Enum(&'a EnumDescriptor),
 }
 
-impl Value<'_> {
+impl PlainType<'_> {
     /// Describes the expected value, with its article.
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -40,7 +40,7 @@ impl Value<'_> {
             Self::Enum(names) => takes_enum(names, json),
             Self::Scalar(scalar) => takes(scalar, json),
         };
-        let given = cut(given);
+        let given = shortened(given);
         (!taken).then(|| match self {
             Self::Enum(names) => {
                 let names: Vec<&str> = names.values().iter().map(|value| value.name()).collect();
@@ -103,6 +103,6 @@ const fn bits(scalar: ScalarType) -> u32 {
 }
 
 /// Returns a value as the client spelt it, shortened for an error message.
-pub(super) fn cut(given: &dyn Display) -> String {
-    shown(given.to_string(), MAX_QUOTED)
+pub(super) fn shortened(given: &dyn Display) -> String {
+    sendable_text(given.to_string(), MAX_QUOTED)
 }

@@ -6,7 +6,7 @@ use axum::response::Response;
 use connectrpc::{ConnectError, RequestContext};
 use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
-use super::outcome;
+use super::failure_log;
 
 /// Returns true if a path is served where connections or requests are scarce.
 ///
@@ -28,14 +28,14 @@ pub(super) fn is_health(path: &str) -> bool {
 /// The resource that is scarce. It is among the extensions of a request that is served only if it
 /// is vital.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Scarcity {
+pub(super) enum ScarceResource {
     /// The request came on a connection of last resort.
     NoPlace,
     /// The limit on requests is reached.
     TooManyRequests,
 }
 
-impl Scarcity {
+impl ScarceResource {
     fn error(self) -> ConnectError {
         ConnectError::resource_exhausted(match self {
             Self::NoPlace => {
@@ -52,8 +52,10 @@ impl Scarcity {
 
 /// Answers RESOURCE_EXHAUSTED to a request for which there is no room, unless it is vital.
 pub(super) async fn check(request: Request, next: Next) -> Response {
-    match request.extensions().get::<Scarcity>().copied() {
-        Some(scarcity) if !is_vital(request.uri().path()) => outcome::refuse(request, scarcity.error()).await,
+    match request.extensions().get::<ScarceResource>().copied() {
+        Some(scarcity) if !is_vital(request.uri().path()) => {
+            failure_log::refuse(request, scarcity.error()).await
+        }
         Some(_) | None => next.run(request).await,
     }
 }
@@ -65,7 +67,7 @@ pub(super) async fn check(request: Request, next: Next) -> Response {
 ///
 /// RESOURCE_EXHAUSTED, which names the scarce resource.
 pub fn require_force(ctx: &RequestContext, force: bool) -> Result<(), ConnectError> {
-    match ctx.extensions().get::<Scarcity>() {
+    match ctx.extensions().get::<ScarceResource>() {
         Some(scarcity) if !force => Err(scarcity.error()),
         Some(_) | None => Ok(()),
     }

@@ -15,18 +15,18 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::JsonFields;
 
 use line::Form;
-use queue::Queue;
+use queue::LogQueue;
 
 /// The level if `RUST_LOG` is unset, empty or not valid.
 const DEFAULT: &str = "info";
 /// The memory for lines that wait to be written, in bytes. Some 2,000 lines fit.
 const CAPACITY: usize = 1 << 20;
 /// The longest time for which the end of the program waits for the last lines.
-const LAST_LINES: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The log of this process. Dropping it waits for the last lines for at most a second.
-pub struct Log {
-    queue: Queue,
+pub struct LogGuard {
+    queue: LogQueue,
 }
 
 /// Starts logging. Must be called once, before anything is logged.
@@ -36,8 +36,8 @@ pub struct Log {
 /// # Errors
 ///
 /// The system has no room for the thread that writes the log.
-pub fn start() -> io::Result<Log> {
-    let queue = Queue::new(CAPACITY);
+pub fn start() -> io::Result<LogGuard> {
+    let queue = LogQueue::new(CAPACITY);
     queue.start(io::stderr(), report_dropped)?;
     let (filter, problem) = match std::env::var("RUST_LOG") {
         Ok(text) if !text.is_empty() => match EnvFilter::try_new(&text) {
@@ -61,19 +61,19 @@ pub fn start() -> io::Result<Log> {
     if let Some(error) = problem {
         tracing::warn!(%error, "RUST_LOG is not valid and is ignored; the level is `info`");
     }
-    Ok(Log { queue })
+    Ok(LogGuard { queue })
 }
 
-impl Log {
+impl LogGuard {
     /// Writes a line for a person behind everything that was logged.
-    pub fn say(&self, line: &str) {
+    pub fn print_line(&self, line: &str) {
         self.queue.push(format!("{line}\n").as_bytes());
     }
 }
 
-impl Drop for Log {
+impl Drop for LogGuard {
     fn drop(&mut self) {
-        self.queue.flush(LAST_LINES);
+        self.queue.flush(FLUSH_TIMEOUT);
     }
 }
 

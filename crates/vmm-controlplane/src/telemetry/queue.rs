@@ -24,16 +24,16 @@ use tracing_subscriber::fmt::MakeWriter;
 
 /// The log lines that wait for the writer. Clones share one queue.
 #[derive(Clone)]
-pub(super) struct Queue(Arc<Shared>);
+pub(super) struct LogQueue(Arc<LogQueueShared>);
 
-struct Shared {
+struct LogQueueShared {
     capacity: usize,
-    state: Mutex<State>,
+    state: Mutex<LogQueueState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct LogQueueState {
     lines: VecDeque<Vec<u8>>,
     bytes: usize,
     /// The number of lines that were dropped and that no report has counted yet.
@@ -42,11 +42,11 @@ struct State {
     writing: bool,
 }
 
-impl Queue {
+impl LogQueue {
     /// Makes a queue of at most `capacity` bytes.
     pub(super) fn new(capacity: usize) -> Self {
-        let state = Mutex::new(State::default());
-        Self(Arc::new(Shared { capacity, state, changed: Condvar::new() }))
+        let state = Mutex::new(LogQueueState::default());
+        Self(Arc::new(LogQueueShared { capacity, state, changed: Condvar::new() }))
     }
 
     /// Starts the thread that writes the lines to `out`.
@@ -87,7 +87,7 @@ impl Queue {
 
     /// Waits until every line has been written, for at most `patience`.
     pub(super) fn flush(&self, patience: Duration) {
-        let unwritten = |state: &mut State| state.writing || !state.lines.is_empty();
+        let unwritten = |state: &mut LogQueueState| state.writing || !state.lines.is_empty();
         // The result is ignored, because the caller ends in any case: after the last line, after a
         // timeout and after a poisoned lock.
         let _written = self.0.changed.wait_timeout_while(self.state(), patience, unwritten);
@@ -143,13 +143,13 @@ impl Queue {
         due
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LogQueueState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Queues one event. The formatter passes each event in one piece.
-impl Write for Queue {
+impl Write for LogQueue {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.push(line);
         Ok(line.len())
@@ -160,7 +160,7 @@ impl Write for Queue {
     }
 }
 
-impl MakeWriter<'_> for Queue {
+impl MakeWriter<'_> for LogQueue {
     type Writer = Self;
 
     fn make_writer(&self) -> Self {
@@ -200,10 +200,10 @@ mod tests {
     }
 
     /// A started queue of 10 bytes, the gate of its writer, and the lines that were written.
-    fn gated() -> (Queue, Sender<bool>, Receiver<String>) {
+    fn gated() -> (LogQueue, Sender<bool>, Receiver<String>) {
         let (open, gate) = channel();
         let (written, lines) = channel();
-        let queue = Queue::new(10);
+        let queue = LogQueue::new(10);
         let reporting = queue.clone();
         let report = move |dropped: u64| reporting.push(format!("-{dropped}").as_bytes());
         queue.start(Gated { gate, written }, report).unwrap();

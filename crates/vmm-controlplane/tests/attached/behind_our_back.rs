@@ -2,8 +2,8 @@
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::by_hand::Kind;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::ByHandProgram;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, WAITING, able};
 use crate::harness::eventually;
@@ -12,7 +12,7 @@ use crate::harness::eventually;
 fn a_pause_by_hand_is_seen() {
     for kind in able("a_pause_by_hand_is_seen", &WAITING) {
         let mut bench = Bench::new(kind);
-        let vmm = bench.runs(Guest::Idle);
+        let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         let seen_at = |info: &Value| info["status"]["observed_at"].as_str().unwrap().parse::<i64>().unwrap();
@@ -31,9 +31,9 @@ fn a_pause_by_hand_is_seen() {
 
 #[test]
 fn a_vm_ended_and_booted_by_hand_is_followed() {
-    for kind in able("a_vm_ended_and_booted_by_hand", &[Kind::CloudHypervisor]) {
+    for kind in able("a_vm_ended_and_booted_by_hand", &[ByHandProgram::CloudHypervisor]) {
         let mut bench = Bench::new(kind);
-        let vmm = bench.runs(Guest::Idle);
+        let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         vmm.put("/api/v1/vm.shutdown", &json!(null));
@@ -48,9 +48,9 @@ fn a_vm_ended_and_booted_by_hand_is_followed() {
 
 #[test]
 fn a_vmm_that_dies_and_comes_back_on_its_socket_is_picked_up() {
-    for kind in able("a_vmm_that_dies_and_comes_back", &Kind::ALL) {
+    for kind in able("a_vmm_that_dies_and_comes_back", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
-        let mut vmm = bench.runs(Guest::Idle);
+        let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         let uid = bench.world.info(&vm)["uid"].clone();
@@ -58,7 +58,7 @@ fn a_vmm_that_dies_and_comes_back_on_its_socket_is_picked_up() {
         let info = bench.world.wait_for_state(&vm, "VM_STATE_SHUTDOWN");
         assert_ne!(info["status"]["reason"], "", "{info:#}");
         assert!(bench.op("BootVm", &vm).error("unavailable").contains("start one there"));
-        let vmm = bench.runs(Guest::Idle);
+        let vmm = bench.runs(TinyGuest::Idle);
         let info = bench.world.wait_for_state(&vm, "VM_STATE_RUNNING");
         assert_eq!((crate::harness::vmm_pid(&info), &info["uid"]), (vmm.pid(), &uid), "the same VM");
         bench.op("PauseVm", &vm).ok();
@@ -67,9 +67,9 @@ fn a_vmm_that_dies_and_comes_back_on_its_socket_is_picked_up() {
 
 #[test]
 fn a_daemon_that_is_killed_finds_everything_again() {
-    for kind in able("a_daemon_that_is_killed", &Kind::ALL) {
+    for kind in able("a_daemon_that_is_killed", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
-        let mut vmm = bench.runs(Guest::Idle);
+        let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         let uid = bench.world.info(&vm)["uid"].clone();
@@ -88,7 +88,7 @@ fn a_daemon_that_is_killed_finds_everything_again() {
         bench.world.start();
         assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_SHUTDOWN");
         bench.world.stop(Signal::KILL);
-        let _vmm = bench.runs(Guest::Idle);
+        let _vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         bench.world.wait_for_state(&vm, "VM_STATE_RUNNING");
         assert_eq!(bench.vms().len(), 1, "and nothing is there twice");
@@ -101,25 +101,25 @@ fn our_own_vm_is_adopted_with_its_console() {
         let mut bench = Bench::new(kind);
         let _vmm = bench.waits();
         bench.world.start();
-        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        bench.world.create("vm", &bench.world.tiny(TinyGuest::Idle));
         bench.world.boot("vm");
-        bench.world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+        bench.world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
         bench.world.stop(Signal::KILL);
         bench.world.start();
         assert_eq!(bench.world.info("vm")["state"], "VM_STATE_RUNNING");
-        if kind == Kind::CloudHypervisor {
+        if kind == ByHandProgram::CloudHypervisor {
             bench.op("RebootVm", "vm").ok();
-            let console = bench.world.wait_for_console("vm", &Guest::Idle.banner(), 2);
-            assert_eq!(console.matches(&Guest::Idle.banner()).count(), 2, "nothing twice: {console}");
+            let console = bench.world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2);
+            assert_eq!(console.matches(&TinyGuest::Idle.banner()).count(), 2, "nothing twice: {console}");
         }
     }
 }
 
 #[test]
 fn a_vmm_that_stands_still_is_unreachable_until_it_goes_on() {
-    for kind in able("a_vmm_that_stands_still", &Kind::ALL) {
+    for kind in able("a_vmm_that_stands_still", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
-        let vmm = bench.runs(Guest::Idle);
+        let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         vmm.signal(Signal::STOP);
@@ -137,8 +137,8 @@ fn a_place_that_somebody_else_has_taken_is_said() {
     for kind in able("a_place_that_somebody_else_has_taken", &WAITING) {
         let mut bench = Bench::new(kind);
         bench.world.start();
-        bench.world.create("mine", &bench.world.tiny(Guest::Echo));
-        let mut vmm = bench.runs(Guest::Idle);
+        bench.world.create("mine", &bench.world.tiny(TinyGuest::Echo));
+        let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.wait_for("mine", "told", |info| info["status"]["reason"] == "place-taken");
         assert_eq!(bench.world.info("mine")["state"], "VM_STATE_CREATED");
         bench.op("BootVm", "mine").error("failed_precondition");
@@ -159,7 +159,7 @@ fn a_start_that_the_daemon_did_not_live_to_finish_is_told_truly() {
             let mut vmm = bench.waits();
             bench.world.set_env("FAILPOINTS", Some(&format!("{point}=return")));
             bench.world.start();
-            bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+            bench.world.create("vm", &bench.world.tiny(TinyGuest::Idle));
             let url = bench.world.url().to_owned();
             let _ = crate::harness::try_call(&url, "BootVm", &json!({"vm_id": "vm"}));
             bench.world.await_end();
@@ -170,7 +170,7 @@ fn a_start_that_the_daemon_did_not_live_to_finish_is_told_truly() {
             bench.world.wait_for_state("vm", state);
             assert_eq!(bench.vms().len(), 1, "it is there once");
             bench.world.boot("vm");
-            bench.world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+            bench.world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
             bench.op("PauseVm", "vm").ok();
             assert!(vmm.is_alive());
         }

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use vmm_testkit::by_hand::{ByHand, Guest as HandGuest, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandGuest as HandGuest, ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{Answer, World, skipped};
 
 /// Those of `kinds` that can run here; of each other one the test says that it is skipped.
-pub(crate) fn able(test: &str, kinds: &[Kind]) -> Vec<Kind> {
-    let can = |kind: &Kind| match kind.missing() {
+pub(crate) fn able(test: &str, kinds: &[ByHandProgram]) -> Vec<ByHandProgram> {
+    let can = |kind: &ByHandProgram| match kind.missing() {
         None => true,
         Some(why) => {
             skipped(&format!("{test} on {}", kind.backend()), &why);
@@ -21,18 +21,18 @@ pub(crate) fn able(test: &str, kinds: &[Kind]) -> Vec<Kind> {
 }
 
 /// The hypervisors whose VMMs can be told what to run.
-pub(crate) const WAITING: [Kind; 2] = [Kind::CloudHypervisor, Kind::Firecracker];
+pub(crate) const WAITING: [ByHandProgram; 2] = [ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker];
 
 /// A daemon attached to one socket of one hypervisor.
 pub(crate) struct Bench {
     pub(crate) world: World,
-    pub(crate) kind: Kind,
+    pub(crate) kind: ByHandProgram,
     pub(crate) socket: PathBuf,
 }
 
 impl Bench {
     /// Folders; the daemon is not started yet.
-    pub(crate) fn new(kind: Kind) -> Self {
+    pub(crate) fn new(kind: ByHandProgram) -> Self {
         let mut world = World::new(&[("UNKEY_VMCP_BACKEND", kind.backend())]);
         let socket = world.dir.path().join("vmm.sock");
         world.set_env(kind.variable(), Some(&format!("unix://{}", socket.display())));
@@ -40,7 +40,7 @@ impl Bench {
     }
 
     /// The guest of a VMM that is started by hand.
-    pub(crate) fn guest(&self, guest: Guest) -> HandGuest {
+    pub(crate) fn guest(&self, guest: TinyGuest) -> HandGuest {
         HandGuest {
             kernel: guest.write_to(self.world.dir.path()).unwrap(),
             serial: self.world.dir.path().join("serial"),
@@ -49,13 +49,13 @@ impl Bench {
     }
 
     /// Starts a VMM that runs `guest`.
-    pub(crate) fn runs(&self, guest: Guest) -> ByHand {
-        ByHand::runs(self.kind, &self.socket, &self.guest(guest))
+    pub(crate) fn runs(&self, guest: TinyGuest) -> ByHandVmm {
+        ByHandVmm::runs(self.kind, &self.socket, &self.guest(guest))
     }
 
     /// Starts one that waits.
-    pub(crate) fn waits(&self) -> ByHand {
-        ByHand::waits(self.kind, &self.socket)
+    pub(crate) fn waits(&self) -> ByHandVmm {
+        ByHandVmm::waits(self.kind, &self.socket)
     }
 
     /// What the serial port of a VMM started by hand has said.
@@ -104,7 +104,7 @@ impl Bench {
 }
 
 /// A backend as ListBackends shows it.
-pub(crate) fn backend(world: &World, kind: Kind) -> Value {
+pub(crate) fn backend(world: &World, kind: ByHandProgram) -> Value {
     let all = world.call("ListBackends", &json!({})).ok();
     let backends = all["backends"].as_array().unwrap();
     backends.iter().find(|backend| backend["name"] == kind.backend()).unwrap().clone()

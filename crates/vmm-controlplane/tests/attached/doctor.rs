@@ -5,8 +5,8 @@ use std::os::unix::net::UnixStream;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::by_hand::Kind;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::ByHandProgram;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, able, endpoint};
 
@@ -34,9 +34,9 @@ fn finding(bench: &Bench, code: i32) -> String {
 
 #[test]
 fn doctor_disturbs_no_daemon_that_is_attached() {
-    for kind in able("doctor_disturbs_no_daemon", &Kind::ALL) {
+    for kind in able("doctor_disturbs_no_daemon", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
-        let mut vmm = bench.runs(Guest::Idle);
+        let mut vmm = bench.runs(TinyGuest::Idle);
         let alone = finding(&bench, 0);
         assert!(alone.contains(&endpoint(&bench.socket)), "{alone}");
         bench.world.start();
@@ -47,7 +47,7 @@ fn doctor_disturbs_no_daemon_that_is_attached() {
         for _ in 0..3 {
             let beside = finding(&bench, 0);
             assert!(beside.contains(&endpoint(&bench.socket)), "{beside}");
-            assert_eq!(beside.contains("so it was not asked"), kind == Kind::Qemu, "{beside}");
+            assert_eq!(beside.contains("so it was not asked"), kind == ByHandProgram::Qemu, "{beside}");
         }
         bench.op("PauseVm", &vm).ok();
         bench.op("ResumeVm", &vm).ok();
@@ -67,7 +67,7 @@ fn doctor_disturbs_no_daemon_that_is_attached() {
 
 #[test]
 fn doctor_says_what_cannot_be_used_at_an_endpoint() {
-    for kind in able("doctor_says_what_cannot_be_used", &Kind::ALL) {
+    for kind in able("doctor_says_what_cannot_be_used", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let nobody = finding(&bench, 1);
         assert!(nobody.contains("start one there"), "{nobody}");
@@ -75,7 +75,7 @@ fn doctor_says_what_cannot_be_used_at_an_endpoint() {
         let other = bench.world.dir.path().join("other.sock");
         let both = format!("{},{}", endpoint(&bench.socket), endpoint(&other));
         bench.world.set_env(kind.variable(), Some(&both));
-        let _vmm = bench.runs(Guest::Idle);
+        let _vmm = bench.runs(TinyGuest::Idle);
         for beside_a_daemon in [false, true] {
             if beside_a_daemon {
                 bench.world.start();
@@ -91,9 +91,9 @@ fn doctor_says_what_cannot_be_used_at_an_endpoint() {
 
 #[test]
 fn doctor_says_who_may_hold_a_qmp_socket() {
-    for kind in able("doctor_says_who_may_hold_a_qmp_socket", &[Kind::Qemu]) {
+    for kind in able("doctor_says_who_may_hold_a_qmp_socket", &[ByHandProgram::Qemu]) {
         let bench = Bench::new(kind);
-        let _vmm = bench.runs(Guest::Idle);
+        let _vmm = bench.runs(TinyGuest::Idle);
         let mut greeting = String::new();
         let client = UnixStream::connect(&bench.socket).unwrap();
         BufReader::new(&client).read_line(&mut greeting).unwrap();

@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_testkit::by_hand::{ByHand, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, able};
 use crate::harness::{call, eventually, is_alive, pause};
 
 /// Longer than a forced operation may take, on a machine that is not idle.
-const FORCED: Duration = Duration::from_secs(15);
+const FORCED_END_TIMEOUT: Duration = Duration::from_secs(15);
 
 #[test]
 fn no_operation_without_force_ends_a_process() {
-    for kind in able("no_operation_without_force", &Kind::ALL) {
+    for kind in able("no_operation_without_force", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
-        let mut vmm = bench.runs(Guest::Idle);
+        let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         let operations = ["PauseVm", "PauseVm", "ResumeVm", "BootVm", "RebootVm", "DeleteVm", "GetVmInfo"];
@@ -31,7 +31,7 @@ fn no_operation_without_force_ends_a_process() {
         for seconds in [1, 1] {
             let answer = bench.shutdown(&vm, seconds);
             // Cloud Hypervisor can power its VM off and live; the others cannot.
-            if kind != Kind::CloudHypervisor {
+            if kind != ByHandProgram::CloudHypervisor {
                 let message = answer.error("deadline_exceeded");
                 assert!(message.contains("another program started process"), "{message}");
             }
@@ -50,9 +50,9 @@ fn no_operation_without_force_ends_a_process() {
 
 #[test]
 fn no_operation_without_force_ends_one_that_stands_still() {
-    for kind in able("no_operation_without_force_ends_one_that_stands_still", &Kind::ALL) {
+    for kind in able("no_operation_without_force_ends_one_that_stands_still", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
-        let mut vmm = bench.runs(Guest::Idle);
+        let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         vmm.signal(Signal::STOP);
@@ -76,9 +76,10 @@ fn no_operation_without_force_ends_one_that_stands_still() {
 #[test]
 fn one_that_stands_still_for_a_while_costs_its_guest_no_time() {
     const TEST: &str = "one_that_stands_still_for_a_while_costs_its_guest_no_time";
-    for (kind, guest, ended_by) in
-        [(Kind::Qemu, Guest::Button, "acpi"), (Kind::Firecracker, Guest::Obey, "ctrl-alt-del")]
-    {
+    for (kind, guest, ended_by) in [
+        (ByHandProgram::Qemu, TinyGuest::Button, "acpi"),
+        (ByHandProgram::Firecracker, TinyGuest::Obey, "ctrl-alt-del"),
+    ] {
         for kind in able(TEST, &[kind]) {
             let mut bench = Bench::new(kind);
             let mut vmm = bench.runs(guest);
@@ -102,12 +103,12 @@ fn one_that_stands_still_for_a_while_costs_its_guest_no_time() {
 
 #[test]
 fn force_ends_what_is_proven() {
-    for kind in able("force_ends_what_is_proven", &Kind::ALL) {
+    for kind in able("force_ends_what_is_proven", &ByHandProgram::ALL) {
         for (method, stands_still) in
             [("ShutdownVm", false), ("ShutdownVm", true), ("DeleteVm", false), ("DeleteVm", true)]
         {
             let mut bench = Bench::new(kind);
-            let mut vmm = bench.runs(Guest::Idle);
+            let mut vmm = bench.runs(TinyGuest::Idle);
             bench.world.start();
             let vm = bench.the_vm();
             if stands_still {
@@ -115,10 +116,10 @@ fn force_ends_what_is_proven() {
             }
             let asked = Instant::now();
             let answer = bench.force(method, &vm).ok();
-            assert!(asked.elapsed() < FORCED, "{method} took {:?}", asked.elapsed());
+            assert!(asked.elapsed() < FORCED_END_TIMEOUT, "{method} took {:?}", asked.elapsed());
             assert_eq!(answer["left_behind"], json!(null), "{method} on {}: {answer}", kind.backend());
             // Cloud Hypervisor ends the VM and lives, if it can.
-            let lives = kind == Kind::CloudHypervisor && !stands_still;
+            let lives = kind == ByHandProgram::CloudHypervisor && !stands_still;
             assert_eq!(vmm.is_alive(), lives, "{method} on {}", kind.backend());
             if lives {
                 assert_eq!(vmm.runs_a_guest(), Some(false));
@@ -147,11 +148,13 @@ fn renamed(bench: &Bench) -> PathBuf {
 
 #[test]
 fn force_spares_what_does_not_run_that_hypervisor() {
-    for kind in able("force_spares_what_does_not_run", &[Kind::CloudHypervisor, Kind::Firecracker]) {
+    for kind in
+        able("force_spares_what_does_not_run", &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker])
+    {
         let mut bench = Bench::new(kind);
-        let mut vmm = ByHand::waits_as(kind, &renamed(&bench), &bench.socket);
+        let mut vmm = ByHandVmm::waits_as(kind, &renamed(&bench), &bench.socket);
         bench.world.start();
-        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        bench.world.create("vm", &bench.world.tiny(TinyGuest::Idle));
         bench.world.boot("vm");
         vmm.signal(Signal::STOP);
         let refused = bench.force("ShutdownVm", "vm").error("failed_precondition");
@@ -168,9 +171,12 @@ fn force_spares_what_does_not_run_that_hypervisor() {
 
 #[test]
 fn force_spares_who_has_taken_the_socket() {
-    for kind in able("force_spares_who_has_taken_the_socket", &[Kind::CloudHypervisor, Kind::Firecracker]) {
+    for kind in able(
+        "force_spares_who_has_taken_the_socket",
+        &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker],
+    ) {
         let mut bench = Bench::new(kind);
-        let mut first = bench.runs(Guest::Idle);
+        let mut first = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         first.signal(Signal::STOP);

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::by_hand::{ByHand, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, able};
 use crate::harness::{eventually, vmm_pid};
@@ -21,17 +21,17 @@ fn claims(bench: &Bench) -> Value {
 }
 
 /// A VMM that runs a guest with the disk at `disk`.
-fn with_disk(bench: &Bench, disk: &Path) -> ByHand {
-    let mut guest = bench.guest(Guest::Idle);
+fn with_disk(bench: &Bench, disk: &Path) -> ByHandVmm {
+    let mut guest = bench.guest(TinyGuest::Idle);
     let drive = format!("file={},format=raw,if=virtio", disk.display());
     guest.more = vec!["-drive".to_owned(), drive];
-    ByHand::runs(bench.kind, &bench.socket, &guest)
+    ByHandVmm::runs(bench.kind, &bench.socket, &guest)
 }
 
 #[test]
 fn a_vm_on_a_mount_that_hangs_is_imported_and_its_disk_claimed() {
     let test = "a_vm_on_a_mount_that_hangs_is_imported";
-    for kind in able(test, &[Kind::Qemu]) {
+    for kind in able(test, &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         let hung = bench.world.dir.path().join("hung");
         std::fs::create_dir(&hung).unwrap();
@@ -65,15 +65,15 @@ fn a_vm_on_a_mount_that_hangs_is_imported_and_its_disk_claimed() {
 #[test]
 fn a_vm_whose_kernel_does_not_answer_is_imported_from_every_vmm() {
     let test = "a_vm_whose_kernel_does_not_answer_is_imported";
-    for kind in able(test, &Kind::ALL) {
+    for kind in able(test, &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let hung = bench.world.dir.path().join("hung");
         std::fs::create_dir(&hung).unwrap();
-        let mut guest = bench.guest(Guest::Idle);
+        let mut guest = bench.guest(TinyGuest::Idle);
         let kernel = hung.join("kernel");
         std::fs::rename(&guest.kernel, &kernel).unwrap();
         guest.kernel = kernel;
-        let vmm = ByHand::runs(kind, &bench.socket, &guest);
+        let vmm = ByHandVmm::runs(kind, &bench.socket, &guest);
         let Some(_mount) = HungMount::on(&mut bench.world, &hung, test) else { return };
         bench.world.start();
         let vm = bench.the_vm();

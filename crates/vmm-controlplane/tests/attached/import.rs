@@ -2,17 +2,17 @@
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_testkit::by_hand::{ByHand, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, WAITING, able, backend, endpoint};
 use crate::harness::{World, eventually, vmm_pid};
 
 #[test]
 fn a_running_vm_is_imported_with_what_its_vmm_tells() {
-    for kind in able("a_running_vm_is_imported", &Kind::ALL) {
+    for kind in able("a_running_vm_is_imported", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
-        let vmm = bench.runs(Guest::Idle);
+        let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         let path = bench.socket.display().to_string();
@@ -44,13 +44,13 @@ fn a_running_vm_is_imported_with_what_its_vmm_tells() {
 
 #[test]
 fn a_paused_vm_is_imported_paused() {
-    for kind in able("a_paused_vm_is_imported", &Kind::ALL) {
+    for kind in able("a_paused_vm_is_imported", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let vmm = match kind {
             // Its CPUs have not been let go yet.
-            Kind::Qemu => ByHand::holds(kind, &bench.socket, &bench.guest(Guest::Idle)),
-            Kind::CloudHypervisor | Kind::Firecracker => {
-                let vmm = bench.runs(Guest::Idle);
+            ByHandProgram::Qemu => ByHandVmm::holds(kind, &bench.socket, &bench.guest(TinyGuest::Idle)),
+            ByHandProgram::CloudHypervisor | ByHandProgram::Firecracker => {
+                let vmm = bench.runs(TinyGuest::Idle);
                 vmm.pause();
                 vmm
             }
@@ -67,25 +67,25 @@ fn a_paused_vm_is_imported_paused() {
 fn a_vm_that_was_made_and_not_booted_can_be_booted() {
     for kind in able("a_vm_that_was_made_and_not_booted", &WAITING) {
         let mut bench = Bench::new(kind);
-        let _vmm = ByHand::holds(kind, &bench.socket, &bench.guest(Guest::Idle));
+        let _vmm = ByHandVmm::holds(kind, &bench.socket, &bench.guest(TinyGuest::Idle));
         bench.world.start();
         let vm = bench.the_vm();
         assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_CREATED");
         bench.world.boot(&vm);
-        eventually("its guest speaks", || bench.serial().contains(&Guest::Idle.banner()));
+        eventually("its guest speaks", || bench.serial().contains(&TinyGuest::Idle.banner()));
     }
 }
 
 #[test]
 fn what_appears_later_is_imported_too() {
-    for kind in able("what_appears_later", &Kind::ALL) {
+    for kind in able("what_appears_later", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         bench.world.start();
         let shown = bench.until_available(false);
         let reason = shown["reason"].as_str().unwrap();
         assert!(reason.contains(&endpoint(&bench.socket)) && reason.contains("start one there"), "{reason}");
         assert_eq!(bench.world.get("/_/health").status, 503);
-        let _vmm = bench.runs(Guest::Idle);
+        let _vmm = bench.runs(TinyGuest::Idle);
         let vm = bench.the_vm();
         bench.world.wait_for_state(&vm, "VM_STATE_RUNNING");
         bench.until_available(true);
@@ -95,17 +95,17 @@ fn what_appears_later_is_imported_too() {
 
 #[test]
 fn an_endpoint_for_one_and_none_for_the_others() {
-    for kind in able("an_endpoint_for_one", &[Kind::CloudHypervisor]) {
+    for kind in able("an_endpoint_for_one", &[ByHandProgram::CloudHypervisor]) {
         let mut bench = Bench::new(kind);
-        let _vmm = bench.runs(Guest::Idle);
+        let _vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let imported = bench.the_vm();
-        for other in able("an_endpoint_for_one", &[Kind::Firecracker, Kind::Qemu]) {
+        for other in able("an_endpoint_for_one", &[ByHandProgram::Firecracker, ByHandProgram::Qemu]) {
             assert_eq!(backend(&bench.world, other)["endpoint_mode"], "managed");
             let vm = other.backend();
-            bench.world.create_on(vm, vm, Guest::Idle);
+            bench.world.create_on(vm, vm, TinyGuest::Idle);
             bench.world.boot(vm);
-            bench.world.wait_for_console(vm, &Guest::Idle.banner(), 1);
+            bench.world.wait_for_console(vm, &TinyGuest::Idle.banner(), 1);
             bench.force("DeleteVm", vm).ok();
         }
         assert_eq!(bench.world.info(&imported)["state"], "VM_STATE_RUNNING");
@@ -120,10 +120,10 @@ fn each_socket_serves_one_vm() {
         let second = bench.world.dir.path().join("second.sock");
         let both = format!("{}, {}", endpoint(&bench.socket), endpoint(&second));
         bench.world.set_env(kind.variable(), Some(&both));
-        let (_first, _second) = (bench.runs(Guest::Idle), ByHand::waits(kind, &second));
+        let (_first, _second) = (bench.runs(TinyGuest::Idle), ByHandVmm::waits(kind, &second));
         bench.world.start();
         let imported = bench.the_vm();
-        let config = bench.world.tiny(Guest::Idle);
+        let config = bench.world.tiny(TinyGuest::Idle);
         bench.world.create("mine", &config);
         let full = bench.world.call("CreateVm", &json!({"vm_id": "more", "config": config}));
         assert!(full.error("resource_exhausted").contains("second.sock"), "it names them");
@@ -139,7 +139,7 @@ fn each_socket_serves_one_vm() {
 fn an_endpoint_that_is_taken_away_leaves_its_vms_alone() {
     for kind in able("an_endpoint_that_is_taken_away", &WAITING) {
         let mut bench = Bench::new(kind);
-        let mut vmm = bench.runs(Guest::Idle);
+        let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let vm = bench.the_vm();
         bench.world.stop(Signal::TERM);
@@ -165,10 +165,10 @@ fn an_endpoint_that_is_taken_away_leaves_its_vms_alone() {
 
 #[test]
 fn vms_that_were_made_before_the_endpoint_go_on() {
-    for kind in able("vms_that_were_made_before", &[Kind::Firecracker]) {
+    for kind in able("vms_that_were_made_before", &[ByHandProgram::Firecracker]) {
         let mut world = World::new(&[("UNKEY_VMCP_BACKEND", kind.backend())]);
         world.start();
-        world.create("managed", &world.tiny(Guest::Idle));
+        world.create("managed", &world.tiny(TinyGuest::Idle));
         world.boot("managed");
         world.stop(Signal::TERM);
         let socket = world.dir.path().join("vmm.sock");

@@ -5,22 +5,22 @@ use std::path::Path;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_core::id::VmUid;
-use vmm_testkit::by_hand::{ByHand, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, able};
 use crate::harness::{eventually, skipped};
 
 /// A Cloud Hypervisor that holds a VM with these interfaces, and the daemon's folders. `None`, and a word about it, where there
 /// can be none.
-fn holding(test: &str, interfaces: &Value) -> Option<(Bench, ByHand)> {
-    let kind = able(test, &[Kind::CloudHypervisor]).pop()?;
+fn holding(test: &str, interfaces: &Value) -> Option<(Bench, ByHandVmm)> {
+    let kind = able(test, &[ByHandProgram::CloudHypervisor]).pop()?;
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/net/tun").exists() {
         skipped(test, "a TAP takes root and /dev/net/tun");
         return None;
     }
     let bench = Bench::new(kind);
-    let guest = bench.guest(Guest::Idle);
+    let guest = bench.guest(TinyGuest::Idle);
     let vmm = bench.waits();
     vmm.put(
         "/api/v1/vm.create",
@@ -76,7 +76,7 @@ fn a_vm_with_a_tap_of_its_vmms_own_is_booted_as_it_is() {
     let vm = bench.the_vm();
     assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_CREATED");
     bench.world.boot(&vm);
-    eventually("its guest speaks", || bench.serial().contains(&Guest::Idle.banner()));
+    eventually("its guest speaks", || bench.serial().contains(&TinyGuest::Idle.banner()));
     assert_no_tap_of_ours(&bench.world.info(&vm));
     bench.force("ShutdownVm", &vm).ok();
 }

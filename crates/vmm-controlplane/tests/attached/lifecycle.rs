@@ -5,26 +5,26 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::json;
-use vmm_testkit::by_hand::{ByHand, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, WAITING, able, endpoint};
 use crate::harness::eventually;
 
 #[test]
 fn cloud_hypervisor_boots_any_number_of_times() {
-    for kind in able("cloud_hypervisor_boots", &[Kind::CloudHypervisor]) {
+    for kind in able("cloud_hypervisor_boots", &[ByHandProgram::CloudHypervisor]) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.waits();
         bench.world.start();
-        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        bench.world.create("vm", &bench.world.tiny(TinyGuest::Idle));
         for boot in 1..=2 {
             bench.world.boot("vm");
-            bench.world.wait_for_console("vm", &Guest::Idle.banner(), 2 * boot - 1);
+            bench.world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2 * boot - 1);
             assert_eq!(bench.op("PauseVm", "vm").ok()["state"], "VM_STATE_PAUSED");
             assert_eq!(bench.op("ResumeVm", "vm").ok()["state"], "VM_STATE_RUNNING");
             assert_eq!(bench.op("RebootVm", "vm").ok()["state"], "VM_STATE_RUNNING");
-            bench.world.wait_for_console("vm", &Guest::Idle.banner(), 2 * boot);
+            bench.world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2 * boot);
             let down = bench.shutdown("vm", 1).ok();
             assert_eq!((&down["state"], &down["ended_by"]), (&json!("VM_STATE_SHUTDOWN"), &json!("vmm")));
             assert_eq!(vmm.runs_a_guest(), Some(false), "the VM has really gone");
@@ -34,7 +34,7 @@ fn cloud_hypervisor_boots_any_number_of_times() {
         let (status, _) = vmm.request("GET", "/api/v1/vm.info", &json!(null));
         assert_eq!(status, 404, "and has forgotten the VM, so it is not found again");
         // Guests that power off take it along; then another is needed.
-        bench.world.create("off", &bench.world.tiny(Guest::PowerOff));
+        bench.world.create("off", &bench.world.tiny(TinyGuest::PowerOff));
         bench.world.boot("off");
         bench.world.wait_for_state("off", "VM_STATE_SHUTDOWN");
         let refused = bench.op("BootVm", "off").error("unavailable");
@@ -45,22 +45,22 @@ fn cloud_hypervisor_boots_any_number_of_times() {
         vmm.end();
         let _another = bench.waits();
         eventually("another VMM is taken", || bench.op("BootVm", "off").status == 200);
-        bench.world.wait_for_console("off", &Guest::PowerOff.banner(), 2);
+        bench.world.wait_for_console("off", &TinyGuest::PowerOff.banner(), 2);
     }
 }
 
 #[test]
 fn firecracker_needs_another_vmm_for_another_boot() {
-    for kind in able("firecracker_needs_another_vmm", &[Kind::Firecracker]) {
+    for kind in able("firecracker_needs_another_vmm", &[ByHandProgram::Firecracker]) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.waits();
         bench.world.start();
-        let mut config = bench.world.tiny(Guest::Obey);
+        let mut config = bench.world.tiny(TinyGuest::Obey);
         config["boot"]["kernel_args"] = json!("reboot=k");
         bench.world.create("vm", &config);
         for boot in 1..=2 {
             bench.world.boot("vm");
-            bench.world.wait_for_console("vm", &Guest::Obey.banner(), boot);
+            bench.world.wait_for_console("vm", &TinyGuest::Obey.banner(), boot);
             bench.op("PauseVm", "vm").ok();
             bench.op("ResumeVm", "vm").ok();
             let refused = bench.op("RebootVm", "vm").error("unavailable");
@@ -114,13 +114,13 @@ fn the_command_that_is_printed_starts_a_vmm() {
         bench.socket = folder.join("vmm.sock");
         bench.world.set_env(kind.variable(), Some(&endpoint(&bench.socket)));
         bench.world.start();
-        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        bench.world.create("vm", &bench.world.tiny(TinyGuest::Idle));
         // First there is nothing; then what a VMM left that was killed with its VM.
         for boot in 1..=3 {
             let refused = bench.op("BootVm", "vm").error("unavailable");
             let typed = Typed::as_printed(&refused);
             eventually("its VMM is taken", || bench.op("BootVm", "vm").status == 200);
-            bench.world.wait_for_console("vm", &Guest::Idle.banner(), boot);
+            bench.world.wait_for_console("vm", &TinyGuest::Idle.banner(), boot);
             drop(typed);
             bench.world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
             assert!(bench.socket.exists(), "it could not take its socket away");
@@ -131,11 +131,11 @@ fn the_command_that_is_printed_starts_a_vmm() {
 
 #[test]
 fn a_start_that_fails_leaves_nothing() {
-    for kind in able("a_start_that_fails", &[Kind::CloudHypervisor, Kind::Firecracker]) {
+    for kind in able("a_start_that_fails", &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker]) {
         let mut bench = Bench::new(kind);
         let vmm = bench.waits();
         bench.world.start();
-        let mut config = bench.world.tiny(Guest::Idle);
+        let mut config = bench.world.tiny(TinyGuest::Idle);
         let disk = bench.world.dir.path().join("disk.raw");
         std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
         config["storage"] = json!([{"path": disk}]);
@@ -144,9 +144,9 @@ fn a_start_that_fails_leaves_nothing() {
         bench.op("BootVm", "vm").error("failed_precondition");
         // A kernel that the daemon takes for one and the VMM does not.
         let broken = bench.world.dir.path().join("broken.elf");
-        std::fs::write(&broken, &Guest::Idle.elf()[..64]).unwrap();
+        std::fs::write(&broken, &TinyGuest::Idle.elf()[..64]).unwrap();
         bench.op("DeleteVm", "vm").ok();
-        let mut config = bench.world.tiny(Guest::Idle);
+        let mut config = bench.world.tiny(TinyGuest::Idle);
         config["boot"]["kernel_path"] = json!(broken);
         if bench.world.call("CreateVm", &json!({"vm_id": "broken", "config": config})).status == 200 {
             bench.op("BootVm", "broken").error("failed_precondition");
@@ -154,7 +154,7 @@ fn a_start_that_fails_leaves_nothing() {
             bench.op("DeleteVm", "broken").ok();
         }
         assert_eq!(vmm.runs_a_guest(), Some(false));
-        if kind == Kind::CloudHypervisor {
+        if kind == ByHandProgram::CloudHypervisor {
             assert_eq!(
                 vmm.request("GET", "/api/v1/vm.info", &json!(null)).0,
                 404,
@@ -162,28 +162,28 @@ fn a_start_that_fails_leaves_nothing() {
             );
         }
         drop(vmm);
-        let _fresh = ByHand::waits(kind, &bench.socket);
-        bench.world.create("good", &bench.world.tiny(Guest::Idle));
+        let _fresh = ByHandVmm::waits(kind, &bench.socket);
+        bench.world.create("good", &bench.world.tiny(TinyGuest::Idle));
         eventually("the fresh VMM is taken", || bench.op("BootVm", "good").status == 200);
-        bench.world.wait_for_console("good", &Guest::Idle.banner(), 1);
+        bench.world.wait_for_console("good", &TinyGuest::Idle.banner(), 1);
     }
 }
 
 #[test]
 fn policies_that_need_another_vmm_are_refused() {
     for (kind, modes) in [
-        (Kind::CloudHypervisor, ["NEVER", "ON_FAILURE", "ALWAYS"]),
-        (Kind::Firecracker, ["GUEST_REBOOT", "ON_FAILURE", "ALWAYS"]),
+        (ByHandProgram::CloudHypervisor, ["NEVER", "ON_FAILURE", "ALWAYS"]),
+        (ByHandProgram::Firecracker, ["GUEST_REBOOT", "ON_FAILURE", "ALWAYS"]),
     ] {
         let mut bench = Bench::new(kind);
         bench.world.start();
         for mode in modes {
-            let mut config = bench.world.tiny(Guest::Idle);
+            let mut config = bench.world.tiny(TinyGuest::Idle);
             config["restart_policy"] = json!({"mode": format!("RESTART_MODE_{mode}")});
             let refused = bench.world.call("CreateVm", &json!({"config": config})).error("invalid_argument");
             assert!(refused.contains("config.restart_policy.mode"), "{mode}: {refused}");
         }
         // It reserves a place, VMM or not, and starts nothing.
-        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        bench.world.create("vm", &bench.world.tiny(TinyGuest::Idle));
     }
 }

@@ -4,18 +4,18 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 
 use serde_json::json;
-use vmm_testkit::by_hand::{ByHand, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, able};
 use crate::harness::eventually;
 
 #[test]
 fn nothing_is_created_there() {
-    for kind in able("nothing_is_created_there", &[Kind::Qemu]) {
+    for kind in able("nothing_is_created_there", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         bench.world.start();
-        let config = bench.world.tiny(Guest::Idle);
+        let config = bench.world.tiny(TinyGuest::Idle);
         let refused = bench.world.call("CreateVm", &json!({"config": config})).error("unimplemented");
         assert!(refused.contains("UNKEY_VMCP_QEMU_ENDPOINT"), "{refused}");
         let judged = bench.world.call("ValidateVm", &json!({"config": config})).ok();
@@ -25,14 +25,14 @@ fn nothing_is_created_there() {
 
 #[test]
 fn a_guest_that_obeys_is_shut_down() {
-    for kind in able("a_guest_that_obeys_is_shut_down", &[Kind::Qemu]) {
+    for kind in able("a_guest_that_obeys_is_shut_down", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
-        let vmm = bench.runs(Guest::Button);
+        let vmm = bench.runs(TinyGuest::Button);
         bench.world.start();
         let vm = bench.the_vm();
-        eventually("it is up", || bench.serial().contains(&Guest::Button.banner()));
+        eventually("it is up", || bench.serial().contains(&TinyGuest::Button.banner()));
         bench.op("RebootVm", &vm).ok();
-        eventually("it is up again", || bench.serial().matches(&Guest::Button.banner()).count() >= 2);
+        eventually("it is up again", || bench.serial().matches(&TinyGuest::Button.banner()).count() >= 2);
         bench.op("PauseVm", &vm).ok();
         let down = bench.shutdown(&vm, 60).ok();
         assert_eq!((&down["state"], &down["ended_by"]), (&json!("VM_STATE_SHUTDOWN"), &json!("acpi")));
@@ -45,10 +45,10 @@ fn a_guest_that_obeys_is_shut_down() {
 
 #[test]
 fn what_the_guest_does_is_told_with_its_reason() {
-    for kind in able("what_the_guest_does_is_told", &[Kind::Qemu]) {
+    for kind in able("what_the_guest_does_is_told", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         bench.world.start();
-        let vmm = ByHand::holds(kind, &bench.socket, &bench.guest(Guest::PowerOff));
+        let vmm = ByHandVmm::holds(kind, &bench.socket, &bench.guest(TinyGuest::PowerOff));
         let vm = bench.the_vm();
         bench.op("ResumeVm", &vm).ok();
         let info = bench.world.wait_for_state(&vm, "VM_STATE_SHUTDOWN");
@@ -56,7 +56,7 @@ fn what_the_guest_does_is_told_with_its_reason() {
         bench.op("DeleteVm", &vm).ok();
         drop(vmm);
         // A guest that resets itself goes on, and each reset is an event.
-        let vmm = ByHand::holds(kind, &bench.socket, &bench.guest(Guest::Reset));
+        let vmm = ByHandVmm::holds(kind, &bench.socket, &bench.guest(TinyGuest::Reset));
         let vm = bench.the_vm();
         bench.op("ResumeVm", &vm).ok();
         eventually("its resets are told", || {
@@ -72,12 +72,12 @@ fn what_the_guest_does_is_told_with_its_reason() {
 
 #[test]
 fn a_qemu_that_lives_on_after_its_guest_is_shut_down_all_the_same() {
-    for kind in able("a_qemu_that_lives_on", &[Kind::Qemu]) {
+    for kind in able("a_qemu_that_lives_on", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         bench.world.start();
-        let mut guest = bench.guest(Guest::PowerOff);
+        let mut guest = bench.guest(TinyGuest::PowerOff);
         guest.more = vec!["-no-shutdown".to_owned()];
-        let mut vmm = ByHand::holds(kind, &bench.socket, &guest);
+        let mut vmm = ByHandVmm::holds(kind, &bench.socket, &guest);
         let vm = bench.the_vm();
         bench.op("ResumeVm", &vm).ok();
         let info = bench.world.wait_for_state(&vm, "VM_STATE_SHUTDOWN");
@@ -90,12 +90,12 @@ fn a_qemu_that_lives_on_after_its_guest_is_shut_down_all_the_same() {
 
 #[test]
 fn a_reset_that_would_end_qemu_is_refused() {
-    for kind in able("a_reset_that_would_end_qemu", &[Kind::Qemu]) {
+    for kind in able("a_reset_that_would_end_qemu", &[ByHandProgram::Qemu]) {
         for words in [&["-no-reboot"][..], &["-action", "reboot=shutdown"]] {
             let mut bench = Bench::new(kind);
-            let mut guest = bench.guest(Guest::Idle);
+            let mut guest = bench.guest(TinyGuest::Idle);
             guest.more = words.iter().map(|word| (*word).to_owned()).collect();
-            let mut vmm = ByHand::runs(kind, &bench.socket, &guest);
+            let mut vmm = ByHandVmm::runs(kind, &bench.socket, &guest);
             bench.world.start();
             let vm = bench.the_vm();
             let refused = bench.op("RebootVm", &vm).error("unavailable");
@@ -107,12 +107,12 @@ fn a_reset_that_would_end_qemu_is_refused() {
 
 #[test]
 fn a_reset_through_another_monitor_is_told() {
-    for kind in able("a_reset_through_another_monitor", &[Kind::Qemu]) {
+    for kind in able("a_reset_through_another_monitor", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         let monitor = bench.world.dir.path().join("second.sock");
-        let mut guest = bench.guest(Guest::Idle);
+        let mut guest = bench.guest(TinyGuest::Idle);
         guest.more = vec!["-qmp".to_owned(), format!("unix:{},server=on,wait=off", monitor.display())];
-        let _vmm = ByHand::runs(kind, &bench.socket, &guest);
+        let _vmm = ByHandVmm::runs(kind, &bench.socket, &guest);
         bench.world.start();
         let vm = bench.the_vm();
         let told = |bench: &Bench| {
@@ -133,9 +133,9 @@ fn a_reset_through_another_monitor_is_told() {
 
 #[test]
 fn a_qmp_socket_that_another_client_holds_is_told() {
-    for kind in able("a_qmp_socket_that_another_client_holds", &[Kind::Qemu]) {
+    for kind in able("a_qmp_socket_that_another_client_holds", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
-        let mut vmm = bench.runs(Guest::Idle);
+        let mut vmm = bench.runs(TinyGuest::Idle);
         let mut greeting = String::new();
         let client = UnixStream::connect(&bench.socket).unwrap();
         BufReader::new(&client).read_line(&mut greeting).unwrap();

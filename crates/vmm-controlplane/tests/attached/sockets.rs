@@ -4,8 +4,8 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::os::unix::net::UnixListener;
 
-use vmm_testkit::by_hand::{ByHand, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 
 use crate::bench::{Bench, WAITING, able, endpoint};
 use crate::harness::{pause, skipped};
@@ -21,16 +21,16 @@ fn reason(bench: &mut Bench) -> String {
 
 #[test]
 fn another_hypervisors_socket_is_told_by_name() {
-    let kinds = able("another_hypervisors_socket", &Kind::ALL);
+    let kinds = able("another_hypervisors_socket", &ByHandProgram::ALL);
     for there in &kinds {
         for expected in kinds.iter().filter(|kind| *kind != there) {
             let mut bench = Bench::new(*expected);
-            let mut vmm = ByHand::runs(*there, &bench.socket, &bench.guest(Guest::Idle));
+            let mut vmm = ByHandVmm::runs(*there, &bench.socket, &bench.guest(TinyGuest::Idle));
             let reason = reason(&mut bench);
             let (name, variable) = match there {
-                Kind::CloudHypervisor => ("Cloud Hypervisor", "UNKEY_VMCP_CH_ENDPOINT"),
-                Kind::Firecracker => ("Firecracker", "UNKEY_VMCP_FC_ENDPOINT"),
-                Kind::Qemu => ("QEMU", "UNKEY_VMCP_QEMU_ENDPOINT"),
+                ByHandProgram::CloudHypervisor => ("Cloud Hypervisor", "UNKEY_VMCP_CH_ENDPOINT"),
+                ByHandProgram::Firecracker => ("Firecracker", "UNKEY_VMCP_FC_ENDPOINT"),
+                ByHandProgram::Qemu => ("QEMU", "UNKEY_VMCP_QEMU_ENDPOINT"),
             };
             assert!(reason.contains(&format!("it is {name}")) && reason.contains(variable), "{reason}");
             assert!(vmm.is_alive());
@@ -40,15 +40,15 @@ fn another_hypervisors_socket_is_told_by_name() {
 
 #[test]
 fn a_link_is_refused() {
-    for kind in able("a_link_is_refused", &[Kind::Firecracker]) {
+    for kind in able("a_link_is_refused", &[ByHandProgram::Firecracker]) {
         let mut bench = Bench::new(kind);
         let real = bench.world.dir.path().join("real.sock");
-        let _vmm = ByHand::waits(kind, &real);
+        let _vmm = ByHandVmm::waits(kind, &real);
         symlink(&real, &bench.socket).unwrap();
         let reason = reason(&mut bench);
         assert!(reason.contains("symbolic link"), "{reason}");
         // CreateVm reserves; BootVm says why not.
-        bench.world.create("vm", &bench.world.tiny(Guest::Idle));
+        bench.world.create("vm", &bench.world.tiny(TinyGuest::Idle));
         assert!(bench.op("BootVm", "vm").error("failed_precondition").contains("symbolic link"));
     }
 }
@@ -58,9 +58,9 @@ fn what_another_user_owns_is_refused_whatever_its_mode() {
     if !rustix::process::geteuid().is_root() {
         return skipped("what_another_user_owns", "only root can give a file to another user");
     }
-    for kind in able("what_another_user_owns", &[Kind::CloudHypervisor]) {
+    for kind in able("what_another_user_owns", &[ByHandProgram::CloudHypervisor]) {
         let mut bench = Bench::new(kind);
-        let vmm = bench.runs(Guest::Idle);
+        let vmm = bench.runs(TinyGuest::Idle);
         chown(&bench.socket, Some(12_345), None).unwrap();
         std::fs::set_permissions(&bench.socket, std::fs::Permissions::from_mode(0o700)).unwrap();
         let reason = reason(&mut bench);
@@ -123,9 +123,9 @@ fn answers_with(socket: &std::path::Path, body: &'static str) {
 #[test]
 fn a_vmm_that_is_too_old_is_told_which_version_it_takes() {
     for (kind, body, needed) in [
-        (Kind::CloudHypervisor, r#"{"version":"40.0.0","build_version":"v40.0","pid":1}"#, "51.0.0"),
+        (ByHandProgram::CloudHypervisor, r#"{"version":"40.0.0","build_version":"v40.0","pid":1}"#, "51.0.0"),
         (
-            Kind::Firecracker,
+            ByHandProgram::Firecracker,
             r#"{"id":"x","state":"Not started","vmm_version":"1.2.0","app_name":"Firecracker"}"#,
             "1.14.0",
         ),
@@ -139,10 +139,10 @@ fn a_vmm_that_is_too_old_is_told_which_version_it_takes() {
 
 #[test]
 fn what_is_no_socket_and_what_is_not_there_is_said() {
-    let mut bench = Bench::new(Kind::CloudHypervisor);
+    let mut bench = Bench::new(ByHandProgram::CloudHypervisor);
     std::fs::write(&bench.socket, "").unwrap();
     assert!(reason(&mut bench).contains("is not a socket"));
-    let mut bench = Bench::new(Kind::CloudHypervisor);
+    let mut bench = Bench::new(ByHandProgram::CloudHypervisor);
     let said = reason(&mut bench);
     assert!(said.contains(&format!("no Cloud Hypervisor listens on {}", endpoint(&bench.socket))), "{said}");
     assert!(said.contains("cloud-hypervisor --api-socket path="), "{said}");
@@ -151,15 +151,15 @@ fn what_is_no_socket_and_what_is_not_there_is_said() {
 #[test]
 fn endpoints_that_name_one_socket_stop_the_start() {
     for same_kind in [true, false] {
-        let mut bench = Bench::new(Kind::CloudHypervisor);
+        let mut bench = Bench::new(ByHandProgram::CloudHypervisor);
         let folder = bench.world.dir.path().join("folder");
         symlink(bench.world.dir.path(), &folder).unwrap();
         let other = endpoint(&folder.join("vmm.sock"));
         if same_kind {
             let both = format!("{},{other}", endpoint(&bench.socket));
-            bench.world.set_env(Kind::CloudHypervisor.variable(), Some(&both));
+            bench.world.set_env(ByHandProgram::CloudHypervisor.variable(), Some(&both));
         } else {
-            bench.world.set_env(Kind::Firecracker.variable(), Some(&other));
+            bench.world.set_env(ByHandProgram::Firecracker.variable(), Some(&other));
         }
         let log = bench.world.try_start().expect_err("one socket serves one VM").join("\n");
         assert!(log.contains("is the same socket as"), "{log}");
@@ -169,9 +169,9 @@ fn endpoints_that_name_one_socket_stop_the_start() {
 #[test]
 fn a_malformed_endpoint_has_the_documents_text() {
     for (kind, text, words) in [
-        (Kind::CloudHypervisor, "tcp://127.0.0.1:1", "cloud hypervisor endpoint is required"),
-        (Kind::Firecracker, "unix://relative", "firecracker endpoint is required"),
-        (Kind::Qemu, "unix://", "qemu endpoint is required"),
+        (ByHandProgram::CloudHypervisor, "tcp://127.0.0.1:1", "cloud hypervisor endpoint is required"),
+        (ByHandProgram::Firecracker, "unix://relative", "firecracker endpoint is required"),
+        (ByHandProgram::Qemu, "unix://", "qemu endpoint is required"),
     ] {
         let mut bench = Bench::new(kind);
         bench.world.set_env(kind.variable(), Some(text));
@@ -182,7 +182,7 @@ fn a_malformed_endpoint_has_the_documents_text() {
 
 #[test]
 fn one_endpoint_of_two_that_fails_is_told_beside_the_other() {
-    for kind in able("one_endpoint_of_two", &[Kind::Firecracker]) {
+    for kind in able("one_endpoint_of_two", &[ByHandProgram::Firecracker]) {
         let mut bench = Bench::new(kind);
         let both = format!("{},unix:///nowhere/vmm.sock", endpoint(&bench.socket));
         bench.world.set_env(kind.variable(), Some(&both));

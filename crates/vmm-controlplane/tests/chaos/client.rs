@@ -17,7 +17,7 @@ use super::history::{Answer, Said, State};
 use super::host::left_for_good;
 
 /// The longest answer that the contract allows any call of this run takes half of this; only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A way to the daemon.
 pub(crate) struct Client {
@@ -47,7 +47,7 @@ impl Client {
     pub(crate) fn call(&self, method: &str, body: &Value) -> Reply {
         self.runtime.block_on(async {
             let Ok(stream) = self.connect().await else { return Reply::NotSent };
-            match tokio::time::timeout(PATIENCE, exchange(stream, self.daemon, method, body)).await {
+            match tokio::time::timeout(WAIT_TIMEOUT, exchange(stream, self.daemon, method, body)).await {
                 Ok(Some((status, body))) => Reply::Json(status, body),
                 Ok(None) => Reply::Lost,
                 Err(_) => Reply::Silence,
@@ -94,7 +94,7 @@ pub(crate) fn understand(reply: Reply) -> Option<Answer> {
     Some(match reply {
         Reply::NotSent => return None,
         Reply::Lost => Answer::Lost,
-        Reply::Silence => Answer::Illegal(format!("no answer within {} s", PATIENCE.as_secs())),
+        Reply::Silence => Answer::Illegal(format!("no answer within {} s", WAIT_TIMEOUT.as_secs())),
         Reply::Json(StatusCode::OK, body) => success(&body),
         Reply::Json(status, body) => failure(status, &body),
     })

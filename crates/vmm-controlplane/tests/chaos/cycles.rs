@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use super::host::{Found, Held, TapGuard, can_make_taps, ledger, left_for_good};
 use super::load::rest;
@@ -62,7 +62,7 @@ fn vms_come_and_go_and_nothing_stays() {
 
 /// Lets VMs come and go; answers what the daemon held once it was warm, and at the end.
 fn cycle(world: &World, backend: &'static str, taps: bool, cycles: u64) -> (Held, Held) {
-    let kernel = Guest::Idle.write_to(world.dir.path()).unwrap();
+    let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
     let warm = (cycles * WARM / 100).max(WORKERS);
     come_and_go(world, backend, taps, &kernel, 0..warm);
     let before = at_rest(world, None);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use super::history::{Life, Op, State};
 use super::host::{Found, TapGuard, can_make_taps, ledger, left_for_good};
@@ -17,7 +17,7 @@ use super::plan;
 use super::report::{Figures, Report};
 use super::stall::Stalls;
 use super::verdict::{self, Evidence, Present};
-use crate::harness::{PATIENCE, World, hypervisors};
+use crate::harness::{WAIT_TIMEOUT, World, hypervisors};
 
 /// Kills of a plain `cargo test`.
 const SHORT: u64 = 15;
@@ -63,7 +63,7 @@ impl Run {
             ("UNKEY_VMCP_PORT", &daemon.port().to_string()),
             ("RUST_LOG", "info"),
         ]);
-        let kernel = Guest::Idle.write_to(world.dir.path()).unwrap();
+        let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
         let clock = Clock::new();
         world.start();
         let lives = vec![Life { serving: Some(clock.now()), killed: None }];
@@ -120,7 +120,7 @@ impl Run {
                 Some("restarting" | "starting" | "stopping" | "unreachable")
             )
         };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             let vms = self.list();
             if vms.iter().all(at_rest) {

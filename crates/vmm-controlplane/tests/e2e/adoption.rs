@@ -6,10 +6,10 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_core::store::{Change, Commit, ProcessIdentity, Store as _, VmRecord};
+use vmm_core::store::{Commit, ProcessIdentity, RecordChange, Store as _, VmRecord};
 use vmm_host::process::{Lookup, boot_id, find_by_argument};
 use vmm_store::SqliteStore;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, eventually, hypervisors, is_alive, signal, vmm_pid};
 
@@ -22,7 +22,7 @@ pub(crate) fn tamper(world: &World, change: impl FnOnce(&mut VmRecord)) {
             store.load().await.unwrap().vms.into_iter().find(|vm| vm.vm_id.as_str() == "vm").unwrap();
         change(&mut record);
         record.generation += 1;
-        store.commit(Commit { change: Change::Update(Box::new(record)), event: None }).await.unwrap();
+        store.commit(Commit { change: RecordChange::Update(Box::new(record)), event: None }).await.unwrap();
         store.close().await.unwrap();
     });
 }
@@ -58,7 +58,7 @@ impl Drop for Bystander {
 
 /// A running VM whose daemon has been killed; answers the pid of its VMM.
 fn orphaned(world: &mut World, backend: &str) -> u32 {
-    world.create_on(backend, "vm", Guest::Idle);
+    world.create_on(backend, "vm", TinyGuest::Idle);
     world.boot("vm");
     let pid = vmm_pid(&world.info("vm"));
     world.stop(Signal::KILL);
@@ -119,8 +119,8 @@ fn socket(world: &World) -> PathBuf {
 fn a_socket_that_accepts_and_says_nothing_is_no_death_and_holds_up_nobody() {
     for backend in hypervisors("a_socket_that_accepts_and_says_nothing_is_no_death_and_holds_up_nobody") {
         let mut world = World::started(&[]);
-        world.create_on(backend, "other", Guest::Idle);
-        world.create_on(backend, "vm", Guest::Idle);
+        world.create_on(backend, "other", TinyGuest::Idle);
+        world.create_on(backend, "vm", TinyGuest::Idle);
         world.boot("vm");
         let (socket, pid) = (socket(&world), vmm_pid(&world.info("vm")));
         world.stop(Signal::KILL);

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, hypervisors};
 
@@ -32,7 +32,7 @@ fn with(mut config: Value, pointer: &str, value: Value) -> Value {
 #[test]
 fn each_wrong_value_is_named_by_its_path() {
     let world = World::started(&[]);
-    let good = world.tiny(Guest::Idle);
+    let good = world.tiny(TinyGuest::Idle);
     let dir = world.dir.path();
     let fifo = dir.join("fifo");
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
@@ -173,7 +173,7 @@ fn each_wrong_value_is_named_by_its_path() {
 #[test]
 fn names_that_are_no_names() {
     let world = World::started(&[]);
-    let good = world.tiny(Guest::Idle);
+    let good = world.tiny(TinyGuest::Idle);
     for name in ["../x", "a/b", "-a", ".a", "a b", &"x".repeat(64), "ä"] {
         let message =
             world.call("CreateVm", &json!({"vm_id": name, "config": good})).error("invalid_argument");
@@ -213,7 +213,7 @@ fn all_violations_at_once_in_the_message_and_as_details() {
 fn a_request_with_hundreds_of_thousands_of_devices_is_refused_by_their_number() {
     let world = World::started(&[]);
     let with_entries = |list: &str, count: usize| {
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config[list] = json!(vec![json!({}); count]);
         json!({"config": config})
     };
@@ -228,7 +228,7 @@ fn a_request_with_hundreds_of_thousands_of_devices_is_refused_by_their_number() 
     }
     let keys = (0..100_000).map(|number| (format!("key{number}"), json!("")));
     let options: serde_json::Map<_, _> = keys.collect();
-    let config = with(world.tiny(Guest::Idle), "/boot/boot_options", options.into());
+    let config = with(world.tiny(TinyGuest::Idle), "/boot/boot_options", options.into());
     world.call("CreateVm", &json!({"config": config})).error("invalid_argument");
 }
 
@@ -240,7 +240,7 @@ fn the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation() {
     fs::write(&disk, [0; 4096]).unwrap();
     for backend in hypervisors(test) {
         let request = |length: usize| {
-            let mut config = world.tiny(Guest::Idle);
+            let mut config = world.tiny(TinyGuest::Idle);
             config["boot"]["kernel_args"] = json!("x".repeat(length));
             config["storage"] = json!([{"path": disk, "is_root_device": true}]);
             json!({"vm_id": "vm", "backend": backend, "config": config})
@@ -261,7 +261,7 @@ fn the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation() {
         assert!(message.contains("config.boot.kernel_args: "), "{message}");
         world.call("CreateVm", &request(longest)).ok();
         world.boot("vm");
-        world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+        world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
         world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
     }
     world.assert_nothing_left();
@@ -270,7 +270,7 @@ fn the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation() {
 #[test]
 fn firmware_is_not_served_and_says_so() {
     let world = World::started(&[]);
-    let config = with(world.tiny(Guest::Idle), "/boot/boot_options", json!({"firmware": "/ovmf.fd"}));
+    let config = with(world.tiny(TinyGuest::Idle), "/boot/boot_options", json!({"firmware": "/ovmf.fd"}));
     let message = world.call("CreateVm", &json!({"vm_id": "vm", "config": config})).error("unimplemented");
     assert!(message.contains("firmware"), "{message}");
 }
@@ -278,7 +278,7 @@ fn firmware_is_not_served_and_says_so() {
 #[test]
 fn a_file_that_changed_since_creation_stops_the_boot_and_nothing_else() {
     let world = World::started(&[]);
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     world.create("vm", &config);
     let kernel = config["boot"]["kernel_path"].as_str().unwrap();
     let aside = format!("{kernel}.aside");

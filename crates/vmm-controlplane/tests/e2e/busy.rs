@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, call, eventually, hypervisors, post, signal, vmm_pid};
 
@@ -15,7 +15,7 @@ fn a_hung_vm_with_a_full_inbox_holds_up_no_reader_no_health_and_no_other_vm() {
         // Rarely sampled, so that it is the calls that find out.
         let world = World::started(&[("UNKEY_VMCP_METRICS_INTERVAL", "3600")]);
         for name in ["hung", "well"] {
-            world.create_on(backend, name, Guest::Idle);
+            world.create_on(backend, name, TinyGuest::Idle);
             world.boot(name);
         }
         // The first sample is due one second after the start, whatever the interval.

@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::World;
 
@@ -64,7 +64,7 @@ fn help_version_and_check_config_answer() {
 #[test]
 fn every_line_of_a_request_bears_its_id_and_the_vm() {
     let mut world = World::started(&[]);
-    world.create("logged", &world.tiny(Guest::Idle));
+    world.create("logged", &world.tiny(TinyGuest::Idle));
     world.call("PauseVm", &json!({"vm_id": "logged"})).error("failed_precondition");
     let (_, log) = world.stop(Signal::TERM);
     let lines: Vec<Value> =

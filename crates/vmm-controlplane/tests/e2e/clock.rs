@@ -5,13 +5,13 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::json;
-use vmm_testkit::guests::{Clocks, Guest, clocks};
+use vmm_testkit::guests::{Clocks, TinyGuest, clocks};
 
 use crate::harness::{World, eventually, hypervisors, linux, skipped};
 use crate::needs_qemu;
 
 /// The length of the pause.
-const PAUSE: Duration = Duration::from_secs(12);
+const QUIET_INTERVAL: Duration = Duration::from_secs(12);
 /// The seconds that the answer of a guest in software emulation may take at most on its way.
 const ON_THE_WAY: u64 = 5;
 /// The word before a guest's two clocks on its console.
@@ -67,11 +67,11 @@ fn after_a_pause_qemus_guest_is_behind_and_its_hardware_clock_is_right() {
     assert!(before.hardware <= ON_THE_WAY, "{} s", before.hardware);
     world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
     let paused = Instant::now();
-    eventually("the pause is over", || paused.elapsed() > PAUSE);
+    eventually("the pause is over", || paused.elapsed() > QUIET_INTERVAL);
     world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
     let after = ask(&world, &mut console, "vm");
     assert!(
-        after.system + ON_THE_WAY >= before.system + PAUSE.as_secs(),
+        after.system + ON_THE_WAY >= before.system + QUIET_INTERVAL.as_secs(),
         "the guest was {} s behind, and is {} s",
         before.system,
         after.system
@@ -93,7 +93,7 @@ fn during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on() {
     const TEST: &str = "during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on";
     for backend in hypervisors(TEST).into_iter().filter(|backend| *backend != "qemu") {
         let world = World::started(&[]);
-        world.create_on(backend, "vm", Guest::Clock);
+        world.create_on(backend, "vm", TinyGuest::Clock);
         world.boot("vm");
         let info = world.info("vm");
         let version = info["backend_info"]["version"].as_str().unwrap().trim_start_matches('v');
@@ -106,7 +106,7 @@ fn during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on() {
         world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
         let before = printed(&world);
         let paused = Instant::now();
-        eventually("the pause is over", || paused.elapsed() > PAUSE);
+        eventually("the pause is over", || paused.elapsed() > QUIET_INTERVAL);
         world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
         // The guest may have read the clocks of the next line before the pause.
         eventually("the guest tells its clocks again", || printed(&world).len() > before.len() + 1);
@@ -115,7 +115,10 @@ fn during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on() {
             [("kvm-clock", before.kvm_clock, after.kvm_clock), ("the counter", before.counter, after.counter)]
         {
             let gone = Duration::from_nanos(after - before);
-            assert!(gone >= PAUSE, "{backend}: {clock} has gone on by {gone:?} in a pause of {PAUSE:?}");
+            assert!(
+                gone >= QUIET_INTERVAL,
+                "{backend}: {clock} has gone on by {gone:?} in a pause of {QUIET_INTERVAL:?}"
+            );
         }
         world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
         world.assert_nothing_left();

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::process::Signal;
 use serde_json::json;
 use vmm_store::SqliteStore;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
-use crate::harness::{PATIENCE, World, is_alive, vmm_pid};
+use crate::harness::{WAIT_TIMEOUT, World, is_alive, vmm_pid};
 use crate::needs_qemu;
 
 fn database(world: &World) -> PathBuf {
@@ -44,7 +44,7 @@ fn fails_to_start(world: &World) -> String {
         let _ = stderr.read_to_string(&mut text);
         text
     });
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     let ended = loop {
         match child.try_wait().unwrap() {
             None if Instant::now() < deadline => rest(Duration::from_millis(50)),
@@ -64,7 +64,7 @@ fn a_damaged_database_is_refused_and_no_vm_is_touched() {
     needs_qemu!();
     let mut world = World::started(&[]);
     for name in ["runs", "created"] {
-        world.create(name, &world.tiny(Guest::Idle));
+        world.create(name, &world.tiny(TinyGuest::Idle));
     }
     world.boot("runs");
     let pid = vmm_pid(&world.info("runs"));
@@ -102,7 +102,7 @@ fn a_database_overwritten_under_a_running_daemon_invents_nothing() {
     for cut in [false, true] {
         let mut world = World::started(&[]);
         for number in 0..20 {
-            let mut config = world.tiny(Guest::Idle);
+            let mut config = world.tiny(TinyGuest::Idle);
             config["metadata"] = json!({"ballast": "x".repeat(8000)});
             world.create(&format!("vm-{number}"), &config);
         }
@@ -174,10 +174,10 @@ fn a_second_daemon_changes_nothing() {
     needs_qemu!();
     let world = World::started(&[("UNKEY_VMCP_METRICS_INTERVAL", "3600")]);
     for name in ["runs", "created"] {
-        world.create(name, &world.tiny(Guest::Idle));
+        world.create(name, &world.tiny(TinyGuest::Idle));
     }
     world.boot("runs");
-    world.wait_for_console("runs", &Guest::Idle.banner(), 1);
+    world.wait_for_console("runs", &TinyGuest::Idle.banner(), 1);
     settle(&world);
     let (state, run) = (world.dir.path().join("state"), world.dir.path().join("run"));
     let (before, vms) = ((files(&state), files(&run)), (world.info("runs"), world.info("created")));

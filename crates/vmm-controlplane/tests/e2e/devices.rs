@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, hypervisors, linux, on_path, skipped};
 use crate::needs_qemu;
@@ -88,7 +88,7 @@ fn what_is_written_to_a_raw_disk_keeps_no_vm_from_booting() {
     let world = World::started(&[]);
     for backend in hypervisors(test) {
         let disk = raw_disk(world.dir.path(), &format!("{backend}.img"), 1);
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config["storage"] = json!([{"path": disk}]);
         let request = json!({"vm_id": "vm", "backend": backend, "config": config});
         world.call("CreateVm", &request).ok();
@@ -105,7 +105,7 @@ fn what_is_written_to_a_raw_disk_keeps_no_vm_from_booting() {
             world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok();
             world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
             world.boot("vm");
-            world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+            world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
         }
         let another = json!({"vm_id": "another", "backend": backend, "config": config});
         let message = world.call("CreateVm", &another).error("invalid_argument");
@@ -123,7 +123,7 @@ fn a_writable_disk_serves_one_running_vm() {
     let link = world.dir.path().join("hard-link.img");
     fs::hard_link(&disk, &link).unwrap();
     for (name, path) in [("holder", &disk), ("other", &link)] {
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config["storage"] = json!([{"path": path}]);
         world.create(name, &config);
     }
@@ -139,20 +139,20 @@ fn a_console_goes_to_the_file_that_is_named_and_stays() {
     needs_qemu!();
     let world = World::started(&[]);
     let output = world.dir.path().join("my console.log");
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["console"] = json!({"enabled": true, "output": output});
     world.create("vm", &config);
     let text = || fs::read_to_string(&output).unwrap_or_default();
     for boot in 1..=2 {
         world.boot("vm");
         crate::harness::eventually("the banner is in the file", || {
-            text().matches(&Guest::Idle.banner()).count() == boot
+            text().matches(&TinyGuest::Idle.banner()).count() == boot
         });
         world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
     }
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
     assert_eq!(
-        text().matches(&Guest::Idle.banner()).count(),
+        text().matches(&TinyGuest::Idle.banner()).count(),
         2,
         "DeleteVm removes no file that the client named"
     );
@@ -209,7 +209,7 @@ fn a_tap_that_exists_carries_the_guests_packets() {
             .iter()
             .all(|counter| stats[*counter].is_string())
     });
-    let mut rival = world.tiny(Guest::Idle);
+    let mut rival = world.tiny(TinyGuest::Idle);
     rival["network"] = json!([{"tap_device": tap.0}]);
     world.create("rival", &rival);
     let message = world.call("BootVm", &json!({"vm_id": "rival"})).error("failed_precondition");

@@ -6,9 +6,9 @@ use std::sync::mpsc::{Receiver, channel};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
-use crate::harness::{PATIENCE, World, call, vmm_pid};
+use crate::harness::{WAIT_TIMEOUT, World, call, vmm_pid};
 use crate::needs_qemu;
 
 /// A stream of the Connect protocol, read by a thread of its own.
@@ -26,7 +26,7 @@ impl Stream {
         let url = format!("{}/vmm.v1.VmService/WatchVms", world.url());
         let agent: ureq::Agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
-            .timeout_global(Some(PATIENCE))
+            .timeout_global(Some(WAIT_TIMEOUT))
             .build()
             .into();
         let response =
@@ -57,7 +57,7 @@ impl Stream {
     /// The next message; `{"end": …}` is the last.
     #[track_caller]
     fn next(&self) -> Value {
-        self.messages.recv_timeout(PATIENCE).expect("a message comes")
+        self.messages.recv_timeout(WAIT_TIMEOUT).expect("a message comes")
     }
 
     /// All messages up to one that is `wanted`, which is the last of them.
@@ -106,7 +106,7 @@ fn listed(world: &World, vm_id: &str) -> Vec<Value> {
 fn a_watch_sees_a_guest_come_and_go() {
     needs_qemu!();
     let world = World::started(&[]);
-    world.create("old", &world.tiny(Guest::Idle));
+    world.create("old", &world.tiny(TinyGuest::Idle));
     let stream = Stream::watch(&world, &json!({}));
     let beginning = stream.until(|message| is(message, "synced"));
     let [present, synced] = beginning.as_slice() else { panic!("{beginning:#?}") };
@@ -114,7 +114,7 @@ fn a_watch_sees_a_guest_come_and_go() {
     assert_eq!(present["state"], "VM_STATE_CREATED");
     assert!(synced.get("vm_id").is_none() && synced["token"].is_string(), "{synced}");
 
-    let created = world.create("vm", &world.tiny(Guest::PowerOff));
+    let created = world.create("vm", &world.tiny(TinyGuest::PowerOff));
     world.boot("vm");
     let seen = stream.until(|message| is(message, "vmm-exited"));
     let kinds: Vec<_> = seen.iter().map(|it| it["type"].as_str().unwrap()).collect();
@@ -146,7 +146,7 @@ fn a_watch_resumes_where_a_killed_daemon_left_it() {
     let stream = Stream::watch(&world, &json!({}));
     let synced = stream.next();
     assert!(is(&synced, "synced"), "{synced}");
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     world.boot("vm");
     let mut seen = stream.until(|message| message["state"] == "VM_STATE_RUNNING");
     let last = seen.last().unwrap()["token"].clone();
@@ -182,7 +182,7 @@ fn many_clients_at_once_are_told_in_one_order() {
         config["metadata"] = json!({"team": "even"});
         config
     };
-    let plain = world.tiny(Guest::Idle);
+    let plain = world.tiny(TinyGuest::Idle);
     let labelled = label(&plain);
     let all = Stream::watch(&world, &json!({}));
     let even = Stream::watch(&world, &json!({"metadata_filter": {"team": "even"}}));
@@ -213,9 +213,9 @@ fn many_clients_at_once_are_told_in_one_order() {
 #[test]
 fn events_are_kept_as_long_as_configured() {
     let mut world = World::started(&[("UNKEY_VMCP_EVENT_RETENTION", "1s")]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let token = listed(&world, "")[0]["token"].clone();
-    world.create("vm2", &world.tiny(Guest::Idle));
+    world.create("vm2", &world.tiny(TinyGuest::Idle));
     crate::harness::eventually("the events expire", || listed(&world, "").is_empty());
     let message = Stream::watch(&world, &json!({"resume_token": token})).error();
     assert_eq!(message["code"], "out_of_range", "{message}");
@@ -231,8 +231,8 @@ fn events_are_kept_as_long_as_configured() {
 fn a_wait_ends_with_the_guest() {
     needs_qemu!();
     let world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::Idle));
-    world.create("off", &world.tiny(Guest::PowerOff));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
+    world.create("off", &world.tiny(TinyGuest::PowerOff));
     world.boot("vm");
     world.boot("off");
     let url = world.url();

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, eventually, hypervisors, is_alive, skipped, vmm_pid};
 use crate::needs_qemu;
@@ -88,15 +88,15 @@ fn with_a_full_state_directory_force_works_and_nothing_is_lost() {
     let Some(disk) = SmallDisk::under(&mut world, "state", "size=16m,mode=700", TEST) else { return };
     world.start();
     for name in ["deleted", "down", "stays"] {
-        world.create(name, &world.tiny(Guest::Idle));
+        world.create(name, &world.tiny(TinyGuest::Idle));
         world.boot(name);
     }
-    world.create("unstarted", &world.tiny(Guest::Idle));
+    world.create("unstarted", &world.tiny(TinyGuest::Idle));
     let (down, stays) = (vmm_pid(&world.info("down")), vmm_pid(&world.info("stays")));
     disk.fill();
 
     // What the log has room for is still taken; then it is refused, and said why.
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["metadata"] = json!({"ballast": "x".repeat(20_000)});
     let refused = (0..1000)
         .map(|number| world.call("CreateVm", &json!({"vm_id": format!("late-{number}"), "config": config})))
@@ -139,7 +139,7 @@ fn with_a_full_state_directory_force_works_and_nothing_is_lost() {
     assert!(is_alive(stays) && vmm_pid(&info) == stays, "{info:#}");
 
     disk.free();
-    world.create("new", &world.tiny(Guest::Idle));
+    world.create("new", &world.tiny(TinyGuest::Idle));
     world.boot("down");
     for name in ["down", "stays", "new"] {
         world.call("DeleteVm", &json!({"vm_id": name, "force": true})).ok();
@@ -157,7 +157,7 @@ fn with_a_full_runtime_directory_a_boot_fails_whole_and_the_rest_goes_on() {
         let Some(disk) = SmallDisk::under(&mut world, "run", "size=8m,nr_inodes=300", TEST) else { return };
         world.start();
         for name in ["runs", "late"] {
-            world.create_on(backend, name, Guest::Idle);
+            world.create_on(backend, name, TinyGuest::Idle);
         }
         world.boot("runs");
         let pid = vmm_pid(&world.info("runs"));
@@ -187,7 +187,7 @@ fn with_a_full_runtime_directory_a_boot_fails_whole_and_the_rest_goes_on() {
         }
         assert_eq!((world.vmms(), disk.folders()), (vec![], 0), "{backend}");
         disk.free();
-        world.create_on(backend, "late", Guest::Idle);
+        world.create_on(backend, "late", TinyGuest::Idle);
         world.boot("late");
     }
 }
@@ -206,7 +206,7 @@ fn a_runtime_directory_that_is_full_for_a_while_is_no_silence_of_the_vmm() {
         let mut world = World::new(&[]);
         let Some(disk) = SmallDisk::under(&mut world, "run", "size=8m,nr_inodes=300", TEST) else { return };
         world.start();
-        world.create_on(backend, "runs", Guest::Idle);
+        world.create_on(backend, "runs", TinyGuest::Idle);
         world.boot("runs");
         world.wait_for("runs", "sampled", |info| info["metrics"]["storage_stats"].is_object());
         for room in ["none", "enough"] {

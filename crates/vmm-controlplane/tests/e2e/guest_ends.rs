@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, signal, vmm_pid};
 use crate::needs_qemu;
@@ -16,7 +16,7 @@ fn policy(mode: &str, max_restarts: i32) -> serde_json::Value {
 fn a_power_off_ends_the_run() {
     needs_qemu!();
     let world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::PowerOff));
+    world.create("vm", &world.tiny(TinyGuest::PowerOff));
     world.boot("vm");
     let info = world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
     assert_eq!(
@@ -32,7 +32,7 @@ fn a_power_off_ends_the_run() {
 fn a_reset_ends_the_run_where_the_policy_says_never() {
     needs_qemu!();
     for machine in ["q35", "microvm"] {
-        for guest in [Guest::Reset, Guest::TripleFault] {
+        for guest in [TinyGuest::Reset, TinyGuest::TripleFault] {
             let world = World::started(&[]);
             let mut config = world.tiny(guest);
             config["boot"]["boot_options"] = json!({"qemu.machine": machine});
@@ -50,7 +50,7 @@ fn a_reset_ends_the_run_where_the_policy_says_never() {
 fn resets_without_end_are_ended() {
     needs_qemu!();
     let world = World::started(&[]);
-    let mut config = world.tiny(Guest::Reset);
+    let mut config = world.tiny(TinyGuest::Reset);
     config["restart_policy"] = policy("GUEST_REBOOT", 3);
     world.create("vm", &config);
     world.boot("vm");
@@ -59,7 +59,10 @@ fn resets_without_end_are_ended() {
         (&info["status"]["phase"], &info["status"]["reason"]),
         (&json!("failed"), &json!("restart-loop"))
     );
-    assert!(world.console("vm").matches(&Guest::Reset.banner()).count() >= 4, "first boot and three resets");
+    assert!(
+        world.console("vm").matches(&TinyGuest::Reset.banner()).count() >= 4,
+        "first boot and three resets"
+    );
     assert!(world.vmms().is_empty());
 }
 
@@ -67,7 +70,7 @@ fn resets_without_end_are_ended() {
 fn a_killed_vmm_is_noticed_and_named() {
     needs_qemu!();
     let world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     for (number, name) in [(Signal::KILL, "SIGKILL"), (Signal::SEGV, "SIGSEGV")] {
         world.boot("vm");
         signal(vmm_pid(&world.info("vm")), number);
@@ -86,16 +89,16 @@ fn a_killed_vmm_is_noticed_and_named() {
 fn a_killed_vmm_is_started_again_where_the_policy_says_so() {
     needs_qemu!();
     let world = World::started(&[]);
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["restart_policy"] = policy("ON_FAILURE", 0);
     world.create("vm", &config);
     world.boot("vm");
-    world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
     let first = vmm_pid(&world.info("vm"));
     signal(first, Signal::KILL);
     let info = world.wait_for("vm", "running in a new process", |info| {
         info["state"] == "VM_STATE_RUNNING" && vmm_pid(info) != first
     });
     assert_eq!(info["status"]["restarts"], 1);
-    world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2);
 }

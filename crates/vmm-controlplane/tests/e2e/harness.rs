@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 pub(crate) use vmm_testkit::skip::skipped;
 
 /// Longer than anything here takes on a busy machine; only a hang reaches it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const WAIT_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Whether a program is on PATH.
 pub(crate) fn on_path(program: &str) -> bool {
@@ -170,7 +170,7 @@ impl World {
                 let _ = tell.send(line);
             }
         });
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         let mut seen = Vec::new();
         let address = loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -202,7 +202,7 @@ impl World {
     #[allow(dead_code, reason = "as above")]
     pub(crate) fn await_end(&mut self) -> (Option<i32>, Vec<String>) {
         let mut daemon = self.daemon.take().expect("a daemon runs");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         let status = loop {
             if let Some(status) = daemon.child.try_wait().unwrap() {
                 break status;
@@ -263,7 +263,7 @@ impl World {
     }
 
     /// Creates a VM with a tiny guest on one of several backends.
-    pub(crate) fn create_on(&self, backend: &str, vm_id: &str, guest: Guest) -> Value {
+    pub(crate) fn create_on(&self, backend: &str, vm_id: &str, guest: TinyGuest) -> Value {
         let config = self.tiny(guest);
         self.call("CreateVm", &json!({"vm_id": vm_id, "backend": backend, "config": config})).ok()
     }
@@ -279,7 +279,7 @@ impl World {
     /// Waits until GetVmInfo satisfies `wanted`.
     #[track_caller]
     pub(crate) fn wait_for(&self, vm_id: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             let info = self.info(vm_id);
             if wanted(&info) {
@@ -296,7 +296,7 @@ impl World {
     }
 
     /// The configuration of a VM with a tiny guest, small enough to start many.
-    pub(crate) fn tiny(&self, guest: Guest) -> Value {
+    pub(crate) fn tiny(&self, guest: TinyGuest) -> Value {
         let kernel = guest.write_to(self.dir.path()).unwrap();
         json!({
             "cpu": {"vcpu_count": 1},
@@ -315,7 +315,7 @@ impl World {
     /// Waits until the kept console has `text` `times` times.
     #[track_caller]
     pub(crate) fn wait_for_console(&self, vm_id: &str, text: &str, times: usize) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             let console = self.console(vm_id);
             if console.matches(text).count() >= times {
@@ -415,7 +415,7 @@ pub(crate) fn is_alive(pid: u32) -> bool {
 /// Waits until `wanted` holds.
 #[track_caller]
 pub(crate) fn eventually(what: &str, wanted: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     while !wanted() {
         assert!(Instant::now() < deadline, "never: {what}");
         pause();
@@ -442,7 +442,11 @@ fn pid_of(child: &Child) -> Pid {
 }
 
 fn agent() -> ureq::Agent {
-    ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE)).build().into()
+    ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(WAIT_TIMEOUT))
+        .build()
+        .into()
 }
 
 fn answer(mut response: ureq::http::Response<ureq::Body>) -> Answer {

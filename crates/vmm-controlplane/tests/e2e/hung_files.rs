@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, call, hypervisors};
 use crate::hung_mount::HungMount;
@@ -18,7 +18,7 @@ const STUCK: usize = 40;
 
 /// A configuration whose kernel and disk lie below `dir`.
 fn below(world: &World, dir: &Path) -> Value {
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["storage"] = json!([{"path": dir.join("disk")}]);
     config["boot"]["kernel_path"] = json!(dir.join("kernel"));
     config
@@ -59,7 +59,7 @@ fn folders(world: &World) -> (PathBuf, PathBuf) {
         std::fs::create_dir(dir).unwrap();
     }
     std::fs::write(fine.join("disk"), [0; 4096]).unwrap();
-    let kernel = Guest::Idle.write_to(&fine).unwrap();
+    let kernel = TinyGuest::Idle.write_to(&fine).unwrap();
     std::fs::rename(kernel, fine.join("kernel")).unwrap();
     (hung, fine)
 }
@@ -73,7 +73,7 @@ fn a_mount_that_does_not_answer_holds_up_nobody_else() {
     world.start();
     for backend in hypervisors(test) {
         for name in ["runs", "waits"] {
-            world.create_on(backend, &format!("{name}-{backend}"), Guest::Idle);
+            world.create_on(backend, &format!("{name}-{backend}"), TinyGuest::Idle);
         }
         world.boot(&format!("runs-{backend}"));
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::libvirtd::{self, Libvirtd};
 
 use crate::harness::{World, eventually, is_alive, signal, skipped, vmm_pid};
@@ -48,7 +48,7 @@ fn with_helper(helper: &Path) -> String {
     format!("{folder}:{}", std::env::var("PATH").unwrap_or_default())
 }
 
-fn run(world: &World, vm_id: &str, guest: Guest) -> Value {
+fn run(world: &World, vm_id: &str, guest: TinyGuest) -> Value {
     world.create(vm_id, &world.tiny(guest));
     world.boot(vm_id);
     world.wait_for_console(vm_id, &guest.banner(), 1);
@@ -67,7 +67,7 @@ fn phase_is(phase: &str) -> impl Fn(&Value) -> bool {
 fn virsh_is_seen_and_sees() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
-    let info = run(&world, "vm", Guest::Button);
+    let info = run(&world, "vm", TinyGuest::Button);
     assert_eq!(libvirtd.virsh(&["domuuid", "vm"]), info["uid"].as_str().unwrap());
     assert_eq!(libvirtd.virsh(&["domstate", "vm"]), "running");
 
@@ -81,14 +81,14 @@ fn virsh_is_seen_and_sees() {
     assert_eq!(libvirtd.virsh(&["domstate", "vm"]), "running");
 
     libvirtd.virsh(&["reset", "vm"]);
-    world.wait_for_console("vm", &Guest::Button.banner(), 2);
+    world.wait_for_console("vm", &TinyGuest::Button.banner(), 2);
     libvirtd.virsh(&["destroy", "vm"]);
     assert_eq!(reason(&world.wait_for_state("vm", "VM_STATE_SHUTDOWN")), "vmm-told-to-end");
     libvirtd.virsh(&["start", "vm"]);
     let again = world.wait_for_state("vm", "VM_STATE_RUNNING");
     assert_eq!((reason(&again), &again["uid"]), ("started-from-outside", &info["uid"]));
     assert_ne!(vmm_pid(&again), vmm_pid(&info));
-    world.wait_for_console("vm", &Guest::Button.banner(), 3);
+    world.wait_for_console("vm", &TinyGuest::Button.banner(), 3);
     libvirtd.virsh(&["shutdown", "vm"]);
     assert_eq!(reason(&world.wait_for_state("vm", "VM_STATE_SHUTDOWN")), "guest-power-off");
 
@@ -117,8 +117,8 @@ fn resets_told(world: &World, vm_id: &str) -> usize {
 fn a_reset_by_virsh_is_told() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
-    let banner = Guest::Button.banner();
-    let mut config = world.tiny(Guest::Button);
+    let banner = TinyGuest::Button.banner();
+    let mut config = world.tiny(TinyGuest::Button);
     config["restart_policy"] = json!({"mode": "RESTART_MODE_GUEST_REBOOT", "max_restarts": 1});
     world.create("vm", &config);
     world.boot("vm");
@@ -175,8 +175,8 @@ fn a_reset_by_virsh_is_told() {
 fn a_restart_of_libvirtd_loses_nothing() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
-    let before = run(&world, "vm", Guest::Idle);
-    run(&world, "other", Guest::Idle);
+    let before = run(&world, "vm", TinyGuest::Idle);
+    run(&world, "other", TinyGuest::Idle);
 
     libvirtd.stop();
     world.wait_for("vm", "unreachable", phase_is("unreachable"));
@@ -224,7 +224,7 @@ fn doctor_looks_at_libvirt_beside_the_daemon_and_without_it() {
     let (code, alone) = finding(&world);
     assert!(code == Some(0) && alone.contains(&libvirtd.uri()) && alone.contains("libvirt"), "{alone}");
     world.start();
-    run(&world, "vm", Guest::Idle);
+    run(&world, "vm", TinyGuest::Idle);
     assert_eq!(finding(&world), (Some(0), alone));
     assert_eq!(world.info("vm")["status"]["phase"], "running");
     world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
@@ -237,7 +237,7 @@ fn doctor_looks_at_libvirt_beside_the_daemon_and_without_it() {
 fn a_libvirtd_that_hangs_stops_no_force() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
-    let pid = vmm_pid(&run(&world, "vm", Guest::Idle));
+    let pid = vmm_pid(&run(&world, "vm", TinyGuest::Idle));
     libvirtd.freeze(true);
     world.wait_for("vm", "unreachable", phase_is("unreachable"));
     world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
@@ -250,7 +250,7 @@ fn a_libvirtd_that_hangs_stops_no_force() {
         answer => answer.ok()["state"] == "VM_STATE_RUNNING",
     });
     eventually("healthy again", || world.get("/_/health").status == 200);
-    world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2);
     world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
 }
 
@@ -259,7 +259,7 @@ fn a_killed_daemon_finds_its_domains() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let mut world = started(&helper, &libvirtd, &[]);
     for name in ["running", "paused", "destroyed", "restarted", "resumed"] {
-        run(&world, name, Guest::Idle);
+        run(&world, name, TinyGuest::Idle);
     }
     for name in ["paused", "resumed"] {
         world.call("PauseVm", &json!({"vm_id": name})).ok();
@@ -291,7 +291,7 @@ fn a_killed_daemon_finds_its_domains() {
 
 /// A domain that somebody else has made, and runs.
 fn stranger(world: &World, libvirtd: &Libvirtd) -> String {
-    let kernel = Guest::Idle.write_to(world.dir.path()).unwrap();
+    let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
     let xml = format!(
         "<domain type='qemu'><name>stranger</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
          <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel></os>\
@@ -314,7 +314,7 @@ fn what_is_not_ours_is_left_alone() {
     let before = libvirtd.virsh(&["dumpxml", "stranger"]);
 
     // A namesake of it can be created, for nothing is asked of libvirt then, and not booted.
-    world.create("stranger", &world.tiny(Guest::Idle));
+    world.create("stranger", &world.tiny(TinyGuest::Idle));
     for _ in 0..2 {
         let refused = world.call("BootVm", &json!({"vm_id": "stranger"})).error("failed_precondition");
         assert!(refused.contains("not this program's") && refused.contains(&uuid), "{refused}");
@@ -374,7 +374,7 @@ fn what_is_missing_is_named() {
         let qemu = backends["backends"].as_array().unwrap().iter().find(|backend| backend["name"] == "qemu");
         let told = qemu.unwrap()["reason"].as_str().unwrap().to_owned();
         // A VM can be created, fails to boot for the same reason, and can be deleted.
-        world.create("vm", &world.tiny(Guest::Idle));
+        world.create("vm", &world.tiny(TinyGuest::Idle));
         let refused = world.call("BootVm", &json!({"vm_id": "vm"}));
         assert_ne!(refused.status, 200);
         let refused = refused.body["message"].as_str().unwrap().to_owned();
@@ -414,7 +414,7 @@ fn what_is_missing_is_named() {
 fn a_helper_that_dies_is_started_again() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
-    let before = vmm_pid(&run(&world, "vm", Guest::Idle));
+    let before = vmm_pid(&run(&world, "vm", TinyGuest::Idle));
     let helpers = || {
         let task = format!("/proc/{}/task", world.pid());
         let children = std::fs::read_dir(task).unwrap().flatten();

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
-use vmm_testkit::libvirt_session::Session;
+use vmm_testkit::guests::TinyGuest;
+use vmm_testkit::libvirt_session::UserLibvirt;
 use vmm_testkit::libvirtd;
 
 use crate::harness::{World, eventually, is_alive, on_path, skipped, vmm_pid};
@@ -15,7 +15,7 @@ use crate::harness::{World, eventually, is_alive, on_path, skipped, vmm_pid};
 const URI: &str = "qemu:///session";
 
 /// A session that `make` made and a daemon of its user, not started yet; or why there can be none.
-fn rig(make: fn() -> Result<Session, String>) -> Result<(Session, World), String> {
+fn rig(make: fn() -> Result<UserLibvirt, String>) -> Result<(UserLibvirt, World), String> {
     let helper = libvirtd::helper()?;
     let session = make()?;
     let daemon = Path::new(env!("CARGO_BIN_EXE_vmm-controlplane"));
@@ -38,15 +38,15 @@ fn reason(info: &Value) -> &str {
 
 #[test]
 fn a_user_runs_vms_in_a_libvirt_of_its_own() {
-    let (session, mut world) = match rig(Session::start) {
+    let (session, mut world) = match rig(UserLibvirt::start) {
         Ok(both) => both,
         Err(why) => return skipped("a_user_runs_vms_in_a_libvirt_of_its_own", &why),
     };
     // One that libvirt itself started would not end with the test's.
     world.set_env("LIBVIRT_AUTOSTART", Some("0"));
     world.start();
-    let banner = Guest::Button.banner();
-    world.create("vm", &world.tiny(Guest::Button));
+    let banner = TinyGuest::Button.banner();
+    world.create("vm", &world.tiny(TinyGuest::Button));
     world.boot("vm");
     world.wait_for_console("vm", &banner, 1);
     let info = world.info("vm");
@@ -87,7 +87,7 @@ fn a_user_runs_vms_in_a_libvirt_of_its_own() {
 
 #[test]
 fn libvirt_starts_the_users_libvirtd_when_the_daemon_asks() {
-    let (_session, mut world) = match rig(Session::asleep) {
+    let (_session, mut world) = match rig(UserLibvirt::asleep) {
         Ok(both) => both,
         Err(why) => return skipped("libvirt_starts_the_users_libvirtd", &why),
     };
@@ -98,7 +98,7 @@ fn libvirt_starts_the_users_libvirtd_when_the_daemon_asks() {
     for (name, value, advice) in
         [("LIBVIRT_AUTOSTART", "0", "LIBVIRT_AUTOSTART"), ("XDG_RUNTIME_DIR", "/nowhere", "XDG_RUNTIME_DIR")]
     {
-        let (_session, mut world) = rig(Session::asleep).unwrap();
+        let (_session, mut world) = rig(UserLibvirt::asleep).unwrap();
         world.wrapper.push(format!("{name}={value}"));
         world.start();
         let health = world.get("/_/health");
@@ -116,7 +116,7 @@ fn root_is_told_that_it_has_no_such_libvirt() {
     let health = world.get("/_/health");
     assert_eq!(health.status, 503);
     assert!(health.body.to_string().contains("qemu:///system"), "{}", health.body);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let refused = world.call("BootVm", &json!({"vm_id": "vm"}));
     assert!(refused.body["message"].as_str().unwrap().contains("qemu:///system"), "{}", refused.body);
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();

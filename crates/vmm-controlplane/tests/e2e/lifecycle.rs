@@ -1,7 +1,7 @@
 //! A VM's life, as the documents describe it.
 
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, is_alive, linux, skipped, vmm_pid};
 use crate::needs_qemu;
@@ -66,7 +66,7 @@ fn a_linux_guest_from_creation_to_deletion() {
 fn every_cell_of_the_state_table() {
     needs_qemu!();
     let world = World::started(&[]);
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     world.create("vm", &config);
     let call = |method: &str| world.call(method, &json!({"vm_id": "vm"}));
     let denied = |method: &str, state: &str| {
@@ -79,7 +79,7 @@ fn every_cell_of_the_state_table() {
         denied(method, "CREATED");
     }
     reaches("BootVm", "VM_STATE_RUNNING");
-    world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
     reaches("BootVm", "VM_STATE_RUNNING");
     reaches("ResumeVm", "VM_STATE_RUNNING");
     denied("DeleteVm", "RUNNING");
@@ -97,14 +97,14 @@ fn every_cell_of_the_state_table() {
         denied(method, "SHUTDOWN");
     }
     reaches("BootVm", "VM_STATE_RUNNING");
-    world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2);
     let pid = vmm_pid(&world.info("vm"));
     assert_eq!(
         world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok()["state"],
         "VM_STATE_RUNNING"
     );
     assert_eq!(vmm_pid(&world.info("vm")), pid, "QEMU resets in place");
-    world.wait_for_console("vm", &Guest::Idle.banner(), 3);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 3);
     assert_eq!(world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok()["success"], true);
     for method in ["BootVm", "ShutdownVm", "PauseVm", "ResumeVm", "RebootVm", "DeleteVm", "GetVmInfo"] {
         call(method).error("not_found");
@@ -118,7 +118,7 @@ fn the_kernels_arguments_in_force_are_shown_beside_the_given_ones() {
     let world = World::started(&[]);
     let disk = world.dir.path().join("disk");
     std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["boot"]["kernel_args"] = json!("console=ttyS0 -- single");
     config["storage"] = json!([{"path": disk, "is_root_device": true}]);
     for (backend, in_force) in [
@@ -145,16 +145,16 @@ fn the_kernels_arguments_in_force_are_shown_beside_the_given_ones() {
 fn microvm_lives_the_same_life() {
     needs_qemu!();
     let world = World::started(&[]);
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["boot"]["boot_options"] = json!({"qemu.machine": "microvm"});
     world.create("micro", &config);
     world.boot("micro");
-    world.wait_for_console("micro", &Guest::Idle.banner(), 1);
+    world.wait_for_console("micro", &TinyGuest::Idle.banner(), 1);
     assert_eq!(world.info("micro")["backend_info"]["machine"], "microvm");
     world.call("PauseVm", &json!({"vm_id": "micro"})).ok();
     world.call("ResumeVm", &json!({"vm_id": "micro"})).ok();
     world.call("RebootVm", &json!({"vm_id": "micro", "force": true})).ok();
-    world.wait_for_console("micro", &Guest::Idle.banner(), 2);
+    world.wait_for_console("micro", &TinyGuest::Idle.banner(), 2);
     world.call("ShutdownVm", &json!({"vm_id": "micro", "force": true})).ok();
     world.call("DeleteVm", &json!({"vm_id": "micro"})).ok();
     world.assert_nothing_left();
@@ -163,7 +163,7 @@ fn microvm_lives_the_same_life() {
 #[test]
 fn creating_again_is_the_same_vm_or_refused() {
     let world = World::started(&[]);
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     let first = world.create("vm", &config);
     assert_eq!(world.create("vm", &config)["uid"], first["uid"]);
     let mut other = config.clone();
@@ -179,7 +179,7 @@ fn creating_again_is_the_same_vm_or_refused() {
 fn the_list_filters_and_pages() {
     let world = World::started(&[]);
     for number in 0..5 {
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config["metadata"] = json!({"parity": (number % 2).to_string()});
         world.create(&format!("vm{number}"), &config);
     }
@@ -200,7 +200,7 @@ fn the_list_filters_and_pages() {
 #[test]
 fn the_answers_of_a_vm_carry_what_was_filled_in() {
     let world = World::new(&[]);
-    let kernel = Guest::Idle.write_to(world.dir.path()).unwrap();
+    let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
     let kernel = kernel.to_str().unwrap();
     let mut world = World::new(&[
         ("UNKEY_VMCP_DEFAULT_KERNEL", kernel),

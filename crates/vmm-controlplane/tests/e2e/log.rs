@@ -7,7 +7,7 @@ use std::process::{Child, ChildStderr, Stdio};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{Answer, World, call, eventually, on_path, signal};
 
@@ -57,7 +57,7 @@ impl Daemon {
     fn is_served(&self, world: &World, vms: usize) {
         for number in 0..vms {
             let vm_id = format!("vm-{number}");
-            let config = world.tiny(Guest::Idle);
+            let config = world.tiny(TinyGuest::Idle);
             self.call("CreateVm", &json!({"vm_id": vm_id, "config": config})).ok();
         }
         assert_eq!(self.call("ListVms", &json!({})).ok()["total_count"], vms);
@@ -172,7 +172,7 @@ fn the_trace_of_the_caller_is_in_the_log() {
         .post(format!("{}/vmm.v1.VmService/CreateVm", world.url()))
         .header("content-type", "application/json")
         .header("traceparent", format!("00-{trace}-00f067aa0ba902b7-01"))
-        .send(json!({"vm_id": "traced", "config": world.tiny(Guest::Idle)}).to_string())
+        .send(json!({"vm_id": "traced", "config": world.tiny(TinyGuest::Idle)}).to_string())
         .unwrap();
     assert_eq!(answer.status(), 200);
     let (_, log) = world.stop(Signal::TERM);

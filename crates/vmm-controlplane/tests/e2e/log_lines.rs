@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use rustix::process::Signal;
 use serde_json::{Map, Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, signal, vmm_pid};
 
@@ -54,7 +54,7 @@ fn each_operation_of_a_life_leaves_one_line_that_says_who_did_what_to_which_vm()
     let vm = json!({"vm_id": "vm"});
     let forced = json!({"vm_id": "vm", "force": true});
     let calls = [
-        ("CreateVm", json!({"vm_id": "vm", "config": world.tiny(Guest::Idle)}), 200),
+        ("CreateVm", json!({"vm_id": "vm", "config": world.tiny(TinyGuest::Idle)}), 200),
         ("BootVm", vm.clone(), 200),
         ("PauseVm", vm.clone(), 200),
         ("PauseVm", vm.clone(), 200),
@@ -137,13 +137,13 @@ fn a_call_that_fails_or_is_refused_leaves_one_warning_with_its_reason() {
 fn the_end_of_a_run_is_logged_by_itself() {
     crate::needs_qemu!();
     let mut world = World::started(&[]);
-    call_as(&world, "creation", "CreateVm", &json!({"vm_id": "vm", "config": world.tiny(Guest::Idle)}));
+    call_as(&world, "creation", "CreateVm", &json!({"vm_id": "vm", "config": world.tiny(TinyGuest::Idle)}));
     call_as(&world, "boot", "BootVm", &json!({"vm_id": "vm"}));
     let pid = vmm_pid(&world.info("vm"));
     signal(pid, Signal::KILL);
     world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
 
-    let mut resets = world.tiny(Guest::Reset);
+    let mut resets = world.tiny(TinyGuest::Reset);
     resets["restart_policy"] = json!({"mode": "RESTART_MODE_GUEST_REBOOT", "max_restarts": 3});
     call_as(&world, "creation", "CreateVm", &json!({"vm_id": "again", "config": resets}));
     call_as(&world, "boot", "BootVm", &json!({"vm_id": "again"}));
@@ -175,7 +175,7 @@ fn the_end_of_a_run_is_logged_by_itself() {
 fn a_start_by_the_restart_policy_leaves_one_line() {
     crate::needs_qemu!();
     let mut world = World::started(&[]);
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["restart_policy"] = json!({"mode": "RESTART_MODE_ON_FAILURE", "max_restarts": 3});
     world.create("vm", &config);
     world.boot("vm");

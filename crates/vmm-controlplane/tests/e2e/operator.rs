@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_core::id::VmUid;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, eventually, is_alive, on_path, signal, skipped, vmm_pid};
 use crate::needs_qemu;
@@ -55,7 +55,7 @@ fn folder(world: &World, created: &Value) -> PathBuf {
 
 /// A VM with a tiny guest that runs: its folder, and its VMM's process id.
 fn running(world: &World, name: &str) -> (PathBuf, u32) {
-    let created = world.create(name, &world.tiny(Guest::Idle));
+    let created = world.create(name, &world.tiny(TinyGuest::Idle));
     world.boot(name);
     (folder(world, &created), vmm_pid(&world.info(name)))
 }
@@ -115,7 +115,7 @@ fn doctor_works_without_the_daemon_and_beside_it() {
     assert!(finding(&world, "daemon").contains("does not run"));
     assert!(finding(&world, "database").contains("none yet"));
     world.start();
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     assert!(finding(&world, "daemon").contains(&world.pid().to_string()));
     assert!(finding(&world, "database").contains("1 VMs"));
 }
@@ -252,7 +252,7 @@ fn a_vm_that_was_started_again_since_the_backup_is_found_again() {
 fn a_backup_that_would_disown_a_running_vm_is_refused() {
     needs_qemu!();
     let mut world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let copy = world.dir.path().join("copy");
     let copy = copy.to_str().unwrap();
     assert_eq!(run(&world, &["backup", copy]).code, 0);
@@ -330,7 +330,7 @@ fn an_orphan_of_any_hypervisor_ends_with_all_that_it_held() {
         let mut world = World::started(&[]);
         let copy = world.dir.path().join("copy").display().to_string();
         assert_eq!(run(&world, &["backup", &copy]).code, 0);
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config["network"] = json!([{}]);
         let created =
             world.call("CreateVm", &json!({"vm_id": "vm", "backend": backend, "config": config})).ok();

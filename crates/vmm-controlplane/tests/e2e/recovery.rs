@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, eventually, hypervisors, is_alive, signal, try_call, vmm_pid};
 use crate::needs_qemu;
@@ -12,7 +12,7 @@ fn a_daemon_that_is_told_to_end_closes_its_database() {
     needs_qemu!();
     for how in [Signal::TERM, Signal::INT] {
         let mut world = World::started(&[]);
-        world.create("vm", &world.tiny(Guest::Idle));
+        world.create("vm", &world.tiny(TinyGuest::Idle));
         world.boot("vm");
         let state = world.dir.path().join("state");
         let log = state.join("vmm-controlplane.db-wal");
@@ -37,7 +37,7 @@ fn vms_outlive_the_daemon_however_it_ends() {
     for how in [Signal::KILL, Signal::TERM, Signal::INT] {
         let mut world = World::started(&[]);
         for name in ["created", "running", "paused", "shutdown"] {
-            world.create(name, &world.tiny(Guest::Idle));
+            world.create(name, &world.tiny(TinyGuest::Idle));
         }
         for name in ["running", "paused", "shutdown"] {
             world.boot(name);
@@ -77,9 +77,9 @@ fn vms_outlive_the_daemon_however_it_ends() {
 fn what_died_meanwhile_is_shut_down() {
     needs_qemu!();
     let mut world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     world.boot("vm");
-    world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
     let pid = vmm_pid(&world.info("vm"));
     world.stop(Signal::KILL);
     signal(pid, Signal::KILL);
@@ -89,14 +89,14 @@ fn what_died_meanwhile_is_shut_down() {
     assert_eq!(info["state"], "VM_STATE_SHUTDOWN");
     assert!(!info["status"]["reason"].as_str().unwrap_or_default().is_empty(), "{info:#}");
     world.boot("vm");
-    world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2);
 }
 
 #[test]
 fn a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was() {
     for backend in hypervisors("a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was") {
         let mut world = World::started(&[]);
-        world.create_on(backend, "vm", Guest::Idle);
+        world.create_on(backend, "vm", TinyGuest::Idle);
         let database =
             rusqlite::Connection::open(world.dir.path().join("state/vmm-controlplane.db")).unwrap();
         database.execute_batch("BEGIN IMMEDIATE").unwrap();
@@ -111,7 +111,7 @@ fn a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was() 
         assert!(world.vmms().is_empty(), "{backend}: {:?}", world.vmms());
         assert_eq!(world.info("vm")["state"], "VM_STATE_CREATED", "{backend}");
         world.boot("vm");
-        world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+        world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
         world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
         world.assert_nothing_left();
     }
@@ -121,7 +121,7 @@ fn a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was() 
 fn a_guest_that_ends_under_an_adopting_daemon_is_noticed() {
     needs_qemu!();
     let mut world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     world.boot("vm");
     let pid = vmm_pid(&world.info("vm"));
     world.stop(Signal::KILL);
@@ -133,7 +133,7 @@ fn a_guest_that_ends_under_an_adopting_daemon_is_noticed() {
 #[test]
 fn a_second_daemon_on_the_same_state_is_refused() {
     let world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let second = world.command().output().unwrap();
     assert_eq!(second.status.code(), Some(1));
     let message = String::from_utf8_lossy(&second.stderr);
@@ -145,7 +145,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
 fn a_namesake_is_another_vm() {
     needs_qemu!();
     let mut world = World::started(&[]);
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     let first = world.create("vm", &config);
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
     world.stop(Signal::KILL);

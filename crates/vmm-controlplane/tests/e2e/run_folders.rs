@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, hypervisors, is_alive, vmm_pid};
 use crate::needs_qemu;
@@ -13,7 +13,7 @@ use crate::operator::{reconcile, run};
 
 /// Creates and boots a VM, and returns its VMM's process id and the folder of its sockets.
 fn running(world: &World, backend: &str) -> (u32, PathBuf) {
-    world.create_on(backend, "vm", Guest::Idle);
+    world.create_on(backend, "vm", TinyGuest::Idle);
     world.boot("vm");
     let info = world.info("vm");
     let socket = Path::new(info["backend_info"]["socket"].as_str().unwrap());

@@ -7,7 +7,7 @@ use std::thread;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, call, eventually, hypervisors, is_alive, post, vmm_pid};
 use crate::needs_qemu;
@@ -52,7 +52,7 @@ fn the_soft_limit_on_descriptors_is_raised() {
     let world = limited(64, 512, &[]);
     assert_eq!(limits_of(world.pid()), (512, 512));
     // More clients than the soft limit had room for.
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let _clients = waiting(&world, "vm", 60);
     assert_eq!(world.get("/_/health").status, 200);
     assert_eq!(world.call("ListVms", &json!({})).ok()["total_count"], 1);
@@ -66,7 +66,7 @@ fn at_the_hard_limit_boots_are_refused_and_what_runs_runs_on() {
         let mut running = Vec::new();
         let refusal = loop {
             let vm_id = format!("vm-{}", running.len());
-            world.create_on(backend, &vm_id, Guest::Idle);
+            world.create_on(backend, &vm_id, TinyGuest::Idle);
             let answer = world.call("BootVm", &json!({"vm_id": vm_id}));
             if answer.status != 200 {
                 break answer.error("resource_exhausted");
@@ -116,7 +116,7 @@ fn a_vmm_without_a_descriptor_left_is_told_as_the_daemon_is() {
         let format = if link == 1 { "raw" } else { "qcow2" };
         make(&format!("link{}", link - 1), format, &format!("link{link}"));
     }
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     let disks = ["a", "b", "c", "d"].map(|name| {
         make("link31", "qcow2", name);
         json!({"path": folder.join(name), "options": {"format": "qcow2", "backing_files": "true"}})
@@ -136,7 +136,7 @@ fn a_thousand_idle_connections_hold_up_nobody() {
     let limits = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, maximum: limits.maximum }).unwrap();
     let world = World::started(&[]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let address = world.url().strip_prefix("http://").unwrap();
     let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
     let mut idle = Vec::new();
@@ -193,10 +193,10 @@ fn short_of_memory() -> World {
 fn a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else() {
     for backend in hypervisors("a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else") {
         let world = short_of_memory();
-        world.create_on(backend, "small", Guest::Idle);
+        world.create_on(backend, "small", TinyGuest::Idle);
         world.boot("small");
         let before = world.vmms();
-        let mut large = world.tiny(Guest::Idle);
+        let mut large = world.tiny(TinyGuest::Idle);
         large["memory"]["size_bytes"] = json!((2 * ADDRESS_SPACE).to_string());
         world.call("CreateVm", &json!({"vm_id": "large", "backend": backend, "config": large})).ok();
         let said = world.call("BootVm", &json!({"vm_id": "large"})).error("failed_precondition");
@@ -220,7 +220,7 @@ fn a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else() {
 fn a_running_vmm_that_gets_no_more_memory_is_shown_as_it_is() {
     for backend in hypervisors("a_running_vmm_that_gets_no_more_memory_is_shown_as_it_is") {
         let world = World::started(&[]);
-        world.create_on(backend, "vm", Guest::Idle);
+        world.create_on(backend, "vm", TinyGuest::Idle);
         world.boot("vm");
         let pid = vmm_pid(&world.info("vm"));
         let limit =

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use crate::harness::World;
 
 /// Far longer than a daemon takes to say anything.
-const PATIENCE: Duration = Duration::from_secs(30);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(30);
 
 fn next(socket: &UnixDatagram) -> String {
     let mut datagram = [0; 256];
@@ -28,7 +28,7 @@ fn readiness_life_and_the_end_are_told_over_either_kind_of_socket() {
         (format!("@{name}"), UnixDatagram::bind_addr(&abstract_address).unwrap()),
     ];
     for (name, socket) in sockets {
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
         let mut world = World::started(&[("NOTIFY_SOCKET", &name), ("WATCHDOG_USEC", "200000")]);
         assert!(next(&socket).starts_with("READY=1\n"), "{name}");
         for _ in 0..3 {

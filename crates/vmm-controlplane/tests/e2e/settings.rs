@@ -1,7 +1,7 @@
 //! A refusal that a setting can lift names the setting.
 
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::World;
 
@@ -97,7 +97,7 @@ fn a_refusal_names_the_setting_that_lifts_it() {
             world.set_env(key, Some(&value.replace("DIR", &folder)));
         }
         world.start();
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config[part] = value();
         let create = |vm_id: &str| {
             world.call("CreateVm", &json!({"vm_id": vm_id, "backend": backend, "config": config}))

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{
     World, call, eventually, hypervisors, is_alive, linux, on_path, pause, signal, skipped, vmm_pid,
@@ -17,8 +17,8 @@ pub(crate) const NO_LINUX: &str =
 /// hypervisor.
 fn run_obedient(world: &World, backend: &str, test: &str) -> bool {
     let (config, ready) = match backend {
-        "qemu" => (world.tiny(Guest::Button), Guest::Button.banner()),
-        "firecracker" => (world.tiny(Guest::Obey), Guest::Obey.banner()),
+        "qemu" => (world.tiny(TinyGuest::Button), TinyGuest::Button.banner()),
+        "firecracker" => (world.tiny(TinyGuest::Obey), TinyGuest::Obey.banner()),
         _ => match linux_config(backend, "") {
             Some(config) => (config, "vmcp-guest: ready".to_owned()),
             None => {
@@ -82,9 +82,9 @@ fn a_vmm_that_answers_nothing_is_ended_by_force_alone() {
     for backend in hypervisors(TEST) {
         for method in ["ShutdownVm", "RebootVm"] {
             let vm_id = format!("{backend}-{method}");
-            world.create_on(backend, &vm_id, Guest::Idle);
+            world.create_on(backend, &vm_id, TinyGuest::Idle);
             world.boot(&vm_id);
-            world.wait_for_console(&vm_id, &Guest::Idle.banner(), 1);
+            world.wait_for_console(&vm_id, &TinyGuest::Idle.banner(), 1);
             let pid = vmm_pid(&world.info(&vm_id));
             signal(pid, Signal::STOP);
             let message =

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{Answer, World, call, eventually, hypervisors, is_alive, signal, vmm_pid};
 
@@ -32,9 +32,9 @@ fn begin(world: &World, method: &'static str, body: Value) -> JoinHandle<Answer>
 
 /// Brings a new VM to where it is to be signalled; answers its pid, and the call that is under way.
 fn bring(world: &World, backend: &str, at: At) -> (u32, Option<JoinHandle<Answer>>) {
-    world.create_on(backend, "vm", Guest::Idle);
+    world.create_on(backend, "vm", TinyGuest::Idle);
     world.boot("vm");
-    world.wait_for_console("vm", &Guest::Idle.banner(), 1);
+    world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
     let pid = vmm_pid(&world.info("vm"));
     match at {
         At::Running => (pid, None),
@@ -77,7 +77,7 @@ fn a_vmm_that_dies_in_any_state_is_shut_down_and_starts_again() {
                 }
                 // The socket and the lock that the dead one left are in nobody's way.
                 world.boot("vm");
-                world.wait_for_console("vm", &Guest::Idle.banner(), 2);
+                world.wait_for_console("vm", &TinyGuest::Idle.banner(), 2);
                 world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
                 world.assert_nothing_left();
             }
@@ -151,7 +151,7 @@ fn a_vmm_that_dies_while_it_is_started_leaves_nothing() {
             ] {
                 let place = format!("{backend}: {first}");
                 let (_folder, world) = world_with(backend, &first);
-                world.create_on(backend, "vm", Guest::Idle);
+                world.create_on(backend, "vm", TinyGuest::Idle);
                 let boot = world.call("BootVm", &json!({"vm_id": "vm"}));
                 if boot.status == 200 {
                     world.wait_for_state("vm", "VM_STATE_SHUTDOWN");
@@ -176,7 +176,7 @@ fn a_vmm_that_hangs_while_it_is_started_is_ended_by_force() {
     for backend in hypervisors("a_vmm_that_hangs_while_it_is_started_is_ended_by_force") {
         for deletes in [false, true] {
             let (_folder, world) = world_with(backend, "kill -STOP $$");
-            world.create_on(backend, "vm", Guest::Idle);
+            world.create_on(backend, "vm", TinyGuest::Idle);
             let boot = begin(&world, "BootVm", json!({"vm_id": "vm"}));
             world.wait_for("vm", "starting", |info| info["status"]["phase"] == "starting");
             eventually("its VMM is there", || !world.vmms().is_empty());

@@ -7,9 +7,9 @@ use std::time::Instant;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_host::process::find_by_argument;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
-use crate::harness::{PATIENCE, World, eventually, hypervisors, is_alive, pause, vmm_pid};
+use crate::harness::{WAIT_TIMEOUT, World, eventually, hypervisors, is_alive, pause, vmm_pid};
 use crate::operator::{item, items, reconcile, run};
 
 const ONE: &[(&str, &str)] = &[("UNKEY_VMCP_SPARE_VMMS", "1")];
@@ -21,7 +21,7 @@ struct Spare {
 }
 
 fn config(world: &World, backend: &str) -> Value {
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     if backend == "qemu" {
         config["boot"]["boot_options"] = json!({"qemu.machine": "microvm"});
     }
@@ -66,7 +66,7 @@ fn spare(world: &World, but: &[&Path]) -> Spare {
         let pid = find_by_argument(&folder).unwrap().first()?.identity.pid;
         is_alive(pid).then_some(Spare { pid, folder })
     };
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     loop {
         if let Some(spare) = find() {
             return spare;
@@ -79,7 +79,7 @@ fn spare(world: &World, but: &[&Path]) -> Spare {
 /// Creates a VM that a spare VMM is given to. CreateVm starts nothing for it.
 #[track_caller]
 fn create_with_spare(world: &World, backend: &str, vm_id: &str, but: &[&Path]) -> Spare {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     loop {
         let waits = spare(world, but);
         let before = world.vmms();
@@ -143,7 +143,7 @@ fn a_vm_is_run_by_the_vmm_that_waited_and_nothing_of_it_stays() {
 
         world.boot("late");
         assert_eq!(vmm_pid(&world.info("late")), waited.pid, "{backend}: the process that waited");
-        world.wait_for_console("late", &Guest::Idle.banner(), 1);
+        world.wait_for_console("late", &TinyGuest::Idle.banner(), 1);
         assert!(!is_marked(&waited.folder), "{backend}: it is a spare one no longer");
         delete(&world, "late");
         assert!(!is_alive(waited.pid) && !waited.folder.exists(), "{backend}");
@@ -284,7 +284,7 @@ fn killed(world: &mut World, backend: &str, waits: &Spare) -> bool {
 fn boots(world: &World, vm_id: &str) {
     assert_eq!(world.info(vm_id)["state"], "VM_STATE_CREATED");
     world.boot(vm_id);
-    world.wait_for_console(vm_id, &Guest::Idle.banner(), 1);
+    world.wait_for_console(vm_id, &TinyGuest::Idle.banner(), 1);
 }
 
 /// Deletes these VMs and ends the daemon: nothing is left.

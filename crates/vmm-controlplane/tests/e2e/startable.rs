@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::qemu_copy::QemuCopy;
 
 use crate::harness::{World, eventually, is_alive, skipped, vmm_pid};
@@ -53,7 +53,7 @@ fn a_qemu_without_its_firmware_is_unavailable_and_the_package_is_named() {
     let told = run(&world, &["doctor"]);
     assert!(told.code == 1 && told.out.contains("the package qemu-system-data"), "{}", told.out);
 
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     let validated = world.call("ValidateVm", &json!({"config": config})).ok();
     let created = world.create("vm", &config);
     for answer in [validated, created] {
@@ -170,7 +170,7 @@ fn each_boot_chooses_the_accelerator_and_unasked_emulation_is_a_warning() {
     host.hide_kvm();
     world.start();
     assert_eq!(qemu_of(&world)["capabilities"]["accelerator"], "tcg");
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     let validate = || about_backend(&world.call("ValidateVm", &json!({"config": config})).ok());
     let boot = || {
         world.boot("vm");
@@ -206,7 +206,7 @@ fn each_boot_chooses_the_accelerator_and_unasked_emulation_is_a_warning() {
 fn emulation_that_was_ordered_is_no_warning() {
     needs_qemu!();
     let world = World::started(&[("UNKEY_VMCP_QEMU_KVM", "false")]);
-    let created = world.create("vm", &world.tiny(Guest::Idle));
+    let created = world.create("vm", &world.tiny(TinyGuest::Idle));
     assert_eq!(about_backend(&created), [""; 0]);
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
 }

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_core::id::VmUid;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, eventually, on_path, skipped};
 
@@ -98,7 +98,7 @@ fn attached(name: &str) -> bool {
 
 /// Creates a VM with one interface; an empty `tap` is named by the program.
 fn create(world: &World, backend: &str, vm_id: &str, tap: &str) -> Value {
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["network"] = json!([{"tap_device": tap}]);
     world.call("CreateVm", &json!({"vm_id": vm_id, "backend": backend, "config": config})).ok()
 }
@@ -133,7 +133,7 @@ fn a_tap_that_the_program_names_goes_with_the_vm() {
             assert!(exists(&name), "{backend}, boot {boot}");
             eventually("the VMM holds the TAP", || attached(&name));
             assert!(alias(&name).contains(created["uid"].as_str().unwrap()), "{}", alias(&name));
-            world.wait_for_console(backend, &Guest::Idle.banner(), boot);
+            world.wait_for_console(backend, &TinyGuest::Idle.banner(), boot);
             world.call("ShutdownVm", &json!({"vm_id": backend, "force": true})).ok();
             assert!(exists(&name) && !attached(&name), "{backend}: kept for the next boot");
         }
@@ -216,7 +216,7 @@ fn a_start_that_fails_leaves_no_tap() {
     let held = interfaces.unused("h");
     let holder = tappers::linux::Tap::create_named(tappers::Interface::new(&held).unwrap()).unwrap();
     for backend in backends(TEST) {
-        let mut config = world.tiny(Guest::Idle);
+        let mut config = world.tiny(TinyGuest::Idle);
         config["network"] = json!([{}, {"tap_device": held}]);
         let created =
             world.call("CreateVm", &json!({"vm_id": backend, "backend": backend, "config": config})).ok();
@@ -274,7 +274,7 @@ fn a_daemon_killed_in_the_middle_of_a_boot_leaves_no_tap() {
             let boot = std::thread::spawn(move || {
                 ureq::post(&url).header("content-type", "application/json").send(body).is_ok()
             });
-            let patience = std::time::Instant::now() + crate::harness::PATIENCE;
+            let patience = std::time::Instant::now() + crate::harness::WAIT_TIMEOUT;
             while !exists(&name) && std::time::Instant::now() < patience {
                 std::thread::yield_now();
             }

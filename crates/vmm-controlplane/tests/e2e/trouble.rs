@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::process::Signal;
 use serde_json::json;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, eventually, is_alive, signal, vmm_pid};
 use crate::needs_qemu;
@@ -32,7 +32,7 @@ fn a_missing_hypervisor_fails_its_vms_only() {
     let qemu = backends["backends"].as_array().unwrap().iter().find(|entry| entry["name"] == "qemu").unwrap();
     assert!(qemu["available"].is_null(), "false is the default and left out: {qemu}");
 
-    let created = world.create("vm", &world.tiny(Guest::Idle));
+    let created = world.create("vm", &world.tiny(TinyGuest::Idle));
     assert_eq!(created["warnings"][0]["field"], "backend", "CreateVm says what BootVm will meet: {created}");
     let message = world.call("BootVm", &json!({"vm_id": "vm"})).error("failed_precondition");
     assert!(message.contains("/nonexistent/qemu"), "{message}");
@@ -47,7 +47,7 @@ fn what_a_dying_hypervisor_said_is_in_the_error() {
     let folder = tempfile::tempdir().unwrap();
     let binary = broken_qemu(folder.path(), "echo 'qemu: the moon is in the wrong phase' >&2; exit 7");
     let world = World::started(&[("UNKEY_VMCP_QEMU_BINARY", &binary)]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let message = world.call("BootVm", &json!({"vm_id": "vm"})).error("failed_precondition");
     assert!(message.contains("the moon is in the wrong phase") && message.contains('7'), "{message}");
     world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
@@ -60,7 +60,7 @@ fn a_hypervisor_that_never_answers_is_given_up_and_ended() {
     // The folder's path stays among the arguments, so that the process can be found by its run folder as a real one can.
     let binary = broken_qemu(folder.path(), "while :; do sleep 1; done");
     let world = World::started(&[("UNKEY_VMCP_QEMU_BINARY", &binary)]);
-    world.create("vm", &world.tiny(Guest::Idle));
+    world.create("vm", &world.tiny(TinyGuest::Idle));
     let message = world.call("BootVm", &json!({"vm_id": "vm"})).error("unavailable");
     assert!(message.contains("could not boot"), "{message}");
     assert_eq!(world.info("vm")["state"], "VM_STATE_CREATED");
@@ -72,7 +72,7 @@ fn one_hung_vm_hangs_nobody_and_force_ends_it() {
     needs_qemu!();
     let world = World::started(&[]);
     for name in ["hung", "well"] {
-        world.create(name, &world.tiny(Guest::Idle));
+        world.create(name, &world.tiny(TinyGuest::Idle));
         world.boot(name);
     }
     let pid = vmm_pid(&world.info("hung"));
@@ -107,7 +107,7 @@ fn one_hung_vm_hangs_nobody_and_force_ends_it() {
 fn a_daemon_starts_beside_a_hung_vm() {
     needs_qemu!();
     let mut world = World::started(&[]);
-    world.create("hung", &world.tiny(Guest::Idle));
+    world.create("hung", &world.tiny(TinyGuest::Idle));
     world.boot("hung");
     let pid = vmm_pid(&world.info("hung"));
     signal(pid, Signal::STOP);

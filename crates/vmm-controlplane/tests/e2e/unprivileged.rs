@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use vmm_core::caller::Caller;
 use vmm_core::state::VmState;
 use vmm_core::store::{Intent, IntentKind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::adoption::tamper;
 use crate::harness::{World, hypervisors, is_alive, on_path, skipped, vmm_pid};
@@ -96,7 +96,7 @@ impl Unprivileged {
     /// the kernel shows the VMM's program to nobody.
     fn orphaned(&mut self, backend: &str) -> Option<u32> {
         self.world.start();
-        let config = self.world.tiny(Guest::Idle);
+        let config = self.world.tiny(TinyGuest::Idle);
         give(Path::new(config["boot"]["kernel_path"].as_str().unwrap()));
         self.world.call("CreateVm", &json!({"vm_id": "vm", "backend": backend, "config": config})).ok();
         self.world.boot("vm");
@@ -198,7 +198,7 @@ fn a_console_file_that_the_daemon_may_not_write_is_a_violation() {
     let closed = there.programs.path().join("closed");
     fs::create_dir(&closed).unwrap();
     there.world.start();
-    let mut config = there.world.tiny(Guest::Idle);
+    let mut config = there.world.tiny(TinyGuest::Idle);
     config["console"] = json!({"enabled": true, "output": closed.join("console")});
     let validated = there.world.call("ValidateVm", &json!({"config": config})).ok();
     let [violation] = &validated["violations"].as_array().unwrap()[..] else { panic!("{validated}") };

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use fastrand::Rng;
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, hypervisors};
 
@@ -192,7 +192,7 @@ fn a_valid_configuration_boots_and_a_refused_one_cannot_be_created() {
     for backend in hypervisors("a_valid_configuration_boots_and_a_refused_one_cannot_be_created") {
         let world = World::started(&[]);
         let seed = number("VMCP_VALID_SEED").unwrap_or_else(|| fastrand::u64(..));
-        let kernel = Guest::Idle.write_to(world.dir.path()).unwrap().display().to_string();
+        let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap().display().to_string();
         let dir = Path::new(world.dir.path()).to_owned();
         let mut generator = Generator { rng: Rng::with_seed(seed), dir, kernel, made: 0 };
         let mut valid = 0;

@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use vmm_host::fault::FaultPoint;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{Answer, World, eventually, is_alive, signal, try_call, vmm_pid};
 use crate::hypervisor::{Backend, ip};
@@ -34,7 +34,7 @@ pub(crate) struct Case {
     pub(crate) vm: String,
     /// The name of the witness.
     pub(crate) witness_vm: String,
-    guest: Guest,
+    guest: TinyGuest,
     /// Last, so that no VMM is left when they are removed.
     taps: Taps,
     pub(crate) witness: Value,
@@ -257,7 +257,7 @@ impl Case {
     }
 
     fn config(&self, vm_id: &str, script: &str) -> Value {
-        let guest = if vm_id == VM { self.guest } else { Guest::Idle };
+        let guest = if vm_id == VM { self.guest } else { TinyGuest::Idle };
         let mut config = self.hypervisor.config(&self.world, vm_id, guest, script);
         if vm_id == VM && self.scenario.to_be_restarted(self.hypervisor) {
             config["restart_policy"] = json!({"mode": "RESTART_MODE_ALWAYS"});
@@ -360,7 +360,7 @@ impl Case {
             if libvirtd.domains().contains(&self.vm) {
                 libvirtd.virsh(&["start", &self.vm]);
             } else {
-                libvirtd.run_stranger(&self.vm, &self.guest.write_to(self.world.dir.path()).unwrap());
+                libvirtd.run_foreign_domain(&self.vm, &self.guest.write_to(self.world.dir.path()).unwrap());
             }
         }
     }

@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 use vmm_host::fault::FaultPoint;
-use vmm_testkit::by_hand::Kind;
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::ByHandProgram;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{World, on_path};
 use crate::scenario::Scenario;
@@ -81,11 +81,11 @@ impl Backend {
     }
 
     /// What the test starts by hand for it.
-    pub(crate) const fn by_hand(self) -> Option<Kind> {
+    pub(crate) const fn by_hand(self) -> Option<ByHandProgram> {
         match self {
-            Self::AttachedCloudHypervisor => Some(Kind::CloudHypervisor),
-            Self::AttachedFirecracker => Some(Kind::Firecracker),
-            Self::AttachedQemu => Some(Kind::Qemu),
+            Self::AttachedCloudHypervisor => Some(ByHandProgram::CloudHypervisor),
+            Self::AttachedFirecracker => Some(ByHandProgram::Firecracker),
+            Self::AttachedQemu => Some(ByHandProgram::Qemu),
             Self::Fake | Self::Qemu | Self::CloudHypervisor | Self::Firecracker | Self::Libvirt => None,
         }
     }
@@ -203,21 +203,21 @@ impl Backend {
     }
 
     /// The guest of a VM under test. One that is to obey keeps a CPU busy; the other ends with its VMM alone.
-    pub(crate) fn guest(self, scenario: &Scenario) -> Guest {
+    pub(crate) fn guest(self, scenario: &Scenario) -> TinyGuest {
         match self {
-            Self::AttachedFirecracker if scenario.obeys() => Guest::Obey,
-            Self::AttachedQemu | Self::Libvirt if scenario.obeys() => Guest::Button,
-            _ => Guest::Idle,
+            Self::AttachedFirecracker if scenario.obeys() => TinyGuest::Obey,
+            Self::AttachedQemu | Self::Libvirt if scenario.obeys() => TinyGuest::Button,
+            _ => TinyGuest::Idle,
         }
     }
 
     /// What a guest prints each time it starts.
-    pub(crate) fn banner(self, guest: Guest) -> String {
+    pub(crate) fn banner(self, guest: TinyGuest) -> String {
         if self == Self::Fake { vmm_testkit::fake::qemu::BANNER.to_owned() } else { guest.banner() }
     }
 
     /// The configuration of a VM with a disk of its own, and a network interface where TAPs can be made.
-    pub(crate) fn config(self, world: &World, vm_id: &str, guest: Guest, script: &str) -> Value {
+    pub(crate) fn config(self, world: &World, vm_id: &str, guest: TinyGuest, script: &str) -> Value {
         let mut config = world.tiny(guest);
         let disk = world.dir.path().join(format!("{vm_id}.img"));
         std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 use crate::case::Case;
 use crate::harness::{Answer, World, eventually, try_call, vmm_pid};
@@ -13,14 +13,14 @@ use crate::hypervisor::Backend;
 use crate::scenario::{CREATED, PAUSED, Place, RUNNING};
 
 /// Longer than anything that was interrupted takes to settle on a busy machine.
-const SETTLING: Duration = Duration::from_secs(30);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The phases of a VM with nothing under way.
 const AT_REST: [&str; 5] = ["created", "running", "paused", "stopped", "failed"];
 
 /// Waits until nothing is under way any more, and the VM is in one of the `allowed` places, as the host shows it too.
 #[track_caller]
 pub(crate) fn settled(case: &Case, allowed: &[Place]) -> Place {
-    let deadline = Instant::now() + SETTLING;
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
     loop {
         let doubt = match look_for(case, allowed) {
             Ok(place) => return place,
@@ -222,7 +222,7 @@ pub(crate) fn claims(case: &mut Case, place: Place) {
         return;
     }
     let disk = case.world.dir.path().join(format!("{}.img", case.vm));
-    let mut config = case.hypervisor.config(&case.world, RIVAL, Guest::Idle, "");
+    let mut config = case.hypervisor.config(&case.world, RIVAL, TinyGuest::Idle, "");
     config["storage"][0]["path"] = json!(disk);
     let _ = fs::File::options().append(true).create(true).open(disk);
     case.create_as(RIVAL, &config);

@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmm_testkit::by_hand::{ByHand, Guest as Machine, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandGuest as Machine, ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::libvirtd::{self, Libvirtd};
 
 use crate::case::WITNESS;
@@ -28,13 +28,13 @@ use crate::hypervisor::Backend;
 /// A firmware that does little, where QEMU's package puts it.
 const QBOOT: &str = "/usr/share/qemu/qboot.rom";
 /// How long a QEMU may take to answer the test itself.
-const ANSWERING: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What stands through all cases of a trial.
 pub(crate) struct Stage {
     pub(crate) hypervisor: Backend,
     /// Never touched by anybody: it ends with the stage.
-    witness: Option<ByHand>,
+    witness: Option<ByHandVmm>,
     pub(crate) libvirtd: Option<Libvirtd>,
     helper: PathBuf,
     dir: TempDir,
@@ -73,12 +73,12 @@ impl Stage {
         let dir = tempfile::Builder::new().prefix("vmst").tempdir().map_err(|error| error.to_string())?;
         let mut stage = Self { hypervisor, witness: None, libvirtd: None, helper: PathBuf::new(), dir };
         if let Some(kind) = hypervisor.by_hand() {
-            let machine = machine(kind, stage.dir.path(), Guest::Idle);
-            stage.witness = Some(ByHand::runs(kind, &stage.witness_socket(), &machine));
+            let machine = machine(kind, stage.dir.path(), TinyGuest::Idle);
+            stage.witness = Some(ByHandVmm::runs(kind, &stage.witness_socket(), &machine));
         } else if hypervisor == Backend::Libvirt {
             stage.helper = libvirtd::helper()?;
             let libvirtd = Libvirtd::start()?;
-            libvirtd.run_stranger(WITNESS, &Guest::Idle.write_to(stage.dir.path()).unwrap());
+            libvirtd.run_foreign_domain(WITNESS, &TinyGuest::Idle.write_to(stage.dir.path()).unwrap());
             stage.libvirtd = Some(libvirtd);
         }
         Ok(stage)
@@ -128,10 +128,10 @@ pub(crate) fn name_at(socket: &Path) -> String {
 }
 
 /// What a VMM started by hand is to run, with its files in `dir`.
-fn machine(kind: Kind, dir: &Path, guest: Guest) -> Machine {
+fn machine(kind: ByHandProgram, dir: &Path, guest: TinyGuest) -> Machine {
     let mut more = Vec::new();
     // In software emulation the usual firmware takes most of a start.
-    if kind == Kind::Qemu && Path::new(QBOOT).exists() {
+    if kind == ByHandProgram::Qemu && Path::new(QBOOT).exists() {
         more.extend(["-bios".to_owned(), QBOOT.to_owned()]);
     }
     Machine { kernel: guest.write_to(dir).unwrap(), serial: dir.join("serial"), more }
@@ -143,20 +143,20 @@ fn socket_in(world: &World) -> PathBuf {
 
 /// The VMM under test, started by hand.
 pub(crate) struct Hand {
-    kind: Kind,
+    kind: ByHandProgram,
     pub(crate) socket: PathBuf,
     machine: Machine,
-    vmm: RefCell<Option<ByHand>>,
+    vmm: RefCell<Option<ByHandVmm>>,
 }
 
 impl Hand {
     /// None is started yet. What it runs, if it is not the daemon that says so, is `guest`.
-    pub(crate) fn new(kind: Kind, world: &World, guest: Guest) -> Self {
+    pub(crate) fn new(kind: ByHandProgram, world: &World, guest: TinyGuest) -> Self {
         let dir = world.dir.path();
         // QMP serves one client, and that is the daemon: the test has a socket of its own.
         let monitor = format!("unix:{},server=on,wait=off", dir.join("monitor.sock").display());
         let mut machine = machine(kind, dir, guest);
-        if kind == Kind::Qemu {
+        if kind == ByHandProgram::Qemu {
             machine.more.extend(["-qmp".to_owned(), monitor]);
         }
         Self { kind, socket: socket_in(world), machine, vmm: RefCell::new(None) }
@@ -166,7 +166,7 @@ impl Hand {
     pub(crate) fn wait(&self) {
         if self.pid().is_none() {
             *self.vmm.borrow_mut() = None;
-            *self.vmm.borrow_mut() = Some(ByHand::waits(self.kind, &self.socket));
+            *self.vmm.borrow_mut() = Some(ByHandVmm::waits(self.kind, &self.socket));
         }
     }
 
@@ -176,7 +176,7 @@ impl Hand {
         *self.vmm.borrow_mut() = None;
         // Seen from the moment that it runs its guest, so that the daemon always finds the same.
         let hidden = self.socket.with_extension("new");
-        let mut vmm = ByHand::runs(self.kind, &hidden, &self.machine);
+        let mut vmm = ByHandVmm::runs(self.kind, &hidden, &self.machine);
         std::fs::rename(&hidden, &self.socket).unwrap();
         vmm.socket.clone_from(&self.socket);
         *self.vmm.borrow_mut() = Some(vmm);
@@ -194,9 +194,9 @@ impl Hand {
             return "gone".to_owned();
         }
         let told = match self.kind {
-            Kind::Qemu => qmp_status(&self.machine.serial.with_file_name("monitor.sock")),
-            Kind::CloudHypervisor | Kind::Firecracker => {
-                self.vmm.borrow().as_ref().and_then(ByHand::guest_state)
+            ByHandProgram::Qemu => qmp_status(&self.machine.serial.with_file_name("monitor.sock")),
+            ByHandProgram::CloudHypervisor | ByHandProgram::Firecracker => {
+                self.vmm.borrow().as_ref().and_then(ByHandVmm::guest_state)
             }
         };
         told.map_or_else(|| "silent".to_owned(), |state| state.to_lowercase())
@@ -211,7 +211,7 @@ impl Hand {
 /// Asks QEMU on a socket of the test's own.
 fn qmp_status(socket: &Path) -> Option<String> {
     let stream = UnixStream::connect(socket).ok()?;
-    stream.set_read_timeout(Some(ANSWERING)).ok()?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).ok()?;
     let mut said = BufReader::new(&stream).lines();
     said.next()?.ok()?;
     for command in ["qmp_capabilities", "query-status"] {

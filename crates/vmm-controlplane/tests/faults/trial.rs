@@ -6,7 +6,7 @@ use std::time::Instant;
 use rustix::process::Signal;
 
 use crate::case::Case;
-use crate::harness::{PATIENCE, skipped};
+use crate::harness::{WAIT_TIMEOUT, skipped};
 use crate::hypervisor::{Backend, can_make_taps};
 use crate::inspect;
 use crate::scenario::{CREATED, Place, RUNNING, Scenario, VMM_COMES};
@@ -156,7 +156,7 @@ impl Case {
             return;
         }
         let allowed = self.allowed(target);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         while let Err(doubt) = inspect::look_for(self, &allowed) {
             if self.world.has_ended() {
                 self.world.await_end();

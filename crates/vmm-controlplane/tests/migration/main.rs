@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use harness::{on_path, skipped};
 
 /// Longer than the whole guide takes on a busy machine, with a libvirtd that looks at QEMU for the first time.
-const PATIENCE: Duration = Duration::from_secs(900);
+const RUN_TIMEOUT: Duration = Duration::from_secs(900);
 /// Tells the program that it runs in the namespaces.
 const INSIDE: &str = "VMCP_MIGRATION_INSIDE";
 /// The programs without which nothing of the guide can be run.
@@ -100,7 +100,7 @@ fn the_guide_runs_as_printed() {
     inside.env(INSIDE, "1").env_remove("TMPDIR").env_remove("VMCP_SKIP_LOG");
     inside.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
     let mut child = inside.spawn().unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + RUN_TIMEOUT;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break Some(status);
@@ -120,7 +120,7 @@ fn the_guide_runs_as_printed() {
             None => println!("{line}"),
         }
     }
-    assert!(status.is_some_and(|status| status.success()), "{status:?} (None: not done in {PATIENCE:?})");
+    assert!(status.is_some_and(|status| status.success()), "{status:?} (None: not done in {RUN_TIMEOUT:?})");
     assert!(said.contains(reader::DONE), "the test did not run in the namespaces");
 }
 

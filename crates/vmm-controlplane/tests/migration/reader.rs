@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
-use vmm_testkit::by_hand::{ByHand, Guest as HandGuest, Kind};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::by_hand::{ByHandGuest as HandGuest, ByHandProgram, ByHandVmm};
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::libvirtd::{self, Libvirtd};
 
 use crate::compare::answers;
@@ -20,7 +20,7 @@ use crate::terminal::{Terminal, pause};
 pub(crate) const DONE: &str = "the guide was followed to its end";
 
 /// How long something may take to come up: libvirtd may look at QEMU first.
-const PATIENCE: Duration = Duration::from_secs(120);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The kernel that the guide names.
 const KERNEL: &str = "/opt/kernels/vmlinux";
@@ -56,7 +56,7 @@ struct Reader {
     daemon: Option<Pid>,
     missing: BTreeMap<Need, String>,
     /// The Cloud Hypervisor that the ancestor has left, with its VM.
-    cloud_hypervisor: Option<ByHand>,
+    cloud_hypervisor: Option<ByHandVmm>,
     libvirtd: Option<Libvirtd>,
 }
 
@@ -72,14 +72,15 @@ impl Reader {
         // Progress meters are for people.
         std::fs::write(dir.join(".curlrc"), "silent\nshow-error\n").unwrap();
         std::fs::write(DISK, vec![0; 16 << 20]).unwrap();
-        put_kernel(Guest::Idle);
+        put_kernel(TinyGuest::Idle);
 
         let mut missing = BTreeMap::new();
         let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         let kvm = kvm.err().map(|error| format!("/dev/kvm: {error}"));
-        for (need, kind) in
-            [(Need::CloudHypervisor, Kind::CloudHypervisor), (Need::Firecracker, Kind::Firecracker)]
-        {
+        for (need, kind) in [
+            (Need::CloudHypervisor, ByHandProgram::CloudHypervisor),
+            (Need::Firecracker, ByHandProgram::Firecracker),
+        ] {
             missing.extend(kind.missing().or_else(|| kvm.clone()).map(|why| (need, why)));
         }
         if linux().is_none() {
@@ -97,9 +98,9 @@ impl Reader {
             }
         };
         let cloud_hypervisor = (!missing.contains_key(&Need::CloudHypervisor)).then(|| {
-            let kernel = Guest::Idle.write_to(dir).unwrap();
+            let kernel = TinyGuest::Idle.write_to(dir).unwrap();
             let guest = HandGuest { kernel, serial: dir.join("serial"), more: Vec::new() };
-            ByHand::runs(Kind::CloudHypervisor, Path::new("/tmp/ch.sock"), &guest)
+            ByHandVmm::runs(ByHandProgram::CloudHypervisor, Path::new("/tmp/ch.sock"), &guest)
         });
 
         let path = std::env::var("PATH").unwrap_or_default();
@@ -118,7 +119,7 @@ impl Reader {
     fn take(&mut self, step: &Step) {
         // Firecracker's guest has to obey Ctrl+Alt+Del, which costs CPU time; the others' halt.
         let firecracker = step.needs.contains(&Need::Firecracker);
-        put_kernel(if firecracker { Guest::Obey } else { Guest::Idle });
+        put_kernel(if firecracker { TinyGuest::Obey } else { TinyGuest::Idle });
         if step.stops || step.place == Place::Daemon {
             self.stop_daemon();
         }
@@ -130,7 +131,7 @@ impl Reader {
             Place::Vmm => {
                 self.vmm.run_and_stay(&step.text);
                 let socket = step.text.split_whitespace().last().unwrap();
-                let deadline = Instant::now() + PATIENCE;
+                let deadline = Instant::now() + WAIT_TIMEOUT;
                 while std::os::unix::net::UnixStream::connect(socket).is_err() {
                     let log = self.vmm.log();
                     assert!(Instant::now() < deadline, "{}: nothing serves {socket}: {log}", step.at);
@@ -145,7 +146,7 @@ impl Reader {
     }
 
     fn run(&mut self, step: &Step) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             let terminal =
                 if step.place == Place::Settings { &mut self.settings } else { &mut self.terminal };
@@ -165,7 +166,7 @@ impl Reader {
     }
 
     fn until_healthy(&mut self, step: &Step) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         while self.terminal.run("curl --fail http://localhost:8080/_/health").0 != 0 {
             if Instant::now() > deadline {
                 let page = self.terminal.run("curl http://localhost:8080/_/health").1;
@@ -223,7 +224,7 @@ fn start_libvirtd() -> Result<Libvirtd, String> {
 }
 
 /// Puts a kernel where the guide says that there is one.
-fn put_kernel(guest: Guest) {
+fn put_kernel(guest: TinyGuest) {
     let new = format!("{KERNEL}.new");
     std::fs::write(&new, guest.elf()).unwrap();
     std::fs::rename(new, KERNEL).unwrap();
@@ -233,7 +234,7 @@ fn put_kernel(guest: Guest) {
 fn tiny_guests(dir: &Path) -> PathBuf {
     let made = dir.join("guests");
     std::fs::create_dir(&made).unwrap();
-    for guest in Guest::ALL {
+    for guest in TinyGuest::ALL {
         guest.write_to(&made).unwrap();
     }
     let program = dir.join("tiny-guests");

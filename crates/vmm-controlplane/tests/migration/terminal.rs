@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Longer than any block takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(400);
+const TERMINAL_TIMEOUT: Duration = Duration::from_secs(400);
 
 /// A shell that is told what to run over its standard input.
 pub(crate) struct Terminal {
@@ -48,7 +48,7 @@ impl Terminal {
             status = status.display(),
         ));
         let printed = || String::from_utf8_lossy(&std::fs::read(&output).unwrap_or_default()).into_owned();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TERMINAL_TIMEOUT;
         while !status.exists() {
             let ended = self.shell.try_wait().unwrap();
             assert!(ended.is_none(), "the shell ended over\n{block}\n{}", printed());

@@ -6,15 +6,15 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
-use vmm_backends::cloud_hypervisor::CloudHypervisor;
-use vmm_backends::firecracker::Firecracker;
+use vmm_backends::cloud_hypervisor::CloudHypervisorBackend;
+use vmm_backends::firecracker::FirecrackerBackend;
 use vmm_backends::libvirt::{LibvirtBackend, LibvirtOptions};
 use vmm_backends::qemu::{KvmMode, QemuBackend, QemuOptions};
 use vmm_core::backend::Backend;
 use vmm_core::config::VmConfig;
 use vmm_core::store::VmRecord;
-use vmm_testkit::backend_suite::{Column, FakeColumn, Linux, Obeying};
-use vmm_testkit::guests::Guest;
+use vmm_testkit::backend_suite::{Column, FakeColumn, LinuxGuest, ObeyingGuest};
+use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::libvirtd::{self, Libvirtd};
 
 pub(crate) fn fake() -> Arc<dyn Column> {
@@ -61,12 +61,12 @@ impl Column for Qemu {
         boot.boot_options.insert("qemu.machine".to_owned(), self.machine.to_owned());
     }
 
-    fn obeying(&self) -> Obeying {
+    fn obeying(&self) -> ObeyingGuest {
         // microvm's power button is not where the tiny guest looks for it.
-        if self.machine == "q35" { Obeying::Tiny(Guest::Button) } else { Obeying::Linux }
+        if self.machine == "q35" { ObeyingGuest::Tiny(TinyGuest::Button) } else { ObeyingGuest::Linux }
     }
 
-    fn linux(&self) -> Result<Linux, String> {
+    fn linux(&self) -> Result<LinuxGuest, String> {
         let frequency = if self.machine == "microvm" { clock_argument()? } else { String::new() };
         linux(&frequency)
     }
@@ -112,14 +112,14 @@ impl Column for CloudHypervisorColumn {
     }
 
     fn backend(&self) -> Arc<dyn Backend> {
-        Arc::new(CloudHypervisor::new("cloud-hypervisor"))
+        Arc::new(CloudHypervisorBackend::new("cloud-hypervisor"))
     }
 
-    fn obeying(&self) -> Obeying {
-        Obeying::Linux
+    fn obeying(&self) -> ObeyingGuest {
+        ObeyingGuest::Linux
     }
 
-    fn linux(&self) -> Result<Linux, String> {
+    fn linux(&self) -> Result<LinuxGuest, String> {
         fast_kvm()?;
         linux("")
     }
@@ -163,14 +163,14 @@ impl Column for FirecrackerColumn {
     }
 
     fn backend(&self) -> Arc<dyn Backend> {
-        Arc::new(Firecracker::new("firecracker"))
+        Arc::new(FirecrackerBackend::new("firecracker"))
     }
 
-    fn obeying(&self) -> Obeying {
-        Obeying::Tiny(Guest::Obey)
+    fn obeying(&self) -> ObeyingGuest {
+        ObeyingGuest::Tiny(TinyGuest::Obey)
     }
 
-    fn linux(&self) -> Result<Linux, String> {
+    fn linux(&self) -> Result<LinuxGuest, String> {
         Err("the guest's kernel is a bzImage, which Firecracker does not boot".to_owned())
     }
 
@@ -239,11 +239,11 @@ impl Column for LibvirtColumn {
         }))
     }
 
-    fn obeying(&self) -> Obeying {
-        Obeying::Tiny(Guest::Button)
+    fn obeying(&self) -> ObeyingGuest {
+        ObeyingGuest::Tiny(TinyGuest::Button)
     }
 
-    fn linux(&self) -> Result<Linux, String> {
+    fn linux(&self) -> Result<LinuxGuest, String> {
         linux("")
     }
 
@@ -321,13 +321,13 @@ async fn get(record: &VmRecord, page: &str) -> String {
 }
 
 /// The guest that `make setup` makes.
-fn linux(more: &str) -> Result<Linux, String> {
+fn linux(more: &str) -> Result<LinuxGuest, String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest");
     let file = |name: &str| {
         folder.join(name).canonicalize().map_err(|_| format!("no {name}; `make setup` makes it"))
     };
     let args = format!("console=ttyS0 cryptomgr.notests {more}").trim_end().to_owned();
-    Ok(Linux { kernel: file("vmlinuz")?, initrd: file("initramfs.cpio.gz")?, args })
+    Ok(LinuxGuest { kernel: file("vmlinuz")?, initrd: file("initramfs.cpio.gz")?, args })
 }
 
 /// What an emulated microvm needs to be told, because it has no clock to measure its CPU by.

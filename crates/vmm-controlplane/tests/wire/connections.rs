@@ -19,7 +19,7 @@ use crate::http_client::{json_call, send};
 use crate::server::TestServer;
 
 /// Far longer than anything here takes: only a hang gets there.
-const FOREVER: Duration = Duration::from_secs(60);
+const UNREACHED_TIMEOUT: Duration = Duration::from_secs(60);
 
 fn client(server: &TestServer, protocol: Protocol) -> VmServiceClient<HttpClient> {
     let config = ClientConfig::new(server.uri()).with_protocol(protocol);
@@ -32,7 +32,7 @@ async fn is_closed_after(server: &TestServer, beginning: &[u8]) -> bool {
     stream.write_all(beginning).await.unwrap();
     let mut rest = Vec::new();
     // A reset closes as well as an end does.
-    tokio::time::timeout(FOREVER, stream.read_to_end(&mut rest)).await.is_ok()
+    tokio::time::timeout(UNREACHED_TIMEOUT, stream.read_to_end(&mut rest)).await.is_ok()
 }
 
 #[tokio::test]
@@ -83,13 +83,14 @@ impl Plain {
     async fn ask(&mut self) -> String {
         let _gone = self.0.write_all(b"GET /_/health HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         let mut answer = vec![0; 4096];
-        let read = tokio::time::timeout(FOREVER, self.0.read(&mut answer)).await.unwrap().unwrap_or(0);
+        let read =
+            tokio::time::timeout(UNREACHED_TIMEOUT, self.0.read(&mut answer)).await.unwrap().unwrap_or(0);
         String::from_utf8_lossy(&answer[..read]).lines().next().unwrap_or_default().to_owned()
     }
 
     async fn is_closed(&mut self) -> bool {
         let mut rest = Vec::new();
-        tokio::time::timeout(FOREVER, self.0.read_to_end(&mut rest)).await.is_ok()
+        tokio::time::timeout(UNREACHED_TIMEOUT, self.0.read_to_end(&mut rest)).await.is_ok()
     }
 }
 
@@ -97,7 +98,7 @@ impl Plain {
 async fn an_idle_connection_outlasts_the_time_for_a_head() {
     let options = ServeOptions {
         header_timeout: Duration::from_millis(100),
-        idle_timeout: FOREVER,
+        idle_timeout: UNREACHED_TIMEOUT,
         ..Default::default()
     };
     let server = TestServer::with(options).await;
@@ -125,7 +126,7 @@ async fn an_idle_connection_ends() {
     let driver = tokio::spawn(connection);
     let request = Request::get(format!("{}_/health", server.uri())).body(Full::default()).unwrap();
     assert_eq!(sender.send_request(request).await.unwrap().status(), 200);
-    assert!(tokio::time::timeout(FOREVER, driver).await.is_ok(), "HTTP/2 ends as well");
+    assert!(tokio::time::timeout(UNREACHED_TIMEOUT, driver).await.is_ok(), "HTTP/2 ends as well");
     // A call under way is not idle.
     let reply = send(server.addr, json_call("WaitVm", r#"{"timeout_seconds":1}"#)).await;
     assert_eq!(reply.status, 200);
@@ -146,7 +147,7 @@ async fn trickle(server: &TestServer, path: &str) -> String {
     };
     let mut answer = vec![0; 4096];
     tokio::select! {
-        read = tokio::time::timeout(FOREVER, read.read(&mut answer)) => {
+        read = tokio::time::timeout(UNREACHED_TIMEOUT, read.read(&mut answer)) => {
             let text = String::from_utf8_lossy(&answer[..read.unwrap().unwrap()]).into_owned();
             text.lines().next().unwrap_or_default().to_owned()
         }
@@ -165,7 +166,8 @@ async fn a_body_that_never_stalls_and_never_ends_is_given_up() {
 
 #[tokio::test]
 async fn a_drain_ends_streams_and_lets_calls_finish() {
-    let mut server = TestServer::with(ServeOptions { drain_timeout: FOREVER, ..Default::default() }).await;
+    let mut server =
+        TestServer::with(ServeOptions { drain_timeout: UNREACHED_TIMEOUT, ..Default::default() }).await;
     let mut streams = Vec::new();
     for protocol in [Protocol::Connect, Protocol::Grpc, Protocol::GrpcWeb] {
         let mut stream = client(&server, protocol).watch_vms(pb::WatchVmsRequest::default()).await.unwrap();
@@ -184,7 +186,7 @@ async fn a_drain_ends_streams_and_lets_calls_finish() {
     }
     assert_eq!(call.await.unwrap().unwrap().into_owned().vm_id, "a");
     let addr = server.addr;
-    tokio::time::timeout(FOREVER, server.ended()).await.unwrap();
+    tokio::time::timeout(UNREACHED_TIMEOUT, server.ended()).await.unwrap();
     assert!(TcpStream::connect(addr).await.is_err(), "nothing listens any more");
 }
 
@@ -196,6 +198,6 @@ async fn a_drain_has_a_deadline() {
     let request = pb::WaitVmRequest { timeout_seconds: 3600, ..Default::default() };
     let call = tokio::spawn(async move { caller.wait_vm(request).await });
     server.waiting.notified().await;
-    tokio::time::timeout(FOREVER, server.ended()).await.unwrap();
-    assert!(tokio::time::timeout(FOREVER, call).await.unwrap().unwrap().is_err());
+    tokio::time::timeout(UNREACHED_TIMEOUT, server.ended()).await.unwrap();
+    assert!(tokio::time::timeout(UNREACHED_TIMEOUT, call).await.unwrap().unwrap().is_err());
 }

@@ -19,7 +19,7 @@ use crate::http_client::{Reply, get, json_call, post, send};
 use crate::server::TestServer;
 
 /// Far longer than anything here takes: only a hang gets there.
-const FOREVER: Duration = Duration::from_secs(60);
+const UNREACHED_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// An HTTP/2 connection of its own.
 struct Connection {
@@ -66,7 +66,7 @@ async fn idle_connections_make_room_for_others() {
         assert_eq!(send(server.addr, json_call("ListVms", "{}")).await.status, 200);
     }
     let evicted = crowd.iter_mut().map(|connection| &mut connection.driver).next().unwrap();
-    assert!(tokio::time::timeout(FOREVER, evicted).await.is_ok(), "the oldest was told to go");
+    assert!(tokio::time::timeout(UNREACHED_TIMEOUT, evicted).await.is_ok(), "the oldest was told to go");
 }
 
 #[tokio::test]
@@ -115,7 +115,7 @@ async fn silent_connections_beyond_the_places_are_gone_soon() {
     for _ in 0..100 {
         silent.push(TcpStream::connect(server.addr).await.unwrap());
     }
-    let health = tokio::time::timeout(FOREVER, send(server.addr, get("/_/health"))).await;
+    let health = tokio::time::timeout(UNREACHED_TIMEOUT, send(server.addr, get("/_/health"))).await;
     assert_eq!(health.unwrap().status, 200);
 }
 
@@ -140,7 +140,7 @@ async fn hundreds_of_waiting_calls_on_one_connection_hold_up_no_other() {
     }
     let uri = format!("{}vmm.v1.VmService/ListVms", server.uri());
     let call = connection.sender.send_request(post(&uri, "application/json", b"{}"));
-    let answer = tokio::time::timeout(FOREVER, call).await.unwrap().unwrap();
+    let answer = tokio::time::timeout(UNREACHED_TIMEOUT, call).await.unwrap().unwrap();
     assert_eq!(answer.status(), 200);
 }
 
@@ -186,5 +186,8 @@ async fn a_connection_of_last_resort_answers_once() {
     let answer = last_resort.sender.send_request(request).await.unwrap();
     assert_eq!(answer.status(), 200);
     assert!(!answer.into_body().collect().await.unwrap().to_bytes().is_empty());
-    assert!(tokio::time::timeout(FOREVER, &mut last_resort.driver).await.is_ok(), "the server closed it");
+    assert!(
+        tokio::time::timeout(UNREACHED_TIMEOUT, &mut last_resort.driver).await.is_ok(),
+        "the server closed it"
+    );
 }

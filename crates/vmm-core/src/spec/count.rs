@@ -8,7 +8,7 @@ use super::parse::{MAX_DEVICES, MAX_METADATA};
 use crate::config::{
     BootConfig, ConsoleConfig, CpuConfig, MemoryConfig, NetworkInterface, Options, StorageDevice, VmConfig,
 };
-use crate::report::Report;
+use crate::report::CheckReport;
 
 /// The most keys of one free map.
 const MAX_KEYS: usize = 64;
@@ -22,9 +22,9 @@ const MAX_CONFIG: usize = 512 << 10;
 
 /// Returns the violations of a configuration that holds too much to be checked; `None` for any
 /// other.
-pub fn too_many(config: &VmConfig) -> Option<Report> {
+pub fn too_many(config: &VmConfig) -> Option<CheckReport> {
     let VmConfig { cpu, memory, boot, storage, network, console, metadata, restart_policy: _ } = config;
-    let mut count = Count { report: Report::default(), size: 0 };
+    let mut count = PartCounter { report: CheckReport::default(), size: 0 };
     if let Some(CpuConfig { vcpu_count: _, max_vcpu_count: _, topology: _, features }) = cpu {
         count.map("config.cpu.features", features);
     }
@@ -55,13 +55,13 @@ pub fn too_many(config: &VmConfig) -> Option<Report> {
     (!count.report.is_ok()).then_some(count.report)
 }
 
-struct Count {
-    report: Report,
+struct PartCounter {
+    report: CheckReport,
     /// The bytes of all texts so far.
     size: usize,
 }
 
-impl Count {
+impl PartCounter {
     fn list(&mut self, field: &str, count: usize) -> bool {
         let fits = count <= MAX_DEVICES;
         if !fits {

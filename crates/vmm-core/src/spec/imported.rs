@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use super::parse::{parse_backing, parse_disk, parse_nic};
 use super::{BackendOptions, Boot, Console, Cpu, MIB, Memory, RestartPolicy, VmSpec};
 use crate::config::VmConfig;
-use crate::report::Report;
+use crate::report::CheckReport;
 
 impl VmSpec {
     /// Returns the specification of an imported VM, as far as `config` describes it.
@@ -18,7 +18,7 @@ impl VmSpec {
         let count = u32::try_from(cpu.vcpu_count).unwrap_or(1).max(1);
         let memory = config.memory.clone().unwrap_or_default();
         let boot = config.boot.clone().unwrap_or_default();
-        let mut ignored = Report::default();
+        let mut ignored = CheckReport::default();
         let devices = config.storage.iter().enumerate();
         let disks = devices.filter_map(|(index, device)| parse_disk(&mut ignored, index, device)).collect();
         let nics = config.network.iter().enumerate();

@@ -8,7 +8,7 @@
 
 use super::RateLimit;
 use crate::config::{Options, VmConfig};
-use crate::report::Report;
+use crate::report::CheckReport;
 
 /// Plain keys of `cpu.features`.
 pub const CPU_KEYS: &[&str] = &[];
@@ -102,7 +102,7 @@ impl BackendOptions {
 
     /// Returns the keys of the backend whose keys begin with `prefix`, and warns of every other
     /// key.
-    pub fn own<'a>(&'a self, prefix: &str, report: &mut Report) -> Vec<&'a BackendOption> {
+    pub fn own<'a>(&'a self, prefix: &str, report: &mut CheckReport) -> Vec<&'a BackendOption> {
         let (own, others): (Vec<_>, Vec<_>) =
             self.0.iter().partition(|option| prefix_of(&option.key) == Some(prefix));
         for option in others {
@@ -118,7 +118,7 @@ pub fn prefix_of(key: &str) -> Option<&'static str> {
 }
 
 /// Reports plain keys of the map at `field` that are not among `known`.
-pub(super) fn check_plain_keys(report: &mut Report, field: &str, options: &Options, known: &[&str]) {
+pub(super) fn check_plain_keys(report: &mut CheckReport, field: &str, options: &Options, known: &[&str]) {
     for key in options.keys() {
         if prefix_of(key).is_none() && !known.contains(&key.as_str()) {
             let known = if known.is_empty() { "there are none".to_owned() } else { known.join(", ") };
@@ -132,7 +132,7 @@ pub(super) fn check_plain_keys(report: &mut Report, field: &str, options: &Optio
 
 /// Reads a key that is `true` or `false`. Returns false for a missing key and for a value that is
 /// reported.
-pub(super) fn flag(report: &mut Report, field: &str, options: &Options, key: &str) -> bool {
+pub(super) fn flag(report: &mut CheckReport, field: &str, options: &Options, key: &str) -> bool {
     match options.get(key).map(String::as_str) {
         None | Some("false") => false,
         Some("true") => true,
@@ -148,7 +148,12 @@ pub(super) fn flag(report: &mut Report, field: &str, options: &Options, key: &st
 
 /// Reads the ceilings of one device. `operations_key` is the key of the second ceiling. A value
 /// that is reported sets no ceiling.
-pub(super) fn limits(report: &mut Report, field: &str, options: &Options, operations_key: &str) -> RateLimit {
+pub(super) fn limits(
+    report: &mut CheckReport,
+    field: &str,
+    options: &Options,
+    operations_key: &str,
+) -> RateLimit {
     let mut read = |key: &str| {
         let text = options.get(key)?;
         match text.parse::<u64>() {

@@ -17,7 +17,7 @@ use crate::config::{
     StorageDevice, VmConfig,
 };
 use crate::id::is_name;
-use crate::report::Report;
+use crate::report::CheckReport;
 
 /// The most virtual CPUs: more than any backend serves.
 const MAX_VCPUS: i32 = 1024;
@@ -43,14 +43,14 @@ impl VmSpec {
     /// # Errors
     ///
     /// Returns every violation at once, each with its path from `config`.
-    pub fn parse(config: &VmConfig) -> Result<Self, Report> {
+    pub fn parse(config: &VmConfig) -> Result<Self, CheckReport> {
         Self::parse_with_files(config).0
     }
 
     /// Checks `config` like [`VmSpec::parse`], and also returns the named files, because those can
     /// be examined even if another part is refused. A refused path is not among them.
-    pub fn parse_with_files(config: &VmConfig) -> (Result<Self, Report>, NamedFiles) {
-        let mut report = Report::default();
+    pub fn parse_with_files(config: &VmConfig) -> (Result<Self, CheckReport>, NamedFiles) {
+        let mut report = CheckReport::default();
         let cpu = parse_cpu(&mut report, config.cpu.as_ref());
         let memory = parse_memory(&mut report, config.memory.as_ref());
         let boot = parse_boot(&mut report, config.boot.as_ref());
@@ -78,7 +78,7 @@ impl VmSpec {
     }
 }
 
-fn parse_cpu(report: &mut Report, cpu: Option<&CpuConfig>) -> Option<Cpu> {
+fn parse_cpu(report: &mut CheckReport, cpu: Option<&CpuConfig>) -> Option<Cpu> {
     let Some(cpu) = cpu else {
         report.reject("config.cpu", "is required: set cpu.vcpu_count to 1 or more");
         return None;
@@ -121,7 +121,7 @@ fn parse_cpu(report: &mut Report, cpu: Option<&CpuConfig>) -> Option<Cpu> {
     Some(Cpu { count: cpu.vcpu_count.unsigned_abs(), max: max.unsigned_abs(), topology })
 }
 
-fn parse_memory(report: &mut Report, memory: Option<&MemoryConfig>) -> Option<Memory> {
+fn parse_memory(report: &mut CheckReport, memory: Option<&MemoryConfig>) -> Option<Memory> {
     let Some(memory) = memory else {
         report.reject("config.memory", "is required: set memory.size_bytes to a whole number of MiB");
         return None;
@@ -163,7 +163,7 @@ fn parse_memory(report: &mut Report, memory: Option<&MemoryConfig>) -> Option<Me
 }
 
 /// Reads the kind of pages that back the memory, and true if the memory is shared.
-pub(super) fn parse_backing(report: &mut Report, backing: &Options) -> (PageSize, bool) {
+pub(super) fn parse_backing(report: &mut CheckReport, backing: &Options) -> (PageSize, bool) {
     const FIELD: &str = "config.memory.backing";
     let huge = flag(report, FIELD, backing, "hugepages");
     let pages = if huge { PageSize::Huge } else { PageSize::Usual };
@@ -178,7 +178,7 @@ struct BootParts {
     args: String,
 }
 
-fn parse_boot(report: &mut Report, boot: Option<&BootConfig>) -> BootParts {
+fn parse_boot(report: &mut CheckReport, boot: Option<&BootConfig>) -> BootParts {
     let Some(boot) = boot else {
         report.reject(KERNEL, NO_KERNEL);
         return BootParts::default();
@@ -205,7 +205,7 @@ fn parse_boot(report: &mut Report, boot: Option<&BootConfig>) -> BootParts {
     BootParts { kernel, initrd, args: boot.kernel_args.clone() }
 }
 
-fn check_kernel_args(report: &mut Report, args: &str) {
+fn check_kernel_args(report: &mut CheckReport, args: &str) {
     const FIELD: &str = "config.boot.kernel_args";
     if args.len() > MAX_KERNEL_ARGS {
         report.reject(FIELD, format!("must be at most {MAX_KERNEL_ARGS} bytes, not {}", args.len()));
@@ -219,7 +219,7 @@ fn check_kernel_args(report: &mut Report, args: &str) {
     }
 }
 
-fn parse_disks(report: &mut Report, storage: &[StorageDevice]) -> Vec<Disk> {
+fn parse_disks(report: &mut CheckReport, storage: &[StorageDevice]) -> Vec<Disk> {
     check_count(report, "config.storage", storage.len());
     check_unique(report, "config.storage", "id", storage.iter().map(|device| device.id.as_str()));
     let roots: Vec<usize> = storage
@@ -242,7 +242,7 @@ fn parse_disks(report: &mut Report, storage: &[StorageDevice]) -> Vec<Disk> {
     disks
 }
 
-pub(super) fn parse_disk(report: &mut Report, index: usize, device: &StorageDevice) -> Option<Disk> {
+pub(super) fn parse_disk(report: &mut CheckReport, index: usize, device: &StorageDevice) -> Option<Disk> {
     let field = format!("config.storage[{index}]");
     check_device_id(report, &field, &device.id);
     if !matches!(device.interface_type.as_str(), "" | "virtio" | "virtio-blk") {
@@ -299,7 +299,7 @@ pub(super) fn parse_disk(report: &mut Report, index: usize, device: &StorageDevi
     })
 }
 
-fn parse_nics(report: &mut Report, network: &[NetworkInterface]) -> Vec<Nic> {
+fn parse_nics(report: &mut CheckReport, network: &[NetworkInterface]) -> Vec<Nic> {
     check_count(report, "config.network", network.len());
     check_unique(report, "config.network", "id", network.iter().map(|nic| nic.id.as_str()));
     check_unique(report, "config.network", "tap_device", network.iter().map(|nic| nic.tap_device.as_str()));
@@ -321,7 +321,7 @@ fn parse_nics(report: &mut Report, network: &[NetworkInterface]) -> Vec<Nic> {
     nics.into_iter().map(|(_, nic)| nic).collect()
 }
 
-pub(super) fn parse_nic(report: &mut Report, index: usize, nic: &NetworkInterface) -> Option<Nic> {
+pub(super) fn parse_nic(report: &mut CheckReport, index: usize, nic: &NetworkInterface) -> Option<Nic> {
     let field = format!("config.network[{index}]");
     check_device_id(report, &field, &nic.id);
     if !matches!(nic.interface_type.as_str(), "" | "tap" | "virtio" | "virtio-net") {
@@ -363,7 +363,7 @@ fn check_tap_name(name: &str) -> Result<(), String> {
     }
 }
 
-fn parse_console(report: &mut Report, console: Option<&ConsoleConfig>) -> Console {
+fn parse_console(report: &mut CheckReport, console: Option<&ConsoleConfig>) -> Console {
     let Some(console) = console else { return Console::Kept };
     if !matches!(console.console_type.as_str(), "" | "serial") {
         report.reject(
@@ -391,7 +391,7 @@ fn parse_console(report: &mut Report, console: Option<&ConsoleConfig>) -> Consol
     }
 }
 
-fn parse_restart(report: &mut Report, restart: Option<&RestartPolicyConfig>) -> Option<RestartPolicy> {
+fn parse_restart(report: &mut CheckReport, restart: Option<&RestartPolicyConfig>) -> Option<RestartPolicy> {
     let Some(restart) = restart else {
         return Some(RestartPolicy { mode: None, max_restarts: DEFAULT_MAX_RESTARTS });
     };
@@ -423,7 +423,7 @@ fn parse_restart(report: &mut Report, restart: Option<&RestartPolicyConfig>) -> 
     }
 }
 
-fn check_metadata(report: &mut Report, config: &VmConfig) {
+fn check_metadata(report: &mut CheckReport, config: &VmConfig) {
     let size: usize = config.metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
     if size > MAX_METADATA {
         report.reject("config.metadata", format!("must be at most {MAX_METADATA} bytes in all, not {size}"));
@@ -433,7 +433,7 @@ fn check_metadata(report: &mut Report, config: &VmConfig) {
     }
 }
 
-fn parse_path(report: &mut Report, field: &str, text: &str) -> Option<PathBuf> {
+fn parse_path(report: &mut CheckReport, field: &str, text: &str) -> Option<PathBuf> {
     let problem = if text.is_empty() {
         "is required".to_owned()
     } else if text.len() > MAX_PATH {
@@ -449,7 +449,7 @@ fn parse_path(report: &mut Report, field: &str, text: &str) -> Option<PathBuf> {
     None
 }
 
-fn check_device_id(report: &mut Report, field: &str, id: &str) {
+fn check_device_id(report: &mut CheckReport, field: &str, id: &str) {
     if !id.is_empty() && !is_name(id) {
         report.reject(
             format!("{field}.id"),
@@ -458,13 +458,13 @@ fn check_device_id(report: &mut Report, field: &str, id: &str) {
     }
 }
 
-fn check_count(report: &mut Report, field: &str, count: usize) {
+fn check_count(report: &mut CheckReport, field: &str, count: usize) {
     if count > MAX_DEVICES {
         report.reject(field, format!("must have at most {MAX_DEVICES} entries, not {count}"));
     }
 }
 
-fn check_unique<'a>(report: &mut Report, list: &str, name: &str, values: impl Iterator<Item = &'a str>) {
+fn check_unique<'a>(report: &mut CheckReport, list: &str, name: &str, values: impl Iterator<Item = &'a str>) {
     let mut seen = HashMap::new();
     for (index, value) in values.enumerate() {
         if value.is_empty() {

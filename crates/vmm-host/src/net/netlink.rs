@@ -18,7 +18,7 @@ pub(super) struct Netlink {
 }
 
 /// A link, as one answer of the kernel describes it.
-pub(super) struct Link {
+pub(super) struct NetworkLink {
     /// The number that distinguishes the link from a later one with the same name.
     pub(super) index: u32,
     pub(super) name: String,
@@ -37,18 +37,18 @@ impl Netlink {
     }
 
     /// Finds a link by name.
-    pub(super) async fn find(&self, name: &str) -> io::Result<Option<Link>> {
+    pub(super) async fn find(&self, name: &str) -> io::Result<Option<NetworkLink>> {
         let mut answers = Box::pin(self.handle.link().get().match_name(name).execute());
         match in_time(answers.try_next()).await {
-            Ok(found) => Ok(found.map(Link::of)),
+            Ok(found) => Ok(found.map(NetworkLink::of)),
             Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
     /// Lists every link.
-    pub(super) async fn all(&self) -> io::Result<Vec<Link>> {
-        let links = self.handle.link().get().execute().map(|link| link.map(Link::of));
+    pub(super) async fn all(&self) -> io::Result<Vec<NetworkLink>> {
+        let links = self.handle.link().get().execute().map(|link| link.map(NetworkLink::of));
         in_time(Box::pin(links).try_collect()).await
     }
 
@@ -77,7 +77,7 @@ impl Drop for Netlink {
     }
 }
 
-impl Link {
+impl NetworkLink {
     fn of(message: LinkMessage) -> Self {
         let mut link = Self {
             index: message.header.index,

@@ -22,7 +22,7 @@ use tappers::Interface;
 use tappers::linux::Tap;
 use vmm_core::id::{InstanceId, VmUid};
 
-use super::netlink::{Link, Netlink};
+use super::netlink::{Netlink, NetworkLink};
 use super::{is_multi_queue, is_tap};
 use crate::process::close_for_good;
 
@@ -64,7 +64,7 @@ impl FromStr for TapOwner {
 
 /// The origin of a TAP's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NamedBy {
+pub enum TapNameOrigin {
     /// The client chose the name. The interface may exist and belong to another program.
     Client,
     /// The program derived the name from the VM's uid. An interface with this name must be the VM's
@@ -74,7 +74,7 @@ pub enum NamedBy {
 
 /// The origin of a provided TAP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Provided {
+pub enum TapOrigin {
     /// The TAP existed.
     Found,
     /// The TAP existed and is down. This process lacks CAP_NET_ADMIN to bring it up.
@@ -146,7 +146,7 @@ pub trait Taps: fmt::Debug + Send + Sync {
 
     /// Provides a TAP with this name for `owner`, and makes it where there is none. A TAP that
     /// exists is brought up, because only some hypervisors do so themselves.
-    async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError>;
+    async fn provide(&self, name: &str, by: TapNameOrigin, owner: TapOwner) -> Result<TapOrigin, TapError>;
 
     /// Removes the TAP if its label names `owner`. Returns true if it was removed. May be repeated.
     async fn remove(&self, name: &str, owner: TapOwner) -> Result<bool, TapError>;
@@ -165,23 +165,23 @@ impl Taps for HostTaps {
         super::interface_exists(name)
     }
 
-    async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError> {
+    async fn provide(&self, name: &str, by: TapNameOrigin, owner: TapOwner) -> Result<TapOrigin, TapError> {
         // The kernel takes '%' for a pattern and would make an interface with another name.
         if name.contains('%') || super::folder(std::path::Path::new(super::CLASS_NET), name).is_err() {
             return Err(TapError::BadName(name.to_owned()));
         }
         let netlink = Netlink::open().map_err(refused(name, "looked for"))?;
         if let Some(link) = netlink.find(name).await.map_err(refused(name, "looked for"))? {
-            return use_found(&netlink, &link, name, by, owner).await;
+            return use_existing(&netlink, &link, name, by, owner).await;
         }
         match make(&netlink, name, owner).await {
             // Another program has taken the name since the look above. Its interface is treated
             // like any that exists.
             Err(TapError::Host { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {}
-            made => return made.map(|()| Provided::Made),
+            made => return made.map(|()| TapOrigin::Made),
         }
         match netlink.find(name).await.map_err(refused(name, "looked for"))? {
-            Some(link) => use_found(&netlink, &link, name, by, owner).await,
+            Some(link) => use_existing(&netlink, &link, name, by, owner).await,
             None => Err(refused(name, "made")(io::Error::other("an interface of this name comes and goes"))),
         }
     }
@@ -205,7 +205,7 @@ impl Taps for HostTaps {
 
     async fn of_instance(&self, instance: InstanceId) -> io::Result<Vec<OwnedTap>> {
         let links = Netlink::open()?.all().await?;
-        let owned = |link: Link| {
+        let owned = |link: NetworkLink| {
             let owner = owner_of(&link).filter(|owner| owner.instance == instance)?;
             Some(OwnedTap { name: link.name, owner, attached: link.attached })
         };
@@ -213,18 +213,18 @@ impl Taps for HostTaps {
     }
 }
 
-fn owner_of(link: &Link) -> Option<TapOwner> {
+fn owner_of(link: &NetworkLink) -> Option<TapOwner> {
     link.alias.as_deref()?.parse().ok()
 }
 
 /// Decides how an existing interface can serve `owner`.
-async fn use_found(
+async fn use_existing(
     netlink: &Netlink,
-    link: &Link,
+    link: &NetworkLink,
     name: &str,
-    by: NamedBy,
+    by: TapNameOrigin,
     owner: TapOwner,
-) -> Result<Provided, TapError> {
+) -> Result<TapOrigin, TapError> {
     // The kind of the interface is checked before its owner, because an interface of another kind
     // cannot serve under any owner.
     if !is_tap(name) {
@@ -235,7 +235,7 @@ async fn use_found(
     }
     match owner_of(link) {
         Some(found) if found == owner => {}
-        _ if by == NamedBy::Program => return Err(TapError::NotOurs(name.to_owned())),
+        _ if by == TapNameOrigin::Program => return Err(TapError::NotOurs(name.to_owned())),
         // The caller holds the claim on this TAP, so no running VM uses it and it can pass to this
         // VM.
         Some(found) if found.instance == owner.instance => {
@@ -247,14 +247,14 @@ async fn use_found(
         Some(_) | None => {}
     }
     if link.up {
-        return Ok(Provided::Found);
+        return Ok(TapOrigin::Found);
     }
     match netlink.bring_up(link.index).await {
-        Ok(()) => Ok(Provided::Found),
+        Ok(()) => Ok(TapOrigin::Found),
         // A TAP that is down may still serve, because some hypervisors bring it up themselves. The
         // caller warns.
         Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EPERM | nix::libc::EACCES)) => {
-            Ok(Provided::FoundDown)
+            Ok(TapOrigin::FoundDown)
         }
         Err(error) => Err(refused(name, "brought up")(error)),
     }

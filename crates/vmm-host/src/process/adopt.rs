@@ -11,7 +11,7 @@ use tracing::Instrument;
 use vmm_core::store::{Namespaces, ProcessIdentity, ProcessScope};
 
 use super::{Process, ProcessExit, boot_id, has_ended, procfs};
-use crate::ready;
+use crate::async_fd;
 
 /// The result of looking for a recorded process.
 #[derive(Debug)]
@@ -169,7 +169,7 @@ fn without_pidfd(identity: &ProcessIdentity, error: Errno) -> Lookup {
 /// ends with the process or with the last [`Process`] of it.
 fn watch_exit(pidfd: OwnedFd, identity: &ProcessIdentity) -> io::Result<Process> {
     let pidfd = Arc::new(pidfd);
-    let watched = ready::readable(Arc::clone(&pidfd))?;
+    let watched = async_fd::readable(Arc::clone(&pidfd))?;
     let (ended, exit) = watch::channel(None);
     let pid = identity.pid;
     let task = async move {

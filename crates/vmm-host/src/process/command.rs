@@ -18,8 +18,8 @@ use tracing::Instrument;
 use vmm_core::store::ProcessIdentity;
 
 use super::{Process, ProcessExit, Signal, procfs};
-use crate::named::named;
-use crate::ready;
+use crate::async_fd;
+use crate::path_errors::named;
 
 /// The variables of the daemon's environment that a child gets. All others stay out, because they
 /// may hold secrets.
@@ -35,7 +35,7 @@ static STARTING: RwLock<()> = RwLock::new(());
 
 /// Announces that a process is about to be started by other means than [`spawn`]. The caller keeps
 /// the guard until the process has exec'ed.
-pub fn starting() -> RwLockReadGuard<'static, ()> {
+pub fn exec_guard() -> RwLockReadGuard<'static, ()> {
     STARTING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -89,14 +89,14 @@ impl Command {
     }
 }
 
-/// A process that is killed when the guard is dropped, unless [`Guarded::keep`] was called.
+/// A process that is killed when the guard is dropped, unless [`ProcessGuard::keep`] was called.
 #[derive(Debug)]
-pub struct Guarded {
+pub struct ProcessGuard {
     process: Process,
     armed: bool,
 }
 
-impl Guarded {
+impl ProcessGuard {
     /// Returns the process. The guard keeps it.
     pub fn process(&self) -> &Process {
         &self.process
@@ -109,7 +109,7 @@ impl Guarded {
     }
 }
 
-impl std::ops::Deref for Guarded {
+impl std::ops::Deref for ProcessGuard {
     type Target = Process;
 
     fn deref(&self) -> &Process {
@@ -117,7 +117,7 @@ impl std::ops::Deref for Guarded {
     }
 }
 
-impl Drop for Guarded {
+impl Drop for ProcessGuard {
     fn drop(&mut self) {
         // The task that was started with the process reaps it.
         if self.armed
@@ -142,7 +142,7 @@ pub async fn spawn(command: Command) -> io::Result<Process> {
 ///
 /// # Errors
 /// Returns the error of opening a file or of starting the program. No process runs then.
-pub async fn spawn_guarded(command: Command) -> io::Result<Guarded> {
+pub async fn spawn_guarded(command: Command) -> io::Result<ProcessGuard> {
     // posix_spawn(3) suspends the calling thread until the child has exec'ed, and opening the files
     // may block. If this future is dropped, the closure still runs to its end and drops the guard,
     // which kills the process.
@@ -159,7 +159,7 @@ pub async fn spawn_guarded(command: Command) -> io::Result<Guarded> {
 ///
 /// # Panics
 /// Panics outside a Tokio runtime.
-pub fn start_guarded(command: Command) -> io::Result<Guarded> {
+pub fn start_guarded(command: Command) -> io::Result<ProcessGuard> {
     // A relative path would depend on the daemon's working directory.
     if !command.program.is_absolute() {
         let message = format!("{} is not an absolute path", command.program.display());
@@ -179,7 +179,7 @@ pub fn start_guarded(command: Command) -> io::Result<Guarded> {
     // Every file is open by now, so an error up to here leaves no process behind.
     let child = posix_spawn(&command.program, &command.args, [&stdin, &stdout.into(), &log.into()])?;
     match watch_child(child) {
-        Ok(process) => Ok(Guarded { process, armed: true }),
+        Ok(process) => Ok(ProcessGuard { process, armed: true }),
         // Without a pidfd and an identity the process could never be adopted or ended safely.
         Err(error) => {
             end(child);
@@ -240,7 +240,7 @@ fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::R
         .collect::<io::Result<Vec<_>>>()?;
     let spawned = {
         // The guard ends when posix_spawn returns, and posix_spawn returns after the exec.
-        let _starting = starting();
+        let _starting = exec_guard();
         nix::spawn::posix_spawn(program, &files, &attributes, &args, &environment)
     };
     let pid = spawned.map_err(|error| named(program, &error.into()))?;
@@ -261,7 +261,7 @@ fn reap(identity: ProcessIdentity, pidfd: OwnedFd) -> io::Result<Process> {
     let (ended, exit) = watch::channel(None);
     let pid = identity.pid;
     let pidfd = Arc::new(pidfd);
-    let watched = ready::readable(Arc::clone(&pidfd))?;
+    let watched = async_fd::readable(Arc::clone(&pidfd))?;
     let task = async move {
         // The pidfd becomes readable when the process has ended. The zombie keeps the pid until
         // waitid has taken the exit status, so no other process can get the pid before.

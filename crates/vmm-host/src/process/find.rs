@@ -18,7 +18,7 @@ const EXEC_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// A process whose arguments match a search.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct ProcessMatch {
     /// The identity of the process. [`super::adopt`] makes a handle of it.
     pub identity: ProcessIdentity,
     /// The real user id of the process. No user can start a process with another user's id, so this
@@ -31,7 +31,7 @@ pub struct Found {
     pub args: Vec<OsString>,
 }
 
-impl Found {
+impl ProcessMatch {
     /// Returns the file name of the program: of the real path, or of the first argument where the
     /// path is hidden. A program that a distribution has wrapped into a script (`.NAME-wrapped` on
     /// NixOS) has the name of the script.
@@ -53,7 +53,8 @@ impl Found {
     }
 }
 
-/// Returns the file name of the program that `process` runs, as [`Found::program_name`] does.
+/// Returns the file name of the program that `process` runs, as [`ProcessMatch::program_name`]
+/// does.
 ///
 /// # Errors
 /// Returns the kernel's error; `NotFound` where the process has ended.
@@ -72,10 +73,10 @@ fn program_name<'a>(exe: Option<&'a Path>, args: &'a [OsString]) -> Option<&'a O
         Some(exe) => exe.file_name(),
         None => args.first().and_then(|name| Path::new(name).file_name()),
     };
-    name.map(unwrapped)
+    name.map(without_wrapper)
 }
 
-fn unwrapped(name: &OsStr) -> &OsStr {
+fn without_wrapper(name: &OsStr) -> &OsStr {
     let inner = name.as_bytes().strip_prefix(b".").and_then(|name| name.strip_suffix(b"-wrapped"));
     inner.filter(|inner| !inner.is_empty()).map_or(name, OsStr::from_bytes)
 }
@@ -106,7 +107,7 @@ fn paths_below<'a>(text: &'a [u8], dir: &'a [u8]) -> impl Iterator<Item = PathBu
 /// # Errors
 /// Returns `InvalidInput` where `needle` is not absolute, and the error of listing `/proc`.
 /// Processes that end meanwhile, and hidden ones, are passed over.
-pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
+pub fn find_by_argument(needle: &Path) -> io::Result<Vec<ProcessMatch>> {
     let needle = needle.as_os_str().as_bytes();
     if !needle.starts_with(b"/") || needle.len() < 2 {
         let message = "processes can only be looked for by an absolute path";
@@ -131,16 +132,19 @@ pub fn find_by_argument(needle: &Path) -> io::Result<Vec<Found>> {
 
 /// Finds every process, this daemon excepted, that has the argument `option` followed by `value`,
 /// as in `-uuid UUID`. Processes of other users are included, because libvirt runs its VMMs under a
-/// user of its own. The caller must compare [`Found::uid`] with the user of the process that is
-/// meant, because any user can start a program with any arguments.
+/// user of its own. The caller must compare [`ProcessMatch::uid`] with the user of the process that
+/// is meant, because any user can start a program with any arguments.
 ///
 /// # Errors
 /// Fails as [`find_by_argument`] does.
-pub fn find_by_option(option: &str, value: &str) -> io::Result<Vec<Found>> {
+pub fn find_by_option(option: &str, value: &str) -> io::Result<Vec<ProcessMatch>> {
     find(|args| args.windows(2).any(|pair| pair[0] == option && pair[1] == value), |_| false)
 }
 
-fn find(is_wanted: impl Fn(&[OsString]) -> bool, may_become: impl Fn(u32) -> bool) -> io::Result<Vec<Found>> {
+fn find(
+    is_wanted: impl Fn(&[OsString]) -> bool,
+    may_become: impl Fn(u32) -> bool,
+) -> io::Result<Vec<ProcessMatch>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
@@ -159,7 +163,7 @@ fn examine(
     pid: u32,
     is_wanted: &impl Fn(&[OsString]) -> bool,
     may_become: &impl Fn(u32) -> bool,
-) -> Option<Found> {
+) -> Option<ProcessMatch> {
     // The arguments are read first, because only a few of hundreds of processes match and need
     // more.
     while !is_wanted(&procfs::arguments(pid).ok()?) {
@@ -180,7 +184,7 @@ fn examine(
     if !is_wanted(&args) || procfs::stat(pid).ok()?.start_ticks != start_ticks {
         return None;
     }
-    Some(Found { identity: procfs::identity(pid, start_ticks).ok()?, uid, exe, args })
+    Some(ProcessMatch { identity: procfs::identity(pid, start_ticks).ok()?, uid, exe, args })
 }
 
 /// Returns true if `text` names the path `needle` or a path below it.
@@ -252,7 +256,7 @@ mod tests {
             (".hidden", ".hidden"),
             ("x-wrapped", "x-wrapped"),
         ] {
-            assert_eq!(unwrapped(OsStr::new(file)), OsStr::new(name));
+            assert_eq!(without_wrapper(OsStr::new(file)), OsStr::new(name));
         }
     }
 

@@ -1,11 +1,11 @@
 //! Processes, and the proof that a process is the one that is meant.
 //!
 //! ```text
-//!   spawn(Command) ──► Guarded ── keep() ──┐    child of this daemon: reaped by a task
-//!        dropped before keep(): SIGKILL    ├──► Process ── wait, signal, usage
-//!   adopt(identity) ──► Alive ─────────────┘    child of another process: exit status unknown
-//!                   ├─► Gone                    proven by boot id, pid or start time
-//!                   └─► Unprovable              nothing may be changed
+//!   spawn(Command) ──► ProcessGuard ── keep() ──┐    child of this daemon: reaped by a task
+//!        dropped before keep(): SIGKILL         ├──► Process ── wait, signal, usage
+//!   adopt(identity) ──► Alive ──────────────────┘    child of another process: exit status unknown
+//!                   ├─► Gone                         proven by boot id, pid or start time
+//!                   └─► Unprovable                   nothing may be changed
 //! ```
 //!
 //! A pid is a number that the kernel uses again. A [`Process`] therefore holds a pidfd, which means
@@ -38,10 +38,12 @@ use vmm_core::store::ProcessIdentity;
 
 pub use adopt::{Lookup, adopt, can_search, scope};
 pub(crate) use command::close_for_good;
-pub use command::{Command, Guarded, Stdin, environment, spawn, spawn_guarded, start_guarded, starting};
+pub use command::{
+    Command, ProcessGuard, Stdin, environment, exec_guard, spawn, spawn_guarded, start_guarded,
+};
 pub use exit::{ExitStatus, ProcessExit};
-pub use find::{Found, find_by_argument, find_by_option, program_name_of};
-pub use procfs::{Usage, age, arguments_of, boot_id, exe_of, identify, usage};
+pub use find::{ProcessMatch, find_by_argument, find_by_option, program_name_of};
+pub use procfs::{ProcessUsage, age, arguments_of, boot_id, exe_of, identify, usage};
 pub use search::{search_by_argument, search_by_option};
 
 /// A handle of one process. Clones are handles of the same process, and dropping all of them leaves
@@ -165,7 +167,7 @@ impl Process {
     ///
     /// # Errors
     /// Returns the kernel's error; `NotFound` where the process has ended.
-    pub fn usage(&self) -> io::Result<Usage> {
+    pub fn usage(&self) -> io::Result<ProcessUsage> {
         let usage = usage(self.pid())?;
         self.still_the_same()?;
         Ok(usage)

@@ -12,7 +12,7 @@ use vmm_core::store::{Namespaces, ProcessIdentity};
 
 /// The use of the host by a process, all its threads together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
+pub struct ProcessUsage {
     /// CPU time in user and kernel mode since the start, in steps of a clock tick (usually 10 ms).
     pub cpu_time: Duration,
     /// Memory in use now, in bytes.
@@ -21,7 +21,7 @@ pub struct Usage {
 
 /// The fields of `/proc/PID/stat` that this program uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stat {
+pub(super) struct ProcessStat {
     /// User and kernel time, in clock ticks.
     pub(super) cpu_ticks: u64,
     /// Start time in clock ticks since the host booted.
@@ -29,7 +29,7 @@ pub(super) struct Stat {
 }
 
 /// Reads `/proc/PID/stat`.
-pub(super) fn stat(pid: u32) -> io::Result<Stat> {
+pub(super) fn stat(pid: u32) -> io::Result<ProcessStat> {
     let text = read(pid, "stat")?;
     parse_stat(&text).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat has an unknown form"))
@@ -38,13 +38,13 @@ pub(super) fn stat(pid: u32) -> io::Result<Stat> {
 
 /// Parses `/proc/PID/stat`. The second field is the program's name in parentheses and may hold any
 /// byte, so fields are counted from the last closing parenthesis.
-fn parse_stat(text: &[u8]) -> Option<Stat> {
+fn parse_stat(text: &[u8]) -> Option<ProcessStat> {
     let after_name = text.iter().rposition(|&byte| byte == b')')? + 1;
     let rest = std::str::from_utf8(text.get(after_name..)?).ok()?;
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     // proc(5) counts from 1 and from the pid; `rest` begins with field 3.
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
-    Some(Stat { cpu_ticks: number(14)?.saturating_add(number(15)?), start_ticks: number(22)? })
+    Some(ProcessStat { cpu_ticks: number(14)?.saturating_add(number(15)?), start_ticks: number(22)? })
 }
 
 /// Reads the number of resident pages from `statm`. The number in `stat` lacks the pages that each
@@ -114,13 +114,16 @@ fn gone_is_not_found(error: io::Error) -> io::Error {
 ///
 /// # Errors
 /// Returns the kernel's error; `NotFound` where there is no such process.
-pub fn usage(pid: u32) -> io::Result<Usage> {
+pub fn usage(pid: u32) -> io::Result<ProcessUsage> {
     let stat = stat(pid)?;
     let hertz = rustix::param::clock_ticks_per_second().max(1);
     let whole = Duration::from_secs(stat.cpu_ticks / hertz);
     let part = Duration::from_nanos((stat.cpu_ticks % hertz).saturating_mul(1_000_000_000) / hertz);
     let page_size = rustix::param::page_size() as u64;
-    Ok(Usage { cpu_time: whole + part, resident_bytes: resident_pages(pid)?.saturating_mul(page_size) })
+    Ok(ProcessUsage {
+        cpu_time: whole + part,
+        resident_bytes: resident_pages(pid)?.saturating_mul(page_size),
+    })
 }
 
 /// Returns the age of a process on the clock that counts from the host's boot and that nobody sets.
@@ -216,7 +219,7 @@ mod tests {
     fn a_name_may_hold_spaces_and_parentheses() {
         let text = b"42 (a) S 1 (x) Z 9) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 0 0 20 0 1 0 123456 4096000 250 1844 1 1\n";
         let stat = parse_stat(text).unwrap();
-        assert_eq!(stat, Stat { cpu_ticks: 12, start_ticks: 123_456 });
+        assert_eq!(stat, ProcessStat { cpu_ticks: 12, start_ticks: 123_456 });
     }
 
     #[test]

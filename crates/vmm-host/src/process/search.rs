@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use tokio::sync::Semaphore;
 
-use super::find::{Found, find_by_argument, find_by_option};
+use super::find::{ProcessMatch, find_by_argument, find_by_option};
 
 /// The most walks over `/proc` at a time. A hung walk keeps its permit until it ends, so this is
 /// also the most threads that hung walks hold.
@@ -22,7 +22,7 @@ static PERMITS: Semaphore = Semaphore::const_new(WALKS);
 ///
 /// # Errors
 /// Fails as [`find_by_argument`] does.
-pub async fn search_by_argument(needle: PathBuf) -> io::Result<Vec<Found>> {
+pub async fn search_by_argument(needle: PathBuf) -> io::Result<Vec<ProcessMatch>> {
     walk(&PERMITS, move || find_by_argument(&needle)).await
 }
 
@@ -30,7 +30,7 @@ pub async fn search_by_argument(needle: PathBuf) -> io::Result<Vec<Found>> {
 ///
 /// # Errors
 /// Fails as [`find_by_option`] does.
-pub async fn search_by_option(option: &'static str, value: String) -> io::Result<Vec<Found>> {
+pub async fn search_by_option(option: &'static str, value: String) -> io::Result<Vec<ProcessMatch>> {
     walk(&PERMITS, move || find_by_option(option, &value)).await
 }
 

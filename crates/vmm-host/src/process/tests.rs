@@ -23,7 +23,7 @@ impl Drop for Killed {
 /// A shell script whose output goes to `log` in a folder of its own.
 struct Script {
     dir: tempfile::TempDir,
-    guard: Guarded,
+    guard: ProcessGuard,
 }
 
 impl Script {
@@ -443,7 +443,7 @@ fn find_tail() -> PathBuf {
 
 #[test]
 fn what_must_be_closed_for_good_waits_until_no_child_is_being_started() {
-    let started = starting();
+    let started = exec_guard();
     let closing = std::thread::spawn(|| command::close_for_good(|| STARTED.load(Ordering::SeqCst)));
     STARTED.store(true, Ordering::SeqCst);
     drop(started);

@@ -15,7 +15,7 @@ use std::path::Path;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use vmm_core::id::InstanceId;
 
-use super::{named, open_ours, tidy};
+use super::{named, open_ours, without_trailing_slash};
 
 /// The beginning of a mark's file name.
 const PREFIX: &str = "owner-";
@@ -26,7 +26,7 @@ const PREFIX: &str = "owner-";
 /// # Errors
 /// Returns the kernel's error with the path.
 pub fn own(dir: &Path, instance: InstanceId) -> io::Result<()> {
-    let dir = &tidy(dir);
+    let dir = &without_trailing_slash(dir);
     let folder = open_ours(CWD, dir, dir)?;
     let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(&folder, format!("{PREFIX}{instance}"), flags, Mode::RUSR | Mode::WUSR)

@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use vmm_core::id::{BackendName, InstanceId};
 
-use super::{named, open_ours, tidy};
+use super::{named, open_ours, without_trailing_slash};
 
 /// The beginning of a mark's file name.
 const PREFIX: &str = "spare-";
@@ -50,7 +50,7 @@ impl SpareMark {
     /// # Errors
     /// Returns the kernel's error with the path.
     pub fn put(&self, dir: &Path) -> io::Result<()> {
-        let dir = &tidy(dir);
+        let dir = &without_trailing_slash(dir);
         let folder = open_ours(CWD, dir, dir)?;
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         openat(&folder, self.file_name(), flags, Mode::RUSR | Mode::WUSR)

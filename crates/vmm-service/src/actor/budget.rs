@@ -23,7 +23,7 @@ pub(super) const FORCE_LIMIT: Duration = Duration::from_millis(4800);
 /// The part of a budget that is reserved for the cleanup: a kill, a sweep, the TAPs.
 const WIND_UP_LIMIT: Duration = Duration::from_secs(5);
 /// The least time that each step gets, even if the budget is used up.
-const LEAST: Duration = Duration::from_millis(50);
+const MIN_STEP_LIMIT: Duration = Duration::from_millis(50);
 /// The time that a killed VMM has to end. With a sweep after it, a forced operation stays within
 /// its 5 s.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(2);
@@ -38,7 +38,7 @@ pub(super) struct Budget {
 }
 
 /// The reason why an effect was not completed.
-pub(super) enum Broken {
+pub(super) enum EffectError {
     /// A forced operation came. The interrupted operation cleans up within its budget.
     Preempted(Budget),
     /// The backend failed, or the limit passed.
@@ -64,17 +64,17 @@ impl Budget {
 
     /// Returns `limit`, or the time that is left if that is less.
     pub(super) fn at_most(self, limit: Duration) -> Duration {
-        limit.min(self.until.saturating_duration_since(Instant::now())).max(LEAST)
+        limit.min(self.until.saturating_duration_since(Instant::now())).max(MIN_STEP_LIMIT)
     }
 
     /// Returns `limit`, or the time that is left without the time for the cleanup if that is less.
     pub(super) fn at_most_before_wind_up(self, limit: Duration) -> Duration {
         let until = self.until.checked_sub(WIND_UP_LIMIT).unwrap_or(self.until);
-        limit.min(until.saturating_duration_since(Instant::now())).max(LEAST)
+        limit.min(until.saturating_duration_since(Instant::now())).max(MIN_STEP_LIMIT)
     }
 }
 
-impl Broken {
+impl EffectError {
     /// Returns the backend's failure, or `None` after a pre-emption.
     pub(super) fn backend(self) -> Option<BackendError> {
         match self {
@@ -104,7 +104,7 @@ impl Actor {
         budget: Budget,
         limit: Duration,
         effect: impl Future<Output = Result<T, BackendError>>,
-    ) -> Result<T, Broken> {
+    ) -> Result<T, EffectError> {
         let limit = budget.at_most(limit);
         let effect = tokio::time::timeout(limit, effect);
         let result = if budget.forced {
@@ -112,7 +112,7 @@ impl Actor {
         } else {
             tokio::select! {
                 biased;
-                asked = self.mailbox.forced() => return Err(Broken::Preempted(Budget::of_force(asked))),
+                asked = self.mailbox.forced() => return Err(EffectError::Preempted(Budget::of_force(asked))),
                 result = effect => result,
             }
         };
@@ -121,8 +121,8 @@ impl Actor {
                 self.answered = Some(Instant::now());
                 Ok(done)
             }
-            Ok(Err(error)) => Err(Broken::Backend(error)),
-            Err(_) => Err(Broken::Backend(BackendError::new(
+            Ok(Err(error)) => Err(EffectError::Backend(error)),
+            Err(_) => Err(EffectError::Backend(BackendError::new(
                 BackendErrorKind::Timeout,
                 Effect::Unknown,
                 format!("the call took longer than {:.1} s", limit.as_secs_f64()),

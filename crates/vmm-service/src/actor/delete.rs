@@ -9,21 +9,21 @@
 
 use std::time::Duration;
 
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Ladder, Sweep, Vmm};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LadderOptions, SweepPurpose, Vmm};
 use vmm_core::event::EventKind;
 use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
 use vmm_core::report::FieldReport;
-use vmm_core::state::{EndedBy, Observation, Phase, Request, observe};
-use vmm_core::store::{Change, Commit, IntentKind, Tombstone, VmRecord};
+use vmm_core::state::{EndedBy, Observation, Phase, VmOperation, observe};
+use vmm_core::store::{Commit, IntentKind, RecordChange, Tombstone, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
-use super::budget::{Broken, Budget};
+use super::budget::{Budget, EffectError};
 use super::hold::Hold;
-use super::journal::{Turn, Why};
+use super::journal::{ChangeReason, RecordUpdate};
 use crate::error::ServiceError;
-use crate::mailbox::{Operation, Outcome};
+use crate::mailbox::{OperationOutcome, OperationRequest};
 use crate::{spares, tombstones};
 
 /// The time that a VMM of another program may take to end. It needs time to power the VM off before
@@ -41,9 +41,9 @@ impl Actor {
     pub(super) async fn delete(
         &mut self,
         budget: Budget,
-        operation: &Operation,
-    ) -> Result<Outcome, ServiceError> {
-        let forced = operation.request == Request::ForceDelete;
+        operation: &OperationRequest,
+    ) -> Result<OperationOutcome, ServiceError> {
+        let forced = operation.request == VmOperation::ForceDelete;
         let kind = if forced { IntentKind::ForceDelete } else { IntentKind::Delete };
         if let Err(error) = self.intend(budget, kind, Phase::Deleting, &operation.caller).await {
             return Err(self.end_unrecorded(budget, operation, error).await);
@@ -52,7 +52,7 @@ impl Actor {
         // The claims and the run that the process keeps if it outlives the deletion.
         let (claims, run) = (self.shared.claims.held_by(self.record.uid), self.known_run());
         let mut left_behind = Vec::new();
-        let purpose = if forced { Sweep::ForceDelete } else { Sweep::Delete };
+        let purpose = if forced { SweepPurpose::ForceDelete } else { SweepPurpose::Delete };
         let process = self.hold.may_be_a_process();
         // The process ends first, because a living process uses the TAPs, the folder and the disks
         // that are freed after it. Without force a process that does not end stops the deletion,
@@ -61,13 +61,15 @@ impl Actor {
         // because no attempt could end its process.
         let tombstone = match self.end_what_runs(budget, purpose).await {
             Ok(()) => None,
-            Err(Broken::Backend(error)) if forced || error.kind == BackendErrorKind::NotServed => {
+            Err(EffectError::Backend(error)) if forced || error.kind == BackendErrorKind::NotServed => {
                 left_behind.push(FieldReport::new("process", error.to_string()));
                 let vm = VmRecord { run, ..VmRecord::clone(&self.record) };
                 process.then_some(Tombstone { vm, claims })
             }
             Err(broken) => {
-                return Err(self.give_up(budget, operation.request, &operation.caller, broken).await);
+                return Err(self
+                    .conclude_failure(budget, operation.request, &operation.caller, broken)
+                    .await);
             }
         };
         point(FaultPoint::DeleteVmmEnded);
@@ -86,7 +88,7 @@ impl Actor {
     }
 
     /// Ends the VM's process by its handle, or by its run folder if no handle ends it.
-    async fn end_what_runs(&mut self, budget: Budget, purpose: Sweep) -> Result<(), Broken> {
+    async fn end_what_runs(&mut self, budget: Budget, purpose: SweepPurpose) -> Result<(), EffectError> {
         self.shared.spares.forget(&self.backend.capabilities().name, self.record.uid);
         spares::dismiss(&*self.backend, self.record.uid).await;
         let run = self.known_run();
@@ -94,19 +96,19 @@ impl Actor {
         if let Some(vmm) = self.hold.vmm() {
             match self.end_by_force(budget, &*vmm).await {
                 Ok(()) => {
-                    self.let_go_keeping_claims();
+                    self.drop_hold();
                     process = false;
                 }
                 Err(error) => tracing::warn!(%error, "the VMM could not be killed by its handle"),
             }
         }
         // Another program knows the VM, and must remove it too.
-        let leaves =
-            matches!(purpose, Sweep::Delete | Sweep::ForceDelete) && self.record.kind != VmKind::Managed;
+        let leaves = matches!(purpose, SweepPurpose::Delete | SweepPurpose::ForceDelete)
+            && self.record.kind != VmKind::Managed;
         if process || leaves {
             point(FaultPoint::DeleteRunEnded);
             self.sweep(budget, purpose, run).await?;
-            self.let_go_keeping_claims();
+            self.drop_hold();
         }
         Ok(())
     }
@@ -118,27 +120,31 @@ impl Actor {
     pub(super) async fn end_unrecorded(
         &mut self,
         budget: Budget,
-        operation: &Operation,
+        operation: &OperationRequest,
         error: ServiceError,
     ) -> ServiceError {
         if !budget.forced || !self.hold.may_be_a_process() {
             return error;
         }
         self.next.call_off_restart();
-        match self.end_what_runs(budget, Sweep::End).await {
+        match self.end_what_runs(budget, SweepPurpose::End).await {
             Ok(()) => {
                 self.shared.claims.release(self.record.uid);
                 let state = observe(self.record.state, Observation::VmmGone);
                 let status = self
                     .status(Phase::at_rest(state))
                     .because(Reason::Shutdown, "the VM was ended by force, which could not be recorded");
-                let why = Why::asked(operation.request, &operation.caller).ended_by(Some(EndedBy::Sigkill));
-                let turn = Turn::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
-                let _ = self.conclude(budget, turn).await;
+                let why = ChangeReason::asked(operation.request, &operation.caller)
+                    .ended_by(Some(EndedBy::Sigkill));
+                let update =
+                    RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
+                let _ = self.conclude(budget, update).await;
                 error.but("Its VMM was ended all the same; call again when the store can be written to")
             }
-            Err(Broken::Backend(left)) => error.but(&format!("Its VMM could not be ended either: {left}")),
-            Err(Broken::Preempted(_)) => error,
+            Err(EffectError::Backend(left)) => {
+                error.but(&format!("Its VMM could not be ended either: {left}"))
+            }
+            Err(EffectError::Preempted(_)) => error,
         }
     }
 
@@ -147,7 +153,9 @@ impl Actor {
         if !(self.record.imported || matches!(self.record.kind, VmKind::Attached { .. })) {
             return self.kill(budget, vmm).await;
         }
-        self.in_time(budget, FOREIGN_END_LIMIT, vmm.shutdown(Ladder { ask_guest_for: None })).await.map(drop)
+        self.in_time(budget, FOREIGN_END_LIMIT, vmm.shutdown(LadderOptions { ask_guest_for: None }))
+            .await
+            .map(drop)
     }
 
     /// Removes the run folder. A removal that takes too long continues on its own, because the
@@ -167,16 +175,16 @@ impl Actor {
     async fn remove_record(
         &mut self,
         budget: Budget,
-        operation: &Operation,
+        operation: &OperationRequest,
         tombstone: Option<Tombstone>,
     ) -> Result<(), ServiceError> {
-        let why = Why::asked(operation.request, &operation.caller);
-        let turn =
-            Turn::new(EventKind::Deleted, why, self.status(Phase::Deleting)).observing(Observation::VmmGone);
-        let event = Some(self.event_of(turn));
+        let why = ChangeReason::asked(operation.request, &operation.caller);
+        let update = RecordUpdate::new(EventKind::Deleted, why, self.status(Phase::Deleting))
+            .observing(Observation::VmmGone);
+        let event = Some(self.event_of(update));
         let change = match &tombstone {
-            None => Change::Remove(self.record.uid),
-            Some(tombstone) => Change::Bury(Box::new(tombstone.clone())),
+            None => RecordChange::Remove(self.record.uid),
+            Some(tombstone) => RecordChange::Bury(Box::new(tombstone.clone())),
         };
         let commit = Commit { change, event };
         let mut removed = self.send(budget, commit.clone()).await;
@@ -194,7 +202,7 @@ impl Actor {
         };
         point(FaultPoint::DeleteOutcomeCommitted);
         match tombstone {
-            Some(tombstone) => tombstones::keep(&self.shared, tombstone),
+            Some(tombstone) => tombstones::hold_claims(&self.shared, tombstone),
             None => self.shared.claims.release(self.record.uid),
         }
         self.shared.index.remove(self.record.uid);
@@ -202,26 +210,32 @@ impl Actor {
         Ok(())
     }
 
-    async fn record_failed_removal(&mut self, budget: Budget, why: Why<'_>, process_left: bool, error: &str) {
+    async fn record_failed_removal(
+        &mut self,
+        budget: Budget,
+        why: ChangeReason<'_>,
+        process_left: bool,
+        error: &str,
+    ) {
         let mut turn_to = Phase::at_rest(observe(self.record.state, Observation::VmmGone));
         let mut observed = Some(Observation::VmmGone);
         // The VM is still on record. If its process outlived the deletion, the VM is out of reach.
         // Otherwise nothing runs, and its claims are released.
         if process_left && self.hold.may_be_a_process() {
-            self.fall_silent();
+            self.mark_silent();
             turn_to = if self.hold.is_out_of_reach() { Phase::Unreachable } else { Phase::Failed };
             observed = None;
         } else {
-            self.let_go_and_release();
+            self.drop_hold_and_claims();
         }
         let status = self.status(turn_to).because(Reason::DeleteFailed, error);
-        let mut turn = Turn::new(EventKind::OperationFailed, why, status);
+        let mut update = RecordUpdate::new(EventKind::OperationFailed, why, status);
         if let Some(observed) = observed {
-            turn = turn.observing(observed);
+            update = update.observing(observed);
         }
         if matches!(self.hold, Hold::Orphan(_)) {
-            turn = turn.intending(self.orphan_intent(why.caller));
+            update = update.intending(self.orphan_intent(why.caller));
         }
-        let _ = self.conclude(budget, turn).await;
+        let _ = self.conclude(budget, update).await;
     }
 }

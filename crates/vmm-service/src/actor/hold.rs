@@ -6,18 +6,18 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use vmm_core::backend::{Launched, Vmm, VmmEvent};
+use vmm_core::backend::{LaunchedVmm, Vmm, VmmEvent};
 use vmm_core::store::RunRecord;
 
 use super::restart::{self, LastEnd};
-use super::{Actor, found_files, resets::Resets};
+use super::{Actor, discovered_files, resets::ResetCounter};
 use crate::clock::now_ms;
-use crate::mailbox::Operation;
-use crate::metrics::{MetricsCell, News, Sampler};
+use crate::mailbox::OperationRequest;
+use crate::metrics::{ContactReport, MetricsCell, Sampler};
 use crate::sockets::Sockets;
 
 /// The time between two searches for a process that may live and of which no handle is held.
-const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+const SEARCH_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The actor's hold on its VM's process. The admission of operations depends on the hold, and not
 /// on the status that is shown.
@@ -25,14 +25,14 @@ pub(super) enum Hold {
     /// The VM has no process.
     Nothing,
     /// A VMM runs the VM and answers.
-    Vmm(Box<Live>),
+    Vmm(Box<HeldVmm>),
     /// A VMM runs the VM and does not answer. It may be killed.
-    Silent(Box<Live>),
+    Silent(Box<HeldVmm>),
     /// The VMM on record may run the VM. No handle is held.
     Lost,
     /// A start has left a process, or may have, and its guest may run. The VM counts as not
     /// running.
-    Orphan(Option<Box<Live>>),
+    Orphan(Option<Box<HeldVmm>>),
     /// A start was cancelled before its VMM received any data, and the process may be left. It runs
     /// no guest.
     Leftover,
@@ -46,7 +46,7 @@ pub(super) enum Hold {
 }
 
 /// The next step of an actor that no client requests.
-pub(super) enum Next {
+pub(super) enum NextStep {
     /// The actor waits.
     Idle,
     /// The actor starts the VM by its restart policy, because its last run ended.
@@ -54,11 +54,11 @@ pub(super) enum Next {
     /// The actor searches for a process that may live and of which no handle is held.
     LookAt(Instant),
     /// The actor carries on an operation that the death of a daemon interrupted.
-    Finish(Box<Operation>),
+    Finish(Box<OperationRequest>),
 }
 
 /// A VMM that is held, with its events and samples.
-pub(super) struct Live {
+pub(super) struct HeldVmm {
     pub(super) vmm: Arc<dyn Vmm>,
     pub(super) events: mpsc::Receiver<VmmEvent>,
     sampler: Sampler,
@@ -67,19 +67,19 @@ pub(super) struct Live {
     /// The instant since which the VMM has run without a reset of its guest in place.
     pub(super) quiet_since: Instant,
     /// Resets in place that are not on record yet.
-    pub(super) resets: Resets,
+    pub(super) resets: ResetCounter,
     /// The instant of the next look at the files, if disks are claimed by their paths.
     pub(super) files_due: Option<Instant>,
 }
 
 /// A message from a VMM.
-pub(super) enum Sign {
+pub(super) enum VmmMessage {
     Event(VmmEvent),
-    News(News),
+    Contact(ContactReport),
 }
 
 impl Hold {
-    fn live(&self) -> Option<&Live> {
+    fn live(&self) -> Option<&HeldVmm> {
         match self {
             Self::Vmm(live) | Self::Silent(live) | Self::Orphan(Some(live)) => Some(live),
             Self::Nothing | Self::Lost | Self::Orphan(None) | Self::Leftover | Self::Quarantined { .. } => {
@@ -88,7 +88,7 @@ impl Hold {
         }
     }
 
-    pub(super) fn live_mut(&mut self) -> Option<&mut Live> {
+    pub(super) fn live_mut(&mut self) -> Option<&mut HeldVmm> {
         match self {
             Self::Vmm(live) | Self::Silent(live) | Self::Orphan(Some(live)) => Some(live),
             Self::Nothing | Self::Lost | Self::Orphan(None) | Self::Leftover | Self::Quarantined { .. } => {
@@ -141,15 +141,15 @@ impl Hold {
     }
 
     /// Waits for the next sign of the VMM. Waits for ever if no VMM is held.
-    pub(super) async fn sign(&mut self) -> Sign {
+    pub(super) async fn next_message(&mut self) -> VmmMessage {
         match self.live_mut() {
             None => pending().await,
             Some(live) => tokio::select! {
                 biased;
                 // A backend promises that `Gone` is the last event. A channel that closes without
                 // it is ignored.
-                Some(event) = live.events.recv() => Sign::Event(event),
-                news = live.sampler.news() => Sign::News(news),
+                Some(event) = live.events.recv() => VmmMessage::Event(event),
+                news = live.sampler.news() => VmmMessage::Contact(news),
             },
         }
     }
@@ -165,10 +165,10 @@ impl Hold {
     }
 }
 
-impl Next {
-    /// Returns the next search for a process, after [`LOOK_INTERVAL`].
-    pub(super) fn look() -> Self {
-        Self::LookAt(Instant::now() + LOOK_INTERVAL)
+impl NextStep {
+    /// Returns the next search for a process, after [`SEARCH_INTERVAL`].
+    pub(super) fn search_later() -> Self {
+        Self::LookAt(Instant::now() + SEARCH_INTERVAL)
     }
 
     /// Cancels a restart by policy. Returns true if one was due.
@@ -182,34 +182,42 @@ impl Next {
 }
 
 impl Actor {
-    /// Makes a `Live` of a VMM that was launched or found. `run` is the run for the record.
-    pub(super) fn live(&self, launched: Launched, run: RunRecord) -> Box<Live> {
-        let Launched { vmm, events } = launched;
+    /// Makes a `HeldVmm` of a VMM that was launched or found. `run` is the run for the record.
+    pub(super) fn live(&self, launched: LaunchedVmm, run: RunRecord) -> Box<HeldVmm> {
+        let LaunchedVmm { vmm, events } = launched;
         let interval = self.shared.settings.metrics_interval;
         let metrics = MetricsCell::default();
-        self.shared.index.measure(self.record.uid, metrics.clone());
+        self.shared.index.show_metrics(self.record.uid, metrics.clone());
         let (vm_id, vcpus) = (self.record.vm_id.clone(), self.spec().cpu.count);
         let sockets = Sockets::of(&self.record, &run, self.dir());
         let sampler = Sampler::start(Arc::clone(&vmm), sockets, (vm_id, vcpus), interval, metrics);
-        let quiet_since = begun(&run);
-        let files_due = found_files::next_look(&run);
-        Box::new(Live { vmm, events, sampler, run, quiet_since, resets: Resets::default(), files_due })
+        let quiet_since = run_start(&run);
+        let files_due = discovered_files::next_look(&run);
+        Box::new(HeldVmm {
+            vmm,
+            events,
+            sampler,
+            run,
+            quiet_since,
+            resets: ResetCounter::default(),
+            files_due,
+        })
     }
 
     /// Replaces the hold. The next step is cleared, because it belonged to the hold before.
     pub(super) fn take_hold(&mut self, hold: Hold) {
         self.hold = hold;
-        self.next = Next::Idle;
+        self.next = NextStep::Idle;
     }
 
     /// Drops the hold on a VMM that has provably gone, and releases its claims on the host.
-    pub(super) fn let_go_and_release(&mut self) {
-        self.let_go_keeping_claims();
+    pub(super) fn drop_hold_and_claims(&mut self) {
+        self.drop_hold();
         self.shared.claims.release(self.record.uid);
     }
 
     /// Drops the hold on a VMM that has provably gone. Its claims on the host stay.
-    pub(super) fn let_go_keeping_claims(&mut self) {
+    pub(super) fn drop_hold(&mut self) {
         let nothing = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Quarantined { why, .. } => Hold::Quarantined { why, process: false },
             _ => Hold::Nothing,
@@ -218,7 +226,7 @@ impl Actor {
     }
 
     /// Marks a held VMM as silent.
-    pub(super) fn fall_silent(&mut self) {
+    pub(super) fn mark_silent(&mut self) {
         self.hold = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Vmm(live) => Hold::Silent(live),
             other => other,
@@ -226,7 +234,7 @@ impl Actor {
     }
 
     /// Marks a held VMM as one that answers.
-    pub(super) fn speak(&mut self) {
+    pub(super) fn mark_answering(&mut self) {
         self.hold = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Silent(live) => Hold::Vmm(live),
             Hold::Orphan(Some(mut live)) => {
@@ -240,20 +248,20 @@ impl Actor {
     }
 
     /// Schedules a search for a process that may live, if no handle will report it.
-    pub(super) fn keep_looking(&mut self) {
+    pub(super) fn schedule_search(&mut self) {
         let unseen = matches!(self.hold, Hold::Lost | Hold::Orphan(None));
-        if unseen && matches!(self.next, Next::Idle | Next::RestartAt(..)) {
-            self.next = Next::look();
+        if unseen && matches!(self.next, NextStep::Idle | NextStep::RestartAt(..)) {
+            self.next = NextStep::search_later();
         }
     }
 }
 
-/// Returns the instant at which a run began, at most [`restart::QUIET`] ago. The process may be
-/// older than the run, because a spare VMM may run it.
-pub(super) fn begun(run: &RunRecord) -> Instant {
+/// Returns the instant at which a run began, at most [`restart::COUNT_RESET_INTERVAL`] ago. The
+/// process may be older than the run, because a spare VMM may run it.
+pub(super) fn run_start(run: &RunRecord) -> Instant {
     let since = u64::try_from(now_ms().saturating_sub(run.started_ms)).unwrap_or_default();
     let age = vmm_host::process::age(&run.process).unwrap_or_default();
-    let age = age.min(Duration::from_millis(since)).min(restart::QUIET);
+    let age = age.min(Duration::from_millis(since)).min(restart::COUNT_RESET_INTERVAL);
     let now = Instant::now();
     now.checked_sub(age).unwrap_or(now)
 }

@@ -1,17 +1,18 @@
 //! The journal: the only way in which a VM's record changes.
 //!
 //! ```text
-//!   Turn (observation, status, intent, run) ─► record ─┬─► store and event ─► shown ─► watchers
-//!                                                      │       │ refused
-//!                               an intent: undone ─────┴─ an outcome: shown, its event kept
+//!   RecordUpdate (observation, status, intent, run) ─► record
+//!                                                         ├─► store and event ─► shown ─► watchers
+//!                                                         │ refused
+//!                               an intent: undone ────────┴─ an outcome: shown, its event kept
 //!                                                                │ after 1 s, doubled up to 30 s,
 //!                                                                └ or before the next commit
 //! ```
 //!
 //! State, status, intent and run change together, with the event that reports the change, in
-//! [`Turn::apply`] and nowhere else. Readers see the true state even if the store refuses it. A
-//! refused outcome is written as soon as possible and in its order, so that the log contains every
-//! event that readers saw.
+//! [`RecordUpdate::apply`] and nowhere else. Readers see the true state even if the store refuses
+//! it. A refused outcome is written as soon as possible and in its order, so that the log contains
+//! every event that readers saw.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use tokio::time::Instant;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
 use vmm_core::event::{EventKind, NewEvent};
-use vmm_core::state::{EndedBy, Observation, Phase, Request, Status, observe};
-use vmm_core::store::{Change, Commit, Intent, IntentKind, StoreError, StoreErrorKind, VmRecord};
+use vmm_core::state::{EndedBy, Observation, Phase, Status, VmOperation, observe};
+use vmm_core::store::{Commit, Intent, IntentKind, RecordChange, StoreError, StoreErrorKind, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process;
 
@@ -30,21 +31,21 @@ use super::Actor;
 use super::budget::Budget;
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::events::Committed;
-use crate::mailbox::Outcome;
+use crate::events::CommitReceipt;
+use crate::mailbox::OperationOutcome;
 use crate::operation_log;
 
 /// The wait before a refused outcome is written again for the first time.
-const FIRST_RETRY: Duration = Duration::from_secs(1);
+const FIRST_RETRY_DELAY: Duration = Duration::from_secs(1);
 /// The longest wait before a refused outcome is written again.
-const MAX_RETRY: Duration = Duration::from_secs(30);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(30);
 /// The number of refused outcomes that are kept. The oldest are dropped if a VM continues to change
 /// for a long time while nothing can be written.
 const MAX_UNWRITTEN: usize = 64;
 
 /// The reason for a change, for the audit trail.
 #[derive(Clone, Copy)]
-pub(super) struct Why<'a> {
+pub(super) struct ChangeReason<'a> {
     /// The name of a method, or of an observation (kebab-case).
     pub(super) cause: &'a str,
     /// The caller, or `None` if no client requested the change.
@@ -53,14 +54,14 @@ pub(super) struct Why<'a> {
     pub(super) ended_by: Option<EndedBy>,
 }
 
-impl<'a> Why<'a> {
+impl<'a> ChangeReason<'a> {
     /// Returns the reason of a change that no client requested.
     pub(super) const fn by_itself(cause: &'a str) -> Self {
         Self { cause, caller: None, ended_by: None }
     }
 
     /// Returns the reason of a change that `caller` requested.
-    pub(super) const fn asked(request: Request, caller: &'a Caller) -> Self {
+    pub(super) const fn asked(request: VmOperation, caller: &'a Caller) -> Self {
         Self { cause: request.name(), caller: Some(caller), ended_by: None }
     }
 
@@ -73,18 +74,18 @@ impl<'a> Why<'a> {
 
 /// One change of a VM: every part of its record that changes, and the event that reports the
 /// change.
-pub(super) struct Turn<'a> {
+pub(super) struct RecordUpdate<'a> {
     kind: EventKind,
-    why: Why<'a>,
+    why: ChangeReason<'a>,
     status: Status,
     observations: [Option<Observation>; 2],
     intent: Option<Intent>,
     ended_by: Option<Option<EndedBy>>,
 }
 
-impl<'a> Turn<'a> {
+impl<'a> RecordUpdate<'a> {
     /// Creates a change after which no operation is in progress. The state stays.
-    pub(super) const fn new(kind: EventKind, why: Why<'a>, status: Status) -> Self {
+    pub(super) const fn new(kind: EventKind, why: ChangeReason<'a>, status: Status) -> Self {
         Self { kind, why, status, observations: [None; 2], intent: None, ended_by: None }
     }
 
@@ -143,17 +144,17 @@ pub(super) struct Journal {
     /// nevertheless.
     uncertain: u64,
     /// The events of outcomes that were shown and refused, the oldest first.
-    unwritten: VecDeque<Unwritten>,
-    retry: Option<Retry>,
+    unwritten: VecDeque<UnwrittenEvent>,
+    retry: Option<CommitRetry>,
 }
 
-struct Unwritten {
+struct UnwrittenEvent {
     event: NewEvent,
     /// The generation with which the store may have written the event nevertheless.
     uncertain_at: Option<u64>,
 }
 
-struct Retry {
+struct CommitRetry {
     at: Instant,
     wait: Duration,
 }
@@ -186,8 +187,12 @@ impl Actor {
     ) -> Result<(), ServiceError> {
         let request = kind.request();
         let intent = self.new_intent(kind, caller.clone());
-        let turn = Turn::new(EventKind::OperationStarted, Why::asked(request, caller), self.status(phase));
-        self.try_to_conclude(budget, turn.intending(Some(intent))).await?;
+        let update = RecordUpdate::new(
+            EventKind::OperationStarted,
+            ChangeReason::asked(request, caller),
+            self.status(phase),
+        );
+        self.try_to_conclude(budget, update.intending(Some(intent))).await?;
         point(FaultPoint::intent_committed(request));
         Ok(())
     }
@@ -201,9 +206,13 @@ impl Actor {
     }
 
     /// Commits a change, or leaves everything as it was.
-    pub(super) async fn try_to_conclude(&mut self, budget: Budget, turn: Turn<'_>) -> Result<(), StoreError> {
+    pub(super) async fn try_to_conclude(
+        &mut self,
+        budget: Budget,
+        update: RecordUpdate<'_>,
+    ) -> Result<(), StoreError> {
         self.write_what_was_refused(budget).await?;
-        let (next, event) = turn.apply(self, &self.record);
+        let (next, event) = update.apply(self, &self.record);
         Ok(self.commit(budget, next, event).await?)
     }
 
@@ -213,12 +222,16 @@ impl Actor {
     /// # Errors
     ///
     /// Returns the store's error if the outcome is shown and not recorded yet.
-    pub(super) async fn conclude(&mut self, budget: Budget, turn: Turn<'_>) -> Result<(), StoreError> {
+    pub(super) async fn conclude(
+        &mut self,
+        budget: Budget,
+        update: RecordUpdate<'_>,
+    ) -> Result<(), StoreError> {
         let refused = self.write_what_was_refused(budget).await;
         // A request of a client has a log line of its own. The end of a run has one even if a
         // request met it, because the answer to the request does not tell how the run ended.
-        let is_unrequested = turn.why.caller.is_none() || turn.kind == EventKind::VmmExited;
-        let (next, event) = turn.apply(self, &self.record);
+        let is_unrequested = update.why.caller.is_none() || update.kind == EventKind::VmmExited;
+        let (next, event) = update.apply(self, &self.record);
         if is_unrequested {
             let is_logged = self.shared.beginnings.count(event.kind);
             operation_log::unrequested(&event, &self.record.backend, is_logged);
@@ -226,11 +239,11 @@ impl Actor {
         let result = match refused {
             // The log keeps the order of the outcomes, so this outcome waits behind those before
             // it.
-            Err(error) => Err(Box::new(Refused { error, next, event, generation: None })),
+            Err(error) => Err(Box::new(RefusedCommit { error, next, event, generation: None })),
             Ok(()) => self.commit(budget, next, event).await,
         };
         let Err(refused) = result else { return Ok(()) };
-        let Refused { error, next, event, generation: uncertain_at } = *refused;
+        let RefusedCommit { error, next, event, generation: uncertain_at } = *refused;
         tracing::error!(%error, kind = ?error.kind, "the outcome could not be recorded yet; it is shown, and writing is tried again");
         self.record = Arc::new(next);
         self.publish();
@@ -238,7 +251,7 @@ impl Actor {
             self.journal.unwritten.pop_front();
             tracing::error!("the oldest unwritten event was dropped, because the store has refused too many");
         }
-        self.journal.unwritten.push_back(Unwritten { event, uncertain_at });
+        self.journal.unwritten.push_back(UnwrittenEvent { event, uncertain_at });
         self.retry_later();
         Err(error)
     }
@@ -246,14 +259,16 @@ impl Actor {
     /// Writes the outcomes that the store has refused, in their order. Each is written with the
     /// present record, because only the events are a history.
     pub(super) async fn write_what_was_refused(&mut self, budget: Budget) -> Result<(), StoreError> {
-        while let Some(Unwritten { event, uncertain_at }) = self.journal.unwritten.pop_front() {
+        while let Some(UnwrittenEvent { event, uncertain_at }) = self.journal.unwritten.pop_front() {
             let next = VmRecord::clone(&self.record);
             let Err(refused) = self.commit_again(budget, next, event, uncertain_at).await else { continue };
-            let Refused { error, event, generation, .. } = *refused;
+            let RefusedCommit { error, event, generation, .. } = *refused;
             // The event goes back to the front of the queue. An attempt that was uncertain once
             // stays uncertain, because a later refusal does not prove that the first attempt was
             // not written.
-            self.journal.unwritten.push_front(Unwritten { event, uncertain_at: uncertain_at.or(generation) });
+            self.journal
+                .unwritten
+                .push_front(UnwrittenEvent { event, uncertain_at: uncertain_at.or(generation) });
             self.retry_later();
             return Err(error);
         }
@@ -273,7 +288,7 @@ impl Actor {
         mut next: VmRecord,
         event: NewEvent,
         uncertain_at: Option<u64>,
-    ) -> Result<(), Box<Refused>> {
+    ) -> Result<(), Box<RefusedCommit>> {
         let Some(generation) = uncertain_at else {
             return self.commit(budget, next, event).await;
         };
@@ -287,7 +302,7 @@ impl Actor {
                 self.publish();
                 Ok(())
             }
-            Err(error) => Err(Box::new(Refused { error, next, event, generation: Some(generation) })),
+            Err(error) => Err(Box::new(RefusedCommit { error, next, event, generation: Some(generation) })),
             Ok(committed) => {
                 self.written(next, &committed);
                 Ok(())
@@ -296,23 +311,27 @@ impl Actor {
     }
 
     fn retry_later(&mut self) {
-        let wait = self.journal.retry.as_ref().map_or(FIRST_RETRY, |retry| (retry.wait * 2).min(MAX_RETRY));
-        self.journal.retry = Some(Retry { at: Instant::now() + wait, wait });
+        let wait = self
+            .journal
+            .retry
+            .as_ref()
+            .map_or(FIRST_RETRY_DELAY, |retry| (retry.wait * 2).min(MAX_RETRY_DELAY));
+        self.journal.retry = Some(CommitRetry { at: Instant::now() + wait, wait });
     }
 
     /// Writes the record and an event in one transaction, then shows the record to readers.
     ///
     /// The store takes a record only if its generation is the stored one plus 1. A commit that
     /// failed without a definite answer may have been written, so that the stored generation is one
-    /// of `uncertain + 1` values. The loop tries the next generations in turn, and at most as many
-    /// as there are uncertain commits. One conflict more would mean that another process writes
-    /// this record, and then nothing may be overwritten.
+    /// of `uncertain + 1` values. The loop tries the next generations in update, and at most as
+    /// many as there are uncertain commits. One conflict more would mean that another process
+    /// writes this record, and then nothing may be overwritten.
     async fn commit(
         &mut self,
         budget: Budget,
         mut next: VmRecord,
         event: NewEvent,
-    ) -> Result<(), Box<Refused>> {
+    ) -> Result<(), Box<RefusedCommit>> {
         // `unseen` is the number of earlier commits that this attempt assumes to be written. It
         // starts at 0, the usual case: the stored generation is that of `self.record`, and the
         // first attempt succeeds.
@@ -349,12 +368,12 @@ impl Actor {
                 // the generation of `self.record`, because memory counts proven commits only.
                 let generation = unknown.then_some(next.generation);
                 next.generation = self.record.generation;
-                Err(Box::new(Refused { error, next, event, generation }))
+                Err(Box::new(RefusedCommit { error, next, event, generation }))
             }
         }
     }
 
-    fn written(&mut self, next: VmRecord, committed: &Committed) {
+    fn written(&mut self, next: VmRecord, committed: &CommitReceipt) {
         self.journal.uncertain = 0;
         self.record = Arc::new(next);
         self.shared.index.publish_at(Arc::clone(&self.record), committed.seq);
@@ -365,13 +384,13 @@ impl Actor {
         budget: Budget,
         record: &VmRecord,
         event: &NewEvent,
-    ) -> Result<Committed, StoreError> {
-        let change = Change::Update(Box::new(record.clone()));
+    ) -> Result<CommitReceipt, StoreError> {
+        let change = RecordChange::Update(Box::new(record.clone()));
         self.send(budget, Commit { change, event: Some(event.clone()) }).await
     }
 
     /// Hands a commit to the store. The store keeps room for commits of forced operations.
-    pub(super) async fn send(&self, budget: Budget, commit: Commit) -> Result<Committed, StoreError> {
+    pub(super) async fn send(&self, budget: Budget, commit: Commit) -> Result<CommitReceipt, StoreError> {
         if budget.forced {
             self.shared.events.commit_forced(commit).await
         } else {
@@ -379,15 +398,15 @@ impl Actor {
         }
     }
 
-    /// Returns the event that reports `turn`, and does not apply the turn.
-    pub(super) fn event_of(&self, turn: Turn<'_>) -> NewEvent {
-        turn.apply(self, &self.record).1
+    /// Returns the event that reports `update`, and does not apply the update.
+    pub(super) fn event_of(&self, update: RecordUpdate<'_>) -> NewEvent {
+        update.apply(self, &self.record).1
     }
 
-    /// Shows `turn` to readers and records nothing, because the turn is newer knowledge and no
+    /// Shows `update` to readers and records nothing, because the update is newer knowledge and no
     /// change.
-    pub(super) fn show(&mut self, turn: Turn<'_>) {
-        let (next, _) = turn.apply(self, &self.record);
+    pub(super) fn show(&mut self, update: RecordUpdate<'_>) {
+        let (next, _) = update.apply(self, &self.record);
         self.record = Arc::new(VmRecord { modified_ms: self.record.modified_ms, ..next });
         self.publish();
     }
@@ -398,8 +417,8 @@ impl Actor {
     }
 
     /// Returns the answer of an operation that succeeded.
-    pub(super) fn outcome(&self, ended_by: Option<EndedBy>) -> Outcome {
-        Outcome { record: Arc::clone(&self.record), ended_by, left_behind: Vec::new() }
+    pub(super) fn outcome(&self, ended_by: Option<EndedBy>) -> OperationOutcome {
+        OperationOutcome { record: Arc::clone(&self.record), ended_by, left_behind: Vec::new() }
     }
 
     /// Returns a status without a cause, observed now.
@@ -409,7 +428,7 @@ impl Actor {
 }
 
 /// A commit that the store has not taken.
-struct Refused {
+struct RefusedCommit {
     error: StoreError,
     next: VmRecord,
     event: NewEvent,
@@ -417,8 +436,8 @@ struct Refused {
     generation: Option<u64>,
 }
 
-impl From<Box<Refused>> for StoreError {
-    fn from(refused: Box<Refused>) -> Self {
+impl From<Box<RefusedCommit>> for StoreError {
+    fn from(refused: Box<RefusedCommit>) -> Self {
         refused.error
     }
 }

@@ -1,22 +1,22 @@
-//! The launch of a VMM: the request to the backend, the run folder, and the gate.
+//! The launch of a VMM: the request to the backend, the run folder, and the run permit.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, Launched};
-use vmm_core::gate::Gate;
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, LaunchRequest, LaunchedVmm};
 use vmm_core::id::VmUid;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::spec::{Console, VmSpec};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::run_dir::{self, SpareMark};
 
 use super::Actor;
 use crate::error::ServiceError;
-use crate::run_folders::{KEPT_CONSOLE, touch};
+use crate::run_folders::{KEPT_CONSOLE, create_private_file};
 
 /// A launch in progress. If it is dropped, it may leave a process, which a sweep finds.
-pub(super) type Launching = BoxFuture<'static, Result<Launched, BackendError>>;
+pub(super) type LaunchInProgress = BoxFuture<'static, Result<LaunchedVmm, BackendError>>;
 
 impl Actor {
     /// Returns the spec to start, and the reason where that spec is not enough to make the VM anew.
@@ -26,15 +26,15 @@ impl Actor {
         }
         match VmSpec::parse(&self.record.config) {
             Err(report) => (self.spec(), Some(ServiceError::Invalid(report.into_violations()).to_string())),
-            Ok(spec) if self.record.untold.is_empty() => (spec, None),
-            Ok(spec) => (spec, Some(format!("the VM also had {}", self.record.untold.join(", ")))),
+            Ok(spec) if self.record.unrepresented.is_empty() => (spec, None),
+            Ok(spec) => (spec, Some(format!("the VM also had {}", self.record.unrepresented.join(", ")))),
         }
     }
 
-    /// Returns the start of a VMM whose guest waits behind `gate`. Everything that is made before
-    /// the gate opens bears the VM's uid, which is on record since the VM's creation. The recovery
-    /// therefore finds it with or without an intent.
-    pub(super) fn begin_launch(&self, gate: Gate) -> Launching {
+    /// Returns the start of a VMM whose guest waits for `permit`. Everything that is made before
+    /// the permit is granted bears the VM's uid, which is on record since the VM's creation. The
+    /// recovery therefore finds it with or without an intent.
+    pub(super) fn begin_launch(&self, permit: RunPermit) -> LaunchInProgress {
         let name = self.backend.capabilities().name.clone();
         // The launch uses the spare VMM of this uid, if there is one, so the pool must not end it.
         self.shared.spares.forget(&name, self.record.uid);
@@ -46,7 +46,7 @@ impl Actor {
             Console::File(path) => Some(path.clone()),
         };
         // A console file that the client named belongs to this VM only after the intent is on
-        // record, so the launch waits for the gate before it creates the file.
+        // record, so the launch waits for the permit before it creates the file.
         let waits = matches!(spec.console, Console::File(_)) && !self.record.owns_console_output;
         let request = LaunchRequest {
             instance: self.shared.instance,
@@ -56,7 +56,7 @@ impl Actor {
             spec,
             dir,
             console: console.clone(),
-            gate: gate.clone(),
+            permit: permit.clone(),
             kind: self.record.kind.clone(),
             imported: self.record.imported,
             incomplete,
@@ -66,7 +66,7 @@ impl Actor {
         let mark = SpareMark { instance: self.shared.instance, backend: name };
         Box::pin(async move {
             if waits {
-                gate.passed().await?;
+                permit.wait().await?;
             }
             prepare(runtime_dir, uid, console, mark).await?;
             point(FaultPoint::StartFolderMade);
@@ -106,7 +106,7 @@ async fn prepare(
         run_dir::own(&dir, mark.instance).map_err(|error| (dir.clone(), error))?;
         mark.take_off(&dir).map_err(|error| (dir, error))?;
         match console {
-            Some(console) => touch(&console).map_err(|error| (console, error)),
+            Some(console) => create_private_file(&console).map_err(|error| (console, error)),
             None => Ok(()),
         }
     })

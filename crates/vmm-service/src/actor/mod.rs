@@ -33,8 +33,8 @@
 
 mod budget;
 mod delete;
-mod found;
-mod found_files;
+mod discovered;
+mod discovered_files;
 mod hold;
 mod journal;
 mod launch;
@@ -59,25 +59,25 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use vmm_core::backend::Backend;
-use vmm_core::place::Found;
+use vmm_core::discovery::DiscoveredVm;
 use vmm_core::spec::VmSpec;
-use vmm_core::state::Request;
+use vmm_core::state::VmOperation;
 use vmm_core::store::VmRecord;
 
-use crate::mailbox::{Mail, Mailbox, Operation, QueuedOperation};
+use crate::mailbox::{Mailbox, MailboxMessage, OperationRequest, QueuedOperation};
 use crate::operation_log::Ending;
 use crate::shared::Shared;
 
 use budget::Budget;
-use hold::{Hold, Next, Sign};
+use hold::{Hold, NextStep, VmmMessage};
 use journal::Journal;
 use quarantine::no_spec;
 
-pub(crate) use supervise::{Beginning, NewActor};
+pub(crate) use supervise::{ActorOrigin, NewActor};
 pub(crate) use taps::remove_orphans;
 
-/// The number of signs of a VMM after which one operation has its turn, because a guest that sends
-/// signs without end must not block the operations on its own VM.
+/// The number of signs of a VMM after which one operation has its update, because a guest that
+/// sends signs without end must not block the operations on its own VM.
 const SIGNS_IN_A_ROW: u8 = 4;
 
 /// The decision to continue the actor's loop or to leave it after a step.
@@ -95,29 +95,29 @@ struct Actor {
     backend: Arc<dyn Backend>,
     mailbox: Arc<Mailbox>,
     hold: Hold,
-    next: Next,
+    next: NextStep,
     /// The instant of the VMM's last answer to an operation. News that was requested before this
     /// instant is out of date.
     answered: Option<Instant>,
-    /// The number of signs of the VMM since an operation last had its turn.
-    signs_in_a_row: u8,
+    /// The number of signs of the VMM since an operation last had its update.
+    messages_in_a_row: u8,
     /// The slot of the recovery or start in progress, see [`crate::check::without_slot_if_slow`].
     slot: Option<OwnedSemaphorePermit>,
 }
 
 /// The next step of an actor.
-enum Step {
+enum ActorStep {
     Forced(Box<QueuedOperation>),
     Asked(Box<QueuedOperation>),
-    Sign(Sign),
+    Message(VmmMessage),
     /// An interrupted operation continues.
-    Finish(Box<Operation>),
+    Finish(Box<OperationRequest>),
     /// A restart by policy is due. The step owns the slot for it.
     Restart(OwnedSemaphorePermit),
     /// The actor searches for a process that may live.
     Look,
     /// A VM was found at this VM's place.
-    Found(Box<Found>),
+    Found(Box<DiscoveredVm>),
     /// The resets in place that are not on record yet are recorded.
     Resets,
     /// The files of a VM whose disks are claimed by path are looked at again.
@@ -126,12 +126,12 @@ enum Step {
     Rewrite,
 }
 
-impl From<Mail> for Step {
-    fn from(mail: Mail) -> Self {
+impl From<MailboxMessage> for ActorStep {
+    fn from(mail: MailboxMessage) -> Self {
         match mail {
-            Mail::Forced(queued) => Self::Forced(queued),
-            Mail::Found(found) => Self::Found(found),
-            Mail::Asked(queued) => Self::Asked(queued),
+            MailboxMessage::Forced(queued) => Self::Forced(queued),
+            MailboxMessage::Found(found) => Self::Found(found),
+            MailboxMessage::Asked(queued) => Self::Asked(queued),
         }
     }
 }
@@ -146,7 +146,7 @@ impl Actor {
             if let Flow::End = Box::pin(self.take(step).instrument(span)).await {
                 return;
             }
-            self.keep_looking();
+            self.schedule_search();
         }
     }
 
@@ -169,29 +169,29 @@ impl Actor {
         }
     }
 
-    async fn take(&mut self, step: Step) -> Flow {
+    async fn take(&mut self, step: ActorStep) -> Flow {
         match step {
-            Step::Forced(queued) => return self.operate(Budget::of_force(queued.asked), queued).await,
-            Step::Asked(queued) => {
-                self.signs_in_a_row = 0;
+            ActorStep::Forced(queued) => return self.operate(Budget::of_force(queued.asked), queued).await,
+            ActorStep::Asked(queued) => {
+                self.messages_in_a_row = 0;
                 let budget = Budget::of_operation(queued.operation.ask_guest_for);
                 return self.operate(budget, queued).await;
             }
-            Step::Sign(sign) => {
-                self.signs_in_a_row = self.signs_in_a_row.saturating_add(1);
-                self.on_sign(sign).await;
+            ActorStep::Message(sign) => {
+                self.messages_in_a_row = self.messages_in_a_row.saturating_add(1);
+                self.on_message(sign).await;
             }
-            Step::Finish(operation) => self.finish(*operation).await,
-            Step::Restart(slot) => {
+            ActorStep::Finish(operation) => self.finish(*operation).await,
+            ActorStep::Restart(slot) => {
                 self.slot = Some(slot);
                 self.restart_by_policy().await;
                 self.slot = None;
             }
-            Step::Look => self.look_for_it().await,
-            Step::Found(found) => self.found(*found).await,
-            Step::Resets => self.record_resets().await,
-            Step::Files => self.claim_files().await,
-            Step::Rewrite => drop(self.write_what_was_refused(Budget::of_own_step()).await),
+            ActorStep::Look => self.search_process().await,
+            ActorStep::Found(found) => self.found(*found).await,
+            ActorStep::Resets => self.record_resets().await,
+            ActorStep::Files => self.claim_files().await,
+            ActorStep::Rewrite => drop(self.write_what_was_refused(Budget::of_own_step()).await),
         }
         Flow::GoOn
     }
@@ -202,25 +202,25 @@ impl Actor {
     /// operations, because an operation must not be admitted on a state that has ended. A guest
     /// that sends signs without end must not starve the operations, so that the order is reversed
     /// once after [`SIGNS_IN_A_ROW`] signs.
-    async fn next_step(&mut self) -> Step {
+    async fn next_step(&mut self) -> ActorStep {
         // A forced operation comes first, because it must answer within 5 s.
         if let Some(queued) = self.mailbox.take_forced() {
-            return Step::Forced(queued);
+            return ActorStep::Forced(queued);
         }
         // An operation that a crash of the daemon interrupted comes before new ones, because it was
-        // admitted before them. The `let` matches by reference first, so that no other `Next` is
-        // replaced by `Idle`.
-        if let Next::Finish(_) = self.next
-            && let Next::Finish(operation) = std::mem::replace(&mut self.next, Next::Idle)
+        // admitted before them. The `let` matches by reference first, so that no other `NextStep`
+        // is replaced by `Idle`.
+        if let NextStep::Finish(_) = self.next
+            && let NextStep::Finish(operation) = std::mem::replace(&mut self.next, NextStep::Idle)
         {
-            return Step::Finish(operation);
+            return ActorStep::Finish(operation);
         }
         // The signs have had their turns, so one queued operation is taken although signs may wait.
         // The counter restarts in both cases: with no operation queued, nothing is starved.
-        if self.signs_in_a_row >= SIGNS_IN_A_ROW {
-            self.signs_in_a_row = 0;
+        if self.messages_in_a_row >= SIGNS_IN_A_ROW {
+            self.messages_in_a_row = 0;
             if let Some(queued) = self.mailbox.take_asked() {
-                return Step::Asked(queued);
+                return ActorStep::Asked(queued);
             }
         }
         // From here on the actor waits. `biased` makes the select ask its branches in order: a sign
@@ -239,9 +239,9 @@ impl Actor {
         };
         tokio::select! {
             biased;
-            sign = self.hold.sign() => Step::Sign(sign),
+            sign = self.hold.next_message() => ActorStep::Message(sign),
             step = due => step,
-            mail = mailbox.next() => Step::from(mail),
+            mail = mailbox.next() => ActorStep::from(mail),
         }
     }
 
@@ -256,7 +256,7 @@ impl Actor {
         if let Ok(outcome) = &outcome {
             span.in_scope(|| ending.done(outcome));
         }
-        let deleted = outcome.is_ok() && matches!(request, Request::Delete | Request::ForceDelete);
+        let deleted = outcome.is_ok() && matches!(request, VmOperation::Delete | VmOperation::ForceDelete);
         // The reply cannot be sent if the client has left. The operation has been carried out
         // nevertheless, and nobody else logs its failure.
         if let Err(Err(error)) = reply.send(outcome) {
@@ -278,14 +278,14 @@ impl Actor {
 /// boxed, because most actors have none.
 fn timers(
     hold: &Hold,
-    next: &Next,
+    next: &NextStep,
     retry: Option<Instant>,
     slots: &Arc<Semaphore>,
-) -> Option<BoxFuture<'static, Step>> {
+) -> Option<BoxFuture<'static, ActorStep>> {
     let (look_at, restart_at) = match next {
-        Next::Idle | Next::Finish(_) => (None, None),
-        Next::RestartAt(at, _) => (None, Some(*at)),
-        Next::LookAt(at) => (Some(*at), None),
+        NextStep::Idle | NextStep::Finish(_) => (None, None),
+        NextStep::RestartAt(at, _) => (None, Some(*at)),
+        NextStep::LookAt(at) => (Some(*at), None),
     };
     let (resets, files) = (hold.resets_due(), hold.files_due());
     resets.or(look_at).or(restart_at).or(retry).or(files)?;
@@ -293,11 +293,11 @@ fn timers(
     Some(Box::pin(async move {
         tokio::select! {
             biased;
-            () = until(resets) => Step::Resets,
-            () = until(look_at) => Step::Look,
-            slot = slot_at(restart_at, slots) => Step::Restart(slot),
-            () = until(retry) => Step::Rewrite,
-            () = until(files) => Step::Files,
+            () = until(resets) => ActorStep::Resets,
+            () = until(look_at) => ActorStep::Look,
+            slot = slot_at(restart_at, slots) => ActorStep::Restart(slot),
+            () = until(retry) => ActorStep::Rewrite,
+            () = until(files) => ActorStep::Files,
         }
     }))
 }

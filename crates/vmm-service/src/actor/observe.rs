@@ -6,28 +6,27 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_core::event::EventKind;
-use vmm_core::intent::Recovery;
+use vmm_core::intent::RecoveryAction;
 use vmm_core::reason::Reason;
 use vmm_core::state::{EndedBy, Observation, Phase, observe};
 
 use super::Actor;
-use super::budget::{Broken, Budget};
-use super::hold::{Hold, Sign};
-use super::journal::{Turn, Why};
-use super::restart::Decision;
-use crate::metrics::{Contact, News};
+use super::budget::{Budget, EffectError};
+use super::hold::{Hold, VmmMessage};
+use super::journal::{ChangeReason, RecordUpdate};
+use super::operations::PROBE_LIMIT;
+use super::restart::RestartDecision;
+use crate::metrics::{Contact, ContactReport};
 
 /// The time after a failed shutdown in which an answer of the VMM proves nothing, because its end
 /// may still be in progress.
-const ENDING_GRACE: Duration = Duration::from_secs(5);
-/// The time that a VMM which answers again may take to report its guest's state.
-const PROBE_LIMIT: Duration = Duration::from_secs(3);
+const ENDING_GRACE_LIMIT: Duration = Duration::from_secs(5);
 
 impl Actor {
-    pub(super) async fn on_sign(&mut self, sign: Sign) {
+    pub(super) async fn on_message(&mut self, sign: VmmMessage) {
         match sign {
-            Sign::Event(event) => self.on_event(event).await,
-            Sign::News(news) => self.on_news(news).await,
+            VmmMessage::Event(event) => self.on_event(event).await,
+            VmmMessage::Contact(news) => self.on_contact(news).await,
         }
     }
 
@@ -39,8 +38,12 @@ impl Actor {
         match event {
             VmmEvent::GuestReset => self.guest_reset().await,
             VmmEvent::ResetFromOutside => self.reset_from_outside().await,
-            VmmEvent::Paused => self.moved(Observation::StandsStill, Reason::PausedFromOutside).await,
-            VmmEvent::Resumed => self.moved(Observation::Runs, Reason::ResumedFromOutside).await,
+            VmmEvent::Paused => {
+                self.record_external_change(Observation::StandsStill, Reason::PausedFromOutside).await
+            }
+            VmmEvent::Resumed => {
+                self.record_external_change(Observation::Runs, Reason::ResumedFromOutside).await
+            }
             VmmEvent::GuestFailed(message) => {
                 let exit = Exit { cause: ExitCause::GuestCrash, message };
                 self.end_failed_run(exit, "guest-failed").await;
@@ -50,7 +53,7 @@ impl Actor {
     }
 
     /// Records a change of the state that no operation of this daemon caused.
-    async fn moved(&mut self, observation: Observation, reason: Reason) {
+    async fn record_external_change(&mut self, observation: Observation, reason: Reason) {
         let state = observe(self.record.state, observation);
         if state == self.record.state {
             // The guest is where the record says. Of a VM that was unreachable the event only shows that its VMM answers.
@@ -60,25 +63,26 @@ impl Actor {
             return;
         }
         // A VMM that sends an event about its guest answers.
-        self.speak();
+        self.mark_answering();
         let status = self.status(Phase::at_rest(state)).because(reason.clone(), "");
-        let why = Why::by_itself(reason.as_str());
-        let turn = Turn::new(EventKind::StateChanged, why, status).observing(observation);
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let why = ChangeReason::by_itself(reason.as_str());
+        let update = RecordUpdate::new(EventKind::StateChanged, why, status).observing(observation);
+        let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
     /// Records that another program reset the guest. That is the act of an operator, as RebootVm
     /// is. The restart policy is about resets by the guest itself, so it neither forbids nor counts
     /// this one.
     async fn reset_from_outside(&mut self) {
-        self.speak();
+        self.mark_answering();
         let state = observe(self.record.state, Observation::ResetInPlace);
         let status = self
             .status(Phase::at_rest(state))
             .because(Reason::ResetFromOutside, "another program reset the guest, at its VMM");
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("reset-from-outside"), status)
-            .observing(Observation::ResetInPlace);
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let update =
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("reset-from-outside"), status)
+                .observing(Observation::ResetInPlace);
+        let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
     /// Kills a VMM whose guest must not run any longer, and records the end.
@@ -87,10 +91,14 @@ impl Actor {
         if let Some(vmm) = self.hold.vmm()
             && let Err(error) = self.kill(budget, &*vmm).await
         {
-            self.fall_silent();
+            self.mark_silent();
             let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotEnd, error.to_string());
-            let _ =
-                self.conclude(budget, Turn::new(EventKind::Unreachable, Why::by_itself(cause), status)).await;
+            let _ = self
+                .conclude(
+                    budget,
+                    RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself(cause), status),
+                )
+                .await;
             return;
         }
         self.ended_by_itself(exit, cause).await;
@@ -105,31 +113,37 @@ impl Actor {
         if intent.is_some() || matches!(self.hold, Hold::Orphan(_)) {
             return self.ended_unwatched(exit, intent.as_ref(), None).await;
         }
-        self.run_ended(Budget::of_own_step(), exit, Why::by_itself(cause)).await;
+        self.run_ended(Budget::of_own_step(), exit, ChangeReason::by_itself(cause)).await;
     }
 
     /// Records that the VMM has provably gone. The VM is down until the policy starts it again.
-    pub(super) async fn run_ended(&mut self, budget: Budget, exit: Exit, why: Why<'_>) {
+    pub(super) async fn run_ended(&mut self, budget: Budget, exit: Exit, why: ChangeReason<'_>) {
         let decision = self.decide_restart(&exit);
         self.end_of_run(budget, &exit, decision, why).await;
     }
 
     /// Records the end of a run and the next step.
-    pub(super) async fn end_of_run(&mut self, budget: Budget, exit: &Exit, decision: Decision, why: Why<'_>) {
-        self.let_go_and_release();
+    pub(super) async fn end_of_run(
+        &mut self,
+        budget: Budget,
+        exit: &Exit,
+        decision: RestartDecision,
+        why: ChangeReason<'_>,
+    ) {
+        self.drop_hold_and_claims();
         self.next = decision.next;
         let by_guest = matches!(exit.cause, ExitCause::GuestPowerOff | ExitCause::GuestReset);
         let ended_by = by_guest.then_some(EndedBy::Guest);
-        let turn = Turn::new(EventKind::VmmExited, why.ended_by(ended_by), decision.status)
+        let update = RecordUpdate::new(EventKind::VmmExited, why.ended_by(ended_by), decision.status)
             .observing(Observation::VmmGone)
             .ending(ended_by);
-        let _ = self.conclude(budget, turn).await;
+        let _ = self.conclude(budget, update).await;
     }
 
     /// Processes news of the contact with the VMM. News that was requested before the VMM last
     /// answered an operation is out of date, because the VMM was busy with that operation and is
     /// not silent any more.
-    async fn on_news(&mut self, News { asked, contact, sockets_gone }: News) {
+    async fn on_contact(&mut self, ContactReport { asked, contact, sockets_gone }: ContactReport) {
         if self.answered.is_some_and(|answered| asked < answered) {
             return;
         }
@@ -138,16 +152,16 @@ impl Actor {
         // because the guest may have changed its state meanwhile.
         match (contact, &self.hold) {
             (Contact::Lost(message), Hold::Vmm(_)) => {
-                self.fall_silent();
+                self.mark_silent();
                 let (reason, message) = match sockets_gone {
                     Some(gone) => (Reason::SocketsGone, gone),
                     None => (Reason::VmmDoesNotAnswer, message),
                 };
                 let status = self.status(Phase::Unreachable).because(reason.clone(), message);
-                let why = Why::by_itself(reason.as_str());
-                let turn =
-                    Turn::new(EventKind::Unreachable, why, status).intending(self.record.intent.clone());
-                let _ = self.conclude(Budget::of_own_step(), turn).await;
+                let why = ChangeReason::by_itself(reason.as_str());
+                let update = RecordUpdate::new(EventKind::Unreachable, why, status)
+                    .intending(self.record.intent.clone());
+                let _ = self.conclude(Budget::of_own_step(), update).await;
             }
             (Contact::Made, Hold::Vmm(_)) => self.seen_alive(asked, sockets_gone).await,
             (Contact::Made, _) => self.reached_again().await,
@@ -165,16 +179,18 @@ impl Actor {
         if sockets_gone.is_some() != told && self.record.intent.is_none() {
             return self.sockets_changed(sockets_gone).await;
         }
-        let settled = self.answered.is_none_or(|answered| asked >= answered + ENDING_GRACE);
-        let answered =
-            |intent: &vmm_core::store::Intent| settled && intent.recovery() == Recovery::ShutdownAnswered;
+        let settled = self.answered.is_none_or(|answered| asked >= answered + ENDING_GRACE_LIMIT);
+        let answered = |intent: &vmm_core::store::Intent| {
+            settled && intent.recovery() == RecoveryAction::ShutdownAnswered
+        };
         let status =
             vmm_core::state::Status { observed_at_ms: crate::clock::now_ms(), ..self.record.status.clone() };
-        let turn = Turn::new(EventKind::Reachable, Why::by_itself("reachable-again"), status);
+        let update =
+            RecordUpdate::new(EventKind::Reachable, ChangeReason::by_itself("reachable-again"), status);
         if self.record.intent.as_ref().is_some_and(answered) {
-            let _ = self.conclude(Budget::of_own_step(), turn).await;
+            let _ = self.conclude(Budget::of_own_step(), update).await;
         } else {
-            self.show(turn.intending(self.record.intent.clone()));
+            self.show(update.intending(self.record.intent.clone()));
         }
     }
 
@@ -185,8 +201,8 @@ impl Actor {
             Some(message) => (status.because(Reason::SocketsGone, message), "sockets-gone"),
             None => (status, "sockets-back"),
         };
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(cause), status);
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let update = RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(cause), status);
+        let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
     async fn reached_again(&mut self) {
@@ -200,34 +216,34 @@ impl Actor {
                 let exit = Exit { cause: ExitCause::Unknown, message: "the guest had ended".to_owned() };
                 return self.end_failed_run(exit, "guest-ended").await;
             }
-            Err(Broken::Preempted(_) | Broken::Backend(_)) => return,
+            Err(EffectError::Preempted(_) | EffectError::Backend(_)) => return,
         };
-        self.speak();
+        self.mark_answering();
         if let Some(intent) = self.interrupted() {
             return self.take_up_unfinished(&intent, observation).await;
         }
         let state = observe(self.record.state, observation);
         let status = self.status(Phase::at_rest(state)).because(Reason::ReachableAgain, "");
-        let why = Why::by_itself("reachable-again");
-        let turn = Turn::new(EventKind::Reachable, why, status).observing(observation);
-        let _ = self.conclude(budget, turn).await;
+        let why = ChangeReason::by_itself("reachable-again");
+        let update = RecordUpdate::new(EventKind::Reachable, why, status).observing(observation);
+        let _ = self.conclude(budget, update).await;
     }
 }
 
 /// Waits for the event that reports how a VMM ended.
-pub(super) async fn last_word(events: &mut mpsc::Receiver<VmmEvent>, deadline: Duration) -> Exit {
+pub(super) async fn last_event(events: &mut mpsc::Receiver<VmmEvent>, deadline: Duration) -> Exit {
     let heard = tokio::time::timeout(deadline, async {
         while let Some(event) = events.recv().await {
             if let VmmEvent::Gone(exit) = event {
                 return exit;
             }
         }
-        no_word()
+        unknown_exit()
     });
-    heard.await.unwrap_or_else(|_| no_word())
+    heard.await.unwrap_or_else(|_| unknown_exit())
 }
 
 /// Returns the end of a VMM about which nothing more is known.
-pub(super) fn no_word() -> Exit {
+pub(super) fn unknown_exit() -> Exit {
     Exit { cause: ExitCause::Unknown, message: "the VMM has gone and reported no cause".to_owned() }
 }

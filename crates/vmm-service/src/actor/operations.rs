@@ -4,22 +4,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Reset, Sweep, SweepRequest,
+    BackendError, BackendErrorKind, Effect, GuestState, LadderOptions, ResetOutcome, SweepPurpose,
+    SweepRequest,
 };
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
-use vmm_core::state::{Admission, EndedBy, Observation, Phase, Request, admit};
+use vmm_core::state::{Admission, EndedBy, Observation, Phase, VmOperation, admit};
 use vmm_core::store::{IntentKind, RunRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
-use super::budget::{Broken, Budget};
-use super::hold::{Hold, Next};
-use super::journal::{Turn, Why};
-use super::start::{Reserved, Start};
+use super::budget::{Budget, EffectError};
+use super::hold::{Hold, NextStep};
+use super::journal::{ChangeReason, RecordUpdate};
+use super::start::{ReservedPhase, StartRequest};
 use crate::error::ServiceError;
-use crate::mailbox::{Operation, Outcome};
+use crate::mailbox::{OperationOutcome, OperationRequest};
 
 /// The time that a VMM may take for one operation. A shutdown has the guest's time in addition.
 pub(super) const EFFECT_LIMIT: Duration = Duration::from_secs(20);
@@ -30,10 +31,11 @@ const FORCED_PROBE_LIMIT: Duration = Duration::from_millis(400);
 const SWEEP_LIMIT: Duration = Duration::from_secs(2);
 /// The time that the sweep of a deletion without force may take. Such a deletion has no 5 s limit.
 const DELETION_LIMIT: Duration = Duration::from_secs(10);
-/// The time that a VMM may take to report its guest's state after an operation failed.
-const PROBE_LIMIT: Duration = Duration::from_secs(3);
+/// The time that a VMM may take to report its guest's state, after an operation failed or after a
+/// silence.
+pub(super) const PROBE_LIMIT: Duration = Duration::from_secs(3);
 /// The time to wait for the last event of a VMM that has gone.
-const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
+const LAST_EVENT_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Actor {
     /// Carries out an operation if the VM admits it. The hold on the VM's process is checked first,
@@ -41,8 +43,8 @@ impl Actor {
     pub(super) async fn carry_out(
         &mut self,
         budget: Budget,
-        operation: &Operation,
-    ) -> Result<Outcome, ServiceError> {
+        operation: &OperationRequest,
+    ) -> Result<OperationOutcome, ServiceError> {
         let request = operation.request;
         // A forced operation passes the first check, because it is the way to end a VM that cannot
         // be reached.
@@ -56,7 +58,7 @@ impl Actor {
         // A VM that counts as not running can still have a process: a start has left it. The state
         // alone would answer that the VM is shut down already, which is false while the process
         // lives.
-        if request == Request::Shutdown && !self.record.state.is_live() && self.hold.may_be_a_process() {
+        if request == VmOperation::Shutdown && !self.record.state.is_live() && self.hold.may_be_a_process() {
             self.end_orphan(budget, operation).await?;
         }
         match admit(self.record.state, request) {
@@ -67,44 +69,44 @@ impl Actor {
                 request,
             }),
             Admission::Do => match request {
-                Request::Boot => self.boot_as_asked(budget, &operation.caller).await,
-                Request::Pause => {
+                VmOperation::Boot => self.boot(budget, &operation.caller).await,
+                VmOperation::Pause => {
                     self.move_guest(budget, IntentKind::Pause, Phase::Pausing, &operation.caller).await
                 }
-                Request::Resume => {
+                VmOperation::Resume => {
                     self.move_guest(budget, IntentKind::Resume, Phase::Resuming, &operation.caller).await
                 }
-                Request::Shutdown => self.shutdown(budget, operation).await,
-                Request::Reboot => self.reboot(budget, operation).await,
-                Request::Delete | Request::ForceDelete => self.delete(budget, operation).await,
+                VmOperation::Shutdown => self.shutdown(budget, operation).await,
+                VmOperation::Reboot => self.reboot(budget, operation).await,
+                VmOperation::Delete | VmOperation::ForceDelete => self.delete(budget, operation).await,
             },
         }
     }
 
     /// Ends a process that a start has left, of a VM that counts as not running. The VM is not shut
     /// down while that process lives, whether or not the actor holds a handle of it.
-    async fn end_orphan(&mut self, budget: Budget, operation: &Operation) -> Result<(), ServiceError> {
+    async fn end_orphan(&mut self, budget: Budget, operation: &OperationRequest) -> Result<(), ServiceError> {
         let killed = match self.hold.vmm() {
             Some(vmm) => self.kill(budget, &*vmm).await.is_ok(),
             None => false,
         };
         let run = self.known_run();
-        if !killed && let Err(broken) = self.sweep(budget, Sweep::End, run).await {
+        if !killed && let Err(broken) = self.sweep(budget, SweepPurpose::End, run).await {
             return Err(self.error_of("shut down", operation.request, &broken));
         }
-        self.let_go_and_release();
+        self.drop_hold_and_claims();
         let status = self
             .status(Phase::at_rest(self.record.state))
             .because(Reason::Shutdown, "the process of an earlier start was ended by force");
-        let why = Why::asked(operation.request, &operation.caller);
-        Ok(self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?)
+        let why = ChangeReason::asked(operation.request, &operation.caller);
+        Ok(self.conclude(budget, RecordUpdate::new(EventKind::StateChanged, why, status)).await?)
     }
 
     /// Returns the client's error for an effect that failed. `what` is the verb of the message.
-    pub(super) fn error_of(&self, what: &str, request: Request, broken: &Broken) -> ServiceError {
+    pub(super) fn error_of(&self, what: &str, request: VmOperation, broken: &EffectError) -> ServiceError {
         match broken {
-            Broken::Backend(error) => ServiceError::from_backend(what, &self.record.vm_id, error),
-            Broken::Preempted(_) => ServiceError::aborted(format!(
+            EffectError::Backend(error) => ServiceError::from_backend(what, &self.record.vm_id, error),
+            EffectError::Preempted(_) => ServiceError::aborted(format!(
                 "{} of VM \"{}\" was pre-empted by a forced operation",
                 request.name(),
                 self.record.vm_id
@@ -121,13 +123,17 @@ impl Actor {
 
     /// Answers an operation whose result holds already. A ShutdownVm also cancels a restart that is
     /// due, because otherwise the VM would start again after the answer.
-    async fn already_done(&mut self, budget: Budget, operation: &Operation) -> Result<Outcome, ServiceError> {
-        let stopped = operation.request == Request::Shutdown;
+    async fn already_done(
+        &mut self,
+        budget: Budget,
+        operation: &OperationRequest,
+    ) -> Result<OperationOutcome, ServiceError> {
+        let stopped = operation.request == VmOperation::Shutdown;
         let restarts = self.record.status.phase == Phase::Restarting;
         if stopped && (self.next.call_off_restart() || restarts) {
             let status = self.status(Phase::Stopped).because(Reason::Shutdown, "shut down as asked");
-            let why = Why::asked(operation.request, &operation.caller);
-            self.conclude(budget, Turn::new(EventKind::StateChanged, why, status)).await?;
+            let why = ChangeReason::asked(operation.request, &operation.caller);
+            self.conclude(budget, RecordUpdate::new(EventKind::StateChanged, why, status)).await?;
         }
         Ok(self.outcome(stopped.then_some(EndedBy::AlreadyStopped)))
     }
@@ -139,34 +145,35 @@ impl Actor {
         kind: IntentKind,
         phase: Phase,
         caller: &Caller,
-    ) -> Result<Outcome, ServiceError> {
+    ) -> Result<OperationOutcome, ServiceError> {
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let request = kind.request();
         self.intend(budget, kind, phase, caller).await?;
         let effect =
-            async move { if request == Request::Pause { vmm.pause().await } else { vmm.resume().await } };
-        let achieved = if request == Request::Pause { Observation::StandsStill } else { Observation::Runs };
+            async move { if request == VmOperation::Pause { vmm.pause().await } else { vmm.resume().await } };
+        let achieved =
+            if request == VmOperation::Pause { Observation::StandsStill } else { Observation::Runs };
         let result = self.interruptible(budget, EFFECT_LIMIT, effect).await;
-        self.settle(budget, Start::new(request, caller), achieved, result).await
+        self.settle(budget, StartRequest::new(request, caller), achieved, result).await
     }
 
     /// Records the outcome of an effect that leaves the VMM in place.
     async fn settle(
         &mut self,
         budget: Budget,
-        Start { request, caller, ended_by, after: _ }: Start<'_>,
+        StartRequest { request, caller, ended_by, after: _ }: StartRequest<'_>,
         achieved: Observation,
-        result: Result<(), Broken>,
-    ) -> Result<Outcome, ServiceError> {
+        result: Result<(), EffectError>,
+    ) -> Result<OperationOutcome, ServiceError> {
         if let Err(broken) = result {
-            return Err(self.give_up(budget, request, caller, broken).await);
+            return Err(self.conclude_failure(budget, request, caller, broken).await);
         }
         point(FaultPoint::applied(request));
         let state = vmm_core::state::observe(self.record.state, achieved);
         let status = self.status(Phase::at_rest(state));
-        let why = Why::asked(request, caller).ended_by(ended_by);
-        let turn = Turn::new(EventKind::StateChanged, why, status);
-        self.conclude(budget, turn.observing(achieved)).await?;
+        let why = ChangeReason::asked(request, caller).ended_by(ended_by);
+        let update = RecordUpdate::new(EventKind::StateChanged, why, status);
+        self.conclude(budget, update.observing(achieved)).await?;
         point(FaultPoint::outcome_committed(request));
         Ok(self.outcome(ended_by))
     }
@@ -180,9 +187,13 @@ impl Actor {
     /// A VMM can reset its guest in place, and then the reboot has no second half. Otherwise the
     /// run ends as by a shutdown, and `start_reserved` starts the next one under the intent of the
     /// reboot.
-    async fn reboot(&mut self, budget: Budget, operation: &Operation) -> Result<Outcome, ServiceError> {
-        let Operation { request, ask_guest_for, caller } = operation;
-        let (ask_guest_for, start) = (*ask_guest_for, Start::new(*request, caller));
+    async fn reboot(
+        &mut self,
+        budget: Budget,
+        operation: &OperationRequest,
+    ) -> Result<OperationOutcome, ServiceError> {
+        let OperationRequest { request, ask_guest_for, caller } = operation;
+        let (ask_guest_for, start) = (*ask_guest_for, StartRequest::new(*request, caller));
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let reserved = match self.reserve_next_run(budget).await {
             Ok(reserved) => reserved,
@@ -195,27 +206,27 @@ impl Actor {
             self.claim_for_run_only();
             return Err(error);
         }
-        let ladder = Ladder { ask_guest_for };
+        let ladder = LadderOptions { ask_guest_for };
         let limit = EFFECT_LIMIT + ask_guest_for.unwrap_or_default();
         match self.interruptible(budget, limit, async move { vmm.reboot(ladder).await }).await {
-            Ok(Reset::InPlace) => {
+            Ok(ResetOutcome::InPlace) => {
                 self.claim_for_run_only();
                 // The VMM reset the guest by itself. A guest that obeys ends its run instead, and
                 // then needs a new start.
-                let start = Start { ended_by: Some(EndedBy::Vmm), ..start };
+                let start = StartRequest { ended_by: Some(EndedBy::Vmm), ..start };
                 return self.settle(budget, start, Observation::Runs, Ok(())).await;
             }
-            Ok(Reset::NeedsRelaunch) => {}
+            Ok(ResetOutcome::NeedsRelaunch) => {}
             Err(broken) => return Err(self.give_up_reboot(budget, start, broken).await),
         }
         let ended_by = match self.end_run(budget, ask_guest_for).await {
             Ok(ended_by) => ended_by,
             Err(broken) => return Err(self.give_up_reboot(budget, start, broken).await),
         };
-        let start = Start { ended_by: Some(ended_by), ..start };
+        let start = StartRequest { ended_by: Some(ended_by), ..start };
         point(FaultPoint::RebootApplied);
         // The claims stay, because no other VM may take the disks and TAPs between the halves.
-        self.let_go_keeping_claims();
+        self.drop_hold();
         // `take_reserved` drops the claims of the old run alone. Both results keep the intent of
         // the reboot on record until `start_reserved` or `refused_start` ends it.
         let restarted = match self.take_reserved(&reserved) {
@@ -239,7 +250,7 @@ impl Actor {
     }
 
     /// Claims what the run after a reboot needs, in addition to the claims of the run that lasts.
-    async fn reserve_next_run(&mut self, budget: Budget) -> Result<Reserved, ServiceError> {
+    async fn reserve_next_run(&mut self, budget: Budget) -> Result<ReservedPhase, ServiceError> {
         let reserved = self.reserve(budget).await?;
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
         self.shared.claims.acquire(uid, vm_id, &reserved.claims).map_err(|taken| {
@@ -253,22 +264,27 @@ impl Actor {
     async fn refused_reboot(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
+        start: StartRequest<'_>,
         error: ServiceError,
     ) -> ServiceError {
         if !matches!(error, ServiceError::Aborted(_)) {
             let phase = Phase::at_rest(self.record.state);
             let status = self.status(phase).because(Reason::OperationFailed, error.to_string());
-            let why = Why::asked(start.request, start.caller);
-            let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
+            let why = ChangeReason::asked(start.request, start.caller);
+            let _ = self.conclude(budget, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
         }
         error
     }
 
     /// Records that a reboot failed before its run ended, and releases the claims of the second
     /// half.
-    async fn give_up_reboot(&mut self, budget: Budget, start: Start<'_>, broken: Broken) -> ServiceError {
-        let error = self.give_up(budget, start.request, start.caller, broken).await;
+    async fn give_up_reboot(
+        &mut self,
+        budget: Budget,
+        start: StartRequest<'_>,
+        broken: EffectError,
+    ) -> ServiceError {
+        let error = self.conclude_failure(budget, start.request, start.caller, broken).await;
         self.claim_for_run_only();
         error
     }
@@ -287,13 +303,13 @@ impl Actor {
     pub(super) async fn sweep(
         &mut self,
         budget: Budget,
-        purpose: Sweep,
+        purpose: SweepPurpose,
         run: Option<RunRecord>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), EffectError> {
         // A process in another namespace would outlive a sweep that finds nothing.
         if let Err(why) = self.can_search(run.as_ref()) {
             let error = BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why);
-            return Err(Broken::Backend(error));
+            return Err(EffectError::Backend(error));
         }
         let backend = Arc::clone(&self.backend);
         let request = SweepRequest {
@@ -308,8 +324,8 @@ impl Actor {
         let sweeping = async move { backend.sweep(request).await };
         match purpose {
             // A deletion without force may take long, so a forced operation can pre-empt it.
-            Sweep::Delete => self.interruptible(budget, DELETION_LIMIT, sweeping).await,
-            Sweep::Clear | Sweep::End | Sweep::ForceDelete => {
+            SweepPurpose::Delete => self.interruptible(budget, DELETION_LIMIT, sweeping).await,
+            SweepPurpose::Clear | SweepPurpose::End | SweepPurpose::ForceDelete => {
                 // These sweeps are part of the cleanup, so a forced operation waits for them. Their
                 // limit is short enough for its 5 s.
                 let swept = tokio::time::timeout(budget.at_most(SWEEP_LIMIT), sweeping).await;
@@ -317,43 +333,44 @@ impl Actor {
                     let message = "the VMM did not end in time";
                     Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
                 };
-                swept.unwrap_or_else(|_| too_late()).map_err(Broken::Backend)
+                swept.unwrap_or_else(|_| too_late()).map_err(EffectError::Backend)
             }
         }
     }
 
     /// Determines the state of the VM after an effect failed, records it, and returns the client's
     /// error.
-    pub(super) async fn give_up(
+    pub(super) async fn conclude_failure(
         &mut self,
         budget: Budget,
-        request: Request,
+        request: VmOperation,
         caller: &Caller,
-        broken: Broken,
+        broken: EffectError,
     ) -> ServiceError {
         let what = match request {
-            Request::Boot => "boot",
-            Request::Shutdown => "shut down",
-            Request::Pause => "pause",
-            Request::Resume => "resume",
-            Request::Reboot => "reboot",
-            Request::Delete | Request::ForceDelete => "delete",
+            VmOperation::Boot => "boot",
+            VmOperation::Shutdown => "shut down",
+            VmOperation::Pause => "pause",
+            VmOperation::Resume => "resume",
+            VmOperation::Reboot => "reboot",
+            VmOperation::Delete | VmOperation::ForceDelete => "delete",
         };
-        let why = Why::asked(request, caller);
+        let why = ChangeReason::asked(request, caller);
         let error = match broken {
-            Broken::Preempted(forced) => {
+            EffectError::Preempted(forced) => {
                 let error = self.error_of(what, request, &broken);
                 let message = format!("{} was pre-empted by a forced operation", request.name());
                 let status = self.status(Phase::at_rest(self.record.state)).because(Reason::Aborted, message);
-                let _ = self.conclude(forced, Turn::new(EventKind::OperationFailed, why, status)).await;
+                let _ =
+                    self.conclude(forced, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
                 return error;
             }
-            Broken::Backend(error) => error,
+            EffectError::Backend(error) => error,
         };
         // A VMM that has gone leaves one certain state: its run has ended. The event with the
         // reason may still be in the channel.
         if error.kind == BackendErrorKind::Gone {
-            self.hear_last_word(budget, request, caller).await;
+            self.wait_for_last_event(budget, request, caller).await;
             return ServiceError::precondition(format!(
                 "could not {what} VM \"{}\": it ended meanwhile and is {} now ({})",
                 self.record.vm_id,
@@ -363,7 +380,7 @@ impl Actor {
         }
         // In every other case the VMM may live, and only the VMM itself knows whether the effect
         // was applied.
-        let seen = self.look_again(budget, error.effect).await;
+        let seen = self.probe_after_failure(budget, error.effect).await;
         let state = seen
             .observation
             .map_or(self.record.state, |seen| vmm_core::state::observe(self.record.state, seen));
@@ -376,11 +393,11 @@ impl Actor {
                 .status(Phase::at_rest(state))
                 .because(Reason::OperationFailed, format!("could not {what}: {error}")),
         };
-        let mut turn = Turn::new(EventKind::OperationFailed, why, status);
+        let mut update = RecordUpdate::new(EventKind::OperationFailed, why, status);
         if let Some(observation) = seen.observation {
-            turn = turn.observing(observation);
+            update = update.observing(observation);
         }
-        let _ = self.conclude(budget, turn.intending(self.still_ending(request, error.effect))).await;
+        let _ = self.conclude(budget, update.intending(self.still_ending(request, error.effect))).await;
         ServiceError::from_backend(what, &self.record.vm_id, &error)
     }
 
@@ -391,9 +408,9 @@ impl Actor {
     /// frees gigabytes of memory. Its end is then the outcome of the shutdown, and a restart policy
     /// must not undo that, neither under this daemon nor under the next. The next operation ends
     /// the intent, and so does the next sample that the VMM answers.
-    fn still_ending(&self, request: Request, effect: Effect) -> Option<vmm_core::store::Intent> {
+    fn still_ending(&self, request: VmOperation, effect: Effect) -> Option<vmm_core::store::Intent> {
         let intent = self.record.intent.clone()?;
-        if request != Request::Shutdown || effect == Effect::NotApplied || !self.hold.may_be_a_process() {
+        if request != VmOperation::Shutdown || effect == Effect::NotApplied || !self.hold.may_be_a_process() {
             return None;
         }
         let IntentKind::Shutdown { ask_guest_for, .. } = intent.kind else { return None };
@@ -404,54 +421,56 @@ impl Actor {
     /// Asks the VMM for its guest's state after a failure whose effect is not known. The state is
     /// never guessed. A VM that a forced operation tried to end may have been out of reach before,
     /// and still is.
-    async fn look_again(&mut self, budget: Budget, effect: Effect) -> Seen {
+    async fn probe_after_failure(&mut self, budget: Budget, effect: Effect) -> ProbeFinding {
         // The effect was not applied, so that the state on record is still true. A forced operation
         // asks nevertheless, because its VM may have been out of reach before.
         if effect == Effect::NotApplied && !budget.forced {
-            return Seen::default();
+            return ProbeFinding::default();
         }
         let Some(vmm) = self.hold.vmm() else {
             if self.record.state.is_live() && matches!(self.hold, Hold::Nothing | Hold::Lost) {
                 self.take_hold(Hold::Lost);
-                self.next = Next::look();
-                return Seen::unreachable("nothing proves if the VMM has ended".to_owned());
+                self.next = NextStep::search_later();
+                return ProbeFinding::unreachable("nothing proves if the VMM has ended".to_owned());
             }
-            return Seen::default();
+            return ProbeFinding::default();
         };
         let limit = if budget.forced { FORCED_PROBE_LIMIT } else { PROBE_LIMIT };
         let observation = match self.interruptible(budget, limit, async move { vmm.probe().await }).await {
             Ok(GuestState::Running) => Observation::Runs,
             Ok(GuestState::Paused) => Observation::StandsStill,
             // The end of the VMM arrives as an event.
-            Ok(GuestState::Ended) | Err(Broken::Preempted(_)) => return Seen::default(),
-            Err(Broken::Backend(error)) => {
-                self.fall_silent();
-                return Seen::unreachable(error.to_string());
+            Ok(GuestState::Ended) | Err(EffectError::Preempted(_)) => return ProbeFinding::default(),
+            Err(EffectError::Backend(error)) => {
+                self.mark_silent();
+                return ProbeFinding::unreachable(error.to_string());
             }
         };
-        self.speak();
-        Seen { observation: Some(observation), unreachable: None }
+        self.mark_answering();
+        ProbeFinding { observation: Some(observation), unreachable: None }
     }
 
     /// Waits for the event that reports how a VMM ended, and records the end.
-    async fn hear_last_word(&mut self, budget: Budget, request: Request, caller: &Caller) {
+    async fn wait_for_last_event(&mut self, budget: Budget, request: VmOperation, caller: &Caller) {
         let gone = match self.hold.live_mut() {
-            Some(live) => super::observe::last_word(&mut live.events, budget.at_most(LAST_WORD_LIMIT)).await,
-            None => super::observe::no_word(),
+            Some(live) => {
+                super::observe::last_event(&mut live.events, budget.at_most(LAST_EVENT_TIMEOUT)).await
+            }
+            None => super::observe::unknown_exit(),
         };
-        self.run_ended(budget, gone, Why::asked(request, caller)).await;
+        self.run_ended(budget, gone, ChangeReason::asked(request, caller)).await;
     }
 }
 
 /// The result of a question to the VMM after a failure.
 #[derive(Default)]
-struct Seen {
+struct ProbeFinding {
     observation: Option<Observation>,
     /// The reason why the VMM is out of reach, if it is.
     unreachable: Option<String>,
 }
 
-impl Seen {
+impl ProbeFinding {
     fn unreachable(why: String) -> Self {
         Self { observation: None, unreachable: Some(why) }
     }

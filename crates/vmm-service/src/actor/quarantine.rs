@@ -16,12 +16,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    LaunchRequest, Launched, SweepRequest,
+    LaunchRequest, LaunchedVmm, SweepRequest,
 };
-use vmm_core::capabilities::{EndpointMode, Facts};
+use vmm_core::capabilities::{BackendFacts, EndpointMode};
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{
     BackendOptions, Boot, Console, Cpu, MIB, Memory, PageSize, RestartMode, RestartPolicy, VmSpec,
 };
@@ -31,7 +31,7 @@ use vmm_host::process::{Lookup, search_by_argument};
 
 use super::budget::KILL_LIMIT;
 use super::hold::Hold;
-use super::journal::{Turn, Why};
+use super::journal::{ChangeReason, RecordUpdate};
 use super::{Actor, Flow};
 use crate::error::ServiceError;
 
@@ -52,7 +52,10 @@ impl Actor {
             return self.go_on_deleting(leaving).await;
         }
         let status = self.status(Phase::Unreachable).because(Reason::NotTakenUp, why);
-        self.show(Turn::new(EventKind::Unreachable, Why::by_itself(CAUSE), status).intending(intent));
+        self.show(
+            RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself(CAUSE), status)
+                .intending(intent),
+        );
         Flow::GoOn
     }
 
@@ -67,13 +70,13 @@ impl Actor {
 
 /// The backend of a VM that cannot be taken up. It starts nothing and finds nothing. It ends a
 /// process that is proven to be the VM's.
-pub(super) struct Nobody {
+pub(super) struct QuarantineBackend {
     capabilities: Capabilities,
     known: Option<Arc<dyn Backend>>,
     why: String,
 }
 
-impl Nobody {
+impl QuarantineBackend {
     pub(super) fn new(record: &VmRecord, known: Option<Arc<dyn Backend>>, why: String) -> Self {
         let capabilities = Capabilities {
             name: record.backend.clone(),
@@ -81,7 +84,7 @@ impl Nobody {
             default_restart_mode: RestartMode::Never,
             kernel_formats: &[],
             extended_l2: false,
-            facts: Facts::default(),
+            facts: BackendFacts::default(),
             limits: BTreeMap::new(),
         };
         Self { capabilities, known, why }
@@ -89,16 +92,16 @@ impl Nobody {
 }
 
 #[async_trait]
-impl Backend for Nobody {
+impl Backend for QuarantineBackend {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
 
-    fn check(&self, _: &VmSpec) -> Report {
-        Report::default()
+    fn check(&self, _: &VmSpec) -> CheckReport {
+        CheckReport::default()
     }
 
-    async fn launch(&self, _: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, _: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         Err(BackendError::new(BackendErrorKind::NotInstalled, Effect::NotApplied, self.why.clone()))
     }
 

@@ -15,21 +15,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, Launched, Sweep};
+use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, LaunchedVmm, SweepPurpose};
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
-use vmm_core::intent::Recovery;
+use vmm_core::intent::RecoveryAction;
 use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
-use vmm_core::state::{Observation, Phase, Request, VmState, observe};
+use vmm_core::state::{Observation, Phase, VmOperation, VmState, observe};
 use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
 use vmm_host::process;
 
-use super::budget::{Broken, Budget};
-use super::hold::{Hold, Next};
-use super::journal::{Turn, Why};
+use super::budget::{Budget, EffectError};
+use super::hold::{Hold, NextStep};
+use super::journal::{ChangeReason, RecordUpdate};
 use super::{Actor, Flow};
-use crate::mailbox::Operation;
+use crate::mailbox::OperationRequest;
 use crate::operation_log::Ending;
 use crate::sockets::Sockets;
 
@@ -96,14 +96,16 @@ impl Actor {
             // A launch of such a VM touches nothing before its intent is on record.
             return;
         }
-        if let Err(Broken::Backend(error)) = self.sweep(Budget::of_own_step(), Sweep::Clear, None).await {
+        if let Err(EffectError::Backend(error)) =
+            self.sweep(Budget::of_own_step(), SweepPurpose::Clear, None).await
+        {
             self.found_unreachable(Reason::VmmDoesNotEnd, error.to_string(), None).await;
         }
     }
 
     /// Searches again for a lost VMM.
-    pub(super) async fn look_for_it(&mut self) {
-        self.next = Next::Idle;
+    pub(super) async fn search_process(&mut self) {
+        self.next = NextStep::Idle;
         let intent = self.record.intent.clone();
         self.find(intent).await;
     }
@@ -128,13 +130,13 @@ impl Actor {
             self.first_half_is_done(intent.as_ref());
         }
         match adopted {
-            Ok(Adoption::Alive { launched, guest }) => self.found_alive(launched, guest, intent).await,
+            Ok(Adoption::Alive { launched, guest }) => self.take_over(launched, guest, intent).await,
             // Gone is a proof, so that the remains of the run may be cleared. A sweep that fails is
             // logged alone, because the process itself is gone.
             Ok(Adoption::Gone { exit }) => {
                 let run = self.record.run.clone();
-                if let Err(Broken::Backend(error)) =
-                    self.sweep(Budget::of_own_step(), Sweep::Clear, run).await
+                if let Err(EffectError::Backend(error)) =
+                    self.sweep(Budget::of_own_step(), SweepPurpose::Clear, run).await
                 {
                     tracing::warn!(%error, "the remains of the last run could not be removed");
                 }
@@ -146,16 +148,16 @@ impl Actor {
             Ok(Adoption::Unreachable { launched: Some(launched), .. })
                 if self.never_ran() && intent.as_ref().is_some_and(Intent::is_start) =>
             {
-                self.found_alive(launched, GuestState::Ended, intent).await;
+                self.take_over(launched, GuestState::Ended, intent).await;
             }
             Ok(Adoption::Unreachable { reason, message, launched }) => {
                 self.found_unreachable(reason, message, launched).await;
             }
-            Err(Broken::Backend(error)) => {
+            Err(EffectError::Backend(error)) => {
                 self.found_unreachable(Reason::VmmDoesNotAnswer, error.to_string(), None).await;
             }
             // The forced operation that pre-empted the search decides what becomes of the VM.
-            Err(Broken::Preempted(_)) => {}
+            Err(EffectError::Preempted(_)) => {}
         }
     }
 
@@ -195,7 +197,7 @@ impl Actor {
     }
 
     /// Asks the backend for the VM's process, within [`ADOPT_LIMIT`].
-    async fn adopt(&mut self) -> Result<Adoption, Broken> {
+    async fn adopt(&mut self) -> Result<Adoption, EffectError> {
         // The backend compares the namespaces of a recorded run itself, and may know more.
         if self.record.run.is_none()
             && let Err(message) = self.can_search(None)
@@ -223,7 +225,7 @@ impl Actor {
     /// A VMM whose guest has ended is ended. A VMM of an interrupted start is ended too unless its
     /// guest runs, because the client of that start has no answer yet. Otherwise the daemon holds
     /// the VMM and carries on.
-    async fn found_alive(&mut self, launched: Launched, guest: GuestState, intent: Option<Intent>) {
+    async fn take_over(&mut self, launched: LaunchedVmm, guest: GuestState, intent: Option<Intent>) {
         let recorded = self.record.run.clone();
         let started_here = recorded.is_none();
         let cut_short = started_here && intent.as_ref().is_some_and(Intent::is_start);
@@ -254,24 +256,26 @@ impl Actor {
         let state = observe(self.record.state, observation);
         let phase = Phase::at_rest(state);
         let status = match &intent {
-            Some(intent) if intent.recovery() != Recovery::ShutdownAnswered => self.status(phase).because(
-                Reason::OperationInterrupted,
-                format!("the daemon ended during {}; the VM is as shown", intent.request().name()),
-            ),
+            Some(intent) if intent.recovery() != RecoveryAction::ShutdownAnswered => {
+                self.status(phase).because(
+                    Reason::OperationInterrupted,
+                    format!("the daemon ended during {}; the VM is as shown", intent.request().name()),
+                )
+            }
             Some(_) | None => self.status(phase),
         };
-        let turn =
-            Turn::new(EventKind::Adopted, Why::by_itself("daemon-started"), status).observing(observation);
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let update = RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself("daemon-started"), status)
+            .observing(observation);
+        let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
     /// Ends a VMM whose guest has ended, or whose start was interrupted before the guest ran.
-    async fn end_found(&mut self, launched: Launched, intent: Option<Intent>) {
+    async fn end_found(&mut self, launched: LaunchedVmm, intent: Option<Intent>) {
         let budget = Budget::of_own_step();
         if let Err(error) = self.kill(budget, &*launched.vmm).await {
             return self.found_unreachable(Reason::VmmDoesNotEnd, error.to_string(), Some(launched)).await;
         }
-        let _ = self.sweep(budget, Sweep::Clear, self.record.run.clone()).await;
+        let _ = self.sweep(budget, SweepPurpose::Clear, self.record.run.clone()).await;
         let exit = Exit { cause: ExitCause::Unknown, message: "the guest was no longer running".to_owned() };
         self.ended_unwatched(exit, intent.as_ref(), None).await;
     }
@@ -283,7 +287,7 @@ impl Actor {
         if let Some(intent) = intent.filter(|intent| !intent.claims().is_empty()) {
             return Ok(intent.claims().to_vec());
         }
-        let Ok(Ok(facts)) = self.look(Budget::of_own_step(), true).await else {
+        let Ok(Ok(facts)) = self.check_files(Budget::of_own_step(), true).await else {
             // Without its claims another VM could write to its disks, so the VM counts as
             // unreachable, and a forced operation can still find it.
             return Err(
@@ -313,20 +317,21 @@ impl Actor {
         }
         let budget = Budget::of_own_step();
         if self.never_ran() {
-            return self.start_never_came_about(budget, intent).await;
+            return self.record_interrupted_start(budget, intent).await;
         }
-        if intent.is_some_and(|intent| intent.request() == Request::Shutdown) {
-            self.let_go_and_release();
+        if intent.is_some_and(|intent| intent.request() == VmOperation::Shutdown) {
+            self.drop_hold_and_claims();
             let status = self
                 .status(Phase::Stopped)
                 .because(Reason::Shutdown, "shut down as asked; the daemon saw the end only afterwards");
-            let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status)
-                .observing(Observation::VmmGone);
-            let _ = self.conclude(budget, turn).await;
+            let update =
+                RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status)
+                    .observing(Observation::VmmGone);
+            let _ = self.conclude(budget, update).await;
             return;
         }
         let mut decision = self.decide_restart(&exit);
-        let why = Why::by_itself(reason.as_ref().map_or("vmm-gone-at-start", Reason::as_str));
+        let why = ChangeReason::by_itself(reason.as_ref().map_or("vmm-gone-at-start", Reason::as_str));
         if let Some(reason) = &reason {
             decision.status.reason.clone_from(reason);
         }
@@ -335,7 +340,7 @@ impl Actor {
 
     /// Records that a start was interrupted and that its process has provably gone. The VM is as it
     /// was before.
-    async fn start_never_came_about(&mut self, budget: Budget, intent: Option<&Intent>) {
+    async fn record_interrupted_start(&mut self, budget: Budget, intent: Option<&Intent>) {
         // A VM that has run before keeps its TAPs, because other programs may have added addresses
         // or rules to them.
         if self.record.state == VmState::Created {
@@ -343,15 +348,16 @@ impl Actor {
                 tracing::warn!(error = %left, "a TAP of an interrupted start could not be removed; DeleteVm removes it");
             }
         }
-        self.let_go_and_release();
+        self.drop_hold_and_claims();
         let (reason, message) = if intent.is_some() {
             (Reason::BootInterrupted, "the start of the VM was interrupted; nothing of that start is left")
         } else {
             (Reason::VmmGone, "no process of the VM is left")
         };
         let status = self.status(Phase::at_rest(self.record.state)).because(reason, message);
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status);
-        let _ = self.conclude(budget, turn).await;
+        let update =
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status);
+        let _ = self.conclude(budget, update).await;
     }
 
     /// Records that the VMM may live and cannot be reached. The intent stays on record, because the
@@ -360,7 +366,7 @@ impl Actor {
         &mut self,
         reason: Reason,
         message: String,
-        launched: Option<Launched>,
+        launched: Option<LaunchedVmm>,
     ) {
         let (reason, message) = match self.sockets_gone(&reason, launched.as_ref()).await {
             Some(gone) => (Reason::SocketsGone, gone),
@@ -383,18 +389,19 @@ impl Actor {
         self.take_up_force();
         let status = self.status(Phase::Unreachable).because(reason, message);
         let intent = self.record.intent.clone();
-        let turn =
-            Turn::new(EventKind::Unreachable, Why::by_itself("daemon-started"), status).intending(intent);
+        let update =
+            RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself("daemon-started"), status)
+                .intending(intent);
         if known {
             // An unchanged result of a repeated search is shown and not recorded.
-            self.show(turn);
+            self.show(update);
         } else {
-            let _ = self.conclude(Budget::of_own_step(), turn).await;
+            let _ = self.conclude(Budget::of_own_step(), update).await;
         }
     }
 
     /// Returns the message about a VMM that lives and does not answer because its socket is gone.
-    async fn sockets_gone(&self, reason: &Reason, launched: Option<&Launched>) -> Option<String> {
+    async fn sockets_gone(&self, reason: &Reason, launched: Option<&LaunchedVmm>) -> Option<String> {
         let silent = matches!(reason, Reason::VmmDoesNotAnswer | Reason::VmmSilent);
         let run = launched.filter(|_| silent)?.vmm.run();
         Sockets::of(&self.record, run, self.dir())?.gone().await
@@ -412,9 +419,10 @@ impl Actor {
     /// without force is finished without force: another program may have started the VM again
     /// meanwhile, and then the VM is shown as it is found.
     pub(super) async fn go_on_deleting(&mut self, intent: Intent) -> Flow {
-        let force = intent.recovery() == Recovery::Delete { force: true };
+        let force = intent.recovery() == RecoveryAction::Delete { force: true };
         let budget = if force { Budget::of_force(Instant::now()) } else { Budget::of_operation(None) };
-        let operation = Operation { request: intent.request(), ask_guest_for: None, caller: intent.caller };
+        let operation =
+            OperationRequest { request: intent.request(), ask_guest_for: None, caller: intent.caller };
         let asked = Instant::now();
         let result = self.delete(budget, &operation).await;
         let record = Arc::clone(&self.record);
@@ -438,7 +446,7 @@ impl Actor {
 
 /// Returns the run that was found: the recorded one, unless another program has started the VM
 /// again since. The claims stay those of the record.
-fn run_of(recorded: Option<RunRecord>, launched: &Launched) -> RunRecord {
+fn run_of(recorded: Option<RunRecord>, launched: &LaunchedVmm) -> RunRecord {
     let found = launched.vmm.run();
     match recorded {
         Some(recorded) if recorded.process == found.process => recorded,

@@ -21,7 +21,7 @@ use vmm_core::state::{Observation, Phase};
 
 use super::Actor;
 use super::budget::Budget;
-use super::journal::{Turn, Why};
+use super::journal::{ChangeReason, RecordUpdate};
 
 /// The least time between two records of resets.
 const RECORD_INTERVAL: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ const MAX_RESTARTS: u32 = 1000;
 
 /// The resets in place of one run.
 #[derive(Default)]
-pub(super) struct Resets {
+pub(super) struct ResetCounter {
     /// The number of resets that are not on record yet.
     unrecorded: u32,
     /// The number of restarts without a quiet minute between, with these resets included.
@@ -41,7 +41,7 @@ pub(super) struct Resets {
     recorded: Option<Instant>,
 }
 
-impl Resets {
+impl ResetCounter {
     /// Returns the instant at which the unrecorded resets are to be recorded.
     pub(super) fn due(&self) -> Option<Instant> {
         let begin = self.recorded.map(|recorded| recorded + RECORD_INTERVAL);
@@ -94,7 +94,7 @@ impl Actor {
     pub(super) async fn record_resets(&mut self) {
         let Some(live) = self.hold.live_mut() else { return };
         let (times, restarts) = (live.resets.unrecorded, live.resets.restarts);
-        live.resets = Resets { unrecorded: 0, restarts, recorded: Some(Instant::now()) };
+        live.resets = ResetCounter { unrecorded: 0, restarts, recorded: Some(Instant::now()) };
         let message = match times {
             0 => return,
             1 => "the guest reset itself and runs again".to_owned(),
@@ -103,8 +103,8 @@ impl Actor {
         let state = vmm_core::state::observe(self.record.state, Observation::ResetInPlace);
         let mut status = self.status(Phase::at_rest(state)).because(Reason::GuestReset, message);
         status.restarts = restarts;
-        let turn = Turn::new(EventKind::GuestReset, Why::by_itself("guest-reset"), status)
+        let update = RecordUpdate::new(EventKind::GuestReset, ChangeReason::by_itself("guest-reset"), status)
             .observing(Observation::ResetInPlace);
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 }

@@ -21,22 +21,22 @@ use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
 use vmm_core::spec::RestartMode;
-use vmm_core::state::{Phase, Request, Status};
+use vmm_core::state::{Phase, Status, VmOperation};
 
 use super::Actor;
 use super::budget::Budget;
-use super::hold::{Next, begun};
-use super::journal::{Turn, Why};
-use super::start::{NotStarted, Start};
+use super::hold::{NextStep, run_start};
+use super::journal::{ChangeReason, RecordUpdate};
+use super::start::{StartError, StartRequest};
 use crate::error::ServiceError;
 use crate::operation_log::{Ending, RESTART_POLICY};
 
 /// The time without a restart after which the count begins at 1 again.
-pub(super) const QUIET: Duration = Duration::from_secs(60);
+pub(super) const COUNT_RESET_INTERVAL: Duration = Duration::from_secs(60);
 /// The wait before the first restart.
-const FIRST_DELAY: Duration = Duration::from_millis(200);
+const FIRST_RESTART_DELAY: Duration = Duration::from_millis(200);
 /// The longest wait before a restart.
-const MAX_DELAY: Duration = Duration::from_secs(30);
+const MAX_RESTART_DELAY: Duration = Duration::from_secs(30);
 
 /// The account of the end of a VM's last run. The VM shows this account while the restart policy
 /// starts the VM again and while the new run lasts, beside the count of restarts.
@@ -65,11 +65,11 @@ impl LastEnd {
 }
 
 /// The decision about a VM whose run has ended.
-pub(super) struct Decision {
+pub(super) struct RestartDecision {
     /// The status for the record.
     pub(super) status: Status,
     /// The next step of the actor.
-    pub(super) next: Next,
+    pub(super) next: NextStep,
 }
 
 impl Actor {
@@ -80,10 +80,14 @@ impl Actor {
 
     /// Returns the number of this restart, counted since the last quiet minute.
     pub(super) fn count_restart(&mut self) -> u32 {
-        let begun = || self.record.run.as_ref().map(begun);
+        let begun = || self.record.run.as_ref().map(run_start);
         // A run that is held knows its last reset. Without a hold only the start of the run on
         // record is known, which is an upper bound of the quiet time.
-        let quiet = self.hold.quiet_since().or_else(begun).is_some_and(|since| since.elapsed() >= QUIET);
+        let quiet = self
+            .hold
+            .quiet_since()
+            .or_else(begun)
+            .is_some_and(|since| since.elapsed() >= COUNT_RESET_INTERVAL);
         if quiet { 1 } else { self.restarts_so_far().saturating_add(1) }
     }
 
@@ -95,7 +99,7 @@ impl Actor {
     }
 
     /// Decides what follows `exit`.
-    pub(super) fn decide_restart(&mut self, exit: &Exit) -> Decision {
+    pub(super) fn decide_restart(&mut self, exit: &Exit) -> RestartDecision {
         let end = LastEnd { reason: exit.cause.reason(), message: exit.account().to_owned() };
         let wanted = match exit.cause {
             ExitCause::GuestReset => RestartMode::GuestReboot,
@@ -108,7 +112,7 @@ impl Actor {
             let phase = if exit.cause.is_failure() { Phase::Failed } else { Phase::Stopped };
             let mut status = end.shown_in(self.status(phase));
             status.restarts = self.restarts_so_far();
-            return Decision { status, next: Next::Idle };
+            return RestartDecision { status, next: NextStep::Idle };
         }
         let restarts = self.count_restart();
         let (reason, message) = (end.reason.clone(), end.message.clone());
@@ -118,7 +122,7 @@ impl Actor {
     /// Schedules the next start, unless the policy allows no more. `reason` and `message` are the
     /// cause of this start: the end of the last run, which is `after`, or the failure of a start
     /// since then.
-    fn schedule(&self, restarts: u32, reason: Reason, message: &str, after: Box<LastEnd>) -> Decision {
+    fn schedule(&self, restarts: u32, reason: Reason, message: &str, after: Box<LastEnd>) -> RestartDecision {
         let allowed = self.allowed_restarts();
         if restarts > allowed {
             let mut status = self.status(Phase::Failed).because(
@@ -126,46 +130,46 @@ impl Actor {
                 format!("the VM was started again {allowed} times without a quiet minute between; the last end: {message}"),
             );
             status.restarts = restarts.saturating_sub(1);
-            return Decision { status, next: Next::Idle };
+            return RestartDecision { status, next: NextStep::Idle };
         }
         let mut status = self.status(Phase::Restarting).because(reason, message);
         status.restarts = restarts;
-        Decision { status, next: Next::RestartAt(Instant::now() + delay(restarts), after) }
+        RestartDecision { status, next: NextStep::RestartAt(Instant::now() + delay(restarts), after) }
     }
 
     /// Begins the wait for a restart again that an earlier daemon had begun.
     pub(super) fn resume_restart(&mut self) {
         let status = &self.record.status;
         let at = Instant::now() + delay(status.restarts);
-        self.next = Next::RestartAt(at, Box::new(LastEnd::on_record(status)));
+        self.next = NextStep::RestartAt(at, Box::new(LastEnd::on_record(status)));
     }
 
     /// Carries out a restart that is due. The next step depends on what the start has left
-    /// ([`NotStarted`]), because the text of an error is no reliable criterion.
+    /// ([`StartError`]), because the text of an error is no reliable criterion.
     pub(super) async fn restart_by_policy(&mut self) {
-        let Next::RestartAt(_, after) = std::mem::replace(&mut self.next, Next::Idle) else { return };
+        let NextStep::RestartAt(_, after) = std::mem::replace(&mut self.next, NextStep::Idle) else { return };
         let budget = Budget::of_own_step();
         let restarts = self.record.status.restarts;
         let caller = Caller::system();
-        let start = Start { after: Some(&after), ..Start::new(Request::Boot, &caller) };
+        let start = StartRequest { after: Some(&after), ..StartRequest::new(VmOperation::Boot, &caller) };
         let asked = Instant::now();
         let result = self.start(budget, start).await;
         let record = Arc::clone(&self.record);
-        let ending = Ending { operation: Request::Boot.name(), actor: &"policy", record: &record, asked };
+        let ending = Ending { operation: VmOperation::Boot.name(), actor: &"policy", record: &record, asked };
         match result {
             Ok(()) => ending.done(&self.outcome(None)),
             // A forced operation has come, and decides what becomes of the VM.
-            Err(NotStarted::TakenBack(ServiceError::Aborted(_))) => {}
-            Err(NotStarted::NotBegun(error)) => {
+            Err(StartError::TakenBack(ServiceError::Aborted(_))) => {}
+            Err(StartError::NotBegun(error)) => {
                 ending.failed(&error);
                 self.restart_later(budget, restarts, &error, after).await;
             }
             // A process may live. The VM is shown as unreachable, and no start takes place beside
             // that process.
-            Err(NotStarted::LeftSomething(error)) => {
+            Err(StartError::LeftSomething(error)) => {
                 ending.failed(&error);
             }
-            Err(NotStarted::TakenBack(error)) => {
+            Err(StartError::TakenBack(error)) => {
                 ending.failed(&error);
                 self.restart_failed(budget, restarts, &error, after).await;
             }
@@ -184,14 +188,15 @@ impl Actor {
         let message = error.to_string();
         let mut status = self.status(Phase::Restarting).because(Reason::StartNotBegun, message);
         status.restarts = restarts;
-        self.next = Next::RestartAt(Instant::now() + MAX_DELAY, after);
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(RESTART_POLICY), status);
+        self.next = NextStep::RestartAt(Instant::now() + MAX_RESTART_DELAY, after);
+        let update =
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(RESTART_POLICY), status);
         let shown = &self.record.status;
         if shown.phase == Phase::Restarting && shown.reason == Reason::StartNotBegun {
             // An unchanged result of a repeated start is shown and not recorded.
-            self.show(turn);
+            self.show(update);
         } else {
-            let _ = self.conclude(budget, turn).await;
+            let _ = self.conclude(budget, update).await;
         }
     }
 
@@ -207,17 +212,21 @@ impl Actor {
             self.schedule(restarts.saturating_add(1), Reason::BootFailed, &message, after)
         } else {
             let status = self.status(Phase::Failed).because(Reason::BootFailed, message);
-            Decision { status, next: Next::Idle }
+            RestartDecision { status, next: NextStep::Idle }
         };
         self.next = decision.next;
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(RESTART_POLICY), decision.status);
-        let _ = self.conclude(budget, turn).await;
+        let update = RecordUpdate::new(
+            EventKind::StateChanged,
+            ChangeReason::by_itself(RESTART_POLICY),
+            decision.status,
+        );
+        let _ = self.conclude(budget, update).await;
     }
 }
 
 fn delay(restarts: u32) -> Duration {
     let doublings = restarts.saturating_sub(1).min(16);
-    (FIRST_DELAY * 2_u32.pow(doublings)).min(MAX_DELAY)
+    (FIRST_RESTART_DELAY * 2_u32.pow(doublings)).min(MAX_RESTART_DELAY)
 }
 
 #[cfg(test)]
@@ -229,7 +238,7 @@ mod tests {
         assert_eq!(delay(1), Duration::from_millis(200));
         assert_eq!(delay(2), Duration::from_millis(400));
         assert_eq!(delay(8), Duration::from_millis(25_600));
-        assert_eq!(delay(9), MAX_DELAY);
-        assert_eq!(delay(u32::MAX), MAX_DELAY);
+        assert_eq!(delay(9), MAX_RESTART_DELAY);
+        assert_eq!(delay(u32::MAX), MAX_RESTART_DELAY);
     }
 }

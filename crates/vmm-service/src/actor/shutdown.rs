@@ -2,19 +2,19 @@
 
 use std::time::Duration;
 
-use vmm_core::backend::{BackendErrorKind, Ladder, Sweep};
+use vmm_core::backend::{BackendErrorKind, LadderOptions, SweepPurpose};
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
-use vmm_core::state::{EndedBy, Observation, Phase, Request, VmState};
+use vmm_core::state::{EndedBy, Observation, Phase, VmOperation, VmState};
 use vmm_core::store::IntentKind;
 use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
-use super::budget::{Broken, Budget};
-use super::journal::{Turn, Why};
+use super::budget::{Budget, EffectError};
+use super::journal::{ChangeReason, RecordUpdate};
 use super::operations::EFFECT_LIMIT;
 use crate::error::ServiceError;
-use crate::mailbox::{Operation, Outcome};
+use crate::mailbox::{OperationOutcome, OperationRequest};
 
 /// The time that a forced ladder may take. The commits and one more question to the guest follow
 /// within 5 s.
@@ -24,8 +24,8 @@ impl Actor {
     pub(super) async fn shutdown(
         &mut self,
         budget: Budget,
-        operation: &Operation,
-    ) -> Result<Outcome, ServiceError> {
+        operation: &OperationRequest,
+    ) -> Result<OperationOutcome, ServiceError> {
         let kind = IntentKind::Shutdown { ask_guest_for: operation.ask_guest_for, answered: false };
         if let Err(error) = self.intend(budget, kind, Phase::Stopping, &operation.caller).await {
             return Err(self.end_unrecorded(budget, operation, error).await);
@@ -33,18 +33,20 @@ impl Actor {
         let ended_by = match self.end_run(budget, operation.ask_guest_for).await {
             Ok(ended_by) => ended_by,
             Err(broken) => {
-                return Err(self.give_up(budget, Request::Shutdown, &operation.caller, broken).await);
+                return Err(self
+                    .conclude_failure(budget, VmOperation::Shutdown, &operation.caller, broken)
+                    .await);
             }
         };
         point(FaultPoint::ShutdownApplied);
-        self.let_go_and_release();
+        self.drop_hold_and_claims();
         let mut status = self.status(Phase::Stopped).because(Reason::Shutdown, "shut down as asked");
         status.restarts = 0;
-        let why = Why::asked(Request::Shutdown, &operation.caller).ended_by(Some(ended_by));
-        let turn = Turn::new(EventKind::StateChanged, why, status)
+        let why = ChangeReason::asked(VmOperation::Shutdown, &operation.caller).ended_by(Some(ended_by));
+        let update = RecordUpdate::new(EventKind::StateChanged, why, status)
             .observing(Observation::VmmGone)
             .ending(Some(ended_by));
-        self.conclude(budget, turn).await?;
+        self.conclude(budget, update).await?;
         point(FaultPoint::ShutdownOutcomeCommitted);
         Ok(self.outcome(Some(ended_by)))
     }
@@ -64,16 +66,16 @@ impl Actor {
         &mut self,
         budget: Budget,
         ask_guest_for: Option<Duration>,
-    ) -> Result<EndedBy, Broken> {
+    ) -> Result<EndedBy, EffectError> {
         let Some(vmm) = self.hold.vmm() else {
-            let purpose = if budget.forced { Sweep::End } else { Sweep::Clear };
+            let purpose = if budget.forced { SweepPurpose::End } else { SweepPurpose::Clear };
             let run = self.known_run();
             // A sweep that succeeds proves that no process of the VM is left.
             return self.sweep(budget, purpose, run).await.map(|()| EndedBy::Sigkill);
         };
         let resume_first = self.record.state == VmState::Paused && ask_guest_for.is_some();
         let limit = ask_guest_for.map_or(FORCED_LADDER_LIMIT, |ask| ask + EFFECT_LIMIT);
-        let ladder = Ladder { ask_guest_for };
+        let ladder = LadderOptions { ask_guest_for };
         let climbing = async move {
             if resume_first && let Err(error) = vmm.resume().await {
                 // A guest that stands still cannot obey, so the ladder goes on without it.
@@ -85,7 +87,7 @@ impl Actor {
             vmm.shutdown(ladder).await
         };
         match self.interruptible(budget, limit, climbing).await {
-            Err(Broken::Backend(error)) if error.kind == BackendErrorKind::Gone => Ok(EndedBy::Guest),
+            Err(EffectError::Backend(error)) if error.kind == BackendErrorKind::Gone => Ok(EndedBy::Guest),
             ended => ended,
         }
     }

@@ -1,17 +1,22 @@
 //! The start of a VMM: one path for first boot, boot after shutdown, reboot and restart by policy.
 //!
 //! ```text
-//!  reserve ─► Reserved ─► provide TAPs ─► TapsProvided ─► intent ─► Intended ─► launch ─► Launched
-//!               │ claims released           │ TAPs removed            │ swept            killed │
-//!               ▼                           ▼                         ▼                        ▼
-//!            NotBegun                    NotBegun                  NotBegun    TakenBack or
-//!                                                                  (Leftover)       LeftSomething
+//!   reserve ─► ReservedPhase       undo: release the claims ─► NotBegun
+//!      │ provide the TAPs
+//!      ▼
+//!   TapsProvidedPhase              undo: remove the TAPs ─► NotBegun
+//!      │ commit the intent
+//!      ▼
+//!   IntendedPhase                  undo: sweep ─► NotBegun, or NotBegun with a Leftover
+//!      │ launch
+//!      ▼
+//!   LaunchedPhase                  undo: kill ─► TakenBack or LeftSomething
 //! ```
 //!
 //! Each phase is a value that only the phase before it can make, and that the undo of the phase
-//! ([`undo`]) consumes. [`NotStarted`] describes what a failed start has left, because callers decide by it: a
-//! restart policy counts only starts that launched a process, and nothing is launched beside a
-//! process that may live.
+//! ([`undo`]) consumes. [`StartError`] describes what a failed start has left, because callers
+//! decide by it: a restart policy counts only starts that launched a process, and nothing is
+//! launched beside a process that may live.
 
 mod undo;
 
@@ -19,33 +24,33 @@ use std::pin::pin;
 use std::time::Duration;
 
 use futures::future::{Either, select};
-use vmm_core::backend::{Launched, Sweep};
+use vmm_core::backend::{LaunchedVmm, SweepPurpose};
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
-use vmm_core::gate::Gate;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::spec::NamedFiles;
-use vmm_core::state::{EndedBy, Observation, Phase, Request};
+use vmm_core::state::{EndedBy, Observation, Phase, VmOperation};
 use vmm_core::store::{HostClaim, IntentKind, RunRecord};
 use vmm_host::descriptors;
 use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
-use super::budget::{Broken, Budget};
-use super::hold::{Hold, Next};
-use super::journal::{Turn, Why};
-use super::launch::Launching;
+use super::budget::{Budget, EffectError};
+use super::hold::{Hold, NextStep};
+use super::journal::{ChangeReason, RecordUpdate};
+use super::launch::LaunchInProgress;
 use super::restart::LastEnd;
-use crate::check::{self, FilesSilent, HostFacts, LOOK_DEADLINE, Purpose, Terms};
+use crate::check::{self, FILE_CHECK_TIMEOUT, FileCheckPurpose, FileCheckTerms, FileFindings, FilesTimedOut};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
-use crate::mailbox::Outcome;
+use crate::mailbox::OperationOutcome;
 use crate::spares;
 
 /// The time limit of a launch. A boot with its look and its sweep fails within 30 s.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(25);
 
 /// The error of a start that failed, by what the start has left.
-pub(super) enum NotStarted {
+pub(super) enum StartError {
     /// The start launched nothing.
     NotBegun(ServiceError),
     /// The start launched a VMM, or may have, and nothing of it is left.
@@ -54,7 +59,7 @@ pub(super) enum NotStarted {
     LeftSomething(ServiceError),
 }
 
-impl NotStarted {
+impl StartError {
     /// Returns the error for the client.
     pub(super) fn into_error(self) -> ServiceError {
         match self {
@@ -65,9 +70,9 @@ impl NotStarted {
 
 /// The operation that starts the VM, and its caller.
 #[derive(Clone, Copy)]
-pub(super) struct Start<'a> {
+pub(super) struct StartRequest<'a> {
     /// BootVm, or RebootVm for its second half.
-    pub(super) request: Request,
+    pub(super) request: VmOperation,
     pub(super) caller: &'a Caller,
     /// The rung that ended the run before, if RebootVm ended it.
     pub(super) ended_by: Option<EndedBy>,
@@ -75,52 +80,52 @@ pub(super) struct Start<'a> {
     pub(super) after: Option<&'a LastEnd>,
 }
 
-impl<'a> Start<'a> {
-    pub(super) const fn new(request: Request, caller: &'a Caller) -> Self {
+impl<'a> StartRequest<'a> {
+    pub(super) const fn new(request: VmOperation, caller: &'a Caller) -> Self {
         Self { request, caller, ended_by: None, after: None }
     }
 }
 
 /// The phase in which the disks and TAPs of the VM are claimed.
-pub(super) struct Reserved {
+pub(super) struct ReservedPhase {
     pub(super) claims: Vec<HostClaim>,
     /// The file descriptors that the start may open.
-    _room: descriptors::Start,
+    _room: descriptors::StartDescriptors,
 }
 
 /// The phase in which every TAP exists besides.
-struct TapsProvided {
-    reserved: Reserved,
+struct TapsProvidedPhase {
+    reserved: ReservedPhase,
     /// The names of the TAPs that this start has made.
     made: Vec<String>,
 }
 
 /// The phase in which a launch is in progress and its intent is on record.
-struct Intended {
-    taps: TapsProvided,
-    launching: Launching,
+struct IntendedPhase {
+    taps: TapsProvidedPhase,
+    launching: LaunchInProgress,
 }
 
 /// The phase in which a VMM runs the guest.
-struct Launch {
-    taps: TapsProvided,
-    launched: Launched,
+struct LaunchedPhase {
+    taps: TapsProvidedPhase,
+    launched: LaunchedVmm,
 }
 
 impl Actor {
     /// Carries out BootVm. The intent of the start resets the count of restarts, and the start
     /// cancels the wait for one.
-    pub(super) async fn boot_as_asked(
+    pub(super) async fn boot(
         &mut self,
         budget: Budget,
         caller: &Caller,
-    ) -> Result<Outcome, ServiceError> {
-        let waiting = std::mem::replace(&mut self.next, Next::Idle);
+    ) -> Result<OperationOutcome, ServiceError> {
+        let waiting = std::mem::replace(&mut self.next, NextStep::Idle);
         let restarts = self.record.status.restarts;
-        let Err(failure) = self.start(budget, Start::new(Request::Boot, caller)).await else {
+        let Err(failure) = self.start(budget, StartRequest::new(VmOperation::Boot, caller)).await else {
             return Ok(self.outcome(None));
         };
-        if let NotStarted::NotBegun(_) = failure {
+        if let StartError::NotBegun(_) = failure {
             self.count_from(restarts);
             if self.record.status.phase == Phase::Restarting {
                 // The record still says that the VM waits for a start by policy.
@@ -131,17 +136,17 @@ impl Actor {
     }
 
     /// Claims what the VM needs, and starts the VMM and its guest.
-    pub(super) async fn start(&mut self, budget: Budget, start: Start<'_>) -> Result<(), NotStarted> {
+    pub(super) async fn start(&mut self, budget: Budget, start: StartRequest<'_>) -> Result<(), StartError> {
         let reserved = match self.prepare(budget).await {
             Ok(reserved) => reserved,
-            Err(error) => return Err(NotStarted::NotBegun(self.refused_start(budget, start, error).await)),
+            Err(error) => return Err(StartError::NotBegun(self.refused_start(budget, start, error).await)),
         };
         self.start_reserved(budget, start, reserved).await
     }
 
     /// Takes the first step of a start: nothing of an earlier start is left, and what the VM needs
     /// is claimed.
-    async fn prepare(&mut self, budget: Budget) -> Result<Reserved, ServiceError> {
+    async fn prepare(&mut self, budget: Budget) -> Result<ReservedPhase, ServiceError> {
         self.clear_leftover(budget).await?;
         let reserved = self.reserve(budget).await?;
         self.take_reserved(&reserved)?;
@@ -151,29 +156,29 @@ impl Actor {
     /// Starts the VMM and its guest under the claims of `reserved`. A reboot's intent is on record.
     ///
     /// The start of the process and the commit of the intent run at the same time, because each
-    /// takes time and neither needs the other. The gate in the launch makes this safe: until the
-    /// gate opens, the process has received nothing of the VM, writes no disk and uses no TAP. If
-    /// the daemon dies before the intent is durable, the next daemon finds the process by its run
-    /// folder and ends it, and no guest has run. The gate therefore opens only after the commit of
-    /// the intent has succeeded. A keeper that is dropped cancels the launch.
+    /// takes time and neither needs the other. The permit of the launch makes this safe: until the
+    /// permit is granted, the process has received nothing of the VM, writes no disk and uses no
+    /// TAP. If the daemon dies before the intent is durable, the next daemon finds the process by
+    /// its run folder and ends it, and no guest has run. The permit is therefore granted only after
+    /// the commit of the intent has succeeded. An issuer that is dropped cancels the launch.
     pub(super) async fn start_reserved(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
-        reserved: Reserved,
-    ) -> Result<(), NotStarted> {
+        start: StartRequest<'_>,
+        reserved: ReservedPhase,
+    ) -> Result<(), StartError> {
         point(FaultPoint::StartReserved);
         // An error returns before a process exists. `provide` has removed the TAPs then.
         let taps = self.provide(budget, start, reserved).await?;
         point(FaultPoint::StartTapsProvided);
-        // From here on a process may start, but its guest waits at the gate. The `?` below drops
-        // `keeper`, so that a refused intent cancels the launch. `record_intent` drops the launch
+        // From here on a process may start, but its guest waits for the permit. The `?` below drops
+        // `issuer`, so that a refused intent cancels the launch. `record_intent` drops the launch
         // itself before its sweep.
-        let (keeper, gate) = Gate::shut();
-        let launching = self.begin_launch(gate);
+        let (issuer, permit) = RunPermit::pending();
+        let launching = self.begin_launch(permit);
         let mut intended = self.record_intent(budget, start, taps, launching).await?;
         // The intent is durable, so the next daemon knows what the guest may use.
-        keeper.open();
+        issuer.grant();
         let limit = budget.at_most_before_wind_up(LAUNCH_LIMIT);
         // Three results are possible. The launch succeeds. The launch fails or its time passes. A
         // forced operation pre-empts it. In the last two cases a process may exist, so that
@@ -181,7 +186,7 @@ impl Actor {
         match self.interruptible(budget, limit, &mut intended.launching).await {
             Ok(launched) => {
                 point(FaultPoint::StartLaunched);
-                self.started(budget, start, Launch { taps: intended.taps, launched }).await
+                self.started(budget, start, LaunchedPhase { taps: intended.taps, launched }).await
             }
             Err(broken) => Err(self.launch_failed(budget, start, intended, broken).await),
         }
@@ -192,12 +197,12 @@ impl Actor {
         if !matches!(self.hold, Hold::Leftover) {
             return Ok(());
         }
-        match self.sweep(budget, Sweep::Clear, None).await {
+        match self.sweep(budget, SweepPurpose::Clear, None).await {
             Ok(()) => {
-                self.let_go_and_release();
+                self.drop_hold_and_claims();
                 Ok(())
             }
-            Err(broken) => Err(self.error_of("boot", Request::Boot, &broken)),
+            Err(broken) => Err(self.error_of("boot", VmOperation::Boot, &broken)),
         }
     }
 
@@ -217,18 +222,18 @@ impl Actor {
     ///
     /// A forced operation can interrupt the look, because a file may be on a server that does not
     /// answer.
-    pub(super) async fn reserve(&mut self, budget: Budget) -> Result<Reserved, ServiceError> {
+    pub(super) async fn reserve(&mut self, budget: Budget) -> Result<ReservedPhase, ServiceError> {
         self.check_again()?;
-        let room = descriptors::Start::reserve().map_err(|full| {
+        let room = descriptors::StartDescriptors::reserve().map_err(|full| {
             ServiceError::exhausted(format!("VM \"{}\" cannot boot: {full}", self.record.vm_id))
         })?;
-        let mut facts = match self.look(budget, self.record.owns_console_output).await {
+        let mut facts = match self.check_files(budget, self.record.owns_console_output).await {
             Ok(Ok(facts)) => facts,
             Ok(Err(silent)) => {
                 let text = format!("VM \"{}\" cannot boot: {silent}", self.record.vm_id);
                 return Err(ServiceError::unavailable(text));
             }
-            Err(broken) => return Err(self.error_of("boot", Request::Boot, &broken)),
+            Err(broken) => return Err(self.error_of("boot", VmOperation::Boot, &broken)),
         };
         if let Some(limit) = facts.limit {
             let text = format!("VM \"{}\" cannot boot: {}", self.record.vm_id, limit.advice());
@@ -243,22 +248,25 @@ impl Actor {
             )));
         }
         facts.claims.extend(self.tap_claims());
-        Ok(Reserved { claims: facts.claims, _room: room })
+        Ok(ReservedPhase { claims: facts.claims, _room: room })
     }
 
     /// Looks at the VM's files, unless a forced operation comes.
-    pub(super) async fn look(
+    pub(super) async fn check_files(
         &mut self,
         budget: Budget,
         owns_output: bool,
-    ) -> Result<Result<HostFacts, FilesSilent>, Broken> {
-        let terms = Terms { owns_output, ..Terms::of(Purpose::Boot, Some(self.backend.capabilities())) };
-        let look = check::look(NamedFiles::of(&self.spec()), terms);
+    ) -> Result<Result<FileFindings, FilesTimedOut>, EffectError> {
+        let terms = FileCheckTerms {
+            owns_output,
+            ..FileCheckTerms::of(FileCheckPurpose::Boot, Some(self.backend.capabilities()))
+        };
+        let look = check::check_files(NamedFiles::of(&self.spec()), terms);
         let slot = self.slot.take();
         let looking = async move { Ok(check::without_slot_if_slow(slot, look).await) };
         // The look has a deadline of its own, which is shorter.
         let answered = self.answered;
-        let looked = self.interruptible(budget, 2 * LOOK_DEADLINE, looking).await;
+        let looked = self.interruptible(budget, 2 * FILE_CHECK_TIMEOUT, looking).await;
         // The files have answered, and not the VMM, so its last answer is restored.
         self.answered = answered;
         let (found, slot) = looked?;
@@ -267,7 +275,7 @@ impl Actor {
     }
 
     /// Claims what a start needs, in place of the VM's present claims.
-    pub(super) fn take_reserved(&self, reserved: &Reserved) -> Result<(), ServiceError> {
+    pub(super) fn take_reserved(&self, reserved: &ReservedPhase) -> Result<(), ServiceError> {
         let vm_id = &self.record.vm_id;
         self.shared
             .claims
@@ -279,31 +287,31 @@ impl Actor {
     async fn provide(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
-        reserved: Reserved,
-    ) -> Result<TapsProvided, NotStarted> {
+        start: StartRequest<'_>,
+        reserved: ReservedPhase,
+    ) -> Result<TapsProvidedPhase, StartError> {
         let mut made = Vec::new();
         let Err(broken) = self.provide_taps(budget, &mut made).await else {
-            return Ok(TapsProvided { reserved, made });
+            return Ok(TapsProvidedPhase { reserved, made });
         };
         let error = self.error_of("boot", start.request, &broken);
         let wind_up = broken.wind_up(budget);
-        self.undo_taps(wind_up, TapsProvided { reserved, made }).await;
+        self.undo_taps(wind_up, TapsProvidedPhase { reserved, made }).await;
         // A reboot has its intent on record, which this commit ends.
         let error = self.refused_start(wind_up, start, error).await;
-        Err(NotStarted::NotBegun(error))
+        Err(StartError::NotBegun(error))
     }
 
     /// Records the intent of a BootVm: the step from TapsProvided to Intended.
     async fn record_intent(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
-        taps: TapsProvided,
-        mut launching: Launching,
-    ) -> Result<Intended, NotStarted> {
-        if start.request != Request::Boot {
-            return Ok(Intended { taps, launching });
+        start: StartRequest<'_>,
+        taps: TapsProvidedPhase,
+        mut launching: LaunchInProgress,
+    ) -> Result<IntendedPhase, StartError> {
+        if start.request != VmOperation::Boot {
+            return Ok(IntendedPhase { taps, launching });
         }
         if start.after.is_none() {
             self.count_from(0);
@@ -316,8 +324,8 @@ impl Actor {
             // polled.
             match select(intending, &mut launching).await {
                 Either::Left((intended, _)) => intended,
-                // A launch can only fail before the gate is open. The failure is reported after its
-                // intent is on record.
+                // A launch can only fail before the permit is granted. The failure is reported
+                // after its intent is on record.
                 Either::Right((early, intending)) => {
                     failed = Some(early);
                     intending.await
@@ -328,31 +336,37 @@ impl Actor {
             launching = Box::pin(std::future::ready(failed));
         }
         match intended {
-            Ok(()) => Ok(Intended { taps, launching }),
+            Ok(()) => Ok(IntendedPhase { taps, launching }),
             Err(error) => {
                 drop(launching);
-                Err(NotStarted::NotBegun(self.call_off(budget, start, taps, error).await))
+                Err(StartError::NotBegun(self.call_off(budget, start, taps, error).await))
             }
         }
     }
 
     /// Records a launch. A VM that is not on record must not run, because a crash would lose it.
-    async fn started(&mut self, budget: Budget, start: Start<'_>, launch: Launch) -> Result<(), NotStarted> {
-        let Launch { taps, launched } = launch;
+    async fn started(
+        &mut self,
+        budget: Budget,
+        start: StartRequest<'_>,
+        launch: LaunchedPhase,
+    ) -> Result<(), StartError> {
+        let LaunchedPhase { taps, launched } = launch;
         let mut run = launched.vmm.run().clone();
         run.claims.clone_from(&taps.reserved.claims);
         run.started_ms = now_ms();
         let mut live = self.live(launched, run);
         live.quiet_since = tokio::time::Instant::now();
         self.take_hold(Hold::Vmm(live));
-        let why = Why::asked(start.request, start.caller).ended_by(start.ended_by);
+        let why = ChangeReason::asked(start.request, start.caller).ended_by(start.ended_by);
         let mut status = self.status(Phase::Running);
         if let Some(end) = start.after {
             status = end.shown_in(status);
         }
-        let turn = Turn::new(EventKind::StateChanged, why, status).observing(Observation::Runs).ending(None);
-        if let Err(error) = self.try_to_conclude(budget, turn).await {
-            return Err(self.take_back(budget, start, taps, error.into(), false).await);
+        let update =
+            RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::Runs).ending(None);
+        if let Err(error) = self.try_to_conclude(budget, update).await {
+            return Err(self.undo_launch(budget, start, taps, error.into(), false).await);
         }
         point(FaultPoint::outcome_committed(start.request));
         spares::refill(&self.shared, &self.backend);

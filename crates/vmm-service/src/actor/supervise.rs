@@ -1,7 +1,7 @@
 //! The start of actors, and their restart after a panic.
 //!
 //! ```text
-//!   NewActor ─► entry in the index, with mailbox ─► Beginning ─► run ──► VM deleted, mailbox shut
+//!   NewActor ─► entry in the index, with mailbox ─► ActorOrigin ─► run ─► VM deleted, mailbox shut
 //!                                                     ▲          │ panic
 //!                                                     └─ recover ┘ from the record readers see
 //! ```
@@ -20,32 +20,32 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 use tracing::Instrument as _;
-use vmm_core::backend::{Backend, Launched};
+use vmm_core::backend::{Backend, LaunchedVmm};
 use vmm_core::event::EventSeq;
 use vmm_core::id::VmUid;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Phase, Status};
 use vmm_core::store::VmRecord;
 
-use super::hold::{Hold, Next};
+use super::hold::{Hold, NextStep};
 use super::journal::Journal;
-use super::quarantine::Nobody;
+use super::quarantine::QuarantineBackend;
 use super::{Actor, Flow};
 use crate::clock::now_ms;
 use crate::mailbox::{ActorHandle, Mailbox};
 use crate::shared::Shared;
 
 /// The wait before an actor that has panicked is made again. A forced operation ends the wait.
-const AFTER_A_PANIC: Duration = Duration::from_secs(1);
+const PANIC_RESTART_DELAY: Duration = Duration::from_secs(1);
 
 /// The situation in which the actor of a VM begins.
-pub(crate) enum Beginning {
+pub(crate) enum ActorOrigin {
     /// A client has just created the VM.
     Created,
     /// An earlier daemon knew the VM. `in_use` is true if a process may use its run folder.
     Recovered { in_use: bool },
     /// Another program made the VM. The VM runs if there is a handle.
-    Imported { launched: Option<Launched> },
+    Imported { launched: Option<LaunchedVmm> },
     /// This program cannot take up the record. `why` is the reason.
     Quarantined { why: String },
 }
@@ -58,7 +58,7 @@ pub(crate) struct NewActor {
     pub(crate) backend: Arc<dyn Backend>,
     /// The last event that the record shows.
     pub(crate) committed: EventSeq,
-    pub(crate) beginning: Beginning,
+    pub(crate) origin: ActorOrigin,
 }
 
 impl NewActor {
@@ -70,41 +70,46 @@ impl NewActor {
         known: Option<Arc<dyn Backend>>,
         why: String,
     ) -> Self {
-        let backend = Arc::new(Nobody::new(&record, known, why.clone()));
+        let backend = Arc::new(QuarantineBackend::new(&record, known, why.clone()));
         let (record, committed) = (Arc::new(record), EventSeq::default());
-        Self { shared, record, backend, committed, beginning: Beginning::Quarantined { why } }
+        Self { shared, record, backend, committed, origin: ActorOrigin::Quarantined { why } }
     }
 
     /// Puts the VM into the index and starts its actor. The receiver gets a message when the
     /// recovery of the VM has a result.
     pub(crate) fn start(self) -> oneshot::Receiver<()> {
-        let Self { shared, record, backend, committed, beginning } = self;
+        let Self { shared, record, backend, committed, origin } = self;
         let mailbox = Arc::<Mailbox>::default();
         let handle = ActorHandle::new(record.uid, Arc::clone(&mailbox));
         // The entry must exist before the task runs, because the first act of the actor may be to
         // publish its record or to remove it.
         shared.index.insert(Arc::clone(&record), committed, handle);
         let (known, fate) = oneshot::channel();
-        let seed = Seed { shared, uid: record.uid, backend, mailbox };
-        tokio::spawn(seed.live_on(record, beginning, known));
+        let seed = ActorSeed { shared, uid: record.uid, backend, mailbox };
+        tokio::spawn(seed.run_through_panics(record, origin, known));
         fate
     }
 }
 
 /// The parts from which the actor is made, at first and after each panic.
-struct Seed {
+struct ActorSeed {
     shared: Arc<Shared>,
     uid: VmUid,
     backend: Arc<dyn Backend>,
     mailbox: Arc<Mailbox>,
 }
 
-impl Seed {
+impl ActorSeed {
     /// Runs the actor until the VM is deleted, through panics. The awaited futures are boxed,
     /// because most actors are idle and a step takes more room than the wait for one.
-    async fn live_on(self, record: Arc<VmRecord>, beginning: Beginning, known: oneshot::Sender<()>) {
+    async fn run_through_panics(
+        self,
+        record: Arc<VmRecord>,
+        origin: ActorOrigin,
+        known: oneshot::Sender<()>,
+    ) {
         let mut known = Some(known);
-        let mut life = self.life(record, beginning, Journal::default(), &mut known);
+        let mut life = self.life(record, origin, Journal::default(), &mut known);
         // A panic drops the actor and its handle of the VMM. The record is in the index, the claims
         // are in `Shared`, and the process is found again by the recovery, so nothing else is lost.
         // The mailbox outlives the panic, and the operations that wait in it are carried out
@@ -112,8 +117,8 @@ impl Seed {
         // between a commit and its answer.
         while let Err(panic) = AssertUnwindSafe(life).catch_unwind().await {
             drop(panic);
-            let Some((record, beginning)) = Box::pin(self.after_a_panic()).await else { break };
-            life = self.life(record, beginning, Journal::after_a_panic(), &mut known);
+            let Some((record, origin)) = Box::pin(self.after_a_panic()).await else { break };
+            life = self.life(record, origin, Journal::after_a_panic(), &mut known);
         }
         self.mailbox.close();
     }
@@ -121,23 +126,23 @@ impl Seed {
     /// Waits until the actor is to run again after a panic, and returns the record and the
     /// beginning. Returns `None` if readers see the VM as deleted, which is the case only after the
     /// commit.
-    async fn after_a_panic(&self) -> Option<(Arc<VmRecord>, Beginning)> {
+    async fn after_a_panic(&self) -> Option<(Arc<VmRecord>, ActorOrigin)> {
         let record = self.shared.index.record(self.uid)?;
         tracing::error!(
             vm_id = %record.vm_id,
             uid = %record.uid,
             "the actor of a VM panicked, which is a defect of this program; the VM is recovered"
         );
-        self.shared.index.publish(Arc::new(as_after_a_panic(&record)));
+        self.shared.index.publish(Arc::new(record_after_panic(&record)));
         let force = self.mailbox.forced();
-        let _ = tokio::time::timeout(AFTER_A_PANIC, force).await;
+        let _ = tokio::time::timeout(PANIC_RESTART_DELAY, force).await;
         // The recovery must assume that a process uses the run folder, because the panic may have
         // come in the middle of a start.
-        let beginning = match record.status.reason {
-            Reason::NotTakenUp => Beginning::Quarantined { why: record.status.message.clone() },
-            _ => Beginning::Recovered { in_use: true },
+        let origin = match record.status.reason {
+            Reason::NotTakenUp => ActorOrigin::Quarantined { why: record.status.message.clone() },
+            _ => ActorOrigin::Recovered { in_use: true },
         };
-        Some((record, beginning))
+        Some((record, origin))
     }
 
     /// Returns the future of the actor, which ends with the actor or by a panic. `known` gets a
@@ -145,7 +150,7 @@ impl Seed {
     fn life<'a>(
         &self,
         record: Arc<VmRecord>,
-        beginning: Beginning,
+        origin: ActorOrigin,
         journal: Journal,
         known: &'a mut Option<oneshot::Sender<()>>,
     ) -> BoxFuture<'a, ()> {
@@ -156,13 +161,13 @@ impl Seed {
             backend: Arc::clone(&self.backend),
             mailbox: Arc::clone(&self.mailbox),
             hold: Hold::Nothing,
-            next: Next::Idle,
+            next: NextStep::Idle,
             answered: None,
-            signs_in_a_row: 0,
+            messages_in_a_row: 0,
             slot: None,
         };
         Box::pin(async move {
-            if let Flow::GoOn = Box::pin(actor.begin_and_tell(beginning, known)).await {
+            if let Flow::GoOn = Box::pin(actor.begin_and_notify(origin, known)).await {
                 actor.run().await;
             }
         })
@@ -170,24 +175,24 @@ impl Seed {
 }
 
 impl Actor {
-    async fn begin_and_tell(
+    async fn begin_and_notify(
         &mut self,
-        beginning: Beginning,
+        origin: ActorOrigin,
         known: &mut Option<oneshot::Sender<()>>,
     ) -> Flow {
         let span = self.span();
-        let flow = self.begin(beginning).instrument(span).await;
-        self.keep_looking();
+        let flow = self.begin(origin).instrument(span).await;
+        self.schedule_search();
         if let Some(known) = known.take() {
             let _ = known.send(());
         }
         flow
     }
 
-    async fn begin(&mut self, beginning: Beginning) -> Flow {
-        match beginning {
-            Beginning::Created => Flow::GoOn,
-            Beginning::Recovered { in_use } => {
+    async fn begin(&mut self, origin: ActorOrigin) -> Flow {
+        match origin {
+            ActorOrigin::Created => Flow::GoOn,
+            ActorOrigin::Recovered { in_use } => {
                 // The budgets of a recovery begin after it has its slot, because the wait for the
                 // slot must not use them up.
                 self.slot = Arc::clone(&self.shared.recoveries).acquire_owned().await.ok();
@@ -195,19 +200,19 @@ impl Actor {
                 self.slot = None;
                 flow
             }
-            Beginning::Imported { launched } => {
+            ActorOrigin::Imported { launched } => {
                 if let Some((launched, run)) = launched.zip(self.record.run.clone()) {
                     self.hold = Hold::Vmm(self.live(launched, run));
                 }
                 Flow::GoOn
             }
-            Beginning::Quarantined { why } => self.quarantine(why).await,
+            ActorOrigin::Quarantined { why } => self.quarantine(why).await,
         }
     }
 }
 
 /// Returns the record that is shown until the actor has determined the true state.
-fn as_after_a_panic(record: &VmRecord) -> VmRecord {
+fn record_after_panic(record: &VmRecord) -> VmRecord {
     let status = Status { restarts: record.status.restarts, ..Status::plain(Phase::Unreachable, now_ms()) }
         .because(Reason::Internal, "a defect of this program ended the task of the VM; the VM is recovered");
     VmRecord { status, ..record.clone() }

@@ -21,10 +21,10 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::report::FieldReport;
 use vmm_core::store::HostClaim;
-use vmm_host::net::tap::{NamedBy, Provided, TapError, TapOwner, Taps};
+use vmm_host::net::tap::{TapError, TapNameOrigin, TapOrigin, TapOwner, Taps};
 
 use super::Actor;
-use super::budget::{Broken, Budget};
+use super::budget::{Budget, EffectError};
 use super::hold::Hold;
 
 /// The time in which all TAPs of one VM are to be made. One takes a tenth of a millisecond.
@@ -42,16 +42,17 @@ impl Actor {
     /// Its other interfaces are no TAPs, or have TAPs that the VMM makes for itself. Such a VM is
     /// never made anew, because its VMM did not report enough. A libvirt domain has no TAPs here,
     /// because libvirt gives it new ones with each run.
-    pub(super) fn taps(&self) -> Vec<(String, NamedBy)> {
+    pub(super) fn taps(&self) -> Vec<(String, TapNameOrigin)> {
         if self.record.imported && self.record.kind.domain().is_some() {
             return Vec::new();
         }
         if self.record.imported {
             let told = self.spec().nics.into_iter().filter_map(|nic| nic.tap);
-            return told.map(|name| (name, NamedBy::Client)).collect();
+            return told.map(|name| (name, TapNameOrigin::Client)).collect();
         }
         let uid = self.record.uid;
-        let by = |name: &str| if uid.made_tap_name(name) { NamedBy::Program } else { NamedBy::Client };
+        let by =
+            |name: &str| if uid.made_tap_name(name) { TapNameOrigin::Program } else { TapNameOrigin::Client };
         let named = |name: String| {
             let by = by(&name);
             (name, by)
@@ -73,7 +74,7 @@ impl Actor {
         &mut self,
         budget: Budget,
         made: &mut Vec<String>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), EffectError> {
         let owner = self.tap_owner();
         let (taps, names) = (Arc::clone(&self.shared.taps), self.taps());
         let providing = async {
@@ -82,10 +83,10 @@ impl Actor {
                 // removed after it if the TAP is not new.
                 made.push(name.clone());
                 let provided = taps.provide(&name, by, owner).await;
-                if !matches!(provided, Ok(Provided::Made)) {
+                if !matches!(provided, Ok(TapOrigin::Made)) {
                     made.pop();
                 }
-                if matches!(provided, Ok(Provided::FoundDown)) {
+                if matches!(provided, Ok(TapOrigin::FoundDown)) {
                     tracing::warn!(
                         tap = name,
                         "the TAP is down, and this daemon may not bring it up, so that the guest has no network; \
@@ -99,8 +100,8 @@ impl Actor {
             Ok(())
         };
         match self.interruptible(budget, PROVIDE_LIMIT, providing).await {
-            Err(Broken::Backend(error)) if error.kind == BackendErrorKind::Timeout => {
-                Err(Broken::Backend(too_late(made.last().map_or("", String::as_str))))
+            Err(EffectError::Backend(error)) if error.kind == BackendErrorKind::Timeout => {
+                Err(EffectError::Backend(too_late(made.last().map_or("", String::as_str))))
             }
             provided => provided,
         }

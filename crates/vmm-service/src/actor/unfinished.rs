@@ -17,17 +17,17 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 use vmm_core::event::EventKind;
-use vmm_core::intent::Recovery;
+use vmm_core::intent::RecoveryAction;
 use vmm_core::reason::Reason;
-use vmm_core::state::{Observation, Phase, Request};
+use vmm_core::state::{Observation, Phase, VmOperation};
 use vmm_core::store::Intent;
 
 use super::Actor;
 use super::budget::Budget;
-use super::hold::Next;
-use super::journal::{Turn, Why};
+use super::hold::NextStep;
+use super::journal::{ChangeReason, RecordUpdate};
 use super::restart::LastEnd;
-use crate::mailbox::Operation;
+use crate::mailbox::OperationRequest;
 use crate::operation_log::Ending;
 
 impl Actor {
@@ -41,31 +41,31 @@ impl Actor {
     pub(super) fn take_up_force(&mut self) {
         let operation = self.record.intent.as_ref().and_then(operation);
         if let Some(operation) = operation.filter(is_forced) {
-            self.next = Next::Finish(Box::new(operation));
+            self.next = NextStep::Finish(Box::new(operation));
         }
     }
 
     /// Records that the VM is held again, the state of its guest, and the operation that is still
     /// to be done. The intent stays on record until that operation is done.
     pub(super) async fn take_up_unfinished(&mut self, intent: &Intent, observation: Observation) {
-        let phase = if intent.request() == Request::Reboot { Phase::Rebooting } else { Phase::Stopping };
+        let phase = if intent.request() == VmOperation::Reboot { Phase::Rebooting } else { Phase::Stopping };
         let method = intent.request().name();
         let status = self.status(phase).because(
             Reason::OperationInterrupted,
             format!("the daemon ended during {method}, which continues now"),
         );
         if let Some(operation) = operation(intent) {
-            self.next = Next::Finish(Box::new(operation));
+            self.next = NextStep::Finish(Box::new(operation));
         }
-        let turn = Turn::new(EventKind::Adopted, Why::by_itself("daemon-started"), status)
+        let update = RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself("daemon-started"), status)
             .observing(observation)
             .intending(Some(intent.clone()));
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
     /// Finishes an operation whose client has gone. The operation is forced if it was forced when
     /// it was interrupted.
-    pub(super) async fn finish(&mut self, operation: Operation) {
+    pub(super) async fn finish(&mut self, operation: OperationRequest) {
         let method = operation.request.name();
         let budget = if is_forced(&operation) {
             Budget::of_force(Instant::now())
@@ -87,19 +87,19 @@ impl Actor {
             let status = self
                 .status(Phase::at_rest(self.record.state))
                 .because(Reason::OperationFailed, format!("{method} could not be continued: {error}"));
-            let why = Why::asked(operation.request, &operation.caller);
-            let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
+            let why = ChangeReason::asked(operation.request, &operation.caller);
+            let _ = self.conclude(budget, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
         }
     }
 
     /// Returns true if a reboot was in progress and its old VMM, on record as running, has gone.
     /// The old run is forgotten then, and the next search is for a new VMM.
     pub(super) fn first_half_is_done(&mut self, intent: Option<&Intent>) -> bool {
-        let rebooting = intent.is_some_and(|intent| intent.request() == Request::Reboot);
+        let rebooting = intent.is_some_and(|intent| intent.request() == VmOperation::Reboot);
         if !rebooting || self.record.run.is_none() {
             return false;
         }
-        self.let_go_keeping_claims();
+        self.drop_hold();
         self.forget_run_and_state();
         true
     }
@@ -109,44 +109,46 @@ impl Actor {
     pub(super) async fn starts_after_all(&mut self, intent: Option<&Intent>) -> bool {
         let Some(intent) = intent else { return false };
         let reason = match intent.recovery() {
-            Recovery::Reboot { .. } => Reason::RebootInterrupted,
-            Recovery::Start { again: true } => Reason::BootInterrupted,
-            Recovery::Start { again: false }
-            | Recovery::AsFound
-            | Recovery::Shutdown { .. }
-            | Recovery::ShutdownAnswered
-            | Recovery::Delete { .. } => return false,
+            RecoveryAction::Reboot { .. } => Reason::RebootInterrupted,
+            RecoveryAction::Start { again: true } => Reason::BootInterrupted,
+            RecoveryAction::Start { again: false }
+            | RecoveryAction::AsFound
+            | RecoveryAction::Shutdown { .. }
+            | RecoveryAction::ShutdownAnswered
+            | RecoveryAction::Delete { .. } => return false,
         };
-        self.let_go_and_release();
+        self.drop_hold_and_claims();
         let status = self
             .status(Phase::Restarting)
             .because(reason, "the daemon ended while the VM was being started again, which is done now");
-        self.next = Next::RestartAt(Instant::now(), Box::new(LastEnd::on_record(&status)));
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("daemon-started"), status)
-            .observing(Observation::VmmGone);
+        self.next = NextStep::RestartAt(Instant::now(), Box::new(LastEnd::on_record(&status)));
+        let update =
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status)
+                .observing(Observation::VmmGone);
         // A refused commit is logged, and the start takes place nevertheless.
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let _ = self.conclude(Budget::of_own_step(), update).await;
         true
     }
 }
 
 /// Returns true if an operation needs no answer of a VMM.
-fn is_forced(operation: &Operation) -> bool {
-    operation.request == Request::Shutdown && operation.ask_guest_for.is_none()
+fn is_forced(operation: &OperationRequest) -> bool {
+    operation.request == VmOperation::Shutdown && operation.ask_guest_for.is_none()
 }
 
 /// Returns the operation that is carried on, if there is one.
-fn operation(intent: &Intent) -> Option<Operation> {
+fn operation(intent: &Intent) -> Option<OperationRequest> {
     let caller = intent.caller.clone();
     match intent.recovery() {
-        Recovery::Shutdown { ask_guest_for } => {
-            Some(Operation { request: Request::Shutdown, ask_guest_for, caller })
+        RecoveryAction::Shutdown { ask_guest_for } => {
+            Some(OperationRequest { request: VmOperation::Shutdown, ask_guest_for, caller })
         }
-        Recovery::Reboot { ask_guest_for } => {
-            Some(Operation { request: Request::Reboot, ask_guest_for, caller })
+        RecoveryAction::Reboot { ask_guest_for } => {
+            Some(OperationRequest { request: VmOperation::Reboot, ask_guest_for, caller })
         }
-        Recovery::AsFound | Recovery::Start { .. } | Recovery::ShutdownAnswered | Recovery::Delete { .. } => {
-            None
-        }
+        RecoveryAction::AsFound
+        | RecoveryAction::Start { .. }
+        | RecoveryAction::ShutdownAnswered
+        | RecoveryAction::Delete { .. } => None,
     }
 }

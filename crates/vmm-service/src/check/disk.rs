@@ -14,8 +14,8 @@ use vmm_host::files::{self, Access, FileFacts};
 use vmm_host::qcow2::{self, Backing, Head, Qcow2Header};
 use vmm_host::{host_use, partitions};
 
-use super::looks::Visitor;
-use super::{HostFacts, Purpose, Terms};
+use super::permits::FileCheck;
+use super::{FileCheckPurpose, FileCheckTerms, FileFindings};
 
 /// The largest number of backing files of one image. A longer chain reads slowly, and is a mistake.
 const MAX_CHAIN: usize = 32;
@@ -27,10 +27,16 @@ const DIRECT_BLOCK: u64 = 4096;
 
 /// Looks at `disk`, and adds the claims on its image and on each of its backing files. `adds_root`
 /// is true if the kernel's arguments will name the whole disk as the root file system.
-pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, adds_root: bool, terms: Terms) {
+pub(super) fn check_disk(
+    file_check: &FileCheck,
+    found: &mut FileFindings,
+    disk: &Disk,
+    adds_root: bool,
+    terms: FileCheckTerms,
+) {
     let field = format!("{}.path", disk.field());
     let access = if disk.read_only { Access::Read } else { Access::ReadWrite };
-    let Some(facts) = found.inspect(visitor, &field, &disk.path, access) else { return };
+    let Some(facts) = found.inspect(file_check, &field, &disk.path, access) else { return };
     claim(found, &field, facts.claim(&disk.path, access));
     // A guest that only reads can at worst see a file system in the middle of a change.
     if access == Access::ReadWrite
@@ -43,7 +49,7 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
         found.report.reject(&field, message);
     }
     match (disk.format, terms.purpose) {
-        (DiskFormat::Raw, Purpose::Create) => {
+        (DiskFormat::Raw, FileCheckPurpose::Create) => {
             probe_raw(found, disk);
             check_size(found, disk, &facts);
             if adds_root {
@@ -56,12 +62,12 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
         }
         // The image was declared raw when the VM was created. Its contents are the guest's from
         // then on.
-        (DiskFormat::Raw, Purpose::Boot) => {}
+        (DiskFormat::Raw, FileCheckPurpose::Boot) => {}
         (DiskFormat::Qcow2, purpose) => {
             let Some(header) = read_qcow2(found, &format_field(disk), &disk.path) else { return };
-            let wanted = adds_root && purpose == Purpose::Create;
+            let wanted = adds_root && purpose == FileCheckPurpose::Create;
             let head = wanted.then(|| Head::new(partitions::HEAD_BYTES));
-            let mut chain = Chain { visitor, found, disk, terms, head };
+            let mut chain = BackingChain { file_check, found, disk, terms, head };
             chain.walk(header, (facts.device, facts.inode));
             if let Some(head) = chain.head.take() {
                 advise_of_partitions(found, disk, &head);
@@ -74,7 +80,7 @@ pub(super) fn look_at(visitor: &Visitor, found: &mut HostFacts, disk: &Disk, add
 /// Cloud Hypervisor reads the first sector, and QEMU writes with direct I/O in whole sectors only.
 /// Warns about bytes at the end that a guest may not see, because each hypervisor cuts or fills the
 /// last sector in its own way.
-fn check_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
+fn check_size(found: &mut FileFindings, disk: &Disk, facts: &FileFacts) {
     let (shown, size, field) = (disk.path.display(), facts.size, format!("{}.path", disk.field()));
     let longer = |step: u64| format!("make it longer (truncate -s %{step} {shown})");
     if size < SECTOR {
@@ -106,7 +112,7 @@ fn check_size(found: &mut HostFacts, disk: &Disk, facts: &FileFacts) {
 
 /// Warns about a root device whose `head` has a partition table while the arguments name the whole
 /// disk.
-fn advise_of_partitions(found: &mut HostFacts, disk: &Disk, head: &Head) {
+fn advise_of_partitions(found: &mut FileFindings, disk: &Disk, head: &Head) {
     if partitions::has_table(head.bytes()) {
         let message = format!(
             "{} has a partition table, and the root file system is looked for on the whole disk: name the partition in \
@@ -121,7 +127,7 @@ fn format_field(disk: &Disk) -> String {
     format!("{}.options[\"format\"]", disk.field())
 }
 
-fn probe_raw(found: &mut HostFacts, disk: &Disk) {
+fn probe_raw(found: &mut FileFindings, disk: &Disk) {
     let shown = disk.path.display();
     match files::head(&disk.path, qcow2::MAGIC.len()) {
         Ok(head) if head == qcow2::MAGIC => found.report.reject(
@@ -135,7 +141,7 @@ fn probe_raw(found: &mut HostFacts, disk: &Disk) {
     }
 }
 
-fn read_qcow2(found: &mut HostFacts, field: &str, path: &Path) -> Option<Qcow2Header> {
+fn read_qcow2(found: &mut FileFindings, field: &str, path: &Path) -> Option<Qcow2Header> {
     let shown = path.display();
     match files::qcow2_header(path) {
         Ok(Some(header)) => return Some(header),
@@ -153,17 +159,17 @@ fn read_qcow2(found: &mut HostFacts, field: &str, path: &Path) -> Option<Qcow2He
 }
 
 /// The walk from one image along its backing files.
-struct Chain<'a> {
-    visitor: &'a Visitor,
-    found: &'a mut HostFacts,
+struct BackingChain<'a> {
+    file_check: &'a FileCheck,
+    found: &'a mut FileFindings,
     disk: &'a Disk,
-    terms: Terms,
+    terms: FileCheckTerms,
     /// The first bytes of the disk as the guest sees them, if they are wanted. They become `None`
     /// at an image whose data cannot be read here.
     head: Option<Head>,
 }
 
-impl Chain<'_> {
+impl BackingChain<'_> {
     /// Walks from the image, whose device and inode are `image`.
     fn walk(&mut self, first: Qcow2Header, image: (u64, u64)) {
         let (mut path, mut header) = (self.disk.path.clone(), first);
@@ -267,7 +273,7 @@ impl Chain<'_> {
             return None;
         };
         let field = self.field();
-        let facts = self.found.inspect(self.visitor, &field, &next, Access::Read)?;
+        let facts = self.found.inspect(self.file_check, &field, &next, Access::Read)?;
         let file = (facts.device, facts.inode);
         if seen.contains(&file) {
             self.reject(format!("{} is based on itself", next.display()));
@@ -289,13 +295,13 @@ impl Chain<'_> {
             }
             // If the format is not stated, a VMM would guess it from contents that another guest
             // may have written.
-            (None, Purpose::Create) => {
+            (None, FileCheckPurpose::Create) => {
                 self.reject(format!(
                     "{shown} does not say which format its backing file has: state it (qemu-img rebase -u -b FILE -F FORMAT)"
                 ));
                 None
             }
-            (None, Purpose::Boot) => match files::qcow2_header(&next) {
+            (None, FileCheckPurpose::Boot) => match files::qcow2_header(&next) {
                 Ok(header) => header.map(|header| (next, header)),
                 Err(_) => None,
             },
@@ -312,7 +318,7 @@ impl Chain<'_> {
 }
 
 /// Adds one claim, and rejects a file that the VM itself uses twice with a writer.
-fn claim(found: &mut HostFacts, field: &str, claim: HostClaim) {
+fn claim(found: &mut FileFindings, field: &str, claim: HostClaim) {
     if let Some(problem) = conflict(&found.claims, &claim) {
         found.report.reject(field, problem);
     }

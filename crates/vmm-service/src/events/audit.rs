@@ -9,8 +9,8 @@ use std::sync::Arc;
 use vmm_core::event::EventSeq;
 use vmm_core::store::EventQuery;
 
-use super::token::{Kind, Token, check_of_filter};
-use super::{Events, Recorded, parse_vm_id, unreadable};
+use super::token::{Token, TokenKind, check_of_filter};
+use super::{Events, RecordedEvent, parse_vm_id, unreadable};
 use crate::error::ServiceError;
 
 /// The page size if the client gives none.
@@ -33,7 +33,7 @@ pub struct EventsQuery {
 #[derive(Clone, Debug)]
 pub struct EventsPage {
     /// The events, oldest first.
-    pub events: Vec<Recorded>,
+    pub events: Vec<RecordedEvent>,
     /// The token of the next page. Empty on the last page.
     pub next_page_token: String,
 }
@@ -58,7 +58,7 @@ impl Events {
         let more = found.len() > size;
         found.truncate(size);
         let next_page_token = match found.last() {
-            Some(last) if more => self.token(Kind::Page, last.seq, filter),
+            Some(last) if more => self.token(TokenKind::Page, last.seq, filter),
             Some(_) | None => String::new(),
         };
         let events = found.into_iter().map(|event| self.recorded(Arc::new(event))).collect();
@@ -73,14 +73,16 @@ impl Events {
             )
         };
         match text.parse::<Token>() {
-            Ok(Token { kind: Kind::Page, instance, .. }) if instance != self.instance => {
+            Ok(Token { kind: TokenKind::Page, instance, .. }) if instance != self.instance => {
                 Err(bad("belongs to another daemon, or to another state directory"))
             }
-            Ok(Token { kind: Kind::Page, check, .. }) if check != filter => {
+            Ok(Token { kind: TokenKind::Page, check, .. }) if check != filter => {
                 Err(bad("belongs to a listing with another vm_id"))
             }
-            Ok(Token { kind: Kind::Page, seq, .. }) => Ok(seq),
-            Ok(Token { kind: Kind::Event | Kind::Synced, .. }) => Err(bad("is a resume_token of WatchVms")),
+            Ok(Token { kind: TokenKind::Page, seq, .. }) => Ok(seq),
+            Ok(Token { kind: TokenKind::Event | TokenKind::Synced, .. }) => {
+                Err(bad("is a resume_token of WatchVms"))
+            }
             Err(_) => Err(bad("is not a token of this service")),
         }
     }

@@ -20,10 +20,10 @@
 //! removes old events.
 
 mod audit;
+mod commit_tracker;
 mod present;
 mod recent;
 mod retention;
-mod settled;
 mod token;
 mod watch;
 
@@ -35,13 +35,13 @@ use vmm_core::id::{InstanceId, VmId};
 use vmm_core::store::{Commit, EventQuery, Store, StoreError, StoreErrorKind};
 
 use crate::error::ServiceError;
-use recent::Recent;
-use settled::{Open, Settled};
-use token::{Kind, Token};
+use commit_tracker::{CommitTracker, OpenCommit};
+use recent::RecentEvents;
+use token::{Token, TokenKind};
 
 pub use audit::{EventsPage, EventsQuery};
-pub use present::Present;
-pub use watch::{Notice, Watch, WatchQuery};
+pub use present::PresentVm;
+pub use watch::{Watch, WatchMessage, WatchQuery};
 
 pub(crate) use retention::expire_for_ever;
 
@@ -55,8 +55,8 @@ const RECENT_BYTES: usize = 16 << 20;
 
 /// An event with its token.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recorded {
-    /// The token that resumes a watch after this event. Empty before [`Notice::Synced`].
+pub struct RecordedEvent {
+    /// The token that resumes a watch after this event. Empty before [`WatchMessage::Synced`].
     pub token: String,
     /// The event.
     pub event: Arc<VmEvent>,
@@ -68,24 +68,24 @@ pub(crate) struct Events {
     /// The fingerprint of the instance, with which tokens of this log are marked.
     instance: u64,
     retention: Duration,
-    settled: Arc<Settled>,
+    settled: Arc<CommitTracker>,
     /// The end of the log in memory. Locked while the store is read, so that one of many watchers
     /// reads for all.
-    recent: tokio::sync::Mutex<Recent>,
+    recent: tokio::sync::Mutex<RecentEvents>,
 }
 
 /// A change that was committed and is not shown to readers yet. The owner drops it when readers see
 /// the change.
 #[must_use = "watchers wait for it to be dropped"]
 #[derive(Debug)]
-pub(crate) struct Committed {
+pub(crate) struct CommitReceipt {
     /// The place of its event.
     pub(crate) seq: EventSeq,
-    _open: Open,
+    _open: OpenCommit,
 }
 
-impl Committed {
-    fn at(seq: Option<EventSeq>, open: Open) -> Self {
+impl CommitReceipt {
+    fn at(seq: Option<EventSeq>, open: OpenCommit) -> Self {
         let seq = seq.unwrap_or_default();
         open.answered(seq);
         Self { seq, _open: open }
@@ -104,8 +104,8 @@ impl Events {
             store,
             instance: token::fingerprint(instance),
             retention,
-            settled: Arc::new(Settled::new(last)),
-            recent: tokio::sync::Mutex::new(Recent::new(last, usize::from(RECENT), RECENT_BYTES)),
+            settled: Arc::new(CommitTracker::new(last)),
+            recent: tokio::sync::Mutex::new(RecentEvents::new(last, usize::from(RECENT), RECENT_BYTES)),
         }
     }
 
@@ -115,10 +115,10 @@ impl Events {
     /// # Errors
     ///
     /// Returns the store's error.
-    pub(crate) async fn commit(&self, commit: Commit) -> Result<Committed, StoreError> {
+    pub(crate) async fn commit(&self, commit: Commit) -> Result<CommitReceipt, StoreError> {
         let open = self.settled.open();
         let seq = self.store.commit(commit).await?;
-        Ok(Committed::at(seq, open))
+        Ok(CommitReceipt::at(seq, open))
     }
 
     /// Commits a change of a forced operation, for which the store keeps room.
@@ -126,10 +126,10 @@ impl Events {
     /// # Errors
     ///
     /// Returns the store's error.
-    pub(crate) async fn commit_forced(&self, commit: Commit) -> Result<Committed, StoreError> {
+    pub(crate) async fn commit_forced(&self, commit: Commit) -> Result<CommitReceipt, StoreError> {
         let open = self.settled.open();
         let seq = self.store.commit_forced(commit).await?;
-        Ok(Committed::at(seq, open))
+        Ok(CommitReceipt::at(seq, open))
     }
 
     /// Reads the events that follow `after`, at least one, from a log that is settled up to
@@ -181,16 +181,16 @@ impl Events {
 
     /// Returns an event for the beginning of a watch. It has no token, because a client that
     /// resumed from there would miss the VMs that were not sent yet.
-    fn recorded_without_token(event: Arc<VmEvent>) -> Recorded {
-        Recorded { token: String::new(), event }
+    fn recorded_without_token(event: Arc<VmEvent>) -> RecordedEvent {
+        RecordedEvent { token: String::new(), event }
     }
 
-    fn recorded(&self, event: Arc<VmEvent>) -> Recorded {
+    fn recorded(&self, event: Arc<VmEvent>) -> RecordedEvent {
         let check = token::check_of(&event);
-        Recorded { token: self.token(Kind::Event, event.seq, check), event }
+        RecordedEvent { token: self.token(TokenKind::Event, event.seq, check), event }
     }
 
-    fn token(&self, kind: Kind, seq: EventSeq, check: u32) -> String {
+    fn token(&self, kind: TokenKind, seq: EventSeq, check: u32) -> String {
         Token { kind, instance: self.instance, seq, check }.to_string()
     }
 
@@ -276,7 +276,7 @@ mod tests {
         for _ in 0..1000 {
             let query = WatchQuery::default();
             let mut watch = Watch::start(Arc::clone(&events), Arc::clone(&index), query).await.unwrap();
-            assert!(matches!(watch.next().await.unwrap(), Notice::Synced { .. }));
+            assert!(matches!(watch.next().await.unwrap(), WatchMessage::Synced { .. }));
             watches.push(watch);
         }
         let mut vm = record("vm");
@@ -291,7 +291,7 @@ mod tests {
             drop(committed);
             for watch in &mut watches {
                 let next = tokio::task::unconstrained(watch.next()).now_or_never().unwrap().unwrap();
-                assert!(matches!(next, Notice::Change(it) if it.event.seq.0 == number as u64));
+                assert!(matches!(next, WatchMessage::Change(it) if it.event.seq.0 == number as u64));
             }
         }
         assert_eq!(store.reads.load(Ordering::Relaxed), CHANGES);

@@ -35,13 +35,13 @@ use vmm_core::state::{EndedBy, Status, VmState};
 use vmm_core::store::VmRecord;
 
 use super::Events;
-use super::watch::{Filter, Notice};
+use super::watch::{WatchFilter, WatchMessage};
 use crate::error::ServiceError;
 use crate::index::Index;
 
 /// The present state of one VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Present {
+pub struct PresentVm {
     /// The name.
     pub vm_id: VmId,
     /// The uid.
@@ -56,7 +56,7 @@ pub struct Present {
     pub ended_by: Option<EndedBy>,
 }
 
-impl Present {
+impl PresentVm {
     fn of_record(record: &VmRecord) -> Self {
         Self {
             vm_id: record.vm_id.clone(),
@@ -86,16 +86,16 @@ impl Present {
 const PAGE: usize = 64;
 
 /// The progress of a beginning.
-pub(super) enum Beginning {
+pub(super) enum ReplayProgress {
     /// Every VM up to this one has been sent.
     Told(Option<VmUid>),
     /// A page has been read, and the log is being replayed up to the fence.
-    Replaying(Page),
+    Replaying(PresentPage),
     /// Every VM has been sent, and the marker has not.
     Ended,
 }
 
-impl Beginning {
+impl ReplayProgress {
     pub(super) fn new() -> Self {
         Self::Told(None)
     }
@@ -106,12 +106,12 @@ impl Beginning {
         &mut self,
         events: &Events,
         index: &Index,
-        filter: &Filter,
+        filter: &WatchFilter,
         place: &mut EventSeq,
-    ) -> Result<Vec<Notice>, ServiceError> {
+    ) -> Result<Vec<WatchMessage>, ServiceError> {
         match self {
             Self::Told(last) => {
-                let page = Page::read(index, events, filter, *last);
+                let page = PresentPage::read(index, events, filter, *last);
                 // Some commits up to the fence may be in progress. A store takes milliseconds for
                 // them.
                 events.settled_up_to(page.fence).await?;
@@ -127,7 +127,7 @@ impl Beginning {
                 for event in batch.into_iter().take_while(|event| event.seq <= fence) {
                     *place = event.seq;
                     if page.replay(&event, filter) {
-                        changes.push(Notice::Change(Events::recorded_without_token(event)));
+                        changes.push(WatchMessage::Change(Events::recorded_without_token(event)));
                     }
                 }
                 Ok(changes)
@@ -135,7 +135,7 @@ impl Beginning {
             Self::Replaying(page) => {
                 let told = std::mem::take(&mut page.matching);
                 *self = page.last.map_or(Self::Ended, |last| Self::Told(Some(last)));
-                Ok(told.into_values().map(Notice::Present).collect())
+                Ok(told.into_values().map(WatchMessage::Present).collect())
             }
             Self::Ended => Ok(Vec::new()),
         }
@@ -143,20 +143,20 @@ impl Beginning {
 }
 
 /// Some VMs that follow each other in the index, with the changes of the replay.
-pub(super) struct Page {
+pub(super) struct PresentPage {
     /// The last VM before the page.
     after: Option<VmUid>,
     /// The last VM of the page. `None` means that the page holds all VMs that follow, including
     /// those that do not exist yet.
     last: Option<VmUid>,
-    matching: BTreeMap<VmUid, Present>,
+    matching: BTreeMap<VmUid, PresentVm>,
     /// The last event that each VM of the page shows, whether or not the VM matches the filter.
     up_to: HashMap<VmUid, EventSeq>,
     fence: EventSeq,
 }
 
-impl Page {
-    fn read(index: &Index, events: &Events, filter: &Filter, after: Option<VmUid>) -> Self {
+impl PresentPage {
+    fn read(index: &Index, events: &Events, filter: &WatchFilter, after: Option<VmUid>) -> Self {
         // At most one VM has a name, so a filter by name needs one page.
         let records = match &filter.vm_id {
             Some(vm_id) => index.get_at(vm_id).into_iter().collect(),
@@ -167,7 +167,7 @@ impl Page {
         let matching = records
             .iter()
             .filter(|(record, _)| filter.matches(&record.vm_id, &record.config.metadata))
-            .map(|(record, _)| (record.uid, Present::of_record(record)))
+            .map(|(record, _)| (record.uid, PresentVm::of_record(record)))
             .collect();
         let up_to = records.iter().map(|(record, seq)| (record.uid, *seq)).collect();
         Self { after, last, matching, up_to, fence }
@@ -175,7 +175,7 @@ impl Page {
 
     /// Applies an event to the page. Returns true if the event must be sent as a change instead,
     /// because the VM has been sent before.
-    fn replay(&mut self, event: &VmEvent, filter: &Filter) -> bool {
+    fn replay(&mut self, event: &VmEvent, filter: &WatchFilter) -> bool {
         let uid = event.event.uid;
         if self.after.is_some_and(|after| uid <= after) {
             return filter.matches_event(event);
@@ -193,7 +193,7 @@ impl Page {
         if event.event.kind == EventKind::Deleted {
             self.matching.remove(&uid);
         } else if filter.matches_event(event) {
-            let present = Present::of_event(event, self.matching.get(&uid));
+            let present = PresentVm::of_event(event, self.matching.get(&uid));
             self.matching.insert(uid, present);
         }
         false

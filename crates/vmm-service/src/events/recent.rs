@@ -7,7 +7,7 @@ use vmm_core::event::{EventSeq, VmEvent};
 
 /// A stretch of the log without gaps: every event after `base` up to `head`.
 #[derive(Debug)]
-pub(super) struct Recent {
+pub(super) struct RecentEvents {
     base: EventSeq,
     events: VecDeque<Arc<VmEvent>>,
     /// The largest number of events.
@@ -17,7 +17,7 @@ pub(super) struct Recent {
     used: usize,
 }
 
-impl Recent {
+impl RecentEvents {
     /// Creates an empty stretch at the end of the log.
     pub(super) fn new(end: EventSeq, capacity: usize, room: usize) -> Self {
         Self { base: end, events: VecDeque::new(), capacity, room, used: 0 }
@@ -85,14 +85,14 @@ mod tests {
         Arc::new(VmEvent { seq: EventSeq(seq), event })
     }
 
-    fn places(recent: &Recent, after: u64) -> Option<Vec<u64>> {
+    fn places(recent: &RecentEvents, after: u64) -> Option<Vec<u64>> {
         let found = recent.after(EventSeq(after), 100)?;
         Some(found.iter().map(|event| event.seq.0).collect())
     }
 
     #[test]
     fn it_keeps_the_last_and_answers_only_where_it_has_no_gap() {
-        let mut recent = Recent::new(EventSeq(5), 3, 1000);
+        let mut recent = RecentEvents::new(EventSeq(5), 3, 1000);
         assert_eq!((places(&recent, 4), places(&recent, 5), places(&recent, 6)), (None, Some(vec![]), None));
         recent.append(EventSeq(5), &[event(6, 0), event(7, 0)]);
         assert_eq!((places(&recent, 5), places(&recent, 6)), (Some(vec![6, 7]), Some(vec![7])));
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn long_texts_take_no_more_room_than_there_is() {
-        let mut recent = Recent::new(EventSeq(0), 100, 1000);
+        let mut recent = RecentEvents::new(EventSeq(0), 100, 1000);
         recent.append(EventSeq(0), &[event(1, 400), event(2, 400), event(3, 400)]);
         assert_eq!((places(&recent, 0), places(&recent, 1)), (None, Some(vec![2, 3])));
         recent.append(EventSeq(3), &[event(4, 5000)]);

@@ -26,9 +26,9 @@ use super::Events;
 use crate::clock::now_ms;
 
 /// The shortest time between two removals.
-const OFTEN: Duration = Duration::from_secs(1);
+const MIN_REMOVAL_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time between two removals.
-const SELDOM: Duration = Duration::from_secs(600);
+const MAX_REMOVAL_INTERVAL: Duration = Duration::from_secs(600);
 
 /// Removes old events repeatedly, for as long as the log is used. An event is kept for a twentieth
 /// of its retention longer, or for ten minutes if that is less.
@@ -36,7 +36,7 @@ pub(crate) async fn expire_for_ever(events: Weak<Events>) {
     let mut cutoff = Cutoff::default();
     while let Some(events) = events.upgrade() {
         expire(&events, &mut cutoff).await;
-        let pause = (events.retention / 20).clamp(OFTEN, SELDOM);
+        let pause = (events.retention / 20).clamp(MIN_REMOVAL_INTERVAL, MAX_REMOVAL_INTERVAL);
         drop(events);
         tokio::time::sleep(pause).await;
     }

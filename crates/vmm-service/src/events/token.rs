@@ -20,7 +20,7 @@ use vmm_core::id::{InstanceId, VmId};
 
 /// The kind of the message that carried a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum TokenKind {
     /// An event.
     Event,
     /// The end of the present states.
@@ -32,7 +32,7 @@ pub(super) enum Kind {
 /// A place in a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Token {
-    pub(super) kind: Kind,
+    pub(super) kind: TokenKind,
     /// The instance of the log, see [`fingerprint`].
     pub(super) instance: u64,
     /// The last place that the client has seen.
@@ -44,38 +44,38 @@ pub(super) struct Token {
 
 /// The error for a text that is not a [`Token`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct NotAToken;
+pub(super) struct InvalidToken;
 
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match self.kind {
-            Kind::Event => 'e',
-            Kind::Synced => 's',
-            Kind::Page => 'p',
+            TokenKind::Event => 'e',
+            TokenKind::Synced => 's',
+            TokenKind::Page => 'p',
         };
         write!(f, "{kind}{:016x}{:016x}{:08x}", self.instance, self.seq.0, self.check)
     }
 }
 
 impl FromStr for Token {
-    type Err = NotAToken;
+    type Err = InvalidToken;
 
-    fn from_str(text: &str) -> Result<Self, NotAToken> {
-        let (kind, digits) = text.split_at_checked(1).ok_or(NotAToken)?;
+    fn from_str(text: &str) -> Result<Self, InvalidToken> {
+        let (kind, digits) = text.split_at_checked(1).ok_or(InvalidToken)?;
         let kind = match kind {
-            "e" => Kind::Event,
-            "s" => Kind::Synced,
-            "p" => Kind::Page,
-            _ => return Err(NotAToken),
+            "e" => TokenKind::Event,
+            "s" => TokenKind::Synced,
+            "p" => TokenKind::Page,
+            _ => return Err(InvalidToken),
         };
         let plain = digits.len() == 40 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        let field = |range| digits.get(range).filter(|_| plain).ok_or(NotAToken);
-        let number = |range| u64::from_str_radix(field(range)?, 16).map_err(|_| NotAToken);
+        let field = |range| digits.get(range).filter(|_| plain).ok_or(InvalidToken);
+        let number = |range| u64::from_str_radix(field(range)?, 16).map_err(|_| InvalidToken);
         Ok(Self {
             kind,
             instance: number(0..16)?,
             seq: EventSeq(number(16..32)?),
-            check: u32::from_str_radix(field(32..40)?, 16).map_err(|_| NotAToken)?,
+            check: u32::from_str_radix(field(32..40)?, 16).map_err(|_| InvalidToken)?,
         })
     }
 }
@@ -89,15 +89,15 @@ pub(super) fn fingerprint(instance: InstanceId) -> u64 {
 /// log. The number is never 0, which stands for no event.
 pub(super) fn check_of(event: &VmEvent) -> u32 {
     let told = &event.event;
-    short([told.uid.to_string().as_bytes(), told.kind.as_str().as_bytes(), &told.time_ms.to_be_bytes()])
+    short_hash([told.uid.to_string().as_bytes(), told.kind.as_str().as_bytes(), &told.time_ms.to_be_bytes()])
 }
 
 /// Returns a number that distinguishes the filter of a page from others.
 pub(super) fn check_of_filter(vm_id: Option<&VmId>) -> u32 {
-    short([vm_id.map_or("", VmId::as_str).as_bytes()])
+    short_hash([vm_id.map_or("", VmId::as_str).as_bytes()])
 }
 
-fn short<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u32 {
+fn short_hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u32 {
     let hash = fnv(parts);
     u32::try_from((hash >> 32) ^ (hash & 0xffff_ffff)).unwrap_or_default().max(1)
 }
@@ -118,7 +118,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_token_is_read_as_it_was_written(kind in 0..3, instance: u64, seq: u64, check: u32) {
-            let kind = [Kind::Event, Kind::Synced, Kind::Page][usize::try_from(kind).unwrap()];
+            let kind = [TokenKind::Event, TokenKind::Synced, TokenKind::Page][usize::try_from(kind).unwrap()];
             let token = Token { kind, instance, seq: EventSeq(seq), check };
             prop_assert_eq!(token.to_string().parse(), Ok(token));
         }

@@ -17,9 +17,9 @@ use tokio::sync::watch;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::VmId;
 
-use super::present::{Beginning, Present};
-use super::token::{self, Kind, Token};
-use super::{Events, RECENT, Recorded, parse_vm_id};
+use super::present::{PresentVm, ReplayProgress};
+use super::token::{self, Token, TokenKind};
+use super::{Events, RECENT, RecordedEvent, parse_vm_id};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::index::Index;
@@ -27,7 +27,7 @@ use crate::index::Index;
 /// The pause after the first page of a beginning. The server sends nothing while more notices are
 /// ready, up to a quarter of a MiB, so that without a pause the first of many VMs would wait for
 /// the thousandth.
-const HAND_OVER: Duration = Duration::from_millis(1);
+const FIRST_PAGE_DELAY: Duration = Duration::from_millis(1);
 
 /// The selection of the VMs to watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,9 +42,9 @@ pub struct WatchQuery {
 
 /// A message to a watcher.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
+pub enum WatchMessage {
     /// The present state of one VM, at the beginning of a watch without a token.
-    Present(Present),
+    Present(PresentVm),
     /// The marker after the last present state.
     Synced {
         /// The token that resumes a watch from here.
@@ -52,19 +52,19 @@ pub enum Notice {
         /// The time of the marker, in Unix milliseconds.
         time_ms: i64,
     },
-    /// A change of a VM. Before [`Notice::Synced`] it is a change of a VM whose state was sent, and
-    /// has no token.
-    Change(Recorded),
+    /// A change of a VM. Before [`WatchMessage::Synced`] it is a change of a VM whose state was
+    /// sent, and has no token.
+    Change(RecordedEvent),
 }
 
 /// The filter of a watcher.
 #[derive(Clone, Debug)]
-pub(super) struct Filter {
+pub(super) struct WatchFilter {
     pub(super) vm_id: Option<VmId>,
     metadata: BTreeMap<String, String>,
 }
 
-impl Filter {
+impl WatchFilter {
     pub(super) fn matches(&self, vm_id: &VmId, metadata: &BTreeMap<String, String>) -> bool {
         self.vm_id.as_ref().is_none_or(|wanted| wanted == vm_id)
             && self.metadata.iter().all(|(key, value)| metadata.get(key) == Some(value))
@@ -80,22 +80,22 @@ impl Filter {
 pub struct Watch {
     events: Arc<Events>,
     index: Arc<Index>,
-    filter: Filter,
+    filter: WatchFilter,
     settled: watch::Receiver<EventSeq>,
     /// The part that is sent before the changes. `None` after the marker has been sent.
-    beginning: Option<Beginning>,
+    beginning: Option<ReplayProgress>,
     /// The place up to which every event was sent or lies in `ready`.
     cursor: EventSeq,
     /// True if the watch has been at the end of the log. Before that it may be as far behind as its
     /// token is old.
     caught_up: bool,
-    ready: VecDeque<Notice>,
-    first_page: FirstPage,
+    ready: VecDeque<WatchMessage>,
+    first_page: FirstPageProgress,
 }
 
 /// The progress of the first page of a beginning.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum FirstPage {
+enum FirstPageProgress {
     /// The page has not been read.
     Ahead,
     /// The page has been read, and others follow. It must be sent before them.
@@ -111,15 +111,15 @@ impl Watch {
         index: Arc<Index>,
         query: WatchQuery,
     ) -> Result<Self, ServiceError> {
-        let filter = Filter { vm_id: parse_vm_id(&query.vm_id)?, metadata: query.metadata };
+        let filter = WatchFilter { vm_id: parse_vm_id(&query.vm_id)?, metadata: query.metadata };
         let mut settled = events.settled.subscribe();
         let (beginning, cursor) = if query.resume_token.is_empty() {
-            (Some(Beginning::new()), *settled.borrow_and_update())
+            (Some(ReplayProgress::new()), *settled.borrow_and_update())
         } else {
             (None, events.resume(&query.resume_token).await?)
         };
         let ready = VecDeque::new();
-        let first_page = FirstPage::Ahead;
+        let first_page = FirstPageProgress::Ahead;
         Ok(Self { events, index, filter, settled, beginning, cursor, caught_up: false, ready, first_page })
     }
 
@@ -130,24 +130,24 @@ impl Watch {
     /// Ends the watch with [`ServiceError::Exhausted`] if it fell behind,
     /// [`ServiceError::OutOfRange`] if its next event has expired, or the store's failure. The
     /// watch can be resumed from the last token.
-    pub async fn next(&mut self) -> Result<Notice, ServiceError> {
+    pub async fn next(&mut self) -> Result<WatchMessage, ServiceError> {
         loop {
             if let Some(notice) = self.ready.pop_front() {
                 return Ok(notice);
             }
             if let Some(beginning) = &mut self.beginning {
-                if matches!(beginning, Beginning::Ended) {
+                if matches!(beginning, ReplayProgress::Ended) {
                     let marker = self.events.marker(self.cursor).await?;
                     self.beginning = None;
                     return Ok(marker);
                 }
-                if self.first_page == FirstPage::Read {
-                    self.first_page = FirstPage::Behind;
-                    tokio::time::sleep(HAND_OVER).await;
+                if self.first_page == FirstPageProgress::Read {
+                    self.first_page = FirstPageProgress::Behind;
+                    tokio::time::sleep(FIRST_PAGE_DELAY).await;
                 }
                 let told = beginning.step(&self.events, &self.index, &self.filter, &mut self.cursor).await?;
-                if self.first_page == FirstPage::Ahead && !told.is_empty() {
-                    self.first_page = FirstPage::Read;
+                if self.first_page == FirstPageProgress::Ahead && !told.is_empty() {
+                    self.first_page = FirstPageProgress::Read;
                 }
                 self.ready.extend(told);
                 // A filter that matches few of many VMs takes many steps before there is a notice.
@@ -175,7 +175,7 @@ impl Watch {
             for event in self.events.read(self.cursor, settled).await? {
                 self.cursor = event.seq;
                 if self.filter.matches_event(&event) {
-                    self.ready.push_back(Notice::Change(self.events.recorded(event)));
+                    self.ready.push_back(WatchMessage::Change(self.events.recorded(event)));
                 }
             }
         }
@@ -184,9 +184,9 @@ impl Watch {
 
 impl Events {
     /// Returns the marker of a beginning that is true at `place`.
-    async fn marker(&self, place: EventSeq) -> Result<Notice, ServiceError> {
+    async fn marker(&self, place: EventSeq) -> Result<WatchMessage, ServiceError> {
         let check = self.event_at(place).await?.as_ref().map_or(0, token::check_of);
-        Ok(Notice::Synced { token: self.token(Kind::Synced, place, check), time_ms: now_ms() })
+        Ok(WatchMessage::Synced { token: self.token(TokenKind::Synced, place, check), time_ms: now_ms() })
     }
 
     /// Returns the place that a token names, if every event after it is still kept.
@@ -198,7 +198,7 @@ impl Events {
         };
         let Token { kind, instance, seq, check } =
             text.parse().map_err(|_| malformed("is not a token of this service"))?;
-        if kind == Kind::Page {
+        if kind == TokenKind::Page {
             return Err(malformed("is a page_token of ListVmEvents"));
         }
         if instance != self.instance {

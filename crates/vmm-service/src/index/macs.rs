@@ -9,9 +9,9 @@ use vmm_core::store::VmRecord;
 
 /// The VMs by address, in the order of their creation or of the daemon's start.
 #[derive(Debug, Default)]
-pub(super) struct Macs(HashMap<MacAddr, Vec<VmUid>>);
+pub(super) struct MacTable(HashMap<MacAddr, Vec<VmUid>>);
 
-impl Macs {
+impl MacTable {
     /// Adds the addresses of a VM.
     pub(super) fn insert(&mut self, record: &VmRecord) {
         for mac in chosen(record) {
@@ -19,7 +19,7 @@ impl Macs {
         }
     }
 
-    /// Undoes [`Macs::insert`].
+    /// Undoes [`MacTable::insert`].
     pub(super) fn remove(&mut self, record: &VmRecord) {
         for mac in chosen(record) {
             let Some(holders) = self.0.get_mut(&mac) else { continue };

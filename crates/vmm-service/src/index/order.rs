@@ -9,12 +9,12 @@
 //!   (all)        fake  CREATED  ─► oldest … youngest
 //!   (all)        fake  RUNNING  ─► oldest … youngest
 //!   (team=blue)  fake  RUNNING  ─► oldest … youngest
-//!   └ group      └ shelf: group, backend and state     └ age
+//!   └ group      └ partition: group, backend and state     └ age
 //! ```
 //!
-//! A filter of state, backend and at most one label is a merge of few shelves, and their counts add
-//! up to the number of VMs that match. With several labels the shelves of the rarest label are
-//! walked, and the other labels are compared for each VM.
+//! A filter of state, backend and at most one label is a merge of few partitions, and their counts
+//! add up to the number of VMs that match. With several labels the partitions of the rarest label
+//! are walked, and the other labels are compared for each VM.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -24,21 +24,21 @@ use vmm_core::id::{BackendName, VmUid};
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
-use super::{Age, States, contains};
+use super::{ListPosition, StateList, contains};
 
 /// A filter of ListVms.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Filter {
+pub(crate) struct ListFilter {
     /// The states that match, in the order of [`VmState::ALL`]. None of them means all.
-    pub(crate) states: States,
+    pub(crate) states: StateList,
     /// The backend. Empty means all.
     pub(crate) backend: String,
     /// The labels that a VM must bear, all of them.
     pub(crate) labels: BTreeMap<String, String>,
 }
 
-impl Filter {
-    /// Returns true if `record` has the labels. The shelves select by state and backend.
+impl ListFilter {
+    /// Returns true if `record` has the labels. The partitions select by state and backend.
     pub(super) fn has_labels(&self, record: &VmRecord) -> bool {
         self.labels.iter().all(|(key, value)| record.config.metadata.get(key) == Some(value))
     }
@@ -52,15 +52,15 @@ impl Filter {
 /// at each start of the daemon. Their 128 bits do not collide by accident, and no client can cause
 /// a collision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-struct Group(u64, u64);
+struct VmGroup(u64, u64);
 
-const ALL: Group = Group(0, 0);
+const ALL: VmGroup = VmGroup(0, 0);
 
 /// The VMs of one group on one backend in one state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Shelf {
-    group: Group,
-    /// The position in [`Order::backends`].
+pub(super) struct VmPartition {
+    group: VmGroup,
+    /// The position in [`VmOrder::backends`].
     backend: u16,
     /// The position in [`VmState::ALL`].
     state: u8,
@@ -69,8 +69,8 @@ pub(super) struct Shelf {
 /// The selection of a filter.
 #[derive(Debug)]
 pub(super) struct Selection {
-    shelves: Vec<Shelf>,
-    /// The number of VMs on the shelves.
+    partitions: Vec<VmPartition>,
+    /// The number of VMs on the partitions.
     pub(super) count: usize,
     /// True if all of them match. Otherwise their labels must still be compared.
     pub(super) exact: bool,
@@ -78,22 +78,22 @@ pub(super) struct Selection {
 
 /// The ordered set of all VMs, see the module.
 #[derive(Debug, Default)]
-pub(super) struct Order {
-    set: BTreeSet<(Shelf, Age)>,
-    counts: HashMap<Shelf, usize>,
+pub(super) struct VmOrder {
+    set: BTreeSet<(VmPartition, ListPosition)>,
+    counts: HashMap<VmPartition, usize>,
     /// Every backend that a record has named. There are few, and none is ever removed.
     backends: Vec<BackendName>,
     keys: [RandomState; 2],
 }
 
-impl Order {
+impl VmOrder {
     /// Adds a VM.
     pub(super) fn insert(&mut self, record: &VmRecord) {
         let backend = self.number(&record.backend);
         for group in self.groups(record) {
-            let shelf = Shelf { group, backend, state: place(record.state) };
-            if self.set.insert((shelf, Age::of(record))) {
-                *self.counts.entry(shelf).or_default() += 1;
+            let partition = VmPartition { group, backend, state: place(record.state) };
+            if self.set.insert((partition, ListPosition::of(record))) {
+                *self.counts.entry(partition).or_default() += 1;
             }
         }
     }
@@ -102,36 +102,37 @@ impl Order {
     pub(super) fn remove(&mut self, record: &VmRecord) {
         let backend = self.number(&record.backend);
         for group in self.groups(record) {
-            let shelf = Shelf { group, backend, state: place(record.state) };
-            if self.set.remove(&(shelf, Age::of(record)))
-                && let Some(count) = self.counts.get_mut(&shelf)
+            let partition = VmPartition { group, backend, state: place(record.state) };
+            if self.set.remove(&(partition, ListPosition::of(record)))
+                && let Some(count) = self.counts.get_mut(&partition)
             {
                 *count -= 1;
                 if *count == 0 {
-                    self.counts.remove(&shelf);
+                    self.counts.remove(&partition);
                 }
             }
         }
     }
 
-    /// Selects the fewest shelves that hold every VM that matches `filter`.
-    pub(super) fn select(&self, filter: &Filter) -> Selection {
+    /// Selects the fewest partitions that hold every VM that matches `filter`.
+    pub(super) fn select(&self, filter: &ListFilter) -> Selection {
         let groups = filter.labels.iter().map(|(key, value)| self.label(key, value));
-        let rarest = groups.map(|group| self.shelves(group, filter)).min_by_key(|selection| selection.count);
-        let selection = rarest.unwrap_or_else(|| self.shelves(ALL, filter));
+        let rarest =
+            groups.map(|group| self.partitions(group, filter)).min_by_key(|selection| selection.count);
+        let selection = rarest.unwrap_or_else(|| self.partitions(ALL, filter));
         Selection { exact: filter.labels.len() < 2, ..selection }
     }
 
-    fn shelves(&self, group: Group, filter: &Filter) -> Selection {
-        let mut selection = Selection { shelves: Vec::new(), count: 0, exact: true };
+    fn partitions(&self, group: VmGroup, filter: &ListFilter) -> Selection {
+        let mut selection = Selection { partitions: Vec::new(), count: 0, exact: true };
         for (name, backend) in self.backends.iter().zip(0..) {
             if !filter.backend.is_empty() && filter.backend != name.as_str() {
                 continue;
             }
             for state in VmState::ALL.into_iter().filter(|state| filter.has_state(*state)) {
-                let shelf = Shelf { group, backend, state: place(state) };
-                if let Some(count) = self.counts.get(&shelf) {
-                    selection.shelves.push(shelf);
+                let partition = VmPartition { group, backend, state: place(state) };
+                if let Some(count) = self.counts.get(&partition) {
+                    selection.partitions.push(partition);
                     selection.count += count;
                 }
             }
@@ -139,17 +140,24 @@ impl Order {
         selection
     }
 
-    /// Returns the VMs on the selected shelves that are younger than `after`, oldest first.
-    pub(super) fn after(&self, selection: &Selection, after: Option<Age>) -> impl Iterator<Item = Age> {
+    /// Returns the VMs on the selected partitions that are younger than `after`, oldest first.
+    pub(super) fn after(
+        &self,
+        selection: &Selection,
+        after: Option<ListPosition>,
+    ) -> impl Iterator<Item = ListPosition> {
         let mut lanes: Vec<_> = selection
-            .shelves
+            .partitions
             .iter()
-            .map(|shelf| {
+            .map(|partition| {
                 let from = match after {
-                    Some(age) => Bound::Excluded((*shelf, age)),
-                    None => Bound::Included((*shelf, Age::FIRST)),
+                    Some(age) => Bound::Excluded((*partition, age)),
+                    None => Bound::Included((*partition, ListPosition::FIRST)),
                 };
-                self.set.range((from, Bound::Included((*shelf, Age::LAST)))).map(|(_, age)| *age).peekable()
+                self.set
+                    .range((from, Bound::Included((*partition, ListPosition::LAST))))
+                    .map(|(_, age)| *age)
+                    .peekable()
             })
             .collect();
         std::iter::from_fn(move || {
@@ -159,15 +167,15 @@ impl Order {
     }
 
     /// Returns the groups that a VM belongs to.
-    fn groups(&self, record: &VmRecord) -> Vec<Group> {
+    fn groups(&self, record: &VmRecord) -> Vec<VmGroup> {
         let labels = record.config.metadata.iter().map(|(key, value)| self.label(key, value));
         std::iter::once(ALL).chain(labels).collect()
     }
 
-    fn label(&self, key: &str, value: &str) -> Group {
+    fn label(&self, key: &str, value: &str) -> VmGroup {
         let [a, b] = &self.keys;
         // The lowest bit is set, so that no label has the group of all VMs.
-        Group(a.hash_one((key, value)) | 1, b.hash_one((key, value)))
+        VmGroup(a.hash_one((key, value)) | 1, b.hash_one((key, value)))
     }
 
     fn number(&mut self, name: &BackendName) -> u16 {
@@ -186,7 +194,7 @@ fn place(state: VmState) -> u8 {
     position.map_or(0, |(place, _)| place)
 }
 
-impl Age {
+impl ListPosition {
     const FIRST: Self = Self { created_ms: i64::MIN, uid: VmUid::new(uuid::Uuid::nil()) };
     const LAST: Self = Self { created_ms: i64::MAX, uid: VmUid::new(uuid::Uuid::max()) };
 }
@@ -210,7 +218,7 @@ mod tests {
         vm
     }
 
-    fn matches(filter: &Filter, vm: &VmRecord) -> bool {
+    fn matches(filter: &ListFilter, vm: &VmRecord) -> bool {
         filter.has_state(vm.state)
             && (filter.backend.is_empty() || filter.backend == vm.backend.as_str())
             && filter.has_labels(vm)
@@ -227,7 +235,7 @@ mod tests {
             labels: [bool; 3],
             begin in 0..40_usize,
         ) {
-            let mut order = Order::default();
+            let mut order = VmOrder::default();
             let mut there = BTreeMap::new();
             for ((created_ms, state, backend, labels, leaves), number) in vms.iter().zip(1_u128..) {
                 let vm = vm(number, *created_ms, *state, *backend, labels);
@@ -237,11 +245,11 @@ mod tests {
                     order.remove(&vm);
                     order.remove(&vm);
                 } else {
-                    there.insert(Age::of(&vm), vm);
+                    there.insert(ListPosition::of(&vm), vm);
                 }
             }
             let wanted = ["a", "b", "c"].iter().zip(labels).filter(|(_, wanted)| *wanted);
-            let filter = Filter {
+            let filter = ListFilter {
                 states,
                 backend: ["", "", "fake", "nobody"][backend].to_owned(),
                 labels: wanted.map(|(key, _)| ((*key).to_owned(), "x".to_owned())).collect(),
@@ -250,7 +258,7 @@ mod tests {
             let after = there.keys().nth(begin).copied();
             let found: Vec<_> =
                 order.after(&selection, after).filter(|age| matches(&filter, &there[age])).collect();
-            let all = there.values().filter(|vm| matches(&filter, vm)).map(Age::of);
+            let all = there.values().filter(|vm| matches(&filter, vm)).map(ListPosition::of);
             let expected: Vec<_> = all.clone().filter(|age| after.is_none_or(|after| *age > after)).collect();
             prop_assert_eq!(found, expected);
             prop_assert!(!selection.exact || selection.count == all.count());

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
-use super::{States, contains};
+use super::{StateList, contains};
 
 /// The receiver of a waiting call. It gets one message, the record that ended the wait. Its sender
 /// is dropped with the VM.
@@ -16,11 +16,11 @@ pub(crate) type Waiter = watch::Receiver<Option<Arc<VmRecord>>>;
 
 /// The groups of one VM. They take no memory if no call waits.
 #[derive(Debug, Default)]
-pub(super) struct Waiters(Vec<(States, watch::Sender<Option<Arc<VmRecord>>>)>);
+pub(super) struct Waiters(Vec<(StateList, watch::Sender<Option<Arc<VmRecord>>>)>);
 
 impl Waiters {
     /// Adds a waiter for `states`.
-    pub(super) fn add(&mut self, states: States) -> Waiter {
+    pub(super) fn add(&mut self, states: StateList) -> Waiter {
         self.0.retain(|(_, group)| group.receiver_count() > 0);
         if let Some((_, group)) = self.0.iter().find(|(wanted, _)| *wanted == states) {
             return group.subscribe();
@@ -32,18 +32,20 @@ impl Waiters {
     }
 
     /// Takes the groups whose wait ends with `state`.
-    pub(super) fn take(&mut self, state: VmState) -> Woken {
-        Woken(self.0.extract_if(.., |(states, _)| contains(*states, state)).map(|(_, group)| group).collect())
+    pub(super) fn take(&mut self, state: VmState) -> WokenWaiters {
+        WokenWaiters(
+            self.0.extract_if(.., |(states, _)| contains(*states, state)).map(|(_, group)| group).collect(),
+        )
     }
 }
 
 /// The groups whose wait is over. They are woken after all locks are released.
 #[must_use = "a group that is dropped takes its VM for removed"]
-pub(super) struct Woken(Vec<watch::Sender<Option<Arc<VmRecord>>>>);
+pub(super) struct WokenWaiters(Vec<watch::Sender<Option<Arc<VmRecord>>>>);
 
-impl Woken {
+impl WokenWaiters {
     /// Sends `record` to every waiter.
-    pub(super) fn tell(self, record: &Arc<VmRecord>) {
+    pub(super) fn send(self, record: &Arc<VmRecord>) {
         for group in self.0 {
             group.send_replace(Some(Arc::clone(record)));
         }

@@ -4,16 +4,16 @@ use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::config::{StorageDevice, VmConfig};
 use vmm_core::event::EventKind;
 use vmm_core::state::{Phase, VmState};
-use vmm_testkit::fake::{Act, Method};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
 use crate::common::*;
 
 /// VM `b` cannot boot while `a` holds what both want. The refusal is on record.
 async fn b_is_refused(bed: &Bed, vms: &Vms, what: &str) {
-    let before = vms.world.calls(Method::Launch);
+    let before = vms.world.calls(ScriptedMethod::Launch);
     let text = refused(vms.boot("b").await, "precondition");
     assert!(text.contains("VM \"a\"") && text.contains(what), "{text} names {what} and its holder");
-    assert_eq!((vms.state("b"), vms.world.calls(Method::Launch)), (VmState::Created, before));
+    assert_eq!((vms.state("b"), vms.world.calls(ScriptedMethod::Launch)), (VmState::Created, before));
     let status = bed.stored("b").status;
     assert_eq!((status.phase, status.reason.as_str()), (Phase::Failed, "boot-failed"));
     assert_eq!(status.message, text);
@@ -102,7 +102,8 @@ async fn nobody_gets_in_between_the_halves_of_a_reboot() {
     done.store(true, std::sync::atomic::Ordering::Relaxed);
     tries.await.unwrap();
     // A second half that fails gives back what the first half held.
-    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    vms.world
+        .next(ScriptedMethod::Launch, ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     refused(vms.force_reboot("a").await, "precondition");
     vms.boot("b").await.expect("it is free");
 }
@@ -144,7 +145,7 @@ async fn a_failed_start_holds_nothing() {
     for vm_id in ["a", "b"] {
         vms.create(vm_id, bed.with_disk("d")).await;
     }
-    vms.world.next(Method::Launch, Act::do_then_hang());
+    vms.world.next(ScriptedMethod::Launch, ScriptedResult::do_then_hang());
     refused(vms.boot("a").await, "unavailable");
     vms.boot("b").await.expect("it is free");
 }

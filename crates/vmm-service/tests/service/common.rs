@@ -12,12 +12,12 @@ use vmm_core::config::{
 };
 use vmm_core::id::BackendName;
 use vmm_core::state::{Phase, VmState};
-use vmm_core::store::{Requested, VmRecord};
+use vmm_core::store::{VmRecord, VmRequest};
 use vmm_service::{
-    Backends, CreateRequest, Created, DefaultBoot, Outcome, ServiceError, Settings, ShutdownOptions,
+    Backends, CreateRequest, Created, DefaultBoot, OperationOutcome, ServiceError, Settings, ShutdownOptions,
     VmService,
 };
-use vmm_testkit::fake::{FakeBackend, MachineControl, World};
+use vmm_testkit::fake::{FakeBackend, FakeWorld, MachineControl};
 use vmm_testkit::memory_store::MemoryStore;
 
 use crate::fake_taps::FakeTaps;
@@ -30,9 +30,9 @@ pub(crate) fn me() -> Caller {
 }
 
 /// The metrics interval in these tests.
-pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
+pub(crate) const METRICS_INTERVAL: Duration = Duration::from_secs(10);
 /// How long events are kept in these tests.
-pub(crate) const RETENTION: Duration = Duration::from_secs(7 * 86_400);
+pub(crate) const RETENTION_LIMIT: Duration = Duration::from_secs(7 * 86_400);
 
 /// The wire's numbers of the restart modes.
 pub(crate) const NEVER: i32 = 1;
@@ -43,7 +43,7 @@ pub(crate) const ALWAYS: i32 = 4;
 /// A host with a store; services come and go on it.
 pub(crate) struct Bed {
     pub(crate) dir: tempfile::TempDir,
-    pub(crate) world: World,
+    pub(crate) world: FakeWorld,
     pub(crate) store: Arc<MemoryStore>,
     pub(crate) taps: FakeTaps,
     pub(crate) default_boot: DefaultBoot,
@@ -61,7 +61,7 @@ impl Bed {
         std::fs::write(dir.path().join("vmlinux"), kernel).unwrap();
         Self {
             dir,
-            world: World::new(),
+            world: FakeWorld::new(),
             store: Arc::new(MemoryStore::new()),
             taps: FakeTaps::default(),
             default_boot: DefaultBoot::default(),
@@ -149,8 +149,8 @@ impl Bed {
         let settings = Settings {
             runtime_dir: self.runtime_dir(),
             default_boot: self.default_boot.clone(),
-            metrics_interval: INTERVAL,
-            event_retention: RETENTION,
+            metrics_interval: METRICS_INTERVAL,
+            event_retention: RETENTION_LIMIT,
             spare_vmms: self.spare_vmms,
         };
         let backends = Backends::new(BackendName::new("fake"), all.iter().cloned());
@@ -194,7 +194,7 @@ pub(crate) fn on_a_paused_clock<T>(life: impl Future<Output = T>) -> T {
 #[derive(Clone)]
 pub(crate) struct Vms {
     pub(crate) service: VmService,
-    pub(crate) world: World,
+    pub(crate) world: FakeWorld,
 }
 
 impl Vms {
@@ -208,7 +208,7 @@ impl Vms {
         vm_id: &str,
         config: VmConfig,
     ) -> Result<Created, ServiceError> {
-        let requested = Requested { backend: backend.to_owned(), config };
+        let requested = VmRequest { backend: backend.to_owned(), config };
         let request = CreateRequest { vm_id: vm_id.to_owned(), requested, caller: me() };
         self.service.create(request).await
     }
@@ -238,41 +238,41 @@ impl Vms {
         }
     }
 
-    pub(crate) async fn boot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn boot(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.boot(vm_id, me()).await
     }
 
-    pub(crate) async fn pause(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn pause(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.pause(vm_id, me()).await
     }
 
-    pub(crate) async fn resume(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn resume(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.resume(vm_id, me()).await
     }
 
-    pub(crate) async fn shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn shutdown(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.shutdown(vm_id, ShutdownOptions::default(), me()).await
     }
 
-    pub(crate) async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn force_shutdown(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
         self.service.shutdown(vm_id, options, me()).await
     }
 
-    pub(crate) async fn reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn reboot(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.reboot(vm_id, ShutdownOptions::default(), me()).await
     }
 
-    pub(crate) async fn force_reboot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn force_reboot(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
         self.service.reboot(vm_id, options, me()).await
     }
 
-    pub(crate) async fn delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn delete(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.delete(vm_id, false, me()).await
     }
 
-    pub(crate) async fn force_delete(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(crate) async fn force_delete(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.delete(vm_id, true, me()).await
     }
 

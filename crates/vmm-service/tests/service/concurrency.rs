@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use vmm_core::backend::ExitCause;
-use vmm_core::state::{Admission, Request, VmState, admit};
+use vmm_core::state::{Admission, VmOperation, VmState, admit};
 use vmm_service::ListQuery;
-use vmm_testkit::fake::Method;
+use vmm_testkit::fake::ScriptedMethod;
 
 use crate::common::*;
 
@@ -64,7 +64,7 @@ async fn of_many_boots_one_starts_a_machine() {
     for task in tasks {
         assert_eq!(task.await.unwrap().unwrap().record.state, VmState::Running);
     }
-    assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (1, 1));
+    assert_eq!((vms.world.calls(ScriptedMethod::Launch), vms.world.living()), (1, 1));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -136,7 +136,7 @@ async fn a_storm_on_one_name_leaves_everything_true() {
 #[derive(Clone, Copy, Debug)]
 enum Move {
     Create,
-    Ask(Request),
+    Ask(VmOperation),
     ForceShutdown,
     GuestEnds,
     VmmDies,
@@ -144,7 +144,7 @@ enum Move {
 }
 
 fn any_move() -> impl Strategy<Value = (usize, Move)> {
-    let ask = proptest::sample::select(Request::ALL.to_vec()).prop_map(Move::Ask);
+    let ask = proptest::sample::select(VmOperation::ALL.to_vec()).prop_map(Move::Ask);
     let moves = prop_oneof![
         3 => Just(Move::Create),
         8 => ask,
@@ -159,14 +159,14 @@ fn any_move() -> impl Strategy<Value = (usize, Move)> {
 /// The state table as a model: names, and where they are.
 type Model = BTreeMap<&'static str, VmState>;
 
-fn after(state: VmState, request: Request) -> Option<VmState> {
+fn after(state: VmState, request: VmOperation) -> Option<VmState> {
     match request {
-        Request::Boot | Request::Resume | Request::Reboot => Some(VmState::Running),
-        Request::Shutdown => Some(VmState::Shutdown),
-        Request::Pause => Some(VmState::Paused),
-        Request::Delete | Request::ForceDelete => None,
+        VmOperation::Boot | VmOperation::Resume | VmOperation::Reboot => Some(VmState::Running),
+        VmOperation::Shutdown => Some(VmState::Shutdown),
+        VmOperation::Pause => Some(VmState::Paused),
+        VmOperation::Delete | VmOperation::ForceDelete => None,
     }
-    .filter(|_| state.is_live() || request != Request::Shutdown || state == VmState::Shutdown)
+    .filter(|_| state.is_live() || request != VmOperation::Shutdown || state == VmState::Shutdown)
 }
 
 async fn step(bed: &Bed, vms: &Vms, model: &mut Model, vm_id: &'static str, next: Move) {
@@ -177,15 +177,15 @@ async fn step(bed: &Bed, vms: &Vms, model: &mut Model, vm_id: &'static str, next
             model.entry(vm_id).or_insert(VmState::Created);
         }
         Move::ForceShutdown | Move::Ask(_) => {
-            let request = if let Move::Ask(request) = next { request } else { Request::Shutdown };
+            let request = if let Move::Ask(request) = next { request } else { VmOperation::Shutdown };
             let answer = match next {
-                Move::Ask(Request::Boot) => vms.boot(vm_id).await,
-                Move::Ask(Request::Shutdown) => vms.shutdown(vm_id).await,
-                Move::Ask(Request::Pause) => vms.pause(vm_id).await,
-                Move::Ask(Request::Resume) => vms.resume(vm_id).await,
-                Move::Ask(Request::Reboot) => vms.reboot(vm_id).await,
-                Move::Ask(Request::Delete) => vms.delete(vm_id).await,
-                Move::Ask(Request::ForceDelete) => vms.force_delete(vm_id).await,
+                Move::Ask(VmOperation::Boot) => vms.boot(vm_id).await,
+                Move::Ask(VmOperation::Shutdown) => vms.shutdown(vm_id).await,
+                Move::Ask(VmOperation::Pause) => vms.pause(vm_id).await,
+                Move::Ask(VmOperation::Resume) => vms.resume(vm_id).await,
+                Move::Ask(VmOperation::Reboot) => vms.reboot(vm_id).await,
+                Move::Ask(VmOperation::Delete) => vms.delete(vm_id).await,
+                Move::Ask(VmOperation::ForceDelete) => vms.force_delete(vm_id).await,
                 _ => vms.force_shutdown(vm_id).await,
             };
             match state.map(|state| (state, admit(state, request))) {

@@ -4,10 +4,10 @@ use crate::common::*;
 use vmm_core::config::{
     BootConfig, ConsoleConfig, CpuConfig, MemoryConfig, NetworkInterface, StorageDevice, VmConfig,
 };
-use vmm_core::store::{Requested, StoreErrorKind};
+use vmm_core::store::{StoreErrorKind, VmRequest};
 use vmm_service::DefaultBoot;
-use vmm_testkit::fake::{Act, Method};
-use vmm_testkit::memory_store::Verdict;
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
+use vmm_testkit::memory_store::CommitTreatment;
 
 #[tokio::test(start_paused = true)]
 async fn the_same_call_again_answers_the_vm_as_it_is() {
@@ -60,7 +60,7 @@ async fn what_is_left_out_is_filled_in_stored_and_returned() {
     assert!(!record.config.network[0].mac_address.is_empty());
     assert_eq!(
         record.requested.unpack(),
-        Requested { backend: String::new(), config: config.clone() },
+        VmRequest { backend: String::new(), config: config.clone() },
         "as sent"
     );
     assert_eq!(bed.stored("a"), *record);
@@ -275,7 +275,7 @@ async fn a_console_file_that_appears_before_the_first_boot_is_left_alone() {
     let text = refused(vms.boot("a").await, "precondition");
     assert!(text.contains("config.console.output"), "{text}");
     assert_eq!(std::fs::read(bed.path("out")).unwrap(), b"somebody else's");
-    assert_eq!(vms.world.calls(Method::Launch), 0);
+    assert_eq!(vms.world.calls(ScriptedMethod::Launch), 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -310,7 +310,7 @@ async fn validation_finds_the_same_and_touches_nothing() {
     let mut config = bed.with_tap("tap0");
     config.cpu = Some(CpuConfig { vcpu_count: 1, max_vcpu_count: 4, ..CpuConfig::default() });
     config.memory = Some(MemoryConfig { size_bytes: 1 << 20, ..MemoryConfig::default() });
-    let requested = Requested { backend: String::new(), config: config.clone() };
+    let requested = VmRequest { backend: String::new(), config: config.clone() };
     let report = vms.service.validate(&requested).await.expect("the files answer");
     assert!(report.is_ok());
     let fields: Vec<_> = report.warnings.iter().map(|warning| warning.field.as_str()).collect();
@@ -327,7 +327,10 @@ async fn validation_finds_the_same_and_touches_nothing() {
 async fn a_backend_that_cannot_serve_now_is_a_warning() {
     use vmm_core::backend::{BackendErrorKind, Effect};
     let bed = Bed::new();
-    bed.world.always(Method::Ping, Act::Fail(BackendErrorKind::NotInstalled, Effect::NotApplied));
+    bed.world.always(
+        ScriptedMethod::Ping,
+        ScriptedResult::Fail(BackendErrorKind::NotInstalled, Effect::NotApplied),
+    );
     let vms = bed.start().await;
     assert!(vms.service.default_backend().unwrap().health.version.is_err());
     let created = vms.try_create("a", bed.config()).await.unwrap();
@@ -343,10 +346,10 @@ async fn a_creation_that_cannot_be_recorded_leaves_its_name_free() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let cases = [
-        (Verdict::Refuse(Full), "exhausted"),
-        (Verdict::Refuse(Io), "unavailable"),
-        (Verdict::Lose(Io), "unavailable"),
-        (Verdict::WriteAndFail(Io), "unavailable"),
+        (CommitTreatment::Refuse(Full), "exhausted"),
+        (CommitTreatment::Refuse(Io), "unavailable"),
+        (CommitTreatment::Lose(Io), "unavailable"),
+        (CommitTreatment::WriteAndFail(Io), "unavailable"),
     ];
     for (verdict, expected) in cases {
         bed.store.next([verdict]);

@@ -7,11 +7,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::Semaphore;
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, LaunchedVmm,
     SweepRequest,
 };
 use vmm_core::event::EventKind;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
 use vmm_testkit::fake::FakeBackend;
@@ -20,8 +20,8 @@ use crate::common::*;
 use crate::recover::host_restarts;
 
 /// The processor time of an adoption, and of a start.
-const ADOPTION: Duration = Duration::from_millis(50);
-const START: Duration = Duration::from_secs(2);
+const ADOPTION_DELAY: Duration = Duration::from_millis(50);
+const START_DELAY: Duration = Duration::from_secs(2);
 
 /// The fake hypervisor on two processors, which adoptions and starts wait for.
 struct Narrow {
@@ -44,20 +44,20 @@ impl Backend for Narrow {
         self.fake.capabilities()
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         self.fake.check(spec)
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         let starting = self.starting.fetch_add(1, Ordering::Relaxed) + 1;
         self.most_starting.fetch_max(starting, Ordering::Relaxed);
-        self.work(START).await;
+        self.work(START_DELAY).await;
         self.starting.fetch_sub(1, Ordering::Relaxed);
         self.fake.launch(request).await
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
-        self.work(ADOPTION).await;
+        self.work(ADOPTION_DELAY).await;
         self.fake.adopt(request).await
     }
 

@@ -4,7 +4,7 @@ use crate::common::*;
 use crate::creation::only_violation;
 use vmm_core::config::{StorageDevice, VmConfig};
 use vmm_core::state::VmState;
-use vmm_core::store::Requested;
+use vmm_core::store::VmRequest;
 
 #[tokio::test(start_paused = true)]
 async fn an_image_must_be_what_its_format_says() {
@@ -76,7 +76,7 @@ async fn each_fault_of_a_chain_of_backing_files_is_named() {
 /// The warnings of a VM whose only disk is `disk`, which ValidateVm calls ok.
 async fn warnings_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> Vec<(String, String)> {
     let config = VmConfig { storage: vec![disk], ..bed.config() };
-    let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
+    let report = vms.service.validate(&VmRequest { backend: String::new(), config }).await.unwrap();
     assert!(report.is_ok(), "{report:?}");
     report.warnings.into_iter().map(|warning| (warning.field, warning.message)).collect()
 }
@@ -97,7 +97,7 @@ async fn a_size_that_no_hypervisor_starts_with_is_refused_and_one_that_is_cut_is
         (1_000_000, true, "as direct_io needs"),
     ] {
         let config = VmConfig { storage: vec![sized(bytes, direct_io)], ..bed.config() };
-        let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
+        let report = vms.service.validate(&VmRequest { backend: String::new(), config }).await.unwrap();
         let [violation] = &report.violations[..] else { panic!("{report:?}") };
         assert_eq!(violation.field, "config.storage[0].path");
         assert!(violation.message.contains(expected), "{violation}");
@@ -132,7 +132,7 @@ async fn a_partition_table_under_a_root_that_is_added_is_a_warning() {
     assert_eq!(warnings_of(&bed, &vms, disk(false)).await, []);
     let mut config = VmConfig { storage: vec![disk(true)], ..bed.config() };
     config.boot.as_mut().unwrap().kernel_args = "root=/dev/vda1".to_owned();
-    let report = vms.service.validate(&Requested { backend: String::new(), config }).await.unwrap();
+    let report = vms.service.validate(&VmRequest { backend: String::new(), config }).await.unwrap();
     assert_eq!(report.warnings, []);
 }
 

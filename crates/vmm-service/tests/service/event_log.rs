@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{VmId, VmUid};
-use vmm_core::store::{Change, Commit, Store as _, VmRecord};
-use vmm_service::{EventsQuery, Notice, Watch, WatchQuery};
+use vmm_core::store::{Commit, RecordChange, Store as _, VmRecord};
+use vmm_service::{EventsQuery, Watch, WatchMessage, WatchQuery};
 
 use crate::common::*;
 use crate::events::{changes, from, life_of, listed, presents, watch};
@@ -78,7 +78,7 @@ async fn a_gap_is_never_passed_over() {
 
 async fn change_or_refusal(watch: &mut Watch) -> Result<u64, &'static str> {
     match watch.next().await {
-        Ok(Notice::Change(recorded)) => Ok(recorded.event.seq.0),
+        Ok(WatchMessage::Change(recorded)) => Ok(recorded.event.seq.0),
         Ok(other) => panic!("not a change: {other:?}"),
         Err(error) => Err(kind(&error)),
     }
@@ -91,7 +91,7 @@ async fn old_events_are_removed_by_themselves() {
     vms.create("vm", bed.config()).await;
     let told = bed.store.log().pop().unwrap().event;
     bed.store.lose_events(|_| true);
-    let age = i64::try_from(RETENTION.as_millis()).unwrap();
+    let age = i64::try_from(RETENTION_LIMIT.as_millis()).unwrap();
     for ago in [age + 1000, age - 60_000, age + 500, 0] {
         let event = NewEvent { time_ms: told.time_ms - ago, ..told.clone() };
         log(&bed, event).await;
@@ -99,7 +99,7 @@ async fn old_events_are_removed_by_themselves() {
     let kept = || bed.store.log().iter().map(|it| it.seq.0).collect::<Vec<_>>();
     assert_eq!(kept(), [2, 3, 4, 5]);
     // The clock on the wall does not move meanwhile, so the others stay young. Place 4 is behind a younger one.
-    tokio::time::sleep(RETENTION).await;
+    tokio::time::sleep(RETENTION_LIMIT).await;
     assert_eq!(kept(), [3, 4, 5]);
 }
 
@@ -107,7 +107,7 @@ async fn old_events_are_removed_by_themselves() {
 async fn log(bed: &Bed, event: NewEvent) {
     let uid = other_uid();
     bed.store.put(VmRecord { uid, vm_id: VmId::generated(uid), ..bed.stored("vm") });
-    bed.store.commit(Commit { change: Change::Remove(uid), event: Some(event) }).await.unwrap();
+    bed.store.commit(Commit { change: RecordChange::Remove(uid), event: Some(event) }).await.unwrap();
 }
 
 fn other_uid() -> VmUid {

@@ -8,8 +8,8 @@ use vmm_core::event::{EventKind, VmEvent};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::StoreErrorKind;
-use vmm_service::{EventsQuery, Notice, Present, Recorded, ServiceError, Watch, WatchQuery};
-use vmm_testkit::memory_store::Verdict;
+use vmm_service::{EventsQuery, PresentVm, RecordedEvent, ServiceError, Watch, WatchMessage, WatchQuery};
+use vmm_testkit::memory_store::CommitTreatment;
 
 use crate::common::*;
 
@@ -22,39 +22,39 @@ pub(crate) async fn watch(vms: &Vms, query: WatchQuery) -> Watch {
 }
 
 /// What a new watch is told before its marker, and the marker's token.
-pub(crate) async fn presents(watch: &mut Watch) -> (Vec<Present>, String) {
+pub(crate) async fn presents(watch: &mut Watch) -> (Vec<PresentVm>, String) {
     let mut told = Vec::new();
     loop {
         match watch.next().await.unwrap() {
-            Notice::Present(present) => told.push(present),
-            Notice::Synced { token, .. } => return (told, token),
-            Notice::Change(recorded) => panic!("a change before the marker: {recorded:?}"),
+            WatchMessage::Present(present) => told.push(present),
+            WatchMessage::Synced { token, .. } => return (told, token),
+            WatchMessage::Change(recorded) => panic!("a change before the marker: {recorded:?}"),
         }
     }
 }
 
-pub(crate) async fn change(watch: &mut Watch) -> Recorded {
+pub(crate) async fn change(watch: &mut Watch) -> RecordedEvent {
     match watch.next().await.unwrap() {
-        Notice::Change(recorded) => recorded,
+        WatchMessage::Change(recorded) => recorded,
         other => panic!("not a change: {other:?}"),
     }
 }
 
 /// Everything that can be told now. Unconstrained, or tokio would have the test pause in the middle of a long log.
-pub(crate) fn changes(watch: &mut Watch) -> Vec<Recorded> {
+pub(crate) fn changes(watch: &mut Watch) -> Vec<RecordedEvent> {
     std::iter::from_fn(|| match tokio::task::unconstrained(watch.next()).now_or_never()?.unwrap() {
-        Notice::Change(recorded) => Some(recorded),
+        WatchMessage::Change(recorded) => Some(recorded),
         other => panic!("not a change: {other:?}"),
     })
     .collect()
 }
 
-pub(crate) fn events(recorded: &[Recorded]) -> Vec<VmEvent> {
+pub(crate) fn events(recorded: &[RecordedEvent]) -> Vec<VmEvent> {
     recorded.iter().map(|it| (*it.event).clone()).collect()
 }
 
 /// Every event, page by page.
-pub(crate) async fn listed(vms: &Vms, vm_id: &str, page_size: i32) -> Vec<Recorded> {
+pub(crate) async fn listed(vms: &Vms, vm_id: &str, page_size: i32) -> Vec<RecordedEvent> {
     let mut query = EventsQuery { vm_id: vm_id.to_owned(), page_size, ..EventsQuery::default() };
     let mut all = Vec::new();
     loop {
@@ -245,13 +245,13 @@ struct Table {
 
 impl Table {
     /// Takes a notice. Answers the marker's token.
-    fn take(&mut self, notice: Notice) -> Option<String> {
+    fn take(&mut self, notice: WatchMessage) -> Option<String> {
         match notice {
-            Notice::Present(vm) => {
+            WatchMessage::Present(vm) => {
                 assert!(self.told.insert(vm.uid), "a VM is told once: {vm:?}");
                 self.vms.insert(vm.uid, (vm.vm_id, vm.state, vm.status.phase));
             }
-            Notice::Change(Recorded { token, event }) => {
+            WatchMessage::Change(RecordedEvent { token, event }) => {
                 assert_eq!(token, "", "nothing can be resumed before the marker");
                 assert!(event.seq.0 > self.last, "changes are told in order, and once");
                 self.last = event.seq.0;
@@ -266,7 +266,7 @@ impl Table {
                     self.vms.remove(&told.uid);
                 }
             }
-            Notice::Synced { token, .. } => return Some(token),
+            WatchMessage::Synced { token, .. } => return Some(token),
         }
         None
     }
@@ -341,7 +341,7 @@ async fn a_watch_that_is_not_read_keeps_no_more_than_a_page() {
     }
     let mut unread = watch(&vms, WatchQuery::default()).await;
     let mut begun = watch(&vms, WatchQuery::default()).await;
-    assert!(matches!(begun.next().await.unwrap(), Notice::Present(_)));
+    assert!(matches!(begun.next().await.unwrap(), WatchMessage::Present(_)));
     for number in 100..VMS {
         vms.delete(&format!("vm-{number:03}")).await.unwrap();
     }
@@ -360,7 +360,7 @@ async fn the_first_page_of_many_vms_is_handed_over_before_the_next_is_read() {
     let mut watch = watch(&vms, WatchQuery::default()).await;
     let mut told = 0;
     while let Some(notice) = tokio::task::unconstrained(watch.next()).now_or_never() {
-        assert!(matches!(notice.unwrap(), Notice::Present(_)));
+        assert!(matches!(notice.unwrap(), WatchMessage::Present(_)));
         told += 1;
     }
     assert_eq!(told, PAGE, "the watch pauses there, so that what serves it sends the page");
@@ -370,7 +370,7 @@ async fn the_first_page_of_many_vms_is_handed_over_before_the_next_is_read() {
     let mut few = self::watch(&vms, few).await;
     let begins = async { (few.next().await, few.next().await) };
     let begun = tokio::task::unconstrained(begins).now_or_never().expect("one page needs no pause");
-    assert!(matches!(begun, (Ok(Notice::Present(_)), Ok(Notice::Synced { .. }))));
+    assert!(matches!(begun, (Ok(WatchMessage::Present(_)), Ok(WatchMessage::Synced { .. }))));
 }
 
 #[tokio::test(start_paused = true)]
@@ -383,9 +383,9 @@ async fn commits_that_fail_hold_nobody_up() {
     presents(&mut watch).await;
     let before = bed.store.log().len();
     for verdict in [
-        Verdict::Refuse(StoreErrorKind::Io),
-        Verdict::Lose(StoreErrorKind::Io),
-        Verdict::WriteAndFail(StoreErrorKind::Io),
+        CommitTreatment::Refuse(StoreErrorKind::Io),
+        CommitTreatment::Lose(StoreErrorKind::Io),
+        CommitTreatment::WriteAndFail(StoreErrorKind::Io),
     ] {
         bed.store.next([verdict]);
         vms.boot("vm").await.unwrap_err();

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use vmm_core::id::InstanceId;
-use vmm_host::net::tap::{NamedBy, OwnedTap, Provided, TapError, TapOwner, Taps};
+use vmm_host::net::tap::{OwnedTap, TapError, TapNameOrigin, TapOrigin, TapOwner, Taps};
 
 /// The interfaces of a host in a test. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -76,19 +76,19 @@ impl Taps for FakeTaps {
         self.host().interfaces.contains_key(name)
     }
 
-    async fn provide(&self, name: &str, by: NamedBy, owner: TapOwner) -> Result<Provided, TapError> {
+    async fn provide(&self, name: &str, by: TapNameOrigin, owner: TapOwner) -> Result<TapOrigin, TapError> {
         let hang = {
             let mut host = self.host();
             let (may_not_make, hang) = (host.may_not_make, host.hang_once_made);
             match host.interfaces.get_mut(name) {
                 Some(found) if !found.is_tap => return Err(TapError::NotATap(name.to_owned())),
-                Some(found) if found.owner == Some(owner) => return Ok(Provided::Found),
-                Some(_) if by == NamedBy::Program => return Err(TapError::NotOurs(name.to_owned())),
+                Some(found) if found.owner == Some(owner) => return Ok(TapOrigin::Found),
+                Some(_) if by == TapNameOrigin::Program => return Err(TapError::NotOurs(name.to_owned())),
                 Some(found) => {
                     if found.owner.is_some_and(|other| other.instance == owner.instance) {
                         found.owner = Some(owner);
                     }
-                    return Ok(Provided::Found);
+                    return Ok(TapOrigin::Found);
                 }
                 None if may_not_make => return Err(TapError::Denied(name.to_owned())),
                 None => {}
@@ -97,7 +97,7 @@ impl Taps for FakeTaps {
             host.interfaces.insert(name.to_owned(), made);
             hang
         };
-        if hang { pending().await } else { Ok(Provided::Made) }
+        if hang { pending().await } else { Ok(TapOrigin::Made) }
     }
 
     async fn remove(&self, name: &str, owner: TapOwner) -> Result<bool, TapError> {

@@ -5,9 +5,9 @@ use std::time::Duration;
 use vmm_core::backend::{BackendErrorKind, Effect};
 use vmm_core::state::{EndedBy, Phase, VmState};
 use vmm_core::store::StoreErrorKind;
-use vmm_service::{ListQuery, Outcome, ServiceError};
-use vmm_testkit::fake::{Act, Method};
-use vmm_testkit::memory_store::Verdict::Refuse;
+use vmm_service::{ListQuery, OperationOutcome, ServiceError};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
+use vmm_testkit::memory_store::CommitTreatment::Refuse;
 
 use crate::common::*;
 
@@ -18,12 +18,12 @@ const FORCE_LIMIT: Duration = Duration::from_secs(5);
 async fn hang(
     bed: &Bed,
     vms: &Vms,
-    method: Method,
-    act: Act,
-) -> tokio::task::JoinHandle<Result<Outcome, ServiceError>> {
+    method: ScriptedMethod,
+    act: ScriptedResult,
+) -> tokio::task::JoinHandle<Result<OperationOutcome, ServiceError>> {
     let start = match method {
-        Method::Launch => VmState::Created,
-        Method::Resume => VmState::Paused,
+        ScriptedMethod::Launch => VmState::Created,
+        ScriptedMethod::Resume => VmState::Paused,
         _ => VmState::Running,
     };
     vms.bring_to("a", bed.config(), start).await;
@@ -33,10 +33,10 @@ async fn hang(
         let vms = vms.clone();
         async move {
             match method {
-                Method::Launch => vms.boot("a").await,
-                Method::Pause => vms.pause("a").await,
-                Method::Resume => vms.resume("a").await,
-                Method::Reset => vms.force_reboot("a").await,
+                ScriptedMethod::Launch => vms.boot("a").await,
+                ScriptedMethod::Pause => vms.pause("a").await,
+                ScriptedMethod::Resume => vms.resume("a").await,
+                ScriptedMethod::Reset => vms.force_reboot("a").await,
                 _ => vms.shutdown("a").await,
             }
         }
@@ -45,12 +45,18 @@ async fn hang(
     task
 }
 
-const HANGING: [Method; 5] = [Method::Launch, Method::Pause, Method::Resume, Method::Reset, Method::Shutdown];
+const HANGING: [ScriptedMethod; 5] = [
+    ScriptedMethod::Launch,
+    ScriptedMethod::Pause,
+    ScriptedMethod::Resume,
+    ScriptedMethod::Reset,
+    ScriptedMethod::Shutdown,
+];
 
 #[tokio::test(start_paused = true)]
 async fn a_forced_deletion_ends_what_hangs() {
     for method in HANGING {
-        for act in [Act::hang(), Act::do_then_hang()] {
+        for act in [ScriptedResult::hang(), ScriptedResult::do_then_hang()] {
             let bed = Bed::new();
             let vms = bed.start().await;
             let task = hang(&bed, &vms, method, act).await;
@@ -69,7 +75,7 @@ async fn a_forced_deletion_ends_what_hangs() {
 #[tokio::test(start_paused = true)]
 async fn a_forced_shutdown_ends_what_hangs() {
     for method in HANGING {
-        for act in [Act::hang(), Act::do_then_hang()] {
+        for act in [ScriptedResult::hang(), ScriptedResult::do_then_hang()] {
             let bed = Bed::new();
             let vms = bed.start().await;
             let task = hang(&bed, &vms, method, act).await;
@@ -89,7 +95,7 @@ async fn a_forced_shutdown_ends_what_hangs() {
 async fn what_waits_behind_a_deleted_vm_is_told_that_it_is_gone() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    let task = hang(&bed, &vms, Method::Pause, Act::hang()).await;
+    let task = hang(&bed, &vms, ScriptedMethod::Pause, ScriptedResult::hang()).await;
     // Queued, and not looked at again until the name lives on as another VM.
     let waiting = vms.resume("a");
     tokio::pin!(waiting);
@@ -147,7 +153,8 @@ async fn what_is_out_of_reach_stays_so_where_force_may_do_nothing() {
     let machine = vms.run("a", bed.config()).await;
     machine.stop();
     vms.until_phase("a", Phase::Unreachable).await;
-    vms.world.next(Method::Shutdown, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    vms.world
+        .next(ScriptedMethod::Shutdown, ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     refused(vms.force_shutdown("a").await, "precondition");
     assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Unreachable));
     machine.go_on();
@@ -159,8 +166,8 @@ async fn nothing_that_hangs_holds_up_a_forced_deletion() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
-    vms.world.always(Method::Kill, Act::hang());
-    vms.world.always(Method::Sweep, Act::hang());
+    vms.world.always(ScriptedMethod::Kill, ScriptedResult::hang());
+    vms.world.always(ScriptedMethod::Sweep, ScriptedResult::hang());
     let began = tokio::time::Instant::now();
     let outcome = vms.force_delete("a").await.unwrap();
     assert!(began.elapsed() < FORCE_LIMIT);
@@ -176,14 +183,14 @@ async fn a_deletion_that_takes_its_time_gives_way_to_force() {
     vms.create("a", bed.config()).await;
     // What a start has left is not cleared away at once.
     bed.store.next([Refuse(StoreErrorKind::Full)]);
-    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    vms.world.next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
     refused(vms.boot("a").await, "exhausted");
-    vms.world.next(Method::Sweep, Act::hang());
+    vms.world.next(ScriptedMethod::Sweep, ScriptedResult::hang());
     let deleting = tokio::spawn({
         let vms = vms.clone();
         async move { vms.delete("a").await }
     });
-    eventually("the deletion sweeps", || vms.world.calls(Method::Sweep) == 2).await;
+    eventually("the deletion sweeps", || vms.world.calls(ScriptedMethod::Sweep) == 2).await;
     let began = tokio::time::Instant::now();
     vms.force_delete("a").await.unwrap();
     assert!(began.elapsed() < FORCE_LIMIT);
@@ -195,8 +202,8 @@ async fn a_forced_shutdown_that_hangs_says_so_in_time() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
-    vms.world.next(Method::Shutdown, Act::hang());
-    vms.world.always(Method::Probe, Act::hang());
+    vms.world.next(ScriptedMethod::Shutdown, ScriptedResult::hang());
+    vms.world.always(ScriptedMethod::Probe, ScriptedResult::hang());
     let began = tokio::time::Instant::now();
     refused(vms.force_shutdown("a").await, "unavailable");
     assert!(began.elapsed() < FORCE_LIMIT);
@@ -211,8 +218,10 @@ async fn force_behind_force_that_hangs_answers_in_time_too() {
         let bed = Bed::new();
         let vms = bed.start().await;
         let machine = vms.run("a", bed.config()).await;
-        for method in [Method::Shutdown, Method::Probe, Method::Kill, Method::Sweep] {
-            vms.world.always(method, Act::hang());
+        for method in
+            [ScriptedMethod::Shutdown, ScriptedMethod::Probe, ScriptedMethod::Kill, ScriptedMethod::Sweep]
+        {
+            vms.world.always(method, ScriptedResult::hang());
         }
         let began = tokio::time::Instant::now();
         let mut tasks = Vec::new();
@@ -238,8 +247,8 @@ async fn force_behind_force_that_hangs_answers_in_time_too() {
 async fn force_is_in_time_where_what_it_pre_empts_cannot_be_wound_up() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    let _task = hang(&bed, &vms, Method::Launch, Act::do_then_hang()).await;
-    vms.world.always(Method::Sweep, Act::hang());
+    let _task = hang(&bed, &vms, ScriptedMethod::Launch, ScriptedResult::do_then_hang()).await;
+    vms.world.always(ScriptedMethod::Sweep, ScriptedResult::hang());
     let began = tokio::time::Instant::now();
     assert_eq!(vms.force_delete("a").await.unwrap().left_behind.len(), 1);
     assert!(began.elapsed() < FORCE_LIMIT, "{:?}", began.elapsed());
@@ -252,8 +261,11 @@ async fn a_start_whose_process_cannot_be_ended_is_not_called_ended() {
     let vms = bed.start().await;
     vms.create("a", bed.with_disk("d")).await;
     vms.create("b", bed.with_disk("d")).await;
-    vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
-    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    vms.world.next(
+        ScriptedMethod::Launch,
+        ScriptedResult::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+    );
+    vms.world.next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
     refused(vms.boot("a").await, "unavailable");
     assert_eq!((vms.world.living(), vms.phase("a")), (1, Phase::Unreachable));
     refused(vms.boot("a").await, "unavailable");
@@ -273,8 +285,12 @@ async fn force_ends_what_a_start_has_left() {
         let vms = bed.start().await;
         vms.bring_to("a", bed.with_disk("d"), VmState::Shutdown).await;
         vms.create("b", bed.with_disk("d")).await;
-        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
-        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        vms.world.next(
+            ScriptedMethod::Launch,
+            ScriptedResult::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+        );
+        vms.world
+            .next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
         refused(vms.boot("a").await, "unavailable");
         assert_eq!((vms.phase("a"), vms.world.living()), (Phase::Unreachable, 1));
         if deletes {
@@ -292,7 +308,7 @@ async fn force_ends_what_a_start_has_left() {
 async fn a_full_inbox_is_told_and_holds_up_no_reader() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    let task = hang(&bed, &vms, Method::Pause, Act::hang()).await;
+    let task = hang(&bed, &vms, ScriptedMethod::Pause, ScriptedResult::hang()).await;
     let mut waiting = Vec::new();
     for _ in 0..40 {
         let vms = vms.clone();
@@ -319,12 +335,12 @@ async fn a_full_inbox_is_told_and_holds_up_no_reader() {
 async fn an_operation_whose_client_leaves_runs_to_its_end() {
     let bed = Bed::new();
     let vms = bed.start().await;
-    let gate = vmm_testkit::fake::Gate::default();
-    let task = hang(&bed, &vms, Method::Launch, Act::Wait(gate.clone())).await;
+    let latch = vmm_testkit::fake::CallLatch::default();
+    let task = hang(&bed, &vms, ScriptedMethod::Launch, ScriptedResult::Wait(latch.clone())).await;
     task.abort();
     assert!(task.await.unwrap_err().is_cancelled());
     assert_eq!(vms.service.drain(Duration::from_millis(10)).await, 1, "it still counts as under way");
-    gate.open();
+    latch.open();
     assert_eq!(vms.service.drain(Duration::from_secs(5)).await, 0);
     assert_eq!(vms.state("a"), VmState::Running);
 }
@@ -332,12 +348,14 @@ async fn an_operation_whose_client_leaves_runs_to_its_end() {
 #[tokio::test(start_paused = true)]
 async fn an_operation_whose_vmm_hangs_fails_in_time() {
     let limit = Duration::from_secs(30);
-    for method in [Method::Launch, Method::Pause, Method::Resume, Method::Reset] {
+    for method in
+        [ScriptedMethod::Launch, ScriptedMethod::Pause, ScriptedMethod::Resume, ScriptedMethod::Reset]
+    {
         let bed = Bed::new();
         let vms = bed.start().await;
-        vms.world.always(Method::Probe, Act::hang());
+        vms.world.always(ScriptedMethod::Probe, ScriptedResult::hang());
         let began = tokio::time::Instant::now();
-        let task = hang(&bed, &vms, method, Act::hang()).await;
+        let task = hang(&bed, &vms, method, ScriptedResult::hang()).await;
         refused(task.await.unwrap(), "unavailable");
         assert!(began.elapsed() <= limit, "{method:?} took {:?}", began.elapsed());
     }
@@ -349,8 +367,12 @@ async fn a_shutdown_by_force_succeeds_only_when_the_process_has_gone() {
         let bed = Bed::new();
         let vms = bed.start().await;
         vms.bring_to("a", bed.config(), if ran { VmState::Shutdown } else { VmState::Created }).await;
-        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
-        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        vms.world.next(
+            ScriptedMethod::Launch,
+            ScriptedResult::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+        );
+        vms.world
+            .next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
         refused(vms.boot("a").await, "unavailable");
         let machine = vms.machine("a");
         machine.set_unkillable(true);
@@ -397,8 +419,8 @@ async fn a_reboot_whose_halves_take_their_time_ends_within_its_own() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
-    vms.world.next(Method::Shutdown, Act::Delay(Duration::from_secs(48)));
-    vms.world.next(Method::Launch, Act::hang());
+    vms.world.next(ScriptedMethod::Shutdown, ScriptedResult::Delay(Duration::from_secs(48)));
+    vms.world.next(ScriptedMethod::Launch, ScriptedResult::hang());
     let began = tokio::time::Instant::now();
     refused(vms.reboot("a").await, "precondition");
     assert!(began.elapsed() <= Duration::from_secs(60), "30 s and the guest's 30 s: {:?}", began.elapsed());
@@ -407,12 +429,14 @@ async fn a_reboot_whose_halves_take_their_time_ends_within_its_own() {
 
 #[tokio::test(start_paused = true)]
 async fn a_vm_whose_actor_panics_is_taken_up_again() {
-    for (method, state) in [(Method::Pause, VmState::Running), (Method::Launch, VmState::Created)] {
+    for (method, state) in
+        [(ScriptedMethod::Pause, VmState::Running), (ScriptedMethod::Launch, VmState::Created)]
+    {
         let bed = Bed::new();
         let vms = bed.start().await;
         vms.bring_to("a", bed.with_disk("d"), state).await;
-        vms.world.next(method, Act::Panic);
-        let result = if method == Method::Pause { vms.pause("a").await } else { vms.boot("a").await };
+        vms.world.next(method, ScriptedResult::Panic);
+        let result = if method == ScriptedMethod::Pause { vms.pause("a").await } else { vms.boot("a").await };
         refused(result, "internal");
         assert_eq!(vms.reason("a"), "internal");
         vms.until("a", |record| record.status.reason.as_str() != "internal").await;
@@ -420,7 +444,7 @@ async fn a_vm_whose_actor_panics_is_taken_up_again() {
         vms.boot("a").await.unwrap();
         vms.pause("a").await.unwrap();
         assert_eq!(bed.stored("a"), *vms.record("a"));
-        vms.world.next(Method::Resume, Act::Panic);
+        vms.world.next(ScriptedMethod::Resume, ScriptedResult::Panic);
         refused(vms.resume("a").await, "internal");
         let began = tokio::time::Instant::now();
         vms.force_delete("a").await.expect("and force does not wait for that");

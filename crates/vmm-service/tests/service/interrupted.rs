@@ -3,29 +3,29 @@
 use std::time::Duration;
 
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause, GuestState};
-use vmm_core::intent::DEFAULT_PATIENCE;
-use vmm_core::state::{Phase, Request, Status, VmState};
+use vmm_core::intent::DEFAULT_GUEST_TIMEOUT;
+use vmm_core::state::{Phase, Status, VmOperation, VmState};
 use vmm_core::store::{Intent, IntentKind, Namespaces, ProcessScope, VmRecord};
-use vmm_testkit::fake::{Act, Method};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
 use crate::common::*;
 use crate::recover::{host_restarts, left_in};
 
 /// Leaves the store as a daemon does that dies right after it has recorded what it is about to do.
-fn interrupt(bed: &Bed, request: Request, phase: Phase) {
-    interrupt_by(bed, intent_of(request, Some(DEFAULT_PATIENCE)), phase);
+fn interrupt(bed: &Bed, request: VmOperation, phase: Phase) {
+    interrupt_by(bed, intent_of(request, Some(DEFAULT_GUEST_TIMEOUT)), phase);
 }
 
 /// An intent of `request` whose guest has `ask_guest_for` to obey.
-fn intent_of(request: Request, ask_guest_for: Option<Duration>) -> IntentKind {
+fn intent_of(request: VmOperation, ask_guest_for: Option<Duration>) -> IntentKind {
     match request {
-        Request::Boot => IntentKind::Boot { claims: Vec::new() },
-        Request::Pause => IntentKind::Pause,
-        Request::Resume => IntentKind::Resume,
-        Request::Shutdown => IntentKind::Shutdown { ask_guest_for, answered: false },
-        Request::Reboot => IntentKind::Reboot { ask_guest_for, claims: Vec::new() },
-        Request::Delete => IntentKind::Delete,
-        Request::ForceDelete => IntentKind::ForceDelete,
+        VmOperation::Boot => IntentKind::Boot { claims: Vec::new() },
+        VmOperation::Pause => IntentKind::Pause,
+        VmOperation::Resume => IntentKind::Resume,
+        VmOperation::Shutdown => IntentKind::Shutdown { ask_guest_for, answered: false },
+        VmOperation::Reboot => IntentKind::Reboot { ask_guest_for, claims: Vec::new() },
+        VmOperation::Delete => IntentKind::Delete,
+        VmOperation::ForceDelete => IntentKind::ForceDelete,
     }
 }
 
@@ -44,7 +44,7 @@ fn an_interrupted_boot_that_started_nothing_is_taken_back() {
     for state in [VmState::Created, VmState::Shutdown] {
         let bed = Bed::new();
         left_in(&bed, state);
-        interrupt(&bed, Request::Boot, Phase::Starting);
+        interrupt(&bed, VmOperation::Boot, Phase::Starting);
         bed.life(async |vms| {
             let record = vms.record("a");
             assert_eq!((record.state, record.status.reason.as_str()), (state, "boot-interrupted"));
@@ -59,7 +59,7 @@ fn boot_dies_after_launch(bed: &Bed) {
     bed.life(async |vms| {
         vms.create("a", bed.with_disk("d")).await;
         vms.create("b", bed.with_disk("d")).await;
-        vms.world.next(Method::Launch, Act::do_then_hang());
+        vms.world.next(ScriptedMethod::Launch, ScriptedResult::do_then_hang());
         let task = vms
             .begin({
                 let vms = vms.clone();
@@ -69,7 +69,7 @@ fn boot_dies_after_launch(bed: &Bed) {
         eventually("the launch", || vms.world.living() == 1).await;
         assert!(!task.is_finished());
     });
-    assert_eq!(bed.stored("a").intent.unwrap().request(), Request::Boot);
+    assert_eq!(bed.stored("a").intent.unwrap().request(), VmOperation::Boot);
 }
 
 #[test]
@@ -145,8 +145,8 @@ fn force_ends_what_an_interrupted_boot_has_left() {
 #[test]
 fn an_interrupted_operation_leaves_the_vm_as_its_vmm_says() {
     let cases = [
-        (VmState::Running, Request::Pause, Phase::Pausing),
-        (VmState::Paused, Request::Resume, Phase::Resuming),
+        (VmState::Running, VmOperation::Pause, Phase::Pausing),
+        (VmState::Paused, VmOperation::Resume, Phase::Resuming),
     ];
     for (state, request, phase) in cases {
         for guest in [GuestState::Running, GuestState::Paused] {
@@ -172,7 +172,7 @@ fn an_interrupted_shutdown_is_carried_through() {
         let bed = Bed::new();
         bed.life(async |vms| drop(vms.run("a", bed.with_policy(ALWAYS, 0)).await));
         bed.world.machine("a").unwrap().set_guest(guest);
-        interrupt(&bed, Request::Shutdown, Phase::Stopping);
+        interrupt(&bed, VmOperation::Shutdown, Phase::Stopping);
         bed.life(async |vms| {
             let record = vms.until_phase("a", Phase::Stopped).await;
             assert_eq!((record.state, record.status.reason.as_str()), (VmState::Shutdown, "shutdown"));
@@ -185,7 +185,7 @@ fn an_interrupted_shutdown_is_carried_through() {
 fn an_interrupted_reboot_is_carried_through() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
-    interrupt(&bed, Request::Reboot, Phase::Rebooting);
+    interrupt(&bed, VmOperation::Reboot, Phase::Rebooting);
     let before = bed.stored("a").run;
     bed.life(async |vms| {
         let record = vms.until_phase("a", Phase::Running).await;
@@ -198,7 +198,7 @@ fn an_interrupted_reboot_is_carried_through() {
 fn an_interrupted_reboot_of_a_vm_that_stands_still_by_now_is_given_up() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
-    interrupt(&bed, Request::Reboot, Phase::Rebooting);
+    interrupt(&bed, VmOperation::Reboot, Phase::Rebooting);
     bed.world.machine("a").unwrap().set_guest(GuestState::Paused);
     bed.life(async |vms| {
         let record = vms.until_phase("a", Phase::Paused).await;
@@ -212,7 +212,7 @@ fn force_comes_before_what_is_carried_through() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     bed.world.machine("a").unwrap().ignore_shutdown();
-    interrupt(&bed, Request::Shutdown, Phase::Stopping);
+    interrupt(&bed, VmOperation::Shutdown, Phase::Stopping);
     bed.life(async |vms| {
         vms.force_delete("a").await.unwrap();
         assert_eq!(vms.world.living(), 0);
@@ -224,10 +224,10 @@ fn an_interrupted_start_by_policy_is_made_again() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.run("a", bed.with_policy(ON_FAILURE, 0)).await;
-        vms.world.next(Method::Launch, Act::hang());
-        let before = vms.world.calls(Method::Launch);
+        vms.world.next(ScriptedMethod::Launch, ScriptedResult::hang());
+        let before = vms.world.calls(ScriptedMethod::Launch);
         vms.machine("a").end(ExitCause::VmmFailed);
-        eventually("the launch", || vms.world.calls(Method::Launch) > before).await;
+        eventually("the launch", || vms.world.calls(ScriptedMethod::Launch) > before).await;
     });
     bed.life(async |vms| {
         let record = vms.until_phase("a", Phase::Running).await;
@@ -240,7 +240,7 @@ fn an_interrupted_shutdown_that_came_about_is_never_undone() {
     for restarted in [false, true] {
         let bed = Bed::new();
         bed.life(async |vms| drop(vms.run("a", bed.with_policy(ALWAYS, 0)).await));
-        interrupt(&bed, Request::Shutdown, Phase::Stopping);
+        interrupt(&bed, VmOperation::Shutdown, Phase::Stopping);
         if restarted {
             host_restarts(&bed);
         }
@@ -262,15 +262,18 @@ fn an_interrupted_reboot_goes_on_where_it_was() {
         let bed = Bed::new();
         left_in(&bed, VmState::Running);
         bed.life(async |vms| {
-            vms.world.next(Method::Launch, if second_half { Act::do_then_hang() } else { Act::hang() });
-            let before = vms.world.calls(Method::Launch);
+            vms.world.next(
+                ScriptedMethod::Launch,
+                if second_half { ScriptedResult::do_then_hang() } else { ScriptedResult::hang() },
+            );
+            let before = vms.world.calls(ScriptedMethod::Launch);
             let _task = vms
                 .begin({
                     let vms = vms.clone();
                     async move { vms.reboot("a").await }
                 })
                 .await;
-            eventually("the launch", || vms.world.calls(Method::Launch) > before).await;
+            eventually("the launch", || vms.world.calls(ScriptedMethod::Launch) > before).await;
         });
         assert_eq!(bed.world.living(), usize::from(second_half));
         let started = bed.world.machine("a").map(|machine| machine.pid());
@@ -287,10 +290,10 @@ fn an_interrupted_reboot_goes_on_where_it_was() {
 #[test]
 fn an_interrupted_deletion_is_finished() {
     for (state, request) in [
-        (VmState::Created, Request::Delete),
-        (VmState::Shutdown, Request::Delete),
-        (VmState::Running, Request::ForceDelete),
-        (VmState::Paused, Request::ForceDelete),
+        (VmState::Created, VmOperation::Delete),
+        (VmState::Shutdown, VmOperation::Delete),
+        (VmState::Running, VmOperation::ForceDelete),
+        (VmState::Paused, VmOperation::ForceDelete),
     ] {
         let bed = Bed::new();
         left_in(&bed, state);
@@ -310,7 +313,7 @@ fn a_shutdown_that_was_cut_short_is_carried_on_by_force_at_once_and_else_when_th
     for (ask_guest_for, ends) in [(None, true), (Some(Duration::from_secs(1)), false)] {
         let bed = Bed::new();
         left_in(&bed, VmState::Running);
-        interrupt_by(&bed, intent_of(Request::Shutdown, ask_guest_for), Phase::Stopping);
+        interrupt_by(&bed, intent_of(VmOperation::Shutdown, ask_guest_for), Phase::Stopping);
         bed.world.machine("a").unwrap().stop();
         bed.life(async |vms| {
             if ends {
@@ -331,7 +334,9 @@ fn a_shutdown_that_was_cut_short_is_carried_on_by_force_at_once_and_else_when_th
 
 #[test]
 fn what_was_cut_short_waits_for_a_vmm_that_is_found_later_or_ends() {
-    for (request, phase) in [(Request::Shutdown, Phase::Stopping), (Request::Reboot, Phase::Rebooting)] {
+    for (request, phase) in
+        [(VmOperation::Shutdown, Phase::Stopping), (VmOperation::Reboot, Phase::Rebooting)]
+    {
         for ends in [false, true] {
             let bed = Bed::new();
             bed.life(async |vms| drop(vms.run("a", bed.with_policy(ALWAYS, 0)).await));
@@ -348,7 +353,7 @@ fn what_was_cut_short_waits_for_a_vmm_that_is_found_later_or_ends() {
                 if ends {
                     machine.end(ExitCause::Unknown);
                 }
-                if request == Request::Shutdown {
+                if request == VmOperation::Shutdown {
                     vms.until("a", |record| record.state == VmState::Shutdown).await;
                     tokio::time::sleep(Duration::from_secs(120)).await;
                     assert_eq!(
@@ -387,8 +392,12 @@ fn a_start_that_left_a_process_holds_its_disk_in_the_next_life_too() {
     bed.life(async |vms| {
         vms.create("a", bed.with_disk("d")).await;
         vms.create("b", bed.with_disk("d")).await;
-        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
-        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        vms.world.next(
+            ScriptedMethod::Launch,
+            ScriptedResult::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+        );
+        vms.world
+            .next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
         refused(vms.boot("a").await, "unavailable");
     });
     bed.world.machine("a").unwrap().set_unprovable(true);
@@ -408,8 +417,9 @@ fn a_start_that_left_a_process_holds_its_disk_in_the_next_life_too() {
 fn an_interrupted_plain_deletion_is_finished_without_force() {
     let bed = Bed::new();
     left_in(&bed, VmState::Shutdown);
-    interrupt(&bed, Request::Delete, Phase::Deleting);
-    bed.world.next(Method::Sweep, Act::Fail(BackendErrorKind::StillRuns, Effect::NotApplied));
+    interrupt(&bed, VmOperation::Delete, Phase::Deleting);
+    bed.world
+        .next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::StillRuns, Effect::NotApplied));
     bed.life(async |vms| {
         // Refused, as where somebody has started the VM again: it is shown, and not removed.
         assert_eq!((vms.state("a"), bed.store.vms().len()), (VmState::Shutdown, 1));

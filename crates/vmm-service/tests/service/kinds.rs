@@ -5,15 +5,15 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use uuid::Uuid;
 use vmm_core::backend::{
-    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, Launched,
+    AdoptRequest, Adoption, Backend, BackendError, BackendHealth, Capabilities, LaunchRequest, LaunchedVmm,
     SweepRequest,
 };
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::kind::VmKind;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
-use vmm_core::store::{Change, Commit, Store as _, VmRecord};
+use vmm_core::store::{Commit, RecordChange, Store as _, VmRecord};
 use vmm_service::{BackendFamily, Backends, DefaultBoot, Settings, VmService};
 use vmm_testkit::fake::FakeBackend;
 
@@ -39,7 +39,7 @@ impl Backend for Domains {
         self.fake.capabilities()
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         let mut report = self.fake.check(spec);
         if spec.cpu.count > self.max_vcpus {
             report.reject("config.cpu.vcpu_count", "is too many for a domain");
@@ -47,7 +47,7 @@ impl Backend for Domains {
         report
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         assert!(self.serves(&request.kind), "a VM of another kind is not launched here: {:?}", request.kind);
         self.fake.launch(request).await
     }
@@ -92,8 +92,8 @@ fn life<T>(bed: &Bed, current: Arc<dyn Backend>, life: impl AsyncFnOnce(Vms) -> 
     let settings = Settings {
         runtime_dir: bed.runtime_dir(),
         default_boot: DefaultBoot::default(),
-        metrics_interval: INTERVAL,
-        event_retention: RETENTION,
+        metrics_interval: METRICS_INTERVAL,
+        event_retention: RETENTION_LIMIT,
         spare_vmms: 0,
     };
     runtime.block_on(async {
@@ -177,7 +177,7 @@ fn what_a_backend_takes_is_checked_at_each_boot() {
 fn rewrite(bed: &Bed, record: VmRecord) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let record = VmRecord { generation: record.generation + 1, ..record };
-    let commit = Commit { change: Change::Update(Box::new(record)), event: None };
+    let commit = Commit { change: RecordChange::Update(Box::new(record)), event: None };
     runtime.block_on(bed.store.commit(commit)).unwrap();
 }
 

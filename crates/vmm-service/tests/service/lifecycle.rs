@@ -5,29 +5,29 @@ use std::time::Duration;
 use crate::common::*;
 use vmm_core::backend::GuestState;
 use vmm_core::event::EventKind;
-use vmm_core::state::{Admission, EndedBy, Phase, Request, VmState, admit, legal_requests};
-use vmm_service::{Outcome, ServiceError, ShutdownOptions};
-use vmm_testkit::fake::{Act, Method};
+use vmm_core::state::{Admission, EndedBy, Phase, VmOperation, VmState, admit, legal_requests};
+use vmm_service::{OperationOutcome, ServiceError, ShutdownOptions};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
-async fn ask(vms: &Vms, vm_id: &str, request: Request) -> Result<Outcome, ServiceError> {
+async fn ask(vms: &Vms, vm_id: &str, request: VmOperation) -> Result<OperationOutcome, ServiceError> {
     match request {
-        Request::Boot => vms.boot(vm_id).await,
-        Request::Shutdown => vms.shutdown(vm_id).await,
-        Request::Pause => vms.pause(vm_id).await,
-        Request::Resume => vms.resume(vm_id).await,
-        Request::Reboot => vms.reboot(vm_id).await,
-        Request::Delete => vms.delete(vm_id).await,
-        Request::ForceDelete => vms.force_delete(vm_id).await,
+        VmOperation::Boot => vms.boot(vm_id).await,
+        VmOperation::Shutdown => vms.shutdown(vm_id).await,
+        VmOperation::Pause => vms.pause(vm_id).await,
+        VmOperation::Resume => vms.resume(vm_id).await,
+        VmOperation::Reboot => vms.reboot(vm_id).await,
+        VmOperation::Delete => vms.delete(vm_id).await,
+        VmOperation::ForceDelete => vms.force_delete(vm_id).await,
     }
 }
 
 /// Where a request leads that is carried out; `None` means that the VM is gone.
-fn target(request: Request) -> Option<VmState> {
+fn target(request: VmOperation) -> Option<VmState> {
     match request {
-        Request::Boot | Request::Resume | Request::Reboot => Some(VmState::Running),
-        Request::Shutdown => Some(VmState::Shutdown),
-        Request::Pause => Some(VmState::Paused),
-        Request::Delete | Request::ForceDelete => None,
+        VmOperation::Boot | VmOperation::Resume | VmOperation::Reboot => Some(VmState::Running),
+        VmOperation::Shutdown => Some(VmState::Shutdown),
+        VmOperation::Pause => Some(VmState::Paused),
+        VmOperation::Delete | VmOperation::ForceDelete => None,
     }
 }
 
@@ -36,7 +36,7 @@ async fn every_cell(single_use: bool) {
     bed.single_use = single_use;
     let vms = bed.start().await;
     for state in VmState::ALL {
-        for request in Request::ALL {
+        for request in VmOperation::ALL {
             let vm_id = format!("{}-{request:?}", state.name());
             vms.bring_to(&vm_id, bed.config(), state).await;
             let before = vms.record(&vm_id);
@@ -103,7 +103,7 @@ async fn nobody_knows_an_unknown_vm() {
     for vm_id in ["nobody", "", "../etc/passwd", &"x".repeat(5000)] {
         // A request without a name is not one for a VM that does not exist.
         let kind = if vm_id.is_empty() { "invalid" } else { "not-found" };
-        for request in Request::ALL {
+        for request in VmOperation::ALL {
             refused(ask(&vms, vm_id, request).await, kind);
         }
         refused(vms.force_shutdown(vm_id).await, kind);
@@ -170,7 +170,7 @@ async fn a_paused_guest_is_resumed_before_it_is_asked() {
     vms.run("a", bed.config()).await;
     vms.pause("a").await.unwrap();
     assert_eq!(vms.shutdown("a").await.unwrap().ended_by, Some(EndedBy::Acpi));
-    assert_eq!(vms.world.calls(Method::Resume), 1);
+    assert_eq!(vms.world.calls(ScriptedMethod::Resume), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -216,8 +216,11 @@ async fn a_reboot_whose_second_half_fails_leaves_the_vm_shut_down() {
     let vms = bed.start().await;
     vms.run("a", bed.with_disk("d")).await;
     vms.world.next(
-        Method::Launch,
-        Act::Fail(vmm_core::backend::BackendErrorKind::Rejected, vmm_core::backend::Effect::NotApplied),
+        ScriptedMethod::Launch,
+        ScriptedResult::Fail(
+            vmm_core::backend::BackendErrorKind::Rejected,
+            vmm_core::backend::Effect::NotApplied,
+        ),
     );
     let text = refused(vms.reboot("a").await, "precondition");
     assert!(text.contains("SHUTDOWN"), "{text}");
@@ -233,15 +236,15 @@ async fn a_failed_boot_leaves_a_created_vm_created() {
     let vms = bed.start().await;
     vms.create("a", bed.with_disk("d")).await;
     let acts = [
-        (Act::Fail(Kind::Rejected, Effect::NotApplied), "precondition"),
-        (Act::Fail(Kind::NotInstalled, Effect::NotApplied), "precondition"),
-        (Act::DoThenFail(Kind::Protocol, Effect::Unknown), "unavailable"),
-        (Act::Fail(Kind::Unsupported("a thing"), Effect::NotApplied), "unsupported"),
-        (Act::do_then_hang(), "unavailable"),
-        (Act::hang(), "unavailable"),
+        (ScriptedResult::Fail(Kind::Rejected, Effect::NotApplied), "precondition"),
+        (ScriptedResult::Fail(Kind::NotInstalled, Effect::NotApplied), "precondition"),
+        (ScriptedResult::DoThenFail(Kind::Protocol, Effect::Unknown), "unavailable"),
+        (ScriptedResult::Fail(Kind::Unsupported("a thing"), Effect::NotApplied), "unsupported"),
+        (ScriptedResult::do_then_hang(), "unavailable"),
+        (ScriptedResult::hang(), "unavailable"),
     ];
     for (act, expected) in acts {
-        vms.world.next(Method::Launch, act);
+        vms.world.next(ScriptedMethod::Launch, act);
         refused(vms.boot("a").await, expected);
         assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Created, "boot-failed"));
         assert_eq!(vms.world.living(), 0, "nothing of a failed start stays");
@@ -256,15 +259,15 @@ async fn a_failed_pause_shows_what_the_vmm_says() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
-    vms.world.next(Method::Pause, Act::Fail(Kind::Rejected, Effect::NotApplied));
+    vms.world.next(ScriptedMethod::Pause, ScriptedResult::Fail(Kind::Rejected, Effect::NotApplied));
     refused(vms.pause("a").await, "precondition");
     assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Running, "operation-failed"));
     // The answer was lost, and the effect was not: the VMM is asked.
-    vms.world.next(Method::Pause, Act::DoThenFail(Kind::Protocol, Effect::Unknown));
+    vms.world.next(ScriptedMethod::Pause, ScriptedResult::DoThenFail(Kind::Protocol, Effect::Unknown));
     refused(vms.pause("a").await, "unavailable");
     assert_eq!(vms.state("a"), VmState::Paused);
     assert_eq!(vms.machine("a").guest(), Some(GuestState::Paused));
-    vms.world.next(Method::Resume, Act::do_then_hang());
+    vms.world.next(ScriptedMethod::Resume, ScriptedResult::do_then_hang());
     refused(vms.resume("a").await, "unavailable");
     assert_eq!(vms.state("a"), VmState::Running);
 }
@@ -274,17 +277,17 @@ async fn a_vmm_that_ends_under_a_pause_ends_the_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
-    let gate = vmm_testkit::fake::Gate::default();
-    vms.world.next(Method::Pause, Act::Wait(gate.clone()));
+    let latch = vmm_testkit::fake::CallLatch::default();
+    vms.world.next(ScriptedMethod::Pause, ScriptedResult::Wait(latch.clone()));
     let paused = vms
         .begin({
             let vms = vms.clone();
             async move { vms.pause("a").await }
         })
         .await;
-    eventually("the pause", || vms.world.calls(Method::Pause) == 1).await;
+    eventually("the pause", || vms.world.calls(ScriptedMethod::Pause) == 1).await;
     machine.end(vmm_core::backend::ExitCause::VmmFailed);
-    gate.open();
+    latch.open();
     let text = refused(paused.await.unwrap(), "precondition");
     assert!(text.contains("SHUTDOWN"), "{text}");
     assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Shutdown, "vmm-failed"));
@@ -295,17 +298,17 @@ async fn a_shutdown_that_finds_the_vmm_gone_has_done_its_work() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;
-    let gate = vmm_testkit::fake::Gate::default();
-    vms.world.next(Method::Shutdown, Act::Wait(gate.clone()));
+    let latch = vmm_testkit::fake::CallLatch::default();
+    vms.world.next(ScriptedMethod::Shutdown, ScriptedResult::Wait(latch.clone()));
     let task = vms
         .begin({
             let vms = vms.clone();
             async move { vms.shutdown("a").await }
         })
         .await;
-    eventually("the shutdown", || vms.world.calls(Method::Shutdown) == 1).await;
+    eventually("the shutdown", || vms.world.calls(ScriptedMethod::Shutdown) == 1).await;
     machine.end(vmm_core::backend::ExitCause::VmmFailed);
-    gate.open();
+    latch.open();
     assert_eq!(task.await.unwrap().unwrap().ended_by, Some(EndedBy::Guest));
     tokio::time::sleep(std::time::Duration::from_secs(120)).await;
     assert_eq!((vms.state("a"), vms.world.living()), (VmState::Shutdown, 0), "a shutdown is never undone");

@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 use vmm_core::config::VmConfig;
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
-use vmm_service::{ListQuery, Page};
+use vmm_service::{ListQuery, VmPage};
 
 use crate::common::*;
 
-fn names(page: &Page) -> Vec<&str> {
+fn names(page: &VmPage) -> Vec<&str> {
     page.vms.iter().map(|vm| vm.vm_id.as_str()).collect()
 }
 
-fn page(vms: &Vms, size: i32, token: &str) -> Page {
+fn page(vms: &Vms, size: i32, token: &str) -> VmPage {
     let query = ListQuery { page_size: size, page_token: token.to_owned(), ..ListQuery::default() };
     vms.service.list(&query).unwrap()
 }

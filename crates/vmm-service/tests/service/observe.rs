@@ -5,7 +5,7 @@ use std::time::Duration;
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause, GuestState};
 use vmm_core::event::EventKind;
 use vmm_core::state::{EndedBy, Phase, VmState};
-use vmm_testkit::fake::{Act, Method};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
 use crate::common::*;
 
@@ -150,10 +150,11 @@ async fn the_log_of_a_silent_vmm_is_trimmed() {
     vms.run("a", bed.config()).await;
     vms.machine("a").stop();
     vms.until_phase("a", Phase::Unreachable).await;
-    let (trimmed, sampled) = (vms.world.calls(Method::TrimLogs), vms.world.calls(Method::Sample));
+    let (trimmed, sampled) =
+        (vms.world.calls(ScriptedMethod::TrimLogs), vms.world.calls(ScriptedMethod::Sample));
     tokio::time::sleep(Duration::from_secs(120)).await;
-    assert!(vms.world.calls(Method::TrimLogs) > trimmed);
-    assert_eq!(vms.world.calls(Method::Sample), sampled, "a silent VMM is not asked for counters");
+    assert!(vms.world.calls(ScriptedMethod::TrimLogs) > trimmed);
+    assert_eq!(vms.world.calls(ScriptedMethod::Sample), sampled, "a silent VMM is not asked for counters");
 }
 
 #[tokio::test(start_paused = true)]
@@ -252,7 +253,7 @@ async fn metrics_are_sampled_and_go_with_the_run() {
     vms.boot("a").await.unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     let first = metrics().expect("the first sample comes soon");
-    tokio::time::sleep(INTERVAL).await;
+    tokio::time::sleep(METRICS_INTERVAL).await;
     let second = metrics().unwrap();
     assert!(second.network.unwrap().bytes_received > first.network.unwrap().bytes_received);
     assert!((0.0..=100.0).contains(&second.cpu_usage_percent));
@@ -268,17 +269,18 @@ async fn a_vmm_that_hangs_delays_no_reader_and_no_other_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
-    vms.world.next(Method::Probe, Act::hang());
+    vms.world.next(ScriptedMethod::Probe, ScriptedResult::hang());
     let record = vms.until_phase("a", Phase::Unreachable).await;
     assert!(record.status.message.contains("did not answer"), "{}", record.status.message);
     vms.until_phase("a", Phase::Running).await;
-    vms.world.next(Method::Probe, Act::Fail(BackendErrorKind::Protocol, Effect::NotApplied));
+    vms.world
+        .next(ScriptedMethod::Probe, ScriptedResult::Fail(BackendErrorKind::Protocol, Effect::NotApplied));
     vms.until_phase("a", Phase::Unreachable).await;
     vms.until_phase("a", Phase::Running).await;
 }
 
 /// Waits until `method` has been called `more` times from now.
-async fn until_called(vms: &Vms, method: Method, more: usize) {
+async fn until_called(vms: &Vms, method: ScriptedMethod, more: usize) {
     let wanted = vms.world.calls(method) + more;
     while vms.world.calls(method) < wanted {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -291,13 +293,13 @@ async fn counters_that_cannot_be_read_are_missing_and_nothing_else() {
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
     for kind in [BackendErrorKind::Host, BackendErrorKind::Protocol, BackendErrorKind::Timeout] {
-        vms.world.always(Method::Sample, Act::Fail(kind, Effect::NotApplied));
-        until_called(&vms, Method::Sample, 3).await;
+        vms.world.always(ScriptedMethod::Sample, ScriptedResult::Fail(kind, Effect::NotApplied));
+        until_called(&vms, ScriptedMethod::Sample, 3).await;
         assert_eq!(vms.phase("a"), Phase::Running, "{kind:?}");
         assert!(vms.service.get("a").unwrap().metrics.is_none(), "{kind:?}");
     }
-    vms.world.always(Method::Sample, Act::hang());
-    until_called(&vms, Method::Sample, 2).await;
+    vms.world.always(ScriptedMethod::Sample, ScriptedResult::hang());
+    until_called(&vms, ScriptedMethod::Sample, 2).await;
     assert_eq!(vms.phase("a"), Phase::Running);
     vms.pause("a").await.unwrap();
     vms.resume("a").await.unwrap();
@@ -312,12 +314,12 @@ async fn only_a_vmm_that_does_not_answer_is_out_of_contact() {
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
     for kind in [BackendErrorKind::Host, BackendErrorKind::Rejected, BackendErrorKind::Gone] {
-        vms.world.always(Method::Probe, Act::Fail(kind, Effect::NotApplied));
-        until_called(&vms, Method::Probe, 3).await;
+        vms.world.always(ScriptedMethod::Probe, ScriptedResult::Fail(kind, Effect::NotApplied));
+        until_called(&vms, ScriptedMethod::Probe, 3).await;
         assert_eq!(vms.phase("a"), Phase::Running, "{kind:?}");
     }
     for kind in [BackendErrorKind::Timeout, BackendErrorKind::Unreachable, BackendErrorKind::Protocol] {
-        vms.world.always(Method::Probe, Act::Fail(kind, Effect::NotApplied));
+        vms.world.always(ScriptedMethod::Probe, ScriptedResult::Fail(kind, Effect::NotApplied));
         vms.until_phase("a", Phase::Unreachable).await;
         vms.world.behave();
         vms.until_phase("a", Phase::Running).await;
@@ -331,8 +333,8 @@ async fn a_silence_that_an_answer_has_ended_is_no_news() {
     vms.run("a", bed.config()).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     // The VMM is busy with the pause for longer than a probe waits.
-    vms.world.next(Method::Pause, Act::Delay(Duration::from_secs(19)));
-    vms.world.next(Method::Probe, Act::hang());
+    vms.world.next(ScriptedMethod::Pause, ScriptedResult::Delay(Duration::from_secs(19)));
+    vms.world.next(ScriptedMethod::Probe, ScriptedResult::hang());
     vms.pause("a").await.unwrap();
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Paused, Phase::Paused));

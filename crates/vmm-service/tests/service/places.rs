@@ -8,18 +8,18 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    LaunchRequest, Launched, SweepRequest,
+    LaunchRequest, LaunchedVmm, SweepRequest,
 };
 use vmm_core::config::VmConfig;
-use vmm_core::gate::Gate;
+use vmm_core::discovery::{DiscoveredVm, Discoverer, Discovery, DiscoveryEvent, Places};
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::kind::VmKind;
-use vmm_core::place::{Discover, Discovery, Finding, Found, Places};
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
+use vmm_core::run_permit::RunPermit;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Phase, VmState};
 use vmm_service::ShutdownOptions;
-use vmm_testkit::fake::{Act, FakeBackend, Method};
+use vmm_testkit::fake::{FakeBackend, ScriptedMethod, ScriptedResult};
 
 use crate::common::*;
 
@@ -27,11 +27,11 @@ use crate::common::*;
 struct Landlord {
     fake: FakeBackend,
     places: Places,
-    present: Mutex<Vec<Found>>,
-    later: Mutex<Option<mpsc::Receiver<Finding>>>,
+    present: Mutex<Vec<DiscoveredVm>>,
+    later: Mutex<Option<mpsc::Receiver<DiscoveryEvent>>>,
     /// The VM that is found while the next VM is being checked.
-    while_checking: Arc<Mutex<Option<Finding>>>,
-    tell: mpsc::Sender<Finding>,
+    while_checking: Arc<Mutex<Option<DiscoveryEvent>>>,
+    tell: mpsc::Sender<DiscoveryEvent>,
 }
 
 #[async_trait]
@@ -40,14 +40,14 @@ impl Backend for Landlord {
         self.fake.capabilities()
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         if let Some(finding) = self.while_checking.lock().unwrap().take() {
             self.tell.try_send(finding).unwrap();
         }
         self.fake.check(spec)
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         self.fake.launch(request).await
     }
 
@@ -76,13 +76,13 @@ impl Backend for Landlord {
         self.places.clone()
     }
 
-    fn discovery(&self) -> Option<&dyn Discover> {
+    fn discovery(&self) -> Option<&dyn Discoverer> {
         Some(self)
     }
 }
 
 #[async_trait]
-impl Discover for Landlord {
+impl Discoverer for Landlord {
     async fn discover(&self) -> Discovery {
         let later = self.later.lock().unwrap().take().unwrap();
         Discovery { present: std::mem::take(&mut *self.present.lock().unwrap()), later }
@@ -90,7 +90,7 @@ impl Discover for Landlord {
 }
 
 /// A service whose only backend is a [`Landlord`], and the way to tell it of findings.
-async fn start(bed: &Bed, places: Places, present: Vec<Found>) -> (Vms, mpsc::Sender<Finding>) {
+async fn start(bed: &Bed, places: Places, present: Vec<DiscoveredVm>) -> (Vms, mpsc::Sender<DiscoveryEvent>) {
     start_finding(bed, places, present, Arc::default()).await
 }
 
@@ -98,9 +98,9 @@ async fn start(bed: &Bed, places: Places, present: Vec<Found>) -> (Vms, mpsc::Se
 async fn start_finding(
     bed: &Bed,
     places: Places,
-    present: Vec<Found>,
-    while_checking: Arc<Mutex<Option<Finding>>>,
-) -> (Vms, mpsc::Sender<Finding>) {
+    present: Vec<DiscoveredVm>,
+    while_checking: Arc<Mutex<Option<DiscoveryEvent>>>,
+) -> (Vms, mpsc::Sender<DiscoveryEvent>) {
     let (tell, later) = mpsc::channel(8);
     let landlord = Landlord {
         fake: FakeBackend::in_world("fake", &bed.world),
@@ -119,24 +119,24 @@ fn fixed(places: &[&str]) -> Places {
 }
 
 /// A VM that somebody else has made at `place`; it runs, unless it is `CREATED`.
-async fn found(bed: &Bed, place: &str, names: &[&str], state: VmState) -> Found {
+async fn found(bed: &Bed, place: &str, names: &[&str], state: VmState) -> DiscoveredVm {
     let config = bed.config();
     let launched = match state {
         VmState::Created | VmState::Shutdown => None,
         VmState::Running | VmState::Paused => Some(foreign(bed, &config).await),
     };
-    Found {
+    DiscoveredVm {
         place: VmKind::attached(place),
         uid: None,
         names: names.iter().map(|name| name.parse().unwrap()).collect(),
         config,
-        untold: Vec::new(),
+        unrepresented: Vec::new(),
         state,
         launched,
     }
 }
 
-async fn foreign(bed: &Bed, config: &VmConfig) -> Launched {
+async fn foreign(bed: &Bed, config: &VmConfig) -> LaunchedVmm {
     let request = LaunchRequest {
         instance: InstanceId::new(Uuid::nil()),
         uid: VmUid::new(Uuid::now_v7()),
@@ -144,7 +144,7 @@ async fn foreign(bed: &Bed, config: &VmConfig) -> Launched {
         spec: VmSpec::parse(config).unwrap(),
         dir: bed.path("foreign").into(),
         console: None,
-        gate: Gate::open(),
+        permit: RunPermit::granted(),
         taps: Vec::new(),
         kind: VmKind::Managed,
         imported: false,
@@ -191,7 +191,7 @@ fn where_vms_are_only_imported_none_is_created() {
         let present = vec![found(&bed, "/a", &["found"], VmState::Running).await];
         let (vms, _tell) = start(&bed, places, present).await;
         assert_eq!(refused(vms.try_create("mine", bed.config()).await, "unsupported"), "start it yourself");
-        let requested = vmm_core::store::Requested { backend: String::new(), config: bed.config() };
+        let requested = vmm_core::store::VmRequest { backend: String::new(), config: bed.config() };
         let judged = vms.service.validate(&requested).await.expect("the files answer");
         assert_eq!(judged.violations[0].field, "backend");
         assert_eq!(vms.state("found"), VmState::Running);
@@ -211,13 +211,13 @@ fn what_is_found_is_imported_as_it_is() {
         vms.resume("found").await.unwrap();
         // A name that is taken leads to the next one.
         let second = found(&bed, "/b", &["found", "found-2"], VmState::Created).await;
-        tell.send(Finding::Found(Box::new(second))).await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(second))).await.unwrap();
         eventually("the second is imported", || vms.service.get("found-2").is_ok()).await;
         assert_eq!(vms.state("found-2"), VmState::Created);
         vms.boot("found-2").await.unwrap();
         // And what is found twice is there once.
         let twice = found(&bed, "/a", &["other"], VmState::Created).await;
-        tell.send(Finding::Found(Box::new(twice))).await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(twice))).await.unwrap();
         vms.create("mine", bed.config()).await;
         assert_eq!(vms.record("mine").kind.socket(), Some("/c"));
         assert_eq!(vms.service.list(&Default::default()).unwrap().total_count, 3);
@@ -231,7 +231,7 @@ fn a_vm_that_somebody_else_starts_again_runs_again() {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
         vms.bring_to("vm", bed.config(), VmState::Shutdown).await;
         let back = found(&bed, "/a", &["ignored"], VmState::Running).await;
-        tell.send(Finding::Found(Box::new(back))).await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(back))).await.unwrap();
         let record = vms.until("vm", |record| record.state == VmState::Running).await;
         assert_eq!(record.status.reason.as_str(), "started-from-outside");
         assert!(!record.imported, "it is the machine that it was");
@@ -248,12 +248,12 @@ fn another_machine_in_its_place_is_shown_as_what_it_is() {
         vms.bring_to("vm", bed.config(), VmState::Shutdown).await;
         let mut other = found(&bed, "/a", &["ignored"], VmState::Running).await;
         other.config.cpu.as_mut().unwrap().vcpu_count = 3;
-        other.untold = vec!["a vsock device".to_owned()];
-        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        other.unrepresented = vec!["a vsock device".to_owned()];
+        tell.send(DiscoveryEvent::Found(Box::new(other))).await.unwrap();
         let record = vms.until("vm", |record| record.state == VmState::Running).await;
         assert!(record.imported);
         assert_eq!(record.config.cpu.as_ref().unwrap().vcpu_count, 3);
-        assert_eq!(record.untold, ["a vsock device"]);
+        assert_eq!(record.unrepresented, ["a vsock device"]);
     });
 }
 
@@ -264,12 +264,12 @@ fn a_vm_that_never_ran_is_not_taken_for_what_runs_in_its_place() {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
         vms.create("mine", bed.config()).await;
         let other = found(&bed, "/a", &["other"], VmState::Running).await;
-        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(other))).await.unwrap();
         let record = vms.until("mine", |record| record.status.reason.as_str() == "place-taken").await;
         assert_eq!((record.state, record.status.phase), (VmState::Created, Phase::Created));
         vms.delete("mine").await.unwrap();
         let other = found(&bed, "/a", &["other"], VmState::Running).await;
-        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(other))).await.unwrap();
         eventually("it is imported then", || vms.service.get("other").is_ok()).await;
     });
 }
@@ -282,7 +282,7 @@ fn a_place_that_is_no_more_takes_its_import_along() {
         let (vms, tell) = start(&bed, fixed(&["/a", "/b"]), present).await;
         vms.create("mine", bed.config()).await;
         for place in ["/a", "/b"] {
-            tell.send(Finding::Lost { place: VmKind::attached(place) }).await.unwrap();
+            tell.send(DiscoveryEvent::Lost { place: VmKind::attached(place) }).await.unwrap();
         }
         eventually("the import has left", || vms.service.get("found").is_err()).await;
         assert_eq!(vms.state("mine"), VmState::Created, "what this program made stays");
@@ -297,7 +297,7 @@ fn a_vm_that_is_found_while_a_client_creates_one_of_its_name_gets_another_name()
         let (vms, _tell) =
             start_finding(&bed, fixed(&["/a", "/b", "/c"]), Vec::new(), Arc::clone(&while_checking)).await;
         let other = found(&bed, "/b", &["web", "web-2"], VmState::Created).await;
-        *while_checking.lock().unwrap() = Some(Finding::Found(Box::new(other)));
+        *while_checking.lock().unwrap() = Some(DiscoveryEvent::Found(Box::new(other)));
         let creation = tokio::time::timeout(Duration::from_secs(3600), vms.create("web", bed.config()));
         let created =
             creation.await.expect("CreateVm does not wait for the import, which waits for its name");
@@ -318,14 +318,14 @@ fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
         let hour = ShutdownOptions { force: false, timeout_seconds: 3600 };
         let service = vms.service.clone();
         let ending = vms.begin(async move { service.shutdown("slow", hour, me()).await }).await;
-        tell.send(Finding::Lost { place: VmKind::attached("/a") }).await.unwrap();
+        tell.send(DiscoveryEvent::Lost { place: VmKind::attached("/a") }).await.unwrap();
         let other = found(&bed, "/b", &["other"], VmState::Created).await;
-        tell.send(Finding::Found(Box::new(other))).await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(other))).await.unwrap();
         eventually("the other is imported", || vms.service.get("other").is_ok()).await;
         assert!(!ending.is_finished());
         // What is found at the same place waits, so that it is not taken for the VM that leaves.
         let again = found(&bed, "/a", &["again"], VmState::Created).await;
-        tell.send(Finding::Found(Box::new(again))).await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(again))).await.unwrap();
         vms.force_shutdown("slow").await.unwrap();
         let _ = ending.await;
         eventually("the next one has its place", || vms.service.get("again").is_ok()).await;
@@ -368,8 +368,12 @@ fn what_the_owner_of_a_place_starts_there_outlives_the_tombstone_of_a_deleted_vm
         let (vms, _tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
         vms.create("vm", bed.with_disk("d")).await;
         // A start leaves a process that neither its own clean-up nor a forced deletion can end.
-        bed.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
-        bed.world.always(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        bed.world.next(
+            ScriptedMethod::Launch,
+            ScriptedResult::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+        );
+        bed.world
+            .always(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
         vms.boot("vm").await.unwrap_err();
         assert_eq!(vms.force_delete("vm").await.unwrap().left_behind.len(), 1);
         let tombstones = bed.store.tombstones();

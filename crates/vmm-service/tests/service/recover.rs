@@ -2,7 +2,7 @@
 
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause, GuestState};
 use vmm_core::state::{Phase, VmState};
-use vmm_testkit::fake::{Act, Method};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
 use crate::common::*;
 
@@ -120,7 +120,11 @@ fn after_a_restart_of_the_host_all_that_ran_is_down() {
             assert_eq!(record.state, expected);
             if state.is_live() {
                 assert_eq!(record.status.reason.as_str(), "host-reboot");
-                assert_eq!(vms.world.calls(Method::Adopt), 0, "no pid of another boot means anything");
+                assert_eq!(
+                    vms.world.calls(ScriptedMethod::Adopt),
+                    0,
+                    "no pid of another boot means anything"
+                );
             }
             assert_eq!(bed.stored("a"), *record, "the reason is on record too");
         });
@@ -230,13 +234,14 @@ fn force_that_fails_leaves_it_unreachable() {
 
 #[test]
 fn an_adoption_that_hangs_or_fails_holds_up_nobody_else() {
-    for act in [Act::hang(), Act::Fail(BackendErrorKind::Protocol, Effect::NotApplied)] {
+    for act in [ScriptedResult::hang(), ScriptedResult::Fail(BackendErrorKind::Protocol, Effect::NotApplied)]
+    {
         let bed = Bed::new();
         bed.life(async |vms| {
             vms.run("a", bed.config()).await;
             vms.run("b", bed.config()).await;
         });
-        bed.world.next(Method::Adopt, act);
+        bed.world.next(ScriptedMethod::Adopt, act);
         bed.life(async |vms| {
             assert_eq!((vms.phase("a"), vms.phase("b")), (Phase::Unreachable, Phase::Running));
             assert_eq!(vms.state("a"), VmState::Running);

@@ -5,8 +5,8 @@ use std::time::Duration;
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::StoreErrorKind;
-use vmm_testkit::fake::{Act, Method};
-use vmm_testkit::memory_store::Verdict;
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
+use vmm_testkit::memory_store::CommitTreatment;
 
 use crate::common::*;
 
@@ -101,13 +101,17 @@ async fn a_start_that_fails_is_tried_again_and_counts() {
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ON_FAILURE, 3)).await;
     for _ in 0..2 {
-        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+        vms.world.next(
+            ScriptedMethod::Launch,
+            ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied),
+        );
     }
     vms.machine("a").end(ExitCause::VmmFailed);
     let record =
         vms.until("a", |record| record.status.restarts == 3 && record.state == VmState::Running).await;
     assert_eq!((record.status.phase, record.status.reason.as_str()), (Phase::Running, "vmm-failed"));
-    vms.world.always(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    vms.world
+        .always(ScriptedMethod::Launch, ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     vms.machine("a").end(ExitCause::VmmFailed);
     vms.until("a", |record| {
         record.status.phase == Phase::Failed && record.status.reason.as_str() == "restart-loop"
@@ -121,12 +125,13 @@ async fn a_guest_reboot_whose_start_fails_is_not_tried_again() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(GUEST_REBOOT, 0)).await;
-    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    vms.world
+        .next(ScriptedMethod::Launch, ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     vms.machine("a").end(ExitCause::GuestReset);
     let record = vms.until_phase("a", Phase::Failed).await;
     assert_eq!((record.state, record.status.reason.as_str()), (VmState::Shutdown, "boot-failed"));
     tokio::time::sleep(Duration::from_secs(120)).await;
-    assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (2, 0));
+    assert_eq!((vms.world.calls(ScriptedMethod::Launch), vms.world.living()), (2, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -135,12 +140,13 @@ async fn a_guest_reboot_that_launches_nothing_is_tried_again_later() {
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(GUEST_REBOOT, 1)).await;
     for _ in 0..3 {
-        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Host, Effect::NotApplied));
+        vms.world
+            .next(ScriptedMethod::Launch, ScriptedResult::Fail(BackendErrorKind::Host, Effect::NotApplied));
     }
     vms.machine("a").end(ExitCause::GuestReset);
     vms.until("a", |record| record.status.reason.as_str() == "start-not-begun").await;
     let record = vms.until("a", |record| record.state == VmState::Running).await;
-    assert_eq!((record.status.restarts, vms.world.calls(Method::Launch)), (1, 5));
+    assert_eq!((record.status.restarts, vms.world.calls(ScriptedMethod::Launch)), (1, 5));
 }
 
 /// A VM that waits for its restart.
@@ -159,7 +165,7 @@ async fn a_client_starts_it_at_once() {
     let status = &outcome.record.status;
     assert_eq!((outcome.record.state, status.restarts, status.reason.as_str()), (VmState::Running, 0, ""));
     tokio::time::sleep(Duration::from_secs(120)).await;
-    assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (2, 1));
+    assert_eq!((vms.world.calls(ScriptedMethod::Launch), vms.world.living()), (2, 1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -203,7 +209,7 @@ async fn a_refused_call_does_not_call_it_off() {
     for deletes in [false, true] {
         vms.machine("a").power_off();
         vms.until_phase("a", Phase::Restarting).await;
-        bed.store.next([Verdict::Refuse(StoreErrorKind::Full)]);
+        bed.store.next([CommitTreatment::Refuse(StoreErrorKind::Full)]);
         let answer = if deletes { vms.delete("a").await } else { vms.boot("a").await };
         refused(answer, "exhausted");
         assert_eq!(vms.phase("a"), Phase::Restarting);
@@ -240,13 +246,16 @@ async fn a_start_that_launched_nothing_is_no_restart_however_often_it_is_tried()
     vms.run("a", bed.with_policy(ON_FAILURE, 2)).await;
     vms.machine("a").end(ExitCause::VmmFailed);
     vms.until_phase("a", Phase::Restarting).await;
-    bed.store.always(Verdict::Refuse(StoreErrorKind::Full));
+    bed.store.always(CommitTreatment::Refuse(StoreErrorKind::Full));
     tokio::time::sleep(Duration::from_secs(600)).await;
     assert_eq!((vms.phase("a"), vms.record("a").status.restarts), (Phase::Restarting, 1));
     bed.store.behave();
     // A hypervisor that is missing for a while launches nothing either.
     for _ in 0..5 {
-        vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::NotInstalled, Effect::NotApplied));
+        vms.world.next(
+            ScriptedMethod::Launch,
+            ScriptedResult::Fail(BackendErrorKind::NotInstalled, Effect::NotApplied),
+        );
     }
     tokio::time::sleep(Duration::from_secs(300)).await;
     let record = vms.until_phase("a", Phase::Running).await;
@@ -259,16 +268,20 @@ async fn the_policy_starts_nothing_beside_a_process_that_a_start_has_left() {
         let bed = Bed::new();
         let vms = bed.start().await;
         vms.run("a", bed.with_policy(mode, 0)).await;
-        vms.world.next(Method::Launch, Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown));
-        vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
-        let before = vms.world.calls(Method::Launch);
+        vms.world.next(
+            ScriptedMethod::Launch,
+            ScriptedResult::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+        );
+        vms.world
+            .next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+        let before = vms.world.calls(ScriptedMethod::Launch);
         vms.machine("a").end(ExitCause::GuestReset);
         vms.until_phase("a", Phase::Unreachable).await;
         let left = vms.machine("a");
         left.set_unprovable(true);
         tokio::time::sleep(Duration::from_secs(120)).await;
         assert_eq!((vms.phase("a"), vms.world.living()), (Phase::Unreachable, 1));
-        assert_eq!(vms.world.calls(Method::Launch), before + 1);
+        assert_eq!(vms.world.calls(ScriptedMethod::Launch), before + 1);
         left.set_unprovable(false);
         left.end(ExitCause::VmmFailed);
         vms.until_phase("a", Phase::Running).await;

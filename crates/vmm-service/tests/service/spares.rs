@@ -10,12 +10,12 @@ use vmm_core::state::VmState;
 use vmm_core::store::StoreErrorKind;
 use vmm_host::run_dir::{self, SpareMark};
 use vmm_service::ListQuery;
-use vmm_testkit::fake::{Act, Gate, Method};
-use vmm_testkit::memory_store::Verdict::{Pass, Refuse};
+use vmm_testkit::fake::{CallLatch, ScriptedMethod, ScriptedResult};
+use vmm_testkit::memory_store::CommitTreatment::{Pass, Refuse};
 
 use crate::common::{Bed, Vms, refused};
 
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn bed(spare_vmms: usize) -> Bed {
     let mut bed = Bed::new();
@@ -57,7 +57,7 @@ async fn the_next_vm_has_the_process_that_waits_and_another_takes_its_place() {
 
     let second = vms.create("second", bed.with_disk("d")).await;
     assert_eq!(second.uid, waiting[0]);
-    assert_eq!((vms.state("second"), vms.world.calls(Method::StartSpare)), (VmState::Created, 1));
+    assert_eq!((vms.state("second"), vms.world.calls(ScriptedMethod::StartSpare)), (VmState::Created, 1));
     vms.boot("second").await.unwrap();
     assert!(vms.world.was_spare(second.uid));
     assert_eq!(SpareMark::read(&bed.run_dir(&second)).unwrap(), None, "it has been told what to run");
@@ -73,15 +73,15 @@ async fn none_waits_unless_it_is_wanted_and_the_backend_was_used() {
     let bed = bed(0);
     let vms = bed.start().await;
     vms.run("first", bed.config()).await;
-    tokio::time::sleep(DRAIN).await;
-    assert_eq!(vms.world.calls(Method::StartSpare), 0);
+    tokio::time::sleep(DRAIN_TIMEOUT).await;
+    assert_eq!(vms.world.calls(ScriptedMethod::StartSpare), 0);
     drop(vms);
 
     let bed = self::bed(2);
     let vms = bed.start().await;
     vms.create("first", bed.config()).await;
-    tokio::time::sleep(DRAIN).await;
-    assert_eq!(vms.world.calls(Method::StartSpare), 0);
+    tokio::time::sleep(DRAIN_TIMEOUT).await;
+    assert_eq!(vms.world.calls(ScriptedMethod::StartSpare), 0);
     vms.boot("first").await.unwrap();
     until_waiting(&vms, 2).await;
     let other = vms.try_create_on("other", "other", bed.config()).await.unwrap().record;
@@ -167,14 +167,14 @@ async fn vms_that_nobody_boots_do_not_pile_up_processes() {
 
 /// Lets two VMs be started though no spare VMM can be, and answers how often one was tried.
 async fn tried_in_vain(bed: &Bed, vms: &Vms, kind: BackendErrorKind) -> usize {
-    vms.world.always(Method::StartSpare, Act::Fail(kind, Effect::NotApplied));
+    vms.world.always(ScriptedMethod::StartSpare, ScriptedResult::Fail(kind, Effect::NotApplied));
     for name in ["a", "b"] {
         vms.run(name, bed.config()).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(marked(bed), Vec::<PathBuf>::new());
     }
     vms.world.behave();
-    vms.world.calls(Method::StartSpare)
+    vms.world.calls(ScriptedMethod::StartSpare)
 }
 
 #[tokio::test(start_paused = true)]
@@ -211,15 +211,15 @@ async fn a_daemon_that_stops_leaves_none_not_even_one_that_is_being_started() {
     let bed = bed(2);
     let (vms, _) = warm(&bed).await;
     let promised = vms.create("second", bed.config()).await;
-    let gate = Gate::default();
-    vms.world.next(Method::StartSpare, Act::Wait(gate.clone()));
+    let latch = CallLatch::default();
+    vms.world.next(ScriptedMethod::StartSpare, ScriptedResult::Wait(latch.clone()));
     vms.run("third", bed.config()).await;
-    while vms.world.calls(Method::StartSpare) < 3 {
+    while vms.world.calls(ScriptedMethod::StartSpare) < 3 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    let (left, ()) = tokio::join!(vms.service.drain(DRAIN), async {
+    let (left, ()) = tokio::join!(vms.service.drain(DRAIN_TIMEOUT), async {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        gate.open();
+        latch.open();
     });
     assert_eq!((left, vms.world.spares()), (0, vec![]));
     assert!(marked(&bed).iter().all(|dir| *dir == bed.run_dir(&promised)), "the folder is that VM's own");
@@ -259,7 +259,7 @@ fn a_spare_of_another_installation_is_left_alone() {
     };
     stranger.put(&dir).unwrap();
     bed.life(async |vms| {
-        assert_eq!(vms.world.calls(Method::Sweep), 0);
+        assert_eq!(vms.world.calls(ScriptedMethod::Sweep), 0);
         assert_eq!(marked(&bed), [dir]);
     });
 }

@@ -3,14 +3,14 @@
 use vmm_core::backend::{BackendErrorKind, Effect};
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::StoreErrorKind::{Full, Io};
-use vmm_testkit::fake::{Act, Method};
-use vmm_testkit::memory_store::Verdict::{self, Lose, Pass, Refuse, WriteAndFail};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
+use vmm_testkit::memory_store::CommitTreatment::{self, Lose, Pass, Refuse, WriteAndFail};
 
 use crate::common::*;
 
-const FAILURES: [Verdict; 3] = [Refuse(Full), Lose(Io), WriteAndFail(Io)];
+const FAILURES: [CommitTreatment; 3] = [Refuse(Full), Lose(Io), WriteAndFail(Io)];
 
-fn code(verdict: Verdict) -> &'static str {
+fn code(verdict: CommitTreatment) -> &'static str {
     if verdict == Refuse(Full) { "exhausted" } else { "unavailable" }
 }
 
@@ -22,14 +22,17 @@ async fn without_an_intent_nothing_is_touched() {
         vms.create("a", bed.config()).await;
         bed.store.next([verdict]);
         refused(vms.boot("a").await, code(verdict));
-        assert_eq!((vms.world.calls(Method::Launch), vms.state("a")), (0, VmState::Created));
+        assert_eq!((vms.world.calls(ScriptedMethod::Launch), vms.state("a")), (0, VmState::Created));
         assert_eq!(vms.phase("a"), Phase::Created);
         vms.boot("a").await.expect("whether the last commit was written or not");
         bed.store.next([verdict]);
         refused(vms.pause("a").await, code(verdict));
         bed.store.next([verdict]);
         refused(vms.shutdown("a").await, code(verdict));
-        assert_eq!((vms.world.calls(Method::Pause), vms.world.calls(Method::Shutdown)), (0, 0));
+        assert_eq!(
+            (vms.world.calls(ScriptedMethod::Pause), vms.world.calls(ScriptedMethod::Shutdown)),
+            (0, 0)
+        );
         assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Running, Phase::Running));
         vms.pause("a").await.expect("however many commits in a row nobody knows of");
         assert_eq!(bed.stored("a"), *vms.record("a"));
@@ -44,7 +47,7 @@ async fn a_vm_whose_start_cannot_be_recorded_does_not_run() {
         vms.create("a", bed.with_disk("d")).await;
         bed.store.next([Pass, verdict]);
         refused(vms.boot("a").await, code(verdict));
-        assert_eq!((vms.world.calls(Method::Launch), vms.world.living()), (1, 0), "{verdict:?}");
+        assert_eq!((vms.world.calls(ScriptedMethod::Launch), vms.world.living()), (1, 0), "{verdict:?}");
         assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Created, "boot-failed"));
         assert_eq!(bed.stored("a"), *vms.record("a"), "{verdict:?}");
         vms.boot("a").await.expect("the disk was given back");
@@ -57,7 +60,7 @@ async fn a_vm_whose_start_cannot_be_recorded_is_swept_where_it_cannot_be_killed(
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
     bed.store.next([Pass, Refuse(Full)]);
-    vms.world.next(Method::Kill, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    vms.world.next(ScriptedMethod::Kill, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
     refused(vms.boot("a").await, "exhausted");
     assert_eq!((vms.state("a"), vms.world.living()), (VmState::Created, 0));
 }
@@ -253,11 +256,11 @@ async fn a_process_of_a_start_that_could_not_be_recorded_is_said_and_ended_by_th
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
     bed.store.next([Refuse(Full)]);
-    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    vms.world.next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
     refused(vms.boot("a").await, "exhausted");
     assert_eq!((vms.state("a"), vms.reason("a").as_str()), (VmState::Created, "vmm-does-not-end"));
-    vms.world.next(Method::Sweep, Act::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    vms.world.next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
     refused(vms.boot("a").await, "unavailable");
-    assert_eq!(vms.world.calls(Method::Launch), 0, "nothing is started in its folder");
+    assert_eq!(vms.world.calls(ScriptedMethod::Launch), 0, "nothing is started in its folder");
     vms.boot("a").await.expect("it is swept first");
 }

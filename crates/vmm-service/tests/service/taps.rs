@@ -4,7 +4,7 @@ use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::config::VmConfig;
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::{Intent, IntentKind, VmRecord};
-use vmm_testkit::fake::{Act, Method};
+use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
 use crate::common::*;
 
@@ -148,7 +148,8 @@ async fn what_was_there_is_used_and_stays() {
     assert_eq!(bed.taps.names(), ["tap-x"]);
     // Nor does a start that fails remove it.
     vms.create("b", bed.with_tap("tap-x")).await;
-    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    vms.world
+        .next(ScriptedMethod::Launch, ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     refused(vms.boot("b").await, "precondition");
     assert_eq!(bed.taps.names(), ["tap-x"]);
 }
@@ -159,18 +160,19 @@ async fn a_start_that_fails_takes_back_what_it_made() {
     let vms = bed.start().await;
     vms.create("a", with_two_taps(&bed)).await;
     for act in [
-        Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied),
-        Act::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
-        Act::hang(),
+        ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied),
+        ScriptedResult::DoThenFail(BackendErrorKind::Protocol, Effect::Unknown),
+        ScriptedResult::hang(),
     ] {
-        vms.world.next(Method::Launch, act);
+        vms.world.next(ScriptedMethod::Launch, act);
         vms.boot("a").await.expect_err("the script says so");
         assert_eq!(bed.taps.names(), Vec::<String>::new());
     }
     // But not what an earlier run had: its addresses may matter to somebody.
     vms.boot("a").await.unwrap();
     vms.shutdown("a").await.unwrap();
-    vms.world.next(Method::Launch, Act::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
+    vms.world
+        .next(ScriptedMethod::Launch, ScriptedResult::Fail(BackendErrorKind::Rejected, Effect::NotApplied));
     refused(vms.boot("a").await, "precondition");
     assert_eq!(bed.taps.names(), both(&bed, "a"));
 }
@@ -188,7 +190,7 @@ async fn without_a_tap_nothing_is_launched() {
     let text = refused(vms.boot("b").await, "precondition");
     assert!(text.contains("CAP_NET_ADMIN") && text.contains("beforehand"), "{text}");
     assert_eq!((vms.state("a"), vms.state("b")), (VmState::Created, VmState::Created));
-    assert_eq!((vms.world.calls(Method::Launch), bed.taps.names()), (0, vec!["eth7".to_owned()]));
+    assert_eq!((vms.world.calls(ScriptedMethod::Launch), bed.taps.names()), (0, vec!["eth7".to_owned()]));
     // The second interface of two fails: the first one goes.
     let name = vms.record("b").uid.tap_name(1);
     bed.taps.put("tap-x", true);
@@ -230,12 +232,16 @@ async fn what_cannot_be_removed_is_named_and_goes_later() {
 #[test]
 fn a_start_that_a_crash_cut_short_leaves_no_tap() {
     // Dead between two TAPs, before the VMM was started, and with a VMM that nobody recorded.
-    for (hang_once_made, act) in [(true, Act::hang()), (false, Act::hang()), (false, Act::do_then_hang())] {
+    for (hang_once_made, act) in [
+        (true, ScriptedResult::hang()),
+        (false, ScriptedResult::hang()),
+        (false, ScriptedResult::do_then_hang()),
+    ] {
         let bed = Bed::new();
         bed.life(async |vms| {
             vms.create("a", with_two_taps(&bed)).await;
             bed.taps.hang_once_made(hang_once_made);
-            vms.world.next(Method::Launch, act);
+            vms.world.next(ScriptedMethod::Launch, act);
             let boot = {
                 let vms = vms.clone();
                 async move { vms.boot("a").await }
@@ -243,7 +249,8 @@ fn a_start_that_a_crash_cut_short_leaves_no_tap() {
             let _task = vms.begin(boot).await;
             let made = if hang_once_made { 1 } else { 2 };
             eventually("the TAPs", || {
-                bed.taps.names().len() == made && (hang_once_made || vms.world.calls(Method::Launch) == 1)
+                bed.taps.names().len() == made
+                    && (hang_once_made || vms.world.calls(ScriptedMethod::Launch) == 1)
             })
             .await;
         });
@@ -300,7 +307,7 @@ async fn a_tap_that_takes_too_long_fails_the_start_and_does_not_stay() {
     bed.taps.hang_once_made(true);
     let text = refused(vms.boot("a").await, "unavailable");
     assert!(text.contains("tap-x"), "{text}");
-    assert_eq!((vms.world.calls(Method::Launch), bed.taps.names()), (0, vec![]));
+    assert_eq!((vms.world.calls(ScriptedMethod::Launch), bed.taps.names()), (0, vec![]));
     bed.taps.hang_once_made(false);
     vms.boot("a").await.unwrap();
 }

@@ -7,7 +7,7 @@ use vmm_core::id::BackendName;
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::{Intent, IntentKind, ProcessIdentity, VmRecord};
 use vmm_service::ListQuery;
-use vmm_testkit::fake::Method;
+use vmm_testkit::fake::ScriptedMethod;
 
 use crate::common::*;
 
@@ -55,7 +55,7 @@ fn it_is_shown_as_it_was_and_its_name_is_taken() {
                     assert!(text.contains("VM \"a\""), "its disk is taken: {text}");
                 }
                 assert_eq!(
-                    vms.world.calls(Method::Adopt) + vms.world.calls(Method::Sweep),
+                    vms.world.calls(ScriptedMethod::Adopt) + vms.world.calls(ScriptedMethod::Sweep),
                     0,
                     "touched by nobody"
                 );

@@ -4,10 +4,10 @@ use super::*;
 use crate::{codec, open, schema};
 use vmm_testkit::store_suite::{insert, next, record, remove, update};
 
-fn waiting(commit: vmm_core::store::Commit) -> Waiting {
+fn waiting(commit: vmm_core::store::Commit) -> WaitingCommit {
     let (reply, _) = oneshot::channel();
-    Waiting {
-        commit: codec::encode(commit, &crate::foreign::Foreign::default()).unwrap(),
+    WaitingCommit {
+        commit: codec::encode(commit, &crate::foreign::ForeignFields::default()).unwrap(),
         forced: false,
         reply,
     }
@@ -90,7 +90,7 @@ fn the_file_shrinks_when_many_events_have_expired() {
     let pages = |writer: &Writer| number(writer, "SELECT page_count FROM pragma_page_count()");
     let before = pages(&writer);
     for _ in 0..10 {
-        writer.remove_events(Until::Time(i64::MAX), 0).unwrap();
+        writer.remove_events(ExpiryExtent::Time(i64::MAX), 0).unwrap();
     }
     let (after, kept) = (pages(&writer), u64::try_from(FREE_PAGES).unwrap());
     assert!(before > 2 * kept - 1_000 && after < before && after < kept + 100, "{before} → {after}");
@@ -104,15 +104,15 @@ fn settling_tells_what_was_applied_from_what_was_not() {
     writer.try_group(&[waiting(insert(&vm))]).unwrap();
     let uid = |vm: &vmm_core::store::VmRecord| vm.uid.to_string();
     let proofs = [
-        (Proof::Event(EventSeq(1)), true),
-        (Proof::Event(EventSeq(2)), false),
-        (Proof::Generation(uid(&vm), 1), true),
-        (Proof::Generation(uid(&vm), 2), false),
-        (Proof::Gone(uid(&other)), true),
-        (Proof::Gone(uid(&vm)), false),
+        (CommitProof::Event(EventSeq(1)), true),
+        (CommitProof::Event(EventSeq(2)), false),
+        (CommitProof::Generation(uid(&vm), 1), true),
+        (CommitProof::Generation(uid(&vm), 2), false),
+        (CommitProof::Gone(uid(&other)), true),
+        (CommitProof::Gone(uid(&vm)), false),
     ];
     for (proof, applied) in &proofs {
-        assert_eq!(writer.settle(Some(proof)).unwrap(), *applied, "{proof:?}");
+        assert_eq!(writer.determine_outcome(Some(proof)).unwrap(), *applied, "{proof:?}");
     }
     let settled: String =
         writer.conn.query_row("SELECT value FROM meta WHERE key = 'settled'", [], |row| row.get(0)).unwrap();

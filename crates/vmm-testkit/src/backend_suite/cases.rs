@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::results::Verdict;
-use super::rig::{Doing, Rig, Vms};
+use super::results::CaseVerdict;
+use super::rig::{DaemonLife, Rig, StepFuture};
 use super::{daemon, ends, fields, fields_devices, life, states, trouble};
 
 /// A case, which is one row of the matrix.
@@ -14,14 +14,14 @@ pub struct Case {
     /// The row's title in the matrix.
     pub title: &'static str,
     /// The part of the matrix that the case belongs to.
-    pub group: Group,
+    pub group: CaseGroup,
     /// The steps, in order.
-    pub(super) steps: &'static [Step],
+    pub(super) steps: &'static [CaseStep],
 }
 
 /// A part of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Group {
+pub enum CaseGroup {
     /// The state table.
     States,
     /// CPUs, memory and boot.
@@ -38,7 +38,7 @@ pub enum Group {
     Restart,
 }
 
-impl Group {
+impl CaseGroup {
     /// Every part, in the matrix's order.
     pub const ALL: [Self; 7] = [
         Self::States,
@@ -67,29 +67,29 @@ impl Group {
 
 /// A step of a case.
 #[derive(Debug)]
-pub(super) enum Step {
+pub(super) enum CaseStep {
     /// The life of one daemon. The verdict of the last life is the verdict of the case.
-    Life(fn(Vms) -> Doing<Verdict>),
+    Life(fn(DaemonLife) -> StepFuture<CaseVerdict>),
     /// An action while no daemon runs.
-    Away(fn(Arc<Rig>) -> Doing<()>),
+    Away(fn(Arc<Rig>) -> StepFuture<()>),
 }
 
 macro_rules! life {
     ($case:path) => {
-        Step::Life(|vms| Box::pin($case(vms)))
+        CaseStep::Life(|vms| Box::pin($case(vms)))
     };
 }
 
 macro_rules! away {
     ($case:path) => {
-        Step::Away(|rig| Box::pin($case(rig)))
+        CaseStep::Away(|rig| Box::pin($case(rig)))
     };
 }
 
 /// Makes a case of one life.
 macro_rules! case {
     ($group:ident, $module:ident::$id:ident, $title:literal) => {
-        Case { id: stringify!($id), title: $title, group: Group::$group, steps: &[life!($module::$id)] }
+        Case { id: stringify!($id), title: $title, group: CaseGroup::$group, steps: &[life!($module::$id)] }
     };
 }
 
@@ -172,25 +172,25 @@ pub static CASES: &[Case] = &[
     Case {
         id: "daemon_restart_while_running",
         title: "the daemon restarts while RUNNING",
-        group: Group::Restart,
+        group: CaseGroup::Restart,
         steps: &[life!(daemon::leave_running), life!(daemon::find_running)],
     },
     Case {
         id: "daemon_restart_while_paused",
         title: "the daemon restarts while PAUSED",
-        group: Group::Restart,
+        group: CaseGroup::Restart,
         steps: &[life!(daemon::leave_paused), life!(daemon::find_paused)],
     },
     Case {
         id: "vmm_dies_while_no_daemon_runs",
         title: "the VMM dies while no daemon runs",
-        group: Group::Restart,
+        group: CaseGroup::Restart,
         steps: &[life!(daemon::leave_running), away!(daemon::vmm_dies), life!(daemon::find_dead)],
     },
     Case {
         id: "hanging_vmm_at_daemon_start",
         title: "the VMM hangs when the daemon starts",
-        group: Group::Restart,
+        group: CaseGroup::Restart,
         steps: &[life!(daemon::leave_running), away!(daemon::vmm_hangs), life!(daemon::find_hanging)],
     },
 ];

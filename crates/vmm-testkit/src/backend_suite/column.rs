@@ -13,7 +13,7 @@ use vmm_core::state::EndedBy;
 use vmm_core::store::VmRecord;
 use vmm_host::process::Signal;
 
-use crate::guests::Guest;
+use crate::guests::TinyGuest;
 
 /// A hypervisor with a machine model. The default methods act on real processes, see [`real`]. All
 /// methods are called in a runtime.
@@ -29,13 +29,13 @@ pub trait Column: Send + Sync + 'static {
     fn shape(&self, _config: &mut VmConfig) {}
 
     /// Returns a guest that ends when it is asked to.
-    fn obeying(&self) -> Obeying;
+    fn obeying(&self) -> ObeyingGuest;
 
     /// Returns a Linux kernel and initramfs with the arguments that they need here.
     ///
     /// # Errors
     /// The reason why there is none on this machine.
-    fn linux(&self) -> Result<Linux, String>;
+    fn linux(&self) -> Result<LinuxGuest, String>;
 
     /// Returns the VMM's own description of its configuration as text.
     async fn view(&self, record: &VmRecord) -> String;
@@ -102,16 +102,16 @@ pub trait Column: Send + Sync + 'static {
 
 /// A guest that ends when it is asked to.
 #[derive(Clone, Copy, Debug)]
-pub enum Obeying {
+pub enum ObeyingGuest {
     /// A tiny guest.
-    Tiny(Guest),
+    Tiny(TinyGuest),
     /// Linux, because no tiny guest obeys on this column.
     Linux,
 }
 
 /// A Linux guest.
 #[derive(Clone, Debug)]
-pub struct Linux {
+pub struct LinuxGuest {
     /// The path of the kernel.
     pub kernel: PathBuf,
     /// The path of the initramfs.
@@ -137,7 +137,7 @@ pub(super) fn version(column: &dyn Column) -> Result<String, String> {
 
 /// The facts of a backend from which the suite's expectations follow.
 #[derive(Clone, Debug)]
-pub(super) struct Facts {
+pub(super) struct ExpectedFacts {
     /// True if a guest's power-off ends its run.
     pub(super) power_off_seen: bool,
     /// True if such an end is told from others.
@@ -168,7 +168,7 @@ pub(super) struct Facts {
     pub(super) reset: &'static str,
 }
 
-impl Facts {
+impl ExpectedFacts {
     pub(super) fn of(capabilities: &Capabilities) -> Self {
         let told = &capabilities.facts;
         let reset = told.guest_reset.expect("a backend tells what a reset does");
@@ -188,10 +188,10 @@ impl Facts {
             reset_seen: reset.is_seen(),
             reset: if reset.is_seen() { "seen" } else { "in place, and not seen" },
             power_off_seen: power_off.is_seen(),
-            power_off_told: power_off.is_told(),
+            power_off_told: power_off.is_reported(),
             power_off: match power_off {
                 PowerOffFact::EndsRun => "ends the run",
-                PowerOffFact::EndsVmmUntold => "ends the run and the VMM; the reason is not known",
+                PowerOffFact::EndsVmmWithoutCause => "ends the run and the VMM; the reason is not known",
                 PowerOffFact::UnseenOnX86 => {
                     "not seen on x86: the VM stays RUNNING; let guests end by a reset"
                 }
@@ -232,7 +232,7 @@ pub mod real {
     /// Returns the pid and program of every process that uses a folder below `runtime_dir`.
     pub fn processes(runtime_dir: &Path) -> Vec<String> {
         let found = find_by_argument(runtime_dir).expect("/proc can be read");
-        let name = |found: &vmm_host::process::Found| {
+        let name = |found: &vmm_host::process::ProcessMatch| {
             format!("{} {:?}", found.identity.pid, found.program_name().unwrap_or_default())
         };
         found.iter().map(name).collect()

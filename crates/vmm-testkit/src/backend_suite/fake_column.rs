@@ -8,16 +8,16 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    ExitCause, GuestState, LaunchRequest, Launched, SweepRequest,
+    ExitCause, GuestState, LaunchRequest, LaunchedVmm, SweepRequest,
 };
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::store::VmRecord;
 use vmm_host::process::Signal;
 
-use super::column::{Column, Linux, Obeying};
-use crate::fake::{FakeBackend, MachineControl, World};
-use crate::guests::Guest;
+use super::column::{Column, LinuxGuest, ObeyingGuest};
+use crate::fake::{FakeBackend, FakeWorld, MachineControl};
+use crate::guests::TinyGuest;
 
 /// The number of resets that the script plays for a guest that only resets.
 const RESETS: usize = 20;
@@ -25,7 +25,7 @@ const RESETS: usize = 20;
 /// The scripted fake as a column.
 #[derive(Debug, Default)]
 pub struct FakeColumn {
-    world: World,
+    world: FakeWorld,
 }
 
 impl FakeColumn {
@@ -46,14 +46,14 @@ impl Column for FakeColumn {
     }
 
     fn backend(&self) -> Arc<dyn Backend> {
-        Arc::new(Played { fake: FakeBackend::in_world("fake", &self.world) })
+        Arc::new(ScriptedFake { fake: FakeBackend::in_world("fake", &self.world) })
     }
 
-    fn obeying(&self) -> Obeying {
-        Obeying::Tiny(Guest::Button)
+    fn obeying(&self) -> ObeyingGuest {
+        ObeyingGuest::Tiny(TinyGuest::Button)
     }
 
-    fn linux(&self) -> Result<Linux, String> {
+    fn linux(&self) -> Result<LinuxGuest, String> {
         Err("the fake runs no real guest".to_owned())
     }
 
@@ -96,29 +96,31 @@ impl Column for FakeColumn {
 }
 
 /// The fake with guests that behave like the tiny ones.
-struct Played {
+struct ScriptedFake {
     fake: FakeBackend,
 }
 
-impl Played {
+impl ScriptedFake {
     fn play(&self, request: &LaunchRequest) {
         let Some(machine) = self.fake.world().machine(request.vm_id.as_str()) else { return };
         let stem = request.spec.boot.kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let Some(guest) = Guest::ALL.into_iter().find(|guest| stem == format!("tiny-{}", guest.name()))
+        let Some(guest) = TinyGuest::ALL.into_iter().find(|guest| stem == format!("tiny-{}", guest.name()))
         else {
             return;
         };
         print(request, guest);
         match guest {
-            Guest::Idle | Guest::Echo => machine.ignore_shutdown(),
-            Guest::Obey | Guest::Button | Guest::Clock => {}
-            Guest::PowerOff => machine.power_off(),
-            Guest::Panic => machine.fail_guest("the guest panicked"),
-            Guest::Reset | Guest::TripleFault if request.spec.restart.mode == Some(RestartMode::Never) => {
+            TinyGuest::Idle | TinyGuest::Echo => machine.ignore_shutdown(),
+            TinyGuest::Obey | TinyGuest::Button | TinyGuest::Clock => {}
+            TinyGuest::PowerOff => machine.power_off(),
+            TinyGuest::Panic => machine.fail_guest("the guest panicked"),
+            TinyGuest::Reset | TinyGuest::TripleFault
+                if request.spec.restart.mode == Some(RestartMode::Never) =>
+            {
                 machine.end(ExitCause::GuestReset);
             }
             // The service ends the loop by its restart limit, which is below the number of resets.
-            Guest::Reset | Guest::TripleFault => {
+            TinyGuest::Reset | TinyGuest::TripleFault => {
                 for _ in 0..RESETS {
                     machine.reset();
                     print(request, guest);
@@ -128,23 +130,23 @@ impl Played {
     }
 }
 
-fn print(request: &LaunchRequest, guest: Guest) {
+fn print(request: &LaunchRequest, guest: TinyGuest) {
     let Some(console) = &request.console else { return };
     let mut console = std::fs::OpenOptions::new().append(true).open(console).expect("the console is there");
     console.write_all(format!("{}\r\n", guest.banner()).as_bytes()).expect("the console can be written");
 }
 
 #[async_trait]
-impl Backend for Played {
+impl Backend for ScriptedFake {
     fn capabilities(&self) -> &Capabilities {
         self.fake.capabilities()
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
+    fn check(&self, spec: &VmSpec) -> CheckReport {
         self.fake.check(spec)
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         let kernel =
             std::fs::metadata(&request.spec.boot.kernel).map(|facts| facts.len()).unwrap_or_default();
         // The broken kernel of the suite has 64 bytes. A whole one has more than 256.

@@ -1,13 +1,13 @@
 //! Columns that only import VMs: the cases for VMs that another program has made, and the refusal
 //! of all other cases.
 
-use vmm_core::store::Requested;
+use vmm_core::store::VmRequest;
 use vmm_service::ServiceError;
 
-use super::cases::Step;
-use super::results::Verdict;
-use super::rig::{VM, Vms};
-use crate::guests::Guest;
+use super::cases::CaseStep;
+use super::results::CaseVerdict;
+use super::rig::{DaemonLife, VM};
+use crate::guests::TinyGuest;
 
 /// The cases that an imported VM can go through.
 pub(super) const CASES: &[&str] = &[
@@ -41,18 +41,20 @@ pub(super) const CASES: &[&str] = &[
 ];
 
 /// The step that replaces every other case.
-pub(super) const REFUSED: Step = Step::Life(|vms| Box::pin(refused(vms)));
+pub(super) const REFUSED: CaseStep = CaseStep::Life(|vms| Box::pin(refused(vms)));
 
 /// Checks that CreateVm refuses before it looks at anything else, and that ValidateVm agrees.
-async fn refused(vms: Vms) -> Verdict {
-    let config = vms.config(Guest::Idle);
-    let requested = Requested { backend: String::new(), config: config.clone() };
+async fn refused(vms: DaemonLife) -> CaseVerdict {
+    let config = vms.config(TinyGuest::Idle);
+    let requested = VmRequest { backend: String::new(), config: config.clone() };
     let judged = vms.service.validate(&requested).await.expect("the files answer");
     assert!(judged.violations.iter().any(|found| found.field == "backend"), "{judged:?}");
     match vms.try_create(VM, config).await {
         Err(ServiceError::Unsupported(why)) => {
             assert!(why.text().contains("imported"), "{why}");
-            Verdict::Rejected("CreateVm is UNIMPLEMENTED: a running QEMU is imported, not created".to_owned())
+            CaseVerdict::Rejected(
+                "CreateVm is UNIMPLEMENTED: a running QEMU is imported, not created".to_owned(),
+            )
         }
         other => panic!("it must not be created: {other:?}"),
     }

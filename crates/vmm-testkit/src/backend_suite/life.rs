@@ -2,14 +2,14 @@
 
 use vmm_core::config::{CpuConfig, NetworkInterface, StorageDevice};
 
-use super::results::Verdict;
-use super::rig::{VM, Vms, eventually};
-use super::tap::Tap;
-use crate::guests::Guest;
+use super::results::CaseVerdict;
+use super::rig::{DaemonLife, VM, eventually};
+use super::tap::TestTap;
+use crate::guests::TinyGuest;
 
 /// Samples follow one another, stay within their bounds, and end with the run.
-pub(super) async fn metrics_move(vms: Vms) -> Verdict {
-    vms.run_tiny(Guest::Echo).await;
+pub(super) async fn metrics_move(vms: DaemonLife) -> CaseVerdict {
+    vms.run_tiny(TinyGuest::Echo).await;
     let sample = || vms.get(VM).expect("the VM exists").metrics;
     let what = || format!("a busy guest uses CPU and memory: {:?}", sample());
     let busy = || {
@@ -26,14 +26,14 @@ pub(super) async fn metrics_move(vms: Vms) -> Verdict {
     eventually(|| "a paused VM is sampled too".to_owned(), sampled).await;
     vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
     assert_eq!(sample(), None, "what does not run has no metrics");
-    Verdict::Served
+    CaseVerdict::Served
 }
 
 /// A real kernel finds the requested machine, and its counters move.
-pub(super) async fn linux_sees_its_machine(vms: Vms) -> Verdict {
-    let (linux, tap) = match (vms.column().linux(), Tap::new()) {
+pub(super) async fn linux_sees_its_machine(vms: DaemonLife) -> CaseVerdict {
+    let (linux, tap) = match (vms.column().linux(), TestTap::new()) {
         (Ok(linux), Ok(tap)) => (linux, tap),
-        (Err(why), _) | (_, Err(why)) => return Verdict::NotRun(why),
+        (Err(why), _) | (_, Err(why)) => return CaseVerdict::NotRun(why),
     };
     let mut config = vms.linux_config(&linux, "vmcp.do=writedisk,readdisk,idle");
     config.cpu = Some(CpuConfig { vcpu_count: 2, ..CpuConfig::default() });
@@ -66,10 +66,10 @@ pub(super) async fn linux_sees_its_machine(vms: Vms) -> Verdict {
     vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
     let written = std::fs::read(vms.rig.dir().join("root.raw")).expect("the disk is there");
     assert!(written.windows(10).any(|bytes| bytes == b"vmcp-guest"), "what the guest wrote is on the disk");
-    Verdict::Served
+    CaseVerdict::Served
 }
 
-fn disks(vms: &Vms) -> Vec<StorageDevice> {
+fn disks(vms: &DaemonLife) -> Vec<StorageDevice> {
     let disk = |name: &str, mib: u64| {
         let path = vms.rig.dir().join(name);
         let file = std::fs::File::create(&path).expect("the disk can be made");

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::cases::{CASES, Case, Group};
-use super::results::{self, ColumnResults, Verdict};
+use super::cases::{CASES, Case, CaseGroup};
+use super::results::{self, CaseVerdict, ColumnResults};
 
 /// The columns in their order: name and heading.
 pub const COLUMNS: [(&str, &str); 9] = [
@@ -61,12 +61,12 @@ pub fn update() -> io::Result<()> {
 /// Returns the matrix as Markdown.
 fn render(columns: &[(&str, Option<ColumnResults>)]) -> String {
     let mut text = String::new();
-    for group in Group::ALL {
+    for group in CaseGroup::ALL {
         let _ = writeln!(text, "\n## {}\n", group.title());
         let headings: Vec<&str> = columns.iter().map(|(heading, _)| *heading).collect();
         let _ = writeln!(text, "| | {} |", headings.join(" | "));
         let _ = writeln!(text, "|---|{}", "---|".repeat(columns.len()));
-        if group == Group::States {
+        if group == CaseGroup::States {
             let versions =
                 columns.iter().map(|(_, found)| found.as_ref().map_or("–", |found| &found.version));
             let _ = writeln!(text, "| version | {} |", versions.collect::<Vec<_>>().join(" | "));
@@ -91,10 +91,10 @@ fn render(columns: &[(&str, Option<ColumnResults>)]) -> String {
     text
 }
 
-fn cell(found: Option<&ColumnResults>, case: &Case) -> Verdict {
+fn cell(found: Option<&ColumnResults>, case: &Case) -> CaseVerdict {
     let verdict = found.and_then(|found| found.cases.get(case.id)).cloned();
     // No results mean that the column could not run on the documented host.
-    verdict.unwrap_or_else(|| Verdict::NotRun("its program was not there".to_owned()))
+    verdict.unwrap_or_else(|| CaseVerdict::NotRun("its program was not there".to_owned()))
 }
 
 /// Returns the cell of `column` and `case` in the document.
@@ -109,7 +109,7 @@ fn committed(document: &str, column: &str, case: &Case) -> Option<String> {
 ///
 /// # Panics
 /// If the two differ.
-pub(super) fn assert_committed(column: &str, case: &Case, found: &Verdict) {
+pub(super) fn assert_committed(column: &str, case: &Case, found: &CaseVerdict) {
     if std::env::var_os(UPDATE).is_some() {
         return;
     }
@@ -134,8 +134,8 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back() {
         let mut found = ColumnResults { version: "1.0".to_owned(), ..ColumnResults::default() };
-        found.cases.insert(CASES[0].id.to_owned(), Verdict::Served);
-        found.cases.insert(CASES[1].id.to_owned(), Verdict::Rejected("it cannot\nat all".to_owned()));
+        found.cases.insert(CASES[0].id.to_owned(), CaseVerdict::Served);
+        found.cases.insert(CASES[1].id.to_owned(), CaseVerdict::Rejected("it cannot\nat all".to_owned()));
         let columns: Vec<_> = COLUMNS
             .iter()
             .map(|(_, heading)| (*heading, (*heading == "Firecracker").then(|| found.clone())))

@@ -6,12 +6,12 @@
 //!              │                      away: no daemon runs
 //!              │                      life 2: the next daemon on the same store
 //!              ▼
-//!        nothing left? ──► Verdict ──► target/backend-suite/<column>.json
+//!        nothing left? ──► CaseVerdict ─► target/backend-suite/<column>.json
 //!                                                         └──► docs/backend-support.md
 //! ```
 //!
 //! A [`Column`] is a hypervisor with a machine model, and a column of the matrix. A case returns a
-//! [`Verdict`], or panics and so fails. The expectations come from the backend's own `check`,
+//! [`CaseVerdict`], or panics and so fails. The expectations come from the backend's own `check`,
 //! capabilities and facts, and every accepted configuration is really booted. A verdict that
 //! differs from the cell of the committed document fails the test too.
 //!
@@ -40,12 +40,12 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
-pub use cases::{CASES, Case, Group};
-pub use column::{Column, Linux, Obeying, real};
+pub use cases::{CASES, Case, CaseGroup};
+pub use column::{Column, LinuxGuest, ObeyingGuest, real};
 pub use fake_column::FakeColumn;
-pub use results::{Cell, Verdict};
+pub use results::{CaseVerdict, MatrixWord};
 use rig::Rig;
-pub use tap::Tap;
+pub use tap::TestTap;
 
 use crate::skip::skipped;
 
@@ -161,12 +161,12 @@ pub fn run(column: Arc<dyn Column>, case: &str, module: &str) {
     rig.clear_away();
     let verdict = match &outcome {
         Ok(verdict) => verdict.clone(),
-        Err(panic) => Verdict::Failed(panic_text(&**panic)),
+        Err(panic) => CaseVerdict::Failed(panic_text(&**panic)),
     };
     results::record(column.name(), &version, case.id, &verdict);
     match (outcome, verdict) {
         (Err(panic), _) => resume_unwind(panic),
-        (Ok(_), Verdict::NotRun(why)) => skipped(&test, &why),
+        (Ok(_), CaseVerdict::NotRun(why)) => skipped(&test, &why),
         (Ok(_), verdict) => matrix::assert_committed(column.name(), case, &verdict),
     }
 }

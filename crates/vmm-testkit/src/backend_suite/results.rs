@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 /// The result of a case on a column.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "cell", content = "detail", rename_all = "kebab-case")]
-pub enum Verdict {
+pub enum CaseVerdict {
     /// The request is served.
     Served,
     /// The request is served by other means, which the text describes.
@@ -32,13 +32,13 @@ pub enum Verdict {
 
 /// The word of a verdict in the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cell(pub &'static str);
+pub struct MatrixWord(pub &'static str);
 
-impl Verdict {
+impl CaseVerdict {
     /// Returns the word of the verdict in the matrix.
     #[must_use]
-    pub const fn cell(&self) -> Cell {
-        Cell(match self {
+    pub const fn cell(&self) -> MatrixWord {
+        MatrixWord(match self {
             Self::Served => "served",
             Self::Emulated(_) => "emulated",
             Self::Ignored(_) => "ignored",
@@ -86,7 +86,7 @@ pub struct ColumnResults {
     /// The hypervisor's version, as the hypervisor reports it.
     pub version: String,
     /// The verdicts by case.
-    pub cases: BTreeMap<String, Verdict>,
+    pub cases: BTreeMap<String, CaseVerdict>,
 }
 
 /// Returns the folder of results: `backend-suite` in Cargo's target folder.
@@ -109,7 +109,7 @@ pub fn read(folder: &Path, column: &str) -> io::Result<Option<ColumnResults>> {
 }
 
 /// Adds a verdict to the file of its column. A failure is printed and does not fail the test.
-pub(super) fn record(column: &str, version: &str, case: &str, verdict: &Verdict) {
+pub(super) fn record(column: &str, version: &str, case: &str, verdict: &CaseVerdict) {
     let folder = folder();
     let write = || {
         std::fs::create_dir_all(&folder)?;

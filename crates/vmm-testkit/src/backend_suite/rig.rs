@@ -12,17 +12,17 @@ use vmm_core::backend::Backend;
 use vmm_core::caller::Caller;
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig, VmConfig};
 use vmm_core::state::{Phase, VmState};
-use vmm_core::store::{Requested, VmRecord};
+use vmm_core::store::{VmRecord, VmRequest};
 use vmm_service::{
-    Backends, CreateRequest, Created, ListQuery, Outcome, ServiceError, Settings, ShutdownOptions, VmService,
-    VmView,
+    Backends, CreateRequest, Created, ListQuery, OperationOutcome, ServiceError, Settings, ShutdownOptions,
+    VmService, VmView,
 };
 
-use super::cases::{Case, Step};
-use super::column::{Column, Facts, Linux};
+use super::cases::{Case, CaseStep};
+use super::column::{Column, ExpectedFacts, LinuxGuest};
 use super::imported;
-use super::results::Verdict;
-use crate::guests::Guest;
+use super::results::CaseVerdict;
+use crate::guests::TinyGuest;
 use crate::memory_store::MemoryStore;
 
 /// The time that every wait of a case is limited to. Only a hang takes longer, even on a busy
@@ -74,8 +74,8 @@ impl Rig {
 
     /// Runs the steps of `case` and returns its verdict. Each step has a runtime of its own,
     /// because the end of the runtime ends all its tasks, as the end of a daemon does.
-    pub(super) fn play(self: &Arc<Self>, case: &Case) -> Verdict {
-        let mut verdict = Verdict::Served;
+    pub(super) fn play(self: &Arc<Self>, case: &Case) -> CaseVerdict {
+        let mut verdict = CaseVerdict::Served;
         // A column that only imports VMs cannot create the VM of most cases. It proves the refusal
         // instead.
         let refused = [imported::REFUSED];
@@ -89,15 +89,15 @@ impl Rig {
                     // The order at the end of a life matters. `drain` waits for the operations
                     // under way, as a daemon does that stops. VMs are deleted in the last life
                     // only, because the next life must find them.
-                    Step::Life(life) => {
-                        let vms = Vms::start(Arc::clone(self)).await;
+                    CaseStep::Life(life) => {
+                        let vms = DaemonLife::start(Arc::clone(self)).await;
                         verdict = life(vms.clone()).await;
                         vms.service.drain(WAIT_TIMEOUT).await;
                         if is_last {
                             vms.delete_all().await;
                         }
                     }
-                    Step::Away(away) => away(Arc::clone(self)).await,
+                    CaseStep::Away(away) => away(Arc::clone(self)).await,
                 }
             });
             // The runtime is not awaited, because a daemon that dies does not wait for its tasks
@@ -106,8 +106,8 @@ impl Rig {
         }
         // The check comes after the last life, when no daemon runs that could still clean up.
         self.assert_nothing_left();
-        if verdict == Verdict::Served && self.another.load(Ordering::Relaxed) {
-            return Verdict::Emulated(ANOTHER.to_owned());
+        if verdict == CaseVerdict::Served && self.another.load(Ordering::Relaxed) {
+            return CaseVerdict::Emulated(ANOTHER.to_owned());
         }
         verdict
     }
@@ -148,14 +148,14 @@ pub(super) async fn eventually(what: impl Fn() -> String, done: impl Fn() -> boo
 
 /// The life of one daemon, as a case sees it.
 #[derive(Clone)]
-pub(super) struct Vms {
+pub(super) struct DaemonLife {
     pub(super) rig: Arc<Rig>,
     pub(super) service: VmService,
     pub(super) backend: Arc<dyn Backend>,
-    pub(super) facts: Facts,
+    pub(super) facts: ExpectedFacts,
 }
 
-impl Vms {
+impl DaemonLife {
     async fn start(rig: Arc<Rig>) -> Self {
         let backend = rig.column.backend();
         let name = backend.capabilities().name.clone();
@@ -169,7 +169,7 @@ impl Vms {
         let backends = Backends::new(name, [Arc::clone(&backend)]);
         let service = VmService::start(Arc::clone(&rig.store) as _, backends, settings);
         let service = service.await.expect("the service starts");
-        let facts = Facts::of(backend.capabilities());
+        let facts = ExpectedFacts::of(backend.capabilities());
         Self { rig, service, backend, facts }
     }
 
@@ -178,7 +178,7 @@ impl Vms {
     }
 
     /// Returns a small configuration with a tiny guest.
-    pub(super) fn config(&self, guest: Guest) -> VmConfig {
+    pub(super) fn config(&self, guest: TinyGuest) -> VmConfig {
         let kernel = guest.write_to(self.rig.dir()).expect("the kernel can be written");
         let mut config = VmConfig {
             cpu: Some(CpuConfig { vcpu_count: 1, ..CpuConfig::default() }),
@@ -191,13 +191,13 @@ impl Vms {
     }
 
     /// Returns a small configuration with a restart policy, given by its number on the wire.
-    pub(super) fn config_with_policy(&self, guest: Guest, mode: i32, max_restarts: i32) -> VmConfig {
+    pub(super) fn config_with_policy(&self, guest: TinyGuest, mode: i32, max_restarts: i32) -> VmConfig {
         let restart_policy = Some(RestartPolicyConfig { mode, max_restarts });
         VmConfig { restart_policy, ..self.config(guest) }
     }
 
     pub(super) async fn try_create(&self, vm_id: &str, config: VmConfig) -> Result<Created, ServiceError> {
-        let requested = Requested { backend: String::new(), config };
+        let requested = VmRequest { backend: String::new(), config };
         let request = CreateRequest { vm_id: vm_id.to_owned(), requested, caller: Caller::named(ME) };
         self.service.create(request).await
     }
@@ -229,19 +229,19 @@ impl Vms {
     }
 
     /// Creates and boots a VM with a tiny guest, and waits for its banner.
-    pub(super) async fn run_tiny(&self, guest: Guest) -> Arc<VmRecord> {
+    pub(super) async fn run_tiny(&self, guest: TinyGuest) -> Arc<VmRecord> {
         let record = self.run(VM, self.config(guest)).await;
         self.console_shows(VM, &guest.banner(), 1).await;
         record
     }
 
-    pub(super) async fn boot(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(super) async fn boot(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.boot(&self.name(vm_id), Caller::named(ME)).await
     }
 
     /// Boots a VM whose VMM may have ended. If an attached VMM has ended, BootVm names the socket
     /// on which another VMM must be started. This function starts one there and boots again.
-    pub(super) async fn boot_again(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(super) async fn boot_again(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         if !self.facts.attached {
             return self.boot(vm_id).await;
         }
@@ -266,16 +266,16 @@ impl Vms {
         }
     }
 
-    pub(super) async fn pause(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(super) async fn pause(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.pause(&self.name(vm_id), Caller::named(ME)).await
     }
 
-    pub(super) async fn resume(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(super) async fn resume(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.resume(&self.name(vm_id), Caller::named(ME)).await
     }
 
     /// Shuts a VM down and gives the guest `seconds` to obey.
-    pub(super) async fn shutdown(&self, vm_id: &str, seconds: i32) -> Result<Outcome, ServiceError> {
+    pub(super) async fn shutdown(&self, vm_id: &str, seconds: i32) -> Result<OperationOutcome, ServiceError> {
         let options = ShutdownOptions { force: false, timeout_seconds: seconds };
         self.service.shutdown(&self.name(vm_id), options, Caller::named(ME)).await
     }
@@ -283,7 +283,7 @@ impl Vms {
     /// Shuts a VM down whose guest obeys. The power button is pressed again if the VMM is attached
     /// and the first press had no effect, because a press early in a boot is lost and no step of
     /// the ladder follows it.
-    pub(super) async fn shutdown_obeying(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(super) async fn shutdown_obeying(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         let mut answer = self.shutdown(vm_id, 30).await;
         for _ in 0..3 {
             match answer {
@@ -298,17 +298,17 @@ impl Vms {
         answer
     }
 
-    pub(super) async fn force_shutdown(&self, vm_id: &str) -> Result<Outcome, ServiceError> {
+    pub(super) async fn force_shutdown(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         let options = ShutdownOptions { force: true, timeout_seconds: 0 };
         self.service.shutdown(&self.name(vm_id), options, Caller::named(ME)).await
     }
 
-    pub(super) async fn reboot(&self, vm_id: &str, force: bool) -> Result<Outcome, ServiceError> {
+    pub(super) async fn reboot(&self, vm_id: &str, force: bool) -> Result<OperationOutcome, ServiceError> {
         let options = ShutdownOptions { force, timeout_seconds: 1 };
         self.service.reboot(&self.name(vm_id), options, Caller::named(ME)).await
     }
 
-    pub(super) async fn delete(&self, vm_id: &str, force: bool) -> Result<Outcome, ServiceError> {
+    pub(super) async fn delete(&self, vm_id: &str, force: bool) -> Result<OperationOutcome, ServiceError> {
         self.service.delete(&self.name(vm_id), force, Caller::named(ME)).await
     }
 
@@ -368,8 +368,8 @@ impl Vms {
     }
 
     /// Returns a configuration with Linux and further kernel arguments.
-    pub(super) fn linux_config(&self, linux: &Linux, args: &str) -> VmConfig {
-        let mut config = self.config(Guest::Idle);
+    pub(super) fn linux_config(&self, linux: &LinuxGuest, args: &str) -> VmConfig {
+        let mut config = self.config(TinyGuest::Idle);
         config.memory = Some(MemoryConfig { size_bytes: 256 << 20, ..MemoryConfig::default() });
         if let Some(boot) = &mut config.boot {
             boot.kernel_path = linux.kernel.display().to_string();
@@ -399,4 +399,4 @@ pub(super) fn pid_of(record: &VmRecord) -> u32 {
 }
 
 /// The future of a step.
-pub(super) type Doing<T> = std::pin::Pin<Box<dyn Future<Output = T> + Send>>;
+pub(super) type StepFuture<T> = std::pin::Pin<Box<dyn Future<Output = T> + Send>>;

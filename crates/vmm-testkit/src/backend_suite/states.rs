@@ -2,16 +2,16 @@
 
 use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
-use vmm_service::{Outcome, ServiceError};
+use vmm_service::{OperationOutcome, ServiceError};
 
-use super::column::Obeying;
-use super::results::Verdict;
-use super::rig::{VM, Vms, pid_of};
-use crate::guests::Guest;
+use super::column::ObeyingGuest;
+use super::results::CaseVerdict;
+use super::rig::{DaemonLife, VM, pid_of};
+use crate::guests::TinyGuest;
 
 /// An operation.
 #[derive(Clone, Copy)]
-enum Op {
+enum TableOperation {
     Boot,
     Shutdown,
     Pause,
@@ -24,7 +24,7 @@ enum Op {
 /// A cell of the table. The table is repeated here and not taken from the code, because it is a
 /// promise to clients.
 #[derive(Clone, Copy)]
-enum Cell {
+enum TableCell {
     /// The operation leads to this state.
     To(VmState),
     /// The VM is in the wanted state already, so nothing changes.
@@ -35,43 +35,43 @@ enum Cell {
     Gone,
 }
 
-use Cell::{Gone, No, Same, To};
+use TableCell::{Gone, No, Same, To};
 
-const RUNNING: Cell = To(VmState::Running);
-const PAUSED: Cell = To(VmState::Paused);
-const SHUTDOWN: Cell = To(VmState::Shutdown);
+const RUNNING: TableCell = To(VmState::Running);
+const PAUSED: TableCell = To(VmState::Paused);
+const SHUTDOWN: TableCell = To(VmState::Shutdown);
 
-pub(super) async fn boot_in_every_state(vms: Vms) -> Verdict {
-    row(&vms, Op::Boot, [RUNNING, Same, No, RUNNING]).await
+pub(super) async fn boot_in_every_state(vms: DaemonLife) -> CaseVerdict {
+    row(&vms, TableOperation::Boot, [RUNNING, Same, No, RUNNING]).await
 }
 
-pub(super) async fn shutdown_in_every_state(vms: Vms) -> Verdict {
-    row(&vms, Op::Shutdown, [No, SHUTDOWN, SHUTDOWN, Same]).await
+pub(super) async fn shutdown_in_every_state(vms: DaemonLife) -> CaseVerdict {
+    row(&vms, TableOperation::Shutdown, [No, SHUTDOWN, SHUTDOWN, Same]).await
 }
 
-pub(super) async fn pause_in_every_state(vms: Vms) -> Verdict {
-    row(&vms, Op::Pause, [No, PAUSED, Same, No]).await
+pub(super) async fn pause_in_every_state(vms: DaemonLife) -> CaseVerdict {
+    row(&vms, TableOperation::Pause, [No, PAUSED, Same, No]).await
 }
 
-pub(super) async fn resume_in_every_state(vms: Vms) -> Verdict {
-    row(&vms, Op::Resume, [No, Same, RUNNING, No]).await
+pub(super) async fn resume_in_every_state(vms: DaemonLife) -> CaseVerdict {
+    row(&vms, TableOperation::Resume, [No, Same, RUNNING, No]).await
 }
 
-pub(super) async fn reboot_in_every_state(vms: Vms) -> Verdict {
-    row(&vms, Op::Reboot, [No, RUNNING, No, No]).await
+pub(super) async fn reboot_in_every_state(vms: DaemonLife) -> CaseVerdict {
+    row(&vms, TableOperation::Reboot, [No, RUNNING, No, No]).await
 }
 
-pub(super) async fn delete_in_every_state(vms: Vms) -> Verdict {
-    row(&vms, Op::Delete, [Gone, No, No, Gone]).await
+pub(super) async fn delete_in_every_state(vms: DaemonLife) -> CaseVerdict {
+    row(&vms, TableOperation::Delete, [Gone, No, No, Gone]).await
 }
 
-pub(super) async fn force_delete_in_every_state(vms: Vms) -> Verdict {
-    row(&vms, Op::ForceDelete, [Gone, Gone, Gone, Gone]).await
+pub(super) async fn force_delete_in_every_state(vms: DaemonLife) -> CaseVerdict {
+    row(&vms, TableOperation::ForceDelete, [Gone, Gone, Gone, Gone]).await
 }
 
 /// Runs `op` on a new VM in each state. `cells` are in the order of [`VmState::ALL`].
-async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
-    let mut verdict = Verdict::Served;
+async fn row(vms: &DaemonLife, op: TableOperation, cells: [TableCell; 4]) -> CaseVerdict {
+    let mut verdict = CaseVerdict::Served;
     for (state, cell) in VmState::ALL.into_iter().zip(cells) {
         if state == VmState::Created && vms.column().imports() {
             // An imported VM runs already.
@@ -84,7 +84,7 @@ async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
         let answer = carry_out(vms, &vm_id, op).await;
         let said = format!("from {}: {answer:?}", state.name());
         match cell {
-            To(VmState::Running) if matches!(op, Op::Reboot) && !vms.facts.reboots => {
+            To(VmState::Running) if matches!(op, TableOperation::Reboot) && !vms.facts.reboots => {
                 verdict = reboot_is_refused(answer);
                 assert_eq!(vms.record(&vm_id).state, state, "it goes on");
             }
@@ -117,23 +117,23 @@ async fn row(vms: &Vms, op: Op, cells: [Cell; 4]) -> Verdict {
 
 /// Returns the guest for the row of an operation. An obeying guest is needed if only a guest can
 /// end its run without force.
-fn guest_for(vms: &Vms, op: Op) -> Guest {
+fn guest_for(vms: &DaemonLife, op: TableOperation) -> TinyGuest {
     match (op, vms.column().obeying()) {
-        (Op::Shutdown, Obeying::Tiny(obeying)) if !vms.facts.powers_off => obeying,
-        _ => Guest::Idle,
+        (TableOperation::Shutdown, ObeyingGuest::Tiny(obeying)) if !vms.facts.powers_off => obeying,
+        _ => TinyGuest::Idle,
     }
 }
 
 /// Checks the refusal of a reboot that needs another attached VMM.
-fn reboot_is_refused(answer: Result<Outcome, ServiceError>) -> Verdict {
+fn reboot_is_refused(answer: Result<OperationOutcome, ServiceError>) -> CaseVerdict {
     let Err(ServiceError::Unavailable(why)) = answer else {
         panic!("a reboot takes another VMM: {answer:?}")
     };
     assert!(why.text().contains("start another VMM there"), "it says what to do: {why}");
-    Verdict::Rejected("RebootVm is UNAVAILABLE, naming the socket to start another VMM on".to_owned())
+    CaseVerdict::Rejected("RebootVm is UNAVAILABLE, naming the socket to start another VMM on".to_owned())
 }
 
-async fn bring_to(vms: &Vms, vm_id: &str, state: VmState, guest: Guest) {
+async fn bring_to(vms: &DaemonLife, vm_id: &str, state: VmState, guest: TinyGuest) {
     vms.create(vm_id, vms.config(guest)).await;
     if state == VmState::Created {
         return;
@@ -153,59 +153,63 @@ fn essence(record: &VmRecord) -> (u64, VmState, Option<u32>) {
     (record.generation, record.state, record.run.as_ref().map(|run| run.process.pid))
 }
 
-async fn carry_out(vms: &Vms, vm_id: &str, op: Op) -> Result<Outcome, ServiceError> {
+async fn carry_out(
+    vms: &DaemonLife,
+    vm_id: &str,
+    op: TableOperation,
+) -> Result<OperationOutcome, ServiceError> {
     match op {
-        Op::Boot => vms.boot_again(vm_id).await,
-        Op::Shutdown if !vms.facts.powers_off => vms.shutdown_obeying(vm_id).await,
-        Op::Shutdown => vms.shutdown(vm_id, 1).await,
-        Op::Pause => vms.pause(vm_id).await,
-        Op::Resume => vms.resume(vm_id).await,
-        Op::Reboot => vms.reboot(vm_id, false).await,
-        Op::Delete => vms.delete(vm_id, false).await,
-        Op::ForceDelete => vms.delete(vm_id, true).await,
+        TableOperation::Boot => vms.boot_again(vm_id).await,
+        TableOperation::Shutdown if !vms.facts.powers_off => vms.shutdown_obeying(vm_id).await,
+        TableOperation::Shutdown => vms.shutdown(vm_id, 1).await,
+        TableOperation::Pause => vms.pause(vm_id).await,
+        TableOperation::Resume => vms.resume(vm_id).await,
+        TableOperation::Reboot => vms.reboot(vm_id, false).await,
+        TableOperation::Delete => vms.delete(vm_id, false).await,
+        TableOperation::ForceDelete => vms.delete(vm_id, true).await,
     }
 }
 
 /// RebootVm with force is immediate, and stays in the same process if the hypervisor can do that.
-pub(super) async fn force_reboot(vms: Vms) -> Verdict {
-    let before = vms.run_tiny(Guest::Idle).await;
+pub(super) async fn force_reboot(vms: DaemonLife) -> CaseVerdict {
+    let before = vms.run_tiny(TinyGuest::Idle).await;
     if !vms.facts.reboots {
         return reboot_is_refused(vms.reboot(VM, true).await);
     }
     let after = vms.reboot(VM, true).await.expect("RebootVm succeeds").record;
     assert_eq!(after.state, VmState::Running);
     let boots = if vms.column().is_real() { 2 } else { 1 };
-    vms.console_shows(VM, &Guest::Idle.banner(), boots).await;
+    vms.console_shows(VM, &TinyGuest::Idle.banner(), boots).await;
     assert_eq!(pid_of(&before) == pid_of(&after), vms.facts.reboot_in_place, "as its capabilities say");
     if vms.facts.reboot_in_place {
-        return Verdict::Served;
+        return CaseVerdict::Served;
     }
-    Verdict::Emulated("its process can be used once: a new one is started".to_owned())
+    CaseVerdict::Emulated("its process can be used once: a new one is started".to_owned())
 }
 
 /// Each boot after a shutdown starts a new process from the stored configuration.
-pub(super) async fn boot_after_shutdown(vms: Vms) -> Verdict {
-    let mut pids = vec![pid_of(&*vms.run_tiny(Guest::Idle).await)];
+pub(super) async fn boot_after_shutdown(vms: DaemonLife) -> CaseVerdict {
+    let mut pids = vec![pid_of(&*vms.run_tiny(TinyGuest::Idle).await)];
     for boot in 2..=3 {
         let down = vms.force_shutdown(VM).await.expect("ShutdownVm succeeds");
         assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(vms.facts.ordered)));
         pids.push(pid_of(&vms.boot_again(VM).await.expect("BootVm succeeds").record));
-        vms.console_shows(VM, &Guest::Idle.banner(), boot).await;
+        vms.console_shows(VM, &TinyGuest::Idle.banner(), boot).await;
     }
     pids.sort_unstable();
     pids.dedup();
     // An attached VMM that outlives its VM is used again.
     let one = vms.facts.attached && vms.facts.powers_off;
     assert_eq!(pids.len(), if one { 1 } else { 3 }, "the processes: {pids:?}");
-    Verdict::Served
+    CaseVerdict::Served
 }
 
 /// PauseVm stops the guest's CPUs, and ResumeVm starts them again.
-pub(super) async fn a_paused_guest_stands_still(vms: Vms) -> Verdict {
-    let busy = vms.run_tiny(Guest::Echo).await;
+pub(super) async fn a_paused_guest_stands_still(vms: DaemonLife) -> CaseVerdict {
+    let busy = vms.run_tiny(TinyGuest::Echo).await;
     vms.pause(VM).await.expect("PauseVm succeeds");
     vms.until_still(&busy, true).await;
     vms.resume(VM).await.expect("ResumeVm succeeds");
     vms.until_still(&busy, false).await;
-    Verdict::Served
+    CaseVerdict::Served
 }

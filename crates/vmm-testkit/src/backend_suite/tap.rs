@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A TAP that is deleted when the value is dropped.
 #[derive(Debug)]
-pub struct Tap(String);
+pub struct TestTap(String);
 
-impl Tap {
+impl TestTap {
     /// Makes a TAP with a unique name.
     ///
     /// # Errors
@@ -45,7 +45,7 @@ impl Tap {
     }
 }
 
-impl Drop for Tap {
+impl Drop for TestTap {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["link", "del", &self.0]).output();
     }

@@ -7,28 +7,28 @@ use vmm_core::store::VmRecord;
 use vmm_host::process::Signal;
 use vmm_service::{ListQuery, ServiceError};
 
-use super::results::Verdict;
-use super::rig::{VM, Vms, pid_of};
-use crate::guests::Guest;
+use super::results::CaseVerdict;
+use super::rig::{DaemonLife, VM, pid_of};
+use crate::guests::TinyGuest;
 
-pub(super) async fn vmm_killed_while_running(vms: Vms) -> Verdict {
+pub(super) async fn vmm_killed_while_running(vms: DaemonLife) -> CaseVerdict {
     dies(&vms, Signal::KILL, false).await
 }
 
-pub(super) async fn vmm_killed_while_paused(vms: Vms) -> Verdict {
+pub(super) async fn vmm_killed_while_paused(vms: DaemonLife) -> CaseVerdict {
     dies(&vms, Signal::KILL, true).await
 }
 
-pub(super) async fn vmm_crashes_while_running(vms: Vms) -> Verdict {
+pub(super) async fn vmm_crashes_while_running(vms: DaemonLife) -> CaseVerdict {
     dies(&vms, Signal::SEGV, false).await
 }
 
-pub(super) async fn vmm_crashes_while_paused(vms: Vms) -> Verdict {
+pub(super) async fn vmm_crashes_while_paused(vms: DaemonLife) -> CaseVerdict {
     dies(&vms, Signal::SEGV, true).await
 }
 
-async fn dies(vms: &Vms, signal: Signal, paused: bool) -> Verdict {
-    vms.run_tiny(Guest::Idle).await;
+async fn dies(vms: &DaemonLife, signal: Signal, paused: bool) -> CaseVerdict {
+    vms.run_tiny(TinyGuest::Idle).await;
     if paused {
         vms.pause(VM).await.expect("PauseVm succeeds");
     }
@@ -47,13 +47,13 @@ async fn dies(vms: &Vms, signal: Signal, paused: bool) -> Verdict {
     assert_ne!(down.status.message, "", "it says what is known of the end");
     // The files that the dead VMM left must not prevent the next boot.
     assert_eq!(vms.boot_again(VM).await.expect("BootVm succeeds").record.state, VmState::Running);
-    vms.console_shows(VM, &Guest::Idle.banner(), 2).await;
-    Verdict::Served
+    vms.console_shows(VM, &TinyGuest::Idle.banner(), 2).await;
+    CaseVerdict::Served
 }
 
 /// The end of a VMM during ShutdownVm fulfils the request, so ShutdownVm succeeds.
-pub(super) async fn vmm_killed_while_stopping(vms: Vms) -> Verdict {
-    let running = vms.run_tiny(Guest::Idle).await;
+pub(super) async fn vmm_killed_while_stopping(vms: DaemonLife) -> CaseVerdict {
+    let running = vms.run_tiny(TinyGuest::Idle).await;
     let asking = tokio::spawn({
         let vms = vms.clone();
         async move { vms.shutdown(VM, 60).await }
@@ -64,13 +64,13 @@ pub(super) async fn vmm_killed_while_stopping(vms: Vms) -> Verdict {
     assert_eq!(down.record.state, VmState::Shutdown);
     let rungs = [Some(EndedBy::Guest), Some(vms.facts.asked)];
     assert!(rungs.contains(&down.ended_by), "{:?}", down.ended_by);
-    Verdict::Served
+    CaseVerdict::Served
 }
 
 /// Reads work, operations return UNAVAILABLE, and force works.
-pub(super) async fn vmm_hangs(vms: Vms) -> Verdict {
-    let running = vms.run_tiny(Guest::Idle).await;
-    vms.create("other", vms.config(Guest::Idle)).await;
+pub(super) async fn vmm_hangs(vms: DaemonLife) -> CaseVerdict {
+    let running = vms.run_tiny(TinyGuest::Idle).await;
+    vms.create("other", vms.config(TinyGuest::Idle)).await;
     vms.column().signal(&running, Signal::STOP);
     let error = vms.pause(VM).await.expect_err("a VMM that hangs pauses nothing");
     assert!(matches!(error, ServiceError::Unavailable(_)), "{error:?}");
@@ -89,21 +89,21 @@ pub(super) async fn vmm_hangs(vms: Vms) -> Verdict {
     let down = vms.force_shutdown(VM).await.expect("ShutdownVm with force succeeds");
     assert_eq!((down.record.state, down.ended_by), (VmState::Shutdown, Some(EndedBy::Sigkill)));
     vms.boot_again(VM).await.expect("BootVm succeeds");
-    Verdict::Served
+    CaseVerdict::Served
 }
 
-pub(super) async fn hanging_vmm_is_deleted(vms: Vms) -> Verdict {
-    let running = vms.run_tiny(Guest::Idle).await;
+pub(super) async fn hanging_vmm_is_deleted(vms: DaemonLife) -> CaseVerdict {
+    let running = vms.run_tiny(TinyGuest::Idle).await;
     vms.column().signal(&running, Signal::STOP);
     vms.delete(VM, true).await.expect("DeleteVm with force succeeds");
     assert!(matches!(vms.get(VM), Err(ServiceError::NotFound(_))));
     assert!(vms.column().processes(&vms.rig.runtime_dir()).is_empty());
-    Verdict::Served
+    CaseVerdict::Served
 }
 
 /// A VMM that stops answering is shown as unreachable, and is in use again when it answers.
-pub(super) async fn vmm_comes_back(vms: Vms) -> Verdict {
-    let running = vms.run_tiny(Guest::Idle).await;
+pub(super) async fn vmm_comes_back(vms: DaemonLife) -> CaseVerdict {
+    let running = vms.run_tiny(TinyGuest::Idle).await;
     vms.column().signal(&running, Signal::STOP);
     vms.until(VM, "unreachable", |record| record.status.phase == Phase::Unreachable).await;
     vms.column().signal(&running, Signal::CONT);
@@ -111,14 +111,14 @@ pub(super) async fn vmm_comes_back(vms: Vms) -> Verdict {
     let back = vms.until(VM, "reachable again", back).await;
     assert_eq!((back.state, pid_of(&back)), (VmState::Running, pid_of(&running)));
     vms.pause(VM).await.expect("PauseVm succeeds");
-    Verdict::Served
+    CaseVerdict::Served
 }
 
 /// A kernel that looks right and cannot be loaded is reported, the start is undone, and the VM can
 /// be deleted.
-pub(super) async fn broken_kernel_leaves_nothing(vms: Vms) -> Verdict {
-    let mut config = vms.config(Guest::Idle);
-    let whole = Guest::Idle.elf();
+pub(super) async fn broken_kernel_leaves_nothing(vms: DaemonLife) -> CaseVerdict {
+    let mut config = vms.config(TinyGuest::Idle);
+    let whole = TinyGuest::Idle.elf();
     let broken = vms.rig.dir().join("broken.elf");
     // The file ends after the ELF header, so its program headers are missing.
     std::fs::write(&broken, &whole[..64]).expect("the file can be written");
@@ -127,12 +127,12 @@ pub(super) async fn broken_kernel_leaves_nothing(vms: Vms) -> Verdict {
     }
     if let Err(error) = vms.try_create(VM, config).await {
         assert!(matches!(error, ServiceError::Invalid(_)), "{error:?}");
-        return Verdict::Served;
+        return CaseVerdict::Served;
     }
     let error = vms.boot(VM).await.expect_err("there is no code to run");
     assert!(matches!(error, ServiceError::Precondition(_)), "{error:?}");
     let record = vms.record(VM);
     assert_eq!((record.state, record.status.phase), (VmState::Created, Phase::Failed), "{record:#?}");
     assert!(vms.column().processes(&vms.rig.runtime_dir()).is_empty(), "nothing runs");
-    Verdict::Served
+    CaseVerdict::Served
 }

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use vmm_testkit::guests::Guest;
+use vmm_testkit::guests::TinyGuest;
 
 fn main() -> ExitCode {
     let mut errors = io::stderr();
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
 fn write_all(folder: &std::path::Path) -> io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let mut out = io::stdout().lock();
-    for guest in Guest::ALL {
+    for guest in TinyGuest::ALL {
         writeln!(out, "{}\t{}", guest.write_to(folder)?.display(), guest.banner())?;
     }
     Ok(())

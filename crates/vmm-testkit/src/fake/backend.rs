@@ -7,20 +7,21 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    Exit, ExitCause, KernelFormat, LaunchRequest, Launched, SpareRequest, SpareVmms, SweepRequest, VmmEvent,
+    Exit, ExitCause, KernelFormat, LaunchRequest, LaunchedVmm, SpareRequest, SpareVmms, SweepRequest,
+    VmmEvent,
 };
 use vmm_core::capabilities::{
-    EndpointMode, Facts, PanicFact, PowerOffFact, RebootFact, ResetFact, ShutdownFact,
+    BackendFacts, EndpointMode, PanicFact, PowerOffFact, RebootFact, ResetFact, ShutdownFact,
 };
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::reason::Reason;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::store::RunRecord;
 
-use super::script::Method;
+use super::script::ScriptedMethod;
 use super::vmm::FakeVmm;
-use super::world::World;
+use super::world::FakeWorld;
 
 /// The largest number of vCPUs that the fake hypervisor accepts.
 const MAX_VCPUS: u32 = 32;
@@ -28,7 +29,7 @@ const MAX_VCPUS: u32 = 32;
 /// The fake hypervisor.
 #[derive(Debug)]
 pub struct FakeBackend {
-    world: World,
+    world: FakeWorld,
     capabilities: Capabilities,
     single_use: bool,
 }
@@ -36,25 +37,25 @@ pub struct FakeBackend {
 impl FakeBackend {
     /// Makes a hypervisor called `name` in a world of its own.
     pub fn new(name: &str) -> Self {
-        Self::in_world(name, &World::new())
+        Self::in_world(name, &FakeWorld::new())
     }
 
     /// Makes a hypervisor called `name` in `world`, with the machines and spare VMMs that exist
     /// there.
-    pub fn in_world(name: &str, world: &World) -> Self {
+    pub fn in_world(name: &str, world: &FakeWorld) -> Self {
         let capabilities = Capabilities {
             name: BackendName::new(name),
             endpoint_mode: EndpointMode::Managed,
             default_restart_mode: RestartMode::GuestReboot,
             kernel_formats: &[KernelFormat::Elf, KernelFormat::PvhElf],
             extended_l2: true,
-            facts: Facts {
+            facts: BackendFacts {
                 guest_panic: Some(PanicFact::EndsRun),
                 guest_power_off: Some(PowerOffFact::EndsRun),
                 guest_reset: Some(ResetFact::InPlaceUnlessNever),
                 reboot: Some(RebootFact::InPlace),
                 shutdown: Some(ShutdownFact::PowerButton),
-                ..Facts::default()
+                ..BackendFacts::default()
             },
             limits: BTreeMap::from([("max-vcpus", i64::from(MAX_VCPUS))]),
         };
@@ -75,12 +76,12 @@ impl FakeBackend {
     }
 
     /// Returns the world, by which the test controls the hypervisor.
-    pub fn world(&self) -> &World {
+    pub fn world(&self) -> &FakeWorld {
         &self.world
     }
 
-    fn handle(&self, run: RunRecord, events: mpsc::Receiver<VmmEvent>) -> Launched {
-        Launched { vmm: Arc::new(FakeVmm::new(self.world.clone(), run, self.single_use)), events }
+    fn handle(&self, run: RunRecord, events: mpsc::Receiver<VmmEvent>) -> LaunchedVmm {
+        LaunchedVmm { vmm: Arc::new(FakeVmm::new(self.world.clone(), run, self.single_use)), events }
     }
 
     fn look_for(&self, request: &AdoptRequest) -> Adoption {
@@ -130,8 +131,8 @@ impl Backend for FakeBackend {
         &self.capabilities
     }
 
-    fn check(&self, spec: &VmSpec) -> Report {
-        let mut report = Report::default();
+    fn check(&self, spec: &VmSpec) -> CheckReport {
+        let mut report = CheckReport::default();
         if spec.cpu.count > MAX_VCPUS {
             report.reject(
                 "config.cpu.vcpu_count",
@@ -146,9 +147,9 @@ impl Backend for FakeBackend {
         report
     }
 
-    async fn launch(&self, request: LaunchRequest) -> Result<Launched, BackendError> {
-        request.gate.passed().await?;
-        let act = self.world.lock().scripts.call(Method::Launch);
+    async fn launch(&self, request: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
+        request.permit.wait().await?;
+        let act = self.world.lock().scripts.call(ScriptedMethod::Launch);
         act.before().await?;
         let (run, events) = self.world.start(&request);
         act.after().await?;
@@ -156,7 +157,7 @@ impl Backend for FakeBackend {
     }
 
     async fn adopt(&self, request: AdoptRequest) -> Result<Adoption, BackendError> {
-        let act = self.world.lock().scripts.call(Method::Adopt);
+        let act = self.world.lock().scripts.call(ScriptedMethod::Adopt);
         act.before().await?;
         let adoption = self.look_for(&request);
         act.after().await?;
@@ -164,7 +165,7 @@ impl Backend for FakeBackend {
     }
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
-        let act = self.world.lock().scripts.call(Method::Sweep);
+        let act = self.world.lock().scripts.call(ScriptedMethod::Sweep);
         act.before().await?;
         let unkillable = {
             let mut inner = self.world.lock();
@@ -194,7 +195,7 @@ impl Backend for FakeBackend {
     }
 
     async fn ping(&self) -> BackendHealth {
-        let act = self.world.lock().scripts.call(Method::Ping);
+        let act = self.world.lock().scripts.call(ScriptedMethod::Ping);
         let version = match act.before().await {
             Ok(()) => act.after().await.map(|()| "1.0".to_owned()),
             Err(error) => Err(error),
@@ -210,7 +211,7 @@ impl Backend for FakeBackend {
 #[async_trait]
 impl SpareVmms for FakeBackend {
     async fn start_spare(&self, request: SpareRequest) -> Result<(), BackendError> {
-        let act = self.world.lock().scripts.call(Method::StartSpare);
+        let act = self.world.lock().scripts.call(ScriptedMethod::StartSpare);
         act.before().await?;
         self.world.lock().spares.insert(request.uid);
         let outcome = act.after().await;

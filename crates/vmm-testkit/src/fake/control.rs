@@ -3,17 +3,17 @@
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_core::id::VmUid;
 
-use super::world::{Machine, World};
+use super::world::{FakeMachine, FakeWorld};
 
 /// The control of one machine. Its actions do nothing after the machine has ended.
 #[derive(Clone, Debug)]
 pub struct MachineControl {
-    world: World,
+    world: FakeWorld,
     pid: u32,
 }
 
 impl MachineControl {
-    pub(super) fn new(world: World, pid: u32) -> Self {
+    pub(super) fn new(world: FakeWorld, pid: u32) -> Self {
         Self { world, pid }
     }
 
@@ -119,7 +119,7 @@ impl MachineControl {
         });
     }
 
-    fn look<T>(&self, look: impl FnOnce(&mut Machine) -> T) -> Option<T> {
+    fn look<T>(&self, look: impl FnOnce(&mut FakeMachine) -> T) -> Option<T> {
         self.world.lock().machines.get_mut(&self.pid).map(look)
     }
 }

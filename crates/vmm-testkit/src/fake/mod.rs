@@ -1,18 +1,18 @@
 //! A hypervisor that follows the script of a test.
 //!
 //! ```text
-//!   FakeBackend ──► World ◄── the test: scripts, counts, machines
+//!   FakeBackend ──► FakeWorld ◄─ the test: scripts, counts, machines
 //!       │             │
 //!       │ launch      │ outlives every backend, as processes outlive a daemon:
 //!       ▼             │ a second backend on the same world adopts the machines of the first
 //!    FakeVmm ──────► Machine (a process that holds a guest)
 //! ```
 //!
-//! A [`World`] is the host as one hypervisor sees it. The world keeps the living machines, and
+//! A [`FakeWorld`] is the host as one hypervisor sees it. The world keeps the living machines, and
 //! notes as a fault every event that must never happen: two machines of one VM, or two writers of
-//! one disk ([`World::faults`]). An [`Act`] makes a method of the ports fail, wait or lose its
-//! answer. A [`MachineControl`] makes one machine reset, crash or stop answering. All waiting uses
-//! tokio's clock, which a test can pause.
+//! one disk ([`FakeWorld::faults`]). A [`ScriptedResult`] makes a method of the ports fail, wait or
+//! lose its answer. A [`MachineControl`] makes one machine reset, crash or stop answering. All
+//! waiting uses tokio's clock, which a test can pause.
 //!
 //! [`qemu`] is a separate fake: a process of its own, for tests that kill the daemon.
 
@@ -25,5 +25,5 @@ mod world;
 
 pub use backend::FakeBackend;
 pub use control::MachineControl;
-pub use script::{Act, Gate, Method};
-pub use world::World;
+pub use script::{CallLatch, ScriptedMethod, ScriptedResult};
+pub use world::FakeWorld;

@@ -10,8 +10,8 @@
 //! The other fakes of this crate are in the test's process and end with it. A test that kills the
 //! daemon needs the real program, and VMMs that are processes, because the next daemon has to find
 //! them again. It needs no hypervisor, no `/dev/kvm` and no time. The arguments of the kernel
-//! control a guest ([`Script`]). The state of the guest is in `fake.state`, because a test must see
-//! it without the daemon and without the one connection that a QMP socket serves.
+//! control a guest ([`GuestScript`]). The state of the guest is in `fake.state`, because a test
+//! must see it without the daemon and without the one connection that a QMP socket serves.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -39,7 +39,7 @@ const VERSION: &str = "QEMU emulator version 9.0.0 (a fake)";
 
 /// The behaviour of a guest and its VMM, as words among the kernel's arguments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Script {
+pub struct GuestScript {
     /// `fake.deaf`: the guest ignores its power button.
     pub deaf: bool,
     /// `fake.stubborn`: the VMM refuses to power the VM off. Signals end the VMM all the same.
@@ -55,7 +55,7 @@ pub struct Script {
     pub unwakeable: bool,
 }
 
-impl Script {
+impl GuestScript {
     /// Parses the words of a kernel command line. Unknown words are skipped.
     fn read(kernel_args: &str) -> Self {
         let mut script = Self::default();
@@ -80,21 +80,21 @@ fn millis(text: &str) -> Duration {
 
 /// The content of the command line.
 #[derive(Debug, PartialEq, Eq)]
-struct Order {
+struct FakeQemuArguments {
     socket: PathBuf,
     console: Option<PathBuf>,
-    script: Script,
+    script: GuestScript,
 }
 
-impl Order {
+impl FakeQemuArguments {
     fn read(args: &[OsString]) -> Option<Self> {
-        let (mut socket, mut console, mut script) = (None, None, Script::default());
+        let (mut socket, mut console, mut script) = (None, None, GuestScript::default());
         for pair in args.windows(2) {
             let Some(value) = pair[1].to_str() else { continue };
             match pair[0].to_str() {
                 Some("-chardev") if value.starts_with("socket,id=qmp,") => socket = property(value, "path="),
                 Some("-chardev") => console = property(value, "logfile="),
-                Some("-append") => script = Script::read(value),
+                Some("-append") => script = GuestScript::read(value),
                 _ => {}
             }
         }
@@ -111,13 +111,13 @@ fn property(text: &str, name: &str) -> Option<PathBuf> {
 
 /// The state of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Guest {
+enum FakeGuestState {
     Prelaunch,
     Running,
     Paused,
 }
 
-impl Guest {
+impl FakeGuestState {
     const fn as_str(self) -> &'static str {
         match self {
             Self::Prelaunch => "prelaunch",
@@ -131,9 +131,9 @@ impl Guest {
 static HANGS: AtomicBool = AtomicBool::new(false);
 
 /// The machine of this process.
-struct Machine {
-    order: Order,
-    guest: Guest,
+struct FakeQemu {
+    order: FakeQemuArguments,
+    guest: FakeGuestState,
     /// True if the power button was pressed and the guest has not obeyed yet.
     button: bool,
     /// The client that is served now.
@@ -157,7 +157,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::FAILURE
         };
     }
-    let problem = match Order::read(&arguments) {
+    let problem = match FakeQemuArguments::read(&arguments) {
         Some(order) => serve(order).err().map(|error| error.to_string()),
         None => Some("no QMP socket is named; this is a stand-in for QEMU, for tests".to_owned()),
     };
@@ -180,13 +180,13 @@ fn answer_trial(input: impl io::BufRead, mut output: impl io::Write) -> io::Resu
 }
 
 /// Serves one client after the other. The process ends with the machine.
-fn serve(order: Order) -> io::Result<()> {
+fn serve(order: FakeQemuArguments) -> io::Result<()> {
     if order.script.unwakeable {
         // The signal is blocked before the first thread starts, because threads inherit the mask.
         SigSet::from(Signal::SIGTERM).thread_block()?;
     }
     let listener = UnixListener::bind(&order.socket)?;
-    let machine = Machine { order, guest: Guest::Prelaunch, button: false, client: None };
+    let machine = FakeQemu { order, guest: FakeGuestState::Prelaunch, button: false, client: None };
     machine.write_state()?;
     let machine = Arc::new(Mutex::new(machine));
     loop {
@@ -197,7 +197,7 @@ fn serve(order: Order) -> io::Result<()> {
     }
 }
 
-fn attend(machine: &Arc<Mutex<Machine>>, client: UnixStream) -> io::Result<()> {
+fn attend(machine: &Arc<Mutex<FakeQemu>>, client: UnixStream) -> io::Result<()> {
     let mut lines = BufReader::new(client.try_clone()?);
     let late = lock(machine).beside_socket(LATE);
     {
@@ -215,18 +215,18 @@ fn attend(machine: &Arc<Mutex<Machine>>, client: UnixStream) -> io::Result<()> {
             let mut late = fs::OpenOptions::new().append(true).create(true).open(&late)?;
             writeln!(late, "{}", command["execute"].as_str().unwrap_or_default())?;
         } else {
-            Machine::execute(machine, &command)?;
+            FakeQemu::execute(machine, &command)?;
         }
         line.clear();
     }
     Ok(())
 }
 
-fn lock(machine: &Mutex<Machine>) -> MutexGuard<'_, Machine> {
+fn lock(machine: &Mutex<FakeQemu>) -> MutexGuard<'_, FakeQemu> {
     machine.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Machine {
+impl FakeQemu {
     fn execute(shared: &Arc<Mutex<Self>>, command: &Value) -> io::Result<()> {
         let mut machine = lock(shared);
         let id = &command["id"];
@@ -236,7 +236,7 @@ impl Machine {
             "cont" => {
                 // The time until the guest powers off by itself begins with the first `cont`, as
                 // its boot does.
-                if machine.guest == Guest::Prelaunch
+                if machine.guest == FakeGuestState::Prelaunch
                     && let Some(delay) = machine.order.script.powers_off_after
                 {
                     Self::power_off_after(shared, delay)?;
@@ -245,12 +245,12 @@ impl Machine {
                 nothing
             }
             "stop" => {
-                machine.become_state(Guest::Paused)?;
+                machine.become_state(FakeGuestState::Paused)?;
                 machine.event("STOP", &Value::Null)?;
                 nothing
             }
             "query-status" => {
-                json!({"status": machine.guest.as_str(), "running": machine.guest == Guest::Running})
+                json!({"status": machine.guest.as_str(), "running": machine.guest == FakeGuestState::Running})
             }
             "query-version" => json!({"qemu": {"major": 9, "minor": 0, "micro": 0}, "package": "fake"}),
             "query-blockstats" => json!([]),
@@ -282,7 +282,7 @@ impl Machine {
     /// obeys.
     fn obey_button(shared: &Arc<Mutex<Self>>) -> io::Result<()> {
         let mut machine = lock(shared);
-        let obeys = machine.button && machine.guest == Guest::Running && !machine.order.script.deaf;
+        let obeys = machine.button && machine.guest == FakeGuestState::Running && !machine.order.script.deaf;
         if !obeys {
             return Ok(());
         }
@@ -305,10 +305,10 @@ impl Machine {
     }
 
     fn go_on(&mut self) -> io::Result<()> {
-        if self.guest == Guest::Prelaunch {
+        if self.guest == FakeGuestState::Prelaunch {
             self.boot()?;
         }
-        self.become_state(Guest::Running)?;
+        self.become_state(FakeGuestState::Running)?;
         self.event("RESUME", &Value::Null)
     }
 
@@ -318,7 +318,7 @@ impl Machine {
         write!(console, "{BANNER}\r\n")
     }
 
-    fn become_state(&mut self, guest: Guest) -> io::Result<()> {
+    fn become_state(&mut self, guest: FakeGuestState) -> io::Result<()> {
         self.guest = guest;
         self.write_state()
     }
@@ -390,15 +390,18 @@ mod tests {
         for chardev in chardevs {
             args.extend(["-chardev".into(), chardev.into()]);
         }
-        let script = Script {
+        let script = GuestScript {
             deaf: true,
             power_off_takes: Duration::from_millis(250),
             powers_off_after: Some(Duration::from_millis(9)),
-            ..Script::default()
+            ..GuestScript::default()
         };
-        let expected =
-            Order { socket: "/r/v,m/qmp.sock".into(), console: Some("/r/v,m/console.log".into()), script };
-        assert_eq!(Order::read(&args), Some(expected));
-        assert_eq!(Order::read(&args[..4]), None, "without a QMP socket it is nobody's");
+        let expected = FakeQemuArguments {
+            socket: "/r/v,m/qmp.sock".into(),
+            console: Some("/r/v,m/console.log".into()),
+            script,
+        };
+        assert_eq!(FakeQemuArguments::read(&args), Some(expected));
+        assert_eq!(FakeQemuArguments::read(&args[..4]), None, "without a QMP socket it is nobody's");
     }
 }

@@ -8,7 +8,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 
 /// The methods of the ports that can be scripted and are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Method {
+pub enum ScriptedMethod {
     /// `Backend::launch`.
     Launch,
     /// `Backend::start_spare`.
@@ -39,15 +39,15 @@ pub enum Method {
 
 /// The result of one call.
 #[derive(Clone, Debug)]
-pub enum Act {
+pub enum ScriptedResult {
     /// The call succeeds.
     Succeed,
     /// The call succeeds after a time.
     Delay(Duration),
-    /// The call waits for the gate, then succeeds.
-    Wait(Gate),
-    /// The call has its effect, and answers after the gate opens.
-    DoThenWait(Gate),
+    /// The call waits for the latch, then succeeds.
+    Wait(CallLatch),
+    /// The call has its effect, and answers after the latch opens.
+    DoThenWait(CallLatch),
     /// The call has no effect and fails in the given way.
     Fail(BackendErrorKind, Effect),
     /// The call has its effect and fails in the given way.
@@ -56,15 +56,15 @@ pub enum Act {
     Panic,
 }
 
-impl Act {
+impl ScriptedResult {
     /// Returns an act that has no effect and never answers.
     pub fn hang() -> Self {
-        Self::Wait(Gate::default())
+        Self::Wait(CallLatch::default())
     }
 
     /// Returns an act that has its effect and never answers.
     pub fn do_then_hang() -> Self {
-        Self::DoThenWait(Gate::default())
+        Self::DoThenWait(CallLatch::default())
     }
 
     /// Waits or fails as this act does before the effect of the call.
@@ -75,8 +75,8 @@ impl Act {
                 tokio::time::sleep(*time).await;
                 Ok(())
             }
-            Self::Wait(gate) => {
-                gate.opened().await;
+            Self::Wait(latch) => {
+                latch.opened().await;
                 Ok(())
             }
             Self::Fail(kind, effect) => Err(scripted(*kind, *effect)),
@@ -88,8 +88,8 @@ impl Act {
     pub(super) async fn after(&self) -> Result<(), BackendError> {
         match self {
             Self::Succeed | Self::Delay(_) | Self::Wait(_) | Self::Fail(..) | Self::Panic => Ok(()),
-            Self::DoThenWait(gate) => {
-                gate.opened().await;
+            Self::DoThenWait(latch) => {
+                latch.opened().await;
                 Ok(())
             }
             Self::DoThenFail(kind, effect) => Err(scripted(*kind, *effect)),
@@ -106,19 +106,19 @@ fn scripted(kind: BackendErrorKind, effect: Effect) -> BackendError {
     BackendError::new(kind, effect, "the script says so")
 }
 
-/// A gate that delays calls until it is opened. A gate that stays closed delays them for ever.
+/// A latch that delays calls until it is opened. A latch that stays closed delays them for ever.
 #[derive(Clone, Debug)]
-pub struct Gate {
+pub struct CallLatch {
     open: watch::Sender<bool>,
 }
 
-impl Default for Gate {
+impl Default for CallLatch {
     fn default() -> Self {
         Self { open: watch::Sender::new(false) }
     }
 }
 
-impl Gate {
+impl CallLatch {
     /// Lets all calls pass, the waiting ones and the later ones.
     pub fn open(&self) {
         self.open.send_replace(true);
@@ -126,7 +126,7 @@ impl Gate {
 
     async fn opened(&self) {
         let mut open = self.open.subscribe();
-        // The sender is in `self`, so the wait ends only when the gate is open.
+        // The sender is in `self`, so the wait ends only when the latch is open.
         let _ = open.wait_for(|open| *open).await;
     }
 }
@@ -134,31 +134,31 @@ impl Gate {
 /// The acts of every method, and the number of its calls.
 #[derive(Debug, Default)]
 pub(super) struct Scripts {
-    next: BTreeMap<Method, VecDeque<Act>>,
-    always: BTreeMap<Method, Act>,
-    calls: BTreeMap<Method, usize>,
+    next: BTreeMap<ScriptedMethod, VecDeque<ScriptedResult>>,
+    always: BTreeMap<ScriptedMethod, ScriptedResult>,
+    calls: BTreeMap<ScriptedMethod, usize>,
 }
 
 impl Scripts {
-    pub(super) fn push(&mut self, method: Method, act: Act) {
+    pub(super) fn push(&mut self, method: ScriptedMethod, act: ScriptedResult) {
         self.next.entry(method).or_default().push_back(act);
     }
 
-    pub(super) fn always(&mut self, method: Method, act: Act) {
+    pub(super) fn always(&mut self, method: ScriptedMethod, act: ScriptedResult) {
         self.always.insert(method, act);
     }
 
     /// Counts a call and returns its act.
-    pub(super) fn call(&mut self, method: Method) -> Act {
+    pub(super) fn call(&mut self, method: ScriptedMethod) -> ScriptedResult {
         *self.calls.entry(method).or_default() += 1;
         self.next
             .get_mut(&method)
             .and_then(VecDeque::pop_front)
             .or_else(|| self.always.get(&method).cloned())
-            .unwrap_or(Act::Succeed)
+            .unwrap_or(ScriptedResult::Succeed)
     }
 
-    pub(super) fn calls(&self, method: Method) -> usize {
+    pub(super) fn calls(&self, method: ScriptedMethod) -> usize {
         self.calls.get(&method).copied().unwrap_or_default()
     }
 

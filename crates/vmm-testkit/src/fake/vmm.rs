@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, Ladder, NetworkCounters, Reset,
-    Sample, StorageCounters, Vmm,
+    BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, LadderOptions, NetworkCounters,
+    ResetOutcome, Sample, StorageCounters, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 
-use super::script::{Act, Method};
-use super::world::{Machine, World};
+use super::script::{ScriptedMethod, ScriptedResult};
+use super::world::{FakeMachine, FakeWorld};
 
 /// The time that the handle waits for the answer of a machine that does not answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,13 +23,13 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The handle of one machine.
 #[derive(Debug)]
 pub(super) struct FakeVmm {
-    world: World,
+    world: FakeWorld,
     run: RunRecord,
     single_use: bool,
 }
 
 impl FakeVmm {
-    pub(super) fn new(world: World, run: RunRecord, single_use: bool) -> Self {
+    pub(super) fn new(world: FakeWorld, run: RunRecord, single_use: bool) -> Self {
         Self { world, run, single_use }
     }
 
@@ -38,7 +38,11 @@ impl FakeVmm {
     }
 
     /// Runs `what` on the machine, with the waits and failures of the script around it.
-    async fn ask<T>(&self, method: Method, what: impl FnOnce(&mut Machine) -> T) -> Result<T, BackendError> {
+    async fn ask<T>(
+        &self,
+        method: ScriptedMethod,
+        what: impl FnOnce(&mut FakeMachine) -> T,
+    ) -> Result<T, BackendError> {
         // A real VMM fails in the same order: the call may not arrive (`before`), the VMM may not
         // answer or be gone, and the answer may be lost after the effect (`after`).
         let act = self.call(method);
@@ -49,11 +53,11 @@ impl FakeVmm {
         Ok(answer)
     }
 
-    fn call(&self, method: Method) -> Act {
+    fn call(&self, method: ScriptedMethod) -> ScriptedResult {
         self.world.lock().scripts.call(method)
     }
 
-    fn machine<T>(&self, what: impl FnOnce(&mut Machine) -> T) -> Result<T, BackendError> {
+    fn machine<T>(&self, what: impl FnOnce(&mut FakeMachine) -> T) -> Result<T, BackendError> {
         self.world.lock().machines.get_mut(&self.pid()).map(what).ok_or_else(|| {
             BackendError::new(BackendErrorKind::Gone, Effect::NotApplied, "the machine has gone")
         })
@@ -136,15 +140,15 @@ impl Vmm for FakeVmm {
     }
 
     async fn pause(&self) -> Result<(), BackendError> {
-        self.ask(Method::Pause, |machine| machine.guest = GuestState::Paused).await
+        self.ask(ScriptedMethod::Pause, |machine| machine.guest = GuestState::Paused).await
     }
 
     async fn resume(&self) -> Result<(), BackendError> {
-        self.ask(Method::Resume, |machine| machine.guest = GuestState::Running).await
+        self.ask(ScriptedMethod::Resume, |machine| machine.guest = GuestState::Running).await
     }
 
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        let act = self.call(Method::Shutdown);
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
+        let act = self.call(ScriptedMethod::Shutdown);
         act.before().await?;
         // Without time for the guest the shutdown is forced: the VMM is ordered to power off, or
         // killed if it does not answer.
@@ -158,21 +162,21 @@ impl Vmm for FakeVmm {
         Ok(rung)
     }
 
-    async fn reset(&self) -> Result<Reset, BackendError> {
+    async fn reset(&self) -> Result<ResetOutcome, BackendError> {
         let single_use = self.single_use;
-        self.ask(Method::Reset, |machine| {
+        self.ask(ScriptedMethod::Reset, |machine| {
             // A process that can be used once has to be replaced, so nothing is counted.
             if single_use {
-                return Reset::NeedsRelaunch;
+                return ResetOutcome::NeedsRelaunch;
             }
             machine.resets += 1;
-            Reset::InPlace
+            ResetOutcome::InPlace
         })
         .await
     }
 
     async fn sample(&self) -> Sample {
-        let sampled = self.ask(Method::Sample, |machine| {
+        let sampled = self.ask(ScriptedMethod::Sample, |machine| {
             machine.samples += 1;
             let count = machine.samples;
             Sample {
@@ -199,15 +203,15 @@ impl Vmm for FakeVmm {
 
     async fn trim_logs(&self) {
         // The machine has no log, so that the call is only counted.
-        let _ = self.call(Method::TrimLogs);
+        let _ = self.call(ScriptedMethod::TrimLogs);
     }
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
-        self.ask(Method::Probe, |machine| machine.guest).await
+        self.ask(ScriptedMethod::Probe, |machine| machine.guest).await
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        let act = self.call(Method::Kill);
+        let act = self.call(ScriptedMethod::Kill);
         act.before().await?;
         self.finish(ExitCause::VmmFailed).await?;
         act.after().await

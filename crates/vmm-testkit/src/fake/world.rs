@@ -11,7 +11,7 @@ use vmm_core::id::VmUid;
 use vmm_core::store::{ProcessIdentity, RunRecord};
 
 use super::control::MachineControl;
-use super::script::{Act, Method, Scripts};
+use super::script::{ScriptedMethod, ScriptedResult, Scripts};
 
 /// The first process id of a machine. It is above the highest pid of a kernel (2^22), so no call
 /// can reach a real process.
@@ -21,15 +21,15 @@ const EVENTS: usize = 256;
 
 /// The host as the fake hypervisor sees it. Clones share the world, which outlives its backends.
 #[derive(Clone, Debug, Default)]
-pub struct World {
-    inner: Arc<Mutex<Inner>>,
+pub struct FakeWorld {
+    inner: Arc<Mutex<FakeWorldState>>,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Inner {
+pub(super) struct FakeWorldState {
     pub(super) scripts: Scripts,
     /// The living machines by pid.
-    pub(super) machines: BTreeMap<u32, Machine>,
+    pub(super) machines: BTreeMap<u32, FakeMachine>,
     /// The uids for which spare VMMs wait. Like machines, spares outlive a daemon that dies.
     pub(super) spares: BTreeSet<VmUid>,
     /// The uids of machines that were spare VMMs.
@@ -42,7 +42,7 @@ pub(super) struct Inner {
 
 /// A process that holds a guest.
 #[derive(Debug)]
-pub(super) struct Machine {
+pub(super) struct FakeMachine {
     pub(super) uid: VmUid,
     pub(super) vm_id: String,
     pub(super) run: RunRecord,
@@ -64,19 +64,19 @@ pub(super) struct Machine {
     pub(super) gone: watch::Sender<bool>,
 }
 
-impl World {
+impl FakeWorld {
     /// Makes a world without machines.
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Sets the act of the next call of `method`. Acts queue up, first in, first out.
-    pub fn next(&self, method: Method, act: Act) {
+    pub fn next(&self, method: ScriptedMethod, act: ScriptedResult) {
         self.lock().scripts.push(method, act);
     }
 
-    /// Sets the act of every call of `method` for which [`World::next`] has none left.
-    pub fn always(&self, method: Method, act: Act) {
+    /// Sets the act of every call of `method` for which [`FakeWorld::next`] has none left.
+    pub fn always(&self, method: ScriptedMethod, act: ScriptedResult) {
         self.lock().scripts.always(method, act);
     }
 
@@ -86,7 +86,7 @@ impl World {
     }
 
     /// Returns the number of calls of `method`.
-    pub fn calls(&self, method: Method) -> usize {
+    pub fn calls(&self, method: ScriptedMethod) -> usize {
         self.lock().scripts.calls(method)
     }
 
@@ -155,7 +155,7 @@ impl World {
         // A VM whose socket is not there counts as one whose folder was removed.
         let _ = std::fs::write(&run.socket, "");
         let writes = request.spec.disks.iter().filter(|disk| !disk.read_only).map(|disk| disk.path.clone());
-        let machine = Machine {
+        let machine = FakeMachine {
             uid: request.uid,
             vm_id: request.vm_id.to_string(),
             run: run.clone(),
@@ -199,12 +199,12 @@ impl World {
         }
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, FakeWorldState> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Inner {
+impl FakeWorldState {
     /// Ends a machine and sends its last event. Returns false if the machine had ended before.
     pub(super) fn end(&mut self, pid: u32, exit: Exit) -> bool {
         let Some(machine) = self.machines.remove(&pid) else { return false };
@@ -217,7 +217,7 @@ impl Inner {
 
     /// Notes the faults that the start of `new` would be: a second machine of its VM, or a second
     /// writer of a disk.
-    fn hold_against(&mut self, new: &Machine) {
+    fn hold_against(&mut self, new: &FakeMachine) {
         for (pid, other) in &self.machines {
             if other.uid == new.uid {
                 self.faults.push(format!("VM {} was started while its machine {pid} lives", new.vm_id));

@@ -11,12 +11,12 @@ const UART_STATUS: u16 = 0x3fd;
 /// 32-bit x86 machine code under construction. Most jumps are short, because they span fewer than
 /// 128 bytes.
 #[derive(Default)]
-pub(super) struct Code(pub(super) Vec<u8>);
+pub(super) struct MachineCode(pub(super) Vec<u8>);
 
 /// The place of a short forward jump whose distance is not known yet.
-struct Forward(usize);
+struct ForwardJump(usize);
 
-impl Code {
+impl MachineCode {
     fn emit(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
     }
@@ -33,13 +33,13 @@ impl Code {
         self.emit(&[opcode, rel8]);
     }
 
-    /// Emits a forward jump (`opcode` rel8), whose target [`Code::land`] sets.
-    fn forward(&mut self, opcode: u8) -> Forward {
+    /// Emits a forward jump (`opcode` rel8), whose target [`MachineCode::land`] sets.
+    fn forward(&mut self, opcode: u8) -> ForwardJump {
         self.emit(&[opcode, 0]);
-        Forward(self.here())
+        ForwardJump(self.here())
     }
 
-    fn land(&mut self, jump: &Forward) {
+    fn land(&mut self, jump: &ForwardJump) {
         let distance = self.here() - jump.0;
         debug_assert!(distance < 0x80, "jump of {distance} bytes is too far for rel8");
         self.0[jump.0 - 1] = u8::try_from(distance).unwrap_or(0);
@@ -166,7 +166,7 @@ impl Code {
     }
 
     /// Sends back every received byte, for ever. With `obey`, obeys the letters and keys of
-    /// [`Guest::Obey`].
+    /// [`TinyGuest::Obey`].
     pub(super) fn echo(&mut self, obey: bool) {
         let poll = self.here();
         if obey {

@@ -1,16 +1,16 @@
 //! The cases about the log of events: places, pages and expiry.
 
 use vmm_core::event::{EventSeq, VmEvent};
-use vmm_core::store::{Change, Commit, VmRecord};
+use vmm_core::store::{Commit, RecordChange, VmRecord};
 
-use super::Place;
+use super::StorePlace;
 use super::samples::{
     all_events, commit, event, events, id, insert, load, next, places, race, record, remove, update,
 };
 
 /// Removing a VM again, or one that never existed, succeeds and logs nothing. The events of removed
 /// VMs stay.
-pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl Place) {
+pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl StorePlace) {
     let store = place.open().await;
     let (vm, other) = (record("vm"), record("other"));
     commit(&*store, insert(&vm)).await;
@@ -28,7 +28,7 @@ pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl Place)
 
 /// Concurrent commits win or lose. The events of the winners fill the log without a gap, each in
 /// the place of its answer.
-pub async fn events_have_no_gaps_and_follow_the_answers(place: &impl Place) {
+pub async fn events_have_no_gaps_and_follow_the_answers(place: &impl StorePlace) {
     let store = place.open().await;
     let mut expected = Vec::new();
     for round in 0..8_i64 {
@@ -48,7 +48,7 @@ pub async fn events_have_no_gaps_and_follow_the_answers(place: &impl Place) {
 
 /// A query begins after its place, ends at its limit and returns one name only, for every VM that
 /// had the name.
-pub async fn events_are_paged(place: &impl Place) {
+pub async fn events_are_paged(place: &impl StorePlace) {
     let store = place.open().await;
     let mut of_even = Vec::new();
     for number in 0..20_u64 {
@@ -81,11 +81,11 @@ pub async fn events_are_paged(place: &impl Place) {
 
 /// Expiry removes older events and nothing else. No place is given again, even if all events are
 /// gone and the store was reopened.
-pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl Place) {
+pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl StorePlace) {
     let store = place.open().await;
     let mut vm = record("vm");
     for time_ms in 1..=10_i64 {
-        let change = if time_ms == 1 { Change::Insert } else { Change::Update };
+        let change = if time_ms == 1 { RecordChange::Insert } else { RecordChange::Update };
         let event = Some(event(&vm, time_ms));
         commit(&*store, Commit { change: change(Box::new(vm.clone())), event }).await;
         vm = next(&vm);
@@ -106,11 +106,11 @@ pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl Place
 }
 
 /// Expiry stops at the first event that is young enough, even if older events follow it.
-pub async fn expiry_digs_no_hole_where_the_clock_was_set_back(place: &impl Place) {
+pub async fn expiry_digs_no_hole_where_the_clock_was_set_back(place: &impl StorePlace) {
     let store = place.open().await;
     let mut vm = record("vm");
     for (at, time_ms) in [10, 20, 5, 1, 30].into_iter().enumerate() {
-        let change = if at == 0 { Change::Insert } else { Change::Update };
+        let change = if at == 0 { RecordChange::Insert } else { RecordChange::Update };
         let event = Some(event(&vm, time_ms));
         commit(&*store, Commit { change: change(Box::new(vm.clone())), event }).await;
         vm = next(&vm);

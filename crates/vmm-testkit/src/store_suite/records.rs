@@ -7,16 +7,16 @@ use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::VmUid;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Phase, Status, VmState};
-use vmm_core::store::{Change, Commit, HostClaim, StoreErrorKind, Tombstone, VmRecord};
+use vmm_core::store::{Commit, HostClaim, RecordChange, StoreErrorKind, Tombstone, VmRecord};
 
-use super::Place;
+use super::StorePlace;
 use super::samples::{
     all_events, assert_refused, commit, event, events, insert, load, next, places, race, record, remove,
     update,
 };
 
 /// VMs, events and the identity are present after reopening, and the oldest VM comes first.
-pub async fn everything_survives_reopening(place: &impl Place) {
+pub async fn everything_survives_reopening(place: &impl StorePlace) {
     let (a, b) = (record("a"), record("b"));
     let store = place.open().await;
     let before = load(&*store).await;
@@ -33,7 +33,7 @@ pub async fn everything_survives_reopening(place: &impl Place) {
         status: Status::plain(Phase::Failed, 9).because(Reason::BootFailed, "because"),
         ..next(&a)
     };
-    let silent = Commit { change: Change::Update(Box::new(changed.clone())), event: None };
+    let silent = Commit { change: RecordChange::Update(Box::new(changed.clone())), event: None };
     assert_eq!(store.commit(silent).await.expect("the commit is legal"), None);
     drop(store);
 
@@ -50,7 +50,7 @@ pub async fn everything_survives_reopening(place: &impl Place) {
 }
 
 /// A read that begins after a commit was answered sees the commit.
-pub async fn a_read_reflects_every_answer(place: &impl Place) {
+pub async fn a_read_reflects_every_answer(place: &impl StorePlace) {
     let store = place.open().await;
     let mut vm = record("vm");
     let mut last = commit(&*store, insert(&vm)).await;
@@ -66,7 +66,7 @@ pub async fn a_read_reflects_every_answer(place: &impl Place) {
 }
 
 /// A second VM with a name in use is refused and leaves no event. The name of a removed VM is free.
-pub async fn a_name_belongs_to_one_living_vm(place: &impl Place) {
+pub async fn a_name_belongs_to_one_living_vm(place: &impl StorePlace) {
     let (first, second, other) = (record("name"), record("name"), record("Name"));
     let store = place.open().await;
     commit(&*store, insert(&first)).await;
@@ -82,7 +82,7 @@ pub async fn a_name_belongs_to_one_living_vm(place: &impl Place) {
 }
 
 /// Of many concurrent inserts with one name, one is recorded.
-pub async fn of_many_inserts_of_a_name_one_wins(place: &impl Place) {
+pub async fn of_many_inserts_of_a_name_one_wins(place: &impl StorePlace) {
     let store = place.open().await;
     let rivals: Vec<VmRecord> = (0..32).map(|_| record("name")).collect();
     let results = race(&store, rivals.iter().map(insert).collect()).await;
@@ -100,7 +100,7 @@ pub async fn of_many_inserts_of_a_name_one_wins(place: &impl Place) {
 }
 
 /// An update that does not follow the stored generation is refused and leaves no event.
-pub async fn an_update_needs_the_generation_before(place: &impl Place) {
+pub async fn an_update_needs_the_generation_before(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     assert_refused(store.commit(update(&next(&vm))).await, StoreErrorKind::Conflict);
@@ -119,7 +119,7 @@ pub async fn an_update_needs_the_generation_before(place: &impl Place) {
 }
 
 /// Of many concurrent updates to one generation, one is recorded.
-pub async fn of_many_updates_to_a_generation_one_wins(place: &impl Place) {
+pub async fn of_many_updates_to_a_generation_one_wins(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     commit(&*store, insert(&vm)).await;
@@ -136,11 +136,11 @@ pub async fn of_many_updates_to_a_generation_one_wins(place: &impl Place) {
 
 /// Burying a VM removes the VM and logs its event. The tombstone stays across openings until it is
 /// removed.
-pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl Place) {
+pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     let grave = Tombstone { claims: vec![HostClaim::Tap { name: "tap0".to_owned() }], vm: vm.clone() };
-    let bury = Commit { change: Change::Bury(Box::new(grave.clone())), event: Some(event(&vm, 0)) };
+    let bury = Commit { change: RecordChange::Bury(Box::new(grave.clone())), event: Some(event(&vm, 0)) };
     assert_eq!(store.commit(bury.clone()).await.expect("burying nothing is legal"), None);
     assert!(load(&*store).await.tombstones.is_empty(), "a VM that never was leaves none");
     commit(&*store, insert(&vm)).await;
@@ -152,14 +152,14 @@ pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl Place) {
     let found = load(&*store).await;
     assert_eq!((found.tombstones, found.vms.len()), (vec![grave], 1));
     for _ in 0..2 {
-        let unbury = Commit { change: Change::Unbury(vm.uid), event: None };
+        let unbury = Commit { change: RecordChange::Unbury(vm.uid), event: None };
         assert_eq!(store.commit(unbury).await.expect("repeating it is harmless"), None);
     }
     assert!(load(&*store).await.tombstones.is_empty());
 }
 
 /// A commit whose caller goes away is applied fully or not at all, and delays no other commit.
-pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl Place) {
+pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl StorePlace) {
     let store = place.open().await;
     let vms: Vec<VmRecord> = (0..32).map(|number| record(&format!("vm-{number}"))).collect();
     for vm in &vms {
@@ -182,7 +182,7 @@ pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl Place) {
 }
 
 /// A forced commit obeys the rules of an ordinary one.
-pub async fn what_is_forced_follows_the_same_rules(place: &impl Place) {
+pub async fn what_is_forced_follows_the_same_rules(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     assert_refused(store.commit_forced(update(&next(&vm))).await, StoreErrorKind::Conflict);

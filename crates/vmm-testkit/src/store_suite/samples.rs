@@ -12,8 +12,8 @@ use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::state::{EndedBy, Phase, Status, VmState};
 use vmm_core::store::{
-    Change, Commit, DiskKey, EventQuery, HostClaim, Intent, IntentKind, Namespaces, ProcessIdentity,
-    ProcessScope, Requested, RunRecord, Sent, Snapshot, Store, StoreError, StoreErrorKind, VmRecord,
+    Commit, DiskKey, EventQuery, HostClaim, Intent, IntentKind, Namespaces, PackedVmRequest, ProcessIdentity,
+    ProcessScope, RecordChange, RunRecord, Snapshot, Store, StoreError, StoreErrorKind, VmRecord, VmRequest,
 };
 
 /// Returns the record of a new VM called `name`, with a value in every field.
@@ -35,7 +35,7 @@ pub fn record(name: &str) -> VmRecord {
         uid,
         vm_id: id(name),
         backend: BackendName::new("fake"),
-        requested: Sent::pack(&Requested { backend: String::new(), config: config.clone() }),
+        requested: PackedVmRequest::pack(&VmRequest { backend: String::new(), config: config.clone() }),
         config,
         state: VmState::Created,
         status: Status::plain(Phase::Created, 1),
@@ -82,7 +82,7 @@ pub fn record(name: &str) -> VmRecord {
         ended_by: Some(EndedBy::CtrlAltDel),
         kind: VmKind::attached("/run/ch.sock"),
         imported: true,
-        untold: vec!["a vsock device".to_owned()],
+        unrepresented: vec!["a vsock device".to_owned()],
     }
 }
 
@@ -109,17 +109,17 @@ pub fn event(record: &VmRecord, time_ms: i64) -> NewEvent {
 
 /// Returns the commit of a new VM, with an event at time 0.
 pub fn insert(record: &VmRecord) -> Commit {
-    Commit { change: Change::Insert(Box::new(record.clone())), event: Some(event(record, 0)) }
+    Commit { change: RecordChange::Insert(Box::new(record.clone())), event: Some(event(record, 0)) }
 }
 
 /// Returns the commit of a changed VM, with an event at time 0.
 pub fn update(record: &VmRecord) -> Commit {
-    Commit { change: Change::Update(Box::new(record.clone())), event: Some(event(record, 0)) }
+    Commit { change: RecordChange::Update(Box::new(record.clone())), event: Some(event(record, 0)) }
 }
 
 /// Returns the commit of a deleted VM, with an event at time 0.
 pub fn remove(record: &VmRecord) -> Commit {
-    Commit { change: Change::Remove(record.uid), event: Some(event(record, 0)) }
+    Commit { change: RecordChange::Remove(record.uid), event: Some(event(record, 0)) }
 }
 
 /// Returns all events of `store`, read page by page.

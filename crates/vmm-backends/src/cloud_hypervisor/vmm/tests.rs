@@ -17,7 +17,7 @@ fn the_record_knows_of_nothing_where_the_clock_was_set_back() {
 
 #[test]
 fn counters_outlive_a_reset() {
-    let mut totals = Totals::default();
+    let mut totals = CounterTotals::default();
     assert_eq!(totals.update([10; 8]), [10; 8]);
     assert_eq!(totals.update([15; 8]), [15; 8]);
     assert_eq!(totals.update([2; 8]), [17; 8]);
@@ -25,15 +25,15 @@ fn counters_outlive_a_reset() {
 }
 
 /// Returns the monitor of a VMM, which reads the events in `dir` from their start.
-fn monitor_of(process: &Process, dir: &Path, sender: mpsc::Sender<VmmEvent>) -> Monitor {
-    Monitor {
+fn monitor_of(process: &Process, dir: &Path, sender: mpsc::Sender<VmmEvent>) -> CloudHypervisorMonitor {
+    CloudHypervisorMonitor {
         process: process.clone(),
         file: EventFile::from_start(dir),
-        watched: Watcher::default().watch(&dir.join(EVENTS)),
+        watched: FileWatcher::default().watch(&dir.join(EVENTS)),
         expected: Arc::default(),
         log: dir.join(LOG),
         reset_ends: false,
-        seen: Seen::default(),
+        seen: EndEvents::default(),
         throttle: Throttle::new(),
         moved: None,
         sender,
@@ -70,7 +70,8 @@ async fn a_monitor_whose_handle_was_dropped_ends_no_run() {
         let command = vmm_host::process::Command::new("/bin/sleep", ["600"], dir.path().join("log"));
         let guard = vmm_host::process::spawn_guarded(command).await.unwrap();
         let (sender, events) = mpsc::channel(QUEUE);
-        let monitor = Monitor { reset_ends: true, ..monitor_of(guard.process(), dir.path(), sender) };
+        let monitor =
+            CloudHypervisorMonitor { reset_ends: true, ..monitor_of(guard.process(), dir.path(), sender) };
         let events = (!dropped).then_some(events);
         monitor.run().await;
         // The process ends by the first signal that was sent to it.
@@ -86,10 +87,10 @@ async fn a_monitor_whose_handle_was_dropped_ends_no_run() {
 fn the_cause_of_an_end() {
     let code = |code| ProcessExit { status: Some(ExitStatus::Code(code)) };
     let killed = ProcessExit { status: Some(ExitStatus::Signal(9)) };
-    let off = Seen { shutdown: true, ..Seen::default() };
-    let reset = Seen { ending_reset: true, ..Seen::default() };
-    let panic = Seen { panic: true, ..Seen::default() };
-    let none = Seen::default();
+    let off = EndEvents { shutdown: true, ..EndEvents::default() };
+    let reset = EndEvents { ending_reset: true, ..EndEvents::default() };
+    let panic = EndEvents { panic: true, ..EndEvents::default() };
+    let none = EndEvents::default();
     assert_eq!(cause(code(0), false, off), ExitCause::GuestPowerOff);
     assert_eq!(cause(code(0), false, none), ExitCause::GuestPowerOff);
     assert_eq!(cause(ProcessExit::UNKNOWN, false, off), ExitCause::GuestPowerOff);

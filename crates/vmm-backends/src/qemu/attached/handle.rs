@@ -7,56 +7,56 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, Ladder, Launched, Reset, Sample, Vmm,
+    BackendError, BackendErrorKind, Effect, GuestState, LadderOptions, LaunchedVmm, ResetOutcome, Sample, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
 use vmm_host::process::{Process, arguments_of};
 
 use super::super::client::RebootAction;
-use super::super::link::Link;
+use super::super::link::QemuLink;
+use super::super::monitor::{QemuMonitor, QemuOwner};
 use super::super::orders::{self, Commands};
 use super::super::qmp::{Qmp, QmpError, QmpEvent};
-use super::super::watch::{Owner, Watch};
-use crate::attached::force::{self, End};
-use crate::attached::socket::Held;
-use crate::attached::{Guest, Parts};
+use crate::attached::force::{self, EndMethod};
+use crate::attached::socket::SocketLease;
+use crate::attached::{AttachedVmmParts, GuestPhase};
 use crate::counters;
-use crate::ladder::{self, Call, Means};
-use crate::ordered::Ordered;
-use crate::patience::REPORTING;
+use crate::guest_orders::GuestOrders;
+use crate::ladder::{self, LadderRungs, UnsentCall};
 use crate::rest::adopt::or_gone;
 use crate::throttle::Throttle;
+use crate::timeouts::EXIT_REPORT_TIMEOUT;
 
 /// The most events that wait for the VM's owner.
 const EVENTS: usize = 64;
 
 /// The handle of one VM.
 #[derive(Debug)]
-struct Handle {
+struct AttachedQemuVmm {
     run: RunRecord,
     process: Process,
     program: &'static str,
-    link: Arc<Link>,
-    guest: Arc<Ordered>,
-    held: Held,
+    link: Arc<QemuLink>,
+    guest: Arc<GuestOrders>,
+    held: SocketLease,
     /// Dropped together with the handle, which the watch notices.
     _wanted: oneshot::Sender<()>,
 }
 
 /// Returns the handle of a VM in QEMU, and starts the task that watches QEMU.
 pub(super) fn attend(
-    link: Arc<Link>,
+    link: Arc<QemuLink>,
     qmp_events: mpsc::Receiver<QmpEvent>,
     process: Process,
     program: &'static str,
-    parts: Parts,
-) -> Launched {
+    parts: AttachedVmmParts,
+) -> LaunchedVmm {
     let (sender, events) = mpsc::channel(EVENTS);
-    let guest = Arc::new(Ordered::new(parts.guest == Guest::Running));
+    let guest = Arc::new(GuestOrders::new(parts.guest == GuestPhase::Running));
     let (wanted, handle) = oneshot::channel();
     let span = tracing::info_span!(parent: None, "attached-qemu", pid = process.pid());
-    let watch = Watch {
+    let watch = QemuMonitor {
         process: process.clone(),
         link: Arc::clone(&link),
         guest: Arc::clone(&guest),
@@ -66,17 +66,18 @@ pub(super) fn attend(
         log: PathBuf::new(),
         shutdown: None,
         handle,
-        owner: Owner::Another,
+        owner: QemuOwner::Another,
         throttle: Throttle::new(),
         compare_at: None,
     };
     tokio::spawn(watch.run().instrument(span));
-    let handle = Handle { run: parts.run, process, program, link, guest, held: parts.held, _wanted: wanted };
-    Launched { vmm: Arc::new(handle), events }
+    let handle =
+        AttachedQemuVmm { run: parts.run, process, program, link, guest, held: parts.held, _wanted: wanted };
+    LaunchedVmm { vmm: Arc::new(handle), events }
 }
 
-impl Commands for Handle {
-    fn guest(&self) -> &Ordered {
+impl Commands for AttachedQemuVmm {
+    fn guest(&self) -> &GuestOrders {
         &self.guest
     }
 
@@ -89,17 +90,17 @@ impl Commands for Handle {
     }
 }
 
-impl Handle {
+impl AttachedQemuVmm {
     async fn guest_state(&self) -> Result<GuestState, BackendError> {
         let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
         Ok(status.guest_state_of_another())
     }
 
-    async fn end(&self, how: End) -> Result<EndedBy, BackendError> {
+    async fn end(&self, how: EndMethod) -> Result<EndedBy, BackendError> {
         self.guest.order_end(true);
         let ended = match how {
-            End::Ladder(ladder) => ladder::climb(self, ladder).await,
-            End::OrderOff => ladder::order_off(self).await,
+            EndMethod::Ladder(ladder) => ladder::climb(self, ladder).await,
+            EndMethod::OrderOff => ladder::power_off(self).await,
         };
         if ended.is_err() {
             self.guest.order_end(false);
@@ -132,13 +133,13 @@ impl Handle {
 }
 
 #[async_trait]
-impl Means for Handle {
+impl LadderRungs for AttachedQemuVmm {
     fn process(&self) -> &Process {
         &self.process
     }
 
-    fn ask(&self) -> Option<(EndedBy, Call<'_>)> {
-        let call: Call<'_> = Box::pin(async {
+    fn ask(&self) -> Option<(EndedBy, UnsentCall<'_>)> {
+        let call: UnsentCall<'_> = Box::pin(async {
             let qmp = self.qmp()?;
             // A paused guest does not react to its power button, so it is resumed first.
             if qmp.query_status().await?.guest_state() == GuestState::Paused {
@@ -149,16 +150,16 @@ impl Means for Handle {
         Some((EndedBy::Acpi, call))
     }
 
-    fn power_off(&self, forced: bool) -> Option<Call<'_>> {
+    fn power_off(&self, forced: bool) -> Option<UnsentCall<'_>> {
         // `quit` ends QEMU's process, which belongs to another program, so it is offered by force
         // only.
-        forced.then(|| -> Call<'_> { Box::pin(async { Ok(self.qmp()?.quit().await?) }) })
+        forced.then(|| -> UnsentCall<'_> { Box::pin(async { Ok(self.qmp()?.quit().await?) }) })
     }
 
     async fn has_ended(&self) -> bool {
         // QEMU reports the end of its guest by an event and is not asked, because a command in
         // progress while QEMU (7.2) ends makes it hang in its own clean-up.
-        if !self.guest.has_shut_down() || self.process.wait_for(REPORTING).await.is_some() {
+        if !self.guest.has_shut_down() || self.process.wait_for(EXIT_REPORT_TIMEOUT).await.is_some() {
             return self.process.has_ended();
         }
         matches!(self.guest_state().await, Ok(GuestState::Ended))
@@ -170,7 +171,7 @@ impl Means for Handle {
 }
 
 #[async_trait]
-impl Vmm for Handle {
+impl Vmm for AttachedQemuVmm {
     fn run(&self) -> &RunRecord {
         &self.run
     }
@@ -183,18 +184,18 @@ impl Vmm for Handle {
         orders::resume(self).await
     }
 
-    async fn shutdown(&self, ladder: Ladder) -> Result<EndedBy, BackendError> {
-        self.end(End::Ladder(ladder)).await
+    async fn shutdown(&self, ladder: LadderOptions) -> Result<EndedBy, BackendError> {
+        self.end(EndMethod::Ladder(ladder)).await
     }
 
-    async fn reset(&self) -> Result<Reset, BackendError> {
+    async fn reset(&self) -> Result<ResetOutcome, BackendError> {
         self.reset_is_harmless().await?;
         let qmp = self.qmp()?;
         self.guest.resets.order(qmp.system_reset()).await.map_err(|error| self.explain(error))?;
-        Ok(Reset::InPlace)
+        Ok(ResetOutcome::InPlace)
     }
 
-    async fn reboot(&self, _ladder: Ladder) -> Result<Reset, BackendError> {
+    async fn reboot(&self, _ladder: LadderOptions) -> Result<ResetOutcome, BackendError> {
         // A guest that obeys its power button ends QEMU as well.
         self.reset().await
     }
@@ -208,7 +209,7 @@ impl Vmm for Handle {
     async fn probe(&self) -> Result<GuestState, BackendError> {
         // As in `has_ended`, a QEMU that is ending is not asked.
         if self.guest.has_shut_down() {
-            let _ = self.process.wait_for(REPORTING).await;
+            let _ = self.process.wait_for(EXIT_REPORT_TIMEOUT).await;
         }
         let told = self.guest_state().await;
         self.held.answered(&self.run.version, &told);
@@ -216,6 +217,6 @@ impl Vmm for Handle {
     }
 
     async fn kill(&self) -> Result<(), BackendError> {
-        self.end(End::OrderOff).await.map(drop)
+        self.end(EndMethod::OrderOff).await.map(drop)
     }
 }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use vmm_core::spec::{Disk, DiskCache, DiskFormat, RateLimit};
 
 use super::option::DiskOption;
-use super::{ImageKind, Machine, PathNotUtf8, address, merged};
+use super::{ImageKind, PathNotUtf8, QemuMachine, address, merged};
 use crate::qemu::layout::{DISK_SLOT, SERIAL_LEN};
 
 /// Returns the block nodes and the device of a disk.
@@ -13,7 +13,7 @@ use crate::qemu::layout::{DISK_SLOT, SERIAL_LEN};
 ///
 /// [`PathNotUtf8`].
 pub(super) fn option(
-    machine: Machine,
+    machine: QemuMachine,
     place: usize,
     disk: &Disk,
     image: ImageKind,

@@ -23,7 +23,7 @@ use serde_json::ser::{CharEscape, Formatter, Serializer};
 use serde_json::{Value, json};
 
 use super::PathNotUtf8;
-use super::option::{DiskOption, Opt};
+use super::option::{DiskOption, QemuOption};
 
 /// The longest line that QEMU reads, with its end, in bytes.
 const MAX_LINE: usize = 1023;
@@ -32,7 +32,7 @@ const NEEDED: &str = "chardev";
 
 /// The reason for which a configuration file cannot express a VM that the command line can.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Untellable {
+pub enum InexpressibleVm {
     /// A path that the command line cannot carry either.
     #[error(transparent)]
     NotUtf8(#[from] PathNotUtf8),
@@ -50,19 +50,20 @@ pub enum Untellable {
 
 /// Writes the options that a file can express. If QEMU reads only the beginning of the file, it
 /// refuses to start.
-pub(super) fn write(options: &[Opt]) -> Result<String, Untellable> {
-    let mut file = File::default();
+pub(super) fn write(options: &[QemuOption]) -> Result<String, InexpressibleVm> {
+    let mut file = ConfigFile::default();
     // A file that is cut off must be refused, so the part that QEMU needs comes last.
-    let (last, first): (Vec<&Opt>, Vec<&Opt>) =
-        options.iter().partition(|option| matches!(option, Opt::Pairs { group, .. } if *group == NEEDED));
+    let (last, first): (Vec<&QemuOption>, Vec<&QemuOption>) = options
+        .iter()
+        .partition(|option| matches!(option, QemuOption::Pairs { group, .. } if *group == NEEDED));
     for option in first.into_iter().chain(last) {
         match option {
-            Opt::Ahead { .. } => {}
-            Opt::Property { key, value, .. } => {
+            QemuOption::Ahead { .. } => {}
+            QemuOption::Property { key, value, .. } => {
                 file.begin("machine", None)?;
                 file.setting(key, utf8(value, "machine", key)?)?;
             }
-            Opt::Pairs { group, kind, pairs, .. } => {
+            QemuOption::Pairs { group, kind, pairs, .. } => {
                 let id = pairs.iter().find(|(key, _)| *key == "id");
                 file.begin(group, id.map(|(key, id)| utf8(id, group, key)).transpose()?)?;
                 // The kind comes last, because QEMU creates nothing without it.
@@ -70,15 +71,15 @@ pub(super) fn write(options: &[Opt]) -> Result<String, Untellable> {
                     file.setting(key, utf8(value, group, key)?)?;
                 }
             }
-            Opt::Json { group, value, .. } => file.object(group, value)?,
-            Opt::Disk(disk) => write_disk(&mut file, disk)?,
+            QemuOption::Json { group, value, .. } => file.object(group, value)?,
+            QemuOption::Disk(disk) => write_disk(&mut file, disk)?,
         }
     }
     Ok(file.text)
 }
 
 /// Writes a drive with all nodes below it, and its device.
-fn write_disk(file: &mut File, disk: &DiskOption) -> Result<(), Untellable> {
+fn write_disk(file: &mut ConfigFile, disk: &DiskOption) -> Result<(), InexpressibleVm> {
     if let Some(limit) = &disk.limit {
         file.object("object", limit)?;
     }
@@ -91,7 +92,8 @@ fn write_disk(file: &mut File, disk: &DiskOption) -> Result<(), Untellable> {
     let backend = format!("{}-drive", top["node-name"].as_str().unwrap_or_default());
     // A drive's own settings precede those in its file name, and have defaults. One of the defaults
     // opens a disk read-only if it cannot be written.
-    let nodes = single_quoted(&top).map_err(|_| file.untellable("file", "it cannot be written as JSON"))?;
+    let nodes =
+        single_quoted(&top).map_err(|_| file.inexpressible("file", "it cannot be written as JSON"))?;
     let drive = json!({
         "id": backend, "if": "none", "auto-read-only": false,
         "read-only": top.get("read-only").cloned().unwrap_or(false.into()),
@@ -106,14 +108,14 @@ fn write_disk(file: &mut File, disk: &DiskOption) -> Result<(), Untellable> {
 }
 
 #[derive(Default)]
-struct File {
+struct ConfigFile {
     text: String,
     /// The group and the id of the present option, for errors.
     of: String,
 }
 
-impl File {
-    fn begin(&mut self, group: &str, id: Option<&str>) -> Result<(), Untellable> {
+impl ConfigFile {
+    fn begin(&mut self, group: &str, id: Option<&str>) -> Result<(), InexpressibleVm> {
         self.of = group.to_owned();
         match id {
             Some(id) => {
@@ -125,17 +127,17 @@ impl File {
         }
     }
 
-    fn setting(&mut self, key: &str, value: &str) -> Result<(), Untellable> {
+    fn setting(&mut self, key: &str, value: &str) -> Result<(), InexpressibleVm> {
         self.sound(key, value)?;
         self.line(key, format!(" {key} = \"{value}\"\n"))
     }
 
-    fn object(&mut self, group: &str, object: &Value) -> Result<(), Untellable> {
+    fn object(&mut self, group: &str, object: &Value) -> Result<(), InexpressibleVm> {
         self.begin(group, object.get("id").and_then(Value::as_str))?;
         self.settings("", object)
     }
 
-    fn settings(&mut self, prefix: &str, object: &Value) -> Result<(), Untellable> {
+    fn settings(&mut self, prefix: &str, object: &Value) -> Result<(), InexpressibleVm> {
         for (key, value) in object.as_object().into_iter().flatten() {
             let name = format!("{prefix}{key}");
             match value {
@@ -145,37 +147,39 @@ impl File {
                 Value::Bool(false) => self.setting(&name, "off")?,
                 Value::Number(number) => self.setting(&name, &number.to_string())?,
                 Value::Object(_) => self.settings(&format!("{name}."), value)?,
-                Value::Null | Value::Array(_) => return Err(self.untellable(&name, "it has no form there")),
+                Value::Null | Value::Array(_) => {
+                    return Err(self.inexpressible(&name, "it has no form there"));
+                }
             }
         }
         Ok(())
     }
 
-    fn sound(&self, key: &str, value: &str) -> Result<(), Untellable> {
+    fn sound(&self, key: &str, value: &str) -> Result<(), InexpressibleVm> {
         if value.contains('"') {
-            return Err(self.untellable(key, "it has a quotation mark"));
+            return Err(self.inexpressible(key, "it has a quotation mark"));
         }
         if value.chars().any(char::is_control) {
-            return Err(self.untellable(key, "it has a control character"));
+            return Err(self.inexpressible(key, "it has a control character"));
         }
         Ok(())
     }
 
-    fn line(&mut self, key: &str, line: String) -> Result<(), Untellable> {
+    fn line(&mut self, key: &str, line: String) -> Result<(), InexpressibleVm> {
         if line.len() > MAX_LINE {
-            return Err(self.untellable(key, "it is too long"));
+            return Err(self.inexpressible(key, "it is too long"));
         }
         self.text.push_str(&line);
         Ok(())
     }
 
-    fn untellable(&self, key: &str, why: &'static str) -> Untellable {
-        Untellable::Value { of: self.of.clone(), key: key.to_owned(), why }
+    fn inexpressible(&self, key: &str, why: &'static str) -> InexpressibleVm {
+        InexpressibleVm::Value { of: self.of.clone(), key: key.to_owned(), why }
     }
 }
 
-fn utf8<'a>(value: &'a OsStr, of: &str, key: &str) -> Result<&'a str, Untellable> {
-    value.to_str().ok_or_else(|| Untellable::Value {
+fn utf8<'a>(value: &'a OsStr, of: &str, key: &str) -> Result<&'a str, InexpressibleVm> {
+    value.to_str().ok_or_else(|| InexpressibleVm::Value {
         of: of.to_owned(),
         key: key.to_owned(),
         why: "it is not UTF-8",

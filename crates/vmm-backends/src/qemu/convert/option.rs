@@ -8,7 +8,7 @@ use serde_json::Value;
 
 /// One option.
 #[derive(Clone, Debug)]
-pub(super) enum Opt {
+pub(super) enum QemuOption {
     /// An option that a spare is started with. It has no form in a file.
     Ahead {
         /// The option's name on the command line.
@@ -60,7 +60,7 @@ pub(super) struct DiskOption {
     pub(super) device: Value,
 }
 
-impl Opt {
+impl QemuOption {
     /// Returns an option that a spare is started with.
     pub(super) fn ahead(flag: &'static str, value: impl Into<OsString>) -> Self {
         Self::Ahead { flag, value: Some(value.into()) }

@@ -7,9 +7,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 
-use super::{CALL, RestClient};
+use super::{CALL_TIMEOUT, RestClient};
 
-const SOON: Duration = Duration::from_millis(300);
+const SHORT_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// Answers each request of each connection with the next of `answers`. With `endless` repeats the
 /// last answer byte by byte. Counts the connections.
@@ -91,7 +91,7 @@ async fn get(client: &RestClient) -> Result<Value, BackendError> {
 }
 
 async fn put(client: &RestClient) -> Result<(), BackendError> {
-    client.put("/x", Some(&"body"), SOON).await
+    client.put("/x", Some(&"body"), SHORT_TIMEOUT).await
 }
 
 #[tokio::test]
@@ -142,7 +142,7 @@ async fn a_call_that_waits_for_another_spends_its_own_time() {
     let fake = Fake::new(vec![], false);
     let client = fake.client();
     let slow = async {
-        client.put("/slow", None::<&()>, CALL).await.unwrap_err();
+        client.put("/slow", None::<&()>, CALL_TIMEOUT).await.unwrap_err();
     };
     let quick = async {
         tokio::task::yield_now().await;
@@ -248,7 +248,7 @@ async fn nobody_there_is_told_at_once() {
 #[tokio::test]
 async fn what_is_too_long_to_be_read_is_not_sent() {
     let fake = Fake::new(vec![], false);
-    let error = fake.client().put("/x", Some(&"x".repeat(60_000)), SOON).await.unwrap_err();
+    let error = fake.client().put("/x", Some(&"x".repeat(60_000)), SHORT_TIMEOUT).await.unwrap_err();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
     assert_eq!(fake.connections(), 0);
 }

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 /// Checks a parser against texts it must read as a value and texts it must refuse.
 fn check<T: fmt::Debug + PartialEq>(
-    parse: impl Fn(&str) -> Result<T, Fault>,
+    parse: impl Fn(&str) -> Result<T, ValueError>,
     good: impl IntoIterator<Item = (&'static str, T)>,
     bad: &[&str],
 ) {
@@ -25,9 +25,9 @@ fn backends() {
     check(
         backend,
         [
-            ("cloudhypervisor", BackendName::CloudHypervisor),
-            ("firecracker", BackendName::Firecracker),
-            ("qemu", BackendName::Qemu),
+            ("cloudhypervisor", BackendChoice::CloudHypervisor),
+            ("firecracker", BackendChoice::Firecracker),
+            ("qemu", BackendChoice::Qemu),
         ],
         &["", "QEMU", "kvm", " qemu"],
     );
@@ -56,7 +56,7 @@ fn endpoints_of_cloud_hypervisor_and_firecracker() {
         "qemu:///system",
         &long,
     ];
-    for name in [BackendName::CloudHypervisor, BackendName::Firecracker] {
+    for name in [BackendChoice::CloudHypervisor, BackendChoice::Firecracker] {
         check(
             |text| endpoint(name, text),
             [("unix:///tmp/ch.sock", unix(&["/tmp/ch.sock"])), ("unix:///a, unix:///b", unix(&["/a", "/b"]))],
@@ -64,9 +64,9 @@ fn endpoints_of_cloud_hypervisor_and_firecracker() {
         );
     }
     for (name, text) in [
-        (BackendName::CloudHypervisor, "cloud hypervisor endpoint is required"),
-        (BackendName::Firecracker, "firecracker endpoint is required"),
-        (BackendName::Qemu, "qemu endpoint is required"),
+        (BackendChoice::CloudHypervisor, "cloud hypervisor endpoint is required"),
+        (BackendChoice::Firecracker, "firecracker endpoint is required"),
+        (BackendChoice::Qemu, "qemu endpoint is required"),
     ] {
         let fault = endpoint(name, "unix://").unwrap_err();
         assert!(fault.verbatim && fault.message.starts_with(text), "{fault:?}");
@@ -83,7 +83,7 @@ fn endpoints_of_qemu() {
         "qemu+unix:///session?socket=/run/libvirt-sock",
     ];
     check(
-        |text| endpoint(BackendName::Qemu, text),
+        |text| endpoint(BackendChoice::Qemu, text),
         good.map(|uri| (uri, libvirt(uri)))
             .into_iter()
             .chain([("unix:///run/qmp.sock", Endpoint::Unix(vec!["/run/qmp.sock".into()]))]),
@@ -139,11 +139,11 @@ fn only_the_machine_itself_is_loopback() {
         ("192.0.2.1", false),
         ("vms.example.com", false),
     ] {
-        let listen = Listen { host: address(host).unwrap(), port: 80 };
+        let listen = ListenAddress { host: address(host).unwrap(), port: 80 };
         assert_eq!(listen.is_loopback(), loopback, "{host}");
     }
-    assert_eq!(Listen { host: "::1".into(), port: 80 }.to_string(), "[::1]:80");
-    assert_eq!(Listen { host: "localhost".into(), port: 80 }.to_string(), "localhost:80");
+    assert_eq!(ListenAddress { host: "::1".into(), port: 80 }.to_string(), "[::1]:80");
+    assert_eq!(ListenAddress { host: "localhost".into(), port: 80 }.to_string(), "localhost:80");
 }
 
 #[test]
@@ -215,7 +215,12 @@ fn shares_and_switches() {
     );
     check(
         kvm,
-        [("auto", Kvm::Auto), ("true", Kvm::On), ("false", Kvm::Off), ("on", Kvm::On)],
+        [
+            ("auto", KvmSetting::Auto),
+            ("true", KvmSetting::On),
+            ("false", KvmSetting::Off),
+            ("on", KvmSetting::On),
+        ],
         &["", "maybe"],
     );
 }
@@ -263,17 +268,21 @@ fn paths() {
     assert_eq!(runtime_dir(&longest), Ok(PathBuf::from(&longest)));
     let fault = runtime_dir(&format!("{longest}r")).unwrap_err();
     assert!(fault.message.contains("is 60 bytes long") && fault.want.contains("59 bytes"), "{fault:?}");
-    check(line, [("console=ttyS0 quiet", "console=ttyS0 quiet".to_owned())], &["", " ", "a\nb", "a\0"]);
+    check(
+        single_line,
+        [("console=ttyS0 quiet", "console=ttyS0 quiet".to_owned())],
+        &["", " ", "a\nb", "a\0"],
+    );
 }
 
 proptest! {
     #[test]
     fn no_text_makes_a_parser_panic(text in "\\PC*|[a-z0-9:/.,\\[\\]@+?-]{0,40}") {
-        for name in BackendName::ALL {
+        for name in BackendChoice::ALL {
             let _ = endpoint(name, &text);
         }
         let _ = (backend(&text), port(&text), address(&text), allowed_hosts(&text), cors_origins(&text));
         let _ = (otel_endpoint(&text), sampling_rate(&text), kvm(&text), duration(&text, Duration::MAX));
-        let _ = (runtime_dir(&text), binary(&text), line(&text));
+        let _ = (runtime_dir(&text), binary(&text), single_line(&text));
     }
 }

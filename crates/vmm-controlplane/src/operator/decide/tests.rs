@@ -5,8 +5,8 @@ use uuid::Uuid;
 use vmm_core::caller::Caller;
 use vmm_core::id::{BackendName, InstanceId};
 use vmm_core::store::{Intent, IntentKind, RunRecord};
-use vmm_host::ledger::{RunSocket, Signature, Survey};
-use vmm_host::process::Found;
+use vmm_host::process::ProcessMatch;
+use vmm_host::survey::{RunSocket, Signature, Survey};
 use vmm_testkit::store_suite;
 
 use super::*;
@@ -22,21 +22,21 @@ fn identity(pid: u32) -> ProcessIdentity {
 }
 
 /// Makes a process of this program with these arguments.
-fn user(pid: u32, exe: &str, args: &[String]) -> User {
-    let found = Found {
+fn user(pid: u32, exe: &str, args: &[String]) -> FolderUser {
+    let found = ProcessMatch {
         identity: identity(pid),
         uid: 0,
         exe: Some(PathBuf::from(exe)),
         args: args.iter().map(Into::into).collect(),
     };
-    User { paths: found.paths_below(Path::new(VMS)), found }
+    FolderUser { paths: found.paths_below(Path::new(VMS)), found }
 }
 
 fn dir(uid: VmUid) -> String {
     uid.run_dir(Path::new("/run/x")).display().to_string()
 }
 
-fn vmm(pid: u32, uid: VmUid) -> User {
+fn vmm(pid: u32, uid: VmUid) -> FolderUser {
     user(pid, "/usr/bin/qemu", &[format!("path={}/qmp.sock,server=on", dir(uid))])
 }
 
@@ -53,13 +53,13 @@ fn marked(uid: VmUid, held: bool, instance: InstanceId) -> RunFolder {
 }
 
 /// Makes a host whose runtime folder only this state directory has used.
-fn facts() -> Facts {
+fn facts() -> ReconcileFacts {
     let instance = InstanceId::new(Uuid::now_v7());
-    Facts {
+    ReconcileFacts {
         instance: Some(instance),
         records: BTreeMap::new(),
         daemon: false,
-        served: Served::One(instance),
+        served: RuntimeDirUsers::One(instance),
         signatures: BTreeSet::new(),
         survey: Survey::default(),
         taps: Vec::new(),
@@ -68,7 +68,7 @@ fn facts() -> Facts {
     }
 }
 
-fn known(facts: &mut Facts, uid: VmUid, process: Option<ProcessIdentity>) {
+fn known(facts: &mut ReconcileFacts, uid: VmUid, process: Option<ProcessIdentity>) {
     let mut record = VmRecord { uid, intent: None, ..store_suite::record("vm") };
     record.run = process.map(|process| RunRecord {
         process,
@@ -83,7 +83,7 @@ fn known(facts: &mut Facts, uid: VmUid, process: Option<ProcessIdentity>) {
     facts.records.insert(uid, record);
 }
 
-fn decisions(items: &[Item]) -> Vec<(Kind, Decision)> {
+fn decisions(items: &[Item]) -> Vec<(ItemKind, ItemDecision)> {
     items.iter().map(|item| (item.kind, item.decision)).collect()
 }
 
@@ -95,13 +95,13 @@ fn what_has_an_owner_stays() {
     facts.taps = vec![tap(&facts, uid, true)];
     for kill in [false, true] {
         let items = decide(&facts, kill);
-        assert!(items.iter().all(|item| item.decision == Decision::Keep), "{items:?}");
+        assert!(items.iter().all(|item| item.decision == ItemDecision::Keep), "{items:?}");
         assert!(items.iter().all(|item| item.vm_id.as_deref() == Some("vm")), "{items:?}");
         assert_eq!(items.len(), 4);
     }
 }
 
-fn tap(facts: &Facts, uid: VmUid, attached: bool) -> OwnedTap {
+fn tap(facts: &ReconcileFacts, uid: VmUid, attached: bool) -> OwnedTap {
     OwnedTap { name: "vmt0".to_owned(), owner: TapOwner { instance: facts.instance.unwrap(), uid }, attached }
 }
 
@@ -110,8 +110,11 @@ fn what_is_dead_and_nobodys_goes() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey.folders = vec![folder(uid, false)];
     facts.taps = vec![tap(&facts, uid, false)];
-    let expected =
-        [(Kind::Tap, Decision::Remove), (Kind::Socket, Decision::Remove), (Kind::Folder, Decision::Remove)];
+    let expected = [
+        (ItemKind::Tap, ItemDecision::Remove),
+        (ItemKind::Socket, ItemDecision::Remove),
+        (ItemKind::Folder, ItemDecision::Remove),
+    ];
     assert_eq!(decisions(&decide(&facts, false)), expected);
 }
 
@@ -122,21 +125,25 @@ fn an_orphan_that_lives_is_reported_with_all_that_it_holds() {
     facts.taps = vec![tap(&facts, uid, true)];
     let items = decide(&facts, false);
     assert_eq!(items.len(), 4);
-    assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+    assert!(items.iter().all(|item| item.decision == ItemDecision::Report), "{items:?}");
     let items = decide(&facts, true);
-    assert!(items.iter().all(|item| item.decision == Decision::Remove), "{items:?}");
+    assert!(items.iter().all(|item| item.decision == ItemDecision::Remove), "{items:?}");
 }
 
 #[test]
 fn nothing_is_ours_in_a_folder_that_another_has_used() {
-    for served in [Served::Many, Served::Nobody, Served::One(InstanceId::new(Uuid::now_v7()))] {
+    for served in [
+        RuntimeDirUsers::Many,
+        RuntimeDirUsers::Nobody,
+        RuntimeDirUsers::One(InstanceId::new(Uuid::now_v7())),
+    ] {
         let (mut facts, uid, dead) = (facts(), uid(), uid());
         facts.survey =
             Survey { folders: vec![folder(uid, true), folder(dead, false)], users: vec![vmm(5, uid)] };
         facts.served = served;
         let items = decide(&facts, true);
         assert_eq!(items.len(), 5);
-        assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+        assert!(items.iter().all(|item| item.decision == ItemDecision::Report), "{items:?}");
     }
 }
 
@@ -145,7 +152,7 @@ fn without_a_database_nothing_is_removed() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey = Survey { folders: vec![folder(uid, false)], users: vec![vmm(5, uid)] };
     facts.instance = None;
-    assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Report));
+    assert!(decide(&facts, true).iter().all(|item| item.decision == ItemDecision::Report));
 }
 
 #[test]
@@ -153,8 +160,11 @@ fn strangers_that_mention_a_folder_are_left_alone_and_keep_it() {
     let (mut facts, uid) = (facts(), uid());
     let tail = user(6, "/usr/bin/tail", &["-f".to_owned(), format!("{}/console.log", dir(uid))]);
     facts.survey = Survey { folders: vec![folder(uid, false)], users: vec![tail] };
-    let expected =
-        [(Kind::Process, Decision::Keep), (Kind::Socket, Decision::Report), (Kind::Folder, Decision::Report)];
+    let expected = [
+        (ItemKind::Process, ItemDecision::Keep),
+        (ItemKind::Socket, ItemDecision::Report),
+        (ItemKind::Folder, ItemDecision::Report),
+    ];
     assert_eq!(decisions(&decide(&facts, true)), expected);
 }
 
@@ -165,7 +175,7 @@ fn a_hypervisor_without_our_control_socket_is_not_proven_ours() {
     facts.survey.users = vec![user(6, "/usr/bin/qemu", &own_disk)];
     facts.survey.folders = vec![folder(uid, false)];
     let items = decide(&facts, true);
-    assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+    assert!(items.iter().all(|item| item.decision == ItemDecision::Report), "{items:?}");
 }
 
 #[test]
@@ -175,15 +185,15 @@ fn the_mark_of_a_folder_tells_its_owner_whoever_else_uses_the_runtime_folder() {
     let signature = Signature { instance: Some(theirs), state_dir: Some("/var/lib/other".into()) };
     facts.signatures = BTreeSet::from([signature]);
     let of = |owner: Option<InstanceId>| RunFolder { owner, ..folder(uid, false) };
-    for served in [Served::Many, Served::Nobody, Served::One(theirs)] {
+    for served in [RuntimeDirUsers::Many, RuntimeDirUsers::Nobody, RuntimeDirUsers::One(theirs)] {
         facts.served = served;
         facts.survey = Survey { folders: vec![of(facts.instance)], users: vec![vmm(5, uid)] };
-        assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Remove));
+        assert!(decide(&facts, true).iter().all(|item| item.decision == ItemDecision::Remove));
     }
-    facts.served = Served::One(facts.instance.unwrap());
+    facts.served = RuntimeDirUsers::One(facts.instance.unwrap());
     facts.survey.folders = vec![of(Some(theirs))];
     let items = decide(&facts, true);
-    assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+    assert!(items.iter().all(|item| item.decision == ItemDecision::Report), "{items:?}");
     assert!(items[0].reason.contains("/var/lib/other"), "{items:?}");
 }
 
@@ -192,10 +202,10 @@ fn a_hypervisor_that_hides_its_program_is_told_by_its_arguments() {
     let (mut facts, uid) = (facts(), uid());
     let mut hidden = vmm(7, uid);
     hidden.found.exe = None;
-    for (name, decision) in [("/opt/qemu", Decision::Remove), ("/usr/bin/socat", Decision::Keep)] {
+    for (name, decision) in [("/opt/qemu", ItemDecision::Remove), ("/usr/bin/socat", ItemDecision::Keep)] {
         hidden.found.args.insert(0, name.into());
         facts.survey.users = vec![hidden.clone()];
-        assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, decision)], "{name}");
+        assert_eq!(decisions(&decide(&facts, true)), [(ItemKind::Process, decision)], "{name}");
     }
 }
 
@@ -205,19 +215,19 @@ fn a_second_vmm_of_a_known_vm_is_reported_unless_the_daemon_is_about_to_settle_i
     facts.survey.users = vec![vmm(5, uid)];
     for on_record in [None, Some(identity(4))] {
         known(&mut facts, uid, on_record);
-        assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, Decision::Report)]);
+        assert_eq!(decisions(&decide(&facts, true)), [(ItemKind::Process, ItemDecision::Report)]);
     }
     let record = facts.records.get_mut(&uid).unwrap();
     let kind = IntentKind::Boot { claims: Vec::new() };
     record.intent = Some(Intent { kind, caller: Caller::system(), since_ms: 0, scope: None });
-    assert_eq!(decisions(&decide(&facts, true)), [(Kind::Process, Decision::Keep)]);
+    assert_eq!(decisions(&decide(&facts, true)), [(ItemKind::Process, ItemDecision::Keep)]);
 }
 
 #[test]
 fn a_socket_held_by_somebody_hidden_keeps_its_folder() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey.folders = vec![folder(uid, true)];
-    assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Report));
+    assert!(decide(&facts, true).iter().all(|item| item.decision == ItemDecision::Report));
 }
 
 #[test]
@@ -227,7 +237,7 @@ fn what_this_program_does_not_make_is_reported() {
     let strange = RunFolder { path, uid: None, own: true, sockets: Vec::new(), owner: None, mark: None };
     let anothers = RunFolder { own: false, sockets: Vec::new(), ..folder(uid, false) };
     facts.survey.folders = vec![strange, anothers];
-    assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Report));
+    assert!(decide(&facts, true).iter().all(|item| item.decision == ItemDecision::Report));
 }
 
 #[test]
@@ -236,18 +246,18 @@ fn a_spare_vmm_waits_beside_its_daemon_and_without_one_it_goes() {
         let (mut facts, uid) = (facts(), uid());
         let ours = facts.instance.unwrap();
         // The mark proves the owner, whichever other state directories use the runtime folder.
-        facts.served = Served::Many;
+        facts.served = RuntimeDirUsers::Many;
         facts.survey = Survey { folders: vec![marked(uid, true, ours)], users: vec![vmm(5, uid)] };
-        let told = |facts: &Facts, decision, why: &str| {
+        let told = |facts: &ReconcileFacts, decision, why: &str| {
             let items = decide(facts, kill);
             assert_eq!(items.len(), 3);
             assert!(items.iter().all(|item| item.decision == decision), "{items:?}");
             assert!(items[0].reason.contains(why) && items[2].reason.contains(why), "{items:?}");
         };
         facts.daemon = true;
-        told(&facts, Decision::Keep, "a spare VMM of backend qemu, which waits for a VM");
+        told(&facts, ItemDecision::Keep, "a spare VMM of backend qemu, which waits for a VM");
         facts.daemon = false;
-        told(&facts, Decision::Remove, "the next start of the daemon ends it");
+        told(&facts, ItemDecision::Remove, "the next start of the daemon ends it");
     }
 }
 
@@ -260,12 +270,12 @@ fn a_spare_vmm_that_is_not_proven_ours_is_reported() {
         let anothers = marked(uid, true, InstanceId::new(Uuid::now_v7()));
         facts.survey = Survey { folders: vec![anothers], users: vec![vmm(5, uid)] };
         let items = decide(&facts, true);
-        assert!(items.iter().all(|item| item.decision == Decision::Report), "{items:?}");
+        assert!(items.iter().all(|item| item.decision == ItemDecision::Report), "{items:?}");
         assert!(items[0].reason.contains("another state directory"), "{items:?}");
 
         facts.survey.folders = vec![marked(uid, true, ours)];
         facts.instance = None;
-        assert!(decide(&facts, true).iter().all(|item| item.decision == Decision::Report));
+        assert!(decide(&facts, true).iter().all(|item| item.decision == ItemDecision::Report));
     }
 }
 
@@ -277,11 +287,11 @@ fn what_is_left_of_a_spare_vmm_goes_unless_somebody_uses_it() {
     facts.survey =
         Survey { folders: vec![marked(uid, false, ours), marked(watched, false, ours)], users: vec![tail] };
     let expected = [
-        (Kind::Process, Decision::Keep),
-        (Kind::Socket, Decision::Remove),
-        (Kind::Folder, Decision::Remove),
-        (Kind::Socket, Decision::Report),
-        (Kind::Folder, Decision::Report),
+        (ItemKind::Process, ItemDecision::Keep),
+        (ItemKind::Socket, ItemDecision::Remove),
+        (ItemKind::Folder, ItemDecision::Remove),
+        (ItemKind::Socket, ItemDecision::Report),
+        (ItemKind::Folder, ItemDecision::Report),
     ];
     assert_eq!(decisions(&decide(&facts, false)), expected);
 }
@@ -292,14 +302,14 @@ fn a_record_counts_for_more_than_a_mark() {
     let ours = facts.instance.unwrap();
     known(&mut facts, uid, None);
     facts.survey = Survey { folders: vec![marked(uid, true, ours)], users: vec![vmm(5, uid)] };
-    let process = |facts: &Facts| decide(facts, true).remove(0);
-    let folder = |facts: &Facts| decide(facts, true).remove(2).decision;
-    assert_eq!((process(&facts).decision, folder(&facts)), (Decision::Remove, Decision::Keep));
+    let process = |facts: &ReconcileFacts| decide(facts, true).remove(0);
+    let folder = |facts: &ReconcileFacts| decide(facts, true).remove(2).decision;
+    assert_eq!((process(&facts).decision, folder(&facts)), (ItemDecision::Remove, ItemDecision::Keep));
     // The spare VMM was given to a VM that has not been booted yet.
     facts.daemon = true;
-    assert_eq!((process(&facts).decision, folder(&facts)), (Decision::Keep, Decision::Keep));
+    assert_eq!((process(&facts).decision, folder(&facts)), (ItemDecision::Keep, ItemDecision::Keep));
     assert!(process(&facts).reason.contains("waits for the boot of VM vm"));
     // A second VMM of a VM that already runs a spare one is not excused by the mark.
     known(&mut facts, uid, Some(identity(4)));
-    assert_eq!(process(&facts).decision, Decision::Report);
+    assert_eq!(process(&facts).decision, ItemDecision::Report);
 }

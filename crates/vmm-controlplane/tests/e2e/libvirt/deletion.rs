@@ -9,7 +9,7 @@ fn a_plain_deletion_that_was_cut_short_spares_a_domain_that_was_started_since() 
     let mut world = world(&helper, &libvirtd.uri(), &[("UNKEY_VMCP_QEMU_IMPORT", "true")]);
     stranger(&world, &libvirtd);
     world.start();
-    run(&world, "ours", Guest::Idle);
+    run(&world, "ours", TinyGuest::Idle);
     for name in ["ours", "stranger"] {
         world.wait_for_state(name, "VM_STATE_RUNNING");
         world.call("ShutdownVm", &json!({"vm_id": name, "force": true})).ok();

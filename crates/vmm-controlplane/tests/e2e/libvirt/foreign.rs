@@ -61,7 +61,7 @@ fn another_users_process_with_a_domains_uuid_is_not_its_qemu() {
     let mut world = world(&helper, &libvirtd.uri(), &[("UNKEY_VMCP_QEMU_IMPORT", "true")]);
     let imported = stranger_of_libvirts_user(&world, &libvirtd);
     world.start();
-    let ours = run(&world, "ours", Guest::Idle)["uid"].as_str().unwrap().to_owned();
+    let ours = run(&world, "ours", TinyGuest::Idle)["uid"].as_str().unwrap().to_owned();
     world.wait_for_state("stranger", "VM_STATE_RUNNING");
     let folder = tempfile::tempdir().unwrap();
     let mut claimants = [ours.as_str(), &imported].map(|uuid| Claimant::of(folder.path(), uuid));

@@ -4,7 +4,7 @@ use super::*;
 
 /// Makes a domain that has `interface` and does not run.
 fn define(world: &World, libvirtd: &Libvirtd, name: &str, interface: &str) {
-    let kernel = Guest::Idle.write_to(world.dir.path()).unwrap();
+    let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
     let xml = format!(
         "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
          <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel></os>\

@@ -24,9 +24,9 @@ fn an_endpoint_that_comes_and_goes_orphans_nobody_and_changes_nobody() {
     let mut world = world(&helper, &uri, &[("UNKEY_VMCP_BACKEND", "qemu")]);
     world.set_env("UNKEY_VMCP_QEMU_ENDPOINT", None);
     world.start();
-    let managed = run(&world, "managed", Guest::Idle);
+    let managed = run(&world, "managed", TinyGuest::Idle);
     // libvirt has no such machine.
-    let mut config = world.tiny(Guest::Idle);
+    let mut config = world.tiny(TinyGuest::Idle);
     config["boot"]["boot_options"] = json!({"qemu.machine": "microvm"});
     world.create("microvm", &config);
 
@@ -34,7 +34,7 @@ fn an_endpoint_that_comes_and_goes_orphans_nobody_and_changes_nobody() {
     assert_goes_on(&world, "managed", &managed);
     world.boot("microvm");
     assert_eq!(world.info("microvm")["backend_info"]["machine"], "microvm");
-    let domain = run(&world, "domain", Guest::Idle);
+    let domain = run(&world, "domain", TinyGuest::Idle);
     assert_eq!(libvirtd.domains(), ["domain"], "the others are none of libvirt's");
 
     begin_anew(&mut world, None);

@@ -10,7 +10,7 @@ use crate::shutdown::{NO_LINUX, linux_config};
 fn a_libvirtd_that_stands_still_for_a_while_destroys_nothing() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
-    run(&world, "vm", Guest::Button);
+    run(&world, "vm", TinyGuest::Button);
     libvirtd.freeze(true);
     let ended = std::thread::scope(|scope| {
         let url = world.url();
@@ -30,7 +30,7 @@ fn a_libvirtd_that_stands_still_for_a_while_destroys_nothing() {
 fn a_domain_whose_libvirtd_answers_nothing_runs_on_without_force() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
-    let pid = vmm_pid(&run(&world, "vm", Guest::Idle));
+    let pid = vmm_pid(&run(&world, "vm", TinyGuest::Idle));
     libvirtd.freeze(true);
     let refused = world.call("ShutdownVm", &json!({"vm_id": "vm", "timeout_seconds": 2}));
     let told = refused.error("unavailable");

@@ -15,7 +15,7 @@ const AT_A_TIME: usize = 4;
 fn a_domain_whose_qemu_stands_still_is_described_and_redefined_but_not_undefined() {
     let (_, libvirtd) = libvirtd_or_skip!();
     let folder = tempfile::tempdir().unwrap();
-    libvirtd.run_stranger("vm", &Guest::Idle.write_to(folder.path()).unwrap());
+    libvirtd.run_foreign_domain("vm", &TinyGuest::Idle.write_to(folder.path()).unwrap());
     let [qemu] = libvirtd.qemus()[..] else { panic!("one domain has one QEMU") };
     signal(qemu, Signal::STOP);
     let file = folder.path().join("vm.xml");
@@ -77,7 +77,7 @@ fn a_libvirtd_that_stands_still_makes_all_its_vms_unreachable_and_no_others() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let names: Vec<String> = (0..DOMAINS).map(|number| format!("vm-{number:02}")).collect();
-    let config = world.tiny(Guest::Idle);
+    let config = world.tiny(TinyGuest::Idle);
     for_each(&world, &names, &[("CreateVm", json!({"config": config})), ("BootVm", json!({}))]);
     let mut others = vec![("defined", "created")];
     world.create("defined", &config);

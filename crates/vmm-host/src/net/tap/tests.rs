@@ -62,7 +62,7 @@ fn a_label_reads_back_and_others_do_not() {
 async fn a_tap_is_made_labelled_set_up_and_removed() {
     let Some(name) = Name::new() else { return };
     let owner = owner();
-    assert_eq!(HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap(), Provided::Made);
+    assert_eq!(HostTaps.provide(&name.0, TapNameOrigin::Program, owner).await.unwrap(), TapOrigin::Made);
     assert!(is_tap(&name.0) && !is_multi_queue(&name.0));
     assert_eq!(name.read("ifalias").trim(), owner.to_string());
     assert!(is_up(&name));
@@ -79,7 +79,7 @@ async fn a_tap_is_made_labelled_set_up_and_removed() {
     }
     let idle = OwnedTap { name: name.0.clone(), owner, attached: false };
     assert_eq!(HostTaps.of_instance(owner.instance).await.unwrap(), [idle]);
-    assert_eq!(HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap(), Provided::Found);
+    assert_eq!(HostTaps.provide(&name.0, TapNameOrigin::Program, owner).await.unwrap(), TapOrigin::Found);
 
     assert!(HostTaps.remove(&name.0, owner).await.unwrap());
     assert!(!name.exists());
@@ -103,11 +103,11 @@ async fn what_was_there_is_used_and_stays() {
     for alias in ["", "uplink of the database", &owner().to_string()] {
         assert!(ip(&["link", "set", &name.0, "alias", alias]));
         let owner = owner();
-        assert_eq!(HostTaps.provide(&name.0, NamedBy::Client, owner).await.unwrap(), Provided::Found);
+        assert_eq!(HostTaps.provide(&name.0, TapNameOrigin::Client, owner).await.unwrap(), TapOrigin::Found);
         assert_eq!(name.read("ifalias").trim(), alias, "no foreign label is changed");
         assert!(!HostTaps.remove(&name.0, owner).await.unwrap());
         assert!(name.exists());
-        let error = HostTaps.provide(&name.0, NamedBy::Program, owner).await.unwrap_err();
+        let error = HostTaps.provide(&name.0, TapNameOrigin::Program, owner).await.unwrap_err();
         assert!(matches!(error, TapError::NotOurs(_)), "{error}");
     }
 }
@@ -122,7 +122,7 @@ async fn a_tap_that_is_down_is_brought_up() {
     let Some(name) = Name::new() else { return };
     assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
     assert!(!is_up(&name));
-    assert_eq!(HostTaps.provide(&name.0, NamedBy::Client, owner()).await.unwrap(), Provided::Found);
+    assert_eq!(HostTaps.provide(&name.0, TapNameOrigin::Client, owner()).await.unwrap(), TapOrigin::Found);
     assert!(is_up(&name));
 }
 
@@ -131,8 +131,8 @@ async fn a_tap_goes_with_the_vm_that_ran_on_it_last() {
     let Some(name) = Name::new() else { return };
     let first = owner();
     let second = TapOwner { uid: VmUid::new(Uuid::now_v7()), ..first };
-    HostTaps.provide(&name.0, NamedBy::Client, first).await.unwrap();
-    assert_eq!(HostTaps.provide(&name.0, NamedBy::Client, second).await.unwrap(), Provided::Found);
+    HostTaps.provide(&name.0, TapNameOrigin::Client, first).await.unwrap();
+    assert_eq!(HostTaps.provide(&name.0, TapNameOrigin::Client, second).await.unwrap(), TapOrigin::Found);
     assert!(!HostTaps.remove(&name.0, first).await.unwrap());
     assert!(name.exists());
     assert!(HostTaps.remove(&name.0, second).await.unwrap());
@@ -142,7 +142,7 @@ async fn a_tap_goes_with_the_vm_that_ran_on_it_last() {
 async fn what_no_vmm_could_open_is_refused() {
     let Some(name) = Name::new() else { return };
     let refusal = async |name: &str| {
-        let error = HostTaps.provide(name, NamedBy::Client, owner()).await.unwrap_err();
+        let error = HostTaps.provide(name, TapNameOrigin::Client, owner()).await.unwrap_err();
         error.to_string()
     };
     assert!(refusal("lo").await.contains("lo exists and is not a TAP"));
@@ -186,13 +186,13 @@ fn without_the_right_existing_taps_still_serve() {
     let wanted = name.0.clone();
     let provide = move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(HostTaps.provide(&wanted, NamedBy::Client, owner()))
+        runtime.block_on(HostTaps.provide(&wanted, TapNameOrigin::Client, owner()))
     };
     let error = without_net_admin(provide.clone()).unwrap_err();
     assert!(matches!(error, TapError::Denied(_)), "{error}");
     assert!(!name.exists());
     assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
-    assert_eq!(without_net_admin(provide.clone()).unwrap(), Provided::FoundDown);
+    assert_eq!(without_net_admin(provide.clone()).unwrap(), TapOrigin::FoundDown);
     assert!(ip(&["link", "set", &name.0, "up"]));
-    assert_eq!(without_net_admin(provide).unwrap(), Provided::Found);
+    assert_eq!(without_net_admin(provide).unwrap(), TapOrigin::Found);
 }

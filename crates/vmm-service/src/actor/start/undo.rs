@@ -1,16 +1,16 @@
 //! The undo of each phase of a start, and the record of its failure.
 
-use vmm_core::backend::{BackendError, BackendErrorKind, Effect, Sweep};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, SweepPurpose};
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
-use vmm_core::state::{Observation, Phase, Request, observe};
+use vmm_core::state::{Observation, Phase, VmOperation, observe};
 use vmm_core::store::IntentKind;
 
-use super::{Intended, NotStarted, Reserved, Start, TapsProvided};
+use super::{IntendedPhase, ReservedPhase, StartError, StartRequest, TapsProvidedPhase};
 use crate::actor::Actor;
-use crate::actor::budget::{Broken, Budget};
-use crate::actor::hold::{Hold, Next};
-use crate::actor::journal::{Turn, Why};
+use crate::actor::budget::{Budget, EffectError};
+use crate::actor::hold::{Hold, NextStep};
+use crate::actor::journal::{ChangeReason, RecordUpdate};
 use crate::actor::launch::launched_nothing;
 use crate::error::ServiceError;
 
@@ -21,11 +21,11 @@ impl Actor {
     pub(super) async fn call_off(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
-        taps: TapsProvided,
+        start: StartRequest<'_>,
+        taps: TapsProvidedPhase,
         error: ServiceError,
     ) -> ServiceError {
-        let Err(Broken::Backend(left)) = self.sweep(budget, Sweep::Clear, None).await else {
+        let Err(EffectError::Backend(left)) = self.sweep(budget, SweepPurpose::Clear, None).await else {
             self.undo_taps(budget, taps).await;
             return error;
         };
@@ -34,13 +34,13 @@ impl Actor {
         let message =
             format!("a process that was started for it could not be ended, and runs no guest: {left}");
         let status = self.status(Phase::Failed).because(Reason::VmmDoesNotEnd, message);
-        let why = Why::asked(start.request, start.caller);
-        let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
+        let why = ChangeReason::asked(start.request, start.caller);
+        let _ = self.conclude(budget, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
         error
     }
 
     /// Undoes TapsProvided, and with it Reserved.
-    pub(super) async fn undo_taps(&mut self, budget: Budget, taps: TapsProvided) {
+    pub(super) async fn undo_taps(&mut self, budget: Budget, taps: TapsProvidedPhase) {
         for left in self.remove_taps(budget, taps.made).await {
             tracing::warn!(error = %left, "a TAP of a failed start could not be removed; DeleteVm removes it");
         }
@@ -57,17 +57,17 @@ impl Actor {
     pub(in crate::actor) async fn refused_start(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
+        start: StartRequest<'_>,
         error: ServiceError,
     ) -> ServiceError {
         let pre_empted = matches!(error, ServiceError::Aborted(_));
-        if start.request == Request::Boot && (start.after.is_some() || pre_empted) {
+        if start.request == VmOperation::Boot && (start.after.is_some() || pre_empted) {
             return error;
         }
         if self.record.status.phase == Phase::Restarting {
             let status = self.status(Phase::Restarting).because(Reason::BootFailed, error.to_string());
-            let why = Why::asked(start.request, start.caller);
-            let _ = self.conclude(budget, Turn::new(EventKind::OperationFailed, why, status)).await;
+            let why = ChangeReason::asked(start.request, start.caller);
+            let _ = self.conclude(budget, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
         } else {
             self.record_failed_start(budget, start, &error, false).await;
         }
@@ -79,7 +79,7 @@ impl Actor {
     pub(super) async fn record_failed_start(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
+        start: StartRequest<'_>,
         error: &ServiceError,
         ran: bool,
     ) {
@@ -89,30 +89,30 @@ impl Actor {
         let (phase, reason) =
             if aborted { (at_rest, Reason::Aborted) } else { (Phase::Failed, Reason::BootFailed) };
         let status = self.status(phase).because(reason, error.to_string());
-        let why = Why::asked(start.request, start.caller);
-        let mut turn = Turn::new(EventKind::OperationFailed, why, status);
+        let why = ChangeReason::asked(start.request, start.caller);
+        let mut update = RecordUpdate::new(EventKind::OperationFailed, why, status);
         if ran {
-            turn = turn.observing(Observation::Runs);
+            update = update.observing(Observation::Runs);
         }
-        let _ = self.conclude(budget, turn.observing(Observation::VmmGone)).await;
+        let _ = self.conclude(budget, update.observing(Observation::VmmGone)).await;
     }
 
     pub(super) async fn launch_failed(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
-        intended: Intended,
-        broken: Broken,
-    ) -> NotStarted {
-        let Intended { taps, launching } = intended;
+        start: StartRequest<'_>,
+        intended: IntendedPhase,
+        broken: EffectError,
+    ) -> StartError {
+        let IntendedPhase { taps, launching } = intended;
         // Nothing more starts after this line. The sweep finds a process that exists already.
         drop(launching);
         let error = self.error_of("boot", start.request, &broken);
         let wind_up = broken.wind_up(budget);
-        let preempted = matches!(broken, Broken::Preempted(_));
+        let preempted = matches!(broken, EffectError::Preempted(_));
         let never_launched = broken.backend().is_some_and(|error| launched_nothing(&error));
-        match self.take_back(wind_up, start, taps, error, preempted).await {
-            NotStarted::TakenBack(error) if never_launched => NotStarted::NotBegun(error),
+        match self.undo_launch(wind_up, start, taps, error, preempted).await {
+            StartError::TakenBack(error) if never_launched => StartError::NotBegun(error),
             other => other,
         }
     }
@@ -124,28 +124,28 @@ impl Actor {
     /// that no process is left, and only then may the TAPs be removed and the claims released,
     /// because a living process uses both. If the sweep fails, everything stays claimed, and the VM
     /// is an orphan.
-    pub(super) async fn take_back(
+    pub(super) async fn undo_launch(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
-        taps: TapsProvided,
+        start: StartRequest<'_>,
+        taps: TapsProvidedPhase,
         error: ServiceError,
         ran: bool,
-    ) -> NotStarted {
+    ) -> StartError {
         let killed = match self.hold.vmm() {
             Some(vmm) => self.kill(budget, &*vmm).await,
             None => Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, "no handle is held")),
         };
         if killed.is_err() {
             let run = self.hold.run().cloned();
-            if let Err(Broken::Backend(left)) = self.sweep(budget, Sweep::Clear, run).await {
+            if let Err(EffectError::Backend(left)) = self.sweep(budget, SweepPurpose::Clear, run).await {
                 return self.leave_orphan(budget, start, taps.reserved, error, &left).await;
             }
         }
-        self.let_go_keeping_claims();
+        self.drop_hold();
         self.undo_taps(budget, taps).await;
         self.record_failed_start(budget, start, &error, ran).await;
-        NotStarted::TakenBack(error)
+        StartError::TakenBack(error)
     }
 
     /// Records that the process of a start may live, and keeps the claims of the start.
@@ -156,26 +156,26 @@ impl Actor {
     async fn leave_orphan(
         &mut self,
         budget: Budget,
-        start: Start<'_>,
-        reserved: Reserved,
+        start: StartRequest<'_>,
+        reserved: ReservedPhase,
         error: ServiceError,
         left: &BackendError,
-    ) -> NotStarted {
+    ) -> StartError {
         tracing::error!(error = %left, "the process of a failed start could not be ended; the daemon searches for it again");
         let handle = match std::mem::replace(&mut self.hold, Hold::Nothing) {
             Hold::Vmm(live) | Hold::Silent(live) => Some(live),
             _ => None,
         };
         self.take_hold(Hold::Orphan(handle));
-        self.next = Next::look();
+        self.next = NextStep::search_later();
         let kind = IntentKind::Boot { claims: reserved.claims };
         let intent = self.new_intent(kind, start.caller.clone());
         let status = self.status(Phase::Unreachable).because(Reason::VmmDoesNotEnd, left.to_string());
-        let why = Why::asked(start.request, start.caller);
-        let turn = Turn::new(EventKind::OperationFailed, why, status)
+        let why = ChangeReason::asked(start.request, start.caller);
+        let update = RecordUpdate::new(EventKind::OperationFailed, why, status)
             .observing(Observation::VmmGone)
             .intending(Some(intent));
-        let _ = self.conclude(budget, turn).await;
-        NotStarted::LeftSomething(error)
+        let _ = self.conclude(budget, update).await;
+        StartError::LeftSomething(error)
     }
 }

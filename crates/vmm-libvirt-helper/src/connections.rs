@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use virt::connect::Connect;
 use virt::error::Error;
-use vmm_libvirt_wire::{Call, Failure, Got};
+use vmm_libvirt_wire::{Call, CallFailure, CallResult};
 
 use crate::calls;
 
@@ -24,21 +24,21 @@ const OPENING: usize = 4;
 const KEEP_ALIVE: (i32, u32) = (5, 4);
 
 /// The connections to libvirtd: the main one, and the lanes.
-pub(crate) struct Lanes {
+pub(crate) struct Connections {
     uri: String,
     main: Connect,
-    pool: Mutex<Pool>,
+    pool: Mutex<ConnectionPool>,
     /// Notified when a lane has room, and when an attempt to open one has ended.
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Pool {
-    lanes: Vec<Lane>,
+struct ConnectionPool {
+    lanes: Vec<PooledConnection>,
     opening: usize,
 }
 
-struct Lane {
+struct PooledConnection {
     connect: Arc<Connect>,
     calls: usize,
 }
@@ -53,14 +53,14 @@ pub(crate) fn version(packed: u32) -> String {
     format!("{}.{}.{}", packed / 1_000_000, packed / 1000 % 1000, packed % 1000)
 }
 
-impl Lanes {
+impl Connections {
     pub(crate) fn new(uri: String, main: Connect) -> Self {
         Self { uri, main, pool: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Makes one call over the connection for its kind, and returns libvirt's answer or failure.
     /// Blocks until libvirtd answers.
-    pub(crate) fn make(&self, call: &Call) -> Result<Got, Failure> {
+    pub(crate) fn make(&self, call: &Call) -> Result<CallResult, CallFailure> {
         if !call.needs_qemu() {
             return calls::run(&self.main, call).map_err(|error| calls::failure(&error));
         }
@@ -96,7 +96,7 @@ impl Lanes {
         let mut pool = lock(&self.pool);
         pool.opening -= 1;
         if let Ok(connect) = &opened {
-            pool.lanes.push(Lane { connect: Arc::clone(connect), calls: 1 });
+            pool.lanes.push(PooledConnection { connect: Arc::clone(connect), calls: 1 });
         }
         drop(pool);
         // Success makes room for three more calls, and failure lets a waiting call try to open. All

@@ -2,46 +2,46 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use uuid::Uuid;
-use vmm_host::process::{Command, ExitStatus, Guarded, spawn_guarded};
-use vmm_libvirt_wire::{Domain, Got};
+use vmm_host::process::{Command, ExitStatus, ProcessGuard, spawn_guarded};
+use vmm_libvirt_wire::{CallResult, Domain};
 
 use super::*;
 
 /// A duration that is too short to delay a test and long enough to order two events.
-const SOON: Duration = Duration::from_millis(20);
-const NEVER: Duration = Duration::from_secs(3600);
+const SHORT_DELAY: Duration = Duration::from_millis(20);
+const UNREACHED_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// A watch of a process that runs `script`, with a libvirt that reports the domain in `state`.
 struct Scene {
-    watch: Watch,
+    watch: DomainMonitor,
     state: Arc<Mutex<DomainState>>,
     /// The number of calls that libvirt received.
     asked: Arc<AtomicUsize>,
     happened: mpsc::Receiver<VmmEvent>,
-    qemu: Guarded,
+    qemu: ProcessGuard,
     _handle: oneshot::Sender<()>,
     _dir: tempfile::TempDir,
 }
 
-async fn scene(script: &str, state: DomainState, patience: Option<Patience>) -> Scene {
+async fn scene(script: &str, state: DomainState, patience: Option<ExitTimeouts>) -> Scene {
     let dir = tempfile::tempdir().unwrap();
     let qemu = spawn_guarded(Command::new("/bin/sh", ["-c", script], dir.path().join("log"))).await.unwrap();
     let uuid = Uuid::now_v7();
     let domain = Domain { uuid, name: "vm".to_owned(), mark: None, state, persistent: true };
     let (state, asked) = (Arc::new(Mutex::new(state)), Arc::new(AtomicUsize::new(0)));
     let (state_now, count) = (Arc::clone(&state), Arc::clone(&asked));
-    let link = Arc::new(Link::scripted(move |_| {
+    let link = Arc::new(LibvirtLink::scripted(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
         let state = *state_now.lock().unwrap();
-        Got::Domains { domains: vec![Domain { state, ..domain.clone() }] }
+        CallResult::Domains { domains: vec![Domain { state, ..domain.clone() }] }
     }));
     let (events, happened) = mpsc::channel(16);
     let (handle, wanted) = oneshot::channel();
-    let watch = Watch {
+    let watch = DomainMonitor {
         watched: link.watch(uuid),
         process: qemu.process().clone(),
         link,
-        guest: Arc::new(Ordered::new(true)),
+        guest: Arc::new(GuestOrders::new(true)),
         events,
         reason: None,
         ended: None,
@@ -55,16 +55,16 @@ async fn scene(script: &str, state: DomainState, patience: Option<Patience>) -> 
 }
 
 /// Returns QEMU's event after a reset by a guest that may not reset itself.
-fn shut_down() -> Event {
-    Event::Monitor("SHUTDOWN".to_owned(), r#"{"guest":true,"reason":"guest-reset"}"#.to_owned())
+fn shut_down() -> DomainEvent {
+    DomainEvent::Monitor("SHUTDOWN".to_owned(), r#"{"guest":true,"reason":"guest-reset"}"#.to_owned())
 }
 
 /// Returns the signal that ends a QEMU which has announced its end.
-async fn ended_by(script: &str, patience: Patience) -> i32 {
+async fn ended_by(script: &str, patience: ExitTimeouts) -> i32 {
     let Scene { mut watch, mut happened, qemu, _handle, _dir, .. } =
         scene(script, DomainState::ShuttingDown, Some(patience)).await;
-    watch.take(shut_down()).await;
-    watch.take(Event::Lifecycle(Lifecycle::Stopped)).await;
+    watch.on_event(shut_down()).await;
+    watch.on_event(DomainEvent::Lifecycle(Lifecycle::Stopped)).await;
     watch.run().await;
     let told = happened.recv().await;
     assert!(matches!(&told, Some(VmmEvent::Gone(Exit { cause: ExitCause::GuestReset, .. }))), "{told:?}");
@@ -76,70 +76,78 @@ async fn ended_by(script: &str, patience: Patience) -> i32 {
 
 #[tokio::test]
 async fn one_that_hangs_in_its_end_is_woken() {
-    let signal = ended_by("exec sleep 600", Patience { first: SOON, again: SOON, last: NEVER }).await;
+    let signal = ended_by(
+        "exec sleep 600",
+        ExitTimeouts { first: SHORT_DELAY, again: SHORT_DELAY, last: UNREACHED_TIMEOUT },
+    )
+    .await;
     assert_eq!(signal, Signal::TERM.as_raw());
 }
 
 #[tokio::test]
 async fn one_that_nothing_wakes_is_killed() {
     // The earlier signals only wake QEMU, so SIGKILL comes at `last` for any number of them.
-    let patience = Patience { first: SOON, again: SOON, last: 5 * SOON };
+    let patience = ExitTimeouts { first: SHORT_DELAY, again: SHORT_DELAY, last: 5 * SHORT_DELAY };
     let deaf = "trap '' TERM; exec sleep 600";
     assert_eq!(ended_by(deaf, patience).await, Signal::KILL.as_raw());
 }
 
 #[tokio::test]
 async fn one_that_goes_on_is_let_be() {
-    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
+    let patience =
+        Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     for state in [DomainState::Running, DomainState::Paused] {
         let mut scene = scene("exec sleep 600", state, patience).await;
-        scene.watch.take(shut_down()).await;
+        scene.watch.on_event(shut_down()).await;
         assert!(scene.watch.end.is_some());
-        scene.watch.hasten(Signal::KILL).await;
+        scene.watch.signal_waited_for_qemu(Signal::KILL).await;
         assert!(scene.watch.end.is_none(), "libvirt knows better");
-        assert!(scene.qemu.wait_for(5 * SOON).await.is_none());
+        assert!(scene.qemu.wait_for(5 * SHORT_DELAY).await.is_none());
     }
 }
 
 #[tokio::test]
 async fn a_reset_calls_off_the_end() {
-    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
+    let patience =
+        Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let mut scene = scene("exec sleep 600", DomainState::Running, patience).await;
-    scene.watch.take(shut_down()).await;
-    scene.watch.take(Event::Monitor("RESET".to_owned(), r#"{"guest":false}"#.to_owned())).await;
+    scene.watch.on_event(shut_down()).await;
+    scene.watch.on_event(DomainEvent::Monitor("RESET".to_owned(), r#"{"guest":false}"#.to_owned())).await;
     assert!(scene.watch.end.is_none() && scene.watch.reason.is_none());
     assert_eq!(scene.happened.try_recv().unwrap(), VmmEvent::ResetFromOutside);
 }
 
 #[tokio::test]
 async fn a_guest_that_panicked_is_not_taken_for_one_that_somebody_paused() {
-    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
-    let panicked = || Event::Monitor("GUEST_PANICKED".to_owned(), r#"{"action":"pause"}"#.to_owned());
+    let patience =
+        Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
+    let panicked = || DomainEvent::Monitor("GUEST_PANICKED".to_owned(), r#"{"action":"pause"}"#.to_owned());
     let mut scene = scene("exec sleep 600", DomainState::Paused, patience).await;
-    scene.watch.take(panicked()).await;
-    scene.watch.take(Event::Lifecycle(Lifecycle::Suspended)).await;
+    scene.watch.on_event(panicked()).await;
+    scene.watch.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
     assert!(scene.happened.try_recv().is_err(), "its end is told");
     // An imported domain is not ended by this program, so libvirt may keep it paused after a panic.
     scene.watch.patience = None;
     scene.watch.reason = None;
-    scene.watch.take(panicked()).await;
-    scene.watch.take(Event::Lifecycle(Lifecycle::Suspended)).await;
+    scene.watch.on_event(panicked()).await;
+    scene.watch.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
     assert_eq!(scene.happened.try_recv().unwrap(), VmmEvent::Paused);
 }
 
 #[tokio::test]
 async fn an_end_that_was_told_to_nobody_is_found_out() {
-    let patience = Some(Patience { first: NEVER, again: NEVER, last: NEVER });
+    let patience =
+        Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, patience).await;
-    scene.watch.take(Event::Connected).await;
+    scene.watch.on_event(DomainEvent::Connected).await;
     assert!(scene.watch.end.is_some());
 }
 
 #[tokio::test]
 async fn the_end_of_somebody_elses_is_not_hastened() {
     let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, None).await;
-    scene.watch.take(shut_down()).await;
-    scene.watch.take(Event::Connected).await;
+    scene.watch.on_event(shut_down()).await;
+    scene.watch.on_event(DomainEvent::Connected).await;
     assert!(scene.watch.end.is_none());
 }
 
@@ -150,7 +158,7 @@ async fn of_a_thousand_changes_a_burst_is_asked_about_and_the_last_one() {
     let changes = [(Lifecycle::Suspended, DomainState::Paused), (Lifecycle::Resumed, DomainState::Running)];
     for (event, state) in changes.into_iter().cycle().take(1001) {
         *scene.state.lock().unwrap() = state;
-        scene.watch.take(Event::Lifecycle(event)).await;
+        scene.watch.on_event(DomainEvent::Lifecycle(event)).await;
     }
     let told: Vec<_> = std::iter::from_fn(|| scene.happened.try_recv().ok()).collect();
     assert_eq!((scene.asked.load(Ordering::Relaxed), told.len()), (16, 16));

@@ -22,11 +22,11 @@ use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::FilesSilent;
+use super::FilesTimedOut;
 
 /// The numbers of permits, and the time after which a look is slow.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct PermitLimits {
     pub(super) quick: usize,
     pub(super) slow: usize,
     pub(super) slow_of_a_mount: usize,
@@ -34,46 +34,46 @@ pub(super) struct Limits {
 }
 
 /// The permits of looks for one purpose.
-pub(super) struct Looks {
-    limits: Limits,
+pub(super) struct FileCheckPermits {
+    limits: PermitLimits,
     mount_of: fn(&Path) -> Option<PathBuf>,
     quick: Arc<Semaphore>,
-    slow: Mutex<Slow>,
+    slow: Mutex<SlowPermits>,
     /// Notified when a slow permit becomes free.
     freed: Notify,
 }
 
 #[derive(Default)]
-struct Slow {
+struct SlowPermits {
     taken: usize,
     by_mount: HashMap<PathBuf, usize>,
 }
 
 /// The error of a look that led into a mount whose slow permits are all taken.
-struct Crowded;
+struct MountCrowded;
 
-impl Looks {
+impl FileCheckPermits {
     /// Creates the permits. `mount_of` returns the mount of foreign files into which a path leads,
     /// and touches nothing there.
-    pub(super) fn new(limits: Limits, mount_of: fn(&Path) -> Option<PathBuf>) -> Self {
+    pub(super) fn new(limits: PermitLimits, mount_of: fn(&Path) -> Option<PathBuf>) -> Self {
         let quick = Arc::new(Semaphore::new(limits.quick));
         Self { limits, mount_of, quick, slow: Mutex::default(), freed: Notify::new() }
     }
 
     /// Runs `work` on a thread of its own, and returns within `deadline`. `work` asks its
-    /// [`Visitor`] about each path before it touches the path.
+    /// [`FileCheck`] about each path before it touches the path.
     ///
     /// An attempt that finds a crowded mount has touched nothing on it. It is made again when a
     /// slow permit becomes free, until the deadline.
     ///
     /// # Errors
     ///
-    /// Returns [`FilesSilent`] if there is no answer within `deadline`.
-    pub(super) async fn within<T: Send + 'static>(
+    /// Returns [`FilesTimedOut`] if there is no answer within `deadline`.
+    pub(super) async fn run_within<T: Send + 'static>(
         self: &Arc<Self>,
         deadline: Duration,
-        work: impl Fn(&Visitor) -> T + Send + Clone + 'static,
-    ) -> Result<T, FilesSilent> {
+        work: impl Fn(&FileCheck) -> T + Send + Clone + 'static,
+    ) -> Result<T, FilesTimedOut> {
         let until = Instant::now() + deadline;
         loop {
             // The future is made before the attempt, so that a permit that becomes free during the
@@ -83,23 +83,23 @@ impl Looks {
             // A quick permit limits the looks that run at once. The wait for it counts against the
             // deadline, because many slow looks may stand in front for up to `limits.after` each.
             let permit = tokio::time::timeout_at(until, Arc::clone(&self.quick).acquire_owned()).await;
-            let Ok(Ok(permit)) = permit else { return Err(FilesSilent) };
+            let Ok(Ok(permit)) = permit else { return Err(FilesTimedOut) };
             // The attempt is a task of its own, because the permit must change hands even if the
             // caller has stopped waiting. At the deadline the caller leaves, and the task and its
             // thread go on until the file answers.
-            let attempt = tokio::spawn(attempt(Visitor::new(self, permit), work.clone()));
+            let attempt = tokio::spawn(attempt(FileCheck::new(self, permit), work.clone()));
             match tokio::time::timeout_at(until, attempt).await {
                 // Three results are possible. The work is done. The mount is crowded: the loop
                 // repeats if a slow permit becomes free in time. The deadline passed, or the task
                 // failed: the files count as silent.
                 Ok(Ok(Ok(done))) => return Ok(done),
-                Ok(Ok(Err(Crowded))) if tokio::time::timeout_at(until, freed).await.is_ok() => {}
-                Ok(Ok(Err(Crowded)) | Err(_)) | Err(_) => return Err(FilesSilent),
+                Ok(Ok(Err(MountCrowded))) if tokio::time::timeout_at(until, freed).await.is_ok() => {}
+                Ok(Ok(Err(MountCrowded)) | Err(_)) | Err(_) => return Err(FilesTimedOut),
             }
         }
     }
 
-    fn slow(&self) -> MutexGuard<'_, Slow> {
+    fn slow(&self) -> MutexGuard<'_, SlowPermits> {
         self.slow.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -107,18 +107,18 @@ impl Looks {
 /// Runs `work` on a blocking thread, and exchanges the quick permit for a slow one if the work
 /// takes longer than `limits.after`.
 ///
-/// The `Visit` inside the thread returns the permit when the thread ends, also by a panic. The task
-/// outside the thread only watches the time.
+/// The `FileCheckThread` inside the thread returns the permit when the thread ends, also by a
+/// panic. The task outside the thread only watches the time.
 async fn attempt<T: Send + 'static>(
-    visitor: Arc<Visitor>,
-    work: impl Fn(&Visitor) -> T + Send + 'static,
-) -> Result<T, Crowded> {
-    let after = visitor.looks.limits.after;
-    let watched = Arc::clone(&visitor);
+    file_check: Arc<FileCheck>,
+    work: impl Fn(&FileCheck) -> T + Send + 'static,
+) -> Result<T, MountCrowded> {
+    let after = file_check.permits.limits.after;
+    let watched = Arc::clone(&file_check);
     let mut thread = tokio::task::spawn_blocking(move || {
-        let visit = Visit(visitor);
+        let visit = FileCheckThread(file_check);
         let done = work(&visit.0);
-        if visit.0.state().crowded { Err(Crowded) } else { Ok(done) }
+        if visit.0.state().crowded { Err(MountCrowded) } else { Ok(done) }
     });
     let done = match tokio::time::timeout(after, &mut thread).await {
         Ok(done) => done,
@@ -128,36 +128,36 @@ async fn attempt<T: Send + 'static>(
         }
     };
     // The work has panicked. The caller treats this as files that are silent.
-    done.unwrap_or(Err(Crowded))
+    done.unwrap_or(Err(MountCrowded))
 }
 
 /// One look, shared by its thread and its task.
-pub(super) struct Visitor {
-    looks: Arc<Looks>,
-    state: Mutex<State>,
+pub(super) struct FileCheck {
+    permits: Arc<FileCheckPermits>,
+    state: Mutex<FileCheckState>,
 }
 
-struct State {
-    permit: Permit,
+struct FileCheckState {
+    permit: FileCheckPermit,
     /// The mount into which the look has led.
     mount: Option<PathBuf>,
     /// True if the look led into a mount with no slow permit left, and so touched nothing there.
     crowded: bool,
 }
 
-enum Permit {
+enum FileCheckPermit {
     Quick(#[expect(dead_code, reason = "held for as long as the permit is")] OwnedSemaphorePermit),
     Slow,
     Left,
 }
 
-impl Visitor {
-    fn new(looks: &Arc<Looks>, permit: OwnedSemaphorePermit) -> Arc<Self> {
-        let state = State { permit: Permit::Quick(permit), mount: None, crowded: false };
-        Arc::new(Self { looks: Arc::clone(looks), state: Mutex::new(state) })
+impl FileCheck {
+    fn new(permits: &Arc<FileCheckPermits>, permit: OwnedSemaphorePermit) -> Arc<Self> {
+        let state = FileCheckState { permit: FileCheckPermit::Quick(permit), mount: None, crowded: false };
+        Arc::new(Self { permits: Arc::clone(permits), state: Mutex::new(state) })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, FileCheckState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -167,22 +167,22 @@ impl Visitor {
     /// A look that is quick so far also needs a free slow permit of the mount, because the next
     /// access may hang. The count of a mount may exceed its limit by the quick looks that entered
     /// it at the same time.
-    pub(super) fn may_touch(&self, path: &Path) -> bool {
-        let mount = (self.looks.mount_of)(path);
+    pub(super) fn may_open(&self, path: &Path) -> bool {
+        let mount = (self.permits.mount_of)(path);
         let mut state = self.state();
         // A crowded look touches nothing more. A path on the same mount as before needs no new
         // check.
         if state.crowded || mount == state.mount {
             return !state.crowded;
         }
-        let mut slow = self.looks.slow();
-        if slow.of(mount.as_ref()) >= self.looks.limits.slow_of_a_mount {
+        let mut slow = self.permits.slow();
+        if slow.of(mount.as_ref()) >= self.permits.limits.slow_of_a_mount {
             state.crowded = true;
             return false;
         }
         // A look that is slow already takes its permit along to the new mount, because its thread
         // may hang there now.
-        if matches!(state.permit, Permit::Slow) {
+        if matches!(state.permit, FileCheckPermit::Slow) {
             slow.leave(state.mount.as_ref());
             slow.take(mount.as_ref());
         }
@@ -191,38 +191,38 @@ impl Visitor {
     }
 
     /// Exchanges the quick permit for a slow one, if a slow one is left. The limit of one mount is
-    /// checked in [`Visitor::may_touch`] before a look enters the mount.
+    /// checked in [`FileCheck::may_open`] before a look enters the mount.
     fn take_slow_permit(&self) {
         let mut state = self.state();
-        let mut slow = self.looks.slow();
+        let mut slow = self.permits.slow();
         // With no slow permit left the look keeps its quick one. New looks then wait for quick
         // permits, which bounds the threads in all. A look that has ended meanwhile has the permit
-        // `Left`, and takes none.
-        if matches!(state.permit, Permit::Quick(_)) && slow.taken < self.looks.limits.slow {
+        // `RemainingSpares`, and takes none.
+        if matches!(state.permit, FileCheckPermit::Quick(_)) && slow.taken < self.permits.limits.slow {
             slow.take(state.mount.as_ref());
-            state.permit = Permit::Slow;
+            state.permit = FileCheckPermit::Slow;
         }
     }
 
     fn leave(&self) {
         let mut state = self.state();
-        if matches!(std::mem::replace(&mut state.permit, Permit::Left), Permit::Slow) {
-            self.looks.slow().leave(state.mount.as_ref());
-            self.looks.freed.notify_waiters();
+        if matches!(std::mem::replace(&mut state.permit, FileCheckPermit::Left), FileCheckPermit::Slow) {
+            self.permits.slow().leave(state.mount.as_ref());
+            self.permits.freed.notify_waiters();
         }
     }
 }
 
 /// The time in which a look has a thread.
-struct Visit(Arc<Visitor>);
+struct FileCheckThread(Arc<FileCheck>);
 
-impl Drop for Visit {
+impl Drop for FileCheckThread {
     fn drop(&mut self) {
         self.0.leave();
     }
 }
 
-impl Slow {
+impl SlowPermits {
     /// Returns the number of slow permits in use for one mount. Files outside such mounts are
     /// limited by the number of all slow permits alone.
     fn of(&self, mount: Option<&PathBuf>) -> usize {
@@ -255,13 +255,14 @@ mod tests {
 
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(60);
-    const SHORT: Duration = Duration::from_millis(100);
-    const LIMITS: Limits = Limits { quick: 1, slow: 3, slow_of_a_mount: 2, after: Duration::from_millis(10) };
+    const LONG_TIMEOUT: Duration = Duration::from_secs(60);
+    const SHORT_TIMEOUT: Duration = Duration::from_millis(100);
+    const LIMITS: PermitLimits =
+        PermitLimits { quick: 1, slow: 3, slow_of_a_mount: 2, after: Duration::from_millis(10) };
 
     /// Permits where everything below `/hung` lies in a mount.
-    fn looks() -> Arc<Looks> {
-        Arc::new(Looks::new(LIMITS, |path| path.starts_with("/hung").then(|| "/hung".into())))
+    fn permits() -> Arc<FileCheckPermits> {
+        Arc::new(FileCheckPermits::new(LIMITS, |path| path.starts_with("/hung").then(|| "/hung".into())))
     }
 
     /// Files that hang until the test releases them.
@@ -274,54 +275,59 @@ mod tests {
             (let_go, Self(Arc::new(Mutex::new(hang))))
         }
 
-        async fn look(&self, looks: &Arc<Looks>, path: &'static str) -> Result<bool, FilesSilent> {
+        async fn look(
+            &self,
+            permits: &Arc<FileCheckPermits>,
+            path: &'static str,
+        ) -> Result<bool, FilesTimedOut> {
             let hung = self.clone();
-            let look = move |visitor: &Visitor| {
-                let touched = visitor.may_touch(Path::new(path));
+            let look = move |file_check: &FileCheck| {
+                let touched = file_check.may_open(Path::new(path));
                 if touched {
                     let _ = hung.0.lock().unwrap().recv();
                 }
                 touched
             };
-            looks.within(SHORT, look).await
+            permits.run_within(SHORT_TIMEOUT, look).await
         }
     }
 
-    async fn answers(looks: &Arc<Looks>, path: &'static str) {
-        let touched = looks.within(LONG, move |visitor| visitor.may_touch(Path::new(path))).await;
+    async fn answers(permits: &Arc<FileCheckPermits>, path: &'static str) {
+        let touched =
+            permits.run_within(LONG_TIMEOUT, move |file_check| file_check.may_open(Path::new(path))).await;
         assert_eq!(touched, Ok(true), "{path}");
     }
 
     #[tokio::test]
     async fn looks_that_hang_leave_the_quick_permit_to_others() {
-        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
-            assert_eq!(hung.look(&looks, "/hung/a").await, Err(FilesSilent));
-            answers(&looks, "/fine").await;
+            assert_eq!(hung.look(&permits, "/hung/a").await, Err(FilesTimedOut));
+            answers(&permits, "/fine").await;
         }
-        assert_eq!(looks.slow().taken, LIMITS.slow_of_a_mount);
-        assert_eq!(hung.look(&looks, "/hung/b").await, Err(FilesSilent), "nothing is touched there");
-        assert_eq!(looks.slow().taken, LIMITS.slow_of_a_mount, "and no thread hangs for it");
-        answers(&looks, "/fine").await;
+        assert_eq!(permits.slow().taken, LIMITS.slow_of_a_mount);
+        assert_eq!(hung.look(&permits, "/hung/b").await, Err(FilesTimedOut), "nothing is touched there");
+        assert_eq!(permits.slow().taken, LIMITS.slow_of_a_mount, "and no thread hangs for it");
+        answers(&permits, "/fine").await;
         drop(let_go);
-        answers(&looks, "/hung/c").await;
-        while looks.slow().taken > 0 {
+        answers(&permits, "/hung/c").await;
+        while permits.slow().taken > 0 {
             tokio::task::yield_now().await;
         }
-        assert!(looks.slow().by_mount.is_empty());
+        assert!(permits.slow().by_mount.is_empty());
     }
 
     #[tokio::test]
     async fn a_look_waits_for_a_permit_of_its_mount() {
-        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
-            assert_eq!(hung.look(&looks, "/hung/a").await, Err(FilesSilent));
+            assert_eq!(hung.look(&permits, "/hung/a").await, Err(FilesTimedOut));
         }
         let waits = tokio::spawn({
-            let looks = Arc::clone(&looks);
-            async move { answers(&looks, "/hung/b").await }
+            let permits = Arc::clone(&permits);
+            async move { answers(&permits, "/hung/b").await }
         });
-        tokio::time::sleep(SHORT).await;
+        tokio::time::sleep(SHORT_TIMEOUT).await;
         assert!(!waits.is_finished());
         let_go.send(()).unwrap();
         waits.await.unwrap();
@@ -329,28 +335,28 @@ mod tests {
 
     #[tokio::test]
     async fn a_look_that_nobody_waits_for_leaves_its_quick_permit_too() {
-        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        let (permits, (let_go, hung)) = (permits(), Hung::new());
         let look = tokio::spawn({
-            let looks = Arc::clone(&looks);
-            async move { hung.look(&looks, "/local").await }
+            let permits = Arc::clone(&permits);
+            async move { hung.look(&permits, "/local").await }
         });
-        while looks.quick.available_permits() > 0 {
+        while permits.quick.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
         look.abort();
-        answers(&looks, "/fine").await;
+        answers(&permits, "/fine").await;
         drop(let_go);
     }
 
     #[tokio::test]
     async fn threads_that_hang_are_bounded_whatever_they_hang_on() {
-        let (looks, (let_go, hung)) = (looks(), Hung::new());
+        let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..=LIMITS.slow {
-            assert_eq!(hung.look(&looks, "/local").await, Err(FilesSilent));
+            assert_eq!(hung.look(&permits, "/local").await, Err(FilesTimedOut));
         }
-        assert_eq!((looks.slow().taken, looks.quick.available_permits()), (LIMITS.slow, 0));
-        assert_eq!(hung.look(&looks, "/fine").await, Err(FilesSilent), "no more threads");
+        assert_eq!((permits.slow().taken, permits.quick.available_permits()), (LIMITS.slow, 0));
+        assert_eq!(hung.look(&permits, "/fine").await, Err(FilesTimedOut), "no more threads");
         drop(let_go);
-        answers(&looks, "/fine").await;
+        answers(&permits, "/fine").await;
     }
 }

@@ -13,8 +13,8 @@
 //! folder of an earlier release bears none, and its owner follows from its place: where one state
 //! directory alone has used a runtime folder, all unmarked run folders there belong to that
 //! directory. Where two have used it, or the list is missing, no owner of an unmarked folder is
-//! proven. Every function here only reads, except [`sign`]. TAPs bear their owner in their own
-//! label: [`crate::net::tap`].
+//! proven. Every function here only reads, except [`record_user`]. TAPs bear their owner in their
+//! own label: [`crate::net::tap`].
 
 mod list;
 
@@ -28,11 +28,11 @@ use std::path::{Path, PathBuf};
 
 use vmm_core::id::{InstanceId, VmUid};
 
-use crate::named::named;
-use crate::process::{Found, find_by_argument};
+use crate::path_errors::named;
+use crate::process::{ProcessMatch, find_by_argument};
 use crate::run_dir::{self, SpareMark, folder_uid, vms_dir};
 
-pub use list::{Served, Signature, Signed, served, sign, signatures};
+pub use list::{RuntimeDirUsers, Signature, Signed, record_user, signatures, users_of};
 
 /// The traces of VMs that were found at one moment.
 #[derive(Clone, Debug, Default)]
@@ -40,7 +40,7 @@ pub struct Survey {
     /// The entries of the folder of run folders, sorted by path.
     pub folders: Vec<RunFolder>,
     /// The processes with an argument that names one of the entries.
-    pub users: Vec<User>,
+    pub users: Vec<FolderUser>,
 }
 
 /// An entry of the folder of run folders.
@@ -72,14 +72,14 @@ pub struct RunSocket {
 
 /// A process that names a run folder.
 #[derive(Clone, Debug)]
-pub struct User {
+pub struct FolderUser {
     /// The process.
-    pub found: Found,
+    pub found: ProcessMatch,
     /// The named paths, relative to the folder of run folders.
     pub paths: BTreeSet<PathBuf>,
 }
 
-impl User {
+impl FolderUser {
     /// Returns the VMs whose run folders the process names.
     pub fn uids(&self) -> BTreeSet<VmUid> {
         self.paths.iter().filter_map(|path| folder_uid(path.iter().next()?)).collect()
@@ -106,8 +106,9 @@ impl Survey {
             let earlier = self.folders.iter().find(|earlier| earlier.path == folder.path)?;
             Some(RunFolder { mark: folder.mark.or_else(|| earlier.mark.clone()), ..folder })
         };
-        let same =
-            |user: &User| self.users.iter().any(|earlier| earlier.found.identity == user.found.identity);
+        let same = |user: &FolderUser| {
+            self.users.iter().any(|earlier| earlier.found.identity == user.found.identity)
+        };
         Self {
             folders: later.folders.into_iter().filter_map(known).collect(),
             users: later.users.into_iter().filter(same).collect(),
@@ -132,17 +133,17 @@ pub fn survey(runtime_dir: &Path) -> io::Result<Survey> {
     };
     for entry in entries.into_iter().flatten() {
         let entry = entry.map_err(|error| named(&vms, &error))?;
-        if let Some(folder) = look(&entry.path(), &held)? {
+        if let Some(folder) = read_entry(&entry.path(), &held)? {
             folders.push(folder);
         }
     }
     folders.sort_by(|one, other| one.path.cmp(&other.path));
     let users = find_by_argument(&vms)?.into_iter();
-    let users = users.map(|found| User { paths: found.paths_below(&vms), found }).collect();
+    let users = users.map(|found| FolderUser { paths: found.paths_below(&vms), found }).collect();
     Ok(Survey { folders, users })
 }
 
-fn look(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>> {
+fn read_entry(path: &Path, held: &BTreeSet<OsString>) -> io::Result<Option<RunFolder>> {
     let facts = match fs::symlink_metadata(path) {
         Ok(facts) => facts,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

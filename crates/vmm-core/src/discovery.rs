@@ -5,8 +5,8 @@
 //!   Backend::places() ──┼─ Fixed     a fixed number of VMs, each in a VMM that waits there
 //!                       └─ Imported  VMs of other programs only
 //!
-//!   a VM starts elsewhere ──► discover ──► Found ──┬─ the place is free ──► imported, new record
-//!                                                  └─ a record holds the place ──► its actor
+//!   a VM starts elsewhere ─► discover: DiscoveredVm ─┬─ the place is free ─► imported, new record
+//!                                                      └─ a record holds the place ──► its actor
 //! ```
 //!
 //! A place is a [`VmKind`] that names a socket or a libvirt domain. A VM's record holds its place.
@@ -17,7 +17,7 @@ use std::fmt;
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-use crate::backend::Launched;
+use crate::backend::LaunchedVmm;
 use crate::config::VmConfig;
 use crate::id::{VmId, VmUid};
 use crate::kind::VmKind;
@@ -56,7 +56,7 @@ impl Places {
 
 /// Finds VMs that another program made or started, an ability of some hypervisors.
 #[async_trait]
-pub trait Discover: Send + Sync {
+pub trait Discoverer: Send + Sync {
     /// Searches for such VMs, and continues the search. Called once, after the adoption of every
     /// recorded VM, because a VM whose handle is held is never found.
     async fn discover(&self) -> Discovery;
@@ -66,16 +66,16 @@ pub trait Discover: Send + Sync {
 #[derive(Debug)]
 pub struct Discovery {
     /// The VMs that exist now.
-    pub present: Vec<Found>,
+    pub present: Vec<DiscoveredVm>,
     /// The later findings. The channel ends with the backend.
-    pub later: mpsc::Receiver<Finding>,
+    pub later: mpsc::Receiver<DiscoveryEvent>,
 }
 
 /// A finding of a hypervisor.
 #[derive(Debug)]
-pub enum Finding {
+pub enum DiscoveryEvent {
     /// A VM exists, or exists again.
-    Found(Box<Found>),
+    Found(Box<DiscoveredVm>),
     /// The VM in this place does not exist any more, not even stopped. An imported VM loses its
     /// record; a VM that this program made keeps it.
     Lost {
@@ -87,7 +87,7 @@ pub enum Finding {
 }
 
 /// A VM that another program made or started.
-pub struct Found {
+pub struct DiscoveredVm {
     /// The place of the VM.
     pub place: VmKind,
     /// The uid, if this program made the VM and another one started it.
@@ -99,14 +99,14 @@ pub struct Found {
     pub config: VmConfig,
     /// The properties that a configuration cannot express; for people. A VM with such properties
     /// can be started as it is, but not made anew.
-    pub untold: Vec<String>,
+    pub unrepresented: Vec<String>,
     /// The state.
     pub state: VmState,
     /// The handle and events; `Some` exactly if `state` is live.
-    pub launched: Option<Launched>,
+    pub launched: Option<LaunchedVmm>,
 }
 
-impl fmt::Debug for Found {
+impl fmt::Debug for DiscoveredVm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Found")
             .field("place", &self.place)

@@ -9,15 +9,15 @@ use futures::{Stream, StreamExt as _, stream};
 use tokio::time::{Instant, sleep_until};
 
 /// The longest silence of a stream, because proxies cut streams that are silent for a minute.
-const SILENCE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Returns `items` with an item made by `sign` whenever none has come for [`SILENCE`].
+/// Returns `items` with an item made by `sign` whenever none has come for [`KEEPALIVE_INTERVAL`].
 pub(super) fn with_signs_of_life<T: Send + 'static>(
     items: impl Stream<Item = T> + Send + 'static,
     sign: impl Fn() -> T + Send + 'static,
 ) -> Pin<Box<dyn Stream<Item = T> + Send>> {
     let mut items = Box::pin(items);
-    let mut silence = Box::pin(sleep_until(Instant::now() + SILENCE));
+    let mut silence = Box::pin(sleep_until(Instant::now() + KEEPALIVE_INTERVAL));
     Box::pin(stream::poll_fn(move |cx| {
         let item = match items.poll_next_unpin(cx) {
             Poll::Ready(item) => item,
@@ -26,7 +26,7 @@ pub(super) fn with_signs_of_life<T: Send + 'static>(
                 Some(sign())
             }
         };
-        silence.as_mut().reset(Instant::now() + SILENCE);
+        silence.as_mut().reset(Instant::now() + KEEPALIVE_INTERVAL);
         Poll::Ready(item)
     }))
 }
@@ -41,7 +41,7 @@ mod tests {
             if n == 3 {
                 return None;
             }
-            tokio::time::sleep(SILENCE - Duration::from_secs(1)).await;
+            tokio::time::sleep(KEEPALIVE_INTERVAL - Duration::from_secs(1)).await;
             Some((n, n + 1))
         });
         let items: Vec<_> = with_signs_of_life(busy, || -1).collect().await;

@@ -24,22 +24,22 @@ use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_host::process::{ExitStatus, Process, ProcessExit};
 
 use super::client::{RebootAction, RunState};
-use super::ending::{End, Patience, hasten};
-use super::link::Link;
+use super::exit_schedule::{ExitSchedule, ExitTimeouts, send_due_signal};
+use super::link::QemuLink;
 use super::qmp::{Qmp, QmpEvent};
-use crate::launch::last_words;
-use crate::ordered::{Ordered, unwanted};
-use crate::throttle::{Throttle, due};
+use crate::guest_orders::{GuestOrders, wait_for_last_user};
+use crate::launch::log_tail;
+use crate::throttle::{Throttle, wait_until};
 
 /// The longest wait for the end of a connection after the end of its process. The kernel closes the
 /// connection at once.
-const DRAINING: Duration = Duration::from_secs(1);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The state of the task.
-pub(crate) struct Watch {
+pub(crate) struct QemuMonitor {
     pub(crate) process: Process,
-    pub(crate) link: Arc<Link>,
-    pub(crate) guest: Arc<Ordered>,
+    pub(crate) link: Arc<QemuLink>,
+    pub(crate) guest: Arc<GuestOrders>,
     pub(crate) qmp_events: mpsc::Receiver<QmpEvent>,
     pub(crate) events: mpsc::Sender<VmmEvent>,
     pub(crate) reboot: RebootAction,
@@ -48,7 +48,7 @@ pub(crate) struct Watch {
     /// Ends when the VM's handle is dropped.
     pub(crate) handle: oneshot::Receiver<()>,
     /// The owner of the QEMU.
-    pub(crate) owner: Owner,
+    pub(crate) owner: QemuOwner,
     /// Limits the reports of a QEMU that stops and resumes its guest without end, because each
     /// report is stored.
     pub(crate) throttle: Throttle,
@@ -58,7 +58,7 @@ pub(crate) struct Watch {
 
 /// The owner of the watched QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
+pub(crate) enum QemuOwner {
     /// This program.
     Us,
     /// Another program. Its QEMU is neither signalled nor configured, and may run on after its
@@ -105,13 +105,13 @@ impl ShutdownReason {
 }
 
 #[derive(Deserialize)]
-struct Shutdown {
+struct ShutdownEvent {
     reason: ShutdownReason,
 }
 
 /// The data of GUEST_PANICKED.
 #[derive(Deserialize)]
-struct Panicked {
+struct PanicEvent {
     action: PanicAction,
 }
 
@@ -127,19 +127,19 @@ enum PanicAction {
 }
 
 #[derive(Deserialize)]
-pub(super) struct Reset {
+pub(super) struct ResetEvent {
     pub(super) guest: bool,
 }
 
-impl Watch {
+impl QemuMonitor {
     /// Watches until the end of the process was reported, or until both receiver and handle are
     /// dropped.
     pub(crate) async fn run(mut self) {
         let (process, link) = (self.process.clone(), Arc::clone(&self.link));
-        let mut end: Option<End> = None;
+        let mut end: Option<ExitSchedule> = None;
         loop {
-            if self.shutdown.is_some() && end.is_none() && self.owner == Owner::Us {
-                end = Some(End::told(Patience::WITH_OURS));
+            if self.shutdown.is_some() && end.is_none() && self.owner == QemuOwner::Us {
+                end = Some(ExitSchedule::starting_now(ExitTimeouts::WITH_OURS));
             }
             let compare_at = self.compare_at;
             tokio::select! {
@@ -149,15 +149,15 @@ impl Watch {
                 // ended, so `restored` reconnects, and then the state is compared because events
                 // may have been lost in the gap.
                 biased;
-                () = due(compare_at) => self.compare_if_due().await,
+                () = wait_until(compare_at) => self.compare_if_due().await,
                 event = self.qmp_events.recv() => match event {
                     Some(event) => self.take(event).await,
                     // Unreachable, because the link holds a sender.
                     None => break,
                 },
                 _ = process.wait() => break,
-                () = unwanted(&self.events, &mut self.handle) => return,
-                signal = End::is_due(&mut end) => hasten(&process, signal),
+                () = wait_for_last_user(&self.events, &mut self.handle) => return,
+                signal = ExitSchedule::is_due(&mut end) => send_due_signal(&process, signal),
                 qmp = link.restored() => self.catch_up(&qmp).await,
             }
         }
@@ -165,7 +165,7 @@ impl Watch {
         // events, so the reason for the end is known before `Gone` is sent. Only the reason matters
         // now, because a reset or a pause of an ended guest is no news.
         let exit = process.wait().await;
-        if tokio::time::timeout(DRAINING, link.drained()).await.is_err() {
+        if tokio::time::timeout(DRAIN_TIMEOUT, link.wait_until_drained()).await.is_err() {
             debug!(
                 "QEMU has gone, but its connection has not ended; the watch goes on without the connection"
             );
@@ -181,12 +181,12 @@ impl Watch {
     async fn take(&mut self, event: QmpEvent) {
         self.note_shutdown(&event);
         match event.name.as_str() {
-            "RESET" => match Reset::deserialize(&event.data) {
-                Ok(reset) if reset.guest => self.tell(VmmEvent::GuestReset),
+            "RESET" => match ResetEvent::deserialize(&event.data) {
+                Ok(reset) if reset.guest => self.report(VmmEvent::GuestReset),
                 // No other client speaks to a QEMU that this program started, so the reset is this
                 // program's own.
-                Ok(_) if self.owner == Owner::Another && self.guest.resets.is_anothers() => {
-                    self.tell(VmmEvent::ResetFromOutside);
+                Ok(_) if self.owner == QemuOwner::Another && self.guest.resets.is_anothers() => {
+                    self.report(VmmEvent::ResetFromOutside);
                 }
                 Ok(_) => {}
                 Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
@@ -219,7 +219,7 @@ impl Watch {
     /// Returns true if a QEMU that ends with its guest has reported the guest's shutdown. Such a
     /// QEMU is not asked any more.
     fn is_ending(&self) -> bool {
-        self.owner == Owner::Us && self.guest.has_shut_down()
+        self.owner == QemuOwner::Us && self.guest.has_shut_down()
     }
 
     /// Restores the state after a gap in the events: sets the reboot action that an interrupted
@@ -228,7 +228,7 @@ impl Watch {
         if self.is_ending() {
             return;
         }
-        if self.owner == Owner::Us
+        if self.owner == QemuOwner::Us
             && let Err(error) = qmp.set_reboot_action(self.reboot).await
         {
             warn!(%error, "QEMU's reboot action could not be set again");
@@ -238,7 +238,7 @@ impl Watch {
 
     /// Compares now, or when the throttle allows the next change.
     async fn compare_if_due(&mut self) {
-        self.compare_at = self.throttle.pass().err();
+        self.compare_at = self.throttle.admit().err();
         if self.compare_at.is_none()
             && !self.is_ending()
             && let Ok(qmp) = self.link.get()
@@ -259,8 +259,8 @@ impl Watch {
                 Err(error) => return debug!(%error, "QEMU does not report its guest's state"),
             };
             let event = match self.owner {
-                Owner::Us => difference(status, change.runs()),
-                Owner::Another => self.difference_of_another(status, change.runs()),
+                QemuOwner::Us => difference(status, change.runs()),
+                QemuOwner::Another => self.difference_of_another(status, change.runs()),
             };
             match event {
                 Some(VmmEvent::Resumed) => change.set_runs(true),
@@ -270,7 +270,7 @@ impl Watch {
             event
         };
         if let Some(event) = event {
-            self.tell(event);
+            self.report(event);
         }
     }
 
@@ -291,7 +291,7 @@ impl Watch {
 
     /// Sends an event without waiting. If the receiver is full, the event is dropped and the
     /// receiver reads the state at its next sample. The end is sent by `run`, which waits for room.
-    fn tell(&self, event: VmmEvent) {
+    fn report(&self, event: VmmEvent) {
         if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
             warn!(?event, "an event of the VMM was dropped, because too many events wait");
         }
@@ -301,7 +301,7 @@ impl Watch {
         let cause =
             if self.guest.is_to_end() { ExitCause::Requested } else { exit_cause(self.shutdown, exit) };
         let mut message = exit.to_string();
-        let said = last_words(&self.log).await;
+        let said = log_tail(&self.log).await;
         if !said.is_empty() {
             message = format!("{message}; QEMU's log ends with: {said}");
         }
@@ -313,11 +313,11 @@ impl Watch {
 pub(super) fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
     match event.name.as_str() {
         "SHUTDOWN" => {
-            let told = Shutdown::deserialize(&event.data);
+            let told = ShutdownEvent::deserialize(&event.data);
             Some(told.map_or(ShutdownReason::Other, |shutdown| shutdown.reason))
         }
         "GUEST_PANICKED" => {
-            let told = Panicked::deserialize(&event.data).ok()?;
+            let told = PanicEvent::deserialize(&event.data).ok()?;
             (told.action == PanicAction::Poweroff).then_some(ShutdownReason::GuestPanic)
         }
         _ => None,
@@ -336,7 +336,8 @@ fn difference(status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
     }
 }
 
-/// Returns the cause of an end with the reason `told`, if there was one, and this exit status.
+/// Returns the cause of an end with the reason `starting_now`, if there was one, and this exit
+/// status.
 fn exit_cause(told: Option<ShutdownReason>, exit: ProcessExit) -> ExitCause {
     match (told, exit.status) {
         (Some(reason), _) => reason.cause(),

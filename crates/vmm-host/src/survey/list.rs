@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 use vmm_core::id::InstanceId;
 
 use crate::lock;
-use crate::named::named;
+use crate::path_errors::named;
 use crate::run_dir::{self, SpareMark};
 
 /// The name of the list of state directories in the runtime folder.
@@ -25,7 +25,7 @@ const MAX_SERVED: u64 = 64 * 1024;
 
 /// The users of a runtime folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Served {
+pub enum RuntimeDirUsers {
     /// No state directory has signed. This program made nothing there, or the list was removed.
     Nobody,
     /// One state directory alone has used the folder.
@@ -76,14 +76,14 @@ impl Signature {
 ///
 /// # Errors
 /// Returns the kernel's error with the path.
-pub fn served(runtime_dir: &Path) -> io::Result<Served> {
+pub fn users_of(runtime_dir: &Path) -> io::Result<RuntimeDirUsers> {
     let signatures = signatures(runtime_dir)?;
     let instances: BTreeSet<_> = signatures.into_iter().map(|signature| signature.instance).collect();
     let mut instances = instances.into_iter();
     Ok(match (instances.next(), instances.next()) {
-        (None, _) => Served::Nobody,
-        (Some(Some(instance)), None) => Served::One(instance),
-        (Some(_), _) => Served::Many,
+        (None, _) => RuntimeDirUsers::Nobody,
+        (Some(Some(instance)), None) => RuntimeDirUsers::One(instance),
+        (Some(_), _) => RuntimeDirUsers::Many,
     })
 }
 
@@ -106,7 +106,7 @@ pub fn signatures(runtime_dir: &Path) -> io::Result<BTreeSet<Signature>> {
     Ok(lines.map(Signature::parse).collect())
 }
 
-/// The result of [`sign`].
+/// The result of [`record_user`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signed {
     /// True if the list had a line of this state directory already.
@@ -126,7 +126,7 @@ pub struct Signed {
 ///
 /// # Errors
 /// Returns the kernel's error with the path.
-pub fn sign(runtime_dir: &Path, instance: InstanceId, state_dir: &Path) -> io::Result<Signed> {
+pub fn record_user(runtime_dir: &Path, instance: InstanceId, state_dir: &Path) -> io::Result<Signed> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -218,7 +218,7 @@ mod tests {
         }
 
         fn sign(&self, runtime: &Path) -> Signed {
-            sign(runtime, self.instance, self.dir.path()).unwrap()
+            record_user(runtime, self.instance, self.dir.path()).unwrap()
         }
 
         fn signature(&self) -> Signature {
@@ -237,16 +237,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let runtime = dir.path().join("run");
         let (right, mistaken) = (State::new(), State::new());
-        assert_eq!(served(&runtime).unwrap(), Served::Nobody);
+        assert_eq!(users_of(&runtime).unwrap(), RuntimeDirUsers::Nobody);
         let signed = Signed { known: false, others: vec![], unmarked: false };
         assert_eq!(right.sign(&runtime), signed);
         assert_eq!(right.sign(&runtime), Signed { known: true, ..signed.clone() });
         right.makes_a_folder(&runtime);
         let others = vec![right.signature()];
         assert_eq!(mistaken.sign(&runtime), Signed { others, ..signed.clone() });
-        assert_eq!(served(&runtime).unwrap(), Served::Many);
+        assert_eq!(users_of(&runtime).unwrap(), RuntimeDirUsers::Many);
         assert_eq!(right.sign(&runtime), Signed { known: true, ..signed });
-        assert_eq!(served(&runtime).unwrap(), Served::One(right.instance));
+        assert_eq!(users_of(&runtime).unwrap(), RuntimeDirUsers::One(right.instance));
     }
 
     #[test]
@@ -271,7 +271,7 @@ mod tests {
         let signed = State::new().sign(dir.path());
         assert_eq!(signed.others, [Signature { instance: None, state_dir: None }]);
         assert!(signed.unmarked);
-        assert_eq!(served(dir.path()).unwrap(), Served::Many);
+        assert_eq!(users_of(dir.path()).unwrap(), RuntimeDirUsers::Many);
     }
 
     #[test]
@@ -279,12 +279,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (earlier, now) = (instance(), State::new());
         fs::write(dir.path().join(SERVED), format!("{earlier}\n")).unwrap();
-        assert_eq!(served(dir.path()).unwrap(), Served::One(earlier));
+        assert_eq!(users_of(dir.path()).unwrap(), RuntimeDirUsers::One(earlier));
         // The path of its state directory is not known, so its daemon may run.
         let others = vec![Signature { instance: Some(earlier), state_dir: None }];
         assert_eq!(now.sign(dir.path()), Signed { known: false, others, unmarked: false });
         fs::write(dir.path().join(SERVED), format!("{}\n{UNKNOWN}\n", now.instance)).unwrap();
-        assert_eq!(served(dir.path()).unwrap(), Served::Many);
+        assert_eq!(users_of(dir.path()).unwrap(), RuntimeDirUsers::Many);
         assert!(now.sign(dir.path()).known);
     }
 
@@ -292,6 +292,6 @@ mod tests {
     fn a_list_that_leads_elsewhere_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/nowhere/else", dir.path().join(SERVED)).unwrap();
-        assert!(sign(dir.path(), instance(), dir.path()).is_err());
+        assert!(record_user(dir.path(), instance(), dir.path()).is_err());
     }
 }

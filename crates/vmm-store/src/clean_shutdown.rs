@@ -12,7 +12,7 @@ use std::path::Path;
 use crate::open::with_suffix;
 
 /// Removes the mark. Returns true if the mark matched the database at `path`.
-pub(crate) fn take(lock: &File, path: &Path) -> bool {
+pub(crate) fn remove_mark(lock: &File, path: &Path) -> bool {
     let take = || -> io::Result<bool> {
         let mut file = lock;
         let mut found = String::new();
@@ -32,7 +32,7 @@ pub(crate) fn take(lock: &File, path: &Path) -> bool {
 
 /// Writes the mark of the database at `path`. Every connection must be closed. A failure is logged
 /// and costs the next start a full check.
-pub(crate) fn leave(lock: &File, path: &Path) {
+pub(crate) fn write_mark(lock: &File, path: &Path) {
     let leave = || -> io::Result<()> {
         let mut file = lock;
         lock.set_len(0)?;
@@ -82,10 +82,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = opened_and_closed(dir.path());
         let lock = open::lock(dir.path()).unwrap();
-        assert!(take(&lock, &path), "closed in order");
-        assert!(!take(&lock, &path), "a daemon that dies now has left none");
-        leave(&lock, &path);
-        assert!(take(&lock, &path));
+        assert!(remove_mark(&lock, &path), "closed in order");
+        assert!(!remove_mark(&lock, &path), "a daemon that dies now has left none");
+        write_mark(&lock, &path);
+        assert!(remove_mark(&lock, &path));
     }
 
     #[test]
@@ -104,9 +104,9 @@ mod tests {
         ];
         for change in changes {
             let lock = open::lock(dir.path()).unwrap();
-            leave(&lock, &path);
+            write_mark(&lock, &path);
             change();
-            assert!(!take(&lock, &path));
+            assert!(!remove_mark(&lock, &path));
         }
     }
 }

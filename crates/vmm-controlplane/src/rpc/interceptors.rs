@@ -21,10 +21,10 @@ use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 use super::RequestId;
 
 /// Turns a handler's panic into INTERNAL, so that the other calls go on.
-pub(super) struct CatchPanics;
+pub(super) struct PanicInterceptor;
 
 #[async_trait]
-impl Interceptor for CatchPanics {
+impl Interceptor for PanicInterceptor {
     async fn intercept_unary(
         &self,
         req: UnaryRequest,
@@ -89,18 +89,18 @@ pub(super) fn page_panicked(panic: Box<dyn Any + Send>) -> Response {
 
 /// Ends every stream with UNAVAILABLE when the server begins to drain, because a watch would
 /// outlast any deadline.
-pub(super) struct EndStreams {
+pub(super) struct DrainInterceptor {
     draining: watch::Receiver<bool>,
 }
 
-impl EndStreams {
+impl DrainInterceptor {
     pub(super) fn new(draining: watch::Receiver<bool>) -> Self {
         Self { draining }
     }
 }
 
 #[async_trait]
-impl Interceptor for EndStreams {
+impl Interceptor for DrainInterceptor {
     async fn intercept_streaming(
         &self,
         req: StreamRequest,
@@ -135,9 +135,9 @@ fn until_drain(mut items: PayloadStream, mut draining: watch::Receiver<bool>) ->
 }
 
 /// Refuses a call by its headers, before the handler sees the call.
-pub(super) struct Refuse(fn(&RequestContext) -> Result<(), ConnectError>);
+pub(super) struct RefusalInterceptor(fn(&RequestContext) -> Result<(), ConnectError>);
 
-impl Refuse {
+impl RefusalInterceptor {
     /// Refuses `Authorization`, because a caller whose credentials are ignored would believe that
     /// somebody had checked them.
     pub(super) const CREDENTIALS: Self = Self(credentials);
@@ -147,7 +147,7 @@ impl Refuse {
 }
 
 #[async_trait]
-impl Interceptor for Refuse {
+impl Interceptor for RefusalInterceptor {
     async fn intercept_unary(
         &self,
         req: UnaryRequest,

@@ -1,10 +1,10 @@
 //! The outcome of a failed request: an error that fits every client's limits, and one log line.
 //!
 //! ```text
-//!   request_id.rs ── puts an Outcome among the request's extensions
+//!   request_id.rs ── puts a FailureLog among the request's extensions
 //!        │
 //!        ├── host.rs, vital.rs, paths.rs ── refuse ──────────► line, answer
-//!        ├── ReportErrors, around every handler ─────────────► line, error
+//!        ├── ErrorInterceptor, around every handler ─────────► line, error
 //!        └── the RPC library, before any handler ── unreached ─► line, answer as it is
 //! ```
 //!
@@ -31,28 +31,28 @@ use http_body_util::{BodyExt as _, Full};
 use tracing::Span;
 
 use super::body;
-use super::error::{fit, shown};
+use super::error::{cut_to_trailer_limit, sendable_text};
 
 /// The number of failures of one method with one code that are logged as warnings within
-/// [`WINDOW`].
+/// [`WINDOW_INTERVAL`].
 const PER_WINDOW: u32 = 10;
-const WINDOW: Duration = Duration::from_secs(1);
+const WINDOW_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The longest text of an error in the log, in bytes.
 const MAX_TEXT: usize = 2000;
 
 /// The log of one request's failure. It is among the request's extensions.
 #[derive(Clone)]
-pub(super) struct Outcome {
-    lines: Lines,
+pub(super) struct FailureLog {
+    lines: FailureCounts,
     is_reached: Arc<AtomicBool>,
     /// The span of the request. The items of a stream are sent outside it.
     span: Span,
     began: Instant,
 }
 
-impl Outcome {
-    pub(super) fn new(lines: &Lines, span: Span) -> Self {
+impl FailureLog {
+    pub(super) fn new(lines: &FailureCounts, span: Span) -> Self {
         Self { lines: lines.clone(), is_reached: Arc::default(), span, began: Instant::now() }
     }
 
@@ -74,14 +74,14 @@ impl Outcome {
 
 /// Answers a request with an error, and logs the error.
 pub(super) async fn refuse(request: Request, error: ConnectError) -> Response {
-    let outcome = Outcome::of(request.extensions());
-    let headers = body::finish(request).await;
+    let outcome = FailureLog::of(request.extensions());
+    let headers = body::discard_rest(request).await;
     answer(outcome.as_ref(), &headers, error)
 }
 
 /// Turns an error into the answer to a request whose body has been read, and logs the error.
-pub(super) fn answer(outcome: Option<&Outcome>, headers: &HeaderMap, error: ConnectError) -> Response {
-    let error = fit(error);
+pub(super) fn answer(outcome: Option<&FailureLog>, headers: &HeaderMap, error: ConnectError) -> Response {
+    let error = cut_to_trailer_limit(error);
     if let Some(outcome) = outcome {
         outcome.failed("", &error);
     }
@@ -91,7 +91,7 @@ pub(super) fn answer(outcome: Option<&Outcome>, headers: &HeaderMap, error: Conn
 /// Logs an answer with which the RPC library refused a request before any method was called.
 ///
 /// The library makes such an answer as a whole, so reading its body does not wait.
-pub(super) async fn unreached(outcome: &Outcome, response: Response) -> Response {
+pub(super) async fn unreached(outcome: &FailureLog, response: Response) -> Response {
     let (parts, body) = response.into_parts();
     let Ok(body) = body.collect().await else { return Response::from_parts(parts, Body::empty()) };
     let trailers = body.trailers().cloned();
@@ -107,11 +107,11 @@ pub(super) async fn unreached(outcome: &Outcome, response: Response) -> Response
 
 /// Logs every error of a handler or of an inner interceptor, and shortens the error to fit into
 /// trailers.
-pub(super) struct ReportErrors;
+pub(super) struct ErrorInterceptor;
 
 /// Marks a call as having reached its method.
-fn reach(ctx: &RequestContext) -> Option<(Outcome, String)> {
-    let outcome = Outcome::of(ctx.extensions())?;
+fn mark_reached(ctx: &RequestContext) -> Option<(FailureLog, String)> {
+    let outcome = FailureLog::of(ctx.extensions())?;
     outcome.is_reached.store(true, Ordering::Relaxed);
     let procedure = ctx.path().unwrap_or_default().to_owned();
     // Only the name of a method that exists counts as an operation.
@@ -119,8 +119,8 @@ fn reach(ctx: &RequestContext) -> Option<(Outcome, String)> {
     Some((outcome, procedure))
 }
 
-fn reported(call: Option<&(Outcome, String)>, error: ConnectError) -> ConnectError {
-    let error = fit(error);
+fn reported(call: Option<&(FailureLog, String)>, error: ConnectError) -> ConnectError {
+    let error = cut_to_trailer_limit(error);
     if let Some((outcome, procedure)) = call {
         outcome.failed(procedure, &error);
     }
@@ -128,13 +128,13 @@ fn reported(call: Option<&(Outcome, String)>, error: ConnectError) -> ConnectErr
 }
 
 #[async_trait]
-impl Interceptor for ReportErrors {
+impl Interceptor for ErrorInterceptor {
     async fn intercept_unary(
         &self,
         req: UnaryRequest,
         next: Next<'_>,
     ) -> Result<UnaryResponse, ConnectError> {
-        let call = reach(&req.ctx);
+        let call = mark_reached(&req.ctx);
         next.run(req).await.map_err(|error| reported(call.as_ref(), error))
     }
 
@@ -144,7 +144,7 @@ impl Interceptor for ReportErrors {
         inbound: PayloadStream,
         next: NextStream<'_>,
     ) -> Result<StreamResponse, ConnectError> {
-        let call = reach(&req.ctx);
+        let call = mark_reached(&req.ctx);
         let response = next.run(req, inbound).await.map_err(|error| reported(call.as_ref(), error))?;
         Ok(response.map_body(|items| -> PayloadStream {
             Box::pin(items.map(move |item| item.map_err(|error| reported(call.as_ref(), error))))
@@ -155,20 +155,20 @@ impl Interceptor for ReportErrors {
 /// The number of failures of each method and code that were logged recently. Clones share one
 /// count.
 #[derive(Clone, Default)]
-pub(super) struct Lines(Arc<Mutex<HashMap<(String, ErrorCode), Window>>>);
+pub(super) struct FailureCounts(Arc<Mutex<HashMap<(String, ErrorCode), CountWindow>>>);
 
 /// The number of failures since the window began.
-struct Window {
+struct CountWindow {
     began: Instant,
     count: u32,
 }
 
-impl Lines {
+impl FailureCounts {
     /// Logs a failure. `procedure` is a method of this server or empty, so the number of windows
     /// stays small.
     fn failed(&self, procedure: &str, error: &ConnectError, duration_ms: u64) {
         let (reason, outcome) = (error.code.as_str(), "failed");
-        let detail = shown(error.message.clone().unwrap_or_default(), MAX_TEXT);
+        let detail = sendable_text(error.message.clone().unwrap_or_default(), MAX_TEXT);
         // A wait that ended at its deadline is an answer that the client asked for, and no failure.
         let is_answer = procedure.ends_with("/WaitVm") && error.code == ErrorCode::DeadlineExceeded;
         match self.admit(procedure, error.code, Instant::now()) {
@@ -193,11 +193,12 @@ impl Lines {
         // The count includes the failures that were not logged. When a window has passed, those
         // beyond PER_WINDOW are the number that the next line reports, and a new window begins with
         // this failure.
-        let window = windows.entry((procedure.to_owned(), code)).or_insert(Window { began: now, count: 0 });
+        let window =
+            windows.entry((procedure.to_owned(), code)).or_insert(CountWindow { began: now, count: 0 });
         let mut missed = 0;
-        if now.duration_since(window.began) >= WINDOW {
+        if now.duration_since(window.began) >= WINDOW_INTERVAL {
             missed = window.count.saturating_sub(PER_WINDOW);
-            *window = Window { began: now, count: 0 };
+            *window = CountWindow { began: now, count: 0 };
         }
         window.count = window.count.saturating_add(1);
         (window.count <= PER_WINDOW).then_some(missed)
@@ -210,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_flood_has_few_lines_and_its_size_is_told() {
-        let lines = Lines::default();
+        let lines = FailureCounts::default();
         let begin = Instant::now();
         let admitted = |at, procedure: &str, code| lines.admit(procedure, code, begin + at);
         let flood: Vec<_> = (0..1000).map(|_| admitted(Duration::ZERO, "/a", ErrorCode::NotFound)).collect();
@@ -218,7 +219,7 @@ mod tests {
         // Other methods and other codes are counted separately.
         assert_eq!(admitted(Duration::ZERO, "/b", ErrorCode::NotFound), Some(0));
         assert_eq!(admitted(Duration::ZERO, "/a", ErrorCode::Internal), Some(0));
-        assert_eq!(admitted(WINDOW, "/a", ErrorCode::NotFound), Some(990));
-        assert_eq!(admitted(WINDOW, "/a", ErrorCode::NotFound), Some(0));
+        assert_eq!(admitted(WINDOW_INTERVAL, "/a", ErrorCode::NotFound), Some(990));
+        assert_eq!(admitted(WINDOW_INTERVAL, "/a", ErrorCode::NotFound), Some(0));
     }
 }

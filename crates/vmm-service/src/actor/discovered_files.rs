@@ -15,15 +15,15 @@ use vmm_core::store::{HostClaim, RunRecord};
 use super::Actor;
 use super::budget::Budget;
 use super::hold::Hold;
-use super::journal::{Turn, Why};
+use super::journal::{ChangeReason, RecordUpdate};
 
 /// The time between two looks. A look may keep the actor from its operations for three seconds.
-const INTERVAL: Duration = Duration::from_secs(30);
+const FILE_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Returns the instant of the next look at the files of `run`, or `None` if all of its disks are
 /// known by device and inode.
 pub(super) fn next_look(run: &RunRecord) -> Option<Instant> {
-    run.claims.iter().any(|claim| path_of(claim).is_some()).then(|| Instant::now() + INTERVAL)
+    run.claims.iter().any(|claim| path_of(claim).is_some()).then(|| Instant::now() + FILE_CHECK_INTERVAL)
 }
 
 /// Returns the path of a disk that is known by its path alone.
@@ -38,10 +38,10 @@ impl Actor {
     /// Looks at the files again. Disks whose files answer are claimed by device and inode.
     pub(super) async fn claim_files(&mut self) {
         if let Some(live) = self.hold.live_mut() {
-            live.files_due = Some(Instant::now() + INTERVAL);
+            live.files_due = Some(Instant::now() + FILE_CHECK_INTERVAL);
         }
         let budget = Budget::of_own_step();
-        let Ok(Ok(facts)) = self.look(budget, true).await else { return };
+        let Ok(Ok(facts)) = self.check_files(budget, true).await else { return };
         let Some(run) = self.hold.run() else { return };
         let answered = |path| facts.claims.iter().any(|claim| is_disk_at(claim, path));
         let kept = run.claims.iter().filter(|claim| !path_of(claim).is_some_and(answered));
@@ -59,9 +59,10 @@ impl Actor {
             return;
         }
         let status = self.status(Phase::at_rest(self.record.state)).because(Reason::FilesAnswer, "");
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself("files-answer"), status)
-            .intending(self.record.intent.clone());
-        let _ = self.conclude(budget, turn).await;
+        let update =
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("files-answer"), status)
+                .intending(self.record.intent.clone());
+        let _ = self.conclude(budget, update).await;
     }
 }
 

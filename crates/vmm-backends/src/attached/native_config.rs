@@ -33,23 +33,23 @@ pub(crate) fn list<'a>(of: &'a Value, field: &str) -> impl Iterator<Item = &'a V
     of.get(field).and_then(Value::as_array).into_iter().flatten().take(MAX_DEVICES)
 }
 
-/// Appends to `untold` the name of each field of `of` that is set, except those in `known` and
-/// those with a value in `defaults`. `what` precedes the name.
-pub(crate) fn others(
+/// Appends to `unrepresented` the name of each field of `of` that is set, except those in `known`
+/// and those with a value in `defaults`. `what` precedes the name.
+pub(crate) fn list_unrepresented(
     of: &Value,
     known: &[&str],
     defaults: &[(&str, Value)],
-    untold: &mut Vec<String>,
+    unrepresented: &mut Vec<String>,
     what: &str,
 ) {
     let Some(fields) = of.as_object() else { return };
     // The number is limited, because a VMM may report fields without end.
     for (name, value) in fields.iter().take(MAX_DEVICES) {
         let is_default = defaults.iter().any(|(field, default)| field == name && default == value);
-        if known.contains(&name.as_str()) || is_default || is_nothing(value) {
+        if known.contains(&name.as_str()) || is_default || is_empty_value(value) {
             continue;
         }
-        untold.push(sanitize::version(&if what.is_empty() {
+        unrepresented.push(sanitize::version(&if what.is_empty() {
             name.clone()
         } else {
             format!("{what} {name}")
@@ -57,31 +57,32 @@ pub(crate) fn others(
     }
 }
 
-fn is_nothing(value: &Value) -> bool {
+fn is_empty_value(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Array(list) => list.is_empty(),
-        Value::Object(fields) => fields.values().all(is_nothing),
+        Value::Object(fields) => fields.values().all(is_empty_value),
         Value::String(text) => text.is_empty(),
         Value::Bool(true) | Value::Number(_) => false,
     }
 }
 
 /// Returns true if `theirs` contains every value of `ours`. `theirs` may contain more.
-pub(crate) fn is_in(ours: &Value, theirs: &Value) -> bool {
+pub(crate) fn contains_values(ours: &Value, theirs: &Value) -> bool {
     match (ours, theirs) {
-        (Value::Object(ours), Value::Object(theirs)) => fields_in(ours, theirs),
+        (Value::Object(ours), Value::Object(theirs)) => contains_fields(ours, theirs),
         (Value::Array(ours), Value::Array(theirs)) => {
-            ours.len() == theirs.len() && ours.iter().zip(theirs).all(|(ours, theirs)| is_in(ours, theirs))
+            ours.len() == theirs.len()
+                && ours.iter().zip(theirs).all(|(ours, theirs)| contains_values(ours, theirs))
         }
         _ => ours == theirs,
     }
 }
 
-fn fields_in(ours: &Map<String, Value>, theirs: &Map<String, Value>) -> bool {
+fn contains_fields(ours: &Map<String, Value>, theirs: &Map<String, Value>) -> bool {
     ours.iter().all(|(name, ours)| match theirs.get(name) {
-        Some(theirs) => is_in(ours, theirs),
-        None => is_nothing(ours),
+        Some(theirs) => contains_values(ours, theirs),
+        None => is_empty_value(ours),
     })
 }
 
@@ -94,7 +95,7 @@ mod unit_tests {
     #[test]
     fn more_may_be_said_but_nothing_else() {
         let ours = json!({"a": 1, "list": [{"id": "x"}], "none": [], "off": false});
-        assert!(is_in(&ours, &json!({"a": 1, "b": 2, "list": [{"id": "x", "more": true}]})));
+        assert!(contains_values(&ours, &json!({"a": 1, "b": 2, "list": [{"id": "x", "more": true}]})));
         for other in [
             json!({"a": 2, "list": [{"id": "x"}]}),
             json!({"a": 1, "list": []}),
@@ -103,15 +104,15 @@ mod unit_tests {
             json!({"a": 1, "list": [{"id": "x"}], "off": true}),
             json!([]),
         ] {
-            assert!(!is_in(&ours, &other), "{other}");
+            assert!(!contains_values(&ours, &other), "{other}");
         }
     }
 
     #[test]
     fn only_what_is_set_is_named() {
-        let mut untold = Vec::new();
-        let told = json!({"a": 1, "b": null, "c": [], "d": {"e": false}, "f": 2, "g": {"h": 1}});
-        others(&told, &["a"], &[("f", json!(2))], &mut untold, "");
-        assert_eq!(untold, ["g"]);
+        let mut unrepresented = Vec::new();
+        let reported = json!({"a": 1, "b": null, "c": [], "d": {"e": false}, "f": 2, "g": {"h": 1}});
+        list_unrepresented(&reported, &["a"], &[("f", json!(2))], &mut unrepresented, "");
+        assert_eq!(unrepresented, ["g"]);
     }
 }

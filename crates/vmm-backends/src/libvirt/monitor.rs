@@ -21,31 +21,31 @@ use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_host::process::{Process, Signal};
 use vmm_libvirt_wire::{DomainState, Lifecycle};
 
-use super::domain::{LOOKING, failure, guest_state};
-use super::link::{Event, Link, State, Watched};
-use crate::ordered::{Ordered, unwanted};
-use crate::qemu::ending::{End, Patience, hasten};
-use crate::qemu::watch::ShutdownReason;
-use crate::throttle::{Throttle, due};
+use super::domain::{QUICK_CALL_TIMEOUT, failure, guest_state};
+use super::link::{DomainEvent, DomainEvents, LibvirtLink, LinkState};
+use crate::guest_orders::{GuestOrders, wait_for_last_user};
+use crate::qemu::exit_schedule::{ExitSchedule, ExitTimeouts, send_due_signal};
+use crate::qemu::monitor::ShutdownReason;
+use crate::throttle::{Throttle, wait_until};
 
 /// The time in which a connected libvirt must report how a domain ended whose QEMU has ended.
-const LAST_WORD: Duration = Duration::from_secs(3);
+const END_REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The state of the task.
-pub(super) struct Watch {
-    pub(super) watched: Watched,
+pub(super) struct DomainMonitor {
+    pub(super) watched: DomainEvents,
     pub(super) process: Process,
-    pub(super) link: Arc<Link>,
-    pub(super) guest: Arc<Ordered>,
+    pub(super) link: Arc<LibvirtLink>,
+    pub(super) guest: Arc<GuestOrders>,
     pub(super) events: mpsc::Sender<VmmEvent>,
     /// The reason for QEMU's end, as QEMU reported it.
     pub(super) reason: Option<ShutdownReason>,
     /// The end of the domain, as libvirt reported it.
     pub(super) ended: Option<Lifecycle>,
     /// The time limits of QEMU's end, or `None` if this program must not end it.
-    pub(super) patience: Option<Patience>,
+    pub(super) patience: Option<ExitTimeouts>,
     /// The end that QEMU has announced.
-    pub(super) end: Option<End>,
+    pub(super) end: Option<ExitSchedule>,
     /// Ends when the VM's handle is dropped.
     pub(super) handle: oneshot::Receiver<()>,
     /// Limits the comparisons of a domain that is stopped and resumed without end, because each
@@ -67,7 +67,7 @@ struct ResetData {
     guest: bool,
 }
 
-impl Watch {
+impl DomainMonitor {
     /// Watches until the end of the process was reported, or until both receiver and handle are
     /// dropped.
     pub(super) async fn run(mut self) {
@@ -79,43 +79,45 @@ impl Watch {
             // because an event may cancel it.
             tokio::select! {
                 biased;
-                () = due(compare_at) => self.compare_if_due().await,
+                () = wait_until(compare_at) => self.compare_if_due().await,
                 event = self.watched.events.recv() => match event {
-                    Some(event) => self.take(event).await,
+                    Some(event) => self.on_event(event).await,
                     // Another watch of the same domain has replaced this one.
                     None => return,
                 },
                 _ = process.wait() => break,
-                () = unwanted(&self.events, &mut self.handle) => return,
-                signal = End::is_due(&mut self.end) => self.hasten(signal).await,
+                () = wait_for_last_user(&self.events, &mut self.handle) => return,
+                signal = ExitSchedule::is_due(&mut self.end) => self.signal_waited_for_qemu(signal).await,
             }
         }
-        self.hear_last_word().await;
+        self.wait_for_end_report().await;
         let gone = VmmEvent::Gone(self.describe());
         // A dropped receiver is no error.
         let _ = self.events.send(gone).await;
     }
 
-    async fn take(&mut self, event: Event) {
+    async fn on_event(&mut self, event: DomainEvent) {
         self.note_end(&event);
         match event {
-            Event::Monitor(name, data) if name == "RESET" => match serde_json::from_str::<ResetData>(&data) {
-                Ok(reset) => self.was_reset(reset.guest),
-                Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
-            },
+            DomainEvent::Monitor(name, data) if name == "RESET" => {
+                match serde_json::from_str::<ResetData>(&data) {
+                    Ok(reset) => self.was_reset(reset.guest),
+                    Err(error) => warn!(%error, "QEMU's RESET event cannot be read"),
+                }
+            }
             // A change that the throttle has delayed is compared later, whatever follows until
             // then.
-            Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected
+            DomainEvent::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | DomainEvent::Connected
                 if self.compare_at.is_some() => {}
-            Event::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | Event::Connected => {
+            DomainEvent::Lifecycle(Lifecycle::Suspended | Lifecycle::Resumed) | DomainEvent::Connected => {
                 self.compare_if_due().await;
             }
-            Event::Lifecycle(Lifecycle::Undefined) => {
+            DomainEvent::Lifecycle(Lifecycle::Undefined) => {
                 info!(
                     "another program undefined the domain; its guest goes on, and the next start defines the domain again"
                 );
             }
-            Event::Lifecycle(_) | Event::Monitor(..) => {}
+            DomainEvent::Lifecycle(_) | DomainEvent::Monitor(..) => {}
         }
     }
 
@@ -125,20 +127,20 @@ impl Watch {
         self.reason = None;
         self.ending(false);
         if by_guest {
-            self.tell(VmmEvent::GuestReset);
+            self.report(VmmEvent::GuestReset);
         } else if self.guest.resets.is_anothers() {
-            self.tell(VmmEvent::ResetFromOutside);
+            self.report(VmmEvent::ResetFromOutside);
         }
     }
 
     /// Signals a QEMU that has announced its end and still runs, if libvirt waits for that end,
     /// too. The cancelling event may have been missed.
-    async fn hasten(&mut self, signal: Signal) {
+    async fn signal_waited_for_qemu(&mut self, signal: Signal) {
         // libvirt cancels an announced end for a reboot. A signal to a QEMU whose guest goes on
         // would kill a healthy VM.
-        let known = self.link.look(self.watched.domain(), LOOKING).await;
+        let known = self.link.look(self.watched.domain(), QUICK_CALL_TIMEOUT).await;
         match known.map(|domain| domain.map(|known| known.state)) {
-            Ok(Some(DomainState::ShuttingDown)) => hasten(&self.process, signal),
+            Ok(Some(DomainState::ShuttingDown)) => send_due_signal(&self.process, signal),
             Ok(Some(DomainState::Running | DomainState::Paused)) => self.ending(false),
             Ok(other) => debug!(?other, "QEMU has not ended, and libvirt does not wait for that"),
             Err(error) => {
@@ -147,41 +149,42 @@ impl Watch {
         }
     }
 
-    /// Records whether QEMU is about to end. [`hasten`](Self::hasten) follows if it does not.
+    /// Records whether QEMU is about to end. [`send_due_signal`](Self::signal_waited_for_qemu)
+    /// follows if it does not.
     pub(super) fn ending(&mut self, ends: bool) {
         if !ends {
             self.end = None;
         } else if self.end.is_none() {
-            self.end = self.patience.map(End::told);
+            self.end = self.patience.map(ExitSchedule::starting_now);
         }
     }
 
     /// Records the reason for the domain's end. The first reason counts.
-    fn note_end(&mut self, event: &Event) {
+    fn note_end(&mut self, event: &DomainEvent) {
         match event {
-            Event::Monitor(name, data) if name == "SHUTDOWN" => {
+            DomainEvent::Monitor(name, data) if name == "SHUTDOWN" => {
                 let read = serde_json::from_str::<ShutdownData>(data);
                 self.reason = self.reason.or(Some(read.map_or(ShutdownReason::Other, |data| data.reason)));
                 self.ending(true);
             }
             // libvirt stops the guest's CPUs after a panic, and then ends QEMU by a signal.
-            Event::Monitor(name, _) if name == "GUEST_PANICKED" && self.patience.is_some() => {
+            DomainEvent::Monitor(name, _) if name == "GUEST_PANICKED" && self.patience.is_some() => {
                 self.reason = self.reason.or(Some(ShutdownReason::GuestPanic));
             }
-            Event::Lifecycle(
+            DomainEvent::Lifecycle(
                 how @ (Lifecycle::Stopped
                 | Lifecycle::Destroyed
                 | Lifecycle::Failed
                 | Lifecycle::Moved
                 | Lifecycle::Crashed),
             ) => self.ended = self.ended.or(Some(*how)),
-            Event::Lifecycle(_) | Event::Monitor(..) | Event::Connected => {}
+            DomainEvent::Lifecycle(_) | DomainEvent::Monitor(..) | DomainEvent::Connected => {}
         }
     }
 
     /// Compares now, or when the throttle allows the next change.
     async fn compare_if_due(&mut self) {
-        self.compare_at = self.throttle.pass().err();
+        self.compare_at = self.throttle.admit().err();
         if self.compare_at.is_none() {
             self.compare().await;
         }
@@ -198,7 +201,7 @@ impl Watch {
         // the state in between, and its own change would be reported as another client's.
         let (state, event) = {
             let change = self.guest.change().await;
-            let state = match self.link.look(self.watched.domain(), LOOKING).await {
+            let state = match self.link.look(self.watched.domain(), QUICK_CALL_TIMEOUT).await {
                 Ok(Some(domain)) => domain.state,
                 // The end of the domain is reported by its process.
                 Ok(None) => return,
@@ -216,13 +219,13 @@ impl Watch {
             self.ending(true);
         }
         if let Some(event) = event {
-            self.tell(event);
+            self.report(event);
         }
     }
 
     /// Sends an event without waiting. If the receiver is full, the event is dropped and the
     /// receiver reads the state at its next sample. The end is sent by `run`, which waits for room.
-    fn tell(&self, event: VmmEvent) {
+    fn report(&self, event: VmmEvent) {
         if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
             warn!(?event, "an event of the VMM was dropped, because too many events wait");
         }
@@ -230,11 +233,11 @@ impl Watch {
 
     /// Waits after the end of QEMU until libvirt has reported how the domain ended, if libvirt is
     /// connected.
-    async fn hear_last_word(&mut self) {
-        if !matches!(self.link.state(), State::Up(_)) {
+    async fn wait_for_end_report(&mut self) {
+        if !matches!(self.link.state(), LinkState::Up(_)) {
             return;
         }
-        let heard = tokio::time::timeout(LAST_WORD, async {
+        let heard = tokio::time::timeout(END_REPORT_TIMEOUT, async {
             while self.ended.is_none() {
                 let Some(event) = self.watched.events.recv().await else { return };
                 self.note_end(&event);

@@ -6,22 +6,22 @@ use tokio::sync::watch;
 
 /// The number of operations in progress.
 #[derive(Clone)]
-pub(crate) struct Counter(watch::Sender<usize>);
+pub(crate) struct OperationCounter(watch::Sender<usize>);
 
 /// An operation in progress. It is counted until this value is dropped.
-pub(crate) struct UnderWay(watch::Sender<usize>);
+pub(crate) struct OperationGuard(watch::Sender<usize>);
 
-impl Default for Counter {
+impl Default for OperationCounter {
     fn default() -> Self {
         Self(watch::Sender::new(0))
     }
 }
 
-impl Counter {
+impl OperationCounter {
     /// Counts one more operation.
-    pub(crate) fn begin(&self) -> UnderWay {
+    pub(crate) fn begin(&self) -> OperationGuard {
         self.0.send_modify(|count| *count += 1);
-        UnderWay(self.0.clone())
+        OperationGuard(self.0.clone())
     }
 
     /// Waits until no operation is in progress.
@@ -41,7 +41,7 @@ impl Counter {
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for OperationGuard {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count = count.saturating_sub(1));
     }

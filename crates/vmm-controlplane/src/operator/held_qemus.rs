@@ -11,11 +11,11 @@ use vmm_core::store::VmRecord;
 use vmm_host::lock;
 use vmm_host::process::{Lookup, adopt};
 
-use crate::config::{BackendName, Config, Endpoint};
+use crate::config::{BackendChoice, DaemonConfig, Endpoint};
 
 /// A QEMU that the daemon is attached to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Held {
+pub(super) struct HeldQemu {
     /// The QMP socket.
     pub(super) socket: PathBuf,
     /// The finding from the daemon's records: the text to show, or the reason for which the QEMU
@@ -25,7 +25,7 @@ pub(super) struct Held {
 
 /// Returns the sockets of this configuration that a daemon on this state directory is attached to.
 /// The function connects to none of them. It must be called inside a Tokio runtime.
-pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
+pub(super) fn held_by_daemon(config: &DaemonConfig) -> Vec<HeldQemu> {
     let Endpoint::Unix(sockets) = &config.qemu.endpoint else { return Vec::new() };
     let runs = lock::holder(&config.state_dir).is_ok_and(|holder| holder.is_some());
     // An error of the database has a line of its own in the output of `doctor`.
@@ -35,7 +35,7 @@ pub(super) fn by_daemon(config: &Config) -> Vec<Held> {
     };
     let unreadable = snapshot.unreadable.into_iter().map(|vm| *vm.record);
     let vms: Vec<VmRecord> = snapshot.vms.into_iter().chain(unreadable).collect();
-    sockets.iter().filter_map(|socket| Some(held(socket, holder_of(socket, &vms)?))).collect()
+    sockets.iter().filter_map(|socket| Some(held_qemu(socket, holder_of(socket, &vms)?))).collect()
 }
 
 /// Returns the VM that the daemon runs behind `socket`, if there is one.
@@ -46,13 +46,13 @@ fn holder_of<'a>(socket: &Path, vms: &'a [VmRecord]) -> Option<&'a VmRecord> {
         let is_there = vm.kind.socket().is_some_and(|named| Path::new(named) == socket);
         let process = vm.run.as_ref().map(|run| &run.process);
         is_there
-            && vm.backend.as_str() == BackendName::Qemu.as_str()
+            && vm.backend.as_str() == BackendChoice::Qemu.as_str()
             && vm.state.is_live()
             && process.is_some_and(|process| !matches!(adopt(process), Lookup::Gone))
     })
 }
 
-fn held(socket: &Path, vm: &VmRecord) -> Held {
+fn held_qemu(socket: &Path, vm: &VmRecord) -> HeldQemu {
     let (version, pid) =
         vm.run.as_ref().map(|run| (run.version.clone(), run.process.pid)).unwrap_or_default();
     let shown = socket.display();
@@ -65,5 +65,5 @@ fn held(socket: &Path, vm: &VmRecord) -> Held {
             vm.vm_id
         ))
     };
-    Held { socket: socket.to_path_buf(), found }
+    HeldQemu { socket: socket.to_path_buf(), found }
 }

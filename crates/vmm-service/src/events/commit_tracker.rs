@@ -26,13 +26,13 @@ use vmm_core::event::EventSeq;
 
 /// The account of the commits in progress.
 #[derive(Debug)]
-pub(super) struct Settled {
-    ledger: Mutex<Ledger>,
+pub(super) struct CommitTracker {
+    ledger: Mutex<OpenCommits>,
     place: watch::Sender<EventSeq>,
 }
 
 #[derive(Debug)]
-struct Ledger {
+struct OpenCommits {
     /// The last place with which a commit was answered.
     answered: EventSeq,
     /// The floors of the open commits, in the order in which they began, so that the first is the
@@ -41,21 +41,21 @@ struct Ledger {
     next: u64,
 }
 
-impl Settled {
+impl CommitTracker {
     /// Creates the account of a log that is settled up to `last`.
     pub(super) fn new(last: EventSeq) -> Self {
-        let ledger = Ledger { answered: last, open: BTreeMap::new(), next: 0 };
+        let ledger = OpenCommits { answered: last, open: BTreeMap::new(), next: 0 };
         Self { ledger: Mutex::new(ledger), place: watch::Sender::new(last) }
     }
 
     /// Opens a commit that is about to be sent.
-    pub(super) fn open(self: &Arc<Self>) -> Open {
+    pub(super) fn open(self: &Arc<Self>) -> OpenCommit {
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         let number = ledger.next;
         ledger.next += 1;
         let floor = ledger.answered;
         ledger.open.insert(number, floor);
-        Open { settled: Arc::clone(self), number }
+        OpenCommit { settled: Arc::clone(self), number }
     }
 
     /// Returns the last place with which a commit was answered. It may not be settled yet.
@@ -84,12 +84,12 @@ impl Settled {
 
 /// A commit in progress. It closes when it is dropped.
 #[derive(Debug)]
-pub(super) struct Open {
-    settled: Arc<Settled>,
+pub(super) struct OpenCommit {
+    settled: Arc<CommitTracker>,
     number: u64,
 }
 
-impl Open {
+impl OpenCommit {
     /// Notes the place of the commit's event.
     pub(super) fn answered(&self, seq: EventSeq) {
         let mut ledger = self.settled.ledger.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,7 +97,7 @@ impl Open {
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenCommit {
     fn drop(&mut self) {
         self.settled.close(self.number);
     }
@@ -109,13 +109,13 @@ mod tests {
 
     use super::*;
 
-    fn place(settled: &Settled) -> u64 {
+    fn place(settled: &CommitTracker) -> u64 {
         settled.place.borrow().0
     }
 
     #[test]
     fn what_is_open_holds_back_only_what_came_after_it_began() {
-        let settled = Arc::new(Settled::new(EventSeq(5)));
+        let settled = Arc::new(CommitTracker::new(EventSeq(5)));
         let (a, b) = (settled.open(), settled.open());
         b.answered(EventSeq(7));
         drop(b);
@@ -133,9 +133,9 @@ mod tests {
         /// some are written unheard.
         #[test]
         fn whatever_is_settled_is_shown(steps in prop::collection::vec((0..4_u8, 0..8_usize), 0..200)) {
-            let settled = Arc::new(Settled::new(EventSeq(0)));
+            let settled = Arc::new(CommitTracker::new(EventSeq(0)));
             let mut log = 0;
-            let mut open: Vec<(Open, Option<u64>, bool)> = Vec::new();
+            let mut open: Vec<(OpenCommit, Option<u64>, bool)> = Vec::new();
             let mut unheard = Vec::new();
             let mut shown = Vec::new();
             for (step, which) in steps {

@@ -12,11 +12,11 @@ use vmm_host::process::{Process, Signal};
 
 /// The longest time from the announcement to SIGKILL. Closing the disks takes as long as the host
 /// takes to write. A QEMU that still runs after this time hangs in a way that no signal ends.
-pub(crate) const ENDING: Duration = Duration::from_secs(30);
+pub(crate) const EXIT_LIMIT: Duration = Duration::from_secs(30);
 
 /// The time limits for a QEMU that has announced its shutdown.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience {
+pub(crate) struct ExitTimeouts {
     /// The time until the first SIGTERM.
     pub(crate) first: Duration,
     /// The time between two signals.
@@ -25,27 +25,27 @@ pub(crate) struct Patience {
     pub(crate) last: Duration,
 }
 
-impl Patience {
+impl ExitTimeouts {
     /// For a QEMU that this program started.
     pub(crate) const WITH_OURS: Self =
-        Self { first: Duration::from_millis(300), again: Duration::from_secs(1), last: ENDING };
+        Self { first: Duration::from_millis(300), again: Duration::from_secs(1), last: EXIT_LIMIT };
     /// For a QEMU that libvirt started. libvirt sends such a signal itself, or resets the guest
     /// instead, which takes it a moment.
     pub(crate) const WITH_LIBVIRTS: Self =
-        Self { first: Duration::from_secs(5), again: Duration::from_secs(1), last: ENDING };
+        Self { first: Duration::from_secs(5), again: Duration::from_secs(1), last: EXIT_LIMIT };
 }
 
 /// The schedule of signals to a QEMU that has announced its shutdown.
 #[derive(Debug)]
-pub(crate) struct End {
+pub(crate) struct ExitSchedule {
     next: Instant,
     again: Duration,
     last: Instant,
 }
 
-impl End {
+impl ExitSchedule {
     /// Returns the schedule that begins now.
-    pub(crate) fn told(patience: Patience) -> Self {
+    pub(crate) fn starting_now(patience: ExitTimeouts) -> Self {
         let now = Instant::now();
         Self { next: now + patience.first, again: patience.again, last: now + patience.last }
     }
@@ -65,7 +65,7 @@ impl End {
 }
 
 /// Sends the due signal to a QEMU.
-pub(crate) fn hasten(process: &Process, signal: Signal) {
+pub(crate) fn send_due_signal(process: &Process, signal: Signal) {
     if signal == Signal::KILL {
         warn!("QEMU announced its shutdown and still runs after several signals, so QEMU is killed");
     } else {

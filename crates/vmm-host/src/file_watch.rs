@@ -14,34 +14,34 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tracing::Instrument;
 
-use crate::ready;
+use crate::async_fd;
 
 /// The interval between two looks at a file that cannot be watched.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The room for events of the kernel, in bytes.
 const ROOM: usize = 4096;
 
 /// Watches files. Clones share one inotify instance, which is opened for the first file.
 #[derive(Clone, Debug, Default)]
-pub struct Watcher(Arc<Mutex<Option<Arc<Instance>>>>);
+pub struct FileWatcher(Arc<Mutex<Option<Arc<InotifyInstance>>>>);
 
 #[derive(Debug)]
-struct Instance {
+struct InotifyInstance {
     fd: AsyncFd<Arc<OwnedFd>>,
     waiting: Mutex<HashMap<i32, Vec<Arc<Notify>>>>,
 }
 
 /// The watch on one file. Dropping it ends the watch.
 #[derive(Debug)]
-pub struct Watched {
-    kept: Option<(Arc<Instance>, i32)>,
+pub struct FileWatch {
+    kept: Option<(Arc<InotifyInstance>, i32)>,
     grown: Arc<Notify>,
 }
 
-impl Watcher {
+impl FileWatcher {
     /// Begins to watch the existing file at `path`. A file that cannot be watched is looked at once
     /// a second instead.
-    pub fn watch(&self, path: &Path) -> Watched {
+    pub fn watch(&self, path: &Path) -> FileWatch {
         let grown = Arc::new(Notify::new());
         let kept = match self.begin(path, &grown) {
             Ok(kept) => Some(kept),
@@ -50,10 +50,10 @@ impl Watcher {
                 None
             }
         };
-        Watched { kept, grown }
+        FileWatch { kept, grown }
     }
 
-    fn begin(&self, path: &Path, grown: &Arc<Notify>) -> io::Result<(Arc<Instance>, i32)> {
+    fn begin(&self, path: &Path, grown: &Arc<Notify>) -> io::Result<(Arc<InotifyInstance>, i32)> {
         let instance = self.instance()?;
         let mut waiting = instance.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         // The map stays locked from here on, because `serve` must not read an event of this watch
@@ -66,14 +66,14 @@ impl Watcher {
         Ok((instance, id))
     }
 
-    fn instance(&self) -> io::Result<Arc<Instance>> {
+    fn instance(&self) -> io::Result<Arc<InotifyInstance>> {
         let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(instance) = &*shared {
             return Ok(Arc::clone(instance));
         }
         let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-        let fd = ready::readable(Arc::new(fd))?;
-        let instance = Arc::new(Instance { fd, waiting: Mutex::default() });
+        let fd = async_fd::readable(Arc::new(fd))?;
+        let instance = Arc::new(InotifyInstance { fd, waiting: Mutex::default() });
         let served = Arc::clone(&instance);
         tokio::spawn(
             async move { served.serve().await }.instrument(tracing::info_span!(parent: None, "file-watcher")),
@@ -82,7 +82,7 @@ impl Watcher {
     }
 }
 
-impl Instance {
+impl InotifyInstance {
     async fn serve(&self) {
         let mut room = [MaybeUninit::uninit(); ROOM];
         loop {
@@ -113,19 +113,19 @@ impl Instance {
     }
 }
 
-impl Watched {
+impl FileWatch {
     /// Waits until the file may have grown since the last call. Can be cancelled.
     pub async fn grown(&self) {
         if self.kept.is_some() {
             // `notify_one` stores one permit, so growth between two calls is not lost.
             self.grown.notified().await;
         } else {
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 }
 
-impl Drop for Watched {
+impl Drop for FileWatch {
     fn drop(&mut self) {
         let Some((instance, id)) = self.kept.take() else { return };
         let mut waiting = instance.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -150,7 +150,7 @@ mod tests {
     #[tokio::test]
     async fn each_file_tells_its_own_watch() {
         let dir = tempfile::tempdir().unwrap();
-        let watcher = Watcher::default();
+        let watcher = FileWatcher::default();
         let mut files = Vec::new();
         for index in 0..200 {
             let path = dir.path().join(index.to_string());

@@ -2,10 +2,10 @@
 
 use std::io::Write as _;
 
-use vmm_libvirt_wire::Message;
+use vmm_libvirt_wire::HelperMessage;
 
 /// Writes one message to stdout. Ends this process if the daemon has closed the pipe.
-pub(crate) fn say(message: &Message) {
+pub(crate) fn write_message(message: &HelperMessage) {
     let written = vmm_libvirt_wire::to_line(message).map_err(std::io::Error::from).and_then(|line| {
         let mut stdout = std::io::stdout().lock();
         stdout.write_all(&line)?;

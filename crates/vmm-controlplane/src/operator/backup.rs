@@ -7,23 +7,23 @@ use std::path::Path;
 use anyhow::bail;
 use vmm_core::id::VmUid;
 use vmm_core::store::{ProcessIdentity, VmRecord};
-use vmm_host::ledger;
 use vmm_host::lock::{LockError, StateLock};
-use vmm_store::{Copied, Restored};
+use vmm_host::survey;
+use vmm_store::{CopySummary, RestoreSummary};
 
-use super::decide::{Decision, commands, decide};
+use super::decide::{ItemDecision, commands, decide};
 use super::facts::{gather, programs, running_names};
-use super::{Answer, looked_at, refuse_another_user};
-use crate::config::Config;
+use super::{CommandOutput, looked_at, refuse_another_user};
+use crate::config::DaemonConfig;
 
 /// Copies the database to a new file.
 ///
 /// # Errors
 ///
 /// The file exists already or cannot be written, or there is no sound database.
-pub(super) fn backup(config: &Config, file: &Path) -> anyhow::Result<Answer> {
-    let Copied { instance, vms, bytes } = vmm_store::backup(&config.state_dir, file)?;
-    Ok(Answer::fine(format!(
+pub(super) fn backup(config: &DaemonConfig, file: &Path) -> anyhow::Result<CommandOutput> {
+    let CopySummary { instance, vms, bytes } = vmm_store::backup(&config.state_dir, file)?;
+    Ok(CommandOutput::success(format!(
         "{}{} holds {vms} VMs of {} (instance {instance}), {bytes} bytes; read back and whole",
         looked_at(config),
         file.display(),
@@ -37,7 +37,7 @@ pub(super) fn backup(config: &Config, file: &Path) -> anyhow::Result<Answer> {
 ///
 /// A daemon runs, the backup is not valid, or a VMM runs that the backup would disown. Nothing was
 /// changed in these cases.
-pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answer> {
+pub(super) async fn restore(config: &DaemonConfig, file: &Path) -> anyhow::Result<CommandOutput> {
     refuse_another_user(&config.state_dir)?;
     let _lock = match StateLock::acquire(&config.state_dir) {
         Ok(lock) => lock,
@@ -54,13 +54,13 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
     let mut relinked = Vec::new();
     let mut amend = |record: &mut VmRecord| {
         let found = running.get(&record.uid).map_or(&[][..], Vec::as_slice);
-        let changed = relink(record, found)?;
+        let changed = record_found_vmm(record, found)?;
         if changed {
             relinked.push(record.vm_id.to_string());
         }
         Ok(changed)
     };
-    let Restored { copied, replaced } = vmm_store::restore(file, &config.state_dir, &mut amend)?;
+    let RestoreSummary { copied, replaced } = vmm_store::restore(file, &config.state_dir, &mut amend)?;
 
     let mut text = looked_at(config);
     text.push_str(&format!("{} VMs are on record again, as in {}\n", copied.vms, file.display()));
@@ -73,7 +73,7 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
         ));
     }
     let facts = gather(config, false).await?;
-    let open = decide(&facts, false).into_iter().filter(|item| item.decision != Decision::Keep).count();
+    let open = decide(&facts, false).into_iter().filter(|item| item.decision != ItemDecision::Keep).count();
     if open > 0 {
         text.push_str(&format!(
             "{open} things on this host have no owner in it, as of VMs created since; they were left alone, and \
@@ -81,15 +81,15 @@ pub(super) async fn restore(config: &Config, file: &Path) -> anyhow::Result<Answ
         ));
     }
     text.push_str("start the daemon, which determines the state of every VM\n");
-    Ok(Answer::fine(text))
+    Ok(CommandOutput::success(text))
 }
 
 /// Returns the running VMMs by VM. A spare VMM that still waits is left out, because it runs no
 /// guest.
-fn running(config: &Config) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessIdentity>>> {
+fn running(config: &DaemonConfig) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessIdentity>>> {
     let names = running_names(&programs(config));
     let mut running: BTreeMap<VmUid, Vec<ProcessIdentity>> = BTreeMap::new();
-    let survey = ledger::survey(&config.runtime_dir)?;
+    let survey = survey::survey(&config.runtime_dir)?;
     let marked = survey.folders.iter().filter(|folder| folder.mark.is_some());
     let waiting: BTreeSet<VmUid> = marked.filter_map(|folder| folder.uid).collect();
     for user in survey.users {
@@ -106,7 +106,7 @@ fn running(config: &Config) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessIdentit
 
 /// Changes the record of a VM to name the VMM that runs for it. Without that the daemon would take
 /// the VMM for the rest of a broken start and end it. Returns true if the record was changed.
-fn relink(record: &mut VmRecord, found: &[ProcessIdentity]) -> Result<bool, String> {
+fn record_found_vmm(record: &mut VmRecord, found: &[ProcessIdentity]) -> Result<bool, String> {
     let vm = record.vm_id.clone();
     let refused = |what: &str| {
         let pids: Vec<String> = found.iter().map(|process| process.pid.to_string()).collect();

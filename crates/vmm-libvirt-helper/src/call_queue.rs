@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
-use vmm_libvirt_wire::{Call, Failure, FailureKind, Got, Rank, Request};
+use vmm_libvirt_wire::{Call, CallFailure, CallFailureKind, CallResult, CallRank, CallRequest};
 
 /// The most calls under way that need a QEMU, each on a thread of its own. Only 128 hanging QEMUs
 /// with two calls each would hold up the calls for other QEMUs.
@@ -29,56 +29,57 @@ const DOMAIN_CALLS: usize = 2;
 const QUEUE: usize = 2048;
 
 /// Makes a call.
-type Run = dyn Fn(&Call) -> Result<Got, Failure> + Send + Sync;
+type MakeCall = dyn Fn(&Call) -> Result<CallResult, CallFailure> + Send + Sync;
 /// Hands an answer to the daemon.
-type Answer = dyn Fn(u64, Result<Got, Failure>) + Send + Sync;
+type SendAnswer = dyn Fn(u64, Result<CallResult, CallFailure>) + Send + Sync;
 
 /// Queues requests, and makes each one on a thread of its own when its turn has come.
-pub(crate) struct Desk {
-    turns: Mutex<Turns>,
-    run: Box<Run>,
-    answer: Box<Answer>,
+pub(crate) struct CallQueue {
+    turns: Mutex<QueueState>,
+    run: Box<MakeCall>,
+    answer: Box<SendAnswer>,
 }
 
 #[derive(Default)]
-struct Turns {
-    queue: VecDeque<Queued>,
+struct QueueState {
+    queue: VecDeque<QueuedRequest>,
     under_way: usize,
-    domains: HashMap<Uuid, UnderWay>,
+    domains: HashMap<Uuid, DomainCalls>,
 }
 
-struct Queued {
-    request: Request,
+struct QueuedRequest {
+    request: CallRequest,
     /// The time at which the daemon stops waiting for the answer.
     until: Option<Instant>,
 }
 
 /// Calls that need the QEMU of one domain.
 #[derive(Default)]
-struct UnderWay {
+struct DomainCalls {
     calls: usize,
     /// The number of these calls that read counters.
     samples: usize,
 }
 
-impl Desk {
+impl CallQueue {
     pub(crate) fn new(
-        run: impl Fn(&Call) -> Result<Got, Failure> + Send + Sync + 'static,
-        answer: impl Fn(u64, Result<Got, Failure>) + Send + Sync + 'static,
+        run: impl Fn(&Call) -> Result<CallResult, CallFailure> + Send + Sync + 'static,
+        answer: impl Fn(u64, Result<CallResult, CallFailure>) + Send + Sync + 'static,
     ) -> Arc<Self> {
         Arc::new(Self { turns: Mutex::default(), run: Box::new(run), answer: Box::new(answer) })
     }
 
     /// Takes one request. Another thread answers it later. If the queue is full, this thread
-    /// answers [`FailureKind::Busy`] at once; requests of [`Rank::Free`] are taken even then.
-    pub(crate) fn take(self: &Arc<Self>, request: Request) {
+    /// answers [`CallFailureKind::Busy`] at once; requests of [`CallRank::Free`] are taken even
+    /// then.
+    pub(crate) fn take(self: &Arc<Self>, request: CallRequest) {
         let until = request.within_ms.map(|within| Instant::now() + Duration::from_millis(within));
         let id = request.id;
         let is_full = {
             let mut turns = lock(&self.turns);
-            let is_full = turns.queue.len() >= QUEUE && request.call.rank() != Rank::Free;
+            let is_full = turns.queue.len() >= QUEUE && request.call.rank() != CallRank::Free;
             if !is_full {
-                turns.queue.push_back(Queued { request, until });
+                turns.queue.push_back(QueuedRequest { request, until });
             }
             is_full
         };
@@ -99,35 +100,35 @@ impl Desk {
             (self.answer)(request.id, Err(busy(message.to_owned())));
         }
         for request in ready {
-            let turn = Turn { desk: Arc::clone(self), rank: request.call.rank() };
+            let turn = CallPermit { desk: Arc::clone(self), rank: request.call.rank() };
             let (id, started) = (request.id, std::thread::Builder::new().spawn(move || turn.make(&request)));
             if let Err(error) = started {
-                // The failed spawn dropped the closure and with it the `Turn`, so the room is free
-                // again. Only the answer is missing.
+                // The failed spawn dropped the closure and with it the `CallPermit`, so the room is
+                // free again. Only the answer is missing.
                 (self.answer)(id, Err(busy(format!("the libvirt helper can start no thread: {error}"))));
             }
         }
     }
 }
 
-fn busy(message: String) -> Failure {
-    Failure { kind: FailureKind::Busy, message }
+fn busy(message: String) -> CallFailure {
+    CallFailure { kind: CallFailureKind::Busy, message }
 }
 
-impl Turns {
+impl QueueState {
     /// Splits the queue: returns the requests whose turn has come, then those whose time is over.
     /// The remaining requests keep their order.
-    fn next(&mut self, now: Instant) -> (Vec<Request>, Vec<Request>) {
+    fn next(&mut self, now: Instant) -> (Vec<CallRequest>, Vec<CallRequest>) {
         let (mut ready, mut late) = (Vec::new(), Vec::new());
         let mut queue = std::mem::take(&mut self.queue);
         // One pass from front to back keeps the order of requests that compete for the same room. A
         // request that must wait does not stop the requests behind it that need other room.
-        queue.retain(|Queued { request, until }| {
+        queue.retain(|QueuedRequest { request, until }| {
             let rank = request.call.rank();
             // The daemon gave this request up at `until`, so a call made now would change a VM for
-            // which nobody waits. A request of `Rank::Free` is exempt, because it never waited for
-            // a turn.
-            if rank != Rank::Free && until.is_some_and(|until| until <= now) {
+            // which nobody waits. A request of `CallRank::Free` is exempt, because it never waited
+            // for a turn.
+            if rank != CallRank::Free && until.is_some_and(|until| until <= now) {
                 late.push(request.clone());
                 return false;
             }
@@ -142,11 +143,11 @@ impl Turns {
         (ready, late)
     }
 
-    fn may_begin(&self, rank: Rank) -> bool {
+    fn may_begin(&self, rank: CallRank) -> bool {
         let (uuid, is_sample) = match rank {
-            Rank::Free => return true,
-            Rank::Orders(uuid) => (uuid, false),
-            Rank::Samples(uuid) => (uuid, true),
+            CallRank::Free => return true,
+            CallRank::Orders(uuid) => (uuid, false),
+            CallRank::Samples(uuid) => (uuid, true),
         };
         let domain = self.domains.get(&uuid);
         // A sample waits for an earlier sample of its domain, so reading counters takes at most one
@@ -155,20 +156,20 @@ impl Turns {
             && domain.is_none_or(|domain| domain.calls < DOMAIN_CALLS && !(is_sample && domain.samples > 0))
     }
 
-    fn begin(&mut self, rank: Rank) {
-        let (Rank::Orders(uuid) | Rank::Samples(uuid)) = rank else { return };
+    fn begin(&mut self, rank: CallRank) {
+        let (CallRank::Orders(uuid) | CallRank::Samples(uuid)) = rank else { return };
         self.under_way += 1;
         let domain = self.domains.entry(uuid).or_default();
         domain.calls += 1;
-        domain.samples += usize::from(matches!(rank, Rank::Samples(_)));
+        domain.samples += usize::from(matches!(rank, CallRank::Samples(_)));
     }
 
-    fn end(&mut self, rank: Rank) {
-        let (Rank::Orders(uuid) | Rank::Samples(uuid)) = rank else { return };
+    fn end(&mut self, rank: CallRank) {
+        let (CallRank::Orders(uuid) | CallRank::Samples(uuid)) = rank else { return };
         self.under_way -= 1;
         let Some(domain) = self.domains.get_mut(&uuid) else { return };
         domain.calls -= 1;
-        domain.samples -= usize::from(matches!(rank, Rank::Samples(_)));
+        domain.samples -= usize::from(matches!(rank, CallRank::Samples(_)));
         if domain.calls == 0 {
             self.domains.remove(&uuid);
         }
@@ -176,19 +177,19 @@ impl Turns {
 }
 
 /// The right to make one call. Dropping it gives its room back and starts the calls that waited.
-struct Turn {
-    desk: Arc<Desk>,
-    rank: Rank,
+struct CallPermit {
+    desk: Arc<CallQueue>,
+    rank: CallRank,
 }
 
-impl Turn {
-    fn make(self, request: &Request) {
+impl CallPermit {
+    fn make(self, request: &CallRequest) {
         let got = (self.desk.run)(&request.call);
         (self.desk.answer)(request.id, got);
     }
 }
 
-impl Drop for Turn {
+impl Drop for CallPermit {
     fn drop(&mut self) {
         // The end comes before the next start, because `start_ready` counts this turn's room as
         // free. The drop also happens when a call panics, so a panic takes no room for good.
@@ -219,14 +220,14 @@ mod tests {
     }
 
     impl Libvirt {
-        fn make(&self, call: &Call) -> Result<Got, Failure> {
+        fn make(&self, call: &Call) -> Result<CallResult, CallFailure> {
             lock(&self.begun).push(call.clone());
             self.changed.notify_all();
             let mut goes_on = lock(&self.goes_on);
-            while call.rank() != Rank::Free && !*goes_on {
+            while call.rank() != CallRank::Free && !*goes_on {
                 goes_on = self.went_on.wait(goes_on).unwrap();
             }
-            Ok(Got::Done)
+            Ok(CallResult::Done)
         }
 
         fn let_go(&self) {
@@ -248,13 +249,13 @@ mod tests {
     }
 
     /// The answers that a desk has sent, each with the number of its call.
-    type Answers = Receiver<(u64, Result<Got, Failure>)>;
+    type Answers = Receiver<(u64, Result<CallResult, CallFailure>)>;
 
-    fn desk() -> (Arc<Desk>, Arc<Libvirt>, Answers) {
+    fn desk() -> (Arc<CallQueue>, Arc<Libvirt>, Answers) {
         let libvirt = Arc::new(Libvirt::default());
         let (answers, answered) = channel();
         let maker = Arc::clone(&libvirt);
-        let desk = Desk::new(move |call| maker.make(call), move |id, got| answers.send((id, got)).unwrap());
+        let desk = CallQueue::new(move |call| maker.make(call), move |id, got| answers.send((id, got)).unwrap());
         (desk, libvirt, answered)
     }
 
@@ -262,8 +263,8 @@ mod tests {
         Uuid::from_u128(number)
     }
 
-    fn ask(desk: &Arc<Desk>, id: u64, call: Call) {
-        desk.take(Request { id, within_ms: None, call });
+    fn ask(desk: &Arc<CallQueue>, id: u64, call: Call) {
+        desk.take(CallRequest { id, within_ms: None, call });
     }
 
     #[test]
@@ -277,7 +278,7 @@ mod tests {
         libvirt.let_go();
         let mut ids = BTreeSet::new();
         for (id, got) in answered.iter().take(domains) {
-            assert_eq!(got, Ok(Got::Done));
+            assert_eq!(got, Ok(CallResult::Done));
             assert!(ids.insert(id), "each is answered once");
         }
         assert_eq!(ids.len(), domains);
@@ -303,7 +304,7 @@ mod tests {
         // Asking the guest and ending the domain overtake all other calls.
         for (id, call) in [(21, Call::Shutdown { uuid: hangs }), (22, Call::Destroy { uuid: hangs })] {
             ask(&desk, id, call);
-            assert_eq!(answered.recv().unwrap(), (id, Ok(Got::Done)));
+            assert_eq!(answered.recv().unwrap(), (id, Ok(CallResult::Done)));
         }
         assert_eq!(libvirt.begun(), 5);
         libvirt.let_go();
@@ -317,9 +318,9 @@ mod tests {
             ask(&desk, id, Call::Suspend { uuid: domain(1) });
         }
         libvirt.wait_for(2);
-        desk.take(Request { id: 2, within_ms: Some(0), call: Call::Reset { uuid: domain(1) } });
+        desk.take(CallRequest { id: 2, within_ms: Some(0), call: Call::Reset { uuid: domain(1) } });
         let (id, late) = answered.recv().unwrap();
-        assert_eq!((id, late.unwrap_err().kind), (2, FailureKind::Busy));
+        assert_eq!((id, late.unwrap_err().kind), (2, CallFailureKind::Busy));
         libvirt.let_go();
         assert_eq!(answered.iter().take(2).count(), 2);
         assert_eq!(libvirt.begun(), 2, "the reset was never made");
@@ -334,10 +335,10 @@ mod tests {
         ask(&desk, 90_000, Call::Suspend { uuid: domain(1) });
         let (id, full) = answered.recv().unwrap();
         let full = full.unwrap_err();
-        assert_eq!((id, full.kind), (90_000, FailureKind::Busy));
+        assert_eq!((id, full.kind), (90_000, CallFailureKind::Busy));
         assert!(full.message.contains("calls waiting"), "{}", full.message);
         ask(&desk, 90_001, Call::Destroy { uuid: domain(1) });
-        assert_eq!(answered.recv().unwrap(), (90_001, Ok(Got::Done)));
+        assert_eq!(answered.recv().unwrap(), (90_001, Ok(CallResult::Done)));
         libvirt.let_go();
         assert_eq!(answered.iter().take(QUEUE + DOMAIN_CALLS).count(), QUEUE + DOMAIN_CALLS);
     }

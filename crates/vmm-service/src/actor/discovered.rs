@@ -9,10 +9,10 @@
 
 use std::sync::Arc;
 
-use vmm_core::backend::Launched;
+use vmm_core::backend::LaunchedVmm;
 use vmm_core::config::VmConfig;
+use vmm_core::discovery::DiscoveredVm;
 use vmm_core::event::EventKind;
-use vmm_core::place::Found;
 use vmm_core::reason::Reason;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::{Observation, Phase, VmState, observe};
@@ -22,25 +22,25 @@ use vmm_host::process::{Lookup, adopt};
 use super::Actor;
 use super::budget::Budget;
 use super::hold::Hold;
-use super::journal::{Turn, Why};
-use crate::check::LOOK_DEADLINE;
+use super::journal::{ChangeReason, RecordUpdate};
+use crate::check::FILE_CHECK_TIMEOUT;
 use crate::places;
 
 impl Actor {
     /// Takes up a VM that was found at this VM's place.
-    pub(super) async fn found(&mut self, mut found: Found) {
+    pub(super) async fn found(&mut self, mut found: DiscoveredVm) {
         if self.hold.vmm().is_some() {
             // The handle that is held knows more than a look from outside.
             return;
         }
         match found.launched.take() {
             Some(launched) => self.found_running(found, launched).await,
-            None if self.record.state.is_live() => self.look_for_it().await,
+            None if self.record.state.is_live() => self.search_process().await,
             None => {}
         }
     }
 
-    async fn found_running(&mut self, found: Found, launched: Launched) {
+    async fn found_running(&mut self, found: DiscoveredVm, launched: LaunchedVmm) {
         let process = &launched.vmm.run().process;
         if let Some(run) = &self.record.run
             && run.process != *process
@@ -56,7 +56,7 @@ impl Actor {
         // A VM without this program's mark that runs at the place of a VM which never ran cannot be
         // that VM.
         if self.record.state == VmState::Created && !self.record.imported && found.uid.is_none() {
-            return self.place_is_taken().await;
+            return self.record_taken_place().await;
         }
         let taken = self.configuration_of(&found);
         let spec = taken.as_ref().map_or_else(|| self.spec(), VmSpec::imported);
@@ -66,7 +66,8 @@ impl Actor {
         let budget = Budget::of_own_step();
         // The files may be on a server that does not answer, and a forced operation must not wait
         // for that. A VM that runs is found again later.
-        let Ok(run) = self.interruptible(budget, 2 * LOOK_DEADLINE, async move { Ok(claiming.await) }).await
+        let Ok(run) =
+            self.interruptible(budget, 2 * FILE_CHECK_TIMEOUT, async move { Ok(claiming.await) }).await
         else {
             tracing::warn!(
                 "the files of a VM that was found do not answer; the VM is taken up when it is found again"
@@ -81,7 +82,7 @@ impl Actor {
         if let Some(config) = taken {
             let record = Arc::make_mut(&mut self.record);
             record.imported = true;
-            record.untold.clone_from(&found.untold);
+            record.unrepresented.clone_from(&found.unrepresented);
             record.config = config;
         }
         let was_lost = self.hold.is_out_of_reach();
@@ -94,14 +95,14 @@ impl Actor {
             .status(Phase::at_rest(observe(self.record.state, observation)))
             .because(Reason::StartedFromOutside, "the VM was found running at its place");
         let kind = if was_lost { EventKind::Reachable } else { EventKind::StateChanged };
-        let turn = Turn::new(kind, Why::by_itself("started-from-outside"), status)
+        let update = RecordUpdate::new(kind, ChangeReason::by_itself("started-from-outside"), status)
             .observing(observation)
             .ending(None);
-        let _ = self.conclude(budget, turn).await;
+        let _ = self.conclude(budget, update).await;
     }
 
     /// Records that another VM runs at the place of a VM that never ran.
-    async fn place_is_taken(&mut self) {
+    async fn record_taken_place(&mut self) {
         if self.record.status.reason == Reason::PlaceTaken {
             return;
         }
@@ -113,14 +114,18 @@ impl Actor {
                  one to have that one imported"
             ),
         );
-        let turn = Turn::new(EventKind::StateChanged, Why::by_itself(Reason::PlaceTaken.as_str()), status);
-        let _ = self.conclude(Budget::of_own_step(), turn).await;
+        let update = RecordUpdate::new(
+            EventKind::StateChanged,
+            ChangeReason::by_itself(Reason::PlaceTaken.as_str()),
+            status,
+        );
+        let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
     /// Returns the configuration that replaces the one on record, because another program started
     /// the VM, or `None` if the one on record stays. A VM that this program made keeps its
     /// configuration if the machine is the same.
-    fn configuration_of(&self, found: &Found) -> Option<VmConfig> {
+    fn configuration_of(&self, found: &DiscoveredVm) -> Option<VmConfig> {
         let ours = found.uid.is_some()
             || (!self.record.imported && is_same_machine(&self.record.config, &found.config));
         (!ours).then(|| VmConfig {

@@ -8,24 +8,24 @@
 use async_trait::async_trait;
 use vmm_core::backend::{
     AdoptRequest, Adoption, Backend, BackendError, BackendErrorKind, BackendHealth, Capabilities, Effect,
-    LaunchRequest, Launched, Sweep, SweepRequest,
+    LaunchRequest, LaunchedVmm, SweepPurpose, SweepRequest,
 };
 use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
-use vmm_core::report::Report;
+use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
 
 /// The reason in the status of a VM that may run.
 const REASON: Reason = Reason::EndpointNotConfigured;
 
 /// A backend that touches nothing and reports the missing setting.
-pub(crate) struct Unserved {
+pub(crate) struct UnconfiguredBackend {
     capabilities: Capabilities,
     kind: VmKind,
     why: String,
 }
 
-impl Unserved {
+impl UnconfiguredBackend {
     /// Makes the backend of VMs of `kind`. `why` names the setting.
     pub(crate) fn new(capabilities: Capabilities, kind: VmKind, why: String) -> Self {
         let why = format!("{why}: name it there again, and restart the daemon");
@@ -38,18 +38,18 @@ impl Unserved {
 }
 
 #[async_trait]
-impl Backend for Unserved {
+impl Backend for UnconfiguredBackend {
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
 
-    fn check(&self, _: &VmSpec) -> Report {
-        let mut report = Report::default();
+    fn check(&self, _: &VmSpec) -> CheckReport {
+        let mut report = CheckReport::default();
         report.reject("backend", self.why.clone());
         report
     }
 
-    async fn launch(&self, _: LaunchRequest) -> Result<Launched, BackendError> {
+    async fn launch(&self, _: LaunchRequest) -> Result<LaunchedVmm, BackendError> {
         Err(self.refusal())
     }
 
@@ -59,8 +59,8 @@ impl Backend for Unserved {
 
     async fn sweep(&self, request: SweepRequest) -> Result<(), BackendError> {
         match request.purpose {
-            Sweep::Clear => Ok(()),
-            Sweep::End | Sweep::Delete | Sweep::ForceDelete => Err(self.refusal()),
+            SweepPurpose::Clear => Ok(()),
+            SweepPurpose::End | SweepPurpose::Delete | SweepPurpose::ForceDelete => Err(self.refusal()),
         }
     }
 

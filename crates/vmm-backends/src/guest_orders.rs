@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{Mutex, MutexGuard, mpsc, oneshot};
 use vmm_core::backend::VmmEvent;
 
-use crate::resets::Resets;
+use crate::resets::ResetTracker;
 
 /// The orders that the guest of one run was given. The VM's handle and its watch share them.
 #[derive(Debug)]
-pub(crate) struct Ordered {
+pub(crate) struct GuestOrders {
     runs: AtomicBool,
     is_to_end: AtomicBool,
     has_shut_down: AtomicBool,
@@ -18,17 +18,17 @@ pub(crate) struct Ordered {
     /// work of another client.
     changing: Mutex<()>,
     /// The resets that were ordered. Used where another client can order a reset as well.
-    pub(crate) resets: Resets,
+    pub(crate) resets: ResetTracker,
 }
 
-impl Ordered {
+impl GuestOrders {
     pub(crate) fn new(runs: bool) -> Self {
         Self {
             runs: AtomicBool::new(runs),
             is_to_end: AtomicBool::new(false),
             has_shut_down: AtomicBool::new(false),
             changing: Mutex::new(()),
-            resets: Resets::default(),
+            resets: ResetTracker::default(),
         }
     }
 
@@ -69,18 +69,18 @@ impl Ordered {
     }
 
     /// Waits until no other call changes the record of the guest's CPUs, and locks that record.
-    pub(crate) async fn change(&self) -> Change<'_> {
-        Change { _turn: self.changing.lock().await, runs: &self.runs }
+    pub(crate) async fn change(&self) -> OrderLock<'_> {
+        OrderLock { _turn: self.changing.lock().await, runs: &self.runs }
     }
 }
 
 /// The lock on the record of the guest's CPUs.
-pub(crate) struct Change<'a> {
+pub(crate) struct OrderLock<'a> {
     _turn: MutexGuard<'a, ()>,
     runs: &'a AtomicBool,
 }
 
-impl Change<'_> {
+impl OrderLock<'_> {
     pub(crate) fn runs(&self) -> bool {
         self.runs.load(Ordering::Relaxed)
     }
@@ -92,7 +92,7 @@ impl Change<'_> {
 
 /// Waits until both the receiver of the events and the handle have been dropped. The watch then
 /// closes its connection, because QEMU serves one client at a time.
-pub(crate) async fn unwanted(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
+pub(crate) async fn wait_for_last_user(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
     events.closed().await;
     // No value is ever sent on this channel. The error means that the handle, which owns the other
     // half, has been dropped.
