@@ -77,7 +77,8 @@ pub(super) fn check_disk(
 }
 
 /// Refuses a raw image whose size some hypervisor does not start with, on every backend alike.
-/// Cloud Hypervisor reads the first sector, and QEMU writes with direct I/O in whole sectors only.
+/// Cloud Hypervisor reads the first sector, and QEMU writes with direct I/O in whole blocks of the
+/// host only. QEMU takes blocks of 4,096 bytes for a file whose block size it cannot find out.
 /// Warns about bytes at the end that a guest may not see, because each hypervisor cuts or fills the
 /// last sector in its own way.
 fn check_size(found: &mut FileFindings, disk: &Disk, facts: &FileFacts) {
@@ -88,10 +89,11 @@ fn check_size(found: &mut FileFindings, disk: &Disk, facts: &FileFacts) {
             "{shown} has {size} bytes, which is less than a sector: give it a size (truncate -s SIZE)"
         );
         found.report.reject(field, message);
-    } else if size % SECTOR != 0 && disk.direct_io && !disk.read_only {
+    } else if size % DIRECT_BLOCK != 0 && disk.direct_io && !disk.read_only {
         let message = format!(
-            "{shown} has {size} bytes, which is no multiple of {SECTOR}, as direct_io needs: {}",
-            longer(SECTOR)
+            "{shown} has {size} bytes, which is no multiple of {DIRECT_BLOCK}, as direct_io needs on a disk with blocks \
+             of that size: {}",
+            longer(DIRECT_BLOCK)
         );
         found.report.reject(field, message);
     } else if size % SECTOR != 0 {

@@ -95,6 +95,8 @@ async fn a_size_that_no_hypervisor_starts_with_is_refused_and_one_that_is_cut_is
         (0, false, "less than a sector"),
         (511, false, "less than a sector"),
         (1_000_000, true, "as direct_io needs"),
+        (1_000_448, true, "no multiple of 4096"),
+        (512, true, "no multiple of 4096"),
     ] {
         let config = VmConfig { storage: vec![sized(bytes, direct_io)], ..bed.config() };
         let report = vms.service.validate(&VmRequest { backend: String::new(), config }).await.unwrap();
@@ -102,16 +104,17 @@ async fn a_size_that_no_hypervisor_starts_with_is_refused_and_one_that_is_cut_is
         assert_eq!(violation.field, "config.storage[0].path");
         assert!(violation.message.contains(expected), "{violation}");
     }
-    for (bytes, direct_io, expected) in
-        [(1_000_000, false, "no multiple of 512"), (1_000_448, true, "no multiple of 4096")]
-    {
-        let found = warnings_of(&bed, &vms, sized(bytes, direct_io)).await;
+    for (bytes, direct_io, read_only, expected) in [
+        (1_000_000, false, false, "no multiple of 512"),
+        (1_000_000, true, true, "no multiple of 512"),
+        (1_000_448, true, true, "no multiple of 4096"),
+    ] {
+        let disk = StorageDevice { read_only, ..sized(bytes, direct_io) };
+        let found = warnings_of(&bed, &vms, disk).await;
         assert_eq!(found.len(), 1, "{found:?}");
         assert_eq!(found[0].0, "config.storage[0].path");
         assert!(found[0].1.contains(expected), "{found:?}");
     }
-    let read_only = StorageDevice { read_only: true, ..sized(1_000_000, true) };
-    assert_eq!(warnings_of(&bed, &vms, read_only).await.len(), 1);
     assert_eq!(warnings_of(&bed, &vms, sized(1_000_448, false)).await, []);
     assert_eq!(warnings_of(&bed, &vms, sized(1 << 20, true)).await, []);
 }
