@@ -1,6 +1,5 @@
 //! The use cases, one method each.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +30,7 @@ use crate::operation_count::OperationCounter;
 use crate::operation_log::Beginnings;
 use crate::places;
 use crate::run_folders::UsedRunFolders;
+use crate::settings::Settings;
 use crate::shared::Shared;
 use crate::spares::{self, SpareManager};
 use crate::tombstones;
@@ -53,32 +53,6 @@ pub(crate) const POLICY_STARTS: usize = 16;
 /// The time that the start of the daemon waits for the import of VMs of other programs. Their files
 /// may lie on a server that does not answer.
 const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// The settings of the service.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// The folder of sockets, logs and consoles.
-    pub runtime_dir: PathBuf,
-    /// The kernel of VMs that name none.
-    pub default_boot: DefaultBoot,
-    /// The time between two samples of a running VM.
-    pub metrics_interval: Duration,
-    /// The time for which events are kept.
-    pub event_retention: Duration,
-    /// The number of spare VMMs of each backend that has started a VM. Zero means none.
-    pub spare_vmms: usize,
-}
-
-/// The kernel of VMs that name none. An empty `kernel` means that there is no default.
-#[derive(Clone, Debug, Default)]
-pub struct DefaultBoot {
-    /// The path of the kernel image on the host.
-    pub kernel: String,
-    /// The path of the initial RAM disk on the host, or empty.
-    pub initrd: String,
-    /// The kernel command line, or empty.
-    pub kernel_args: String,
-}
 
 /// The options of a shutdown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use crate::index::Index;
 use crate::names::NameLocks;
 use crate::operation_count::OperationCounter;
 use crate::operation_log::Beginnings;
-use crate::service::Settings;
+use crate::settings::Settings;
 use crate::spares::SpareManager;
 
 /// The state that every actor and use case shares.

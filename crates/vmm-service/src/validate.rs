@@ -21,7 +21,7 @@ use vmm_core::store::VmRequest;
 use crate::check::{self, FileCheckPurpose, FileCheckTerms};
 use crate::error::ServiceError;
 use crate::places;
-use crate::service::DefaultBoot;
+use crate::settings::DefaultBoot;
 use crate::shared::Shared;
 
 /// The amount of memory, in bytes, below which no Linux guest starts.
