@@ -11,6 +11,7 @@
 //! tested by plain calls.
 
 pub mod backend;
+mod backend_error;
 pub mod caller;
 pub mod capabilities;
 pub mod config;
