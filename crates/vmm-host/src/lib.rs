@@ -4,7 +4,7 @@
 //!   its [`net`] interfaces, and the [`files`] that a client names.
 //! - The host itself: [`kvm`], [`memory`], [`mounts`], the [`clock`], file [`descriptors`], and
 //!   programs on the [`path`].
-//! - The daemon's own order: the [`lock`] of a state directory, the [`ledger`] of the program's
+//! - The daemon's own order: the [`lock`] of a state directory, the [`survey`] of the program's
 //!   traces, a runtime folder that is [`lasting`] or not, and the [`fault`] points of tests.
 //! - Other programs: the [`endpoint`] that another program made, and the [`growth`] and the
 //!   [`tail`] of a file that another process appends to.

@@ -203,11 +203,52 @@ async fn import(
         handle.found(found);
         return Ok(());
     }
+    let mut found = found;
+    let launched = found.launched.take();
+    let record = record_of_import(shared, &**backend, uid, vm_id, run, found);
+    if let Some(run) = &record.run
+        && let Err(taken) = shared.claims.acquire(uid, &record.vm_id, &run.claims)
+    {
+        tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
+    }
+    let event = event_of_import(&record);
+    point(FaultPoint::ImportTaken);
+    let insert =
+        Commit { change: RecordChange::Insert(Box::new(record.clone())), event: Some(event.clone()) };
+    let committed = match shared.events.commit(insert).await {
+        Ok(committed) => committed,
+        Err(error) => {
+            shared.claims.release(uid);
+            return Err(error.into());
+        }
+    };
+    point(FaultPoint::ImportCommitted);
+    operation_log::unrequested(&event, &record.backend, shared.beginnings.count(event.kind));
+    NewActor {
+        shared: Arc::clone(shared),
+        record: Arc::new(record),
+        backend: Arc::clone(backend),
+        committed: committed.seq,
+        origin: ActorOrigin::Imported { launched },
+    }
+    .start();
+    Ok(())
+}
+
+/// Returns the record of a VM that another program made, without an operation in progress.
+fn record_of_import(
+    shared: &Shared,
+    backend: &dyn Backend,
+    uid: VmUid,
+    vm_id: VmId,
+    run: Option<RunRecord>,
+    found: DiscoveredVm,
+) -> VmRecord {
     let name = backend.capabilities().name.clone();
     let now = now_ms();
-    let record = VmRecord {
+    VmRecord {
         uid,
-        vm_id: vm_id.clone(),
+        vm_id,
         backend: name.clone(),
         requested: PackedVmRequest::pack(&VmRequest {
             backend: name.to_string(),
@@ -229,16 +270,15 @@ async fn import(
         kind: found.place,
         imported: true,
         unrepresented: found.unrepresented,
-    };
-    if let Some(run) = &record.run
-        && let Err(taken) = shared.claims.acquire(uid, &vm_id, &run.claims)
-    {
-        tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
     }
-    let event = NewEvent {
-        time_ms: now,
+}
+
+/// Returns the event of the import that `record` begins with.
+fn event_of_import(record: &VmRecord) -> NewEvent {
+    NewEvent {
+        time_ms: record.modified_ms,
         vm_id: record.vm_id.clone(),
-        uid,
+        uid: record.uid,
         kind: EventKind::Created,
         state: record.state,
         status: record.status.clone(),
@@ -246,28 +286,7 @@ async fn import(
         caller: Caller::system(),
         ended_by: None,
         metadata: record.config.metadata.clone(),
-    };
-    point(FaultPoint::ImportTaken);
-    let insert =
-        Commit { change: RecordChange::Insert(Box::new(record.clone())), event: Some(event.clone()) };
-    let committed = match shared.events.commit(insert).await {
-        Ok(committed) => committed,
-        Err(error) => {
-            shared.claims.release(uid);
-            return Err(error.into());
-        }
-    };
-    point(FaultPoint::ImportCommitted);
-    operation_log::unrequested(&event, &record.backend, shared.beginnings.count(event.kind));
-    NewActor {
-        shared: Arc::clone(shared),
-        record: Arc::new(record),
-        backend: Arc::clone(backend),
-        committed: committed.seq,
-        origin: ActorOrigin::Imported { launched: found.launched },
     }
-    .start();
-    Ok(())
 }
 
 /// Returns the run with its claims on the host, as far as the host shows them.

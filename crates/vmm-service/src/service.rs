@@ -142,13 +142,7 @@ impl VmService {
         // The backends are asked before any VM is recovered, so that the first clients see a known
         // health.
         shared.backends.refresh().await;
-        let pings = shared.backends.clone();
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(PING_INTERVAL).await;
-                pings.refresh().await;
-            }
-        });
+        ping_for_ever(shared.backends.clone());
         let on_record = vms.iter().map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
         spares::clear(&shared, on_record.collect()).await;
         // The tombstones come before any VM is recovered, so that no VM starts on a resource that a
@@ -433,6 +427,16 @@ impl VmService {
             .and_then(|id| self.shared.index.actor(&id))
             .ok_or_else(|| ServiceError::not_found(vm_id))
     }
+}
+
+/// Starts a task that asks each backend for its health at each [`PING_INTERVAL`].
+fn ping_for_ever(backends: Backends) {
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(PING_INTERVAL).await;
+            backends.refresh().await;
+        }
+    });
 }
 
 /// Puts a stored VM into the index and starts its actor. The future ends when the recovery of the

@@ -1,4 +1,4 @@
-//! Hold and Next: the actor's hold on its VM's process, and the next step that no client requests.
+//! The actor's hold on its VM's process, and the actor's next step that no client requests.
 
 use std::future::pending;
 use std::sync::Arc;
