@@ -31,7 +31,7 @@ without UNKEY_, else from the configuration file, else from its default. An empt
 
 Examples:
   vmm-controlplane --port 9000
-  vmm-controlplane check-config --config /etc/vmm-controlplane.toml
+  vmm-controlplane check-config --config /etc/vmm-controlplane/config.toml
   vmm-controlplane doctor
   vmm-controlplane reconcile --dry-run
   eval \"$(vmm-controlplane migrate-env)\"";
