@@ -3,6 +3,7 @@
 //!
 //! Threads that serve calls never write to stderr; see [`queue`].
 
+mod filter;
 mod line;
 mod queue;
 
@@ -11,14 +12,11 @@ use std::io::{self, IsTerminal as _};
 use std::panic::PanicHookInfo;
 use std::time::Duration;
 
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::JsonFields;
 
 use line::Form;
 use queue::LogQueue;
 
-/// The level if `RUST_LOG` is unset, empty or not valid.
-const DEFAULT: &str = "info";
 /// The memory for lines that wait to be written, in bytes. Some 2,000 lines fit.
 const CAPACITY: usize = 1 << 20;
 /// The longest time for which the end of the program waits for the last lines.
@@ -39,13 +37,8 @@ pub struct LogGuard {
 pub fn start() -> io::Result<LogGuard> {
     let queue = LogQueue::new(CAPACITY);
     queue.start(io::stderr(), report_dropped)?;
-    let (filter, problem) = match std::env::var("RUST_LOG") {
-        Ok(text) if !text.is_empty() => match EnvFilter::try_new(&text) {
-            Ok(filter) => (filter, None),
-            Err(error) => (EnvFilter::new(DEFAULT), Some(error)),
-        },
-        _ => (EnvFilter::new(DEFAULT), None),
-    };
+    let text = std::env::var_os("RUST_LOG").unwrap_or_default();
+    let (filter, errors) = filter::read(&text.to_string_lossy());
     let is_terminal = io::stderr().is_terminal();
     // The formatter would report its own errors with `eprintln!`, which panics where stderr is
     // broken.
@@ -58,8 +51,8 @@ pub fn start() -> io::Result<LogGuard> {
         .with_writer(queue.clone())
         .init();
     std::panic::set_hook(Box::new(log_panic));
-    if let Some(error) = problem {
-        tracing::warn!(%error, "RUST_LOG is not valid and is ignored; the level is `info`");
+    for error in errors {
+        tracing::warn!(error, "a part of RUST_LOG is not valid and is ignored");
     }
     Ok(LogGuard { queue })
 }
