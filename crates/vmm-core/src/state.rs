@@ -104,6 +104,11 @@ impl VmOperation {
             Self::ForceDelete => "DeleteVm with force",
         }
     }
+
+    /// Returns the method's name alone, for programs that read the log.
+    pub const fn method(self) -> &'static str {
+        if matches!(self, Self::ForceDelete) { Self::Delete.name() } else { self.name() }
+    }
 }
 
 /// The answer of [`admit`] to a request.

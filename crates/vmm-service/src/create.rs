@@ -54,7 +54,8 @@ pub struct Created {
 pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Result<Created, ServiceError> {
     let (asked, caller) = (Instant::now(), request.caller.clone());
     let created = create_or_find(shared, request).await?;
-    let ending = Ending { operation: OPERATION, actor: &caller, record: &created.record, asked };
+    let ending =
+        Ending { operation: OPERATION, force: false, actor: &caller, record: &created.record, asked };
     ending.done(&OperationOutcome {
         record: Arc::clone(&created.record),
         ended_by: None,

@@ -42,6 +42,17 @@ pub(crate) struct OperationRequest {
     pub(crate) caller: Caller,
 }
 
+impl OperationRequest {
+    /// Returns true if the client has set `force`.
+    pub(crate) fn has_force(&self) -> bool {
+        match self.request {
+            VmOperation::ForceDelete => true,
+            VmOperation::Shutdown | VmOperation::Reboot => self.ask_guest_for.is_none(),
+            VmOperation::Boot | VmOperation::Pause | VmOperation::Resume | VmOperation::Delete => false,
+        }
+    }
+}
+
 /// The answer to a change.
 #[derive(Clone, Debug)]
 pub struct OperationOutcome {

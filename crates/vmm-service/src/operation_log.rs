@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::reason::Reason;
-use vmm_core::state::Phase;
+use vmm_core::state::{Phase, VmOperation};
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
@@ -35,6 +35,8 @@ const LINES_AT_START: u32 = 20;
 pub(crate) struct Ending<'a> {
     /// The name of the method.
     pub(crate) operation: &'a str,
+    /// True if the caller has set `force`.
+    pub(crate) force: bool,
     /// The caller, `policy` for a restart policy, or `system` for the program.
     pub(crate) actor: &'a (dyn fmt::Display + Sync),
     /// The VM.
@@ -48,17 +50,20 @@ impl Ending<'_> {
     pub(crate) fn done(&self, outcome: &OperationOutcome) {
         let Self { operation, actor, record, .. } = self;
         let (vm_id, uid, backend, duration_ms) = self.keys();
-        let state = record.state.name();
+        // A VM that is deleted has no state any more.
+        let is_deletion = *operation == VmOperation::Delete.method();
+        let state = (!is_deletion).then(|| record.state.name());
+        let force = self.force.then_some(true);
         let ended_by = outcome.ended_by.map(|rung| rung.as_str());
         if outcome.left_behind.is_empty() {
             tracing::info!(
-                operation, %actor, %vm_id, %uid, %backend, outcome = "done", state, ended_by, duration_ms,
+                operation, force, %actor, %vm_id, %uid, %backend, outcome = "done", state, ended_by, duration_ms,
                 "operation done"
             );
         } else {
             let left: Vec<_> = outcome.left_behind.iter().map(ToString::to_string).collect();
             tracing::warn!(
-                operation, %actor, %vm_id, %uid, %backend, outcome = "done", state, ended_by, duration_ms,
+                operation, force, %actor, %vm_id, %uid, %backend, outcome = "done", state, ended_by, duration_ms,
                 detail = left.join("; "),
                 "operation done, but something on the host could not be removed"
             );
@@ -69,12 +74,13 @@ impl Ending<'_> {
     /// client requested.
     pub(crate) fn failed(&self, error: &ServiceError) {
         let Self { operation, actor, .. } = self;
+        let force = self.force.then_some(true);
         let (vm_id, uid, backend, duration_ms) = self.keys();
         let causes = error.causes();
         let causes = (!causes.is_empty()).then(|| causes.join(": "));
         tracing::warn!(
-            operation, %actor, %vm_id, %uid, %backend, outcome = "failed", reason = error.code(), detail = %error, causes,
-            duration_ms,
+            operation, force, %actor, %vm_id, %uid, %backend, outcome = "failed", reason = error.code(), detail = %error,
+            causes, duration_ms,
             "operation failed"
         );
     }

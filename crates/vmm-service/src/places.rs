@@ -328,7 +328,13 @@ async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let operation =
         OperationRequest { request: VmOperation::Delete, ask_guest_for: None, caller: Caller::system() };
     let (actor, asked) = (operation.caller.clone(), Instant::now());
-    let ending = Ending { operation: VmOperation::Delete.name(), actor: &actor, record: &record, asked };
+    let ending = Ending {
+        operation: VmOperation::Delete.method(),
+        force: false,
+        actor: &actor,
+        record: &record,
+        asked,
+    };
     if let Some(Err(error)) = handle.ask(operation, shared.under_way.begin()).await {
         ending.failed(&error);
     }

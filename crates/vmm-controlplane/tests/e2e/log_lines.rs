@@ -64,7 +64,10 @@ fn each_operation_of_a_life_leaves_one_line_that_says_who_did_what_to_which_vm()
         ("DeleteVm", vm.clone(), 400),
         ("ShutdownVm", forced, 200),
         ("ResumeVm", vm.clone(), 400),
-        ("DeleteVm", vm, 200),
+        ("DeleteVm", vm.clone(), 200),
+        ("CreateVm", json!({"vm_id": "vm", "config": world.tiny(TinyGuest::Idle)}), 200),
+        ("BootVm", vm, 200),
+        ("DeleteVm", json!({"vm_id": "vm", "force": true}), 200),
     ];
     for (number, (method, body, status)) in calls.iter().enumerate() {
         let answered = call_as(&world, &format!("call-{number}"), method, body);
@@ -72,7 +75,7 @@ fn each_operation_of_a_life_leaves_one_line_that_says_who_did_what_to_which_vm()
     }
     let (_, log) = world.stop(Signal::TERM);
     let lines = read(&log);
-    for (number, (method, _, status)) in calls.iter().enumerate() {
+    for (number, (method, body, status)) in calls.iter().enumerate() {
         let id = format!("call-{number}");
         let of_call: Vec<_> =
             lines.iter().filter(|line| line.get("request_id") == Some(&json!(id))).collect();
@@ -85,7 +88,10 @@ fn each_operation_of_a_life_leaves_one_line_that_says_who_did_what_to_which_vm()
         assert_eq!((&line["vm_id"], &line["backend"]), (&json!("vm"), &json!("qemu")), "{line:?}");
         assert_eq!(line["uid"].as_str().map(str::len), Some(36), "{line:?}");
         assert!(line["duration_ms"].is_u64(), "{line:?}");
-        if !has_succeeded {
+        if has_succeeded {
+            assert_eq!(line.get("force"), body.get("force"), "{line:?}");
+            assert_eq!(line.contains_key("state"), *method != "DeleteVm", "{line:?}");
+        } else {
             assert_eq!(line["reason"], "failed_precondition", "{line:?}");
             assert!(line["detail"].as_str().unwrap().contains("is not legal for VM"), "{line:?}");
         }

@@ -252,7 +252,13 @@ impl Actor {
         span.record("backend", tracing::field::display(&self.record.backend));
         let outcome = self.carry_out(budget, &operation).instrument(span.clone()).await;
         let (request, record) = (operation.request, Arc::clone(&self.record));
-        let ending = Ending { operation: request.name(), actor: &operation.caller, record: &record, asked };
+        let ending = Ending {
+            operation: request.method(),
+            force: operation.has_force(),
+            actor: &operation.caller,
+            record: &record,
+            asked,
+        };
         if let Ok(outcome) = &outcome {
             span.in_scope(|| ending.done(outcome));
         }

@@ -426,8 +426,13 @@ impl Actor {
         let asked = Instant::now();
         let result = self.delete(budget, &operation).await;
         let record = Arc::clone(&self.record);
-        let ending =
-            Ending { operation: operation.request.name(), actor: &operation.caller, record: &record, asked };
+        let ending = Ending {
+            operation: operation.request.method(),
+            force,
+            actor: &operation.caller,
+            record: &record,
+            asked,
+        };
         match result {
             Ok(outcome) => {
                 ending.done(&outcome);

@@ -155,7 +155,13 @@ impl Actor {
         let asked = Instant::now();
         let result = self.start(budget, start).await;
         let record = Arc::clone(&self.record);
-        let ending = Ending { operation: VmOperation::Boot.name(), actor: &"policy", record: &record, asked };
+        let ending = Ending {
+            operation: VmOperation::Boot.method(),
+            force: false,
+            actor: &"policy",
+            record: &record,
+            asked,
+        };
         match result {
             Ok(()) => ending.done(&self.outcome(None)),
             // A forced operation has come, and decides what becomes of the VM.

@@ -75,7 +75,13 @@ impl Actor {
         let asked = Instant::now();
         let result = self.carry_out(budget, &operation).await;
         let record = Arc::clone(&self.record);
-        let ending = Ending { operation: method, actor: &operation.caller, record: &record, asked };
+        let ending = Ending {
+            operation: operation.request.method(),
+            force: operation.has_force(),
+            actor: &operation.caller,
+            record: &record,
+            asked,
+        };
         let error = match result {
             Ok(outcome) => return ending.done(&outcome),
             Err(error) => error,
