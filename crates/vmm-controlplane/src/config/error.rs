@@ -5,7 +5,7 @@
 //!     unsupported backend type: xen
 //!       from VMCP_BACKEND; set UNKEY_VMCP_BACKEND to cloudhypervisor, firecracker or qemu
 //!     port: "80800" is not a port
-//!       from vmm.toml:3 (port); set UNKEY_VMCP_PORT to a number from 0 to 65535
+//!       from vmm.toml:3 (port); write `port = …` there, with a number from 0 to 65535
 //! ```
 
 use std::fmt;
@@ -51,7 +51,7 @@ pub struct ConfigError {
     pub message: String,
     /// The origin of the bad value; `None` if the error does not concern a value.
     pub origin: Option<Origin>,
-    /// The advice, which names the variable to set.
+    /// The advice, which names the variable to set or the key to write.
     pub advice: String,
     /// True if a retired variable is set while its successor is not.
     pub(super) retired: bool,

@@ -271,9 +271,12 @@ impl Loader<'_> {
                     // A flag overrides the variable, so setting only the variable would have no
                     // effect.
                     Origin::Flag(_) => format!("set it, or {variable} in its stead, to {}", fault.want),
-                    Origin::Variable(_) | Origin::File { .. } | Origin::Default => {
-                        format!("set {variable} to {}", fault.want)
+                    // The key is shown with its section, and is written there without it.
+                    Origin::File { ref key, .. } => {
+                        let key = key.rsplit('.').next().unwrap_or(key);
+                        format!("write `{key} = …` there, with {}", fault.want)
                     }
+                    Origin::Variable(_) | Origin::Default => format!("set {variable} to {}", fault.want),
                 };
                 self.errors.push(ConfigError::new(message, origin, advice));
                 None

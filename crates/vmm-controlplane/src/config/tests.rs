@@ -198,7 +198,7 @@ fn errors_name_what_to_set_and_where_the_value_came_from() {
         unsupported backend type: xen\n    \
           from VMCP_BACKEND; set UNKEY_VMCP_BACKEND to cloudhypervisor, firecracker or qemu\n  \
         otel_sampling_rate: \"2.0\" is not a share\n    \
-          from f.toml:3 (otel.sampling_rate); set UNKEY_VMCP_OTEL_SAMPLING_RATE to a number from 0.0 to 1.0";
+          from f.toml:3 (otel.sampling_rate); write `sampling_rate = …` there, with a number from 0.0 to 1.0";
     assert_eq!(shown, want);
 }
 
