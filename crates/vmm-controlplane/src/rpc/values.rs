@@ -43,7 +43,13 @@ impl PlainType<'_> {
         let given = shortened(given);
         (!taken).then(|| match self {
             Self::Enum(names) => {
-                let names: Vec<&str> = names.values().iter().map(|value| value.name()).collect();
+                // UNSPECIFIED means that no value was given, so that it is no value to choose.
+                let names: Vec<&str> = names
+                    .values()
+                    .iter()
+                    .map(|value| value.name())
+                    .filter(|name| !name.ends_with("_UNSPECIFIED"))
+                    .collect();
                 format!("must be one of {}, not {given}", names.join(", "))
             }
             Self::Scalar(ScalarType::Bool) => format!("must be true or false, not {given}"),

@@ -94,7 +94,7 @@ async fn broken_json_and_wrong_types_are_invalid_arguments() {
             "request: ",
             "vm_id: must be text",
             "config.memory.size_bytes: must be a whole number",
-            "config.restart_policy.mode: must be one of RESTART_MODE_UNSPECIFIED, ",
+            "config.restart_policy.mode: must be one of RESTART_MODE_NEVER, ",
         ];
         let named = starts.iter().any(|start| message.starts_with(start));
         assert!(named, "{body}: {message}");

@@ -403,7 +403,10 @@ fn parse_restart(report: &mut CheckReport, restart: Option<&RestartPolicyConfig>
         3 => Some(RestartMode::OnFailure),
         4 => Some(RestartMode::Always),
         other => {
-            report.reject("config.restart_policy.mode", format!("{other} is no RestartMode"));
+            report.reject("config.restart_policy.mode", format!(
+                    "must be one of RESTART_MODE_NEVER (1), RESTART_MODE_GUEST_REBOOT (2), RESTART_MODE_ON_FAILURE (3) and \
+                     RESTART_MODE_ALWAYS (4), not {other}"
+                ));
             return None;
         }
     };
