@@ -51,6 +51,12 @@ pub enum LockError {
         /// The fault and the remedy.
         why: String,
     },
+    /// There is something else than a directory at the path.
+    #[error("the state directory {} is a file, not a directory; name a directory with UNKEY_VMCP_STATE_DIR", .path.display())]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
     /// The directory or its lock file cannot be used.
     #[error("the state directory cannot be locked by {}; check that the daemon's user may write there", .path.display())]
     Io {
@@ -76,6 +82,9 @@ impl StateLock {
             let path = path.to_path_buf();
             move |source| LockError::Io { path, source }
         };
+        if fs::metadata(state_dir).is_ok_and(|facts| !facts.is_dir()) {
+            return Err(LockError::NotADirectory { path: state_dir.to_path_buf() });
+        }
         make_dir(state_dir, |dir| File::open(dir)?.sync_all()).map_err(failed(state_dir))?;
         check_private(state_dir)?;
         let path = state_dir.join(FILE_NAME);
@@ -373,7 +382,7 @@ mod tests {
     fn what_cannot_be_used_is_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let text = StateLock::acquire(file.path()).unwrap_err().to_string();
-        assert!(text.contains(&file.path().display().to_string()), "{text}");
+        assert!(text.contains(&format!("{} is a file, not a directory", file.path().display())), "{text}");
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/nowhere/else", dir.path().join(FILE_NAME)).unwrap();
         assert!(matches!(StateLock::acquire(dir.path()), Err(LockError::Io { .. })));

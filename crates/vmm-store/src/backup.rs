@@ -258,6 +258,10 @@ fn is_there(path: &Path) -> Result<bool, StoreError> {
 /// Makes an empty file in `folder` that only its owner may read. The file is deleted when it is
 /// dropped without a name.
 fn unnamed_file_in(folder: &Path) -> Result<TempPath, StoreError> {
+    if matches!(folder.try_exists(), Ok(false)) {
+        let message = format!("the folder {} does not exist; make it first", folder.display());
+        return Err(store_error(StoreErrorKind::Io, Effect::NotApplied, message));
+    }
     let draft = tempfile::Builder::new().prefix(".vmm-controlplane-copy-").tempfile_in(folder);
     // The handle is closed before SQLite opens the file, because closing it later would release
     // SQLite's locks on the file.
@@ -424,7 +428,13 @@ fn unfit(file: &Path, error: StoreError) -> StoreError {
 
 /// Refuses a backup that is not a file, or is the database itself.
 fn refuse_itself(file: &Path, path: &Path) -> Result<(), StoreError> {
-    let facts = std::fs::metadata(file).map_err(|error| io_error("looking at", file, error))?;
+    let facts = std::fs::metadata(file).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            let message = format!("there is no file {}; name a backup", file.display());
+            store_error(StoreErrorKind::Io, Effect::NotApplied, message)
+        }
+        _ => io_error("looking at", file, error),
+    })?;
     let same =
         std::fs::metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (facts.dev(), facts.ino()));
     if facts.is_file() && !same {

@@ -49,6 +49,17 @@ fn content(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     files
 }
 
+#[test]
+fn a_folder_or_a_backup_that_does_not_exist_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, missing) = (dir.path().join("state"), dir.path().join("missing"));
+    fill(&state, &["vm"]);
+    let refused = backup(&state, &missing.join("copy.db")).unwrap_err().to_string();
+    assert!(refused.contains(&format!("the folder {} does not exist", missing.display())), "{refused}");
+    let refused = restore(&missing, &state, &mut as_it_is).unwrap_err().to_string();
+    assert!(refused.contains(&format!("there is no file {}", missing.display())), "{refused}");
+}
+
 struct Stop<'a>(&'a AtomicBool);
 
 impl Drop for Stop<'_> {

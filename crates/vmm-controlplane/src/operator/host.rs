@@ -106,6 +106,13 @@ pub(super) fn directory(name: &'static str, variable: &str, dir: &Path) -> Vec<D
     let Some(there) = dir.ancestors().find(|path| path.exists()) else {
         return vec![DoctorCheck::fail(name, format!("{} cannot be reached", dir.display()), advice)];
     };
+    if !there.is_dir() {
+        return vec![DoctorCheck::fail(
+            name,
+            format!("{} is a file, not a directory", there.display()),
+            advice,
+        )];
+    }
     let missing = if there == dir { "" } else { " does not exist yet" };
     let shown = format!("{}{missing}", dir.display());
     if accessat(CWD, there, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS).is_err() {
@@ -116,18 +123,15 @@ pub(super) fn directory(name: &'static str, variable: &str, dir: &Path) -> Vec<D
     if there == dir
         && let Ok(facts) = std::fs::metadata(dir)
     {
-        checks.extend(ownership(name, dir, &facts, &advice));
+        checks.extend(ownership(name, dir, &facts));
     }
     checks.push(disk_room(name, &shown, there));
     checks
 }
 
-fn ownership(name: &'static str, dir: &Path, facts: &std::fs::Metadata, advice: &str) -> Option<DoctorCheck> {
+fn ownership(name: &'static str, dir: &Path, facts: &std::fs::Metadata) -> Option<DoctorCheck> {
     let (owner, this) = (facts.uid(), geteuid().as_raw());
     let shown = dir.display();
-    if !facts.is_dir() {
-        return Some(DoctorCheck::fail(name, format!("{shown} is not a directory"), advice.to_owned()));
-    }
     if owner != this {
         let finding = format!("{shown} belongs to user {owner}, and this is user {this}");
         return Some(DoctorCheck::warn(
@@ -311,6 +315,7 @@ mod tests {
         let checks = directory("state", "UNKEY_VMCP_STATE_DIR", file.path());
         let bad = checks.iter().find(|check| check.verdict == CheckVerdict::Fail).unwrap();
         assert!(bad.remedy.as_deref().unwrap().contains("UNKEY_VMCP_STATE_DIR"), "{bad:?}");
+        assert!(bad.finding.ends_with("is a file, not a directory"), "{bad:?}");
     }
 
     #[test]
