@@ -22,8 +22,9 @@ use crate::failure::Failure;
 pub(crate) const SERVER_VARIABLE: &str = "VMCP_SERVER";
 /// The variable that names a context.
 pub(crate) const CONTEXT_VARIABLE: &str = "VMCP_CONTEXT";
-/// The variable that names the contexts file.
-pub(crate) const FILE_VARIABLE: &str = "VMCP_CONFIG";
+/// The variable that names the contexts file. The name is not `VMCP_CONFIG`, because the daemon
+/// reads that variable as the path of its own configuration file.
+pub(crate) const FILE_VARIABLE: &str = "VMCP_CONTEXTS_FILE";
 /// The server of a user who names none: the daemon's default address on this host.
 pub(crate) const DEFAULT_SERVER: &str = "http://127.0.0.1:8080";
 
@@ -131,6 +132,16 @@ mod tests {
         let Failure::Input { message, remedy } = error else { panic!("{error:?}") };
         assert!(message.contains("no context is named \"lap\""), "{message}");
         assert_eq!(remedy.as_deref(), Some("the contexts there are: far, lab"));
+    }
+
+    #[test]
+    fn the_daemons_configuration_file_is_not_read() {
+        let dir = with_file("port = 9000\n");
+        let file = dir.path().join("config.toml").display().to_string();
+        for variable in ["VMCP_CONFIG", "UNKEY_VMCP_CONFIG"] {
+            let environment = Environment::from_pairs([(variable.to_owned(), file.clone())]);
+            assert_eq!(choose(None, None, &environment).unwrap().to_string(), DEFAULT_SERVER, "{variable}");
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ fn offered(server: &str, words: &[&str]) -> Vec<String> {
     let output = Command::new("bash")
         .args(["--norc", "-c", &script])
         .env("VMCP_SERVER", server)
-        .env("VMCP_CONFIG", "/nonexistent/contexts.toml")
+        .env("VMCP_CONTEXTS_FILE", "/nonexistent/contexts.toml")
         .output()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "", "a prompt is no place for an error");

@@ -53,7 +53,7 @@ fn a_context_names_a_server() {
     let file = world.write("contexts.toml", &contexts);
     let with_file = |arguments: &[&str]| {
         let mut command = vmcp(arguments);
-        command.env("VMCP_CONFIG", &file);
+        command.env("VMCP_CONTEXTS_FILE", &file);
         command
     };
     assert_eq!(finish(with_file(&["--context", "lab", "list", "-o", "name"]), "").ok(), "here\n");

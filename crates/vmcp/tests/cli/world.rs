@@ -128,7 +128,9 @@ impl World {
     /// Returns `vmcp` with arguments, with nothing of the test's own environment that concerns it.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = vmcp(arguments);
-        command.env("VMCP_SERVER", self.url()).env("VMCP_CONFIG", self.dir.path().join("contexts.toml"));
+        command
+            .env("VMCP_SERVER", self.url())
+            .env("VMCP_CONTEXTS_FILE", self.dir.path().join("contexts.toml"));
         command
     }
 
@@ -260,7 +262,7 @@ impl Drop for Running {
 pub(crate) fn vmcp(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmcp"));
     without_settings(&mut command);
-    command.env("VMCP_CONFIG", "/nonexistent/contexts.toml").args(arguments);
+    command.env("VMCP_CONTEXTS_FILE", "/nonexistent/contexts.toml").args(arguments);
     command
 }
 

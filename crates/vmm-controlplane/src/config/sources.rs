@@ -147,14 +147,17 @@ fn read_file(
 
 /// The beginnings of the variables of this repository's scripts, tests and client, which have the
 /// short prefix and are no settings.
-const NO_SETTINGS: [&str; 12] = [
+const NO_SETTINGS: [&str; 15] = [
     "VMCP_BACKEND_MATRIX",
     "VMCP_BENCH_",
     "VMCP_CHAOS_",
+    "VMCP_COMPLETE",
+    "VMCP_CONTEXT",
     "VMCP_DAEMON",
     "VMCP_DEMO_",
     "VMCP_GUEST_",
     "VMCP_MIGRATION_",
+    "VMCP_SERVER",
     "VMCP_SKIP_",
     "VMCP_TEST_",
     "VMCP_TINY_",

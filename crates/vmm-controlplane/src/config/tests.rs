@@ -354,6 +354,16 @@ fn warnings_tell_what_has_no_effect_or_is_dangerous() {
 }
 
 #[test]
+fn the_variables_of_the_command_line_are_neither_settings_nor_warned_of() {
+    let of_vmcp = ["VMCP_SERVER", "VMCP_CONTEXT", "VMCP_CONTEXTS_FILE", "VMCP_COMPLETE"];
+    // The file of the command line does not exist here, so reading the file would fail.
+    let loaded = good(&[], &of_vmcp.map(|name| (name, "/home/me/.config/vmcp/config.toml")));
+    assert_eq!(loaded.warnings, Vec::<String>::new());
+    let with_the_other_prefix = good(&[], &[("UNKEY_VMCP_SERVER", "http://127.0.0.1:1")]).warnings;
+    assert_eq!(with_the_other_prefix.len(), 1, "{with_the_other_prefix:?}");
+}
+
+#[test]
 fn the_default_backends_old_socket_is_pointed_out() {
     let sockets = [
         "/tmp/ch.sock",
