@@ -3,7 +3,7 @@
 use clap::{Args, ValueHint};
 use vmm_proto::v1 as pb;
 
-use super::values::{Disk, Nic, Pair, backend, bytes, restart};
+use super::values::{Disk, Nic, Pair, backend, memory, restart};
 
 /// The arguments of `create`.
 #[derive(Debug, Args)]
@@ -43,7 +43,7 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "NUMBER", help_heading = "Configuration by flags")]
     pub(crate) cpus: Option<i32>,
     /// Memory, as 512MiB or 2GiB [default: 512MiB]
-    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Configuration by flags")]
+    #[arg(long, value_name = "SIZE", value_parser = memory, help_heading = "Configuration by flags")]
     pub(crate) memory: Option<i64>,
     /// Kernel on the host [default: the daemon's, if it has one]
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, help_heading = "Configuration by flags")]

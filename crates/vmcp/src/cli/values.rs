@@ -12,6 +12,8 @@ use crate::output::words;
 
 /// The names of the backends, for errors and completion.
 const BACKENDS: [&str; 3] = ["cloudhypervisor", "firecracker", "qemu"];
+/// The smallest memory of a VM, in bytes. A smaller size is a number without its unit.
+const SMALLEST_MEMORY: i64 = 1 << 20;
 /// The longest time that the API takes, in seconds.
 const LONGEST_SECONDS: u64 = 3_600;
 /// The states of a VM.
@@ -52,11 +54,23 @@ pub(super) fn backend() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(BACKENDS)
 }
 
-/// Parses a size in bytes: a number, with a unit if it is not bytes.
-pub(super) fn bytes(text: &str) -> Result<i64, String> {
+/// Parses the memory of a VM in bytes: a number, with a unit if it is not bytes.
+///
+/// # Errors
+///
+/// The text is no size, or the size is below 1 MiB or above the range of the API.
+pub(super) fn memory(text: &str) -> Result<i64, String> {
     let size = parse_size::Config::new().with_binary().parse_size(text);
     let size = size.map_err(|error| format!("{error}; write a size as 512MiB or 2GiB"))?;
-    i64::try_from(size).map_err(|_| "is more than the API can carry".to_owned())
+    let size = i64::try_from(size).map_err(|_| "is more than the API can carry".to_owned())?;
+    if size >= SMALLEST_MEMORY {
+        return Ok(size);
+    }
+    let example = match text.parse::<u64>() {
+        Ok(number) if number > 0 => format!("{number}MiB"),
+        _ => "512MiB".to_owned(),
+    };
+    Err(format!("{text} is {size} bytes; write {example}"))
 }
 
 /// Parses a time, as `90s` or `1h 30m`. A bare number is seconds.
@@ -173,11 +187,19 @@ mod tests {
             ("2G", 2_i64 << 30),
             ("1.5 GiB", 1_610_612_736),
         ] {
-            assert_eq!(bytes(text), Ok(wanted), "{text}");
+            assert_eq!(memory(text), Ok(wanted), "{text}");
         }
         for text in ["", "many", "-1", "9EiB"] {
-            assert!(bytes(text).is_err(), "{text}");
+            assert!(memory(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn memory_without_a_unit_is_refused_with_the_unit() {
+        assert_eq!(memory("512"), Err("512 is 512 bytes; write 512MiB".to_owned()));
+        assert_eq!(memory("1KiB"), Err("1KiB is 1024 bytes; write 512MiB".to_owned()));
+        assert_eq!(memory("0"), Err("0 is 0 bytes; write 512MiB".to_owned()));
+        assert_eq!(memory("1MiB"), Ok(1 << 20));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::input;
 use crate::output::{Format, escape, problem, remark, words};
 
 pub(super) async fn create(session: &mut Session, arguments: &Create) -> Result<(), Failure> {
-    let request = input::request(arguments.name.as_deref(), &arguments.config)?;
+    let request = input::request(arguments.name.as_deref(), &arguments.config, &session.server)?;
     let answer = session.client.create_vm(request).await?.into_owned();
     if !session.output.format().is_message() {
         warn(&answer.warnings);
@@ -21,7 +21,8 @@ pub(super) async fn create(session: &mut Session, arguments: &Create) -> Result<
 }
 
 pub(super) async fn validate(session: &mut Session, arguments: &Validate) -> Result<(), Failure> {
-    let pb::CreateVmRequest { config, backend, .. } = input::request(None, &arguments.config)?;
+    let pb::CreateVmRequest { config, backend, .. } =
+        input::request(None, &arguments.config, &session.server)?;
     let request = pb::ValidateVmRequest { config, backend, ..Default::default() };
     let answer = session.client.validate_vm(request).await?.into_owned();
     match session.output.format() {

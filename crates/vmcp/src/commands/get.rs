@@ -63,6 +63,8 @@ fn configuration(config: &pb::VmConfig, fact: &mut impl FnMut(&str, String)) {
 fn run_of(vm: &pb::GetVmInfoResponse, fact: &mut impl FnMut(&str, String)) {
     for (name, value) in &vm.backend_info {
         if name != "backend" {
+            // The row "kernel args" has the arguments of the configuration.
+            let name = if name == "kernel_args" { "kernel args in force" } else { name };
             fact(name, value.clone());
         }
     }
@@ -83,6 +85,19 @@ fn run_of(vm: &pb::GetVmInfoResponse, fact: &mut impl FnMut(&str, String)) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kernels_arguments_of_the_configuration_and_those_in_force_have_their_own_names() {
+        let boot = pb::BootConfig { kernel_args: "console=ttyS0".into(), ..Default::default() };
+        let vm = pb::GetVmInfoResponse {
+            config: pb::VmConfig { boot: boot.into(), ..Default::default() }.into(),
+            backend_info: [("kernel_args".to_owned(), "console=ttyS0 reboot=k".to_owned())].into(),
+            ..Default::default()
+        };
+        let text = facts(&vm, None);
+        assert!(text.contains("kernel args           console=ttyS0\n"), "{text}");
+        assert!(text.contains("kernel args in force  console=ttyS0 reboot=k"), "{text}");
+    }
 
     #[test]
     fn only_facts_that_are_there_have_a_line_and_none_can_draw() {

@@ -1,6 +1,7 @@
 //! The server's URL.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use http::Uri;
 
@@ -38,6 +39,15 @@ impl Server {
         Ok(Self(uri))
     }
 
+    /// Returns true if the address is a loopback address, so that the server's files are those of
+    /// this host. A tunnel to another host has a loopback address, too.
+    pub(crate) fn is_loopback(&self) -> bool {
+        let host = self.0.host().unwrap_or_default();
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        host.eq_ignore_ascii_case("localhost")
+            || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+    }
+
     /// Returns the URL for a client.
     pub(crate) fn uri(&self) -> Uri {
         self.0.clone()
@@ -53,6 +63,17 @@ impl fmt::Display for Server {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_loopback_address_is_known_in_each_form() {
+        let is_loopback = |url: &str| Server::parse(url, "--server").unwrap().is_loopback();
+        for url in ["http://127.0.0.1:8080", "http://127.0.0.2", "http://[::1]:80", "http://Localhost:1"] {
+            assert!(is_loopback(url), "{url}");
+        }
+        for url in ["http://10.0.0.5:8080", "http://[fe80::1]", "http://localhost.example:1"] {
+            assert!(!is_loopback(url), "{url}");
+        }
+    }
 
     #[test]
     fn only_http_is_taken_and_the_error_says_what_to_write() {

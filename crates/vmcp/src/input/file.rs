@@ -2,12 +2,16 @@
 //!
 //! JSON is a form of YAML, so one parser reads both, and an error of either has a line and a path.
 
+use buffa::Enumeration as _;
 use serde_saphyr::Error;
 use serde_saphyr::options::DuplicateKeyPolicy;
 use vmm_proto::v1 as pb;
 
 use super::shown;
 use crate::failure::Failure;
+
+/// The ends of the path of the restart mode, in the two spellings of the field.
+const RESTART_MODE_FIELDS: [&str; 2] = ["restart_policy.mode", "restartPolicy.mode"];
 
 /// Returns the request that a file has.
 ///
@@ -45,11 +49,23 @@ fn refusal(file: &str, field: &str, error: &Error) -> Failure {
             Failure::input(format!("{file}: {place}{path}: no such field")).with_remedy(known(expected))
         }
         other => {
-            let fault = message(other);
+            let fault = enum_fault(field, other).unwrap_or_else(|| message(other));
             let path = if field.is_empty() || field == "." { String::new() } else { format!("{field}: ") };
             Failure::input(format!("{file}: {place}{path}{fault}"))
         }
     }
+}
+
+/// Returns the message of an error about a restart mode, the one enum of the request. The message
+/// has the words of the API.
+fn enum_fault(field: &str, error: &Error) -> Option<String> {
+    let Error::SerdeInvalidValue { unexpected, .. } = error else { return None };
+    if !RESTART_MODE_FIELDS.iter().any(|end| field.ends_with(end)) {
+        return None;
+    }
+    let given = unexpected.strip_prefix("string ").unwrap_or(unexpected);
+    let names: Vec<_> = pb::RestartMode::values().iter().map(|mode| mode.proto_name()).collect();
+    Some(format!("must be one of {}, not {given}", names.join(", ")))
 }
 
 /// Returns the message of an error without its place, which stands before it already.
@@ -167,6 +183,19 @@ config:
             assert_eq!(message.matches("line ").count(), 1, "{message}");
         }
         assert_eq!(refused(" \n").0, "vm.yaml: is empty");
+    }
+
+    #[test]
+    fn a_wrong_restart_mode_is_refused_with_the_modes() {
+        for text in [
+            "config:\n  restart_policy: {mode: on-failure}\n",
+            "{\n\"config\": {\"restartPolicy\": {\"mode\": \"on-failure\"}}}",
+        ] {
+            let (message, _) = refused(text);
+            assert!(message.contains("mode: must be one of RESTART_MODE_UNSPECIFIED, "), "{message}");
+            assert!(message.contains(", RESTART_MODE_ON_FAILURE, RESTART_MODE_ALWAYS, not "), "{message}");
+            assert!(message.contains("on-failure"), "{message}");
+        }
     }
 
     #[test]

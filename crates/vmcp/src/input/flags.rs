@@ -2,7 +2,10 @@
 
 use vmm_proto::v1 as pb;
 
+use super::paths::absolute;
 use crate::cli::{Flags, Pair};
+use crate::config::Server;
+use crate::failure::Failure;
 
 /// The virtual processors of a VM whose command line names none.
 const DEFAULT_CPUS: i32 = 1;
@@ -10,10 +13,18 @@ const DEFAULT_CPUS: i32 = 1;
 const DEFAULT_MEMORY: i64 = 512 << 20;
 
 /// Returns the request that the flags describe.
-pub(super) fn request(flags: &Flags) -> pb::CreateVmRequest {
+///
+/// # Errors
+///
+/// A path is relative, and the server is on another host.
+pub(super) fn request(flags: &Flags, server: &Server) -> Result<pb::CreateVmRequest, Failure> {
+    let path = |flag: &str, text: Option<&str>| absolute(flag, text.unwrap_or_default(), server);
+    let disk = |disk: &pb::StorageDevice| -> Result<_, Failure> {
+        Ok(pb::StorageDevice { path: path("--disk", Some(&disk.path))?, ..disk.clone() })
+    };
     let boot = pb::BootConfig {
-        kernel_path: flags.kernel.clone().unwrap_or_default(),
-        initrd_path: flags.initrd.clone().unwrap_or_default(),
+        kernel_path: path("--kernel", flags.kernel.as_deref())?,
+        initrd_path: path("--initrd", flags.initrd.as_deref())?,
         kernel_args: flags.kernel_args.clone().unwrap_or_default(),
         boot_options: pairs(&flags.boot_option),
         ..Default::default()
@@ -24,7 +35,7 @@ pub(super) fn request(flags: &Flags) -> pb::CreateVmRequest {
     let mut config = pb::VmConfig {
         cpu: cpu.into(),
         memory: memory.into(),
-        storage: flags.disk.iter().map(|disk| disk.0.clone()).collect(),
+        storage: flags.disk.iter().map(|it| disk(&it.0)).collect::<Result<_, _>>()?,
         network: flags.net.iter().map(|nic| nic.0.clone()).collect(),
         metadata: pairs(&flags.metadata),
         ..Default::default()
@@ -36,7 +47,7 @@ pub(super) fn request(flags: &Flags) -> pb::CreateVmRequest {
     if let Some(mode) = flags.restart {
         config.restart_policy = pb::RestartPolicy { mode: mode.into(), ..Default::default() }.into();
     }
-    pb::CreateVmRequest { config: config.into(), ..Default::default() }
+    Ok(pb::CreateVmRequest { config: config.into(), ..Default::default() })
 }
 
 /// Returns pairs as a map. Of a key that stands twice the last value counts, as with other flags.
@@ -50,12 +61,20 @@ mod tests {
     use serde_json::json;
 
     use crate::cli::{Cli, Command};
+    use crate::config::{DEFAULT_SERVER, Server};
+    use crate::failure::Failure;
     use crate::input;
 
-    fn request(arguments: &[&str]) -> serde_json::Value {
+    fn request_to(server: &str, arguments: &[&str]) -> Result<serde_json::Value, Failure> {
         let cli = Cli::try_parse_from([&["vmcp", "create"], arguments].concat()).unwrap();
         let Command::Create(create) = cli.command else { panic!("another command") };
-        serde_json::to_value(input::request(create.name.as_deref(), &create.config).unwrap()).unwrap()
+        let server = Server::parse(server, "--server").unwrap();
+        let request = input::request(create.name.as_deref(), &create.config, &server)?;
+        Ok(serde_json::to_value(request).unwrap())
+    }
+
+    fn request(arguments: &[&str]) -> serde_json::Value {
+        request_to(DEFAULT_SERVER, arguments).unwrap()
     }
 
     #[test]
@@ -104,6 +123,34 @@ mod tests {
                 }
             })
         );
+    }
+
+    #[test]
+    fn relative_paths_become_absolute_if_the_server_is_on_this_host() {
+        let line = ["--kernel=./vmlinuz", "--initrd=i.gz", "--disk=a.img,root", "--disk=/b.img"];
+        let config = &request(&line)["config"];
+        let here = std::env::current_dir().unwrap();
+        let path = |name: &str| here.join(name).display().to_string();
+        assert_eq!(config["boot"]["kernel_path"], path("vmlinuz"));
+        assert_eq!(config["boot"]["initrd_path"], path("i.gz"));
+        assert_eq!(config["storage"][0], json!({"path": path("a.img"), "is_root_device": true}));
+        assert_eq!(config["storage"][1], json!({"path": "/b.img"}));
+    }
+
+    #[test]
+    fn a_relative_path_is_refused_if_the_server_is_on_another_host() {
+        for (flag, fault) in [
+            ("--kernel=./vmlinuz", "--kernel: must be an absolute path on the host, not \"./vmlinuz\""),
+            ("--initrd=i.gz", "--initrd: must be an absolute path on the host, not \"i.gz\""),
+            ("--disk=a.img,root", "--disk: must be an absolute path on the host, not \"a.img\""),
+        ] {
+            let error = request_to("http://10.0.0.5:8080", &[flag]).unwrap_err();
+            let Failure::Input { message, remedy } = error else { panic!("{error:?}") };
+            assert_eq!(message, fault);
+            let hint = "the server http://10.0.0.5:8080 is on another host; write the path of the file there";
+            assert_eq!(remedy.as_deref(), Some(hint));
+        }
+        assert!(request_to("http://10.0.0.5:8080", &["--kernel=/k", "--disk=/a.img"]).is_ok());
     }
 
     #[test]

@@ -2,12 +2,14 @@
 
 mod file;
 mod flags;
+mod paths;
 
 use std::io::Read as _;
 
 use vmm_proto::v1 as pb;
 
 use crate::cli::Config;
+use crate::config::Server;
 use crate::failure::Failure;
 
 /// The longest file that is read: the server takes 4 MiB.
@@ -16,15 +18,20 @@ const FILE_LIMIT: u64 = 4 << 20;
 const STANDARD_INPUT: &str = "-";
 
 /// Returns the request that the arguments describe. A name or backend of the command line takes the
-/// place of the file's.
+/// place of the file's. Relative paths of flags become absolute if the server is on this host.
 ///
 /// # Errors
 ///
-/// The file cannot be read, or is not a CreateVmRequest.
-pub(crate) fn request(name: Option<&str>, config: &Config) -> Result<pb::CreateVmRequest, Failure> {
+/// The file cannot be read, or is not a CreateVmRequest. A flag has a relative path, and the server
+/// is on another host.
+pub(crate) fn request(
+    name: Option<&str>,
+    config: &Config,
+    server: &Server,
+) -> Result<pb::CreateVmRequest, Failure> {
     let mut request = match &config.file {
         Some(path) => file::parse(path, &read(path)?)?,
-        None => flags::request(&config.flags),
+        None => flags::request(&config.flags, server)?,
     };
     if let Some(name) = name {
         request.vm_id = name.to_owned();

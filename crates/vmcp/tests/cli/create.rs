@@ -78,7 +78,7 @@ fn an_unknown_field_is_named_with_its_line() {
 fn every_violation_has_a_line() {
     let world = World::started(&[]);
     let error =
-        world.run(&["create", "a", "--cpus", "0", "--memory", "1000", "--kernel", "/nonexistent/kernel"]);
+        world.run(&["create", "a", "--cpus", "0", "--memory", "1500000", "--kernel", "/nonexistent/kernel"]);
     let error = error.failed(13);
     let fields: Vec<_> = error.lines().skip(1).map(|line| line.trim().split_once(": ").unwrap().0).collect();
     assert_eq!(
