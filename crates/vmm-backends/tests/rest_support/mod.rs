@@ -243,7 +243,7 @@ impl<B: Backend> Bench<B> {
         let (launched, ()) = tokio::join!(launching, calling_off);
         let error = launched.unwrap_err();
         assert_eq!(error.effect, Effect::NotApplied);
-        assert!(error.message.contains("called off"), "{error}");
+        assert!(error.message.contains("was cancelled"), "{error}");
         assert_eq!((self.processes(), self.console().as_str()), (0, ""));
     }
 
