@@ -32,7 +32,7 @@ fn another_hypervisors_socket_is_told_by_name() {
                 ByHandProgram::Firecracker => ("Firecracker", "UNKEY_VMCP_FC_ENDPOINT"),
                 ByHandProgram::Qemu => ("QEMU", "UNKEY_VMCP_QEMU_ENDPOINT"),
             };
-            assert!(reason.contains(&format!("it is {name}")) && reason.contains(variable), "{reason}");
+            assert!(reason.contains(&format!("but {name}")) && reason.contains(variable), "{reason}");
             assert!(vmm.is_alive());
         }
     }
