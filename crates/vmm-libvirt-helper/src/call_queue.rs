@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
-use vmm_libvirt_wire::{Call, CallFailure, CallFailureKind, CallResult, CallRank, CallRequest};
+use vmm_libvirt_wire::{Call, CallFailure, CallFailureKind, CallRank, CallRequest, CallResult};
 
 /// The most calls under way that need a QEMU, each on a thread of its own. Only 128 hanging QEMUs
 /// with two calls each would hold up the calls for other QEMUs.
@@ -255,7 +255,8 @@ mod tests {
         let libvirt = Arc::new(Libvirt::default());
         let (answers, answered) = channel();
         let maker = Arc::clone(&libvirt);
-        let desk = CallQueue::new(move |call| maker.make(call), move |id, got| answers.send((id, got)).unwrap());
+        let desk =
+            CallQueue::new(move |call| maker.make(call), move |id, got| answers.send((id, got)).unwrap());
         (desk, libvirt, answered)
     }
 

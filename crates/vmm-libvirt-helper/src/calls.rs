@@ -5,7 +5,9 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
-use vmm_libvirt_wire::{Call, Domain as Facts, DomainState, CallFailure, CallFailureKind, CallResult, MARK_NAMESPACE};
+use vmm_libvirt_wire::{
+    Call, CallFailure, CallFailureKind, CallResult, Domain as Facts, DomainState, MARK_NAMESPACE,
+};
 
 use crate::ffi;
 use crate::output::cut;
@@ -61,7 +63,9 @@ fn done(result: Result<u32, Error>) -> Result<CallResult, Error> {
 fn single_domain(found: Result<Domain, Error>) -> Result<CallResult, Error> {
     match found.and_then(|domain| facts(&domain)) {
         Ok(facts) => Ok(CallResult::Domains { domains: vec![facts] }),
-        Err(error) if kind_of(&error) == CallFailureKind::NoDomain => Ok(CallResult::Domains { domains: Vec::new() }),
+        Err(error) if kind_of(&error) == CallFailureKind::NoDomain => {
+            Ok(CallResult::Domains { domains: Vec::new() })
+        }
         Err(error) => Err(error),
     }
 }
@@ -116,7 +120,9 @@ fn resume(domain: &Domain) -> Result<CallResult, Error> {
 /// Ends a domain at once. A domain that does not run is no error.
 fn destroy(domain: &Domain) -> Result<CallResult, Error> {
     match domain.destroy_flags(sys::VIR_DOMAIN_DESTROY_DEFAULT) {
-        Err(error) if kind_of(&error) == CallFailureKind::WrongState && !domain.is_active().unwrap_or(true) => {
+        Err(error)
+            if kind_of(&error) == CallFailureKind::WrongState && !domain.is_active().unwrap_or(true) =>
+        {
             Ok(CallResult::Done)
         }
         result => done(result),

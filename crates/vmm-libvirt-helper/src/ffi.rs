@@ -14,7 +14,7 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
-use vmm_libvirt_wire::{Lifecycle, HelperMessage};
+use vmm_libvirt_wire::{HelperMessage, Lifecycle};
 
 use crate::output::{cut, write_message};
 
@@ -125,7 +125,10 @@ unsafe extern "C" fn on_lifecycle(
     _opaque: *mut c_void,
 ) -> c_int {
     if let Some(uuid) = uuid_of(domain) {
-        write_message(&HelperMessage::Lifecycle { uuid, event: lifecycle_of(event.cast_unsigned(), detail.cast_unsigned()) });
+        write_message(&HelperMessage::Lifecycle {
+            uuid,
+            event: lifecycle_of(event.cast_unsigned(), detail.cast_unsigned()),
+        });
     }
     0
 }
@@ -164,7 +167,11 @@ unsafe extern "C" fn on_monitor(
 ) {
     if let Some(uuid) = uuid_of(domain) {
         let (event, details) = (text(event), text(details));
-        write_message(&HelperMessage::Monitor { uuid, event: cut(event, DETAILS), details: cut(details, DETAILS) });
+        write_message(&HelperMessage::Monitor {
+            uuid,
+            event: cut(event, DETAILS),
+            details: cut(details, DETAILS),
+        });
     }
 }
 

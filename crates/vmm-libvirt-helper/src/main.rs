@@ -12,10 +12,10 @@
 //! libvirt's state. The helper also ends when its stdin ends, so it never outlives the daemon. The
 //! lines are those of [`vmm_libvirt_wire`]; stderr is for people.
 
-mod calls;
 mod call_queue;
-mod ffi;
+mod calls;
 mod connections;
+mod ffi;
 mod output;
 
 use std::io::{self, BufReader};
@@ -24,7 +24,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use virt::connect::Connect;
 use virt::error::Error;
-use vmm_libvirt_wire::{CallFailure, CallResult, HelperMessage, CallRequest};
+use vmm_libvirt_wire::{CallFailure, CallRequest, CallResult, HelperMessage};
 
 use call_queue::CallQueue;
 use connections::Connections;
@@ -68,7 +68,10 @@ fn serve(uri: &str) -> Result<(), Error> {
     // libvirt examines its QEMU at the first question about it, which can take half a minute. The
     // question is asked here, because otherwise the first start of a VM would wait for it.
     let hypervisor = connections::version(main.get_hyp_version()?);
-    output::write_message(&HelperMessage::Ready { libvirt: connections::version(main.get_lib_version()?), hypervisor });
+    output::write_message(&HelperMessage::Ready {
+        libvirt: connections::version(main.get_lib_version()?),
+        hypervisor,
+    });
     let lanes = Connections::new(uri.to_owned(), main);
     let desk = CallQueue::new(move |call| lanes.make(call), answer);
     for request in inbox {
