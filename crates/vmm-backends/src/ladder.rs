@@ -38,7 +38,7 @@ pub type UnsentCall<'a> = Pin<Box<dyn Future<Output = Result<(), BackendError>> 
 const ASK_INTERVAL: Duration = Duration::from_secs(3);
 /// The longest wait for the answer to the order to power off, without force.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same wait by force.
+/// The longest wait for the answer to the order to power off, with force.
 const FORCED_ORDER_TIMEOUT: Duration = Duration::from_millis(1200);
 /// The interval at which a VMM that outlives its VM is asked whether the VM has ended.
 const END_POLL_INTERVAL: Duration = Duration::from_millis(200);
