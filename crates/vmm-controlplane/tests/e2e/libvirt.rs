@@ -289,6 +289,13 @@ fn a_killed_daemon_finds_its_domains() {
     eventually("nothing is left", || libvirtd.domains().is_empty() && libvirtd.qemus().is_empty());
 }
 
+/// Defines the domain `name` as another client of libvirt would.
+fn define(world: &World, libvirtd: &Libvirtd, name: &str, xml: &str) {
+    let file = world.dir.path().join(format!("{name}.xml"));
+    std::fs::write(&file, xml).unwrap();
+    libvirtd.virsh(&["define", file.to_str().unwrap()]);
+}
+
 /// A domain that somebody else has made, and runs.
 fn stranger(world: &World, libvirtd: &Libvirtd) -> String {
     let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
@@ -299,9 +306,7 @@ fn stranger(world: &World, libvirtd: &Libvirtd) -> String {
          <seclabel type='static' model='dac' relabel='no'><label>+0:+0</label></seclabel></domain>",
         kernel.display()
     );
-    let file = world.dir.path().join("stranger.xml");
-    std::fs::write(&file, xml).unwrap();
-    libvirtd.virsh(&["define", file.to_str().unwrap()]);
+    define(world, libvirtd, "stranger", &xml);
     libvirtd.virsh(&["start", "stranger"]);
     libvirtd.virsh(&["domuuid", "stranger"])
 }

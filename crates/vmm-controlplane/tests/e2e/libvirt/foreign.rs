@@ -48,9 +48,7 @@ fn stranger_of_libvirts_user(world: &World, libvirtd: &Libvirtd) -> String {
     let xml = "<domain type='qemu'><name>stranger</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
                <os><type arch='x86_64' machine='q35'>hvm</type></os>\
                <devices><controller type='usb' model='none'/><memballoon model='none'/></devices></domain>";
-    let file = world.dir.path().join("stranger.xml");
-    std::fs::write(&file, xml).unwrap();
-    libvirtd.virsh(&["define", file.to_str().unwrap()]);
+    define(world, libvirtd, "stranger", xml);
     libvirtd.virsh(&["start", "stranger"]);
     libvirtd.virsh(&["domuuid", "stranger"])
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Makes a domain that has `interface` and does not run.
-fn define(world: &World, libvirtd: &Libvirtd, name: &str, interface: &str) {
+fn define_with(world: &World, libvirtd: &Libvirtd, name: &str, interface: &str) {
     let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
     let xml = format!(
         "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
@@ -12,9 +12,7 @@ fn define(world: &World, libvirtd: &Libvirtd, name: &str, interface: &str) {
          <seclabel type='static' model='dac' relabel='no'><label>+0:+0</label></seclabel></domain>",
         kernel.display()
     );
-    let file = world.dir.path().join(format!("{name}.xml"));
-    std::fs::write(&file, xml).unwrap();
-    libvirtd.virsh(&["define", file.to_str().unwrap()]);
+    define(world, libvirtd, name, &xml);
 }
 
 /// The TAPs on this host that a daemon has named.
@@ -36,7 +34,7 @@ fn an_imported_domain_keeps_its_own_interfaces() {
     let mut world = world(&helper, &libvirtd.uri(), &env);
     let kinds = [("user", "<interface type='user'><model type='virtio'/></interface>")];
     for (name, interface) in kinds {
-        define(&world, &libvirtd, name, interface);
+        define_with(&world, &libvirtd, name, interface);
     }
     world.start();
     for (name, _) in kinds {
