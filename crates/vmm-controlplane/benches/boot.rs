@@ -38,6 +38,7 @@ use vmm_core::id::VmUid;
 use vmm_core::spec::VmSpec;
 use vmm_host::process::find_by_argument;
 use vmm_testkit::guests::TinyGuest;
+use vmm_testkit::skip::on_path;
 
 /// Memory of every guest.
 const MIB: u64 = 64;
@@ -449,11 +450,6 @@ fn unchunked(mut body: &str) -> String {
         body = rest[length..].trim_start_matches("\r\n");
     }
     whole
-}
-
-fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }
 
 fn percentile(sorted: &[Duration], percent: usize) -> Duration {

@@ -1,7 +1,7 @@
 //! A daemon of a test's own, and `vmcp` beside it.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_controlplane::config::{Cli, DaemonConfig, Environment, ThisHost};
 use vmm_testkit::guests::TinyGuest;
-pub(crate) use vmm_testkit::skip::skipped;
+pub(crate) use vmm_testkit::skip::{hypervisors, on_path, skipped};
 
 /// The variable that makes this program the daemon.
 pub(crate) const BE_THE_DAEMON: &str = "VMCP_TEST_BE_THE_DAEMON";
@@ -299,30 +299,6 @@ fn lines(output: impl std::io::Read + Send + 'static) -> Receiver<String> {
         }
     });
     lines
-}
-
-/// Returns whether a program is on PATH.
-pub(crate) fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
-}
-
-/// Returns the hypervisors that can run here; of each other one the test says that it is skipped.
-pub(crate) fn hypervisors(test: &str) -> Vec<&'static str> {
-    let kvm = Path::new("/dev/kvm").exists();
-    let all = [
-        ("qemu", "qemu-system-x86_64", true),
-        ("cloudhypervisor", "cloud-hypervisor", kvm),
-        ("firecracker", "firecracker", kvm),
-    ];
-    let can_run = |(backend, program, can_run): (&'static str, &str, bool)| {
-        if can_run && on_path(program) {
-            return Some(backend);
-        }
-        skipped(&format!("{test} on {backend}"), &format!("{program} or /dev/kvm is missing"));
-        None
-    };
-    all.into_iter().filter_map(can_run).collect()
 }
 
 /// Returns whether QEMU is there; where not, the test says that it is skipped.

@@ -186,8 +186,3 @@ pub(crate) fn fake_vmm(host: &Host) -> PathBuf {
     std::os::unix::fs::symlink(std::env::current_exe().unwrap(), &fake).unwrap();
     fake
 }
-
-pub(crate) fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
-}

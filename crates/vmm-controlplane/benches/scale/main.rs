@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm_testkit::guests::TinyGuest;
+use vmm_testkit::skip::on_path;
 
 use daemon::{Daemon, Host};
 
@@ -150,7 +151,7 @@ fn running_vms(vmm: &str, many: usize) {
     let host = Host::new();
     let env: Vec<(&str, String)> = match vmm {
         "fake" => vec![("UNKEY_VMCP_QEMU_BINARY", daemon::fake_vmm(&host).display().to_string())],
-        _ if daemon::on_path("firecracker") && std::path::Path::new("/dev/kvm").exists() => {
+        _ if on_path("firecracker") && std::path::Path::new("/dev/kvm").exists() => {
             vec![("UNKEY_VMCP_BACKEND", "firecracker".to_owned())]
         }
         _ => return println!("| {vmm} | SKIPPED: the program or /dev/kvm is missing |"),

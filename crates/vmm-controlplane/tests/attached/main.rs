@@ -15,7 +15,7 @@ mod behind_our_back;
 mod bench;
 mod doctor;
 mod force;
-#[allow(dead_code, reason = "another program's harness, of which this one needs a part")]
+#[allow(dead_code, unused_imports, reason = "another program's harness, of which this one needs a part")]
 #[path = "../e2e/harness.rs"]
 mod harness;
 mod hung;

@@ -27,7 +27,7 @@ mod checker;
 mod client;
 mod cycles;
 #[path = "../e2e/harness.rs"]
-#[allow(dead_code, reason = "shared with the end-to-end tests, which use the rest")]
+#[allow(dead_code, unused_imports, reason = "shared with the end-to-end tests, which use the rest")]
 mod harness;
 mod history;
 mod host;

@@ -12,16 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_testkit::guests::TinyGuest;
-pub(crate) use vmm_testkit::skip::skipped;
+pub(crate) use vmm_testkit::skip::{hypervisors, on_path, skipped};
 
 /// Longer than anything here takes on a busy machine; only a hang reaches it.
 pub(crate) const WAIT_TIMEOUT: Duration = Duration::from_secs(90);
-
-/// Whether a program is on PATH.
-pub(crate) fn on_path(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
-}
 
 /// Leaves the test where QEMU is missing.
 #[macro_export]
@@ -34,24 +28,6 @@ macro_rules! needs_qemu {
             );
         }
     };
-}
-
-/// The hypervisors that can run here, as `backend`; of each other one the test says that it is skipped.
-pub(crate) fn hypervisors(test: &str) -> Vec<&'static str> {
-    let kvm = Path::new("/dev/kvm").exists();
-    let all = [
-        ("qemu", "qemu-system-x86_64", true),
-        ("cloudhypervisor", "cloud-hypervisor", kvm),
-        ("firecracker", "firecracker", kvm),
-    ];
-    let can_run = |(backend, program, can_run): (&'static str, &str, bool)| {
-        if can_run && on_path(program) {
-            return Some(backend);
-        }
-        skipped(&format!("{test} on {backend}"), &format!("{program} or /dev/kvm is missing"));
-        None
-    };
-    all.into_iter().filter_map(can_run).collect()
 }
 
 /// A Linux kernel and initramfs, where `make setup` has made them.

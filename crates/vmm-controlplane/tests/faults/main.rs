@@ -25,7 +25,7 @@
 )]
 
 mod case;
-#[allow(dead_code, reason = "the harness of tests/e2e, of which this is another user")]
+#[allow(dead_code, unused_imports, reason = "the harness of tests/e2e, of which this is another user")]
 #[path = "../e2e/harness.rs"]
 mod harness;
 mod hypervisor;

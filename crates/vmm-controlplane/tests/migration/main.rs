@@ -20,7 +20,7 @@
 
 mod compare;
 mod guide;
-#[allow(dead_code, reason = "another program's harness, of which this one needs a part")]
+#[allow(dead_code, unused_imports, reason = "another program's harness, of which this one needs a part")]
 #[path = "../e2e/harness.rs"]
 mod harness;
 mod reader;
