@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_of_the_command_line_has_every_code() {
+    fn the_document_of_vmcp_lists_every_exit_code() {
         let page = include_str!("../../../docs/vmcp.md");
         for number in 1..=16 {
             let code = ErrorCode::from_grpc_code(number).unwrap();
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_has_gone_is_no_failure() {
+    fn a_closed_output_pipe_is_no_failure() {
         assert_eq!(Failure::Output(io::ErrorKind::BrokenPipe.into()).exit_number(), 0);
         assert_eq!(Failure::Output(io::ErrorKind::StorageFull.into()).exit_number(), 1);
     }

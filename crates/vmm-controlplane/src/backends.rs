@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_configuration_knows_the_same_hypervisors() {
+    fn the_configuration_and_the_registry_have_the_same_hypervisors() {
         let names = ALL.each_ref().map(|registration| registration.name);
         assert_eq!(names, BackendChoice::ALL);
         for name in names {
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_domain_knows_the_same_prefixes() {
+    fn the_core_and_the_registry_have_the_same_prefixes() {
         for registration in &ALL {
             let key = format!("{}key", registration.prefix);
             assert_eq!(prefix_of(&key), Some(registration.prefix));
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn the_suite_has_a_column_for_each_kind() {
+    fn the_backend_suite_has_a_column_for_each_backend_object() {
         let columns = COLUMNS.map(|(name, _)| name);
         for registration in &ALL {
             let name = registration.name.as_str();

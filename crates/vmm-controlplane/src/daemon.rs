@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ipv4_loopback_address_in_the_form_of_ipv6_is_not_exposed() {
+    fn a_mapped_ipv4_loopback_address_is_not_exposed() {
         for (address, is_exposed) in [
             ("127.0.0.1:1", false),
             ("[::1]:1", false),

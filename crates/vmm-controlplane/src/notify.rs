@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_kinds_of_names_are_reached() {
+    fn path_and_abstract_sockets_are_notified() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let abstract_name = format!("vmcp-test-notify-{}", std::process::id());

@@ -209,7 +209,7 @@ mod tests {
     ];
 
     #[test]
-    fn the_words_are_those_that_clients_know() {
+    fn the_wire_words_are_stable() {
         let words: Vec<&str> = Reason::ALL.iter().map(Reason::as_str).collect();
         assert_eq!(words, WORDS);
     }

@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kept_inputs_hold() {
+    fn every_input_of_the_corpus_passes() {
         let replayed = vmm_testkit::corpus::replay("tokens", tokens);
         assert!(replayed > 0);
     }

@@ -140,12 +140,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_definition_is_sound() {
+    fn clap_accepts_the_definition_of_the_command_line() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn every_command_and_argument_has_a_help() {
+    fn every_command_and_argument_has_a_help_text() {
         for command in Cli::command().get_subcommands() {
             assert!(command.get_about().is_some(), "{}", command.get_name());
             for argument in command.get_arguments() {
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_of_the_command_line_has_every_command() {
+    fn the_document_of_vmcp_lists_every_command() {
         let page = include_str!("../../../../docs/vmcp.md");
         let rows: Vec<_> = page.lines().filter(|line| line.starts_with("| `")).collect();
         for command in Cli::command().get_subcommands() {
@@ -167,14 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn global_options_stand_before_or_behind_the_command() {
+    fn global_options_are_accepted_before_and_after_the_command() {
         for line in [["vmcp", "-o", "json", "list"], ["vmcp", "list", "-o", "json"]] {
             assert_eq!(Cli::try_parse_from(line).unwrap().global.output, Format::Json);
         }
     }
 
     #[test]
-    fn unknown_words_are_refused() {
+    fn unknown_commands_and_options_are_refused() {
         for line in [&["vmcp"][..], &["vmcp", "lst"], &["vmcp", "list", "--oputput=json"], &["vmcp", "boot"]]
         {
             assert!(Cli::try_parse_from(line).is_err(), "{line:?}");

@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_binary_whatever_the_unit_is_called() {
+    fn sizes_are_binary_with_each_spelling_of_the_unit() {
         for (text, wanted) in [
             ("1048576", 1 << 20),
             ("512MiB", 512 << 20),
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_without_a_unit_is_refused_with_the_unit() {
+    fn memory_without_a_unit_is_refused_with_advice() {
         assert_eq!(memory("512"), Err("512 is 512 bytes; write 512MiB".to_owned()));
         assert_eq!(memory("1KiB"), Err("1KiB is 1024 bytes; write 512MiB".to_owned()));
         assert_eq!(memory("0"), Err("0 is 0 bytes; write 512MiB".to_owned()));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_seconds_within_an_hour() {
+    fn timeouts_are_whole_seconds_up_to_an_hour() {
         assert_eq!(seconds("90"), Ok(90));
         assert_eq!(seconds("1m 30s"), Ok(90));
         assert_eq!(seconds("1ms"), Ok(1));
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_has_a_path_and_words() {
+    fn a_disk_has_a_path_and_options() {
         let Disk(disk) = "/srv/a.qcow2,root,ro,id=boot,format=qcow2".parse().unwrap();
         assert_eq!((disk.path.as_str(), disk.id.as_str()), ("/srv/a.qcow2", "boot"));
         assert!(disk.is_root_device && disk.read_only);
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_interface_is_automatic_or_named() {
+    fn a_network_interface_has_a_generated_or_a_given_tap() {
         assert_eq!("auto".parse::<Nic>().unwrap().0, pb::NetworkInterface::default());
         let Nic(nic) = "tap=tap0,mac=02:00:00:00:00:01,id=a".parse().unwrap();
         assert_eq!((nic.tap_device.as_str(), nic.id.as_str()), ("tap0", "a"));
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pair_has_a_key_and_any_value() {
+    fn a_pair_has_a_key_and_a_free_value() {
         let pair: Pair = "a=b=c".parse().unwrap();
         assert_eq!((pair.key.as_str(), pair.value.as_str()), ("a", "b=c"));
         assert!("a=".parse::<Pair>().is_ok());

@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_backend_that_cannot_serve_says_why() {
+    fn an_unavailable_backend_is_shown_with_the_reason() {
         let backend = pb::Backend {
             name: "qemu".into(),
             reason: "qemu-system-x86_64 is not on the PATH".into(),

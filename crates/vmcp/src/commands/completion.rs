@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_option_is_found_however_the_shell_breaks_words() {
+    fn an_option_is_found_in_every_word_splitting_of_the_shell() {
         for line in [
             "vmcp --server http://a:1 boot",
             "vmcp --server=http://a:1 boot",

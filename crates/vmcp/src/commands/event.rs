@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_says_when_who_what_and_why() {
+    fn an_event_line_has_the_time_the_vm_the_change_and_the_cause() {
         let event = pb::VmEvent {
             time: 1_795_323_329_384,
             vm_id: "web-1".into(),

@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_arguments_of_the_configuration_and_those_in_force_have_their_own_names() {
+    fn configured_and_effective_kernel_arguments_have_separate_lines() {
         let boot = pb::BootConfig { kernel_args: "console=ttyS0".into(), ..Default::default() };
         let vm = pb::GetVmInfoResponse {
             config: pb::VmConfig { boot: boot.into(), ..Default::default() }.into(),
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn only_facts_that_are_there_have_a_line_and_none_can_draw() {
+    fn only_set_fields_have_a_line_and_control_bytes_are_escaped() {
         let config = pb::VmConfig {
             cpu: pb::CpuConfig { vcpu_count: 2, ..Default::default() }.into(),
             storage: vec![pb::StorageDevice {

@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_is_shown_with_every_backend_and_warning() {
+    fn health_shows_every_backend_and_warning() {
         let page = json!({
             "status": "healthy", "backend": "qemu", "version": "0.1.0", "uptime_seconds": 300,
             "backends": [

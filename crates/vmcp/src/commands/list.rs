@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_says_what_a_person_looks_for() {
+    fn a_row_has_name_state_reason_size_age_and_backend() {
         let vm = pb::VmInfo {
             vm_id: "web-1".into(),
             state: pb::VmState::Shutdown.into(),

@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_stand_below_each_other_and_nothing_is_drawn() {
+    fn event_columns_are_aligned_and_control_bytes_are_escaped() {
         let event = |name: &str, cause: &str| pb::VmEvent {
             vm_id: name.into(),
             r#type: "created".into(),

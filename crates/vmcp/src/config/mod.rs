@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_choice_counts() {
+    fn a_flag_overrides_the_environment_which_overrides_the_file() {
         let dir = with_file(FILE);
         let both = environment(&dir, &[(SERVER_VARIABLE, "http://env:1"), (CONTEXT_VARIABLE, "far")]);
         let chosen = |server, context, environment: &Environment| {
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_context_that_is_not_there_is_refused_with_those_that_are() {
+    fn an_unknown_context_is_refused_with_the_known_contexts() {
         let dir = with_file(FILE);
         let error = choose(None, Some("lap"), &environment(&dir, &[])).unwrap_err();
         let Failure::Input { message, remedy } = error else { panic!("{error:?}") };
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_daemons_configuration_file_is_not_read() {
+    fn the_configuration_file_of_the_daemon_is_not_read() {
         let dir = with_file("port = 9000\n");
         let file = dir.path().join("config.toml").display().to_string();
         for variable in ["VMCP_CONFIG", "UNKEY_VMCP_CONFIG"] {
@@ -145,14 +145,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_an_unknown_key_is_refused_with_the_line() {
+    fn a_configuration_file_with_an_unknown_key_is_refused_with_the_line() {
         let dir = with_file("current = \"lab\"\n[contexts.lab]\nsever = \"http://lab:8080\"\n");
         let error = choose(None, None, &environment(&dir, &[])).unwrap_err().to_string();
         assert!(error.contains("line 3") && error.contains("sever"), "{error}");
     }
 
     #[test]
-    fn without_a_file_of_its_own_the_users_folder_is_looked_at() {
+    fn the_configuration_file_defaults_to_the_users_folder() {
         let pairs = |pairs: &[(&str, &str)]| {
             Environment::from_pairs(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))).file()
         };

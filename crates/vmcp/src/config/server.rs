@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_loopback_address_is_known_in_each_form() {
+    fn a_loopback_address_is_recognised_in_each_spelling() {
         let is_loopback = |url: &str| Server::parse(url, "--server").unwrap().is_loopback();
         for url in ["http://127.0.0.1:8080", "http://127.0.0.2", "http://[::1]:80", "http://Localhost:1"] {
             assert!(is_loopback(url), "{url}");
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn only_http_is_taken_and_the_error_says_what_to_write() {
+    fn a_scheme_other_than_http_is_refused_with_advice() {
         for url in ["http://localhost:8080", "http://[::1]:80/", "http://10.0.0.1"] {
             assert!(Server::parse(url, "--server").is_ok(), "{url}");
         }

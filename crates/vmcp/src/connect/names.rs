@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unique_prefix_of_a_name_or_a_uid_means_its_vm() {
+    fn a_unique_prefix_of_a_name_or_uid_selects_the_vm() {
         for (given, wanted) in [
             ("web-1", Some("web-1")),
             ("d", Some("db")),
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_of_several_is_refused_with_their_names() {
+    fn an_ambiguous_prefix_is_refused_with_the_matching_names() {
         for given in ["web", "01a2017a"] {
             let error = picked(given).unwrap_err().to_string();
             assert_eq!(error, format!("\"{given}\" is a prefix of 2 VMs: web-1, web-2"));

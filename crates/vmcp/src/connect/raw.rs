@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_are_taken_when_they_are_whole() {
+    fn a_frame_is_decoded_after_its_last_byte() {
         let mut frames = Frames::default();
         let bytes = [&framed(&Bytes::from_static(b"{}")).unwrap()[..], &[2, 0, 0, 0, 1, b'x']].concat();
         for byte in &bytes[..6] {
@@ -170,14 +170,14 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_would_fill_the_memory_is_refused() {
+    fn a_frame_beyond_the_size_limit_is_refused() {
         let mut frames = Frames::default();
         frames.0.extend_from_slice(&[0, 0xff, 0xff, 0xff, 0xff]);
         assert!(frames.next().is_err());
     }
 
     #[test]
-    fn the_end_of_a_stream_tells_its_error() {
+    fn an_error_in_the_end_frame_is_returned() {
         assert!(end_of(b"{}").is_ok());
         let error = end_of(br#"{"error": {"code": "out_of_range", "message": "gone"}}"#).unwrap_err();
         assert_eq!(error.to_string(), "out_of_range: gone");

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_a_bound_and_a_loss_is_told_once() {
+    fn retry_delays_grow_to_a_limit_and_a_lost_connection_is_reported_once() {
         let error = ConnectError::unavailable("x");
         let mut retry = Retry::default();
         let told: Vec<_> = (0..20).map(|_| retry.lost("http://a", &error)).collect();
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_about_the_call_itself_is_final() {
+    fn an_error_about_the_request_is_not_retried() {
         for error in [
             ConnectError::not_found("x"),
             ConnectError::invalid_argument("x"),

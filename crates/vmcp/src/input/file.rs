@@ -127,7 +127,7 @@ config:
 ";
 
     #[test]
-    fn yaml_and_json_are_the_same_request() {
+    fn yaml_and_json_make_the_same_request() {
         let wanted = json!({
             "vm_id": "web-1",
             "backend": "qemu",
@@ -146,7 +146,7 @@ config:
     }
 
     #[test]
-    fn json_may_be_indented_by_tabs_spell_fields_in_camel_case_and_have_escapes() {
+    fn json_with_tabs_camel_case_and_escapes_is_accepted() {
         let text = "{\n\t\"vmId\": \"a\",\n\t\"config\": {\n\t\t\"cpu\": {\"vcpuCount\": 1},\n\
                     \t\t\"metadata\": {\"a\\/b\": \"\\ud83d\\ude00\\u00e4\\n\"}\n\t}\n}\n";
         assert_eq!(
@@ -156,7 +156,7 @@ config:
     }
 
     #[test]
-    fn an_unknown_field_is_named_with_its_line_and_those_that_are_known() {
+    fn an_unknown_field_is_reported_with_its_line_and_the_known_fields() {
         let (message, remedy) = refused("config:\n  cpu:\n    vcpus: 2\n");
         assert_eq!(message, "vm.yaml: line 3, column 5: config.cpu.vcpus: no such field");
         assert_eq!(remedy, "the fields known there are vcpu_count, max_vcpu_count, topology, features");
@@ -166,7 +166,7 @@ config:
     }
 
     #[test]
-    fn a_wrong_type_and_a_key_given_twice_are_refused_with_their_line() {
+    fn a_wrong_type_and_a_duplicate_key_are_refused_with_their_line() {
         for (text, line, wanted) in [
             ("config:\n  cpu:\n    vcpu_count: many\n", "line 3", "config.cpu.vcpu_count"),
             ("config:\n  storage: /a\n", "line 2", "config.storage"),
@@ -186,7 +186,7 @@ config:
     }
 
     #[test]
-    fn a_wrong_restart_mode_is_refused_with_the_modes() {
+    fn an_unknown_restart_mode_is_refused_with_the_known_modes() {
         for text in [
             "config:\n  restart_policy: {mode: on-failure}\n",
             "{\n\"config\": {\"restartPolicy\": {\"mode\": \"on-failure\"}}}",
@@ -199,7 +199,7 @@ config:
     }
 
     #[test]
-    fn documents_that_grow_by_aliases_are_refused() {
+    fn yaml_that_expands_by_aliases_is_refused() {
         let mut text = "config:\n  metadata:\n    a: &a [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
         for (new, old) in [("b", "a"), ("c", "b"), ("d", "c"), ("e", "d"), ("f", "e"), ("g", "f")] {
             text.push_str(&format!(

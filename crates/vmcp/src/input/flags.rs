@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_make_the_request_that_a_person_would_write() {
+    fn flags_make_the_same_request_as_a_file() {
         assert_eq!(
             request(&[]),
             json!({"config": {"cpu": {"vcpu_count": 1}, "memory": {"size_bytes": "536870912"}}})

@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_the_message_of_the_api() {
+    fn json_output_is_the_message_of_the_api() {
         let text = json_pretty(&info()).unwrap();
         assert!(text.contains("\"vm_id\": \"web-1\"") && text.contains("\"1099511627776\""), "{text}");
         assert_eq!(serde_json::from_str::<pb::VmInfo>(&text).unwrap(), info());
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn yaml_means_the_same_and_has_no_control_bytes() {
+    fn yaml_output_equals_the_json_and_has_no_control_bytes() {
         let mut harmless = info();
         harmless.metadata.retain(|_, value| !value.contains('\u{202e}'));
         assert!(yaml(&harmless).unwrap().contains("vm_id: web-1\n"));

@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_terminal_would_obey_is_shown() {
+    fn control_sequences_are_escaped() {
         for (text, wanted) in [
             ("web-1", "web-1"),
             ("größe ☃", "größe ☃"),
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn escaped_json_means_the_same() {
+    fn escaped_json_has_the_same_value() {
         let value = serde_json::json!({"a\u{9b}": "\u{1b}[2J\u{7f}\u{202e}\n"});
         let text = serde_json::to_string_pretty(&value).unwrap();
         let safe = json(&text);

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn every_wrong_field_has_a_line() {
+    fn every_violation_has_its_own_line() {
         let violation = |field: &str, fault: &str| FieldViolation {
             field: field.into(),
             description: fault.into(),
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_cannot_be_reached_is_named_with_what_to_do() {
+    fn an_unreachable_server_is_named_with_advice() {
         let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
         let text = shown(&ConnectError::unavailable_from_transport("HTTP request failed", refused).into());
         assert!(
@@ -148,13 +148,13 @@ mod tests {
     }
 
     #[test]
-    fn a_message_of_others_cannot_draw_on_the_terminal() {
+    fn control_bytes_in_a_servers_message_are_escaped() {
         let text = shown(&ConnectError::internal("a\u{1b}]0;title\u{7}b").into());
         assert_eq!(text, "error: a\\u{1b}]0;title\\u{7}b (internal)");
     }
 
     #[test]
-    fn what_was_reported_already_is_not_said_twice() {
+    fn a_reported_problem_is_not_printed_again() {
         assert_eq!(text(&Failure::Reported(13), Format::Table, SERVER), None);
         let gone = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
         assert_eq!(text(&Failure::Output(gone), Format::Table, SERVER), None);

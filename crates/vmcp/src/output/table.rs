@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_stand_below_each_other_and_control_bytes_are_shown() {
+    fn table_columns_are_aligned_and_control_bytes_are_escaped() {
         assert_eq!(
             table(None),
             "NAME   MESSAGE\n\
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_narrow_terminal_wraps_cells_and_keeps_columns() {
+    fn a_narrow_terminal_wraps_the_text_of_a_column() {
         let text = table(Some(20));
         assert!(text.lines().all(|line| line.chars().count() <= 20), "{text}");
         assert!(text.lines().count() > 3, "{text}");

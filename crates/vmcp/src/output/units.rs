@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_have_the_largest_unit_that_they_fill() {
+    fn a_size_is_printed_in_the_largest_fitting_unit() {
         for (bytes, wanted) in [
             (0, "0 B"),
             (1023, "1023 B"),
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn ages_have_one_unit() {
+    fn an_age_is_printed_in_one_unit() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
         for (since, wanted) in
             [(999_999, "1s"), (999_000, "16m"), (900_000, "27h"), (1, "11d"), (0, "-"), (2_000_000, "0s")]
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_utc_and_no_number_panics() {
+    fn times_are_printed_in_utc_for_every_number() {
         assert_eq!(time(1_795_323_329_384), "2026-11-22T04:55:29Z");
         assert_eq!(time(i64::MAX), "9999-12-31T23:59:59Z");
         assert_eq!(time(-5), "1970-01-01T00:00:00Z");

@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_says_only_what_the_state_does_not() {
+    fn a_status_repeats_nothing_of_the_state() {
         let say = |state: pb::VmState, phase: &str, reason: &str| {
             let full = pb::VmStatus { phase: phase.into(), reason: reason.into(), ..Default::default() };
             status(&state.into(), &full)
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_a_later_release_is_shown_by_its_number() {
+    fn an_unknown_state_is_shown_by_its_number() {
         assert_eq!(state(&EnumValue::from(9)), "unknown (9)");
         assert_eq!(state(&pb::VmState::VM_STATE_PAUSED.into()), "paused");
     }

@@ -9,7 +9,7 @@ use crate::world::{World, finish, vmcp};
 
 trials![
     bash_completes_commands_options_and_names_of_vms,
-    a_server_that_is_not_there_completes_no_names_and_prints_nothing,
+    an_unreachable_server_completes_no_names_and_prints_nothing,
     every_shell_has_a_registration,
     every_command_has_a_manual_page,
 ];
@@ -52,7 +52,7 @@ fn bash_completes_commands_options_and_names_of_vms() {
     assert_eq!(offered("http://127.0.0.1:1", &typed), ["db"]);
 }
 
-fn a_server_that_is_not_there_completes_no_names_and_prints_nothing() {
+fn an_unreachable_server_completes_no_names_and_prints_nothing() {
     assert_eq!(offered("http://127.0.0.1:1", &["vmcp", "boot", "web"]), Vec::<String>::new());
 }
 

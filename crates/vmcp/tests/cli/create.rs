@@ -11,9 +11,9 @@ trials![
     a_generated_name_is_printed,
     an_unknown_field_is_named_with_its_line,
     every_violation_has_a_line,
-    validate_says_what_create_would_say_and_makes_nothing,
-    warnings_are_told_beside_the_answer,
-    a_file_that_is_not_there_is_named,
+    validate_reports_the_findings_of_create_and_creates_nothing,
+    warnings_are_printed_beside_the_answer,
+    a_missing_file_is_named,
 ];
 
 /// Returns the same configuration as YAML and as JSON.
@@ -89,7 +89,7 @@ fn every_violation_has_a_line() {
     assert!(error.starts_with("error: 3 fields are wrong (invalid_argument)\n"), "{error}");
 }
 
-fn validate_says_what_create_would_say_and_makes_nothing() {
+fn validate_reports_the_findings_of_create_and_creates_nothing() {
     let world = World::started(&[]);
     let kernel = world.kernel(TinyGuest::Idle).display().to_string();
     let valid = ["validate", "--backend", "qemu", "--kernel", &kernel, "--memory", "64MiB"];
@@ -105,7 +105,7 @@ fn validate_says_what_create_would_say_and_makes_nothing() {
     assert_eq!(world.run(&["list", "-o", "name"]).ok(), "");
 }
 
-fn warnings_are_told_beside_the_answer() {
+fn warnings_are_printed_beside_the_answer() {
     let world = World::started(&[]);
     let kernel = world.kernel(TinyGuest::Idle).display().to_string();
     let ran = world.run(&["create", "a", "--kernel", &kernel, "--memory", "8MiB", "-o", "name"]);
@@ -113,7 +113,7 @@ fn warnings_are_told_beside_the_answer() {
     assert!(ran.stderr.starts_with("warning: config.memory.size_bytes: "), "{ran:#?}");
 }
 
-fn a_file_that_is_not_there_is_named() {
+fn a_missing_file_is_named() {
     let world = World::started(&[]);
     let error = world.run(&["create", "-f", "/nonexistent/vm.yaml"]).failed(1);
     assert!(error.starts_with("error: /nonexistent/vm.yaml: "), "{error}");

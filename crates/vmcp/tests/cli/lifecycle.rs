@@ -7,14 +7,14 @@ use crate::trials;
 use crate::world::{World, has_qemu, hypervisors};
 
 trials![
-    a_vm_lives_on_each_hypervisor,
-    several_vms_are_served_one_after_the_other,
-    what_the_state_does_not_admit_is_refused_with_what_it_does,
-    a_failed_boot_says_why,
+    a_vm_passes_its_lifecycle_on_each_hypervisor,
+    several_vms_are_handled_in_order,
+    an_illegal_operation_is_refused_with_the_legal_ones,
+    a_failed_boot_is_printed_with_its_reason,
 ];
 
-fn a_vm_lives_on_each_hypervisor() {
-    for backend in hypervisors("lifecycle::a_vm_lives_on_each_hypervisor") {
+fn a_vm_passes_its_lifecycle_on_each_hypervisor() {
+    for backend in hypervisors("lifecycle::a_vm_passes_its_lifecycle_on_each_hypervisor") {
         let world = World::started(&[]);
         let kernel = world.kernel(TinyGuest::Idle).display().to_string();
         let created =
@@ -37,8 +37,8 @@ fn a_vm_lives_on_each_hypervisor() {
     }
 }
 
-fn several_vms_are_served_one_after_the_other() {
-    if !has_qemu("lifecycle::several_vms_are_served_one_after_the_other") {
+fn several_vms_are_handled_in_order() {
+    if !has_qemu("lifecycle::several_vms_are_handled_in_order") {
         return;
     }
     let world = World::started(&[]);
@@ -56,7 +56,7 @@ fn several_vms_are_served_one_after_the_other() {
     assert_eq!(world.run(&["delete", "a", "b", "--force", "-o", "name"]).ok(), "a\nb\n");
 }
 
-fn what_the_state_does_not_admit_is_refused_with_what_it_does() {
+fn an_illegal_operation_is_refused_with_the_legal_ones() {
     let world = World::started(&[]);
     world.create("vm", TinyGuest::Idle);
     let error = world.run(&["pause", "vm"]).failed(19);
@@ -64,7 +64,7 @@ fn what_the_state_does_not_admit_is_refused_with_what_it_does() {
     assert!(error.contains("(failed_precondition)"), "{error}");
 }
 
-fn a_failed_boot_says_why() {
+fn a_failed_boot_is_printed_with_its_reason() {
     let world = World::started(&[("UNKEY_VMCP_QEMU_BINARY", "/nonexistent/qemu")]);
     world.create("vm", TinyGuest::Idle);
     let error = world.run(&["boot", "vm"]).failed(19);

@@ -8,15 +8,15 @@ use crate::world::{World, has_qemu};
 
 trials![
     a_list_is_a_table_for_people_and_the_message_for_programs,
-    every_page_of_a_list_is_read,
+    a_list_has_every_page,
     filters_reach_the_server,
-    one_vm_is_shown_by_name_prefix_or_uid,
-    a_name_that_nobody_has_is_not_found,
-    backends_and_health_say_what_can_serve,
-    a_backend_that_cannot_serve_makes_health_fail,
-    events_outlive_their_vm,
-    control_bytes_of_others_are_shown_and_not_obeyed,
-    a_reader_that_has_gone_is_no_failure,
+    a_vm_is_shown_by_name_prefix_or_uid,
+    an_unknown_name_is_not_found,
+    backends_and_health_show_the_available_backends,
+    an_unavailable_backend_makes_health_fail,
+    the_events_of_a_deleted_vm_are_shown,
+    control_bytes_in_names_are_escaped,
+    a_closed_output_pipe_is_no_failure,
 ];
 
 fn a_list_is_a_table_for_people_and_the_message_for_programs() {
@@ -36,7 +36,7 @@ fn a_list_is_a_table_for_people_and_the_message_for_programs() {
     assert!(yaml.contains("memory_size_bytes: \"67108864\"\n"), "a string in JSON is one in YAML: {yaml}");
 }
 
-fn every_page_of_a_list_is_read() {
+fn a_list_has_every_page() {
     let world = World::started(&[]);
     let config = world.tiny(TinyGuest::Idle);
     for number in 0..1003 {
@@ -69,7 +69,7 @@ fn filters_reach_the_server() {
     assert_eq!(names(&["--backend", "firecracker"]), "");
 }
 
-fn one_vm_is_shown_by_name_prefix_or_uid() {
+fn a_vm_is_shown_by_name_prefix_or_uid() {
     let world = World::started(&[]);
     world.create("web-1", TinyGuest::Idle);
     world.create("web", TinyGuest::Idle);
@@ -94,7 +94,7 @@ fn one_vm_is_shown_by_name_prefix_or_uid() {
     }
 }
 
-fn a_name_that_nobody_has_is_not_found() {
+fn an_unknown_name_is_not_found() {
     let world = World::started(&[]);
     for arguments in
         [&["get", "x"][..], &["boot", "x"], &["delete", "x"], &["wait", "x", "running"], &["events", "x"]]
@@ -104,8 +104,8 @@ fn a_name_that_nobody_has_is_not_found() {
     }
 }
 
-fn backends_and_health_say_what_can_serve() {
-    if !has_qemu("look::backends_and_health_say_what_can_serve") {
+fn backends_and_health_show_the_available_backends() {
+    if !has_qemu("look::backends_and_health_show_the_available_backends") {
         return;
     }
     let world = World::started(&[]);
@@ -121,7 +121,7 @@ fn backends_and_health_say_what_can_serve() {
     assert_eq!(world.run(&["health", "-o", "json"]).json()["status"], "healthy");
 }
 
-fn a_backend_that_cannot_serve_makes_health_fail() {
+fn an_unavailable_backend_makes_health_fail() {
     let world = World::started(&[("UNKEY_VMCP_QEMU_BINARY", "/nonexistent/qemu")]);
     let ran = world.run(&["health"]);
     assert_eq!(ran.code, 24, "{ran:#?}");
@@ -130,7 +130,7 @@ fn a_backend_that_cannot_serve_makes_health_fail() {
     assert!(table.lines().any(|line| line.starts_with("qemu ") && line.contains(" no ")), "{table}");
 }
 
-fn events_outlive_their_vm() {
+fn the_events_of_a_deleted_vm_are_shown() {
     let world = World::started(&[]);
     world.create("gone", TinyGuest::Idle);
     world.run(&["delete", "gone"]).ok();
@@ -145,7 +145,7 @@ fn events_outlive_their_vm() {
     assert_eq!(last["events"][0]["type"], "deleted");
 }
 
-fn control_bytes_of_others_are_shown_and_not_obeyed() {
+fn control_bytes_in_names_are_escaped() {
     let world = World::started(&[]);
     let nasty = "\u{1b}[2J\u{1b}]0;owned\u{7}\u{9b}31m\u{202e}\r\n";
     let mut config = world.tiny(TinyGuest::Idle);
@@ -166,7 +166,7 @@ fn control_bytes_of_others_are_shown_and_not_obeyed() {
     assert!(error.code != 0 && !error.stderr.contains('\u{1b}'), "{error:?}");
 }
 
-fn a_reader_that_has_gone_is_no_failure() {
+fn a_closed_output_pipe_is_no_failure() {
     let world = World::started(&[]);
     for arguments in [&["list"][..], &["list", "-o", "json"], &["man"], &["completion", "bash"]] {
         let (reader, writer) = std::io::pipe().unwrap();

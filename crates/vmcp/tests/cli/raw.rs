@@ -7,13 +7,13 @@ use crate::trials;
 use crate::world::{Running, World};
 
 trials![
-    a_call_answers_what_the_api_answers,
-    a_stream_answers_message_by_message,
-    an_error_of_the_server_keeps_its_code_and_fields,
-    a_method_that_is_none_is_refused,
+    a_raw_call_prints_the_answer_of_the_api,
+    a_raw_stream_prints_each_message_as_it_arrives,
+    a_server_error_keeps_its_code_and_fields,
+    an_unknown_method_is_refused,
 ];
 
-fn a_call_answers_what_the_api_answers() {
+fn a_raw_call_prints_the_answer_of_the_api() {
     let world = World::started(&[]);
     world.create("a", TinyGuest::Idle);
     assert_eq!(world.run(&["api", "ListVms"]).json(), world.call("ListVms", &json!({})));
@@ -25,7 +25,7 @@ fn a_call_answers_what_the_api_answers() {
     assert_eq!(world.run_with_input(&["api", "GetVmInfo", "-"], request).json(), wanted);
 }
 
-fn a_stream_answers_message_by_message() {
+fn a_raw_stream_prints_each_message_as_it_arrives() {
     let world = World::started(&[]);
     world.create("a", TinyGuest::Idle);
     let stream = Running::start(world.command(&["api", "WatchVms"]));
@@ -37,7 +37,7 @@ fn a_stream_answers_message_by_message() {
     Running::until(&stream.stdout, "deleted");
 }
 
-fn an_error_of_the_server_keeps_its_code_and_fields() {
+fn a_server_error_keeps_its_code_and_fields() {
     let world = World::started(&[]);
     let error = world.run(&["api", "GetVmInfo", r#"{"vm_id": "x"}"#]).failed(15);
     assert!(error.contains("(not_found)"), "{error}");
@@ -49,7 +49,7 @@ fn an_error_of_the_server_keeps_its_code_and_fields() {
     assert!(error.contains("unimplemented"), "{error}");
 }
 
-fn a_method_that_is_none_is_refused() {
+fn an_unknown_method_is_refused() {
     let world = World::started(&[]);
     let error = world.run(&["api", "../ListVms"]).failed(13);
     assert!(error.contains("is no method\nhint: "), "{error}");

@@ -8,11 +8,11 @@ use crate::trials;
 use crate::world::{World, finish, vmcp};
 
 trials![
-    a_server_that_is_not_there_is_named_with_what_to_do,
-    a_scheme_that_the_daemon_does_not_serve_is_refused,
-    a_context_names_a_server,
-    something_else_than_a_daemon_is_said_to_be_none,
-    a_wrong_command_line_is_exit_code_2,
+    an_absent_server_is_named_with_advice,
+    an_unserved_scheme_is_refused,
+    a_context_selects_a_server,
+    a_server_that_is_no_daemon_is_recognised,
+    a_wrong_command_line_exits_with_code_2,
 ];
 
 /// Returns a URL at which nothing listens.
@@ -21,7 +21,7 @@ fn nowhere() -> String {
     format!("http://{}", listener.local_addr().unwrap())
 }
 
-fn a_server_that_is_not_there_is_named_with_what_to_do() {
+fn an_absent_server_is_named_with_advice() {
     let url = nowhere();
     for arguments in [&["list"][..], &["boot", "a"], &["watch"], &["wait", "a", "running"], &["health"]] {
         let error = finish(vmcp(&[&["--server", &url], arguments].concat()), "").failed(24);
@@ -34,7 +34,7 @@ fn a_server_that_is_not_there_is_named_with_what_to_do() {
     assert_eq!(error["code"], "unavailable");
 }
 
-fn a_scheme_that_the_daemon_does_not_serve_is_refused() {
+fn an_unserved_scheme_is_refused() {
     for url in ["https://127.0.0.1:1", "unix:///run/vmcp.sock"] {
         let error = finish(vmcp(&["--server", url, "list"]), "").failed(13);
         assert!(error.contains("the daemon of this version serves http alone"), "{error}");
@@ -42,7 +42,7 @@ fn a_scheme_that_the_daemon_does_not_serve_is_refused() {
     }
 }
 
-fn a_context_names_a_server() {
+fn a_context_selects_a_server() {
     let world = World::started(&[]);
     world.create("here", TinyGuest::Idle);
     let contexts = format!(
@@ -65,7 +65,7 @@ fn a_context_names_a_server() {
     assert!(error.contains("no context is named \"lap\"\nhint: the contexts there are: lab, off"), "{error}");
 }
 
-fn something_else_than_a_daemon_is_said_to_be_none() {
+fn a_server_that_is_no_daemon_is_recognised() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let server = std::thread::spawn(move || {
@@ -84,7 +84,7 @@ fn something_else_than_a_daemon_is_said_to_be_none() {
     server.join().unwrap();
 }
 
-fn a_wrong_command_line_is_exit_code_2() {
+fn a_wrong_command_line_exits_with_code_2() {
     for arguments in
         [&["lst"][..], &["boot"], &["list", "--state", "ill"], &["shutdown", "a", "--timeout", "2h"]]
     {

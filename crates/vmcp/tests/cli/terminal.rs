@@ -15,11 +15,11 @@ use crate::world::{WAIT_TIMEOUT, World, has_qemu, pause};
 
 trials![
     a_table_fits_into_the_terminal,
-    a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean,
-    a_remark_does_not_stand_in_the_spinners_line,
-    ctrl_c_ends_the_command_and_leaves_the_operation_under_way,
-    a_spinner_is_only_where_both_outputs_are_terminals,
-    text_of_others_cannot_draw_on_the_screen,
+    a_long_operation_shows_its_phase_in_a_spinner_and_clears_the_line,
+    a_warning_has_a_line_of_its_own_beside_the_spinner,
+    ctrl_c_ends_the_command_and_not_the_operation,
+    a_spinner_needs_two_terminal_outputs,
+    control_bytes_do_not_reach_the_terminal,
 ];
 
 /// The rows of every terminal here.
@@ -167,8 +167,8 @@ fn a_table_fits_into_the_terminal() {
     assert_eq!(wide.screen().lines().count(), 4, "{}", wide.screen());
 }
 
-fn a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean() {
-    if !has_qemu("terminal::a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean") {
+fn a_long_operation_shows_its_phase_in_a_spinner_and_clears_the_line() {
+    if !has_qemu("terminal::a_long_operation_shows_its_phase_in_a_spinner_and_clears_the_line") {
         return;
     }
     let world = with_a_deaf_guest("deaf");
@@ -182,7 +182,7 @@ fn a_long_operation_shows_a_spinner_with_the_phase_and_leaves_the_line_clean() {
     assert!(!sent.contains("\u{1b}[?25l") || sent.ends_with("\u{1b}[?25h"), "the cursor is there: {sent:?}");
 }
 
-fn a_remark_does_not_stand_in_the_spinners_line() {
+fn a_warning_has_a_line_of_its_own_beside_the_spinner() {
     let mut world = World::started(&[]);
     world.create("vm", TinyGuest::Idle);
     let terminal = Terminal::run(&world, 100, &["wait", "vm", "running"], Redirect::Nothing);
@@ -194,8 +194,8 @@ fn a_remark_does_not_stand_in_the_spinners_line() {
     assert!(remark.starts_with("vmcp: lost http://"), "{screen}");
 }
 
-fn ctrl_c_ends_the_command_and_leaves_the_operation_under_way() {
-    if !has_qemu("terminal::ctrl_c_ends_the_command_and_leaves_the_operation_under_way") {
+fn ctrl_c_ends_the_command_and_not_the_operation() {
+    if !has_qemu("terminal::ctrl_c_ends_the_command_and_not_the_operation") {
         return;
     }
     let world = with_a_deaf_guest("deaf");
@@ -215,8 +215,8 @@ fn ctrl_c_ends_the_command_and_leaves_the_operation_under_way() {
     assert_eq!(wait.code(), 130);
 }
 
-fn a_spinner_is_only_where_both_outputs_are_terminals() {
-    if !has_qemu("terminal::a_spinner_is_only_where_both_outputs_are_terminals") {
+fn a_spinner_needs_two_terminal_outputs() {
+    if !has_qemu("terminal::a_spinner_needs_two_terminal_outputs") {
         return;
     }
     let world = with_a_deaf_guest("deaf");
@@ -231,7 +231,7 @@ fn a_spinner_is_only_where_both_outputs_are_terminals() {
     assert!(!sent.contains('\u{1b}') && sent.starts_with("deaf: shutdown"), "{sent:?}");
 }
 
-fn text_of_others_cannot_draw_on_the_screen() {
+fn control_bytes_do_not_reach_the_terminal() {
     let world = World::started(&[]);
     let mut config = world.tiny(TinyGuest::Idle);
     config["metadata"] = json!({"note": "\u{1b}[2J\u{1b}[Hforged\u{9b}7m", "\u{7}": "x"});

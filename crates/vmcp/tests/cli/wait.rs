@@ -8,14 +8,14 @@ use crate::trials;
 use crate::world::{Running, WAIT_TIMEOUT, World, has_qemu, pause};
 
 trials![
-    a_wait_ends_when_the_state_is_reached,
-    a_wait_that_takes_too_long_names_the_state,
-    a_wait_goes_on_when_the_server_comes_back,
-    a_wait_for_a_vm_that_is_deleted_is_not_found,
+    a_wait_ends_at_the_wanted_state,
+    a_wait_that_times_out_names_the_state,
+    a_wait_continues_after_a_restart_of_the_server,
+    a_wait_for_a_deleted_vm_is_not_found,
 ];
 
-fn a_wait_ends_when_the_state_is_reached() {
-    if !has_qemu("wait::a_wait_ends_when_the_state_is_reached") {
+fn a_wait_ends_at_the_wanted_state() {
+    if !has_qemu("wait::a_wait_ends_at_the_wanted_state") {
         return;
     }
     let world = World::started(&[]);
@@ -30,15 +30,15 @@ fn a_wait_ends_when_the_state_is_reached() {
     assert_eq!(world.run(&["wait", "vm", "shutdown"]).ok(), "vm: shutdown (guest-power-off)\n");
 }
 
-fn a_wait_that_takes_too_long_names_the_state() {
+fn a_wait_that_times_out_names_the_state() {
     let world = World::started(&[]);
     world.create("vm", TinyGuest::Idle);
     let error = world.run(&["wait", "vm", "running", "--timeout", "1s"]).failed(14);
     assert!(error.contains("CREATED") && error.contains("(deadline_exceeded)"), "{error}");
 }
 
-fn a_wait_goes_on_when_the_server_comes_back() {
-    if !has_qemu("wait::a_wait_goes_on_when_the_server_comes_back") {
+fn a_wait_continues_after_a_restart_of_the_server() {
+    if !has_qemu("wait::a_wait_continues_after_a_restart_of_the_server") {
         return;
     }
     let mut world = World::started(&[]);
@@ -69,7 +69,7 @@ fn wait_that_lost_its_server(world: &mut World) -> (Running, String) {
     panic!("the wait never began");
 }
 
-fn a_wait_for_a_vm_that_is_deleted_is_not_found() {
+fn a_wait_for_a_deleted_vm_is_not_found() {
     let world = World::started(&[]);
     world.create("vm", TinyGuest::Idle);
     let mut wait = Running::start(world.command(&["wait", "vm", "running", "shutdown"]));

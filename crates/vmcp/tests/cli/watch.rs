@@ -8,11 +8,11 @@ use crate::trials;
 use crate::world::{Running, World, has_qemu};
 
 trials![
-    a_watch_shows_a_guest_come_and_go,
-    a_watch_goes_on_without_a_gap_when_the_server_comes_back,
-    a_watch_of_a_vm_waits_for_a_name_that_nobody_has_yet,
-    a_watch_can_begin_behind_an_event,
-    a_token_of_nobody_is_refused_at_once,
+    a_watch_prints_the_start_and_the_end_of_a_guest,
+    a_watch_continues_without_a_gap_after_a_restart_of_the_server,
+    a_watch_accepts_a_name_before_its_vm_exists,
+    a_watch_begins_after_a_given_event,
+    an_unknown_token_is_refused_at_once,
 ];
 
 /// Returns the events of `watch -o json`.
@@ -29,8 +29,8 @@ fn tokens(events: &[Value]) -> Vec<&str> {
         .collect()
 }
 
-fn a_watch_shows_a_guest_come_and_go() {
-    if !has_qemu("watch::a_watch_shows_a_guest_come_and_go") {
+fn a_watch_prints_the_start_and_the_end_of_a_guest() {
+    if !has_qemu("watch::a_watch_prints_the_start_and_the_end_of_a_guest") {
         return;
     }
     let world = World::started(&[]);
@@ -50,7 +50,7 @@ fn a_watch_shows_a_guest_come_and_go() {
     );
 }
 
-fn a_watch_goes_on_without_a_gap_when_the_server_comes_back() {
+fn a_watch_continues_without_a_gap_after_a_restart_of_the_server() {
     let mut world = World::started(&[]);
     let watch = Running::start(world.command(&["watch", "-o", "json"]));
     let mut lines = Running::until(&watch.stdout, "\"synced\"");
@@ -79,7 +79,7 @@ fn a_watch_goes_on_without_a_gap_when_the_server_comes_back() {
     );
 }
 
-fn a_watch_of_a_vm_waits_for_a_name_that_nobody_has_yet() {
+fn a_watch_accepts_a_name_before_its_vm_exists() {
     let world = World::started(&[]);
     let watch = Running::start(world.command(&["watch", "later", "-o", "json"]));
     Running::until(&watch.stdout, "\"synced\"");
@@ -89,7 +89,7 @@ fn a_watch_of_a_vm_waits_for_a_name_that_nobody_has_yet() {
     assert!(lines.iter().all(|line| !line.contains("other")), "{lines:?}");
 }
 
-fn a_watch_can_begin_behind_an_event() {
+fn a_watch_begins_after_a_given_event() {
     let world = World::started(&[]);
     world.create("a", TinyGuest::Idle);
     world.create("b", TinyGuest::Idle);
@@ -99,7 +99,7 @@ fn a_watch_can_begin_behind_an_event() {
     assert_eq!(Running::until(&watch.stdout, "b"), ["b"]);
 }
 
-fn a_token_of_nobody_is_refused_at_once() {
+fn an_unknown_token_is_refused_at_once() {
     let world = World::started(&[]);
     let error = world.run(&["watch", "--resume-token", "nonsense"]).failed(13);
     assert!(error.contains("(invalid_argument)") || error.contains("resume_token"), "{error}");

@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kept_inputs_hold() {
+    fn every_input_of_the_corpus_passes() {
         for (name, target) in [
             ("cloud_hypervisor", cloud_hypervisor as fn(&[u8])),
             ("firecracker", firecracker),

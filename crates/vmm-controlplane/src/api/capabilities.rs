@@ -183,7 +183,7 @@ mod tests {
 
     /// The texts that clients read, in one list for each fact.
     #[test]
-    fn the_words_are_those_that_clients_know() {
+    fn the_wire_words_are_stable() {
         use EndpointMode as E;
         assert_eq!(
             [E::Managed, E::Attached, E::Libvirt].map(endpoint_mode),
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_names_are_those_that_clients_know_and_an_untold_fact_is_left_out() {
+    fn capability_names_are_stable_and_an_unknown_capability_is_left_out() {
         assert!(words(&BackendFacts::default()).is_empty());
         let all = BackendFacts {
             accelerator: Some(AcceleratorFact::Kvm),

@@ -376,13 +376,13 @@ mod tests {
     }
 
     #[test]
-    fn no_field_of_a_configuration_is_lost_on_the_way() {
+    fn a_configuration_survives_the_conversion_from_and_to_the_wire() {
         assert_eq!(config_to_pb(&config_from_pb(full())), full());
         assert_eq!(config_to_pb(&config_from_pb(pb::VmConfig::default())), pb::VmConfig::default());
     }
 
     #[test]
-    fn a_state_counts_once_and_each_wrong_one_is_named() {
+    fn a_state_filter_ignores_duplicates_and_names_each_unknown_state() {
         let running = Some(pb::VmState::Running);
         let many = std::iter::repeat_n(running, 1000).chain([Some(pb::VmState::Paused), running]);
         assert_eq!(states_from_pb("states", many).unwrap(), [VmState::Running, VmState::Paused]);
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn an_uptime_is_neither_negative_nor_longer_than_its_process_lives() {
+    fn an_uptime_is_between_zero_and_the_age_of_the_process() {
         let process = vmm_host::process::identify(std::process::id()).unwrap();
         let now_ms = 1_800_000_000_000;
         let uptime = |started_ms| {
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn every_state_of_the_domain_has_its_own_on_the_wire() {
+    fn every_core_state_has_its_own_wire_state() {
         for state in VmState::ALL {
             assert_eq!(state_from_pb(state_to_pb(state)), Some(state));
         }

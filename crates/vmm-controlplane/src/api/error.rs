@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_log_names_an_error_by_the_code_of_its_answer() {
+    fn the_log_has_the_code_of_the_answer() {
         let text = || "x".to_owned().into();
         for error in [
             ServiceError::Invalid(Vec::new()),

@@ -161,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_ends_in_time_to_say_how_it_ended() {
+    fn a_wait_ends_before_the_deadline_of_its_call() {
         let seconds = Duration::from_secs;
         assert_eq!(wait_deadline(0, None).unwrap(), seconds(3600) - ANSWER_MARGIN_LIMIT);
         assert_eq!(wait_deadline(5, Some(seconds(60))).unwrap(), seconds(5));

@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_silent_stream_gives_signs_and_a_busy_one_none() {
+    async fn an_idle_stream_sends_keepalives_and_a_busy_one_sends_none() {
         let busy = stream::unfold(0, |n| async move {
             if n == 3 {
                 return None;

@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_ends_before_either_encoding_is_too_large() {
+    fn a_page_stays_below_the_size_limit_in_both_encodings() {
         assert_eq!(fitting::<pb::VmInfo>(&[]), 0);
         assert_eq!(fitting(&vec![labelled("x"); 1000]), 1000);
         for (letter, fewest) in [("x", 45), ("\u{1}", 7), ("\"", 22)] {
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_that_do_not_fit_are_counted() {
+    fn findings_beyond_the_size_limit_are_counted() {
         let few = vec![FieldReport::new("a", "b"); 1000];
         assert_eq!(bounded(few.clone()), few);
         let many = bounded(vec![FieldReport::new("a", "b".repeat(16 << 10)); 1000]);

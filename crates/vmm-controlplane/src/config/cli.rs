@@ -223,18 +223,18 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_is_sound() {
+    fn clap_accepts_the_definition_of_the_command_line() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn nothing_typed_means_serve_and_no_settings() {
+    fn an_empty_command_line_serves_without_settings() {
         assert_eq!(parse(&[]), Cli::default());
         assert_eq!(parse(&["serve"]), Cli::default());
     }
 
     #[test]
-    fn flags_stand_before_or_after_the_subcommand() {
+    fn flags_are_accepted_before_and_after_the_subcommand() {
         for args in
             [&["--port", "1", "check-config", "--config=f"], &["check-config", "--config", "f", "--port=1"]]
         {
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_operators_subcommands_take_their_own_arguments() {
+    fn operator_subcommands_have_their_own_arguments() {
         assert_eq!(parse(&["doctor", "--json"]).command, Subcommand::Doctor { json: true });
         let dry = ReconcileFlags { dry_run: true, ..ReconcileFlags::default() };
         let cli = parse(&["reconcile", "--dry-run", "--state-dir", "/s"]);
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn the_version_is_the_programs() {
+    fn the_version_flag_prints_the_version_of_the_program() {
         let version = Cli::try_parse_from(["vmm-controlplane", "--version"]).unwrap_err().to_string();
         assert_eq!(version, concat!("vmm-controlplane ", env!("CARGO_PKG_VERSION"), "\n"));
     }

@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn one_error_stands_on_the_first_line() {
+    fn a_single_error_is_on_the_first_line() {
         let shown = ConfigErrors(vec![error("a")]).to_string();
         assert_eq!(shown, "failed to load config: a\n  from --port; set UNKEY_VMCP_PORT");
     }

@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn flat_keys_sections_and_dotted_keys_are_the_same() {
+    fn flat_keys_sections_and_dotted_keys_are_equivalent() {
         for text in [
             "otel_prometheus_port = 1\nch_endpoint = 'unix:///a,unix:///b'",
             "[otel]\nprometheus_port = 1\n[ch]\nendpoint = ['unix:///a', 'unix:///b']",
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn values_keep_their_text() {
+    fn the_text_of_a_value_is_kept() {
         let (values, errors) =
             parse("port = 8_080\notel_sampling_rate = 0.50\nqemu_kvm = true\nbackend = \"qemu\"");
         assert!(errors.is_empty(), "{errors:?}");
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_name_their_place_and_their_cure() {
+    fn an_error_in_the_file_names_its_line_and_the_remedy() {
         let table = [
             ("\nprot = 1", "f.toml:2 (prot): unknown key prot; did you mean port?"),
             (
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn every_mistake_is_told() {
+    fn every_error_in_the_file_is_reported() {
         let (_, errors) = parse("prot = 1\nbackendd = 'x'\nport = [1]");
         assert_eq!(errors.len(), 3, "{errors:?}");
     }

@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn exports_are_quoted_and_choose_the_only_backend_there_was() {
+    fn migrated_exports_are_quoted_and_select_cloud_hypervisor() {
         let text = migrate_env(&env(&[("CHCP_PORT", "9000"), ("CHCP_ADDRESS", "it's $(here)")]));
         assert_eq!(
             text,
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_is_left_alone() {
+    fn a_variable_that_is_set_is_not_migrated() {
         let backends = [("UNKEY_VMCP_BACKEND", "qemu"), ("VMCP_BACKEND", "qemu"), ("CHCP_BACKEND", "qemu")];
         for (name, value) in backends {
             let text = migrate_env(&env(&[("CHCP_PORT", "1"), (name, value)]));
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_migrate_is_explained_in_comments() {
+    fn a_migration_without_old_variables_prints_comments_only() {
         for variables in [env(&[]), env(&[("CHCP_PORT", "")]), env(&[("UNKEY_VMCP_PORT", "1")])] {
             let text = migrate_env(&variables);
             assert!(text.starts_with("# Nothing to migrate"), "{text}");
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_names_and_bytes_never_become_commands() {
+    fn untrusted_names_and_bytes_never_become_shell_commands() {
         let mut variables = env(&[("CHCP_X\nrm -rf", "1")]);
         variables.insert("CHCP_PORT".into(), std::ffi::OsString::from_vec(vec![0xff]));
         let text = migrate_env(&variables);

@@ -220,7 +220,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn names_are_derived_from_the_key() {
+    fn variable_and_flag_are_derived_from_the_key() {
         assert_eq!(Setting::ChEndpoint.flag(), "--ch-endpoint");
         assert_eq!(Setting::ChEndpoint.variable(), "UNKEY_VMCP_CH_ENDPOINT");
         assert_eq!(Setting::QemuKvm.variable_with(SHORT_PREFIX), "VMCP_QEMU_KVM");
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_unique_and_says_what_it_does() {
+    fn every_key_is_unique_and_documented() {
         let keys: BTreeSet<_> = Setting::ALL.iter().map(|setting| setting.key()).collect();
         assert_eq!(keys.len(), Setting::ALL.len());
         assert!(!keys.contains(CONFIG_KEY));
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slip_finds_its_setting_and_a_stranger_finds_none() {
+    fn a_misspelled_key_finds_its_setting_and_an_unrelated_word_finds_none() {
         let keys = || Setting::ALL.iter().map(|setting| setting.key());
         assert_eq!(nearest("prot", keys()), Some("port"));
         assert_eq!(nearest("ch_endpiont", keys()), Some("ch_endpoint"));

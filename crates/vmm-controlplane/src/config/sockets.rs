@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_is_known_by_any_path() {
+    fn one_socket_is_recognised_under_every_path() {
         let dir = tempfile::tempdir().unwrap();
         let (real, link) = (dir.path().join("real"), dir.path().join("link"));
         std::fs::create_dir(&real).unwrap();

@@ -93,7 +93,7 @@ fn the_defaults_are_those_of_the_contract() {
 }
 
 #[test]
-fn the_strongest_source_wins() {
+fn flags_override_variables_which_override_the_file() {
     let file = with_file("port = 4");
     let sources = [
         (
@@ -117,7 +117,7 @@ fn the_strongest_source_wins() {
 }
 
 #[test]
-fn flags_that_were_not_typed_never_override_variables() {
+fn absent_flags_never_override_variables() {
     // The predecessor's documented endpoint variable lost against the default of its flag.
     let values = [
         (Setting::Address, "localhost"),
@@ -174,7 +174,7 @@ fn flags_that_were_not_typed_never_override_variables() {
 }
 
 #[test]
-fn every_bad_setting_is_told_at_once_with_its_variable() {
+fn all_bad_settings_are_reported_at_once_with_their_variables() {
     let bad_value = "\u{1}bad,";
     let names: Vec<_> = Setting::ALL.iter().map(|setting| setting.variable()).collect();
     let pairs: Vec<_> = names.iter().map(|name| (name.as_str(), bad_value)).collect();
@@ -188,7 +188,7 @@ fn every_bad_setting_is_told_at_once_with_its_variable() {
 }
 
 #[test]
-fn errors_name_what_to_set_and_where_the_value_came_from() {
+fn an_error_names_the_variable_and_the_source_of_the_value() {
     let file = with_file("\n[otel]\nsampling_rate = 2.0");
     let shown =
         load(&["--port=x", "--config=f.toml"], &[("VMCP_BACKEND", "xen")], &file).unwrap_err().to_string();
@@ -203,7 +203,7 @@ fn errors_name_what_to_set_and_where_the_value_came_from() {
 }
 
 #[test]
-fn the_texts_of_the_documents_are_kept() {
+fn documented_error_texts_are_stable() {
     for (name, value, text) in [
         ("UNKEY_VMCP_BACKEND", "your-backend", "unsupported backend type: your-backend\n"),
         ("UNKEY_VMCP_CH_ENDPOINT", "unix://", "cloud hypervisor endpoint is required"),
@@ -218,7 +218,7 @@ fn the_texts_of_the_documents_are_kept() {
 }
 
 #[test]
-fn values_that_are_not_utf8_are_errors() {
+fn a_value_that_is_not_utf8_is_an_error() {
     for name in ["UNKEY_VMCP_PORT", "VMCP_PORT"] {
         let variables = Environment::from([(name.into(), std::ffi::OsString::from_vec(vec![0xff]))]);
         let shown = DaemonConfig::load(&cli(&[]), &variables, &FakeHost::default()).unwrap_err().to_string();
@@ -228,7 +228,7 @@ fn values_that_are_not_utf8_are_errors() {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_is_named_with_its_origin() {
+fn an_unreadable_file_is_named_with_the_source_of_its_path() {
     let missing = FakeHost::default();
     let binary = FakeHost { file: Some(vec![0xff]), ..FakeHost::default() };
     for (args, variables, host, want) in [
@@ -248,7 +248,7 @@ fn a_file_that_cannot_be_read_is_named_with_its_origin() {
 }
 
 #[test]
-fn the_file_in_etc_is_read_where_nobody_names_another() {
+fn the_default_file_is_read_if_no_other_is_named() {
     let file = Some(b"port = 81".to_vec());
     let host = |existing: &[&'static str]| FakeHost {
         file: file.clone(),
@@ -272,7 +272,7 @@ fn the_file_in_etc_is_read_where_nobody_names_another() {
 }
 
 #[test]
-fn retired_variables_stop_the_start_unless_their_successor_is_given() {
+fn a_retired_variable_stops_the_start_unless_its_successor_is_set() {
     let retired = [("CHCP_PORT", "1"), ("CHCP_ADDRESS", "::1"), ("CHCP_CH_ENDPOINT", "unix:///a")];
     let shown = bad(&["--metrics-interval=0"], &retired);
     assert!(shown.starts_with("failed to load config: missing required environment variables\n"), "{shown}");
@@ -294,7 +294,7 @@ fn retired_variables_stop_the_start_unless_their_successor_is_given() {
 }
 
 #[test]
-fn what_is_not_served_yet_stops_the_start() {
+fn an_unserved_setting_stops_the_start() {
     for (setting, value) in [(Setting::OtelEnabled, "true"), (Setting::CorsOrigins, "https://a.example")] {
         let name = setting.variable();
         let loaded = good(&[], &[(&name, value)]);
@@ -319,7 +319,7 @@ fn what_is_not_served_yet_stops_the_start() {
 }
 
 #[test]
-fn warnings_tell_what_has_no_effect_or_is_dangerous() {
+fn ineffective_and_dangerous_settings_cause_warnings() {
     for (args, want) in [
         (&["--address=0.0.0.0"][..], "listening on 0.0.0.0:8080 with no authentication"),
         (&["--address=::"], "listening on [::]:8080"),
@@ -354,7 +354,7 @@ fn warnings_tell_what_has_no_effect_or_is_dangerous() {
 }
 
 #[test]
-fn the_variables_of_the_command_line_are_neither_settings_nor_warned_of() {
+fn variables_of_vmcp_cause_no_warning() {
     let of_vmcp = ["VMCP_SERVER", "VMCP_CONTEXT", "VMCP_CONTEXTS_FILE", "VMCP_COMPLETE"];
     // The file of the command line does not exist here, so reading the file would fail.
     let loaded = good(&[], &of_vmcp.map(|name| (name, "/home/me/.config/vmcp/config.toml")));
@@ -364,7 +364,7 @@ fn the_variables_of_the_command_line_are_neither_settings_nor_warned_of() {
 }
 
 #[test]
-fn the_default_backends_old_socket_is_pointed_out() {
+fn a_socket_at_the_old_default_path_causes_a_warning() {
     let sockets = [
         "/tmp/ch.sock",
         "/tmp/firecracker.sock",
@@ -390,7 +390,7 @@ fn the_default_backends_old_socket_is_pointed_out() {
 }
 
 #[test]
-fn a_plain_user_gets_directories_of_their_own() {
+fn a_user_without_root_has_directories_of_their_own() {
     let user = |existing: &[&'static str]| FakeHost {
         uid: 1000,
         existing: existing.iter().copied().collect(),

@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kept_inputs_hold() {
+    fn every_input_of_the_corpus_passes() {
         assert!(vmm_testkit::corpus::replay("configuration", configuration) > 0);
     }
 }

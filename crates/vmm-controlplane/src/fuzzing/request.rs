@@ -315,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kept_inputs_hold() {
+    fn every_input_of_the_corpus_passes() {
         assert!(vmm_testkit::corpus::replay("request", request) > 0);
     }
 }

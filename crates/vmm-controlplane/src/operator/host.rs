@@ -294,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hard_limit_counts() {
+    fn the_hard_limit_on_descriptors_decides() {
         let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
                       Max processes             100                  200                  processes \n\
                       Max open files            1024                 4096                 files     \n";
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_cannot_be_used_fails_with_the_variable() {
+    fn an_unusable_directory_fails_with_its_variable() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let checks = directory("state", "UNKEY_VMCP_STATE_DIR", file.path());
         let bad = checks.iter().find(|check| check.verdict == CheckVerdict::Fail).unwrap();
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_open_is_warned_of() {
+    fn a_directory_open_to_others_causes_a_warning() {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_must_be_one_that_the_backend_boots() {
+    fn a_kernel_in_a_format_that_the_backend_cannot_boot_is_refused() {
         let kernel = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(kernel.path(), "not a kernel").unwrap();
         let path = kernel.path().to_path_buf();

@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_ours_that_no_vm_has_been_given_are_counted() {
+    fn only_unreserved_spare_vmms_of_this_instance_are_counted() {
         let (ours, anothers) = (InstanceId::new(Uuid::now_v7()), InstanceId::new(Uuid::now_v7()));
         let uids: Vec<VmUid> = (0..4).map(|_| VmUid::new(Uuid::now_v7())).collect();
         let folder = |uid: VmUid, mark: Option<InstanceId>| RunFolder {
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn one_without_a_daemon_is_left_over() {
+    fn a_spare_vmm_without_a_daemon_is_a_leftover() {
         let one = BTreeMap::from([(BackendName::new("qemu"), 1)]);
         let beside = spares_verdict(1, true, &one);
         assert!(beside.verdict == CheckVerdict::Ok && beside.finding.contains("qemu: 1"), "{beside:?}");

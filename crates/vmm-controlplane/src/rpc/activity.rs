@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_connection_and_a_slow_head_have_times_of_their_own() {
+    fn idle_connections_and_slow_heads_have_separate_timeouts() {
         let start = Instant::now();
         let mut state = ActivityState::new(start);
         assert_eq!(state.deadline(IDLE_TIMEOUTS), Some(after(start, 120)));
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_for_one_answer_ends_with_it() {
+    fn a_single_answer_connection_ends_after_its_answer() {
         let start = Instant::now();
         let once = IdleTimeouts { once: true, ..IDLE_TIMEOUTS };
         let mut state = ActivityState::new(start);

@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_connection_that_was_idle_longest_makes_room() {
+    async fn the_longest_idle_connection_is_closed_first() {
         let admission = ConnectionAdmission::new(2, 2);
         let (busy, _busy_place) = connect(&admission, "127.0.0.1:1");
         let _request = busy.begin(None);
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_peer_has_a_share_and_makes_room_for_itself() {
+    async fn a_peer_beyond_its_share_closes_its_own_connections() {
         let admission = ConnectionAdmission::new(10, 1);
         let (first, _first_place) = connect(&admission, "10.0.0.1:1");
         let (second, _second_place) = connect(&admission, "10.0.0.1:2");
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_network_of_ipv6_is_one_peer_and_this_host_is_none() {
+    async fn an_ipv6_network_is_one_peer_and_the_host_itself_is_unlimited() {
         let admission = ConnectionAdmission::new(10, 1);
         let (first, _first_place) = connect(&admission, "[2001:db8::1]:1");
         let _request = first.begin(None);
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_flood_does_not_leave_more_connections_closing_than_there_is_room_for() {
+    async fn closing_connections_are_limited() {
         let admission = ConnectionAdmission::new(MOST_LEAVING + 8, 1);
         let crowd: Vec<_> = (0..MOST_LEAVING + 8).map(|_| connect(&admission, "127.0.0.1:1")).collect();
         assert!(crowd.iter().all(|(_, place)| place.is_some()));

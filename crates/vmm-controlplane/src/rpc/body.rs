@@ -359,18 +359,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn passes_on_what_fits() {
+    async fn a_body_within_the_limit_is_passed_on() {
         assert_eq!(read(0, 1000).await, (Ok(0), 0));
         assert_eq!(read(2, 1000).await, (Ok(20), 2));
     }
 
     #[tokio::test]
-    async fn reads_an_oversized_body_to_its_end_before_it_fails() {
+    async fn an_oversized_body_is_drained_before_the_call_fails() {
         assert_eq!(read(50, 1000).await, (Err(()), 50));
     }
 
     #[tokio::test]
-    async fn has_an_end_of_patience() {
+    async fn the_drain_of_an_oversized_body_is_limited() {
         assert_eq!(read(50, 0).await, (Err(()), 3));
         assert_eq!(read(50, 100).await, (Err(()), 13));
     }

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_server_that_ends_does_not_serve_however_healthy_it_is() {
+    async fn a_server_that_shuts_down_is_not_serving() {
         let options = ServeOptions { is_healthy: Some(Arc::new(|| true)), ..ServeOptions::default() };
         let live = LiveHealthChecker::new(&options);
         assert_eq!(live.check("").await.unwrap(), Status::Serving);

@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_and_maps_count_together() {
+    fn entries_of_lists_and_maps_are_counted_together() {
         let request = "vmm.v1.CreateVmRequest";
         assert_eq!(checked(request, &create(MAX_ENTRIES, 0)), None);
         assert_eq!(checked(request, &create(64, 63)), None);
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn packed_numbers_and_groups_are_no_way_past_the_limit() {
+    fn packed_numbers_and_groups_count_against_the_limit() {
         let states = pb::ListVmsRequest {
             state_filter: vec![pb::VmState::Running.into(); MAX_ENTRIES + 1],
             ..Default::default()
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_broken_is_left_to_the_decoder() {
+    fn malformed_bytes_are_left_to_the_decoder() {
         for broken in
             [&b"\x22\xff"[..], b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"\x07", b"\x12\x05\x22"]
         {

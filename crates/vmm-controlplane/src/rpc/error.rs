@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_every_violation_in_the_message_and_in_the_detail() {
+    fn every_violation_is_in_the_message_and_the_detail() {
         let error = invalid_argument([("config.cpu", "is required"), ("config.memory", "is required")]);
         assert_eq!(error.code, ErrorCode::InvalidArgument);
         assert_eq!(error.message.as_deref(), Some("config.cpu: is required; config.memory: is required"));
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_fits_into_the_trailers_that_clients_take() {
+    fn an_error_fits_into_the_trailer_limit_of_clients() {
         let many =
             invalid_argument((0..10_000).map(|n| (format!("config.storage[{n}].path"), "does not exist")));
         let message = many.message.as_deref().unwrap();
@@ -167,13 +167,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_quoted_carries_no_control_characters() {
+    fn quoted_text_has_no_control_characters() {
         let error = invalid_argument([("config.\n", "not \u{1b}[2J")]);
         assert_eq!(error.message.as_deref(), Some("config.\u{fffd}: not \u{fffd}[2J"));
     }
 
     #[test]
-    fn the_detail_is_the_standard_message() {
+    fn the_error_detail_is_the_standard_bad_request() {
         let detail = BadRequest {
             field_violations: vec![FieldViolation {
                 field: "a".into(),

@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_has_few_lines_and_its_size_is_told() {
+    fn repeated_failures_have_few_log_lines_with_a_count() {
         let lines = FailureCounts::default();
         let begin = Instant::now();
         let admitted = |at, procedure: &str, code| lines.admit(procedure, code, begin + at);

@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn serves_what_cannot_be_rebound_and_what_is_configured() {
+    fn addresses_loopback_names_and_configured_hosts_are_served() {
         let policy = HostPolicy::Known(vec!["vmm.example.org".into()]);
         for good in [
             "localhost",
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_in_the_request_counts() {
+    fn the_authority_and_the_host_header_are_both_checked() {
         let policy = HostPolicy::default();
         assert!(policy.objection(&request(Version::HTTP_11, &["localhost"])).is_none());
         assert!(policy.objection(&request(Version::HTTP_11, &["localhost", "evil.example"])).is_some());

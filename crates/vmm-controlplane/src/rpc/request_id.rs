@@ -114,12 +114,12 @@ mod tests {
     }
 
     #[test]
-    fn keeps_a_sane_id() {
+    fn a_valid_request_id_is_kept() {
         assert_eq!(id_for(Some("build-17/step:3")).as_str(), "build-17/step:3");
     }
 
     #[test]
-    fn replaces_an_id_that_could_harm_a_log() {
+    fn an_invalid_request_id_is_replaced() {
         for bad in ["", "a b", "a\"b", &"x".repeat(129)] {
             let id = id_for(Some(bad));
             assert_ne!(id.as_str(), bad);
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn makes_distinct_ids() {
+    fn generated_request_ids_differ() {
         assert_ne!(id_for(None), id_for(None));
     }
 }

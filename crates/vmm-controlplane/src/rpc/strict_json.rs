@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn accepts_what_the_decoder_may_accept() {
+    fn json_that_the_decoder_accepts_is_accepted() {
         for json in [
             "{}",
             "null",
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_every_unknown_field_by_path() {
+    fn every_unknown_field_is_reported_by_its_path() {
         let message = violations(
             r#"{"confg":1,"config":{"cpu":{"vcpus":{"deep":[1]}},"storage":[{"path":"/d"},{"readonly":true}]}}"#,
         )
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_lists_and_objects_in_each_others_place() {
+    fn a_list_for_an_object_and_an_object_for_a_list_are_reported() {
         assert!(violations("[]").unwrap().starts_with("request: is a list"));
         assert!(violations(r#"{"config":{"boot":["/k"]}}"#).unwrap().starts_with("config.boot: is a list"));
         assert!(
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_every_value_of_a_wrong_type() {
+    fn every_value_of_a_wrong_type_is_reported() {
         for (json, expected) in [
             (
                 r#"{"config":{"memory":{"size_bytes":"512M"},"cpu":{"vcpu_count":2.5}}}"#,
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_states_by_their_names() {
+    fn an_unknown_enum_value_is_reported_with_the_known_names() {
         let strict = JsonShapeInterceptor::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
         let payload =
             Payload::new(r#"{"state_filter":["VM_STATE_RUNNING","RUNNING"]}"#.into(), CodecFormat::Json);
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_every_key_that_is_given_twice() {
+    fn every_duplicate_key_is_reported() {
         let message = violations(
             r#"{"vm_id":"a","vmId":"b","config":{"metadata":{"k":"1","k":"2","\u006b":"3","l":"4"},
                 "storage":[{"options":{"format":"raw","format":"qcow2"}},{"options":{"format":"raw"}}]}}"#,
@@ -466,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn has_an_end_of_entries() {
+    fn the_number_of_entries_is_limited() {
         let list = |count: usize| format!(r#"{{"config":{{"storage":[{}]}}}}"#, vec!["{}"; count].join(","));
         assert_eq!(violations(&list(MAX_ENTRIES)), None);
         let message = violations(&list(300_000)).unwrap();
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn leaves_other_codecs_and_methods_alone() {
+    fn other_codecs_and_methods_are_not_checked() {
         let strict = JsonShapeInterceptor::new(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
         let binary = Payload::new("[]".into(), CodecFormat::Proto);
         assert!(strict.check(Some("/vmm.v1.VmService/CreateVm"), &binary).is_ok());

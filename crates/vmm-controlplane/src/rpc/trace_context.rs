@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn a_valid_header_names_trace_and_span() {
+    fn a_valid_trace_header_gives_trace_and_span() {
         let read = Some(("4bf92f3577b34da6a3ce929d0e0e4736".to_owned(), "00f067aa0ba902b7".to_owned()));
         assert_eq!(of(&[GOOD]), read);
         assert_eq!(of(&[&GOOD.replacen("00", "cc", 1)]), read, "a later version");
@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_counts_as_none() {
+    fn an_invalid_trace_header_is_ignored() {
         let long = format!("{GOOD}-more");
         for bad in [
             "",

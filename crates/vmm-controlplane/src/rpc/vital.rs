@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn health_and_what_takes_force_are_vital() {
+    fn health_and_forced_operations_are_vital_requests() {
         for vital in ["/_/health", "/health", "/vmm.v1.VmService/ShutdownVm", "/vmm.v1.VmService/DeleteVm"] {
             assert!(is_vital(vital), "{vital}");
         }

@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_that_is_no_level_leaves_the_default_level() {
+    fn an_unknown_log_level_leaves_the_default_level() {
         for text in ["infoo", "warning", "3", "vmm-service=debug", "hyper", "vmm_service=loud"] {
             assert_eq!(of(text), ("info".to_owned(), 1), "{text}");
         }
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_valid_text_is_taken_as_it_is() {
+    fn a_valid_filter_is_used_unchanged() {
         assert_eq!(of(""), ("info".to_owned(), 0));
         assert_eq!(of("WARN"), ("warn".to_owned(), 0));
         assert_eq!(of("info, vmm_service=debug,"), ("info,vmm_service=debug".to_owned(), 0));
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_with_a_hyphen_is_corrected_in_the_error() {
+    fn the_error_for_a_target_with_a_hyphen_has_the_corrected_target() {
         let (_, errors) = read("info,vmm-service=debug");
         assert!(errors[0].ends_with("write vmm_service=debug"), "{errors:?}");
     }

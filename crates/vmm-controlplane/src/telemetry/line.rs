@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_json_line_is_one_flat_object_in_which_each_key_stands_once() {
+    fn a_json_line_is_one_flat_object_with_unique_keys() {
         let line = logged(Form::Json, a_call);
         let read: Map<String, Value> = serde_json::from_str(&line).unwrap();
         assert!(line.starts_with("{\"timestamp\":\"2"), "{line}");
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_line_begins_with_the_message_and_moves_no_cursor() {
+    fn a_text_line_begins_with_the_message_and_has_no_control_bytes() {
         let line = logged(Form::Text, a_call);
         let (clock, rest) = line.split_at(12);
         assert!(clock.bytes().all(|byte| byte.is_ascii_digit() || b":.".contains(&byte)), "{line}");

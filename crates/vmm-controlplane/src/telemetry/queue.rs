@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_never_returns_blocks_neither_a_line_nor_the_end() {
+    fn a_blocked_writer_blocks_no_caller_and_no_exit() {
         let (queue, open, lines) = gated();
         for _ in 0..1000 {
             queue.push(b"12345");
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_dropped_lines_is_written_when_there_is_room() {
+    fn the_number_of_dropped_lines_is_logged_after_the_flood() {
         let (queue, open, lines) = gated();
         for _ in 0..100 {
             queue.push(b"12345");
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_cannot_be_written_is_counted_as_dropped() {
+    fn an_unwritable_line_is_counted_as_dropped() {
         let (queue, open, lines) = gated();
         queue.push(b"lost");
         queue.push(b"seen");
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_waits_for_what_can_be_written() {
+    fn the_exit_waits_for_writable_lines() {
         let (queue, open, lines) = gated();
         queue.push(b"a");
         queue.push(b"b");

@@ -146,7 +146,7 @@ pub(crate) async fn only_violation(vms: &Vms, config: VmConfig) -> (String, Stri
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_kernel_must_be_one_that_the_backend_boots() {
+async fn a_kernel_in_a_format_that_the_backend_cannot_boot_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let fifo = bed.path("fifo");

@@ -127,7 +127,7 @@ fn addresses_and_ports() {
 }
 
 #[test]
-fn only_the_machine_itself_is_loopback() {
+fn only_loopback_addresses_count_as_loopback() {
     for (host, loopback) in [
         ("127.0.0.1", true),
         ("127.9.9.9", true),
@@ -277,7 +277,7 @@ fn paths() {
 
 proptest! {
     #[test]
-    fn no_text_makes_a_parser_panic(text in "\\PC*|[a-z0-9:/.,\\[\\]@+?-]{0,40}") {
+    fn every_text_is_parsed_without_a_panic(text in "\\PC*|[a-z0-9:/.,\\[\\]@+?-]{0,40}") {
         for name in BackendChoice::ALL {
             let _ = endpoint(name, &text);
         }

@@ -88,7 +88,7 @@ fn decisions(items: &[Item]) -> Vec<(ItemKind, ItemDecision)> {
 }
 
 #[test]
-fn what_has_an_owner_stays() {
+fn traces_of_a_vm_on_record_are_kept() {
     let (mut facts, uid) = (facts(), uid());
     known(&mut facts, uid, Some(identity(5)));
     facts.survey = Survey { folders: vec![folder(uid, true)], users: vec![vmm(5, uid)] };
@@ -106,7 +106,7 @@ fn tap(facts: &ReconcileFacts, uid: VmUid, attached: bool) -> OwnedTap {
 }
 
 #[test]
-fn what_is_dead_and_nobodys_goes() {
+fn a_leftover_without_a_process_is_removed() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey.folders = vec![folder(uid, false)];
     facts.taps = vec![tap(&facts, uid, false)];
@@ -119,7 +119,7 @@ fn what_is_dead_and_nobodys_goes() {
 }
 
 #[test]
-fn an_orphan_that_lives_is_reported_with_all_that_it_holds() {
+fn a_live_orphan_is_reported_with_its_folder_sockets_and_taps() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey = Survey { folders: vec![folder(uid, true)], users: vec![vmm(5, uid)] };
     facts.taps = vec![tap(&facts, uid, true)];
@@ -131,7 +131,7 @@ fn an_orphan_that_lives_is_reported_with_all_that_it_holds() {
 }
 
 #[test]
-fn nothing_is_ours_in_a_folder_that_another_has_used() {
+fn nothing_is_removed_in_a_runtime_directory_of_several_instances() {
     for served in [
         RuntimeDirUsers::Many,
         RuntimeDirUsers::Nobody,
@@ -148,7 +148,7 @@ fn nothing_is_ours_in_a_folder_that_another_has_used() {
 }
 
 #[test]
-fn without_a_database_nothing_is_removed() {
+fn nothing_is_removed_without_a_database() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey = Survey { folders: vec![folder(uid, false)], users: vec![vmm(5, uid)] };
     facts.instance = None;
@@ -156,7 +156,7 @@ fn without_a_database_nothing_is_removed() {
 }
 
 #[test]
-fn strangers_that_mention_a_folder_are_left_alone_and_keep_it() {
+fn a_foreign_process_that_names_a_run_folder_keeps_it() {
     let (mut facts, uid) = (facts(), uid());
     let tail = user(6, "/usr/bin/tail", &["-f".to_owned(), format!("{}/console.log", dir(uid))]);
     facts.survey = Survey { folders: vec![folder(uid, false)], users: vec![tail] };
@@ -169,7 +169,7 @@ fn strangers_that_mention_a_folder_are_left_alone_and_keep_it() {
 }
 
 #[test]
-fn a_hypervisor_without_our_control_socket_is_not_proven_ours() {
+fn a_hypervisor_without_the_control_socket_is_not_ended() {
     let (mut facts, uid) = (facts(), uid());
     let own_disk = vec![format!("file={}/disk.img", dir(uid))];
     facts.survey.users = vec![user(6, "/usr/bin/qemu", &own_disk)];
@@ -179,7 +179,7 @@ fn a_hypervisor_without_our_control_socket_is_not_proven_ours() {
 }
 
 #[test]
-fn the_mark_of_a_folder_tells_its_owner_whoever_else_uses_the_runtime_folder() {
+fn the_mark_of_a_run_folder_decides_its_owner_in_a_shared_runtime_directory() {
     let (mut facts, uid) = (facts(), uid());
     let theirs = InstanceId::new(Uuid::now_v7());
     let signature = Signature { instance: Some(theirs), state_dir: Some("/var/lib/other".into()) };
@@ -198,7 +198,7 @@ fn the_mark_of_a_folder_tells_its_owner_whoever_else_uses_the_runtime_folder() {
 }
 
 #[test]
-fn a_hypervisor_that_hides_its_program_is_told_by_its_arguments() {
+fn a_hypervisor_with_a_hidden_executable_is_recognised_by_its_arguments() {
     let (mut facts, uid) = (facts(), uid());
     let mut hidden = vmm(7, uid);
     hidden.found.exe = None;
@@ -210,7 +210,7 @@ fn a_hypervisor_that_hides_its_program_is_told_by_its_arguments() {
 }
 
 #[test]
-fn a_second_vmm_of_a_known_vm_is_reported_unless_the_daemon_is_about_to_settle_it() {
+fn a_second_vmm_of_a_vm_is_reported_unless_an_intent_covers_it() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey.users = vec![vmm(5, uid)];
     for on_record in [None, Some(identity(4))] {
@@ -224,14 +224,14 @@ fn a_second_vmm_of_a_known_vm_is_reported_unless_the_daemon_is_about_to_settle_i
 }
 
 #[test]
-fn a_socket_held_by_somebody_hidden_keeps_its_folder() {
+fn a_socket_with_an_unknown_holder_keeps_its_folder() {
     let (mut facts, uid) = (facts(), uid());
     facts.survey.folders = vec![folder(uid, true)];
     assert!(decide(&facts, true).iter().all(|item| item.decision == ItemDecision::Report));
 }
 
 #[test]
-fn what_this_program_does_not_make_is_reported() {
+fn a_folder_that_is_no_run_folder_is_reported() {
     let (mut facts, uid) = (facts(), uid());
     let path = format!("{VMS}/lost+found").into();
     let strange = RunFolder { path, uid: None, own: true, sockets: Vec::new(), owner: None, mark: None };
@@ -241,7 +241,7 @@ fn what_this_program_does_not_make_is_reported() {
 }
 
 #[test]
-fn a_spare_vmm_waits_beside_its_daemon_and_without_one_it_goes() {
+fn a_spare_vmm_is_kept_beside_its_daemon_and_ended_without_one() {
     for kill in [false, true] {
         let (mut facts, uid) = (facts(), uid());
         let ours = facts.instance.unwrap();
@@ -262,7 +262,7 @@ fn a_spare_vmm_waits_beside_its_daemon_and_without_one_it_goes() {
 }
 
 #[test]
-fn a_spare_vmm_that_is_not_proven_ours_is_reported() {
+fn an_unproven_spare_vmm_is_reported() {
     for daemon in [false, true] {
         let (mut facts, uid) = (facts(), uid());
         let ours = facts.instance.unwrap();
@@ -280,7 +280,7 @@ fn a_spare_vmm_that_is_not_proven_ours_is_reported() {
 }
 
 #[test]
-fn what_is_left_of_a_spare_vmm_goes_unless_somebody_uses_it() {
+fn the_folder_of_an_ended_spare_vmm_is_removed_unless_it_is_in_use() {
     let (mut facts, uid, watched) = (facts(), uid(), uid());
     let ours = facts.instance.unwrap();
     let tail = user(6, "/usr/bin/tail", &["-f".to_owned(), format!("{}/console.log", dir(watched))]);
@@ -297,7 +297,7 @@ fn what_is_left_of_a_spare_vmm_goes_unless_somebody_uses_it() {
 }
 
 #[test]
-fn a_record_counts_for_more_than_a_mark() {
+fn a_record_overrides_a_mark() {
     let (mut facts, uid) = (facts(), uid());
     let ours = facts.instance.unwrap();
     known(&mut facts, uid, None);
