@@ -22,7 +22,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_without_descriptors_is_no_silence_of_the_vmm() {
+    fn exhausted_descriptors_are_not_reported_as_an_unreachable_vmm() {
         let kind = |errno: Errno| failure(&io::Error::from(errno));
         assert_eq!(kind(Errno::MFILE), BackendErrorKind::Exhausted);
         assert_eq!(kind(Errno::NFILE), BackendErrorKind::Exhausted);

@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_that_is_not_there_is_missing_from_the_sum() {
+    fn a_missing_tap_is_left_out_of_the_sum() {
         for (taps, received, missing) in [
             (&["there", "there"][..], Some(2), 0),
             (&["there", "renamed"], Some(1), 1),

@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_kept_is_killed() {
+    async fn a_dropped_process_guard_kills_the_vmm() {
         let dir = tempfile::tempdir().unwrap();
         let guard = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
         let process = guard.process().clone();
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_program_that_is_missing_is_told_from_one_that_fails() {
+    async fn a_missing_program_differs_from_a_failing_program() {
         let dir = tempfile::tempdir().unwrap();
         let start = |program: &str, log: &str| start(Command::new(program, ["x"], dir.path().join(log)));
         let missing = start("/nowhere/vmm", "log").await.unwrap_err();
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_early_death_is_explained() {
+    async fn an_early_exit_is_explained_with_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let process = start(sh(dir.path(), "echo no such disk >&2; exit 2")).await.unwrap().keep();
         let error = early_exit_error(&process, &dir.path().join("log"), "while it started").await;
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_socket_is_used_as_soon_as_it_is_there() {
+    async fn a_socket_is_used_as_soon_as_it_exists() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_socket_that_does_not_listen_yet_is_waited_for() {
+    async fn the_launch_waits_for_a_socket_to_listen() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_of_the_process_ends_the_wait() {
+    async fn an_exit_of_the_process_ends_the_wait_for_its_socket() {
         let dir = tempfile::tempdir().unwrap();
         let vmm = start(sh(dir.path(), "exit 1")).await.unwrap();
         let error = wait_for_socket(&vmm, &dir.path().join("s"), LONG).await.unwrap_err();
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_wait_has_an_end() {
+    async fn the_wait_for_a_socket_has_a_timeout() {
         let dir = tempfile::tempdir().unwrap();
         let vmm = start(sh(dir.path(), "exec sleep 600")).await.unwrap();
         let error =
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_sweep_ends_our_vmms_and_no_others() {
+    async fn a_sweep_ends_only_vmms_of_the_run_folder() {
         let base = tempfile::tempdir().unwrap();
         let dir = base.path().join("0a");
         std::fs::create_dir(&dir).unwrap();

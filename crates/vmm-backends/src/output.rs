@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_program_gets_its_input_and_its_end_is_returned() {
+    async fn a_program_gets_its_input_and_returns_its_exit_status() {
         let minute = Duration::from_secs(60);
         let done = shell("cat; echo no >&2; exit 3", b"yes", minute).await.unwrap();
         assert_eq!(

@@ -251,7 +251,7 @@ mod tests {
     };
 
     #[test]
-    fn versions_are_found_in_what_programs_say() {
+    fn versions_are_read_from_the_output_of_programs() {
         assert_eq!(Version::find("Firecracker v1.16.1\n\n2026 exiting"), Some(Version::new(1, 16, 1)));
         assert_eq!(Version::find("cloud-hypervisor v53.0"), Some(Version::new(53, 0, 0)));
         assert_eq!(Version::find("cloud-hypervisor v53.0-12-gabc-dirty"), Some(Version::new(53, 0, 0)));

@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn only_what_was_not_ordered_is_anothers() {
+    async fn only_a_reset_that_was_not_ordered_is_foreign() {
         let resets = ResetTracker::default();
         assert!(resets.is_anothers());
         for _ in 0..2 {

@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_cut_and_cleaned() {
+    fn foreign_text_is_shortened_and_escaped() {
         assert_eq!(version("v53.0"), "v53.0");
         assert_eq!(version("1\u{1b}[2J\n"), "1 [2J ");
         assert_eq!(version(&"ä".repeat(64)), "ä".repeat(64));

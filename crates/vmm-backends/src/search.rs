@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn one_process_that_runs_a_vmm_is_taken_and_two_are_not() {
+    fn one_matching_vmm_is_found_and_two_are_an_error() {
         let names = ["vmm".to_owned()];
         let pid = |users| one_of(users, &names).unwrap().map(|found| found.identity.pid);
         let ours = || found(5, Some("/usr/bin/vmm"));
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hidden_program_of_another_name_is_none() {
+    fn a_hidden_executable_with_another_name_is_no_vmm() {
         let mut console = found(5, None);
         console.args[0] = "/usr/bin/socat".into();
         assert_eq!(one_of(vec![console], &["vmm".to_owned()]), Ok(None));

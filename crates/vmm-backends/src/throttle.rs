@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_flood_is_told_slowly_and_a_few_changes_at_once() {
+    async fn a_few_changes_are_reported_at_once_and_a_flood_slowly() {
         let mut throttle = Throttle::new();
         tokio::time::sleep(Duration::from_secs(100)).await;
         for _ in 0..BURST {

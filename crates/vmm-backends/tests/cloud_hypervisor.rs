@@ -27,14 +27,14 @@ macro_rules! bench {
 }
 
 #[tokio::test]
-async fn nothing_is_told_to_a_vmm_before_the_gate_is_open() {
-    let bench = bench!("nothing_is_told_to_a_vmm_before_the_gate_is_open", TinyGuest::Idle, UNSET);
+async fn no_guest_is_configured_before_the_run_permit() {
+    let bench = bench!("no_guest_is_configured_before_the_run_permit", TinyGuest::Idle, UNSET);
     bench.keeps_the_gate().await;
 }
 
 #[tokio::test]
-async fn a_guest_runs_pauses_goes_on_and_is_killed() {
-    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", TinyGuest::Idle, UNSET);
+async fn a_guest_is_started_paused_resumed_and_killed() {
+    let bench = bench!("a_guest_is_started_paused_resumed_and_killed", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
     bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
@@ -64,9 +64,12 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
 }
 
 #[tokio::test]
-async fn a_power_off_ends_the_run_and_the_next_appends_to_the_console() {
-    let bench =
-        bench!("a_power_off_ends_the_run_and_the_next_appends_to_the_console", TinyGuest::PowerOff, UNSET);
+async fn a_power_off_ends_the_run_and_the_next_run_appends_to_the_console() {
+    let bench = bench!(
+        "a_power_off_ends_the_run_and_the_next_run_appends_to_the_console",
+        TinyGuest::PowerOff,
+        UNSET
+    );
     for times in 1..=2 {
         let mut run = bench.launch().await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
@@ -77,8 +80,8 @@ async fn a_power_off_ends_the_run_and_the_next_appends_to_the_console() {
 }
 
 #[tokio::test]
-async fn a_power_off_that_nobody_watched_is_told_by_the_events() {
-    let bench = bench!("a_power_off_that_nobody_watched_is_told_by_the_events", TinyGuest::PowerOff, UNSET);
+async fn an_unobserved_power_off_is_read_from_the_event_file() {
+    let bench = bench!("an_unobserved_power_off_is_read_from_the_event_file", TinyGuest::PowerOff, UNSET);
     let mut run = bench.launch().await;
     let record = run.vmm.run().clone();
     run.gone().await;
@@ -93,8 +96,8 @@ async fn a_power_off_that_nobody_watched_is_told_by_the_events() {
 }
 
 #[tokio::test]
-async fn a_reset_is_done_in_place_and_is_no_event() {
-    let bench = bench!("a_reset_is_done_in_place_and_is_no_event", TinyGuest::Idle, NEVER);
+async fn an_ordered_reset_in_place_causes_no_event() {
+    let bench = bench!("an_ordered_reset_in_place_causes_no_event", TinyGuest::Idle, NEVER);
     let mut run = bench.launch().await;
     for boots in 2..=4 {
         bench.console_shows(&TinyGuest::Idle.banner(), boots - 1).await;
@@ -119,9 +122,8 @@ async fn reset_from_outside(socket: &std::path::Path) {
 }
 
 #[tokio::test]
-async fn a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption() {
-    let bench =
-        bench!("a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption", TinyGuest::Idle, NEVER);
+async fn a_recorded_reset_does_not_end_the_run_after_an_adoption() {
+    let bench = bench!("a_recorded_reset_does_not_end_the_run_after_an_adoption", TinyGuest::Idle, NEVER);
     let first = bench.launch().await;
     let record = first.vmm.run().clone();
     bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
@@ -150,8 +152,9 @@ async fn a_reset_that_the_record_knows_of_ends_no_run_after_an_adoption() {
 }
 
 #[tokio::test]
-async fn extended_l2_entries_are_refused_as_its_capabilities_say() {
-    let mut bench = bench!("extended_l2_entries_are_refused_as_its_capabilities_say", TinyGuest::Idle, UNSET);
+async fn extended_l2_entries_are_refused_as_the_capabilities_declare() {
+    let mut bench =
+        bench!("extended_l2_entries_are_refused_as_the_capabilities_declare", TinyGuest::Idle, UNSET);
     assert!(!bench.backend.capabilities().extended_l2);
     let images = [("extended_l2=on", false), ("compression_type=zstd", true)];
     for (option, opens) in images {
@@ -175,9 +178,9 @@ async fn extended_l2_entries_are_refused_as_its_capabilities_say() {
 }
 
 #[tokio::test]
-async fn a_guest_that_resets_itself_goes_on() {
+async fn a_guest_that_resets_itself_runs_on() {
     for guest in [TinyGuest::Reset, TinyGuest::TripleFault] {
-        let bench = bench!("a_guest_that_resets_itself_goes_on", guest, GUEST_REBOOT);
+        let bench = bench!("a_guest_that_resets_itself_runs_on", guest, GUEST_REBOOT);
         let mut run = bench.launch().await;
         for _ in 0..3 {
             assert_eq!(run.event().await, VmmEvent::GuestReset);
@@ -189,9 +192,9 @@ async fn a_guest_that_resets_itself_goes_on() {
 }
 
 #[tokio::test]
-async fn a_guest_that_resets_itself_ends_where_the_policy_says_so() {
+async fn a_guest_reset_ends_the_run_under_its_policy() {
     for guest in [TinyGuest::Reset, TinyGuest::TripleFault] {
-        let bench = bench!("a_guest_that_resets_itself_ends_where_the_policy_says_so", guest, NEVER);
+        let bench = bench!("a_guest_reset_ends_the_run_under_its_policy", guest, NEVER);
         let mut run = bench.launch().await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
         assert_eq!(bench.processes(), 0);
@@ -217,8 +220,8 @@ async fn a_paused_guest_is_powered_off() {
 }
 
 #[tokio::test]
-async fn what_somebody_else_orders_is_told() {
-    let bench = bench!("what_somebody_else_orders_is_told", TinyGuest::Idle, UNSET);
+async fn orders_of_another_client_are_reported() {
+    let bench = bench!("orders_of_another_client_are_reported", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     let socket = run.vmm.run().socket.clone();
     let order = async |name: &str| {
@@ -252,8 +255,8 @@ async fn counters_cover_all_disks() {
 }
 
 #[tokio::test]
-async fn a_stopped_vmm_times_out_and_is_still_killed() {
-    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", TinyGuest::Idle, UNSET);
+async fn calls_to_a_stopped_vmm_time_out_and_it_can_be_killed() {
+    let bench = bench!("calls_to_a_stopped_vmm_time_out_and_it_can_be_killed", TinyGuest::Idle, UNSET);
     let mut run = bench.launch().await;
     run.stop().await;
     let error = run.vmm.pause().await.unwrap_err();
@@ -266,8 +269,12 @@ async fn a_stopped_vmm_times_out_and_is_still_killed() {
 }
 
 #[tokio::test]
-async fn a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way() {
-    let bench = bench!("a_killed_vmm_is_a_failure_and_its_socket_in_nobodys_way", TinyGuest::Idle, UNSET);
+async fn a_killed_vmm_is_a_failure_and_its_socket_does_not_block_the_next_launch() {
+    let bench = bench!(
+        "a_killed_vmm_is_a_failure_and_its_socket_does_not_block_the_next_launch",
+        TinyGuest::Idle,
+        UNSET
+    );
     let mut run = bench.launch().await;
     run.signal(Signal::KILL);
     let exit = run.gone().await;
@@ -301,8 +308,8 @@ async fn a_running_vmm_is_adopted() {
 }
 
 #[tokio::test]
-async fn a_launch_that_fails_says_why_and_leaves_nothing() {
-    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", TinyGuest::Idle, UNSET);
+async fn a_failed_launch_is_explained_and_leaves_nothing() {
+    let mut bench = bench!("a_failed_launch_is_explained_and_leaves_nothing", TinyGuest::Idle, UNSET);
     let kernel = bench.dir().join("not-a-kernel");
     std::fs::write(&kernel, "not a kernel").unwrap();
     bench.config.boot.as_mut().unwrap().kernel_path = kernel.to_str().unwrap().to_owned();
@@ -315,8 +322,8 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_launch_that_is_dropped_is_swept() {
-    let bench = bench!("a_launch_that_is_dropped_is_swept", TinyGuest::Idle, UNSET);
+async fn a_dropped_launch_is_swept() {
+    let bench = bench!("a_dropped_launch_is_swept", TinyGuest::Idle, UNSET);
     for millis in [0, 1, 3, 10, 30] {
         let _ = tokio::time::timeout(Duration::from_millis(millis), bench.try_launch()).await;
         bench.sweep().await;
@@ -329,7 +336,7 @@ async fn a_launch_that_is_dropped_is_swept() {
 }
 
 #[tokio::test]
-async fn a_missing_program_is_no_surprise() {
+async fn a_missing_program_is_reported_as_not_installed() {
     let bench = Bench::new(CloudHypervisorBackend::new("/nowhere/cloud-hypervisor"), TinyGuest::Idle, UNSET);
     let error = bench.try_launch().await.err().unwrap();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
@@ -337,8 +344,8 @@ async fn a_missing_program_is_no_surprise() {
 }
 
 #[tokio::test]
-async fn as_many_devices_as_are_allowed_are_served() {
-    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", TinyGuest::Idle, UNSET);
+async fn the_largest_allowed_number_of_devices_works() {
+    let mut bench = bench!("the_largest_allowed_number_of_devices_works", TinyGuest::Idle, UNSET);
     for index in 0..bench.backend.capabilities().limits["max-devices"] {
         bench.add_disk(&format!("d{index}"));
     }
@@ -349,8 +356,8 @@ async fn as_many_devices_as_are_allowed_are_served() {
 }
 
 #[tokio::test]
-async fn memory_growth_and_topology_are_taken() {
-    let mut bench = bench!("memory_growth_and_topology_are_taken", TinyGuest::Idle, UNSET);
+async fn memory_hotplug_and_topology_are_accepted() {
+    let mut bench = bench!("memory_hotplug_and_topology_are_accepted", TinyGuest::Idle, UNSET);
     let memory = bench.config.memory.as_mut().unwrap();
     memory.size_bytes = 128 << 20;
     memory.hotplug_enabled = true;
@@ -366,9 +373,9 @@ async fn memory_growth_and_topology_are_taken() {
 }
 
 #[tokio::test]
-async fn a_network_interface_is_served_by_its_tap() {
-    let mut bench = bench!("a_network_interface_is_served_by_its_tap", TinyGuest::Idle, UNSET);
-    let Some(tap) = Tap::new("a_network_interface_is_served_by_its_tap", "vmcpch") else { return };
+async fn a_network_interface_is_connected_to_its_tap() {
+    let mut bench = bench!("a_network_interface_is_connected_to_its_tap", TinyGuest::Idle, UNSET);
+    let Some(tap) = Tap::new("a_network_interface_is_connected_to_its_tap", "vmcpch") else { return };
     bench.add_nic(&tap);
     bench.add_disk("net");
     for _ in 0..2 {
@@ -385,22 +392,22 @@ async fn a_network_interface_is_served_by_its_tap() {
 }
 
 #[tokio::test]
-async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
-    let bench = bench!("the_log_of_a_vmm_that_does_not_answer_is_trimmed", TinyGuest::Idle, UNSET);
+async fn the_log_of_a_silent_vmm_is_trimmed_by_the_backend() {
+    let bench = bench!("the_log_of_a_silent_vmm_is_trimmed_by_the_backend", TinyGuest::Idle, UNSET);
     let run = bench.launch().await;
     a_silent_vmm_is_trimmed(&*run.vmm, &bench.dir().join("vmm.log")).await;
     run.vmm.kill().await.unwrap();
 }
 
 #[tokio::test]
-async fn nothing_is_sent_to_who_has_taken_the_socket() {
-    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", TinyGuest::Idle, UNSET);
+async fn no_request_is_sent_to_another_process_on_the_socket() {
+    let bench = bench!("no_request_is_sent_to_another_process_on_the_socket", TinyGuest::Idle, UNSET);
     bench.nothing_is_sent_to_another_listener().await;
 }
 
 #[tokio::test]
-async fn a_run_folder_may_be_called_anything() {
-    const TEST: &str = "a_run_folder_may_be_called_anything";
+async fn a_run_folder_may_have_any_name() {
+    const TEST: &str = "a_run_folder_may_have_any_name";
     for prefix in ["a,b-", "a[b-", "a]b,c=d-"] {
         let Some(backend) = usable(TEST, CloudHypervisorBackend::new("cloud-hypervisor")).await else {
             return;

@@ -26,14 +26,14 @@ macro_rules! bench {
 }
 
 #[tokio::test]
-async fn nothing_is_told_to_a_vmm_before_the_gate_is_open() {
-    let bench = bench!("nothing_is_told_to_a_vmm_before_the_gate_is_open", TinyGuest::Idle);
+async fn no_guest_is_configured_before_the_run_permit() {
+    let bench = bench!("no_guest_is_configured_before_the_run_permit", TinyGuest::Idle);
     bench.keeps_the_gate().await;
 }
 
 #[tokio::test]
-async fn a_guest_runs_pauses_goes_on_and_is_killed() {
-    let bench = bench!("a_guest_runs_pauses_goes_on_and_is_killed", TinyGuest::Idle);
+async fn a_guest_is_started_paused_resumed_and_killed() {
+    let bench = bench!("a_guest_is_started_paused_resumed_and_killed", TinyGuest::Idle);
     let mut run = bench.launch().await;
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
     bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
@@ -64,9 +64,9 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
 }
 
 #[tokio::test]
-async fn a_reset_of_the_guest_ends_the_run_and_the_next_appends_to_the_console() {
+async fn a_guest_reset_ends_the_run_and_the_next_run_appends_to_the_console() {
     let bench =
-        bench!("a_reset_of_the_guest_ends_the_run_and_the_next_appends_to_the_console", TinyGuest::Reset);
+        bench!("a_guest_reset_ends_the_run_and_the_next_run_appends_to_the_console", TinyGuest::Reset);
     for times in 1..=2 {
         let mut run = bench.launch().await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
@@ -106,8 +106,8 @@ async fn the_longest_kernel_arguments_that_pass_the_check_start_and_longer_ones_
 }
 
 #[tokio::test]
-async fn a_power_off_is_not_seen() {
-    let bench = bench!("a_power_off_is_not_seen", TinyGuest::PowerOff);
+async fn firecracker_does_not_report_a_power_off() {
+    let bench = bench!("firecracker_does_not_report_a_power_off", TinyGuest::PowerOff);
     let mut run = bench.launch().await;
     bench.console_shows(&TinyGuest::PowerOff.banner(), 1).await;
     assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
@@ -117,8 +117,8 @@ async fn a_power_off_is_not_seen() {
 }
 
 #[tokio::test]
-async fn a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused() {
-    let bench = bench!("a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused", TinyGuest::Obey);
+async fn a_running_or_paused_guest_that_obeys_ends_by_ctrl_alt_del() {
+    let bench = bench!("a_running_or_paused_guest_that_obeys_ends_by_ctrl_alt_del", TinyGuest::Obey);
     let mut run = bench.launch().await;
     bench.console_shows(&TinyGuest::Obey.banner(), 1).await;
     run.vmm.pause().await.unwrap();
@@ -128,16 +128,16 @@ async fn a_guest_that_obeys_ends_by_ctrl_alt_del_even_when_paused() {
 }
 
 #[tokio::test]
-async fn a_guest_that_ignores_the_request_is_ended() {
-    let bench = bench!("a_guest_that_ignores_the_request_is_ended", TinyGuest::Idle);
+async fn a_guest_that_ignores_ctrl_alt_del_is_ended() {
+    let bench = bench!("a_guest_that_ignores_ctrl_alt_del_is_ended", TinyGuest::Idle);
     let mut run = bench.launch().await;
     assert_eq!(run.vmm.shutdown(ask_for(Duration::from_secs(2))).await.unwrap(), EndedBy::Sigterm);
     assert_eq!(run.gone().await.cause, ExitCause::Requested);
 }
 
 #[tokio::test]
-async fn the_console_takes_input_and_its_writer_may_go_and_come() {
-    let bench = bench!("the_console_takes_input_and_its_writer_may_go_and_come", TinyGuest::Echo);
+async fn the_console_takes_input_from_successive_writers() {
+    let bench = bench!("the_console_takes_input_from_successive_writers", TinyGuest::Echo);
     let mut run = bench.launch().await;
     bench.console_shows(&TinyGuest::Echo.banner(), 1).await;
     for word in ["hello", "again"] {
@@ -152,8 +152,8 @@ async fn the_console_takes_input_and_its_writer_may_go_and_come() {
 }
 
 #[tokio::test]
-async fn counters_are_sums_and_cost_no_room() {
-    let mut bench = bench!("counters_are_sums_and_cost_no_room", TinyGuest::Idle);
+async fn counters_are_sums_and_their_file_stays_small() {
+    let mut bench = bench!("counters_are_sums_and_their_file_stays_small", TinyGuest::Idle);
     bench.add_disk("root");
     bench.config.storage[0].is_root_device = true;
     let run = bench.launch().await;
@@ -171,8 +171,8 @@ async fn counters_are_sums_and_cost_no_room() {
 }
 
 #[tokio::test]
-async fn a_stopped_vmm_times_out_and_is_still_killed() {
-    let bench = bench!("a_stopped_vmm_times_out_and_is_still_killed", TinyGuest::Idle);
+async fn calls_to_a_stopped_vmm_time_out_and_it_can_be_killed() {
+    let bench = bench!("calls_to_a_stopped_vmm_time_out_and_it_can_be_killed", TinyGuest::Idle);
     let mut run = bench.launch().await;
     run.stop().await;
     let error = run.vmm.pause().await.unwrap_err();
@@ -185,8 +185,8 @@ async fn a_stopped_vmm_times_out_and_is_still_killed() {
 }
 
 #[tokio::test]
-async fn a_vmm_that_was_stopped_for_a_while_answers_again() {
-    let bench = bench!("a_vmm_that_was_stopped_for_a_while_answers_again", TinyGuest::Idle);
+async fn a_continued_vmm_answers_again() {
+    let bench = bench!("a_continued_vmm_answers_again", TinyGuest::Idle);
     let run = bench.launch().await;
     run.stop().await;
     assert_eq!(run.vmm.probe().await.unwrap_err().kind, BackendErrorKind::Timeout);
@@ -232,8 +232,8 @@ async fn a_running_vmm_is_adopted() {
 }
 
 #[tokio::test]
-async fn a_reset_that_nobody_watched_is_told_by_the_counters() {
-    let bench = bench!("a_reset_that_nobody_watched_is_told_by_the_counters", TinyGuest::Reset);
+async fn an_unobserved_reset_is_read_from_the_counters() {
+    let bench = bench!("an_unobserved_reset_is_read_from_the_counters", TinyGuest::Reset);
     let mut run = bench.launch().await;
     let record = run.vmm.run().clone();
     run.gone().await;
@@ -245,8 +245,8 @@ async fn a_reset_that_nobody_watched_is_told_by_the_counters() {
 }
 
 #[tokio::test]
-async fn a_launch_that_fails_says_why_and_leaves_nothing() {
-    let mut bench = bench!("a_launch_that_fails_says_why_and_leaves_nothing", TinyGuest::Idle);
+async fn a_failed_launch_is_explained_and_leaves_nothing() {
+    let mut bench = bench!("a_failed_launch_is_explained_and_leaves_nothing", TinyGuest::Idle);
     let kernel = bench.dir().join("not-a-kernel");
     std::fs::write(&kernel, "not a kernel").unwrap();
     bench.config.boot.as_mut().unwrap().kernel_path = kernel.to_str().unwrap().to_owned();
@@ -259,8 +259,8 @@ async fn a_launch_that_fails_says_why_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_launch_that_is_dropped_is_swept() {
-    let bench = bench!("a_launch_that_is_dropped_is_swept", TinyGuest::Idle);
+async fn a_dropped_launch_is_swept() {
+    let bench = bench!("a_dropped_launch_is_swept", TinyGuest::Idle);
     for millis in [0, 1, 3, 10, 30] {
         let _ = tokio::time::timeout(Duration::from_millis(millis), bench.try_launch()).await;
         bench.sweep().await;
@@ -273,7 +273,7 @@ async fn a_launch_that_is_dropped_is_swept() {
 }
 
 #[tokio::test]
-async fn a_missing_program_is_no_surprise() {
+async fn a_missing_program_is_reported_as_not_installed() {
     let bench = Bench::new(FirecrackerBackend::new("/nowhere/firecracker"), TinyGuest::Idle, UNSET);
     let error = bench.try_launch().await.err().unwrap();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
@@ -282,8 +282,8 @@ async fn a_missing_program_is_no_surprise() {
 }
 
 #[tokio::test]
-async fn as_many_devices_as_are_allowed_are_served() {
-    let mut bench = bench!("as_many_devices_as_are_allowed_are_served", TinyGuest::Idle);
+async fn the_largest_allowed_number_of_devices_works() {
+    let mut bench = bench!("the_largest_allowed_number_of_devices_works", TinyGuest::Idle);
     for index in 0..bench.backend.capabilities().limits["max-devices"] {
         bench.add_disk(&format!("d{index}"));
     }
@@ -294,9 +294,9 @@ async fn as_many_devices_as_are_allowed_are_served() {
 }
 
 #[tokio::test]
-async fn a_network_interface_is_served_by_its_tap() {
-    let mut bench = bench!("a_network_interface_is_served_by_its_tap", TinyGuest::Idle);
-    let Some(tap) = Tap::new("a_network_interface_is_served_by_its_tap", "vmcpfc") else { return };
+async fn a_network_interface_is_connected_to_its_tap() {
+    let mut bench = bench!("a_network_interface_is_connected_to_its_tap", TinyGuest::Idle);
+    let Some(tap) = Tap::new("a_network_interface_is_connected_to_its_tap", "vmcpfc") else { return };
     bench.add_nic(&tap);
     bench.add_disk("net");
     for _ in 0..2 {
@@ -313,16 +313,16 @@ async fn a_network_interface_is_served_by_its_tap() {
 }
 
 #[tokio::test]
-async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
-    let bench = bench!("the_log_of_a_vmm_that_does_not_answer_is_trimmed", TinyGuest::Idle);
+async fn the_log_of_a_silent_vmm_is_trimmed_by_the_backend() {
+    let bench = bench!("the_log_of_a_silent_vmm_is_trimmed_by_the_backend", TinyGuest::Idle);
     let run = bench.launch().await;
     a_silent_vmm_is_trimmed(&*run.vmm, &bench.dir().join("firecracker.log")).await;
     run.vmm.kill().await.unwrap();
 }
 
 #[tokio::test]
-async fn nothing_is_sent_to_who_has_taken_the_socket() {
-    let bench = bench!("nothing_is_sent_to_who_has_taken_the_socket", TinyGuest::Idle);
+async fn no_request_is_sent_to_another_process_on_the_socket() {
+    let bench = bench!("no_request_is_sent_to_another_process_on_the_socket", TinyGuest::Idle);
     bench.nothing_is_sent_to_another_listener().await;
 }
 

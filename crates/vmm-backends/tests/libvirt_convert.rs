@@ -121,18 +121,18 @@ fn xml_in(
 }
 
 #[test]
-fn a_small_vm() {
+fn a_small_vm_is_converted() {
     insta::assert_snapshot!(xml(&small(), Some("/run/vm/0a/console.log"), None).unwrap());
 }
 
 #[test]
-fn a_vm_with_everything() {
+fn a_vm_with_every_device_is_converted() {
     let label = Some(QemuUser { uid: 0, gid: 0 });
     insta::assert_snapshot!(xml(&full(), Some("/tmp/my console.log"), label).unwrap());
 }
 
 #[test]
-fn a_console_that_is_off_is_none() {
+fn a_disabled_console_is_left_out() {
     let text = xml(&small(), None, Some(QemuUser { uid: 1000, gid: 100 })).unwrap();
     assert!(!text.contains("<serial") && !text.contains("console"), "{text}");
     // Another user's QEMU reaches only what libvirt gives it.
@@ -149,7 +149,7 @@ fn a_path_that_xml_cannot_carry_is_refused() {
 }
 
 #[test]
-fn the_backend_says_what_it_is() {
+fn the_capabilities_and_kinds_of_the_libvirt_backend() {
     let backend = LibvirtBackend::new(LibvirtOptions::new("qemu:///system"));
     let capabilities = backend.capabilities();
     assert_eq!((capabilities.name.as_str(), capabilities.endpoint_mode), ("qemu", EndpointMode::Libvirt));

@@ -39,8 +39,9 @@ async fn benches(test: &str, guest: TinyGuest, restart: i32) -> Vec<Bench> {
 }
 
 #[tokio::test]
-async fn a_guest_runs_pauses_goes_on_and_is_killed() {
-    for bench in benches("a_guest_runs_pauses_goes_on_and_is_killed", TinyGuest::Idle, GUEST_REBOOT).await {
+async fn a_guest_is_started_paused_resumed_and_killed() {
+    for bench in benches("a_guest_is_started_paused_resumed_and_killed", TinyGuest::Idle, GUEST_REBOOT).await
+    {
         let mut run = bench.launch().await;
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
         bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
@@ -65,8 +66,8 @@ async fn a_guest_runs_pauses_goes_on_and_is_killed() {
 }
 
 #[tokio::test]
-async fn no_guest_runs_before_the_gate_is_open() {
-    for bench in benches("no_guest_runs_before_the_gate_is_open", TinyGuest::Idle, GUEST_REBOOT).await {
+async fn no_guest_runs_before_the_run_permit() {
+    for bench in benches("no_guest_runs_before_the_run_permit", TinyGuest::Idle, GUEST_REBOOT).await {
         let (issuer, permit) = RunPermit::pending();
         let launching = bench.backend.launch(LaunchRequest { permit, ..bench.request() });
         let opening = async {
@@ -103,8 +104,8 @@ async fn a_second_run_in_the_same_folder_appends_to_the_console() {
 }
 
 #[tokio::test]
-async fn a_reset_is_done_in_place_and_is_no_event() {
-    for bench in benches("a_reset_is_done_in_place_and_is_no_event", TinyGuest::Idle, GUEST_REBOOT).await {
+async fn an_ordered_reset_in_place_causes_no_event() {
+    for bench in benches("an_ordered_reset_in_place_causes_no_event", TinyGuest::Idle, GUEST_REBOOT).await {
         let mut run = bench.launch().await;
         for boots in 2..=4 {
             bench.console_shows(&TinyGuest::Idle.banner(), boots - 1).await;
@@ -118,8 +119,8 @@ async fn a_reset_is_done_in_place_and_is_no_event() {
 }
 
 #[tokio::test]
-async fn a_reset_works_though_the_guest_may_not_reset_itself() {
-    let test = "a_reset_works_though_the_guest_may_not_reset_itself";
+async fn a_reset_works_under_a_policy_that_ends_guest_resets() {
+    let test = "a_reset_works_under_a_policy_that_ends_guest_resets";
     for bench in benches(test, TinyGuest::Obey, NEVER).await {
         let mut run = bench.launch().await;
         bench.console_shows(&TinyGuest::Obey.banner(), 1).await;
@@ -155,8 +156,8 @@ async fn a_guest_that_ignores_its_power_button_is_powered_off() {
 }
 
 #[tokio::test]
-async fn a_guest_that_obeys_its_power_button_ends_by_it() {
-    let test = "a_guest_that_obeys_its_power_button_ends_by_it";
+async fn a_guest_that_obeys_the_power_button_ends_by_acpi() {
+    let test = "a_guest_that_obeys_the_power_button_ends_by_acpi";
     let Some(backend) = qemu(test).await else { return };
     let bench = Bench::new(backend, "q35", TinyGuest::Button, GUEST_REBOOT);
     let mut run = bench.launch().await;
@@ -166,8 +167,8 @@ async fn a_guest_that_obeys_its_power_button_ends_by_it() {
 }
 
 #[tokio::test]
-async fn a_guest_that_ends_by_itself_says_how() {
-    let test = "a_guest_that_ends_by_itself_says_how";
+async fn the_end_of_a_guest_is_reported_with_its_cause() {
+    let test = "the_end_of_a_guest_is_reported_with_its_cause";
     let ends = [
         (TinyGuest::PowerOff, ExitCause::GuestPowerOff),
         (TinyGuest::Reset, ExitCause::GuestReset),
@@ -185,10 +186,9 @@ async fn a_guest_that_ends_by_itself_says_how() {
 }
 
 #[tokio::test]
-async fn a_guest_that_may_reset_itself_starts_again_in_place() {
+async fn a_guest_reset_is_done_in_place_under_its_policy() {
     for guest in [TinyGuest::Reset, TinyGuest::TripleFault] {
-        for bench in benches("a_guest_that_may_reset_itself_starts_again_in_place", guest, GUEST_REBOOT).await
-        {
+        for bench in benches("a_guest_reset_is_done_in_place_under_its_policy", guest, GUEST_REBOOT).await {
             let mut run = bench.launch().await;
             for boots in 2..=4 {
                 assert_eq!(run.event().await, VmmEvent::GuestReset);
@@ -218,8 +218,8 @@ async fn one_reset_of_a_guest_is_one_event() {
 }
 
 #[tokio::test]
-async fn a_killed_vmm_is_gone_with_its_signal() {
-    for bench in benches("a_killed_vmm_is_gone_with_its_signal", TinyGuest::Idle, GUEST_REBOOT).await {
+async fn a_killed_vmm_is_reported_with_its_signal() {
+    for bench in benches("a_killed_vmm_is_reported_with_its_signal", TinyGuest::Idle, GUEST_REBOOT).await {
         let mut run = bench.launch().await;
         run.signal(Signal::KILL);
         let exit = run.gone().await;
@@ -235,9 +235,8 @@ async fn a_killed_vmm_is_gone_with_its_signal() {
 
 /// QEMU 7.2 hangs in its end where it was just answering; enough tries find that.
 #[tokio::test]
-async fn an_end_in_the_middle_of_a_question_is_an_end() {
-    for bench in benches("an_end_in_the_middle_of_a_question_is_an_end", TinyGuest::Idle, GUEST_REBOOT).await
-    {
+async fn an_exit_during_a_call_is_reported_as_an_end() {
+    for bench in benches("an_exit_during_a_call_is_reported_as_an_end", TinyGuest::Idle, GUEST_REBOOT).await {
         for _ in 0..10 {
             let mut run = bench.launch().await;
             let vmm = run.vmm.clone();
@@ -251,8 +250,8 @@ async fn an_end_in_the_middle_of_a_question_is_an_end() {
 }
 
 #[tokio::test]
-async fn a_vmm_that_stands_still_is_told_from_a_dead_one() {
-    let test = "a_vmm_that_stands_still_is_told_from_a_dead_one";
+async fn a_stopped_vmm_is_unreachable_and_not_ended() {
+    let test = "a_stopped_vmm_is_unreachable_and_not_ended";
     let Some(backend) = qemu(test).await else { return };
     let bench = Bench::new(backend, "microvm", TinyGuest::Idle, GUEST_REBOOT);
     let run = bench.launch().await;
@@ -275,8 +274,8 @@ async fn a_vmm_that_stands_still_is_told_from_a_dead_one() {
 }
 
 #[tokio::test]
-async fn a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time() {
-    let test = "a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time";
+async fn a_forced_shutdown_of_a_stopped_vmm_ends_in_time() {
+    let test = "a_forced_shutdown_of_a_stopped_vmm_ends_in_time";
     let Some(backend) = qemu(test).await else { return };
     let bench = Bench::new(backend, "microvm", TinyGuest::Idle, GUEST_REBOOT);
     let mut run = bench.launch().await;
@@ -287,8 +286,8 @@ async fn a_forced_shutdown_of_a_vmm_that_stands_still_ends_in_time() {
 }
 
 #[tokio::test]
-async fn a_vmm_outlives_its_handle_and_is_adopted() {
-    for bench in benches("a_vmm_outlives_its_handle_and_is_adopted", TinyGuest::Obey, NEVER).await {
+async fn a_vmm_outlives_its_handle_and_can_be_adopted() {
+    for bench in benches("a_vmm_outlives_its_handle_and_can_be_adopted", TinyGuest::Obey, NEVER).await {
         let first = bench.launch().await;
         bench.console_shows(&TinyGuest::Obey.banner(), 1).await;
         first.vmm.pause().await.unwrap();
@@ -320,7 +319,7 @@ async fn a_vmm_outlives_its_handle_and_is_adopted() {
 }
 
 #[tokio::test]
-async fn a_missing_program_and_a_dead_start_are_explained() {
+async fn a_missing_program_and_an_early_exit_are_explained() {
     let missing = QemuBackend::new(QemuOptions { binary: "/nowhere/qemu".into(), kvm: KvmMode::Off });
     let why = missing.ping().await.version.unwrap_err();
     assert!(why.contains("/nowhere/qemu") && why.contains("qemu-system-x86"), "{why}");
@@ -328,7 +327,8 @@ async fn a_missing_program_and_a_dead_start_are_explained() {
     let why = not_qemu.ping().await.version.unwrap_err();
     assert!(why.contains("does not look like QEMU"), "{why}");
 
-    for mut bench in benches("a_missing_program_and_a_dead_start_are_explained", TinyGuest::Idle, NEVER).await
+    for mut bench in
+        benches("a_missing_program_and_an_early_exit_are_explained", TinyGuest::Idle, NEVER).await
     {
         let error = missing.launch(bench.request()).await.unwrap_err();
         assert_eq!((error.kind, error.effect), (BackendErrorKind::NotInstalled, Effect::NotApplied));
@@ -342,8 +342,8 @@ async fn a_missing_program_and_a_dead_start_are_explained() {
 }
 
 #[tokio::test]
-async fn a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found() {
-    let test = "a_dead_vmm_is_adopted_as_gone_and_an_unrecorded_one_is_found";
+async fn an_ended_vmm_is_adopted_as_gone_and_an_unrecorded_vmm_is_found() {
+    let test = "an_ended_vmm_is_adopted_as_gone_and_an_unrecorded_vmm_is_found";
     for bench in benches(test, TinyGuest::Idle, NEVER).await {
         let found = bench.backend.adopt(bench.adoption(None)).await.unwrap();
         assert!(matches!(found, Adoption::Gone { .. }), "{found:?}");
@@ -386,8 +386,8 @@ async fn a_qcow2_that_opens_other_files_is_refused() {
 }
 
 #[tokio::test]
-async fn every_place_for_a_device_exists() {
-    for mut bench in benches("every_place_for_a_device_exists", TinyGuest::Idle, NEVER).await {
+async fn every_device_slot_of_the_machine_exists() {
+    for mut bench in benches("every_device_slot_of_the_machine_exists", TinyGuest::Idle, NEVER).await {
         let count = if QemuMachine::of(&bench.spec()) == Some(QemuMachine::Q35) { 64 } else { 23 };
         let path = bench.dir().join("disk");
         qemu_support::make_image(&path, "raw", 1 << 20);
@@ -407,8 +407,8 @@ async fn every_place_for_a_device_exists() {
 }
 
 #[tokio::test]
-async fn kvm_is_used_where_it_is_ordered() {
-    let test = "kvm_is_used_where_it_is_ordered";
+async fn kvm_is_used_if_it_is_requested() {
+    let test = "kvm_is_used_if_it_is_requested";
     if qemu(test).await.is_none() {
         return;
     }
@@ -428,8 +428,8 @@ async fn kvm_is_used_where_it_is_ordered() {
 }
 
 #[tokio::test]
-async fn the_log_of_a_vmm_that_does_not_answer_is_trimmed() {
-    for bench in benches("the_log_of_a_vmm_that_does_not_answer_is_trimmed", TinyGuest::Idle, NEVER).await {
+async fn the_log_of_a_silent_vmm_is_trimmed_by_the_backend() {
+    for bench in benches("the_log_of_a_silent_vmm_is_trimmed_by_the_backend", TinyGuest::Idle, NEVER).await {
         let run = bench.launch().await;
         a_silent_vmm_is_trimmed(&*run.vmm, &bench.dir().join("qemu.log")).await;
         run.vmm.kill().await.unwrap();

@@ -142,27 +142,27 @@ fn lines(words: Vec<OsString>) -> String {
 }
 
 #[test]
-fn the_least_on_q35() {
+fn a_minimal_vm_on_q35() {
     insta::assert_snapshot!(line(&config(None), Accelerator::Kvm, Some("/run/v,m/0a/console.log")));
 }
 
 #[test]
-fn the_least_on_microvm() {
+fn a_minimal_vm_on_microvm() {
     insta::assert_snapshot!(line_in("/run/vm/0a", &config(Some("microvm")), Accelerator::Tcg, None));
 }
 
 #[test]
-fn everything_on_q35() {
+fn a_full_vm_on_q35() {
     insta::assert_snapshot!(line(&full(Some("q35")), Accelerator::Tcg, Some("/var/log/c,1")));
 }
 
 #[test]
-fn everything_on_microvm() {
+fn a_full_vm_on_microvm() {
     insta::assert_snapshot!(line(&full(Some("microvm")), Accelerator::Kvm, Some("/var/log/c,1")));
 }
 
 #[test]
-fn devices_keep_their_places() {
+fn devices_keep_their_slots() {
     let mut many = config(None);
     for index in 0..64 {
         many.storage.push(disk(&format!("d{index}"), &format!("/images/{index}"), &[]));
@@ -179,7 +179,7 @@ fn devices_keep_their_places() {
 }
 
 #[test]
-fn what_a_spare_is_started_with() {
+fn the_command_line_of_a_spare_vmm() {
     let words = |dir: &str, accelerator| {
         lines(spare_arguments(&SpareQemuInputs {
             uid: UID.parse().unwrap(),
@@ -193,31 +193,31 @@ fn what_a_spare_is_started_with() {
 }
 
 #[test]
-fn the_least_is_told_on_q35() {
+fn the_spare_file_of_a_minimal_vm_on_q35() {
     let told = told_in("/run/v,m/0a", &config(None), Accelerator::Kvm, Some("/run/v,m/0a/console.log"));
     insta::assert_snapshot!(told.unwrap().file);
 }
 
 #[test]
-fn the_least_is_told_on_microvm() {
+fn the_spare_file_of_a_minimal_vm_on_microvm() {
     let told = told_in("/run/vm/0a", &config(Some("microvm")), Accelerator::Tcg, Some("/run/vm/0a/c"));
     insta::assert_snapshot!(told.unwrap().file);
 }
 
 #[test]
-fn everything_is_told_on_q35() {
+fn the_spare_file_of_a_full_vm_on_q35() {
     let told = told_in("/run/v,m/0a", &full(Some("q35")), Accelerator::Tcg, Some("/var/log/c,1"));
     insta::assert_snapshot!(told.unwrap().file);
 }
 
 #[test]
-fn everything_is_told_on_microvm() {
+fn the_spare_file_of_a_full_vm_on_microvm() {
     let told = told_in("/run/v,m/0a", &full(Some("microvm")), Accelerator::Kvm, Some("/var/log/c,1"));
     insta::assert_snapshot!(told.unwrap().file);
 }
 
 #[test]
-fn a_spare_suits_the_vm_that_it_was_started_for() {
+fn a_spare_vmm_fits_only_an_equal_specification() {
     let (dir, tcg) = ("/run/vm/0a", Accelerator::Tcg);
     let spare = spare_arguments(&SpareQemuInputs {
         uid: UID.parse().unwrap(),
@@ -242,7 +242,7 @@ fn a_spare_suits_the_vm_that_it_was_started_for() {
 }
 
 #[test]
-fn what_a_file_cannot_carry_is_not_told() {
+fn values_that_the_spare_file_cannot_carry_are_refused() {
     let dir = "/run/vm/0a";
     let tell = |config: &VmConfig| told_in(dir, config, Accelerator::Tcg, Some("/c"));
     let why = |config: &VmConfig| tell(config).unwrap_err().to_string();
@@ -281,7 +281,7 @@ fn what_a_file_cannot_carry_is_not_told() {
 
 /// A file that is cut off must not make a QEMU that gets ready.
 #[test]
-fn the_console_is_told_last() {
+fn the_console_is_the_last_section_of_the_spare_file() {
     for machine in ["q35", "microvm"] {
         let told = told_in("/run/vm/0a", &full(Some(machine)), Accelerator::Tcg, Some("/c")).unwrap();
         assert_eq!(told.file.matches("[chardev ").count(), 1);
@@ -302,13 +302,13 @@ fn findings(config: &VmConfig) -> (Vec<String>, Vec<String>) {
 const NONE: [String; 0] = [];
 
 #[test]
-fn what_qemu_serves_has_no_findings() {
+fn supported_qemu_values_have_no_findings() {
     assert_eq!(findings(&config(None)), (NONE.to_vec(), NONE.to_vec()));
     assert_eq!(findings(&full(Some("q35"))), (NONE.to_vec(), NONE.to_vec()));
 }
 
 #[test]
-fn keys_are_known_foreign_or_wrong() {
+fn known_keys_pass_and_foreign_keys_warn_and_unknown_keys_are_refused() {
     let mut config = config(Some("pc"));
     config.cpu.as_mut().unwrap().features = options(&[("qemu.modle", "max"), ("ch.x", "1")]);
     config.memory.as_mut().unwrap().backing = options(&[("fc.y", "1")]);
@@ -333,7 +333,7 @@ fn keys_are_known_foreign_or_wrong() {
 }
 
 #[test]
-fn limits_are_those_of_the_machine() {
+fn the_limits_depend_on_the_machine_model() {
     let mut many = config(None);
     many.cpu.as_mut().unwrap().vcpu_count = 255;
     assert_eq!(findings(&many).0, NONE);
@@ -351,7 +351,7 @@ fn limits_are_those_of_the_machine() {
 }
 
 #[test]
-fn microvm_says_what_it_ignores() {
+fn ignored_values_on_microvm_are_warnings() {
     let (violations, warnings) = findings(&full(Some("microvm")));
     assert_eq!(violations, NONE);
     let expected = [
@@ -363,7 +363,7 @@ fn microvm_says_what_it_ignores() {
 }
 
 #[test]
-fn a_cpu_model_is_a_name_and_features() {
+fn a_cpu_model_has_a_name_and_features() {
     for (model, good) in [
         ("max", true),
         ("Skylake-Server-v4,-avx512f,+pcid,kvm=off", true),

@@ -18,8 +18,8 @@ use vmm_core::state::EndedBy;
 use vmm_testkit::guests::TinyGuest;
 
 #[tokio::test]
-async fn linux_sees_its_disks_and_the_counters_see_linux() {
-    let test = "linux_sees_its_disks_and_the_counters_see_linux";
+async fn linux_finds_its_disks_and_its_writes_are_counted() {
+    let test = "linux_finds_its_disks_and_its_writes_are_counted";
     let Some(files) = linux(test) else { return };
     let Some(backend) = qemu(test).await else { return };
     let mut bench = Bench::new(backend, "q35", TinyGuest::Idle, GUEST_REBOOT)
@@ -95,8 +95,8 @@ async fn linux_obeys_the_power_button_of_microvm() {
 }
 
 #[tokio::test]
-async fn network_counters_are_the_guests() {
-    let test = "network_counters_are_the_guests";
+async fn network_counters_count_from_the_guests_side() {
+    let test = "network_counters_count_from_the_guests_side";
     let Some(files) = linux(test) else { return };
     let Some(backend) = qemu(test).await else { return };
     let Some(tap) = Tap::new("vmtest").filter(Tap::set_up) else {
@@ -120,8 +120,8 @@ async fn network_counters_are_the_guests() {
 
 /// A kernel that panics stops there, unless it is told to reset itself: then it tells nobody else.
 #[tokio::test]
-async fn a_panic_of_linux_ends_its_run_or_resets_it() {
-    let test = "a_panic_of_linux_ends_its_run_or_resets_it";
+async fn a_panic_of_linux_ends_the_run_or_resets_the_guest() {
+    let test = "a_panic_of_linux_ends_the_run_or_resets_the_guest";
     let Some(files) = linux(test) else { return };
     let Some(backend) = qemu(test).await else { return };
     let bench = Bench::new(backend, "q35", TinyGuest::Idle, GUEST_REBOOT).with_linux(&files, "vmcp.do=panic");

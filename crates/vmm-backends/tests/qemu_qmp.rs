@@ -93,7 +93,7 @@ impl Stage {
 }
 
 #[tokio::test]
-async fn an_honest_conversation() {
+async fn commands_events_and_answers_are_exchanged() {
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         let (command, arguments, id) = peer.hear().await;
@@ -146,7 +146,7 @@ async fn an_honest_conversation() {
 }
 
 #[tokio::test]
-async fn answers_find_their_commands_in_any_order() {
+async fn answers_in_any_order_reach_their_commands() {
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         let mut asked = Vec::new();
@@ -174,7 +174,7 @@ async fn answers_find_their_commands_in_any_order() {
 }
 
 #[tokio::test]
-async fn a_missing_socket_and_a_refusing_one_cannot_be_connected_to() {
+async fn a_missing_and_a_refusing_socket_fail_to_connect() {
     let dir = tempfile::tempdir().unwrap();
     for path in [dir.path().join("none"), dir.path().join("dead")] {
         if path.ends_with("dead") {
@@ -187,7 +187,7 @@ async fn a_missing_socket_and_a_refusing_one_cannot_be_connected_to() {
 }
 
 #[tokio::test]
-async fn nobody_who_is_silent_holds_a_caller() {
+async fn a_silent_peer_times_out() {
     let silent = stage(Peer::hold);
     let error = silent.connect(SHORT_TIMEOUT).await.unwrap_err();
     assert!(matches!(error, QmpError::NoGreeting(_)), "{error:?}");
@@ -223,7 +223,7 @@ async fn a_command_without_an_answer_times_out_and_a_late_answer_harms_nothing()
 }
 
 #[tokio::test]
-async fn what_is_not_qmp_ends_the_connection_with_the_reason() {
+async fn malformed_qmp_ends_the_connection_with_the_reason() {
     let lines = [
         "hello\n",
         "[1, 2]\n",
@@ -258,7 +258,7 @@ async fn what_is_not_qmp_ends_the_connection_with_the_reason() {
 }
 
 #[tokio::test]
-async fn a_refusal_in_another_form_is_quoted() {
+async fn a_refusal_in_an_unknown_form_is_quoted() {
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         let (_, _, id) = peer.hear().await;
@@ -274,7 +274,7 @@ async fn a_refusal_in_another_form_is_quoted() {
 }
 
 #[tokio::test]
-async fn the_words_of_a_refusal_are_cut_and_cleaned() {
+async fn the_text_of_a_refusal_is_shortened_and_escaped() {
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         let (_, _, id) = peer.hear().await;
@@ -290,7 +290,7 @@ async fn the_words_of_a_refusal_are_cut_and_cleaned() {
 }
 
 #[tokio::test]
-async fn a_greeting_that_is_none_is_refused() {
+async fn an_invalid_greeting_is_refused() {
     for greeting in ["{}\n", "SSH-2.0-x\n", "{\"QMP\": {\"version\": {\"qemu\": {\"major\": \"7\"}}}}\n"] {
         let stage = stage(move |mut peer| async move {
             peer.say(greeting).await;
@@ -305,7 +305,7 @@ async fn a_greeting_that_is_none_is_refused() {
 }
 
 #[tokio::test]
-async fn an_answer_of_the_wrong_shape_is_no_answer() {
+async fn an_answer_of_the_wrong_type_is_a_protocol_error() {
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         for answer in [json!({ "status": "dancing" }), json!([]), json!({ "status": "running" })] {
@@ -343,7 +343,7 @@ async fn an_endless_line_is_cut_off() {
 }
 
 #[tokio::test]
-async fn an_end_fails_what_is_under_way_and_all_that_follows() {
+async fn a_closed_connection_fails_pending_and_later_commands() {
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         peer.hear().await;
@@ -360,7 +360,7 @@ async fn an_end_fails_what_is_under_way_and_all_that_follows() {
 }
 
 #[tokio::test]
-async fn a_flood_of_events_delays_no_answer() {
+async fn answers_arrive_during_a_flood_of_events() {
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         let (_, _, id) = peer.hear().await;

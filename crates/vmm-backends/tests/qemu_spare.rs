@@ -97,8 +97,8 @@ async fn ends(process: &Process) {
 }
 
 #[tokio::test]
-async fn a_launch_uses_the_one_that_waits() {
-    for bench in benches("a_launch_uses_the_one_that_waits", TinyGuest::Idle).await {
+async fn a_launch_uses_the_spare_vmm() {
+    for bench in benches("a_launch_uses_the_spare_vmm", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         waits(&spare).await;
         assert!(!bench.dir().join("qmp.sock").exists(), "it has been told nothing");
@@ -130,8 +130,8 @@ async fn a_launch_uses_the_one_that_waits() {
 }
 
 #[tokio::test]
-async fn the_vm_is_adopted_like_any_other() {
-    for bench in benches("the_vm_is_adopted_like_any_other", TinyGuest::Idle).await {
+async fn a_vm_on_a_spare_vmm_is_adopted() {
+    for bench in benches("a_vm_on_a_spare_vmm_is_adopted", TinyGuest::Idle).await {
         start(&bench).await;
         let first = bench.launch().await;
         bench.console_shows(&TinyGuest::Idle.banner(), 1).await;
@@ -150,8 +150,8 @@ async fn the_vm_is_adopted_like_any_other() {
 }
 
 #[tokio::test]
-async fn one_that_was_just_started_is_told_as_well() {
-    for bench in benches("one_that_was_just_started_is_told_as_well", TinyGuest::PowerOff).await {
+async fn a_launch_uses_a_spare_vmm_that_was_just_started() {
+    for bench in benches("a_launch_uses_a_spare_vmm_that_was_just_started", TinyGuest::PowerOff).await {
         let spare = start(&bench).await;
         let mut run = bench.launch().await;
         assert_eq!(run.vmm.run().process.pid, spare.pid());
@@ -161,8 +161,8 @@ async fn one_that_was_just_started_is_told_as_well() {
 }
 
 #[tokio::test]
-async fn no_guest_runs_before_the_gate_is_open() {
-    for bench in benches("no_guest_runs_before_the_gate_is_open", TinyGuest::Idle).await {
+async fn no_guest_runs_before_the_run_permit() {
+    for bench in benches("no_guest_runs_before_the_run_permit", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         let (issuer, permit) = RunPermit::pending();
         let launching = bench.backend.launch(LaunchRequest { permit, ..bench.request() });
@@ -189,8 +189,8 @@ async fn no_guest_runs_before_the_gate_is_open() {
 }
 
 #[tokio::test]
-async fn one_that_has_died_or_hangs_spoils_no_launch() {
-    for bench in benches("one_that_has_died_or_hangs_spoils_no_launch", TinyGuest::Idle).await {
+async fn a_dead_or_hanging_spare_vmm_does_not_fail_the_launch() {
+    for bench in benches("a_dead_or_hanging_spare_vmm_does_not_fail_the_launch", TinyGuest::Idle).await {
         for signal in [Signal::KILL, Signal::STOP] {
             let spare = start(&bench).await;
             waits(&spare).await;
@@ -207,8 +207,10 @@ async fn one_that_has_died_or_hangs_spoils_no_launch() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_told_is_started_as_ever() {
-    for mut bench in benches("what_cannot_be_told_is_started_as_ever", TinyGuest::Idle).await {
+async fn a_vm_that_the_spare_file_cannot_carry_starts_a_new_process() {
+    for mut bench in
+        benches("a_vm_that_the_spare_file_cannot_carry_starts_a_new_process", TinyGuest::Idle).await
+    {
         let plain = bench.config.clone();
         let edits: [fn(&mut Bench); 4] = [
             |bench| bench.config.boot.as_mut().unwrap().kernel_args = "a".repeat(1100),
@@ -235,8 +237,8 @@ async fn what_cannot_be_told_is_started_as_ever() {
 }
 
 #[tokio::test]
-async fn a_console_of_the_clients_can_be_told() {
-    for bench in benches("a_console_of_the_clients_can_be_told", TinyGuest::Idle).await {
+async fn a_spare_vmm_writes_to_the_clients_console_file() {
+    for bench in benches("a_spare_vmm_writes_to_the_clients_console_file", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         let output = bench.dir().join("a file, of the client's");
         let request = LaunchRequest { console: Some(output.clone()), ..bench.request() };
@@ -254,8 +256,8 @@ async fn a_console_of_the_clients_can_be_told() {
 }
 
 #[tokio::test]
-async fn what_qemu_refuses_is_told_in_its_words() {
-    for mut bench in benches("what_qemu_refuses_is_told_in_its_words", TinyGuest::Idle).await {
+async fn an_error_on_a_spare_vmm_has_qemus_own_text() {
+    for mut bench in benches("an_error_on_a_spare_vmm_has_qemus_own_text", TinyGuest::Idle).await {
         let nonsense = bench.dir().join("kernel");
         std::fs::write(&nonsense, "no kernel at all").unwrap();
         bench.config.boot.as_mut().unwrap().kernel_path = nonsense.to_str().unwrap().to_owned();
@@ -269,8 +271,8 @@ async fn what_qemu_refuses_is_told_in_its_words() {
 }
 
 #[tokio::test]
-async fn every_place_for_a_disk_can_be_told() {
-    for mut bench in benches("every_place_for_a_disk_can_be_told", TinyGuest::Idle).await {
+async fn a_spare_vmm_takes_the_largest_number_of_disks() {
+    for mut bench in benches("a_spare_vmm_takes_the_largest_number_of_disks", TinyGuest::Idle).await {
         let count = if QemuMachine::of(&bench.spec()) == Some(QemuMachine::Q35) { 64 } else { 23 };
         let path = bench.dir().join("disk");
         make_image(&path, "raw", 1 << 20);
@@ -291,8 +293,8 @@ async fn every_place_for_a_disk_can_be_told() {
 }
 
 #[tokio::test]
-async fn it_can_be_dismissed_and_swept() {
-    for bench in benches("it_can_be_dismissed_and_swept", TinyGuest::Idle).await {
+async fn a_spare_vmm_can_be_dismissed_and_swept() {
+    for bench in benches("a_spare_vmm_can_be_dismissed_and_swept", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         bench.backend.dismiss_spare(bench.uid).await;
         bench.backend.dismiss_spare(bench.uid).await;
@@ -319,8 +321,8 @@ async fn start_again(bench: &Bench, first: &Process) -> Process {
 }
 
 #[tokio::test]
-async fn it_ends_with_its_backend() {
-    for mut bench in benches("it_ends_with_its_backend", TinyGuest::Idle).await {
+async fn a_spare_vmm_ends_with_its_backend() {
+    for mut bench in benches("a_spare_vmm_ends_with_its_backend", TinyGuest::Idle).await {
         let spare = start(&bench).await;
         bench.backend = QemuBackend::new(QemuOptions { kvm: KvmMode::Off, ..QemuOptions::default() });
         ends(&spare).await;
@@ -328,8 +330,8 @@ async fn it_ends_with_its_backend() {
 }
 
 #[tokio::test]
-async fn a_program_that_was_replaced_meanwhile_is_not_used() {
-    let test = "a_program_that_was_replaced_meanwhile_is_not_used";
+async fn a_spare_vmm_of_a_replaced_program_is_not_used() {
+    let test = "a_spare_vmm_of_a_replaced_program_is_not_used";
     if qemu(test).await.is_none() {
         return;
     }
@@ -359,7 +361,7 @@ async fn a_program_that_was_replaced_meanwhile_is_not_used() {
 /// The folder of the spare that [`a_daemon_that_holds_a_spare`] starts.
 const DAEMON_DIR: &str = "VMCP_TEST_SPARE_DIR";
 
-/// Not a test: the daemon that [`it_ends_with_a_daemon_that_is_killed`] kills.
+/// Not a test: the daemon that [`a_spare_vmm_ends_with_a_killed_daemon`] kills.
 #[tokio::test]
 #[ignore = "started by another test"]
 async fn a_daemon_that_holds_a_spare() {
@@ -374,8 +376,8 @@ async fn a_daemon_that_holds_a_spare() {
 }
 
 #[tokio::test]
-async fn it_ends_with_a_daemon_that_is_killed() {
-    let test = "it_ends_with_a_daemon_that_is_killed";
+async fn a_spare_vmm_ends_with_a_killed_daemon() {
+    let test = "a_spare_vmm_ends_with_a_killed_daemon";
     // A spare that waits, and one that has not come to it.
     for while_it_waits in [true, false] {
         let Some(backend) = qemu(test).await else { return };

@@ -221,8 +221,8 @@ fn assert_equal(ordinary: &Facts, told: &Facts) {
 }
 
 #[tokio::test]
-async fn the_vm_is_the_same() {
-    let test = "the_vm_is_the_same";
+async fn a_vm_on_a_spare_vmm_equals_a_vm_on_a_new_process() {
+    let test = "a_vm_on_a_spare_vmm_equals_a_vm_on_a_new_process";
     for machine in ["q35", "microvm"] {
         let Some(backend) = qemu(test).await else { return };
         let mut bench = Bench::new(backend, machine, TinyGuest::Idle, NEVER);
@@ -253,8 +253,8 @@ async fn the_vm_is_the_same() {
 }
 
 #[tokio::test]
-async fn a_qcow2_disk_is_the_same() {
-    let test = "a_qcow2_disk_is_the_same";
+async fn a_qcow2_disk_is_equal_on_a_spare_vmm() {
+    let test = "a_qcow2_disk_is_equal_on_a_spare_vmm";
     if std::process::Command::new("qemu-img").arg("--version").output().is_err() {
         return skipped(test, "qemu-img is not installed (Debian: qemu-utils)");
     }

@@ -70,8 +70,8 @@ fn warned(bench: &Bench) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_program_is_tried_once_until_its_file_changes() {
-    const TEST: &str = "a_program_is_tried_once_until_its_file_changes";
+async fn a_program_has_one_trial_until_its_file_changes() {
+    const TEST: &str = "a_program_has_one_trial_until_its_file_changes";
     if qemu_support::qemu(TEST).await.is_none() {
         return;
     }
@@ -89,8 +89,8 @@ async fn a_program_is_tried_once_until_its_file_changes() {
 }
 
 #[tokio::test]
-async fn a_missing_part_is_named_with_its_package_until_it_is_there() {
-    const TEST: &str = "a_missing_part_is_named_with_its_package_until_it_is_there";
+async fn a_missing_part_is_named_with_its_package_until_it_is_installed() {
+    const TEST: &str = "a_missing_part_is_named_with_its_package_until_it_is_installed";
     let Some((_folder, copy)) = whole_copy(TEST).await else { return };
     for (part, package) in [("qboot.rom", "qemu-system-data"), ("accel-tcg", "qemu-system-common")] {
         let backend = backend(copy.program());
@@ -107,8 +107,8 @@ async fn a_missing_part_is_named_with_its_package_until_it_is_there() {
 }
 
 #[tokio::test]
-async fn a_machine_that_does_not_start_is_a_warning_for_its_vms_only() {
-    const TEST: &str = "a_machine_that_does_not_start_is_a_warning_for_its_vms_only";
+async fn a_machine_model_that_fails_its_trial_warns_only_for_its_vms() {
+    const TEST: &str = "a_machine_model_that_fails_its_trial_warns_only_for_its_vms";
     let Some((_folder, copy)) = whole_copy(TEST).await else { return };
     copy.take("bios-microvm.bin").unwrap();
     for machine in MACHINES {
@@ -136,8 +136,8 @@ async fn a_machine_that_does_not_start_is_a_warning_for_its_vms_only() {
 }
 
 #[tokio::test]
-async fn a_failed_launch_ends_the_trust_in_an_earlier_proof() {
-    const TEST: &str = "a_failed_launch_ends_the_trust_in_an_earlier_proof";
+async fn a_failed_launch_discards_the_earlier_trial() {
+    const TEST: &str = "a_failed_launch_discards_the_earlier_trial";
     let Some((_folder, copy)) = whole_copy(TEST).await else { return };
     let bench = Bench::new(backend(copy.program()), "q35", TinyGuest::Idle, NEVER);
     assert!(bench.backend.ping().await.version.is_ok());

@@ -39,11 +39,11 @@ macro_rules! on_both {
 }
 
 on_both! {
-    a_launch_uses_the_one_that_waits
-    one_that_does_not_fit_is_ended_and_another_is_started
-    one_that_has_died_or_hangs_spoils_no_launch
-    it_can_be_dismissed_swept_and_ends_with_its_backend
-    a_program_that_was_replaced_meanwhile_is_not_used
+    a_launch_uses_the_spare_vmm
+    an_unfitting_spare_vmm_is_ended_and_a_new_process_is_started
+    a_dead_or_hanging_spare_vmm_does_not_fail_the_launch
+    a_spare_vmm_can_be_dismissed_and_swept_and_ends_with_its_backend
+    a_spare_vmm_of_a_replaced_program_is_not_used
     a_start_that_fails_leaves_nothing
 }
 
@@ -76,7 +76,7 @@ async fn start<B: Backend + SpareVmms>(bench: &Bench<B>) -> Process {
     }
 }
 
-async fn a_launch_uses_the_one_that_waits<B: Backend + SpareVmms>(
+async fn a_launch_uses_the_spare_vmm<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -100,7 +100,7 @@ async fn a_launch_uses_the_one_that_waits<B: Backend + SpareVmms>(
     again.gone().await;
 }
 
-async fn one_that_does_not_fit_is_ended_and_another_is_started<B: Backend + SpareVmms>(
+async fn an_unfitting_spare_vmm_is_ended_and_a_new_process_is_started<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -116,7 +116,7 @@ async fn one_that_does_not_fit_is_ended_and_another_is_started<B: Backend + Spar
     assert_eq!(bench.console(), "");
 }
 
-async fn one_that_has_died_or_hangs_spoils_no_launch<B: Backend + SpareVmms>(
+async fn a_dead_or_hanging_spare_vmm_does_not_fail_the_launch<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -137,7 +137,7 @@ async fn one_that_has_died_or_hangs_spoils_no_launch<B: Backend + SpareVmms>(
     }
 }
 
-async fn it_can_be_dismissed_swept_and_ends_with_its_backend<B: Backend + SpareVmms>(
+async fn a_spare_vmm_can_be_dismissed_and_swept_and_ends_with_its_backend<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,
@@ -161,7 +161,7 @@ async fn it_can_be_dismissed_swept_and_ends_with_its_backend<B: Backend + SpareV
     last.wait().await;
 }
 
-async fn a_program_that_was_replaced_meanwhile_is_not_used<B: Backend + SpareVmms>(
+async fn a_spare_vmm_of_a_replaced_program_is_not_used<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_text_of_the_wire_is_the_one_of_every_release() {
+    fn the_wire_text_of_a_caller_is_stable() {
         assert_eq!(Caller::system().to_string(), "system");
         assert_eq!(Caller::anonymous(Some("10.0.0.1".to_owned())).to_string(), "anonymous@10.0.0.1");
         assert_eq!(Caller::anonymous(None).to_string(), "unknown");

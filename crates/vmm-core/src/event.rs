@@ -107,7 +107,7 @@ mod tests {
         "cause":"CreateVm","actor":"anonymous@10.0.0.1","ended_by":null}"#;
 
     #[test]
-    fn what_earlier_releases_wrote_is_read_and_shown_as_before() {
+    fn events_of_earlier_releases_are_read_and_shown_unchanged() {
         let event: NewEvent = serde_json::from_str(EARLIER).unwrap();
         assert_eq!(event.caller.to_string(), "anonymous@10.0.0.1");
         let by_itself = EARLIER.replace("anonymous@10.0.0.1", "system");

@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_follow_the_pattern() {
+    fn vm_ids_follow_the_pattern() {
         for good in ["a", "0", "vm-1", "A.b_c-d", &"x".repeat(63)] {
             assert!(good.parse::<VmId>().is_ok(), "{good}");
         }
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn derived_names_fit_the_host() {
+    fn derived_names_fit_the_limits_of_the_host() {
         let uid = VmUid::new(Uuid::now_v7());
         assert!(uid.tap_name(255).len() <= 15);
         assert_ne!(uid.tap_name(0), uid.tap_name(1));

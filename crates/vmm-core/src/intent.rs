@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn written_values_are_read_back() {
         let callers = [Caller::system(), Caller::anonymous(Some("10.0.0.1".to_owned())), Caller::named("me")];
         for (kind, caller) in
             every_kind().into_iter().flat_map(|kind| callers.clone().map(|c| (kind.clone(), c)))
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_earlier_releases_wrote_is_read() {
+    fn intents_of_earlier_releases_are_read() {
         let cases = [
             (r#"{"request":"boot","actor":"system","since_ms":1}"#, RecoveryAction::Start { again: true }),
             (
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn earlier_releases_can_read_what_is_written() {
+    fn written_intents_are_readable_by_earlier_releases() {
         #[derive(Deserialize)]
         struct Earlier {
             request: VmOperation,

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_is_read_as_it_was_written() {
+    fn every_kind_is_read_back() {
         let kinds = [
             VmKind::Managed,
             VmKind::attached("/run/ch.sock"),
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_without_a_kind_gets_one() {
+    fn a_record_without_a_kind_is_given_one() {
         let (none, domain) = (VmKind::default(), Uuid::from_u128(7));
         let imported = VmKind::Unrecorded { domain: Some(domain) };
         let table = [
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn one_domain_has_one_place() {
+    fn a_domain_has_one_place_under_every_uri() {
         let other = VmKind::Libvirt { uri: "qemu+unix:///system".to_owned(), domain: Uuid::from_u128(1) };
         assert_eq!(libvirt(1).place(), other.place());
         assert_ne!(libvirt(1).place(), libvirt(2).place());

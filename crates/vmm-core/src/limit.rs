@@ -92,7 +92,7 @@ mod tests {
     struct WrappedIoError(#[source] io::Error);
 
     #[test]
-    fn a_limit_is_found_at_any_depth_and_nothing_else_is_called_one() {
+    fn a_limit_error_is_found_at_any_depth_of_the_source_chain() {
         for (number, limit) in
             [(24, HostLimit::Descriptors), (23, HostLimit::OpenFiles), (12, HostLimit::Memory)]
         {
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_a_vmm_names_is_found_in_its_words() {
+    fn a_limit_error_is_found_in_the_text_of_a_vmm() {
         let refused = |words| BackendError::refused(Effect::NotApplied, words);
         for (words, limit, advice) in [
             ("Could not open '/d': Too many open files", HostLimit::Descriptors, "starts the VMM"),
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_that_a_limit_has_caused_says_what_to_raise() {
+    fn a_limit_error_names_the_limit_to_raise() {
         let failed = || BackendError::new(BackendErrorKind::Unreachable, Effect::Unknown, "no connection");
         let error = failed().caused_by(io::Error::from_raw_os_error(24));
         assert_eq!((error.kind, error.effect), (BackendErrorKind::Exhausted, Effect::Unknown));

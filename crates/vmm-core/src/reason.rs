@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_any_release_is_read_and_written_unchanged() {
+    fn reasons_of_every_release_are_read_and_written_unchanged() {
         for word in WORDS {
             let json = format!("\"{word}\"");
             let reason: Reason = serde_json::from_str(&json).unwrap();

@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_lists_a_hundred_and_counts_the_rest() {
+    fn a_report_lists_a_hundred_findings_and_counts_the_rest() {
         let mut report = CheckReport::default();
         for number in 0..400_000 {
             report.reject(format!("config.storage[{number}].path"), "is required");
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_finding_is_listed_once() {
+    fn a_repeated_finding_is_listed_once() {
         let mut report = CheckReport::default();
         report.reject("config.cpu", "is required");
         report.ignore("config.boot", "has no effect");

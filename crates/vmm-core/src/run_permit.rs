@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wait_ends_with_the_grant_and_fails_if_the_issuer_was_dropped() {
+    fn a_run_permit_is_granted_or_fails_with_a_dropped_issuer() {
         assert_eq!(poll_once(&RunPermit::granted()), Poll::Ready(true));
         let (issuer, permit) = RunPermit::pending();
         assert_eq!(poll_once(&permit), Poll::Pending);

@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_of_the_contract() {
+    fn admission_follows_the_table_of_the_contract() {
         use Admission::{AlreadyDone as Same, Denied as No, Do as Yes};
         use VmOperation as R;
         let table = [
@@ -374,7 +374,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_happens_force_delete_is_legal(
+        fn a_forced_deletion_is_legal_in_every_state(
             start in any_state(),
             steps in proptest::collection::vec((any_request(), any_observation()), 0..40),
         ) {
@@ -395,7 +395,7 @@ mod tests {
         }
 
         #[test]
-        fn doing_a_thing_twice_is_nothing_or_denied(state in any_state(), request in any_request()) {
+        fn a_repeated_operation_is_already_done_or_denied(state in any_state(), request in any_request()) {
             if admit(state, request) == Admission::Do
                 && let Some(next) = target(state, request)
                 && request != VmOperation::Reboot
@@ -405,7 +405,7 @@ mod tests {
         }
 
         #[test]
-        fn a_vmm_that_is_gone_leaves_nothing_live(state in any_state(), observation in any_observation()) {
+        fn no_state_is_live_after_the_end_of_the_vmm(state in any_state(), observation in any_observation()) {
             let after = observe(observe(state, observation), Observation::VmmGone);
             prop_assert!(!after.is_live());
             prop_assert_eq!(observe(after, Observation::VmmGone), after);

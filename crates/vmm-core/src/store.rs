@@ -360,7 +360,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_sent_is_stored_as_it_always_was() {
+    fn a_packed_request_has_the_stored_form_of_earlier_releases() {
         let stored = r#"{"backend":"qemu","config":{"cpu":{"vcpu_count":2},"metadata":{"b":"2","a":"1"}}}"#;
         let sent: PackedVmRequest = serde_json::from_str(stored).unwrap();
         let requested: VmRequest = serde_json::from_str(stored).unwrap();

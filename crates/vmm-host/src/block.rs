@@ -131,13 +131,13 @@ mod tests {
     }
 
     #[test]
-    fn two_loop_devices_of_one_file_are_that_file() {
+    fn two_loop_devices_of_one_file_are_one_disk() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("disk");
         std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
         let (Some(first), Some(second)) = (Loop::of(&file), Loop::of(&file)) else {
             let why = "losetup makes no loop devices here: it needs root and /dev/loop-control";
-            return vmm_testkit::skip::skipped("two_loop_devices_of_one_file_are_that_file", why);
+            return vmm_testkit::skip::skipped("two_loop_devices_of_one_file_are_one_disk", why);
         };
         let of = |path: &Path| inspect(path, Access::ReadWrite).unwrap();
         let itself = of(&file);
@@ -149,17 +149,14 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_device_whose_file_was_unlinked_is_still_that_file() {
+    fn a_loop_device_of_an_unlinked_file_is_still_that_file() {
         let dir = tempfile::tempdir().unwrap();
         let (file, link) = (dir.path().join("disk"), dir.path().join("link"));
         std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
         std::fs::hard_link(&file, &link).unwrap();
         let (Some(first), Some(second)) = (Loop::of(&file), Loop::of(&file)) else {
             let why = "losetup makes no loop devices here: it needs root and /dev/loop-control";
-            return vmm_testkit::skip::skipped(
-                "a_loop_device_whose_file_was_unlinked_is_still_that_file",
-                why,
-            );
+            return vmm_testkit::skip::skipped("a_loop_device_of_an_unlinked_file_is_still_that_file", why);
         };
         let key = |path: &Path| {
             let facts = inspect(path, Access::ReadWrite).unwrap();
@@ -178,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_lies_on_its_disk_and_the_disk_on_nothing() {
+    fn a_partition_lies_on_its_disk_and_a_disk_on_no_device() {
         let mut seen = 0;
         for entry in fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
             let dir = entry.path();
@@ -193,12 +190,12 @@ mod tests {
         }
         if seen == 0 {
             let why = "this host shows no partition";
-            vmm_testkit::skip::skipped("a_partition_lies_on_its_disk_and_the_disk_on_nothing", why);
+            vmm_testkit::skip::skipped("a_partition_lies_on_its_disk_and_a_disk_on_no_device", why);
         }
     }
 
     #[test]
-    fn a_device_that_the_kernel_does_not_show_lies_on_nothing() {
+    fn an_unknown_device_lies_on_no_device() {
         let nobody = makedev(4095, 1);
         assert_eq!(
             layers(nobody),

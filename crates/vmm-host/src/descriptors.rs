@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clients_and_the_reserve_are_left_when_no_more_vms_fit() {
+    fn descriptors_of_clients_and_the_reserve_are_kept_free_of_vms() {
         for limit in [160, 1024, 4096, 1 << 20] {
             let used = 30 + vms_that_fit(limit, 30) * VM_STEADY;
             assert!(used + for_clients(limit) + RESERVE <= limit, "{limit}");
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_are_connected_take_nothing_from_vms() {
+    fn connected_clients_do_not_reduce_the_descriptors_for_vms() {
         let used = 160 - RESERVE - VM_START - for_clients(160);
         assert!(fits(160, used, 0, 0));
         assert!(fits(160, used + for_clients(160), for_clients(160), 0));
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_counted() {
+    fn open_descriptors_are_counted() {
         let before = in_use("self").unwrap();
         let held: Vec<_> = (0..50).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let after = in_use("self").unwrap();
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn the_message_names_the_limit_and_the_remedy() {
+    fn a_refusal_for_descriptors_names_the_limit_and_the_remedy() {
         let text = TooFewDescriptors { limit: 160, used: 130 }.to_string();
         assert!(text.contains("160 open files") && text.contains("LimitNOFILE="), "{text}");
     }

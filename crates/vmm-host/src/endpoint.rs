@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_listener_is_proven() {
+    async fn the_process_that_listens_on_a_socket_is_proven() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         assert_eq!(visit(&path).await.unwrap_err(), EndpointError::Nobody(path.display().to_string()));
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_anybody_could_have_put_there_is_refused() {
+    async fn a_socket_in_a_folder_open_to_others_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (path, link, file) = (dir.path().join("s"), dir.path().join("l"), dir.path().join("f"));
         let _listening = UnixListener::bind(&path).unwrap();

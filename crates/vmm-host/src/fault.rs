@@ -244,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_point_has_a_name_of_its_own() {
+    fn every_fault_point_has_its_own_name() {
         let names: BTreeSet<_> = FaultPoint::ALL.iter().map(|point| point.name()).collect();
         assert_eq!(names.len(), FaultPoint::ALL.len());
     }

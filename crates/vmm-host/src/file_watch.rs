@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn each_file_tells_its_own_watch() {
+    async fn a_change_of_a_file_reaches_its_own_watch() {
         let dir = tempfile::tempdir().unwrap();
         let watcher = FileWatcher::default();
         let mut files = Vec::new();

@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn one_file_is_the_same_under_every_path() {
+    fn one_file_has_one_identity_under_every_path() {
         let dir = tempfile::tempdir().unwrap();
         let (disk, hard, soft) = (dir.path().join("disk"), dir.path().join("hard"), dir.path().join("soft"));
         std::fs::write(&disk, [0; 4096]).unwrap();
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_named_and_never_opened() {
+    fn a_path_that_is_no_file_is_named_and_never_opened() {
         let dir = tempfile::tempdir().unwrap();
         let (fifo, socket) = (dir.path().join("fifo"), dir.path().join("socket"));
         rustix::fs::mkfifoat(CWD, &fifo, Mode::RWXU).unwrap();
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_said_so() {
+    fn a_missing_file_is_reported_as_missing() {
         let file = written(b"");
         for path in [Path::new("/nowhere/disk"), &file.path().join("below-a-file")] {
             let problem = inspect(path, Access::Read).unwrap_err();
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn each_refusal_says_what_to_do() {
+    fn each_file_error_says_what_to_do() {
         let text = |errno: Errno, access| problem(Path::new("/d"), access, errno.into()).to_string();
         assert!(
             text(Errno::ACCESS, Access::ReadWrite).ends_with("change its owner or mode, or set read_only")
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mode_that_forbids_is_denied() {
+    fn a_file_without_read_permission_is_refused() {
         if rustix::process::geteuid().is_root() {
             return; // Root may open everything.
         }
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_device_is_known_by_its_number() {
+    fn a_block_device_is_identified_by_its_number() {
         let devices = std::fs::read_dir("/sys/class/block").into_iter().flatten().flatten();
         for name in devices.map(|entry| entry.file_name()) {
             let node = Path::new("/dev").join(name);
@@ -441,14 +441,14 @@ mod tests {
     }
 
     #[test]
-    fn a_head_ends_with_its_file() {
+    fn the_head_of_a_short_file_is_the_whole_file() {
         let file = written(b"QFI\xfb and more");
         assert_eq!(head(file.path(), 4).unwrap(), b"QFI\xfb");
         assert_eq!(head(file.path(), 4096).unwrap().len(), 13);
     }
 
     #[test]
-    fn a_tail_is_bounded_and_printable() {
+    fn the_tail_of_a_file_is_bounded_and_printable() {
         let log = written(b"one\ntwo\n\x1b[31mred\x1b[0m\x07 \xff\n\n  \nlast\r\n");
         assert_eq!(tail_lines(log.path(), 1000, 2), "red \u{fffd}\nlast");
         assert_eq!(tail_lines(log.path(), 1000, 100).lines().count(), 4);

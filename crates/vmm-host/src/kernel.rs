@@ -166,7 +166,7 @@ mod tests {
     const PLAIN: KernelKind = KernelKind::ElfX86_64 { pvh: false };
 
     #[test]
-    fn kernels_are_told_apart() {
+    fn kernel_formats_are_recognised() {
         let mut image = vec![0; 0x210];
         image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
         image[0x202..0x206].copy_from_slice(b"HdrS");
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pvh_note_is_found_behind_others() {
+    fn the_pvh_note_is_found_after_other_notes() {
         let both = [OTHER_NOTE, PVH_NOTE].concat();
         assert_eq!(kind(&elf(4, &both)), PVH);
         assert_eq!(kind(&elf(4, OTHER_NOTE)), PLAIN);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pvh_note_is_found_wherever_the_headers_and_the_notes_lie() {
+    fn the_pvh_note_is_found_at_every_file_offset() {
         for (header, at) in [(64, 5_000), (64, 40_000_000), (9_000, 64), (30_000_000, 20_000_000)] {
             assert_eq!(kind(&elf_with(4, PVH_NOTE, header, at)), PVH, "{header} {at}");
             assert_eq!(kind(&elf_with(4, OTHER_NOTE, header, at)), PLAIN, "{header} {at}");
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_cut_short_has_no_note() {
+    fn a_truncated_kernel_has_no_pvh_note() {
         let whole = elf(4, PVH_NOTE);
         // The owner's name is the last part of a note that counts.
         for length in ELF_HEADER..120 + 12 + 4 {
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_lengths_are_harmless() {
+    fn huge_lengths_in_a_kernel_file_are_harmless() {
         let mut hostile = elf(4, &[0xff; 16]);
         assert_eq!(kind(&hostile), PLAIN);
         for at in [96, 72, 56, 54, 32] {

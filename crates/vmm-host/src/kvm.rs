@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn virtualisation_is_a_flag_of_its_own() {
+    fn virtualisation_is_read_from_whole_cpu_flags() {
         assert!(shows_virtualisation("processor\t: 0\nflags\t\t: fpu vmx sse\n"));
         assert!(shows_virtualisation("flags\t\t: svm\n"));
         assert!(!shows_virtualisation("flags\t\t: fpu svm_lock\nvmx flags\t: vnmi vmx\n"));
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_device_is_explained() {
+    fn a_missing_kvm_device_is_explained() {
         let missing = usable(Path::new("/nowhere/kvm")).unwrap_err();
         assert_eq!(missing.finding, "/nowhere/kvm does not exist");
         assert!(missing.to_string().contains("exist; load kvm_intel"), "{missing}");

@@ -124,7 +124,7 @@ mod tests {
         92 90 0:40 / /tmp/own rw - tmpfs tmpfs rw\n";
 
     #[test]
-    fn a_folder_that_may_vanish_is_told_with_its_remedy() {
+    fn a_folder_that_may_vanish_causes_a_warning_with_a_remedy() {
         let told = |dir: &str, mounts: &[u8], systemd| {
             danger_in(Path::new(dir), mounts, systemd, |user| user == 7).map(|danger| danger.remedy)
         };
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_socket_is_told_with_the_path_and_the_error() {
+    fn a_lost_socket_is_reported_with_its_path_and_the_error() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("run");
         let socket = folder.join("api.sock");

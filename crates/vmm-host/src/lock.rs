@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_daemon_is_told_who_is_there() {
+    fn a_second_daemon_is_refused_with_the_pid_of_the_first() {
         let dir = tempfile::tempdir().unwrap();
         let state_dir = dir.path().join("state");
         let lock = StateLock::acquire(&state_dir).unwrap();
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn another_process_is_kept_out_and_keeps_us_out() {
+    fn the_lock_excludes_another_process_in_both_directions() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE_NAME);
         let lock = StateLock::acquire(dir.path()).unwrap();
@@ -323,7 +323,7 @@ mod tests {
 
     /// A daemon that is killed while it starts a VMM leaves its lock to the child for a moment.
     #[test]
-    fn the_lock_of_a_dead_daemon_is_waited_for() {
+    fn a_start_waits_for_the_lock_of_a_dead_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let lock = StateLock::acquire(dir.path()).unwrap();
         let mut dead = Command::new("true").spawn().unwrap();
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn children_do_not_hold_the_lock() {
+    fn child_processes_do_not_inherit_the_lock() {
         let dir = tempfile::tempdir().unwrap();
         let lock = StateLock::acquire(dir.path()).unwrap();
         let flags = rustix::io::fcntl_getfd(&lock.file).unwrap();
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_named() {
+    fn an_unusable_state_directory_is_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let text = StateLock::acquire(file.path()).unwrap_err().to_string();
         assert!(text.contains(&format!("{} is a file, not a directory", file.path().display())), "{text}");

@@ -11,7 +11,7 @@ pub fn total() -> u64 {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn it_is_what_the_kernel_says() {
+    fn the_total_memory_equals_the_kernels_number() {
         let text = std::fs::read_to_string("/proc/meminfo").unwrap();
         let line = text.lines().find(|line| line.starts_with("MemTotal:")).unwrap();
         let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();

@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_way_to_a_file_is_followed_up_to_the_mount_that_is_served() {
+    fn a_path_is_followed_to_the_first_mount_that_can_hang() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().canonicalize().unwrap();
         let (hung, plain) = (root.join("hung mount"), root.join("plain"));
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_mounts_on_one_point_the_last_is_seen() {
+    fn the_later_of_two_mounts_on_one_point_is_used() {
         let point = Path::new("/mnt");
         assert_eq!(mounts(&[(point, "nfs4"), (point, "xfs")]).served_by(Path::new("/mnt/disk")), None);
         let served = mounts(&[(point, "xfs"), (point, "nfs4")]).served_by(Path::new("/mnt/disk"));

@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guest_receives_what_the_host_sends() {
+    fn bytes_sent_by_the_host_are_received_by_the_guest() {
         let class = class("0x1002\n");
         let counters = counters_below(class.path(), "tap0").unwrap();
         assert_eq!((counters.bytes_received, counters.bytes_transmitted), (10, 20));
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_is_told_from_a_tun() {
+    fn a_tap_differs_from_a_tun() {
         assert!(is_tap_below(class("0x1002\n").path(), "tap0"));
         assert!(is_tap_below(class("0x5102\n").path(), "tap0"));
         assert!(!is_tap_below(class("0x1001\n").path(), "tap0"));
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_cannot_lead_elsewhere() {
+    fn an_interface_name_cannot_contain_a_path() {
         for name in ["", ".", "..", "lo/..", "../net/lo", "a-name-too-long0"] {
             assert!(!interface_exists(name), "{name}");
             assert_eq!(counters(name).unwrap_err().kind(), io::ErrorKind::NotFound, "{name}");

@@ -40,7 +40,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_are_told_from_file_systems() {
+    fn partition_tables_differ_from_file_systems() {
         let linux = [0x80, 0, 2, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0, 2, 0];
         assert!(has_table(&dos(linux)));
         for at in [512, 4096] {

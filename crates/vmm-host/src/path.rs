@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_runnable_file_wins() {
+    fn the_first_executable_file_in_path_is_found() {
         let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         program(a.path(), "vmm", 0o644);
         let good = program(b.path(), "vmm", 0o755);
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn words_reach_a_shell_whole() {
+    fn quoted_words_survive_a_shell() {
         assert_eq!(shell_word("path=/run/vmm-1/ch.sock"), "path=/run/vmm-1/ch.sock");
         for text in ["", "it's $(here)", "/a b/c;d", "~", "\"*\"\\"] {
             let shell = std::process::Command::new("sh")
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_found_is_explained() {
+    fn a_missing_program_is_explained() {
         let dir = tempfile::tempdir().unwrap();
         let text = find_program("no-such-vmm", Some(dir.path().as_os_str())).unwrap_err();
         assert!(text.starts_with("no-such-vmm is not on the PATH ("), "{text}");
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_present_folder_is_never_searched() {
+    fn the_current_directory_is_never_searched() {
         // Tests run in the package's folder, which holds this file.
         assert!(find_program("Cargo.toml", Some(OsStr::new(".:"))).unwrap_err().contains("not on the PATH"));
     }

@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relative_name_begins_at_the_images_folder() {
+    fn a_relative_backing_file_is_resolved_from_the_images_folder() {
         let path = |name: &str| Backing { name: name.to_owned(), format: None }.path(Path::new("/a/b/image"));
         assert_eq!(path("base"), Some("/a/b/base".into()));
         assert_eq!(path("../base"), Some("/a/b/../base".into()));

@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_made_is_ours_alone() {
+    fn a_run_folder_is_private() {
         let base = tempfile::tempdir().unwrap();
         let runtime_dir = base.path().join("a/b");
         let dir = create(&runtime_dir, uid()).unwrap();
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_refused_everywhere() {
+    fn symbolic_links_are_refused() {
         let base = tempfile::tempdir().unwrap();
         let elsewhere = tempfile::tempdir().unwrap();
         let refused = |runtime_dir: &Path| {
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn only_sockets_and_their_locks_go_first() {
+    fn only_sockets_and_their_locks_are_removed_first() {
         let base = tempfile::tempdir().unwrap();
         let dir = create(base.path(), uid()).unwrap();
         let _listener = UnixListener::bind(dir.join("api.sock")).unwrap();
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_goes_with_its_content_and_nothing_beyond() {
+    fn a_run_folder_is_removed_with_its_content_only() {
         let base = tempfile::tempdir().unwrap();
         let precious = base.path().join("precious");
         fs::create_dir(&precious).unwrap();
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_run_folder_is_left_alone() {
+    fn a_folder_that_is_no_run_folder_is_not_removed() {
         let base = tempfile::tempdir().unwrap();
         let hex = UID.replace('-', "");
         let close =
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_path_ends_at_107_bytes() {
+    fn a_socket_path_has_at_most_107_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let path = |length: usize| dir.path().join("x".repeat(length - dir.path().as_os_str().len() - 1));
         let (longest, too_long) = (path(MAX_SOCKET_PATH), path(MAX_SOCKET_PATH + 1));

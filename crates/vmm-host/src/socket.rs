@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_new_socket_is_told_of() {
+    async fn a_new_socket_is_reported() {
         let dir = tempfile::tempdir().unwrap();
         let watch = DirWatch::new(dir.path()).unwrap();
         let path = dir.path().join("s");
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_neighbour_is_not_told_of_where_one_file_is_waited_for() {
+    async fn other_files_are_not_reported_to_a_wait_for_one_file() {
         use futures::FutureExt as _;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");

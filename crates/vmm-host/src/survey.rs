@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_survey_tells_held_sockets_and_strange_things() {
+    fn a_survey_lists_held_sockets_and_unknown_files() {
         let dir = tempfile::tempdir().unwrap();
         assert!(survey(dir.path()).unwrap().folders.is_empty());
         let uid = VmUid::new(Uuid::now_v7());
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_uid_is_written_in_one_way() {
+    fn only_the_canonical_form_of_a_uid_is_read() {
         let uid = "0192000000007000800000000000000a";
         assert!(folder_uid(uid.as_ref()).is_some());
         for no in ["01920000-0000-7000-8000-00000000000a", "01920000000070008000000000000g0a", "x", ""] {
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_is_seen_and_counts_though_it_came_off_between_two_surveys() {
+    fn a_mark_removed_between_two_surveys_still_counts() {
         let dir = tempfile::tempdir().unwrap();
         let folder = run_dir::create(dir.path(), VmUid::new(Uuid::now_v7())).unwrap();
         let mark = SpareMark { instance: instance(), backend: BackendName::new("qemu") };

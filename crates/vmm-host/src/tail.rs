@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn each_record_is_read_once_and_one_that_is_being_written_later() {
+    fn each_record_is_read_once_and_only_when_complete() {
         let file = Written::new(b"one\ntwo\nthr");
         let mut tail = file.tail();
         assert_eq!(lines(&mut tail), (vec!["one".to_owned(), "two".to_owned()], RoundOutcome::Done));
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_is_too_long_is_passed_over() {
+    fn an_overlong_record_is_skipped() {
         let file = Written::new(format!("{}\nafter\n", "x".repeat(40)).as_bytes());
         let mut tail = file.tail();
         assert_eq!(lines(&mut tail).0.last().unwrap(), "after");
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_round_is_bounded() {
+    fn the_bytes_of_a_round_are_bounded() {
         let file = Written::new("line\n".repeat(100).as_bytes());
         let mut tail = file.tail();
         let mut all = 0;
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_empty_and_what_is_shorter_begins_anew() {
+    fn a_missing_file_is_empty_and_a_shorter_file_is_read_anew() {
         let file = Written::new(b"a long line\n");
         let mut tail = file.tail();
         lines(&mut tail);
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_given_back_and_holes_are_skipped() {
+    fn disk_space_is_given_back_and_holes_are_skipped() {
         let file = Written::new("line\n".repeat(4000).as_bytes());
         let limits = TailLimits { record: 16, round: u64::MAX };
         let mut tail = Tail::new(file.path(), 0, limits);
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn where_each_byte_counts_no_hole_is_skipped() {
+    fn a_tail_of_bytes_does_not_skip_holes() {
         let file = Written::new(b"");
         OpenOptions::new().write(true).open(file.path()).unwrap().set_len(8192).unwrap();
         let mut tail = Tail::of_bytes(file.path(), 0, TailLimits { record: 1000, round: 5000 });
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_keeps_its_end() {
+    fn a_trimmed_log_keeps_its_end() {
         let file = Written::new("0123456789abcde\n".repeat(4096).as_bytes());
         trim(&file.path(), 8192).unwrap();
         let text = std::fs::read(file.path()).unwrap();

@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn many_domains_are_all_answered_and_none_is_refused() {
+    fn calls_to_many_domains_are_all_answered() {
         let (desk, libvirt, answered) = desk();
         let domains = 3 * CALLS;
         for number in 0..domains {
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_domain_that_hangs_holds_up_itself_alone_and_can_be_ended() {
+    fn a_hanging_domain_delays_no_other_and_can_be_destroyed() {
         let (desk, libvirt, answered) = desk();
         let (hangs, other) = (domain(1), domain(2));
         for id in 0..10 {
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_waits_for_any_more_is_not_done() {
+    fn an_expired_call_is_not_made() {
         let (desk, libvirt, answered) = desk();
         for id in 0..2 {
             ask(&desk, id, Call::Suspend { uuid: domain(1) });
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_says_so_and_still_takes_ends() {
+    fn a_full_queue_refuses_calls_and_accepts_a_destroy() {
         let (desk, libvirt, answered) = desk();
         for id in 0..(QUEUE + DOMAIN_CALLS) as u64 {
             ask(&desk, id, Call::Suspend { uuid: domain(1) });

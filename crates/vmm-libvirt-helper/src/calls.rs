@@ -194,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_are_told_apart() {
+    fn libvirt_states_are_mapped() {
         assert_eq!(state_of(sys::VIR_DOMAIN_RUNNING, 1), DomainState::Running);
         assert_eq!(state_of(sys::VIR_DOMAIN_PAUSED, 1), DomainState::Paused);
         assert_eq!(state_of(sys::VIR_DOMAIN_PAUSED, 5), DomainState::IoError);

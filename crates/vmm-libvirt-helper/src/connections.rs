@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_unpacked() {
+    fn libvirt_version_numbers_are_unpacked() {
         assert_eq!(version(7_002_022), "7.2.22");
         assert_eq!(version(9_000_000), "9.0.0");
         assert_eq!(version(11_010_003), "11.10.3");

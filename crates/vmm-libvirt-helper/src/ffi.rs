@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_ends_of_a_domain_are_told_apart() {
+    fn libvirt_stop_reasons_are_mapped() {
         let ended = |detail| lifecycle_of(sys::VIR_DOMAIN_EVENT_STOPPED, detail);
         assert_eq!(ended(0), Lifecycle::Stopped);
         assert_eq!(ended(1), Lifecycle::Destroyed);

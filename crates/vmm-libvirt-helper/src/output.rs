@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_are_cut_between_characters() {
+    fn texts_are_shortened_between_characters() {
         assert_eq!(cut("abc".to_owned(), 3), "abc");
         assert_eq!(cut("abcd".to_owned(), 3), "abc");
         assert_eq!(cut("aüü".to_owned(), 4), "aü");

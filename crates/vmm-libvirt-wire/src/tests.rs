@@ -13,7 +13,7 @@ fn there_and_back<T: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt:
 }
 
 #[test]
-fn lines_are_as_drawn() {
+fn lines_have_the_documented_form() {
     there_and_back(
         CallRequest { id: 7, within_ms: None, call: Call::Suspend { uuid: UUID } },
         r#"{"id":7,"call":"suspend","uuid":"0193f0de-0000-7000-8000-000000000001"}"#,
@@ -38,7 +38,7 @@ fn lines_are_as_drawn() {
 }
 
 #[test]
-fn calls_that_wait_their_turn_are_those_that_need_the_qemu_of_that_domain() {
+fn calls_that_need_qemu_wait_for_their_turn_per_domain() {
     let named = |waits_for| match waits_for {
         WaitsFor::Nothing => "nothing",
         WaitsFor::Host => "the host",
@@ -73,7 +73,7 @@ fn calls_that_wait_their_turn_are_those_that_need_the_qemu_of_that_domain() {
 }
 
 #[test]
-fn what_is_unknown_is_an_error() {
+fn unknown_messages_are_an_error() {
     for line in [
         r#"{"says":"hello"}"#,
         r#"{"says":"closed","why":"x","more":1}"#,
@@ -87,7 +87,7 @@ fn what_is_unknown_is_an_error() {
 }
 
 #[test]
-fn a_line_has_an_end_and_a_limit() {
+fn an_unfinished_or_overlong_line_is_an_error() {
     let mut line = Vec::new();
     let mut two: &[u8] = b"one\ntwo";
     assert_eq!(read_line(&mut two, &mut line).unwrap(), Some(()));

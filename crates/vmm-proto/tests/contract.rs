@@ -52,7 +52,7 @@ fn render(pool: &DescriptorPool) -> Vec<String> {
 }
 
 #[test]
-fn names_numbers_and_types_are_those_of_the_published_contract() {
+fn the_schema_equals_the_published_contract() {
     let pool = DescriptorPool::decode(vmm_proto::FILE_DESCRIPTOR_SET).unwrap();
     let published: Vec<&str> = include_str!("contract.txt").lines().collect();
     let compiled = render(&pool);
@@ -61,7 +61,7 @@ fn names_numbers_and_types_are_those_of_the_published_contract() {
 }
 
 #[test]
-fn json_has_proto_names_and_reads_both() {
+fn json_is_written_with_proto_names_and_read_with_either_spelling() {
     let request = pb::StreamConsoleRequest {
         vm_id: "a".into(),
         offset: Some(0),

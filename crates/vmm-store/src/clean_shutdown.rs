@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn a_database_that_was_closed_bears_a_mark_until_it_is_opened() {
+    fn a_closed_database_has_a_mark_until_it_is_opened() {
         let dir = tempfile::tempdir().unwrap();
         let path = opened_and_closed(dir.path());
         let lock = open::lock(dir.path()).unwrap();
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_fits_no_database_that_somebody_else_has_changed() {
+    fn a_mark_does_not_fit_a_database_changed_by_others() {
         let dir = tempfile::tempdir().unwrap();
         let path = opened_and_closed(dir.path());
         let whole = fs::read(&path).unwrap();

@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_in_the_place_of_the_lock_is_not_followed() {
+    fn a_symbolic_link_at_the_path_of_the_lock_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         let theirs = dir.path().join("theirs");
         std::os::unix::fs::symlink(&theirs, dir.path().join(format!("{DATABASE_FILE}.lock"))).unwrap();

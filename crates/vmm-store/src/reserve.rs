@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_link_in_its_place_is_left_alone() {
+    fn a_symbolic_link_at_the_path_of_the_reserve_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let (path, theirs) = (dir.path().join("x.db-reserve"), dir.path().join("theirs"));
         fs::write(&theirs, vec![7; 1 << 20]).unwrap();
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn it_takes_up_room_until_it_is_spent_and_is_made_again() {
+    fn the_reserve_uses_disk_space_until_it_is_spent_and_is_renewed() {
         let dir = tempfile::tempdir().unwrap();
         let reserve = Reserve::of(&dir.path().join("x.db"));
         let path = dir.path().join("x.db-reserve");

@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn every_version_reaches_the_last_and_keeps_its_rows() {
+    fn every_schema_version_is_upgraded_with_its_rows() {
         for already in 0..=STEPS.len() {
             let mut conn = memory();
             migrate(&mut conn, Path::new(PATH), &STEPS[..already]).unwrap();
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_fails_leaves_the_version_before_it() {
+    fn a_failed_upgrade_keeps_the_previous_version() {
         let broken = [
             STEPS[0],
             Migration { to: 2, what: "broken", sql: "UPDATE a SET x = 'lost'; SELECT * FROM nowhere;" },
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_version_is_refused_before_anything_is_touched() {
+    fn a_newer_schema_version_is_refused_without_a_change() {
         let mut conn = memory();
         migrate(&mut conn, Path::new(PATH), STEPS).unwrap();
         let error = migrate(&mut conn, Path::new(PATH), &STEPS[..2]).unwrap_err();
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_released_steps_are_in_order() {
+    fn the_upgrade_steps_are_in_order() {
         assert!(MIGRATIONS.windows(2).all(|pair| pair[0].to < pair[1].to));
         migrate(&mut memory(), Path::new(PATH), MIGRATIONS).unwrap();
     }

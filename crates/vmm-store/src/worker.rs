@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_is_late_is_not_waited_for() {
+    fn a_late_thread_is_not_awaited() {
         let (let_go, held) = mpsc::channel::<()>();
         let worker = Worker::spawn("late", move || assert!(held.recv().is_err())).unwrap();
         assert!(!worker.join_until(Instant::now()));
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_panics_has_ended() {
+    fn a_panicked_thread_counts_as_ended() {
         let worker = Worker::spawn("panics", || panic!("on purpose")).unwrap();
         assert!(worker.join_until(Instant::now() + std::time::Duration::from_secs(60)));
     }

@@ -69,7 +69,7 @@ impl Drop for Stop<'_> {
 }
 
 #[test]
-fn a_copy_is_of_one_moment_though_somebody_writes() {
+fn a_backup_during_writes_is_consistent() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir.path().join("state"));
     let mut vm = record("busy");
@@ -103,7 +103,7 @@ fn a_copy_is_of_one_moment_though_somebody_writes() {
 }
 
 #[test]
-fn a_copy_is_private_one_file_and_in_nobodys_place() {
+fn a_backup_is_one_private_file_and_replaces_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("state");
     fill(&state, &["a", "b"]);
@@ -127,7 +127,7 @@ fn a_copy_is_private_one_file_and_in_nobodys_place() {
 }
 
 #[test]
-fn a_damaged_database_makes_no_copy() {
+fn a_damaged_database_is_not_backed_up() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("state");
     fill(&state, &["a", "b", "c"]);
@@ -145,7 +145,7 @@ fn damage(path: &Path) {
 }
 
 #[test]
-fn looking_sees_what_was_committed_and_changes_nothing() {
+fn a_peek_reads_all_commits_and_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("state");
     assert!(peek(&state).unwrap().is_none());
@@ -163,7 +163,7 @@ fn looking_sees_what_was_committed_and_changes_nothing() {
 }
 
 #[test]
-fn a_backup_takes_the_place_of_the_database_which_is_kept() {
+fn a_restored_backup_replaces_the_database_and_keeps_a_copy() {
     let dir = tempfile::tempdir().unwrap();
     let (state, file) = (dir.path().join("state"), dir.path().join("copy"));
     fill(&state, &["a"]);
@@ -191,7 +191,7 @@ fn a_backup_takes_the_place_of_the_database_which_is_kept() {
 }
 
 #[test]
-fn the_log_of_a_daemon_that_was_killed_is_kept_too() {
+fn a_restore_keeps_the_write_ahead_log_of_a_killed_daemon() {
     let dir = tempfile::tempdir().unwrap();
     let (state, killed, file) =
         (dir.path().join("state"), dir.path().join("killed"), dir.path().join("copy"));
@@ -216,7 +216,7 @@ fn the_log_of_a_daemon_that_was_killed_is_kept_too() {
 }
 
 #[test]
-fn a_backup_replaces_a_database_that_is_damaged_or_has_gone() {
+fn a_backup_replaces_a_damaged_or_missing_database() {
     let dir = tempfile::tempdir().unwrap();
     let (state, file) = (dir.path().join("state"), dir.path().join("copy"));
     fill(&state, &["a", "b"]);
@@ -239,7 +239,7 @@ fn a_backup_replaces_a_database_that_is_damaged_or_has_gone() {
 }
 
 #[test]
-fn what_does_not_belong_there_is_refused_and_changes_nothing() {
+fn an_unexpected_file_refuses_the_restore_without_a_change() {
     let dir = tempfile::tempdir().unwrap();
     let (state, file) = (dir.path().join("state"), dir.path().join("copy"));
     fill(&state, &["a", "b", "c"]);
@@ -287,7 +287,7 @@ fn what_does_not_belong_there_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn a_record_can_be_corrected_on_its_way_back() {
+fn a_record_can_be_corrected_during_a_restore() {
     let dir = tempfile::tempdir().unwrap();
     let (state, file) = (dir.path().join("state"), dir.path().join("copy"));
     fill(&state, &["a", "b"]);

@@ -62,7 +62,7 @@ fn tamper(path: &Path, sql: &str) {
 }
 
 #[test]
-fn a_newer_schema_is_refused_and_left_alone() {
+fn a_newer_schema_is_refused_and_unchanged() {
     let (dir, path, ..) = filled();
     tamper(&path, "PRAGMA user_version = 2");
     let before = fs::read(&path).unwrap();
@@ -75,7 +75,7 @@ fn a_newer_schema_is_refused_and_left_alone() {
 }
 
 #[test]
-fn a_newer_record_hides_no_other_and_is_never_rewritten() {
+fn a_record_of_a_newer_release_hides_no_other_and_is_never_rewritten() {
     let (dir, path, vms, _) = filled();
     tamper(&path, "UPDATE vms SET format = 2 WHERE vm_id = 'vm-3'");
     let before = stored(&path, "vm-3").0;
@@ -90,7 +90,7 @@ fn a_newer_record_hides_no_other_and_is_never_rewritten() {
 }
 
 #[test]
-fn what_is_no_database_of_ours_is_refused() {
+fn a_foreign_database_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(DATABASE_FILE);
     for content in [&b""[..], b"hello", &[0x5a; 3 * PAGE]] {
@@ -106,7 +106,7 @@ fn what_is_no_database_of_ours_is_refused() {
 }
 
 #[test]
-fn a_database_cut_short_is_refused() {
+fn a_truncated_database_is_refused() {
     let (dir, path, ..) = filled();
     let whole = fs::read(&path).unwrap();
     let pages = whole.len() / PAGE;
@@ -122,7 +122,7 @@ fn a_database_cut_short_is_refused() {
 }
 
 #[test]
-fn a_page_overwritten_is_found_or_held_nothing() {
+fn an_overwritten_page_is_reported_or_held_no_data() {
     let (dir, path, vms, events) = filled();
     let mut random = Random(seed("a_page_overwritten"));
     let whole = fs::read(&path).unwrap();
@@ -156,7 +156,7 @@ fn a_page_overwritten_is_found_or_held_nothing() {
 }
 
 #[test]
-fn a_page_overwritten_is_found_when_opening() {
+fn an_overwritten_page_is_found_at_the_opening() {
     let (dir, path, ..) = filled();
     let whole = fs::read(&path).unwrap();
     for page in 0..whole.len() / PAGE {
@@ -170,7 +170,7 @@ fn a_page_overwritten_is_found_when_opening() {
 }
 
 #[test]
-fn a_log_without_its_database_is_refused() {
+fn a_write_ahead_log_without_its_database_is_refused() {
     let (dir, path, ..) = filled();
     let log = dir.path().join(format!("{DATABASE_FILE}-wal"));
     fs::remove_file(&path).unwrap();
@@ -181,7 +181,7 @@ fn a_log_without_its_database_is_refused() {
 }
 
 #[test]
-fn a_making_that_broke_off_is_begun_again() {
+fn an_interrupted_creation_of_the_database_is_repeated() {
     let dir = tempfile::tempdir().unwrap();
     let draft = dir.path().join(format!("{DATABASE_FILE}.new"));
     fs::write(&draft, b"half a database").unwrap();
@@ -220,7 +220,7 @@ fn json(text: &str) -> serde_json::Value {
 }
 
 #[test]
-fn a_record_with_a_newer_word_keeps_its_process_its_disks_and_the_word() {
+fn a_record_with_an_unknown_word_keeps_its_process_its_disks_and_the_word() {
     let words = [
         ("\"phase\":\"created\"", "\"phase\":\"snapshotting\""),
         ("\"request\":\"reboot\"", "\"request\":\"resize\""),
@@ -249,7 +249,7 @@ fn a_record_with_a_newer_word_keeps_its_process_its_disks_and_the_word() {
 }
 
 #[test]
-fn a_start_of_an_unknown_kind_holds_what_it_has_claimed() {
+fn an_intent_of_an_unknown_kind_keeps_its_claims() {
     let (dir, path, vms, _) = filled();
     tamper(
         &path,
@@ -263,7 +263,7 @@ fn a_start_of_an_unknown_kind_holds_what_it_has_claimed() {
 }
 
 #[test]
-fn fields_of_a_newer_release_survive_a_change() {
+fn unknown_fields_survive_a_change() {
     let (dir, path, vms, _) = filled();
     let add = "UPDATE vms SET record = json_set(record, '$.color', 'blue', '$.config.cpu.pinning', json('[1,2]')) WHERE vm_id = 'vm-3'";
     tamper(&path, add);
@@ -297,7 +297,7 @@ fn a_record_of_an_older_release_is_read_and_needs_no_process_namespace() {
 }
 
 #[test]
-fn a_record_that_makes_no_sense_is_named_and_hides_no_other() {
+fn an_unreadable_record_is_named_and_hides_no_other() {
     let damage = [
         "UPDATE vms SET record = replace(record, '\"state\":\"created\"', '\"state\":\"hibernated\"')",
         "UPDATE vms SET record = '{'",
@@ -318,7 +318,7 @@ fn a_record_that_makes_no_sense_is_named_and_hides_no_other() {
 }
 
 #[test]
-fn a_tombstone_that_makes_no_sense_hides_no_vm_and_keeps_what_can_be_read_of_it() {
+fn an_unreadable_tombstone_hides_no_vm_and_keeps_its_readable_parts() {
     let bury = |dir: &Path, vms: &[VmRecord]| {
         let claims = vec![HostClaim::Tap { name: "tap0".to_owned() }];
         let grave = Tombstone { vm: vms[3].clone(), claims };
@@ -347,7 +347,7 @@ fn a_tombstone_that_makes_no_sense_hides_no_vm_and_keeps_what_can_be_read_of_it(
 }
 
 #[test]
-fn an_event_that_cannot_be_read_keeps_its_place() {
+fn an_unreadable_event_keeps_its_position() {
     for sql in [
         "SET event = '{}'",
         "SET event = 'x'",

@@ -22,7 +22,7 @@ use vmm_testkit::store_suite::{all_events, insert, next, record, remove, update}
 /// Commits for ever with several VMs at once, and prints each commit that was answered.
 #[test]
 #[ignore = "a part that another test starts in a child process"]
-fn part_commit_for_ever() {
+fn child_commits_forever() {
     let Some(dir) = given_dir() else { return };
     let store = Arc::new(open(&dir));
     block_on(async {
@@ -56,14 +56,14 @@ fn part_commit_for_ever() {
 }
 
 #[test]
-fn a_killed_process_loses_nothing_acknowledged() {
+fn a_killed_process_loses_no_acknowledged_commit() {
     let mut random = Random(seed("a_killed_process"));
     let dir = tempfile::tempdir().unwrap();
     let mut generations: BTreeMap<String, u64> = BTreeMap::new();
     let mut acknowledged: BTreeMap<u64, String> = BTreeMap::new();
     for round in 0..6 {
         let enough = 1 + random.below(400);
-        let mut child = Player::start(&[], "part_commit_for_ever", dir.path()).unwrap();
+        let mut child = Player::start(&[], "child_commits_forever", dir.path()).unwrap();
         let mut seen = 0;
         for line in child.lines() {
             let mut words = line.split(' ').skip_while(|word| *word != "ACK").skip(1);
@@ -113,7 +113,7 @@ async fn fill(store: &SqliteStore) -> (Vec<VmRecord>, VmRecord, StoreError) {
 
 #[test]
 #[ignore = "a part that another test starts in a child process"]
-fn part_full_disk() {
+fn child_fills_the_disk() {
     let Some(dir) = given_dir() else { return };
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"]).arg(&dir).status();
     if !mounted.is_ok_and(|status| status.success()) {
@@ -151,16 +151,16 @@ fn part_full_disk() {
 }
 
 #[test]
-fn a_full_disk_refuses_and_keeps_the_rest() {
+fn a_full_disk_refuses_commits_and_keeps_the_earlier_ones() {
     let dir = tempfile::tempdir().unwrap();
     // The mount is in a namespace of the child, so it ends with the child.
     let wrapper = ["unshare", "--mount", "--map-root-user"];
-    expect_done(Player::start(&wrapper, "part_full_disk", dir.path()), "a_full_disk");
+    expect_done(Player::start(&wrapper, "child_fills_the_disk", dir.path()), "a_full_disk");
 }
 
 #[test]
 #[ignore = "a part that another test starts in a child process"]
-fn part_forced_on_a_full_disk() {
+fn child_forces_commits_on_a_full_disk() {
     let Some(dir) = given_dir() else { return };
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"]).arg(&dir).status();
     if !mounted.is_ok_and(|status| status.success()) {
@@ -219,10 +219,13 @@ fn part_forced_on_a_full_disk() {
 }
 
 #[test]
-fn what_is_forced_is_recorded_on_a_full_disk() {
+fn a_forced_commit_succeeds_on_a_full_disk() {
     let dir = tempfile::tempdir().unwrap();
     let wrapper = ["unshare", "--mount", "--map-root-user"];
-    expect_done(Player::start(&wrapper, "part_forced_on_a_full_disk", dir.path()), "forced_on_a_full_disk");
+    expect_done(
+        Player::start(&wrapper, "child_forces_commits_on_a_full_disk", dir.path()),
+        "forced_on_a_full_disk",
+    );
 }
 
 /// Limits the size of this process's files to `size` bytes. SIGXFSZ is ignored, so a write past the
@@ -238,7 +241,7 @@ fn size(path: &Path) -> u64 {
 
 #[test]
 #[ignore = "a part that another test starts in a child process"]
-fn part_failing_disk() {
+fn child_writes_to_a_failing_disk() {
     let Some(dir) = given_dir() else { return };
     let log = dir.join(format!("{DATABASE_FILE}-wal"));
     let store = Arc::new(open(&dir));
@@ -270,10 +273,10 @@ fn part_failing_disk() {
 }
 
 #[test]
-fn a_failing_disk_is_told_and_got_over() {
+fn a_failing_disk_is_reported_and_survived() {
     let dir = tempfile::tempdir().unwrap();
     let wrapper = ["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"];
-    expect_done(Player::start(&wrapper, "part_failing_disk", dir.path()), "a_failing_disk");
+    expect_done(Player::start(&wrapper, "child_writes_to_a_failing_disk", dir.path()), "a_failing_disk");
 }
 
 /// Waits for a child that prints DONE when it succeeds, or UNABLE if this machine cannot run it.

@@ -63,7 +63,7 @@ async fn write_two_lives(store: &vmm_store::SqliteStore) {
 }
 
 #[test]
-fn each_event_is_read_with_the_labels_that_it_bore_and_they_are_written_once() {
+fn an_event_keeps_its_labels_which_are_stored_once() {
     let dir = tempfile::tempdir().unwrap();
     let expected = ["blue", "blue", "", "red", "red", "red", "", ""];
     let store = open(dir.path());
@@ -79,7 +79,7 @@ fn each_event_is_read_with_the_labels_that_it_bore_and_they_are_written_once() {
 }
 
 #[test]
-fn labels_outlive_the_event_that_they_began_with_and_go_with_the_last_one_that_bears_them() {
+fn labels_are_removed_with_the_last_event_that_has_them() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let rows = || query::<i64>(dir.path(), ROWS);
@@ -98,7 +98,7 @@ fn labels_outlive_the_event_that_they_began_with_and_go_with_the_last_one_that_b
 }
 
 #[test]
-fn the_labels_of_a_living_vm_stay_though_all_its_events_have_expired() {
+fn the_labels_of_a_vm_remain_after_its_events_expire() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     block_on(async {
@@ -114,7 +114,7 @@ fn the_labels_of_a_living_vm_stay_though_all_its_events_have_expired() {
 }
 
 #[test]
-fn events_of_an_earlier_release_hold_their_labels_themselves() {
+fn events_of_an_earlier_release_have_inline_labels() {
     let dir = tempfile::tempdir().unwrap();
     let mut vm = record("vm");
     vm.config.metadata = labels("blue");

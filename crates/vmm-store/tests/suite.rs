@@ -34,7 +34,7 @@ fn state_dir() -> StateDir {
 vmm_testkit::store_suite!(state_dir);
 
 #[test]
-fn what_it_makes_is_for_its_user_alone() {
+fn the_files_of_the_store_are_private() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().join("a/b");
     let store = open(&state);
@@ -51,7 +51,7 @@ fn what_it_makes_is_for_its_user_alone() {
 }
 
 #[test]
-fn closing_empties_the_log_and_ends_all_calls() {
+fn a_close_empties_the_write_ahead_log_and_ends_all_calls() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let log = dir.path().join(format!("{DATABASE_FILE}-wal"));
@@ -70,7 +70,7 @@ fn closing_empties_the_log_and_ends_all_calls() {
 }
 
 #[test]
-fn a_second_daemon_is_kept_out() {
+fn a_second_daemon_cannot_open_the_store() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let error = SqliteStore::open(dir.path()).unwrap_err();
@@ -81,7 +81,7 @@ fn a_second_daemon_is_kept_out() {
 }
 
 #[test]
-fn an_accepted_commit_goes_on_without_its_caller() {
+fn an_accepted_commit_completes_without_its_caller() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let vm = record("vm");
@@ -98,7 +98,7 @@ fn an_accepted_commit_goes_on_without_its_caller() {
 }
 
 #[test]
-fn a_query_has_a_ceiling_and_an_expiry_many_steps() {
+fn a_query_is_limited_and_an_expiry_is_split() {
     let dir = tempfile::tempdir().unwrap();
     let store = Arc::new(open(dir.path()));
     block_on(async {
@@ -136,7 +136,7 @@ fn a_query_has_a_ceiling_and_an_expiry_many_steps() {
 }
 
 #[test]
-fn the_record_of_a_release_without_kinds_is_read() {
+fn a_record_of_a_release_without_kinds_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     block_on(async {

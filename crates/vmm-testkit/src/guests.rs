@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_clocks_is_read_as_kvm_means_it() {
+    fn a_line_of_clocks_is_parsed() {
         let line = |shift: &str, now: u64| {
             let now: String = now.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
             // Version 2, the counter was 1000, the time 5000, the scale a half.
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn elf_header_is_that_of_a_64_bit_executable() {
+    fn the_elf_header_is_that_of_a_64_bit_executable() {
         for guest in TinyGuest::ALL {
             let file = guest.elf();
             assert_eq!(&file[..7], b"\x7fELF\x02\x01\x01", "{guest:?}");
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn load_segment_covers_the_whole_file() {
+    fn the_load_segment_covers_the_whole_file() {
         for guest in TinyGuest::ALL {
             let file = guest.elf();
             assert_eq!(u32_at(&file, 64), 1, "{guest:?}");
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn note_names_the_entry_point() {
+    fn the_note_names_the_entry_point() {
         for guest in TinyGuest::ALL {
             let file = guest.elf();
             assert_eq!(u32_at(&file, 120), 4, "{guest:?}");
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn code_points_at_its_banner() {
+    fn the_code_points_at_its_banner() {
         for guest in TinyGuest::ALL {
             let file = guest.elf();
             // cli; cld; mov esi, imm32 are the first bytes of every guest.
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn written_file_has_the_bytes_and_a_name_of_its_own() {
+    fn a_written_guest_has_its_bytes_and_a_unique_name() {
         let folder = tempfile::tempdir().unwrap();
         let mut paths = Vec::new();
         for guest in TinyGuest::ALL {

@@ -29,20 +29,20 @@ pub trait StorePlace: Send + Sync {
 macro_rules! store_suite {
     ($make:path) => {
         $crate::store_suite!(@each $make:
-            everything_survives_reopening
-            a_read_reflects_every_answer
+            all_data_survives_a_reopening
+            a_read_reflects_every_answered_commit
             a_name_belongs_to_one_living_vm
-            of_many_inserts_of_a_name_one_wins
-            an_update_needs_the_generation_before
-            of_many_updates_to_a_generation_one_wins
-            removing_twice_is_harmless_and_keeps_the_events
-            a_tombstone_stays_until_it_is_taken_away
-            events_have_no_gaps_and_follow_the_answers
+            one_of_many_inserts_of_a_name_succeeds
+            an_update_needs_the_previous_generation
+            one_of_many_updates_of_a_generation_succeeds
+            a_second_removal_is_harmless_and_keeps_the_events
+            a_tombstone_stays_until_its_removal
+            events_have_no_gaps_and_follow_the_order_of_the_answers
             events_are_paged
-            expiry_takes_the_old_and_no_place_is_given_twice
-            expiry_digs_no_hole_where_the_clock_was_set_back
-            a_caller_that_goes_away_leaves_all_or_nothing
-            what_is_forced_follows_the_same_rules
+            expiry_removes_old_events_and_no_position_is_reused
+            expiry_makes_no_gap_after_the_clock_was_set_back
+            a_cancelled_commit_is_complete_or_absent
+            a_forced_commit_obeys_the_rules_of_a_plain_one
         );
     };
     (@each $make:path: $($case:ident)*) => {

@@ -77,7 +77,7 @@ impl Column for Faulty {
 }
 
 #[test]
-fn a_fault_fails_its_case() {
+fn a_faulty_backend_fails_its_case() {
     let fails_with = |fault, words: &str| {
         let column = Arc::new(Faulty { fake: FakeColumn::new(), fault });
         let panic = catch_unwind(move || run(column, "vcpu_count", module_path!())).unwrap_err();

@@ -324,7 +324,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn what_grows_is_copied_once() {
+    fn appended_console_output_is_copied_once() {
         let bench = Bench::new();
         let boot = bench.begin();
         let copier = bench.copier();
@@ -341,7 +341,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn a_file_without_end_is_copied_in_rounds() {
+    fn an_endless_console_file_is_copied_in_rounds() {
         let bench = Bench::new();
         let boot = bench.begin();
         let endless = LIMITS.round * (ROUNDS as u64 + 2);
@@ -354,7 +354,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn a_file_that_begins_anew_is_told_by_its_first_bytes() {
+    fn a_restarted_console_file_is_recognised_by_its_first_bytes() {
         let bench = Bench::new();
         let boot = bench.begin();
         let copier = bench.copier();
@@ -370,7 +370,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn a_boot_that_says_what_the_one_before_said_is_told_by_the_next_daemon_too() {
+    fn repeated_output_of_a_new_boot_is_copied_by_a_restarted_daemon() {
         let bench = Bench::new();
         let boot = bench.begin();
         append(&boot, "same words\n");
@@ -382,7 +382,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn a_copy_that_was_not_given_back_is_not_made_again() {
+    fn output_copied_before_a_crash_is_not_copied_again() {
         let bench = Bench::new();
         let boot = bench.begin();
         append(&boot, "one\n");
@@ -394,7 +394,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn the_end_of_one_boot_is_saved_before_the_next() {
+    fn the_last_output_of_a_boot_is_copied_before_the_next_boot() {
         let bench = Bench::new();
         append(&bench.begin(), "first boot\n");
         append(&bench.begin(), "second boot\n");

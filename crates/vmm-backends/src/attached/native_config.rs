@@ -93,7 +93,7 @@ mod unit_tests {
     use super::*;
 
     #[test]
-    fn more_may_be_said_but_nothing_else() {
+    fn a_report_may_add_values_but_not_change_them() {
         let ours = json!({"a": 1, "list": [{"id": "x"}], "none": [], "off": false});
         assert!(contains_values(&ours, &json!({"a": 1, "b": 2, "list": [{"id": "x", "more": true}]})));
         for other in [
@@ -109,7 +109,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn only_what_is_set_is_named() {
+    fn only_set_unrepresented_fields_are_named() {
         let mut unrepresented = Vec::new();
         let reported = json!({"a": 1, "b": null, "c": [], "d": {"e": false}, "f": 2, "g": {"h": 1}});
         list_unrepresented(&reported, &["a"], &[("f", json!(2))], &mut unrepresented, "");

@@ -50,7 +50,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn a_plain_path_is_its_own_name() {
+    fn a_plain_path_becomes_its_vm_name() {
         let names = texts("/tmp/ch.sock");
         assert_eq!(names[0], "tmp-ch.sock");
         assert_eq!(names.len(), 2);
@@ -58,7 +58,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn every_path_has_a_name_of_its_own() {
+    fn different_paths_have_different_vm_names() {
         let long = format!("/{}", "x/".repeat(50));
         let paths = ["/tmp/a-b", "/tmp/a/b", "/tmp/ä", "/tmp/ö", "/.hidden", "/_x", long.as_str(), "/a b"];
         let firsts: std::collections::BTreeSet<_> = paths.iter().map(|path| texts(path)[0].clone()).collect();

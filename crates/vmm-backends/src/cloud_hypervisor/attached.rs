@@ -198,7 +198,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn our_own_is_told_from_another_vm() {
+    fn a_reported_configuration_equals_the_request_only_in_full() {
         let (spec, console) = (large(), Path::new("/run/x/console.boot"));
         let config = CloudHypervisorConfig::of(&spec, &["tap0".to_owned()]).with_console_in(console);
         let mut native = serde_json::to_value(config).unwrap();

@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_served_is_refused() {
+    fn unsupported_values_are_refused() {
         let (violations, warnings) = findings(|config| {
             config.cpu = Some(CpuConfig {
                 vcpu_count: 4,
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_length_of_the_kernel_arguments_counts_what_is_added() {
+    fn the_length_limit_includes_the_added_kernel_arguments() {
         let refused = |length: usize| {
             let (violations, _) = findings(|config| {
                 config.boot.as_mut().unwrap().kernel_args = "x".repeat(length);
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_served_is_no_finding() {
+    fn supported_values_have_no_findings() {
         let (violations, warnings) = findings(|config| {
             config.storage.push(disk("format", "qcow2"));
             config.storage.push(StorageDevice { id: "b".to_owned(), ..disk("direct_io", "true") });

@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_does_not_reset_itself_on_a_panic_gets_the_device_to_tell_of_it() {
+    fn a_guest_without_a_panic_reset_has_a_pvpanic_device() {
         for (args, has_device) in [("console=ttyS0", true), ("console=ttyS0 panic=1", false)] {
             let mut config = small();
             config.boot.get_or_insert_default().kernel_args = args.to_owned();
@@ -326,17 +326,17 @@ mod tests {
     }
 
     #[test]
-    fn a_small_vm() {
+    fn a_small_vm_is_converted() {
         insta::assert_snapshot!(written(&small()));
     }
 
     #[test]
-    fn a_large_vm() {
+    fn a_large_vm_is_converted() {
         insta::assert_snapshot!(written(&large()));
     }
 
     #[test]
-    fn the_arguments() {
+    fn the_command_line_of_the_vmm() {
         let arguments = arguments(Path::new("/r/api.sock"), Path::new("/r/events"));
         let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
         insta::assert_snapshot!(words.join(" "));

@@ -184,7 +184,7 @@ pub(super) mod unit_tests {
     }
 
     #[test]
-    fn what_was_made_is_told_again() {
+    fn a_converted_specification_is_described_unchanged() {
         let spec = large();
         let native = serde_json::to_value(CloudHypervisorConfig::of(&spec, &["tap0".to_owned()])).unwrap();
         let (told, unrepresented) = configuration(&native);
@@ -198,7 +198,7 @@ pub(super) mod unit_tests {
     }
 
     #[test]
-    fn what_cannot_be_said_is_named() {
+    fn unrepresented_settings_are_named() {
         let native = json!({
             "cpus": {"boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": true},
             "memory": {"size": 0, "zones": [{"id": "a", "size": 67108864}, {"id": "b", "size": 67108864}]},
@@ -227,7 +227,7 @@ pub(super) mod unit_tests {
     }
 
     #[test]
-    fn whatever_a_vmm_says_is_no_panic() {
+    fn every_reported_configuration_is_described_without_a_panic() {
         for odd in
             [json!(null), json!([]), json!({"disks": 5, "cpus": [], "memory": {"size": -1}}), json!("x")]
         {

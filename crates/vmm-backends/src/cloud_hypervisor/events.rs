@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn events_that_the_record_knows_of_are_passed_over_but_an_end_is_not() {
+    fn events_before_the_recorded_change_are_skipped_except_an_end() {
         let dir = tempfile::tempdir().unwrap();
         let text = [(4, "rebooting"), (5, "shutdown"), (6, "paused"), (7, "resumed")]
             .map(|(secs, name)| event_at(secs, "vm", name))
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_read_whole_wherever_they_are_cut() {
+    fn events_split_at_any_byte_are_read_whole() {
         let text =
             format!("{}{}{}", event("vm", "rebooting"), event("vmm", "starting"), event("vm", "paused"));
         for cut in 0..text.len() {
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_told_from_a_kernel_for_crash_dumps() {
+    fn a_guest_panic_differs_from_a_loaded_crash_kernel() {
         for (word, expected) in
             [("panic", CloudHypervisorEvent::Panicked), ("crash_loaded", CloudHypervisorEvent::Other)]
         {
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_and_nonsense_are_passed_over() {
+    fn holes_and_malformed_events_are_skipped() {
         let text = format!(
             "\0\0\0\"nanos\": 7\n  }},\n}}\n\n{}garbage{}",
             event("vm", "paused"),
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_read_once_and_its_room_given_back() {
+    fn a_read_event_file_gives_its_disk_space_back() {
         let dir = tempfile::tempdir().unwrap();
         let mut file = EventFile::from_start(dir.path());
         assert!(file.read(10).unwrap().is_empty(), "not there yet");
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_daemon_reads_on_where_a_file_system_takes_no_holes() {
+    fn a_restarted_daemon_continues_on_a_file_system_without_holes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(EVENTS);
         let text = event("vm", "paused");

@@ -244,7 +244,7 @@ mod unit_tests {
     use crate::attached::rest::too_old;
 
     #[test]
-    fn one_that_cannot_be_told_where_its_console_goes_is_refused() {
+    fn a_firecracker_without_a_console_path_setting_is_refused() {
         for (version, refused) in [("1.7.0", true), ("1.13.1", true), ("1.14.0", false), ("1.16.1", false)] {
             assert_eq!(too_old::<Firecracker>(version).is_some(), refused, "{version}");
         }
@@ -256,7 +256,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn nothing_said_is_nothing_held() {
+    fn an_unconfigured_firecracker_holds_no_vm() {
         let empty = json!({"boot-source": {"kernel_image_path": ""}, "drives": [], "machine-config": {"vcpu_count": 1}});
         assert!(holding(GuestPhase::AtRest, empty.clone()).is_none());
         assert!(holding(GuestPhase::Running, empty).is_some());
@@ -265,7 +265,7 @@ mod unit_tests {
     }
 
     #[test]
-    fn a_part_of_ours_is_ours_and_a_part_of_anothers_is_not() {
+    fn a_partial_configuration_equals_the_request_only_before_the_start() {
         let is_ours = |native: Value, guest| {
             holding(guest, native)
                 .is_some_and(|holds| Firecracker::equals_request(&holds, uid(), &spec(), None))

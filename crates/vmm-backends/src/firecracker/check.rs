@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_would_notice_is_refused() {
+    fn unsupported_guest_visible_values_are_refused() {
         let cpu = |count: i32, sockets, cores, threads| {
             move |config: &mut VmConfig| {
                 let topology =
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn ceilings_and_hints_are_warnings() {
+    fn ignored_limits_and_hints_are_warnings() {
         let (violations, warnings) = findings(|config| {
             config.cpu.as_mut().unwrap().max_vcpu_count = 4;
             let memory = config.memory.as_mut().unwrap();

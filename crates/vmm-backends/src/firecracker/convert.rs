@@ -303,17 +303,17 @@ mod tests {
     }
 
     #[test]
-    fn a_small_vm() {
+    fn a_small_vm_is_converted() {
         insta::assert_snapshot!(written(&small()));
     }
 
     #[test]
-    fn a_large_vm() {
+    fn a_large_vm_is_converted() {
         insta::assert_snapshot!(written(&large()));
     }
 
     #[test]
-    fn the_clients_own_reboot_argument_wins() {
+    fn the_clients_reboot_argument_is_kept() {
         let mut config = small();
         config.boot.as_mut().unwrap().kernel_args = "reboot=t quiet -- reboot".to_owned();
         assert_eq!(kernel_args(&spec(&config)), "reboot=t quiet -- reboot");
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn the_arguments() {
+    fn the_command_line_of_the_vmm() {
         let uid = "0190a000-0000-7000-8000-000000000001".parse().unwrap();
         let arguments =
             arguments(uid, Path::new("/r/api.sock"), Path::new("/r/vmm.log"), Path::new("/r/metrics"));

@@ -144,7 +144,7 @@ pub(super) mod unit_tests {
     }
 
     #[test]
-    fn what_was_made_is_told_again() {
+    fn a_converted_specification_is_described_unchanged() {
         let (spec, (told, unrepresented)) = (spec(), configuration(&native(&spec())));
         assert_eq!(unrepresented, [""; 0]);
         let back = VmSpec::parse(&told).unwrap();

@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_are_summed_once_over_restarts_and_their_room_is_given_back() {
+    async fn metrics_lines_are_summed_once_over_restarts_and_freed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS);
         FirecrackerMetrics::begin(dir.path()).unwrap();
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nonsense_and_endless_lines_are_passed_over() {
+    async fn malformed_and_endless_metrics_lines_are_skipped() {
         let dir = tempfile::tempdir().unwrap();
         let long = "x".repeat(LIMITS.record + 1);
         let text = format!("garbage\n{}\n{{}}\n{long}\n{}\n", line(1), line(2));
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_line_that_a_full_disk_has_cut_costs_what_it_counted_and_no_more() {
+    async fn a_metrics_line_cut_by_a_full_disk_loses_only_itself() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS);
         // A half object is followed directly by the next object.
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn sums_of_another_release_are_read_and_broken_ones_begun_anew() {
+    async fn sums_of_another_release_are_read_and_broken_sums_are_restarted() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(METRICS), format!("{}\n", line(1))).unwrap();
         let sums = FirecrackerMetrics::new(dir.path()).sums().await.unwrap();
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn sums_that_cannot_be_kept_are_told_all_the_same() {
+    async fn sums_that_cannot_be_stored_are_still_returned() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(METRICS), format!("{}\n", line(1))).unwrap();
         // A folder at the path of the temporary file makes the write fail, also for root.

@@ -220,7 +220,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_exit_status_comes_before_the_counters() {
+    fn the_exit_status_overrides_the_counters() {
         let code = |code| ProcessExit { status: Some(ExitStatus::Code(code)) };
         let sums = |resets: u64, failures: u64| {
             let text = format!(

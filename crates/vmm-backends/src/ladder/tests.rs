@@ -105,26 +105,26 @@ impl LadderRungs for FakeVmm {
 }
 
 #[tokio::test]
-async fn a_guest_that_obeys_is_named() {
+async fn a_guest_that_obeys_is_recorded_with_its_rung() {
     let vmm = FakeVmm::start(":", &[BUTTON], Forbidden).await;
     assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
 }
 
 #[tokio::test]
-async fn a_guest_that_loses_the_first_request_is_asked_again() {
+async fn a_shutdown_request_is_repeated() {
     let vmm = FakeVmm::start(":", &[Loses, BUTTON], Forbidden).await;
     assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
     assert_eq!(vmm.requests.into_inner(), 2);
 }
 
 #[tokio::test]
-async fn a_guest_that_does_not_is_powered_off() {
+async fn a_guest_that_ignores_the_requests_is_powered_off() {
     let vmm = FakeVmm::start("trap '' USR1", &[BUTTON], ORDER).await;
     assert_eq!(vmm.climb(HASTY).await.unwrap(), EndedBy::Vmm);
 }
 
 #[tokio::test]
-async fn a_request_that_fails_costs_the_guest_none_of_its_time() {
+async fn a_failed_request_does_not_shorten_the_guest_timeout() {
     use BackendErrorKind::{Rejected, Timeout, Unreachable};
     for failure in [
         Fails(Unreachable, Effect::NotApplied),
@@ -137,25 +137,25 @@ async fn a_request_that_fails_costs_the_guest_none_of_its_time() {
 }
 
 #[tokio::test]
-async fn a_guest_that_obeys_before_its_vmm_answers_is_named() {
+async fn a_guest_that_ends_before_the_answer_is_recorded_with_its_rung() {
     let vmm = FakeVmm::start(":", &[EndsOver(Effect::Unknown)], Forbidden).await;
     assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Acpi);
 }
 
 #[tokio::test]
-async fn without_force_there_may_be_nothing_to_ask() {
+async fn a_shutdown_without_force_fails_if_no_request_exists() {
     let vmm = FakeVmm::start(":", &[], Missing).await;
     assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Sigterm);
 }
 
 #[tokio::test]
-async fn force_does_not_ask() {
+async fn force_skips_the_requests_to_the_guest() {
     let vmm = FakeVmm::start(":", &[Forbidden], ORDER).await;
     assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Vmm);
 }
 
 #[tokio::test]
-async fn a_vmm_that_refuses_gets_sigterm() {
+async fn a_vmm_that_refuses_the_power_off_gets_sigterm() {
     let refuses = Fails(BackendErrorKind::Rejected, Effect::NotApplied);
     for ladder in [HASTY, FORCED] {
         let vmm = FakeVmm::start(":", &[refuses], refuses).await;
@@ -164,7 +164,7 @@ async fn a_vmm_that_refuses_gets_sigterm() {
 }
 
 #[tokio::test]
-async fn a_vmm_that_obeys_without_an_answer_is_named() {
+async fn a_vmm_that_ends_without_an_answer_is_recorded_with_its_rung() {
     let vmm = FakeVmm::start(":", &[], EndsOver(Effect::Unknown)).await;
     assert_eq!(vmm.climb(FORCED).await.unwrap(), EndedBy::Vmm);
 }
@@ -176,7 +176,7 @@ async fn a_vmm_that_ignores_sigterm_is_killed() {
 }
 
 #[tokio::test]
-async fn a_vmm_that_answers_nothing_is_ended_by_force_only() {
+async fn a_silent_vmm_is_ended_by_force_only() {
     let lost = |kind| Fails(kind, Effect::NotApplied);
     for (silence, kind) in [
         (Hangs, BackendErrorKind::Timeout),
@@ -195,7 +195,7 @@ async fn a_vmm_that_answers_nothing_is_ended_by_force_only() {
 }
 
 #[tokio::test]
-async fn what_had_ended_was_the_guest() {
+async fn a_run_that_ended_before_the_ladder_is_ended_by_the_guest() {
     let vmm = FakeVmm::start(":", &[Forbidden], Forbidden).await;
     vmm.guard.signal(Signal::KILL).unwrap();
     vmm.guard.wait().await;
@@ -205,7 +205,7 @@ async fn what_had_ended_was_the_guest() {
 }
 
 #[tokio::test]
-async fn what_ends_before_the_question_arrives_was_the_guest() {
+async fn a_run_that_ends_before_the_request_arrives_is_ended_by_the_guest() {
     // A connection breaks like this if the process has ended and was not reaped yet.
     let vmm = FakeVmm::start(":", &[EndsOver(Effect::NotApplied)], Forbidden).await;
     assert_eq!(vmm.climb(PATIENT).await.unwrap(), EndedBy::Guest);
@@ -230,7 +230,7 @@ impl LadderRungs for Adopted {
 }
 
 #[tokio::test]
-async fn an_adopted_vmm_climbs_down_as_well() {
+async fn the_ladder_ends_an_adopted_vmm() {
     let vmm = FakeVmm::start("trap '' TERM", &[], Missing).await;
     let vmm_host::process::Lookup::Alive(adopted) = vmm_host::process::adopt(vmm.guard.identity()) else {
         panic!("it is there")

@@ -62,13 +62,13 @@ mod tests {
     }
 
     #[test]
-    fn what_qemu_takes_libvirt_takes() {
+    fn supported_qemu_values_pass_the_libvirt_check() {
         let report = checked(|_| {});
         assert_eq!((report.violations, report.warnings), (Vec::new(), Vec::new()));
     }
 
     #[test]
-    fn the_length_of_the_kernel_arguments_counts_what_is_added() {
+    fn the_length_limit_includes_the_added_kernel_arguments() {
         let refused = |length: usize| {
             let report = checked(|config| {
                 config.boot.get_or_insert_default().kernel_args = "x".repeat(length);
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_microvm_is_refused_without_a_word_about_its_limits() {
+    fn a_microvm_on_libvirt_has_one_violation_and_no_warnings() {
         let report = checked(|config| {
             config.cpu.get_or_insert_default().max_vcpu_count = 4;
             let boot = config.boot.get_or_insert_default();
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_libvirt_lacks_is_said() {
+    fn values_that_libvirt_lacks_are_violations() {
         let refused = |change: &dyn Fn(&mut VmConfig)| {
             let report = checked(|config| change(config));
             report.violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")

@@ -364,7 +364,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn disks_are_named_as_linux_does() {
+    fn disk_targets_are_named_like_linux_disks() {
         let names: Vec<_> = [0, 25, 26, 51, 52, 63].map(disk_name).into();
         assert_eq!(names, ["vda", "vdz", "vdaa", "vdaz", "vdba", "vdbl"]);
     }

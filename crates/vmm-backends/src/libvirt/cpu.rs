@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn models_are_rewritten() {
+    fn cpu_models_are_rewritten_for_libvirt() {
         assert_eq!(written("max"), "<cpu mode='maximum'> </cpu>");
         assert_eq!(
             written("host,-avx2,+aes,sse4a=off,pcid=on,x2apic"),

@@ -268,7 +268,7 @@ mod tests {
       </devices></domain>"#;
 
     #[test]
-    fn a_strangers_domain_is_told_as_far_as_it_goes() {
+    fn a_foreign_domain_is_described_as_far_as_possible() {
         let told = describe(STRANGER).unwrap();
         let config = &told.config;
         let cpu = config.cpu.as_ref().unwrap();
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_domain_is_refused() {
+    fn xml_that_is_no_domain_is_refused() {
         for text in ["", "<network/>", "<domain>", "<!DOCTYPE d [<!ENTITY a '&a;&a;'>]><domain>&a;</domain>"]
         {
             assert!(describe(text).is_err(), "{text}");

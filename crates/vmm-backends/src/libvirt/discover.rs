@@ -256,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_domain_that_changed_often_is_looked_at_once() {
+    fn a_domain_with_many_changes_is_examined_once() {
         let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let flood = std::iter::repeat_n(UnwatchedEvent::Changed(one), 1000);
         let rest = [

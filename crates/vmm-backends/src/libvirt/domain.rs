@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_whole_mark_is_ours() {
+    fn only_a_complete_mark_proves_ownership() {
         let id = "0193f0de-0000-7000-8000-000000000001";
         let ours = DomainOwner::Instance(id.parse().unwrap());
         assert_eq!(marked(Some(&format!("<vm instance='{id}'/>"))), ours);

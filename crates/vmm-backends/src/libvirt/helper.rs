@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_is_named_with_its_package() {
+    fn a_missing_part_of_libvirt_is_named_with_its_package() {
         let refused = |kind, message: &str| {
             let failure = CallFailure { kind, message: message.to_owned() };
             unreachable("qemu:///system", &failure).message
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn the_helper_lies_beside_the_daemon_or_where_packages_put_it() {
+    fn the_helper_is_searched_beside_the_daemon_and_in_package_paths() {
         use std::os::unix::fs::PermissionsExt as _;
         let root = tempfile::tempdir().unwrap();
         let (bin, libexec) = (root.path().join("bin"), root.path().join("libexec/vmm-controlplane"));
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_follow_from_uris() {
+    fn libvirt_sockets_are_derived_from_uris() {
         let of = |uri, set: &[(&str, &str)]| {
             let variable = |name: &str| set.iter().find(|(set, _)| *set == name).map(|(_, text)| text.into());
             socket_of(uri, variable).display().to_string()

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn the_label_of_an_active_domain_tells_the_user_of_its_qemu() {
+    fn the_user_of_qemu_is_read_from_the_label_of_an_active_domain() {
         let label = |label: &str| {
             let other =
                 "<seclabel type='dynamic' model='apparmor' relabel='yes'><label>libvirt-1</label></seclabel>";

@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_escaped() {
+    fn xml_values_are_escaped() {
         let mut xml = Xml::default();
         xml.element("a", &[("b", "'<&\"\n")], |xml| {
             xml.text("c", &[], "a=\"b,c\" && <x>'");
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn control_characters_are_none_of_xml() {
+    fn control_characters_are_refused_in_xml() {
         assert!(can_carry("a\tb ü\n"));
         assert!(!can_carry("a\u{1b}") && !can_carry("\0"));
     }

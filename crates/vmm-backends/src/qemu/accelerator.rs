@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn emulation_that_nobody_ordered_is_a_warning_with_the_reason() {
+    fn unrequested_emulation_is_a_warning_with_the_reason() {
         let warned = |choice: Choice| {
             let mut report = CheckReport::default();
             choice.advise(&mut report);

@@ -261,7 +261,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_read_as_qemu_prints_them() {
+    fn versions_of_qemu_are_parsed() {
         let version = |major, minor, micro| Some(Version::new(major, minor, micro));
         assert_eq!(
             read_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright"),

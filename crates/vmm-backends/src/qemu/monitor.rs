@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn shutdown_reasons_are_read_and_an_unknown_one_is_no_fault() {
+    fn known_and_unknown_shutdown_reasons_are_read() {
         let read = |reason: &str| {
             shutdown_reason(&event("SHUTDOWN", serde_json::json!({ "guest": true, "reason": reason })))
         };
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn what_qemu_said_outweighs_its_status() {
+    fn qemus_shutdown_reason_overrides_the_exit_status() {
         let exit = |status| ProcessExit { status };
         let killed = exit(Some(ExitStatus::Signal(9)));
         assert_eq!(exit_cause(Some(ShutdownReason::GuestShutdown), killed), ExitCause::GuestPowerOff);
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_not_ordered_is_told() {
+    fn only_changes_that_were_not_ordered_are_reported() {
         assert_eq!(difference(RunState::Running, true), None);
         assert_eq!(difference(RunState::Paused, false), None);
         assert_eq!(difference(RunState::Paused, true), Some(VmmEvent::Paused));

@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_package_that_lacks_is_named() {
+    fn a_missing_package_is_named() {
         for (said, package) in [
             ("qemu: could not load PC BIOS 'qboot.rom'", "qemu-system-data"),
             ("qemu: could not load PC BIOS 'bios-microvm.bin'", "qemu-system-data"),
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_is_made_once_a_command_is_answered() {
+    fn a_trial_succeeds_with_the_first_answered_command() {
         let greeting = r#"{"QMP": {"version": {}, "capabilities": ["oob"]}}"#;
         assert!(!has_made(greeting), "QEMU greets before it loads its firmware");
         assert!(!has_made("return\n{"));

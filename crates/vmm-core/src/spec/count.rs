@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn every_list_map_and_text_is_counted() {
+    fn every_list_map_and_text_has_a_limit() {
         assert_eq!(fields(&VmConfig::default()), [""; 0]);
         let keys: Options = (0..65).map(|number| (number.to_string(), String::new())).collect();
         let long = "x".repeat(MAX_TEXT + 1);
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn all_texts_together_have_a_limit() {
+    fn the_sum_of_all_texts_has_a_limit() {
         let disks = |count: usize| {
             let options: Options = [("ch.x".to_owned(), "x".repeat(MAX_TEXT))].into();
             let disk = StorageDevice { options, ..StorageDevice::default() };
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_list_is_refused_without_a_word_about_its_entries() {
+    fn an_overlong_list_has_one_violation_and_none_for_its_entries() {
         let storage = vec![StorageDevice::default(); 381_000];
         assert_eq!(fields(&VmConfig { storage, ..VmConfig::default() }), ["config.storage"]);
     }

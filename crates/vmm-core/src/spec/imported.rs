@@ -57,7 +57,7 @@ mod tests {
     use crate::config::{CpuConfig, MemoryConfig, NetworkInterface, StorageDevice};
 
     #[test]
-    fn whatever_a_vmm_tells_is_taken() {
+    fn every_configuration_of_a_vmm_can_be_imported() {
         let nothing = VmSpec::imported(&VmConfig::default());
         assert_eq!((nothing.cpu.count, nothing.memory.size_bytes), (1, MIB));
         let odd = VmConfig {

@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_taken_apart_as_linux_does() {
+    fn kernel_arguments_are_split_as_linux_does() {
         let words = |line| kernel_words(line).collect::<Vec<_>>();
         assert_eq!(words("  quiet\tro  -- root=x"), ["quiet", "ro"]);
         assert_eq!(words("a=\"b -- c\" d -- e"), ["a=\"b -- c\"", "d"]);

@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_guest_that_is_told_to_resets_itself_on_a_panic() {
+    fn only_a_panic_argument_makes_a_guest_reset_on_a_panic() {
         let resets = |given| spec(given, None).resets_on_panic();
         for given in ["panic=1", "quiet panic=-1 ro", "panic=0 panic=5"] {
             assert!(resets(given), "{given}");
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_quote_is_refused_because_it_would_swallow_what_is_added() {
+    fn an_open_quotation_mark_in_the_kernel_arguments_is_refused() {
         let boot =
             |kernel_args: &str| BootConfig { kernel_args: kernel_args.to_owned(), ..BootConfig::default() };
         let faults = |kernel_args| {
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_device_is_named_unless_the_line_names_one() {
+    fn a_root_argument_is_added_unless_one_is_given() {
         assert_eq!(args("console=ttyS0", Some((true, false))), "console=ttyS0 root=/dev/vda rw");
         assert_eq!(args("", Some((true, true))), "root=/dev/vda ro");
         assert_eq!(

@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_exit_reads_like_a_sentence() {
+    fn an_exit_status_is_printed_as_a_phrase() {
         let text = |status| ProcessExit { status }.to_string();
         assert_eq!(text(Some(ExitStatus::Code(1))), "exit status 1");
         assert_eq!(text(Some(ExitStatus::Signal(11))), "killed by SIGSEGV (11)");

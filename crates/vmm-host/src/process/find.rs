@@ -209,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_whole_paths_are_mentioned() {
+    fn only_whole_paths_count_as_mentioned() {
         let needle = b"/run/vmm/vms/0a";
         for yes in [
             "/run/vmm/vms/0a",
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_named_below_a_folder_ends_with_the_path() {
+    fn a_mentioned_path_below_a_folder_ends_with_its_last_part() {
         let below = |text: &str| paths_below(text.as_bytes(), b"/run/vmm/vms").collect::<Vec<_>>();
         assert_eq!(below("socket,path=/run/vmm/vms/0a/qmp.sock,server=on"), [PathBuf::from("0a/qmp.sock")]);
         assert_eq!(
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrapped_program_bears_the_name_of_its_wrapper() {
+    fn a_wrapped_program_has_the_name_of_its_wrapper() {
         for (file, name) in [
             (".qemu-system-x86_64-wrapped", "qemu-system-x86_64"),
             ("qemu-system-x86_64", "qemu-system-x86_64"),
@@ -271,14 +271,11 @@ mod tests {
     }
 
     #[test]
-    fn another_users_process_is_never_ours_whatever_its_arguments() {
+    fn a_process_of_another_user_is_never_ours() {
         use std::os::unix::process::CommandExt;
         if !rustix::process::geteuid().is_root() {
             let why = "only root can start a process as another user";
-            return vmm_testkit::skip::skipped(
-                "another_users_process_is_never_ours_whatever_its_arguments",
-                why,
-            );
+            return vmm_testkit::skip::skipped("a_process_of_another_user_is_never_ours", why);
         }
         let dir = tempfile::tempdir().unwrap();
         let marked = dir.path().join("vms");
@@ -300,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn an_option_is_found_with_its_value_behind_it() {
+    fn an_option_is_found_with_its_separate_value() {
         let mut child =
             std::process::Command::new("tail").args(["-f", "/dev/null", "-s", "86399"]).spawn().unwrap();
         let pids = |option, value| {

@@ -216,14 +216,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_may_hold_spaces_and_parentheses() {
+    fn a_process_name_may_have_spaces_and_parentheses() {
         let text = b"42 (a) S 1 (x) Z 9) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 0 0 20 0 1 0 123456 4096000 250 1844 1 1\n";
         let stat = parse_stat(text).unwrap();
         assert_eq!(stat, ProcessStat { cpu_ticks: 12, start_ticks: 123_456 });
     }
 
     #[test]
-    fn what_is_cut_short_is_refused() {
+    fn truncated_process_data_is_refused() {
         for text in [
             &b""[..],
             b"42 (a",
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_can_be_read() {
+    fn the_identity_of_this_process_can_be_read() {
         let pid = std::process::id();
         assert!(usage(pid).unwrap().resident_bytes > 0);
         assert_eq!(exe_of(pid).unwrap(), std::env::current_exe().unwrap());
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_not_found() {
+    fn a_missing_process_is_not_found() {
         // Above the highest pid that a kernel can give (2^22).
         let nobody = 4_194_305;
         assert_eq!(stat(nobody).unwrap_err().kind(), io::ErrorKind::NotFound);
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_removed_program_keeps_its_name() {
+    fn a_process_of_a_removed_program_keeps_its_name() {
         assert_eq!(without_deleted(Path::new("/usr/bin/qemu (deleted)")), Path::new("/usr/bin/qemu"));
         assert_eq!(without_deleted(Path::new("/usr/bin/qemu")), Path::new("/usr/bin/qemu"));
     }

@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn walks_that_hang_hold_no_more_threads_however_often_callers_try_again() {
+    async fn hanging_searches_hold_a_bounded_number_of_threads() {
         static FEW: Semaphore = Semaphore::const_new(2);
         static BEGUN: AtomicUsize = AtomicUsize::new(0);
         let (release, hangs) = channel::<()>();

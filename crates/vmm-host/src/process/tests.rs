@@ -58,7 +58,7 @@ fn identity_of(pid: u32) -> ProcessIdentity {
 }
 
 #[tokio::test]
-async fn an_exit_is_published_to_everyone() {
+async fn an_exit_is_published_to_every_waiter() {
     let script = Script::start("exit 3").await;
     let process = script.guard.process();
     let expected = ProcessExit { status: Some(ExitStatus::Code(3)) };
@@ -88,7 +88,7 @@ async fn a_stopped_process_can_be_killed() {
 }
 
 #[tokio::test]
-async fn a_guard_that_is_dropped_kills() {
+async fn a_dropped_guard_kills_its_process() {
     let Script { dir: _dir, guard } = Script::start("exec sleep 600").await;
     let process = guard.process().clone();
     drop(guard);
@@ -96,7 +96,7 @@ async fn a_guard_that_is_dropped_kills() {
 }
 
 #[tokio::test]
-async fn a_child_shares_nothing_with_us() {
+async fn a_child_inherits_no_descriptors_or_variables() {
     let script = Script::start("ls /proc/$$/fd; exec /usr/bin/env").await;
     let pid = Pid::from_raw(i32::try_from(script.guard.pid()).unwrap());
     // A process group of its own keeps a Ctrl+C for the daemon away from its VMs. The test fails
@@ -129,7 +129,7 @@ async fn a_child_shares_nothing_with_us() {
 }
 
 #[tokio::test]
-async fn output_goes_where_it_is_told_and_is_private() {
+async fn output_goes_to_its_file_which_is_private() {
     use std::os::unix::fs::MetadataExt;
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("in"), "typed\n").unwrap();
@@ -146,7 +146,7 @@ async fn output_goes_where_it_is_told_and_is_private() {
 }
 
 #[tokio::test]
-async fn output_may_be_thrown_away() {
+async fn output_can_be_discarded() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = sh(dir.path(), "echo out; echo err >&2");
     command.stdout = Some("/dev/null".into());
@@ -159,7 +159,7 @@ async fn output_may_be_thrown_away() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_started_says_why() {
+async fn a_program_that_cannot_start_is_explained() {
     let dir = tempfile::tempdir().unwrap();
     let error = |program: &str, log: &Path| {
         let command = Command::new(program, [""; 0], log);
@@ -179,7 +179,7 @@ async fn what_cannot_be_started_says_why() {
 }
 
 #[tokio::test]
-async fn a_strangers_child_can_be_adopted() {
+async fn a_process_of_another_parent_can_be_adopted() {
     let script = Script::start("sleep 600 & echo $!; wait").await;
     let identity = identity_of(script.first_line().await.parse().unwrap());
     let Lookup::Alive(process) = adopt(&identity) else { panic!("it is there") };
@@ -190,7 +190,7 @@ async fn a_strangers_child_can_be_adopted() {
 }
 
 #[tokio::test]
-async fn an_adopted_process_is_the_one_that_was_recorded() {
+async fn only_the_recorded_process_is_adopted() {
     let script = Script::start("exec sleep 600").await;
     let identity = script.guard.identity().clone();
     let Lookup::Alive(again) = adopt(&identity) else { panic!("it is there") };
@@ -221,7 +221,7 @@ fn pidfds_of(pid: u32) -> usize {
 }
 
 #[tokio::test]
-async fn a_handle_that_is_dropped_leaves_no_descriptor_and_no_task() {
+async fn a_dropped_handle_leaves_no_descriptor_and_no_task() {
     let script = Script::start("exec sleep 600").await;
     let before = pidfds_of(script.guard.pid());
     for _ in 0..100 {
@@ -240,7 +240,7 @@ async fn a_handle_that_is_dropped_leaves_no_descriptor_and_no_task() {
 }
 
 #[tokio::test]
-async fn a_process_recorded_in_another_namespace_is_not_proven_anything() {
+async fn a_process_recorded_in_another_namespace_is_unproven() {
     let script = Script::start("exec sleep 600").await;
     let identity = script.guard.identity().clone();
     let here = identity.namespaces.expect("what is started now is recorded with its namespaces");
@@ -305,7 +305,7 @@ fn another_pid_namespace_has_another_inode() {
 }
 
 #[test]
-fn a_child_that_cannot_be_watched_is_ended() {
+fn a_child_that_cannot_be_monitored_is_ended() {
     let dir = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let handle = runtime.handle().clone();
@@ -328,7 +328,7 @@ fn a_child_that_cannot_be_watched_is_ended() {
 }
 
 #[tokio::test]
-async fn a_pid_that_became_a_thread_is_gone() {
+async fn a_pid_reused_by_a_thread_counts_as_gone() {
     let (told, thread) = std::sync::mpsc::channel();
     let (end, ended) = std::sync::mpsc::channel::<()>();
     let worker = std::thread::spawn(move || {
@@ -343,7 +343,7 @@ async fn a_pid_that_became_a_thread_is_gone() {
 }
 
 #[tokio::test]
-async fn a_zombie_is_gone() {
+async fn a_zombie_counts_as_gone() {
     let dir = tempfile::tempdir().unwrap();
     let gate = dir.path().join("gate");
     rustix::fs::mkfifoat(rustix::fs::CWD, &gate, rustix::fs::Mode::RWXU).unwrap();
@@ -420,7 +420,7 @@ async fn a_process_is_found_from_the_moment_of_its_start() {
 }
 
 #[tokio::test]
-async fn a_process_that_has_yet_to_exec_is_waited_for() {
+async fn a_search_waits_for_a_process_before_its_exec() {
     let dir = tempfile::tempdir().unwrap();
     // The folder is reached by another path, as /run is by /var/run.
     let link = dir.path().join("link");
@@ -442,7 +442,7 @@ fn find_tail() -> PathBuf {
 }
 
 #[test]
-fn what_must_be_closed_for_good_waits_until_no_child_is_being_started() {
+fn a_final_close_waits_for_the_start_of_a_child() {
     let started = exec_guard();
     let closing = std::thread::spawn(|| command::close_for_good(|| STARTED.load(Ordering::SeqCst)));
     STARTED.store(true, Ordering::SeqCst);

@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn the_head_is_the_guests_whatever_the_image_is_made_of() {
+    fn the_head_has_the_guests_bytes_in_every_image_layout() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::write(at("raw"), contents()).unwrap();
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_an_image_lacks_are_those_of_its_backing_file() {
+    fn unallocated_bytes_are_read_from_the_backing_file() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::write(at("raw"), contents()).unwrap();
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_that_lead_nowhere_are_an_error_and_read_little() {
+    fn invalid_table_offsets_are_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut image = vec![0_u8; 4096];
         image[..4].copy_from_slice(MAGIC);

@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_the_one_owners_whose_mark_it_bears() {
+    fn a_run_folder_belongs_to_the_owner_of_its_mark() {
         let base = tempfile::tempdir().unwrap();
         let dir = super::super::create(base.path(), VmUid::new(Uuid::now_v7())).unwrap();
         fs::write(dir.join("owner-x"), "").unwrap();

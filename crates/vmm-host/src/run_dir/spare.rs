@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_is_read_as_it_was_put_until_it_is_taken_off() {
+    fn a_spare_mark_is_read_until_it_is_removed() {
         let base = tempfile::tempdir().unwrap();
         let dir = super::super::create(base.path(), VmUid::new(Uuid::now_v7())).unwrap();
         fs::write(dir.join("vmm.log"), "spare").unwrap();
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_looks_like_a_mark_is_none() {
+    fn an_incomplete_spare_mark_is_ignored() {
         let instance = Uuid::nil();
         for name in
             ["spare", "spare-", "spare-x-qemu", &format!("spare-{instance}"), &format!("spare-{instance}-")]

@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_of_a_daemon_that_runs_or_has_a_folder_stays() {
+    fn the_entry_of_a_daemon_that_runs_or_has_a_folder_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let (one, runs, has) = (State::new(), State::new(), State::new());
         let _lock = crate::lock::StateLock::acquire(runs.dir.path()).unwrap();
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_there_before_the_list_is_nobodys() {
+    fn a_folder_older_than_the_list_has_no_known_owner() {
         let dir = tempfile::tempdir().unwrap();
         run_dir::create(dir.path(), VmUid::new(Uuid::now_v7())).unwrap();
         let signed = State::new().sign(dir.path());
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_leads_elsewhere_is_refused() {
+    fn a_list_that_is_a_link_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/nowhere/else", dir.path().join(SERVED)).unwrap();
         assert!(record_user(dir.path(), instance(), dir.path()).is_err());

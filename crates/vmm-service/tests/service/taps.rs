@@ -138,7 +138,7 @@ async fn every_way_to_end_lets_another_have_the_tap_and_delete_remove_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_there_is_used_and_stays() {
+async fn an_existing_tap_is_used_and_kept() {
     let bed = Bed::new();
     let vms = bed.start().await;
     bed.taps.put("tap-x", true);

@@ -19,7 +19,7 @@ fn writer(dir: &std::path::Path) -> Writer {
 }
 
 #[test]
-fn one_that_is_refused_takes_nobody_of_its_group_along() {
+fn a_refused_commit_fails_no_other_of_its_group() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = writer(dir.path());
     let (a, rival, b) = (record("a"), record("a"), record("b"));
@@ -58,7 +58,7 @@ fn number(writer: &Writer, sql: &str) -> u64 {
 }
 
 #[test]
-fn the_log_is_bounded_in_bytes_and_loses_its_oldest_events() {
+fn a_log_beyond_its_size_limit_loses_its_oldest_events() {
     const BOUND: u64 = 100_000;
     const SUM: &str = "SELECT sum(octet_length(event)) FROM events";
     let dir = tempfile::tempdir().unwrap();
@@ -97,7 +97,7 @@ fn the_file_shrinks_when_many_events_have_expired() {
 }
 
 #[test]
-fn settling_tells_what_was_applied_from_what_was_not() {
+fn settling_distinguishes_applied_from_unapplied_commits() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = writer(dir.path());
     let (vm, other) = (record("vm"), record("other"));

@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn titles_are_unique() {
+    fn case_titles_are_unique() {
         let titles: std::collections::BTreeSet<&str> = CASES.iter().map(|case| case.title).collect();
         assert_eq!(titles.len(), CASES.len());
     }

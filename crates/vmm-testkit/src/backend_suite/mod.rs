@@ -135,7 +135,7 @@ macro_rules! backend_suite {
         )*
 
         #[test]
-        fn every_case_is_a_test() {
+        fn the_suite_has_a_test_for_every_case() {
             let tests = [$(stringify!($case)),*];
             let cases: Vec<&str> = $crate::backend_suite::CASES.iter().map(|case| case.id).collect();
             assert_eq!(cases, tests);

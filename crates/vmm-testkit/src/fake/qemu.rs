@@ -379,7 +379,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn qemus_command_line_is_read() {
+    fn the_fake_reads_qemus_command_line() {
         let line =
             "fake-qemu -S -append console=ttyS0\u{20}fake.deaf\u{20}fake.slow-off=250\u{20}fake.off-after=9";
         let chardevs = [

@@ -10,7 +10,7 @@ use super::samples::{
 
 /// Removing a VM again, or one that never existed, succeeds and logs nothing. The events of removed
 /// VMs stay.
-pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl StorePlace) {
+pub async fn a_second_removal_is_harmless_and_keeps_the_events(place: &impl StorePlace) {
     let store = place.open().await;
     let (vm, other) = (record("vm"), record("other"));
     commit(&*store, insert(&vm)).await;
@@ -28,7 +28,7 @@ pub async fn removing_twice_is_harmless_and_keeps_the_events(place: &impl StoreP
 
 /// Concurrent commits win or lose. The events of the winners fill the log without a gap, each in
 /// the place of its answer.
-pub async fn events_have_no_gaps_and_follow_the_answers(place: &impl StorePlace) {
+pub async fn events_have_no_gaps_and_follow_the_order_of_the_answers(place: &impl StorePlace) {
     let store = place.open().await;
     let mut expected = Vec::new();
     for round in 0..8_i64 {
@@ -81,7 +81,7 @@ pub async fn events_are_paged(place: &impl StorePlace) {
 
 /// Expiry removes older events and nothing else. No place is given again, even if all events are
 /// gone and the store was reopened.
-pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl StorePlace) {
+pub async fn expiry_removes_old_events_and_no_position_is_reused(place: &impl StorePlace) {
     let store = place.open().await;
     let mut vm = record("vm");
     for time_ms in 1..=10_i64 {
@@ -106,7 +106,7 @@ pub async fn expiry_takes_the_old_and_no_place_is_given_twice(place: &impl Store
 }
 
 /// Expiry stops at the first event that is young enough, even if older events follow it.
-pub async fn expiry_digs_no_hole_where_the_clock_was_set_back(place: &impl StorePlace) {
+pub async fn expiry_makes_no_gap_after_the_clock_was_set_back(place: &impl StorePlace) {
     let store = place.open().await;
     let mut vm = record("vm");
     for (at, time_ms) in [10, 20, 5, 1, 30].into_iter().enumerate() {

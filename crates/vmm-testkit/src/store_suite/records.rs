@@ -16,7 +16,7 @@ use super::samples::{
 };
 
 /// VMs, events and the identity are present after reopening, and the oldest VM comes first.
-pub async fn everything_survives_reopening(place: &impl StorePlace) {
+pub async fn all_data_survives_a_reopening(place: &impl StorePlace) {
     let (a, b) = (record("a"), record("b"));
     let store = place.open().await;
     let before = load(&*store).await;
@@ -50,7 +50,7 @@ pub async fn everything_survives_reopening(place: &impl StorePlace) {
 }
 
 /// A read that begins after a commit was answered sees the commit.
-pub async fn a_read_reflects_every_answer(place: &impl StorePlace) {
+pub async fn a_read_reflects_every_answered_commit(place: &impl StorePlace) {
     let store = place.open().await;
     let mut vm = record("vm");
     let mut last = commit(&*store, insert(&vm)).await;
@@ -82,7 +82,7 @@ pub async fn a_name_belongs_to_one_living_vm(place: &impl StorePlace) {
 }
 
 /// Of many concurrent inserts with one name, one is recorded.
-pub async fn of_many_inserts_of_a_name_one_wins(place: &impl StorePlace) {
+pub async fn one_of_many_inserts_of_a_name_succeeds(place: &impl StorePlace) {
     let store = place.open().await;
     let rivals: Vec<VmRecord> = (0..32).map(|_| record("name")).collect();
     let results = race(&store, rivals.iter().map(insert).collect()).await;
@@ -100,7 +100,7 @@ pub async fn of_many_inserts_of_a_name_one_wins(place: &impl StorePlace) {
 }
 
 /// An update that does not follow the stored generation is refused and leaves no event.
-pub async fn an_update_needs_the_generation_before(place: &impl StorePlace) {
+pub async fn an_update_needs_the_previous_generation(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     assert_refused(store.commit(update(&next(&vm))).await, StoreErrorKind::Conflict);
@@ -119,7 +119,7 @@ pub async fn an_update_needs_the_generation_before(place: &impl StorePlace) {
 }
 
 /// Of many concurrent updates to one generation, one is recorded.
-pub async fn of_many_updates_to_a_generation_one_wins(place: &impl StorePlace) {
+pub async fn one_of_many_updates_of_a_generation_succeeds(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     commit(&*store, insert(&vm)).await;
@@ -136,7 +136,7 @@ pub async fn of_many_updates_to_a_generation_one_wins(place: &impl StorePlace) {
 
 /// Burying a VM removes the VM and logs its event. The tombstone stays across openings until it is
 /// removed.
-pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl StorePlace) {
+pub async fn a_tombstone_stays_until_its_removal(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     let grave = Tombstone { claims: vec![HostClaim::Tap { name: "tap0".to_owned() }], vm: vm.clone() };
@@ -159,7 +159,7 @@ pub async fn a_tombstone_stays_until_it_is_taken_away(place: &impl StorePlace) {
 }
 
 /// A commit whose caller goes away is applied fully or not at all, and delays no other commit.
-pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl StorePlace) {
+pub async fn a_cancelled_commit_is_complete_or_absent(place: &impl StorePlace) {
     let store = place.open().await;
     let vms: Vec<VmRecord> = (0..32).map(|number| record(&format!("vm-{number}"))).collect();
     for vm in &vms {
@@ -182,7 +182,7 @@ pub async fn a_caller_that_goes_away_leaves_all_or_nothing(place: &impl StorePla
 }
 
 /// A forced commit obeys the rules of an ordinary one.
-pub async fn what_is_forced_follows_the_same_rules(place: &impl StorePlace) {
+pub async fn a_forced_commit_obeys_the_rules_of_a_plain_one(place: &impl StorePlace) {
     let store = place.open().await;
     let vm = record("vm");
     assert_refused(store.commit_forced(update(&next(&vm))).await, StoreErrorKind::Conflict);

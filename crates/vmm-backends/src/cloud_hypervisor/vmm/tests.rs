@@ -5,7 +5,7 @@ use std::path::Path;
 use super::*;
 
 #[test]
-fn the_record_knows_of_nothing_where_the_clock_was_set_back() {
+fn no_event_is_skipped_after_the_clock_was_set_back() {
     let process = vmm_host::process::identify(std::process::id()).unwrap();
     let now = 1_800_000_000_000;
     assert_eq!(known_until(&process, now + 1, now), Duration::ZERO);
@@ -16,7 +16,7 @@ fn the_record_knows_of_nothing_where_the_clock_was_set_back() {
 }
 
 #[test]
-fn counters_outlive_a_reset() {
+fn counters_continue_after_a_reset() {
     let mut totals = CounterTotals::default();
     assert_eq!(totals.update([10; 8]), [10; 8]);
     assert_eq!(totals.update([15; 8]), [15; 8]);
@@ -41,7 +41,7 @@ fn monitor_of(process: &Process, dir: &Path, sender: mpsc::Sender<VmmEvent>) -> 
 }
 
 #[tokio::test]
-async fn of_a_flood_of_changes_a_burst_is_told_and_the_last_one() {
+async fn a_flood_of_changes_reports_a_burst_and_the_last_change() {
     let dir = tempfile::tempdir().unwrap();
     let text = |event: &str| format!("{{\n\"source\": \"vm\",\n\"event\": \"{event}\"\n}}\n");
     let flood = format!("{}{}", text("resumed"), text("paused")).repeat(1000);
@@ -84,7 +84,7 @@ async fn a_monitor_whose_handle_was_dropped_ends_no_run() {
 }
 
 #[test]
-fn the_cause_of_an_end() {
+fn the_exit_cause_follows_from_status_order_and_events() {
     let code = |code| ProcessExit { status: Some(ExitStatus::Code(code)) };
     let killed = ProcessExit { status: Some(ExitStatus::Signal(9)) };
     let off = EndEvents { shutdown: true, ..EndEvents::default() };

@@ -75,7 +75,7 @@ async fn ended_by(script: &str, patience: ExitTimeouts) -> i32 {
 }
 
 #[tokio::test]
-async fn one_that_hangs_in_its_end_is_woken() {
+async fn a_qemu_that_hangs_while_it_exits_gets_a_signal() {
     let signal = ended_by(
         "exec sleep 600",
         ExitTimeouts { first: SHORT_DELAY, again: SHORT_DELAY, last: UNREACHED_TIMEOUT },
@@ -85,7 +85,7 @@ async fn one_that_hangs_in_its_end_is_woken() {
 }
 
 #[tokio::test]
-async fn one_that_nothing_wakes_is_killed() {
+async fn a_qemu_that_ignores_signals_while_it_exits_is_killed() {
     // The earlier signals only wake QEMU, so SIGKILL comes at `last` for any number of them.
     let patience = ExitTimeouts { first: SHORT_DELAY, again: SHORT_DELAY, last: 5 * SHORT_DELAY };
     let deaf = "trap '' TERM; exec sleep 600";
@@ -93,7 +93,7 @@ async fn one_that_nothing_wakes_is_killed() {
 }
 
 #[tokio::test]
-async fn one_that_goes_on_is_let_be() {
+async fn a_qemu_that_runs_again_gets_no_signal() {
     let patience =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     for state in [DomainState::Running, DomainState::Paused] {
@@ -107,7 +107,7 @@ async fn one_that_goes_on_is_let_be() {
 }
 
 #[tokio::test]
-async fn a_reset_calls_off_the_end() {
+async fn a_reset_cancels_the_expected_end() {
     let patience =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let mut scene = scene("exec sleep 600", DomainState::Running, patience).await;
@@ -118,7 +118,7 @@ async fn a_reset_calls_off_the_end() {
 }
 
 #[tokio::test]
-async fn a_guest_that_panicked_is_not_taken_for_one_that_somebody_paused() {
+async fn a_panicked_guest_is_not_reported_as_paused() {
     let patience =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let panicked = || DomainEvent::Monitor("GUEST_PANICKED".to_owned(), r#"{"action":"pause"}"#.to_owned());
@@ -135,7 +135,7 @@ async fn a_guest_that_panicked_is_not_taken_for_one_that_somebody_paused() {
 }
 
 #[tokio::test]
-async fn an_end_that_was_told_to_nobody_is_found_out() {
+async fn a_missed_shutdown_event_is_found_after_a_reconnect() {
     let patience =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, patience).await;
@@ -144,7 +144,7 @@ async fn an_end_that_was_told_to_nobody_is_found_out() {
 }
 
 #[tokio::test]
-async fn the_end_of_somebody_elses_is_not_hastened() {
+async fn the_exit_of_a_foreign_domain_is_not_forced() {
     let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, None).await;
     scene.watch.on_event(shut_down()).await;
     scene.watch.on_event(DomainEvent::Connected).await;
@@ -152,7 +152,7 @@ async fn the_end_of_somebody_elses_is_not_hastened() {
 }
 
 #[tokio::test]
-async fn of_a_thousand_changes_a_burst_is_asked_about_and_the_last_one() {
+async fn a_thousand_changes_cause_a_burst_of_queries_and_a_last_one() {
     let mut scene = scene("exec sleep 600", DomainState::Running, None).await;
     tokio::time::pause();
     let changes = [(Lifecycle::Suspended, DomainState::Paused), (Lifecycle::Resumed, DomainState::Running)];
@@ -173,7 +173,7 @@ async fn of_a_thousand_changes_a_burst_is_asked_about_and_the_last_one() {
 }
 
 #[test]
-fn what_qemu_said_counts_unless_libvirt_ended_it() {
+fn qemus_shutdown_reason_decides_unless_libvirt_ended_the_domain() {
     let cause = |reason, ended| exit_cause(reason, ended);
     let signal = Some(ShutdownReason::HostSignal);
     assert_eq!(cause(signal, Some(Lifecycle::Destroyed)), ExitCause::Requested);
@@ -187,7 +187,7 @@ fn what_qemu_said_counts_unless_libvirt_ended_it() {
 }
 
 #[test]
-fn only_what_was_not_ordered_is_told() {
+fn only_changes_that_were_not_ordered_are_reported() {
     assert_eq!(difference(DomainState::Running, true), None);
     assert_eq!(difference(DomainState::Paused, false), None);
     assert_eq!(difference(DomainState::Paused, true), Some(VmmEvent::Paused));

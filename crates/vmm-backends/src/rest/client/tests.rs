@@ -95,7 +95,7 @@ async fn put(client: &RestClient) -> Result<(), BackendError> {
 }
 
 #[tokio::test]
-async fn one_connection_is_kept() {
+async fn one_connection_serves_several_calls() {
     let fake = Fake::new(
         vec![
             answer("200 OK", "1"),
@@ -116,7 +116,7 @@ async fn one_connection_is_kept() {
 }
 
 #[tokio::test]
-async fn a_client_that_has_hung_up_connects_again() {
+async fn a_disconnected_client_connects_again() {
     let fake = Fake::new(vec![answer("200 OK", "1"), answer("200 OK", "2")], false);
     let client = fake.client();
     client.hang_up();
@@ -127,7 +127,7 @@ async fn a_client_that_has_hung_up_connects_again() {
 }
 
 #[tokio::test]
-async fn silence_has_an_end_and_its_connection_is_not_used_again() {
+async fn a_call_without_an_answer_times_out_and_drops_its_connection() {
     let fake = Fake::new(vec![], false);
     let client = fake.client();
     for connections in 1..=2 {
@@ -138,7 +138,7 @@ async fn silence_has_an_end_and_its_connection_is_not_used_again() {
 }
 
 #[tokio::test]
-async fn a_call_that_waits_for_another_spends_its_own_time() {
+async fn the_wait_for_another_call_counts_against_the_timeout() {
     let fake = Fake::new(vec![], false);
     let client = fake.client();
     let slow = async {
@@ -193,7 +193,7 @@ async fn a_call_that_is_dropped_leaves_no_answer_to_the_next() {
 }
 
 #[tokio::test]
-async fn garbage_is_a_protocol_error() {
+async fn a_malformed_answer_is_a_protocol_error() {
     for garbage in [
         b"garbage\r\n\r\n".to_vec(),
         answer("200 OK", "not json"),
@@ -210,7 +210,7 @@ async fn garbage_is_a_protocol_error() {
 }
 
 #[tokio::test]
-async fn long_answers_are_cut_off_whether_announced_or_endless() {
+async fn overlong_and_endless_answers_are_refused() {
     let huge = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n".to_vec();
     let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n".to_vec();
     let closed = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n".to_vec();
@@ -231,14 +231,14 @@ async fn a_broken_connection_may_have_had_an_effect() {
 }
 
 #[tokio::test]
-async fn half_an_answer_is_a_broken_connection_or_late() {
+async fn a_partial_answer_is_a_broken_connection_or_a_timeout() {
     let fake = Fake::new(vec![b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf".to_vec()], false);
     let error = put(&fake.client()).await.unwrap_err();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
 }
 
 #[tokio::test]
-async fn nobody_there_is_told_at_once() {
+async fn a_missing_socket_fails_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let client = RestClient::new(&dir.path().join("s"), |_| None);
     let error = put(&client).await.unwrap_err();
@@ -246,7 +246,7 @@ async fn nobody_there_is_told_at_once() {
 }
 
 #[tokio::test]
-async fn what_is_too_long_to_be_read_is_not_sent() {
+async fn an_overlong_request_is_not_sent() {
     let fake = Fake::new(vec![], false);
     let error = fake.client().put("/x", Some(&"x".repeat(60_000)), SHORT_TIMEOUT).await.unwrap_err();
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
@@ -254,7 +254,7 @@ async fn what_is_too_long_to_be_read_is_not_sent() {
 }
 
 #[tokio::test]
-async fn the_words_of_a_vmm_are_cut_and_cleaned() {
+async fn the_error_text_of_a_vmm_is_shortened_and_escaped() {
     let fake =
         Fake::new(vec![answer("500 Oops", &format!("\u{1b}[31mred\r\n{}", "x".repeat(60_000)))], false);
     let error = put(&fake.client()).await.unwrap_err();
@@ -263,7 +263,7 @@ async fn the_words_of_a_vmm_are_cut_and_cleaned() {
 }
 
 #[tokio::test]
-async fn an_answer_that_makes_no_sense_is_quoted_cut_and_cleaned() {
+async fn an_unexpected_answer_is_quoted_shortened_and_escaped() {
     let text = serde_json::to_string(&format!("\u{1b}[31m{}", "x".repeat(60_000))).unwrap();
     let fake = Fake::new(vec![answer("200 OK", &text)], false);
     let error = fake.client().get::<bool>("/x").await.unwrap_err();
@@ -272,7 +272,7 @@ async fn an_answer_that_makes_no_sense_is_quoted_cut_and_cleaned() {
 }
 
 #[tokio::test]
-async fn a_refusal_in_another_form_is_quoted_cut_and_cleaned() {
+async fn a_refusal_in_an_unknown_form_is_quoted_shortened_and_escaped() {
     let long = format!(r#"{{"why":"{}"}}"#, "x".repeat(10_000));
     for (body, quoted) in [
         (r#"{"error":{"reason":"no \u001b such disk"}}"#, "such disk"),

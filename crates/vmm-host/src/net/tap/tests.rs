@@ -48,7 +48,7 @@ fn ip(arguments: &[&str]) -> bool {
 }
 
 #[test]
-fn a_label_reads_back_and_others_do_not() {
+fn only_labels_of_this_program_are_read_back() {
     let owner = owner();
     let label = owner.to_string();
     assert!(label.len() < 256, "the kernel takes no longer alias");
@@ -59,7 +59,7 @@ fn a_label_reads_back_and_others_do_not() {
 }
 
 #[tokio::test]
-async fn a_tap_is_made_labelled_set_up_and_removed() {
+async fn a_tap_is_created_labelled_brought_up_and_removed() {
     let Some(name) = Name::new() else { return };
     let owner = owner();
     assert_eq!(HostTaps.provide(&name.0, TapNameOrigin::Program, owner).await.unwrap(), TapOrigin::Made);
@@ -88,7 +88,7 @@ async fn a_tap_is_made_labelled_set_up_and_removed() {
 }
 
 #[tokio::test]
-async fn what_a_crash_leaves_is_nothing_or_labelled() {
+async fn a_crash_leaves_no_tap_or_a_labelled_tap() {
     let Some(name) = Name::new() else { return };
     let tap = Tap::create_named(Interface::new(&name.0).unwrap()).unwrap();
     assert!(name.exists());
@@ -97,7 +97,7 @@ async fn what_a_crash_leaves_is_nothing_or_labelled() {
 }
 
 #[tokio::test]
-async fn what_was_there_is_used_and_stays() {
+async fn an_existing_tap_is_used_and_kept() {
     let Some(name) = Name::new() else { return };
     assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
     for alias in ["", "uplink of the database", &owner().to_string()] {
@@ -127,7 +127,7 @@ async fn a_tap_that_is_down_is_brought_up() {
 }
 
 #[tokio::test]
-async fn a_tap_goes_with_the_vm_that_ran_on_it_last() {
+async fn a_tap_is_removed_with_the_last_vm_that_used_it() {
     let Some(name) = Name::new() else { return };
     let first = owner();
     let second = TapOwner { uid: VmUid::new(Uuid::now_v7()), ..first };
@@ -139,7 +139,7 @@ async fn a_tap_goes_with_the_vm_that_ran_on_it_last() {
 }
 
 #[tokio::test]
-async fn what_no_vmm_could_open_is_refused() {
+async fn a_tap_that_no_vmm_can_open_is_refused() {
     let Some(name) = Name::new() else { return };
     let refusal = async |name: &str| {
         let error = HostTaps.provide(name, TapNameOrigin::Client, owner()).await.unwrap_err();
@@ -158,7 +158,7 @@ async fn what_no_vmm_could_open_is_refused() {
 }
 
 #[test]
-fn a_refusal_says_what_to_do() {
+fn a_tap_error_says_what_to_do() {
     let denied = |code| not_made("tap0")(io::Error::from_raw_os_error(code)).to_string();
     for code in [nix::libc::EPERM, nix::libc::EACCES] {
         assert!(denied(code).contains("CAP_NET_ADMIN") && denied(code).contains("beforehand"));
@@ -181,7 +181,7 @@ fn without_net_admin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
 }
 
 #[test]
-fn without_the_right_existing_taps_still_serve() {
+fn existing_taps_work_without_cap_net_admin() {
     let Some(name) = Name::new() else { return };
     let wanted = name.0.clone();
     let provide = move || {
