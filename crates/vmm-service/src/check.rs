@@ -265,7 +265,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_look_that_is_slow_gives_up_the_slot_of_its_vm() {
+    async fn a_slow_file_check_gives_up_the_start_slot_of_its_vm() {
         let slots = Semaphore::new(1);
         let quick = without_slot_if_slow(slots.acquire().await.unwrap(), async { 1 }).await;
         assert!(matches!(quick, (1, Some(_))));

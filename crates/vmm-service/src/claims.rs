@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_and_its_whole_disk_are_one_and_two_partitions_are_two() {
+    fn a_partition_conflicts_with_its_disk_and_not_with_its_sibling() {
         let claims = Claims::default();
         let [a, b, c] = [(); 3].map(|()| VmUid::new(uuid::Uuid::now_v7()));
         let id: VmId = "a".parse().unwrap();
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_does_not_answer_is_the_disk_that_another_vm_names_so() {
+    fn a_path_that_hangs_conflicts_with_the_same_path_of_another_vm() {
         let claims = Claims::default();
         let [a, b] = [(); 2].map(|()| VmUid::new(uuid::Uuid::now_v7()));
         let id: VmId = "a".parse().unwrap();
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn readers_share_and_a_writer_is_alone() {
+    fn readers_share_a_disk_and_a_writer_excludes_others() {
         let claims = Claims::default();
         let [a, b, c] = [(); 3].map(|()| VmUid::new(uuid::Uuid::now_v7()));
         let id: VmId = "a".parse().unwrap();
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exchange_gives_up_what_was_held_or_changes_nothing() {
+    fn an_exchange_of_claims_is_complete_or_changes_nothing() {
         let claims = Claims::default();
         let [a, b] = [(); 2].map(|()| VmUid::new(uuid::Uuid::now_v7()));
         let id: VmId = "a".parse().unwrap();
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_released_leaves_nothing_behind() {
+    fn a_released_claim_leaves_no_entry() {
         let claims = Claims::default();
         let [a, b] = [(); 2].map(|()| VmUid::new(uuid::Uuid::now_v7()));
         let id: VmId = "a".parse().unwrap();
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_serves_one() {
+    fn a_tap_has_one_holder() {
         let claims = Claims::default();
         let [a, b] = [(); 2].map(|()| VmUid::new(uuid::Uuid::now_v7()));
         let id: VmId = "holder".parse().unwrap();

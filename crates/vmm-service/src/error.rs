@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_causes_of_a_failure_are_kept_to_the_last_one() {
+    fn the_whole_source_chain_of_a_failure_is_kept() {
         let kernel = std::io::Error::from_raw_os_error(13);
         let error =
             BackendError::new(BackendErrorKind::Host, Effect::NotApplied, "no socket").caused_by(kernel);
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_the_host_is_resource_exhausted_and_says_what_to_raise() {
+    fn a_limit_of_the_host_is_resource_exhausted_and_names_the_limit_to_raise() {
         for (number, advice) in [(24, "LimitNOFILE="), (23, "fs.file-max"), (12, "MemoryMax=")] {
             let kernel = std::io::Error::from_raw_os_error(number);
             for kind in

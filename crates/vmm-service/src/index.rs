@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_state_leaves_the_order_of_the_holders_of_an_address() {
+    fn a_change_of_state_keeps_the_order_of_the_owners_of_an_address() {
         let [mut first, second, third] = ["a", "b", "c"].map(|name| vm(name, "02:00:00:00:00:01"));
         let index = index_of(&[&first, &second]);
         first.state = VmState::Running;

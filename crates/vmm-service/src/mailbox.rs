@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_forced_is_seen_without_being_taken_and_a_closed_mailbox_answers_nobody() {
+    async fn a_forced_operation_is_seen_in_the_queue_and_a_closed_mailbox_refuses() {
         let (mailbox, counter) = (Arc::<Mailbox>::default(), OperationCounter::default());
         let handle = ActorHandle::new(VmUid::new(Uuid::now_v7()), Arc::clone(&mailbox));
         let mut asks = std::pin::pin!(handle.ask(operation(VmOperation::Pause), counter.begin()));

@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_absent() {
+    fn unreadable_metrics_are_absent() {
         let now = Instant::now();
         assert_eq!(metrics_of(&Sample::default(), None, now, 1), None);
         let storage = Some(StorageCounters { bytes_read: 1, ..StorageCounters::default() });
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_that_are_started_together_are_sampled_apart() {
+    fn samples_of_processes_started_together_are_spread() {
         let mut moments: Vec<f64> = (1000..1100).map(sample_offset).collect();
         moments.sort_by(f64::total_cmp);
         assert!(moments.iter().all(|moment| (0.0..1.0).contains(moment)), "{moments:?}");

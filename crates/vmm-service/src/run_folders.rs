@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_listing_that_hangs_makes_every_vm_be_looked_for() {
+    async fn a_hanging_list_of_run_folders_counts_every_folder_as_used() {
         let uid = VmUid::new(Uuid::now_v7());
         assert!(UsedRunFolders::from_list(std::future::pending()).await.contains(uid));
         let nobody = UsedRunFolders::from_list(std::future::ready(Ok(Ok(BTreeSet::new())))).await;

@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn one_caller_fills_a_shelf_until_it_is_full() {
+    fn one_caller_at_a_time_fills_the_pool() {
         let mut pool = SparePool::new(2);
         assert!(pool.begin_filling(&fake()));
         assert!(!pool.begin_filling(&fake()), "one fills it already");
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_failure_the_next_caller_tries_again_unless_the_backend_has_none() {
+    fn a_failed_fill_is_tried_again_unless_the_backend_has_no_spares() {
         let mut pool = SparePool::new(1);
         for for_ever in [false, true] {
             assert!(pool.begin_filling(&fake()));
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_and_not_used_is_the_next_to_be_taken() {
+    fn a_returned_spare_vmm_is_the_next_to_be_reserved() {
         let mut pool = full(2);
         assert_eq!(pool.take(&fake()), Some(uid(1)));
         assert_eq!(pool.give_back(&fake(), uid(1)), None);
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_promise_is_broken_where_more_wait_than_are_wanted() {
+    fn the_oldest_reservation_is_cancelled_beyond_the_wanted_number() {
         let mut pool = full(2);
         assert_eq!(pool.reserve(&fake(), uid(1)), None);
         assert_eq!(pool.reserve(&fake(), uid(2)), None);
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stopped_pool_hands_over_all_and_takes_none() {
+    fn a_stopped_pool_returns_all_spare_vmms_and_accepts_none() {
         let mut pool = full(3);
         let taken = [pool.take(&fake()).unwrap(), pool.take(&fake()).unwrap()];
         assert_eq!(pool.reserve(&fake(), taken[0]), None);

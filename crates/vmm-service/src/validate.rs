@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_is_generated_and_what_is_given_stays() {
+    fn omitted_names_are_generated_and_given_names_are_kept() {
         let named = StorageDevice { id: "disk0".to_owned(), ..StorageDevice::default() };
         let tap = NetworkInterface { tap_device: "tap0".to_owned(), ..NetworkInterface::default() };
         let sent = VmConfig {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn hundreds_of_thousands_of_devices_are_named_in_one_pass() {
+    fn hundreds_of_thousands_of_devices_are_completed_in_one_pass() {
         let mut ids = vec![String::new(); 381_000];
         ids[380_999] = "disk7".to_owned();
         fill_ids(ids.iter_mut(), "disk");
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_this_host_can_hardly_serve_are_warnings() {
+    fn sizes_beyond_this_host_are_warnings() {
         use vmm_core::config::{CpuConfig, MemoryConfig};
         let host = HostCapacity { memory: 4 << 30, cpus: 2 };
         let warned = |vcpus, bytes| {
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_kernel_is_used_only_where_none_is_named() {
+    fn the_default_kernel_is_used_only_without_a_kernel() {
         let defaults = DefaultBoot {
             kernel: "/k".to_owned(),
             initrd: "/i".to_owned(),

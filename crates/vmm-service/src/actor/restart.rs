@@ -240,7 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_the_cap() {
+    fn restart_delays_double_up_to_the_limit() {
         assert_eq!(delay(1), Duration::from_millis(200));
         assert_eq!(delay(2), Duration::from_millis(400));
         assert_eq!(delay(8), Duration::from_millis(25_600));

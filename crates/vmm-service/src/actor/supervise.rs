@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_actor_is_small() {
+    fn an_idle_actor_uses_little_memory() {
         // Each VM has one actor and one such future. A step boxes what it needs, for the time that
         // it takes.
         let (actor, waits) = (size_of::<Actor>(), size_of_future(Actor::run));

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn looks_that_hang_leave_the_quick_permit_to_others() {
+    async fn hanging_file_checks_leave_the_quick_permit_free() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
             assert_eq!(hung.look(&permits, "/hung/a").await, Err(FilesTimedOut));
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_look_waits_for_a_permit_of_its_mount() {
+    async fn a_file_check_waits_for_a_permit_of_its_mount() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
             assert_eq!(hung.look(&permits, "/hung/a").await, Err(FilesTimedOut));
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_look_that_nobody_waits_for_leaves_its_quick_permit_too() {
+    async fn an_abandoned_file_check_leaves_its_quick_permit() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
         let look = tokio::spawn({
             let permits = Arc::clone(&permits);
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn threads_that_hang_are_bounded_whatever_they_hang_on() {
+    async fn hanging_threads_are_bounded_over_all_mounts() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..=LIMITS.slow {
             assert_eq!(hung.look(&permits, "/local").await, Err(FilesTimedOut));

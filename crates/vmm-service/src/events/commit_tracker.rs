@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_open_holds_back_only_what_came_after_it_began() {
+    fn an_open_commit_holds_back_only_later_positions() {
         let settled = Arc::new(CommitTracker::new(EventSeq(5)));
         let (a, b) = (settled.open(), settled.open());
         b.answered(EventSeq(7));
@@ -132,7 +132,7 @@ mod tests {
         /// Commits begin, are written, answered and shown in any order the rules allow; some fail,
         /// some are written unheard.
         #[test]
-        fn whatever_is_settled_is_shown(steps in prop::collection::vec((0..4_u8, 0..8_usize), 0..200)) {
+        fn every_settled_event_is_shown(steps in prop::collection::vec((0..4_u8, 0..8_usize), 0..200)) {
             let settled = Arc::new(CommitTracker::new(EventSeq(0)));
             let mut log = 0;
             let mut open: Vec<(OpenCommit, Option<u64>, bool)> = Vec::new();

@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn it_keeps_the_last_and_answers_only_where_it_has_no_gap() {
+    fn recent_events_are_returned_only_without_a_gap() {
         let mut recent = RecentEvents::new(EventSeq(5), 3, 1000);
         assert_eq!((places(&recent, 4), places(&recent, 5), places(&recent, 6)), (None, Some(vec![]), None));
         recent.append(EventSeq(5), &[event(6, 0), event(7, 0)]);
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_take_no_more_room_than_there_is() {
+    fn long_events_stay_within_the_byte_limit() {
         let mut recent = RecentEvents::new(EventSeq(0), 100, 1000);
         recent.append(EventSeq(0), &[event(1, 400), event(2, 400), event(3, 400)]);
         assert_eq!((places(&recent, 0), places(&recent, 1)), (None, Some(vec![2, 3])));

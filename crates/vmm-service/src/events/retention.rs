@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn with_a_true_clock_events_go_at_their_time() {
+    fn events_expire_at_their_time_with_a_true_clock() {
         let mut bed = Bed::new();
         assert_eq!(bed.at(0, 1_000, -5_000), -5_000, "nothing is old enough yet");
         assert_eq!(bed.at(7_000, 1_000, 2_000), 2_000);
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_jumps_forward_takes_no_event_with_it() {
+    fn a_clock_that_jumps_forward_expires_no_event() {
         let mut bed = Bed::new();
         bed.at(0, 1_000, 500);
         assert_eq!(bed.at(100, 1_000, 9 * YEAR), 1_000, "the oldest stays");
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_set_back_takes_none_too_early_and_stops_nothing_for_ever() {
+    fn a_clock_that_was_set_back_neither_hurries_nor_stops_the_expiry() {
         let mut bed = Bed::new();
         bed.at(0, 1_000, 1_000);
         assert_eq!(bed.at(10, 1_000, -9 * YEAR), -9 * YEAR);
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_with_nothing_in_it_is_passed_over() {
+    fn an_interval_without_events_is_skipped() {
         let mut bed = Bed::new();
         assert_eq!(bed.at(0, 1_000, YEAR), 1_000);
         assert_eq!(bed.at(500, YEAR - 5_000, YEAR + 500), YEAR - 5_000, "all that was older has gone");

@@ -117,14 +117,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_token_is_read_as_it_was_written(kind in 0..3, instance: u64, seq: u64, check: u32) {
+        fn every_token_is_read_back(kind in 0..3, instance: u64, seq: u64, check: u32) {
             let kind = [TokenKind::Event, TokenKind::Synced, TokenKind::Page][usize::try_from(kind).unwrap()];
             let token = Token { kind, instance, seq: EventSeq(seq), check };
             prop_assert_eq!(token.to_string().parse(), Ok(token));
         }
 
         #[test]
-        fn no_text_is_too_odd_and_each_token_has_one_spelling(text in "[esp]?[0-9a-fA-F+ä]{38,41}|\\PC*") {
+        fn every_text_is_parsed_and_each_token_has_one_spelling(text in "[esp]?[0-9a-fA-F+ä]{38,41}|\\PC*") {
             if let Ok(token) = text.parse::<Token>() {
                 prop_assert_eq!(token.to_string(), text);
             }

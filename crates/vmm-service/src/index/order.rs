@@ -228,7 +228,7 @@ mod tests {
         /// A selection holds what a walk over all VMs finds, in the same order, from wherever it
         /// begins.
         #[test]
-        fn a_selection_is_a_walk_that_passes_over_the_others(
+        fn a_selection_equals_a_filtered_walk_over_all_vms(
             vms in prop::collection::vec((0..6_i64, 0..4_usize, 0..2_usize, any::<[bool; 3]>(), any::<bool>()), 0..40),
             states: [bool; 4],
             backend in 0..4_usize,

@@ -23,7 +23,7 @@ async fn b_is_refused(bed: &Bed, vms: &Vms, what: &str) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reboot_that_is_refused_is_on_record_and_the_vm_runs_on() {
+async fn a_refused_reboot_is_recorded_and_the_vm_runs_on() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_disk("d")).await;
@@ -37,7 +37,7 @@ async fn a_reboot_that_is_refused_is_on_record_and_the_vm_runs_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_one_vm_holds_another_cannot_have() {
+async fn a_claimed_disk_or_tap_is_refused_to_another_vm() {
     let bed = Bed::new();
     for (config, what) in [(bed.with_disk("d"), bed.path("d")), (bed.with_tap("tap-x"), "tap-x".to_owned())] {
         let vms = bed.start().await;
@@ -59,7 +59,7 @@ async fn what_one_vm_holds_another_cannot_have() {
 }
 
 #[tokio::test]
-async fn the_files_of_a_backing_chain_are_held_read_only() {
+async fn the_files_of_a_backing_chain_are_claimed_read_only() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let base = bed.disk("base");
@@ -81,7 +81,7 @@ async fn the_files_of_a_backing_chain_are_held_read_only() {
 }
 
 #[tokio::test]
-async fn nobody_gets_in_between_the_halves_of_a_reboot() {
+async fn the_claims_are_held_between_the_halves_of_a_reboot() {
     let mut bed = Bed::new();
     bed.single_use = true;
     let vms = bed.start().await;
@@ -114,7 +114,7 @@ async fn b_is_told_of(vms: &Vms) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_end_frees_what_was_held() {
+async fn every_end_of_a_run_releases_its_claims() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("b", bed.with_disk("d")).await;
@@ -139,7 +139,7 @@ async fn every_end_frees_what_was_held() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_start_holds_nothing() {
+async fn a_failed_boot_releases_its_claims() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for vm_id in ["a", "b"] {
@@ -151,7 +151,7 @@ async fn a_failed_start_holds_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn readers_share_and_another_path_is_no_other_disk() {
+async fn readers_share_a_disk_which_is_the_same_under_another_path() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let read_only = || {
@@ -173,7 +173,7 @@ async fn readers_share_and_another_path_is_no_other_disk() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tap_that_the_program_names_is_the_vms_own() {
+async fn a_generated_tap_is_the_vms_own() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let config = || VmConfig { network: vec![Default::default()], ..bed.config() };
@@ -182,7 +182,7 @@ async fn a_tap_that_the_program_names_is_the_vms_own() {
 }
 
 #[test]
-fn what_a_running_vm_holds_it_holds_across_restarts() {
+fn a_running_vm_keeps_its_claims_across_restarts_of_the_daemon() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.create("b", bed.with_disk("d")).await;
@@ -200,7 +200,7 @@ fn what_a_running_vm_holds_it_holds_across_restarts() {
 }
 
 #[test]
-fn what_the_process_of_a_deleted_vm_may_write_is_held_until_it_has_gone() {
+fn the_claims_of_a_deleted_vm_are_held_until_its_process_ends() {
     let bed = Bed::new();
     let machine = bed.life(async |vms| {
         let machine = vms.run("a", bed.with_disk("d")).await;

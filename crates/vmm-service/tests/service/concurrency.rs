@@ -12,7 +12,7 @@ use vmm_testkit::fake::ScriptedMethod;
 use crate::common::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_creations_of_one_name_one_vm_comes() {
+async fn equal_concurrent_creations_of_a_name_make_one_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let tasks: Vec<_> = (0..50)
@@ -30,7 +30,7 @@ async fn of_many_creations_of_one_name_one_vm_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_differing_creations_of_one_name_one_wins() {
+async fn one_of_many_different_creations_of_a_name_succeeds() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let tasks: Vec<_> = (0..50)
@@ -51,7 +51,7 @@ async fn of_many_differing_creations_of_one_name_one_wins() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_boots_one_starts_a_machine() {
+async fn concurrent_boots_start_one_vmm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -68,7 +68,7 @@ async fn of_many_boots_one_starts_a_machine() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_vms_go_through_their_lives_side_by_side() {
+async fn many_vms_pass_their_lifecycle_concurrently() {
     let bed = Arc::new(Bed::new());
     let vms = bed.start().await;
     let tasks: Vec<_> = (0..60)
@@ -98,7 +98,7 @@ async fn many_vms_go_through_their_lives_side_by_side() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_storm_on_one_name_leaves_everything_true() {
+async fn concurrent_operations_on_one_name_leave_a_consistent_state() {
     let bed = Arc::new(Bed::new());
     let vms = bed.start().await;
     let tasks: Vec<_> = (0..24_usize)
@@ -240,7 +240,7 @@ fn hold_against(bed: &Bed, vms: &Vms, model: &Model) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
     #[test]
-    fn whatever_is_asked_the_table_holds(moves in proptest::collection::vec(any_move(), 1..60)) {
+    fn random_operations_follow_the_state_table(moves in proptest::collection::vec(any_move(), 1..60)) {
         let bed = Bed::new();
         let mut model = Model::new();
         let lives = moves.split(|(_, next)| matches!(next, Move::DaemonRestarts));

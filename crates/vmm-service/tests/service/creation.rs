@@ -10,7 +10,7 @@ use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 use vmm_testkit::memory_store::CommitTreatment;
 
 #[tokio::test(start_paused = true)]
-async fn the_same_call_again_answers_the_vm_as_it_is() {
+async fn a_repeated_creation_returns_the_vm_unchanged() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let first = vms.create("a", bed.config()).await;
@@ -21,7 +21,7 @@ async fn the_same_call_again_answers_the_vm_as_it_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_call_for_the_same_name_is_refused() {
+async fn a_different_creation_of_the_same_name_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -35,7 +35,7 @@ async fn another_call_for_the_same_name_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn names_are_generated_and_differ() {
+async fn generated_names_differ() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let a = vms.create("", bed.config()).await;
@@ -49,7 +49,7 @@ async fn names_are_generated_and_differ() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_left_out_is_filled_in_stored_and_returned() {
+async fn omitted_values_are_completed_stored_and_returned() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.with_disk("d");
@@ -68,7 +68,7 @@ async fn what_is_left_out_is_filled_in_stored_and_returned() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_default_kernel_serves_those_who_name_none() {
+async fn the_default_kernel_is_used_for_a_vm_without_a_kernel() {
     let mut bed = Bed::new();
     let none = VmConfig { boot: None, ..bed.config() };
     let vms = bed.start().await;
@@ -88,7 +88,7 @@ async fn the_default_kernel_serves_those_who_name_none() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_violations_are_told_at_once() {
+async fn all_violations_are_returned_at_once() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.config();
@@ -114,7 +114,7 @@ async fn all_violations_are_told_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_host_and_the_backend_find_is_told_together() {
+async fn findings_of_the_host_and_the_backend_are_returned_together() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.config();
@@ -175,7 +175,7 @@ async fn a_kernel_in_a_format_that_the_backend_cannot_boot_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_violation_is_named_at_once_those_of_files_included() {
+async fn all_violations_and_file_findings_are_returned_at_once() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.with_disk("d");
@@ -214,7 +214,7 @@ async fn hundreds_of_thousands_of_devices_are_refused_by_their_number() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_disk_cannot_be_written_twice_by_one_vm() {
+async fn one_writable_disk_twice_in_a_vm_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.with_disk("d");
@@ -236,7 +236,7 @@ fn console(output: String) -> Option<ConsoleConfig> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_console_file_must_be_new_or_the_vms_own() {
+async fn a_console_file_of_others_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     std::fs::write(bed.path("precious"), "data").unwrap();
@@ -266,7 +266,7 @@ async fn a_console_file_must_be_new_or_the_vms_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_console_file_that_appears_before_the_first_boot_is_left_alone() {
+async fn a_console_file_that_appears_before_the_first_boot_is_kept() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let config = VmConfig { console: console(bed.path("out")), ..bed.config() };
@@ -279,7 +279,7 @@ async fn a_console_file_that_appears_before_the_first_boot_is_left_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn names_that_lead_elsewhere_are_no_names() {
+async fn names_with_path_characters_are_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for vm_id in ["..", "../x", "a/b", "-a", ".a", "a b", "a\n", "ä", "a\0", &"x".repeat(64)] {
@@ -292,7 +292,7 @@ async fn names_that_lead_elsewhere_are_no_names() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn firmware_is_unimplemented_unless_more_is_wrong() {
+async fn firmware_alone_is_unimplemented_and_with_violations_invalid() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.config();
@@ -303,7 +303,7 @@ async fn firmware_is_unimplemented_unless_more_is_wrong() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn validation_finds_the_same_and_touches_nothing() {
+async fn validation_returns_the_findings_of_creation_and_changes_nothing() {
     let bed = Bed::new();
     let vms = bed.start().await;
     // The backend, the host's capacity and the network each have a warning.
@@ -324,7 +324,7 @@ async fn validation_finds_the_same_and_touches_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_backend_that_cannot_serve_now_is_a_warning() {
+async fn an_unavailable_backend_is_a_warning() {
     use vmm_core::backend::{BackendErrorKind, Effect};
     let bed = Bed::new();
     bed.world.always(
@@ -341,7 +341,7 @@ async fn a_backend_that_cannot_serve_now_is_a_warning() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_creation_that_cannot_be_recorded_leaves_its_name_free() {
+async fn a_creation_that_the_store_refuses_leaves_its_name_free() {
     use StoreErrorKind::{Full, Io};
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -361,7 +361,7 @@ async fn a_creation_that_cannot_be_recorded_leaves_its_name_free() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_creation_whose_client_leaves_is_carried_out() {
+async fn a_creation_completes_without_its_client() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let client = vms.begin({

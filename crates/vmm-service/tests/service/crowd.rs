@@ -83,7 +83,7 @@ async fn start_narrow(bed: &Bed) -> (Vms, Arc<AtomicUsize>) {
 }
 
 #[test]
-fn a_thousand_vms_are_adopted_and_none_is_called_unreachable() {
+fn a_thousand_vms_are_adopted_and_none_is_reported_unreachable() {
     const VMS: usize = 1000;
     let bed = Bed::new();
     bed.life(async |vms| {
@@ -104,7 +104,7 @@ fn a_thousand_vms_are_adopted_and_none_is_called_unreachable() {
 }
 
 #[test]
-fn after_a_reboot_of_the_host_the_restart_policies_do_not_start_all_vms_together() {
+fn restart_policies_start_vms_in_groups_after_a_reboot_of_the_host() {
     const VMS: usize = 200;
     let bed = Bed::new();
     bed.life(async |vms| {

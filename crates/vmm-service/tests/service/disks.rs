@@ -7,7 +7,7 @@ use vmm_core::state::VmState;
 use vmm_core::store::VmRequest;
 
 #[tokio::test(start_paused = true)]
-async fn an_image_must_be_what_its_format_says() {
+async fn an_image_in_another_format_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     bed.disk("base");
@@ -36,7 +36,7 @@ async fn violation_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> (String, Str
 }
 
 #[tokio::test]
-async fn each_fault_of_a_chain_of_backing_files_is_named() {
+async fn each_fault_of_a_backing_chain_is_named() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let rebase = |name: &str, base: &str| {
@@ -82,7 +82,7 @@ async fn warnings_of(bed: &Bed, vms: &Vms, disk: StorageDevice) -> Vec<(String, 
 }
 
 #[tokio::test]
-async fn a_size_that_no_hypervisor_starts_with_is_refused_and_one_that_is_cut_is_a_warning() {
+async fn an_unusable_disk_size_is_refused_and_a_rounded_one_is_a_warning() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let sized = |bytes: u64, direct_io: bool| {
@@ -120,7 +120,7 @@ async fn a_size_that_no_hypervisor_starts_with_is_refused_and_one_that_is_cut_is
 }
 
 #[tokio::test]
-async fn a_partition_table_under_a_root_that_is_added_is_a_warning() {
+async fn a_partition_table_on_a_generated_root_device_is_a_warning() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut head = vec![0; 1 << 20];
@@ -140,7 +140,7 @@ async fn a_partition_table_under_a_root_that_is_added_is_a_warning() {
 }
 
 #[tokio::test]
-async fn a_partition_table_inside_an_image_is_a_warning_too() {
+async fn a_partition_table_inside_an_image_is_a_warning() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut head = vec![0; 1 << 20];
@@ -185,7 +185,7 @@ async fn a_partition_table_inside_an_image_is_a_warning_too() {
 }
 
 #[tokio::test]
-async fn an_image_with_features_that_cannot_be_read_is_refused() {
+async fn an_image_with_unknown_features_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for (features, expected) in [(0x02, "is marked as corrupt"), (0x40, "bits 0x40"), (0x60, "bits 0x60")] {
@@ -200,7 +200,7 @@ async fn an_image_with_features_that_cannot_be_read_is_refused() {
 }
 
 #[tokio::test]
-async fn an_image_that_reaches_out_or_is_encrypted_is_refused() {
+async fn an_image_with_external_data_or_encryption_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let secret = ["--object", "secret,id=key,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=key"];
@@ -218,7 +218,7 @@ async fn an_image_that_reaches_out_or_is_encrypted_is_refused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_guest_writes_to_its_raw_disk_keeps_no_vm_from_booting() {
+async fn data_written_to_a_raw_disk_does_not_prevent_a_boot() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_disk("d")).await;

@@ -12,7 +12,7 @@ use crate::common::*;
 use crate::events::{changes, from, life_of, listed, presents, watch};
 
 #[tokio::test(start_paused = true)]
-async fn what_has_expired_cannot_be_resumed() {
+async fn an_expired_token_cannot_be_resumed() {
     let bed = Bed::new();
     let vms = bed.start().await;
     life_of(&vms, "a", bed.config()).await;
@@ -38,7 +38,7 @@ async fn what_has_expired_cannot_be_resumed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_gap_is_never_passed_over() {
+async fn a_gap_in_the_log_ends_the_watch() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;
@@ -85,7 +85,7 @@ async fn change_or_refusal(watch: &mut Watch) -> Result<u64, &'static str> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn old_events_are_removed_by_themselves() {
+async fn old_events_expire_without_a_request() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;
@@ -115,7 +115,7 @@ fn other_uid() -> VmUid {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_token_that_is_none_is_told_from_one_of_another_log() {
+async fn an_invalid_token_differs_from_a_token_of_another_log() {
     let bed = Bed::new();
     let vms = bed.start().await;
     life_of(&vms, "vm", bed.config()).await;
@@ -153,7 +153,7 @@ async fn a_token_that_is_none_is_told_from_one_of_another_log() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn filters_choose_by_name_and_by_what_a_vm_bore() {
+async fn filters_select_by_name_and_by_the_labels_of_the_event() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let labels = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
@@ -194,7 +194,7 @@ async fn filters_choose_by_name_and_by_what_a_vm_bore() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_trail_says_who_did_what_and_how_it_ended() {
+async fn the_events_name_caller_operation_and_outcome() {
     let bed = Bed::new();
     let vms = bed.start().await;
     life_of(&vms, "vm", bed.config()).await;
@@ -230,7 +230,7 @@ async fn the_trail_says_who_did_what_and_how_it_ended() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reboot_tells_in_its_answer_and_its_event_what_ended_the_guest() {
+async fn a_reboot_names_the_rung_in_its_answer_and_its_event() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;

@@ -92,7 +92,7 @@ pub(crate) async fn life_of(vms: &Vms, vm_id: &str, config: VmConfig) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn fifty_vms_at_once_are_told_of_in_the_order_of_the_log() {
+async fn events_of_fifty_vms_arrive_in_the_order_of_the_log() {
     const VMS: usize = 50;
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -134,7 +134,7 @@ async fn fifty_vms_at_once_are_told_of_in_the_order_of_the_log() {
 }
 
 #[test]
-fn every_token_resumes_after_a_restart_with_nothing_lost_and_nothing_twice() {
+fn every_token_resumes_after_a_restart_without_loss_or_repetition() {
     let bed = Bed::new();
     let marker = bed.life(async |vms| {
         vms.create("kept", bed.config()).await;
@@ -162,7 +162,7 @@ fn every_token_resumes_after_a_restart_with_nothing_lost_and_nothing_twice() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_watch_is_cut_off_and_resumes_while_a_fast_one_goes_on() {
+async fn a_slow_watch_is_ended_and_resumes_beside_a_fast_one() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let _machine = vms.run("vm", bed.config()).await;
@@ -192,7 +192,7 @@ async fn a_slow_watch_is_cut_off_and_resumes_while_a_fast_one_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_new_watch_is_told_the_truth_of_one_moment_under_churn() {
+async fn a_new_watch_gets_a_consistent_snapshot_under_churn() {
     const VMS: usize = 12;
     const LIVES: usize = 20;
     let bed = Bed::new();
@@ -273,7 +273,7 @@ impl Table {
 }
 
 #[test]
-fn a_beginning_that_is_read_slowly_is_true_at_its_marker() {
+fn a_slowly_read_snapshot_is_consistent_at_its_marker() {
     const VMS: usize = 200;
     let mut choices = pseudo_random(1);
     for filtered in [false, true] {
@@ -332,7 +332,7 @@ fn pseudo_random(seed: u64) -> impl FnMut() -> usize {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_is_not_read_keeps_no_more_than_a_page() {
+async fn an_unread_watch_holds_at_most_a_page() {
     const VMS: usize = 300;
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -350,7 +350,7 @@ async fn a_watch_that_is_not_read_keeps_no_more_than_a_page() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_first_page_of_many_vms_is_handed_over_before_the_next_is_read() {
+async fn the_first_page_of_a_snapshot_is_sent_before_the_next_is_read() {
     const PAGE: usize = 64;
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -374,7 +374,7 @@ async fn the_first_page_of_many_vms_is_handed_over_before_the_next_is_read() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn commits_that_fail_hold_nobody_up() {
+async fn failed_commits_do_not_delay_watches() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;
@@ -399,7 +399,7 @@ async fn commits_that_fail_hold_nobody_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wait_for_an_event_can_be_given_up() {
+async fn a_wait_for_an_event_can_be_cancelled() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let outcome: Result<Watch, ServiceError> = vms.service.watch(WatchQuery::default()).await;

@@ -54,7 +54,7 @@ const HANGING: [ScriptedMethod; 5] = [
 ];
 
 #[tokio::test(start_paused = true)]
-async fn a_forced_deletion_ends_what_hangs() {
+async fn a_forced_deletion_ends_a_vm_with_a_hanging_operation() {
     for method in HANGING {
         for act in [ScriptedResult::hang(), ScriptedResult::do_then_hang()] {
             let bed = Bed::new();
@@ -73,7 +73,7 @@ async fn a_forced_deletion_ends_what_hangs() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_forced_shutdown_ends_what_hangs() {
+async fn a_forced_shutdown_ends_a_vm_with_a_hanging_operation() {
     for method in HANGING {
         for act in [ScriptedResult::hang(), ScriptedResult::do_then_hang()] {
             let bed = Bed::new();
@@ -92,7 +92,7 @@ async fn a_forced_shutdown_ends_what_hangs() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_waits_behind_a_deleted_vm_is_told_that_it_is_gone() {
+async fn operations_queued_behind_a_deletion_are_not_found() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let task = hang(&bed, &vms, ScriptedMethod::Pause, ScriptedResult::hang()).await;
@@ -128,7 +128,7 @@ async fn a_silent_vmm_is_ended_by_force() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_killed_is_left_behind_and_said_so() {
+async fn a_process_that_cannot_be_killed_is_reported_as_left_behind() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -147,7 +147,7 @@ async fn what_cannot_be_killed_is_left_behind_and_said_so() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_out_of_reach_stays_so_where_force_may_do_nothing() {
+async fn an_unreachable_vm_stays_unreachable_if_force_is_refused() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -162,7 +162,7 @@ async fn what_is_out_of_reach_stays_so_where_force_may_do_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_that_hangs_holds_up_a_forced_deletion() {
+async fn no_hanging_call_delays_a_forced_deletion() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -177,7 +177,7 @@ async fn nothing_that_hangs_holds_up_a_forced_deletion() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_deletion_that_takes_its_time_gives_way_to_force() {
+async fn a_slow_deletion_is_pre_empted_by_force() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -198,7 +198,7 @@ async fn a_deletion_that_takes_its_time_gives_way_to_force() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_forced_shutdown_that_hangs_says_so_in_time() {
+async fn a_hanging_forced_shutdown_fails_in_time() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
@@ -213,7 +213,7 @@ async fn a_forced_shutdown_that_hangs_says_so_in_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn force_behind_force_that_hangs_answers_in_time_too() {
+async fn a_second_forced_operation_behind_a_hanging_one_answers_in_time() {
     for last_deletes in [false, true] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -244,7 +244,7 @@ async fn force_behind_force_that_hangs_answers_in_time_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn force_is_in_time_where_what_it_pre_empts_cannot_be_wound_up() {
+async fn force_answers_in_time_if_the_pre_empted_boot_cannot_clean_up() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let _task = hang(&bed, &vms, ScriptedMethod::Launch, ScriptedResult::do_then_hang()).await;
@@ -256,7 +256,7 @@ async fn force_is_in_time_where_what_it_pre_empts_cannot_be_wound_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_whose_process_cannot_be_ended_is_not_called_ended() {
+async fn a_failed_boot_with_a_remaining_process_is_reported_as_such() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.with_disk("d")).await;
@@ -279,7 +279,7 @@ async fn a_start_whose_process_cannot_be_ended_is_not_called_ended() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn force_ends_what_a_start_has_left() {
+async fn force_ends_the_orphan_of_a_failed_boot() {
     for deletes in [false, true] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -305,7 +305,7 @@ async fn force_ends_what_a_start_has_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_full_inbox_is_told_and_holds_up_no_reader() {
+async fn a_full_mailbox_refuses_operations_and_delays_no_reader() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let task = hang(&bed, &vms, ScriptedMethod::Pause, ScriptedResult::hang()).await;
@@ -332,7 +332,7 @@ async fn a_full_inbox_is_told_and_holds_up_no_reader() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_operation_whose_client_leaves_runs_to_its_end() {
+async fn an_operation_completes_without_its_client() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let latch = vmm_testkit::fake::CallLatch::default();
@@ -346,7 +346,7 @@ async fn an_operation_whose_client_leaves_runs_to_its_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_operation_whose_vmm_hangs_fails_in_time() {
+async fn an_operation_on_a_hanging_vmm_fails_in_time() {
     let limit = Duration::from_secs(30);
     for method in
         [ScriptedMethod::Launch, ScriptedMethod::Pause, ScriptedMethod::Resume, ScriptedMethod::Reset]
@@ -362,7 +362,7 @@ async fn an_operation_whose_vmm_hangs_fails_in_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_shutdown_by_force_succeeds_only_when_the_process_has_gone() {
+async fn a_forced_shutdown_succeeds_only_after_the_end_of_the_process() {
     for ran in [false, true] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -395,7 +395,7 @@ async fn a_shutdown_by_force_succeeds_only_when_the_process_has_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn taps_that_take_their_time_do_not_hold_up_force() {
+async fn slow_taps_do_not_delay_force() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.with_tap("tap-x")).await;
@@ -415,7 +415,7 @@ async fn taps_that_take_their_time_do_not_hold_up_force() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reboot_whose_halves_take_their_time_ends_within_its_own() {
+async fn a_reboot_with_slow_halves_ends_within_its_budget() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
@@ -428,7 +428,7 @@ async fn a_reboot_whose_halves_take_their_time_ends_within_its_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vm_whose_actor_panics_is_taken_up_again() {
+async fn a_vm_is_adopted_again_after_a_panic_of_its_actor() {
     for (method, state) in
         [(ScriptedMethod::Pause, VmState::Running), (ScriptedMethod::Launch, VmState::Created)]
     {

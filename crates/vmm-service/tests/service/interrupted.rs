@@ -40,7 +40,7 @@ fn interrupt_by(bed: &Bed, kind: IntentKind, phase: Phase) {
 }
 
 #[test]
-fn an_interrupted_boot_that_started_nothing_is_taken_back() {
+fn an_interrupted_boot_without_a_process_is_undone() {
     for state in [VmState::Created, VmState::Shutdown] {
         let bed = Bed::new();
         left_in(&bed, state);
@@ -73,7 +73,7 @@ fn boot_dies_after_launch(bed: &Bed) {
 }
 
 #[test]
-fn an_interrupted_boot_whose_guest_runs_stands() {
+fn an_interrupted_boot_with_a_running_guest_is_completed() {
     let bed = Bed::new();
     boot_dies_after_launch(&bed);
     bed.life(async |vms| {
@@ -91,7 +91,7 @@ fn an_interrupted_boot_whose_guest_runs_stands() {
 }
 
 #[test]
-fn an_interrupted_boot_whose_guest_does_not_run_is_taken_back() {
+fn an_interrupted_boot_without_a_running_guest_is_undone() {
     for guest in [GuestState::Paused, GuestState::Ended] {
         let bed = Bed::new();
         boot_dies_after_launch(&bed);
@@ -106,7 +106,7 @@ fn an_interrupted_boot_whose_guest_does_not_run_is_taken_back() {
 }
 
 #[test]
-fn an_interrupted_boot_whose_vmm_is_silent_is_not_forgotten() {
+fn an_interrupted_boot_with_a_silent_vmm_stays_on_record() {
     let bed = Bed::new();
     boot_dies_after_launch(&bed);
     bed.world.machine("a").unwrap().set_unprovable(true);
@@ -122,7 +122,7 @@ fn an_interrupted_boot_whose_vmm_is_silent_is_not_forgotten() {
 }
 
 #[test]
-fn force_ends_what_an_interrupted_boot_has_left() {
+fn force_ends_the_process_of_an_interrupted_boot() {
     for deletes in [false, true] {
         let bed = Bed::new();
         boot_dies_after_launch(&bed);
@@ -143,7 +143,7 @@ fn force_ends_what_an_interrupted_boot_has_left() {
 }
 
 #[test]
-fn an_interrupted_operation_leaves_the_vm_as_its_vmm_says() {
+fn an_interrupted_operation_leaves_the_state_that_the_vmm_reports() {
     let cases = [
         (VmState::Running, VmOperation::Pause, Phase::Pausing),
         (VmState::Paused, VmOperation::Resume, Phase::Resuming),
@@ -167,7 +167,7 @@ fn an_interrupted_operation_leaves_the_vm_as_its_vmm_says() {
 }
 
 #[test]
-fn an_interrupted_shutdown_is_carried_through() {
+fn an_interrupted_shutdown_is_completed() {
     for guest in [GuestState::Running, GuestState::Paused] {
         let bed = Bed::new();
         bed.life(async |vms| drop(vms.run("a", bed.with_policy(ALWAYS, 0)).await));
@@ -182,7 +182,7 @@ fn an_interrupted_shutdown_is_carried_through() {
 }
 
 #[test]
-fn an_interrupted_reboot_is_carried_through() {
+fn an_interrupted_reboot_is_completed() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     interrupt(&bed, VmOperation::Reboot, Phase::Rebooting);
@@ -195,7 +195,7 @@ fn an_interrupted_reboot_is_carried_through() {
 }
 
 #[test]
-fn an_interrupted_reboot_of_a_vm_that_stands_still_by_now_is_given_up() {
+fn an_interrupted_reboot_of_a_paused_vm_is_cancelled() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     interrupt(&bed, VmOperation::Reboot, Phase::Rebooting);
@@ -208,7 +208,7 @@ fn an_interrupted_reboot_of_a_vm_that_stands_still_by_now_is_given_up() {
 }
 
 #[test]
-fn force_comes_before_what_is_carried_through() {
+fn force_pre_empts_the_completion_of_an_interrupted_operation() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     bed.world.machine("a").unwrap().ignore_shutdown();
@@ -220,7 +220,7 @@ fn force_comes_before_what_is_carried_through() {
 }
 
 #[test]
-fn an_interrupted_start_by_policy_is_made_again() {
+fn an_interrupted_start_by_policy_is_repeated() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.run("a", bed.with_policy(ON_FAILURE, 0)).await;
@@ -236,7 +236,7 @@ fn an_interrupted_start_by_policy_is_made_again() {
 }
 
 #[test]
-fn an_interrupted_shutdown_that_came_about_is_never_undone() {
+fn an_interrupted_shutdown_that_succeeded_is_never_undone() {
     for restarted in [false, true] {
         let bed = Bed::new();
         bed.life(async |vms| drop(vms.run("a", bed.with_policy(ALWAYS, 0)).await));
@@ -256,7 +256,7 @@ fn an_interrupted_shutdown_that_came_about_is_never_undone() {
 }
 
 #[test]
-fn an_interrupted_reboot_goes_on_where_it_was() {
+fn an_interrupted_reboot_continues_from_its_half() {
     // Dead after the first half; or after the second, whose machine is not the one on record.
     for second_half in [false, true] {
         let bed = Bed::new();
@@ -288,7 +288,7 @@ fn an_interrupted_reboot_goes_on_where_it_was() {
 }
 
 #[test]
-fn an_interrupted_deletion_is_finished() {
+fn an_interrupted_forced_deletion_is_completed() {
     for (state, request) in [
         (VmState::Created, VmOperation::Delete),
         (VmState::Shutdown, VmOperation::Delete),
@@ -309,7 +309,7 @@ fn an_interrupted_deletion_is_finished() {
 }
 
 #[test]
-fn a_shutdown_that_was_cut_short_is_carried_on_by_force_at_once_and_else_when_the_vmm_answers() {
+fn an_interrupted_shutdown_of_a_silent_vmm_waits_unless_it_is_forced() {
     for (ask_guest_for, ends) in [(None, true), (Some(Duration::from_secs(1)), false)] {
         let bed = Bed::new();
         left_in(&bed, VmState::Running);
@@ -333,7 +333,7 @@ fn a_shutdown_that_was_cut_short_is_carried_on_by_force_at_once_and_else_when_th
 }
 
 #[test]
-fn what_was_cut_short_waits_for_a_vmm_that_is_found_later_or_ends() {
+fn an_interrupted_operation_waits_until_its_vmm_is_found_or_ends() {
     for (request, phase) in
         [(VmOperation::Shutdown, Phase::Stopping), (VmOperation::Reboot, Phase::Rebooting)]
     {
@@ -374,7 +374,7 @@ fn what_was_cut_short_waits_for_a_vmm_that_is_found_later_or_ends() {
 }
 
 #[test]
-fn a_start_that_was_cut_short_holds_its_disk_though_nothing_answers() {
+fn an_interrupted_boot_with_a_silent_vmm_keeps_its_claims() {
     // Silent, and its files would not answer either: what the intent says is claimed before anything is asked.
     let bed = Bed::new();
     boot_dies_after_launch(&bed);
@@ -387,7 +387,7 @@ fn a_start_that_was_cut_short_holds_its_disk_though_nothing_answers() {
 }
 
 #[test]
-fn a_start_that_left_a_process_holds_its_disk_in_the_next_life_too() {
+fn the_orphan_of_a_failed_boot_keeps_its_claims_across_a_restart() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.create("a", bed.with_disk("d")).await;
@@ -414,7 +414,7 @@ fn a_start_that_left_a_process_holds_its_disk_in_the_next_life_too() {
 }
 
 #[test]
-fn an_interrupted_plain_deletion_is_finished_without_force() {
+fn an_interrupted_plain_deletion_is_completed_without_force() {
     let bed = Bed::new();
     left_in(&bed, VmState::Shutdown);
     interrupt(&bed, VmOperation::Delete, Phase::Deleting);
@@ -448,7 +448,7 @@ fn move_daemon(bed: &Bed, scope: Option<ProcessScope>) {
 }
 
 #[test]
-fn a_start_in_another_pid_namespace_holds_its_disk_though_a_search_finds_nothing() {
+fn a_boot_in_another_pid_namespace_keeps_its_claims() {
     let bed = Bed::new();
     boot_dies_after_launch(&bed);
     let here = bed.stored("a").intent.unwrap().scope;
@@ -474,7 +474,7 @@ fn a_start_in_another_pid_namespace_holds_its_disk_though_a_search_finds_nothing
 }
 
 #[test]
-fn a_start_of_an_earlier_boot_of_the_host_has_ended_in_every_namespace() {
+fn a_boot_before_the_hosts_reboot_has_ended_in_every_namespace() {
     let bed = Bed::new();
     boot_dies_after_launch(&bed);
     move_daemon(&bed, Some(ProcessScope { boot_id: "an earlier one".to_owned(), ..elsewhere() }));

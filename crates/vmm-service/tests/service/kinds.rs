@@ -155,7 +155,7 @@ fn a_domain_stays_a_domain_when_the_endpoint_is_unset() {
 }
 
 #[test]
-fn what_a_backend_takes_is_checked_at_each_boot() {
+fn the_configuration_is_checked_by_its_backend_at_each_boot() {
     let bed = Bed::new();
     let mut config = bed.config();
     config.cpu.as_mut().unwrap().vcpu_count = 9;
@@ -186,7 +186,7 @@ fn unrecorded(bed: &Bed, vm_id: &str) {
 }
 
 #[test]
-fn a_record_without_a_kind_gets_that_of_the_first_configuration_that_reads_it() {
+fn a_record_without_a_kind_is_given_the_kind_of_the_configured_endpoint() {
     let bed = Bed::new();
     life(&bed, Domains::at(&bed, "qemu:///system"), async |vms| {
         vms.create("defined", bed.config()).await;
@@ -202,7 +202,7 @@ fn a_record_without_a_kind_gets_that_of_the_first_configuration_that_reads_it() 
 }
 
 #[test]
-fn a_kind_without_a_way_names_the_setting() {
+fn an_unserved_kind_names_the_setting() {
     let bed = Bed::new();
     life(&bed, managed(&bed), async |vms| {
         vms.run("runs", bed.config()).await;

@@ -87,17 +87,17 @@ async fn every_cell(single_use: bool) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_cell_of_the_table() {
+async fn every_entry_of_the_state_table() {
     every_cell(false).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_cell_of_the_table_where_a_process_can_be_used_once() {
+async fn every_entry_of_the_state_table_with_single_use_processes() {
     every_cell(true).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_knows_an_unknown_vm() {
+async fn every_method_refuses_an_unknown_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for vm_id in ["nobody", "", "../etc/passwd", &"x".repeat(5000)] {
@@ -111,7 +111,7 @@ async fn nobody_knows_an_unknown_vm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn shutdown_says_which_rung_ended_the_vm() {
+async fn a_shutdown_returns_the_rung_that_ended_the_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for (vm_id, expected) in [("obeys", EndedBy::Acpi), ("ignores", EndedBy::Vmm)] {
@@ -132,7 +132,7 @@ async fn shutdown_says_which_rung_ended_the_vm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vmm_that_answers_nothing_is_not_ended_without_force() {
+async fn a_shutdown_without_force_leaves_a_silent_vmm_running() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for reboots in [false, true] {
@@ -150,7 +150,7 @@ async fn a_vmm_that_answers_nothing_is_not_ended_without_force() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vmm_that_answers_late_passes_the_request_on() {
+async fn a_late_answer_still_delivers_the_shutdown_request() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -164,7 +164,7 @@ async fn a_vmm_that_answers_late_passes_the_request_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_paused_guest_is_resumed_before_it_is_asked() {
+async fn a_paused_guest_is_resumed_before_the_shutdown_request() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
@@ -174,7 +174,7 @@ async fn a_paused_guest_is_resumed_before_it_is_asked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_gets_the_time_that_the_client_gives_it() {
+async fn the_clients_timeout_is_the_guest_timeout() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await.ignore_shutdown();
@@ -230,7 +230,7 @@ async fn a_reboot_whose_second_half_fails_leaves_the_vm_shut_down() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_boot_leaves_a_created_vm_created() {
+async fn a_failed_first_boot_leaves_the_state_created() {
     use vmm_core::backend::{BackendErrorKind as Kind, Effect};
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -254,7 +254,7 @@ async fn a_failed_boot_leaves_a_created_vm_created() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_pause_shows_what_the_vmm_says() {
+async fn a_failed_pause_leaves_the_state_that_the_vmm_reports() {
     use vmm_core::backend::{BackendErrorKind as Kind, Effect};
     let bed = Bed::new();
     let vms = bed.start().await;
@@ -273,7 +273,7 @@ async fn a_failed_pause_shows_what_the_vmm_says() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vmm_that_ends_under_a_pause_ends_the_vm() {
+async fn a_vmm_that_ends_during_a_pause_ends_the_run() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -294,7 +294,7 @@ async fn a_vmm_that_ends_under_a_pause_ends_the_vm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_shutdown_that_finds_the_vmm_gone_has_done_its_work() {
+async fn a_shutdown_of_an_ended_vmm_succeeds() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;
@@ -315,7 +315,7 @@ async fn a_shutdown_that_finds_the_vmm_gone_has_done_its_work() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_operation_is_intent_then_outcome_in_the_log() {
+async fn every_operation_has_an_intent_and_an_outcome_in_the_log() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
@@ -344,7 +344,7 @@ async fn every_operation_is_intent_then_outcome_in_the_log() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn deletion_removes_what_the_program_made_and_nothing_else() {
+async fn a_deletion_removes_only_files_of_this_program() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.with_disk("d");
@@ -365,7 +365,7 @@ async fn deletion_removes_what_the_program_made_and_nothing_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_name_is_free_again_and_a_new_creation_has_a_new_uid() {
+async fn a_deleted_name_can_be_used_again_with_a_new_uid() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let first = vms.create("a", bed.config()).await;
@@ -375,7 +375,7 @@ async fn a_name_is_free_again_and_a_new_creation_has_a_new_uid() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reboot_that_cannot_boot_again_ends_no_run() {
+async fn a_reboot_with_a_missing_kernel_is_refused_before_the_end_of_the_run() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;

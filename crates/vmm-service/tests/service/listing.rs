@@ -34,7 +34,7 @@ fn walk(vms: &Vms, query: ListQuery) -> Vec<String> {
 }
 
 #[test]
-fn a_vm_that_is_created_after_the_clock_was_set_back_is_the_youngest() {
+fn a_vm_created_after_the_clock_was_set_back_is_the_youngest() {
     const YEARS: i64 = 9 * 365 * 86_400_000;
     let bed = Bed::new();
     bed.life(async |vms| vms.create("older", bed.config()).await);
@@ -51,7 +51,7 @@ fn a_vm_that_is_created_after_the_clock_was_set_back_is_the_youngest() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pages_are_whole_stable_and_oldest_first() {
+async fn pages_are_complete_stable_and_oldest_first() {
     let bed = Bed::new();
     let vms = bed.start().await;
     assert_eq!(page(&vms, 0, "").total_count, 0);
@@ -68,7 +68,7 @@ async fn pages_are_whole_stable_and_oldest_first() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_page_size_has_a_default_and_a_ceiling() {
+async fn the_page_size_has_a_default_and_a_limit() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for number in 0..1001 {
@@ -103,7 +103,7 @@ fn a_token_outlives_deletions_creations_and_restarts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn filters_must_all_match_and_total_counts_what_they_match() {
+async fn all_filters_must_match_and_the_total_counts_the_matches() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let labels = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
@@ -155,7 +155,7 @@ async fn a_bad_token_is_refused() {
 }
 
 #[test]
-fn a_new_vm_is_the_youngest_also_where_the_clock_was_set_back() {
+fn a_new_vm_is_the_youngest_under_a_clock_that_was_set_back() {
     let bed = Bed::new();
     bed.life(async |vms| {
         for vm_id in ["a", "b"] {

@@ -95,7 +95,7 @@ fn an_adoption_leaves_one_line() {
 }
 
 #[test]
-fn a_start_with_a_thousand_vms_has_few_lines_and_says_how_many_there_were() {
+fn a_daemon_start_with_a_thousand_vms_logs_counts_in_few_lines() {
     const VMS: usize = 1000;
     let bed = Bed::new();
     bed.life(async |vms| {
@@ -120,7 +120,7 @@ fn a_start_with_a_thousand_vms_has_few_lines_and_says_how_many_there_were() {
 }
 
 #[test]
-fn what_happens_after_the_start_has_a_line_each_however_much_it_is() {
+fn every_end_after_the_daemon_start_has_its_own_log_line() {
     const VMS: usize = 30;
     let bed = Bed::new();
     let lines = Log::of(|| {

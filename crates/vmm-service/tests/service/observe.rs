@@ -53,7 +53,7 @@ async fn a_reset_of_a_paused_guest_leaves_it_paused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_resets_itself_for_ever_is_ended() {
+async fn endless_guest_resets_are_ended() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.with_policy(GUEST_REBOOT, 2)).await;
@@ -81,7 +81,7 @@ async fn a_reset_ends_the_run_where_the_policy_says_never() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_others_do_to_a_vm_is_followed() {
+async fn changes_by_other_clients_are_followed() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -97,7 +97,7 @@ async fn what_others_do_to_a_vm_is_followed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reset_from_outside_is_told_and_no_matter_of_the_policy() {
+async fn a_reset_from_outside_is_reported_and_ignored_by_the_policy() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for (vm_id, policy) in [("never", NEVER), ("once", GUEST_REBOOT)] {
@@ -118,7 +118,7 @@ async fn a_reset_from_outside_is_told_and_no_matter_of_the_policy() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_cannot_go_on_is_ended() {
+async fn a_crashed_guest_is_ended() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -130,7 +130,7 @@ async fn a_guest_that_cannot_go_on_is_ended() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_cannot_go_on_and_a_vmm_that_does_not_end_is_unreachable() {
+async fn a_crashed_guest_with_a_vmm_that_does_not_end_is_unreachable() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -158,7 +158,7 @@ async fn the_log_of_a_silent_vmm_is_trimmed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_vmm_keeps_its_state_and_refuses_all_but_force() {
+async fn a_silent_vmm_keeps_its_state_and_allows_only_force() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for state in [VmState::Running, VmState::Paused] {
@@ -191,7 +191,7 @@ async fn a_silent_vmm_keeps_its_state_and_refuses_all_but_force() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vmm_that_answers_again_is_asked_where_its_guest_is() {
+async fn a_vmm_that_answers_again_is_probed_for_its_guests_state() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for (vm_id, guest, expected) in
@@ -208,7 +208,7 @@ async fn a_vmm_that_answers_again_is_asked_where_its_guest_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_event_that_repeats_the_state_of_a_silent_vm_only_makes_it_reachable() {
+async fn an_event_with_the_known_state_only_ends_the_unreachable_phase() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -223,7 +223,7 @@ async fn an_event_that_repeats_the_state_of_a_silent_vm_only_makes_it_reachable(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_vmm_that_ends_is_down() {
+async fn a_silent_vmm_that_ends_is_shut_down() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -235,7 +235,7 @@ async fn a_silent_vmm_that_ends_is_down() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_operation_that_gets_no_answer_leaves_the_vm_unreachable() {
+async fn an_operation_without_an_answer_makes_the_vm_unreachable() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await.stop();
@@ -244,7 +244,7 @@ async fn an_operation_that_gets_no_answer_leaves_the_vm_unreachable() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn metrics_are_sampled_and_go_with_the_run() {
+async fn metrics_are_sampled_and_removed_with_the_run() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -288,7 +288,7 @@ async fn until_called(vms: &Vms, method: ScriptedMethod, more: usize) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn counters_that_cannot_be_read_are_missing_and_nothing_else() {
+async fn unreadable_counters_leave_the_other_metrics() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
@@ -309,7 +309,7 @@ async fn counters_that_cannot_be_read_are_missing_and_nothing_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_a_vmm_that_does_not_answer_is_out_of_contact() {
+async fn only_a_silent_vmm_is_out_of_contact() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
@@ -327,7 +327,7 @@ async fn only_a_vmm_that_does_not_answer_is_out_of_contact() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silence_that_an_answer_has_ended_is_no_news() {
+async fn a_silence_ended_by_an_answer_causes_no_event() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.config()).await;
@@ -344,7 +344,7 @@ async fn a_silence_that_an_answer_has_ended_is_no_news() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_resets_itself_without_end_starves_nobody_and_fills_no_log() {
+async fn endless_guest_resets_delay_no_operation_and_log_few_lines() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.with_policy(ALWAYS, 1000)).await;

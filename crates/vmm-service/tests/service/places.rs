@@ -154,7 +154,7 @@ async fn foreign(bed: &Bed, config: &VmConfig) -> LaunchedVmm {
 }
 
 #[test]
-fn each_place_is_given_out_once() {
+fn each_place_is_given_to_one_vm() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let (vms, _tell) = start(&bed, fixed(&["/a", "/b"]), Vec::new()).await;
@@ -183,7 +183,7 @@ fn each_place_is_given_out_once() {
 }
 
 #[test]
-fn where_vms_are_only_imported_none_is_created() {
+fn a_creation_on_an_import_only_backend_is_refused() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let why = "start it yourself".to_owned();
@@ -199,7 +199,7 @@ fn where_vms_are_only_imported_none_is_created() {
 }
 
 #[test]
-fn what_is_found_is_imported_as_it_is() {
+fn a_discovered_vm_is_imported_unchanged() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let present = vec![found(&bed, "/a", &["found"], VmState::Paused).await];
@@ -225,7 +225,7 @@ fn what_is_found_is_imported_as_it_is() {
 }
 
 #[test]
-fn a_vm_that_somebody_else_starts_again_runs_again() {
+fn a_vm_started_again_by_another_program_is_running() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
@@ -241,7 +241,7 @@ fn a_vm_that_somebody_else_starts_again_runs_again() {
 }
 
 #[test]
-fn another_machine_in_its_place_is_shown_as_what_it_is() {
+fn another_vm_in_the_place_replaces_the_configuration() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
@@ -258,7 +258,7 @@ fn another_machine_in_its_place_is_shown_as_what_it_is() {
 }
 
 #[test]
-fn a_vm_that_never_ran_is_not_taken_for_what_runs_in_its_place() {
+fn a_vm_that_never_ran_is_not_identified_with_another_in_its_place() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
@@ -275,7 +275,7 @@ fn a_vm_that_never_ran_is_not_taken_for_what_runs_in_its_place() {
 }
 
 #[test]
-fn a_place_that_is_no_more_takes_its_import_along() {
+fn a_lost_place_removes_its_imported_vm_only() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let present = vec![found(&bed, "/a", &["found"], VmState::Created).await];
@@ -290,7 +290,7 @@ fn a_place_that_is_no_more_takes_its_import_along() {
 }
 
 #[test]
-fn a_vm_that_is_found_while_a_client_creates_one_of_its_name_gets_another_name() {
+fn a_discovered_vm_gets_another_name_if_its_name_is_being_created() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let while_checking = Arc::default();
@@ -309,7 +309,7 @@ fn a_vm_that_is_found_while_a_client_creates_one_of_its_name_gets_another_name()
 }
 
 #[test]
-fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
+fn a_discovery_does_not_wait_for_the_shutdown_of_another_vm() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let present = vec![found(&bed, "/a", &["slow"], VmState::Running).await];
@@ -334,7 +334,7 @@ fn what_is_found_elsewhere_does_not_wait_for_a_vm_that_is_being_shut_down() {
 }
 
 #[test]
-fn a_vm_in_a_place_that_is_not_served_is_left_alone() {
+fn a_vm_in_an_unserved_place_is_unchanged() {
     for state in [VmState::Shutdown, VmState::Running] {
         let bed = Bed::new();
         on_a_paused_clock(async {
@@ -362,7 +362,7 @@ fn a_vm_in_a_place_that_is_not_served_is_left_alone() {
 }
 
 #[test]
-fn what_the_owner_of_a_place_starts_there_outlives_the_tombstone_of_a_deleted_vm() {
+fn a_later_vm_in_the_place_of_a_tombstone_is_not_ended() {
     let bed = Bed::new();
     on_a_paused_clock(async {
         let (vms, _tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;

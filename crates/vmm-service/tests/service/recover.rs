@@ -12,7 +12,7 @@ pub(crate) fn left_in(bed: &Bed, state: VmState) {
 }
 
 #[test]
-fn every_state_is_found_again_and_goes_on() {
+fn every_state_is_adopted_and_usable() {
     for state in VmState::ALL {
         let bed = Bed::new();
         left_in(&bed, state);
@@ -39,7 +39,7 @@ fn every_state_is_found_again_and_goes_on() {
 }
 
 #[test]
-fn an_adopted_vm_is_watched() {
+fn the_end_of_an_adopted_vm_is_observed() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     bed.life(async |vms| {
@@ -53,7 +53,7 @@ fn an_adopted_vm_is_watched() {
 }
 
 #[test]
-fn what_happened_meanwhile_is_followed() {
+fn changes_without_a_daemon_are_observed_at_its_start() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     bed.world.machine("a").unwrap().pause();
@@ -67,7 +67,7 @@ fn what_happened_meanwhile_is_followed() {
 }
 
 #[test]
-fn a_vm_that_ended_meanwhile_is_down_with_its_reason() {
+fn a_vm_that_ended_without_a_daemon_is_shut_down_with_its_reason() {
     for (cause, phase) in [
         (ExitCause::GuestPowerOff, Phase::Stopped),
         (ExitCause::VmmFailed, Phase::Failed),
@@ -87,7 +87,7 @@ fn a_vm_that_ended_meanwhile_is_down_with_its_reason() {
 }
 
 #[test]
-fn a_policy_undoes_what_happened_meanwhile() {
+fn a_policy_restarts_a_vm_that_ended_without_a_daemon() {
     let bed = Bed::new();
     bed.life(async |vms| drop(vms.run("a", bed.with_policy(ON_FAILURE, 0)).await));
     bed.world.machine("a").unwrap().end(ExitCause::VmmFailed);
@@ -109,7 +109,7 @@ pub(crate) fn host_restarts(bed: &Bed) {
 }
 
 #[test]
-fn after_a_restart_of_the_host_all_that_ran_is_down() {
+fn running_vms_are_shut_down_after_a_restart_of_the_host() {
     for state in VmState::ALL {
         let bed = Bed::new();
         left_in(&bed, state);
@@ -153,7 +153,7 @@ fn a_restart_of_the_host_counts_as_a_failure() {
 }
 
 #[test]
-fn a_silent_vmm_is_left_alone_until_it_answers() {
+fn a_silent_vmm_is_adopted_when_it_answers() {
     let bed = Bed::new();
     left_in(&bed, VmState::Paused);
     bed.world.machine("a").unwrap().stop();
@@ -168,7 +168,7 @@ fn a_silent_vmm_is_left_alone_until_it_answers() {
 }
 
 #[test]
-fn a_vmm_that_cannot_be_proven_ours_is_looked_for_again() {
+fn the_search_for_an_unproven_vmm_is_repeated() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     let machine = bed.world.machine("a").unwrap();
@@ -186,7 +186,7 @@ fn a_vmm_that_cannot_be_proven_ours_is_looked_for_again() {
 }
 
 #[test]
-fn a_lost_vmm_that_ends_is_down() {
+fn a_lost_vmm_that_ends_is_shut_down() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     let machine = bed.world.machine("a").unwrap();
@@ -200,7 +200,7 @@ fn a_lost_vmm_that_ends_is_down() {
 }
 
 #[test]
-fn force_ends_what_could_not_be_reached() {
+fn force_ends_an_unreachable_vmm() {
     for deletes in [false, true] {
         let bed = Bed::new();
         left_in(&bed, VmState::Running);
@@ -217,7 +217,7 @@ fn force_ends_what_could_not_be_reached() {
 }
 
 #[test]
-fn force_that_fails_leaves_it_unreachable() {
+fn failed_force_leaves_the_vm_unreachable() {
     let bed = Bed::new();
     left_in(&bed, VmState::Running);
     let machine = bed.world.machine("a").unwrap();
@@ -233,7 +233,7 @@ fn force_that_fails_leaves_it_unreachable() {
 }
 
 #[test]
-fn an_adoption_that_hangs_or_fails_holds_up_nobody_else() {
+fn a_hanging_or_failed_adoption_delays_no_other_vm() {
     for act in [ScriptedResult::hang(), ScriptedResult::Fail(BackendErrorKind::Protocol, Effect::NotApplied)]
     {
         let bed = Bed::new();
@@ -251,7 +251,7 @@ fn an_adoption_that_hangs_or_fails_holds_up_nobody_else() {
 }
 
 #[test]
-fn a_name_stays_idempotent_across_restarts() {
+fn a_repeated_creation_is_recognised_after_a_restart() {
     let bed = Bed::new();
     left_in(&bed, VmState::Created);
     bed.life(async |vms| {

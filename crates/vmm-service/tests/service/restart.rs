@@ -11,7 +11,7 @@ use vmm_testkit::memory_store::CommitTreatment;
 use crate::common::*;
 
 #[tokio::test(start_paused = true)]
-async fn each_mode_undoes_its_own_ends() {
+async fn each_restart_mode_restarts_after_its_own_ends() {
     use ExitCause::{GuestCrash, GuestPowerOff, GuestReset, Requested, Unknown, VmmFailed};
     // The least mode that undoes each end; 0 is unset, which is GUEST_REBOOT on this hypervisor.
     let least = [
@@ -51,7 +51,7 @@ async fn each_mode_undoes_its_own_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn restarts_wait_longer_each_time_and_end_in_a_loop() {
+async fn restart_delays_grow_and_a_restart_loop_is_ended() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ON_FAILURE, 4)).await;
@@ -74,7 +74,7 @@ async fn restarts_wait_longer_each_time_and_end_in_a_loop() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_quiet_minute_begins_the_count_anew() {
+async fn a_minute_without_an_end_resets_the_restart_count() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ON_FAILURE, 2)).await;
@@ -96,7 +96,7 @@ async fn a_quiet_minute_begins_the_count_anew() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_that_fails_is_tried_again_and_counts() {
+async fn a_failed_restart_is_tried_again_and_counted() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ON_FAILURE, 3)).await;
@@ -121,7 +121,7 @@ async fn a_start_that_fails_is_tried_again_and_counts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_reboot_whose_start_fails_is_not_tried_again() {
+async fn a_failed_boot_after_a_guest_reset_is_not_tried_again() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(GUEST_REBOOT, 0)).await;
@@ -135,7 +135,7 @@ async fn a_guest_reboot_whose_start_fails_is_not_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_reboot_that_launches_nothing_is_tried_again_later() {
+async fn a_boot_after_a_guest_reset_without_a_launch_is_tried_again() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(GUEST_REBOOT, 1)).await;
@@ -157,7 +157,7 @@ async fn waiting(bed: &Bed, vms: &Vms) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_starts_it_at_once() {
+async fn a_boot_by_a_client_replaces_the_waiting_restart() {
     let bed = Bed::new();
     let vms = bed.start().await;
     waiting(&bed, &vms).await;
@@ -169,7 +169,7 @@ async fn a_client_starts_it_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_calls_it_off() {
+async fn a_shutdown_or_deletion_cancels_the_waiting_restart() {
     for force in [false, true] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -191,7 +191,7 @@ async fn a_client_calls_it_off() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_call_does_not_call_it_off() {
+async fn a_refused_operation_keeps_the_waiting_restart() {
     let bed = Bed::new();
     let vms = bed.start().await;
     // Neither a start that the host forbids …
@@ -218,7 +218,7 @@ async fn a_refused_call_does_not_call_it_off() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_shutdown_is_never_undone() {
+async fn a_shutdown_is_never_undone_by_the_policy() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ALWAYS, 0)).await.power_off();
@@ -230,7 +230,7 @@ async fn a_shutdown_is_never_undone() {
 }
 
 #[test]
-fn a_restart_that_was_due_is_due_after_a_restart_of_the_daemon() {
+fn a_waiting_restart_survives_a_restart_of_the_daemon() {
     let bed = Bed::new();
     bed.life(async |vms| waiting(&bed, &vms).await);
     bed.life(async |vms| {
@@ -240,7 +240,7 @@ fn a_restart_that_was_due_is_due_after_a_restart_of_the_daemon() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_that_launched_nothing_is_no_restart_however_often_it_is_tried() {
+async fn boots_without_a_launch_are_not_counted_as_restarts() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ON_FAILURE, 2)).await;
@@ -263,7 +263,7 @@ async fn a_start_that_launched_nothing_is_no_restart_however_often_it_is_tried()
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_policy_starts_nothing_beside_a_process_that_a_start_has_left() {
+async fn the_policy_starts_no_vmm_beside_an_orphan() {
     for mode in [GUEST_REBOOT, ON_FAILURE] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -290,7 +290,7 @@ async fn the_policy_starts_nothing_beside_a_process_that_a_start_has_left() {
 }
 
 #[test]
-fn a_shutdown_that_ran_out_of_time_is_never_undone() {
+fn a_shutdown_that_timed_out_is_never_undone() {
     for forced in [false, true] {
         for restarted in [false, true] {
             let bed = Bed::new();
@@ -316,7 +316,7 @@ fn a_shutdown_that_ran_out_of_time_is_never_undone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vmm_that_outlives_a_failed_shutdown_runs_under_its_policy_again() {
+async fn the_policy_applies_again_after_a_failed_shutdown() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;

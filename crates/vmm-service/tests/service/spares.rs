@@ -50,7 +50,7 @@ fn marked(bed: &Bed) -> Vec<PathBuf> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_next_vm_has_the_process_that_waits_and_another_takes_its_place() {
+async fn the_next_vm_gets_the_spare_vmm_and_the_pool_is_refilled() {
     let bed = bed(1);
     let (vms, waiting) = warm(&bed).await;
     assert_eq!(marked(&bed), [waiting[0].run_dir(&bed.runtime_dir())]);
@@ -69,7 +69,7 @@ async fn the_next_vm_has_the_process_that_waits_and_another_takes_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn none_waits_unless_it_is_wanted_and_the_backend_was_used() {
+async fn spare_vmms_need_the_setting_and_an_earlier_boot_on_the_backend() {
     let bed = bed(0);
     let vms = bed.start().await;
     vms.run("first", bed.config()).await;
@@ -98,7 +98,7 @@ fn a_moment_later() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn lists_are_by_age_though_a_uid_was_there_before_its_vm() {
+async fn lists_are_ordered_by_creation_with_uids_of_spare_vmms() {
     let bed = bed(1);
     let (vms, waiting) = warm(&bed).await;
     a_moment_later();
@@ -119,7 +119,7 @@ async fn lists_are_by_age_though_a_uid_was_there_before_its_vm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_creation_that_fails_gives_back_what_it_was_promised() {
+async fn a_failed_creation_returns_its_spare_reservation() {
     let bed = bed(1);
     let (vms, waiting) = warm(&bed).await;
     let mut bad = bed.config();
@@ -132,7 +132,7 @@ async fn a_creation_that_fails_gives_back_what_it_was_promised() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn deletion_ends_what_was_promised_and_removes_its_folder() {
+async fn a_deletion_ends_the_reserved_spare_vmm_and_removes_its_folder() {
     let bed = bed(1);
     for force in [false, true] {
         let (vms, _) = warm(&bed).await;
@@ -146,7 +146,7 @@ async fn deletion_ends_what_was_promised_and_removes_its_folder() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn vms_that_nobody_boots_do_not_pile_up_processes() {
+async fn unbooted_vms_hold_a_bounded_number_of_spare_vmms() {
     let bed = bed(1);
     let (vms, _) = warm(&bed).await;
     let mut created = Vec::new();
@@ -178,7 +178,7 @@ async fn tried_in_vain(bed: &Bed, vms: &Vms, kind: BackendErrorKind) -> usize {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_spare_that_cannot_be_started_leaves_nothing_and_is_tried_with_the_next_vm() {
+async fn a_spare_vmm_that_fails_to_start_leaves_nothing_and_is_tried_again() {
     let bed = bed(1);
     let vms = bed.start().await;
     assert_eq!(tried_in_vain(&bed, &vms, BackendErrorKind::NotInstalled).await, 2);
@@ -187,14 +187,14 @@ async fn a_spare_that_cannot_be_started_leaves_nothing_and_is_tried_with_the_nex
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_backend_that_has_none_is_asked_once() {
+async fn a_backend_without_spare_vmms_is_asked_once() {
     let bed = bed(1);
     let vms = bed.start().await;
     assert_eq!(tried_in_vain(&bed, &vms, BackendErrorKind::Unsupported("spare VMMs")).await, 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_whose_intent_cannot_be_recorded_leaves_no_process() {
+async fn a_boot_without_a_recorded_intent_leaves_no_process() {
     let bed = bed(1);
     let (vms, waiting) = warm(&bed).await;
     vms.create("second", bed.config()).await;
@@ -207,7 +207,7 @@ async fn a_start_whose_intent_cannot_be_recorded_leaves_no_process() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_daemon_that_stops_leaves_none_not_even_one_that_is_being_started() {
+async fn a_stopping_daemon_leaves_no_spare_vmm() {
     let bed = bed(2);
     let (vms, _) = warm(&bed).await;
     let promised = vms.create("second", bed.config()).await;
@@ -227,7 +227,7 @@ async fn a_daemon_that_stops_leaves_none_not_even_one_that_is_being_started() {
 }
 
 #[test]
-fn what_a_killed_daemon_leaves_is_ended_by_the_next() {
+fn spare_vmms_of_a_killed_daemon_are_ended_by_the_next() {
     let bed = bed(2);
     let (promised, strange) = bed.life(async |vms| {
         vms.run("first", bed.config()).await;
@@ -249,7 +249,7 @@ fn what_a_killed_daemon_leaves_is_ended_by_the_next() {
 }
 
 #[test]
-fn a_spare_of_another_installation_is_left_alone() {
+fn a_spare_vmm_of_another_instance_is_kept() {
     let bed = bed(1);
     let uid = VmUid::new(uuid::Uuid::now_v7());
     let dir = run_dir::create(&bed.runtime_dir(), uid).unwrap();

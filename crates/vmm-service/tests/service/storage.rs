@@ -15,7 +15,7 @@ fn code(verdict: CommitTreatment) -> &'static str {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_an_intent_nothing_is_touched() {
+async fn no_operation_begins_without_a_recorded_intent() {
     for verdict in FAILURES {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -40,7 +40,7 @@ async fn without_an_intent_nothing_is_touched() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vm_whose_start_cannot_be_recorded_does_not_run() {
+async fn a_boot_that_cannot_be_recorded_runs_no_guest() {
     for verdict in FAILURES {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -55,7 +55,7 @@ async fn a_vm_whose_start_cannot_be_recorded_does_not_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vm_whose_start_cannot_be_recorded_is_swept_where_it_cannot_be_killed() {
+async fn an_unrecorded_boot_that_cannot_be_killed_is_swept() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -66,7 +66,7 @@ async fn a_vm_whose_start_cannot_be_recorded_is_swept_where_it_cannot_be_killed(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_deletion_that_cannot_be_recorded_calls_a_restart_off_all_the_same() {
+async fn a_deletion_that_cannot_be_recorded_cancels_the_waiting_restart() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ALWAYS, 0)).await.power_off();
@@ -78,7 +78,7 @@ async fn a_deletion_that_cannot_be_recorded_calls_a_restart_off_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outcome_that_cannot_be_recorded_is_shown_all_the_same() {
+async fn an_unrecorded_outcome_is_shown() {
     for verdict in FAILURES {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -96,7 +96,7 @@ async fn an_outcome_that_cannot_be_recorded_is_shown_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_end_that_cannot_be_recorded_is_found_again() {
+async fn an_unrecorded_end_is_found_by_the_next_daemon() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -111,7 +111,7 @@ async fn an_end_that_cannot_be_recorded_is_found_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_deletion_that_cannot_be_recorded_leaves_the_vm_and_can_be_repeated() {
+async fn an_unrecorded_deletion_keeps_the_vm_and_can_be_repeated() {
     for verdict in [Refuse(Io), Lose(Io)] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -127,7 +127,7 @@ async fn a_deletion_that_cannot_be_recorded_leaves_the_vm_and_can_be_repeated() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_deletion_whose_answer_is_lost_is_made_sure_of() {
+async fn a_deletion_with_a_lost_store_answer_is_confirmed() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -138,7 +138,7 @@ async fn a_deletion_whose_answer_is_lost_is_made_sure_of() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn on_a_full_disk_force_works_and_nothing_else() {
+async fn only_forced_operations_work_on_a_full_disk() {
     for deletes in [false, true] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -167,7 +167,7 @@ async fn on_a_full_disk_force_works_and_nothing_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_force_ends_without_a_record_is_said_and_can_be_repeated() {
+async fn an_unrecorded_forced_end_is_reported_and_can_be_repeated() {
     for verdict in [Refuse(Io), Lose(Io), WriteAndFail(Io)] {
         for deletes in [false, true] {
             let bed = Bed::new();
@@ -193,7 +193,7 @@ async fn what_force_ends_without_a_record_is_said_and_can_be_repeated() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn force_ends_nothing_of_a_vm_that_does_not_run_where_it_cannot_be_recorded() {
+async fn an_unrecorded_forced_deletion_of_a_stopped_vm_changes_nothing() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -204,7 +204,7 @@ async fn force_ends_nothing_of_a_vm_that_does_not_run_where_it_cannot_be_recorde
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_deletion_whose_answer_is_lost_is_told_once() {
+async fn a_deletion_with_a_lost_store_answer_has_one_event() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -215,7 +215,7 @@ async fn a_deletion_whose_answer_is_lost_is_told_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outcome_that_the_store_refused_is_recorded_later_and_once() {
+async fn a_refused_outcome_is_recorded_later_and_once() {
     for verdict in FAILURES {
         for times in [1, 4] {
             let bed = Bed::new();
@@ -238,7 +238,7 @@ async fn an_outcome_that_the_store_refused_is_recorded_later_and_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_store_refused_comes_before_what_follows() {
+async fn a_refused_outcome_is_recorded_before_later_events() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let machine = vms.run("a", bed.config()).await;
@@ -251,7 +251,7 @@ async fn what_the_store_refused_comes_before_what_follows() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_process_of_a_start_that_could_not_be_recorded_is_said_and_ended_by_the_next() {
+async fn the_process_of_an_unrecorded_boot_is_reported_and_ended_by_the_next_boot() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;

@@ -21,7 +21,7 @@ fn both(bed: &Bed, vm_id: &str) -> Vec<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn taps_are_made_at_boot_and_go_with_the_vm() {
+async fn taps_are_created_at_boot_and_removed_with_the_vm() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", with_two_taps(&bed)).await;
@@ -41,7 +41,7 @@ async fn taps_are_made_at_boot_and_go_with_the_vm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tap_that_a_client_names_and_that_is_missing_is_a_warning() {
+async fn a_missing_tap_named_by_a_client_is_a_warning() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let warned = vms.try_create("a", with_two_taps(&bed)).await.unwrap().warnings;
@@ -82,7 +82,7 @@ async fn an_address_of_another_vm_is_a_warning_while_that_vm_exists() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_generated_name_is_stored_and_told() {
+async fn a_generated_tap_name_is_stored_and_returned() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let created = vms.create("a", with_two_taps(&bed)).await;
@@ -98,7 +98,7 @@ async fn a_generated_name_is_stored_and_told() {
 }
 
 #[test]
-fn a_record_without_generated_names_works_as_before() {
+fn a_record_without_generated_tap_names_works() {
     let bed = Bed::new();
     bed.life(async |vms| drop(vms.create("a", with_two_taps(&bed)).await));
     let mut old = bed.stored("a");
@@ -113,7 +113,7 @@ fn a_record_without_generated_names_works_as_before() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_way_to_end_lets_another_have_the_tap_and_delete_remove_it() {
+async fn every_end_releases_the_tap_and_a_deletion_removes_it() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for end in 0..4 {
@@ -155,7 +155,7 @@ async fn an_existing_tap_is_used_and_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_that_fails_takes_back_what_it_made() {
+async fn a_failed_boot_removes_its_taps() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", with_two_taps(&bed)).await;
@@ -178,7 +178,7 @@ async fn a_start_that_fails_takes_back_what_it_made() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_tap_nothing_is_launched() {
+async fn nothing_is_launched_without_its_tap() {
     let bed = Bed::new();
     let vms = bed.start().await;
     bed.taps.put("eth7", false);
@@ -200,7 +200,7 @@ async fn without_a_tap_nothing_is_launched() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_tap_of_a_running_vm_cannot_be_named_by_another() {
+async fn the_tap_of_a_running_vm_is_refused_to_another() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", VmConfig { network: vec![Default::default()], ..bed.config() }).await;
@@ -211,7 +211,7 @@ async fn the_tap_of_a_running_vm_cannot_be_named_by_another() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_removed_is_named_and_goes_later() {
+async fn a_tap_that_cannot_be_removed_is_reported_and_removed_later() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_tap("tap-x")).await;
@@ -230,7 +230,7 @@ async fn what_cannot_be_removed_is_named_and_goes_later() {
 }
 
 #[test]
-fn a_start_that_a_crash_cut_short_leaves_no_tap() {
+fn a_boot_interrupted_by_a_crash_leaves_no_tap() {
     // Dead between two TAPs, before the VMM was started, and with a VMM that nobody recorded.
     for (hang_once_made, act) in [
         (true, ScriptedResult::hang()),
@@ -273,7 +273,7 @@ fn a_start_that_a_crash_cut_short_leaves_no_tap() {
 }
 
 #[test]
-fn taps_are_found_again_by_the_next_daemon() {
+fn taps_are_found_by_the_next_daemon() {
     let bed = Bed::new();
     bed.life(async |vms| drop(vms.run("a", with_two_taps(&bed)).await));
     bed.life(async |vms| {
@@ -284,7 +284,7 @@ fn taps_are_found_again_by_the_next_daemon() {
 }
 
 #[test]
-fn a_deletion_that_a_crash_cut_short_removes_the_taps() {
+fn a_deletion_interrupted_by_a_crash_removes_the_taps() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.run("a", with_two_taps(&bed)).await;
@@ -300,7 +300,7 @@ fn a_deletion_that_a_crash_cut_short_removes_the_taps() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_tap_that_takes_too_long_fails_the_start_and_does_not_stay() {
+async fn a_tap_that_times_out_fails_the_boot_and_is_removed() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", with_two_taps(&bed)).await;

@@ -11,7 +11,7 @@ use vmm_core::state::VmState;
 use crate::common::*;
 
 #[tokio::test(start_paused = true)]
-async fn a_wait_answers_when_the_state_is_reached_and_says_so_when_it_is_not() {
+async fn a_wait_returns_at_the_wanted_state_or_reports_its_timeout() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;
@@ -48,7 +48,7 @@ impl Wake for Wakings {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_change_wakes_only_those_whose_wait_is_over() {
+async fn a_change_wakes_only_the_waits_that_it_ends() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;

@@ -29,7 +29,7 @@ fn no_backend(record: &mut VmRecord) {
 }
 
 #[test]
-fn it_is_shown_as_it_was_and_its_name_is_taken() {
+fn a_quarantined_vm_keeps_its_state_and_its_name() {
     for (unknown, word) in [(no_config as fn(&mut VmRecord), "vcpu_count"), (no_backend, "bhyve")] {
         for state in VmState::ALL {
             let bed = Bed::new();
@@ -69,7 +69,7 @@ fn it_is_shown_as_it_was_and_its_name_is_taken() {
 }
 
 #[test]
-fn a_program_that_knows_it_takes_it_up_again() {
+fn a_quarantined_vm_is_adopted_by_a_program_that_knows_it() {
     let bed = Bed::new();
     let left = left_unknown(&bed, VmState::Running, no_config);
     bed.life(async |vms| assert_eq!(vms.reason("a"), "not-taken-up"));
@@ -81,7 +81,7 @@ fn a_program_that_knows_it_takes_it_up_again() {
 }
 
 #[test]
-fn force_ends_and_removes_it() {
+fn force_ends_and_removes_a_quarantined_vm() {
     for state in VmState::ALL {
         let bed = Bed::new();
         left_unknown(&bed, state, no_config);
@@ -101,7 +101,7 @@ fn force_ends_and_removes_it() {
 }
 
 #[test]
-fn a_record_that_cannot_be_read_concerns_its_own_vm_alone() {
+fn an_unreadable_record_affects_its_own_vm_only() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.bring_to("a", bed.with_disk("d"), VmState::Running).await;
@@ -157,7 +157,7 @@ impl Drop for Stranger {
 }
 
 #[test]
-fn a_vmm_of_an_unknown_hypervisor_is_ended_only_if_it_is_proven_the_one_on_record() {
+fn a_vmm_of_an_unknown_hypervisor_is_ended_only_if_its_identity_is_proven() {
     for proven in [false, true] {
         let bed = Bed::new();
         let mut stranger = Stranger::start();
@@ -182,7 +182,7 @@ fn a_vmm_of_an_unknown_hypervisor_is_ended_only_if_it_is_proven_the_one_on_recor
 }
 
 #[test]
-fn a_deletion_that_was_under_way_is_finished() {
+fn an_interrupted_deletion_of_a_quarantined_vm_is_completed() {
     for unknown in [no_config as fn(&mut VmRecord), no_backend] {
         let bed = Bed::new();
         left_unknown(&bed, VmState::Created, |record| {
@@ -197,7 +197,7 @@ fn a_deletion_that_was_under_way_is_finished() {
 }
 
 #[test]
-fn its_taps_are_found_by_their_labels() {
+fn the_taps_of_a_quarantined_vm_are_found_by_their_labels() {
     let bed = Bed::new();
     bed.life(async |vms| vms.bring_to("a", bed.with_tap("tap-x"), VmState::Shutdown).await);
     assert_eq!(bed.taps.names(), ["tap-x"]);
