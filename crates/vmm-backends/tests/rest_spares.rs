@@ -44,7 +44,7 @@ on_both! {
     a_dead_or_hanging_spare_vmm_does_not_fail_the_launch
     a_spare_vmm_can_be_dismissed_and_swept_and_ends_with_its_backend
     a_spare_vmm_of_a_replaced_program_is_not_used
-    a_start_that_fails_leaves_nothing
+    a_failed_launch_leaves_nothing
 }
 
 fn firecracker(program: &Path) -> FirecrackerBackend {
@@ -184,7 +184,7 @@ async fn a_spare_vmm_of_a_replaced_program_is_not_used<B: Backend + SpareVmms>(
     run.gone().await;
 }
 
-async fn a_start_that_fails_leaves_nothing<B: Backend + SpareVmms>(
+async fn a_failed_launch_leaves_nothing<B: Backend + SpareVmms>(
     test: &str,
     program: &str,
     make: fn(&Path) -> B,

@@ -67,7 +67,7 @@ fn the_documentation_lists_every_setting_with_its_default() {
 }
 
 #[test]
-fn the_example_file_changes_nothing_as_it_is_and_shows_every_setting() {
+fn the_example_file_shows_every_setting_and_sets_none() {
     let text = read("packaging/vmm-controlplane.toml");
     let defaults = load_file(String::new());
     assert_eq!(load_file(text.clone()).config, defaults.config);
@@ -114,7 +114,7 @@ const OLD: [(&str, &str); 3] =
     [("CHCP_PORT", "9000"), ("CHCP_ADDRESS", "0.0.0.0"), ("CHCP_CH_ENDPOINT", "unix:///tmp/a 'b'.sock")];
 
 #[test]
-fn the_script_says_what_the_guide_says() {
+fn the_migration_script_agrees_with_the_guide() {
     let (output, directory) = bash("\"$1\"", &OLD);
     let text = stdout(&output);
     let expected = [
@@ -138,7 +138,7 @@ fn the_script_says_what_the_guide_says() {
 }
 
 #[test]
-fn sourced_it_leaves_the_exports_and_nothing_else() {
+fn the_sourced_migration_script_leaves_only_the_exports() {
     for shell in ["", "set -eu; "] {
         let code = format!("{shell}. \"$1\" >log; . \"$1\" >log2; set | grep '_vmcp[_]' || :; env");
         let (output, directory) = bash(&code, &OLD);
@@ -157,7 +157,7 @@ fn sourced_it_leaves_the_exports_and_nothing_else() {
 }
 
 #[test]
-fn the_script_keeps_what_is_there() {
+fn the_migration_script_keeps_variables_that_are_set() {
     let variables =
         [OLD[0], OLD[1], ("UNKEY_VMCP_PORT", "1"), ("VMCP_ADDRESS", "::1"), ("VMCP_BACKEND", "qemu")];
     let (output, directory) = bash("echo precious >chcp-backup.env; . \"$1\"", &variables);
@@ -176,7 +176,7 @@ fn the_script_keeps_what_is_there() {
 }
 
 #[test]
-fn the_script_and_the_program_know_the_same_variables() {
+fn the_migration_script_and_the_program_have_the_same_variables() {
     let names: Vec<_> = Setting::ALL.iter().map(|setting| setting.variable_with("CHCP_")).collect();
     let variables: Vec<_> = names.iter().map(|name| (name.as_str(), "it's $HOME")).collect();
     let (output, _directory) = bash(". \"$1\" >log; env | grep '^UNKEY_VMCP_' | LC_ALL=C sort", &variables);

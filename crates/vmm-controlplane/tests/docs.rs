@@ -180,7 +180,7 @@ fn backends() -> Vec<Box<dyn Backend>> {
 }
 
 #[test]
-fn every_json_block_parses_as_what_it_says_it_is() {
+fn every_json_block_parses_as_its_message() {
     for (page, text) in pages() {
         for block in blocks(&page, &text).iter().filter(|block| block.language == "json") {
             let _: Value =
@@ -320,7 +320,7 @@ fn every_key_and_every_field_of_a_configuration_is_documented() {
 }
 
 #[test]
-fn every_method_has_its_chapter_which_names_its_fields() {
+fn every_method_has_a_chapter_with_its_fields() {
     let text = read(REFERENCE);
     let pool = pool();
     let service = pool.services().iter().find(|service| service.full_name() == "vmm.v1.VmService").unwrap();
@@ -378,7 +378,7 @@ fn the_limits_in_the_documents_are_those_of_the_code() {
 }
 
 #[test]
-fn every_relative_link_leads_somewhere() {
+fn every_relative_link_has_a_target() {
     let root = repository();
     let mut broken = Vec::new();
     for (page, text) in pages() {
@@ -403,7 +403,7 @@ fn every_relative_link_leads_somewhere() {
 }
 
 #[test]
-fn every_excerpt_is_in_the_file_that_its_block_names() {
+fn every_excerpt_is_in_the_file_named_above_it() {
     for (page, text) in pages() {
         let blocks = blocks(&page, &text);
         let excerpts: Vec<_> =
@@ -457,7 +457,7 @@ fn cargo_test(code: &str) -> Option<(&str, &str, &str)> {
 }
 
 #[test]
-fn every_call_of_cargo_test_names_a_target_and_a_test_that_exist() {
+fn every_cargo_test_command_names_an_existing_target_and_test() {
     let mut code = String::new();
     let mut paths = Vec::new();
     files(&repository().join("crates"), "rs", &mut paths);
@@ -482,7 +482,7 @@ fn every_call_of_cargo_test_names_a_target_and_a_test_that_exist() {
 }
 
 #[test]
-fn every_page_begins_with_its_reader() {
+fn every_page_begins_with_its_readers() {
     for (page, text) in pages() {
         let exempt =
             page.starts_with("docs/adr/") || ["README.md", "docs/glossary.md"].contains(&page.as_str());

@@ -128,7 +128,7 @@ fn every_constant_that_a_guarantee_names_exists() {
 }
 
 #[test]
-fn every_promise_has_its_tests() {
+fn every_guarantee_has_tests() {
     let page = read(PAGE);
     for chapter in
         page.split("\n## ").skip(1).filter(|chapter| chapter.starts_with(|c: char| c.is_ascii_digit()))
@@ -146,7 +146,7 @@ fn every_promise_has_its_tests() {
 }
 
 #[test]
-fn what_is_no_test_is_found_out() {
+fn a_function_without_a_test_attribute_is_no_test() {
     let code = "#[test]\nfn runs() {}\n\nfn helper() {}\n\n#[test]\n#[ignore = \"x\"]\nfn left_out() {}\n\n#[tokio::test(start_paused = true)]\nasync fn waits() {}\n";
     let found = |name| is_test(code, name);
     assert!(found("runs") && found("waits"));

@@ -33,8 +33,8 @@ fn finding(bench: &Bench, code: i32) -> String {
 }
 
 #[test]
-fn doctor_disturbs_no_daemon_that_is_attached() {
-    for kind in able("doctor_disturbs_no_daemon", &ByHandProgram::ALL) {
+fn doctor_does_not_disturb_an_attached_daemon() {
+    for kind in able("doctor_does_not_disturb_an_attached_daemon", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.runs(TinyGuest::Idle);
         let alone = finding(&bench, 0);
@@ -66,8 +66,8 @@ fn doctor_disturbs_no_daemon_that_is_attached() {
 }
 
 #[test]
-fn doctor_says_what_cannot_be_used_at_an_endpoint() {
-    for kind in able("doctor_says_what_cannot_be_used", &ByHandProgram::ALL) {
+fn doctor_names_the_unusable_part_of_an_endpoint() {
+    for kind in able("doctor_names_the_unusable_part_of_an_endpoint", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let nobody = finding(&bench, 1);
         assert!(nobody.contains("start one there"), "{nobody}");
@@ -90,8 +90,8 @@ fn doctor_says_what_cannot_be_used_at_an_endpoint() {
 }
 
 #[test]
-fn doctor_says_who_may_hold_a_qmp_socket() {
-    for kind in able("doctor_says_who_may_hold_a_qmp_socket", &[ByHandProgram::Qemu]) {
+fn doctor_names_the_possible_holder_of_a_qmp_socket() {
+    for kind in able("doctor_names_the_possible_holder_of_a_qmp_socket", &[ByHandProgram::Qemu]) {
         let bench = Bench::new(kind);
         let _vmm = bench.runs(TinyGuest::Idle);
         let mut greeting = String::new();

@@ -17,7 +17,7 @@ const FORCED_END_TIMEOUT: Duration = Duration::from_secs(15);
 
 #[test]
 fn no_operation_without_force_ends_a_process() {
-    for kind in able("no_operation_without_force", &ByHandProgram::ALL) {
+    for kind in able("no_operation_without_force_ends_a_process", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -49,8 +49,8 @@ fn no_operation_without_force_ends_a_process() {
 }
 
 #[test]
-fn no_operation_without_force_ends_one_that_stands_still() {
-    for kind in able("no_operation_without_force_ends_one_that_stands_still", &ByHandProgram::ALL) {
+fn no_operation_without_force_ends_a_stopped_vmm() {
+    for kind in able("no_operation_without_force_ends_a_stopped_vmm", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -74,8 +74,8 @@ fn no_operation_without_force_ends_one_that_stands_still() {
 }
 
 #[test]
-fn one_that_stands_still_for_a_while_costs_its_guest_no_time() {
-    const TEST: &str = "one_that_stands_still_for_a_while_costs_its_guest_no_time";
+fn a_stopped_attached_vmm_does_not_shorten_the_guest_timeout() {
+    const TEST: &str = "a_stopped_attached_vmm_does_not_shorten_the_guest_timeout";
     for (kind, guest, ended_by) in [
         (ByHandProgram::Qemu, TinyGuest::Button, "acpi"),
         (ByHandProgram::Firecracker, TinyGuest::Obey, "ctrl-alt-del"),
@@ -102,8 +102,8 @@ fn one_that_stands_still_for_a_while_costs_its_guest_no_time() {
 }
 
 #[test]
-fn force_ends_what_is_proven() {
-    for kind in able("force_ends_what_is_proven", &ByHandProgram::ALL) {
+fn force_ends_a_proven_attached_vmm() {
+    for kind in able("force_ends_a_proven_attached_vmm", &ByHandProgram::ALL) {
         for (method, stands_still) in
             [("ShutdownVm", false), ("ShutdownVm", true), ("DeleteVm", false), ("DeleteVm", true)]
         {
@@ -147,10 +147,11 @@ fn renamed(bench: &Bench) -> PathBuf {
 }
 
 #[test]
-fn force_spares_what_does_not_run_that_hypervisor() {
-    for kind in
-        able("force_spares_what_does_not_run", &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker])
-    {
+fn force_does_not_end_a_process_of_another_program() {
+    for kind in able(
+        "force_does_not_end_a_process_of_another_program",
+        &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker],
+    ) {
         let mut bench = Bench::new(kind);
         let mut vmm = ByHandVmm::waits_as(kind, &renamed(&bench), &bench.socket);
         bench.world.start();
@@ -170,9 +171,9 @@ fn force_spares_what_does_not_run_that_hypervisor() {
 }
 
 #[test]
-fn force_spares_who_has_taken_the_socket() {
+fn force_does_not_end_another_vmm_on_the_socket() {
     for kind in able(
-        "force_spares_who_has_taken_the_socket",
+        "force_does_not_end_another_vmm_on_the_socket",
         &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker],
     ) {
         let mut bench = Bench::new(kind);

@@ -29,7 +29,7 @@ fn with_disk(bench: &Bench, disk: &Path) -> ByHandVmm {
 }
 
 #[test]
-fn a_vm_on_a_mount_that_hangs_is_imported_and_its_disk_claimed() {
+fn a_vm_on_a_hanging_mount_is_imported_and_its_disk_claimed() {
     let test = "a_vm_on_a_mount_that_hangs_is_imported";
     for kind in able(test, &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
@@ -63,7 +63,7 @@ fn a_vm_on_a_mount_that_hangs_is_imported_and_its_disk_claimed() {
 }
 
 #[test]
-fn a_vm_whose_kernel_does_not_answer_is_imported_from_every_vmm() {
+fn a_vm_with_its_kernel_on_a_hanging_mount_is_imported() {
     let test = "a_vm_whose_kernel_does_not_answer_is_imported";
     for kind in able(test, &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);

@@ -9,8 +9,8 @@ use crate::bench::{Bench, WAITING, able, backend, endpoint};
 use crate::harness::{World, eventually, vmm_pid};
 
 #[test]
-fn a_running_vm_is_imported_with_what_its_vmm_tells() {
-    for kind in able("a_running_vm_is_imported", &ByHandProgram::ALL) {
+fn a_running_vm_is_imported_with_its_vmms_configuration() {
+    for kind in able("a_running_vm_is_imported_with_its_vmms_configuration", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -44,7 +44,7 @@ fn a_running_vm_is_imported_with_what_its_vmm_tells() {
 
 #[test]
 fn a_paused_vm_is_imported_paused() {
-    for kind in able("a_paused_vm_is_imported", &ByHandProgram::ALL) {
+    for kind in able("a_paused_vm_is_imported_paused", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let vmm = match kind {
             // Its CPUs have not been let go yet.
@@ -64,8 +64,8 @@ fn a_paused_vm_is_imported_paused() {
 }
 
 #[test]
-fn a_vm_that_was_made_and_not_booted_can_be_booted() {
-    for kind in able("a_vm_that_was_made_and_not_booted", &WAITING) {
+fn an_imported_vm_that_never_ran_can_be_booted() {
+    for kind in able("an_imported_vm_that_never_ran_can_be_booted", &WAITING) {
         let mut bench = Bench::new(kind);
         let _vmm = ByHandVmm::holds(kind, &bench.socket, &bench.guest(TinyGuest::Idle));
         bench.world.start();
@@ -77,8 +77,8 @@ fn a_vm_that_was_made_and_not_booted_can_be_booted() {
 }
 
 #[test]
-fn what_appears_later_is_imported_too() {
-    for kind in able("what_appears_later", &ByHandProgram::ALL) {
+fn a_vm_that_appears_later_is_imported() {
+    for kind in able("a_vm_that_appears_later_is_imported", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         bench.world.start();
         let shown = bench.until_available(false);
@@ -94,13 +94,18 @@ fn what_appears_later_is_imported_too() {
 }
 
 #[test]
-fn an_endpoint_for_one_and_none_for_the_others() {
-    for kind in able("an_endpoint_for_one", &[ByHandProgram::CloudHypervisor]) {
+fn an_endpoint_of_one_hypervisor_leaves_the_others_managed() {
+    for kind in
+        able("an_endpoint_of_one_hypervisor_leaves_the_others_managed", &[ByHandProgram::CloudHypervisor])
+    {
         let mut bench = Bench::new(kind);
         let _vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
         let imported = bench.the_vm();
-        for other in able("an_endpoint_for_one", &[ByHandProgram::Firecracker, ByHandProgram::Qemu]) {
+        for other in able(
+            "an_endpoint_of_one_hypervisor_leaves_the_others_managed",
+            &[ByHandProgram::Firecracker, ByHandProgram::Qemu],
+        ) {
             assert_eq!(backend(&bench.world, other)["endpoint_mode"], "managed");
             let vm = other.backend();
             bench.world.create_on(vm, vm, TinyGuest::Idle);
@@ -136,8 +141,8 @@ fn each_socket_serves_one_vm() {
 }
 
 #[test]
-fn an_endpoint_that_is_taken_away_leaves_its_vms_alone() {
-    for kind in able("an_endpoint_that_is_taken_away", &WAITING) {
+fn a_removed_endpoint_leaves_its_vms_unchanged() {
+    for kind in able("a_removed_endpoint_leaves_its_vms_unchanged", &WAITING) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -164,8 +169,8 @@ fn an_endpoint_that_is_taken_away_leaves_its_vms_alone() {
 }
 
 #[test]
-fn vms_that_were_made_before_the_endpoint_go_on() {
-    for kind in able("vms_that_were_made_before", &[ByHandProgram::Firecracker]) {
+fn managed_vms_run_on_after_an_endpoint_is_set() {
+    for kind in able("managed_vms_run_on_after_an_endpoint_is_set", &[ByHandProgram::Firecracker]) {
         let mut world = World::new(&[("UNKEY_VMCP_BACKEND", kind.backend())]);
         world.start();
         world.create("managed", &world.tiny(TinyGuest::Idle));

@@ -48,8 +48,8 @@ fn sampled(info: &Value) -> bool {
 }
 
 #[test]
-fn a_running_vm_with_a_tap_of_its_vmms_own_is_taken_up_again_and_again() {
-    const TEST: &str = "a_running_vm_with_a_tap_of_its_vmms_own_is_taken_up_again_and_again";
+fn a_running_vm_with_a_tap_of_its_vmm_is_adopted_repeatedly() {
+    const TEST: &str = "a_running_vm_with_a_tap_of_its_vmm_is_adopted_repeatedly";
     let Some((mut bench, vmm)) = holding(TEST, &json!([{"mac": "02:00:00:00:00:01"}])) else { return };
     vmm.boot();
     bench.world.start();
@@ -69,8 +69,8 @@ fn a_running_vm_with_a_tap_of_its_vmms_own_is_taken_up_again_and_again() {
 }
 
 #[test]
-fn a_vm_with_a_tap_of_its_vmms_own_is_booted_as_it_is() {
-    const TEST: &str = "a_vm_with_a_tap_of_its_vmms_own_is_booted_as_it_is";
+fn a_vm_with_a_tap_of_its_vmm_is_booted_unchanged() {
+    const TEST: &str = "a_vm_with_a_tap_of_its_vmm_is_booted_unchanged";
     let Some((mut bench, _vmm)) = holding(TEST, &json!([{"mac": "02:00:00:00:00:01"}])) else { return };
     bench.world.start();
     let vm = bench.the_vm();
@@ -82,8 +82,8 @@ fn a_vm_with_a_tap_of_its_vmms_own_is_booted_as_it_is() {
 }
 
 #[test]
-fn a_vm_whose_interface_is_a_vhost_user_socket_is_imported_and_let_go() {
-    const TEST: &str = "a_vm_whose_interface_is_a_vhost_user_socket_is_imported_and_let_go";
+fn a_vm_with_a_vhost_user_interface_is_imported_and_can_be_deleted() {
+    const TEST: &str = "a_vm_with_a_vhost_user_interface_is_imported_and_can_be_deleted";
     let socket = json!([{"vhost_user": true, "vhost_socket": "/nowhere/net.sock"}]);
     let Some((mut bench, mut vmm)) = holding(TEST, &socket) else { return };
     bench.world.start();
@@ -96,8 +96,8 @@ fn a_vm_whose_interface_is_a_vhost_user_socket_is_imported_and_let_go() {
 }
 
 #[test]
-fn a_vm_with_a_tap_of_its_vmms_own_is_not_made_anew_with_another() {
-    const TEST: &str = "a_vm_with_a_tap_of_its_vmms_own_is_not_made_anew_with_another";
+fn a_vm_with_a_tap_of_its_vmm_is_not_recreated_with_another_tap() {
+    const TEST: &str = "a_vm_with_a_tap_of_its_vmm_is_not_recreated_with_another_tap";
     let Some((mut bench, vmm)) = holding(TEST, &json!([{"mac": "02:00:00:00:00:01"}])) else { return };
     bench.world.start();
     let vm = bench.the_vm();

@@ -13,7 +13,7 @@ use crate::harness::eventually;
 
 #[test]
 fn cloud_hypervisor_boots_any_number_of_times() {
-    for kind in able("cloud_hypervisor_boots", &[ByHandProgram::CloudHypervisor]) {
+    for kind in able("cloud_hypervisor_boots_any_number_of_times", &[ByHandProgram::CloudHypervisor]) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.waits();
         bench.world.start();
@@ -51,7 +51,7 @@ fn cloud_hypervisor_boots_any_number_of_times() {
 
 #[test]
 fn firecracker_needs_another_vmm_for_another_boot() {
-    for kind in able("firecracker_needs_another_vmm", &[ByHandProgram::Firecracker]) {
+    for kind in able("firecracker_needs_another_vmm_for_another_boot", &[ByHandProgram::Firecracker]) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.waits();
         bench.world.start();
@@ -106,8 +106,8 @@ impl Drop for Typed {
 }
 
 #[test]
-fn the_command_that_is_printed_starts_a_vmm() {
-    for kind in able("the_command_that_is_printed", &WAITING) {
+fn the_printed_command_starts_a_vmm() {
+    for kind in able("the_printed_command_starts_a_vmm", &WAITING) {
         let mut bench = Bench::new(kind);
         let folder = bench.world.dir.path().join("it's a $(folder)");
         std::fs::create_dir(&folder).unwrap();
@@ -130,8 +130,10 @@ fn the_command_that_is_printed_starts_a_vmm() {
 }
 
 #[test]
-fn a_start_that_fails_leaves_nothing() {
-    for kind in able("a_start_that_fails", &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker]) {
+fn a_failed_launch_leaves_nothing() {
+    for kind in
+        able("a_failed_launch_leaves_nothing", &[ByHandProgram::CloudHypervisor, ByHandProgram::Firecracker])
+    {
         let mut bench = Bench::new(kind);
         let vmm = bench.waits();
         bench.world.start();

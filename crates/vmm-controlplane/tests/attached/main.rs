@@ -11,8 +11,8 @@
     reason = "the helpers of a test give up as loudly as the test itself"
 )]
 
-mod behind_our_back;
 mod bench;
+mod changes_by_others;
 mod doctor;
 mod force;
 #[allow(dead_code, unused_imports, reason = "another program's harness, of which this one needs a part")]

@@ -11,8 +11,8 @@ use crate::bench::{Bench, able};
 use crate::harness::eventually;
 
 #[test]
-fn nothing_is_created_there() {
-    for kind in able("nothing_is_created_there", &[ByHandProgram::Qemu]) {
+fn a_creation_on_a_qmp_endpoint_is_refused() {
+    for kind in able("a_creation_on_a_qmp_endpoint_is_refused", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         bench.world.start();
         let config = bench.world.tiny(TinyGuest::Idle);
@@ -24,8 +24,8 @@ fn nothing_is_created_there() {
 }
 
 #[test]
-fn a_guest_that_obeys_is_shut_down() {
-    for kind in able("a_guest_that_obeys_is_shut_down", &[ByHandProgram::Qemu]) {
+fn a_guest_behind_a_qmp_socket_is_shut_down() {
+    for kind in able("a_guest_behind_a_qmp_socket_is_shut_down", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         let vmm = bench.runs(TinyGuest::Button);
         bench.world.start();
@@ -44,8 +44,8 @@ fn a_guest_that_obeys_is_shut_down() {
 }
 
 #[test]
-fn what_the_guest_does_is_told_with_its_reason() {
-    for kind in able("what_the_guest_does_is_told", &[ByHandProgram::Qemu]) {
+fn changes_by_the_guest_are_reported_with_their_reason() {
+    for kind in able("changes_by_the_guest_are_reported_with_their_reason", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         bench.world.start();
         let vmm = ByHandVmm::holds(kind, &bench.socket, &bench.guest(TinyGuest::PowerOff));
@@ -71,8 +71,8 @@ fn what_the_guest_does_is_told_with_its_reason() {
 }
 
 #[test]
-fn a_qemu_that_lives_on_after_its_guest_is_shut_down_all_the_same() {
-    for kind in able("a_qemu_that_lives_on", &[ByHandProgram::Qemu]) {
+fn the_vm_of_a_qemu_that_outlives_its_guest_is_shut_down() {
+    for kind in able("the_vm_of_a_qemu_that_outlives_its_guest_is_shut_down", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         bench.world.start();
         let mut guest = bench.guest(TinyGuest::PowerOff);
@@ -90,7 +90,7 @@ fn a_qemu_that_lives_on_after_its_guest_is_shut_down_all_the_same() {
 
 #[test]
 fn a_reset_that_would_end_qemu_is_refused() {
-    for kind in able("a_reset_that_would_end_qemu", &[ByHandProgram::Qemu]) {
+    for kind in able("a_reset_that_would_end_qemu_is_refused", &[ByHandProgram::Qemu]) {
         for words in [&["-no-reboot"][..], &["-action", "reboot=shutdown"]] {
             let mut bench = Bench::new(kind);
             let mut guest = bench.guest(TinyGuest::Idle);
@@ -106,8 +106,8 @@ fn a_reset_that_would_end_qemu_is_refused() {
 }
 
 #[test]
-fn a_reset_through_another_monitor_is_told() {
-    for kind in able("a_reset_through_another_monitor", &[ByHandProgram::Qemu]) {
+fn a_reset_by_another_qmp_client_is_reported() {
+    for kind in able("a_reset_by_another_qmp_client_is_reported", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         let monitor = bench.world.dir.path().join("second.sock");
         let mut guest = bench.guest(TinyGuest::Idle);
@@ -132,8 +132,8 @@ fn a_reset_through_another_monitor_is_told() {
 }
 
 #[test]
-fn a_qmp_socket_that_another_client_holds_is_told() {
-    for kind in able("a_qmp_socket_that_another_client_holds", &[ByHandProgram::Qemu]) {
+fn a_qmp_socket_held_by_another_client_is_reported() {
+    for kind in able("a_qmp_socket_held_by_another_client_is_reported", &[ByHandProgram::Qemu]) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.runs(TinyGuest::Idle);
         let mut greeting = String::new();

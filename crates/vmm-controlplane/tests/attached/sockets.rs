@@ -20,8 +20,8 @@ fn reason(bench: &mut Bench) -> String {
 }
 
 #[test]
-fn another_hypervisors_socket_is_told_by_name() {
-    let kinds = able("another_hypervisors_socket", &ByHandProgram::ALL);
+fn the_hypervisor_behind_a_wrong_socket_is_named() {
+    let kinds = able("the_hypervisor_behind_a_wrong_socket_is_named", &ByHandProgram::ALL);
     for there in &kinds {
         for expected in kinds.iter().filter(|kind| *kind != there) {
             let mut bench = Bench::new(*expected);
@@ -39,8 +39,8 @@ fn another_hypervisors_socket_is_told_by_name() {
 }
 
 #[test]
-fn a_link_is_refused() {
-    for kind in able("a_link_is_refused", &[ByHandProgram::Firecracker]) {
+fn an_endpoint_that_is_a_symbolic_link_is_refused() {
+    for kind in able("an_endpoint_that_is_a_symbolic_link_is_refused", &[ByHandProgram::Firecracker]) {
         let mut bench = Bench::new(kind);
         let real = bench.world.dir.path().join("real.sock");
         let _vmm = ByHandVmm::waits(kind, &real);
@@ -54,11 +54,15 @@ fn a_link_is_refused() {
 }
 
 #[test]
-fn what_another_user_owns_is_refused_whatever_its_mode() {
+fn a_socket_of_another_user_is_refused_with_every_mode() {
     if !rustix::process::geteuid().is_root() {
-        return skipped("what_another_user_owns", "only root can give a file to another user");
+        return skipped(
+            "a_socket_of_another_user_is_refused_with_every_mode",
+            "only root can give a file to another user",
+        );
     }
-    for kind in able("what_another_user_owns", &[ByHandProgram::CloudHypervisor]) {
+    for kind in able("a_socket_of_another_user_is_refused_with_every_mode", &[ByHandProgram::CloudHypervisor])
+    {
         let mut bench = Bench::new(kind);
         let vmm = bench.runs(TinyGuest::Idle);
         chown(&bench.socket, Some(12_345), None).unwrap();
@@ -82,8 +86,8 @@ fn pidfds(daemon: u32, vmm: u32) -> usize {
 }
 
 #[test]
-fn an_idle_vmm_that_is_looked_at_for_long_costs_no_descriptors() {
-    for kind in able("an_idle_vmm_that_is_looked_at", &WAITING) {
+fn the_scanner_of_an_idle_vmm_leaks_no_descriptors() {
+    for kind in able("the_scanner_of_an_idle_vmm_leaks_no_descriptors", &WAITING) {
         let mut bench = Bench::new(kind);
         let vmm = bench.waits();
         bench.world.start();
@@ -121,7 +125,7 @@ fn answers_with(socket: &std::path::Path, body: &'static str) {
 }
 
 #[test]
-fn a_vmm_that_is_too_old_is_told_which_version_it_takes() {
+fn a_too_old_vmm_is_reported_with_the_needed_version() {
     for (kind, body, needed) in [
         (ByHandProgram::CloudHypervisor, r#"{"version":"40.0.0","build_version":"v40.0","pid":1}"#, "51.0.0"),
         (
@@ -138,7 +142,7 @@ fn a_vmm_that_is_too_old_is_told_which_version_it_takes() {
 }
 
 #[test]
-fn what_is_no_socket_and_what_is_not_there_is_said() {
+fn a_missing_path_and_a_path_that_is_no_socket_are_reported() {
     let mut bench = Bench::new(ByHandProgram::CloudHypervisor);
     std::fs::write(&bench.socket, "").unwrap();
     assert!(reason(&mut bench).contains("is not a socket"));
@@ -167,7 +171,7 @@ fn endpoints_that_name_one_socket_stop_the_start() {
 }
 
 #[test]
-fn a_malformed_endpoint_has_the_documents_text() {
+fn the_error_for_a_malformed_endpoint_is_the_documented_text() {
     for (kind, text, words) in [
         (ByHandProgram::CloudHypervisor, "tcp://127.0.0.1:1", "cloud hypervisor endpoint is required"),
         (ByHandProgram::Firecracker, "unix://relative", "firecracker endpoint is required"),
@@ -181,8 +185,8 @@ fn a_malformed_endpoint_has_the_documents_text() {
 }
 
 #[test]
-fn one_endpoint_of_two_that_fails_is_told_beside_the_other() {
-    for kind in able("one_endpoint_of_two", &[ByHandProgram::Firecracker]) {
+fn one_failed_endpoint_of_two_is_reported() {
+    for kind in able("one_failed_endpoint_of_two_is_reported", &[ByHandProgram::Firecracker]) {
         let mut bench = Bench::new(kind);
         let both = format!("{},unix:///nowhere/vmm.sock", endpoint(&bench.socket));
         bench.world.set_env(kind.variable(), Some(&both));

@@ -102,7 +102,7 @@ impl Tale {
 }
 
 #[test]
-fn a_plain_life_is_fine() {
+fn a_plain_history_has_no_violation() {
     Tale::running()
         .event("operation-started", "ShutdownVm", State::Running)
         .event("state-changed", "ShutdownVm", State::Shutdown)
@@ -115,7 +115,7 @@ fn a_plain_life_is_fine() {
 }
 
 #[test]
-fn a_start_that_the_host_forbids_fails_without_a_beginning() {
+fn an_operation_refused_by_the_host_has_no_started_event() {
     let refused = |cause, before: Tale, state| before.event("operation-failed", cause, state);
     refused("BootVm", Tale::created(), State::Created)
         .call(Op::Boot, None)
@@ -141,7 +141,7 @@ fn a_start_that_the_host_forbids_fails_without_a_beginning() {
 }
 
 #[test]
-fn a_shutdown_that_a_crash_cut_short_is_kept_while_its_vmm_is_silent() {
+fn an_interrupted_shutdown_may_complete_after_the_silence_of_its_vmm() {
     let cut_short = || {
         Tale::running()
             .event("operation-started", "ShutdownVm", State::Running)
@@ -161,7 +161,7 @@ fn a_shutdown_that_a_crash_cut_short_is_kept_while_its_vmm_is_silent() {
 }
 
 #[test]
-fn an_end_told_twice_is_found() {
+fn a_repeated_end_is_a_violation() {
     Tale::running()
         .event("vmm-exited", "vmm-exited", State::Shutdown)
         .event("vmm-exited", "vmm-exited", State::Shutdown)
@@ -170,7 +170,7 @@ fn an_end_told_twice_is_found() {
 }
 
 #[test]
-fn an_end_that_is_missing_is_found() {
+fn a_missing_end_is_a_violation() {
     let begun = || Tale::running().event("operation-started", "PauseVm", State::Running);
     begun().call(Op::Pause, Some(State::Running)).now(State::Running).fails_with("is missing");
     Tale::running().fails_with("no event tells of its end");
@@ -179,13 +179,13 @@ fn an_end_that_is_missing_is_found() {
 }
 
 #[test]
-fn a_log_that_ends_elsewhere_than_the_vm_is_found() {
+fn a_log_whose_last_state_differs_from_the_vm_is_a_violation() {
     Tale::running().now(State::Running).is_fine();
     Tale::running().now(State::Paused).fails_with("the log ends with");
 }
 
 #[test]
-fn nothing_follows_a_deletion() {
+fn an_event_after_a_deletion_is_a_violation() {
     Tale::created()
         .event("operation-started", "DeleteVm", State::Created)
         .event("deleted", "DeleteVm", State::Created)
@@ -195,14 +195,14 @@ fn nothing_follows_a_deletion() {
 }
 
 #[test]
-fn an_acknowledged_creation_without_an_event_is_found() {
+fn an_acknowledged_creation_without_an_event_is_a_violation() {
     let mut tale = Tale::created();
     tale.events.clear();
     tale.fails_with("knows of no such moment");
 }
 
 #[test]
-fn an_acknowledged_deletion_without_an_event_is_found() {
+fn an_acknowledged_deletion_without_an_event_is_a_violation() {
     Tale::running()
         .call(Op::Delete { force: true }, None)
         .now(State::Running)
@@ -210,14 +210,14 @@ fn an_acknowledged_deletion_without_an_event_is_found() {
 }
 
 #[test]
-fn an_event_that_nobody_asked_for_is_found() {
+fn an_event_without_a_call_is_a_violation() {
     let mut tale = Tale::running().now(State::Running);
     tale.calls.pop();
     tale.fails_with("had no such call under way");
 }
 
 #[test]
-fn what_a_start_of_the_daemon_finds_takes_a_death_of_the_one_before() {
+fn a_daemon_started_event_needs_a_crash_before_it() {
     let interrupted = || {
         Tale::created()
             .event("operation-started", "BootVm", State::Created)
@@ -241,7 +241,7 @@ fn what_a_start_of_the_daemon_finds_takes_a_death_of_the_one_before() {
 }
 
 #[test]
-fn what_was_taken_up_after_a_crash_is_told_once_more() {
+fn a_resumed_operation_has_a_second_started_event() {
     let begun = || {
         let mut tale = Tale::running().event("operation-started", "ShutdownVm", State::Running);
         tale = tale.call(Op::Shutdown { force: false }, None).lost().crash();
@@ -266,7 +266,7 @@ fn what_was_taken_up_after_a_crash_is_told_once_more() {
 }
 
 #[test]
-fn a_lost_call_that_the_log_does_not_know_had_no_effect() {
+fn a_lost_call_without_an_event_had_no_effect() {
     let tale = Tale::created();
     let call = Call { answer: Answer::Lost, op: Op::Boot, ..tale.calls[0].clone() };
     assert_eq!(last_effect(&call, &tale.events, &|_| Some(1)), None);
@@ -274,7 +274,7 @@ fn a_lost_call_that_the_log_does_not_know_had_no_effect() {
 }
 
 #[test]
-fn a_deletion_may_be_begun_again_after_a_crash_only() {
+fn a_second_start_of_a_deletion_needs_a_crash() {
     let begun = || {
         Tale::created()
             .event("operation-started", "DeleteVm", State::Created)

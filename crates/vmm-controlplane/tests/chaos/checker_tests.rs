@@ -67,7 +67,7 @@ fn failed(code: &str) -> Answer {
 }
 
 #[test]
-fn a_plain_life_is_fine() {
+fn a_plain_history_has_no_violation() {
     Story::running()
         .call(Op::Pause, 21, 30, state(State::Paused))
         .call(Op::Boot, 31, 32, Answer::Denied(State::Paused))
@@ -79,12 +79,12 @@ fn a_plain_life_is_fine() {
 }
 
 #[test]
-fn a_lost_acknowledged_create_is_found() {
+fn a_lost_acknowledged_creation_is_a_violation() {
     Story::default().call(CREATE, 1, 2, said(State::Created, "a")).read(3, Answer::Absent).fails_at(1);
 }
 
 #[test]
-fn a_delete_whose_answer_was_lost_explains_an_absence_until_it_is_settled() {
+fn a_deletion_with_a_lost_answer_explains_an_absence_until_it_is_settled() {
     let story = || Story::default().call(CREATE, 1, 2, said(State::Created, "a")).lost(DELETE, 3, 100);
     story().read(10, said(State::Created, "a")).read(20, Answer::Absent).is_fine();
     story().read(10, Answer::Absent).read(20, said(State::Created, "a")).fails_at(3);
@@ -92,7 +92,7 @@ fn a_delete_whose_answer_was_lost_explains_an_absence_until_it_is_settled() {
 }
 
 #[test]
-fn a_deleted_vm_that_comes_back_is_found() {
+fn a_deleted_vm_that_comes_back_is_a_violation() {
     Story::running().call(DELETE, 21, 30, gone()).read(31, said(State::Running, "a")).fails_at(3);
     // Even where a creation would explain that some VM is there.
     Story::running()
@@ -103,7 +103,7 @@ fn a_deleted_vm_that_comes_back_is_found() {
 }
 
 #[test]
-fn a_lost_creation_may_have_been_one() {
+fn a_lost_creation_may_have_succeeded() {
     Story::default().lost(CREATE, 1, 50).read(2, Answer::Absent).read(3, said(State::Created, "a")).is_fine();
     Story::default()
         .lost(CREATE, 1, 50)
@@ -114,7 +114,7 @@ fn a_lost_creation_may_have_been_one() {
 }
 
 #[test]
-fn a_state_that_nothing_explains_is_found() {
+fn an_unexplained_state_is_a_violation() {
     Story::running().read(30, state(State::Shutdown)).fails_at(2);
     Story::running().lost(Op::KillVmm, 25, 100).read(30, state(State::Shutdown)).is_fine();
     Story::running().lost(Op::Pause, 25, 100).read(30, state(State::Paused)).is_fine();
@@ -132,7 +132,7 @@ fn one_kill_explains_one_end_only() {
 }
 
 #[test]
-fn a_change_that_was_acknowledged_may_not_be_undone() {
+fn an_undone_acknowledged_change_is_a_violation() {
     Story::running()
         .call(Op::Shutdown { force: true }, 21, 30, state(State::Shutdown))
         .read(40, state(State::Running))
@@ -140,7 +140,7 @@ fn a_change_that_was_acknowledged_may_not_be_undone() {
 }
 
 #[test]
-fn calls_side_by_side_may_come_in_either_order() {
+fn concurrent_calls_may_take_effect_in_either_order() {
     Story::running()
         .call(Op::Pause, 30, 40, state(State::Paused))
         .call(Op::Resume, 30, 41, state(State::Running))
@@ -154,7 +154,7 @@ fn calls_side_by_side_may_come_in_either_order() {
 }
 
 #[test]
-fn a_read_that_goes_back_in_time_is_found() {
+fn a_read_of_an_older_state_is_a_violation() {
     Story::running()
         .call(Op::Pause, 30, 60, state(State::Paused))
         .read(40, state(State::Paused))
@@ -171,7 +171,7 @@ fn a_refusal_must_fit_the_state() {
 }
 
 #[test]
-fn what_was_pre_empted_may_have_gone_any_way() {
+fn a_pre_empted_call_may_or_may_not_have_had_its_effect() {
     for then in [State::Shutdown, State::Running] {
         Story::default()
             .call(CREATE, 1, 10, said(State::Created, "a"))
@@ -197,7 +197,7 @@ fn one_fault_does_not_hide_the_next() {
 }
 
 #[test]
-fn many_lost_calls_do_not_drown_the_search() {
+fn many_lost_calls_are_checked_in_bounded_steps() {
     let mut story = Story::running();
     for at in 0..40 {
         let op = [Op::Pause, Op::Resume, Op::Boot, Op::Reboot { force: true }][at as usize % 4];
@@ -212,7 +212,7 @@ fn many_lost_calls_do_not_drown_the_search() {
 }
 
 #[test]
-fn a_policy_brings_a_vm_back_and_a_shutdown_is_never_undone() {
+fn a_policy_may_restart_a_vm_but_not_after_a_shutdown() {
     let restarting = Answer::Done(Said {
         state: Some(State::Shutdown),
         phase: Some("restarting".to_owned()),

@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_are_told_apart() {
+    fn answers_are_classified() {
         let answer = |status: u16, body: Value| {
             understand(Reply::Json(StatusCode::from_u16(status).unwrap(), body)).unwrap()
         };

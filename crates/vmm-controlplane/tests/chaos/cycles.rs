@@ -25,8 +25,8 @@ const WARM: u64 = 20;
 const GROWTH_KIB: u64 = 8 * 1024;
 
 #[test]
-fn vms_come_and_go_and_nothing_stays() {
-    const TEST: &str = "vms_come_and_go_and_nothing_stays";
+fn repeated_vm_lifecycles_leave_nothing_on_the_host() {
+    const TEST: &str = "repeated_vm_lifecycles_leave_nothing_on_the_host";
     let backends = hypervisors(TEST);
     if backends.is_empty() {
         return;

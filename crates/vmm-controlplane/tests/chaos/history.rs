@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_under_way_is_settled_by_the_next_daemons() {
+    fn an_unfinished_call_is_settled_by_the_next_daemons() {
         let lives = [life(1, Some(10)), life(11, Some(30)), life(31, None)];
         assert_eq!(settled(2 * SECOND, &lives), 7 * SECOND, "nobody dies meanwhile");
         assert_eq!(settled(10 * SECOND, &lives), 31 * SECOND, "the second start at the latest");

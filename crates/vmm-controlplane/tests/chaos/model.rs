@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_of_refusals_is_the_contracts() {
+    fn the_models_refusals_follow_the_contract() {
         use State::{Created, Paused, Running, Shutdown};
         let table: [(Op, &[State]); 7] = [
             (Op::Boot, &[Paused]),
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_must_have_been_possible() {
+    fn a_success_needs_a_legal_state() {
         let none = Surroundings::default();
         assert_eq!(step(vm(At::Paused), Op::Boot, &said(State::Running), None, none), []);
         assert_eq!(
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn another_creation_is_another_vm() {
+    fn a_second_creation_makes_another_vm() {
         let read = said(State::Running);
         assert_eq!(step(vm(At::Running), Op::Read, &read, Some(8), Surroundings::default()), []);
         let unknown = Place::Vm { uid: None, config: 0, at: At::Running };
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restart_that_is_owed_is_not_forgotten() {
+    fn a_pending_restart_stays_pending() {
         let stopped = Answer::Done(Said {
             state: Some(State::Shutdown),
             phase: Some("stopped".to_owned()),
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_that_was_cut_short_leaves_created_or_running() {
+    fn an_interrupted_boot_leaves_created_or_running() {
         let after = step(vm(At::Created), Op::Boot, &Answer::Lost, None, Surroundings::default());
         assert_eq!(after, [vm(At::Created), vm(At::Running)]);
         let forced = Surroundings { forced: true, restarts: false };

@@ -23,8 +23,8 @@ use crate::harness::{WAIT_TIMEOUT, World, hypervisors};
 const SHORT: u64 = 15;
 
 #[test]
-fn history_and_world_agree_however_often_the_daemon_is_killed() {
-    const TEST: &str = "history_and_world_agree_however_often_the_daemon_is_killed";
+fn the_history_agrees_with_the_host_under_repeated_kills_of_the_daemon() {
+    const TEST: &str = "the_history_agrees_with_the_host_under_repeated_kills_of_the_daemon";
     let backends = hypervisors(TEST);
     if backends.is_empty() {
         return;

@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_effect_waits_for_a_vmm_that_stands_still() {
+    fn the_effect_of_a_call_waits_for_a_stopped_vmm() {
         let stall = |begin, end| Stall { vm: 0, begin, end };
         assert_eq!(answers_from(10, 20, 5, &[]), 20);
         assert_eq!(answers_from(10, 20, 5, &[stall(0, 9)]), 20, "over before the call");

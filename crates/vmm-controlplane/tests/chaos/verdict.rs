@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forced_call_that_the_log_does_not_know_may_have_pre_empted_another() {
+    fn a_forced_call_without_an_event_may_have_pre_empted_another() {
         let aborted = Answer::Failed { code: "aborted".to_owned(), message: "pre-empted".to_owned() };
         let shutdown = call(Op::Shutdown { force: false }, 10, 90, aborted);
         let forced = |begin| call(Op::Delete { force: true }, begin, 99, Answer::Lost);

@@ -66,8 +66,8 @@ fn orphaned(world: &mut World, backend: &str) -> u32 {
 }
 
 #[test]
-fn a_pid_that_is_somebody_elses_by_now_is_left_alone() {
-    for backend in hypervisors("a_pid_that_is_somebody_elses_by_now_is_left_alone") {
+fn a_reused_pid_is_not_signalled() {
+    for backend in hypervisors("a_reused_pid_is_not_signalled") {
         let bystander = Bystander::start();
         let mut world = World::started(&[]);
         let pid = orphaned(&mut world, backend);
@@ -88,8 +88,8 @@ fn a_pid_that_is_somebody_elses_by_now_is_left_alone() {
 }
 
 #[test]
-fn a_process_of_another_boot_of_the_host_is_left_alone() {
-    for backend in hypervisors("a_process_of_another_boot_of_the_host_is_left_alone") {
+fn a_process_of_another_boot_of_the_host_is_not_signalled() {
+    for backend in hypervisors("a_process_of_another_boot_of_the_host_is_not_signalled") {
         let bystander = Bystander::start();
         let mut world = World::started(&[]);
         let pid = orphaned(&mut world, backend);
@@ -116,8 +116,8 @@ fn socket(world: &World) -> PathBuf {
 }
 
 #[test]
-fn a_socket_that_accepts_and_says_nothing_is_no_death_and_holds_up_nobody() {
-    for backend in hypervisors("a_socket_that_accepts_and_says_nothing_is_no_death_and_holds_up_nobody") {
+fn a_silent_socket_is_unreachable_and_delays_no_other_vm() {
+    for backend in hypervisors("a_silent_socket_is_unreachable_and_delays_no_other_vm") {
         let mut world = World::started(&[]);
         world.create_on(backend, "other", TinyGuest::Idle);
         world.create_on(backend, "vm", TinyGuest::Idle);
@@ -152,9 +152,9 @@ fn a_socket_that_accepts_and_says_nothing_is_no_death_and_holds_up_nobody() {
 }
 
 #[test]
-fn the_identity_of_a_vmm_is_its_own() {
+fn the_recorded_identity_is_that_of_the_vmm() {
     // What the tests above rely on: the record says which process it is, and the proof holds for that one alone.
-    for backend in hypervisors("the_identity_of_a_vmm_is_its_own") {
+    for backend in hypervisors("the_recorded_identity_is_that_of_the_vmm") {
         let mut world = World::started(&[]);
         let pid = orphaned(&mut world, backend);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -30,7 +30,7 @@ fn with(mut config: Value, pointer: &str, value: Value) -> Value {
 }
 
 #[test]
-fn each_wrong_value_is_named_by_its_path() {
+fn each_wrong_value_is_reported_by_its_path() {
     let world = World::started(&[]);
     let good = world.tiny(TinyGuest::Idle);
     let dir = world.dir.path();
@@ -171,7 +171,7 @@ fn each_wrong_value_is_named_by_its_path() {
 }
 
 #[test]
-fn names_that_are_no_names() {
+fn invalid_vm_ids_are_refused() {
     let world = World::started(&[]);
     let good = world.tiny(TinyGuest::Idle);
     for name in ["../x", "a/b", "-a", ".a", "a b", &"x".repeat(64), "ä"] {
@@ -196,7 +196,7 @@ fn names_that_are_no_names() {
 }
 
 #[test]
-fn all_violations_at_once_in_the_message_and_as_details() {
+fn all_violations_are_in_the_message_and_the_details() {
     let world = World::started(&[]);
     let config = json!({"cpu": {"vcpu_count": 0}, "memory": {"size_bytes": 1}, "boot": {"kernel_path": "/nonexistent"}});
     let answer = world.call("CreateVm", &json!({"vm_id": "a b", "config": config}));
@@ -233,8 +233,8 @@ fn a_request_with_hundreds_of_thousands_of_devices_is_refused_by_their_number() 
 }
 
 #[test]
-fn the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation() {
-    let test = "the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation";
+fn kernel_arguments_of_the_longest_length_boot_and_longer_ones_are_refused() {
+    let test = "kernel_arguments_of_the_longest_length_boot_and_longer_ones_are_refused";
     let world = World::started(&[]);
     let disk = world.dir.path().join("root.raw");
     fs::write(&disk, [0; 4096]).unwrap();
@@ -268,7 +268,7 @@ fn the_longest_kernel_arguments_boot_and_longer_ones_are_refused_at_creation() {
 }
 
 #[test]
-fn firmware_is_not_served_and_says_so() {
+fn firmware_is_refused_as_unimplemented() {
     let world = World::started(&[]);
     let config = with(world.tiny(TinyGuest::Idle), "/boot/boot_options", json!({"firmware": "/ovmf.fd"}));
     let message = world.call("CreateVm", &json!({"vm_id": "vm", "config": config})).error("unimplemented");
@@ -276,7 +276,7 @@ fn firmware_is_not_served_and_says_so() {
 }
 
 #[test]
-fn a_file_that_changed_since_creation_stops_the_boot_and_nothing_else() {
+fn a_file_that_changed_after_the_creation_fails_the_boot() {
     let world = World::started(&[]);
     let config = world.tiny(TinyGuest::Idle);
     world.create("vm", &config);

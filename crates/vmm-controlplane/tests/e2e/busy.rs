@@ -10,8 +10,8 @@ use crate::harness::{World, call, eventually, hypervisors, post, signal, vmm_pid
 const CALLS: usize = 48;
 
 #[test]
-fn a_hung_vm_with_a_full_inbox_holds_up_no_reader_no_health_and_no_other_vm() {
-    for backend in hypervisors("a_hung_vm_with_a_full_inbox_holds_up_no_reader_no_health_and_no_other_vm") {
+fn a_hanging_vm_with_a_full_mailbox_delays_no_reader_and_no_other_vm() {
+    for backend in hypervisors("a_hanging_vm_with_a_full_mailbox_delays_no_reader_and_no_other_vm") {
         // Rarely sampled, so that it is the calls that find out.
         let world = World::started(&[("UNKEY_VMCP_METRICS_INTERVAL", "3600")]);
         for name in ["hung", "well"] {

@@ -7,7 +7,7 @@ use vmm_testkit::guests::TinyGuest;
 use crate::harness::World;
 
 #[test]
-fn a_bad_configuration_is_told_whole_and_starts_nothing() {
+fn a_bad_configuration_is_reported_completely_and_starts_nothing() {
     let world = World::new(&[("UNKEY_VMCP_BACKEND", "xen"), ("UNKEY_VMCP_PORT", "http")]);
     for subcommand in ["serve", "check-config"] {
         let output = world.command().arg(subcommand).output().unwrap();
@@ -22,7 +22,7 @@ fn a_bad_configuration_is_told_whole_and_starts_nothing() {
 }
 
 #[test]
-fn settings_that_are_not_served_yet_stop_the_start() {
+fn unserved_settings_stop_the_start() {
     for (variable, value) in
         [("UNKEY_VMCP_OTEL_ENABLED", "true"), ("UNKEY_VMCP_CORS_ORIGINS", "https://example.org")]
     {
@@ -32,7 +32,7 @@ fn settings_that_are_not_served_yet_stop_the_start() {
 }
 
 #[test]
-fn the_old_variables_are_named_with_their_successors() {
+fn retired_variables_are_named_with_their_successors() {
     let world = World::new(&[]);
     let output = world.command().env_remove("UNKEY_VMCP_PORT").env("CHCP_PORT", "8080").output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
@@ -49,7 +49,7 @@ fn the_old_variables_are_named_with_their_successors() {
 }
 
 #[test]
-fn help_version_and_check_config_answer() {
+fn help_version_and_check_config_succeed() {
     let world = World::new(&[]);
     let text = |argument: &str| {
         let output = world.command().arg(argument).output().unwrap();
@@ -62,7 +62,7 @@ fn help_version_and_check_config_answer() {
 }
 
 #[test]
-fn every_line_of_a_request_bears_its_id_and_the_vm() {
+fn every_log_line_of_a_request_has_its_id_and_the_vm() {
     let mut world = World::started(&[]);
     world.create("logged", &world.tiny(TinyGuest::Idle));
     world.call("PauseVm", &json!({"vm_id": "logged"})).error("failed_precondition");
@@ -83,7 +83,7 @@ fn every_line_of_a_request_bears_its_id_and_the_vm() {
 }
 
 #[test]
-fn health_has_the_keys_of_the_contract() {
+fn the_health_page_has_the_keys_of_the_contract() {
     let world = World::started(&[]);
     let health = world.get("/_/health");
     let expected =

@@ -41,8 +41,8 @@ fn ask(world: &World, console: &mut UnixStream, vm_id: &str) -> Behind {
 }
 
 #[test]
-fn after_a_pause_qemus_guest_is_behind_and_its_hardware_clock_is_right() {
-    const TEST: &str = "after_a_pause_qemus_guest_is_behind_and_its_hardware_clock_is_right";
+fn after_a_pause_qemus_guest_clock_is_late_and_its_hardware_clock_is_right() {
+    const TEST: &str = "after_a_pause_qemus_guest_clock_is_late_and_its_hardware_clock_is_right";
     needs_qemu!();
     let Some((kernel, initrd)) = linux() else {
         return skipped(TEST, "no guest kernel; `make setup` makes it");
@@ -89,8 +89,8 @@ fn printed(world: &World) -> Vec<Clocks> {
 }
 
 #[test]
-fn during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on() {
-    const TEST: &str = "during_a_pause_the_clocks_of_cloud_hypervisor_and_firecracker_go_on";
+fn the_guest_clocks_of_cloud_hypervisor_and_firecracker_continue_during_a_pause() {
+    const TEST: &str = "the_guest_clocks_of_cloud_hypervisor_and_firecracker_continue_during_a_pause";
     for backend in hypervisors(TEST).into_iter().filter(|backend| *backend != "qemu") {
         let world = World::started(&[]);
         world.create_on(backend, "vm", TinyGuest::Clock);

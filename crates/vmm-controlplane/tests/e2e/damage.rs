@@ -97,7 +97,7 @@ fn a_damaged_database_is_refused_and_no_vm_is_touched() {
 }
 
 #[test]
-fn a_database_overwritten_under_a_running_daemon_invents_nothing() {
+fn a_database_overwritten_under_a_running_daemon_causes_no_false_answers() {
     needs_qemu!();
     for cut in [false, true] {
         let mut world = World::started(&[]);

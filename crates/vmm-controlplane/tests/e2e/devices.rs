@@ -27,14 +27,14 @@ fn linux_config(args: &str) -> Option<Value> {
 }
 
 #[test]
-fn disks_arrive_in_order_and_are_counted() {
+fn disks_are_attached_in_order_and_counted() {
     needs_qemu!();
     let Some(mut config) = linux_config("vmcp.do=writedisk,idle") else {
-        return skipped("disks_arrive_in_order_and_are_counted", "no guest kernel; `make setup` makes it");
+        return skipped("disks_are_attached_in_order_and_counted", "no guest kernel; `make setup` makes it");
     };
     if !on_path("qemu-img") {
         return skipped(
-            "disks_arrive_in_order_and_are_counted",
+            "disks_are_attached_in_order_and_counted",
             "qemu-img is not on PATH; `make setup` installs it",
         );
     }
@@ -83,8 +83,8 @@ fn disks_arrive_in_order_and_are_counted() {
 }
 
 #[test]
-fn what_is_written_to_a_raw_disk_keeps_no_vm_from_booting() {
-    let test = "what_is_written_to_a_raw_disk_keeps_no_vm_from_booting";
+fn data_on_a_raw_disk_does_not_prevent_a_boot() {
+    let test = "data_on_a_raw_disk_does_not_prevent_a_boot";
     let world = World::started(&[]);
     for backend in hypervisors(test) {
         let disk = raw_disk(world.dir.path(), &format!("{backend}.img"), 1);
@@ -135,7 +135,7 @@ fn a_writable_disk_serves_one_running_vm() {
 }
 
 #[test]
-fn a_console_goes_to_the_file_that_is_named_and_stays() {
+fn a_console_is_written_to_the_named_file_which_is_kept() {
     needs_qemu!();
     let world = World::started(&[]);
     let output = world.dir.path().join("my console.log");
@@ -181,18 +181,18 @@ impl Drop for Tap {
 }
 
 #[test]
-fn a_tap_that_exists_carries_the_guests_packets() {
+fn an_existing_tap_carries_the_guests_packets() {
     needs_qemu!();
     let args = "vmcp.ip=10.213.77.2/24 vmcp.peer=10.213.77.1 vmcp.do=ping,idle";
     let Some(mut config) = linux_config(args) else {
         return skipped(
-            "a_tap_that_exists_carries_the_guests_packets",
+            "an_existing_tap_carries_the_guests_packets",
             "no guest kernel; `make setup` makes it",
         );
     };
     let Some(tap) = Tap::new() else {
         return skipped(
-            "a_tap_that_exists_carries_the_guests_packets",
+            "an_existing_tap_carries_the_guests_packets",
             "no TAP can be made here; it takes root and ip",
         );
     };

@@ -103,7 +103,7 @@ fn listed(world: &World, vm_id: &str) -> Vec<Value> {
 }
 
 #[test]
-fn a_watch_sees_a_guest_come_and_go() {
+fn a_watch_reports_the_start_and_the_end_of_a_guest() {
     needs_qemu!();
     let world = World::started(&[]);
     world.create("old", &world.tiny(TinyGuest::Idle));
@@ -140,7 +140,7 @@ fn a_watch_sees_a_guest_come_and_go() {
 }
 
 #[test]
-fn a_watch_resumes_where_a_killed_daemon_left_it() {
+fn a_watch_resumes_after_a_killed_daemon() {
     needs_qemu!();
     let mut world = World::started(&[]);
     let stream = Stream::watch(&world, &json!({}));
@@ -175,7 +175,7 @@ fn a_watch_resumes_where_a_killed_daemon_left_it() {
 }
 
 #[test]
-fn many_clients_at_once_are_told_in_one_order() {
+fn many_watches_get_the_events_in_one_order() {
     let world = World::started(&[]);
     let label = |config: &Value| {
         let mut config = config.clone();
@@ -211,7 +211,7 @@ fn many_clients_at_once_are_told_in_one_order() {
 }
 
 #[test]
-fn events_are_kept_as_long_as_configured() {
+fn events_are_kept_for_the_configured_time() {
     let mut world = World::started(&[("UNKEY_VMCP_EVENT_RETENTION", "1s")]);
     world.create("vm", &world.tiny(TinyGuest::Idle));
     let token = listed(&world, "")[0]["token"].clone();
@@ -228,7 +228,7 @@ fn events_are_kept_as_long_as_configured() {
 }
 
 #[test]
-fn a_wait_ends_with_the_guest() {
+fn a_wait_ends_with_the_power_off_of_the_guest() {
     needs_qemu!();
     let world = World::started(&[]);
     world.create("vm", &world.tiny(TinyGuest::Idle));

@@ -81,8 +81,8 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn with_a_full_state_directory_force_works_and_nothing_is_lost() {
-    const TEST: &str = "with_a_full_state_directory_force_works_and_nothing_is_lost";
+fn on_a_full_state_directory_force_works_and_no_record_is_lost() {
+    const TEST: &str = "on_a_full_state_directory_force_works_and_no_record_is_lost";
     needs_qemu!();
     let mut world = World::new(&[]);
     let Some(disk) = SmallDisk::under(&mut world, "state", "size=16m,mode=700", TEST) else { return };
@@ -150,8 +150,8 @@ fn with_a_full_state_directory_force_works_and_nothing_is_lost() {
 }
 
 #[test]
-fn with_a_full_runtime_directory_a_boot_fails_whole_and_the_rest_goes_on() {
-    const TEST: &str = "with_a_full_runtime_directory_a_boot_fails_whole_and_the_rest_goes_on";
+fn on_a_full_runtime_directory_a_boot_fails_and_other_vms_run_on() {
+    const TEST: &str = "on_a_full_runtime_directory_a_boot_fails_and_other_vms_run_on";
     for backend in hypervisors(TEST) {
         let mut world = World::new(&[]);
         let Some(disk) = SmallDisk::under(&mut world, "run", "size=8m,nr_inodes=300", TEST) else { return };
@@ -200,8 +200,8 @@ fn contact(world: &World, vm: &str) -> (i64, String) {
 }
 
 #[test]
-fn a_runtime_directory_that_is_full_for_a_while_is_no_silence_of_the_vmm() {
-    const TEST: &str = "a_runtime_directory_that_is_full_for_a_while_is_no_silence_of_the_vmm";
+fn a_temporarily_full_runtime_directory_does_not_make_a_vm_unreachable() {
+    const TEST: &str = "a_temporarily_full_runtime_directory_does_not_make_a_vm_unreachable";
     for backend in hypervisors(TEST) {
         let mut world = World::new(&[]);
         let Some(disk) = SmallDisk::under(&mut world, "run", "size=8m,nr_inodes=300", TEST) else { return };

@@ -47,7 +47,7 @@ fn a_reset_ends_the_run_where_the_policy_says_never() {
 }
 
 #[test]
-fn resets_without_end_are_ended() {
+fn endless_resets_of_the_guest_are_ended() {
     needs_qemu!();
     let world = World::started(&[]);
     let mut config = world.tiny(TinyGuest::Reset);
@@ -67,7 +67,7 @@ fn resets_without_end_are_ended() {
 }
 
 #[test]
-fn a_killed_vmm_is_noticed_and_named() {
+fn a_killed_vmm_is_observed_with_its_signal() {
     needs_qemu!();
     let world = World::started(&[]);
     world.create("vm", &world.tiny(TinyGuest::Idle));
@@ -86,7 +86,7 @@ fn a_killed_vmm_is_noticed_and_named() {
 }
 
 #[test]
-fn a_killed_vmm_is_started_again_where_the_policy_says_so() {
+fn a_killed_vmm_is_started_again_under_its_policy() {
     needs_qemu!();
     let world = World::started(&[]);
     let mut config = world.tiny(TinyGuest::Idle);

@@ -65,8 +65,8 @@ fn folders(world: &World) -> (PathBuf, PathBuf) {
 }
 
 #[test]
-fn a_mount_that_does_not_answer_holds_up_nobody_else() {
-    let test = "a_mount_that_does_not_answer_holds_up_nobody_else";
+fn a_hanging_mount_delays_no_other_vm() {
+    let test = "a_hanging_mount_delays_no_other_vm";
     let mut world = World::new(&[]);
     let (hung, fine) = folders(&world);
     let Some(mount) = HungMount::on(&mut world, &hung, test) else { return };

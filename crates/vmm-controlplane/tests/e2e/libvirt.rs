@@ -64,7 +64,7 @@ fn phase_is(phase: &str) -> impl Fn(&Value) -> bool {
 }
 
 #[test]
-fn virsh_is_seen_and_sees() {
+fn changes_by_virsh_and_by_this_program_are_seen_by_each_other() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let info = run(&world, "vm", TinyGuest::Button);
@@ -114,7 +114,7 @@ fn resets_told(world: &World, vm_id: &str) -> usize {
 }
 
 #[test]
-fn a_reset_by_virsh_is_told() {
+fn a_reset_by_virsh_is_reported() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let banner = TinyGuest::Button.banner();
@@ -172,7 +172,7 @@ fn a_reset_by_virsh_is_told() {
 }
 
 #[test]
-fn a_restart_of_libvirtd_loses_nothing() {
+fn a_restart_of_libvirtd_loses_no_vm() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let before = run(&world, "vm", TinyGuest::Idle);
@@ -211,7 +211,7 @@ fn a_restart_of_libvirtd_loses_nothing() {
 }
 
 #[test]
-fn doctor_looks_at_libvirt_beside_the_daemon_and_without_it() {
+fn doctor_examines_libvirt_beside_the_daemon_and_without_it() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let mut world = world(&helper, &libvirtd.uri(), &[]);
     let finding = |world: &World| {
@@ -234,7 +234,7 @@ fn doctor_looks_at_libvirt_beside_the_daemon_and_without_it() {
 }
 
 #[test]
-fn a_libvirtd_that_hangs_stops_no_force() {
+fn a_hanging_libvirtd_does_not_prevent_force() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let pid = vmm_pid(&run(&world, "vm", TinyGuest::Idle));
@@ -255,7 +255,7 @@ fn a_libvirtd_that_hangs_stops_no_force() {
 }
 
 #[test]
-fn a_killed_daemon_finds_its_domains() {
+fn a_restarted_daemon_finds_its_domains() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let mut world = started(&helper, &libvirtd, &[]);
     for name in ["running", "paused", "destroyed", "restarted", "resumed"] {
@@ -312,7 +312,7 @@ fn stranger(world: &World, libvirtd: &Libvirtd) -> String {
 }
 
 #[test]
-fn what_is_not_ours_is_left_alone() {
+fn foreign_domains_are_not_touched() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let uuid = stranger(&world, &libvirtd);
@@ -335,7 +335,7 @@ fn what_is_not_ours_is_left_alone() {
 }
 
 #[test]
-fn what_is_not_ours_is_imported_where_that_is_asked_for() {
+fn foreign_domains_are_imported_if_the_setting_asks_for_them() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let mut world = world(&helper, &libvirtd.uri(), &[("UNKEY_VMCP_QEMU_IMPORT", "true")]);
     let uuid = stranger(&world, &libvirtd);
@@ -370,7 +370,7 @@ fn what_is_not_ours_is_imported_where_that_is_asked_for() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn a_missing_part_of_libvirt_is_named() {
     let missing = |env: &[(&str, &str)], words: &[&str]| {
         let world = World::started(env);
         let health = world.get("/_/health");

@@ -37,10 +37,10 @@ fn reason(info: &Value) -> &str {
 }
 
 #[test]
-fn a_user_runs_vms_in_a_libvirt_of_its_own() {
+fn a_user_runs_vms_in_a_session_libvirt() {
     let (session, mut world) = match rig(UserLibvirt::start) {
         Ok(both) => both,
-        Err(why) => return skipped("a_user_runs_vms_in_a_libvirt_of_its_own", &why),
+        Err(why) => return skipped("a_user_runs_vms_in_a_session_libvirt", &why),
     };
     // One that libvirt itself started would not end with the test's.
     world.set_env("LIBVIRT_AUTOSTART", Some("0"));
@@ -89,7 +89,7 @@ fn a_user_runs_vms_in_a_libvirt_of_its_own() {
 fn libvirt_starts_the_users_libvirtd_when_the_daemon_asks() {
     let (_session, mut world) = match rig(UserLibvirt::asleep) {
         Ok(both) => both,
-        Err(why) => return skipped("libvirt_starts_the_users_libvirtd", &why),
+        Err(why) => return skipped("libvirt_starts_the_users_libvirtd_when_the_daemon_asks", &why),
     };
     world.start();
     eventually("the backend can serve", || world.get("/_/health").status == 200);
@@ -108,9 +108,9 @@ fn libvirt_starts_the_users_libvirtd_when_the_daemon_asks() {
 }
 
 #[test]
-fn root_is_told_that_it_has_no_such_libvirt() {
+fn a_session_uri_for_root_is_refused() {
     if !rustix::process::geteuid().is_root() || !on_path("qemu-system-x86_64") {
-        return skipped("root_is_told_that_it_has_no_such_libvirt", "this is not root, or QEMU is missing");
+        return skipped("a_session_uri_for_root_is_refused", "this is not root, or QEMU is missing");
     }
     let world = World::started(&[("UNKEY_VMCP_QEMU_ENDPOINT", URI)]);
     let health = world.get("/_/health");

@@ -7,10 +7,13 @@ use crate::harness::{World, is_alive, linux, skipped, vmm_pid};
 use crate::needs_qemu;
 
 #[test]
-fn a_linux_guest_from_creation_to_deletion() {
+fn a_linux_guest_lives_from_creation_to_deletion() {
     needs_qemu!();
     let Some((kernel, initrd)) = linux() else {
-        return skipped("a_linux_guest_from_creation_to_deletion", "no guest kernel; `make setup` makes it");
+        return skipped(
+            "a_linux_guest_lives_from_creation_to_deletion",
+            "no guest kernel; `make setup` makes it",
+        );
     };
     let world = World::started(&[]);
     let config = json!({
@@ -63,7 +66,7 @@ fn a_linux_guest_from_creation_to_deletion() {
 }
 
 #[test]
-fn every_cell_of_the_state_table() {
+fn every_entry_of_the_state_table() {
     needs_qemu!();
     let world = World::started(&[]);
     let config = world.tiny(TinyGuest::Idle);
@@ -113,7 +116,7 @@ fn every_cell_of_the_state_table() {
 }
 
 #[test]
-fn the_kernels_arguments_in_force_are_shown_beside_the_given_ones() {
+fn the_effective_kernel_arguments_are_shown_beside_the_given_ones() {
     needs_qemu!();
     let world = World::started(&[]);
     let disk = world.dir.path().join("disk");
@@ -142,7 +145,7 @@ fn the_kernels_arguments_in_force_are_shown_beside_the_given_ones() {
 }
 
 #[test]
-fn microvm_lives_the_same_life() {
+fn a_microvm_passes_the_same_lifecycle() {
     needs_qemu!();
     let world = World::started(&[]);
     let mut config = world.tiny(TinyGuest::Idle);
@@ -161,7 +164,7 @@ fn microvm_lives_the_same_life() {
 }
 
 #[test]
-fn creating_again_is_the_same_vm_or_refused() {
+fn a_repeated_creation_returns_the_vm_or_is_refused() {
     let world = World::started(&[]);
     let config = world.tiny(TinyGuest::Idle);
     let first = world.create("vm", &config);
@@ -198,7 +201,7 @@ fn the_list_filters_and_pages() {
 }
 
 #[test]
-fn the_answers_of_a_vm_carry_what_was_filled_in() {
+fn the_answers_have_the_completed_values() {
     let world = World::new(&[]);
     let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
     let kernel = kernel.to_str().unwrap();

@@ -102,7 +102,7 @@ impl Drop for Daemon {
 }
 
 #[test]
-fn a_log_that_nobody_reads_holds_up_no_call_and_what_was_dropped_is_counted() {
+fn an_unread_log_delays_no_call_and_dropped_lines_are_counted() {
     let world = World::new(&[("RUST_LOG", "trace")]);
     let (daemon, log) = Daemon::logging_to_a_pipe(&world);
     daemon.has_much_to_say();
@@ -120,7 +120,7 @@ fn a_log_that_nobody_reads_holds_up_no_call_and_what_was_dropped_is_counted() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_does_not_hold_up_the_end() {
+fn an_unread_log_does_not_delay_the_exit() {
     let world = World::new(&[("RUST_LOG", "trace")]);
     let (daemon, _unread) = Daemon::logging_to_a_pipe(&world);
     daemon.has_much_to_say();
@@ -129,7 +129,7 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_end() {
 }
 
 #[test]
-fn a_log_whose_reader_has_gone_is_no_defect() {
+fn a_log_with_a_closed_reader_does_not_disturb_the_daemon() {
     let world = World::new(&[]);
     let (daemon, log) = Daemon::logging_to_a_pipe(&world);
     drop(log);
@@ -138,7 +138,7 @@ fn a_log_whose_reader_has_gone_is_no_defect() {
 }
 
 #[test]
-fn a_log_on_a_full_device_or_without_a_place_is_no_defect() {
+fn a_log_on_a_full_or_closed_output_does_not_disturb_the_daemon() {
     let mut world = World::new(&[]);
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
     let daemon = Daemon::logging_to(&mut world, full.into());
@@ -153,7 +153,7 @@ fn a_log_on_a_full_device_or_without_a_place_is_no_defect() {
 }
 
 #[test]
-fn a_failed_start_says_why_behind_the_log() {
+fn a_failed_daemon_start_prints_its_error_after_the_log() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let world = World::new(&[("UNKEY_VMCP_PORT", &port)]);

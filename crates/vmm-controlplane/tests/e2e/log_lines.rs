@@ -48,7 +48,7 @@ fn documented_keys() -> BTreeSet<String> {
 }
 
 #[test]
-fn each_operation_of_a_life_leaves_one_line_that_says_who_did_what_to_which_vm() {
+fn each_operation_has_one_log_line_with_caller_operation_and_vm() {
     crate::needs_qemu!();
     let mut world = World::started(&[]);
     let vm = json!({"vm_id": "vm"});
@@ -105,7 +105,7 @@ fn each_operation_of_a_life_leaves_one_line_that_says_who_did_what_to_which_vm()
 }
 
 #[test]
-fn a_call_that_fails_or_is_refused_leaves_one_warning_with_its_reason() {
+fn a_failed_or_refused_call_has_one_warning_with_its_reason() {
     let mut world = World::started(&[]);
     let without_memory = json!({"vm_id": "wrong", "config": {"cpu": {"vcpu_count": 1}}});
     let cases = [
@@ -140,7 +140,7 @@ fn a_call_that_fails_or_is_refused_leaves_one_warning_with_its_reason() {
 }
 
 #[test]
-fn the_end_of_a_run_is_logged_by_itself() {
+fn the_end_of_a_run_has_a_log_line() {
     crate::needs_qemu!();
     let mut world = World::started(&[]);
     call_as(&world, "creation", "CreateVm", &json!({"vm_id": "vm", "config": world.tiny(TinyGuest::Idle)}));
@@ -178,7 +178,7 @@ fn the_end_of_a_run_is_logged_by_itself() {
 }
 
 #[test]
-fn a_start_by_the_restart_policy_leaves_one_line() {
+fn a_start_by_the_restart_policy_has_one_log_line() {
     crate::needs_qemu!();
     let mut world = World::started(&[]);
     let mut config = world.tiny(TinyGuest::Idle);

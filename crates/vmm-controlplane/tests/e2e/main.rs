@@ -25,6 +25,7 @@ mod harness;
 mod hung_files;
 #[allow(dead_code, reason = "another program uses the rest")]
 mod hung_mount;
+mod hypervisor_failures;
 mod libvirt;
 mod libvirt_session;
 mod lifecycle;
@@ -41,6 +42,5 @@ mod signals;
 mod spares;
 mod startable;
 mod taps;
-mod trouble;
 mod unprivileged;
 mod valid;

@@ -79,7 +79,7 @@ impl Drop for Stranger {
 }
 
 #[test]
-fn doctor_names_the_remedy_for_what_keeps_the_default_backend_from_serving() {
+fn doctor_names_the_remedy_for_an_unavailable_default_backend() {
     let world = World::new(&[("UNKEY_VMCP_QEMU_BINARY", "/nowhere/qemu")]);
     let done = run(&world, &["doctor"]);
     assert_eq!(done.code, 1, "{}{}", done.out, done.err);
@@ -121,7 +121,7 @@ fn doctor_works_without_the_daemon_and_beside_it() {
 }
 
 #[test]
-fn beside_a_daemon_everything_is_listed_with_its_owner_and_nothing_is_touched() {
+fn reconcile_beside_a_daemon_lists_every_trace_and_changes_nothing() {
     needs_qemu!();
     let world = World::started(&[]);
     let (dir, pid) = running(&world, "vm");
@@ -143,7 +143,7 @@ fn beside_a_daemon_everything_is_listed_with_its_owner_and_nothing_is_touched() 
 }
 
 #[test]
-fn nothing_is_restored_into_a_directory_that_others_may_write() {
+fn a_restore_into_a_directory_writable_by_others_is_refused() {
     use std::os::unix::fs::PermissionsExt as _;
     let mut world = World::started(&[]);
     let copy = world.dir.path().join("copy");
@@ -169,7 +169,7 @@ fn nothing_is_restored_into_a_directory_that_others_may_write() {
 }
 
 #[test]
-fn what_an_older_backup_does_not_know_is_ended_only_when_asked() {
+fn orphans_of_an_older_backup_are_ended_only_on_request() {
     needs_qemu!();
     let mut world = World::started(&[]);
     let (kept_dir, kept) = running(&world, "kept");
@@ -228,7 +228,7 @@ fn what_an_older_backup_does_not_know_is_ended_only_when_asked() {
 }
 
 #[test]
-fn a_vm_that_was_started_again_since_the_backup_is_found_again() {
+fn a_vm_started_again_after_the_backup_is_found() {
     needs_qemu!();
     let mut world = World::started(&[]);
     let (_, before) = running(&world, "vm");
@@ -249,7 +249,7 @@ fn a_vm_that_was_started_again_since_the_backup_is_found_again() {
 }
 
 #[test]
-fn a_backup_that_would_disown_a_running_vm_is_refused() {
+fn a_restore_that_would_orphan_a_running_vm_is_refused() {
     needs_qemu!();
     let mut world = World::started(&[]);
     world.create("vm", &world.tiny(TinyGuest::Idle));
@@ -267,7 +267,7 @@ fn a_backup_that_would_disown_a_running_vm_is_refused() {
 }
 
 #[test]
-fn two_daemons_ledgers_do_not_mix() {
+fn reconcile_keeps_two_instances_apart() {
     needs_qemu!();
     let mut one = World::started(&[]);
     let (dir, pid) = running(&one, "vm");
@@ -313,8 +313,8 @@ impl Drop for Tap {
 }
 
 #[test]
-fn an_orphan_of_any_hypervisor_ends_with_all_that_it_held() {
-    const TEST: &str = "an_orphan_of_any_hypervisor_ends_with_all_that_it_held";
+fn an_orphan_of_each_hypervisor_is_ended_with_its_traces() {
+    const TEST: &str = "an_orphan_of_each_hypervisor_is_ended_with_its_traces";
     let kvm = Path::new("/dev/kvm").exists();
     let all = [
         ("qemu", "qemu-system-x86_64", true),

@@ -8,7 +8,7 @@ use crate::harness::{World, eventually, hypervisors, is_alive, signal, try_call,
 use crate::needs_qemu;
 
 #[test]
-fn a_daemon_that_is_told_to_end_closes_its_database() {
+fn a_terminated_daemon_closes_its_database() {
     needs_qemu!();
     for how in [Signal::TERM, Signal::INT] {
         let mut world = World::started(&[]);
@@ -32,7 +32,7 @@ fn a_daemon_that_is_told_to_end_closes_its_database() {
 }
 
 #[test]
-fn vms_outlive_the_daemon_however_it_ends() {
+fn vms_outlive_a_terminated_and_a_killed_daemon() {
     needs_qemu!();
     for how in [Signal::KILL, Signal::TERM, Signal::INT] {
         let mut world = World::started(&[]);
@@ -74,7 +74,7 @@ fn vms_outlive_the_daemon_however_it_ends() {
 }
 
 #[test]
-fn what_died_meanwhile_is_shut_down() {
+fn a_vm_that_ended_without_a_daemon_is_shut_down() {
     needs_qemu!();
     let mut world = World::started(&[]);
     world.create("vm", &world.tiny(TinyGuest::Idle));
@@ -93,8 +93,8 @@ fn what_died_meanwhile_is_shut_down() {
 }
 
 #[test]
-fn a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was() {
-    for backend in hypervisors("a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was") {
+fn the_vmm_of_an_unrecorded_boot_is_ended_and_the_vm_is_unchanged() {
+    for backend in hypervisors("the_vmm_of_an_unrecorded_boot_is_ended_and_the_vm_is_unchanged") {
         let mut world = World::started(&[]);
         world.create_on(backend, "vm", TinyGuest::Idle);
         let database =
@@ -118,7 +118,7 @@ fn a_vmm_whose_intent_never_reached_the_disk_is_ended_and_the_vm_is_as_it_was() 
 }
 
 #[test]
-fn a_guest_that_ends_under_an_adopting_daemon_is_noticed() {
+fn an_end_during_the_adoption_is_observed() {
     needs_qemu!();
     let mut world = World::started(&[]);
     world.create("vm", &world.tiny(TinyGuest::Idle));
@@ -142,7 +142,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
 }
 
 #[test]
-fn a_namesake_is_another_vm() {
+fn a_new_vm_with_a_deleted_name_is_another_vm() {
     needs_qemu!();
     let mut world = World::started(&[]);
     let config = world.tiny(TinyGuest::Idle);

@@ -34,8 +34,8 @@ fn warns(lines: &[Value], parts: &[&str]) -> bool {
 }
 
 #[test]
-fn sockets_that_went_while_the_daemon_was_down_are_told_and_force_ends_the_vm() {
-    for backend in hypervisors("sockets_that_went_while_the_daemon_was_down_are_told") {
+fn sockets_lost_without_a_daemon_are_reported_and_force_ends_the_vm() {
+    for backend in hypervisors("sockets_lost_without_a_daemon_are_reported_and_force_ends_the_vm") {
         let mut world = World::started(&[]);
         let (pid, folder) = running(&world, backend);
         world.stop(Signal::TERM);
@@ -72,8 +72,8 @@ fn sockets_that_went_while_the_daemon_was_down_are_told_and_force_ends_the_vm() 
 }
 
 #[test]
-fn a_vm_whose_sockets_went_while_the_daemon_was_down_can_be_deleted_by_force() {
-    for backend in hypervisors("a_vm_whose_sockets_went_while_the_daemon_was_down_can_be_deleted") {
+fn a_vm_with_sockets_lost_without_a_daemon_can_be_deleted_by_force() {
+    for backend in hypervisors("a_vm_with_sockets_lost_without_a_daemon_can_be_deleted_by_force") {
         let mut world = World::started(&[]);
         let (pid, folder) = running(&world, backend);
         world.stop(Signal::KILL);
@@ -88,8 +88,8 @@ fn a_vm_whose_sockets_went_while_the_daemon_was_down_can_be_deleted_by_force() {
 }
 
 #[test]
-fn sockets_that_go_while_the_daemon_runs_are_told_before_it_stops() {
-    for backend in hypervisors("sockets_that_go_while_the_daemon_runs_are_told_before_it_stops") {
+fn sockets_lost_under_a_running_daemon_are_reported_before_it_stops() {
+    for backend in hypervisors("sockets_lost_under_a_running_daemon_are_reported_before_it_stops") {
         let world = World::started(&[]);
         let (pid, folder) = running(&world, backend);
         fs::remove_dir_all(&folder).unwrap();
@@ -109,7 +109,7 @@ fn sockets_that_go_while_the_daemon_runs_are_told_before_it_stops() {
 }
 
 #[test]
-fn a_runtime_directory_of_another_name_is_told_and_the_one_of_before_serves_again() {
+fn a_changed_runtime_directory_is_reported_and_the_old_one_works_again() {
     needs_qemu!();
     let mut world = World::started(&[]);
     let (pid, folder) = running(&world, "qemu");
@@ -174,7 +174,7 @@ fn one_mistaken_start_in_a_runtime_directory_has_no_lasting_effect() {
 }
 
 #[test]
-fn a_subcommand_names_its_directories_in_its_first_line() {
+fn the_first_line_of_a_subcommand_names_its_directories() {
     let world = World::started(&[]);
     let copy = world.dir.path().join("copy").display().to_string();
     for args in [&["doctor"][..], &["reconcile", "--dry-run"], &["backup", &copy]] {

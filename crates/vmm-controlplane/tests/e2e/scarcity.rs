@@ -59,9 +59,9 @@ fn the_soft_limit_on_descriptors_is_raised() {
 }
 
 #[test]
-fn at_the_hard_limit_boots_are_refused_and_what_runs_runs_on() {
+fn at_the_hard_limit_boots_are_refused_and_running_vms_run_on() {
     const HARD: u64 = 104;
-    for backend in hypervisors("at_the_hard_limit_boots_are_refused_and_what_runs_runs_on") {
+    for backend in hypervisors("at_the_hard_limit_boots_are_refused_and_running_vms_run_on") {
         let world = limited(64, HARD, &[("UNKEY_VMCP_METRICS_INTERVAL", "1")]);
         let mut running = Vec::new();
         let refusal = loop {
@@ -100,7 +100,7 @@ fn at_the_hard_limit_boots_are_refused_and_what_runs_runs_on() {
 }
 
 #[test]
-fn a_vmm_without_a_descriptor_left_is_told_as_the_daemon_is() {
+fn exhausted_descriptors_of_a_vmm_are_reported_like_those_of_the_daemon() {
     needs_qemu!();
     // Each of these disks has as many backing files as may be, and QEMU opens every one of them.
     let world = limited(64, 104, &[]);
@@ -131,7 +131,7 @@ fn a_vmm_without_a_descriptor_left_is_told_as_the_daemon_is() {
 }
 
 #[test]
-fn a_thousand_idle_connections_hold_up_nobody() {
+fn a_thousand_idle_connections_delay_no_call() {
     // The connections are this process's too.
     let limits = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, maximum: limits.maximum }).unwrap();
@@ -155,7 +155,7 @@ fn a_thousand_idle_connections_hold_up_nobody() {
 }
 
 #[test]
-fn a_request_with_too_many_entries_is_refused_at_once_and_nobody_notices() {
+fn a_request_with_too_many_entries_is_refused_and_delays_no_call() {
     let world = World::started(&[]);
     let url = world.url().to_owned();
     let body = json!({"config": {"storage": vec![json!({}); 300_000]}});
@@ -190,8 +190,8 @@ fn short_of_memory() -> World {
 }
 
 #[test]
-fn a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else() {
-    for backend in hypervisors("a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else") {
+fn a_vmm_without_memory_fails_its_own_boot_only() {
+    for backend in hypervisors("a_vmm_without_memory_fails_its_own_boot_only") {
         let world = short_of_memory();
         world.create_on(backend, "small", TinyGuest::Idle);
         world.boot("small");
@@ -217,8 +217,8 @@ fn a_vmm_that_gets_no_memory_fails_its_own_boot_and_nothing_else() {
 }
 
 #[test]
-fn a_running_vmm_that_gets_no_more_memory_is_shown_as_it_is() {
-    for backend in hypervisors("a_running_vmm_that_gets_no_more_memory_is_shown_as_it_is") {
+fn a_running_vmm_without_memory_is_shown_in_its_proven_state() {
+    for backend in hypervisors("a_running_vmm_without_memory_is_shown_in_its_proven_state") {
         let world = World::started(&[]);
         world.create_on(backend, "vm", TinyGuest::Idle);
         world.boot("vm");

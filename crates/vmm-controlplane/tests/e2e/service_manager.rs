@@ -18,7 +18,7 @@ fn next(socket: &UnixDatagram) -> String {
 }
 
 #[test]
-fn readiness_life_and_the_end_are_told_over_either_kind_of_socket() {
+fn readiness_watchdog_and_stop_are_notified_over_path_and_abstract_sockets() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");
     let name = format!("vmcp-e2e-notify-{}", std::process::id());
@@ -47,7 +47,7 @@ fn readiness_life_and_the_end_are_told_over_either_kind_of_socket() {
 }
 
 #[test]
-fn a_service_manager_that_is_not_there_is_no_reason_not_to_serve() {
+fn the_daemon_serves_without_its_service_manager() {
     let mut world = World::started(&[("NOTIFY_SOCKET", "/nonexistent/notify"), ("WATCHDOG_USEC", "1")]);
     assert_eq!(world.get("/health").status, 200);
     assert_eq!(world.stop(Signal::TERM).0, Some(0));

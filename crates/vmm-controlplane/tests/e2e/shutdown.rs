@@ -50,8 +50,8 @@ pub(crate) fn linux_config(backend: &str, arguments: &str) -> Option<Value> {
 }
 
 #[test]
-fn a_vmm_that_stands_still_for_a_while_costs_its_guest_no_time() {
-    const TEST: &str = "a_vmm_that_stands_still_for_a_while_costs_its_guest_no_time";
+fn a_temporarily_stopped_vmm_does_not_shorten_the_guest_timeout() {
+    const TEST: &str = "a_temporarily_stopped_vmm_does_not_shorten_the_guest_timeout";
     // Rarely sampled, so that nobody notices the silence before the call.
     let world = World::started(&[("UNKEY_VMCP_METRICS_INTERVAL", "3600")]);
     for backend in hypervisors(TEST) {
@@ -76,8 +76,8 @@ fn a_vmm_that_stands_still_for_a_while_costs_its_guest_no_time() {
 }
 
 #[test]
-fn a_vmm_that_answers_nothing_is_ended_by_force_alone() {
-    const TEST: &str = "a_vmm_that_answers_nothing_is_ended_by_force_alone";
+fn a_silent_vmm_is_ended_by_force_alone() {
+    const TEST: &str = "a_silent_vmm_is_ended_by_force_alone";
     let world = World::started(&[("UNKEY_VMCP_METRICS_INTERVAL", "3600")]);
     for backend in hypervisors(TEST) {
         for method in ["ShutdownVm", "RebootVm"] {
@@ -107,8 +107,8 @@ fn a_vmm_that_answers_nothing_is_ended_by_force_alone() {
 }
 
 #[test]
-fn a_guest_that_is_still_booting_is_asked_again() {
-    const TEST: &str = "a_guest_that_is_still_booting_is_asked_again";
+fn a_booting_guest_gets_the_shutdown_request_again() {
+    const TEST: &str = "a_booting_guest_gets_the_shutdown_request_again";
     let world = World::started(&[]);
     for backend in hypervisors(TEST) {
         let Some(config) = linux_config(backend, "vmcp.deaf=10") else {
@@ -127,8 +127,8 @@ fn a_guest_that_is_still_booting_is_asked_again() {
 
 /// Linux needs longer than three seconds in software emulation until it hears its button.
 #[test]
-fn linux_that_is_asked_three_seconds_after_its_start_shuts_down_by_itself() {
-    const TEST: &str = "linux_that_is_asked_three_seconds_after_its_start_shuts_down_by_itself";
+fn linux_obeys_a_shutdown_three_seconds_after_its_start() {
+    const TEST: &str = "linux_obeys_a_shutdown_three_seconds_after_its_start";
     let Some(config) = linux_config("qemu", "").filter(|_| on_path("qemu-system-x86_64")) else {
         return skipped(TEST, NO_LINUX);
     };

@@ -51,8 +51,8 @@ fn bring(world: &World, backend: &str, at: At) -> (u32, Option<JoinHandle<Answer
 }
 
 #[test]
-fn a_vmm_that_dies_in_any_state_is_shut_down_and_starts_again() {
-    for backend in hypervisors("a_vmm_that_dies_in_any_state_is_shut_down_and_starts_again") {
+fn a_vmm_killed_in_any_state_is_shut_down_and_can_be_started() {
+    for backend in hypervisors("a_vmm_killed_in_any_state_is_shut_down_and_can_be_started") {
         let world = World::started(&[]);
         for deadly in [Signal::KILL, Signal::SEGV] {
             for at in EVERYWHERE {
@@ -86,8 +86,8 @@ fn a_vmm_that_dies_in_any_state_is_shut_down_and_starts_again() {
 }
 
 #[test]
-fn a_vmm_that_hangs_in_any_state_keeps_it_until_force_ends_it() {
-    for backend in hypervisors("a_vmm_that_hangs_in_any_state_keeps_it_until_force_ends_it") {
+fn a_vmm_that_hangs_in_any_state_keeps_the_state_until_force_ends_it() {
+    for backend in hypervisors("a_vmm_that_hangs_in_any_state_keeps_the_state_until_force_ends_it") {
         let world = World::started(&[]);
         for at in EVERYWHERE {
             let (pid, asked) = bring(&world, backend, at);
@@ -139,8 +139,8 @@ fn world_with(backend: &str, first: &str) -> (tempfile::TempDir, World) {
 }
 
 #[test]
-fn a_vmm_that_dies_while_it_is_started_leaves_nothing() {
-    for backend in hypervisors("a_vmm_that_dies_while_it_is_started_leaves_nothing") {
+fn a_vmm_killed_during_its_launch_leaves_nothing() {
+    for backend in hypervisors("a_vmm_killed_during_its_launch_leaves_nothing") {
         for deadly in ["KILL", "SEGV"] {
             let again = format!("while kill -{deadly} $$; do sleep 0.01; done");
             // At once, and at some later step of the start; the last may come when the guest runs already.
@@ -172,8 +172,8 @@ fn a_vmm_that_dies_while_it_is_started_leaves_nothing() {
 }
 
 #[test]
-fn a_vmm_that_hangs_while_it_is_started_is_ended_by_force() {
-    for backend in hypervisors("a_vmm_that_hangs_while_it_is_started_is_ended_by_force") {
+fn a_vmm_that_hangs_during_its_launch_is_ended_by_force() {
+    for backend in hypervisors("a_vmm_that_hangs_during_its_launch_is_ended_by_force") {
         for deletes in [false, true] {
             let (_folder, world) = world_with(backend, "kill -STOP $$");
             world.create_on(backend, "vm", TinyGuest::Idle);

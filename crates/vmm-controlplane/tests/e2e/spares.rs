@@ -110,8 +110,8 @@ fn doctor(world: &World) -> (String, String) {
 }
 
 #[test]
-fn unless_it_is_asked_for_no_process_waits() {
-    for backend in hypervisors("unless_it_is_asked_for_no_process_waits") {
+fn no_spare_vmm_is_started_without_the_setting() {
+    for backend in hypervisors("no_spare_vmm_is_started_without_the_setting") {
         let mut world = World::started(&[]);
         let pid = running(&world, backend, "vm");
         delete(&world, "vm");
@@ -124,8 +124,8 @@ fn unless_it_is_asked_for_no_process_waits() {
 }
 
 #[test]
-fn a_vm_is_run_by_the_vmm_that_waited_and_nothing_of_it_stays() {
-    for backend in hypervisors("a_vm_is_run_by_the_vmm_that_waited_and_nothing_of_it_stays") {
+fn a_vm_runs_on_the_spare_vmm_and_leaves_nothing() {
+    for backend in hypervisors("a_vm_runs_on_the_spare_vmm_and_leaves_nothing") {
         let mut world = World::started(ONE);
         create(&world, backend, "first");
         assert_eq!(world.vmms(), Vec::<u32>::new(), "{backend}: none before the backend has started a VM");
@@ -158,8 +158,8 @@ fn a_vm_is_run_by_the_vmm_that_waited_and_nothing_of_it_stays() {
 }
 
 #[test]
-fn a_daemon_that_is_told_to_end_ends_what_waits_and_no_vm() {
-    for backend in hypervisors("a_daemon_that_is_told_to_end_ends_what_waits_and_no_vm") {
+fn a_terminated_daemon_ends_its_spare_vmms_and_no_vm() {
+    for backend in hypervisors("a_terminated_daemon_ends_its_spare_vmms_and_no_vm") {
         let mut world = World::started(ONE);
         let vm = running(&world, backend, "vm");
         let given = create_with_spare(&world, backend, "given", &[]);
@@ -184,8 +184,8 @@ fn a_daemon_that_is_told_to_end_ends_what_waits_and_no_vm() {
 }
 
 #[test]
-fn what_a_killed_daemon_leaves_waiting_is_told_and_ended_by_the_next() {
-    for backend in hypervisors("what_a_killed_daemon_leaves_waiting_is_told_and_ended_by_the_next") {
+fn spare_vmms_of_a_killed_daemon_are_reported_and_ended_by_the_next() {
+    for backend in hypervisors("spare_vmms_of_a_killed_daemon_are_reported_and_ended_by_the_next") {
         let mut world = World::started(ONE);
         let vm = running(&world, backend, "vm");
         let waits = spare(&world, &[]);
@@ -221,8 +221,8 @@ fn what_a_killed_daemon_leaves_waiting_is_told_and_ended_by_the_next() {
 }
 
 #[test]
-fn what_a_killed_daemon_leaves_waiting_is_ended_by_reconcile() {
-    for backend in hypervisors("what_a_killed_daemon_leaves_waiting_is_ended_by_reconcile") {
+fn spare_vmms_of_a_killed_daemon_are_ended_by_reconcile() {
+    for backend in hypervisors("spare_vmms_of_a_killed_daemon_are_ended_by_reconcile") {
         let mut world = World::started(ONE);
         let vm = running(&world, backend, "vm");
         let given = create_with_spare(&world, backend, "given", &[]);
@@ -250,8 +250,8 @@ fn what_a_killed_daemon_leaves_waiting_is_ended_by_reconcile() {
 }
 
 #[test]
-fn what_waits_is_no_vm_that_a_backup_would_disown() {
-    for backend in hypervisors("what_waits_is_no_vm_that_a_backup_would_disown") {
+fn a_restore_does_not_count_spare_vmms_as_running_vms() {
+    for backend in hypervisors("a_restore_does_not_count_spare_vmms_as_running_vms") {
         let mut world = World::started(ONE);
         let vm = running(&world, backend, "vm");
         let given = create_with_spare(&world, backend, "given", &[]);

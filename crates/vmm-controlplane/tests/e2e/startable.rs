@@ -72,7 +72,7 @@ fn a_qemu_without_its_firmware_is_unavailable_and_the_package_is_named() {
 }
 
 #[test]
-fn a_trial_that_hangs_ends_with_the_daemon() {
+fn a_hanging_trial_ends_with_the_daemon() {
     let folder = tempfile::tempdir().unwrap();
     let wrapper = folder.path().join("qemu");
     for hang in ["sleep 900", "kill -STOP $$"] {
@@ -203,7 +203,7 @@ fn each_boot_chooses_the_accelerator_and_unasked_emulation_is_a_warning() {
 }
 
 #[test]
-fn emulation_that_was_ordered_is_no_warning() {
+fn requested_emulation_is_no_warning() {
     needs_qemu!();
     let world = World::started(&[("UNKEY_VMCP_QEMU_KVM", "false")]);
     let created = world.create("vm", &world.tiny(TinyGuest::Idle));

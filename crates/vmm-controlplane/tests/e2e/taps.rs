@@ -120,8 +120,8 @@ fn delete(world: &World, vm_id: &str) {
 }
 
 #[test]
-fn a_tap_that_the_program_names_goes_with_the_vm() {
-    const TEST: &str = "a_tap_that_the_program_names_goes_with_the_vm";
+fn a_generated_tap_is_removed_with_the_vm() {
+    const TEST: &str = "a_generated_tap_is_removed_with_the_vm";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let world = World::started(&[]);
     for backend in backends(TEST) {
@@ -144,8 +144,8 @@ fn a_tap_that_the_program_names_goes_with_the_vm() {
 }
 
 #[test]
-fn a_tap_that_the_client_names_is_made_and_serves_one_running_vm() {
-    const TEST: &str = "a_tap_that_the_client_names_is_made_and_serves_one_running_vm";
+fn a_named_tap_is_created_and_held_by_one_running_vm() {
+    const TEST: &str = "a_named_tap_is_created_and_held_by_one_running_vm";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let world = World::started(&[]);
     let backends = backends(TEST);
@@ -172,8 +172,8 @@ fn a_tap_that_the_client_names_is_made_and_serves_one_running_vm() {
 }
 
 #[test]
-fn a_tap_that_exists_is_used_and_stays() {
-    const TEST: &str = "a_tap_that_exists_is_used_and_stays";
+fn an_existing_tap_is_used_and_not_removed() {
+    const TEST: &str = "an_existing_tap_is_used_and_not_removed";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let world = World::started(&[]);
     let name = interfaces.unused("e");
@@ -194,8 +194,8 @@ fn a_tap_that_exists_is_used_and_stays() {
 }
 
 #[test]
-fn what_is_no_tap_is_refused_before_anything_starts() {
-    const TEST: &str = "what_is_no_tap_is_refused_before_anything_starts";
+fn an_interface_that_is_no_tap_is_refused_before_the_launch() {
+    const TEST: &str = "an_interface_that_is_no_tap_is_refused_before_the_launch";
     let world = World::started(&[]);
     for backend in backends(TEST) {
         create(&world, backend, backend, "lo");
@@ -232,8 +232,8 @@ fn a_start_that_fails_leaves_no_tap() {
 }
 
 #[test]
-fn taps_are_found_and_removed_after_the_daemon_was_killed() {
-    const TEST: &str = "taps_are_found_and_removed_after_the_daemon_was_killed";
+fn taps_of_a_killed_daemon_are_found_and_removed() {
+    const TEST: &str = "taps_of_a_killed_daemon_are_found_and_removed";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let mut world = World::started(&[]);
     let backends = backends(TEST);
@@ -261,8 +261,8 @@ fn taps_are_found_and_removed_after_the_daemon_was_killed() {
 }
 
 #[test]
-fn a_daemon_killed_in_the_middle_of_a_boot_leaves_no_tap() {
-    const TEST: &str = "a_daemon_killed_in_the_middle_of_a_boot_leaves_no_tap";
+fn a_daemon_killed_during_a_boot_leaves_no_tap() {
+    const TEST: &str = "a_daemon_killed_during_a_boot_leaves_no_tap";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let mut world = World::started(&[]);
     for backend in backends(TEST) {
@@ -315,8 +315,8 @@ impl Drop for Namespace {
 }
 
 #[test]
-fn a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm() {
-    const TEST: &str = "a_tap_that_somebody_takes_away_is_no_silence_of_the_vmm";
+fn a_tap_removed_by_hand_does_not_make_the_vm_unreachable() {
+    const TEST: &str = "a_tap_removed_by_hand_does_not_make_the_vm_unreachable";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let namespace = Namespace::new();
     let mut world = World::started(&[]);
@@ -384,8 +384,8 @@ fn with_witness(folder: &Path, seen: &Path) -> Vec<(&'static str, String)> {
 }
 
 #[test]
-fn a_tap_is_named_at_creation_and_there_before_its_vmm_starts() {
-    const TEST: &str = "a_tap_is_named_at_creation_and_there_before_its_vmm_starts";
+fn a_tap_is_named_at_creation_and_exists_before_its_vmm_starts() {
+    const TEST: &str = "a_tap_is_named_at_creation_and_exists_before_its_vmm_starts";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let folder = tempfile::tempdir().unwrap();
     let seen = folder.path().join("seen");
@@ -406,8 +406,8 @@ fn a_tap_is_named_at_creation_and_there_before_its_vmm_starts() {
 }
 
 #[test]
-fn a_tap_that_was_connected_beforehand_is_connected_throughout() {
-    const TEST: &str = "a_tap_that_was_connected_beforehand_is_connected_throughout";
+fn a_bridged_tap_stays_in_its_bridge() {
+    const TEST: &str = "a_bridged_tap_stays_in_its_bridge";
     let Some(interfaces) = Interfaces::new(TEST) else { return };
     let (bridge, name) = (interfaces.unused("b"), interfaces.unused("t"));
     if !ip(&["link", "add", &bridge, "type", "bridge"]) {

@@ -151,29 +151,26 @@ fn each(test: &str, trial: impl Fn(&mut Unprivileged, &str, u32)) {
 }
 
 #[test]
-fn a_vmm_with_file_capabilities_is_adopted_though_its_start_was_not_recorded() {
-    each(
-        "a_vmm_with_file_capabilities_is_adopted_though_its_start_was_not_recorded",
-        |there, backend, pid| {
-            there.forget_the_run();
-            there.world.start();
-            let info = there.world.wait_for("vm", "settled", |info| info["status"]["phase"] != "starting");
-            assert_eq!(
-                (&info["state"], vmm_pid(&info)),
-                (&json!("VM_STATE_RUNNING"), pid),
-                "{backend}: {info:#}"
-            );
-            there.world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
-            let gone = there.world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
-            assert_eq!(gone["left_behind"], Value::Null, "{backend}: {gone}");
-            assert!(!is_alive(pid), "{backend}");
-        },
-    );
+fn a_vmm_with_file_capabilities_is_adopted_after_an_unrecorded_boot() {
+    each("a_vmm_with_file_capabilities_is_adopted_after_an_unrecorded_boot", |there, backend, pid| {
+        there.forget_the_run();
+        there.world.start();
+        let info = there.world.wait_for("vm", "settled", |info| info["status"]["phase"] != "starting");
+        assert_eq!(
+            (&info["state"], vmm_pid(&info)),
+            (&json!("VM_STATE_RUNNING"), pid),
+            "{backend}: {info:#}"
+        );
+        there.world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
+        let gone = there.world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
+        assert_eq!(gone["left_behind"], Value::Null, "{backend}: {gone}");
+        assert!(!is_alive(pid), "{backend}");
+    });
 }
 
 #[test]
-fn a_vmm_with_file_capabilities_that_no_record_names_is_ended() {
-    each("a_vmm_with_file_capabilities_that_no_record_names_is_ended", |there, backend, pid| {
+fn an_unrecorded_vmm_with_file_capabilities_is_ended() {
+    each("an_unrecorded_vmm_with_file_capabilities_is_ended", |there, backend, pid| {
         tamper(&there.world, |record| {
             record.run = None;
             record.state = VmState::Created;
@@ -189,8 +186,8 @@ fn a_vmm_with_file_capabilities_that_no_record_names_is_ended() {
 }
 
 #[test]
-fn a_console_file_that_the_daemon_may_not_write_is_a_violation() {
-    const TEST: &str = "a_console_file_that_the_daemon_may_not_write_is_a_violation";
+fn an_unwritable_console_file_is_a_violation() {
+    const TEST: &str = "an_unwritable_console_file_is_a_violation";
     let mut there = match Unprivileged::new() {
         Ok(there) => there,
         Err(why) => return skipped(TEST, &why),

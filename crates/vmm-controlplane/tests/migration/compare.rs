@@ -78,7 +78,7 @@ fn line_fits(shown: &str, printed: &str) -> bool {
 }
 
 #[test]
-fn more_may_be_printed_than_is_shown_and_nothing_else() {
+fn a_printed_answer_may_add_fields_to_the_shown_one() {
     let json = |shown: &str| Shown::Json(serde_json::from_str(shown).unwrap());
     let printed = r#"{"success":false}{"vm_id":"a-1","n":"5","vms":[{"x":1},{"x":2}],"uptime_seconds":7}"#;
     for shown in [r#"{"vm_id":"a-…"}"#, r#"{"vms":[{"x":2}],"n":"5"}"#, r#"{"uptime_seconds":3600}"#, r"{}"]

@@ -74,7 +74,7 @@ fn needed() -> String {
 }
 
 #[test]
-fn the_guide_runs_as_printed() {
+fn the_commands_of_the_guide_run_as_printed() {
     let options = match namespaces() {
         Ok(options) => options,
         Err(why) => return skipped("the migration guide", &why),
@@ -95,7 +95,7 @@ fn the_guide_runs_as_printed() {
         .args([&stage])
         .arg(needed());
     inside.arg(std::env::current_exe().unwrap());
-    inside.args(["--exact", "inside_the_namespaces", "--ignored", "--nocapture"]);
+    inside.args(["--exact", "child_follows_the_guide_in_namespaces", "--ignored", "--nocapture"]);
     // What it skips it says here; a file in /tmp would be out of its sight.
     inside.env(INSIDE, "1").env_remove("TMPDIR").env_remove("VMCP_SKIP_LOG");
     inside.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
@@ -125,15 +125,15 @@ fn the_guide_runs_as_printed() {
 }
 
 #[test]
-#[ignore = "the_guide_runs_as_printed runs it, in namespaces"]
-fn inside_the_namespaces() {
+#[ignore = "the_commands_of_the_guide_run_as_printed runs it, in namespaces"]
+fn child_follows_the_guide_in_namespaces() {
     if std::env::var_os(INSIDE).is_some() {
         reader::follow(&guide::steps());
     }
 }
 
 #[test]
-fn every_block_is_run_or_shows_what_is_printed() {
+fn every_block_of_the_guide_is_run_or_compared() {
     let steps = guide::steps();
     assert!(steps.len() > 30, "only {} blocks were found: the search has gone blind", steps.len());
     let shown = steps.iter().filter(|step| step.shown.is_some()).count();

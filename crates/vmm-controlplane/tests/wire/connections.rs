@@ -36,7 +36,7 @@ async fn is_closed_after(server: &TestServer, beginning: &[u8]) -> bool {
 }
 
 #[tokio::test]
-async fn a_slow_head_is_cut_off() {
+async fn a_slow_head_times_out() {
     let options = ServeOptions { header_timeout: Duration::from_millis(200), ..Default::default() };
     let server = TestServer::with(options).await;
     for beginning in [
@@ -51,7 +51,7 @@ async fn a_slow_head_is_cut_off() {
 }
 
 #[tokio::test]
-async fn a_stalled_body_is_given_up() {
+async fn a_stalled_body_times_out() {
     let options = ServeOptions { body_idle_timeout: Duration::from_millis(200), ..Default::default() };
     let server = TestServer::with(options).await;
     let head = b"POST /vmm.v1.VmService/ListVms HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
@@ -60,7 +60,7 @@ async fn a_stalled_body_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_call_without_a_deadline_gets_the_longest_one() {
+async fn a_call_without_a_timeout_gets_the_longest_one() {
     let options = ServeOptions { max_deadline: Duration::from_millis(200), ..Default::default() };
     let server = TestServer::with(options).await;
     let reply = send(server.addr, json_call("WaitVm", r#"{"timeout_seconds":3600}"#)).await;
@@ -95,7 +95,7 @@ impl Plain {
 }
 
 #[tokio::test]
-async fn an_idle_connection_outlasts_the_time_for_a_head() {
+async fn an_idle_connection_outlasts_the_head_timeout() {
     let options = ServeOptions {
         header_timeout: Duration::from_millis(100),
         idle_timeout: UNREACHED_TIMEOUT,
@@ -113,7 +113,7 @@ async fn an_idle_connection_outlasts_the_time_for_a_head() {
 }
 
 #[tokio::test]
-async fn an_idle_connection_ends() {
+async fn an_idle_connection_times_out() {
     let options = ServeOptions { idle_timeout: Duration::from_millis(200), ..Default::default() };
     let server = TestServer::with(options).await;
     let mut idle = Plain::open(&server).await;
@@ -156,7 +156,7 @@ async fn trickle(server: &TestServer, path: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_body_that_never_stalls_and_never_ends_is_given_up() {
+async fn an_endless_body_times_out() {
     let options = ServeOptions { body_timeout: Duration::from_millis(300), ..Default::default() };
     let server = TestServer::with(options).await;
     assert_eq!(trickle(&server, "/vmm.v1.VmService/ListVms").await, "HTTP/1.1 504 Gateway Timeout");
@@ -165,7 +165,7 @@ async fn a_body_that_never_stalls_and_never_ends_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_drain_ends_streams_and_lets_calls_finish() {
+async fn a_drain_ends_streams_and_completes_calls() {
     let mut server =
         TestServer::with(ServeOptions { drain_timeout: UNREACHED_TIMEOUT, ..Default::default() }).await;
     let mut streams = Vec::new();

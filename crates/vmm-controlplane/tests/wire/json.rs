@@ -27,7 +27,7 @@ async fn answers_use_proto_names_enum_names_and_strings_for_int64() {
 }
 
 #[tokio::test]
-async fn requests_may_use_either_spelling_and_numbers_or_strings() {
+async fn requests_accept_both_spellings_and_numbers_or_strings() {
     let server = TestServer::start().await;
     let snake = r#"{"vm_id":"a","config":{"memory":{"size_bytes":2147483648},"boot":{"kernel_path":"/k"},
         "restart_policy":{"mode":"RESTART_MODE_ALWAYS"},"metadata":{"myKey":"v","my_key":"w"}}}"#;
@@ -50,7 +50,7 @@ async fn requests_may_use_either_spelling_and_numbers_or_strings() {
 }
 
 #[tokio::test]
-async fn an_unknown_field_is_refused_and_named() {
+async fn an_unknown_field_is_refused_by_name() {
     let server = TestServer::start().await;
     for (body, path) in [
         (r#"{"vm_id":"a","confg":{}}"#, "confg"),
@@ -102,7 +102,7 @@ async fn broken_json_and_wrong_types_are_invalid_arguments() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_given_twice_is_refused_and_named() {
+async fn a_duplicate_key_is_refused_by_name() {
     let server = TestServer::start().await;
     for (body, path) in [
         (r#"{"vm_id":"a","vmId":"b"}"#, "vm_id"),
@@ -122,7 +122,7 @@ async fn a_key_that_is_given_twice_is_refused_and_named() {
 }
 
 #[tokio::test]
-async fn a_request_with_too_many_entries_is_refused_in_either_codec() {
+async fn a_request_with_too_many_entries_is_refused_in_both_codecs() {
     let server = TestServer::start().await;
     let refused =
         "config.storage: has too many entries: all lists and maps of a request may have 4096 together";
@@ -144,7 +144,7 @@ async fn a_request_with_too_many_entries_is_refused_in_either_codec() {
 }
 
 #[tokio::test]
-async fn lists_take_enum_names_in_post_and_get() {
+async fn lists_accept_enum_names_in_post_and_get() {
     let server = TestServer::start().await;
     let filter = r#"{"state_filter":["VM_STATE_PAUSED","VM_STATE_RUNNING"],"pageToken":"p"}"#;
     let expected = json!({

@@ -6,8 +6,8 @@
     reason = "helpers of tests, which clippy does not take for tests"
 )]
 
+mod connection_limits;
 mod connections;
-mod crowds;
 mod http_client;
 mod json;
 mod protocols;

@@ -113,7 +113,7 @@ async fn an_oversized_message_is_resource_exhausted_on_every_protocol() {
 }
 
 #[tokio::test]
-async fn the_health_service_says_what_it_is_told() {
+async fn the_health_service_returns_the_set_status() {
     let server = TestServer::start().await;
     let connection = Http2Connection::lazy_plaintext(server.uri()).shared(8);
     let client = HealthClient::new(connection, ClientConfig::new(server.uri()).with_protocol(Protocol::Grpc));
@@ -129,7 +129,7 @@ async fn the_health_service_says_what_it_is_told() {
 }
 
 #[tokio::test]
-async fn the_health_service_says_what_the_health_page_says() {
+async fn the_health_service_agrees_with_the_health_page() {
     let healthy = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&healthy);
     let options = ServeOptions {

@@ -25,7 +25,7 @@ fn assert_refused(reply: &Reply, status: u16, code: &str, hint: &str) {
 }
 
 #[tokio::test]
-async fn the_predecessors_path_names_the_new_one() {
+async fn the_path_of_the_predecessor_names_the_new_path() {
     let server = TestServer::start().await;
     let old = "/cloudhypervisor.v1.VmService/CreateVm";
     let reply = send(server.addr, post(old, "application/json", b"{}")).await;
@@ -54,7 +54,7 @@ async fn unknown_paths_and_methods_are_404_with_advice() {
 }
 
 #[tokio::test]
-async fn only_reads_answer_get() {
+async fn only_reading_methods_accept_get() {
     let server = TestServer::start().await;
     for method in ["CreateVm", "DeleteVm", "ValidateVm", "WatchVms"] {
         let uri = format!("/vmm.v1.VmService/{method}?connect=v1&encoding=json&message=%7B%7D");
@@ -70,7 +70,7 @@ async fn only_reads_answer_get() {
 }
 
 #[tokio::test]
-async fn a_get_without_a_message_is_told_how_to_send_one() {
+async fn a_get_without_a_message_is_refused_with_advice() {
     let server = TestServer::start().await;
     let path = "/vmm.v1.VmService/ListVms";
     for query in ["", "?", "?encoding=json", "?message=%7B%7D"] {
@@ -89,7 +89,7 @@ async fn a_get_without_a_message_is_told_how_to_send_one() {
 }
 
 #[tokio::test]
-async fn an_error_fits_into_the_metadata_that_clients_take() {
+async fn an_error_fits_into_the_metadata_limit_of_clients() {
     let server = TestServer::start().await;
     let size = |headers: &http::HeaderMap| -> usize {
         headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
@@ -120,7 +120,7 @@ async fn an_error_fits_into_the_metadata_that_clients_take() {
 }
 
 #[tokio::test]
-async fn a_wrong_content_type_is_415_and_told_which_are_right() {
+async fn a_wrong_content_type_is_refused_with_the_accepted_ones() {
     let server = TestServer::start().await;
     let create = "/vmm.v1.VmService/CreateVm";
     for wrong in ["text/plain", "application/x-www-form-urlencoded", "application/connect+json"] {
@@ -137,7 +137,7 @@ async fn a_wrong_content_type_is_415_and_told_which_are_right() {
 }
 
 #[tokio::test]
-async fn only_hosts_that_cannot_be_rebound_are_served() {
+async fn hosts_open_to_dns_rebinding_are_refused() {
     let known = HostPolicy::Known(vec!["vmm.example.org".into()]);
     let server = TestServer::with(ServeOptions { host_policy: known, ..Default::default() }).await;
     let call = |host: &str| with_header(json_call("ListVms", "{}"), "host", host);
@@ -163,7 +163,7 @@ async fn only_hosts_that_cannot_be_rebound_are_served() {
 }
 
 #[tokio::test]
-async fn an_idempotency_key_is_refused_where_it_would_matter() {
+async fn an_idempotency_key_is_refused_on_changing_methods() {
     let server = TestServer::start().await;
     let keyed = |method: &str| with_header(json_call(method, "{}"), "idempotency-key", "k");
     for method in
@@ -186,7 +186,7 @@ async fn an_idempotency_key_is_refused_where_it_would_matter() {
 }
 
 #[tokio::test]
-async fn credentials_that_nobody_checks_are_refused() {
+async fn unchecked_credentials_are_refused() {
     let server = TestServer::start().await;
     for (method, header) in
         [("CreateVm", "Bearer secret"), ("ListVms", "Bearer secret"), ("GetVmInfo", "Basic eA==")]
@@ -215,7 +215,7 @@ async fn credentials_that_nobody_checks_are_refused() {
 }
 
 #[tokio::test]
-async fn a_request_id_is_kept_or_made_and_returned() {
+async fn a_request_id_is_kept_or_generated_and_returned() {
     let server = TestServer::start().await;
     let reply = send(server.addr, with_header(json_call("CreateVm", "{}"), "x-request-id", "mine-1")).await;
     assert_eq!(reply.header("x-request-id"), "mine-1");
@@ -225,7 +225,7 @@ async fn a_request_id_is_kept_or_made_and_returned() {
 }
 
 #[tokio::test]
-async fn a_panic_is_an_internal_error_and_nothing_more() {
+async fn a_panic_is_answered_as_an_internal_error() {
     let server = TestServer::start().await;
     let reply = send(server.addr, json_call("CreateVm", r#"{"vm_id":"panic"}"#)).await;
     assert_refused(&reply, 500, "internal", reply.header("x-request-id"));

@@ -4,7 +4,7 @@ use super::*;
 use crate::harness::try_call;
 
 #[test]
-fn a_plain_deletion_that_was_cut_short_spares_a_domain_that_was_started_since() {
+fn an_interrupted_plain_deletion_does_not_end_a_domain_started_later() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let mut world = world(&helper, &libvirtd.uri(), &[("UNKEY_VMCP_QEMU_IMPORT", "true")]);
     stranger(&world, &libvirtd);

@@ -18,7 +18,7 @@ fn assert_goes_on(world: &World, vm_id: &str, before: &Value) {
 }
 
 #[test]
-fn an_endpoint_that_comes_and_goes_orphans_nobody_and_changes_nobody() {
+fn a_changed_endpoint_neither_orphans_nor_changes_vms() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let uri = libvirtd.uri();
     let mut world = world(&helper, &uri, &[("UNKEY_VMCP_BACKEND", "qemu")]);

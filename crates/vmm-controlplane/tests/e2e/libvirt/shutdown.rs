@@ -7,7 +7,7 @@ use crate::harness::call;
 use crate::shutdown::{NO_LINUX, linux_config};
 
 #[test]
-fn a_libvirtd_that_stands_still_for_a_while_destroys_nothing() {
+fn a_temporarily_stopped_libvirtd_causes_no_destroy() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     run(&world, "vm", TinyGuest::Button);
@@ -27,7 +27,7 @@ fn a_libvirtd_that_stands_still_for_a_while_destroys_nothing() {
 }
 
 #[test]
-fn a_domain_whose_libvirtd_answers_nothing_runs_on_without_force() {
+fn a_domain_of_a_silent_libvirtd_runs_on_without_force() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let pid = vmm_pid(&run(&world, "vm", TinyGuest::Idle));
@@ -45,8 +45,8 @@ fn a_domain_whose_libvirtd_answers_nothing_runs_on_without_force() {
 }
 
 #[test]
-fn a_domain_that_is_still_booting_is_asked_again() {
-    const TEST: &str = "libvirt::a_domain_that_is_still_booting_is_asked_again";
+fn a_booting_domain_gets_the_shutdown_request_again() {
+    const TEST: &str = "libvirt::a_booting_domain_gets_the_shutdown_request_again";
     let (helper, libvirtd) = libvirtd_or_skip!();
     let Some(config) = linux_config("qemu", "vmcp.deaf=10") else { return skipped(TEST, NO_LINUX) };
     let world = started(&helper, &libvirtd, &[]);

@@ -12,7 +12,7 @@ const AT_A_TIME: usize = 4;
 
 /// Backs `Call::waits_for` of `vmm-libvirt-wire` with libvirt's own behaviour.
 #[test]
-fn a_domain_whose_qemu_stands_still_is_described_and_redefined_but_not_undefined() {
+fn a_domain_with_a_stopped_qemu_can_be_described_and_redefined_but_not_undefined() {
     let (_, libvirtd) = libvirtd_or_skip!();
     let folder = tempfile::tempdir().unwrap();
     libvirtd.run_foreign_domain("vm", &TinyGuest::Idle.write_to(folder.path()).unwrap());
@@ -73,7 +73,7 @@ fn phases(world: &World) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn a_libvirtd_that_stands_still_makes_all_its_vms_unreachable_and_no_others() {
+fn a_stopped_libvirtd_makes_only_its_own_vms_unreachable() {
     let (helper, libvirtd) = libvirtd_or_skip!();
     let world = started(&helper, &libvirtd, &[]);
     let names: Vec<String> = (0..DOMAINS).map(|number| format!("vm-{number:02}")).collect();

@@ -56,7 +56,7 @@ fn refused(reply: &Reply) -> bool {
 }
 
 #[tokio::test]
-async fn idle_connections_make_room_for_others() {
+async fn idle_connections_are_closed_for_new_ones() {
     let server = TestServer::with(ServeOptions { max_connections: 4, ..Default::default() }).await;
     let mut crowd = Vec::new();
     for _ in 0..40 {
@@ -70,7 +70,7 @@ async fn idle_connections_make_room_for_others() {
 }
 
 #[tokio::test]
-async fn health_and_force_are_reached_when_every_connection_is_in_use() {
+async fn health_and_force_are_served_with_every_connection_in_use() {
     let server = TestServer::with(ServeOptions { max_connections: 2, ..Default::default() }).await;
     let mut holders = vec![Connection::open(&server).await, Connection::open(&server).await];
     let mut calls = Vec::new();
@@ -107,7 +107,7 @@ async fn health_and_force_are_reached_when_every_connection_is_in_use() {
 }
 
 #[tokio::test]
-async fn silent_connections_beyond_the_places_are_gone_soon() {
+async fn silent_connections_beyond_the_limit_are_closed() {
     let server = TestServer::with(ServeOptions { max_connections: 1, ..Default::default() }).await;
     let mut holder = Connection::open(&server).await;
     let _call = holder.wait_for_long(&server).await;
@@ -120,7 +120,7 @@ async fn silent_connections_beyond_the_places_are_gone_soon() {
 }
 
 #[tokio::test]
-async fn requests_beyond_the_limit_are_refused_but_for_health_and_force() {
+async fn requests_beyond_the_limit_are_refused_except_vital_ones() {
     let server = TestServer::with(ServeOptions { max_requests: 2, ..Default::default() }).await;
     let mut connection = Connection::open(&server).await;
     let _calls = [connection.wait_for_long(&server).await, connection.wait_for_long(&server).await];
@@ -131,7 +131,7 @@ async fn requests_beyond_the_limit_are_refused_but_for_health_and_force() {
 }
 
 #[tokio::test]
-async fn hundreds_of_waiting_calls_on_one_connection_hold_up_no_other() {
+async fn hundreds_of_waiting_calls_on_one_connection_delay_no_other() {
     let server = TestServer::start().await;
     let mut connection = Connection::open(&server).await;
     let mut calls = Vec::new();
@@ -145,7 +145,7 @@ async fn hundreds_of_waiting_calls_on_one_connection_hold_up_no_other() {
 }
 
 #[tokio::test]
-async fn the_bodies_of_all_requests_have_one_limit() {
+async fn the_bodies_of_all_requests_share_one_limit() {
     let server = TestServer::with(ServeOptions { max_bytes_in_flight: 1000, ..Default::default() }).await;
     let mut connection = Connection::open(&server).await;
     let uri = format!("{}vmm.v1.VmService/WaitVm", server.uri());
@@ -177,7 +177,7 @@ async fn the_bodies_of_all_requests_have_one_limit() {
 }
 
 #[tokio::test]
-async fn a_connection_of_last_resort_answers_once() {
+async fn a_connection_beyond_the_limit_serves_one_vital_request() {
     let server = TestServer::with(ServeOptions { max_connections: 1, ..Default::default() }).await;
     let mut holder = Connection::open(&server).await;
     let _call = holder.wait_for_long(&server).await;

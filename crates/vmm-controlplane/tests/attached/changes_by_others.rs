@@ -9,8 +9,8 @@ use crate::bench::{Bench, WAITING, able};
 use crate::harness::eventually;
 
 #[test]
-fn a_pause_by_hand_is_seen() {
-    for kind in able("a_pause_by_hand_is_seen", &WAITING) {
+fn a_pause_by_another_client_is_observed() {
+    for kind in able("a_pause_by_another_client_is_observed", &WAITING) {
         let mut bench = Bench::new(kind);
         let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -30,8 +30,8 @@ fn a_pause_by_hand_is_seen() {
 }
 
 #[test]
-fn a_vm_ended_and_booted_by_hand_is_followed() {
-    for kind in able("a_vm_ended_and_booted_by_hand", &[ByHandProgram::CloudHypervisor]) {
+fn an_end_and_a_boot_by_another_client_are_followed() {
+    for kind in able("an_end_and_a_boot_by_another_client_are_followed", &[ByHandProgram::CloudHypervisor]) {
         let mut bench = Bench::new(kind);
         let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -47,8 +47,8 @@ fn a_vm_ended_and_booted_by_hand_is_followed() {
 }
 
 #[test]
-fn a_vmm_that_dies_and_comes_back_on_its_socket_is_picked_up() {
-    for kind in able("a_vmm_that_dies_and_comes_back", &ByHandProgram::ALL) {
+fn a_new_vmm_on_the_same_socket_is_discovered() {
+    for kind in able("a_new_vmm_on_the_same_socket_is_discovered", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -66,8 +66,8 @@ fn a_vmm_that_dies_and_comes_back_on_its_socket_is_picked_up() {
 }
 
 #[test]
-fn a_daemon_that_is_killed_finds_everything_again() {
-    for kind in able("a_daemon_that_is_killed", &ByHandProgram::ALL) {
+fn a_restarted_daemon_finds_its_attached_vms_again() {
+    for kind in able("a_restarted_daemon_finds_its_attached_vms_again", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let mut vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -96,8 +96,8 @@ fn a_daemon_that_is_killed_finds_everything_again() {
 }
 
 #[test]
-fn our_own_vm_is_adopted_with_its_console() {
-    for kind in able("our_own_vm_is_adopted", &WAITING) {
+fn a_vm_of_this_program_is_adopted_with_its_console() {
+    for kind in able("a_vm_of_this_program_is_adopted_with_its_console", &WAITING) {
         let mut bench = Bench::new(kind);
         let _vmm = bench.waits();
         bench.world.start();
@@ -116,8 +116,8 @@ fn our_own_vm_is_adopted_with_its_console() {
 }
 
 #[test]
-fn a_vmm_that_stands_still_is_unreachable_until_it_goes_on() {
-    for kind in able("a_vmm_that_stands_still", &ByHandProgram::ALL) {
+fn a_stopped_attached_vmm_is_unreachable_until_it_continues() {
+    for kind in able("a_stopped_attached_vmm_is_unreachable_until_it_continues", &ByHandProgram::ALL) {
         let mut bench = Bench::new(kind);
         let vmm = bench.runs(TinyGuest::Idle);
         bench.world.start();
@@ -133,8 +133,8 @@ fn a_vmm_that_stands_still_is_unreachable_until_it_goes_on() {
 }
 
 #[test]
-fn a_place_that_somebody_else_has_taken_is_said() {
-    for kind in able("a_place_that_somebody_else_has_taken", &WAITING) {
+fn a_place_taken_by_another_vm_is_reported() {
+    for kind in able("a_place_taken_by_another_vm_is_reported", &WAITING) {
         let mut bench = Bench::new(kind);
         bench.world.start();
         bench.world.create("mine", &bench.world.tiny(TinyGuest::Echo));
@@ -152,8 +152,8 @@ fn a_place_that_somebody_else_has_taken_is_said() {
 }
 
 #[test]
-fn a_start_that_the_daemon_did_not_live_to_finish_is_told_truly() {
-    for kind in able("a_start_that_the_daemon_did_not_live_to_finish", &WAITING) {
+fn a_boot_interrupted_by_a_crash_is_reported_truthfully() {
+    for kind in able("a_boot_interrupted_by_a_crash_is_reported_truthfully", &WAITING) {
         for (point, runs) in [("launch.configured", false), ("launch.started", true)] {
             let mut bench = Bench::new(kind);
             let mut vmm = bench.waits();

@@ -43,7 +43,7 @@ fn a_missing_hypervisor_fails_its_vms_only() {
 }
 
 #[test]
-fn what_a_dying_hypervisor_said_is_in_the_error() {
+fn the_log_of_a_failed_hypervisor_is_in_the_error() {
     let folder = tempfile::tempdir().unwrap();
     let binary = broken_qemu(folder.path(), "echo 'qemu: the moon is in the wrong phase' >&2; exit 7");
     let world = World::started(&[("UNKEY_VMCP_QEMU_BINARY", &binary)]);
@@ -55,7 +55,7 @@ fn what_a_dying_hypervisor_said_is_in_the_error() {
 }
 
 #[test]
-fn a_hypervisor_that_never_answers_is_given_up_and_ended() {
+fn a_hypervisor_that_never_answers_times_out_and_is_ended() {
     let folder = tempfile::tempdir().unwrap();
     // The folder's path stays among the arguments, so that the process can be found by its run folder as a real one can.
     let binary = broken_qemu(folder.path(), "while :; do sleep 1; done");
@@ -68,7 +68,7 @@ fn a_hypervisor_that_never_answers_is_given_up_and_ended() {
 }
 
 #[test]
-fn one_hung_vm_hangs_nobody_and_force_ends_it() {
+fn a_hanging_vm_delays_no_other_and_force_ends_it() {
     needs_qemu!();
     let world = World::started(&[]);
     for name in ["hung", "well"] {
@@ -104,7 +104,7 @@ fn one_hung_vm_hangs_nobody_and_force_ends_it() {
 }
 
 #[test]
-fn a_daemon_starts_beside_a_hung_vm() {
+fn a_daemon_starts_beside_a_hanging_vm() {
     needs_qemu!();
     let mut world = World::started(&[]);
     world.create("hung", &world.tiny(TinyGuest::Idle));
