@@ -22,6 +22,7 @@ pub mod id;
 pub mod intent;
 pub mod kind;
 pub mod limit;
+pub mod pending;
 pub mod reason;
 pub mod report;
 pub mod run_permit;

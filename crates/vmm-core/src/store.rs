@@ -10,6 +10,7 @@ use crate::event::{EventSeq, NewEvent, VmEvent};
 use crate::id::{BackendName, InstanceId, VmId, VmUid};
 pub use crate::intent::{Intent, IntentKind};
 use crate::kind::VmKind;
+pub use crate::pending::{PendingProcess, PendingWork};
 use crate::state::{EndedBy, Status, VmState};
 
 /// The record of one VM. Only the VM's own actor writes it.
@@ -56,6 +57,17 @@ pub struct VmRecord {
     /// [`crate::discovery::DiscoveredVm::unrepresented`].
     #[serde(default, rename = "untold", skip_serializing_if = "Vec::is_empty")]
     pub unrepresented: Vec<String>,
+    /// The work that is left beside the run and the intent; `None` in records of earlier releases.
+    /// [`VmRecord::pending_work`] reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<PendingWork>,
+}
+
+impl VmRecord {
+    /// Returns the work that is left on the VM beside its run and its intent.
+    pub fn pending_work(&self) -> PendingWork {
+        self.pending.unwrap_or_else(|| PendingWork::of_earlier_release(&self.status))
+    }
 }
 
 /// The request of CreateVm.

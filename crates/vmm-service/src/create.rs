@@ -13,7 +13,7 @@ use vmm_core::reason::Reason;
 use vmm_core::report::{CheckReport, Warning};
 use vmm_core::spec::{FIRMWARE_FIELD, VmSpec};
 use vmm_core::state::{Phase, Status, VmState};
-use vmm_core::store::{Commit, Intent, PackedVmRequest, RecordChange, VmRecord, VmRequest};
+use vmm_core::store::{Commit, Intent, PackedVmRequest, PendingWork, RecordChange, VmRecord, VmRequest};
 use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor::{ActorOrigin, NewActor};
@@ -155,6 +155,7 @@ fn new_record(
         kind: backend.kind_of_new(uid),
         imported: false,
         unrepresented: Vec::new(),
+        pending: Some(PendingWork::default()),
     }
 }
 

@@ -28,7 +28,9 @@ use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
 use vmm_core::spec::{NamedFiles, VmSpec};
 use vmm_core::state::{Phase, Status, VmOperation};
-use vmm_core::store::{Commit, HostClaim, PackedVmRequest, RecordChange, RunRecord, VmRecord, VmRequest};
+use vmm_core::store::{
+    Commit, HostClaim, PackedVmRequest, PendingWork, RecordChange, RunRecord, VmRecord, VmRequest,
+};
 use vmm_host::fault::{FaultPoint, point};
 
 use crate::actor::{ActorOrigin, NewActor};
@@ -282,6 +284,7 @@ fn event_of_import(record: &VmRecord) -> NewEvent {
         kind: EventKind::Created,
         state: record.state,
         status: record.status.clone(),
+        pending: Some(PendingWork::default()),
         cause: CAUSE.to_owned(),
         caller: Caller::system(),
         ended_by: None,

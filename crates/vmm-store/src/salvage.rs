@@ -48,6 +48,7 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         kind: object.get("kind").or_else(|| object.get("place")).unwrap_or_default(),
         imported: object.get("imported").unwrap_or(false),
         unrepresented: object.get("untold").unwrap_or_default(),
+        pending: object.get("pending"),
     })
 }
 

@@ -25,8 +25,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use vmm_core::id::{InstanceId, VmUid};
-use vmm_core::state::Phase;
-use vmm_core::store::{ProcessIdentity, VmRecord};
+use vmm_core::store::{PendingProcess, ProcessIdentity, VmRecord};
 use vmm_host::net::tap::{OwnedTap, TapOwner};
 use vmm_host::run_dir::SpareMark;
 use vmm_host::survey::{FolderUser, RunFolder, RuntimeDirUsers};
@@ -277,7 +276,7 @@ impl DecisionRules<'_> {
         if on_record == Some(&user.found.identity) {
             return (ItemDecision::Keep, format!("the VMM of VM {vm}"));
         }
-        if record.intent.is_some() || record.status.phase == Phase::Unreachable {
+        if record.intent.is_some() || record.pending_work().process == PendingProcess::OutOfReach {
             return (
                 ItemDecision::Keep,
                 format!("in the folder of VM {vm}, which the daemon is about to settle"),

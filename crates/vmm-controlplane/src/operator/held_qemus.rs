@@ -6,8 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use vmm_core::state::Phase;
-use vmm_core::store::VmRecord;
+use vmm_core::store::{PendingProcess, VmRecord};
 use vmm_host::lock;
 use vmm_host::process::{Lookup, adopt};
 
@@ -56,7 +55,7 @@ fn held_qemu(socket: &Path, vm: &VmRecord) -> HeldQemu {
     let (version, pid) =
         vm.run.as_ref().map(|run| (run.version.clone(), run.process.pid)).unwrap_or_default();
     let shown = socket.display();
-    let found = if vm.status.phase == Phase::Unreachable {
+    let found = if vm.pending_work().process == PendingProcess::OutOfReach {
         Err(format!("the daemon is attached to unix://{shown}, and finds: {}", vm.status.message))
     } else {
         Ok(format!(

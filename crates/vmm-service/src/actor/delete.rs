@@ -45,7 +45,7 @@ impl Actor {
     ) -> Result<OperationOutcome, ServiceError> {
         let forced = operation.request == VmOperation::ForceDelete;
         let kind = if forced { IntentKind::ForceDelete } else { IntentKind::Delete };
-        if let Err(error) = self.intend(budget, kind, Phase::Deleting, &operation.caller).await {
+        if let Err(error) = self.intend(budget, kind, self.status(Phase::Deleting), &operation.caller).await {
             return Err(self.end_unrecorded(budget, operation, error).await);
         }
         self.next.call_off_restart();
@@ -142,7 +142,11 @@ impl Actor {
                 error.but("Its VMM was ended all the same; call again when the store can be written to")
             }
             Err(EffectError::Backend(left)) => {
-                error.but(&format!("Its VMM could not be ended either: {left}"))
+                let error = error.but(&format!("Its VMM could not be ended either: {left}"));
+                // The VMM may still end because of this request, and its end is no failure then.
+                let broken = EffectError::Backend(left);
+                let _ = self.conclude_failure(budget, operation.request, &operation.caller, broken).await;
+                error
             }
             Err(EffectError::Preempted(_)) => error,
         }

@@ -22,7 +22,7 @@ use vmm_host::process::{Lookup, adopt};
 use super::Actor;
 use super::budget::Budget;
 use super::hold::Hold;
-use super::journal::{ChangeReason, RecordUpdate};
+use super::journal::{ChangeReason, FoundConfig, RecordUpdate};
 use crate::check::FILE_CHECK_TIMEOUT;
 use crate::places;
 
@@ -59,7 +59,8 @@ impl Actor {
             return self.record_taken_place().await;
         }
         let taken = self.configuration_of(&found);
-        let spec = taken.as_ref().map_or_else(|| self.spec(), VmSpec::imported);
+        let spec = taken.as_ref().map_or_else(|| self.spec(), |found| VmSpec::imported(&found.config));
+        let vcpus = spec.cpu.count;
         let backend = Arc::clone(&self.backend);
         let found_run = launched.vmm.run().clone();
         let claiming = async move { places::claimed(&spec, &backend, found_run).await };
@@ -77,16 +78,8 @@ impl Actor {
         if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
             tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
         }
-        // The configuration changes only now, because nothing from here on can be pre-empted: the
-        // outcome below records the configuration together with the run that it belongs to.
-        if let Some(config) = taken {
-            let record = Arc::make_mut(&mut self.record);
-            record.imported = true;
-            record.unrepresented.clone_from(&found.unrepresented);
-            record.config = config;
-        }
         let was_lost = self.hold.is_out_of_reach();
-        let live = self.live(launched, run);
+        let live = self.live_with(launched, run, vcpus);
         self.take_hold(Hold::Vmm(live));
         point(FaultPoint::FoundTaken);
         let standing = found.state == VmState::Paused;
@@ -97,15 +90,13 @@ impl Actor {
         let kind = if was_lost { EventKind::Reachable } else { EventKind::StateChanged };
         let update = RecordUpdate::new(kind, ChangeReason::by_itself("started-from-outside"), status)
             .observing(observation)
-            .ending(None);
+            .ending(None)
+            .configured(taken);
         let _ = self.conclude(budget, update).await;
     }
 
     /// Records that another VM runs at the place of a VM that never ran.
     async fn record_taken_place(&mut self) {
-        if self.record.status.reason == Reason::PlaceTaken {
-            return;
-        }
         let place = &self.record.kind;
         let status = self.status(Phase::Created).because(
             Reason::PlaceTaken,
@@ -119,19 +110,22 @@ impl Actor {
             ChangeReason::by_itself(Reason::PlaceTaken.as_str()),
             status,
         );
-        let _ = self.conclude(Budget::of_own_step(), update).await;
+        self.conclude_once(Budget::of_own_step(), update).await;
     }
 
     /// Returns the configuration that replaces the one on record, because another program started
     /// the VM, or `None` if the one on record stays. A VM that this program made keeps its
     /// configuration if the machine is the same.
-    fn configuration_of(&self, found: &DiscoveredVm) -> Option<VmConfig> {
+    fn configuration_of(&self, found: &DiscoveredVm) -> Option<FoundConfig> {
         let ours = found.uid.is_some()
             || (!self.record.imported && is_same_machine(&self.record.config, &found.config));
-        (!ours).then(|| VmConfig {
-            metadata: self.record.config.metadata.clone(),
-            restart_policy: self.record.config.restart_policy.clone(),
-            ..found.config.clone()
+        (!ours).then(|| FoundConfig {
+            config: VmConfig {
+                metadata: self.record.config.metadata.clone(),
+                restart_policy: self.record.config.restart_policy.clone(),
+                ..found.config.clone()
+            },
+            unrepresented: found.unrepresented.clone(),
         })
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use vmm_core::backend::{LaunchedVmm, Vmm, VmmEvent};
-use vmm_core::store::RunRecord;
+use vmm_core::store::{Intent, PendingProcess, PendingWork, RunRecord};
 
 use super::restart::{self, LastEnd};
 use super::{Actor, discovered_files, resets::ResetCounter};
@@ -140,6 +140,28 @@ impl Hold {
         !matches!(self, Self::Nothing | Self::Quarantined { process: false, .. })
     }
 
+    /// Returns the process that may be left and that the daemon does not reach.
+    fn pending_process(&self) -> PendingProcess {
+        match self {
+            Self::Leftover => PendingProcess::Leftover,
+            Self::Silent(_) | Self::Lost | Self::Orphan(_) | Self::Quarantined { process: true, .. } => {
+                PendingProcess::OutOfReach
+            }
+            Self::Nothing | Self::Vmm(_) | Self::Quarantined { process: false, .. } => PendingProcess::None,
+        }
+    }
+
+    /// Returns true if no run of the VM was ever recorded as begun, or none since the last run
+    /// ended.
+    pub(super) fn never_ran(&self) -> bool {
+        match self {
+            Self::Nothing | Self::Orphan(_) | Self::Leftover | Self::Quarantined { process: false, .. } => {
+                true
+            }
+            Self::Vmm(_) | Self::Silent(_) | Self::Lost | Self::Quarantined { process: true, .. } => false,
+        }
+    }
+
     /// Waits for the next sign of the VMM. Waits for ever if no VMM is held.
     pub(super) async fn next_message(&mut self) -> VmmMessage {
         match self.live_mut() {
@@ -166,6 +188,11 @@ impl Hold {
 }
 
 impl NextStep {
+    /// Returns true if the VM waits for a start by its restart policy.
+    pub(super) const fn is_restart(&self) -> bool {
+        matches!(self, Self::RestartAt(..))
+    }
+
     /// Returns the next search for a process, after [`SEARCH_INTERVAL`].
     pub(super) fn search_later() -> Self {
         Self::LookAt(Instant::now() + SEARCH_INTERVAL)
@@ -173,7 +200,7 @@ impl NextStep {
 
     /// Cancels a restart by policy. Returns true if one was due.
     pub(super) fn call_off_restart(&mut self) -> bool {
-        let waits = matches!(self, Self::RestartAt(..));
+        let waits = self.is_restart();
         if waits {
             *self = Self::Idle;
         }
@@ -182,13 +209,25 @@ impl NextStep {
 }
 
 impl Actor {
+    /// Returns the work that the next record shows. `intent` is the intent of that record. An
+    /// operation in progress takes the place of a restart that is due.
+    pub(super) fn pending_work(&self, intent: Option<&Intent>) -> PendingWork {
+        let restart = intent.is_none() && self.next.is_restart();
+        PendingWork { restart, process: self.hold.pending_process() }
+    }
+
     /// Makes a `HeldVmm` of a VMM that was launched or found. `run` is the run for the record.
     pub(super) fn live(&self, launched: LaunchedVmm, run: RunRecord) -> Box<HeldVmm> {
+        self.live_with(launched, run, self.spec().cpu.count)
+    }
+
+    /// Makes a `HeldVmm` of a VMM that runs a guest with `vcpus` CPUs.
+    pub(super) fn live_with(&self, launched: LaunchedVmm, run: RunRecord, vcpus: u32) -> Box<HeldVmm> {
         let LaunchedVmm { vmm, events } = launched;
         let interval = self.shared.settings.metrics_interval;
         let metrics = MetricsCell::default();
         self.shared.index.show_metrics(self.record.uid, metrics.clone());
-        let (vm_id, vcpus) = (self.record.vm_id.clone(), self.spec().cpu.count);
+        let vm_id = self.record.vm_id.clone();
         let sockets = Sockets::of(&self.record, &run, self.dir());
         let sampler = Sampler::start(Arc::clone(&vmm), sockets, (vm_id, vcpus), interval, metrics);
         let quiet_since = run_start(&run);

@@ -9,18 +9,21 @@
 //!                                                                └ or before the next commit
 //! ```
 //!
-//! State, status, intent and run change together, with the event that reports the change, in
-//! [`RecordUpdate::apply`] and nowhere else. Readers see the true state even if the store refuses
+//! State, status, intent, run and configuration change together, with the event that reports the
+//! change, in [`RecordUpdate::apply`] and nowhere else: [`ActorRecord`] can be changed in this
+//! module alone. Readers see the true state even if the store refuses
 //! it. A refused outcome is written as soon as possible and in its order, so that the log contains
 //! every event that readers saw.
 
 use std::collections::VecDeque;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
+use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::state::{EndedBy, Observation, Phase, Status, VmOperation, observe};
 use vmm_core::store::{Commit, Intent, IntentKind, RecordChange, StoreError, StoreErrorKind, VmRecord};
@@ -42,6 +45,30 @@ const MAX_RETRY_DELAY: Duration = Duration::from_secs(30);
 /// The number of refused outcomes that are kept. The oldest are dropped if a VM continues to change
 /// for a long time while nothing can be written.
 const MAX_UNWRITTEN: usize = 64;
+
+/// The record of an actor as readers see it. The index holds the same `Arc`. Other modules can read
+/// the record and cannot change it.
+pub(super) struct ActorRecord(Arc<VmRecord>);
+
+impl ActorRecord {
+    /// Returns the record with which an actor begins.
+    pub(super) const fn new(record: Arc<VmRecord>) -> Self {
+        Self(record)
+    }
+
+    /// Returns the record for a reader.
+    pub(super) fn share(&self) -> Arc<VmRecord> {
+        Arc::clone(&self.0)
+    }
+}
+
+impl Deref for ActorRecord {
+    type Target = VmRecord;
+
+    fn deref(&self) -> &VmRecord {
+        &self.0
+    }
+}
 
 /// The reason for a change, for the audit trail.
 #[derive(Clone, Copy)]
@@ -74,6 +101,7 @@ impl<'a> ChangeReason<'a> {
 
 /// One change of a VM: every part of its record that changes, and the event that reports the
 /// change.
+#[derive(Clone)]
 pub(super) struct RecordUpdate<'a> {
     kind: EventKind,
     why: ChangeReason<'a>,
@@ -81,12 +109,21 @@ pub(super) struct RecordUpdate<'a> {
     observations: [Option<Observation>; 2],
     intent: Option<Intent>,
     ended_by: Option<Option<EndedBy>>,
+    found: Option<Box<FoundConfig>>,
+}
+
+/// The configuration of a VM that another program has started, as its VMM reports it.
+#[derive(Clone)]
+pub(super) struct FoundConfig {
+    pub(super) config: VmConfig,
+    /// The properties that the configuration cannot express.
+    pub(super) unrepresented: Vec<String>,
 }
 
 impl<'a> RecordUpdate<'a> {
     /// Creates a change after which no operation is in progress. The state stays.
     pub(super) const fn new(kind: EventKind, why: ChangeReason<'a>, status: Status) -> Self {
-        Self { kind, why, status, observations: [None; 2], intent: None, ended_by: None }
+        Self { kind, why, status, observations: [None; 2], intent: None, ended_by: None, found: None }
     }
 
     /// Moves the state by `observation`, after an earlier one.
@@ -107,6 +144,22 @@ impl<'a> RecordUpdate<'a> {
         self
     }
 
+    /// Replaces the configuration by the one that was found, if one was. The VM counts as imported
+    /// then.
+    pub(super) fn configured(mut self, found: Option<FoundConfig>) -> Self {
+        self.found = found.map(Box::new);
+        self
+    }
+
+    /// Returns true if `record` shows this change already, except for its message and its times.
+    fn is_shown_by(&self, actor: &Actor, record: &VmRecord) -> bool {
+        let (mut next, _) = self.clone().apply(actor, record);
+        next.modified_ms = record.modified_ms;
+        next.status.observed_at_ms = record.status.observed_at_ms;
+        next.status.message.clone_from(&record.status.message);
+        next == *record
+    }
+
     /// Returns `record` after this change.
     fn apply(self, actor: &Actor, record: &VmRecord) -> (VmRecord, NewEvent) {
         let now = now_ms();
@@ -117,6 +170,12 @@ impl<'a> RecordUpdate<'a> {
         next.owns_console_output |= self.intent.as_ref().is_some_and(Intent::is_start);
         next.intent = self.intent;
         next.run = actor.hold.run_on_record(next.run.take());
+        next.pending = Some(actor.pending_work(next.intent.as_ref()));
+        if let Some(found) = self.found {
+            next.imported = true;
+            next.config = found.config;
+            next.unrepresented = found.unrepresented;
+        }
         if let Some(ended_by) = self.ended_by {
             next.ended_by = ended_by;
         }
@@ -182,16 +241,13 @@ impl Actor {
         &mut self,
         budget: Budget,
         kind: IntentKind,
-        phase: Phase,
+        status: Status,
         caller: &Caller,
     ) -> Result<(), ServiceError> {
         let request = kind.request();
         let intent = self.new_intent(kind, caller.clone());
-        let update = RecordUpdate::new(
-            EventKind::OperationStarted,
-            ChangeReason::asked(request, caller),
-            self.status(phase),
-        );
+        let why = ChangeReason::asked(request, caller);
+        let update = RecordUpdate::new(EventKind::OperationStarted, why, status);
         self.try_to_conclude(budget, update.intending(Some(intent))).await?;
         point(FaultPoint::intent_committed(request));
         Ok(())
@@ -245,7 +301,7 @@ impl Actor {
         let Err(refused) = result else { return Ok(()) };
         let RefusedCommit { error, next, event, generation: uncertain_at } = *refused;
         tracing::error!(%error, kind = ?error.kind, "the outcome could not be recorded yet; it is shown, and writing is tried again");
-        self.record = Arc::new(next);
+        self.record = ActorRecord::new(Arc::new(next));
         self.publish();
         if self.journal.unwritten.len() == MAX_UNWRITTEN {
             self.journal.unwritten.pop_front();
@@ -254,6 +310,16 @@ impl Actor {
         self.journal.unwritten.push_back(UnwrittenEvent { event, uncertain_at });
         self.retry_later();
         Err(error)
+    }
+
+    /// Commits the outcome of a step that is repeated. If an earlier repetition has recorded the
+    /// same outcome, the outcome is shown and not recorded again, whatever its message says.
+    pub(super) async fn conclude_once(&mut self, budget: Budget, update: RecordUpdate<'_>) {
+        if update.is_shown_by(self, &self.record) {
+            self.show(update);
+        } else {
+            let _ = self.conclude(budget, update).await;
+        }
     }
 
     /// Writes the outcomes that the store has refused, in their order. Each is written with the
@@ -296,7 +362,7 @@ impl Actor {
         match self.write(budget, &next, &event).await {
             Err(error) if error.kind == StoreErrorKind::Conflict => {
                 self.journal.uncertain = 0;
-                self.record = Arc::new(next);
+                self.record = ActorRecord::new(Arc::new(next));
                 // The position of the event in the log is not known, so the record is published
                 // without one, and watchers read the log.
                 self.publish();
@@ -375,8 +441,8 @@ impl Actor {
 
     fn written(&mut self, next: VmRecord, committed: &CommitReceipt) {
         self.journal.uncertain = 0;
-        self.record = Arc::new(next);
-        self.shared.index.publish_at(Arc::clone(&self.record), committed.seq);
+        self.record = ActorRecord::new(Arc::new(next));
+        self.shared.index.publish_at(self.record.share(), committed.seq);
     }
 
     async fn write(
@@ -407,18 +473,18 @@ impl Actor {
     /// change.
     pub(super) fn show(&mut self, update: RecordUpdate<'_>) {
         let (next, _) = update.apply(self, &self.record);
-        self.record = Arc::new(VmRecord { modified_ms: self.record.modified_ms, ..next });
+        self.record = ActorRecord::new(Arc::new(VmRecord { modified_ms: self.record.modified_ms, ..next }));
         self.publish();
     }
 
     /// Shows the record to readers.
     pub(super) fn publish(&self) {
-        self.shared.index.publish(Arc::clone(&self.record));
+        self.shared.index.publish(self.record.share());
     }
 
     /// Returns the answer of an operation that succeeded.
     pub(super) fn outcome(&self, ended_by: Option<EndedBy>) -> OperationOutcome {
-        OperationOutcome { record: Arc::clone(&self.record), ended_by, left_behind: Vec::new() }
+        OperationOutcome { record: self.record.share(), ended_by, left_behind: Vec::new() }
     }
 
     /// Returns a status without a cause, observed now.

@@ -62,7 +62,6 @@ use vmm_core::backend::Backend;
 use vmm_core::discovery::DiscoveredVm;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::VmOperation;
-use vmm_core::store::VmRecord;
 
 use crate::mailbox::{Mailbox, MailboxMessage, OperationRequest, QueuedOperation};
 use crate::operation_log::Ending;
@@ -70,7 +69,7 @@ use crate::shared::Shared;
 
 use budget::Budget;
 use hold::{Hold, NextStep, VmmMessage};
-use journal::Journal;
+use journal::{ActorRecord, Journal};
 use quarantine::no_spec;
 
 pub(crate) use supervise::{ActorOrigin, NewActor};
@@ -89,8 +88,7 @@ enum Flow {
 
 struct Actor {
     shared: Arc<Shared>,
-    /// The VM as readers see it. The index holds the same `Arc`.
-    record: Arc<VmRecord>,
+    record: ActorRecord,
     journal: Journal,
     backend: Arc<dyn Backend>,
     mailbox: Arc<Mailbox>,
@@ -251,7 +249,7 @@ impl Actor {
         span.record("uid", tracing::field::display(self.record.uid));
         span.record("backend", tracing::field::display(&self.record.backend));
         let outcome = self.carry_out(budget, &operation).instrument(span.clone()).await;
-        let (request, record) = (operation.request, Arc::clone(&self.record));
+        let (request, record) = (operation.request, self.record.share());
         let ending = Ending {
             operation: request.method(),
             force: operation.has_force(),

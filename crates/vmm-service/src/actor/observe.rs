@@ -57,7 +57,7 @@ impl Actor {
         let state = observe(self.record.state, observation);
         if state == self.record.state {
             // The guest is where the record says. Of a VM that was unreachable the event only shows that its VMM answers.
-            if self.record.status.phase != Phase::at_rest(state) {
+            if !matches!(self.hold, Hold::Vmm(_)) {
                 self.reached_again().await;
             }
             return;
@@ -174,7 +174,8 @@ impl Actor {
     /// intent is removed. In all other cases the answer is newer knowledge and no change, so it is
     /// shown and not recorded.
     async fn seen_alive(&mut self, asked: Instant, sockets_gone: Option<String>) {
-        // The status tells of sockets that are gone, and of their return, once each.
+        // The status must tell of sockets that are gone exactly while they are, so that the status
+        // is compared with the fact.
         let told = self.record.status.reason == Reason::SocketsGone;
         if sockets_gone.is_some() != told && self.record.intent.is_none() {
             return self.sockets_changed(sockets_gone).await;

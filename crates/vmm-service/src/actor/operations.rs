@@ -11,7 +11,7 @@ use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Admission, EndedBy, Observation, Phase, VmOperation, admit};
-use vmm_core::store::{IntentKind, RunRecord};
+use vmm_core::store::{Intent, IntentKind, RunRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
@@ -129,7 +129,7 @@ impl Actor {
         operation: &OperationRequest,
     ) -> Result<OperationOutcome, ServiceError> {
         let stopped = operation.request == VmOperation::Shutdown;
-        let restarts = self.record.status.phase == Phase::Restarting;
+        let restarts = self.record.pending_work().restart;
         if stopped && (self.next.call_off_restart() || restarts) {
             let status = self.status(Phase::Stopped).because(Reason::Shutdown, "shut down as asked");
             let why = ChangeReason::asked(operation.request, &operation.caller);
@@ -148,7 +148,7 @@ impl Actor {
     ) -> Result<OperationOutcome, ServiceError> {
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let request = kind.request();
-        self.intend(budget, kind, phase, caller).await?;
+        self.intend(budget, kind, self.status(phase), caller).await?;
         let effect =
             async move { if request == VmOperation::Pause { vmm.pause().await } else { vmm.resume().await } };
         let achieved =
@@ -202,7 +202,7 @@ impl Actor {
         let kind = IntentKind::Reboot { ask_guest_for, claims: reserved.claims.clone() };
         // Nothing has been touched if the intent is refused, so that the run keeps its claims and
         // loses the additional ones.
-        if let Err(error) = self.intend(budget, kind, Phase::Rebooting, caller).await {
+        if let Err(error) = self.intend(budget, kind, self.status(Phase::Rebooting), caller).await {
             self.claim_for_run_only();
             return Err(error);
         }
@@ -397,25 +397,40 @@ impl Actor {
         if let Some(observation) = seen.observation {
             update = update.observing(observation);
         }
-        let _ = self.conclude(budget, update.intending(self.still_ending(request, error.effect))).await;
+        let _ =
+            self.conclude(budget, update.intending(self.still_ending(request, caller, error.effect))).await;
         ServiceError::from_backend(what, &self.record.vm_id, &error)
     }
 
-    /// Returns the intent that stays on record after a ShutdownVm which was answered with a
-    /// failure.
+    /// Returns the intent that stays on record after a request to end the VM which was answered with
+    /// a failure. The request has no intent on record if the store refused it, and its VMM was to be
+    /// ended by force nevertheless.
     ///
     /// The VMM may still end because of that shutdown, for example while it writes an image back or
     /// frees gigabytes of memory. Its end is then the outcome of the shutdown, and a restart policy
     /// must not undo that, neither under this daemon nor under the next. The next operation ends
     /// the intent, and so does the next sample that the VMM answers.
-    fn still_ending(&self, request: VmOperation, effect: Effect) -> Option<vmm_core::store::Intent> {
-        let intent = self.record.intent.clone()?;
-        if request != VmOperation::Shutdown || effect == Effect::NotApplied || !self.hold.may_be_a_process() {
+    fn still_ending(&self, request: VmOperation, caller: &Caller, effect: Effect) -> Option<Intent> {
+        if matches!(self.hold, Hold::Orphan(_)) {
+            // The intent of the start tells what the orphan may use.
+            return self.record.intent.clone();
+        }
+        let ends = matches!(request, VmOperation::Shutdown | VmOperation::ForceDelete);
+        if !ends || effect == Effect::NotApplied || !self.hold.may_be_a_process() {
             return None;
         }
-        let IntentKind::Shutdown { ask_guest_for, .. } = intent.kind else { return None };
-        let kind = IntentKind::Shutdown { ask_guest_for, answered: true };
-        Some(vmm_core::store::Intent { kind, ..intent })
+        let answered = |ask_guest_for| IntentKind::Shutdown { ask_guest_for, answered: true };
+        Some(match &self.record.intent {
+            Some(Intent { kind: IntentKind::Shutdown { ask_guest_for, .. }, caller, since_ms, scope }) => {
+                Intent {
+                    kind: answered(*ask_guest_for),
+                    caller: caller.clone(),
+                    since_ms: *since_ms,
+                    scope: scope.clone(),
+                }
+            }
+            Some(_) | None => self.new_intent(answered(None), caller.clone()),
+        })
     }
 
     /// Asks the VMM for its guest's state after a failure whose effect is not known. The state is

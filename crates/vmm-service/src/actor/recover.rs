@@ -1,7 +1,7 @@
 //! The recovery of a VM after a restart of the daemon, by the VM's record and by its process.
 //!
 //! ```text
-//!   no run, no intent and no process that uses the run folder ──► as it was
+//!   no run, no intent, nothing out of reach ──► as it was; a leftover of a start is ended
 //!   otherwise claim what is on record, and ask the backend:
 //!     alive       ──► held; a boot stands if the guest runs, a shutdown and a reboot go on
 //!                     (unfinished.rs)
@@ -15,14 +15,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use vmm_core::backend::{AdoptRequest, Adoption, Exit, ExitCause, GuestState, LaunchedVmm, SweepPurpose};
+use vmm_core::backend::{
+    AdoptRequest, Adoption, BackendError, Exit, ExitCause, GuestState, LaunchedVmm, SweepPurpose,
+};
 use vmm_core::caller::Caller;
 use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
 use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, VmOperation, VmState, observe};
-use vmm_core::store::{HostClaim, Intent, IntentKind, RunRecord};
+use vmm_core::store::{HostClaim, Intent, IntentKind, PendingProcess, PendingWork, RunRecord};
 use vmm_host::process;
 
 use super::budget::{Budget, EffectError};
@@ -41,24 +43,18 @@ impl Actor {
     /// VM's run folder.
     pub(super) async fn recover(&mut self, in_use: bool) -> Flow {
         let intent = self.record.intent.clone();
-        let lost = self.record.status.phase == Phase::Unreachable;
-        // Nothing on record means that the last daemon left the VM without a process. The exception
-        // is a start whose intent never became durable: its process uses the run folder.
-        if intent.is_none() && self.record.run.is_none() && !lost {
-            if in_use {
-                self.clear_unrecorded_start().await;
-            }
-            self.publish();
-            if self.record.status.phase == Phase::Restarting {
-                self.resume_restart();
-            }
+        let pending = self.record.pending_work();
+        let out_of_reach = pending.process == PendingProcess::OutOfReach;
+        if intent.is_none() && self.record.run.is_none() && !out_of_reach {
+            self.recover_at_rest(in_use, pending).await;
             return Flow::GoOn;
         }
         // The claims come first, before any wait, because other VMs recover and start at the same
         // time. Until `find` has an answer, the VM counts as lost or as an orphan, so that only
         // force is admitted.
         self.claim_what_is_on_record();
-        self.hold = if self.record.run.is_some() { Hold::Lost } else { Hold::Orphan(None) };
+        let ran = self.record.run.is_some() || self.record.state.is_live();
+        self.hold = if ran { Hold::Lost } else { Hold::Orphan(None) };
         // A deletion goes on whether or not a process lives, because it ends the process itself.
         if let Some(leaving) = intent.as_ref().filter(|intent| intent.is_deletion()) {
             return self.go_on_deleting(leaving.clone()).await;
@@ -89,18 +85,39 @@ impl Actor {
         }
     }
 
-    /// Ends a VMM that was started while its intent was on the way to the disk and did not get
-    /// there. The VMM received nothing of the VM yet, so the VM is as it was.
-    async fn clear_unrecorded_start(&mut self) {
-        if self.record.kind != VmKind::Managed {
-            // A launch of such a VM touches nothing before its intent is on record.
-            return;
+    /// Recovers a VM that the last daemon left without a process that runs its guest.
+    ///
+    /// A process of a start that was cancelled before its VMM received any data may be left, and is
+    /// ended here. Such a process is on record, or uses the run folder: the latter because the
+    /// daemon died while the intent of the start was on the way to the disk. A launch of a VM that
+    /// is not managed touches nothing before its intent is on record. A process that does not end
+    /// is a leftover, which the next start ends.
+    async fn recover_at_rest(&mut self, in_use: bool, pending: PendingWork) {
+        let budget = Budget::of_own_step();
+        let recorded = pending.process == PendingProcess::Leftover;
+        let left = if recorded || (in_use && self.record.kind == VmKind::Managed) {
+            self.sweep(budget, SweepPurpose::Clear, None).await.err()
+        } else {
+            None
+        };
+        if left.is_some() {
+            self.take_hold(Hold::Leftover);
         }
-        if let Err(EffectError::Backend(error)) =
-            self.sweep(Budget::of_own_step(), SweepPurpose::Clear, None).await
-        {
-            self.found_unreachable(Reason::VmmDoesNotEnd, error.to_string(), None).await;
+        if pending.restart {
+            self.resume_restart();
         }
+        if left.is_none() && !recorded {
+            return self.publish();
+        }
+        let status = match left.and_then(EffectError::backend) {
+            _ if pending.restart => self.record.status.clone(),
+            Some(left) => self.status(Phase::Failed).because(Reason::VmmDoesNotEnd, leftover_message(&left)),
+            None => self
+                .status(Phase::at_rest(self.record.state))
+                .because(Reason::VmmGone, "the process of a cancelled start has ended"),
+        };
+        let why = ChangeReason::by_itself("daemon-started");
+        self.conclude_once(budget, RecordUpdate::new(EventKind::StateChanged, why, status)).await;
     }
 
     /// Searches again for a lost VMM.
@@ -123,7 +140,7 @@ impl Actor {
             adopted = self.adopt().await;
         }
         if let Ok(Adoption::Alive { launched, .. }) = &adopted
-            && self.record.run.as_ref().is_some_and(|run| run.process != launched.vmm.run().process)
+            && self.run_on_record().is_some_and(|run| run.process != launched.vmm.run().process)
         {
             // Some backends find a VM by its place and not by its process. They find the new VMM at
             // the first search, and the old run must still be forgotten.
@@ -134,7 +151,7 @@ impl Actor {
             // Gone is a proof, so that the remains of the run may be cleared. A sweep that fails is
             // logged alone, because the process itself is gone.
             Ok(Adoption::Gone { exit }) => {
-                let run = self.record.run.clone();
+                let run = self.run_on_record();
                 if let Err(EffectError::Backend(error)) =
                     self.sweep(Budget::of_own_step(), SweepPurpose::Clear, run).await
                 {
@@ -146,7 +163,7 @@ impl Actor {
             // daemon's, and no client has an answer about its start, so that it may be ended:
             // `GuestState::Ended` takes that path.
             Ok(Adoption::Unreachable { launched: Some(launched), .. })
-                if self.never_ran() && intent.as_ref().is_some_and(Intent::is_start) =>
+                if self.hold.never_ran() && intent.as_ref().is_some_and(Intent::is_start) =>
             {
                 self.take_over(launched, GuestState::Ended, intent).await;
             }
@@ -182,24 +199,17 @@ impl Actor {
         }
     }
 
-    /// Returns true if no run of the VM was ever recorded as begun, or none since the last run
+    /// Returns the run on record, unless the hold on the VM's process tells that this run has
     /// ended.
-    fn never_ran(&self) -> bool {
-        self.record.run.is_none() && !self.record.state.is_live()
-    }
-
-    /// Removes the run on record and moves the state to that of a VM whose VMM has gone. The next
-    /// commit records both.
-    pub(super) fn forget_run_and_state(&mut self) {
-        let record = Arc::make_mut(&mut self.record);
-        record.run = None;
-        record.state = observe(record.state, Observation::VmmGone);
+    pub(super) fn run_on_record(&self) -> Option<RunRecord> {
+        self.hold.run_on_record(self.record.run.clone())
     }
 
     /// Asks the backend for the VM's process, within [`ADOPT_LIMIT`].
     async fn adopt(&mut self) -> Result<Adoption, EffectError> {
         // The backend compares the namespaces of a recorded run itself, and may know more.
-        if self.record.run.is_none()
+        let run = self.run_on_record();
+        if run.is_none()
             && let Err(message) = self.can_search(None)
         {
             return Ok(Adoption::Unreachable { reason: Reason::IdentityUnproven, message, launched: None });
@@ -211,7 +221,7 @@ impl Actor {
             vm_id: self.record.vm_id.clone(),
             spec: self.spec(),
             dir: self.dir(),
-            run: self.record.run.clone(),
+            run,
             kind: self.record.kind.clone(),
             imported: self.record.imported,
             changed_ms: self.record.modified_ms,
@@ -226,7 +236,7 @@ impl Actor {
     /// guest runs, because the client of that start has no answer yet. Otherwise the daemon holds
     /// the VMM and carries on.
     async fn take_over(&mut self, launched: LaunchedVmm, guest: GuestState, intent: Option<Intent>) {
-        let recorded = self.record.run.clone();
+        let recorded = self.run_on_record();
         let started_here = recorded.is_none();
         let cut_short = started_here && intent.as_ref().is_some_and(Intent::is_start);
         if guest == GuestState::Ended || (cut_short && guest != GuestState::Running) {
@@ -275,7 +285,7 @@ impl Actor {
         if let Err(error) = self.kill(budget, &*launched.vmm).await {
             return self.found_unreachable(Reason::VmmDoesNotEnd, error.to_string(), Some(launched)).await;
         }
-        let _ = self.sweep(budget, SweepPurpose::Clear, self.record.run.clone()).await;
+        let _ = self.sweep(budget, SweepPurpose::Clear, self.run_on_record()).await;
         let exit = Exit { cause: ExitCause::Unknown, message: "the guest was no longer running".to_owned() };
         self.ended_unwatched(exit, intent.as_ref(), None).await;
     }
@@ -316,7 +326,7 @@ impl Actor {
             return;
         }
         let budget = Budget::of_own_step();
-        if self.never_ran() {
+        if self.hold.never_ran() {
             return self.record_interrupted_start(budget, intent).await;
         }
         if intent.is_some_and(|intent| intent.request() == VmOperation::Shutdown) {
@@ -354,9 +364,11 @@ impl Actor {
         } else {
             (Reason::VmmGone, "no process of the VM is left")
         };
-        let status = self.status(Phase::at_rest(self.record.state)).because(reason, message);
+        let state = observe(self.record.state, Observation::VmmGone);
+        let status = self.status(Phase::at_rest(state)).because(reason, message);
         let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status);
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status)
+                .observing(Observation::VmmGone);
         let _ = self.conclude(budget, update).await;
     }
 
@@ -372,10 +384,9 @@ impl Actor {
             Some(gone) => (Reason::SocketsGone, gone),
             None => (reason, message),
         };
-        let known = self.record.status.phase == Phase::Unreachable && self.record.status.reason == reason;
-        let never_ran = self.never_ran();
+        let never_ran = self.hold.never_ran();
         let live = launched.map(|launched| {
-            let run = run_of(self.record.run.clone(), &launched);
+            let run = run_of(self.run_on_record(), &launched);
             self.live(launched, run)
         });
         // A VM that never ran has no run on record, so its process counts as an orphan. The handle
@@ -389,15 +400,14 @@ impl Actor {
         self.take_up_force();
         let status = self.status(Phase::Unreachable).because(reason, message);
         let intent = self.record.intent.clone();
-        let update =
+        let mut update =
             RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself("daemon-started"), status)
                 .intending(intent);
-        if known {
-            // An unchanged result of a repeated search is shown and not recorded.
-            self.show(update);
-        } else {
-            let _ = self.conclude(Budget::of_own_step(), update).await;
+        if never_ran {
+            // The first half of a reboot may have ended the run that is on record.
+            update = update.observing(Observation::VmmGone);
         }
+        self.conclude_once(Budget::of_own_step(), update).await;
     }
 
     /// Returns the message about a VMM that lives and does not answer because its socket is gone.
@@ -425,7 +435,7 @@ impl Actor {
             OperationRequest { request: intent.request(), ask_guest_for: None, caller: intent.caller };
         let asked = Instant::now();
         let result = self.delete(budget, &operation).await;
-        let record = Arc::clone(&self.record);
+        let record = self.record.share();
         let ending = Ending {
             operation: operation.request.method(),
             force,
@@ -447,6 +457,11 @@ impl Actor {
         }
         Flow::GoOn
     }
+}
+
+/// Returns the message about a process that was started for a VM and could not be ended.
+pub(super) fn leftover_message(left: &BackendError) -> String {
+    format!("a process that was started for it could not be ended, and runs no guest: {left}")
 }
 
 /// Returns the run that was found: the recorded one, unless another program has started the VM

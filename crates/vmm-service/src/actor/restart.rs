@@ -12,7 +12,6 @@
 //!                   └────────────────────── 30 s, not counted ────────────┴─ not begun
 //! ```
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -91,13 +90,6 @@ impl Actor {
         if quiet { 1 } else { self.restarts_so_far().saturating_add(1) }
     }
 
-    /// Sets the count of restarts to `restarts`.
-    pub(super) fn count_from(&mut self, restarts: u32) {
-        if self.record.status.restarts != restarts {
-            Arc::make_mut(&mut self.record).status.restarts = restarts;
-        }
-    }
-
     /// Decides what follows `exit`.
     pub(super) fn decide_restart(&mut self, exit: &Exit) -> RestartDecision {
         let end = LastEnd { reason: exit.cause.reason(), message: exit.account().to_owned() };
@@ -115,14 +107,13 @@ impl Actor {
             return RestartDecision { status, next: NextStep::Idle };
         }
         let restarts = self.count_restart();
-        let (reason, message) = (end.reason.clone(), end.message.clone());
-        self.schedule(restarts, reason, &message, Box::new(end))
+        self.schedule(restarts, Box::new(end), None)
     }
 
-    /// Schedules the next start, unless the policy allows no more. `reason` and `message` are the
-    /// cause of this start: the end of the last run, which is `after`, or the failure of a start
-    /// since then.
-    fn schedule(&self, restarts: u32, reason: Reason, message: &str, after: Box<LastEnd>) -> RestartDecision {
+    /// Schedules the next start, unless the policy allows no more. `after` is the end of the last
+    /// run. `failed` is the failure of the last start since then, if there was one.
+    fn schedule(&self, restarts: u32, after: Box<LastEnd>, failed: Option<LastEnd>) -> RestartDecision {
+        let LastEnd { reason, message } = failed.unwrap_or_else(|| LastEnd::clone(&after));
         let allowed = self.allowed_restarts();
         if restarts > allowed {
             let mut status = self.status(Phase::Failed).because(
@@ -154,7 +145,7 @@ impl Actor {
         let start = StartRequest { after: Some(&after), ..StartRequest::new(VmOperation::Boot, &caller) };
         let asked = Instant::now();
         let result = self.start(budget, start).await;
-        let record = Arc::clone(&self.record);
+        let record = self.record.share();
         let ending = Ending {
             operation: VmOperation::Boot.method(),
             force: false,
@@ -162,23 +153,19 @@ impl Actor {
             record: &record,
             asked,
         };
-        match result {
-            Ok(()) => ending.done(&self.outcome(None)),
+        let failure = match result {
+            Ok(()) => return ending.done(&self.outcome(None)),
             // A forced operation has come, and decides what becomes of the VM.
-            Err(StartError::TakenBack(ServiceError::Aborted(_))) => {}
-            Err(StartError::NotBegun(error)) => {
-                ending.failed(&error);
-                self.restart_later(budget, restarts, &error, after).await;
-            }
+            Err(StartError::TakenBack(ServiceError::Aborted(_))) => return,
+            Err(failure) => failure,
+        };
+        ending.failed(failure.error());
+        match failure {
+            StartError::NotBegun(error) => self.restart_later(budget, restarts, &error, after).await,
             // A process may live. The VM is shown as unreachable, and no start takes place beside
             // that process.
-            Err(StartError::LeftSomething(error)) => {
-                ending.failed(&error);
-            }
-            Err(StartError::TakenBack(error)) => {
-                ending.failed(&error);
-                self.restart_failed(budget, restarts, &error, after).await;
-            }
+            StartError::LeftSomething(_) => {}
+            StartError::TakenBack(error) => self.restart_failed(budget, restarts, &error, after).await,
         }
     }
 
@@ -197,13 +184,7 @@ impl Actor {
         self.next = NextStep::RestartAt(Instant::now() + MAX_RESTART_DELAY, after);
         let update =
             RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(RESTART_POLICY), status);
-        let shown = &self.record.status;
-        if shown.phase == Phase::Restarting && shown.reason == Reason::StartNotBegun {
-            // An unchanged result of a repeated start is shown and not recorded.
-            self.show(update);
-        } else {
-            let _ = self.conclude(budget, update).await;
-        }
+        self.conclude_once(budget, update).await;
     }
 
     async fn restart_failed(
@@ -215,7 +196,8 @@ impl Actor {
     ) {
         let message = error.to_string();
         let decision = if self.restart_mode() >= RestartMode::OnFailure {
-            self.schedule(restarts.saturating_add(1), Reason::BootFailed, &message, after)
+            let failed = LastEnd { reason: Reason::BootFailed, message };
+            self.schedule(restarts.saturating_add(1), after, Some(failed))
         } else {
             let status = self.status(Phase::Failed).because(Reason::BootFailed, message);
             RestartDecision { status, next: NextStep::Idle }

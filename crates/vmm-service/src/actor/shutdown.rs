@@ -27,7 +27,7 @@ impl Actor {
         operation: &OperationRequest,
     ) -> Result<OperationOutcome, ServiceError> {
         let kind = IntentKind::Shutdown { ask_guest_for: operation.ask_guest_for, answered: false };
-        if let Err(error) = self.intend(budget, kind, Phase::Stopping, &operation.caller).await {
+        if let Err(error) = self.intend(budget, kind, self.status(Phase::Stopping), &operation.caller).await {
             return Err(self.end_unrecorded(budget, operation, error).await);
         }
         let ended_by = match self.end_run(budget, operation.ask_guest_for).await {

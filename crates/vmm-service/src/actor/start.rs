@@ -36,7 +36,7 @@ use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
 use super::budget::{Budget, EffectError};
-use super::hold::{Hold, NextStep};
+use super::hold::Hold;
 use super::journal::{ChangeReason, RecordUpdate};
 use super::launch::LaunchInProgress;
 use super::restart::LastEnd;
@@ -60,6 +60,13 @@ pub(super) enum StartError {
 }
 
 impl StartError {
+    /// Returns the error for the client.
+    pub(super) const fn error(&self) -> &ServiceError {
+        match self {
+            Self::NotBegun(error) | Self::TakenBack(error) | Self::LeftSomething(error) => error,
+        }
+    }
+
     /// Returns the error for the client.
     pub(super) fn into_error(self) -> ServiceError {
         match self {
@@ -113,26 +120,17 @@ struct LaunchedPhase {
 }
 
 impl Actor {
-    /// Carries out BootVm. The intent of the start resets the count of restarts, and the start
-    /// cancels the wait for one.
+    /// Carries out BootVm. The intent of the start resets the count of restarts. A launch cancels the
+    /// wait for a restart, so that a start which launches nothing leaves the VM waiting.
     pub(super) async fn boot(
         &mut self,
         budget: Budget,
         caller: &Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        let waiting = std::mem::replace(&mut self.next, NextStep::Idle);
-        let restarts = self.record.status.restarts;
-        let Err(failure) = self.start(budget, StartRequest::new(VmOperation::Boot, caller)).await else {
-            return Ok(self.outcome(None));
-        };
-        if let StartError::NotBegun(_) = failure {
-            self.count_from(restarts);
-            if self.record.status.phase == Phase::Restarting {
-                // The record still says that the VM waits for a start by policy.
-                self.next = waiting;
-            }
+        match self.start(budget, StartRequest::new(VmOperation::Boot, caller)).await {
+            Ok(()) => Ok(self.outcome(None)),
+            Err(failure) => Err(failure.into_error()),
         }
-        Err(failure.into_error())
     }
 
     /// Claims what the VM needs, and starts the VMM and its guest.
@@ -199,7 +197,9 @@ impl Actor {
         }
         match self.sweep(budget, SweepPurpose::Clear, None).await {
             Ok(()) => {
-                self.drop_hold_and_claims();
+                // A restart that is due stays due, because this start may launch nothing.
+                self.hold = Hold::Nothing;
+                self.shared.claims.release(self.record.uid);
                 Ok(())
             }
             Err(broken) => Err(self.error_of("boot", VmOperation::Boot, &broken)),
@@ -313,13 +313,14 @@ impl Actor {
         if start.request != VmOperation::Boot {
             return Ok(IntendedPhase { taps, launching });
         }
+        let mut status = self.status(Phase::Starting);
         if start.after.is_none() {
-            self.count_from(0);
+            status.restarts = 0;
         }
         let kind = IntentKind::Boot { claims: taps.reserved.claims.clone() };
         let mut failed = None;
         let intended = {
-            let intending = pin!(self.intend(budget, kind, Phase::Starting, start.caller));
+            let intending = pin!(self.intend(budget, kind, status, start.caller));
             // Both futures must be polled, because the launch makes progress only while it is
             // polled.
             match select(intending, &mut launching).await {
@@ -375,6 +376,6 @@ impl Actor {
 
     /// Returns the run that is held, or else the run on record. It identifies the process to end.
     pub(super) fn known_run(&self) -> Option<RunRecord> {
-        self.hold.run().or(self.record.run.as_ref()).cloned()
+        self.hold.run().cloned().or_else(|| self.run_on_record())
     }
 }

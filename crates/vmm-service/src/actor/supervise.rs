@@ -28,7 +28,7 @@ use vmm_core::state::{Phase, Status};
 use vmm_core::store::VmRecord;
 
 use super::hold::{Hold, NextStep};
-use super::journal::Journal;
+use super::journal::{ActorRecord, Journal};
 use super::quarantine::QuarantineBackend;
 use super::{Actor, Flow};
 use crate::clock::now_ms;
@@ -85,7 +85,11 @@ impl NewActor {
         // publish its record or to remove it.
         shared.index.insert(Arc::clone(&record), committed, handle);
         let (known, fate) = oneshot::channel();
-        let seed = ActorSeed { shared, uid: record.uid, backend, mailbox };
+        let quarantined = match &origin {
+            ActorOrigin::Quarantined { why } => Some(why.clone()),
+            ActorOrigin::Created | ActorOrigin::Recovered { .. } | ActorOrigin::Imported { .. } => None,
+        };
+        let seed = ActorSeed { shared, uid: record.uid, backend, mailbox, quarantined };
         tokio::spawn(seed.run_through_panics(record, origin, known));
         fate
     }
@@ -97,6 +101,8 @@ struct ActorSeed {
     uid: VmUid,
     backend: Arc<dyn Backend>,
     mailbox: Arc<Mailbox>,
+    /// The reason why this program cannot take up the record, if it cannot.
+    quarantined: Option<String>,
 }
 
 impl ActorSeed {
@@ -138,9 +144,9 @@ impl ActorSeed {
         let _ = tokio::time::timeout(PANIC_RESTART_DELAY, force).await;
         // The recovery must assume that a process uses the run folder, because the panic may have
         // come in the middle of a start.
-        let origin = match record.status.reason {
-            Reason::NotTakenUp => ActorOrigin::Quarantined { why: record.status.message.clone() },
-            _ => ActorOrigin::Recovered { in_use: true },
+        let origin = match &self.quarantined {
+            Some(why) => ActorOrigin::Quarantined { why: why.clone() },
+            None => ActorOrigin::Recovered { in_use: true },
         };
         Some((record, origin))
     }
@@ -156,7 +162,7 @@ impl ActorSeed {
     ) -> BoxFuture<'a, ()> {
         let mut actor = Actor {
             shared: Arc::clone(&self.shared),
-            record,
+            record: ActorRecord::new(record),
             journal,
             backend: Arc::clone(&self.backend),
             mailbox: Arc::clone(&self.mailbox),

@@ -13,8 +13,6 @@
 //! and not that of the restart policy. The other operations need nothing: a BootVm that was
 //! interrupted leaves the VM as it was, and a PauseVm has stopped the guest or has not.
 
-use std::sync::Arc;
-
 use tokio::time::Instant;
 use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
@@ -24,7 +22,7 @@ use vmm_core::store::Intent;
 
 use super::Actor;
 use super::budget::Budget;
-use super::hold::NextStep;
+use super::hold::{Hold, NextStep};
 use super::journal::{ChangeReason, RecordUpdate};
 use super::restart::LastEnd;
 use crate::mailbox::OperationRequest;
@@ -74,7 +72,7 @@ impl Actor {
         };
         let asked = Instant::now();
         let result = self.carry_out(budget, &operation).await;
-        let record = Arc::clone(&self.record);
+        let record = self.record.share();
         let ending = Ending {
             operation: operation.request.method(),
             force: operation.has_force(),
@@ -99,14 +97,13 @@ impl Actor {
     }
 
     /// Returns true if a reboot was in progress and its old VMM, on record as running, has gone.
-    /// The old run is forgotten then, and the next search is for a new VMM.
+    /// The second half may have left a process then, and the next search is for that process.
     pub(super) fn first_half_is_done(&mut self, intent: Option<&Intent>) -> bool {
         let rebooting = intent.is_some_and(|intent| intent.request() == VmOperation::Reboot);
-        if !rebooting || self.record.run.is_none() {
+        if !rebooting || self.run_on_record().is_none() {
             return false;
         }
-        self.drop_hold();
-        self.forget_run_and_state();
+        self.take_hold(Hold::Orphan(None));
         true
     }
 

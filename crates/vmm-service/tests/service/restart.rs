@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
-use vmm_core::state::{Phase, VmState};
-use vmm_core::store::StoreErrorKind;
+use vmm_core::state::{Phase, Status, VmState};
+use vmm_core::store::{PendingWork, StoreErrorKind, VmRecord};
 use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 use vmm_testkit::memory_store::CommitTreatment;
 
@@ -237,6 +237,31 @@ fn a_waiting_restart_survives_a_restart_of_the_daemon() {
         let status = vms.until_phase("a", Phase::Running).await.status.clone();
         assert_eq!((status.restarts, status.reason.as_str()), (1, "guest-power-off"));
     });
+}
+
+#[test]
+fn a_waiting_restart_is_read_from_the_record_and_not_from_the_status() {
+    for (written, phase, restart, runs) in [
+        (Some(true), Phase::Stopped, true, true),
+        (Some(false), Phase::Restarting, false, false),
+        // Earlier releases recorded the phase alone.
+        (None, Phase::Restarting, true, true),
+        (None, Phase::Stopped, false, false),
+    ] {
+        let bed = Bed::new();
+        bed.life(async |vms| waiting(&bed, &vms).await);
+        let stored = bed.stored("a");
+        assert!(stored.pending_work().restart, "the wait is on record");
+        let status = Status { phase, ..stored.status.clone() };
+        let pending = written.map(|restart| PendingWork { restart, ..PendingWork::default() });
+        let generation = stored.generation + 1;
+        bed.store.put(VmRecord { status, pending, generation, ..stored });
+        assert_eq!(bed.stored("a").pending_work().restart, restart);
+        bed.life(async |vms| {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            assert_eq!(vms.state("a") == VmState::Running, runs, "{written:?} {phase:?}");
+        });
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,6 @@
 //! A store that fails: nothing runs that is not on record, and what is shown is true.
 
-use vmm_core::backend::{BackendErrorKind, Effect};
+use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::StoreErrorKind::{Full, Io};
 use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
@@ -263,4 +263,86 @@ async fn the_process_of_an_unrecorded_boot_is_reported_and_ended_by_the_next_boo
     refused(vms.boot("a").await, "unavailable");
     assert_eq!(vms.world.calls(ScriptedMethod::Launch), 0, "nothing is started in its folder");
     vms.boot("a").await.expect("it is swept first");
+}
+
+#[test]
+fn a_leftover_of_a_cancelled_boot_makes_no_vm_unreachable_after_a_restart() {
+    let timeout = || ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown);
+    for ends in [false, true] {
+        let bed = Bed::new();
+        bed.life(async |vms| {
+            vms.create("a", bed.config()).await;
+            bed.store.next([Refuse(Full)]);
+            vms.world.next(ScriptedMethod::Sweep, timeout());
+            refused(vms.boot("a").await, "exhausted");
+        });
+        if !ends {
+            bed.world.next(ScriptedMethod::Sweep, timeout());
+        }
+        bed.life(async |vms| {
+            let told = if ends { (Phase::Created, "vmm-gone") } else { (Phase::Failed, "vmm-does-not-end") };
+            assert_eq!((vms.phase("a"), vms.reason("a").as_str()), told);
+            let (stored, shown) = (bed.stored("a"), vms.record("a"));
+            assert_eq!((stored.pending, stored.generation), (shown.pending, shown.generation));
+            vms.boot("a").await.expect("the process is ended before the VM starts");
+        });
+    }
+}
+
+#[test]
+fn a_process_in_the_run_folder_of_a_vm_at_rest_is_a_leftover() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.create("a", bed.config()).await;
+    });
+    let dir = bed.run_dir(&bed.stored("a"));
+    std::fs::create_dir_all(&dir).unwrap();
+    let user = ProcessOf::using(&dir);
+    bed.world.next(ScriptedMethod::Sweep, ScriptedResult::Fail(BackendErrorKind::Timeout, Effect::Unknown));
+    bed.life(async |vms| {
+        assert_eq!((vms.phase("a"), vms.reason("a").as_str()), (Phase::Failed, "vmm-does-not-end"));
+        vms.boot("a").await.expect("the process is ended before the VM starts");
+    });
+    drop(user);
+}
+
+/// A process whose arguments name a run folder.
+struct ProcessOf(std::process::Child);
+
+impl ProcessOf {
+    fn using(dir: &std::path::Path) -> Self {
+        let script = format!("read line; : {}", dir.display());
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", &script]).stdin(std::process::Stdio::piped());
+        Self(command.spawn().unwrap())
+    }
+}
+
+impl Drop for ProcessOf {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forced_end_that_failed_unrecorded_is_never_undone() {
+    for delete in [false, true] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        let machine = vms.run("a", bed.with_policy(ALWAYS, 0)).await;
+        machine.set_unkillable(true);
+        // Even the room for forced operations is refused.
+        bed.store.always(Refuse(Io));
+        let result = if delete { vms.force_delete("a").await } else { vms.force_shutdown("a").await };
+        let text = refused(result, "unavailable");
+        assert!(text.contains("could not be ended either"), "{text}");
+        bed.store.behave();
+        machine.set_unkillable(false);
+        machine.end(ExitCause::Requested);
+        tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+        assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Shutdown, Phase::Stopped), "{delete}");
+        assert_eq!((vms.reason("a").as_str(), vms.world.living()), ("shutdown", 0));
+        assert_eq!(bed.stored("a"), *vms.record("a"));
+    }
 }

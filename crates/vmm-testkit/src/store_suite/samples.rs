@@ -12,8 +12,9 @@ use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::state::{EndedBy, Phase, Status, VmState};
 use vmm_core::store::{
-    Commit, DiskKey, EventQuery, HostClaim, Intent, IntentKind, Namespaces, PackedVmRequest, ProcessIdentity,
-    ProcessScope, RecordChange, RunRecord, Snapshot, Store, StoreError, StoreErrorKind, VmRecord, VmRequest,
+    Commit, DiskKey, EventQuery, HostClaim, Intent, IntentKind, Namespaces, PackedVmRequest, PendingProcess,
+    PendingWork, ProcessIdentity, ProcessScope, RecordChange, RunRecord, Snapshot, Store, StoreError,
+    StoreErrorKind, VmRecord, VmRequest,
 };
 
 /// Returns the record of a new VM called `name`, with a value in every field.
@@ -83,6 +84,7 @@ pub fn record(name: &str) -> VmRecord {
         kind: VmKind::attached("/run/ch.sock"),
         imported: true,
         unrepresented: vec!["a vsock device".to_owned()],
+        pending: Some(PendingWork { restart: true, process: PendingProcess::OutOfReach }),
     }
 }
 

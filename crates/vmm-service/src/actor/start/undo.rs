@@ -12,6 +12,7 @@ use crate::actor::budget::{Budget, EffectError};
 use crate::actor::hold::{Hold, NextStep};
 use crate::actor::journal::{ChangeReason, RecordUpdate};
 use crate::actor::launch::launched_nothing;
+use crate::actor::recover::leftover_message;
 use crate::error::ServiceError;
 
 impl Actor {
@@ -31,9 +32,7 @@ impl Actor {
         };
         tracing::error!(error = %left, "the process of a start that could not be recorded could not be ended");
         self.take_hold(Hold::Leftover);
-        let message =
-            format!("a process that was started for it could not be ended, and runs no guest: {left}");
-        let status = self.status(Phase::Failed).because(Reason::VmmDoesNotEnd, message);
+        let status = self.status(Phase::Failed).because(Reason::VmmDoesNotEnd, leftover_message(&left));
         let why = ChangeReason::asked(start.request, start.caller);
         let _ = self.conclude(budget, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
         error
@@ -64,7 +63,7 @@ impl Actor {
         if start.request == VmOperation::Boot && (start.after.is_some() || pre_empted) {
             return error;
         }
-        if self.record.status.phase == Phase::Restarting {
+        if self.next.is_restart() {
             let status = self.status(Phase::Restarting).because(Reason::BootFailed, error.to_string());
             let why = ChangeReason::asked(start.request, start.caller);
             let _ = self.conclude(budget, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
